@@ -1,0 +1,55 @@
+# The commands of a checkout. `make help` lists them. PYTHON (3.11 or newer) makes the virtual environment in VENV.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+# A stamp is newer than pyproject.toml while what was installed is what it asks for.
+USER := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-all smoke lint types format clean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+train: $(USER)  ## install, then train the default experiment (ARGS="nano --optim.lr 1e-3" are passed on)
+	$(BIN)/slmjax train $(ARGS)
+
+test: $(DEV)  ## install the dev extra, then run the tests (ARGS="tests/test_config.py" are passed on)
+	$(PYTEST) $(ARGS)
+
+test-all: $(DEV)  ## the tests and the nightly ones
+	$(PYTEST) -m "nightly or not nightly" $(ARGS)
+
+smoke: $(DEV)  ## the few tests that tell whether a Python version works
+	$(PYTEST) -m "smoke and not nightly" $(ARGS)
+
+lint: $(DEV)  ## check format and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(DEV)  ## check types
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(DEV)  ## rewrite files in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## delete the virtual environment and what tools left behind
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "slmjax needs Python 3.11 or newer, and $(PYTHON) is older: run make with PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(USER): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(DEV): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@ $(USER)

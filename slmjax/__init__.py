@@ -1,0 +1,60 @@
+"""slmjax: train, distil, quantize, compare and ship small language models in JAX.
+
+    experiment = slmjax.load_experiment("nano")      # a built-in name or an experiment file
+    result = slmjax.train(experiment)                # -> Result, the fields of result.json
+    loaded = slmjax.load_model(result.run_dir)       # -> Loaded(config, model, tokenizer)
+    slmjax.generate(loaded, ["def main("])
+    slmjax.evaluate(loaded)
+
+`import slmjax` takes milliseconds: a public name is imported when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from slmjax.checkpoint import Loaded, load_model
+    from slmjax.evaluation import evaluate
+    from slmjax.experiment import Experiment
+    from slmjax.model import logits
+    from slmjax.sampling import generate
+    from slmjax.trainer import Result, load_experiment, train
+
+_MODULE_OF = {
+    "Experiment": "slmjax.experiment",
+    "Loaded": "slmjax.checkpoint",
+    "Result": "slmjax.trainer",
+    "evaluate": "slmjax.evaluation",
+    "generate": "slmjax.sampling",
+    "load_experiment": "slmjax.recipes",
+    "load_model": "slmjax.checkpoint",
+    "logits": "slmjax.model",
+    "train": "slmjax.trainer",
+}
+
+__all__ = [
+    "Experiment",
+    "Loaded",
+    "Result",
+    "__version__",
+    "evaluate",
+    "generate",
+    "load_experiment",
+    "load_model",
+    "logits",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'slmjax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

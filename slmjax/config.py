@@ -1,0 +1,299 @@
+"""Trees of frozen dataclasses as JSON: written, read back strictly, fingerprinted. There are no settings here.
+
+A config is a frozen, keyword-only dataclass whose fields hold bool, int, float, str, Path, Enum, None, other configs, tuples and
+`dict[str, X]` of these, and unions of these. It is read back by its declared types alone: a field of an unknown, missing or
+ill-typed value is a `ConfigError` that names the dotted path, and a class is looked up only among the imported subclasses of the
+declared one. No dotted import path is ever resolved, so a config file cannot name code to run.
+
+    text = dumps(experiment);  experiment == loads(Experiment, text)
+"""
+
+import abc
+import dataclasses
+import difflib
+import enum
+import functools
+import hashlib
+import inspect
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the field and says what to change."""
+
+
+def near_names(name: str, options: Iterable[str]) -> str:
+    """A hint to append to an error: "" or " Did you mean 'x' or 'y'?"."""
+    near = difflib.get_close_matches(str(name), [str(option) for option in options], n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(option) for option in near)}?" if near else ""
+
+
+def to_json(tree: Any) -> Any:
+    """What JSON can hold of `tree`: an Enum as its value, a tuple as a list, a Path as a str.
+
+    "type": ClassName is added to a dataclass where the declared type leaves the class open: it is abstract, a union of
+    dataclasses, or a base of the value's class. A dataclass at the root has it if it derives from another dataclass or an ABC.
+
+    Raises:
+        ConfigError: a NaN, an infinity, or a value of a kind that no config holds.
+    """
+    return _encode(tree, Any, "")
+
+
+def from_json(cls: type[T], data: Any) -> T:
+    """The strict inverse of `to_json`: `cls` is a dataclass, concrete or the abstract base of imported ones.
+
+    Raises:
+        ConfigError: an unknown, missing or ill-typed field, by its dotted path and near names, or what a `__post_init__` refused.
+    """
+    return cast(T, _decode(data, cls, ""))
+
+
+def dumps(tree: Any) -> str:
+    """`to_json` as text, to be read by people and by `loads`."""
+    return json.dumps(to_json(tree), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def loads(cls: type[T], text: str) -> T:
+    """`from_json` of text, in which a key given twice or a NaN is refused too."""
+    try:
+        data = json.loads(text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"not JSON: {error}") from error
+    except RecursionError as error:
+        raise ConfigError("not a config: nested too deeply") from error
+    return from_json(cls, data)
+
+
+def fingerprint(tree: Any) -> str:
+    """16 hex digits of the SHA-256 of canonical JSON: equal trees agree, in any process and on any Python."""
+    canonical = json.dumps(to_json(tree), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ConfigError(f"the key {key!r} is given twice in one object: remove one")
+        result[key] = value
+    return result
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ConfigError(f"{name} is not a value that a config can hold: give a finite number")
+
+
+# --- What the declared types say -------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _field_types(cls: type) -> dict[str, Any]:
+    """Field name -> declared type, for the fields that a caller gives; Annotated is stripped."""
+    hints = typing.get_type_hints(cls)
+    types_by_name = {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+    if "type" in types_by_name:
+        raise ConfigError(f"{cls.__name__}.type: a config field cannot have this name, in JSON it holds the class: rename it")
+    return types_by_name
+
+
+def _is_dataclass(hint: Any) -> bool:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def _is_config(hint: Any) -> bool:
+    """A dataclass, or an abstract base of some that has no fields of its own."""
+    return _is_dataclass(hint) or (isinstance(hint, type) and _is_abstract(hint))
+
+
+def _is_abstract(cls: type) -> bool:
+    return inspect.isabstract(cls) or abc.ABC in cls.__bases__
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; a type that is none is its own only member."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _is_open(hint: Any, cls: type) -> bool:
+    """Whether a value of class `cls`, declared as `hint`, must be written with its class name."""
+    if hint is Any:
+        return any(_is_config(base) for base in cls.__mro__[1:] if base is not abc.ABC)
+    configs = [member for member in _members(hint) if _is_config(member)]
+    return len(configs) != 1 or _is_abstract(configs[0]) or configs[0] is not cls
+
+
+def _concrete_classes(hints: Iterable[Any]) -> dict[str, type]:
+    """Class name -> class, for every imported dataclass that a field declared as one of `hints` can hold."""
+    found: dict[str, type] = {}
+    pending = [hint for hint in hints if _is_config(hint)]
+    while pending:
+        cls = pending.pop(0)
+        pending += cls.__subclasses__()
+        if _is_abstract(cls) or not _is_dataclass(cls):
+            continue
+        other = found.get(cls.__name__)
+        # An experiment file that was loaded twice defines its classes twice; the later one counts.
+        if other is not None and other is not cls and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ConfigError(f"two classes are named {cls.__name__} ({other.__module__} and {cls.__module__}): rename one")
+        found[cls.__name__] = cls
+    return found
+
+
+def _type_name(hint: Any) -> str:
+    if hint is type(None):
+        return "None"
+    if len(_members(hint)) > 1:
+        return " | ".join(_type_name(member) for member in _members(hint))
+    if typing.get_origin(hint) is not None:
+        inner = ", ".join("..." if arg is Ellipsis else _type_name(arg) for arg in typing.get_args(hint))
+        return f"{typing.get_origin(hint).__name__}[{inner}]"
+    return getattr(hint, "__name__", str(hint))
+
+
+def _at(path: str) -> str:
+    return path or "the config"
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+# --- Writing ---------------------------------------------------------------------------------------------------------------------
+
+
+def _encode(value: Any, hint: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        cls = type(value)
+        fields = {name: _encode(getattr(value, name), declared, _join(path, name)) for name, declared in _field_types(cls).items()}
+        return {"type": cls.__name__, **fields} if _is_open(hint, cls) else fields
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple | list):
+        declared = _element_types(hint, len(value))
+        return [_encode(item, declared[i], f"{path}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        declared = next((typing.get_args(member)[1] for member in _members(hint) if typing.get_origin(member) is dict), Any)
+        return {str(key): _encode(item, declared, _join(path, str(key))) for key, item in value.items()}
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int | float):
+        if not math.isfinite(value):
+            raise ConfigError(f"{_at(path)}: {value} is not a value that a config can hold: give a finite number")
+        # 1 and 1.0 in a float field are the same config and must have the same fingerprint.
+        is_float = float in _members(hint) and int not in _members(hint)
+        return float(value) if is_float else value
+    raise ConfigError(f"{_at(path)}: a config cannot hold a value of type {type(value).__name__}")
+
+
+def _element_types(hint: Any, length: int) -> tuple[Any, ...]:
+    """The declared type of each element of a tuple of `length`, Any where none is declared."""
+    args = next((typing.get_args(member) for member in _members(hint) if typing.get_origin(member) in (tuple, list)), ())
+    if len(args) == 2 and args[1] is Ellipsis:
+        return args[:1] * length
+    return args if len(args) == length else (Any,) * length
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------------------
+
+
+def _decode(data: Any, hint: Any, path: str) -> Any:
+    members = _members(hint)
+    if data is None and type(None) in members:
+        return None
+    configs = [member for member in members if _is_config(member)]
+    if configs and isinstance(data, dict):
+        return _decode_dataclass(data, configs, path)
+    others = [member for member in members if member not in configs and member is not type(None)]
+    exact = [member for member in others if type(data) is member]  # so that int | float keeps 1 an int
+    for member in exact + others:
+        found, value = _decode_value(data, member, path)
+        if found:
+            return value
+    raise ConfigError(f"{_at(path)}: {_mismatch(data, hint, others)}")
+
+
+def _mismatch(data: Any, hint: Any, members: list[Any]) -> str:
+    options = [item.value for member in members if isinstance(member, type) and issubclass(member, enum.Enum) for item in member]
+    allowed = f" ({', '.join(map(repr, options))})" if options else ""
+    found = "null" if data is None else type(data).__name__ if isinstance(data, dict | list) else f"{type(data).__name__} {data!r}"
+    return f"expected {_type_name(hint)}{allowed}, found {found}.{near_names(data, options) if isinstance(data, str) else ''}"
+
+
+def _decode_value(data: Any, hint: Any, path: str) -> tuple[bool, Any]:
+    """(True, the value) if `data` has the form of `hint`, which is no union and no config; else (False, None)."""
+    origin = typing.get_origin(hint)
+    if origin is tuple and isinstance(data, list):
+        return _decode_tuple(data, hint, path)
+    if origin is dict and isinstance(data, dict):
+        return True, {key: _decode(item, typing.get_args(hint)[1], _join(path, key)) for key, item in data.items()}
+    if not isinstance(hint, type) or origin is not None:
+        return False, None
+    if issubclass(hint, enum.Enum):
+        matches = [item for item in hint if item.value == data and type(item.value) is type(data)]
+        return bool(matches), matches[0] if matches else None
+    if issubclass(hint, Path) and isinstance(data, str):
+        return True, hint(data)
+    if hint is float and type(data) in (int, float):
+        return _is_finite_float(data), float(data) if _is_finite_float(data) else None
+    return hint in (bool, int, str) and type(data) is hint, data
+
+
+def _is_finite_float(number: int | float) -> bool:
+    try:
+        return math.isfinite(float(number))
+    except OverflowError:
+        return False
+
+
+def _decode_tuple(data: list[Any], hint: Any, path: str) -> tuple[bool, Any]:
+    args = typing.get_args(hint)
+    if not (len(args) == 2 and args[1] is Ellipsis) and len(args) != len(data):
+        raise ConfigError(f"{_at(path)}: expected {len(args)} values for {_type_name(hint)}, found {len(data)}")
+    declared = _element_types(hint, len(data))
+    return True, tuple(_decode(item, declared[i], f"{path}[{i}]") for i, item in enumerate(data))
+
+
+def _decode_dataclass(data: dict[str, Any], hints: list[Any], path: str) -> Any:
+    cls = _chosen_class(data, hints, path)
+    declared = _field_types(cls)
+    given = {key: item for key, item in data.items() if key != "type"}
+    for key in given:
+        if key not in declared:
+            raise ConfigError(f"{_join(path, key)}: {cls.__name__} has no field {key!r}.{near_names(key, declared)}")
+    for field in dataclasses.fields(cls):
+        if field.init and field.name not in given:
+            default = "" if field.default is dataclasses.MISSING else f" (the default of this version is {field.default!r})"
+            raise ConfigError(f"{_join(path, field.name)}: missing; {cls.__name__} needs it{default}")
+    values = {name: _decode(given[name], hint, _join(path, name)) for name, hint in declared.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:  # from __post_init__
+        raise ConfigError(f"{_at(path)}: {error}") from error
+
+
+def _chosen_class(data: dict[str, Any], hints: list[Any], path: str) -> type:
+    """The class that "type" names among those allowed, or the only one that is declared."""
+    options = _concrete_classes(hints)
+    name = data.get("type")
+    if len(hints) == 1 and not _is_abstract(hints[0]) and name is None:
+        return hints[0]
+    if name is None:
+        raise ConfigError(f"{_join(path, 'type')}: missing; give one of {', '.join(sorted(options))}")
+    if name not in options:
+        hint = near_names(name, options) if isinstance(name, str) else ""
+        known = ", ".join(sorted(options))
+        raise ConfigError(
+            f"{_join(path, 'type')}: {name!r} is none of {known}.{hint} A class of your own is known once its file is imported."
+        )
+    return options[name]

@@ -1,0 +1,91 @@
+"""What a run shows while it runs: a live bar on a terminal, plain lines in a file or a pipe.
+
+with Progress(num_steps=2000) as progress:
+    progress.advance(9)                                                              # every step: moves the bar
+    progress.update(10, loss=3.2, bits_per_byte=4.1, tokens_per_second=9e3)          # every log interval
+    progress.print("checkpoint saved at step 10")
+"""
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+    """Shows the steps of a run from `first_step` (0, or where it was resumed) to `num_steps`; only process 0 prints.
+
+    A live bar is drawn where `console` (standard output unless given) is a terminal; else each update is one line.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_steps: int,
+        first_step: int = 0,
+        process_index: int = 0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._num_steps = num_steps
+        self._is_silent = process_index != 0
+        self._clock = clock
+        self._first_update: tuple[int, float] | None = None
+        self._console = console or Console()
+        columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
+        bar = Bar(*columns, console=self._console, refresh_per_second=5)
+        self._task = bar.add_task("compiling", total=num_steps, completed=first_step)
+        self._bar = bar if self._console.is_terminal and not self._is_silent else None
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step`; costs nothing and says nothing without a terminal."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def update(self, step: int, *, loss: float, bits_per_byte: float, tokens_per_second: float) -> None:
+        """Shows the figures of `step` and the time that is left at the mean pace since the first update."""
+        eta = self._time_left(step)
+        figures = f"loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  {tokens_per_second:,.0f} tokens/s  {eta} left"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=figures)
+        else:
+            self.print(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {figures}")
+
+    def print(self, text: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        if self._is_silent:
+            return
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.file.flush()
+
+    def _time_left(self, step: int) -> str:
+        now = self._clock()
+        if self._first_update is None or step <= self._first_update[0]:
+            # Compilation comes before the first update and says nothing about the pace.
+            self._first_update = (step, now)
+            return "0s" if step >= self._num_steps else "?"
+        first_step, first_time = self._first_update
+        return format_seconds((now - first_time) / (step - first_step) * (self._num_steps - step))
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def format_seconds(seconds: float) -> str:
+    """Two units at the most, for people: 42s, 3m05s, 2h07m, 3d04h."""
+    total = max(round(seconds), 0)
+    minutes, hours, days = total // 60, total // 3600, total // 86400
+    if days:
+        return f"{days}d{hours % 24:02d}h"
+    if hours:
+        return f"{hours}h{minutes % 60:02d}m"
+    return f"{minutes}m{total % 60:02d}s" if minutes else f"{total}s"
