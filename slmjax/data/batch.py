@@ -1,0 +1,48 @@
+"""A batch of packed rows: what the model, the losses and the evaluators are given, and what the data pipeline makes.
+
+A row holds one or more pieces of documents side by side. `segment_ids` tells them apart, `positions` restart with each,
+and padding fills what is left. Batches of training come from `pipeline.py`, those of evaluation from `windows.py`.
+
+Legend: B rows of the batch, T positions of a row.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+# Int32, or Float32, with the shape in the comment beside each field. Not checked when a Batch is made, because the trees
+# that `jax.tree.map` makes of it hold shardings, specs, ShapeDtypeStructs, or arrays with another leading dim.
+ArrayLeaf = Any
+
+PADDING_SEGMENT = 0  # segment id of positions that hold no document
+NO_ROW = -1  # row id of a row that is padding throughout
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """B rows of T tokens. Padding is token 0, target 0, loss mask 0, segment 0, position 0."""
+
+    tokens: ArrayLeaf  # Int32 "B T": inputs
+    targets: ArrayLeaf  # Int32 "B T": the token after each input in its document
+    loss_mask: ArrayLeaf  # Float32 "B T": 1 where the target is scored, else 0
+    segment_ids: ArrayLeaf  # Int32 "B T": 1.. for the pieces of a row, PADDING_SEGMENT for padding
+    positions: ArrayLeaf  # Int32 "B T": 0.. within each piece
+    row_ids: ArrayLeaf  # Int32 "B": which row of its dataset this is, NO_ROW for a row of padding
+    num_bytes: ArrayLeaf  # Int32 "B": UTF-8 bytes of the row's scored targets
+
+
+def empty_batch(num_rows: int, sequence_length: int) -> Batch:
+    """A batch of numpy arrays that is padding throughout, to be written into."""
+    shape = (num_rows, sequence_length)
+    return Batch(
+        tokens=np.zeros(shape, np.int32),
+        targets=np.zeros(shape, np.int32),
+        loss_mask=np.zeros(shape, np.float32),
+        segment_ids=np.full(shape, PADDING_SEGMENT, np.int32),
+        positions=np.zeros(shape, np.int32),
+        row_ids=np.full(num_rows, NO_ROW, np.int32),
+        num_bytes=np.zeros(num_rows, np.int32),
+    )

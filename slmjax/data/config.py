@@ -1,0 +1,93 @@
+"""DataConfig: what text is trained on, how it is divided, packed and batched, and where prepared data is kept."""
+
+import dataclasses
+import enum
+import os
+from pathlib import Path
+
+from slmjax.data.dataset_sources import HuggingFaceSource, TfdsSource
+from slmjax.data.documents import OnBadDocument
+from slmjax.data.sources import SourceConfig, TextSource
+from slmjax.data.stdlib_corpus import StdlibSource
+
+__all__ = [
+    "DataConfig",
+    "HuggingFaceSource",
+    "OnBadDocument",
+    "Packing",
+    "SourceConfig",
+    "Split",
+    "StdlibSource",
+    "TextSource",
+    "TfdsSource",
+    "WeightedSource",
+]
+
+
+class Split(enum.Enum):
+    """How text is held out for evaluation."""
+
+    DOCUMENTS = "documents"  # whole documents, chosen by a hash of their ids
+    TAIL = "tail"  # the last part of each document's text: for a corpus that is one or a few files
+
+
+class Packing(enum.Enum):
+    """How documents are laid into rows of sequence_length tokens."""
+
+    BEST_FIT = "best_fit"  # whole documents side by side, each attending to itself alone
+    CONCATENATE = "concatenate"  # one stream of documents, cut into rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightedSource:
+    """One source of a mixture."""
+
+    source: SourceConfig  # where its text comes from
+    weight: float = 1.0  # its share of the rows, relative to the other weights
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ValueError(f"weight is {self.weight}, must be above 0: leave the source out instead")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Sources, split, packing, batches, and the treatment of bad documents."""
+
+    sources: tuple[WeightedSource, ...] = (WeightedSource(source=StdlibSource()),)  # the mixture
+    path: str | None = None  # local text (a file, a directory or a glob): replaces the sources
+    split: Split = Split.DOCUMENTS  # hold out whole documents, or the tail of each
+    heldout_fraction: float = 0.05  # share of the text that is never trained on; 0 holds out nothing
+    packing: Packing = Packing.BEST_FIT  # how documents fill the rows
+    packing_window: int = 4096  # documents that best-fit packing chooses among at a time
+    sequence_length: int = 256  # tokens of a row
+    batch_size: int = 32  # rows of the global batch, over all devices and hosts
+    seed: int = 0  # decides the order of the rows
+    on_bad_document: OnBadDocument = OnBadDocument.SKIP  # invalid UTF-8, empty, field missing, broken record
+    max_bad_fraction: float = 0.01  # stop if more than this share of a source's documents is bad
+    max_document_bytes: int = 1_000_000  # longer documents are tokenized in parts of this size and joined again
+    cache_dir: str | None = None  # prepared data; default: $SLMJAX_CACHE, else ~/.cache/slmjax
+    read_threads: int = 2  # threads that read rows ahead of the step
+    prefetch: int = 8  # batches kept ready ahead of the step
+
+    def __post_init__(self) -> None:
+        if not self.sources and self.path is None:
+            raise ValueError("data.sources is empty: give at least one source, or data.path")
+        for name in ("heldout_fraction", "max_bad_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"data.{name} is {getattr(self, name)}, must be between 0 and 1")
+        for name in ("packing_window", "sequence_length", "batch_size", "read_threads", "prefetch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} is {getattr(self, name)}, must be at least 1")
+        if self.max_document_bytes < 1024:
+            raise ValueError(f"data.max_document_bytes is {self.max_document_bytes}, must be at least 1024")
+
+    @property
+    def mixture(self) -> tuple[WeightedSource, ...]:
+        """The sources that are read: `sources`, or the one that `path` stands for."""
+        return self.sources if self.path is None else (WeightedSource(source=TextSource(path=self.path)),)
+
+    @property
+    def cache_path(self) -> Path:
+        """The directory of prepared data."""
+        return Path(self.cache_dir or os.environ.get("SLMJAX_CACHE") or "~/.cache/slmjax").expanduser()

@@ -1,0 +1,267 @@
+"""Which pieces of which documents make up each row: decided once for a set of token shards, saved, addressable by row.
+
+A piece is (document, start, length): inputs tokens[start : start + length], targets tokens[start + 1 : start + length + 1].
+
+`best_fit_rows` cuts a document of L tokens (BOS and EOS included) into pieces that score each of its L - 1 targets once,
+and fills rows with them by best-fit decreasing within windows of consecutive documents. `concatenated_rows` cuts the
+stream of all documents every T tokens: rows are full but for the last, and a piece that ends its document has EOS as its
+last input, whose target would be the BOS of the next document: it is not scored. Both lose no target and repeat none.
+
+A plan is a pure function of the document lengths and the settings. It takes 12 bytes a piece and 8 a row in memory.
+Use: `plan = load_or_pack(shards, ...)`, then `write_row(batch, 0, plan=plan, row=17, shards=shards)`.
+
+Legend: T positions of a row, V vocabulary.
+"""
+
+import bisect
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int32, Int64, Integer
+
+from slmjax.data.batch import Batch
+from slmjax.data.config import Packing
+
+_PLAN_VERSION = 1  # part of the name of a saved plan: raise it when the same settings would give other rows
+
+
+@runtime_checkable
+class TokenizedDocuments(Protocol):
+    """What packing needs of its documents. `TokenShards` is one; [BOS] tokens [EOS] each."""
+
+    lengths: Int32[np.ndarray, "documents"]  # tokens with BOS and EOS
+    num_bytes: Int32[np.ndarray, "documents"]  # of UTF-8 text
+    prompt_lengths: Int32[np.ndarray, "documents"]  # leading tokens that training does not score; 0 for plain text
+
+    @property
+    def hash(self) -> str:
+        """Differs where any of the documents differs."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def tokens(self, document: int, *, start: int = 0, stop: int | None = None) -> Int32[np.ndarray, "T"]:
+        """The token ids from `start` to `stop`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class RowPlan:
+    """Rows of pieces, in compressed sparse row form: row r has pieces row_starts[r] to row_starts[r + 1]."""
+
+    sequence_length: int  # positions of a row
+    overlap: int  # leading targets of a piece with start > 0 that an earlier piece has scored
+    row_starts: Int64[np.ndarray, "rows_and_end"]
+    documents: Int32[np.ndarray, "pieces"]
+    starts: Int32[np.ndarray, "pieces"]
+    lengths: Int32[np.ndarray, "pieces"]
+
+    def __len__(self) -> int:
+        return len(self.row_starts) - 1
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the positions that hold a token rather than padding."""
+        return float(self.lengths.sum(dtype=np.int64)) / (len(self) * self.sequence_length)
+
+    def pieces(self, row: int) -> list[tuple[int, int, int]]:
+        """(document, start, length) of each piece of a row, in order."""
+        here = slice(int(self.row_starts[row]), int(self.row_starts[row + 1]))
+        return list(zip(self.documents[here].tolist(), self.starts[here].tolist(), self.lengths[here].tolist(), strict=True))
+
+
+def best_fit_rows(document_lengths: Integer[np.ndarray, "documents"], *, sequence_length: int, window: int, overlap: int = 0) -> RowPlan:
+    """Packs `window` consecutive documents at a time; the pieces of one document are in order over the rows.
+
+    With an overlap, each further piece of a long document starts with the last `overlap` inputs of the one before.
+    Raises ValueError where no row can be made.
+    """
+    _check_sequence_length(sequence_length)
+    if window < 1:
+        raise ValueError(f"documents are packed {window} at a time: set the packing window to at least 1")
+    if not 0 <= overlap < sequence_length:
+        raise ValueError(f"an overlap of {overlap} leaves a row of {sequence_length} no new target: choose 0 to {sequence_length - 1}")
+    documents, starts, lengths = _cut(document_lengths, sequence_length=sequence_length, overlap=overlap)
+    rows = np.empty(len(documents), np.int64)
+    num_rows = 0
+    edges = np.searchsorted(documents, np.arange(0, len(document_lengths) + window, window))
+    for begin, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        rows_in_window, num_rows_in_window = _best_fit_decreasing(lengths[begin:end], sequence_length)
+        rows[begin:end] = num_rows + rows_in_window
+        num_rows += num_rows_in_window
+    order = np.argsort(rows, kind="stable")
+    return _plan(rows[order], documents[order], starts[order], lengths[order], sequence_length=sequence_length, overlap=overlap)
+
+
+def concatenated_rows(document_lengths: Integer[np.ndarray, "documents"], *, sequence_length: int) -> RowPlan:
+    """Cuts the joined documents every `sequence_length` tokens. The last EOS, which predicts nothing, is left out."""
+    _check_sequence_length(sequence_length)
+    offsets = np.concatenate([[0], np.cumsum(document_lengths, dtype=np.int64)])
+    end = max(int(offsets[-1]) - 1, 0)
+    cuts = np.union1d(offsets[offsets < end], np.arange(0, end, sequence_length))
+    documents = np.searchsorted(offsets, cuts, side="right") - 1
+    lengths = np.diff(cuts, append=end)
+    rows = cuts // sequence_length
+    return _plan(rows, documents, cuts - offsets[documents], lengths, sequence_length=sequence_length, overlap=0)
+
+
+def load_or_pack(shards: TokenizedDocuments, *, packing: Packing, sequence_length: int, window: int, cache_dir: Path) -> RowPlan:
+    """The plan of these shards under these settings, from `cache_dir` if it is there and sound, else made and saved."""
+    settings = {
+        "version": _PLAN_VERSION,
+        "shards": shards.hash,
+        "packing": packing.value,
+        "sequence_length": sequence_length,
+        "window": window if packing is Packing.BEST_FIT else None,
+    }
+    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+    path = cache_dir / "packing" / f"{name}.npz"
+    plan = _load(path, sequence_length=sequence_length)
+    if plan is None:
+        if packing is Packing.BEST_FIT:
+            plan = best_fit_rows(shards.lengths, sequence_length=sequence_length, window=window)
+        else:
+            plan = concatenated_rows(shards.lengths, sequence_length=sequence_length)
+        _save(plan, path)
+    return plan
+
+
+def write_row(
+    batch: Batch,
+    index: int,
+    *,
+    plan: RowPlan,
+    row: int,
+    shards: TokenizedDocuments,
+    prompt_lengths: Int32[np.ndarray, "documents"] | None = None,
+    token_bytes: Integer[np.ndarray, "V"] | None = None,
+) -> None:
+    """Writes row `row` of the plan into row `index` of an empty batch; the caller sets its row id.
+
+    Targets before a document's prompt length are not scored. The row's bytes are exact with `token_bytes` (UTF-8 bytes of
+    each token id); without, a document's bytes are spread evenly over its tokens, rounded so that its pieces add up to them.
+    """
+    column = 0
+    num_bytes = 0
+    for segment, (document, start, length) in enumerate(plan.pieces(row), start=1):
+        num_tokens = int(shards.lengths[document])
+        tokens = shards.tokens(document, start=start, stop=min(start + length + 1, num_tokens))
+        num_targets = len(tokens) - 1  # one less than `length` where the last input is EOS
+        end = column + length
+        batch.tokens[index, column:end] = tokens[:length]
+        batch.targets[index, column : column + num_targets] = tokens[1:]
+        batch.segment_ids[index, column:end] = segment
+        batch.positions[index, column:end] = np.arange(length, dtype=np.int32)
+        scored = start + 1 + (plan.overlap if start else 0)
+        if prompt_lengths is not None:
+            scored = max(scored, int(prompt_lengths[document]))
+        stop = start + 1 + num_targets
+        if scored < stop:
+            batch.loss_mask[index, column + scored - start - 1 : column + num_targets] = 1
+            if token_bytes is not None:
+                num_bytes += int(token_bytes[tokens[scored - start :]].sum())
+            else:
+                total = int(shards.num_bytes[document])
+                num_bytes += _bytes_before(stop, num_tokens, total) - _bytes_before(scored, num_tokens, total)
+        column = end
+    batch.num_bytes[index] = num_bytes
+
+
+def _bytes_before(target: int, num_tokens: int, num_bytes: int) -> int:
+    """Bytes of the tokens of a document before index `target`: evenly many each, but for BOS and EOS, which have none."""
+    text_tokens = max(num_tokens - 2, 1)
+    return num_bytes * min(target - 1, text_tokens) // text_tokens
+
+
+def _check_sequence_length(sequence_length: int) -> None:
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length is {sequence_length}: a row needs at least 2 positions")
+
+
+def _cut(document_lengths: np.ndarray, *, sequence_length: int, overlap: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pieces of at most `sequence_length` targets: documents, starts, lengths, in document order."""
+    num_targets = np.maximum(document_lengths.astype(np.int64) - 1, 0)
+    stride = sequence_length - overlap
+    further = np.maximum(-(-(num_targets - sequence_length) // stride), 0)
+    num_pieces = np.where(num_targets > 0, 1 + further, 0)
+    documents = np.repeat(np.arange(len(num_targets)), num_pieces)
+    place = np.arange(len(documents)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
+    starts = place * stride
+    return documents, starts, np.minimum(num_targets[documents] - starts, sequence_length)
+
+
+def _best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
+    """The row of each piece, and the number of rows: longest first, each into the fullest row that has room for it.
+
+    Pieces of equal length keep their order. O(n log n), as rooms are at most `capacity` distinct numbers.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    rows = np.empty(len(lengths), np.int64)
+    rooms: list[int] = []  # sorted: each number of free positions that some row has
+    rows_with: dict[int, list[int]] = {}  # by the number of free positions
+    num_rows = 0
+    for piece, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        place = bisect.bisect_left(rooms, length)
+        if place < len(rooms):
+            room = rooms[place]
+            row = rows_with[room].pop()
+            if not rows_with[room]:
+                del rooms[place]
+        else:
+            room, row = capacity, num_rows
+            num_rows += 1
+        rows[piece] = row
+        if left := room - length:
+            same = rows_with.setdefault(left, [])
+            if not same:
+                bisect.insort(rooms, left)
+            same.append(row)
+    return rows, num_rows
+
+
+def _plan(
+    rows: np.ndarray, documents: np.ndarray, starts: np.ndarray, lengths: np.ndarray, *, sequence_length: int, overlap: int
+) -> RowPlan:
+    """From pieces sorted by row, where every row from 0 on has one."""
+    if not len(rows):
+        raise ValueError("there are no documents to make rows of: the source, or this split of it, is empty")
+    return RowPlan(
+        sequence_length=sequence_length,
+        overlap=overlap,
+        row_starts=np.searchsorted(rows, np.arange(rows[-1] + 2)).astype(np.int64),
+        documents=documents.astype(np.int32),
+        starts=starts.astype(np.int32),
+        lengths=lengths.astype(np.int32),
+    )
+
+
+_SAVED = ("row_starts", "documents", "starts", "lengths")
+
+
+def _save(plan: RowPlan, path: Path) -> None:
+    """Through a file of another name, so that a plan is there whole or not at all, whoever else writes it or is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
+        try:
+            np.savez(file, allow_pickle=False, **{name: getattr(plan, name) for name in _SAVED})
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def _load(path: Path, *, sequence_length: int) -> RowPlan | None:
+    """None where there is no such file, or its checksums (each array has one in the archive) do not match."""
+    try:
+        with path.open("rb") as file, np.load(file) as archive:
+            return RowPlan(sequence_length=sequence_length, overlap=0, **{name: archive[name] for name in _SAVED})
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None

@@ -1,0 +1,218 @@
+"""Prepared data: the tokenizer and the token shards of a mixture, made once and found again by hash.
+
+    prepared = prepare(DataConfig(), BpeTokenizer(vocab_size=4096))
+    prepared.train[0][0].tokens(0);  prepared.tokenizer.decode(...);  prepared.heldout_text()
+
+Under the cache directory: tokenizers/KEY and shards/KEY/{train,heldout}, where KEY is a hash of everything that
+decides the content. A directory is written under a temporary name and renamed when it is complete: a killed process
+leaves nothing that would be taken for data, and of two processes that prepare the same thing, one wins.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slmjax.config import fingerprint, to_json
+from slmjax.data.config import DataConfig, WeightedSource
+from slmjax.data.documents import Gatekeeper, check_bad_fraction
+from slmjax.data.encoding import HELDOUT, TRAIN, divide, write_source
+from slmjax.data.shards import FORMAT_VERSION, TokenShards
+from slmjax.data.sources import combined_hash
+from slmjax.data.tokenizers import Reads, Tokenizer, TokenizerConfig
+
+Log = Callable[[str], None]
+_STALE_SECONDS = 24 * 3600
+_SAMPLE_TOKENS = 100
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What training and evaluation read."""
+
+    tokenizer: Tokenizer
+    train: tuple[tuple[TokenShards, float], ...]  # one per source of the mixture, with its weight
+    heldout: tuple[TokenShards, ...]  # one per source; empty if nothing is held out
+
+    def heldout_text(self) -> bytes:
+        """The UTF-8 text of all held-out documents, joined: what a compressor is compared on."""
+        return b"".join(shards.text() for shards in self.heldout)
+
+
+def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, log: Log = print) -> Prepared:
+    """Opens the prepared data of this mixture, preparing what is missing. Raises ValueError for unusable sources or data."""
+    hashes = [weighted.source.fingerprint() for weighted in data.mixture]
+    with _progress() as bar:
+        built = _tokenizer(data, tokenizer, hashes=hashes, bar=bar, log=log)
+        directories = [
+            _shard_directory(weighted, data, source_hash=source_hash, tokenizer=built, bar=bar, log=log)
+            for weighted, source_hash in zip(data.mixture, hashes, strict=True)
+        ]
+    train = [TokenShards.open(directory / TRAIN, tokenizer_hash=built.hash) for directory in directories]
+    heldout = [TokenShards.open(directory / HELDOUT, tokenizer_hash=built.hash) for directory in directories if data.heldout_fraction > 0]
+    for shards in train:
+        check_bad_fraction(shards.manifest.bad_documents, data.max_bad_fraction, source_name=shards.manifest.source_name)
+    weights = [weighted.weight for weighted in data.mixture]
+    return Prepared(tokenizer=built, train=tuple(zip(train, weights, strict=True)), heldout=tuple(heldout))
+
+
+def inspect(data: DataConfig, tokenizer: TokenizerConfig, *, num_samples: int = 3, log: Log = print) -> dict[str, Any]:
+    """Statistics of the prepared data and decoded samples of the training text, as JSON can hold them."""
+    prepared = prepare(data, tokenizer, log=log)
+    sources = []
+    for i, (shards, weight) in enumerate(prepared.train):
+        heldout = {HELDOUT: _statistics(prepared.heldout[i])} if prepared.heldout else {}
+        about = {"name": shards.manifest.source_name, "weight": weight, "bad_documents": to_json(shards.manifest.bad_documents)}
+        sources.append({**about, TRAIN: _statistics(shards), **heldout})
+    built = prepared.tokenizer
+    return {
+        "tokenizer": {"kind": type(tokenizer).__name__, "vocab_size": built.vocab_size, "hash": built.hash},
+        "sources": sources,
+        "samples": [sample for shards, _ in prepared.train for sample in _samples(shards, built, seed=data.seed, count=num_samples)],
+    }
+
+
+def _statistics(shards: TokenShards) -> dict[str, Any]:
+    manifest = shards.manifest
+    shortest, median, longest = np.quantile(shards.lengths, (0, 0.5, 1))
+    return {
+        "documents": manifest.num_documents,
+        "bytes": manifest.num_bytes,
+        "tokens": manifest.num_tokens,
+        "bytes_per_token": round(manifest.num_bytes / manifest.num_tokens, 3),
+        "tokens_per_document": {"shortest": int(shortest), "median": int(median), "longest": int(longest)},
+        "documents_with_prompt": int(np.count_nonzero(shards.prompt_lengths)),
+        "directory": str(shards.directory),
+    }
+
+
+def _samples(shards: TokenShards, tokenizer: Tokenizer, *, seed: int, count: int) -> list[dict[str, Any]]:
+    chosen = np.random.default_rng(seed).choice(len(shards), size=min(count, len(shards)), replace=False)
+    samples = []
+    for document in sorted(chosen.tolist()):
+        tokens = shards.tokens(document, stop=min(int(shards.lengths[document]), _SAMPLE_TOKENS))
+        about = {"source": shards.manifest.source_name, "document": document, "tokens": int(shards.lengths[document])}
+        samples.append({**about, "text": tokenizer.decode(tokens.tolist())})
+    return samples
+
+
+def _tokenizer(data: DataConfig, config: TokenizerConfig, *, hashes: list[str], bar: "_Bar", log: Log) -> Tokenizer:
+    if config.reads is Reads.NOTHING:
+        return config.build(())
+    key = combined_hash("tokenizer", fingerprint(config), type(config).__name__, *_split_settings(data), *hashes)[:32]
+    final = data.cache_path / "tokenizers" / key
+    files = ("tokenizer.json", "tokenizer_config.json", "hash")
+    if not _is_whole(final, files):
+        started = time.monotonic()
+        with _written_whole(final, files=files) as temporary:
+            built = config.build(_texts(data, config.reads, bar=bar))
+            built.save(temporary)
+            (temporary / "hash").write_text(built.hash)
+        log(f"tokenizer: {built.vocab_size} tokens, made in {time.monotonic() - started:.1f} s")
+    try:
+        loaded = Tokenizer.load(final)
+    except ValueError as error:
+        raise ValueError(f"{final} is damaged ({error}): delete it, it is made anew") from error
+    if loaded.hash != (final / "hash").read_text():
+        raise ValueError(f"{final} is damaged: the vocabulary is not the one that was written. Delete it, it is made anew")
+    return loaded
+
+
+def _texts(data: DataConfig, reads: Reads, *, bar: "_Bar") -> Iterator[str]:
+    """The text a vocabulary is made from: of all sources, of one side or both."""
+    for weighted in data.mixture:
+        name = weighted.source.describe()
+        gate = Gatekeeper(data.on_bad_document, max_bad_fraction=data.max_bad_fraction)
+        bar.start(f"tokenizer: {name}", weighted.source.size_hint())
+        for found in weighted.source.documents():
+            document = gate.admit(found)
+            for side, half in divide(document, data) if document is not None else ():
+                if side == TRAIN or reads is Reads.ALL_TEXT:
+                    yield half.prompt + half.text
+                bar.advance(len(half.text))
+        gate.check(name)
+
+
+def _shard_directory(weighted: WeightedSource, data: DataConfig, *, source_hash: str, tokenizer: Tokenizer, bar: "_Bar", log: Log) -> Path:
+    """The directory of one source's shards, written if it is not there."""
+    settings = (*_split_settings(data), str(data.max_document_bytes))
+    key = combined_hash("shards", str(FORMAT_VERSION), source_hash, tokenizer.hash, *settings)[:32]
+    final = data.cache_path / "shards" / key
+    files = [f"{side}/manifest.json" for side in ([TRAIN, HELDOUT] if data.heldout_fraction > 0 else [TRAIN])]
+    if _is_whole(final, files):
+        return final
+    started = time.monotonic()
+    name = weighted.source.describe()
+    bar.start(name, weighted.source.size_hint())
+    with _written_whole(final, files=files) as temporary:
+        counts = write_source(weighted.source, temporary, source_hash=source_hash, tokenizer=tokenizer, data=data, advance=bar.advance)
+    log(f"prepared {name}: {counts.documents} documents in {time.monotonic() - started:.1f} s, in {final}")
+    if counts.bad:
+        log(f"{name}: {counts.describe()}")
+    return final
+
+
+def _split_settings(data: DataConfig) -> tuple[str, ...]:
+    return data.split.value, repr(data.heldout_fraction), data.on_bad_document.value
+
+
+def _is_whole(directory: Path, files: Sequence[str]) -> bool:
+    return all((directory / name).exists() for name in files)
+
+
+@contextlib.contextmanager
+def _written_whole(final: Path, *, files: Sequence[str]) -> Iterator[Path]:
+    """A temporary directory beside `final` that takes its place when the block ends well, unless another process was first."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for other in final.parent.glob(".*"):  # of processes that were killed
+        if time.time() - other.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(other, ignore_errors=True)
+    if final.exists() and not _is_whole(final, files):  # a person deleted part of it: directories only ever appear whole
+        shutil.rmtree(final, ignore_errors=True)
+    temporary = final.parent / f".{final.name}-{uuid.uuid4().hex[:12]}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        with contextlib.suppress(OSError):  # another process was first, and wrote the same
+            os.replace(temporary, final)
+        if not final.exists():
+            raise ValueError(f"{final} cannot be written: name a directory that can with --data.cache-dir")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class _Bar:
+    """A progress bar in bytes of text, or nothing where there is no terminal."""
+
+    def __init__(self, progress: Any) -> None:
+        self._progress = progress
+        self._task: Any = None
+
+    def start(self, description: str, total: int | None) -> None:
+        if self._progress is not None:
+            self._task = self._progress.add_task(description, total=total)
+
+    def advance(self, num_bytes: int) -> None:
+        if self._progress is not None:
+            self._progress.advance(self._task, num_bytes)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[_Bar]:
+    if not sys.stderr.isatty():
+        yield _Bar(None)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield _Bar(progress)

@@ -1,0 +1,332 @@
+"""Token shards: one directory of documents as token ids, checksummed, readable at random by many threads.
+
+    manifest.json                 ShardManifest: counts, hashes, one ShardFile per file; itself under a checksum
+    index.npz                     lengths, num_bytes, prompt_lengths: int32, one entry per document
+    tokens-00000.array_record     the ids, little-endian uint16 (vocabularies up to 65,536) or uint32
+    text.bin                      only where the text was kept: the UTF-8 text of all documents, joined
+
+A document is [BOS] ids [EOS]. It is stored as consecutive records of `record_tokens` ids (the last one shorter), so
+that a window of a long document costs one or two small reads. `TokenShards.open` checks sizes, checksums (once per
+process) and the range of the ids; whatever is wrong raises a ValueError that says how to get out of it.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from jaxtyping import Int32, Integer
+
+from slmjax.config import from_json, to_json
+from slmjax.data.documents import BadCounts
+
+FORMAT_VERSION = 1
+RECORD_TOKENS = 16_384
+SHARD_FILE_BYTES = 256 << 20  # of raw ids in one tokens-*.array_record
+_MAX_INT32 = 2**31 - 1
+_CACHED_RECORDS = 256  # at most 16 MiB of decoded ids held by one TokenShards
+_WAY_OUT = "Delete the directory and run `slmjax data prepare` (or the training) again: it is written anew."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardFile:
+    """Size and checksum of one file; for a file of ids also what is in it."""
+
+    name: str  # within the directory
+    num_bytes: int  # size on disk
+    sha256: str  # of the whole file
+    num_records: int = 0  # token files only
+    min_id: int = 0  # smallest token id in it
+    max_id: int = 0  # largest token id in it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardManifest:
+    """What a shard directory holds."""
+
+    version: int  # of this format
+    content_hash: str  # sha256 of ids, index and tokenizer: equal for equal data wherever it was written
+    tokenizer_hash: str  # Tokenizer.hash
+    vocab_size: int  # every id is below it
+    source_name: str  # for people
+    source_hash: str  # SourceConfig.fingerprint()
+    record_tokens: int  # ids per record
+    num_documents: int
+    num_tokens: int  # with BOS and EOS
+    num_bytes: int  # UTF-8 bytes of the text, prompts included
+    bad_documents: BadCounts  # of the whole source, the other split included
+    token_files: tuple[ShardFile, ...]
+    other_files: tuple[ShardFile, ...]  # index.npz, and text.bin where the text was kept
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+    """Little-endian uint16 where every id fits it, else uint32."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+class ShardWriter:
+    """Writes a shard directory; nothing is readable before `close`.
+
+    with ShardWriter(directory, tokenizer_hash=..., vocab_size=...) as writer:
+        writer.add([bos, *ids, eos], num_bytes=len(text.encode()))
+        manifest = writer.close()
+    """
+
+    def __init__(self, directory: Path, *, tokenizer_hash: str, vocab_size: int, source_name: str = "", source_hash: str = "") -> None:
+        self._directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        self._about = {
+            "tokenizer_hash": tokenizer_hash,
+            "vocab_size": vocab_size,
+            "source_name": source_name,
+            "source_hash": source_hash,
+        }
+        self._vocab_size = vocab_size
+        self._digest = hashlib.sha256()
+        self._index: dict[str, list[int]] = {"lengths": [], "num_bytes": [], "prompt_lengths": []}
+        self._files: list[ShardFile] = []
+        self._writer: Any = None
+        self._text: Any = None
+        self._start_file()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Closes what is open; after `close` there is nothing left to do."""
+        for stream in (self._writer, self._text):
+            if stream is not None:
+                stream.close()
+        self._writer = self._text = None
+
+    def add(
+        self, tokens: Integer[np.ndarray, " T"] | list[int], *, num_bytes: int, prompt_length: int = 0, text: bytes | None = None
+    ) -> None:
+        """Appends one document: its ids with BOS and EOS, its UTF-8 bytes, its unscored leading tokens, the text to keep."""
+        ids = np.asarray(tokens)
+        if ids.size == 0 or ids.min() < 0 or ids.max() >= self._vocab_size:
+            raise ValueError(f"document {len(self._index['lengths'])} is empty or has ids outside 0..{self._vocab_size - 1}")
+        if max(ids.size, num_bytes) > _MAX_INT32:
+            raise ValueError(f"a document of {num_bytes} bytes is too long: split it into several (files, or lines of a .jsonl)")
+        stored = ids.astype(id_dtype(self._vocab_size))
+        for start in range(0, stored.size, RECORD_TOKENS):
+            self._write_record(stored[start : start + RECORD_TOKENS])
+        self._digest.update(ids.astype("<u4").tobytes())
+        for name, value in (("lengths", ids.size), ("num_bytes", num_bytes), ("prompt_lengths", prompt_length)):
+            self._index[name].append(value)
+        if text is not None:
+            if self._text is None:
+                self._text = (self._directory / "text.bin").open("wb")
+            self._text.write(text)
+
+    def close(self, bad_documents: BadCounts | None = None) -> ShardManifest:
+        """Finishes the files and writes the manifest last."""
+        assert self._index["lengths"], f"{self._directory}: no document to write"
+        self._finish_file()
+        index = {name: np.asarray(values, np.int32) for name, values in self._index.items()}
+        np.savez(self._directory / "index.npz", allow_pickle=False, **index)
+        others = [_shard_file(self._directory / "index.npz")]
+        if self._text is not None:
+            self._text.close()
+            self._text = None
+            others.append(_shard_file(self._directory / "text.bin"))
+        for values in index.values():
+            self._digest.update(values.astype("<i4").tobytes())
+        self._digest.update(f"{self._about['tokenizer_hash']} {self._vocab_size}".encode())
+        manifest = ShardManifest(
+            version=FORMAT_VERSION,
+            content_hash=self._digest.hexdigest(),
+            record_tokens=RECORD_TOKENS,
+            num_documents=len(index["lengths"]),
+            num_tokens=int(index["lengths"].sum(dtype=np.int64)),
+            num_bytes=int(index["num_bytes"].sum(dtype=np.int64)),
+            bad_documents=bad_documents or BadCounts(),
+            token_files=tuple(self._files),
+            other_files=tuple(others),
+            **self._about,
+        )
+        body = to_json(manifest)
+        (self._directory / "manifest.json").write_text(json.dumps({"manifest": body, "sha256": _json_digest(body)}, indent=1))
+        return manifest
+
+    def _start_file(self) -> None:
+        self._path = self._directory / f"tokens-{len(self._files):05d}.array_record"
+        self._writer = ArrayRecordWriter(str(self._path), "group_size:1,zstd:1")  # group_size 1: records are read one by one
+        self._in_file = {"num_records": 0, "min_id": self._vocab_size, "max_id": 0}
+        self._file_bytes = 0
+
+    def _write_record(self, ids: np.ndarray) -> None:
+        if self._file_bytes + ids.nbytes > SHARD_FILE_BYTES:
+            self._finish_file()
+            self._start_file()
+        self._writer.write(ids.tobytes())
+        self._file_bytes += ids.nbytes
+        self._in_file["num_records"] += 1
+        self._in_file["min_id"] = min(self._in_file["min_id"], int(ids.min()))
+        self._in_file["max_id"] = max(self._in_file["max_id"], int(ids.max()))
+
+    def _finish_file(self) -> None:
+        self._writer.close()
+        self._writer = None
+        self._files.append(_shard_file(self._path, **self._in_file))
+
+
+class TokenShards:
+    """The documents of one shard directory, read at random; may be shared by threads and pickled.
+
+    lengths, num_bytes, prompt_lengths: int32 [documents]. Lengths count BOS and EOS. A prompt length is the number of
+    leading tokens, BOS included, that are not scored; 0 means plain text.
+    """
+
+    def __init__(self, directory: Path, *, manifest: ShardManifest, index: dict[str, np.ndarray]) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self.lengths = index["lengths"]
+        self.num_bytes = index["num_bytes"]
+        self.prompt_lengths = index["prompt_lengths"]
+        num_records = -(-self.lengths.astype(np.int64) // manifest.record_tokens)
+        self._first_record = np.concatenate([[0], np.cumsum(num_records)])
+        self._first_of_file = np.concatenate([[0], np.cumsum([file.num_records for file in manifest.token_files])])
+        self._readers: dict[int, Any] = {}
+        self._cache: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, directory: str | Path, *, tokenizer_hash: str | None = None) -> "TokenShards":
+        """Opens and verifies a directory. Raises ValueError if it is missing, damaged, or of another tokenizer."""
+        directory = Path(directory).absolute()
+        manifest = _read_manifest(directory)
+        if tokenizer_hash not in (None, manifest.tokenizer_hash):
+            raise ValueError(
+                f"{directory} was written with tokenizer {manifest.tokenizer_hash[:16]}, not with this one"
+                f" ({str(tokenizer_hash)[:16]}). Use the tokenizer it was prepared with, or run `slmjax data prepare` with this one."
+            )
+        for file in (*manifest.other_files, *manifest.token_files):
+            _verify_file(directory / file.name, file)
+        for file in manifest.token_files:
+            _check_range(file.min_id, file.max_id, manifest.vocab_size, directory / file.name)
+        with np.load(directory / "index.npz", allow_pickle=False) as arrays:
+            index = {name: arrays[name] for name in ("lengths", "num_bytes", "prompt_lengths")}
+        shards = cls(directory, manifest=manifest, index=index)
+        if shards._first_record[-1] != shards._first_of_file[-1] or len(shards) != manifest.num_documents:
+            raise ValueError(f"{directory}: the index does not fit the token files. {_WAY_OUT}")
+        return shards
+
+    @property
+    def hash(self) -> str:
+        """Identifies the documents: equal for equal ids, bytes and prompts under the same tokenizer."""
+        return self.manifest.content_hash
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def tokens(self, document: int, *, start: int = 0, stop: int | None = None) -> Int32[np.ndarray, " T"]:
+        """Ids `start` to `stop` of a document (BOS is token 0), a fresh array. Only the records needed are read."""
+        length = int(self.lengths[document])
+        stop = length if stop is None else stop
+        assert 0 <= start <= stop <= length, (document, start, stop, length)
+        size = self.manifest.record_tokens
+        first = int(self._first_record[document])
+        parts = [self._record(first + k)[max(start - k * size, 0) : stop - k * size] for k in range(start // size, -(-stop // size))]
+        return np.concatenate(parts or [np.zeros(0)]).astype(np.int32)
+
+    def text(self) -> bytes:
+        """The UTF-8 text of all documents, joined. Raises ValueError where it was not kept (only held-out text is)."""
+        path = self.directory / "text.bin"
+        if not path.exists():
+            raise ValueError(f"{self.directory} holds ids only, not the text")
+        return path.read_bytes()
+
+    def _record(self, record: int) -> np.ndarray:
+        with self._lock:
+            if record in self._cache:
+                self._cache.move_to_end(record)
+                return self._cache[record]
+        file = int(np.searchsorted(self._first_of_file, record, side="right")) - 1
+        raw = self._reader(file).read([record - int(self._first_of_file[file])])[0]
+        ids = np.frombuffer(raw, id_dtype(self.manifest.vocab_size))
+        name = self.directory / self.manifest.token_files[file].name
+        _check_range(int(ids.min()), int(ids.max()), self.manifest.vocab_size, name)
+        with self._lock:
+            self._cache[record] = ids
+            if len(self._cache) > _CACHED_RECORDS:
+                self._cache.popitem(last=False)
+        return ids
+
+    def _reader(self, file: int) -> Any:
+        with self._lock:
+            if file not in self._readers:
+                path = str(self.directory / self.manifest.token_files[file].name)
+                # No read-ahead: access is random. One reader serves all threads (its reads are thread-safe).
+                self._readers[file] = ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=32768)
+            return self._readers[file]
+
+    def __getstate__(self) -> dict[str, Any]:
+        index = {"lengths": self.lengths, "num_bytes": self.num_bytes, "prompt_lengths": self.prompt_lengths}
+        return {"directory": self.directory, "manifest": self.manifest, "index": index}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["directory"], manifest=state["manifest"], index=state["index"])
+
+
+_verified: dict[tuple[str, int, int], str] = {}  # (path, size, modification time) -> sha256, of this process
+
+
+def _verify_file(path: Path, expected: ShardFile) -> None:
+    if not path.exists():
+        raise ValueError(f"{path} is missing. {_WAY_OUT}")
+    status = path.stat()
+    if status.st_size != expected.num_bytes:
+        raise ValueError(f"{path} has {status.st_size} bytes, not {expected.num_bytes}: it was cut short or changed. {_WAY_OUT}")
+    key = (os.fspath(path), status.st_size, status.st_mtime_ns)
+    if key not in _verified:
+        _verified[key] = file_sha256(path)
+    if _verified[key] != expected.sha256:
+        raise ValueError(f"{path} is damaged: its checksum is not the one in the manifest. {_WAY_OUT}")
+
+
+def _read_manifest(directory: Path) -> ShardManifest:
+    path = directory / "manifest.json"
+    if not path.exists():
+        raise ValueError(f"{directory} is no complete shard directory: manifest.json is missing. {_WAY_OUT}")
+    try:
+        content = json.loads(path.read_bytes())
+        body, digest = content["manifest"], content["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}). {_WAY_OUT}") from error
+    if _json_digest(body) != digest:
+        raise ValueError(f"{path} is damaged: its checksum does not match. {_WAY_OUT}")
+    if body["version"] != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {body['version']}, this slmjax reads {FORMAT_VERSION}. {_WAY_OUT}")
+    return from_json(ShardManifest, body)
+
+
+def _check_range(min_id: int, max_id: int, vocab_size: int, path: Path) -> None:
+    if min_id < 0 or max_id >= vocab_size:
+        raise ValueError(f"{path} holds token ids {min_id}..{max_id}, outside the vocabulary of {vocab_size}. {_WAY_OUT}")
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's content, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _shard_file(path: Path, *, num_records: int = 0, min_id: int = 0, max_id: int = 0) -> ShardFile:
+    return ShardFile(
+        name=path.name, num_bytes=path.stat().st_size, sha256=file_sha256(path), num_records=num_records, min_id=min_id, max_id=max_id
+    )
+
+
+def _json_digest(body: Any) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,200 @@
+"""Where text comes from: the interface of a source, and local files.
+
+A source is a frozen dataclass whose `documents()` yields every document in a fixed order, as found: what becomes of
+the bad ones is decided elsewhere (documents.py). `fingerprint()` changes whenever what would be read changes.
+
+Local text: a `.jsonl`/`.ndjson` or `.parquet` file is one document per record, any other file is one document; a
+directory is all the files below it (hidden ones apart), sorted; a glob is what it matches, sorted.
+"""
+
+import abc
+import dataclasses
+import glob
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from slmjax.config import near_names
+from slmjax.data.documents import Document, Problem
+
+_HASHED_WHOLE = 64 << 20  # larger files are fingerprinted by size, modification time and their two ends
+_ENDS = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig(abc.ABC):
+    """A source of documents."""
+
+    @abc.abstractmethod
+    def documents(self) -> Iterator[Document]:
+        """Every document, in the same order each time. Raises ValueError if there is nothing to read."""
+
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """Hash of what `documents` would yield, without the place it is read from where possible."""
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """A few words for people."""
+
+    @abc.abstractmethod
+    def size_hint(self) -> int | None:
+        """About how many bytes of text there are, for the progress bar; None if only reading would tell."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextSource(SourceConfig):
+    """Local files: text, JSON lines, Parquet, a directory, a glob."""
+
+    path: str  # a file, a directory (read recursively) or a glob
+    text_field: str = "text"  # the field of a JSONL or Parquet record that holds the text
+    prompt_field: str | None = None  # with completion_field: records are pairs, and the prompt is not trained on
+    completion_field: str | None = None  # the field that is trained on after prompt_field
+
+    def __post_init__(self) -> None:
+        if (self.prompt_field is None) != (self.completion_field is None):
+            raise ValueError("prompt_field and completion_field go together: give both, or neither and text_field")
+
+    def documents(self) -> Iterator[Document]:
+        for name, path in self._files():
+            if path.suffix in (".jsonl", ".ndjson"):
+                yield from self._json_lines(name, path)
+            elif path.suffix == ".parquet":
+                yield from self._parquet(name, path)
+            else:
+                yield Document(id=name, where=str(path), text=decode(path.read_bytes()))
+
+    def fingerprint(self) -> str:
+        fields = (self.text_field, self.prompt_field, self.completion_field)
+        return combined_hash("text", *map(str, fields), *(f"{name} {file_fingerprint(path)}" for name, path in self._files()))
+
+    def describe(self) -> str:
+        return self.path
+
+    def size_hint(self) -> int | None:
+        return sum(path.stat().st_size for _, path in self._files())
+
+    def _files(self) -> list[tuple[str, Path]]:
+        return find_files(self.path)
+
+    def _fields(self) -> tuple[str, ...]:
+        if self.prompt_field is None or self.completion_field is None:
+            return (self.text_field,)
+        return (self.completion_field, self.prompt_field)
+
+    def _json_lines(self, name: str, path: Path) -> Iterator[Document]:
+        with path.open("rb") as stream:
+            for number, raw in enumerate(stream, start=1):
+                line = decode(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw)
+                if line.isspace():
+                    continue
+                id, where = f"{name}:{number}", f"{path}, line {number}"
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    yield Document(id=id, where=where, problem=Problem.BROKEN_RECORD, detail=f"broken JSON ({error})")
+                    continue
+                if isinstance(record, dict):
+                    yield record_document(record, self._fields(), id=id, where=where)
+                else:
+                    yield Document(id=id, where=where, problem=Problem.BROKEN_RECORD, detail="the line is no JSON object")
+
+    def _parquet(self, name: str, path: Path) -> Iterator[Document]:
+        try:
+            import pyarrow.parquet as parquet
+        except ImportError as error:
+            raise ValueError(f"{path}: reading Parquet needs pyarrow: pip install 'slmjax[parquet]'") from error
+        try:
+            file = parquet.ParquetFile(path)
+        except ValueError as error:  # pyarrow.ArrowInvalid
+            raise ValueError(f"{path} is no readable Parquet file ({error}): replace it, or leave it out with a glob") from error
+        with file:
+            require_fields(self._fields(), file.schema_arrow.names, where=str(path))
+            row = 0
+            for batch in file.iter_batches(batch_size=256, columns=list(self._fields())):
+                columns = [_bytes_of_column(batch.column(field)) for field in self._fields()]
+                for values in zip(*columns, strict=True):
+                    record = dict(zip(self._fields(), values, strict=True))
+                    yield record_document(record, self._fields(), id=f"{name}:{row}", where=f"{path}, row {row}")
+                    row += 1
+
+
+def find_files(path: str) -> list[tuple[str, Path]]:
+    """(name below the given directory, path) of the files that `path`, a file, a directory or a glob, stands for.
+
+    Raises ValueError when there are none.
+    """
+    root = Path(path).expanduser()
+    if root.is_file():
+        return [(root.name, root)]
+    if root.is_dir():
+        below = [found.relative_to(root) for found in root.rglob("*") if found.is_file()]
+        names = sorted(name.as_posix() for name in below if not any(part.startswith(".") for part in name.parts))
+        if not names:
+            raise ValueError(f"{path} holds no files: put text, .jsonl or .parquet files there, or name another directory")
+        return [(name, root / name) for name in names]
+    if glob.has_magic(path):
+        found = sorted(match for match in glob.glob(str(root), recursive=True) if Path(match).is_file())
+        if not found:
+            raise ValueError(f"no file matches {path!r}: put quotes around a glob, and use ** for any depth")
+        fixed = [part for part in root.parts if not glob.has_magic(part)]
+        base = Path(*root.parts[: next(i for i, part in enumerate(root.parts) if glob.has_magic(part))]) if fixed else Path()
+        return [(Path(match).relative_to(base).as_posix(), Path(match)) for match in found]
+    siblings = [entry.name for entry in root.parent.iterdir()] if root.parent.is_dir() else []
+    raise ValueError(f"{path} does not exist (looked in {root.parent.absolute()}).{near_names(root.name, siblings)}")
+
+
+def record_document(record: Mapping[str, Any], fields: tuple[str, ...], *, id: str, where: str) -> Document:
+    """A document of a record's fields (text,) or (completion, prompt), whose values are str or UTF-8 bytes."""
+    values = []
+    for field in fields:
+        value = record.get(field)
+        if not isinstance(value, str | bytes):
+            known = f"the record has {', '.join(map(repr, list(record)[:12])) or 'none'}.{near_names(field, record)}"
+            found = f"field {field!r} holds {type(value).__name__}, not text" if field in record else f"no field {field!r}; {known}"
+            return Document(id=id, where=where, problem=Problem.MISSING_FIELD, detail=found)
+        values.append(decode(value) if isinstance(value, bytes) else value)
+    return Document(id=id, where=where, text=values[0], prompt=values[1] if len(values) > 1 else "")
+
+
+def require_fields(fields: Iterable[str], known: Iterable[str], *, where: str) -> None:
+    """Raises ValueError when a field is none of the known ones of a dataset or file."""
+    known = list(known)
+    for field in fields:
+        if field not in known:
+            raise ValueError(f"{where} has no field {field!r}, but {', '.join(map(repr, known))}.{near_names(field, known)}")
+
+
+def decode(raw: bytes) -> str:
+    """UTF-8, in which each invalid byte becomes a lone surrogate that the policy will find."""
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def combined_hash(*parts: str) -> str:
+    """One hex digest of a list of strings."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def file_fingerprint(path: Path) -> str:
+    """Size and content hash; of a large file, size, modification time and the hash of its two ends."""
+    status = path.stat()
+    with path.open("rb") as stream:
+        if status.st_size <= _HASHED_WHOLE:
+            return f"{status.st_size} {hashlib.file_digest(stream, 'sha256').hexdigest()}"
+        digest = hashlib.sha256(stream.read(_ENDS))
+        stream.seek(-_ENDS, 2)
+        digest.update(stream.read())
+    return f"{status.st_size} {status.st_mtime_ns} {digest.hexdigest()}"
+
+
+def _bytes_of_column(column: Any) -> list[Any]:
+    """Values of an Arrow column, text as bytes: Arrow does not check that it is UTF-8, the policy will."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+        column = column.cast(pyarrow.large_binary())
+    return column.to_pylist()

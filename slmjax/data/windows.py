@@ -1,0 +1,108 @@
+"""Batches for evaluation: every token of every document scored exactly once, every UTF-8 byte counted exactly once.
+
+A document of L tokens is [BOS] text [EOS]: its L - 1 targets are scored, EOS included (which counts no byte), BOS never.
+Up to `sequence_length` T targets fit one window. A longer document is cut at a stride of T - overlap: each further
+window starts with the last `overlap` inputs of the one before, whose targets are not scored again, so that a scored token
+sees at least `overlap` tokens before it, and the windows cost T / (T - overlap) times the positions. With T = 4, overlap = 1 and
+8 targets t1 .. t8 (inputs t0 .. t7; `.` marks a target that is not scored):
+
+    window 0   inputs t0 t1 t2 t3   targets t1 t2 t3 t4
+    window 1   inputs t3 t4 t5 t6   targets .  t5 t6 t7
+    window 2   inputs t6 t7         targets .  t8
+
+Several windows share a row where they fit, told apart by segment ids. Prompts are scored like all other text here.
+A document's bytes are spread evenly over its text tokens and always add up to `num_bytes` of the document; so the bytes of a
+row are exact unless it holds part of a cut document, and the bytes of all batches are exact.
+
+Legend: B rows of the global batch, T positions of a row.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from slmjax.data.batch import Batch, empty_batch
+from slmjax.data.packing import RowPlan, TokenizedDocuments, best_fit_rows, write_row
+
+_PACKING_WINDOW = 4096  # documents that are packed into rows together
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class EvaluationBatches:
+    """Iterates over batches of one shape; may be iterated again. Made by `evaluation_batches`."""
+
+    plans: tuple[tuple[TokenizedDocuments, RowPlan], ...]  # the shards with documents to evaluate, and their rows
+    batch_size: int  # rows of the global batch
+    process_index: int
+    process_count: int
+    num_documents: int
+    num_targets: int  # that are scored, over all batches and processes
+    num_bytes: int  # of the documents, over all batches and processes
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(plan) for _, plan in self.plans)
+
+    def __len__(self) -> int:
+        """Number of batches, the same for every process; the last one is filled up with rows of padding."""
+        return -(-self.num_rows // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        rows = [(shards, plan, row) for shards, plan in self.plans for row in range(len(plan))]
+        rows_here = self.batch_size // self.process_count
+        for first in range(self.process_index * rows_here, len(self) * self.batch_size, self.batch_size):
+            batch = empty_batch(rows_here, self.plans[0][1].sequence_length)
+            for index, (shards, plan, row) in enumerate(rows[first : first + rows_here]):
+                write_row(batch, index, plan=plan, row=row, shards=shards)
+                batch.row_ids[index] = first + index
+            yield batch
+
+
+def evaluation_batches(
+    shards_list: Sequence[TokenizedDocuments],
+    *,
+    sequence_length: int,
+    batch_size: int,
+    overlap: int,
+    max_documents: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> EvaluationBatches:
+    """Windows of the documents of all shards, in order, or of the first `max_documents` of them, whole.
+
+    `batch_size` counts the rows of the global batch, of which each process makes a contiguous slice. Raises ValueError for
+    an overlap that leaves no new target, no documents, and a batch that cannot be divided.
+    """
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index {process_index} is not one of {process_count} processes")
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"an evaluation batch of {batch_size} rows cannot be divided among {process_count} processes: "
+            f"choose a multiple of {process_count}"
+        )
+    if max_documents is not None and max_documents < 1:
+        raise ValueError(f"max_documents is {max_documents}: give at least 1, or None for all documents")
+    plans: list[tuple[TokenizedDocuments, RowPlan]] = []
+    num_documents = num_targets = num_bytes = 0
+    for shards in shards_list:
+        wanted = len(shards) if max_documents is None else min(len(shards), max_documents - num_documents)
+        if wanted == 0:
+            continue
+        lengths = shards.lengths[:wanted]
+        plan = best_fit_rows(lengths, sequence_length=sequence_length, window=_PACKING_WINDOW, overlap=overlap)
+        plans.append((shards, plan))
+        num_documents += wanted
+        num_targets += int(np.maximum(lengths - 1, 0).sum(dtype=np.int64))
+        num_bytes += int(shards.num_bytes[:wanted].sum(dtype=np.int64))
+    if not plans:
+        raise ValueError("there are no documents to evaluate on: the held-out split is empty; hold out a larger fraction of the text")
+    return EvaluationBatches(
+        plans=tuple(plans),
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+        num_documents=num_documents,
+        num_targets=num_targets,
+        num_bytes=num_bytes,
+    )
