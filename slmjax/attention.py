@@ -1,0 +1,194 @@
+"""Softmax attention: grouped-query, full or sliding-window, rotary or without positions, with its decoding cache.
+
+One rule says who sees whom, in training as in decoding: a key is visible when it belongs to the same document, does not
+lie ahead, and is nearer than the window. Documents packed in one row therefore never see each other.
+
+Dims: B batch, T time, S cache slots, D model, N query heads, K key-value heads, H head dim.
+"""
+
+import dataclasses
+import enum
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from slmjax import kernels
+from slmjax.layers import Linear, Mixer, MixerConfig, RmsNorm, Shape, rotary, rotary_dim
+
+
+class QkNorm(enum.Enum):
+    """Normalisation of queries and keys before the product."""
+
+    NONE = "none"
+    PER_HEAD = "per_head"  # RMSNorm over each head's own dims (Qwen3, Gemma 3)
+
+
+class Biases(enum.Enum):
+    """Which projections carry a bias."""
+
+    NONE = "none"
+    QKV = "qkv"
+    ALL = "all"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig(MixerConfig):
+    """Softmax attention."""
+
+    num_heads: int  # query heads, N
+    num_kv_heads: int | None = None  # key-value heads, K; it divides num_heads (none: as many as query heads)
+    head_dim: int | None = None  # dims per head, H (none: embed_dim / num_heads)
+    window: int | None = None  # how many tokens, itself included, a token sees (none: all before it)
+    rope_base: float | None = 10_000.0  # base of the rotary angles (none: no position information)
+    rope_fraction: float = 1.0  # share of each head's dims that is rotated
+    qk_norm: QkNorm = QkNorm.NONE  # normalise queries and keys
+    biases: Biases = Biases.NONE  # biases of the projections
+    scale: float | None = None  # multiplies the scores (none: one over the root of head_dim)
+    softcap: float | None = None  # scores are bounded to this by a tanh
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 1 or self.kv_heads < 1 or self.num_heads % self.kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} and num_kv_heads={self.num_kv_heads}: need the second to divide the first")
+        if self.head_dim is not None and self.head_dim < 1:
+            raise ValueError(f"head_dim must be at least 1 or none, got {self.head_dim}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1 (a token sees itself) or none, got {self.window}")
+        if self.softcap is not None and self.softcap <= 0:
+            raise ValueError(f"softcap must be positive or none, got {self.softcap}")
+        if self.rope_base is not None and self.rope_base <= 0:
+            raise ValueError(f"rope_base must be positive, or none for no positions, got {self.rope_base}")
+        if not 0.0 <= self.rope_fraction <= 1.0:
+            raise ValueError(f"rope_fraction must lie between 0 and 1, got {self.rope_fraction}")
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key-value heads."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    def resolved_head_dim(self, shape: Shape) -> int:
+        """Dims per head. Raises ValueError where the model's width does not divide by the heads."""
+        if self.head_dim is not None:
+            return self.head_dim
+        if shape.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim={shape.embed_dim} does not divide by num_heads={self.num_heads}: change one, or set head_dim")
+        return shape.embed_dim // self.num_heads
+
+    def build(self, shape: Shape, *, rngs: nnx.Rngs) -> "Attention":
+        """The module, with freshly initialised parameters."""
+        return Attention(self, shape, rngs=rngs)
+
+    def mixing_flops(self, shape: Shape, *, length: int) -> float:
+        """FLOPs of scores and weighted sum per token, averaged over a causal sequence of `length` tokens."""
+        window = length if self.window is None else min(self.window, length)
+        mean_visible = (window * (window + 1) / 2 + (length - window) * window) / length
+        return 4 * mean_visible * self.num_heads * self.resolved_head_dim(shape)
+
+    def state_bytes(self, shape: Shape, *, length: int, itemsize: int) -> int:
+        """Bytes of cached keys and values of one sequence: a window layer holds no more than its window."""
+        slots = length if self.window is None else min(self.window, length)
+        return 2 * slots * self.kv_heads * self.resolved_head_dim(shape) * itemsize
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KvCache:
+    """Keys and values already seen. The token at position p lives in slot p % S; segment id 0 marks an empty slot."""
+
+    keys: Float[Array, "B S K H"]
+    values: Float[Array, "B S K H"]
+    positions: Int[Array, "B S"]
+    segment_ids: Int[Array, "B S"]
+
+
+def write_cache(
+    cache: KvCache,
+    keys: Float[Array, "B T K H"],
+    values: Float[Array, "B T K H"],
+    *,
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+) -> KvCache:
+    """The cache with these tokens added, those of the last document where there are several (segment ids count up).
+
+    Padding is left out, and so is what a ring of S slots would overwrite at once.
+    """
+    num_slots = cache.positions.shape[1]
+    real = (segment_ids > 0) & (segment_ids == jnp.max(segment_ids, axis=1, keepdims=True))
+    last = jnp.max(jnp.where(real, positions, -1), axis=1, keepdims=True)
+    kept = real & (positions > last - num_slots)
+    slots = jnp.where(kept, positions % num_slots, num_slots)  # num_slots is out of range: dropped
+    rows = jnp.arange(positions.shape[0])[:, None]
+    return KvCache(
+        keys=cache.keys.at[rows, slots].set(keys.astype(cache.keys.dtype), mode="drop"),
+        values=cache.values.at[rows, slots].set(values.astype(cache.values.dtype), mode="drop"),
+        positions=cache.positions.at[rows, slots].set(positions, mode="drop"),
+        segment_ids=cache.segment_ids.at[rows, slots].set(segment_ids, mode="drop"),
+    )
+
+
+def join(cache: KvCache, new: KvCache) -> KvCache:
+    """The slots of both, one after the other."""
+    return jax.tree.map(lambda old, late: jnp.concatenate([old, late.astype(old.dtype)], axis=1), cache, new)
+
+
+class Attention(Mixer):
+    """Grouped-query softmax attention."""
+
+    def __init__(self, config: AttentionConfig, shape: Shape, *, rngs: nnx.Rngs) -> None:
+        head_dim = config.resolved_head_dim(shape)
+        if config.rope_base is not None and rotary_dim(head_dim, config.rope_fraction) == 0:
+            raise ValueError(f"rope_fraction={config.rope_fraction} of head_dim={head_dim} rotates nothing: set rope_base to none instead")
+        self.config, self.head_dim, self.dtype = config, head_dim, shape.dtype
+        self.scale = head_dim**-0.5 if config.scale is None else config.scale
+        wide = {"std": shape.init_std, "bias": config.biases is not Biases.NONE, "rngs": rngs}
+        self.query = Linear(shape.embed_dim, config.num_heads * head_dim, **wide)
+        self.key = Linear(shape.embed_dim, config.kv_heads * head_dim, **wide)
+        self.value = Linear(shape.embed_dim, config.kv_heads * head_dim, **wide)
+        self.output = Linear(
+            config.num_heads * head_dim, shape.embed_dim, std=shape.output_std, bias=config.biases is Biases.ALL, rngs=rngs
+        )
+        norms = config.qk_norm is QkNorm.PER_HEAD
+        self.query_norm = RmsNorm(head_dim, eps=shape.norm_eps) if norms else None
+        self.key_norm = RmsNorm(head_dim, eps=shape.norm_eps) if norms else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], state: Any
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        queries = self._heads(self.query(x), self.query_norm, positions)
+        keys = self._heads(self.key(x), self.key_norm, positions)
+        values = self._split(self.value(x))
+        how = {"window": self.config.window, "scale": self.scale, "softcap": self.config.softcap}
+        if state is None:
+            mixed = kernels.self_attention(queries, keys, values, segment_ids=segment_ids, positions=positions, **how)
+        else:
+            new = KvCache(keys=keys, values=values, positions=positions, segment_ids=segment_ids)
+            written = write_cache(state, keys, values, positions=positions, segment_ids=segment_ids)
+            # One token finds all it may see in the cache; several may need slots that a ring has just given away.
+            seen = written if x.shape[1] == 1 else join(state, new)
+            mixed = kernels.reference_attention(
+                queries, seen.keys, seen.values, q_segments=segment_ids, k_segments=seen.segment_ids, q_positions=positions,
+                k_positions=seen.positions, **how,
+            )  # fmt: skip
+            state = written
+        batch, length = positions.shape
+        return self.output(mixed.reshape(batch, length, -1)), state
+
+    def init_state(self, batch_size: int, *, max_length: int) -> KvCache:
+        """An empty cache: of the window's size where there is one, of `max_length` slots where not."""
+        num_slots = max_length if self.config.window is None else min(self.config.window, max_length)
+        shape = (batch_size, num_slots, self.config.kv_heads, self.head_dim)
+        marks = jnp.zeros((batch_size, num_slots), jnp.int32)
+        return KvCache(keys=jnp.zeros(shape, self.dtype), values=jnp.zeros(shape, self.dtype), positions=marks, segment_ids=marks)
+
+    def _split(self, x: Float[Array, "B T NH"]) -> Float[Array, "B T N H"]:
+        return x.reshape(*x.shape[:2], -1, self.head_dim)
+
+    def _heads(self, x: Float[Array, "B T NH"], norm: RmsNorm | None, positions: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
+        x_BTNH = self._split(x)
+        x_BTNH = x_BTNH if norm is None else norm(x_BTNH)
+        if self.config.rope_base is None:
+            return x_BTNH
+        return rotary(x_BTNH, positions, base=self.config.rope_base, fraction=self.config.rope_fraction)

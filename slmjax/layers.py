@@ -1,0 +1,241 @@
+"""Norms, rotary positions, linear maps, embeddings and the gated MLP: typed pure functions, then thin NNX modules.
+
+Math is a free function of arrays; a module holds parameters and calls it. Parameters are float32; a module computes in
+`Shape.dtype` (float32 or bfloat16), with norms, angles and softmax in float32. This file also states the two protocols a
+block is made of: token mixers (`MixerConfig`, `Mixer`) and feed-forward layers (`FfnConfig`, `Ffn`).
+
+Dims: B batch, T time, D model, N heads, H head dim, F feed-forward, V vocabulary; `...` any leading dims.
+"""
+
+import abc
+import dataclasses
+import enum
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from slmjax import sharding
+
+
+class Activation(enum.Enum):
+    """Non-linearity of a feed-forward layer."""
+
+    SILU = "silu"
+    GELU = "gelu"
+    RELU2 = "relu2"
+
+
+ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
+    Activation.SILU: jax.nn.silu,
+    Activation.GELU: lambda x: jax.nn.gelu(x, approximate=True),
+    Activation.RELU2: lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What every layer of a model shares; the model derives it from its config."""
+
+    embed_dim: int  # D
+    num_layers: int  # outputs into the residual stream start smaller by the root of twice this
+    norm_eps: float
+    init_std: float
+    dtype: Any  # of the computation: jnp.float32 or jnp.bfloat16
+
+    @property
+    def output_std(self) -> float:
+        """Standard deviation of the weights that write into the residual stream (GPT-2's depth scaling)."""
+        return self.init_std / math.sqrt(2 * self.num_layers)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FfnAux:
+    """What a feed-forward layer reports beside its output: sums over the batch's real tokens, never means."""
+
+    losses: dict[str, Float[Array, "..."]]  # already multiplied by their coefficients; to divide by the count of real tokens
+    metrics: dict[str, Float[Array, "..."]]
+
+
+class Mixer(nnx.Module):
+    """A token mixer: `(x, segment_ids, positions, state) -> (y, state)`; state None means a whole sequence at once."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], state: Any
+    ) -> tuple[Float[Array, "B T D"], Any]: ...
+
+    @abc.abstractmethod
+    def init_state(self, batch_size: int, *, max_length: int) -> Any:
+        """Empty decoding state for sequences of at most `max_length` tokens."""
+
+
+class MixerConfig(abc.ABC):
+    """Settings of a token mixer."""
+
+    @abc.abstractmethod
+    def build(self, shape: Shape, *, rngs: nnx.Rngs) -> Mixer:
+        """The module, with freshly initialised parameters."""
+
+    @abc.abstractmethod
+    def mixing_flops(self, shape: Shape, *, length: int) -> float:
+        """Forward FLOPs per token beside the weights' own, averaged over a causal sequence of `length` tokens."""
+
+    @abc.abstractmethod
+    def state_bytes(self, shape: Shape, *, length: int, itemsize: int) -> int:
+        """Bytes of decoding state of one sequence of `length` tokens."""
+
+
+class Ffn(nnx.Module):
+    """A feed-forward layer: `(x, segment_ids) -> (y, aux)`."""
+
+    @abc.abstractmethod
+    def __call__(self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"]) -> tuple[Float[Array, "B T D"], FfnAux]: ...
+
+
+class FfnConfig(abc.ABC):
+    """Settings of a feed-forward layer."""
+
+    @abc.abstractmethod
+    def build(self, shape: Shape, *, rngs: nnx.Rngs) -> Ffn:
+        """The module, with freshly initialised parameters."""
+
+    @abc.abstractmethod
+    def active_share(self) -> float:
+        """Share of the parameters under `experts/` that one token uses."""
+
+
+# Functions ------------------------------------------------------------------------------------------------------------
+def truncated_normal(key: Array, shape: tuple[int, ...], std: float) -> Float[Array, "..."]:
+    """Normal draws of deviation `std`, cut at three deviations: the initialisation of every weight."""
+    return std * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32)
+
+
+def along_last(vector: Float[Array, " D"], ndim: int) -> Float[Array, "..."]:
+    """A vector reshaped to broadcast along the last dim of an array of `ndim` dims."""
+    return jnp.expand_dims(vector, tuple(range(ndim - 1)))
+
+
+def effective_weight(weight: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
+    """The weight a layer multiplies with: the stored float32 parameter, in the dtype of the computation."""
+    return weight.astype(dtype)
+
+
+def linear(x: Float[Array, "*B I"], weight: Float[Array, "I O"], bias: Float[Array, " O"] | None = None) -> Float[Array, "*B O"]:
+    """`x @ weight + bias` in the dtype of `x`; the weight is cast to it."""
+    y = jnp.dot(x, effective_weight(weight, x.dtype))
+    return y if bias is None else y + along_last(bias.astype(x.dtype), y.ndim)
+
+
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], *, eps: float) -> Float[Array, "*B D"]:
+    """`scale * x / rms(x)` over the last dim, in float32, returned in the dtype of `x` (Zhang & Sennrich 2019)."""
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (normed * along_last(scale, x.ndim)).astype(x.dtype)
+
+
+def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], *, base: float, fraction: float = 1.0) -> Float[Array, "B T N H"]:
+    """Rotary position embedding (Su et al. 2021), half-split pairing as in Hugging Face models.
+
+    The first `fraction` of the head dim is rotated, pair (i, i + R/2) by the angle `position * base ** (-2i / R)`.
+    Angles are float32.
+    """
+    num_rotated = rotary_dim(x.shape[-1], fraction)
+    frequencies = base ** (-jnp.arange(0, num_rotated, 2, dtype=jnp.float32) / num_rotated)
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    rotated, kept = jnp.split(x, [num_rotated], axis=-1)
+    first, second = jnp.split(rotated.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([turned.astype(x.dtype), kept], axis=-1)
+
+
+def rotary_dim(head_dim: int, fraction: float) -> int:
+    """The even number of head dims that `fraction` rotates."""
+    return 2 * int(head_dim * fraction / 2)
+
+
+def dropout(x: Float[Array, "..."], key: Array | None, *, rate: float) -> Float[Array, "..."]:
+    """Inverted dropout; the identity when `key` is None (evaluation) or the rate is 0."""
+    if key is None or rate == 0.0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), jnp.zeros_like(x))
+
+
+# Modules --------------------------------------------------------------------------------------------------------------
+class RmsNorm(nnx.Module):
+    """Root-mean-square norm with a learned scale."""
+
+    def __init__(self, dim: int, *, eps: float) -> None:
+        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return rms_norm(x, self.scale[...], eps=self.eps)
+
+
+class Linear(nnx.Module):
+    """Linear map with weight [in, out] and an optional bias."""
+
+    def __init__(self, in_dim: int, out_dim: int, *, std: float, bias: bool = False, rngs: nnx.Rngs) -> None:
+        self.weight = nnx.Param(truncated_normal(rngs.params(), (in_dim, out_dim), std))
+        self.bias = nnx.Param(jnp.zeros((out_dim,), jnp.float32)) if bias else None
+
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        return linear(x, self.weight[...], None if self.bias is None else self.bias[...])
+
+
+class Embedding(nnx.Module):
+    """Token table [V, D]."""
+
+    def __init__(self, num_rows: int, dim: int, *, std: float, rngs: nnx.Rngs) -> None:
+        self.table = nnx.Param(truncated_normal(rngs.params(), (num_rows, dim), std))
+
+    def __call__(self, tokens: Int[Array, "B T"], *, dtype: Any) -> Float[Array, "B T D"]:
+        # The table is gathered whole before the lookup: the compiler partitions a lookup in a divided table badly. It is
+        # looked up in float32, because the gradient sums as many rows as a token has occurrences: bfloat16 stops at 256.
+        table = sharding.constrain(effective_weight(self.table[...], jnp.float32), (None, None))
+        return jnp.take(table, tokens, axis=0, mode="clip").astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MlpConfig(FfnConfig):
+    """A dense feed-forward layer."""
+
+    hidden_dim: int  # width of the hidden layer, F
+    activation: Activation = Activation.SILU  # non-linearity
+    gated: bool = True  # multiply by a second projection (SwiGLU when the activation is silu)
+    bias: bool = False  # biases on all projections
+
+    def __post_init__(self) -> None:
+        if self.hidden_dim < 1:
+            raise ValueError(f"ffn.hidden_dim must be at least 1, got {self.hidden_dim}")
+
+    def build(self, shape: Shape, *, rngs: nnx.Rngs) -> "Mlp":
+        """The module, with freshly initialised parameters."""
+        return Mlp(self, shape, rngs=rngs)
+
+    def active_share(self) -> float:
+        """A dense layer has no experts; every parameter is used."""
+        return 1.0
+
+
+class Mlp(Ffn):
+    """Gated or plain two-layer MLP."""
+
+    def __init__(self, config: MlpConfig, shape: Shape, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        wide = {"std": shape.init_std, "bias": config.bias, "rngs": rngs}
+        self.gate = Linear(shape.embed_dim, config.hidden_dim, **wide) if config.gated else None
+        self.up = Linear(shape.embed_dim, config.hidden_dim, **wide)
+        self.down = Linear(config.hidden_dim, shape.embed_dim, std=shape.output_std, bias=config.bias, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"]) -> tuple[Float[Array, "B T D"], FfnAux]:
+        act = ACTIVATIONS[self.config.activation]
+        hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
+        return self.down(hidden), FfnAux(losses={}, metrics={})

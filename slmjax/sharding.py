@@ -1,0 +1,262 @@
+"""The device mesh, the rules that place parameters on it, and the one `shard_map` entry point.
+
+Modules name logical dims ("batch", "heads", "ffn", ...); only this file knows mesh axes. `make_mesh` builds a mesh
+with compiler-managed (Auto) axes and is entered with `jax.set_mesh(mesh)`; inside it `constrain`, `local` and the
+collectives work by logical dims, and without a mesh they are the identity, so the same code runs on one device.
+
+Logical dims: batch B, tokens T (inside losses), embed D, heads N, kv_heads K, ffn F, vocab V, expert E.
+"""
+
+import contextvars
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+LOGICAL_DIMS: Mapping[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp", "expert"),
+    "tokens": ("context", "tensor"),
+    "expert": ("expert",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "ffn": ("tensor",),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+}
+Dims = tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1, "the rest of the devices"."""
+
+    data: int = -1  # replicas that each see a part of the batch
+    fsdp: int = 1  # the batch too is split over these devices, and so are parameters and optimizer state
+    expert: int = 1  # experts of a mixture are divided over these devices
+    context: int = 1  # reserved for long sequences: 1
+    tensor: int = 1  # heads, feed-forward width and vocabulary are divided over these devices
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        if sum(size == -1 for size in sizes.values()) > 1:
+            raise ValueError(f"only one mesh axis may be -1 (the rest of the devices), got {sizes}")
+        if bad := {axis: size for axis, size in sizes.items() if size < 1 and size != -1}:
+            raise ValueError(f"mesh axes must be at least 1, or -1 for the rest of the devices, got {bad}")
+        if self.context != 1:
+            raise ValueError(f"mesh.context is {self.context}, but sequences are not yet split over devices: leave it at 1")
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """Axis sizes with -1 resolved. Raises ValueError when the product is not `num_devices`."""
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        known = math.prod(size for size in sizes.values() if size != -1)
+        if -1 in sizes.values() and num_devices % known == 0:
+            sizes = {axis: num_devices // known if size == -1 else size for axis, size in sizes.items()}
+        if math.prod(sizes.values()) != num_devices:
+            asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "of one device"
+            raise ValueError(
+                f"the mesh {asked} does not fit the {num_devices} device(s) here: set --mesh.* so that the product is {num_devices}"
+            )
+        return sizes
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices` (all of them by default), for `jax.set_mesh`.
+
+    Raises:
+      ValueError: the axis sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = config.sizes(len(devices))
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+
+
+def batch_divisor(mesh: Mesh) -> int:
+    """How many shards the rows of a batch are cut into: the batch size must be a multiple of it."""
+    return math.prod(mesh.shape[axis] for axis in LOGICAL_DIMS["batch"])
+
+
+# Rules ----------------------------------------------------------------------------------------------------------------
+# (pattern of the logical path, logical dims of the unstacked parameter); the first match wins.
+RULES: tuple[tuple[str, Dims], ...] = (
+    (r"embed/table", ("vocab", "embed")),
+    (r"head/weight", ("vocab", "embed")),
+    (r".*/mixer/query/weight", ("embed", "heads")),
+    (r".*/mixer/(key|value)/weight", ("embed", "kv_heads")),
+    (r".*/mixer/output/weight", ("heads", "embed")),
+    (r".*/experts/(gate|up)", ("expert", "embed", "ffn")),
+    (r".*/experts/down", ("expert", "ffn", "embed")),
+    (r".*/ffn/(shared/)?(gate|up)/weight", ("embed", "ffn")),
+    (r".*/ffn/(shared/)?down/weight", ("ffn", "embed")),
+    (r".*/router/weight", ("embed", None)),
+)
+
+
+def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """Where a parameter lives: its logical path (or stacked path) and shape to a PartitionSpec.
+
+    A parameter under `segments/` carries a leading layer dim, which is never divided. Vectors (norm scales, biases) are
+    replicated. A dim that its axes do not divide is replicated as well. A matrix that no rule names is divided over
+    fsdp along its largest dim, so that a new mixer is sharded before anyone writes a rule for it.
+    """
+    stacked = path.startswith("segments/")
+    own = tuple(shape[1:] if stacked else shape)
+    dims = next((dims for pattern, dims in RULES if re.fullmatch(pattern, path) and len(dims) == len(own)), None)
+    if dims is None:
+        largest = int(np.argmax(own)) if len(own) > 1 else -1
+        dims = tuple("embed" if index == largest else None for index in range(len(own)))
+    spec = _spec(dims, own, dict(mesh.shape))
+    return PartitionSpec(None, *spec) if stacked else spec
+
+
+def _spec(dims: Dims, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
+    """Logical dims to mesh axes, leaving out axes of size 1 and dims that do not divide."""
+    entries: list[tuple[str, ...] | str | None] = []
+    for dim, size in zip(dims, shape, strict=True):
+        axes = tuple(axis for axis in LOGICAL_DIMS[dim] if sizes.get(axis, 1) > 1) if dim else ()
+        divides = bool(axes) and size % math.prod(sizes[axis] for axis in axes) == 0
+        entries.append((axes if len(axes) > 1 else axes[0]) if divides else None)
+    return PartitionSpec(*entries)
+
+
+def parameter_shardings(shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
+    """Shardings of a flat dict of parameters (or anything with `.shape`) by the rules."""
+    return {path: NamedSharding(mesh, partition_spec(path, leaf.shape, mesh)) for path, leaf in shapes.items()}
+
+
+def like_parameters(tree: Any, params: Mapping[str, Any], mesh: Mesh) -> Any:
+    """Shardings of optimizer state: a leaf that belongs to a parameter and has its shape is placed as it is.
+
+    A leaf belongs to the parameter whose path is one of its tree keys. All else (counters, factored moments) is
+    replicated.
+    """
+
+    def place(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        path = parameter_of(keys, params)
+        same = path is not None and tuple(leaf.shape) == tuple(params[path].shape)
+        return NamedSharding(mesh, partition_spec(path, leaf.shape, mesh) if same and path else PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def parameter_of(keys: tuple[Any, ...], params: Mapping[str, Any]) -> str | None:
+    """The parameter path among the keys of a tree path, if there is one."""
+    return next((str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey) and key.key in params), None)
+
+
+# Batches --------------------------------------------------------------------------------------------------------------
+def place_batch(batch: Any, mesh: Mesh) -> Any:
+    """Host arrays, this process's rows of the global batch, to global arrays divided over the batch axes."""
+    sizes = dict(mesh.shape)
+
+    def place(rows: np.ndarray) -> Array:
+        global_shape = (rows.shape[0] * jax.process_count(), *rows.shape[1:])
+        spec = _spec(("batch",) + (None,) * (rows.ndim - 1), global_shape, sizes)
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), np.asarray(rows), global_shape)
+
+    return jax.tree.map(place, batch)
+
+
+# Inside the compiled program ------------------------------------------------------------------------------------------
+_divided_dims: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("divided_dims", default=frozenset())
+
+
+def _current_sizes() -> dict[str, int]:
+    return dict(jax.sharding.get_abstract_mesh().shape)
+
+
+def constrain(x: Array, dims: Dims) -> Array:
+    """`x` with its sharding pinned to these logical dims; the identity without a mesh."""
+    sizes = _current_sizes()
+    if math.prod(sizes.values()) == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, _spec(dims, x.shape, sizes))
+
+
+def local(fn: Callable[..., Any], *, in_dims: tuple[Dims, ...], out_dims: Any) -> Callable[..., Any]:
+    """`fn` run by every device on its own shard: the one way into `jax.shard_map`.
+
+    A logical dim is divided when it divides evenly in every argument that has it; otherwise all devices see it whole, and
+    `sum_over`, `gather` and `scatter_sum` over it do nothing.
+
+    Args:
+      fn: takes arrays, one per entry of `in_dims`; an argument may be a pytree whose leaves all have the same dims.
+      in_dims: logical dims per argument.
+      out_dims: logical dims of the result, or a tuple of them for a tuple of results; () for a scalar (a pytree of
+        scalars too).
+    """
+    sizes = _current_sizes()
+    if math.prod(sizes.values()) == 1:
+        return fn
+
+    def run(*args: Any) -> Any:
+        leaves = [(leaf.shape, dims) for arg, dims in zip(args, in_dims, strict=True) for leaf in jax.tree.leaves(arg)]
+        named = [(dim, size) for shape, dims in leaves for dim, size in zip(dims, shape, strict=True) if dim]
+        whole = {dim for dim, size in named if size % math.prod(sizes[axis] for axis in LOGICAL_DIMS[dim])}
+        divided = frozenset(dim for dim, _ in named) - whole
+
+        def spec(dims: Dims) -> PartitionSpec:
+            return PartitionSpec(*(LOGICAL_DIMS[dim] if dim in divided else None for dim in dims))
+
+        def shard_fn(*shards: Any) -> Any:
+            token = _divided_dims.set(divided)
+            try:
+                return fn(*shards)
+            finally:
+                _divided_dims.reset(token)
+
+        out_specs = jax.tree.map(spec, out_dims, is_leaf=_is_dims)
+        return jax.shard_map(shard_fn, in_specs=tuple(spec(dims) for dims in in_dims), out_specs=out_specs)(*args)
+
+    return run
+
+
+def _is_dims(value: Any) -> bool:
+    return isinstance(value, tuple) and all(item is None or isinstance(item, str) for item in value)
+
+
+def _divided_axes(dims: Sequence[str]) -> tuple[str, ...]:
+    divided = _divided_dims.get()
+    return tuple(axis for dim in dims if dim in divided for axis in LOGICAL_DIMS[dim])
+
+
+def sum_over(x: Any, *dims: str) -> Any:
+    """Inside `local`: the sum over the devices that these logical dims are divided over."""
+    return jax.lax.psum(x, axes) if (axes := _divided_axes(dims)) else x
+
+
+def gather(x: Array, dim: str, *, axis: int) -> Array:
+    """Inside `local`: the shards that the devices of a logical dim hold, joined along an array axis."""
+    return jax.lax.all_gather(x, axes, axis=axis, tiled=True) if (axes := _divided_axes((dim,))) else x
+
+
+def scatter_sum(x: Array, dim: str, *, axis: int) -> Array:
+    """Inside `local`: the sum over a logical dim's devices, each keeping its part of an array axis."""
+    return jax.lax.psum_scatter(x, axes, scatter_dimension=axis, tiled=True) if (axes := _divided_axes((dim,))) else x
+
+
+def index_along(dim: str) -> Array | int:
+    """Inside `local`: which shard of a logical dim this device holds (0 where the dim is whole)."""
+    return jax.lax.axis_index(axes) if (axes := _divided_axes((dim,))) else 0
+
+
+def is_divided(dim: str) -> bool:
+    """Inside `local`: whether this logical dim really was divided."""
+    return dim in _divided_dims.get()
+
+
+def alike(*arrays: Array) -> tuple[Array, ...]:
+    """Inside `local`: the arrays, marked as differing between devices wherever one of them does; elsewhere the identity.
+
+    Needed where the tracer cannot see it by itself: at the door of a custom gradient, and for the zeros a loop starts from.
+    The gradient of what was equal on all devices is then summed over them.
+    """
+    axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    union = frozenset().union(*axes)
+    return tuple(jax.lax.pcast(x, tuple(sorted(union - own)), to="varying") for x, own in zip(arrays, axes, strict=True))
