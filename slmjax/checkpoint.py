@@ -1,0 +1,258 @@
+"""Checkpoints that can be trusted: saved in the background, verified when read, with a way back to an older one.
+
+A run's `checkpoints/` holds one directory per step, written by Orbax with one entry per layer (`parameters.unstack`), so
+that another grouping of layers, mesh or number of hosts restores it. Orbax notices neither a flipped bit nor a
+half-copied directory, and calls whatever has the highest number the latest; so every file's SHA-256 is written to
+`MANIFEST.json` after the commit and checked before a restore. What fails is set aside as `STEP.bad` and the next older
+one is taken.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from slmjax import config as config_io
+from slmjax import parameters
+from slmjax.data.tokenizers import Tokenizer
+from slmjax.model import Decoder, ModelConfig
+from slmjax.runlog import write_json
+
+log = logging.getLogger(__name__)
+MANIFEST = "MANIFEST.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many stay."""
+
+    every: int = 500  # steps between checkpoints; one is also written at the end and when a run is interrupted
+    keep: int = 2  # how many of the newest stay; the best by validation loss stays beside them
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep < 1:
+            raise ValueError(f"checkpoint.every and checkpoint.keep must be at least 1, got {self.every} and {self.keep}")
+
+
+class CheckpointError(ValueError):
+    """No checkpoint here can be restored, or it is of another model."""
+
+
+Items = Mapping[str, Any]  # named trees of arrays: "model", "optimizer", "ema", "progress"
+
+
+class Checkpointer:
+    """Writes and reads the checkpoints of one run. Close it, or the last save may not be complete."""
+
+    def __init__(self, directory: Path, *, model: ModelConfig, config: CheckpointConfig) -> None:
+        self.directory, self.model, self.config = directory.absolute(), model, config
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._unstack = jax.jit(functools.partial(parameters.unstack, model))
+
+    def save(self, step: int, items: Items) -> None:
+        """Starts writing a checkpoint; returns once the arrays are copied. A failed earlier save is logged, not raised."""
+        self.wait()
+        stored = {name: self._unstack(tree) for name, tree in items.items()}
+        entries = {name: ocp.args.StandardSave(tree) for name, tree in stored.items()}
+        leaves = {name: _describe(tree) for name, tree in stored.items()}
+        arguments = ocp.args.Composite(**entries, meta=ocp.args.JsonSave({"step": step, "leaves": leaves}))
+        try:
+            self._orbax.save(self.directory / str(step), args=arguments, force=True)
+        except OSError as error:
+            self._give_up(step, error)
+            return
+        self._pending = self._finisher.submit(self._finish, step)
+
+    def wait(self) -> None:
+        """Returns when the save under way, if any, is complete on disk."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits for the save under way and ends the threads."""
+        self.wait()
+        self._finisher.shutdown()
+        self._orbax.close()
+
+    def mark_best(self, step: int, loss: float) -> None:
+        """Notes the checkpoint of `step` as the best by validation loss: retention spares it."""
+        if jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_json(self.directory / "best.json", {"step": step, "loss": loss})
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and validation loss of the best checkpoint."""
+        path = self.directory / "best.json"
+        if not path.exists():
+            return None
+        best = json.loads(path.read_text())
+        return int(best["step"]), float(best["loss"])
+
+    def steps(self) -> list[int]:
+        """Steps that have a committed checkpoint, oldest first."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(entry.name) for entry in self.directory.iterdir() if entry.is_dir() and entry.name.isdigit())
+
+    def restore(self, like: Items, *, step: int | None = None) -> tuple[int, dict[str, Any]]:
+        """The newest checkpoint that is intact (or that of `step`), placed as `like`, a tree of arrays or shapes.
+
+        Raises:
+          CheckpointError: there is none, or it belongs to a model of other parameters, shapes or dtypes.
+        """
+        self.wait()
+        for candidate in [step] if step is not None else reversed(self.steps()):
+            problem = _agreed(functools.partial(self._problem, candidate))
+            if not problem:
+                return candidate, self._read(candidate, like)
+            log.warning("checkpoint %d in %s is damaged (%s): set aside, trying an older one", candidate, self.directory, problem)
+            if jax.process_index() == 0 and (self.directory / str(candidate)).exists():
+                shutil.move(self.directory / str(candidate), self.directory / f"{candidate}.bad")
+        raise CheckpointError(f"no intact checkpoint in {self.directory}: a run has one once its first save is complete")
+
+    def has(self, step: int, item: str) -> bool:
+        """Whether the checkpoint of `step` holds this item."""
+        return (self.directory / str(step) / item).is_dir()
+
+    def _read(self, step: int, like: Items) -> dict[str, Any]:
+        path = self.directory / str(step)
+        meta = self._orbax.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        shapes = {name: parameters.stored_shapes(self.model, tree) for name, tree in like.items()}
+        for name, wanted in shapes.items():
+            _check_leaves(name, stored=meta["leaves"].get(name, {}), wanted=_describe(wanted), path=path)
+        read = self._orbax.restore(path, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+
+        def build(stored: dict[str, Any]) -> dict[str, Any]:
+            return {name: parameters.restack(self.model, stored[name], like=tree) for name, tree in like.items()}
+
+        return jax.jit(build, out_shardings=shardings)({name: read[name] for name in like})
+
+    def _problem(self, step: int) -> str:
+        """What is wrong with a checkpoint on disk; empty when nothing is."""
+        path = self.directory / str(step)
+        if not (path / "meta").is_dir() or not (path / "model").is_dir():
+            return "incomplete"
+        if not (path / MANIFEST).exists():
+            log.warning("checkpoint %d has no %s (the run was stopped right after the save): restored unverified", step, MANIFEST)
+            return ""
+        expected, found = json.loads((path / MANIFEST).read_text()), _digests(path)
+        changed = sorted(name for name in expected if found.get(name) != expected[name])
+        return f"{len(changed)} file(s) missing or changed, first {changed[0]}" if changed else ""
+
+    def _finish(self, step: int) -> None:
+        """After the commit: the manifest, then retention. Runs in the background thread."""
+        try:
+            self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                path = self.directory / str(step)
+                write_json(path / MANIFEST, _digests(path))
+                self._prune()
+        except (OSError, ValueError, RuntimeError) as error:
+            self._give_up(step, error)
+
+    def _prune(self) -> None:
+        best = self.best()
+        kept = {*self.steps()[-self.config.keep :], *([best[0]] if best else [])}
+        for step in set(self.steps()) - kept:
+            shutil.rmtree(self.directory / str(step), ignore_errors=True)
+
+    def _give_up(self, step: int, error: Exception) -> None:
+        """A failed save costs the checkpoint, not the run: its remains go, older checkpoints stay."""
+        log.error("checkpoint %d was NOT saved: %s. Training goes on; free disk space or change the run directory", step, error)
+        for remains in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(remains, ignore_errors=True)
+
+
+def _describe(tree: Mapping[str, Any]) -> dict[str, str]:
+    return {name: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for name, leaf in tree.items()}
+
+
+def _check_leaves(item: str, *, stored: Mapping[str, str], wanted: Mapping[str, str], path: Path) -> None:
+    """Refuses a checkpoint of another model: Orbax would cast a dtype without a word."""
+    differing = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
+    if differing:
+        name = differing[0]
+        raise CheckpointError(
+            f"{path} does not fit this experiment: {item} {name} is {stored.get(name, 'absent')} in the checkpoint and "
+            f"{wanted.get(name, 'absent')} in the model ({len(differing)} such). Use the model and optimizer it was trained with"
+        )
+
+
+def _digests(path: Path) -> dict[str, str]:
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
+    return {str(file.relative_to(path)): _sha256(file) for file in files}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _agreed(problem: Any) -> str:
+    """The first process's answer, on every process: two of them must not restore different steps."""
+    if jax.process_count() == 1:
+        return problem()
+    mine = problem().encode()[:200] if jax.process_index() == 0 else b""
+    padded = np.frombuffer(mine.ljust(200, b" "), np.uint8)
+    return bytes(multihost_utils.broadcast_one_to_all(padded)).decode(errors="replace").strip()
+
+
+# Loading --------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A trained model, ready to evaluate or sample from."""
+
+    config: ModelConfig
+    model: Decoder
+    tokenizer: Tokenizer
+    definition: parameters.Definition
+    params: dict[str, jax.Array]
+    buffers: dict[str, jax.Array]
+    path: Path
+    step: int
+
+
+def load_model(path: str | Path, *, step: int | None = None) -> Loaded:
+    """The model of a run directory: the newest checkpoint, or that of `step`; averaged weights where the run kept them.
+
+    Needs `model.json`, `tokenizer/` and `checkpoints/` only. Arrays are replicated over the current mesh, if there is one.
+
+    Raises:
+      ValueError: this is not a run directory, or holds no intact checkpoint.
+    """
+    path = Path(path)
+    if not (path / "model.json").is_file():
+        raise ValueError(f"{path} is not a run directory: it has no model.json. Name the directory that the last line of `slmjax train` printed")
+    config = config_io.from_json(ModelConfig, json.loads((path / "model.json").read_text()))
+    checkpointer = Checkpointer(path / "checkpoints", model=config, config=CheckpointConfig())
+    definition = parameters.define(config)
+    like: dict[str, Any] = {"model": {"params": definition.params, "buffers": definition.buffers}}
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    try:
+        known = checkpointer.steps()
+        if known and checkpointer.has(known[-1] if step is None else step, "ema"):
+            like["ema"] = definition.params
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like)
+        step, items = checkpointer.restore(like, step=step)
+    finally:
+        checkpointer.close()
+    params, buffers = items.get("ema", items["model"]["params"]), items["model"]["buffers"]
+    return Loaded(
+        config=config, model=definition.merge(params, buffers), tokenizer=Tokenizer.load(path / "tokenizer"), definition=definition,
+        params=params, buffers=buffers, path=path, step=step,
+    )  # fmt: skip

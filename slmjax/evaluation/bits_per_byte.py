@@ -1,0 +1,149 @@
+"""Loss, perplexity and bits per byte on held-out text.
+
+    evaluate(loaded)                                                          # the held-out text of the run itself
+    evaluate(loaded, data=DataConfig(path="book.txt", heldout_fraction=1.0))  # all of another text
+
+Bits per byte is the total negative log-likelihood in bits over the UTF-8 bytes of the text. BOS is not scored, EOS is and
+counts no byte; documents that are longer than a row are cut into windows that overlap, and what they repeat is context, not
+scored again (`data/windows.py`). The sum therefore has one term per token whatever the batch size, packing or mesh; window
+length and overlap say how much context a token is given, so they are part of the result.
+
+Dims: B rows of the global batch, T positions of a row.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from slmjax import config as config_io
+from slmjax import sharding
+from slmjax.checkpoint import Loaded
+from slmjax.data.batch import Batch
+from slmjax.data.config import DataConfig
+from slmjax.data.preparation import prepare
+from slmjax.data.tokenizers import FileTokenizer
+from slmjax.data.windows import EvaluationBatches, evaluation_batches
+from slmjax.losses import sharded_cross_entropy
+from slmjax.parameters import Definition
+
+Params = Mapping[str, Array]
+EvalStep = Callable[[Params, Params, Batch], dict[str, Array]]
+DEFAULT_OVERLAP = 64  # where neither caller nor run says
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """What an evaluation came to, and what it was measured on."""
+
+    loss: float  # nats per scored token
+    perplexity: float
+    bits_per_byte: float
+    tokens: int  # scored: all of the documents but BOS
+    bytes: int  # of the documents
+    documents: int
+    sequence_length: int  # tokens of a window
+    overlap: int  # tokens of context that a further window of a long document repeats
+    seconds: float
+
+
+def make_eval_step(definition: Definition) -> EvalStep:
+    """The compiled `(params, buffers, batch) -> {"nll", "weight"}`: sums over the global batch, in nats and scored tokens."""
+
+    @jax.jit
+    def eval_step(params: Params, buffers: Params, batch: Batch) -> dict[str, Array]:
+        output = definition.merge(params, buffers)(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions)
+        _, sums = sharded_cross_entropy(output.hidden, output.head, batch.targets, batch.loss_mask)
+        return {"nll": sums["nll"], "weight": jnp.sum(batch.loss_mask)}
+
+    return eval_step
+
+
+def evaluate_batches(
+    eval_step: EvalStep, params: Params, buffers: Params, batches: EvaluationBatches, *, mesh: Mesh | None = None
+) -> EvalResult:
+    """Runs all batches; on a mesh the parameters must be on it, and every process passes its own rows."""
+    started = time.monotonic()
+    totals = {"nll": 0.0, "weight": 0.0}
+    pending: dict[str, Array] = {}
+    for batch in batches:
+        # The device works on this batch while the host reads the sums of the one before and makes the next.
+        if mesh is None:
+            running = eval_step(params, buffers, batch)
+        else:
+            with jax.set_mesh(mesh):
+                running = eval_step(params, buffers, sharding.place_batch(batch, mesh))
+        _add(totals, pending)
+        pending = running
+    _add(totals, pending)
+    assert totals["weight"] == batches.num_targets, f"{totals['weight']} tokens were scored, and there are {batches.num_targets}"
+    loss, plan = totals["nll"] / totals["weight"], batches.plans[0][1]
+    return EvalResult(
+        loss=loss,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        bits_per_byte=totals["nll"] / math.log(2) / batches.num_bytes,
+        tokens=batches.num_targets,
+        bytes=batches.num_bytes,
+        documents=batches.num_documents,
+        sequence_length=plan.sequence_length,
+        overlap=plan.overlap,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _add(totals: dict[str, float], sums: Mapping[str, Array]) -> None:
+    """Adds in float64: the sum over a corpus loses nothing to the float32 of one batch."""
+    for name, value in sums.items():
+        totals[name] += float(value)
+
+
+def evaluate(
+    loaded: Loaded,
+    *,
+    data: DataConfig | None = None,
+    max_documents: int | None = None,
+    overlap: int | None = None,
+    batch_size: int | None = None,
+    log: Callable[[str], None] = print,
+) -> EvalResult:
+    """Loss and bits per byte of a trained model on held-out text, with the model's own tokenizer, on one device.
+
+    Args:
+      data: what to evaluate on: its held-out part, in windows of its sequence length (or the model's context, if that is
+        shorter). None: the data of the run.
+      max_documents: the first so many documents only.
+      overlap: tokens of context that a further window of a long document repeats; None: as the run was evaluated.
+      batch_size: rows at a time; None: that of the data.
+      log: called with what the preparation of data reports.
+
+    Raises:
+      ValueError: nothing is held out, or `data` is None and the model's directory has no experiment.
+    """
+    experiment = _experiment_of(loaded)
+    if data is None:
+        if "data" not in experiment:
+            raise ValueError(f"{loaded.path} has no config.json that says what it was trained on: say what to evaluate on with data")
+        data = config_io.from_json(DataConfig, experiment["data"])
+    if data.heldout_fraction == 0:
+        raise ValueError("data.heldout_fraction is 0, so there is no held-out text: set it to 1 to evaluate on all of the text")
+    length = min(data.sequence_length, loaded.config.context_length)
+    if overlap is None:
+        overlap = min(experiment.get("eval", {}).get("overlap", DEFAULT_OVERLAP), length - 1)
+    prepared = prepare(data, FileTokenizer(path=str(loaded.path / "tokenizer" / "tokenizer.json")), log=log)
+    batches = evaluation_batches(
+        prepared.heldout, sequence_length=length, batch_size=batch_size or data.batch_size, overlap=overlap, max_documents=max_documents
+    )
+    return evaluate_batches(make_eval_step(loaded.definition), loaded.params, loaded.buffers, batches)
+
+
+def _experiment_of(loaded: Loaded) -> dict[str, Any]:
+    """The run's resolved experiment as JSON; empty for a directory that holds a model alone."""
+    path = loaded.path / "config.json"
+    return json.loads(path.read_text()) if path.is_file() else {}

@@ -1,0 +1,115 @@
+"""`Experiment`: the tree of settings that says all about a run.
+
+An experiment file is a Python file with `def experiment() -> Experiment`. The command line overrides any field by its
+path (`--optim.lr 3e-4`), and the resolved tree is written to the run directory as JSON and read back strictly.
+"""
+
+import abc
+import dataclasses
+from pathlib import Path
+
+from slmjax import config as config_io
+from slmjax.checkpoint import CheckpointConfig
+from slmjax.data.config import DataConfig
+from slmjax.data.tokenizers import BpeTokenizer, TokenizerConfig
+from slmjax.model import ModelConfig
+from slmjax.optim import OptimConfig
+from slmjax.sampling import SamplingConfig
+from slmjax.sharding import MeshConfig
+from slmjax.step import ObjectiveConfig
+
+
+class InitConfig(abc.ABC):
+    """Where the first parameters come from."""
+
+    @abc.abstractmethod
+    def source(self) -> Path | None:
+        """A directory with a model to start from, or None for fresh parameters."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scratch(InitConfig):
+    """Freshly initialised parameters."""
+
+    def source(self) -> Path | None:
+        """None: nothing is read."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FromModel(InitConfig):
+    """The parameters of another run; optimizer, step and data order start anew."""
+
+    path: str  # run directory
+
+    def source(self) -> Path | None:
+        """The run directory."""
+        return Path(self.path)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation on the held-out text."""
+
+    every: int = 250  # steps between evaluations; one more, on all held-out text, ends the run
+    max_documents: int | None = 64  # held-out documents of the evaluations on the way (none: all)
+    batch_size: int | None = None  # rows at a time (none: as in training)
+    overlap: int = 64  # tokens of context that each further window of a long document repeats
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.overlap < 0:
+            raise ValueError(f"eval.every must be at least 1 and eval.overlap at least 0, got {self.every} and {self.overlap}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Length, name and place of a run."""
+
+    name: str = "run"  # begins the name of the run directory
+    steps: int = 1000  # optimizer steps
+    seed: int = 0  # of initial parameters and dropout; the order of the data has its own
+    log_every: int = 10  # steps between lines of the log
+    directory: str = "runs"  # where run directories are made
+    sample_prompts: tuple[str, ...] = ("",)  # texts that the trained model continues at the end
+    sample: SamplingConfig = SamplingConfig(max_tokens=100, temperature=0.8, top_k=40)  # how it does
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.log_every < 1:
+            raise ValueError(f"run.steps and run.log_every must be at least 1, got {self.steps} and {self.log_every}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """All settings of a run."""
+
+    model: ModelConfig
+    init: InitConfig = Scratch()
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = BpeTokenizer(vocab_size=2048)
+    optim: OptimConfig = OptimConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    mesh: MeshConfig = MeshConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    run: RunConfig = RunConfig()
+
+    def __post_init__(self) -> None:
+        if self.data.sequence_length > self.model.context_length:
+            raise ValueError(
+                f"data.sequence_length={self.data.sequence_length} is longer than model.context_length={self.model.context_length}: "
+                "shorten the one or lengthen the other"
+            )
+        if self.data.batch_size % self.optim.accumulation_steps:
+            raise ValueError(
+                f"data.batch_size={self.data.batch_size} must be a multiple of optim.accumulation_steps={self.optim.accumulation_steps}"
+            )
+        if self.eval.overlap >= self.data.sequence_length:
+            raise ValueError(f"eval.overlap={self.eval.overlap} must be shorter than data.sequence_length={self.data.sequence_length}")
+
+
+def read_experiment(run_dir: Path) -> Experiment:
+    """The experiment that a run directory's config.json holds, read strictly."""
+    path = run_dir / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{run_dir} is not a run directory: it has no config.json. Name one that `slmjax train` printed")
+    return config_io.loads(Experiment, path.read_text())

@@ -1,0 +1,71 @@
+"""What the processes of a run agree on, and how a run is asked to stop.
+
+A run has one process per host; all of these functions are called by every process and do nothing special when there is
+only one.
+"""
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Self, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+T = TypeVar("T")
+_TEXT_BYTES = 1024
+
+
+def process_zero_first(action: Callable[[], T]) -> T:
+    """`action()` in the first process, then in the others, which find on disk what the first one made."""
+    if jax.process_count() == 1:
+        return action()
+    result = action() if jax.process_index() == 0 else None
+    multihost_utils.sync_global_devices("process zero first")
+    return action() if result is None else result
+
+
+def broadcast_text(text: str) -> str:
+    """The first process's text (at most 1024 bytes), in every process."""
+    if jax.process_count() == 1:
+        return text
+    padded = np.frombuffer(text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0"), np.uint8)
+    return bytes(multihost_utils.broadcast_one_to_all(padded)).rstrip(b"\0").decode(errors="replace")
+
+
+class StopSignals:
+    """While entered, Ctrl-C and SIGTERM only ask the run to stop; a second one stops it at once.
+
+    With several processes JAX's own preemption service takes SIGTERM and makes all of them stop after the same step.
+    """
+
+    def __init__(self) -> None:
+        self._received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, object] = {}
+
+    def requested(self, step: int) -> signal.Signals | None:
+        """The signal that asks the run to stop after `step`, if there was one; the same answer in every process."""
+        if jax.process_count() > 1:
+            return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
+        return self._received
+
+    def __enter__(self) -> Self:
+        # Only the main thread may install handlers: a run inside a thread of a larger program is stopped by that program.
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]  # what signal.signal itself returned
+        self._previous.clear()

@@ -1,0 +1,263 @@
+"""The training state and the one train step: forward, loss, gradient, update, compiled as one function.
+
+Everything a batch contributes is a sum; counts come from the batch alone, and sums are divided by the counts of the whole
+global batch, so that accumulation, padding and the number of devices never change the loss. A step whose loss or
+gradient is not finite is undone on the device: parameters, moments, averages and buffers keep their old values, by
+`where`, and the skip is counted.
+
+Dims: B rows of the global batch, A microbatches, T time.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from slmjax import losses, moe, sharding
+from slmjax.data.batch import Batch
+from slmjax.optim import OptimConfig, learning_rate
+from slmjax.parameters import Definition, block_at
+
+Params = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is minimised."""
+
+    z_loss: float = 0.0  # coefficient of the squared log-normaliser of the logits (1e-4 keeps it near zero)
+    chunk_size: int | None = None  # tokens whose logits exist at once on a device (none: about 64 MB of them)
+
+    def __post_init__(self) -> None:
+        if self.z_loss < 0:
+            raise ValueError(f"objective.z_loss must not be negative, got {self.z_loss}")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Everything that training changes, and all that a checkpoint holds."""
+
+    trainable: Params  # float32 parameters by stack path
+    frozen: Params  # what the optimizer does not touch: router biases
+    optimizer: Any  # optax state
+    ema: Params | None  # averaged parameters, where asked for
+    rng: Any  # key data of the run's randomness; a step's key is folded from it
+    step: Int[Array, ""]  # steps taken, skipped ones included
+    tokens: Int[Array, "2"]  # scored targets so far: millions, and the rest
+    skipped: Int[Array, ""]  # steps undone, in all
+    skipped_in_a_row: Int[Array, ""]
+
+    def items(self) -> dict[str, Any]:
+        """The state as a checkpoint stores it: `model` alone suffices to evaluate and sample."""
+        names = ("rng", "step", "tokens", "skipped", "skipped_in_a_row")
+        progress = {name: getattr(self, name) for name in names}
+        items = {"model": {"params": self.trainable, "buffers": self.frozen}, "optimizer": self.optimizer, "progress": progress}
+        return items if self.ema is None else {**items, "ema": self.ema}
+
+    @classmethod
+    def from_items(cls, items: Mapping[str, Any]) -> "TrainState":
+        """The inverse of `items`."""
+        model = items["model"]
+        return cls(
+            trainable=model["params"], frozen=model["buffers"], optimizer=items["optimizer"], ema=items.get("ema"), **items["progress"]
+        )  # fmt: skip
+
+    @property
+    def evaluated(self) -> Params:
+        """The parameters that evaluation and sampling use: the average where there is one."""
+        return self.trainable if self.ema is None else self.ema
+
+
+def state_shapes(definition: Definition, optimizer: optax.GradientTransformation, *, with_ema: bool, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without computing anything."""
+    shapes = jax.eval_shape(functools.partial(_fresh, definition, optimizer, with_ema), jax.random.key_data(jax.random.key(0)))
+    params = definition.params
+    replicated = functools.partial(jax.tree.map, lambda _: NamedSharding(mesh, PartitionSpec()))
+    shardings = dataclasses.replace(
+        replicated(shapes),
+        trainable=sharding.parameter_shardings(params, mesh),
+        optimizer=sharding.like_parameters(shapes.optimizer, params, mesh),
+        ema=sharding.parameter_shardings(params, mesh) if with_ema else None,
+    )
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings)
+
+
+def init_state(definition: Definition, optimizer: optax.GradientTransformation, *, shapes: TrainState, seed: int) -> TrainState:
+    """A fresh state, every array created where it lives."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    fresh = functools.partial(_fresh, definition, optimizer, shapes.ema is not None)
+    return jax.jit(fresh, out_shardings=shardings)(jax.random.key_data(jax.random.key(seed)))
+
+
+def _fresh(definition: Definition, optimizer: optax.GradientTransformation, with_ema: bool, rng: Array) -> TrainState:
+    params, buffers = definition.init(jax.random.wrap_key_data(rng))
+    # Distinct zeros: the state is donated, and one buffer must not be donated twice.
+    zero = functools.partial(jnp.zeros, (), jnp.int32)
+    return TrainState(
+        trainable=params, frozen=buffers, optimizer=optimizer.init(params), ema=jax.tree.map(jnp.copy, params) if with_ema else None,
+        rng=rng, step=zero(), tokens=jnp.zeros((2,), jnp.int32), skipped=zero(), skipped_in_a_row=zero(),
+    )  # fmt: skip
+
+
+MILLION = 1_000_000
+
+
+def _counted(tokens: Array, more: Array) -> Array:
+    rest = tokens[1] + more.astype(jnp.int32)
+    return jnp.stack([tokens[0] + rest // MILLION, rest % MILLION])
+
+
+def tokens_seen(state: TrainState) -> int:
+    """Scored targets that the state has been trained on."""
+    millions, rest = (int(count) for count in jax.device_get(state.tokens))
+    return millions * MILLION + rest
+
+
+# The objective --------------------------------------------------------------------------------------------------------
+def counts(batch: Batch) -> dict[str, Float[Array, ""]]:
+    """Denominators, from the batch alone: scored targets, real tokens, UTF-8 bytes of the scored targets."""
+    return {
+        "targets": jnp.sum(batch.loss_mask),
+        "tokens": jnp.sum(batch.segment_ids > 0).astype(jnp.float32),
+        "bytes": jnp.sum(batch.num_bytes).astype(jnp.float32),
+    }
+
+
+def terms(
+    definition: Definition, objective: ObjectiveConfig, params: Params, buffers: Params, batch: Batch, *, key: Array | None
+) -> tuple[dict[str, tuple[Float[Array, ""], str]], dict[str, Array]]:
+    """Sums that make up the loss, each with the name of its count, and sums that are only reported."""
+    model = definition.merge(params, buffers)
+    output = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, key=key)
+    cross_entropy, metrics = losses.sharded_cross_entropy(
+        output.hidden, output.head, batch.targets, batch.loss_mask, z_loss=objective.z_loss, chunk_size=objective.chunk_size
+    )
+    sums = {"cross_entropy": (cross_entropy, "targets")} | {name: (value, "tokens") for name, value in output.losses.items()}
+    return sums, {**metrics, **output.metrics}
+
+
+# The step -------------------------------------------------------------------------------------------------------------
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+
+
+def make_train_step(
+    definition: Definition,
+    optimizer: optax.GradientTransformation,
+    *,
+    objective: ObjectiveConfig,
+    optim: OptimConfig,
+    shapes: TrainState,
+    total_steps: int,
+) -> TrainStep:
+    """The compiled step `(state, batch) -> (state, metrics)`; the state it is given is donated. Call it under the mesh.
+
+    Metrics are float32 scalars of the whole batch: `loss` (nats per scored token), `objective` (with auxiliary terms),
+    `grad_norm` (before clipping), `learning_rate`, `accuracy`, `nll`, `targets`, `bytes`, `tokens`, `skipped` (so far),
+    `skipped_in_a_row`, and for mixtures of experts `expert_imbalance` (busiest expert's load over the mean, averaged over layers) and `dropped`.
+    """
+    grads_of = functools.partial(_gradients, definition, objective, optim.accumulation_steps)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        total = counts(batch)
+        value, sums, grads = grads_of(state.trainable, state.frozen, batch, total, key)
+        grad_norm = optax.global_norm(grads)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        changed = {
+            "trainable": trainable,
+            "frozen": _updated_buffers(definition, state.frozen, sums),
+            "optimizer": optimizer_state,
+            "ema": _averaged(state.ema, trainable, decay=optim.ema_decay, step=state.step),
+        }
+        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+        kept = {name: jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, getattr(state, name)) for name, new in changed.items()}
+        undone = 1 - finite.astype(jnp.int32)
+        new_state = dataclasses.replace(
+            state, **kept, step=state.step + 1, tokens=_counted(state.tokens, total["targets"]), skipped=state.skipped + undone,
+            skipped_in_a_row=(state.skipped_in_a_row + 1) * undone,
+        )  # fmt: skip
+        lr = learning_rate(optim, state.step, total_steps=total_steps)
+        metrics = {"objective": value, "grad_norm": grad_norm, "learning_rate": jnp.asarray(lr), "skipped": new_state.skipped}
+        metrics["skipped_in_a_row"] = new_state.skipped_in_a_row
+        return new_state, metrics | total | _report(sums, total)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _gradients(
+    definition: Definition,
+    objective: ObjectiveConfig,
+    num_microbatches: int,
+    params: Params,
+    buffers: Params,
+    batch: Batch,
+    total: dict[str, Array],
+    key: Array,
+) -> tuple[Array, dict[str, Array], Params]:
+    """Loss, reported sums and gradient of the global batch, accumulated over microbatches."""
+
+    def loss_of(params: Params, part: Batch, part_key: Array) -> tuple[Array, dict[str, Array]]:
+        sums, reported = terms(definition, objective, params, buffers, part, key=part_key if definition.config.dropout > 0 else None)
+        parts = [value / jnp.maximum(total[count], 1.0) for value, count in sums.values()]
+        return jnp.sum(jnp.stack(parts)), reported
+
+    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+    if num_microbatches == 1:
+        (value, reported), grads = value_and_grad(params, batch, key)
+        return value, reported, grads
+
+    def accumulate(carry: Any, xs: tuple[Batch, Array]) -> tuple[Any, None]:
+        part, index = xs
+        (value, reported), grads = value_and_grad(params, part, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, carry, (value, reported, grads)), None
+
+    parts = jax.tree.map(functools.partial(_split_rows, num_parts=num_microbatches), batch)
+    first = jax.tree.map(lambda leaf: leaf[0], parts)
+    shapes = jax.eval_shape(value_and_grad, params, first, key)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[0][0], shapes[0][1], shapes[1]))
+    return jax.lax.scan(accumulate, zeros, (parts, jnp.arange(num_microbatches)))[0]
+
+
+def _split_rows(rows: Array, *, num_parts: int) -> Array:
+    """[B, ...] to [A, B/A, ...]: part a takes every A-th row, so that each device's rows stay on it."""
+    parts = jnp.swapaxes(rows.reshape(rows.shape[0] // num_parts, num_parts, *rows.shape[1:]), 0, 1)
+    return sharding.constrain(parts, (None, "batch") + (None,) * (rows.ndim - 1))
+
+
+def _averaged(ema: Params | None, params: Params, *, decay: float | None, step: Array) -> Params | None:
+    """The moving average; it forgets faster in the first steps, so that the initial weights do not linger in it."""
+    if ema is None or decay is None:
+        return None
+    rate = 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda old, new: old + rate * (new - old), ema, params)
+
+
+def _updated_buffers(definition: Definition, buffers: Params, sums: Mapping[str, Array]) -> Params:
+    """Router biases after this step's global loads: moved once per optimizer step, whatever the accumulation."""
+    updated = dict(buffers)
+    for path in buffers:
+        ffn = block_at(definition.config, path).ffn
+        if path.endswith("/router_bias") and isinstance(ffn, moe.MoeConfig):
+            load = sums[path.removesuffix("router_bias") + "expert_counts"]
+            updated[path] = moe.updated_bias(buffers[path], load, rate=ffn.bias_rate)
+    return updated
+
+
+def _report(sums: Mapping[str, Array], total: Mapping[str, Array]) -> dict[str, Array]:
+    report = {"loss": sums["nll"] / jnp.maximum(total["targets"], 1.0), "nll": sums["nll"]}
+    report["accuracy"] = sums["correct"] / jnp.maximum(total["targets"], 1.0)
+    loads = [value for name, value in sums.items() if name.endswith("/expert_counts")]
+    if loads:
+        imbalances = [jnp.mean(jnp.max(load, axis=-1) / jnp.maximum(jnp.mean(load, axis=-1), 1e-9)) for load in loads]
+        report["expert_imbalance"] = jnp.mean(jnp.stack(imbalances))
+        report["dropped"] = sum(jnp.sum(value) for name, value in sums.items() if name.endswith("/dropped"))
+    return report

@@ -1,0 +1,204 @@
+"""The attention mixer against `jax.nn.dot_product_attention`, its reach, and decoding with a cache against whole sequences."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from slmjax.attention import AttentionConfig, Biases, QkNorm
+from slmjax.layers import Shape
+
+BATCH, LENGTH, WIDTH = 2, 12, 8
+SHAPE = Shape(embed_dim=WIDTH, num_layers=2, norm_eps=1e-6, init_std=0.5, dtype=jnp.float32)
+
+
+def build(**settings):
+    return AttentionConfig(**settings).build(SHAPE, rngs=nnx.Rngs(params=0))
+
+
+def inputs(length=LENGTH):
+    x = jax.random.normal(jax.random.key(1), (BATCH, length, WIDTH))
+    return x, jnp.ones((BATCH, length), jnp.int32), jnp.broadcast_to(jnp.arange(length), (BATCH, length))
+
+
+def attend(attention, x, segment_ids, positions):
+    return attention(x, segment_ids=segment_ids, positions=positions, state=None)[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({"num_heads": 2}, {}),
+        ({"num_heads": 4, "num_kv_heads": 1, "scale": 0.7}, {"scale": 0.7}),
+        ({"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "window": 3}, {"local_window_size": (2, 0)}),
+    ],
+    ids=["full", "one kv head", "groups and window"],
+)
+def test_equals_the_attention_of_jax(settings, options):
+    attention = build(**settings, rope_base=None, qk_norm=QkNorm.PER_HEAD, biases=Biases.ALL)
+    for linear in (attention.query, attention.key, attention.value, attention.output):
+        linear.bias[...] = jnp.linspace(-1.0, 1.0, linear.bias[...].size)
+    attention.query_norm.scale[...] = jnp.linspace(0.5, 2.0, attention.head_dim)
+    x, segment_ids, positions = inputs()
+
+    def project(linear):
+        y = jnp.einsum("btd,df->btf", x, linear.weight[...]) + linear.bias[...][None, None, :]
+        return y.reshape(BATCH, LENGTH, -1, attention.head_dim)
+
+    def normed(y, scale):
+        return y / jnp.sqrt(jnp.mean(y**2, axis=-1, keepdims=True) + 1e-6) * scale[None, None, None, :]
+
+    query = normed(project(attention.query), attention.query_norm.scale[...])
+    key = normed(project(attention.key), attention.key_norm.scale[...])
+    with jax.numpy_rank_promotion("allow"):  # theirs broadcasts masks by rank
+        mixed = jax.nn.dot_product_attention(query, key, project(attention.value), is_causal=True, **options)
+    flat = mixed.reshape(BATCH, LENGTH, -1)
+    expected = jnp.einsum("btf,fd->btd", flat, attention.output.weight[...]) + attention.output.bias[...][None, None, :]
+    np.testing.assert_allclose(attend(attention, x, segment_ids, positions), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_two_tokens_by_hand_with_scale_and_softcap():
+    # One head of one dim, all weights 1: queries, keys and values are the inputs themselves, 1 and 2.
+    shape = Shape(embed_dim=1, num_layers=1, norm_eps=1e-6, init_std=0.5, dtype=jnp.float32)
+    attention = AttentionConfig(num_heads=1, rope_base=None, scale=0.5, softcap=1.5).build(shape, rngs=nnx.Rngs(params=0))
+    for linear in (attention.query, attention.key, attention.value, attention.output):
+        linear.weight[...] = jnp.ones((1, 1))
+    y = attend(attention, jnp.array([[[1.0], [2.0]]]), jnp.ones((1, 2), jnp.int32), jnp.array([[0, 1]]))
+    first, second = (math.exp(1.5 * math.tanh(score / 1.5)) for score in (0.5 * 2 * 1, 0.5 * 2 * 2))
+    np.testing.assert_allclose(y.ravel(), [1.0, (first * 1 + second * 2) / (first + second)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("window", [1, 4, None])
+def test_a_token_sees_exactly_its_window(window):
+    attention = build(num_heads=2, window=window)
+    x, segment_ids, positions = inputs()
+
+    def influence(t):
+        return jnp.abs(jax.grad(lambda x: jnp.sum(attend(attention, x, segment_ids, positions)[:, t] ** 2))(x)).sum((0, 2)) > 0
+
+    reach = LENGTH if window is None else window
+    t = jnp.arange(LENGTH)
+    distance = t[:, None] - t[None, :]
+    np.testing.assert_array_equal(jax.vmap(influence)(t), (distance >= 0) & (distance < reach))
+
+
+def test_positions_matter_only_with_rotary():
+    x, segment_ids, positions = inputs()
+    reversed_past = x.at[:, :-1].set(x[:, -2::-1])
+
+    def change(base):
+        attention = build(num_heads=2, rope_base=base)
+        outputs = (attend(attention, y, segment_ids, positions)[:, -1] for y in (x, reversed_past))
+        return np.max(np.abs(next(outputs) - next(outputs)))
+
+    assert change(None) < 1e-6
+    assert change(10.0) > 1e-3
+
+
+def test_depth_scaled_output_and_plain_inputs_at_the_start():
+    shape = Shape(embed_dim=256, num_layers=8, norm_eps=1e-6, init_std=0.02, dtype=jnp.float32)
+    attention = AttentionConfig(num_heads=4, biases=Biases.QKV).build(shape, rngs=nnx.Rngs(params=0))
+    for linear, std in ((attention.query, 0.02), (attention.key, 0.02), (attention.value, 0.02), (attention.output, 0.005)):
+        np.testing.assert_allclose(np.std(linear.weight[...]), 0.98658 * std, rtol=1e-2)
+    assert attention.query.bias is not None and attention.output.bias is None
+
+
+# Decoding -------------------------------------------------------------------------------------------------------------
+ODD = {
+    "full": {"num_heads": 4, "num_kv_heads": 2, "rope_fraction": 0.5, "qk_norm": QkNorm.PER_HEAD},
+    "window": {"num_heads": 2, "window": 4, "softcap": 2.0},
+}
+
+
+@functools.cache
+def decoder(kind):
+    attention = build(**ODD[kind])
+    graphdef, params = nnx.split(attention)
+
+    @jax.jit
+    def step(x, segment_ids, positions, state):
+        return nnx.merge(graphdef, params)(x, segment_ids=segment_ids, positions=positions, state=state)
+
+    return attention, step
+
+
+def decode(kind, x, segment_ids, positions, *, chunks):
+    attention, step = decoder(kind)
+    state, outputs, start = attention.init_state(x.shape[0], max_length=LENGTH), [], 0
+    for size in chunks:
+        part = slice(start, start + size)
+        y, state = step(x[:, part], segment_ids[:, part], positions[:, part], state)
+        outputs.append(y)
+        start += size
+    return jnp.concatenate(outputs, axis=1)
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("chunks", [(6, 1, 1, 1, 1, 1, 1), (6, 6)], ids=["token by token", "chunks"])
+def test_decoding_equals_the_whole_sequence(kind, chunks):
+    x, segment_ids, positions = inputs()
+    whole = attend(decoder(kind)[0], x, segment_ids, positions)
+    np.testing.assert_allclose(decode(kind, x, segment_ids, positions, chunks=chunks), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_decoding_goes_on_from_the_last_document_of_a_chunk(kind):
+    # The first chunk ends two tokens into the second document, whose positions start again at 0.
+    x, _, _ = inputs()
+    segment_ids = jnp.broadcast_to(jnp.array([1] * 4 + [2] * 8), (BATCH, LENGTH))
+    positions = jnp.broadcast_to(jnp.array([*range(4), *range(8)]), (BATCH, LENGTH))
+    whole = attend(decoder(kind)[0], x, segment_ids, positions)
+    decoded = decode(kind, x, segment_ids, positions, chunks=(6, 1, 1, 1, 1, 1, 1))
+    np.testing.assert_allclose(decoded, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_prompts_of_different_lengths_decode_as_alone(kind):
+    # The second row's prompt has 4 tokens and 2 of padding, which must leave no trace.
+    x, _, _ = inputs()
+    whole = attend(decoder(kind)[0], *inputs())
+    attention, step = decoder(kind)
+    lengths = jnp.array([6, 4])
+    t = jnp.broadcast_to(jnp.arange(6), (BATCH, 6))
+    prompt = t < lengths[:, None]
+    _, state = step(x[:, :6], prompt.astype(jnp.int32), jnp.where(prompt, t, 0), attention.init_state(BATCH, max_length=LENGTH))
+    rows = jnp.arange(BATCH)
+    for index in range(6):
+        at = lengths + index
+        y, state = step(x[rows, at][:, None], jnp.ones((BATCH, 1), jnp.int32), at[:, None], state)
+        np.testing.assert_allclose(y[:, 0], whole[rows, at], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_costs_are_those_of_the_arrays(kind):
+    attention, config = decoder(kind)[0], AttentionConfig(**ODD[kind])
+    state = jax.eval_shape(lambda: attention.init_state(3, max_length=LENGTH))
+    assert config.state_bytes(SHAPE, length=LENGTH, itemsize=4) == (4 * state.keys.size + 4 * state.values.size) // 3
+    visible = sum(min(t + 1, config.window or LENGTH) for t in range(LENGTH)) / LENGTH
+    # Scores and weighted sum: a multiplication and an addition each, per visible token, head and dim.
+    assert config.mixing_flops(SHAPE, length=LENGTH) == pytest.approx(4 * visible * config.num_heads * attention.head_dim)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads=3"),
+        ({"num_heads": 4, "num_kv_heads": 0}, "num_kv_heads=0"),
+        ({"num_heads": 4, "num_kv_heads": -2}, "num_kv_heads=-2"),
+        ({"num_heads": 0}, "num_heads=0"),
+        ({"num_heads": 2, "head_dim": 0}, "head_dim must be at least 1"),
+        ({"num_heads": 2, "window": 0}, "window must be at least 1"),
+        ({"num_heads": 2, "softcap": 0.0}, "softcap must be positive"),
+        ({"num_heads": 2, "rope_base": 0.0}, "rope_base must be positive"),
+        ({"num_heads": 2, "rope_fraction": 1.5}, "rope_fraction must lie between 0 and 1"),
+        ({"num_heads": 3}, "change one, or set head_dim"),
+        ({"num_heads": 2, "rope_fraction": 0.3}, "set rope_base to none"),
+    ],
+)
+def test_bad_settings_say_what_to_change(settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(**settings)

@@ -1,0 +1,192 @@
+"""Every form of attention and of grouped products equals its reference, in values and gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slmjax import kernels
+
+
+def attention_inputs(length: int, *, heads: int = 4, kv_heads: int = 2, rows: int = 2):
+    """Random q, k, v and rows of packed documents, different in each row, that end in padding."""
+    rng = np.random.default_rng(length)
+    q, k, v = (jnp.asarray(rng.normal(size=(rows, length, count, 8)), jnp.float32) for count in (heads, kv_heads, kv_heads))
+    segment_ids, positions = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
+    for row in range(rows):
+        cuts = [0, length // (3 + row), length // 2 + row, length - length // 8]
+        for document, (start, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+            segment_ids[row, start:end], positions[row, start:end] = document + 1, np.arange(end - start)
+    return (q, k, v), {"segment_ids": jnp.asarray(segment_ids), "positions": jnp.asarray(positions)}
+
+
+def as_reference(q, k, v, *, segment_ids, positions, **settings):
+    ids = {"q_segments": segment_ids, "k_segments": segment_ids, "q_positions": positions, "k_positions": positions}
+    return kernels.reference_attention(q, k, v, **ids, **settings)
+
+
+def value_and_gradients(fn, arrays):
+    @jax.jit
+    def run(*arrays):
+        value, vjp = jax.vjp(fn, *arrays)
+        return value, vjp(jnp.cos(jnp.arange(value.size, dtype=value.dtype)).reshape(value.shape))
+
+    return run(*arrays)
+
+
+def assert_trees_close(actual, expected, *, rtol=1e-5, atol=1e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), actual, expected)
+
+
+def test_attention_by_hand():
+    # One head of width 1, no scale: the second token weighs values 1 and 3 by exp(0) : exp(log 3) = 1 : 3.
+    q, k, v = (jnp.asarray(x, jnp.float32).reshape(1, 2, 1, 1) for x in ([1, 1], [0, np.log(3)], [1, 3]))
+    ids = {"segment_ids": jnp.ones((1, 2), int), "positions": jnp.arange(2)[None]}
+    np.testing.assert_allclose(as_reference(q, k, v, **ids, window=None, scale=1.0).ravel(), [1.0, 2.5], rtol=1e-6)
+    np.testing.assert_allclose(as_reference(q, k, v, **ids, window=1, scale=1.0).ravel(), [1.0, 3.0], rtol=1e-6)
+    capped = as_reference(q, k, v, **ids, window=None, scale=1.0, softcap=0.5).ravel()[1]
+    odds = np.exp(0.5 * np.tanh(np.log(3) / 0.5))
+    np.testing.assert_allclose(capped, (1 + 3 * odds) / (1 + odds), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("kv_heads", "window"), [(1, None), (2, 5), (4, None)])
+def test_attention_equals_a_loop_over_queries(kv_heads, window):
+    (q, k, v), ids = attention_inputs(24, kv_heads=kv_heads)
+    out = as_reference(q, k, v, **ids, window=window, scale=0.3)
+    segments, positions = np.asarray(ids["segment_ids"]), np.asarray(ids["positions"])
+    for row, t, head in np.ndindex(2, 24, 4):
+        distance = positions[row, t] - positions[row]
+        seen = (segments[row] == segments[row, t]) & (segments[row, t] != 0) & (distance >= 0) & (distance < (window or 99))
+        keys, values = (np.asarray(x)[row, seen, head // (4 // kv_heads)] for x in (k, v))
+        weights = np.exp(0.3 * keys @ np.asarray(q)[row, t, head])
+        expected = weights @ values / weights.sum() if seen.any() else np.zeros(8)
+        np.testing.assert_allclose(out[row, t, head], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "form"),
+    [
+        (24, 5, "_whole"),
+        (130, None, "_causal_blocks"),
+        (160, 90, "_causal_blocks"),
+        (260, 40, "_window_blocks"),
+        (390, 66, "_window_blocks"),
+    ],
+)
+def test_self_attention_equals_reference_in_every_form(length, window, form):
+    chosen = kernels.choose_attention(length, window=window, platform="cpu")
+    assert getattr(chosen, "func", chosen) is getattr(kernels, form)
+    arrays, ids = attention_inputs(length)
+    settings = {**ids, "window": window, "scale": 0.3, "softcap": 5.0}
+    actual = value_and_gradients(functools.partial(kernels.self_attention, **settings), arrays)
+    expected = value_and_gradients(functools.partial(as_reference, **settings), arrays)
+    assert_trees_close(actual, expected)
+
+
+def test_padding_gives_zeros_and_finite_gradients():
+    arrays, ids = attention_inputs(16)
+    ids = {**ids, "segment_ids": ids["segment_ids"].at[0].set(0)}
+    out, gradients = value_and_gradients(functools.partial(kernels.self_attention, **ids, window=None, scale=1.0), arrays)
+    assert not np.any(out[0]) and not np.any(out[1, -2:]) and np.all(out[1, :-2])
+    for gradient in gradients:
+        assert not np.any(gradient[0]) and np.all(np.isfinite(gradient)) and np.any(gradient[1])
+
+
+def test_decoding_with_a_cache_equals_the_whole_sequence():
+    (q, k, v), ids = attention_inputs(12, rows=1)
+    ids = {"segment_ids": jnp.ones((1, 12), int), "positions": jnp.arange(12)[None]}
+    whole = kernels.self_attention(q, k, v, **ids, window=4, scale=0.3)
+    # A ring of the last 4 keys, out of order, one slot of it empty at first.
+    for t in (2, 7, 11):
+        slots = [max(t - back, -1) for back in (2, 0, 3, 1)]
+        ring = jnp.asarray(slots)[None]
+        step = kernels.reference_attention(
+            *(q[:, t : t + 1], k[:, slots], v[:, slots]),
+            q_segments=jnp.ones((1, 1), int),
+            k_segments=(ring >= 0).astype(int),
+            q_positions=jnp.full((1, 1), t),
+            k_positions=ring,
+            window=4,
+            scale=0.3,
+        )
+        np.testing.assert_allclose(step[0, 0], whole[0, t], rtol=1e-5, atol=1e-6)
+
+
+def test_windowed_attention_is_linear_in_length():
+    def flops(length: int) -> float:
+        arrays, ids = attention_inputs(length, rows=1)
+        attend = functools.partial(kernels.self_attention, **ids, window=32, scale=1.0)
+        cost = jax.jit(attend).lower(*arrays).cost_analysis()
+        return cost["flops"]
+
+    assert flops(2048) < 2.1 * flops(1024)
+
+
+def test_attention_keeps_bfloat16():
+    arrays, ids = attention_inputs(16)
+    exact = kernels.self_attention(*arrays, **ids, window=None, scale=0.3)
+    out = kernels.self_attention(*(x.astype(jnp.bfloat16) for x in arrays), **ids, window=None, scale=0.3)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.05)
+
+
+# Grouped products -----------------------------------------------------------------------------------------------------
+def loop_over_groups(x, weights, group_sizes, dy):
+    """What grouped_matmul means, and its gradients, written out with numpy."""
+    y, dx, dweights = np.zeros_like(dy), np.zeros_like(x), np.zeros_like(weights)
+    ends = np.cumsum(group_sizes)
+    for group, rows in enumerate(slice(end - size, end) for end, size in zip(ends, group_sizes, strict=True)):
+        y[rows] = x[rows] @ weights[group]
+        dx[rows] = dy[rows] @ weights[group].T
+        dweights[group] = x[rows].T @ dy[rows]
+    return y, (dx, dweights)
+
+
+@functools.cache
+def compiled_grouped_matmul(platform):
+    def run(x, weights, group_sizes, dy):
+        y, vjp = jax.vjp(lambda x, weights: kernels.choose_grouped_matmul(platform)(x, weights, group_sizes), x, weights)
+        return y, vjp(dy)
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("group_sizes", [(0, 150, 0, 33, 17), (40, 40, 40, 40, 40), (0, 0, 0, 0, 0), (0, 0, 0, 0, 210)])
+def test_grouped_matmul_equals_a_loop_over_groups(platform, group_sizes):
+    rng = np.random.default_rng(0)
+    x, weights = rng.normal(size=(210, 6)).astype(np.float32), rng.normal(size=(5, 6, 4)).astype(np.float32)
+    sizes, dy = np.asarray(group_sizes, np.int32), rng.normal(size=(210, 4)).astype(np.float32)
+    assert_trees_close(compiled_grouped_matmul(platform)(x, weights, sizes, dy), loop_over_groups(x, weights, sizes, dy))
+
+
+def test_grouped_matmul_does_not_let_unused_rows_in():
+    x = jnp.ones((20, 3)).at[12:].set(jnp.nan)
+    weights = jnp.ones((2, 3, 2))
+    for platform in ("cpu", "tpu"):
+        multiply = kernels.choose_grouped_matmul(platform)
+        out, gradients = value_and_gradients(lambda x, w, f=multiply: f(x, w, jnp.asarray([5, 7], jnp.int32)), (x, weights))
+        assert not np.any(out[12:]) and not np.any(gradients[0][12:])
+        assert np.all(np.isfinite(gradients[1]))
+
+
+def test_grouped_matmul_sums_weight_gradients_in_float32():
+    x = jnp.ones((4096, 1), jnp.bfloat16)
+    gradient = jax.grad(lambda w: jnp.sum(kernels.grouped_matmul(x, w, jnp.asarray([4096], jnp.int32)).astype(jnp.float32)))(
+        jnp.ones((1, 1, 1), jnp.float32)
+    )
+    assert gradient.item() == 4096
+
+
+def test_choices_are_logged_once(caplog):
+    kernels._announce.cache_clear()
+    with caplog.at_level("INFO", logger="slmjax.kernels"):
+        for _ in range(2):
+            kernels.choose_grouped_matmul("cpu")
+            kernels.choose_attention(4096, window=None, platform="tpu")
+    assert [record.message for record in caplog.records] == [
+        "grouped products on cpu: blocks of rows",
+        "attention over 4096 tokens, window None, on tpu: causal blocks of 512",
+    ]

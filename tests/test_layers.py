@@ -1,0 +1,175 @@
+"""Norms, rotary positions, dropout, embeddings and the MLP, against numbers worked by hand and flax's own modules."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from slmjax import layers
+from slmjax.layers import Activation, Embedding, Linear, MlpConfig, RmsNorm, Shape
+
+SHAPE = Shape(embed_dim=4, num_layers=8, norm_eps=1e-6, init_std=0.02, dtype=jnp.float32)
+
+
+def silu(x):
+    return x / (1 + math.exp(-x))
+
+
+def test_rms_norm_of_three_and_four():
+    # The mean square of (3, 4) is 12.5; the scale doubles the first entry.
+    y = layers.rms_norm(jnp.array([3.0, 4.0]), jnp.array([2.0, 1.0]), eps=0.0)
+    np.testing.assert_allclose(y, [6 / math.sqrt(12.5), 4 / math.sqrt(12.5)], rtol=1e-6)
+
+
+def test_rms_norm_equals_flax_and_keeps_the_dtype():
+    x = 5 * jax.random.normal(jax.random.key(0), (2, 3, 16))
+    theirs = nnx.RMSNorm(16, epsilon=1e-3, rngs=nnx.Rngs(0))
+    ours = RmsNorm(16, eps=1e-3)
+    ours.scale[...] = theirs.scale[...] = jnp.linspace(0.5, 2.0, 16)
+    np.testing.assert_allclose(ours(x), theirs(x), rtol=1e-6)
+    half = ours(x.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    # Computed in float32 from the rounded input: only the result is rounded.
+    np.testing.assert_array_equal(half, ours(x.astype(jnp.bfloat16).astype(jnp.float32)).astype(jnp.bfloat16))
+
+
+def test_rms_norm_of_zeros_has_a_finite_gradient():
+    gradient = jax.grad(lambda x: jnp.sum(layers.rms_norm(x, jnp.ones(4), eps=1e-6)))(jnp.zeros((2, 4)))
+    assert np.all(np.isfinite(gradient))
+
+
+def test_rotary_turns_pairs_by_known_angles():
+    # Base 100 over 4 dims: pair (0, 2) turns by 1 radian per position, pair (1, 3) by a tenth of one.
+    x = jnp.array([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
+    y = layers.rotary(x, jnp.array([[2]]), base=100.0)
+    cos, sin = [math.cos(2.0), math.cos(0.2)], [math.sin(2.0), math.sin(0.2)]
+    expected = [1 * cos[0] - 3 * sin[0], 2 * cos[1] - 4 * sin[1], 3 * cos[0] + 1 * sin[0], 4 * cos[1] + 2 * sin[1]]
+    np.testing.assert_allclose(y.ravel(), expected, rtol=1e-6)
+
+
+def test_rotary_at_position_zero_is_the_identity():
+    x = jax.random.normal(jax.random.key(0), (1, 3, 2, 8))
+    np.testing.assert_array_equal(layers.rotary(x, jnp.zeros((1, 3), jnp.int32), base=10_000.0), x)
+
+
+def test_partial_rotary_turns_the_first_dims_alone():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 3, 8))
+    positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
+    y = layers.rotary(x, positions, base=50.0, fraction=0.5)
+    np.testing.assert_array_equal(y[..., 4:], x[..., 4:])
+    np.testing.assert_array_equal(y[..., :4], layers.rotary(x[..., :4], positions, base=50.0))
+
+
+def test_rotary_products_depend_on_distance_alone():
+    query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
+
+    def product(query_position, key_position):
+        turned = (layers.rotary(x, jnp.array([[p]]), base=1e4) for x, p in ((query, query_position), (key, key_position)))
+        return jnp.sum(next(turned) * next(turned))
+
+    np.testing.assert_allclose(product(5, 2), product(105, 102), rtol=1e-4)
+    assert abs(product(5, 2) - product(6, 2)) > 1e-3
+
+
+def test_rotary_angles_are_float32_for_bfloat16_inputs():
+    # At position 1000, bfloat16 angles would be off by up to 4 radians.
+    x = jnp.ones((1, 1, 1, 2), jnp.bfloat16)
+    y = layers.rotary(x, jnp.array([[1001]]), base=1e4)
+    assert y.dtype == jnp.bfloat16
+    expected = [math.cos(1001) - math.sin(1001), math.cos(1001) + math.sin(1001)]
+    np.testing.assert_allclose(y.astype(jnp.float32).ravel(), expected, rtol=2**-8)
+
+
+@pytest.mark.parametrize(("head_dim", "fraction", "expected"), [(8, 1.0, 8), (8, 0.25, 2), (10, 0.5, 4), (7, 1.0, 6), (8, 0.1, 0)])
+def test_rotated_dims_are_even(head_dim, fraction, expected):
+    assert layers.rotary_dim(head_dim, fraction) == expected
+
+
+def test_truncated_normal_has_the_stated_spread():
+    draws = layers.truncated_normal(jax.random.key(0), (400, 500), 0.02)
+    assert np.max(np.abs(draws)) <= 0.06
+    np.testing.assert_allclose(np.mean(draws), 0.0, atol=2e-4)
+    # A normal cut at three deviations keeps 0.98658 of its own.
+    np.testing.assert_allclose(np.std(draws), 0.98658 * 0.02, rtol=5e-3)
+
+
+def test_outputs_into_the_residual_stream_start_smaller_by_depth():
+    np.testing.assert_allclose(SHAPE.output_std, 0.02 / 4, rtol=1e-12)
+    wide = Shape(embed_dim=256, num_layers=8, norm_eps=1e-6, init_std=0.02, dtype=jnp.float32)
+    mlp = MlpConfig(hidden_dim=512).build(wide, rngs=nnx.Rngs(params=0))
+    for linear, std in ((mlp.gate, 0.02), (mlp.up, 0.02), (mlp.down, 0.005)):
+        np.testing.assert_allclose(np.std(linear.weight[...]), 0.98658 * std, rtol=1e-2)
+
+
+def test_linear_adds_its_bias_and_computes_in_the_input_dtype():
+    linear = Linear(2, 2, std=1.0, bias=True, rngs=nnx.Rngs(params=0))
+    assert np.all(linear.bias[...] == 0)
+    linear.weight[...], linear.bias[...] = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([10.0, 20.0])
+    np.testing.assert_array_equal(linear(jnp.array([[1.0, -1.0]])), [[8.0, 18.0]])
+    assert linear(jnp.ones((3, 2), jnp.bfloat16)).dtype == jnp.bfloat16
+    assert linear.weight[...].dtype == linear.bias[...].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("activation", "gated", "expected"),
+    [
+        (Activation.SILU, True, 2 * (silu(1.0) * 6) + 2 * (silu(-2.0) * 2)),
+        # GELU by its tanh form: gelu(1) = 0.841192, gelu(-2) = -0.045402.
+        (Activation.GELU, True, 2 * (0.841192 * 6) + 2 * (-0.045402 * 2)),
+        (Activation.RELU2, True, 2 * (1.0 * 6) + 0.0),
+        (Activation.SILU, False, 2 * silu(6.0) + 2 * silu(2.0)),
+        (Activation.RELU2, False, 2 * 36.0 + 2 * 4.0),
+    ],
+)
+def test_mlp_by_hand(activation, gated, expected):
+    shape = Shape(embed_dim=1, num_layers=1, norm_eps=1e-6, init_std=0.02, dtype=jnp.float32)
+    mlp = MlpConfig(hidden_dim=2, activation=activation, gated=gated).build(shape, rngs=nnx.Rngs(params=0))
+    # On x = 2 the gate gives (1, -2), the other projection (6, 2), and the output is twice the sum.
+    mlp.up.weight[...], mlp.down.weight[...] = jnp.array([[3.0, 1.0]]), jnp.array([[2.0], [2.0]])
+    if gated:
+        mlp.gate.weight[...] = jnp.array([[0.5, -1.0]])
+    y, aux = mlp(jnp.full((1, 1, 1), 2.0), segment_ids=jnp.ones((1, 1), jnp.int32))
+    np.testing.assert_allclose(y.item(), expected, rtol=1e-5)
+    assert not aux.losses and not aux.metrics
+    assert (mlp.gate is not None) == gated
+
+
+def test_mlp_biases_and_bad_width():
+    mlp = MlpConfig(hidden_dim=3, bias=True).build(SHAPE, rngs=nnx.Rngs(params=0))
+    assert all(linear.bias is not None for linear in (mlp.gate, mlp.up, mlp.down))
+    with pytest.raises(ValueError, match="hidden_dim must be at least 1"):
+        MlpConfig(hidden_dim=0)
+
+
+def test_embedding_gradient_of_a_frequent_token_is_exact_in_bfloat16():
+    # A sum kept in bfloat16 stops growing at 256.
+    embedding = Embedding(3, 2, std=0.02, rngs=nnx.Rngs(params=0))
+    tokens = jnp.ones((2, 1000), jnp.int32)
+
+    def total(table):
+        embedding.table[...] = table
+        rows = embedding(tokens, dtype=jnp.bfloat16)
+        assert rows.dtype == jnp.bfloat16
+        return jnp.sum(rows.astype(jnp.float32))
+
+    gradient = jax.grad(total)(jnp.ones((3, 2)))
+    np.testing.assert_array_equal(gradient, [[0.0, 0.0], [2000.0, 2000.0], [0.0, 0.0]])
+
+
+def test_dropout_keeps_the_expectation_at_the_asked_rate():
+    x, key = jnp.full((1000, 100), 3.0), jax.random.key(0)
+    y = layers.dropout(x, key, rate=0.2)
+    dropped = np.asarray(y == 0)
+    np.testing.assert_allclose(dropped.mean(), 0.2, atol=0.005)  # four deviations of a mean of 100,000 draws
+    np.testing.assert_allclose(y[~dropped], 3.0 / 0.8, rtol=1e-6)
+    np.testing.assert_array_equal(y, layers.dropout(x, key, rate=0.2))
+    assert np.any(y != layers.dropout(x, jax.random.key(1), rate=0.2))
+
+
+def test_dropout_without_key_or_rate_changes_nothing():
+    x = jax.random.normal(jax.random.key(0), (4, 4))
+    np.testing.assert_array_equal(layers.dropout(x, None, rate=0.9), x)
+    np.testing.assert_array_equal(layers.dropout(x, jax.random.key(0), rate=0.0), x)
