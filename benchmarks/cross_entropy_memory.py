@@ -51,9 +51,10 @@ def main() -> None:
     )
     chunked, dense = temporary_bytes(cross_entropy, arguments), temporary_bytes(dense_cross_entropy, arguments)
     print("| device | tokens x vocabulary, width | dtype | chunk | chunked MiB | dense MiB | ratio (target < 0.2) |")
+    chunk_size = default_chunk_size(options.tokens, options.vocab_size)
     print(
         f"| {jax.devices()[0].device_kind} | {options.tokens} x {options.vocab_size}, {options.width} | {options.dtype} "
-        f"| {default_chunk_size(options.tokens, options.vocab_size)} | {chunked / 2**20:.0f} | {dense / 2**20:.0f} | {chunked / dense:.3f} |"
+        f"| {chunk_size} | {chunked / 2**20:.0f} | {dense / 2**20:.0f} | {chunked / dense:.3f} |"
     )
 
 

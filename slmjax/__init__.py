@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from slmjax.evaluation import evaluate
     from slmjax.experiment import Experiment
     from slmjax.model import logits
+    from slmjax.recipes import load_experiment
     from slmjax.sampling import generate
-    from slmjax.trainer import Result, load_experiment, train
+    from slmjax.trainer import Result, train
 
 _MODULE_OF = {
     "Experiment": "slmjax.experiment",

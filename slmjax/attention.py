@@ -95,12 +95,15 @@ class AttentionConfig(MixerConfig):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KvCache:
-    """Keys and values already seen. The token at position p lives in slot p % S; segment id 0 marks an empty slot."""
+    """Keys and values already seen. The token at position p lives in slot p % S; segment id 0 marks an empty slot.
 
-    keys: Float[Array, "B S K H"]
-    values: Float[Array, "B S K H"]
-    positions: Int[Array, "B S"]
-    segment_ids: Int[Array, "B S"]
+    The fields are typed `Any` because a cache is a pytree: it may hold shapes or shardings.
+    """
+
+    keys: Any  # Float[Array, "B S K H"]
+    values: Any  # Float[Array, "B S K H"]
+    positions: Any  # Int[Array, "B S"]
+    segment_ids: Any  # Int[Array, "B S"]
 
 
 def write_cache(

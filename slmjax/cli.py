@@ -90,6 +90,8 @@ def _print_json(value: Any) -> None:
 # Commands -------------------------------------------------------------------------------------------------------------
 def train_command(words: Sequence[str]) -> int:
     """train a model: slmjax train [EXPERIMENT] [--optim.lr 3e-4 ...], --resume RUN_DIR, --init-from DIR"""
+    from rich.console import Console
+
     from slmjax import experiment as experiments
     from slmjax import recipes, trainer
 
@@ -111,7 +113,7 @@ def train_command(words: Sequence[str]) -> int:
     if given.init_from is not None:
         chosen = dataclasses.replace(chosen, init=experiments.FromModel(path=given.init_from))
     code = name if name is not None and name.endswith(".py") else None
-    result = trainer.train(chosen, resume=given.resume, code=code, stream=sys.stderr if given.json else None)
+    result = trainer.train(chosen, resume=given.resume, code=code, console=Console(stderr=given.json, highlight=False))
     _print_json(dataclasses.asdict(result)) if given.json else _show_result(result)
     return {"finished": 0, "interrupted": INTERRUPTED_STATUS}.get(result.status, 1)
 
@@ -140,7 +142,7 @@ def _show_result(result: Any) -> None:
     if result.status == "interrupted":
         console.print(f"go on with: slmjax train --resume {result.run_dir}")
     if result.status == "diverged":
-        console.print("too many steps in a row were not finite: lower --optim.lr, lengthen --optim.warmup-steps, or clip with --optim.clip-norm 1")
+        console.print("too many steps in a row were not finite: lower --optim.lr, lengthen --optim.warmup-steps, or clip with --optim.grad-clip 1")
     console.print(f"run directory: {result.run_dir}")
 
 
@@ -151,15 +153,15 @@ def eval_command(words: Sequence[str]) -> int:
     from slmjax.experiment import read_experiment
 
     path, options = _positional(words)
-    data = read_experiment(Path(path)).data if path and (Path(path) / "config.json").is_file() else DataConfig()
+    of_run = read_experiment(Path(path)).data if path and (Path(path) / "config.json").is_file() else DataConfig()
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
         step: int | None = None  # checkpoint to evaluate (none: the newest)
         max_documents: int | None = None  # evaluate the first held-out documents only (none: all)
-        overlap: int = 64  # tokens of context that each further window of a long document repeats
+        overlap: int | None = None  # tokens of context that each further window of a long document repeats (none: as in the run)
         json: bool = False  # print the result as JSON
-        data: DataConfig = data
+        data: DataConfig = of_run
 
     given = _parse(Arguments, options, default=Arguments(), command="eval RUN_DIR", description=eval_command.__doc__)
     loaded = checkpoint.load_model(_needed(path, "eval RUN_DIR"), step=given.step)
@@ -180,7 +182,8 @@ def _needed(path: str | None, usage: str) -> Path:
 
 def generate_command(words: Sequence[str]) -> int:
     """continue prompts: slmjax generate RUN_DIR --prompt "def main(" """
-    from slmjax import checkpoint, sampling
+    from slmjax import checkpoint
+    from slmjax.sampling import SamplingConfig, generate
 
     path, options = _positional(words)
 
@@ -189,11 +192,11 @@ def generate_command(words: Sequence[str]) -> int:
         prompt: tuple[str, ...] = ("",)  # texts to continue; an empty one starts a document
         step: int | None = None  # checkpoint to sample from (none: the newest)
         json: bool = False  # print texts, tokens and reasons as JSON
-        sampling: Annotated[sampling.SamplingConfig, _without_prefix()] = sampling.SamplingConfig()
+        settings: Annotated[SamplingConfig, _without_prefix()] = SamplingConfig()
 
     given = _parse(Arguments, options, default=Arguments(), command="generate RUN_DIR", description=generate_command.__doc__)
     loaded = checkpoint.load_model(_needed(path, "generate RUN_DIR"), step=given.step)
-    found = sampling.generate(loaded, given.prompt, config=given.sampling)
+    found = generate(loaded, given.prompt, config=given.settings)
     if given.json:
         _print_json([{"prompt": prompt, **dataclasses.asdict(one)} for prompt, one in zip(given.prompt, found, strict=True)])
         return 0

@@ -56,10 +56,13 @@ class Shape:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FfnAux:
-    """What a feed-forward layer reports beside its output: sums over the batch's real tokens, never means."""
+    """What a feed-forward layer reports beside its output: sums over the batch's real tokens, never means.
 
-    losses: dict[str, Float[Array, "..."]]  # already multiplied by their coefficients; to divide by the count of real tokens
-    metrics: dict[str, Float[Array, "..."]]
+    The sums are typed `Any` because this is a pytree: it may hold shapes.
+    """
+
+    losses: dict[str, Any]  # already multiplied by their coefficients; to divide by the count of real tokens
+    metrics: dict[str, Any]
 
 
 class Mixer(nnx.Module):

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 from slmjax import sharding
 
@@ -80,9 +80,7 @@ def _project(hidden: Array, weight: Array) -> Array:
     float32, and rounds the gradient of the table to bfloat16 in every chunk.
     """
     dims = (((hidden.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(
-        hidden, weight.astype(hidden.dtype), dims, preferred_element_type=_accumulation_dtype(hidden.dtype)
-    )
+    return jax.lax.dot_general(hidden, weight.astype(hidden.dtype), dims, preferred_element_type=_accumulation_dtype(hidden.dtype))
 
 
 def _project_forward(hidden: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -242,14 +240,10 @@ def cross_entropy(
     if chunk_size is None:
         chunk_size = default_chunk_size(hidden.shape[0], head.weight.shape[0])
     coefficient = jnp.asarray(z_loss, _accumulation_dtype(hidden.dtype))
-    return chunked_sum(
-        _cross_entropy_terms, hidden, head, tokens=(targets, weights), constants=coefficient, chunk_size=chunk_size
-    )
+    return chunked_sum(_cross_entropy_terms, hidden, head, tokens=(targets, weights), constants=coefficient, chunk_size=chunk_size)
 
 
-def _cross_entropy_terms(
-    hidden: Array, head: Head, tokens: tuple[Array, Array], z_loss: Array
-) -> tuple[Float[Array, ""], Metrics]:
+def _cross_entropy_terms(hidden: Array, head: Head, tokens: tuple[Array, Array], z_loss: Array) -> tuple[Float[Array, ""], Metrics]:
     targets, weights = tokens
     logits_CV = logits(hidden, head)
     columns = _columns(logits_CV)
@@ -284,9 +278,7 @@ def sharded_cross_entropy(
         targets, weights, coefficient = tokens_and_z
         own_head = dataclasses.replace(head, weight=weight, bias=bias)
         flat_hidden = hidden.reshape(-1, hidden.shape[-1])
-        sums = cross_entropy(
-            flat_hidden, own_head, targets.reshape(-1), weights.reshape(-1), z_loss=coefficient, chunk_size=chunk_size
-        )
+        sums = cross_entropy(flat_hidden, own_head, targets.reshape(-1), weights.reshape(-1), z_loss=coefficient, chunk_size=chunk_size)
         return sharding.sum_over(sums, "batch", "tokens")
 
     per_token = ("batch", "tokens")

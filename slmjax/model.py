@@ -17,7 +17,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from slmjax import losses, sharding
-from slmjax.layers import Embedding, FfnAux, FfnConfig, MixerConfig, RmsNorm, Shape, dropout, effective_weight, truncated_normal
+from slmjax.attention import AttentionConfig
+from slmjax.layers import Embedding, FfnAux, FfnConfig, MixerConfig, MlpConfig, RmsNorm, Shape, dropout, effective_weight, truncated_normal
+from slmjax.moe import MoeConfig
+
+# A config read from JSON finds its class among those that have been imported: with the model, these always are.
+PARTS: tuple[type, ...] = (AttentionConfig, MlpConfig, MoeConfig)
 
 
 class NormPlacement(enum.Enum):
@@ -141,13 +146,16 @@ class ModelConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:
-    """What the decoder computes. Losses and metrics are sums over the real tokens of the batch."""
+    """What the decoder computes. Losses and metrics are sums over the real tokens of the batch.
 
-    hidden: Float[Array, "B T D"]
+    The arrays are typed `Any` because this is a pytree: it may hold shapes.
+    """
+
+    hidden: Any  # Float[Array, "B T D"], final norm applied
     head: losses.Head
-    losses: dict[str, Float[Array, ""]]  # auxiliary losses, multiplied by their coefficients, summed over layers
-    metrics: dict[str, Float[Array, "..."]]  # by stack path of the module that reports, layer dim first
-    captured: dict[str, Array]  # by logical path, what `capture` asked for
+    losses: dict[str, Any]  # auxiliary losses, multiplied by their coefficients, summed over layers: Float[Array, ""]
+    metrics: dict[str, Any]  # by stack path of the module that reports, layer dim first
+    captured: dict[str, Any]  # by logical path, what `capture` asked for
     state: Any  # decoding state, None in training
 
 
@@ -273,9 +281,8 @@ class Decoder(nnx.Module):
             first_layer += len(segment.pattern) * segment.repeats
         self.segments = nnx.List(segments)
         self.final_norm = RmsNorm(config.embed_dim, eps=config.norm_eps)
-        self.head = None
-        if config.head is HeadKind.FREE:
-            self.head = Table(config.table_rows, config.embed_dim, std=config.init_std, key=head_key)
+        free = config.head is HeadKind.FREE
+        self.head = Table(config.table_rows, config.embed_dim, std=config.init_std, key=head_key) if free else None
 
     def __call__(
         self,

@@ -29,8 +29,8 @@ class Definition:
 
     def merge(self, params: Mapping[str, Array], buffers: Mapping[str, Array]) -> Decoder:
         """The module that computes with these arrays."""
-        flat = [(_keys(path), value) for path, value in {**params, **buffers}.items()]
-        return nnx.merge(self.graphdef, nnx.State.from_flat_path(flat))
+        flat = {_keys(path): value for path, value in {**params, **buffers}.items()}
+        return nnx.merge(self.graphdef, nnx.from_flat_state(flat))
 
     def init(self, key: Array) -> tuple[dict[str, Array], dict[str, Array]]:
         """Freshly initialised parameters and buffers; jit it to have them sharded."""

@@ -13,13 +13,14 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from rich.console import Console
 
 from slmjax import config as config_io
 from slmjax import sampling, sharding
@@ -142,14 +143,14 @@ def first_state(setup: Setup, *, resume: bool) -> TrainState:
     return dataclasses.replace(state, trainable=model["params"], frozen=model["buffers"], ema=ema)
 
 
-def train(experiment: Experiment, *, resume: str | Path | None = None, code: str | Path | None = None, stream: IO[str] | None = None) -> Result:
+def train(experiment: Experiment, *, resume: str | Path | None = None, code: str | Path | None = None, console: Console | None = None) -> Result:
     """Trains a model and returns what the run came to; everything else is in its run directory.
 
     Args:
       experiment: the settings.
       resume: a run directory to go on with; `experiment` is then usually the one its config.json holds.
       code: the experiment file, copied into the run directory.
-      stream: where progress is shown (none: standard output).
+      console: where progress is shown (none: standard output).
 
     Raises:
       ValueError: settings, data or checkpoints that do not fit, with what to change; nothing is lost.
@@ -159,7 +160,7 @@ def train(experiment: Experiment, *, resume: str | Path | None = None, code: str
     with ExitStack() as stack:
         run = _run_directory(experiment, resume)
         run_log = stack.enter_context(run.open_log())
-        progress = Progress(num_steps=experiment.run.steps, process_index=jax.process_index(), stream=stream)
+        progress = Progress(num_steps=experiment.run.steps, process_index=jax.process_index(), console=console)
         stack.enter_context(_LogRecords(run_log, progress))
         stack.enter_context(jax.set_mesh(mesh))
         with ledger.timed(Category.INIT):
@@ -225,9 +226,17 @@ class Loop:
     def save(self, state: TrainState) -> None:
         """Starts a checkpoint of this step, unless there is one."""
         if self._saved_step != self.step:
-            with self.ledger.timed(Category.CHECKPOINT):
+            with self._aside(Category.CHECKPOINT):
                 self.setup.checkpointer.save(self.step, state.items())
             self._saved_step = self.step
+
+    @contextmanager
+    def _aside(self, category: Category) -> Iterator[None]:
+        """Time spent on other things than training: tokens per second do not count it."""
+        started = time.perf_counter()
+        with self.ledger.timed(category):
+            yield
+        self._logged_time += time.perf_counter() - started
 
     def _log_step(self, batch: Batch, metrics: dict[str, Any]) -> float:
         """Writes and shows the figures of this step; returns how many steps in a row were undone up to it."""
@@ -252,10 +261,8 @@ class Loop:
 
     def _evaluate(self, state: TrainState) -> None:
         """Evaluates on the way, and saves the state if it is the best so far."""
-        with self.ledger.timed(Category.EVAL):
-            started = time.perf_counter()
+        with self._aside(Category.EVAL):
             found = self.setup.evaluate(state, self.setup.experiment.eval.max_documents)
-            self._logged_time += time.perf_counter() - started  # the pace is that of training alone
         if found is None:
             return
         self.log.write("eval", step=self.step, loss=found.loss, bits_per_byte=found.bits_per_byte, documents=found.documents)
@@ -366,11 +373,13 @@ class _LogRecords(logging.Handler):
         self._progress.print(record.getMessage() if record.levelno < logging.WARNING else f"{record.levelname}: {record.getMessage()}")
 
     def __enter__(self) -> "_LogRecords":
-        self._level = self._logger.level
+        self._before = self._logger.level, self._logger.propagate
         self._logger.addHandler(self)
         self._logger.setLevel(logging.INFO)
+        self._logger.propagate = False  # imported libraries give the root logger handlers that would show all twice
         return self
 
-    def __exit__(self, *_: Iterable[Any]) -> None:
+    def __exit__(self, *_: object) -> None:
         self._logger.removeHandler(self)
-        self._logger.setLevel(self._level)
+        level, self._logger.propagate = self._before
+        self._logger.setLevel(level)

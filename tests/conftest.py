@@ -15,6 +15,12 @@ os.environ["XLA_FLAGS"] = f"{ORIGINAL_XLA_FLAGS} --xla_force_host_platform_devic
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 
+# A program that two tests or processes run is compiled once. A cache named by JAX_COMPILATION_CACHE_DIR outlives the session.
+SESSION_CACHE = Path(tempfile.mkdtemp(prefix="slmjax-tests-"))
+os.environ["SLMJAX_CACHE"] = str(SESSION_CACHE / "data")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(SESSION_CACHE / "compiled"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
@@ -24,9 +30,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Before slmjax is imported: every annotation becomes a check. An int may stand for a float, as in PEP 484.
 jaxtyping.install_import_hook("slmjax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
-
-SESSION_CACHE = Path(tempfile.mkdtemp(prefix="slmjax-tests-"))
-os.environ["SLMJAX_CACHE"] = str(SESSION_CACHE)
 
 
 def pytest_unconfigure() -> None:

@@ -17,16 +17,24 @@ SHAPE = Shape(embed_dim=WIDTH, num_layers=2, norm_eps=1e-6, init_std=0.5, dtype=
 
 
 def build(**settings):
-    return AttentionConfig(**settings).build(SHAPE, rngs=nnx.Rngs(params=0))
+    """The mixer with every parameter drawn at random, biases and norm scales too."""
+    config, draw = AttentionConfig(**settings), np.random.default_rng(0)
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: config.build(SHAPE, rngs=nnx.Rngs(params=0))))
+    return nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0.3, 0.5, leaf.shape), leaf.dtype), shapes))
 
 
-def inputs(length=LENGTH):
-    x = jax.random.normal(jax.random.key(1), (BATCH, length, WIDTH))
-    return x, jnp.ones((BATCH, length), jnp.int32), jnp.broadcast_to(jnp.arange(length), (BATCH, length))
+def inputs():
+    x = np.random.default_rng(1).normal(size=(BATCH, LENGTH, WIDTH)).astype(np.float32)
+    return x, np.ones((BATCH, LENGTH), np.int32), np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (BATCH, LENGTH))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def attend_with(graphdef, params, x, segment_ids, positions):
+    return nnx.merge(graphdef, params)(x, segment_ids=segment_ids, positions=positions, state=None)[0]
 
 
 def attend(attention, x, segment_ids, positions):
-    return attention(x, segment_ids=segment_ids, positions=positions, state=None)[0]
+    return attend_with(*nnx.split(attention), x, segment_ids, positions)
 
 
 @pytest.mark.parametrize(
@@ -40,24 +48,19 @@ def attend(attention, x, segment_ids, positions):
 )
 def test_equals_the_attention_of_jax(settings, options):
     attention = build(**settings, rope_base=None, qk_norm=QkNorm.PER_HEAD, biases=Biases.ALL)
-    for linear in (attention.query, attention.key, attention.value, attention.output):
-        linear.bias[...] = jnp.linspace(-1.0, 1.0, linear.bias[...].size)
-    attention.query_norm.scale[...] = jnp.linspace(0.5, 2.0, attention.head_dim)
     x, segment_ids, positions = inputs()
 
     def project(linear):
-        y = jnp.einsum("btd,df->btf", x, linear.weight[...]) + linear.bias[...][None, None, :]
+        y = np.asarray(x) @ np.asarray(linear.weight[...]) + np.asarray(linear.bias[...])
         return y.reshape(BATCH, LENGTH, -1, attention.head_dim)
 
-    def normed(y, scale):
-        return y / jnp.sqrt(jnp.mean(y**2, axis=-1, keepdims=True) + 1e-6) * scale[None, None, None, :]
+    def normed(y, norm):
+        return y / np.sqrt(np.mean(y**2, axis=-1, keepdims=True) + 1e-6) * np.asarray(norm.scale[...])
 
-    query = normed(project(attention.query), attention.query_norm.scale[...])
-    key = normed(project(attention.key), attention.key_norm.scale[...])
-    with jax.numpy_rank_promotion("allow"):  # theirs broadcasts masks by rank
-        mixed = jax.nn.dot_product_attention(query, key, project(attention.value), is_causal=True, **options)
-    flat = mixed.reshape(BATCH, LENGTH, -1)
-    expected = jnp.einsum("btf,fd->btd", flat, attention.output.weight[...]) + attention.output.bias[...][None, None, :]
+    query, key = normed(project(attention.query), attention.query_norm), normed(project(attention.key), attention.key_norm)
+    oracle = jax.jit(functools.partial(jax.nn.dot_product_attention, is_causal=True, **options))
+    mixed = np.asarray(oracle(query, key, project(attention.value))).reshape(BATCH, LENGTH, -1)
+    expected = mixed @ np.asarray(attention.output.weight[...]) + np.asarray(attention.output.bias[...])
     np.testing.assert_allclose(attend(attention, x, segment_ids, positions), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -81,19 +84,19 @@ def test_a_token_sees_exactly_its_window(window):
         return jnp.abs(jax.grad(lambda x: jnp.sum(attend(attention, x, segment_ids, positions)[:, t] ** 2))(x)).sum((0, 2)) > 0
 
     reach = LENGTH if window is None else window
-    t = jnp.arange(LENGTH)
+    t = np.arange(LENGTH)
     distance = t[:, None] - t[None, :]
-    np.testing.assert_array_equal(jax.vmap(influence)(t), (distance >= 0) & (distance < reach))
+    np.testing.assert_array_equal(jax.jit(jax.vmap(influence))(t), (distance >= 0) & (distance < reach))
 
 
 def test_positions_matter_only_with_rotary():
     x, segment_ids, positions = inputs()
-    reversed_past = x.at[:, :-1].set(x[:, -2::-1])
+    reversed_past = np.concatenate([x[:, -2::-1], x[:, -1:]], axis=1)
 
     def change(base):
         attention = build(num_heads=2, rope_base=base)
-        outputs = (attend(attention, y, segment_ids, positions)[:, -1] for y in (x, reversed_past))
-        return np.max(np.abs(next(outputs) - next(outputs)))
+        before, after = (np.asarray(attend(attention, y, segment_ids, positions)) for y in (x, reversed_past))
+        return np.max(np.abs(before[:, -1] - after[:, -1]))
 
     assert change(None) < 1e-6
     assert change(10.0) > 1e-3
@@ -101,15 +104,17 @@ def test_positions_matter_only_with_rotary():
 
 def test_depth_scaled_output_and_plain_inputs_at_the_start():
     shape = Shape(embed_dim=256, num_layers=8, norm_eps=1e-6, init_std=0.02, dtype=jnp.float32)
-    attention = AttentionConfig(num_heads=4, biases=Biases.QKV).build(shape, rngs=nnx.Rngs(params=0))
+    config = AttentionConfig(num_heads=4, biases=Biases.QKV)
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: config.build(shape, rngs=nnx.Rngs(params=0))))
+    attention = nnx.merge(graphdef, jax.jit(lambda: nnx.state(config.build(shape, rngs=nnx.Rngs(params=0))))())
     for linear, std in ((attention.query, 0.02), (attention.key, 0.02), (attention.value, 0.02), (attention.output, 0.005)):
-        np.testing.assert_allclose(np.std(linear.weight[...]), 0.98658 * std, rtol=1e-2)
+        np.testing.assert_allclose(np.std(np.asarray(linear.weight[...])), 0.98658 * std, rtol=1e-2)
     assert attention.query.bias is not None and attention.output.bias is None
 
 
 # Decoding -------------------------------------------------------------------------------------------------------------
 ODD = {
-    "full": {"num_heads": 4, "num_kv_heads": 2, "rope_fraction": 0.5, "qk_norm": QkNorm.PER_HEAD},
+    "full": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "rope_fraction": 0.5, "qk_norm": QkNorm.PER_HEAD},
     "window": {"num_heads": 2, "window": 4, "softcap": 2.0},
 }
 
@@ -134,7 +139,7 @@ def decode(kind, x, segment_ids, positions, *, chunks):
         y, state = step(x[:, part], segment_ids[:, part], positions[:, part], state)
         outputs.append(y)
         start += size
-    return jnp.concatenate(outputs, axis=1)
+    return np.concatenate(outputs, axis=1)
 
 
 @pytest.mark.parametrize("kind", ODD)
@@ -149,8 +154,8 @@ def test_decoding_equals_the_whole_sequence(kind, chunks):
 def test_decoding_goes_on_from_the_last_document_of_a_chunk(kind):
     # The first chunk ends two tokens into the second document, whose positions start again at 0.
     x, _, _ = inputs()
-    segment_ids = jnp.broadcast_to(jnp.array([1] * 4 + [2] * 8), (BATCH, LENGTH))
-    positions = jnp.broadcast_to(jnp.array([*range(4), *range(8)]), (BATCH, LENGTH))
+    segment_ids = np.array([[1] * 4 + [2] * 8] * BATCH, np.int32)
+    positions = np.array([[*range(4), *range(8)]] * BATCH, np.int32)
     whole = attend(decoder(kind)[0], x, segment_ids, positions)
     decoded = decode(kind, x, segment_ids, positions, chunks=(6, 1, 1, 1, 1, 1, 1))
     np.testing.assert_allclose(decoded, whole, rtol=1e-4, atol=1e-5)
@@ -162,14 +167,12 @@ def test_prompts_of_different_lengths_decode_as_alone(kind):
     x, _, _ = inputs()
     whole = attend(decoder(kind)[0], *inputs())
     attention, step = decoder(kind)
-    lengths = jnp.array([6, 4])
-    t = jnp.broadcast_to(jnp.arange(6), (BATCH, 6))
+    lengths, rows, t = np.array([6, 4], np.int32), np.arange(BATCH), np.arange(6, dtype=np.int32)
     prompt = t < lengths[:, None]
-    _, state = step(x[:, :6], prompt.astype(jnp.int32), jnp.where(prompt, t, 0), attention.init_state(BATCH, max_length=LENGTH))
-    rows = jnp.arange(BATCH)
+    _, state = step(x[:, :6], prompt.astype(np.int32), np.where(prompt, t, 0), attention.init_state(BATCH, max_length=LENGTH))
     for index in range(6):
-        at = lengths + index
-        y, state = step(x[rows, at][:, None], jnp.ones((BATCH, 1), jnp.int32), at[:, None], state)
+        at = lengths + np.int32(index)
+        y, state = step(x[rows, at][:, None], np.ones((BATCH, 1), np.int32), at[:, None], state)
         np.testing.assert_allclose(y[:, 0], whole[rows, at], rtol=1e-4, atol=1e-5)
 
 

@@ -233,3 +233,20 @@ def test_a_batch_on_any_mesh_equals_dense(num_times, num_devices):
             sharded_cross_entropy, hidden, head, targets, weights, z_loss=0.01, chunk_size=3
         )
     assert_trees_close((values, (hidden_gradient.reshape(-1, WIDTH), head_gradient)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_head_is_gathered_and_its_gradient_reduced_once_outside_the_loop():
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    targets, weights = jnp.zeros((8, 8), jnp.int32), jnp.ones((8, 8))
+
+    def loss(hidden, weight):
+        return sharded_cross_entropy(hidden, Head(weight=weight, vocab_size=ROWS), targets, weights, chunk_size=2)[0]
+
+    with jax.set_mesh(mesh):
+        hidden = jax.device_put(jnp.ones((8, 8, 4)), jax.NamedSharding(mesh, jax.P(("data", "fsdp"), "tensor")))
+        weight = jax.device_put(jnp.ones((ROWS, 4)), jax.NamedSharding(mesh, jax.P("tensor", "fsdp")))
+        program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, weight).compile().as_text()
+    assert " while(" in program
+    collective = r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+    _, entry = program.split("\nENTRY ")
+    assert len(re.findall(collective, program)) == len(re.findall(collective, entry)) <= 4

@@ -56,6 +56,9 @@ class DataConfig:
 
     sources: tuple[WeightedSource, ...] = (WeightedSource(source=StdlibSource()),)  # the mixture
     path: str | None = None  # local text (a file, a directory or a glob): replaces the sources
+    text_field: str = "text"  # with path: the field of a JSONL or Parquet record that holds the text
+    prompt_field: str | None = None  # with path: the field of a prompt, which is not trained on; goes with completion_field
+    completion_field: str | None = None  # with path: the field that is trained on after prompt_field
     split: Split = Split.DOCUMENTS  # hold out whole documents, or the tail of each
     heldout_fraction: float = 0.05  # share of the text that is never trained on; 0 holds out nothing
     packing: Packing = Packing.BEST_FIT  # how documents fill the rows
@@ -73,6 +76,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.sources and self.path is None:
             raise ValueError("data.sources is empty: give at least one source, or data.path")
+        if self.path is not None:
+            _ = self.mixture  # TextSource checks its fields: now rather than when the data is read
         for name in ("heldout_fraction", "max_bad_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}, must be between 0 and 1")
@@ -85,7 +90,10 @@ class DataConfig:
     @property
     def mixture(self) -> tuple[WeightedSource, ...]:
         """The sources that are read: `sources`, or the one that `path` stands for."""
-        return self.sources if self.path is None else (WeightedSource(source=TextSource(path=self.path)),)
+        if self.path is None:
+            return self.sources
+        fields = {"text_field": self.text_field, "prompt_field": self.prompt_field, "completion_field": self.completion_field}
+        return (WeightedSource(source=TextSource(path=self.path, **fields)),)
 
     @property
     def cache_path(self) -> Path:

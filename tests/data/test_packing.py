@@ -73,7 +73,7 @@ def test_concatenation_by_hand():
     assert plan.efficiency == 10 / 12
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(lengths=LENGTHS, sequence_length=st.integers(2, 12), window=st.integers(1, 30), data=st.data())
 def test_best_fit_scores_every_target_once(lengths, sequence_length, window, data):
     overlap = data.draw(st.integers(0, sequence_length - 1))
@@ -89,7 +89,7 @@ def test_best_fit_scores_every_target_once(lengths, sequence_length, window, dat
     check_rows(plan, batch)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(lengths=LENGTHS, sequence_length=st.integers(2, 12))
 def test_concatenation_is_the_stream_cut_at_the_sequence_length(lengths, sequence_length):
     shards = numbered(lengths)
@@ -119,7 +119,7 @@ def check_rows(plan: RowPlan, batch: Batch) -> None:
             assert len(owners | {target // 1000 for target in batch.targets[row][inside & (batch.loss_mask[row] == 1)].tolist()}) <= 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.integers(2, 30), min_size=1, max_size=60), capacity=st.integers(2, 30))
 def test_best_fit_equals_the_naive_packer(lengths, capacity):
     plan = best_fit_rows(np.array(lengths), sequence_length=capacity, window=len(lengths))

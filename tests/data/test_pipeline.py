@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from slmjax.data.batch import Batch, empty_batch
 from slmjax.data.config import DataConfig, Packing
 from slmjax.data.pipeline import BatchSource, Mixture, ReadAhead
+from slmjax.data.shards import ShardWriter, TokenShards
 from tests.data.in_memory import BOS, EOS, numbered
 
 BATCH_SIZE = 8
@@ -120,10 +121,10 @@ def test_the_order_of_rows_does_not_change_unnoticed(source):
 
 
 def test_rows_of_a_mixture_follow_the_weights(source):
-    order = row_order(source, 800)
+    order = row_order(source, 300)
     from_other = np.cumsum(order >= len(source.plans[0]))
     share = WEIGHTS[1] / sum(WEIGHTS)
-    assert np.abs(from_other - share * np.arange(1, 801)).max() <= 0.5 + 1e-6
+    assert np.abs(from_other - share * np.arange(1, 301)).max() <= 0.5 + 1e-6
 
 
 def exact_error(weights: list[float], num_rows: int) -> float:
@@ -140,7 +141,7 @@ def exact_error(weights: list[float], num_rows: int) -> float:
     return error
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(weights=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=9))
 def test_every_prefix_of_a_mixture_matches_the_weights(weights):
     assert exact_error(weights, 300) <= {1: 0, 2: 0.5}.get(len(weights), 2.0) + 1e-6
@@ -180,13 +181,11 @@ def test_prompts_are_not_scored_and_bytes_are_counted(tmp_path):
 def test_packing_efficiency_weighs_the_sources(source):
     small, other = (plan.efficiency for plan in source.plans)
     assert source.packing_efficiency == pytest.approx((small + 0.3 * other) / 1.3)
-    real = np.mean([(source.batch(step).segment_ids > 0).mean() for step in range(60)])
-    assert source.packing_efficiency == pytest.approx(real, rel=0.02)
+    real = np.mean([(source.batch(step).segment_ids > 0).mean() for step in range(40)])
+    assert source.packing_efficiency == pytest.approx(real, rel=0.03)
 
 
 def test_batches_of_real_shards(tmp_path):
-    from slmjax.data.shards import ShardWriter, TokenShards
-
     documents = [np.array([BOS, *np.random.default_rng(seed).integers(2, 90, size=5 * seed), EOS]) for seed in range(20)]
     with ShardWriter(tmp_path / "shards", tokenizer_hash="t", vocab_size=90) as writer:
         for document in documents:
@@ -245,10 +244,10 @@ def test_closing_waits_for_the_batch_being_made():
         ended.append(step)
         return marked(step)
 
-    batches = ReadAhead(slow, start_step=0, read_threads=1, prefetch=4)
+    batches = ReadAhead(slow, start_step=0, read_threads=1, prefetch=30)
     assert step_of(next(batches)) == 0
     batches.close()
-    assert started == ended and len(ended) < 4 and not read_ahead_threads()
+    assert started == ended and len(ended) < 30 and not read_ahead_threads()
 
 
 def test_time_spent_waiting_is_counted():
@@ -262,7 +261,7 @@ def test_time_spent_waiting_is_counted():
         assert first >= 0.09
         time.sleep(0.5)  # long enough for the next two to be there
         assert [step_of(next(batches)), step_of(next(batches))] == [4, 5]
-        assert batches.waiting_seconds - first < 0.09
+        assert batches.waiting_seconds - first < 0.15  # 0.2 without reading ahead
 
 
 def test_an_error_is_raised_where_its_batch_is_asked_for():

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slmjax.data.batch import NO_ROW, Batch
+from slmjax.data.shards import ShardWriter, TokenShards
 from slmjax.data.windows import evaluation_batches
 from tests.data.in_memory import BOS, EOS, numbered
 
@@ -34,7 +35,7 @@ def test_windows_by_hand():
     assert (len(batches), batches.num_rows, batches.num_documents, batches.num_targets, batches.num_bytes) == (2, 4, 3, 11, 24)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(sources=st.lists(LENGTHS, min_size=1, max_size=3), sequence_length=st.integers(2, 12), data=st.data())
 def test_every_target_and_every_byte_counts_once(sources, sequence_length, data):
     overlap = data.draw(st.integers(0, sequence_length - 1))
@@ -120,8 +121,6 @@ def test_bytes_that_do_not_divide_among_the_tokens_still_add_up():
 
 
 def test_windows_of_real_shards(tmp_path):
-    from slmjax.data.shards import ShardWriter, TokenShards
-
     documents = [np.array([BOS, *np.random.default_rng(seed).integers(2, 70_000, size=3000 * seed), EOS]) for seed in range(1, 9)]
     with ShardWriter(tmp_path, tokenizer_hash="t", vocab_size=70_000) as writer:
         for document in documents:

@@ -1,0 +1,15 @@
+"""The sliding-window sibling of `nano`: of three layers, two see 64 tokens back and one sees all.
+
+    slmjax train experiments/nano_window.py
+"""
+
+import dataclasses
+
+from slmjax import recipes, zoo
+from slmjax.experiment import Experiment
+
+
+def experiment() -> Experiment:
+    """nano with windows in most of its layers."""
+    nano = recipes.nano()
+    return dataclasses.replace(nano, model=zoo.nano_window(), run=dataclasses.replace(nano.run, name="nano-window"))

@@ -1,0 +1,28 @@
+"""A 124M decoder for a single accelerator: bfloat16, 0.5M tokens a step.
+
+    slmjax train experiments/slm_124m.py --data.path 'corpus/*.jsonl'
+
+Not measured on an accelerator yet: steps, batch and learning rate are the usual ones for this size.
+"""
+
+import dataclasses
+
+from slmjax import zoo
+from slmjax.data.config import DataConfig
+from slmjax.data.tokenizers import BpeTokenizer
+from slmjax.experiment import EvalConfig, Experiment, RunConfig
+from slmjax.model import Precision, Remat
+from slmjax.optim import OptimConfig, Schedule
+
+
+def experiment() -> Experiment:
+    """GPT-2 small's size with today's layers."""
+    model = dataclasses.replace(zoo.slm_124m(), precision=Precision.BFLOAT16, remat=Remat.DOTS)
+    return Experiment(
+        model=model,
+        data=DataConfig(sequence_length=1024, batch_size=512, heldout_fraction=0.005),
+        tokenizer=BpeTokenizer(vocab_size=32_768),
+        optim=OptimConfig(lr=6e-4, warmup_steps=700, schedule=Schedule.WSD, accumulation_steps=16),
+        eval=EvalConfig(every=500, batch_size=32, max_documents=1000),
+        run=RunConfig(name="slm-124m", steps=19_000),
+    )

@@ -1,0 +1,69 @@
+"""The built-in experiments, and how an experiment is found: by built-in name or as a Python file.
+
+    load_experiment("nano")                          # or "shakespeare_char"
+    load_experiment("experiments/nano_moe.py")       # a file with `def experiment() -> Experiment`
+"""
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+zoo = None  # TEMP
+from slmjax.config import near_names
+from slmjax.data.config import DataConfig, Packing, Split
+from slmjax.data.tokenizers import BpeTokenizer, CharTokenizer
+from slmjax.experiment import EvalConfig, Experiment, RunConfig
+from slmjax.optim import OptimConfig, Schedule
+
+
+def nano() -> Experiment:
+    """The default: a small Qwen3-like decoder on Python's own standard library, minutes on a laptop."""
+    return Experiment(
+        model=zoo.nano(),
+        data=DataConfig(sequence_length=256, batch_size=16, heldout_fraction=0.03),
+        tokenizer=BpeTokenizer(vocab_size=2048),
+        optim=OptimConfig(lr=3e-3, warmup_steps=100),
+        run=RunConfig(name="nano", steps=1000, sample_prompts=("def main(", "import ")),
+    )
+
+
+def shakespeare_char() -> Experiment:
+    """The well-known CPU setting of character models; `--data.path FILE` gives it the text it is named for."""
+    return Experiment(
+        model=zoo.shakespeare_char(),
+        data=DataConfig(sequence_length=64, batch_size=12, split=Split.TAIL, heldout_fraction=0.1, packing=Packing.CONCATENATE),
+        tokenizer=CharTokenizer(),
+        optim=OptimConfig(lr=1e-3, min_lr_ratio=0.1, warmup_steps=100, schedule=Schedule.COSINE),
+        eval=EvalConfig(every=250, overlap=0, max_documents=None),
+        run=RunConfig(name="shakespeare-char", steps=2000),
+    )
+
+
+BUILT_IN: Mapping[str, Callable[[], Experiment]] = {"nano": nano, "shakespeare_char": shakespeare_char}
+
+
+def load_experiment(name: str) -> Experiment:
+    """The experiment of a built-in name or of a Python file; the file's code is run.
+
+    Raises:
+      ValueError: there is no such name or file, or the file has no `experiment()` that returns an Experiment.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
+    path = Path(name)
+    if path.suffix != ".py":
+        raise ValueError(
+            f"there is no built-in experiment {name!r}.{near_names(name, BUILT_IN)} Built in are {', '.join(BUILT_IN)}; "
+            "a file of your own ends in .py and has `def experiment() -> Experiment`"
+        )
+    if not path.is_file():
+        raise ValueError(f"there is no experiment file {path}")
+    spec = importlib.util.spec_from_file_location(f"slmjax_experiment_{path.stem}", path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    build = getattr(module, "experiment", None)
+    found = build() if callable(build) else None
+    if not isinstance(found, Experiment):
+        raise ValueError(f"{path} needs a function `def experiment() -> Experiment` that returns the experiment, and has none")
+    return found

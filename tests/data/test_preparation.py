@@ -1,0 +1,324 @@
+"""Preparation: exact bytes, an honest split, reuse by hash, and nothing half-written."""
+
+import dataclasses
+import gzip
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slmjax.data.config import DataConfig, OnBadDocument, Split, TextSource, WeightedSource
+from slmjax.data.encoding import is_held_out, text_parts
+from slmjax.data.preparation import inspect, prepare
+from slmjax.data.shards import TokenShards
+from slmjax.data.stdlib_corpus import StdlibSource
+from slmjax.data.tokenizers import BpeTokenizer, ByteTokenizer, CharTokenizer, FileTokenizer, Tokenizer
+
+BYTES = ByteTokenizer()
+DOCUMENTS = [f"Document {i} says <|eos|> and {'äöü ' * i}\n" for i in range(60)]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataConfig:
+    lines = [json.dumps({"text": text}) for text in DOCUMENTS]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
+    return DataConfig(path=str(tmp_path / "corpus.jsonl"), cache_dir=str(tmp_path / "cache"), heldout_fraction=0.2)
+
+
+def decoded(shards: TokenShards, tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.decode(shards.tokens(i).tolist()) for i in range(len(shards))]
+
+
+def of_path(data: DataConfig, path: Path, content: str | bytes) -> DataConfig:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return dataclasses.replace(data, path=str(path))
+
+
+@pytest.fixture
+def logged() -> list[str]:
+    return []
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, CharTokenizer(), BpeTokenizer(vocab_size=270)])
+def test_every_document_is_on_one_side_byte_for_byte(data: DataConfig, tokenizer: BpeTokenizer) -> None:
+    prepared = prepare(data, tokenizer)
+    ((train, weight),), (heldout,) = prepared.train, prepared.heldout
+    expected = {
+        side: [text for i, text in enumerate(DOCUMENTS, 1) if is_held_out(f"corpus.jsonl:{i}", 0.2) is side] for side in (True, False)
+    }
+    assert decoded(heldout, prepared.tokenizer) == expected[True]
+    assert decoded(train, prepared.tokenizer) == expected[False]
+    assert prepared.heldout_text() == "".join(expected[True]).encode()
+    assert weight == 1.0
+    for shards in (train, heldout):
+        assert all(shards.tokens(i)[[0, -1]].tolist() == [0, 1] for i in range(len(shards)))
+        assert all(not {0, 1} & set(shards.tokens(i)[1:-1].tolist()) for i in range(len(shards)))
+        assert shards.num_bytes.tolist() == [len(text.encode()) for text in expected[shards is heldout]]
+        assert not shards.prompt_lengths.any()
+        assert shards.manifest.tokenizer_hash == prepared.tokenizer.hash
+
+
+def test_tokenizer_learns_from_the_training_side_alone(data: DataConfig, tmp_path: Path) -> None:
+    config = BpeTokenizer(vocab_size=280)
+    training = [text for i, text in enumerate(DOCUMENTS, 1) if not is_held_out(f"corpus.jsonl:{i}", 0.2)]
+    assert prepare(data, config).tokenizer.hash == config.build(training).hash
+
+
+def test_tail_split_of_one_file(data: DataConfig, tmp_path: Path) -> None:
+    text = "0123456789" * 9 + "äöüäöüäöüä"
+    one_file = dataclasses.replace(of_path(data, tmp_path / "one.txt", text), split=Split.TAIL, heldout_fraction=0.1)
+    prepared = prepare(one_file, CharTokenizer())
+    assert decoded(prepared.train[0][0], prepared.tokenizer) == [text[:90]]
+    assert prepared.heldout_text() == text[90:].encode()  # the character vocabulary knows both sides
+    with pytest.raises(ValueError, match="none falls to the heldout side.*--data.split tail"):
+        prepare(dataclasses.replace(one_file, split=Split.DOCUMENTS), BYTES)
+    nothing_held_out = prepare(dataclasses.replace(one_file, heldout_fraction=0.0), BYTES)
+    assert nothing_held_out.heldout == () and nothing_held_out.heldout_text() == b""
+    assert decoded(nothing_held_out.train[0][0], nothing_held_out.tokenizer) == [text]
+
+
+def test_held_out_share_is_about_the_fraction_and_grows_with_it() -> None:
+    ids = [f"file {i}" for i in range(4000)]
+    few, more = ({id for id in ids if is_held_out(id, fraction)} for fraction in (0.05, 0.1))
+    assert few < more
+    assert abs(len(few) / 4000 - 0.05) < 0.015  # four standard deviations
+    assert not any(is_held_out(id, 0.0) for id in ids) and all(is_held_out(id, 1.0) for id in ids)
+
+
+def test_prompts_are_marked(data: DataConfig, tmp_path: Path) -> None:
+    pairs = [{"q": f"{i}+{i}=", "a": f"{2 * i}"} for i in range(40)]
+    config = of_path(data, tmp_path / "pairs.jsonl", "\n".join(json.dumps(pair) for pair in pairs))
+    config = dataclasses.replace(config, prompt_field="q", completion_field="a")
+    prepared = prepare(config, BYTES)
+    shards = prepared.train[0][0]
+    tokenizer = prepared.tokenizer
+    for i in range(len(shards)):
+        tokens, prompt_length = shards.tokens(i).tolist(), int(shards.prompt_lengths[i])
+        prompt, completion = tokenizer.decode(tokens[:prompt_length]), tokenizer.decode(tokens[prompt_length:])
+        assert {"q": prompt, "a": completion} in pairs
+        assert shards.num_bytes[i] == len(prompt) + len(completion)
+    with pytest.raises(ValueError, match="cannot be cut in two: use --data.split documents"):
+        prepare(dataclasses.replace(config, split=Split.TAIL), BYTES)
+    with pytest.raises(ValueError, match="go together"):
+        dataclasses.replace(config, completion_field=None)
+
+
+def test_mixture_keeps_sources_apart(data: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    for i in range(30):
+        (tmp_path / "more" / f"{i}.txt").write_text(f"more {i}")
+    sources = (
+        WeightedSource(source=TextSource(path=str(data.path)), weight=3.0),
+        WeightedSource(source=TextSource(path=str(tmp_path / "more"))),
+    )
+    prepared = prepare(dataclasses.replace(data, path=None, sources=sources), BYTES)
+    assert [weight for _, weight in prepared.train] == [3.0, 1.0]
+    assert all(text.startswith("more") for text in decoded(prepared.train[1][0], prepared.tokenizer))
+    assert prepared.train[0][0].hash == prepare(data, BYTES).train[0][0].hash
+    with pytest.raises(ValueError, match="must be above 0"):
+        WeightedSource(source=sources[0].source, weight=0.0)
+
+
+# --- Long documents --------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])), max_bytes=st.integers(4, 40))
+def test_parts_join_to_the_text(text: str, max_bytes: int) -> None:
+    parts = text_parts(text, max_bytes)
+    assert "".join(parts) == text
+    assert all(len(part.encode()) <= max_bytes for part in parts)
+    assert all(parts) or parts == [""]
+
+
+def test_parts_by_hand() -> None:
+    assert text_parts("one two three", 9) == ["one two", " three"]
+    assert text_parts("one two three", 7) == ["one two", " three"]
+    assert text_parts("one\n  two", 6) == ["one\n  ", "two"]  # no single blank between words: cut at the limit
+    assert text_parts("ääää", 5) == ["ää", "ää"]
+    assert text_parts("", 5) == [""]
+
+
+def test_long_documents_have_the_ids_of_the_whole(data: DataConfig, tmp_path: Path) -> None:
+    text = "".join(f"line {i} of the file, it's {i * i} long   \n\n    indented\n" for i in range(400))
+    config = dataclasses.replace(of_path(data, tmp_path / "long.txt", text), split=Split.TAIL, max_document_bytes=1024)
+    prepared = prepare(config, BpeTokenizer(vocab_size=300))
+    cut = int(len(text) * 0.8)
+    assert prepared.train[0][0].tokens(0)[1:-1].tolist() == prepared.tokenizer.encode(text[:cut])
+    assert len(prepared.train[0][0]) == 1 and prepared.train[0][0].num_bytes[0] == cut
+
+
+def test_many_batches_of_text_keep_their_order(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slmjax.data.encoding._BATCH_BYTES", 50)  # some documents are larger, some smaller
+    one_batch = prepare(dataclasses.replace(data, cache_dir=f"{data.cache_dir}-other"), BYTES)
+    monkeypatch.undo()
+    assert prepare(data, BYTES).train[0][0].hash == one_batch.train[0][0].hash
+
+
+# --- Bad documents ---------------------------------------------------------------------------------------------------------------
+
+
+def test_bad_documents_are_counted_in_the_manifest_and_capped(data: DataConfig, tmp_path: Path, logged: list[str]) -> None:
+    lines = [json.dumps({"text": text}).encode() for text in DOCUMENTS] + [b'{"text": "bad \xff"}', b"{"]
+    bad = of_path(data, tmp_path / "bad.jsonl", b"\n".join(lines))
+    with pytest.raises(ValueError, match=r"2 of 62 documents are bad \(1 invalid_utf8, 1 broken_record.*--data.max-bad-fraction"):
+        prepare(bad, BYTES)
+    assert not list((tmp_path / "cache" / "shards").iterdir())  # nothing is left of the attempt
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 61: invalid UTF-8"):
+        prepare(dataclasses.replace(bad, on_bad_document=OnBadDocument.ERROR), BYTES)
+    allowed = dataclasses.replace(bad, max_bad_fraction=0.1, on_bad_document=OnBadDocument.REPLACE)
+    prepared = prepare(allowed, BYTES, log=logged.append)
+    counts = prepared.train[0][0].manifest.bad_documents
+    assert (counts.documents, counts.bad, counts.replaced) == (62, 2, 1)
+    assert "1 mended, 1 skipped" in logged[-1]
+    both_sides = decoded(prepared.train[0][0], prepared.tokenizer) + decoded(prepared.heldout[0], prepared.tokenizer)
+    assert "bad \ufffd" in both_sides
+    with pytest.raises(ValueError, match="2 of 62"):  # the cap holds for prepared data too
+        prepare(dataclasses.replace(allowed, max_bad_fraction=0.01), BYTES)
+
+
+def test_no_text_at_all(data: DataConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no document with text"):
+        prepare(dataclasses.replace(of_path(data, tmp_path / "empty.txt", ""), max_bad_fraction=1.0), BYTES)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"heldout_fraction": 1.5}, {"max_bad_fraction": -0.1}, {"batch_size": 0}, {"max_document_bytes": 10}, {"sources": (), "path": None}],
+)
+def test_config_refuses_what_makes_no_sense(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="data\\."):
+        dataclasses.replace(DataConfig(), **change)
+
+
+# --- Reuse -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_prepared_once_and_found_again(data: DataConfig, tmp_path: Path, logged: list[str]) -> None:
+    config = BpeTokenizer(vocab_size=270)
+    first = prepare(data, config, log=logged.append)
+    assert len(logged) == 2
+    again = prepare(dataclasses.replace(data, seed=1, batch_size=4), config, log=logged.append)
+    assert len(logged) == 2
+    assert again.train[0][0].directory == first.train[0][0].directory and again.tokenizer.hash == first.tokenizer.hash
+    prepare(dataclasses.replace(data, heldout_fraction=0.3), config, log=logged.append)
+    assert len(logged) == 4  # another split: another vocabulary, other shards
+    with Path(str(data.path)).open("a") as stream:
+        stream.write('\n{"text": "one more"}')
+    prepare(data, config, log=logged.append)
+    assert len(logged) == 6
+
+
+def test_progress_is_shown_on_a_terminal_alone(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        prepare(dataclasses.replace(data, cache_dir=f"{data.cache_dir}-{type(stream).__name__}"), BYTES, log=lambda line: None)
+        assert ("corpus.jsonl" in stream.getvalue()) is stream.isatty()
+
+
+def test_existing_tokenizer_is_used_as_it_is(data: DataConfig, tmp_path: Path) -> None:
+    built = BpeTokenizer(vocab_size=270).build(DOCUMENTS)
+    built.save(tmp_path / "tokenizer")
+    prepared = prepare(data, FileTokenizer(path=str(tmp_path / "tokenizer")))
+    assert prepared.tokenizer.hash == built.hash == prepared.heldout[0].manifest.tokenizer_hash
+
+
+def test_damaged_cache_says_what_to_delete(data: DataConfig) -> None:
+    config = BpeTokenizer(vocab_size=270)
+    train = prepare(data, config).train[0][0]
+    (train.directory / "index.npz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"index\.npz.*Delete the directory"):
+        prepare(data, config)
+    shutil.rmtree(train.directory)
+    assert prepare(data, config).train[0][0].hash == train.hash
+    (directory,) = (Path(str(data.cache_dir)) / "tokenizers").iterdir()
+    specification = json.loads((directory / "tokenizer.json").read_text())
+    specification["model"]["merges"].pop()
+    (directory / "tokenizer.json").write_text(json.dumps(specification))
+    with pytest.raises(ValueError, match="is damaged.*[Dd]elete it"):
+        prepare(data, config)
+    (directory / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged.*delete it"):
+        prepare(data, config)
+
+
+PREPARE = """
+import sys
+from slmjax.data.config import DataConfig
+from slmjax.data.preparation import prepare
+from slmjax.data.stdlib_corpus import StdlibSource
+from slmjax.data.tokenizers import BpeTokenizer
+
+data = DataConfig(path=sys.argv[1], cache_dir=sys.argv[2], heldout_fraction=0.2)
+print("started", flush=True)
+print(prepare(data, BpeTokenizer(vocab_size=300), log=lambda line: None).train[0][0].hash)
+"""
+
+
+def start(data: DataConfig) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PREPARE, str(data.path), str(data.cache_dir)]
+    root = Path(__file__).parents[2]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
+
+
+def test_two_processes_at_once_and_one_that_is_killed(data: DataConfig, tmp_path: Path) -> None:
+    big = of_path(data, tmp_path / "big.jsonl", "\n".join(json.dumps({"text": f"{i} {text}"}) for i in range(40) for text in DOCUMENTS))
+    victim = start(big)
+    assert victim.stdout is not None and victim.stdout.readline() == "started\n"
+    cache = Path(str(data.cache_dir))
+    while victim.poll() is None and not list(cache.glob("*/.*")):  # until it writes
+        time.sleep(0.005)
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate()
+    both = [start(big), start(big)]
+    outputs = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    hashes = {output.split()[-1] for output, _ in outputs}
+    prepared = prepare(big, BpeTokenizer(vocab_size=300))
+    assert hashes == {prepared.train[0][0].hash}
+    assert len([directory for directory in (cache / "shards").iterdir() if not directory.name.startswith(".")]) == 1
+    for left_over in cache.glob("*/.*"):  # of the one that was killed: removed after a day
+        os.utime(left_over, (0, 0))
+    prepare(data, BpeTokenizer(vocab_size=300))
+    assert not list(cache.glob("*/.*"))
+
+
+# --- The default corpus, and what is shown of a corpus ----------------------------------------------------------------------------
+
+
+def test_default_corpus_is_no_giveaway() -> None:
+    """Neither tables nor noise are held out: gzip needs about two bits per byte."""
+    fraction = DataConfig().heldout_fraction
+    heldout = "".join(document.text for document in StdlibSource().documents() if is_held_out(document.id, fraction)).encode()
+    assert len(heldout) > 200_000
+    assert 1.8 < 8 * len(gzip.compress(heldout, 9)) / len(heldout) < 2.4
+
+
+def test_inspect_shows_figures_and_samples(data: DataConfig) -> None:
+    shown = inspect(data, BYTES, num_samples=2)
+    prepared = prepare(data, BYTES)
+    train = prepared.train[0][0]
+    assert json.loads(json.dumps(shown)) == shown
+    assert shown["tokenizer"] == {"kind": "ByteTokenizer", "vocab_size": 258, "hash": prepared.tokenizer.hash}
+    (source,) = shown["sources"]
+    assert source["train"]["documents"] + source["heldout"]["documents"] == source["bad_documents"]["documents"] == len(DOCUMENTS)
+    assert source["train"]["tokens"] == int(train.lengths.sum()) == source["train"]["bytes"] + 2 * len(train)
+    assert source["train"]["tokens_per_document"]["longest"] == int(np.max(train.lengths))
+    assert len(shown["samples"]) == 2
+    for sample in shown["samples"]:
+        assert DOCUMENTS[59].startswith(sample["text"][:9])
+        assert sample["text"] == prepared.tokenizer.decode(train.tokens(sample["document"])[:100].tolist())
