@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -51,7 +51,7 @@ class StopSignals:
             return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
         return self._received
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopSignals":
         # Only the main thread may install handlers: a run inside a thread of a larger program is stopped by that program.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):

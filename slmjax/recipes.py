@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-zoo = None  # TEMP
+from slmjax import zoo
 from slmjax.config import near_names
 from slmjax.data.config import DataConfig, Packing, Split
 from slmjax.data.tokenizers import BpeTokenizer, CharTokenizer
