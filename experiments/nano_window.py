@@ -1,6 +1,6 @@
 """The sliding-window sibling of `nano`: of three layers, two see 64 tokens back and one sees all.
 
-    slmjax train experiments/nano_window.py
+slmjax train experiments/nano_window.py
 """
 
 import dataclasses

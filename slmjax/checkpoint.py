@@ -237,7 +237,9 @@ def load_model(path: str | Path, *, step: int | None = None) -> Loaded:
     """
     path = Path(path)
     if not (path / "model.json").is_file():
-        raise ValueError(f"{path} is not a run directory: it has no model.json. Name the directory that the last line of `slmjax train` printed")
+        raise ValueError(
+            f"{path} is not a run directory: it has no model.json. Name the directory that the last line of `slmjax train` printed"
+        )
     config = config_io.from_json(ModelConfig, json.loads((path / "model.json").read_text()))
     checkpointer = Checkpointer(path / "checkpoints", model=config, config=CheckpointConfig())
     definition = parameters.define(config)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 if TYPE_CHECKING:
-    from slmjax.experiment import Experiment
+    pass
 
 INTERRUPTED_STATUS = 75  # "try again later": a supervisor tells it from success and from failure
 
@@ -142,7 +142,9 @@ def _show_result(result: Any) -> None:
     if result.status == "interrupted":
         console.print(f"go on with: slmjax train --resume {result.run_dir}")
     if result.status == "diverged":
-        console.print("too many steps in a row were not finite: lower --optim.lr, lengthen --optim.warmup-steps, or clip with --optim.grad-clip 1")
+        console.print(
+            "too many steps in a row were not finite: lower --optim.lr, lengthen --optim.warmup-steps, or clip with --optim.grad-clip 1"
+        )
     console.print(f"run directory: {result.run_dir}")
 
 

@@ -29,7 +29,7 @@ class Definition:
 
     def merge(self, params: Mapping[str, Array], buffers: Mapping[str, Array]) -> Decoder:
         """The module that computes with these arrays."""
-        flat = {_keys(path): value for path, value in {**params, **buffers}.items()}
+        flat: dict[Any, Array] = {_keys(path): value for path, value in {**params, **buffers}.items()}
         return nnx.merge(self.graphdef, nnx.from_flat_state(flat))
 
     def init(self, key: Array) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -48,7 +48,11 @@ def define(config: ModelConfig) -> Definition:
 def flat_params(model: Decoder) -> tuple[dict[str, Any], dict[str, Any]]:
     """A model's parameters and its buffers, as flat dicts by stack path."""
     _, params, buffers = nnx.split(model, nnx.Param, ...)
-    return tuple({"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)} for state in (params, buffers))
+    return _flat(params), _flat(buffers)
+
+
+def _flat(state: nnx.State) -> dict[str, Any]:
+    return {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
 def _keys(path: str) -> tuple[str | int, ...]:

@@ -1,7 +1,7 @@
 """The built-in experiments, and how an experiment is found: by built-in name or as a Python file.
 
-    load_experiment("nano")                          # or "shakespeare_char"
-    load_experiment("experiments/nano_moe.py")       # a file with `def experiment() -> Experiment`
+load_experiment("nano")                          # or "shakespeare_char"
+load_experiment("experiments/nano_moe.py")       # a file with `def experiment() -> Experiment`
 """
 
 import importlib.util

@@ -66,7 +66,7 @@ class MeshConfig:
         return sizes
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over `devices` (all of them by default), for `jax.set_mesh`.
 
     Raises:
@@ -119,9 +119,9 @@ def _spec(dims: Dims, shape: Sequence[int], sizes: Mapping[str, int]) -> Partiti
     """Logical dims to mesh axes, leaving out axes of size 1 and dims that do not divide."""
     entries: list[tuple[str, ...] | str | None] = []
     for dim, size in zip(dims, shape, strict=True):
-        axes = tuple(axis for axis in LOGICAL_DIMS[dim] if sizes.get(axis, 1) > 1) if dim else ()
+        axes: tuple[str, ...] = tuple(axis for axis in LOGICAL_DIMS[dim] if sizes.get(axis, 1) > 1) if dim else ()
         divides = bool(axes) and size % math.prod(sizes[axis] for axis in axes) == 0
-        entries.append((axes if len(axes) > 1 else axes[0]) if divides else None)
+        entries.append(None if not divides else axes if len(axes) > 1 else axes[0])
     return PartitionSpec(*entries)
 
 

@@ -160,7 +160,8 @@ def make_train_step(
 
     Metrics are float32 scalars of the whole batch: `loss` (nats per scored token), `objective` (with auxiliary terms),
     `grad_norm` (before clipping), `learning_rate`, `accuracy`, `nll`, `targets`, `bytes`, `tokens`, `skipped` (so far),
-    `skipped_in_a_row`, and for mixtures of experts `expert_imbalance` (busiest expert's load over the mean, averaged over layers) and `dropped`.
+    `skipped_in_a_row`, and for mixtures of experts `dropped` and `expert_imbalance` (the busiest expert's load over the mean,
+    averaged over layers).
     """
     grads_of = functools.partial(_gradients, definition, objective, optim.accumulation_steps)
 
@@ -170,7 +171,7 @@ def make_train_step(
         value, sums, grads = grads_of(state.trainable, state.frozen, batch, total, key)
         grad_norm = optax.global_norm(grads)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable: Params = jax.tree.map(jnp.add, state.trainable, updates)
         changed = {
             "trainable": trainable,
             "frozen": _updated_buffers(definition, state.frozen, sums),
@@ -178,7 +179,9 @@ def make_train_step(
             "ema": _averaged(state.ema, trainable, decay=optim.ema_decay, step=state.step),
         }
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-        kept = {name: jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, getattr(state, name)) for name, new in changed.items()}
+        kept = {
+            name: jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, getattr(state, name)) for name, new in changed.items()
+        }
         undone = 1 - finite.astype(jnp.int32)
         new_state = dataclasses.replace(
             state, **kept, step=state.step + 1, tokens=_counted(state.tokens, total["targets"]), skipped=state.skipped + undone,
@@ -259,5 +262,6 @@ def _report(sums: Mapping[str, Array], total: Mapping[str, Array]) -> dict[str, 
     if loads:
         imbalances = [jnp.mean(jnp.max(load, axis=-1) / jnp.maximum(jnp.mean(load, axis=-1), 1e-9)) for load in loads]
         report["expert_imbalance"] = jnp.mean(jnp.stack(imbalances))
-        report["dropped"] = sum(jnp.sum(value) for name, value in sums.items() if name.endswith("/dropped"))
+        dropped = [jnp.sum(value) for name, value in sums.items() if name.endswith("/dropped")]
+        report["dropped"] = jnp.sum(jnp.stack(dropped))
     return report

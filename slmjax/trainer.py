@@ -143,7 +143,9 @@ def first_state(setup: Setup, *, resume: bool) -> TrainState:
     return dataclasses.replace(state, trainable=model["params"], frozen=model["buffers"], ema=ema)
 
 
-def train(experiment: Experiment, *, resume: str | Path | None = None, code: str | Path | None = None, console: Console | None = None) -> Result:
+def train(
+    experiment: Experiment, *, resume: str | Path | None = None, code: str | Path | None = None, console: Console | None = None
+) -> Result:
     """Trains a model and returns what the run came to; everything else is in its run directory.
 
     Args:
@@ -254,7 +256,9 @@ class Loop:
         self.progress.update(self.step, loss=values["loss"], bits_per_byte=bits, tokens_per_second=rate)
         if values["skipped_in_a_row"]:
             rows = f"rows {int(batch.row_ids.min())} to {int(batch.row_ids.max())}"
-            log.warning("step %d (%s) was undone: its loss or gradient is not finite (%d in a row)", self.step, rows, values["skipped_in_a_row"])
+            log.warning(
+                "step %d (%s) was undone: its loss or gradient is not finite (%d in a row)", self.step, rows, values["skipped_in_a_row"]
+            )
         self.last = values | {"bits_per_byte": bits, "data_wait_share": share}
         self._logged_step, self._logged_time, self._logged_wait = self.step, now, waited
         return values["skipped_in_a_row"]
@@ -323,7 +327,7 @@ def _announce(setup: Setup, source: BatchSource, progress: Progress, first_step:
 
 def _finish(loop: Loop, state: TrainState, status: str) -> Result:
     """Saves, evaluates on all held-out text, samples, and writes result.json."""
-    setup, experiment, run = loop.setup, loop.setup.experiment, loop.setup.run
+    setup, run = loop.setup, loop.setup.run
     loop.save(state)
     found, samples, compressors = None, [], {}
     if status != "interrupted":
