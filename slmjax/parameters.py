@@ -51,7 +51,7 @@ def flat_params(model: Decoder) -> tuple[dict[str, Any], dict[str, Any]]:
     return _flat(params), _flat(buffers)
 
 
-def _flat(state: nnx.State) -> dict[str, Any]:
+def _flat(state: Any) -> dict[str, Any]:
     return {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
@@ -91,7 +91,12 @@ def unstack(config: ModelConfig, tree: Any) -> dict[str, Array]:
     flat = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         names = _stored_names(config, keys)
-        flat |= {names[0]: leaf} if not _is_stacked(keys) else {name: leaf[index] for index, name in enumerate(names)}
+        if not _is_stacked(keys):
+            flat[names[0]] = leaf
+            continue
+        # Indexing past the end would repeat the last slice without a word.
+        assert leaf.shape[:1] == (len(names),), f"{'/'.join(map(_name, keys))} of shape {leaf.shape} has no dim of {len(names)} layers"
+        flat |= {name: leaf[index] for index, name in enumerate(names)}
     return flat
 
 

@@ -84,9 +84,16 @@ def run(config, params, batch, **options):
     return define(config).merge(params, {})(batch.pop("tokens"), **batch, **options)
 
 
+CAPTURE = {"block_output": lambda x: x, "mixer_output": lambda x: x, "ffn_output": lambda x: jnp.mean(x, axis=(0, 1))}
+
+
 @jax.jit
+def forward(params, batch):
+    return run(ODD, params, batch, capture=CAPTURE)
+
+
 def hidden_states(params, batch):
-    return run(ODD, params, batch).hidden
+    return forward(params, batch).hidden
 
 
 @functools.cache
@@ -179,35 +186,39 @@ def test_scan_equals_a_plain_loop_over_layers():
     np.testing.assert_allclose(plain(), hidden_states(params, batch), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", [Remat.DOTS, Remat.FULL])
-def test_rematerialisation_changes_neither_value_nor_gradient(remat):
-    config = dataclasses.replace(ODD, remat=remat)
-    actual = loss_and_gradient_fn(config)(random_params(), pack([*documents(7, 9)], [], [*documents(20)]))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), actual, expected_loss_and_gradient())
+SMALL = ModelConfig(embed_dim=16, stack=(Segment(pattern=(dataclasses.replace(FULL, passes=2),), repeats=2),), vocab_size=29)
+
+
+def test_rematerialisation_changes_neither_value_nor_gradient():
+    batch = pack([*documents(7, 9)], [], [*documents(20)])
+    none, *others = (loss_and_gradient_fn(dataclasses.replace(SMALL, remat=r))(random_params(SMALL), batch) for r in Remat)
+    for other in others:
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), other, none)
 
 
 def test_rematerialisation_recomputes_what_it_says():
     def num_products(remat):
-        loss = loss_and_gradient_fn(dataclasses.replace(ODD, remat=remat))
-        return str(jax.make_jaxpr(loss)(random_params(), pack())).count("dot_general")
+        loss = loss_and_gradient_fn(dataclasses.replace(SMALL, remat=remat))
+        return str(jax.make_jaxpr(loss)(random_params(SMALL), pack())).count("dot_general")
 
     none, dots, full = (num_products(remat) for remat in Remat)
+    # Per pass, DOTS computes scores (and what follows from them) again; FULL also the products with weights.
     assert none < dots < full
 
 
 def test_bfloat16_is_close_with_float32_parameters_and_gradients():
-    config = dataclasses.replace(ODD, precision=Precision.BFLOAT16)
+    config = dataclasses.replace(SMALL, precision=Precision.BFLOAT16)
     assert all(leaf.dtype == jnp.float32 for leaf in define(config).params.values())
     batch = pack([*documents(7, 9)], [], [*documents(20)])
-    output = jax.eval_shape(functools.partial(run, config), random_params(), batch)
+    output = jax.eval_shape(functools.partial(run, config), random_params(config), batch)
     assert output.hidden.dtype == output.head.weight.dtype == jnp.bfloat16
-    value, gradient = loss_and_gradient_fn(config)(random_params(), batch)
-    expected_value, expected = expected_loss_and_gradient()
+    value, gradient = loss_and_gradient_fn(config)(random_params(config), batch)
+    expected_value, expected = loss_and_gradient_fn(SMALL)(random_params(config), batch)
     np.testing.assert_allclose(value, expected_value, rtol=0.02)
-    for path, leaf in gradient.items():
-        assert leaf.dtype == jnp.float32, path
-        # bfloat16 has 8 bits, and the rounding of 8 layers adds up.
-        assert np.linalg.norm(leaf - expected[path]) < 0.15 * np.linalg.norm(expected[path]) + 1e-4, path
+    assert all(leaf.dtype == jnp.float32 for leaf in gradient.values())
+    flat, expected = (np.concatenate([np.ravel(leaf) for leaf in tree.values()]) for tree in (gradient, expected))
+    # bfloat16 has 8 bits, and the rounding of 4 layers, forward and back, adds up.
+    assert np.linalg.norm(flat - expected) < 0.05 * np.linalg.norm(expected)
 
 
 def test_decoding_with_a_state_equals_the_whole_sequence():
@@ -217,7 +228,7 @@ def test_decoding_with_a_state_equals_the_whole_sequence():
     step = jax.jit(functools.partial(run, ODD))
     state = define(ODD).merge(params, {}).init_state(ROWS, max_length=LENGTH)
     outputs, start = [], 0
-    for size in (17, 1, 1, 1):
+    for size in (5, 5, 5, 5):
         output = step(params, jax.tree.map(lambda x, part=slice(start, start + size): x[:, part], batch), state=state)
         state, start = output.state, start + size
         outputs.append(output.hidden)
@@ -227,8 +238,7 @@ def test_decoding_with_a_state_equals_the_whole_sequence():
 # Output ---------------------------------------------------------------------------------------------------------------
 def test_capture_returns_activations_by_layer_reduced_on_the_way():
     batch = pack([*documents(7, 9)], [*documents(20)])
-    capture = {"block_output": lambda x: x, "mixer_output": lambda x: x, "ffn_output": lambda x: jnp.mean(x, axis=(0, 1))}
-    output = jax.jit(functools.partial(run, ODD, capture=capture))(random_params(), batch)
+    output = forward(random_params(), batch)
     captured = jax.tree.map(np.asarray, output.captured)
     assert {name for name in captured if name.endswith("block_output")} == {f"layers/{i}/block_output" for i in range(6)}
     assert {name for name in captured if name.endswith("ffn_output")} == {f"layers/{i}/ffn_output" for i in range(5)}
@@ -238,7 +248,6 @@ def test_capture_returns_activations_by_layer_reduced_on_the_way():
     np.testing.assert_allclose(last - before, 0.7 * mixed, rtol=1e-3, atol=1e-4)
     scale = np.asarray(random_params()["final_norm/scale"])
     np.testing.assert_allclose(output.hidden, last / np.sqrt(np.mean(last**2, axis=-1, keepdims=True) + 1e-6) * scale, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(output.hidden, hidden_states(random_params(), batch), rtol=1e-5, atol=1e-5)
     assert not run_shapes(batch).captured
 
 
@@ -252,12 +261,17 @@ def test_unknown_activation_names_those_there_are():
 
 
 def test_logits_are_those_of_the_real_vocabulary():
-    tokens = pack([*documents(20)])["tokens"]
-    decoder = define(ODD).merge(random_params(), {})
-    x = np.asarray(jax.jit(lambda tokens: model.logits(decoder, tokens))(tokens))
+    config = dataclasses.replace(ODD, stack=(Segment(pattern=(MIXER_ALONE,)),))
+    decoder = define(config).merge(random_params(config), {})
+    batch = jax.tree.map(jnp.asarray, pack(*([document] for document in documents(20, 20, 20, 20))))
+
+    @jax.jit
+    def both(tokens):
+        return model.logits(decoder, tokens), run(config, random_params(config), {**batch, "tokens": tokens}).hidden
+
+    x, hidden = (np.asarray(value) for value in both(batch["tokens"]))
     assert x.shape == (ROWS, LENGTH, 29) and x.dtype == np.float32
-    hidden = np.asarray(hidden_states(random_params(), {**pack(*[[row] for row in tokens])}))
-    raw = 0.5 * hidden @ np.asarray(random_params()["head/weight"])[:29].T
+    raw = 0.5 * hidden @ np.asarray(random_params(config)["head/weight"])[:29].T
     np.testing.assert_allclose(x, 5.0 * np.tanh(raw / 5.0), rtol=1e-4, atol=1e-5)
 
 
@@ -312,11 +326,12 @@ def test_dropout_respects_its_rate_and_keeps_the_expectation():
 
 # Settings -------------------------------------------------------------------------------------------------------------
 def test_initial_parameters_have_the_stated_spread():
-    config = dataclasses.replace(ODD, init_std=0.05)
+    stack = (Segment(pattern=(dataclasses.replace(FULL, passes=2),), repeats=3), Segment(pattern=(MIXER_ALONE,)))
+    config = dataclasses.replace(ODD, stack=stack, init_std=0.05)
     definition = define(config)
     params, buffers = jax.jit(definition.init)(jax.random.key(0))
     assert not buffers and {path: leaf.shape for path, leaf in params.items()} == {p: s.shape for p, s in definition.params.items()}
-    depth = 4 + 2 + 1  # a block that runs twice adds twice
+    depth = 3 * 2 + 1  # a block that runs twice adds twice
     for path, leaf in params.items():
         name, values = path.split("/")[-2:], np.asarray(leaf)
         if name[1] == "scale":
@@ -327,10 +342,10 @@ def test_initial_parameters_have_the_stated_spread():
             std = 0.05 / math.sqrt(2 * depth) if name[0] in ("output", "down") else 0.05
             np.testing.assert_allclose(values.std(), 0.98658 * std, rtol=0.15, err_msg=path)  # some have 128 entries
             np.testing.assert_allclose(values.mean(), 0, atol=0.3 * std, err_msg=path)
+    # No two weights are the same draws: not those of neighbouring layers, nor of tables of one shape.
     query = np.asarray(params["segments/0/blocks/0/mixer/query/weight"])
-    assert np.abs(np.corrcoef(query[0].ravel(), query[1].ravel())[0, 1]) < 0.2
-    drawn_alike = [np.asarray(params[path]).ravel()[:200] for path in ("embed/table", "head/weight")]
-    assert np.abs(np.corrcoef(*drawn_alike)[0, 1]) < 0.2
+    for one, other in ((query[0], query[1]), (params["embed/table"], params["head/weight"])):
+        assert np.abs(np.corrcoef(np.ravel(one), np.ravel(other))[0, 1]) < 0.2
 
 
 def test_derived_sizes():

@@ -1,7 +1,7 @@
 """Loss, perplexity and bits per byte on held-out text.
 
     evaluate(loaded)                                                          # the held-out text of the run itself
-    evaluate(loaded, data=DataConfig(path="book.txt", heldout_fraction=1.0))  # all of another text
+    evaluate(loaded, data=DataConfig(path="book.txt", heldout_fraction=0.0))  # all of another text
 
 Bits per byte is the total negative log-likelihood in bits over the UTF-8 bytes of the text. BOS is not scored, EOS is and
 counts no byte; documents that are longer than a row are cut into windows that overlap, and what they repeat is context, not
@@ -116,29 +116,30 @@ def evaluate(
     """Loss and bits per byte of a trained model on held-out text, with the model's own tokenizer, on one device.
 
     Args:
-      data: what to evaluate on: its held-out part, in windows of its sequence length (or the model's context, if that is
-        shorter). None: the data of the run.
+      data: what to evaluate on: its held-out part, or all of it where nothing is held out (`heldout_fraction` 0), in windows
+        of its sequence length (or the model's context, if that is shorter). None: the held-out text of the run itself.
       max_documents: the first so many documents only.
       overlap: tokens of context that a further window of a long document repeats; None: as the run was evaluated.
       batch_size: rows at a time; None: that of the data.
       log: called with what the preparation of data reports.
 
     Raises:
-      ValueError: nothing is held out, or `data` is None and the model's directory has no experiment.
+      ValueError: `data` is None, and the run held nothing out or the model's directory has no experiment.
     """
     experiment = _experiment_of(loaded)
     if data is None:
         if "data" not in experiment:
             raise ValueError(f"{loaded.path} has no config.json that says what it was trained on: say what to evaluate on with data")
         data = config_io.from_json(DataConfig, experiment["data"])
-    if data.heldout_fraction == 0:
-        raise ValueError("data.heldout_fraction is 0, so there is no held-out text: set it to 1 to evaluate on all of the text")
+        if data.heldout_fraction == 0:
+            raise ValueError(f"{loaded.path} was trained on all of its text and held nothing out: say what to evaluate on with data")
     length = min(data.sequence_length, loaded.config.context_length)
     if overlap is None:
-        overlap = min(experiment.get("eval", {}).get("overlap", DEFAULT_OVERLAP), length - 1)
+        overlap = min(int(experiment.get("eval", {}).get("overlap", DEFAULT_OVERLAP)), length - 1)
     prepared = prepare(data, FileTokenizer(path=str(loaded.path / "tokenizer" / "tokenizer.json")), log=log)
+    shards = prepared.heldout or tuple(shards for shards, _ in prepared.train)
     batches = evaluation_batches(
-        prepared.heldout, sequence_length=length, batch_size=batch_size or data.batch_size, overlap=overlap, max_documents=max_documents
+        shards, sequence_length=length, batch_size=batch_size or data.batch_size, overlap=overlap, max_documents=max_documents
     )
     return evaluate_batches(make_eval_step(loaded.definition), loaded.params, loaded.buffers, batches)
 

@@ -13,7 +13,7 @@ from slmjax import parameters, sharding
 from slmjax.attention import AttentionConfig
 from slmjax.checkpoint import Loaded
 from slmjax.config import to_json
-from slmjax.data.config import DataConfig
+from slmjax.data.config import DataConfig, Split
 from slmjax.data.tokenizers import ByteTokenizer
 from slmjax.data.windows import evaluation_batches
 from slmjax.evaluation import evaluate
@@ -105,11 +105,11 @@ def test_a_mesh_equals_one_device() -> None:
 @pytest.fixture
 def uniform_run(tmp_path: Path) -> Loaded:
     """A run directory, as far as evaluation reads it, of a byte-level model that knows nothing."""
-    (tmp_path / "corpus.txt").write_text("naïve text, longer than one window\n" * 3, encoding="utf-8")
+    (tmp_path / "corpus.txt").write_text("naïve text, longer than one window\n" * 30, encoding="utf-8")
     run = tmp_path / "run"
     tokenizer = ByteTokenizer().build(())
     tokenizer.save(run / "tokenizer")
-    data = DataConfig(path=str(tmp_path / "corpus.txt"), heldout_fraction=1.0, sequence_length=LENGTH, batch_size=4)
+    data = DataConfig(path=str(tmp_path / "corpus.txt"), split=Split.TAIL, heldout_fraction=0.1, sequence_length=LENGTH, batch_size=4)
     (run / "config.json").write_text(json.dumps({"data": to_json(data), "eval": {"overlap": OVERLAP}}))
     params = jax.tree.map(jnp.zeros_like, PARAMS)
     return Loaded(
@@ -120,7 +120,7 @@ def uniform_run(tmp_path: Path) -> Loaded:
 
 def test_evaluate_reads_the_run(uniform_run: Loaded) -> None:
     result = evaluate(uniform_run, log=lambda line: None)
-    num_bytes = 3 * 36  # "ï" has two bytes
+    num_bytes = 3 * 36  # three of thirty lines; "ï" has two bytes
     assert (result.tokens, result.bytes, result.documents) == (num_bytes + 1, num_bytes, 1)
     assert result.bits_per_byte == pytest.approx(math.log2(258) * (num_bytes + 1) / num_bytes, rel=1e-6)
     assert (result.sequence_length, result.overlap) == (LENGTH, OVERLAP)
@@ -130,12 +130,13 @@ def test_evaluate_on_other_text(uniform_run: Loaded, tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / "other").mkdir(exist_ok=True)
         (tmp_path / "other" / name).write_text("word " * 10)
-    data = DataConfig(path=str(tmp_path / "other"), heldout_fraction=1.0, sequence_length=1000, batch_size=4)
+    data = DataConfig(path=str(tmp_path / "other"), heldout_fraction=0.0, sequence_length=1000, batch_size=4)
     result = evaluate(uniform_run, data=data, max_documents=1, overlap=5, batch_size=2, log=lambda line: None)
     assert (result.tokens, result.bytes, result.documents) == (51, 50, 1)
     assert (result.sequence_length, result.overlap) == (32, 5)  # no longer than the model's context
-    with pytest.raises(ValueError, match="heldout_fraction is 0.*set it to 1"):
-        evaluate(uniform_run, data=DataConfig(path=str(tmp_path / "other"), heldout_fraction=0.0))
+    (uniform_run.path / "config.json").write_text(json.dumps({"data": to_json(data)}))
+    with pytest.raises(ValueError, match="held nothing out"):
+        evaluate(uniform_run)
     (uniform_run.path / "config.json").unlink()
     with pytest.raises(ValueError, match="no config.json"):
         evaluate(uniform_run)

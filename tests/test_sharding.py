@@ -1,0 +1,279 @@
+"""The mesh, the rules, the collectives against numpy, and a whole model on eight devices against one."""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from slmjax import losses, sharding
+from slmjax.attention import AttentionConfig
+from slmjax.layers import MlpConfig
+from slmjax.model import BlockConfig, ModelConfig, Segment
+from slmjax.moe import MoeConfig
+from slmjax.parameters import define
+from slmjax.sharding import MeshConfig, make_mesh
+
+MIXED = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
+
+
+@functools.cache
+def mixed_mesh():
+    return make_mesh(MIXED)
+
+
+# Mesh -----------------------------------------------------------------------------------------------------------------
+def test_one_axis_takes_the_rest_of_the_devices():
+    assert MeshConfig().sizes(8) == {"data": 8, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}
+    assert MeshConfig(data=2, fsdp=-1, tensor=2).sizes(8)["fsdp"] == 2
+    mesh = mixed_mesh()
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "expert": 2, "context": 1, "tensor": 2}
+    assert sharding.batch_divisor(mesh) == 4
+    assert make_mesh(MeshConfig(), jax.devices()[:1]).size == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": -1, "fsdp": -1}, "only one mesh axis may be -1"),
+        ({"tensor": 0}, "at least 1, or -1"),
+        ({"fsdp": -2}, "at least 1, or -1"),
+        ({"context": 2}, "leave it at 1"),
+        ({"data": 3}, "the mesh data=3 does not fit the 8 device"),
+        ({"data": 1}, "the mesh of one device does not fit the 8 device"),
+        ({"tensor": 3}, r"set --mesh.\* so that the product is 8"),
+    ],
+)
+def test_bad_meshes_say_what_to_change(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(MeshConfig(**settings))
+
+
+# Rules ----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("path", "shape", "spec"),
+    [
+        ("embed/table", (32, 16), ("tensor", "fsdp")),
+        ("head/weight", (32, 16), ("tensor", "fsdp")),
+        ("layers/3/mixer/query/weight", (16, 8), ("fsdp", "tensor")),
+        ("segments/0/blocks/1/mixer/query/weight", (3, 16, 8), (None, "fsdp", "tensor")),
+        ("segments/0/blocks/1/mixer/value/weight", (3, 16, 8), (None, "fsdp", "tensor")),
+        ("segments/0/blocks/1/mixer/output/weight", (3, 8, 16), (None, "tensor", "fsdp")),
+        ("segments/0/blocks/1/ffn/up/weight", (3, 16, 24), (None, "fsdp", "tensor")),
+        ("segments/0/blocks/1/ffn/shared/gate/weight", (3, 16, 24), (None, "fsdp", "tensor")),
+        ("segments/0/blocks/1/ffn/down/weight", (3, 24, 16), (None, "tensor", "fsdp")),
+        ("segments/0/blocks/1/ffn/experts/gate", (3, 4, 16, 24), (None, "expert", "fsdp", "tensor")),
+        ("segments/0/blocks/1/ffn/experts/down", (3, 4, 24, 16), (None, "expert", "tensor", "fsdp")),
+        ("segments/0/blocks/1/ffn/router/weight", (3, 16, 4), (None, "fsdp", None)),
+    ],
+)
+def test_rules_name_every_weight(path, shape, spec):
+    assert sharding.partition_spec(path, shape, mixed_mesh()) == PartitionSpec(*spec)
+
+
+def test_vectors_are_whole_and_so_are_dims_that_do_not_divide():
+    mesh = mixed_mesh()
+    assert sharding.partition_spec("final_norm/scale", (16,), mesh) == PartitionSpec(None)
+    assert sharding.partition_spec("segments/0/blocks/0/mixer/query/bias", (4, 8), mesh) == PartitionSpec(None, None)
+    assert sharding.partition_spec("segments/0/blocks/0/ffn/router_bias", (4, 8), mesh) == PartitionSpec(None, None)
+    assert sharding.partition_spec("embed/table", (31, 16), mesh) == PartitionSpec(None, "fsdp")
+    assert sharding.partition_spec("layers/0/ffn/up/weight", (15, 24), mesh) == PartitionSpec(None, "tensor")
+
+
+def test_an_axis_of_one_device_is_not_named():
+    mesh = make_mesh(MeshConfig(fsdp=8, data=1))
+    assert sharding.partition_spec("layers/0/ffn/up/weight", (16, 24), mesh) == PartitionSpec("fsdp", None)
+
+
+def test_a_matrix_without_a_rule_is_divided_over_fsdp_along_its_largest_dim():
+    mesh = mixed_mesh()
+    assert sharding.partition_spec("layers/0/mixer/convolution", (4, 16), mesh) == PartitionSpec(None, "fsdp")
+    assert sharding.partition_spec("segments/0/blocks/0/mixer/convolution", (64, 16, 4), mesh) == PartitionSpec(None, "fsdp", None)
+    assert sharding.partition_spec("layers/0/mixer/convolution", (4, 15), mesh) == PartitionSpec(None, None)
+    # A known name with another number of dims is no known weight.
+    assert sharding.partition_spec("layers/0/mixer/query/weight", (16, 4, 2), mesh) == PartitionSpec("fsdp", None, None)
+
+
+def test_optimizer_state_lies_where_its_parameters_lie():
+    params = {"embed/table": jax.ShapeDtypeStruct((32, 16), jnp.float32), "final_norm/scale": jax.ShapeDtypeStruct((16,), jnp.float32)}
+    state = jax.eval_shape(optax.adam(1e-3).init, params)
+    state = (state, {"embed/table": {"row_means": jax.ShapeDtypeStruct((32,), jnp.float32)}})
+    adam, factored = sharding.like_parameters(state, params, mixed_mesh())
+    assert adam[0].mu["embed/table"].spec == adam[0].nu["embed/table"].spec == PartitionSpec("tensor", "fsdp")
+    assert adam[0].mu["final_norm/scale"].spec == PartitionSpec(None)
+    assert adam[0].count.spec == factored["embed/table"]["row_means"].spec == PartitionSpec()
+
+
+# Batches --------------------------------------------------------------------------------------------------------------
+def test_rows_of_a_batch_are_divided_over_the_batch_axes():
+    rows = np.arange(24, dtype=np.int32).reshape(8, 3)
+    placed = sharding.place_batch({"tokens": rows, "row_ids": rows[:, 0]}, mixed_mesh())
+    assert {shard.data.shape for shard in placed["tokens"].addressable_shards} == {(2, 3)}
+    assert placed["tokens"].sharding.spec == PartitionSpec(("fsdp", "expert"), None)
+    assert placed["row_ids"].sharding.spec == PartitionSpec(("fsdp", "expert"))
+    np.testing.assert_array_equal(placed["tokens"], rows)
+
+
+def test_rows_that_do_not_divide_are_whole_on_every_device():
+    placed = sharding.place_batch(np.zeros((3, 2), np.float32), mixed_mesh())
+    assert placed.sharding.is_fully_replicated
+
+
+# Inside the program ---------------------------------------------------------------------------------------------------
+def collect(x, w):
+    """Of a shard: sum over the batch, the whole batch again, each device's part of a sum, and which shard this is."""
+    total = sharding.sum_over(jnp.sum(x), "batch", "heads")
+    whole = sharding.gather(x, "batch", axis=0)
+    partial = x @ w  # a partial sum: the contracted dim is divided over heads
+    index = jnp.full((x.shape[0], 1), sharding.index_along("batch"), jnp.int32)
+    scattered = sharding.scatter_sum(partial, "heads", axis=1)
+    flags = jnp.asarray([sharding.is_divided(dim) for dim in ("batch", "heads", "vocab")])
+    return total, jnp.sum(whole, axis=0, keepdims=True), scattered, index, flags
+
+
+COLLECT = sharding.local  # named for the reader: every test below goes through it
+
+
+def run_collect(x, w):
+    batch, heads = "batch", "heads"
+    out_dims = ((), (None, heads), (batch, heads), (batch, None), (None,))
+    return jax.jit(COLLECT(collect, in_dims=((batch, heads), (heads, None)), out_dims=out_dims))(x, w)
+
+
+def operands(rows=8, inner=6):
+    draw = np.random.default_rng(0)
+    return draw.normal(size=(rows, inner)).astype(np.float32), draw.normal(size=(inner, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("rows", "inner", "divided"), [(8, 6, (True, True)), (6, 6, (False, True)), (8, 5, (True, False))])
+def test_collectives_equal_numpy_on_eight_devices(rows, inner, divided):
+    x, w = operands(rows, inner)
+    with jax.set_mesh(mixed_mesh()):
+        total, column_sums, product, index, flags = (np.asarray(value) for value in run_collect(x, w))
+    np.testing.assert_allclose(total, x.sum(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(column_sums, x.sum(0, keepdims=True), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(product, x @ w, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(index[:, 0], np.arange(rows) // 2 if divided[0] else np.zeros(rows))
+    assert tuple(flags) == (*divided, False)
+
+
+def test_without_a_mesh_collectives_are_the_identity():
+    x, w = operands()
+    for mesh in (contextlib.nullcontext(), jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1]))):
+        with mesh:
+            total, column_sums, product, index, flags = (np.asarray(value) for value in run_collect(x, w))
+        np.testing.assert_allclose(total, x.sum(), rtol=1e-5)
+        np.testing.assert_allclose(column_sums, x.sum(0, keepdims=True), rtol=1e-5)
+        np.testing.assert_allclose(product, x @ w, rtol=1e-5)
+        assert not index.any() and not flags.any()
+        np.testing.assert_array_equal(sharding.constrain(jnp.asarray(x), ("batch", None)), x)
+
+
+def test_the_gradient_of_a_gathered_weight_is_summed_once():
+    x, w = operands()
+
+    def loss(x, w):
+        def on_device(x, w):
+            return sharding.sum_over(jnp.sum(jnp.square(x @ sharding.gather(w, "embed", axis=0))), "batch")
+
+        return sharding.local(on_device, in_dims=(("batch", None), ("embed", None)), out_dims=())(x, w)
+
+    with jax.set_mesh(mixed_mesh()):
+        value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, w)
+    np.testing.assert_allclose(value, np.square(x @ w).sum(), rtol=1e-5)
+    np.testing.assert_allclose(gradients[0], 2 * x @ w @ w.T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(gradients[1], 2 * x.T @ x @ w, rtol=1e-4, atol=1e-4)
+
+
+def test_constrain_divides_by_logical_dims():
+    x = np.zeros((8, 3, 4), np.float32)
+    with jax.set_mesh(mixed_mesh()):
+        y = jax.jit(lambda x: sharding.constrain(x, ("batch", None, "heads")))(x)
+        odd = jax.jit(lambda x: sharding.constrain(x[:3], ("batch", None, "heads")))(x)
+    assert {shard.data.shape for shard in y.addressable_shards} == {(2, 3, 2)}
+    assert {shard.data.shape for shard in odd.addressable_shards} == {(3, 3, 2)}
+
+
+# A whole model --------------------------------------------------------------------------------------------------------
+MODEL = ModelConfig(
+    embed_dim=16,
+    stack=(
+        Segment(
+            pattern=(
+                BlockConfig(mixer=AttentionConfig(num_heads=4, num_kv_heads=2, window=4), ffn=MlpConfig(hidden_dim=24)),
+                # One key-value head of 3 dims does not divide over two devices.
+                BlockConfig(
+                    mixer=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=3, rope_base=None),
+                    ffn=MoeConfig(num_experts=4, num_selected=2, hidden_dim=8, shared_hidden_dim=6, z_weight=0.01),
+                ),
+            ),
+            repeats=2,
+        ),
+    ),
+    vocab_size=30,
+    vocab_multiple=4,
+    init_std=0.2,
+)
+
+
+def batch_of_documents(rows=8, length=10):
+    draw = np.random.default_rng(0)
+    cut = draw.integers(3, length - 2, rows)
+    t = np.arange(length)[None, :]
+    second = t >= cut[:, None]
+    segment_ids = np.where(t >= length - 1, 0, 1 + second).astype(np.int32)
+    return {
+        "tokens": draw.integers(0, 30, (rows, length)).astype(np.int32),
+        "segment_ids": segment_ids,
+        "positions": np.where(second, t - cut[:, None], t).astype(np.int32),
+        "targets": draw.integers(0, 30, (rows, length)).astype(np.int32),
+        "weights": (segment_ids > 0).astype(np.float32),
+    }
+
+
+def loss_and_gradient(params, buffers, batch):
+    definition = define(MODEL)
+
+    def loss(params):
+        model = definition.merge(params, buffers)
+        output = model(batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"])
+        nll, _ = losses.sharded_cross_entropy(output.hidden, output.head, batch["targets"], batch["weights"])
+        return nll + sum(output.losses.values()), output.metrics
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+def test_a_model_on_eight_devices_equals_one_device():
+    batch = batch_of_documents()
+    definition, key = define(MODEL), jax.random.key(0)
+    params, buffers = jax.jit(definition.init)(key)
+    expected = jax.jit(loss_and_gradient)(params, buffers, batch)
+
+    mesh = mixed_mesh()
+    shardings = tuple(sharding.parameter_shardings(shapes, mesh) for shapes in (definition.params, definition.buffers))
+    with jax.set_mesh(mesh):
+        sharded = jax.jit(definition.init, out_shardings=shardings)(key)
+        for path, leaf in sharded[0].items():
+            np.testing.assert_allclose(leaf, params[path], rtol=1e-6, atol=1e-7, err_msg=path)
+        (value, metrics), gradient = jax.jit(loss_and_gradient, out_shardings=(None, shardings[0]))(
+            *sharded, sharding.place_batch(batch, mesh)
+        )
+    (expected_value, expected_metrics), expected_gradient = expected
+    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), metrics, expected_metrics)
+    for path, leaf in gradient.items():
+        np.testing.assert_allclose(leaf, expected_gradient[path], rtol=1e-3, atol=1e-4, err_msg=path)
+
+    def local_share(path):
+        leaf = sharded[0][path]
+        assert gradient[path].sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
+        return leaf.addressable_shards[0].data.size / leaf.size
+
+    assert local_share("embed/table") == local_share("segments/0/blocks/0/mixer/query/weight") == 1 / 4
+    assert local_share("segments/0/blocks/1/ffn/experts/up") == 1 / 8
+    assert local_share("segments/0/blocks/1/mixer/key/weight") == 1 / 2  # 3 columns stay whole
+    assert local_share("final_norm/scale") == 1

@@ -1,0 +1,95 @@
+"""Named architectures have the parameter counts that were published, and costs that come out by hand."""
+
+import dataclasses
+
+import pytest
+
+from slmjax import zoo
+from slmjax.attention import AttentionConfig, QkNorm
+from slmjax.layers import MlpConfig
+from slmjax.model import BlockConfig, HeadKind, ModelConfig, Segment
+from slmjax.moe import MoeConfig
+from slmjax.zoo import ARCHITECTURES, Summary, describe
+
+# As Hugging Face counts the released weights, tied tables once.
+PUBLISHED = {
+    "smollm2_135m": 134_515_008,
+    "smollm2_360m": 361_821_120,
+    "smollm2_1_7b": 1_711_376_384,
+    "qwen3_0_6b": 596_049_920,
+    "qwen3_1_7b": 1_720_574_976,
+    "qwen3_4b": 4_022_468_096,
+}
+# Qwen3-0.6B is said to have 0.44B parameters beside its embedding.
+NON_EMBEDDING = {"qwen3_0_6b": 440_467_456}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_parameter_counts(name: str) -> None:
+    summary = describe(ARCHITECTURES[name]())
+    assert summary.parameters == PUBLISHED[name] == summary.active_parameters
+    assert summary.bytes_bf16 == 2 * PUBLISHED[name]
+    if name in NON_EMBEDDING:
+        assert summary.parameters - summary.embedding_parameters == NON_EMBEDDING[name]
+
+
+def test_sizes_of_our_own() -> None:
+    nano, moe, window = (describe(ARCHITECTURES[name]()) for name in ("nano", "nano_moe", "nano_window"))
+    # 2048 x 192; six layers of 2 x 192 x 192 + 2 x 192 x 96 attention, 3 x 192 x 512 MLP, 2 x 192 + 2 x 32 norms; a final norm.
+    layer = 2 * 192 * 192 + 2 * 192 * 96 + 3 * 192 * 512 + 2 * 192 + 2 * 32
+    assert nano.parameters == 2048 * 192 + 6 * layer + 192 == 2_829_120
+    assert window == dataclasses.replace(
+        nano, training_flops_per_token=window.training_flops_per_token, cache_bytes_per_token=window.cache_bytes_per_token
+    )
+    assert window.cache_bytes_per_token == nano.cache_bytes_per_token * (2 + 4 * 64 / 256) / 6
+    # Two of eight experts are as wide as nano's layer: a router is all that a token uses besides.
+    assert moe.active_parameters == nano.parameters + 6 * 192 * 8
+    assert moe.parameters == moe.active_parameters + 6 * 6 * 3 * 192 * 256
+    gpt2 = describe(zoo.slm_124m())
+    assert gpt2.embedding_parameters == 50_304 * 768
+    assert 123e6 < gpt2.parameters < 124.5e6
+
+
+def test_costs_by_hand() -> None:
+    """Width 8; a full layer run twice, then a window layer with 4 experts of which each token uses one; two repeats of both."""
+    full = BlockConfig(mixer=AttentionConfig(num_heads=2, num_kv_heads=1, qk_norm=QkNorm.PER_HEAD), ffn=MlpConfig(hidden_dim=6), passes=2)
+    experts = MoeConfig(num_experts=4, num_selected=1, normalize_weights=False, hidden_dim=5, shared_hidden_dim=3)
+    window = BlockConfig(mixer=AttentionConfig(num_heads=1, head_dim=6, window=2), ffn=experts)
+    config = ModelConfig(
+        embed_dim=8, stack=(Segment(pattern=(full, window), repeats=2),), context_length=4, vocab_size=10, vocab_multiple=8,
+        head=HeadKind.FREE,
+    )  # fmt: skip
+    tables = 2 * 16 * 8
+    full_matrices = 2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 6  # query, output; key, value; gate, up, down
+    window_matrices = 4 * 8 * 6 + 8 * 4 + 3 * 8 * 3  # attention; router; shared expert
+    one_expert = 3 * 8 * 5
+    norms = 8 + 2 * (2 * 8 + 2 * 4 + 2 * 8)  # final; per repeat two for each layer, and for queries and keys of the first
+    multiplied = 16 * 8 + 2 * (2 * full_matrices + window_matrices + one_expert)
+    # Over four tokens a full layer sees 2.5 on average and a window of two 1.75; two products of 2 FLOPs per head and dim.
+    mixing = 2 * (2 * 4 * 2.5 * 2 * 4 + 4 * 1.75 * 1 * 6)
+    assert describe(config) == Summary(
+        parameters=tables + 2 * (full_matrices + window_matrices + 4 * one_expert) + norms,
+        active_parameters=tables + 2 * (full_matrices + window_matrices + one_expert) + norms,
+        embedding_parameters=tables,
+        training_flops_per_token=6 * multiplied + 3 * mixing,
+        bytes_bf16=2 * (tables + 2 * (full_matrices + window_matrices + 4 * one_expert) + norms),
+        cache_bytes_per_token=2 * (2 * 2 * 4 * 1 * 4 * 2 + 2 * 2 * 1 * 6 * 2) / 4,  # keys and values; slots, heads, dims, bytes
+    )
+
+
+def test_a_tied_head_costs_flops_and_no_parameters() -> None:
+    config = ARCHITECTURES["nano"]()
+    tied, free = describe(config), describe(dataclasses.replace(config, head=HeadKind.FREE))
+    assert free.parameters == tied.parameters + 2048 * 192
+    assert free.training_flops_per_token == tied.training_flops_per_token
+
+
+def test_the_tokenizer_decides_where_nothing_is_said() -> None:
+    assert zoo.nano().vocab_size is None
+    with pytest.raises(ValueError, match="vocab_size is not set"):
+        describe(zoo.nano())
+
+
+def test_each_name_is_that_of_its_function() -> None:
+    for name, build in ARCHITECTURES.items():
+        assert getattr(build, "func", build) is getattr(zoo, name)
