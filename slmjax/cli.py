@@ -10,10 +10,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-if TYPE_CHECKING:
-    pass
+from slmjax.startup import keep_memory
 
 INTERRUPTED_STATUS = 75  # "try again later": a supervisor tells it from success and from failure
 
@@ -34,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print(f"error: there is no command {words[0]!r}.{near_names(words[0], COMMANDS)}\n\n{_overview()}", file=sys.stderr)
         sys.exit(2)
+    keep_memory()
     try:
         sys.exit(COMMANDS[words[0]](words[1:]))
     except (ValueError, OSError, ImportError) as error:
@@ -56,7 +56,7 @@ def _parse(arguments_class: type, words: Sequence[str], *, default: Any, command
 
     return tyro.cli(
         arguments_class, args=list(words), default=default, prog=f"slmjax {command}", description=description,
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues, tyro.conf.FlagConversionOff),
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues),
     )  # fmt: skip
 
 
@@ -79,6 +79,11 @@ def _option(words: Sequence[str], name: str) -> str | None:
         if word.startswith(f"{name}="):
             return word.partition("=")[2]
     return None
+
+
+def _print_aside(text: str) -> None:
+    """To standard error: standard output is for results."""
+    print(text, file=sys.stderr)
 
 
 def _print_json(value: Any) -> None:
@@ -156,6 +161,8 @@ def eval_command(words: Sequence[str]) -> int:
 
     path, options = _positional(words)
     of_run = read_experiment(Path(path)).data if path and (Path(path) / "config.json").is_file() else DataConfig()
+    if _option(options, "--data.path") is not None:
+        of_run = dataclasses.replace(of_run, heldout_fraction=0.0)  # another text is evaluated whole, unless a fraction is given
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
@@ -167,7 +174,7 @@ def eval_command(words: Sequence[str]) -> int:
 
     given = _parse(Arguments, options, default=Arguments(), command="eval RUN_DIR", description=eval_command.__doc__)
     loaded = checkpoint.load_model(_needed(path, "eval RUN_DIR"), step=given.step)
-    result = evaluation.evaluate(loaded, data=given.data, max_documents=given.max_documents, overlap=given.overlap)
+    result = evaluation.evaluate(loaded, data=given.data, max_documents=given.max_documents, overlap=given.overlap, log=_print_aside)
     if given.json:
         _print_json(dataclasses.asdict(result))
         return 0
@@ -256,11 +263,11 @@ def data_command(words: Sequence[str]) -> int:
 
     given = _parse(Arguments, options, default=Arguments(), command=f"data {action or 'prepare|inspect'}", description=data_command.__doc__)
     if action == "prepare":
-        prepared = prepare(given.data, given.tokenizer, log=lambda text: print(text, file=sys.stderr))
+        prepared = prepare(given.data, given.tokenizer, log=_print_aside)
         manifests = [shards.manifest for shards, _ in prepared.train] + [shards.manifest for shards in prepared.heldout]
         _print_json([dataclasses.asdict(manifest) for manifest in manifests])
         return 0
-    found = inspect(given.data, given.tokenizer, num_samples=given.samples)
+    found = inspect(given.data, given.tokenizer, num_samples=given.samples, log=_print_aside)
     if given.json:
         _print_json(found)
         return 0

@@ -130,9 +130,13 @@ def effective_weight(weight: Float[Array, "..."], dtype: Any) -> Float[Array, ".
 
 
 def linear(x: Float[Array, "*B I"], weight: Float[Array, "I O"], bias: Float[Array, " O"] | None = None) -> Float[Array, "*B O"]:
-    """`x @ weight + bias` in the dtype of `x`; the weight is cast to it."""
-    y = jnp.dot(x, effective_weight(weight, x.dtype))
-    return y if bias is None else y + along_last(bias.astype(x.dtype), y.ndim)
+    """`x @ weight + bias` in the dtype of `x`; the weight is cast to it.
+
+    Leading dims are made one for the product: on CPU its gradient is then nearly twice as fast.
+    """
+    y = jnp.dot(x.reshape(-1, x.shape[-1]), effective_weight(weight, x.dtype))
+    y = y if bias is None else y + along_last(bias.astype(x.dtype), y.ndim)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], *, eps: float) -> Float[Array, "*B D"]:

@@ -15,7 +15,6 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh
 
 from slmjax import parameters, sharding
 from slmjax.model import ModelConfig
@@ -24,18 +23,18 @@ from slmjax.parameters import Definition
 from slmjax.zoo import ARCHITECTURES
 
 GOLDEN = Path(__file__).parent / "golden"
-MESH = AbstractMesh((2, 2), ("fsdp", "tensor"))
 OPTIM = OptimConfig(kind=Optimizer.MUON)
 WRITE_ANEW = "if the change is meant, run `python -m tests.test_golden` and look at the diff"
 
 
 def golden_text(config: ModelConfig) -> str:
     definition = parameters.define(config)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
     initial, groups = initialisations(definition), parameter_groups(OPTIM, definition.params)
     rows = [("# path", "shape", "init", "optimizer", "decay", "fsdp=2 tensor=2")]
     for path, leaf in sorted({**definition.params, **definition.buffers}.items()):
         optimizer, decay = ("none", "") if path in definition.buffers else (groups[path].optimizer.value, f"{groups[path].weight_decay:g}")
-        spec = ", ".join(str(axis) for axis in sharding.partition_spec(path, leaf.shape, MESH))
+        spec = ", ".join(str(axis) for axis in sharding.partition_spec(path, leaf.shape, mesh))
         rows.append((path, str(list(leaf.shape)), initial[path], optimizer, decay, spec))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -88,4 +87,6 @@ def write_all() -> None:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 4)
     write_all()

@@ -135,13 +135,10 @@ def collect(x, w):
     return total, jnp.sum(whole, axis=0, keepdims=True), scattered, index, flags
 
 
-COLLECT = sharding.local  # named for the reader: every test below goes through it
-
-
 def run_collect(x, w):
     batch, heads = "batch", "heads"
     out_dims = ((), (None, heads), (batch, heads), (batch, None), (None,))
-    return jax.jit(COLLECT(collect, in_dims=((batch, heads), (heads, None)), out_dims=out_dims))(x, w)
+    return jax.jit(sharding.local(collect, in_dims=((batch, heads), (heads, None)), out_dims=out_dims))(x, w)
 
 
 def operands(rows=8, inner=6):
