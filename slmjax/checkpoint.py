@@ -10,6 +10,7 @@ one is taken.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import shutil
@@ -22,6 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from slmjax import config as config_io
 from slmjax import parameters
@@ -57,7 +59,9 @@ class Checkpointer:
 
     def __init__(self, directory: Path, *, model: ModelConfig, config: CheckpointConfig) -> None:
         self.directory, self.model, self.config = directory.absolute(), model, config
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        # Threads of a save whose directory cannot be made would wait for it, and keep the process from ending, for five minutes.
+        options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._unstack = jax.jit(functools.partial(parameters.unstack, model))
@@ -95,12 +99,13 @@ class Checkpointer:
             write_json(self.directory / "best.json", {"step": step, "loss": loss})
 
     def best(self) -> tuple[int, float] | None:
-        """Step and validation loss of the best checkpoint."""
+        """Step and validation loss of the best checkpoint; None if there is none (any more)."""
         path = self.directory / "best.json"
         if not path.exists():
             return None
         best = json.loads(path.read_text())
-        return int(best["step"]), float(best["loss"])
+        # A run killed during that save, or one whose checkpoint was set aside, has to find its best anew.
+        return (int(best["step"]), float(best["loss"])) if best["step"] in self.steps() else None
 
     def steps(self) -> list[int]:
         """Steps that have a committed checkpoint, oldest first."""
@@ -115,13 +120,22 @@ class Checkpointer:
           CheckpointError: there is none, or it belongs to a model of other parameters, shapes or dtypes.
         """
         self.wait()
-        for candidate in [step] if step is not None else reversed(self.steps()):
+        known = self.steps()
+        if step is not None and step not in known:
+            raise CheckpointError(f"{self.directory} has no checkpoint of step {step}: it has {', '.join(map(str, known)) or 'none'}")
+        for candidate in reversed(known) if step is None else [step]:
             problem = _agreed(functools.partial(self._problem, candidate))
             if not problem:
-                return candidate, self._read(candidate, like)
-            log.warning("checkpoint %d in %s is damaged (%s): set aside, trying an older one", candidate, self.directory, problem)
-            if jax.process_index() == 0 and (self.directory / str(candidate)).exists():
-                shutil.move(self.directory / str(candidate), self.directory / f"{candidate}.bad")
+                try:
+                    return candidate, self._read(candidate, like)
+                except Exception as error:  # Orbax has no class of its own for what it cannot read
+                    # What a manifest vouches for is not damaged, and another model's checkpoint is none of ours to set aside.
+                    if isinstance(error, CheckpointError) or (self.directory / str(candidate) / MANIFEST).exists():
+                        raise
+                    problem = f"{type(error).__name__} while reading it"
+            log.warning("checkpoint %d in %s is damaged (%s): set aside", candidate, self.directory, problem)
+            if jax.process_index() == 0:
+                self._set_aside(candidate)
         raise CheckpointError(f"no intact checkpoint in {self.directory}: a run has one once its first save is complete")
 
     def has(self, step: int, item: str) -> bool:
@@ -150,7 +164,10 @@ class Checkpointer:
         if not (path / MANIFEST).exists():
             log.warning("checkpoint %d has no %s (the run was stopped right after the save): restored unverified", step, MANIFEST)
             return ""
-        expected, found = json.loads((path / MANIFEST).read_text()), _digests(path)
+        try:
+            expected, found = json.loads((path / MANIFEST).read_text()), _digests(path)
+        except (OSError, ValueError) as error:
+            return f"unreadable: {error}"
         changed = sorted(name for name in expected if found.get(name) != expected[name])
         return f"{len(changed)} file(s) missing or changed, first {changed[0]}" if changed else ""
 
@@ -164,6 +181,12 @@ class Checkpointer:
                 self._prune()
         except (OSError, ValueError, RuntimeError) as error:
             self._give_up(step, error)
+
+    def _set_aside(self, step: int) -> None:
+        """Renames a damaged checkpoint, so that no later restore tries it and its step can be saved again."""
+        taken = {entry.name for entry in self.directory.iterdir()}
+        free = next(name for count in itertools.count() if (name := f"{step}.bad{count or ''}") not in taken)
+        (self.directory / str(step)).rename(self.directory / free)
 
     def _prune(self) -> None:
         best = self.best()
@@ -230,7 +253,8 @@ class Loaded:
 def load_model(path: str | Path, *, step: int | None = None) -> Loaded:
     """The model of a run directory: the newest checkpoint, or that of `step`; averaged weights where the run kept them.
 
-    Needs `model.json`, `tokenizer/` and `checkpoints/` only. Arrays are replicated over the current mesh, if there is one.
+    Needs `model.json`, `tokenizer/` and `checkpoints/` only. Arrays are replicated over the current mesh, or on one device
+    where none is set.
 
     Raises:
       ValueError: this is not a run directory, or holds no intact checkpoint.
@@ -244,10 +268,11 @@ def load_model(path: str | Path, *, step: int | None = None) -> Loaded:
     checkpointer = Checkpointer(path / "checkpoints", model=config, config=CheckpointConfig())
     definition = parameters.define(config)
     like: dict[str, Any] = {"model": {"params": definition.params, "buffers": definition.buffers}}
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    mesh = jax.sharding.get_mesh()
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if mesh.empty else NamedSharding(mesh, PartitionSpec())
     try:
-        known = checkpointer.steps()
-        if known and checkpointer.has(known[-1] if step is None else step, "ema"):
+        # A run keeps averages from its first checkpoint on; any may be the damaged one.
+        if any(checkpointer.has(known, "ema") for known in checkpointer.steps()):
             like["ema"] = definition.params
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like)
         step, items = checkpointer.restore(like, step=step)

@@ -73,12 +73,12 @@ def _positional(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def _option(words: Sequence[str], name: str) -> str | None:
     """The value of an option that decides what the others default to, before tyro parses them all."""
+    found = None
     for index, word in enumerate(words):
-        if word == name and index + 1 < len(words):
-            return words[index + 1]
-        if word.startswith(f"{name}="):
-            return word.partition("=")[2]
-    return None
+        option, equals, value = word.partition("=")
+        if option.replace("_", "-") == name:  # tyro takes either, and of several the last
+            found = value if equals else words[index + 1] if index + 1 < len(words) else None
+    return found
 
 
 def _print_aside(text: str) -> None:
@@ -95,31 +95,36 @@ def _print_json(value: Any) -> None:
 # Commands -------------------------------------------------------------------------------------------------------------
 def train_command(words: Sequence[str]) -> int:
     """train a model: slmjax train [EXPERIMENT] [--optim.lr 3e-4 ...], --resume RUN_DIR, --init-from DIR"""
+    import jax
     from rich.console import Console
 
     from slmjax import experiment as experiments
     from slmjax import recipes, trainer
 
     name, options = _positional(words)
-    resume = _option(options, "--resume")
-    if resume is not None and name is not None:
-        raise ValueError(f"--resume {resume} goes on with that run's own experiment: leave out {name}")
-    start = experiments.read_experiment(Path(resume)) if resume else recipes.load_experiment(name or "nano")
+    resume, source = _option(options, "--resume"), _option(options, "--init-from")
+    if resume is not None and (name or source):
+        raise ValueError(f"--resume {resume} goes on with that run's own experiment: leave out {name or '--init-from'}")
+    if resume is not None:
+        start = experiments.read_experiment(Path(resume))
+    elif source is not None:
+        start = experiments.starting_from(Path(source), recipes.load_experiment(name) if name else None)
+    else:
+        start = recipes.load_experiment(name or "nano")
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
         resume: str | None = None  # run directory to go on with, from its newest intact checkpoint
-        init_from: str | None = None  # run directory whose parameters this run starts from
+        init_from: str | None = None  # run directory whose parameters and tokenizer (and experiment, if none is named) this run starts from
         json: bool = False  # print the result as JSON, and progress on standard error
         experiment: Annotated[experiments.Experiment, _without_prefix()] = start
 
     given = _parse(Arguments, options, default=Arguments(), command=f"train {name or ''}".strip(), description=train_command.__doc__)
-    chosen = given.experiment
-    if given.init_from is not None:
-        chosen = dataclasses.replace(chosen, init=experiments.FromModel(path=given.init_from))
+    assert (given.resume, given.init_from) == (resume, source), "what the defaults were chosen by is what was parsed"
     code = name if name is not None and name.endswith(".py") else None
-    result = trainer.train(chosen, resume=given.resume, code=code, console=Console(stderr=given.json, highlight=False))
-    _print_json(dataclasses.asdict(result)) if given.json else _show_result(result)
+    result = trainer.train(given.experiment, resume=given.resume, code=code, console=Console(stderr=given.json, highlight=False))
+    if jax.process_index() == 0:
+        _print_json(dataclasses.asdict(result)) if given.json else _show_result(result)
     return {"finished": 0, "interrupted": INTERRUPTED_STATUS}.get(result.status, 1)
 
 
@@ -143,6 +148,7 @@ def _show_result(result: Any) -> None:
     console.print(
         f"loss {result.loss:.4f}, {result.tokens:,} tokens, {result.seconds:,.0f} s, {result.tokens_per_second:,.0f} tokens/s, "
         f"{result.parameters:,} parameters, {result.data_wait_share:.1%} of the training time spent waiting for data"
+        + (f", {result.skipped:,} steps undone" if result.skipped else "")
     )
     if result.status == "interrupted":
         console.print(f"go on with: slmjax train --resume {result.run_dir}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from slmjax import config as config_io
 from slmjax.checkpoint import CheckpointConfig
 from slmjax.data.config import DataConfig
-from slmjax.data.tokenizers import BpeTokenizer, TokenizerConfig
+from slmjax.data.tokenizers import BpeTokenizer, FileTokenizer, TokenizerConfig
 from slmjax.model import ModelConfig
 from slmjax.optim import OptimConfig
 from slmjax.sampling import SamplingConfig
@@ -71,7 +71,7 @@ class RunConfig:
     log_every: int = 10  # steps between lines of the log
     directory: str = "runs"  # where run directories are made
     sample_prompts: tuple[str, ...] = ("",)  # texts that the trained model continues at the end
-    sample: SamplingConfig = SamplingConfig(max_tokens=100, temperature=0.8, top_k=40)  # how it does
+    sample: SamplingConfig = SamplingConfig(temperature=0.8, top_k=40)  # how it does
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.log_every < 1:
@@ -113,3 +113,9 @@ def read_experiment(run_dir: Path) -> Experiment:
     if not path.is_file():
         raise ValueError(f"{run_dir} is not a run directory: it has no config.json. Name one that `slmjax train` printed")
     return config_io.loads(Experiment, path.read_text())
+
+
+def starting_from(run_dir: Path, experiment: Experiment | None) -> Experiment:
+    """The experiment (that of the run itself, if none is given) with the parameters and the tokenizer of a run."""
+    base = read_experiment(run_dir) if experiment is None else experiment
+    return dataclasses.replace(base, init=FromModel(path=str(run_dir)), tokenizer=FileTokenizer(path=str(run_dir / "tokenizer")))

@@ -19,19 +19,28 @@ _TEXT_BYTES = 1024
 
 
 def process_zero_first(action: Callable[[], T]) -> T:
-    """`action()` in the first process, then in the others, which find on disk what the first one made."""
+    """`action()` in the first process, then in the others, which find on disk what the first one made.
+
+    An error in the first process does not leave the others waiting: they try for themselves, and fail alike.
+    """
     if jax.process_count() == 1:
         return action()
-    result = action() if jax.process_index() == 0 else None
+    if jax.process_index() == 0:
+        try:
+            return action()
+        finally:
+            multihost_utils.sync_global_devices("process zero first")
     multihost_utils.sync_global_devices("process zero first")
-    return action() if result is None else result
+    return action()
 
 
 def broadcast_text(text: str) -> str:
     """The first process's text (at most 1024 bytes), in every process."""
     if jax.process_count() == 1:
         return text
-    padded = np.frombuffer(text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0"), np.uint8)
+    encoded = text.encode()
+    assert len(encoded) <= _TEXT_BYTES, f"{len(encoded)} bytes are too many: {text}"
+    padded = np.frombuffer(encoded.ljust(_TEXT_BYTES, b"\0"), np.uint8)
     return bytes(multihost_utils.broadcast_one_to_all(padded)).rstrip(b"\0").decode(errors="replace")
 
 

@@ -6,6 +6,7 @@ with Progress(num_steps=2000) as progress:
     progress.print("checkpoint saved at step 10")
 """
 
+import logging
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -13,6 +14,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
+
+from slmjax.runlog import Log
 
 
 class Progress:
@@ -89,3 +92,40 @@ def format_seconds(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes % 60:02d}m"
     return f"{minutes}m{total % 60:02d}s" if minutes else f"{total}s"
+
+
+class LogRecords(logging.Handler):
+    """While entered, what slmjax's modules log is shown, and kept in the log of the run once there is one."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(logging.INFO)
+        self._progress, self._logger = progress, logging.getLogger("slmjax")
+        self._log: Log | None = None
+        self._early: list[logging.LogRecord] = []
+
+    def write_to(self, log: Log) -> None:
+        """From here on, records are written to this log; first those that came earlier."""
+        self._log = log
+        for record in self._early:
+            self._write(record, log)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Called by the logging module."""
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname}: "
+        self._progress.print(prefix + record.getMessage())
+        self._early.append(record) if self._log is None else self._write(record, self._log)
+
+    def _write(self, record: logging.LogRecord, log: Log) -> None:
+        log.write("message", level=record.levelname, text=record.getMessage())
+
+    def __enter__(self) -> "LogRecords":
+        self._before = self._logger.level, self._logger.propagate
+        self._logger.addHandler(self)
+        self._logger.setLevel(logging.INFO)
+        self._logger.propagate = False  # imported libraries give the root logger handlers that would show all twice
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.removeHandler(self)
+        level, self._logger.propagate = self._before
+        self._logger.setLevel(level)

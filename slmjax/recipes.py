@@ -5,25 +5,31 @@ load_experiment("experiments/nano_moe.py")       # a file with `def experiment()
 """
 
 import importlib.util
+import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 
 from slmjax import zoo
 from slmjax.config import near_names
 from slmjax.data.config import DataConfig, Packing, Split
 from slmjax.data.tokenizers import BpeTokenizer, CharTokenizer
 from slmjax.experiment import EvalConfig, Experiment, RunConfig
-from slmjax.optim import OptimConfig, Schedule
+from slmjax.optim import OptimConfig, Optimizer, Schedule
 
 
 def nano() -> Experiment:
     """The default: a small Qwen3-like decoder on Python's own standard library, minutes on a laptop."""
     return Experiment(
         model=zoo.nano(),
-        data=DataConfig(sequence_length=256, batch_size=16, heldout_fraction=0.03),
+        data=DataConfig(sequence_length=256, batch_size=8, heldout_fraction=0.03),
         tokenizer=BpeTokenizer(vocab_size=2048),
-        optim=OptimConfig(lr=3e-3, warmup_steps=100),
-        run=RunConfig(name="nano", steps=1000, sample_prompts=("def main(", "import ")),
+        optim=OptimConfig(
+            kind=Optimizer.MUON, muon_lr=0.02, lr=3e-3, schedule=Schedule.LINEAR, min_lr_ratio=0.0, warmup_steps=20, grad_clip=1.0
+        ),
+        eval=EvalConfig(every=50, max_documents=8),
+        run=RunConfig(name="nano", steps=250, sample_prompts=("def main(", "import ")),
     )
 
 
@@ -57,13 +63,24 @@ def load_experiment(name: str) -> Experiment:
             "a file of your own ends in .py and has `def experiment() -> Experiment`"
         )
     if not path.is_file():
-        raise ValueError(f"there is no experiment file {path}")
-    spec = importlib.util.spec_from_file_location(f"slmjax_experiment_{path.stem}", path)
-    assert spec is not None and spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    build = getattr(module, "experiment", None)
-    found = build() if callable(build) else None
+        near = near_names(path.name, (other.name for other in path.parent.glob("*.py")))
+        raise ValueError(f"there is no experiment file {path}.{near}")
+    try:
+        build = getattr(_executed(path), "experiment", None)
+        found = build() if callable(build) else None
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        place = f", line {lines[-1]}" if lines else ""
+        raise ValueError(f"{path}{place}: {type(error).__name__}: {error}") from error
     if not isinstance(found, Experiment):
         raise ValueError(f"{path} needs a function `def experiment() -> Experiment` that returns the experiment, and has none")
     return found
+
+
+def _executed(path: Path) -> ModuleType:
+    """The module that a file's code makes; listed among the imported ones, where dataclasses look up their annotations."""
+    spec = importlib.util.spec_from_file_location(f"slmjax_experiment_{path.stem}", path)
+    assert spec is not None and spec.loader is not None, path
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

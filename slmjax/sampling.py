@@ -107,8 +107,8 @@ def sample(
     if not prompts:
         return []
     context, vocab_size = definition.config.context_length, definition.config.known_vocab_size
-    longest = _check_prompts(prompts, vocab_size=vocab_size)
-    max_tokens = _resolved_max_tokens(config.max_tokens, longest=longest, context_length=context)
+    longest = check_prompts(prompts, vocab_size=vocab_size)
+    max_tokens = resolved_max_tokens(config.max_tokens, longest=longest, context_length=context)
     prefill_length = _power_of_two(longest)
     tokens = np.zeros((len(prompts), _power_of_two(longest + max_tokens)), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -125,8 +125,8 @@ def sample(
     return [row[start:end].tolist() for row, start, end in zip(filled, lengths, ends, strict=True)]
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], *, vocab_size: int) -> int:
-    """The length of the longest prompt."""
+def check_prompts(prompts: Sequence[Sequence[int]], *, vocab_size: int) -> int:
+    """The length of the longest prompt. Raises ValueError for one that is empty or holds an id that is none."""
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {index} has no token: begin it with BOS")
@@ -135,7 +135,8 @@ def _check_prompts(prompts: Sequence[Sequence[int]], *, vocab_size: int) -> int:
     return max(map(len, prompts))
 
 
-def _resolved_max_tokens(asked: int | None, *, longest: int, context_length: int) -> int:
+def resolved_max_tokens(asked: int | None, *, longest: int, context_length: int) -> int:
+    """How many tokens are made at most. Raises ValueError where the context has no room for them."""
     room = context_length - longest
     if room < (asked or 1):
         way_out = f"ask for at most {room}" if room > 0 else f"shorten it to {context_length - 1} or fewer"

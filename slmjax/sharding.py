@@ -232,7 +232,10 @@ def sum_over(x: Any, *dims: str) -> Any:
 
 
 def gather(x: Array, dim: str, *, axis: int) -> Array:
-    """Inside `local`: the shards that the devices of a logical dim hold, joined along an array axis."""
+    """Inside `local`: the shards that the devices of a logical dim hold, joined along an array axis.
+
+    It counts as differing between devices, so that it may not be returned as it is in a dim that is not divided.
+    """
     return jax.lax.all_gather(x, axes, axis=axis, tiled=True) if (axes := _divided_axes((dim,))) else x
 
 

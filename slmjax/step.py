@@ -49,8 +49,8 @@ class TrainState:
     optimizer: Any  # optax state
     ema: Params | None  # averaged parameters, where asked for
     rng: Any  # key data of the run's randomness; a step's key is folded from it
-    step: Int[Array, ""]  # steps taken, skipped ones included
-    tokens: Int[Array, "2"]  # scored targets so far: millions, and the rest
+    step: Int[Array, ""]  # steps taken, undone ones included
+    tokens: Int[Array, "2"]  # scored targets trained on, those of undone steps left out: millions, and the rest
     skipped: Int[Array, ""]  # steps undone, in all
     skipped_in_a_row: Int[Array, ""]
 
@@ -184,10 +184,11 @@ def make_train_step(
         }
         undone = 1 - finite.astype(jnp.int32)
         new_state = dataclasses.replace(
-            state, **kept, step=state.step + 1, tokens=_counted(state.tokens, total["targets"]), skipped=state.skipped + undone,
-            skipped_in_a_row=(state.skipped_in_a_row + 1) * undone,
+            state, **kept, step=state.step + 1, tokens=_counted(state.tokens, jnp.where(finite, total["targets"], 0.0)),
+            skipped=state.skipped + undone, skipped_in_a_row=(state.skipped_in_a_row + 1) * undone,
         )  # fmt: skip
-        lr = learning_rate(optim, state.step, total_steps=total_steps)
+        # What the optimizer used: its schedule counts updates, and a step that was undone is none.
+        lr = learning_rate(optim, state.step - state.skipped, total_steps=total_steps)
         metrics = {"objective": value, "grad_norm": grad_norm, "learning_rate": jnp.asarray(lr), "skipped": new_state.skipped}
         metrics["skipped_in_a_row"] = new_state.skipped_in_a_row
         return new_state, metrics | total | _report(sums, total)

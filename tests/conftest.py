@@ -5,9 +5,12 @@ Subprocesses inherit the caches. A test that runs a command as a user would take
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 
 # Before jax is imported: the number of devices and the platform are read once.
 ORIGINAL_XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
@@ -36,10 +39,42 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(SESSION_CACHE, ignore_errors=True)
 
 
-@pytest.fixture
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
 def user_environment() -> dict[str, str]:
     """Environment variables for a command run as a user runs it: one CPU device, the session's caches."""
-    return {**os.environ, "XLA_FLAGS": ORIGINAL_XLA_FLAGS}
+    # What a small model takes longest for is compilation: the commands of one session share all of it.
+    return {**os.environ, "XLA_FLAGS": ORIGINAL_XLA_FLAGS, "PYTHONPATH": str(ROOT), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+@pytest.fixture(scope="session")
+def run_command(user_environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_command("train", "tiny.py", cwd=...)`: the slmjax command in a process of its own."""
+
+    def run(*arguments: str, cwd: Path, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "slmjax", *arguments]
+        return subprocess.run(command, cwd=cwd, env=user_environment, capture_output=True, text=True, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with text.txt, 60 kB of English, and tiny.py, an experiment that trains on it."""
+    directory = tmp_path_factory.mktemp("workplace")
+    (directory / "text.txt").write_text("\n".join(topics[name] for name in sorted(topics))[:60_000], encoding="utf-8")
+    shutil.copyfile(ROOT / "tests" / "tiny.py", directory / "tiny.py")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def trained(workplace: Path, run_command: Callable[..., subprocess.CompletedProcess[str]]) -> subprocess.CompletedProcess[str]:
+    """`slmjax train tiny.py --json`, run once without interruption; the result is its standard output."""
+    done = run_command("train", "tiny.py", "--json", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 @pytest.fixture(autouse=True)

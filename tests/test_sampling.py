@@ -1,6 +1,7 @@
 """Sampling: decoding with a cache equals the full forward pass, and draws follow the distribution they should."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,13 @@ import pytest
 
 from slmjax import losses, parameters, sampling, sharding
 from slmjax.attention import AttentionConfig, QkNorm
+from slmjax.checkpoint import Loaded
+from slmjax.data.tokenizers import ByteTokenizer
 from slmjax.layers import MlpConfig
 from slmjax.model import BlockConfig, Decoder, ModelConfig, NormPlacement, Segment, logits
 from slmjax.moe import Balance, MoeConfig
 from slmjax.parameters import Definition
-from slmjax.sampling import SamplingConfig, filtered_logits, next_tokens, sample
+from slmjax.sampling import SamplingConfig, filtered_logits, generate, next_tokens, sample
 
 CONTEXT, VOCAB = 16, 13
 BOS = 0
@@ -92,6 +95,7 @@ def cached_logits(model: Decoder, tokens: jax.Array, prompt_lengths: jax.Array) 
 
 
 # Caches ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.smoke
 def test_decode_equals_full_forward_at_every_position() -> None:
     definition, params, buffers = build(MIXED)
     model = definition.merge(params, buffers)
@@ -154,6 +158,27 @@ def test_sampling_on_a_mesh_equals_one_device(small: Model) -> None:
     placed = jax.device_put(params, sharding.parameter_shardings(params, mesh))
     with jax.set_mesh(mesh):
         assert sample(definition, placed, buffers, PROMPTS, config=config, eos_id=None) == expected
+
+
+def test_generate_goes_from_text_to_text(tmp_path: Path) -> None:
+    definition, params, buffers = build(dataclasses.replace(SMALL, vocab_size=258))
+    tokenizer = ByteTokenizer().build(())
+    loaded = Loaded(
+        config=definition.config, model=definition.merge(params, buffers), tokenizer=tokenizer, definition=definition, params=params,
+        buffers=buffers, path=tmp_path, step=1,
+    )  # fmt: skip
+    config = SamplingConfig(temperature=1.0, max_tokens=8)
+    prompts = ["", "naïve", "def"]
+    expected_prompts = [(tokenizer.bos_id, *tokenizer.encode(prompt)) for prompt in prompts]
+    expected = sample(definition, params, buffers, expected_prompts, config=config, eos_id=tokenizer.eos_id)
+    found = generate(loaded, prompts, config=config)
+    assert [one.prompt_tokens for one in found] == expected_prompts
+    assert [list(one.tokens) for one in found] == expected
+    assert [one.text for one in found] == [tokenizer.decode(tokens) for tokens in expected]
+    assert [one.finished for one in found] == [tokens[-1] == tokenizer.eos_id for tokens in expected]
+    assert generate(loaded, []) == []
+    with pytest.raises(ValueError, match="give a list of texts"):
+        generate(loaded, "def")
 
 
 # Ends and limits ------------------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def test_rows_that_do_not_divide_are_whole_on_every_device():
 
 # Inside the program ---------------------------------------------------------------------------------------------------
 def collect(x, w):
-    """Of a shard: sum over the batch, the whole batch again, each device's part of a sum, and which shard this is."""
+    """On each device: a sum over all, the column sums of the batch, a part of a product, and which shard this is."""
     total = sharding.sum_over(jnp.sum(x), "batch", "heads")
     whole = sharding.gather(x, "batch", axis=0)
     partial = x @ w  # a partial sum: the contracted dim is divided over heads
@@ -137,7 +137,7 @@ def collect(x, w):
 
 def run_collect(x, w):
     batch, heads = "batch", "heads"
-    out_dims = ((), (None, heads), (batch, heads), (batch, None), (None,))
+    out_dims = ((), (batch, heads), (batch, heads), (batch, None), (None,))
     return jax.jit(sharding.local(collect, in_dims=((batch, heads), (heads, None)), out_dims=out_dims))(x, w)
 
 
@@ -152,7 +152,9 @@ def test_collectives_equal_numpy_on_eight_devices(rows, inner, divided):
     with jax.set_mesh(mixed_mesh()):
         total, column_sums, product, index, flags = (np.asarray(value) for value in run_collect(x, w))
     np.testing.assert_allclose(total, x.sum(), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(column_sums, x.sum(0, keepdims=True), rtol=1e-5, atol=1e-5)
+    assert len(column_sums) == (4 if divided[0] else 1)  # one from each device that holds rows
+    for sums in column_sums:
+        np.testing.assert_allclose(sums, x.sum(0), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(product, x @ w, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(index[:, 0], np.arange(rows) // 2 if divided[0] else np.zeros(rows))
     assert tuple(flags) == (*divided, False)

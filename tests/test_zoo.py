@@ -24,6 +24,7 @@ PUBLISHED = {
 NON_EMBEDDING = {"qwen3_0_6b": 440_467_456}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_parameter_counts(name: str) -> None:
     summary = describe(ARCHITECTURES[name]())

@@ -55,6 +55,7 @@ def measure(
     return evaluate_batches(eval_step, params, {}, batches, mesh=mesh)
 
 
+@pytest.mark.smoke
 def test_a_model_that_knows_nothing_by_hand() -> None:
     result = measure(jax.tree.map(jnp.zeros_like, PARAMS))
     assert result.loss == pytest.approx(math.log(258), rel=1e-6)

@@ -1,0 +1,5 @@
+"""`python -m slmjax` is the `slmjax` command."""
+
+from slmjax.cli import main
+
+main()

@@ -1,0 +1,207 @@
+"""What a run is before its first step: settings that fit together, data, model, compiled step, and the state to go on from.
+
+All that can be wrong with an experiment is found here, before a run directory is made for a new run, and before anything
+is written to that of a run which goes on.
+"""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from slmjax import sampling, sharding
+from slmjax.checkpoint import CheckpointConfig, Checkpointer
+from slmjax.data.preparation import Log, Prepared, prepare
+from slmjax.data.tokenizers import FileTokenizer, Tokenizer, TokenizerConfig
+from slmjax.data.windows import EvaluationBatches, evaluation_batches
+from slmjax.evaluation.bits_per_byte import EvalResult, EvalStep, evaluate_batches, make_eval_step
+from slmjax.experiment import Experiment, read_experiment
+from slmjax.optim import make_optimizer
+from slmjax.parameters import Definition, define
+from slmjax.processes import process_zero_first
+from slmjax.runlog import RunDirectory
+from slmjax.step import TrainState, TrainStep, init_state, make_train_step, state_shapes
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What is fixed before the first step."""
+
+    experiment: Experiment
+    prepared: Prepared
+    mesh: Mesh
+    definition: Definition
+    shapes: TrainState
+    train_step: TrainStep
+    eval_step: EvalStep
+    prompts: tuple[tuple[int, ...], ...]  # tokens of the texts that the trained model continues at the end
+
+    def heldout(self, max_documents: int | None) -> EvaluationBatches | None:
+        """Batches of the held-out text, or None where nothing is held out."""
+        data, settings = self.experiment.data, self.experiment.eval
+        if not sum(len(shards) for shards in self.prepared.heldout):
+            return None
+        return evaluation_batches(
+            self.prepared.heldout, sequence_length=data.sequence_length, batch_size=settings.batch_size or data.batch_size,
+            overlap=settings.overlap, max_documents=max_documents, process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
+
+    def evaluate(self, state: TrainState, max_documents: int | None) -> EvalResult | None:
+        """Loss and bits per byte on held-out text."""
+        batches = self.heldout(max_documents)
+        if batches is None:
+            return None
+        return evaluate_batches(self.eval_step, state.evaluated, state.frozen, batches, mesh=self.mesh)
+
+
+def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh, report: Log) -> Setup:
+    """Prepares data and resolves the model; nothing is compiled yet. Raises ValueError for settings that do not fit."""
+    _check_rows(experiment, mesh)
+    prepared = process_zero_first(lambda: prepare(experiment.data, tokenizer, log=report))
+    vocab_size = prepared.tokenizer.vocab_size
+    if experiment.model.vocab_size is not None and experiment.model.vocab_size < vocab_size:
+        raise ValueError(
+            f"model.vocab_size={experiment.model.vocab_size} is smaller than the tokenizer's {vocab_size}: leave it out, or raise it"
+        )
+    model = dataclasses.replace(experiment.model, vocab_size=experiment.model.vocab_size or vocab_size)
+    prompts = _encoded_prompts(experiment, prepared.tokenizer)
+    definition = define(model)
+    optimizer = make_optimizer(experiment.optim, definition.params, total_steps=experiment.run.steps)
+    shapes = state_shapes(definition, optimizer, with_ema=experiment.optim.ema_decay is not None, mesh=mesh)
+    train_step = make_train_step(
+        definition, optimizer, objective=experiment.objective, optim=experiment.optim, shapes=shapes, total_steps=experiment.run.steps
+    )
+    return Setup(
+        experiment=experiment, prepared=prepared, mesh=mesh, definition=definition, shapes=shapes, train_step=train_step,
+        eval_step=make_eval_step(definition), prompts=prompts,
+    )  # fmt: skip
+
+
+def _check_rows(experiment: Experiment, mesh: Mesh) -> None:
+    divisor, processes = sharding.batch_divisor(mesh), jax.process_count()
+    if divisor % processes:
+        raise ValueError(
+            f"{processes} processes each read rows of their own, so mesh.data x mesh.fsdp x mesh.expert must be a multiple of "
+            f"{processes}, not {divisor}"
+        )
+    parts = divisor * experiment.optim.accumulation_steps
+    if experiment.data.batch_size % parts:
+        raise ValueError(
+            f"data.batch_size={experiment.data.batch_size} must be a multiple of {parts}: rows are divided over "
+            f"{divisor} device(s) and {experiment.optim.accumulation_steps} accumulation step(s)"
+        )
+    rows = experiment.eval.batch_size
+    if rows is not None and rows % divisor:
+        raise ValueError(f"eval.batch_size={rows} must be a multiple of {divisor}, the devices that rows are divided over")
+
+
+def _encoded_prompts(experiment: Experiment, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """The tokens of the run's prompts: what cannot be sampled is said before training, not after it."""
+    settings = experiment.run
+    if not settings.sample_prompts:
+        return ()
+    try:
+        encoded = tuple((tokenizer.bos_id, *ids) for ids in tokenizer.encode_batch(settings.sample_prompts))
+        longest = sampling.check_prompts(encoded, vocab_size=tokenizer.vocab_size)
+        sampling.resolved_max_tokens(settings.sample.max_tokens, longest=longest, context_length=experiment.model.context_length)
+    except ValueError as error:
+        raise ValueError(f"run.sample_prompts, run.sample: {error}") from error
+    return encoded
+
+
+# The first state ------------------------------------------------------------------------------------------------------
+def fresh_state(setup: Setup) -> TrainState:
+    """The state before the first step: fresh parameters, or those of another model."""
+    experiment = setup.experiment
+    optimizer = make_optimizer(experiment.optim, setup.definition.params, total_steps=experiment.run.steps)
+    state = init_state(setup.definition, optimizer, shapes=setup.shapes, seed=experiment.run.seed)
+    source = experiment.init.source()
+    if source is None:
+        return state
+    params, buffers = _model_of(source, setup)
+    ema = None if state.ema is None else jax.tree.map(lambda leaf: leaf.copy(), params)
+    return dataclasses.replace(state, trainable=params, frozen=buffers, ema=ema)
+
+
+def _model_of(source: Path, setup: Setup) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Another run's parameters (averaged, where it kept averages: what `slmjax eval` evaluates) and buffers, placed as this run's."""
+    if not (source / "model.json").is_file():
+        raise ValueError(f"init.path={source} is not a run directory: it has no model.json. Name one that `slmjax train` printed")
+    if Tokenizer.load(source / "tokenizer").hash != setup.prepared.tokenizer.hash:
+        raise ValueError(
+            f"init.path={source} was trained with another tokenizer, so its parameters mean nothing here: give the experiment "
+            f"FileTokenizer(path='{source / 'tokenizer'}'), as `slmjax train --init-from {source}` does"
+        )
+    checkpointer = Checkpointer(source / "checkpoints", model=setup.definition.config, config=CheckpointConfig())
+    like: dict[str, Any] = {"model": setup.shapes.items()["model"]}
+    try:
+        if any(checkpointer.has(step, "ema") for step in checkpointer.steps()):
+            like["ema"] = setup.shapes.trainable
+        items = checkpointer.restore(like)[1]
+    finally:
+        checkpointer.close()
+    return items.get("ema", items["model"]["params"]), items["model"]["buffers"]
+
+
+def restored_state(setup: Setup, checkpointer: Checkpointer) -> TrainState:
+    """The state of a run's newest intact checkpoint; the first state where it was killed before its first checkpoint.
+
+    Raises:
+      CheckpointError: there is none that is intact.
+    """
+    if not checkpointer.steps() and not any(checkpointer.directory.glob("*.bad*")):
+        log.warning("%s has no checkpoint yet: beginning at step 0", checkpointer.directory)
+        return fresh_state(setup)
+    return TrainState.from_items(checkpointer.restore(setup.shapes.items())[1])
+
+
+def describe_data(prepared: Prepared) -> list[dict[str, Any]]:
+    """What a run is trained on, for its data.json: per source its share, size and hash."""
+    return [
+        {
+            "source": shards.manifest.source_name, "weight": weight, "documents": shards.manifest.num_documents,
+            "bytes": shards.manifest.num_bytes, "tokens": shards.manifest.num_tokens, "hash": shards.hash,
+        }
+        for shards, weight in prepared.train
+    ]  # fmt: skip
+
+
+# Going on with a run --------------------------------------------------------------------------------------------------
+def run_to_resume(path: Path, experiment: Experiment) -> RunDirectory:
+    """The directory of a run that goes on with these settings.
+
+    Raises:
+      ValueError: it is none, or the settings are for another model.
+    """
+    if not (path / "config.json").is_file():
+        raise ValueError(f"cannot resume {path}: it has no config.json. Name a run directory, as `slmjax train` prints it at the end")
+    before = read_experiment(path)
+    for name in ("model", "tokenizer"):
+        if getattr(before, name) != getattr(experiment, name):
+            raise ValueError(f"{path} has another {name}, which a resumed run keeps: begin a new run, with --init-from {path} if it fits")
+    return RunDirectory(path, process_index=jax.process_index())
+
+
+def tokenizer_of(run: RunDirectory, experiment: Experiment) -> TokenizerConfig:
+    """The run's own tokenizer, so that it stays the same whatever became of the text it was made from."""
+    kept = FileTokenizer(path=str(run.tokenizer))
+    return kept if (run.tokenizer / "tokenizer.json").is_file() else experiment.tokenizer
+
+
+def warn_of_other_data(run: RunDirectory, prepared: Prepared) -> None:
+    """Says so if a run goes on with other text than it began with: nothing else would show it."""
+    path = run.path / "data.json"
+    if path.is_file() and json.loads(path.read_text()) != describe_data(prepared):
+        log.warning("the training text is not what it was when %s was last trained: it goes on with the new text", run.path)
+
+
+def is_complete(run: RunDirectory) -> bool:
+    """Whether a run came to its end and wrote its result: one that was killed after its last step has not."""
+    path = run.path / "result.json"
+    return path.is_file() and json.loads(path.read_text())["status"] == "finished"
