@@ -81,6 +81,14 @@ def _option(words: Sequence[str], name: str) -> str | None:
     return found
 
 
+def _load_code(options: Sequence[str]) -> None:
+    """Runs the file that `--code` names, so that JSON may name the classes it defines."""
+    if (path := _option(options, "--code")) is not None:
+        from slmjax.recipes import run_file
+
+        run_file(Path(path))
+
+
 def _print_aside(text: str) -> None:
     """To standard error: standard output is for results."""
     print(text, file=sys.stderr)
@@ -102,6 +110,7 @@ def train_command(words: Sequence[str]) -> int:
     from slmjax import recipes, trainer
 
     name, options = _positional(words)
+    _load_code(options)
     resume, source = _option(options, "--resume"), _option(options, "--init-from")
     if resume is not None and (name or source):
         raise ValueError(f"--resume {resume} goes on with that run's own experiment: leave out {name or '--init-from'}")
@@ -116,6 +125,7 @@ def train_command(words: Sequence[str]) -> int:
     class Arguments:
         resume: str | None = None  # run directory to go on with, from its newest intact checkpoint
         init_from: str | None = None  # run directory whose parameters and tokenizer (and experiment, if none is named) this run starts from
+        code: str | None = None  # Python file that defines the classes of your own which the run's settings name
         json: bool = False  # print the result as JSON, and progress on standard error
         experiment: Annotated[experiments.Experiment, _without_prefix()] = start
 
@@ -166,6 +176,7 @@ def eval_command(words: Sequence[str]) -> int:
     from slmjax.experiment import read_experiment
 
     path, options = _positional(words)
+    _load_code(options)
     of_run = read_experiment(Path(path)).data if path and (Path(path) / "config.json").is_file() else DataConfig()
     if _option(options, "--data.path") is not None:
         of_run = dataclasses.replace(of_run, heldout_fraction=0.0)  # another text is evaluated whole, unless a fraction is given
@@ -175,6 +186,7 @@ def eval_command(words: Sequence[str]) -> int:
         step: int | None = None  # checkpoint to evaluate (none: the newest)
         max_documents: int | None = None  # evaluate the first held-out documents only (none: all)
         overlap: int | None = None  # tokens of context that each further window of a long document repeats (none: as in the run)
+        code: str | None = None  # Python file that defines the classes of your own which the run's settings name
         json: bool = False  # print the result as JSON
         data: DataConfig = of_run
 
@@ -201,11 +213,13 @@ def generate_command(words: Sequence[str]) -> int:
     from slmjax.sampling import SamplingConfig, generate
 
     path, options = _positional(words)
+    _load_code(options)
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
         prompt: tuple[str, ...] = ("",)  # texts to continue; an empty one starts a document
         step: int | None = None  # checkpoint to sample from (none: the newest)
+        code: str | None = None  # Python file that defines the classes of your own which the run's settings name
         json: bool = False  # print texts, tokens and reasons as JSON
         settings: Annotated[SamplingConfig, _without_prefix()] = SamplingConfig()
 

@@ -62,11 +62,9 @@ def load_experiment(name: str) -> Experiment:
             f"there is no built-in experiment {name!r}.{near_names(name, BUILT_IN)} Built in are {', '.join(BUILT_IN)}; "
             "a file of your own ends in .py and has `def experiment() -> Experiment`"
         )
-    if not path.is_file():
-        near = near_names(path.name, (other.name for other in path.parent.glob("*.py")))
-        raise ValueError(f"there is no experiment file {path}.{near}")
+    _check_exists(path)
     try:
-        build = getattr(_executed(path), "experiment", None)
+        build = getattr(run_file(path), "experiment", None)
         found = build() if callable(build) else None
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
@@ -77,10 +75,21 @@ def load_experiment(name: str) -> Experiment:
     return found
 
 
-def _executed(path: Path) -> ModuleType:
-    """The module that a file's code makes; listed among the imported ones, where dataclasses look up their annotations."""
+def run_file(path: Path) -> ModuleType:
+    """The module that a file's code makes; listed among the imported ones, where dataclasses look up their annotations.
+
+    Raises:
+      ValueError: there is no such file.
+    """
+    _check_exists(path)
     spec = importlib.util.spec_from_file_location(f"slmjax_experiment_{path.stem}", path)
     assert spec is not None and spec.loader is not None, path
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        near = near_names(path.name, (other.name for other in path.parent.glob("*.py")))
+        raise ValueError(f"there is no Python file {path}.{near}")

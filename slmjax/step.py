@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from slmjax import losses, moe, sharding
 from slmjax.data.batch import Batch
@@ -25,6 +25,9 @@ from slmjax.optim import OptimConfig, learning_rate
 from slmjax.parameters import Definition, block_at
 
 Params = dict[str, Array]
+# Of the type in the comment, not checked: trees that jax makes of a TrainState hold shapes, shardings or nothing in its place.
+ArrayLeaf = Any
+Tree = Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,15 +47,15 @@ class ObjectiveConfig:
 class TrainState:
     """Everything that training changes, and all that a checkpoint holds."""
 
-    trainable: Params  # float32 parameters by stack path
-    frozen: Params  # what the optimizer does not touch: router biases
-    optimizer: Any  # optax state
-    ema: Params | None  # averaged parameters, where asked for
-    rng: Any  # key data of the run's randomness; a step's key is folded from it
-    step: Int[Array, ""]  # steps taken, undone ones included
-    tokens: Int[Array, "2"]  # scored targets trained on, those of undone steps left out: millions, and the rest
-    skipped: Int[Array, ""]  # steps undone, in all
-    skipped_in_a_row: Int[Array, ""]
+    trainable: Tree  # Params: float32 parameters by stack path
+    frozen: Tree  # Params: what the optimizer does not touch, router biases
+    optimizer: Tree  # optax state
+    ema: Tree  # Params | None: averaged parameters, where asked for
+    rng: ArrayLeaf  # UInt32 "2": key data of the run's randomness; a step's key is folded from it
+    step: ArrayLeaf  # Int32 "": steps taken, undone ones included
+    tokens: ArrayLeaf  # Int32 "2": scored targets trained on, those of undone steps left out: millions, and the rest
+    skipped: ArrayLeaf  # Int32 "": steps undone, in all
+    skipped_in_a_row: ArrayLeaf  # Int32 ""
 
     def items(self) -> dict[str, Any]:
         """The state as a checkpoint stores it: `model` alone suffices to evaluate and sample."""
@@ -169,7 +172,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         total = counts(batch)
         value, sums, grads = grads_of(state.trainable, state.frozen, batch, total, key)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
         trainable: Params = jax.tree.map(jnp.add, state.trainable, updates)
         changed = {

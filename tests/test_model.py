@@ -19,9 +19,7 @@ from slmjax.model import BlockConfig, HeadKind, ModelConfig, NormPlacement, Prec
 from slmjax.parameters import define
 
 WINDOW = BlockConfig(
-    mixer=AttentionConfig(
-        num_heads=4, num_kv_heads=2, head_dim=8, window=4, rope_fraction=0.5, qk_norm=QkNorm.PER_HEAD, biases=Biases.QKV
-    ),
+    mixer=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window=4, rope_fraction=0.5, qk_norm=QkNorm.PER_HEAD, biases=Biases.QKV),
     ffn=MlpConfig(hidden_dim=24),
     norm=NormPlacement.SANDWICH,
 )
@@ -141,9 +139,7 @@ def test_padding_is_finite_and_leaves_no_trace():
         assert np.all(np.isfinite(leaf)), path
     # The same with another token where nothing is: token 28 occurs nowhere else.
     rows = [[np.minimum(d, 27) for d in row] for row in ([*documents(7, 9)], [], [*documents(20)])]
-    plain, other = (
-        loss_and_gradient_fn(ODD)(random_params(), pack(*rows, padding_token=token)) for token in (0, ODD.vocab_size - 1)
-    )
+    plain, other = (loss_and_gradient_fn(ODD)(random_params(), pack(*rows, padding_token=token)) for token in (0, ODD.vocab_size - 1))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), plain, other)
     assert np.all(np.asarray(other[1]["embed/table"])[ODD.vocab_size - 1 :] == 0)
     assert np.all(np.asarray(other[1]["head/weight"])[ODD.vocab_size :] == 0)  # rows that are no token

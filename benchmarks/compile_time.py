@@ -1,0 +1,80 @@
+"""Compile time of the training loss and its gradient, of a shallow decoder and of a deep one: the layers are scanned, so
+that depth should cost next to nothing.
+
+    python benchmarks/compile_time.py                      # 12 and 48 layers of a 135M model's width; nothing is computed
+    python benchmarks/compile_time.py --remat full --rounds 5
+
+Both depths are compiled in turn, several times, with the compilation caches off; medians are compared. Prints one table row;
+the target is a ratio of at most 1.5.
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+from slmjax import losses
+from slmjax.attention import AttentionConfig
+from slmjax.layers import MlpConfig
+from slmjax.model import BlockConfig, ModelConfig, Precision, Remat, Segment
+from slmjax.parameters import define
+
+
+def model_of(num_layers: int, *, remat: Remat) -> ModelConfig:
+    """A decoder as wide as the 135M models are."""
+    block = BlockConfig(mixer=AttentionConfig(num_heads=9, num_kv_heads=3, head_dim=64), ffn=MlpConfig(hidden_dim=1536))
+    stack = (Segment(pattern=(block,), repeats=num_layers),)
+    return ModelConfig(embed_dim=576, stack=stack, vocab_size=49_152, precision=Precision.BFLOAT16, remat=remat)
+
+
+def compile_seconds(config: ModelConfig, *, rows: int, length: int) -> tuple[float, float]:
+    """Seconds of tracing and of compiling the loss and its gradient, from shapes alone."""
+    definition = define(config)
+
+    def loss(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
+        given = {"segment_ids": jnp.ones_like(tokens), "positions": jnp.broadcast_to(jnp.arange(length), tokens.shape)}
+        output = definition.merge(params, {})(tokens, **given)
+        targets = jnp.roll(tokens, -1, axis=1)
+        return losses.sharded_cross_entropy(output.hidden, output.head, targets, jnp.ones(tokens.shape))[0]
+
+    jax.clear_caches()
+    start = time.perf_counter()
+    lowered = jax.jit(jax.value_and_grad(loss)).lower(definition.params, jax.ShapeDtypeStruct((rows, length), jnp.int32))
+    traced = time.perf_counter()
+    lowered.compile()
+    return traced - start, time.perf_counter() - traced
+
+
+def main() -> None:
+    """Compile both depths in turn and print their medians."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, nargs=2, default=(12, 48), metavar=("SHALLOW", "DEEP"))
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--remat", choices=[remat.value for remat in Remat], default=Remat.NONE.value)
+    options = parser.parse_args()
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    configs = {depth: model_of(depth, remat=Remat(options.remat)) for depth in options.layers}
+    seconds: dict[int, list[tuple[float, float]]] = {depth: [] for depth in configs}
+    for repetition in range(options.rounds + 1):
+        for depth, config in configs.items():
+            measured = compile_seconds(config, rows=options.rows, length=options.length)
+            if repetition > 0:  # the first of all also loads and warms up what every other one finds ready
+                seconds[depth].append(measured)
+    traces, compiles, totals = (
+        [statistics.median(map(of, seconds[depth])) for depth in options.layers] for of in (lambda s: s[0], lambda s: s[1], sum)
+    )
+    shallow, deep = options.layers
+    print(f"| device | rows x tokens | remat | trace s, {shallow} / {deep} layers | compile s | both | ratio (target <= 1.5) |")
+    print(
+        f"| {jax.devices()[0].device_kind} | {options.rows} x {options.length} | {options.remat} | {traces[0]:.2f} / {traces[1]:.2f} "
+        f"| {compiles[0]:.2f} / {compiles[1]:.2f} | {totals[0]:.2f} / {totals[1]:.2f} | {totals[1] / totals[0]:.2f} |"
+    )
+
+
+if __name__ == "__main__":
+    main()
