@@ -21,7 +21,7 @@ def experiment() -> Experiment:
     return Experiment(
         model=model,
         data=DataConfig(sequence_length=1024, batch_size=512, heldout_fraction=0.005),
-        tokenizer=BpeTokenizer(vocab_size=32_768),
+        tokenizer=BpeTokenizer(vocab_size=50_257),
         optim=OptimConfig(lr=6e-4, warmup_steps=700, schedule=Schedule.WSD, accumulation_steps=16),
         eval=EvalConfig(every=500, batch_size=32, max_documents=1000),
         run=RunConfig(name="slm-124m", steps=19_000),
