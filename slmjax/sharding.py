@@ -119,9 +119,9 @@ def _spec(dims: Dims, shape: Sequence[int], sizes: Mapping[str, int]) -> Partiti
     """Logical dims to mesh axes, leaving out axes of size 1 and dims that do not divide."""
     entries: list[tuple[str, ...] | str | None] = []
     for dim, size in zip(dims, shape, strict=True):
-        axes: tuple[str, ...] = tuple(axis for axis in LOGICAL_DIMS[dim] if sizes.get(axis, 1) > 1) if dim else ()
+        axes = tuple(axis for axis in (LOGICAL_DIMS[dim] if dim else ()) if sizes.get(axis, 1) > 1)
         divides = bool(axes) and size % math.prod(sizes[axis] for axis in axes) == 0
-        entries.append(None if not divides else axes if len(axes) > 1 else axes[0])
+        entries.append(None if not divides else axes[0] if len(axes) == 1 else axes)
     return PartitionSpec(*entries)
 
 

@@ -173,13 +173,14 @@ def make_train_step(
         total = counts(batch)
         value, sums, grads = grads_of(state.trainable, state.frozen, batch, total, key)
         grad_norm = optax.tree.norm(grads)
+        num_updates = state.step - state.skipped  # what schedules go by: a step that was undone is no update
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
         trainable: Params = jax.tree.map(jnp.add, state.trainable, updates)
         changed = {
             "trainable": trainable,
             "frozen": _updated_buffers(definition, state.frozen, sums),
             "optimizer": optimizer_state,
-            "ema": _averaged(state.ema, trainable, decay=optim.ema_decay, step=state.step),
+            "ema": _averaged(state.ema, trainable, decay=optim.ema_decay, num_updates=num_updates),
         }
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
         kept = {
@@ -190,8 +191,7 @@ def make_train_step(
             state, **kept, step=state.step + 1, tokens=_counted(state.tokens, jnp.where(finite, total["targets"], 0.0)),
             skipped=state.skipped + undone, skipped_in_a_row=(state.skipped_in_a_row + 1) * undone,
         )  # fmt: skip
-        # What the optimizer used: its schedule counts updates, and a step that was undone is none.
-        lr = learning_rate(optim, state.step - state.skipped, total_steps=total_steps)
+        lr = learning_rate(optim, num_updates, total_steps=total_steps)
         metrics = {"objective": value, "grad_norm": grad_norm, "learning_rate": jnp.asarray(lr), "skipped": new_state.skipped}
         metrics["skipped_in_a_row"] = new_state.skipped_in_a_row
         return new_state, metrics | total | _report(sums, total)
@@ -240,11 +240,11 @@ def _split_rows(rows: Array, *, num_parts: int) -> Array:
     return sharding.constrain(parts, (None, "batch") + (None,) * (rows.ndim - 1))
 
 
-def _averaged(ema: Params | None, params: Params, *, decay: float | None, step: Array) -> Params | None:
-    """The moving average; it forgets faster in the first steps, so that the initial weights do not linger in it."""
+def _averaged(ema: Params | None, params: Params, *, decay: float | None, num_updates: Array) -> Params | None:
+    """The moving average; it forgets faster in the first updates, so that the initial weights do not linger in it."""
     if ema is None or decay is None:
         return None
-    rate = 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    rate = 1.0 - jnp.minimum(decay, (1.0 + num_updates) / (10.0 + num_updates))
     return jax.tree.map(lambda old, new: old + rate * (new - old), ema, params)
 
 

@@ -248,19 +248,17 @@ def loss_and_gradient(params, buffers, batch):
 
 def test_a_model_on_eight_devices_equals_one_device():
     batch = batch_of_documents()
-    definition, key = define(MODEL), jax.random.key(0)
-    params, buffers = jax.jit(definition.init)(key)
-    expected = jax.jit(loss_and_gradient)(params, buffers, batch)
+    definition, draw = define(MODEL), np.random.default_rng(0)
+    assert not definition.buffers
+    params = {path: draw.normal(0, 0.3, leaf.shape).astype(np.float32) for path, leaf in definition.params.items()}
+    expected = jax.jit(loss_and_gradient)(params, {}, batch)
 
     mesh = mixed_mesh()
-    shardings = tuple(sharding.parameter_shardings(shapes, mesh) for shapes in (definition.params, definition.buffers))
+    shardings = sharding.parameter_shardings(definition.params, mesh)
+    sharded = jax.device_put(params, shardings)
     with jax.set_mesh(mesh):
-        sharded = jax.jit(definition.init, out_shardings=shardings)(key)
-        for path, leaf in sharded[0].items():
-            np.testing.assert_allclose(leaf, params[path], rtol=1e-6, atol=1e-7, err_msg=path)
-        (value, metrics), gradient = jax.jit(loss_and_gradient, out_shardings=(None, shardings[0]))(
-            *sharded, sharding.place_batch(batch, mesh)
-        )
+        step = jax.jit(loss_and_gradient, out_shardings=(None, shardings))
+        (value, metrics), gradient = step(sharded, {}, sharding.place_batch(batch, mesh))
     (expected_value, expected_metrics), expected_gradient = expected
     np.testing.assert_allclose(value, expected_value, rtol=1e-5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), metrics, expected_metrics)
@@ -268,7 +266,7 @@ def test_a_model_on_eight_devices_equals_one_device():
         np.testing.assert_allclose(leaf, expected_gradient[path], rtol=1e-3, atol=1e-4, err_msg=path)
 
     def local_share(path):
-        leaf = sharded[0][path]
+        leaf = sharded[path]
         assert gradient[path].sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
         return leaf.addressable_shards[0].data.size / leaf.size
 
@@ -276,3 +274,15 @@ def test_a_model_on_eight_devices_equals_one_device():
     assert local_share("segments/0/blocks/1/ffn/experts/up") == 1 / 8
     assert local_share("segments/0/blocks/1/mixer/key/weight") == 1 / 2  # 3 columns stay whole
     assert local_share("final_norm/scale") == 1
+
+
+def test_parameters_are_initialised_where_they_live_and_alike_on_any_mesh():
+    block = BlockConfig(mixer=AttentionConfig(num_heads=4), ffn=None)
+    definition = define(ModelConfig(embed_dim=16, stack=(Segment(pattern=(block,), repeats=2),), vocab_size=32))
+    expected, _ = jax.jit(definition.init)(jax.random.key(0))
+    shardings = sharding.parameter_shardings(definition.params, mixed_mesh())
+    params, _ = jax.jit(definition.init, out_shardings=(shardings, {}))(jax.random.key(0))
+    for path, leaf in params.items():
+        assert leaf.sharding == shardings[path]
+        np.testing.assert_allclose(leaf, expected[path], rtol=1e-6, atol=1e-8, err_msg=path)
+    assert params["segments/0/blocks/0/mixer/query/weight"].addressable_shards[0].data.shape == (2, 8, 8)

@@ -21,17 +21,17 @@ from slmjax.parameters import define
 from slmjax.sharding import MeshConfig
 from slmjax.step import ObjectiveConfig, TrainState
 
-# Dense, capacity with every auxiliary loss, dropless with bias balancing and a shared expert, in one model.
+# Capacity with every auxiliary loss, and dropless with bias balancing and a shared (dense) expert, in one model.
 ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2)
-DENSE = BlockConfig(mixer=dataclasses.replace(ATTENTION, window=5), ffn=MlpConfig(hidden_dim=24))
-CAPACITY = BlockConfig(mixer=ATTENTION, ffn=MoeConfig(num_experts=4, hidden_dim=16, capacity_factor=0.8, balance_weight=0.1, z_weight=0.01))
+CAPACITY = BlockConfig(
+    mixer=dataclasses.replace(ATTENTION, window=5),
+    ffn=MoeConfig(num_experts=4, hidden_dim=16, capacity_factor=0.8, balance_weight=0.1, z_weight=0.01),
+)
 DROPLESS = BlockConfig(
     mixer=ATTENTION, ffn=MoeConfig(num_experts=4, hidden_dim=16, shared_hidden_dim=8, balance=Balance.BIAS, bias_rate=0.01)
 )
-MIXED = ModelConfig(
-    embed_dim=16, context_length=16, vocab_size=61, vocab_multiple=8, stack=(Segment(pattern=(DENSE, CAPACITY, DROPLESS)),)
-)
-SMALL = dataclasses.replace(MIXED, stack=(Segment(pattern=(DENSE,)),))
+MIXED = ModelConfig(embed_dim=16, context_length=16, vocab_size=61, vocab_multiple=8, stack=(Segment(pattern=(CAPACITY, DROPLESS)),))
+DENSE = dataclasses.replace(MIXED, stack=(Segment(pattern=(BlockConfig(mixer=ATTENTION, ffn=MlpConfig(hidden_dim=24)),)),))
 # Adam divides by the size of the gradient; this eps keeps differences of rounding from growing where it is tiny.
 OPTIM = OptimConfig(lr=2e-2, warmup_steps=2, eps=1e-4, ema_decay=0.5, grad_clip=0.5)
 TOTAL_STEPS = 100
@@ -53,8 +53,9 @@ class Compiled:
             return step.init_state(self.definition, self.optimizer, shapes=self.shapes, seed=0)
 
     def run(self, state, *batches):
-        """The state after these batches and the metrics of the last; `state` is left alone."""
-        state = jax.tree.map(jnp.copy, state)
+        """The state after these batches and the metrics of the last; `state` is left alone, and may be from another mesh."""
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
+        state = jax.device_put(jax.tree.map(jnp.copy, state), places)
         with jax.set_mesh(self.mesh):
             for batch in batches:
                 state, metrics = self.train_step(state, sharding.place_batch(batch, self.mesh))
@@ -62,12 +63,14 @@ class Compiled:
 
 
 @functools.cache
-def build(config=MIXED, *, optim=OPTIM, objective=ObjectiveConfig(), mesh=MeshConfig(), num_devices=1) -> Compiled:
+def build(config=MIXED, *, optim=OPTIM, mesh=MeshConfig(), num_devices=1) -> Compiled:  # noqa: B008  # it is frozen
     mesh = sharding.make_mesh(mesh, jax.devices()[:num_devices])
     definition = define(config)
     optimizer = make_optimizer(optim, definition.params, total_steps=TOTAL_STEPS)
     shapes = step.state_shapes(definition, optimizer, with_ema=optim.ema_decay is not None, mesh=mesh)
-    train_step = step.make_train_step(definition, optimizer, objective=objective, optim=optim, shapes=shapes, total_steps=TOTAL_STEPS)
+    train_step = step.make_train_step(
+        definition, optimizer, objective=ObjectiveConfig(), optim=optim, shapes=shapes, total_steps=TOTAL_STEPS
+    )
     return Compiled(mesh=mesh, definition=definition, shapes=shapes, train_step=train_step, optimizer=optimizer)
 
 
@@ -87,14 +90,15 @@ def make_batch(seed=0, *, num_rows=ROWS) -> Batch:
     return batch
 
 
-def rows_of(batch: Batch, rows) -> Batch:
-    return jax.tree.map(lambda leaf: leaf[np.asarray(rows)], batch)
+@functools.cache
+def first_state():
+    return build().start()
 
 
 @functools.cache
 def reference():
     """The state and metrics after two different batches, on one device in one piece."""
-    return build().run(build().start(), make_batch(0), make_batch(1))
+    return build().run(first_state(), make_batch(0), make_batch(1))
 
 
 def assert_same_training(found, *, rtol=2e-4, atol=2e-6):
@@ -116,10 +120,8 @@ def assert_bits_equal(found, expected):
 # What may not change it -----------------------------------------------------------------------------------------------
 @pytest.mark.smoke
 def test_a_step_is_deterministic_and_gives_its_input_away():
-    compiled = build()
-    again = compiled.run(compiled.start(), make_batch(0), make_batch(1))
-    assert_bits_equal(again, reference())
-    state = compiled.start()
+    compiled, state = build(), jax.tree.map(jnp.copy, first_state())
+    assert_bits_equal(compiled.run(state, make_batch(0), make_batch(1)), reference())
     with jax.set_mesh(compiled.mesh):
         compiled.train_step(state, sharding.place_batch(make_batch(0), compiled.mesh))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.trainable, state.optimizer, state.ema)))
@@ -128,16 +130,18 @@ def test_a_step_is_deterministic_and_gives_its_input_away():
 @pytest.mark.parametrize("num_parts", [2, 4])
 def test_accumulation_changes_nothing(num_parts):
     compiled = build(optim=dataclasses.replace(OPTIM, accumulation_steps=num_parts))
-    assert_same_training(compiled.run(compiled.start(), make_batch(0), make_batch(1)))
+    assert_same_training(compiled.run(first_state(), make_batch(0), make_batch(1)))
 
 
 def test_the_batch_tells_rows_with_routes_apart():
     """The comparisons of this file mean something: tokens are dropped, biases move, rows are filled unevenly."""
-    state, metrics = reference()
+    metrics = reference()[1]
     assert metrics["dropped"] > 0 and metrics["expert_imbalance"] > 1.05
     assert metrics["objective"] > metrics["loss"] + 0.01
-    (bias,) = [value for path, value in state.frozen.items() if path.endswith("router_bias")]
-    assert np.abs(bias).max() > 0
+    frozen = build().run(first_state(), make_batch(0))[0].frozen
+    assert frozen
+    for path, bias in frozen.items():
+        np.testing.assert_allclose(np.abs(bias), 0.01, rtol=1e-6, err_msg=path)
     counts = make_batch(0).loss_mask.sum(axis=1)
     assert counts[1] == 0 and counts.max() > 3 * counts[counts > 0].min()
 
@@ -147,7 +151,7 @@ def test_one_mesh_of_four_axes_changes_nothing():
     state, metrics = compiled.run(compiled.start(), make_batch(0), make_batch(1))
     for (path, leaf), wanted in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(compiled.shapes), strict=True):
         assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim), jax.tree_util.keystr(path)
-    experts = state.trainable["segments/0/blocks/1/ffn/experts/gate"]
+    experts = state.trainable["segments/0/blocks/0/ffn/experts/gate"]
     assert experts.addressable_shards[0].data.size == experts.size // 8  # experts, embedding and width are each halved
     assert_same_training((state, metrics))
 
@@ -158,25 +162,29 @@ def test_every_pair_of_axes_changes_nothing(axes):
     for sizes in ((2, 2), (4, 2), (2, 4)):
         mesh = MeshConfig(**{"data": 1} | dict(zip(axes, sizes, strict=True)))
         compiled = build(mesh=mesh, num_devices=math.prod(sizes))
-        assert_same_training(compiled.run(compiled.start(), make_batch(0), make_batch(1)))
+        assert_same_training(compiled.run(first_state(), make_batch(0), make_batch(1)))
 
 
-def test_rows_of_padding_and_their_order_change_nothing():
-    compiled = build()
-    full = make_batch(0, num_rows=4)
-    rows = [3, 0, 2, 1]
-    padded = jax.tree.map(lambda leaf, empty: np.concatenate([leaf[rows], empty]), full, empty_batch(4, LENGTH))
-    state, metrics = compiled.run(compiled.start(), full)
-    padded_state, padded_metrics = compiled.run(compiled.start(), padded)
-    for name in metrics:
-        np.testing.assert_allclose(padded_metrics[name], metrics[name], rtol=1e-5, err_msg=name)
-    for path, value in state.trainable.items():
-        np.testing.assert_allclose(padded_state.trainable[path], value, rtol=1e-4, atol=1e-6, err_msg=path)
+def test_rows_add_up_whatever_padding_is_beside_them():
+    """Halves of a batch, each filled up with rows of padding and in another order, come to what the whole does."""
+    compiled, whole, empty = build(), make_batch(0), empty_batch(ROWS, LENGTH)
+
+    def half(rows):
+        return jax.tree.map(lambda leaf, none: np.concatenate([none[4:], leaf[rows]]), whole, empty)
+
+    expected = compiled.run(first_state(), whole)[1]
+    found = [compiled.run(first_state(), half(rows))[1] for rows in ([2, 0, 1, 3], [7, 6, 4, 5])]
+    for name in ("nll", "targets", "tokens", "bytes", "dropped"):
+        np.testing.assert_allclose(found[0][name] + found[1][name], expected[name], rtol=1e-6, err_msg=name)
+    weights = np.asarray([metrics["targets"] for metrics in found]) / expected["targets"]
+    np.testing.assert_allclose(np.dot(weights, [metrics["loss"] for metrics in found]), expected["loss"], rtol=1e-6)
 
 
-def test_rematerialisation_changes_nothing():
-    compiled = build(dataclasses.replace(MIXED, remat=Remat.FULL))
-    assert_same_training(compiled.run(compiled.start(), make_batch(0), make_batch(1)))
+@pytest.mark.nightly
+@pytest.mark.parametrize("remat", [Remat.DOTS, Remat.FULL])
+def test_rematerialisation_changes_nothing(remat):
+    compiled = build(dataclasses.replace(MIXED, remat=remat))
+    assert_same_training(compiled.run(first_state(), make_batch(0), make_batch(1)))
 
 
 # Steps that go wrong --------------------------------------------------------------------------------------------------
@@ -185,7 +193,7 @@ def test_a_step_that_is_not_finite_is_undone_and_counted(value):
     bad = make_batch(7)
     bad.loss_mask[2, 1] = value
     compiled = build()
-    before = compiled.run(compiled.start(), make_batch(0))[0]
+    before = compiled.run(first_state(), make_batch(0))[0]
     after, metrics = compiled.run(before, bad)
     changed = {"step", "skipped", "skipped_in_a_row"}
     for field in dataclasses.fields(TrainState):
@@ -208,11 +216,11 @@ def test_a_step_that_is_not_finite_is_undone_and_counted(value):
 # The parts of it ------------------------------------------------------------------------------------------------------
 def test_the_average_follows_the_parameters():
     compiled = build()
-    start = compiled.start()
+    start = first_state()
     first = compiled.run(start, make_batch(0))[0]
     second = compiled.run(first, make_batch(1))[0]
     for path, value in start.trainable.items():
-        # The rate is 1 - min(decay, (1 + step) / (10 + step)): 0.9 in the first step, 9/11 in the second.
+        # The rate is 1 - min(decay, (1 + updates) / (10 + updates)): 0.9 in the first, 9/11 in the second.
         np.testing.assert_array_equal(start.ema[path], value)
         after_one = value + 0.9 * (first.trainable[path] - value)
         np.testing.assert_allclose(first.ema[path], after_one, rtol=1e-5, atol=1e-7)
@@ -222,7 +230,7 @@ def test_the_average_follows_the_parameters():
 
 def test_tokens_are_counted_across_the_million():
     compiled = build()
-    state = dataclasses.replace(compiled.start(), tokens=jnp.asarray([4_321, 999_999], jnp.int32))
+    state = dataclasses.replace(first_state(), tokens=jnp.asarray([4_321, 999_999], jnp.int32))
     scored = int(make_batch(0).loss_mask.sum())
     after = compiled.run(state, make_batch(0))[0]
     assert step.tokens_seen(after) == 4_321_999_999 + scored > 2**31
@@ -230,7 +238,7 @@ def test_tokens_are_counted_across_the_million():
 
 
 def test_a_state_goes_through_its_items():
-    state = build().start()
+    state = first_state()
     assert_bits_equal(TrainState.from_items(state.items()), state)
     without = dataclasses.replace(state, ema=None)
     assert "ema" not in without.items() and TrainState.from_items(without.items()).ema is None
@@ -245,26 +253,21 @@ def test_metrics_agree_with_the_batch():
     assert abs(metrics["loss"] - math.log(61)) < 0.5 and 0 <= metrics["accuracy"] <= 1
 
 
-def test_dropout_is_new_in_every_step_and_the_same_when_repeated():
-    compiled = build(dataclasses.replace(SMALL, dropout=0.3), optim=dataclasses.replace(OPTIM, ema_decay=None))
+def test_dropout_in_bfloat16():
+    """It is new in every step, the same when a step is repeated, and lets the loss fall; parameters and moments stay float32."""
+    config = dataclasses.replace(DENSE, dropout=0.2, precision=Precision.BFLOAT16)
+    compiled = build(config, optim=dataclasses.replace(OPTIM, ema_decay=None))
     start = compiled.start()
     loss = compiled.run(start, make_batch(0))[1]["loss"]
     later = compiled.run(dataclasses.replace(start, step=jnp.asarray(1, jnp.int32)), make_batch(0))[1]["loss"]
     assert loss == compiled.run(start, make_batch(0))[1]["loss"] != later
-
-
-def test_bfloat16_is_near_and_keeps_float32_parameters():
-    compiled = build(dataclasses.replace(SMALL, precision=Precision.BFLOAT16), optim=dataclasses.replace(OPTIM, ema_decay=None))
-    exact = build(SMALL, optim=dataclasses.replace(OPTIM, ema_decay=None))
-    state, metrics = compiled.run(compiled.start(), make_batch(0), make_batch(1))
-    assert all(leaf.dtype == jnp.float32 for leaf in state.trainable.values())
-    expected = exact.run(exact.start(), make_batch(0), make_batch(1))[1]
-    assert metrics["loss"] == pytest.approx(expected["loss"], rel=2e-3)  # 8 bits of mantissa
-    assert metrics["loss"] != expected["loss"]
+    state, metrics = compiled.run(start, *[make_batch(0)] * 20)
+    assert metrics["loss"] < 0.8 * loss
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.trainable, state.optimizer))} == {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
 def test_z_loss_is_the_squared_log_normaliser():
-    definition, batch = define(SMALL), jax.tree.map(jnp.asarray, make_batch(0))
+    definition, batch = define(DENSE), jax.tree.map(jnp.asarray, make_batch(0))
     params, buffers = definition.init(jax.random.key(0))
     params = {path: 3.0 * value for path, value in params.items()}  # far from log-normalisers that are all alike
 
@@ -280,6 +283,6 @@ def test_z_loss_is_the_squared_log_normaliser():
 
 def test_one_batch_is_learned_by_heart():
     compiled = build()
-    state, metrics = compiled.run(compiled.start(), *[make_batch(0)] * 60)
-    assert metrics["loss"] < 0.1 and metrics["accuracy"] == 1.0
+    state, metrics = compiled.run(first_state(), *[make_batch(0)] * 70)
+    assert metrics["loss"] < 0.05 and metrics["accuracy"] > 0.95
     assert int(state.skipped) == 0
