@@ -1,0 +1,264 @@
+"""The commands as a user runs them. What only parses or refuses is called in this process; the rest runs in its own."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from slmjax import cli
+from slmjax.config import loads
+from slmjax.experiment import Experiment
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, workplace, tmp_path):
+    """`refused("train", "x.py")`: the message of a command that exits with 2 after one message, having written nothing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "keep_memory", lambda: None)  # this process has other tests to run
+    (tmp_path / "text.txt").write_bytes((workplace / "text.txt").read_bytes())
+    (tmp_path / "tiny.py").write_bytes((workplace / "tiny.py").read_bytes())
+
+    def run(*arguments):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(arguments)
+        out, err = capsys.readouterr()
+        assert stopped.value.code == 2, err
+        assert "Traceback" not in err
+        assert sorted(tmp_path.rglob("*")) == before, "something was written"
+        return re.sub(r"[│\s]+", " ", out + err)  # tyro frames and wraps its messages
+
+    return run
+
+
+def help_of(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*command.split(), "--help"])
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+# Help -----------------------------------------------------------------------------------------------------------------
+@pytest.mark.smoke
+def test_help_takes_no_time(user_environment):
+    program = "import sys; sys.argv = ['slmjax', '--help']; import runpy; runpy.run_module('slmjax', run_name='__main__')"
+    check = f"try:\n    {program}\nfinally:\n    print('jax' in sys.modules, 'numpy' in sys.modules, file=sys.stderr)"
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", check], env=user_environment, capture_output=True, text=True)
+    assert time.perf_counter() - started < 3.0  # about 0.1 s where the machine is free
+    assert done.returncode == 0 and done.stderr == "False False\n", done.stderr
+    assert all(f"\n  {command} " in done.stdout for command in cli.COMMANDS)
+
+
+def test_version(run_command, tmp_path):
+    import slmjax
+
+    done = run_command("--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"{slmjax.__version__}\n")
+
+
+def test_an_unknown_command(refused):
+    assert refused("trian").startswith("error: there is no command 'trian'. Did you mean 'train'?")
+
+
+@pytest.mark.parametrize("command", ["train", "train nano", "eval", "generate", "models", "data", "data prepare", "data inspect"])
+def test_every_option_has_help(command, capsys, monkeypatch):
+    """An option's text is more than its type and its default."""
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(cli, "keep_memory", lambda: None)
+    shown = help_of(command, capsys)
+    lines = [re.sub(r"[│╭╮╰╯]", "", line).rstrip() for line in shown.splitlines()]
+    options = [index for index, line in enumerate(lines) if re.match(r"\s+(-h, )?--[\w.-]+", line)]
+    assert len(options) >= 2
+    bare = []
+    for index in options:
+        option, _, text = re.match(r"\s+((?:-h, )?--[\w.-]+)((?: [^ ]+)*)\s*(.*)", lines[index]).groups()
+        following = lines[index + 1].strip() if not text and index + 1 < len(lines) else ""
+        if len(re.sub(r"\((default|optional|required).*", "", text or following).strip()) < 8:
+            bare.append(option)
+    assert not bare, f"{bare}\n{shown}"
+
+
+# Commands on a trained model ------------------------------------------------------------------------------------------
+@pytest.mark.smoke
+def test_train_prints_json_alone(trained, workplace):
+    result = json.loads(trained.stdout)
+    wanted = {"loss", "bits_per_byte", "tokens", "seconds", "tokens_per_second", "parameters", "step", "run_dir", "commit"}
+    assert wanted <= result.keys()
+    run_dir = workplace / result["run_dir"]
+    assert result == json.loads((run_dir / "result.json").read_text())
+    assert result["status"] == "finished" and result["step"] == 60 and result["samples"][0].startswith("The ")
+    assert set(result["compressors"]) == {"gzip -9", "xz -9"}
+    assert result["bits_per_byte"] < 4.8 and result["tokens_per_second"] > 0 < result["seconds"]
+    assert sum(result["seconds_by_category"].values()) == pytest.approx(result["seconds"], rel=1e-6)
+    assert "step 60/60" in trained.stderr and "Warning" not in trained.stderr
+
+
+@pytest.mark.smoke
+def test_eval_finds_what_training_found(trained, workplace, run_command):
+    result = json.loads(trained.stdout)
+    done = run_command("eval", result["run_dir"], "--json", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["bits_per_byte"] == pytest.approx(result["bits_per_byte"], rel=1e-6)
+    assert found["loss"] == pytest.approx(result["loss"], rel=1e-6)
+
+
+def test_eval_of_another_text(trained, workplace, run_command, tmp_path):
+    (tmp_path / "other.txt").write_text("nothing like what it was trained on: 0123456789 " * 20)
+    run_dir = workplace / json.loads(trained.stdout)["run_dir"]
+    done = run_command("eval", str(run_dir), "--data.path", "other.txt", "--step", "50", "--overlap", "16", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first.startswith(f"1 documents, 961 tokens, {48 * 20} bytes")
+    assert re.fullmatch(r"loss [\d.]+ nats per token, perplexity [\d.]+, [\d.]+ bits per byte", second)
+
+
+@pytest.mark.smoke
+def test_generate(trained, workplace, run_command):
+    run_dir = json.loads(trained.stdout)["run_dir"]
+    greedy = ("generate", run_dir, "--max-tokens", "12", "--temperature", "0")
+    done = run_command(*greedy, "--prompt", "The ", "An e", "--json", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(done.stdout)
+    assert (first["prompt"], second["prompt"]) == ("The ", "An e")
+    assert len(first["tokens"]) == 12 or first["finished"]
+    alone = run_command(*greedy, "--prompt", "The ", cwd=workplace)
+    assert alone.stdout == "The " + first["text"] + "\n"
+
+
+def test_train_from_a_model_with_other_settings(trained, workplace, run_command):
+    """It starts at that model's loss, and its directory says what was overridden; the last line names the directory."""
+    result = json.loads(trained.stdout)
+    overrides = ["--run.steps", "2", "--optim.lr", "1e-9", "--optim.warmup-steps", "0", "--run.name", "more", "--eval.max-documents", "1"]
+    done = run_command("train", "--init-from", result["run_dir"], *overrides, cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    name, directory = done.stdout.splitlines()[-1].split(": ")
+    assert name == "run directory" and (workplace / directory / "result.json").is_file()
+    experiment = loads(Experiment, (workplace / directory / "config.json").read_text())
+    assert (experiment.run.steps, experiment.run.name, experiment.optim.lr) == (2, "more", 1e-9)
+    assert (experiment.eval.max_documents, experiment.data.sequence_length) == (1, 48)
+    found = json.loads((workplace / directory / "result.json").read_text())
+    assert found["loss"] == pytest.approx(result["loss"], rel=1e-4)
+    assert "gzip -9" in done.stdout and "finished after step 2" in done.stdout
+
+
+# Data and models ------------------------------------------------------------------------------------------------------
+def test_data(run_command, workplace):
+    prepared = run_command("data", "prepare", "tiny.py", "--json", cwd=workplace)
+    assert prepared.returncode == 0, prepared.stderr
+    train, heldout = json.loads(prepared.stdout)
+    assert (train["num_documents"], heldout["num_documents"]) == (1, 1) and train["vocab_size"] == 258
+    assert train["num_bytes"] + heldout["num_bytes"] == (workplace / "text.txt").stat().st_size
+    inspected = run_command("data", "inspect", "tiny.py", "--samples", "1", "--json", cwd=workplace)
+    assert inspected.returncode == 0, inspected.stderr
+    found = json.loads(inspected.stdout)
+    assert found["sources"][0]["train"]["tokens"] == train["num_tokens"]
+    assert (workplace / "text.txt").read_text().startswith(found["samples"][0]["text"])
+
+
+def test_data_for_people(run_command, workplace):
+    prepared = run_command("data", "prepare", "tiny.py", cwd=workplace)
+    inspected = run_command("data", "inspect", "tiny.py", "--data.path", "tiny.py", cwd=workplace)
+    assert (prepared.returncode, inspected.returncode) == (0, 0), prepared.stderr + inspected.stderr
+    assert "documents" in prepared.stdout and "{" not in prepared.stdout
+    assert '"""The experiment that' in inspected.stdout
+
+
+def test_models(run_command, tmp_path):
+    table = run_command("models", cwd=tmp_path)
+    listed = run_command("models", "--json", cwd=tmp_path)
+    assert (table.returncode, listed.returncode) == (0, 0), table.stderr + listed.stderr
+    models = json.loads(listed.stdout)
+    wanted = {
+        "parameters", "active_parameters", "embedding_parameters", "training_flops_per_token", "bytes_bf16", "cache_bytes_per_token"
+    }  # fmt: skip
+    assert {"nano", "shakespeare_char"} <= models.keys() and all(wanted <= model.keys() for model in models.values())
+    lines = {line.split()[0]: line for line in table.stdout.splitlines() if line}
+    for name, model in models.items():
+        assert f" {model['parameters']:,} " in lines[name]
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+def test_an_experiment_that_is_not_there(refused):
+    assert "no built-in experiment 'nanoo'. Did you mean 'nano'?" in refused("train", "nanoo")
+    assert "there is no experiment file tinny.py. Did you mean 'tiny.py'?" in refused("train", "tinny.py")
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("x = 1", "needs a function `def experiment() -> Experiment`"),
+        ("def experiment():\n    return 7", "needs a function `def experiment() -> Experiment`"),
+        ("import slmjax\n\ndef experiment():\n    return slmjax.load_experiment('nan')", "wrong.py, line 4: ValueError: there is no"),
+        ("def experiment(:", "wrong.py: SyntaxError"),
+        ("from slmjax.optim import OptimConfig\nOptimConfig(learning_rate=1)", "wrong.py, line 2: TypeError"),
+    ],
+    ids=["none", "other", "error", "syntax", "field"],
+)
+def test_an_experiment_file_that_is_wrong(refused, tmp_path, code, message, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "wrong.py").write_text(code)
+    assert message in refused("train", "wrong.py")
+
+
+def test_an_unknown_option(refused):
+    found = refused("train", "tiny.py", "--optim.learning-rate", "3")
+    assert "--optim.learning-rate" in found and "Unrecognized" in found
+    found = refused("train", "tiny.py", "--optim.warmup-step", "3")
+    assert "--optim.warmup-steps" in found
+    assert "optim.lr" in refused("train", "tiny.py", "--optim.lr", "fast")
+    assert "unrecognized" in refused("models", "all").lower()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.embed-dim", "30"], "head_dim"),
+        (["--model.context-length", "32"], "data.sequence_length=48 is longer than model.context_length=32"),
+        (["--mesh.tensor", "3"], "does not fit the 8 device(s) here"),
+        (["--mesh.fsdp", "16"], "does not fit the 8 device(s) here"),
+        (["--data.batch-size", "12"], "data.batch_size=12 must be a multiple of 8"),
+        (["--optim.accumulation-steps", "3"], "data.batch_size=8 must be a multiple of optim.accumulation_steps=3"),
+        (["--eval.batch-size", "4"], "eval.batch_size=4 must be a multiple of 8"),
+        (["--model.vocab-size", "100"], "model.vocab_size=100 is smaller than the tokenizer's 258"),
+        (["--data.path", "nowhere.txt"], "nowhere.txt"),
+        (["--optim.warmup-steps", "60"], "optim.warmup_steps is 60"),
+        (["--run.sample.max-tokens", "100"], "run.sample: a prompt of 5 tokens (BOS included) and max_tokens=100 are more than"),
+        (["--init-from", "nowhere"], "nowhere"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_settings_that_do_not_fit(refused, options, message):
+    assert jax.device_count() == 8
+    assert message in refused("train", "tiny.py", *options)
+
+
+def test_resume_of_what_is_no_run(refused):
+    assert "not a run directory" in refused("train", "--resume", "nowhere")
+    assert "leave out tiny.py" in refused("train", "tiny.py", "--resume", "nowhere")
+
+
+def test_a_model_that_is_not_there(refused):
+    assert "name the run directory: slmjax eval RUN_DIR" in refused("eval")
+    assert "nowhere is not a run directory" in refused("eval", "nowhere")
+    assert "nowhere is not a run directory" in refused("generate", "nowhere", "--prompt", "x")
+    assert "say `slmjax data prepare` or `slmjax data inspect`" in refused("data", "prepar")
+
+
+def test_a_step_that_is_not_there_and_a_prompt_that_is_too_long(refused, trained, workplace):
+    run_dir = str(workplace / json.loads(trained.stdout)["run_dir"])
+    assert "has no checkpoint of step 7: it has" in refused("eval", run_dir, "--step", "7")
+    assert "shorten it to" in refused("generate", run_dir, "--prompt", "x" * 100)
+
+
+def test_a_refusal_in_a_process_of_its_own(run_command, tmp_path):
+    done = run_command("train", "--optim.warmup-steps", "1000", "--run.steps", "10", "--data.path", str(Path(__file__)), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[0].startswith("error: optim.warmup_steps is 1000"), done.stderr
+    assert list(tmp_path.iterdir()) == []
