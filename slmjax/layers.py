@@ -78,6 +78,7 @@ class Mixer(nnx.Module):
         """Empty decoding state for sequences of at most `max_length` tokens."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MixerConfig(abc.ABC):
     """Settings of a token mixer."""
 
@@ -101,6 +102,7 @@ class Ffn(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"]) -> tuple[Float[Array, "B T D"], FfnAux]: ...
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FfnConfig(abc.ABC):
     """Settings of a feed-forward layer."""
 
