@@ -192,7 +192,8 @@ def eval_command(words: Sequence[str]) -> int:
 
     given = _parse(Arguments, options, default=Arguments(), command="eval RUN_DIR", description=eval_command.__doc__)
     loaded = checkpoint.load_model(_needed(path, "eval RUN_DIR"), step=given.step)
-    result = evaluation.evaluate(loaded, data=given.data, max_documents=given.max_documents, overlap=given.overlap, log=_print_aside)
+    data = None if given.data == of_run else given.data  # none: the held-out text of the run, and an error if it has none
+    result = evaluation.evaluate(loaded, data=data, max_documents=given.max_documents, overlap=given.overlap, log=_print_aside)
     if given.json:
         _print_json(dataclasses.asdict(result))
         return 0
@@ -284,8 +285,15 @@ def data_command(words: Sequence[str]) -> int:
     given = _parse(Arguments, options, default=Arguments(), command=f"data {action or 'prepare|inspect'}", description=data_command.__doc__)
     if action == "prepare":
         prepared = prepare(given.data, given.tokenizer, log=_print_aside)
-        manifests = [shards.manifest for shards, _ in prepared.train] + [shards.manifest for shards in prepared.heldout]
-        _print_json([dataclasses.asdict(manifest) for manifest in manifests])
+        every = [("train", shards) for shards, _ in prepared.train] + [("heldout", shards) for shards in prepared.heldout]
+        if given.json:
+            _print_json([dataclasses.asdict(shards.manifest) for _, shards in every])
+            return 0
+        for side, shards in every:
+            counts = (
+                f"{shards.manifest.num_documents:,} documents, {shards.manifest.num_bytes:,} bytes, {shards.manifest.num_tokens:,} tokens"
+            )
+            print(f"{shards.manifest.source_name}, {side}: {counts}, in {shards.directory}")
         return 0
     found = inspect(given.data, given.tokenizer, num_samples=given.samples, log=_print_aside)
     if given.json:

@@ -67,7 +67,8 @@ def load_experiment(name: str) -> Experiment:
         build = getattr(run_file(path), "experiment", None)
         found = build() if callable(build) else None
     except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
         place = f", line {lines[-1]}" if lines else ""
         raise ValueError(f"{path}{place}: {type(error).__name__}: {error}") from error
     if not isinstance(found, Experiment):

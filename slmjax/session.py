@@ -20,7 +20,7 @@ from slmjax.data.tokenizers import FileTokenizer, Tokenizer, TokenizerConfig
 from slmjax.data.windows import EvaluationBatches, evaluation_batches
 from slmjax.evaluation.bits_per_byte import EvalResult, EvalStep, evaluate_batches, make_eval_step
 from slmjax.experiment import Experiment, read_experiment
-from slmjax.optim import make_optimizer
+from slmjax.optim import learning_rate, make_optimizer
 from slmjax.parameters import Definition, define
 from slmjax.processes import process_zero_first
 from slmjax.runlog import RunDirectory
@@ -63,6 +63,7 @@ class Setup:
 def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh, report: Log) -> Setup:
     """Prepares data and resolves the model; nothing is compiled yet. Raises ValueError for settings that do not fit."""
     _check_rows(experiment, mesh)
+    learning_rate(experiment.optim, 0, total_steps=experiment.run.steps)  # a schedule that does not fit is refused before data is read
     prepared = process_zero_first(lambda: prepare(experiment.data, tokenizer, log=report))
     vocab_size = prepared.tokenizer.vocab_size
     if experiment.model.vocab_size is not None and experiment.model.vocab_size < vocab_size:

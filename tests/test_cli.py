@@ -69,7 +69,7 @@ def test_an_unknown_command(refused):
 @pytest.mark.parametrize("command", ["train", "train nano", "eval", "generate", "models", "data", "data prepare", "data inspect"])
 def test_every_option_has_help(command, capsys, monkeypatch):
     """An option's text is more than its type and its default."""
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("COLUMNS", "100")  # one column of options
     monkeypatch.setattr(cli, "keep_memory", lambda: None)
     shown = help_of(command, capsys)
     lines = [re.sub(r"[│╭╮╰╯]", "", line).rstrip() for line in shown.splitlines()]
@@ -166,7 +166,9 @@ def test_data_for_people(run_command, workplace):
     prepared = run_command("data", "prepare", "tiny.py", cwd=workplace)
     inspected = run_command("data", "inspect", "tiny.py", "--data.path", "tiny.py", cwd=workplace)
     assert (prepared.returncode, inspected.returncode) == (0, 0), prepared.stderr + inspected.stderr
-    assert "documents" in prepared.stdout and "{" not in prepared.stdout
+    train, heldout = prepared.stdout.splitlines()
+    assert re.fullmatch(r"text.txt, train: 1 documents, [\d,]+ bytes, [\d,]+ tokens, in .*/train", train)
+    assert ", heldout: 1 documents, " in heldout
     assert '"""The experiment that' in inspected.stdout
 
 
@@ -187,7 +189,7 @@ def test_models(run_command, tmp_path):
 # What is refused ------------------------------------------------------------------------------------------------------
 def test_an_experiment_that_is_not_there(refused):
     assert "no built-in experiment 'nanoo'. Did you mean 'nano'?" in refused("train", "nanoo")
-    assert "there is no experiment file tinny.py. Did you mean 'tiny.py'?" in refused("train", "tinny.py")
+    assert "there is no Python file tinny.py. Did you mean 'tiny.py'?" in refused("train", "tinny.py")
 
 
 @pytest.mark.parametrize(
