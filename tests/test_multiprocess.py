@@ -32,7 +32,7 @@ def free_port() -> int:
 
 def start(arguments: list[str], *, cwd: Path, environment: dict[str, str]) -> list[subprocess.Popen[str]]:
     """The slmjax command in two processes of two devices each; their output goes to files."""
-    environment = environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = environment | {"XLA_FLAGS": f"{environment['XLA_FLAGS']} --xla_force_host_platform_device_count=2"}
     port = str(free_port())
     processes = []
     for index in ("0", "1"):
