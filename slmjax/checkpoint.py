@@ -66,8 +66,11 @@ class Checkpointer:
         self._pending: Future[None] | None = None
         self._unstack = jax.jit(functools.partial(parameters.unstack, model))
 
-    def save(self, step: int, items: Items) -> None:
-        """Starts writing a checkpoint; returns once the arrays are copied. A failed earlier save is logged, not raised."""
+    def save(self, step: int, items: Items, *, best_loss: float | None = None) -> None:
+        """Starts writing a checkpoint; returns once the arrays are copied. A failed save is logged, not raised.
+
+        With `best_loss`, its validation loss, it is noted as the best once it is complete: until then the old one is.
+        """
         self.wait()
         stored = {name: self._unstack(tree) for name, tree in items.items()}
         entries = {name: ocp.args.StandardSave(tree) for name, tree in stored.items()}
@@ -78,7 +81,7 @@ class Checkpointer:
         except OSError as error:
             self._give_up(step, error)
             return
-        self._pending = self._finisher.submit(self._finish, step)
+        self._pending = self._finisher.submit(self._finish, step, best_loss)
 
     def wait(self) -> None:
         """Returns when the save under way, if any, is complete on disk."""
@@ -93,10 +96,13 @@ class Checkpointer:
         self._orbax.close()
 
     def mark_best(self, step: int, loss: float) -> None:
-        """Notes the checkpoint of `step` as the best by validation loss: retention spares it."""
-        if jax.process_index() == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_json(self.directory / "best.json", {"step": step, "loss": loss})
+        """Notes the saved checkpoint of `step` as the best by validation loss: retention spares it."""
+        self.wait()
+        if jax.process_index() == 0 and step in self.steps():
+            self._note_best(step, loss)
+
+    def _note_best(self, step: int, loss: float) -> None:
+        write_json(self.directory / "best.json", {"step": step, "loss": loss})
 
     def best(self) -> tuple[int, float] | None:
         """Step and validation loss of the best checkpoint; None if there is none (any more)."""
@@ -171,13 +177,15 @@ class Checkpointer:
         changed = sorted(name for name in expected if found.get(name) != expected[name])
         return f"{len(changed)} file(s) missing or changed, first {changed[0]}" if changed else ""
 
-    def _finish(self, step: int) -> None:
-        """After the commit: the manifest, then retention. Runs in the background thread."""
+    def _finish(self, step: int, best_loss: float | None) -> None:
+        """After the commit: the manifest, the note of the best, then retention. Runs in the background thread."""
         try:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
                 path = self.directory / str(step)
                 write_json(path / MANIFEST, _digests(path))
+                if best_loss is not None:
+                    self._note_best(step, best_loss)
                 self._prune()
         except (OSError, ValueError, RuntimeError) as error:
             self._give_up(step, error)
@@ -264,7 +272,10 @@ def load_model(path: str | Path, *, step: int | None = None) -> Loaded:
         raise ValueError(
             f"{path} is not a run directory: it has no model.json. Name the directory that the last line of `slmjax train` printed"
         )
-    config = config_io.from_json(ModelConfig, json.loads((path / "model.json").read_text()))
+    try:
+        config = config_io.loads(ModelConfig, (path / "model.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{path / 'model.json'} is damaged: {error}") from error
     checkpointer = Checkpointer(path / "checkpoints", model=config, config=CheckpointConfig())
     definition = parameters.define(config)
     like: dict[str, Any] = {"model": {"params": definition.params, "buffers": definition.buffers}}

@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: {error}\n(SLMJAX_TRACEBACK=1 shows where it arose)", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("stopped before there was anything to save", file=sys.stderr)
         sys.exit(130)
 
 
@@ -77,7 +78,8 @@ def _option(words: Sequence[str], name: str) -> str | None:
     for index, word in enumerate(words):
         option, equals, value = word.partition("=")
         if option.replace("_", "-") == name:  # tyro takes either, and of several the last
-            found = value if equals else words[index + 1] if index + 1 < len(words) else None
+            follows = words[index + 1] if index + 1 < len(words) and not words[index + 1].startswith("--") else None
+            found = value if equals else follows
     return found
 
 
@@ -131,7 +133,7 @@ def train_command(words: Sequence[str]) -> int:
 
     given = _parse(Arguments, options, default=Arguments(), command=f"train {name or ''}".strip(), description=train_command.__doc__)
     assert (given.resume, given.init_from) == (resume, source), "what the defaults were chosen by is what was parsed"
-    code = name if name is not None and name.endswith(".py") else None
+    code = name if name is not None and name.endswith(".py") else given.code
     result = trainer.train(given.experiment, resume=given.resume, code=code, console=Console(stderr=given.json, highlight=False))
     if jax.process_index() == 0:
         _print_json(dataclasses.asdict(result)) if given.json else _show_result(result)
@@ -147,6 +149,7 @@ def _show_result(result: Any) -> None:
         console.print("\n[bold]sample[/bold]")
         for sample in result.samples:
             console.print(sample, markup=False)
+    speed = f"{result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else "speed not measured in so few steps"
     table = Table(title=f"{result.status} after step {result.step:,}", title_justify="left")
     table.add_column("held-out text" if result.compressors else "last step")
     table.add_column("bits per byte", justify="right")
@@ -156,15 +159,16 @@ def _show_result(result: Any) -> None:
     console.print()
     console.print(table)
     console.print(
-        f"loss {result.loss:.4f}, {result.tokens:,} tokens, {result.seconds:,.0f} s, {result.tokens_per_second:,.0f} tokens/s, "
+        f"loss {result.loss:.4f}, {result.tokens:,} tokens, {result.seconds:,.0f} s, {speed}, "
         f"{result.parameters:,} parameters, {result.data_wait_share:.1%} of the training time spent waiting for data"
         + (f", {result.skipped:,} steps undone" if result.skipped else "")
     )
     if result.status == "interrupted":
-        console.print(f"go on with: slmjax train --resume {result.run_dir}")
+        code = Path(result.run_dir) / "experiment.py"
+        console.print(f"go on with: slmjax train --resume {result.run_dir}" + (f" --code {code}" if code.exists() else ""))
     if result.status == "diverged":
         console.print(
-            "too many steps in a row were not finite: lower --optim.lr, lengthen --optim.warmup-steps, or clip with --optim.grad-clip 1"
+            "too many steps in a row were not finite: lower --optim.lr (and --optim.muon-lr, with muon), or lengthen --optim.warmup-steps"
         )
     console.print(f"run directory: {result.run_dir}")
 
@@ -192,7 +196,8 @@ def eval_command(words: Sequence[str]) -> int:
 
     given = _parse(Arguments, options, default=Arguments(), command="eval RUN_DIR", description=eval_command.__doc__)
     loaded = checkpoint.load_model(_needed(path, "eval RUN_DIR"), step=given.step)
-    data = None if given.data == of_run else given.data  # none: the held-out text of the run, and an error if it has none
+    # None: the held-out text of the run, and an error if it has none.
+    data = given.data if any(word.startswith("--data.") for word in options) else None
     result = evaluation.evaluate(loaded, data=data, max_documents=given.max_documents, overlap=given.overlap, log=_print_aside)
     if given.json:
         _print_json(dataclasses.asdict(result))
@@ -271,7 +276,7 @@ def data_command(words: Sequence[str]) -> int:
 
     action, rest = _positional(words)
     if action not in ("prepare", "inspect") and not {"-h", "--help"} & set(words):
-        raise ValueError(f"slmjax data {action or ''}: say `slmjax data prepare` or `slmjax data inspect`")
+        raise ValueError(f"{action or 'data'}: say `slmjax data prepare` or `slmjax data inspect`")
     name, options = _positional(rest)
     start = recipes.load_experiment(name or "nano")
 

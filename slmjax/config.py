@@ -294,6 +294,7 @@ def _chosen_class(data: dict[str, Any], hints: list[Any], path: str) -> type:
         hint = near_names(name, options) if isinstance(name, str) else ""
         known = ", ".join(sorted(options))
         raise ConfigError(
-            f"{_join(path, 'type')}: {name!r} is none of {known}.{hint} A class of your own is known once its file is imported."
+            f"{_join(path, 'type')}: {name!r} is none of {known}.{hint} "
+            "A class of your own is known once its file is named with --code FILE."
         )
     return options[name]

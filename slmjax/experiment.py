@@ -10,8 +10,9 @@ from pathlib import Path
 
 from slmjax import config as config_io
 from slmjax.checkpoint import CheckpointConfig
-from slmjax.data.config import DataConfig
+from slmjax.data.config import DataConfig, TextSource
 from slmjax.data.tokenizers import BpeTokenizer, FileTokenizer, TokenizerConfig
+from slmjax.data.windows import default_overlap
 from slmjax.model import ModelConfig
 from slmjax.optim import OptimConfig
 from slmjax.sampling import SamplingConfig
@@ -54,11 +55,18 @@ class EvalConfig:
     every: int = 250  # steps between evaluations; one more, on all held-out text, ends the run
     max_documents: int | None = 64  # held-out documents of the evaluations on the way (none: all)
     batch_size: int | None = None  # rows at a time (none: as in training)
-    overlap: int = 64  # tokens of context that each further window of a long document repeats
+    overlap: int | None = None  # tokens that each further window of a long document repeats (none: a quarter window, at most 64)
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.overlap < 0:
-            raise ValueError(f"eval.every must be at least 1 and eval.overlap at least 0, got {self.every} and {self.overlap}")
+        for name in ("every", "max_documents", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"eval.{name} must be at least 1, got {value}")
+        if self.overlap is not None and self.overlap < 0:
+            raise ValueError(f"eval.overlap must be at least 0, got {self.overlap}")
+
+    def windows_overlap(self, sequence_length: int) -> int:
+        """The overlap of windows of this length."""
+        return default_overlap(sequence_length) if self.overlap is None else self.overlap
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,8 +111,27 @@ class Experiment:
             raise ValueError(
                 f"data.batch_size={self.data.batch_size} must be a multiple of optim.accumulation_steps={self.optim.accumulation_steps}"
             )
-        if self.eval.overlap >= self.data.sequence_length:
+        if self.eval.windows_overlap(self.data.sequence_length) >= self.data.sequence_length:
             raise ValueError(f"eval.overlap={self.eval.overlap} must be shorter than data.sequence_length={self.data.sequence_length}")
+
+
+def with_absolute_paths(experiment: Experiment) -> Experiment:
+    """The experiment with the paths of its text and tokenizer made absolute, so that its run can be read from any directory."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).expanduser().absolute())
+
+    data, tokenizer = experiment.data, experiment.tokenizer
+    sources = tuple(
+        dataclasses.replace(weighted, source=dataclasses.replace(source, path=absolute(source.path)))
+        if isinstance(source := weighted.source, TextSource)
+        else weighted
+        for weighted in data.sources
+    )
+    data = dataclasses.replace(data, sources=sources, path=None if data.path is None else absolute(data.path))
+    if isinstance(tokenizer, FileTokenizer):
+        tokenizer = dataclasses.replace(tokenizer, path=absolute(tokenizer.path))
+    return dataclasses.replace(experiment, data=data, tokenizer=tokenizer)
 
 
 def read_experiment(run_dir: Path) -> Experiment:

@@ -63,7 +63,7 @@ class OptimConfig:
     muon_exclude: tuple[str, ...] = (r"^(embed|head)/", r"(^|/)router/")  # muon: matrices that AdamW takes, by patterns of their paths
     accumulation_steps: int = 1  # the batch is cut into this many parts, whose gradients are added up before an update
     ema_decay: float | None = None  # keep an exponential moving average of the weights and evaluate it; None: do not
-    max_consecutive_skips: int = 20  # end the run after this many updates in a row were undone as non-finite
+    max_consecutive_skips: int = 20  # end the run when a log line finds this many updates in a row undone as non-finite
 
     def __post_init__(self) -> None:
         positive = ("lr", "muon_lr", "muon_iterations", "accumulation_steps", "max_consecutive_skips", "eps")

@@ -54,6 +54,11 @@ class StopSignals:
         self._received: signal.Signals | None = None
         self._previous: dict[signal.Signals, object] = {}
 
+    @property
+    def received(self) -> bool:
+        """Whether this process was asked to stop by a signal of its own."""
+        return self._received is not None
+
     def requested(self, step: int) -> signal.Signals | None:
         """The signal that asks the run to stop after `step`, if there was one; the same answer in every process."""
         if jax.process_count() > 1:

@@ -4,10 +4,11 @@ load_experiment("nano")                          # or "shakespeare_char"
 load_experiment("experiments/nano_moe.py")       # a file with `def experiment() -> Experiment`
 """
 
+import contextlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -62,15 +63,9 @@ def load_experiment(name: str) -> Experiment:
             f"there is no built-in experiment {name!r}.{near_names(name, BUILT_IN)} Built in are {', '.join(BUILT_IN)}; "
             "a file of your own ends in .py and has `def experiment() -> Experiment`"
         )
-    _check_exists(path)
-    try:
-        build = getattr(run_file(path), "experiment", None)
+    build = getattr(run_file(path), "experiment", None)
+    with _errors_named(path):
         found = build() if callable(build) else None
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
-        place = f", line {lines[-1]}" if lines else ""
-        raise ValueError(f"{path}{place}: {type(error).__name__}: {error}") from error
     if not isinstance(found, Experiment):
         raise ValueError(f"{path} needs a function `def experiment() -> Experiment` that returns the experiment, and has none")
     return found
@@ -80,17 +75,25 @@ def run_file(path: Path) -> ModuleType:
     """The module that a file's code makes; listed among the imported ones, where dataclasses look up their annotations.
 
     Raises:
-      ValueError: there is no such file.
+      ValueError: there is no such file, or its code fails.
     """
-    _check_exists(path)
-    spec = importlib.util.spec_from_file_location(f"slmjax_experiment_{path.stem}", path)
-    assert spec is not None and spec.loader is not None, path
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _check_exists(path: Path) -> None:
     if not path.is_file():
         near = near_names(path.name, (other.name for other in path.parent.glob("*.py")))
         raise ValueError(f"there is no Python file {path}.{near}")
+    spec = importlib.util.spec_from_file_location(f"slmjax_experiment_{path.stem}", path)
+    assert spec is not None and spec.loader is not None, path
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    with _errors_named(path):
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _errors_named(path: Path) -> Iterator[None]:
+    """Errors of a file's own code as one message with the place."""
+    try:
+        yield
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        place = f", line {lines[-1]}" if lines else ""
+        raise ValueError(f"{path}{place}: {type(error).__name__}: {error}") from error

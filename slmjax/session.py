@@ -48,9 +48,14 @@ class Setup:
         if not sum(len(shards) for shards in self.prepared.heldout):
             return None
         return evaluation_batches(
-            self.prepared.heldout, sequence_length=data.sequence_length, batch_size=settings.batch_size or data.batch_size,
-            overlap=settings.overlap, max_documents=max_documents, process_index=jax.process_index(), process_count=jax.process_count(),
-        )  # fmt: skip
+            self.prepared.heldout,
+            sequence_length=data.sequence_length,
+            batch_size=settings.batch_size or data.batch_size,
+            overlap=settings.windows_overlap(data.sequence_length),
+            max_documents=max_documents,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
 
     def evaluate(self, state: TrainState, max_documents: int | None) -> EvalResult | None:
         """Loss and bits per byte on held-out text."""
@@ -173,6 +178,9 @@ def describe_data(prepared: Prepared) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+ROW_SETTINGS = ("sequence_length", "batch_size", "packing", "packing_window", "seed", "sources")  # they decide what row comes when
+
+
 # Going on with a run --------------------------------------------------------------------------------------------------
 def run_to_resume(path: Path, experiment: Experiment) -> RunDirectory:
     """The directory of a run that goes on with these settings.
@@ -195,8 +203,13 @@ def tokenizer_of(run: RunDirectory, experiment: Experiment) -> TokenizerConfig:
     return kept if (run.tokenizer / "tokenizer.json").is_file() else experiment.tokenizer
 
 
-def warn_of_other_data(run: RunDirectory, prepared: Prepared) -> None:
-    """Says so if a run goes on with other text than it began with: nothing else would show it."""
+def warn_of_other_data(run: RunDirectory, experiment: Experiment, prepared: Prepared) -> None:
+    """Says so if a run goes on with other text or rows than it began with: nothing else would show it."""
+    if (run.path / "config.json").is_file():
+        before = read_experiment(run.path).data
+        changed = [name for name in ROW_SETTINGS if getattr(before, name) != getattr(experiment.data, name)]
+        if changed:
+            log.warning("%s goes on with another data.%s: some of its text comes twice, some not at all", run.path, changed[0])
     path = run.path / "data.json"
     if path.is_file() and json.loads(path.read_text()) != describe_data(prepared):
         log.warning("the training text is not what it was when %s was last trained: it goes on with the new text", run.path)

@@ -40,6 +40,8 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         if self.z_loss < 0:
             raise ValueError(f"objective.z_loss must not be negative, got {self.z_loss}")
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"objective.chunk_size must be at least 1, or none to have it chosen, got {self.chunk_size}")
 
 
 @jax.tree_util.register_dataclass

@@ -26,7 +26,7 @@ from slmjax import sampling, sharding
 from slmjax.checkpoint import Checkpointer
 from slmjax.data.pipeline import BatchSource, ReadAhead
 from slmjax.evaluation.compressors import compressed_bits_per_byte
-from slmjax.experiment import Experiment
+from slmjax.experiment import Experiment, with_absolute_paths
 from slmjax.parameters import Definition
 from slmjax.processes import StopSignals, broadcast_text
 from slmjax.progress import LogRecords, Progress
@@ -56,7 +56,8 @@ class Result:
     bits_per_byte: float  # on the same text
     perplexity: float
     best_loss: float | None  # lowest of the evaluations on the way
-    compressors: dict[str, float]  # bits per byte that gzip -9 and xz -9 need for the same held-out text
+    best_step: int | None  # whose checkpoint is kept beside the newest
+    compressors: dict[str, float]  # bits per byte that gzip -9 and xz -9 need for the same held-out text (its first 16 MB)
     tokens: int  # scored targets trained on, earlier sessions included
     seconds: float  # wall time of this session, from start to result
     tokens_per_second: float  # over the training steps of this session alone
@@ -85,6 +86,7 @@ def train(
       ValueError: settings, data or checkpoints that do not fit, with what to change; nothing is lost.
     """
     ledger = Ledger()
+    experiment = experiment if resume is not None else with_absolute_paths(experiment)
     run = None if resume is None else run_to_resume(Path(resume), experiment)
     mesh = sharding.make_mesh(experiment.mesh)
     with ExitStack() as stack:
@@ -107,7 +109,7 @@ def train(
             state = fresh or restored_state(setup, checkpointer)
             if int(state.step) >= experiment.run.steps and is_complete(run):
                 raise ValueError(f"{run.path} is at step {int(state.step)} of {experiment.run.steps} already: give more --run.steps")
-            warn_of_other_data(run, setup.prepared)
+            warn_of_other_data(run, experiment, setup.prepared)
             _write_description(setup, run, code)
         _announce(setup, run, source, progress, int(state.step))
         stack.enter_context(progress)
@@ -115,7 +117,7 @@ def train(
         loop = Loop(setup, run=run, checkpointer=checkpointer, ledger=ledger, log=run_log, progress=progress, batches=batches, state=state)
         with StopSignals() as signals:
             state, status = loop.run(state, signals)
-        return _finish(loop, state, status)
+            return _finish(loop, state, status, signals)
 
 
 class Loop:
@@ -138,10 +140,13 @@ class Loop:
         self.first_step = self.step = int(state.step)
         self.last: dict[str, float] = {}  # metrics of the last logged step
         self.best = checkpointer.best()
-        self.timed_targets, self.timed_seconds = 0.0, 0.0  # of the logged stretches, compilation and evaluation left out
+        self.num_documents: int | None = None  # of the evaluations on the way
+        # Of the logged stretches, compilation and evaluation left out.
+        self.timed_tokens, self.timed_seconds, self.timed_wait = 0, 0.0, 0.0
         self._saved_step = self.first_step  # where the state came from, or 0, which is never saved
         self._skipped = int(state.skipped)
         self._logged_step, self._logged_time, self._logged_wait = self.step, time.perf_counter(), 0.0
+        self._logged_tokens = tokens_seen(state)
 
     def run(self, state: TrainState, signals: StopSignals) -> tuple[TrainState, str]:
         """Trains until the last step; returns the state and how the session ended."""
@@ -155,11 +160,14 @@ class Loop:
                     jax.block_until_ready(metrics)
                     # Compilation, and the wait for the first batch, say nothing about the pace.
                     self._logged_time, self._logged_wait = time.perf_counter(), self.batches.waiting_seconds
+                    self._logged_tokens = tokens_seen(state)
             self.step += 1
             self.progress.advance(self.step)
             is_last = self.step == experiment.run.steps
             if self.step % experiment.run.log_every == 0 or is_last:
-                if self._log_step(metrics) >= experiment.optim.max_consecutive_skips:
+                limit = experiment.optim.max_consecutive_skips
+                # A session that ends without one step that counted has diverged, however short it is.
+                if self._log_step(state, metrics) >= (min(limit, self.step - self.first_step) if is_last else limit):
                     return state, "diverged"
             if self.step % experiment.eval.every == 0 and not is_last:
                 self._evaluate(state)
@@ -170,11 +178,11 @@ class Loop:
                 return state, "interrupted"
         return state, "finished"
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, *, best_loss: float | None = None) -> None:
         """Starts a checkpoint of this step, unless there is one."""
         if self._saved_step != self.step:
             with self._aside(Category.CHECKPOINT, state):
-                self.checkpointer.save(self.step, state.items())
+                self.checkpointer.save(self.step, state.items(), best_loss=best_loss)
             self._saved_step = self.step
 
     @contextmanager
@@ -187,19 +195,19 @@ class Loop:
             yield
         self._logged_time += time.perf_counter() - started
 
-    def _log_step(self, metrics: dict[str, Any]) -> float:
+    def _log_step(self, state: TrainState, metrics: dict[str, Any]) -> float:
         """Writes and shows the figures of this step; returns how many steps in a row were undone up to it."""
         with self.ledger.timed(Category.STEP):
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            tokens = tokens_seen(state)
         now, waited = time.perf_counter(), self.batches.waiting_seconds
-        steps, seconds = self.step - self._logged_step, now - self._logged_time
-        if self._logged_step == self.first_step:
-            steps -= 1  # the first one was spent compiling
-        rate = values["targets"] * steps / seconds if steps else math.nan
-        self.timed_targets, self.timed_seconds = self.timed_targets + values["targets"] * steps, self.timed_seconds + seconds
+        seconds, waiting = now - self._logged_time, waited - self._logged_wait
+        rate = (tokens - self._logged_tokens) / seconds if tokens > self._logged_tokens else math.nan
+        self.timed_tokens += tokens - self._logged_tokens
+        self.timed_seconds, self.timed_wait = self.timed_seconds + seconds, self.timed_wait + waiting
         bits = values["nll"] / math.log(2) / max(values.pop("bytes"), 1.0)
-        share = (waited - self._logged_wait) / max(seconds, 1e-9)
-        self.log.write("train", step=self.step, bits_per_byte=bits, tokens_per_second=rate, data_wait_share=min(share, 1.0), **values)
+        share = min(waiting / max(seconds, 1e-9), 1.0)
+        self.log.write("train", step=self.step, bits_per_byte=bits, tokens_per_second=rate, data_wait_share=share, **values)
         self.progress.update(self.step, loss=values["loss"], bits_per_byte=bits, tokens_per_second=rate)
         if undone := int(values["skipped"]) - self._skipped:
             log.warning(
@@ -208,7 +216,7 @@ class Loop:
             )  # fmt: skip
         self._skipped += undone
         self.last = values | {"bits_per_byte": bits}
-        self._logged_step, self._logged_time, self._logged_wait = self.step, now, waited
+        self._logged_step, self._logged_time, self._logged_wait, self._logged_tokens = self.step, now, waited, tokens
         return values["skipped_in_a_row"]
 
     def _evaluate(self, state: TrainState) -> None:
@@ -217,12 +225,12 @@ class Loop:
             found = self.setup.evaluate(state, self.setup.experiment.eval.max_documents)
         if found is None:
             return
+        self.num_documents = found.documents
         self.log.write("eval", step=self.step, loss=found.loss, bits_per_byte=found.bits_per_byte, documents=found.documents)
         self.progress.print(f"step {self.step}: held-out loss {found.loss:.4f}, {found.bits_per_byte:.3f} bits/byte")
         if self.best is None or found.loss < self.best[1]:
             self.best = (self.step, found.loss)
-            self.save(state)
-            self.checkpointer.mark_best(*self.best)
+            self.save(state, best_loss=found.loss)
 
 
 # Before and after the loop --------------------------------------------------------------------------------------------
@@ -268,18 +276,28 @@ def _announce(setup: Setup, run: RunDirectory, source: BatchSource, progress: Pr
         progress.print(f"resuming after step {first_step}")
 
 
-def _finish(loop: Loop, state: TrainState, status: str) -> Result:
-    """Saves, evaluates on all held-out text, samples, and writes result.json."""
+def _finish(loop: Loop, state: TrainState, status: str, signals: StopSignals) -> Result:
+    """Saves, evaluates on all held-out text, samples, and writes result.json.
+
+    The state is safe on disk before the rest begins, and a signal that comes meanwhile ends the session as interrupted:
+    resuming makes up for what was left out.
+    """
     setup, run = loop.setup, loop.run_dir
     loop.save(state)
-    found, samples, compressors = None, [], {}
-    if status != "interrupted":
-        with loop.ledger.timed(Category.EVAL):
-            found = setup.evaluate(state, None)
-            compressors = compressed_bits_per_byte(setup.prepared.heldout_text()) if found is not None else {}
-            samples = _samples(setup, state)
     with loop.ledger.timed(Category.CHECKPOINT):
         loop.checkpointer.wait()
+    found, samples, compressors = None, [], {}
+    with loop.ledger.timed(Category.EVAL):
+        if status != "interrupted" and not signals.received:
+            found = setup.evaluate(state, None)
+        if found is not None and not signals.received:
+            compressors = _compressed(setup)
+            samples = _samples(setup, state)
+        if found is not None and found.documents == loop.num_documents and (loop.best is None or found.loss < loop.best[1]):
+            loop.best = (loop.step, found.loss)
+            loop.checkpointer.mark_best(*loop.best)
+    if signals.received and status == "finished":
+        status = "interrupted"
     seconds = loop.ledger.seconds()
     figures = {"loss": loop.last.get("loss", math.nan), "bits_per_byte": loop.last.get("bits_per_byte", math.nan)}
     if found is not None:
@@ -287,15 +305,24 @@ def _finish(loop: Loop, state: TrainState, status: str) -> Result:
         loop.log.write("eval", step=loop.step, documents=found.documents, complete=True, **figures)
     result = Result(
         status=status, **figures, perplexity=math.exp(min(figures["loss"], 700.0)), best_loss=None if loop.best is None else loop.best[1],
+        best_step=None if loop.best is None else loop.best[0],
         compressors=compressors, tokens=tokens_seen(state), seconds=sum(seconds.values()),
-        tokens_per_second=loop.timed_targets / max(loop.timed_seconds, 1e-9), parameters=num_parameters(setup.definition),
+        tokens_per_second=loop.timed_tokens / max(loop.timed_seconds, 1e-9), parameters=num_parameters(setup.definition),
         step=loop.step, skipped=int(state.skipped), run_dir=str(run.path), commit=commit()["commit"], seconds_by_category=seconds,
-        samples=samples, data_wait_share=seconds["data"] / max(seconds["step"] + seconds["data"], 1e-9),
+        samples=samples, data_wait_share=loop.timed_wait / max(loop.timed_seconds, 1e-9),
     )  # fmt: skip
     if jax.process_index() == 0:
         run.write_json("result.json", dataclasses.asdict(result))
     loop.log.write("result", status=status, step=loop.step, **figures)
     return result
+
+
+COMPRESSED_BYTES = 16 * 10**6  # xz is slow
+
+
+def _compressed(setup: Setup) -> dict[str, float]:
+    """What compressors make of the held-out text; one process is enough for it."""
+    return compressed_bits_per_byte(setup.prepared.heldout_text()[:COMPRESSED_BYTES]) if jax.process_index() == 0 else {}
 
 
 def _samples(setup: Setup, state: TrainState) -> list[str]:

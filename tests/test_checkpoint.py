@@ -264,9 +264,26 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path, opened):
     checkpointer.wait()
     assert checkpointer.steps() == [2, 4, 5] and checkpointer.best() == (2, 1.25)
     checkpointer.mark_best(5, 1.0)
+    checkpointer.mark_best(99, 0.5)  # there is none: it is not noted
     checkpointer.save(6, {"model": state_at(6)["model"]})
     checkpointer.wait()
     assert checkpointer.steps() == [5, 6] and checkpointer.best() == (5, 1.0)
+
+
+def test_a_save_that_fails_does_not_cost_the_best(tmp_path, opened, monkeypatch):
+    checkpointer = opened(tmp_path, keep=1)
+    checkpointer.save(1, {"model": state_at(1)["model"]}, best_loss=2.0)
+    checkpointer.save(2, {"model": state_at(2)["model"]})
+    with monkeypatch.context() as patched:
+
+        def no_space(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        patched.setattr(checkpointer._orbax, "save", no_space)
+        checkpointer.save(3, {"model": state_at(3)["model"]}, best_loss=1.0)
+    checkpointer.save(4, {"model": state_at(4)["model"]})
+    checkpointer.wait()
+    assert checkpointer.steps() == [1, 4] and checkpointer.best() == (1, 2.0)
 
 
 @pytest.mark.parametrize("failing", ["save", "wait_until_finished"], ids=["at once", "in the background"])

@@ -195,7 +195,7 @@ def test_data(printed, workplace):
 
 def test_data_for_people(printed):
     train, heldout = printed("data", "prepare", "tiny.py").splitlines()
-    assert re.fullmatch(r"text.txt, train: 1 documents, [\d,]+ bytes, [\d,]+ tokens, in .*/train", train)
+    assert re.fullmatch(r".*text.txt, train: 1 documents, [\d,]+ bytes, [\d,]+ tokens, in .*/train", train)
     assert ", heldout: 1 documents, " in heldout
     assert '"""The experiment that' in printed("data", "inspect", "tiny.py", "--data.path", "tiny.py")
 

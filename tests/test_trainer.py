@@ -23,9 +23,10 @@ import slmjax
 from slmjax import session, sharding
 from slmjax.cli import INTERRUPTED_STATUS
 from slmjax.data.tokenizers import CharTokenizer
-from slmjax.experiment import FromModel, read_experiment
+from slmjax.experiment import EvalConfig, FromModel, read_experiment
 from slmjax.runlog import read_log
 from slmjax.sampling import SamplingConfig
+from slmjax.step import ObjectiveConfig
 
 NUM_STEPS = 60
 
@@ -333,3 +334,44 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(finished,
     messages = [record["text"] for record in read_log(run_dir / "log.jsonl", kind="message")]
     for said in ("has no checkpoint yet: beginning at step 0", "the training text is not what it was"):
         assert said in console.file.getvalue() and any(said in text for text in messages)
+
+
+def test_a_signal_after_the_last_step_loses_nothing(finished, workplace, tmp_path, monkeypatch):
+    """It comes during the last evaluation: the state is saved by then, and resuming makes up for the rest."""
+    experiment, result = finished
+    signals = []
+
+    def interrupted_evaluation(setup, state, max_documents):
+        signal.raise_signal(signals.pop())
+
+    with monkeypatch.context() as patched:
+        patched.setattr(session.Setup, "evaluate", interrupted_evaluation)
+        signals.append(signal.SIGTERM)
+        stopped = slmjax.train(dense(workplace, tmp_path), console=quiet())
+    assert (stopped.status, stopped.step, stopped.samples) == ("interrupted", 6, [])
+    assert (Path(stopped.run_dir) / "checkpoints" / "6" / "MANIFEST.json").exists()
+    again = slmjax.train(experiment, resume=stopped.run_dir, console=quiet())
+    assert (again.status, again.loss, again.step) == ("finished", result.loss, 6)
+
+
+def test_going_on_with_other_rows_is_said(finished, tmp_path):
+    experiment, result = finished
+    other = dataclasses.replace(
+        experiment, data=dataclasses.replace(experiment.data, seed=1), run=dataclasses.replace(experiment.run, steps=7)
+    )
+    console = quiet()
+    assert slmjax.train(other, resume=copy_of(result, tmp_path), console=console).step == 7
+    assert "goes on with another data.seed: some of its text comes twice, some not at all" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (lambda: EvalConfig(max_documents=0), "eval.max_documents must be at least 1"),
+        (lambda: EvalConfig(batch_size=0), "eval.batch_size must be at least 1"),
+        (lambda: ObjectiveConfig(chunk_size=0), "objective.chunk_size must be at least 1"),
+    ],
+)
+def test_settings_are_refused_before_a_run_begins(settings, named):
+    with pytest.raises(ValueError, match=named):
+        settings()

@@ -108,9 +108,9 @@ class Gatekeeper:
 
 
 def check_bad_fraction(counts: BadCounts, max_bad_fraction: float, *, source_name: str, first_bad: str = "") -> None:
-    """Raises ValueError when more than `max_bad_fraction` of the documents counted are bad."""
-    if counts.bad > max_bad_fraction * counts.documents:
-        example = f" The first: {first_bad}." if first_bad else ""
+    """Raises ValueError when more than `max_bad_fraction` of the documents counted are bad and were not mended."""
+    if counts.bad - counts.replaced > max_bad_fraction * counts.documents:
+        example = f" The first: {first_bad.rstrip('.')}." if first_bad else ""
         raise ValueError(
             f"{source_name}: {counts.describe()}, more than data.max_bad_fraction={max_bad_fraction:g}.{example}"
             " Repair the data, or raise --data.max-bad-fraction."

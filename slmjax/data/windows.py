@@ -59,6 +59,11 @@ class EvaluationBatches:
             yield batch
 
 
+def default_overlap(sequence_length: int) -> int:
+    """Tokens of context that further windows of a document repeat, where nobody says: a quarter window, at most 64."""
+    return min(64, sequence_length // 4)
+
+
 def evaluation_batches(
     shards_list: Sequence[TokenizedDocuments],
     *,

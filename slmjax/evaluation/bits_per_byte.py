@@ -30,13 +30,12 @@ from slmjax.data.batch import Batch
 from slmjax.data.config import DataConfig
 from slmjax.data.preparation import prepare
 from slmjax.data.tokenizers import FileTokenizer
-from slmjax.data.windows import EvaluationBatches, evaluation_batches
+from slmjax.data.windows import EvaluationBatches, default_overlap, evaluation_batches
 from slmjax.losses import sharded_cross_entropy
 from slmjax.parameters import Definition
 
 Params = Mapping[str, Array]
 EvalStep = Callable[[Params, Params, Batch], dict[str, Array]]
-DEFAULT_OVERLAP = 64  # where neither caller nor run says
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,7 +134,8 @@ def evaluate(
             raise ValueError(f"{loaded.path} was trained on all of its text and held nothing out: say what to evaluate on with data")
     length = min(data.sequence_length, loaded.config.context_length)
     if overlap is None:
-        overlap = min(int(experiment.get("eval", {}).get("overlap", DEFAULT_OVERLAP)), length - 1)
+        of_run = experiment.get("eval", {}).get("overlap")
+        overlap = default_overlap(length) if of_run is None else min(int(of_run), length - 1)
     prepared = prepare(data, FileTokenizer(path=str(loaded.path / "tokenizer" / "tokenizer.json")), log=log)
     shards = prepared.heldout or tuple(shards for shards, _ in prepared.train)
     batches = evaluation_batches(
