@@ -182,8 +182,8 @@ def grouped_matmul(x: Float[Array, "M D"], weights: Float[Array, "E D F"], group
 def choose_grouped_matmul(platform: str) -> Callable[[Array, Array, Array], Array]:
     """The form of `grouped_matmul` for a platform.
 
-    `jax.lax.ragged_dot` is one kernel on TPU and GPU. On CPU it multiplies every row with every group's matrix (at 8 groups
-    about 5 times slower than the blocks used instead).
+    `jax.lax.ragged_dot` is one kernel on TPU and GPU. On CPU it multiplies every row with every group's matrix, so that
+    blocks of rows are used instead.
     """
     _announce(f"grouped products on {platform}: " + ("blocks of rows" if platform == "cpu" else "jax.lax.ragged_dot"))
     return _blocked_groups if platform == "cpu" else _ragged_groups
@@ -217,7 +217,7 @@ _blocked_groups.defvjp(_blocked_groups_forward, _blocked_groups_backward)
 def _block_layout(group_sizes: Array, num_rows: int) -> tuple[int, Array, Array, Array, Array]:
     """Rows per block; then group, first row and number of rows of each block, and how many of the blocks are in use."""
     num_groups = group_sizes.shape[0]
-    block = min(128, max(8, _round_up(num_rows // num_groups, 8)))  # 128 was the fastest of 32 to 512
+    block = min(128, max(8, _round_up(num_rows // num_groups, 8)))
     blocks = -(-group_sizes // block)
     ends = jnp.cumsum(blocks)
     index = jnp.arange(-(-num_rows // block) + num_groups)

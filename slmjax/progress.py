@@ -19,7 +19,7 @@ from slmjax.runlog import Log
 
 
 class Progress:
-    """Shows the steps of a run from `first_step` (0, or where it was resumed) to `num_steps`; only process 0 prints.
+    """Shows the steps of a run up to `num_steps`; only process 0 prints.
 
     A live bar is drawn where `console` (standard output unless given) is a terminal; else each update is one line.
     """
@@ -28,7 +28,6 @@ class Progress:
         self,
         *,
         num_steps: int,
-        first_step: int = 0,
         process_index: int = 0,
         console: Console | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -40,7 +39,7 @@ class Progress:
         self._console = console or Console()
         columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
         bar = Bar(*columns, console=self._console, refresh_per_second=5)
-        self._task = bar.add_task("compiling", total=num_steps, completed=first_step)
+        self._task = bar.add_task("compiling", total=num_steps)
         self._bar = bar if self._console.is_terminal and not self._is_silent else None
 
     def advance(self, step: int) -> None:

@@ -94,6 +94,7 @@ def _errors_named(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).absolute() == path.absolute()]
         place = f", line {lines[-1]}" if lines else ""
         raise ValueError(f"{path}{place}: {type(error).__name__}: {error}") from error

@@ -9,8 +9,9 @@
         log.write("train", step=10, loss=3.2)
     run.write_json("result.json", {"seconds": ledger.seconds()})
 
-Files of a run: config.json, model.json, environment.json, log.jsonl (log-{i}.jsonl of process i > 0), tokenizer/, checkpoints/,
-result.json. A run has one process per host. jax is imported where it is asked about devices, no sooner.
+Files of a run: config.json, model.json, data.json, environment.json, experiment.py (of a run from a file), log.jsonl
+(log-{i}.jsonl of process i > 0), tokenizer/, checkpoints/, result.json. A run has one process per host.
+jax is imported where it is asked about devices, no sooner.
 """
 
 import contextlib
@@ -44,22 +45,12 @@ class RunDirectory:
     process_index: int = 0
 
     @classmethod
-    def create(cls, path: Path) -> "RunDirectory":
-        """Makes the directory `path`.
-
-        Raises:
-            ConfigError: it holds something already. Nothing is ever overwritten.
-        """
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
-            raise ConfigError(f"{path} exists already: name another directory, or go on with that run by `slmjax train --resume {path}`")
-        path.mkdir(parents=True, exist_ok=True)
-        return cls(path)
-
-    @classmethod
     def create_in(cls, root: Path, *, name: str, fingerprint: str) -> "RunDirectory":
         """Makes a new directory in `root`, named for the experiment, the time and the fingerprint of its config."""
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
         base = f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}-{fingerprint[:6]}"
+        if root.is_file():
+            raise ConfigError(f"{root} is a file: name a directory for runs with --run.directory")
         root.mkdir(parents=True, exist_ok=True)
         attempt = 1
         while True:
@@ -89,10 +80,6 @@ class RunDirectory:
     def open_log(self) -> "Log":
         """The log of this process, to be added to."""
         return Log(self.log_path)
-
-    def write_text(self, name: str, text: str) -> Path:
-        """Writes a file whole or not at all, even if the process is killed meanwhile."""
-        return _write_atomically(self.path / name, text)
 
     def write_json(self, name: str, value: Any) -> Path:
         """Writes JSON whole or not at all; NaN and infinities become the strings "nan", "inf" and "-inf"."""
@@ -308,8 +295,3 @@ class Ledger:
         """Category -> seconds up to now."""
         self._switch(self._current)
         return {category.value: spent for category, spent in self._seconds.items()}
-
-    def goodput(self) -> float:
-        """The share of the wall time that went into training steps."""
-        seconds = self.seconds()
-        return seconds[Category.STEP.value] / max(sum(seconds.values()), 1e-9)

@@ -1,8 +1,8 @@
 """What has to happen in a process before jax is imported: the one place for it, called by the command line.
 
 XLA's CPU client takes its large buffers anew at every step, and glibc by default gives each back to the kernel and faults it
-in again, page by page. `keep_memory` makes glibc keep what it once had: a training step on CPU takes about a third less time,
-and the process stays as large as its largest moment (figures in benchmarks/RESULTS.md).
+in again, page by page. `keep_memory` makes glibc keep what it once had: steps on CPU are spared the faults, and the process
+stays as large as its largest moment (`benchmarks/keep_memory.py` measures what it is worth).
 """
 
 import ctypes

@@ -46,7 +46,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     console, stream = make_console(is_terminal=True)
-    with Progress(num_steps=20, first_step=5, console=console) as progress:
+    with Progress(num_steps=20, console=console) as progress:
         progress.update(10, **FIGURES)
         progress.print("saved [bold] step 10")
     shown = stream.getvalue()

@@ -24,14 +24,10 @@ def test_names_are_unique_and_tell_the_experiment(tmp_path: Path) -> None:
         assert "-012345" in run.path.name
 
 
-def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path / "deep" / "run")
-    RunDirectory.create(run.path)  # still empty
-    run.write_json("config.json", {})
-    with pytest.raises(ConfigError, match="exists already.*--resume"):
-        RunDirectory.create(run.path)
-    with pytest.raises(ConfigError, match="exists already"):
-        RunDirectory.create(run.path / "config.json")
+def test_a_file_is_no_place_for_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file: name a directory"):
+        RunDirectory.create_in(tmp_path / "file", name="run", fingerprint="0" * 16)
 
 
 def test_paths_of_processes(tmp_path: Path) -> None:
@@ -221,4 +217,3 @@ def test_ledger_counts_every_second_once() -> None:
     clock.now += 5
     assert ledger.seconds() == {"init": 0, "compile": 20, "data": 0, "step": 10, "eval": 4, "checkpoint": 0, "other": 6}
     assert sum(ledger.seconds().values()) == clock.now - 100
-    assert ledger.goodput() == 0.25
