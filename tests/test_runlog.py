@@ -61,16 +61,16 @@ def test_json_is_strict_and_plain(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDirectory(tmp_path)
-    run.write_text("report.md", "old")
+    run.write_json("report.json", "old")
 
     def full_disk(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
-        run.write_text("report.md", "new")
-    assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
-    assert (tmp_path / "report.md").read_text() == "old"
+        run.write_json("report.json", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert json.loads((tmp_path / "report.json").read_text()) == "old"
 
 
 def test_readers_see_whole_files_while_one_is_rewritten(tmp_path: Path) -> None:
