@@ -9,7 +9,6 @@ one is taken.
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import logging
@@ -27,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from slmjax import config as config_io
 from slmjax import parameters
+from slmjax.data.shards import file_sha256
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.model import Decoder, ModelConfig
 from slmjax.runlog import write_json
@@ -226,12 +226,7 @@ def _check_leaves(item: str, *, stored: Mapping[str, str], wanted: Mapping[str, 
 
 def _digests(path: Path) -> dict[str, str]:
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
-    return {str(file.relative_to(path)): _sha256(file) for file in files}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return {str(file.relative_to(path)): file_sha256(file) for file in files}
 
 
 def _agreed(problem: Any) -> str:
