@@ -1,0 +1,60 @@
+"""The `slmjax` command: one thin function per command word over the package's Python surface.
+
+The word is looked up before anything heavy is imported, so that `slmjax --help` answers at once. Options are the fields of
+dataclasses, parsed and documented by tyro.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from slmjax.cli.evaluating import eval_command
+from slmjax.cli.generating import generate_command
+from slmjax.cli.inspecting import data_command, models_command
+from slmjax.cli.training import INTERRUPTED_STATUS, train_command
+from slmjax.startup import keep_memory
+
+__all__ = ["COMMANDS", "INTERRUPTED_STATUS", "main"]
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train_command,
+    "eval": eval_command,
+    "generate": generate_command,
+    "models": models_command,
+    "data": data_command,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `slmjax` command; exits with a status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        sys.exit(0)
+    if words[0] == "--version":
+        from slmjax import __version__
+
+        print(__version__)
+        sys.exit(0)
+    if words[0] not in COMMANDS:
+        from slmjax.config import near_names
+
+        print(f"error: there is no command {words[0]!r}.{near_names(words[0], COMMANDS)}\n\n{_overview()}", file=sys.stderr)
+        sys.exit(2)
+    keep_memory()
+    try:
+        sys.exit(COMMANDS[words[0]](words[1:]))
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("SLMJAX_TRACEBACK"):
+            raise
+        print(f"error: {error}\n(SLMJAX_TRACEBACK=1 shows where it arose)", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped before there was anything to save", file=sys.stderr)
+        sys.exit(130)
+
+
+def _overview() -> str:
+    lines = ["usage: slmjax COMMAND [OPTIONS]", "", "Train, evaluate and sample small language models.", ""]
+    lines += [f"  {name:<10}{(function.__doc__ or '').splitlines()[0]}" for name, function in COMMANDS.items()]
+    return "\n".join([*lines, "", "slmjax COMMAND --help tells the options of a command."])

@@ -1,0 +1,67 @@
+"""How every command reads its words and prints its results."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def parse(arguments_class: type, words: Sequence[str], *, default: Any, command: str, description: str | None) -> Any:
+    """The options of a command, parsed and documented by tyro from the fields of a dataclass."""
+    import tyro
+
+    return tyro.cli(
+        arguments_class, args=list(words), default=default, prog=f"slmjax {command}", description=description,
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues),
+    )  # fmt: skip
+
+
+def without_prefix() -> Any:
+    """For a field whose own fields are options without its name before them."""
+    import tyro
+
+    return tyro.conf.arg(name="")
+
+
+def positional(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """A leading word that is no option, and the rest."""
+    return (words[0], list(words[1:])) if words and not words[0].startswith("-") else (None, list(words))
+
+
+def option(words: Sequence[str], name: str) -> str | None:
+    """The value of an option that decides what the others default to, before tyro parses them all."""
+    found = None
+    for index, word in enumerate(words):
+        name_given, equals, value = word.partition("=")
+        if name_given.replace("_", "-") == name:  # tyro takes either, and of several the last
+            follows = words[index + 1] if index + 1 < len(words) and not words[index + 1].startswith("--") else None
+            found = value if equals else follows
+    return found
+
+
+def load_code(options: Sequence[str]) -> None:
+    """Runs the file that `--code` names, so that JSON may name the classes it defines."""
+    if (path := option(options, "--code")) is not None:
+        from slmjax.recipes import run_file
+
+        run_file(Path(path))
+
+
+def print_aside(text: str) -> None:
+    """To standard error: standard output is for results."""
+    print(text, file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    """To standard output, as strict JSON."""
+    from slmjax.runlog import plain
+
+    print(json.dumps(plain(value), indent=2))
+
+
+def needed(path: str | None, usage: str) -> Path:
+    """The path of a command that has to have one."""
+    if path is None:
+        raise ValueError(f"name the run directory: slmjax {usage}")
+    return Path(path)

@@ -1,0 +1,80 @@
+"""`slmjax train`."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from slmjax.cli.options import load_code, option, parse, positional, print_json, without_prefix
+
+INTERRUPTED_STATUS = 75  # "try again later": a supervisor tells it from success and from failure
+
+
+def train_command(words: Sequence[str]) -> int:
+    """train a model: slmjax train [EXPERIMENT] [--optim.lr 3e-4 ...], --resume RUN_DIR, --init-from DIR"""
+    import jax
+    from rich.console import Console
+
+    from slmjax import experiment as experiments
+    from slmjax import recipes, trainer
+
+    name, options = positional(words)
+    load_code(options)
+    resume, source = option(options, "--resume"), option(options, "--init-from")
+    if resume is not None and (name or source):
+        raise ValueError(f"--resume {resume} goes on with that run's own experiment: leave out {name or '--init-from'}")
+    if resume is not None:
+        start = experiments.read_experiment(Path(resume))
+    elif source is not None:
+        start = experiments.starting_from(Path(source), recipes.load_experiment(name) if name else None)
+    else:
+        start = recipes.load_experiment(name or "nano")
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        resume: str | None = None  # run directory to go on with, from its newest intact checkpoint
+        init_from: str | None = None  # run directory whose parameters and tokenizer (and experiment, if none is named) this run starts from
+        code: str | None = None  # Python file that defines the classes of your own which the run's settings name
+        json: bool = False  # print the result as JSON, and progress on standard error
+        experiment: Annotated[experiments.Experiment, without_prefix()] = start
+
+    given = parse(Arguments, options, default=Arguments(), command=f"train {name or ''}".strip(), description=train_command.__doc__)
+    assert (given.resume, given.init_from) == (resume, source), "what the defaults were chosen by is what was parsed"
+    code = name if name is not None and name.endswith(".py") else given.code
+    result = trainer.train(given.experiment, resume=given.resume, code=code, console=Console(stderr=given.json, highlight=False))
+    if jax.process_index() == 0:
+        print_json(dataclasses.asdict(result)) if given.json else _show_result(result)
+    return {"finished": 0, "interrupted": INTERRUPTED_STATUS}.get(result.status, 1)
+
+
+def _show_result(result: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    if result.samples:
+        console.print("\n[bold]sample[/bold]")
+        for sample in result.samples:
+            console.print(sample, markup=False)
+    speed = f"{result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else "speed not measured in so few steps"
+    table = Table(title=f"{result.status} after step {result.step:,}", title_justify="left")
+    table.add_column("held-out text" if result.compressors else "last step")
+    table.add_column("bits per byte", justify="right")
+    table.add_row("this model", f"{result.bits_per_byte:.3f}")
+    for name, bits in result.compressors.items():
+        table.add_row(name, f"{bits:.3f}")
+    console.print()
+    console.print(table)
+    console.print(
+        f"loss {result.loss:.4f}, {result.tokens:,} tokens, {result.seconds:,.0f} s, {speed}, "
+        f"{result.parameters:,} parameters, {result.data_wait_share:.1%} of the training time spent waiting for data"
+        + (f", {result.skipped:,} steps undone" if result.skipped else "")
+    )
+    if result.status == "interrupted":
+        code = Path(result.run_dir) / "experiment.py"
+        console.print(f"go on with: slmjax train --resume {result.run_dir}" + (f" --code {code}" if code.exists() else ""))
+    if result.status == "diverged":
+        console.print(
+            "too many steps in a row were not finite: lower --optim.lr (and --optim.muon-lr, with muon), or lengthen --optim.warmup-steps"
+        )
+    console.print(f"run directory: {result.run_dir}")
