@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from slmjax import sharding
+from slmjax import kernels, sharding
 
 
 class Activation(enum.Enum):
@@ -136,7 +136,7 @@ def linear(x: Float[Array, "*B I"], weight: Float[Array, "I O"], bias: Float[Arr
 
     Leading dims are made one for the product: on CPU, XLA is faster at the gradient of that.
     """
-    y = jnp.dot(x.reshape(-1, x.shape[-1]), effective_weight(weight, x.dtype))
+    y = kernels.matmul(x.reshape(-1, x.shape[-1]), effective_weight(weight, weight.dtype))
     y = y if bias is None else y + along_last(bias.astype(x.dtype), y.ndim)
     return y.reshape(*x.shape[:-1], -1)
 
@@ -157,7 +157,7 @@ def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], *, base: fl
     num_rotated = rotary_dim(x.shape[-1], fraction)
     frequencies = base ** (-jnp.arange(0, num_rotated, 2, dtype=jnp.float32) / num_rotated)
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = kernels.materialised(jnp.cos(angles)), kernels.materialised(jnp.sin(angles))
     rotated, kept = jnp.split(x, [num_rotated], axis=-1)
     first, second = jnp.split(rotated.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from slmjax import sharding
+from slmjax import kernels, sharding
 
 # Logits of the padding columns: finite, so that no product with a zero probability is NaN.
 PADDING_LOGIT = -1e30
@@ -91,9 +91,8 @@ def _project_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Arr
     hidden, weight = saved
     cotangent = cotangent.astype(hidden.dtype)
     product = functools.partial(jax.lax.dot_general, preferred_element_type=_accumulation_dtype(hidden.dtype))
-    leading = tuple(range(hidden.ndim - 1))
     hidden_gradient = product(cotangent, weight.astype(hidden.dtype), (((cotangent.ndim - 1,), (0,)), ((), ())))
-    weight_gradient = product(cotangent, hidden, ((leading, leading), ((), ())))
+    weight_gradient = kernels.outer_sum(cotangent.reshape(-1, cotangent.shape[-1]), hidden.reshape(-1, hidden.shape[-1]))
     return hidden_gradient.astype(hidden.dtype), weight_gradient.astype(weight.dtype)
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from slmjax import losses, sharding
+from slmjax import kernels, losses, sharding
 from slmjax.attention import AttentionConfig
 from slmjax.layers import Embedding, FfnAux, FfnConfig, MixerConfig, MlpConfig, RmsNorm, Shape, dropout, effective_weight, truncated_normal
 from slmjax.moe import MoeConfig
@@ -247,7 +247,9 @@ class SegmentStack(nnx.Module):
             return x, (new_states, reports, captures)
 
         body = _rematerialised(repeat, self.remat)
-        x, (new_states, reports, captures) = jax.lax.scan(body, x, (params, states, jnp.arange(self.config.repeats)))
+        # What is to be computed again stays in a loop: outside of one the compiler would see that it has it already.
+        unroll = kernels.unrolled_layers(self.config.repeats) if self.remat is Remat.NONE else 1
+        x, (new_states, reports, captures) = jax.lax.scan(body, x, (params, states, jnp.arange(self.config.repeats)), unroll=unroll)
         return x, None if states is None else new_states, reports, captures
 
 
