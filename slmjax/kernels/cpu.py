@@ -74,7 +74,7 @@ def attend(
     q_BKGTH = q.reshape(batch, length, -1, groups, head_dim).transpose(0, 2, 3, 1, 4)
     rows = q_BKGTH.reshape(batch, -1, groups * length, head_dim)
     seen = jnp.tile(mask, (1, groups, 1))[:, None]
-    out = _attend(*sharding.alike(rows, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)), seen, scale)
+    out: Array = _attend(*sharding.alike(rows, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)), seen, scale)
     return out.reshape(batch, -1, groups, length, head_dim).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
