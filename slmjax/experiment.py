@@ -18,6 +18,7 @@ from slmjax.optim import OptimConfig
 from slmjax.sampling import SamplingConfig
 from slmjax.sharding import MeshConfig
 from slmjax.step import ObjectiveConfig
+from slmjax.trackers import Tracker
 
 
 class InitConfig(abc.ABC):
@@ -55,6 +56,7 @@ class EvalConfig:
     every: int = 250  # steps between evaluations; one more, on all held-out text, ends the run
     max_documents: int | None = 64  # held-out documents of the evaluations on the way (none: all)
     batch_size: int | None = None  # rows at a time (none: as in training)
+    sample: bool = True  # continue run.sample_prompts each time, so that the log shows what the model has learnt to say
     overlap: int | None = None  # tokens that each further window of a long document repeats (none: a quarter window, at most 64)
 
     def __post_init__(self) -> None:
@@ -78,8 +80,9 @@ class RunConfig:
     seed: int = 0  # of initial parameters and dropout; the order of the data has its own
     log_every: int = 10  # steps between lines of the log
     directory: str = "runs"  # where run directories are made
-    sample_prompts: tuple[str, ...] = ("",)  # texts that the trained model continues at the end
+    sample_prompts: tuple[str, ...] = ("",)  # texts that the trained model continues at every evaluation and at the end
     sample: SamplingConfig = SamplingConfig(temperature=0.8, top_k=40)  # how it does
+    trackers: tuple[Tracker, ...] = ()  # where the log's figures go as well: tensorboard, wandb
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.log_every < 1:

@@ -2,7 +2,7 @@
 
 with Progress(num_steps=2000) as progress:
     progress.advance(9)                                                              # every step: moves the bar
-    progress.update(10, loss=3.2, bits_per_byte=4.1, tokens_per_second=9e3)          # every log interval
+    progress.update(10, loss=3.2, figures=meter.measure(...))                         # every log interval
     progress.print("checkpoint saved at step 10")
 """
 
@@ -15,7 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from slmjax.meter import Figures
 from slmjax.runlog import Log
+
+BAR_WIDTH = 16
 
 
 class Progress:
@@ -37,7 +40,7 @@ class Progress:
         self._clock = clock
         self._first_update: tuple[int, float] | None = None
         self._console = console or Console()
-        columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
+        columns = (BarColumn(bar_width=BAR_WIDTH), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
         bar = Bar(*columns, console=self._console, refresh_per_second=5)
         self._task = bar.add_task("compiling", total=num_steps)
         self._bar = bar if self._console.is_terminal and not self._is_silent else None
@@ -47,14 +50,22 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
-    def update(self, step: int, *, loss: float, bits_per_byte: float, tokens_per_second: float) -> None:
-        """Shows the figures of `step` and the time that is left at the mean pace since the first update."""
-        eta = self._time_left(step)
-        figures = f"loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  {tokens_per_second:,.0f} tokens/s  {eta} left"
+    def update(self, step: int, *, loss: float, figures: Figures) -> None:
+        """Shows the figures of `step` and the time that is left at the mean pace since the first update.
+
+        Where the terminal is too narrow for all of them, the last go first; the time that is left stays.
+        """
+        shown = [f"loss {loss:.4f}", f"{figures.bits_per_byte:.3f} bits/byte", f"{figures.tokens_per_second:,.0f} tokens/s"]
+        shown += [] if figures.mfu is None else [f"MFU {figures.mfu:.0%}"]
+        shown += [f"data wait {figures.data_wait_share:.0%}"]
+        eta = f"{self._time_left(step)} left"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=figures)
+            room = self._console.width - BAR_WIDTH - 2 * len(str(self._num_steps)) - 3  # the count, and spaces between
+            while len(shown) > 1 and len("  ".join([*shown, eta])) > room:
+                shown.pop()
+            self._bar.update(self._task, completed=step, description="  ".join([*shown, eta]))
         else:
-            self.print(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {figures}")
+            self.print(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {'  '.join([*shown, eta])}")
 
     def print(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""

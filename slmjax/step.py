@@ -5,7 +5,7 @@ global batch, so that accumulation, padding and the number of devices never chan
 gradient is not finite is undone on the device: parameters, moments, averages and buffers keep their old values, by
 `where`, and the skip is counted.
 
-Dims: B rows of the global batch, A microbatches, T time.
+Dims: B rows of the global batch, A microbatches, T time, G groups of parameters.
 """
 
 import dataclasses
@@ -15,14 +15,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from slmjax import losses, moe, sharding
 from slmjax.data.batch import Batch
+from slmjax.model import HeadKind, ModelConfig
 from slmjax.optim import OptimConfig, learning_rate
-from slmjax.parameters import Definition, block_at
+from slmjax.parameters import Definition, block_at, layer_indices
 
 Params = dict[str, Array]
 # Of the type in the comment, not checked: trees that jax makes of a TrainState hold shapes, shardings or nothing in its place.
@@ -149,7 +151,7 @@ def terms(
 
 
 # The step -------------------------------------------------------------------------------------------------------------
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 
 
 def make_train_step(
@@ -166,11 +168,11 @@ def make_train_step(
     Metrics are float32 scalars of the whole batch: `loss` (nats per scored token), `objective` (with auxiliary terms),
     `grad_norm` (before clipping), `learning_rate`, `accuracy`, `nll`, `targets`, `bytes`, `tokens`, `skipped` (so far),
     `skipped_in_a_row`, and for mixtures of experts `dropped` and `expert_imbalance` (the busiest expert's load over the mean,
-    averaged over layers).
+    averaged over layers). Two are trees of arrays, which `named_metrics` puts into words: `grad_norms` and `expert_loads`.
     """
     grads_of = functools.partial(_gradients, definition, objective, optim.accumulation_steps)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         total = counts(batch)
         value, sums, grads = grads_of(state.trainable, state.frozen, batch, total, key)
@@ -185,17 +187,18 @@ def make_train_step(
             "ema": _averaged(state.ema, trainable, decay=optim.ema_decay, num_updates=num_updates),
         }
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-        kept = {
-            name: jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, getattr(state, name)) for name, new in changed.items()
-        }
+        keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+        kept = {name: keep(new, getattr(state, name)) for name, new in changed.items()}
         undone = 1 - finite.astype(jnp.int32)
         new_state = dataclasses.replace(
             state, **kept, step=state.step + 1, tokens=_counted(state.tokens, jnp.where(finite, total["targets"], 0.0)),
             skipped=state.skipped + undone, skipped_in_a_row=(state.skipped_in_a_row + 1) * undone,
         )  # fmt: skip
-        lr = learning_rate(optim, num_updates, total_steps=total_steps)
-        metrics = {"objective": value, "grad_norm": grad_norm, "learning_rate": jnp.asarray(lr), "skipped": new_state.skipped}
-        metrics["skipped_in_a_row"] = new_state.skipped_in_a_row
+        metrics = {
+            "objective": value, "grad_norm": grad_norm, "grad_norms": jnp.sqrt(_squares_by_layer(definition.config, grads)),
+            "learning_rate": jnp.asarray(learning_rate(optim, num_updates, total_steps=total_steps)),
+            "skipped": new_state.skipped, "skipped_in_a_row": new_state.skipped_in_a_row,
+        }  # fmt: skip
         return new_state, metrics | total | _report(sums, total)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
@@ -261,12 +264,51 @@ def _updated_buffers(definition: Definition, buffers: Params, sums: Mapping[str,
     return updated
 
 
-def _report(sums: Mapping[str, Array], total: Mapping[str, Array]) -> dict[str, Array]:
-    report = {"loss": sums["nll"] / jnp.maximum(total["targets"], 1.0), "nll": sums["nll"]}
+# Metrics --------------------------------------------------------------------------------------------------------------
+def named_metrics(config: ModelConfig, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics that came from the device as plain numbers, in the words of the log.
+
+    `grad_norms` become one per layer, of the embedding, of the final norm (their squares add up to that of `grad_norm`);
+    `expert_loads` become each layer's shares, which add up to 1.
+    """
+    named: dict[str, Any] = {name: float(value) for name, value in metrics.items() if name not in ("grad_norms", "expert_loads")}
+    named["grad_norms"] = dict(zip(gradient_groups(config), metrics["grad_norms"].tolist(), strict=True))
+    if "expert_loads" in metrics:
+        named["expert_loads"] = {}
+        for path, loads in metrics["expert_loads"].items():
+            shares = loads / np.maximum(loads.sum(axis=-1, keepdims=True), 1.0)
+            named["expert_loads"] |= {
+                f"layers/{layer}": share for layer, share in zip(layer_indices(config, path) or (), shares.tolist(), strict=True)
+            }
+    return named
+
+
+def gradient_groups(config: ModelConfig) -> list[str]:
+    """What gradient norms are told of: every layer, and the modules around them."""
+    around = ["embed", "final_norm"] + (["head"] if config.head is HeadKind.FREE else [])
+    return [f"layers/{layer}" for layer in range(config.num_layers)] + around
+
+
+def _squares_by_layer(config: ModelConfig, grads: Params) -> Float[Array, " G"]:
+    """Sums of squares of the gradient, one for each of `gradient_groups`."""
+    groups = gradient_groups(config)
+    squares = jnp.zeros((len(groups),))
+    for path, grad in grads.items():
+        layers = layer_indices(config, path)
+        if layers is None:
+            squares = squares.at[groups.index(path.split("/")[0])].add(jnp.sum(jnp.square(grad)))
+        else:  # the first groups are the layers, in order
+            squares = squares.at[jnp.asarray(layers)].add(jnp.sum(jnp.square(grad), axis=range(1, grad.ndim)))
+    return squares
+
+
+def _report(sums: Mapping[str, Array], total: Mapping[str, Array]) -> dict[str, Any]:
+    report: dict[str, Any] = {"loss": sums["nll"] / jnp.maximum(total["targets"], 1.0), "nll": sums["nll"]}
     report["accuracy"] = sums["correct"] / jnp.maximum(total["targets"], 1.0)
-    loads = [value for name, value in sums.items() if name.endswith("/expert_counts")]
+    loads = {name: value for name, value in sums.items() if name.endswith("/expert_counts")}
     if loads:
-        imbalances = [jnp.mean(jnp.max(load, axis=-1) / jnp.maximum(jnp.mean(load, axis=-1), 1e-9)) for load in loads]
+        report["expert_loads"] = loads
+        imbalances = [jnp.mean(jnp.max(load, axis=-1) / jnp.maximum(jnp.mean(load, axis=-1), 1e-9)) for load in loads.values()]
         report["expert_imbalance"] = jnp.mean(jnp.stack(imbalances))
         dropped = [jnp.sum(value) for name, value in sums.items() if name.endswith("/dropped")]
         report["dropped"] = jnp.sum(jnp.stack(dropped))

@@ -22,11 +22,12 @@ import jax
 from rich.console import Console
 
 from slmjax import config as config_io
-from slmjax import sampling, sharding
+from slmjax import devices, sampling, sharding
 from slmjax.checkpoint import Checkpointer
 from slmjax.data.pipeline import BatchSource, ReadAhead
 from slmjax.evaluation.compressors import compressed_bits_per_byte
 from slmjax.experiment import Experiment, with_absolute_paths
+from slmjax.meter import Meter
 from slmjax.parameters import Definition
 from slmjax.processes import StopSignals, broadcast_text
 from slmjax.progress import LogRecords, Progress
@@ -42,7 +43,10 @@ from slmjax.session import (
     tokenizer_of,
     warn_of_other_data,
 )
-from slmjax.step import TrainState, tokens_seen
+from slmjax.startup import keep_memory
+from slmjax.step import TrainState, named_metrics, tokens_seen
+from slmjax.trackers import Trackers
+from slmjax.zoo import describe
 
 log = logging.getLogger(__name__)
 
@@ -86,9 +90,13 @@ def train(
       ValueError: settings, data or checkpoints that do not fit, with what to change; nothing is lost.
     """
     ledger = Ledger()
+    if jax.default_backend() == "cpu":
+        keep_memory()
     experiment = experiment if resume is not None else with_absolute_paths(experiment)
     run = None if resume is None else run_to_resume(Path(resume), experiment)
     mesh = sharding.make_mesh(experiment.mesh)
+    with ledger.timed(Category.INIT):
+        peak = devices.peak_flops(jax.devices()[0], experiment.model.layer_shape().dtype, num_devices=mesh.size)
     with ExitStack() as stack:
         progress = Progress(num_steps=experiment.run.steps, process_index=jax.process_index(), console=console)
         records = stack.enter_context(LogRecords(progress))
@@ -111,10 +119,16 @@ def train(
                 raise ValueError(f"{run.path} is at step {int(state.step)} of {experiment.run.steps} already: give more --run.steps")
             warn_of_other_data(run, experiment, setup.prepared)
             _write_description(setup, run, code)
+            trackers = stack.enter_context(_open_trackers(run, experiment))
         _announce(setup, run, source, progress, int(state.step))
         stack.enter_context(progress)
         batches = stack.enter_context(source.iterate(int(state.step)))
-        loop = Loop(setup, run=run, checkpointer=checkpointer, ledger=ledger, log=run_log, progress=progress, batches=batches, state=state)
+        config = dataclasses.replace(setup.definition.config, context_length=experiment.data.sequence_length)
+        meter = Meter(flops_per_token=describe(config).training_flops_per_token, peak_flops=peak, tokens=tokens_seen(state), waiting=0.0)
+        loop = Loop(
+            setup, run=run, checkpointer=checkpointer, ledger=ledger, log=run_log, trackers=trackers, progress=progress, meter=meter,
+            batches=batches, state=state,
+        )  # fmt: skip
         with StopSignals() as signals:
             state, status = loop.run(state, signals)
             return _finish(loop, state, status, signals)
@@ -131,22 +145,21 @@ class Loop:
         checkpointer: Checkpointer,
         ledger: Ledger,
         log: Log,
+        trackers: Trackers,
         progress: Progress,
+        meter: Meter,
         batches: ReadAhead,
         state: TrainState,
     ) -> None:
         self.setup, self.run_dir, self.checkpointer = setup, run, checkpointer
-        self.ledger, self.log, self.progress, self.batches = ledger, log, progress, batches
+        self.ledger, self.log, self.trackers, self.progress, self.meter, self.batches = ledger, log, trackers, progress, meter, batches
         self.first_step = self.step = int(state.step)
-        self.last: dict[str, float] = {}  # metrics of the last logged step
+        self.last: dict[str, float] = {}  # loss and bits per byte of the last logged step
         self.best = checkpointer.best()
         self.num_documents: int | None = None  # of the evaluations on the way
-        # Of the logged stretches, compilation and evaluation left out.
-        self.timed_tokens, self.timed_seconds, self.timed_wait = 0, 0.0, 0.0
         self._saved_step = self.first_step  # where the state came from, or 0, which is never saved
         self._skipped = int(state.skipped)
-        self._logged_step, self._logged_time, self._logged_wait = self.step, time.perf_counter(), 0.0
-        self._logged_tokens = tokens_seen(state)
+        self._logged_step = self.step
 
     def run(self, state: TrainState, signals: StopSignals) -> tuple[TrainState, str]:
         """Trains until the last step; returns the state and how the session ended."""
@@ -159,8 +172,7 @@ class Loop:
                 if self.step == self.first_step:
                     jax.block_until_ready(metrics)
                     # Compilation, and the wait for the first batch, say nothing about the pace.
-                    self._logged_time, self._logged_wait = time.perf_counter(), self.batches.waiting_seconds
-                    self._logged_tokens = tokens_seen(state)
+                    self.meter.restart(tokens=tokens_seen(state), waiting=self.batches.waiting_seconds)
             self.step += 1
             self.progress.advance(self.step)
             is_last = self.step == experiment.run.steps
@@ -185,6 +197,18 @@ class Loop:
                 self.checkpointer.save(self.step, state.items(), best_loss=best_loss)
             self._saved_step = self.step
 
+    def record(self, kind: str, **values: Any) -> None:
+        """Writes a record of this step to the log and to the trackers."""
+        self.log.write(kind, step=self.step, **values)
+        self.trackers.write(kind, step=self.step, **values)
+
+    def sample(self, state: TrainState) -> list[str]:
+        """Continues the run's prompts, and keeps what comes of it in the log."""
+        samples = _samples(self.setup, state)
+        for prompt, text in zip(self.setup.experiment.run.sample_prompts, samples, strict=False):
+            self.record("sample", prompt=prompt, text=text)
+        return samples
+
     @contextmanager
     def _aside(self, category: Category, state: TrainState) -> Iterator[None]:
         """Time spent on other things than training: tokens per second do not count it."""
@@ -193,40 +217,38 @@ class Loop:
         started = time.perf_counter()
         with self.ledger.timed(category):
             yield
-        self._logged_time += time.perf_counter() - started
+        self.meter.leave_out(time.perf_counter() - started)
 
     def _log_step(self, state: TrainState, metrics: dict[str, Any]) -> float:
         """Writes and shows the figures of this step; returns how many steps in a row were undone up to it."""
         with self.ledger.timed(Category.STEP):
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            values = named_metrics(self.setup.definition.config, jax.device_get(metrics))
             tokens = tokens_seen(state)
-        now, waited = time.perf_counter(), self.batches.waiting_seconds
-        seconds, waiting = now - self._logged_time, waited - self._logged_wait
-        rate = (tokens - self._logged_tokens) / seconds if tokens > self._logged_tokens else math.nan
-        self.timed_tokens += tokens - self._logged_tokens
-        self.timed_seconds, self.timed_wait = self.timed_seconds + seconds, self.timed_wait + waiting
-        bits = values["nll"] / math.log(2) / max(values.pop("bytes"), 1.0)
-        share = min(waiting / max(seconds, 1e-9), 1.0)
-        self.log.write("train", step=self.step, bits_per_byte=bits, tokens_per_second=rate, data_wait_share=share, **values)
-        self.progress.update(self.step, loss=values["loss"], bits_per_byte=bits, tokens_per_second=rate)
+        figures = self.meter.measure(
+            tokens=tokens, waiting=self.batches.waiting_seconds, nll=values["nll"], num_bytes=values.pop("bytes")
+        )  # fmt: skip
+        self.record("train", **dataclasses.asdict(figures), **values)
+        self.progress.update(self.step, loss=values["loss"], figures=figures)
         if undone := int(values["skipped"]) - self._skipped:
             log.warning(
                 "%d of steps %d to %d undone, their loss or gradient is not finite: %d in all, %d in a row", undone, self._logged_step + 1,
                 self.step, values["skipped"], values["skipped_in_a_row"],
             )  # fmt: skip
         self._skipped += undone
-        self.last = values | {"bits_per_byte": bits}
-        self._logged_step, self._logged_time, self._logged_wait, self._logged_tokens = self.step, now, waited, tokens
+        self.last = {"loss": values["loss"], "bits_per_byte": figures.bits_per_byte}
+        self._logged_step = self.step
         return values["skipped_in_a_row"]
 
     def _evaluate(self, state: TrainState) -> None:
-        """Evaluates on the way, and saves the state if it is the best so far."""
+        """Evaluates on the way, samples, and saves the state if it is the best so far."""
         with self._aside(Category.EVAL, state):
             found = self.setup.evaluate(state, self.setup.experiment.eval.max_documents)
+            if self.setup.experiment.eval.sample:
+                self.sample(state)
         if found is None:
             return
         self.num_documents = found.documents
-        self.log.write("eval", step=self.step, loss=found.loss, bits_per_byte=found.bits_per_byte, documents=found.documents)
+        self.record("eval", loss=found.loss, bits_per_byte=found.bits_per_byte, documents=found.documents)
         self.progress.print(f"step {self.step}: held-out loss {found.loss:.4f}, {found.bits_per_byte:.3f} bits/byte")
         if self.best is None or found.loss < self.best[1]:
             self.best = (self.step, found.loss)
@@ -253,6 +275,11 @@ def _write_description(setup: Setup, run: RunDirectory, code: str | Path | None)
     setup.prepared.tokenizer.save(run.tokenizer)
     if code is not None and Path(code).resolve() != (run.path / "experiment.py").resolve():
         shutil.copyfile(code, run.path / "experiment.py")
+
+
+def _open_trackers(run: RunDirectory, experiment: Experiment) -> Trackers:
+    wanted = experiment.run.trackers if jax.process_index() == 0 else ()
+    return Trackers(wanted, directory=run.path, name=run.path.name, config=config_io.to_json(experiment))
 
 
 def num_parameters(definition: Definition) -> int:
@@ -292,7 +319,7 @@ def _finish(loop: Loop, state: TrainState, status: str, signals: StopSignals) ->
             found = setup.evaluate(state, None)
         if found is not None and not signals.received:
             compressors = _compressed(setup)
-            samples = _samples(setup, state)
+            samples = loop.sample(state)
         if found is not None and found.documents == loop.num_documents and (loop.best is None or found.loss < loop.best[1]):
             loop.best = (loop.step, found.loss)
             loop.checkpointer.mark_best(*loop.best)
@@ -302,18 +329,18 @@ def _finish(loop: Loop, state: TrainState, status: str, signals: StopSignals) ->
     figures = {"loss": loop.last.get("loss", math.nan), "bits_per_byte": loop.last.get("bits_per_byte", math.nan)}
     if found is not None:
         figures = {"loss": found.loss, "bits_per_byte": found.bits_per_byte}
-        loop.log.write("eval", step=loop.step, documents=found.documents, complete=True, **figures)
+        loop.record("eval", documents=found.documents, complete=True, **figures)
     result = Result(
         status=status, **figures, perplexity=math.exp(min(figures["loss"], 700.0)), best_loss=None if loop.best is None else loop.best[1],
         best_step=None if loop.best is None else loop.best[0],
         compressors=compressors, tokens=tokens_seen(state), seconds=sum(seconds.values()),
-        tokens_per_second=loop.timed_tokens / max(loop.timed_seconds, 1e-9), parameters=num_parameters(setup.definition),
+        tokens_per_second=loop.meter.tokens_per_second, parameters=num_parameters(setup.definition),
         step=loop.step, skipped=int(state.skipped), run_dir=str(run.path), commit=commit()["commit"], seconds_by_category=seconds,
-        samples=samples, data_wait_share=loop.timed_wait / max(loop.timed_seconds, 1e-9),
+        samples=samples, data_wait_share=loop.meter.data_wait_share,
     )  # fmt: skip
     if jax.process_index() == 0:
         run.write_json("result.json", dataclasses.asdict(result))
-    loop.log.write("result", status=status, step=loop.step, **figures)
+    loop.record("result", status=status, **figures)
     return result
 
 

@@ -1,16 +1,18 @@
 """slmjax.progress: plain lines in a pipe, a bar on a terminal, silence on other processes."""
 
+import dataclasses
 import io
 
 import pytest
 from rich.console import Console
 
+from slmjax.meter import Figures
 from slmjax.progress import Progress, format_seconds
 
 
-def make_console(*, is_terminal: bool) -> tuple[Console, io.StringIO]:
+def make_console(*, is_terminal: bool, width: int = 140) -> tuple[Console, io.StringIO]:
     stream = io.StringIO()
-    return Console(file=stream, force_terminal=is_terminal, width=140), stream
+    return Console(file=stream, force_terminal=is_terminal, width=width), stream
 
 
 class FakeClock:
@@ -21,7 +23,7 @@ class FakeClock:
         return self.now
 
 
-FIGURES = {"loss": 3.25, "bits_per_byte": 4.5, "tokens_per_second": 12345.6}
+FIGURES = {"loss": 3.25, "figures": Figures(bits_per_byte=4.5, tokens_per_second=12345.6, mfu=0.412, data_wait_share=0.03)}
 
 
 def test_plain_lines() -> None:
@@ -35,10 +37,10 @@ def test_plain_lines() -> None:
         progress.print("saved [bold] step 11 " + "x" * 200)
         progress.update(200, **FIGURES)
     assert stream.getvalue().splitlines() == [
-        "step   1/200  loss 3.2500  4.500 bits/byte  12,346 tokens/s  ? left",
-        "step  11/200  loss 3.2500  4.500 bits/byte  12,346 tokens/s  3m09s left",
+        "step   1/200  loss 3.2500  4.500 bits/byte  12,346 tokens/s  MFU 41%  data wait 3%  ? left",
+        "step  11/200  loss 3.2500  4.500 bits/byte  12,346 tokens/s  MFU 41%  data wait 3%  3m09s left",
         "saved [bold] step 11 " + "x" * 200,
-        "step 200/200  loss 3.2500  4.500 bits/byte  12,346 tokens/s  0s left",
+        "step 200/200  loss 3.2500  4.500 bits/byte  12,346 tokens/s  MFU 41%  data wait 3%  0s left",
     ]
 
 
@@ -53,6 +55,23 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "10/20" in shown and "loss 3.2500" in shown and "12,346 tokens/s" in shown
     assert "saved [bold] step 10" in shown
     assert shown.count("step 10/20") == 0, "no plain lines beside the bar"
+
+
+def test_a_narrow_terminal_keeps_what_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    console, stream = make_console(is_terminal=True, width=70)
+    with Progress(num_steps=20, console=console) as progress:
+        progress.update(10, **FIGURES)
+    shown = stream.getvalue()
+    assert "loss 3.2500" in shown and "left" in shown and "tokens/s" not in shown and "\u2026" not in shown
+
+
+def test_where_the_peak_is_not_known_nothing_is_said_of_it() -> None:
+    console, stream = make_console(is_terminal=False)
+    with Progress(num_steps=20, console=console) as progress:
+        progress.update(10, loss=3.0, figures=dataclasses.replace(FIGURES["figures"], mfu=None))
+    assert "MFU" not in stream.getvalue() and "data wait 3%" in stream.getvalue()
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])

@@ -59,7 +59,7 @@ class Compiled:
         with jax.set_mesh(self.mesh):
             for batch in batches:
                 state, metrics = self.train_step(state, sharding.place_batch(batch, self.mesh))
-        return state, {name: float(value) for name, value in metrics.items()}
+        return state, step.named_metrics(self.definition.config, jax.device_get(metrics))
 
 
 @functools.cache
@@ -107,7 +107,8 @@ def assert_same_training(found, *, rtol=2e-4, atol=2e-6):
     expected_state, expected_metrics = reference()
     assert metrics.keys() == expected_metrics.keys()
     for name, value in expected_metrics.items():
-        np.testing.assert_allclose(metrics[name], value, rtol=rtol, atol=1e-6, err_msg=name)
+        assert jax.tree.structure(metrics[name]) == jax.tree.structure(value), name
+        np.testing.assert_allclose(jax.tree.leaves(metrics[name]), jax.tree.leaves(value), rtol=rtol, atol=1e-6, err_msg=name)
     for (path, value), expected in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(expected_state), strict=True):
         np.testing.assert_allclose(value, expected, rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path))
 
@@ -138,6 +139,11 @@ def test_the_batch_tells_rows_with_routes_apart():
     metrics = reference()[1]
     assert metrics["dropped"] > 0 and metrics["expert_imbalance"] > 1.05
     assert metrics["objective"] > metrics["loss"] + 0.01
+    assert set(metrics["expert_loads"]) == {"layers/0", "layers/1"}
+    assert all(sum(shares) == pytest.approx(1.0) for shares in metrics["expert_loads"].values())
+    # Of the whole gradient every parameter is told of once.
+    assert math.hypot(*metrics["grad_norms"].values()) == pytest.approx(metrics["grad_norm"], rel=1e-5)
+    assert list(metrics["grad_norms"]) == ["layers/0", "layers/1", "embed", "final_norm"] and min(metrics["grad_norms"].values()) > 0
     frozen = build().run(first_state(), make_batch(0))[0].frozen
     assert frozen
     for path, bias in frozen.items():

@@ -151,7 +151,19 @@ def test_a_damaged_checkpoint_is_set_aside(story):
 
 def test_every_loss_is_the_same_bit_for_bit(story, straight):
     """Steps that were done twice included."""
-    fields = ("loss", "grad_norm", "objective", "learning_rate", "accuracy", "nll", "targets", "expert_imbalance", "bits_per_byte")
+    fields = (
+        "loss",
+        "grad_norm",
+        "objective",
+        "learning_rate",
+        "accuracy",
+        "nll",
+        "targets",
+        "expert_imbalance",
+        "bits_per_byte",
+        "grad_norms",
+        "expert_loads",
+    )
     expected = {record["step"]: record for record in read_log(straight / "log.jsonl", kind="train")}
     assert list(expected) == list(range(1, NUM_STEPS + 1))
     records = read_log(story.run_dir / "log.jsonl", kind="train")
@@ -180,17 +192,24 @@ def test_the_results_are_the_same(story, straight):
 # What a run leaves ----------------------------------------------------------------------------------------------------
 def test_the_log_says_all(straight):
     records = read_log(straight / "log.jsonl")
-    by_kind = {kind: [record for record in records if record["kind"] == kind] for kind in ("train", "eval", "message", "result")}
+    by_kind = {kind: [record for record in records if record["kind"] == kind] for kind in ("train", "eval", "sample", "message", "result")}
     assert len(records) == sum(map(len, by_kind.values()))
     wanted = {
         "kind", "time", "step", "loss", "objective", "bits_per_byte", "tokens_per_second", "data_wait_share", "grad_norm",
         "learning_rate", "accuracy", "nll", "targets", "tokens", "skipped", "skipped_in_a_row", "expert_imbalance", "dropped",
+        "mfu", "grad_norms", "expert_loads",
     }  # fmt: skip
     assert all(record.keys() == wanted for record in by_kind["train"])
     assert [record["step"] for record in by_kind["eval"]] == [20, 40, NUM_STEPS]
     assert by_kind["eval"][-1]["complete"] and by_kind["result"][0]["status"] == "finished"
     assert [record["time"] for record in records] == sorted(record["time"] for record in records)
+    assert [(record["step"], record["prompt"]) for record in by_kind["sample"]] == [(20, "The "), (40, "The "), (NUM_STEPS, "The ")]
+    assert by_kind["sample"][-1]["text"] == result_of(straight)["samples"][0]
     last = by_kind["train"][-1]
+    assert set(last["grad_norms"]) == {"embed", "final_norm", *(f"layers/{layer}" for layer in range(4))}
+    assert set(last["expert_loads"]) == {"layers/1", "layers/3"}
+    assert all(len(shares) == 4 and sum(shares) == pytest.approx(1.0) for shares in last["expert_loads"].values())
+    assert 0 < last["mfu"] < 1
     assert last["loss"] == pytest.approx(last["nll"] / last["targets"], rel=1e-6)
     assert last["bits_per_byte"] == pytest.approx(last["loss"] / math.log(2), rel=0.05)  # bytes are tokens here, but for EOS
 

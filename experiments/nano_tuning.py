@@ -1,0 +1,32 @@
+"""`nano` without the text that it is judged by: for choosing its settings, other documents are held out.
+
+slmjax train experiments/nano_tuning.py --optim.muon-lr 0.03
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import slmjax
+from slmjax.data.config import WeightedSource
+from slmjax.data.documents import Document
+from slmjax.data.encoding import is_held_out
+from slmjax.data.stdlib_corpus import StdlibSource
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuningText(StdlibSource):
+    """The text that `nano` trains on, and nothing that it holds out."""
+
+    heldout_fraction: float = 0.03  # what `nano` holds out
+
+    def documents(self) -> Iterator[Document]:
+        return (document for document in super().documents() if not is_held_out(document.id, self.heldout_fraction))
+
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint()} without {self.heldout_fraction}"
+
+
+def experiment() -> slmjax.Experiment:
+    nano = slmjax.load_experiment("nano")
+    data = dataclasses.replace(nano.data, sources=(WeightedSource(source=TuningText()),), heldout_fraction=0.06)
+    return dataclasses.replace(nano, data=data, run=dataclasses.replace(nano.run, name="nano-tuning"))
