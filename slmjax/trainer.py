@@ -22,7 +22,7 @@ import jax
 from rich.console import Console
 
 from slmjax import config as config_io
-from slmjax import devices, sampling, sharding
+from slmjax import devices, sampling, sharding, startup
 from slmjax.checkpoint import Checkpointer
 from slmjax.data.pipeline import BatchSource, ReadAhead
 from slmjax.evaluation.compressors import compressed_bits_per_byte
@@ -43,7 +43,6 @@ from slmjax.session import (
     tokenizer_of,
     warn_of_other_data,
 )
-from slmjax.startup import keep_memory
 from slmjax.step import TrainState, named_metrics, tokens_seen
 from slmjax.trackers import Trackers
 from slmjax.zoo import describe
@@ -91,7 +90,7 @@ def train(
     """
     ledger = Ledger()
     if jax.default_backend() == "cpu":
-        keep_memory()
+        startup.keep_memory()
     experiment = experiment if resume is not None else with_absolute_paths(experiment)
     run = None if resume is None else run_to_resume(Path(resume), experiment)
     mesh = sharding.make_mesh(experiment.mesh)
@@ -359,4 +358,4 @@ def _samples(setup: Setup, state: TrainState) -> list[str]:
         return []
     params, buffers = state.evaluated, state.frozen
     found = sampling.sample(setup.definition, params, buffers, setup.prompts, config=settings.sample, eos_id=tokenizer.eos_id)
-    return [prompt + tokenizer.decode(tokens) for prompt, tokens in zip(settings.sample_prompts, found, strict=True)]
+    return [prompt + tokenizer.decode(one.tokens) for prompt, one in zip(settings.sample_prompts, found, strict=True)]

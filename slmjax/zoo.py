@@ -54,6 +54,14 @@ def shakespeare_char(*, vocab_size: int | None = None) -> ModelConfig:
     )  # fmt: skip
 
 
+def slm_12m(*, vocab_size: int | None = 4096) -> ModelConfig:
+    """A decoder that a laptop trains overnight: 6 layers of width 384. What the benchmarks on CPUs time."""
+    return _uniform(
+        layers=6, embed_dim=384, attention=AttentionConfig(num_heads=6), ffn=MlpConfig(hidden_dim=1024), context_length=512,
+        vocab_size=vocab_size,
+    )  # fmt: skip
+
+
 def slm_124m(*, vocab_size: int | None = 50_257) -> ModelConfig:
     """The size of GPT-2 small, with rotary positions, RMSNorm and SwiGLU; the table is padded to 50,304 rows."""
     config = _uniform(
@@ -125,6 +133,7 @@ ARCHITECTURES: Mapping[str, Callable[[], ModelConfig]] = {
     "nano_moe": functools.partial(nano_moe, vocab_size=2048),
     "nano_window": functools.partial(nano_window, vocab_size=2048),
     "shakespeare_char": functools.partial(shakespeare_char, vocab_size=67),  # 65 characters, BOS, EOS
+    "slm_12m": slm_12m,
     "slm_124m": slm_124m,
     "smollm2_135m": smollm2_135m,
     "smollm2_360m": smollm2_360m,

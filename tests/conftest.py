@@ -35,6 +35,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Before slmjax is imported: every annotation becomes a check. An int may stand for a float, as in PEP 484.
 jaxtyping.install_import_hook("slmjax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
+from slmjax import startup  # noqa: E402
+
+startup.keep_memory = lambda: True  # this process has many other things to do
+
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(SESSION_CACHE, ignore_errors=True)

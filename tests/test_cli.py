@@ -23,7 +23,6 @@ from slmjax.runlog import read_log
 def refused(monkeypatch, capsys, workplace, tmp_path):
     """`refused("train", "x.py")`: the message of a command that exits with 2 after one message, having written nothing."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "keep_memory", lambda: None)  # this process has other tests to run
     (tmp_path / "text.txt").write_bytes((workplace / "text.txt").read_bytes())
     (tmp_path / "tiny.py").write_bytes((workplace / "tiny.py").read_bytes())
 
@@ -74,7 +73,6 @@ def test_an_unknown_command(refused):
 def test_every_option_has_help(command, capsys, monkeypatch):
     """An option's text is more than its type and its default."""
     monkeypatch.setenv("COLUMNS", "100")  # one column of options
-    monkeypatch.setattr(cli, "keep_memory", lambda: None)
     shown = help_of(command, capsys)
     assert shown.count("--") >= 2 and not options_without_help(shown), f"{options_without_help(shown)}\n{shown}"
 
@@ -145,7 +143,7 @@ def test_generate(trained, workplace, run_command):
     assert done.returncode == 0, done.stderr
     first, second = json.loads(done.stdout)
     assert (first["prompt"], second["prompt"]) == ("The ", "An e")
-    assert len(first["tokens"]) == 12 or first["finished"]
+    assert len(first["tokens"]) == 12 or first["reason"] == "eos"
     plain = run_command(*greedy, "--prompt", "The ", "An e", cwd=workplace)
     assert plain.stdout == f"The {first['text']}\n\nAn e{second['text']}\n\n"
 
@@ -172,7 +170,6 @@ def test_train_from_a_model_with_other_settings(trained, workplace, run_command)
 def printed(monkeypatch, capsys, workplace):
     """`printed("models")`: the standard output of a command called in this process, where text.txt and tiny.py are."""
     monkeypatch.chdir(workplace)
-    monkeypatch.setattr(cli, "keep_memory", lambda: None)
 
     def run(*arguments):
         with pytest.raises(SystemExit) as stopped:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from slmjax import losses, parameters, sampling, sharding
+from slmjax import losses, parameters, sharding
 from slmjax.attention import AttentionConfig, QkNorm
 from slmjax.checkpoint import Loaded
 from slmjax.data.tokenizers import ByteTokenizer
@@ -16,7 +17,8 @@ from slmjax.layers import MlpConfig
 from slmjax.model import BlockConfig, Decoder, ModelConfig, NormPlacement, Segment, logits
 from slmjax.moe import Balance, MoeConfig
 from slmjax.parameters import Definition
-from slmjax.sampling import SamplingConfig, filtered_logits, generate, next_tokens, sample
+from slmjax.sampling import FinishReason, SamplingConfig, decoding, generate, penalised
+from slmjax.sampling import sample as continuations
 
 CONTEXT, VOCAB = 16, 13
 BOS = 0
@@ -64,6 +66,10 @@ def build(config: ModelConfig) -> Model:
 def small() -> Model:
     """All tests sample from it four prompts at a time, in 16 tokens: one compilation for each kind of draw."""
     return build(SMALL)
+
+
+def sample(*arguments, **settings) -> list[list[int]]:
+    return [one.tokens for one in continuations(*arguments, **settings)]
 
 
 def greedily(model: Model, prompts: list[list[int]], *, max_tokens: int = 8, eos_id: int | None = None) -> list[list[int]]:
@@ -128,6 +134,9 @@ def test_draws_do_not_depend_on_the_neighbours(small: Model) -> None:
     draws = sample(*small, PROMPTS, config=config, eos_id=None)
     others = [[BOS, *prompt] for prompt in PROMPTS[:2]] + [PROMPTS[2]] + [[BOS, 1, 1, 1]]
     assert sample(*small, others, config=config, eos_id=None)[2] == draws[2]
+    # The third prompt's seed is 5 + 2: alone, with that seed, it gives the same, in a batch of any size.
+    alone = sample(*small, [PROMPTS[2]], config=dataclasses.replace(config, seed=7), eos_id=None)
+    assert alone == [draws[2]] == sample(*small, [PROMPTS[2]], config=config, seeds=[7], eos_id=None)
     # An EOS that ends some prompts early leaves the others as they were.
     eos_id = draws[0][2]
     for stopped, whole in zip(sample(*small, PROMPTS, config=config, eos_id=eos_id), draws, strict=True):
@@ -160,6 +169,37 @@ def test_sampling_on_a_mesh_equals_one_device(small: Model) -> None:
         assert sample(definition, placed, buffers, PROMPTS, config=config, eos_id=None) == expected
 
 
+@pytest.fixture(scope="module")
+def speaking(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    """A model of bytes: what it says is no text, and mostly torn."""
+    definition, params, buffers = build(dataclasses.replace(SMALL, vocab_size=258, context_length=64))
+    return Loaded(
+        config=definition.config, model=definition.merge(params, buffers), tokenizer=ByteTokenizer().build(()), definition=definition,
+        params=params, buffers=buffers, path=tmp_path_factory.mktemp("speaking"), step=1,
+    )  # fmt: skip
+
+
+def test_streamed_pieces_make_up_the_text(speaking: Loaded) -> None:
+    pieces: dict[int, list[str]] = {0: [], 1: []}
+    config = SamplingConfig(temperature=1.5, max_tokens=30)
+    found = generate(speaking, ["a", "b"], config=config, on_text=lambda index, text: pieces[index].append(text))
+    assert found == generate(speaking, ["a", "b"], config=config)
+    for index, one in enumerate(found):
+        assert "".join(pieces[index]) == one.text and len(pieces[index]) > 3
+
+
+def test_a_stop_text_ends_a_continuation_and_is_left_out(speaking: Loaded) -> None:
+    config = SamplingConfig(temperature=1.5, max_tokens=30)
+    whole = generate(speaking, ["a", "b"], config=config)[0].text
+    stop = whole[5:7]
+    pieces: list[str] = []
+    stopping = dataclasses.replace(config, stop=("never said", stop))
+    found = generate(speaking, ["a"], config=stopping, on_text=lambda _, text: pieces.append(text))[0]
+    assert found.text == whole[: whole.index(stop)] == "".join(pieces)
+    assert found.reason is FinishReason.STOP and len(found.tokens) < 30 and len(found.logprobs) == len(found.tokens)
+    assert stop in speaking.tokenizer.decode(found.tokens) and stop not in speaking.tokenizer.decode(found.tokens[:-1])
+
+
 def test_generate_goes_from_text_to_text(tmp_path: Path) -> None:
     definition, params, buffers = build(dataclasses.replace(SMALL, vocab_size=258))
     tokenizer = ByteTokenizer().build(())
@@ -175,10 +215,69 @@ def test_generate_goes_from_text_to_text(tmp_path: Path) -> None:
     assert [one.prompt_tokens for one in found] == expected_prompts
     assert [list(one.tokens) for one in found] == expected
     assert [one.text for one in found] == [tokenizer.decode(tokens) for tokens in expected]
-    assert [one.finished for one in found] == [tokens[-1] == tokenizer.eos_id for tokens in expected]
+    assert [one.reason is FinishReason.EOS for one in found] == [tokens[-1] == tokenizer.eos_id for tokens in expected]
+    assert [one.seed for one in found] == [0, 1, 2] and all(len(one.logprobs) == len(one.tokens) for one in found)
     assert generate(loaded, []) == []
     with pytest.raises(ValueError, match="give a list of texts"):
         generate(loaded, "def")
+
+
+# Probabilities, seeds, penalties -----------------------------------------------------------------------------------------
+def test_logprobs_are_those_of_the_full_forward(small: Model) -> None:
+    """Whatever is drawn from: here a distribution that a penalty, a temperature and two filters have changed."""
+    config = SamplingConfig(temperature=1.7, top_k=9, min_p=0.01, repetition_penalty=1.3, max_tokens=8)
+    model = small[0].merge(small[1], small[2])
+    for prompt, found in zip(PROMPTS, continuations(*small, PROMPTS, config=config, eos_id=None), strict=True):
+        sequence = jnp.zeros((1, 16), jnp.int32).at[0, : len(prompt) + 8].set(jnp.asarray([*prompt, *found.tokens]))
+        chances = jax.nn.log_softmax(jax.jit(logits)(model, sequence))[0, len(prompt) - 1 : len(prompt) + 7]
+        np.testing.assert_allclose(found.logprobs, chances[jnp.arange(8), jnp.asarray(found.tokens)], atol=2e-4)
+
+
+def test_what_a_penalty_counts_is_the_prompt_and_what_came(small: Model) -> None:
+    """Greedy, each token is the argmax of the full forward's logits after the penalty of all before it."""
+    model, config = small[0].merge(small[1], small[2]), SamplingConfig(temperature=0.0, repetition_penalty=3.0, max_tokens=8)
+    found = sample(*small, PROMPTS, config=config, eos_id=None)
+    assert found != greedily(small, PROMPTS)
+    for prompt, continued in zip(PROMPTS, found, strict=True):
+        sequence = jnp.zeros((1, 16), jnp.int32).at[0, : len(prompt) + 8].set(jnp.asarray([*prompt, *continued]))
+        rows = jax.jit(logits)(model, sequence)[0]
+        for index, token in enumerate(continued):
+            before = [*prompt, *continued[:index]]
+            seen = jnp.zeros((1, VOCAB), bool).at[0, jnp.asarray(before)].set(True)
+            assert int(jnp.argmax(penalised(rows[None, len(before) - 1], seen, penalty=3.0))) == token
+
+
+def test_seeds_are_checked(small: Model) -> None:
+    with pytest.raises(ValueError, match="2 seeds for 4 prompts"):
+        sample(*small, PROMPTS, seeds=[1, 2], eos_id=None)
+    with pytest.raises(ValueError, match="got -3"):
+        sample(*small, PROMPTS, seeds=[1, 2, -3, 4], eos_id=None)
+
+
+def test_a_watcher_ends_a_prompt_and_no_other(small: Model) -> None:
+    free = greedily(small, PROMPTS)
+    config = SamplingConfig(temperature=0.0, max_tokens=8)
+    watched = sample(*small, PROMPTS, config=config, eos_id=None, steps_per_call=2, watch=lambda i, tokens: i == 1 and len(tokens) >= 3)
+    assert watched[0] == free[0] and watched[2:] == free[2:] and watched[1] == free[1][: len(watched[1])] and 3 <= len(watched[1]) <= 4
+
+
+def test_a_long_prompt_is_taken_in_parts(small: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [[BOS, 5, 3, 8, 2, 11, 7, 1, 1, 2, 6], [BOS, 4, 4]]
+    whole = greedily(small, prompts, max_tokens=5)
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 4)
+    decoding._prefill.clear_cache()
+    assert greedily(small, prompts, max_tokens=5) == whole
+
+
+def test_a_window_layer_keeps_a_window() -> None:
+    """Bytes of the decoding state, of a context of 4096 tokens: a ring of 4 slots beside a full cache."""
+    config = model_config(block(window=4), block())
+    definition = parameters.define(dataclasses.replace(config, context_length=4096))
+    model = jax.eval_shape(lambda: Decoder(definition.config, rngs=nnx.Rngs(params=jax.random.key(0))))
+    state = jax.eval_shape(lambda: model.init_state(1, max_length=4096))
+    sizes = [sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one)) for one in state[0]]
+    keys_and_values, marks = 2 * 2 * 8 * 4, 2 * 4  # 2 heads of 8 dims in float32; position and segment
+    assert sizes == [2 * 4 * (keys_and_values + marks), 2 * 4096 * (keys_and_values + marks)]
 
 
 # Ends and limits ------------------------------------------------------------------------------------------------------
@@ -220,7 +319,21 @@ def test_bad_prompts_are_refused(uniform: Model) -> None:
         sample(*uniform, [[BOS, VOCAB]], eos_id=None)
 
 
-@pytest.mark.parametrize("bad", [{"max_tokens": 0}, {"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"max_tokens": 0},
+        {"temperature": -1.0},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"seed": -1},
+        {"min_p": 0.0},
+        {"min_p": 2.0},
+        {"repetition_penalty": 0.0},
+        {"stop": ("a", "")},
+    ],
+)
 def test_bad_settings_are_refused(bad: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         SamplingConfig(**bad)
@@ -228,58 +341,8 @@ def test_bad_settings_are_refused(bad: dict) -> None:
 
 def test_two_calls_of_one_shape_compile_once(small: Model) -> None:
     greedily(small, PROMPTS)
-    before = sampling._continue._cache_size()
+    before = decoding._continue._cache_size()
     greedily(small, [prompt + [3] for prompt in PROMPTS], max_tokens=5)
     # A definition that is made again, as by loading the model again, is no reason to compile again.
     greedily((parameters.define(small[0].config), small[1], small[2]), PROMPTS)
-    assert sampling._continue._cache_size() == before
-
-
-# Filters --------------------------------------------------------------------------------------------------------------
-# Probabilities in powers of two, out of order: sums and comparisons are exact.
-PROBABILITIES = [[0.125, 0.5, 0.0625, 0.25, 0.0625]]
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({}, PROBABILITIES[0]),
-        ({"top_k": 2}, [0, 2 / 3, 0, 1 / 3, 0]),
-        ({"top_k": 4}, [2 / 15, 8 / 15, 1 / 15, 4 / 15, 0]),  # of the equal ones the first stays
-        ({"top_p": 0.75}, [0, 2 / 3, 0, 1 / 3, 0]),  # 0.5 + 0.25 reaches it
-        ({"top_p": 0.76}, [1 / 7, 4 / 7, 0, 2 / 7, 0]),
-        ({"top_p": 1e-6}, [0, 1, 0, 0, 0]),  # at least one
-        ({"top_k": 3, "top_p": 0.6}, [0, 2 / 3, 0, 1 / 3, 0]),  # of [4, 2, 1] / 7: top-p alone would keep the same two
-        ({"top_k": 3, "top_p": 0.857}, [0, 2 / 3, 0, 1 / 3, 0]),  # 6/7 reaches it: without top-k it would be three tokens
-        ({"temperature": 0.5}, [4 / 90, 64 / 90, 1 / 90, 16 / 90, 1 / 90 + 4 / 90]),  # squares; see below
-    ],
-)
-def test_filters_by_hand(settings: dict, expected: list[float]) -> None:
-    if "temperature" in settings:
-        squares = np.square(PROBABILITIES[0])
-        expected = (squares / squares.sum()).tolist()
-    kept = filtered_logits(jnp.log(jnp.asarray(PROBABILITIES)), **{"temperature": 1.0, **settings})
-    np.testing.assert_allclose(jax.nn.softmax(kept)[0], expected, rtol=1e-5, atol=1e-7)
-
-
-def test_temperature_comes_before_top_p() -> None:
-    kept = filtered_logits(jnp.log(jnp.asarray(PROBABILITIES)), temperature=0.5, top_p=0.9)
-    assert (jax.nn.softmax(kept)[0] > 0).tolist() == [False, True, False, True, False]  # 64 + 16 of 86 parts, 0.93
-    warm = filtered_logits(jnp.log(jnp.asarray(PROBABILITIES)), temperature=1.0, top_p=0.9)
-    assert (jax.nn.softmax(warm)[0] > 0).tolist() == [True, True, True, True, False]
-
-
-def test_a_tiny_temperature_is_greedy_and_finite() -> None:
-    rows = jnp.asarray([[1.0, 300.0, 299.0], [-5.0, -900.0, -5.1]])
-    keys = jax.random.split(jax.random.key(0), 2)
-    assert next_tokens(rows, keys, temperature=1e-30, top_k=None, top_p=None).tolist() == [1, 0]
-
-
-def test_draws_follow_the_filtered_distribution() -> None:
-    num_draws, expected = 4000, np.asarray([1 / 7, 4 / 7, 2 / 7])
-    rows = jnp.broadcast_to(jnp.log(jnp.asarray(PROBABILITIES)), (num_draws, 5))
-    drawn = next_tokens(rows, jax.random.split(jax.random.key(0), num_draws), temperature=1.0, top_k=3, top_p=None)
-    counts = np.bincount(np.asarray(drawn), minlength=5)
-    assert counts[2] == counts[4] == 0
-    chi_square = np.sum(np.square(counts[[0, 1, 3]] - num_draws * expected) / (num_draws * expected))
-    assert chi_square < 13.8  # two degrees of freedom: exceeded by one seed in a thousand
+    assert decoding._continue._cache_size() == before

@@ -25,7 +25,7 @@ from slmjax.cli import INTERRUPTED_STATUS
 from slmjax.data.tokenizers import CharTokenizer
 from slmjax.experiment import EvalConfig, FromModel, read_experiment
 from slmjax.runlog import read_log
-from slmjax.sampling import SamplingConfig
+from slmjax.sampling import FinishReason, SamplingConfig
 from slmjax.step import ObjectiveConfig
 
 NUM_STEPS = 60
@@ -245,7 +245,7 @@ def test_the_run_directory_holds_all_that_is_needed(story, straight, tmp_path, m
     loaded = slmjax.load_model(moved)
     assert loaded.step == NUM_STEPS
     (generation,) = slmjax.generate(loaded, ["The "], config=SamplingConfig(max_tokens=5, temperature=0.0))
-    assert len(generation.tokens) == 5 or generation.finished
+    assert len(generation.tokens) == 5 or generation.reason is FinishReason.EOS
     tokens = jnp.asarray([generation.prompt_tokens])
     found = slmjax.logits(loaded.model, tokens)
     assert found.shape == (1, 5, 258) and found.dtype == jnp.float32

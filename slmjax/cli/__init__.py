@@ -8,11 +8,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from slmjax import startup
 from slmjax.cli.evaluating import eval_command
 from slmjax.cli.generating import generate_command
 from slmjax.cli.inspecting import data_command, models_command
 from slmjax.cli.training import INTERRUPTED_STATUS, train_command
-from slmjax.startup import keep_memory
 
 __all__ = ["COMMANDS", "INTERRUPTED_STATUS", "main"]
 
@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print(f"error: there is no command {words[0]!r}.{near_names(words[0], COMMANDS)}\n\n{_overview()}", file=sys.stderr)
         sys.exit(2)
-    keep_memory()
+    startup.keep_memory()
+    startup.keep_compiled()
     try:
         sys.exit(COMMANDS[words[0]](words[1:]))
     except (ValueError, OSError, ImportError) as error:

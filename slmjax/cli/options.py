@@ -7,14 +7,21 @@ from pathlib import Path
 from typing import Any
 
 
-def parse(arguments_class: type, words: Sequence[str], *, default: Any, command: str, description: str | None) -> Any:
-    """The options of a command, parsed and documented by tyro from the fields of a dataclass."""
+def parse(arguments_class: type, words: Sequence[str], *, default: Any = None, command: str, description: str | None) -> Any:
+    """The options of a command, parsed and documented by tyro from the fields of a dataclass; `default` is an instance, if there is one."""
     import tyro
 
     return tyro.cli(
-        arguments_class, args=list(words), default=default, prog=f"slmjax {command}", description=description,
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues),
+        arguments_class, args=list(words), prog=f"slmjax {command}", description=description,
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues), **({} if default is None else {"default": default}),
     )  # fmt: skip
+
+
+def by_place(metavar: str) -> tuple[Any, ...]:
+    """For a field that is given by its place, not by its name: options may come before or after it."""
+    import tyro
+
+    return tyro.conf.Positional, tyro.conf.arg(metavar=metavar)
 
 
 def without_prefix() -> Any:

@@ -2,13 +2,13 @@
 
 import dataclasses
 import enum
-import os
 from pathlib import Path
 
 from slmjax.data.dataset_sources import HuggingFaceSource, TfdsSource
 from slmjax.data.documents import OnBadDocument
 from slmjax.data.sources import SourceConfig, TextSource
 from slmjax.data.stdlib_corpus import StdlibSource
+from slmjax.startup import cache_directory
 
 __all__ = [
     "DataConfig",
@@ -98,4 +98,4 @@ class DataConfig:
     @property
     def cache_path(self) -> Path:
         """The directory of prepared data."""
-        return Path(self.cache_dir or os.environ.get("SLMJAX_CACHE") or "~/.cache/slmjax").expanduser()
+        return cache_directory() if self.cache_dir is None else Path(self.cache_dir).expanduser()

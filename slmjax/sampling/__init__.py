@@ -1,0 +1,27 @@
+"""Sampling: text that a model continues, prompts of different lengths together.
+
+    sample(definition, params, buffers, [[bos, 17, 4]], config=SamplingConfig(), eos_id=1)   # token ids to token ids
+    generate(loaded, ["def main("])                                                         # text to text
+
+`settings.py` says how tokens are chosen and checks what is asked, `choice.py` chooses, `decoding.py` runs the model, `text.py` goes
+from text to text.
+"""
+
+from slmjax.sampling.choice import filtered_logits, next_tokens, penalised
+from slmjax.sampling.decoding import Continuation, sample
+from slmjax.sampling.settings import SamplingConfig, check_prompts, resolved_max_tokens
+from slmjax.sampling.text import FinishReason, Generation, generate
+
+__all__ = [
+    "Continuation",
+    "FinishReason",
+    "Generation",
+    "SamplingConfig",
+    "check_prompts",
+    "filtered_logits",
+    "generate",
+    "next_tokens",
+    "penalised",
+    "resolved_max_tokens",
+    "sample",
+]

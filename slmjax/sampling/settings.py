@@ -1,0 +1,75 @@
+"""How tokens are chosen, and what can be asked of a model."""
+
+import dataclasses
+from collections.abc import Sequence
+
+DEFAULT_MAX_TOKENS = 128
+LARGEST_SEED = 2**32 - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next token is chosen: penalty, temperature, top-k, top-p, min-p, in this order."""
+
+    max_tokens: int | None = None  # new tokens per prompt at most (none: 128, or fewer where the context is full)
+    temperature: float = 0.8  # divides the logits; 0 takes the most likely token
+    top_k: int | None = None  # only the k most likely tokens are drawn (none: all)
+    top_p: float | None = None  # only the fewest tokens that together reach this probability are drawn (none: all)
+    min_p: float | None = None  # only tokens at least this many times as likely as the likeliest are drawn (none: all)
+    repetition_penalty: float | None = None  # tokens that were there before: positive logits divided by it, others multiplied (none: 1)
+    seed: int = 0  # of the first prompt's draws; the next prompt's is one more, and so on
+    stop: tuple[str, ...] = ()  # texts that end a continuation, and are left out of it
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 (the most likely token) or above, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, or none for all tokens, got {self.top_k}")
+        for name in ("top_p", "min_p"):
+            if (value := getattr(self, name)) is not None and not 0.0 < value <= 1.0:
+                raise ValueError(f"{name} is a probability above 0 and up to 1, or none, got {value}")
+        if self.repetition_penalty is not None and not 0.0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty must be above 0 (1 changes nothing, 1.1 is usual), got {self.repetition_penalty}")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise ValueError(f"seed must lie between 0 and 2**32 - 1, got {self.seed}")
+        if "" in self.stop:
+            raise ValueError("stop holds an empty text, which is everywhere: leave it out")
+
+
+DEFAULT = SamplingConfig()
+
+
+def resolved_seeds(config: SamplingConfig, seeds: Sequence[int] | None, *, num_prompts: int) -> list[int]:
+    """The seed of each prompt. Raises ValueError where there are not as many seeds as prompts, or one is none."""
+    if seeds is None:
+        return [(config.seed + index) % (LARGEST_SEED + 1) for index in range(num_prompts)]
+    if len(seeds) != num_prompts:
+        raise ValueError(f"there are {len(seeds)} seeds for {num_prompts} prompts: give one for each, or none at all")
+    for seed in seeds:
+        if not 0 <= seed <= LARGEST_SEED:
+            raise ValueError(f"a seed must lie between 0 and 2**32 - 1, got {seed}")
+    return list(seeds)
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], *, vocab_size: int) -> int:
+    """The length of the longest prompt. Raises ValueError for one that is empty or holds an id that is none."""
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {index} has no token: begin it with BOS")
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            raise ValueError(f"prompt {index} has token ids from {min(prompt)} to {max(prompt)}, and the vocabulary has {vocab_size}")
+    return max(map(len, prompts))
+
+
+def resolved_max_tokens(asked: int | None, *, longest: int, context_length: int) -> int:
+    """How many tokens are made at most. Raises ValueError where the context has no room for them."""
+    room = context_length - longest
+    if room < (asked or 1):
+        way_out = f"ask for at most {room}" if room > 0 else f"shorten it to {context_length - 1} or fewer"
+        raise ValueError(
+            f"a prompt of {longest} tokens (BOS included) and max_tokens={asked or 1} are more than the model's "
+            f"context_length={context_length}: {way_out}"
+        )
+    return min(DEFAULT_MAX_TOKENS, room) if asked is None else asked
