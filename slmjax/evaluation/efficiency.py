@@ -1,0 +1,123 @@
+"""What a model costs: sizes and FLOPs worked out from its config, and times, memory and energy measured on this machine.
+
+efficiency(loaded).decode_tokens_per_second
+"""
+
+import dataclasses
+import logging
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from slmjax import zoo
+from slmjax.checkpoint import Loaded
+from slmjax.sampling import SamplingConfig, sample
+
+ROUNDS = 5
+NEW_TOKENS = 64
+ENERGY_SECONDS = 10.0  # of decoding, at least: the counters are read about once a second
+JOULES_PER_KWH = 3.6e6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Efficiency:
+    """Costs of a model, one sequence at a time."""
+
+    parameters: int
+    active_parameters: int  # that one token uses: of the experts, only the selected
+    bytes_by_dtype: dict[str, int]  # of the parameters as they are loaded
+    forward_flops_per_token: float  # at the context length
+    training_flops_per_token: float  # forward and backward
+    cache_bytes_per_token: float  # decoding state of a full context, divided by its length, in the dtype of the computation
+    cache_bytes: int  # decoding state of a full context
+    prompt_tokens: int  # of the prompt that is timed
+    time_to_first_token: float  # seconds, median
+    decode_tokens_per_second: float  # after the first, median
+    peak_memory_bytes: int  # of the device; of the whole process on a CPU
+    energy_joules_per_token: float | None  # of decoding, by codecarbon; None where it was not asked for
+
+
+def measure_efficiency(loaded: Loaded, *, energy: bool = False, prompt_tokens: int | None = None) -> Efficiency:
+    """Measures a model on one device, greedily, on random tokens.
+
+    Args:
+      loaded: the model, from `load_model`.
+      energy: measure energy as well, for some ten seconds (the `energy` extra). What codecarbon cannot read from the
+        machine's counters it estimates from the processor's rated power.
+      prompt_tokens: length of the prompt (none: half of the context, at most 512).
+
+    Raises:
+      ValueError: the prompt leaves no room in the context, or codecarbon is asked for and not installed.
+    """
+    config = loaded.config
+    tracker = _energy_tracker() if energy else None  # what is missing is said before minutes of measuring
+    length = min(config.context_length // 2, 512) if prompt_tokens is None else prompt_tokens
+    if not 1 <= length < config.context_length - 1:
+        raise ValueError(f"prompt_tokens={length} must be from 1 to {config.context_length - 2}, to leave room in the context")
+    new_tokens = min(NEW_TOKENS, config.context_length - length)
+    prompt = np.random.default_rng(0).integers(0, config.known_vocab_size, length).tolist()
+
+    def decode(count: int) -> float:
+        started = time.perf_counter()
+        settings = SamplingConfig(temperature=0.0, max_tokens=count)
+        sample(loaded.definition, loaded.params, loaded.buffers, [prompt], config=settings, eos_id=None)
+        return time.perf_counter() - started
+
+    for count in (1, new_tokens):
+        decode(count)  # compiles
+    first = statistics.median(decode(1) for _ in range(ROUNDS))
+    whole = statistics.median(decode(new_tokens) for _ in range(ROUNDS))
+    costs, shape = zoo.describe(config), config.layer_shape()
+    mixers = [block.mixer for block in config.blocks() for _ in range(block.passes)]
+    itemsize = np.dtype(shape.dtype).itemsize
+    cache = sum(mixer.state_bytes(shape, length=config.context_length, itemsize=itemsize) for mixer in mixers)
+    sizes: dict[str, int] = {}
+    for leaf in loaded.params.values():
+        sizes[leaf.dtype.name] = sizes.get(leaf.dtype.name, 0) + leaf.size * leaf.dtype.itemsize
+    return Efficiency(
+        parameters=costs.parameters, active_parameters=costs.active_parameters, bytes_by_dtype=sizes,
+        forward_flops_per_token=costs.training_flops_per_token / 3, training_flops_per_token=costs.training_flops_per_token,
+        cache_bytes_per_token=cache / config.context_length, cache_bytes=cache, prompt_tokens=length, time_to_first_token=first,
+        decode_tokens_per_second=(new_tokens - 1) / max(whole - first, 1e-9) if new_tokens > 1 else math.nan,
+        peak_memory_bytes=_peak_memory(), energy_joules_per_token=None if tracker is None else _energy(tracker, decode, new_tokens),
+    )  # fmt: skip
+
+
+def _peak_memory() -> int:
+    statistics_of_device = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in statistics_of_device:
+        return int(statistics_of_device["peak_bytes_in_use"])
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
+
+
+def _energy_tracker() -> Any:
+    try:
+        from codecarbon import OfflineEmissionsTracker
+    except ImportError as error:
+        raise ValueError(f"energy needs codecarbon, which is not installed ({error}): pip install 'slmjax[energy]'") from error
+    logging.getLogger("codecarbon").setLevel(logging.ERROR)  # it announces itself before it looks at log_level
+    # The country decides about grams of carbon, which are not asked for here, and has to be given.
+    return OfflineEmissionsTracker(
+        country_iso_code="USA", save_to_file=False, log_level="error", measure_power_secs=1, allow_multiple_runs=True
+    )
+
+
+def _energy(tracker: Any, decode: Callable[[int], float], new_tokens: int) -> float:
+    """Joules per new token while this machine does nothing else of ours."""
+    made = 0
+    tracker.start()
+    started = time.perf_counter()
+    while time.perf_counter() - started < ENERGY_SECONDS:
+        decode(new_tokens)
+        made += new_tokens
+    tracker.stop()
+    return float(tracker.final_emissions_data.energy_consumed) * JOULES_PER_KWH / made

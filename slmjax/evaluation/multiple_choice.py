@@ -1,0 +1,121 @@
+"""Multiple choice by likelihood, on a local JSONL file.
+
+    {"prompt": "The capital of France is", "choices": ["Rome", "Paris"], "answer": 1}
+
+A choice is scored as the continuation of its prompt, with a space between them unless the prompt ends in white space. The
+answer is the choice of the highest log-likelihood (`accuracy`), or of the highest per UTF-8 byte of the choice
+(`accuracy_per_byte`), so that long choices are not at a disadvantage. lm-eval's `acc` and `acc_norm` are the same, but that it
+counts characters.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slmjax.checkpoint import Loaded
+from slmjax.evaluation.likelihood import DEFAULT_BATCH_SIZE, log_likelihoods, pair_tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """One line of the file."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int  # index of the right choice
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MultipleChoiceResult:
+    """What the answers came to."""
+
+    file: str
+    questions: int
+    accuracy: float  # by log-likelihood
+    accuracy_stderr: float  # of the mean over questions
+    accuracy_per_byte: float  # by log-likelihood per byte of the choice
+    accuracy_per_byte_stderr: float
+    chance: float  # accuracy of guessing
+    truncated: int  # questions of which a prompt lost its beginning, as the context had no room for it
+    seconds: float
+
+
+def answer_questions(loaded: Loaded, path: str | Path, *, batch_size: int = DEFAULT_BATCH_SIZE) -> MultipleChoiceResult:
+    """Answers the questions of a file.
+
+    Raises:
+      ValueError: the file is not there, a line of it is no question, or a choice is longer than the context; file and line are named.
+    """
+    started = time.monotonic()
+    questions = read_questions(Path(path))
+    pairs = [
+        pair_tokens(loaded.tokenizer, one.prompt, choice if not one.prompt or one.prompt[-1].isspace() else f" {choice}")
+        for one in questions
+        for choice in one.choices
+    ]
+    try:
+        scores = iter(log_likelihoods(loaded, pairs, batch_size=batch_size))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    right, right_per_byte, truncated = [], [], 0
+    for one in questions:
+        found = [next(scores) for _ in one.choices]
+        logprobs = np.asarray([score.logprob for score in found])
+        per_byte = logprobs / np.asarray([len(choice.encode()) for choice in one.choices])
+        right.append(int(np.argmax(logprobs)) == one.answer)
+        right_per_byte.append(int(np.argmax(per_byte)) == one.answer)
+        truncated += any(score.truncated for score in found)
+    return MultipleChoiceResult(
+        file=str(path), questions=len(questions), accuracy=float(np.mean(right)), accuracy_stderr=_stderr(right),
+        accuracy_per_byte=float(np.mean(right_per_byte)), accuracy_per_byte_stderr=_stderr(right_per_byte),
+        chance=float(np.mean([1 / len(one.choices) for one in questions])), truncated=truncated, seconds=time.monotonic() - started,
+    )  # fmt: skip
+
+
+def _stderr(right: list[bool]) -> float:
+    """Of a mean, by the sample's own deviation; NaN for one question."""
+    return float(np.std(right, ddof=1) / math.sqrt(len(right))) if len(right) > 1 else math.nan
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The questions of a file. Raises ValueError as `answer_questions` does."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: multiple choice reads JSONL with prompt, choices and answer on each line")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}): convert it first") from error
+    questions = [_question(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    if not questions:
+        raise ValueError(f"{path} holds no question: write one on each line")
+    return questions
+
+
+def _question(line: str, where: str) -> Question:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is {type(record).__name__}, and must be an object with prompt, choices and answer")
+    prompt = record.get("prompt", record.get("question"))
+    if not isinstance(prompt, str):
+        raise ValueError(f'{where} has no text in "prompt" (or "question"); it has {", ".join(record) or "nothing"}')
+    choices = record.get("choices")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) and choice for choice in choices):
+        raise ValueError(f'{where}: "choices" must be a list of two or more texts that are not empty, got {choices!r}')
+    return Question(prompt=prompt, choices=tuple(choices), answer=_answer(record.get("answer"), choices, where))
+
+
+def _answer(given: Any, choices: list[str], where: str) -> int:
+    """An index, or the text of a choice, as an index."""
+    if isinstance(given, str) and choices.count(given) == 1:
+        return choices.index(given)
+    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < len(choices):
+        raise ValueError(f'{where}: "answer" is {given!r}, and must be an index from 0 to {len(choices) - 1}, or the text of one choice')
+    return given

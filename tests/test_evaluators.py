@@ -1,0 +1,247 @@
+"""Multiple choice, lm-eval and efficiency, on the model that the end-to-end tests train."""
+
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import slmjax
+from slmjax import evaluation
+from slmjax.checkpoint import Loaded
+from slmjax.cli import main
+from slmjax.data.tokenizers import BpeTokenizer
+from slmjax.evaluation import efficiency
+from slmjax.evaluation.multiple_choice import read_questions
+from slmjax.model import Decoder
+
+QUESTIONS = [
+    {"prompt": "The statement is", "choices": ["not", "xqzj", "executed"], "answer": 0},
+    {"prompt": "An expression ", "choices": ["list", "of"], "answer": "of"},
+    {"question": "", "choices": ["The", "zzz zzz"], "answer": 1},
+    {"prompt": "import", "choices": ["a" * 40, "the", "b", "c"], "answer": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def loaded(trained, workplace: Path) -> Loaded:
+    return slmjax.load_model(workplace / json.loads(trained.stdout)["run_dir"])
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    return path
+
+
+@jax.jit
+def padded_logits(model: Decoder, ids: jax.Array) -> jax.Array:
+    return jax.nn.log_softmax(slmjax.logits(model, ids))
+
+
+def log_probabilities(loaded: Loaded, ids: list[int]) -> np.ndarray:
+    """[T V] of the full forward pass, of a sequence up to the context."""
+    return np.asarray(padded_logits(loaded.model, jnp.zeros((1, 64), jnp.int32).at[0, : len(ids)].set(jnp.asarray(ids))))[0, : len(ids)]
+
+
+# Likelihood -----------------------------------------------------------------------------------------------------------
+def test_likelihoods_are_those_of_the_full_forward(loaded: Loaded) -> None:
+    """Pairs of all lengths, one longer than the context, in batches that do not divide them."""
+    draws = np.random.default_rng(0)
+    pairs = [
+        (draws.integers(2, 258, a).tolist(), draws.integers(2, 258, b).tolist()) for a, b in ((1, 1), (5, 30), (40, 3), (70, 9), (2, 2))
+    ]
+    found = evaluation.log_likelihoods(loaded, pairs, batch_size=2)
+    for (context, continuation), one in zip(pairs, found, strict=True):
+        cut = max(len(context) + len(continuation) - 65, 0)
+        rows = log_probabilities(loaded, [*context[cut:], *continuation][:-1])[-len(continuation) :]
+        assert one.logprob == pytest.approx(float(np.sum(rows[np.arange(len(continuation)), continuation])), rel=1e-4)
+        assert (one.num_tokens, one.truncated) == (len(continuation), cut)
+        assert one.is_greedy == (np.argmax(rows, axis=-1).tolist() == continuation)
+    best = [int(np.argmax(log_probabilities(loaded, [0, 70])[-1]))]
+    assert evaluation.log_likelihoods(loaded, [([0, 70], best)])[0].is_greedy
+
+
+def test_what_cannot_be_scored_is_refused(loaded: Loaded) -> None:
+    with pytest.raises(ValueError, match="pair 1 has 0 tokens of context"):
+        evaluation.log_likelihoods(loaded, [([0], [5]), ([], [5])])
+    with pytest.raises(ValueError, match="65 tokens, more than the model's context_length=64"):
+        evaluation.log_likelihoods(loaded, [([0], [5] * 65)])
+
+
+def test_a_boundary_within_a_token_belongs_to_the_continuation() -> None:
+    tokenizer = BpeTokenizer(vocab_size=300).build(["the theme then these them " * 50])
+    whole = tokenizer.encode("the theme")
+    for cut in range(1, len("the theme")):
+        context, continuation = evaluation.pair_tokens(tokenizer, "the theme"[:cut], "the theme"[cut:])
+        assert [*context, *continuation] == [tokenizer.bos_id, *whole] and continuation
+    spaced = evaluation.pair_tokens(tokenizer, "the ", "theme")
+    assert spaced == evaluation.pair_tokens(tokenizer, "the", " theme")
+
+
+# Multiple choice ------------------------------------------------------------------------------------------------------
+def test_answers_follow_the_likelihoods(loaded: Loaded, file: Path) -> None:
+    right, right_per_byte = [], []
+    for question in read_questions(file):
+        space = "" if not question.prompt or question.prompt.endswith(" ") else " "
+        pairs = [evaluation.pair_tokens(loaded.tokenizer, question.prompt, space + choice) for choice in question.choices]
+        logprobs = [one.logprob for one in evaluation.log_likelihoods(loaded, pairs)]
+        per_byte = [logprob / len(choice) for logprob, choice in zip(logprobs, question.choices, strict=True)]
+        right.append(logprobs.index(max(logprobs)) == question.answer)
+        right_per_byte.append(per_byte.index(max(per_byte)) == question.answer)
+    found = evaluation.answer_questions(loaded, file)
+    assert found.accuracy == pytest.approx(np.mean(right)) and found.accuracy_per_byte == pytest.approx(np.mean(right_per_byte))
+    assert found.accuracy_stderr == pytest.approx(np.std(right, ddof=1) / 2)
+    assert found.chance == pytest.approx((1 / 3 + 1 / 2 + 1 / 2 + 1 / 4) / 4) and (found.questions, found.truncated) == (4, 0)
+
+
+def test_one_question_has_no_error_bar_and_a_long_prompt_is_counted(loaded: Loaded, tmp_path: Path) -> None:
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"prompt": "x" * 100, "choices": ["a", "b"], "answer": 0}))
+    found = evaluation.answer_questions(loaded, path)
+    assert math.isnan(found.accuracy_stderr) and found.truncated == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("{", "line 2 is not JSON"),
+        ("[1]", "line 2 is list"),
+        ('{"text": "a"}', 'line 2 has no text in "prompt"'),
+        ('{"prompt": "a", "choices": ["b"], "answer": 0}', "two or more texts"),
+        ('{"prompt": "a", "choices": ["b", ""], "answer": 0}', "not empty"),
+        ('{"prompt": "a", "choices": ["b", "c"], "answer": 2}', '"answer" is 2, and must be an index from 0 to 1'),
+        ('{"prompt": "a", "choices": ["b", "c"]}', '"answer" is None'),
+        ('{"prompt": "a", "choices": ["b", "b"], "answer": "b"}', "\"answer\" is 'b'"),
+        ('{"prompt": "a", "choices": ["b", "' + "c" * 80 + '"], "answer": 0}', "context_length=64"),
+    ],
+)
+def test_what_is_no_question_is_named(loaded: Loaded, file: Path, line: str, expected: str) -> None:
+    file.write_text(json.dumps(QUESTIONS[0]) + "\n" + line + "\n")
+    with pytest.raises(ValueError) as refused:
+        evaluation.answer_questions(loaded, file)
+    assert expected in str(refused.value) and "questions.jsonl" in str(refused.value)
+
+
+# lm-eval --------------------------------------------------------------------------------------------------------------
+CHOICE_TASK = """
+task: local_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+TEXT_TASK = """
+task: local_text
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{prompt}}}}"
+metric_list: [{{metric: bits_per_byte}}]
+"""
+WRITING_TASK = """
+task: local_writing
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "{{{{prompt}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 6}}
+metric_list: [{{metric: exact_match}}]
+"""
+
+
+def test_lm_eval_agrees_on_a_local_task(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from slmjax.evaluation.lm_eval_adapter import run_tasks
+
+    words = [f"word{i} of the statement {'x' * (i % 7)}" for i in range(12)]
+    records = [{"prompt": words[i] * (1 + i % 4), "choices": [words[-i], "the", "is a list"], "answer": i % 3} for i in range(12)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    tasks = {"local_choice": CHOICE_TASK, "local_text": TEXT_TASK, "local_writing": WRITING_TASK}
+    for name, text in tasks.items():
+        (tmp_path / f"{name}.yaml").write_text(text.format(data=data))
+    found = run_tasks(loaded, list(tasks), include_path=tmp_path)
+    ours = evaluation.answer_questions(loaded, data)
+    assert found["local_choice"]["acc"] == pytest.approx(ours.accuracy)
+    assert found["local_choice"]["acc_norm"] == pytest.approx(ours.accuracy_per_byte)
+    # Texts of up to 130 tokens in a context of 64: each token once, as one sum over windows that overlap by 16.
+    total = 0.0
+    for record in records:
+        ids = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode(record["prompt"])]
+        start = 1
+        for end in [*range(65, len(ids), 48), len(ids)]:
+            rows = log_probabilities(loaded, ids[max(end - 65, 0) : end - 1])
+            total += sum(float(rows[index - max(end - 65, 0) - 1, ids[index]]) for index in range(start, end))
+            start = end
+    num_bytes = sum(len(record["prompt"].encode()) for record in records)
+    assert found["local_text"]["bits_per_byte"] == pytest.approx(-total / math.log(2) / num_bytes, rel=1e-4)
+    assert found["local_writing"]["exact_match"] == 0.0
+    with pytest.raises(ValueError, match="no task absent"):
+        run_tasks(loaded, ["absent"], include_path=tmp_path)
+
+
+# Efficiency and the command -------------------------------------------------------------------------------------------
+@pytest.mark.filterwarnings("ignore")  # codecarbon catches all that goes wrong in it, a warning made an error too, and then says nothing
+def test_efficiency(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(efficiency, "ENERGY_SECONDS", 1.5)
+    found = evaluation.measure_efficiency(loaded, energy=True)
+    assert found.parameters == sum(leaf.size for leaf in loaded.params.values()) > found.active_parameters
+    assert found.bytes_by_dtype == {"float32": 4 * found.parameters}
+    # Two window layers of 16 slots with 2 heads of 8, two full ones with 4 heads of 8; keys and values in float32.
+    assert found.cache_bytes == 2 * (2 * 16 * 2 * 8 * 4) + 2 * (2 * 64 * 4 * 8 * 4) == found.cache_bytes_per_token * 64
+    assert found.training_flops_per_token == 3 * found.forward_flops_per_token
+    assert found.time_to_first_token > 0 and found.decode_tokens_per_second > 1 and found.prompt_tokens == 32
+    assert found.peak_memory_bytes > 1e8 and 0 < (found.energy_joules_per_token or 0) < 1e4
+    with pytest.raises(ValueError, match="prompt_tokens=63 must be from 1 to 62"):
+        evaluation.measure_efficiency(loaded, prompt_tokens=63)
+
+
+def test_energy_without_its_package(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "codecarbon", None)
+    with pytest.raises(ValueError, match=r"slmjax\[energy\]"):
+        evaluation.measure_efficiency(loaded, energy=True)
+
+
+def test_one_table_and_json(loaded: Loaded, file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(efficiency, "ROUNDS", 1)
+    monkeypatch.setenv("COLUMNS", "140")
+
+    def output(*words: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main(["eval", "--multiple-choice", str(file), "--efficiency", *words, "--step", str(loaded.step), str(loaded.path)])
+        assert not stopped.value.code
+        return capsys.readouterr().out
+
+    found = json.loads(output("--json"))
+    assert found.keys() == {"run_dir", "step", "multiple_choice", "efficiency"} and found["multiple_choice"][0]["questions"] == 4
+    shown = output("--text")
+    for part in ("bits per byte", "questions.jsonl: accuracy", "4 questions, chance 0.396", "cache per token", "tokens/s", "peak memory"):
+        assert part in shown, shown
+
+
+def test_lm_eval_without_its_package(loaded: Loaded, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    monkeypatch.delitem(sys.modules, "slmjax.evaluation.lm_eval_adapter", raising=False)
+    with pytest.raises(SystemExit):
+        main(["eval", str(loaded.path), "--lm-eval", "arc_easy"])
+    assert "slmjax[eval]" in capsys.readouterr().err
