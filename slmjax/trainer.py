@@ -31,6 +31,7 @@ from slmjax.meter import Meter
 from slmjax.parameters import Definition
 from slmjax.processes import StopSignals, broadcast_text
 from slmjax.progress import LogRecords, Progress
+from slmjax.report import write_report
 from slmjax.runlog import Category, Ledger, Log, RunDirectory, commit, environment
 from slmjax.session import (
     Setup,
@@ -340,7 +341,17 @@ def _finish(loop: Loop, state: TrainState, status: str, signals: StopSignals) ->
     if jax.process_index() == 0:
         run.write_json("result.json", dataclasses.asdict(result))
     loop.record("result", status=status, **figures)
+    if jax.process_index() == 0:
+        _write_page(run)
     return result
+
+
+def _write_page(run: RunDirectory) -> None:
+    """The run's page, where the extra that draws it is there; what goes wrong with it is no reason to fail."""
+    try:
+        write_report(run.path)
+    except Exception as error:
+        log.info("no report.html: %s", error)
 
 
 COMPRESSED_BYTES = 16 * 10**6  # xz is slow

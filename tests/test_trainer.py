@@ -226,7 +226,7 @@ def test_the_best_checkpoint_stays_beside_the_newest(straight):
 
 
 def test_the_run_directory_holds_all_that_is_needed(story, straight, tmp_path, monkeypatch):
-    names = {"config.json", "model.json", "data.json", "environment.json", "log.jsonl", "tokenizer", "checkpoints", "result.json"}
+    names = set("config.json model.json data.json environment.json log.jsonl tokenizer checkpoints result.json report.html plots".split())
     assert {path.name for path in straight.iterdir()} == names | {"experiment.py"}
     assert {path.name for path in story.run_dir.iterdir()} == names | {"experiment.py"}
     assert (straight / "experiment.py").read_text() == Path(__file__).with_name("tiny.py").read_text()

@@ -12,6 +12,7 @@ from slmjax import startup
 from slmjax.cli.evaluating import eval_command
 from slmjax.cli.generating import generate_command
 from slmjax.cli.inspecting import data_command, models_command
+from slmjax.cli.reporting import compare_command, report_command, runs_command
 from slmjax.cli.training import INTERRUPTED_STATUS, train_command
 
 __all__ = ["COMMANDS", "INTERRUPTED_STATUS", "main"]
@@ -20,6 +21,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train_command,
     "eval": eval_command,
     "generate": generate_command,
+    "report": report_command,
+    "runs": runs_command,
+    "compare": compare_command,
     "models": models_command,
     "data": data_command,
 }
