@@ -142,7 +142,10 @@ def read_experiment(run_dir: Path) -> Experiment:
     path = run_dir / "config.json"
     if not path.is_file():
         raise ValueError(f"{run_dir} is not a run directory: it has no config.json. Name one that `slmjax train` printed")
-    return config_io.loads(Experiment, path.read_text())
+    try:
+        return config_io.loads(Experiment, path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise config_io.ConfigError(f"{path}: {error}") from error
 
 
 def starting_from(run_dir: Path, experiment: Experiment | None) -> Experiment:

@@ -194,6 +194,14 @@ def run_to_resume(path: Path, experiment: Experiment) -> RunDirectory:
     for name in ("model", "tokenizer"):
         if getattr(before, name) != getattr(experiment, name):
             raise ValueError(f"{path} has another {name}, which a resumed run keeps: begin a new run, with --init-from {path} if it fits")
+    if (kind := before.optim.kind) is not experiment.optim.kind:
+        raise ValueError(
+            f"{path} was trained by {kind.value}, whose state means nothing to optim.kind={experiment.optim.kind.value}: leave it as "
+            f"it is, or begin a new run with --init-from {path}"
+        )
+    if (before.optim.ema_decay is None) is not (experiment.optim.ema_decay is None):
+        state = "no averaged weights" if before.optim.ema_decay is None else "averaged weights"
+        raise ValueError(f"{path} keeps {state}, and a resumed run goes on so: optim.ema_decay is {before.optim.ema_decay} there")
     return RunDirectory(path, process_index=jax.process_index())
 
 

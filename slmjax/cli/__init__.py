@@ -49,14 +49,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     startup.keep_compiled()
     try:
         sys.exit(COMMANDS[words[0]](words[1:]))
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("SLMJAX_TRACEBACK"):
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+        message = _message_for_people(error)
+        if message is None or os.environ.get("SLMJAX_TRACEBACK"):
             raise
-        print(f"error: {error}\n(SLMJAX_TRACEBACK=1 shows where it arose)", file=sys.stderr)
+        print(f"error: {message}\n(SLMJAX_TRACEBACK=1 shows where it arose)", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped before there was anything to save", file=sys.stderr)
         sys.exit(130)
+
+
+_OUT_OF_MEMORY = (
+    "out of memory ({error}).\nWhat takes less, in training: the same batch in parts (--optim.accumulation-steps), recomputing "
+    "activations (--model.remat full), shorter rows (--data.sequence-length), fewer rows (--data.batch-size), parameters divided over "
+    "devices (--mesh.fsdp). In `eval` and `generate`: --batch-size"
+)
+
+
+def _message_for_people(error: Exception) -> str | None:
+    """What to say instead of a traceback; None for an error of ours, which needs one."""
+    text = str(error)
+    is_about_memory = "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_about_memory):
+        return _OUT_OF_MEMORY.format(error=(text.splitlines() or ["the machine's is used up"])[0])
+    return None if isinstance(error, RuntimeError) else text
 
 
 def _overview() -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from slmjax.cli.options import parse, positional, print_aside, print_json
+from slmjax.cli.options import experiment_name, parse, positional, print_aside, print_json
 
 
 def models_command(words: Sequence[str]) -> int:
@@ -43,7 +43,7 @@ def data_command(words: Sequence[str]) -> int:
     action, rest = positional(words)
     if action not in ("prepare", "inspect") and not {"-h", "--help"} & set(words):
         raise ValueError(f"{action or 'data'}: say `slmjax data prepare` or `slmjax data inspect`")
-    name, options = positional(rest)
+    name, options = experiment_name(rest)
     start = recipes.load_experiment(name or "nano")
 
     @dataclasses.dataclass(frozen=True, kw_only=True)

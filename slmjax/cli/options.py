@@ -36,6 +36,24 @@ def positional(words: Sequence[str]) -> tuple[str | None, list[str]]:
     return (words[0], list(words[1:])) if words and not words[0].startswith("-") else (None, list(words))
 
 
+def experiment_name(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The experiment that a command line names, wherever it stands among the options, and the other words.
+
+    The first word is one if it is no option; further on, only what looks like one is: a built-in name or a Python file
+    which is not the value of an option.
+    """
+    from slmjax.recipes import BUILT_IN
+
+    for index, word in enumerate(words):
+        if word.startswith("-"):
+            continue
+        before = words[index - 1] if index else ""
+        is_value = before.startswith("-") and "=" not in before and before not in ("--json", "--no-json")
+        if index == 0 or (not is_value and (word in BUILT_IN or word.endswith(".py"))):
+            return word, [*words[:index], *words[index + 1 :]]
+    return None, list(words)
+
+
 def option(words: Sequence[str], name: str) -> str | None:
     """The value of an option that decides what the others default to, before tyro parses them all."""
     found = None
@@ -65,10 +83,3 @@ def print_json(value: Any) -> None:
     from slmjax.runlog import plain
 
     print(json.dumps(plain(value), indent=2))
-
-
-def needed(path: str | None, usage: str) -> Path:
-    """The path of a command that has to have one."""
-    if path is None:
-        raise ValueError(f"name the run directory: slmjax {usage}")
-    return Path(path)

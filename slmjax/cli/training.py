@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from slmjax.cli.options import load_code, option, parse, positional, print_json, without_prefix
+from slmjax.cli.options import experiment_name, load_code, option, parse, print_json, without_prefix
 
 INTERRUPTED_STATUS = 75  # "try again later": a supervisor tells it from success and from failure
 
@@ -18,7 +18,7 @@ def train_command(words: Sequence[str]) -> int:
     from slmjax import experiment as experiments
     from slmjax import recipes, trainer
 
-    name, options = positional(words)
+    name, options = experiment_name(words)
     load_code(options)
     resume, source = option(options, "--resume"), option(options, "--init-from")
     if resume is not None and (name or source):

@@ -1,0 +1,114 @@
+"""A mixer of one's own, and an experiment that uses it: a gated short convolution between layers of attention.
+
+slmjax train docs/examples/gated_convolution.py
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+import slmjax
+from slmjax.layers import Linear, Mixer, MixerConfig, MlpConfig, Shape, truncated_normal
+from slmjax.model import BlockConfig, Segment
+
+
+# --8<-- [start:mathematics]
+def short_convolution(history: Float[Array, "B S D"], segments: Int[Array, "B S"], taps: Float[Array, "W D"]) -> Float[Array, "B T D"]:
+    """Each token's weighted sum of itself and the W - 1 tokens before it, as far as they are of its document.
+
+    `history` holds W - 1 tokens before the first that is asked for: S = W - 1 + T.
+    """
+    width, length = taps.shape[0], history.shape[1] - taps.shape[0] + 1
+    own = segments[:, width - 1 :]
+    total = jnp.zeros((history.shape[0], length, history.shape[2]), history.dtype)
+    for back in range(width):
+        start = width - 1 - back
+        same = segments[:, start : start + length] == own
+        total += jnp.where(same[..., None], history[:, start : start + length], 0) * taps[back][None, None, :].astype(history.dtype)
+    return total
+
+
+# --8<-- [end:mathematics]
+
+
+# --8<-- [start:config]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GatedConvolutionConfig(MixerConfig):
+    """A causal convolution over a few tokens, channel by channel, under a gate."""
+
+    width: int = 4  # tokens that a token sees, itself included
+
+    def __post_init__(self) -> None:
+        if self.width < 2:
+            raise ValueError(f"width must be at least 2 for tokens to see each other, got {self.width}")
+
+    def build(self, shape: Shape, *, rngs: nnx.Rngs) -> "GatedConvolution":
+        return GatedConvolution(self, shape, rngs=rngs)
+
+    def mixing_flops(self, shape: Shape, *, length: int) -> float:
+        return (2 * self.width + 1) * shape.embed_dim
+
+    def state_bytes(self, shape: Shape, *, length: int, itemsize: int) -> int:
+        return (self.width - 1) * shape.embed_dim * itemsize
+
+
+# --8<-- [end:config]
+
+
+# --8<-- [start:module]
+class GatedConvolution(Mixer):
+    """`output(silu(gate(x)) * convolution(value(x)))`; the decoding state is the last W - 1 values."""
+
+    def __init__(self, config: GatedConvolutionConfig, shape: Shape, *, rngs: nnx.Rngs) -> None:
+        dim = shape.embed_dim
+        self.width, self.dim, self.dtype = config.width, dim, shape.dtype
+        self.value = Linear(dim, dim, std=shape.init_std, rngs=rngs)
+        self.gate = Linear(dim, dim, std=shape.init_std, rngs=rngs)
+        self.output = Linear(dim, dim, std=shape.output_std, rngs=rngs)
+        self.taps = nnx.Param(truncated_normal(rngs.params(), (config.width, dim), config.width**-0.5))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        state: dict[str, Array] | None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array] | None]:
+        before = self.init_state(x.shape[0], max_length=0) if state is None else state
+        values = jnp.concatenate([before["values"], self.value(x)], axis=1)
+        segments = jnp.concatenate([before["segments"], segment_ids], axis=1)
+        mixed = nnx.silu(self.gate(x)) * short_convolution(values, segments, self.taps[...])
+        if state is not None:
+            # What follows the real tokens is padding: the state keeps the last real ones.
+            last = jnp.sum(segment_ids > 0, axis=1)[:, None] + jnp.arange(self.width - 1)[None, :]
+            state = {
+                "values": jnp.take_along_axis(values, last[..., None], axis=1),
+                "segments": jnp.take_along_axis(segments, last, axis=1),
+            }
+        return self.output(mixed), state
+
+    def init_state(self, batch_size: int, *, max_length: int) -> dict[str, Array]:
+        return {
+            "values": jnp.zeros((batch_size, self.width - 1, self.dim), self.dtype),
+            "segments": jnp.zeros((batch_size, self.width - 1), jnp.int32),
+        }
+
+
+# --8<-- [end:module]
+
+
+# --8<-- [start:experiment]
+def experiment() -> slmjax.Experiment:
+    """`nano` with two convolutions before each layer of attention."""
+    nano = slmjax.load_experiment("nano")
+    attention = nano.model.stack[0].pattern[0]
+    convolution = BlockConfig(mixer=GatedConvolutionConfig(width=4), ffn=MlpConfig(hidden_dim=512))
+    stack = (Segment(pattern=(convolution, convolution, attention), repeats=2),)
+    model = dataclasses.replace(nano.model, stack=stack)
+    return dataclasses.replace(nano, model=model, run=dataclasses.replace(nano.run, name="gated-convolution"))
+
+
+# --8<-- [end:experiment]

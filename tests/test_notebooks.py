@@ -1,0 +1,23 @@
+"""Every notebook runs from its first cell to its last, as a user would run it, on fewer steps."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.py"))
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(notebook: Path, user_environment: dict[str, str], tmp_path: Path) -> None:
+    environment = {**user_environment, "SLMJAX_NOTEBOOK_STEPS": "6"}
+    done = subprocess.run([sys.executable, notebook], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "bits per byte" in done.stdout and list(tmp_path.glob("runs/notebook-*/report.html"))
+
+
+def test_there_are_notebooks() -> None:
+    assert NOTEBOOKS
+    for notebook in NOTEBOOKS:
+        assert notebook.read_text().startswith("# %%"), f"{notebook.name} is no py:percent notebook"
