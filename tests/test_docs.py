@@ -1,6 +1,7 @@
 """The site builds without a warning, needs no network, tells of every command and setting, and its example works."""
 
 import functools
+import html
 import importlib.util
 import re
 import shlex
@@ -87,6 +88,12 @@ def test_the_reference_tells_of_everything(site: Path) -> None:
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", settings))
     assert "muon_lr float 0.02 muon: peak learning rate of its matrices" in text
     assert re.search(r"kind adamw / adafactor / lion / muon adamw ", text)
+
+
+def test_the_page_on_mixers_shows_the_example(site: Path) -> None:
+    page = html.unescape(re.sub(r"<[^>]+>", "", (site / "add-a-mixer" / "index.html").read_text()))
+    shown = [line for line in EXAMPLE.read_text().splitlines() if re.match(r" *(class|def) ", line)]
+    assert len(shown) > 8 and not [line for line in shown if line not in page]
 
 
 def test_every_field_that_is_met_has_a_comment() -> None:

@@ -239,7 +239,7 @@ def test_the_run_directory_holds_all_that_is_needed(story, straight, tmp_path, m
 
     moved = shutil.copytree(straight, tmp_path / "elsewhere")
     for name in names - {"model.json", "tokenizer", "checkpoints"}:
-        (moved / name).unlink()
+        shutil.rmtree(moved / name) if (moved / name).is_dir() else (moved / name).unlink()
     monkeypatch.setenv("SLMJAX_CACHE", str(tmp_path / "no cache"))
     monkeypatch.chdir(tmp_path)
     loaded = slmjax.load_model(moved)
