@@ -101,7 +101,7 @@ def choose_attention(length: int, *, window: int | None, platform: str, softcap:
     window_rows, causal_rows = (64, 128) if platform == "cpu" else (256, 256)
     name = f"attention over {length} tokens, window {window}, on {platform}{', gradient written out' if own else ''}"
     if window is not None:
-        block = max(window_rows, _round_up(window // 2, 8))
+        block = max(window_rows, _round_up(window // 4, 8))
         if 2 * (block + _round_up(window - 1, block)) <= length:
             announce(f"{name}: blocks of {block}, linear in length")
             return functools.partial(_window_blocks, attend=attend, block=block)

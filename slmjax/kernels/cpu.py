@@ -1,9 +1,10 @@
-"""What is particular to CPUs: bfloat16 products in the layouts for which XLA's CPU compiler has a fast routine.
+"""What is particular to CPUs: products in the layouts for which XLA's CPU compiler has a fast routine.
 
-A bfloat16 product with a float32 result runs two to three times as fast as a float32 one, but only as rows times columns
-or rows times rows. The third layout, which every gradient of a weight has, is computed in float32 after a slow transposition
-that the compiler folds into the product. So gradients are written out here, and a matrix is transposed by a product with the
-identity, which stays bfloat16 and is exact for finite values. `benchmarks/train_step.py` measures what it is worth.
+These are rows times columns and rows times rows. The third layout, columns times columns, which every gradient of a weight has,
+is slower: in float32 by a quarter, in bfloat16 by more than half, for it is then computed in float32. So gradients are
+written out here, and a matrix is transposed first, behind a fence, as the compiler would fold the transposition into the
+product. In bfloat16 that costs as much as it saves, so that the transposition is a product with the identity there, which stays
+bfloat16 and is exact for finite values. `benchmarks/train_step.py` measures what it is worth.
 
 Dims: M rows, D in, F out; B batch, T query time, S key time, N heads, K kv heads, G heads per kv head, H head dim.
 """
@@ -30,10 +31,10 @@ def _product(a: Array, b: Array, contracted: tuple[int, int]) -> Float[Array, ".
 
 
 def transposed(x: Float[Array, "*B M D"]) -> Float[Array, "*B D M"]:
-    """The last two dims exchanged; bfloat16 by products with the identity."""
+    """The last two dims exchanged, in memory too; bfloat16 by products with the identity."""
     width = math.gcd(x.shape[-1], TRANSPOSED_COLUMNS)
     if x.dtype != jnp.bfloat16 or width < 16:
-        return jnp.swapaxes(x, -1, -2)
+        return jax.lax.optimization_barrier(jnp.swapaxes(x, -1, -2))
     identity = jnp.broadcast_to(jnp.eye(width, dtype=x.dtype), (*x.shape[:-2], width, width))
     # Slices rather than one product over a dim of slices: that would be copied into another layout first.
     columns = [x[..., start : start + width] for start in range(0, x.shape[-1], width)]
@@ -41,7 +42,7 @@ def transposed(x: Float[Array, "*B M D"]) -> Float[Array, "*B D M"]:
 
 
 def matmul(x: Float[Array, "M D"], weight: Float[Array, "D F"]) -> Float[Array, "M F"]:
-    """`x @ weight` in bfloat16 with float32 sums; the gradient of the weight stays float32."""
+    """`x @ weight` in the dtype of `x` with float32 sums; the gradient of the weight stays float32."""
     return _matmul(*sharding.alike(x, weight))
 
 

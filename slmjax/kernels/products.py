@@ -12,8 +12,8 @@ MAX_UNROLLED_LAYERS = 8
 
 def matmul(x: Float[Array, "M D"], weight: Float[Array, "D F"]) -> Float[Array, "M F"]:
     """`x @ weight` in the dtype of `x`, to which the weight is cast, with float32 sums."""
-    if jax.default_backend() == "cpu" and x.dtype == jnp.bfloat16:
-        announce("bfloat16 products on cpu: gradients written out")
+    if jax.default_backend() == "cpu" and x.dtype in (jnp.bfloat16, jnp.float32):
+        announce("products on cpu: gradients written out")
         return cpu.matmul(x, weight)
     return jnp.dot(x, weight.astype(x.dtype))
 
