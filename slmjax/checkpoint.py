@@ -272,7 +272,7 @@ def load_model(path: str | Path, *, step: int | None = None) -> Loaded:
     except ValueError as error:
         raise ValueError(f"{path / 'model.json'} is damaged: {error}") from error
     checkpointer = Checkpointer(path / "checkpoints", model=config, config=CheckpointConfig())
-    definition = parameters.define(config)
+    definition = parameters.define_for_inference(config)
     like: dict[str, Any] = {"model": {"params": definition.params, "buffers": definition.buffers}}
     mesh = jax.sharding.get_mesh()
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if mesh.empty else NamedSharding(mesh, PartitionSpec())

@@ -114,6 +114,10 @@ class FfnConfig(abc.ABC):
     def active_share(self) -> float:
         """Share of the parameters under `experts/` that one token uses."""
 
+    @abc.abstractmethod
+    def for_inference(self) -> "FfnConfig":
+        """The layer with the same parameters as it is evaluated and sampled from: what a token gets depends on no later or other one."""
+
 
 # Functions ------------------------------------------------------------------------------------------------------------
 def truncated_normal(key: Array, shape: tuple[int, ...], std: float) -> Float[Array, "..."]:
@@ -232,6 +236,10 @@ class MlpConfig(FfnConfig):
     def active_share(self) -> float:
         """A dense layer has no experts; every parameter is used."""
         return 1.0
+
+    def for_inference(self) -> "MlpConfig":
+        """The same."""
+        return self
 
 
 class Mlp(Ffn):

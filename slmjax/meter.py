@@ -17,7 +17,7 @@ class Figures:
     """What was measured since the last line."""
 
     bits_per_byte: float  # of the step itself
-    tokens_per_second: float  # NaN where no token counted
+    tokens_per_second: float  # fed, padding left out; NaN where there is nothing to measure by yet
     mfu: float | None  # model FLOPs utilisation, 0 to 1; None where the device's peak is not known
     data_wait_share: float  # of the time, spent waiting for data
 

@@ -84,6 +84,10 @@ class MoeConfig(FfnConfig):
         """Share of the experts that one token uses."""
         return self.num_selected / self.num_experts
 
+    def for_inference(self) -> "MoeConfig":
+        """Without a capacity: which tokens an expert has no room for depends on the others, and on how many are asked at a time."""
+        return dataclasses.replace(self, capacity_factor=None)
+
     def capacity(self, length: int) -> int:
         """Tokens of a row of `length` that an expert has room for; of use only with a capacity factor."""
         even_share = length * self.num_selected / self.num_experts

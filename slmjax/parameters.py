@@ -45,6 +45,16 @@ def define(config: ModelConfig) -> Definition:
     return Definition(config=config, graphdef=nnx.graphdef(model), params=shapes[0], buffers=shapes[1])
 
 
+def define_for_inference(config: ModelConfig) -> Definition:
+    """The definition with the same parameters that evaluation and sampling use: see `FfnConfig.for_inference`."""
+
+    def block(one: BlockConfig) -> BlockConfig:
+        return one if one.ffn is None else dataclasses.replace(one, ffn=one.ffn.for_inference())
+
+    stack = tuple(dataclasses.replace(segment, pattern=tuple(map(block, segment.pattern))) for segment in config.stack)
+    return define(dataclasses.replace(config, stack=stack))
+
+
 def flat_params(model: Decoder) -> tuple[dict[str, Any], dict[str, Any]]:
     """A model's parameters and its buffers, as flat dicts by stack path."""
     _, params, buffers = nnx.split(model, nnx.Param, ...)

@@ -7,6 +7,7 @@ with Progress(num_steps=2000) as progress:
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -55,9 +56,11 @@ class Progress:
 
         Where the terminal is too narrow for all of them, the last go first; the time that is left stays.
         """
-        shown = [f"loss {loss:.4f}", f"{figures.bits_per_byte:.3f} bits/byte", f"{figures.tokens_per_second:,.0f} tokens/s"]
-        shown += [] if figures.mfu is None else [f"MFU {figures.mfu:.0%}"]
-        shown += [f"data wait {figures.data_wait_share:.0%}"]
+        shown = [f"loss {loss:.4f}", f"{figures.bits_per_byte:.3f} bits/byte"]
+        if not math.isnan(figures.tokens_per_second):  # the first step of a session compiles: it says nothing about the pace
+            shown += [f"{figures.tokens_per_second:,.0f} tokens/s"]
+            shown += [] if figures.mfu is None else [f"MFU {figures.mfu:.0%}"]
+            shown += [f"data wait {figures.data_wait_share:.0%}"]
         eta = f"{self._time_left(step)} left"
         if self._bar is not None:
             room = self._console.width - BAR_WIDTH - 2 * len(str(self._num_steps)) - 3  # the count, and spaces between

@@ -21,7 +21,7 @@ from slmjax.data.windows import EvaluationBatches, evaluation_batches
 from slmjax.evaluation.bits_per_byte import EvalResult, EvalStep, evaluate_batches, make_eval_step
 from slmjax.experiment import Experiment, read_experiment
 from slmjax.optim import learning_rate, make_optimizer
-from slmjax.parameters import Definition, define
+from slmjax.parameters import Definition, define, define_for_inference
 from slmjax.processes import process_zero_first
 from slmjax.runlog import RunDirectory
 from slmjax.step import TrainState, TrainStep, init_state, make_train_step, state_shapes
@@ -37,6 +37,7 @@ class Setup:
     prepared: Prepared
     mesh: Mesh
     definition: Definition
+    inference: Definition  # the same parameters, as evaluation and sampling use them
     shapes: TrainState
     train_step: TrainStep
     eval_step: EvalStep
@@ -77,15 +78,15 @@ def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh, re
         )
     model = dataclasses.replace(experiment.model, vocab_size=experiment.model.vocab_size or vocab_size)
     prompts = _encoded_prompts(experiment, prepared.tokenizer)
-    definition = define(model)
+    definition, inference = define(model), define_for_inference(model)
     optimizer = make_optimizer(experiment.optim, definition.params, total_steps=experiment.run.steps)
     shapes = state_shapes(definition, optimizer, with_ema=experiment.optim.ema_decay is not None, mesh=mesh)
     train_step = make_train_step(
         definition, optimizer, objective=experiment.objective, optim=experiment.optim, shapes=shapes, total_steps=experiment.run.steps
     )
     return Setup(
-        experiment=experiment, prepared=prepared, mesh=mesh, definition=definition, shapes=shapes, train_step=train_step,
-        eval_step=make_eval_step(definition), prompts=prompts,
+        experiment=experiment, prepared=prepared, mesh=mesh, definition=definition, inference=inference, shapes=shapes,
+        train_step=train_step, eval_step=make_eval_step(inference), prompts=prompts,
     )  # fmt: skip
 
 
@@ -114,8 +115,8 @@ def _encoded_prompts(experiment: Experiment, tokenizer: Tokenizer) -> tuple[tupl
         return ()
     try:
         encoded = tuple((tokenizer.bos_id, *ids) for ids in tokenizer.encode_batch(settings.sample_prompts))
-        longest = sampling.check_prompts(encoded, vocab_size=tokenizer.vocab_size)
-        sampling.resolved_max_tokens(settings.sample.max_tokens, longest=longest, context_length=experiment.model.context_length)
+        sampling.check_prompts(encoded, vocab_size=tokenizer.vocab_size)
+        sampling.length_limits(encoded, max_tokens=settings.sample.max_tokens, context_length=experiment.model.context_length)
     except ValueError as error:
         raise ValueError(f"run.sample_prompts, run.sample: {error}") from error
     return encoded
@@ -223,7 +224,13 @@ def warn_of_other_data(run: RunDirectory, experiment: Experiment, prepared: Prep
         log.warning("the training text is not what it was when %s was last trained: it goes on with the new text", run.path)
 
 
-def is_complete(run: RunDirectory) -> bool:
-    """Whether a run came to its end and wrote its result: one that was killed after its last step has not."""
+def is_complete(run: RunDirectory, step: int) -> bool:
+    """Whether a run that is at this step came to its end and wrote its result: one that was killed after its last step has not.
+
+    The result of a run that was then extended is that of an earlier step.
+    """
     path = run.path / "result.json"
-    return path.is_file() and json.loads(path.read_text())["status"] == "finished"
+    if not path.is_file():
+        return False
+    result = json.loads(path.read_text())
+    return result["status"] == "finished" and result["step"] >= step

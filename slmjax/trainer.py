@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from slmjax import config as config_io
@@ -56,15 +57,16 @@ class Result:
     """What a run came to: the fields of result.json."""
 
     status: str  # "finished", "interrupted" or "diverged"
-    loss: float  # nats per token on all held-out text (of the last training step where nothing is held out)
-    bits_per_byte: float  # on the same text
+    loss: float  # nats per token, on what `measured_on` says
+    bits_per_byte: float  # on the same
+    measured_on: str  # "held-out text", "part of the held-out text" (of a run that was cut short) or "the last training batch"
     perplexity: float
     best_loss: float | None  # lowest of the evaluations on the way
     best_step: int | None  # whose checkpoint is kept beside the newest
     compressors: dict[str, float]  # bits per byte that gzip -9 and xz -9 need for the same held-out text (its first 16 MB)
     tokens: int  # scored targets trained on, earlier sessions included
     seconds: float  # wall time of this session, from start to result
-    tokens_per_second: float  # over the training steps of this session alone
+    tokens_per_second: float  # fed, padding left out, over the training steps of this session alone
     parameters: int
     step: int
     data_wait_share: float  # share of the training time spent waiting for data
@@ -115,7 +117,7 @@ def train(
             checkpointer = Checkpointer(run.checkpoints, model=setup.definition.config, config=experiment.checkpoint)
             stack.callback(checkpointer.close)
             state = fresh or restored_state(setup, checkpointer)
-            if int(state.step) >= experiment.run.steps and is_complete(run):
+            if int(state.step) >= experiment.run.steps and is_complete(run, int(state.step)):
                 raise ValueError(f"{run.path} is at step {int(state.step)} of {experiment.run.steps} already: give more --run.steps")
             warn_of_other_data(run, experiment, setup.prepared)
             _write_description(setup, run, code)
@@ -124,7 +126,7 @@ def train(
         stack.enter_context(progress)
         batches = stack.enter_context(source.iterate(int(state.step)))
         config = dataclasses.replace(setup.definition.config, context_length=experiment.data.sequence_length)
-        meter = Meter(flops_per_token=describe(config).training_flops_per_token, peak_flops=peak, tokens=tokens_seen(state), waiting=0.0)
+        meter = Meter(flops_per_token=describe(config).training_flops_per_token, peak_flops=peak, tokens=0, waiting=0.0)
         loop = Loop(
             setup, run=run, checkpointer=checkpointer, ledger=ledger, log=run_log, trackers=trackers, progress=progress, meter=meter,
             batches=batches, state=state,
@@ -132,6 +134,9 @@ def train(
         with StopSignals() as signals:
             state, status = loop.run(state, signals)
             return _finish(loop, state, status, signals)
+
+
+ALL, PART, TRAINING_BATCH = "held-out text", "part of the held-out text", "the last training batch"
 
 
 class Loop:
@@ -154,12 +159,13 @@ class Loop:
         self.setup, self.run_dir, self.checkpointer = setup, run, checkpointer
         self.ledger, self.log, self.trackers, self.progress, self.meter, self.batches = ledger, log, trackers, progress, meter, batches
         self.first_step = self.step = int(state.step)
-        self.last: dict[str, float] = {}  # loss and bits per byte of the last logged step
+        self.last: dict[str, Any] = {"measured_on": TRAINING_BATCH, "loss": math.nan, "bits_per_byte": math.nan}  # until evaluated
         self.best = checkpointer.best()
         self.num_documents: int | None = None  # of the evaluations on the way
         self._saved_step = self.first_step  # where the state came from, or 0, which is never saved
         self._skipped = int(state.skipped)
         self._logged_step = self.step
+        self._fed = 0  # tokens of this session, padding left out: of all processes, as this one's share tells
 
     def run(self, state: TrainState, signals: StopSignals) -> tuple[TrainState, str]:
         """Trains until the last step; returns the state and how the session ended."""
@@ -167,12 +173,13 @@ class Loop:
         while self.step < experiment.run.steps:
             with self.ledger.timed(Category.DATA):
                 batch = next(self.batches)
+            self._fed += int(np.count_nonzero(batch.segment_ids)) * jax.process_count()
             with self.ledger.timed(Category.COMPILE if self.step == self.first_step else Category.STEP):
                 state, metrics = self.setup.train_step(state, sharding.place_batch(batch, self.setup.mesh))
                 if self.step == self.first_step:
                     jax.block_until_ready(metrics)
                     # Compilation, and the wait for the first batch, say nothing about the pace.
-                    self.meter.restart(tokens=tokens_seen(state), waiting=self.batches.waiting_seconds)
+                    self.meter.restart(tokens=self._fed, waiting=self.batches.waiting_seconds)
             self.step += 1
             self.progress.advance(self.step)
             is_last = self.step == experiment.run.steps
@@ -223,9 +230,8 @@ class Loop:
         """Writes and shows the figures of this step; returns how many steps in a row were undone up to it."""
         with self.ledger.timed(Category.STEP):
             values = named_metrics(self.setup.definition.config, jax.device_get(metrics))
-            tokens = tokens_seen(state)
         figures = self.meter.measure(
-            tokens=tokens, waiting=self.batches.waiting_seconds, nll=values["nll"], num_bytes=values.pop("bytes")
+            tokens=self._fed, waiting=self.batches.waiting_seconds, nll=values["nll"], num_bytes=values.pop("bytes")
         )  # fmt: skip
         self.record("train", **dataclasses.asdict(figures), **values)
         self.progress.update(self.step, loss=values["loss"], figures=figures)
@@ -235,7 +241,8 @@ class Loop:
                 self.step, values["skipped"], values["skipped_in_a_row"],
             )  # fmt: skip
         self._skipped += undone
-        self.last = {"loss": values["loss"], "bits_per_byte": figures.bits_per_byte}
+        if self.last["measured_on"] == TRAINING_BATCH:
+            self.last |= {"loss": values["loss"], "bits_per_byte": figures.bits_per_byte}
         self._logged_step = self.step
         return values["skipped_in_a_row"]
 
@@ -248,6 +255,7 @@ class Loop:
         if found is None:
             return
         self.num_documents = found.documents
+        self.last = {"measured_on": PART, "loss": found.loss, "bits_per_byte": found.bits_per_byte}
         self.record("eval", loss=found.loss, bits_per_byte=found.bits_per_byte, documents=found.documents)
         self.progress.print(f"step {self.step}: held-out loss {found.loss:.4f}, {found.bits_per_byte:.3f} bits/byte")
         if self.best is None or found.loss < self.best[1]:
@@ -326,10 +334,10 @@ def _finish(loop: Loop, state: TrainState, status: str, signals: StopSignals) ->
     if signals.received and status == "finished":
         status = "interrupted"
     seconds = loop.ledger.seconds()
-    figures = {"loss": loop.last.get("loss", math.nan), "bits_per_byte": loop.last.get("bits_per_byte", math.nan)}
+    figures = loop.last
     if found is not None:
-        figures = {"loss": found.loss, "bits_per_byte": found.bits_per_byte}
-        loop.record("eval", documents=found.documents, complete=True, **figures)
+        figures = {"measured_on": ALL, "loss": found.loss, "bits_per_byte": found.bits_per_byte}
+        loop.record("eval", documents=found.documents, complete=True, loss=found.loss, bits_per_byte=found.bits_per_byte)
     result = Result(
         status=status, **figures, perplexity=math.exp(min(figures["loss"], 700.0)), best_loss=None if loop.best is None else loop.best[1],
         best_step=None if loop.best is None else loop.best[0],
@@ -368,5 +376,8 @@ def _samples(setup: Setup, state: TrainState) -> list[str]:
     if jax.process_count() > 1 or not setup.prompts:
         return []
     params, buffers = state.evaluated, state.frozen
-    found = sampling.sample(setup.definition, params, buffers, setup.prompts, config=settings.sample, eos_id=tokenizer.eos_id)
-    return [prompt + tokenizer.decode(one.tokens) for prompt, one in zip(settings.sample_prompts, found, strict=True)]
+    found = sampling.sample(setup.inference, params, buffers, setup.prompts, config=settings.sample, eos_id=tokenizer.eos_id)
+    return [
+        text + tokenizer.decode_continuation(prompt, one.tokens)
+        for text, prompt, one in zip(settings.sample_prompts, setup.prompts, found, strict=True)
+    ]

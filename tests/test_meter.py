@@ -52,6 +52,8 @@ def test_a_stretch_without_tokens_and_a_device_without_a_peak() -> None:
         ("NVIDIA A100-SXM4-80GB", jnp.bfloat16, 312e12),
         ("NVIDIA L40S", jnp.bfloat16, 362.05e12),
         ("NVIDIA L4", jnp.bfloat16, 121e12),
+        ("NVIDIA L40", jnp.bfloat16, 181.05e12),
+        ("NVIDIA H100 NVL", jnp.bfloat16, 835.5e12),
         ("TPU v5 lite", jnp.bfloat16, 197e12),
         ("TPU v5p", jnp.bfloat16, 459e12),
         ("TPU v6 lite", jnp.bfloat16, 918e12),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 
 import pytest
 from rich.console import Console
@@ -42,6 +43,13 @@ def test_plain_lines() -> None:
         "saved [bold] step 11 " + "x" * 200,
         "step 200/200  loss 3.2500  4.500 bits/byte  12,346 tokens/s  MFU 41%  data wait 3%  0s left",
     ]
+
+
+def test_the_first_step_of_a_session_shows_no_pace() -> None:
+    console, stream = make_console(is_terminal=False)
+    with Progress(num_steps=20, console=console) as progress:
+        progress.update(1, loss=3.25, figures=Figures(bits_per_byte=4.5, tokens_per_second=math.nan, mfu=math.nan, data_wait_share=0.0))
+    assert stream.getvalue() == "step  1/20  loss 3.2500  4.500 bits/byte  ? left\n"
 
 
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,26 @@ def test_decode_equals_full_forward_at_every_position() -> None:
     np.testing.assert_allclose(cached, full_logits, atol=1e-4, rtol=1e-4)
 
 
+def test_experts_with_a_capacity_drop_nothing_when_asked() -> None:
+    """What `sample` runs, layers taken apart, on all there is: greedy tokens are those of the full forward, alone as together."""
+    narrow = [dataclasses.replace(one, ffn=dataclasses.replace(one.ffn, capacity_factor=0.3)) if isinstance(one.ffn, MoeConfig) else one
+              for one in MIXED.stack[0].pattern]  # fmt: skip
+    trained = dataclasses.replace(MIXED, stack=(Segment(pattern=tuple(narrow), repeats=2),))
+    definition, params, buffers = build(trained)
+    inference = parameters.define_for_inference(trained)
+    assert inference.params == definition.params and inference.config == MIXED
+    together = greedily((inference, params, buffers), PROMPTS, max_tokens=4)
+    assert greedily((inference, params, buffers), PROMPTS[1:2], max_tokens=4) == together[1:2]
+    sequences = np.zeros((len(PROMPTS), 12), np.int32)
+    for row, prompt, continued in zip(sequences, PROMPTS, together, strict=True):
+        row[: len(prompt) + 4] = [*prompt, *continued]
+    likeliest = np.argmax(jax.jit(logits)(inference.merge(params, buffers), jnp.asarray(sequences)), axis=-1)
+    for row, prompt, continued in zip(likeliest, PROMPTS, together, strict=True):
+        assert row[len(prompt) - 1 : len(prompt) + 3].tolist() == continued
+    dropping = jax.jit(logits)(definition.merge(params, buffers), jnp.asarray(sequences))
+    assert np.any(np.argmax(dropping, axis=-1) != likeliest), "this capacity would not have been felt"
+
+
 def test_greedy_is_the_argmax_of_the_full_forward(small: Model) -> None:
     model, forward = small[0].merge(small[1], small[2]), jax.jit(logits)
     for prompt, continued in zip(PROMPTS, greedily(small, PROMPTS), strict=True):
@@ -308,7 +328,8 @@ def test_the_context_limit_is_exact_and_named(uniform: Model) -> None:
         greedily(uniform, prompts, max_tokens=7)
     with pytest.raises(ValueError, match="16 tokens .*shorten it to 15"):
         sample(*uniform, [[BOS] * CONTEXT], eos_id=None)
-    assert [len(tokens) for tokens in sample(*uniform, prompts, eos_id=None)] == [6] * 4  # unless told, as much as there is room for
+    # Unless told, as much as there is room for after each: what one prompt gives does not depend on the others.
+    assert [len(tokens) for tokens in sample(*uniform, prompts, eos_id=None)] == [15, 6, 15, 15]
 
 
 def test_bad_prompts_are_refused(uniform: Model) -> None:

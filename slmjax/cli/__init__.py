@@ -56,14 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: {message}\n(SLMJAX_TRACEBACK=1 shows where it arose)", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped before there was anything to save", file=sys.stderr)
+        print("stopped at once: of a run, what was saved before is in its directory (slmjax train --resume RUN_DIR)", file=sys.stderr)
         sys.exit(130)
 
 
 _OUT_OF_MEMORY = (
     "out of memory ({error}).\nWhat takes less, in training: the same batch in parts (--optim.accumulation-steps), recomputing "
     "activations (--model.remat full), shorter rows (--data.sequence-length), fewer rows (--data.batch-size), parameters divided over "
-    "devices (--mesh.fsdp). In `eval` and `generate`: --batch-size"
+    "devices (--mesh.fsdp). In `generate`, and in multiple choice and lm-eval: --batch-size; in `eval` of text: --data.batch-size"
 )
 
 

@@ -31,7 +31,7 @@ class Request:
 def generate_command(words: Sequence[str]) -> int:
     """continue prompts: slmjax generate RUN_DIR ["def main(" ...] [--file FILE]"""
     from slmjax import checkpoint
-    from slmjax.sampling import SamplingConfig
+    from slmjax.sampling import SamplingConfig, encode_prompts
 
     load_code(words)
 
@@ -61,6 +61,8 @@ def generate_command(words: Sequence[str]) -> int:
         one if one.seed is not None else Request(one.prompt, (given.settings.seed + i) % 2**32) for i, one in enumerate(requests)
     ]  # fmt: skip
     loaded = checkpoint.load_model(Path(given.run_dir), step=given.step)
+    # What cannot be continued is said before a file that is there is written over.
+    encode_prompts(loaded, [one.prompt for one in requests], config=given.settings)
     how = Format.JSON if given.json else given.format
     with _writer(given.output) as write:
         if how is Format.TEXT and given.stream and len(requests) == 1:
@@ -89,10 +91,10 @@ def _requests(prompts: Sequence[str], file: str | None) -> list[Request]:
 
 
 def _parsed(text: str, where: str, *, is_jsonl: bool) -> list[Request]:
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise ValueError(f"{where} holds no prompt: write one on each line")
-    return [_record(line, f"{where}, line {number}") if is_jsonl else Request(line) for number, line in lines]
+    return [_record(line, f"{where}, line {number}") if is_jsonl else Request(line.removesuffix("\r")) for number, line in lines]
 
 
 def _record(line: str, where: str) -> Request:

@@ -15,11 +15,13 @@ def report_command(words: Sequence[str]) -> int:
         run_dir: Annotated[str, *by_place("RUN_DIR")]  # run directory, finished or not
         output: str | None = None  # file of the page (none: report.html in the run directory)
         images: bool = True  # write the charts as PNG files too, to plots/ in the run directory
+        json: bool = False  # print the page's path as JSON
 
     given = parse(Arguments, words, command="report", description=report_command.__doc__)
     from slmjax.report import write_report
 
-    print(write_report(given.run_dir, output=given.output, with_images=given.images))
+    page = write_report(given.run_dir, output=given.output, with_images=given.images)
+    print_json({"page": str(page)}) if given.json else print(page)
     return 0
 
 
@@ -52,14 +54,18 @@ def _show_runs(found: Sequence[Any]) -> None:
     for name in ("step", "loss", "bits/byte", "params", "time"):
         table.add_column(name, justify="right")
     for one in found:
+        partly = "" if one.complete else "~"
         table.add_row(
             one.name, one.status, f"{one.step:,}/{one.steps:,}",
-            "" if one.loss is None else f"{one.loss:.4f}",
-            "" if one.bits_per_byte is None else f"{one.bits_per_byte:.3f}",
+            "" if one.loss is None else f"{partly}{one.loss:.4f}",
+            "" if one.bits_per_byte is None else f"{partly}{one.bits_per_byte:.3f}",
             "" if one.parameters is None else f"{one.parameters / 1e6:.1f}M",
             "" if one.seconds is None else format_seconds(one.seconds),
         )  # fmt: skip
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    if any(one.loss is not None and not one.complete for one in found):
+        console.print("~ on a part of the held-out text, by the last evaluation on the way")
 
 
 def compare_command(words: Sequence[str]) -> int:
@@ -72,19 +78,18 @@ def compare_command(words: Sequence[str]) -> int:
         json: bool = False  # print results and differing settings as JSON
 
     given = parse(Arguments, words, command="compare", description=compare_command.__doc__)
-    from slmjax.report import write_comparison
-    from slmjax.report.comparison import config_differences, read_runs, result_rows, short_names
+    from slmjax.report import comparison, write_comparison
 
     page = write_comparison(given.run_dirs, given.output)
-    runs = read_runs(given.run_dirs)
-    names = short_names(runs)
-    tables = {"results": result_rows(runs), "settings": config_differences(runs)}
+    runs = comparison.read_runs(given.run_dirs)
+    names = comparison.short_names(runs)
     if given.json:
+        tables = {"results": comparison.results(runs), "settings": comparison.config_differences(runs)}
         rows = {title: {name: dict(zip(names, cells, strict=True)) for name, *cells in part} for title, part in tables.items()}
         print_json({"page": str(page), **rows})
         return 0
-    for title, part in tables.items():
-        _show_rows(title, names, part)
+    _show_rows("results", names, comparison.shown_results(runs))
+    _show_rows("settings that differ", names, comparison.shown_differences(runs))
     print(page)
     return 0
 
@@ -95,7 +100,7 @@ def _show_rows(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) 
 
     if not rows:
         return
-    table = Table(title="settings that differ" if title == "settings" else title, title_justify="left")
+    table = Table(title=title, title_justify="left")
     for name in ("", *names):
         table.add_column(name, overflow="fold")
     for row in rows:

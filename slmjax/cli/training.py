@@ -58,7 +58,7 @@ def _show_result(result: Any) -> None:
             console.print(sample, markup=False)
     speed = f"{result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else "speed not measured in so few steps"
     table = Table(title=f"{result.status} after step {result.step:,}", title_justify="left")
-    table.add_column("held-out text" if result.compressors else "last step")
+    table.add_column(f"on {result.measured_on}" if not result.compressors else result.measured_on)
     table.add_column("bits per byte", justify="right")
     table.add_row("this model", f"{result.bits_per_byte:.3f}")
     for name, bits in result.compressors.items():

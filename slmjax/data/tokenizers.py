@@ -76,6 +76,12 @@ class Tokenizer:
             return self._backend.decode([int(id) for id in ids], skip_special_tokens=True)
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
+    def decode_continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        """The text that ids add to a prompt: many vocabularies strip the space before the first word of what they decode."""
+        if self._pieces is not None:
+            return self.decode(ids)
+        return self.decode([*prompt, *ids])[len(self.decode(prompt)) :]
+
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """Exactly the bytes of the ids. Raises ValueError for a vocabulary whose ids have no bytes of their own."""
         if self._pieces is None:

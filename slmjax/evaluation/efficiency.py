@@ -4,12 +4,13 @@ efficiency(loaded).decode_tokens_per_second
 """
 
 import dataclasses
+import functools
 import logging
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -63,7 +64,7 @@ def measure_efficiency(loaded: Loaded, *, energy: bool = False, prompt_tokens: i
     new_tokens = min(NEW_TOKENS, config.context_length - length)
     prompt = np.random.default_rng(0).integers(0, config.known_vocab_size, length).tolist()
 
-    def decode(count: int) -> float:
+    def decode(count: int, prompt: Sequence[int] = prompt) -> float:
         started = time.perf_counter()
         settings = SamplingConfig(temperature=0.0, max_tokens=count)
         sample(loaded.definition, loaded.params, loaded.buffers, [prompt], config=settings, eos_id=None)
@@ -85,7 +86,8 @@ def measure_efficiency(loaded: Loaded, *, energy: bool = False, prompt_tokens: i
         forward_flops_per_token=costs.training_flops_per_token / 3, training_flops_per_token=costs.training_flops_per_token,
         cache_bytes_per_token=cache / config.context_length, cache_bytes=cache, prompt_tokens=length, time_to_first_token=first,
         decode_tokens_per_second=(new_tokens - 1) / max(whole - first, 1e-9) if new_tokens > 1 else math.nan,
-        peak_memory_bytes=_peak_memory(), energy_joules_per_token=None if tracker is None else _energy(tracker, decode, new_tokens),
+        peak_memory_bytes=_peak_memory(),
+        energy_joules_per_token=None if tracker is None else _energy(tracker, functools.partial(decode, prompt=prompt[:1]), new_tokens),
     )  # fmt: skip
 
 
@@ -112,8 +114,9 @@ def _energy_tracker() -> Any:
 
 
 def _energy(tracker: Any, decode: Callable[[int], float], new_tokens: int) -> float:
-    """Joules per new token while this machine does nothing else of ours."""
+    """Joules per new token after a prompt of one, while this machine does nothing else of ours."""
     made = 0
+    decode(new_tokens)  # compiles
     tracker.start()
     started = time.perf_counter()
     while time.perf_counter() - started < ENERGY_SECONDS:

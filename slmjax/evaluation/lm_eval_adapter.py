@@ -66,8 +66,12 @@ class SlmjaxLM(LM):
         tokenizer, room = self.loaded.tokenizer, self.loaded.config.context_length
         new_tokens = min(asked, room // 2)
         ids = tokenizer.encode(context)
-        if len(ids) + 1 + new_tokens > room:  # the end of the context matters most
-            context = tokenizer.decode(ids[-(room - 1 - new_tokens) :])
+        for kept in range(room - 1 - new_tokens, 0, -1):
+            if len(ids) < room - new_tokens:
+                break
+            # The end of the context matters most. A torn character at its beginning goes too; what is left may be other tokens.
+            context = tokenizer.decode(ids[-kept:]).lstrip("\N{REPLACEMENT CHARACTER}")
+            ids = tokenizer.encode(context)
         is_drawn = bool(settings.get("do_sample")) and float(settings.get("temperature") or 0.0) > 0
         config = SamplingConfig(
             max_tokens=new_tokens, temperature=float(settings["temperature"]) if is_drawn else 0.0,

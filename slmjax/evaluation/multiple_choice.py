@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from slmjax.checkpoint import Loaded
-from slmjax.evaluation.likelihood import DEFAULT_BATCH_SIZE, log_likelihoods, pair_tokens
+from slmjax.evaluation.likelihood import DEFAULT_BATCH_SIZE, Pair, log_likelihoods, pair_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,7 @@ class Question:
     prompt: str
     choices: tuple[str, ...]
     answer: int  # index of the right choice
+    line: int  # of the file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,15 +54,13 @@ def answer_questions(loaded: Loaded, path: str | Path, *, batch_size: int = DEFA
     """
     started = time.monotonic()
     questions = read_questions(Path(path))
-    pairs = [
-        pair_tokens(loaded.tokenizer, one.prompt, choice if not one.prompt or one.prompt[-1].isspace() else f" {choice}")
-        for one in questions
-        for choice in one.choices
-    ]
-    try:
-        scores = iter(log_likelihoods(loaded, pairs, batch_size=batch_size))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    pairs = []
+    for one in questions:
+        try:
+            pairs += [_pair(loaded, one.prompt, choice) for choice in one.choices]
+        except ValueError as error:
+            raise ValueError(f"{path}, line {one.line}: {error}") from error
+    scores = iter(log_likelihoods(loaded, pairs, batch_size=batch_size))
     right, right_per_byte, truncated = [], [], 0
     for one in questions:
         found = [next(scores) for _ in one.choices]
@@ -77,6 +76,14 @@ def answer_questions(loaded: Loaded, path: str | Path, *, batch_size: int = DEFA
     )  # fmt: skip
 
 
+def _pair(loaded: Loaded, prompt: str, choice: str) -> Pair:
+    """A prompt and a choice as tokens. Raises ValueError for text that the vocabulary lacks, and a choice longer than the context."""
+    pair = pair_tokens(loaded.tokenizer, prompt, choice if not prompt or prompt[-1].isspace() else f" {choice}")
+    if len(pair[1]) > (room := loaded.config.context_length):
+        raise ValueError(f"a choice has {len(pair[1])} tokens, more than the model's context_length={room}: shorten it")
+    return pair
+
+
 def _stderr(right: list[bool]) -> float:
     """Of a mean, by the sample's own deviation; NaN for one question."""
     return float(np.std(right, ddof=1) / math.sqrt(len(right))) if len(right) > 1 else math.nan
@@ -87,16 +94,16 @@ def read_questions(path: Path) -> list[Question]:
     if not path.is_file():
         raise ValueError(f"there is no file {path}: multiple choice reads JSONL with prompt, choices and answer on each line")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # no other character ends a line of JSONL
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text ({error}): convert it first") from error
-    questions = [_question(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    questions = [_question(line, f"{path}, line {number}", number) for number, line in enumerate(lines, start=1) if line.strip()]
     if not questions:
         raise ValueError(f"{path} holds no question: write one on each line")
     return questions
 
 
-def _question(line: str, where: str) -> Question:
+def _question(line: str, where: str, number: int) -> Question:
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -109,7 +116,7 @@ def _question(line: str, where: str) -> Question:
     choices = record.get("choices")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) and choice for choice in choices):
         raise ValueError(f'{where}: "choices" must be a list of two or more texts that are not empty, got {choices!r}')
-    return Question(prompt=prompt, choices=tuple(choices), answer=_answer(record.get("answer"), choices, where))
+    return Question(prompt=prompt, choices=tuple(choices), answer=_answer(record.get("answer"), choices, where), line=number)
 
 
 def _answer(given: Any, choices: list[str], where: str) -> int:

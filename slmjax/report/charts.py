@@ -53,11 +53,13 @@ def theme(*, dark: bool) -> Spec:
 
 def run_charts(run: RunRecords) -> list[Chart]:
     """The charts of one run; what was not logged has none."""
-    series = {"training": run.train, "held out": run.evals}
+    series = {"training": run.train, "held out": run.on_the_way}
+    if len(run.on_the_way) < len(run.evals):
+        series["all held out"] = run.evals[-1:]
     steady = {"training": run.train}
     charts = [
-        lines("loss", "Loss", "nats per token", series, "loss", marked=("held out",)),
-        lines("bits-per-byte", "Bits per byte", "of UTF-8 text", series, "bits_per_byte", marked=("held out",)),
+        lines("loss", "Loss", "nats per token", series, "loss", marked=tuple(series)[1:]),
+        lines("bits-per-byte", "Bits per byte", "of UTF-8 text", series, "bits_per_byte", marked=tuple(series)[1:]),
         lines("learning-rate", "Learning rate", "", steady, "learning_rate", digits=".2~e"),
         lines("gradient-norm", "Gradient norm", "of all parameters, before clipping; logarithmic", steady, "grad_norm", log=True),
         heat("gradient-norm-by-layer", "Gradient norm by layer", "logarithmic", run.train, "grad_norms"),
@@ -131,9 +133,10 @@ def heat(name: str, title: str, subtitle: str, records: Sequence[Record], field:
         return None
     order = list(dict.fromkeys(row["row"] for row in rows))
     steps = sorted({row["step"] for row in rows})
-    width = min((b - a for a, b in zip(steps, steps[1:], strict=False)), default=1)
+    after_last = 2 * steps[-1] - steps[-2] if len(steps) > 1 else steps[-1] + 1
+    ends = dict(zip(steps, [*steps[1:], after_last], strict=True))  # a column reaches to the next one
     for row in rows:
-        row["end"] = row["step"] + width
+        row["end"] = ends[row["step"]]
     scale: Spec = {"type": "log", "scheme": "viridis"}
     if middle is not None:
         scale = {"scheme": "blueorange", "domain": [0, 2 * middle], "clamp": True}

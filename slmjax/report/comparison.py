@@ -24,7 +24,7 @@ def write_comparison(paths: Sequence[str | Path], output: str | Path) -> Path:
     runs = read_runs(paths)
     labels = short_names(runs)
     train = {label: run.train for label, run in zip(labels, runs, strict=True)}
-    evals = {label: run.evals for label, run in zip(labels, runs, strict=True)}
+    evals = {label: run.on_the_way for label, run in zip(labels, runs, strict=True)}
     bits = "of UTF-8 text: comparable across tokenizers"
     charts = [
         lines("held-out-loss", "Held-out loss", "nats per token", evals, "loss", marked=labels),
@@ -36,13 +36,13 @@ def write_comparison(paths: Sequence[str | Path], output: str | Path) -> Path:
         lines("utilisation", "Model FLOPs utilisation", "of the device's peak", train, "mfu", digits=".0%"),
     ]
     drawn = [chart for chart in charts if chart is not None]
-    results = table(result_rows(runs), head=("", *labels))
-    differences = config_differences(runs)
+    figures = table(shown_results(runs), head=("", *labels))
+    differences = shown_differences(runs)
     settings = table(differences, head=("", *labels)) if differences else '<p class="soft">The settings are the same.</p>'
     title = " and ".join(labels) if len(labels) == 2 else f"{len(labels)} runs"
     body = (
         heading(f"Comparison of {title}", " · ".join(str(run.path) for run in runs))
-        + f"<h2>Results</h2>{results}<h2>Curves</h2>{chart_grid(drawn)}<h2>Settings that differ</h2>{settings}"
+        + f"<h2>Results</h2>{figures}<h2>Curves</h2>{chart_grid(drawn)}<h2>Settings that differ</h2>{settings}"
     )
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -68,34 +68,44 @@ def short_names(runs: Sequence[RunRecords]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
 
-def result_rows(runs: Sequence[RunRecords]) -> list[tuple[str, ...]]:
-    """A row for each figure: its name, and what each run has of it."""
-    rows = []
-    for name in FIGURES:
-        values = [_figure(run, name) for run in runs]
-        if any(value != ABSENT for value in values):
-            rows.append((name.replace("_", " "), *values))
-    return rows
+Row = tuple[Any, ...]
 
 
-def _figure(run: RunRecords, name: str) -> str:
+def results(runs: Sequence[RunRecords]) -> list[Row]:
+    """A row for each figure: its name, and what each run has of it, None where it has none."""
+    rows = [(name, *(_figure(run, name) for run in runs)) for name in FIGURES]
+    return [row for row in rows if any(value is not None for value in row[1:])]
+
+
+def _figure(run: RunRecords, name: str) -> Any:
     if name == "status":
         return run.status
+    if name in ("loss", "bits_per_byte"):
+        return number(run.held_out.get(name))
     if run.result is not None and name in run.result:
-        value = run.result[name]
-        return ABSENT if value is None else str(value)[:12] if name == "commit" else shown(value)
-    if name == "step":
-        return shown(run.last_step)
-    last = number(run.evals[-1].get(name)) if run.evals and name in ("loss", "bits_per_byte") else None
-    return ABSENT if last is None else shown(last)
+        return run.result[name]
+    return run.last_step if name == "step" else None
 
 
-def config_differences(runs: Sequence[RunRecords]) -> list[tuple[str, ...]]:
-    """A row for each setting that is not the same in all runs: its path, and each run's value."""
+def config_differences(runs: Sequence[RunRecords]) -> list[Row]:
+    """A row for each setting that is not the same in all runs: its path, and each run's value, None where it has no such setting."""
     flat = [dict(_flat("", run.config)) for run in runs]
     paths = dict.fromkeys(path for one in flat for path in one)
-    rows = ((path, *(shown(one[path]) if path in one else ABSENT for one in flat)) for path in paths)
-    return [row for row in rows if len(set(row[1:])) > 1]
+    rows = ((path, *(one.get(path) for one in flat)) for path in paths)
+    return [row for row in rows if any(repr(value) != repr(row[1]) for value in row[2:])]
+
+
+def shown_results(runs: Sequence[RunRecords]) -> list[tuple[str, ...]]:
+    """`results` for people."""
+    short = {"commit": lambda value: str(value)[:12]}
+    return [
+        (name.replace("_", " "), *(ABSENT if v is None else short.get(name, shown)(v) for v in values)) for name, *values in results(runs)
+    ]
+
+
+def shown_differences(runs: Sequence[RunRecords]) -> list[tuple[str, ...]]:
+    """`config_differences` for people, to the last digit: what differs must look different."""
+    return [(path, *(repr(v) if isinstance(v, float) else shown(v) for v in values)) for path, *values in config_differences(runs)]
 
 
 def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:

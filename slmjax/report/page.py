@@ -170,7 +170,7 @@ def _body(run: RunRecords, charts: Sequence[Chart]) -> str:
 
 def _figures(run: RunRecords) -> str:
     result = run.result or {}
-    evaluated = result if "loss" in result else (run.evals[-1] if run.evals else {})
+    evaluated = run.held_out
     rivals = ", ".join(f"{name} {bits:.3f}" for name, bits in (result.get("compressors") or {}).items())
     pairs = [
         (number(evaluated.get("bits_per_byte")), ".3f", f"bits per byte{', beside ' + rivals if rivals else ''}"),

@@ -35,6 +35,18 @@ class RunRecords:
         return "unfinished" if self.result is None else str(self.result.get("status", "finished"))
 
     @property
+    def held_out(self) -> dict[str, Any]:
+        """The last evaluation on held-out text: of all of it where the run came to its end; empty where there is none."""
+        return self.evals[-1] if self.evals else {}
+
+    @property
+    def on_the_way(self) -> list[dict[str, Any]]:
+        """The evaluations that one curve may show: one of all held-out text does not go on where those of a part of it ended."""
+        parts = [one for one in self.evals if not one.get("complete")]
+        same = {one.get("documents") for one in self.evals}
+        return self.evals if len(same) == 1 or not parts else parts
+
+    @property
     def last_step(self) -> int:
         """The last step that was logged."""
         return max((record["step"] for record in self.train), default=0)
@@ -54,9 +66,12 @@ def read_run(path: str | Path) -> RunRecords:
     for record in log:
         by_kind.setdefault(str(record["kind"]), []).append(record)
     environment, data = _json(path / "environment.json"), _json(path / "data.json")
+    train, result = _latest(by_kind.get("train", ()), ("step",)), _json(path / "result.json")
+    if result is not None and train and train[-1]["step"] > result.get("step", 0):
+        result = None  # of an earlier session: the run was extended, and goes on or was killed
     return RunRecords(
         path=path, config=_json(path / "config.json") or {}, environment=environment or {}, data=data or [],
-        result=_json(path / "result.json"), train=_latest(by_kind.get("train", ()), ("step",)),
+        result=result, train=train,
         evals=_latest(by_kind.get("eval", ()), ("step",)), samples=_latest(by_kind.get("sample", ()), ("step", "prompt")),
         messages=by_kind.get("message", []),
     )  # fmt: skip
@@ -93,8 +108,9 @@ class RunSummary:
     status: str  # finished, interrupted, diverged, or unfinished: going on, or killed
     step: int
     steps: int  # that were asked for
-    loss: float | None  # on held-out text, at the end or of the last evaluation
+    loss: float | None  # on held-out text, by the last evaluation
     bits_per_byte: float | None
+    complete: bool  # whether that was on all held-out text
     parameters: int | None
     tokens: int | None
     seconds: float | None
@@ -123,11 +139,11 @@ def _summary(path: Path) -> RunSummary:
         steps = int(run.config["run"]["steps"])
     except (ValueError, KeyError):
         empty = dict.fromkeys(("loss", "bits_per_byte", "parameters", "tokens", "seconds"))
-        return RunSummary(name=path.name, path=str(path), status="damaged", step=0, steps=0, started=started, **empty)
-    result = run.result or {}
-    last = result if "loss" in result else (run.evals[-1] if run.evals else {})
+        return RunSummary(name=path.name, path=str(path), status="damaged", step=0, steps=0, complete=False, started=started, **empty)
+    result, last = run.result or {}, run.held_out
     return RunSummary(
         name=run.name, path=str(path), status=run.status, step=int(result.get("step", run.last_step)), steps=steps,
-        loss=number(last.get("loss")), bits_per_byte=number(last.get("bits_per_byte")), parameters=result.get("parameters"),
-        tokens=result.get("tokens"), seconds=result.get("seconds"), started=run.train[0]["time"] if run.train else started,
+        loss=number(last.get("loss")), bits_per_byte=number(last.get("bits_per_byte")), complete=bool(last.get("complete")),
+        parameters=result.get("parameters"), tokens=result.get("tokens"), seconds=result.get("seconds"),
+        started=run.train[0]["time"] if run.train else started,
     )  # fmt: skip

@@ -9,8 +9,8 @@ from text to text.
 
 from slmjax.sampling.choice import filtered_logits, next_tokens, penalised
 from slmjax.sampling.decoding import Continuation, sample
-from slmjax.sampling.settings import SamplingConfig, check_prompts, resolved_max_tokens
-from slmjax.sampling.text import FinishReason, Generation, generate
+from slmjax.sampling.settings import SamplingConfig, check_prompts, length_limits
+from slmjax.sampling.text import FinishReason, Generation, encode_prompts, generate
 
 __all__ = [
     "Continuation",
@@ -18,10 +18,11 @@ __all__ = [
     "Generation",
     "SamplingConfig",
     "check_prompts",
+    "encode_prompts",
     "filtered_logits",
     "generate",
+    "length_limits",
     "next_tokens",
     "penalised",
-    "resolved_max_tokens",
     "sample",
 ]

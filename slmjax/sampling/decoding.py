@@ -22,7 +22,7 @@ from slmjax import losses, sharding
 from slmjax.model import Decoder, Output, Segment
 from slmjax.parameters import Definition, define, restack, unstack
 from slmjax.sampling.choice import next_tokens, penalised
-from slmjax.sampling.settings import DEFAULT, SamplingConfig, check_prompts, resolved_max_tokens, resolved_seeds
+from slmjax.sampling.settings import DEFAULT, SamplingConfig, check_prompts, length_limits, resolved_seeds
 
 SMALLEST_LENGTH = 16  # shorter sequences are padded to it
 PREFILL_CHUNK = 512  # prompt tokens that see the cache at once: bounds the memory of their scores
@@ -68,16 +68,16 @@ def sample(
     """
     if not prompts:
         return []
-    longest = check_prompts(prompts, vocab_size=definition.config.known_vocab_size)
-    max_tokens = resolved_max_tokens(config.max_tokens, longest=longest, context_length=definition.config.context_length)
+    check_prompts(prompts, vocab_size=definition.config.known_vocab_size)
     starts = np.asarray([len(prompt) for prompt in prompts], np.int32)
+    limits = length_limits(prompts, max_tokens=config.max_tokens, context_length=definition.config.context_length)
     rule = _rule(
-        config, seeds=resolved_seeds(config, seeds, num_prompts=len(prompts)), limits=starts + np.int32(max_tokens), eos_id=eos_id,
+        config, seeds=resolved_seeds(config, seeds, num_prompts=len(prompts)), limits=np.asarray(limits, np.int32), eos_id=eos_id,
         vocab_size=definition.config.known_vocab_size,
     )  # fmt: skip
-    tokens = _padded(prompts, _power_of_two(longest + max_tokens))
+    tokens = _padded(prompts, _power_of_two(max(limits)))
     model = _for_decoding(definition, params, buffers)
-    progress, seen = _prefill(model, rule, tokens, starts, prefill_length=_power_of_two(longest))
+    progress, seen = _prefill(model, rule, tokens, starts, prefill_length=_power_of_two(int(starts.max())))
     while True:
         filled, logprobs, ends, done = jax.device_get(seen)
         found = [

@@ -53,23 +53,23 @@ def resolved_seeds(config: SamplingConfig, seeds: Sequence[int] | None, *, num_p
     return list(seeds)
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], *, vocab_size: int) -> int:
-    """The length of the longest prompt. Raises ValueError for one that is empty or holds an id that is none."""
+def check_prompts(prompts: Sequence[Sequence[int]], *, vocab_size: int) -> None:
+    """Raises ValueError for a prompt that is empty or holds an id that is none."""
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {index} has no token: begin it with BOS")
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise ValueError(f"prompt {index} has token ids from {min(prompt)} to {max(prompt)}, and the vocabulary has {vocab_size}")
-    return max(map(len, prompts))
 
 
-def resolved_max_tokens(asked: int | None, *, longest: int, context_length: int) -> int:
-    """How many tokens are made at most. Raises ValueError where the context has no room for them."""
+def length_limits(prompts: Sequence[Sequence[int]], *, max_tokens: int | None, context_length: int) -> list[int]:
+    """The length that each prompt may grow to. Raises ValueError where the context has no room for what is asked."""
+    longest = max(map(len, prompts))
     room = context_length - longest
-    if room < (asked or 1):
+    if room < (max_tokens or 1):
         way_out = f"ask for at most {room}" if room > 0 else f"shorten it to {context_length - 1} or fewer"
         raise ValueError(
-            f"a prompt of {longest} tokens (BOS included) and max_tokens={asked or 1} are more than the model's "
+            f"a prompt of {longest} tokens (BOS included) and max_tokens={max_tokens or 1} are more than the model's "
             f"context_length={context_length}: {way_out}"
         )
-    return min(DEFAULT_MAX_TOKENS, room) if asked is None else asked
+    return [min(len(prompt) + (max_tokens or DEFAULT_MAX_TOKENS), context_length) for prompt in prompts]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from slmjax.checkpoint import Loaded
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.sampling.decoding import STEPS_PER_CALL, sample
-from slmjax.sampling.settings import DEFAULT, SamplingConfig, resolved_seeds
+from slmjax.sampling.settings import DEFAULT, SamplingConfig, check_prompts, length_limits, resolved_seeds
 
 STREAMED_STEPS = 4  # tokens between two pieces of text that are shown
 
@@ -53,18 +53,16 @@ def generate(
     Raises:
       ValueError: a prompt that the vocabulary cannot express, or that leaves no room for `max_tokens` in the context.
     """
-    if isinstance(prompts, str):
-        raise ValueError(f"prompts is one text, {prompts[:40]!r}: give a list of texts")
-    encoded = [[loaded.tokenizer.bos_id, *ids] for ids in loaded.tokenizer.encode_batch(prompts)]
+    encoded = encode_prompts(loaded, prompts, config=config)
     drawn_by = resolved_seeds(config, seeds, num_prompts=len(prompts))
-    listener = _Listener(loaded.tokenizer, config.stop, on_text)
+    listener = _Listener(loaded.tokenizer, encoded, config.stop, on_text)
     continued = sample(
         loaded.definition, loaded.params, loaded.buffers, encoded, config=config, eos_id=loaded.tokenizer.eos_id, seeds=drawn_by,
         watch=listener.watch if config.stop or on_text else None, steps_per_call=STREAMED_STEPS if on_text else STEPS_PER_CALL,
     )  # fmt: skip
     found = []
     for index, (prompt, one) in enumerate(zip(encoded, continued, strict=True)):
-        tokens, text, reason = _finished(one.tokens, loaded.tokenizer, config.stop)
+        tokens, text, reason = _finished(prompt, one.tokens, loaded.tokenizer, config.stop)
         listener.tell(index, text)
         logprobs = tuple(one.logprobs[: len(tokens)])
         found.append(
@@ -73,16 +71,29 @@ def generate(
     return found
 
 
+def encode_prompts(loaded: Loaded, prompts: Sequence[str], *, config: SamplingConfig = DEFAULT) -> list[list[int]]:
+    """The tokens of prompts, BOS first. Raises ValueError as `generate` does, before anything is computed."""
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts is one text, {prompts[:40]!r}: give a list of texts")
+    encoded = [[loaded.tokenizer.bos_id, *ids] for ids in loaded.tokenizer.encode_batch(prompts)]
+    check_prompts(encoded, vocab_size=loaded.config.known_vocab_size)
+    if encoded:
+        length_limits(encoded, max_tokens=config.max_tokens, context_length=loaded.config.context_length)
+    return encoded
+
+
 class _Listener:
     """Follows the continuations while they grow: tells their text, and sees stop texts."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], on_text: Callable[[int, str], None] | None) -> None:
-        self._tokenizer, self._stops, self._on_text = tokenizer, stops, on_text
+    def __init__(
+        self, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], stops: Sequence[str], on_text: Callable[[int, str], None] | None
+    ) -> None:
+        self._tokenizer, self._prompts, self._stops, self._on_text = tokenizer, prompts, stops, on_text
         self._told: dict[int, int] = {}  # characters of each continuation
 
     def watch(self, index: int, tokens: list[int]) -> bool:
         """Whether this continuation has come to a stop text."""
-        text = self._tokenizer.decode(tokens)
+        text = self._tokenizer.decode_continuation(self._prompts[index], tokens)
         cut = _stop_place(text, self._stops)
         self.tell(index, _certain(text, self._stops) if cut is None else text[:cut])
         return cut is not None
@@ -95,14 +106,18 @@ class _Listener:
             self._told[index] = len(text)
 
 
-def _finished(tokens: list[int], tokenizer: Tokenizer, stops: Sequence[str]) -> tuple[list[int], str, FinishReason]:
+def _finished(prompt: list[int], tokens: list[int], tokenizer: Tokenizer, stops: Sequence[str]) -> tuple[list[int], str, FinishReason]:
     """Tokens, text and end of a continuation: tokens past the one that completed a stop text are dropped."""
-    text = tokenizer.decode(tokens)
+
+    def text_of(count: int) -> str:
+        return tokenizer.decode_continuation(prompt, tokens[:count])
+
+    text = text_of(len(tokens))
     cut = _stop_place(text, stops)
     if cut is None:
         ended = bool(tokens) and tokens[-1] == tokenizer.eos_id
         return tokens, text, FinishReason.EOS if ended else FinishReason.LENGTH
-    used = next(n for n in range(1, len(tokens) + 1) if _stop_place(tokenizer.decode(tokens[:n]), stops) is not None)
+    used = next(n for n in range(1, len(tokens) + 1) if _stop_place(text_of(n), stops) is not None)
     return tokens[:used], text[:cut], FinishReason.STOP
 
 

@@ -180,3 +180,16 @@ def test_bytes_are_exact_or_not_given(tmp_path: Path) -> None:
     backend.add_tokens([swallowing])
     backend.save(str(path / "tokenizer.json"))
     assert FileTokenizer(path=str(path)).build([]).token_bytes is None
+
+
+def test_a_continuation_keeps_the_space_before_its_first_word(bpe: Tokenizer, tmp_path: Path) -> None:
+    vocabulary = {"<s>": 0, "</s>": 1, "\u2581Hello": 2, "\u2581world": 3}
+    words = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    words.add_special_tokens(["<s>", "</s>"])
+    words.save(str(tmp_path / "tokenizer.json"))
+    loaded = Tokenizer.load(tmp_path, bos="<s>", eos="</s>")
+    assert loaded.decode([3]) == "world"
+    assert loaded.decode_continuation([0, 2], [3, 3, 1]) == " world world" and loaded.decode_continuation([0], [3]) == "world"
+    ids = bpe.encode("the quick")
+    assert bpe.decode_continuation(ids[:2], ids[2:]) == bpe.decode(ids[2:])
