@@ -1,4 +1,4 @@
-"""The sliding-window sibling of `nano`: of three layers, two see 64 tokens back and one sees all.
+"""The sliding-window sibling of `nano`: of four layers, three see 64 tokens back and one sees all.
 
 slmjax train experiments/nano_window.py
 """

@@ -24,13 +24,19 @@ def nano() -> Experiment:
     """The default: a small Qwen3-like decoder on Python's own standard library, minutes on a laptop."""
     return Experiment(
         model=zoo.nano(),
-        data=DataConfig(sequence_length=256, batch_size=4, heldout_fraction=0.03),
+        data=DataConfig(sequence_length=256, batch_size=8, heldout_fraction=0.03),
         tokenizer=BpeTokenizer(vocab_size=4096),
         optim=OptimConfig(
-            kind=Optimizer.MUON, muon_lr=0.005, lr=1e-2, schedule=Schedule.LINEAR, min_lr_ratio=0.0, warmup_steps=20, grad_clip=1.0
+            kind=Optimizer.MUON,
+            muon_lr=0.01,
+            muon_iterations=3,
+            lr=2e-2,
+            schedule=Schedule.LINEAR,
+            min_lr_ratio=0.0,
+            warmup_steps=20,
         ),
-        eval=EvalConfig(every=150, max_documents=8),
-        run=RunConfig(name="nano", steps=1200, sample_prompts=("def main(", "import ")),
+        eval=EvalConfig(every=100, max_documents=8),
+        run=RunConfig(name="nano", steps=600, sample_prompts=("def main(", "import ")),
     )
 
 

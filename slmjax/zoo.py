@@ -22,28 +22,28 @@ from slmjax.parameters import block_at, define
 
 # Our own --------------------------------------------------------------------------------------------------------------
 def nano(*, vocab_size: int | None = None) -> ModelConfig:
-    """3.2M parameters with 4096 tokens, for minutes on a CPU: a Qwen3 in every detail, so that it exports as one."""
-    return _nano((BlockConfig(mixer=_NANO_ATTENTION, ffn=MlpConfig(hidden_dim=512)),), vocab_size=vocab_size)
+    """3.8M parameters with 4096 tokens, for minutes on a CPU: a Qwen3 in every detail, so that it exports as one."""
+    return _nano((BlockConfig(mixer=_NANO_ATTENTION, ffn=MlpConfig(hidden_dim=640)),), vocab_size=vocab_size)
 
 
 def nano_moe(*, vocab_size: int | None = None) -> ModelConfig:
     """`nano` with 8 experts, of which 2 together are as wide as its feed-forward layer."""
-    ffn = MoeConfig(num_experts=8, num_selected=2, hidden_dim=256)
+    ffn = MoeConfig(num_experts=8, num_selected=2, hidden_dim=320)
     return _nano((BlockConfig(mixer=_NANO_ATTENTION, ffn=ffn),), vocab_size=vocab_size)
 
 
 def nano_window(*, vocab_size: int | None = None) -> ModelConfig:
-    """`nano` with two layers that see 64 tokens before each one that sees all."""
-    mixers = (*(dataclasses.replace(_NANO_ATTENTION, window=64),) * 2, _NANO_ATTENTION)
-    return _nano(tuple(BlockConfig(mixer=mixer, ffn=MlpConfig(hidden_dim=512)) for mixer in mixers), vocab_size=vocab_size)
+    """`nano` with three layers that see 64 tokens before the one that sees all."""
+    mixers = (*(dataclasses.replace(_NANO_ATTENTION, window=64),) * 3, _NANO_ATTENTION)
+    return _nano(tuple(BlockConfig(mixer=mixer, ffn=MlpConfig(hidden_dim=640)) for mixer in mixers), vocab_size=vocab_size)
 
 
-_NANO_ATTENTION = AttentionConfig(num_heads=6, num_kv_heads=3, head_dim=32, qk_norm=QkNorm.PER_HEAD)
+_NANO_ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=64, qk_norm=QkNorm.PER_HEAD)
 
 
 def _nano(pattern: tuple[BlockConfig, ...], *, vocab_size: int | None) -> ModelConfig:
-    stack = (Segment(pattern=pattern, repeats=6 // len(pattern)),)
-    return ModelConfig(embed_dim=192, stack=stack, context_length=256, vocab_size=vocab_size)
+    stack = (Segment(pattern=pattern, repeats=4 // len(pattern)),)
+    return ModelConfig(embed_dim=256, stack=stack, context_length=256, vocab_size=vocab_size)
 
 
 def shakespeare_char(*, vocab_size: int | None = None) -> ModelConfig:

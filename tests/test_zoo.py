@@ -36,16 +36,16 @@ def test_published_parameter_counts(name: str) -> None:
 
 def test_sizes_of_our_own() -> None:
     nano, moe, window = (describe(ARCHITECTURES[name]()) for name in ("nano", "nano_moe", "nano_window"))
-    # 2048 x 192; six layers of 2 x 192 x 192 + 2 x 192 x 96 attention, 3 x 192 x 512 MLP, 2 x 192 + 2 x 32 norms; a final norm.
-    layer = 2 * 192 * 192 + 2 * 192 * 96 + 3 * 192 * 512 + 2 * 192 + 2 * 32
-    assert nano.parameters == 2048 * 192 + 6 * layer + 192 == 2_829_120
+    # 2048 x 256; four layers of 2 x 256 x 256 + 2 x 256 x 128 attention, 3 x 256 x 640 MLP, 2 x 256 + 2 x 64 norms; a final norm.
+    layer = 2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 640 + 2 * 256 + 2 * 64
+    assert nano.parameters == 2048 * 256 + 4 * layer + 256 == 3_279_616
     assert window == dataclasses.replace(
         nano, training_flops_per_token=window.training_flops_per_token, cache_bytes_per_token=window.cache_bytes_per_token
     )
-    assert window.cache_bytes_per_token == nano.cache_bytes_per_token * (2 + 4 * 64 / 256) / 6
+    assert window.cache_bytes_per_token == nano.cache_bytes_per_token * (1 + 3 * 64 / 256) / 4
     # Two of eight experts are as wide as nano's layer: a router is all that a token uses besides.
-    assert moe.active_parameters == nano.parameters + 6 * 192 * 8
-    assert moe.parameters == moe.active_parameters + 6 * 6 * 3 * 192 * 256
+    assert moe.active_parameters == nano.parameters + 4 * 256 * 8
+    assert moe.parameters == moe.active_parameters + 4 * 6 * 3 * 256 * 320
     gpt2 = describe(zoo.slm_124m())
     assert gpt2.embedding_parameters == 50_304 * 768
     assert 123e6 < gpt2.parameters < 124.5e6
@@ -81,7 +81,7 @@ def test_costs_by_hand() -> None:
 def test_a_tied_head_costs_flops_and_no_parameters() -> None:
     config = ARCHITECTURES["nano"]()
     tied, free = describe(config), describe(dataclasses.replace(config, head=HeadKind.FREE))
-    assert free.parameters == tied.parameters + 2048 * 192
+    assert free.parameters == tied.parameters + 2048 * 256
     assert free.training_flops_per_token == tied.training_flops_per_token
 
 
