@@ -35,8 +35,8 @@ def nano() -> Experiment:
             min_lr_ratio=0.0,
             warmup_steps=20,
         ),
-        eval=EvalConfig(every=100, max_documents=8),
-        run=RunConfig(name="nano", steps=600, sample_prompts=("def main(", "import ")),
+        eval=EvalConfig(every=130, max_documents=8),
+        run=RunConfig(name="nano", steps=520, sample_prompts=("def main(", "import ")),
     )
 
 
