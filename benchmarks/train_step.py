@@ -92,20 +92,21 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--compile", action="store_true", help="torch.compile too")
+    parser.add_argument("--python", default=sys.executable, help="interpreter of slmjax's side, for another version of jax")
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
         return work(given.worker, given.size, given.dtypes[0])
     print("| dtype | variant | ms, lowest | ms, median | its median over slmjax's |")
     for dtype in given.dtypes:
-        compare(given.size, dtype, given.rounds, VARIANTS if given.compile else VARIANTS[:2])
+        compare(given.size, dtype, given.rounds, VARIANTS if given.compile else VARIANTS[:2], python=given.python)
     return None
 
 
-def compare(size: str, dtype: str, rounds: int, variants: tuple[str, ...]) -> None:
+def compare(size: str, dtype: str, rounds: int, variants: tuple[str, ...], *, python: str) -> None:
     workers = {}
     for variant in variants:
-        command = [sys.executable, __file__, "--worker", variant, "--size", size, "--dtypes", dtype]
+        command = [python if variant == "slmjax" else sys.executable, __file__, "--worker", variant, "--size", size, "--dtypes", dtype]
         workers[variant] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert read(workers[variant]) == "ready", f"{variant} did not start"
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
