@@ -23,7 +23,7 @@ MASKED_SCORE = -1e30  # finite, so that a row without any visible key has finite
 TRANSPOSED_COLUMNS = 64  # at a time: the identity is that wide
 
 
-def _product(a: Array, b: Array, contracted: tuple[int, int]) -> Float[Array, "..."]:
+def product(a: Array, b: Array, contracted: tuple[int, int]) -> Float[Array, "..."]:
     """Float32 product of two matrices, or of two stacks of them, over the contracted dims, counted from the end."""
     batch = tuple(range(a.ndim - 2))
     dims = ((a.ndim + contracted[0],), (b.ndim + contracted[1],))
@@ -38,7 +38,7 @@ def transposed(x: Float[Array, "*B M D"]) -> Float[Array, "*B D M"]:
     identity = jnp.broadcast_to(jnp.eye(width, dtype=x.dtype), (*x.shape[:-2], width, width))
     # Slices rather than one product over a dim of slices: that would be copied into another layout first.
     columns = [x[..., start : start + width] for start in range(0, x.shape[-1], width)]
-    return jnp.concatenate([_product(identity, part, (-1, -1)).astype(x.dtype) for part in columns], axis=-2)
+    return jnp.concatenate([product(identity, part, (-1, -1)).astype(x.dtype) for part in columns], axis=-2)
 
 
 def matmul(x: Float[Array, "M D"], weight: Float[Array, "D F"]) -> Float[Array, "M F"]:
@@ -48,18 +48,18 @@ def matmul(x: Float[Array, "M D"], weight: Float[Array, "D F"]) -> Float[Array, 
 
 @jax.custom_vjp
 def _matmul(x: Array, weight: Array) -> Array:
-    return _product(x, weight.astype(x.dtype), (-1, -2)).astype(x.dtype)
+    return product(x, weight.astype(x.dtype), (-1, -2)).astype(x.dtype)
 
 
 def _matmul_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array, Any]]:
     narrow = weight.astype(x.dtype)
-    return _product(x, narrow, (-1, -2)).astype(x.dtype), (x, narrow, jnp.zeros((0,), weight.dtype))
+    return product(x, narrow, (-1, -2)).astype(x.dtype), (x, narrow, jnp.zeros((0,), weight.dtype))
 
 
 def _matmul_backward(saved: tuple[Array, Array, Any], dy: Array) -> tuple[Array, Array]:
     x, narrow, like = saved
     dy = dy.astype(x.dtype)
-    return _product(dy, narrow, (-1, -1)).astype(x.dtype), _product(transposed(x), dy, (-1, -2)).astype(like.dtype)
+    return product(dy, narrow, (-1, -1)).astype(x.dtype), product(transposed(x), dy, (-1, -2)).astype(like.dtype)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -86,22 +86,22 @@ def _attend(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
 
 def _attend_forward(q: Array, k: Array, v: Array, mask: Array, scale: float) -> tuple[Array, tuple[Array, ...]]:
     """q [B K GT H], k and v [B K S H], mask [B 1 GT S]."""
-    scores = _product(q, k, (-1, -1)) * scale
+    scores = product(q, k, (-1, -1)) * scale
     seen = jnp.broadcast_to(mask, scores.shape)
     scores = jnp.where(seen, scores, MASKED_SCORE)
     powers = jnp.where(seen, jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)), 0.0)
     weights = (powers / jnp.maximum(jnp.sum(powers, axis=-1, keepdims=True), 1e-30)).astype(q.dtype)
-    out = _product(weights, v, (-1, -2))
+    out = product(weights, v, (-1, -2))
     return out.astype(q.dtype), (q, k, v, weights, out)
 
 
 def _attend_backward(scale: float, saved: tuple[Array, ...], dout: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, weights, out = saved
     mean = jnp.sum(dout.astype(jnp.float32) * out, axis=-1, keepdims=True)
-    dweights = _product(dout, v, (-1, -1))
+    dweights = product(dout, v, (-1, -1))
     dscores = (weights.astype(jnp.float32) * (dweights - mean) * scale).astype(q.dtype)
-    dq, dk = _product(dscores, k, (-1, -2)), _product(transposed(dscores), q, (-1, -2))
-    return dq.astype(q.dtype), dk.astype(k.dtype), _product(transposed(weights), dout, (-1, -2)).astype(v.dtype), None
+    dq, dk = product(dscores, k, (-1, -2)), product(transposed(dscores), q, (-1, -2))
+    return dq.astype(q.dtype), dk.astype(k.dtype), product(transposed(weights), dout, (-1, -2)).astype(v.dtype), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

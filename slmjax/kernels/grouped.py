@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from slmjax import sharding
+from slmjax.kernels import cpu
 from slmjax.kernels.choice import announce
 
 
@@ -62,7 +63,7 @@ _blocked_groups.defvjp(_blocked_groups_forward, _blocked_groups_backward)
 def _block_layout(group_sizes: Array, num_rows: int) -> tuple[int, Array, Array, Array, Array]:
     """Rows per block; then group, first row and number of rows of each block, and how many of the blocks are in use."""
     num_groups = group_sizes.shape[0]
-    block = min(128, max(8, -(-(num_rows // num_groups) // 8) * 8))
+    block = min(256, max(8, -(-(num_rows // num_groups) // 16) * 8))  # half of an even share: few rows of padding, few rounds
     blocks = -(-group_sizes // block)
     ends = jnp.cumsum(blocks)
     index = jnp.arange(-(-num_rows // block) + num_groups)
@@ -83,7 +84,7 @@ def _block_products(x: Array, weights: Array, group_sizes: Array, *, contracted:
     def multiply(index: Array, out: Array) -> Array:
         rows = jax.lax.dynamic_slice_in_dim(padded, first[index], block)
         matrix = jax.lax.dynamic_index_in_dim(weights, group[index], keepdims=False)
-        product = jax.lax.dot_general(rows, matrix, (((1,), (contracted,)), ((), ())))
+        product = cpu.product(rows, matrix, (-1, contracted - 2)).astype(x.dtype)
         return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(offset < count[index], product, 0), first[index], axis=0)
 
     start, _ = sharding.alike(jnp.zeros((num_rows + block, weights.shape[2 - contracted]), x.dtype), x)
@@ -93,13 +94,14 @@ def _block_products(x: Array, weights: Array, group_sizes: Array, *, contracted:
 def _block_outer_products(x: Array, dy: Array, group_sizes: Array) -> Array:
     """For each group the sum over its rows of the outer product of `x` and `dy`, in float32: [E, D, F]."""
     block, group, first, count, num_blocks = _block_layout(group_sizes, x.shape[0])
-    padded_x, padded_dy = jnp.pad(x, [(0, block), (0, 0)]), jnp.pad(dy, [(0, block), (0, 0)])
+    grouped = jnp.where((jnp.arange(x.shape[0]) < jnp.sum(group_sizes))[:, None], x, 0)  # what else there is may not be finite
+    columns, padded_dy = cpu.transposed(jnp.pad(grouped, [(0, block), (0, 0)])), jnp.pad(dy, [(0, block), (0, 0)])
     offset = jnp.arange(block)[:, None]
 
     def accumulate(index: Array, total: Array) -> Array:
-        rows = jnp.where(offset < count[index], jax.lax.dynamic_slice_in_dim(padded_x, first[index], block), 0)
-        outputs = jax.lax.dynamic_slice_in_dim(padded_dy, first[index], block)
-        product = jax.lax.dot_general(rows, outputs, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        rows = jax.lax.dynamic_slice_in_dim(columns, first[index], block, axis=1)
+        outputs = jnp.where(offset < count[index], jax.lax.dynamic_slice_in_dim(padded_dy, first[index], block), 0)
+        product = cpu.product(rows, outputs, (-1, -2))
         before = jax.lax.dynamic_index_in_dim(total, group[index], keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(total, before + product, group[index], axis=0)
 
