@@ -97,11 +97,12 @@ class AttentionConfig(MixerConfig):
 class KvCache:
     """Keys and values already seen. The token at position p lives in slot p % S; segment id 0 marks an empty slot.
 
+    Heads come before slots: the products of attention then read a cache as it lies, instead of a copy for every token.
     The fields are typed `Any` because a cache is a pytree: it may hold shapes or shardings.
     """
 
-    keys: Any  # Float[Array, "B S K H"]
-    values: Any  # Float[Array, "B S K H"]
+    keys: Any  # Float[Array, "B K S H"]
+    values: Any  # Float[Array, "B K S H"]
     positions: Any  # Int[Array, "B S"]
     segment_ids: Any  # Int[Array, "B S"]
 
@@ -125,8 +126,8 @@ def write_cache(
     slots = jnp.where(kept, positions % num_slots, num_slots)  # num_slots is out of range: dropped
     rows = jnp.arange(positions.shape[0])[:, None]
     return KvCache(
-        keys=cache.keys.at[rows, slots].set(keys.astype(cache.keys.dtype), mode="drop"),
-        values=cache.values.at[rows, slots].set(values.astype(cache.values.dtype), mode="drop"),
+        keys=cache.keys.at[rows, :, slots].set(keys.astype(cache.keys.dtype), mode="drop"),
+        values=cache.values.at[rows, :, slots].set(values.astype(cache.values.dtype), mode="drop"),
         positions=cache.positions.at[rows, slots].set(positions, mode="drop"),
         segment_ids=cache.segment_ids.at[rows, slots].set(segment_ids, mode="drop"),
     )
@@ -134,7 +135,7 @@ def write_cache(
 
 def join(cache: KvCache, new: KvCache) -> KvCache:
     """The slots of both, one after the other."""
-    return jax.tree.map(lambda old, late: jnp.concatenate([old, late.astype(old.dtype)], axis=1), cache, new)
+    return jax.tree.map(lambda old, late: jnp.concatenate([old, late.astype(old.dtype)], axis=old.ndim // 2), cache, new)
 
 
 class Attention(Mixer):
@@ -167,13 +168,14 @@ class Attention(Mixer):
         if state is None:
             mixed = kernels.self_attention(queries, keys, values, segment_ids=segment_ids, positions=positions, **how)
         else:
-            new = KvCache(keys=keys, values=values, positions=positions, segment_ids=segment_ids)
+            as_cached = {"keys": jnp.swapaxes(keys, 1, 2), "values": jnp.swapaxes(values, 1, 2)}
+            new = KvCache(**as_cached, positions=positions, segment_ids=segment_ids)
             written = write_cache(state, keys, values, positions=positions, segment_ids=segment_ids)
             # One token finds all it may see in the cache; several may need slots that a ring has just given away.
             seen = written if x.shape[1] == 1 else join(state, new)
             mixed = kernels.reference_attention(
-                queries, seen.keys, seen.values, q_segments=segment_ids, k_segments=seen.segment_ids, q_positions=positions,
-                k_positions=seen.positions, **how,
+                queries, jnp.swapaxes(seen.keys, 1, 2), jnp.swapaxes(seen.values, 1, 2), q_segments=segment_ids,
+                k_segments=seen.segment_ids, q_positions=positions, k_positions=seen.positions, **how,
             )  # fmt: skip
             state = written
         batch, length = positions.shape
@@ -182,7 +184,7 @@ class Attention(Mixer):
     def init_state(self, batch_size: int, *, max_length: int) -> KvCache:
         """An empty cache: of the window's size where there is one, of `max_length` slots where not."""
         num_slots = max_length if self.config.window is None else min(self.config.window, max_length)
-        shape = (batch_size, num_slots, self.config.kv_heads, self.head_dim)
+        shape = (batch_size, self.config.kv_heads, num_slots, self.head_dim)
         marks = jnp.zeros((batch_size, num_slots), jnp.int32)
         return KvCache(keys=jnp.zeros(shape, self.dtype), values=jnp.zeros(shape, self.dtype), positions=marks, segment_ids=marks)
 
