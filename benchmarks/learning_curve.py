@@ -4,39 +4,55 @@ pip install -e '.[plot]'
 python benchmarks/learning_curve.py RUN_DIR docs/nano.svg
 """
 
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-from slmjax.runlog import read_log
-
-matplotlib.use("svg")
-from matplotlib import pyplot  # noqa: E402  # the backend is chosen first
+from slmjax.report import RunRecords, read_run
+from slmjax.report.charts import converter, theme
 
 
 def main(run_dir: Path, picture: Path) -> None:
-    result = json.loads((run_dir / "result.json").read_text())
-    training = read_log(run_dir / "log.jsonl", kind="train")
-    held_out = read_log(run_dir / "log.jsonl", kind="eval")
-    pyplot.rcParams |= {"svg.hashsalt": "slmjax", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    figure, axes = pyplot.subplots(figsize=(7.2, 3.0), layout="constrained")
-    figure.patch.set_facecolor("white")
-    axes.plot(*columns(training), color="#b8c4d6", label="training batches")
-    axes.plot(*columns(held_out), color="#1f4e9c", marker="o", markersize=4, label="held-out text")
-    for (name, bits), style in zip(result["compressors"].items(), ("--", ":"), strict=True):
-        axes.axhline(bits, color="#8a5a00", linestyle=style, linewidth=1, label=f"{name} of the same text: {bits:.2f}")
-    highest = max(row["bits_per_byte"] for row in held_out)
-    axes.set(xlabel="steps", ylabel="bits per byte", ylim=(0, 1.6 * highest))
+    run = read_run(run_dir)
+    assert run.result is not None, f"{run_dir} has not ended: its result is what the picture shows"
+    config = {**theme(dark=False), "font": "Helvetica, Arial, sans-serif"}
+    svg = converter().vegalite_to_svg(specification(run, run.result), config=config)
+    picture.write_text(svg + "\n", encoding="utf-8")
+
+
+def specification(run: RunRecords, result: dict[str, Any]) -> dict[str, Any]:
+    """The chart as Vega-Lite."""
+    series = {"training batches": run.train, "held-out text": run.on_the_way}
+    curves = [{"step": one["step"], "bits": one["bits_per_byte"], "series": name} for name, records in series.items() for one in records]
+    rivals = [{"bits": bits, "name": f"{name}: {bits:.2f}"} for name, bits in result["compressors"].items()]
+    points = [{"step": one["step"], "bits": one["bits_per_byte"]} for one in run.evals]  # the last is on all of the text
+    last = {**points[-1], "name": f"{result['bits_per_byte']:.2f}"}
     sizes = f"{result['parameters'] / 1e6:.1f}M parameters, {result['tokens'] / 1e6:.2f}M tokens"
-    axes.set_title(f"{sizes}, {result['bits_per_byte']:.2f} bits per byte at the end", loc="left")
-    axes.legend(frameon=False, ncols=2)
-    figure.savefig(picture, metadata={"Date": None})
-
-
-def columns(rows: list[dict]) -> tuple[list[int], list[float]]:
-    return [row["step"] for row in rows], [row["bits_per_byte"] for row in rows]
+    colour = {
+        "field": "series",
+        "type": "nominal",
+        "scale": {"domain": list(series), "range": ["#b8c4d6", "#0072B2"]},
+        "legend": {"title": None},
+    }
+    x = {"field": "step", "type": "quantitative", "title": "steps", "axis": {"grid": False}}
+    y = {"field": "bits", "type": "quantitative", "title": "bits per byte", "scale": {"domain": [0, 3], "clamp": True}}
+    text = {"type": "text", "align": "right", "dy": -7, "color": "#8a5a00", "fontSize": 11}
+    return {
+        "width": 640, "height": 240,
+        "title": {
+            "text": f"{sizes}: bits per byte on text it never saw",
+            "anchor": "start", "fontWeight": "normal", "fontSize": 13,
+        },
+        "layer": [
+            {"data": {"values": curves}, "mark": {"type": "line", "clip": True}, "encoding": {"x": x, "y": y, "color": colour}},
+            {"data": {"values": points}, "mark": {"type": "point", "filled": True, "size": 40, "color": "#0072B2"},
+             "encoding": {"x": x, "y": y}},
+            {"data": {"values": rivals}, "mark": {"type": "rule", "strokeDash": [5, 4], "color": "#8a5a00"}, "encoding": {"y": y}},
+            {"data": {"values": rivals}, "mark": {**text, "x": "width"}, "encoding": {"y": y, "text": {"field": "name"}}},
+            {"data": {"values": [last]}, "mark": {**text, "color": "#0072B2", "dy": 16},
+             "encoding": {"x": x, "y": y, "text": {"field": "name"}}},
+        ],
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
