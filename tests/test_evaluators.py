@@ -1,10 +1,14 @@
 """Multiple choice, lm-eval and efficiency, on the model that the end-to-end tests train."""
 
+import dataclasses
 import json
 import logging
 import math
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +23,7 @@ from slmjax.data.tokenizers import BpeTokenizer
 from slmjax.evaluation import efficiency
 from slmjax.evaluation.multiple_choice import read_questions
 from slmjax.model import Decoder
+from slmjax.sampling import Continuation, SamplingConfig
 
 QUESTIONS = [
     {"prompt": "The statement is", "choices": ["not", "xqzj", "executed"], "answer": 0},
@@ -200,6 +205,49 @@ def test_lm_eval_agrees_on_a_local_task(
         run_tasks(loaded, ["absent"], include_path=tmp_path)
 
 
+@pytest.fixture(scope="module")
+def chaotic(loaded: Loaded) -> Loaded:
+    """The same with random weights: where the trained model writes spaces, each letter here depends on all before it.
+
+    Bytes that are no printable ASCII have small rows in the embedding, which are the head's too, and are never the likeliest.
+    """
+    draws = np.random.default_rng(0)
+    params = {path: np.asarray(leaf) for path, leaf in loaded.params.items()}
+    params |= {path: draws.normal(0, 0.3, leaf.shape).astype(np.float32) for path, leaf in params.items() if not path.endswith("/scale")}
+    printable = loaded.tokenizer.encode("".join(map(chr, range(32, 127))))
+    params["embed/table"][np.setdiff1d(np.arange(258), printable)] *= 0.01
+    return dataclasses.replace(loaded, params={path: jnp.asarray(leaf) for path, leaf in params.items()})
+
+
+def test_lm_eval_continues_as_generate_does(chaotic: Loaded) -> None:
+    from lm_eval.api.instance import Instance
+
+    from slmjax.evaluation.lm_eval_adapter import SlmjaxLM
+
+    def continued(context: str, max_tokens: int, *, temperature: float = 0.0) -> str:
+        return slmjax.generate(chaotic, [context], config=SamplingConfig(max_tokens=max_tokens, temperature=temperature))[0].text
+
+    free, drawn = continued("The ", 32), continued("The ", 32, temperature=0.9)
+    stop, late, long, face = free[9:11], free[20:23], "The object is 1234567. " * 4, "\N{GRINNING FACE}"
+    kept = continued(long[-51:], 12)  # of a context of 64 tokens, one of them BOS
+    assert len(free) == 32 and 0 < free.index(stop) < free.index(late) and drawn != free and kept != continued(long[:51], 12)
+    asked: list[tuple[str, dict[str, Any], str]] = [
+        ("The ", {}, free),  # half of the context, where a task asks for more than that, or does not say
+        ("The ", {"until": None, "max_gen_toks": 500}, free),
+        ("The ", {"until": [late, stop]}, free[: free.index(stop)]),
+        ("The ", {"until": late}, free[: free.index(late)]),
+        ("The ", {"until": [stop], "max_gen_toks": 5}, continued("The ", 5)),
+        ("The ", {"until": ["", "absent"], "max_gen_toks": 28}, free[:28]),
+        ("The ", {"do_sample": False, "temperature": 0.9}, free),
+        ("The ", {"do_sample": True, "temperature": 0.9}, drawn),
+        (long, {"max_gen_toks": 12}, kept),
+        # Four bytes each, so that the 51 that are kept begin within a character, which goes as a whole.
+        (long + face * 30, {"max_gen_toks": 12}, continued(face * 12, 12)),
+    ]  # fmt: skip
+    requests = [Instance(request_type="generate_until", doc={}, arguments=one[:2], idx=index) for index, one in enumerate(asked)]
+    assert SlmjaxLM(chaotic).generate_until(requests) == [one[2] for one in asked]
+
+
 # Efficiency and the command -------------------------------------------------------------------------------------------
 @pytest.mark.filterwarnings("ignore")  # codecarbon catches all that goes wrong in it, a warning made an error too, and then says nothing
 def test_efficiency(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,6 +262,63 @@ def test_efficiency(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.peak_memory_bytes > 1e8 and 0 < (found.energy_joules_per_token or 0) < 1e4
     with pytest.raises(ValueError, match="prompt_tokens=63 must be from 1 to 62"):
         evaluation.measure_efficiency(loaded, prompt_tokens=63)
+
+
+class FakeMachine:
+    """A clock, and a `sample` of which each token of a prompt takes 10 ms and each new one after the first 2 ms, at 36 watts.
+
+    The first call of a kind takes far longer, as compilation does; of the next five the fastest and the mean are not the median.
+    """
+
+    def __init__(self) -> None:
+        self.now, self.calls, self.consumed = 1000.0, Counter(), 0.0
+
+    def sample(
+        self,
+        _definition: object,
+        _params: object,
+        _buffers: object,
+        prompts: list[list[int]],
+        *,
+        config: SamplingConfig,
+        eos_id: int | None,
+    ) -> list[Continuation]:
+        assert config.temperature == 0.0 and eos_id is None, "not always the same number of tokens"
+        [prompt] = prompts
+        kind = len(prompt), config.max_tokens
+        off = [100.0, -0.05, 0.0, 4.0, 0.0, -0.05][self.calls[kind]] if len(prompt) > 1 or not self.calls[kind] else 0.0
+        self.calls[kind] += 1
+        self.now += 0.01 * len(prompt) + 0.002 * (config.max_tokens - 1) + off
+        return [Continuation(tokens=[5] * config.max_tokens, logprobs=[0.0] * config.max_tokens)]
+
+    def start(self) -> None:
+        self.consumed -= 36 * self.now / 3.6e6
+
+    def stop(self) -> None:
+        self.consumed += 36 * self.now / 3.6e6
+
+    @property
+    def final_emissions_data(self) -> SimpleNamespace:
+        """As codecarbon's tracker has it, in kilowatt-hours."""
+        return SimpleNamespace(energy_consumed=self.consumed)
+
+
+@pytest.mark.parametrize(("prompt_tokens", "length", "new_tokens"), [(None, 32, 32), (10, 10, 40)])
+def test_efficiency_by_a_clock_of_ours(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, prompt_tokens: int | None, length: int, new_tokens: int
+) -> None:
+    machine = FakeMachine()
+    monkeypatch.setattr(efficiency, "time", SimpleNamespace(perf_counter=lambda: machine.now))
+    monkeypatch.setattr(efficiency, "sample", machine.sample)
+    monkeypatch.setattr(efficiency, "_energy_tracker", lambda: machine)
+    monkeypatch.setattr(efficiency, "NEW_TOKENS", 40)  # or what the context of 64 has room for
+    found = evaluation.measure_efficiency(loaded, energy=True, prompt_tokens=prompt_tokens)
+    assert found.prompt_tokens == length and found.time_to_first_token == pytest.approx(0.01 * length)
+    assert found.decode_tokens_per_second == pytest.approx(500.0)
+    seconds = 0.01 + 0.002 * (new_tokens - 1)  # after a prompt of one token, again and again for ten seconds
+    assert found.energy_joules_per_token == pytest.approx(36 * seconds / new_tokens)
+    assert machine.calls == {(length, 1): 6, (length, new_tokens): 6, (1, new_tokens): 1 + math.ceil(10 / seconds)}
+    assert evaluation.measure_efficiency(loaded, prompt_tokens=20).energy_joules_per_token is None
 
 
 def test_energy_without_its_package(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:

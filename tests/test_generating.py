@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from slmjax.cli import main
+from slmjax.sampling import decoding
 
 LENGTH = ("--max-tokens", "6", "--temperature", "1.0")
 
@@ -53,6 +54,37 @@ def test_text_is_streamed_or_written_whole(generate, tmp_path: Path) -> None:
     assert two.startswith(whole[:-1] + "\n\ndef")
     output = tmp_path / "out.txt"
     assert generate("--output", str(output), "--prompt", "The ") == "" and output.read_text() == whole
+
+
+def test_a_text_is_shown_while_it_grows(run_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece after the first token and after every few more, each flushed before the model goes on."""
+    events: list[str] = []
+    pieces: list[str] = []
+    made = decoding._continue
+
+    def continue_and_tell(*arguments):
+        events.append("decode")
+        return made(*arguments)
+
+    class Terminal(io.StringIO):
+        def write(self, text: str) -> int:
+            events.append("write")
+            pieces.append(text)
+            return len(text)
+
+        def flush(self) -> None:
+            events.append("flush")
+
+    monkeypatch.setattr(decoding, "_continue", continue_and_tell)
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.stdout", Terminal())
+        # Greedily, the model of the tests writes spaces: every token is one character.
+        with pytest.raises(SystemExit) as stopped:
+            main(["generate", run_dir, "--prompt", "The ", "--max-tokens", "12", "--temperature", "0.0"])
+    assert not stopped.value.code
+    told = ["write", "flush"]
+    assert events == [*told, *(["decode", *told] * 3), *told]
+    assert [len(piece) for piece in pieces] == [len("The ") + 1, 4, 4, 3, 1] and pieces[-1] == "\n"
 
 
 def test_logprobs_and_seeds_of_ones_own(generate, tmp_path: Path) -> None:

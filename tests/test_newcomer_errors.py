@@ -150,6 +150,7 @@ def test_damaged_files_are_named(refused: Refused, run_dir: Path, capsys: pytest
         ("pyarrow", "train tiny.py --data.path a.parquet", "parquet"),
         ("datasets", "train hub.py", "hf"),
         ("tensorboardX", "train tiny.py --run.trackers tensorboard", "track"),
+        ("wandb", "train tiny.py --run.trackers wandb", "track"),
         ("vl_convert", "report {run} --output page.html", "plot"),
         ("lm_eval.api.model", "eval {run} --lm-eval arc_easy", "eval"),
         ("codecarbon", "eval {run} --energy", "energy"),
@@ -223,7 +224,8 @@ def test_the_experiment_may_stand_anywhere(monkeypatch: pytest.MonkeyPatch, caps
         found.append(experiment)
         fields: dict = dict.fromkeys((field.name for field in dataclasses.fields(trainer.Result)), 0)
         return trainer.Result(**fields | {"status": "finished", "compressors": {}, "samples": [], "run_dir": "x", "seconds_by_category": {},
-                                          "best_loss": None, "best_step": None, "commit": None})  # fmt: skip
+                                          "best_loss": None, "best_step": None, "commit": None,
+                                          "measured_on": "held-out text"})  # fmt: skip
 
     monkeypatch.setattr(trainer, "train", keep)
     for words in ("shakespeare_char --optim.lr 0.5", "--optim.lr 0.5 shakespeare_char", "--optim.lr=0.5 --json shakespeare_char"):
