@@ -10,6 +10,7 @@ What a tracker does wrong is warned of once, and it is told no more: training go
 import abc
 import enum
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -113,7 +114,8 @@ class Trackers:
 
     def write(self, kind: str, *, step: int, **values: Any) -> None:
         """A record of the log: numbers, texts, and mappings and sequences of numbers, by name."""
-        numbers = {name: float(value) for name, value in _flat(kind, values) if isinstance(value, int | float)}
+        # What is not finite has no place in a curve; log.jsonl says that it was not.
+        numbers = {name: float(value) for name, value in _flat(kind, values) if isinstance(value, int | float) and math.isfinite(value)}
         texts = {name: value for name, value in _flat(kind, values) if isinstance(value, str)}
 
         def send(sink: Sink) -> None:
