@@ -15,22 +15,14 @@ from slmjax import trainer
 from slmjax.cli import main
 from slmjax.report import list_runs
 from slmjax.runlog import read_log
+from tests.one_layer import one_layer
 
 
 @pytest.fixture(scope="module")
 def experiment(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> slmjax.Experiment:
     """The tiny experiment with one layer, which compiles in a moment, and its evaluations on part of the held-out text."""
-    tiny = slmjax.load_experiment(str(workplace / "tiny.py"))
-    (segment,) = tiny.model.stack
-    segment = dataclasses.replace(segment, pattern=segment.pattern[:1], repeats=1)
-    return dataclasses.replace(
-        tiny,
-        model=dataclasses.replace(tiny.model, stack=(segment,)),
-        data=dataclasses.replace(tiny.data, path=str(workplace / "text.txt")),
-        optim=dataclasses.replace(tiny.optim, warmup_steps=0),
-        eval=dataclasses.replace(tiny.eval, every=2, max_documents=1),
-        run=dataclasses.replace(tiny.run, steps=4, directory=str(tmp_path_factory.mktemp("runs")), sample_prompts=()),
-    )
+    found = one_layer(workplace, tmp_path_factory.mktemp("results"), steps=4)
+    return dataclasses.replace(found, eval=dataclasses.replace(found.eval, every=2, max_documents=1))
 
 
 def train(experiment: slmjax.Experiment, **changes) -> slmjax.Result:

@@ -27,6 +27,7 @@ from slmjax.experiment import EvalConfig, FromModel, read_experiment
 from slmjax.runlog import read_log
 from slmjax.sampling import FinishReason, SamplingConfig
 from slmjax.step import ObjectiveConfig
+from tests.one_layer import one_layer
 
 NUM_STEPS = 60
 
@@ -253,24 +254,10 @@ def test_the_run_directory_holds_all_that_is_needed(story, straight, tmp_path, m
 
 
 # The Python surface ---------------------------------------------------------------------------------------------------
-def dense(workplace, directory, *, steps=6, **changes):
-    """The tiny experiment with its first block alone, in absolute places: it compiles in a moment."""
-    tiny = slmjax.load_experiment(str(workplace / "tiny.py"))
-    (segment,) = tiny.model.stack
-    segment = dataclasses.replace(segment, pattern=segment.pattern[:1], repeats=1)
-    return dataclasses.replace(
-        tiny,
-        model=dataclasses.replace(tiny.model, stack=(segment,)),
-        data=dataclasses.replace(tiny.data, path=str(workplace / "text.txt")),
-        optim=dataclasses.replace(tiny.optim, warmup_steps=0, **changes),
-        run=dataclasses.replace(tiny.run, steps=steps, directory=str(directory / "runs"), sample_prompts=()),
-    )
-
-
 @pytest.fixture(scope="module")
 def finished(workplace, tmp_path_factory):
     """An experiment and its result, trained from Python."""
-    experiment = dense(workplace, tmp_path_factory.mktemp("dense"))
+    experiment = one_layer(workplace, tmp_path_factory.mktemp("dense"), steps=6)
     return experiment, slmjax.train(experiment, console=quiet())
 
 
@@ -305,7 +292,7 @@ def test_what_cannot_be_resumed_is_left_as_it_is(finished):
 def test_starting_from_a_model(finished, workplace, tmp_path):
     """The first state holds what `load_model` gives, which are the averages where there are any."""
     result = finished[1]
-    experiment = dataclasses.replace(dense(workplace, tmp_path), init=FromModel(path=result.run_dir))
+    experiment = dataclasses.replace(one_layer(workplace, tmp_path, steps=6), init=FromModel(path=result.run_dir))
     mesh = sharding.make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
         state = session.fresh_state(session.set_up(experiment, tokenizer=experiment.tokenizer, mesh=mesh, report=print))
@@ -323,7 +310,7 @@ def test_starting_from_a_model(finished, workplace, tmp_path):
 
 def test_a_run_that_diverges_ends_cleanly(workplace, tmp_path):
     """One update throws the parameters so far off that no later loss is finite."""
-    experiment = dense(workplace, tmp_path, steps=50, lr=1e30, grad_clip=None, max_consecutive_skips=4, ema_decay=None)
+    experiment = one_layer(workplace, tmp_path, steps=50, lr=1e30, grad_clip=None, max_consecutive_skips=4, ema_decay=None)
     result = slmjax.train(experiment, console=quiet())
     assert (result.status, result.step, result.skipped) == ("diverged", 5, 4)
     run_dir = Path(result.run_dir)
@@ -370,7 +357,7 @@ def test_a_signal_after_the_last_step_loses_nothing(finished, workplace, tmp_pat
     with monkeypatch.context() as patched:
         patched.setattr(session.Setup, "evaluate", interrupted_evaluation)
         signals.append(signal.SIGTERM)
-        stopped = slmjax.train(dense(workplace, tmp_path), console=quiet())
+        stopped = slmjax.train(one_layer(workplace, tmp_path, steps=6), console=quiet())
     assert (stopped.status, stopped.step, stopped.samples) == ("interrupted", 6, [])
     assert (Path(stopped.run_dir) / "checkpoints" / "6" / "MANIFEST.json").exists()
     again = slmjax.train(experiment, resume=stopped.run_dir, console=quiet())

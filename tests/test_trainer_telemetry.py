@@ -15,22 +15,19 @@ from slmjax.data.batch import Batch
 from slmjax.data.pipeline import BatchSource
 from slmjax.runlog import read_log
 from slmjax.trackers import Tracker
+from tests.one_layer import one_layer
 
 
 def trained_with(
     workplace: Path, directory: Path, *, steps: int, evaluate_every: int, data: dict | None = None, run: dict | None = None
 ) -> slmjax.Result:
     """What the tiny experiment with one layer, which compiles in a moment, comes to."""
-    tiny = slmjax.load_experiment(str(workplace / "tiny.py"))
-    (segment,) = tiny.model.stack
-    segment = dataclasses.replace(segment, pattern=segment.pattern[:1], repeats=1)
+    found = one_layer(workplace, directory, steps=steps)
     experiment = dataclasses.replace(
-        tiny,
-        model=dataclasses.replace(tiny.model, stack=(segment,)),
-        data=dataclasses.replace(tiny.data, path=str(workplace / "text.txt"), **data or {}),
-        optim=dataclasses.replace(tiny.optim, warmup_steps=0),
-        eval=dataclasses.replace(tiny.eval, every=evaluate_every, max_documents=1),
-        run=dataclasses.replace(tiny.run, steps=steps, directory=str(directory / "runs"), sample_prompts=(), **run or {}),
+        found,
+        data=dataclasses.replace(found.data, **data or {}),
+        eval=dataclasses.replace(found.eval, every=evaluate_every, max_documents=1),
+        run=dataclasses.replace(found.run, **run or {}),
     )
     return slmjax.train(experiment, console=Console(file=io.StringIO(), width=200))
 
