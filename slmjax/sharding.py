@@ -4,7 +4,8 @@ Modules name logical dims ("batch", "heads", "ffn", ...); only this file knows m
 with compiler-managed (Auto) axes and is entered with `jax.set_mesh(mesh)`; inside it `constrain`, `local` and the
 collectives work by logical dims, and without a mesh they are the identity, so the same code runs on one device.
 
-Logical dims: batch B, tokens T (inside losses), embed D, heads N, kv_heads K, ffn F, vocab V, expert E.
+Logical dims: batch B, time T, tokens (time divided further, inside losses), embed D, heads N, kv_heads K, ffn F, vocab V,
+expert E.
 """
 
 import contextvars
@@ -22,6 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 LOGICAL_DIMS: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
+    "time": ("context",),
     "tokens": ("context", "tensor"),
     "expert": ("expert",),
     "heads": ("tensor",),
@@ -40,7 +42,7 @@ class MeshConfig:
     data: int = -1  # replicas that each see a part of the batch
     fsdp: int = 1  # the batch too is split over these devices, and so are parameters and optimizer state
     expert: int = 1  # experts of a mixture are divided over these devices
-    context: int = 1  # reserved for long sequences: 1
+    context: int = 1  # each sequence is divided over these devices
     tensor: int = 1  # heads, feed-forward width and vocabulary are divided over these devices
 
     def __post_init__(self) -> None:
@@ -49,8 +51,6 @@ class MeshConfig:
             raise ValueError(f"only one mesh axis may be -1 (the rest of the devices), got {sizes}")
         if bad := {axis: size for axis, size in sizes.items() if size < 1 and size != -1}:
             raise ValueError(f"mesh axes must be at least 1, or -1 for the rest of the devices, got {bad}")
-        if self.context != 1:
-            raise ValueError(f"mesh.context is {self.context}, but sequences are not yet split over devices: leave it at 1")
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """Axis sizes with -1 resolved. Raises ValueError when the product is not `num_devices`."""
@@ -152,12 +152,12 @@ def parameter_of(keys: tuple[Any, ...], params: Mapping[str, Any]) -> str | None
 
 # Batches --------------------------------------------------------------------------------------------------------------
 def place_batch(batch: Any, mesh: Mesh) -> Any:
-    """Host arrays, this process's rows of the global batch, to global arrays divided over the batch axes."""
+    """Host arrays [B ...] or [B T ...], this process's rows of the global batch, to global arrays divided over rows and time."""
     sizes = dict(mesh.shape)
 
     def place(rows: np.ndarray) -> Array:
         global_shape = (rows.shape[0] * jax.process_count(), *rows.shape[1:])
-        spec = _spec(("batch",) + (None,) * (rows.ndim - 1), global_shape, sizes)
+        spec = _spec(("batch", "time")[: rows.ndim] + (None,) * (rows.ndim - 2), global_shape, sizes)
         return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), np.asarray(rows), global_shape)
 
     return jax.tree.map(place, batch)
