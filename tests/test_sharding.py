@@ -42,7 +42,6 @@ def test_one_axis_takes_the_rest_of_the_devices():
         ({"data": -1, "fsdp": -1}, "only one mesh axis may be -1"),
         ({"tensor": 0}, "at least 1, or -1"),
         ({"fsdp": -2}, "at least 1, or -1"),
-        ({"context": 2}, "leave it at 1"),
         ({"data": 3}, "the mesh data=3 does not fit the 8 device"),
         ({"data": 1}, "the mesh of one device does not fit the 8 device"),
         ({"tensor": 3}, r"set --mesh.\* so that the product is 8"),
