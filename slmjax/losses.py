@@ -3,10 +3,10 @@
     loss_sum, metrics = cross_entropy(hidden, head, targets, weights, z_loss=1e-4)          # tokens in one dim
     loss_sum, metrics = sharded_cross_entropy(hidden, head, targets, weights, z_loss=1e-4)  # [B, T], any mesh
 
-On a mesh each device walks over its own tokens with the whole table, or over those of its group with its part of the table: which
-of the two is sent less is chosen by size. Everything returned is a sum; the caller divides by global counts. `chunked_sum` is what any further loss on logits builds
-on: it walks over tokens in chunks and takes the gradient of a chunk in the same pass that computes its value, so the logits
-of one chunk are all that ever exists. Matrix products run in the dtype of the hidden states and give float32 (float64 for
+On a mesh each device walks over its own tokens with the whole table, or over those of its group with its part of the table: that
+by which less is sent is chosen. Everything returned is a sum; the caller divides by global counts. `chunked_sum` is what any further
+loss on logits builds on: it walks over tokens in chunks and takes the gradient of a chunk in the same pass that computes its value,
+so the logits of one chunk are all that ever exists. Matrix products run in the dtype of the hidden states and give float32 (float64 for
 float64); soft-cap, softmax and sums are float32.
 
 Dims: B batch, T time, N tokens, C tokens of a chunk, D model, V rows of the table (padding included); `*B` any leading dims.

@@ -138,7 +138,11 @@ def choose_attention(
     attend, how = reference_attention, ""
     if platform == "cpu" and softcap is None:
         attend, how = _cpu_attention, ", gradient written out"
-    if fused and platform == "gpu" and gpu.is_expressible(dtype=dtype, head_dim=head_dim, length=length, num_keys=num_keys, softcap=softcap):
+    if (
+        fused
+        and platform == "gpu"
+        and gpu.is_expressible(dtype=dtype, head_dim=head_dim, length=length, num_keys=num_keys, softcap=softcap)
+    ):
         attend, how = _gpu_attention, ", cuDNN"
     # Rows of a product that keeps the machine busy, with keys of a window and with all keys before them.
     window_rows, causal_rows = (64, 128) if platform == "cpu" else (256, 256)
