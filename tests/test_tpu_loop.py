@@ -150,7 +150,9 @@ def test_how_a_command_ended_is_kept(tmp_path: Path) -> None:
     os.killpg(group, signal.SIGTERM)  # the machine shuts down: the script that waits for the command is signalled too
     wait_for(lambda: status() != "slmjax-job running")
     assert status() == "slmjax-job 75" and len(list((tmp_path / "runs").glob("console-*.log"))) == 1
-    os.killpg(start(saves), signal.SIGKILL)
+    group = start(saves)
+    wait_for(lambda: (job / "console.log").read_text() == "ready\nready\n")  # before that the group may not be there yet
+    os.killpg(group, signal.SIGKILL)
     wait_for(lambda: status() == "slmjax-job lost")
 
 
