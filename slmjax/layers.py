@@ -141,6 +141,27 @@ def linear(x: Float[Array, "*B I"], weight: Float[Array, "I O"], bias: Float[Arr
     return y if bias is None else y + along_last(bias.astype(x.dtype), y.ndim)
 
 
+def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, dtype: Any) -> Float[Array, "B T D"]:
+    """The rows of a table that tokens name, in `dtype`. On a mesh each device takes those that it holds, and one of them has it.
+
+    It is looked up in float32, because the gradient sums as many rows as a token has occurrences: bfloat16 stops at 256.
+    """
+
+    def on_device(table: Array, tokens: Array) -> Array:
+        rows = sharding.gather(table, "embed", axis=1)
+        if not sharding.is_divided("vocab"):
+            return jnp.take(rows, tokens, axis=0, mode="clip").astype(dtype)
+        own = tokens - sharding.index_along("vocab") * rows.shape[0]
+        is_here = (own >= 0) & (own < rows.shape[0])
+        taken = jnp.take(rows, jnp.where(is_here, own, 0), axis=0, mode="clip")
+        return sharding.sum_over(jnp.where(is_here[:, :, None], taken, 0.0).astype(dtype), "vocab")
+
+    # Where rows do not divide, all devices have the same ones, and what they gather would not be known to be the same.
+    columns = "embed" if tokens.shape[0] % sharding.num_devices("batch") == 0 else None
+    in_dims = (("vocab", columns), ("batch", "time"))
+    return sharding.local(on_device, in_dims=in_dims, out_dims=("batch", "time", None))(table, tokens)
+
+
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], *, eps: float) -> Float[Array, "*B D"]:
     """`scale * x / rms(x)` over the last dim, in float32, returned in the dtype of `x` (Zhang & Sennrich 2019)."""
     wide = x.astype(jnp.float32)
@@ -206,10 +227,7 @@ class Embedding(nnx.Module):
         self.table = nnx.Param(truncated_normal(rngs.params(), (num_rows, dim), std))
 
     def __call__(self, tokens: Int[Array, "B T"], *, dtype: Any) -> Float[Array, "B T D"]:
-        # The table is gathered whole before the lookup: the compiler partitions a lookup in a divided table badly. It is
-        # looked up in float32, because the gradient sums as many rows as a token has occurrences: bfloat16 stops at 256.
-        table = sharding.constrain(effective_weight(self.table[...], jnp.float32), (None, None))
-        return jnp.take(table, tokens, axis=0, mode="clip").astype(dtype)
+        return lookup(effective_weight(self.table[...], jnp.float32), tokens, dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

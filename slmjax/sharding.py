@@ -152,6 +152,12 @@ def parameter_of(keys: tuple[Any, ...], params: Mapping[str, Any]) -> str | None
 
 
 # Batches --------------------------------------------------------------------------------------------------------------
+def batch_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Where an array [B ...] or [B T ...] of a batch lives: divided over rows and time."""
+    dims = ("batch", "time")[: len(shape)] + (None,) * (len(shape) - 2)
+    return NamedSharding(mesh, _spec(dims, shape, dict(mesh.shape)))
+
+
 def place_batch(batch: Any, mesh: Mesh) -> Any:
     """Host arrays [B ...] or [B T ...], this process's rows of the global batch, to global arrays divided over rows and time."""
     sizes = dict(mesh.shape)
