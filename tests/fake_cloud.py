@@ -71,7 +71,8 @@ class Cloud:
         return done
 
     def trainings(self) -> list[str]:
-        return (self.fake / "trainings").read_text().splitlines()
+        path = self.fake / "trainings"
+        return path.read_text().splitlines() if path.exists() else []
 
     def machines(self) -> list[str]:
         return [path.name for path in (self.fake / "tpus").iterdir()]
