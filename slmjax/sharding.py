@@ -258,7 +258,11 @@ def gather(x: Array, dim: str, *, axis: int) -> Array:
 
     It counts as differing between devices, so that it may not be returned as it is in a dim that is not divided.
     """
-    return jax.lax.all_gather(x, axes, axis=axis, tiled=True) if (axes := _divided_axes((dim,))) else x
+    if not (axes := _divided_axes((dim,))):
+        return x
+    # Along the first axis: on TPU the sum that is the gradient of this would be sent whole if its parts were cut along lanes.
+    first = jnp.moveaxis(x, axis, 0)
+    return jnp.moveaxis(jax.lax.all_gather(first, axes, axis=0, tiled=True), 0, axis)
 
 
 def scatter_sum(x: Array, dim: str, *, axis: int) -> Array:
