@@ -160,14 +160,22 @@ def batch_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
 
 def place_batch(batch: Any, mesh: Mesh) -> Any:
     """Host arrays [B ...] or [B T ...], this process's rows of the global batch, to global arrays divided over rows and time."""
-    sizes = dict(mesh.shape)
 
     def place(rows: np.ndarray) -> Array:
         global_shape = (rows.shape[0] * jax.process_count(), *rows.shape[1:])
-        spec = _spec(("batch", "time")[: rows.ndim] + (None,) * (rows.ndim - 2), global_shape, sizes)
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), np.asarray(rows), global_shape)
+        return jax.make_array_from_process_local_data(_batch_sharding(global_shape, mesh), np.asarray(rows), global_shape)
 
     return jax.tree.map(place, batch)
+
+
+def batch_shapes(batch: Any, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of a global batch, given as host arrays [B ...] or [B T ...], once it is placed."""
+    return jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=_batch_sharding(rows.shape, mesh)), batch)
+
+
+def _batch_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    spec = _spec(("batch", "time")[: len(shape)] + (None,) * (len(shape) - 2), shape, dict(mesh.shape))
+    return NamedSharding(mesh, spec)
 
 
 # Inside the compiled program ------------------------------------------------------------------------------------------
