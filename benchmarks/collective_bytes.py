@@ -4,7 +4,7 @@
     python benchmarks/collective_bytes.py halo             # windows at 32k tokens over 4 devices: the halo, and no more
 
 Weak scaling gives each device the same rows. Megabytes are those that a device sends in a step, collectives going round a ring
-(`slmjax/collectives.py`); the last column is what the algorithm needs: under fsdp every matrix is gathered in the forward
+(`slmjax/traffic.py`); the last column is what the algorithm needs: under fsdp every matrix is gathered in the forward
 pass and again in the backward, which computes activations anew, and its gradient is reduced; tensor parallelism adds activations,
 which do not depend on the number of devices.
 """
@@ -20,12 +20,11 @@ from slmjax.startup import compile_for_tpu  # noqa: E402
 compile_for_tpu()
 
 import jax  # noqa: E402
-import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
 from slmjax import sharding, step, zoo  # noqa: E402
-from slmjax.collectives import PLAIN, Collective, collectives  # noqa: E402
+from slmjax.traffic import PLAIN, Collective, collectives  # noqa: E402
 from slmjax.data.batch import empty_batch  # noqa: E402
 from slmjax.layers import MixerConfig  # noqa: E402
 from slmjax.model import ModelConfig, Precision, Remat, Segment  # noqa: E402
@@ -51,11 +50,8 @@ def sent_by_step(model: ModelConfig, mesh: Mesh, *, rows: int, length: int) -> l
         definition, optimizer, objective=step.ObjectiveConfig(), optim=optim, shapes=shapes, total_steps=STEPS
     )  # fmt: skip
 
-    def placed(leaf: np.ndarray) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.batch_sharding(leaf.shape, mesh))
-
     with jax.set_mesh(mesh):
-        lowered = train_step.lower(shapes, jax.tree.map(placed, empty_batch(rows, length)))  # pyright: ignore[reportFunctionMemberAccess]
+        lowered = train_step.lower(shapes, sharding.batch_shapes(empty_batch(rows, length), mesh))  # pyright: ignore[reportFunctionMemberAccess]
     return collectives(lowered.compile(compiler_options=PLAIN).as_text())
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from slmjax import sharding
 from slmjax.attention import AttentionConfig
-from slmjax.collectives import collectives
+from slmjax.traffic import collectives
 from slmjax.model import BlockConfig, ModelConfig, Segment
 from slmjax.parameters import define
 
@@ -84,5 +84,3 @@ def test_a_window_layer_exchanges_its_halo_and_nothing_else(window, length, halo
     seen = 3 * length // 4 if halo is None else halo
     assert in_layers == pytest.approx(layers * seen * 2 * heads * head_dim * 4, abs=layers * seen * 4)
     assert {one.kind for one in found} == {"all-gather" if halo is None else "collective-permute"}
-
-
