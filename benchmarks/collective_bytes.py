@@ -24,12 +24,12 @@ from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
 from slmjax import sharding, step, zoo  # noqa: E402
-from slmjax.traffic import PLAIN, Collective, collectives  # noqa: E402
 from slmjax.data.batch import empty_batch  # noqa: E402
 from slmjax.layers import MixerConfig  # noqa: E402
 from slmjax.model import ModelConfig, Precision, Remat, Segment  # noqa: E402
 from slmjax.optim import OptimConfig, make_optimizer  # noqa: E402
 from slmjax.parameters import define  # noqa: E402
+from slmjax.traffic import PLAIN, Collective, collectives  # noqa: E402
 
 TOPOLOGIES = {4: "v5e:2x2", 8: "v5e:2x4", 32: "v5e:4x8", 128: "v5e:8x16", 256: "v5e:16x16"}
 STEPS = 1000
@@ -87,10 +87,11 @@ def halo(window: int, length: int) -> None:
     kv_bytes = 2 * (window - 1) * 3 * 64 * 2  # keys and values of 3 heads of 64, bfloat16
     id_bytes = (window - 1) * 4
     forward = [one for one in found if "transpose(" not in one.source]
-    print(f"{length} tokens over context 4, window {window}, {model.num_layers} layers, per layer and device:")
-    print(f"  forward: {sum(one.sent_bytes for one in forward) / model.num_layers:,.0f} bytes, the halo is {kv_bytes:,} and {id_bytes:,} of segment ids")
-    print(f"  forward and backward, computing activations anew: {sum(one.sent_bytes for one in found) / model.num_layers:,.0f} bytes")
-    print(f"  the keys and values of all the others: {3 * 2 * (length // 4) * 3 * 64 * 2:,} bytes")
+    per_layer = [sum(one.sent_bytes for one in some) / model.num_layers for some in (forward, found)]
+    print(f"{length} tokens over context 4, window {window}, {model.num_layers} layers; bytes per layer and device:")
+    print(f"  forward: {per_layer[0]:,.0f}; the halo is {kv_bytes:,} and, once for all layers, {id_bytes:,} of segment ids")
+    print(f"  forward and backward, computing activations anew: {per_layer[1]:,.0f}")
+    print(f"  the keys and values of all the others would be {3 * 2 * (length // 4) * 3 * 64 * 2:,}")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Fused attention equals the reference: TPU kernels interpreted on CPU, and compiled for TPUs that are not here; cuDNN's case by its twin."""
+"""Fused attention equals the reference: TPU kernels interpreted, and compiled for TPUs that are not here; cuDNN's case by its twin."""
 
 import functools
 import os

@@ -9,9 +9,9 @@ import pytest
 
 from slmjax import sharding
 from slmjax.attention import AttentionConfig
-from slmjax.traffic import collectives
 from slmjax.model import BlockConfig, ModelConfig, Segment
 from slmjax.parameters import define
+from slmjax.traffic import collectives
 
 
 def sent(fn, *arguments):
