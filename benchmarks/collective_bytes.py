@@ -55,19 +55,21 @@ def sent_by_step(model: ModelConfig, mesh: Mesh, *, rows: int, length: int) -> l
     return collectives(lowered.compile(compiler_options=PLAIN).as_text())
 
 
-def weak_scaling(sizes: list[int]) -> None:
+def weak_scaling(sizes: list[int], families: list[dict[str, int]]) -> None:
     model = dataclasses.replace(zoo.smollm2_1_7b(), precision=Precision.BFLOAT16, remat=Remat.FULL)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(define(model).params))
+    table = model.table_rows * model.embed_dim  # tied: looked up, with a float32 gradient, and the head
     rows_each, length = 2, 2048
     print("| mesh | devices | all-gather | reduce-scatter | all-reduce | permute | in all, MB | the algorithm's, MB |\n" + "|---" * 8 + "|")
-    for axes in ({}, {"tensor": 4}):
+    for axes in families:
         for num_devices in sizes:
-            mesh = tpu_mesh(num_devices, fsdp=num_devices // axes.get("tensor", 1), **axes)
+            mesh = tpu_mesh(num_devices, **axes)
             sent = collections.Counter[str]()
             for one in sent_by_step(model, mesh, rows=rows_each * num_devices, length=length):
                 sent[one.kind] += one.sent_bytes
-            fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-            matrices = 3 * 2 * parameters / tensor * (fsdp - 1) / fsdp  # bfloat16: gathered twice, reduced once
+            data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
+            matrices = (6 * (parameters - table) + 10 * table) / tensor * (fsdp - 1) / fsdp  # bfloat16: gathered twice, reduced once
+            matrices += 2 * (2 * parameters + 4 * table) / tensor / fsdp * (data - 1) / data
             activations = 6 * 2 * rows_each * tensor * length * model.embed_dim * model.num_layers * 2 * (tensor - 1) / tensor
             needed = matrices + (activations if tensor > 1 else 0)
             kinds = [sent["all-gather"], sent["reduce-scatter"], sent["all-reduce"], sent["collective-permute"], sent.total(), needed]
@@ -98,10 +100,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("weak-scaling", "halo"))
     parser.add_argument("--devices", type=int, nargs="*", default=[8, 32, 128, 256])
+    parser.add_argument("--families", type=int, nargs="*", default=[0, 1], help="0 fsdp, 1 fsdp x tensor 4, 2 data x fsdp 32")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--length", type=int, default=32_768)
     given = parser.parse_args()
-    weak_scaling(given.devices) if given.what == "weak-scaling" else halo(given.window, given.length)
+    families = [{"fsdp": -1}, {"fsdp": -1, "tensor": 4}, {"data": -1, "fsdp": 32}]
+    weak_scaling(given.devices, [families[one] for one in given.families]) if given.what == "weak-scaling" else halo(
+        given.window, given.length
+    )
 
 
 if __name__ == "__main__":
