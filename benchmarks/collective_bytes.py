@@ -105,9 +105,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=32_768)
     given = parser.parse_args()
     families = [{"fsdp": -1}, {"fsdp": -1, "tensor": 4}, {"data": -1, "fsdp": 32}]
-    weak_scaling(given.devices, [families[one] for one in given.families]) if given.what == "weak-scaling" else halo(
-        given.window, given.length
-    )
+    if given.what == "halo":
+        halo(given.window, given.length)
+    else:
+        weak_scaling(given.devices, [families[one] for one in given.families])
 
 
 if __name__ == "__main__":
