@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 
 from slmjax import config as config_io
-from slmjax import devices, sampling, sharding, startup
+from slmjax import devices, hosts, sampling, sharding, startup
 from slmjax.checkpoint import Checkpointer
 from slmjax.data.pipeline import BatchSource, ReadAhead
 from slmjax.evaluation.compressors import compressed_bits_per_byte
@@ -103,12 +103,14 @@ def train(
         progress = Progress(num_steps=experiment.run.steps, process_index=jax.process_index(), console=console)
         records = stack.enter_context(LogRecords(progress))
         stack.enter_context(jax.set_mesh(mesh))
+        if jax.process_count() > 1:
+            log.info("process %d of %d, %s", jax.process_index(), jax.process_count(), hosts.joined or "joined by the calling program")
         with ledger.timed(Category.INIT):
             tokenizer = experiment.tokenizer if run is None else tokenizer_of(run, experiment)
             setup = set_up(experiment, tokenizer=tokenizer, mesh=mesh, report=progress.print)
             source = BatchSource(
                 setup.prepared.train, experiment.data, token_bytes=setup.prepared.tokenizer.token_bytes,
-                process_index=jax.process_index(), process_count=jax.process_count(),
+                rows=sharding.rows_here(mesh, experiment.data.batch_size),
             )  # fmt: skip
             fresh = fresh_state(setup) if run is None else None
             run = run or _new_run(experiment)
@@ -165,17 +167,17 @@ class Loop:
         self._saved_step = self.first_step  # where the state came from, or 0, which is never saved
         self._skipped = int(state.skipped)
         self._logged_step = self.step
-        self._fed = 0  # tokens of this session, padding left out: of all processes, as this one's share tells
+        self._fed = 0  # tokens of this session, padding left out: of all processes, as this one's rows tell
 
     def run(self, state: TrainState, signals: StopSignals) -> tuple[TrainState, str]:
         """Trains until the last step; returns the state and how the session ended."""
-        experiment = self.setup.experiment
+        experiment, batch_size = self.setup.experiment, self.setup.experiment.data.batch_size
         while self.step < experiment.run.steps:
             with self.ledger.timed(Category.DATA):
                 batch = next(self.batches)
-            self._fed += int(np.count_nonzero(batch.segment_ids)) * jax.process_count()
+            self._fed += int(np.count_nonzero(batch.segment_ids)) * batch_size // len(batch.segment_ids)
             with self.ledger.timed(Category.COMPILE if self.step == self.first_step else Category.STEP):
-                state, metrics = self.setup.train_step(state, sharding.place_batch(batch, self.setup.mesh))
+                state, metrics = self.setup.train_step(state, sharding.place_batch(batch, self.setup.mesh, num_rows=batch_size))
                 if self.step == self.first_step:
                     jax.block_until_ready(metrics)
                     # Compilation, and the wait for the first batch, say nothing about the pace.
