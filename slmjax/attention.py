@@ -166,7 +166,7 @@ class Attention(Mixer):
         values = self._split(self.value(x))
         how = {"window": self.config.window, "scale": self.scale, "softcap": self.config.softcap}
         if state is None:
-            mixed = kernels.self_attention(queries, keys, values, segment_ids=segment_ids, positions=positions, **how)
+            mixed = kernels.self_attention(queries, keys, values, segment_ids=segment_ids, **how)
         else:
             as_cached = {"keys": jnp.swapaxes(keys, 1, 2), "values": jnp.swapaxes(values, 1, 2)}
             new = KvCache(**as_cached, positions=positions, segment_ids=segment_ids)

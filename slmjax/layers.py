@@ -136,13 +136,30 @@ def effective_weight(weight: Float[Array, "..."], dtype: Any) -> Float[Array, ".
 
 
 def linear(x: Float[Array, "*B I"], weight: Float[Array, "I O"], bias: Float[Array, " O"] | None = None) -> Float[Array, "*B O"]:
-    """`x @ weight + bias` in the dtype of `x`; the weight is cast to it.
+    """`x @ weight + bias` in the dtype of `x`; the weight is cast to it."""
+    y = kernels.matmul(x, effective_weight(weight, weight.dtype))
+    return y if bias is None else y + along_last(bias.astype(x.dtype), y.ndim)
 
-    Leading dims are made one for the product: on CPU, XLA is faster at the gradient of that.
+
+def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, dtype: Any) -> Float[Array, "B T D"]:
+    """The rows of a table that tokens name, in `dtype`. On a mesh each device takes those that it holds, and one of them has it.
+
+    It is looked up in float32, because the gradient sums as many rows as a token has occurrences: bfloat16 stops at 256.
     """
-    y = kernels.matmul(x.reshape(-1, x.shape[-1]), effective_weight(weight, weight.dtype))
-    y = y if bias is None else y + along_last(bias.astype(x.dtype), y.ndim)
-    return y.reshape(*x.shape[:-1], -1)
+
+    def on_device(table: Array, tokens: Array) -> Array:
+        rows = sharding.gather(table, "embed", axis=1)
+        if not sharding.is_divided("vocab"):
+            return jnp.take(rows, tokens, axis=0, mode="clip").astype(dtype)
+        own = tokens - sharding.index_along("vocab") * rows.shape[0]
+        is_here = (own >= 0) & (own < rows.shape[0])
+        taken = jnp.take(rows, jnp.where(is_here, own, 0), axis=0, mode="clip")
+        return sharding.sum_over(jnp.where(is_here[:, :, None], taken, 0.0).astype(dtype), "vocab")
+
+    # Where rows do not divide, all devices have the same ones, and what they gather would not be known to be the same.
+    columns = "embed" if tokens.shape[0] % sharding.num_devices("batch") == 0 else None
+    in_dims = (("vocab", columns), ("batch", "time"))
+    return sharding.local(on_device, in_dims=in_dims, out_dims=("batch", "time", None))(table, tokens)
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], *, eps: float) -> Float[Array, "*B D"]:
@@ -210,10 +227,7 @@ class Embedding(nnx.Module):
         self.table = nnx.Param(truncated_normal(rngs.params(), (num_rows, dim), std))
 
     def __call__(self, tokens: Int[Array, "B T"], *, dtype: Any) -> Float[Array, "B T D"]:
-        # The table is gathered whole before the lookup: the compiler partitions a lookup in a divided table badly. It is
-        # looked up in float32, because the gradient sums as many rows as a token has occurrences: bfloat16 stops at 256.
-        table = sharding.constrain(effective_weight(self.table[...], jnp.float32), (None, None))
-        return jnp.take(table, tokens, axis=0, mode="clip").astype(dtype)
+        return lookup(effective_weight(self.table[...], jnp.float32), tokens, dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

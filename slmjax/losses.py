@@ -3,15 +3,17 @@
     loss_sum, metrics = cross_entropy(hidden, head, targets, weights, z_loss=1e-4)          # tokens in one dim
     loss_sum, metrics = sharded_cross_entropy(hidden, head, targets, weights, z_loss=1e-4)  # [B, T], any mesh
 
-Everything returned is a sum; the caller divides by global counts. `chunked_sum` is what any further loss on logits builds
-on: it walks over tokens in chunks and takes the gradient of a chunk in the same pass that computes its value, so the logits
-of one chunk are all that ever exists. Matrix products run in the dtype of the hidden states and give float32 (float64 for
+On a mesh each device walks over its own tokens with the whole table, or over those of its group with its part of the table: that
+by which less is sent is chosen. Everything returned is a sum; the caller divides by global counts. `chunked_sum` is what any further
+loss on logits builds on: it walks over tokens in chunks and takes the gradient of a chunk in the same pass that computes its value,
+so the logits of one chunk are all that ever exists. Matrix products run in the dtype of the hidden states and give float32 (float64 for
 float64); soft-cap, softmax and sums are float32.
 
 Dims: B batch, T time, N tokens, C tokens of a chunk, D model, V rows of the table (padding included); `*B` any leading dims.
 """
 
 import dataclasses
+import enum
 import functools
 import math
 from collections.abc import Callable
@@ -50,7 +52,12 @@ class Head:
 
 def logits(hidden: Float[Array, "*B D"], head: Head) -> Float[Array, "*B V"]:
     """Logits in float32 over every row of the table; padding columns are `PADDING_LOGIT`, and no gradient goes there."""
-    num_rows = head.weight.shape[0]
+    return _local_logits(hidden, head, sharding.Shards())
+
+
+def _local_logits(hidden: Array, head: Head, shards: sharding.Shards) -> Array:
+    """Logits over the shard of the table that a device holds."""
+    num_rows = head.weight.shape[0] * shards.count
     assert 0 < head.vocab_size <= num_rows, f"a head of {num_rows} rows has no {head.vocab_size} real ones"
     x = _project(hidden, head.weight)
     if head.bias is not None:
@@ -59,13 +66,12 @@ def logits(hidden: Float[Array, "*B D"], head: Head) -> Float[Array, "*B V"]:
         x = x * head.scale
     if head.softcap is not None:
         x = head.softcap * jnp.tanh(x / head.softcap)
-    if head.vocab_size < num_rows:
-        x = jnp.where(_columns(x) < head.vocab_size, x, PADDING_LOGIT)
-    return x
+    return jnp.where(_columns(x, shards) < head.vocab_size, x, PADDING_LOGIT) if head.vocab_size < num_rows else x
 
 
-def _columns(x: Array) -> Array:
-    return jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+def _columns(x: Array, shards: sharding.Shards) -> Array:
+    """The row of the whole table that each logit belongs to."""
+    return jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) + shards.index() * x.shape[-1]
 
 
 def _accumulation_dtype(dtype: Any) -> Any:
@@ -136,7 +142,11 @@ def chunked_sum(
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}: give at least 1, or None to have it chosen")
-    return _chunked_sum(fn, chunk_size, hidden, _vary_like(params, hidden), tokens, constants)
+    # Each differs between the devices that the other differs between: the gradient of a replicated head is then one sum over
+    # devices, after the loop, and so is that of hidden states which several devices multiply with parts of a head.
+    parts, structure = jax.tree.flatten(params)
+    hidden, *parts = sharding.alike(hidden, *parts)
+    return _chunked_sum(fn, chunk_size, hidden, jax.tree.unflatten(structure, parts), tokens, constants)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -159,7 +169,7 @@ def _chunked_sum_forward(
         sums, (hidden_gradient, gradient) = value_and_grad(chunk[0], wide, chunk[1], constants)
         return jax.tree.map(jnp.add, params_gradient, gradient), (sums, hidden_gradient)
 
-    zeros = _vary_like(jax.tree.map(jnp.zeros_like, wide), hidden)
+    zeros = jax.tree.map(lambda p: sharding.alike(jnp.zeros_like(p), p)[0], wide)
     params_gradient, (sums, hidden_gradient) = _over_chunks(step, zeros, (hidden, tokens), chunk_size)
     hidden_gradient = hidden_gradient.reshape(-1, *hidden.shape[1:])[: hidden.shape[0]]
     # Scalars of the right dtype stand for params, whose dtypes the backward pass needs and whose values it does not.
@@ -199,19 +209,6 @@ def _over_chunks(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, data: 
     return jax.lax.scan(step, carry, jax.tree.map(cut, data))
 
 
-def _vary_like(tree: Any, like: Array) -> Any:
-    """Inside `sharding.local`: declares that `tree` differs between the devices that `like` differs between.
-
-    The gradient of a replicated head is then one sum over these devices, after the loop. Outside, the identity.
-    """
-
-    def vary(x: Array) -> Array:
-        axes = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
-        return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
-
-    return jax.tree.map(vary, tree)
-
-
 # Cross entropy --------------------------------------------------------------------------------------------------------
 def cross_entropy(
     hidden: Float[Array, "N D"],
@@ -236,26 +233,66 @@ def cross_entropy(
       The sum, and weighted sums without a gradient: `nll`, `z` (squared logsumexp, without its coefficient) and `correct`
       (whether no logit is larger than the target's, so that equal ones count).
     """
+    return _chunked_cross_entropy(hidden, head, targets, weights, z_loss=z_loss, chunk_size=chunk_size, shards=sharding.Shards())
+
+
+def _chunked_cross_entropy(
+    hidden: Array,
+    head: Head,
+    targets: Array,
+    weights: Array,
+    *,
+    z_loss: float | Array,
+    chunk_size: int | None,
+    shards: sharding.Shards,
+) -> tuple[Array, Metrics]:
+    """`cross_entropy`, with a table of which each of some devices holds a part."""
     if chunk_size is None:
         chunk_size = default_chunk_size(hidden.shape[0], head.weight.shape[0])
     coefficient = jnp.asarray(z_loss, _accumulation_dtype(hidden.dtype))
-    return chunked_sum(_cross_entropy_terms, hidden, head, tokens=(targets, weights), constants=coefficient, chunk_size=chunk_size)
+    terms = _cross_entropy_terms(shards)
+    return chunked_sum(terms, hidden, head, tokens=(targets, weights), constants=coefficient, chunk_size=chunk_size)
 
 
-def _cross_entropy_terms(hidden: Array, head: Head, tokens: tuple[Array, Array], z_loss: Array) -> tuple[Float[Array, ""], Metrics]:
-    targets, weights = tokens
-    logits_CV = logits(hidden, head)
-    columns = _columns(logits_CV)
-    normaliser = jax.nn.logsumexp(logits_CV, axis=-1)
-    # A masked sum instead of a gather: its gradient is elementwise and not a scatter into [C, V].
-    target_logit = jnp.sum(jnp.where(columns == targets[:, None], logits_CV, 0.0), axis=-1)
-    nll, z = normaliser - target_logit, jnp.square(normaliser)
-    # Against the maximum, which logsumexp needs as well: argmax would be another pass over all logits, and a slow one on CPU.
-    correct = (target_logit >= jnp.max(logits_CV, axis=-1)).astype(nll.dtype)
-    weights = weights.astype(nll.dtype)
-    metrics = {"nll": nll, "z": z, "correct": correct}
-    metrics = {name: jax.lax.stop_gradient(jnp.sum(weights * value)) for name, value in metrics.items()}
-    return jnp.sum(weights * (nll + z_loss * z)), metrics
+@functools.cache
+def _cross_entropy_terms(shards: sharding.Shards) -> ChunkFn:
+    """The terms of `cross_entropy` over the table that is divided into these shards; of each there is one function."""
+
+    def terms(hidden: Array, head: Head, tokens: tuple[Array, Array], z_loss: Array) -> tuple[Float[Array, ""], Metrics]:
+        targets, weights = tokens
+        logits_CV = _local_logits(hidden, head, shards)
+        largest = shards.max(jnp.max(logits_CV, axis=-1))
+        normaliser = largest + jnp.log(shards.sum(jnp.sum(jnp.exp(logits_CV - largest[:, None]), axis=-1)))
+        # A masked sum instead of a gather: its gradient is elementwise and not a scatter into [C, V].
+        is_target = _columns(logits_CV, shards) == targets[:, None]
+        target_logit = shards.sum(jnp.sum(jnp.where(is_target, logits_CV, 0.0), axis=-1))
+        nll, z = normaliser - target_logit, jnp.square(normaliser)
+        # Against the maximum, which is there: argmax would be another pass over all logits, and a slow one on CPU.
+        correct = (target_logit >= largest).astype(nll.dtype)
+        weights = weights.astype(nll.dtype)
+        metrics = {"nll": nll, "z": z, "correct": correct}
+        metrics = {name: jax.lax.stop_gradient(jnp.sum(weights * value)) for name, value in metrics.items()}
+        return jnp.sum(weights * (nll + z_loss * z)), metrics
+
+    return terms
+
+
+class Vocabulary(enum.Enum):
+    """What a device of the tensor axis does of a group's logits."""
+
+    GATHERED = "gathered"  # all logits of its part of the tokens: the whole table is sent to it, and its gradient back
+    DIVIDED = "divided"  # its part of the logits of all tokens: the gradient of the hidden states is summed over devices
+
+
+def choose_vocabulary(num_tokens: int, table_rows: int) -> Vocabulary:
+    """The way in which less is sent: rows as wide as hidden states are, of which one way sends the table's and the other the tokens'.
+
+    Args:
+      num_tokens: tokens of the devices that share a table.
+      table_rows: rows of the table.
+    """
+    divides = table_rows % sharding.num_devices("vocab") == 0 and sharding.num_devices("vocab") > 1
+    return Vocabulary.DIVIDED if divides and num_tokens < table_rows else Vocabulary.GATHERED
 
 
 def sharded_cross_entropy(
@@ -266,21 +303,30 @@ def sharded_cross_entropy(
     *,
     z_loss: float | Float[Array, ""] = 0.0,
     chunk_size: int | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """`cross_entropy` of a whole batch on the current mesh: every device walks over the tokens it holds.
 
-    The head is gathered once, before the loop, and its gradient is reduced once, after it. `chunk_size` counts a device's
-    own tokens. The sums are over the global batch, the same on every device.
+    The table is gathered once, before the loop, over the axes that its columns are divided over, and its gradient is reduced
+    once, after it. `chunk_size` counts a device's own tokens. The sums are over the global batch, the same on every device.
+
+    Args:
+      vocabulary: how the devices of the tensor axis share the work; None for what is sent less (`choose_vocabulary`).
     """
+    if vocabulary is None:
+        tokens_here = targets.size // (sharding.num_devices("batch") * sharding.num_devices("time"))
+        vocabulary = choose_vocabulary(tokens_here, head.weight.shape[0])
+    tokens, rows = ("tokens", None) if vocabulary is Vocabulary.GATHERED else ("time", "vocab")
 
     def on_device(hidden: Array, weight: Array, bias: Array | None, *tokens_and_z: Array) -> tuple[Array, Metrics]:
         targets, weights, coefficient = tokens_and_z
-        own_head = dataclasses.replace(head, weight=weight, bias=bias)
-        flat_hidden = hidden.reshape(-1, hidden.shape[-1])
-        sums = cross_entropy(flat_hidden, own_head, targets.reshape(-1), weights.reshape(-1), z_loss=coefficient, chunk_size=chunk_size)
-        return sharding.sum_over(sums, "batch", "tokens")
+        sums = _chunked_cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]), dataclasses.replace(head, weight=weight, bias=bias), targets.reshape(-1),
+            weights.reshape(-1), z_loss=coefficient, chunk_size=chunk_size, shards=sharding.shards_of("vocab"),
+        )  # fmt: skip
+        return sharding.sum_over(sums, "batch", tokens)
 
-    per_token = ("batch", "tokens")
-    in_dims = ((*per_token, None), (None, None), (None,), per_token, per_token, ())
+    per_token = ("batch", tokens)
+    in_dims = ((*per_token, None), (rows, None), (rows,), per_token, per_token, ())
     coefficient = jnp.asarray(z_loss, _accumulation_dtype(hidden.dtype))
     return sharding.local(on_device, in_dims=in_dims, out_dims=())(hidden, head.weight, head.bias, targets, weights, coefficient)

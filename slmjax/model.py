@@ -197,7 +197,7 @@ class Block(nnx.Module):
             fed, aux = self.ffn(_maybe(self.ffn_norm, x), segment_ids=given.segment_ids)
             x = self._add(x, _maybe(self.ffn_post_norm, fed), key, 1)
             values["ffn_output"] = fed
-        values["block_output"] = x = sharding.constrain(x, ("batch", None, None))
+        values["block_output"] = x = sharding.constrain(x, ("batch", "time", None))
         return x, state, aux, {name: reduce(values[name]) for name, reduce in given.capture.items() if name in values}
 
     def _add(self, x: Float[Array, "B T D"], update: Float[Array, "B T D"], key: Array | None, index: int) -> Float[Array, "B T D"]:
@@ -310,7 +310,7 @@ class Decoder(nnx.Module):
         given = Pass(segment_ids=segment_ids, positions=positions, capture=_known(capture or {}))
         dtype = self.config.layer_shape().dtype
         x = self.embed(tokens, dtype=dtype) * jnp.asarray(self.config.embed_multiplier, dtype)
-        x = sharding.constrain(x, ("batch", None, None))
+        x = sharding.constrain(x, ("batch", "time", None))
         if key is not None:
             x = dropout(x, jax.random.fold_in(key, self.config.num_layers), rate=self.config.dropout)
         new_states, losses_by_name, metrics, captured, first_layer = [], {}, {}, {}, 0

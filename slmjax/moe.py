@@ -190,19 +190,25 @@ def sorted_slots(experts: Int[Array, "M K"], num_experts: int) -> Slots:
 
 
 def capacity_slots(experts: Int[Array, "B T K"], num_experts: int, *, capacity: int) -> Slots:
-    """`capacity` slots for every expert and row, [E, B, C] flattened; in each row the earlier tokens come first."""
+    """Slots for every expert and row, [E, B, C] flattened: `capacity` of them, of which the earlier tokens come first.
+
+    Under `sharding.local` a row may be a part of one: earlier tokens that other devices hold have used up their share.
+    """
     num_rows, length, num_selected = experts.shape
+    by_row = experts.reshape(num_rows, length * num_selected)
+    counts = jnp.sum(by_row[:, :, None] == jnp.arange(num_experts)[None, None, :], axis=1, dtype=jnp.int32)
+    kept = jnp.clip(capacity - sharding.sum_before(counts, "time"), 0, counts)  # [B, E]
+    capacity = min(capacity, length)  # a token selects an expert once
     num_slots, per_row = num_experts * num_rows * capacity, length * num_selected
     row, room = jnp.arange(num_rows)[:, None], jnp.arange(capacity)[None, None, :]
-    by_row = experts.reshape(num_rows, per_row)
     order = jnp.argsort(by_row, axis=1, stable=True)
-    counts = jnp.sum(by_row[:, :, None] == jnp.arange(num_experts)[None, None, :], axis=1, dtype=jnp.int32)
-    starts = jnp.cumsum(counts, axis=1) - counts
-    rank = jnp.argsort(order, axis=1) - jnp.take_along_axis(starts, jnp.minimum(by_row, num_experts - 1), axis=1)
-    slot = jnp.where((by_row < num_experts) & (rank < capacity), (by_row * num_rows + row) * capacity + rank, num_slots)
+    starts, expert = jnp.cumsum(counts, axis=1) - counts, jnp.minimum(by_row, num_experts - 1)
+    rank = jnp.argsort(order, axis=1) - jnp.take_along_axis(starts, expert, axis=1)
+    has_slot = (by_row < num_experts) & (rank < jnp.take_along_axis(kept, expert, axis=1))
+    slot = jnp.where(has_slot, (by_row * num_rows + row) * capacity + rank, num_slots)
     place = jnp.minimum(starts[:, :, None] + room, per_row - 1)  # [B, E, C], into the sorted row
     selection = jnp.take_along_axis(order, place.reshape(num_rows, -1), axis=1).reshape(place.shape) + per_row * row[:, :, None]
-    selection = jnp.where(room < counts[:, :, None], selection, experts.size)
+    selection = jnp.where(room < kept[:, :, None], selection, experts.size)
     return Slots(
         selection=jnp.swapaxes(selection, 0, 1).reshape(-1),
         slot=slot.reshape(-1, num_selected),
@@ -247,7 +253,7 @@ def apply_experts(
     Args:
       capacity: tokens that an expert takes from a row, the earlier ones; None for all.
     """
-    rows, matrices_in, matrices_out = ("batch", None, None), ("expert", None, "ffn"), ("expert", "ffn", None)
+    rows, matrices_in, matrices_out = ("batch", "time", None), ("expert", None, "ffn"), ("expert", "ffn", None)
 
     def on_shard(x: Array, weights: Array, experts: Array, gate: Array, up: Array, down: Array) -> Array:
         rows_divided = sharding.is_divided("batch")

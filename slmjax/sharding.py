@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -152,6 +153,12 @@ def parameter_of(keys: tuple[Any, ...], params: Mapping[str, Any]) -> str | None
 
 
 # Batches --------------------------------------------------------------------------------------------------------------
+def batch_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Where an array [B ...] or [B T ...] of a batch lives: divided over rows and time."""
+    dims = ("batch", "time")[: len(shape)] + (None,) * (len(shape) - 2)
+    return NamedSharding(mesh, _spec(dims, shape, dict(mesh.shape)))
+
+
 @functools.lru_cache(maxsize=16)  # asked at every step
 def rows_here(mesh: Mesh, num_rows: int) -> np.ndarray:
     """Numbers of the rows of a global batch that this process's devices hold, in ascending order: those that it has to read.
@@ -189,14 +196,13 @@ def place_batch(batch: Any, mesh: Mesh, *, num_rows: int | None = None) -> Any:
         here = np.arange(count) if num_rows is None else rows_here(mesh, count)
         assert len(here) == local.shape[0], f"{local.shape[0]} rows were made, and this process holds {len(here)} of {count}"
         global_shape = (count, *local.shape[1:])
-        spec = _spec(("batch", "time")[: local.ndim] + (None,) * (local.ndim - 2), global_shape, dict(mesh.shape))
 
         def shard(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(count)
             first = int(np.searchsorted(here, start))  # a shard's rows follow each other here as they do in the whole
             return local[first : first + stop - start, *index[1:]]
 
-        return jax.make_array_from_callback(global_shape, NamedSharding(mesh, spec), shard)
+        return jax.make_array_from_callback(global_shape, batch_sharding(global_shape, mesh), shard)
 
     return jax.tree.map(place, batch)
 
@@ -209,6 +215,18 @@ def _current_sizes() -> dict[str, int]:
     return dict(jax.sharding.get_abstract_mesh().shape)
 
 
+def platform() -> str:
+    """What the program is made for ("cpu", "gpu", "tpu"): the mesh's devices, which need not be here; without a mesh, those that are."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    named = None if device is None else device.platform
+    return named or jax.default_backend()
+
+
+def num_devices(dim: str) -> int:
+    """How many of the mesh's devices a logical dim is divided over, where its size allows; 1 without a mesh."""
+    return math.prod(_current_sizes().get(axis, 1) for axis in LOGICAL_DIMS[dim])
+
+
 def constrain(x: Array, dims: Dims) -> Array:
     """`x` with its sharding pinned to these logical dims; the identity without a mesh."""
     sizes = _current_sizes()
@@ -217,7 +235,7 @@ def constrain(x: Array, dims: Dims) -> Array:
     return jax.lax.with_sharding_constraint(x, _spec(dims, x.shape, sizes))
 
 
-def local(fn: Callable[..., Any], *, in_dims: tuple[Dims, ...], out_dims: Any) -> Callable[..., Any]:
+def local(fn: Callable[..., Any], *, in_dims: tuple[Dims, ...], out_dims: Any, checked: bool = True) -> Callable[..., Any]:
     """`fn` run by every device on its own shard: the one way into `jax.shard_map`.
 
     A logical dim is divided when it divides evenly in every argument that has it; otherwise all devices see it whole, and
@@ -228,6 +246,8 @@ def local(fn: Callable[..., Any], *, in_dims: tuple[Dims, ...], out_dims: Any) -
       in_dims: logical dims per argument.
       out_dims: logical dims of the result, or a tuple of them for a tuple of results; () for a scalar (a pytree of
         scalars too).
+      checked: the tracer proves that what is returned whole is the same on all devices. It cannot look into fused kernels: where
+        there are any, False.
     """
     sizes = _current_sizes()
     if math.prod(sizes.values()) == 1:
@@ -250,7 +270,8 @@ def local(fn: Callable[..., Any], *, in_dims: tuple[Dims, ...], out_dims: Any) -
                 _divided_dims.reset(token)
 
         out_specs = jax.tree.map(spec, out_dims, is_leaf=_is_dims)
-        return jax.shard_map(shard_fn, in_specs=tuple(spec(dims) for dims in in_dims), out_specs=out_specs)(*args)
+        in_specs = tuple(spec(dims) for dims in in_dims)
+        return jax.shard_map(shard_fn, in_specs=in_specs, out_specs=out_specs, check_vma=checked)(*args)
 
     return run
 
@@ -284,12 +305,67 @@ def scatter_sum(x: Array, dim: str, *, axis: int) -> Array:
 
 def index_along(dim: str) -> Array | int:
     """Inside `local`: which shard of a logical dim this device holds (0 where the dim is whole)."""
-    return jax.lax.axis_index(axes) if (axes := _divided_axes((dim,))) else 0
+    return shards_of(dim).index()
+
+
+def num_shards(dim: str) -> int:
+    """Inside `local`: how many shards a logical dim is divided into (1 where it is whole)."""
+    return math.prod(_current_sizes()[axis] for axis in _divided_axes((dim,)))
 
 
 def is_divided(dim: str) -> bool:
     """Inside `local`: whether this logical dim really was divided."""
     return dim in _divided_dims.get()
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """The devices that a logical dim is divided over, for code that is traced later than `local` runs: rules of custom gradients."""
+
+    axes: tuple[str, ...] = ()  # none where the dim is whole
+    count: int = 1
+
+    def index(self) -> Array | int:
+        """Which shard this device holds."""
+        return jax.lax.axis_index(self.axes) if self.axes else 0
+
+    def sum(self, x: Array) -> Array:
+        """The sum over the devices."""
+        return jax.lax.psum(x, self.axes) if self.axes else x
+
+    def max(self, x: Array) -> Array:
+        """The largest on any of the devices; it has no gradient."""
+        return jax.lax.pmax(jax.lax.stop_gradient(x), self.axes) if self.axes else jax.lax.stop_gradient(x)
+
+
+def shards_of(dim: str) -> Shards:
+    """Inside `local`: the devices that a logical dim is divided over."""
+    return Shards(_divided_axes((dim,)), num_shards(dim))
+
+
+def halo(x: Array, dim: str, *, size: int, axis: int) -> Array:
+    """Inside `local`: `x` with the `size` entries before it along a divided array axis, from the devices that hold them.
+
+    The first shards have fewer entries before them, and zeros in their place. Only these entries are sent: from the neighbour,
+    and where a shard is shorter than the halo from as many further devices as it takes. No more than all other shards hold is
+    added; the identity where the dim is whole.
+    """
+    axes, length, others = _divided_axes((dim,)), x.shape[axis], num_shards(dim) - 1
+    parts = [x]
+    for hop in range(1, min(-(-size // length), others) + 1):
+        count = min(length, size - (hop - 1) * length)
+        tail = jax.lax.slice_in_dim(x, length - count, length, axis=axis)
+        parts.insert(0, jax.lax.ppermute(tail, axes, [(source, source + hop) for source in range(others + 1 - hop)]))
+    return jnp.concatenate(parts, axis=axis) if len(parts) > 1 else x
+
+
+def sum_before(x: Array, dim: str) -> Array:
+    """Inside `local`: the sum of `x` over the shards of a logical dim that come before this one; zeros where the dim is whole."""
+    if not is_divided(dim):
+        return jnp.zeros_like(x)
+    all_shards = gather(x[None], dim, axis=0)
+    earlier = jnp.arange(all_shards.shape[0]) < index_along(dim)
+    return jnp.sum(jnp.where(earlier.reshape(-1, *(1,) * x.ndim), all_shards, 0), axis=0, dtype=x.dtype)
 
 
 def alike(*arrays: Array) -> tuple[Array, ...]:

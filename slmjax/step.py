@@ -242,7 +242,7 @@ def _gradients(
 def _split_rows(rows: Array, *, num_parts: int) -> Array:
     """[B, ...] to [A, B/A, ...]: part a takes every A-th row, so that each device's rows stay on it."""
     parts = jnp.swapaxes(rows.reshape(rows.shape[0] // num_parts, num_parts, *rows.shape[1:]), 0, 1)
-    return sharding.constrain(parts, (None, "batch") + (None,) * (rows.ndim - 1))
+    return sharding.constrain(parts, (None, "batch", "time")[: rows.ndim + 1] + (None,) * (rows.ndim - 2))
 
 
 def _averaged(ema: Params | None, params: Params, *, decay: float | None, num_updates: Array) -> Params | None:

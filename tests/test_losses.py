@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from slmjax import losses, sharding
-from slmjax.losses import Head, cross_entropy, sharded_cross_entropy
+from slmjax.losses import Head, Vocabulary, choose_vocabulary, cross_entropy, sharded_cross_entropy
 
 NUM_TOKENS, WIDTH, ROWS, VOCAB = 22, 6, 16, 13
 
@@ -208,11 +208,17 @@ def test_bad_chunk_size_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("num_times", "num_devices"),
-    [(8, 1), (8, 8), (7, 8)],
-    ids=["no mesh", "divided", "times that do not divide"],
+    ("num_times", "axes", "vocabulary"),
+    [
+        (8, None, None),
+        (8, {"data": 2, "fsdp": 2, "tensor": 2}, Vocabulary.GATHERED),
+        (7, {"data": 2, "fsdp": 2, "tensor": 2}, Vocabulary.GATHERED),  # a length that does not divide
+        (7, {"data": 2, "fsdp": 2, "tensor": 2}, Vocabulary.DIVIDED),
+        (8, {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}, Vocabulary.DIVIDED),
+        (8, {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}, None),
+    ],
 )
-def test_a_batch_on_any_mesh_equals_dense(num_times, num_devices):
+def test_a_batch_on_any_mesh_equals_dense(num_times, axes, vocabulary):
     _, head, _, _ = make_inputs(bias=num_times == 8)
     keys = jax.random.split(jax.random.key(1), 3)
     hidden = jax.random.normal(keys[0], (4, num_times, WIDTH))
@@ -222,25 +228,34 @@ def test_a_batch_on_any_mesh_equals_dense(num_times, num_devices):
     expected = value_and_gradients(dense_cross_entropy, *flat, z_loss=0.01)
 
     context = contextlib.nullcontext()
-    if num_devices == 8:
-        mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    if axes is not None:
+        mesh = sharding.make_mesh(sharding.MeshConfig(**axes))
         placement = sharding.parameter_shardings({"head/weight": head.weight}, mesh)
         assert placement["head/weight"].spec == jax.P("tensor", "fsdp")
         head = dataclasses.replace(head, weight=jax.device_put(head.weight, placement["head/weight"]))
         context = jax.set_mesh(mesh)
     with context:
         values, (hidden_gradient, head_gradient) = value_and_gradients(
-            sharded_cross_entropy, hidden, head, targets, weights, z_loss=0.01, chunk_size=3
+            sharded_cross_entropy, hidden, head, targets, weights, z_loss=0.01, chunk_size=3, vocabulary=vocabulary
         )
     assert_trees_close((values, (hidden_gradient.reshape(-1, WIDTH), head_gradient)), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_head_is_gathered_and_its_gradient_reduced_once_outside_the_loop():
+def test_what_is_sent_less_decides_how_the_tensor_axis_shares_the_work():
+    assert choose_vocabulary(10, 1024) is Vocabulary.GATHERED  # there is no mesh
+    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=4, tensor=2))):
+        assert choose_vocabulary(1023, 1024) is Vocabulary.DIVIDED
+        assert choose_vocabulary(1024, 1024) is Vocabulary.GATHERED
+        assert choose_vocabulary(10, 1023) is Vocabulary.GATHERED
+
+
+@pytest.mark.parametrize("vocabulary", list(Vocabulary))
+def test_the_head_is_gathered_and_its_gradient_reduced_once_outside_the_loop(vocabulary):
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
     targets, weights = jnp.zeros((8, 8), jnp.int32), jnp.ones((8, 8))
 
     def loss(hidden, weight):
-        return sharded_cross_entropy(hidden, Head(weight=weight, vocab_size=ROWS), targets, weights, chunk_size=2)[0]
+        return sharded_cross_entropy(hidden, Head(weight=weight, vocab_size=ROWS), targets, weights, chunk_size=2, vocabulary=vocabulary)[0]
 
     with jax.set_mesh(mesh):
         hidden = jax.device_put(jnp.ones((8, 8, 4)), jax.NamedSharding(mesh, jax.P(("data", "fsdp"), "tensor")))
@@ -249,4 +264,7 @@ def test_the_head_is_gathered_and_its_gradient_reduced_once_outside_the_loop():
     assert " while(" in program
     collective = r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
     _, entry = program.split("\nENTRY ")
-    assert len(re.findall(collective, program)) == len(re.findall(collective, entry)) <= 4
+    assert len(re.findall(collective, entry)) <= 4
+    # Within the loop: one number per token of the chunk, and only where each device has a part of its logits.
+    inside = re.findall(r"= (\S+)" + collective, program.replace(entry, ""))
+    assert {shape for shape, *_ in inside} == ({"f32[2]{0}"} if vocabulary is Vocabulary.DIVIDED else set())

@@ -10,11 +10,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from slmjax import losses, sharding
+from slmjax import sharding
 from slmjax.attention import AttentionConfig
-from slmjax.layers import MlpConfig
 from slmjax.model import BlockConfig, ModelConfig, Segment
-from slmjax.moe import MoeConfig
 from slmjax.parameters import define
 from slmjax.sharding import MeshConfig, make_mesh
 
@@ -42,7 +40,6 @@ def test_one_axis_takes_the_rest_of_the_devices():
         ({"data": -1, "fsdp": -1}, "only one mesh axis may be -1"),
         ({"tensor": 0}, "at least 1, or -1"),
         ({"fsdp": -2}, "at least 1, or -1"),
-        ({"context": 2}, "leave it at 1"),
         ({"data": 3}, "the mesh data=3 does not fit the 8 device"),
         ({"data": 1}, "the mesh of one device does not fit the 8 device"),
         ({"tensor": 3}, r"set --mesh.\* so that the product is 8"),
@@ -197,85 +194,33 @@ def test_constrain_divides_by_logical_dims():
     assert {shard.data.shape for shard in odd.addressable_shards} == {(3, 3, 2)}
 
 
-# A whole model --------------------------------------------------------------------------------------------------------
-MODEL = ModelConfig(
-    embed_dim=16,
-    stack=(
-        Segment(
-            pattern=(
-                BlockConfig(mixer=AttentionConfig(num_heads=4, num_kv_heads=2, window=4), ffn=MlpConfig(hidden_dim=24)),
-                # One key-value head of 3 dims does not divide over two devices.
-                BlockConfig(
-                    mixer=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=3, rope_base=None),
-                    ffn=MoeConfig(num_experts=4, num_selected=2, hidden_dim=8, shared_hidden_dim=6, z_weight=0.01),
-                ),
-            ),
-            repeats=2,
-        ),
-    ),
-    vocab_size=30,
-    vocab_multiple=4,
-    init_std=0.2,
-)
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 6, 20])
+def test_a_halo_is_what_lies_before(size):
+    """Of shards of 4 entries: nothing, a part of the neighbour, all of it, more than it, more than there is."""
+    x = np.arange(2 * 16 * 3, dtype=np.float32).reshape(2, 16, 3)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, context=4))
 
+    def run(x):
+        def on_device(x):
+            extended = sharding.halo(x, "time", size=size, axis=1)
+            return extended, sharding.sum_before(jnp.sum(x, axis=1), "time")[:, None]
 
-def batch_of_documents(rows=8, length=10):
-    draw = np.random.default_rng(0)
-    cut = draw.integers(3, length - 2, rows)
-    t = np.arange(length)[None, :]
-    second = t >= cut[:, None]
-    segment_ids = np.where(t >= length - 1, 0, 1 + second).astype(np.int32)
-    return {
-        "tokens": draw.integers(0, 30, (rows, length)).astype(np.int32),
-        "segment_ids": segment_ids,
-        "positions": np.where(second, t - cut[:, None], t).astype(np.int32),
-        "targets": draw.integers(0, 30, (rows, length)).astype(np.int32),
-        "weights": (segment_ids > 0).astype(np.float32),
-    }
+        rows = ("batch", "time", None)
+        return sharding.local(on_device, in_dims=(rows,), out_dims=(rows, rows))(x)
 
-
-def loss_and_gradient(params, buffers, batch):
-    definition = define(MODEL)
-
-    def loss(params):
-        model = definition.merge(params, buffers)
-        output = model(batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"])
-        nll, _ = losses.sharded_cross_entropy(output.hidden, output.head, batch["targets"], batch["weights"])
-        return nll + sum(output.losses.values()), output.metrics
-
-    return jax.value_and_grad(loss, has_aux=True)(params)
-
-
-def test_a_model_on_eight_devices_equals_one_device():
-    batch = batch_of_documents()
-    definition, draw = define(MODEL), np.random.default_rng(0)
-    assert not definition.buffers
-    params = {path: draw.normal(0, 0.3, leaf.shape).astype(np.float32) for path, leaf in definition.params.items()}
-    expected = jax.jit(loss_and_gradient)(params, {}, batch)
-
-    mesh = mixed_mesh()
-    shardings = sharding.parameter_shardings(definition.params, mesh)
-    sharded = jax.device_put(params, shardings)
+    added = min(size, 12)
+    expected = [np.pad(x, [(0, 0), (added, 0), (0, 0)])[:, start : start + added + 4] for start in (0, 4, 8, 12)]
     with jax.set_mesh(mesh):
-        step = jax.jit(loss_and_gradient, out_shardings=(None, shardings))
-        (value, metrics), gradient = step(sharded, {}, sharding.place_batch(batch, mesh))
-    (expected_value, expected_metrics), expected_gradient = expected
-    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), metrics, expected_metrics)
-    for path, leaf in gradient.items():
-        np.testing.assert_allclose(leaf, expected_gradient[path], rtol=1e-3, atol=1e-4, err_msg=path)
-
-    def local_share(path):
-        leaf = sharded[path]
-        assert gradient[path].sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
-        return leaf.addressable_shards[0].data.size / leaf.size
-
-    assert local_share("embed/table") == local_share("segments/0/blocks/0/mixer/query/weight") == 1 / 4
-    assert local_share("segments/0/blocks/1/ffn/experts/up") == 1 / 8
-    assert local_share("segments/0/blocks/1/mixer/key/weight") == 1 / 2  # 3 columns stay whole
-    assert local_share("final_norm/scale") == 1
+        extended, before = jax.jit(run)(x)
+        gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(run(x)[0]))))(x)
+    np.testing.assert_array_equal(extended, np.concatenate(expected, axis=1))
+    np.testing.assert_array_equal(before, np.stack([x[:, :start].sum(1) for start in (0, 4, 8, 12)], axis=1))
+    # An entry counts once on its own device, and once on each of those that it was sent to.
+    uses = [1 + sum(start - added <= place < start for start in (4, 8, 12)) for place in range(16)]
+    np.testing.assert_array_equal(gradient, 2 * x * np.asarray(uses, np.float32)[None, :, None])
 
 
+# Parameters ----------------------------------------------------------------------------------------------------------
 def test_parameters_are_initialised_where_they_live_and_alike_on_any_mesh():
     block = BlockConfig(mixer=AttentionConfig(num_heads=4), ffn=None)
     definition = define(ModelConfig(embed_dim=16, stack=(Segment(pattern=(block,), repeats=2),), vocab_size=32))

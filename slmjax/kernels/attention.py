@@ -1,19 +1,23 @@
 """Attention: the reference, and the form that a whole sequence runs in.
 
 `reference_attention` is the definition, and what decoding with a cache calls; `self_attention` is what a whole sequence
-calls, and picks a form by platform and shape. Every form equals the reference, by test.
+calls, and picks a form by platform and shape. Every form equals the reference, by test. A sequence may be divided over devices:
+queries then stay where they are, and keys come to them, all of them or, in a window, those just before a device's own.
 
 Dims: B batch, T query time, S key time, N heads, K kv heads, G heads per kv head (N = K G), H head dim.
 """
 
 import functools
+import os
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from slmjax.kernels import cpu
+from slmjax import sharding
+from slmjax.kernels import cpu, gpu, tpu
 from slmjax.kernels.choice import announce
 
 MAX_CAUSAL_BLOCKS = 8  # unrolled in the program: 8 of them compute 56% of the square, 16 would compute 53%
@@ -68,57 +72,146 @@ def reference_attention(
     return jnp.einsum("bkgts,bskh->btkgh", weights.astype(q.dtype), v).reshape(q.shape)
 
 
-def _cpu_attention(q: Array, k: Array, v: Array, *, scale: float, softcap: None = None, **visible) -> Array:
-    """`reference_attention` with the gradient that is written out for CPUs."""
-    return cpu.attend(q, k, v, attention_mask(**visible), scale=scale)
-
-
 def self_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     *,
     segment_ids: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
     window: int | None,
     scale: float,
     softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`reference_attention` of a sequence over itself, in the form that suits platform and shape.
+    """`reference_attention` of a sequence over itself, in the form that suits platform and shape, on any mesh.
 
-    Segments must be contiguous and positions count up by one within each, as packed batches have them: then only keys
-    close by in the row can be visible, and the others are not computed.
+    Segments must be contiguous, as packed batches have them: distances are then those between places in the row, and only keys
+    close by in the row can be visible.
     """
-    form = choose_attention(q.shape[1], window=window, platform=jax.default_backend(), softcap=softcap)
-    return form(q, k, v, segment_ids=segment_ids, positions=positions, window=window, scale=scale, softcap=softcap)
+    platform, num_heads = sharding.platform(), q.shape[2]
+
+    def on_device(q: Array, k: Array, v: Array, segments: Array) -> Array:
+        if sharding.is_divided("heads") and not sharding.is_divided("kv_heads"):
+            # These query heads need not be those of whole groups: each gets a key-value head of its own.
+            here = sharding.index_along("heads") * q.shape[2] + jnp.arange(q.shape[2])
+            k, v = (jnp.take(x, here // (num_heads // k.shape[2]), axis=2) for x in (k, v))
+        length, shards = q.shape[1], sharding.num_shards("time")
+        gathered = shards > 1 and (window is None or window > (shards - 1) * length)
+        if gathered:
+            keys = [sharding.gather(x, "time", axis=1) for x in (k, v, segments)]
+        else:
+            keys = [sharding.halo(x, "time", size=(window or 1) - 1, axis=1) for x in (k, v, segments)]
+        form = choose_attention(
+            length, window=window, platform=platform, softcap=softcap, num_keys=keys[0].shape[1], gathered=gathered,
+            head_dim=q.shape[3], dtype=q.dtype,
+        )  # fmt: skip
+        ids = {"q_segments": segments, "k_segments": keys[2], "shard": sharding.index_along("time") if gathered else None}
+        return form(q, keys[0], keys[1], **ids, window=window, scale=scale, softcap=softcap)
+
+    queries, pairs, marks = ("batch", "time", "heads", None), ("batch", "time", "kv_heads", None), ("batch", "time")
+    in_dims = (queries, pairs, pairs, marks)
+    return sharding.local(on_device, in_dims=in_dims, out_dims=queries, checked=platform == "cpu")(q, k, v, segment_ids)
 
 
-def choose_attention(length: int, *, window: int | None, platform: str, softcap: float | None = None) -> Callable[..., Array]:
-    """The form of self-attention for sequences of `length` tokens: a function of `self_attention`'s arguments."""
-    own = platform == "cpu" and softcap is None
-    attend = _cpu_attention if own else reference_attention
+def choose_attention(
+    length: int,
+    *,
+    window: int | None,
+    platform: str,
+    softcap: float | None = None,
+    num_keys: int | None = None,
+    gathered: bool = False,
+    head_dim: int = 64,
+    dtype: Any = jnp.float32,
+) -> Callable[..., Array]:
+    """The form of attention of a device's `length` queries: a function of q, k, v, their segments, `shard` and the settings.
+
+    Args:
+      num_keys: of which the queries are the last, or, if `gathered`, one shard; as many as queries by default.
+    """
+    num_keys = length if num_keys is None else num_keys
+    over = f"{length} tokens" if num_keys == length else f"{length} tokens and {num_keys} keys"
+    name = f"attention over {over}, window {window}, heads of {head_dim}, {jnp.dtype(dtype).name}, on {platform}"
+    fused = os.environ.get("SLMJAX_FUSED", "on") != "off"
+    if fused and platform == "tpu" and min(length, num_keys) >= tpu.BLOCKS[-1]:
+        announce(f"{name}: splash attention")
+        return tpu.attend
+    attend, how = reference_attention, ""
+    if platform == "cpu" and softcap is None:
+        attend, how = _cpu_attention, ", gradient written out"
+    if (
+        fused
+        and platform == "gpu"
+        and gpu.is_expressible(dtype=dtype, head_dim=head_dim, length=length, num_keys=num_keys, softcap=softcap)
+    ):
+        attend, how = _gpu_attention, ", cuDNN"
     # Rows of a product that keeps the machine busy, with keys of a window and with all keys before them.
     window_rows, causal_rows = (64, 128) if platform == "cpu" else (256, 256)
-    name = f"attention over {length} tokens, window {window}, on {platform}{', gradient written out' if own else ''}"
-    if window is not None:
-        block = max(window_rows, _round_up(window // 4, 8))
-        if 2 * (block + _round_up(window - 1, block)) <= length:
-            announce(f"{name}: blocks of {block}, linear in length")
-            return functools.partial(_window_blocks, attend=attend, block=block)
-    if length < 2 * causal_rows:
-        announce(f"{name}: one block")
-        return functools.partial(_whole, attend=attend)
     block = max(causal_rows, _round_up(-(-length // MAX_CAUSAL_BLOCKS), 8))
-    announce(f"{name}: causal blocks of {block}")
+    if gathered:
+        announce(f"{name}: blocks of {block} queries over all keys{how}")
+        return functools.partial(_query_blocks, attend=attend, block=block)
+    if window is not None:
+        window_block = max(window_rows, _round_up(window // 4, 8))
+        if 2 * (window_block + _round_up(window - 1, window_block)) <= length:
+            announce(f"{name}: blocks of {window_block}, linear in length{how}")
+            return functools.partial(_window_blocks, attend=attend, block=window_block)
+    if length < 2 * causal_rows or attend is _gpu_attention:
+        announce(f"{name}: one block{how}")
+        return functools.partial(_whole, attend=attend)
+    announce(f"{name}: causal blocks of {block}{how}")
     return functools.partial(_causal_blocks, attend=attend, block=block)
 
 
+# How one block is computed --------------------------------------------------------------------------------------------
+def _cpu_attention(q: Array, k: Array, v: Array, *, scale: float, softcap: None = None, **visible) -> Array:
+    """`reference_attention` with the gradient that is written out for CPUs."""
+    return cpu.attend(q, k, v, attention_mask(**visible), scale=scale)
+
+
+def _gpu_attention(q: Array, k: Array, v: Array, *, scale: float, softcap: None = None, window: int | None, **ids) -> Array:
+    """`reference_attention` by cuDNN."""
+    return gpu.attend(q, k, v, attention_mask(window=window, **ids), window=window, scale=scale)
+
+
+# How a sequence is cut into blocks ------------------------------------------------------------------------------------
 def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _whole(q: Array, k: Array, v: Array, *, segment_ids: Array, positions: Array, attend: Callable[..., Array], **settings) -> Array:
-    return attend(q, k, v, q_segments=segment_ids, k_segments=segment_ids, q_positions=positions, k_positions=positions, **settings)
+def _ids(q_segments: Array, k_segments: Array, first: Array | int) -> dict[str, Array]:
+    """Segments and places of keys, and of queries of which the first is at this place."""
+    places = {
+        "q_positions": jnp.broadcast_to(first + jnp.arange(q_segments.shape[1])[None], q_segments.shape),
+        "k_positions": jnp.broadcast_to(jnp.arange(k_segments.shape[1])[None], k_segments.shape),
+    }
+    return {"q_segments": q_segments, "k_segments": k_segments, **places}
+
+
+def _whole(
+    q: Array, k: Array, v: Array, *, q_segments: Array, k_segments: Array, shard: None, attend: Callable[..., Array], **settings
+) -> Array:
+    return attend(q, k, v, **_ids(q_segments, k_segments, k.shape[1] - q.shape[1]), **settings)
+
+
+def _query_blocks(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    q_segments: Array,
+    k_segments: Array,
+    shard: Array | int,
+    attend: Callable[..., Array],
+    block: int,
+    **settings,
+) -> Array:
+    """Blocks of queries, unrolled, each over all keys; in the backward pass each is computed again, as all scores take much room."""
+    ids, outputs = _ids(q_segments, k_segments, shard * q.shape[1]), []
+    for start in range(0, q.shape[1], block):
+        rows = slice(start, start + block)
+        own = {name: x[:, rows] if name.startswith("q_") else x for name, x in ids.items()}
+        outputs.append(jax.checkpoint(functools.partial(attend, **settings))(q[:, rows], k, v, **own))
+    return jnp.concatenate(outputs, axis=1)
 
 
 def _causal_blocks(
@@ -126,32 +219,37 @@ def _causal_blocks(
     k: Array,
     v: Array,
     *,
-    segment_ids: Array,
-    positions: Array,
+    q_segments: Array,
+    k_segments: Array,
+    shard: None,
     window: int | None,
     attend: Callable[..., Array],
     block: int,
     **settings,
 ) -> Array:
     """Blocks of queries, unrolled, each over the keys it may see: from its start less the window to its own end."""
-    outputs = []
+    first = k.shape[1] - q.shape[1]
+    ids, outputs = _ids(q_segments, k_segments, first), []
     for start in range(0, q.shape[1], block):
         rows = slice(start, start + block)
-        seen = slice(0 if window is None else max(0, start - window + 1), start + block)
-        outputs.append(
-            attend(
-                *(q[:, rows], k[:, seen], v[:, seen]),
-                **{"q_segments": segment_ids[:, rows], "k_segments": segment_ids[:, seen]},
-                **{"q_positions": positions[:, rows], "k_positions": positions[:, seen]},
-                window=window,
-                **settings,
-            )
-        )
+        seen = slice(0 if window is None else max(0, first + start - window + 1), first + start + block)
+        own = {name: x[:, rows if name.startswith("q_") else seen] for name, x in ids.items()}
+        outputs.append(attend(q[:, rows], k[:, seen], v[:, seen], **own, window=window, **settings))
     return jnp.concatenate(outputs, axis=1)
 
 
 def _window_blocks(
-    q: Array, k: Array, v: Array, *, segment_ids: Array, positions: Array, window: int, attend: Callable[..., Array], block: int, **settings
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    q_segments: Array,
+    k_segments: Array,
+    shard: None,
+    window: int,
+    attend: Callable[..., Array],
+    block: int,
+    **settings,
 ) -> Array:
     """Uniform blocks, moved into the batch dim, each with its own keys and those of as many blocks before as the window spans."""
     batch, length = q.shape[:2]
@@ -159,17 +257,14 @@ def _window_blocks(
     num_before = -(-(window - 1) // block)
 
     def blocks(x: Array, before: int) -> Array:
-        """[B, T, ...] to [B * num_blocks, (before + 1) * block, ...]; zeros, which are segment 0, outside the row."""
-        x = jnp.pad(x, [(0, 0), (before * block, num_blocks * block - length)] + [(0, 0)] * (x.ndim - 2))
+        """[B, S, ...] to [B * num_blocks, (before + 1) * block, ...]; zeros, which are segment 0, outside the row."""
+        missing = before * block - (x.shape[1] - length)
+        x = jnp.pad(x, [(0, 0), (missing, num_blocks * block - length)] + [(0, 0)] * (x.ndim - 2))
         x = x.reshape(batch, num_blocks + before, block, *x.shape[2:])
         x = jnp.concatenate([x[:, shift : shift + num_blocks] for shift in range(before + 1)], axis=2)
         return x.reshape(batch * num_blocks, -1, *x.shape[3:])
 
-    out = attend(
-        *(blocks(q, 0), blocks(k, num_before), blocks(v, num_before)),
-        **{"q_segments": blocks(segment_ids, 0), "k_segments": blocks(segment_ids, num_before)},
-        **{"q_positions": blocks(positions, 0), "k_positions": blocks(positions, num_before)},
-        window=window,
-        **settings,
-    )
+    ids = _ids(q_segments, k_segments, k.shape[1] - length)
+    own = {name: blocks(x, 0 if name.startswith("q_") else num_before) for name, x in ids.items()}
+    out = attend(blocks(q, 0), blocks(k, num_before), blocks(v, num_before), **own, window=window, **settings)
     return out.reshape(batch, num_blocks * block, *q.shape[2:])[:, :length]

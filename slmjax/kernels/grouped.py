@@ -22,7 +22,7 @@ def grouped_matmul(x: Float[Array, "M D"], weights: Float[Array, "E D F"], group
       group_sizes: int32, how many rows each group has; they sum to at most M.
     """
     # Both forms have gradients of their own: under `sharding.local` all arguments must enter as equally divided.
-    return choose_grouped_matmul(jax.default_backend())(*sharding.alike(x, weights.astype(x.dtype), group_sizes))
+    return choose_grouped_matmul(sharding.platform())(*sharding.alike(x, weights.astype(x.dtype), group_sizes))
 
 
 def choose_grouped_matmul(platform: str) -> Callable[[Array, Array, Array], Array]:
