@@ -1,6 +1,6 @@
 """What a train step sends between TPUs, by compilation alone: no TPU is needed, only the extra `plan`.
 
-    python benchmarks/collective_bytes.py weak-scaling     # SmolLM2-135M's shape on 8, 32, 128, 256 TPU v5e: about 10 minutes
+    python benchmarks/collective_bytes.py weak-scaling     # SmolLM2-1.7B's shape on 8, 32, 128, 256 TPU v5e: about 10 minutes
     python benchmarks/collective_bytes.py halo             # windows at 32k tokens over 4 devices: the halo, and no more
 
 Weak scaling gives each device the same rows. Megabytes are those that a device sends in a step, collectives going round a ring
@@ -60,11 +60,11 @@ def sent_by_step(model: ModelConfig, mesh: Mesh, *, rows: int, length: int) -> l
 
 
 def weak_scaling(sizes: list[int]) -> None:
-    model = dataclasses.replace(zoo.smollm2_135m(), precision=Precision.BFLOAT16, remat=Remat.FULL)
+    model = dataclasses.replace(zoo.smollm2_1_7b(), precision=Precision.BFLOAT16, remat=Remat.FULL)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(define(model).params))
-    rows_each, length, tensor = 2, 2048, 3  # 9 query and 3 key-value heads
+    rows_each, length = 2, 2048
     print("| mesh | devices | all-gather | reduce-scatter | all-reduce | permute | in all, MB | the algorithm's, MB |\n" + "|---" * 8 + "|")
-    for axes in ({}, {"tensor": 2}):
+    for axes in ({}, {"tensor": 4}):
         for num_devices in sizes:
             mesh = tpu_mesh(num_devices, fsdp=num_devices // axes.get("tensor", 1), **axes)
             sent = collections.Counter[str]()

@@ -12,7 +12,11 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from slmjax import startup as _startup
+
 __version__ = "0.1.0"
+
+_startup.without_tpu()  # here, as any of the modules may be the first to import jax
 
 if TYPE_CHECKING:
     from slmjax.checkpoint import Loaded, load_model

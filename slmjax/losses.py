@@ -320,6 +320,7 @@ def sharded_cross_entropy(
 
     def on_device(hidden: Array, weight: Array, bias: Array | None, *tokens_and_z: Array) -> tuple[Array, Metrics]:
         targets, weights, coefficient = tokens_and_z
+        weight = sharding.gather(weight, "embed", axis=1)
         sums = _chunked_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]), dataclasses.replace(head, weight=weight, bias=bias), targets.reshape(-1),
             weights.reshape(-1), z_loss=coefficient, chunk_size=chunk_size, shards=sharding.shards_of("vocab"),
@@ -327,6 +328,8 @@ def sharded_cross_entropy(
         return sharding.sum_over(sums, "batch", tokens)
 
     per_token = ("batch", tokens)
-    in_dims = ((*per_token, None), (rows, None), (rows,), per_token, per_token, ())
+    # Gathered here, its gradient is scattered; where rows of the batch do not divide, what is gathered would count as different.
+    columns = "embed" if targets.shape[0] % sharding.num_devices("batch") == 0 else None
+    in_dims = ((*per_token, None), (rows, columns), (rows,), per_token, per_token, ())
     coefficient = jnp.asarray(z_loss, _accumulation_dtype(hidden.dtype))
     return sharding.local(on_device, in_dims=in_dims, out_dims=())(hidden, head.weight, head.bias, targets, weights, coefficient)

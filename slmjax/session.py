@@ -76,17 +76,37 @@ def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh, re
         raise ValueError(
             f"model.vocab_size={experiment.model.vocab_size} is smaller than the tokenizer's {vocab_size}: leave it out, or raise it"
         )
-    model = dataclasses.replace(experiment.model, vocab_size=experiment.model.vocab_size or vocab_size)
     prompts = _encoded_prompts(experiment, prepared.tokenizer)
+    programs = make_programs(experiment, vocab_size=vocab_size, mesh=mesh)
+    return Setup(
+        experiment=experiment, prepared=prepared, mesh=mesh, definition=programs.definition, inference=programs.inference,
+        shapes=programs.shapes, train_step=programs.train_step, eval_step=programs.eval_step, prompts=prompts,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Programs:
+    """The model of an experiment and the steps that are compiled for it, without any array."""
+
+    definition: Definition
+    inference: Definition
+    shapes: TrainState
+    train_step: TrainStep
+    eval_step: EvalStep
+
+
+def make_programs(experiment: Experiment, *, vocab_size: int, mesh: Mesh) -> Programs:
+    """What the settings come to with a tokenizer of this size, if the model has none of its own. Raises ValueError if they do not fit."""
+    _check_rows(experiment, mesh)
+    model = dataclasses.replace(experiment.model, vocab_size=experiment.model.vocab_size or vocab_size)
     definition, inference = define(model), define_for_inference(model)
     optimizer = make_optimizer(experiment.optim, definition.params, total_steps=experiment.run.steps)
     shapes = state_shapes(definition, optimizer, with_ema=experiment.optim.ema_decay is not None, mesh=mesh)
     train_step = make_train_step(
         definition, optimizer, objective=experiment.objective, optim=experiment.optim, shapes=shapes, total_steps=experiment.run.steps
     )
-    return Setup(
-        experiment=experiment, prepared=prepared, mesh=mesh, definition=definition, inference=inference, shapes=shapes,
-        train_step=train_step, eval_step=make_eval_step(inference), prompts=prompts,
+    return Programs(
+        definition=definition, inference=inference, shapes=shapes, train_step=train_step, eval_step=make_eval_step(inference)
     )  # fmt: skip
 
 

@@ -207,6 +207,11 @@ def place_batch(batch: Any, mesh: Mesh, *, num_rows: int | None = None) -> Any:
     return jax.tree.map(place, batch)
 
 
+def batch_shapes(batch: Any, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of a global batch, given as host arrays [B ...] or [B T ...], once it is placed."""
+    return jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=batch_sharding(rows.shape, mesh)), batch)
+
+
 # Inside the compiled program ------------------------------------------------------------------------------------------
 _divided_dims: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("divided_dims", default=frozenset())
 
@@ -295,7 +300,11 @@ def gather(x: Array, dim: str, *, axis: int) -> Array:
 
     It counts as differing between devices, so that it may not be returned as it is in a dim that is not divided.
     """
-    return jax.lax.all_gather(x, axes, axis=axis, tiled=True) if (axes := _divided_axes((dim,))) else x
+    if not (axes := _divided_axes((dim,))):
+        return x
+    # Along the first axis: on TPU the sum that is the gradient of this would be sent whole if its parts were cut along lanes.
+    first = jnp.moveaxis(x, axis, 0)
+    return jnp.moveaxis(jax.lax.all_gather(first, axes, axis=0, tiled=True), 0, axis)
 
 
 def scatter_sum(x: Array, dim: str, *, axis: int) -> Array:

@@ -11,7 +11,6 @@ the same data and, on the same machine and topology, the same bits.
 import dataclasses
 import logging
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,21 +21,21 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from slmjax import config as config_io
-from slmjax import devices, hosts, sampling, sharding, startup
+from slmjax import devices, hosts, memory, sampling, sharding, startup
 from slmjax.checkpoint import Checkpointer
 from slmjax.data.pipeline import BatchSource, ReadAhead
+from slmjax.evaluation.bits_per_byte import EvalResult
 from slmjax.evaluation.compressors import compressed_bits_per_byte
 from slmjax.experiment import Experiment, with_absolute_paths
+from slmjax.launch import CompiledPrograms, announce, new_run, num_parameters, open_trackers, write_description
 from slmjax.meter import Meter
-from slmjax.parameters import Definition
-from slmjax.processes import StopSignals, broadcast_text
+from slmjax.processes import StopSignals
+from slmjax.profiling import Profile
 from slmjax.progress import LogRecords, Progress
 from slmjax.report import write_report
-from slmjax.runlog import Category, Ledger, Log, RunDirectory, commit, environment
+from slmjax.runlog import Category, Ledger, Log, RunDirectory, commit
 from slmjax.session import (
     Setup,
-    describe_data,
     fresh_state,
     is_complete,
     restored_state,
@@ -78,7 +77,12 @@ class Result:
 
 
 def train(
-    experiment: Experiment, *, resume: str | Path | None = None, code: str | Path | None = None, console: Console | None = None
+    experiment: Experiment,
+    *,
+    resume: str | Path | None = None,
+    code: str | Path | None = None,
+    profile: int | None = None,
+    console: Console | None = None,
 ) -> Result:
     """Trains a model and returns what the run came to; everything else is in its run directory.
 
@@ -86,11 +90,15 @@ def train(
       experiment: the settings.
       resume: a run directory to go on with; `experiment` is then usually the one its config.json holds.
       code: the experiment file, copied into the run directory.
+      profile: how many steps to trace, after the first two of this session, into the directory `profile` of the run.
       console: where progress is shown (none: standard output).
 
     Raises:
       ValueError: settings, data or checkpoints that do not fit, with what to change; nothing is lost.
+      memory.OutOfMemory: there was too little, with what needs less; what was saved stays.
     """
+    if profile is not None and profile < 1:
+        raise ValueError(f"profile is {profile}: say how many steps to trace, 1 or more")
     ledger = Ledger()
     if jax.default_backend() == "cpu":
         startup.keep_memory()
@@ -102,6 +110,7 @@ def train(
     with ExitStack() as stack:
         progress = Progress(num_steps=experiment.run.steps, process_index=jax.process_index(), console=console)
         records = stack.enter_context(LogRecords(progress))
+        programs = stack.enter_context(CompiledPrograms())
         stack.enter_context(jax.set_mesh(mesh))
         if jax.process_count() > 1:
             log.info("process %d of %d, %s", jax.process_index(), jax.process_count(), hosts.joined or "joined by the calling program")
@@ -112,8 +121,13 @@ def train(
                 setup.prepared.train, experiment.data, token_bytes=setup.prepared.tokenizer.token_bytes,
                 rows=sharding.rows_here(mesh, experiment.data.batch_size),
             )  # fmt: skip
-            fresh = fresh_state(setup) if run is None else None
-            run = run or _new_run(experiment)
+            try:
+                fresh = fresh_state(setup) if run is None else None
+            except (RuntimeError, MemoryError) as error:
+                if (explained := memory.explained(error, setup, doing="making the first state", report=progress.print)) is None:
+                    raise
+                raise explained from error
+            run = run or new_run(experiment)
             run_log = stack.enter_context(run.open_log())
             records.write_to(run_log)
             checkpointer = Checkpointer(run.checkpoints, model=setup.definition.config, config=experiment.checkpoint)
@@ -122,20 +136,33 @@ def train(
             if int(state.step) >= experiment.run.steps and is_complete(run, int(state.step)):
                 raise ValueError(f"{run.path} is at step {int(state.step)} of {experiment.run.steps} already: give more --run.steps")
             warn_of_other_data(run, experiment, setup.prepared)
-            _write_description(setup, run, code)
-            trackers = stack.enter_context(_open_trackers(run, experiment))
-        _announce(setup, run, source, progress, int(state.step))
+            write_description(setup, run, code)
+            trackers = stack.enter_context(open_trackers(run, experiment))
+        announce(setup, run, source, progress, int(state.step))
         stack.enter_context(progress)
         batches = stack.enter_context(source.iterate(int(state.step)))
         config = dataclasses.replace(setup.definition.config, context_length=experiment.data.sequence_length)
         meter = Meter(flops_per_token=describe(config).training_flops_per_token, peak_flops=peak, tokens=0, waiting=0.0)
+        name = "profile" if jax.process_index() == 0 else f"profile-{jax.process_index()}"
+        trace = Profile(
+            run.path / name, first_step=int(state.step), last_step=experiment.run.steps, num_steps=profile, report=progress.print
+        )  # fmt: skip
         loop = Loop(
             setup, run=run, checkpointer=checkpointer, ledger=ledger, log=run_log, trackers=trackers, progress=progress, meter=meter,
-            batches=batches, state=state,
+            batches=batches, state=state, programs=programs, profile=trace,
         )  # fmt: skip
-        with StopSignals() as signals:
-            state, status = loop.run(state, signals)
-            return _finish(loop, state, status, signals)
+        try:
+            with StopSignals() as signals:
+                state, status = loop.run(state, signals)
+                return _finish(loop, state, status, signals)
+        except (RuntimeError, MemoryError) as error:
+            del state, fresh  # what the devices hold is of no more use, and the compiler may want the room
+            explained = memory.explained(
+                error, setup, doing=loop.doing, step=loop.step, is_resumed=resume is not None, report=progress.print, record=run_log.write
+            )
+            if explained is None:
+                raise
+            raise explained from error
 
 
 ALL, PART, TRAINING_BATCH = "held-out text", "part of the held-out text", "the last training batch"
@@ -157,9 +184,13 @@ class Loop:
         meter: Meter,
         batches: ReadAhead,
         state: TrainState,
+        programs: CompiledPrograms,
+        profile: Profile,
     ) -> None:
         self.setup, self.run_dir, self.checkpointer = setup, run, checkpointer
         self.ledger, self.log, self.trackers, self.progress, self.meter, self.batches = ledger, log, trackers, progress, meter, batches
+        self.programs, self.profile = programs, profile
+        self.doing = "training"  # or "evaluation"
         self.first_step = self.step = int(state.step)
         self.last: dict[str, Any] = {"measured_on": TRAINING_BATCH, "loss": math.nan, "bits_per_byte": math.nan}  # until evaluated
         self.best = checkpointer.best()
@@ -171,19 +202,22 @@ class Loop:
 
     def run(self, state: TrainState, signals: StopSignals) -> tuple[TrainState, str]:
         """Trains until the last step; returns the state and how the session ended."""
-        experiment, batch_size = self.setup.experiment, self.setup.experiment.data.batch_size
+        with self.profile:
+            state, status = self._steps(state, signals)
+            if self.profile.is_running:
+                jax.block_until_ready(state.step)
+        return state, status
+
+    def _steps(self, state: TrainState, signals: StopSignals) -> tuple[TrainState, str]:
+        experiment = self.setup.experiment
         while self.step < experiment.run.steps:
-            with self.ledger.timed(Category.DATA):
-                batch = next(self.batches)
-            self._fed += int(np.count_nonzero(batch.segment_ids)) * batch_size // len(batch.segment_ids)
-            with self.ledger.timed(Category.COMPILE if self.step == self.first_step else Category.STEP):
-                state, metrics = self.setup.train_step(state, sharding.place_batch(batch, self.setup.mesh, num_rows=batch_size))
-                if self.step == self.first_step:
-                    jax.block_until_ready(metrics)
-                    # Compilation, and the wait for the first batch, say nothing about the pace.
-                    self.meter.restart(tokens=self._fed, waiting=self.batches.waiting_seconds)
+            with self.profile.annotated(self.step + 1):
+                state, metrics = self._step(state)
             self.step += 1
             self.progress.advance(self.step)
+            if self.profile.turns_after(self.step):
+                with self._aside(Category.OTHER, state):
+                    self.profile.turn()
             is_last = self.step == experiment.run.steps
             if self.step % experiment.run.log_every == 0 or is_last:
                 limit = experiment.optim.max_consecutive_skips
@@ -198,6 +232,28 @@ class Loop:
                 self.progress.print(f"{signal.name} received after step {self.step}: saving")
                 return state, "interrupted"
         return state, "finished"
+
+    def _step(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The next batch, and the step with it; of a session's first, which compiles, all is waited for."""
+        is_first, batch_size = self.step == self.first_step, self.setup.experiment.data.batch_size
+        with self.ledger.timed(Category.DATA), jax.profiler.TraceAnnotation("data"):
+            batch = next(self.batches)
+        self._fed += int(np.count_nonzero(batch.segment_ids)) * batch_size // len(batch.segment_ids)
+        with self.ledger.timed(Category.COMPILE if is_first else Category.STEP):
+            state, metrics = self.setup.train_step(state, sharding.place_batch(batch, self.setup.mesh, num_rows=batch_size))
+            if is_first:
+                jax.block_until_ready(metrics)
+                # Compilation, and the wait for the first batch, say nothing about the pace.
+                self.meter.restart(tokens=self._fed, waiting=self.batches.waiting_seconds)
+                self.programs.say()
+        return state, metrics
+
+    def evaluate(self, state: TrainState, max_documents: int | None) -> EvalResult | None:
+        """Loss and bits per byte on held-out text."""
+        self.doing = "evaluation"
+        found = self.setup.evaluate(state, max_documents)
+        self.doing = "training"
+        return found
 
     def save(self, state: TrainState, *, best_loss: float | None = None) -> None:
         """Starts a checkpoint of this step, unless there is one."""
@@ -251,7 +307,7 @@ class Loop:
     def _evaluate(self, state: TrainState) -> None:
         """Evaluates on the way, samples, and saves the state if it is the best so far."""
         with self._aside(Category.EVAL, state):
-            found = self.setup.evaluate(state, self.setup.experiment.eval.max_documents)
+            found = self.evaluate(state, self.setup.experiment.eval.max_documents)
             if self.setup.experiment.eval.sample:
                 self.sample(state)
         if found is None:
@@ -266,53 +322,6 @@ class Loop:
 
 
 # Before and after the loop --------------------------------------------------------------------------------------------
-def _new_run(experiment: Experiment) -> RunDirectory:
-    made = None
-    if jax.process_index() == 0:
-        fingerprint = config_io.fingerprint(experiment)
-        made = RunDirectory.create_in(Path(experiment.run.directory), name=experiment.run.name, fingerprint=fingerprint)
-    return RunDirectory(Path(broadcast_text(str(made.path) if made else "")), process_index=jax.process_index())
-
-
-def _write_description(setup: Setup, run: RunDirectory, code: str | Path | None) -> None:
-    """What makes the run directory self-contained. Written before the first step."""
-    if jax.process_index() != 0:
-        return
-    run.write_json("config.json", config_io.to_json(setup.experiment))
-    run.write_json("model.json", config_io.to_json(setup.definition.config))
-    run.write_json("data.json", describe_data(setup.prepared))
-    run.write_json("environment.json", environment())
-    setup.prepared.tokenizer.save(run.tokenizer)
-    if code is not None and Path(code).resolve() != (run.path / "experiment.py").resolve():
-        shutil.copyfile(code, run.path / "experiment.py")
-
-
-def _open_trackers(run: RunDirectory, experiment: Experiment) -> Trackers:
-    wanted = experiment.run.trackers if jax.process_index() == 0 else ()
-    return Trackers(wanted, directory=run.path, name=run.path.name, config=config_io.to_json(experiment))
-
-
-def num_parameters(definition: Definition) -> int:
-    """Parameters that are trained."""
-    return sum(math.prod(leaf.shape) for leaf in definition.params.values())
-
-
-def _announce(setup: Setup, run: RunDirectory, source: BatchSource, progress: Progress, first_step: int) -> None:
-    sizes = {axis: size for axis, size in setup.mesh.shape.items() if size > 1}
-    mesh = " x ".join(f"{axis}={size}" for axis, size in sizes.items()) or "1 device"
-    rows = sum(len(plan) for plan in source.plans)
-    data = setup.experiment.data
-    epochs = setup.experiment.run.steps * data.batch_size / max(rows, 1)
-    progress.print(f"run directory {run.path}")
-    progress.print(f"{num_parameters(setup.definition):,} parameters on {mesh} ({jax.devices()[0].device_kind})")
-    progress.print(
-        f"{rows:,} rows of {data.sequence_length} tokens, {source.packing_efficiency:.1%} filled; "
-        f"{setup.experiment.run.steps:,} steps of {data.batch_size} rows are {epochs:.2f} epochs"
-    )
-    if first_step:
-        progress.print(f"resuming after step {first_step}")
-
-
 def _finish(loop: Loop, state: TrainState, status: str, signals: StopSignals) -> Result:
     """Saves, evaluates on all held-out text, samples, and writes result.json.
 
@@ -326,7 +335,7 @@ def _finish(loop: Loop, state: TrainState, status: str, signals: StopSignals) ->
     found, samples, compressors = None, [], {}
     with loop.ledger.timed(Category.EVAL):
         if status != "interrupted" and not signals.received:
-            found = setup.evaluate(state, None)
+            found = loop.evaluate(state, None)
         if found is not None and not signals.received:
             compressors = _compressed(setup)
             samples = loop.sample(state)

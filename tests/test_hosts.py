@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from slmjax import hosts, sharding
+from slmjax import hosts, launch, recipes, sharding, zoo
 from slmjax.hosts import Join, Meeting, how_to_join
 from slmjax.step import data_checksum, named_metrics
 
@@ -129,6 +130,13 @@ def test_a_coordinator_that_does_not_answer(user_environment: dict[str, str]) ->
     assert "refused" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_a_run_directory_that_this_host_does_not_see(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(launch, "broadcast_text", lambda _: str(tmp_path / "elsewhere"))
+    with pytest.raises(ValueError, match=r"process 1 does not see .*elsewhere, which process 0 made: give --run\.directory"):
+        launch.new_run(recipes.load_experiment("nano"))
+
+
 # Rows -----------------------------------------------------------------------------------------------------------------
 def fake_mesh(order: list[int], processes_of: int, **sizes: int) -> SimpleNamespace:
     """A mesh of devices in this order, `processes_of` of them to a process."""
@@ -213,8 +221,6 @@ def test_the_checksum_is_exact_on_any_mesh_and_tells_orders_apart() -> None:
 
 
 def test_the_checksum_is_written_as_the_integer_it_is() -> None:
-    from slmjax import zoo
-
     metrics = {"data_checksum": np.uint32(4_000_000_001), "loss": np.float32(1.5), "grad_norms": np.ones(6, np.float32)}
     named = named_metrics(zoo.nano(), metrics)
     assert named["data_checksum"] == 4_000_000_001 and isinstance(named["data_checksum"], int)

@@ -264,7 +264,7 @@ def test_the_head_is_gathered_and_its_gradient_reduced_once_outside_the_loop(voc
     assert " while(" in program
     collective = r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
     _, entry = program.split("\nENTRY ")
-    assert len(re.findall(collective, entry)) <= 4
+    assert len(re.findall(collective, entry)) <= 5  # of the gradient one over fsdp, which scatters, and one over data
     # Within the loop: one number per token of the chunk, and only where each device has a part of its logits.
     inside = re.findall(r"= (\S+)" + collective, program.replace(entry, ""))
     assert {shape for shape, *_ in inside} == ({"f32[2]{0}"} if vocabulary is Vocabulary.DIVIDED else set())

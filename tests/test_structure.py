@@ -24,7 +24,7 @@ PACKAGE = ROOT / "slmjax"
 ORDER = (
     "startup config runlog trackers meter progress hosts processes sharding formats kernels devices layers attention moe mixers losses "
     "flops model parameters zoo data optim checkpoint sampling evaluation convert quant distill prune adapt report step "
-    "experiment session trainer recipes plan ablate cli "
+    "experiment session memory profiling launch trainer recipes plan ablate cli "
     "__main__"
 ).split()
 
@@ -322,7 +322,7 @@ IMPORT_NAMES = {"pyright[nodejs]": "pyright", "jax[tpu]": "libtpu", "jax[cuda13]
 def optional_modules() -> list[str]:
     """The modules that only extras install, and those that the core must not need even where they are installed."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [re.split(r"[<>=]", entry)[0] for entries in project["optional-dependencies"].values() for entry in entries]
+    wanted = [re.split(r"[<>=;]", entry)[0] for entries in project["optional-dependencies"].values() for entry in entries]
     return sorted({IMPORT_NAMES.get(name, name.replace("-", "_")) for name in wanted} | HEAVY_MODULES)
 
 

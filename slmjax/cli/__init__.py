@@ -70,10 +70,13 @@ _OUT_OF_MEMORY = (
 def _message_for_people(error: Exception) -> str | None:
     """What to say instead of a traceback; None for an error of ours, which needs one."""
     text = str(error)
-    is_about_memory = "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_about_memory):
-        return _OUT_OF_MEMORY.format(error=(text.splitlines() or ["the machine's is used up"])[0])
-    return None if isinstance(error, RuntimeError) else text
+    if not isinstance(error, RuntimeError | MemoryError):
+        return text
+    from slmjax import memory
+
+    if isinstance(error, memory.OutOfMemory):
+        return text
+    return _OUT_OF_MEMORY.format(error=(text.splitlines() or ["the machine's is used up"])[0]) if memory.is_exhausted(error) else None
 
 
 def _overview() -> str:

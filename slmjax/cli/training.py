@@ -36,6 +36,7 @@ def train_command(words: Sequence[str]) -> int:
     class Arguments:
         resume: str | None = None  # run directory to go on with, from its newest intact checkpoint
         init_from: str | None = None  # run directory whose parameters and tokenizer (and experiment, if none is named) this run starts from
+        profile: int | None = None  # trace so many steps, after the first two of this session, into RUN_DIR/profile
         code: str | None = None  # Python file that defines the classes of your own which the run's settings name
         json: bool = False  # print the result as JSON, and progress on standard error
         experiment: Annotated[experiments.Experiment, without_prefix()] = start
@@ -43,7 +44,8 @@ def train_command(words: Sequence[str]) -> int:
     given = parse(Arguments, options, default=Arguments(), command=f"train {name or ''}".strip(), description=train_command.__doc__)
     assert (given.resume, given.init_from) == (resume, source), "what the defaults were chosen by is what was parsed"
     code = name if name is not None and name.endswith(".py") else given.code
-    result = trainer.train(given.experiment, resume=given.resume, code=code, console=Console(stderr=given.json, highlight=False))
+    console = Console(stderr=given.json, highlight=False)
+    result = trainer.train(given.experiment, resume=given.resume, code=code, profile=given.profile, console=console)
     if jax.process_index() == 0:
         print_json(dataclasses.asdict(result)) if given.json else _show_result(result)
     return {"finished": 0, "interrupted": INTERRUPTED_STATUS}.get(result.status, 1)

@@ -1,0 +1,88 @@
+"""A profiler trace of a few steps of a run: what the devices and the host did, and when.
+
+with Profile(directory, first_step=0, last_step=1000, num_steps=5, report=print) as profile:
+    for step in range(1, 1001):
+        with profile.annotated(step):
+            ...                             # the step
+        if profile.turns_after(step):
+            ...                             # wait for the devices
+            profile.turn()                  # begins after the second step, ends `num_steps` later
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+
+log = logging.getLogger(__name__)
+
+LEFT_OUT = 2  # steps of a session before the trace: the first compiles, the second may still wait for what it set going
+
+
+class Profile:
+    """The trace of steps `first_step` + 3 and on, `num_steps` of them or as many as there are; none where `num_steps` is None.
+
+    Each process writes into a directory of its own. To leave the context ends a trace that is going on.
+    """
+
+    def __init__(self, directory: Path, *, first_step: int, last_step: int, num_steps: int | None, report: Callable[[str], None]) -> None:
+        self._directory, self._report = directory, report
+        self._begin = first_step + LEFT_OUT  # the step after which the trace begins
+        self._end = min(self._begin + (num_steps or 0), last_step)
+        self._last = self._begin  # the last step that was traced
+        self.is_running = False
+        if num_steps is not None and last_step - self._begin < num_steps:
+            left = max(last_step - self._begin, 0)
+            log.warning("profile: of the %d steps asked for %d can be traced: the first %d are left out", num_steps, left, LEFT_OUT)
+
+    def turns_after(self, step: int) -> bool:
+        """Whether the trace begins or ends once this step is done."""
+        return self._begin < self._end and step in (self._begin, self._end)
+
+    def turn(self) -> None:
+        """Begins or ends the trace; the devices must have done all steps so far."""
+        self._stop() if self.is_running else self._start()
+
+    def annotated(self, step: int) -> contextlib.AbstractContextManager[Any]:
+        """What a step runs in, so that a viewer shows its number."""
+        if not self.is_running:
+            return contextlib.nullcontext()
+        self._last = step
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    def _start(self) -> None:
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # each call of a Python function would slow down the host that is to be watched
+        options.session_id = f"from-step-{self._begin + 1}"
+        with self._no_reason_to_fail():
+            jax.profiler.start_trace(self._directory, create_perfetto_trace=True, profiler_options=options)
+            self.is_running = True
+
+    def _stop(self) -> None:
+        self.is_running = False
+        with self._no_reason_to_fail():
+            jax.profiler.stop_trace()
+            log.info("profile of steps %d to %d in %s", self._begin + 1, self._last, self._directory)
+            self._report(
+                f"to look at it: `xprof --port 8791 {self._directory}` (pip install xprof), or open "
+                f"{self._directory}/plugins/profile/*/perfetto_trace.json.gz in Perfetto (ui.perfetto.dev)"
+            )
+
+    @contextlib.contextmanager
+    def _no_reason_to_fail(self) -> Iterator[None]:
+        """A full disk, or another profiler at work, takes the trace and leaves the run."""
+        try:
+            yield
+        except Exception as error:
+            log.warning("no profile in %s: %s", self._directory, error)
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.is_running:
+            self._stop()
