@@ -4,7 +4,7 @@
     python benchmarks/collective_bytes.py halo             # windows at 32k tokens over 4 devices: the halo, and no more
 
 Weak scaling gives each device the same rows. Megabytes are those that a device sends in a step, collectives going round a ring
-(`slmjax/collectives.py`); the last column is what the algorithm needs: under fsdp every matrix is gathered in the forward
+(`slmjax/traffic.py`); the last column is what the algorithm needs: under fsdp every matrix is gathered in the forward
 pass and again in the backward, which computes activations anew, and its gradient is reduced; tensor parallelism adds activations,
 which do not depend on the number of devices.
 """
@@ -20,17 +20,16 @@ from slmjax.startup import compile_for_tpu  # noqa: E402
 compile_for_tpu()
 
 import jax  # noqa: E402
-import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
-from slmjax import sharding, step, zoo  # noqa: E402
-from slmjax.collectives import PLAIN, Collective, collectives  # noqa: E402
+from slmjax import placement, sharding, step, zoo  # noqa: E402
 from slmjax.data.batch import empty_batch  # noqa: E402
 from slmjax.layers import MixerConfig  # noqa: E402
 from slmjax.model import ModelConfig, Precision, Remat, Segment  # noqa: E402
 from slmjax.optim import OptimConfig, make_optimizer  # noqa: E402
 from slmjax.parameters import define  # noqa: E402
+from slmjax.traffic import PLAIN, Collective, collectives  # noqa: E402
 
 TOPOLOGIES = {4: "v5e:2x2", 8: "v5e:2x4", 32: "v5e:4x8", 128: "v5e:8x16", 256: "v5e:16x16"}
 STEPS = 1000
@@ -51,27 +50,26 @@ def sent_by_step(model: ModelConfig, mesh: Mesh, *, rows: int, length: int) -> l
         definition, optimizer, objective=step.ObjectiveConfig(), optim=optim, shapes=shapes, total_steps=STEPS
     )  # fmt: skip
 
-    def placed(leaf: np.ndarray) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.batch_sharding(leaf.shape, mesh))
-
     with jax.set_mesh(mesh):
-        lowered = train_step.lower(shapes, jax.tree.map(placed, empty_batch(rows, length)))  # pyright: ignore[reportFunctionMemberAccess]
+        lowered = train_step.lower(shapes, placement.batch_shapes(empty_batch(rows, length), mesh))  # pyright: ignore[reportFunctionMemberAccess]
     return collectives(lowered.compile(compiler_options=PLAIN).as_text())
 
 
-def weak_scaling(sizes: list[int]) -> None:
+def weak_scaling(sizes: list[int], families: list[dict[str, int]]) -> None:
     model = dataclasses.replace(zoo.smollm2_1_7b(), precision=Precision.BFLOAT16, remat=Remat.FULL)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(define(model).params))
+    table = model.table_rows * model.embed_dim  # tied: looked up, with a float32 gradient, and the head
     rows_each, length = 2, 2048
     print("| mesh | devices | all-gather | reduce-scatter | all-reduce | permute | in all, MB | the algorithm's, MB |\n" + "|---" * 8 + "|")
-    for axes in ({}, {"tensor": 4}):
+    for axes in families:
         for num_devices in sizes:
-            mesh = tpu_mesh(num_devices, fsdp=num_devices // axes.get("tensor", 1), **axes)
+            mesh = tpu_mesh(num_devices, **axes)
             sent = collections.Counter[str]()
             for one in sent_by_step(model, mesh, rows=rows_each * num_devices, length=length):
                 sent[one.kind] += one.sent_bytes
-            fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-            matrices = 3 * 2 * parameters / tensor * (fsdp - 1) / fsdp  # bfloat16: gathered twice, reduced once
+            data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
+            matrices = (6 * (parameters - table) + 10 * table) / tensor * (fsdp - 1) / fsdp  # bfloat16: gathered twice, reduced once
+            matrices += 2 * (2 * parameters + 4 * table) / tensor / fsdp * (data - 1) / data
             activations = 6 * 2 * rows_each * tensor * length * model.embed_dim * model.num_layers * 2 * (tensor - 1) / tensor
             needed = matrices + (activations if tensor > 1 else 0)
             kinds = [sent["all-gather"], sent["reduce-scatter"], sent["all-reduce"], sent["collective-permute"], sent.total(), needed]
@@ -91,20 +89,25 @@ def halo(window: int, length: int) -> None:
     kv_bytes = 2 * (window - 1) * 3 * 64 * 2  # keys and values of 3 heads of 64, bfloat16
     id_bytes = (window - 1) * 4
     forward = [one for one in found if "transpose(" not in one.source]
-    print(f"{length} tokens over context 4, window {window}, {model.num_layers} layers, per layer and device:")
-    print(f"  forward: {sum(one.sent_bytes for one in forward) / model.num_layers:,.0f} bytes, the halo is {kv_bytes:,} and {id_bytes:,} of segment ids")
-    print(f"  forward and backward, computing activations anew: {sum(one.sent_bytes for one in found) / model.num_layers:,.0f} bytes")
-    print(f"  the keys and values of all the others: {3 * 2 * (length // 4) * 3 * 64 * 2:,} bytes")
+    per_layer = [sum(one.sent_bytes for one in some) / model.num_layers for some in (forward, found)]
+    print(f"{length} tokens over context 4, window {window}, {model.num_layers} layers; bytes per layer and device:")
+    print(f"  forward: {per_layer[0]:,.0f}; the halo is {kv_bytes:,} and, once for all layers, {id_bytes:,} of segment ids")
+    print(f"  forward and backward, computing activations anew: {per_layer[1]:,.0f}")
+    print(f"  the keys and values of all the others would be {3 * 2 * (length // 4) * 3 * 64 * 2:,}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("weak-scaling", "halo"))
     parser.add_argument("--devices", type=int, nargs="*", default=[8, 32, 128, 256])
+    parser.add_argument("--families", type=int, nargs="*", default=[0, 1], help="0 fsdp, 1 fsdp x tensor 4, 2 data x fsdp 32")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--length", type=int, default=32_768)
     given = parser.parse_args()
-    weak_scaling(given.devices) if given.what == "weak-scaling" else halo(given.window, given.length)
+    families = [{"fsdp": -1}, {"fsdp": -1, "tensor": 4}, {"data": -1, "fsdp": 32}]
+    weak_scaling(given.devices, [families[one] for one in given.families]) if given.what == "weak-scaling" else halo(
+        given.window, given.length
+    )
 
 
 if __name__ == "__main__":

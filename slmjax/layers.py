@@ -148,18 +148,16 @@ def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, dtype: Any)
     """
 
     def on_device(table: Array, tokens: Array) -> Array:
-        rows = sharding.gather(table, "embed", axis=1)
-        if not sharding.is_divided("vocab"):
-            return jnp.take(rows, tokens, axis=0, mode="clip").astype(dtype)
-        own = tokens - sharding.index_along("vocab") * rows.shape[0]
+        rows, shards = sharding.gathered_table(table)
+        if shards.count == 1:
+            return shards.sum(jnp.take(rows, tokens, axis=0, mode="clip").astype(dtype))
+        own = tokens - shards.index() * rows.shape[0]
         is_here = (own >= 0) & (own < rows.shape[0])
         taken = jnp.take(rows, jnp.where(is_here, own, 0), axis=0, mode="clip")
-        return sharding.sum_over(jnp.where(is_here[:, :, None], taken, 0.0).astype(dtype), "vocab")
+        return shards.sum(jnp.where(is_here[:, :, None], taken, 0.0).astype(dtype))
 
-    # Where rows do not divide, all devices have the same ones, and what they gather would not be known to be the same.
-    columns = "embed" if tokens.shape[0] % sharding.num_devices("batch") == 0 else None
-    in_dims = (("vocab", columns), ("batch", "time"))
-    return sharding.local(on_device, in_dims=in_dims, out_dims=("batch", "time", None))(table, tokens)
+    dims = sharding.table_dims(table.shape[0], batch_size=tokens.shape[0])
+    return sharding.local(on_device, in_dims=(dims, ("batch", "time")), out_dims=("batch", "time", None))(table, tokens)
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], *, eps: float) -> Float[Array, "*B D"]:

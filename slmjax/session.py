@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from slmjax import sampling, sharding
+from slmjax import placement, sampling, sharding
 from slmjax.checkpoint import CheckpointConfig, Checkpointer
 from slmjax.data.preparation import Log, Prepared, prepare
 from slmjax.data.tokenizers import FileTokenizer, Tokenizer, TokenizerConfig
@@ -55,7 +55,7 @@ class Setup:
             batch_size=batch_size,
             overlap=settings.windows_overlap(data.sequence_length),
             max_documents=max_documents,
-            rows=sharding.rows_here(self.mesh, batch_size),
+            rows=placement.rows_here(self.mesh, batch_size),
         )
 
     def evaluate(self, state: TrainState, max_documents: int | None) -> EvalResult | None:

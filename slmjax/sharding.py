@@ -10,7 +10,6 @@ expert E.
 
 import contextvars
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +31,9 @@ LOGICAL_DIMS: Mapping[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "ffn": ("tensor",),
     "vocab": ("tensor",),
+    "vocab_rows": ("tensor", "fsdp"),
+    "head_rows": ("tensor", "fsdp"),
+    "ffn_rows": ("tensor", "fsdp"),
     "embed": ("fsdp",),
 }
 Dims = tuple[str | None, ...]
@@ -79,22 +81,31 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
+def named_sharding(dims: Dims, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Where an array with these logical dims lives; what its axes do not divide is whole everywhere."""
+    return NamedSharding(mesh, _spec(dims, shape, dict(mesh.shape)))
+
+
 def batch_divisor(mesh: Mesh) -> int:
     """How many shards the rows of a batch are cut into: the batch size must be a multiple of it."""
     return math.prod(mesh.shape[axis] for axis in LOGICAL_DIMS["batch"])
 
 
 # Rules ----------------------------------------------------------------------------------------------------------------
-# (pattern of the logical path, logical dims of the unstacked parameter); the first match wins.
+# (pattern of the logical path, logical dims of the unstacked parameter); the first match with dims that divide wins, or the last.
+# Rows are preferred to columns for fsdp: a part of them is then long enough for TPUs' lanes however many devices there are.
 RULES: tuple[tuple[str, Dims], ...] = (
-    (r"embed/table", ("vocab", "embed")),
-    (r"head/weight", ("vocab", "embed")),
+    (r"embed/table|head/weight", ("vocab_rows", None)),
+    (r"embed/table|head/weight", ("vocab", "embed")),
     (r".*/mixer/query/weight", ("embed", "heads")),
     (r".*/mixer/(key|value)/weight", ("embed", "kv_heads")),
+    (r".*/mixer/output/weight", ("head_rows", None)),
     (r".*/mixer/output/weight", ("heads", "embed")),
     (r".*/experts/(gate|up)", ("expert", "embed", "ffn")),
+    (r".*/experts/down", ("expert", "ffn_rows", None)),
     (r".*/experts/down", ("expert", "ffn", "embed")),
     (r".*/ffn/(shared/)?(gate|up)/weight", ("embed", "ffn")),
+    (r".*/ffn/(shared/)?down/weight", ("ffn_rows", None)),
     (r".*/ffn/(shared/)?down/weight", ("ffn", "embed")),
     (r".*/router/weight", ("embed", None)),
 )
@@ -109,12 +120,18 @@ def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
     """
     stacked = path.startswith("segments/")
     own = tuple(shape[1:] if stacked else shape)
-    dims = next((dims for pattern, dims in RULES if re.fullmatch(pattern, path) and len(dims) == len(own)), None)
+    sizes = dict(mesh.shape)
+    rules = [dims for pattern, dims in RULES if re.fullmatch(pattern, path) and len(dims) == len(own)]
+    dims = next((dims for dims in rules if _divides(dims, own, sizes)), rules[-1] if rules else None)
     if dims is None:
         largest = int(np.argmax(own)) if len(own) > 1 else -1
         dims = tuple("embed" if index == largest else None for index in range(len(own)))
-    spec = _spec(dims, own, dict(mesh.shape))
+    spec = _spec(dims, own, sizes)
     return PartitionSpec(None, *spec) if stacked else spec
+
+
+def _divides(dims: Dims, shape: Sequence[int], sizes: Mapping[str, int]) -> bool:
+    return all(size % math.prod(sizes[axis] for axis in LOGICAL_DIMS[dim]) == 0 for dim, size in zip(dims, shape, strict=True) if dim)
 
 
 def _spec(dims: Dims, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
@@ -150,66 +167,6 @@ def like_parameters(tree: Any, params: Mapping[str, Any], mesh: Mesh) -> Any:
 def parameter_of(keys: tuple[Any, ...], params: Mapping[str, Any]) -> str | None:
     """The parameter path among the keys of a tree path, if there is one."""
     return next((str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey) and key.key in params), None)
-
-
-# Batches --------------------------------------------------------------------------------------------------------------
-def batch_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """Where an array [B ...] or [B T ...] of a batch lives: divided over rows and time."""
-    dims = ("batch", "time")[: len(shape)] + (None,) * (len(shape) - 2)
-    return NamedSharding(mesh, _spec(dims, shape, dict(mesh.shape)))
-
-
-@functools.lru_cache(maxsize=16)  # asked at every step
-def rows_here(mesh: Mesh, num_rows: int) -> np.ndarray:
-    """Numbers of the rows of a global batch that this process's devices hold, in ascending order: those that it has to read.
-
-    Where the axes of the batch do not divide the rows, and where others (context, tensor) span processes, several hold a row.
-    """
-    owners = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
-    rows = _rows_of(jax.process_index(), owners, mesh.axis_names, num_rows)
-    rows.flags.writeable = False
-    return rows
-
-
-def _rows_of(process: int, owners: np.ndarray, axis_names: Sequence[str], num_rows: int) -> np.ndarray:
-    """The rows of one process, given each device's process, an array over the mesh."""
-    axes = [axis_names.index(axis) for axis in LOGICAL_DIMS["batch"]]
-    by_shard = np.moveaxis(owners, axes, range(len(axes)))
-    by_shard = by_shard.reshape(math.prod(by_shard.shape[: len(axes)]), -1)
-    rows = np.arange(num_rows)
-    if num_rows % len(by_shard):
-        return rows
-    return rows.reshape(len(by_shard), -1)[(by_shard == process).any(axis=1)].reshape(-1)
-
-
-def place_batch(batch: Any, mesh: Mesh, *, num_rows: int | None = None) -> Any:
-    """Host arrays [B ...] or [B T ...] to global arrays divided over rows and time.
-
-    Args:
-      batch: a tree of arrays, whose rows are `rows_here` of the global batch.
-      mesh: where they go.
-      num_rows: of the global batch; None: the arrays hold all of them.
-    """
-
-    def place(local: np.ndarray) -> Array:
-        count = local.shape[0] if num_rows is None else num_rows
-        here = np.arange(count) if num_rows is None else rows_here(mesh, count)
-        assert len(here) == local.shape[0], f"{local.shape[0]} rows were made, and this process holds {len(here)} of {count}"
-        global_shape = (count, *local.shape[1:])
-
-        def shard(index: Any) -> np.ndarray:
-            start, stop, _ = index[0].indices(count)
-            first = int(np.searchsorted(here, start))  # a shard's rows follow each other here as they do in the whole
-            return local[first : first + stop - start, *index[1:]]
-
-        return jax.make_array_from_callback(global_shape, batch_sharding(global_shape, mesh), shard)
-
-    return jax.tree.map(place, batch)
-
-
-def batch_shapes(batch: Any, mesh: Mesh) -> Any:
-    """Shapes, dtypes and shardings of a global batch, given as host arrays [B ...] or [B T ...], once it is placed."""
-    return jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=batch_sharding(rows.shape, mesh)), batch)
 
 
 # Inside the compiled program ------------------------------------------------------------------------------------------
@@ -300,11 +257,7 @@ def gather(x: Array, dim: str, *, axis: int) -> Array:
 
     It counts as differing between devices, so that it may not be returned as it is in a dim that is not divided.
     """
-    if not (axes := _divided_axes((dim,))):
-        return x
-    # Along the first axis: on TPU the sum that is the gradient of this would be sent whole if its parts were cut along lanes.
-    first = jnp.moveaxis(x, axis, 0)
-    return jnp.moveaxis(jax.lax.all_gather(first, axes, axis=0, tiled=True), 0, axis)
+    return shards_of(dim).gather(x, axis=axis)
 
 
 def scatter_sum(x: Array, dim: str, *, axis: int) -> Array:
@@ -342,6 +295,15 @@ class Shards:
         """The sum over the devices."""
         return jax.lax.psum(x, self.axes) if self.axes else x
 
+    def gather(self, x: Array, *, axis: int) -> Array:
+        """The shards of all of them, joined along an array axis."""
+        return jax.lax.all_gather(x, self.axes, axis=axis, tiled=True) if self.axes else x
+
+    def within(self, dim: str) -> "Shards":
+        """The division over those devices alone that another logical dim may be divided over."""
+        axes = tuple(axis for axis in self.axes if axis in LOGICAL_DIMS[dim])
+        return Shards(axes, math.prod(_current_sizes()[axis] for axis in axes))
+
     def max(self, x: Array) -> Array:
         """The largest on any of the devices; it has no gradient."""
         return jax.lax.pmax(jax.lax.stop_gradient(x), self.axes) if self.axes else jax.lax.stop_gradient(x)
@@ -350,6 +312,26 @@ class Shards:
 def shards_of(dim: str) -> Shards:
     """Inside `local`: the devices that a logical dim is divided over."""
     return Shards(_divided_axes((dim,)), num_shards(dim))
+
+
+def table_dims(num_rows: int, *, batch_size: int) -> Dims:
+    """How a table [V, D] is to enter `local`, for `gathered_table`, beside a batch of so many rows.
+
+    By its rows, if they divide: the sum that is the gradient of the gathered table is then scattered by rows, which TPUs do piece by
+    piece, while of columns narrower than their lanes they would send all to everyone. To get there from where the rules place
+    it, a device sends no more than its own part.
+    """
+    if batch_size % num_devices("batch"):  # all have the same rows of the batch, and what they gather would count as different
+        return ("vocab", None)
+    return ("vocab_rows", None) if num_rows % num_devices("vocab_rows") == 0 else ("vocab", "embed")
+
+
+def gathered_table(table: Array, *, whole: bool = False) -> tuple[Array, Shards]:
+    """Inside `local`: a table with all its columns, and its rows over the vocabulary's devices, or all of them if `whole`."""
+    by_rows, vocab = shards_of("vocab_rows"), shards_of("vocab")
+    table = by_rows.within("embed").gather(shards_of("embed").gather(table, axis=1), axis=0)
+    vocab = by_rows.within("vocab") if by_rows.axes else vocab
+    return (vocab.gather(table, axis=0), Shards()) if whole else (table, vocab)
 
 
 def halo(x: Array, dim: str, *, size: int, axis: int) -> Array:

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from slmjax import devices, hosts, memory, sampling, sharding, startup
+from slmjax import devices, hosts, memory, placement, sampling, sharding, startup
 from slmjax.checkpoint import Checkpointer
 from slmjax.data.pipeline import BatchSource, ReadAhead
 from slmjax.evaluation.bits_per_byte import EvalResult
@@ -119,7 +119,7 @@ def train(
             setup = set_up(experiment, tokenizer=tokenizer, mesh=mesh, report=progress.print)
             source = BatchSource(
                 setup.prepared.train, experiment.data, token_bytes=setup.prepared.tokenizer.token_bytes,
-                rows=sharding.rows_here(mesh, experiment.data.batch_size),
+                rows=placement.rows_here(mesh, experiment.data.batch_size),
             )  # fmt: skip
             try:
                 fresh = fresh_state(setup) if run is None else None
@@ -240,7 +240,7 @@ class Loop:
             batch = next(self.batches)
         self._fed += int(np.count_nonzero(batch.segment_ids)) * batch_size // len(batch.segment_ids)
         with self.ledger.timed(Category.COMPILE if is_first else Category.STEP):
-            state, metrics = self.setup.train_step(state, sharding.place_batch(batch, self.setup.mesh, num_rows=batch_size))
+            state, metrics = self.setup.train_step(state, placement.place_batch(batch, self.setup.mesh, num_rows=batch_size))
             if is_first:
                 jax.block_until_ready(metrics)
                 # Compilation, and the wait for the first batch, say nothing about the pace.

@@ -1,4 +1,4 @@
-"""Fused attention equals the reference: TPU kernels interpreted on CPU, and compiled for TPUs that are not here; cuDNN's case by its twin."""
+"""Fused attention equals the reference: TPU kernels interpreted, and compiled for TPUs that are not here; cuDNN's case by its twin."""
 
 import functools
 import os
@@ -61,7 +61,9 @@ def test_splash_attention_equals_reference(as_tpu, length, window, softcap, head
     assert_equal(value_and_gradients(fused, *arrays), expected)
 
 
-@pytest.mark.parametrize(("window", "axes"), [(None, {"context": 4, "tensor": 2}), (200, {"context": 4, "tensor": 2}), (70, {"context": 2})])
+@pytest.mark.parametrize(
+    ("window", "axes"), [(None, {"context": 4, "tensor": 2}), (200, {"context": 4, "tensor": 2}), (70, {"context": 2})]
+)
 def test_splash_attention_of_divided_sequences_equals_reference(as_tpu, window, axes):
     """Keys gathered, the halo of two devices, and that of one; with 2 tensor devices and 3 key-value heads the odd heads too."""
     arrays, segments = inputs(512, heads=6, kv_heads=3, rows=2, head_dim=16)

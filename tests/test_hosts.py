@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from slmjax import hosts, launch, recipes, sharding, zoo
+from slmjax import hosts, launch, placement, recipes, sharding, zoo
 from slmjax.hosts import Join, Meeting, how_to_join
 from slmjax.step import data_checksum, named_metrics
 
@@ -160,7 +160,7 @@ def fake_mesh(order: list[int], processes_of: int, **sizes: int) -> SimpleNamesp
 def test_each_process_reads_the_rows_that_its_devices_hold(monkeypatch, sizes, order, per_process, expected) -> None:
     mesh = fake_mesh(list(order), per_process, **sizes)
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
-    found = [sharding._rows_of(process, owners, mesh.axis_names, 8).tolist() for process in range(len(expected))]
+    found = [placement._rows_of(process, owners, mesh.axis_names, 8).tolist() for process in range(len(expected))]
     assert found == expected
 
 
@@ -169,8 +169,8 @@ def test_rows_are_those_that_jax_gives_each_device() -> None:
     placed = NamedSharding(mesh, PartitionSpec(sharding.LOGICAL_DIMS["batch"]))
     owners = np.vectorize(lambda device: device.id)(mesh.devices)  # as if each device were a process
     for device, (rows,) in placed.devices_indices_map((12,)).items():
-        assert sharding._rows_of(device.id, owners, mesh.axis_names, 12).tolist() == list(range(12))[rows]
-    assert sharding.rows_here(mesh, 12).tolist() == list(range(12))
+        assert placement._rows_of(device.id, owners, mesh.axis_names, 12).tolist() == list(range(12))[rows]
+    assert placement.rows_here(mesh, 12).tolist() == list(range(12))
 
 
 @pytest.mark.parametrize("held", [(0, 1, 2, 3), (1, 3), (2,)])
@@ -188,12 +188,12 @@ def test_shards_are_cut_out_of_the_rows_that_are_here(monkeypatch: pytest.Monkey
             np.testing.assert_array_equal(found, whole["tokens" if len(shape) == 2 else "row_ids"][index])
         return jnp.zeros(())
 
-    monkeypatch.setattr(sharding, "rows_here", lambda _, num_rows: rows)
+    monkeypatch.setattr(placement, "rows_here", lambda _, num_rows: rows)
     monkeypatch.setattr(jax, "make_array_from_callback", only_here)
-    sharding.place_batch({name: array[rows] for name, array in whole.items()}, mesh, num_rows=8)
+    placement.place_batch({name: array[rows] for name, array in whole.items()}, mesh, num_rows=8)
     assert [found.shape for found in shards[8, 6]] == [(2, 3)] * (2 * len(held)) and len(shards[(8,)]) == 2 * len(held)
     with pytest.raises(AssertionError, match="3 rows were made"):
-        sharding.place_batch(np.zeros(3, np.int32), mesh, num_rows=8)
+        placement.place_batch(np.zeros(3, np.int32), mesh, num_rows=8)
 
 
 # The checksum ---------------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_the_checksum_is_exact_on_any_mesh_and_tells_orders_apart() -> None:
     for sizes in ({"data": 8}, {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}, {"data": 1, "context": 8}):
         mesh = sharding.make_mesh(sharding.MeshConfig(**sizes))
         with jax.set_mesh(mesh):
-            assert int(jax.jit(data_checksum)(sharding.place_batch(row_ids, mesh))) == expected
+            assert int(jax.jit(data_checksum)(placement.place_batch(row_ids, mesh))) == expected
     others = [np.roll(row_ids, 1), np.sort(row_ids), row_ids[:-1], row_ids + 1, np.where(np.arange(16) == 3, 7, row_ids)]
     assert len({expected, *(int(data_checksum(jnp.asarray(other))) for other in others)}) == 6
 

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from slmjax import config as config_io
-from slmjax import sharding
+from slmjax import placement
 from slmjax.checkpoint import Loaded
 from slmjax.data.batch import Batch
 from slmjax.data.config import DataConfig
@@ -78,7 +78,7 @@ def evaluate_batches(
             running = eval_step(params, buffers, batch)
         else:
             with jax.set_mesh(mesh):
-                running = eval_step(params, buffers, sharding.place_batch(batch, mesh, num_rows=batches.batch_size))
+                running = eval_step(params, buffers, placement.place_batch(batch, mesh, num_rows=batches.batch_size))
         _add(totals, pending)
         pending = running
     _add(totals, pending)
