@@ -23,7 +23,7 @@ import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
-from slmjax import sharding, step, zoo  # noqa: E402
+from slmjax import placement, sharding, step, zoo  # noqa: E402
 from slmjax.data.batch import empty_batch  # noqa: E402
 from slmjax.layers import MixerConfig  # noqa: E402
 from slmjax.model import ModelConfig, Precision, Remat, Segment  # noqa: E402
@@ -51,7 +51,7 @@ def sent_by_step(model: ModelConfig, mesh: Mesh, *, rows: int, length: int) -> l
     )  # fmt: skip
 
     with jax.set_mesh(mesh):
-        lowered = train_step.lower(shapes, sharding.batch_shapes(empty_batch(rows, length), mesh))  # pyright: ignore[reportFunctionMemberAccess]
+        lowered = train_step.lower(shapes, placement.batch_shapes(empty_batch(rows, length), mesh))  # pyright: ignore[reportFunctionMemberAccess]
     return collectives(lowered.compile(compiler_options=PLAIN).as_text())
 
 

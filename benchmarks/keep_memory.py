@@ -21,7 +21,7 @@ def step_seconds(keep: bool) -> float:
     import jax
     import numpy as np
 
-    from slmjax import recipes, sharding
+    from slmjax import placement, recipes, sharding
     from slmjax.data.batch import empty_batch
     from slmjax.optim import make_optimizer
     from slmjax.parameters import define
@@ -41,7 +41,7 @@ def step_seconds(keep: bool) -> float:
         seconds = []
         for _ in range(NUM_STEPS + 1):  # the first compiles
             started = time.perf_counter()
-            state, metrics = step(state, sharding.place_batch(batch, mesh))
+            state, metrics = step(state, placement.place_batch(batch, mesh))
             jax.block_until_ready(metrics)
             seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])

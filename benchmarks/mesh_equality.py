@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slmjax import sharding, step
+from slmjax import placement, sharding, step
 from slmjax.attention import AttentionConfig, QkNorm
 from slmjax.data.batch import Batch
 from slmjax.layers import MlpConfig
@@ -96,10 +96,10 @@ def differences(kind: str, axes: dict[str, int]) -> tuple[float, float]:
     """Relative differences of loss and gradient between a mesh and one device."""
     mesh = sharding.make_mesh(sharding.MeshConfig(**{"data": 1, **axes}))
     params, buffers = parameters(kind)
-    placement = sharding.parameter_shardings(params, mesh)
+    places = sharding.parameter_shardings(params, mesh)
     with jax.set_mesh(mesh):
-        program = jax.jit(functools.partial(loss_and_gradient, kind), out_shardings=(None, placement))
-        value, gradient = program(jax.device_put(params, placement), buffers, sharding.place_batch(make_batch(), mesh))
+        program = jax.jit(functools.partial(loss_and_gradient, kind), out_shardings=(None, places))
+        value, gradient = program(jax.device_put(params, places), buffers, placement.place_batch(make_batch(), mesh))
     expected_value, expected = on_one_device(kind)
     errors = {path: np.linalg.norm(gradient[path] - leaf) / np.linalg.norm(leaf) for path, leaf in expected.items()}
     return abs(float(value) - float(expected_value)) / float(expected_value), float(max(errors.values()))

@@ -22,7 +22,7 @@ startup.keep_memory()
 import jax  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from slmjax import recipes, sharding, trainer  # noqa: E402
+from slmjax import placement, recipes, trainer  # noqa: E402
 from slmjax.cli.options import parse  # noqa: E402
 from slmjax.experiment import Experiment  # noqa: E402
 
@@ -50,7 +50,7 @@ def alternating(loop: trainer.Loop, state: Any, signals: Any) -> tuple[Any, str]
             state, _ = loop.setup.train_step(state, placed)
         return jax.block_until_ready(state)
 
-    placed = sharding.place_batch(next(loop.batches), loop.setup.mesh)
+    placed = placement.place_batch(next(loop.batches), loop.setup.mesh)
     every = loop.setup.experiment.run.log_every
     state = steps(state, every)  # compiles
     started = time.perf_counter()

@@ -41,7 +41,7 @@ def our_step(size: str, dtype: str) -> Callable[[], None]:
     import jax
     import numpy as np
 
-    from slmjax import optim, sharding, step
+    from slmjax import optim, placement, sharding, step
     from slmjax.data.batch import empty_batch
     from slmjax.model import Precision
     from slmjax.parameters import define
@@ -64,7 +64,7 @@ def our_step(size: str, dtype: str) -> Callable[[], None]:
         batch.targets[:] = np.roll(batch.tokens, -1, axis=1)
         batch.loss_mask[:], batch.segment_ids[:], batch.num_bytes[:] = 1, 1, 3
         batch.positions[:] = np.arange(length)
-        placed = sharding.place_batch(batch, mesh)
+        placed = placement.place_batch(batch, mesh)
 
     def run() -> None:
         nonlocal state

@@ -23,12 +23,21 @@ log = logging.getLogger(__name__)
 
 
 def new_run(experiment: Experiment) -> RunDirectory:
-    """A new run directory, made by the first process and known to all."""
+    """A new run directory, made by the first process and known to all.
+
+    Raises:
+      ValueError: this process cannot see it.
+    """
     made = None
     if jax.process_index() == 0:
         fingerprint = config_io.fingerprint(experiment)
         made = RunDirectory.create_in(Path(experiment.run.directory), name=experiment.run.name, fingerprint=fingerprint)
-    return RunDirectory(Path(broadcast_text(str(made.path) if made else "")), process_index=jax.process_index())
+    path = Path(broadcast_text(str(made.path) if made else ""))
+    if not path.is_dir():
+        raise ValueError(
+            f"process {jax.process_index()} does not see {path}, which process 0 made: give --run.directory a place that all hosts share"
+        )
+    return RunDirectory(path, process_index=jax.process_index())
 
 
 def write_description(setup: Setup, run: RunDirectory, code: str | Path | None) -> None:

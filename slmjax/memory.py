@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from slmjax import sharding
+from slmjax import placement, sharding
 from slmjax.data.batch import empty_batch
 from slmjax.experiment import Experiment
 from slmjax.model import Precision, Remat
@@ -87,7 +87,7 @@ def evaluation_memory(experiment: Experiment, *, vocab_size: int, mesh: Mesh) ->
 
 
 def _batch_shapes(experiment: Experiment, rows: int, mesh: Mesh) -> Any:
-    return sharding.batch_shapes(empty_batch(rows, experiment.data.sequence_length), mesh)
+    return placement.batch_shapes(empty_batch(rows, experiment.data.sequence_length), mesh)
 
 
 def _compiled_bytes(step: Any, arguments: tuple[Any, ...], mesh: Mesh) -> int:

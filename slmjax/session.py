@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from slmjax import sampling, sharding
+from slmjax import placement, sampling, sharding
 from slmjax.checkpoint import CheckpointConfig, Checkpointer
 from slmjax.data.preparation import Log, Prepared, prepare
 from slmjax.data.tokenizers import FileTokenizer, Tokenizer, TokenizerConfig
@@ -48,14 +48,14 @@ class Setup:
         data, settings = self.experiment.data, self.experiment.eval
         if not sum(len(shards) for shards in self.prepared.heldout):
             return None
+        batch_size = settings.batch_size or data.batch_size
         return evaluation_batches(
             self.prepared.heldout,
             sequence_length=data.sequence_length,
-            batch_size=settings.batch_size or data.batch_size,
+            batch_size=batch_size,
             overlap=settings.windows_overlap(data.sequence_length),
             max_documents=max_documents,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=placement.rows_here(self.mesh, batch_size),
         )
 
     def evaluate(self, state: TrainState, max_documents: int | None) -> EvalResult | None:
@@ -111,12 +111,7 @@ def make_programs(experiment: Experiment, *, vocab_size: int, mesh: Mesh) -> Pro
 
 
 def _check_rows(experiment: Experiment, mesh: Mesh) -> None:
-    divisor, processes = sharding.batch_divisor(mesh), jax.process_count()
-    if divisor % processes:
-        raise ValueError(
-            f"{processes} processes each read rows of their own, so mesh.data x mesh.fsdp x mesh.expert must be a multiple of "
-            f"{processes}, not {divisor}"
-        )
+    divisor = sharding.batch_divisor(mesh)
     parts = divisor * experiment.optim.accumulation_steps
     if experiment.data.batch_size % parts:
         raise ValueError(

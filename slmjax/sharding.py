@@ -81,6 +81,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
+def named_sharding(dims: Dims, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Where an array with these logical dims lives; what its axes do not divide is whole everywhere."""
+    return NamedSharding(mesh, _spec(dims, shape, dict(mesh.shape)))
+
+
 def batch_divisor(mesh: Mesh) -> int:
     """How many shards the rows of a batch are cut into: the batch size must be a multiple of it."""
     return math.prod(mesh.shape[axis] for axis in LOGICAL_DIMS["batch"])
@@ -162,27 +167,6 @@ def like_parameters(tree: Any, params: Mapping[str, Any], mesh: Mesh) -> Any:
 def parameter_of(keys: tuple[Any, ...], params: Mapping[str, Any]) -> str | None:
     """The parameter path among the keys of a tree path, if there is one."""
     return next((str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey) and key.key in params), None)
-
-
-# Batches --------------------------------------------------------------------------------------------------------------
-def place_batch(batch: Any, mesh: Mesh) -> Any:
-    """Host arrays [B ...] or [B T ...], this process's rows of the global batch, to global arrays divided over rows and time."""
-
-    def place(rows: np.ndarray) -> Array:
-        global_shape = (rows.shape[0] * jax.process_count(), *rows.shape[1:])
-        return jax.make_array_from_process_local_data(_batch_sharding(global_shape, mesh), np.asarray(rows), global_shape)
-
-    return jax.tree.map(place, batch)
-
-
-def batch_shapes(batch: Any, mesh: Mesh) -> Any:
-    """Shapes, dtypes and shardings of a global batch, given as host arrays [B ...] or [B T ...], once it is placed."""
-    return jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=_batch_sharding(rows.shape, mesh)), batch)
-
-
-def _batch_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    spec = _spec(("batch", "time")[: len(shape)] + (None,) * (len(shape) - 2), shape, dict(mesh.shape))
-    return NamedSharding(mesh, spec)
 
 
 # Inside the compiled program ------------------------------------------------------------------------------------------

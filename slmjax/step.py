@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, UInt32
 
 from slmjax import losses, moe, sharding
 from slmjax.data.batch import Batch
@@ -168,13 +168,13 @@ def make_train_step(
     Metrics are float32 scalars of the whole batch: `loss` (nats per scored token), `objective` (with auxiliary terms),
     `grad_norm` (before clipping), `learning_rate`, `accuracy`, `nll`, `targets`, `bytes`, `tokens`, `skipped` (so far),
     `skipped_in_a_row`, and for mixtures of experts `dropped` and `expert_imbalance` (the busiest expert's load over the mean,
-    averaged over layers). Two are trees of arrays, which `named_metrics` puts into words: `grad_norms` and `expert_loads`.
+    averaged over layers); `data_checksum` is an integer; `grad_norms` and `expert_loads` are trees of arrays, which
+    `named_metrics` puts into words. Metrics are whole on every device: every process can read them.
     """
     grads_of = functools.partial(_gradients, definition, objective, optim.accumulation_steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        total = counts(batch)
+        key, total = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step), counts(batch)
         value, sums, grads = grads_of(state.trainable, state.frozen, batch, total, key)
         grad_norm = optax.tree.norm(grads)
         num_updates = state.step - state.skipped  # what schedules go by: a step that was undone is no update
@@ -197,12 +197,12 @@ def make_train_step(
         metrics = {
             "objective": value, "grad_norm": grad_norm, "grad_norms": jnp.sqrt(_squares_by_layer(definition.config, grads)),
             "learning_rate": jnp.asarray(learning_rate(optim, num_updates, total_steps=total_steps)),
-            "skipped": new_state.skipped, "skipped_in_a_row": new_state.skipped_in_a_row,
+            "skipped": new_state.skipped, "skipped_in_a_row": new_state.skipped_in_a_row, "data_checksum": data_checksum(batch.row_ids),
         }  # fmt: skip
         return new_state, metrics | total | _report(sums, total)
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(places, places.step))
 
 
 def _gradients(
@@ -265,13 +265,25 @@ def _updated_buffers(definition: Definition, buffers: Params, sums: Mapping[str,
 
 
 # Metrics --------------------------------------------------------------------------------------------------------------
+def data_checksum(row_ids: Int[Array, " B"]) -> UInt32[Array, ""]:
+    """Which row stands at which place of the global batch, in 32 bits: the sum of a hash of each pair, modulo 2**32.
+
+    Integers add up to the same in any order, so that it does not depend on how the batch is divided. The hash is the
+    finaliser of MurmurHash3 (Appleby, public domain).
+    """
+    bits = row_ids.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + jnp.arange(row_ids.shape[0], dtype=jnp.uint32) * jnp.uint32(0x85EBCA77)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return jnp.sum(bits ^ (bits >> 16), dtype=jnp.uint32)
+
+
 def named_metrics(config: ModelConfig, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics that came from the device as plain numbers, in the words of the log.
 
     `grad_norms` become one per layer, of the embedding, of the final norm (their squares add up to that of `grad_norm`);
     `expert_loads` become each layer's shares, which add up to 1.
     """
-    named: dict[str, Any] = {name: float(value) for name, value in metrics.items() if name not in ("grad_norms", "expert_loads")}
+    named: dict[str, Any] = {name: value.item() for name, value in metrics.items() if name not in ("grad_norms", "expert_loads")}
     named["grad_norms"] = dict(zip(gradient_groups(config), metrics["grad_norms"].tolist(), strict=True))
     if "expert_loads" in metrics:
         named["expert_loads"] = {}

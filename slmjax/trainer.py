@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from slmjax import devices, memory, sampling, sharding, startup
+from slmjax import devices, hosts, memory, placement, sampling, sharding, startup
 from slmjax.checkpoint import Checkpointer
 from slmjax.data.pipeline import BatchSource, ReadAhead
 from slmjax.evaluation.bits_per_byte import EvalResult
@@ -112,12 +112,14 @@ def train(
         records = stack.enter_context(LogRecords(progress))
         programs = stack.enter_context(CompiledPrograms())
         stack.enter_context(jax.set_mesh(mesh))
+        if jax.process_count() > 1:
+            log.info("process %d of %d, %s", jax.process_index(), jax.process_count(), hosts.joined or "joined by the calling program")
         with ledger.timed(Category.INIT):
             tokenizer = experiment.tokenizer if run is None else tokenizer_of(run, experiment)
             setup = set_up(experiment, tokenizer=tokenizer, mesh=mesh, report=progress.print)
             source = BatchSource(
                 setup.prepared.train, experiment.data, token_bytes=setup.prepared.tokenizer.token_bytes,
-                process_index=jax.process_index(), process_count=jax.process_count(),
+                rows=placement.rows_here(mesh, experiment.data.batch_size),
             )  # fmt: skip
             try:
                 fresh = fresh_state(setup) if run is None else None
@@ -196,7 +198,7 @@ class Loop:
         self._saved_step = self.first_step  # where the state came from, or 0, which is never saved
         self._skipped = int(state.skipped)
         self._logged_step = self.step
-        self._fed = 0  # tokens of this session, padding left out: of all processes, as this one's share tells
+        self._fed = 0  # tokens of this session, padding left out: of all processes, as this one's rows tell
 
     def run(self, state: TrainState, signals: StopSignals) -> tuple[TrainState, str]:
         """Trains until the last step; returns the state and how the session ended."""
@@ -233,12 +235,12 @@ class Loop:
 
     def _step(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The next batch, and the step with it; of a session's first, which compiles, all is waited for."""
-        is_first = self.step == self.first_step
+        is_first, batch_size = self.step == self.first_step, self.setup.experiment.data.batch_size
         with self.ledger.timed(Category.DATA), jax.profiler.TraceAnnotation("data"):
             batch = next(self.batches)
-        self._fed += int(np.count_nonzero(batch.segment_ids)) * jax.process_count()
+        self._fed += int(np.count_nonzero(batch.segment_ids)) * batch_size // len(batch.segment_ids)
         with self.ledger.timed(Category.COMPILE if is_first else Category.STEP):
-            state, metrics = self.setup.train_step(state, sharding.place_batch(batch, self.setup.mesh))
+            state, metrics = self.setup.train_step(state, placement.place_batch(batch, self.setup.mesh, num_rows=batch_size))
             if is_first:
                 jax.block_until_ready(metrics)
                 # Compilation, and the wait for the first batch, say nothing about the pace.

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from slmjax import config, recipes, sharding
+from slmjax import config, placement, recipes, sharding
 from slmjax.attention import AttentionConfig
 from slmjax.data.batch import empty_batch
 from slmjax.experiment import Experiment
@@ -67,7 +67,7 @@ def test_an_experiment_takes_a_step(name: str) -> None:
         batch.positions[:] = np.arange(LENGTH)
         state = init_state(definition, optimizer, shapes=shapes, seed=experiment.run.seed)
         before = {path: np.asarray(leaf) for path, leaf in state.trainable.items()}
-        state, metrics = step(state, sharding.place_batch(batch, mesh))
+        state, metrics = step(state, placement.place_batch(batch, mesh))
     # Freshly initialised weights know nothing: every token is about as likely as any other.
     assert abs(float(metrics["loss"]) - math.log(VOCAB)) < 0.1
     assert int(state.step) == 1 and int(state.skipped) == 0

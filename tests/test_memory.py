@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 import slmjax
-from slmjax import cli, memory, session, sharding, startup, trainer
+from slmjax import cli, memory, placement, session, sharding, startup, trainer
 from slmjax.data.batch import empty_batch
 from slmjax.experiment import Experiment
 from slmjax.memory import Change, StepMemory
@@ -42,7 +42,7 @@ def allocated_bytes(experiment: Experiment, mesh: jax.sharding.Mesh) -> int:
     with jax.set_mesh(mesh):
         optimizer = session.make_optimizer(experiment.optim, programs.definition.params, total_steps=experiment.run.steps)
         state = session.init_state(programs.definition, optimizer, shapes=programs.shapes, seed=0)
-        batch = sharding.place_batch(empty_batch(experiment.data.batch_size, experiment.data.sequence_length), mesh)
+        batch = placement.place_batch(empty_batch(experiment.data.batch_size, experiment.data.sequence_length), mesh)
         found = programs.train_step.lower(state, batch).compile().memory_analysis()
     return found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
 

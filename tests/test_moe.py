@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from slmjax import moe, sharding
+from slmjax import moe, placement, sharding
 from slmjax.layers import Shape
 from slmjax.moe import Balance, MoeConfig, RouterScore
 
@@ -172,7 +172,7 @@ def test_sharded_equals_one_device(config, mesh_config, rows):
     with jax.set_mesh(mesh):
         state = jax.tree_util.tree_map_with_path(place, built(config)[1])
         assert len(state.experts.gate[...].sharding.device_set) == 8
-        batch = sharding.place_batch((np.asarray(x), np.asarray(segment_ids)), mesh)
+        batch = placement.place_batch((np.asarray(x), np.asarray(segment_ids)), mesh)
         (loss, (y, aux)), gradients = compiled(config)(state, *batch)
     assert_trees_close((loss, y, aux, gradients), expected)
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from slmjax import sharding
+from slmjax import placement, sharding
 from slmjax.attention import AttentionConfig
 from slmjax.model import BlockConfig, ModelConfig, Segment
 from slmjax.parameters import define
@@ -109,7 +109,7 @@ def test_optimizer_state_lies_where_its_parameters_lie():
 # Batches --------------------------------------------------------------------------------------------------------------
 def test_rows_of_a_batch_are_divided_over_the_batch_axes():
     rows = np.arange(24, dtype=np.int32).reshape(8, 3)
-    placed = sharding.place_batch({"tokens": rows, "row_ids": rows[:, 0]}, mixed_mesh())
+    placed = placement.place_batch({"tokens": rows, "row_ids": rows[:, 0]}, mixed_mesh())
     assert {shard.data.shape for shard in placed["tokens"].addressable_shards} == {(2, 3)}
     assert placed["tokens"].sharding.spec == PartitionSpec(("fsdp", "expert"), None)
     assert placed["row_ids"].sharding.spec == PartitionSpec(("fsdp", "expert"))
@@ -117,7 +117,7 @@ def test_rows_of_a_batch_are_divided_over_the_batch_axes():
 
 
 def test_rows_that_do_not_divide_are_whole_on_every_device():
-    placed = sharding.place_batch(np.zeros((3, 2), np.float32), mixed_mesh())
+    placed = placement.place_batch(np.zeros((3, 2), np.float32), mixed_mesh())
     assert placed.sharding.is_fully_replicated
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slmjax import losses, sharding, step
+from slmjax import losses, placement, sharding, step
 from slmjax.attention import AttentionConfig
 from slmjax.data.batch import Batch, empty_batch
 from slmjax.layers import MlpConfig
@@ -58,7 +58,7 @@ class Compiled:
         state = jax.device_put(jax.tree.map(jnp.copy, state), places)
         with jax.set_mesh(self.mesh):
             for batch in batches:
-                state, metrics = self.train_step(state, sharding.place_batch(batch, self.mesh))
+                state, metrics = self.train_step(state, placement.place_batch(batch, self.mesh))
         return state, step.named_metrics(self.definition.config, jax.device_get(metrics))
 
 
@@ -124,7 +124,7 @@ def test_a_step_is_deterministic_and_gives_its_input_away():
     compiled, state = build(), jax.tree.map(jnp.copy, first_state())
     assert_bits_equal(compiled.run(state, make_batch(0), make_batch(1)), reference())
     with jax.set_mesh(compiled.mesh):
-        compiled.train_step(state, sharding.place_batch(make_batch(0), compiled.mesh))
+        compiled.train_step(state, placement.place_batch(make_batch(0), compiled.mesh))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.trainable, state.optimizer, state.ema)))
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slmjax import sharding
+from slmjax import placement, sharding
 from slmjax.attention import AttentionConfig
 from slmjax.model import BlockConfig, ModelConfig, Segment
 from slmjax.parameters import define
@@ -78,7 +78,7 @@ def test_a_window_layer_exchanges_its_halo_and_nothing_else(window, length, halo
         {path: np.zeros(leaf.shape, np.float32) for path, leaf in definition.params.items()}, jax.sharding.NamedSharding(mesh, jax.P())
     )
     with jax.set_mesh(mesh):
-        found = sent(functools.partial(hidden), params, sharding.place_batch(tokens, mesh))
+        found = sent(functools.partial(hidden), params, placement.place_batch(tokens, mesh))
     found = [one for one in found if "shard_map" in one.source]  # not of the positions made here
     in_layers = sum(one.sent_bytes for one in found if "ppermute" in one.source or "all_gather" in one.source)
     seen = 3 * length // 4 if halo is None else halo

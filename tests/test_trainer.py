@@ -198,7 +198,7 @@ def test_the_log_says_all(straight):
     wanted = {
         "kind", "time", "step", "loss", "objective", "bits_per_byte", "tokens_per_second", "data_wait_share", "grad_norm",
         "learning_rate", "accuracy", "nll", "targets", "tokens", "skipped", "skipped_in_a_row", "expert_imbalance", "dropped",
-        "mfu", "grad_norms", "expert_loads",
+        "mfu", "grad_norms", "expert_loads", "data_checksum",
     }  # fmt: skip
     assert all(record.keys() == wanted for record in by_kind["train"])
     assert [record["step"] for record in by_kind["eval"]] == [20, 40, NUM_STEPS]

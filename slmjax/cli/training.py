@@ -16,8 +16,10 @@ def train_command(words: Sequence[str]) -> int:
     from rich.console import Console
 
     from slmjax import experiment as experiments
-    from slmjax import recipes, trainer
+    from slmjax import hosts, recipes, trainer
 
+    if not {"-h", "--help"} & set(words):
+        hosts.join()  # before an experiment file, or anything else, can ask jax for a device
     name, options = experiment_name(words)
     load_code(options)
     resume, source = option(options, "--resume"), option(options, "--init-from")

@@ -34,6 +34,22 @@ class Batch:
     num_bytes: ArrayLeaf  # Int32 "B": UTF-8 bytes of the row's scored targets
 
 
+def checked_rows(rows: np.ndarray | None, batch_size: int) -> tuple[int, ...]:
+    """Which rows of a global batch are made here: all of them where `rows` is None.
+
+    Raises:
+      ValueError: they are not row numbers of such a batch, in ascending order.
+    """
+    if batch_size < 1:
+        raise ValueError(f"a batch of {batch_size} rows holds nothing: choose at least 1")
+    if rows is None:
+        return tuple(range(batch_size))
+    found = tuple(int(row) for row in rows)
+    if not found or found != tuple(sorted(set(found))) or found[0] < 0 or found[-1] >= batch_size:
+        raise ValueError(f"rows {list(found)} are not rows of a batch of {batch_size}: give some of 0 to {batch_size - 1}, ascending")
+    return found
+
+
 def empty_batch(num_rows: int, sequence_length: int) -> Batch:
     """A batch of numpy arrays that is padding throughout, to be written into."""
     shape = (num_rows, sequence_length)

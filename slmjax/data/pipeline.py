@@ -3,13 +3,14 @@
 The rows of every source (`packing.py`) are shuffled anew for each of its epochs; a mixture interleaves the sources row by
 row in proportion to their weights. Which source row g of the whole run comes from, and which of its rows it is, are closed
 forms of g, so that resuming needs the step alone, and nothing is remembered. Batch `step` is rows step * B to
-(step + 1) * B - 1 of the run, whatever the number of processes: each makes the contiguous slice that is its own.
+(step + 1) * B - 1 of the run, whatever the number of processes and the mesh: each process makes the rows that its devices
+hold, and no others.
 
     source = BatchSource(prepared.train, data, token_bytes=prepared.tokenizer.token_bytes)
     with source.iterate(start_step) as batches:     # reads ahead in the background
         for batch in batches: ...
 
-Legend: B rows of the global batch, V vocabulary.
+Legend: B rows of the global batch, R of them made here, V vocabulary.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ import grain
 import numpy as np
 from jaxtyping import Integer
 
-from slmjax.data.batch import Batch, empty_batch
+from slmjax.data.batch import Batch, checked_rows, empty_batch
 from slmjax.data.config import DataConfig
 from slmjax.data.packing import TokenizedDocuments, load_or_pack, write_row
 
@@ -85,22 +86,18 @@ class BatchSource:
         data: DataConfig,
         *,
         token_bytes: Integer[np.ndarray, "V"] | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Integer[np.ndarray, "R"] | None = None,
     ) -> None:
-        """Packs what is not yet packed. Raises ValueError for empty sources, weights and sizes that do not work."""
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index {process_index} is not one of {process_count} processes")
-        if data.batch_size % process_count:
-            raise ValueError(
-                f"data.batch_size {data.batch_size} cannot be divided among {process_count} processes: choose a multiple of {process_count}"
-            )
+        """Packs what is not yet packed; `rows` of the global batch, ascending, are made here (None: all of them).
+
+        Raises:
+          ValueError: empty sources, weights and sizes that do not work.
+        """
         self._data = data
         self._shards = [shards for shards, _ in train]
         self._mixture = Mixture([weight for _, weight in train])
         self._token_bytes = token_bytes
-        self._rows_here = data.batch_size // process_count
-        self._first_row_here = process_index * self._rows_here
+        self.rows = checked_rows(rows, data.batch_size)
         self.plans = tuple(
             load_or_pack(
                 shards,
@@ -120,13 +117,12 @@ class BatchSource:
         return sum(share * plan.efficiency for share, plan in zip(self._mixture.shares, self.plans, strict=True))
 
     def batch(self, step: int) -> Batch:
-        """This process's rows of global batch `step`, as numpy arrays."""
+        """The rows of global batch `step` that are made here, as numpy arrays."""
         if step < 0:
             raise ValueError(f"step is {step}, but steps count from 0")
-        batch = empty_batch(self._rows_here, self._data.sequence_length)
-        first = step * self._data.batch_size + self._first_row_here
-        for index in range(self._rows_here):
-            source, place = self._mixture[first + index]
+        batch = empty_batch(len(self.rows), self._data.sequence_length)
+        for index, row_of_batch in enumerate(self.rows):
+            source, place = self._mixture[step * self._data.batch_size + row_of_batch]
             row = cast(int, self._orders[source][place])  # grain's None stands for what a filter dropped: there is no filter
             shards = self._shards[source]
             write_row(

@@ -14,15 +14,16 @@ Several windows share a row where they fit, told apart by segment ids. Prompts a
 A document's bytes are spread evenly over its text tokens and always add up to `num_bytes` of the document; so the bytes of a
 row are exact unless it holds part of a cut document, and the bytes of all batches are exact.
 
-Legend: B rows of the global batch, T positions of a row.
+Legend: B rows of the global batch, R of them made here, T positions of a row.
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from jaxtyping import Integer
 
-from slmjax.data.batch import Batch, empty_batch
+from slmjax.data.batch import Batch, checked_rows, empty_batch
 from slmjax.data.packing import RowPlan, TokenizedDocuments, best_fit_rows, write_row
 
 _PACKING_WINDOW = 4096  # documents that are packed into rows together
@@ -34,8 +35,7 @@ class EvaluationBatches:
 
     plans: tuple[tuple[TokenizedDocuments, RowPlan], ...]  # the shards with documents to evaluate, and their rows
     batch_size: int  # rows of the global batch
-    process_index: int
-    process_count: int
+    rows: tuple[int, ...]  # those of each global batch that are made here, ascending
     num_documents: int
     num_targets: int  # that are scored, over all batches and processes
     num_bytes: int  # of the documents, over all batches and processes
@@ -50,12 +50,13 @@ class EvaluationBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         rows = [(shards, plan, row) for shards, plan in self.plans for row in range(len(plan))]
-        rows_here = self.batch_size // self.process_count
-        for first in range(self.process_index * rows_here, len(self) * self.batch_size, self.batch_size):
-            batch = empty_batch(rows_here, self.plans[0][1].sequence_length)
-            for index, (shards, plan, row) in enumerate(rows[first : first + rows_here]):
-                write_row(batch, index, plan=plan, row=row, shards=shards)
-                batch.row_ids[index] = first + index
+        for first in range(0, len(self) * self.batch_size, self.batch_size):
+            batch = empty_batch(len(self.rows), self.plans[0][1].sequence_length)
+            for index, number in enumerate(first + row for row in self.rows):
+                if number < len(rows):
+                    shards, plan, row = rows[number]
+                    write_row(batch, index, plan=plan, row=row, shards=shards)
+                    batch.row_ids[index] = number
             yield batch
 
 
@@ -71,21 +72,14 @@ def evaluation_batches(
     batch_size: int,
     overlap: int,
     max_documents: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Integer[np.ndarray, "R"] | None = None,
 ) -> EvaluationBatches:
     """Windows of the documents of all shards, in order, or of the first `max_documents` of them, whole.
 
-    `batch_size` counts the rows of the global batch, of which each process makes a contiguous slice. Raises ValueError for
-    an overlap that leaves no new target, no documents, and a batch that cannot be divided.
+    `batch_size` counts the rows of the global batch, of which `rows`, ascending, are made here (None: all of them). Raises
+    ValueError for an overlap that leaves no new target, no documents, and rows that are none of the batch.
     """
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index {process_index} is not one of {process_count} processes")
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f"an evaluation batch of {batch_size} rows cannot be divided among {process_count} processes: "
-            f"choose a multiple of {process_count}"
-        )
+    made_here = checked_rows(rows, batch_size)
     if max_documents is not None and max_documents < 1:
         raise ValueError(f"max_documents is {max_documents}: give at least 1, or None for all documents")
     plans: list[tuple[TokenizedDocuments, RowPlan]] = []
@@ -105,8 +99,7 @@ def evaluation_batches(
     return EvaluationBatches(
         plans=tuple(plans),
         batch_size=batch_size,
-        process_index=process_index,
-        process_count=process_count,
+        rows=made_here,
         num_documents=num_documents,
         num_targets=num_targets,
         num_bytes=num_bytes,

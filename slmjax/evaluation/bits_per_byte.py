@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from slmjax import config as config_io
-from slmjax import sharding
+from slmjax import placement
 from slmjax.checkpoint import Loaded
 from slmjax.data.batch import Batch
 from slmjax.data.config import DataConfig
@@ -68,7 +68,7 @@ def make_eval_step(definition: Definition) -> EvalStep:
 def evaluate_batches(
     eval_step: EvalStep, params: Params, buffers: Params, batches: EvaluationBatches, *, mesh: Mesh | None = None
 ) -> EvalResult:
-    """Runs all batches; on a mesh the parameters must be on it, and every process passes its own rows."""
+    """Runs all batches; on a mesh the parameters must be on it, and every process passes the rows that it holds."""
     started = time.monotonic()
     totals = {"nll": 0.0, "weight": 0.0}
     pending: dict[str, Array] = {}
@@ -78,7 +78,7 @@ def evaluate_batches(
             running = eval_step(params, buffers, batch)
         else:
             with jax.set_mesh(mesh):
-                running = eval_step(params, buffers, sharding.place_batch(batch, mesh))
+                running = eval_step(params, buffers, placement.place_batch(batch, mesh, num_rows=batches.batch_size))
         _add(totals, pending)
         pending = running
     _add(totals, pending)

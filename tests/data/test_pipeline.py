@@ -42,17 +42,14 @@ def assert_same(left: Batch, right: Batch) -> None:
         assert array.dtype == fields(right)[name].dtype
 
 
-@pytest.mark.parametrize("process_count", [1, 2, 4, 8])
-def test_any_number_of_hosts_sees_the_same_global_batches(source, data, process_count):
-    hosts = [
-        BatchSource([(SMALL, WEIGHTS[0]), (OTHER, WEIGHTS[1])], data, process_index=index, process_count=process_count)
-        for index in range(process_count)
-    ]
+@pytest.mark.parametrize("parts", [[[*range(8)]], [[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 1, 4, 5], [2, 3, 6, 7]], [[row] for row in range(8)]])
+def test_any_number_of_hosts_sees_the_same_global_batches(source, data, parts):
+    """In one piece each or, as meshes may have it, in several."""
+    hosts = [BatchSource([(SMALL, WEIGHTS[0]), (OTHER, WEIGHTS[1])], data, rows=np.array(rows)) for rows in parts]
     for step in (0, 1, 7, 1000):
-        slices = [host.batch(step) for host in hosts]
-        assert {len(part.row_ids) for part in slices} == {BATCH_SIZE // process_count}
-        joined = Batch(**{name: np.concatenate([fields(part)[name] for part in slices]) for name in fields(slices[0])})
-        assert_same(joined, source.batch(step))
+        whole = source.batch(step)
+        for rows, host in zip(parts, hosts, strict=True):
+            assert_same(host.batch(step), Batch(**{name: array[rows] for name, array in fields(whole).items()}))
 
 
 def test_resuming_needs_the_step_alone(source, data):
@@ -280,8 +277,8 @@ def test_an_error_is_raised_where_its_batch_is_asked_for():
 @pytest.mark.parametrize(
     ("train", "options", "message"),
     [
-        ([(SMALL, 1.0)], {"process_count": 3}, "batch_size 8 cannot be divided among 3 processes: choose a multiple of 3"),
-        ([(SMALL, 1.0)], {"process_index": 2, "process_count": 2}, "process_index 2 is not one of 2"),
+        ([(SMALL, 1.0)], {"rows": np.array([7, 8])}, r"rows \[7, 8\] are not rows of a batch of 8: give some of 0 to 7, ascending"),
+        ([(SMALL, 1.0)], {"rows": np.array([1, 0])}, r"rows \[1, 0\] are not rows of a batch of 8"),
         ([], {}, "no source to train on"),
         ([(SMALL, 1.0), (OTHER, 0.0)], {}, "source 1 has weight 0.0"),
         ([(SMALL, -1.0)], {}, "source 0 has weight -1.0"),

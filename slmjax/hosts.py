@@ -1,0 +1,198 @@
+"""How the processes of a run find each other: from COORDINATOR, RANK and WORLD, from Slurm, or as the hosts of a TPU pod.
+
+    COORDINATOR=node0:4321 RANK=1 WORLD=2 slmjax train ...        # on each host, with a RANK of its own
+    srun --ntasks-per-node 8 slmjax train ...                     # nothing to set
+
+`how_to_join` decides from the environment alone; `join` does it, and must come before jax is asked for a device. Afterwards
+`jax.devices()` are those of all processes. CPU devices of several processes talk through gloo, jax's default.
+"""
+
+import contextlib
+import dataclasses
+import enum
+import glob
+import importlib.util
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+_VARIABLES = ("COORDINATOR", "RANK", "WORLD")
+_SLURM_VARIABLES = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # that jax reads
+_GOOGLE = "0x1ae0"  # vendor of a TPU on the PCI bus
+_MARGIN_SECONDS = 30  # by which jax is more patient than the time limit
+
+
+class Meeting(enum.Enum):
+    """Where processes learn of each other."""
+
+    VARIABLES = "COORDINATOR, RANK and WORLD"
+    SLURM = "Slurm"
+    TPU = "the TPU's metadata"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Join:
+    """How this process joins the others. Slurm and TPUs tell jax all but the time limit themselves."""
+
+    meeting: Meeting
+    seconds: int  # to wait for the others
+    coordinator: str | None = None  # host:port of process 0
+    process_index: int | None = None
+    process_count: int | None = None
+    local_device: int | None = None  # the one device of its host that this process uses; None: all of them
+
+    def __str__(self) -> str:
+        return f"coordinator {self.coordinator}" if self.coordinator else f"found through {self.meeting.value}"
+
+
+joined: Join | None = None  # what `join` did in this process
+
+
+def join(environ: Mapping[str, str] = os.environ) -> Join | None:
+    """Joins the other processes of the run, where the environment says that there are some.
+
+    Raises:
+      ValueError: the environment contradicts itself, or the others were not found, with what to check. Where they did not come in
+        time, the process ends with the same message.
+    """
+    global joined
+    how = how_to_join(environ, has_tpu=_has_tpu())
+    if how is None:
+        return None
+    arguments: dict[str, Any] = {"cluster_detection_method": "slurm"} if how.meeting is Meeting.SLURM else {}
+    if how.meeting is Meeting.VARIABLES:
+        # Deactivated: what a scheduler says of its own processes must not be mixed with what the user said of these.
+        arguments = {
+            "coordinator_address": how.coordinator, "num_processes": how.process_count, "process_id": how.process_index,
+            "local_device_ids": how.local_device, "cluster_detection_method": "deactivate",
+        }  # fmt: skip
+    try:
+        with _time_limit(how):
+            jax.distributed.initialize(**arguments, initialization_timeout=how.seconds + _MARGIN_SECONDS)
+    except (RuntimeError, ValueError, OSError) as error:
+        if how.meeting is Meeting.TPU and "coordinator_address" in str(error):
+            return None  # jax found no pod that this host would be part of
+        raise ValueError(_failure(how, (str(error).splitlines() or [""])[0])) from error
+    joined = how
+    return how
+
+
+def how_to_join(environ: Mapping[str, str], *, has_tpu: bool = False) -> Join | None:
+    """What the environment says of other processes; None where this one is alone.
+
+    Only COORDINATOR tells that RANK and WORLD are meant: other tools leave a RANK behind. A Slurm batch script has no tasks
+    beside it until it calls srun, and waits for nobody.
+
+    Args:
+      environ: environment variables.
+      has_tpu: whether this host has TPU devices.
+
+    Raises:
+      ValueError: a variable is missing or makes no sense.
+    """
+    switch = environ.get("SLMJAX_DISTRIBUTED", "").lower()
+    if switch not in ("", "auto", "off"):
+        raise ValueError(
+            f"SLMJAX_DISTRIBUTED={environ['SLMJAX_DISTRIBUTED']} is not known: off has this process train alone; auto, or nothing, "
+            "has it join the others that the environment tells of"
+        )
+    if switch == "off":
+        return None
+    seconds = _whole(environ, "SLMJAX_JOIN_SECONDS", least=1) if environ.get("SLMJAX_JOIN_SECONDS") else 300
+    if environ.get("COORDINATOR"):
+        return _from_variables(environ, seconds)
+    if environ.get("SLURM_STEP_NUM_TASKS") and "SLURM_PROCID" in environ and _whole(environ, "SLURM_STEP_NUM_TASKS", least=1) > 1:
+        if missing := [name for name in _SLURM_VARIABLES if name not in environ]:
+            raise ValueError(
+                f"this is one of {environ['SLURM_STEP_NUM_TASKS']} tasks of srun, but {missing[0]} is not set, which tells where the "
+                "others are: set COORDINATOR, RANK and WORLD, or SLMJAX_DISTRIBUTED=off to train alone"
+            )
+        return Join(meeting=Meeting.SLURM, seconds=seconds)
+    platforms = environ.get("JAX_PLATFORMS", "")
+    if has_tpu and (not platforms or "tpu" in platforms.split(",")):
+        return Join(meeting=Meeting.TPU, seconds=seconds)
+    return None
+
+
+def _from_variables(environ: Mapping[str, str], seconds: int) -> Join:
+    coordinator = environ["COORDINATOR"]
+    if missing := [name for name in _VARIABLES if not environ.get(name)]:
+        raise ValueError(
+            f"COORDINATOR={coordinator} is set, but {' and '.join(missing)} not: set all three (RANK is this process's number from 0, "
+            "WORLD how many processes there are), or none to train alone"
+        )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise ValueError(f"COORDINATOR={coordinator} must be HOST:PORT: the host of process 0, and a port that is free there (1 to 65535)")
+    rank, world = _whole(environ, "RANK", least=0), _whole(environ, "WORLD", least=1)
+    if rank >= world:
+        raise ValueError(f"RANK={rank} is not one of the WORLD={world} processes: they are numbered from 0 to {world - 1}")
+    local = _whole(environ, "LOCAL_RANK", least=0) if environ.get("LOCAL_RANK") else None
+    return Join(
+        meeting=Meeting.VARIABLES, seconds=seconds, coordinator=coordinator, process_index=rank, process_count=world, local_device=local
+    )
+
+
+def _whole(environ: Mapping[str, str], name: str, *, least: int) -> int:
+    text = environ[name]
+    if not (text.isascii() and text.isdigit()) or int(text) < least:
+        raise ValueError(f"{name}={text} must be a whole number, at least {least}")
+    return int(text)
+
+
+def _has_tpu() -> bool:
+    """Whether libtpu is installed, a numbered device of the kinds that TPUs have is there, and so is hardware of Google's.
+
+    Any one alone is found elsewhere: libtpu compiles for TPUs on any machine, and virtual machines have devices in /dev/vfio.
+    """
+    if importlib.util.find_spec("libtpu") is None or not glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*"):
+        return False
+    return any(Path(vendor).read_text().strip() == _GOOGLE for vendor in glob.glob("/sys/bus/pci/devices/*/vendor"))
+
+
+@contextlib.contextmanager
+def _time_limit(how: Join) -> Iterator[None]:
+    """Ends the process with what to check when the others are not met in time: jax itself would abort it, with a stack trace."""
+
+    def give_up() -> None:
+        print(f"error: {_failure(how, _what_is_missing(how))}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    timer = threading.Timer(how.seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _what_is_missing(how: Join) -> str:
+    """What a look at the coordinator's address tells."""
+    if how.coordinator is None or how.process_index == 0:
+        return "not all of them came"
+    host, _, port = how.coordinator.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+    except OSError as error:
+        return str(error)
+    return "it answers, and not all of them came"
+
+
+def _failure(how: Join, problem: str) -> str:
+    if how.meeting is not Meeting.VARIABLES:
+        return (
+            f"the other processes were not found through {how.meeting.value} ({problem}): start all of them within "
+            f"SLMJAX_JOIN_SECONDS={how.seconds}; set COORDINATOR, RANK and WORLD yourself; or SLMJAX_DISTRIBUTED=off to train alone"
+        )
+    return (
+        f"process {how.process_index} of {how.process_count} did not meet the others at COORDINATOR={how.coordinator} ({problem}). Check "
+        f"that process 0 runs on that host, that no firewall closes the port and no other program has it, that all {how.process_count} "
+        f"processes were started, each with its own RANK, within SLMJAX_JOIN_SECONDS={how.seconds}"
+    )
