@@ -20,12 +20,15 @@ class Size:
     length: int
     rows: int
     gated: bool = True  # SwiGLU; else GELU
+    kv_heads: int | None = None  # none: as many as query heads
 
 
 SIZES = {
     "12m": Size(layers=6, dim=384, heads=6, hidden=1024, vocab=4096, length=256, rows=8),
     "0.8m": Size(layers=4, dim=128, heads=4, hidden=512, vocab=128, length=64, rows=12, gated=False),
     "124m": Size(layers=12, dim=768, heads=12, hidden=2048, vocab=50_304, length=1024, rows=32),
+    "360m": Size(layers=32, dim=960, heads=15, kv_heads=5, hidden=2560, vocab=49_152, length=2048, rows=8),
+    "1.7b": Size(layers=24, dim=2048, heads=32, hidden=8192, vocab=49_152, length=2048, rows=4),
 }
 
 
@@ -34,23 +37,23 @@ class Block(nn.Module):
 
     def __init__(self, size: Size) -> None:
         super().__init__()
-        self.heads, self.gated = size.heads, size.gated
+        self.heads, self.kv_heads, self.gated = size.heads, size.kv_heads or size.heads, size.gated
         self.attention_norm, self.ffn_norm = nn.RMSNorm(size.dim, eps=1e-6), nn.RMSNorm(size.dim, eps=1e-6)
-        self.inputs = nn.Linear(size.dim, 3 * size.dim, bias=False)
+        self.inputs = nn.Linear(size.dim, (self.heads + 2 * self.kv_heads) * (size.dim // self.heads), bias=False)
         self.output = nn.Linear(size.dim, size.dim, bias=False)
         self.up = nn.Linear(size.dim, (2 if size.gated else 1) * size.hidden, bias=False)
         self.down = nn.Linear(size.hidden, size.dim, bias=False)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         rows, length, dim = x.shape
-        split = self.inputs(self.attention_norm(x)).view(rows, length, 3, self.heads, dim // self.heads)
-        q, k, v = split.permute(2, 0, 3, 1, 4)
+        split = self.inputs(self.attention_norm(x)).view(rows, length, -1, dim // self.heads).transpose(1, 2)
+        q, k, v = split.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
 
         def turned(t: torch.Tensor) -> torch.Tensor:
             first, second = t.chunk(2, dim=-1)
             return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(v.dtype)
 
-        mixed = F.scaled_dot_product_attention(turned(q), turned(k), v, is_causal=True)
+        mixed = F.scaled_dot_product_attention(turned(q), turned(k), v, is_causal=True, enable_gqa=self.kv_heads < self.heads)
         x = x + self.output(mixed.transpose(1, 2).reshape(rows, length, dim))
         hidden = self.up(self.ffn_norm(x))
         if self.gated:

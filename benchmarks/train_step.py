@@ -2,37 +2,52 @@
 
     python benchmarks/train_step.py                       # 12M decoder; needs the oracle extra (torch)
     python benchmarks/train_step.py --size 0.8m --compile
-    python benchmarks/train_step.py --size 124m --compile # on a GPU: tokens per second and model FLOPs utilisation of both
+    python benchmarks/train_step.py --size 360m --compile --dtypes bfloat16   # on a GPU: SmolLM2-360M's shape; also 124m, 1.7b
 
 Prints for float32 and bfloat16 the milliseconds of a step, minimum and median over the rounds, and the ratio of the
-medians: above 1, ours is faster. The step is the trainer's own, with its metrics and gradient norms.
+medians: above 1, ours is faster; and tokens per second and model FLOPs utilisation. The step is the trainer's own, with its metrics and
+gradient norms.
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slmjax.model import ModelConfig
 
 VARIANTS = ("slmjax", "eager", "compiled")
+BATCHES = {"12m": (8, 256), "0.8m": (12, 64), "124m": (32, 1024), "360m": (8, 2048), "1.7b": (4, 2048)}  # as in torch_decoder.py
+
+
+def model_of(size: str) -> "ModelConfig":
+    from slmjax import zoo
+
+    models = {"12m": zoo.slm_12m, "124m": zoo.slm_124m, "360m": zoo.smollm2_360m, "1.7b": zoo.smollm2_1_7b}
+    return zoo.shakespeare_char(vocab_size=128) if size == "0.8m" else models[size]()
 
 
 def our_step(size: str, dtype: str) -> Callable[[], None]:
     from slmjax import startup
 
     startup.keep_memory()
+    import dataclasses
+
     import jax
     import numpy as np
 
-    from slmjax import optim, sharding, step, zoo
+    from slmjax import optim, sharding, step
     from slmjax.data.batch import empty_batch
     from slmjax.model import Precision
     from slmjax.parameters import define
 
-    rows, length = {"12m": (8, 256), "0.8m": (12, 64), "124m": (32, 1024)}[size]
-    built = {"12m": zoo.slm_12m(), "0.8m": zoo.shakespeare_char(vocab_size=128), "124m": zoo.slm_124m()}[size]
-    import dataclasses
+    rows, length = BATCHES[size]
+    built = model_of(size)
 
     definition = define(dataclasses.replace(built, precision=Precision(dtype)))
     mesh = sharding.make_mesh(sharding.MeshConfig())
@@ -88,7 +103,7 @@ def work(variant: str, size: str, dtype: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=("12m", "0.8m", "124m"), default="12m")
+    parser.add_argument("--size", choices=tuple(BATCHES), default="12m")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--compile", action="store_true", help="torch.compile too")
@@ -97,7 +112,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.worker:
         return work(given.worker, given.size, given.dtypes[0])
-    print("| dtype | variant | ms, lowest | ms, median | its median over slmjax's |")
+    print("| dtype | variant | ms, lowest | ms, median | its median over slmjax's | tokens/s | MFU |")
     for dtype in given.dtypes:
         compare(given.size, dtype, given.rounds, VARIANTS if given.compile else VARIANTS[:2], python=given.python)
     return None
@@ -107,7 +122,8 @@ def compare(size: str, dtype: str, rounds: int, variants: tuple[str, ...], *, py
     workers = {}
     for variant in variants:
         command = [python if variant == "slmjax" else sys.executable, __file__, "--worker", variant, "--size", size, "--dtypes", dtype]
-        workers[variant] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # on a GPU each needs room for itself
+        workers[variant] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         assert read(workers[variant]) == "ready", f"{variant} did not start"
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for _ in range(rounds):
@@ -119,9 +135,28 @@ def compare(size: str, dtype: str, rounds: int, variants: tuple[str, ...], *, py
     for worker in workers.values():
         worker.kill()
     ours = statistics.median(seconds["slmjax"])
+    (rows, length), flops, peak = BATCHES[size], flops_per_token(size), peak_flops(dtype)
     for variant, found in seconds.items():
         median = statistics.median(found)
-        print(f"| {dtype} | {variant} | {1e3 * min(found):.1f} | {1e3 * median:.1f} | {median / ours:.2f} |")
+        used = "not known" if peak is None else f"{flops * rows * length / median / peak:.1%}"
+        print(f"| {dtype} | {variant} | {1e3 * min(found):.1f} | {1e3 * median:.1f} | {median / ours:.2f} "
+              f"| {rows * length / median:,.0f} | {used} |")  # fmt: skip
+
+
+def flops_per_token(size: str) -> float:
+    import dataclasses
+
+    from slmjax.zoo import describe
+
+    return describe(dataclasses.replace(model_of(size), context_length=BATCHES[size][1])).training_flops_per_token
+
+
+def peak_flops(dtype: str) -> float | None:
+    import jax
+
+    from slmjax import devices
+
+    return devices.peak_flops(jax.devices()[0], dtype)
 
 
 def read(worker: "subprocess.Popen[str]") -> str:

@@ -141,6 +141,25 @@ def linear(x: Float[Array, "*B I"], weight: Float[Array, "I O"], bias: Float[Arr
     return y if bias is None else y + along_last(bias.astype(x.dtype), y.ndim)
 
 
+def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, dtype: Any) -> Float[Array, "B T D"]:
+    """The rows of a table that tokens name, in `dtype`. On a mesh each device takes those that it holds, and one of them has it.
+
+    It is looked up in float32, because the gradient sums as many rows as a token has occurrences: bfloat16 stops at 256.
+    """
+
+    def on_device(table: Array, tokens: Array) -> Array:
+        rows, shards = sharding.gathered_table(table)
+        if shards.count == 1:
+            return shards.sum(jnp.take(rows, tokens, axis=0, mode="clip").astype(dtype))
+        own = tokens - shards.index() * rows.shape[0]
+        is_here = (own >= 0) & (own < rows.shape[0])
+        taken = jnp.take(rows, jnp.where(is_here, own, 0), axis=0, mode="clip")
+        return shards.sum(jnp.where(is_here[:, :, None], taken, 0.0).astype(dtype))
+
+    dims = sharding.table_dims(table.shape[0], batch_size=tokens.shape[0])
+    return sharding.local(on_device, in_dims=(dims, ("batch", "time")), out_dims=("batch", "time", None))(table, tokens)
+
+
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], *, eps: float) -> Float[Array, "*B D"]:
     """`scale * x / rms(x)` over the last dim, in float32, returned in the dtype of `x` (Zhang & Sennrich 2019)."""
     wide = x.astype(jnp.float32)
@@ -206,10 +225,7 @@ class Embedding(nnx.Module):
         self.table = nnx.Param(truncated_normal(rngs.params(), (num_rows, dim), std))
 
     def __call__(self, tokens: Int[Array, "B T"], *, dtype: Any) -> Float[Array, "B T D"]:
-        # The table is gathered whole before the lookup: the compiler partitions a lookup in a divided table badly. It is
-        # looked up in float32, because the gradient sums as many rows as a token has occurrences: bfloat16 stops at 256.
-        table = sharding.constrain(effective_weight(self.table[...], jnp.float32), (None, None))
-        return jnp.take(table, tokens, axis=0, mode="clip").astype(dtype)
+        return lookup(effective_weight(self.table[...], jnp.float32), tokens, dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -316,17 +316,22 @@ def sharded_cross_entropy(
     if vocabulary is None:
         tokens_here = targets.size // (sharding.num_devices("batch") * sharding.num_devices("time"))
         vocabulary = choose_vocabulary(tokens_here, head.weight.shape[0])
-    tokens, rows = ("tokens", None) if vocabulary is Vocabulary.GATHERED else ("time", "vocab")
+    is_whole = vocabulary is Vocabulary.GATHERED
+    tokens, bias_rows = ("tokens", None) if is_whole else ("time", "vocab")
 
     def on_device(hidden: Array, weight: Array, bias: Array | None, *tokens_and_z: Array) -> tuple[Array, Metrics]:
         targets, weights, coefficient = tokens_and_z
+        weight, shards = sharding.gathered_table(weight, whole=is_whole)
         sums = _chunked_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]), dataclasses.replace(head, weight=weight, bias=bias), targets.reshape(-1),
-            weights.reshape(-1), z_loss=coefficient, chunk_size=chunk_size, shards=sharding.shards_of("vocab"),
+            weights.reshape(-1), z_loss=coefficient, chunk_size=chunk_size, shards=shards,
         )  # fmt: skip
         return sharding.sum_over(sums, "batch", tokens)
 
     per_token = ("batch", tokens)
-    in_dims = ((*per_token, None), (rows, None), (rows,), per_token, per_token, ())
+    table = sharding.table_dims(head.weight.shape[0], batch_size=targets.shape[0])
+    if is_whole and (table == ("vocab", None) or targets.shape[1] % sharding.num_devices("tokens")):
+        table = (None, table[1])  # devices with the same tokens must have the same table, not one that each has gathered
+    in_dims = ((*per_token, None), table, (bias_rows,), per_token, per_token, ())
     coefficient = jnp.asarray(z_loss, _accumulation_dtype(hidden.dtype))
     return sharding.local(on_device, in_dims=in_dims, out_dims=())(hidden, head.weight, head.bias, targets, weights, coefficient)

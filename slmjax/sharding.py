@@ -31,6 +31,9 @@ LOGICAL_DIMS: Mapping[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "ffn": ("tensor",),
     "vocab": ("tensor",),
+    "vocab_rows": ("tensor", "fsdp"),
+    "head_rows": ("tensor", "fsdp"),
+    "ffn_rows": ("tensor", "fsdp"),
     "embed": ("fsdp",),
 }
 Dims = tuple[str | None, ...]
@@ -84,16 +87,20 @@ def batch_divisor(mesh: Mesh) -> int:
 
 
 # Rules ----------------------------------------------------------------------------------------------------------------
-# (pattern of the logical path, logical dims of the unstacked parameter); the first match wins.
+# (pattern of the logical path, logical dims of the unstacked parameter); the first match with dims that divide wins, or the last.
+# Rows are preferred to columns for fsdp: a part of them is then long enough for TPUs' lanes however many devices there are.
 RULES: tuple[tuple[str, Dims], ...] = (
-    (r"embed/table", ("vocab", "embed")),
-    (r"head/weight", ("vocab", "embed")),
+    (r"embed/table|head/weight", ("vocab_rows", None)),
+    (r"embed/table|head/weight", ("vocab", "embed")),
     (r".*/mixer/query/weight", ("embed", "heads")),
     (r".*/mixer/(key|value)/weight", ("embed", "kv_heads")),
+    (r".*/mixer/output/weight", ("head_rows", None)),
     (r".*/mixer/output/weight", ("heads", "embed")),
     (r".*/experts/(gate|up)", ("expert", "embed", "ffn")),
+    (r".*/experts/down", ("expert", "ffn_rows", None)),
     (r".*/experts/down", ("expert", "ffn", "embed")),
     (r".*/ffn/(shared/)?(gate|up)/weight", ("embed", "ffn")),
+    (r".*/ffn/(shared/)?down/weight", ("ffn_rows", None)),
     (r".*/ffn/(shared/)?down/weight", ("ffn", "embed")),
     (r".*/router/weight", ("embed", None)),
 )
@@ -108,12 +115,18 @@ def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
     """
     stacked = path.startswith("segments/")
     own = tuple(shape[1:] if stacked else shape)
-    dims = next((dims for pattern, dims in RULES if re.fullmatch(pattern, path) and len(dims) == len(own)), None)
+    sizes = dict(mesh.shape)
+    rules = [dims for pattern, dims in RULES if re.fullmatch(pattern, path) and len(dims) == len(own)]
+    dims = next((dims for dims in rules if _divides(dims, own, sizes)), rules[-1] if rules else None)
     if dims is None:
         largest = int(np.argmax(own)) if len(own) > 1 else -1
         dims = tuple("embed" if index == largest else None for index in range(len(own)))
-    spec = _spec(dims, own, dict(mesh.shape))
+    spec = _spec(dims, own, sizes)
     return PartitionSpec(None, *spec) if stacked else spec
+
+
+def _divides(dims: Dims, shape: Sequence[int], sizes: Mapping[str, int]) -> bool:
+    return all(size % math.prod(sizes[axis] for axis in LOGICAL_DIMS[dim]) == 0 for dim, size in zip(dims, shape, strict=True) if dim)
 
 
 def _spec(dims: Dims, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
@@ -260,7 +273,7 @@ def gather(x: Array, dim: str, *, axis: int) -> Array:
 
     It counts as differing between devices, so that it may not be returned as it is in a dim that is not divided.
     """
-    return jax.lax.all_gather(x, axes, axis=axis, tiled=True) if (axes := _divided_axes((dim,))) else x
+    return shards_of(dim).gather(x, axis=axis)
 
 
 def scatter_sum(x: Array, dim: str, *, axis: int) -> Array:
@@ -298,6 +311,15 @@ class Shards:
         """The sum over the devices."""
         return jax.lax.psum(x, self.axes) if self.axes else x
 
+    def gather(self, x: Array, *, axis: int) -> Array:
+        """The shards of all of them, joined along an array axis."""
+        return jax.lax.all_gather(x, self.axes, axis=axis, tiled=True) if self.axes else x
+
+    def within(self, dim: str) -> "Shards":
+        """The division over those devices alone that another logical dim may be divided over."""
+        axes = tuple(axis for axis in self.axes if axis in LOGICAL_DIMS[dim])
+        return Shards(axes, math.prod(_current_sizes()[axis] for axis in axes))
+
     def max(self, x: Array) -> Array:
         """The largest on any of the devices; it has no gradient."""
         return jax.lax.pmax(jax.lax.stop_gradient(x), self.axes) if self.axes else jax.lax.stop_gradient(x)
@@ -306,6 +328,26 @@ class Shards:
 def shards_of(dim: str) -> Shards:
     """Inside `local`: the devices that a logical dim is divided over."""
     return Shards(_divided_axes((dim,)), num_shards(dim))
+
+
+def table_dims(num_rows: int, *, batch_size: int) -> Dims:
+    """How a table [V, D] is to enter `local`, for `gathered_table`, beside a batch of so many rows.
+
+    By its rows, if they divide: the sum that is the gradient of the gathered table is then scattered by rows, which TPUs do piece by
+    piece, while of columns narrower than their lanes they would send all to everyone. To get there from where the rules place
+    it, a device sends no more than its own part.
+    """
+    if batch_size % num_devices("batch"):  # all have the same rows of the batch, and what they gather would count as different
+        return ("vocab", None)
+    return ("vocab_rows", None) if num_rows % num_devices("vocab_rows") == 0 else ("vocab", "embed")
+
+
+def gathered_table(table: Array, *, whole: bool = False) -> tuple[Array, Shards]:
+    """Inside `local`: a table with all its columns, and its rows over the vocabulary's devices, or all of them if `whole`."""
+    by_rows, vocab = shards_of("vocab_rows"), shards_of("vocab")
+    table = by_rows.within("embed").gather(shards_of("embed").gather(table, axis=1), axis=0)
+    vocab = by_rows.within("vocab") if by_rows.axes else vocab
+    return (vocab.gather(table, axis=0), Shards()) if whole else (table, vocab)
 
 
 def halo(x: Array, dim: str, *, size: int, axis: int) -> Array:

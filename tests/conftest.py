@@ -18,6 +18,8 @@ ORIGINAL_XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = f"{ORIGINAL_XLA_FLAGS} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu compiles for TPUs, and does not look for one
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nor does it keep other processes from doing so
 
 # A program that two tests or processes run is compiled once. A cache named by JAX_COMPILATION_CACHE_DIR outlives the session.
 SESSION_CACHE = Path(tempfile.mkdtemp(prefix="slmjax-tests-"))

@@ -7,7 +7,6 @@
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +50,7 @@ class Cloud:
         self.behave(fresh="0", resumed="0")
 
     def behave(self, *, fresh: str, resumed: str, preempted_at_look: int = 0) -> None:
-        """How trainings end, and the look at the status (from 1) that finds the hosts gone."""
+        """How trainings end, and which look at the status, from 1, finds the hosts gone (once all have begun)."""
         for name, text in (("fresh", fresh), ("resumed", resumed), ("looks", str(preempted_at_look))):
             (self.fake / name).write_text(text)
 
@@ -72,14 +71,8 @@ class Cloud:
         return done
 
     def trainings(self) -> list[str]:
-        return (self.fake / "trainings").read_text().splitlines()
+        path = self.fake / "trainings"
+        return path.read_text().splitlines() if path.exists() else []
 
     def machines(self) -> list[str]:
         return [path.name for path in (self.fake / "tpus").iterdir()]
-
-    def stop_all(self) -> None:
-        for pid in self.fake.glob("tpus/*/hosts/*/slmjax-job/pid"):
-            try:
-                os.killpg(int(pid.read_text()), signal.SIGKILL)
-            except ProcessLookupError:
-                pass

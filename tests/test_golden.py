@@ -34,7 +34,10 @@ def golden_text(config: ModelConfig) -> str:
     rows = [("# path", "shape", "init", "optimizer", "decay", "fsdp=2 tensor=2")]
     for path, leaf in sorted({**definition.params, **definition.buffers}.items()):
         optimizer, decay = ("none", "") if path in definition.buffers else (groups[path].optimizer.value, f"{groups[path].weight_decay:g}")
-        spec = ", ".join(str(axis) for axis in sharding.partition_spec(path, leaf.shape, mesh))
+        axes = (
+            axis if axis is None or isinstance(axis, str) else "+".join(axis) for axis in sharding.partition_spec(path, leaf.shape, mesh)
+        )
+        spec = ", ".join(map(str, axes))
         rows.append((path, str(list(leaf.shape)), initial[path], optimizer, decay, spec))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -38,7 +38,8 @@ def test_each_axis_divides_what_it_should():
     params, _ = mesh_equality.parameters("experts")
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1, **MIXED))
     shares = {path: leaf.shard_shape(params[path].shape) for path, leaf in sharding.parameter_shardings(params, mesh).items()}
-    assert shares["embed/table"] == (96 // 2, 32 // 2)
+    assert shares["embed/table"] == (96 // 4, 32)
     assert shares["segments/0/blocks/0/mixer/query/weight"] == (2, 32 // 2, 32 // 2)
     assert shares["segments/0/blocks/0/ffn/experts/up"] == (2, 8 // 2, 32 // 2, 16 // 2)
+    assert shares["segments/0/blocks/0/ffn/experts/down"] == (2, 8 // 2, 16 // 4, 32)
     assert shares["final_norm/scale"] == (32,)

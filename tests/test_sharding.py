@@ -54,17 +54,18 @@ def test_bad_meshes_say_what_to_change(settings, message):
 @pytest.mark.parametrize(
     ("path", "shape", "spec"),
     [
-        ("embed/table", (32, 16), ("tensor", "fsdp")),
-        ("head/weight", (32, 16), ("tensor", "fsdp")),
+        ("embed/table", (32, 16), (("tensor", "fsdp"), None)),
+        ("head/weight", (34, 16), ("tensor", "fsdp")),
         ("layers/3/mixer/query/weight", (16, 8), ("fsdp", "tensor")),
         ("segments/0/blocks/1/mixer/query/weight", (3, 16, 8), (None, "fsdp", "tensor")),
         ("segments/0/blocks/1/mixer/value/weight", (3, 16, 8), (None, "fsdp", "tensor")),
-        ("segments/0/blocks/1/mixer/output/weight", (3, 8, 16), (None, "tensor", "fsdp")),
+        ("segments/0/blocks/1/mixer/output/weight", (3, 8, 16), (None, ("tensor", "fsdp"), None)),
         ("segments/0/blocks/1/ffn/up/weight", (3, 16, 24), (None, "fsdp", "tensor")),
         ("segments/0/blocks/1/ffn/shared/gate/weight", (3, 16, 24), (None, "fsdp", "tensor")),
-        ("segments/0/blocks/1/ffn/down/weight", (3, 24, 16), (None, "tensor", "fsdp")),
+        ("segments/0/blocks/1/ffn/down/weight", (3, 24, 16), (None, ("tensor", "fsdp"), None)),
+        ("segments/0/blocks/1/ffn/down/weight", (3, 22, 16), (None, "tensor", "fsdp")),
         ("segments/0/blocks/1/ffn/experts/gate", (3, 4, 16, 24), (None, "expert", "fsdp", "tensor")),
-        ("segments/0/blocks/1/ffn/experts/down", (3, 4, 24, 16), (None, "expert", "tensor", "fsdp")),
+        ("segments/0/blocks/1/ffn/experts/down", (3, 4, 24, 16), (None, "expert", ("tensor", "fsdp"), None)),
         ("segments/0/blocks/1/ffn/router/weight", (3, 16, 4), (None, "fsdp", None)),
     ],
 )
@@ -100,7 +101,7 @@ def test_optimizer_state_lies_where_its_parameters_lie():
     state = jax.eval_shape(optax.adam(1e-3).init, params)
     state = (state, {"embed/table": {"row_means": jax.ShapeDtypeStruct((32,), jnp.float32)}})
     adam, factored = sharding.like_parameters(state, params, mixed_mesh())
-    assert adam[0].mu["embed/table"].spec == adam[0].nu["embed/table"].spec == PartitionSpec("tensor", "fsdp")
+    assert adam[0].mu["embed/table"].spec == adam[0].nu["embed/table"].spec == PartitionSpec(("tensor", "fsdp"), None)
     assert adam[0].mu["final_norm/scale"].spec == PartitionSpec(None)
     assert adam[0].count.spec == factored["embed/table"]["row_means"].spec == PartitionSpec()
 

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "slmjax"
 # A module imports only from those before it; a package counts as one, and is without cycles inside.
 ORDER = (
     "startup config runlog trackers meter progress processes sharding formats kernels devices layers attention moe mixers losses flops "
-    "model parameters zoo data optim checkpoint sampling evaluation convert quant distill prune adapt report step "
+    "traffic model parameters zoo data optim checkpoint sampling evaluation convert quant distill prune adapt report step "
     "experiment session memory profiling launch trainer recipes plan ablate cli "
     "__main__"
 ).split()

@@ -1,5 +1,6 @@
 """A whole loop of until-done.sh, with preemptions and what else goes wrong, on a cloud of folders."""
 
+import contextlib
 import json
 import os
 import re
@@ -18,7 +19,8 @@ from tests.fake_cloud import POD, SCRIPTS, TPU, Cloud, environment, script
 def cloud(tmp_path: Path) -> Iterator[Cloud]:
     cloud = Cloud(tmp_path)
     yield cloud
-    cloud.stop_all()
+    for pid in tmp_path.glob("tpus/*/hosts/*/slmjax-job/pid"):
+        kill_group(int(pid.read_text()))
 
 
 BRING_UP = ["create", "ssh", "scp", "install", "mount", "find"]
@@ -131,7 +133,7 @@ def test_an_experiment_file_goes_to_the_hosts_and_a_run_that_goes_on_is_waited_f
     assert cloud.trainings()[2].endswith(f"train --resume {RUNS_ON_HOST}/nano-1") and cloud.machines() == []
 
 
-def test_how_a_command_ended_is_kept(tmp_path: Path) -> None:
+def test_how_a_command_ended_is_kept(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     home = {"HOME": str(tmp_path)}
     job = tmp_path / "slmjax-job"
 
@@ -140,18 +142,27 @@ def test_how_a_command_ended_is_kept(tmp_path: Path) -> None:
 
     def start(program: str) -> int:
         assert script("host.sh", "start", "runs", "bash", "-c", program, cwd=tmp_path, **home).returncode == 0
-        return int((job / "pid").read_text())
+        group = int((job / "pid").read_text())
+        request.addfinalizer(lambda: kill_group(group))
+        return group
 
     assert status() == "slmjax-job none"
     saves = "trap 'exit 75' TERM; echo ready; while :; do sleep 0.02; done"
     group = start(saves)
     assert status() == "slmjax-job running"
-    wait_for(lambda: (job / "console.log").read_text() == "ready\n")
+    wait_for(lambda: (job / "console.log").read_text().count("ready") == 1)
     os.killpg(group, signal.SIGTERM)  # the machine shuts down: the script that waits for the command is signalled too
     wait_for(lambda: status() != "slmjax-job running")
     assert status() == "slmjax-job 75" and len(list((tmp_path / "runs").glob("console-*.log"))) == 1
-    os.killpg(start(saves), signal.SIGKILL)
+    group = start(saves)
+    wait_for(lambda: (job / "console.log").read_text().count("ready") == 2)  # before that the group may not be there yet
+    os.killpg(group, signal.SIGKILL)
     wait_for(lambda: status() == "slmjax-job lost")
+
+
+def kill_group(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -7,12 +7,10 @@ query sees. Mosaic kernels are not partitioned by the compiler: this is called u
 Dims: B batch, T query time, S key time, N heads, K kv heads, H head dim.
 """
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 BLOCKS = (512, 256, 128)  # rows of queries or keys at a time, the largest that divides the length; lanes come in 128
@@ -68,11 +66,10 @@ def _padded(x: Array, before: int, after: int) -> Array:
     return jnp.pad(x, [(0, 0), (before, after)] + [(0, 0)] * (x.ndim - 2)) if before or after else x
 
 
-@functools.lru_cache(maxsize=64)
 def _kernel(
     num_queries: int, num_keys: int, *, num_heads: int, window: int | None, softcap: float | None, num_shards: int, interpret: bool
 ) -> Any:
-    """The kernel for queries at the last places of the keys. Its tables are numpy arrays: made once, whatever is being traced."""
+    """The kernel for queries at the last places of the keys; which blocks it visits is worked out once per shape, and remembered by it."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     offset = num_keys - num_queries
@@ -82,12 +79,10 @@ def _kernel(
         block_q=rows, block_kv=columns, block_kv_compute=columns, block_q_dkv=rows, block_kv_dkv=columns, block_kv_dkv_compute=columns,
         block_q_dq=rows, block_kv_dq=columns,
     )  # fmt: skip
-    with jax.ensure_compile_time_eval():
-        kernel = splash.make_splash_mha(
-            splash.MultiHeadMask([mask] * num_heads), block_sizes=blocks, head_shards=1, q_seq_shards=num_shards,
-            attn_logits_soft_cap=softcap, interpret=interpret,
-        )  # fmt: skip
-        return jax.tree.map(np.asarray, kernel)
+    return splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * num_heads), block_sizes=blocks, head_shards=1, q_seq_shards=num_shards, attn_logits_soft_cap=softcap,
+        interpret=interpret,
+    )  # fmt: skip
 
 
 def _block(length: int) -> int:
@@ -99,7 +94,7 @@ def _of_shard(kernel: Any, shard: Array | int, num_shards: int) -> Any:
 
     def cut(table: Any, axis: int) -> Any:
         size = 0 if table is None else table.shape[axis] // num_shards
-        return None if table is None else jax.lax.dynamic_slice_in_dim(jnp.asarray(table), shard * size, size, axis)
+        return None if table is None else jax.lax.dynamic_slice_in_dim(table, shard * size, size, axis)
 
     def part(info: Any) -> Any:
         by_block = {name: cut(getattr(info, name), 1) for name in ("data_next", "mask_next", "block_mask")}
