@@ -28,6 +28,7 @@ from slmjax.session import Setup, make_programs
 log = logging.getLogger(__name__)
 
 ADVICE_SECONDS = 120.0  # after which no further change is tried
+MOST_PARTS = 16  # that a batch is cut into, beyond what it is already: more of them help little more
 WORTH_SAYING = 0.01  # of what the step needs: a change that saves less does not help
 
 
@@ -145,14 +146,15 @@ def training_changes(experiment: Experiment, mesh: Mesh, *, is_resumed: bool = F
     """What may help the train step, likeliest first. A run that goes on keeps its model, and whether it keeps averages."""
     data, optim, model = experiment.data, experiment.optim, experiment.model
     rows = data.batch_size // optim.accumulation_steps // sharding.batch_divisor(mesh)  # a device's, at once
-    parts = {"optim.accumulation_steps": optim.accumulation_steps * 2}
-    single = {"optim.accumulation_steps": optim.accumulation_steps * max(rows, 1)}
+    most = max((size for size in range(1, MOST_PARTS + 1) if rows % size == 0), default=1)
+    factors = [size for size in dict.fromkeys((2, 4, most)) if 1 < size <= most and rows % size == 0]
+    parts = {size: {"optim.accumulation_steps": optim.accumulation_steps * size} for size in factors}
     fewer = {Remat.NONE: (Remat.FULL, Remat.DOTS), Remat.DOTS: (Remat.FULL,), Remat.FULL: ()}[model.remat]
-    found = [Change(settings=parts)] if rows > 1 and rows % 2 == 0 else []
-    if not is_resumed:
-        found += [Change(settings={"model.remat": fewer[0]})] if fewer else []
-        found += [Change(settings={**single, "model.remat": Remat.FULL})] if rows > 1 else []
-    found += [Change(settings=single)] if single != parts and rows > 1 else []
+    found = [Change(settings=parts[size]) for size in factors[:1]]
+    if not is_resumed and fewer:
+        found += [Change(settings={"model.remat": fewer[0]})]
+        found += [Change(settings={**parts[most], "model.remat": fewer[0]})] if most > 1 else []
+    found += [Change(settings=parts[size]) for size in factors[1:]]
     found += _mesh_changes(mesh)
     found.append(Change(settings={"data.batch_size": data.batch_size // 2}, price="a smaller batch"))
     if not is_resumed and model.precision is Precision.FLOAT32:
@@ -324,16 +326,21 @@ def _advice(error: BaseException, setup: Setup, *, doing: str, is_resumed: bool,
     if is_machine or is_shared:
         return None
     _release(error)
-    report(f"out of memory in {doing}: compiling what would need less, for about {ADVICE_SECONDS:.0f} s")
+    report(f"out of memory in {doing}: compiling what would need less, for up to about {ADVICE_SECONDS:.0f} s")
     measure, changes = (evaluation_memory, evaluation_changes) if doing == "evaluation" else (step_memory, training_changes)
+    logger = logging.getLogger("slmjax")
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # what modules say of how they compile is said of programs that will not run
     try:
         return advise(
             setup.experiment, vocab_size=setup.prepared.tokenizer.vocab_size, mesh=setup.mesh, measure=measure,
             changes=changes(setup.experiment, setup.mesh, is_resumed=is_resumed), seconds=ADVICE_SECONDS,
         )  # fmt: skip
     except Exception as other:  # whatever it is, it must not hide what happened
-        log.info("no advice: %s", other)
+        log.warning("no advice: %s", other)
         return None
+    finally:
+        logger.setLevel(level)
 
 
 def _first_line(error: BaseException) -> str:

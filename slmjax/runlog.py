@@ -10,7 +10,7 @@
     run.write_json("result.json", {"seconds": ledger.seconds()})
 
 Files of a run: config.json, model.json, data.json, environment.json, experiment.py (of a run from a file), log.jsonl
-(log-{i}.jsonl of process i > 0), tokenizer/, checkpoints/, result.json. A run has one process per host.
+(log-{i}.jsonl of process i > 0), tokenizer/, checkpoints/, result.json, profile/ where steps were traced. A run has one process per host.
 jax is imported where it is asked about devices, no sooner.
 """
 

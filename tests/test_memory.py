@@ -89,7 +89,8 @@ def test_changes_fit_the_experiment(experiment: Experiment) -> None:
     options = [change.options for change in memory.training_changes(experiment, mesh)]
     assert options == [
         "--optim.accumulation-steps 2", "--model.remat full", "--optim.accumulation-steps 8 --model.remat full",
-        "--optim.accumulation-steps 8", "--mesh.data 1 --mesh.fsdp 8", "--mesh.data 4 --mesh.tensor 2", "--data.batch-size 32",
+        "--optim.accumulation-steps 4", "--optim.accumulation-steps 8", "--mesh.data 1 --mesh.fsdp 8",
+        "--mesh.data 4 --mesh.tensor 2", "--data.batch-size 32",
         "--model.precision bfloat16", "--data.sequence-length 24", "--model.remat dots", "--optim.ema-decay None",
         "--objective.chunk-size 256",
     ]  # fmt: skip

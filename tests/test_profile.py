@@ -1,6 +1,7 @@
 """`--profile`: a trace of a run's steps that viewers can read."""
 
 import io
+import re
 import signal
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 import slmjax
-from slmjax import trainer
+from slmjax import launch, trainer
 from slmjax.experiment import Experiment
 from slmjax.profiling import Profile
 from slmjax.runlog import read_log
@@ -49,7 +50,10 @@ def test_the_steps_after_the_first_two_are_traced(experiment: Experiment) -> Non
     result, said = profiled(experiment, 2)
     assert traced_steps(result, 3) == [3, 4]
     directory = Path(result.run_dir) / "profile"
-    assert f"profile of steps 3 to 4 in {directory}" in messages(result)
+    said_in_log = messages(result)
+    assert f"profile of steps 3 to 4 in {directory}" in said_in_log
+    assert f"compiled programs are kept in {jax.config.jax_compilation_cache_dir}" in said_in_log
+    assert any(re.fullmatch(r"\d+ of [1-9]\d* programs were kept from before", text) for text in said_in_log)
     assert f"xprof --port 8791 {directory}" in said and "perfetto_trace.json.gz in Perfetto" in said
 
 
@@ -94,3 +98,12 @@ def test_no_steps_are_refused_before_a_run_begins(experiment: Experiment, tmp_pa
     with pytest.raises(ValueError, match="profile is 0: say how many steps"):
         profiled(experiment, 0)
     assert not (tmp_path / "runs").exists()
+
+
+def test_programs_that_are_not_kept_are_said() -> None:
+    directory = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        assert launch.keeping_of_programs().startswith("compiled programs are not kept for the next process")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", directory)
