@@ -318,8 +318,7 @@ def table_dims(num_rows: int, *, batch_size: int) -> Dims:
     """How a table [V, D] is to enter `local`, for `gathered_table`, beside a batch of so many rows.
 
     By its rows, if they divide: the sum that is the gradient of the gathered table is then scattered by rows, which TPUs do piece by
-    piece, while of columns narrower than their lanes they would send all to everyone. To get there from where the rules place
-    it, a device sends no more than its own part.
+    piece, while of columns narrower than their lanes they would send all to everyone. The rules place a table so too.
     """
     if batch_size % num_devices("batch"):  # all have the same rows of the batch, and what they gather would count as different
         return ("vocab", None)

@@ -3,6 +3,7 @@
 Subprocesses inherit the caches. A test that runs a command as a user would takes `user_environment`, which has one device.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -83,6 +84,13 @@ def trained(workplace: Path, run_command: Callable[..., subprocess.CompletedProc
     done = run_command("train", "tiny.py", "--json", cwd=workplace)
     assert done.returncode == 0, done.stderr
     return done
+
+
+@pytest.fixture(scope="session")
+def libtpu() -> None:
+    """For a test that compiles for TPUs: the compiler is there, as it must be in CI."""
+    if importlib.util.find_spec("libtpu") is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("libtpu is not installed: it comes with the extra `plan`, on Linux x86_64")
 
 
 @pytest.fixture(autouse=True)

@@ -90,6 +90,7 @@ def tpu_mesh(topology, **axes):
     return sharding.make_mesh(sharding.MeshConfig(**{"data": 1, **axes}), devices)
 
 
+@pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize(("window", "softcap", "head_dim"), [(None, None, 64), (1024, 30.0, 64), (None, None, 128)])
 def test_attention_compiles_for_tpu_with_its_gradient(window, softcap, head_dim):
     mesh = tpu_mesh("v5e:2x2", context=2, tensor=2)
@@ -108,6 +109,7 @@ def test_attention_compiles_for_tpu_with_its_gradient(window, softcap, head_dim)
     assert ("collective-permute" in compiled.as_text()) == (window is not None)
 
 
+@pytest.mark.usefixtures("libtpu")
 def test_grouped_products_compile_for_tpu_with_their_gradient():
     mesh = tpu_mesh("v5e:2x2", data=4)
     whole = jax.sharding.NamedSharding(mesh, jax.P())

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 import slmjax
-from slmjax import cli, memory, placement, session, sharding, startup, trainer
+from slmjax import cli, memory, placement, session, sharding, trainer
 from slmjax.data.batch import empty_batch
 from slmjax.experiment import Experiment
 from slmjax.memory import Change, StepMemory
@@ -263,7 +263,7 @@ print(json.dumps([found.record(), found.text()]))
 """
 
 
-@pytest.mark.skipif(not startup._is_installed("libtpu"), reason="libtpu, of the extra `plan`, is not installed")
+@pytest.mark.usefixtures("libtpu")
 def test_a_tpu_that_is_not_there_has_too_little(workplace: Path, user_environment: dict[str, str]) -> None:
     """The compiler's own refusal is what is told of the step; and nothing is said beside."""
     done = subprocess.run(

@@ -193,6 +193,18 @@ def _whole(
     return attend(q, k, v, **_ids(q_segments, k_segments, k.shape[1] - q.shape[1]), **settings)
 
 
+def _block_by_block(
+    q: Array, k: Array, v: Array, ids: dict[str, Array], *, attend: Callable[..., Array], block: int, seen: Callable[[int], slice]
+) -> Array:
+    """Blocks of queries, unrolled, each over the keys that `seen` gives for its first query."""
+    outputs = []
+    for start in range(0, q.shape[1], block):
+        rows, keys = slice(start, start + block), seen(start)
+        own = {name: x[:, rows if name.startswith("q_") else keys] for name, x in ids.items()}
+        outputs.append(attend(q[:, rows], k[:, keys], v[:, keys], **own))
+    return jnp.concatenate(outputs, axis=1)
+
+
 def _query_blocks(
     q: Array,
     k: Array,
@@ -205,13 +217,10 @@ def _query_blocks(
     block: int,
     **settings,
 ) -> Array:
-    """Blocks of queries, unrolled, each over all keys; in the backward pass each is computed again, as all scores take much room."""
-    ids, outputs = _ids(q_segments, k_segments, shard * q.shape[1]), []
-    for start in range(0, q.shape[1], block):
-        rows = slice(start, start + block)
-        own = {name: x[:, rows] if name.startswith("q_") else x for name, x in ids.items()}
-        outputs.append(jax.checkpoint(functools.partial(attend, **settings))(q[:, rows], k, v, **own))
-    return jnp.concatenate(outputs, axis=1)
+    """Each block over all keys; in the backward pass it is computed again, as all scores take much room."""
+    attend = jax.checkpoint(functools.partial(attend, **settings))
+    ids = _ids(q_segments, k_segments, shard * q.shape[1])
+    return _block_by_block(q, k, v, ids, attend=attend, block=block, seen=lambda start: slice(None))
 
 
 def _causal_blocks(
@@ -227,15 +236,14 @@ def _causal_blocks(
     block: int,
     **settings,
 ) -> Array:
-    """Blocks of queries, unrolled, each over the keys it may see: from its start less the window to its own end."""
+    """Each block over the keys it may see: from its start less the window to its own end."""
     first = k.shape[1] - q.shape[1]
-    ids, outputs = _ids(q_segments, k_segments, first), []
-    for start in range(0, q.shape[1], block):
-        rows = slice(start, start + block)
-        seen = slice(0 if window is None else max(0, first + start - window + 1), first + start + block)
-        own = {name: x[:, rows if name.startswith("q_") else seen] for name, x in ids.items()}
-        outputs.append(attend(q[:, rows], k[:, seen], v[:, seen], **own, window=window, **settings))
-    return jnp.concatenate(outputs, axis=1)
+
+    def seen(start: int) -> slice:
+        return slice(0 if window is None else max(0, first + start - window + 1), first + start + block)
+
+    attend = functools.partial(attend, window=window, **settings)
+    return _block_by_block(q, k, v, _ids(q_segments, k_segments, first), attend=attend, block=block, seen=seen)
 
 
 def _window_blocks(
