@@ -25,11 +25,11 @@ HEADS, HEAD_DIM = 6, 64
 
 def gradient_of(length: int, window: int | None):
     """The gradient of attention over a sequence of this length, as a function of queries, keys and values."""
-    segment_ids, positions = jnp.ones((1, length), jnp.int32), jnp.arange(length)[None]
+    segment_ids = jnp.ones((1, length), jnp.int32)
 
     def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         mixed = kernels.self_attention(
-            q, k, v, segment_ids=segment_ids, positions=positions, window=window, scale=HEAD_DIM**-0.5, softcap=None
+            q, k, v, segment_ids=segment_ids, window=window, scale=HEAD_DIM**-0.5, softcap=None
         )  # fmt: skip
         return jnp.sum(jnp.square(mixed.astype(jnp.float32)))
 

@@ -47,7 +47,7 @@ def test_a_window_is_linear_and_full_attention_quadratic() -> None:
         marks = jnp.zeros((1, length), jnp.int32)
 
         def mixed(q: jax.Array) -> jax.Array:
-            return kernels.self_attention(q, q, q, segment_ids=marks, positions=marks, window=window, scale=1.0, softcap=None)
+            return kernels.self_attention(q, q, q, segment_ids=marks, window=window, scale=1.0, softcap=None)
 
         return flops.count(mixed, shape(1, length, 2, 16))
 
