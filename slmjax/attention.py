@@ -16,7 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from slmjax import kernels
-from slmjax.layers import Linear, Mixer, MixerConfig, RmsNorm, Shape, rotary, rotary_dim
+from slmjax.layers import Linear, Mixer, MixerConfig, RmsNorm, Shape
+from slmjax.rope import RopeScaling, rotary, rotary_dim
 
 
 class QkNorm(enum.Enum):
@@ -44,6 +45,7 @@ class AttentionConfig(MixerConfig):
     window: int | None = None  # how many tokens, itself included, a token sees (none: all before it)
     rope_base: float | None = 10_000.0  # base of the rotary angles (none: no position information)
     rope_fraction: float = 1.0  # share of each head's dims that is rotated
+    rope_scaling: RopeScaling | None = None  # how the angles differ from plain ones (none: they do not)
     qk_norm: QkNorm = QkNorm.NONE  # normalise queries and keys
     biases: Biases = Biases.NONE  # biases of the projections
     scale: float | None = None  # multiplies the scores (none: one over the root of head_dim)
@@ -196,4 +198,4 @@ class Attention(Mixer):
         x_BTNH = x_BTNH if norm is None else norm(x_BTNH)
         if self.config.rope_base is None:
             return x_BTNH
-        return rotary(x_BTNH, positions, base=self.config.rope_base, fraction=self.config.rope_fraction)
+        return rotary(x_BTNH, positions, base=self.config.rope_base, fraction=self.config.rope_fraction, scaling=self.config.rope_scaling)

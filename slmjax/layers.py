@@ -1,4 +1,4 @@
-"""Norms, rotary positions, linear maps, embeddings and the gated MLP: typed pure functions, then thin NNX modules.
+"""Norms, linear maps, embeddings and the gated MLP: typed pure functions, then thin NNX modules.
 
 Math is a free function of arrays; a module holds parameters and calls it. Parameters are float32; a module computes in
 `Shape.dtype` (float32 or bfloat16), with norms, angles and softmax in float32. This file also states the two protocols a
@@ -165,27 +165,6 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], *, eps: float) 
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return (normed * along_last(scale, x.ndim)).astype(x.dtype)
-
-
-def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], *, base: float, fraction: float = 1.0) -> Float[Array, "B T N H"]:
-    """Rotary position embedding (Su et al. 2021), half-split pairing as in Hugging Face models.
-
-    The first `fraction` of the head dim is rotated, pair (i, i + R/2) by the angle `position * base ** (-2i / R)`.
-    Angles are float32.
-    """
-    num_rotated = rotary_dim(x.shape[-1], fraction)
-    frequencies = base ** (-jnp.arange(0, num_rotated, 2, dtype=jnp.float32) / num_rotated)
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
-    cos, sin = kernels.materialised(jnp.cos(angles)), kernels.materialised(jnp.sin(angles))
-    rotated, kept = jnp.split(x, [num_rotated], axis=-1)
-    first, second = jnp.split(rotated.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return jnp.concatenate([turned.astype(x.dtype), kept], axis=-1)
-
-
-def rotary_dim(head_dim: int, fraction: float) -> int:
-    """The even number of head dims that `fraction` rotates."""
-    return 2 * int(head_dim * fraction / 2)
 
 
 def dropout(x: Float[Array, "..."], key: Array | None, *, rate: float) -> Float[Array, "..."]:

@@ -1,4 +1,4 @@
-"""Norms, rotary positions, dropout, embeddings and the MLP, against numbers worked by hand and flax's own modules."""
+"""Norms, dropout, embeddings and the MLP, against numbers worked by hand and flax's own modules."""
 
 import math
 
@@ -12,9 +12,6 @@ from slmjax import layers
 from slmjax.layers import Activation, Embedding, Linear, MlpConfig, RmsNorm, Shape
 
 SHAPE = Shape(embed_dim=4, num_layers=8, norm_eps=1e-6, init_std=0.02, dtype=jnp.float32)
-
-
-rotary = jax.jit(layers.rotary, static_argnames=("base", "fraction"))
 
 
 def draw(*shape):
@@ -46,52 +43,6 @@ def test_rms_norm_equals_flax_and_keeps_the_dtype():
 def test_rms_norm_of_zeros_has_a_finite_gradient():
     gradient = jax.grad(lambda x: jnp.sum(layers.rms_norm(x, jnp.ones(4), eps=1e-6)))(jnp.zeros((2, 4)))
     assert np.all(np.isfinite(gradient))
-
-
-def test_rotary_turns_pairs_by_known_angles():
-    # Base 100 over 4 dims: pair (0, 2) turns by 1 radian per position, pair (1, 3) by a tenth of one.
-    x = np.array([1.0, 2.0, 3.0, 4.0], np.float32).reshape(1, 1, 1, 4)
-    y = rotary(x, np.array([[2]]), base=100.0)
-    cos, sin = [math.cos(2.0), math.cos(0.2)], [math.sin(2.0), math.sin(0.2)]
-    expected = [1 * cos[0] - 3 * sin[0], 2 * cos[1] - 4 * sin[1], 3 * cos[0] + 1 * sin[0], 4 * cos[1] + 2 * sin[1]]
-    np.testing.assert_allclose(y.ravel(), expected, rtol=1e-6)
-
-
-def test_rotary_at_position_zero_is_the_identity():
-    x = draw(1, 3, 2, 8)
-    np.testing.assert_array_equal(rotary(x, np.zeros((1, 3), np.int32), base=10_000.0), x)
-
-
-def test_partial_rotary_turns_the_first_dims_alone():
-    x, positions = draw(2, 5, 3, 8), np.array([range(5), range(5)])
-    y = np.asarray(rotary(x, positions, base=50.0, fraction=0.5))
-    np.testing.assert_array_equal(y[..., 4:], x[..., 4:])
-    np.testing.assert_allclose(y[..., :4], rotary(x[..., :4], positions, base=50.0), rtol=1e-6)
-
-
-def test_rotary_products_depend_on_distance_alone():
-    query, key = draw(2, 1, 1, 1, 16)
-
-    def product(query_position, key_position):
-        turned = (np.asarray(rotary(x, np.array([[p]]), base=1e4)) for x, p in ((query, query_position), (key, key_position)))
-        return np.sum(next(turned) * next(turned))
-
-    np.testing.assert_allclose(product(5, 2), product(105, 102), rtol=1e-4)
-    assert abs(product(5, 2) - product(6, 2)) > 1e-3
-
-
-def test_rotary_angles_are_float32_for_bfloat16_inputs():
-    # At position 1000, bfloat16 angles would be off by up to 4 radians.
-    x = jnp.ones((1, 1, 1, 2), jnp.bfloat16)
-    y = rotary(x, np.array([[1001]]), base=1e4)
-    assert y.dtype == jnp.bfloat16
-    expected = [math.cos(1001) - math.sin(1001), math.cos(1001) + math.sin(1001)]
-    np.testing.assert_allclose(y.astype(jnp.float32).ravel(), expected, rtol=2**-8)
-
-
-@pytest.mark.parametrize(("head_dim", "fraction", "expected"), [(8, 1.0, 8), (8, 0.25, 2), (10, 0.5, 4), (7, 1.0, 6), (8, 0.1, 0)])
-def test_rotated_dims_are_even(head_dim, fraction, expected):
-    assert layers.rotary_dim(head_dim, fraction) == expected
 
 
 def test_truncated_normal_has_the_stated_spread():

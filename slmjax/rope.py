@@ -1,0 +1,176 @@
+"""Rotary position embeddings: the rotation, and how released models stretch its angles to contexts longer than they began with.
+
+    rotary(queries, positions, base=500_000.0, scaling=Llama3Scaling(factor=32.0, original_context=8192))
+
+Dims: B batch, T time, N heads, H head dim; R the rotated dims of a head, F frequencies (R = 2 F).
+"""
+
+import abc
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from slmjax import kernels
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling(abc.ABC):
+    """How the frequencies of a rotary embedding differ from the plain ones."""
+
+    @property
+    def magnitude(self) -> float:
+        """What the rotated dims are multiplied by."""
+        return 1.0
+
+    @abc.abstractmethod
+    def scaled(self, frequencies: Float[Array, " F"], base: float, positions: Int[Array, "B T"]) -> Float[Array, "#B #T 1 F"]:
+        """The frequencies in use, in radians per position.
+
+        Args:
+          frequencies: the plain ones, highest first.
+          base: what they are powers of.
+          positions: of the tokens, where their number matters.
+        """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearScaling(RopeScaling):
+    """All angles divided by one factor (position interpolation, Chen et al. 2023)."""
+
+    factor: float  # how many times the original context
+
+    def scaled(self, frequencies: Float[Array, " F"], base: float, positions: Int[Array, "B T"]) -> Float[Array, "1 1 1 F"]:
+        """The plain frequencies over the factor."""
+        return _for_all(frequencies / self.factor)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3Scaling(RopeScaling):
+    """Long waves divided by the factor, short ones kept, a linear passage between them (Llama 3.1)."""
+
+    factor: float  # how many times the original context
+    original_context: int  # tokens the model was first trained with
+    low_frequency_factor: float = 1.0  # waves longer than original_context over this are divided by the factor
+    high_frequency_factor: float = 4.0  # waves shorter than original_context over this are kept
+
+    def __post_init__(self) -> None:
+        if self.high_frequency_factor <= self.low_frequency_factor:
+            raise ValueError(
+                f"rope_scaling.high_frequency_factor={self.high_frequency_factor} must be above its low_frequency_factor, "
+                f"{self.low_frequency_factor}"
+            )
+
+    def scaled(self, frequencies: Float[Array, " F"], base: float, positions: Int[Array, "B T"]) -> Float[Array, "1 1 1 F"]:
+        """Each frequency between its plain and its divided value, by the turns that its wave makes in the original context."""
+        turns = self.original_context * frequencies / (2 * math.pi)
+        kept = (turns - self.low_frequency_factor) / (self.high_frequency_factor - self.low_frequency_factor)
+        return _for_all(_between(frequencies / self.factor, frequencies, jnp.clip(kept, 0.0, 1.0)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnScaling(RopeScaling):
+    """YaRN (Peng et al. 2023): a passage between divided and plain frequencies that is linear in the dim, and a magnitude."""
+
+    factor: float  # how many times the original context
+    original_context: int  # tokens the model was first trained with
+    fast_turns: float = 32.0  # dims that turn more often than this within the original context are kept
+    slow_turns: float = 1.0  # dims that turn less often than this are divided by the factor
+    whole_dims: bool = True  # the passage begins and ends at whole dims
+    attention_factor: float = 1.0  # multiplies rotated queries and keys; 0.1 ln(factor) + 1 in the paper
+
+    @property
+    def magnitude(self) -> float:
+        """The attention factor."""
+        return self.attention_factor
+
+    def scaled(self, frequencies: Float[Array, " F"], base: float, positions: Int[Array, "B T"]) -> Float[Array, "1 1 1 F"]:
+        """Each frequency between its plain and its divided value, by its place among the dims."""
+        num_rotated = 2 * frequencies.shape[0]
+
+        def dim_of(turns: float) -> float:
+            return num_rotated * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+        first, last = dim_of(self.fast_turns), dim_of(self.slow_turns)
+        if self.whole_dims:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, num_rotated - 1)
+        passage = (jnp.arange(frequencies.shape[0], dtype=jnp.float32) - first) / (last - first or 1e-3)
+        return _for_all(_between(frequencies / self.factor, frequencies, 1.0 - jnp.clip(passage, 0.0, 1.0)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongScaling(RopeScaling):
+    """LongRoPE (Ding et al. 2024): a divisor for each frequency, one list for short and another for long documents.
+
+    Which one holds is decided by the document a token is in, so far as a call sees it: of a sequence that is decoded token by
+    token past the original context, earlier keys keep the short divisors.
+    """
+
+    short_factors: tuple[float, ...]  # divisors of the frequencies in documents of at most original_context tokens
+    long_factors: tuple[float, ...]  # divisors in longer ones
+    original_context: int  # tokens the model was first trained with
+    attention_factor: float = 1.0  # multiplies rotated queries and keys
+
+    @property
+    def magnitude(self) -> float:
+        """The attention factor."""
+        return self.attention_factor
+
+    def scaled(self, frequencies: Float[Array, " F"], base: float, positions: Int[Array, "B T"]) -> Float[Array, "B T 1 F"]:
+        """The plain frequencies over the divisors of each token's document."""
+        for name, factors in (("short", self.short_factors), ("long", self.long_factors)):
+            if len(factors) != frequencies.shape[0]:
+                raise ValueError(f"rope_scaling.{name}_factors has {len(factors)} numbers: {frequencies.shape[0]} dim pairs are rotated")
+        short, long = (_for_all(frequencies / jnp.asarray(factors, jnp.float32)) for factors in (self.short_factors, self.long_factors))
+        is_long = document_lengths(positions) > self.original_context
+        return jnp.where(is_long[:, :, None, None], long, short)
+
+
+def _for_all(frequencies: Float[Array, " F"]) -> Float[Array, "1 1 1 F"]:
+    return frequencies[None, None, None, :]
+
+
+def _between(start: Array, end: Array, share: Array) -> Array:
+    return start * (1.0 - share) + end * share
+
+
+# The rotation ---------------------------------------------------------------------------------------------------------
+def rotary(
+    x: Float[Array, "B T N H"],
+    positions: Int[Array, "B T"],
+    *,
+    base: float,
+    fraction: float = 1.0,
+    scaling: RopeScaling | None = None,
+) -> Float[Array, "B T N H"]:
+    """Rotary position embedding (Su et al. 2021), half-split pairing as in Hugging Face models.
+
+    The first `fraction` of the head dim is rotated, pair (i, i + R/2) by the angle `position * base ** (-2i / R)`, or by
+    the frequency that `scaling` makes of it. Angles are float32.
+    """
+    num_rotated = rotary_dim(x.shape[-1], fraction)
+    frequencies = base ** (-jnp.arange(0, num_rotated, 2, dtype=jnp.float32) / num_rotated)
+    frequencies = _for_all(frequencies) if scaling is None else scaling.scaled(frequencies, base, positions)
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
+    magnitude = 1.0 if scaling is None else scaling.magnitude
+    cos, sin = (kernels.materialised(wave(angles) * magnitude) for wave in (jnp.cos, jnp.sin))
+    rotated, kept = jnp.split(x, [num_rotated], axis=-1)
+    first, second = jnp.split(rotated.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([turned.astype(x.dtype), kept], axis=-1)
+
+
+def rotary_dim(head_dim: int, fraction: float) -> int:
+    """The even number of head dims that `fraction` rotates."""
+    return 2 * int(head_dim * fraction / 2)
+
+
+def document_lengths(positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """How long the document of each token is, up to where the row ends: positions count up in a document and begin anew in the next."""
+    is_last = jnp.concatenate([positions[:, 1:] <= positions[:, :-1], jnp.ones_like(positions[:, :1], bool)], axis=1)
+    places = jnp.broadcast_to(jnp.arange(positions.shape[1])[None], positions.shape)
+    ends = jax.lax.cummin(jnp.where(is_last, places, positions.shape[1]), axis=1, reverse=True)
+    return jnp.take_along_axis(positions, ends, axis=1) + 1
