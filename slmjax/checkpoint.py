@@ -26,9 +26,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from slmjax import config as config_io
 from slmjax import parameters
+from slmjax.architecture import ModelConfig
 from slmjax.data.shards import file_sha256
 from slmjax.data.tokenizers import Tokenizer
-from slmjax.model import Decoder, ModelConfig
+from slmjax.model import Decoder
 from slmjax.runlog import write_json
 
 log = logging.getLogger(__name__)

@@ -10,11 +10,12 @@ import pytest
 from flax import nnx
 
 from slmjax import losses, parameters, sharding
+from slmjax.architecture import BlockConfig, ModelConfig, NormPlacement, Segment
 from slmjax.attention import AttentionConfig, QkNorm
 from slmjax.checkpoint import Loaded
 from slmjax.data.tokenizers import ByteTokenizer
 from slmjax.layers import MlpConfig
-from slmjax.model import BlockConfig, Decoder, ModelConfig, NormPlacement, Segment, logits
+from slmjax.model import Decoder, logits
 from slmjax.moe import Balance, MoeConfig
 from slmjax.parameters import Definition
 from slmjax.sampling import FinishReason, SamplingConfig, decoding, generate, penalised

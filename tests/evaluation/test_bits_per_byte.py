@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from slmjax import parameters, sharding
+from slmjax.architecture import BlockConfig, ModelConfig, Segment
 from slmjax.attention import AttentionConfig
 from slmjax.checkpoint import Loaded
 from slmjax.config import to_json
@@ -19,7 +20,7 @@ from slmjax.data.windows import evaluation_batches
 from slmjax.evaluation import evaluate
 from slmjax.evaluation.bits_per_byte import EvalResult, evaluate_batches, make_eval_step
 from slmjax.layers import MlpConfig
-from slmjax.model import BlockConfig, ModelConfig, Segment, logits
+from slmjax.model import logits
 from tests.data.in_memory import BOS, EOS, InMemoryDocuments
 
 VOCAB, LENGTH, OVERLAP = 258, 8, 3
