@@ -20,7 +20,7 @@ from slmjax.convert.canonical import canonical
 from slmjax.convert.directory import Target, WeightType, export_model, import_model
 from slmjax.convert.families import HF_FAMILIES
 from tests.convert.cases import CASES
-from tests.convert.synthetic import tokens, write_model
+from tests.convert.synthetic import VOCAB_SIZE, tokens, write_model
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -51,7 +51,7 @@ def test_logits_equal_those_of_transformers(case: str, tmp_path: Path) -> None:
     write_model(tmp_path / "theirs", golden["config"], golden["shapes"])
     import_model(tmp_path / "theirs", tmp_path / "ours")
     loaded = slmjax.load_model(tmp_path / "ours")
-    expected, ids = np.array(golden["logits"]), tokens(golden["config"]["vocab_size"]).astype(np.int32)
+    expected, ids = np.array(golden["logits"]), tokens(VOCAB_SIZE).astype(np.int32)
     assert np.std(expected) > 0.3, "logits that hardly differ would hide what is wrong"
     np.testing.assert_allclose(jax.jit(slmjax.logits)(loaded.model, ids)[0], expected, atol=2e-4)
     np.testing.assert_allclose(decoded_logits(loaded, ids), expected, atol=2e-4)
@@ -67,7 +67,7 @@ def test_nothing_is_lost_by_import_and_export(case: str, tmp_path: Path) -> None
     golden = read_golden(case)
     write_model(tmp_path / "theirs", golden["config"], golden["shapes"])
     found = hf.open_directory(tmp_path / "theirs")
-    import_model(tmp_path / "theirs", tmp_path / "ours", tokenizer=tiny_tokenizer(tmp_path, golden["config"]["vocab_size"]))
+    import_model(tmp_path / "theirs", tmp_path / "ours", tokenizer=tiny_tokenizer(tmp_path))
     written = export_model(tmp_path / "ours", tmp_path / "back", to=Target.HF)
     assert written.family == golden["config"]["architectures"][0]
     assert canonical(hf.open_directory(tmp_path / "back").config) == canonical(found.config)
@@ -77,7 +77,7 @@ def test_nothing_is_lost_by_import_and_export(case: str, tmp_path: Path) -> None
         np.testing.assert_array_equal(after.read(name), before.read(name), err_msg=name)
 
 
-def tiny_tokenizer(directory: Path, vocab_size: int) -> Path:
+def tiny_tokenizer(directory: Path) -> Path:
     """A vocabulary of characters that is smaller than the model's."""
     from slmjax.data.tokenizers import CharTokenizer
 
@@ -93,7 +93,7 @@ def test_every_family_has_a_case() -> None:
 def test_export_in_half_precision_rounds_once(tmp_path: Path) -> None:
     golden = read_golden("llama_tied")
     write_model(tmp_path / "theirs", golden["config"], golden["shapes"])
-    import_model(tmp_path / "theirs", tmp_path / "ours", tokenizer=tiny_tokenizer(tmp_path, 47))
+    import_model(tmp_path / "theirs", tmp_path / "ours", tokenizer=tiny_tokenizer(tmp_path))
     export_model(tmp_path / "ours", tmp_path / "half", to=Target.HF, dtype=WeightType.BF16)
     before, after = weights.TensorFiles(tmp_path / "theirs"), weights.TensorFiles(tmp_path / "half")
     for name in before.names:
