@@ -1,0 +1,1 @@
+"""Models of other libraries and engines: Hugging Face directories and GGUF files, read and written."""
