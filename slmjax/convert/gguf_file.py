@@ -85,7 +85,9 @@ def read_gguf(path: Path) -> GgufFile:
     gguf = _import_gguf()
     if not path.is_file():
         raise ValueError(f"there is no {path}: name a GGUF file")
-    if path.stat().st_size < len(_MAGIC) or path.open("rb").read(len(_MAGIC)) != _MAGIC:
+    with path.open("rb") as opened:
+        magic = opened.read(len(_MAGIC))
+    if magic != _MAGIC:
         raise ValueError(f"{path} is no GGUF file: it does not begin with {_MAGIC.decode()!r}")
     content = np.memmap(path, mode="r")
     cursor = _Cursor(content, len(_MAGIC))

@@ -56,9 +56,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> GgufTokenizer:
     backend.add_special_tokens(_added(tokens, types, {CONTROL, UNKNOWN}, special=True))
     backend.add_tokens(_added(tokens, types, {USER_DEFINED}, special=False))
     is_llama = kind == "llama"
-    # Ids that llama.cpp takes where "llama" names none; for "gpt2" it takes 11, which is a guess at one model's, and not followed.
-    defaults = {"bos": 1, "eos": 2, "unknown": 0} if is_llama else {}
-    names = {role: _named(metadata, tokens, role, defaults.get(role)) for role in (*_ROLES.values(), "eot")}
+    names = {role: _named(metadata, tokens, types, role) for role in (*_ROLES.values(), "eot")}
     control = [token for token, type in zip(tokens, types, strict=True) if type == CONTROL]
     by_name = next((name for name in _TURN_ENDS if name in control), None)
     adds_bos = is_llama or cuts_of(metadata.get("tokenizer.ggml.pre") or "default").adds_bos
@@ -95,13 +93,11 @@ def tokenizer_metadata(directory: Path, *, adds_bos: bool, num_rows: int) -> dic
         raise ValueError(
             f"{directory} has ids up to {max(ids.values())}, and the embedding table {num_rows} rows: they do not belong together"
         )
-    tokens, types = _listed(
-        specification, ids, num_rows, unk=config.get("unk_token") or model["unk_token"], sentence_piece="scores" in kind
-    )
+    tokens, types = _listed(specification, ids, num_rows, unk=config["unk_token"], sentence_piece="scores" in kind)
     scores = kind.pop("scores", None)
     lists = {"tokens": tokens, "token_type": types}
     if scores is not None:
-        lists["tokens"] = [token if type == USER_DEFINED else token.replace(" ", _BLANK) for token, type in zip(tokens, types, strict=True)]
+        lists["tokens"] = [token.replace(" ", _BLANK) if type == NORMAL else token for token, type in zip(tokens, types, strict=True)]
         lists["scores"] = [float(scores.get(token, -len(scores) - 1)) for token in tokens]
     special = _special_ids(directory, config, ids, adds_bos)
     flags = {"add_bos_token": adds_bos, "add_eos_token": bool(config.get("add_eos_token", False))}
@@ -125,15 +121,17 @@ def _tokens_and_types(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]
     return tokens, types
 
 
-def _named(metadata: Mapping[str, Any], tokens: list[str], role: str, default: int | None) -> str | None:
+def _named(metadata: Mapping[str, Any], tokens: list[str], types: list[int], role: str) -> str | None:
     """The token of a role. Raises ValueError for an id that does not exist."""
     key = f"tokenizer.ggml.{role}_token_id"
-    id = metadata.get(key, default)
-    if id is None or (key not in metadata and id >= len(tokens)):
-        return None
-    if id >= len(tokens):
-        raise ValueError(f"{key} is {id}, and there are {len(tokens)} tokens: the file is broken, convert the model again")
-    return tokens[id]
+    # The ids that llama.cpp takes where "llama" names none; for "gpt2" it takes 11, which is one model's, and not followed here.
+    default, type = {"unknown": (0, UNKNOWN), "bos": (1, CONTROL), "eos": (2, CONTROL)}.get(role, (0, 0))
+    if key not in metadata:
+        applies = metadata["tokenizer.ggml.model"] == "llama" and default < len(tokens) and types[default] == type
+        return tokens[default] if applies else None
+    if metadata[key] >= len(tokens):
+        raise ValueError(f"{key} is {metadata[key]}, and there are {len(tokens)} tokens: the file is broken, convert the model again")
+    return tokens[metadata[key]]
 
 
 def _added(tokens: list[str], types: list[int], kinds: set[int], *, special: bool) -> list[AddedToken]:
@@ -161,7 +159,7 @@ def _sentence_piece(metadata: Mapping[str, Any], tokens: list[str], types: list[
     mergeable = {token: score for token, score, type in zip(tokens, scores, types, strict=True) if type == NORMAL}
     if BYTE not in types and all(len(token) == 1 for token in mergeable):
         return _characters(tokens, types)
-    unk = _named(metadata, tokens, "unknown", 0)
+    unk = _named(metadata, tokens, types, "unknown")
     backend = tokenizers.Tokenizer(_bpe(_vocabulary(tokens), _merges(mergeable), unk_token=unk, fuse_unk=True, byte_fallback=True))
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     replace = normalizers.Replace(" ", _BLANK)
@@ -218,6 +216,7 @@ def _read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"{directory} holds a broken tokenizer.json or tokenizer_config.json: {error}") from error
     names = {f"{role}_token": config.get(f"{role}_token") for role in _ROLES}
     plain = {key: value["content"] if isinstance(value, dict) else value for key, value in names.items()}
+    plain["unk_token"] = plain["unk_token"] or specification["model"].get("unk_token")
     template = config.get("chat_template")
     if isinstance(template, list):
         template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
