@@ -105,6 +105,8 @@ def read_gguf(path: Path) -> GgufFile:
         tensors = _unique((entry[0], _locate(gguf, content, start, *entry)) for entry in entries)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or was not fetched whole: {error}") from error
+    if metadata.get("split.count", 1) > 1:
+        raise ValueError(f"{path} is one of {metadata['split.count']} parts of a model: join them with llama-gguf-split --merge")
     return GgufFile(metadata=metadata, tensors=tensors)
 
 

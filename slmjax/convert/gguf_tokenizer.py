@@ -7,6 +7,7 @@ next, blanks are "▁", and a character without a token becomes its bytes. token
 Each token has a type: normal, control (special: never found in plain text), user-defined (found before anything is cut), byte, unused.
 """
 
+import collections
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token
 _BLANK = "▁"
 # llama.cpp wants a list of merges, and the writer of GGUF knows no empty one: these two bytes stand in no UTF-8 text.
 _NO_MERGES = ["ÿ ÿ"]
+_BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))  # what SentencePiece calls them
 # Tokens that end a turn, by the names that llama.cpp looks for too, where the file names none.
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<EOT>", "<end_of_utterance>")
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # tokenizer_config.json's names, and GGUF's
@@ -99,6 +101,8 @@ def tokenizer_metadata(directory: Path, *, adds_bos: bool, num_rows: int) -> dic
     if scores is not None:
         lists["tokens"] = [token.replace(" ", _BLANK) if type == NORMAL else token for token, type in zip(tokens, types, strict=True)]
         lists["scores"] = [float(scores.get(token, -len(scores) - 1)) for token in tokens]
+    if twice := [token for token, count in collections.Counter(lists["tokens"]).items() if count > 1]:
+        raise ValueError(f"{directory} has several tokens that are {twice[0]!r} to llama.cpp, which wants them to differ: rename one")
     special = _special_ids(directory, config, ids, adds_bos)
     flags = {"add_bos_token": adds_bos, "add_eos_token": bool(config.get("add_eos_token", False))}
     found = {f"tokenizer.ggml.{key}": value for key, value in {**kind, **lists, **special, **flags}.items()}
@@ -240,7 +244,7 @@ def _byte_level_keys(specification: dict[str, Any]) -> dict[str, Any]:
 def _sentence_piece_keys(specification: dict[str, Any]) -> dict[str, Any]:
     """Kind, whether a blank begins a text, and the score of every token that merges make, by token."""
     added = {token["content"] for token in specification["added_tokens"]}
-    normal = {token: id for token, id in specification["model"]["vocab"].items() if token not in added and not _is_byte(token)}
+    normal = {token: id for token, id in specification["model"]["vocab"].items() if token not in added and token not in _BYTES}
     if specification["normalizer"] is None and specification["pre_tokenizer"] is None and {" ", _BLANK} <= normal.keys():
         raise ValueError(f"the vocabulary has both a blank and {_BLANK!r}, which are one character to llama.cpp")
     scores: dict[str, int] = {}
@@ -258,6 +262,8 @@ def _sentence_piece_keys(specification: dict[str, Any]) -> dict[str, Any]:
                 f"the merges lack {missing[0]}, and llama.cpp would make {token!r} of the two: this vocabulary merges in an order"
                 " that scores do not express, so it cannot be written to GGUF"
             )
+    if specification["model"]["byte_fallback"] and (lacking := sorted(_BYTES - specification["model"]["vocab"].keys())):
+        raise ValueError(f"the vocabulary lacks {lacking[0]}, and llama.cpp stops at characters without a token unless it has every byte")
     return {"model": "llama", "pre": "default", "add_space_prefix": _has_space_prefix(specification), "scores": scores}
 
 
@@ -269,7 +275,8 @@ def _has_space_prefix(specification: dict[str, Any]) -> bool:
     if not steps and pre_tokenizer is None:
         return False  # a vocabulary of characters
     if not steps and pre_tokenizer["type"] == "Metaspace" and pre_tokenizer["replacement"] == _BLANK and not pre_tokenizer["split"]:
-        # "first" and "always" differ after special tokens inside a text, where llama.cpp puts a blank as for "always".
+        # llama.cpp puts a blank first like SentencePiece: after special tokens too, and where the text begins with one already.
+        # Metaspace leaves out the latter, and as "first" the former, so that there, and only there, the ids differ.
         return pre_tokenizer["prepend_scheme"] != "never"
     # Gemma cuts at blanks, of which there are none any more.
     idle = pre_tokenizer is None or (pre_tokenizer["type"], pre_tokenizer.get("pattern")) == ("Split", {"String": " "})
@@ -297,7 +304,7 @@ def _listed(
         elif is_added:
             type = USER_DEFINED
         else:
-            type = BYTE if sentence_piece and _is_byte(token) else NORMAL
+            type = BYTE if sentence_piece and token in _BYTES else NORMAL
         # Found in text that has been prepared already, this token has the sign for blanks in it; llama.cpp looks for it before.
         tokens.append(token.replace(_BLANK, " ") if type == USER_DEFINED and sentence_piece and added[id]["normalized"] else token)
         types.append(type)
@@ -318,7 +325,3 @@ def _special_ids(directory: Path, config: dict[str, Any], ids: Mapping[str, int]
     if unknown := sorted(set(roles.values()) - ids.keys()):
         raise ValueError(f"{directory / 'tokenizer_config.json'} names {unknown}, which tokenizer.json does not have: repair either")
     return {f"{role}_token_id": ids[name] for role, name in roles.items()}
-
-
-def _is_byte(token: str) -> bool:
-    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")

@@ -45,7 +45,7 @@ class Cuts:
     adds_bos: bool = False  # where the file does not say whether BOS begins a text
 
 
-_KINDS: dict[tuple[str, ...], Cuts] = {
+KINDS: dict[tuple[str, ...], Cuts] = {
     # The first name of each is the one that is written.
     (
         "gpt-2",
@@ -73,8 +73,8 @@ _KINDS: dict[tuple[str, ...], Cuts] = {
     ("deepseek-v3", "hunyuan-dense"): Cuts(steps=_DEEPSEEK3),
     ("default",): Cuts(steps=_DEFAULT),
 }
-_CUTS = {name: cuts for names, cuts in _KINDS.items() for name in names}
-_NAMES = {(cuts.steps, cuts.takes_whole): names[0] for names, cuts in _KINDS.items()}
+_CUTS = {name: cuts for names, cuts in KINDS.items() for name in names}
+_NAMES = {(cuts.steps, cuts.takes_whole): names[0] for names, cuts in KINDS.items()}
 
 
 def cuts_of(name: str) -> Cuts:

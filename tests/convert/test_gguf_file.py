@@ -2,6 +2,7 @@
 
 import functools
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,7 +243,14 @@ def test_files_of_other_kinds(tmp_path: Path) -> None:
         read_gguf(tmp_path / "x")
 
 
+def test_one_part_of_several(tmp_path: Path) -> None:
+    metadata = {"split.count": GgufValue(value=3, type="UINT16")}
+    write_gguf(tmp_path / "x.gguf", architecture="t", metadata=metadata, tensors=[])
+    with pytest.raises(ValueError, match="is one of 3 parts of a model: join them"):
+        read_gguf(tmp_path / "x.gguf")
+
+
 def test_without_the_package(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match=r"pip install 'slmjax\[gguf\]'"):
         read_gguf(small)
