@@ -83,7 +83,7 @@ def write_tiny_llama(path: Path, tokenizer: Mapping[str, Any]) -> None:
     shapes = {"token_embd": (rows, HIDDEN), "output_norm": (HIDDEN,), "blk.0.attn_norm": (HIDDEN,), "blk.0.ffn_norm": (HIDDEN,)}
     shapes |= {f"blk.0.attn_{name}": (HIDDEN, HIDDEN) for name in ("q", "k", "v", "output")}
     shapes |= {"blk.0.ffn_gate": (FFN, HIDDEN), "blk.0.ffn_up": (FFN, HIDDEN), "blk.0.ffn_down": (HIDDEN, FFN)}
-    numbers = {f"{name}.weight": generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    numbers = {f"{name}.weight": (0.3 * generator.normal(size=shape)).astype(np.float32) for name, shape in shapes.items()}
     metadata = {
         "llama.block_count": 1,
         "llama.context_length": 2048,
