@@ -105,7 +105,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "GraniteMoeHybridForCausalLM",
         _SMALL | {
             "hidden_size": 64, "layer_types": ["attention"] * 2, "num_local_experts": 0, "num_experts_per_tok": 0,
-            "shared_intermediate_size": 20, "position_embedding_type": "rope", "embedding_multiplier": 12.0, "logits_scaling": 8.0,
+            "shared_intermediate_size": 20, "position_embedding_type": "rope", "embedding_multiplier": 12.0, "logits_scaling": 3.0,
             "residual_multiplier": 0.22, "attention_multiplier": 0.1,
         },
     ),
