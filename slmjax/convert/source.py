@@ -10,7 +10,7 @@ import numpy as np
 
 from slmjax import checkpoint, config, weights
 from slmjax.architecture import ModelConfig
-from slmjax.convert.canonical import canonical, differences
+from slmjax.convert.canonical_form import canonical, differences
 from slmjax.convert.family import Family, Inexpressible, bind
 from slmjax.convert.settings import Settings
 from slmjax.data.tokenizers import Tokenizer

@@ -15,7 +15,7 @@ import pytest
 import slmjax
 from slmjax import losses, weights
 from slmjax.convert import hf
-from slmjax.convert.canonical import canonical
+from slmjax.convert.canonical_form import canonical
 from slmjax.convert.directory import Target, WeightType, export_model, import_model
 from slmjax.convert.families import HF_FAMILIES
 from tests.convert.cases import CASES
