@@ -19,10 +19,11 @@ from jaxtyping import Array, Float, Int
 from slmjax import kernels, losses, sharding
 from slmjax.attention import AttentionConfig
 from slmjax.layers import Embedding, FfnAux, FfnConfig, MixerConfig, MlpConfig, RmsNorm, Shape, dropout, effective_weight, truncated_normal
+from slmjax.mixers.latent import LatentAttentionConfig
 from slmjax.moe import MoeConfig
 
 # A config read from JSON finds its class among those that have been imported: with the model, these always are.
-PARTS: tuple[type, ...] = (AttentionConfig, MlpConfig, MoeConfig)
+PARTS: tuple[type, ...] = (AttentionConfig, LatentAttentionConfig, MlpConfig, MoeConfig)
 
 
 class NormPlacement(enum.Enum):
