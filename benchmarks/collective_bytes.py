@@ -24,9 +24,9 @@ from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
 from slmjax import placement, sharding, step, zoo  # noqa: E402
+from slmjax.architecture import ModelConfig, Precision, Remat, Segment  # noqa: E402
 from slmjax.data.batch import empty_batch  # noqa: E402
 from slmjax.layers import MixerConfig  # noqa: E402
-from slmjax.model import ModelConfig, Precision, Remat, Segment  # noqa: E402
 from slmjax.optim import OptimConfig, make_optimizer  # noqa: E402
 from slmjax.parameters import define  # noqa: E402
 from slmjax.traffic import PLAIN, Collective, collectives  # noqa: E402

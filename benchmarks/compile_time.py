@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from slmjax import losses
+from slmjax.architecture import BlockConfig, ModelConfig, Precision, Remat, Segment
 from slmjax.attention import AttentionConfig
 from slmjax.layers import MlpConfig
-from slmjax.model import BlockConfig, ModelConfig, Precision, Remat, Segment
 from slmjax.parameters import define
 
 

@@ -24,11 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from slmjax import placement, sharding, step
+from slmjax.architecture import BlockConfig, ModelConfig, Segment
 from slmjax.attention import AttentionConfig, QkNorm
 from slmjax.data.batch import Batch
 from slmjax.layers import MlpConfig
 from slmjax.mixers.latent import LatentAttentionConfig
-from slmjax.model import BlockConfig, ModelConfig, Segment
 from slmjax.moe import Balance, MoeConfig, RouterScore
 from slmjax.parameters import define
 

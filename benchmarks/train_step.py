@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from slmjax.model import ModelConfig
+    from slmjax.architecture import ModelConfig
 
 VARIANTS = ("slmjax", "eager", "compiled")
 BATCHES = {"12m": (8, 256), "0.8m": (12, 64), "124m": (32, 1024), "360m": (8, 2048), "1.7b": (4, 2048)}  # as in torch_decoder.py
@@ -42,8 +42,8 @@ def our_step(size: str, dtype: str) -> Callable[[], None]:
     import numpy as np
 
     from slmjax import optim, placement, sharding, step
+    from slmjax.architecture import Precision
     from slmjax.data.batch import empty_batch
-    from slmjax.model import Precision
     from slmjax.parameters import define
 
     rows, length = BATCHES[size]

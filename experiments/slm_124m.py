@@ -8,10 +8,10 @@ Not measured on an accelerator yet: steps, batch and learning rate are the usual
 import dataclasses
 
 from slmjax import zoo
+from slmjax.architecture import Precision, Remat
 from slmjax.data.config import DataConfig
 from slmjax.data.tokenizers import BpeTokenizer
 from slmjax.experiment import EvalConfig, Experiment, RunConfig
-from slmjax.model import Precision, Remat
 from slmjax.optim import OptimConfig, Schedule
 
 

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from slmjax import kernels
-from slmjax.layers import Linear, Mixer, MixerConfig, RmsNorm, Shape
+from slmjax.layers import Linear, Mixer, MixerConfig, Norm, Shape
 from slmjax.rope import RopeScaling, rotary, rotary_dim
 
 
@@ -24,7 +24,8 @@ class QkNorm(enum.Enum):
     """Normalisation of queries and keys before the product."""
 
     NONE = "none"
-    PER_HEAD = "per_head"  # RMSNorm over each head's own dims (Qwen3, Gemma 3)
+    PER_HEAD = "per_head"  # over each head's own dims (Qwen3, Gemma 3)
+    ALL_HEADS = "all_heads"  # over the dims of all heads together, with a scale of their own each (OLMo 2)
 
 
 class Biases(enum.Enum):
@@ -50,6 +51,7 @@ class AttentionConfig(MixerConfig):
     biases: Biases = Biases.NONE  # biases of the projections
     scale: float | None = None  # multiplies the scores (none: one over the root of head_dim)
     softcap: float | None = None  # scores are bounded to this by a tanh
+    sinks: bool = False  # a learned score for each head that takes its share of the softmax and gives nothing (GPT-OSS)
 
     def __post_init__(self) -> None:
         if self.num_heads < 1 or self.kv_heads < 1 or self.num_heads % self.kv_heads:
@@ -161,9 +163,8 @@ class Attention(Mixer):
         self.output = Linear(
             config.num_heads * head_dim, shape.embed_dim, std=shape.output_std, bias=config.biases is Biases.ALL, rngs=rngs
         )
-        norms = config.qk_norm is QkNorm.PER_HEAD
-        self.query_norm = RmsNorm(head_dim, eps=shape.norm_eps) if norms else None
-        self.key_norm = RmsNorm(head_dim, eps=shape.norm_eps) if norms else None
+        self.query_norm, self.key_norm = self._norm(shape, config.num_heads), self._norm(shape, config.kv_heads)
+        self.sinks = nnx.Param(jnp.zeros((config.num_heads,), jnp.float32)) if config.sinks else None
 
     def __call__(
         self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], state: Any
@@ -171,7 +172,8 @@ class Attention(Mixer):
         queries = self._heads(self.query(x), self.query_norm, positions)
         keys = self._heads(self.key(x), self.key_norm, positions)
         values = self._split(self.value(x))
-        how = {"window": self.config.window, "scale": self.scale, "softcap": self.config.softcap}
+        sinks = None if self.sinks is None else self.sinks[...]
+        how: dict[str, Any] = {"window": self.config.window, "scale": self.scale, "softcap": self.config.softcap, "sinks": sinks}
         if state is None:
             mixed = kernels.self_attention(queries, keys, values, segment_ids=segment_ids, **how)
         else:
@@ -195,12 +197,19 @@ class Attention(Mixer):
         marks = jnp.zeros((batch_size, num_slots), jnp.int32)
         return KvCache(keys=jnp.zeros(shape, self.dtype), values=jnp.zeros(shape, self.dtype), positions=marks, segment_ids=marks)
 
+    def _norm(self, shape: Shape, num_heads: int) -> Norm | None:
+        num_normed = {QkNorm.NONE: 0, QkNorm.PER_HEAD: 1, QkNorm.ALL_HEADS: num_heads}[self.config.qk_norm]
+        return shape.norm(num_normed * self.head_dim) if num_normed else None
+
     def _split(self, x: Float[Array, "B T NH"]) -> Float[Array, "B T N H"]:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
 
-    def _heads(self, x: Float[Array, "B T NH"], norm: RmsNorm | None, positions: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
+    def _heads(self, x: Float[Array, "B T NH"], norm: Norm | None, positions: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
+        if norm is not None and self.config.qk_norm is QkNorm.ALL_HEADS:
+            x = norm(x)
         x_BTNH = self._split(x)
-        x_BTNH = x_BTNH if norm is None else norm(x_BTNH)
+        if norm is not None and self.config.qk_norm is QkNorm.PER_HEAD:
+            x_BTNH = norm(x_BTNH)
         if self.config.rope_base is None:
             return x_BTNH
         return rotary(x_BTNH, positions, base=self.config.rope_base, fraction=self.config.rope_fraction, scaling=self.config.rope_scaling)

@@ -9,11 +9,11 @@ import dataclasses
 from pathlib import Path
 
 from slmjax import config as config_io
+from slmjax.architecture import ModelConfig
 from slmjax.checkpoint import CheckpointConfig
 from slmjax.data.config import DataConfig, TextSource
 from slmjax.data.tokenizers import BpeTokenizer, FileTokenizer, TokenizerConfig
 from slmjax.data.windows import default_overlap
-from slmjax.model import ModelConfig
 from slmjax.optim import OptimConfig
 from slmjax.sampling import SamplingConfig
 from slmjax.sharding import MeshConfig

@@ -26,15 +26,29 @@ class Activation(enum.Enum):
     """Non-linearity of a feed-forward layer."""
 
     SILU = "silu"
-    GELU = "gelu"
+    GELU = "gelu"  # by a tanh, as GPT-2 and Gemma have it
+    GELU_EXACT = "gelu_exact"  # by the error function
+    RELU = "relu"
     RELU2 = "relu2"
+    CLAMPED_SILU = "clamped_silu"  # of gated layers alone: bounded inputs, a steeper sigmoid, one more than the other half (GPT-OSS)
 
 
 ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
     Activation.SILU: jax.nn.silu,
     Activation.GELU: lambda x: jax.nn.gelu(x, approximate=True),
+    Activation.GELU_EXACT: lambda x: jax.nn.gelu(x, approximate=False),
+    Activation.RELU: jax.nn.relu,
     Activation.RELU2: lambda x: jnp.square(jax.nn.relu(x)),
 }
+CLAMP, STEEPNESS = 7.0, 1.702  # of CLAMPED_SILU
+
+
+class NormKind(enum.Enum):
+    """What every norm of a model computes."""
+
+    RMS = "rms"  # divided by the root mean square, times a scale
+    CENTERED_RMS = "centered_rms"  # the same, with a scale that is stored as its difference from one (Gemma)
+    LAYER = "layer"  # mean removed, divided by the deviation, times a scale, plus a bias (GPT-2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +59,12 @@ class Shape:
     num_layers: int  # outputs into the residual stream start smaller by the root of twice this
     norm_eps: float
     init_std: float
+    norm_kind: NormKind = NormKind.RMS
     dtype: Any  # of the computation: jnp.float32 or jnp.bfloat16
+
+    def norm(self, dim: int) -> "Norm":
+        """A fresh norm over `dim` dims, of the kind that the model has throughout."""
+        return NORMS[self.norm_kind](dim, eps=self.norm_eps)
 
     @property
     def output_std(self) -> float:
@@ -167,6 +186,22 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], *, eps: float) 
     return (normed * along_last(scale, x.ndim)).astype(x.dtype)
 
 
+def layer_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], bias: Float[Array, " D"], *, eps: float) -> Float[Array, "*B D"]:
+    """`scale * (x - mean) / deviation + bias` over the last dim, in float32, returned in the dtype of `x` (Ba et al. 2016)."""
+    wide = x.astype(jnp.float32)
+    centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    normed = centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + eps)
+    return (normed * along_last(scale, x.ndim) + along_last(bias, x.ndim)).astype(x.dtype)
+
+
+def gated(activation: Activation, gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """The hidden layer of a gated feed-forward layer, from its two halves."""
+    if activation is not Activation.CLAMPED_SILU:
+        return ACTIVATIONS[activation](gate) * up
+    gate, up = jnp.minimum(gate, CLAMP), jnp.clip(up, -CLAMP, CLAMP)
+    return gate * jax.nn.sigmoid(STEEPNESS * gate) * (up + 1.0)
+
+
 def dropout(x: Float[Array, "..."], key: Array | None, *, rate: float) -> Float[Array, "..."]:
     """Inverted dropout; the identity when `key` is None (evaluation) or the rate is 0."""
     if key is None or rate == 0.0:
@@ -175,7 +210,14 @@ def dropout(x: Float[Array, "..."], key: Array | None, *, rate: float) -> Float[
 
 
 # Modules --------------------------------------------------------------------------------------------------------------
-class RmsNorm(nnx.Module):
+class Norm(nnx.Module):
+    """A norm over the last dim."""
+
+    @abc.abstractmethod
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]: ...
+
+
+class RmsNorm(Norm):
     """Root-mean-square norm with a learned scale."""
 
     def __init__(self, dim: int, *, eps: float) -> None:
@@ -184,6 +226,36 @@ class RmsNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return rms_norm(x, self.scale[...], eps=self.eps)
+
+
+class CenteredRmsNorm(Norm):
+    """`RmsNorm` whose parameter is the scale less one: at zero, where it starts and decays to, it scales nothing."""
+
+    def __init__(self, dim: int, *, eps: float) -> None:
+        self.scale = nnx.Param(jnp.zeros((dim,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return rms_norm(x, 1.0 + self.scale[...], eps=self.eps)
+
+
+class LayerNorm(Norm):
+    """Layer norm with a learned scale and bias."""
+
+    def __init__(self, dim: int, *, eps: float) -> None:
+        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((dim,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return layer_norm(x, self.scale[...], self.bias[...], eps=self.eps)
+
+
+NORMS: Mapping[NormKind, Callable[..., Norm]] = {
+    NormKind.RMS: RmsNorm,
+    NormKind.CENTERED_RMS: CenteredRmsNorm,
+    NormKind.LAYER: LayerNorm,
+}
 
 
 class Linear(nnx.Module):
@@ -219,6 +291,8 @@ class MlpConfig(FfnConfig):
     def __post_init__(self) -> None:
         if self.hidden_dim < 1:
             raise ValueError(f"ffn.hidden_dim must be at least 1, got {self.hidden_dim}")
+        if self.activation is Activation.CLAMPED_SILU and not self.gated:
+            raise ValueError("ffn.activation=clamped_silu is made of two halves: set ffn.gated, or choose another activation")
 
     def build(self, shape: Shape, *, rngs: nnx.Rngs) -> "Mlp":
         """The module, with freshly initialised parameters."""
@@ -244,6 +318,6 @@ class Mlp(Ffn):
         self.down = Linear(config.hidden_dim, shape.embed_dim, std=shape.output_std, bias=config.bias, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"]) -> tuple[Float[Array, "B T D"], FfnAux]:
-        act = ACTIVATIONS[self.config.activation]
-        hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
+        activation = self.config.activation
+        hidden = ACTIVATIONS[activation](self.up(x)) if self.gate is None else gated(activation, self.gate(x), self.up(x))
         return self.down(hidden), FfnAux(losses={}, metrics={})

@@ -20,9 +20,9 @@ import jax
 from jax.sharding import Mesh
 
 from slmjax import placement, sharding
+from slmjax.architecture import Precision, Remat
 from slmjax.data.batch import empty_batch
 from slmjax.experiment import Experiment
-from slmjax.model import Precision, Remat
 from slmjax.session import Setup, make_programs
 
 log = logging.getLogger(__name__)

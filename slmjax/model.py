@@ -7,8 +7,7 @@ Dims: B batch, T time, D model, V vocabulary, R repeats of a segment.
 """
 
 import dataclasses
-import enum
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,131 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from slmjax import kernels, losses, sharding
-from slmjax.attention import AttentionConfig
-from slmjax.layers import Embedding, FfnAux, FfnConfig, MixerConfig, MlpConfig, RmsNorm, Shape, dropout, effective_weight, truncated_normal
-from slmjax.mixers.latent import LatentAttentionConfig
-from slmjax.moe import MoeConfig
-
-# A config read from JSON finds its class among those that have been imported: with the model, these always are.
-PARTS: tuple[type, ...] = (AttentionConfig, LatentAttentionConfig, MlpConfig, MoeConfig)
-
-
-class NormPlacement(enum.Enum):
-    """Where a block normalises."""
-
-    PRE = "pre"  # x + f(norm(x))
-    POST = "post"  # x + norm(f(x)), as in OLMo 2
-    SANDWICH = "sandwich"  # x + norm(f(norm(x))), as in Gemma 2
-
-
-class Precision(enum.Enum):
-    """Dtype of the computation; parameters are float32 in either case."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-
-
-class Remat(enum.Enum):
-    """What the backward pass recomputes instead of keeping."""
-
-    NONE = "none"
-    DOTS = "dots"  # keeps the results of matrix products with weights
-    FULL = "full"  # keeps only the input of each repeat of a pattern
-
-
-class HeadKind(enum.Enum):
-    """Where the output projection comes from."""
-
-    TIED = "tied"  # the embedding table
-    FREE = "free"  # a table of its own
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockConfig:
-    """One layer: a token mixer, then a feed-forward layer."""
-
-    mixer: MixerConfig  # token mixer
-    ffn: FfnConfig | None  # feed-forward layer (none: the mixer alone)
-    norm: NormPlacement = NormPlacement.PRE  # where the block normalises
-    passes: int = 1  # how many times in a row the block runs with the same weights
-
-    def __post_init__(self) -> None:
-        if self.passes < 1:
-            raise ValueError(f"passes must be at least 1, got {self.passes}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Segment:
-    """A pattern of blocks, repeated."""
-
-    pattern: tuple[BlockConfig, ...]  # the blocks of one repeat, in order
-    repeats: int = 1  # how many times the pattern occurs
-
-    def __post_init__(self) -> None:
-        if self.repeats < 1 or not self.pattern:
-            raise ValueError(f"a segment needs a pattern of blocks and at least one repeat, got repeats={self.repeats}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A decoder-only language model."""
-
-    embed_dim: int  # width of the residual stream, D
-    stack: tuple[Segment, ...]  # the layers
-    context_length: int = 1024  # longest sequence the model is meant for, in tokens
-    vocab_size: int | None = None  # tokens of the vocabulary (none: the tokenizer's)
-    vocab_multiple: int = 1  # the table is padded to a multiple of this many rows
-    head: HeadKind = HeadKind.TIED  # output projection
-    norm_eps: float = 1e-6  # added to the mean square in every norm
-    init_std: float = 0.02  # deviation of initial weights (truncated normal)
-    embed_multiplier: float = 1.0  # multiplies the embedded tokens
-    residual_multiplier: float = 1.0  # multiplies what a block adds to the residual stream
-    logit_multiplier: float = 1.0  # multiplies the logits
-    logit_softcap: float | None = None  # logits are bounded to this by a tanh
-    dropout: float = 0.0  # rate, on the embedded tokens and on what a block adds
-    precision: Precision = Precision.FLOAT32  # dtype of the computation
-    remat: Remat = Remat.NONE  # what the backward pass recomputes
-
-    def __post_init__(self) -> None:
-        if self.embed_dim < 1 or not self.stack:
-            raise ValueError(f"a model needs embed_dim >= 1 and at least one segment, got embed_dim={self.embed_dim}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is a rate between 0 and 1, got {self.dropout}")
-        if self.context_length < 2:
-            raise ValueError(f"context_length must be at least 2, got {self.context_length}")
-        if self.vocab_multiple < 1 or (self.vocab_size is not None and self.vocab_size < 1):
-            raise ValueError(f"vocab_size and vocab_multiple must be at least 1, got {self.vocab_size} and {self.vocab_multiple}")
-        if self.logit_softcap is not None and self.logit_softcap <= 0:
-            raise ValueError(f"logit_softcap must be positive or none, got {self.logit_softcap}")
-        if self.init_std <= 0 or self.norm_eps <= 0:
-            raise ValueError(f"init_std and norm_eps must be positive, got {self.init_std} and {self.norm_eps}")
-
-    def blocks(self) -> Iterator[BlockConfig]:
-        """The configuration of every layer, first to last."""
-        return (block for segment in self.stack for _ in range(segment.repeats) for block in segment.pattern)
-
-    @property
-    def num_layers(self) -> int:
-        """Number of layers with weights of their own."""
-        return sum(len(segment.pattern) * segment.repeats for segment in self.stack)
-
-    @property
-    def known_vocab_size(self) -> int:
-        """Tokens of the vocabulary. Raises ValueError where neither config nor tokenizer said."""
-        if self.vocab_size is None:
-            raise ValueError("model.vocab_size is not set: give it, or let the tokenizer set it by training")
-        return self.vocab_size
-
-    @property
-    def table_rows(self) -> int:
-        """Rows of the embedding table, padding included."""
-        return -(-self.known_vocab_size // self.vocab_multiple) * self.vocab_multiple
-
-    def layer_shape(self) -> Shape:
-        """What every layer shares."""
-        depth = sum(block.passes for block in self.blocks())
-        dtype = jnp.bfloat16 if self.precision is Precision.BFLOAT16 else jnp.float32
-        return Shape(embed_dim=self.embed_dim, num_layers=depth, norm_eps=self.norm_eps, init_std=self.init_std, dtype=dtype)
+from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, NormPlacement, Remat, Segment
+from slmjax.layers import Embedding, FfnAux, Norm, dropout, effective_weight, lookup, truncated_normal
 
 
 @jax.tree_util.register_dataclass
@@ -178,8 +54,8 @@ class Block(nnx.Module):
     def __init__(self, config: BlockConfig, model: ModelConfig, *, rngs: nnx.Rngs) -> None:
         shape = model.layer_shape()
 
-        def norm(wanted: bool) -> RmsNorm | None:
-            return RmsNorm(shape.embed_dim, eps=shape.norm_eps) if wanted else None
+        def norm(wanted: bool) -> Norm | None:
+            return shape.norm(shape.embed_dim) if wanted else None
 
         before, after = config.norm is not NormPlacement.POST, config.norm is not NormPlacement.PRE
         self.config, self.dropout, self.multiplier = config, model.dropout, model.residual_multiplier
@@ -207,7 +83,7 @@ class Block(nnx.Module):
         return x + update * self.multiplier
 
 
-def _maybe(norm: RmsNorm | None, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+def _maybe(norm: Norm | None, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     return x if norm is None else norm(x)
 
 
@@ -278,12 +154,14 @@ class Decoder(nnx.Module):
         key = rngs.params()
         embed_key, head_key, layer_key = jax.random.split(key, 3)
         self.embed = Embedding(config.table_rows, config.embed_dim, std=config.init_std, rngs=nnx.Rngs(params=embed_key))
+        rows, position_key = config.learned_positions, jax.random.fold_in(embed_key, 1)
+        self.positions = None if rows is None else Table(rows, config.embed_dim, std=config.init_std, key=position_key)
         segments, first_layer = [], 0
         for segment in config.stack:
             segments.append(SegmentStack(segment, config, first_layer=first_layer, key=layer_key))
             first_layer += len(segment.pattern) * segment.repeats
         self.segments = nnx.List(segments)
-        self.final_norm = RmsNorm(config.embed_dim, eps=config.norm_eps)
+        self.final_norm = config.layer_shape().norm(config.embed_dim)
         free = config.head is HeadKind.FREE
         self.head = Table(config.table_rows, config.embed_dim, std=config.init_std, key=head_key) if free else None
 
@@ -311,6 +189,8 @@ class Decoder(nnx.Module):
         given = Pass(segment_ids=segment_ids, positions=positions, capture=_known(capture or {}))
         dtype = self.config.layer_shape().dtype
         x = self.embed(tokens, dtype=dtype) * jnp.asarray(self.config.embed_multiplier, dtype)
+        if self.positions is not None:
+            x = x + lookup(self.positions.weight[...], positions, dtype=dtype)
         x = sharding.constrain(x, ("batch", "time", None))
         if key is not None:
             x = dropout(x, jax.random.fold_in(key, self.config.num_layers), rate=self.config.dropout)
@@ -350,7 +230,7 @@ class Decoder(nnx.Module):
 
 
 class Table(nnx.Module):
-    """An output table [V, D] of its own."""
+    """A table of its own: the rows [V, D] that make logits, or those [P, D] of positions."""
 
     def __init__(self, num_rows: int, dim: int, *, std: float, key: Array) -> None:
         self.weight = nnx.Param(truncated_normal(key, (num_rows, dim), std))

@@ -14,7 +14,6 @@ import dataclasses
 import enum
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from slmjax import kernels, sharding
-from slmjax.layers import ACTIVATIONS, Activation, Ffn, FfnAux, FfnConfig, Linear, MlpConfig, Shape, effective_weight, truncated_normal
+from slmjax.layers import Activation, Ffn, FfnAux, FfnConfig, Linear, MlpConfig, Shape, effective_weight, gated, truncated_normal
 
 
 class RouterScore(enum.Enum):
@@ -49,6 +48,7 @@ class MoeConfig(FfnConfig):
     num_selected: int = 2  # experts that each token uses
     hidden_dim: int  # width of the hidden layer of one expert
     activation: Activation = Activation.SILU  # non-linearity of the gated experts
+    bias: bool = False  # biases of the router and of the experts' projections
     score: RouterScore = RouterScore.SOFTMAX  # scores of experts from router logits
     normalize_weights: bool = True  # the weights of a token's selected experts sum to one
     routed_scale: float = 1.0  # multiplies the weights of the selected experts
@@ -245,40 +245,46 @@ def apply_experts(
     gate: Float[Array, "E D F"],
     up: Float[Array, "E D F"],
     down: Float[Array, "E F D"],
-    activation: Callable[[Array], Array],
+    biases: tuple[Float[Array, "E F"], Float[Array, "E F"], Float[Array, "E D"]] | None = None,
+    activation: Activation,
     capacity: int | None,
 ) -> Float[Array, "B T D"]:
     """The weighted sum of the outputs of each token's experts, divided over the mesh where there is one.
 
     Args:
+      biases: of gate, up and down, where the experts have any.
       capacity: tokens that an expert takes from a row, the earlier ones; None for all.
     """
     rows, matrices_in, matrices_out = ("batch", "time", None), ("expert", None, "ffn"), ("expert", "ffn", None)
 
-    def on_shard(x: Array, weights: Array, experts: Array, gate: Array, up: Array, down: Array) -> Array:
+    def on_shard(x: Array, weights: Array, experts: Array, *matrices: Array) -> Array:
         rows_divided = sharding.is_divided("batch")
         if rows_divided:  # the devices that share out the experts hold different rows: each needs all of them
             x, weights, experts = (sharding.gather(part, "expert", axis=0) for part in (x, weights, experts))
-        mine = experts - sharding.index_along("expert") * gate.shape[0]
-        mine = jnp.where((mine >= 0) & (mine < gate.shape[0]), mine, gate.shape[0])
-        y = sharding.sum_over(_compute_slots(x, weights, mine, (gate, up, down), activation=activation, capacity=capacity), "ffn")
+        num_experts = matrices[0].shape[0]
+        mine = experts - sharding.index_along("expert") * num_experts
+        mine = jnp.where((mine >= 0) & (mine < num_experts), mine, num_experts)
+        y = sharding.sum_over(_compute_slots(x, weights, mine, matrices, activation=activation, capacity=capacity), "ffn")
         return sharding.scatter_sum(y, "expert", axis=0) if rows_divided else sharding.sum_over(y, "expert")
 
     in_dims = (rows, rows, rows, matrices_in, matrices_in, matrices_out)
-    return sharding.local(on_shard, in_dims=in_dims, out_dims=rows)(x, routing.weights, routing.experts, gate, up, down)
+    if biases is not None:
+        in_dims = (*in_dims, ("expert", "ffn"), ("expert", "ffn"), ("expert", None))
+    arrays = (x, routing.weights, routing.experts, gate, up, down, *(biases or ()))
+    return sharding.local(on_shard, in_dims=in_dims, out_dims=rows)(*arrays)
 
 
 def _compute_slots(
     x: Array,
     weights: Array,
     experts: Array,
-    matrices: tuple[Array, Array, Array],
+    matrices: tuple[Array, ...],
     *,
-    activation: Callable[[Array], Array],
+    activation: Activation,
     capacity: int | None,
 ) -> Array:
-    """What the experts whose gate, up and down matrices are given add to the tokens of `x`, [B, T, D]."""
-    gate, up, down = matrices
+    """What the experts whose gate, up and down matrices (and biases) are given add to the tokens of `x`, [B, T, D]."""
+    gate, up, down, *biases = matrices
     num_experts, num_selected = gate.shape[0], experts.shape[-1]
     if capacity is None:
         slots = sorted_slots(experts.reshape(-1, num_selected), num_experts)
@@ -287,7 +293,11 @@ def _compute_slots(
         slots = capacity_slots(experts, num_experts, capacity=capacity)
         multiply = _even_groups
     rows = take_rows(x.reshape(-1, x.shape[-1]), slots.selection // num_selected, slots.slot)
-    outputs = multiply(activation(multiply(rows, gate)) * multiply(rows, up), down)
+    by_slot = [jnp.repeat(bias, slots.group_sizes, axis=0, total_repeat_length=rows.shape[0]) for bias in biases]
+    gate_bias, up_bias, down_bias = by_slot or (0, 0, 0)
+    hidden = gated(activation, multiply(rows, gate) + gate_bias, multiply(rows, up) + up_bias)
+    # Where the hidden dim is divided over devices, what they add is summed: the bias of the output comes in as many parts.
+    outputs = multiply(hidden, down) + down_bias / sharding.num_shards("ffn")
     selected = take_rows(outputs, slots.slot, slots.selection[:, None])
     y = jnp.einsum("mkd,mk->md", selected, weights.reshape(-1, num_selected), preferred_element_type=jnp.float32)
     return y.reshape(x.shape).astype(x.dtype)
@@ -313,6 +323,10 @@ class Experts(nnx.Module):
         self.gate = nnx.Param(truncated_normal(rngs.params(), wide, shape.init_std))
         self.up = nnx.Param(truncated_normal(rngs.params(), wide, shape.init_std))
         self.down = nnx.Param(truncated_normal(rngs.params(), narrow, shape.output_std))
+        self.gate_bias, self.up_bias, self.down_bias = (
+            nnx.Param(jnp.zeros((config.num_experts, dim), jnp.float32)) if config.bias else None
+            for dim in (config.hidden_dim, config.hidden_dim, shape.embed_dim)
+        )
 
 
 class Moe(Ffn):
@@ -320,7 +334,7 @@ class Moe(Ffn):
 
     def __init__(self, config: MoeConfig, shape: Shape, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.router = Linear(shape.embed_dim, config.num_experts, std=shape.init_std, rngs=rngs)
+        self.router = Linear(shape.embed_dim, config.num_experts, std=shape.init_std, bias=config.bias, rngs=rngs)
         self.router_bias = RouterBias(jnp.zeros((config.num_experts,), jnp.float32)) if config.balance is Balance.BIAS else None
         self.experts = Experts(config, shape, rngs=rngs)
         shared = MlpConfig(hidden_dim=config.shared_hidden_dim, activation=config.activation) if config.shared_hidden_dim else None
@@ -338,12 +352,19 @@ class Moe(Ffn):
             gate=effective_weight(self.experts.gate[...], x.dtype),
             up=effective_weight(self.experts.up[...], x.dtype),
             down=effective_weight(self.experts.down[...], x.dtype),
-            activation=ACTIVATIONS[config.activation],
+            biases=self._biases(x.dtype),
+            activation=config.activation,
             capacity=capacity,
         )
         if self.shared is not None:
             y = y + jnp.where(real[:, :, None], self.shared(x, segment_ids=segment_ids)[0], 0)
         return y, self._report(logits, routing, real, capacity)
+
+    def _biases(self, dtype: Any) -> tuple[Array, Array, Array] | None:
+        experts = self.experts
+        if experts.gate_bias is None or experts.up_bias is None or experts.down_bias is None:
+            return None
+        return experts.gate_bias[...].astype(dtype), experts.up_bias[...].astype(dtype), experts.down_bias[...].astype(dtype)
 
     def _report(self, logits: Array, routing: Routing, real: Array, capacity: int | None) -> FfnAux:
         balance_weight = self.config.balance_weight if self.config.balance is Balance.AUX_LOSS else 0.0

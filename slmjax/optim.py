@@ -60,7 +60,11 @@ class OptimConfig:
     muon_lr: float = 0.02  # muon: peak learning rate of its matrices, on the same schedule
     muon_momentum: float = 0.95  # muon: decay of the momentum
     muon_iterations: int = 5  # muon: Newton-Schulz iterations
-    muon_exclude: tuple[str, ...] = (r"^(embed|head)/", r"(^|/)router/")  # muon: matrices that AdamW takes, by patterns of their paths
+    muon_exclude: tuple[str, ...] = (
+        r"^(embed|head)/",
+        r"(^|/)router/",
+        r"bias$",
+    )  # muon: matrices that AdamW takes, by patterns of their paths
     accumulation_steps: int = 1  # the batch is cut into this many parts, whose gradients are added up before an update
     ema_decay: float | None = None  # keep an exponential moving average of the weights and evaluate it; None: do not
     max_consecutive_skips: int = 20  # end the run when a log line finds this many updates in a row undone as non-finite

@@ -15,7 +15,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from slmjax.model import BlockConfig, Decoder, ModelConfig
+from slmjax.architecture import BlockConfig, ModelConfig
+from slmjax.model import Decoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

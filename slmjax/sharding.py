@@ -105,6 +105,8 @@ RULES: tuple[tuple[str, Dims], ...] = (
     (r".*/experts/(gate|up)", ("expert", "embed", "ffn")),
     (r".*/experts/down", ("expert", "ffn_rows", None)),
     (r".*/experts/down", ("expert", "ffn", "embed")),
+    (r".*/experts/(gate|up)_bias", ("expert", "ffn")),
+    (r".*/experts/down_bias", ("expert", None)),
     (r".*/ffn/(shared/)?(gate|up)/weight", ("embed", "ffn")),
     (r".*/ffn/(shared/)?down/weight", ("ffn_rows", None)),
     (r".*/ffn/(shared/)?down/weight", ("ffn", "embed")),

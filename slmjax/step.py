@@ -21,8 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
 from slmjax import losses, moe, sharding
+from slmjax.architecture import HeadKind, ModelConfig
 from slmjax.data.batch import Batch
-from slmjax.model import HeadKind, ModelConfig
 from slmjax.optim import OptimConfig, learning_rate
 from slmjax.parameters import Definition, block_at, layer_indices
 
@@ -298,6 +298,7 @@ def named_metrics(config: ModelConfig, metrics: Mapping[str, Any]) -> dict[str, 
 def gradient_groups(config: ModelConfig) -> list[str]:
     """What gradient norms are told of: every layer, and the modules around them."""
     around = ["embed", "final_norm"] + (["head"] if config.head is HeadKind.FREE else [])
+    around += [] if config.learned_positions is None else ["positions"]
     return [f"layers/{layer}" for layer in range(config.num_layers)] + around
 
 

@@ -13,9 +13,9 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 
+from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, Segment
 from slmjax.attention import AttentionConfig, QkNorm
 from slmjax.layers import Activation, FfnConfig, MlpConfig
-from slmjax.model import BlockConfig, HeadKind, ModelConfig, Segment
 from slmjax.moe import MoeConfig
 from slmjax.parameters import block_at, define
 

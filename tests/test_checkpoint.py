@@ -15,10 +15,10 @@ import pytest
 
 from slmjax import config as config_io
 from slmjax import sharding
+from slmjax.architecture import BlockConfig, ModelConfig, Segment
 from slmjax.attention import AttentionConfig
 from slmjax.checkpoint import MANIFEST, CheckpointConfig, Checkpointer, CheckpointError, load_model
 from slmjax.data.tokenizers import ByteTokenizer
-from slmjax.model import BlockConfig, ModelConfig, Segment
 from slmjax.parameters import define, unstack
 
 BLOCK = BlockConfig(mixer=AttentionConfig(num_heads=2), ffn=None)

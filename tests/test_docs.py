@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slmjax import losses, model, parameters, recipes, sharding, zoo
+from slmjax import architecture, losses, model, parameters, recipes, sharding, zoo
 from slmjax.cli import COMMANDS
 from slmjax.layers import MlpConfig
 
@@ -136,10 +136,10 @@ def test_commands_on_the_pages_are_commands() -> None:
 @pytest.fixture(scope="module")
 def gated() -> parameters.Definition:
     example = run_file(EXAMPLE)
-    convolution = model.BlockConfig(mixer=example.GatedConvolutionConfig(width=3), ffn=MlpConfig(hidden_dim=24))
+    convolution = architecture.BlockConfig(mixer=example.GatedConvolutionConfig(width=3), ffn=MlpConfig(hidden_dim=24))
     attention = zoo.nano().stack[0].pattern[0]
-    stack = (model.Segment(pattern=(convolution, attention), repeats=2),)
-    return parameters.define(model.ModelConfig(embed_dim=16, stack=stack, context_length=16, vocab_size=29))
+    stack = (architecture.Segment(pattern=(convolution, attention), repeats=2),)
+    return parameters.define(architecture.ModelConfig(embed_dim=16, stack=stack, context_length=16, vocab_size=29))
 
 
 @pytest.fixture(scope="module")

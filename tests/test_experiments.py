@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from slmjax import config, placement, recipes, sharding
+from slmjax.architecture import BlockConfig, ModelConfig
 from slmjax.attention import AttentionConfig
 from slmjax.data.batch import empty_batch
 from slmjax.experiment import Experiment
 from slmjax.layers import MlpConfig
-from slmjax.model import BlockConfig, ModelConfig
 from slmjax.moe import MoeConfig
 from slmjax.optim import make_optimizer
 from slmjax.parameters import define

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import pytest
 
 from slmjax import parameters, sharding
-from slmjax.model import ModelConfig
+from slmjax.architecture import ModelConfig
 from slmjax.optim import OptimConfig, Optimizer, parameter_groups
 from slmjax.parameters import Definition
 from slmjax.zoo import ARCHITECTURES

@@ -13,10 +13,10 @@ from rich.console import Console
 
 import slmjax
 from slmjax import cli, memory, placement, session, sharding, trainer
+from slmjax.architecture import Precision, Remat
 from slmjax.data.batch import empty_batch
 from slmjax.experiment import Experiment
 from slmjax.memory import Change, StepMemory
-from slmjax.model import Precision, Remat
 from slmjax.runlog import read_log
 from tests.one_layer import one_layer
 

@@ -13,9 +13,9 @@ import pytest
 from flax import nnx
 
 from slmjax import losses, model
+from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, NormPlacement, Precision, Remat, Segment
 from slmjax.attention import AttentionConfig, Biases, QkNorm
 from slmjax.layers import Activation, MlpConfig
-from slmjax.model import BlockConfig, HeadKind, ModelConfig, NormPlacement, Precision, Remat, Segment
 from slmjax.parameters import define
 
 WINDOW = BlockConfig(

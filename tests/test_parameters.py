@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from slmjax import parameters, sharding
+from slmjax.architecture import BlockConfig, ModelConfig, Segment
 from slmjax.attention import AttentionConfig, Biases
 from slmjax.layers import MlpConfig
-from slmjax.model import BlockConfig, ModelConfig, Segment
 from slmjax.parameters import define, restack, stored_shapes, unstack
 
 ONE = BlockConfig(mixer=AttentionConfig(num_heads=2, window=3, biases=Biases.ALL), ffn=MlpConfig(hidden_dim=12, gated=False))

@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from slmjax import placement, sharding
+from slmjax.architecture import BlockConfig, ModelConfig, Segment
 from slmjax.attention import AttentionConfig
-from slmjax.model import BlockConfig, ModelConfig, Segment
 from slmjax.parameters import define
 from slmjax.sharding import MeshConfig, make_mesh
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from slmjax import placement, sharding
+from slmjax.architecture import BlockConfig, ModelConfig, Segment
 from slmjax.attention import AttentionConfig
-from slmjax.model import BlockConfig, ModelConfig, Segment
 from slmjax.parameters import define
 from slmjax.traffic import collectives
 

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from slmjax import zoo
+from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, Segment
 from slmjax.attention import AttentionConfig, QkNorm
 from slmjax.layers import MlpConfig
-from slmjax.model import BlockConfig, HeadKind, ModelConfig, Segment
 from slmjax.moe import MoeConfig
 from slmjax.zoo import ARCHITECTURES, Summary, describe
 

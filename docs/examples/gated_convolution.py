@@ -10,8 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 import slmjax
+from slmjax.architecture import BlockConfig, Segment
 from slmjax.layers import Linear, Mixer, MixerConfig, MlpConfig, Shape, truncated_normal
-from slmjax.model import BlockConfig, Segment
 
 
 # --8<-- [start:mathematics]

@@ -49,6 +49,7 @@ def reference_attention(
     window: int | None,
     scale: float,
     softcap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention of queries over keys of their own segment at their own or earlier positions.
 
@@ -59,6 +60,7 @@ def reference_attention(
       window: a query sees the `window` latest positions, its own included; None for all.
       scale: multiplies the scores.
       softcap: scores are bounded by `softcap * tanh(scores / softcap)` (Gemma 2); None for unbounded.
+      sinks: for each head a score that takes part in the softmax and has no value (GPT-OSS).
     """
     num_kv_heads = k.shape[2]
     q_BTKGH = q.reshape(*q.shape[:2], num_kv_heads, -1, q.shape[3])
@@ -68,7 +70,13 @@ def reference_attention(
     mask = attention_mask(q_segments=q_segments, k_segments=k_segments, q_positions=q_positions, k_positions=k_positions, window=window)
     mask = mask[:, None, None, :, :]
     # Masked again after the softmax: a row that sees nothing would otherwise be the mean of all values.
-    weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, cpu.MASKED_SCORE), axis=-1), 0.0)
+    scores = jnp.where(mask, scores, cpu.MASKED_SCORE)
+    if sinks is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        sink = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, num_kv_heads, -1, 1, 1), (*scores.shape[:-1], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
+    weights = jnp.where(mask, weights, 0.0)
     return jnp.einsum("bkgts,bskh->btkgh", weights.astype(q.dtype), v).reshape(q.shape)
 
 
@@ -81,6 +89,7 @@ def self_attention(
     window: int | None,
     scale: float,
     softcap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """`reference_attention` of a sequence over itself, in the form that suits platform and shape, on any mesh.
 
@@ -89,7 +98,7 @@ def self_attention(
     """
     platform, num_heads = sharding.platform(), q.shape[2]
 
-    def on_device(q: Array, k: Array, v: Array, segments: Array) -> Array:
+    def on_device(q: Array, k: Array, v: Array, segments: Array, *sinks: Array) -> Array:
         if sharding.is_divided("heads") and not sharding.is_divided("kv_heads"):
             # These query heads need not be those of whole groups: each gets a key-value head of its own.
             here = sharding.index_along("heads") * q.shape[2] + jnp.arange(q.shape[2])
@@ -102,14 +111,17 @@ def self_attention(
             keys = [sharding.halo(x, "time", size=(window or 1) - 1, axis=1) for x in (k, v, segments)]
         form = choose_attention(
             length, window=window, platform=platform, softcap=softcap, num_keys=keys[0].shape[1], gathered=gathered,
-            head_dim=q.shape[3], dtype=q.dtype,
+            head_dim=q.shape[3], dtype=q.dtype, has_sinks=bool(sinks),
         )  # fmt: skip
+        form = functools.partial(form, sinks=sinks[0]) if sinks else form
         ids = {"q_segments": segments, "k_segments": keys[2], "shard": sharding.index_along("time") if gathered else None}
         return form(q, keys[0], keys[1], **ids, window=window, scale=scale, softcap=softcap)
 
     queries, pairs, marks = ("batch", "time", "heads", None), ("batch", "time", "kv_heads", None), ("batch", "time")
-    in_dims = (queries, pairs, pairs, marks)
-    return sharding.local(on_device, in_dims=in_dims, out_dims=queries, checked=platform == "cpu")(q, k, v, segment_ids)
+    in_dims, arrays = (queries, pairs, pairs, marks), (q, k, v, segment_ids)
+    if sinks is not None:
+        in_dims, arrays = (*in_dims, ("heads",)), (*arrays, sinks)
+    return sharding.local(on_device, in_dims=in_dims, out_dims=queries, checked=platform == "cpu")(*arrays)
 
 
 def choose_attention(
@@ -122,6 +134,7 @@ def choose_attention(
     gathered: bool = False,
     head_dim: int = 64,
     dtype: Any = jnp.float32,
+    has_sinks: bool = False,
 ) -> Callable[..., Array]:
     """The form of attention of a device's `length` queries: a function of q, k, v, their segments, `shard` and the settings.
 
@@ -136,13 +149,11 @@ def choose_attention(
         announce(f"{name}: splash attention")
         return tpu.attend
     attend, how = reference_attention, ""
-    if platform == "cpu" and softcap is None:
+    is_plain = softcap is None and not has_sinks
+    if platform == "cpu" and is_plain:
         attend, how = _cpu_attention, ", gradient written out"
-    if (
-        fused
-        and platform == "gpu"
-        and gpu.is_expressible(dtype=dtype, head_dim=head_dim, length=length, num_keys=num_keys, softcap=softcap)
-    ):
+    expressible = gpu.is_expressible(dtype=dtype, head_dim=head_dim, length=length, num_keys=num_keys, is_plain=is_plain)
+    if fused and platform == "gpu" and expressible:
         attend, how = _gpu_attention, ", cuDNN"
     # Rows of a product that keeps the machine busy, with keys of a window and with all keys before them.
     window_rows, causal_rows = (64, 128) if platform == "cpu" else (256, 256)

@@ -15,10 +15,10 @@ from jaxtyping import Array, Bool, Float
 MAX_HEAD_DIM = 128
 
 
-def is_expressible(*, dtype: Any, head_dim: int, length: int, num_keys: int, softcap: float | None) -> bool:
-    """Whether cuDNN's kernel has this case, its gradient included."""
+def is_expressible(*, dtype: Any, head_dim: int, length: int, num_keys: int, is_plain: bool) -> bool:
+    """Whether cuDNN's kernel has this case, its gradient included. Plain is a softmax without soft-cap and sinks."""
     is_half = dtype in (jnp.bfloat16, jnp.float16)
-    return is_half and softcap is None and head_dim <= MAX_HEAD_DIM and not head_dim % 8 and not length % 2 and not num_keys % 2
+    return is_half and is_plain and head_dim <= MAX_HEAD_DIM and not head_dim % 8 and not length % 2 and not num_keys % 2
 
 
 def attend(

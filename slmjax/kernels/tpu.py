@@ -7,6 +7,7 @@ query sees. Mosaic kernels are not partitioned by the compiler: this is called u
 Dims: B batch, T query time, S key time, N heads, K kv heads, H head dim.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ def attend(
     window: int | None,
     scale: float,
     softcap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
     shard: Array | int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
@@ -57,7 +59,7 @@ def attend(
     if shard is not None:
         kernel = _of_shard(kernel, shard, num_keys // length)
     heads_first = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    mixed = jax.vmap(kernel)(*heads_first, segment_ids=SegmentIds(q=q_ids, kv=k_ids))
+    mixed = jax.vmap(functools.partial(kernel, sinks=sinks))(*heads_first, segment_ids=SegmentIds(q=q_ids, kv=k_ids))
     mixed = jnp.swapaxes(mixed, 1, 2)[:, :length]
     return jnp.where((q_segments != 0)[:, :, None, None], mixed, 0)  # to the kernel, padding is a document like others
 

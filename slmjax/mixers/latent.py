@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from slmjax import kernels
 from slmjax.attention import join, ring_slots
-from slmjax.layers import Linear, Mixer, MixerConfig, RmsNorm, Shape, effective_weight
+from slmjax.layers import Linear, Mixer, MixerConfig, Shape, effective_weight
 from slmjax.rope import RopeScaling, rotary
 
 
@@ -141,15 +141,15 @@ class LatentAttention(Mixer):
     def __init__(self, config: LatentAttentionConfig, shape: Shape, *, rngs: nnx.Rngs) -> None:
         self.config, self.dtype = config, shape.dtype
         self.scale = config.key_dim**-0.5 if config.scale is None else config.scale
-        eps = shape.norm_eps if config.latent_norm_eps is None else config.latent_norm_eps
+        normed = shape if config.latent_norm_eps is None else dataclasses.replace(shape, norm_eps=config.latent_norm_eps)
         query_dims, rank = config.num_heads * config.key_dim, config.query_rank
         plain, down = {"std": shape.init_std, "rngs": rngs}, {"std": shape.init_std, "bias": config.bias, "rngs": rngs}
         self.query = Linear(shape.embed_dim, query_dims, **plain) if rank is None else None
         self.query_down = None if rank is None else Linear(shape.embed_dim, rank, **down)
-        self.query_norm = None if rank is None else RmsNorm(rank, eps=eps)
+        self.query_norm = None if rank is None else normed.norm(rank)
         self.query_up = None if rank is None else Linear(rank, query_dims, **plain)
         self.latent_down = Linear(shape.embed_dim, config.cached_dim, **down)
-        self.latent_norm = RmsNorm(config.latent_dim, eps=eps)
+        self.latent_norm = normed.norm(config.latent_dim)
         self.latent_up = Linear(config.latent_dim, config.num_heads * (config.plain_dim + config.value_dim), **plain)
         self.output = Linear(config.num_heads * config.value_dim, shape.embed_dim, std=shape.output_std, bias=config.bias, rngs=rngs)
 

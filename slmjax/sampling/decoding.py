@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from slmjax import losses, sharding
-from slmjax.model import Decoder, Output, Segment
+from slmjax.architecture import Segment
+from slmjax.model import Decoder, Output
 from slmjax.parameters import Definition, define, restack, unstack
 from slmjax.sampling.choice import next_tokens, penalised
 from slmjax.sampling.settings import DEFAULT, SamplingConfig, check_prompts, length_limits, resolved_seeds

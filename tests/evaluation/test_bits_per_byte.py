@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from slmjax import parameters, sharding
+from slmjax.architecture import BlockConfig, ModelConfig, Segment
 from slmjax.attention import AttentionConfig
 from slmjax.checkpoint import Loaded
 from slmjax.config import to_json
@@ -19,7 +20,7 @@ from slmjax.data.windows import evaluation_batches
 from slmjax.evaluation import evaluate
 from slmjax.evaluation.bits_per_byte import EvalResult, evaluate_batches, make_eval_step
 from slmjax.layers import MlpConfig
-from slmjax.model import BlockConfig, ModelConfig, Segment, logits
+from slmjax.model import logits
 from tests.data.in_memory import BOS, EOS, InMemoryDocuments
 
 VOCAB, LENGTH, OVERLAP = 258, 8, 3
@@ -114,7 +115,7 @@ def uniform_run(tmp_path: Path) -> Loaded:
     (run / "config.json").write_text(json.dumps({"data": to_json(data), "eval": {"overlap": OVERLAP}}))
     params = jax.tree.map(jnp.zeros_like, PARAMS)
     return Loaded(
-        config=DEFINITION.config, model=DEFINITION.merge(params, {}), tokenizer=tokenizer, definition=DEFINITION, params=params,
+        config=DEFINITION.config, model=DEFINITION.merge(params, {}), own_tokenizer=tokenizer, definition=DEFINITION, params=params,
         buffers={}, path=run, step=1,
     )  # fmt: skip
 
