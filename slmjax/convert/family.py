@@ -45,6 +45,7 @@ class Table:
     around: tuple[Rule, ...]  # outside the layers
     layer: tuple[Rule, ...]  # of each layer, after the prefix
     prefix: str = "model.layers.{i}."
+    base: str = "model."  # begins the names of what is below the head, and is left out where that was saved alone
     ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)  # patterns of tensors that hold nothing of the model
 
 

@@ -4,6 +4,7 @@ Only families of `families/` are read, only keys that they understand, and only 
 directory is run.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import numpy as np
 from slmjax import weights
 from slmjax.config import ConfigError, near_names
 from slmjax.convert.families import HF_FAMILIES
-from slmjax.convert.family import Family, bind, ours_from, theirs_from
+from slmjax.convert.family import Bound, Family, bind, ours_from, theirs_from
 from slmjax.convert.settings import Settings
 from slmjax.convert.source import Expressed, Found, Own, express
 from slmjax.data.shards import file_sha256
@@ -39,7 +40,7 @@ def open_directory(directory: Path) -> Found:
     model = family.read(settings)
     settings.finish()
     tensors = weights.TensorFiles(directory)
-    bound = bind(family.table, model)
+    bound = _as_saved(bind(family.table, model), family, set(tensors.names))
     _check_names(
         family, {name for one in bound for name in one.theirs}, tensors, tied="head/weight" not in {n for one in bound for n in one.ours}
     )
@@ -71,6 +72,14 @@ def _family_of(values: dict[str, Any], path: Path) -> Family:
             return known[name]
     named = ", ".join(map(str, names)) or "nothing under architectures"
     raise ConfigError(f"{path} names {named}, and these are read: {', '.join(known)}.{near_names(named, known)}")
+
+
+def _as_saved(bound: list[Bound], family: Family, found: set[str]) -> list[Bound]:
+    """The rules with the names of a model that was saved without its head, and so without what stands before the names below it."""
+    base = family.table.base
+    if found & {name for one in bound for name in one.theirs if name.startswith(base)}:
+        return bound
+    return [dataclasses.replace(one, theirs=[name.removeprefix(base) for name in one.theirs]) for one in bound]
 
 
 def _check_names(family: Family, wanted: set[str], tensors: weights.TensorFiles, *, tied: bool) -> None:

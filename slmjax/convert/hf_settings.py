@@ -45,7 +45,7 @@ def read_decoder(settings: Settings, blocks: Sequence[BlockConfig], *, tied: boo
     settings.ignore(*IGNORED)
     settings.expect("rope_interleaved", False)
     head = HeadKind.TIED if settings.take("tie_word_embeddings", tied) else HeadKind.FREE
-    fields: dict[str, Any] = {"norm_eps": settings.take("rms_norm_eps", 1e-6)} | more
+    fields: dict[str, Any] = {"norm_eps": settings.take("rms_norm_eps", 1e-6)} | more  # the libraries' default
     return ModelConfig(
         embed_dim=settings.take("hidden_size"), stack=stack_of(blocks), vocab_size=settings.take("vocab_size"), head=head,
         context_length=settings.take("max_position_embeddings"), **fields,
@@ -63,6 +63,12 @@ def write_decoder(model: ModelConfig) -> dict[str, Any]:
         "rms_norm_eps": model.norm_eps,
         "initializer_range": model.init_std,
     }
+
+
+def check_width(model: ModelConfig, attention: AttentionConfig) -> None:
+    """Raises Inexpressible for what some families' libraries refuse to load: a width that heads do not divide."""
+    if model.embed_dim % attention.num_heads:
+        raise Inexpressible(f"its width, {model.embed_dim}, has to be a multiple of its heads, {attention.num_heads}")
 
 
 def first_block(model: ModelConfig) -> tuple[AttentionConfig, Any]:
@@ -125,6 +131,27 @@ def read_rope(settings: Settings, *, base: float = 10_000.0) -> dict[str, Any]:
     settings.ignore("rope_scaling")
     fields = rope_fields(inner, base=base, fraction=fraction, context=context, original=original)
     inner.finish()
+    return fields
+
+
+def read_ropes_by_kind(settings: Settings, *, full: float, local: float | None) -> dict[bool, dict[str, Any]]:
+    """The same for models whose full layers (False) and layers in a window (True) differ, from either spelling.
+
+    Args:
+      full: the base of full layers where nothing is said.
+      local: the base of layers in a window where nothing is said; None for that of full layers.
+    """
+    context, base = settings.take("max_position_embeddings"), settings.take("rope_theta", full)
+    bases = {False: base, True: base if local is None else settings.take("rope_local_base_freq", local)}
+    plain = Settings({}, where="config.json")
+    inner = {False: settings.inner("rope_scaling"), True: plain}
+    if settings.has("rope_parameters"):
+        both = settings.inner("rope_parameters")
+        inner = {False: both.inner("full_attention"), True: both.inner("sliding_attention")}
+        both.finish()
+    fields = {kind: rope_fields(inner[kind], base=bases[kind], context=context) for kind in (False, True)}
+    for one in inner.values():
+        one.finish()
     return fields
 
 

@@ -1,6 +1,6 @@
 """The names that most Hugging Face models give their tensors: rules to build a family's table from."""
 
-from slmjax.convert.family import Rule, linear, norm, same
+from slmjax.convert.family import Rule, experts, linear, matrix, norm, same
 
 EMBEDDING: tuple[Rule, ...] = (
     same("embed/table", "model.embed_tokens.weight"),
@@ -20,4 +20,19 @@ GATED_MLP: tuple[Rule, ...] = (
     *linear("ffn/up", "mlp.up_proj"),
     *linear("ffn/down", "mlp.down_proj"),
 )
-NORMS: tuple[Rule, ...] = (*norm("mixer_norm", "input_layernorm"), *norm("ffn_norm", "post_attention_layernorm"))
+PRE_NORMS: tuple[Rule, ...] = (*norm("mixer_norm", "input_layernorm"), *norm("ffn_norm", "post_attention_layernorm"))
+POST_NORMS: tuple[Rule, ...] = (
+    *norm("mixer_post_norm", "post_attention_layernorm"),
+    *norm("ffn_post_norm", "post_feedforward_layernorm"),
+)
+SANDWICH_NORMS: tuple[Rule, ...] = (
+    *norm("mixer_norm", "input_layernorm"),
+    *norm("ffn_norm", "pre_feedforward_layernorm"),
+    *POST_NORMS,
+)
+MOE: tuple[Rule, ...] = (
+    matrix("ffn/router/weight", "mlp.gate.weight"),
+    experts("ffn/experts/gate", "mlp.experts.{e}.gate_proj.weight"),
+    experts("ffn/experts/up", "mlp.experts.{e}.up_proj.weight"),
+    experts("ffn/experts/down", "mlp.experts.{e}.down_proj.weight"),
+)

@@ -25,6 +25,11 @@ class Settings:
             raise ConfigError(f"{self._where} has no {name!r}, without which the model is not known.{near_names(name, self._values)}")
         return default
 
+    def optional(self, name: str, absent: Any) -> Any:
+        """The value of a key for which null has a meaning: None where it is null, `absent` where there is none."""
+        self._taken.add(name)
+        return self._values.get(name, absent)
+
     def expect(self, name: str, *supported: Any) -> None:
         """Takes a key that may only have one of these values; absent or null is well too.
 
@@ -42,6 +47,10 @@ class Settings:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{self._where}: {name} is {value!r}, and should be a table of settings")
         return Settings(value, where=f"{self._where}: {name}")
+
+    def add_defaults(self, defaults: Mapping[str, Any]) -> None:
+        """Adds keys that are absent."""
+        self._values = {**defaults, **self._values}
 
     def has(self, name: str) -> bool:
         """Whether a key is there, and not null."""

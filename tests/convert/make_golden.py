@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import safe_open
 
 from tests.convert.cases import CASES
-from tests.convert.synthetic import tokens, write_model
+from tests.convert.synthetic import VOCAB_SIZE, tokens, write_model
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -34,7 +34,7 @@ def golden(class_name: str, settings: dict[str, Any]) -> dict[str, Any]:
         # The library's defaults may be faster kernels, which leave out what they cannot do.
         model = model_class.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32).eval()
         with torch.no_grad():
-            logits = model(torch.from_numpy(tokens(settings["vocab_size"]))).logits[0].numpy()
+            logits = model(torch.from_numpy(tokens(VOCAB_SIZE))).logits[0].numpy()
     written.pop("transformers_version")
     about = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
     return {"made_by": about, "config": written, "shapes": shapes, "logits": [[round(float(x), 5) for x in row] for row in logits]}

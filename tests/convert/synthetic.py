@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-NUM_TOKENS = 20
+NUM_TOKENS, VOCAB_SIZE = 20, 47
 
 
 def values(name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -5,8 +5,17 @@ from typing import Any
 from slmjax.architecture import BlockConfig, ModelConfig
 from slmjax.attention import Biases
 from slmjax.convert.family import Family, Table
-from slmjax.convert.hf_settings import first_block, read_attention, read_decoder, read_mlp, write_attention, write_decoder, write_mlp
-from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, NORMS
+from slmjax.convert.hf_settings import (
+    check_width,
+    first_block,
+    read_attention,
+    read_decoder,
+    read_mlp,
+    write_attention,
+    write_decoder,
+    write_mlp,
+)
+from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
 from slmjax.convert.settings import Settings
 
 
@@ -20,8 +29,11 @@ def read(settings: Settings) -> ModelConfig:
 def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     attention, ffn = first_block(model)
+    check_width(model, attention)
     biases = {"attention_bias": attention.biases is Biases.ALL, "mlp_bias": getattr(ffn, "bias", False)}
     return {"model_type": "llama", **write_decoder(model), **write_attention(attention), **write_mlp(ffn), **biases}
 
 
-HF = Family(architecture="LlamaForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=(*NORMS, *ATTENTION, *GATED_MLP)))
+HF = Family(
+    architecture="LlamaForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP))
+)

@@ -17,7 +17,7 @@ from slmjax.convert.hf_settings import (
     write_mlp,
     write_windows,
 )
-from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, NORMS
+from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
 from slmjax.convert.settings import Settings
 
 
@@ -38,14 +38,21 @@ def qwen_windows(settings: Settings) -> list[int | None]:
     )
 
 
+def write_qwen_windows(model: ModelConfig) -> dict[str, Any]:
+    """The keys that `qwen_windows` takes."""
+    windows = write_windows(model)
+    first = next((layer for layer, kind in enumerate(windows["layer_types"]) if kind == "sliding_attention"), model.num_layers)
+    return {**windows, "use_sliding_window": windows["sliding_window"] is not None, "max_window_layers": first}
+
+
 def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     attention, ffn = first_block(model)
-    windows = write_windows(model)
-    first = next((layer for layer, kind in enumerate(windows["layer_types"]) if kind == "sliding_attention"), model.num_layers)
-    windows |= {"use_sliding_window": windows["sliding_window"] is not None, "max_window_layers": first}
+    windows = write_qwen_windows(model)
     biases = {"attention_bias": attention.biases is Biases.ALL}
     return {"model_type": "qwen3", **write_decoder(model), **write_attention(attention), **write_mlp(ffn), **windows, **biases}
 
 
-HF = Family(architecture="Qwen3ForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=(*NORMS, *ATTENTION, *GATED_MLP)))
+HF = Family(
+    architecture="Qwen3ForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP))
+)
