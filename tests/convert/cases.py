@@ -116,6 +116,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_theta": 1e4, "truncate": False, **_YARN},
         },
     ),
+    "deepseek_v2_lite": (
+        "DeepseekV2ForCausalLM",
+        _SMALL | {
+            "num_hidden_layers": 3, "num_key_value_heads": 4, "head_dim": 4, "kv_lora_rank": 10, "q_lora_rank": None, "qk_nope_head_dim": 6,
+            "qk_rope_head_dim": 4, "v_head_dim": 8, "first_k_dense_replace": 1, "n_routed_experts": 5, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12, "n_shared_experts": 2, "routed_scaling_factor": 1.5, "attention_bias": True,
+            "rope_parameters": {"rope_theta": 1e4, "mscale": 0.707, "mscale_all_dim": 0.9, **_YARN},
+        },
+    ),
+    "minicpm3": (
+        "MiniCPM3ForCausalLM",
+        _SMALL | {
+            "num_key_value_heads": 4, "head_dim": 4, "kv_lora_rank": 10, "q_lora_rank": 9, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
+            "v_head_dim": 5, "scale_emb": 3, "scale_depth": 1.4, "dim_model_base": 16, "rms_norm_eps": 1e-5,
+        },
+    ),
     "gpt2": (
         "GPT2LMHeadModel",
         {"vocab_size": 47, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 52, "bos_token_id": 0, "eos_token_id": 0},
