@@ -98,9 +98,8 @@ def main() -> None:
         sizes = [file.stat().st_size for file in theirs.glob("*.safetensors")]
         imported = in_process("--measure", "import", str(theirs), str(ours))
         read = in_process("--measure", "read", str(ours))
-    print(
-        f"| model | files | largest file | import, above the process | into 8 shards, above process and arrays ({read['arrays'] / MB:,.0f} MB) |"
-    )
+    arrays = f"{read['arrays'] / MB:,.0f} MB"
+    print(f"| model | files | largest file | import, above the process | into 8 shards, above process and arrays ({arrays}) |")
     print("|---|---|---|---|---|")
     print(
         f"| SmolLM2-360M's shape, {sum(sizes) / MB:,.0f} MB | {len(sizes)} | {max(sizes) / MB:,.0f} MB | {imported['peak'] / MB:,.0f} MB | "
