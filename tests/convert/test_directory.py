@@ -264,7 +264,7 @@ def test_commands_take_imported_models_as_runs(tmp_path: Path, workplace: Path, 
     assert f"{trained['bits_per_byte']:.4f}" in card and json.loads((run_dir / "data.json").read_text())[0]["hash"] in card
     text = ("--data.path", str(workplace / "text.txt"), "--data.sequence-length", "32", "--json")
     one, other = (run("eval", str(path), *text)["text"] for path in (run_dir, "ours"))
-    assert one["loss"] == other["loss"]
+    assert abs(one["loss"] - other["loss"]) < 1e-6
     said = [run("generate", str(path), "The ", "--max-tokens", "8", "--temperature", "0") for path in (run_dir, "ours")]
     assert said[0] == said[1]
     further = run(
