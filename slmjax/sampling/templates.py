@@ -23,7 +23,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MAX_STEPS = 300_000
+MAX_STEPS = 100_000
 MAX_CHARACTERS = 10_000_000  # of a text on the way, and of the whole; no function is called with a larger number
 _WIDTH = re.compile(r"\d{6}")  # in a format: pads to any width
 
