@@ -26,6 +26,8 @@ from slmjax.sampling import SamplingConfig, generate, render_chat
 DEFAULT_NEW_TOKENS = 256  # of a task that does not say
 NAMES_OF_NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given counts
 
+MARK = "\N{OBJECT REPLACEMENT CHARACTER} "  # where a message that is continued ends
+
 
 class SlmjaxLM(LM):
     """A model as lm-eval asks it: likelihoods of continuations and of whole texts, and greedy or drawn continuations."""
@@ -52,13 +54,18 @@ class SlmjaxLM(LM):
         if tokenizer.chat_template is None:
             raise ValueError("this model has no chat template: leave out --apply_chat_template")
         names = {"bos_token": tokenizer.bos if tokenizer.has_bos else None, "eos_token": tokenizer.eos}
+        last = chat_history[-1]
+        marked = chat_history if add_generation_prompt else [*chat_history[:-1], {**last, "content": last["content"] + MARK}]
         try:
-            text = render_chat(tokenizer.chat_template, chat_history, **names, add_generation_prompt=add_generation_prompt)
+            text = render_chat(tokenizer.chat_template, marked, **names, add_generation_prompt=add_generation_prompt)
         except ValueError:  # some templates refuse system messages: lm-eval then goes without
-            others = [message for message in chat_history if message["role"] != "system"]
+            others = [message for message in marked if message["role"] != "system"]
             text = render_chat(tokenizer.chat_template, others, **names, add_generation_prompt=add_generation_prompt)
-        last = chat_history[-1]["content"].strip()
-        return text if add_generation_prompt else text[: text.rindex(last) + len(last)]
+        if add_generation_prompt:
+            return text
+        if (place := text.rfind(MARK[0])) < 0:
+            raise ValueError("the model's chat template leaves out the last message, so that it cannot be continued")
+        return text[:place] if text[place:].startswith(MARK) else text[:place].rstrip()  # a template that trims has trimmed the mark
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """The log-likelihood of each (context, continuation), and whether it is what greedy decoding would give."""
