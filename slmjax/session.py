@@ -129,7 +129,7 @@ def _encoded_prompts(experiment: Experiment, tokenizer: Tokenizer) -> tuple[tupl
     if not settings.sample_prompts:
         return ()
     try:
-        encoded = tuple((tokenizer.bos_id, *ids) for ids in tokenizer.encode_batch(settings.sample_prompts))
+        encoded = tuple(map(tuple, tokenizer.prompt_batch(settings.sample_prompts)))
         sampling.check_prompts(encoded, vocab_size=tokenizer.vocab_size)
         sampling.length_limits(encoded, max_tokens=settings.sample.max_tokens, context_length=experiment.model.context_length)
     except ValueError as error:

@@ -387,7 +387,7 @@ def _samples(setup: Setup, state: TrainState) -> list[str]:
     if jax.process_count() > 1 or not setup.prompts:
         return []
     params, buffers = state.evaluated, state.frozen
-    found = sampling.sample(setup.inference, params, buffers, setup.prompts, config=settings.sample, eos_id=tokenizer.eos_id)
+    found = sampling.sample(setup.inference, params, buffers, setup.prompts, config=settings.sample, eos_id=tokenizer.end_ids)
     return [
         text + tokenizer.decode_continuation(prompt, one.tokens)
         for text, prompt, one in zip(settings.sample_prompts, setup.prompts, found, strict=True)

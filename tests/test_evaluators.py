@@ -189,15 +189,15 @@ def test_lm_eval_agrees_on_a_local_task(
     ours = evaluation.answer_questions(loaded, data)
     assert found["local_choice"]["acc"] == pytest.approx(ours.accuracy)
     assert found["local_choice"]["acc_norm"] == pytest.approx(ours.accuracy_per_byte)
-    # Texts of up to 130 tokens in a context of 64: each token once, as one sum over windows that overlap by 16.
+    # Texts of up to 130 tokens in a context of 64: each token once, BOS too, in windows that begin with a token of the last one.
     total = 0.0
     for record in records:
-        ids = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode(record["prompt"])]
-        start = 1
-        for end in [*range(65, len(ids), 48), len(ids)]:
-            rows = log_probabilities(loaded, ids[max(end - 65, 0) : end - 1])
-            total += sum(float(rows[index - max(end - 65, 0) - 1, ids[index]]) for index in range(start, end))
-            start = end
+        bos = loaded.tokenizer.bos_id
+        ids = [bos, bos, *loaded.tokenizer.encode(record["prompt"])]
+        for start in range(1, len(ids), 64):
+            end = min(start + 64, len(ids))
+            rows = log_probabilities(loaded, ids[max(end - 65, 1 if start > 1 else 0) : end - 1])[start - end :]
+            total += float(rows[np.arange(end - start), ids[start:end]].sum())
     num_bytes = sum(len(record["prompt"].encode()) for record in records)
     assert found["local_text"]["bits_per_byte"] == pytest.approx(-total / math.log(2) / num_bytes, rel=1e-4)
     assert found["local_writing"]["exact_match"] == 0.0
@@ -224,25 +224,27 @@ def test_lm_eval_continues_as_generate_does(chaotic: Loaded) -> None:
 
     from slmjax.evaluation.lm_eval_adapter import SlmjaxLM
 
-    def continued(context: str, max_tokens: int, *, temperature: float = 0.0) -> str:
+    def continued(context: str | list[int], max_tokens: int, *, temperature: float = 0.0) -> str:
         return slmjax.generate(chaotic, [context], config=SamplingConfig(max_tokens=max_tokens, temperature=temperature))[0].text
 
     free, drawn = continued("The ", 32), continued("The ", 32, temperature=0.9)
-    stop, late, long, face = free[9:11], free[20:23], "The object is 1234567. " * 4, "\N{GRINNING FACE}"
-    kept = continued(long[-51:], 12)  # of a context of 64 tokens, one of them BOS
+    stop, late, long = free[9:11], free[20:23], "The object is 1234567. " * 4
+    kept = continued(chaotic.tokenizer.encode(long)[-52:], 12)  # of a context of 64 tokens: BOS goes with the beginning
     assert len(free) == 32 and 0 < free.index(stop) < free.index(late) and drawn != free and kept != continued(long[:51], 12)
     asked: list[tuple[str, dict[str, Any], str]] = [
         ("The ", {}, free),  # half of the context, where a task asks for more than that, or does not say
         ("The ", {"until": None, "max_gen_toks": 500}, free),
+        ("The ", {"max_new_tokens": 5, "max_tokens": 7}, free[:5]),
         ("The ", {"until": [late, stop]}, free[: free.index(stop)]),
         ("The ", {"until": late}, free[: free.index(late)]),
         ("The ", {"until": [stop], "max_gen_toks": 5}, continued("The ", 5)),
         ("The ", {"until": ["", "absent"], "max_gen_toks": 28}, free[:28]),
         ("The ", {"do_sample": False, "temperature": 0.9}, free),
         ("The ", {"do_sample": True, "temperature": 0.9}, drawn),
+        ("The ", {"temperature": 0.9}, drawn),
         (long, {"max_gen_toks": 12}, kept),
-        # Four bytes each, so that the 51 that are kept begin within a character, which goes as a whole.
-        (long + face * 30, {"max_gen_toks": 12}, continued(face * 12, 12)),
+        ("a<|bos|>b", {"max_gen_toks": 6}, continued([0, 99, 0, 100], 6)),  # the name of a special token is the token
+        ("<|bos|>ab", {"max_gen_toks": 6}, continued("ab", 6)),
     ]  # fmt: skip
     requests = [Instance(request_type="generate_until", doc={}, arguments=one[:2], idx=index) for index, one in enumerate(asked)]
     assert SlmjaxLM(chaotic).generate_until(requests) == [one[2] for one in asked]

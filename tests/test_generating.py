@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,73 @@ def test_what_does_not_fit_is_named(
     monkeypatch.chdir(tmp_path)
     if content is not None:
         (tmp_path / words[1]).write_bytes(content)
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", run_dir, *words])
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and not said.out and "Traceback" not in said.err
+    assert all(part in " ".join(said.err.split()) for part in expected), said.err
+
+
+# Chats ----------------------------------------------------------------------------------------------------------------
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}a:"
+
+
+@pytest.fixture(scope="module")
+def chat_dir(run_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The run, with a chat template beside its tokenizer."""
+    path = tmp_path_factory.mktemp("chat") / "run"
+    shutil.copytree(run_dir, path)
+    (path / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
+    return str(path)
+
+
+@pytest.fixture
+def chat(chat_dir: str, capsys: pytest.CaptureFixture[str]):
+    def call(*words: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main(["generate", chat_dir, *LENGTH, *words])
+        assert not stopped.value.code, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_a_chat_gives_the_answer_alone(generate, chat, tmp_path: Path) -> None:
+    plain = json.loads(generate("--json", "--prompt", "u: Hello\na:", "s: Be brief\nu: Hi\na:"))
+    [record] = json.loads(chat("--json", "--chat", "Hello"))
+    assert record == {**plain[0], "prompt": "Hello"}  # BOS once: the template wrote it
+    assert chat("--chat", "Hello") == plain[0]["text"] + "\n" == chat("--no-stream", "--chat", "Hello")
+    conversations = tmp_path / "conversations.jsonl"
+    messages = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}]
+    lines = [{"prompt": "Hello"}, {"messages": messages}, {"messages": messages[1:], "seed": 1}]
+    conversations.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first, second, third = json.loads(chat("--json", "--chat", "--file", str(conversations)))
+    assert first == record and second == {**{k: v for k, v in plain[1].items() if k != "prompt"}, "messages": messages}
+    assert third["messages"] == messages[1:] and third["prompt_tokens"] != second["prompt_tokens"]
+    # A system message for those that have none of their own.
+    first, second, third = json.loads(chat("--json", "--chat", "--system", "Be brief", "--file", str(conversations)))
+    assert third["tokens"] == second["tokens"] and third["messages"] == messages[1:] and first["tokens"] != record["tokens"]
+    assert chat("--chat", "--prompt", "Hello", "Hello", "--batch-size", "1").startswith(plain[0]["text"] + "\n\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "line", "expected"),
+    [
+        (("--chat", "Hello"), None, ("no chat template", "chat_template.jinja")),
+        (("--chat",), None, ("--chat needs a message",)),
+        (("--system", "Be brief", "Hello"), None, ("add --chat",)),
+        (("--file", "c.jsonl"), '{"messages": [{"role": "user", "content": "a"}]}', ("c.jsonl", "add --chat")),
+        (("--chat", "--file", "c.jsonl"), '{"messages": []}', ("c.jsonl, line 1", "not empty")),
+        (("--chat", "--file", "c.jsonl"), '{"messages": ["a"]}', ("c.jsonl, line 1", '"role": "user"')),
+    ],
+)
+def test_what_is_no_chat_is_named(
+    words: tuple[str, ...], line: str | None, expected: tuple[str, ...], run_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    if line is not None:
+        (tmp_path / "c.jsonl").write_text(line)
     with pytest.raises(SystemExit) as stopped:
         main(["generate", run_dir, *words])
     said = capsys.readouterr()

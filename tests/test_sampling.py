@@ -239,6 +239,7 @@ def test_generate_goes_from_text_to_text(tmp_path: Path) -> None:
     assert [one.reason is FinishReason.EOS for one in found] == [tokens[-1] == tokenizer.eos_id for tokens in expected]
     assert [one.seed for one in found] == [0, 1, 2] and all(len(one.logprobs) == len(one.tokens) for one in found)
     assert generate(loaded, []) == []
+    assert generate(loaded, [expected_prompts[0], "naïve", list(expected_prompts[2])], config=config) == found
     with pytest.raises(ValueError, match="give a list of texts"):
         generate(loaded, "def")
 
@@ -320,6 +321,11 @@ def test_eos_ends_a_continuation_and_is_kept(uniform: Model) -> None:
     assert all(1 not in tokens[:-1] for tokens in drawn)
     assert {len(tokens) == 15 or tokens[-1] == 1 for tokens in drawn} == {True}
     assert len({len(tokens) for tokens in drawn}) > 2
+    config = SamplingConfig(max_tokens=15)
+    free = sample(*uniform, [[BOS]] * 4, config=config, eos_id=None)
+    firsts = [next((i for i, token in enumerate(tokens) if token in (1, 5, 7)), 14) + 1 for tokens in free]
+    ended = sample(*uniform, [[BOS]] * 4, config=config, eos_id=(1, 5, 7))
+    assert ended == [tokens[:first] for tokens, first in zip(free, firsts, strict=True)] and min(firsts) < 14
 
 
 def test_the_context_limit_is_exact_and_named(uniform: Model) -> None:

@@ -15,17 +15,29 @@ from slmjax.cli.options import by_place, load_code, parse, without_prefix
 class Format(enum.Enum):
     """How continuations are written."""
 
-    TEXT = "text"  # prompt and continuation, blank lines between
+    TEXT = "text"  # prompt and continuation, or the answer alone in a chat, blank lines between
     JSON = "json"  # one list of records
     JSONL = "jsonl"  # a record on each line, as soon as it is there
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt, and its seed where it has one of its own."""
+    """A prompt or a conversation as it was given, its seed where it has one of its own, and what the model is given of it."""
 
-    prompt: str
+    prompt: str | None
     seed: int | None = None
+    messages: Any = None  # a list of {"role": ..., "content": ...}
+    tokens: tuple[int, ...] | None = None  # of a chat
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What a record of the answer says that was asked."""
+        return {"prompt": self.prompt} if self.messages is None else {"messages": self.messages}
+
+    @property
+    def input(self) -> Any:
+        """What `generate` takes."""
+        return self.prompt if self.tokens is None else self.tokens
 
 
 def generate_command(words: Sequence[str]) -> int:
@@ -43,6 +55,8 @@ def generate_command(words: Sequence[str]) -> int:
         ] = ()  # texts to continue; "-" reads them from standard input, line by line
         prompt: tuple[str, ...] = ()  # texts to continue, as an option
         file: str | None = None  # file of prompts: one on each line, or JSONL with a field "prompt" (and "seed", where it has its own)
+        chat: bool = False  # each prompt is a user's message, put as the model's chat template says; JSONL may have "messages" instead
+        system: str | None = None  # with --chat: the system message before each
         output: str | None = None  # file to write to (none: standard output)
         format: Format = Format.TEXT  # how continuations are written
         json: bool = False  # the same as --format json
@@ -56,13 +70,15 @@ def generate_command(words: Sequence[str]) -> int:
     given = parse(Arguments, words, command="generate", description=generate_command.__doc__)
     if given.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {given.batch_size}")
-    requests = _requests([*given.prompts, *given.prompt], given.file)
+    requests = _requests([*given.prompts, *given.prompt], given)
     requests = [
-        one if one.seed is not None else Request(one.prompt, (given.settings.seed + i) % 2**32) for i, one in enumerate(requests)
+        one if one.seed is not None else dataclasses.replace(one, seed=(given.settings.seed + i) % 2**32) for i, one in enumerate(requests)
     ]  # fmt: skip
     loaded = checkpoint.load_model(Path(given.run_dir), step=given.step)
+    if given.chat:
+        requests = [_rendered(loaded, one, given.system) for one in requests]
     # What cannot be continued is said before a file that is there is written over.
-    encode_prompts(loaded, [one.prompt for one in requests], config=given.settings)
+    encode_prompts(loaded, [one.input for one in requests], config=given.settings)
     how = Format.JSON if given.json else given.format
     with _writer(given.output) as write:
         if how is Format.TEXT and given.stream and len(requests) == 1:
@@ -73,21 +89,37 @@ def generate_command(words: Sequence[str]) -> int:
 
 
 # Prompts --------------------------------------------------------------------------------------------------------------
-def _requests(prompts: Sequence[str], file: str | None) -> list[Request]:
+def _requests(prompts: Sequence[str], given: Any) -> list[Request]:
     """The prompts of the command line, of standard input where one of them is "-", and of a file; one empty prompt if there are none."""
     found: list[Request] = []
     for prompt in prompts:
         found += _parsed(sys.stdin.read(), "standard input", is_jsonl=False) if prompt == "-" else [Request(prompt)]
-    if file is not None:
-        path = Path(file)
+    if given.file is not None:
+        path = Path(given.file)
         if not path.is_file():
-            raise ValueError(f"there is no file of prompts {file}: --file takes one prompt on each line, or JSONL")
+            raise ValueError(f"there is no file of prompts {path}: --file takes one prompt on each line, or JSONL")
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is no UTF-8 text ({error}): convert it first") from error
-        found += _parsed(text, file, is_jsonl=path.suffix == ".jsonl")
+            raise ValueError(f"{path} is no UTF-8 text ({error}): convert it first") from error
+        found += _parsed(text, given.file, is_jsonl=path.suffix == ".jsonl")
+    if given.chat and not found:
+        raise ValueError("--chat needs a message: slmjax generate RUN_DIR --chat --prompt 'Hello'")
+    if not given.chat and given.system is not None:
+        raise ValueError("--system is the first message of a conversation: add --chat")
+    if not given.chat and any(one.messages is not None for one in found):
+        raise ValueError(f'{given.file} has "messages", which are a conversation: add --chat')
     return found or [Request("")]
+
+
+def _rendered(loaded: Any, request: Request, system: str | None) -> Request:
+    """The conversation as the model's tokens; a system message of its own stands."""
+    from slmjax.sampling import encode_chat
+
+    messages = [{"role": "user", "content": request.prompt}] if request.messages is None else request.messages
+    if system is not None and messages[0].get("role") != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return dataclasses.replace(request, tokens=tuple(encode_chat(loaded.tokenizer, messages)))
 
 
 def _parsed(text: str, where: str, *, is_jsonl: bool) -> list[Request]:
@@ -102,13 +134,22 @@ def _record(line: str, where: str) -> Request:
         record = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{where} is not JSON ({error})") from error
-    prompt = record.get("prompt") if isinstance(record, dict) else None
-    seed = record.get("seed") if isinstance(record, dict) else None
-    if not isinstance(prompt, str):
+    record = record if isinstance(record, dict) else {}
+    prompt, messages, seed = record.get("prompt"), record.get("messages"), record.get("seed")
+    if messages is not None:
+        _check_messages(messages, where)
+        prompt = None
+    elif not isinstance(prompt, str):
         raise ValueError(f'{where} has no text in a field "prompt": write {{"prompt": "..."}}')
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32):
         raise ValueError(f"{where}: seed is {seed!r}, and must be a whole number between 0 and 2**32 - 1")
-    return Request(prompt, seed)
+    return Request(prompt, seed, messages)
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    well_formed = isinstance(messages, list) and all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages)
+    if not messages or not well_formed:
+        raise ValueError(f'{where}: "messages" must be a list of objects like {{"role": "user", "content": "..."}}, and not empty')
 
 
 # Continuations --------------------------------------------------------------------------------------------------------
@@ -131,11 +172,11 @@ def _stream(loaded: Any, request: Request, settings: Any, write: Callable[[str],
 
     def tell(_: int, text: str) -> None:
         nonlocal begun
-        write(text if begun else request.prompt + text)  # a prompt that is refused is not echoed
+        write(text if begun else _echo(request) + text)  # a prompt that is refused is not echoed
         begun = True
 
-    generate(loaded, [request.prompt], config=settings, seeds=[_seed(request)], on_text=tell)
-    write("\n" if begun else request.prompt + "\n")
+    generate(loaded, [request.input], config=settings, seeds=[_seed(request)], on_text=tell)
+    write("\n" if begun else _echo(request) + "\n")
 
 
 def _write_all(loaded: Any, requests: Sequence[Request], given: Any, how: Format, write: Callable[[str], None]) -> None:
@@ -145,12 +186,12 @@ def _write_all(loaded: Any, requests: Sequence[Request], given: Any, how: Format
     records = []
     for first in range(0, len(requests), given.batch_size):
         part = requests[first : first + given.batch_size]
-        found = generate(loaded, [one.prompt for one in part], config=given.settings, seeds=[_seed(one) for one in part])
+        found = generate(loaded, [one.input for one in part], config=given.settings, seeds=[_seed(one) for one in part])
         for request, one in zip(part, found, strict=True):
             if how is Format.TEXT:
-                write(request.prompt + one.text + ("\n\n" if len(requests) > 1 else "\n"))
+                write(_echo(request) + one.text + ("\n\n" if len(requests) > 1 else "\n"))
                 continue
-            record = plain({"prompt": request.prompt, **dataclasses.asdict(one)})
+            record = plain({**request.given, **dataclasses.asdict(one)})
             if not given.logprobs:
                 del record["logprobs"]
             records.append(record)
@@ -163,3 +204,8 @@ def _write_all(loaded: Any, requests: Sequence[Request], given: Any, how: Format
 def _seed(request: Request) -> int:
     assert request.seed is not None, "each request was given one"
     return request.seed
+
+
+def _echo(request: Request) -> str:
+    """What is shown before a continuation: the prompt that it continues; of a chat the answer stands alone."""
+    return (request.prompt or "") if request.tokens is None else ""

@@ -2,34 +2,33 @@
 
 Every kind is a `tokenizers.Tokenizer` (so each one saves as tokenizer.json), wrapped in `Tokenizer`, which adds what
 training needs: BOS and EOS, ids of plain text only (the text "<|eos|>" in a document is encoded as text), the UTF-8
-bytes that each id stands for, and a hash. Vocabularies made here have "<|bos|>" as id 0 and "<|eos|>" as id 1.
+bytes that each id stands for, and a hash. Vocabularies made here have "<|bos|>" as id 0 and "<|eos|>" as id 1. What
+using a model takes is there too: whether a text begins with BOS, which ids end one, the chat template.
 
     tokenizer = BpeTokenizer(vocab_size=4096).build(texts);  tokenizer.decode(tokenizer.encode(text)) == text
+    tokenizer.prompt_ids("def main(")       # what the model is given of a text
 """
 
 import abc
 import dataclasses
 import enum
+import functools
 import hashlib
 import heapq
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
 from jaxtyping import Int32
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from slmjax.config import near_names
+from slmjax.data import conventions
+from slmjax.data.conventions import BOS, EOS
+from slmjax.data.vocabulary import NUM_BYTES, byte_characters, exact_pieces, is_character_vocabulary
 
-BOS, EOS = "<|bos|>", "<|eos|>"
-# What vocabularies in use call them, tried in this order.
-_BOS_NAMES = (BOS, "<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "<|endoftext|>", "[CLS]")
-_EOS_NAMES = (EOS, "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]", "<|im_end|>", "[SEP]")
 _NUM_SPECIAL = 2
-_NUM_BYTES = 256
 
 
 class Reads(enum.Enum):
@@ -41,22 +40,48 @@ class Reads(enum.Enum):
 
 
 class Tokenizer:
-    """One vocabulary. `token_bytes` int32 [V] (UTF-8 bytes per id, 0 for special tokens) is None where bytes do not add up."""
+    """One vocabulary. `token_bytes` int32 [V] (UTF-8 bytes per id, 0 for special tokens) is None where bytes do not add up.
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, bos: str, eos: str) -> None:
+    Args:
+      backend: the vocabulary; settings of it are changed.
+      bos: the token that begins a document in training, and the empty text always.
+      eos: the token that ends a document.
+      ends: further tokens that end a text or a turn.
+      adds_bos: whether the ids of any text begin with BOS.
+      has_bos: False where BOS is another token that stands in for one: files then name none.
+      chat_template: Jinja source that makes a text of messages.
+      unk, pad: other names that are kept for those who read the files.
+
+    Raises:
+      ValueError: the vocabulary lacks one of these tokens.
+    """
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, *, bos: str, eos: str, ends: Sequence[str] = (), adds_bos: bool = True, has_bos: bool = True,
+        chat_template: str | None = None, unk: str | None = None, pad: str | None = None,
+    ) -> None:  # fmt: skip
         backend.no_truncation()  # a tokenizer.json may ask for either, and would cut documents short
         backend.no_padding()
         backend.encode_special_tokens = True  # special tokens inside a text are text
-        self._backend = backend
-        self._bos, self._eos = bos, eos
-        specification = json.loads(backend.to_str())
         vocabulary = backend.get_vocab(with_added_tokens=True)
+        if absent := [name for name in (bos, eos, *ends, unk, pad) if name is not None and name not in vocabulary]:
+            raise ValueError(f"the vocabulary has no token {', '.join(map(repr, absent))}: add it first, with add_tokens")
+        self._backend = backend
+        self.bos, self.eos, self.unk, self.pad = bos, eos, unk, pad
+        self.ends = tuple(name for name in dict.fromkeys(ends) if name != eos)
+        self.adds_bos, self.has_bos, self.chat_template = adds_bos, has_bos or adds_bos, chat_template
         self.vocab_size = max(vocabulary.values()) + 1
         self.bos_id, self.eos_id = vocabulary[bos], vocabulary[eos]
+        self.end_ids = (self.eos_id, *(vocabulary[name] for name in self.ends))  # each ends a text or a turn
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = {token.content: id for id, token in added.items() if token.special}
+        self._added = [token.content for token in added.values() if not token.special]  # recognised in any text
+        # The hash is of what makes ids of a text: the post-processor only puts tokens around them.
+        specification = {**json.loads(backend.to_str()), "post_processor": None}
         canonical = json.dumps([specification, bos, eos], sort_keys=True, separators=(",", ":"))
         self.hash = hashlib.sha256(canonical.encode()).hexdigest()
-        self._alphabet = frozenset(specification["model"]["vocab"]) if _is_character_vocabulary(specification) else None
-        self._pieces = _exact_pieces(specification, vocabulary, self.vocab_size)
+        self._alphabet = frozenset(specification["model"]["vocab"]) if is_character_vocabulary(specification) else None
+        self._pieces = exact_pieces(specification, vocabulary, self.vocab_size)
         sizes = None if self._pieces is None else [len(piece) for piece in self._pieces]
         self.token_bytes: Int32[np.ndarray, " V"] | None = None if sizes is None else np.asarray(sizes, np.int32)
 
@@ -67,8 +92,25 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, by several threads."""
         for text in texts:
-            self._check(text)
+            self._check(text, recognised=self._added)
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_with_special(self, text: str) -> list[int]:
+        """Ids of a text in which the names of special tokens stand for them: what a chat template made."""
+        self._check(text, recognised=[*self._added, *self.special_ids])
+        return self._recognising.encode(text, add_special_tokens=False).ids
+
+    def with_bos(self, ids: Sequence[int]) -> list[int]:
+        """The ids of a text as the model wants them: BOS first where it does, or where there is nothing else."""
+        return [self.bos_id, *ids] if self.adds_bos or not len(ids) else list(ids)
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """What the model is given of a text: its ids, BOS first where the model wants it, and always for an empty text."""
+        return self.with_bos(self.encode(text))
+
+    def prompt_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """What the model is given of each text, as `prompt_ids`."""
+        return [self.with_bos(ids) for ids in self.encode_batch(texts)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens left out; U+FFFD where they stop inside a character."""
@@ -88,21 +130,43 @@ class Tokenizer:
             raise ValueError("this vocabulary does not say which bytes a token stands for (its token_bytes is None): use decode")
         return b"".join(self._pieces[int(id)] for id in ids)
 
+    def add_tokens(self, names: Sequence[str], *, special: bool) -> "Tokenizer":
+        """A tokenizer that also has these tokens, after its own; special ones are no part of a text."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        tokens = [tokenizers.AddedToken(name, special=special, normalized=False) for name in names]
+        _ = backend.add_special_tokens(tokens) if special else backend.add_tokens(tokens)
+        return Tokenizer(
+            backend, bos=self.bos, eos=self.eos, ends=self.ends, adds_bos=self.adds_bos, has_bos=self.has_bos,
+            chat_template=self.chat_template, unk=self.unk, pad=self.pad,
+        )  # fmt: skip
+
     def save(self, directory: Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, in the form that Hugging Face libraries read too."""
         directory.mkdir(parents=True, exist_ok=True)
-        config = {
-            "bos_token": self._bos,
-            "eos_token": self._eos,
-            "clean_up_tokenization_spaces": False,
-            "tokenizer_class": "PreTrainedTokenizerFast",
-        }
-        (directory / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
-        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
+        specification = json.loads(self._backend.to_str())
+        specification["post_processor"] = conventions.post_processor_for(
+            specification["post_processor"], bos=self.bos, bos_id=self.bos_id, adds_bos=self.adds_bos
+        )
+        (directory / "tokenizer.json").write_text(json.dumps(specification, indent=2, ensure_ascii=False), encoding="utf-8")
+        written = conventions.Conventions(
+            bos=self.bos, eos=self.eos, unk=self.unk, pad=self.pad, ends=self.ends, has_bos=self.has_bos, adds_bos=self.adds_bos,
+            chat_template=self.chat_template,
+        )  # fmt: skip
+        conventions.write_conventions(directory, written)
 
     @classmethod
-    def load(cls, path: Path, *, bos: str | None = None, eos: str | None = None) -> "Tokenizer":
-        """Reads a tokenizer.json or the directory that holds one; BOS and EOS as given, as configured beside it, or by name."""
+    def load(
+        cls, path: Path, *, bos: str | None = None, eos: str | None = None, ends: Sequence[str] | None = None, adds_bos: bool | None = None
+    ) -> "Tokenizer":
+        """Reads a tokenizer.json or the directory that holds one.
+
+        What is not given is as the files beside it say, else BOS and EOS go by their usual names. A text begins with BOS
+        where tokenizer_config.json says so, else where the post-processor puts it there or BOS is that of vocabularies
+        made here.
+
+        Raises:
+          ValueError: there is no such file, it is damaged, or no token would be BOS or EOS.
+        """
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
             raise ValueError(f"there is no {file}: name a tokenizer.json, or a directory that holds one")
@@ -110,24 +174,42 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{file} is no tokenizer.json that the tokenizers library reads: {error}") from error
-        configured = _configured_names(file.parent / "tokenizer_config.json")
+        found = conventions.read_conventions(file.parent)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         special = sorted(token.content for token in backend.get_added_tokens_decoder().values())
-        names = {
-            kind: _special_name(kind, given, configured.get(f"{kind}_token"), common, vocabulary, special, file)
-            for kind, given, common in (("bos", bos, _BOS_NAMES), ("eos", eos, _EOS_NAMES))
-        }
-        return cls(backend, bos=names["bos"], eos=names["eos"])
+        named_bos = conventions.special_name("bos", given=bos, configured=found.bos, vocabulary=vocabulary, special=special, file=file)
+        named_eos = conventions.special_name("eos", given=eos, configured=found.eos, vocabulary=vocabulary, special=special, file=file)
+        if adds_bos is None:
+            adds_bos = found.adds_bos
+            if adds_bos is None:
+                processor = json.loads(backend.to_str())["post_processor"]
+                adds_bos = conventions.begins_with_bos(processor, bos=named_bos) or named_bos == BOS
+        # A name that is configured and absent from the vocabulary means nothing to the model.
+        unk, pad = (name if name in vocabulary else None for name in (found.unk, found.pad))
+        return cls(
+            backend, bos=named_bos, eos=named_eos, adds_bos=adds_bos, has_bos=found.has_bos or bos is not None, unk=unk, pad=pad,
+            ends=tuple(name for name in found.ends if name in vocabulary) if ends is None else ends, chat_template=found.chat_template,
+        )  # fmt: skip
 
-    def _check(self, text: str) -> None:
+    @functools.cached_property
+    def _recognising(self) -> tokenizers.Tokenizer:
+        """The vocabulary once more, which reads the names of special tokens as these; a switch would not do where threads encode."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
+
+    def _check(self, text: str, *, recognised: Sequence[str]) -> None:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(f"the text has an unpaired surrogate at character {error.start}: it is not Unicode text") from error
-        unknown = set() if self._alphabet is None else set(text) - self._alphabet
-        if unknown:
+        if self._alphabet is None:
+            return
+        for name in recognised:
+            text = text.replace(name, "")
+        if unknown := sorted(set(text) - self._alphabet):
             raise ValueError(
-                f"the character vocabulary has no {', '.join(map(repr, sorted(unknown)[:8]))}, only the {self.vocab_size - _NUM_SPECIAL}"
+                f"the character vocabulary has no {', '.join(map(repr, unknown[:8]))}, only the {len(self._alphabet) - _NUM_SPECIAL}"
                 " characters of the text it was made from. Remove them, or train with a byte or BPE tokenizer, which express any text."
             )
 
@@ -154,7 +236,7 @@ class BpeTokenizer(TokenizerConfig):
     training_bytes: int = 100_000_000  # at most this much text is learned from: the documents of the smallest hashes
 
     def __post_init__(self) -> None:
-        if self.vocab_size < _NUM_SPECIAL + _NUM_BYTES:
+        if self.vocab_size < _NUM_SPECIAL + NUM_BYTES:
             raise ValueError(f"vocab_size is {self.vocab_size}, must be at least 258: BOS, EOS and 256 bytes")
         if self.training_bytes < 1:
             raise ValueError(f"training_bytes is {self.training_bytes}, must be at least 1")
@@ -184,7 +266,7 @@ class ByteTokenizer(TokenizerConfig):
         return Reads.NOTHING
 
     def build(self, texts: Iterable[str]) -> Tokenizer:
-        vocabulary = {BOS: 0, EOS: 1, **{character: _NUM_SPECIAL + byte for byte, character in enumerate(_byte_characters())}}
+        vocabulary = {BOS: 0, EOS: 1, **{character: _NUM_SPECIAL + byte for byte, character in enumerate(byte_characters())}}
         backend = _byte_level(models.BPE(vocab=vocabulary, merges=[]))
         backend.add_special_tokens([BOS, EOS])
         return Tokenizer(backend, bos=BOS, eos=EOS)
@@ -220,7 +302,8 @@ class FileTokenizer(TokenizerConfig):
         return Reads.NOTHING
 
     def build(self, texts: Iterable[str]) -> Tokenizer:
-        return Tokenizer.load(Path(self.path).expanduser(), bos=self.bos, eos=self.eos)
+        # Documents begin with BOS in training, whatever the model that the file came with expects.
+        return Tokenizer.load(Path(self.path).expanduser(), bos=self.bos, eos=self.eos, adds_bos=True)
 
 
 def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
@@ -246,78 +329,3 @@ def _sample(texts: Iterable[str], max_bytes: int) -> list[str]:
             total -= len(dropped.encode())
             limit = -rank  # what came earlier may have been dropped from here on, so what comes later must be too
     return [text for _, text in sorted(heap, reverse=True)]
-
-
-def _special_name(
-    kind: str, given: str | None, configured: str | None, common: Sequence[str], vocabulary: dict[str, int], special: list[str], file: Path
-) -> str:
-    """The name of the BOS or EOS token. Raises ValueError that lists the candidates."""
-    if given is not None and given not in vocabulary:
-        raise ValueError(f"{file} has no token {given!r} for {kind}.{near_names(given, special)} Its special tokens: {special[:40]}")
-    for name in (given, configured, *common):
-        if name is not None and name in vocabulary:
-            return name
-    raise ValueError(f"{file}: no {kind.upper()} token under a usual name. Name one with --tokenizer.{kind}: {special[:40]}")
-
-
-def _configured_names(path: Path) -> dict[str, str]:
-    """bos_token and eos_token of a tokenizer_config.json, where they are: strings or {"content": string}."""
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is broken ({error}): repair it, or delete it and name bos and eos") from error
-    values = {kind: config.get(kind) for kind in ("bos_token", "eos_token")}
-    return {kind: value["content"] if isinstance(value, dict) else value for kind, value in values.items() if value is not None}
-
-
-def _byte_characters() -> list[str]:
-    """The character that stands for each byte in byte-level vocabularies: printable ones for themselves, others from U+0100."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(_NUM_BYTES)]
-
-
-def _is_character_vocabulary(specification: dict[str, Any]) -> bool:
-    model, decoder = specification["model"], specification["decoder"]
-    plain = specification["normalizer"] is None and specification["pre_tokenizer"] is None
-    fused = decoder is not None and decoder["type"] == "Fuse"
-    return plain and fused and model["type"] == "BPE" and not model["merges"]
-
-
-def _exact_pieces(specification: dict[str, Any], vocabulary: dict[str, int], vocab_size: int) -> list[bytes] | None:
-    """The bytes of each id, if those of a text's ids always join to the text; else None."""
-    added = {token["id"]: token for token in specification["added_tokens"]}
-    byte_level = _keeps_every_byte(specification)
-    if not byte_level and not _is_character_vocabulary(specification):
-        return None
-    if any(not token["special"] and (token["lstrip"] or token["rstrip"]) for token in added.values()):
-        return None  # such a token swallows the blanks beside it
-    byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
-    if byte_level and not byte_of.keys() <= vocabulary.keys():
-        return None
-    pieces = [b""] * vocab_size  # an id without a token stays empty
-    for name, id in vocabulary.items():
-        if id in added:
-            pieces[id] = b"" if added[id]["special"] else name.encode()
-        elif byte_level and not set(name) <= byte_of.keys():
-            return None
-        else:
-            pieces[id] = bytes(byte_of[character] for character in name) if byte_level else name.encode()
-    return pieces
-
-
-def _keeps_every_byte(specification: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json is byte-level and neither normalises, adds a blank, nor drops anything."""
-    steps, decoder = specification["pre_tokenizer"], specification["decoder"]
-    if specification["normalizer"] is not None or specification["model"]["type"] != "BPE" or None in (steps, decoder):
-        return False
-    steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
-    kept = {
-        "ByteLevel": lambda step: not step["add_prefix_space"],
-        "Split": lambda step: step["behavior"] != "Removed",
-        "Digits": lambda step: True,
-    }
-    all_kept = all(step["type"] in kept and kept[step["type"]](step) for step in steps)
-    return all_kept and any(step["type"] == "ByteLevel" for step in steps) and decoder["type"] == "ByteLevel"

@@ -38,7 +38,7 @@ class Likelihood:
 
 
 def pair_tokens(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
-    """Tokens of a context, BOS first, and of what continues it, encoded as one text.
+    """Tokens of a context, BOS first where the model wants it or nothing else comes first, and of what continues it, encoded as one text.
 
     Spaces at the context's end count to the continuation, as tokens begin with their space. Where a token reaches over
     the boundary, the continuation begins with it: every token of the text is in one of the two, as the model saw it in training.
@@ -46,7 +46,7 @@ def pair_tokens(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     cut = len(context.rstrip())
     whole, before = tokenizer.encode(context + continuation), tokenizer.encode(context[:cut])
     shared = next((i for i, (a, b) in enumerate(zip(whole, before, strict=False)) if a != b), min(len(whole), len(before)))
-    return [tokenizer.bos_id, *whole[:shared]], whole[shared:]
+    return tokenizer.with_bos(whole[:shared]), whole[shared:]
 
 
 def log_likelihoods(loaded: Loaded, pairs: Sequence[Pair], *, batch_size: int = DEFAULT_BATCH_SIZE) -> list[Likelihood]:

@@ -1,11 +1,12 @@
 """Token ids to token ids: the model run on prompts, then token by token, a few dozen to a compiled call.
 
 Prompts are padded on the right to a power of two and run through the model (prefill), which fills the decoding state; then
-each call feeds one token per prompt and step, until every prompt has reached EOS or its limit, or the call's number of
+each call feeds one token per prompt and step, until every prompt has reached an end or its limit, or the call's number of
 steps. The decoding state is whatever the mixers made it: it is only handed on. Lengths are rounded up, and temperature,
 probabilities, seeds and limits are arguments, so that few combinations compile.
 
-Dims: B prompts, S tokens of prompt and continuation together (a power of two), P tokens of the prefill, D model, V vocabulary.
+Dims: B prompts, E tokens that end a continuation, S tokens of prompt and continuation together (a power of two), P tokens of
+the prefill, D model, V vocabulary.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from slmjax.sampling.settings import DEFAULT, SamplingConfig, check_prompts, len
 SMALLEST_LENGTH = 16  # shorter sequences are padded to it
 PREFILL_CHUNK = 512  # prompt tokens that see the cache at once: bounds the memory of their scores
 STEPS_PER_CALL = 64  # tokens between two looks at what has come
-NO_TOKEN = -1  # an EOS that no token equals
+NO_TOKEN = -1  # an end that no token equals
 UNROLLED_LAYERS = 16  # up to so many layers decode without a loop over them
 
 
@@ -47,7 +48,7 @@ def sample(
     prompts: Sequence[Sequence[int]],
     *,
     config: SamplingConfig = DEFAULT,
-    eos_id: int | None,
+    eos_id: int | Sequence[int] | None,
     seeds: Sequence[int] | None = None,
     watch: Callable[[int, list[int]], bool] | None = None,
     steps_per_call: int = STEPS_PER_CALL,
@@ -58,8 +59,8 @@ def sample(
     under `jax.set_mesh`, on every process alike.
 
     Args:
-      prompts: token ids, each beginning with BOS.
-      eos_id: ends a continuation; None for none.
+      prompts: token ids, each beginning with BOS where the model wants it.
+      eos_id: ends a continuation, or each of several does; None for none.
       seeds: one for each prompt (none: config.seed, config.seed + 1, ...).
       watch: told the index of each unfinished prompt and its new tokens after every few steps; True ends it.
       steps_per_call: tokens per prompt between two such looks.
@@ -98,12 +99,15 @@ def _padded(prompts: Sequence[Sequence[int]], length: int) -> np.ndarray:
     return tokens
 
 
-def _rule(config: SamplingConfig, *, seeds: Sequence[int], limits: np.ndarray, eos_id: int | None, vocab_size: int) -> "Rule":
+def _rule(
+    config: SamplingConfig, *, seeds: Sequence[int], limits: np.ndarray, eos_id: int | Sequence[int] | None, vocab_size: int
+) -> "Rule":
     def asked(value: float | None) -> np.float32 | None:
         return None if value in (None, 1.0) else np.float32(value)
 
+    ends = [eos_id] if isinstance(eos_id, int) else eos_id
     return Rule(
-        seeds=np.asarray(seeds, np.uint32), limits=limits, eos_id=np.int32(NO_TOKEN if eos_id is None else eos_id),
+        seeds=np.asarray(seeds, np.uint32), limits=limits, end_ids=np.asarray(ends or [NO_TOKEN], np.int32),
         temperature=np.float32(config.temperature) if config.temperature > 0 else None, top_p=asked(config.top_p),
         min_p=None if config.min_p is None else np.float32(config.min_p), penalty=asked(config.repetition_penalty),
         top_k=None if config.top_k is None or config.top_k >= vocab_size else config.top_k,
@@ -145,7 +149,7 @@ def _taken_apart(config: Any, params: dict[str, Array], buffers: dict[str, Array
 
 
 # Inside the compiled program ------------------------------------------------------------------------------------------
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["seeds", "limits", "eos_id", "temperature", "top_p", "min_p", "penalty"],
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["seeds", "limits", "end_ids", "temperature", "top_p", "min_p", "penalty"],
                    meta_fields=["top_k"])  # fmt: skip
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
@@ -156,7 +160,7 @@ class Rule:
 
     seeds: Any  # UInt32[Array, " B"]
     limits: Any  # Int32[Array, " B"]: length at which a prompt is full
-    eos_id: Any  # Int32[Array, ""]
+    end_ids: Any  # Int32[Array, " E"]: each of these tokens ends a continuation
     temperature: Any  # Float32[Array, ""], None for the most likely token
     top_p: Any  # Float32[Array, ""] | None
     min_p: Any  # Float32[Array, ""] | None
@@ -204,7 +208,7 @@ def _extended(progress: Progress, rule: Rule, output: Output, hidden: Float[Arra
         tokens=progress.tokens.at[rows, places].set(new, mode="drop"),
         logprobs=progress.logprobs.at[rows, places].set(logprobs, mode="drop"),
         lengths=grown,
-        done=progress.done | (new == rule.eos_id) | (grown >= rule.limits),
+        done=progress.done | jnp.any(new[:, None] == rule.end_ids[None, :], axis=1) | (grown >= rule.limits),
         state=output.state,
         used=None if progress.used is None else progress.used.at[rows, new].set(True),
     )

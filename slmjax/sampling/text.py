@@ -15,7 +15,7 @@ STREAMED_STEPS = 4  # tokens between two pieces of text that are shown
 class FinishReason(enum.Enum):
     """Why a continuation ended."""
 
-    EOS = "eos"  # the model ended the document
+    EOS = "eos"  # the model ended the document or its turn
     STOP = "stop"  # a stop text came
     LENGTH = "length"  # max_tokens, or the context is full
 
@@ -25,16 +25,16 @@ class Generation:
     """The continuation of one prompt."""
 
     text: str  # of the new tokens alone, without special tokens, up to a stop text
-    tokens: tuple[int, ...]  # new tokens; the last is EOS where it was reached, or belongs to the stop text
+    tokens: tuple[int, ...]  # new tokens; the last is an end where one was reached, or belongs to the stop text
     logprobs: tuple[float, ...]  # nats, of each new token under the model's own distribution, whatever was drawn from
-    prompt_tokens: tuple[int, ...]  # BOS first
+    prompt_tokens: tuple[int, ...]  # BOS first where the model wants it
     reason: FinishReason  # why it ended
     seed: int  # with which this prompt alone gives the same
 
 
 def generate(
     loaded: Loaded,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     *,
     config: SamplingConfig = DEFAULT,
     seeds: Sequence[int] | None = None,
@@ -44,8 +44,9 @@ def generate(
 
     Args:
       loaded: the model, from `load_model`.
-      prompts: texts.
-      config: how tokens are chosen, and where a continuation stops.
+      prompts: texts, or token ids, which are taken as they are: those of a conversation, from `encode_chat`.
+      config: how tokens are chosen, and where a continuation stops: at any end that the tokenizer knows, and at texts. A
+        stop text that is the name of a special token stands for that token.
       seeds: one for each prompt (none: config.seed, config.seed + 1, ...).
       on_text: told the index of a prompt and each piece of its continuation as it comes. The pieces make up `text`: none
         is torn within a character, and nothing that may belong to a stop text is told before it is known not to.
@@ -55,14 +56,17 @@ def generate(
     """
     encoded = encode_prompts(loaded, prompts, config=config)
     drawn_by = resolved_seeds(config, seeds, num_prompts=len(prompts))
-    listener = _Listener(loaded.tokenizer, encoded, config.stop, on_text)
+    tokenizer = loaded.tokenizer
+    stop_ids = [id for stop in config.stop if (id := tokenizer.special_ids.get(stop)) is not None and id not in tokenizer.end_ids]
+    ends = (*tokenizer.end_ids, *stop_ids)
+    listener = _Listener(tokenizer, encoded, config.stop, ends, on_text)
     continued = sample(
-        loaded.definition, loaded.params, loaded.buffers, encoded, config=config, eos_id=loaded.tokenizer.eos_id, seeds=drawn_by,
+        loaded.definition, loaded.params, loaded.buffers, encoded, config=config, eos_id=ends, seeds=drawn_by,
         watch=listener.watch if config.stop or on_text else None, steps_per_call=STREAMED_STEPS if on_text else STEPS_PER_CALL,
     )  # fmt: skip
     found = []
     for index, (prompt, one) in enumerate(zip(encoded, continued, strict=True)):
-        tokens, text, reason = _finished(prompt, one.tokens, loaded.tokenizer, config.stop)
+        tokens, text, reason = _finished(prompt, one.tokens, tokenizer, config.stop, ends)
         listener.tell(index, text)
         logprobs = tuple(one.logprobs[: len(tokens)])
         found.append(
@@ -71,11 +75,15 @@ def generate(
     return found
 
 
-def encode_prompts(loaded: Loaded, prompts: Sequence[str], *, config: SamplingConfig = DEFAULT) -> list[list[int]]:
-    """The tokens of prompts, BOS first. Raises ValueError as `generate` does, before anything is computed."""
+def encode_prompts(loaded: Loaded, prompts: Sequence[str | Sequence[int]], *, config: SamplingConfig = DEFAULT) -> list[list[int]]:
+    """The tokens of prompts, BOS first where the model wants it; ids stay as they are.
+
+    Raises ValueError as `generate` does, before anything is computed.
+    """
     if isinstance(prompts, str):
         raise ValueError(f"prompts is one text, {prompts[:40]!r}: give a list of texts")
-    encoded = [[loaded.tokenizer.bos_id, *ids] for ids in loaded.tokenizer.encode_batch(prompts)]
+    of_texts = iter(loaded.tokenizer.prompt_batch([prompt for prompt in prompts if isinstance(prompt, str)]))
+    encoded = [next(of_texts) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     check_prompts(encoded, vocab_size=loaded.config.known_vocab_size)
     if encoded:
         length_limits(encoded, max_tokens=config.max_tokens, context_length=loaded.config.context_length)
@@ -86,14 +94,15 @@ class _Listener:
     """Follows the continuations while they grow: tells their text, and sees stop texts."""
 
     def __init__(
-        self, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], stops: Sequence[str], on_text: Callable[[int, str], None] | None
-    ) -> None:
-        self._tokenizer, self._prompts, self._stops, self._on_text = tokenizer, prompts, stops, on_text
+        self, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], stops: Sequence[str], ends: Sequence[int],
+        on_text: Callable[[int, str], None] | None,
+    ) -> None:  # fmt: skip
+        self._tokenizer, self._prompts, self._stops, self._ends, self._on_text = tokenizer, prompts, stops, ends, on_text
         self._told: dict[int, int] = {}  # characters of each continuation
 
     def watch(self, index: int, tokens: list[int]) -> bool:
         """Whether this continuation has come to a stop text."""
-        text = self._tokenizer.decode_continuation(self._prompts[index], tokens)
+        text = self._tokenizer.decode_continuation(self._prompts[index], _before_end(tokens, self._ends))
         cut = _stop_place(text, self._stops)
         self.tell(index, _certain(text, self._stops) if cut is None else text[:cut])
         return cut is not None
@@ -106,17 +115,25 @@ class _Listener:
             self._told[index] = len(text)
 
 
-def _finished(prompt: list[int], tokens: list[int], tokenizer: Tokenizer, stops: Sequence[str]) -> tuple[list[int], str, FinishReason]:
+def _before_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    """The tokens that are text: an end need not be a special token."""
+    return tokens[:-1] if tokens and tokens[-1] in ends else tokens
+
+
+def _finished(
+    prompt: list[int], tokens: list[int], tokenizer: Tokenizer, stops: Sequence[str], ends: Sequence[int]
+) -> tuple[list[int], str, FinishReason]:
     """Tokens, text and end of a continuation: tokens past the one that completed a stop text are dropped."""
 
     def text_of(count: int) -> str:
-        return tokenizer.decode_continuation(prompt, tokens[:count])
+        return tokenizer.decode_continuation(prompt, _before_end(tokens[:count], ends))
 
     text = text_of(len(tokens))
     cut = _stop_place(text, stops)
     if cut is None:
-        ended = bool(tokens) and tokens[-1] == tokenizer.eos_id
-        return tokens, text, FinishReason.EOS if ended else FinishReason.LENGTH
+        if not tokens or tokens[-1] not in ends:
+            return tokens, text, FinishReason.LENGTH
+        return tokens, text, FinishReason.EOS if tokens[-1] in tokenizer.end_ids else FinishReason.STOP
     used = next(n for n in range(1, len(tokens) + 1) if _stop_place(text_of(n), stops) is not None)
     return tokens[:used], text[:cut], FinishReason.STOP
 

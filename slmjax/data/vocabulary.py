@@ -1,0 +1,60 @@
+"""Which bytes the ids of a vocabulary stand for, read from a tokenizer.json.
+
+pieces = exact_pieces(json.loads(backend.to_str()), backend.get_vocab(), vocab_size)   # pieces[id] is bytes; None: unknown
+"""
+
+from typing import Any
+
+NUM_BYTES = 256
+
+
+def byte_characters() -> list[str]:
+    """The character that stands for each byte in byte-level vocabularies: printable ones for themselves, others from U+0100."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(NUM_BYTES)]
+
+
+def is_character_vocabulary(specification: dict[str, Any]) -> bool:
+    """Whether each character is an id of its own: a BPE without merges, normaliser and pre-tokenizer."""
+    model, decoder = specification["model"], specification["decoder"]
+    plain = specification["normalizer"] is None and specification["pre_tokenizer"] is None
+    fused = decoder is not None and decoder["type"] == "Fuse"
+    return plain and fused and model["type"] == "BPE" and not model["merges"]
+
+
+def exact_pieces(specification: dict[str, Any], vocabulary: dict[str, int], vocab_size: int) -> list[bytes] | None:
+    """The bytes of each id, if those of a text's ids always join to the text; else None."""
+    added = {token["id"]: token for token in specification["added_tokens"]}
+    byte_level = _keeps_every_byte(specification)
+    if not byte_level and not is_character_vocabulary(specification):
+        return None
+    if any(not token["special"] and (token["lstrip"] or token["rstrip"]) for token in added.values()):
+        return None  # such a token swallows the blanks beside it
+    byte_of = {character: byte for byte, character in enumerate(byte_characters())}
+    if byte_level and not byte_of.keys() <= vocabulary.keys():
+        return None
+    pieces = [b""] * vocab_size  # an id without a token stays empty
+    for name, id in vocabulary.items():
+        if id in added:
+            pieces[id] = b"" if added[id]["special"] else name.encode()
+        elif byte_level and not set(name) <= byte_of.keys():
+            return None
+        else:
+            pieces[id] = bytes(byte_of[character] for character in name) if byte_level else name.encode()
+    return pieces
+
+
+def _keeps_every_byte(specification: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json is byte-level and neither normalises, adds a blank, nor drops anything."""
+    steps, decoder = specification["pre_tokenizer"], specification["decoder"]
+    if specification["normalizer"] is not None or specification["model"]["type"] != "BPE" or None in (steps, decoder):
+        return False
+    steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
+    kept = {
+        "ByteLevel": lambda step: not step["add_prefix_space"],
+        "Split": lambda step: step["behavior"] != "Removed",
+        "Digits": lambda step: True,
+    }
+    all_kept = all(step["type"] in kept and kept[step["type"]](step) for step in steps)
+    return all_kept and any(step["type"] == "ByteLevel" for step in steps) and decoder["type"] == "ByteLevel"

@@ -1,0 +1,171 @@
+"""Chat templates of model directories, which nobody has read: Jinja source, run in a sandbox that gives up on what goes too far.
+
+The dialect is that of Hugging Face's templates: blocks leave no blank lines behind, `break` and `continue`, `tojson` as
+plain JSON, `raise_exception`, `strftime_now`, and a block `generation`, which marks what the model says and changes no text.
+
+jinja2's immutable sandbox keeps a template from the interpreter's internals and from changing what it is given; there is
+no loader, so that it can include no file. What it may compute is limited here: steps (turns of loops, calls, operations)
+and the lengths of texts. What is left: a template
+can take seconds, and a single replacement or join can take much memory, before it is stopped.
+"""
+
+import datetime
+import functools
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
+
+from jinja2 import Template, TemplateError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+
+MAX_STEPS = 100_000
+MAX_CHARACTERS = 10_000_000  # of a text on the way, and of the whole; no function is called with a larger number
+_WIDTH = re.compile(r"\d{6}")  # in a format: pads to any width
+
+
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """The text that a template makes of values, which must be plain data. Raises what goes wrong, of whatever kind."""
+    environment, compiled = _compiled(template)
+    environment.steps = 0
+    pieces, length = [], 0
+    for piece in compiled.generate(**values):
+        pieces.append(piece)
+        length += len(piece)
+        if length > MAX_CHARACTERS:
+            raise SecurityError(f"it makes more than {MAX_CHARACTERS:,} characters")
+    return "".join(pieces)
+
+
+class _GenerationBlock(Extension):
+    """{% generation %} ... {% endgeneration %}: its body."""
+
+    tags = {"generation"}  # noqa: RUF012  (as jinja2 declares it)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Counts what a template does, and refuses what jinja2 would turn into nothing."""
+
+    intercepted_binops = frozenset(["+", "*", "**", "%"])
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
+        self.steps = 0
+        del self.globals["lipsum"], self.filters["format"]
+        self.globals |= {
+            "raise_exception": _raise_exception,
+            "strftime_now": _strftime_now,
+            "dict": lambda *args, **items: dict(*args, **items),
+        }
+        filters = {**self.filters, "tojson": _tojson, _COUNTED: self._counted}
+        self.filters = {name: self._limited(function) for name, function in filters.items()}
+
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        self._check(args, kwargs)
+        return _short(super().call(context, obj, *args, **kwargs))
+
+    def wrap_str_format(self, value: Any) -> Any:
+        """`format` of a text, which jinja2 has wrapped so that it reads no internals."""
+        if isinstance(template := getattr(value, "__self__", None), str) and getattr(value, "__name__", "").startswith("format"):
+            _refuse_width(template)
+        return super().wrap_str_format(value)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        self._count(1)
+        if operator == "%" and isinstance(left, str):
+            _refuse_width(left)
+        elif operator == "**" and not (abs(left) <= MAX_STEPS and abs(right) <= 64):
+            raise SecurityError(f"{left!r} ** {right!r} is too large")
+        if operator == "*" and isinstance(left, int) != isinstance(right, int):
+            times, repeated = (left, right) if isinstance(left, int) else (right, left)
+            if isinstance(repeated, str | list | tuple) and times * len(repeated) > MAX_CHARACTERS:
+                raise SecurityError(f"it repeats something {times:,} times")
+        return _short(super().call_binop(context, operator, left, right))
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
+        """Refused at once: as an undefined value it would print as nothing."""
+        raise SecurityError(f"it reads {attribute!r} of a {type(obj).__name__}, which templates may not")
+
+    def _limited(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter within the same limits as a call."""
+
+        @functools.wraps(function)  # with the marks by which jinja2 knows what else to pass
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._check(args, kwargs)
+            return _short(function(*args, **kwargs))
+
+        return call
+
+    def _check(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
+        self._count(1)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, int) and abs(value) > MAX_CHARACTERS:
+                raise SecurityError(f"it calls a function with the number {value:,}")
+
+    def _counted(self, items: Iterable[Any]) -> list[Any]:
+        found = list(items)
+        self._count(len(found))
+        return found
+
+    def _count(self, steps: int) -> None:
+        self.steps += steps
+        if self.steps > MAX_STEPS:
+            raise SecurityError(f"it takes more than {MAX_STEPS:,} steps")
+
+
+_COUNTED = "counted items"  # a filter that no template can name
+
+
+class _Limited(NodeTransformer):
+    """Loops over counted items, and `a ~ b` as an addition of texts, which the sandbox sees."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        self.generic_visit(node)
+        node.iter = nodes.Filter(node.iter, _COUNTED, [], [], None, None, lineno=node.lineno)
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        first, *rest = [nodes.Filter(one, "string", [], [], None, None, lineno=node.lineno) for one in node.nodes]
+        joined: nodes.Expr = first
+        for text in rest:
+            joined = nodes.Add(joined, text, lineno=node.lineno)
+        return joined
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(source: str) -> tuple[_Sandbox, Template]:
+    environment = _Sandbox()
+    tree = _Limited().visit(environment.parse(source))
+    return environment, environment.from_string(tree.set_environment(environment))
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, str | list) and len(value) > MAX_CHARACTERS:
+        raise SecurityError(f"it makes something of {len(value):,} parts")
+    return value
+
+
+def _refuse_width(template: str) -> None:
+    if _WIDTH.search(template):
+        raise SecurityError(f"its format {template[:40]!r} is too wide")
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.datetime.now().strftime(format)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
