@@ -22,6 +22,6 @@ def untrained(config: ModelConfig, *, tokenizer: Tokenizer, path: Path, scale: f
 
     params, buffers = fill(definition.params), fill(definition.buffers)
     return Loaded(
-        config=definition.config, model=definition.merge(params, buffers), tokenizer=tokenizer, definition=definition, params=params,
+        config=definition.config, model=definition.merge(params, buffers), own_tokenizer=tokenizer, definition=definition, params=params,
         buffers=buffers, path=path, step=1,
     )  # fmt: skip

@@ -102,8 +102,14 @@ def _check_names(architecture: str, table: Table, bound: list[Bound], tensors: w
 
 
 def _tokenizer(directory: Path, values: dict[str, Any]) -> Tokenizer | None:
-    """The directory's tokenizer, with every id that ends a text or a turn."""
-    return Tokenizer.load(directory) if (directory / "tokenizer.json").is_file() else None
+    """The directory's tokenizer, with every token that ends a text or a turn."""
+    if not (directory / "tokenizer.json").is_file():
+        return None
+    tokenizer, path = Tokenizer.load(directory), directory / "generation_config.json"
+    ends = (_read_json(path) if path.is_file() else {}).get("eos_token_id", values.get("eos_token_id"))
+    ids = set(ends) if isinstance(ends, list) else {ends}
+    names = [name for name, id in tokenizer.special_ids.items() if id in ids - {tokenizer.eos_id}]
+    return Tokenizer.load(directory, ends=names) if names else tokenizer
 
 
 def _license(directory: Path) -> str | None:
@@ -126,11 +132,14 @@ def write_directory(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtyp
     expressed = express(own.config, HF_FAMILIES, format_name="Hugging Face", preferred=own.family)
     bound = bind(expressed.family.table_of(expressed.config), expressed.config)
     stored = np.dtype(dtype or own.dtype("embed/table"))
+    ends = list(tokenizer.end_ids)
+    ids = {"bos_token_id": tokenizer.bos_id if tokenizer.has_bos else None, "eos_token_id": ends if len(ends) > 1 else ends[0]}
     config = {
         "architectures": [expressed.family.architecture], **expressed.settings, "dtype": stored.name, "torch_dtype": stored.name,
-        "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
+        **ids,
     }  # fmt: skip
     write_json(out / "config.json", config)
+    write_json(out / "generation_config.json", ids)
     weights.write_tensors(out, _converted(theirs_from(bound, own.read), dtype), largest_file=LARGEST_FILE)
     tokenizer.save(out)
     return expressed

@@ -128,7 +128,8 @@ class Tokenizer:
         """Exactly the bytes of the ids. Raises ValueError for a vocabulary whose ids have no bytes of their own."""
         if self._pieces is None:
             raise ValueError("this vocabulary does not say which bytes a token stands for (its token_bytes is None): use decode")
-        return b"".join(self._pieces[int(id)] for id in ids)
+        # A released model may have rows beyond its tokens, and could draw one.
+        return b"".join(self._pieces[int(id)] for id in ids if id < len(self._pieces))
 
     def add_tokens(self, names: Sequence[str], *, special: bool) -> "Tokenizer":
         """A tokenizer that also has these tokens, after its own; special ones are no part of a text."""

@@ -1,4 +1,4 @@
-"""What we export, loaded by transformers itself; and more configurations of each family than golden files hold. Needs the oracle extra.
+"""What we export, loaded by transformers; and more configurations of each family than golden files hold. Needs the oracle extra."""
 
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ def changed(settings: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     """The settings, with what this family knows of the change."""
     is_gpt2 = "n_embd" in settings
     found = {name: value for name, value in change.items() if name in settings or (name in GENERAL and not is_gpt2)}
+    if settings.get("num_attention_heads", 4) % found.get("num_key_value_heads", 1):
+        del found["num_key_value_heads"]
     if "layer_types" in settings and "num_hidden_layers" in found:
         found["layer_types"] = (settings["layer_types"] * 6)[: found["num_hidden_layers"]]
     return settings | found
