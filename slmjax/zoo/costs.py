@@ -38,7 +38,8 @@ def describe(config: ModelConfig) -> Summary:
     for path, dims in shapes.items():
         used = sizes[path] * _active_share(config, path)
         active += used
-        if path.startswith("segments/") and len(dims) > 2:  # a matrix, beside the layer dim
+        # A matrix, beside the layer dim; biases of experts have as many dims.
+        if path.startswith("segments/") and len(dims) > 2 and not path.endswith("bias"):
             multiplied += used * block_at(config, path).passes
     passes = [block.mixer for block in config.blocks() for _ in range(block.passes)]
     return Summary(
