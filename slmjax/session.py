@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from slmjax import placement, sampling, sharding
-from slmjax.checkpoint import CheckpointConfig, Checkpointer
+from slmjax.checkpoint import Checkpointer, read_config, read_parameters
 from slmjax.data.preparation import Log, Prepared, prepare
 from slmjax.data.tokenizers import FileTokenizer, Tokenizer, TokenizerConfig
 from slmjax.data.windows import EvaluationBatches, evaluation_batches
@@ -153,22 +153,15 @@ def fresh_state(setup: Setup) -> TrainState:
 
 def _model_of(source: Path, setup: Setup) -> tuple[dict[str, Any], dict[str, Any]]:
     """Another run's parameters (averaged, where it kept averages: what `slmjax eval` evaluates) and buffers, placed as this run's."""
-    if not (source / "model.json").is_file():
-        raise ValueError(f"init.path={source} is not a run directory: it has no model.json. Name one that `slmjax train` printed")
+    read_config(source)  # or an error that says what to name
+    if not (source / "tokenizer").is_dir():
+        raise ValueError(f"init.path={source} has no tokenizer: import the model again with --tokenizer FILE")
     if Tokenizer.load(source / "tokenizer").hash != setup.prepared.tokenizer.hash:
         raise ValueError(
             f"init.path={source} was trained with another tokenizer, so its parameters mean nothing here: give the experiment "
             f"FileTokenizer(path='{source / 'tokenizer'}'), as `slmjax train --init-from {source}` does"
         )
-    checkpointer = Checkpointer(source / "checkpoints", model=setup.definition.config, config=CheckpointConfig())
-    like: dict[str, Any] = {"model": setup.shapes.items()["model"]}
-    try:
-        if any(checkpointer.has(step, "ema") for step in checkpointer.steps()):
-            like["ema"] = setup.shapes.trainable
-        items = checkpointer.restore(like)[1]
-    finally:
-        checkpointer.close()
-    return items.get("ema", items["model"]["params"]), items["model"]["buffers"]
+    return read_parameters(source, setup.definition.config, setup.shapes.trainable, setup.shapes.frozen)[1:]
 
 
 def restored_state(setup: Setup, checkpointer: Checkpointer) -> TrainState:

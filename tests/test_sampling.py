@@ -195,7 +195,7 @@ def speaking(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     """A model of bytes: what it says is no text, and mostly torn."""
     definition, params, buffers = build(dataclasses.replace(SMALL, vocab_size=258, context_length=64))
     return Loaded(
-        config=definition.config, model=definition.merge(params, buffers), tokenizer=ByteTokenizer().build(()), definition=definition,
+        config=definition.config, model=definition.merge(params, buffers), own_tokenizer=ByteTokenizer().build(()), definition=definition,
         params=params, buffers=buffers, path=tmp_path_factory.mktemp("speaking"), step=1,
     )  # fmt: skip
 
@@ -225,7 +225,7 @@ def test_generate_goes_from_text_to_text(tmp_path: Path) -> None:
     definition, params, buffers = build(dataclasses.replace(SMALL, vocab_size=258))
     tokenizer = ByteTokenizer().build(())
     loaded = Loaded(
-        config=definition.config, model=definition.merge(params, buffers), tokenizer=tokenizer, definition=definition, params=params,
+        config=definition.config, model=definition.merge(params, buffers), own_tokenizer=tokenizer, definition=definition, params=params,
         buffers=buffers, path=tmp_path, step=1,
     )  # fmt: skip
     config = SamplingConfig(temperature=1.0, max_tokens=8)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from slmjax import startup
+from slmjax.cli.converting import export_command, import_command
 from slmjax.cli.evaluating import eval_command
 from slmjax.cli.generating import generate_command
 from slmjax.cli.inspecting import data_command, models_command
@@ -21,6 +22,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train_command,
     "eval": eval_command,
     "generate": generate_command,
+    "import": import_command,
+    "export": export_command,
     "report": report_command,
     "runs": runs_command,
     "compare": compare_command,
@@ -80,6 +83,6 @@ def _message_for_people(error: Exception) -> str | None:
 
 
 def _overview() -> str:
-    lines = ["usage: slmjax COMMAND [OPTIONS]", "", "Train, evaluate and sample small language models.", ""]
+    lines = ["usage: slmjax COMMAND [OPTIONS]", "", "Train, evaluate, sample, import and export small language models.", ""]
     lines += [f"  {name:<10}{(function.__doc__ or '').splitlines()[0]}" for name, function in COMMANDS.items()]
     return "\n".join([*lines, "", "slmjax COMMAND --help tells the options of a command."])

@@ -115,7 +115,7 @@ def uniform_run(tmp_path: Path) -> Loaded:
     (run / "config.json").write_text(json.dumps({"data": to_json(data), "eval": {"overlap": OVERLAP}}))
     params = jax.tree.map(jnp.zeros_like, PARAMS)
     return Loaded(
-        config=DEFINITION.config, model=DEFINITION.merge(params, {}), tokenizer=tokenizer, definition=DEFINITION, params=params,
+        config=DEFINITION.config, model=DEFINITION.merge(params, {}), own_tokenizer=tokenizer, definition=DEFINITION, params=params,
         buffers={}, path=run, step=1,
     )  # fmt: skip
 

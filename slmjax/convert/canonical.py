@@ -1,0 +1,62 @@
+"""One spelling for each model, so that what an exported configuration would be read back as can be compared with the original."""
+
+import dataclasses
+from typing import Any
+
+from slmjax.architecture import BlockConfig, ModelConfig, Precision, Remat, stack_of
+from slmjax.attention import AttentionConfig
+from slmjax.layers import Shape
+from slmjax.moe import Balance, MoeConfig
+
+
+def canonical(config: ModelConfig) -> ModelConfig:
+    """The configuration with every default spelt out, without what only says how it is trained or computed."""
+    shape = config.layer_shape()
+    blocks = [_canonical_block(block, shape) for block in config.blocks()]
+    return dataclasses.replace(
+        config, stack=stack_of(blocks), vocab_multiple=1, dropout=0.0, init_std=0.02, precision=Precision.FLOAT32, remat=Remat.NONE
+    )
+
+
+def _canonical_block(block: BlockConfig, shape: Shape) -> BlockConfig:
+    mixer, ffn = block.mixer, block.ffn
+    if isinstance(mixer, AttentionConfig):
+        head_dim = mixer.resolved_head_dim(shape)
+        scale = head_dim**-0.5 if mixer.scale is None else mixer.scale
+        mixer = dataclasses.replace(mixer, num_kv_heads=mixer.kv_heads, head_dim=head_dim, scale=scale)
+        if mixer.rope_base is None:
+            mixer = dataclasses.replace(mixer, rope_fraction=1.0, rope_scaling=None)
+    if isinstance(ffn, MoeConfig):
+        balance = Balance.BIAS if ffn.balance is Balance.BIAS else Balance.NONE  # the one that is part of the model
+        ffn = dataclasses.replace(ffn, balance=balance, balance_weight=0.0, bias_rate=0.0, z_weight=0.0, capacity_factor=None)
+    return dataclasses.replace(block, mixer=mixer, ffn=ffn)
+
+
+def differences(wanted: ModelConfig, found: ModelConfig) -> list[str]:
+    """What is not the same in two canonical configurations, as "field = value (read back as other)"; layers one by one."""
+    found_text = []
+    for field in dataclasses.fields(wanted):
+        if field.name != "stack":
+            found_text += _differing(field.name, getattr(wanted, field.name), getattr(found, field.name))
+    ours, theirs = list(wanted.blocks()), list(found.blocks())
+    if len(ours) != len(theirs):
+        return [*found_text, f"{len(ours)} layers (read back as {len(theirs)})"]
+    for layer, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        found_text += _differing(f"layer {layer}", mine, other)
+    return found_text
+
+
+def _differing(where: str, wanted: Any, found: Any) -> list[str]:
+    if wanted == found:
+        return []
+    if dataclasses.is_dataclass(wanted) and type(wanted) is type(found):
+        return [
+            text
+            for field in dataclasses.fields(wanted)
+            for text in _differing(f"{where}.{field.name}", getattr(wanted, field.name), getattr(found, field.name))
+        ]
+    return [f"{where} = {_text(wanted)} (read back as {_text(found)})"]
+
+
+def _text(value: Any) -> str:
+    return str(getattr(value, "value", type(value).__name__ if dataclasses.is_dataclass(value) else value))

@@ -1,0 +1,41 @@
+"""The families that are known, one file each."""
+
+from slmjax.convert.families import (
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_oss,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
+from slmjax.convert.family import Family
+
+# In the order in which an export tries them: what most engines know comes first.
+HF_FAMILIES: tuple[Family, ...] = (
+    llama.HF,
+    qwen3.HF,
+    qwen2.HF,
+    mistral.HF,
+    mixtral.HF,
+    qwen3_moe.HF,
+    gemma2.HF,
+    gemma3.HF,
+    gemma3.HF_WITH_VISION,
+    olmo2.HF,
+    olmo3.HF,
+    phi3.HF,
+    smollm3.HF,
+    granite.HF,
+    granite.HF_HYBRID,
+    gpt_oss.HF,
+    gpt2.HF,
+)

@@ -1,0 +1,67 @@
+"""Gemma 2: norms around each sublayer, centered scales, every other layer in a window, soft-caps on scores and logits."""
+
+from typing import Any
+
+from slmjax.architecture import BlockConfig, ModelConfig, NormPlacement
+from slmjax.attention import Biases
+from slmjax.convert.family import Family, Table
+from slmjax.convert.hf_settings import (
+    check_width,
+    first_block,
+    read_attention,
+    read_decoder,
+    read_mlp,
+    read_windows,
+    with_window,
+    write_attention,
+    write_decoder,
+    write_mlp,
+    write_windows,
+)
+from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, SANDWICH_NORMS
+from slmjax.convert.settings import Settings
+from slmjax.layers import NormKind
+
+
+def read(settings: Settings) -> ModelConfig:
+    """config.json -> ModelConfig."""
+    settings.expect("use_bidirectional_attention", False)
+    num_layers = settings.take("num_hidden_layers")
+    attention = read_attention(
+        settings, scale=settings.take("query_pre_attn_scalar", 256) ** -0.5, softcap=settings.optional("attn_logit_softcapping", 50.0),
+        biases=Biases.ALL if settings.take("attention_bias", False) else Biases.NONE,
+    )  # fmt: skip
+    settings.ignore("hidden_act")  # the older name of hidden_activation, which wins
+    ffn = read_mlp(settings, activation="hidden_activation")
+    windows = read_windows(
+        settings, num_layers=num_layers, window=settings.take("sliding_window", 4096), default=[i % 2 == 0 for i in range(num_layers)]
+    )
+    blocks = [BlockConfig(mixer=with_window(attention, window), ffn=ffn, norm=NormPlacement.SANDWICH) for window in windows]
+    return read_decoder(
+        settings, blocks, tied=True, norm_kind=NormKind.CENTERED_RMS, embed_multiplier=settings.take("hidden_size") ** 0.5,
+        logit_softcap=settings.optional("final_logit_softcapping", 30.0),
+    )  # fmt: skip
+
+
+def write(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> config.json."""
+    attention, ffn = first_block(model)
+    check_width(model, attention)
+    extra = {
+        "query_pre_attn_scalar": query_scalar(attention.scale), "attn_logit_softcapping": attention.softcap,
+        "final_logit_softcapping": model.logit_softcap, "attention_bias": attention.biases is Biases.ALL,
+    }  # fmt: skip
+    keys = {**write_decoder(model), **write_attention(attention), **write_mlp(ffn, activation="hidden_activation")}
+    return {"model_type": "gemma2", **keys, **write_windows(model), **extra}
+
+
+def query_scalar(scale: float | None) -> float:
+    """The number whose root scores are divided by, as short as it was written."""
+    scalar = float(f"{(scale or 1.0) ** -2:.12g}")
+    return int(scalar) if scalar.is_integer() else scalar
+
+
+HF = Family(
+    architecture="Gemma2ForCausalLM", read=read, write=write,
+    table=Table(around=EMBEDDING, layer=(*SANDWICH_NORMS, *ATTENTION, *GATED_MLP)),
+)  # fmt: skip

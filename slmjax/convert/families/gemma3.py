@@ -1,0 +1,124 @@
+"""Gemma 3, text: norms around each sublayer, five layers in a window to each full one, an angle base for either kind.
+
+The larger ones come with a vision tower, which is left out: what is read is their language model.
+"""
+
+import dataclasses
+from typing import Any
+
+from slmjax.architecture import BlockConfig, ModelConfig, NormPlacement
+from slmjax.attention import AttentionConfig, Biases, QkNorm
+from slmjax.convert.families.gemma2 import query_scalar
+from slmjax.convert.family import Family, Inexpressible, Rule, Table, expect_kind
+from slmjax.convert.hf_settings import (
+    IGNORED,
+    check_rotation,
+    check_width,
+    first_block,
+    read_attention,
+    read_decoder,
+    read_mlp,
+    read_ropes_by_kind,
+    read_windows,
+    with_window,
+    write_attention,
+    write_decoder,
+    write_mlp,
+    write_scaling,
+    write_windows,
+)
+from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, SANDWICH_NORMS
+from slmjax.convert.settings import Settings
+from slmjax.layers import NormKind
+
+# What the configurations of the larger models leave out.
+DEFAULTS = {
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "hidden_size": 2304, "intermediate_size": 9216,
+    "num_hidden_layers": 26, "vocab_size": 262_208, "max_position_embeddings": 131_072, "hidden_activation": "gelu_pytorch_tanh",
+}  # fmt: skip
+
+
+def read(settings: Settings) -> ModelConfig:
+    """config.json -> ModelConfig."""
+    settings.add_defaults(DEFAULTS)
+    settings.expect("use_bidirectional_attention", False)
+    num_layers = settings.take("num_hidden_layers")
+    biases = Biases.ALL if settings.take("attention_bias", False) else Biases.NONE
+    attention = read_attention(
+        settings, rope_base=None, biases=biases, scale=settings.take("query_pre_attn_scalar", 256) ** -0.5, qk_norm=QkNorm.PER_HEAD,
+        softcap=settings.optional("attn_logit_softcapping", None),
+    )  # fmt: skip
+    ropes = read_ropes_by_kind(settings, full=1e6, local=1e4)
+    period = settings.take("sliding_window_pattern", settings.take("_sliding_window_pattern", 6))
+    windows = read_windows(
+        settings, num_layers=num_layers, window=settings.take("sliding_window", 4096),
+        default=[(layer + 1) % period != 0 for layer in range(num_layers)],
+    )  # fmt: skip
+    ffn = read_mlp(settings, activation="hidden_activation")
+    mixers = [dataclasses.replace(with_window(attention, window), **ropes[window is not None]) for window in windows]
+    return read_decoder(
+        settings, [BlockConfig(mixer=mixer, ffn=ffn, norm=NormPlacement.SANDWICH) for mixer in mixers], tied=True,
+        norm_kind=NormKind.CENTERED_RMS, embed_multiplier=settings.take("hidden_size") ** 0.5,
+        logit_softcap=settings.optional("final_logit_softcapping", None),
+    )  # fmt: skip
+
+
+def write(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> config.json."""
+    attention, ffn = first_block(model)
+    check_width(model, attention)
+    mixers = [expect_kind(block.mixer, AttentionConfig, "a mixer") for block in model.blocks()]
+    local = next((mixer for mixer in mixers if mixer.window is not None), None)
+    full = next((mixer for mixer in mixers if mixer.window is None), None)
+    for mixer in mixers:
+        check_rotation(mixer)
+    if local is not None and local.rope_scaling is not None:
+        raise Inexpressible("layers in a window have plain angles")
+    ropes = {
+        "rope_theta": 1e6 if full is None else full.rope_base, "rope_local_base_freq": 1e4 if local is None else local.rope_base,
+        "rope_scaling": None if full is None else write_scaling(full.rope_scaling),
+    }  # fmt: skip
+    extra = {
+        "query_pre_attn_scalar": query_scalar(attention.scale), "attn_logit_softcapping": attention.softcap,
+        "final_logit_softcapping": model.logit_softcap, "attention_bias": attention.biases is Biases.ALL,
+    }  # fmt: skip
+    keys = {**write_decoder(model), **write_attention(attention), **write_mlp(ffn, activation="hidden_activation")}
+    return {"model_type": "gemma3_text", **keys, **write_windows(model), **extra, **ropes}
+
+
+HF = Family(
+    architecture="Gemma3ForCausalLM", read=read, write=write,
+    table=Table(around=EMBEDDING, layer=(*SANDWICH_NORMS, *ATTENTION, *GATED_MLP)),
+)  # fmt: skip
+
+
+# With a vision tower --------------------------------------------------------------------------------------------------
+def read_text_part(settings: Settings) -> ModelConfig:
+    """config.json of a model with a vision tower -> ModelConfig of its language model."""
+    inner = settings.inner("text_config")
+    model = read(inner)
+    inner.finish()
+    settings.ignore(*IGNORED, *VISION_KEYS)
+    return model
+
+
+def refuse(model: ModelConfig) -> dict[str, Any]:
+    """Nothing of ours has a vision tower."""
+    raise Inexpressible("it has a vision tower")
+
+
+def _below(rule: Rule, prefix: str) -> Rule:
+    return dataclasses.replace(rule, theirs=tuple(prefix + name for name in rule.theirs))
+
+
+VISION_KEYS = (
+    "vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index", "boi_token_id", "eoi_token_id",
+    "image_token_id", "tie_word_embeddings",
+)  # fmt: skip
+HF_WITH_VISION = Family(
+    architecture="Gemma3ForConditionalGeneration", read=read_text_part, write=refuse,
+    table=Table(
+        around=tuple(_below(rule, "language_model.") for rule in EMBEDDING), layer=HF.table.layer,
+        prefix="language_model.model.layers.{i}.", ignored=(r"vision_tower\..*", r"multi_modal_projector\..*"),
+    ),
+)  # fmt: skip

@@ -1,0 +1,82 @@
+"""GPT-2: learned positions, LayerNorm, biases, a plain MLP; its matrices are [in, out] as ours are."""
+
+from typing import Any
+
+import numpy as np
+
+from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, stack_of
+from slmjax.attention import AttentionConfig, Biases
+from slmjax.convert.family import Arrays, Family, Inexpressible, Rule, Shapes, Table, expect_kind, norm, same
+from slmjax.convert.hf_settings import IGNORED, check_width, first_block, read_activation, write_activation
+from slmjax.convert.settings import Settings
+from slmjax.layers import MlpConfig, NormKind
+
+
+def read(settings: Settings) -> ModelConfig:
+    """config.json -> ModelConfig."""
+    settings.ignore(*IGNORED, *SUMMARY_KEYS, "attn_pdrop", "n_ctx", "reorder_and_upcast_attn", "task_specific_params")
+    settings.expect("scale_attn_weights", True)
+    settings.expect("scale_attn_by_inverse_layer_idx", False)
+    settings.expect("add_cross_attention", False)
+    width, context = settings.take("n_embd"), settings.take("n_positions")
+    activation = read_activation(settings, "activation_function", "gelu_new")
+    ffn = MlpConfig(hidden_dim=settings.take("n_inner", 4 * width), activation=activation, gated=False, bias=True)
+    block = BlockConfig(mixer=AttentionConfig(num_heads=settings.take("n_head"), rope_base=None, biases=Biases.ALL), ffn=ffn)
+    return ModelConfig(
+        embed_dim=width, stack=stack_of([block] * settings.take("n_layer")), context_length=context, learned_positions=context,
+        vocab_size=settings.take("vocab_size"), norm_kind=NormKind.LAYER, norm_eps=settings.take("layer_norm_epsilon", 1e-5),
+        head=HeadKind.TIED if settings.take("tie_word_embeddings", True) else HeadKind.FREE,
+    )  # fmt: skip
+
+
+def write(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> config.json."""
+    attention, ffn = first_block(model)
+    check_width(model, attention)
+    mlp = expect_kind(ffn, MlpConfig, "a feed-forward layer")
+    if model.learned_positions != model.context_length:
+        raise Inexpressible("positions are learned, one row for each of the context")
+    return {
+        "model_type": "gpt2", "n_embd": model.embed_dim, "n_layer": model.num_layers, "n_head": attention.num_heads,
+        "n_positions": model.context_length, "n_inner": mlp.hidden_dim, "activation_function": write_activation(mlp.activation),
+        "vocab_size": model.known_vocab_size, "layer_norm_epsilon": model.norm_eps, "initializer_range": model.init_std,
+        "tie_word_embeddings": model.head is HeadKind.TIED,
+    }  # fmt: skip
+
+
+def side_by_side(ours: tuple[str, ...], theirs: str) -> Rule:
+    """Several tensors that are one, along their last dim."""
+
+    def read_parts(arrays: Arrays, shapes: Shapes) -> Arrays:
+        return np.split(arrays[0], np.cumsum([shape[-1] for shape in shapes])[:-1], axis=-1)
+
+    return Rule(ours=ours, theirs=(theirs,), read=read_parts, write=lambda arrays: [np.concatenate(arrays, axis=-1)])
+
+
+def as_it_is(ours: str, theirs: str) -> tuple[Rule, Rule]:
+    """A linear layer whose matrix is [in, out] there too."""
+    return same(f"{ours}/weight", f"{theirs}.weight"), same(f"{ours}/bias", f"{theirs}.bias")
+
+
+SUMMARY_KEYS = ("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout")
+AROUND = (
+    same("embed/table", "transformer.wte.weight"),
+    same("positions/weight", "transformer.wpe.weight"),
+    *norm("final_norm", "transformer.ln_f"),
+    same("head/weight", "lm_head.weight"),
+)
+LAYER = (
+    *norm("mixer_norm", "ln_1"),
+    side_by_side(("mixer/query/weight", "mixer/key/weight", "mixer/value/weight"), "attn.c_attn.weight"),
+    side_by_side(("mixer/query/bias", "mixer/key/bias", "mixer/value/bias"), "attn.c_attn.bias"),
+    *as_it_is("mixer/output", "attn.c_proj"),
+    *norm("ffn_norm", "ln_2"),
+    *as_it_is("ffn/up", "mlp.c_fc"),
+    *as_it_is("ffn/down", "mlp.c_proj"),
+)
+HF = Family(
+    architecture="GPT2LMHeadModel", read=read, write=write,
+    table=Table(
+        around=AROUND, layer=LAYER, prefix="transformer.h.{i}.", base="transformer.", ignored=(r"(.*\.)?attn\.(bias|masked_bias)",)
+    ),
+)  # fmt: skip

@@ -1,0 +1,81 @@
+"""GPT-OSS: attention sinks, biases everywhere, every other layer in a window, experts with a clamped activation of their own."""
+
+from typing import Any
+
+import numpy as np
+
+from slmjax.architecture import BlockConfig, ModelConfig
+from slmjax.attention import Biases
+from slmjax.convert.family import Arrays, Family, Inexpressible, Rule, Shapes, Table, expect_kind, linear, same
+from slmjax.convert.hf_settings import (
+    first_block,
+    read_attention,
+    read_decoder,
+    read_windows,
+    with_window,
+    write_attention,
+    write_decoder,
+    write_windows,
+)
+from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, PRE_NORMS
+from slmjax.convert.settings import Settings
+from slmjax.layers import CLAMP, STEEPNESS, Activation
+from slmjax.moe import MoeConfig
+
+
+def read(settings: Settings) -> ModelConfig:
+    """config.json -> ModelConfig."""
+    settings.expect("hidden_act", "silu")
+    settings.expect("attention_bias", True)
+    settings.expect("swiglu_limit", CLAMP)
+    settings.expect("swiglu_alpha", STEEPNESS)
+    settings.ignore("initial_context_length")  # repeats what the scaling of angles says
+    num_layers, selected = settings.take("num_hidden_layers"), settings.take("experts_per_token", 4)
+    attention = read_attention(settings, biases=Biases.ALL, sinks=True)
+    ffn = MoeConfig(
+        num_experts=settings.take("num_local_experts", 128), num_selected=settings.take("num_experts_per_tok", selected),
+        hidden_dim=settings.take("intermediate_size"), activation=Activation.CLAMPED_SILU, bias=True,
+    )  # fmt: skip
+    windows = read_windows(
+        settings, num_layers=num_layers, window=settings.take("sliding_window", 128), default=[i % 2 == 0 for i in range(num_layers)]
+    )
+    blocks = [BlockConfig(mixer=with_window(attention, window), ffn=ffn) for window in windows]
+    return read_decoder(settings, blocks, norm_eps=settings.take("rms_norm_eps", 1e-5))
+
+
+def write(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> config.json."""
+    attention, ffn = first_block(model)
+    moe = expect_kind(ffn, MoeConfig, "a feed-forward layer")
+    if moe.activation is not Activation.CLAMPED_SILU:
+        raise Inexpressible(f"the activation is {moe.activation.value}, and has to be clamped_silu")
+    sizes = {
+        "num_local_experts": moe.num_experts, "num_experts_per_tok": moe.num_selected, "intermediate_size": moe.hidden_dim,
+        "hidden_act": "silu", "attention_bias": True, "swiglu_limit": CLAMP,
+    }  # fmt: skip
+    return {"model_type": "gpt_oss", **write_decoder(model), **write_attention(attention), **sizes, **write_windows(model)}
+
+
+def interleaved(ours: tuple[str, str], theirs: str) -> Rule:
+    """Two tensors whose last dims take turns in one."""
+
+    def read_halves(arrays: Arrays, _: Shapes) -> Arrays:
+        return [arrays[0][..., 0::2], arrays[0][..., 1::2]]
+
+    def write_halves(arrays: Arrays) -> Arrays:
+        return [np.stack(arrays, axis=-1).reshape(*arrays[0].shape[:-1], -1)]
+
+    return Rule(ours=ours, theirs=(theirs,), read=read_halves, write=write_halves)
+
+
+LAYER = (
+    *PRE_NORMS,
+    *ATTENTION,
+    same("mixer/sinks", "self_attn.sinks"),
+    *linear("ffn/router", "mlp.router"),
+    interleaved(("ffn/experts/gate", "ffn/experts/up"), "mlp.experts.gate_up_proj"),
+    interleaved(("ffn/experts/gate_bias", "ffn/experts/up_bias"), "mlp.experts.gate_up_proj_bias"),
+    same("ffn/experts/down", "mlp.experts.down_proj"),
+    same("ffn/experts/down_bias", "mlp.experts.down_proj_bias"),
+)
+HF = Family(architecture="GptOssForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=LAYER))

@@ -1,0 +1,96 @@
+"""Granite 3: a Llama with multipliers on embeddings, scores, residual updates and logits. And Granite 4 without its recurrent layers."""
+
+from typing import Any
+
+from slmjax.architecture import BlockConfig, ModelConfig
+from slmjax.attention import AttentionConfig, Biases
+from slmjax.config import ConfigError
+from slmjax.convert.family import Family, Inexpressible, Table, joined, linear
+from slmjax.convert.hf_settings import first_block, read_attention, read_decoder, read_mlp, write_attention, write_decoder, write_mlp
+from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
+from slmjax.convert.settings import Settings
+
+
+def read(settings: Settings) -> ModelConfig:
+    """config.json -> ModelConfig."""
+    ffn = read_mlp(settings, bias=settings.take("mlp_bias", False))
+    block = BlockConfig(mixer=_read_attention(settings), ffn=ffn)
+    return _read_decoder(settings, block)
+
+
+def _read_attention(settings: Settings, **more: Any) -> AttentionConfig:
+    biases = Biases.ALL if settings.take("attention_bias", False) else Biases.NONE
+    return read_attention(settings, scale=float(settings.take("attention_multiplier", 1.0)), biases=biases, **more)
+
+
+def _read_decoder(settings: Settings, block: BlockConfig) -> ModelConfig:
+    return read_decoder(
+        settings, [block] * settings.take("num_hidden_layers"), logit_multiplier=1.0 / settings.take("logits_scaling", 1.0),
+        embed_multiplier=float(settings.take("embedding_multiplier", 1.0)),
+        residual_multiplier=float(settings.take("residual_multiplier", 1.0)),
+    )  # fmt: skip
+
+
+def write(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> config.json."""
+    attention, ffn = first_block(model)
+    return {
+        "model_type": "granite", **_write_decoder(model, attention), **write_mlp(ffn), "mlp_bias": getattr(ffn, "bias", False)
+    }  # fmt: skip
+
+
+def _write_decoder(model: ModelConfig, attention: AttentionConfig) -> dict[str, Any]:
+    return {
+        **write_decoder(model), **write_attention(attention), "attention_bias": attention.biases is Biases.ALL,
+        "embedding_multiplier": model.embed_multiplier, "residual_multiplier": model.residual_multiplier,
+        "attention_multiplier": attention.scale, "logits_scaling": float(f"{1 / model.logit_multiplier:.12g}"),
+    }  # fmt: skip
+
+
+HF = Family(
+    architecture="GraniteForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP))
+)
+
+
+# Granite 4 ------------------------------------------------------------------------------------------------------------
+def read_hybrid(settings: Settings) -> ModelConfig:
+    """config.json of a Granite 4 that has attention alone, as the dense micro has -> ModelConfig."""
+    settings.expect("num_local_experts", 0)
+    settings.ignore(*MAMBA_KEYS, "num_experts_per_tok", "intermediate_size", "normalization_function", "init_method", "num_experts")
+    kinds = set(settings.take("layer_types", ["mamba"]))
+    if not kinds <= {"attention", "full_attention"}:
+        raise ConfigError(f"config.json: layer_types has {sorted(kinds)[-1]!r}: of Granite 4, models of attention layers alone are read")
+    has_rope = settings.take("position_embedding_type", "nope") == "rope"
+    attention = _read_attention(settings, **({} if has_rope else {"rope_base": None}))
+    if not has_rope:
+        settings.ignore("rope_theta", "rope_scaling", "rope_parameters")
+    return _read_decoder(settings, BlockConfig(mixer=attention, ffn=read_mlp(settings, width="shared_intermediate_size")))
+
+
+def write_hybrid(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> config.json of a Granite 4 without recurrent layers."""
+    attention, ffn = first_block(model)
+    if 2 * model.embed_dim % 128:
+        raise Inexpressible(f"its width, {model.embed_dim}, has to be a multiple of 64")
+    kinds = {
+        "num_local_experts": 0, "num_experts_per_tok": 0, "layer_types": ["attention"] * model.num_layers,
+        "position_embedding_type": "nope" if attention.rope_base is None else "rope", "mamba_n_heads": 128,
+    }  # fmt: skip
+    sizes = write_mlp(ffn, width="shared_intermediate_size")
+    sizes["intermediate_size"] = sizes["shared_intermediate_size"]
+    return {"model_type": "granitemoehybrid", **_write_decoder(model, attention), **sizes, **kinds}
+
+
+MAMBA_KEYS = (
+    "mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_head", "mamba_d_conv", "mamba_expand", "mamba_chunk_size",
+    "mamba_conv_bias", "mamba_proj_bias", "time_step_limit", "time_step_min", "time_step_max", "time_step_floor",
+)  # fmt: skip
+HYBRID_LAYER = (
+    *PRE_NORMS,
+    *ATTENTION,
+    joined(("ffn/gate/weight", "ffn/up/weight"), "shared_mlp.input_linear.weight"),
+    *linear("ffn/down", "shared_mlp.output_linear"),
+)
+HF_HYBRID = Family(
+    architecture="GraniteMoeHybridForCausalLM", read=read_hybrid, write=write_hybrid, table=Table(around=EMBEDDING, layer=HYBRID_LAYER)
+)

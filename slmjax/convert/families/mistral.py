@@ -1,0 +1,27 @@
+"""Mistral: a Llama in which all layers may have a window."""
+
+from typing import Any
+
+from slmjax.architecture import BlockConfig, ModelConfig
+from slmjax.convert.family import Family, Table
+from slmjax.convert.hf_settings import first_block, read_attention, read_decoder, read_mlp, write_attention, write_decoder, write_mlp
+from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
+from slmjax.convert.settings import Settings
+
+
+def read(settings: Settings) -> ModelConfig:
+    """config.json -> ModelConfig."""
+    block = BlockConfig(mixer=read_attention(settings, window=settings.optional("sliding_window", 4096)), ffn=read_mlp(settings))
+    return read_decoder(settings, [block] * settings.take("num_hidden_layers"))
+
+
+def write(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> config.json."""
+    attention, ffn = first_block(model)
+    keys = {**write_decoder(model), **write_attention(attention), **write_mlp(ffn)}
+    return {"model_type": "mistral", **keys, "sliding_window": attention.window}
+
+
+HF = Family(
+    architecture="MistralForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP))
+)

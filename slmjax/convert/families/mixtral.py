@@ -1,0 +1,50 @@
+"""Mixtral: a Mistral whose feed-forward layers are experts, of which a token takes the best two."""
+
+from typing import Any
+
+from slmjax.architecture import BlockConfig, ModelConfig
+from slmjax.convert.family import Family, Table, expect_kind, experts, matrix
+from slmjax.convert.hf_settings import (
+    first_block,
+    read_activation,
+    read_attention,
+    read_decoder,
+    write_activation,
+    write_attention,
+    write_decoder,
+)
+from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, PRE_NORMS
+from slmjax.convert.settings import Settings
+from slmjax.moe import MoeConfig
+
+
+def read(settings: Settings) -> ModelConfig:
+    """config.json -> ModelConfig."""
+    ffn = MoeConfig(
+        num_experts=settings.take("num_local_experts", 8), num_selected=settings.take("num_experts_per_tok", 2),
+        hidden_dim=settings.take("intermediate_size"), activation=read_activation(settings),
+    )  # fmt: skip
+    block = BlockConfig(mixer=read_attention(settings, window=settings.optional("sliding_window", None)), ffn=ffn)
+    return read_decoder(settings, [block] * settings.take("num_hidden_layers"))
+
+
+def write(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> config.json."""
+    attention, ffn = first_block(model)
+    moe = expect_kind(ffn, MoeConfig, "a feed-forward layer")
+    sizes = {
+        "num_local_experts": moe.num_experts, "num_experts_per_tok": moe.num_selected, "intermediate_size": moe.hidden_dim,
+        "hidden_act": write_activation(moe.activation), "sliding_window": attention.window,
+    }  # fmt: skip
+    return {"model_type": "mixtral", **write_decoder(model), **write_attention(attention), **sizes}
+
+
+EXPERTS = (
+    matrix("ffn/router/weight", "block_sparse_moe.gate.weight"),
+    experts("ffn/experts/gate", "block_sparse_moe.experts.{e}.w1.weight"),
+    experts("ffn/experts/up", "block_sparse_moe.experts.{e}.w3.weight"),
+    experts("ffn/experts/down", "block_sparse_moe.experts.{e}.w2.weight"),
+)
+HF = Family(
+    architecture="MixtralForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *EXPERTS))
+)

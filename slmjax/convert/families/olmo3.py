@@ -1,0 +1,61 @@
+"""OLMo 3: OLMo 2 with three layers in a window to each full one; only the full ones have their angles scaled."""
+
+import dataclasses
+from typing import Any
+
+from slmjax.architecture import BlockConfig, ModelConfig, NormPlacement
+from slmjax.attention import AttentionConfig, Biases, QkNorm
+from slmjax.convert.families import olmo2
+from slmjax.convert.family import Family, Inexpressible, expect_kind
+from slmjax.convert.hf_settings import (
+    check_rotation,
+    first_block,
+    read_attention,
+    read_decoder,
+    read_mlp,
+    read_ropes_by_kind,
+    read_windows,
+    write_attention,
+    write_decoder,
+    write_mlp,
+    write_scaling,
+    write_windows,
+)
+from slmjax.convert.settings import Settings
+
+
+def read(settings: Settings) -> ModelConfig:
+    """config.json -> ModelConfig."""
+    num_layers = settings.take("num_hidden_layers")
+    biases = Biases.ALL if settings.take("attention_bias", False) else Biases.NONE
+    attention = read_attention(settings, rope_base=None, qk_norm=QkNorm.ALL_HEADS, biases=biases)
+    ropes = read_ropes_by_kind(settings, full=5e5, local=None)
+    windows = read_windows(
+        settings, num_layers=num_layers, window=settings.take("sliding_window", 4096),
+        default=[(layer + 1) % 4 != 0 for layer in range(num_layers)],
+    )  # fmt: skip
+    ffn = read_mlp(settings)
+    mixers = [dataclasses.replace(attention, window=window, **ropes[window is not None]) for window in windows]
+    blocks = [BlockConfig(mixer=mixer, ffn=ffn, norm=NormPlacement.POST) for mixer in mixers]
+    return read_decoder(settings, blocks, norm_eps=settings.take("rms_norm_eps", 1e-5))
+
+
+def write(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> config.json."""
+    attention, ffn = first_block(model)
+    ropes = {}
+    for block in model.blocks():
+        mixer = expect_kind(block.mixer, AttentionConfig, "a mixer")
+        check_rotation(mixer)
+        if mixer.rope_base is None:
+            raise Inexpressible("every layer has positions")
+        kind = "full_attention" if mixer.window is None else "sliding_attention"
+        ropes[kind] = {"rope_theta": mixer.rope_base, "rope_type": "default", **(write_scaling(mixer.rope_scaling) or {})}
+    keys = {**write_decoder(model), **write_attention(attention), **write_mlp(ffn), **write_windows(model)}
+    for name in ("rope_theta", "rope_scaling"):
+        keys.pop(name, None)
+    biases = {"attention_bias": attention.biases is Biases.ALL}
+    return {"model_type": "olmo3", **keys, **biases, "rope_parameters": ropes}
+
+
+HF = Family(architecture="Olmo3ForCausalLM", read=read, write=write, table=olmo2.TABLE)

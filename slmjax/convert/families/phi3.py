@@ -1,0 +1,42 @@
+"""Phi-3 and Phi-4-mini: joined projections, some dims of a head rotated, LongRoPE."""
+
+from typing import Any
+
+from slmjax.architecture import BlockConfig, ModelConfig
+from slmjax.convert.family import Family, Inexpressible, Table, joined, linear
+from slmjax.convert.hf_settings import first_block, read_attention, read_decoder, read_mlp, write_attention, write_decoder, write_mlp
+from slmjax.convert.hf_tensors import EMBEDDING, PRE_NORMS
+from slmjax.convert.settings import Settings
+from slmjax.rope import LongScaling
+
+
+def read(settings: Settings) -> ModelConfig:
+    """config.json -> ModelConfig."""
+    block = BlockConfig(mixer=read_attention(settings, window=settings.optional("sliding_window", None)), ffn=read_mlp(settings))
+    return read_decoder(
+        settings, [block] * settings.take("num_hidden_layers"), norm_eps=settings.take("rms_norm_eps", 1e-5)
+    )  # fmt: skip
+
+
+def write(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> config.json."""
+    attention, ffn = first_block(model)
+    scaling, original = attention.rope_scaling, model.context_length
+    if scaling is not None and not isinstance(scaling, LongScaling):
+        raise Inexpressible(f"its angles are plain or scaled by LongRoPE, not by {type(scaling).__name__}")
+    if scaling is not None:
+        original = scaling.original_context
+        if attention.num_heads * (attention.head_dim or 0) != model.embed_dim:
+            raise Inexpressible("with LongRoPE, the dims of a head have to be its width over its heads")
+    more = {"sliding_window": attention.window, "original_max_position_embeddings": original}
+    return {"model_type": "phi3", **write_decoder(model), **write_attention(attention), **write_mlp(ffn), **more}
+
+
+LAYER = (
+    *PRE_NORMS,
+    joined(("mixer/query/weight", "mixer/key/weight", "mixer/value/weight"), "self_attn.qkv_proj.weight"),
+    *linear("mixer/output", "self_attn.o_proj"),
+    joined(("ffn/gate/weight", "ffn/up/weight"), "mlp.gate_up_proj.weight"),
+    *linear("ffn/down", "mlp.down_proj"),
+)
+HF = Family(architecture="Phi3ForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=LAYER))

@@ -1,0 +1,38 @@
+"""Qwen2 and Qwen2.5: biases of query, key and value; some layers in windows where the configuration says so."""
+
+from typing import Any
+
+from slmjax.architecture import BlockConfig, ModelConfig
+from slmjax.attention import Biases
+from slmjax.convert.families.qwen3 import qwen_windows, write_qwen_windows
+from slmjax.convert.family import Family, Table
+from slmjax.convert.hf_settings import (
+    first_block,
+    read_attention,
+    read_decoder,
+    read_mlp,
+    with_window,
+    write_attention,
+    write_decoder,
+    write_mlp,
+)
+from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
+from slmjax.convert.settings import Settings
+
+
+def read(settings: Settings) -> ModelConfig:
+    """config.json -> ModelConfig."""
+    attention, ffn = read_attention(settings, biases=Biases.QKV), read_mlp(settings)
+    return read_decoder(settings, [BlockConfig(mixer=with_window(attention, window), ffn=ffn) for window in qwen_windows(settings)])
+
+
+def write(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> config.json."""
+    attention, ffn = first_block(model)
+    keys = {**write_decoder(model), **write_attention(attention), **write_mlp(ffn), **write_qwen_windows(model)}
+    return {"model_type": "qwen2", **keys}
+
+
+HF = Family(
+    architecture="Qwen2ForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP))
+)

@@ -1,0 +1,58 @@
+"""Qwen3: query and key norms per head, no biases; some layers in windows where the configuration says so."""
+
+from typing import Any
+
+from slmjax.architecture import BlockConfig, ModelConfig
+from slmjax.attention import Biases, QkNorm
+from slmjax.convert.family import Family, Table
+from slmjax.convert.hf_settings import (
+    first_block,
+    read_attention,
+    read_decoder,
+    read_mlp,
+    read_windows,
+    with_window,
+    write_attention,
+    write_decoder,
+    write_mlp,
+    write_windows,
+)
+from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
+from slmjax.convert.settings import Settings
+
+
+def read(settings: Settings) -> ModelConfig:
+    """config.json -> ModelConfig."""
+    biases = Biases.ALL if settings.take("attention_bias", False) else Biases.NONE
+    attention, ffn = read_attention(settings, qk_norm=QkNorm.PER_HEAD, biases=biases), read_mlp(settings)
+    return read_decoder(settings, [BlockConfig(mixer=with_window(attention, window), ffn=ffn) for window in qwen_windows(settings)])
+
+
+def qwen_windows(settings: Settings) -> list[int | None]:
+    """The window of each layer: those from `max_window_layers` on, where windows are in use at all."""
+    num_layers, window = settings.take("num_hidden_layers"), settings.take("sliding_window", None)
+    in_use, first = settings.take("use_sliding_window", False), settings.take("max_window_layers", 28)
+    window = window if in_use else None
+    return read_windows(
+        settings, num_layers=num_layers, window=window, default=[window is not None and layer >= first for layer in range(num_layers)]
+    )
+
+
+def write_qwen_windows(model: ModelConfig) -> dict[str, Any]:
+    """The keys that `qwen_windows` takes."""
+    windows = write_windows(model)
+    first = next((layer for layer, kind in enumerate(windows["layer_types"]) if kind == "sliding_attention"), model.num_layers)
+    return {**windows, "use_sliding_window": windows["sliding_window"] is not None, "max_window_layers": first}
+
+
+def write(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> config.json."""
+    attention, ffn = first_block(model)
+    windows = write_qwen_windows(model)
+    biases = {"attention_bias": attention.biases is Biases.ALL}
+    return {"model_type": "qwen3", **write_decoder(model), **write_attention(attention), **write_mlp(ffn), **windows, **biases}
+
+
+HF = Family(
+    architecture="Qwen3ForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP))
+)

@@ -1,0 +1,62 @@
+"""Qwen3-MoE: Qwen3 with experts in all layers, or in those that `decoder_sparse_step` and `mlp_only_layers` leave."""
+
+from typing import Any
+
+from slmjax.architecture import BlockConfig, ModelConfig
+from slmjax.attention import Biases, QkNorm
+from slmjax.convert.family import Family, Inexpressible, Table
+from slmjax.convert.hf_settings import (
+    first_block,
+    read_activation,
+    read_attention,
+    read_decoder,
+    read_mlp,
+    write_activation,
+    write_attention,
+    write_decoder,
+)
+from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, MOE, PRE_NORMS
+from slmjax.convert.settings import Settings
+from slmjax.layers import MlpConfig
+from slmjax.moe import MoeConfig
+
+
+def read(settings: Settings) -> ModelConfig:
+    """config.json -> ModelConfig."""
+    biases = Biases.ALL if settings.take("attention_bias", False) else Biases.NONE
+    window = settings.take("sliding_window", None) if settings.take("use_sliding_window", False) else None
+    settings.ignore("sliding_window", "max_window_layers")
+    attention = read_attention(settings, qk_norm=QkNorm.PER_HEAD, biases=biases, window=window)
+    num_experts = settings.take("num_experts", settings.take("num_local_experts", 128))
+    dense, experts = read_mlp(settings), MoeConfig(
+        num_experts=num_experts, num_selected=settings.take("num_experts_per_tok"), hidden_dim=settings.take("moe_intermediate_size"),
+        activation=read_activation(settings), normalize_weights=settings.take("norm_topk_prob", False),
+    )  # fmt: skip
+    step, dense_layers = settings.take("decoder_sparse_step", 1), settings.take("mlp_only_layers", [])
+    is_sparse = [(layer + 1) % step == 0 and layer not in dense_layers for layer in range(settings.take("num_hidden_layers"))]
+    return read_decoder(settings, [BlockConfig(mixer=attention, ffn=experts if sparse else dense) for sparse in is_sparse])
+
+
+def write(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> config.json."""
+    attention, _ = first_block(model)
+    layers = [block.ffn for block in model.blocks()]
+    moe = next((ffn for ffn in layers if isinstance(ffn, MoeConfig)), None)
+    if moe is None:
+        raise Inexpressible("no layer has experts")
+    mlp = next((ffn for ffn in layers if isinstance(ffn, MlpConfig)), None)
+    experts = {
+        "num_experts": moe.num_experts, "num_experts_per_tok": moe.num_selected, "moe_intermediate_size": moe.hidden_dim,
+        "norm_topk_prob": moe.normalize_weights, "hidden_act": write_activation(moe.activation), "decoder_sparse_step": 1,
+        "mlp_only_layers": [layer for layer, ffn in enumerate(layers) if isinstance(ffn, MlpConfig)],
+        "intermediate_size": moe.hidden_dim if mlp is None else mlp.hidden_dim,
+    }  # fmt: skip
+    windows = {"use_sliding_window": attention.window is not None, "sliding_window": attention.window}
+    biases = {"attention_bias": attention.biases is Biases.ALL}
+    return {"model_type": "qwen3_moe", **write_decoder(model), **write_attention(attention), **experts, **windows, **biases}
+
+
+HF = Family(
+    architecture="Qwen3MoeForCausalLM", read=read, write=write,
+    table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *MOE, *GATED_MLP)),
+)  # fmt: skip

@@ -1,0 +1,60 @@
+"""SmolLM3: a Llama in which every fourth layer has no positions."""
+
+import dataclasses
+from typing import Any
+
+from slmjax.architecture import BlockConfig, ModelConfig
+from slmjax.attention import AttentionConfig, Biases
+from slmjax.convert.family import Family, Table, expect_kind
+from slmjax.convert.hf_settings import (
+    first_block,
+    read_attention,
+    read_decoder,
+    read_mlp,
+    read_rope,
+    read_windows,
+    write_attention,
+    write_decoder,
+    write_mlp,
+    write_windows,
+)
+from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
+from slmjax.convert.settings import Settings
+
+
+def read(settings: Settings) -> ModelConfig:
+    """config.json -> ModelConfig."""
+    num_layers, every = settings.take("num_hidden_layers"), settings.take("no_rope_layer_interval", 4)
+    rotated = settings.take("no_rope_layers", [int((layer + 1) % every != 0) for layer in range(num_layers)])  # 1 where there is a rotation
+    window = settings.take("sliding_window", None) if settings.take("use_sliding_window", False) else None
+    settings.ignore("sliding_window")
+    windows = read_windows(
+        settings, num_layers=num_layers, window=window, default=[window is not None and not has_rope for has_rope in rotated]
+    )
+    biases = Biases.ALL if settings.take("attention_bias", False) else Biases.NONE
+    plain = read_attention(settings, rope_base=None, biases=biases)
+    turned = dataclasses.replace(plain, **read_rope(settings, base=2e6))
+    ffn = read_mlp(settings, bias=settings.take("mlp_bias", False))
+    mixers = [dataclasses.replace(turned if has_rope else plain, window=size) for has_rope, size in zip(rotated, windows, strict=True)]
+    return read_decoder(settings, [BlockConfig(mixer=mixer, ffn=ffn) for mixer in mixers], tied=True)
+
+
+def write(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> config.json."""
+    attention, ffn = first_block(model)
+    mixers = [expect_kind(block.mixer, AttentionConfig, "a mixer") for block in model.blocks()]
+    turned = next((mixer for mixer in mixers if mixer.rope_base is not None), attention)
+    windows = write_windows(model)
+    extra = {
+        "no_rope_layers": [int(mixer.rope_base is not None) for mixer in mixers],
+        "use_sliding_window": windows["sliding_window"] is not None,
+        "attention_bias": attention.biases is Biases.ALL,
+        "mlp_bias": getattr(ffn, "bias", False),
+    }
+    keys = {**write_decoder(model), **write_attention(turned), **write_mlp(ffn)}
+    return {"model_type": "smollm3", **keys, **windows, **extra}
+
+
+HF = Family(
+    architecture="SmolLM3ForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP))
+)

@@ -1,0 +1,205 @@
+"""What a family's file is written with: the translation of its configuration, and rules for its tensors.
+
+A rule goes between some of our parameters and some of their tensors, both ways. Ours are matrices [in, out]; most of theirs
+are [out, in]. Names in a table of a layer are relative to it; `{e}` stands for the number of an expert.
+
+    TABLE = Table(
+        around=(same("embed/table", "model.embed_tokens.weight"), ...),
+        layer=(matrix("mixer/query/weight", "self_attn.q_proj.weight"), ...),
+    )
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from slmjax.architecture import ModelConfig
+from slmjax.convert.settings import Settings
+from slmjax.parameters import define, logical_paths
+
+Arrays = list[np.ndarray]
+Shapes = list[tuple[int, ...]]
+T = TypeVar("T")
+
+
+class Inexpressible(ValueError):
+    """What a format cannot say; the message is the reason."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Some of our parameters and the tensors they are made of elsewhere."""
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    read: Callable[[Arrays, Shapes], Arrays]  # theirs, and the shapes of ours -> ours
+    write: Callable[[Arrays], Arrays]  # ours -> theirs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """All tensors of a family. A rule holds where the model has its parameters; the first of several for one parameter holds."""
+
+    around: tuple[Rule, ...]  # outside the layers
+    layer: tuple[Rule, ...]  # of each layer, after the prefix
+    prefix: str = "model.layers.{i}."
+    base: str = "model."  # begins the names of what is below the head, and is left out where that was saved alone
+    ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)  # patterns of tensors that hold nothing of the model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """How one family of models is called in one format."""
+
+    architecture: str  # config.json's architectures[0], or GGUF's general.architecture
+    read: Callable[[Settings], ModelConfig]
+    write: Callable[[ModelConfig], dict[str, Any]]  # what it cannot say may be left out: what is read back is compared
+    table: Table
+
+
+# Rules ----------------------------------------------------------------------------------------------------------------
+def same(ours: str, theirs: str) -> Rule:
+    """A vector or a table of rows, as it is."""
+    return Rule(ours=(ours,), theirs=(theirs,), read=lambda arrays, _: arrays, write=lambda arrays: arrays)
+
+
+def matrix(ours: str, theirs: str) -> Rule:
+    """A matrix, transposed."""
+    return Rule(ours=(ours,), theirs=(theirs,), read=lambda arrays, _: [arrays[0].T], write=lambda arrays: [arrays[0].T])
+
+
+def linear(ours: str, theirs: str) -> tuple[Rule, Rule]:
+    """A linear layer: its matrix, and its bias where it has one."""
+    return matrix(f"{ours}/weight", f"{theirs}.weight"), same(f"{ours}/bias", f"{theirs}.bias")
+
+
+def norm(ours: str, theirs: str) -> tuple[Rule, Rule]:
+    """A norm: its scale, and its bias where it has one."""
+    return same(f"{ours}/scale", f"{theirs}.weight"), same(f"{ours}/bias", f"{theirs}.bias")
+
+
+def joined(ours: Sequence[str], theirs: str) -> Rule:
+    """Several matrices [in, out] that are one [out, in] there, or several vectors that are one."""
+
+    def read(arrays: Arrays, shapes: Shapes) -> Arrays:
+        ends = np.cumsum([shape[-1] for shape in shapes])[:-1]
+        return [part.T for part in np.split(arrays[0], ends, axis=0)]
+
+    return Rule(ours=tuple(ours), theirs=(theirs,), read=read, write=lambda arrays: [np.concatenate([array.T for array in arrays])])
+
+
+def experts(ours: str, theirs: str) -> Rule:
+    """The matrices of all experts, [E, in, out], of which each is one [out, in] there: `theirs` has `{e}` for its number."""
+    return Rule(
+        ours=(ours,), theirs=(theirs,), read=lambda arrays, _: [np.stack([array.T for array in arrays])],
+        write=lambda arrays: [one.T for one in arrays[0]],
+    )  # fmt: skip
+
+
+def stacked_experts(ours: str, theirs: str) -> Rule:
+    """The matrices of all experts, [E, in, out], which are one tensor [E, out, in] there."""
+
+    def turned(arrays: Arrays) -> Arrays:
+        return [np.swapaxes(arrays[0], 1, 2)]
+
+    return Rule(ours=(ours,), theirs=(theirs,), read=lambda arrays, _: turned(arrays), write=turned)
+
+
+# The rules of a model -------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bound:
+    """A rule with the full names of what it goes between."""
+
+    rule: Rule
+    ours: list[str]
+    theirs: list[str]
+    shapes: Shapes  # of ours
+
+
+def logical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter and buffer of a model by logical path, with the shape it has in one layer."""
+    definition = define(config)
+    shapes = {}
+    for path, leaf in {**definition.params, **definition.buffers}.items():
+        own = tuple(leaf.shape[1:]) if path.startswith("segments/") else tuple(leaf.shape)
+        shapes |= dict.fromkeys(logical_paths(config, path), own)
+    return shapes
+
+
+def bind(table: Table, config: ModelConfig) -> list[Bound]:
+    """The rules that make up a model, each of its parameters in one of them.
+
+    Raises:
+      Inexpressible: a parameter has no name in this family.
+    """
+    shapes = logical_shapes(config)
+    left = dict(shapes)
+    bound = []
+    scopes = [("", "", table.around)]
+    scopes += [(f"layers/{layer}/", table.prefix.format(i=layer), table.layer) for layer in range(config.num_layers)]
+    for mine, their_prefix, rules in scopes:
+        for rule in rules:
+            ours = [mine + name for name in rule.ours]
+            if not all(name in left for name in ours):
+                continue
+            own = [left.pop(name) for name in ours]
+            theirs = [their_prefix + name for pattern in rule.theirs for name in _numbered(pattern, own[0][0])]
+            bound.append(Bound(rule=rule, ours=ours, theirs=theirs, shapes=own))
+    if left:
+        raise Inexpressible(f"it has no tensor for {next(iter(left))}")
+    return bound
+
+
+def _numbered(pattern: str, num_experts: int) -> Iterator[str]:
+    if "{e}" not in pattern:
+        yield pattern
+        return
+    for expert in range(num_experts):
+        yield pattern.replace("{e}", str(expert))
+
+
+def ours_from(bound: Sequence[Bound], read: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """Our parameters by logical path, one rule at a time.
+
+    Raises:
+      ValueError: a tensor has another shape than the configuration says.
+    """
+    for one in bound:
+        arrays = [read(name) for name in one.theirs]
+        try:
+            made = one.rule.read(arrays, one.shapes)
+        except ValueError as error:
+            raise ValueError(f"{', '.join(one.theirs)} of shape {arrays[0].shape} does not fit {one.ours[0]}: {error}") from error
+        for name, array, shape in zip(one.ours, made, one.shapes, strict=True):
+            if array.shape != shape:
+                raise ValueError(
+                    f"{one.theirs[0]} of shape {arrays[0].shape} gives {name} the shape {array.shape}, where the configuration says "
+                    f"{shape}: weights and configuration are of different models"
+                )
+            yield name, array
+
+
+def theirs_from(bound: Sequence[Bound], read: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """Their tensors by name, one rule at a time."""
+    for one in bound:
+        made = one.rule.write([read(name) for name in one.ours])
+        yield from zip(one.theirs, made, strict=True)
+
+
+# Whether a family can say it ------------------------------------------------------------------------------------------
+def expect_kind(value: Any, kind: type[T], what: str) -> T:
+    """`value`, if it is of this class. Raises Inexpressible if not."""
+    if not isinstance(value, kind):
+        raise Inexpressible(f"{what} is {type(value).__name__}, and has to be {kind.__name__}")
+    return value
+
+
+def lookup(table: Mapping[Any, T], key: Any, what: str) -> T:
+    """An entry of a table of what a format knows. Raises Inexpressible if there is none."""
+    if key not in table:
+        raise Inexpressible(
+            f"{what} is {getattr(key, 'value', key)!r}, and it knows {', '.join(str(getattr(k, 'value', k)) for k in table)}"
+        )
+    return table[key]

@@ -1,0 +1,140 @@
+"""Hugging Face directories: config.json, safetensors and tokenizer.json, read and written by our own code.
+
+Only families of `families/` are read, only keys that they understand, and only JSON and safetensors: nothing from a model's
+directory is run.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slmjax import weights
+from slmjax.config import ConfigError, near_names
+from slmjax.convert.families import HF_FAMILIES
+from slmjax.convert.family import Bound, Family, bind, ours_from, theirs_from
+from slmjax.convert.settings import Settings
+from slmjax.convert.source import Expressed, Found, Own, express
+from slmjax.data.shards import file_sha256
+from slmjax.data.tokenizers import Tokenizer
+from slmjax.runlog import write_json
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+def open_directory(directory: Path) -> Found:
+    """The model of a Hugging Face directory.
+
+    Raises:
+      ValueError: the directory lacks something, or what it says is not understood; the message names it.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} is no Hugging Face model: it has no config.json. A GGUF file is named by its own path")
+    values = _read_json(path)
+    family = _family_of(values, path)
+    settings = Settings(values, where=str(path))
+    model = family.read(settings)
+    settings.finish()
+    tensors = weights.TensorFiles(directory)
+    bound = _as_saved(bind(family.table, model), family, set(tensors.names))
+    _check_names(
+        family, {name for one in bound for name in one.theirs}, tensors, tied="head/weight" not in {n for one in bound for n in one.ours}
+    )
+    return Found(
+        config=model, family=family.architecture, parameters=lambda: ours_from(bound, tensors.read),
+        tokenizer=lambda: _tokenizer(directory, values),
+        about={
+            "format": "hf", "family": family.architecture, "source": str(directory.absolute()), "config": values,
+            "files": {file.name: file_sha256(file) for file in tensors.files}, "license": _license(directory),
+        },
+    )  # fmt: skip
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): copy it anew") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no table of settings")
+    return values
+
+
+def _family_of(values: dict[str, Any], path: Path) -> Family:
+    names = values.get("architectures") or []
+    known = {family.architecture: family for family in HF_FAMILIES}
+    for name in names:
+        if name in known:
+            return known[name]
+    named = ", ".join(map(str, names)) or "nothing under architectures"
+    raise ConfigError(f"{path} names {named}, and these are read: {', '.join(known)}.{near_names(named, known)}")
+
+
+def _as_saved(bound: list[Bound], family: Family, found: set[str]) -> list[Bound]:
+    """The rules with the names of a model that was saved without its head, and so without what stands before the names below it."""
+    base = family.table.base
+    if found & {name for one in bound for name in one.theirs if name.startswith(base)}:
+        return bound
+    return [dataclasses.replace(one, theirs=[name.removeprefix(base) for name in one.theirs]) for one in bound]
+
+
+def _check_names(family: Family, wanted: set[str], tensors: weights.TensorFiles, *, tied: bool) -> None:
+    found = set(tensors.names)
+    if missing := sorted(wanted - found):
+        raise ValueError(
+            f"{tensors.directory} has no tensor {missing[0]} ({len(missing)} such): weights and configuration do not belong together"
+        )
+    extra = sorted(name for name in found - wanted if not any(re.fullmatch(pattern, name) for pattern in family.table.ignored))
+    if tied and extra == ["lm_head.weight"]:
+        table = next(rule.theirs[0] for rule in family.table.around if rule.ours == ("embed/table",))
+        if np.array_equal(tensors.read("lm_head.weight"), tensors.read(table)):
+            return
+        raise ValueError(
+            "the configuration ties the output to the embedding, and lm_head.weight differs from it: set tie_word_embeddings to false"
+        )
+    if extra:
+        raise ValueError(f"{tensors.directory} holds {extra[0]} ({len(extra)} such), which {family.architecture} has no place for")
+
+
+def _tokenizer(directory: Path, values: dict[str, Any]) -> Tokenizer | None:
+    """The directory's tokenizer, with every id that ends a text or a turn."""
+    return Tokenizer.load(directory) if (directory / "tokenizer.json").is_file() else None
+
+
+def _license(directory: Path) -> str | None:
+    """The licence that the head of the model's README names."""
+    readme = directory / "README.md"
+    found = re.search(r"\A---\n(?:.*\n)*?license:\s*(\S+)", readme.read_text(encoding="utf-8")) if readme.is_file() else None
+    return found.group(1) if found else None
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+def write_directory(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtype | None) -> Expressed:
+    """Writes a model of ours as a Hugging Face directory, and says as which family.
+
+    Args:
+      dtype: of the weights; None for the one they are stored in.
+
+    Raises:
+      ValueError: no family can express it.
+    """
+    expressed = express(own.config, HF_FAMILIES, format_name="Hugging Face", preferred=own.family)
+    bound = bind(expressed.family.table, expressed.config)
+    stored = np.dtype(dtype or own.dtype("embed/table"))
+    config = {
+        "architectures": [expressed.family.architecture], **expressed.settings, "dtype": stored.name, "torch_dtype": stored.name,
+        "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
+    }  # fmt: skip
+    write_json(out / "config.json", config)
+    weights.write_tensors(out, _converted(theirs_from(bound, own.read), dtype))
+    tokenizer.save(out)
+    return expressed
+
+
+def _converted(tensors: Iterator[tuple[str, np.ndarray]], dtype: np.dtype | None) -> Iterator[tuple[str, np.ndarray]]:
+    for name, array in tensors:
+        yield name, array if dtype is None else array.astype(dtype)

@@ -1,0 +1,282 @@
+"""The vocabulary that most config.json files share, in both directions: heads, rotary positions, windows, norms, tables.
+
+Readers take keys from `Settings` and give configs of ours; writers give keys. What a writer cannot say it may leave out: the
+exporter reads back what was written, and refuses what is not the same.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, stack_of
+from slmjax.attention import AttentionConfig
+from slmjax.config import ConfigError
+from slmjax.convert.family import Inexpressible, expect_kind, lookup
+from slmjax.convert.settings import Settings
+from slmjax.layers import Activation, MlpConfig
+from slmjax.rope import LinearScaling, Llama3Scaling, LongScaling, RopeScaling, YarnScaling, rotary_dim
+
+# Keys that say how a model was trained or is to be run, not what it computes.
+IGNORED = (
+    "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id", "cache_implementation", "chunk_size_feed_forward",
+    "dtype", "embd_pdrop", "eos_token_id", "hidden_dropout", "hidden_dropout_prob", "id2label", "initializer_range", "is_decoder",
+    "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
+    "pretraining_tp", "problem_type", "resid_pdrop", "return_dict", "router_aux_loss_coef", "router_jitter_noise", "torch_dtype",
+    "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache", "attn_implementation",
+    "_attn_implementation", "_attn_implementation_autoset", "is_llama_config", "sep_token_id", "unk_token_id",
+)  # fmt: skip
+
+ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": Activation.SILU, "gelu_pytorch_tanh": Activation.GELU, "gelu_new": Activation.GELU, "gelu": Activation.GELU_EXACT,
+    "relu": Activation.RELU, "relu2": Activation.RELU2,
+}  # fmt: skip
+ACTIVATION_NAMES = {value: name for name, value in reversed(ACTIVATIONS.items())}
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+def read_decoder(settings: Settings, blocks: Sequence[BlockConfig], *, tied: bool = False, **more: Any) -> ModelConfig:
+    """The model around its layers.
+
+    Args:
+      tied: whether tables are tied where nothing is said.
+      more: fields of the `ModelConfig` that this family sets.
+    """
+    settings.ignore(*IGNORED)
+    settings.expect("rope_interleaved", False)
+    head = HeadKind.TIED if settings.take("tie_word_embeddings", tied) else HeadKind.FREE
+    fields: dict[str, Any] = {"norm_eps": settings.take("rms_norm_eps", 1e-6)} | more  # the libraries' default
+    return ModelConfig(
+        embed_dim=settings.take("hidden_size"), stack=stack_of(blocks), vocab_size=settings.take("vocab_size"), head=head,
+        context_length=settings.take("max_position_embeddings"), **fields,
+    )  # fmt: skip
+
+
+def write_decoder(model: ModelConfig) -> dict[str, Any]:
+    """The keys that `read_decoder` takes, and the number of layers."""
+    return {
+        "hidden_size": model.embed_dim,
+        "num_hidden_layers": model.num_layers,
+        "vocab_size": model.known_vocab_size,
+        "max_position_embeddings": model.context_length,
+        "tie_word_embeddings": model.head is HeadKind.TIED,
+        "rms_norm_eps": model.norm_eps,
+        "initializer_range": model.init_std,
+    }
+
+
+def check_width(model: ModelConfig, attention: AttentionConfig) -> None:
+    """Raises Inexpressible for what some families' libraries refuse to load: a width that heads do not divide."""
+    if model.embed_dim % attention.num_heads:
+        raise Inexpressible(f"its width, {model.embed_dim}, has to be a multiple of its heads, {attention.num_heads}")
+
+
+def first_block(model: ModelConfig) -> tuple[AttentionConfig, Any]:
+    """Attention and feed-forward layer of the first layer, after which a family of like layers is written."""
+    block = next(model.blocks())
+    return expect_kind(block.mixer, AttentionConfig, "layer 0's mixer"), block.ffn
+
+
+# Attention ------------------------------------------------------------------------------------------------------------
+def read_attention(settings: Settings, **more: Any) -> AttentionConfig:
+    """Heads and rotary positions; `more` are fields of the `AttentionConfig` that this family sets."""
+    heads = settings.take("num_attention_heads")
+    head_dim = settings.take("head_dim", settings.take("hidden_size") // heads)
+    fields = more if "rope_base" in more else {**read_rope(settings), **more}
+    return AttentionConfig(num_heads=heads, num_kv_heads=settings.take("num_key_value_heads", heads), head_dim=head_dim, **fields)
+
+
+def write_attention(attention: AttentionConfig) -> dict[str, Any]:
+    """The keys that `read_attention` takes."""
+    return {
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.kv_heads,
+        "head_dim": attention.head_dim,
+        **write_rope(attention),
+    }
+
+
+def read_windows(settings: Settings, *, num_layers: int, window: int | None, default: Sequence[bool]) -> list[int | None]:
+    """The window of each layer, by `layer_types` where it is given, else by `default`, which says which layers have one."""
+    kinds = settings.take("layer_types", None)
+    local = list(default) if kinds is None else [_is_local(kind) for kind in kinds]
+    if len(local) != num_layers:
+        raise ConfigError(f"config.json: layer_types names {len(local)} layers, and num_hidden_layers is {num_layers}")
+    if any(local) and window is None:
+        raise ConfigError("config.json: layer_types has layers of sliding_attention, and there is no sliding_window")
+    return [window if is_local else None for is_local in local]
+
+
+def _is_local(kind: str) -> bool:
+    if kind not in ("sliding_attention", "full_attention"):
+        raise ConfigError(f"config.json: layer_types has {kind!r}: sliding_attention and full_attention are understood")
+    return kind == "sliding_attention"
+
+
+def write_windows(model: ModelConfig) -> dict[str, Any]:
+    """`sliding_window` and `layer_types`."""
+    windows = [expect_kind(block.mixer, AttentionConfig, "a mixer").window for block in model.blocks()]
+    kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    return {"sliding_window": next((window for window in windows if window), None), "layer_types": kinds}
+
+
+# Rotary positions -----------------------------------------------------------------------------------------------------
+def read_rope(settings: Settings, *, base: float = 10_000.0) -> dict[str, Any]:
+    """`rope_base`, `rope_fraction` and `rope_scaling`, from either spelling: beside the other keys, or in `rope_parameters`."""
+    context = settings.take("max_position_embeddings")
+    original = settings.take("original_max_position_embeddings", None)
+    base = settings.take("rope_theta", base)
+    fraction = settings.take("partial_rotary_factor", 1.0)
+    inner = settings.inner("rope_parameters") if settings.has("rope_parameters") else settings.inner("rope_scaling")
+    settings.ignore("rope_scaling")
+    fields = rope_fields(inner, base=base, fraction=fraction, context=context, original=original)
+    inner.finish()
+    return fields
+
+
+def read_ropes_by_kind(settings: Settings, *, full: float, local: float | None) -> dict[bool, dict[str, Any]]:
+    """The same for models whose full layers (False) and layers in a window (True) differ, from either spelling.
+
+    Args:
+      full: the base of full layers where nothing is said.
+      local: the base of layers in a window where nothing is said; None for that of full layers.
+    """
+    context, base = settings.take("max_position_embeddings"), settings.take("rope_theta", full)
+    bases = {False: base, True: base if local is None else settings.take("rope_local_base_freq", local)}
+    plain = Settings({}, where="config.json")
+    inner = {False: settings.inner("rope_scaling"), True: plain}
+    if settings.has("rope_parameters"):
+        both = settings.inner("rope_parameters")
+        inner = {False: both.inner("full_attention"), True: both.inner("sliding_attention")}
+        both.finish()
+    fields = {kind: rope_fields(inner[kind], base=bases[kind], context=context) for kind in (False, True)}
+    for one in inner.values():
+        one.finish()
+    return fields
+
+
+def rope_fields(inner: Settings, *, base: float, fraction: float = 1.0, context: int, original: int | None = None) -> dict[str, Any]:
+    """The same from the keys of `rope_parameters` or `rope_scaling`, of all layers or of one kind of layer.
+
+    Args:
+      base: where the keys do not say.
+      fraction: where the keys do not say.
+      context: tokens of the model's context.
+      original: tokens it was first trained with, where that is said outside.
+    """
+    base, fraction = inner.take("rope_theta", base), inner.take("partial_rotary_factor", fraction)
+    scaling = _read_scaling(inner, context=context, original=original)
+    return {"rope_base": float(base), "rope_fraction": float(fraction), "rope_scaling": scaling}
+
+
+def _read_scaling(inner: Settings, *, context: int, original: int | None) -> RopeScaling | None:
+    kind = inner.take("type", "default")
+    kind = inner.take("rope_type", kind)
+    first_trained = int(inner.take("original_max_position_embeddings", context) if original is None else original)
+    inner.ignore("original_max_position_embeddings")
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return LinearScaling(factor=float(inner.take("factor")))
+    if kind == "llama3":
+        return Llama3Scaling(
+            factor=float(inner.take("factor")), original_context=first_trained,
+            low_frequency_factor=float(inner.take("low_freq_factor")), high_frequency_factor=float(inner.take("high_freq_factor")),
+        )  # fmt: skip
+    if kind == "yarn":
+        return _read_yarn(inner, context=context, original=first_trained)
+    if kind in ("longrope", "su"):
+        factor = float(inner.take("factor", context / first_trained))
+        magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(first_trained))
+        return LongScaling(
+            short_factors=tuple(map(float, inner.take("short_factor"))), long_factors=tuple(map(float, inner.take("long_factor"))),
+            original_context=first_trained, attention_factor=float(inner.take("attention_factor", magnitude)),
+        )  # fmt: skip
+    raise ConfigError(f"config.json: rotary positions of type {kind!r} are not understood: default, linear, llama3, yarn and longrope are")
+
+
+def _read_yarn(inner: Settings, *, context: int, original: int) -> YarnScaling:
+    factor = float(inner.take("factor", context / original))
+    numerator, denominator = inner.take("mscale", 0), inner.take("mscale_all_dim", 0)
+    magnitude = yarn_magnitude(factor, numerator) / yarn_magnitude(factor, denominator) if numerator and denominator else None
+    return YarnScaling(
+        factor=factor, original_context=original, fast_turns=float(inner.take("beta_fast", 32)),
+        slow_turns=float(inner.take("beta_slow", 1)), whole_dims=bool(inner.take("truncate", True)),
+        attention_factor=float(inner.take("attention_factor", yarn_magnitude(factor) if magnitude is None else magnitude)),
+    )  # fmt: skip
+
+
+def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
+    """What YaRN multiplies queries and keys by (Peng et al. 2023)."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def write_rope(attention: AttentionConfig) -> dict[str, Any]:
+    """`rope_theta`, `partial_rotary_factor` and `rope_scaling`, as libraries of any age read them."""
+    check_rotation(attention)
+    keys: dict[str, Any] = {} if attention.rope_base is None else {"rope_theta": attention.rope_base}
+    if attention.rope_fraction != 1.0:
+        keys["partial_rotary_factor"] = attention.rope_fraction
+    return keys | {"rope_scaling": write_scaling(attention.rope_scaling)}
+
+
+def check_rotation(attention: AttentionConfig) -> None:
+    """Raises Inexpressible where fewer dims are rotated than others would rotate."""
+    dims = attention.head_dim or 0
+    if attention.rope_base is not None and rotary_dim(dims, attention.rope_fraction) != int(dims * attention.rope_fraction):
+        raise Inexpressible(f"heads of {dims} dims are rotated by pairs, and {attention.rope_fraction} of them is an odd number")
+
+
+def write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    """The keys of `rope_scaling`; None where angles are plain."""
+    if scaling is None:
+        return None
+    if isinstance(scaling, LinearScaling):
+        return {"rope_type": "linear", "factor": scaling.factor}
+    if isinstance(scaling, Llama3Scaling):
+        return {
+            "rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low_frequency_factor,
+            "high_freq_factor": scaling.high_frequency_factor, "original_max_position_embeddings": scaling.original_context,
+        }  # fmt: skip
+    if isinstance(scaling, YarnScaling):
+        return {
+            "rope_type": "yarn", "factor": scaling.factor, "beta_fast": scaling.fast_turns, "beta_slow": scaling.slow_turns,
+            "truncate": scaling.whole_dims, "attention_factor": scaling.attention_factor,
+            "original_max_position_embeddings": scaling.original_context,
+        }  # fmt: skip
+    if isinstance(scaling, LongScaling):
+        return {
+            "rope_type": "longrope", "short_factor": list(scaling.short_factors), "long_factor": list(scaling.long_factors),
+            "attention_factor": scaling.attention_factor, "original_max_position_embeddings": scaling.original_context,
+        }  # fmt: skip
+    raise Inexpressible(f"rope_scaling is {type(scaling).__name__}, which has no name elsewhere")
+
+
+# Feed-forward layers --------------------------------------------------------------------------------------------------
+def read_mlp(settings: Settings, *, width: str = "intermediate_size", activation: str = "hidden_act", **more: Any) -> MlpConfig:
+    """A gated MLP; the arguments are the names of keys, `more` fields of the `MlpConfig` that this family sets."""
+    return MlpConfig(hidden_dim=settings.take(width), activation=read_activation(settings, activation), **more)
+
+
+def write_mlp(ffn: Any, *, width: str = "intermediate_size", activation: str = "hidden_act") -> dict[str, Any]:
+    """The keys that `read_mlp` takes."""
+    mlp = expect_kind(ffn, MlpConfig, "a feed-forward layer")
+    return {width: mlp.hidden_dim, activation: write_activation(mlp.activation)}
+
+
+def read_activation(settings: Settings, name: str = "hidden_act", default: str = "silu") -> Activation:
+    """The non-linearity that a key names."""
+    text = settings.take(name, default)
+    if text not in ACTIVATIONS:
+        raise ConfigError(f"config.json: {name} is {text!r}, and {', '.join(ACTIVATIONS)} are understood")
+    return ACTIVATIONS[text]
+
+
+def write_activation(activation: Activation) -> str:
+    """The name of a non-linearity. Raises Inexpressible if it has none."""
+    return lookup(ACTIVATION_NAMES, activation, "the activation")
+
+
+def with_window(attention: AttentionConfig, window: int | None) -> AttentionConfig:
+    """The same attention in a window."""
+    return dataclasses.replace(attention, window=window)

@@ -1,0 +1,116 @@
+"""A model as it was found, whatever its format, and a model of ours on its way out."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slmjax import checkpoint, config, weights
+from slmjax.architecture import ModelConfig
+from slmjax.convert.canonical import canonical, differences
+from slmjax.convert.family import Family, Inexpressible, bind
+from slmjax.convert.settings import Settings
+from slmjax.data.tokenizers import Tokenizer
+from slmjax.parameters import logical_paths
+
+ROWS_PER_TOKEN = ("embed/table", "head/weight")  # tables that may be padded beyond the vocabulary
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """A model from elsewhere. Nothing is read but headers until its parameters are asked for."""
+
+    config: ModelConfig
+    family: str  # what its format calls the architecture
+    parameters: Callable[[], Iterator[tuple[str, np.ndarray]]]  # by logical path, in the dtype they are stored in
+    tokenizer: Callable[[], Tokenizer | None]  # None where there is none
+    about: dict[str, Any]  # where it comes from: for the record
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Own:
+    """A model of ours: of a run directory, or one that was imported."""
+
+    path: Path
+    config: ModelConfig
+    read: Callable[[str], np.ndarray]  # a parameter by logical path; tables without their padding
+    dtype: Callable[[str], np.dtype]  # that it is stored in
+    family: str | None  # where an imported one came from
+    step: int | None  # of a run: its checkpoint
+
+
+def open_own(path: Path, *, step: int | None = None) -> Own:
+    """A model of ours, to be exported. Raises ValueError as `load_model` does."""
+    if weights.is_imported(path):
+        model = checkpoint.read_config(path)
+        tensors = weights.TensorFiles(path / weights.DIRECTORY)
+        return Own(
+            path=path, config=model, read=lambda name: _unpadded(name, tensors.read(name), model), dtype=tensors.dtype,
+            family=read_origin(path).get("family"), step=None,
+        )  # fmt: skip
+    loaded = checkpoint.load_model(path, step=step)
+    places: dict[str, tuple[str, int | None]] = {}
+    arrays = {**loaded.params, **loaded.buffers}
+    for name in arrays:
+        logical = logical_paths(loaded.config, name)
+        places |= {one: (name, index if name.startswith("segments/") else None) for index, one in enumerate(logical)}
+
+    def read(name: str) -> np.ndarray:
+        stacked, index = places[name]
+        return _unpadded(name, np.asarray(arrays[stacked] if index is None else arrays[stacked][index]), loaded.config)
+
+    return Own(
+        path=path, config=loaded.config, read=read, dtype=lambda name: np.dtype(np.float32), family=None, step=loaded.step
+    )  # fmt: skip
+
+
+def _unpadded(name: str, array: np.ndarray, model: ModelConfig) -> np.ndarray:
+    return array[: model.known_vocab_size] if name in ROWS_PER_TOKEN else array
+
+
+def read_origin(path: Path) -> dict[str, Any]:
+    """What the directory of an imported model says of where it came from; empty for a run."""
+    file = path / "origin.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+# Which family can say it ----------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Expressed:
+    """A model in the words of a family."""
+
+    family: Family
+    config: ModelConfig  # in canonical form
+    settings: dict[str, Any]
+
+
+def express(model: ModelConfig, families: Sequence[Family], *, format_name: str, preferred: str | None) -> Expressed:
+    """The first family whose configuration reads back as the very same model and that has a tensor for each parameter.
+
+    Args:
+      preferred: the architecture that is tried before others.
+
+    Raises:
+      ValueError: none does; it tells for the nearest what it cannot say.
+    """
+    wanted = canonical(model)
+    reasons: list[tuple[int, str]] = []
+    for family in sorted(families, key=lambda family: family.architecture != preferred):
+        try:
+            settings = family.write(wanted)
+            reader = Settings(settings, where=f"{family.architecture} as written")
+            found = canonical(family.read(reader))
+            reader.finish()
+            if not (lost := differences(wanted, found)):
+                bind(family.table, wanted)
+                return Expressed(family=family, config=wanted, settings=settings)
+            reasons.append((len(lost), f"as {family.architecture}, it would lose {'; '.join(lost[:3])}"))
+        except Inexpressible as error:
+            reasons.append((1, f"as {family.architecture}: {error}"))
+        except (config.ConfigError, ValueError, TypeError, AttributeError) as error:
+            reasons.append((99, f"as {family.architecture}: {error}"))
+    nearest = "\n  ".join(reason for _, reason in sorted(reasons, key=lambda item: item[0])[:3])
+    raise ValueError(f"no family of {format_name} can say what this model is:\n  {nearest}")

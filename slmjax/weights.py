@@ -1,0 +1,188 @@
+"""Weights in safetensors files: those of other people's models, and those of an imported model's directory.
+
+    tensors = TensorFiles(directory)                  # nothing is read but the headers
+    tensors.read("model.norm.weight")                 # one tensor, in the dtype it is stored in
+    write_tensors(directory, pairs, largest_file=2**29)   # streamed: about one file's tensors in memory at a time
+
+An imported model keeps each layer's parameters by logical path (`layers/3/mixer/query/weight`), in the dtype they came in;
+`read_stacked` makes of them the stacked float32 parameters of a model, each device reading only the part that it holds.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from slmjax.architecture import ModelConfig
+from slmjax.parameters import logical_paths
+
+DIRECTORY = "weights"  # of an imported model's directory
+INDEX = "model.safetensors.index.json"
+LARGEST_FILE = 2**29  # bytes
+DTYPES: Mapping[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": jax.numpy.bfloat16, "F64": np.float64}
+
+
+class TensorFiles:
+    """The tensors of a directory of safetensors files."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises ValueError where there are none, or one is damaged or missing."""
+        self.directory = directory
+        self._handles: dict[Path, Any] = {}
+        self._file_of: dict[str, Path] = {}
+        for path in _files(directory):
+            if not path.is_file():
+                raise ValueError(f"{directory / INDEX} names {path.name}, which is not there: the copy of the model is incomplete")
+            try:
+                self._handles[path] = safe_open(path, framework="np")
+            except SafetensorError as error:
+                raise ValueError(f"{path} is damaged, or no safetensors file ({error}): copy it anew") from error
+            self._file_of |= dict.fromkeys(self._handles[path].keys(), path)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return sorted(self._file_of)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files they are in."""
+        return list(self._handles)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype that a tensor is stored in. Raises ValueError for one that is no plain floating point."""
+        stored = self._slice(name).get_dtype()
+        if stored not in DTYPES:
+            raise ValueError(
+                f"{self._file_of[name]}: {name} is stored as {stored}, and weights are read as {', '.join(DTYPES)}: "
+                "take the checkpoint that is not quantized, or a GGUF file"
+            )
+        return np.dtype(DTYPES[stored])
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A tensor, or a part of it: only that is read. Raises ValueError as `dtype` does."""
+        self.dtype(name)
+        part = self._slice(name)
+        return part[index] if index else self._handles[self._file_of[name]].get_tensor(name)
+
+    def _slice(self, name: str) -> Any:
+        return self._handles[self._file_of[name]].get_slice(name)
+
+
+def _files(directory: Path) -> list[Path]:
+    index = directory / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{index} is damaged ({error!r}): copy it anew") from error
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{index} names {outside[0]}, which is not in its directory: it is not followed")
+        return [directory / name for name in names]
+    found = sorted(directory.glob("*.safetensors"))
+    if not found:
+        others = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in directory.glob(pattern))
+        way_out = f": {others[0]} is a pickle, which could run code and is not read; convert it to safetensors" if others else ""
+        raise ValueError(f"{directory} holds no .safetensors file{way_out}")
+    return found
+
+
+def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]], *, largest_file: int = LARGEST_FILE) -> None:
+    """Writes tensors into one or more files, named and indexed as Hugging Face libraries do."""
+    directory.mkdir(parents=True, exist_ok=True)
+    written: list[tuple[Path, list[str]]] = []
+    total = 0
+    for part in _parts(tensors, largest_file):
+        path = directory / f"part-{len(written)}.tmp"
+        save_file(part, path, metadata={"format": "pt"})
+        total += sum(array.nbytes for array in part.values())
+        written.append((path, list(part)))
+    weight_map = {}
+    for number, (path, names) in enumerate(written, start=1):
+        name = "model.safetensors" if len(written) == 1 else f"model-{number:05d}-of-{len(written):05d}.safetensors"
+        path.rename(directory / name)
+        weight_map |= dict.fromkeys(names, name)
+    if len(written) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def _parts(tensors: Iterable[tuple[str, np.ndarray]], largest_file: int) -> Iterator[dict[str, np.ndarray]]:
+    part: dict[str, np.ndarray] = {}
+    for name, array in tensors:
+        if part and sum(other.nbytes for other in part.values()) + array.nbytes > largest_file:
+            yield part
+            part = {}
+        part[name] = np.ascontiguousarray(array)
+    yield part
+
+
+# An imported model's parameters ---------------------------------------------------------------------------------------
+def is_imported(path: Path) -> bool:
+    """Whether this is the directory of an imported model."""
+    return (path / DIRECTORY).is_dir()
+
+
+def read_stacked(path: Path, config: ModelConfig, like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
+    """The parameters (or buffers) of an imported model's directory by stack path, float32, placed as the shapes of `like` say.
+
+    Raises:
+      ValueError: the directory's files are damaged, or hold other parameters than the model has.
+    """
+    tensors = TensorFiles(path / DIRECTORY)
+    return {
+        name: _read_one(tensors, logical_paths(config, name), leaf, is_stacked=name.startswith("segments/")) for name, leaf in like.items()
+    }
+
+
+def _read_one(tensors: TensorFiles, names: list[str], leaf: jax.ShapeDtypeStruct, *, is_stacked: bool) -> Array:
+    own = tuple(leaf.shape[1:]) if is_stacked else tuple(leaf.shape)
+    for name in names:
+        if name not in tensors.names or tensors.shape(name) != own:
+            found = tensors.shape(name) if name in tensors.names else "absent"
+            raise ValueError(f"{tensors.directory}: {name} is {found} there, and {own} in the model: these are the weights of another")
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index, "parameters have dims"
+        if not is_stacked:
+            return tensors.read(names[0], index).astype(leaf.dtype)
+        return np.stack([tensors.read(name, index[1:]).astype(leaf.dtype) for name in names[index[0]]])
+
+    placement = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.make_array_from_callback(leaf.shape, placement, part)
+
+
+@contextlib.contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes `path` when all is written: what fails half way leaves nothing behind.
+
+    Raises:
+      ValueError: `path` is there already, and not empty.
+    """
+    import shutil
+
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is there already: name a new directory, or delete it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    begun = path.with_name(f"{path.name}.part")
+    shutil.rmtree(begun, ignore_errors=True)
+    begun.mkdir()
+    try:
+        yield begun
+        if path.exists():
+            path.rmdir()
+        begun.rename(path)
+    except BaseException:
+        shutil.rmtree(begun, ignore_errors=True)
+        raise

@@ -1,0 +1,101 @@
+"""Every family against transformers: logits of whole sequences and of cached decoding, and nothing lost on the way in and out.
+
+The values of transformers are golden files, made by `python -m tests.convert.make_golden`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import slmjax
+from slmjax import losses, weights
+from slmjax.architecture import ModelConfig
+from slmjax.convert import hf
+from slmjax.convert.canonical import canonical
+from slmjax.convert.directory import Target, WeightType, export_model, import_model
+from slmjax.convert.families import HF_FAMILIES
+from tests.convert.cases import CASES
+from tests.convert.synthetic import VOCAB_SIZE, tokens, write_model
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def read_golden(case: str) -> dict[str, Any]:
+    return json.loads((GOLDEN / f"{case}.json").read_text())
+
+
+def decoded_logits(loaded: slmjax.Loaded, ids: np.ndarray) -> np.ndarray:
+    """Logits [T, V] of tokens that are fed one at a time."""
+    model = loaded.model
+
+    @jax.jit
+    def step(params: Any, buffers: Any, token: jax.Array, position: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        output = loaded.definition.merge(params, buffers)(token, segment_ids=jnp.ones_like(token), positions=position, state=state)
+        return losses.logits(output.hidden, output.head)[0, 0], output.state
+
+    rows, state = [], model.init_state(1, max_length=ids.shape[1])
+    for place in range(ids.shape[1]):
+        row, state = step(loaded.params, loaded.buffers, ids[:, place : place + 1], jnp.full((1, 1), place), state)
+        rows.append(row[: loaded.config.known_vocab_size])
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_those_of_transformers(case: str, tmp_path: Path) -> None:
+    golden = read_golden(case)
+    write_model(tmp_path / "theirs", golden["config"], golden["shapes"])
+    import_model(tmp_path / "theirs", tmp_path / "ours")
+    loaded = slmjax.load_model(tmp_path / "ours")
+    expected, ids = np.array(golden["logits"]), tokens(VOCAB_SIZE).astype(np.int32)
+    assert np.std(expected) > 0.3, "logits that hardly differ would hide what is wrong"
+    np.testing.assert_allclose(jax.jit(slmjax.logits)(loaded.model, ids)[0], expected, atol=2e-4)
+    np.testing.assert_allclose(decoded_logits(loaded, ids), expected, atol=2e-4)
+
+
+def exported_config(model: ModelConfig, own_directory: Path) -> ModelConfig:
+    return canonical(hf.open_directory(own_directory).config)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_lost_by_import_and_export(case: str, tmp_path: Path) -> None:
+    """The same tensors bit for bit, and a configuration that means the same; in the same family."""
+    golden = read_golden(case)
+    write_model(tmp_path / "theirs", golden["config"], golden["shapes"])
+    found = hf.open_directory(tmp_path / "theirs")
+    import_model(tmp_path / "theirs", tmp_path / "ours", tokenizer=tiny_tokenizer(tmp_path))
+    written = export_model(tmp_path / "ours", tmp_path / "back", to=Target.HF)
+    assert written.family == golden["config"]["architectures"][0]
+    assert canonical(hf.open_directory(tmp_path / "back").config) == canonical(found.config)
+    before, after = weights.TensorFiles(tmp_path / "theirs"), weights.TensorFiles(tmp_path / "back")
+    assert set(after.names) == set(before.names)
+    for name in before.names:
+        np.testing.assert_array_equal(after.read(name), before.read(name), err_msg=name)
+
+
+def tiny_tokenizer(directory: Path) -> Path:
+    """A vocabulary of characters that is smaller than the model's."""
+    from slmjax.data.tokenizers import CharTokenizer
+
+    CharTokenizer().build(["abcdefghij"]).save(directory / "characters")
+    return directory / "characters"
+
+
+def test_every_family_has_a_case() -> None:
+    covered = {read_golden(case)["config"]["architectures"][0] for case in CASES}
+    assert {family.architecture for family in HF_FAMILIES} <= covered
+
+
+def test_export_in_half_precision_rounds_once(tmp_path: Path) -> None:
+    golden = read_golden("llama_tied")
+    write_model(tmp_path / "theirs", golden["config"], golden["shapes"])
+    import_model(tmp_path / "theirs", tmp_path / "ours", tokenizer=tiny_tokenizer(tmp_path))
+    export_model(tmp_path / "ours", tmp_path / "half", to=Target.HF, dtype=WeightType.BF16)
+    before, after = weights.TensorFiles(tmp_path / "theirs"), weights.TensorFiles(tmp_path / "half")
+    for name in before.names:
+        np.testing.assert_array_equal(after.read(name), before.read(name).astype(jnp.bfloat16))
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
