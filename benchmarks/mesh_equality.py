@@ -1,10 +1,11 @@
-"""Loss and gradient on meshes of 8 devices against one device: every pair of axes, a dense model and a mixture of experts.
+"""Loss and gradient on meshes of 8 devices against one device: every pair of axes, several models.
 
     python benchmarks/mesh_equality.py                     # the table of all pairs, about 5 minutes on 2 cores
     python benchmarks/mesh_equality.py --pairs fsdp,context
 
-Both models have a window that is longer than a shard of the sequence, full attention with one key-value head that the tensor axis
-does not divide, packed documents and padding; the mixture drops tokens in one of its layers. Differences are relative: of the loss,
+The dense model and the mixture have a window that is longer than a shard of the sequence and full attention with one key-value head
+that the tensor axis does not divide; the mixture drops tokens in one of its layers. The third model has latent attention. All see
+packed documents and padding. Differences are relative: of the loss,
 and of each parameter's gradient by its norm, of which the largest is told. float32.
 """
 
@@ -27,6 +28,7 @@ from slmjax.architecture import BlockConfig, ModelConfig, Segment
 from slmjax.attention import AttentionConfig, QkNorm
 from slmjax.data.batch import Batch
 from slmjax.layers import MlpConfig
+from slmjax.mixers.latent import LatentAttentionConfig
 from slmjax.moe import Balance, MoeConfig, RouterScore
 from slmjax.parameters import define
 
@@ -42,13 +44,18 @@ FFNS = {
         ),
     ),
 }  # fmt: skip
-MODELS = {
-    kind: ModelConfig(
-        embed_dim=32, vocab_size=VOCAB, vocab_multiple=8, init_std=0.2, context_length=LENGTH,
-        stack=(Segment(pattern=(BlockConfig(mixer=WINDOWED, ffn=ffns[0]), BlockConfig(mixer=ODD, ffn=ffns[1])), repeats=2),),
-    )
-    for kind, ffns in FFNS.items()
-}  # fmt: skip
+LATENT = LatentAttentionConfig(num_heads=4, query_rank=16, latent_dim=12, plain_dim=6, rope_dim=4, value_dim=8, bias=True)
+
+
+def model(*blocks: BlockConfig) -> ModelConfig:
+    """A tiny model of these blocks, twice."""
+    stack = (Segment(pattern=blocks, repeats=2),)
+    return ModelConfig(embed_dim=32, vocab_size=VOCAB, vocab_multiple=8, init_std=0.2, context_length=LENGTH, stack=stack)
+
+
+MODELS = {kind: model(BlockConfig(mixer=WINDOWED, ffn=ffns[0]), BlockConfig(mixer=ODD, ffn=ffns[1])) for kind, ffns in FFNS.items()} | {
+    "latent": model(BlockConfig(mixer=LATENT, ffn=FFNS["dense"][0]))
+}
 
 
 def make_batch() -> Batch:
@@ -112,7 +119,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", nargs="*", default=[",".join(pair) for pair in PAIRS], help="two axes with a comma between them")
     given = parser.parse_args()
-    print("| axes | dense: loss | dense: gradient | experts: loss | experts: gradient |\n|---|---|---|---|---|")
+    columns = [f"{kind}: {what}" for kind in MODELS for what in ("loss", "gradient")]
+    print("| " + " | ".join(["axes", *columns]) + " |\n" + "|---" * (1 + len(columns)) + "|")
     for pair in given.pairs:
         axes = dict(zip(pair.split(","), (2, 4), strict=True))
         found = [f"{error:.1e}" for kind in MODELS for error in differences(kind, axes)]

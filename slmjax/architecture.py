@@ -13,10 +13,11 @@ import jax.numpy as jnp
 
 from slmjax.attention import AttentionConfig
 from slmjax.layers import FfnConfig, MixerConfig, MlpConfig, NormKind, Shape
+from slmjax.mixers.latent import LatentAttentionConfig
 from slmjax.moe import MoeConfig
 
 # A config read from JSON finds its class among those that have been imported: with the model, these always are.
-PARTS: tuple[type, ...] = (AttentionConfig, MlpConfig, MoeConfig)
+PARTS: tuple[type, ...] = (AttentionConfig, LatentAttentionConfig, MlpConfig, MoeConfig)
 
 
 class NormPlacement(enum.Enum):

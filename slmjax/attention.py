@@ -111,6 +111,18 @@ class KvCache:
     segment_ids: Any  # Int[Array, "B S"]
 
 
+def ring_slots(num_slots: int, *, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The slot of a cache that each token is written to; `num_slots`, which is none, for tokens that are not kept.
+
+    Kept are those of the last document where there are several (segment ids count up). Padding is left out, and so is what a ring of
+    so many slots would overwrite at once.
+    """
+    real = (segment_ids > 0) & (segment_ids == jnp.max(segment_ids, axis=1, keepdims=True))
+    last = jnp.max(jnp.where(real, positions, -1), axis=1, keepdims=True)
+    kept = real & (positions > last - num_slots)
+    return jnp.where(kept, positions % num_slots, num_slots)
+
+
 def write_cache(
     cache: KvCache,
     keys: Float[Array, "B T K H"],
@@ -119,15 +131,8 @@ def write_cache(
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
 ) -> KvCache:
-    """The cache with these tokens added, those of the last document where there are several (segment ids count up).
-
-    Padding is left out, and so is what a ring of S slots would overwrite at once.
-    """
-    num_slots = cache.positions.shape[1]
-    real = (segment_ids > 0) & (segment_ids == jnp.max(segment_ids, axis=1, keepdims=True))
-    last = jnp.max(jnp.where(real, positions, -1), axis=1, keepdims=True)
-    kept = real & (positions > last - num_slots)
-    slots = jnp.where(kept, positions % num_slots, num_slots)  # num_slots is out of range: dropped
+    """The cache with these tokens added: which ones, and where, `ring_slots` says."""
+    slots = ring_slots(cache.positions.shape[1], positions=positions, segment_ids=segment_ids)
     rows = jnp.arange(positions.shape[0])[:, None]
     return KvCache(
         keys=cache.keys.at[rows, :, slots].set(keys.astype(cache.keys.dtype), mode="drop"),
@@ -137,8 +142,8 @@ def write_cache(
     )
 
 
-def join(cache: KvCache, new: KvCache) -> KvCache:
-    """The slots of both, one after the other."""
+def join(cache: Any, new: Any) -> Any:
+    """The slots of two caches of a kind, one after the other: the middle dim of each array, the last of two."""
     return jax.tree.map(lambda old, late: jnp.concatenate([old, late.astype(old.dtype)], axis=old.ndim // 2), cache, new)
 
 

@@ -9,8 +9,9 @@ import dataclasses
 from pathlib import Path
 
 from slmjax import config as config_io
+from slmjax import weights
 from slmjax.architecture import ModelConfig
-from slmjax.checkpoint import CheckpointConfig
+from slmjax.checkpoint import CheckpointConfig, read_config
 from slmjax.data.config import DataConfig, TextSource
 from slmjax.data.tokenizers import BpeTokenizer, FileTokenizer, TokenizerConfig
 from slmjax.data.windows import default_overlap
@@ -40,12 +41,12 @@ class Scratch(InitConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FromModel(InitConfig):
-    """The parameters of another run; optimizer, step and data order start anew."""
+    """The parameters of another run, or of an imported model; optimizer, step and data order start anew."""
 
-    path: str  # run directory
+    path: str  # run directory, or directory of an imported model
 
     def source(self) -> Path | None:
-        """The run directory."""
+        """The directory."""
         return Path(self.path)
 
 
@@ -149,6 +150,17 @@ def read_experiment(run_dir: Path) -> Experiment:
 
 
 def starting_from(run_dir: Path, experiment: Experiment | None) -> Experiment:
-    """The experiment (that of the run itself, if none is given) with the parameters and the tokenizer of a run."""
+    """The experiment (that of the run itself, if none is given) with the parameters and the tokenizer of a run or an imported model.
+
+    An imported model comes with its architecture, which takes the place of the experiment's; how it is computed stays.
+    """
+    if weights.is_imported(run_dir):
+        if experiment is None:
+            raise ValueError(
+                f"{run_dir} is an imported model, which has no experiment of its own: name one, whose data and optimizer it is trained "
+                f"with, as in `slmjax train nano --init-from {run_dir}`"
+            )
+        how = {name: getattr(experiment.model, name) for name in ("precision", "remat", "dropout")}
+        experiment = dataclasses.replace(experiment, model=dataclasses.replace(read_config(run_dir), **how))
     base = read_experiment(run_dir) if experiment is None else experiment
     return dataclasses.replace(base, init=FromModel(path=str(run_dir)), tokenizer=FileTokenizer(path=str(run_dir / "tokenizer")))

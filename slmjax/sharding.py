@@ -97,7 +97,8 @@ def batch_divisor(mesh: Mesh) -> int:
 RULES: tuple[tuple[str, Dims], ...] = (
     (r"embed/table|head/weight|positions/weight", ("vocab_rows", None)),
     (r"embed/table|head/weight|positions/weight", ("vocab", "embed")),
-    (r".*/mixer/query/weight", ("embed", "heads")),
+    (r".*/mixer/(query|query_up|latent_up)/weight", ("embed", "heads")),
+    (r".*/mixer/(query|latent)_down/weight", ("embed", None)),
     (r".*/mixer/(key|value)/weight", ("embed", "kv_heads")),
     (r".*/mixer/output/weight", ("head_rows", None)),
     (r".*/mixer/output/weight", ("heads", "embed")),

@@ -111,6 +111,7 @@ def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]], *,
     weight_map = {}
     for number, (path, names) in enumerate(written, start=1):
         name = "model.safetensors" if len(written) == 1 else f"model-{number:05d}-of-{len(written):05d}.safetensors"
+        path.chmod(0o644)  # the library lets nobody else read what it writes
         path.rename(directory / name)
         weight_map |= dict.fromkeys(names, name)
     if len(written) > 1:

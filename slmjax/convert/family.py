@@ -56,7 +56,11 @@ class Family:
     architecture: str  # config.json's architectures[0], or GGUF's general.architecture
     read: Callable[[Settings], ModelConfig]
     write: Callable[[ModelConfig], dict[str, Any]]  # what it cannot say may be left out: what is read back is compared
-    table: Table
+    table: Table | Callable[[ModelConfig], Table]  # the table, or what makes it where rules depend on the numbers of heads
+
+    def table_of(self, model: ModelConfig) -> Table:
+        """The table for a model of this family."""
+        return self.table if isinstance(self.table, Table) else self.table(model)
 
 
 # Rules ----------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import numpy as np
 from slmjax import weights
 from slmjax.config import ConfigError, near_names
 from slmjax.convert.families import HF_FAMILIES
-from slmjax.convert.family import Bound, Family, bind, ours_from, theirs_from
+from slmjax.convert.family import Bound, Family, Table, bind, ours_from, theirs_from
 from slmjax.convert.settings import Settings
 from slmjax.convert.source import Expressed, Found, Own, express
 from slmjax.data.shards import file_sha256
@@ -40,10 +40,9 @@ def open_directory(directory: Path) -> Found:
     model = family.read(settings)
     settings.finish()
     tensors = weights.TensorFiles(directory)
-    bound = _as_saved(bind(family.table, model), family, set(tensors.names))
-    _check_names(
-        family, {name for one in bound for name in one.theirs}, tensors, tied="head/weight" not in {n for one in bound for n in one.ours}
-    )
+    table = family.table_of(model)
+    bound = _as_saved(bind(table, model), table, set(tensors.names))
+    _check_names(family.architecture, table, bound, tensors)
     return Found(
         config=model, family=family.architecture, parameters=lambda: ours_from(bound, tensors.read),
         tokenizer=lambda: _tokenizer(directory, values),
@@ -74,30 +73,30 @@ def _family_of(values: dict[str, Any], path: Path) -> Family:
     raise ConfigError(f"{path} names {named}, and these are read: {', '.join(known)}.{near_names(named, known)}")
 
 
-def _as_saved(bound: list[Bound], family: Family, found: set[str]) -> list[Bound]:
+def _as_saved(bound: list[Bound], table: Table, found: set[str]) -> list[Bound]:
     """The rules with the names of a model that was saved without its head, and so without what stands before the names below it."""
-    base = family.table.base
+    base = table.base
     if found & {name for one in bound for name in one.theirs if name.startswith(base)}:
         return bound
     return [dataclasses.replace(one, theirs=[name.removeprefix(base) for name in one.theirs]) for one in bound]
 
 
-def _check_names(family: Family, wanted: set[str], tensors: weights.TensorFiles, *, tied: bool) -> None:
-    found = set(tensors.names)
+def _check_names(architecture: str, table: Table, bound: list[Bound], tensors: weights.TensorFiles) -> None:
+    wanted, found = {name for one in bound for name in one.theirs}, set(tensors.names)
     if missing := sorted(wanted - found):
         raise ValueError(
             f"{tensors.directory} has no tensor {missing[0]} ({len(missing)} such): weights and configuration do not belong together"
         )
-    extra = sorted(name for name in found - wanted if not any(re.fullmatch(pattern, name) for pattern in family.table.ignored))
-    if tied and extra == ["lm_head.weight"]:
-        table = next(rule.theirs[0] for rule in family.table.around if rule.ours == ("embed/table",))
-        if np.array_equal(tensors.read("lm_head.weight"), tensors.read(table)):
+    extra = sorted(name for name in found - wanted if not any(re.fullmatch(pattern, name) for pattern in table.ignored))
+    if extra == ["lm_head.weight"]:
+        embedding = next(one.theirs[0] for one in bound if one.ours == ["embed/table"])
+        if np.array_equal(tensors.read("lm_head.weight"), tensors.read(embedding)):
             return
         raise ValueError(
             "the configuration ties the output to the embedding, and lm_head.weight differs from it: set tie_word_embeddings to false"
         )
     if extra:
-        raise ValueError(f"{tensors.directory} holds {extra[0]} ({len(extra)} such), which {family.architecture} has no place for")
+        raise ValueError(f"{tensors.directory} holds {extra[0]} ({len(extra)} such), which {architecture} has no place for")
 
 
 def _tokenizer(directory: Path, values: dict[str, Any]) -> Tokenizer | None:
@@ -123,7 +122,7 @@ def write_directory(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtyp
       ValueError: no family can express it.
     """
     expressed = express(own.config, HF_FAMILIES, format_name="Hugging Face", preferred=own.family)
-    bound = bind(expressed.family.table, expressed.config)
+    bound = bind(expressed.family.table_of(expressed.config), expressed.config)
     stored = np.dtype(dtype or own.dtype("embed/table"))
     config = {
         "architectures": [expressed.family.architecture], **expressed.settings, "dtype": stored.name, "torch_dtype": stored.name,

@@ -19,7 +19,7 @@ def write_card(own: Own, path: Path, *, title: str, family: str) -> None:
 def _lines(own: Own, *, title: str, family: str) -> Iterator[str]:
     origin = read_origin(own.path)
     license_name = origin.get("license") or TO_FILL_IN
-    yield from ("---", f"license: {license_name}", "library_name: slmjax", "---", "", f"# {title}", "")
+    yield from ("---", f"license: {origin.get('license') or 'other'}", "library_name: slmjax", "---", "", f"# {title}", "")
     yield from _table("Model", _model_rows(own, family))
     if origin:
         yield from _table("Origin", _origin_rows(origin))
@@ -76,7 +76,7 @@ def _quality_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     if not result:
         return [("loss", "not measured: the run did not come to its end"), ("bits per byte", "not measured")]
     return [
-        ("measured on", str(result.get("measured_on"))),
+        ("measured on", f"{result.get('measured_on')}, after step {_number(result.get('step'))}"),
         ("loss", f"{_digits(result.get('loss'))} nats per token"),
         ("bits per byte", _digits(result.get("bits_per_byte"))),
         *((f"bits per byte of {name}", _digits(bits)) for name, bits in result.get("compressors", {}).items()),

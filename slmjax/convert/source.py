@@ -10,7 +10,7 @@ import numpy as np
 
 from slmjax import checkpoint, config, weights
 from slmjax.architecture import ModelConfig
-from slmjax.convert.canonical import canonical, differences
+from slmjax.convert.canonical_form import canonical, differences
 from slmjax.convert.family import Family, Inexpressible, bind
 from slmjax.convert.settings import Settings
 from slmjax.data.tokenizers import Tokenizer
@@ -105,7 +105,7 @@ def express(model: ModelConfig, families: Sequence[Family], *, format_name: str,
             found = canonical(family.read(reader))
             reader.finish()
             if not (lost := differences(wanted, found)):
-                bind(family.table, wanted)
+                bind(family.table_of(wanted), wanted)
                 return Expressed(family=family, config=wanted, settings=settings)
             reasons.append((len(lost), f"as {family.architecture}, it would lose {'; '.join(lost[:3])}"))
         except Inexpressible as error:

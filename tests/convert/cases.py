@@ -105,7 +105,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "GraniteMoeHybridForCausalLM",
         _SMALL | {
             "hidden_size": 64, "layer_types": ["attention"] * 2, "num_local_experts": 0, "num_experts_per_tok": 0,
-            "shared_intermediate_size": 20, "position_embedding_type": "rope", "embedding_multiplier": 12.0, "logits_scaling": 8.0,
+            "shared_intermediate_size": 20, "position_embedding_type": "rope", "embedding_multiplier": 12.0, "logits_scaling": 3.0,
             "residual_multiplier": 0.22, "attention_multiplier": 0.1,
         },
     ),
@@ -114,6 +114,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         _SMALL | {
             "num_hidden_layers": 3, "sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2,
             "rope_parameters": {"rope_theta": 1e4, "truncate": False, **_YARN},
+        },
+    ),
+    "deepseek_v2_lite": (
+        "DeepseekV2ForCausalLM",
+        _SMALL | {
+            "num_hidden_layers": 3, "num_key_value_heads": 4, "head_dim": 4, "kv_lora_rank": 10, "q_lora_rank": None, "qk_nope_head_dim": 6,
+            "qk_rope_head_dim": 4, "v_head_dim": 8, "first_k_dense_replace": 1, "n_routed_experts": 5, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12, "n_shared_experts": 2, "routed_scaling_factor": 1.5, "attention_bias": True,
+            "rope_parameters": {"rope_theta": 1e4, "mscale": 0.707, "mscale_all_dim": 0.9, **_YARN},
+        },
+    ),
+    "minicpm3": (
+        "MiniCPM3ForCausalLM",
+        _SMALL | {
+            "num_key_value_heads": 4, "head_dim": 4, "kv_lora_rank": 10, "q_lora_rank": 9, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
+            "v_head_dim": 5, "scale_emb": 3, "scale_depth": 1.4, "dim_model_base": 16, "rms_norm_eps": 1e-5,
         },
     ),
     "gpt2": (

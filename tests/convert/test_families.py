@@ -14,9 +14,8 @@ import pytest
 
 import slmjax
 from slmjax import losses, weights
-from slmjax.architecture import ModelConfig
 from slmjax.convert import hf
-from slmjax.convert.canonical import canonical
+from slmjax.convert.canonical_form import canonical
 from slmjax.convert.directory import Target, WeightType, export_model, import_model
 from slmjax.convert.families import HF_FAMILIES
 from tests.convert.cases import CASES
@@ -29,20 +28,25 @@ def read_golden(case: str) -> dict[str, Any]:
     return json.loads((GOLDEN / f"{case}.json").read_text())
 
 
-def decoded_logits(loaded: slmjax.Loaded, ids: np.ndarray) -> np.ndarray:
-    """Logits [T, V] of tokens that are fed one at a time."""
+# Beyond the context that a model with LongRoPE was first trained with, its angles differ: its prompt goes beyond it at once.
+PROMPT_LENGTHS = {"phi4_mini": 17}
+OTHER_NAMES = {"gemma3_vision": "Gemma3ForCausalLM"}  # exported without the vision tower
+
+
+def decoded_logits(loaded: slmjax.Loaded, ids: np.ndarray, *, prompt_length: int = 1) -> np.ndarray:
+    """Logits [T, V] of tokens that are fed one at a time, after a prompt."""
     model = loaded.model
 
     @jax.jit
     def step(params: Any, buffers: Any, token: jax.Array, position: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         output = loaded.definition.merge(params, buffers)(token, segment_ids=jnp.ones_like(token), positions=position, state=state)
-        return losses.logits(output.hidden, output.head)[0, 0], output.state
+        return losses.logits(output.hidden, output.head)[0], output.state
 
     rows, state = [], model.init_state(1, max_length=ids.shape[1])
-    for place in range(ids.shape[1]):
-        row, state = step(loaded.params, loaded.buffers, ids[:, place : place + 1], jnp.full((1, 1), place), state)
-        rows.append(row[: loaded.config.known_vocab_size])
-    return np.stack(rows)
+    for place in [slice(prompt_length), *(slice(i, i + 1) for i in range(prompt_length, ids.shape[1]))]:
+        row, state = step(loaded.params, loaded.buffers, ids[:, place], np.arange(ids.shape[1])[None, place], state)
+        rows.append(row[:, : loaded.config.known_vocab_size])
+    return np.concatenate(rows)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -54,11 +58,7 @@ def test_logits_equal_those_of_transformers(case: str, tmp_path: Path) -> None:
     expected, ids = np.array(golden["logits"]), tokens(VOCAB_SIZE).astype(np.int32)
     assert np.std(expected) > 0.3, "logits that hardly differ would hide what is wrong"
     np.testing.assert_allclose(jax.jit(slmjax.logits)(loaded.model, ids)[0], expected, atol=2e-4)
-    np.testing.assert_allclose(decoded_logits(loaded, ids), expected, atol=2e-4)
-
-
-def exported_config(model: ModelConfig, own_directory: Path) -> ModelConfig:
-    return canonical(hf.open_directory(own_directory).config)
+    np.testing.assert_allclose(decoded_logits(loaded, ids, prompt_length=PROMPT_LENGTHS.get(case, 1)), expected, atol=2e-4)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -69,12 +69,13 @@ def test_nothing_is_lost_by_import_and_export(case: str, tmp_path: Path) -> None
     found = hf.open_directory(tmp_path / "theirs")
     import_model(tmp_path / "theirs", tmp_path / "ours", tokenizer=tiny_tokenizer(tmp_path))
     written = export_model(tmp_path / "ours", tmp_path / "back", to=Target.HF)
-    assert written.family == golden["config"]["architectures"][0]
+    assert written.family == OTHER_NAMES.get(case, golden["config"]["architectures"][0])
     assert canonical(hf.open_directory(tmp_path / "back").config) == canonical(found.config)
     before, after = weights.TensorFiles(tmp_path / "theirs"), weights.TensorFiles(tmp_path / "back")
-    assert set(after.names) == set(before.names)
-    for name in before.names:
-        np.testing.assert_array_equal(after.read(name), before.read(name), err_msg=name)
+    names = {name.removeprefix("language_model."): name for name in before.names if not name.startswith(("vision_", "multi_"))}
+    assert set(after.names) == set(names)
+    for name in after.names:
+        np.testing.assert_array_equal(after.read(name), before.read(names[name]), err_msg=name)
 
 
 def tiny_tokenizer(directory: Path) -> Path:

@@ -1,12 +1,14 @@
 """The families that are known, one file each."""
 
 from slmjax.convert.families import (
+    deepseek_v2,
     gemma2,
     gemma3,
     gpt2,
     gpt_oss,
     granite,
     llama,
+    minicpm3,
     mistral,
     mixtral,
     olmo2,
@@ -38,4 +40,6 @@ HF_FAMILIES: tuple[Family, ...] = (
     granite.HF_HYBRID,
     gpt_oss.HF,
     gpt2.HF,
+    deepseek_v2.HF,
+    minicpm3.HF,
 )

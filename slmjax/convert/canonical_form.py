@@ -6,6 +6,7 @@ from typing import Any
 from slmjax.architecture import BlockConfig, ModelConfig, Precision, Remat, stack_of
 from slmjax.attention import AttentionConfig
 from slmjax.layers import Shape
+from slmjax.mixers.latent import LatentAttentionConfig
 from slmjax.moe import Balance, MoeConfig
 
 
@@ -26,6 +27,9 @@ def _canonical_block(block: BlockConfig, shape: Shape) -> BlockConfig:
         mixer = dataclasses.replace(mixer, num_kv_heads=mixer.kv_heads, head_dim=head_dim, scale=scale)
         if mixer.rope_base is None:
             mixer = dataclasses.replace(mixer, rope_fraction=1.0, rope_scaling=None)
+    if isinstance(mixer, LatentAttentionConfig):
+        scale = mixer.key_dim**-0.5 if mixer.scale is None else mixer.scale
+        mixer = dataclasses.replace(mixer, scale=scale, latent_norm_eps=mixer.latent_norm_eps or shape.norm_eps)
     if isinstance(ffn, MoeConfig):
         balance = Balance.BIAS if ffn.balance is Balance.BIAS else Balance.NONE  # the one that is part of the model
         ffn = dataclasses.replace(ffn, balance=balance, balance_weight=0.0, bias_rate=0.0, z_weight=0.0, capacity_factor=None)

@@ -1,0 +1,88 @@
+"""DeepSeek-V2 and V2-Lite: latent attention; experts beside one that all tokens use, after some dense layers."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from slmjax.architecture import BlockConfig, ModelConfig
+from slmjax.convert.family import Arrays, Family, Inexpressible, Rule, Table, expect_kind, linear
+from slmjax.convert.hf_settings import read_activation, read_decoder, read_mlp, write_activation, write_decoder
+from slmjax.convert.hf_tensors import EMBEDDING, GATED_MLP, MOE, PRE_NORMS
+from slmjax.convert.latent_settings import TENSORS, read_latent_attention, write_latent_attention
+from slmjax.convert.settings import Settings
+from slmjax.layers import MlpConfig
+from slmjax.mixers.latent import LatentAttentionConfig
+from slmjax.moe import MoeConfig
+
+
+def read(settings: Settings) -> ModelConfig:
+    """config.json -> ModelConfig."""
+    for key, value in {"topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False, "moe_layer_freq": 1}.items():
+        settings.expect(key, value)
+    settings.ignore("n_group", "topk_group", "ep_size", "aux_loss_alpha", "seq_aux")
+    settings.expect("mlp_bias", False)
+    width = settings.take("moe_intermediate_size", 1407)
+    moe = MoeConfig(
+        num_experts=settings.take("n_routed_experts", 64), num_selected=settings.take("num_experts_per_tok"), hidden_dim=width,
+        activation=read_activation(settings), normalize_weights=False, routed_scale=float(settings.take("routed_scaling_factor", 1.0)),
+        shared_hidden_dim=width * settings.take("n_shared_experts", 2),
+    )  # fmt: skip
+    dense, mixer = read_mlp(settings), read_latent_attention(settings)
+    num_dense = settings.take("first_k_dense_replace", 0)
+    blocks = [BlockConfig(mixer=mixer, ffn=dense if layer < num_dense else moe) for layer in range(settings.take("num_hidden_layers"))]
+    return read_decoder(settings, blocks)
+
+
+def write(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> config.json."""
+    blocks = list(model.blocks())
+    mixer = expect_kind(blocks[0].mixer, LatentAttentionConfig, "layer 0's mixer")
+    if model.embed_dim % mixer.num_heads:
+        raise Inexpressible(f"its width, {model.embed_dim}, has to be a multiple of its heads, {mixer.num_heads}")
+    moe = next((block.ffn for block in blocks if isinstance(block.ffn, MoeConfig)), None)
+    dense = [block.ffn for block in blocks if isinstance(block.ffn, MlpConfig)]
+    if moe is None or moe.shared_hidden_dim % moe.hidden_dim:
+        raise Inexpressible("it has experts, and beside them one as wide as some of them together")
+    experts = {
+        "n_routed_experts": moe.num_experts, "num_experts_per_tok": moe.num_selected, "moe_intermediate_size": moe.hidden_dim,
+        "n_shared_experts": moe.shared_hidden_dim // moe.hidden_dim, "routed_scaling_factor": moe.routed_scale, "norm_topk_prob": False,
+        "topk_method": "greedy", "first_k_dense_replace": len(dense), "hidden_act": write_activation(moe.activation),
+        "intermediate_size": dense[0].hidden_dim if dense else moe.hidden_dim,
+    }  # fmt: skip
+    return {"model_type": "deepseek_v2", **write_decoder(model), **write_latent_attention(mixer), **experts}
+
+
+# The dims that are rotated come in pairs side by side there; ours have the first of all pairs, then the second. --------
+def paired(rule: Rule, *, num_heads: int, rope_dim: int) -> Rule:
+    """A rule whose outputs are heads, of which the last dims are rotated."""
+
+    def reordered(arrays: Arrays, order: np.ndarray) -> Arrays:
+        heads = arrays[0].reshape(*arrays[0].shape[:-1], num_heads, -1)
+        plain = np.arange(heads.shape[-1] - rope_dim)
+        return [heads[..., np.concatenate([plain, len(plain) + order])].reshape(arrays[0].shape)]
+
+    halves = np.arange(rope_dim).reshape(-1, 2).T.reshape(-1)
+    return dataclasses.replace(
+        rule, read=lambda arrays, shapes: reordered(rule.read(arrays, shapes), halves),
+        write=lambda arrays: rule.write(reordered(arrays, np.argsort(halves))),
+    )  # fmt: skip
+
+
+def table(model: ModelConfig) -> Table:
+    """The tensors of a model with this many heads."""
+    mixer = expect_kind(next(model.blocks()).mixer, LatentAttentionConfig, "layer 0's mixer")
+    of_heads, of_one = {"num_heads": mixer.num_heads, "rope_dim": mixer.rope_dim}, {"num_heads": 1, "rope_dim": mixer.rope_dim}
+    turned = (
+        *(paired(rule, **of_heads) for name in ("query", "query_up") for rule in TENSORS if rule.ours[0].startswith(f"mixer/{name}/")),
+        *(paired(rule, **of_one) for rule in TENSORS if rule.ours[0].startswith("mixer/latent_down/")),
+    )
+    shared = (
+        *linear("ffn/shared/gate", "mlp.shared_experts.gate_proj"),
+        *linear("ffn/shared/up", "mlp.shared_experts.up_proj"),
+        *linear("ffn/shared/down", "mlp.shared_experts.down_proj"),
+    )
+    return Table(around=EMBEDDING, layer=(*PRE_NORMS, *turned, *TENSORS, *MOE, *shared, *GATED_MLP))
+
+
+HF = Family(architecture="DeepseekV2ForCausalLM", read=read, write=write, table=table)

@@ -1,0 +1,1 @@
+"""Token mixers beside softmax attention with keys and values of its own, one file each."""
