@@ -5,6 +5,7 @@ as they are there. They say what a model is, not how it was trained or what prec
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 
 from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, NormPlacement, stack_of
@@ -230,8 +231,8 @@ def phi3_mini() -> ModelConfig:
 
 def phi4_mini() -> ModelConfig:
     """Phi-4-mini (https://huggingface.co/microsoft/Phi-4-mini-instruct): three quarters of a head are rotated, by LongRoPE."""
-    # The attention factor is the root of 1 + ln(131,072 / 4096) / ln(4096).
-    scaling = LongScaling(short_factors=(1.0,) * 48, long_factors=PHI4_MINI_FACTORS, original_context=4096, attention_factor=1.190238)
+    magnitude = math.sqrt(1 + math.log(131_072 / 4096) / math.log(4096))
+    scaling = LongScaling(short_factors=(1.0,) * 48, long_factors=PHI4_MINI_FACTORS, original_context=4096, attention_factor=magnitude)
     return _llama(
         layers=32, embed_dim=3072, heads=24, kv_heads=8, hidden_dim=8192, vocab_size=200_064, context_length=131_072, rope_fraction=0.75,
         rope_scaling=scaling,
