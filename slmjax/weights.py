@@ -9,7 +9,9 @@ An imported model keeps each layer's parameters by logical path (`layers/3/mixer
 """
 
 import contextlib
+import dataclasses
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,59 +27,70 @@ from slmjax.parameters import logical_paths
 
 DIRECTORY = "weights"  # of an imported model's directory
 INDEX = "model.safetensors.index.json"
-LARGEST_FILE = 2**29  # bytes
+LARGEST_FILE = 2**27  # bytes: while one is written, its tensors are in memory twice
 DTYPES: Mapping[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": jax.numpy.bfloat16, "F64": np.float64}
 
 
 class TensorFiles:
-    """The tensors of a directory of safetensors files."""
+    """The tensors of a directory of safetensors files. The file that was read last stays open, and mapped into memory."""
 
     def __init__(self, directory: Path) -> None:
         """Raises ValueError where there are none, or one is damaged or missing."""
         self.directory = directory
-        self._handles: dict[Path, Any] = {}
-        self._file_of: dict[str, Path] = {}
+        self._entries: dict[str, _Entry] = {}
+        self._open: tuple[Path | None, Any] = (None, None)
         for path in _files(directory):
             if not path.is_file():
                 raise ValueError(f"{directory / INDEX} names {path.name}, which is not there: the copy of the model is incomplete")
             try:
-                self._handles[path] = safe_open(path, framework="np")
+                with safe_open(path, framework="np") as file:
+                    for name in file.keys():  # noqa: SIM118 - it is no dict
+                        part = file.get_slice(name)
+                        self._entries[name] = _Entry(file=path, shape=tuple(part.get_shape()), stored=part.get_dtype())
             except SafetensorError as error:
                 raise ValueError(f"{path} is damaged, or no safetensors file ({error}): copy it anew") from error
-            self._file_of |= dict.fromkeys(self._handles[path].keys(), path)
 
     @property
     def names(self) -> list[str]:
         """The names of all tensors."""
-        return sorted(self._file_of)
+        return sorted(self._entries)
 
     @property
     def files(self) -> list[Path]:
         """The files they are in."""
-        return list(self._handles)
+        return sorted({entry.file for entry in self._entries.values()})
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
-        return tuple(self._slice(name).get_shape())
+        return self._entries[name].shape
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype that a tensor is stored in. Raises ValueError for one that is no plain floating point."""
-        stored = self._slice(name).get_dtype()
-        if stored not in DTYPES:
+        entry = self._entries[name]
+        if entry.stored not in DTYPES:
             raise ValueError(
-                f"{self._file_of[name]}: {name} is stored as {stored}, and weights are read as {', '.join(DTYPES)}: "
+                f"{entry.file}: {name} is stored as {entry.stored}, and weights are read as {', '.join(DTYPES)}: "
                 "take the checkpoint that is not quantized, or a GGUF file"
             )
-        return np.dtype(DTYPES[stored])
+        return np.dtype(DTYPES[entry.stored])
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A tensor, or a part of it: only that is read. Raises ValueError as `dtype` does."""
         self.dtype(name)
-        part = self._slice(name)
-        return part[index] if index else self._handles[self._file_of[name]].get_tensor(name)
+        path = self._entries[name].file
+        if self._open[0] != path:
+            self._open = (path, safe_open(path, framework="np"))
+        file = self._open[1]
+        return file.get_slice(name)[index] if index else file.get_tensor(name)
 
-    def _slice(self, name: str) -> Any:
-        return self._handles[self._file_of[name]].get_slice(name)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """Where a tensor is."""
+
+    file: Path
+    shape: tuple[int, ...]
+    stored: str  # the name of its dtype
 
 
 def _files(directory: Path) -> list[Path]:
@@ -171,8 +184,6 @@ def whole_directory(path: Path) -> Iterator[Path]:
     Raises:
       ValueError: `path` is there already, and not empty.
     """
-    import shutil
-
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is there already: name a new directory, or delete it first")
     path.parent.mkdir(parents=True, exist_ok=True)

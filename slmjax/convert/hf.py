@@ -23,6 +23,8 @@ from slmjax.data.shards import file_sha256
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.runlog import write_json
 
+LARGEST_FILE = 2**30  # bytes
+
 
 # Reading --------------------------------------------------------------------------------------------------------------
 def open_directory(directory: Path) -> Found:
@@ -129,7 +131,7 @@ def write_directory(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtyp
         "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
     }  # fmt: skip
     write_json(out / "config.json", config)
-    weights.write_tensors(out, _converted(theirs_from(bound, own.read), dtype))
+    weights.write_tensors(out, _converted(theirs_from(bound, own.read), dtype), largest_file=LARGEST_FILE)
     tokenizer.save(out)
     return expressed
 

@@ -252,8 +252,8 @@ def test_commands_take_imported_models_as_runs(tmp_path: Path, workplace: Path, 
 
     small = (
         "nano", "--data.path", str(workplace / "text.txt"), "--data.sequence-length", "32", "--data.batch-size", "4",
-        "--data.split", "tail", "--run.sample-prompts", "", "--optim.warmup-steps", "1", "--tokenizer.vocab-size", "300", "--run.steps", "2",
-        "--json",
+        "--data.split", "tail", "--run.sample-prompts", "", "--optim.warmup-steps", "1", "--tokenizer.vocab-size", "300",
+        "--run.steps", "2", "--json",
     )  # fmt: skip
     trained = run("train", *small)
     run_dir = tmp_path / trained["run_dir"]
@@ -262,7 +262,7 @@ def test_commands_take_imported_models_as_runs(tmp_path: Path, workplace: Path, 
     assert run("import", "theirs", "ours", "--json")["parameters"] == trained["parameters"]
     card = (tmp_path / "theirs" / "model_card.md").read_text()
     assert f"{trained['bits_per_byte']:.4f}" in card and json.loads((run_dir / "data.json").read_text())[0]["hash"] in card
-    text = ("--data.path", str(workplace / "text.txt"), "--max-documents", "2", "--json")
+    text = ("--data.path", str(workplace / "text.txt"), "--data.sequence-length", "32", "--json")
     one, other = (run("eval", str(path), *text)["text"] for path in (run_dir, "ours"))
     assert one["loss"] == other["loss"]
     said = [run("generate", str(path), "The ", "--max-tokens", "8", "--temperature", "0") for path in (run_dir, "ours")]

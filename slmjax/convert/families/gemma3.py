@@ -86,9 +86,10 @@ def write(model: ModelConfig) -> dict[str, Any]:
     return {"model_type": "gemma3_text", **keys, **write_windows(model), **extra, **ropes}
 
 
+LAYER = (*SANDWICH_NORMS, *ATTENTION, *GATED_MLP)
 HF = Family(
     architecture="Gemma3ForCausalLM", read=read, write=write,
-    table=Table(around=EMBEDDING, layer=(*SANDWICH_NORMS, *ATTENTION, *GATED_MLP)),
+    table=Table(around=EMBEDDING, layer=LAYER),
 )  # fmt: skip
 
 
@@ -118,7 +119,7 @@ VISION_KEYS = (
 HF_WITH_VISION = Family(
     architecture="Gemma3ForConditionalGeneration", read=read_text_part, write=refuse,
     table=Table(
-        around=tuple(_below(rule, "language_model.") for rule in EMBEDDING), layer=HF.table.layer,
+        around=tuple(_below(rule, "language_model.") for rule in EMBEDDING), layer=LAYER,
         prefix="language_model.model.layers.{i}.", ignored=(r"vision_tower\..*", r"multi_modal_projector\..*"),
     ),
 )  # fmt: skip

@@ -1,0 +1,115 @@
+"""Peak memory of importing a model in several files, and of reading it into the shards of a mesh: `python benchmarks/import_memory.py`.
+
+A model of SmolLM2-360M's shape is written as a Hugging Face directory in bfloat16, in files of a given size. Each measurement runs in a
+process of its own and counts what comes on top of the process as it was with everything imported. Devices are simulated here, so
+their arrays lie in the same memory and are taken off: what remains is what a host with accelerators would need.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MB = 1e6
+
+
+def write_model(directory: Path, *, largest_file: int) -> None:
+    """A Hugging Face directory with random weights, streamed."""
+    import jax.numpy as jnp
+
+    from slmjax import weights, zoo
+    from slmjax.convert.canonical_form import canonical
+    from slmjax.convert.families import llama
+    from slmjax.convert.family import bind, logical_shapes, theirs_from
+
+    model = canonical(zoo.ARCHITECTURES["smollm2_360m"]())
+    shapes, draws = logical_shapes(model), np.random.default_rng(0)
+
+    def read(name: str) -> np.ndarray:
+        return (0.02 * draws.standard_normal(shapes[name], np.float32)).astype(jnp.bfloat16)
+
+    bound = bind(llama.HF.table_of(model), model)
+    weights.write_tensors(directory, theirs_from(bound, read), largest_file=largest_file)
+    config = {"architectures": ["LlamaForCausalLM"], **llama.HF.write(model)}
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def resident() -> float:
+    """Bytes of memory in use by this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak() -> float:
+    """Bytes of memory that this process had in use at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure_import(source: Path, out: Path) -> dict[str, float]:
+    """Bytes above the process itself."""
+    from slmjax.convert.directory import import_model
+
+    before = resident()
+    import_model(source, out)
+    return {"peak": peak() - before}
+
+
+def measure_reading(model: Path) -> dict[str, float]:
+    """Bytes above the process and the arrays that it ends with."""
+    import jax
+
+    from slmjax import checkpoint, parameters, sharding, weights
+
+    config = checkpoint.read_config(model)
+    definition, mesh = parameters.define(config), sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=8))
+    places = sharding.parameter_shardings(definition.params, mesh)
+    like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name]) for name, leaf in definition.params.items()}
+    jax.block_until_ready(jax.device_put(np.zeros(8), jax.devices()[0]))
+    before = resident()
+    params = jax.block_until_ready(weights.read_stacked(model, config, like))
+    held = sum(shard.data.nbytes for array in params.values() for shard in array.addressable_shards)
+    return {"peak": peak() - before - held, "arrays": float(held)}
+
+
+def in_process(*words: str) -> dict[str, float]:
+    """This script with other arguments, in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--file-mb", type=int, default=100, help="largest safetensors file, in MB")
+    parser.add_argument("--measure", nargs="*", help=argparse.SUPPRESS)
+    given: Any = parser.parse_args()
+    if given.measure:
+        kind, *paths = given.measure
+        measured = measure_import(*map(Path, paths)) if kind == "import" else measure_reading(*map(Path, paths))
+        print(json.dumps(measured))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        theirs, ours = Path(name) / "theirs", Path(name) / "ours"
+        write_model(theirs, largest_file=given.file_mb * 10**6)
+        sizes = [file.stat().st_size for file in theirs.glob("*.safetensors")]
+        imported = in_process("--measure", "import", str(theirs), str(ours))
+        read = in_process("--measure", "read", str(ours))
+    arrays = f"{read['arrays'] / MB:,.0f} MB"
+    print(f"| model | files | largest file | import, above the process | into 8 shards, above process and arrays ({arrays}) |")
+    print("|---|---|---|---|---|")
+    print(
+        f"| SmolLM2-360M's shape, {sum(sizes) / MB:,.0f} MB | {len(sizes)} | {max(sizes) / MB:,.0f} MB | {imported['peak'] / MB:,.0f} MB | "
+        f"{read['peak'] / MB:,.0f} MB |"
+    )
+
+
+if __name__ == "__main__":
+    import os
+
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    main()
