@@ -190,7 +190,7 @@ class Decoder(nnx.Module):
         dtype = self.config.layer_shape().dtype
         x = self.embed(tokens, dtype=dtype) * jnp.asarray(self.config.embed_multiplier, dtype)
         if self.positions is not None:
-            x = x + lookup(self.positions.weight[...], positions, dtype=dtype)
+            x = x + lookup(effective_weight(self.positions.weight[...], jnp.float32), positions, dtype=dtype)
         x = sharding.constrain(x, ("batch", "time", None))
         if key is not None:
             x = dropout(x, jax.random.fold_in(key, self.config.num_layers), rate=self.config.dropout)

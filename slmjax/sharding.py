@@ -95,8 +95,8 @@ def batch_divisor(mesh: Mesh) -> int:
 # (pattern of the logical path, logical dims of the unstacked parameter); the first match with dims that divide wins, or the last.
 # Rows are preferred to columns for fsdp: a part of them is then long enough for TPUs' lanes however many devices there are.
 RULES: tuple[tuple[str, Dims], ...] = (
-    (r"embed/table|head/weight", ("vocab_rows", None)),
-    (r"embed/table|head/weight", ("vocab", "embed")),
+    (r"embed/table|head/weight|positions/weight", ("vocab_rows", None)),
+    (r"embed/table|head/weight|positions/weight", ("vocab", "embed")),
     (r".*/mixer/(query|query_up|latent_up)/weight", ("embed", "heads")),
     (r".*/mixer/(query|latent)_down/weight", ("embed", None)),
     (r".*/mixer/(key|value)/weight", ("embed", "kv_heads")),

@@ -1,5 +1,6 @@
 """The attention mixer against `jax.nn.dot_product_attention`, its reach, and decoding with a cache against whole sequences."""
 
+import dataclasses
 import functools
 import math
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from slmjax import sharding
 from slmjax.attention import AttentionConfig, Biases, QkNorm
-from slmjax.layers import Shape
+from slmjax.layers import NormKind, Shape
 
 BATCH, LENGTH, WIDTH = 2, 12, 8
 SHAPE = Shape(embed_dim=WIDTH, num_layers=2, norm_eps=1e-6, init_std=0.5, dtype=jnp.float32)
@@ -41,13 +43,15 @@ def attend(attention, x, segment_ids, positions):
     ("settings", "options"),
     [
         ({"num_heads": 2}, {}),
+        ({"num_heads": 4, "num_kv_heads": 2, "qk_norm": QkNorm.ALL_HEADS}, {}),
         ({"num_heads": 4, "num_kv_heads": 1, "scale": 0.7}, {"scale": 0.7}),
         ({"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "window": 3}, {"local_window_size": (2, 0)}),
     ],
-    ids=["full", "one kv head", "groups and window"],
+    ids=["full", "norms of all heads", "one kv head", "groups and window"],
 )
 def test_equals_the_attention_of_jax(settings, options):
-    attention = build(**settings, rope_base=None, qk_norm=QkNorm.PER_HEAD, biases=Biases.ALL)
+    attention = build(**{"qk_norm": QkNorm.PER_HEAD, **settings}, rope_base=None, biases=Biases.ALL)
+    all_heads = attention.config.qk_norm is QkNorm.ALL_HEADS
     x, segment_ids, positions = inputs()
 
     def project(linear):
@@ -55,7 +59,10 @@ def test_equals_the_attention_of_jax(settings, options):
         return y.reshape(BATCH, LENGTH, -1, attention.head_dim)
 
     def normed(y, norm):
-        return y / np.sqrt(np.mean(y**2, axis=-1, keepdims=True) + 1e-6) * np.asarray(norm.scale[...])
+        together = y.reshape(BATCH, LENGTH, -1) if all_heads else y
+        scale = np.asarray(norm.scale[...])
+        assert scale.shape == together.shape[-1:]
+        return (together / np.sqrt(np.mean(together**2, axis=-1, keepdims=True) + 1e-6) * scale).reshape(y.shape)
 
     query, key = normed(project(attention.query), attention.query_norm), normed(project(attention.key), attention.key_norm)
     oracle = jax.jit(functools.partial(jax.nn.dot_product_attention, is_causal=True, **options))
@@ -112,10 +119,46 @@ def test_depth_scaled_output_and_plain_inputs_at_the_start():
     assert attention.query.bias is not None and attention.output.bias is None
 
 
+def test_a_sink_takes_its_share_and_learns():
+    attention, plain = build(num_heads=2, sinks=True), build(num_heads=2)
+    assert attention.sinks[...].shape == (2,) and plain.sinks is None
+    fresh = AttentionConfig(num_heads=2, sinks=True).build(SHAPE, rngs=nnx.Rngs(params=0))
+    assert not np.any(fresh.sinks[...])
+    attention.sinks[...] = jnp.full(2, -1e4)  # no share at all
+    for name in ("query", "key", "value", "output"):
+        getattr(attention, name).weight[...] = getattr(plain, name).weight[...]
+    np.testing.assert_allclose(attend(attention, *inputs()), attend(plain, *inputs()), rtol=1e-5, atol=1e-6)
+    attention.sinks[...] = jnp.full(2, 1e4)  # all of it
+    np.testing.assert_allclose(attend(attention, *inputs()), np.zeros((BATCH, LENGTH, WIDTH)), atol=1e-6)
+
+
+def test_a_norm_of_all_heads_where_heads_are_divided():
+    """Means over what several devices hold: values and gradients are those of one device, with 2 key-value heads over 4 devices too."""
+    config = AttentionConfig(num_heads=4, num_kv_heads=2, qk_norm=QkNorm.ALL_HEADS, sinks=True)
+    shape = dataclasses.replace(SHAPE, norm_kind=NormKind.LAYER)
+    graphdef, state = nnx.split(config.build(shape, rngs=nnx.Rngs(params=0)))
+    draw = np.random.default_rng(0)
+    state = jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0.3, 0.5, leaf.shape), leaf.dtype), state)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, tensor=4))
+
+    def loss(state, x, segment_ids, positions):
+        y = nnx.merge(graphdef, state)(x, segment_ids=segment_ids, positions=positions, state=None)[0]
+        return jnp.sum(y * jnp.sin(jnp.arange(y.size)).reshape(y.shape))
+
+    def place(keys, leaf):
+        path = "layers/0/mixer/" + "/".join(key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
+        return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, sharding.partition_spec(path, leaf.shape, mesh)))
+
+    expected = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(state, *inputs())
+    with jax.set_mesh(mesh):
+        found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(jax.tree_util.tree_map_with_path(place, state), *inputs())
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
+
+
 # Decoding -------------------------------------------------------------------------------------------------------------
 ODD = {
     "full": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "rope_fraction": 0.5, "qk_norm": QkNorm.PER_HEAD},
-    "window": {"num_heads": 2, "window": 4, "softcap": 2.0},
+    "window": {"num_heads": 2, "window": 4, "softcap": 2.0, "sinks": True},
 }
 
 

@@ -75,6 +75,25 @@ def test_splash_attention_of_divided_sequences_equals_reference(as_tpu, window, 
         assert_equal(value_and_gradients(fused, *arrays), expected)
 
 
+SINKS = jnp.asarray([-1.0, 0.5, 1.0, 2.0])
+
+
+@pytest.mark.parametrize(("length", "window", "softcap", "axes"), [(300, 70, 5.0, {}), (512, None, None, {"context": 4, "tensor": 2})])
+def test_splash_attention_with_sinks_equals_reference(as_tpu, length, window, softcap, axes):
+    arrays, segments = inputs(length, head_dim=16)
+    settings = {"window": window, "scale": 0.2, "softcap": softcap}
+
+    def attend(form, q, k, v, sinks):
+        return form(q, k, v, sinks=sinks, **settings)
+
+    reference = functools.partial(attend, functools.partial(in_reference, segments=segments))
+    fused = functools.partial(attend, functools.partial(kernels.self_attention, segment_ids=segments))
+    expected = value_and_gradients(reference, *arrays, SINKS)
+    devices = jax.devices()[: int(np.prod(list(axes.values())))]
+    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(**{"data": 1, **axes}), devices)):
+        assert_equal(value_and_gradients(fused, *arrays, SINKS), expected)
+
+
 def test_shards_that_the_kernel_cannot_take_are_refused(as_tpu):
     arrays, segments = inputs(4 * 136, rows=1)
     with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=1, context=4), jax.devices()[:4])):
@@ -97,13 +116,14 @@ def test_attention_compiles_for_tpu_with_its_gradient(window, softcap, head_dim)
     dims = jax.sharding.NamedSharding(mesh, jax.P(None, "context", "tensor"))
     shapes = [jax.ShapeDtypeStruct((1, 4096, count, head_dim), jnp.bfloat16, sharding=dims) for count in (8, 2, 2)]
     segments = jax.ShapeDtypeStruct((1, 4096), jnp.int32, sharding=jax.sharding.NamedSharding(mesh, jax.P(None, "context")))
+    sinks = None if softcap is None else jax.ShapeDtypeStruct((8,), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, jax.P()))
 
-    def loss(q, k, v, segments):
-        out = kernels.self_attention(q, k, v, segment_ids=segments, window=window, scale=0.125, softcap=softcap)
+    def loss(q, k, v, sinks, segments):
+        out = kernels.self_attention(q, k, v, segment_ids=segments, window=window, scale=0.125, softcap=softcap, sinks=sinks)
         return jnp.sum(out.astype(jnp.float32) ** 2)
 
     with jax.set_mesh(mesh):
-        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes, segments).compile()
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*shapes, sinks, segments).compile()
     kernel_calls = compiled.as_text().count('custom_call_target="tpu_custom_call"')
     assert kernel_calls >= 3  # forward, and the two of the backward pass
     assert ("collective-permute" in compiled.as_text()) == (window is not None)
@@ -146,6 +166,7 @@ def test_the_choice_is_logged_with_its_reason(caplog, monkeypatch):
     with caplog.at_level("INFO", logger="slmjax.kernels"):
         assert attention.choose_attention(2048, **half).keywords["attend"] is attention._gpu_attention
         assert attention.choose_attention(2048, **half, softcap=30.0).keywords["attend"] is kernels.reference_attention
+        assert attention.choose_attention(2048, **half, has_sinks=True).keywords["attend"] is kernels.reference_attention
         assert attention.choose_attention(2048, window=None, platform="gpu").keywords["attend"] is kernels.reference_attention
         assert attention.choose_attention(2048, window=512, platform="tpu") is tpu.attend
         assert attention.choose_attention(64, window=None, platform="tpu") is not tpu.attend

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slmjax import kernels
+from slmjax import kernels, sharding
 from slmjax.kernels import choice, cpu
 
 
@@ -30,6 +30,11 @@ def as_reference(q, k, v, *, segment_ids, positions, **settings):
 
 def in_self_attention(q, k, v, *, segment_ids, positions, **settings):
     return kernels.self_attention(q, k, v, segment_ids=segment_ids, **settings)
+
+
+def with_more(form, q, k, v, more, **settings):
+    """A form of attention of which further arrays are to have gradients too."""
+    return form(q, k, v, **more, **settings)
 
 
 def cotangent_like(value):
@@ -75,6 +80,22 @@ def test_attention_equals_a_loop_over_queries(kv_heads, window):
         np.testing.assert_allclose(out[row, t, head], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_sink_is_a_key_that_has_this_score_and_no_value():
+    """A key more for each head, whose products with all queries are the sink; numpy, float64."""
+    (q, k, v), ids = attention_inputs(16)
+    sinks = np.array([-1.0, 0.5, 2.0, 40.0])  # the last takes nearly all
+    out = as_reference(q, k, v, **ids, window=6, scale=0.3, softcap=2.0, sinks=jnp.asarray(sinks, jnp.float32))
+    mask = np.asarray(kernels.attention_mask(
+        q_segments=ids["segment_ids"], k_segments=ids["segment_ids"], q_positions=ids["positions"], k_positions=ids["positions"], window=6
+    ))  # fmt: skip
+    for head in range(4):
+        queries, keys, values = (np.asarray(x, np.float64)[:, :, i] for x, i in ((q, head), (k, head // 2), (v, head // 2)))
+        scores = 2.0 * np.tanh(0.3 * queries @ keys.transpose(0, 2, 1) / 2.0)
+        powers = np.exp(np.concatenate([np.where(mask, scores, -np.inf), np.full((2, 16, 1), sinks[head])], axis=2))
+        values = np.concatenate([values, np.zeros((2, 1, 8))], axis=1)
+        np.testing.assert_allclose(out[:, :, head], powers / powers.sum(axis=2, keepdims=True) @ values, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("length", "window", "form"),
     [
@@ -89,11 +110,36 @@ def test_self_attention_equals_reference_in_every_form(length, window, form):
     chosen = kernels.choose_attention(length, window=window, platform="cpu")
     assert chosen.func is getattr(kernels.attention, form)
     arrays, ids = attention_inputs(length)
-    for softcap in (None, 5.0):  # with the gradient written out, and with that of the reference
+    sinks = jnp.asarray([-1.0, 0.5, 1.0, 2.0])
+    # With the gradient written out, and with that of the reference.
+    for softcap, more in ((None, {}), (5.0, {"sinks": sinks})):
         settings = {**ids, "window": window, "scale": 0.3, "softcap": softcap}
-        actual = value_and_gradients(functools.partial(in_self_attention, **settings), arrays)
-        expected = value_and_gradients(functools.partial(as_reference, **settings), arrays)
+        forms = [functools.partial(with_more, form, **settings) for form in (in_self_attention, as_reference)]
+        actual, expected = (value_and_gradients(form, (*arrays, more)) for form in forms)
         assert_trees_close(actual, expected)
+        assert not more or np.all(np.abs(actual[1][3]["sinks"]) > 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("axes", "window"),
+    [
+        ({"context": 4, "tensor": 2}, None),
+        ({"context": 4, "tensor": 2}, 9),
+        ({"data": 2, "context": 2, "tensor": 2}, 40),
+        ({"tensor": 8}, 9),
+    ],
+)
+def test_sinks_of_divided_heads_and_sequences(axes, window):
+    """Keys gathered, and a halo; heads divided, with 4 heads over 8 devices not at all."""
+    arrays, ids = attention_inputs(64)
+    arrays = (*arrays, jnp.asarray([-1.0, 0.5, 1.0, 2.0]))
+
+    def attend(form, q, k, v, sinks):
+        return form(q, k, v, **ids, window=window, scale=0.3, sinks=sinks)
+
+    expected = value_and_gradients(functools.partial(attend, as_reference), arrays)
+    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(**{"data": 1, **axes}))):
+        assert_trees_close(value_and_gradients(functools.partial(attend, in_self_attention), arrays), expected)
 
 
 def test_padding_gives_zeros_and_finite_gradients():

@@ -1,5 +1,6 @@
 """Norms, dropout, embeddings and the MLP, against numbers worked by hand and flax's own modules."""
 
+import dataclasses
 import math
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 
 from slmjax import layers
-from slmjax.layers import Activation, Embedding, Linear, MlpConfig, RmsNorm, Shape
+from slmjax.layers import Activation, CenteredRmsNorm, Embedding, LayerNorm, Linear, MlpConfig, NormKind, RmsNorm, Shape
 
 SHAPE = Shape(embed_dim=4, num_layers=8, norm_eps=1e-6, init_std=0.02, dtype=jnp.float32)
 
@@ -20,6 +21,10 @@ def draw(*shape):
 
 def silu(x):
     return x / (1 + math.exp(-x))
+
+
+def normal_below(x):
+    return (1 + math.erf(x / math.sqrt(2))) / 2
 
 
 def test_rms_norm_of_three_and_four():
@@ -38,6 +43,38 @@ def test_rms_norm_equals_flax_and_keeps_the_dtype():
     assert half.dtype == jnp.bfloat16
     # Computed in float32 from the rounded input: only the result is rounded.
     np.testing.assert_array_equal(half, ours(x.astype(jnp.bfloat16).astype(jnp.float32)).astype(jnp.bfloat16))
+
+
+def test_layer_norm_of_one_two_and_six():
+    # The mean is 3 and the variance (4 + 1 + 9) / 3; scales 1, 2, 3 and a bias of 10.
+    y = layers.layer_norm(jnp.array([1.0, 2.0, 6.0]), jnp.array([1.0, 2.0, 3.0]), jnp.full(3, 10.0), eps=0.0)
+    np.testing.assert_allclose(y, 10 + np.array([-2.0, -2.0, 9.0]) / math.sqrt(14 / 3), rtol=1e-6)
+
+
+def test_layer_norm_equals_flax_and_keeps_the_dtype():
+    x = jnp.asarray(100 + 5 * draw(2, 3, 16))  # far from zero: the variance is that of what is left without the mean
+    theirs, ours = nnx.LayerNorm(16, epsilon=1e-3, use_fast_variance=False, rngs=nnx.Rngs(0)), LayerNorm(16, eps=1e-3)
+    ours.scale[...] = theirs.scale[...] = jnp.asarray(draw(16))
+    ours.bias[...] = theirs.bias[...] = jnp.asarray(draw(16)[::-1])
+    np.testing.assert_allclose(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+    assert ours(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_a_centered_scale_starts_at_zero_and_counts_from_one():
+    norm, plain, x = CenteredRmsNorm(4, eps=1e-6), RmsNorm(4, eps=1e-6), jnp.asarray(draw(3, 4))
+    assert not np.any(norm.scale[...])
+    np.testing.assert_array_equal(norm(x), plain(x))
+    norm.scale[...], plain.scale[...] = jnp.array([0.5, 0.0, -1.0, 2.0]), jnp.array([1.5, 1.0, 0.0, 3.0])
+    np.testing.assert_array_equal(norm(x), plain(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"), [(NormKind.RMS, {"scale"}), (NormKind.CENTERED_RMS, {"scale"}), (NormKind.LAYER, {"scale", "bias"})]
+)
+def test_norms_of_a_model_are_of_its_kind(kind, names):
+    norm = dataclasses.replace(SHAPE, norm_kind=kind).norm(6)
+    assert {path[0] for path, _ in nnx.to_flat_state(nnx.state(norm))} == names
+    assert norm.eps == SHAPE.norm_eps and norm.scale[...].shape == (6,)
 
 
 def test_rms_norm_of_zeros_has_a_finite_gradient():
@@ -77,7 +114,13 @@ def test_linear_adds_its_bias_and_computes_in_the_input_dtype():
         # GELU by its tanh form: gelu(1) = 0.841192, gelu(-2) = -0.045402.
         (Activation.GELU, True, 2 * (0.841192 * 6) + 2 * (-0.045402 * 2)),
         (Activation.RELU2, True, 2 * (1.0 * 6) + 0.0),
+        # By the error function gelu(x) is x times the share of a normal below x.
+        (Activation.GELU_EXACT, True, 2 * (normal_below(1.0) * 6) + 2 * (-2 * normal_below(-2.0) * 2)),
+        (Activation.RELU, True, 2 * (1.0 * 6) + 0.0),
+        # Both halves are bounded to 7 in size (here neither is), and one more than the other half is taken.
+        (Activation.CLAMPED_SILU, True, 2 * (1 / (1 + math.exp(-1.702)) * 7) + 2 * (-2 / (1 + math.exp(2 * 1.702)) * 3)),
         (Activation.SILU, False, 2 * silu(6.0) + 2 * silu(2.0)),
+        (Activation.GELU_EXACT, False, 2 * 6 * normal_below(6.0) + 2 * 2 * normal_below(2.0)),
         (Activation.RELU2, False, 2 * 36.0 + 2 * 4.0),
     ],
 )
@@ -92,6 +135,15 @@ def test_mlp_by_hand(activation, gated, expected):
     np.testing.assert_allclose(y.item(), expected, rtol=1e-5)
     assert not aux.losses and not aux.metrics
     assert (mlp.gate is not None) == gated
+
+
+def test_clamped_halves():
+    gate, up = jnp.array([9.0, 9.0, -9.0]), jnp.array([9.0, -9.0, 1.0])
+    seven = 7 / (1 + math.exp(-7 * 1.702))
+    expected = [seven * 8, seven * -6, -9 / (1 + math.exp(9 * 1.702)) * 2]  # the gate has no bound below
+    np.testing.assert_allclose(layers.gated(Activation.CLAMPED_SILU, gate, up), expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="made of two halves: set ffn.gated"):
+        MlpConfig(hidden_dim=2, activation=Activation.CLAMPED_SILU, gated=False)
 
 
 def test_mlp_biases_and_bad_width():

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from slmjax import moe, placement, sharding
-from slmjax.layers import Shape
+from slmjax.layers import Activation, Shape
 from slmjax.moe import Balance, MoeConfig, RouterScore
 
 SHAPE = Shape(embed_dim=8, num_layers=2, norm_eps=1e-6, init_std=0.3, dtype=jnp.float32)
@@ -27,6 +27,9 @@ DEEPSEEK = MoeConfig(
     shared_hidden_dim=10,
     balance=Balance.BIAS,
 )
+# As in GPT-OSS.
+BIASED = dataclasses.replace(DROPLESS, bias=True, activation=Activation.CLAMPED_SILU)
+BIASED_CAPACITY = dataclasses.replace(BIASED, capacity_factor=0.75)
 
 
 LENGTH = 12
@@ -46,7 +49,14 @@ def built(config: MoeConfig):
     layer.router.weight[...] = layer.router.weight[...] + jnp.asarray([0.4, 0.2, 0.0, 0.0])[None]
     if layer.router_bias is not None:
         layer.router_bias[...] = jnp.asarray([0.3, -0.2, 0.1, 0.0])
-    return nnx.split(layer)
+    graph, state = nnx.split(layer)
+    draw = np.random.default_rng(1)
+
+    def with_bias(path, leaf):
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        return jnp.asarray(draw.normal(size=leaf.shape), leaf.dtype) if names[-1].endswith("bias") and names[0] != "router_bias" else leaf
+
+    return graph, jax.tree_util.tree_map_with_path(with_bias, state)
 
 
 def probe(y):
@@ -75,9 +85,14 @@ def assert_trees_close(actual, expected, *, rtol=2e-5, atol=2e-5):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
 
 
+def name_of(config):
+    names = {"deepseek": config.balance is Balance.BIAS, "biased": config.bias, "capacity": config.capacity_factor is not None}
+    return " ".join(name for name, holds in names.items() if holds) or "dropless"
+
+
 # Dispatch -------------------------------------------------------------------------------------------------------------
 def scores_of(layer, x):
-    logits = jnp.dot(x, layer.router.weight[...])
+    logits = jnp.dot(x, layer.router.weight[...]) + (layer.router.bias[...][None, None] if layer.config.bias else 0)
     return logits, jax.nn.softmax(logits) if layer.config.score is RouterScore.SOFTMAX else jax.nn.sigmoid(logits)
 
 
@@ -99,12 +114,19 @@ def dense_loss(layer, x, segment_ids, selected, kept):
     """The layer with every expert computed for every token."""
     config, real = layer.config, (np.asarray(segment_ids) != 0).astype(np.float32)
     gate, up, down = (getattr(layer.experts, name)[...] for name in ("gate", "up", "down"))
-    hidden = jax.nn.silu(jnp.einsum("btd,edf->btef", x, gate)) * jnp.einsum("btd,edf->btef", x, up)
+    gate_bias, up_bias, down_bias = (
+        getattr(layer.experts, f"{name}_bias")[...][None, None] if config.bias else jnp.zeros(()) for name in ("gate", "up", "down")
+    )
+    gate, up = (jnp.einsum("btd,edf->btef", x, matrix) + bias for matrix, bias in ((gate, gate_bias), (up, up_bias)))
+    hidden = jax.nn.silu(gate) * up
+    if config.activation is Activation.CLAMPED_SILU:  # by hand: none of these is above 7 in size
+        hidden = gate / (1 + jnp.exp(-1.702 * gate)) * (up + 1)
     logits, scores = scores_of(layer, x)
     weights = scores * selected
     if config.normalize_weights:
         weights = weights / jnp.where(real[:, :, None] > 0, jnp.sum(weights, axis=-1, keepdims=True), 1.0)
-    y = config.routed_scale * jnp.einsum("bte,btef,efd->btd", weights * kept, hidden, down)
+    outputs = jnp.einsum("btef,efd->bted", hidden, down) + down_bias
+    y = config.routed_scale * jnp.einsum("bte,bted->btd", weights * kept, outputs)
     if layer.shared is not None:
         hidden = jax.nn.silu(x @ layer.shared.gate.weight[...]) * (x @ layer.shared.up.weight[...])
         y = y + jnp.dot(hidden, layer.shared.down.weight[...]) * real[:, :, None]
@@ -117,7 +139,7 @@ def dense_loss(layer, x, segment_ids, selected, kept):
     return loss, y
 
 
-@pytest.mark.parametrize("config", [DROPLESS, CAPACITY, DEEPSEEK], ids=["dropless", "capacity", "deepseek"])
+@pytest.mark.parametrize("config", [DROPLESS, CAPACITY, DEEPSEEK, BIASED, BIASED_CAPACITY], ids=name_of)
 def test_layer_equals_a_dense_loop(config):
     x, segment_ids = inputs()
     graph, state = built(config)
@@ -132,7 +154,7 @@ def test_layer_equals_a_dense_loop(config):
     assert_trees_close((loss, y, gradients), (expected_loss, expected_y, expected_gradients))
     np.testing.assert_array_equal(aux.metrics["expert_counts"], selected.sum(axis=(0, 1)))
     assert aux.metrics["dropped"] == (selected - kept).sum()
-    assert (aux.metrics["dropped"] > 0) == (config is CAPACITY)
+    assert (aux.metrics["dropped"] > 0) == (config.capacity_factor is not None)
     assert not np.any(np.asarray(y)[np.asarray(segment_ids) == 0])
 
 
@@ -158,6 +180,8 @@ FSDP_EXPERT = sharding.MeshConfig(fsdp=2, expert=4, data=1)
         (DROPLESS, DATA_EXPERT_TENSOR, 3),  # rows that cannot be divided: every device has all of them
         (CAPACITY, DATA_EXPERT_TENSOR, 8),
         (CAPACITY, FSDP_EXPERT, 8),
+        (BIASED, DATA_EXPERT_TENSOR, 8),
+        (BIASED_CAPACITY, DATA_EXPERT_TENSOR, 8),
     ],
 )
 def test_sharded_equals_one_device(config, mesh_config, rows):

@@ -1,4 +1,4 @@
-"""A whole run on a mesh of four axes, with accumulation, averages, dropout and experts: as on one device, and resumed to the bit."""
+"""Whole runs on meshes of three axes, with accumulation, averages, dropout and experts: as on one device, and resumed to the bit."""
 
 import dataclasses
 from pathlib import Path
@@ -11,43 +11,52 @@ from rich.console import Console
 import slmjax
 from slmjax import sharding
 from slmjax.runlog import read_log
+from tests.composed import composed_model
 
-MESH = sharding.MeshConfig(data=1, fsdp=2, context=2, tensor=2)
+MESHES = {
+    "tiny": sharding.MeshConfig(data=1, fsdp=2, context=2, tensor=2),
+    "composed": sharding.MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+}
 
 
 def losses(result):
     return {record["step"]: record["loss"] for record in read_log(Path(result.run_dir) / "log.jsonl", kind="train")}
 
 
-@pytest.fixture(scope="module")
-def experiment(workplace, tmp_path_factory):
+@pytest.fixture(scope="module", params=MESHES)
+def experiment(request, workplace, tmp_path_factory):
+    """Of the tiny experiment, one repeat, for six steps; and the model of `composed.py` in its place, for two."""
     tiny = slmjax.load_experiment(str(workplace / "tiny.py"))
     (segment,) = tiny.model.stack
+    whole = request.param == "tiny"
+    model = dataclasses.replace(tiny.model, stack=(dataclasses.replace(segment, repeats=1),)) if whole else composed_model(dropout=0.1)
+    steps, directory = (6 if whole else 2), tmp_path_factory.mktemp("mesh") / "runs"
     return dataclasses.replace(
         tiny,
-        model=dataclasses.replace(tiny.model, stack=(dataclasses.replace(segment, repeats=1),)),
+        model=model,
         data=dataclasses.replace(tiny.data, path=str(workplace / "text.txt")),
-        optim=dataclasses.replace(tiny.optim, accumulation_steps=2),
-        mesh=MESH,
-        checkpoint=dataclasses.replace(tiny.checkpoint, every=3),
-        run=dataclasses.replace(tiny.run, steps=6, directory=str(tmp_path_factory.mktemp("mesh") / "runs"), sample_prompts=()),
+        optim=dataclasses.replace(tiny.optim, accumulation_steps=2, warmup_steps=min(5, steps - 1)),
+        mesh=MESHES[request.param],
+        checkpoint=dataclasses.replace(tiny.checkpoint, every=steps // 2),
+        eval=dataclasses.replace(tiny.eval, max_documents=None if whole else 1),
+        run=dataclasses.replace(tiny.run, steps=steps, directory=str(directory), sample_prompts=()),
     )
 
 
-def test_a_run_on_four_axes_equals_one_device_and_resumes_to_the_bit(experiment, monkeypatch):
+def test_a_run_on_a_mesh_equals_one_device_and_resumes_to_the_bit(experiment, monkeypatch):
     quiet = Console(quiet=True)
     whole = slmjax.train(experiment, console=quiet)
 
-    def stops_after_three(loop, *arguments):
-        loop.setup = dataclasses.replace(loop.setup, experiment=dataclasses.replace(experiment, run=run_of_three))
+    def stops_halfway(loop, *arguments):
+        loop.setup = dataclasses.replace(loop.setup, experiment=dataclasses.replace(experiment, run=half_a_run))
         return run(loop, *arguments)
 
-    run_of_three = dataclasses.replace(experiment.run, steps=3)
+    half_a_run = dataclasses.replace(experiment.run, steps=experiment.run.steps // 2)
     run = slmjax.trainer.Loop.run
-    with monkeypatch.context() as patched:  # a schedule of six steps, of which three are taken
-        patched.setattr(slmjax.trainer.Loop, "run", stops_after_three)
+    with monkeypatch.context() as patched:  # a schedule of all steps, of which half are taken
+        patched.setattr(slmjax.trainer.Loop, "run", stops_halfway)
         cut = slmjax.train(experiment, console=quiet)
-    assert max(losses(cut)) == 3
+    assert max(losses(cut)) == experiment.run.steps // 2
     resumed = slmjax.train(experiment, resume=cut.run_dir, console=quiet)
     assert losses(resumed) == losses(whole)  # the same bits
     assert resumed.bits_per_byte == whole.bits_per_byte
