@@ -133,7 +133,10 @@ def write_directory(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtyp
     bound = bind(expressed.family.table_of(expressed.config), expressed.config)
     stored = np.dtype(dtype or own.dtype("embed/table"))
     ends = list(tokenizer.end_ids)
-    ids = {"bos_token_id": tokenizer.bos_id if tokenizer.has_bos else None, "eos_token_id": ends if len(ends) > 1 else ends[0]}
+    ids = {
+        "bos_token_id": tokenizer.bos_id if tokenizer.has_bos else None, "eos_token_id": ends if len(ends) > 1 else ends[0],
+        "pad_token_id": None if tokenizer.pad is None else tokenizer.special_ids.get(tokenizer.pad),
+    }  # fmt: skip
     config = {
         "architectures": [expressed.family.architecture], **expressed.settings, "dtype": stored.name, "torch_dtype": stored.name,
         **ids,

@@ -78,11 +78,15 @@ def first_block(model: ModelConfig) -> tuple[AttentionConfig, Any]:
 
 
 # Attention ------------------------------------------------------------------------------------------------------------
-def read_attention(settings: Settings, **more: Any) -> AttentionConfig:
-    """Heads and rotary positions; `more` are fields of the `AttentionConfig` that this family sets."""
+def read_attention(settings: Settings, *, is_partial: bool = False, **more: Any) -> AttentionConfig:
+    """Heads and rotary positions; `more` are fields of the `AttentionConfig` that this family sets.
+
+    Args:
+      is_partial: the family's libraries can rotate a part of each head's dims.
+    """
     heads = settings.take("num_attention_heads")
     head_dim = settings.take("head_dim", settings.take("hidden_size") // heads)
-    fields = more if "rope_base" in more else {**read_rope(settings), **more}
+    fields = more if "rope_base" in more else {**read_rope(settings, is_partial=is_partial), **more}
     return AttentionConfig(num_heads=heads, num_kv_heads=settings.take("num_key_value_heads", heads), head_dim=head_dim, **fields)
 
 
@@ -121,14 +125,18 @@ def write_windows(model: ModelConfig) -> dict[str, Any]:
 
 
 # Rotary positions -----------------------------------------------------------------------------------------------------
-def read_rope(settings: Settings, *, base: float = 10_000.0) -> dict[str, Any]:
+def read_rope(settings: Settings, *, base: float = 10_000.0, is_partial: bool = False) -> dict[str, Any]:
     """`rope_base`, `rope_fraction` and `rope_scaling`, from either spelling: beside the other keys, or in `rope_parameters`."""
+    if not is_partial:
+        settings.expect("partial_rotary_factor", 1.0)
     context = settings.take("max_position_embeddings")
     original = settings.take("original_max_position_embeddings", None)
     base = settings.take("rope_theta", base)
     fraction = settings.take("partial_rotary_factor", 1.0)
     inner = settings.inner("rope_parameters") if settings.has("rope_parameters") else settings.inner("rope_scaling")
     settings.ignore("rope_scaling")
+    if not is_partial:
+        inner.expect("partial_rotary_factor", 1.0)
     fields = rope_fields(inner, base=base, fraction=fraction, context=context, original=original)
     inner.finish()
     return fields

@@ -12,7 +12,9 @@ from slmjax.rope import LongScaling
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
-    block = BlockConfig(mixer=read_attention(settings, window=settings.optional("sliding_window", None)), ffn=read_mlp(settings))
+    block = BlockConfig(
+        mixer=read_attention(settings, is_partial=True, window=settings.optional("sliding_window", None)), ffn=read_mlp(settings)
+    )
     return read_decoder(
         settings, [block] * settings.take("num_hidden_layers"), norm_eps=settings.take("rms_norm_eps", 1e-5)
     )  # fmt: skip
