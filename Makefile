@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 # A stamp is newer than pyproject.toml while what was installed is what it asks for.
 USER := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+ORACLE := $(VENV)/.installed-oracle
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
@@ -21,7 +22,7 @@ train: $(USER)  ## install, then train the default experiment (ARGS="nano --opti
 test: $(DEV)  ## install the dev extra, then run the tests (ARGS="tests/test_config.py" are passed on)
 	$(PYTEST) $(ARGS)
 
-test-all: $(DEV)  ## the tests and the nightly ones
+test-all: $(ORACLE)  ## install what tests compare with as well, then run the tests and the nightly ones
 	$(PYTEST) -m "nightly or not nightly" $(ARGS)
 
 smoke: $(DEV)  ## the few tests that tell whether a Python version works
@@ -51,6 +52,10 @@ $(BIN)/python:
 
 $(USER): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[plot]'
+	@touch $@
+
+$(ORACLE): $(DEV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,oracle]'
 	@touch $@
 
 $(DEV): pyproject.toml | $(BIN)/python
