@@ -16,9 +16,9 @@ import numpy as np
 from slmjax import config as config_io
 from slmjax import weights
 from slmjax.architecture import ModelConfig
-from slmjax.convert import hf
+from slmjax.convert import gguf, hf
 from slmjax.convert.model_card import write_card
-from slmjax.convert.source import ROWS_PER_TOKEN, Found, open_own
+from slmjax.convert.source import ROWS_PER_TOKEN, Found, Written, open_own
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.runlog import write_json
 
@@ -41,17 +41,6 @@ class WeightType(enum.Enum):
     def dtype(self) -> np.dtype:
         """The dtype of numpy."""
         return np.dtype({"bf16": jnp.bfloat16, "f16": np.float16, "f32": np.float32}[self.value])
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Written:
-    """What an import or an export wrote."""
-
-    path: str
-    family: str  # the architecture, as the format calls it
-    parameters: int  # numbers in all weights
-    bytes: int  # of the weights, as stored
-    notes: tuple[str, ...]  # what its user should know
 
 
 # Import ---------------------------------------------------------------------------------------------------------------
@@ -106,8 +95,6 @@ def _open(source: Path) -> Found:
         return hf.open_directory(source)
     if not source.is_file():
         raise ValueError(f"there is no {source}: name a Hugging Face directory or a GGUF file")
-    from slmjax.convert import gguf
-
     return gguf.open_file(source)
 
 
@@ -157,9 +144,9 @@ def export_model(source: str | Path, out: str | Path, *, to: Target, dtype: Weig
     words = Tokenizer.load(source / "tokenizer")
     kind = None if dtype is None else dtype.dtype
     if to is Target.GGUF:
-        from slmjax.convert import gguf
-
-        return gguf.write_model(own, words, out, dtype=kind)
+        written = gguf.write_model(own, words, out, dtype=kind)
+        write_card(own, out.with_suffix(".model_card.md"), title=out.stem, family=written.family)
+        return written
     with weights.whole_directory(out) as directory:
         expressed = hf.write_directory(own, words, directory, dtype=kind)
         write_card(own, directory / "model_card.md", title=out.name, family=expressed.family.architecture)

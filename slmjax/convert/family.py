@@ -111,6 +111,24 @@ def stacked_experts(ours: str, theirs: str) -> Rule:
     return Rule(ours=(ours,), theirs=(theirs,), read=lambda arrays, _: turned(arrays), write=turned)
 
 
+def paired(rule: Rule, *, num_heads: int, rope_dim: int) -> Rule:
+    """A rule whose outputs are heads with their rotated dims last, where those that are rotated together lie side by side.
+
+    Ours have the first of all pairs, then the second.
+    """
+
+    def reordered(arrays: Arrays, order: np.ndarray) -> Arrays:
+        heads = arrays[0].reshape(*arrays[0].shape[:-1], num_heads, -1)
+        plain = np.arange(heads.shape[-1] - rope_dim)
+        return [heads[..., np.concatenate([plain, len(plain) + order])].reshape(arrays[0].shape)]
+
+    halves = np.arange(rope_dim).reshape(-1, 2).T.reshape(-1)
+    return dataclasses.replace(
+        rule, read=lambda arrays, shapes: reordered(rule.read(arrays, shapes), halves),
+        write=lambda arrays: rule.write(reordered(arrays, np.argsort(halves))),
+    )  # fmt: skip
+
+
 # The rules of a model -------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bound:

@@ -42,6 +42,17 @@ class Own:
     step: int | None  # of a run: its checkpoint
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Written:
+    """What an import or an export wrote."""
+
+    path: str
+    family: str  # the architecture, as the format calls it
+    parameters: int  # numbers in all weights
+    bytes: int  # of the weights, as stored
+    notes: tuple[str, ...]  # what its user should know
+
+
 def open_own(path: Path, *, step: int | None = None) -> Own:
     """A model of ours, to be exported. Raises ValueError as `load_model` does."""
     if weights.is_imported(path):

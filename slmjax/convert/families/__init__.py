@@ -43,3 +43,19 @@ HF_FAMILIES: tuple[Family, ...] = (
     deepseek_v2.HF,
     minicpm3.HF,
 )
+
+# What llama.cpp calls them, in the same order. Mistral and Mixtral are "llama" there, OLMo 3 is "olmo2".
+GGUF_FAMILIES: tuple[Family, ...] = (
+    llama.GGUF,
+    qwen3.GGUF,
+    qwen2.GGUF,
+    qwen3_moe.GGUF,
+    gemma2.GGUF,
+    gemma3.GGUF,
+    olmo2.GGUF,
+    phi3.GGUF,
+    smollm3.GGUF,
+    granite.GGUF,
+    gpt_oss.GGUF,
+    gpt2.GGUF,
+)

@@ -1,12 +1,9 @@
 """DeepSeek-V2 and V2-Lite: latent attention; experts beside one that all tokens use, after some dense layers."""
 
-import dataclasses
 from typing import Any
 
-import numpy as np
-
 from slmjax.architecture import BlockConfig, ModelConfig
-from slmjax.convert.family import Arrays, Family, Inexpressible, Rule, Table, expect_kind, linear
+from slmjax.convert.family import Family, Inexpressible, Table, expect_kind, linear, paired
 from slmjax.convert.hf_settings import read_activation, read_decoder, read_mlp, write_activation, write_decoder
 from slmjax.convert.hf_tensors import EMBEDDING, GATED_MLP, MOE, PRE_NORMS
 from slmjax.convert.latent_settings import TENSORS, read_latent_attention, write_latent_attention
@@ -51,22 +48,6 @@ def write(model: ModelConfig) -> dict[str, Any]:
         "intermediate_size": dense[0].hidden_dim if dense else moe.hidden_dim,
     }  # fmt: skip
     return {"model_type": "deepseek_v2", **write_decoder(model), **write_latent_attention(mixer), **experts}
-
-
-# The dims that are rotated come in pairs side by side there; ours have the first of all pairs, then the second. --------
-def paired(rule: Rule, *, num_heads: int, rope_dim: int) -> Rule:
-    """A rule whose outputs are heads, of which the last dims are rotated."""
-
-    def reordered(arrays: Arrays, order: np.ndarray) -> Arrays:
-        heads = arrays[0].reshape(*arrays[0].shape[:-1], num_heads, -1)
-        plain = np.arange(heads.shape[-1] - rope_dim)
-        return [heads[..., np.concatenate([plain, len(plain) + order])].reshape(arrays[0].shape)]
-
-    halves = np.arange(rope_dim).reshape(-1, 2).T.reshape(-1)
-    return dataclasses.replace(
-        rule, read=lambda arrays, shapes: reordered(rule.read(arrays, shapes), halves),
-        write=lambda arrays: rule.write(reordered(arrays, np.argsort(halves))),
-    )  # fmt: skip
 
 
 def table(model: ModelConfig) -> Table:

@@ -4,6 +4,7 @@ from typing import Any
 
 from slmjax.architecture import BlockConfig, ModelConfig, NormPlacement
 from slmjax.attention import Biases
+from slmjax.convert import gguf_settings, gguf_tensors
 from slmjax.convert.family import Family, Table
 from slmjax.convert.hf_settings import (
     check_width,
@@ -20,7 +21,7 @@ from slmjax.convert.hf_settings import (
 )
 from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, SANDWICH_NORMS
 from slmjax.convert.settings import Settings
-from slmjax.layers import NormKind
+from slmjax.layers import Activation, NormKind
 
 
 def read(settings: Settings) -> ModelConfig:
@@ -65,3 +66,34 @@ HF = Family(
     architecture="Gemma2ForCausalLM", read=read, write=write,
     table=Table(around=EMBEDDING, layer=(*SANDWICH_NORMS, *ATTENTION, *GATED_MLP)),
 )  # fmt: skip
+
+
+# GGUF -----------------------------------------------------------------------------------------------------------------
+def read_gguf(settings: Settings) -> ModelConfig:
+    """GGUF metadata -> ModelConfig: llama.cpp has the pattern of windows, the scale of scores and that there are soft-caps in its code."""
+    settings.expect("attention.sliding_window_pattern", 2)
+    num_layers = settings.take("block_count")
+    attention = gguf_settings.read_attention(settings, softcap=float(settings.take("attn_logit_softcapping", 50.0)))
+    windows = gguf_settings.pattern_windows(num_layers, settings.take("attention.sliding_window", 4096), 2)
+    ffn = gguf_settings.read_mlp(settings, Activation.GELU)
+    return gguf_settings.read_decoder(
+        settings, gguf_settings.with_windows(attention, ffn, windows, norm=NormPlacement.SANDWICH), norm_kind=NormKind.CENTERED_RMS,
+        embed_multiplier=settings.take("embedding_length") ** 0.5, logit_softcap=float(settings.take("final_logit_softcapping", 30.0)),
+    )  # fmt: skip
+
+
+def write_gguf(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> GGUF metadata."""
+    attention, ffn = gguf_settings.first_block(model)
+    gguf_settings.check_biases(attention, Biases.NONE)
+    gguf_settings.check_plain_scale(attention)
+    caps = {"attn_logit_softcapping": attention.softcap, "final_logit_softcapping": model.logit_softcap}
+    window = {"attention.sliding_window": gguf_settings.common_window(model)}
+    return {
+        **gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_mlp(ffn), **caps, **window
+    }  # fmt: skip
+
+
+GGUF_RULES = (*gguf_tensors.PRE_NORMS, *gguf_tensors.POST_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP)
+GGUF_TABLE = gguf_tensors.table(*gguf_tensors.with_centered_norms(GGUF_RULES), around=gguf_tensors.with_centered_norms(gguf_tensors.AROUND))
+GGUF = Family(architecture="gemma2", read=read_gguf, write=write_gguf, table=GGUF_TABLE)

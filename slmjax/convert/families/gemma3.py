@@ -8,6 +8,8 @@ from typing import Any
 
 from slmjax.architecture import BlockConfig, ModelConfig, NormPlacement
 from slmjax.attention import AttentionConfig, Biases, QkNorm
+from slmjax.convert import gguf_settings
+from slmjax.convert.families import gemma2
 from slmjax.convert.families.gemma2 import query_scalar
 from slmjax.convert.family import Family, Inexpressible, Rule, Table, expect_kind
 from slmjax.convert.hf_settings import (
@@ -29,7 +31,7 @@ from slmjax.convert.hf_settings import (
 )
 from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, SANDWICH_NORMS
 from slmjax.convert.settings import Settings
-from slmjax.layers import NormKind
+from slmjax.layers import Activation, NormKind
 
 # What the configurations of the larger models leave out.
 DEFAULTS = {
@@ -123,3 +125,38 @@ HF_WITH_VISION = Family(
         prefix="language_model.model.layers.{i}.", ignored=(r"vision_tower\..*", r"multi_modal_projector\..*"),
     ),
 )  # fmt: skip
+
+
+# GGUF -----------------------------------------------------------------------------------------------------------------
+def read_gguf(settings: Settings) -> ModelConfig:
+    """GGUF metadata -> ModelConfig: in llama.cpp's code, every sixth layer is full, and angles in a window are plain."""
+    settings.expect("attention.sliding_window_pattern", 6)
+    num_layers, softcap = settings.take("block_count"), settings.take("final_logit_softcapping", 0.0)
+    attention = gguf_settings.read_attention(settings, qk_norm=QkNorm.PER_HEAD)
+    local = dataclasses.replace(attention, rope_base=float(settings.take("rope.freq_base_swa", 10_000.0)), rope_scaling=None)
+    windows = gguf_settings.pattern_windows(num_layers, settings.take("attention.sliding_window", None), 6)
+    ffn = gguf_settings.read_mlp(settings, Activation.GELU)
+    mixers = [attention if window is None else dataclasses.replace(local, window=window) for window in windows]
+    return gguf_settings.read_decoder(
+        settings, [BlockConfig(mixer=mixer, ffn=ffn, norm=NormPlacement.SANDWICH) for mixer in mixers],
+        norm_kind=NormKind.CENTERED_RMS, embed_multiplier=settings.take("embedding_length") ** 0.5,
+        logit_softcap=float(softcap) if softcap else None,
+    )  # fmt: skip
+
+
+def write_gguf(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> GGUF metadata."""
+    attention, ffn = gguf_settings.first_block(model)
+    gguf_settings.check_biases(attention, Biases.NONE)
+    gguf_settings.check_plain_scale(attention)
+    mixers = [expect_kind(block.mixer, AttentionConfig, "a mixer") for block in model.blocks()]
+    local = next((mixer for mixer in mixers if mixer.window is not None), None)
+    full = next((mixer for mixer in mixers if mixer.window is None), local)
+    assert full is not None, "a model has layers"
+    extra: dict[str, Any] = {} if model.logit_softcap is None else {"final_logit_softcapping": model.logit_softcap}
+    if local is not None:
+        extra |= {"attention.sliding_window": local.window, "rope.freq_base_swa": local.rope_base}
+    return {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(full), **gguf_settings.write_mlp(ffn), **extra}
+
+
+GGUF = Family(architecture="gemma3", read=read_gguf, write=write_gguf, table=gemma2.GGUF_TABLE)

@@ -6,10 +6,11 @@ import numpy as np
 
 from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, stack_of
 from slmjax.attention import AttentionConfig, Biases
-from slmjax.convert.family import Arrays, Family, Inexpressible, Rule, Shapes, Table, expect_kind, norm, same
+from slmjax.convert import gguf_settings, gguf_tensors
+from slmjax.convert.family import Arrays, Family, Inexpressible, Rule, Shapes, Table, expect_kind, linear, norm, same
 from slmjax.convert.hf_settings import IGNORED, check_width, first_block, read_activation, write_activation
 from slmjax.convert.settings import Settings
-from slmjax.layers import MlpConfig, NormKind
+from slmjax.layers import Activation, MlpConfig, NormKind
 
 
 def read(settings: Settings) -> ModelConfig:
@@ -80,3 +81,33 @@ HF = Family(
         around=AROUND, layer=LAYER, prefix="transformer.h.{i}.", base="transformer.", ignored=(r"(.*\.)?attn\.(bias|masked_bias)",)
     ),
 )  # fmt: skip
+
+
+# GGUF -----------------------------------------------------------------------------------------------------------------
+def read_gguf(settings: Settings) -> ModelConfig:
+    """GGUF metadata -> ModelConfig."""
+    attention = gguf_settings.read_attention(settings, rope_base=None, biases=Biases.ALL)
+    ffn = gguf_settings.read_mlp(settings, Activation.GELU, gated=False, bias=True)
+    return gguf_settings.read_decoder(
+        settings, [BlockConfig(mixer=attention, ffn=ffn)] * settings.take("block_count"), norm_kind=NormKind.LAYER,
+        norm_eps=gguf_settings.shortest(settings.take("attention.layer_norm_epsilon")), learned_positions=settings.take("context_length"),
+    )  # fmt: skip
+
+
+def write_gguf(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> GGUF metadata."""
+    attention, ffn = gguf_settings.first_block(model)
+    gguf_settings.check_biases(attention, Biases.ALL)
+    gguf_settings.check_plain_scale(attention)
+    keys = {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_mlp(ffn)}
+    return {**keys, "attention.layer_norm_epsilon": keys.pop("attention.layer_norm_rms_epsilon")}
+
+
+GGUF_LAYER = (
+    *gguf_tensors.PRE_NORMS,
+    *gguf_tensors.JOINED_ATTENTION,
+    *linear("ffn/up", "ffn_up"),
+    *linear("ffn/down", "ffn_down"),
+)
+GGUF_AROUND = (*gguf_tensors.AROUND, same("positions/weight", "position_embd.weight"))
+GGUF = Family(architecture="gpt2", read=read_gguf, write=write_gguf, table=gguf_tensors.table(*GGUF_LAYER, around=GGUF_AROUND))

@@ -6,7 +6,8 @@ import numpy as np
 
 from slmjax.architecture import BlockConfig, ModelConfig
 from slmjax.attention import Biases
-from slmjax.convert.family import Arrays, Family, Inexpressible, Rule, Shapes, Table, expect_kind, linear, same
+from slmjax.convert import gguf_settings, gguf_tensors
+from slmjax.convert.family import Arrays, Family, Inexpressible, Rule, Shapes, Table, expect_kind, linear, norm, same
 from slmjax.convert.hf_settings import (
     first_block,
     read_attention,
@@ -79,3 +80,32 @@ LAYER = (
     same("ffn/experts/down_bias", "mlp.experts.down_proj_bias"),
 )
 HF = Family(architecture="GptOssForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=LAYER))
+
+
+# GGUF -----------------------------------------------------------------------------------------------------------------
+def read_gguf(settings: Settings) -> ModelConfig:
+    """GGUF metadata -> ModelConfig: in llama.cpp's code, every other layer has a window, and experts their activation."""
+    settings.expect("attention.sliding_window_pattern", 2)
+    attention = gguf_settings.read_attention(settings, biases=Biases.ALL, sinks=True)
+    windows = gguf_settings.pattern_windows(settings.take("block_count"), settings.take("attention.sliding_window", None), 2)
+    ffn = gguf_settings.read_moe(settings, activation=Activation.CLAMPED_SILU, bias=True)
+    return gguf_settings.read_decoder(settings, gguf_settings.with_windows(attention, ffn, windows))
+
+
+def write_gguf(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> GGUF metadata."""
+    attention, ffn = gguf_settings.first_block(model)
+    gguf_settings.check_biases(attention, Biases.ALL)
+    gguf_settings.check_plain_scale(attention)
+    keys = {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_moe(ffn)}
+    return {**keys, "attention.sliding_window": gguf_settings.common_window(model)}
+
+
+GGUF_LAYER = (
+    *norm("mixer_norm", "attn_norm"),
+    *norm("ffn_norm", "post_attention_norm"),
+    *gguf_tensors.ATTENTION,
+    same("mixer/sinks", "attn_sinks.weight"),
+    *gguf_tensors.MOE,
+)
+GGUF = Family(architecture="gpt-oss", read=read_gguf, write=write_gguf, table=gguf_tensors.table(*GGUF_LAYER))

@@ -5,6 +5,7 @@ from typing import Any
 from slmjax.architecture import BlockConfig, ModelConfig
 from slmjax.attention import AttentionConfig, Biases
 from slmjax.config import ConfigError
+from slmjax.convert import gguf_settings, gguf_tensors
 from slmjax.convert.family import Family, Inexpressible, Table, joined, linear
 from slmjax.convert.hf_settings import first_block, read_attention, read_decoder, read_mlp, write_attention, write_decoder, write_mlp
 from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
@@ -94,3 +95,36 @@ HYBRID_LAYER = (
 HF_HYBRID = Family(
     architecture="GraniteMoeHybridForCausalLM", read=read_hybrid, write=write_hybrid, table=Table(around=EMBEDDING, layer=HYBRID_LAYER)
 )
+
+
+# GGUF -----------------------------------------------------------------------------------------------------------------
+def read_gguf(settings: Settings) -> ModelConfig:
+    """GGUF metadata -> ModelConfig."""
+    scale = gguf_settings.shortest(settings.take("attention.scale"))
+    block = BlockConfig(mixer=gguf_settings.read_attention(settings, scale=scale), ffn=gguf_settings.read_mlp(settings))
+    return gguf_settings.read_decoder(
+        settings, [block] * settings.take("block_count"), logit_multiplier=1.0 / gguf_settings.shortest(settings.take("logit_scale")),
+        embed_multiplier=gguf_settings.shortest(settings.take("embedding_scale", 1.0)),
+        residual_multiplier=gguf_settings.shortest(settings.take("residual_scale", 1.0)),
+    )  # fmt: skip
+
+
+def write_gguf(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> GGUF metadata, of Granite 4 without recurrent layers too: it computes the same."""
+    attention, ffn = gguf_settings.first_block(model)
+    if attention.rope_fraction != 1.0 or attention.rope_base is None:
+        raise Inexpressible("all dims of all heads are rotated")
+    multipliers = {
+        "attention.scale": attention.scale, "embedding_scale": model.embed_multiplier, "residual_scale": model.residual_multiplier,
+        "logit_scale": float(f"{1 / model.logit_multiplier:.12g}"),
+    }  # fmt: skip
+    keys = {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_mlp(ffn)}
+    return {**keys, **multipliers}
+
+
+def gguf_table(model: ModelConfig) -> Table:
+    """The tensors of a model with this many heads."""
+    return gguf_tensors.paired_table(model, *gguf_tensors.PRE_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP)
+
+
+GGUF = Family(architecture="granite", read=read_gguf, write=write_gguf, table=gguf_table)

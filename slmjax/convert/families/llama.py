@@ -4,7 +4,8 @@ from typing import Any
 
 from slmjax.architecture import BlockConfig, ModelConfig
 from slmjax.attention import Biases
-from slmjax.convert.family import Family, Table
+from slmjax.convert import gguf_settings, gguf_tensors
+from slmjax.convert.family import Family, Inexpressible, Table
 from slmjax.convert.hf_settings import (
     check_width,
     first_block,
@@ -17,6 +18,7 @@ from slmjax.convert.hf_settings import (
 )
 from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
 from slmjax.convert.settings import Settings
+from slmjax.moe import MoeConfig
 
 
 def read(settings: Settings) -> ModelConfig:
@@ -37,3 +39,32 @@ def write(model: ModelConfig) -> dict[str, Any]:
 HF = Family(
     architecture="LlamaForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP))
 )
+
+
+# GGUF -----------------------------------------------------------------------------------------------------------------
+def read_gguf(settings: Settings) -> ModelConfig:
+    """GGUF metadata -> ModelConfig; of Mistral and Mixtral too, which go by the same name there."""
+    has_experts = settings.take("expert_count", 0) > 0
+    settings.ignore("expert_used_count")  # 0 in files of models without
+    ffn = gguf_settings.read_moe(settings, width="feed_forward_length") if has_experts else gguf_settings.read_mlp(settings)
+    attention = gguf_settings.read_attention(settings, scale=settings.take("attention.scale", None))
+    return gguf_settings.read_decoder(settings, [BlockConfig(mixer=attention, ffn=ffn)] * settings.take("block_count"))
+
+
+def write_gguf(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> GGUF metadata. A window that is as long as the context is none."""
+    attention, ffn = gguf_settings.first_block(model)
+    gguf_settings.check_plain_scale(attention)
+    if attention.rope_fraction != 1.0 or attention.rope_base is None:
+        raise Inexpressible("all dims of all heads are rotated")
+    sizes = gguf_settings.write_moe(ffn) if isinstance(ffn, MoeConfig) else gguf_settings.write_mlp(ffn)
+    return {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **sizes}
+
+
+def gguf_table(model: ModelConfig) -> Table:
+    """The tensors of a model with this many heads."""
+    rules = (*gguf_tensors.PRE_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP, *gguf_tensors.MOE)
+    return gguf_tensors.paired_table(model, *rules)
+
+
+GGUF = Family(architecture="llama", read=read_gguf, write=write_gguf, table=gguf_table)

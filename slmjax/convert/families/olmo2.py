@@ -1,10 +1,12 @@
 """OLMo 2: norms after each sublayer alone, queries and keys normed over all heads together."""
 
+import dataclasses
 from typing import Any
 
 from slmjax.architecture import BlockConfig, ModelConfig, NormPlacement
-from slmjax.attention import Biases, QkNorm
-from slmjax.convert.family import Family, Table
+from slmjax.attention import AttentionConfig, Biases, QkNorm
+from slmjax.convert import gguf_settings, gguf_tensors
+from slmjax.convert.family import Family, Table, expect_kind
 from slmjax.convert.hf_settings import first_block, read_attention, read_decoder, read_mlp, write_attention, write_decoder, write_mlp
 from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, POST_NORMS
 from slmjax.convert.settings import Settings
@@ -27,3 +29,32 @@ def write(model: ModelConfig) -> dict[str, Any]:
 
 TABLE = Table(around=EMBEDDING, layer=(*POST_NORMS, *ATTENTION, *GATED_MLP))
 HF = Family(architecture="Olmo2ForCausalLM", read=read, write=write, table=TABLE)
+
+
+# GGUF -----------------------------------------------------------------------------------------------------------------
+def read_gguf(settings: Settings) -> ModelConfig:
+    """GGUF metadata -> ModelConfig, of OLMo 3 too: with a window, every fourth layer is full, and angles in a window are plain."""
+    settings.expect("attention.sliding_window_pattern", 4)
+    attention = gguf_settings.read_attention(settings, qk_norm=QkNorm.ALL_HEADS)
+    windows = gguf_settings.pattern_windows(settings.take("block_count"), settings.take("attention.sliding_window", None), 4)
+    local, ffn = dataclasses.replace(attention, rope_scaling=None), gguf_settings.read_mlp(settings)
+    mixers = [attention if window is None else dataclasses.replace(local, window=window) for window in windows]
+    return gguf_settings.read_decoder(settings, [BlockConfig(mixer=mixer, ffn=ffn, norm=NormPlacement.POST) for mixer in mixers])
+
+
+def write_gguf(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> GGUF metadata."""
+    attention, ffn = gguf_settings.first_block(model)
+    gguf_settings.check_biases(attention, Biases.NONE)
+    gguf_settings.check_plain_scale(attention)
+    mixers = [expect_kind(block.mixer, AttentionConfig, "a mixer") for block in model.blocks()]
+    full = next((mixer for mixer in mixers if mixer.window is None), mixers[0])
+    window = gguf_settings.common_window(model)
+    keys = {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(full), **gguf_settings.write_mlp(ffn)}
+    return keys if window is None else {**keys, "attention.sliding_window": window}
+
+
+GGUF = Family(
+    architecture="olmo2", read=read_gguf, write=write_gguf,
+    table=gguf_tensors.table(*gguf_tensors.POST_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP),
+)  # fmt: skip

@@ -3,6 +3,8 @@
 from typing import Any
 
 from slmjax.architecture import BlockConfig, ModelConfig
+from slmjax.attention import Biases
+from slmjax.convert import gguf_settings, gguf_tensors
 from slmjax.convert.family import Family, Inexpressible, Table, joined, linear
 from slmjax.convert.hf_settings import first_block, read_attention, read_decoder, read_mlp, write_attention, write_decoder, write_mlp
 from slmjax.convert.hf_tensors import EMBEDDING, PRE_NORMS
@@ -42,3 +44,29 @@ LAYER = (
     *linear("ffn/down", "mlp.down_proj"),
 )
 HF = Family(architecture="Phi3ForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=LAYER))
+
+
+# GGUF -----------------------------------------------------------------------------------------------------------------
+def read_gguf(settings: Settings) -> ModelConfig:
+    """GGUF metadata -> ModelConfig. llama.cpp takes the long factors where its context is longer than the original one."""
+    attention = gguf_settings.read_attention(settings, window=settings.take("attention.sliding_window", 0) or None)
+    block = BlockConfig(mixer=attention, ffn=gguf_settings.read_mlp(settings))
+    return gguf_settings.read_decoder(settings, [block] * settings.take("block_count"))
+
+
+def write_gguf(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> GGUF metadata."""
+    attention, ffn = gguf_settings.first_block(model)
+    gguf_settings.check_biases(attention, Biases.NONE)
+    gguf_settings.check_plain_scale(attention)
+    keys = {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_mlp(ffn)}
+    return {**keys, "attention.sliding_window": attention.window or 0}
+
+
+GGUF_LAYER = (
+    *gguf_tensors.PRE_NORMS,
+    *gguf_tensors.JOINED_ATTENTION,
+    joined(("ffn/gate/weight", "ffn/up/weight"), "ffn_up.weight"),
+    *linear("ffn/down", "ffn_down"),
+)
+GGUF = Family(architecture="phi3", read=read_gguf, write=write_gguf, table=gguf_tensors.table(*GGUF_LAYER))

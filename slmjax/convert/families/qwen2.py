@@ -4,6 +4,7 @@ from typing import Any
 
 from slmjax.architecture import BlockConfig, ModelConfig
 from slmjax.attention import Biases
+from slmjax.convert import gguf_settings, gguf_tensors
 from slmjax.convert.families.qwen3 import qwen_windows, write_qwen_windows
 from slmjax.convert.family import Family, Table
 from slmjax.convert.hf_settings import (
@@ -36,3 +37,24 @@ def write(model: ModelConfig) -> dict[str, Any]:
 HF = Family(
     architecture="Qwen2ForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP))
 )
+
+
+# GGUF -----------------------------------------------------------------------------------------------------------------
+def read_gguf(settings: Settings) -> ModelConfig:
+    """GGUF metadata -> ModelConfig."""
+    block = BlockConfig(mixer=gguf_settings.read_attention(settings, biases=Biases.QKV), ffn=gguf_settings.read_mlp(settings))
+    return gguf_settings.read_decoder(settings, [block] * settings.take("block_count"))
+
+
+def write_gguf(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> GGUF metadata."""
+    attention, ffn = gguf_settings.first_block(model)
+    gguf_settings.check_biases(attention, Biases.QKV)
+    gguf_settings.check_plain_scale(attention)
+    return {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_mlp(ffn)}
+
+
+GGUF = Family(
+    architecture="qwen2", read=read_gguf, write=write_gguf,
+    table=gguf_tensors.table(*gguf_tensors.PRE_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP),
+)  # fmt: skip

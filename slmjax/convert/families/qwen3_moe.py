@@ -4,6 +4,7 @@ from typing import Any
 
 from slmjax.architecture import BlockConfig, ModelConfig
 from slmjax.attention import Biases, QkNorm
+from slmjax.convert import gguf_settings, gguf_tensors
 from slmjax.convert.family import Family, Inexpressible, Table
 from slmjax.convert.hf_settings import (
     first_block,
@@ -59,4 +60,27 @@ def write(model: ModelConfig) -> dict[str, Any]:
 HF = Family(
     architecture="Qwen3MoeForCausalLM", read=read, write=write,
     table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *MOE, *GATED_MLP)),
+)  # fmt: skip
+
+
+# GGUF -----------------------------------------------------------------------------------------------------------------
+def read_gguf(settings: Settings) -> ModelConfig:
+    """GGUF metadata -> ModelConfig: all layers have experts, whose weights sum to one whatever the file says."""
+    settings.ignore("expert_weights_norm")
+    attention = gguf_settings.read_attention(settings, qk_norm=QkNorm.PER_HEAD)
+    block = BlockConfig(mixer=attention, ffn=gguf_settings.read_moe(settings))
+    return gguf_settings.read_decoder(settings, [block] * settings.take("block_count"))
+
+
+def write_gguf(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> GGUF metadata."""
+    attention, ffn = gguf_settings.first_block(model)
+    gguf_settings.check_biases(attention, Biases.NONE)
+    gguf_settings.check_plain_scale(attention)
+    return {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_moe(ffn)}
+
+
+GGUF = Family(
+    architecture="qwen3moe", read=read_gguf, write=write_gguf,
+    table=gguf_tensors.table(*gguf_tensors.PRE_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MOE),
 )  # fmt: skip

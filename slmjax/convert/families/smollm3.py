@@ -5,7 +5,8 @@ from typing import Any
 
 from slmjax.architecture import BlockConfig, ModelConfig
 from slmjax.attention import AttentionConfig, Biases
-from slmjax.convert.family import Family, Table, expect_kind
+from slmjax.convert import gguf_settings, gguf_tensors
+from slmjax.convert.family import Family, Inexpressible, Table, expect_kind
 from slmjax.convert.hf_settings import (
     first_block,
     read_attention,
@@ -58,3 +59,30 @@ def write(model: ModelConfig) -> dict[str, Any]:
 HF = Family(
     architecture="SmolLM3ForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP))
 )
+
+
+# GGUF -----------------------------------------------------------------------------------------------------------------
+def read_gguf(settings: Settings) -> ModelConfig:
+    """GGUF metadata -> ModelConfig: in llama.cpp's code, every fourth layer has no positions."""
+    turned = gguf_settings.read_attention(settings)
+    plain, ffn = dataclasses.replace(turned, rope_base=None), gguf_settings.read_mlp(settings)
+    mixers = [plain if layer % 4 == 3 else turned for layer in range(settings.take("block_count"))]
+    return gguf_settings.read_decoder(settings, [BlockConfig(mixer=mixer, ffn=ffn) for mixer in mixers])
+
+
+def write_gguf(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> GGUF metadata."""
+    attention, ffn = gguf_settings.first_block(model)
+    gguf_settings.check_biases(attention, Biases.NONE)
+    gguf_settings.check_plain_scale(attention)
+    if attention.rope_fraction != 1.0:
+        raise Inexpressible("all dims of a head are rotated")
+    return {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_mlp(ffn)}
+
+
+def gguf_table(model: ModelConfig) -> Table:
+    """The tensors of a model with this many heads."""
+    return gguf_tensors.paired_table(model, *gguf_tensors.PRE_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP)
+
+
+GGUF = Family(architecture="smollm3", read=read_gguf, write=write_gguf, table=gguf_table)

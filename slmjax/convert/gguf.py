@@ -1,0 +1,140 @@
+"""GGUF files, as llama.cpp loads them: metadata, tokenizer and tensors in one. Quantized tensors are read as the numbers they stand for.
+
+The `gguf` extra. `gguf_file.py` and `gguf_tokenizer.py` know the container and the vocabularies; families say what the rest is called.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slmjax.config import ConfigError, near_names
+from slmjax.convert.families import GGUF_FAMILIES
+from slmjax.convert.family import Bound, bind, ours_from
+from slmjax.convert.gguf_file import GgufFile, PendingTensor, read_gguf, write_gguf
+from slmjax.convert.gguf_tokenizer import tokenizer_from_gguf, tokenizer_metadata
+from slmjax.convert.settings import Settings
+from slmjax.convert.source import Found, Own, Written, express, read_origin
+from slmjax.data.shards import file_sha256
+from slmjax.data.tokenizers import Tokenizer
+
+EXTRA_TENSORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")  # arrays that settings hold under these names
+BIASES = {"qkv_bias": "attn_q", "output_bias": "attn_output", "ffn_bias": "ffn_down"}  # settings, and the tensors that they tell of
+NOT_KEYS = ("vocab_size", "has_output", *BIASES, *EXTRA_TENSORS)  # settings that are not in the metadata
+FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}  # general.file_type
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+def open_file(path: Path) -> Found:
+    """The model of a GGUF file.
+
+    Raises:
+      ValueError: the file is damaged, or what it says is not understood; the message names it.
+    """
+    file = read_gguf(path)
+    architecture = file.metadata.get("general.architecture")
+    known = {family.architecture: family for family in GGUF_FAMILIES}
+    if architecture not in known:
+        names = f"{', '.join(known)}.{near_names(str(architecture), known)}"
+        raise ConfigError(f"{path} is of the architecture {architecture!r}, and these are read: {names}")
+    settings = Settings(_settings(file, architecture), where=str(path))
+    model = known[architecture].read(settings)
+    settings.finish()
+    table = known[architecture].table_of(model)
+    bound = bind(table, model)
+    _check_names(path, architecture, bound, file)
+    return Found(
+        config=model, family=architecture, parameters=lambda: ours_from(bound, lambda name: file.tensors[name].read()),
+        tokenizer=lambda: _tokenizer(path, file),
+        about={
+            "format": "gguf", "family": architecture, "source": str(path.absolute()), "files": {path.name: file_sha256(path)},
+            "license": file.metadata.get("general.license"), "config": _told(file),
+        },
+    )  # fmt: skip
+
+
+def _settings(file: GgufFile, architecture: str) -> dict[str, Any]:
+    """The keys of the architecture without its name, and what tensors say."""
+    prefix = f"{architecture}."
+    found = {name.removeprefix(prefix): value for name, value in file.metadata.items() if name.startswith(prefix)}
+    if "token_embd.weight" not in file.tensors:
+        raise ConfigError("the file has no token_embd.weight: it holds no language model, or a part of one")
+    found |= {"vocab_size": file.tensors["token_embd.weight"].shape[0], "has_output": "output.weight" in file.tensors}
+    found |= {name: True for name, tensor in BIASES.items() if f"blk.0.{tensor}.bias" in file.tensors}
+    return found | {name: file.tensors[f"{name}.weight"].read() for name in EXTRA_TENSORS if f"{name}.weight" in file.tensors}
+
+
+def _told(file: GgufFile) -> dict[str, Any]:
+    """The metadata that a person can read: no vocabularies."""
+    return {name: value for name, value in file.metadata.items() if not isinstance(value, list) and not name.startswith("tokenizer.")}
+
+
+def _check_names(path: Path, architecture: str, bound: list[Bound], file: GgufFile) -> None:
+    wanted, found = {name for one in bound for name in one.theirs}, set(file.tensors) - {f"{name}.weight" for name in EXTRA_TENSORS}
+    if missing := sorted(wanted - found):
+        raise ValueError(f"{path} has no tensor {missing[0]} ({len(missing)} such): it is incomplete, or of another model than it says")
+    if extra := sorted(found - wanted):
+        raise ValueError(f"{path} holds {extra[0]} ({len(extra)} such), which {architecture} has no place for")
+
+
+def _tokenizer(path: Path, file: GgufFile) -> Tokenizer | None:
+    if "tokenizer.ggml.model" not in file.metadata or file.metadata["tokenizer.ggml.model"] == "no_vocab":
+        return None
+    found = tokenizer_from_gguf(file.metadata)
+    eos = found.eos or found.end_of_turn
+    if eos is None:
+        raise ValueError(f"{path}: its vocabulary names no token that ends a text: name a tokenizer.json with --tokenizer")
+    ends = () if found.end_of_turn in (None, eos) else (found.end_of_turn,)
+    return Tokenizer(
+        found.backend, bos=found.bos or eos, eos=eos, ends=ends, adds_bos=found.adds_bos, has_bos=found.bos is not None,
+        chat_template=found.chat_template, unk=found.unk, pad=found.pad,
+    )  # fmt: skip
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+def write_model(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtype | None) -> Written:
+    """Writes a model of ours as a GGUF file.
+
+    Args:
+      dtype: of matrices; None for the one they are stored in. Vectors are float32.
+
+    Raises:
+      ValueError: no family can express it, or `out` is there already.
+    """
+    if out.exists():
+        raise ValueError(f"{out} is there already: name a new file, or delete it first")
+    expressed = express(own.config, GGUF_FAMILIES, format_name="GGUF", preferred=own.family)
+    architecture, model = expressed.family.architecture, expressed.config
+    bound = bind(expressed.family.table_of(model), model)
+    stored = np.dtype(dtype or own.dtype("embed/table"))
+    keys = {f"{architecture}.{name}": value for name, value in expressed.settings.items() if name not in NOT_KEYS}
+    origin = read_origin(own.path)
+    general = {"general.name": out.stem, "general.file_type": FILE_TYPES[stored.name], "general.license": origin.get("license")}
+    words = tokenizer_metadata(own.path / "tokenizer", adds_bos=tokenizer.adds_bos, num_rows=model.known_vocab_size)
+    extra = [
+        PendingTensor(name=f"{name}.weight", shape=array.shape, dtype=np.dtype(np.float32), read=lambda array=array: array)
+        for name, array in expressed.settings.items()
+        if name in EXTRA_TENSORS
+    ]
+    tensors = [*extra, *_pending(bound, own, stored)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {name: value for name, value in {**general, **keys, **words}.items() if value is not None}
+    write_gguf(out, architecture=architecture, metadata=metadata, tensors=tensors)
+    numbers = [int(np.prod(tensor.shape)) for tensor in tensors]
+    size = sum(count * np.dtype(tensor.dtype).itemsize for count, tensor in zip(numbers, tensors, strict=True))
+    return Written(path=str(out), family=architecture, parameters=sum(numbers), bytes=size, notes=())
+
+
+def _pending(bound: list[Bound], own: Own, stored: np.dtype) -> Iterator[PendingTensor]:
+    """The tensors, each made when it is its turn; several of one rule share what was read."""
+    for one in bound:
+        shapes = [array.shape for array in one.rule.write([np.empty(shape, bool) for shape in one.shapes])]
+        for index, (name, shape) in enumerate(zip(one.theirs, shapes, strict=True)):
+            is_vector = len(shape) == 1 or name.endswith(("bias", "ffn_gate_inp.weight", "position_embd.weight"))
+            dtype = np.dtype(np.float32) if is_vector else stored
+
+            def read(one: Bound = one, index: int = index, dtype: np.dtype = dtype) -> np.ndarray:
+                return one.rule.write([own.read(path) for path in one.ours])[index].astype(dtype)
+
+            yield PendingTensor(name=name, shape=shape, dtype=dtype, read=read)

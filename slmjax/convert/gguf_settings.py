@@ -1,0 +1,229 @@
+"""The vocabulary of GGUF metadata, in both directions; a reader says what llama.cpp computes from it, constants of its own included.
+
+Keys are without the name of the architecture. Some are not in the metadata but in the tensors, and are handed over as if they were:
+`vocab_size` and `has_output` from the tables, `qkv_bias`, `output_bias` and `ffn_bias`, and divisors of frequencies, the arrays
+`rope_freqs`, `rope_factors_long` and `rope_factors_short`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, stack_of
+from slmjax.attention import AttentionConfig, Biases
+from slmjax.config import ConfigError
+from slmjax.convert.family import Inexpressible, expect_kind
+from slmjax.convert.hf_settings import check_rotation
+from slmjax.convert.settings import Settings
+from slmjax.layers import Activation, MlpConfig
+from slmjax.moe import MoeConfig
+from slmjax.rope import LinearScaling, Llama3Scaling, LongScaling, RopeScaling, YarnScaling, rotary_dim
+
+IGNORED = ("rope.scaling.finetuned", "attention.causal", "feed_forward_length", "expert_feed_forward_length")
+FAST_TURNS, SLOW_TURNS = 32.0, 1.0  # of YaRN, where the file does not say
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+def read_decoder(settings: Settings, blocks: Sequence[BlockConfig], **more: Any) -> ModelConfig:
+    """The model around its layers; `more` are fields of the `ModelConfig` that this family sets."""
+    settings.ignore(*IGNORED)
+    eps = {} if "norm_eps" in more else {"norm_eps": settings.take("attention.layer_norm_rms_epsilon")}
+    return ModelConfig(
+        embed_dim=settings.take("embedding_length"), stack=stack_of(blocks), vocab_size=settings.take("vocab_size"),
+        head=HeadKind.FREE if settings.take("has_output", False) else HeadKind.TIED, context_length=settings.take("context_length"),
+        **_shortened(eps), **more,
+    )  # fmt: skip
+
+
+def write_decoder(model: ModelConfig) -> dict[str, Any]:
+    """The keys that `read_decoder` takes, and the number of layers."""
+    return {
+        "block_count": model.num_layers,
+        "context_length": model.context_length,
+        "embedding_length": model.embed_dim,
+        "attention.layer_norm_rms_epsilon": float(np.float32(model.norm_eps)),
+        "vocab_size": model.known_vocab_size,
+        "has_output": model.head is HeadKind.FREE,
+    }
+
+
+def _shortened(values: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that were rounded to float32, as short as they were before."""
+    return {name: shortest(value) if isinstance(value, float) else value for name, value in values.items()}
+
+
+def shortest(value: float) -> float:
+    """The shortest decimal number that rounds to this float32."""
+    return float(str(np.float32(value)))
+
+
+def first_block(model: ModelConfig) -> tuple[AttentionConfig, Any]:
+    """Attention and feed-forward layer of the first layer."""
+    block = next(model.blocks())
+    return expect_kind(block.mixer, AttentionConfig, "layer 0's mixer"), block.ffn
+
+
+# Attention ------------------------------------------------------------------------------------------------------------
+def read_attention(settings: Settings, **more: Any) -> AttentionConfig:
+    """Heads and rotary positions; `more` are fields of the `AttentionConfig` that this family sets."""
+    heads, kv_heads = settings.take("attention.head_count"), settings.take("attention.head_count_kv", settings.take("attention.head_count"))
+    if isinstance(heads, list) or isinstance(kv_heads, list):
+        raise ConfigError("attention.head_count differs between layers, which is not understood")
+    head_dim = settings.take("attention.key_length", settings.take("embedding_length") // heads)
+    settings.expect("attention.value_length", head_dim)
+    has_biases, of_all = settings.take("qkv_bias", False), settings.take("output_bias", False)
+    fields: dict[str, Any] = {"biases": Biases.ALL if of_all else Biases.QKV if has_biases else Biases.NONE} | more
+    if "rope_base" not in more:
+        fields = read_rope(settings, head_dim=head_dim) | fields
+    return AttentionConfig(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, **fields)
+
+
+def write_attention(attention: AttentionConfig) -> dict[str, Any]:
+    """The keys that `read_attention` takes."""
+    return {
+        "attention.head_count": attention.num_heads, "attention.head_count_kv": attention.kv_heads,
+        "attention.key_length": attention.head_dim, "attention.value_length": attention.head_dim,
+        "qkv_bias": attention.biases is not Biases.NONE, "output_bias": attention.biases is Biases.ALL, **write_rope(attention),
+    }  # fmt: skip
+
+
+def pattern_windows(num_layers: int, window: int | None, period: int) -> list[int | None]:
+    """Windows in all but the last of every `period` layers."""
+    return [window if window and layer % period < period - 1 else None for layer in range(num_layers)]
+
+
+def common_window(model: ModelConfig) -> int | None:
+    """The window of those layers that have one."""
+    windows = [expect_kind(block.mixer, AttentionConfig, "a mixer").window for block in model.blocks()]
+    return next((window for window in windows if window is not None), None)
+
+
+# Rotary positions -----------------------------------------------------------------------------------------------------
+def read_rope(settings: Settings, *, head_dim: int) -> dict[str, Any]:
+    """`rope_base`, `rope_fraction` and `rope_scaling`."""
+    rotated, base = settings.take("rope.dimension_count", head_dim), float(settings.take("rope.freq_base", 10_000.0))
+    return {"rope_base": shortest(base), "rope_fraction": rotated / head_dim, "rope_scaling": _read_scaling(settings, base, rotated)}
+
+
+def _read_scaling(settings: Settings, base: float, rotated: int) -> RopeScaling | None:
+    kind, context = settings.take("rope.scaling.type", "none"), settings.take("context_length")
+    original = settings.take("rope.scaling.original_context_length", context)
+    factor = shortest(settings.take("rope.scaling.factor", 1.0))
+    magnitude = shortest(settings.take("rope.scaling.attn_factor", 1.0))
+    if settings.has("rope_factors_short"):
+        short, long = (tuple(map(shortest, settings.take(f"rope_factors_{name}"))) for name in ("short", "long"))
+        return LongScaling(short_factors=short, long_factors=long, original_context=original, attention_factor=magnitude)
+    if settings.has("rope_freqs"):
+        return _named_factors(np.asarray(settings.take("rope_freqs")), base, rotated, context)
+    if kind == "linear":
+        return LinearScaling(factor=factor)
+    if kind == "yarn":
+        return YarnScaling(
+            factor=factor, original_context=original, fast_turns=shortest(settings.take("rope.scaling.yarn_beta_fast", FAST_TURNS)),
+            slow_turns=shortest(settings.take("rope.scaling.yarn_beta_slow", SLOW_TURNS)),
+            attention_factor=yarn_attention_factor(factor, magnitude),
+        )  # fmt: skip
+    if kind != "none":
+        raise ConfigError(f"rope.scaling.type is {kind!r}: none, linear and yarn are understood")
+    return None
+
+
+def yarn_attention_factor(factor: float, magnitude: float) -> float:
+    """What llama.cpp multiplies rotated dims by, beside the factor of the file."""
+    return magnitude * (1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0)
+
+
+def _named_factors(factors: np.ndarray, base: float, rotated: int, context: int) -> RopeScaling:
+    """Divisors of frequencies, as the `Llama3Scaling` that gives them where there is one of usual bounds."""
+    for exponent in range(3, 21):
+        scaling = Llama3Scaling(factor=float(factors.max()), original_context=2**exponent)
+        if np.allclose(frequency_divisors(scaling, base, rotated), factors, rtol=1e-6):
+            return scaling
+    divisors = tuple(float(factor) for factor in factors)
+    return LongScaling(short_factors=divisors, long_factors=divisors, original_context=context)
+
+
+def frequency_divisors(scaling: Llama3Scaling, base: float, rotated: int) -> np.ndarray:
+    """What a scaling divides each frequency by, float32."""
+    frequencies = np.float64(base) ** (-np.arange(0, rotated, 2) / rotated)
+    turns = scaling.original_context * frequencies / (2 * math.pi)
+    kept = np.clip((turns - scaling.low_frequency_factor) / (scaling.high_frequency_factor - scaling.low_frequency_factor), 0, 1)
+    return (1.0 / ((1 - kept) / scaling.factor + kept)).astype(np.float32)
+
+
+def write_rope(attention: AttentionConfig) -> dict[str, Any]:
+    """The keys that `read_rope` takes."""
+    check_rotation(attention)
+    if attention.rope_base is None:
+        return {}
+    rotated = rotary_dim(attention.head_dim or 0, attention.rope_fraction)
+    keys: dict[str, Any] = {"rope.freq_base": attention.rope_base, "rope.dimension_count": rotated}
+    scaling = attention.rope_scaling
+    if isinstance(scaling, LinearScaling):
+        keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": scaling.factor}
+    elif isinstance(scaling, Llama3Scaling):
+        keys |= {"rope_freqs": frequency_divisors(scaling, attention.rope_base, rotated)}
+    elif isinstance(scaling, LongScaling):
+        arrays = {"short": scaling.short_factors, "long": scaling.long_factors}
+        keys |= {f"rope_factors_{name}": np.asarray(factors, np.float32) for name, factors in arrays.items()}
+        keys |= {"rope.scaling.attn_factor": scaling.attention_factor, "rope.scaling.original_context_length": scaling.original_context}
+    elif isinstance(scaling, YarnScaling):
+        keys |= {
+            "rope.scaling.type": "yarn", "rope.scaling.factor": scaling.factor,
+            "rope.scaling.original_context_length": scaling.original_context, "rope.scaling.yarn_beta_fast": scaling.fast_turns,
+            "rope.scaling.yarn_beta_slow": scaling.slow_turns,
+            "rope.scaling.attn_factor": scaling.attention_factor / yarn_attention_factor(scaling.factor, 1.0),
+        }  # fmt: skip
+    elif scaling is not None:
+        raise Inexpressible(f"rope_scaling is {type(scaling).__name__}, which GGUF has no name for")
+    return keys
+
+
+def check_plain_scale(attention: AttentionConfig) -> None:
+    """Raises Inexpressible where scores are multiplied by anything but one over the root of the dims of a head."""
+    usual = (attention.head_dim or 1) ** -0.5
+    if attention.scale is not None and not math.isclose(attention.scale, usual, rel_tol=1e-6):
+        raise Inexpressible(f"scores are multiplied by {usual:g}, one over the root of the dims of a head, not by {attention.scale:g}")
+
+
+# Feed-forward layers --------------------------------------------------------------------------------------------------
+def read_mlp(settings: Settings, activation: Activation = Activation.SILU, **more: Any) -> MlpConfig:
+    """A gated MLP with the activation that llama.cpp has for this family."""
+    fields = {"bias": settings.take("ffn_bias", False)} | more
+    return MlpConfig(hidden_dim=settings.take("feed_forward_length"), activation=activation, **fields)
+
+
+def write_mlp(ffn: Any) -> dict[str, Any]:
+    """The keys that `read_mlp` takes."""
+    mlp = expect_kind(ffn, MlpConfig, "a feed-forward layer")
+    return {"feed_forward_length": mlp.hidden_dim, "ffn_bias": mlp.bias}
+
+
+def check_biases(attention: AttentionConfig, wanted: Biases) -> None:
+    """Raises Inexpressible where llama.cpp would look for biases that are not there, or has no place for those that are."""
+    if attention.biases is not wanted:
+        raise Inexpressible(f"biases of attention are {wanted.value!r}, not {attention.biases.value!r}")
+
+
+def read_moe(settings: Settings, *, width: str = "expert_feed_forward_length", **more: Any) -> MoeConfig:
+    """Experts with weights that sum to one."""
+    return MoeConfig(
+        num_experts=settings.take("expert_count"), num_selected=settings.take("expert_used_count"), hidden_dim=settings.take(width), **more
+    )
+
+
+def write_moe(ffn: Any) -> dict[str, Any]:
+    """The keys that `read_moe` takes, with the width under either name."""
+    moe = expect_kind(ffn, MoeConfig, "a feed-forward layer")
+    return {
+        "expert_count": moe.num_experts, "expert_used_count": moe.num_selected, "expert_feed_forward_length": moe.hidden_dim,
+        "feed_forward_length": moe.hidden_dim,
+    }  # fmt: skip
+
+
+def with_windows(attention: AttentionConfig, ffn: Any, windows: Sequence[int | None], **more: Any) -> list[BlockConfig]:
+    """Blocks that differ in their windows alone; `more` are fields of the `BlockConfig`."""
+    return [BlockConfig(mixer=dataclasses.replace(attention, window=window), ffn=ffn, **more) for window in windows]
