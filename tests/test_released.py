@@ -86,7 +86,7 @@ def test_patterns_of_layers() -> None:
     assert [mixer.rope_base for mixer in mixers("smollm3_3b")] == [5e6, 5e6, 5e6, None] * 9
 
 
-# config.json of OLMoE-1B-7B as it was released.
+# What config.json of the released OLMoE-1B-7B says, written down by hand.
 OLMOE: dict[str, Any] = {
     "architectures": ["OlmoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None, "eos_token_id": 50_279,
     "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 1024, "max_position_embeddings": 4096,
