@@ -166,13 +166,13 @@ def main() -> None:
         rows = {"slmjax": in_process("slmjax", model, given.text)}
         for title, path in (("llama.cpp, the file itself", file), ("llama.cpp, exported as float32", exported)):
             rows[title] = in_process("llama_cpp", path, given=imported)
+    memory = f"{imported['memory'] / MB:,.0f} MB above the process"
+    print(f"{imported['parameters']:,} parameters imported in {imported['seconds']:.1f} s, {memory}.")
     print(
-        f"{imported['parameters']:,} parameters imported in {imported['seconds']:.1f} s, {imported['memory'] / MB:,.0f} MB above the process."
+        f"{given.text.name}: {rows['slmjax']['bytes']:,} bytes, {rows['slmjax']['tokens']:,} tokens scored, in windows of {WINDOW} tokens,"
     )
-    print(f"{given.text.name}: {rows['slmjax']['bytes']:,} bytes, {rows['slmjax']['tokens']:,} tokens scored, windows of {WINDOW} tokens, ")
-    print(
-        f'{OVERLAP} of them context.\n\n| engine | "{PROMPT}" | bits per byte | difference | seconds | memory |\n|---|---|---|---|---|---|'
-    )
+    print(f"of which {OVERLAP} repeat the window before.\n")
+    print(f'| engine | "{PROMPT}" | bits per byte | difference | seconds | memory |\n|---|---|---|---|---|---|')
     for title, row in rows.items():
         difference = row["bits_per_byte"] / rows["slmjax"]["bits_per_byte"] - 1
         answer = row["answer"].replace("\n", "\\n")
