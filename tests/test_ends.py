@@ -29,7 +29,7 @@ def test_a_turn_ends_at_any_end_of_the_tokenizer(speaking: Loaded) -> None:
     ending = Tokenizer(byte.add_tokens([], special=True)._backend, bos=byte.bos, eos=byte.eos, ends=tokens[1:])
     pieces: list[str] = []
     found = generate(
-        dataclasses.replace(speaking, tokenizer=ending), ["a"], config=config, on_text=lambda _, text: pieces.append(text)
+        dataclasses.replace(speaking, own_tokenizer=ending), ["a"], config=config, on_text=lambda _, text: pieces.append(text)
     )[0]  # fmt: skip
     count = free.tokens.index(ending.end_ids[1]) + 1
     assert found.tokens == free.tokens[:count] and found.reason is FinishReason.EOS
@@ -37,12 +37,14 @@ def test_a_turn_ends_at_any_end_of_the_tokenizer(speaking: Loaded) -> None:
     # The name of a special token as a stop text is that token: decoded text does not show it.
     special = byte.add_tokens([tokens[1]], special=True)
     assert special.special_ids[tokens[1]] == ending.end_ids[1] and special.end_ids == (1,)
-    stopped = generate(dataclasses.replace(speaking, tokenizer=special), ["a"], config=dataclasses.replace(config, stop=(tokens[1],)))[0]
+    stopped = generate(dataclasses.replace(speaking, own_tokenizer=special), ["a"], config=dataclasses.replace(config, stop=(tokens[1],)))[
+        0
+    ]
     assert stopped.tokens == found.tokens and stopped.reason is FinishReason.STOP
 
 
 def test_a_prompt_has_no_bos_where_the_model_wants_none(speaking: Loaded) -> None:
     backend = speaking.tokenizer.add_tokens([], special=True)._backend
-    without = dataclasses.replace(speaking, tokenizer=Tokenizer(backend, bos="<|bos|>", eos="<|eos|>", adds_bos=False))
+    without = dataclasses.replace(speaking, own_tokenizer=Tokenizer(backend, bos="<|bos|>", eos="<|eos|>", adds_bos=False))
     assert encode_prompts(without, ["ab", "", [5]]) == [[99, 100], [0], [5]]
     assert encode_prompts(speaking, ["ab", "", [5]]) == [[0, 99, 100], [0], [5]]

@@ -11,12 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from slmjax import parameters
+from slmjax import config, parameters, weights
+from slmjax.architecture import BlockConfig, ModelConfig, Segment
 from slmjax.attention import AttentionConfig, QkNorm
 from slmjax.checkpoint import Loaded
+from slmjax.convert.directory import Target, export_model
 from slmjax.data.tokenizers import BpeTokenizer, Tokenizer
 from slmjax.layers import MlpConfig
-from slmjax.model import BlockConfig, ModelConfig, Segment
 from tests.untrained import untrained
 
 pytestmark = pytest.mark.nightly
@@ -35,38 +36,14 @@ def tokenizer(*, adds_bos: bool) -> Tokenizer:
     )
 
 
-def save_as_qwen3(loaded: Loaded, path: Path) -> None:
-    """The form of Hugging Face, by hand: their matrices are [out, in]."""
-    import torch
-    import transformers
-
-    config = loaded.config
-    settings = transformers.Qwen3Config(
-        vocab_size=config.known_vocab_size, hidden_size=config.embed_dim, intermediate_size=48, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, max_position_embeddings=CONTEXT, rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}, tie_word_embeddings=True, attention_bias=False,
-        bos_token_id=loaded.tokenizer.bos_id, eos_token_id=list(loaded.tokenizer.end_ids), pad_token_id=None,
-    )  # fmt: skip
-    model = transformers.Qwen3ForCausalLM(settings)
-    ours = {name: np.asarray(leaf) for name, leaf in jax.jit(lambda tree: parameters.unstack(config, tree))(loaded.params).items()}
-    layer = {
-        "mixer_norm/scale": "input_layernorm", "ffn_norm/scale": "post_attention_layernorm", "mixer/query/weight": "self_attn.q_proj",
-        "mixer/key/weight": "self_attn.k_proj", "mixer/value/weight": "self_attn.v_proj", "mixer/output/weight": "self_attn.o_proj",
-        "mixer/query_norm/scale": "self_attn.q_norm", "mixer/key_norm/scale": "self_attn.k_norm", "ffn/gate/weight": "mlp.gate_proj",
-        "ffn/up/weight": "mlp.up_proj", "ffn/down/weight": "mlp.down_proj",
-    }  # fmt: skip
-    weights = {"model.embed_tokens.weight": ours["embed/table"], "model.norm.weight": ours["final_norm/scale"]}
-    for index in range(LAYERS):
-        for name, theirs in layer.items():
-            weight = ours[f"layers/{index}/{name}"]
-            weights[f"model.layers.{index}.{theirs}.weight"] = weight.T if weight.ndim == 2 else weight
-    assert len(weights) == len(ours)
-    absent = model.load_state_dict({name: torch.tensor(np.array(value)) for name, value in weights.items()}, strict=False)
-    assert absent.missing_keys == ["lm_head.weight"] and not absent.unexpected_keys  # which is the table
-    model.tie_weights()
-    model.generation_config.eos_token_id = list(loaded.tokenizer.end_ids)
-    model.save_pretrained(str(path))
-    loaded.tokenizer.save(path)
+def export(loaded: Loaded, path: Path) -> None:
+    """The model as a Hugging Face directory, by way of an imported model's."""
+    ours = jax.jit(lambda tree: parameters.unstack(loaded.config, tree))(loaded.params)
+    kept = path.with_name(f"{path.name}-kept")
+    weights.write_tensors(kept / weights.DIRECTORY, ((name, np.asarray(leaf)) for name, leaf in ours.items()))
+    (kept / "model.json").write_text(config.dumps(loaded.config))
+    loaded.tokenizer.save(kept / "tokenizer")
+    assert export_model(kept, path, to=Target.HF).family == "Qwen3ForCausalLM"
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +51,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     mixer = AttentionConfig(num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, qk_norm=QkNorm.PER_HEAD)
     block = BlockConfig(mixer=mixer, ffn=MlpConfig(hidden_dim=48))
     made = tokenizer(adds_bos=True)
-    config = ModelConfig(
+    small = ModelConfig(
         embed_dim=32, stack=(Segment(pattern=(block,), repeats=LAYERS),), context_length=CONTEXT, vocab_size=made.vocab_size
     )
-    return untrained(config, tokenizer=made, path=tmp_path_factory.mktemp("base"), scale=0.3)
+    return untrained(small, tokenizer=made, path=tmp_path_factory.mktemp("base"), scale=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +65,9 @@ def both(request: pytest.FixtureRequest, base: Loaded, tmp_path_factory: pytest.
     from slmjax.evaluation.lm_eval_adapter import SlmjaxLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    loaded = dataclasses.replace(base, tokenizer=tokenizer(adds_bos=request.param))
-    path = tmp_path_factory.mktemp("hf")
-    save_as_qwen3(loaded, path)
+    loaded = dataclasses.replace(base, own_tokenizer=tokenizer(adds_bos=request.param))
+    path = tmp_path_factory.mktemp("hf") / "model"
+    export(loaded, path)
     return SlmjaxLM(loaded, batch_size=4), HFLM(pretrained=str(path), device="cpu", dtype="float32", batch_size=1)
 
 

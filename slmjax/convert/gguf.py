@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from slmjax.config import ConfigError, near_names
-from slmjax.convert.families import GGUF_FAMILIES
+from slmjax.convert.families import GGUF_FAMILIES, GGUF_NAMES
 from slmjax.convert.family import Bound, bind, ours_from
 from slmjax.convert.gguf_file import GgufFile, PendingTensor, read_gguf, write_gguf
 from slmjax.convert.gguf_tokenizer import tokenizer_from_gguf, tokenizer_metadata
@@ -104,7 +104,7 @@ def write_model(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtype | 
     """
     if out.exists():
         raise ValueError(f"{out} is there already: name a new file, or delete it first")
-    expressed = express(own.config, GGUF_FAMILIES, format_name="GGUF", preferred=own.family)
+    expressed = express(own.config, GGUF_FAMILIES, format_name="GGUF", preferred=GGUF_NAMES.get(own.family or "", own.family))
     architecture, model = expressed.family.architecture, expressed.config
     bound = bind(expressed.family.table_of(model), model)
     stored = np.dtype(dtype or own.dtype("embed/table"))

@@ -90,6 +90,12 @@ def write_attention(attention: AttentionConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def check_square(model: ModelConfig, attention: AttentionConfig) -> None:
+    """Raises Inexpressible where heads are not as wide together as the model: some of llama.cpp's architectures have one size for both."""
+    if attention.num_heads * (attention.head_dim or 0) != model.embed_dim:
+        raise Inexpressible(f"{attention.num_heads} heads of {attention.head_dim} dims have to be as wide as the model, {model.embed_dim}")
+
+
 def pattern_windows(num_layers: int, window: int | None, period: int) -> list[int | None]:
     """Windows in all but the last of every `period` layers."""
     return [window if window and layer % period < period - 1 else None for layer in range(num_layers)]
@@ -114,7 +120,7 @@ def _read_scaling(settings: Settings, base: float, rotated: int) -> RopeScaling 
     factor = shortest(settings.take("rope.scaling.factor", 1.0))
     magnitude = shortest(settings.take("rope.scaling.attn_factor", 1.0))
     if settings.has("rope_factors_short"):
-        short, long = (tuple(map(shortest, settings.take(f"rope_factors_{name}"))) for name in ("short", "long"))
+        short, long = (tuple(shortest(float(x)) for x in settings.take(f"rope_factors_{name}")) for name in ("short", "long"))
         return LongScaling(short_factors=short, long_factors=long, original_context=original, attention_factor=magnitude)
     if settings.has("rope_freqs"):
         return _named_factors(np.asarray(settings.take("rope_freqs")), base, rotated, context)

@@ -15,7 +15,7 @@ import numpy as np
 
 from slmjax import weights
 from slmjax.config import ConfigError, near_names
-from slmjax.convert.families import HF_FAMILIES
+from slmjax.convert.families import HF_FAMILIES, HF_NAMES
 from slmjax.convert.family import Bound, Family, Table, bind, ours_from, theirs_from
 from slmjax.convert.settings import Settings
 from slmjax.convert.source import Expressed, Found, Own, express
@@ -129,7 +129,7 @@ def write_directory(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtyp
     Raises:
       ValueError: no family can express it.
     """
-    expressed = express(own.config, HF_FAMILIES, format_name="Hugging Face", preferred=own.family)
+    expressed = express(own.config, HF_FAMILIES, format_name="Hugging Face", preferred=HF_NAMES.get(own.family or "", own.family))
     bound = bind(expressed.family.table_of(expressed.config), expressed.config)
     stored = np.dtype(dtype or own.dtype("embed/table"))
     ends = list(tokenizer.end_ids)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from slmjax import checkpoint, config, weights
+from slmjax import checkpoint, weights
 from slmjax.architecture import ModelConfig
 from slmjax.convert.canonical_form import canonical, differences
 from slmjax.convert.family import Family, Inexpressible, bind
@@ -120,8 +120,8 @@ def express(model: ModelConfig, families: Sequence[Family], *, format_name: str,
                 return Expressed(family=family, config=wanted, settings=settings)
             reasons.append((len(lost), f"as {family.architecture}, it would lose {'; '.join(lost[:3])}"))
         except Inexpressible as error:
-            reasons.append((1, f"as {family.architecture}: {error}"))
-        except (config.ConfigError, ValueError, TypeError, AttributeError) as error:
+            reasons.append((50, f"as {family.architecture}: {error}"))
+        except ValueError as error:
             reasons.append((99, f"as {family.architecture}: {error}"))
     nearest = "\n  ".join(reason for _, reason in sorted(reasons, key=lambda item: item[0])[:3])
     raise ValueError(f"no family of {format_name} can say what this model is:\n  {nearest}")

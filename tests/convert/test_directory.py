@@ -252,10 +252,9 @@ def test_commands_take_imported_models_as_runs(tmp_path: Path, workplace: Path, 
 
     small = (
         "nano", "--data.path", str(workplace / "text.txt"), "--data.sequence-length", "32", "--data.batch-size", "4",
-        "--data.split", "tail", "--run.sample-prompts", "", "--optim.warmup-steps", "1", "--tokenizer.vocab-size", "300",
-        "--run.steps", "2", "--json",
+        "--data.split", "tail", "--run.sample-prompts", "", "--optim.warmup-steps", "1", "--run.steps", "2", "--json",
     )  # fmt: skip
-    trained = run("train", *small)
+    trained = run("train", *small, "--tokenizer.vocab-size", "300")
     run_dir = tmp_path / trained["run_dir"]
     written = run("export", str(run_dir), "theirs", "--to", "hf", "--json")
     assert written["family"] == "Qwen3ForCausalLM"

@@ -1,5 +1,7 @@
 """The families that are known, one file each."""
 
+from collections.abc import Mapping
+
 from slmjax.convert.families import (
     deepseek_v2,
     gemma2,
@@ -59,3 +61,10 @@ GGUF_FAMILIES: tuple[Family, ...] = (
     gpt_oss.GGUF,
     gpt2.GGUF,
 )
+
+# What an imported model is exported as, if that can say what it has become; by its own name in the other format.
+GGUF_NAMES: Mapping[str, str] = {
+    one.HF.architecture: one.GGUF.architecture
+    for one in (llama, qwen3, qwen2, qwen3_moe, gemma2, gemma3, olmo2, phi3, smollm3, granite, gpt_oss, gpt2)
+}
+HF_NAMES: Mapping[str, str] = {gguf: hf for hf, gguf in GGUF_NAMES.items()}

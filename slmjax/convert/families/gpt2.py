@@ -100,7 +100,8 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     gguf_settings.check_biases(attention, Biases.ALL)
     gguf_settings.check_plain_scale(attention)
     keys = {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_mlp(ffn)}
-    return {**keys, "attention.layer_norm_epsilon": keys.pop("attention.layer_norm_rms_epsilon")}
+    eps = keys.pop("attention.layer_norm_rms_epsilon")
+    return {**keys, "attention.layer_norm_epsilon": eps}
 
 
 GGUF_LAYER = (

@@ -47,6 +47,7 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     attention, ffn = gguf_settings.first_block(model)
     gguf_settings.check_biases(attention, Biases.NONE)
     gguf_settings.check_plain_scale(attention)
+    gguf_settings.check_square(model, attention)
     mixers = [expect_kind(block.mixer, AttentionConfig, "a mixer") for block in model.blocks()]
     full = next((mixer for mixer in mixers if mixer.window is None), mixers[0])
     window = gguf_settings.common_window(model)

@@ -51,6 +51,7 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     attention, ffn = gguf_settings.first_block(model)
     gguf_settings.check_biases(attention, Biases.QKV)
     gguf_settings.check_plain_scale(attention)
+    gguf_settings.check_square(model, attention)
     return {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_mlp(ffn)}
 
 

@@ -1,0 +1,64 @@
+"""An imported model with windows, sinks, biases and experts goes on training: on a mesh as on one device, resumed to the bit."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+import slmjax
+from slmjax import sharding, weights
+from slmjax.checkpoint import read_config
+from slmjax.convert.directory import Target, export_model, import_model
+from slmjax.data.tokenizers import ByteTokenizer
+from slmjax.experiment import starting_from
+from slmjax.runlog import read_log
+from tests.convert.synthetic import VOCAB_SIZE, write_model
+from tests.convert.test_families import read_golden
+
+
+def losses(result: slmjax.Result) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in read_log(Path(result.run_dir) / "log.jsonl", kind="train")}
+
+
+def test_training_an_imported_model(tmp_path: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    golden, words = read_golden("gpt_oss"), ByteTokenizer().build(())
+    shapes = {name: [words.vocab_size if size == VOCAB_SIZE else size for size in shape] for name, shape in golden["shapes"].items()}
+    write_model(tmp_path / "theirs", golden["config"] | {"vocab_size": words.vocab_size}, shapes)
+    words.save(tmp_path / "bytes")
+    import_model(tmp_path / "theirs", tmp_path / "ours", tokenizer=tmp_path / "bytes")
+
+    tiny = slmjax.load_experiment(str(workplace / "tiny.py"))
+    started = starting_from(tmp_path / "ours", tiny)
+    assert started.model.stack == read_config(tmp_path / "ours").stack
+    experiment = dataclasses.replace(
+        started,
+        model=dataclasses.replace(started.model, dropout=0.0),
+        data=dataclasses.replace(tiny.data, path=str(workplace / "text.txt")),
+        optim=dataclasses.replace(tiny.optim, accumulation_steps=2, warmup_steps=0, ema_decay=None),
+        mesh=sharding.MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+        checkpoint=dataclasses.replace(tiny.checkpoint, every=1),
+        eval=dataclasses.replace(tiny.eval, max_documents=1),
+        run=dataclasses.replace(tiny.run, steps=2, directory=str(tmp_path / "runs"), sample_prompts=()),
+    )
+    quiet = Console(quiet=True)
+    whole = slmjax.train(experiment, console=quiet)
+    first = losses(whole)
+    shutil.rmtree(Path(whole.run_dir) / "checkpoints" / "2")  # as if it had been killed after its first step
+    (Path(whole.run_dir) / "result.json").unlink()
+    resumed = slmjax.train(experiment, resume=whole.run_dir, console=quiet)
+    assert losses(resumed) == first and resumed.bits_per_byte == whole.bits_per_byte
+
+    monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+    alone = slmjax.train(dataclasses.replace(experiment, mesh=sharding.MeshConfig(data=1)), console=quiet)
+    np.testing.assert_allclose(list(first.values()), list(losses(alone).values()), rtol=1e-4)
+
+    written = export_model(whole.run_dir, tmp_path / "out", to=Target.HF)
+    assert written.family == "GptOssForCausalLM"
+    before, after = (weights.TensorFiles(tmp_path / name) for name in ("theirs", "out"))
+    assert before.names == after.names
+    moved = [name for name in before.names if not np.array_equal(before.read(name), after.read(name))]
+    assert len(moved) > 0.9 * len(before.names), "nearly all tensors were trained, the router's and the sinks among them"
