@@ -143,11 +143,13 @@ def in_process(kind: str, *paths: Path, given: Any = None) -> dict[str, Any]:
 def measure(kind: str, paths: list[Path]) -> dict[str, Any]:
     """What the process was started for."""
     if kind == "import":
-        return measure_import(*paths)
+        file, model, exported, text = paths
+        return measure_import(file, model, exported, text)
     if kind == "slmjax":
-        return ours(*paths)
+        model, text = paths
+        return ours(model, text)
     given = json.load(sys.stdin)
-    return llama_cpp(*paths, [(ids, first) for ids, first in given["windows"]], given["bytes"])
+    return llama_cpp(paths[0], [(ids, first) for ids, first in given["windows"]], given["bytes"])
 
 
 def main() -> None:

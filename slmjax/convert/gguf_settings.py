@@ -23,6 +23,7 @@ from slmjax.moe import MoeConfig
 from slmjax.rope import LinearScaling, Llama3Scaling, LongScaling, RopeScaling, YarnScaling, rotary_dim
 
 IGNORED = ("rope.scaling.finetuned", "attention.causal", "feed_forward_length", "expert_feed_forward_length")
+SCALINGS = ("none", "linear", "yarn", "longrope")  # rope.scaling.type
 FAST_TURNS, SLOW_TURNS = 32.0, 1.0  # of YaRN, where the file does not say
 
 
@@ -115,26 +116,32 @@ def read_rope(settings: Settings, *, head_dim: int) -> dict[str, Any]:
 
 
 def _read_scaling(settings: Settings, base: float, rotated: int) -> RopeScaling | None:
-    kind, context = settings.take("rope.scaling.type", "none"), settings.take("context_length")
+    """llama.cpp takes a factor for linear where no type is named, and applies divisors and the magnitude whatever the type."""
+    kind, context = settings.take("rope.scaling.type", "linear"), settings.take("context_length")
     original = settings.take("rope.scaling.original_context_length", context)
     factor = shortest(settings.take("rope.scaling.factor", 1.0))
     magnitude = shortest(settings.take("rope.scaling.attn_factor", 1.0))
+    if kind not in SCALINGS:
+        raise ConfigError(f"rope.scaling.type is {kind!r}: {', '.join(SCALINGS)} are understood")
+    has_divisors = settings.has("rope_factors_short") or settings.has("rope_freqs")
+    if has_divisors and (kind == "yarn" or factor != 1.0):
+        raise ConfigError(f"divisors of frequencies together with rope.scaling {kind!r} of factor {factor:g} are not understood")
     if settings.has("rope_factors_short"):
         short, long = (tuple(shortest(float(x)) for x in settings.take(f"rope_factors_{name}")) for name in ("short", "long"))
         return LongScaling(short_factors=short, long_factors=long, original_context=original, attention_factor=magnitude)
-    if settings.has("rope_freqs"):
-        return _named_factors(np.asarray(settings.take("rope_freqs")), base, rotated, context)
-    if kind == "linear":
-        return LinearScaling(factor=factor)
     if kind == "yarn":
         return YarnScaling(
             factor=factor, original_context=original, fast_turns=shortest(settings.take("rope.scaling.yarn_beta_fast", FAST_TURNS)),
             slow_turns=shortest(settings.take("rope.scaling.yarn_beta_slow", SLOW_TURNS)),
             attention_factor=yarn_attention_factor(factor, magnitude),
         )  # fmt: skip
-    if kind != "none":
-        raise ConfigError(f"rope.scaling.type is {kind!r}: none, linear and yarn are understood")
-    return None
+    if magnitude != 1.0:
+        raise ConfigError(f"rope.scaling.attn_factor = {magnitude:g} without YaRN or LongRoPE is not understood")
+    if settings.has("rope_freqs"):
+        return _named_factors(np.asarray(settings.take("rope_freqs")), base, rotated, context)
+    if kind == "longrope":
+        raise ConfigError("rope.scaling.type is 'longrope', and the file has no tensors rope_factors_short and rope_factors_long")
+    return None if kind == "none" or factor == 1.0 else LinearScaling(factor=factor)
 
 
 def yarn_attention_factor(factor: float, magnitude: float) -> float:
@@ -175,7 +182,8 @@ def write_rope(attention: AttentionConfig) -> dict[str, Any]:
     elif isinstance(scaling, LongScaling):
         arrays = {"short": scaling.short_factors, "long": scaling.long_factors}
         keys |= {f"rope_factors_{name}": np.asarray(factors, np.float32) for name, factors in arrays.items()}
-        keys |= {"rope.scaling.attn_factor": scaling.attention_factor, "rope.scaling.original_context_length": scaling.original_context}
+        keys |= {"rope.scaling.type": "longrope", "rope.scaling.attn_factor": scaling.attention_factor}
+        keys |= {"rope.scaling.original_context_length": scaling.original_context}
     elif isinstance(scaling, YarnScaling):
         keys |= {
             "rope.scaling.type": "yarn", "rope.scaling.factor": scaling.factor,
