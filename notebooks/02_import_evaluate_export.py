@@ -15,7 +15,6 @@ from pathlib import Path
 
 import slmjax
 from slmjax import zoo
-from slmjax.convert.directory import Target, WeightType, export_model, import_model
 from slmjax.data.config import DataConfig
 from slmjax.report import write_report
 from slmjax.sampling import SamplingConfig
@@ -43,7 +42,7 @@ if SOURCE is None:
     )
     result = slmjax.train(experiment)
     write_report(result.run_dir)
-    exported = export_model(result.run_dir, work / "released", to=Target.HF)
+    exported = slmjax.export_model(result.run_dir, work / "released", to=slmjax.Target.HF)
     print(f"{exported.family}: {exported.parameters:,} parameters, {exported.bytes / 1e6:.1f} MB")
     print(json.dumps(json.loads((work / "released" / "config.json").read_text()), indent=1)[:400], "...")
 
@@ -54,7 +53,7 @@ if SOURCE is None:
 # are stored.
 
 # %%
-imported = import_model(SOURCE or work / "released", work / "imported")
+imported = slmjax.import_model(SOURCE or work / "released", work / "imported")
 print(f"{imported.family}: {imported.parameters:,} parameters; {', '.join(imported.notes) or 'nothing to note'}")
 loaded = slmjax.load_model(work / "imported")
 print(loaded.config.stack)
@@ -79,8 +78,8 @@ for one in slmjax.generate(loaded, ["The "], config=SamplingConfig(max_tokens=24
 # In half precision this time. What comes back is the same model, its weights rounded once; the model card says what is known of it.
 
 # %%
-half = export_model(work / "imported", work / "half", to=Target.HF, dtype=WeightType.BF16)
-import_model(work / "half", work / "back")
+half = slmjax.export_model(work / "imported", work / "half", to=slmjax.Target.HF, dtype=slmjax.WeightType.BF16)
+slmjax.import_model(work / "half", work / "back")
 rounded = slmjax.evaluate(slmjax.load_model(work / "back"), data=DataConfig(path=str(text), heldout_fraction=0.0, sequence_length=128))
 print(f"{half.bytes / 1e6:.1f} MB; {rounded.bits_per_byte:.3f} bits per byte, {evaluation.bits_per_byte:.3f} before")
 print((work / "half" / "model_card.md").read_text())

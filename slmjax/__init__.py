@@ -5,6 +5,8 @@
     loaded = slmjax.load_model(result.run_dir)       # -> Loaded(config, model, tokenizer)
     slmjax.generate(loaded, ["def main("])
     slmjax.evaluate(loaded)
+    slmjax.import_model("SmolLM2-135M", "smollm2")   # a Hugging Face directory or a GGUF file; then load_model("smollm2")
+    slmjax.export_model(result.run_dir, "exported", to=slmjax.Target.HF)
 
 `import slmjax` takes milliseconds: a public name is imported when it is first used.
 """
@@ -20,6 +22,7 @@ _startup.without_tpu()  # here, as any of the modules may be the first to import
 
 if TYPE_CHECKING:
     from slmjax.checkpoint import Loaded, load_model
+    from slmjax.convert.directory import Target, WeightType, export_model, import_model
     from slmjax.evaluation import evaluate
     from slmjax.experiment import Experiment
     from slmjax.model import logits
@@ -31,8 +34,12 @@ _MODULE_OF = {
     "Experiment": "slmjax.experiment",
     "Loaded": "slmjax.checkpoint",
     "Result": "slmjax.trainer",
+    "Target": "slmjax.convert.directory",
+    "WeightType": "slmjax.convert.directory",
     "evaluate": "slmjax.evaluation",
+    "export_model": "slmjax.convert.directory",
     "generate": "slmjax.sampling",
+    "import_model": "slmjax.convert.directory",
     "load_experiment": "slmjax.recipes",
     "load_model": "slmjax.checkpoint",
     "logits": "slmjax.model",
@@ -43,9 +50,13 @@ __all__ = [
     "Experiment",
     "Loaded",
     "Result",
+    "Target",
+    "WeightType",
     "__version__",
     "evaluate",
+    "export_model",
     "generate",
+    "import_model",
     "load_experiment",
     "load_model",
     "logits",

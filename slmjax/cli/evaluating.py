@@ -84,7 +84,8 @@ def _show(results: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{results['run_dir']}, step {results['step']:,}", title_justify="left")
+    step = f", step {results['step']:,}" if results["step"] else ""  # an imported model has none
+    table = Table(title=f"{results['run_dir']}{step}", title_justify="left")
     table.add_column("what", overflow="fold")
     table.add_column("value", justify="right")
     table.add_column("")

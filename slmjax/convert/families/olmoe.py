@@ -1,0 +1,51 @@
+"""OLMoE: experts in all layers, whose weights need not sum to one; queries and keys normed over all heads together."""
+
+from typing import Any
+
+from slmjax.architecture import BlockConfig, ModelConfig
+from slmjax.attention import Biases, QkNorm
+from slmjax.convert.family import Family, Inexpressible, Table, expect_kind
+from slmjax.convert.hf_settings import (
+    first_block,
+    read_activation,
+    read_attention,
+    read_decoder,
+    write_activation,
+    write_attention,
+    write_decoder,
+)
+from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, MOE, PRE_NORMS
+from slmjax.convert.settings import Settings
+from slmjax.moe import MoeConfig
+
+
+def read(settings: Settings) -> ModelConfig:
+    """config.json -> ModelConfig."""
+    settings.expect("clip_qkv")  # null alone: no layer here clips queries, keys and values
+    biases = Biases.ALL if settings.take("attention_bias", False) else Biases.NONE
+    attention = read_attention(settings, qk_norm=QkNorm.ALL_HEADS, biases=biases)
+    moe = MoeConfig(
+        num_experts=settings.take("num_experts", 64), num_selected=settings.take("num_experts_per_tok", 8),
+        hidden_dim=settings.take("intermediate_size", 2048), activation=read_activation(settings),
+        normalize_weights=settings.take("norm_topk_prob", False),
+    )  # fmt: skip
+    blocks = [BlockConfig(mixer=attention, ffn=moe)] * settings.take("num_hidden_layers")
+    return read_decoder(settings, blocks, norm_eps=settings.take("rms_norm_eps", 1e-5))
+
+
+def write(model: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> config.json."""
+    attention, ffn = first_block(model)
+    heads, head_dim = attention.num_heads, attention.head_dim or 0
+    if heads * head_dim != model.embed_dim:  # its norm of queries is as long as the model is wide
+        raise Inexpressible(f"its width, {model.embed_dim}, has to be that of its {heads} heads together, {heads * head_dim}")
+    moe = expect_kind(ffn, MoeConfig, "a feed-forward layer")
+    experts = {
+        "num_experts": moe.num_experts, "num_experts_per_tok": moe.num_selected, "intermediate_size": moe.hidden_dim,
+        "norm_topk_prob": moe.normalize_weights, "hidden_act": write_activation(moe.activation),
+    }  # fmt: skip
+    biases = {"attention_bias": attention.biases is Biases.ALL}
+    return {"model_type": "olmoe", **write_decoder(model), **write_attention(attention), **experts, **biases}
+
+
+HF = Family(architecture="OlmoeForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *MOE)))
