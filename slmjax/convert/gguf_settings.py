@@ -23,6 +23,7 @@ from slmjax.moe import MoeConfig
 from slmjax.rope import LinearScaling, Llama3Scaling, LongScaling, RopeScaling, YarnScaling, rotary_dim
 
 IGNORED = ("rope.scaling.finetuned", "attention.causal", "feed_forward_length", "expert_feed_forward_length")
+PLAIN_SCALINGS = (LinearScaling, YarnScaling)  # those that are in the metadata; the others are tensors
 SCALINGS = ("none", "linear", "yarn", "longrope")  # rope.scaling.type
 FAST_TURNS, SLOW_TURNS = 32.0, 1.0  # of YaRN, where the file does not say
 
@@ -82,8 +83,24 @@ def read_attention(settings: Settings, **more: Any) -> AttentionConfig:
     return AttentionConfig(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, **fields)
 
 
-def write_attention(attention: AttentionConfig) -> dict[str, Any]:
-    """The keys that `read_attention` takes."""
+def write_attention(
+    attention: AttentionConfig, *, scalings: tuple[type[RopeScaling], ...] = PLAIN_SCALINGS, is_partial: bool = False
+) -> dict[str, Any]:
+    """The keys that `read_attention` takes.
+
+    Args:
+      scalings: of rotary positions, those that llama.cpp has for this family: it looks for tensors of divisors in few.
+      is_partial: llama.cpp can rotate a part of each head's dims in this family; in others it ends with an assertion.
+
+    Raises:
+      Inexpressible: the angles are made otherwise.
+    """
+    if attention.rope_base is not None:
+        if attention.rope_fraction != 1.0 and not is_partial:
+            raise Inexpressible("all dims of all heads are rotated")
+        if attention.rope_scaling is not None and not isinstance(attention.rope_scaling, scalings):
+            names = ", ".join(scaling.__name__ for scaling in scalings)
+            raise Inexpressible(f"rope_scaling is {type(attention.rope_scaling).__name__}, and llama.cpp has {names} for this architecture")
     return {
         "attention.head_count": attention.num_heads, "attention.head_count_kv": attention.kv_heads,
         "attention.key_length": attention.head_dim, "attention.value_length": attention.head_dim,
@@ -95,6 +112,20 @@ def check_square(model: ModelConfig, attention: AttentionConfig) -> None:
     """Raises Inexpressible where heads are not as wide together as the model: some of llama.cpp's architectures have one size for both."""
     if attention.num_heads * (attention.head_dim or 0) != model.embed_dim:
         raise Inexpressible(f"{attention.num_heads} heads of {attention.head_dim} dims have to be as wide as the model, {model.embed_dim}")
+
+
+def check_head(model: ModelConfig, wanted: HeadKind) -> None:
+    """Raises Inexpressible where llama.cpp would look for a head that is not there, or has no place for one that is."""
+    if model.head is not wanted:
+        raise Inexpressible(f"the head is {wanted.value!r}, not {model.head.value!r}")
+
+
+def check_idle_window(model: ModelConfig) -> None:
+    """Raises Inexpressible for a window that is shorter than the context, where llama.cpp has none for this architecture."""
+    for layer, block in enumerate(model.blocks()):
+        window = expect_kind(block.mixer, AttentionConfig, "a mixer").window
+        if window is not None and window < model.context_length:
+            raise Inexpressible(f"llama.cpp has no windows for it, and that of layer {layer}, {window}, is shorter than the context")
 
 
 def pattern_windows(num_layers: int, window: int | None, period: int) -> list[int | None]:
@@ -210,9 +241,11 @@ def read_mlp(settings: Settings, activation: Activation = Activation.SILU, **mor
     return MlpConfig(hidden_dim=settings.take("feed_forward_length"), activation=activation, **fields)
 
 
-def write_mlp(ffn: Any) -> dict[str, Any]:
-    """The keys that `read_mlp` takes."""
+def write_mlp(ffn: Any, *, has_bias: bool = False) -> dict[str, Any]:
+    """The keys that `read_mlp` takes. Raises Inexpressible for biases where llama.cpp does not look for them (`has_bias`: it does)."""
     mlp = expect_kind(ffn, MlpConfig, "a feed-forward layer")
+    if mlp.bias and not has_bias:
+        raise Inexpressible("feed-forward layers have no biases")
     return {"feed_forward_length": mlp.hidden_dim, "ffn_bias": mlp.bias}
 
 

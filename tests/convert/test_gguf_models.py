@@ -16,16 +16,24 @@ from rich.console import Console
 
 import slmjax
 from slmjax import weights, zoo
+from slmjax.architecture import HeadKind, ModelConfig, stack_of
+from slmjax.convert.canonical_form import canonical
 from slmjax.convert.directory import Target, WeightType, export_model, import_model
+from slmjax.convert.families import HF_FAMILIES, gemma2, gemma3, gpt2, gpt_oss, granite, olmo2, phi3, qwen2, qwen3, qwen3_moe, smollm3
+from slmjax.convert.family import Family
 from slmjax.convert.gguf_file import GgufFile, PendingTensor, read_gguf, write_gguf
 from slmjax.convert.gguf_tokenizer import tokenizer_metadata
+from slmjax.convert.settings import Settings
+from slmjax.convert.source import express
 from slmjax.data.config import DataConfig
 from slmjax.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
 from slmjax.experiment import RunConfig
 from slmjax.optim import OptimConfig
+from slmjax.rope import LinearScaling, Llama3Scaling
 from slmjax.sampling import SamplingConfig
 from slmjax.sampling.chat import render_chat
 from tests.convert import llama_cpp
+from tests.convert.test_gguf_families import config_of
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -179,6 +187,8 @@ def test_where_a_file_came_from_is_kept(tiny: GgufFile, tmp_path: Path) -> None:
         ({"llama.attention.sliding_window": 64}, r"attention.sliding_window = 64 is not understood, and may change"),
         ({"llama.attention.clamp_kqv": 8.0}, r"attention.clamp_kqv = 8.0 is not understood"),
         ({"llama.rope.scaling.type": "longrope"}, r"rope.scaling.type is 'longrope'"),
+        ({"llama.rope.scaling.type": "twisted"}, r"rope.scaling.type is 'twisted': none, linear, yarn, longrope are understood"),
+        ({"llama.rope.scaling.attn_factor": 1.5}, r"attn_factor = 1.5 without YaRN or LongRoPE is not understood"),
         ({"llama.attention.head_count": [2]}, r"head_count differs between layers"),
         ({"llama.block_count": 2}, r"has no tensor blk.1.attn_"),
         ({"llama.feed_forward_length": 48}, r"where the configuration says"),
@@ -191,6 +201,70 @@ def test_what_is_not_understood_is_named(tiny: GgufFile, tmp_path: Path, metadat
     with pytest.raises(ValueError, match=message):
         import_model(path, tmp_path / "ours")
     assert not (tmp_path / "ours").exists(), "nothing is left behind"
+
+
+def test_a_factor_without_a_type_is_linear(tiny: GgufFile, tmp_path: Path) -> None:
+    """As llama.cpp has it."""
+    path = rewrite(tiny, tmp_path / "scaled.gguf", {}, **{"llama.rope.scaling.factor": 4.0})
+    import_model(path, tmp_path / "ours")
+    loaded = slmjax.load_model(tmp_path / "ours")
+    assert next(loaded.config.blocks()).mixer.rope_scaling == LinearScaling(factor=4.0)
+    ids = loaded.tokenizer.prompt_ids("a stretched one")
+    np.testing.assert_allclose(llama_cpp.logprobs(path, ids, vocab_size=260), log_probabilities(loaded, ids), atol=1e-3)
+
+
+# What llama.cpp would not load, or would compute otherwise: found by exporting odd models of every family and running them -----------
+def model_of(family: Family, **changes: Any) -> ModelConfig:
+    """The family's golden case as its own format can say it, and then changed: fields of mixers, of feed-forward layers, of the model."""
+    case = family.architecture.replace("-", "_").replace("qwen3moe", "qwen3_moe")
+    config = config_of(case)
+    model = canonical(next(one for one in HF_FAMILIES if one.architecture == config["architectures"][0]).read(Settings(config, where=case)))
+    of_model = {name: value for name, value in changes.items() if name in {field.name for field in dataclasses.fields(ModelConfig)}}
+    blocks = []
+    for block in model.blocks():
+        parts = {"mixer": block.mixer, "ffn": block.ffn}
+        for part, config in parts.items():
+            names = {field.name for field in dataclasses.fields(config)}
+            own = {name: value for name, value in changes.items() if name in names and name not in of_model}
+            parts[part] = dataclasses.replace(config, **own)
+        blocks.append(dataclasses.replace(block, **parts))
+    return dataclasses.replace(model, stack=stack_of(blocks), **of_model)
+
+
+LLAMA3 = Llama3Scaling(factor=8.0, original_context=16)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        (qwen3.GGUF, {"rope_fraction": 0.5}, r"all dims of all heads are rotated"),
+        (qwen2.GGUF, {"rope_scaling": LLAMA3}, r"is Llama3Scaling, and llama.cpp has LinearScaling, YarnScaling"),
+        (qwen3.GGUF, {"bias": True}, r"feed-forward layers have no biases"),
+        (gemma2.GGUF, {"head": HeadKind.FREE}, r"the head is 'tied', not 'free'"),
+        (gemma3.GGUF, {"scale": 0.3}, r"scores are multiplied by 0.353553"),
+        (gemma3.GGUF, {"bias": True}, r"feed-forward layers have no biases"),
+        (olmo2.GGUF, {"head": HeadKind.TIED}, r"the head is 'free', not 'tied'"),
+        (olmo2.GGUF, {"head_dim": 8, "scale": 8**-0.5}, r"4 heads of 8 dims have to be as wide as the model, 24"),
+        (phi3.GGUF, {"window": 9}, r"llama.cpp has no windows for it, and that of layer 0, 9, is shorter than the context"),
+        (phi3.GGUF, {"head_dim": 8, "scale": 8**-0.5}, r"4 heads of 8 dims have to be as wide"),
+        (smollm3.GGUF, {"bias": True}, r"feed-forward layers have no biases"),
+        (gpt_oss.GGUF, {"head": HeadKind.TIED}, r"the head is 'free', not 'tied'"),
+        (gpt_oss.GGUF, {"window": None}, r"no 'attention.sliding_window'"),
+        (gpt2.GGUF, {"head_dim": 8}, r"4 heads of 8 dims have to be as wide"),
+        (granite.GGUF, {"softcap": 3.0}, r"softcap = 3.0"),
+        (qwen3_moe.GGUF, {"normalize_weights": False}, r"normalize_weights = False"),
+    ],
+    ids=lambda value: value.architecture if isinstance(value, Family) else "",
+)
+def test_what_an_engine_would_not_take_is_refused(family: Family, changes: dict[str, Any], message: str) -> None:
+    express(model_of(family), (family,), format_name="GGUF", preferred=None)
+    with pytest.raises(ValueError, match=message):
+        express(model_of(family, **changes), (family,), format_name="GGUF", preferred=None)
+
+
+def test_an_idle_window_is_no_obstacle() -> None:
+    """Phi-4-mini's is longer than its context."""
+    express(model_of(phi3.GGUF, window=512), (phi3.GGUF,), format_name="GGUF", preferred=None)
 
 
 def test_a_refused_export_leaves_nothing_behind(tiny: GgufFile, tmp_path: Path) -> None:
