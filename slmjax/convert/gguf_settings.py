@@ -23,6 +23,8 @@ from slmjax.moe import MoeConfig
 from slmjax.rope import LinearScaling, Llama3Scaling, LongScaling, RopeScaling, YarnScaling, rotary_dim
 
 IGNORED = ("rope.scaling.finetuned", "attention.causal", "feed_forward_length", "expert_feed_forward_length")
+PLAIN_SCALINGS = (LinearScaling, YarnScaling)  # those that are in the metadata; the others are tensors
+SCALINGS = ("none", "linear", "yarn", "longrope")  # rope.scaling.type
 FAST_TURNS, SLOW_TURNS = 32.0, 1.0  # of YaRN, where the file does not say
 
 
@@ -81,8 +83,24 @@ def read_attention(settings: Settings, **more: Any) -> AttentionConfig:
     return AttentionConfig(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, **fields)
 
 
-def write_attention(attention: AttentionConfig) -> dict[str, Any]:
-    """The keys that `read_attention` takes."""
+def write_attention(
+    attention: AttentionConfig, *, scalings: tuple[type[RopeScaling], ...] = PLAIN_SCALINGS, is_partial: bool = False
+) -> dict[str, Any]:
+    """The keys that `read_attention` takes.
+
+    Args:
+      scalings: of rotary positions, those that llama.cpp has for this family: it looks for tensors of divisors in few.
+      is_partial: llama.cpp can rotate a part of each head's dims in this family; in others it ends with an assertion.
+
+    Raises:
+      Inexpressible: the angles are made otherwise.
+    """
+    if attention.rope_base is not None:
+        if attention.rope_fraction != 1.0 and not is_partial:
+            raise Inexpressible("all dims of all heads are rotated")
+        if attention.rope_scaling is not None and not isinstance(attention.rope_scaling, scalings):
+            names = ", ".join(scaling.__name__ for scaling in scalings)
+            raise Inexpressible(f"rope_scaling is {type(attention.rope_scaling).__name__}, and llama.cpp has {names} for this architecture")
     return {
         "attention.head_count": attention.num_heads, "attention.head_count_kv": attention.kv_heads,
         "attention.key_length": attention.head_dim, "attention.value_length": attention.head_dim,
@@ -94,6 +112,20 @@ def check_square(model: ModelConfig, attention: AttentionConfig) -> None:
     """Raises Inexpressible where heads are not as wide together as the model: some of llama.cpp's architectures have one size for both."""
     if attention.num_heads * (attention.head_dim or 0) != model.embed_dim:
         raise Inexpressible(f"{attention.num_heads} heads of {attention.head_dim} dims have to be as wide as the model, {model.embed_dim}")
+
+
+def check_head(model: ModelConfig, wanted: HeadKind) -> None:
+    """Raises Inexpressible where llama.cpp would look for a head that is not there, or has no place for one that is."""
+    if model.head is not wanted:
+        raise Inexpressible(f"the head is {wanted.value!r}, not {model.head.value!r}")
+
+
+def check_idle_window(model: ModelConfig) -> None:
+    """Raises Inexpressible for a window that is shorter than the context, where llama.cpp has none for this architecture."""
+    for layer, block in enumerate(model.blocks()):
+        window = expect_kind(block.mixer, AttentionConfig, "a mixer").window
+        if window is not None and window < model.context_length:
+            raise Inexpressible(f"llama.cpp has no windows for it, and that of layer {layer}, {window}, is shorter than the context")
 
 
 def pattern_windows(num_layers: int, window: int | None, period: int) -> list[int | None]:
@@ -115,26 +147,32 @@ def read_rope(settings: Settings, *, head_dim: int) -> dict[str, Any]:
 
 
 def _read_scaling(settings: Settings, base: float, rotated: int) -> RopeScaling | None:
-    kind, context = settings.take("rope.scaling.type", "none"), settings.take("context_length")
+    """llama.cpp takes a factor for linear where no type is named, and applies divisors and the magnitude whatever the type."""
+    kind, context = settings.take("rope.scaling.type", "linear"), settings.take("context_length")
     original = settings.take("rope.scaling.original_context_length", context)
     factor = shortest(settings.take("rope.scaling.factor", 1.0))
     magnitude = shortest(settings.take("rope.scaling.attn_factor", 1.0))
+    if kind not in SCALINGS:
+        raise ConfigError(f"rope.scaling.type is {kind!r}: {', '.join(SCALINGS)} are understood")
+    has_divisors = settings.has("rope_factors_short") or settings.has("rope_freqs")
+    if has_divisors and (kind == "yarn" or factor != 1.0):
+        raise ConfigError(f"divisors of frequencies together with rope.scaling {kind!r} of factor {factor:g} are not understood")
     if settings.has("rope_factors_short"):
         short, long = (tuple(shortest(float(x)) for x in settings.take(f"rope_factors_{name}")) for name in ("short", "long"))
         return LongScaling(short_factors=short, long_factors=long, original_context=original, attention_factor=magnitude)
-    if settings.has("rope_freqs"):
-        return _named_factors(np.asarray(settings.take("rope_freqs")), base, rotated, context)
-    if kind == "linear":
-        return LinearScaling(factor=factor)
     if kind == "yarn":
         return YarnScaling(
             factor=factor, original_context=original, fast_turns=shortest(settings.take("rope.scaling.yarn_beta_fast", FAST_TURNS)),
             slow_turns=shortest(settings.take("rope.scaling.yarn_beta_slow", SLOW_TURNS)),
             attention_factor=yarn_attention_factor(factor, magnitude),
         )  # fmt: skip
-    if kind != "none":
-        raise ConfigError(f"rope.scaling.type is {kind!r}: none, linear and yarn are understood")
-    return None
+    if magnitude != 1.0:
+        raise ConfigError(f"rope.scaling.attn_factor = {magnitude:g} without YaRN or LongRoPE is not understood")
+    if settings.has("rope_freqs"):
+        return _named_factors(np.asarray(settings.take("rope_freqs")), base, rotated, context)
+    if kind == "longrope":
+        raise ConfigError("rope.scaling.type is 'longrope', and the file has no tensors rope_factors_short and rope_factors_long")
+    return None if kind == "none" or factor == 1.0 else LinearScaling(factor=factor)
 
 
 def yarn_attention_factor(factor: float, magnitude: float) -> float:
@@ -175,7 +213,8 @@ def write_rope(attention: AttentionConfig) -> dict[str, Any]:
     elif isinstance(scaling, LongScaling):
         arrays = {"short": scaling.short_factors, "long": scaling.long_factors}
         keys |= {f"rope_factors_{name}": np.asarray(factors, np.float32) for name, factors in arrays.items()}
-        keys |= {"rope.scaling.attn_factor": scaling.attention_factor, "rope.scaling.original_context_length": scaling.original_context}
+        keys |= {"rope.scaling.type": "longrope", "rope.scaling.attn_factor": scaling.attention_factor}
+        keys |= {"rope.scaling.original_context_length": scaling.original_context}
     elif isinstance(scaling, YarnScaling):
         keys |= {
             "rope.scaling.type": "yarn", "rope.scaling.factor": scaling.factor,
@@ -202,9 +241,11 @@ def read_mlp(settings: Settings, activation: Activation = Activation.SILU, **mor
     return MlpConfig(hidden_dim=settings.take("feed_forward_length"), activation=activation, **fields)
 
 
-def write_mlp(ffn: Any) -> dict[str, Any]:
-    """The keys that `read_mlp` takes."""
+def write_mlp(ffn: Any, *, has_bias: bool = False) -> dict[str, Any]:
+    """The keys that `read_mlp` takes. Raises Inexpressible for biases where llama.cpp does not look for them (`has_bias`: it does)."""
     mlp = expect_kind(ffn, MlpConfig, "a feed-forward layer")
+    if mlp.bias and not has_bias:
+        raise Inexpressible("feed-forward layers have no biases")
     return {"feed_forward_length": mlp.hidden_dim, "ffn_bias": mlp.bias}
 
 

@@ -69,6 +69,26 @@ def logprobs(path: Path, tokens: Sequence[int], *, vocab_size: int, first: int =
     return rows - np.log(np.exp(rows).sum(1, keepdims=True))
 
 
+def target_logprobs(path: Path, tokens: Sequence[int], *, first: int = 1, num_asked: int = 1000) -> np.ndarray:
+    """Natural log-probability float64 [T - first] of each of `tokens` from the position `first` on, given those before it.
+
+    Quick for large vocabularies: of each position the likeliest `num_asked` are asked for, and all where the token is not among them. The
+    server's own sum over the vocabulary is left as it is (`logprobs` does it again).
+    """
+    letter, found = tokenize(path, "a")[-1], []
+    for end in range(first, len(tokens)):
+        body = {"prompt": list(tokens[:end]), "n_predict": 1, "logit_bias": [[letter, 1000.0]], "temperature": 0.0, "cache_prompt": True}
+        for asked in (num_asked, 2**20):
+            answer = ask(path, "/completion", {**body, "n_probs": asked})
+            entries = answer["completion_probabilities"][0]["top_logprobs"]
+            if matching := [entry["logprob"] for entry in entries if entry["id"] == tokens[end]]:
+                found.append(matching[0])
+                break
+        else:
+            raise AssertionError(f"llama.cpp has no token {tokens[end]}")
+    return np.array(found, np.float64)
+
+
 def generate(path: Path, prompt: str | Sequence[int], max_tokens: int) -> tuple[list[int], str]:
     """The ids and the text of the likeliest continuation; a text prompt gets BOS as the file says, and special tokens in it are found."""
     body = {"prompt": prompt if isinstance(prompt, str) else list(prompt), "n_predict": max_tokens, "temperature": 0.0}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from slmjax.architecture import BlockConfig, ModelConfig, NormPlacement
+from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, NormPlacement
 from slmjax.attention import Biases
 from slmjax.convert import gguf_settings, gguf_tensors
 from slmjax.convert.family import Family, Table
@@ -87,6 +87,7 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> GGUF metadata."""
     attention, ffn = gguf_settings.first_block(model)
     gguf_settings.check_biases(attention, Biases.NONE)
+    gguf_settings.check_head(model, HeadKind.TIED)
     gguf_settings.check_plain_scale(attention)
     caps = {"attn_logit_softcapping": attention.softcap, "final_logit_softcapping": model.logit_softcap}
     window = {"attention.sliding_window": gguf_settings.common_window(model)}

@@ -99,8 +99,9 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> GGUF metadata."""
     attention, ffn = gguf_settings.first_block(model)
     gguf_settings.check_biases(attention, Biases.ALL)
+    gguf_settings.check_square(model, attention)
     gguf_settings.check_plain_scale(attention)
-    keys = {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_mlp(ffn)}
+    keys = {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_mlp(ffn, has_bias=True)}
     eps = keys.pop("attention.layer_norm_rms_epsilon")
     return {**keys, "attention.layer_norm_epsilon": eps}
 

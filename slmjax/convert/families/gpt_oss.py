@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from slmjax.architecture import BlockConfig, ModelConfig
+from slmjax.architecture import BlockConfig, HeadKind, ModelConfig
 from slmjax.attention import Biases
 from slmjax.config import ConfigError
 from slmjax.convert import gguf_settings, gguf_tensors
@@ -92,7 +92,7 @@ def read_gguf(settings: Settings) -> ModelConfig:
     """GGUF metadata -> ModelConfig: in llama.cpp's code, every other layer has a window, and experts their activation."""
     settings.expect("attention.sliding_window_pattern", 2)
     attention = gguf_settings.read_attention(settings, biases=Biases.ALL, sinks=True)
-    windows = gguf_settings.pattern_windows(settings.take("block_count"), settings.take("attention.sliding_window", None), 2)
+    windows = gguf_settings.pattern_windows(settings.take("block_count"), settings.take("attention.sliding_window"), 2)
     ffn = gguf_settings.read_moe(settings, activation=Activation.CLAMPED_SILU, bias=True)
     return gguf_settings.read_decoder(settings, gguf_settings.with_windows(attention, ffn, windows))
 
@@ -101,6 +101,7 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> GGUF metadata."""
     attention, ffn = gguf_settings.first_block(model)
     gguf_settings.check_biases(attention, Biases.ALL)
+    gguf_settings.check_head(model, HeadKind.FREE)
     gguf_settings.check_plain_scale(attention)
     keys = {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_moe(ffn)}
     return {**keys, "attention.sliding_window": gguf_settings.common_window(model)}

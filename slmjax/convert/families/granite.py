@@ -19,6 +19,7 @@ from slmjax.convert.hf_settings import (
 )
 from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
 from slmjax.convert.settings import Settings
+from slmjax.rope import RopeScaling
 
 
 def read(settings: Settings) -> ModelConfig:
@@ -121,14 +122,14 @@ def read_gguf(settings: Settings) -> ModelConfig:
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> GGUF metadata, of Granite 4 without recurrent layers too: it computes the same."""
     attention, ffn = gguf_settings.first_block(model)
-    if attention.rope_fraction != 1.0 or attention.rope_base is None:
+    if attention.rope_base is None:
         raise Inexpressible("all dims of all heads are rotated")
     multipliers = {
         "attention.scale": attention.scale, "embedding_scale": model.embed_multiplier, "residual_scale": model.residual_multiplier,
         "logit_scale": float(f"{1 / model.logit_multiplier:.12g}"),
     }  # fmt: skip
-    keys = {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_mlp(ffn)}
-    return {**keys, **multipliers}
+    heads = gguf_settings.write_attention(attention, scalings=(RopeScaling,))
+    return {**gguf_settings.write_decoder(model), **heads, **gguf_settings.write_mlp(ffn, has_bias=True), **multipliers}
 
 
 def gguf_table(model: ModelConfig) -> Table:

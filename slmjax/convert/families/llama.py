@@ -21,6 +21,7 @@ from slmjax.convert.hf_settings import (
 from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
 from slmjax.convert.settings import Settings
 from slmjax.moe import MoeConfig
+from slmjax.rope import RopeScaling
 
 
 def read(settings: Settings) -> ModelConfig:
@@ -71,13 +72,13 @@ def read_gguf(settings: Settings) -> ModelConfig:
 
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> GGUF metadata. A window that is as long as the context is none."""
+    """ModelConfig -> GGUF metadata."""
     attention, ffn = gguf_settings.first_block(model)
     gguf_settings.check_plain_scale(attention)
-    if attention.rope_fraction != 1.0 or attention.rope_base is None:
+    if attention.rope_base is None:
         raise Inexpressible("all dims of all heads are rotated")
-    sizes = gguf_settings.write_moe(ffn) if isinstance(ffn, MoeConfig) else gguf_settings.write_mlp(ffn)
-    return {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **sizes}
+    sizes = gguf_settings.write_moe(ffn) if isinstance(ffn, MoeConfig) else gguf_settings.write_mlp(ffn, has_bias=True)
+    return {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention, scalings=(RopeScaling,)), **sizes}
 
 
 def gguf_table(model: ModelConfig) -> Table:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from slmjax.architecture import BlockConfig, ModelConfig, NormPlacement
+from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, NormPlacement
 from slmjax.attention import AttentionConfig, Biases, QkNorm
 from slmjax.convert import gguf_settings, gguf_tensors
 from slmjax.convert.family import Family, Table, expect_kind
@@ -57,6 +57,7 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     gguf_settings.check_biases(attention, Biases.NONE)
     gguf_settings.check_plain_scale(attention)
     gguf_settings.check_square(model, attention)
+    gguf_settings.check_head(model, HeadKind.FREE)
     mixers = [expect_kind(block.mixer, AttentionConfig, "a mixer") for block in model.blocks()]
     full = next((mixer for mixer in mixers if mixer.window is None), mixers[0])
     window = gguf_settings.common_window(model)

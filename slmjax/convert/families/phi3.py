@@ -52,7 +52,10 @@ HF = Family(architecture="Phi3ForCausalLM", read=read, write=write, table=Table(
 
 # GGUF -----------------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig. llama.cpp takes the long factors where its context is longer than the original one."""
+    """GGUF metadata -> ModelConfig, with the window that is told, which llama.cpp itself leaves out.
+
+    It takes the long factors wherever its context is longer than the original one; here a document's length decides.
+    """
     attention = gguf_settings.read_attention(settings, window=settings.take("attention.sliding_window", 0) or None)
     block = BlockConfig(mixer=attention, ffn=gguf_settings.read_mlp(settings))
     return gguf_settings.read_decoder(settings, [block] * settings.take("block_count"))
@@ -63,7 +66,10 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     attention, ffn = gguf_settings.first_block(model)
     gguf_settings.check_biases(attention, Biases.NONE)
     gguf_settings.check_plain_scale(attention)
-    keys = {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_mlp(ffn)}
+    gguf_settings.check_square(model, attention)
+    gguf_settings.check_idle_window(model)
+    heads = gguf_settings.write_attention(attention, scalings=(*gguf_settings.PLAIN_SCALINGS, LongScaling), is_partial=True)
+    keys = {**gguf_settings.write_decoder(model), **heads, **gguf_settings.write_mlp(ffn)}
     return {**keys, "attention.sliding_window": attention.window or 0}
 
 

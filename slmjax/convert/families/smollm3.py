@@ -6,7 +6,7 @@ from typing import Any
 from slmjax.architecture import BlockConfig, ModelConfig
 from slmjax.attention import AttentionConfig, Biases
 from slmjax.convert import gguf_settings, gguf_tensors
-from slmjax.convert.family import Family, Inexpressible, Table, expect_kind
+from slmjax.convert.family import Family, Table, expect_kind
 from slmjax.convert.hf_settings import (
     first_block,
     read_attention,
@@ -76,8 +76,6 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     attention, ffn = gguf_settings.first_block(model)
     gguf_settings.check_biases(attention, Biases.NONE)
     gguf_settings.check_plain_scale(attention)
-    if attention.rope_fraction != 1.0:
-        raise Inexpressible("all dims of a head are rotated")
     return {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_mlp(ffn)}
 
 
