@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slmjax.runlog import read_log
+from slmjax.weights import is_imported
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,8 @@ def read_run(path: str | Path) -> RunRecords:
       ValueError: this is none.
     """
     path = Path(path)
+    if is_imported(path):
+        raise ValueError(f"{path} is an imported model, which was not trained here: there is nothing to report. `slmjax eval` measures it")
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} is not a run directory: it has no config.json. `slmjax runs` lists those there are")
     log = read_log(path / "log.jsonl") if (path / "log.jsonl").is_file() else []
