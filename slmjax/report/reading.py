@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from slmjax.runlog import read_log
-from slmjax.weights import is_imported
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,7 @@ def read_run(path: str | Path) -> RunRecords:
       ValueError: this is none.
     """
     path = Path(path)
-    if is_imported(path):
+    if (path / "origin.json").is_file():  # no import of what reads models: that takes seconds
         raise ValueError(f"{path} is an imported model, which was not trained here: there is nothing to report. `slmjax eval` measures it")
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} is not a run directory: it has no config.json. `slmjax runs` lists those there are")
