@@ -3,7 +3,7 @@
 The `gguf` extra. `gguf_file.py` and `gguf_tokenizer.py` know the container and the vocabularies; families say what the rest is called.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,16 @@ def write_model(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtype | 
     write_gguf(out, architecture=architecture, metadata=metadata, tensors=tensors)
     numbers = [int(np.prod(tensor.shape)) for tensor in tensors]
     size = sum(count * np.dtype(tensor.dtype).itemsize for count, tensor in zip(numbers, tensors, strict=True))
-    return Written(path=str(out), family=architecture, parameters=sum(numbers), bytes=size, notes=())
+    return Written(path=str(out), family=architecture, parameters=sum(numbers), bytes=size, notes=tuple(_notes(expressed.settings)))
+
+
+def _notes(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What llama.cpp does otherwise, depending on how it is started."""
+    if "rope_factors_long" in settings:
+        yield (
+            f"where its context is longer than {settings['rope.scaling.original_context_length']} tokens, llama.cpp takes the long factors of "
+            "rotary positions for short texts too: start it with no longer a context than texts need"
+        )
 
 
 def _pending(bound: list[Bound], own: Own, stored: np.dtype) -> Iterator[PendingTensor]:
