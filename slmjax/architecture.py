@@ -158,18 +158,21 @@ def stack_of(blocks: Sequence[BlockConfig]) -> tuple[Segment, ...]:
     """
     if not blocks:
         raise ValueError("a model needs at least one layer")
+    kinds = {block: kind for kind, block in enumerate(dict.fromkeys(blocks))}
+    row = [kinds[block] for block in blocks]  # compared in place of blocks, which takes long
     # cheapest[n]: how the first n layers are held by the fewest blocks in patterns, and then by the fewest segments.
     cheapest: list[tuple[int, int, tuple[Segment, ...]]] = [(0, 0, ())]
     for end in range(1, len(blocks) + 1):
         options = []
         for size in range(1, min(LONGEST_PATTERN, end) + 1):
-            pattern = tuple(blocks[end - size : end])
+            pattern = row[end - size : end]
             start = end - size
             while True:
                 cost, count, before = cheapest[start]
-                options.append((cost + size, count + 1, (*before, Segment(pattern=pattern, repeats=(end - start) // size))))
+                segment = Segment(pattern=tuple(blocks[end - size : end]), repeats=(end - start) // size)
+                options.append((cost + size, count + 1, (*before, segment)))
                 start -= size
-                if start < 0 or tuple(blocks[start : start + size]) != pattern:
+                if start < 0 or row[start : start + size] != pattern:
                     break
         cheapest.append(min(options, key=lambda option: option[:2]))
     return cheapest[-1][2]

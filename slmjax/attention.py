@@ -169,8 +169,9 @@ class Attention(Mixer):
     def __call__(
         self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], state: Any
     ) -> tuple[Float[Array, "B T D"], Any]:
-        queries = self._heads(self.query(x), self.query_norm, positions)
-        keys = self._heads(self.key(x), self.key_norm, positions)
+        room = None if state is None else state.positions.shape[1]
+        queries = self._heads(self.query(x), self.query_norm, positions, room)
+        keys = self._heads(self.key(x), self.key_norm, positions, room)
         values = self._split(self.value(x))
         sinks = None if self.sinks is None else self.sinks[...]
         how: dict[str, Any] = {"window": self.config.window, "scale": self.scale, "softcap": self.config.softcap, "sinks": sinks}
@@ -204,7 +205,7 @@ class Attention(Mixer):
     def _split(self, x: Float[Array, "B T NH"]) -> Float[Array, "B T N H"]:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
 
-    def _heads(self, x: Float[Array, "B T NH"], norm: Norm | None, positions: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
+    def _heads(self, x: Float[Array, "B T NH"], norm: Norm | None, positions: Int[Array, "B T"], room: int | None) -> Array:
         if norm is not None and self.config.qk_norm is QkNorm.ALL_HEADS:
             x = norm(x)
         x_BTNH = self._split(x)
@@ -212,4 +213,6 @@ class Attention(Mixer):
             x_BTNH = norm(x_BTNH)
         if self.config.rope_base is None:
             return x_BTNH
-        return rotary(x_BTNH, positions, base=self.config.rope_base, fraction=self.config.rope_fraction, scaling=self.config.rope_scaling)
+        return rotary(
+            x_BTNH, positions, base=self.config.rope_base, fraction=self.config.rope_fraction, scaling=self.config.rope_scaling, room=room
+        )

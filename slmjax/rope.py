@@ -26,13 +26,16 @@ class RopeScaling(abc.ABC):
         return 1.0
 
     @abc.abstractmethod
-    def scaled(self, frequencies: Float[Array, " F"], base: float, positions: Int[Array, "B T"]) -> Float[Array, "#B #T 1 F"]:
+    def scaled(
+        self, frequencies: Float[Array, " F"], base: float, positions: Int[Array, "B T"], room: int | None
+    ) -> Float[Array, "#B #T 1 F"]:
         """The frequencies in use, in radians per position.
 
         Args:
           frequencies: the plain ones, highest first.
           base: what they are powers of.
-          positions: of the tokens, where their number matters.
+          positions: of the tokens.
+          room: tokens that a document may come to have, where it is decoded with a cache; None where documents are whole.
         """
 
 
@@ -42,7 +45,9 @@ class LinearScaling(RopeScaling):
 
     factor: float  # how many times the original context
 
-    def scaled(self, frequencies: Float[Array, " F"], base: float, positions: Int[Array, "B T"]) -> Float[Array, "1 1 1 F"]:
+    def scaled(
+        self, frequencies: Float[Array, " F"], base: float, positions: Int[Array, "B T"], room: int | None
+    ) -> Float[Array, "1 1 1 F"]:
         """The plain frequencies over the factor."""
         return _for_all(frequencies / self.factor)
 
@@ -63,7 +68,9 @@ class Llama3Scaling(RopeScaling):
                 f"{self.low_frequency_factor}"
             )
 
-    def scaled(self, frequencies: Float[Array, " F"], base: float, positions: Int[Array, "B T"]) -> Float[Array, "1 1 1 F"]:
+    def scaled(
+        self, frequencies: Float[Array, " F"], base: float, positions: Int[Array, "B T"], room: int | None
+    ) -> Float[Array, "1 1 1 F"]:
         """Each frequency between its plain and its divided value, by the turns that its wave makes in the original context."""
         turns = self.original_context * frequencies / (2 * math.pi)
         kept = (turns - self.low_frequency_factor) / (self.high_frequency_factor - self.low_frequency_factor)
@@ -86,7 +93,9 @@ class YarnScaling(RopeScaling):
         """The attention factor."""
         return self.attention_factor
 
-    def scaled(self, frequencies: Float[Array, " F"], base: float, positions: Int[Array, "B T"]) -> Float[Array, "1 1 1 F"]:
+    def scaled(
+        self, frequencies: Float[Array, " F"], base: float, positions: Int[Array, "B T"], room: int | None
+    ) -> Float[Array, "1 1 1 F"]:
         """Each frequency between its plain and its divided value, by its place among the dims."""
         num_rotated = 2 * frequencies.shape[0]
 
@@ -105,8 +114,8 @@ class YarnScaling(RopeScaling):
 class LongScaling(RopeScaling):
     """LongRoPE (Ding et al. 2024): a divisor for each frequency, one list for short and another for long documents.
 
-    Which one holds is decided by the document a token is in, so far as a call sees it: of a sequence that is decoded token by
-    token past the original context, earlier keys keep the short divisors.
+    Which one holds is decided by the document a token is in. Of a sequence that is decoded with a cache the length is not known yet: the
+    room that the cache has decides, so that keys which are there already need not be turned anew.
     """
 
     short_factors: tuple[float, ...]  # divisors of the frequencies in documents of at most original_context tokens
@@ -119,12 +128,16 @@ class LongScaling(RopeScaling):
         """The attention factor."""
         return self.attention_factor
 
-    def scaled(self, frequencies: Float[Array, " F"], base: float, positions: Int[Array, "B T"]) -> Float[Array, "B T 1 F"]:
+    def scaled(
+        self, frequencies: Float[Array, " F"], base: float, positions: Int[Array, "B T"], room: int | None
+    ) -> Float[Array, "#B #T 1 F"]:
         """The plain frequencies over the divisors of each token's document."""
         for name, factors in (("short", self.short_factors), ("long", self.long_factors)):
             if len(factors) != frequencies.shape[0]:
                 raise ValueError(f"rope_scaling.{name}_factors has {len(factors)} numbers: {frequencies.shape[0]} dim pairs are rotated")
         short, long = (_for_all(frequencies / jnp.asarray(factors, jnp.float32)) for factors in (self.short_factors, self.long_factors))
+        if room is not None:
+            return long if room > self.original_context else short
         is_long = document_lengths(positions) > self.original_context
         return jnp.where(is_long[:, :, None, None], long, short)
 
@@ -145,15 +158,19 @@ def rotary(
     base: float,
     fraction: float = 1.0,
     scaling: RopeScaling | None = None,
+    room: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """Rotary position embedding (Su et al. 2021), half-split pairing as in Hugging Face models.
 
     The first `fraction` of the head dim is rotated, pair (i, i + R/2) by the angle `position * base ** (-2i / R)`, or by
     the frequency that `scaling` makes of it. Angles are float32.
+
+    Args:
+      room: tokens that a document may come to have, where it is decoded with a cache; None where documents are whole.
     """
     num_rotated = rotary_dim(x.shape[-1], fraction)
     frequencies = base ** (-jnp.arange(0, num_rotated, 2, dtype=jnp.float32) / num_rotated)
-    frequencies = _for_all(frequencies) if scaling is None else scaling.scaled(frequencies, base, positions)
+    frequencies = _for_all(frequencies) if scaling is None else scaling.scaled(frequencies, base, positions, room)
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
     magnitude = 1.0 if scaling is None else scaling.magnitude
     cos, sin = (kernels.materialised(wave(angles) * magnitude) for wave in (jnp.cos, jnp.sin))

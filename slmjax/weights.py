@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,15 @@ LARGEST_FILE = 2**27  # bytes: while one is written, its tensors are in memory t
 DTYPES: Mapping[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": jax.numpy.bfloat16, "F64": np.float64}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """Where a tensor is."""
+
+    file: Path
+    shape: tuple[int, ...]
+    stored: str  # the name of its dtype
+
+
 class TensorFiles:
     """The tensors of a directory of safetensors files. The file that was read last stays open, and mapped into memory."""
 
@@ -39,21 +49,28 @@ class TensorFiles:
         self.directory = directory
         self._entries: dict[str, _Entry] = {}
         self._open: tuple[Path | None, Any] = (None, None)
-        for path in _files(directory):
+        places = _places(directory)
+        for path in sorted(set(places.values()) if isinstance(places, dict) else places):
             if not path.is_file():
                 raise ValueError(f"{directory / INDEX} names {path.name}, which is not there: the copy of the model is incomplete")
-            try:
-                with safe_open(path, framework="np") as file:
-                    for name in file.keys():  # noqa: SIM118 - it is no dict
-                        part = file.get_slice(name)
-                        self._entries[name] = _Entry(file=path, shape=tuple(part.get_shape()), stored=part.get_dtype())
-            except SafetensorError as error:
-                raise ValueError(f"{path} is damaged, or no safetensors file ({error}): copy it anew") from error
+            for name, entry in _entries(path).items():
+                if isinstance(places, dict) and places.get(name) != path:
+                    continue  # the index says that it is in another file, or passes it over
+                if name in self._entries:
+                    raise ValueError(
+                        f"{name} is in {self._entries[name].file.name} and in {path.name}: delete the file that is not the model's"
+                    )
+                self._entries[name] = entry
+        if isinstance(places, dict) and (missing := sorted(places.keys() - self._entries.keys())):
+            raise ValueError(f"{places[missing[0]]} has no {missing[0]}, which {INDEX} says it has: copy both anew")
 
     @property
     def names(self) -> list[str]:
         """The names of all tensors."""
         return sorted(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
 
     @property
     def files(self) -> list[Path]:
@@ -84,25 +101,29 @@ class TensorFiles:
         return file.get_slice(name)[index] if index else file.get_tensor(name)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Entry:
-    """Where a tensor is."""
+def _entries(path: Path) -> dict[str, _Entry]:
+    """What the header of a file says. Raises ValueError for one that is damaged."""
+    try:
+        with safe_open(path, framework="np") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            return {name: _Entry(file=path, shape=tuple(part.get_shape()), stored=part.get_dtype()) for name, part in parts.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file ({error}): copy it anew") from error
 
-    file: Path
-    shape: tuple[int, ...]
-    stored: str  # the name of its dtype
 
-
-def _files(directory: Path) -> list[Path]:
-    index = directory / INDEX
+def _places(directory: Path) -> dict[str, Path] | list[Path]:
+    """The files to read: model.safetensors, or those of the index with the names that each is to have, or whatever there is."""
+    single, index = directory / "model.safetensors", directory / INDEX
+    if single.is_file():
+        return [single]
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            files = {str(name): str(file) for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{index} is damaged ({error!r}): copy it anew") from error
-        if outside := [name for name in names if Path(name).name != name]:
+        if outside := [file for file in files.values() if Path(file).name != file]:
             raise ValueError(f"{index} names {outside[0]}, which is not in its directory: it is not followed")
-        return [directory / name for name in names]
+        return {name: directory / file for name, file in files.items()}
     found = sorted(directory.glob("*.safetensors"))
     if not found:
         others = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in directory.glob(pattern))
@@ -163,8 +184,8 @@ def read_stacked(path: Path, config: ModelConfig, like: Mapping[str, jax.ShapeDt
 def _read_one(tensors: TensorFiles, names: list[str], leaf: jax.ShapeDtypeStruct, *, is_stacked: bool) -> Array:
     own = tuple(leaf.shape[1:]) if is_stacked else tuple(leaf.shape)
     for name in names:
-        if name not in tensors.names or tensors.shape(name) != own:
-            found = tensors.shape(name) if name in tensors.names else "absent"
+        if name not in tensors or tensors.shape(name) != own:
+            found = tensors.shape(name) if name in tensors else "absent"
             raise ValueError(f"{tensors.directory}: {name} is {found} there, and {own} in the model: these are the weights of another")
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -187,9 +208,8 @@ def whole_directory(path: Path) -> Iterator[Path]:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is there already: name a new directory, or delete it first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    begun = path.with_name(f"{path.name}.part")
-    shutil.rmtree(begun, ignore_errors=True)
-    begun.mkdir()
+    begun = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    begun.chmod(0o755)  # which it was not, being temporary
     try:
         yield begun
         if path.exists():

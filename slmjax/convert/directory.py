@@ -74,7 +74,8 @@ def import_model(
         raise ValueError(f"{source} has no tokenizer.json to add {add_tokens[0]!r} to: name one with --tokenizer")
     num_rows = found.config.known_vocab_size
     if words is not None and words.vocab_size > num_rows:
-        raise ValueError(f"the tokenizer has {words.vocab_size:,} tokens, and the model rows for {num_rows:,}: they do not belong together")
+        notes.append(f"the tokenizer's added tokens from id {num_rows:,} on have no rows in the model, and were left out")
+        words = words.without_rows_from(num_rows)
     first_new = num_rows if words is None else words.vocab_size
     if words is not None and add_tokens:
         words = words.add_tokens(add_tokens, special=True)

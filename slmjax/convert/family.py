@@ -16,12 +16,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from slmjax.architecture import ModelConfig
+from slmjax.config import ConfigError
 from slmjax.convert.settings import Settings
 from slmjax.parameters import define, logical_paths
 
 Arrays = list[np.ndarray]
 Shapes = list[tuple[int, ...]]
 T = TypeVar("T")
+LARGEST_COUNT = 4096  # layers, experts: a larger number is a mistake, or malice
 
 
 class Inexpressible(ValueError):
@@ -208,6 +210,37 @@ def theirs_from(bound: Sequence[Bound], read: Callable[[str], np.ndarray]) -> It
     for one in bound:
         made = one.rule.write([read(name) for name in one.ours])
         yield from zip(one.theirs, made, strict=True)
+
+
+def rounded(name: str, array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
+    """A tensor in another dtype. Raises ValueError where a number is too large for it."""
+    if dtype is None:
+        return array
+    with np.errstate(over="ignore"):
+        found = array.astype(dtype)
+    if dtype == np.float16 and np.any(np.isinf(found) & np.isfinite(array)):
+        raise ValueError(f"{name} has numbers above {np.finfo(np.float16).max:g}, the largest of float16: export with --dtype bf16 or f32")
+    return found
+
+
+def read_settings(family: "Family", values: Mapping[str, Any], *, where: str) -> ModelConfig:
+    """What a family makes of somebody's settings.
+
+    Raises:
+      ConfigError: a setting is missing, not understood, or of no sensible kind; the message names the file.
+    """
+    settings = Settings(values, where=where)
+    for name in ("num_hidden_layers", "n_layer", "block_count", "num_experts", "num_local_experts", "n_routed_experts", "expert_count"):
+        if isinstance(count := values.get(name), int) and count > LARGEST_COUNT:
+            raise ConfigError(f"{where}: {name} is {count:,}, and no model has more than {LARGEST_COUNT:,}")
+    try:
+        model = family.read(settings)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, ZeroDivisionError, AttributeError, OverflowError) as error:
+        raise ConfigError(f"{where} does not describe a {family.architecture} that can be computed: {error}") from error
+    settings.finish()
+    return model
 
 
 # Whether a family can say it ------------------------------------------------------------------------------------------

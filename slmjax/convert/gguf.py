@@ -11,10 +11,9 @@ import numpy as np
 
 from slmjax.config import ConfigError, near_names
 from slmjax.convert.families import GGUF_FAMILIES, GGUF_NAMES
-from slmjax.convert.family import Bound, bind, ours_from
+from slmjax.convert.family import Bound, bind, ours_from, read_settings, rounded
 from slmjax.convert.gguf_file import GgufFile, PendingTensor, read_gguf, write_gguf
 from slmjax.convert.gguf_tokenizer import tokenizer_from_gguf, tokenizer_metadata
-from slmjax.convert.settings import Settings
 from slmjax.convert.source import Found, Own, Written, express, read_origin
 from slmjax.data.shards import file_sha256
 from slmjax.data.tokenizers import Tokenizer
@@ -38,9 +37,7 @@ def open_file(path: Path) -> Found:
     if architecture not in known:
         names = f"{', '.join(known)}.{near_names(str(architecture), known)}"
         raise ConfigError(f"{path} is of the architecture {architecture!r}, and these are read: {names}")
-    settings = Settings(_settings(file, architecture), where=str(path))
-    model = known[architecture].read(settings)
-    settings.finish()
+    model = read_settings(known[architecture], _settings(file, architecture), where=str(path))
     table = known[architecture].table_of(model)
     bound = bind(table, model)
     _check_names(path, architecture, bound, file)
@@ -143,7 +140,7 @@ def _pending(bound: list[Bound], own: Own, stored: np.dtype) -> Iterator[Pending
             is_vector = len(shape) == 1 or name.endswith(("bias", "ffn_gate_inp.weight", "position_embd.weight"))
             dtype = np.dtype(np.float32) if is_vector else stored
 
-            def read(one: Bound = one, index: int = index, dtype: np.dtype = dtype) -> np.ndarray:
-                return one.rule.write([own.read(path) for path in one.ours])[index].astype(dtype)
+            def read(one: Bound = one, name: str = name, index: int = index, dtype: np.dtype = dtype) -> np.ndarray:
+                return rounded(name, one.rule.write([own.read(path) for path in one.ours])[index], dtype)
 
             yield PendingTensor(name=name, shape=shape, dtype=dtype, read=read)

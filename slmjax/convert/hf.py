@@ -16,8 +16,7 @@ import numpy as np
 from slmjax import weights
 from slmjax.config import ConfigError, near_names
 from slmjax.convert.families import HF_FAMILIES, HF_NAMES
-from slmjax.convert.family import Bound, Family, Table, bind, ours_from, theirs_from
-from slmjax.convert.settings import Settings
+from slmjax.convert.family import Bound, Family, Table, bind, ours_from, read_settings, rounded, theirs_from
 from slmjax.convert.source import Expressed, Found, Own, express
 from slmjax.data.shards import file_sha256
 from slmjax.data.tokenizers import Tokenizer
@@ -37,10 +36,13 @@ def open_directory(directory: Path) -> Found:
     if not path.is_file():
         raise ValueError(f"{directory} is no Hugging Face model: it has no config.json. A GGUF file is named by its own path")
     values = _read_json(path)
+    if values.get("quantization_config"):
+        raise ConfigError(
+            f"{path}: the weights are packed ({values['quantization_config']}), and packed safetensors are not read: take the release "
+            "that is not quantized, or a GGUF file"
+        )
     family = _family_of(values, path)
-    settings = Settings(values, where=str(path))
-    model = family.read(settings)
-    settings.finish()
+    model = read_settings(family, values, where=str(path))
     tensors = weights.TensorFiles(directory)
     table = family.table_of(model)
     bound = _as_saved(bind(table, model), table, set(tensors.names))
@@ -58,7 +60,7 @@ def open_directory(directory: Path) -> Found:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): copy it anew") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no table of settings")
@@ -107,16 +109,20 @@ def _tokenizer(directory: Path, values: dict[str, Any]) -> Tokenizer | None:
         return None
     tokenizer, path = Tokenizer.load(directory), directory / "generation_config.json"
     ends = (_read_json(path) if path.is_file() else {}).get("eos_token_id", values.get("eos_token_id"))
-    ids = set(ends) if isinstance(ends, list) else {ends}
-    names = [name for name, id in tokenizer.special_ids.items() if id in ids - {tokenizer.eos_id}]
+    ids = [id for id in (ends if isinstance(ends, list) else [ends]) if isinstance(id, int) and id != tokenizer.eos_id]
+    names = [name for name in map(tokenizer.name_of, ids) if name is not None]
     return Tokenizer.load(directory, ends=names) if names else tokenizer
 
 
 def _license(directory: Path) -> str | None:
-    """The licence that the head of the model's README names."""
+    """The licence that the head of the model's README names, with its own name where it has one."""
     readme = directory / "README.md"
-    found = re.search(r"\A---\n(?:.*\n)*?license:\s*(\S+)", readme.read_text(encoding="utf-8")) if readme.is_file() else None
-    return found.group(1) if found else None
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    head = re.match(r"---\s*\n(.*?)\n---", text, flags=re.DOTALL)
+    keys = dict(re.findall(r"^(license(?:_name)?):[ \t]*([^\n]*)$", head.group(1), flags=re.MULTILINE)) if head else {}
+    listed = re.search(r"^license:[ \t]*\n[ \t]*-[ \t]*([^\n]*)", head.group(1), flags=re.MULTILINE) if head else None
+    named = [keys.get("license") or (listed.group(1) if listed else ""), keys.get("license_name", "")]
+    return ", ".join(word for word in (name.strip().strip("\"'") for name in named) if word) or None
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
@@ -139,7 +145,7 @@ def write_directory(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtyp
     }  # fmt: skip
     config = {
         "architectures": [expressed.family.architecture], **expressed.settings, "dtype": stored.name, "torch_dtype": stored.name,
-        **ids,
+        "initializer_range": own.config.init_std, **ids,
     }  # fmt: skip
     write_json(out / "config.json", config)
     write_json(out / "generation_config.json", ids)
@@ -150,4 +156,4 @@ def write_directory(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtyp
 
 def _converted(tensors: Iterator[tuple[str, np.ndarray]], dtype: np.dtype | None) -> Iterator[tuple[str, np.ndarray]]:
     for name, array in tensors:
-        yield name, array if dtype is None else array.astype(dtype)
+        yield name, rounded(name, array, dtype)

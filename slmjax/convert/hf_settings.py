@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, stack_of
-from slmjax.attention import AttentionConfig
+from slmjax.attention import AttentionConfig, Biases
 from slmjax.config import ConfigError
 from slmjax.convert.family import Inexpressible, expect_kind, lookup
 from slmjax.convert.settings import Settings
@@ -61,14 +61,13 @@ def write_decoder(model: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": model.context_length,
         "tie_word_embeddings": model.head is HeadKind.TIED,
         "rms_norm_eps": model.norm_eps,
-        "initializer_range": model.init_std,
     }
 
 
-def check_width(model: ModelConfig, attention: AttentionConfig) -> None:
+def check_width(model: ModelConfig, num_heads: int) -> None:
     """Raises Inexpressible for what some families' libraries refuse to load: a width that heads do not divide."""
-    if model.embed_dim % attention.num_heads:
-        raise Inexpressible(f"its width, {model.embed_dim}, has to be a multiple of its heads, {attention.num_heads}")
+    if model.embed_dim % num_heads:
+        raise Inexpressible(f"its width, {model.embed_dim}, has to be a multiple of its heads, {num_heads}")
 
 
 def first_block(model: ModelConfig) -> tuple[AttentionConfig, Any]:
@@ -88,6 +87,11 @@ def read_attention(settings: Settings, *, is_partial: bool = False, **more: Any)
     head_dim = settings.take("head_dim", settings.take("hidden_size") // heads)
     fields = more if "rope_base" in more else {**read_rope(settings, is_partial=is_partial), **more}
     return AttentionConfig(num_heads=heads, num_kv_heads=settings.take("num_key_value_heads", heads), head_dim=head_dim, **fields)
+
+
+def read_biases(settings: Settings) -> Biases:
+    """Whether all projections of attention have biases."""
+    return Biases.ALL if settings.take("attention_bias", False) else Biases.NONE
 
 
 def write_attention(attention: AttentionConfig) -> dict[str, Any]:
@@ -121,7 +125,8 @@ def write_windows(model: ModelConfig) -> dict[str, Any]:
     """`sliding_window` and `layer_types`."""
     windows = [expect_kind(block.mixer, AttentionConfig, "a mixer").window for block in model.blocks()]
     kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
-    return {"sliding_window": next((window for window in windows if window), None), "layer_types": kinds}
+    # Where no layer has one, some libraries want a number all the same.
+    return {"sliding_window": next((window for window in windows if window), model.context_length), "layer_types": kinds}
 
 
 # Rotary positions -----------------------------------------------------------------------------------------------------
@@ -261,9 +266,11 @@ def write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 
 # Feed-forward layers --------------------------------------------------------------------------------------------------
-def read_mlp(settings: Settings, *, width: str = "intermediate_size", activation: str = "hidden_act", **more: Any) -> MlpConfig:
-    """A gated MLP; the arguments are the names of keys, `more` fields of the `MlpConfig` that this family sets."""
-    return MlpConfig(hidden_dim=settings.take(width), activation=read_activation(settings, activation), **more)
+def read_mlp(
+    settings: Settings, *, width: str = "intermediate_size", activation: str = "hidden_act", default: str = "silu", **more: Any
+) -> MlpConfig:
+    """A gated MLP; the arguments are names of keys and the default activation, `more` fields of the `MlpConfig` that this family sets."""
+    return MlpConfig(hidden_dim=settings.take(width), activation=read_activation(settings, activation, default), **more)
 
 
 def write_mlp(ffn: Any, *, width: str = "intermediate_size", activation: str = "hidden_act") -> dict[str, Any]:

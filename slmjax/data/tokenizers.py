@@ -71,6 +71,8 @@ class Tokenizer:
         self.ends = tuple(name for name in dict.fromkeys(ends) if name != eos)
         self.adds_bos, self.has_bos, self.chat_template = adds_bos, has_bos or adds_bos, chat_template
         self.vocab_size = max(vocabulary.values()) + 1
+        if self.vocab_size > 2 * len(vocabulary) + 100_000:  # what is kept for each id would fill the memory
+            raise ValueError(f"the vocabulary has {len(vocabulary):,} tokens, and an id of {self.vocab_size - 1:,}: it is damaged")
         self.bos_id, self.eos_id = vocabulary[bos], vocabulary[eos]
         self.end_ids = (self.eos_id, *(vocabulary[name] for name in self.ends))  # each ends a text or a turn
         added = backend.get_added_tokens_decoder()
@@ -99,6 +101,10 @@ class Tokenizer:
         """Ids of a text in which the names of special tokens stand for them: what a chat template made."""
         self._check(text, recognised=[*self._added, *self.special_ids])
         return self._recognising.encode(text, add_special_tokens=False).ids
+
+    def name_of(self, id: int) -> str | None:
+        """The token that has this id; None where none has."""
+        return self._backend.id_to_token(id) if 0 <= id < self.vocab_size else None
 
     def with_bos(self, ids: Sequence[int]) -> list[int]:
         """The ids of a text as the model wants them: BOS first where it does, or where there is nothing else."""
@@ -130,6 +136,24 @@ class Tokenizer:
             raise ValueError("this vocabulary does not say which bytes a token stands for (its token_bytes is None): use decode")
         # A released model may have rows beyond its tokens, and could draw one.
         return b"".join(self._pieces[int(id)] for id in ids if id < len(self._pieces))
+
+    def without_rows_from(self, num_rows: int) -> "Tokenizer":
+        """A tokenizer without the added tokens whose ids begin at `num_rows`. Raises ValueError if others begin there."""
+        specification = json.loads(self._backend.to_str())
+        kept = [token for token in specification["added_tokens"] if token["id"] < num_rows]
+        dropped = {token["content"] for token in specification["added_tokens"]} - {token["content"] for token in kept}
+        if used := sorted(dropped & {self.bos, self.eos, *self.ends, *filter(None, (self.unk, self.pad))}):
+            raise ValueError(f"the tokenizer's {used[0]!r} has an id beyond the model's {num_rows:,} rows: they do not belong together")
+        backend = tokenizers.Tokenizer.from_str(json.dumps({**specification, "added_tokens": kept}))
+        smaller = Tokenizer(
+            backend, bos=self.bos, eos=self.eos, ends=self.ends, adds_bos=self.adds_bos, has_bos=self.has_bos,
+            chat_template=self.chat_template, unk=self.unk, pad=self.pad,
+        )  # fmt: skip
+        if smaller.vocab_size > num_rows:
+            raise ValueError(
+                f"the tokenizer has ids up to {smaller.vocab_size - 1:,}, and the model {num_rows:,} rows: they do not belong together"
+            )
+        return smaller
 
     def add_tokens(self, names: Sequence[str], *, special: bool) -> "Tokenizer":
         """A tokenizer that also has these tokens, after its own; special ones are no part of a text."""

@@ -156,9 +156,10 @@ class LatentAttention(Mixer):
     def __call__(
         self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], state: Any
     ) -> tuple[Float[Array, "B T D"], Any]:
-        queries = self._queries(x, positions)
+        room = None if state is None else state.positions.shape[1]
+        queries = self._queries(x, positions, room)
         latents, shared_keys = jnp.split(self.latent_down(x), [self.config.latent_dim], axis=-1)
-        latents, shared_keys = self.latent_norm(latents), self._rotated(shared_keys[:, :, None, :], positions)[:, :, 0, :]
+        latents, shared_keys = self.latent_norm(latents), self._rotated(shared_keys[:, :, None, :], positions, room)[:, :, 0, :]
         if state is None:
             plain_keys, values = jnp.split(self._by_head(self.latent_up(latents)), [self.config.plain_dim], axis=-1)
             mixed = expanded_attention(queries, plain_keys, shared_keys, values, segment_ids=segment_ids, scale=self.scale)
@@ -181,19 +182,19 @@ class LatentAttention(Mixer):
         entries = jnp.zeros((batch_size, max_length, self.config.cached_dim), self.dtype)
         return LatentCache(entries=entries, positions=marks, segment_ids=marks)
 
-    def _queries(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
+    def _queries(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], room: int | None) -> Float[Array, "B T N H"]:
         if self.query is not None:
             queries = self.query(x)
         else:
             assert self.query_down is not None and self.query_norm is not None and self.query_up is not None
             queries = self.query_up(self.query_norm(self.query_down(x)))
         plain, turning = jnp.split(self._by_head(queries), [self.config.plain_dim], axis=-1)
-        return jnp.concatenate([plain, self._rotated(turning, positions)], axis=-1)
+        return jnp.concatenate([plain, self._rotated(turning, positions, room)], axis=-1)
 
     def _by_head(self, x: Float[Array, "*B NH"]) -> Float[Array, "*B N H"]:
         return x.reshape(*x.shape[:-1], self.config.num_heads, -1)
 
-    def _rotated(self, x: Float[Array, "B T N R"], positions: Int[Array, "B T"]) -> Float[Array, "B T N R"]:
+    def _rotated(self, x: Float[Array, "B T N R"], positions: Int[Array, "B T"], room: int | None) -> Float[Array, "B T N R"]:
         if self.config.rope_base is None:
             return x
-        return rotary(x, positions, base=self.config.rope_base, scaling=self.config.rope_scaling)
+        return rotary(x, positions, base=self.config.rope_base, scaling=self.config.rope_scaling, room=room)

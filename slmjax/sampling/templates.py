@@ -25,13 +25,14 @@ from jinja2.visitor import NodeTransformer
 
 MAX_STEPS = 100_000
 MAX_CHARACTERS = 10_000_000  # of a text on the way, and of the whole; no function is called with a larger number
+MAX_BITS = 4096  # of a number
 _WIDTH = re.compile(r"\d{6}")  # in a format: pads to any width
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:
     """The text that a template makes of values, which must be plain data. Raises what goes wrong, of whatever kind."""
     environment, compiled = _compiled(template)
-    environment.steps = 0
+    environment.steps = environment.made = 0
     pieces, length = [], 0
     for piece in compiled.generate(**values):
         pieces.append(piece)
@@ -54,11 +55,11 @@ class _GenerationBlock(Extension):
 class _Sandbox(ImmutableSandboxedEnvironment):
     """Counts what a template does, and refuses what jinja2 would turn into nothing."""
 
-    intercepted_binops = frozenset(["+", "*", "**", "%"])
+    intercepted_binops = frozenset(["+", "-", "*", "**", "%"])
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
-        self.steps = 0
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols], finalize=_refuse_large)
+        self.steps = self.made = 0
         del self.globals["lipsum"], self.filters["format"]
         self.globals |= {
             "raise_exception": _raise_exception,
@@ -70,7 +71,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         self._check(args, kwargs)
-        return _short(super().call(context, obj, *args, **kwargs))
+        return self._weighed(super().call(context, obj, *args, **kwargs))
 
     def wrap_str_format(self, value: Any) -> Any:
         """`format` of a text, which jinja2 has wrapped so that it reads no internals."""
@@ -88,7 +89,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             times, repeated = (left, right) if isinstance(left, int) else (right, left)
             if isinstance(repeated, str | list | tuple) and times * len(repeated) > MAX_CHARACTERS:
                 raise SecurityError(f"it repeats something {times:,} times")
-        return _short(super().call_binop(context, operator, left, right))
+        return self._weighed(super().call_binop(context, operator, left, right))
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
         """Refused at once: as an undefined value it would print as nothing."""
@@ -100,13 +101,24 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         @functools.wraps(function)  # with the marks by which jinja2 knows what else to pass
         def call(*args: Any, **kwargs: Any) -> Any:
             self._check(args, kwargs)
-            return _short(function(*args, **kwargs))
+            return self._weighed(function(*args, **kwargs))
 
         return call
+
+    def _weighed(self, value: Any) -> Any:
+        """A value that was made: what is made in all is bounded too."""
+        if isinstance(value, int) and value.bit_length() > MAX_BITS:
+            raise SecurityError(f"it makes a number of {value.bit_length():,} bits")
+        if isinstance(value, str | list | tuple):
+            self.made += len(value)
+            if len(value) > MAX_CHARACTERS or self.made > 10 * MAX_CHARACTERS:
+                raise SecurityError(f"it makes something of {len(value):,} parts")
+        return value
 
     def _check(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
         self._count(1)
         for value in (*args, *kwargs.values()):
+            _refuse_large(value)
             if isinstance(value, int) and abs(value) > MAX_CHARACTERS:
                 raise SecurityError(f"it calls a function with the number {value:,}")
 
@@ -148,9 +160,16 @@ def _compiled(source: str) -> tuple[_Sandbox, Template]:
     return environment, environment.from_string(tree.set_environment(environment))
 
 
-def _short(value: Any) -> Any:
-    if isinstance(value, str | list) and len(value) > MAX_CHARACTERS:
-        raise SecurityError(f"it makes something of {len(value):,} parts")
+def _refuse_large(value: Any) -> Any:
+    """The value of a container, if all that is in it, at any depth, can be told in a bounded time."""
+    parts, waiting = 0, [value] if isinstance(value, list | tuple | dict) else []
+    while waiting:
+        one = waiting.pop()
+        parts += len(one)
+        if parts > MAX_STEPS:
+            raise SecurityError(f"it makes something of more than {MAX_STEPS:,} parts")
+        inner = one.values() if isinstance(one, dict) else one
+        waiting += [item for item in inner if isinstance(item, list | tuple | dict)]
     return value
 
 

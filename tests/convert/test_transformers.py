@@ -14,7 +14,7 @@ from slmjax.convert.directory import Target, export_model, import_model
 from tests.convert.cases import CASES
 from tests.convert.make_golden import golden
 from tests.convert.synthetic import VOCAB_SIZE, tokens, write_model
-from tests.convert.test_families import OTHER_NAMES, PROMPT_LENGTHS, decoded_logits, read_golden, tiny_tokenizer
+from tests.convert.test_families import OTHER_NAMES, decoded_logits, read_golden, tiny_tokenizer
 
 pytestmark = [
     pytest.mark.nightly,
@@ -53,7 +53,7 @@ def test_other_configurations_equal_transformers(case: str, change: str, tmp_pat
     import_model(tmp_path / "theirs", tmp_path / "ours", tokenizer=tiny_tokenizer(tmp_path))
     loaded, ids = slmjax.load_model(tmp_path / "ours"), tokens(VOCAB_SIZE).astype(np.int32)
     np.testing.assert_allclose(jax.jit(slmjax.logits)(loaded.model, ids)[0], np.array(found["logits"]), atol=2e-4)
-    np.testing.assert_allclose(decoded_logits(loaded, ids, prompt_length=PROMPT_LENGTHS.get(case, 1)), np.array(found["logits"]), atol=2e-4)
+    np.testing.assert_allclose(decoded_logits(loaded, ids), np.array(found["logits"]), atol=2e-4)
     export_model(tmp_path / "ours", tmp_path / "back", to=Target.HF)
     theirs, back = (hf.open_directory(tmp_path / name).config for name in ("theirs", "back"))
     assert canonical(theirs) == canonical(back)

@@ -27,6 +27,7 @@ from slmjax.convert.family import Family
 # In the order in which an export tries them: what most engines know comes first.
 HF_FAMILIES: tuple[Family, ...] = (
     llama.HF,
+    llama.HF_MOBILE,
     qwen3.HF,
     qwen2.HF,
     mistral.HF,

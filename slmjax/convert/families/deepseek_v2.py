@@ -4,7 +4,7 @@ from typing import Any
 
 from slmjax.architecture import BlockConfig, ModelConfig
 from slmjax.convert.family import Family, Inexpressible, Table, expect_kind, linear, paired
-from slmjax.convert.hf_settings import read_activation, read_decoder, read_mlp, write_activation, write_decoder
+from slmjax.convert.hf_settings import check_width, read_activation, read_decoder, read_mlp, write_activation, write_decoder
 from slmjax.convert.hf_tensors import EMBEDDING, GATED_MLP, MOE, PRE_NORMS
 from slmjax.convert.latent_settings import TENSORS, read_latent_attention, write_latent_attention
 from slmjax.convert.settings import Settings
@@ -35,8 +35,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     blocks = list(model.blocks())
     mixer = expect_kind(blocks[0].mixer, LatentAttentionConfig, "layer 0's mixer")
-    if model.embed_dim % mixer.num_heads:
-        raise Inexpressible(f"its width, {model.embed_dim}, has to be a multiple of its heads, {mixer.num_heads}")
+    check_width(model, mixer.num_heads)
     moe = next((block.ffn for block in blocks if isinstance(block.ffn, MoeConfig)), None)
     dense = [block.ffn for block in blocks if isinstance(block.ffn, MlpConfig)]
     if moe is None or moe.shared_hidden_dim % moe.hidden_dim:

@@ -10,6 +10,7 @@ from slmjax.convert.hf_settings import (
     check_width,
     first_block,
     read_attention,
+    read_biases,
     read_decoder,
     read_mlp,
     read_windows,
@@ -30,10 +31,10 @@ def read(settings: Settings) -> ModelConfig:
     num_layers = settings.take("num_hidden_layers")
     attention = read_attention(
         settings, scale=settings.take("query_pre_attn_scalar", 256) ** -0.5, softcap=settings.optional("attn_logit_softcapping", 50.0),
-        biases=Biases.ALL if settings.take("attention_bias", False) else Biases.NONE,
+        biases=read_biases(settings),
     )  # fmt: skip
     settings.ignore("hidden_act")  # the older name of hidden_activation, which wins
-    ffn = read_mlp(settings, activation="hidden_activation")
+    ffn = read_mlp(settings, activation="hidden_activation", default="gelu_pytorch_tanh")
     windows = read_windows(
         settings, num_layers=num_layers, window=settings.take("sliding_window", 4096), default=[i % 2 == 0 for i in range(num_layers)]
     )
@@ -47,7 +48,7 @@ def read(settings: Settings) -> ModelConfig:
 def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     attention, ffn = first_block(model)
-    check_width(model, attention)
+    check_width(model, attention.num_heads)
     extra = {
         "query_pre_attn_scalar": query_scalar(attention.scale), "attn_logit_softcapping": attention.softcap,
         "final_logit_softcapping": model.logit_softcap, "attention_bias": attention.biases is Biases.ALL,

@@ -18,6 +18,7 @@ from slmjax.convert.hf_settings import (
     check_width,
     first_block,
     read_attention,
+    read_biases,
     read_decoder,
     read_mlp,
     read_ropes_by_kind,
@@ -45,7 +46,7 @@ def read(settings: Settings) -> ModelConfig:
     settings.add_defaults(DEFAULTS)
     settings.expect("use_bidirectional_attention", False)
     num_layers = settings.take("num_hidden_layers")
-    biases = Biases.ALL if settings.take("attention_bias", False) else Biases.NONE
+    biases = read_biases(settings)
     attention = read_attention(
         settings, rope_base=None, biases=biases, scale=settings.take("query_pre_attn_scalar", 256) ** -0.5, qk_norm=QkNorm.PER_HEAD,
         softcap=settings.optional("attn_logit_softcapping", None),
@@ -56,7 +57,7 @@ def read(settings: Settings) -> ModelConfig:
         settings, num_layers=num_layers, window=settings.take("sliding_window", 4096),
         default=[(layer + 1) % period != 0 for layer in range(num_layers)],
     )  # fmt: skip
-    ffn = read_mlp(settings, activation="hidden_activation")
+    ffn = read_mlp(settings, activation="hidden_activation", default="gelu_pytorch_tanh")
     mixers = [dataclasses.replace(with_window(attention, window), **ropes[window is not None]) for window in windows]
     return read_decoder(
         settings, [BlockConfig(mixer=mixer, ffn=ffn, norm=NormPlacement.SANDWICH) for mixer in mixers], tied=True,
@@ -68,7 +69,7 @@ def read(settings: Settings) -> ModelConfig:
 def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     attention, ffn = first_block(model)
-    check_width(model, attention)
+    check_width(model, attention.num_heads)
     mixers = [expect_kind(block.mixer, AttentionConfig, "a mixer") for block in model.blocks()]
     local = next((mixer for mixer in mixers if mixer.window is not None), None)
     full = next((mixer for mixer in mixers if mixer.window is None), None)

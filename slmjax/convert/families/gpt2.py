@@ -15,7 +15,7 @@ from slmjax.layers import Activation, MlpConfig, NormKind
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
-    settings.ignore(*IGNORED, *SUMMARY_KEYS, "attn_pdrop", "n_ctx", "reorder_and_upcast_attn", "task_specific_params")
+    settings.ignore(*IGNORED, *SUMMARY_KEYS, "attn_pdrop", "n_ctx", "reorder_and_upcast_attn", "task_specific_params", *OLD_KEYS)
     settings.expect("scale_attn_weights", True)
     settings.expect("scale_attn_by_inverse_layer_idx", False)
     settings.expect("add_cross_attention", False)
@@ -33,14 +33,14 @@ def read(settings: Settings) -> ModelConfig:
 def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     attention, ffn = first_block(model)
-    check_width(model, attention)
+    check_width(model, attention.num_heads)
     mlp = expect_kind(ffn, MlpConfig, "a feed-forward layer")
     if model.learned_positions != model.context_length:
         raise Inexpressible("positions are learned, one row for each of the context")
     return {
         "model_type": "gpt2", "n_embd": model.embed_dim, "n_layer": model.num_layers, "n_head": attention.num_heads,
         "n_positions": model.context_length, "n_inner": mlp.hidden_dim, "activation_function": write_activation(mlp.activation),
-        "vocab_size": model.known_vocab_size, "layer_norm_epsilon": model.norm_eps, "initializer_range": model.init_std,
+        "vocab_size": model.known_vocab_size, "layer_norm_epsilon": model.norm_eps,
         "tie_word_embeddings": model.head is HeadKind.TIED,
     }  # fmt: skip
 
@@ -59,6 +59,7 @@ def as_it_is(ours: str, theirs: str) -> tuple[Rule, Rule]:
     return same(f"{ours}/weight", f"{theirs}.weight"), same(f"{ours}/bias", f"{theirs}.bias")
 
 
+OLD_KEYS = ("n_special", "predict_special_tokens", "output_past", "_num_labels")
 SUMMARY_KEYS = ("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout")
 AROUND = (
     same("embed/table", "transformer.wte.weight"),

@@ -6,12 +6,14 @@ import numpy as np
 
 from slmjax.architecture import BlockConfig, HeadKind, ModelConfig
 from slmjax.attention import Biases
+from slmjax.config import ConfigError
 from slmjax.convert import gguf_settings, gguf_tensors
 from slmjax.convert.family import Arrays, Family, Inexpressible, Rule, Shapes, Table, expect_kind, linear, norm, same
 from slmjax.convert.hf_settings import (
     first_block,
     read_attention,
     read_decoder,
+    read_rope,
     read_windows,
     with_window,
     write_attention,
@@ -31,8 +33,10 @@ def read(settings: Settings) -> ModelConfig:
     settings.expect("swiglu_limit", CLAMP)
     settings.expect("swiglu_alpha", STEEPNESS)
     settings.ignore("initial_context_length")  # repeats what the scaling of angles says
+    if not settings.has("rope_parameters") and not settings.has("rope_scaling"):
+        raise ConfigError("config.json has no rope_scaling: the family's angles are scaled where nothing is said, by its release")
     num_layers, selected = settings.take("num_hidden_layers"), settings.take("experts_per_token", 4)
-    attention = read_attention(settings, biases=Biases.ALL, sinks=True)
+    attention = read_attention(settings, biases=Biases.ALL, sinks=True, **read_rope(settings, base=150_000.0))
     ffn = MoeConfig(
         num_experts=settings.take("num_local_experts", 128), num_selected=settings.take("num_experts_per_tok", selected),
         hidden_dim=settings.take("intermediate_size"), activation=Activation.CLAMPED_SILU, bias=True,
@@ -54,7 +58,8 @@ def write(model: ModelConfig) -> dict[str, Any]:
         "num_local_experts": moe.num_experts, "num_experts_per_tok": moe.num_selected, "intermediate_size": moe.hidden_dim,
         "hidden_act": "silu", "attention_bias": True, "swiglu_limit": CLAMP,
     }  # fmt: skip
-    return {"model_type": "gpt_oss", **write_decoder(model), **write_attention(attention), **sizes, **write_windows(model)}
+    keys = {"model_type": "gpt_oss", **write_decoder(model), **write_attention(attention), **sizes, **write_windows(model)}
+    return keys if keys["rope_scaling"] else {**keys, "rope_scaling": {"rope_type": "default"}}
 
 
 def interleaved(ours: tuple[str, str], theirs: str) -> Rule:

@@ -7,7 +7,16 @@ from slmjax.attention import AttentionConfig, Biases
 from slmjax.config import ConfigError
 from slmjax.convert import gguf_settings, gguf_tensors
 from slmjax.convert.family import Family, Inexpressible, Table, joined, linear
-from slmjax.convert.hf_settings import first_block, read_attention, read_decoder, read_mlp, write_attention, write_decoder, write_mlp
+from slmjax.convert.hf_settings import (
+    first_block,
+    read_attention,
+    read_biases,
+    read_decoder,
+    read_mlp,
+    write_attention,
+    write_decoder,
+    write_mlp,
+)
 from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
 from slmjax.convert.settings import Settings
 from slmjax.rope import RopeScaling
@@ -21,7 +30,7 @@ def read(settings: Settings) -> ModelConfig:
 
 
 def _read_attention(settings: Settings, **more: Any) -> AttentionConfig:
-    biases = Biases.ALL if settings.take("attention_bias", False) else Biases.NONE
+    biases = read_biases(settings)
     return read_attention(settings, scale=float(settings.take("attention_multiplier", 1.0)), biases=biases, **more)
 
 

@@ -1,8 +1,9 @@
 """Llama 2 and 3, and what has their shape: SmolLM2, TinyLlama, MobileLLM."""
 
+import dataclasses
 from typing import Any
 
-from slmjax.architecture import BlockConfig, ModelConfig
+from slmjax.architecture import BlockConfig, HeadKind, ModelConfig
 from slmjax.attention import Biases
 from slmjax.convert import gguf_settings, gguf_tensors
 from slmjax.convert.family import Family, Inexpressible, Table
@@ -10,6 +11,7 @@ from slmjax.convert.hf_settings import (
     check_width,
     first_block,
     read_attention,
+    read_biases,
     read_decoder,
     read_mlp,
     write_attention,
@@ -24,7 +26,7 @@ from slmjax.rope import RopeScaling
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
-    biases = Biases.ALL if settings.take("attention_bias", False) else Biases.NONE
+    biases = read_biases(settings)
     block = BlockConfig(mixer=read_attention(settings, biases=biases), ffn=read_mlp(settings, bias=settings.take("mlp_bias", False)))
     return read_decoder(settings, [block] * settings.take("num_hidden_layers"))
 
@@ -32,7 +34,7 @@ def read(settings: Settings) -> ModelConfig:
 def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     attention, ffn = first_block(model)
-    check_width(model, attention)
+    check_width(model, attention.num_heads)
     biases = {"attention_bias": attention.biases is Biases.ALL, "mlp_bias": getattr(ffn, "bias", False)}
     return {"model_type": "llama", **write_decoder(model), **write_attention(attention), **write_mlp(ffn), **biases}
 
@@ -40,6 +42,23 @@ def write(model: ModelConfig) -> dict[str, Any]:
 HF = Family(
     architecture="LlamaForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP))
 )
+
+
+# MobileLLM ------------------------------------------------------------------------------------------------------------
+def read_mobile(settings: Settings) -> ModelConfig:
+    """config.json of a MobileLLM, which its own code calls by another name -> ModelConfig."""
+    settings.expect("layer_sharing", False)
+    settings.expect("use_flash_attn", True, False)
+    is_tied = settings.take("share_embedding", True)
+    return dataclasses.replace(read(settings), head=HeadKind.TIED if is_tied else HeadKind.FREE)
+
+
+def refuse_mobile(model: ModelConfig) -> dict[str, Any]:
+    """It is written as a Llama, which it is, and which other engines know."""
+    raise Inexpressible("it is written as LlamaForCausalLM")
+
+
+HF_MOBILE = Family(architecture="MobileLLMForCausalLM", read=read_mobile, write=refuse_mobile, table=HF.table)
 
 
 # GGUF -----------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from slmjax.convert.hf_settings import (
     read_activation,
     read_attention,
     read_decoder,
+    read_rope,
     write_activation,
     write_attention,
     write_decoder,
@@ -24,8 +25,9 @@ def read(settings: Settings) -> ModelConfig:
         num_experts=settings.take("num_local_experts", 8), num_selected=settings.take("num_experts_per_tok", 2),
         hidden_dim=settings.take("intermediate_size"), activation=read_activation(settings),
     )  # fmt: skip
-    block = BlockConfig(mixer=read_attention(settings, window=settings.optional("sliding_window", None)), ffn=ffn)
-    return read_decoder(settings, [block] * settings.take("num_hidden_layers"))
+    attention = read_attention(settings, window=settings.optional("sliding_window", None), **read_rope(settings, base=1e6))
+    block = BlockConfig(mixer=attention, ffn=ffn)
+    return read_decoder(settings, [block] * settings.take("num_hidden_layers"), norm_eps=settings.take("rms_norm_eps", 1e-5))
 
 
 def write(model: ModelConfig) -> dict[str, Any]:

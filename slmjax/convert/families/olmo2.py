@@ -7,14 +7,23 @@ from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, NormPlacemen
 from slmjax.attention import AttentionConfig, Biases, QkNorm
 from slmjax.convert import gguf_settings, gguf_tensors
 from slmjax.convert.family import Family, Table, expect_kind
-from slmjax.convert.hf_settings import first_block, read_attention, read_decoder, read_mlp, write_attention, write_decoder, write_mlp
+from slmjax.convert.hf_settings import (
+    first_block,
+    read_attention,
+    read_biases,
+    read_decoder,
+    read_mlp,
+    write_attention,
+    write_decoder,
+    write_mlp,
+)
 from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, POST_NORMS
 from slmjax.convert.settings import Settings
 
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
-    biases = Biases.ALL if settings.take("attention_bias", False) else Biases.NONE
+    biases = read_biases(settings)
     attention = read_attention(settings, qk_norm=QkNorm.ALL_HEADS, biases=biases)
     block = BlockConfig(mixer=attention, ffn=read_mlp(settings), norm=NormPlacement.POST)
     return read_decoder(settings, [block] * settings.take("num_hidden_layers"), norm_eps=settings.take("rms_norm_eps", 1e-5))

@@ -11,6 +11,7 @@ from slmjax.convert.hf_settings import (
     check_rotation,
     first_block,
     read_attention,
+    read_biases,
     read_decoder,
     read_mlp,
     read_ropes_by_kind,
@@ -27,7 +28,7 @@ from slmjax.convert.settings import Settings
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
     num_layers = settings.take("num_hidden_layers")
-    biases = Biases.ALL if settings.take("attention_bias", False) else Biases.NONE
+    biases = read_biases(settings)
     attention = read_attention(settings, rope_base=None, qk_norm=QkNorm.ALL_HEADS, biases=biases)
     ropes = read_ropes_by_kind(settings, full=5e5, local=None)
     windows = read_windows(

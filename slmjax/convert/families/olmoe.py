@@ -9,6 +9,7 @@ from slmjax.convert.hf_settings import (
     first_block,
     read_activation,
     read_attention,
+    read_biases,
     read_decoder,
     write_activation,
     write_attention,
@@ -22,7 +23,7 @@ from slmjax.moe import MoeConfig
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
     settings.expect("clip_qkv")  # null alone: no layer here clips queries, keys and values
-    biases = Biases.ALL if settings.take("attention_bias", False) else Biases.NONE
+    biases = read_biases(settings)
     attention = read_attention(settings, qk_norm=QkNorm.ALL_HEADS, biases=biases)
     moe = MoeConfig(
         num_experts=settings.take("num_experts", 64), num_selected=settings.take("num_experts_per_tok", 8),

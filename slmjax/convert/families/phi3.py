@@ -14,6 +14,10 @@ from slmjax.rope import LongScaling
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
+    neutral = {"attention_bias": False, "lm_head_bias": False, "mlp_bias": False, "full_attn_mod": 1, "interpolate_factor": 1}
+    for key, value in neutral.items():
+        settings.expect(key, value)
+    settings.add_defaults({"original_max_position_embeddings": 4096})
     block = BlockConfig(
         mixer=read_attention(settings, is_partial=True, window=settings.optional("sliding_window", None)), ffn=read_mlp(settings)
     )

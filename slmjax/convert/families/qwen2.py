@@ -23,6 +23,7 @@ from slmjax.convert.settings import Settings
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
+    settings.expect("use_mrope", False)
     attention, ffn = read_attention(settings, biases=Biases.QKV), read_mlp(settings)
     return read_decoder(settings, [BlockConfig(mixer=with_window(attention, window), ffn=ffn) for window in qwen_windows(settings)])
 

@@ -9,6 +9,7 @@ from slmjax.convert.family import Family, Table
 from slmjax.convert.hf_settings import (
     first_block,
     read_attention,
+    read_biases,
     read_decoder,
     read_mlp,
     read_windows,
@@ -24,14 +25,14 @@ from slmjax.convert.settings import Settings
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
-    biases = Biases.ALL if settings.take("attention_bias", False) else Biases.NONE
+    biases = read_biases(settings)
     attention, ffn = read_attention(settings, qk_norm=QkNorm.PER_HEAD, biases=biases), read_mlp(settings)
     return read_decoder(settings, [BlockConfig(mixer=with_window(attention, window), ffn=ffn) for window in qwen_windows(settings)])
 
 
 def qwen_windows(settings: Settings) -> list[int | None]:
     """The window of each layer: those from `max_window_layers` on, where windows are in use at all."""
-    num_layers, window = settings.take("num_hidden_layers"), settings.take("sliding_window", None)
+    num_layers, window = settings.take("num_hidden_layers"), settings.take("sliding_window", 4096)
     in_use, first = settings.take("use_sliding_window", False), settings.take("max_window_layers", 28)
     window = window if in_use else None
     return read_windows(
@@ -43,7 +44,7 @@ def write_qwen_windows(model: ModelConfig) -> dict[str, Any]:
     """The keys that `qwen_windows` takes."""
     windows = write_windows(model)
     first = next((layer for layer, kind in enumerate(windows["layer_types"]) if kind == "sliding_attention"), model.num_layers)
-    return {**windows, "use_sliding_window": windows["sliding_window"] is not None, "max_window_layers": first}
+    return {**windows, "use_sliding_window": first < model.num_layers, "max_window_layers": first}
 
 
 def write(model: ModelConfig) -> dict[str, Any]:

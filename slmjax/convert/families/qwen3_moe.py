@@ -10,6 +10,7 @@ from slmjax.convert.hf_settings import (
     first_block,
     read_activation,
     read_attention,
+    read_biases,
     read_decoder,
     read_mlp,
     write_activation,
@@ -24,8 +25,8 @@ from slmjax.moe import MoeConfig
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
-    biases = Biases.ALL if settings.take("attention_bias", False) else Biases.NONE
-    window = settings.take("sliding_window", None) if settings.take("use_sliding_window", False) else None
+    biases = read_biases(settings)
+    window = settings.take("sliding_window", 4096) if settings.take("use_sliding_window", False) else None
     settings.ignore("sliding_window", "max_window_layers")
     attention = read_attention(settings, qk_norm=QkNorm.PER_HEAD, biases=biases, window=window)
     num_experts = settings.take("num_experts", settings.take("num_local_experts", 128))

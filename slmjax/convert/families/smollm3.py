@@ -10,6 +10,7 @@ from slmjax.convert.family import Family, Table, expect_kind
 from slmjax.convert.hf_settings import (
     first_block,
     read_attention,
+    read_biases,
     read_decoder,
     read_mlp,
     read_rope,
@@ -28,11 +29,11 @@ def read(settings: Settings) -> ModelConfig:
     num_layers, every = settings.take("num_hidden_layers"), settings.take("no_rope_layer_interval", 4)
     rotated = settings.take("no_rope_layers", [int((layer + 1) % every != 0) for layer in range(num_layers)])  # 1 where there is a rotation
     window = settings.take("sliding_window", None) if settings.take("use_sliding_window", False) else None
-    settings.ignore("sliding_window")
+    settings.ignore("sliding_window", "max_window_layers")
     windows = read_windows(
         settings, num_layers=num_layers, window=window, default=[window is not None and not has_rope for has_rope in rotated]
     )
-    biases = Biases.ALL if settings.take("attention_bias", False) else Biases.NONE
+    biases = read_biases(settings)
     plain = read_attention(settings, rope_base=None, biases=biases)
     turned = dataclasses.replace(plain, **read_rope(settings, base=2e6))
     ffn = read_mlp(settings, bias=settings.take("mlp_bias", False))
@@ -48,7 +49,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     windows = write_windows(model)
     extra = {
         "no_rope_layers": [int(mixer.rope_base is not None) for mixer in mixers],
-        "use_sliding_window": windows["sliding_window"] is not None,
+        "use_sliding_window": "sliding_attention" in windows["layer_types"],
         "attention_bias": attention.biases is Biases.ALL,
         "mlp_bias": getattr(ffn, "bias", False),
     }
