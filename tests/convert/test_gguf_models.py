@@ -20,8 +20,23 @@ from slmjax.architecture import HeadKind, ModelConfig, stack_of
 from slmjax.attention import AttentionConfig
 from slmjax.convert.canonical_form import canonical
 from slmjax.convert.directory import Target, WeightType, export_model, import_model
-from slmjax.convert.families import HF_FAMILIES, gemma2, gemma3, gpt2, gpt_oss, granite, olmo2, phi3, qwen2, qwen3, qwen3_moe, smollm3
+from slmjax.convert.families import (
+    GGUF_FAMILIES,
+    HF_FAMILIES,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_oss,
+    granite,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from slmjax.convert.family import Family
+from slmjax.convert.gguf import TOLERANCE
 from slmjax.convert.gguf_file import GgufFile, PendingTensor, read_gguf, write_gguf
 from slmjax.convert.gguf_tokenizer import tokenizer_metadata
 from slmjax.convert.settings import Settings
@@ -262,6 +277,16 @@ def test_what_an_engine_would_not_take_is_refused(family: Family, changes: dict[
     express(model_of(family), (family,), format_name="GGUF", preferred=None)
     with pytest.raises(ValueError, match=message):
         express(model_of(family, **changes), (family,), format_name="GGUF", preferred=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [("qwen2_5_0_5b", "qwen2"), ("llama3_2_1b", "llama"), ("smollm3_3b", "smollm3"), ("phi4_mini", "phi3"), ("granite4_micro", "granite")],
+)
+def test_released_models_find_their_architecture(name: str, architecture: str) -> None:
+    """With all digits of their numbers, of which the metadata keeps those of float32."""
+    found = express(zoo.ARCHITECTURES[name](), GGUF_FAMILIES, format_name="GGUF", preferred=None, tolerance=TOLERANCE)
+    assert found.family.architecture == architecture
 
 
 def test_an_idle_window_is_no_obstacle() -> None:
