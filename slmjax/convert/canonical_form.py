@@ -1,6 +1,7 @@
 """One spelling for each model, so that what an exported configuration would be read back as can be compared with the original."""
 
 import dataclasses
+import math
 from typing import Any
 
 from slmjax.architecture import BlockConfig, ModelConfig, Precision, Remat, stack_of
@@ -36,30 +37,40 @@ def _canonical_block(block: BlockConfig, shape: Shape) -> BlockConfig:
     return dataclasses.replace(block, mixer=mixer, ffn=ffn)
 
 
-def differences(wanted: ModelConfig, found: ModelConfig) -> list[str]:
-    """What is not the same in two canonical configurations, as "field = value (read back as other)"; layers one by one."""
+def differences(wanted: ModelConfig, found: ModelConfig, *, tolerance: float = 0.0) -> list[str]:
+    """What is not the same in two canonical configurations, as "field = value (read back as other)"; layers one by one.
+
+    Args:
+      tolerance: numbers that differ by no more than this share of them are the same.
+    """
     found_text = []
     for field in dataclasses.fields(wanted):
         if field.name != "stack":
-            found_text += _differing(field.name, getattr(wanted, field.name), getattr(found, field.name))
+            found_text += _differing(field.name, getattr(wanted, field.name), getattr(found, field.name), tolerance)
     ours, theirs = list(wanted.blocks()), list(found.blocks())
     if len(ours) != len(theirs):
         return [*found_text, f"{len(ours)} layers (read back as {len(theirs)})"]
     for layer, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-        found_text += _differing(f"layer {layer}", mine, other)
+        found_text += _differing(f"layer {layer}", mine, other, tolerance)
     return found_text
 
 
-def _differing(where: str, wanted: Any, found: Any) -> list[str]:
-    if wanted == found:
+def _differing(where: str, wanted: Any, found: Any, tolerance: float) -> list[str]:
+    if wanted == found or _is_close(wanted, found, tolerance):
         return []
     if dataclasses.is_dataclass(wanted) and type(wanted) is type(found):
         return [
             text
             for field in dataclasses.fields(wanted)
-            for text in _differing(f"{where}.{field.name}", getattr(wanted, field.name), getattr(found, field.name))
+            for text in _differing(f"{where}.{field.name}", getattr(wanted, field.name), getattr(found, field.name), tolerance)
         ]
     return [f"{where} = {_text(wanted)} (read back as {_text(found)})"]
+
+
+def _is_close(wanted: Any, found: Any, tolerance: float) -> bool:
+    if isinstance(wanted, tuple) and isinstance(found, tuple):
+        return len(wanted) == len(found) and all(_is_close(one, other, tolerance) for one, other in zip(wanted, found, strict=True))
+    return isinstance(wanted, float) and isinstance(found, float) and math.isclose(wanted, found, rel_tol=tolerance)
 
 
 def _text(value: Any) -> str:

@@ -3,7 +3,7 @@
 The `gguf` extra. `gguf_file.py` and `gguf_tokenizer.py` know the container and the vocabularies; families say what the rest is called.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from slmjax.data.tokenizers import Tokenizer
 EXTRA_TENSORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")  # arrays that settings hold under these names
 BIASES = {"qkv_bias": "attn_q", "output_bias": "attn_output", "ffn_bias": "ffn_down"}  # settings, and the tensors that they tell of
 NOT_KEYS = ("vocab_size", "has_output", *BIASES, *EXTRA_TENSORS)  # settings that are not in the metadata
+TOLERANCE = 5e-7  # metadata is float32
 FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}  # general.file_type
 
 
@@ -101,7 +102,9 @@ def write_model(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtype | 
     """
     if out.exists():
         raise ValueError(f"{out} is there already: name a new file, or delete it first")
-    expressed = express(own.config, GGUF_FAMILIES, format_name="GGUF", preferred=GGUF_NAMES.get(own.family or "", own.family))
+    expressed = express(
+        own.config, GGUF_FAMILIES, format_name="GGUF", preferred=GGUF_NAMES.get(own.family or "", own.family), tolerance=TOLERANCE
+    )
     architecture, model = expressed.family.architecture, expressed.config
     bound = bind(expressed.family.table_of(model), model)
     stored = np.dtype(dtype or own.dtype("embed/table"))
@@ -120,7 +123,16 @@ def write_model(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtype | 
     write_gguf(out, architecture=architecture, metadata=metadata, tensors=tensors)
     numbers = [int(np.prod(tensor.shape)) for tensor in tensors]
     size = sum(count * np.dtype(tensor.dtype).itemsize for count, tensor in zip(numbers, tensors, strict=True))
-    return Written(path=str(out), family=architecture, parameters=sum(numbers), bytes=size, notes=())
+    return Written(path=str(out), family=architecture, parameters=sum(numbers), bytes=size, notes=tuple(_notes(expressed.settings)))
+
+
+def _notes(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What llama.cpp does otherwise, depending on how it is started."""
+    if "rope_factors_long" in settings:
+        yield (
+            f"where its context is longer than {settings['rope.scaling.original_context_length']} tokens, llama.cpp takes the long factors "
+            "of rotary positions for short texts too: start it with no longer a context than texts need"
+        )
 
 
 def _pending(bound: list[Bound], own: Own, stored: np.dtype) -> Iterator[PendingTensor]:

@@ -98,11 +98,14 @@ class Expressed:
     settings: dict[str, Any]
 
 
-def express(model: ModelConfig, families: Sequence[Family], *, format_name: str, preferred: str | None) -> Expressed:
+def express(
+    model: ModelConfig, families: Sequence[Family], *, format_name: str, preferred: str | None, tolerance: float = 0.0
+) -> Expressed:
     """The first family whose configuration reads back as the very same model and that has a tensor for each parameter.
 
     Args:
       preferred: the architecture that is tried before others.
+      tolerance: of numbers that are read back, where the format rounds them.
 
     Raises:
       ValueError: none does; it tells for the nearest what it cannot say.
@@ -115,7 +118,7 @@ def express(model: ModelConfig, families: Sequence[Family], *, format_name: str,
             reader = Settings(settings, where=f"{family.architecture} as written")
             found = canonical(family.read(reader))
             reader.finish()
-            if not (lost := differences(wanted, found)):
+            if not (lost := differences(wanted, found, tolerance=tolerance)):
                 bind(family.table_of(wanted), wanted)
                 return Expressed(family=family, config=wanted, settings=settings)
             reasons.append((len(lost), f"as {family.architecture}, it would lose {'; '.join(lost[:3])}"))

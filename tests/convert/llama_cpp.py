@@ -46,23 +46,24 @@ def ask(path: Path, route: str, body: Mapping[str, Any], *, context: int = 2048)
         return json.loads(response.read())
 
 
-def tokenize(path: Path, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
+def tokenize(path: Path, text: str, *, add_special: bool = False, parse_special: bool = False, context: int = 2048) -> list[int]:
     """Ids of a text: with BOS and EOS as the file says, and with special tokens in the text found or taken for text."""
-    return ask(path, "/tokenize", {"content": text, "add_special": add_special, "parse_special": parse_special})["tokens"]
+    body = {"content": text, "add_special": add_special, "parse_special": parse_special}
+    return ask(path, "/tokenize", body, context=context)["tokens"]
 
 
-def logprobs(path: Path, tokens: Sequence[int], *, vocab_size: int, first: int = 0) -> np.ndarray:
+def logprobs(path: Path, tokens: Sequence[int], *, vocab_size: int, first: int = 0, context: int = 2048) -> np.ndarray:
     """Natural log-probabilities float64 [T - first, V] of what follows each of `tokens`, from the position `first` on.
 
     The server gives those of the last position alone, so it is asked for every prefix; each goes on from the cache of the one before.
     Its own sum over the vocabulary is one of float32, wrong by 1e-4 for 49,152 tokens, so it is done again. It gives none where the
     token that it chooses ends inside a character: a bias, which these numbers are without, lets it choose an "a" every time.
     """
-    letter = tokenize(path, "a")[-1]
+    letter = tokenize(path, "a", context=context)[-1]
     rows = np.full((len(tokens) - first, vocab_size), np.nan)
     for row, end in enumerate(range(first + 1, len(tokens) + 1)):
         body = {"prompt": list(tokens[:end]), "n_predict": 1, "n_probs": vocab_size, "logit_bias": [[letter, 1000.0]]}
-        answer = ask(path, "/completion", {**body, "temperature": 0.0, "cache_prompt": True})
+        answer = ask(path, "/completion", {**body, "temperature": 0.0, "cache_prompt": True}, context=context)
         for entry in answer["completion_probabilities"][0]["top_logprobs"]:
             rows[row, entry["id"]] = entry["logprob"]
     assert not np.isnan(rows).any()

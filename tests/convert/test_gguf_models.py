@@ -17,10 +17,26 @@ from rich.console import Console
 import slmjax
 from slmjax import weights, zoo
 from slmjax.architecture import HeadKind, ModelConfig, stack_of
+from slmjax.attention import AttentionConfig
 from slmjax.convert.canonical_form import canonical
 from slmjax.convert.directory import Target, WeightType, export_model, import_model
-from slmjax.convert.families import HF_FAMILIES, gemma2, gemma3, gpt2, gpt_oss, granite, olmo2, phi3, qwen2, qwen3, qwen3_moe, smollm3
+from slmjax.convert.families import (
+    GGUF_FAMILIES,
+    HF_FAMILIES,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_oss,
+    granite,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from slmjax.convert.family import Family
+from slmjax.convert.gguf import TOLERANCE
 from slmjax.convert.gguf_file import GgufFile, PendingTensor, read_gguf, write_gguf
 from slmjax.convert.gguf_tokenizer import tokenizer_metadata
 from slmjax.convert.settings import Settings
@@ -208,7 +224,8 @@ def test_a_factor_without_a_type_is_linear(tiny: GgufFile, tmp_path: Path) -> No
     path = rewrite(tiny, tmp_path / "scaled.gguf", {}, **{"llama.rope.scaling.factor": 4.0})
     import_model(path, tmp_path / "ours")
     loaded = slmjax.load_model(tmp_path / "ours")
-    assert next(loaded.config.blocks()).mixer.rope_scaling == LinearScaling(factor=4.0)
+    mixer = next(loaded.config.blocks()).mixer
+    assert isinstance(mixer, AttentionConfig) and mixer.rope_scaling == LinearScaling(factor=4.0)
     ids = loaded.tokenizer.prompt_ids("a stretched one")
     np.testing.assert_allclose(llama_cpp.logprobs(path, ids, vocab_size=260), log_probabilities(loaded, ids), atol=1e-3)
 
@@ -262,9 +279,39 @@ def test_what_an_engine_would_not_take_is_refused(family: Family, changes: dict[
         express(model_of(family, **changes), (family,), format_name="GGUF", preferred=None)
 
 
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [("qwen2_5_0_5b", "qwen2"), ("llama3_2_1b", "llama"), ("smollm3_3b", "smollm3"), ("phi4_mini", "phi3"), ("granite4_micro", "granite")],
+)
+def test_released_models_find_their_architecture(name: str, architecture: str) -> None:
+    """With all digits of their numbers, of which the metadata keeps those of float32."""
+    found = express(zoo.ARCHITECTURES[name](), GGUF_FAMILIES, format_name="GGUF", preferred=None, tolerance=TOLERANCE)
+    assert found.family.architecture == architecture
+
+
 def test_an_idle_window_is_no_obstacle() -> None:
     """Phi-4-mini's is longer than its context."""
     express(model_of(phi3.GGUF, window=512), (phi3.GGUF,), format_name="GGUF", preferred=None)
+
+
+@pytest.mark.parametrize("original", [256, 8])
+def test_lists_of_long_rope_are_told_of(tiny: GgufFile, tmp_path: Path, original: int) -> None:
+    """The short list up to the original context; beyond, llama.cpp takes the long one for short texts too, and the export says so."""
+    import_model(tmp_path / "tiny.gguf", tmp_path / "ours")
+    saved = json.loads((tmp_path / "ours" / "model.json").read_text())
+    short, long = [1.0 + 0.1 * i for i in range(8)], [1.0 + i for i in range(8)]
+    scaling = {"type": "LongScaling", "short_factors": short, "long_factors": long, "original_context": original, "attention_factor": 1.2}
+    saved["context_length"] = 512
+    saved["stack"][0]["pattern"][0]["mixer"]["rope_scaling"] = scaling
+    (tmp_path / "ours" / "model.json").write_text(json.dumps(saved))
+    written = export_model(tmp_path / "ours", tmp_path / "long.gguf", to=Target.GGUF)
+    assert f"longer than {original} tokens" in written.notes[0]
+    loaded = slmjax.load_model(tmp_path / "ours")
+    ids = loaded.tokenizer.prompt_ids("a text of more than eight")
+    for context in (256, 512):
+        found = llama_cpp.logprobs(tmp_path / "long.gguf", ids, vocab_size=260, context=context)
+        agrees = np.allclose(found, log_probabilities(loaded, ids), atol=1e-3)
+        assert agrees == (original == 8 or context == 256)
 
 
 def test_a_refused_export_leaves_nothing_behind(tiny: GgufFile, tmp_path: Path) -> None:

@@ -49,11 +49,12 @@ HF_FAMILIES: tuple[Family, ...] = (
     minicpm3.HF,
 )
 
-# What llama.cpp calls them, in the same order. Mistral and Mixtral are "llama" there, OLMo 3 is "olmo2".
+# What llama.cpp calls them, in the same order but for Qwen2, which "llama" could say too. Mistral and Mixtral are "llama" there, OLMo 3
+# is "olmo2".
 GGUF_FAMILIES: tuple[Family, ...] = (
+    qwen2.GGUF,
     llama.GGUF,
     qwen3.GGUF,
-    qwen2.GGUF,
     qwen3_moe.GGUF,
     gemma2.GGUF,
     gemma3.GGUF,
