@@ -68,7 +68,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _family_of(values: dict[str, Any], path: Path) -> Family:
-    names = values.get("architectures") or []
+    listed = values.get("architectures") or []
+    names = listed if isinstance(listed, list) else [listed]
     known = {family.architecture: family for family in HF_FAMILIES}
     for name in names:
         if name in known:
