@@ -18,12 +18,17 @@ def write_card(own: Own, path: Path, *, title: str, family: str) -> None:
 
 def _lines(own: Own, *, title: str, family: str) -> Iterator[str]:
     origin = read_origin(own.path)
+    base = _json(own.path / "config.json").get("init", {}).get("path")  # what a run started from
+    before = read_origin(Path(base)) if base else {}
     license_name = origin.get("license") or TO_FILL_IN
     yield from ("---", f"license: {origin.get('license') or 'other'}", "library_name: slmjax", "---", "", f"# {title}", "")
     yield from _table("Model", _model_rows(own, family))
     if origin:
         yield from _table("Origin", _origin_rows(origin))
     else:
+        if base:
+            known = [("licence", str(before.get("license") or "unknown")), *_origin_rows(before)] if before else []
+            yield from _table("Base model", [("started from", base), *known])
         yield from _table("Training", _training_rows(own))
         yield from _table("Quality", _quality_rows(_json(own.path / "result.json")))
         yield from _table("Data", _data_rows(own.path))

@@ -58,6 +58,8 @@ def test_training_an_imported_model(tmp_path: Path, workplace: Path, monkeypatch
 
     written = export_model(whole.run_dir, tmp_path / "out", to=Target.HF)
     assert written.family == "GptOssForCausalLM"
+    card = (tmp_path / "out" / "model_card.md").read_text()
+    assert f"| started from | {tmp_path / 'ours'} |" in card and "GptOssForCausalLM (hf)" in card
     before, after = (weights.TensorFiles(tmp_path / name) for name in ("theirs", "out"))
     assert before.names == after.names
     moved = [name for name in before.names if not np.array_equal(before.read(name), after.read(name))]
