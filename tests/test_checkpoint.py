@@ -368,7 +368,7 @@ def test_load_model_replicates_over_the_current_mesh(run_directory):
 
 
 def test_load_model_errors_say_what_is_missing(run_directory, tmp_path):
-    with pytest.raises(ValueError, match="is not a run directory: it has no model.json"):
+    with pytest.raises(ValueError, match="is neither a run directory nor an imported model: it has no model.json"):
         load_model(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no checkpoint of step 9: it has 1, 2"):
         load_model(run_directory, step=9)

@@ -269,8 +269,8 @@ def test_resume_of_what_is_no_run(refused):
 
 def test_a_model_that_is_not_there(refused):
     assert "RUN_DIR" in refused("eval") and "RUN_DIR" in refused("generate")
-    assert "nowhere is not a run directory" in refused("eval", "nowhere")
-    assert "nowhere is not a run directory" in refused("generate", "nowhere", "--prompt", "x")
+    assert "nowhere is neither a run directory nor an imported model" in refused("eval", "nowhere")
+    assert "nowhere is neither a run directory nor an imported model" in refused("generate", "nowhere", "--prompt", "x")
     assert "say `slmjax data prepare` or `slmjax data inspect`" in refused("data", "prepar")
 
 

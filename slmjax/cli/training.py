@@ -35,9 +35,7 @@ def train_command(words: Sequence[str]) -> int:
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
         resume: str | None = None  # run directory to go on with, from its newest intact checkpoint
-        init_from: str | None = (
-            None  # run or imported model whose parameters and tokenizer (of a run: its experiment too) this run starts from
-        )
+        init_from: str | None = None  # run or imported model to start from: its parameters and tokenizer; of a run, its experiment
         profile: int | None = None  # trace so many steps, after the first two of this session, into RUN_DIR/profile
         code: str | None = None  # Python file that defines the classes of your own which the run's settings name
         json: bool = False  # print the result as JSON, and progress on standard error
