@@ -49,19 +49,19 @@ class TensorFiles:
         self.directory = directory
         self._entries: dict[str, _Entry] = {}
         self._open: tuple[Path | None, Any] = (None, None)
-        places = _places(directory)
-        for path in sorted(set(places.values()) if isinstance(places, dict) else places):
+        files, places = _files(directory)
+        for path in files:
             if not path.is_file():
                 raise ValueError(f"{directory / INDEX} names {path.name}, which is not there: the copy of the model is incomplete")
             for name, entry in _entries(path).items():
-                if isinstance(places, dict) and places.get(name) != path:
+                if places and places.get(name) != path:
                     continue  # the index says that it is in another file, or passes it over
                 if name in self._entries:
                     raise ValueError(
                         f"{name} is in {self._entries[name].file.name} and in {path.name}: delete the file that is not the model's"
                     )
                 self._entries[name] = entry
-        if isinstance(places, dict) and (missing := sorted(places.keys() - self._entries.keys())):
+        if missing := sorted(places.keys() - self._entries.keys()):
             raise ValueError(f"{places[missing[0]]} has no {missing[0]}, which {INDEX} says it has: copy both anew")
 
     @property
@@ -111,11 +111,11 @@ def _entries(path: Path) -> dict[str, _Entry]:
         raise ValueError(f"{path} is damaged, or no safetensors file ({error}): copy it anew") from error
 
 
-def _places(directory: Path) -> dict[str, Path] | list[Path]:
-    """The files to read: model.safetensors, or those of the index with the names that each is to have, or whatever there is."""
+def _files(directory: Path) -> tuple[list[Path], dict[str, Path]]:
+    """The files to read: model.safetensors, or those of the index, or whatever there is; and which name the index says is in which."""
     single, index = directory / "model.safetensors", directory / INDEX
     if single.is_file():
-        return [single]
+        return [single], {}
     if index.is_file():
         try:
             files = {str(name): str(file) for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
@@ -123,13 +123,14 @@ def _places(directory: Path) -> dict[str, Path] | list[Path]:
             raise ValueError(f"{index} is damaged ({error!r}): copy it anew") from error
         if outside := [file for file in files.values() if Path(file).name != file]:
             raise ValueError(f"{index} names {outside[0]}, which is not in its directory: it is not followed")
-        return {name: directory / file for name, file in files.items()}
+        places = {name: directory / file for name, file in files.items()}
+        return sorted(set(places.values())), places
     found = sorted(directory.glob("*.safetensors"))
     if not found:
         others = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in directory.glob(pattern))
         way_out = f": {others[0]} is a pickle, which could run code and is not read; convert it to safetensors" if others else ""
         raise ValueError(f"{directory} holds no .safetensors file{way_out}")
-    return found
+    return found, {}
 
 
 def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]], *, largest_file: int = LARGEST_FILE) -> None:
@@ -155,11 +156,13 @@ def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]], *,
 
 def _parts(tensors: Iterable[tuple[str, np.ndarray]], largest_file: int) -> Iterator[dict[str, np.ndarray]]:
     part: dict[str, np.ndarray] = {}
+    size = 0
     for name, array in tensors:
-        if part and sum(other.nbytes for other in part.values()) + array.nbytes > largest_file:
+        if part and size + array.nbytes > largest_file:
             yield part
-            part = {}
+            part, size = {}, 0
         part[name] = np.ascontiguousarray(array)
+        size += array.nbytes
     yield part
 
 

@@ -6,9 +6,9 @@ An imported model's directory holds `model.json`, `tokenizer/`, `weights/` (safe
 
 import dataclasses
 import enum
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -151,7 +151,7 @@ def export_model(source: str | Path, out: str | Path, *, to: Target, dtype: Weig
     with weights.whole_directory(out) as directory:
         expressed = hf.write_directory(own, words, directory, dtype=kind)
         write_card(own, directory / "model_card.md", title=out.name, family=expressed.family.architecture)
-        files: list[Any] = list(directory.glob("*.safetensors"))
-        size = sum(file.stat().st_size for file in files)
-        parameters = sum(int(np.prod(tensors.shape(name))) for tensors in [weights.TensorFiles(directory)] for name in tensors.names)
+        tensors = weights.TensorFiles(directory)
+        size = sum(file.stat().st_size for file in tensors.files)
+        parameters = sum(math.prod(tensors.shape(name)) for name in tensors.names)
     return Written(path=str(out), family=expressed.family.architecture, parameters=parameters, bytes=size, notes=())

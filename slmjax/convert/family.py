@@ -10,15 +10,18 @@ are [out, in]. Names in a table of a layer are relative to it; `{e}` stands for 
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
-from slmjax.architecture import ModelConfig
+from slmjax.architecture import BlockConfig, ModelConfig
+from slmjax.attention import AttentionConfig
 from slmjax.config import ConfigError
 from slmjax.convert.settings import Settings
-from slmjax.parameters import define, logical_paths
+from slmjax.parameters import define, stored_shapes
+from slmjax.rope import rotary_dim
 
 Arrays = list[np.ndarray]
 Shapes = list[tuple[int, ...]]
@@ -145,11 +148,8 @@ class Bound:
 def logical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter and buffer of a model by logical path, with the shape it has in one layer."""
     definition = define(config)
-    shapes = {}
-    for path, leaf in {**definition.params, **definition.buffers}.items():
-        own = tuple(leaf.shape[1:]) if path.startswith("segments/") else tuple(leaf.shape)
-        shapes |= dict.fromkeys(logical_paths(config, path), own)
-    return shapes
+    stored = stored_shapes(config, {**definition.params, **definition.buffers})
+    return {path: tuple(leaf.shape) for path, leaf in stored.items()}
 
 
 def bind(table: Table, config: ModelConfig) -> list[Bound]:
@@ -158,8 +158,7 @@ def bind(table: Table, config: ModelConfig) -> list[Bound]:
     Raises:
       Inexpressible: a parameter has no name in this family.
     """
-    shapes = logical_shapes(config)
-    left = dict(shapes)
+    left = logical_shapes(config)
     bound = []
     scopes = [("", "", table.around)]
     scopes += [(f"layers/{layer}/", table.prefix.format(i=layer), table.layer) for layer in range(config.num_layers)]
@@ -182,6 +181,13 @@ def _numbered(pattern: str, num_experts: int) -> Iterator[str]:
         return
     for expert in range(num_experts):
         yield pattern.replace("{e}", str(expert))
+
+
+def misnamed(table: Table, bound: Sequence[Bound], found: set[str]) -> tuple[list[str], list[str]]:
+    """Of the tensors that were found, those that are missing and those that have no place, sorted."""
+    wanted = {name for one in bound for name in one.theirs}
+    extra = (name for name in found - wanted if not any(re.fullmatch(pattern, name) for pattern in table.ignored))
+    return sorted(wanted - found), sorted(extra)
 
 
 def ours_from(bound: Sequence[Bound], read: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
@@ -249,6 +255,29 @@ def expect_kind(value: Any, kind: type[T], what: str) -> T:
     if not isinstance(value, kind):
         raise Inexpressible(f"{what} is {type(value).__name__}, and has to be {kind.__name__}")
     return value
+
+
+def first_block(model: ModelConfig) -> tuple[AttentionConfig, Any]:
+    """Attention and feed-forward layer of the first layer, after which a family of like layers is written."""
+    block = next(model.blocks())
+    return expect_kind(block.mixer, AttentionConfig, "layer 0's mixer"), block.ffn
+
+
+def attentions(model: ModelConfig) -> list[AttentionConfig]:
+    """The mixers of all layers. Raises Inexpressible where one is no attention."""
+    return [expect_kind(block.mixer, AttentionConfig, "a mixer") for block in model.blocks()]
+
+
+def with_windows(attention: AttentionConfig, ffn: Any, windows: Sequence[int | None], **more: Any) -> list[BlockConfig]:
+    """Blocks that differ in their windows alone; `more` are fields of the `BlockConfig`."""
+    return [BlockConfig(mixer=dataclasses.replace(attention, window=window), ffn=ffn, **more) for window in windows]
+
+
+def check_rotation(attention: AttentionConfig) -> None:
+    """Raises Inexpressible where fewer dims are rotated than others would rotate."""
+    dims = attention.head_dim or 0
+    if attention.rope_base is not None and rotary_dim(dims, attention.rope_fraction) != int(dims * attention.rope_fraction):
+        raise Inexpressible(f"heads of {dims} dims are rotated by pairs, and {attention.rope_fraction} of them is an odd number")
 
 
 def lookup(table: Mapping[Any, T], key: Any, what: str) -> T:

@@ -11,7 +11,7 @@ import numpy as np
 
 from slmjax.config import ConfigError, near_names
 from slmjax.convert.families import GGUF_FAMILIES, GGUF_NAMES
-from slmjax.convert.family import Bound, bind, ours_from, read_settings, rounded
+from slmjax.convert.family import Bound, bind, misnamed, ours_from, read_settings, rounded
 from slmjax.convert.gguf_file import GgufFile, PendingTensor, read_gguf, write_gguf
 from slmjax.convert.gguf_tokenizer import tokenizer_from_gguf, tokenizer_metadata
 from slmjax.convert.source import Found, Own, Written, express, read_origin
@@ -41,7 +41,7 @@ def open_file(path: Path) -> Found:
     model = read_settings(known[architecture], _settings(file, architecture), where=str(path))
     table = known[architecture].table_of(model)
     bound = bind(table, model)
-    _check_names(path, architecture, bound, file)
+    _check_names(path, architecture, *misnamed(table, bound, set(file.tensors)))
     return Found(
         config=model, family=architecture, parameters=lambda: ours_from(bound, lambda name: file.tensors[name].read()),
         tokenizer=lambda: _tokenizer(path, file),
@@ -68,11 +68,10 @@ def _told(file: GgufFile) -> dict[str, Any]:
     return {name: value for name, value in file.metadata.items() if not isinstance(value, list) and not name.startswith("tokenizer.")}
 
 
-def _check_names(path: Path, architecture: str, bound: list[Bound], file: GgufFile) -> None:
-    wanted, found = {name for one in bound for name in one.theirs}, set(file.tensors) - {f"{name}.weight" for name in EXTRA_TENSORS}
-    if missing := sorted(wanted - found):
+def _check_names(path: Path, architecture: str, missing: list[str], extra: list[str]) -> None:
+    if missing:
         raise ValueError(f"{path} has no tensor {missing[0]} ({len(missing)} such): it is incomplete, or of another model than it says")
-    if extra := sorted(found - wanted):
+    if extra:
         raise ValueError(f"{path} holds {extra[0]} ({len(extra)} such), which {architecture} has no place for")
 
 
@@ -106,7 +105,6 @@ def write_model(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtype | 
         own.config, GGUF_FAMILIES, format_name="GGUF", preferred=GGUF_NAMES.get(own.family or "", own.family), tolerance=TOLERANCE
     )
     architecture, model = expressed.family.architecture, expressed.config
-    bound = bind(expressed.family.table_of(model), model)
     stored = np.dtype(dtype or own.dtype("embed/table"))
     keys = {f"{architecture}.{name}": value for name, value in expressed.settings.items() if name not in NOT_KEYS}
     origin = read_origin(own.path)
@@ -117,7 +115,7 @@ def write_model(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtype | 
         for name, array in expressed.settings.items()
         if name in EXTRA_TENSORS
     ]
-    tensors = [*extra, *_pending(bound, own, stored)]
+    tensors = [*extra, *_pending(expressed.bound, own, stored)]
     out.parent.mkdir(parents=True, exist_ok=True)
     metadata = {name: value for name, value in {**general, **keys, **words}.items() if value is not None}
     write_gguf(out, architecture=architecture, metadata=metadata, tensors=tensors)
@@ -136,14 +134,14 @@ def _notes(settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _pending(bound: list[Bound], own: Own, stored: np.dtype) -> Iterator[PendingTensor]:
-    """The tensors, each made when it is its turn; several of one rule share what was read."""
+    """The tensors, one for each rule, made when it is its turn."""
     for one in bound:
-        shapes = [array.shape for array in one.rule.write([np.empty(shape, bool) for shape in one.shapes])]
-        for index, (name, shape) in enumerate(zip(one.theirs, shapes, strict=True)):
-            is_vector = len(shape) == 1 or name.endswith(("bias", "ffn_gate_inp.weight", "position_embd.weight"))
-            dtype = np.dtype(np.float32) if is_vector else stored
+        (name,) = one.theirs
+        shape = one.rule.write([np.empty(shape, bool) for shape in one.shapes])[0].shape
+        is_vector = len(shape) == 1 or name.endswith(("bias", "ffn_gate_inp.weight", "position_embd.weight"))
+        dtype = np.dtype(np.float32) if is_vector else stored
 
-            def read(one: Bound = one, name: str = name, index: int = index, dtype: np.dtype = dtype) -> np.ndarray:
-                return rounded(name, one.rule.write([own.read(path) for path in one.ours])[index], dtype)
+        def read(one: Bound = one, name: str = name, dtype: np.dtype = dtype) -> np.ndarray:
+            return rounded(name, one.rule.write([own.read(path) for path in one.ours])[0], dtype)
 
-            yield PendingTensor(name=name, shape=shape, dtype=dtype, read=read)
+        yield PendingTensor(name=name, shape=shape, dtype=dtype, read=read)

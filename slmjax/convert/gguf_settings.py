@@ -5,7 +5,6 @@ Keys are without the name of the architecture. Some are not in the metadata but 
 `rope_freqs`, `rope_factors_long` and `rope_factors_short`.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +14,7 @@ import numpy as np
 from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, stack_of
 from slmjax.attention import AttentionConfig, Biases
 from slmjax.config import ConfigError
-from slmjax.convert.family import Inexpressible, expect_kind
-from slmjax.convert.hf_settings import check_rotation
+from slmjax.convert.family import Inexpressible, attentions, check_rotation, expect_kind
 from slmjax.convert.settings import Settings
 from slmjax.layers import Activation, MlpConfig
 from slmjax.moe import MoeConfig
@@ -32,11 +30,11 @@ FAST_TURNS, SLOW_TURNS = 32.0, 1.0  # of YaRN, where the file does not say
 def read_decoder(settings: Settings, blocks: Sequence[BlockConfig], **more: Any) -> ModelConfig:
     """The model around its layers; `more` are fields of the `ModelConfig` that this family sets."""
     settings.ignore(*IGNORED)
-    eps = {} if "norm_eps" in more else {"norm_eps": settings.take("attention.layer_norm_rms_epsilon")}
+    eps = {} if "norm_eps" in more else {"norm_eps": shortest(settings.take("attention.layer_norm_rms_epsilon"))}
     return ModelConfig(
         embed_dim=settings.take("embedding_length"), stack=stack_of(blocks), vocab_size=settings.take("vocab_size"),
         head=HeadKind.FREE if settings.take("has_output", False) else HeadKind.TIED, context_length=settings.take("context_length"),
-        **_shortened(eps), **more,
+        **eps, **more,
     )  # fmt: skip
 
 
@@ -52,20 +50,9 @@ def write_decoder(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _shortened(values: dict[str, Any]) -> dict[str, Any]:
-    """Numbers that were rounded to float32, as short as they were before."""
-    return {name: shortest(value) if isinstance(value, float) else value for name, value in values.items()}
-
-
 def shortest(value: float) -> float:
     """The shortest decimal number that rounds to this float32."""
     return float(str(np.float32(value)))
-
-
-def first_block(model: ModelConfig) -> tuple[AttentionConfig, Any]:
-    """Attention and feed-forward layer of the first layer."""
-    block = next(model.blocks())
-    return expect_kind(block.mixer, AttentionConfig, "layer 0's mixer"), block.ffn
 
 
 # Attention ------------------------------------------------------------------------------------------------------------
@@ -122,8 +109,8 @@ def check_head(model: ModelConfig, wanted: HeadKind) -> None:
 
 def check_idle_window(model: ModelConfig) -> None:
     """Raises Inexpressible for a window that is shorter than the context, where llama.cpp has none for this architecture."""
-    for layer, block in enumerate(model.blocks()):
-        window = expect_kind(block.mixer, AttentionConfig, "a mixer").window
+    for layer, attention in enumerate(attentions(model)):
+        window = attention.window
         if window is not None and window < model.context_length:
             raise Inexpressible(f"llama.cpp has no windows for it, and that of layer {layer}, {window}, is shorter than the context")
 
@@ -135,8 +122,7 @@ def pattern_windows(num_layers: int, window: int | None, period: int) -> list[in
 
 def common_window(model: ModelConfig) -> int | None:
     """The window of those layers that have one."""
-    windows = [expect_kind(block.mixer, AttentionConfig, "a mixer").window for block in model.blocks()]
-    return next((window for window in windows if window is not None), None)
+    return next((attention.window for attention in attentions(model) if attention.window is not None), None)
 
 
 # Rotary positions -----------------------------------------------------------------------------------------------------
@@ -269,8 +255,3 @@ def write_moe(ffn: Any) -> dict[str, Any]:
         "expert_count": moe.num_experts, "expert_used_count": moe.num_selected, "expert_feed_forward_length": moe.hidden_dim,
         "feed_forward_length": moe.hidden_dim,
     }  # fmt: skip
-
-
-def with_windows(attention: AttentionConfig, ffn: Any, windows: Sequence[int | None], **more: Any) -> list[BlockConfig]:
-    """Blocks that differ in their windows alone; `more` are fields of the `BlockConfig`."""
-    return [BlockConfig(mixer=dataclasses.replace(attention, window=window), ffn=ffn, **more) for window in windows]

@@ -40,7 +40,7 @@ POST_NORMS: tuple[Rule, ...] = (*norm("mixer_post_norm", "post_attention_norm"),
 
 def table(*layer: Rule, around: tuple[Rule, ...] = AROUND) -> Table:
     """The table of a family, with the rules of a layer."""
-    return Table(around=around, layer=layer, prefix="blk.{i}.", base="", ignored=())
+    return Table(around=around, layer=layer, prefix="blk.{i}.", base="", ignored=(r"rope_(freqs|factors_long|factors_short)\.weight",))
 
 
 def paired_table(model: ModelConfig, *layer: Rule) -> Table:

@@ -16,7 +16,7 @@ import numpy as np
 from slmjax import weights
 from slmjax.config import ConfigError, near_names
 from slmjax.convert.families import HF_FAMILIES, HF_NAMES
-from slmjax.convert.family import Bound, Family, Table, bind, ours_from, read_settings, rounded, theirs_from
+from slmjax.convert.family import Bound, Family, Table, bind, misnamed, ours_from, read_settings, rounded, theirs_from
 from slmjax.convert.source import Expressed, Found, Own, express
 from slmjax.data.shards import file_sha256
 from slmjax.data.tokenizers import Tokenizer
@@ -87,12 +87,11 @@ def _as_saved(bound: list[Bound], table: Table, found: set[str]) -> list[Bound]:
 
 
 def _check_names(architecture: str, table: Table, bound: list[Bound], tensors: weights.TensorFiles) -> None:
-    wanted, found = {name for one in bound for name in one.theirs}, set(tensors.names)
-    if missing := sorted(wanted - found):
+    missing, extra = misnamed(table, bound, set(tensors.names))
+    if missing:
         raise ValueError(
             f"{tensors.directory} has no tensor {missing[0]} ({len(missing)} such): weights and configuration do not belong together"
         )
-    extra = sorted(name for name in found - wanted if not any(re.fullmatch(pattern, name) for pattern in table.ignored))
     if extra == ["lm_head.weight"]:
         embedding = next(one.theirs[0] for one in bound if one.ours == ["embed/table"])
         if np.array_equal(tensors.read("lm_head.weight"), tensors.read(embedding)):
@@ -137,7 +136,6 @@ def write_directory(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtyp
       ValueError: no family can express it.
     """
     expressed = express(own.config, HF_FAMILIES, format_name="Hugging Face", preferred=HF_NAMES.get(own.family or "", own.family))
-    bound = bind(expressed.family.table_of(expressed.config), expressed.config)
     stored = np.dtype(dtype or own.dtype("embed/table"))
     ends = list(tokenizer.end_ids)
     ids = {
@@ -150,7 +148,7 @@ def write_directory(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtyp
     }  # fmt: skip
     write_json(out / "config.json", config)
     write_json(out / "generation_config.json", ids)
-    weights.write_tensors(out, _converted(theirs_from(bound, own.read), dtype), largest_file=LARGEST_FILE)
+    weights.write_tensors(out, _converted(theirs_from(expressed.bound, own.read), dtype), largest_file=LARGEST_FILE)
     tokenizer.save(out)
     return expressed
 

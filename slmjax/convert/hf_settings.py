@@ -4,7 +4,6 @@ Readers take keys from `Settings` and give configs of ours; writers give keys. W
 exporter reads back what was written, and refuses what is not the same.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,10 +11,10 @@ from typing import Any
 from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, stack_of
 from slmjax.attention import AttentionConfig, Biases
 from slmjax.config import ConfigError
-from slmjax.convert.family import Inexpressible, expect_kind, lookup
+from slmjax.convert.family import Inexpressible, attentions, check_rotation, expect_kind, lookup
 from slmjax.convert.settings import Settings
 from slmjax.layers import Activation, MlpConfig
-from slmjax.rope import LinearScaling, Llama3Scaling, LongScaling, RopeScaling, YarnScaling, rotary_dim
+from slmjax.rope import LinearScaling, Llama3Scaling, LongScaling, RopeScaling, YarnScaling
 
 # Keys that say how a model was trained or is to be run, not what it computes.
 IGNORED = (
@@ -70,12 +69,6 @@ def check_width(model: ModelConfig, num_heads: int) -> None:
         raise Inexpressible(f"its width, {model.embed_dim}, has to be a multiple of its heads, {num_heads}")
 
 
-def first_block(model: ModelConfig) -> tuple[AttentionConfig, Any]:
-    """Attention and feed-forward layer of the first layer, after which a family of like layers is written."""
-    block = next(model.blocks())
-    return expect_kind(block.mixer, AttentionConfig, "layer 0's mixer"), block.ffn
-
-
 # Attention ------------------------------------------------------------------------------------------------------------
 def read_attention(settings: Settings, *, is_partial: bool = False, **more: Any) -> AttentionConfig:
     """Heads and rotary positions; `more` are fields of the `AttentionConfig` that this family sets.
@@ -92,6 +85,11 @@ def read_attention(settings: Settings, *, is_partial: bool = False, **more: Any)
 def read_biases(settings: Settings) -> Biases:
     """Whether all projections of attention have biases."""
     return Biases.ALL if settings.take("attention_bias", False) else Biases.NONE
+
+
+def write_biases(attention: AttentionConfig) -> dict[str, Any]:
+    """The key that `read_biases` takes."""
+    return {"attention_bias": attention.biases is Biases.ALL}
 
 
 def write_attention(attention: AttentionConfig) -> dict[str, Any]:
@@ -123,7 +121,7 @@ def _is_local(kind: str) -> bool:
 
 def write_windows(model: ModelConfig) -> dict[str, Any]:
     """`sliding_window` and `layer_types`."""
-    windows = [expect_kind(block.mixer, AttentionConfig, "a mixer").window for block in model.blocks()]
+    windows = [attention.window for attention in attentions(model)]
     kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
     # Where no layer has one, some libraries want a number all the same.
     return {"sliding_window": next((window for window in windows if window), model.context_length), "layer_types": kinds}
@@ -233,13 +231,6 @@ def write_rope(attention: AttentionConfig) -> dict[str, Any]:
     return keys | {"rope_scaling": write_scaling(attention.rope_scaling)}
 
 
-def check_rotation(attention: AttentionConfig) -> None:
-    """Raises Inexpressible where fewer dims are rotated than others would rotate."""
-    dims = attention.head_dim or 0
-    if attention.rope_base is not None and rotary_dim(dims, attention.rope_fraction) != int(dims * attention.rope_fraction):
-        raise Inexpressible(f"heads of {dims} dims are rotated by pairs, and {attention.rope_fraction} of them is an odd number")
-
-
 def write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     """The keys of `rope_scaling`; None where angles are plain."""
     if scaling is None:
@@ -290,8 +281,3 @@ def read_activation(settings: Settings, name: str = "hidden_act", default: str =
 def write_activation(activation: Activation) -> str:
     """The name of a non-linearity. Raises Inexpressible if it has none."""
     return lookup(ACTIVATION_NAMES, activation, "the activation")
-
-
-def with_window(attention: AttentionConfig, window: int | None) -> AttentionConfig:
-    """The same attention in a window."""
-    return dataclasses.replace(attention, window=window)

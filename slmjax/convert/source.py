@@ -11,7 +11,7 @@ import numpy as np
 from slmjax import checkpoint, weights
 from slmjax.architecture import ModelConfig
 from slmjax.convert.canonical_form import canonical, differences
-from slmjax.convert.family import Family, Inexpressible, bind
+from slmjax.convert.family import Bound, Family, Inexpressible, bind
 from slmjax.convert.settings import Settings
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.parameters import logical_paths
@@ -96,6 +96,7 @@ class Expressed:
     family: Family
     config: ModelConfig  # in canonical form
     settings: dict[str, Any]
+    bound: list[Bound]  # what its tensors are made of
 
 
 def express(
@@ -119,8 +120,7 @@ def express(
             found = canonical(family.read(reader))
             reader.finish()
             if not (lost := differences(wanted, found, tolerance=tolerance)):
-                bind(family.table_of(wanted), wanted)
-                return Expressed(family=family, config=wanted, settings=settings)
+                return Expressed(family=family, config=wanted, settings=settings, bound=bind(family.table_of(wanted), wanted))
             reasons.append((len(lost), f"as {family.architecture}, it would lose {'; '.join(lost[:3])}"))
         except Inexpressible as error:
             reasons.append((50, f"as {family.architecture}: {error}"))

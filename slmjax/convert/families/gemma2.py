@@ -2,20 +2,19 @@
 
 from typing import Any
 
-from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, NormPlacement
-from slmjax.attention import Biases
+from slmjax.architecture import HeadKind, ModelConfig, NormPlacement
+from slmjax.attention import AttentionConfig, Biases
 from slmjax.convert import gguf_settings, gguf_tensors
-from slmjax.convert.family import Family, Table
+from slmjax.convert.family import Family, Table, first_block, with_windows
 from slmjax.convert.hf_settings import (
     check_width,
-    first_block,
     read_attention,
     read_biases,
     read_decoder,
     read_mlp,
     read_windows,
-    with_window,
     write_attention,
+    write_biases,
     write_decoder,
     write_mlp,
     write_windows,
@@ -38,7 +37,7 @@ def read(settings: Settings) -> ModelConfig:
     windows = read_windows(
         settings, num_layers=num_layers, window=settings.take("sliding_window", 4096), default=[i % 2 == 0 for i in range(num_layers)]
     )
-    blocks = [BlockConfig(mixer=with_window(attention, window), ffn=ffn, norm=NormPlacement.SANDWICH) for window in windows]
+    blocks = with_windows(attention, ffn, windows, norm=NormPlacement.SANDWICH)
     return read_decoder(
         settings, blocks, tied=True, norm_kind=NormKind.CENTERED_RMS, embed_multiplier=settings.take("hidden_size") ** 0.5,
         logit_softcap=settings.optional("final_logit_softcapping", 30.0),
@@ -49,18 +48,17 @@ def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     attention, ffn = first_block(model)
     check_width(model, attention.num_heads)
-    extra = {
-        "query_pre_attn_scalar": query_scalar(attention.scale), "attn_logit_softcapping": attention.softcap,
-        "final_logit_softcapping": model.logit_softcap, "attention_bias": attention.biases is Biases.ALL,
-    }  # fmt: skip
     keys = {**write_decoder(model), **write_attention(attention), **write_mlp(ffn, activation="hidden_activation")}
-    return {"model_type": "gemma2", **keys, **write_windows(model), **extra}
+    return {"model_type": "gemma2", **keys, **write_windows(model), **write_scores(model, attention)}
 
 
-def query_scalar(scale: float | None) -> float:
-    """The number whose root scores are divided by, as short as it was written."""
-    scalar = float(f"{(scale or 1.0) ** -2:.12g}")
-    return int(scalar) if scalar.is_integer() else scalar
+def write_scores(model: ModelConfig, attention: AttentionConfig) -> dict[str, Any]:
+    """The keys of scores and logits, which Gemma 3 has too. Scores are divided by the root of a number, as short as it was written."""
+    scalar = float(f"{(attention.scale or 1.0) ** -2:.12g}")
+    return {
+        "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar, "attn_logit_softcapping": attention.softcap,
+        "final_logit_softcapping": model.logit_softcap, **write_biases(attention),
+    }  # fmt: skip
 
 
 HF = Family(
@@ -78,14 +76,14 @@ def read_gguf(settings: Settings) -> ModelConfig:
     windows = gguf_settings.pattern_windows(num_layers, settings.take("attention.sliding_window", 4096), 2)
     ffn = gguf_settings.read_mlp(settings, Activation.GELU)
     return gguf_settings.read_decoder(
-        settings, gguf_settings.with_windows(attention, ffn, windows, norm=NormPlacement.SANDWICH), norm_kind=NormKind.CENTERED_RMS,
+        settings, with_windows(attention, ffn, windows, norm=NormPlacement.SANDWICH), norm_kind=NormKind.CENTERED_RMS,
         embed_multiplier=settings.take("embedding_length") ** 0.5, logit_softcap=float(settings.take("final_logit_softcapping", 30.0)),
     )  # fmt: skip
 
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> GGUF metadata."""
-    attention, ffn = gguf_settings.first_block(model)
+    attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.NONE)
     gguf_settings.check_head(model, HeadKind.TIED)
     gguf_settings.check_plain_scale(attention)

@@ -7,23 +7,19 @@ import dataclasses
 from typing import Any
 
 from slmjax.architecture import BlockConfig, ModelConfig, NormPlacement
-from slmjax.attention import AttentionConfig, Biases, QkNorm
+from slmjax.attention import Biases, QkNorm
 from slmjax.convert import gguf_settings
 from slmjax.convert.families import gemma2
-from slmjax.convert.families.gemma2 import query_scalar
-from slmjax.convert.family import Family, Inexpressible, Rule, Table, expect_kind
+from slmjax.convert.family import Family, Inexpressible, Rule, Table, attentions, check_rotation, first_block
 from slmjax.convert.hf_settings import (
     IGNORED,
-    check_rotation,
     check_width,
-    first_block,
     read_attention,
     read_biases,
     read_decoder,
     read_mlp,
     read_ropes_by_kind,
     read_windows,
-    with_window,
     write_attention,
     write_decoder,
     write_mlp,
@@ -58,7 +54,7 @@ def read(settings: Settings) -> ModelConfig:
         default=[(layer + 1) % period != 0 for layer in range(num_layers)],
     )  # fmt: skip
     ffn = read_mlp(settings, activation="hidden_activation", default="gelu_pytorch_tanh")
-    mixers = [dataclasses.replace(with_window(attention, window), **ropes[window is not None]) for window in windows]
+    mixers = [dataclasses.replace(attention, window=window, **ropes[window is not None]) for window in windows]
     return read_decoder(
         settings, [BlockConfig(mixer=mixer, ffn=ffn, norm=NormPlacement.SANDWICH) for mixer in mixers], tied=True,
         norm_kind=NormKind.CENTERED_RMS, embed_multiplier=settings.take("hidden_size") ** 0.5,
@@ -70,7 +66,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     attention, ffn = first_block(model)
     check_width(model, attention.num_heads)
-    mixers = [expect_kind(block.mixer, AttentionConfig, "a mixer") for block in model.blocks()]
+    mixers = attentions(model)
     local = next((mixer for mixer in mixers if mixer.window is not None), None)
     full = next((mixer for mixer in mixers if mixer.window is None), None)
     for mixer in mixers:
@@ -81,12 +77,8 @@ def write(model: ModelConfig) -> dict[str, Any]:
         "rope_theta": 1e6 if full is None else full.rope_base, "rope_local_base_freq": 1e4 if local is None else local.rope_base,
         "rope_scaling": None if full is None else write_scaling(full.rope_scaling),
     }  # fmt: skip
-    extra = {
-        "query_pre_attn_scalar": query_scalar(attention.scale), "attn_logit_softcapping": attention.softcap,
-        "final_logit_softcapping": model.logit_softcap, "attention_bias": attention.biases is Biases.ALL,
-    }  # fmt: skip
     keys = {**write_decoder(model), **write_attention(attention), **write_mlp(ffn, activation="hidden_activation")}
-    return {"model_type": "gemma3_text", **keys, **write_windows(model), **extra, **ropes}
+    return {"model_type": "gemma3_text", **keys, **write_windows(model), **gemma2.write_scores(model, attention), **ropes}
 
 
 LAYER = (*SANDWICH_NORMS, *ATTENTION, *GATED_MLP)
@@ -147,10 +139,10 @@ def read_gguf(settings: Settings) -> ModelConfig:
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> GGUF metadata."""
-    attention, ffn = gguf_settings.first_block(model)
+    attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.NONE)
     gguf_settings.check_plain_scale(attention)
-    mixers = [expect_kind(block.mixer, AttentionConfig, "a mixer") for block in model.blocks()]
+    mixers = attentions(model)
     local = next((mixer for mixer in mixers if mixer.window is not None), None)
     full = next((mixer for mixer in mixers if mixer.window is None), local)
     assert full is not None, "a model has layers"

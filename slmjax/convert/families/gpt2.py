@@ -7,8 +7,8 @@ import numpy as np
 from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, stack_of
 from slmjax.attention import AttentionConfig, Biases
 from slmjax.convert import gguf_settings, gguf_tensors
-from slmjax.convert.family import Arrays, Family, Inexpressible, Rule, Shapes, Table, expect_kind, linear, norm, same
-from slmjax.convert.hf_settings import IGNORED, check_width, first_block, read_activation, write_activation
+from slmjax.convert.family import Arrays, Family, Inexpressible, Rule, Shapes, Table, expect_kind, first_block, linear, norm, same
+from slmjax.convert.hf_settings import IGNORED, check_width, read_activation, write_activation
 from slmjax.convert.settings import Settings
 from slmjax.layers import Activation, MlpConfig, NormKind
 
@@ -97,7 +97,7 @@ def read_gguf(settings: Settings) -> ModelConfig:
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> GGUF metadata."""
-    attention, ffn = gguf_settings.first_block(model)
+    attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.ALL)
     gguf_settings.check_square(model, attention)
     gguf_settings.check_plain_scale(attention)

@@ -4,22 +4,25 @@ from typing import Any
 
 import numpy as np
 
-from slmjax.architecture import BlockConfig, HeadKind, ModelConfig
+from slmjax.architecture import HeadKind, ModelConfig
 from slmjax.attention import Biases
 from slmjax.config import ConfigError
 from slmjax.convert import gguf_settings, gguf_tensors
-from slmjax.convert.family import Arrays, Family, Inexpressible, Rule, Shapes, Table, expect_kind, linear, norm, same
-from slmjax.convert.hf_settings import (
+from slmjax.convert.family import (
+    Arrays,
+    Family,
+    Inexpressible,
+    Rule,
+    Shapes,
+    Table,
+    expect_kind,
     first_block,
-    read_attention,
-    read_decoder,
-    read_rope,
-    read_windows,
-    with_window,
-    write_attention,
-    write_decoder,
-    write_windows,
+    linear,
+    norm,
+    same,
+    with_windows,
 )
+from slmjax.convert.hf_settings import read_attention, read_decoder, read_rope, read_windows, write_attention, write_decoder, write_windows
 from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, PRE_NORMS
 from slmjax.convert.settings import Settings
 from slmjax.layers import CLAMP, STEEPNESS, Activation
@@ -44,7 +47,7 @@ def read(settings: Settings) -> ModelConfig:
     windows = read_windows(
         settings, num_layers=num_layers, window=settings.take("sliding_window", 128), default=[i % 2 == 0 for i in range(num_layers)]
     )
-    blocks = [BlockConfig(mixer=with_window(attention, window), ffn=ffn) for window in windows]
+    blocks = with_windows(attention, ffn, windows)
     return read_decoder(settings, blocks, norm_eps=settings.take("rms_norm_eps", 1e-5))
 
 
@@ -94,12 +97,12 @@ def read_gguf(settings: Settings) -> ModelConfig:
     attention = gguf_settings.read_attention(settings, biases=Biases.ALL, sinks=True)
     windows = gguf_settings.pattern_windows(settings.take("block_count"), settings.take("attention.sliding_window"), 2)
     ffn = gguf_settings.read_moe(settings, activation=Activation.CLAMPED_SILU, bias=True)
-    return gguf_settings.read_decoder(settings, gguf_settings.with_windows(attention, ffn, windows))
+    return gguf_settings.read_decoder(settings, with_windows(attention, ffn, windows))
 
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> GGUF metadata."""
-    attention, ffn = gguf_settings.first_block(model)
+    attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.ALL)
     gguf_settings.check_head(model, HeadKind.FREE)
     gguf_settings.check_plain_scale(attention)

@@ -3,17 +3,17 @@
 from typing import Any
 
 from slmjax.architecture import BlockConfig, ModelConfig
-from slmjax.attention import AttentionConfig, Biases
+from slmjax.attention import AttentionConfig
 from slmjax.config import ConfigError
 from slmjax.convert import gguf_settings, gguf_tensors
-from slmjax.convert.family import Family, Inexpressible, Table, joined, linear
+from slmjax.convert.family import Family, Inexpressible, Table, first_block, joined, linear
 from slmjax.convert.hf_settings import (
-    first_block,
     read_attention,
     read_biases,
     read_decoder,
     read_mlp,
     write_attention,
+    write_biases,
     write_decoder,
     write_mlp,
 )
@@ -52,7 +52,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
 
 def _write_decoder(model: ModelConfig, attention: AttentionConfig) -> dict[str, Any]:
     return {
-        **write_decoder(model), **write_attention(attention), "attention_bias": attention.biases is Biases.ALL,
+        **write_decoder(model), **write_attention(attention), **write_biases(attention),
         "embedding_multiplier": model.embed_multiplier, "residual_multiplier": model.residual_multiplier,
         "attention_multiplier": attention.scale, "logits_scaling": float(f"{1 / model.logit_multiplier:.12g}"),
     }  # fmt: skip
@@ -121,7 +121,7 @@ def read_gguf(settings: Settings) -> ModelConfig:
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> GGUF metadata, of Granite 4 without recurrent layers too: it computes the same."""
-    attention, ffn = gguf_settings.first_block(model)
+    attention, ffn = first_block(model)
     if attention.rope_base is None:
         raise Inexpressible("all dims of all heads are rotated")
     multipliers = {

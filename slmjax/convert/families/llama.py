@@ -4,17 +4,16 @@ import dataclasses
 from typing import Any
 
 from slmjax.architecture import BlockConfig, HeadKind, ModelConfig
-from slmjax.attention import Biases
 from slmjax.convert import gguf_settings, gguf_tensors
-from slmjax.convert.family import Family, Inexpressible, Table
+from slmjax.convert.family import Family, Inexpressible, Table, first_block
 from slmjax.convert.hf_settings import (
     check_width,
-    first_block,
     read_attention,
     read_biases,
     read_decoder,
     read_mlp,
     write_attention,
+    write_biases,
     write_decoder,
     write_mlp,
 )
@@ -35,7 +34,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     attention, ffn = first_block(model)
     check_width(model, attention.num_heads)
-    biases = {"attention_bias": attention.biases is Biases.ALL, "mlp_bias": getattr(ffn, "bias", False)}
+    biases = {**write_biases(attention), "mlp_bias": getattr(ffn, "bias", False)}
     return {"model_type": "llama", **write_decoder(model), **write_attention(attention), **write_mlp(ffn), **biases}
 
 
@@ -73,7 +72,7 @@ def read_gguf(settings: Settings) -> ModelConfig:
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> GGUF metadata."""
-    attention, ffn = gguf_settings.first_block(model)
+    attention, ffn = first_block(model)
     gguf_settings.check_plain_scale(attention)
     if attention.rope_base is None:
         raise Inexpressible("all dims of all heads are rotated")

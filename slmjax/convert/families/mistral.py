@@ -3,8 +3,8 @@
 from typing import Any
 
 from slmjax.architecture import BlockConfig, ModelConfig
-from slmjax.convert.family import Family, Table
-from slmjax.convert.hf_settings import first_block, read_attention, read_decoder, read_mlp, write_attention, write_decoder, write_mlp
+from slmjax.convert.family import Family, Table, first_block
+from slmjax.convert.hf_settings import read_attention, read_decoder, read_mlp, write_attention, write_decoder, write_mlp
 from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
 from slmjax.convert.settings import Settings
 

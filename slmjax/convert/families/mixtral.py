@@ -3,9 +3,8 @@
 from typing import Any
 
 from slmjax.architecture import BlockConfig, ModelConfig
-from slmjax.convert.family import Family, Table, expect_kind, experts, matrix
+from slmjax.convert.family import Family, Table, expect_kind, experts, first_block, matrix
 from slmjax.convert.hf_settings import (
-    first_block,
     read_activation,
     read_attention,
     read_decoder,

@@ -4,16 +4,16 @@ import dataclasses
 from typing import Any
 
 from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, NormPlacement
-from slmjax.attention import AttentionConfig, Biases, QkNorm
+from slmjax.attention import Biases, QkNorm
 from slmjax.convert import gguf_settings, gguf_tensors
-from slmjax.convert.family import Family, Table, expect_kind
+from slmjax.convert.family import Family, Table, attentions, first_block
 from slmjax.convert.hf_settings import (
-    first_block,
     read_attention,
     read_biases,
     read_decoder,
     read_mlp,
     write_attention,
+    write_biases,
     write_decoder,
     write_mlp,
 )
@@ -32,7 +32,7 @@ def read(settings: Settings) -> ModelConfig:
 def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     attention, ffn = first_block(model)
-    biases = {"attention_bias": attention.biases is Biases.ALL}
+    biases = write_biases(attention)
     return {"model_type": "olmo2", **write_decoder(model), **write_attention(attention), **write_mlp(ffn), **biases}
 
 
@@ -53,12 +53,12 @@ def read_gguf(settings: Settings) -> ModelConfig:
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> GGUF metadata."""
-    attention, ffn = gguf_settings.first_block(model)
+    attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.NONE)
     gguf_settings.check_plain_scale(attention)
     gguf_settings.check_square(model, attention)
     gguf_settings.check_head(model, HeadKind.FREE)
-    mixers = [expect_kind(block.mixer, AttentionConfig, "a mixer") for block in model.blocks()]
+    mixers = attentions(model)
     full = next((mixer for mixer in mixers if mixer.window is None), mixers[0])
     window = gguf_settings.common_window(model)
     keys = {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(full), **gguf_settings.write_mlp(ffn)}

@@ -4,12 +4,10 @@ import dataclasses
 from typing import Any
 
 from slmjax.architecture import BlockConfig, ModelConfig, NormPlacement
-from slmjax.attention import AttentionConfig, Biases, QkNorm
+from slmjax.attention import QkNorm
 from slmjax.convert.families import olmo2
-from slmjax.convert.family import Family, Inexpressible, expect_kind
+from slmjax.convert.family import Family, Inexpressible, attentions, check_rotation, first_block
 from slmjax.convert.hf_settings import (
-    check_rotation,
-    first_block,
     read_attention,
     read_biases,
     read_decoder,
@@ -17,6 +15,7 @@ from slmjax.convert.hf_settings import (
     read_ropes_by_kind,
     read_windows,
     write_attention,
+    write_biases,
     write_decoder,
     write_mlp,
     write_scaling,
@@ -45,8 +44,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     attention, ffn = first_block(model)
     ropes = {}
-    for block in model.blocks():
-        mixer = expect_kind(block.mixer, AttentionConfig, "a mixer")
+    for mixer in attentions(model):
         check_rotation(mixer)
         if mixer.rope_base is None:
             raise Inexpressible("every layer has positions")
@@ -55,7 +53,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     keys = {**write_decoder(model), **write_attention(attention), **write_mlp(ffn), **write_windows(model)}
     for name in ("rope_theta", "rope_scaling"):
         keys.pop(name, None)
-    biases = {"attention_bias": attention.biases is Biases.ALL}
+    biases = write_biases(attention)
     return {"model_type": "olmo3", **keys, **biases, "rope_parameters": ropes}
 
 

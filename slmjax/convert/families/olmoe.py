@@ -3,16 +3,16 @@
 from typing import Any
 
 from slmjax.architecture import BlockConfig, ModelConfig
-from slmjax.attention import Biases, QkNorm
-from slmjax.convert.family import Family, Inexpressible, Table, expect_kind
+from slmjax.attention import QkNorm
+from slmjax.convert.family import Family, Inexpressible, Table, expect_kind, first_block
 from slmjax.convert.hf_settings import (
-    first_block,
     read_activation,
     read_attention,
     read_biases,
     read_decoder,
     write_activation,
     write_attention,
+    write_biases,
     write_decoder,
 )
 from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, MOE, PRE_NORMS
@@ -45,7 +45,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
         "num_experts": moe.num_experts, "num_experts_per_tok": moe.num_selected, "intermediate_size": moe.hidden_dim,
         "norm_topk_prob": moe.normalize_weights, "hidden_act": write_activation(moe.activation),
     }  # fmt: skip
-    biases = {"attention_bias": attention.biases is Biases.ALL}
+    biases = write_biases(attention)
     return {"model_type": "olmoe", **write_decoder(model), **write_attention(attention), **experts, **biases}
 
 

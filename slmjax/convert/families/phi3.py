@@ -5,8 +5,8 @@ from typing import Any
 from slmjax.architecture import BlockConfig, ModelConfig
 from slmjax.attention import Biases
 from slmjax.convert import gguf_settings, gguf_tensors
-from slmjax.convert.family import Family, Inexpressible, Table, joined, linear
-from slmjax.convert.hf_settings import first_block, read_attention, read_decoder, read_mlp, write_attention, write_decoder, write_mlp
+from slmjax.convert.family import Family, Inexpressible, Table, first_block, joined, linear
+from slmjax.convert.hf_settings import read_attention, read_decoder, read_mlp, write_attention, write_decoder, write_mlp
 from slmjax.convert.hf_tensors import EMBEDDING, PRE_NORMS
 from slmjax.convert.settings import Settings
 from slmjax.rope import LongScaling
@@ -63,7 +63,7 @@ def read_gguf(settings: Settings) -> ModelConfig:
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> GGUF metadata."""
-    attention, ffn = gguf_settings.first_block(model)
+    attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.NONE)
     gguf_settings.check_plain_scale(attention)
     gguf_settings.check_square(model, attention)

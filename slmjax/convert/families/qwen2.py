@@ -6,17 +6,8 @@ from slmjax.architecture import BlockConfig, ModelConfig
 from slmjax.attention import Biases
 from slmjax.convert import gguf_settings, gguf_tensors
 from slmjax.convert.families.qwen3 import qwen_windows, write_qwen_windows
-from slmjax.convert.family import Family, Table
-from slmjax.convert.hf_settings import (
-    first_block,
-    read_attention,
-    read_decoder,
-    read_mlp,
-    with_window,
-    write_attention,
-    write_decoder,
-    write_mlp,
-)
+from slmjax.convert.family import Family, Table, first_block, with_windows
+from slmjax.convert.hf_settings import read_attention, read_decoder, read_mlp, write_attention, write_decoder, write_mlp
 from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
 from slmjax.convert.settings import Settings
 
@@ -25,7 +16,7 @@ def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
     settings.expect("use_mrope", False)
     attention, ffn = read_attention(settings, biases=Biases.QKV), read_mlp(settings)
-    return read_decoder(settings, [BlockConfig(mixer=with_window(attention, window), ffn=ffn) for window in qwen_windows(settings)])
+    return read_decoder(settings, with_windows(attention, ffn, qwen_windows(settings)))
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
@@ -49,7 +40,7 @@ def read_gguf(settings: Settings) -> ModelConfig:
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> GGUF metadata."""
-    attention, ffn = gguf_settings.first_block(model)
+    attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.QKV)
     gguf_settings.check_plain_scale(attention)
     gguf_settings.check_square(model, attention)

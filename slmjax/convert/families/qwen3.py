@@ -5,16 +5,15 @@ from typing import Any
 from slmjax.architecture import BlockConfig, ModelConfig
 from slmjax.attention import Biases, QkNorm
 from slmjax.convert import gguf_settings, gguf_tensors
-from slmjax.convert.family import Family, Table
+from slmjax.convert.family import Family, Table, first_block, with_windows
 from slmjax.convert.hf_settings import (
-    first_block,
     read_attention,
     read_biases,
     read_decoder,
     read_mlp,
     read_windows,
-    with_window,
     write_attention,
+    write_biases,
     write_decoder,
     write_mlp,
     write_windows,
@@ -27,7 +26,7 @@ def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
     biases = read_biases(settings)
     attention, ffn = read_attention(settings, qk_norm=QkNorm.PER_HEAD, biases=biases), read_mlp(settings)
-    return read_decoder(settings, [BlockConfig(mixer=with_window(attention, window), ffn=ffn) for window in qwen_windows(settings)])
+    return read_decoder(settings, with_windows(attention, ffn, qwen_windows(settings)))
 
 
 def qwen_windows(settings: Settings) -> list[int | None]:
@@ -51,7 +50,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     attention, ffn = first_block(model)
     windows = write_qwen_windows(model)
-    biases = {"attention_bias": attention.biases is Biases.ALL}
+    biases = write_biases(attention)
     return {"model_type": "qwen3", **write_decoder(model), **write_attention(attention), **write_mlp(ffn), **windows, **biases}
 
 
@@ -70,7 +69,7 @@ def read_gguf(settings: Settings) -> ModelConfig:
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> GGUF metadata."""
-    attention, ffn = gguf_settings.first_block(model)
+    attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.NONE)
     gguf_settings.check_plain_scale(attention)
     return {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_mlp(ffn)}

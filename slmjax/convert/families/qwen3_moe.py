@@ -5,9 +5,8 @@ from typing import Any
 from slmjax.architecture import BlockConfig, ModelConfig
 from slmjax.attention import Biases, QkNorm
 from slmjax.convert import gguf_settings, gguf_tensors
-from slmjax.convert.family import Family, Inexpressible, Table
+from slmjax.convert.family import Family, Inexpressible, Table, first_block
 from slmjax.convert.hf_settings import (
-    first_block,
     read_activation,
     read_attention,
     read_biases,
@@ -15,6 +14,7 @@ from slmjax.convert.hf_settings import (
     read_mlp,
     write_activation,
     write_attention,
+    write_biases,
     write_decoder,
 )
 from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, MOE, PRE_NORMS
@@ -54,7 +54,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
         "intermediate_size": moe.hidden_dim if mlp is None else mlp.hidden_dim,
     }  # fmt: skip
     windows = {"use_sliding_window": attention.window is not None, "sliding_window": attention.window}
-    biases = {"attention_bias": attention.biases is Biases.ALL}
+    biases = write_biases(attention)
     return {"model_type": "qwen3_moe", **write_decoder(model), **write_attention(attention), **experts, **windows, **biases}
 
 
@@ -75,7 +75,7 @@ def read_gguf(settings: Settings) -> ModelConfig:
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> GGUF metadata."""
-    attention, ffn = gguf_settings.first_block(model)
+    attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.NONE)
     gguf_settings.check_plain_scale(attention)
     return {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_moe(ffn)}

@@ -4,11 +4,10 @@ import dataclasses
 from typing import Any
 
 from slmjax.architecture import BlockConfig, ModelConfig
-from slmjax.attention import AttentionConfig, Biases
+from slmjax.attention import Biases
 from slmjax.convert import gguf_settings, gguf_tensors
-from slmjax.convert.family import Family, Table, expect_kind
+from slmjax.convert.family import Family, Table, attentions, first_block
 from slmjax.convert.hf_settings import (
-    first_block,
     read_attention,
     read_biases,
     read_decoder,
@@ -16,6 +15,7 @@ from slmjax.convert.hf_settings import (
     read_rope,
     read_windows,
     write_attention,
+    write_biases,
     write_decoder,
     write_mlp,
     write_windows,
@@ -44,13 +44,13 @@ def read(settings: Settings) -> ModelConfig:
 def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     attention, ffn = first_block(model)
-    mixers = [expect_kind(block.mixer, AttentionConfig, "a mixer") for block in model.blocks()]
+    mixers = attentions(model)
     turned = next((mixer for mixer in mixers if mixer.rope_base is not None), attention)
     windows = write_windows(model)
     extra = {
         "no_rope_layers": [int(mixer.rope_base is not None) for mixer in mixers],
         "use_sliding_window": "sliding_attention" in windows["layer_types"],
-        "attention_bias": attention.biases is Biases.ALL,
+        **write_biases(attention),
         "mlp_bias": getattr(ffn, "bias", False),
     }
     keys = {**write_decoder(model), **write_attention(turned), **write_mlp(ffn)}
@@ -73,7 +73,7 @@ def read_gguf(settings: Settings) -> ModelConfig:
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> GGUF metadata."""
-    attention, ffn = gguf_settings.first_block(model)
+    attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.NONE)
     gguf_settings.check_plain_scale(attention)
     return {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_mlp(ffn)}
