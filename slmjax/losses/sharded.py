@@ -1,0 +1,93 @@
+"""A chunked sum over the tokens of a whole batch, on any mesh.
+
+Each device walks over its own tokens with the whole table, or over those of its group with its part of the table: that by which less is
+sent is chosen. Tables are gathered once, before the loop, over the axes that their columns are divided over, and their gradients are
+reduced once, after it.
+
+Dims: B batch, T time, D model, E another model's width, V rows of the tables.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from slmjax import sharding
+from slmjax.losses.chunks import ChunkFn, chunked_sum, default_chunk_size
+from slmjax.losses.heads import Head
+
+
+class Vocabulary(enum.Enum):
+    """What a device of the tensor axis does of a group's logits."""
+
+    GATHERED = "gathered"  # all logits of its part of the tokens: the whole table is sent to it, and its gradient back
+    DIVIDED = "divided"  # its part of the logits of all tokens: the gradient of the hidden states is summed over devices
+
+
+def choose_vocabulary(num_tokens: int, table_rows: int) -> Vocabulary:
+    """The way in which less is sent: rows as wide as hidden states are, of which one way sends the table's and the other the tokens'.
+
+    Args:
+      num_tokens: tokens of the devices that share a table.
+      table_rows: rows of the table.
+    """
+    divides = table_rows % sharding.num_devices("vocab") == 0 and sharding.num_devices("vocab") > 1
+    return Vocabulary.DIVIDED if divides and num_tokens < table_rows else Vocabulary.GATHERED
+
+
+def sharded_sum(
+    terms: Callable[[sharding.Shards], ChunkFn],
+    hidden: Float[Array, "B T D"],
+    head: Head,
+    *,
+    tokens: Any,
+    others: tuple[tuple[Array, Head], ...] = (),
+    constants: Any = (),
+    chunk_size: int | None = None,
+    vocabulary: Vocabulary | None = None,
+) -> tuple[Float[Array, ""], Any]:
+    """`chunked_sum` over the batch on the current mesh; the sums are over the global batch, the same on every device.
+
+    Args:
+      terms: of the shards of the tables, the function of a chunk: `fn(hidden [C, D], head, (tokens, other_hidden), (constants,
+        other_heads))`, as `chunked_sum` takes it; of each there is one function.
+      hidden: final hidden states, with a gradient, as has `head`.
+      tokens: pytree of arrays [B, T, ...] without a gradient.
+      others: final hidden states [B, T, E] and heads of other models, without a gradient; their tables have as many rows as `head`'s.
+      constants: pytree of scalars and small arrays.
+      chunk_size: a device's own tokens per chunk; None gives about 64 MB of logits.
+      vocabulary: how the devices of the tensor axis share the work; None for what is sent less (`choose_vocabulary`).
+    """
+    (batch_size, length), num_rows = hidden.shape[:2], head.weight.shape[0]
+    if any(other.weight.shape[0] != num_rows for _, other in others):
+        raise ValueError(f"tables of {[num_rows, *(other.weight.shape[0] for _, other in others)]} rows: all must have as many")
+    if vocabulary is None:
+        tokens_here = batch_size * length // (sharding.num_devices("batch") * sharding.num_devices("time"))
+        vocabulary = choose_vocabulary(tokens_here, num_rows)
+    is_whole = vocabulary is Vocabulary.GATHERED
+    token_dim, bias_rows = ("tokens", None) if is_whole else ("time", "vocab")
+
+    def on_device(states: tuple[Array, ...], tables: tuple[Array, ...], biases: tuple[Any, ...], tokens: Any, constants: Any) -> Any:
+        gathered = [sharding.gathered_table(table, whole=is_whole) for table in tables]
+        heads = [
+            dataclasses.replace(one, weight=table, bias=bias)
+            for one, (table, _), bias in zip((head, *(other for _, other in others)), gathered, biases, strict=True)
+        ]
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (states, tokens))
+        size = default_chunk_size(flat[0][0].shape[0], heads[0].weight.shape[0]) if chunk_size is None else chunk_size
+        sums = chunked_sum(
+            terms(gathered[0][1]), flat[0][0], heads[0], tokens=(flat[1], flat[0][1:]), constants=(constants, tuple(heads[1:])),
+            chunk_size=size,
+        )  # fmt: skip
+        return sharding.sum_over(sums, "batch", token_dim)
+
+    table_dims = sharding.table_dims(num_rows, batch_size=batch_size)
+    if is_whole and (table_dims == ("vocab", None) or length % sharding.num_devices("tokens")):
+        table_dims = (None, table_dims[1])  # devices with the same tokens must have the same table, not one that each has gathered
+    heads = (head, *(other for _, other in others))
+    args = (hidden, *(states for states, _ in others)), tuple(one.weight for one in heads), tuple(one.bias for one in heads)
+    in_dims = (("batch", token_dim, None), table_dims, (bias_rows,), ("batch", token_dim), ())
+    return sharding.local(on_device, in_dims=in_dims, out_dims=())(*args, tokens, constants)
