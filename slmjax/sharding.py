@@ -207,7 +207,8 @@ def local(fn: Callable[..., Any], *, in_dims: tuple[Dims, ...], out_dims: Any, c
     `sum_over`, `gather` and `scatter_sum` over it do nothing.
 
     Args:
-      fn: takes arrays, one per entry of `in_dims`; an argument may be a pytree whose leaves all have the same dims.
+      fn: takes arrays, one per entry of `in_dims`; an argument may be a pytree whose leaves all have the same
+        dims, or these and further ones that are not divided.
       in_dims: logical dims per argument.
       out_dims: logical dims of the result, or a tuple of them for a tuple of results; () for a scalar (a pytree of
         scalars too).
@@ -220,7 +221,7 @@ def local(fn: Callable[..., Any], *, in_dims: tuple[Dims, ...], out_dims: Any, c
 
     def run(*args: Any) -> Any:
         leaves = [(leaf.shape, dims) for arg, dims in zip(args, in_dims, strict=True) for leaf in jax.tree.leaves(arg)]
-        named = [(dim, size) for shape, dims in leaves for dim, size in zip(dims, shape, strict=True) if dim]
+        named = [(dim, size) for shape, dims in leaves for dim, size in zip(dims, shape, strict=False) if dim]
         whole = {dim for dim, size in named if size % math.prod(sizes[axis] for axis in LOGICAL_DIMS[dim])}
         divided = frozenset(dim for dim, _ in named) - whole
 

@@ -1,0 +1,267 @@
+"""Divergence from one or more teachers on hidden states: what distillation minimises, with the hard cross entropy in the same pass.
+
+    teacher = TeacherOutput(hidden=hidden_of_teacher, head=head_of_teacher)
+    value, metrics = linear_divergence(hidden, head, (teacher,), ForwardKl(), targets, weights)          # tokens in one dim
+    value, metrics = sharded_divergence(hidden, head, (teacher,), ForwardKl(), targets, weights)         # [B, T], any mesh
+    values = token_divergence(hidden, head, (teacher,), ForwardKl())                                     # [N], one for each token
+
+A temperature T divides the logits of both sides, after soft-caps and multipliers. The gradient of a divergence at temperature T is about
+1 / T**2 of that at 1; with `scales_by_square`, as here by default, the divergence is multiplied by T**2, so that its weight beside the
+cross entropy (always at 1) keeps its meaning (Hinton, https://arxiv.org/abs/1503.02531). Reported divergences are so multiplied too.
+
+Several teachers become one distribution, of the weighted mean of their logits or of their probabilities. Only columns below the smallest
+`vocab_size` count for a divergence, on either side: what one model pads, or has beyond the others, is left out before the softmax.
+
+Dims: B batch, T time, N tokens, C tokens of a chunk, D model, E a teacher's width, v columns that a device holds.
+"""
+
+import dataclasses
+import enum
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
+
+from slmjax import sharding
+from slmjax.losses.chunks import ChunkFn, chunked_sum, default_chunk_size, over_chunks
+from slmjax.losses.divergences import Divergence, Pass, State, log_softmax
+from slmjax.losses.hard_targets import Metrics, hard_terms
+from slmjax.losses.heads import PADDING_LOGIT, Head, accumulation_dtype, columns, local_logits
+from slmjax.losses.sharded import Vocabulary, sharded_sum
+
+
+class TeacherMean(enum.Enum):
+    """What is averaged over several teachers."""
+
+    LOGITS = "logits"  # a geometric mean of their distributions
+    PROBABILITIES = "probabilities"  # a mixture of them
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherOutput:
+    """What a teacher hands over. Its head's table has as many rows as the student's: `fit_rows` makes it so."""
+
+    hidden: Any  # Float[Array, "N E"] or "B T E"
+    head: Head
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Matching:
+    """How a student is compared with its teachers: all that is known before the program is compiled."""
+
+    divergence: Divergence
+    mean: TeacherMean = TeacherMean.LOGITS
+    weights: tuple[float, ...] = ()  # of the teachers; none: all alike
+    scales_by_square: bool = True  # whether a divergence at temperature T is multiplied by T**2
+    temperature: float | None = None  # None: it is given with each step
+
+    def shares(self, num_teachers: int) -> tuple[float, ...]:
+        """The weights of the teachers, which add up to 1."""
+        weights = self.weights or (1.0,) * num_teachers
+        if len(weights) != num_teachers or min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(f"{len(weights)} teacher weights {weights} for {num_teachers} teacher(s): give each one that is not negative")
+        return tuple(weight / sum(weights) for weight in weights)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Amounts:
+    """What may change from step to step, as scalars of one dtype; `state` and `key` for those divergences that use them."""
+
+    soft: Any  # Float[Array, ""]: weight of the divergence
+    hard: Any  # of the cross entropy
+    z_loss: Any  # of the squared log-normaliser, within the cross entropy
+    temperature: Any
+    state: Any = dataclasses.field(default_factory=dict)  # State: of the divergence
+    key: Any = None  # UInt32[Array, "2"]: key data
+
+
+def fit_rows(head: Head, num_rows: int) -> Head:
+    """The head with a table of so many rows: cut, which drops what it has beyond them, or filled up with padding."""
+
+    def fit(x: Array) -> Array:
+        return x[:num_rows] if x.shape[0] >= num_rows else jnp.pad(x, ((0, num_rows - x.shape[0]),) + ((0, 0),) * (x.ndim - 1))
+
+    bias = None if head.bias is None else fit(head.bias)
+    return dataclasses.replace(head, weight=fit(head.weight), bias=bias, vocab_size=min(head.vocab_size, num_rows))
+
+
+def linear_divergence(
+    hidden: Float[Array, "N D"],
+    head: Head,
+    teachers: Sequence[TeacherOutput],
+    matching: Divergence | Matching,
+    targets: Int[Array, "N"],
+    weights: Float[Array, "N"],
+    *,
+    draws: UInt32[Array, "N 2"] | None = None,
+    chunk_size: int | None = None,
+    **amounts: Any,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Sum over tokens of `weight * (soft * divergence + hard * (nll + z_loss * logsumexp**2))`, in nats, in chunks of tokens.
+
+    Args:
+      hidden: final hidden states of the student, whose dtype is that of its matrix products; `head` has a gradient too.
+      teachers: hidden states and heads of its teachers, without a gradient.
+      matching: the divergence, or all settings of the comparison.
+      targets: ids of the text; only the cross entropy looks at them.
+      weights: the loss mask, or any weights; no gradient goes through them.
+      draws: two numbers that are different for every token, where the divergence draws at random.
+      chunk_size: tokens per chunk; None gives about 64 MB of logits (of each model).
+      **amounts: fields of `Amounts`: `soft` (1 by default), `hard` (0), `z_loss` (0), `temperature` (1), `state`, `key`.
+
+    Returns:
+      The sum, and weighted sums without a gradient: `divergence`, and the `nll`, `z` and `correct` of `cross_entropy`.
+    """
+    matching, given = _checked(matching, hidden.dtype, amounts)
+    tokens = ((targets, weights, draws), tuple(teacher.hidden for teacher in teachers))
+    constants = (given, tuple(teacher.head for teacher in teachers))
+    size = default_chunk_size(hidden.shape[0], head.weight.shape[0]) if chunk_size is None else chunk_size
+    return chunked_sum(_terms(matching, sharding.Shards()), hidden, head, tokens=tokens, constants=constants, chunk_size=size)
+
+
+def sharded_divergence(
+    hidden: Float[Array, "B T D"],
+    head: Head,
+    teachers: Sequence[TeacherOutput],
+    matching: Divergence | Matching,
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    draws: UInt32[Array, "B T 2"] | None = None,
+    chunk_size: int | None = None,
+    vocabulary: Vocabulary | None = None,
+    **amounts: Any,
+) -> tuple[Float[Array, ""], Metrics]:
+    """`linear_divergence` of a whole batch on the current mesh (`sharded_sum`): tokens and vocabulary are divided over its devices."""
+    matching, given = _checked(matching, hidden.dtype, amounts)
+    return sharded_sum(
+        functools.partial(_terms, matching), hidden, head, tokens=(targets, weights, draws),
+        others=tuple((teacher.hidden, teacher.head) for teacher in teachers), constants=given, chunk_size=chunk_size, vocabulary=vocabulary,
+    )  # fmt: skip
+
+
+def token_divergence(
+    hidden: Float[Array, "N D"],
+    head: Head,
+    teachers: Sequence[TeacherOutput],
+    matching: Divergence | Matching,
+    *,
+    draws: UInt32[Array, "N 2"] | None = None,
+    chunk_size: int | None = None,
+    **amounts: Any,
+) -> Float[Array, "N"]:
+    """The divergence of each token, for a sum that is not known yet: each chunk's logits are made again for the gradient.
+
+    Arguments are those of `linear_divergence`, which is faster where the weights of the tokens are known.
+    """
+    matching, given = _checked(matching, hidden.dtype, amounts)
+    heads = tuple(teacher.head for teacher in teachers)
+    size = default_chunk_size(hidden.shape[0], head.weight.shape[0]) if chunk_size is None else chunk_size
+
+    @jax.checkpoint
+    def step(carry: None, chunk: Any) -> tuple[None, Array]:
+        own, states, draws = chunk
+        logits = local_logits(own, head, sharding.Shards())
+        return carry, _divergences(matching, sharding.Shards(), logits, head.vocab_size, states, heads, given, draws)
+
+    _, values = over_chunks(step, None, (hidden, tuple(teacher.hidden for teacher in teachers), draws), size)
+    return values.reshape(-1)[: hidden.shape[0]]
+
+
+def _checked(matching: Divergence | Matching, dtype: Any, amounts: dict[str, Any]) -> tuple[Matching, Amounts]:
+    if isinstance(matching, Divergence):
+        matching = Matching(divergence=matching)
+    state = amounts.pop("state", None) or matching.divergence.initial_state()
+    values = {"soft": 1.0, "hard": 0.0, "z_loss": 0.0, "temperature": 1.0, "key": None} | amounts
+    if isinstance(values["temperature"], int | float):
+        if not 0.0 < values["temperature"] < math.inf:
+            raise ValueError(f"temperature is {values['temperature']}: it divides logits and must be above 0")
+        matching = dataclasses.replace(matching, temperature=float(values["temperature"]))
+    if matching.divergence.draws_at_random and values["key"] is None:
+        raise ValueError(f"{type(matching.divergence).__name__} draws at random: give a key, and draws, two numbers for each token")
+    wide = accumulation_dtype(dtype)
+    return matching, Amounts(state=state, **{name: x if name == "key" else jnp.asarray(x, wide) for name, x in values.items()})
+
+
+@functools.cache
+def _terms(matching: Matching, shards: sharding.Shards) -> ChunkFn:
+    """The terms of `linear_divergence` over tables that are divided into these shards; of each there is one function."""
+
+    def terms(hidden: Array, head: Head, tokens: Any, constants: Any) -> tuple[Float[Array, ""], Metrics]:
+        ((targets, weights, draws), states), (given, heads) = tokens, constants
+        logits = local_logits(hidden, head, shards)
+        hard, metrics = hard_terms(logits, targets, weights, given.z_loss, shards)
+        values = _divergences(matching, shards, logits, head.vocab_size, states, heads, given, draws)
+        soft = jnp.sum(weights.astype(values.dtype) * values)
+        return given.soft * soft + given.hard * hard, {**metrics, "divergence": jax.lax.stop_gradient(soft)}
+
+    return terms
+
+
+def _divergences(
+    matching: Matching,
+    shards: sharding.Shards,
+    logits: Float[Array, "C v"],
+    vocab_size: int,
+    states: Sequence[Array],
+    heads: Sequence[Head],
+    given: Amounts,
+    draws: Array | None,
+) -> Float[Array, "C"]:
+    """The divergence of each token of a chunk from its teachers, from the student's logits."""
+    temperature = given.temperature if matching.temperature is None else matching.temperature
+    shared = min(vocab_size, *(head.vocab_size for head in heads))
+    log_p = teacher_log_probabilities(matching, states, heads, shards, temperature=temperature, vocab_size=shared)
+    if shared < vocab_size:
+        logits = jnp.where(columns(logits, shards) < shared, logits, PADDING_LOGIT)
+    own = Pass(shards=shards, state=given.state, draws=draws, key=given.key)
+    values: Array = _divergence(matching.divergence, shards, logits / temperature, log_p, (own.state, own.draws, own.key))
+    return values * temperature**2 if matching.scales_by_square else values
+
+
+def teacher_log_probabilities(
+    matching: Matching,
+    states: Sequence[Float[Array, "C E"]],
+    heads: Sequence[Head],
+    shards: sharding.Shards,
+    *,
+    temperature: float | Float[Array, ""],
+    vocab_size: int,
+) -> Float[Array, "C v"]:
+    """The log-probabilities of all teachers together, over the first `vocab_size` columns."""
+    heads = [dataclasses.replace(head, vocab_size=vocab_size) for head in heads]
+    scaled = [local_logits(hidden, head, shards) / temperature for hidden, head in zip(states, heads, strict=True)]
+    shares = matching.shares(len(heads))
+    if matching.mean is TeacherMean.LOGITS or len(heads) == 1:
+        return log_softmax(sum((share * x for share, x in zip(shares[1:], scaled[1:], strict=True)), shares[0] * scaled[0]), shards)
+    weighted = [math.log(share) + log_softmax(x, shards) for share, x in zip(shares, scaled, strict=True) if share > 0]
+    return functools.reduce(jnp.logaddexp, weighted)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _divergence(divergence: Divergence, shards: sharding.Shards, logits: Array, log_p: Array, given: Any) -> Array:
+    """The divergence of softmax(logits) from p, [C]; only the logits have a gradient, which is computed along with the value."""
+    return _divergence_forward(divergence, shards, logits, log_p, given)[0]
+
+
+def _divergence_forward(
+    divergence: Divergence, shards: sharding.Shards, logits: Array, log_p: Array, given: tuple[State, Any, Any]
+) -> tuple[Array, Array]:
+    state, draws, key = given
+    log_q = log_softmax(logits, shards)
+    values, slope = divergence.value_and_slope(log_p, log_q, Pass(shards=shards, state=state, draws=draws, key=key))
+    return values, slope - jnp.exp(log_q) * shards.sum(jnp.sum(slope, axis=-1))[:, None]
+
+
+def _divergence_backward(divergence: Divergence, shards: sharding.Shards, gradient: Array, cotangent: Array) -> tuple[Array, None, None]:
+    del divergence, shards
+    return gradient * cotangent[:, None], None, None
+
+
+_divergence.defvjp(_divergence_forward, _divergence_backward)
