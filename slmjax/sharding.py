@@ -200,6 +200,18 @@ def constrain(x: Array, dims: Dims) -> Array:
     return jax.lax.with_sharding_constraint(x, _spec(dims, x.shape, sizes))
 
 
+def split_rows(rows: Array, *, num_parts: int) -> Array:
+    """[B, ...] to [A, B/A, ...]: part a takes every A-th row, so that each device's rows stay on it."""
+    parts = jnp.swapaxes(rows.reshape(rows.shape[0] // num_parts, num_parts, *rows.shape[1:]), 0, 1)
+    return constrain(parts, (None, "batch", "time")[: rows.ndim + 1] + (None,) * (rows.ndim - 2))
+
+
+def joined_rows(parts: Array) -> Array:
+    """The inverse of `split_rows`: [A, B/A, ...] to [B, ...]."""
+    rows = jnp.swapaxes(parts, 0, 1).reshape(-1, *parts.shape[2:])
+    return constrain(rows, ("batch", "time")[: rows.ndim] + (None,) * (rows.ndim - 2))
+
+
 def local(fn: Callable[..., Any], *, in_dims: tuple[Dims, ...], out_dims: Any, checked: bool = True) -> Callable[..., Any]:
     """`fn` run by every device on its own shard: the one way into `jax.shard_map`.
 

@@ -10,7 +10,7 @@ Dims: B rows of the global batch, A microbatches, T time, G groups of parameters
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,8 @@ from jaxtyping import Array, Float, Int, UInt32
 from slmjax import losses, moe, sharding
 from slmjax.architecture import HeadKind, ModelConfig
 from slmjax.data.batch import Batch
+from slmjax.distill import objective as distillation
+from slmjax.distill.config import DistillConfig
 from slmjax.optim import OptimConfig, learning_rate
 from slmjax.parameters import Definition, block_at, layer_indices
 
@@ -38,6 +40,7 @@ class ObjectiveConfig:
 
     z_loss: float = 0.0  # coefficient of the squared log-normaliser of the logits (1e-4 keeps it near zero)
     chunk_size: int | None = None  # tokens whose logits exist at once on a device (none: about 64 MB of them)
+    distill: DistillConfig | None = None  # what is learned from teachers (none: cross entropy on the text alone)
 
     def __post_init__(self) -> None:
         if self.z_loss < 0:
@@ -55,6 +58,7 @@ class TrainState:
     frozen: Tree  # Params: what the optimizer does not touch, router biases
     optimizer: Tree  # optax state
     ema: Tree  # Params | None: averaged parameters, where asked for
+    objective: Tree  # dict[str, scalar]: what a divergence remembers from step to step
     rng: ArrayLeaf  # UInt32 "2": key data of the run's randomness; a step's key is folded from it
     step: ArrayLeaf  # Int32 "": steps taken, undone ones included
     tokens: ArrayLeaf  # Int32 "2": scored targets trained on, those of undone steps left out: millions, and the rest
@@ -66,14 +70,16 @@ class TrainState:
         names = ("rng", "step", "tokens", "skipped", "skipped_in_a_row")
         progress = {name: getattr(self, name) for name in names}
         items = {"model": {"params": self.trainable, "buffers": self.frozen}, "optimizer": self.optimizer, "progress": progress}
-        return items if self.ema is None else {**items, "ema": self.ema}
+        optional = {"ema": self.ema, "objective": self.objective}
+        return items | {name: tree for name, tree in optional.items() if tree}
 
     @classmethod
     def from_items(cls, items: Mapping[str, Any]) -> "TrainState":
         """The inverse of `items`."""
         model = items["model"]
         return cls(
-            trainable=model["params"], frozen=model["buffers"], optimizer=items["optimizer"], ema=items.get("ema"), **items["progress"]
+            trainable=model["params"], frozen=model["buffers"], optimizer=items["optimizer"], ema=items.get("ema"),
+            objective=items.get("objective", {}), **items["progress"],
         )  # fmt: skip
 
     @property
@@ -82,9 +88,17 @@ class TrainState:
         return self.trainable if self.ema is None else self.ema
 
 
-def state_shapes(definition: Definition, optimizer: optax.GradientTransformation, *, with_ema: bool, mesh: Mesh) -> TrainState:
+def state_shapes(
+    definition: Definition,
+    optimizer: optax.GradientTransformation,
+    *,
+    with_ema: bool,
+    mesh: Mesh,
+    objective: ObjectiveConfig = ObjectiveConfig(),
+) -> TrainState:
     """Shapes, dtypes and shardings of the state, without computing anything."""
-    shapes = jax.eval_shape(functools.partial(_fresh, definition, optimizer, with_ema), jax.random.key_data(jax.random.key(0)))
+    fresh = functools.partial(_fresh, definition, optimizer, objective, with_ema)
+    shapes = jax.eval_shape(fresh, jax.random.key_data(jax.random.key(0)))
     params = definition.params
     replicated = functools.partial(jax.tree.map, lambda _: NamedSharding(mesh, PartitionSpec()))
     shardings = dataclasses.replace(
@@ -96,20 +110,29 @@ def state_shapes(definition: Definition, optimizer: optax.GradientTransformation
     return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings)
 
 
-def init_state(definition: Definition, optimizer: optax.GradientTransformation, *, shapes: TrainState, seed: int) -> TrainState:
+def init_state(
+    definition: Definition,
+    optimizer: optax.GradientTransformation,
+    *,
+    shapes: TrainState,
+    seed: int,
+    objective: ObjectiveConfig = ObjectiveConfig(),
+) -> TrainState:
     """A fresh state, every array created where it lives."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    fresh = functools.partial(_fresh, definition, optimizer, shapes.ema is not None)
+    fresh = functools.partial(_fresh, definition, optimizer, objective, shapes.ema is not None)
     return jax.jit(fresh, out_shardings=shardings)(jax.random.key_data(jax.random.key(seed)))
 
 
-def _fresh(definition: Definition, optimizer: optax.GradientTransformation, with_ema: bool, rng: Array) -> TrainState:
+def _fresh(
+    definition: Definition, optimizer: optax.GradientTransformation, objective: ObjectiveConfig, with_ema: bool, rng: Array
+) -> TrainState:
     params, buffers = definition.init(jax.random.wrap_key_data(rng))
     # Distinct zeros: the state is donated, and one buffer must not be donated twice.
     zero = functools.partial(jnp.zeros, (), jnp.int32)
     return TrainState(
         trainable=params, frozen=buffers, optimizer=optimizer.init(params), ema=jax.tree.map(jnp.copy, params) if with_ema else None,
-        rng=rng, step=zero(), tokens=jnp.zeros((2,), jnp.int32), skipped=zero(), skipped_in_a_row=zero(),
+        objective={} if objective.distill is None else objective.distill.divergence.initial_state(), rng=rng, step=zero(), tokens=jnp.zeros((2,), jnp.int32), skipped=zero(), skipped_in_a_row=zero(),
     )  # fmt: skip
 
 
@@ -138,20 +161,41 @@ def counts(batch: Batch) -> dict[str, Float[Array, ""]]:
 
 
 def terms(
-    definition: Definition, objective: ObjectiveConfig, params: Params, buffers: Params, batch: Batch, *, key: Array | None
+    definition: Definition,
+    objective: ObjectiveConfig,
+    params: Params,
+    buffers: Params,
+    batch: Batch,
+    *,
+    key: Array | None,
+    teachers: Sequence[losses.TeacherOutput] = (),
+    amounts: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, tuple[Float[Array, ""], str]], dict[str, Array]]:
-    """Sums that make up the loss, each with the name of its count, and sums that are only reported."""
+    """Sums that make up the loss, each with the name of its count, and sums that are only reported.
+
+    Args:
+      key: randomness of dropout; None where there is none.
+      teachers: what they say of this batch; none where the divergence has no weight.
+      amounts: of distillation, where there is any (`distill.objective.amounts_at`).
+    """
     model = definition.merge(params, buffers)
     output = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, key=key)
-    cross_entropy, metrics = losses.sharded_cross_entropy(
-        output.hidden, output.head, batch.targets, batch.loss_mask, z_loss=objective.z_loss, chunk_size=objective.chunk_size
-    )
-    sums = {"cross_entropy": (cross_entropy, "targets")} | {name: (value, "tokens") for name, value in output.losses.items()}
+    given = (output.hidden, output.head)
+    if objective.distill is not None and teachers and amounts is not None:
+        text, metrics = distillation.soft_term(
+            objective.distill, *given, batch, teachers, amounts=amounts, z_loss=objective.z_loss, chunk_size=objective.chunk_size
+        )
+    else:
+        text, metrics = losses.sharded_cross_entropy(
+            *given, batch.targets, batch.loss_mask, z_loss=objective.z_loss, chunk_size=objective.chunk_size
+        )
+        text = text if amounts is None else text * amounts["hard"]
+    sums = {"text": (text, "targets")} | {name: (value, "tokens") for name, value in output.losses.items()}
     return sums, {**metrics, **output.metrics}
 
 
 # The step -------------------------------------------------------------------------------------------------------------
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
+TrainStep = Callable[..., tuple[TrainState, dict[str, Any]]]  # (state, batch) or (state, batch, what the teachers say of it)
 
 
 def make_train_step(
@@ -163,19 +207,28 @@ def make_train_step(
     shapes: TrainState,
     total_steps: int,
 ) -> TrainStep:
-    """The compiled step `(state, batch) -> (state, metrics)`; the state it is given is donated. Call it under the mesh.
+    """The compiled step `(state, batch, teachers) -> (state, metrics)`; the state it is given is donated. Call it under the mesh.
+
+    `teachers` is what they say of the batch; without it, which is a program of its own, there is no divergence in the loss.
 
     Metrics are float32 scalars of the whole batch: `loss` (nats per scored token), `objective` (with auxiliary terms),
     `grad_norm` (before clipping), `learning_rate`, `accuracy`, `nll`, `targets`, `bytes`, `tokens`, `skipped` (so far),
     `skipped_in_a_row`, and for mixtures of experts `dropped` and `expert_imbalance` (the busiest expert's load over the mean,
-    averaged over layers); `data_checksum` is an integer; `grad_norms` and `expert_loads` are trees of arrays, which
+    averaged over layers); in distillation the mean `divergence`, and its amounts; `data_checksum` is an integer; `grad_norms` and `expert_loads` are trees of arrays, which
     `named_metrics` puts into words. Metrics are whole on every device: every process can read them.
     """
     grads_of = functools.partial(_gradients, definition, objective, optim.accumulation_steps)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+    distill = objective.distill
+
+    def train_step(
+        state: TrainState, batch: Batch, teachers: tuple[losses.TeacherOutput, ...] = ()
+    ) -> tuple[TrainState, dict[str, Any]]:
         key, total = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step), counts(batch)
-        value, sums, grads = grads_of(state.trainable, state.frozen, batch, total, key)
+        amounts = None
+        if distill is not None:
+            amounts = distillation.amounts_at(distill, state.step, total_steps=total_steps, state=state.objective, key=key)
+        value, sums, grads = grads_of(state.trainable, state.frozen, batch, total, key, teachers, amounts)
         grad_norm = optax.tree.norm(grads)
         num_updates = state.step - state.skipped  # what schedules go by: a step that was undone is no update
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
@@ -185,7 +238,11 @@ def make_train_step(
             "frozen": _updated_buffers(definition, state.frozen, sums),
             "optimizer": optimizer_state,
             "ema": _averaged(state.ema, trainable, decay=optim.ema_decay, num_updates=num_updates),
+            "objective": state.objective,
         }
+        if distill is not None and teachers:
+            mean = sums["divergence"] / jnp.maximum(total["targets"], 1.0)
+            changed["objective"] = distill.divergence.updated_state(state.objective, value=mean, progress=state.step / total_steps)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
         keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
         kept = {name: keep(new, getattr(state, name)) for name, new in changed.items()}
@@ -199,10 +256,14 @@ def make_train_step(
             "learning_rate": jnp.asarray(learning_rate(optim, num_updates, total_steps=total_steps)),
             "skipped": new_state.skipped, "skipped_in_a_row": new_state.skipped_in_a_row, "data_checksum": data_checksum(batch.row_ids),
         }  # fmt: skip
+        metrics |= {} if amounts is None else distillation.reported(amounts)
         return new_state, metrics | total | _report(sums, total)
 
     places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(places, places.step))
+
+
+Rows = tuple[Batch, tuple[Array, ...]]  # a batch, and the hidden states of each teacher
 
 
 def _gradients(
@@ -214,35 +275,35 @@ def _gradients(
     batch: Batch,
     total: dict[str, Array],
     key: Array,
+    teachers: tuple[losses.TeacherOutput, ...],
+    amounts: Mapping[str, Any] | None,
 ) -> tuple[Array, dict[str, Array], Params]:
     """Loss, reported sums and gradient of the global batch, accumulated over microbatches."""
 
-    def loss_of(params: Params, part: Batch, part_key: Array) -> tuple[Array, dict[str, Array]]:
-        sums, reported = terms(definition, objective, params, buffers, part, key=part_key if definition.config.dropout > 0 else None)
+    def loss_of(params: Params, rows: Rows, part_key: Array) -> tuple[Array, dict[str, Array]]:
+        part, states = rows
+        said = tuple(dataclasses.replace(teacher, hidden=hidden) for teacher, hidden in zip(teachers, states, strict=True))
+        dropout_key = part_key if definition.config.dropout > 0 else None
+        sums, reported = terms(definition, objective, params, buffers, part, key=dropout_key, teachers=said, amounts=amounts)
         parts = [value / jnp.maximum(total[count], 1.0) for value, count in sums.values()]
         return jnp.sum(jnp.stack(parts)), reported
 
+    rows: Rows = batch, tuple(teacher.hidden for teacher in teachers)
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
     if num_microbatches == 1:
-        (value, reported), grads = value_and_grad(params, batch, key)
+        (value, reported), grads = value_and_grad(params, rows, key)
         return value, reported, grads
 
-    def accumulate(carry: Any, xs: tuple[Batch, Array]) -> tuple[Any, None]:
+    def accumulate(carry: Any, xs: tuple[Rows, Array]) -> tuple[Any, None]:
         part, index = xs
         (value, reported), grads = value_and_grad(params, part, jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, carry, (value, reported, grads)), None
 
-    parts = jax.tree.map(functools.partial(_split_rows, num_parts=num_microbatches), batch)
+    parts = jax.tree.map(functools.partial(sharding.split_rows, num_parts=num_microbatches), rows)
     first = jax.tree.map(lambda leaf: leaf[0], parts)
     shapes = jax.eval_shape(value_and_grad, params, first, key)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[0][0], shapes[0][1], shapes[1]))
     return jax.lax.scan(accumulate, zeros, (parts, jnp.arange(num_microbatches)))[0]
-
-
-def _split_rows(rows: Array, *, num_parts: int) -> Array:
-    """[B, ...] to [A, B/A, ...]: part a takes every A-th row, so that each device's rows stay on it."""
-    parts = jnp.swapaxes(rows.reshape(rows.shape[0] // num_parts, num_parts, *rows.shape[1:]), 0, 1)
-    return sharding.constrain(parts, (None, "batch", "time")[: rows.ndim + 1] + (None,) * (rows.ndim - 2))
 
 
 def _averaged(ema: Params | None, params: Params, *, decay: float | None, num_updates: Array) -> Params | None:
@@ -317,7 +378,8 @@ def _squares_by_layer(config: ModelConfig, grads: Params) -> Float[Array, " G"]:
 
 def _report(sums: Mapping[str, Array], total: Mapping[str, Array]) -> dict[str, Any]:
     report: dict[str, Any] = {"loss": sums["nll"] / jnp.maximum(total["targets"], 1.0), "nll": sums["nll"]}
-    report["accuracy"] = sums["correct"] / jnp.maximum(total["targets"], 1.0)
+    names = {"accuracy": "correct", "divergence": "divergence"}
+    report |= {name: sums[key] / jnp.maximum(total["targets"], 1.0) for name, key in names.items() if key in sums}
     loads = {name: value for name, value in sums.items() if name.endswith("/expert_counts")}
     if loads:
         report["expert_loads"] = loads

@@ -1,0 +1,125 @@
+"""Settings of distillation: `objective.distill`.
+
+    DistillConfig(teachers=(TeacherConfig(path="runs/large"),))                             # forward KL alone, temperature 1
+    DistillConfig(teachers=(...), divergence=Jsd(beta=0.9), weight=Ramp(start=0.5), hard_weight=Ramp(start=0.5))
+"""
+
+import dataclasses
+import enum
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from slmjax.architecture import Precision
+from slmjax.losses import Divergence, ForwardKl, Matching, TeacherMean
+from slmjax.sharding import MeshConfig
+
+
+class RampShape(enum.Enum):
+    """How a value goes from its start to its end."""
+
+    LINEAR = "linear"
+    COSINE = "cosine"  # slowly at first and at last
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ramp:
+    """A number that may change over the steps of a run."""
+
+    start: float = 1.0  # value at the first step
+    end: float | None = None  # value at the end of the ramp and after it (none: it stays at `start`)
+    steps: int | None = None  # length of the ramp in steps (none: the whole run)
+    shape: RampShape = RampShape.LINEAR  # its form
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(value) and value >= 0 for value in (self.start, self.last)):
+            raise ValueError(f"a ramp goes between numbers of at least 0, got {self.start} and {self.end}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"a ramp takes at least 1 step, got {self.steps}")
+
+    @property
+    def last(self) -> float:
+        """The value after the ramp."""
+        return self.start if self.end is None else self.end
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it never changes."""
+        return self.last == self.start
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether it is 0 throughout."""
+        return self.start == self.last == 0.0
+
+    def at(self, step: Any, *, total_steps: int) -> Any:
+        """The value at a step: a float of an int, an array of an array."""
+        if self.is_constant:
+            return self.start
+        length = self.steps or total_steps
+        share = min(step / length, 1.0) if isinstance(step, int) else jnp.minimum(step / length, 1.0)
+        if self.shape is RampShape.COSINE:
+            cosine = math.cos(math.pi * share) if isinstance(share, float) else jnp.cos(jnp.pi * share)
+            share = 0.5 - 0.5 * cosine
+        return self.start + (self.last - self.start) * share
+
+
+class ShortContext(enum.Enum):
+    """What is done with a teacher whose context is shorter than the rows of the data."""
+
+    REFUSE = "refuse"
+    WINDOW = "window"  # it reads them in windows that overlap
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """A trained model that a student learns from; it stays as it is."""
+
+    path: str  # run directory, or directory of an imported model
+    weight: float = 1.0  # its share in the mean of several teachers
+    step: int | None = None  # checkpoint of a run (none: the newest)
+    precision: Precision | None = None  # in what it computes and keeps its matrices (none: as the student computes)
+
+    def __post_init__(self) -> None:
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise ValueError(f"a teacher's weight must be above 0, got {self.weight}: leave the teacher out")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Distillation: the loss is `weight` times the divergence from the teachers, plus `hard_weight` times the cross entropy."""
+
+    teachers: tuple[TeacherConfig, ...]  # whom the student learns from; they have its tokenizer
+    divergence: Divergence = ForwardKl()
+    weight: Ramp = Ramp()
+    hard_weight: Ramp = Ramp(start=0.0)
+    temperature: Ramp = Ramp()
+    scales_by_square: bool = True  # multiply the divergence by the squared temperature, so that its gradient keeps its size
+    mean: TeacherMean = TeacherMean.LOGITS  # what is averaged over several teachers
+    short_context: ShortContext = ShortContext.REFUSE  # for teachers whose context is shorter than the rows
+    overlap: int | None = None  # tokens of context that their further windows repeat (none: a quarter window, at most 64)
+    mesh: MeshConfig | None = None  # of the teachers (none: the student's)
+    devices: int | None = None  # so many devices, the last ones, are the teachers' alone (none: all devices are shared)
+
+    def __post_init__(self) -> None:
+        if not self.teachers:
+            raise ValueError("distillation needs a teacher: name a run or an imported model, as in --teacher DIR")
+        if self.weight.is_zero and self.hard_weight.is_zero:
+            raise ValueError("weight and hard_weight are both 0: there would be nothing to learn from")
+        if min(self.temperature.start, self.temperature.last) <= 0:
+            raise ValueError(f"the temperature divides logits and must be above 0, got {self.temperature}")
+        if self.devices is not None and (self.devices < 1 or self.mesh is None):
+            raise ValueError(f"devices={self.devices} is for teachers with a mesh of their own: give their mesh as well, or leave it out")
+
+    @property
+    def matching(self) -> Matching:
+        """What of it is compiled into the loss."""
+        return Matching(
+            divergence=self.divergence, mean=self.mean, weights=tuple(teacher.weight for teacher in self.teachers),
+            scales_by_square=self.scales_by_square,
+        )  # fmt: skip
+
+    def uses_teachers(self, step: int, *, total_steps: int) -> bool:
+        """Whether the step needs what the teachers say."""
+        return self.weight.at(step, total_steps=total_steps) > 0.0

@@ -1,0 +1,222 @@
+"""Teachers beside a run: frozen models that read the student's batches and hand over hidden states and heads, not logits.
+
+    plans = plan_teachers(distill, student, sequence_length=256, mesh=mesh, tokenizer=tokenizer)   # reads settings alone
+    teachers = Teachers(plans, num_parts=1)                                                        # loads the arrays
+    outputs = teachers(batch)                                                                      # jitted calls of their own
+
+A teacher is in no optimizer, average or checkpoint, and has no gradient: it is no part of the train step, which is only given what it
+says. It has its own precision and, where asked for, a mesh of its own, over the same devices or over others; on others it reads the next
+batch while the student still learns from the last, because calls are only queued.
+
+Dims: B rows, T time, E a teacher's width, V rows of the student's table.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int
+
+from slmjax import losses, sharding
+from slmjax.architecture import ModelConfig
+from slmjax.checkpoint import read_config, read_parameters
+from slmjax.data.batch import Batch
+from slmjax.data.tokenizers import Tokenizer
+from slmjax.data.windows import default_overlap
+from slmjax.distill.config import DistillConfig, ShortContext, TeacherConfig
+from slmjax.distill.windows import windowed
+from slmjax.parameters import Definition, define_for_inference
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherPlan:
+    """All of a teacher but its arrays."""
+
+    settings: TeacherConfig
+    definition: Definition
+    mesh: Mesh  # where it computes
+    student_mesh: Mesh  # where what it says is wanted
+    num_rows: int  # of the student's table
+    vocab_size: int  # tokens that both have: rows behind them are padding
+    overlap: int  # of its windows, where rows are longer than its context
+
+    @property
+    def dtype(self) -> Any:
+        """In what it computes."""
+        return self.definition.config.layer_shape().dtype
+
+    def kept(self, params: Params) -> Params:
+        """Its parameters as they are kept: matrices in the dtype of the computation, which rounds them anyway."""
+
+        def cast(path: str, leaf: Array) -> Array:
+            dims = leaf.ndim - path.startswith("segments/")
+            return leaf.astype(self.dtype) if dims > 1 and "/router/" not in path else leaf
+
+        return {path: cast(path, leaf) for path, leaf in params.items()}
+
+    def hidden(
+        self, params: Params, buffers: Params, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"]
+    ) -> Float[Array, "B T E"]:
+        """Its final hidden states of some rows."""
+        model = self.definition.merge(params, buffers)
+
+        def run(tokens: Array, segment_ids: Array, positions: Array) -> Array:
+            return model(tokens, segment_ids=segment_ids, positions=positions).hidden
+
+        length = self.definition.config.context_length
+        return windowed(run, tokens, segment_ids, positions, context_length=length, overlap=self.overlap)
+
+    def head(self, params: Params, buffers: Params) -> losses.Head:
+        """Its head, with as many rows as the student's table has."""
+        head = losses.fit_rows(self.definition.merge(params, buffers).make_head(), self.num_rows)
+        return dataclasses.replace(head, weight=head.weight.astype(self.dtype), vocab_size=self.vocab_size)
+
+    def output_shapes(self, batch_size: int, length: int) -> losses.TeacherOutput:
+        """What it hands over for a batch: shapes, dtypes and shardings."""
+        shape = (batch_size, length, self.definition.config.embed_dim)
+        place = sharding.named_sharding(HIDDEN, shape, self.student_mesh)
+        head = jax.eval_shape(self.head, self.definition.params, self.definition.buffers)
+        places = _head_places(head, self.student_mesh)
+        head = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), head, places)
+        return losses.TeacherOutput(hidden=jax.ShapeDtypeStruct(shape, self.dtype, sharding=place), head=head)
+
+
+HIDDEN = ("batch", "time", None)
+
+
+def _head_places(head: losses.Head, mesh: Mesh) -> losses.Head:
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, sharding.partition_spec("head/weight", leaf.shape, mesh)), head)
+
+
+# Before anything is loaded --------------------------------------------------------------------------------------------
+def divided_devices(distill: DistillConfig | None, devices: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """The student's devices and the teachers': all of them for both, or those that the teachers have for themselves.
+
+    Raises:
+      ValueError: the teachers would leave the student none, or there are several hosts.
+    """
+    count = None if distill is None else distill.devices
+    if count is None:
+        return list(devices), list(devices)
+    if jax.process_count() > 1:
+        raise ValueError(f"objective.distill.devices={count}: teachers with devices of their own work on one host only, and there are several")
+    if count >= len(devices):
+        raise ValueError(f"objective.distill.devices={count} leaves the student none of the {len(devices)} device(s): give it some")
+    return list(devices[:-count]), list(devices[-count:])
+
+
+def plan_teachers(
+    distill: DistillConfig, student: ModelConfig, *, sequence_length: int, mesh: Mesh, teacher_mesh: Mesh, tokenizer: Tokenizer | None
+) -> tuple[TeacherPlan, ...]:
+    """The teachers of a student, from their settings and vocabularies alone.
+
+    Args:
+      student: its config, with a vocabulary size.
+      sequence_length: tokens of a row.
+      mesh: the student's.
+      teacher_mesh: the teachers', which may be the same.
+      tokenizer: the student's; None: not compared, for plans without text.
+
+    Raises:
+      ValueError: a teacher's directory, context or vocabulary does not fit, with the way out.
+    """
+    if mesh is not teacher_mesh and jax.process_count() > 1:
+        raise ValueError("objective.distill.mesh: teachers with a mesh of their own work on one host only, and there are several")
+    plans = []
+    for settings in distill.teachers:
+        path = Path(settings.path)
+        config = read_config(path)
+        config = dataclasses.replace(config, precision=settings.precision or student.precision, dropout=0.0)
+        length = config.context_length
+        if length < sequence_length and distill.short_context is ShortContext.REFUSE:
+            raise ValueError(
+                f"the teacher {path} reads {length} tokens at most, and rows have data.sequence_length={sequence_length}: shorten them, "
+                f"or have it read them in windows with objective.distill.short-context={ShortContext.WINDOW.value}"
+            )
+        vocab_size = min(student.known_vocab_size, config.known_vocab_size)
+        if tokenizer is not None:
+            _check_vocabulary(tokenizer, path)
+            vocab_size = min(vocab_size, tokenizer.vocab_size)
+        overlap = default_overlap(length) if distill.overlap is None else distill.overlap
+        plans.append(
+            TeacherPlan(
+                settings=settings, definition=define_for_inference(config), mesh=teacher_mesh, student_mesh=mesh,
+                num_rows=student.table_rows, vocab_size=vocab_size, overlap=overlap,
+            )
+        )  # fmt: skip
+    return tuple(plans)
+
+
+def _check_vocabulary(tokenizer: Tokenizer, path: Path) -> None:
+    """Refuses a teacher that means other tokens by the same ids; how many rows of padding a model has is its own affair."""
+    if not (path / "tokenizer").is_dir():
+        raise ValueError(f"the teacher {path} has no tokenizer to compare with the student's: import it again with --tokenizer FILE")
+    other = Tokenizer.load(path / "tokenizer")
+    for id in range(max(tokenizer.vocab_size, other.vocab_size)):
+        if (mine := tokenizer.name_of(id)) != (its := other.name_of(id)):
+            raise ValueError(
+                f"token {id} is {mine!r} to the student and {its!r} to the teacher {path}: they must have the same tokens. Give the "
+                f"experiment the teacher's, FileTokenizer(path='{path / 'tokenizer'}'), as --teacher does"
+            )
+
+
+# The teachers ---------------------------------------------------------------------------------------------------------
+class Teachers:
+    """Loaded teachers: called with a batch, they give what they say of it."""
+
+    def __init__(self, plans: Sequence[TeacherPlan], *, num_parts: int) -> None:
+        """Loads their arrays. Batches are read in `num_parts` parts, one after the other, as the student does."""
+        self.plans, self._num_parts = tuple(plans), num_parts
+        loaded = [_load(plan) for plan in self.plans]
+        self._arrays = [arrays for arrays, _ in loaded]
+        self._heads = [head for _, head in loaded]
+        self._calls = [jax.jit(functools.partial(_in_parts, plan), static_argnames="num_parts") for plan in self.plans]
+
+    def __call__(self, batch: Batch, *, in_parts: bool = True) -> tuple[losses.TeacherOutput, ...]:
+        """Hidden states of a placed batch, placed like it, and heads.
+
+        Args:
+          in_parts: whether the batch is one of training, which is read in parts.
+        """
+        rows = (batch.tokens, batch.segment_ids, batch.positions)
+        found = []
+        for plan, arrays, head, call in zip(self.plans, self._arrays, self._heads, self._calls, strict=True):
+            given = rows
+            if plan.mesh is not plan.student_mesh:
+                given = jax.device_put(rows, sharding.named_sharding(HIDDEN[:2], batch.tokens.shape, plan.mesh))
+            with jax.set_mesh(plan.mesh):
+                hidden = call(*arrays, *given, num_parts=self._num_parts if in_parts else 1)
+            place = sharding.named_sharding(HIDDEN, hidden.shape, plan.student_mesh)
+            found.append(losses.TeacherOutput(hidden=jax.device_put(hidden, place), head=head))
+        return tuple(found)
+
+
+def _load(plan: TeacherPlan) -> tuple[tuple[Params, Params], losses.Head]:
+    """A teacher's arrays on its mesh, and its head on the student's."""
+    definition, mesh = plan.definition, plan.mesh
+
+    def shapes(params: Params) -> Params:
+        places = sharding.parameter_shardings(params, mesh)
+        return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path]) for path, leaf in params.items()}
+
+    with jax.set_mesh(mesh):
+        _, params, buffers = read_parameters(
+            Path(plan.settings.path), definition.config, shapes(definition.params), shapes(definition.buffers), step=plan.settings.step
+        )  # fmt: skip
+        params = jax.jit(plan.kept, out_shardings=sharding.parameter_shardings(params, mesh))(params)
+        head = jax.jit(plan.head)(params, buffers)
+    return (params, buffers), jax.device_put(head, _head_places(head, plan.student_mesh))
+
+
+def _in_parts(plan: TeacherPlan, params: Params, buffers: Params, *rows: Array, num_parts: int) -> Float[Array, "B T E"]:
+    if num_parts == 1:
+        return sharding.constrain(plan.hidden(params, buffers, *rows), HIDDEN)
+    parts = tuple(sharding.split_rows(array, num_parts=num_parts) for array in rows)
+    return sharding.joined_rows(jax.lax.map(lambda part: plan.hidden(params, buffers, *part), parts))
