@@ -120,8 +120,10 @@ class Checkpointer:
             return []
         return sorted(int(entry.name) for entry in self.directory.iterdir() if entry.is_dir() and entry.name.isdigit())
 
-    def restore(self, like: Items, *, step: int | None = None) -> tuple[int, dict[str, Any]]:
+    def restore(self, like: Items, *, step: int | None = None, whole: bool = True) -> tuple[int, dict[str, Any]]:
         """The newest checkpoint that is intact (or that of `step`), placed as `like`, a tree of arrays or shapes.
+
+        Where it is not read as a whole, `like` names the leaves that are, by logical path.
 
         Raises:
           CheckpointError: there is none, or it belongs to a model of other parameters, shapes or dtypes.
@@ -134,7 +136,7 @@ class Checkpointer:
             problem = _agreed(functools.partial(self._problem, candidate))
             if not problem:
                 try:
-                    return candidate, self._read(candidate, like)
+                    return candidate, self._read(candidate, like, whole=whole)
                 except Exception as error:  # Orbax has no class of its own for what it cannot read
                     # What a manifest vouches for is not damaged, and another model's checkpoint is none of ours to set aside.
                     if isinstance(error, CheckpointError) or (self.directory / str(candidate) / MANIFEST).exists():
@@ -149,12 +151,17 @@ class Checkpointer:
         """Whether the checkpoint of `step` holds this item."""
         return (self.directory / str(step) / item).is_dir()
 
-    def _read(self, step: int, like: Items) -> dict[str, Any]:
+    def _read(self, step: int, like: Items, *, whole: bool) -> dict[str, Any]:
         path = self.directory / str(step)
         meta = self._orbax.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
         shapes = {name: parameters.stored_shapes(self.model, tree) for name, tree in like.items()}
         for name, wanted in shapes.items():
-            _check_leaves(name, stored=meta["leaves"].get(name, {}), wanted=_describe(wanted), path=path)
+            stored = meta["leaves"].get(name, {})
+            stored = stored if whole else {leaf: stored[leaf] for leaf in wanted if leaf in stored}
+            _check_leaves(name, stored=stored, wanted=_describe(wanted), path=path)
+        if not whole:
+            some = {name: _read_some(path / name, tree) for name, tree in shapes.items()}
+            return {name: parameters.restack(self.model, some[name], like=tree) for name, tree in like.items()}
         read = self._orbax.restore(path, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}))
         shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
 
@@ -223,6 +230,15 @@ def _check_leaves(item: str, *, stored: Mapping[str, str], wanted: Mapping[str, 
             f"{path} does not fit this experiment: {item} {name} is {stored.get(name, 'absent')} in the checkpoint and "
             f"{wanted.get(name, 'absent')} in the model ({len(differing)} such). Use the model and optimizer it was trained with"
         )
+
+
+def _read_some(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """Some of an item's arrays: the handler that wrote them reads all or none."""
+    if not wanted:
+        return {}
+    how = ocp.checkpoint_utils.construct_restore_args(wanted)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(path, args=ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True))
 
 
 def _digests(path: Path) -> dict[str, str]:
@@ -298,13 +314,14 @@ def load_model(path: str | Path, *, step: int | None = None) -> Loaded:
 
 
 def read_parameters(
-    path: Path, config: ModelConfig, params: dict[str, Any], buffers: dict[str, Any], *, step: int | None = None
+    path: Path, config: ModelConfig, params: dict[str, Any], buffers: dict[str, Any], *, step: int | None = None, whole: bool = True
 ) -> tuple[int, dict[str, jax.Array], dict[str, jax.Array]]:
     """The step, the parameters (averaged, where a run kept averages) and the buffers of a run's or an imported model's directory.
 
     Args:
       params: shapes, with the shardings in which they are wanted; so for `buffers`.
       step: of a run; None for the newest.
+      whole: False where only some are wanted, `params` and `buffers` by logical path; no others are read.
 
     Raises:
       ValueError: the directory holds no intact checkpoint, or other parameters.
@@ -319,7 +336,9 @@ def read_parameters(
         # A run keeps averages from its first checkpoint on; any may be the damaged one.
         if any(checkpointer.has(known, "ema") for known in checkpointer.steps()):
             like["ema"] = params
-        step, items = checkpointer.restore(like, step=step)
+            if not whole:
+                like["model"] = {"params": {}, "buffers": buffers}
+        step, items = checkpointer.restore(like, step=step, whole=whole)
     finally:
         checkpointer.close()
     return step, items.get("ema", items["model"]["params"]), items["model"]["buffers"]

@@ -51,6 +51,25 @@ class FromModel(InitConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FromTeacherLayers(InitConfig):
+    """Some layers of a larger model, and the leading rows and columns of each where this one is narrower; all else starts anew."""
+
+    path: str  # run directory of the teacher, or directory of an imported model
+    layers: tuple[int, ...] | None = None  # the teacher's layer for each of the student's (none: every, or spread evenly, ends included)
+    every: int | None = None  # take the teacher's layers 0, every, 2 every, ... (none: layers, or spread evenly, ends included)
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and self.every is not None:
+            raise ValueError(f"init.layers={self.layers} and init.every={self.every} both choose the teacher's layers: leave one out")
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"init.every must be at least 1, got {self.every}")
+
+    def source(self) -> Path | None:
+        """The teacher's directory."""
+        return Path(self.path)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Evaluation on the held-out text."""
 

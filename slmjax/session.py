@@ -18,8 +18,9 @@ from slmjax.checkpoint import Checkpointer, read_config, read_parameters
 from slmjax.data.preparation import Log, Prepared, prepare
 from slmjax.data.tokenizers import FileTokenizer, Tokenizer, TokenizerConfig
 from slmjax.data.windows import EvaluationBatches, evaluation_batches
+from slmjax.distill import layers
 from slmjax.evaluation.bits_per_byte import EvalResult, EvalStep, evaluate_batches, make_eval_step
-from slmjax.experiment import Experiment, read_experiment
+from slmjax.experiment import Experiment, FromTeacherLayers, read_experiment
 from slmjax.optim import learning_rate, make_optimizer
 from slmjax.parameters import Definition, define, define_for_inference
 from slmjax.processes import process_zero_first
@@ -146,22 +147,38 @@ def fresh_state(setup: Setup) -> TrainState:
     source = experiment.init.source()
     if source is None:
         return state
-    params, buffers = _model_of(source, setup)
+    params, buffers = _layers_of(init, state, setup) if isinstance(init := experiment.init, FromTeacherLayers) else _model_of(source, setup)
     ema = None if state.ema is None else jax.tree.map(lambda leaf: leaf.copy(), params)
     return dataclasses.replace(state, trainable=params, frozen=buffers, ema=ema)
 
 
 def _model_of(source: Path, setup: Setup) -> tuple[dict[str, Any], dict[str, Any]]:
     """Another run's parameters (averaged, where it kept averages: what `slmjax eval` evaluates) and buffers, placed as this run's."""
-    read_config(source)  # or an error that says what to name
-    if not (source / "tokenizer").is_dir():
-        raise ValueError(f"init.path={source} has no tokenizer: import the model again with --tokenizer FILE")
-    if Tokenizer.load(source / "tokenizer").hash != setup.prepared.tokenizer.hash:
+    if _tokenizer_at(source).hash != setup.prepared.tokenizer.hash:
         raise ValueError(
             f"init.path={source} was trained with another tokenizer, so its parameters mean nothing here: give the experiment "
             f"FileTokenizer(path='{source / 'tokenizer'}'), as `slmjax train --init-from {source}` does"
         )
     return read_parameters(source, setup.definition.config, setup.shapes.trainable, setup.shapes.frozen)[1:]
+
+
+def _tokenizer_at(source: Path) -> Tokenizer:
+    """The tokenizer of the model that a run starts from."""
+    read_config(source)  # or an error that says what to name
+    if not (source / "tokenizer").is_dir():
+        raise ValueError(f"init.path={source} has no tokenizer: import the model again with --tokenizer FILE")
+    return Tokenizer.load(source / "tokenizer")
+
+
+def _layers_of(init: FromTeacherLayers, state: TrainState, setup: Setup) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters and buffers that are cut out of a teacher's, placed as this run's."""
+    path, config = Path(init.path), setup.definition.config
+    num_tokens = layers.shared_tokens(_tokenizer_at(path), setup.prepared.tokenizer, path=path)
+    num_teacher = read_config(path).num_layers
+    chosen = layers.chosen_layers(num_teacher=num_teacher, num_student=config.num_layers, layers=init.layers, every=init.every)
+    return layers.student_parameters(
+        path, definition=setup.definition, chosen=chosen, fresh=(state.trainable, state.frozen), num_tokens=num_tokens, mesh=setup.mesh
+    )
 
 
 def restored_state(setup: Setup, checkpointer: Checkpointer) -> TrainState:

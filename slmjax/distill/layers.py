@@ -1,0 +1,114 @@
+"""A student that begins as a part of its teacher: some of its layers, and of each the leading rows and columns.
+
+    chosen = chosen_layers(num_teacher=12, num_student=6)                 # (0, 2, 4, 7, 9, 11)
+    params, buffers = student_parameters(Path("runs/large"), definition=student, chosen=chosen, fresh=fresh, num_tokens=2048, mesh=mesh)
+
+Which part each parameter is, `slices.py` tells. Here the layers are chosen and read. A row of a table whose token the teacher has not,
+and one that only pads the table, is freshly initialised.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array
+
+from slmjax import parameters, sharding
+from slmjax.checkpoint import read_config, read_parameters
+from slmjax.data.tokenizers import Tokenizer
+from slmjax.distill.slices import TABLES, Dim, student_cuts
+
+Params = dict[str, Any]  # arrays by path
+
+
+def chosen_layers(*, num_teacher: int, num_student: int, layers: Sequence[int] | None = None, every: int | None = None) -> tuple[int, ...]:
+    """The teacher's layer that each layer of the student begins as.
+
+    Args:
+      layers: one for each layer of the student, in its order; one may come several times.
+      every: the teacher's layers 0, `every`, 2 `every`, ... With neither, they are spread evenly from the first to the last: layer i of n
+        is the teacher's i (N - 1) / (n - 1), rounded, halves up; a student of one layer takes the first.
+
+    Raises:
+      ValueError: these are not as many as the student has, or not layers of the teacher.
+    """
+    if layers is not None:
+        chosen, asked = tuple(layers), f"init.layers names {len(layers)} layer(s)"
+    elif every is not None:
+        chosen = tuple(range(0, num_teacher, every))
+        asked = f"init.every={every} gives {len(chosen)} of the teacher's {num_teacher} layers"
+    else:
+        steps = max(1, num_student - 1)
+        return tuple((2 * i * (num_teacher - 1) + steps) // (2 * steps) for i in range(num_student))
+    if len(chosen) != num_student:
+        raise ValueError(
+            f"{asked}, and the student has {num_student}: name one for each of these in init.layers, give the student {len(chosen)}, or "
+            "leave out both init.layers and init.every for layers that are spread evenly"
+        )
+    if outside := [layer for layer in chosen if not 0 <= layer < num_teacher]:
+        raise ValueError(f"init.layers names layer {outside[0]}, and the teacher's are 0 to {num_teacher - 1}: choose among these")
+    return chosen
+
+
+def shared_tokens(teacher: Tokenizer, student: Tokenizer, *, path: Path) -> int:
+    """How many tokens, from the first, both vocabularies have: all of the smaller one.
+
+    Raises:
+      ValueError: an id stands for different tokens in the two.
+    """
+    count = min(teacher.vocab_size, student.vocab_size)
+    for id in range(count):
+        if (theirs := teacher.name_of(id)) != (ours := student.name_of(id)):
+            raise ValueError(
+                f"init.path={path} was trained with another tokenizer, so its parameters mean nothing here: token {id} is {theirs!r} there "
+                f"and {ours!r} here. Give the experiment FileTokenizer(path='{path / 'tokenizer'}')"
+            )
+    return count
+
+
+def student_parameters(
+    path: Path, *, definition: parameters.Definition, chosen: Sequence[int], fresh: tuple[Params, Params], num_tokens: int, mesh: Mesh
+) -> tuple[Params, Params]:
+    """Parameters and buffers of a student, by stack path and placed as `fresh`, cut out of those of a run or an imported model.
+
+    They are a run's averages where it kept averages. Of the teacher only the layers that are chosen are read, divided over the mesh by
+    the rules; they are gone when this returns.
+
+    Args:
+      definition: of the student.
+      chosen: the teacher's layer for each of the student's.
+      fresh: the student's parameters and buffers as they were initialised: what the teacher has no counterpart of stays so.
+      num_tokens: tokens that both have; other rows of the tables stay fresh.
+
+    Raises:
+      ValueError: the two do not fit (`slices.student_cuts`), or the directory holds no intact model.
+    """
+    teacher = parameters.define(read_config(path))
+    cuts = student_cuts(teacher, definition, chosen=chosen)
+    needed = {cut.source for cut in cuts.values()}
+
+    def placed(tree: Params) -> Params:
+        shapes = parameters.stored_shapes(teacher.config, tree)
+        places = {name: NamedSharding(mesh, sharding.partition_spec(name, shapes[name].shape, mesh)) for name in needed & shapes.keys()}
+        return {name: jax.ShapeDtypeStruct(shapes[name].shape, shapes[name].dtype, sharding=place) for name, place in places.items()}
+
+    _, params, buffers = read_parameters(path, teacher.config, placed(teacher.params), placed(teacher.buffers), whole=False)
+
+    def build(taken: Params, fresh: tuple[Params, Params]) -> tuple[Params, Params]:
+        flat = parameters.unstack(definition.config, {**fresh[0], **fresh[1]})
+        for name, cut in cuts.items():
+            value = _take(taken[cut.source], cut.kept)
+            flat[name] = flat[name].at[:num_tokens].set(value[:num_tokens]) if name in TABLES else value
+        return tuple(parameters.restack(definition.config, flat, like=tree) for tree in fresh)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, fresh)
+    return jax.jit(build, out_shardings=shardings)(params | buffers, fresh)
+
+
+def _take(array: Array, kept: tuple[Dim, ...]) -> Array:
+    for axis, index in enumerate(kept):
+        is_leading = index[-1] == len(index) - 1  # indices ascend
+        array = jax.lax.slice_in_dim(array, 0, len(index), axis=axis) if is_leading else array.take(index, axis=axis)
+    return array

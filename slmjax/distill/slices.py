@@ -1,0 +1,238 @@
+"""Which part of a teacher each parameter of a smaller student is: told from the two definitions alone, before anything is read.
+
+    cuts = student_cuts(teacher, student, chosen=(0, 3))
+    cuts["layers/1/mixer/query/weight"]           # Cut(source="layers/3/mixer/query/weight", kept=(rows, columns))
+
+Layers are named by logical path on both sides, so that it does not matter how either model groups them. A narrower student takes the
+leading indices of every dim: of the width, of feed-forward layers, of experts, of heads. Query heads belong to the key-value head that
+they read with, so they are cut in groups: of each key-value head that stays, the first query heads stay. A head is taken whole, since
+its dims are pairs that turn by frequencies of their own.
+
+A student with a free head takes it from the teacher's, or from the embedding of a teacher whose head is tied to it; one with a tied head
+takes the embedding alone, and the head of a teacher that has one is left behind.
+
+Dims: K key-value heads, G query heads of a key-value head, H head dim.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from slmjax.architecture import BlockConfig, ModelConfig
+from slmjax.attention import AttentionConfig, QkNorm
+from slmjax.layers import MlpConfig
+from slmjax.mixers.latent import LatentAttentionConfig
+from slmjax.moe import MoeConfig
+from slmjax.parameters import Definition, stored_shapes
+
+log = logging.getLogger(__name__)
+
+EMBEDDING, HEAD = "embed/table", "head/weight"
+TABLES = (EMBEDDING, HEAD)  # a row for each token
+KNOWN_PARTS = (AttentionConfig, LatentAttentionConfig, MlpConfig, MoeConfig)  # whose inner dims may be cut
+
+# Settings in which a student may differ from its teacher without a word: sizes, which are cut, and what only training reads.
+_OWN_SETTINGS = frozenset(
+    "num_heads num_kv_heads head_dim hidden_dim num_experts shared_hidden_dim latent_dim query_rank "  # noqa: SIM905 - a list of names
+    "balance balance_weight bias_rate z_weight capacity_factor".split()
+)
+_SHARED_SETTINGS = ("norm_eps", "embed_multiplier", "residual_multiplier", "logit_multiplier", "logit_softcap")
+
+Dim = Int[np.ndarray, " n"]  # the teacher's indices that stay in a dim, ascending
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cut:
+    """The part of a parameter of the teacher that one of the student's begins as."""
+
+    source: str  # logical path in the teacher
+    kept: tuple[Dim, ...]  # by dim; of a table the rows are all here, and the vocabularies say which are taken
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Pair:
+    """A layer of the student, and the one of the teacher that it begins as."""
+
+    index: int
+    source: int
+    teacher: BlockConfig
+    student: BlockConfig
+    widths: tuple[ModelConfig, ModelConfig]  # of the teacher and of the student
+
+    @property
+    def named(self) -> str:
+        return f"layer {self.index} of the student and layer {self.source} of the teacher, which it begins as"
+
+
+def student_cuts(teacher: Definition, student: Definition, *, chosen: Sequence[int]) -> dict[str, Cut]:
+    """What each parameter and buffer of the student is cut from, by logical path; a buffer that the teacher has not is left out.
+
+    Settings that change what the same parameters compute (a window, the base of the positions) are warned of where they differ.
+
+    Args:
+      chosen: the teacher's layer for each of the student's.
+
+    Raises:
+      ValueError: the student has what the teacher has not, lacks what it has, is wider, or is of another kind.
+    """
+    if teacher.config.norm_kind is not student.config.norm_kind:
+        raise ValueError(
+            f"model.norm_kind is {teacher.config.norm_kind.value} in the teacher, whose scales mean something else to "
+            f"{student.config.norm_kind.value}: set it to the same"
+        )
+    blocks = list(teacher.config.blocks())
+    pairs = [
+        _Pair(index=index, source=source, teacher=blocks[source], student=block, widths=(teacher.config, student.config))
+        for index, (source, block) in enumerate(zip(chosen, student.config.blocks(), strict=True))
+    ]
+    for pair in pairs:
+        _check_kinds(pair)
+    _warn_of_settings(pairs, teacher.config, student.config)
+    theirs = _shapes(teacher, teacher.params) | _shapes(teacher, teacher.buffers)
+    buffers = _shapes(student, student.buffers)
+    cuts = {}
+    for name, shape in (_shapes(student, student.params) | buffers).items():
+        pair = pairs[int(name.split("/")[1])] if name.startswith("layers/") else None
+        source = name if pair is None else f"layers/{pair.source}/{_within(name)}"
+        source = EMBEDDING if name == HEAD and HEAD not in theirs else source
+        if source in theirs:
+            cuts[name] = Cut(source=source, kept=_kept(name, source, theirs[source], shape, pair))
+        elif name not in buffers:
+            raise ValueError(f"the student has {name}, and the teacher has no {source} to begin it as: leave it out of the student's model")
+    _refuse_losses(theirs, cuts, pairs)
+    return cuts
+
+
+def _shapes(definition: Definition, params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in stored_shapes(definition.config, params).items()}
+
+
+def _within(name: str) -> str:
+    """layers/3/mixer/query/weight -> mixer/query/weight."""
+    return name.split("/", 2)[2]
+
+
+def _refuse_losses(theirs: Mapping[str, Any], cuts: Mapping[str, Cut], pairs: Sequence[_Pair]) -> None:
+    """Without one of its parameters a layer computes something else. (A head in the place of which the embedding is used is let go.)"""
+    for name in theirs:
+        layer = int(name.split("/")[1]) if name.startswith("layers/") else None
+        students = [name] if layer is None else [f"layers/{pair.index}/{_within(name)}" for pair in pairs if pair.source == layer]
+        if lost := [own for own in students if own not in cuts and own != HEAD]:
+            raise ValueError(
+                f"the teacher has {name}, without which it computes something else, and the student has no {lost[0]}: give its model one"
+            )
+
+
+# Kinds and settings -----------------------------------------------------------------------------------------------------
+def _check_kinds(pair: _Pair) -> None:
+    """Raises ValueError where the parameters of one layer mean nothing to the other."""
+    theirs, ours = pair.teacher, pair.student
+    for part in ("mixer", "ffn"):
+        kinds = [type(getattr(block, part)) for block in (theirs, ours)]
+        if kinds[0] is not kinds[1]:
+            names = ["none" if kind is type(None) else kind.__name__ for kind in kinds]
+            raise ValueError(
+                f"{pair.named}, differ in kind: {part} is {names[1]} here and {names[0]} there; choose other layers, or another kind"
+            )
+    for what, values in _same_settings(pair):
+        if values[0] != values[1]:
+            raise ValueError(f"{pair.named}, differ in {what}: {_shown(values[1])} here and {_shown(values[0])} there. Set it to the same")
+    if isinstance(theirs.mixer, AttentionConfig) and isinstance(ours.mixer, AttentionConfig):
+        groups = [mixer.num_heads // mixer.kv_heads for mixer in (theirs.mixer, ours.mixer)]
+        if groups[1] > groups[0]:
+            raise ValueError(
+                f"layers/{pair.index}/mixer/query/weight has {groups[1]} query heads for each key-value head in the student, and that of "
+                f"the teacher's layer {pair.source} has {groups[0]}: take as many key-value heads as the teacher has, or fewer query heads"
+            )
+
+
+def _same_settings(pair: _Pair) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Settings in which the layers must agree, with the teacher's and the student's."""
+    theirs, ours = pair.teacher.mixer, pair.student.mixer
+    yield "the place of their norms", (pair.teacher.norm, pair.student.norm)
+    if isinstance(theirs, AttentionConfig) and isinstance(ours, AttentionConfig):
+        shapes = [config.layer_shape() for config in pair.widths]
+        yield "qk_norm", (theirs.qk_norm, ours.qk_norm)
+        # The pairs of a head's dims turn by frequencies that depend on how many there are: none could be left out.
+        yield "head_dim, which cannot be cut (rotary positions)", (theirs.resolved_head_dim(shapes[0]), ours.resolved_head_dim(shapes[1]))
+    elif isinstance(theirs, LatentAttentionConfig) and isinstance(ours, LatentAttentionConfig):
+        for name in ("plain_dim", "rope_dim", "value_dim"):
+            yield f"{name}, which cannot be cut", (getattr(theirs, name), getattr(ours, name))
+
+
+def _shown(value: Any) -> Any:
+    return getattr(value, "value", value)
+
+
+def _warn_of_settings(pairs: Sequence[_Pair], teacher: ModelConfig, student: ModelConfig) -> None:
+    """Says which settings differ that no parameter shows."""
+    differing: dict[tuple[str, Any, Any], list[str]] = {}
+    for name in _SHARED_SETTINGS:
+        differing.setdefault((name, getattr(teacher, name), getattr(student, name)), [])
+    for pair in pairs:
+        parts = [(pair.teacher.mixer, pair.student.mixer), (pair.teacher.ffn, pair.student.ffn)]
+        found = [("passes", pair.teacher.passes, pair.student.passes)] + [
+            (field.name, getattr(theirs, field.name), getattr(ours, field.name))
+            for theirs, ours in parts
+            if theirs is not None
+            for field in dataclasses.fields(theirs)
+            if field.name not in _OWN_SETTINGS
+        ]
+        for setting in found:
+            differing.setdefault(setting, []).append(str(pair.index))
+    for (name, theirs, ours), places in differing.items():
+        if theirs != ours:
+            where = f" of layer {', '.join(places)}" if places else ""
+            log.warning(
+                "init: %s%s is %s, and was %s in the teacher: its parameters are not used to that",
+                name,
+                where,
+                _shown(ours),
+                _shown(theirs),
+            )
+
+
+# Indices ----------------------------------------------------------------------------------------------------------------
+def _kept(name: str, source: str, theirs: tuple[int, ...], ours: tuple[int, ...], pair: _Pair | None) -> tuple[Dim, ...]:
+    """The teacher's indices that stay, dim by dim. Raises ValueError for a student that is wider, or cut where nothing says how."""
+    if name in TABLES:
+        ours = (theirs[0], *ours[1:])
+    dims = [np.arange(min(sizes)) for sizes in zip(theirs, ours, strict=True)]
+    if pair is not None and (unusual := _unusual_dims(pair).get(_within(name))) is not None:
+        dims[unusual[0]] = unusual[1]
+    if tuple(map(len, dims)) != ours:
+        raise ValueError(
+            f"{name} is {list(ours)} in the student, and {source} of the teacher is {list(theirs)}: a student is cut out of its teacher, "
+            "and cannot be wider than it. Make it narrower, or begin with fresh parameters"
+        )
+    if pair is not None:
+        part = getattr(pair.student, _within(name).split("/")[0], None)
+        widths = tuple(config.embed_dim for config in pair.widths)
+        inner = [sizes for sizes in zip(theirs, ours, strict=True) if sizes[0] != sizes[1] and sizes != widths]
+        if inner and part is not None and not isinstance(part, KNOWN_PARTS):
+            raise ValueError(
+                f"{name} is {list(ours)} in the student, and {source} of the teacher is {list(theirs)}: how the inside of "
+                f"{type(part).__name__} is cut is not known. Leave its own sizes as the teacher has them"
+            )
+    return tuple(dims)
+
+
+def _unusual_dims(pair: _Pair) -> dict[str, tuple[int, Dim]]:
+    """Dims of a mixer's parameters that hold more than one thing, by the path in the layer: which dim, and what stays of it."""
+    theirs, ours = pair.teacher.mixer, pair.student.mixer
+    if isinstance(theirs, AttentionConfig) and isinstance(ours, AttentionConfig):
+        heads = np.arange(theirs.num_heads).reshape(theirs.kv_heads, -1)[: ours.kv_heads, : ours.num_heads // ours.kv_heads].reshape(-1)
+        head_dim = theirs.resolved_head_dim(pair.widths[0].layer_shape())
+        queries = (heads[:, None] * head_dim + np.arange(head_dim)).reshape(-1)  # [D, K * G * H], cut as [D, K, G, H]
+        normed = {f"mixer/query_norm/{name}": (0, queries) for name in ("scale", "bias") if theirs.qk_norm is QkNorm.ALL_HEADS}
+        own = {"mixer/query/weight": (1, queries), "mixer/query/bias": (0, queries), "mixer/output/weight": (0, queries)}
+        return own | normed | {"mixer/sinks": (0, heads)}
+    if isinstance(theirs, LatentAttentionConfig) and isinstance(ours, LatentAttentionConfig):
+        # The latent, then the one rotated key.
+        columns = np.concatenate([np.arange(min(ours.latent_dim, theirs.latent_dim)), theirs.latent_dim + np.arange(theirs.rope_dim)])
+        return {"mixer/latent_down/weight": (1, columns), "mixer/latent_down/bias": (0, columns)}
+    return {}
