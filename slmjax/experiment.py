@@ -15,6 +15,7 @@ from slmjax.checkpoint import CheckpointConfig, read_config
 from slmjax.data.config import DataConfig, TextSource
 from slmjax.data.tokenizers import BpeTokenizer, FileTokenizer, TokenizerConfig
 from slmjax.data.windows import default_overlap
+from slmjax.distill.config import DistillConfig, TeacherConfig
 from slmjax.optim import OptimConfig
 from slmjax.sampling import SamplingConfig
 from slmjax.sharding import MeshConfig
@@ -139,7 +140,7 @@ class Experiment:
 
 
 def with_absolute_paths(experiment: Experiment) -> Experiment:
-    """The experiment with the paths of its text and tokenizer made absolute, so that its run can be read from any directory."""
+    """The experiment with paths of text, tokenizer and teachers made absolute, so that its run can be read from any directory."""
 
     def absolute(path: str) -> str:
         return str(Path(path).expanduser().absolute())
@@ -154,7 +155,21 @@ def with_absolute_paths(experiment: Experiment) -> Experiment:
     data = dataclasses.replace(data, sources=sources, path=None if data.path is None else absolute(data.path))
     if isinstance(tokenizer, FileTokenizer):
         tokenizer = dataclasses.replace(tokenizer, path=absolute(tokenizer.path))
-    return dataclasses.replace(experiment, data=data, tokenizer=tokenizer)
+    objective = experiment.objective
+    if (distill := objective.distill) is not None:
+        teachers = tuple(dataclasses.replace(teacher, path=absolute(teacher.path)) for teacher in distill.teachers)
+        objective = dataclasses.replace(objective, distill=dataclasses.replace(distill, teachers=teachers))
+    return dataclasses.replace(experiment, data=data, tokenizer=tokenizer, objective=objective)
+
+
+def taught_by(path: Path, experiment: Experiment) -> Experiment:
+    """The experiment with this teacher, a run or an imported model, and its tokenizer; what is set of distillation otherwise stays."""
+    read_config(path)  # or an error that says what to name
+    teacher = TeacherConfig(path=str(path))
+    distill = experiment.objective.distill
+    distill = DistillConfig(teachers=(teacher,)) if distill is None else dataclasses.replace(distill, teachers=(teacher,))
+    objective = dataclasses.replace(experiment.objective, distill=distill)
+    return dataclasses.replace(experiment, objective=objective, tokenizer=FileTokenizer(path=str(path / "tokenizer")))
 
 
 def read_experiment(run_dir: Path) -> Experiment:

@@ -5,6 +5,7 @@ is written to that of a run which goes on.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 from pathlib import Path
@@ -14,13 +15,17 @@ import jax
 from jax.sharding import Mesh
 
 from slmjax import placement, sampling, sharding
+from slmjax.architecture import ModelConfig
 from slmjax.checkpoint import Checkpointer, read_config, read_parameters
+from slmjax.data.batch import Batch
 from slmjax.data.preparation import Log, Prepared, prepare
 from slmjax.data.tokenizers import FileTokenizer, Tokenizer, TokenizerConfig
 from slmjax.data.windows import EvaluationBatches, evaluation_batches
 from slmjax.distill import layers
+from slmjax.distill.teachers import TeacherPlan, Teachers, divided_devices, plan_teachers
 from slmjax.evaluation.bits_per_byte import EvalResult, EvalStep, evaluate_batches, make_eval_step
 from slmjax.experiment import Experiment, FromTeacherLayers, read_experiment
+from slmjax.losses import TeacherOutput
 from slmjax.optim import learning_rate, make_optimizer
 from slmjax.parameters import Definition, define, define_for_inference
 from slmjax.processes import process_zero_first
@@ -42,6 +47,7 @@ class Setup:
     shapes: TrainState
     train_step: TrainStep
     eval_step: EvalStep
+    teachers: Teachers | None  # in distillation, where they are used at all
     prompts: tuple[tuple[int, ...], ...]  # tokens of the texts that the trained model continues at the end
 
     def heldout(self, max_documents: int | None) -> EvaluationBatches | None:
@@ -64,7 +70,15 @@ class Setup:
         batches = self.heldout(max_documents)
         if batches is None:
             return None
-        return evaluate_batches(self.eval_step, state.evaluated, state.frozen, batches, mesh=self.mesh)
+        compared = None if self.teachers is None else functools.partial(self.teachers, in_parts=False)
+        return evaluate_batches(self.eval_step, state.evaluated, state.frozen, batches, mesh=self.mesh, teachers=compared)
+
+    def said(self, batch: Batch, step: int) -> tuple[tuple[TeacherOutput, ...], ...]:
+        """What the train step after `step` is given beside the state and the placed batch: what teachers say of it, where they are used."""
+        distill = self.experiment.objective.distill
+        if self.teachers is None or distill is None or not distill.uses_teachers(step, total_steps=self.experiment.run.steps):
+            return ()
+        return (self.teachers(batch),)
 
 
 def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh, report: Log) -> Setup:
@@ -79,9 +93,26 @@ def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh, re
         )
     prompts = _encoded_prompts(experiment, prepared.tokenizer)
     programs = make_programs(experiment, vocab_size=vocab_size, mesh=mesh)
+    plans = teacher_plans(experiment, programs.definition.config, mesh=mesh, tokenizer=prepared.tokenizer)
     return Setup(
         experiment=experiment, prepared=prepared, mesh=mesh, definition=programs.definition, inference=programs.inference,
         shapes=programs.shapes, train_step=programs.train_step, eval_step=programs.eval_step, prompts=prompts,
+        teachers=Teachers(plans, num_parts=experiment.optim.accumulation_steps) if plans else None,
+    )  # fmt: skip
+
+
+def teacher_plans(
+    experiment: Experiment, student: ModelConfig, *, mesh: Mesh, tokenizer: Tokenizer | None = None
+) -> tuple[TeacherPlan, ...]:
+    """The teachers of an experiment; none where nothing is learned from them. Raises ValueError for those that do not fit."""
+    distill = experiment.objective.distill
+    if distill is None or distill.weight.is_zero:
+        return ()
+    own = mesh
+    if distill.mesh is not None:
+        own = sharding.make_mesh(distill.mesh, divided_devices(distill, jax.devices())[1])
+    return plan_teachers(
+        distill, student, sequence_length=experiment.data.sequence_length, mesh=mesh, teacher_mesh=own, tokenizer=tokenizer
     )  # fmt: skip
 
 
@@ -102,12 +133,15 @@ def make_programs(experiment: Experiment, *, vocab_size: int, mesh: Mesh) -> Pro
     model = dataclasses.replace(experiment.model, vocab_size=experiment.model.vocab_size or vocab_size)
     definition, inference = define(model), define_for_inference(model)
     optimizer = make_optimizer(experiment.optim, definition.params, total_steps=experiment.run.steps)
-    shapes = state_shapes(definition, optimizer, with_ema=experiment.optim.ema_decay is not None, mesh=mesh)
+    with_ema, objective = experiment.optim.ema_decay is not None, experiment.objective
+    shapes = state_shapes(definition, optimizer, with_ema=with_ema, mesh=mesh, objective=objective)
     train_step = make_train_step(
-        definition, optimizer, objective=experiment.objective, optim=experiment.optim, shapes=shapes, total_steps=experiment.run.steps
+        definition, optimizer, objective=objective, optim=experiment.optim, shapes=shapes, total_steps=experiment.run.steps
     )
+    matching = None if objective.distill is None else objective.distill.matching
     return Programs(
-        definition=definition, inference=inference, shapes=shapes, train_step=train_step, eval_step=make_eval_step(inference)
+        definition=definition, inference=inference, shapes=shapes, train_step=train_step,
+        eval_step=make_eval_step(inference, matching=matching),
     )  # fmt: skip
 
 
@@ -143,7 +177,9 @@ def fresh_state(setup: Setup) -> TrainState:
     """The state before the first step: fresh parameters, or those of another model."""
     experiment = setup.experiment
     optimizer = make_optimizer(experiment.optim, setup.definition.params, total_steps=experiment.run.steps)
-    state = init_state(setup.definition, optimizer, shapes=setup.shapes, seed=experiment.run.seed)
+    state = init_state(
+        setup.definition, optimizer, shapes=setup.shapes, seed=experiment.run.seed, objective=experiment.objective
+    )  # fmt: skip
     source = experiment.init.source()
     if source is None:
         return state
@@ -225,10 +261,22 @@ def run_to_resume(path: Path, experiment: Experiment) -> RunDirectory:
             f"{path} was trained by {kind.value}, whose state means nothing to optim.kind={experiment.optim.kind.value}: leave it as "
             f"it is, or begin a new run with --init-from {path}"
         )
+    if _remembered(before) != _remembered(experiment):
+        raise ValueError(
+            f"{path} keeps {_remembered(before)} of its objective from step to step, and this experiment {_remembered(experiment)}: leave "
+            f"objective.distill as it is, or begin a new run with --init-from {path}"
+        )
     if (before.optim.ema_decay is None) is not (experiment.optim.ema_decay is None):
         state = "no averaged weights" if before.optim.ema_decay is None else "averaged weights"
         raise ValueError(f"{path} keeps {state}, and a resumed run goes on so: optim.ema_decay is {before.optim.ema_decay} there")
     return RunDirectory(path, process_index=jax.process_index())
+
+
+def _remembered(experiment: Experiment) -> str:
+    """What the objective keeps from step to step, in words."""
+    distill = experiment.objective.distill
+    names = () if distill is None else sorted(distill.divergence.initial_state())
+    return ", ".join(names) or "nothing"
 
 
 def tokenizer_of(run: RunDirectory, experiment: Experiment) -> TokenizerConfig:

@@ -132,7 +132,8 @@ def _fresh(
     zero = functools.partial(jnp.zeros, (), jnp.int32)
     return TrainState(
         trainable=params, frozen=buffers, optimizer=optimizer.init(params), ema=jax.tree.map(jnp.copy, params) if with_ema else None,
-        objective={} if objective.distill is None else objective.distill.divergence.initial_state(), rng=rng, step=zero(), tokens=jnp.zeros((2,), jnp.int32), skipped=zero(), skipped_in_a_row=zero(),
+        objective={} if objective.distill is None else objective.distill.divergence.initial_state(),
+        rng=rng, step=zero(), tokens=jnp.zeros((2,), jnp.int32), skipped=zero(), skipped_in_a_row=zero(),
     )  # fmt: skip
 
 
@@ -182,15 +183,19 @@ def terms(
     output = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, key=key)
     given = (output.hidden, output.head)
     if objective.distill is not None and teachers and amounts is not None:
-        text, metrics = distillation.soft_term(
-            objective.distill, *given, batch, teachers, amounts=amounts, z_loss=objective.z_loss, chunk_size=objective.chunk_size
+        name, (text, metrics) = (
+            "distillation",
+            distillation.soft_term(
+                objective.distill, *given, batch, teachers, amounts=amounts, z_loss=objective.z_loss, chunk_size=objective.chunk_size
+            ),
         )
     else:
-        text, metrics = losses.sharded_cross_entropy(
-            *given, batch.targets, batch.loss_mask, z_loss=objective.z_loss, chunk_size=objective.chunk_size
+        name, (text, metrics) = (
+            "cross_entropy",
+            losses.sharded_cross_entropy(*given, batch.targets, batch.loss_mask, z_loss=objective.z_loss, chunk_size=objective.chunk_size),
         )
         text = text if amounts is None else text * amounts["hard"]
-    sums = {"text": (text, "targets")} | {name: (value, "tokens") for name, value in output.losses.items()}
+    sums = {name: (text, "targets")} | {path: (value, "tokens") for path, value in output.losses.items()}
     return sums, {**metrics, **output.metrics}
 
 
@@ -214,16 +219,15 @@ def make_train_step(
     Metrics are float32 scalars of the whole batch: `loss` (nats per scored token), `objective` (with auxiliary terms),
     `grad_norm` (before clipping), `learning_rate`, `accuracy`, `nll`, `targets`, `bytes`, `tokens`, `skipped` (so far),
     `skipped_in_a_row`, and for mixtures of experts `dropped` and `expert_imbalance` (the busiest expert's load over the mean,
-    averaged over layers); in distillation the mean `divergence`, and its amounts; `data_checksum` is an integer; `grad_norms` and `expert_loads` are trees of arrays, which
-    `named_metrics` puts into words. Metrics are whole on every device: every process can read them.
+    averaged over layers), in distillation the mean `divergence` and its amounts; `data_checksum` is an integer; `grad_norms` and
+    `expert_loads` are trees of arrays, which `named_metrics` puts into words. Metrics are whole on every device: every process can
+    read them.
     """
     grads_of = functools.partial(_gradients, definition, objective, optim.accumulation_steps)
 
     distill = objective.distill
 
-    def train_step(
-        state: TrainState, batch: Batch, teachers: tuple[losses.TeacherOutput, ...] = ()
-    ) -> tuple[TrainState, dict[str, Any]]:
+    def train_step(state: TrainState, batch: Batch, teachers: tuple[losses.TeacherOutput, ...] = ()) -> tuple[TrainState, dict[str, Any]]:
         key, total = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step), counts(batch)
         amounts = None
         if distill is not None:

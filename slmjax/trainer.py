@@ -24,6 +24,7 @@ from rich.console import Console
 from slmjax import devices, hosts, memory, placement, sampling, sharding, startup
 from slmjax.checkpoint import Checkpointer
 from slmjax.data.pipeline import BatchSource, ReadAhead
+from slmjax.distill.teachers import divided_devices
 from slmjax.evaluation.bits_per_byte import EvalResult
 from slmjax.evaluation.compressors import compressed_bits_per_byte
 from slmjax.experiment import Experiment, with_absolute_paths
@@ -104,7 +105,7 @@ def train(
         startup.keep_memory()
     experiment = experiment if resume is not None else with_absolute_paths(experiment)
     run = None if resume is None else run_to_resume(Path(resume), experiment)
-    mesh = sharding.make_mesh(experiment.mesh)
+    mesh = sharding.make_mesh(experiment.mesh, divided_devices(experiment.objective.distill, jax.devices())[0])
     with ledger.timed(Category.INIT):
         peak = devices.peak_flops(jax.devices()[0], experiment.model.layer_shape().dtype, num_devices=mesh.size)
     with ExitStack() as stack:
@@ -240,7 +241,8 @@ class Loop:
             batch = next(self.batches)
         self._fed += int(np.count_nonzero(batch.segment_ids)) * batch_size // len(batch.segment_ids)
         with self.ledger.timed(Category.COMPILE if is_first else Category.STEP):
-            state, metrics = self.setup.train_step(state, placement.place_batch(batch, self.setup.mesh, num_rows=batch_size))
+            placed = placement.place_batch(batch, self.setup.mesh, num_rows=batch_size)
+            state, metrics = self.setup.train_step(state, placed, *self.setup.said(placed, self.step))
             if is_first:
                 jax.block_until_ready(metrics)
                 # Compilation, and the wait for the first batch, say nothing about the pace.
@@ -314,8 +316,8 @@ class Loop:
             return
         self.num_documents = found.documents
         self.last = {"measured_on": PART, "loss": found.loss, "bits_per_byte": found.bits_per_byte}
-        self.record("eval", loss=found.loss, bits_per_byte=found.bits_per_byte, documents=found.documents)
-        self.progress.print(f"step {self.step}: held-out loss {found.loss:.4f}, {found.bits_per_byte:.3f} bits/byte")
+        self.record("eval", documents=found.documents, **found.figures())
+        self.progress.print(f"step {self.step}: held-out {found.text()}")
         if self.best is None or found.loss < self.best[1]:
             self.best = (self.step, found.loss)
             self.save(state, best_loss=found.loss)
@@ -348,7 +350,7 @@ def _finish(loop: Loop, state: TrainState, status: str, signals: StopSignals) ->
     figures = loop.last
     if found is not None:
         figures = {"measured_on": ALL, "loss": found.loss, "bits_per_byte": found.bits_per_byte}
-        loop.record("eval", documents=found.documents, complete=True, loss=found.loss, bits_per_byte=found.bits_per_byte)
+        loop.record("eval", documents=found.documents, complete=True, **found.figures())
     result = Result(
         status=status, **figures, perplexity=math.exp(min(figures["loss"], 700.0)), best_loss=None if loop.best is None else loop.best[1],
         best_step=None if loop.best is None else loop.best[0],

@@ -11,7 +11,7 @@ INTERRUPTED_STATUS = 75  # "try again later": a supervisor tells it from success
 
 
 def train_command(words: Sequence[str]) -> int:
-    """train a model: slmjax train [EXPERIMENT] [--optim.lr 3e-4 ...], --resume RUN_DIR, --init-from DIR"""
+    """train a model: slmjax train [EXPERIMENT] [--optim.lr 3e-4 ...], --resume RUN_DIR, --init-from DIR, --teacher DIR"""
     import jax
     from rich.console import Console
 
@@ -22,9 +22,9 @@ def train_command(words: Sequence[str]) -> int:
         hosts.join()  # before an experiment file, or anything else, can ask jax for a device
     name, options = experiment_name(words)
     load_code(options)
-    resume, source = option(options, "--resume"), option(options, "--init-from")
-    if resume is not None and (name or source):
-        raise ValueError(f"--resume {resume} goes on with that run's own experiment: leave out {name or '--init-from'}")
+    resume, source, teacher = (option(options, name) for name in ("--resume", "--init-from", "--teacher"))
+    if resume is not None and (other := name or (source and "--init-from") or (teacher and "--teacher")):
+        raise ValueError(f"--resume {resume} goes on with that run's own experiment: leave out {other}")
     if resume is not None:
         start = experiments.read_experiment(Path(resume))
     elif source is not None:
@@ -32,17 +32,23 @@ def train_command(words: Sequence[str]) -> int:
     else:
         start = recipes.load_experiment(name or "nano")
 
+    if teacher is not None:
+        start = experiments.taught_by(Path(teacher), start)
+
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
         resume: str | None = None  # run directory to go on with, from its newest intact checkpoint
         init_from: str | None = None  # run or imported model to start from: its parameters and tokenizer; of a run, its experiment
+        teacher: str | None = None  # run or imported model to learn from: --objective.distill.* says how; its tokenizer is taken
         profile: int | None = None  # trace so many steps, after the first two of this session, into RUN_DIR/profile
         code: str | None = None  # Python file that defines the classes of your own which the run's settings name
         json: bool = False  # print the result as JSON, and progress on standard error
         experiment: Annotated[experiments.Experiment, without_prefix()] = start
 
     given = parse(Arguments, options, default=Arguments(), command=f"train {name or ''}".strip(), description=train_command.__doc__)
-    assert (given.resume, given.init_from) == (resume, source), "what the defaults were chosen by is what was parsed"
+    assert (given.resume, given.init_from, given.teacher) == (resume, source, teacher), (
+        "what the defaults were chosen by is what was parsed"
+    )
     code = name if name is not None and name.endswith(".py") else given.code
     console = Console(stderr=given.json, highlight=False)
     result = trainer.train(given.experiment, resume=given.resume, code=code, profile=given.profile, console=console)

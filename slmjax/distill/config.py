@@ -1,7 +1,7 @@
 """Settings of distillation: `objective.distill`.
 
-    DistillConfig(teachers=(TeacherConfig(path="runs/large"),))                             # forward KL alone, temperature 1
-    DistillConfig(teachers=(...), divergence=Jsd(beta=0.9), weight=Ramp(start=0.5), hard_weight=Ramp(start=0.5))
+DistillConfig(teachers=(TeacherConfig(path="runs/large"),))                             # forward KL alone, temperature 1
+DistillConfig(teachers=(...), divergence=Jsd(beta=0.9), weight=Ramp(start=0.5), hard_weight=Ramp(start=0.5))
 """
 
 import dataclasses

@@ -45,7 +45,8 @@ def soft_term(
     """The sum over scored targets that the student minimises, divergence and cross entropy weighted, and what is reported beside it."""
     draws = token_numbers(batch) if distill.divergence.draws_at_random else None
     return losses.sharded_divergence(
-        hidden, head, teachers, distill.matching, batch.targets, batch.loss_mask, draws=draws, chunk_size=chunk_size, z_loss=z_loss, **amounts
+        hidden, head, teachers, distill.matching, batch.targets, batch.loss_mask, draws=draws, chunk_size=chunk_size, z_loss=z_loss,
+        **amounts,
     )  # fmt: skip
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
@@ -106,7 +105,9 @@ def divided_devices(distill: DistillConfig | None, devices: Sequence[Any]) -> tu
     if count is None:
         return list(devices), list(devices)
     if jax.process_count() > 1:
-        raise ValueError(f"objective.distill.devices={count}: teachers with devices of their own work on one host only, and there are several")
+        raise ValueError(
+            f"objective.distill.devices={count}: teachers with devices of their own work on one host only, and there are several"
+        )
     if count >= len(devices):
         raise ValueError(f"objective.distill.devices={count} leaves the student none of the {len(devices)} device(s): give it some")
     return list(devices[:-count]), list(devices[-count:])

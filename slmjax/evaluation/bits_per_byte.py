@@ -11,6 +11,7 @@ length and overlap say how much context a token is given, so they are part of th
 Dims: B rows of the global batch, T positions of a row.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -19,7 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -31,11 +32,13 @@ from slmjax.data.config import DataConfig
 from slmjax.data.preparation import prepare
 from slmjax.data.tokenizers import FileTokenizer
 from slmjax.data.windows import EvaluationBatches, default_overlap, evaluation_batches
-from slmjax.losses import sharded_cross_entropy
+from slmjax.losses import Matching, TeacherOutput, evaluation_sums, expected_calibration_error
 from slmjax.parameters import Definition
 
 Params = Mapping[str, Array]
-EvalStep = Callable[[Params, Params, Batch], dict[str, Array]]
+EvalStep = Callable[..., dict[str, Array]]  # (params, buffers, batch) or (params, buffers, batch, what the teachers say of it)
+Sums = dict[str, np.ndarray]
+TeacherCall = Callable[[Batch], tuple[TeacherOutput, ...]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,49 +48,82 @@ class EvalResult:
     loss: float  # nats per scored token
     perplexity: float
     bits_per_byte: float
+    calibration_error: float  # mean gap between the model's confidence in its likeliest token and how often that is right
     tokens: int  # scored: all of the documents but BOS
     bytes: int  # of the documents
     documents: int
     sequence_length: int  # tokens of a window
     overlap: int  # tokens of context that a further window of a long document repeats
     seconds: float
+    teacher_kl: float | None = None  # KL(teacher || model) in nats per scored token, at temperature 1; None: compared with none
+    teacher_agreement: float | None = None  # share of scored tokens before which both find the same token the likeliest
+    teacher_bits_per_byte: float | None = None  # of the teachers themselves
+
+    def text(self) -> str:
+        """In words, beside the teachers where there are any."""
+        own = f"loss {self.loss:.4f}, {self.bits_per_byte:.3f} bits/byte"
+        if self.teacher_bits_per_byte is None:
+            return own
+        return f"{own} (teacher {self.teacher_bits_per_byte:.3f}, KL {self.teacher_kl:.4f}, same first choice {self.teacher_agreement:.1%})"
+
+    def figures(self) -> dict[str, float]:
+        """What a run's log tells; of the teachers only where there are any."""
+        names = ("loss", "bits_per_byte", "calibration_error", "teacher_kl", "teacher_agreement", "teacher_bits_per_byte")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
-def make_eval_step(definition: Definition) -> EvalStep:
-    """The compiled `(params, buffers, batch) -> {"nll", "weight"}`: sums over the global batch, in nats and scored tokens."""
+def make_eval_step(definition: Definition, *, matching: Matching | None = None) -> EvalStep:
+    """The compiled `(params, buffers, batch, teachers) -> sums` over the global batch (`losses.evaluation_sums`).
+
+    Args:
+      matching: how several teachers are one; teachers are compared with where it is given.
+    """
 
     @jax.jit
-    def eval_step(params: Params, buffers: Params, batch: Batch) -> dict[str, Array]:
+    def eval_step(params: Params, buffers: Params, batch: Batch, teachers: tuple[TeacherOutput, ...] = ()) -> dict[str, Array]:
         output = definition.merge(params, buffers)(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions)
-        _, sums = sharded_cross_entropy(output.hidden, output.head, batch.targets, batch.loss_mask)
-        return {"nll": sums["nll"], "weight": jnp.sum(batch.loss_mask)}
+        return evaluation_sums(output.hidden, output.head, batch.targets, batch.loss_mask, teachers=teachers, matching=matching)
 
     return eval_step
 
 
 def evaluate_batches(
-    eval_step: EvalStep, params: Params, buffers: Params, batches: EvaluationBatches, *, mesh: Mesh | None = None
+    eval_step: EvalStep,
+    params: Params,
+    buffers: Params,
+    batches: EvaluationBatches,
+    *,
+    mesh: Mesh | None = None,
+    teachers: TeacherCall | None = None,
 ) -> EvalResult:
-    """Runs all batches; on a mesh the parameters must be on it, and every process passes the rows that it holds."""
+    """Runs all batches; on a mesh the parameters must be on it, and every process passes the rows that it holds.
+
+    Args:
+      teachers: whom the model is compared with, called with each placed batch.
+    """
     started = time.monotonic()
-    totals = {"nll": 0.0, "weight": 0.0}
+    totals: Sums = {}
     pending: dict[str, Array] = {}
     for batch in batches:
         # The device works on this batch while the host reads the sums of the one before and makes the next.
-        if mesh is None:
-            running = eval_step(params, buffers, batch)
-        else:
-            with jax.set_mesh(mesh):
-                running = eval_step(params, buffers, placement.place_batch(batch, mesh, num_rows=batches.batch_size))
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            placed = batch if mesh is None else placement.place_batch(batch, mesh, num_rows=batches.batch_size)
+            running = eval_step(params, buffers, placed, *(() if teachers is None else (teachers(placed),)))
         _add(totals, pending)
         pending = running
     _add(totals, pending)
     assert totals["weight"] == batches.num_targets, f"{totals['weight']} tokens were scored, and there are {batches.num_targets}"
-    loss, plan = totals["nll"] / totals["weight"], batches.plans[0][1]
+    loss, plan = float(totals["nll"]) / batches.num_targets, batches.plans[0][1]
+    compared: dict[str, float] = {}
+    if "teacher_kl" in totals:
+        compared = {name: float(totals[sum_name]) / batches.num_targets for name, sum_name in PER_TOKEN.items()}
+        compared["teacher_bits_per_byte"] = float(totals["teacher_nll"]) / math.log(2) / batches.num_bytes
     return EvalResult(
+        **compared,
         loss=loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,
-        bits_per_byte=totals["nll"] / math.log(2) / batches.num_bytes,
+        bits_per_byte=float(totals["nll"]) / math.log(2) / batches.num_bytes,
+        calibration_error=expected_calibration_error(*(totals[f"bin_{name}"] for name in ("weight", "confidence", "correct"))),
         tokens=batches.num_targets,
         bytes=batches.num_bytes,
         documents=batches.num_documents,
@@ -97,10 +133,13 @@ def evaluate_batches(
     )
 
 
-def _add(totals: dict[str, float], sums: Mapping[str, Array]) -> None:
+PER_TOKEN = {"teacher_kl": "teacher_kl", "teacher_agreement": "agreement"}
+
+
+def _add(totals: Sums, sums: Mapping[str, Array]) -> None:
     """Adds in float64: the sum over a corpus loses nothing to the float32 of one batch."""
-    for name, value in sums.items():
-        totals[name] += float(value)
+    for name, value in jax.device_get(sums).items():
+        totals[name] = totals.get(name, np.float64(0.0)) + np.asarray(value, np.float64)
 
 
 def evaluate(

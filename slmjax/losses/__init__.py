@@ -24,6 +24,7 @@ from slmjax.losses.divergences import (
 )
 from slmjax.losses.hard_targets import Metrics, cross_entropy, sharded_cross_entropy
 from slmjax.losses.heads import PADDING_LOGIT, Head, logits
+from slmjax.losses.held_out import evaluation_sums, expected_calibration_error
 from slmjax.losses.sharded import Vocabulary, choose_vocabulary
 from slmjax.losses.soft_targets import (
     Matching,
@@ -38,6 +39,7 @@ from slmjax.losses.soft_targets import (
 __all__ = [
     "CHUNK_BYTES", "MIN_CHUNK_SIZE", "PADDING_LOGIT", "Divergence", "ForwardKl", "Head", "Jsd", "Matching", "Metrics", "ReverseKl",
     "Sampled", "SkewKl", "SkewReverseKl", "SoftCrossEntropy", "Taid", "TeacherMean", "TeacherOutput", "TopK", "TotalVariation",
-    "Vocabulary", "choose_vocabulary", "chunked_sum", "cross_entropy", "default_chunk_size", "fit_rows", "linear_divergence", "logits",
-    "sharded_cross_entropy", "sharded_divergence", "token_divergence",
+    "Vocabulary", "choose_vocabulary", "chunked_sum", "cross_entropy", "default_chunk_size", "evaluation_sums",
+    "expected_calibration_error", "fit_rows", "linear_divergence", "logits", "sharded_cross_entropy", "sharded_divergence",
+    "token_divergence",
 ]  # fmt: skip

@@ -6,6 +6,7 @@
 Dims: B batch, T time, N tokens, C tokens of a chunk, D model.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -62,22 +63,37 @@ def _cross_entropy_terms(shards: sharding.Shards) -> ChunkFn:
     return terms
 
 
-def hard_terms(
-    logits: Float[Array, "C v"], targets: Int[Array, "C"], weights: Float[Array, "C"], z_loss: Float[Array, ""], shards: sharding.Shards
-) -> tuple[Float[Array, ""], Metrics]:
-    """The sum and the metrics of `cross_entropy` from a chunk's logits, or the shard of them that a device holds."""
+@dataclasses.dataclass(frozen=True)
+class HardValues:
+    """Of each token of a chunk, [C]."""
+
+    nll: Array  # of its target
+    normaliser: Array  # logsumexp of its logits
+    largest: Array  # of its logits, without a gradient
+    correct: Array  # 1 where no logit is larger than the target's, so that equal ones count
+
+
+def hard_values(logits: Float[Array, "C v"], targets: Int[Array, "C"], shards: sharding.Shards) -> HardValues:
+    """What is told of each target from a chunk's logits, or the shard of them that a device holds."""
     largest = shards.max(jnp.max(logits, axis=-1))
     normaliser = largest + jnp.log(shards.sum(jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1)))
     # A masked sum instead of a gather: its gradient is elementwise and not a scatter into [C, V].
     is_target = columns(logits, shards) == targets[:, None]
     target_logit = shards.sum(jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1))
-    nll, z = normaliser - target_logit, jnp.square(normaliser)
     # Against the maximum, which is there: argmax would be another pass over all logits, and a slow one on CPU.
-    correct = (target_logit >= largest).astype(nll.dtype)
-    weights = weights.astype(nll.dtype)
-    metrics = {"nll": nll, "z": z, "correct": correct}
+    correct = (target_logit >= largest).astype(normaliser.dtype)
+    return HardValues(nll=normaliser - target_logit, normaliser=normaliser, largest=largest, correct=correct)
+
+
+def hard_terms(
+    logits: Float[Array, "C v"], targets: Int[Array, "C"], weights: Float[Array, "C"], z_loss: Float[Array, ""], shards: sharding.Shards
+) -> tuple[Float[Array, ""], Metrics]:
+    """The sum and the metrics of `cross_entropy` from a chunk's logits."""
+    found = hard_values(logits, targets, shards)
+    z, weights = jnp.square(found.normaliser), weights.astype(found.nll.dtype)
+    metrics = {"nll": found.nll, "z": z, "correct": found.correct}
     metrics = {name: jax.lax.stop_gradient(jnp.sum(weights * value)) for name, value in metrics.items()}
-    return jnp.sum(weights * (nll + z_loss * z)), metrics
+    return jnp.sum(weights * (found.nll + z_loss * z)), metrics
 
 
 def sharded_cross_entropy(
