@@ -185,13 +185,8 @@ def _warn_of_settings(pairs: Sequence[_Pair], teacher: ModelConfig, student: Mod
     for (name, theirs, ours), places in differing.items():
         if theirs != ours:
             where = f" of layer {', '.join(places)}" if places else ""
-            log.warning(
-                "init: %s%s is %s, and was %s in the teacher: its parameters are not used to that",
-                name,
-                where,
-                _shown(ours),
-                _shown(theirs),
-            )
+            change = f"{name}{where} is {_shown(ours)}, and was {_shown(theirs)} in the teacher"
+            log.warning("init: %s: its parameters are not used to that", change)
 
 
 # Indices ----------------------------------------------------------------------------------------------------------------
