@@ -17,7 +17,7 @@ from slmjax import config as config_io
 from slmjax import parameters, session, sharding, weights
 from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, NormPlacement, Segment, stack_of
 from slmjax.attention import AttentionConfig, Biases, QkNorm
-from slmjax.checkpoint import Loaded
+from slmjax.checkpoint import CheckpointConfig, Checkpointer, Loaded, read_parameters
 from slmjax.convert.directory import import_model
 from slmjax.data.tokenizers import ByteTokenizer, CharTokenizer
 from slmjax.distill.layers import chosen_layers, shared_rows, student_parameters
@@ -239,6 +239,22 @@ def test_router_biases_may_be_new() -> None:
     assert "layers/0/ffn/router_bias" not in student_cuts(unbalanced, balanced, chosen=(0,))
     with pytest.raises(ValueError, match=r"the teacher has layers/0/ffn/router_bias, without which .* no layers/0/ffn/router_bias"):
         student_cuts(balanced, unbalanced, chosen=(0,))
+
+
+def test_only_what_is_named_is_read(teacher: Loaded, tmp_path: Path) -> None:
+    """Of a run that keeps no averages; from one that does, `test_runs` starts."""
+    checkpointer = Checkpointer(tmp_path / "checkpoints", model=TEACHER, config=CheckpointConfig())
+    checkpointer.save(7, {"model": {"params": teacher.params, "buffers": teacher.buffers}})
+    checkpointer.close()
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sinks, bias = "layers/3/mixer/sinks", "layers/1/ffn/router_bias"
+    wanted = [{name: jax.ShapeDtypeStruct((4,), jnp.float32, sharding=place)} for name in (sinks, bias)]
+    step, params, buffers = read_parameters(tmp_path, TEACHER, *wanted, whole=False)
+    assert (step, [*params], [*buffers]) == (7, [sinks], [bias])
+    np.testing.assert_array_equal(params[sinks], teacher.params["segments/0/blocks/1/mixer/sinks"][1])
+    np.testing.assert_array_equal(buffers[bias], teacher.buffers["segments/0/blocks/1/ffn/router_bias"][0])
+    with pytest.raises(ValueError, match=r"params/layers/0/mixer/sinks is absent in the checkpoint and float32\[4\] in the model"):
+        read_parameters(tmp_path, TEACHER, {"layers/0/mixer/sinks": wanted[0][sinks]}, {}, whole=False)
 
 
 def test_on_a_mesh(teacher: Loaded) -> None:
