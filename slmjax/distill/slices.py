@@ -36,13 +36,11 @@ TABLES = (EMBEDDING, HEAD)  # a row for each token
 KNOWN_PARTS = (AttentionConfig, LatentAttentionConfig, MlpConfig, MoeConfig)  # whose inner dims may be cut
 
 # Settings in which a student may differ from its teacher without a word: sizes, which are cut, and what only training reads.
-_OWN_SETTINGS = frozenset(
-    "num_heads num_kv_heads head_dim hidden_dim num_experts shared_hidden_dim latent_dim query_rank "  # noqa: SIM905 - a list of names
-    "balance balance_weight bias_rate z_weight capacity_factor".split()
-)
+_SIZES = ("num_heads", "num_kv_heads", "head_dim", "hidden_dim", "num_experts", "shared_hidden_dim", "latent_dim", "query_rank")
+_OF_TRAINING = ("balance", "balance_weight", "bias_rate", "z_weight", "capacity_factor")
 _SHARED_SETTINGS = ("norm_eps", "embed_multiplier", "residual_multiplier", "logit_multiplier", "logit_softcap")
 
-Dim = Int[np.ndarray, " n"]  # the teacher's indices that stay in a dim, ascending
+Dim = Int[np.ndarray, "..."]  # the teacher's indices that stay in a dim, ascending
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,20 +178,15 @@ def _warn_of_settings(pairs: Sequence[_Pair], teacher: ModelConfig, student: Mod
             for theirs, ours in parts
             if theirs is not None
             for field in dataclasses.fields(theirs)
-            if field.name not in _OWN_SETTINGS
+            if field.name not in (*_SIZES, *_OF_TRAINING)
         ]
         for setting in found:
             differing.setdefault(setting, []).append(str(pair.index))
     for (name, theirs, ours), places in differing.items():
         if theirs != ours:
             where = f" of layer {', '.join(places)}" if places else ""
-            log.warning(
-                "init: %s%s is %s, and was %s in the teacher: its parameters are not used to that",
-                name,
-                where,
-                _shown(ours),
-                _shown(theirs),
-            )
+            change = f"{name}{where} is {_shown(ours)}, and was {_shown(theirs)} in the teacher"
+            log.warning("init: %s: its parameters are not used to that", change)
 
 
 # Indices ----------------------------------------------------------------------------------------------------------------
@@ -213,7 +206,7 @@ def _kept(name: str, source: str, theirs: tuple[int, ...], ours: tuple[int, ...]
         part = getattr(pair.student, _within(name).split("/")[0], None)
         widths = tuple(config.embed_dim for config in pair.widths)
         inner = [sizes for sizes in zip(theirs, ours, strict=True) if sizes[0] != sizes[1] and sizes != widths]
-        if inner and part is not None and not isinstance(part, KNOWN_PARTS):
+        if inner and part is not None and type(part) not in KNOWN_PARTS:
             raise ValueError(
                 f"{name} is {list(ours)} in the student, and {source} of the teacher is {list(theirs)}: how the inside of "
                 f"{type(part).__name__} is cut is not known. Leave its own sizes as the teacher has them"
