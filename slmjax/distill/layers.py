@@ -97,7 +97,9 @@ def student_parameters(
 
     def placed(tree: Params) -> Params:
         shapes = parameters.stored_shapes(teacher.config, tree)
-        places = {name: NamedSharding(mesh, sharding.partition_spec(name, shapes[name].shape, mesh)) for name in needed & shapes.keys()}
+        places = {
+            name: NamedSharding(mesh, sharding.partition_spec(name, shapes[name].shape, mesh)) for name in sorted(needed & shapes.keys())
+        }
         return {name: jax.ShapeDtypeStruct(shapes[name].shape, shapes[name].dtype, sharding=place) for name, place in places.items()}
 
     _, params, buffers = read_parameters(path, teacher.config, placed(teacher.params), placed(teacher.buffers), whole=False)
