@@ -107,7 +107,7 @@ def student_parameters(
     def build(taken: Params, fresh: tuple[Params, Params]) -> tuple[Params, Params]:
         flat = parameters.unstack(definition.config, {**fresh[0], **fresh[1]})
         for name, cut in cuts.items():
-            value = _take(taken[cut.source], cut.kept)
+            value = _take(taken[cut.source], cut.kept) * cut.scale
             flat[name] = flat[name].at[:num_rows].set(value[:num_rows]) if name in TABLES else value
         return tuple(parameters.restack(definition.config, flat, like=tree) for tree in fresh)
 
