@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from slmjax.ablate.findings import ArmSummary, Comparison, Findings, amount
+from slmjax.ablate.findings import Comparison, Findings, amount
 from slmjax.ablate.statistics import Interval, PairedDifference, Summary
 from slmjax.runlog import plain, write_json
 
@@ -83,20 +83,19 @@ def _grids(findings: Findings) -> list[Grid]:
     if findings.arms and findings.arms[0].figures:
         names = tuple(findings.arms[0].figures)
         head = ("arm", *(column for name in names for column in (_words(name), "difference")))
-        title = (
-            f"Further figures: mean ± standard deviation; difference to {findings.baseline} with its {100 * findings.confidence:g}% t interval"
-        )
-        rows = tuple(_figure_cells(one, with_baseline, names) for one in findings.arms)
-        grids.append(Grid(title=f"{title}, without a verdict", head=head, rows=rows))
+        about = f"difference to {findings.baseline} with its {100 * findings.confidence:g}% t interval"
+        columns = [column for name in names for column in _figure_columns(findings, with_baseline, name)]
+        rows = tuple(zip([one.arm for one in findings.arms], *columns, strict=True))
+        grids.append(Grid(title=f"Further figures, without a verdict: mean ± standard deviation; {about}", head=head, rows=rows))
     return grids
 
 
 def _arms_grid(findings: Findings, comparisons: list[Comparison]) -> Grid:
     by_arm = {one.arm: one for one in comparisons}
     rows = []
-    for one in findings.arms:
+    for one, mean in zip(findings.arms, _with_deviation([one.metric for one in findings.arms]), strict=True):
         cells = ("baseline", *[""] * 4) if one.arm == findings.baseline else _comparison_cells(by_arm[one.arm])
-        rows.append((one.arm, str(len(one.seeds)), _with_deviation(one.metric), *cells))
+        rows.append((one.arm, str(len(one.seeds)), mean, *cells))
     metric, way = _words(findings.metric), "lower" if findings.lower_is_better else "higher"
     title = f"{findings.study}: {metric}, {way} is better; mean ± standard deviation over seeds {_listed(findings.seeds)}"
     head = ("arm", "seeds", metric, f"difference to {findings.baseline}", *_comparison_head(findings))
@@ -117,12 +116,12 @@ def _comparison_cells(one: Comparison) -> tuple[str, ...]:
     return _signed(found.mean, places), *intervals, p, one.verdict.value
 
 
-def _figure_cells(one: ArmSummary, comparisons: list[Comparison], names: tuple[str, ...]) -> tuple[str, ...]:
-    differences = next((other.figures for other in comparisons if other.arm == one.arm), {})
-    cells = [one.arm]
-    for name in names:
-        cells += [_with_deviation(one.figures[name]), _with_interval(differences.get(name))]
-    return tuple(cells)
+def _figure_columns(findings: Findings, comparisons: list[Comparison], name: str) -> tuple[list[str], list[str]]:
+    """A further figure of every arm, and its difference to the baseline."""
+    differences = {one.arm: one.figures[name] for one in comparisons}
+    return _with_deviation([one.figures[name] for one in findings.arms]), [
+        _with_interval(differences.get(one.arm)) for one in findings.arms
+    ]
 
 
 # Numbers --------------------------------------------------------------------------------------------------------------
@@ -134,12 +133,14 @@ def _places(error: float | None, value: float) -> int:
     return min(max(digits, 0), 12)
 
 
-def _with_deviation(one: Summary | None) -> str:
-    if one is None:
-        return ABSENT
-    places = _places(one.standard_error, one.mean)
-    deviation = "" if one.standard_deviation is None else f" ± {one.standard_deviation:,.{places}f}"
-    return f"{one.mean:,.{places}f}{deviation}"
+def _with_deviation(column: list[Summary | None]) -> list[str]:
+    """Means and standard deviations, all with the decimals that the quietest arm allows, so that they compare at a glance."""
+    places = max((_places(one.standard_error, one.mean) for one in column if one is not None), default=0)
+    return [ABSENT if one is None else f"{one.mean:,.{places}f}{_deviation(one, places)}" for one in column]
+
+
+def _deviation(one: Summary, places: int) -> str:
+    return "" if one.standard_deviation is None else f" ± {one.standard_deviation:,.{places}f}"
 
 
 def _with_interval(one: PairedDifference | None) -> str:

@@ -150,7 +150,7 @@ def test_holm_keeps_its_promises(values: list[float]) -> None:
 
 
 def test_a_family_of_true_nulls_is_seldom_rejected() -> None:
-    """800 studies of 5 arms of which none differs from the baseline that they share: 4% of them find something, here, where 5% may."""
+    """800 studies of 5 arms of which none differs from the baseline that they share: at most one in twenty may find something."""
     draws = np.random.default_rng(0).normal(size=(800, 6, 4))
     families = [stats.ttest_rel(one[1:], one[:1], axis=1).pvalue.tolist() for one in draws]
     share = np.mean([min(holm(family)) <= 0.05 for family in families])
