@@ -1,8 +1,10 @@
 """What a study reports: whole pairs, one family of tests, budgets, and a note on everything that is not as it should be."""
 
 import dataclasses
+import functools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
+from slmjax import recipes
 from slmjax.ablate import (
     Arm,
     Budget,
@@ -176,3 +179,17 @@ def test_findings_for_people_and_programs(tmp_path: Path) -> None:
     assert read["comparisons"][0]["difference"]["t_interval"] == list(difference.t_interval)
     assert read["comparisons"][0]["verdict"] == "better" and read["arms"][1]["seeds"] == [0, 1, 2]
     assert (tmp_path / "study.md").read_text() == text
+
+
+def test_the_study_file_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "studies.md").read_text()
+    (tmp_path / "warm_up.py").write_text(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[0])
+    file = recipes.run_file(tmp_path / "warm_up.py")
+    train = StubTrainer()
+    monkeypatch.setattr(file, "run_study", functools.partial(run_study, train=train))
+    monkeypatch.chdir(tmp_path)
+    file.main()
+    assert [one.optim.warmup_steps for one in train.asked] == [20, 50, 100] * 5
+    assert recipes.load_experiment(str(tmp_path / "warm_up.py")) == file.experiment()
+    assert "100 steps − 50 steps" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "runs" / "warm-up" / "study.json").read_text())["comparisons"]) == 3

@@ -161,7 +161,7 @@ def test_what_makes_no_study_is_refused() -> None:
 # Real training --------------------------------------------------------------------------------------------------------
 def trained(workplace: Path, directory: Path, **rates: float) -> tuple[Study, tuple[Member, ...]]:
     """Arms of these learning rates and two seeds, trained for six steps."""
-    arms = tuple(Arm(name=name, experiment=one_layer(workplace, directory, steps=6, lr=lr)) for name, lr in rates.items())
+    arms = tuple(Arm(name=name, experiment=one_layer(workplace, directory, steps=6, lr=lr, ema_decay=None)) for name, lr in rates.items())
     real = Study(name="rates", arms=arms, seeds=(3, 4), baseline=arms[0].name)
     members = run_study(real, directory, console=Console(file=io.StringIO()))
     assert [(member.arm, member.seed, member.status) for member in members] == [
