@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +203,23 @@ def test_a_real_difference(workplace: Path, tmp_path: Path) -> None:
     difference = findings.comparisons[0].difference
     assert difference is not None and difference.mean == pytest.approx((bits[1] - bits[0] + bits[3] - bits[2]) / 2)
     assert difference.mean < -0.1 and findings.is_matched
+
+
+@pytest.mark.nightly
+def test_a_real_study_that_is_stopped_goes_on(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM in the third step of the first member: the same call again comes to what it would have come to at once."""
+    _, expected = trained(workplace, tmp_path / "whole", only=1e-2)
+    step = trainer.Loop._step
+
+    def stopped_step(loop: trainer.Loop, state: Any) -> Any:
+        if loop.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return step(loop, state)
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted, match="arm only, seed 3"):
+        patched.setattr(trainer.Loop, "_step", stopped_step)
+        trained(workplace, tmp_path / "stopped", only=1e-2)
+    _, members = trained(workplace, tmp_path / "stopped", only=1e-2)
+    assert len(list((tmp_path / "stopped" / "only" / "seed-3").iterdir())) == 1
+    assert [member.figure("loss") for member in members] == [member.figure("loss") for member in expected]
+    assert [record["step"] for record in read_log(Path(members[0].result["run_dir"]) / "log.jsonl", kind="train")] == [1, 2, 3, 4, 5, 6]
