@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from slmjax import sharding
 from slmjax.losses.chunks import ChunkFn, chunked_sum, default_chunk_size
-from slmjax.losses.heads import Head
+from slmjax.losses.heads import Head, check_rows
 
 
 class Vocabulary(enum.Enum):
@@ -61,9 +61,8 @@ def sharded_sum(
       chunk_size: a device's own tokens per chunk; None gives about 64 MB of logits.
       vocabulary: how the devices of the tensor axis share the work; None for what is sent less (`choose_vocabulary`).
     """
+    check_rows(head, *(other for _, other in others))
     (batch_size, length), num_rows = hidden.shape[:2], head.weight.shape[0]
-    if any(other.weight.shape[0] != num_rows for _, other in others):
-        raise ValueError(f"tables of {[num_rows, *(other.weight.shape[0] for _, other in others)]} rows: all must have as many")
     if vocabulary is None:
         tokens_here = batch_size * length // (sharding.num_devices("batch") * sharding.num_devices("time"))
         vocabulary = choose_vocabulary(tokens_here, num_rows)
