@@ -17,6 +17,7 @@ def train_command(words: Sequence[str]) -> int:
 
     from slmjax import experiment as experiments
     from slmjax import hosts, recipes, trainer
+    from slmjax.distill.config import divergence_of
 
     if not {"-h", "--help"} & set(words):
         hosts.join()  # before an experiment file, or anything else, can ask jax for a device
@@ -32,23 +33,28 @@ def train_command(words: Sequence[str]) -> int:
     else:
         start = recipes.load_experiment(name or "nano")
 
+    named = option(options, "--divergence")
+    if named is not None and teacher is None:
+        raise ValueError(
+            f"--divergence {named} is of a teacher: name one with --teacher DIR, or set objective.distill in the experiment file"
+        )
     if teacher is not None:
-        start = experiments.taught_by(Path(teacher), start)
+        start = experiments.taught_by(Path(teacher), start, divergence=None if named is None else divergence_of(named))
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
         resume: str | None = None  # run directory to go on with, from its newest intact checkpoint
         init_from: str | None = None  # run or imported model to start from: its parameters and tokenizer; of a run, its experiment
         teacher: str | None = None  # run or imported model to learn from: --objective.distill.* says how; its tokenizer is taken
+        divergence: str | None = None  # from the teacher: forward_kl, reverse_kl, jsd, taid, top_k, sampled, ... (none: as set)
         profile: int | None = None  # trace so many steps, after the first two of this session, into RUN_DIR/profile
         code: str | None = None  # Python file that defines the classes of your own which the run's settings name
         json: bool = False  # print the result as JSON, and progress on standard error
         experiment: Annotated[experiments.Experiment, without_prefix()] = start
 
     given = parse(Arguments, options, default=Arguments(), command=f"train {name or ''}".strip(), description=train_command.__doc__)
-    assert (given.resume, given.init_from, given.teacher) == (resume, source, teacher), (
-        "what the defaults were chosen by is what was parsed"
-    )
+    chosen = (given.resume, given.init_from, given.teacher, given.divergence)
+    assert chosen == (resume, source, teacher, named), "what the defaults were chosen by is what was parsed"
     code = name if name is not None and name.endswith(".py") else given.code
     console = Console(stderr=given.json, highlight=False)
     result = trainer.train(given.experiment, resume=given.resume, code=code, profile=given.profile, console=console)

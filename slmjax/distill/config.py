@@ -7,13 +7,41 @@ DistillConfig(teachers=(...), divergence=Jsd(beta=0.9), weight=Ramp(start=0.5), 
 import dataclasses
 import enum
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
 from slmjax.architecture import Precision
-from slmjax.losses import Divergence, ForwardKl, Matching, TeacherMean
+from slmjax.config import near_names
+from slmjax.losses import (
+    Divergence,
+    ForwardKl,
+    Jsd,
+    Matching,
+    ReverseKl,
+    Sampled,
+    SkewKl,
+    SkewReverseKl,
+    SoftCrossEntropy,
+    Taid,
+    TeacherMean,
+    TopK,
+    TotalVariation,
+)
 from slmjax.sharding import MeshConfig
+
+DIVERGENCES: Mapping[str, type[Divergence]] = {
+    "forward_kl": ForwardKl, "reverse_kl": ReverseKl, "jsd": Jsd, "skew_kl": SkewKl, "skew_reverse_kl": SkewReverseKl,
+    "total_variation": TotalVariation, "soft_cross_entropy": SoftCrossEntropy, "taid": Taid, "top_k": TopK, "sampled": Sampled,
+}  # fmt: skip
+
+
+def divergence_of(name: str) -> Divergence:
+    """The divergence of that name, as its defaults have it. Raises ValueError for another name."""
+    if (found := DIVERGENCES.get(name.replace("-", "_"))) is None:
+        raise ValueError(f"there is no divergence {name!r}.{near_names(name, DIVERGENCES)} There are {', '.join(DIVERGENCES)}")
+    return found()
 
 
 class RampShape(enum.Enum):

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from slmjax import losses, sharding
 from slmjax.architecture import ModelConfig
-from slmjax.checkpoint import read_config, read_parameters
+from slmjax.checkpoint import Loaded, read_config, read_parameters
 from slmjax.data.batch import Batch
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.data.windows import default_overlap
@@ -198,6 +198,18 @@ class Teachers:
             place = sharding.named_sharding(HIDDEN, hidden.shape, plan.student_mesh)
             found.append(losses.TeacherOutput(hidden=jax.device_put(hidden, place), head=head))
         return tuple(found)
+
+
+def beside(path: Path, student: Loaded) -> Teachers:
+    """A teacher to compare a trained model with, on one device; in windows, if its context is the shorter.
+
+    Raises what `plan_teachers` does.
+    """
+    distill = DistillConfig(teachers=(TeacherConfig(path=str(path)),), short_context=ShortContext.WINDOW)
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
+    length = student.config.context_length
+    plans = plan_teachers(distill, student.config, sequence_length=length, mesh=mesh, teacher_mesh=mesh, tokenizer=student.tokenizer)
+    return Teachers(plans, num_parts=1)
 
 
 def _load(plan: TeacherPlan) -> tuple[tuple[Params, Params], losses.Head]:
