@@ -133,8 +133,8 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if not self.teachers:
             raise ValueError("distillation needs a teacher: name a run or an imported model, as in --teacher DIR")
-        if self.weight.is_zero and self.hard_weight.is_zero:
-            raise ValueError("weight and hard_weight are both 0: there would be nothing to learn from")
+        if self.weight.last == self.hard_weight.last == 0.0:
+            raise ValueError("weight and hard_weight are both 0 in the end: there would be nothing to learn from. Keep one of them above 0")
         if min(self.temperature.start, self.temperature.last) <= 0:
             raise ValueError(f"the temperature divides logits and must be above 0, got {self.temperature}")
         if self.devices is not None and (self.devices < 1 or self.mesh is None):

@@ -28,7 +28,7 @@ from slmjax.data.batch import Batch
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.data.windows import default_overlap
 from slmjax.distill.config import DistillConfig, ShortContext, TeacherConfig
-from slmjax.distill.windows import windowed
+from slmjax.distill.windows import num_windows, windowed
 from slmjax.parameters import Definition, define_for_inference
 
 Params = dict[str, Any]
@@ -146,6 +146,7 @@ def plan_teachers(
             _check_vocabulary(tokenizer, path)
             vocab_size = min(vocab_size, tokenizer.vocab_size)
         overlap = default_overlap(length) if distill.overlap is None else distill.overlap
+        num_windows(sequence_length, context_length=length, overlap=overlap)  # or an error, before anything is read or written
         plans.append(
             TeacherPlan(
                 settings=settings, definition=define_for_inference(config), mesh=teacher_mesh, student_mesh=mesh,
