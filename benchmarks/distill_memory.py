@@ -39,7 +39,9 @@ def chunked(
     return linear_divergence(hidden, head, (teacher,), divergence, targets, weights)[0]
 
 
-def dense(divergence: Divergence, hidden: jax.Array, head: Head, teacher: TeacherOutput, targets: jax.Array, weights: jax.Array) -> jax.Array:
+def dense(
+    divergence: Divergence, hidden: jax.Array, head: Head, teacher: TeacherOutput, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
     """The loss as one writes it first: every logit of both models, log-softmax, the formula, its derivative by jax."""
     del targets
     log_q = jax.nn.log_softmax(logits(hidden, head))
