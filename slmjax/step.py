@@ -220,8 +220,7 @@ def make_train_step(
     `grad_norm` (before clipping), `learning_rate`, `accuracy`, `nll`, `targets`, `bytes`, `tokens`, `skipped` (so far),
     `skipped_in_a_row`, and for mixtures of experts `dropped` and `expert_imbalance` (the busiest expert's load over the mean,
     averaged over layers), in distillation the mean `divergence` and its amounts; `data_checksum` is an integer; `grad_norms` and
-    `expert_loads` are trees of arrays, which `named_metrics` puts into words. Metrics are whole on every device: every process can
-    read them.
+    `expert_loads` are trees of arrays, which `named_metrics` puts into words. Every process can read them: they are whole everywhere.
     """
     grads_of = functools.partial(_gradients, definition, objective, optim.accumulation_steps)
 

@@ -65,12 +65,12 @@ def shared_rows(teacher: Tokenizer, student: Tokenizer, *, num_rows: int, path: 
       ValueError: an id stands for different tokens in the two.
     """
     sizes = teacher.vocab_size, student.vocab_size
-    for id in range(min(sizes)):
-        if (theirs := teacher.name_of(id)) != (ours := student.name_of(id)):
-            raise ValueError(
-                f"init.path={path} was trained with another tokenizer, so its parameters mean nothing here: token {id} is {theirs!r} there "
-                f"and {ours!r} here. Give the experiment FileTokenizer(path='{path / 'tokenizer'}')"
-            )
+    if (id := teacher.differs_at(student)) is not None and id < min(sizes):
+        raise ValueError(
+            f"init.path={path} was trained with another tokenizer, so its parameters mean nothing here: token {id} is "
+            f"{teacher.name_of(id)!r} there and {student.name_of(id)!r} here. Give the experiment "
+            f"FileTokenizer(path='{path / 'tokenizer'}')"
+        )
     return num_rows if sizes[0] == sizes[1] else min(*sizes, num_rows)
 
 

@@ -161,12 +161,11 @@ def _check_vocabulary(tokenizer: Tokenizer, path: Path) -> None:
     if not (path / "tokenizer").is_dir():
         raise ValueError(f"the teacher {path} has no tokenizer to compare with the student's: import it again with --tokenizer FILE")
     other = Tokenizer.load(path / "tokenizer")
-    for id in range(max(tokenizer.vocab_size, other.vocab_size)):
-        if (mine := tokenizer.name_of(id)) != (its := other.name_of(id)):
-            raise ValueError(
-                f"token {id} is {mine!r} to the student and {its!r} to the teacher {path}: they must have the same tokens. Give the "
-                f"experiment the teacher's, FileTokenizer(path='{path / 'tokenizer'}'), as --teacher does"
-            )
+    if (id := tokenizer.differs_at(other)) is not None:
+        raise ValueError(
+            f"token {id} is {tokenizer.name_of(id)!r} to the student and {other.name_of(id)!r} to the teacher {path}: they must have the "
+            f"same tokens. Give the experiment the teacher's, FileTokenizer(path='{path / 'tokenizer'}'), as --teacher does"
+        )
 
 
 # The teachers ---------------------------------------------------------------------------------------------------------
