@@ -140,7 +140,9 @@ def test_a_teacher_is_the_same_after_training(teacher: Path) -> None:
     first, last = (lesson.run(*[make_batch(0)] * count)[1]["divergence"] for count in (1, 12))
     assert last < 0.9 * first
     assert_bits_equal(lesson.teachers(BATCH), before)
-    np.testing.assert_allclose(dense_logits(slmjax.load_model(teacher).model, BATCH), before[0].hidden @ before[0].head.weight.T[:, :VOCAB], atol=1e-4)
+    np.testing.assert_allclose(
+        dense_logits(slmjax.load_model(teacher).model, BATCH), before[0].hidden @ before[0].head.weight.T[:, :VOCAB], atol=1e-4
+    )
 
     definition, params, _ = student()
     amounts = distillation.amounts_at(distill, jnp.zeros((), jnp.int32), total_steps=10, state={}, key=jax.random.key(0))
@@ -217,7 +219,9 @@ def test_other_tokens_are_refused(teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"token 3 is 'B' to the student and 'C' to the teacher .*swapped: they must have the same tokens"):
         plans_of(path, tokenizer=mine)
     longer = CharTokenizer().build([ALPHABET + "é"])
-    with pytest.raises(ValueError, match=r"token 61 is 'é' to the student and None to the teacher .*Give the experiment the teacher's, File"):
+    with pytest.raises(
+        ValueError, match=r"token 61 is 'é' to the student and None to the teacher .*Give the experiment the teacher's, File"
+    ):
         plans_of(write_teacher(tmp_path / "shorter", tokenizer=mine), tokenizer=longer)
     with pytest.raises(ValueError, match=r"has no tokenizer to compare with the student's: import it again with --tokenizer FILE"):
         plans_of(write_teacher(tmp_path / "silent", tokenizer=None), tokenizer=BYTES)
@@ -241,7 +245,9 @@ def test_a_short_context(tmp_path: Path) -> None:
 
     def direct(start: int) -> jax.Array:
         window = jnp.asarray(np.pad(row, (0, 8))[None, start : start + 8], jnp.int32)
-        return jax.jit(lambda tokens: model(tokens, segment_ids=jnp.ones((1, 8), jnp.int32), positions=jnp.arange(8)[None]).hidden)(window)[0]
+        return jax.jit(lambda tokens: model(tokens, segment_ids=jnp.ones((1, 8), jnp.int32), positions=jnp.arange(8)[None]).hidden)(window)[
+            0
+        ]
 
     for first, kept in ((0, range(8)), (5, range(8, 13)), (10, range(13, 16))):
         wanted = direct(first)[jnp.asarray([place - first for place in kept])]
