@@ -13,9 +13,10 @@ import dataclasses
 import json
 from pathlib import Path
 
+from rich.console import Console
+
 from slmjax import recipes
-from slmjax.ablate.report import write_report
-from slmjax.ablate.study import Arm, Study, run_study
+from slmjax.ablate import Arm, Study, analyze, findings_table, read_members, run_study, write_findings
 from slmjax.architecture import BlockConfig, ModelConfig, Segment
 from slmjax.attention import AttentionConfig, QkNorm
 from slmjax.data.tokenizers import BpeTokenizer
@@ -84,9 +85,21 @@ def study(teacher: Path, seeds: tuple[int, ...] = SEEDS) -> Study:
         "forward KL, teacher's layers": taught(teacher, ForwardKl(), from_layers=True),
     }
     return Study(
-        name="distillation", arms=tuple(Arm(name=name, experiment=one) for name, one in arms.items()), seeds=seeds, baseline="cross entropy",
+        name="distillation",
+        arms=tuple(Arm(name=name, experiment=one) for name, one in arms.items()),
+        seeds=seeds,
+        baseline="cross entropy",
         figures=("calibration_error", "teacher_kl", "teacher_agreement"),
-    )  # fmt: skip
+    )
+
+
+# Differences that are asked for beside those from cross entropy: the first arm over the second.
+FURTHER = (
+    ("forward KL, T=2", "forward KL"),
+    ("forward KL, teacher's layers", "forward KL"),
+    ("forward KL, teacher's layers", "cross entropy, teacher's layers"),
+    ("half forward KL", "forward KL"),
+)
 
 
 def trained_teacher(directory: Path) -> Path:
@@ -96,3 +109,21 @@ def trained_teacher(directory: Path) -> Path:
             return result.parent
     one = experiment()
     return Path(train(dataclasses.replace(one, run=dataclasses.replace(one.run, directory=str(directory)))).run_dir)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--directory", type=Path, default=Path("runs/distill-study"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--report", action="store_true", help="what has been found so far; nothing is trained")
+    arguments = parser.parse_args()
+    teacher = trained_teacher(arguments.directory.absolute() / "teacher")
+    asked = study(teacher, tuple(arguments.seeds))
+    members = read_members(asked, arguments.directory) if arguments.report else run_study(asked, arguments.directory)
+    findings = analyze(asked, members, further=FURTHER)
+    write_findings(findings, arguments.directory)
+    Console().print(findings_table(findings))
+
+
+if __name__ == "__main__":
+    main()

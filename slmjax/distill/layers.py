@@ -97,7 +97,9 @@ def student_parameters(
 
     def placed(tree: Params) -> Params:
         shapes = parameters.stored_shapes(teacher.config, tree)
-        places = {name: NamedSharding(mesh, sharding.partition_spec(name, shapes[name].shape, mesh)) for name in needed & shapes.keys()}
+        places = {
+            name: NamedSharding(mesh, sharding.partition_spec(name, shapes[name].shape, mesh)) for name in sorted(needed & shapes.keys())
+        }
         return {name: jax.ShapeDtypeStruct(shapes[name].shape, shapes[name].dtype, sharding=place) for name, place in places.items()}
 
     _, params, buffers = read_parameters(path, teacher.config, placed(teacher.params), placed(teacher.buffers), whole=False)
@@ -105,7 +107,7 @@ def student_parameters(
     def build(taken: Params, fresh: tuple[Params, Params]) -> tuple[Params, Params]:
         flat = parameters.unstack(definition.config, {**fresh[0], **fresh[1]})
         for name, cut in cuts.items():
-            value = _take(taken[cut.source], cut.kept)
+            value = _take(taken[cut.source], cut.kept) * cut.scale
             flat[name] = flat[name].at[:num_rows].set(value[:num_rows]) if name in TABLES else value
         return tuple(parameters.restack(definition.config, flat, like=tree) for tree in fresh)
 

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from slmjax import sharding
-from slmjax.losses.heads import columns
+from slmjax.losses.heads import PADDING_LOGIT, columns
 
 LogProbabilities = Float[Array, "C v"]
 State = Mapping[str, Array]
@@ -80,7 +80,7 @@ class ForwardKl(Divergence):
     """KL(p || q): the student covers all that the teacher finds likely. Its gradient is q - p, that of the soft cross entropy."""
 
     def value_and_slope(self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass) -> tuple[Float[Array, "C"], LogProbabilities]:
-        return _total(excess(log_p, log_q - log_p), given), -jnp.exp(log_p)
+        return _total(excess(log_p, log_q), given), -jnp.exp(log_p)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class ReverseKl(Divergence):
     """KL(q || p): the student keeps to what the teacher finds likely (MiniLLM, https://arxiv.org/abs/2306.08543)."""
 
     def value_and_slope(self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass) -> tuple[Float[Array, "C"], LogProbabilities]:
-        return _total(excess(log_q, log_p - log_q), given), jnp.exp(log_q) * (log_q - log_p)
+        return _total(excess(log_q, log_p), given), jnp.exp(log_q) * (log_q - log_p)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,8 +106,8 @@ class Jsd(Divergence):
     def value_and_slope(self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass) -> tuple[Float[Array, "C"], LogProbabilities]:
         if self.beta in (0.0, 1.0):
             return (ForwardKl() if self.beta == 0.0 else ReverseKl()).value_and_slope(log_p, log_q, given)
-        over_p, over_q = log_mixture(log_p, log_q, share=1.0 - self.beta)
-        values = self.beta * excess(log_p, over_p) + (1.0 - self.beta) * excess(log_q, over_q)
+        log_m, over_p, over_q = log_mixture(log_p, log_q, share=1.0 - self.beta)
+        values = self.beta * excess(log_p, log_m, over_p) + (1.0 - self.beta) * excess(log_q, log_m, over_q)
         return _total(values, given), -(1.0 - self.beta) * jnp.exp(log_q) * over_q
 
 
@@ -123,9 +123,9 @@ class SkewKl(Divergence):
     def value_and_slope(self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass) -> tuple[Float[Array, "C"], LogProbabilities]:
         if self.share == 0.0:
             return ForwardKl().value_and_slope(log_p, log_q, given)
-        over_p, over_q = log_mixture(log_p, log_q, share=1.0 - self.share)
+        log_m, over_p, over_q = log_mixture(log_p, log_q, share=1.0 - self.share)
         # p q / m as p times q / m, which is at most 1 / (1 - share).
-        return _total(excess(log_p, over_p), given), -(1.0 - self.share) * jnp.exp(log_p - over_q)
+        return _total(excess(log_p, log_m, over_p), given), -(1.0 - self.share) * jnp.exp(log_p - over_q)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,8 +140,8 @@ class SkewReverseKl(Divergence):
     def value_and_slope(self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass) -> tuple[Float[Array, "C"], LogProbabilities]:
         if self.share == 0.0:
             return ReverseKl().value_and_slope(log_p, log_q, given)
-        _, over_q = log_mixture(log_p, log_q, share=self.share)
-        return _total(excess(log_q, over_q), given), jnp.exp(log_q) * (-over_q - self.share * jnp.exp(-over_q))
+        log_m, _, over_q = log_mixture(log_p, log_q, share=self.share)
+        return _total(excess(log_q, log_m, over_q), given), jnp.exp(log_q) * (-over_q - self.share * jnp.exp(-over_q))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,7 +183,7 @@ class Taid(Divergence):
             raise ValueError(f"TAID goes from start={self.start} up to end={self.end} at a rate of at least 0, got {self.rate}")
 
     def initial_state(self) -> dict[str, Array]:
-        return {"share": jnp.asarray(self.start), "momentum": jnp.zeros(()), "previous": jnp.asarray(-1.0)}
+        return {"share": jnp.full((), self.start), "momentum": jnp.zeros(()), "previous": jnp.full((), -1.0)}
 
     def updated_state(self, state: State, *, value: Float[Array, ""], progress: Float[Array, ""]) -> dict[str, Array]:
         previous, is_first = state["previous"], state["previous"] < 0.0
@@ -220,7 +220,7 @@ class TopK(Divergence):
     def value_and_slope(self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass) -> tuple[Float[Array, "C"], LogProbabilities]:
         p, q, kept = jnp.exp(log_p), jnp.exp(log_q), top_columns(log_p, self.k, given.shards)
         tail_p, tail_q = (jnp.log(jnp.maximum(_total(jnp.where(kept, 0.0, x), given), jnp.finfo(x.dtype).tiny)) for x in (p, q))
-        values = _total(jnp.where(kept, excess(log_p, log_q - log_p), 0.0), given) + excess(tail_p, tail_q - tail_p)
+        values = _total(jnp.where(kept, excess(log_p, log_q), 0.0), given) + excess(tail_p, tail_q)
         return values, -jnp.where(kept, p, q * jnp.exp(tail_p - tail_q)[:, None])
 
 
@@ -248,27 +248,36 @@ class Sampled(Divergence):
 
 # Over the vocabulary --------------------------------------------------------------------------------------------------
 def log_softmax(x: Float[Array, "C v"], shards: sharding.Shards) -> LogProbabilities:
-    """Log-probabilities over the whole vocabulary, of which each of some devices holds a part."""
-    largest = shards.max(jnp.max(x, axis=-1))
-    return x - (largest + jnp.log(shards.sum(jnp.sum(jnp.exp(x - largest[:, None]), axis=-1))))[:, None]
+    """Log-probabilities over the whole vocabulary, of which each of some devices holds a part. They are finite, also of logits of -inf."""
+    x = jnp.maximum(x, PADDING_LOGIT)
+    x = x - shards.max(jnp.max(x, axis=-1))[:, None]
+    return x - jnp.log(shards.sum(jnp.sum(jnp.exp(x), axis=-1)))[:, None]
 
 
-def excess(log_a: Array, exponent: Array) -> Array:
-    """a (e^x - 1 - x), never negative: with x = log(b / a), it sums to KL(a || b) where a and b sum to the same."""
+def excess(log_a: Array, log_b: Array, log_ratio: Array | None = None) -> Array:
+    """b - a - a log(b / a), never negative; it sums to KL(a || b) where a and b sum to the same.
+
+    Args:
+      log_a: a's logarithms.
+      log_b: b's.
+      log_ratio: log(b / a), where it is known better than by their difference.
+    """
+    exponent = log_b - log_a if log_ratio is None else log_ratio
     x = jnp.clip(exponent, -SMALL, SMALL)
     series = x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x / 5040)))))
     a = jnp.exp(log_a)
-    # e^x a as one exponential: e^x alone may be too large for a float where a is next to nothing.
-    return jnp.where(jnp.abs(exponent) < SMALL, a * series, jnp.exp(log_a + exponent) - a - a * exponent)
+    return jnp.where(jnp.abs(exponent) < SMALL, a * series, jnp.exp(log_b) - a - a * exponent)
 
 
-def log_mixture(log_p: LogProbabilities, log_q: LogProbabilities, *, share: float) -> tuple[LogProbabilities, LogProbabilities]:
-    """log(m / p) and log(m / q) of the mixture m = (1 - share) p + share q."""
+def log_mixture(
+    log_p: LogProbabilities, log_q: LogProbabilities, *, share: float
+) -> tuple[LogProbabilities, LogProbabilities, LogProbabilities]:
+    """log m, log(m / p) and log(m / q) of the mixture m = (1 - share) p + share q."""
     x = log_q - log_p
-    # From the smaller side, so that e^x - 1 is exact near 0 and finite everywhere.
-    small = jnp.expm1(-jnp.abs(x))
-    larger = jnp.log1p(jnp.where(x <= 0, share, 1.0 - share) * small)  # log(m / max(p, q))
-    return larger + jnp.maximum(x, 0.0), larger - jnp.minimum(x, 0.0)
+    # From the smaller side, so that e^x - 1 is exact near 0 and finite everywhere; m is no less than the smaller one, also once rounded.
+    log_larger = jnp.log1p(jnp.where(x <= 0, share, 1.0 - share) * jnp.expm1(-jnp.abs(x)))  # log(m / max(p, q))
+    log_larger = jnp.maximum(log_larger, -jnp.abs(x))
+    return jnp.maximum(log_p, log_q) + log_larger, log_larger + jnp.maximum(x, 0.0), log_larger - jnp.minimum(x, 0.0)
 
 
 def top_columns(log_p: LogProbabilities, k: int, shards: sharding.Shards) -> Array:

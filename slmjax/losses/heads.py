@@ -63,6 +63,12 @@ def accumulation_dtype(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def check_rows(*heads: Head) -> None:
+    """Refuse heads of models that are compared unless their tables have as many rows: `soft_targets.fit_rows` makes it so."""
+    if len({head.weight.shape[0] for head in heads}) > 1:
+        raise ValueError(f"tables of {[head.weight.shape[0] for head in heads]} rows: all must have as many, see losses.fit_rows")
+
+
 @jax.custom_vjp
 def _project(hidden: Array, weight: Array) -> Array:
     """hidden [*B, D] times weight [V, D] transposed, in the dtype of `hidden` with float32 sums and result.

@@ -83,6 +83,6 @@ def _nearness(
     is_target = columns(log_p, shards) == targets[:, None]
     return {
         "teacher_nll": -shards.sum(jnp.sum(jnp.where(is_target, log_p, 0.0), axis=-1)),
-        "teacher_kl": shards.sum(jnp.sum(excess(log_p, log_q - log_p), axis=-1)),
+        "teacher_kl": shards.sum(jnp.sum(excess(log_p, log_q), axis=-1)),
         "agreement": jnp.minimum(shards.sum(jnp.sum(is_best, axis=-1).astype(log_q.dtype)), 1.0),
     }

@@ -30,7 +30,7 @@ from slmjax import sharding
 from slmjax.losses.chunks import ChunkFn, chunked_sum, default_chunk_size, over_chunks
 from slmjax.losses.divergences import Divergence, Pass, State, log_softmax
 from slmjax.losses.hard_targets import Metrics, hard_terms
-from slmjax.losses.heads import PADDING_LOGIT, Head, accumulation_dtype, columns, local_logits
+from slmjax.losses.heads import PADDING_LOGIT, Head, accumulation_dtype, check_rows, columns, local_logits
 from slmjax.losses.sharded import Vocabulary, sharded_sum
 
 
@@ -58,7 +58,11 @@ class Matching:
     mean: TeacherMean = TeacherMean.LOGITS
     weights: tuple[float, ...] = ()  # of the teachers; none: all alike
     scales_by_square: bool = True  # whether a divergence at temperature T is multiplied by T**2
-    temperature: float | None = None  # None: it is given with each step
+    temperature: float = 1.0  # unless an array is given with each step
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}: it divides logits and must be above 0")
 
     def shares(self, num_teachers: int) -> tuple[float, ...]:
         """The weights of the teachers, which add up to 1."""
@@ -76,7 +80,7 @@ class Amounts:
     soft: Any  # Float[Array, ""]: weight of the divergence
     hard: Any  # of the cross entropy
     z_loss: Any  # of the squared log-normaliser, within the cross entropy
-    temperature: Any
+    temperature: Any = None  # None: the number that is compiled in
     state: Any = dataclasses.field(default_factory=dict)  # State: of the divergence
     key: Any = None  # UInt32[Array, "2"]: key data
 
@@ -113,12 +117,13 @@ def linear_divergence(
       weights: the loss mask, or any weights; no gradient goes through them.
       draws: two numbers that are different for every token, where the divergence draws at random.
       chunk_size: tokens per chunk; None gives about 64 MB of logits (of each model).
-      **amounts: fields of `Amounts`: `soft` (1 by default), `hard` (0), `z_loss` (0), `temperature` (1), `state`, `key`.
+      **amounts: fields of `Amounts`: `soft` (1 by default), `hard` (0), `z_loss` (0), `temperature` (that of `matching`), `state`, `key`.
 
     Returns:
       The sum, and weighted sums without a gradient: `divergence`, and the `nll`, `z` and `correct` of `cross_entropy`.
     """
     matching, given = _checked(matching, hidden.dtype, amounts)
+    check_rows(head, *(teacher.head for teacher in teachers))
     tokens = ((targets, weights, draws), tuple(teacher.hidden for teacher in teachers))
     constants = (given, tuple(teacher.head for teacher in teachers))
     size = default_chunk_size(hidden.shape[0], head.weight.shape[0]) if chunk_size is None else chunk_size
@@ -162,6 +167,7 @@ def token_divergence(
     """
     matching, given = _checked(matching, hidden.dtype, amounts)
     heads = tuple(teacher.head for teacher in teachers)
+    check_rows(head, *heads)
     size = default_chunk_size(hidden.shape[0], head.weight.shape[0]) if chunk_size is None else chunk_size
 
     @jax.checkpoint
@@ -177,16 +183,14 @@ def token_divergence(
 def _checked(matching: Divergence | Matching, dtype: Any, amounts: dict[str, Any]) -> tuple[Matching, Amounts]:
     if isinstance(matching, Divergence):
         matching = Matching(divergence=matching)
-    state = amounts.pop("state", None) or matching.divergence.initial_state()
-    values = {"soft": 1.0, "hard": 0.0, "z_loss": 0.0, "temperature": 1.0, "key": None} | amounts
-    if isinstance(values["temperature"], int | float):
-        if not 0.0 < values["temperature"] < math.inf:
-            raise ValueError(f"temperature is {values['temperature']}: it divides logits and must be above 0")
-        matching = dataclasses.replace(matching, temperature=float(values["temperature"]))
-    if matching.divergence.draws_at_random and values["key"] is None:
+    given = {"soft": 1.0, "hard": 0.0, "z_loss": 0.0} | amounts
+    state, key = given.pop("state", None) or matching.divergence.initial_state(), given.pop("key", None)
+    if matching.divergence.draws_at_random and key is None:
         raise ValueError(f"{type(matching.divergence).__name__} draws at random: give a key, and draws, two numbers for each token")
+    if isinstance(given.get("temperature"), int | float):
+        matching = dataclasses.replace(matching, temperature=float(given.pop("temperature")))
     wide = accumulation_dtype(dtype)
-    return matching, Amounts(state=state, **{name: x if name == "key" else jnp.asarray(x, wide) for name, x in values.items()})
+    return matching, Amounts(state=state, key=key, **{name: jnp.asarray(x, wide) for name, x in given.items()})
 
 
 @functools.cache
@@ -215,13 +219,12 @@ def _divergences(
     draws: Array | None,
 ) -> Float[Array, "C"]:
     """The divergence of each token of a chunk from its teachers, from the student's logits."""
-    temperature = given.temperature if matching.temperature is None else matching.temperature
+    temperature = matching.temperature if given.temperature is None else given.temperature
     shared = min(vocab_size, *(head.vocab_size for head in heads))
     log_p = teacher_log_probabilities(matching, states, heads, shards, temperature=temperature, vocab_size=shared)
     if shared < vocab_size:
         logits = jnp.where(columns(logits, shards) < shared, logits, PADDING_LOGIT)
-    own = Pass(shards=shards, state=given.state, draws=draws, key=given.key)
-    values: Array = _divergence(matching.divergence, shards, logits / temperature, log_p, (own.state, own.draws, own.key))
+    values: Array = _divergence(matching.divergence, shards, logits / temperature, log_p, (given.state, draws, given.key))
     return values * temperature**2 if matching.scales_by_square else values
 
 

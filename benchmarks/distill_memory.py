@@ -1,0 +1,136 @@
+"""Temporary memory and time of a distillation loss with its gradient: in chunks of tokens against all logits of both models at once.
+
+    python benchmarks/distill_memory.py                                # compiles only: the dense program's memory is never needed
+    python benchmarks/distill_memory.py --width 4096
+    python benchmarks/distill_memory.py --device tpu                   # for a TPU v5e that need not be here: the extra `plan`
+    python benchmarks/distill_memory.py --time --tokens 2048 --vocab-size 16384 --width 512    # runs both, in turn
+
+One row for each divergence. Memory is the compiler's own figure, results not counted; the target is a ratio below 1/5. Hidden states of
+student and teacher are bfloat16, both tables float32; there is a gradient for the student's hidden states and table.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from slmjax.startup import compile_for_tpu
+
+if "tpu" in sys.argv:
+    compile_for_tpu()
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+from slmjax.losses import Divergence, ForwardKl, Head, Jsd, TeacherOutput, default_chunk_size, linear_divergence, logits  # noqa: E402
+
+DIVERGENCES: tuple[Divergence, ...] = (ForwardKl(), Jsd(beta=0.5))
+Loss = Callable[[Divergence, jax.Array, Head, TeacherOutput, jax.Array, jax.Array], jax.Array]
+
+
+def chunked(
+    divergence: Divergence, hidden: jax.Array, head: Head, teacher: TeacherOutput, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """Ours."""
+    return linear_divergence(hidden, head, (teacher,), divergence, targets, weights)[0]
+
+
+def dense(
+    divergence: Divergence, hidden: jax.Array, head: Head, teacher: TeacherOutput, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """The loss as one writes it first: every logit of both models, log-softmax, the formula, its derivative by jax."""
+    del targets
+    log_q = jax.nn.log_softmax(logits(hidden, head))
+    log_p = jax.lax.stop_gradient(jax.nn.log_softmax(logits(teacher.hidden, teacher.head)))
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    if isinstance(divergence, Jsd):
+        log_m = jnp.logaddexp(math.log(divergence.beta) + log_p, math.log(1.0 - divergence.beta) + log_q)
+        values = divergence.beta * p * (log_p - log_m) + (1.0 - divergence.beta) * q * (log_q - log_m)
+    else:
+        values = p * (log_p - log_q)
+    return jnp.sum(weights * jnp.sum(values, axis=-1))
+
+
+def shapes(*, tokens: int, vocab_size: int, width: int, teacher_width: int) -> tuple[Any, ...]:
+    """Student, teacher, targets and weights, as shapes."""
+
+    def states_and_head(width: int) -> tuple[jax.ShapeDtypeStruct, Head]:
+        head = Head(weight=jax.ShapeDtypeStruct((vocab_size, width), jnp.float32), vocab_size=vocab_size)
+        return jax.ShapeDtypeStruct((tokens, width), jnp.bfloat16), head
+
+    teacher_hidden, teacher_head = states_and_head(teacher_width)
+    teacher = TeacherOutput(hidden=teacher_hidden, head=teacher_head)
+    return *states_and_head(width), teacher, jax.ShapeDtypeStruct((tokens,), jnp.int32), jax.ShapeDtypeStruct((tokens,), jnp.float32)
+
+
+def value_and_grad(loss: Loss, divergence: Divergence) -> Any:
+    """The compiled value and gradient of a loss for the student's hidden states and head."""
+    return jax.jit(jax.value_and_grad(lambda *args: loss(divergence, *args), argnums=(0, 1)))
+
+
+def temporary_bytes(loss: Loss, divergence: Divergence, arguments: tuple[Any, ...], device: Any) -> int:
+    """Peak temporary memory of the compiled value and gradient on a device, which need not be here."""
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(device)), arguments)
+    with jax.set_mesh(jax.sharding.Mesh([device], ("one",))):  # kernels are chosen for the mesh's devices
+        analysis = value_and_grad(loss, divergence).lower(*placed).compile().memory_analysis()
+    if analysis is None:
+        sys.exit(f"{device.device_kind} reports no memory analysis: run on another one (JAX_PLATFORMS=cpu)")
+    return analysis.temp_size_in_bytes
+
+
+def milliseconds(divergence: Divergence, arguments: tuple[Any, ...], *, rounds: int) -> tuple[float, float]:
+    """Medians of the chunked and of the dense value and gradient, run in turn on random numbers."""
+    keys = jax.random.split(jax.random.key(0), len(jax.tree.leaves(arguments)))
+    leaves = [
+        jnp.zeros(x.shape, x.dtype) if jnp.issubdtype(x.dtype, jnp.integer) else (jax.random.normal(key, x.shape) / 8).astype(x.dtype)
+        for key, x in zip(keys, jax.tree.leaves(arguments), strict=True)
+    ]
+    filled = jax.tree.unflatten(jax.tree.structure(arguments), leaves)
+    programs = [value_and_grad(loss, divergence) for loss in (chunked, dense)]
+    for program in programs:
+        jax.block_until_ready(program(*filled))
+    seconds: list[list[float]] = [[], []]
+    for _ in range(rounds):
+        for program, taken in zip(programs, seconds, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(program(*filled))
+            taken.append(time.perf_counter() - start)
+    ours, theirs = (1000 * statistics.median(taken) for taken in seconds)
+    return ours, theirs
+
+
+def main() -> None:
+    """Compile, and where asked run, both programs of each divergence, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--vocab-size", type=int, default=128_256)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--teacher-width", type=int, help="that of the student unless given")
+    parser.add_argument("--device", choices=("here", "tpu"), default="here")
+    parser.add_argument("--time", action="store_true", help="run both, and give milliseconds instead of memory")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+
+    arguments = shapes(
+        tokens=options.tokens, vocab_size=options.vocab_size, width=options.width, teacher_width=options.teacher_width or options.width
+    )
+    here = jax.devices()[0] if options.device == "here" else topologies.get_topology_desc("v5e:2x2", "tpu").devices[0]
+    unit = "ms" if options.time else "MiB"
+    print(f"| divergence | device | tokens x vocabulary, width | chunk | chunked {unit} | dense {unit} | ratio |\n" + "|---" * 7 + "|")
+    for divergence in DIVERGENCES:
+        if options.time:
+            ours, theirs = milliseconds(divergence, arguments, rounds=options.rounds)
+        else:
+            ours, theirs = (temporary_bytes(loss, divergence, arguments, here) / 2**20 for loss in (chunked, dense))
+        print(
+            f"| {type(divergence).__name__} | {here.device_kind} | {options.tokens} x {options.vocab_size}, {options.width} "
+            f"| {default_chunk_size(options.tokens, options.vocab_size)} | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.3f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
