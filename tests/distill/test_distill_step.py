@@ -174,6 +174,8 @@ def test_a_step_that_is_undone_leaves_what_the_divergence_remembers(teacher: str
     assert metrics["skipped"] == 1 and metrics["divergence_share"] == pytest.approx(float(before.objective["share"]))
     assert_bits_equal(after.objective, before.objective)
     assert_bits_equal(after.trainable, before.trainable)
+    nothing = dataclasses.replace(make_batch(2), loss_mask=np.zeros((ROWS, LENGTH), np.float32))
+    assert_bits_equal(lesson.run(nothing, state=before)[0].objective, before.objective)  # a mean of nothing is no value
     recovered, at_once = lesson.run(make_batch(3), state=after)[0], lesson.run(make_batch(3), state=before)[0]
     assert float(recovered.objective["previous"]) == float(at_once.objective["previous"]) != float(before.objective["previous"])
     assert all(bool(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(recovered.objective))
