@@ -170,6 +170,8 @@ def taught_by(path: Path, experiment: Experiment, *, divergence: Divergence | No
       divergence: the one to minimise; None: that of the experiment, or the forward KL.
     """
     read_config(path)  # or an error that says what to name
+    if not (path / "tokenizer").is_dir():
+        raise ValueError(f"the teacher {path} has no tokenizer for its student: import it again with --tokenizer FILE")
     teacher = TeacherConfig(path=str(path))
     distill = experiment.objective.distill
     distill = DistillConfig(teachers=(teacher,)) if distill is None else dataclasses.replace(distill, teachers=(teacher,))

@@ -64,10 +64,11 @@ def token_numbers(batch: Batch) -> UInt32[Array, "B T 2"]:
 def updated_state(
     distill: DistillConfig | None, state: Mapping[str, Array], sums: Mapping[str, Array], *, num_targets: Array, progress: Array
 ) -> dict[str, Array]:
-    """What the divergence remembers after a step, from its sum over the global batch; as before where teachers said nothing."""
+    """What the divergence remembers after a step, from its sum over the global batch; as before where there was nothing to compare."""
     if distill is None or "divergence" not in sums:
         return dict(state)
-    return distill.divergence.updated_state(state, value=sums["divergence"] / jnp.maximum(num_targets, 1.0), progress=progress)
+    new = distill.divergence.updated_state(state, value=sums["divergence"] / jnp.maximum(num_targets, 1.0), progress=progress)
+    return {name: jnp.where(num_targets > 0, value, state[name]) for name, value in new.items()}  # 0 would pass for a perfect student
 
 
 def reported(amounts: Mapping[str, Any] | None) -> dict[str, Array]:

@@ -139,7 +139,7 @@ PER_TOKEN = {"teacher_kl": "teacher_kl", "teacher_agreement": "agreement"}
 def _add(totals: Sums, sums: Mapping[str, Array]) -> None:
     """Adds in float64: the sum over a corpus loses nothing to the float32 of one batch."""
     for name, value in jax.device_get(sums).items():
-        totals[name] = totals.get(name, np.float64(0.0)) + np.asarray(value, np.float64)
+        totals[name] = np.asarray(totals.get(name, 0.0) + np.asarray(value, np.float64))
 
 
 def evaluate(

@@ -35,10 +35,13 @@ STUDENT = ModelConfig(embed_dim=16, context_length=LENGTH, vocab_size=VOCAB, voc
 TEACHER = dataclasses.replace(STUDENT, embed_dim=24, vocab_multiple=1)
 
 
-def write_teacher(path: Path, config: ModelConfig = TEACHER, *, tokenizer: Tokenizer | None = BYTES, scale: float = 0.4) -> Path:
-    """The directory of a model with these settings; another scale makes it another model."""
+def write_teacher(
+    path: Path, config: ModelConfig = TEACHER, *, tokenizer: Tokenizer | None = BYTES, scale: float = 0.4, embed: float = 1.0
+) -> Path:
+    """The directory of a model with these settings; another scale makes it another model, and a large `embed` one that repeats tokens."""
     loaded = untrained(config, tokenizer=BYTES, path=path, scale=scale)
-    write_parameters(path, config, loaded.params | loaded.buffers)
+    table = {"embed/table": embed * loaded.params["embed/table"]}
+    write_parameters(path, config, loaded.params | loaded.buffers | table)
     if tokenizer is not None:
         tokenizer.save(path / "tokenizer")
     return path
@@ -84,13 +87,13 @@ class Lesson:
     def run(self, *batches: Batch, state: TrainState | None = None) -> tuple[TrainState, dict[str, Any]]:
         """The state after these batches and the metrics of the last; the state that is given is left alone."""
         places = jax.tree.map(lambda leaf: leaf.sharding, self.programs.shapes)
-        state = jax.device_put(jax.tree.map(jnp.copy, self.start() if state is None else state), places)
+        new: TrainState = jax.device_put(jax.tree.map(jnp.copy, self.start() if state is None else state), places)
         metrics: dict[str, Any] = {}
         with jax.set_mesh(self.mesh):
             for batch in map(self.place, batches):
                 said = () if self.teachers is None else (self.teachers(batch),)
-                state, metrics = self.programs.train_step(state, batch, *said)
-        return state, step.named_metrics(self.programs.definition.config, jax.device_get(metrics))
+                new, metrics = self.programs.train_step(new, batch, *said)
+        return new, step.named_metrics(self.programs.definition.config, jax.device_get(metrics))
 
 
 @functools.cache

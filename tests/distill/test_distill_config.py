@@ -11,7 +11,7 @@ import pytest
 from slmjax import cli, config, trainer
 from slmjax.architecture import Precision
 from slmjax.data.tokenizers import FileTokenizer
-from slmjax.distill.config import DistillConfig, Ramp, RampShape, ShortContext, TeacherConfig
+from slmjax.distill.config import DistillConfig, Ramp, RampShape, ShortContext, TeacherConfig, divergence_of
 from slmjax.experiment import Experiment, taught_by
 from slmjax.losses import ForwardKl, Jsd, TeacherMean
 from slmjax.recipes import load_experiment
@@ -77,8 +77,9 @@ def test_on_the_command_line(parsed: Any, tmp_path: Path) -> None:
 
 
 def test_another_divergence_on_the_command_line(parsed: Any) -> None:
-    found = parsed("objective.distill.divergence:jsd", "--objective.distill.divergence.beta", "0.9")
-    assert found.objective.distill.divergence == Jsd(beta=0.9)
+    assert parsed("--divergence", "jsd", "--objective.distill.divergence.beta", "0.9").objective.distill.divergence == Jsd(beta=0.9)
+    with pytest.raises(ValueError, match=r"there is no divergence 'jds'.*jsd"):
+        divergence_of("jds")
 
 
 def test_a_teacher_takes_the_place_of_an_experiments_own(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def student() -> tuple[Definition, dict[str, jax.Array], Any]:
 def soft_mean(distill: DistillConfig, said: Any, head: Head) -> tuple[Any, Any]:
     """The objective's mean over scored tokens, and its gradient by the table of the student's head."""
     amounts = distillation.amounts_at(distill, jnp.zeros((), jnp.int32), total_steps=10, state={}, key=jax.random.key(0))
+    assert amounts is not None
 
     def mean(table: jax.Array) -> jax.Array:
         own = dataclasses.replace(head, weight=table)
