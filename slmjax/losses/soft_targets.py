@@ -230,7 +230,7 @@ def _divergences(
 
 def teacher_log_probabilities(
     matching: Matching,
-    states: Sequence[Float[Array, "C E"]],
+    states: Sequence[Array],  # of each "C E", of its own width
     heads: Sequence[Head],
     shards: sharding.Shards,
     *,
