@@ -105,7 +105,7 @@ def milliseconds(divergence: Divergence, arguments: tuple[Any, ...], *, rounds: 
 
 def main() -> None:
     """Compile, and where asked run, both programs of each divergence, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--vocab-size", type=int, default=128_256)
     parser.add_argument("--width", type=int, default=2048)

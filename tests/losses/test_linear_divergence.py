@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,10 +111,10 @@ DISTINCT = [f"{type(case[0].divergence).__name__} {number}" for number, case in 
 
 
 @pytest.mark.parametrize(("matching", "amounts", "chunk_size"), CASES, ids=DISTINCT)
-def test_equals_dense(matching: Matching, amounts: dict[str, float], chunk_size: int | None) -> None:
+def test_equals_dense(matching: Matching, amounts: dict[str, Any], chunk_size: int | None) -> None:
     hidden, head, teachers, targets, weights = make_inputs(num_teachers=max(1, len(matching.weights)))
     # Half of the cases have their amounts compiled in, the others as arrays.
-    given = {name: jnp.float32(x) for name, x in amounts.items()} if chunk_size == 8 else amounts
+    given: dict[str, Any] = {name: jnp.float32(x) for name, x in amounts.items()} if chunk_size == 8 else amounts
 
     def fn(hidden, head, teachers, targets, weights):
         return linear_divergence(hidden, head, teachers, matching, targets, weights, chunk_size=chunk_size, **given)
@@ -133,23 +134,23 @@ def test_equals_dense_tightly_in_float64(divergence: Divergence) -> None:
     with jax.enable_x64(True):
         inputs = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, make_inputs(jnp.float64))
 
-        def fn(*args):
-            return linear_divergence(*args[:3], matching, *args[3:], chunk_size=8, temperature=2.0, hard=0.5)
+        def fn(hidden, head, teachers, targets, weights):
+            return linear_divergence(hidden, head, teachers, matching, targets, weights, chunk_size=8, temperature=2.0, hard=0.5)
 
         ours = jax.device_get(with_gradients(fn, *inputs))
     assert ours[1][0].dtype == jnp.float64
     # The series of small exponents is exact to 5e-11 of its terms.
-    assert_trees_close(ours, dense_with_gradients(*inputs, matching, temperature=2.0, hard=0.5), rtol=1e-10, atol=1e-11)
+    assert_trees_close(ours, dense_with_gradients(*inputs, matching=matching, temperature=2.0, hard=0.5), rtol=1e-10, atol=1e-11)
 
 
 def test_bfloat16_hidden_states() -> None:
     inputs, matching = make_inputs(jnp.bfloat16), Matching(divergence=Jsd())
 
-    def fn(*args):
-        return linear_divergence(*args[:3], matching, *args[3:], chunk_size=8, hard=0.5)
+    def fn(hidden, head, teachers, targets, weights):
+        return linear_divergence(hidden, head, teachers, matching, targets, weights, chunk_size=8, hard=0.5)
 
     value, gradients = with_gradients(fn, *inputs)
-    expected = dense_with_gradients(*inputs, matching, hard=0.5)
+    expected = dense_with_gradients(*inputs, matching=matching, hard=0.5)
     assert value.dtype == jnp.float32 and gradients[0].dtype == jnp.bfloat16 and gradients[1].weight.dtype == jnp.float32
     # Products of bfloat16 numbers are exact in float32, so that values agree; the gradient of the logits is rounded to 8 bits.
     assert_trees_close(value, expected[0], rtol=1e-5, atol=1e-5)
@@ -176,7 +177,7 @@ def test_each_token_has_the_gradient_that_is_asked_of_it(divergence: Divergence,
 
         @jax.jit
         def pulled_from_dense(hidden, head, teachers):
-            values, pull = jax.vjp(lambda *args: dense_token_values(*args, teachers, matching, temperature=2.0), hidden, head)
+            values, pull = jax.vjp(lambda hidden, head: dense_token_values(hidden, head, teachers, matching, temperature=2.0), hidden, head)
             return values, pull(cotangent.astype(jnp.float64))
 
         expected = jax.device_get(pulled_from_dense(*wide))
@@ -287,18 +288,18 @@ def test_no_array_of_all_logits_exists(divergence: Divergence) -> None:
     hidden, head = jnp.ones((num_tokens, WIDTH)), Head(weight=jnp.ones((rows, WIDTH)), vocab_size=rows)
     teachers = (TeacherOutput(hidden=hidden, head=head),)
     targets, weights = jnp.zeros(num_tokens, jnp.int32), jnp.ones(num_tokens)
-    options = {"draws": jnp.zeros((num_tokens, 2), jnp.uint32), "key": jax.random.key_data(jax.random.key(0)), "chunk_size": 16}
+    options: dict[str, Any] = {"draws": jnp.zeros((num_tokens, 2), jnp.uint32), "key": jax.random.key_data(jax.random.key(0))}
 
-    def largest(fn) -> int:
-        return largest_array(jax.make_jaxpr(jax.value_and_grad(fn, argnums=(0, 1)))(hidden, head))
+    def of_sum(hidden: jax.Array, head: Head, chunk_size: int) -> jax.Array:
+        return linear_divergence(hidden, head, teachers, divergence, targets, weights, chunk_size=chunk_size, **options)[0]
 
-    # What is looked for can be found.
-    assert (
-        largest(lambda *args: linear_divergence(*args, teachers, divergence, targets, weights, **options | {"chunk_size": 64})[0])
-        >= num_tokens * rows
-    )
-    assert largest(lambda *args: linear_divergence(*args, teachers, divergence, targets, weights, **options)[0]) < num_tokens * rows
-    assert largest(lambda *args: jnp.sum(token_divergence(*args, teachers, divergence, **options))) < num_tokens * rows
+    def of_tokens(hidden: jax.Array, head: Head, chunk_size: int) -> jax.Array:
+        return jnp.sum(token_divergence(hidden, head, teachers, divergence, chunk_size=chunk_size, **options))
+
+    for fn in (of_sum, of_tokens):
+        gradients = jax.value_and_grad(fn, argnums=(0, 1))
+        largest = {size: largest_array(jax.make_jaxpr(functools.partial(gradients, chunk_size=size))(hidden, head)) for size in (16, 64)}
+        assert largest[16] < num_tokens * rows <= largest[64]  # in one chunk, what is looked for is found
 
 
 def test_divergences_that_draw_ask_for_a_key() -> None:
