@@ -2,7 +2,7 @@
 
     python benchmarks/distill_memory.py                                # compiles only: the dense program's memory is never needed
     python benchmarks/distill_memory.py --width 4096
-    python benchmarks/distill_memory.py --device tpu                   # for a TPU v5e that need not be here: the extra `plan`
+    python benchmarks/distill_memory.py --device tpu                   # for a TPU v5p that need not be here: the extra `plan`
     python benchmarks/distill_memory.py --time --tokens 2048 --vocab-size 16384 --width 512    # runs both, in turn
 
 One row for each divergence. Memory is the compiler's own figure, results not counted; the target is a ratio below 1/5. Hidden states of
@@ -105,7 +105,7 @@ def milliseconds(divergence: Divergence, arguments: tuple[Any, ...], *, rounds: 
 
 def main() -> None:
     """Compile, and where asked run, both programs of each divergence, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--vocab-size", type=int, default=128_256)
     parser.add_argument("--width", type=int, default=2048)
@@ -118,7 +118,7 @@ def main() -> None:
     arguments = shapes(
         tokens=options.tokens, vocab_size=options.vocab_size, width=options.width, teacher_width=options.teacher_width or options.width
     )
-    here = jax.devices()[0] if options.device == "here" else topologies.get_topology_desc("v5e:2x2", "tpu").devices[0]
+    here = jax.devices()[0] if options.device == "here" else topologies.get_topology_desc("v5p:2x2x1", "tpu").devices[0]
     unit = "ms" if options.time else "MiB"
     print(f"| divergence | device | tokens x vocabulary, width | chunk | chunked {unit} | dense {unit} | ratio |\n" + "|---" * 7 + "|")
     for divergence in DIVERGENCES:

@@ -183,7 +183,7 @@ class Taid(Divergence):
             raise ValueError(f"TAID goes from start={self.start} up to end={self.end} at a rate of at least 0, got {self.rate}")
 
     def initial_state(self) -> dict[str, Array]:
-        return {"share": jnp.full((), self.start), "momentum": jnp.zeros(()), "previous": jnp.full((), -1.0)}
+        return {"share": jnp.full((), self.start, float), "momentum": jnp.zeros(()), "previous": jnp.full((), -1.0, float)}
 
     def updated_state(self, state: State, *, value: Float[Array, ""], progress: Float[Array, ""]) -> dict[str, Array]:
         previous, is_first = state["previous"], state["previous"] < 0.0

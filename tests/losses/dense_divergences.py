@@ -1,0 +1,105 @@
+"""Divergences as one writes them first: all logits at once, log-softmax, the formula, its derivative by jax. Meant for float64."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from slmjax.losses import (
+    Divergence,
+    ForwardKl,
+    Head,
+    Jsd,
+    Matching,
+    ReverseKl,
+    SkewKl,
+    SkewReverseKl,
+    SoftCrossEntropy,
+    Taid,
+    TeacherMean,
+    TeacherOutput,
+    TopK,
+    TotalVariation,
+)
+
+
+def kl(log_a: jax.Array, log_b: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)
+
+
+def mixture(log_a: jax.Array, log_b: jax.Array, share: float) -> jax.Array:
+    """log((1 - share) a + share b)."""
+    if share in (0.0, 1.0):
+        return log_b if share else log_a
+    return jnp.logaddexp(math.log(1 - share) + log_a, math.log(share) + log_b)
+
+
+def dense_values(divergence: Divergence, log_p: jax.Array, log_q: jax.Array, *, taid_share: float = 0.4) -> jax.Array:
+    """Of each row of log-probabilities."""
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    match divergence:
+        case ForwardKl() | Jsd(beta=0.0):
+            return kl(log_p, log_q)
+        case ReverseKl() | Jsd(beta=1.0):
+            return kl(log_q, log_p)
+        case Jsd(beta=beta):
+            log_m = mixture(log_q, log_p, beta)
+            return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+        case SkewKl(share=share):
+            return kl(log_p, mixture(log_q, log_p, share))
+        case SkewReverseKl(share=share):
+            return kl(log_q, mixture(log_p, log_q, share))
+        case TotalVariation():
+            return jnp.sum(jnp.abs(p - q), axis=-1) / 2
+        case SoftCrossEntropy():
+            return -jnp.sum(p * log_q, axis=-1)
+        case Taid():
+            between = jax.nn.softmax((1 - taid_share) * jax.lax.stop_gradient(log_q) + taid_share * log_p)
+            return -jnp.sum(between * log_q, axis=-1)
+        case TopK(k=k):
+            order = jnp.argsort(-log_p, axis=-1)
+            p, q = jnp.take_along_axis(p, order, axis=-1), jnp.take_along_axis(q, order, axis=-1)
+            buckets = (jnp.concatenate([x[..., :k], x[..., k:].sum(-1, keepdims=True)], axis=-1) for x in (p, q))
+            return kl(*map(jnp.log, buckets))
+    raise AssertionError(divergence)
+
+
+def dense_logits(hidden: jax.Array, head: Head) -> jax.Array:
+    """Of the real rows of the table, operands rounded to the dtype of the hidden states."""
+    weight = head.weight.astype(hidden.dtype).astype(jnp.float64)[: head.vocab_size]
+    x = jnp.matmul(hidden.astype(jnp.float64), weight.T, precision="highest")
+    if head.bias is not None:
+        x = x + head.bias.astype(jnp.float64)[None, : head.vocab_size]
+    x = head.scale * x
+    return x if head.softcap is None else head.softcap * jnp.tanh(x / head.softcap)
+
+
+def dense_teachers(matching: Matching, teachers: tuple[TeacherOutput, ...], *, columns: int, temperature: float) -> jax.Array:
+    shares = matching.weights or (1.0,) * len(teachers)
+    logits = jnp.stack([dense_logits(teacher.hidden, teacher.head)[:, :columns] / temperature for teacher in teachers])
+    weights = jnp.array(shares)[:, None, None] / sum(shares)
+    if matching.mean is TeacherMean.LOGITS:
+        return jax.nn.log_softmax(jnp.sum(weights * logits, axis=0))
+    return jnp.log(jnp.sum(weights * jax.nn.softmax(logits), axis=0))
+
+
+def dense_token_values(
+    hidden: jax.Array, head: Head, teachers: tuple[TeacherOutput, ...], matching: Matching, *, temperature: float = 1.0
+) -> jax.Array:
+    """The divergence of each token, temperature squared included where it is asked for."""
+    columns = min(head.vocab_size, *(teacher.head.vocab_size for teacher in teachers))
+    log_p = dense_teachers(matching, teachers, columns=columns, temperature=temperature)
+    log_q = jax.nn.log_softmax(dense_logits(hidden, head)[:, :columns] / temperature)
+    return dense_values(matching.divergence, log_p, log_q) * (temperature**2 if matching.scales_by_square else 1.0)
+
+
+def dense_sum(
+    hidden: jax.Array, head: Head, teachers: tuple[TeacherOutput, ...], matching: Matching, targets: jax.Array, weights: jax.Array, *,
+    soft: float = 1.0, hard: float = 0.0, z_loss: float = 0.0, temperature: float = 1.0,
+) -> jax.Array:  # fmt: skip
+    """The weighted sum over tokens of the divergence and of the cross entropy on the targets."""
+    x = dense_logits(hidden, head)
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(x), targets[:, None], axis=-1)[:, 0]
+    hard_values = nll + z_loss * jax.nn.logsumexp(x, axis=-1) ** 2
+    values = dense_token_values(hidden, head, teachers, matching, temperature=temperature)
+    return jnp.sum(weights.astype(jnp.float64) * (soft * values + hard * hard_values))
