@@ -149,3 +149,17 @@ def test_four_processes_are_killed_and_two_go_on(hosts: Hosts, workplace: Path, 
     assert hosts.run(f"--resume {run} {mesh}", num_processes=2, num_devices=2) == [0, 0], hosts.output()
     assert hosts.resumed_after() in (20, 30)
     assert_the_same_training(run, trained, workplace)
+
+
+@pytest.mark.nightly
+def test_two_processes_learn_from_a_teacher(hosts: Hosts, workplace: Path, trained: subprocess.CompletedProcess[str]) -> None:
+    """The teacher is divided over both, and every step is that of one process."""
+    teacher = json.loads(trained.stdout)["run_dir"]
+    losses = []
+    for number, mesh in ((1, "--mesh.data 1"), (2, "--mesh.data 1 --mesh.fsdp 2 --mesh.tensor 2")):
+        arguments = f"tiny.py --teacher {teacher} --run.directory taught-{number} --run.steps 20 {mesh}"
+        assert hosts.run(arguments, num_processes=number, num_devices=number) == [0] * number, hosts.output()
+        (run,) = workplace.glob(f"taught-{number}/*")
+        losses.append([(record["loss"], record["divergence"]) for record in read_log(run / "log.jsonl", kind="train")])
+    assert losses[0]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-3)

@@ -194,8 +194,9 @@ class Teachers:
                 given = jax.device_put(rows, sharding.named_sharding(HIDDEN[:2], batch.tokens.shape, plan.mesh))
             with jax.set_mesh(plan.mesh):
                 hidden = call(*arrays, *given, num_parts=self._num_parts if in_parts else 1)
-            place = sharding.named_sharding(HIDDEN, hidden.shape, plan.student_mesh)
-            found.append(losses.TeacherOutput(hidden=jax.device_put(hidden, place), head=head))
+            if plan.mesh is not plan.student_mesh:
+                hidden = jax.device_put(hidden, sharding.named_sharding(HIDDEN, hidden.shape, plan.student_mesh))
+            found.append(losses.TeacherOutput(hidden=hidden, head=head))
         return tuple(found)
 
 
@@ -224,8 +225,9 @@ def _load(plan: TeacherPlan) -> tuple[tuple[Params, Params], losses.Head]:
             Path(plan.settings.path), definition.config, shapes(definition.params), shapes(definition.buffers), step=plan.settings.step
         )  # fmt: skip
         params = jax.jit(plan.kept, out_shardings=sharding.parameter_shardings(params, mesh))(params)
-        head = jax.jit(plan.head)(params, buffers)
-    return (params, buffers), jax.device_put(head, _head_places(head, plan.student_mesh))
+        shape = jax.eval_shape(plan.head, params, buffers)
+        head = jax.jit(plan.head, out_shardings=_head_places(shape, mesh))(params, buffers)
+    return (params, buffers), head if mesh is plan.student_mesh else jax.device_put(head, _head_places(head, plan.student_mesh))
 
 
 def _in_parts(plan: TeacherPlan, params: Params, buffers: Params, *rows: Array, num_parts: int) -> Float[Array, "B T E"]:
