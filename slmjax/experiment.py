@@ -16,6 +16,7 @@ from slmjax.data.config import DataConfig, TextSource
 from slmjax.data.tokenizers import BpeTokenizer, FileTokenizer, TokenizerConfig
 from slmjax.data.windows import default_overlap
 from slmjax.distill.config import DistillConfig, TeacherConfig
+from slmjax.losses import Divergence
 from slmjax.optim import OptimConfig
 from slmjax.sampling import SamplingConfig
 from slmjax.sharding import MeshConfig
@@ -162,12 +163,19 @@ def with_absolute_paths(experiment: Experiment) -> Experiment:
     return dataclasses.replace(experiment, data=data, tokenizer=tokenizer, objective=objective)
 
 
-def taught_by(path: Path, experiment: Experiment) -> Experiment:
-    """The experiment with this teacher, a run or an imported model, and its tokenizer; what is set of distillation otherwise stays."""
+def taught_by(path: Path, experiment: Experiment, *, divergence: Divergence | None = None) -> Experiment:
+    """The experiment with this teacher, a run or an imported model, and its tokenizer; what is set of distillation otherwise stays.
+
+    Args:
+      divergence: the one to minimise; None: that of the experiment, or the forward KL.
+    """
     read_config(path)  # or an error that says what to name
+    if not (path / "tokenizer").is_dir():
+        raise ValueError(f"the teacher {path} has no tokenizer for its student: import it again with --tokenizer FILE")
     teacher = TeacherConfig(path=str(path))
     distill = experiment.objective.distill
     distill = DistillConfig(teachers=(teacher,)) if distill is None else dataclasses.replace(distill, teachers=(teacher,))
+    distill = distill if divergence is None else dataclasses.replace(distill, divergence=divergence)
     objective = dataclasses.replace(experiment.objective, distill=distill)
     return dataclasses.replace(experiment, objective=objective, tokenizer=FileTokenizer(path=str(path / "tokenizer")))
 

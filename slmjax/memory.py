@@ -23,7 +23,7 @@ from slmjax import placement, sharding
 from slmjax.architecture import Precision, Remat
 from slmjax.data.batch import empty_batch
 from slmjax.experiment import Experiment
-from slmjax.session import Setup, make_programs
+from slmjax.session import Programs, Setup, make_programs, teacher_plans
 
 log = logging.getLogger(__name__)
 
@@ -73,22 +73,31 @@ def step_memory(experiment: Experiment, *, vocab_size: int, mesh: Mesh) -> StepM
       jax.errors.JaxRuntimeError: the compiler itself says that the devices have too little.
     """
     programs = make_programs(experiment, vocab_size=vocab_size, mesh=mesh)
-    batch = _batch_shapes(experiment, experiment.data.batch_size, mesh)
-    return _state_and(_compiled_bytes(programs.train_step, (programs.shapes, batch), mesh), programs.shapes, held=())
+    rows = experiment.data.batch_size
+    given = (programs.shapes, _batch_shapes(experiment, rows, mesh), *_said_shapes(experiment, programs, rows, mesh))
+    return _state_and(_compiled_bytes(programs.train_step, given, mesh), programs.shapes, held=())
 
 
 def evaluation_memory(experiment: Experiment, *, vocab_size: int, mesh: Mesh) -> StepMemory:
     """Of an evaluation step, while the whole state of training is kept beside it. Raises what `step_memory` does."""
     programs = make_programs(experiment, vocab_size=vocab_size, mesh=mesh)
     shapes = programs.shapes
-    batch = _batch_shapes(experiment, experiment.eval.batch_size or experiment.data.batch_size, mesh)
+    rows = experiment.eval.batch_size or experiment.data.batch_size
+    given = (_batch_shapes(experiment, rows, mesh), *_said_shapes(experiment, programs, rows, mesh))
     evaluated, held = (shapes.trainable, ()) if shapes.ema is None else (shapes.ema, shapes.trainable)
-    compiled = _compiled_bytes(programs.eval_step, (evaluated, shapes.frozen, batch), mesh)
+    compiled = _compiled_bytes(programs.eval_step, (evaluated, shapes.frozen, *given), mesh)
     return _state_and(compiled, shapes, held=(shapes.optimizer, held))
 
 
 def _batch_shapes(experiment: Experiment, rows: int, mesh: Mesh) -> Any:
     return placement.batch_shapes(empty_batch(rows, experiment.data.sequence_length), mesh)
+
+
+def _said_shapes(experiment: Experiment, programs: Programs, rows: int, mesh: Mesh) -> tuple[Any, ...]:
+    """What teachers say of a batch, where there are any; their own parameters and forward pass are no part of the step."""
+    plans = teacher_plans(experiment, programs.definition.config, mesh=mesh)
+    said = tuple(plan.output_shapes(rows, experiment.data.sequence_length) for plan in plans)
+    return (said,) if said else ()
 
 
 def _compiled_bytes(step: Any, arguments: tuple[Any, ...], mesh: Mesh) -> int:

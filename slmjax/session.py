@@ -177,13 +177,11 @@ def fresh_state(setup: Setup) -> TrainState:
     """The state before the first step: fresh parameters, or those of another model."""
     experiment = setup.experiment
     optimizer = make_optimizer(experiment.optim, setup.definition.params, total_steps=experiment.run.steps)
-    state = init_state(
-        setup.definition, optimizer, shapes=setup.shapes, seed=experiment.run.seed, objective=experiment.objective
-    )  # fmt: skip
-    source = experiment.init.source()
-    if source is None:
+    state = init_state(setup.definition, optimizer, shapes=setup.shapes, seed=experiment.run.seed, objective=experiment.objective)
+    init = experiment.init
+    if (source := init.source()) is None:
         return state
-    params, buffers = _layers_of(init, state, setup) if isinstance(init := experiment.init, FromTeacherLayers) else _model_of(source, setup)
+    params, buffers = _layers_of(init, state, setup) if isinstance(init, FromTeacherLayers) else _model_of(source, setup)
     ema = None if state.ema is None else jax.tree.map(lambda leaf: leaf.copy(), params)
     return dataclasses.replace(state, trainable=params, frozen=buffers, ema=ema)
 
@@ -208,12 +206,14 @@ def _tokenizer_at(source: Path) -> Tokenizer:
 
 def _layers_of(init: FromTeacherLayers, state: TrainState, setup: Setup) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parameters and buffers that are cut out of a teacher's, placed as this run's."""
-    path, config = Path(init.path), setup.definition.config
-    num_tokens = layers.shared_tokens(_tokenizer_at(path), setup.prepared.tokenizer, path=path)
-    num_teacher = read_config(path).num_layers
-    chosen = layers.chosen_layers(num_teacher=num_teacher, num_student=config.num_layers, layers=init.layers, every=init.every)
+    path, student = Path(init.path), setup.definition.config
+    tokenizer, teacher = _tokenizer_at(path), read_config(path)
+    rows = layers.shared_rows(
+        tokenizer, setup.prepared.tokenizer, num_rows=min(teacher.known_vocab_size, student.known_vocab_size), path=path
+    )
+    chosen = layers.chosen_layers(num_teacher=teacher.num_layers, num_student=student.num_layers, layers=init.layers, every=init.every)
     return layers.student_parameters(
-        path, definition=setup.definition, chosen=chosen, fresh=(state.trainable, state.frozen), num_tokens=num_tokens, mesh=setup.mesh
+        path, definition=setup.definition, chosen=chosen, fresh=(state.trainable, state.frozen), num_rows=rows, mesh=setup.mesh
     )
 
 

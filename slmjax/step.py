@@ -220,18 +220,13 @@ def make_train_step(
     `grad_norm` (before clipping), `learning_rate`, `accuracy`, `nll`, `targets`, `bytes`, `tokens`, `skipped` (so far),
     `skipped_in_a_row`, and for mixtures of experts `dropped` and `expert_imbalance` (the busiest expert's load over the mean,
     averaged over layers), in distillation the mean `divergence` and its amounts; `data_checksum` is an integer; `grad_norms` and
-    `expert_loads` are trees of arrays, which `named_metrics` puts into words. Metrics are whole on every device: every process can
-    read them.
+    `expert_loads` are trees of arrays, which `named_metrics` puts into words. Every process can read them: they are whole everywhere.
     """
     grads_of = functools.partial(_gradients, definition, objective, optim.accumulation_steps)
 
-    distill = objective.distill
-
     def train_step(state: TrainState, batch: Batch, teachers: tuple[losses.TeacherOutput, ...] = ()) -> tuple[TrainState, dict[str, Any]]:
         key, total = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step), counts(batch)
-        amounts = None
-        if distill is not None:
-            amounts = distillation.amounts_at(distill, state.step, total_steps=total_steps, state=state.objective, key=key)
+        amounts = distillation.amounts_at(objective.distill, state.step, total_steps=total_steps, state=state.objective, key=key)
         value, sums, grads = grads_of(state.trainable, state.frozen, batch, total, key, teachers, amounts)
         grad_norm = optax.tree.norm(grads)
         num_updates = state.step - state.skipped  # what schedules go by: a step that was undone is no update
@@ -242,29 +237,32 @@ def make_train_step(
             "frozen": _updated_buffers(definition, state.frozen, sums),
             "optimizer": optimizer_state,
             "ema": _averaged(state.ema, trainable, decay=optim.ema_decay, num_updates=num_updates),
-            "objective": state.objective,
+            "objective": distillation.updated_state(
+                objective.distill, state.objective, sums, num_targets=total["targets"], progress=state.step / total_steps
+            ),
         }
-        if distill is not None and teachers:
-            mean = sums["divergence"] / jnp.maximum(total["targets"], 1.0)
-            changed["objective"] = distill.divergence.updated_state(state.objective, value=mean, progress=state.step / total_steps)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-        keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-        kept = {name: keep(new, getattr(state, name)) for name, new in changed.items()}
-        undone = 1 - finite.astype(jnp.int32)
-        new_state = dataclasses.replace(
-            state, **kept, step=state.step + 1, tokens=_counted(state.tokens, jnp.where(finite, total["targets"], 0.0)),
-            skipped=state.skipped + undone, skipped_in_a_row=(state.skipped_in_a_row + 1) * undone,
-        )  # fmt: skip
+        new_state = _next_state(state, changed, finite=finite, num_targets=total["targets"])
         metrics = {
             "objective": value, "grad_norm": grad_norm, "grad_norms": jnp.sqrt(_squares_by_layer(definition.config, grads)),
             "learning_rate": jnp.asarray(learning_rate(optim, num_updates, total_steps=total_steps)),
             "skipped": new_state.skipped, "skipped_in_a_row": new_state.skipped_in_a_row, "data_checksum": data_checksum(batch.row_ids),
         }  # fmt: skip
-        metrics |= {} if amounts is None else distillation.reported(amounts)
-        return new_state, metrics | total | _report(sums, total)
+        return new_state, metrics | distillation.reported(amounts) | total | _report(sums, total)
 
     places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(places, places.step))
+
+
+def _next_state(state: TrainState, changed: Mapping[str, Any], *, finite: Array, num_targets: Array) -> TrainState:
+    """The state after a step: what it changed, or, where something was not finite, what it was before."""
+    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+    kept = {name: keep(new, getattr(state, name)) for name, new in changed.items()}
+    undone = 1 - finite.astype(jnp.int32)
+    return dataclasses.replace(
+        state, **kept, step=state.step + 1, tokens=_counted(state.tokens, jnp.where(finite, num_targets, 0.0)),
+        skipped=state.skipped + undone, skipped_in_a_row=(state.skipped_in_a_row + 1) * undone,
+    )  # fmt: skip
 
 
 Rows = tuple[Batch, tuple[Array, ...]]  # a batch, and the hidden states of each teacher

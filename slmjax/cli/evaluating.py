@@ -34,6 +34,7 @@ def eval_command(words: Sequence[str]) -> int:
         energy: bool = False  # energy per token as well (the energy extra)
         batch_size: int = 16  # rows at a time, of multiple choice and lm-eval
         step: int | None = None  # checkpoint to evaluate (none: the newest)
+        teacher: str | None = None  # run or imported model to compare the text's predictions with, token by token
         code: str | None = None  # Python file that defines the classes of your own which the run's settings name
         json: bool = False  # print the results as JSON
         data: DataConfig = of_run
@@ -52,11 +53,15 @@ def eval_command(words: Sequence[str]) -> int:
 def _evaluations(loaded: Any, given: Any, data: Any) -> dict[str, Any]:
     """What was asked for, by the name of the evaluation."""
     from slmjax import evaluation
+    from slmjax.distill.teachers import beside
 
     others = given.multiple_choice or given.lm_eval or given.efficiency or given.energy
     found: dict[str, Any] = {}
-    if given.text or data is not None or not others:
-        result = evaluation.evaluate(loaded, data=data, max_documents=given.max_documents, overlap=given.overlap, log=print_aside)
+    if given.text or given.teacher or data is not None or not others:
+        teachers = None if given.teacher is None else beside(Path(given.teacher), loaded)
+        result = evaluation.evaluate(
+            loaded, data=data, max_documents=given.max_documents, overlap=given.overlap, teachers=teachers, log=print_aside
+        )  # fmt: skip
         found["text"] = dataclasses.asdict(result)
     if given.multiple_choice:
         answers = (evaluation.answer_questions(loaded, path, batch_size=given.batch_size) for path in given.multiple_choice)
@@ -101,6 +106,11 @@ def _text_rows(results: Mapping[str, Any]) -> Iterator[Row]:
         yield "loss", f"{found['loss']:.4f}", f"nats per token, {found['tokens']:,} tokens of {found['documents']:,} documents"
         yield "perplexity", f"{found['perplexity']:.2f}", ""
         yield "bits per byte", f"{found['bits_per_byte']:.4f}", f"{found['bytes']:,} bytes, in {found['seconds']:.1f} s"
+        yield "calibration error", f"{found['calibration_error']:.4f}", "mean gap between confidence and accuracy"
+        if found["teacher_kl"] is not None:
+            yield "teacher: bits per byte", f"{found['teacher_bits_per_byte']:.4f}", "on the same tokens"
+            yield "  KL(teacher, model)", f"{found['teacher_kl']:.4f}", "nats per token, temperature 1"
+            yield "  agreement", f"{found['teacher_agreement']:.1%}", "same likeliest token"
 
 
 def _choice_rows(results: Mapping[str, Any]) -> Iterator[Row]:

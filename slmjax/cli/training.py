@@ -16,45 +16,57 @@ def train_command(words: Sequence[str]) -> int:
     from rich.console import Console
 
     from slmjax import experiment as experiments
-    from slmjax import hosts, recipes, trainer
+    from slmjax import hosts, trainer
 
     if not {"-h", "--help"} & set(words):
         hosts.join()  # before an experiment file, or anything else, can ask jax for a device
     name, options = experiment_name(words)
     load_code(options)
-    resume, source, teacher = (option(options, name) for name in ("--resume", "--init-from", "--teacher"))
-    if resume is not None and (other := name or (source and "--init-from") or (teacher and "--teacher")):
-        raise ValueError(f"--resume {resume} goes on with that run's own experiment: leave out {other}")
-    if resume is not None:
-        start = experiments.read_experiment(Path(resume))
-    elif source is not None:
-        start = experiments.starting_from(Path(source), recipes.load_experiment(name) if name else None)
-    else:
-        start = recipes.load_experiment(name or "nano")
-
-    if teacher is not None:
-        start = experiments.taught_by(Path(teacher), start)
+    chosen = {key: option(options, f"--{key.replace('_', '-')}") for key in ("resume", "init_from", "teacher", "divergence")}
+    start = _start(name, **chosen)
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
         resume: str | None = None  # run directory to go on with, from its newest intact checkpoint
         init_from: str | None = None  # run or imported model to start from: its parameters and tokenizer; of a run, its experiment
         teacher: str | None = None  # run or imported model to learn from: --objective.distill.* says how; its tokenizer is taken
+        divergence: str | None = None  # from the teacher: forward_kl, reverse_kl, jsd, taid, top_k, sampled, ... (none: as set)
         profile: int | None = None  # trace so many steps, after the first two of this session, into RUN_DIR/profile
         code: str | None = None  # Python file that defines the classes of your own which the run's settings name
         json: bool = False  # print the result as JSON, and progress on standard error
         experiment: Annotated[experiments.Experiment, without_prefix()] = start
 
     given = parse(Arguments, options, default=Arguments(), command=f"train {name or ''}".strip(), description=train_command.__doc__)
-    assert (given.resume, given.init_from, given.teacher) == (resume, source, teacher), (
-        "what the defaults were chosen by is what was parsed"
-    )
+    assert all(getattr(given, key) == value for key, value in chosen.items()), "what the defaults were chosen by is what was parsed"
     code = name if name is not None and name.endswith(".py") else given.code
     console = Console(stderr=given.json, highlight=False)
     result = trainer.train(given.experiment, resume=given.resume, code=code, profile=given.profile, console=console)
     if jax.process_index() == 0:
         print_json(dataclasses.asdict(result)) if given.json else _show_result(result)
     return {"finished": 0, "interrupted": INTERRUPTED_STATUS}.get(result.status, 1)
+
+
+def _start(name: str | None, *, resume: str | None, init_from: str | None, teacher: str | None, divergence: str | None) -> Any:
+    """The experiment whose fields the other options change."""
+    from slmjax import experiment as experiments
+    from slmjax import recipes
+    from slmjax.distill.config import divergence_of
+
+    if resume is not None:
+        if other := name or (init_from and "--init-from") or (teacher and "--teacher"):
+            raise ValueError(f"--resume {resume} goes on with that run's own experiment: leave out {other}")
+        return experiments.read_experiment(Path(resume))
+    if init_from is not None:
+        start = experiments.starting_from(Path(init_from), recipes.load_experiment(name) if name else None)
+    else:
+        start = recipes.load_experiment(name or "nano")
+    if teacher is not None:
+        return experiments.taught_by(Path(teacher), start, divergence=None if divergence is None else divergence_of(divergence))
+    if divergence is not None:
+        raise ValueError(
+            f"--divergence {divergence} is of a teacher: name one with --teacher DIR, or set objective.distill in the experiment file"
+        )
+    return start
 
 
 def _show_result(result: Any) -> None:

@@ -106,6 +106,10 @@ class Tokenizer:
         """The token that has this id; None where none has."""
         return self._backend.id_to_token(id) if 0 <= id < self.vocab_size else None
 
+    def differs_at(self, other: "Tokenizer") -> int | None:
+        """The first id that stands for another token, or for none, in the other vocabulary; None where all are the same."""
+        return next((id for id in range(max(self.vocab_size, other.vocab_size)) if self.name_of(id) != other.name_of(id)), None)
+
     def with_bos(self, ids: Sequence[int]) -> list[int]:
         """The ids of a text as the model wants them: BOS first where it does, or where there is nothing else."""
         return [self.bos_id, *ids] if self.adds_bos or not len(ids) else list(ids)

@@ -7,13 +7,41 @@ DistillConfig(teachers=(...), divergence=Jsd(beta=0.9), weight=Ramp(start=0.5), 
 import dataclasses
 import enum
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
 from slmjax.architecture import Precision
-from slmjax.losses import Divergence, ForwardKl, Matching, TeacherMean
+from slmjax.config import near_names
+from slmjax.losses import (
+    Divergence,
+    ForwardKl,
+    Jsd,
+    Matching,
+    ReverseKl,
+    Sampled,
+    SkewKl,
+    SkewReverseKl,
+    SoftCrossEntropy,
+    Taid,
+    TeacherMean,
+    TopK,
+    TotalVariation,
+)
 from slmjax.sharding import MeshConfig
+
+DIVERGENCES: Mapping[str, type[Divergence]] = {
+    "forward_kl": ForwardKl, "reverse_kl": ReverseKl, "jsd": Jsd, "skew_kl": SkewKl, "skew_reverse_kl": SkewReverseKl,
+    "total_variation": TotalVariation, "soft_cross_entropy": SoftCrossEntropy, "taid": Taid, "top_k": TopK, "sampled": Sampled,
+}  # fmt: skip
+
+
+def divergence_of(name: str) -> Divergence:
+    """The divergence of that name, as its defaults have it. Raises ValueError for another name."""
+    if (found := DIVERGENCES.get(name.replace("-", "_"))) is None:
+        raise ValueError(f"there is no divergence {name!r}.{near_names(name, DIVERGENCES)} There are {', '.join(DIVERGENCES)}")
+    return found()
 
 
 class RampShape(enum.Enum):
@@ -105,8 +133,8 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if not self.teachers:
             raise ValueError("distillation needs a teacher: name a run or an imported model, as in --teacher DIR")
-        if self.weight.is_zero and self.hard_weight.is_zero:
-            raise ValueError("weight and hard_weight are both 0: there would be nothing to learn from")
+        if self.weight.last == self.hard_weight.last == 0.0:
+            raise ValueError("weight and hard_weight are both 0 in the end: there would be nothing to learn from. Keep one of them above 0")
         if min(self.temperature.start, self.temperature.last) <= 0:
             raise ValueError(f"the temperature divides logits and must be above 0, got {self.temperature}")
         if self.devices is not None and (self.devices < 1 or self.mesh is None):

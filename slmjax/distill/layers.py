@@ -1,9 +1,9 @@
 """A student that begins as a part of its teacher: some of its layers, and of each the leading rows and columns.
 
     chosen = chosen_layers(num_teacher=12, num_student=6)                 # (0, 2, 4, 7, 9, 11)
-    params, buffers = student_parameters(Path("runs/large"), definition=student, chosen=chosen, fresh=fresh, num_tokens=2048, mesh=mesh)
+    params, buffers = student_parameters(Path("runs/large"), definition=student, chosen=chosen, fresh=fresh, num_rows=2048, mesh=mesh)
 
-Which part each parameter is, `slices.py` tells. Here the layers are chosen and read. A row of a table whose token the teacher has not,
+Which part each parameter is, `slices.py` tells; here the layers are chosen and read. A row of a table whose token the teacher has not,
 and one that only pads the table, is freshly initialised.
 """
 
@@ -52,24 +52,30 @@ def chosen_layers(*, num_teacher: int, num_student: int, layers: Sequence[int] |
     return chosen
 
 
-def shared_tokens(teacher: Tokenizer, student: Tokenizer, *, path: Path) -> int:
-    """How many tokens, from the first, both vocabularies have: all of the smaller one.
+def shared_rows(teacher: Tokenizer, student: Tokenizer, *, num_rows: int, path: Path) -> int:
+    """How many rows of a table, from the first, mean the same to both vocabularies.
+
+    Those are the rows of all tokens of the smaller one. Where neither has a token that the other has not, they are all `num_rows` that both
+    models have: a model may have rows without a token, which take part in its softmax all the same.
+
+    Args:
+      path: of the teacher, for the message.
 
     Raises:
       ValueError: an id stands for different tokens in the two.
     """
-    count = min(teacher.vocab_size, student.vocab_size)
-    for id in range(count):
-        if (theirs := teacher.name_of(id)) != (ours := student.name_of(id)):
-            raise ValueError(
-                f"init.path={path} was trained with another tokenizer, so its parameters mean nothing here: token {id} is {theirs!r} there "
-                f"and {ours!r} here. Give the experiment FileTokenizer(path='{path / 'tokenizer'}')"
-            )
-    return count
+    sizes = teacher.vocab_size, student.vocab_size
+    if (id := teacher.differs_at(student)) is not None and id < min(sizes):
+        raise ValueError(
+            f"init.path={path} was trained with another tokenizer, so its parameters mean nothing here: token {id} is "
+            f"{teacher.name_of(id)!r} there and {student.name_of(id)!r} here. Give the experiment "
+            f"FileTokenizer(path='{path / 'tokenizer'}')"
+        )
+    return num_rows if sizes[0] == sizes[1] else min(*sizes, num_rows)
 
 
 def student_parameters(
-    path: Path, *, definition: parameters.Definition, chosen: Sequence[int], fresh: tuple[Params, Params], num_tokens: int, mesh: Mesh
+    path: Path, *, definition: parameters.Definition, chosen: Sequence[int], fresh: tuple[Params, Params], num_rows: int, mesh: Mesh
 ) -> tuple[Params, Params]:
     """Parameters and buffers of a student, by stack path and placed as `fresh`, cut out of those of a run or an imported model.
 
@@ -80,7 +86,7 @@ def student_parameters(
       definition: of the student.
       chosen: the teacher's layer for each of the student's.
       fresh: the student's parameters and buffers as they were initialised: what the teacher has no counterpart of stays so.
-      num_tokens: tokens that both have; other rows of the tables stay fresh.
+      num_rows: of the tables, that are taken (`shared_rows`); others stay fresh.
 
     Raises:
       ValueError: the two do not fit (`slices.student_cuts`), or the directory holds no intact model.
@@ -91,7 +97,9 @@ def student_parameters(
 
     def placed(tree: Params) -> Params:
         shapes = parameters.stored_shapes(teacher.config, tree)
-        places = {name: NamedSharding(mesh, sharding.partition_spec(name, shapes[name].shape, mesh)) for name in needed & shapes.keys()}
+        places = {
+            name: NamedSharding(mesh, sharding.partition_spec(name, shapes[name].shape, mesh)) for name in sorted(needed & shapes.keys())
+        }
         return {name: jax.ShapeDtypeStruct(shapes[name].shape, shapes[name].dtype, sharding=place) for name, place in places.items()}
 
     _, params, buffers = read_parameters(path, teacher.config, placed(teacher.params), placed(teacher.buffers), whole=False)
@@ -99,8 +107,8 @@ def student_parameters(
     def build(taken: Params, fresh: tuple[Params, Params]) -> tuple[Params, Params]:
         flat = parameters.unstack(definition.config, {**fresh[0], **fresh[1]})
         for name, cut in cuts.items():
-            value = _take(taken[cut.source], cut.kept)
-            flat[name] = flat[name].at[:num_tokens].set(value[:num_tokens]) if name in TABLES else value
+            value = _take(taken[cut.source], cut.kept) * cut.scale
+            flat[name] = flat[name].at[:num_rows].set(value[:num_rows]) if name in TABLES else value
         return tuple(parameters.restack(definition.config, flat, like=tree) for tree in fresh)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, fresh)

@@ -17,14 +17,18 @@ from slmjax.distill.config import DistillConfig
 DRAWS = 0x5EED  # folded into a step's key, for what divergences draw at random: dropout's keys are folded from small numbers
 
 
-def amounts_at(distill: DistillConfig, step: Array, *, total_steps: int, state: Mapping[str, Array], key: Array) -> dict[str, Any]:
-    """Weights, temperature, state and randomness of a step; what is a number never changes, and is compiled in.
+def amounts_at(
+    distill: DistillConfig | None, step: Array, *, total_steps: int, state: Mapping[str, Array], key: Array
+) -> dict[str, Any] | None:
+    """Weights, temperature, state and randomness of a step, in distillation; what is a number never changes, and is compiled in.
 
     Args:
       step: steps that came before.
       state: of the divergence.
       key: the step's.
     """
+    if distill is None:
+        return None
     ramps = {"soft": distill.weight, "hard": distill.hard_weight, "temperature": distill.temperature}
     found: dict[str, Any] = {name: ramp.at(step, total_steps=total_steps) for name, ramp in ramps.items()}
     drawn = jax.random.key_data(jax.random.fold_in(key, DRAWS)) if distill.divergence.draws_at_random else None
@@ -57,8 +61,20 @@ def token_numbers(batch: Batch) -> UInt32[Array, "B T 2"]:
     return jnp.stack([rows, places], axis=-1).astype(jnp.uint32)
 
 
-def reported(amounts: Mapping[str, Any]) -> dict[str, Array]:
-    """The amounts of a step as the log has them."""
+def updated_state(
+    distill: DistillConfig | None, state: Mapping[str, Array], sums: Mapping[str, Array], *, num_targets: Array, progress: Array
+) -> dict[str, Array]:
+    """What the divergence remembers after a step, from its sum over the global batch; as before where there was nothing to compare."""
+    if distill is None or "divergence" not in sums:
+        return dict(state)
+    new = distill.divergence.updated_state(state, value=sums["divergence"] / jnp.maximum(num_targets, 1.0), progress=progress)
+    return {name: jnp.where(num_targets > 0, value, state[name]) for name, value in new.items()}  # 0 would pass for a perfect student
+
+
+def reported(amounts: Mapping[str, Any] | None) -> dict[str, Array]:
+    """The amounts of a step as the log has them; none without distillation."""
+    if amounts is None:
+        return {}
     names = {"soft": "soft_weight", "hard": "hard_weight", "temperature": "temperature"}
     found = {name: jnp.asarray(amounts[key], jnp.float32) for key, name in names.items()}
     return found | {f"divergence_{name}": value for name, value in amounts["state"].items() if name == "share"}

@@ -23,12 +23,12 @@ from jaxtyping import Array, Float, Int
 
 from slmjax import losses, sharding
 from slmjax.architecture import ModelConfig
-from slmjax.checkpoint import read_config, read_parameters
+from slmjax.checkpoint import Loaded, read_config, read_parameters
 from slmjax.data.batch import Batch
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.data.windows import default_overlap
 from slmjax.distill.config import DistillConfig, ShortContext, TeacherConfig
-from slmjax.distill.windows import windowed
+from slmjax.distill.windows import num_windows, windowed
 from slmjax.parameters import Definition, define_for_inference
 
 Params = dict[str, Any]
@@ -146,6 +146,7 @@ def plan_teachers(
             _check_vocabulary(tokenizer, path)
             vocab_size = min(vocab_size, tokenizer.vocab_size)
         overlap = default_overlap(length) if distill.overlap is None else distill.overlap
+        num_windows(sequence_length, context_length=length, overlap=overlap)  # or an error, before anything is read or written
         plans.append(
             TeacherPlan(
                 settings=settings, definition=define_for_inference(config), mesh=teacher_mesh, student_mesh=mesh,
@@ -160,12 +161,11 @@ def _check_vocabulary(tokenizer: Tokenizer, path: Path) -> None:
     if not (path / "tokenizer").is_dir():
         raise ValueError(f"the teacher {path} has no tokenizer to compare with the student's: import it again with --tokenizer FILE")
     other = Tokenizer.load(path / "tokenizer")
-    for id in range(max(tokenizer.vocab_size, other.vocab_size)):
-        if (mine := tokenizer.name_of(id)) != (its := other.name_of(id)):
-            raise ValueError(
-                f"token {id} is {mine!r} to the student and {its!r} to the teacher {path}: they must have the same tokens. Give the "
-                f"experiment the teacher's, FileTokenizer(path='{path / 'tokenizer'}'), as --teacher does"
-            )
+    if (id := tokenizer.differs_at(other)) is not None:
+        raise ValueError(
+            f"token {id} is {tokenizer.name_of(id)!r} to the student and {other.name_of(id)!r} to the teacher {path}: they must have the "
+            f"same tokens. Give the experiment the teacher's, FileTokenizer(path='{path / 'tokenizer'}'), as --teacher does"
+        )
 
 
 # The teachers ---------------------------------------------------------------------------------------------------------
@@ -197,6 +197,18 @@ class Teachers:
             place = sharding.named_sharding(HIDDEN, hidden.shape, plan.student_mesh)
             found.append(losses.TeacherOutput(hidden=jax.device_put(hidden, place), head=head))
         return tuple(found)
+
+
+def beside(path: Path, student: Loaded) -> Teachers:
+    """A teacher to compare a trained model with, on one device; in windows, if its context is the shorter.
+
+    Raises what `plan_teachers` does.
+    """
+    distill = DistillConfig(teachers=(TeacherConfig(path=str(path)),), short_context=ShortContext.WINDOW)
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
+    length = student.config.context_length
+    plans = plan_teachers(distill, student.config, sequence_length=length, mesh=mesh, teacher_mesh=mesh, tokenizer=student.tokenizer)
+    return Teachers(plans, num_parts=1)
 
 
 def _load(plan: TeacherPlan) -> tuple[tuple[Params, Params], losses.Head]:

@@ -32,7 +32,7 @@ from slmjax.data.config import DataConfig
 from slmjax.data.preparation import prepare
 from slmjax.data.tokenizers import FileTokenizer
 from slmjax.data.windows import EvaluationBatches, default_overlap, evaluation_batches
-from slmjax.losses import Matching, TeacherOutput, evaluation_sums, expected_calibration_error
+from slmjax.losses import ForwardKl, Matching, TeacherOutput, evaluation_sums, expected_calibration_error
 from slmjax.parameters import Definition
 
 Params = Mapping[str, Array]
@@ -139,7 +139,7 @@ PER_TOKEN = {"teacher_kl": "teacher_kl", "teacher_agreement": "agreement"}
 def _add(totals: Sums, sums: Mapping[str, Array]) -> None:
     """Adds in float64: the sum over a corpus loses nothing to the float32 of one batch."""
     for name, value in jax.device_get(sums).items():
-        totals[name] = totals.get(name, np.float64(0.0)) + np.asarray(value, np.float64)
+        totals[name] = np.asarray(totals.get(name, 0.0) + np.asarray(value, np.float64))
 
 
 def evaluate(
@@ -149,6 +149,7 @@ def evaluate(
     max_documents: int | None = None,
     overlap: int | None = None,
     batch_size: int | None = None,
+    teachers: TeacherCall | None = None,
     log: Callable[[str], None] = print,
 ) -> EvalResult:
     """Loss and bits per byte of a trained model on held-out text, with the model's own tokenizer, on one device.
@@ -159,6 +160,7 @@ def evaluate(
       max_documents: the first so many documents only.
       overlap: tokens of context that a further window of a long document repeats; None: as the run was evaluated.
       batch_size: rows at a time; None: that of the data.
+      teachers: whom it is compared with (`distill.teachers.beside`).
       log: called with what the preparation of data reports.
 
     Raises:
@@ -180,7 +182,8 @@ def evaluate(
     batches = evaluation_batches(
         shards, sequence_length=length, batch_size=batch_size or data.batch_size, overlap=overlap, max_documents=max_documents
     )
-    return evaluate_batches(make_eval_step(loaded.definition), loaded.params, loaded.buffers, batches)
+    eval_step = make_eval_step(loaded.definition, matching=None if teachers is None else Matching(divergence=ForwardKl()))
+    return evaluate_batches(eval_step, loaded.params, loaded.buffers, batches, teachers=teachers)
 
 
 def _experiment_of(loaded: Loaded) -> dict[str, Any]:

@@ -68,25 +68,26 @@ def sharded_sum(
         vocabulary = choose_vocabulary(tokens_here, num_rows)
     is_whole = vocabulary is Vocabulary.GATHERED
     token_dim, bias_rows = ("tokens", None) if is_whole else ("time", "vocab")
+    models = ((hidden, head), *others)
 
     def on_device(states: tuple[Array, ...], tables: tuple[Array, ...], biases: tuple[Any, ...], tokens: Any, constants: Any) -> Any:
         gathered = [sharding.gathered_table(table, whole=is_whole) for table in tables]
-        heads = [
-            dataclasses.replace(one, weight=table, bias=bias)
-            for one, (table, _), bias in zip((head, *(other for _, other in others)), gathered, biases, strict=True)
-        ]
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (states, tokens))
-        size = default_chunk_size(flat[0][0].shape[0], heads[0].weight.shape[0]) if chunk_size is None else chunk_size
-        sums = chunked_sum(
-            terms(gathered[0][1]), flat[0][0], heads[0], tokens=(flat[1], flat[0][1:]), constants=(constants, tuple(heads[1:])),
-            chunk_size=size,
-        )  # fmt: skip
-        return sharding.sum_over(sums, "batch", token_dim)
+        heads = tuple(
+            dataclasses.replace(one, weight=table, bias=bias) for (_, one), (table, _), bias in zip(models, gathered, biases, strict=True)
+        )
+        (own, *states_of_others), tokens = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (states, tokens))
+        size = default_chunk_size(own.shape[0], heads[0].weight.shape[0]) if chunk_size is None else chunk_size
+        given = {"tokens": (tokens, tuple(states_of_others)), "constants": (constants, heads[1:])}
+        return sharding.sum_over(chunked_sum(terms(gathered[0][1]), own, heads[0], **given, chunk_size=size), "batch", token_dim)
 
-    table_dims = sharding.table_dims(num_rows, batch_size=batch_size)
-    if is_whole and (table_dims == ("vocab", None) or length % sharding.num_devices("tokens")):
-        table_dims = (None, table_dims[1])  # devices with the same tokens must have the same table, not one that each has gathered
-    heads = (head, *(other for _, other in others))
-    args = (hidden, *(states for states, _ in others)), tuple(one.weight for one in heads), tuple(one.bias for one in heads)
+    per_model = tuple(zip(*((states, one.weight, one.bias) for states, one in models), strict=True))
+    table_dims = _table_dims(num_rows, batch_size=batch_size, length=length, is_whole=is_whole)
     in_dims = (("batch", token_dim, None), table_dims, (bias_rows,), ("batch", token_dim), ())
-    return sharding.local(on_device, in_dims=in_dims, out_dims=())(*args, tokens, constants)
+    return sharding.local(on_device, in_dims=in_dims, out_dims=())(*per_model, tokens, constants)
+
+
+def _table_dims(num_rows: int, *, batch_size: int, length: int, is_whole: bool) -> sharding.Dims:
+    dims = sharding.table_dims(num_rows, batch_size=batch_size)
+    if is_whole and (dims == ("vocab", None) or length % sharding.num_devices("tokens")):
+        return (None, dims[1])  # devices with the same tokens must have the same table, not one that each has gathered
+    return dims

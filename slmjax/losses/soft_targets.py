@@ -230,7 +230,7 @@ def _divergences(
 
 def teacher_log_probabilities(
     matching: Matching,
-    states: Sequence[Array],  # of each "C E", of its own width
+    states: Sequence[Float[Array, "C _"]],  # each as wide as its teacher
     heads: Sequence[Head],
     shards: sharding.Shards,
     *,

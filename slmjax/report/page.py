@@ -175,6 +175,10 @@ def _figures(run: RunRecords) -> str:
     pairs = [
         (number(evaluated.get("bits_per_byte")), ".3f", f"bits per byte{', beside ' + rivals if rivals else ''}"),
         (number(evaluated.get("loss")), ".4f", "loss, nats per token"),
+        (number(evaluated.get("teacher_bits_per_byte")), ".3f", "bits per byte of the teacher"),
+        (number(evaluated.get("teacher_kl")), ".4f", "KL from the teacher, nats per token"),
+        (number(evaluated.get("teacher_agreement")), ".1%", "same likeliest token as the teacher"),
+        (number(evaluated.get("calibration_error")), ".3f", "calibration error"),
         (number(result.get("parameters")), ",.0f", "parameters"),
         (number(result.get("tokens")), ",.0f", "tokens trained on"),
         (number(result.get("tokens_per_second")), ",.0f", "tokens per second"),

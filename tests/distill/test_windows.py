@@ -24,7 +24,7 @@ def rows(*documents: tuple[int, ...], length: int = LENGTH) -> tuple[jax.Array, 
             segment_ids[row, start : start + size] = number
             positions[row, start : start + size] = np.arange(size)
             start += size
-    return tuple(jnp.asarray(x, jnp.int32) for x in (np.where(segment_ids, tokens, 0), segment_ids, positions))
+    return jnp.asarray(np.where(segment_ids, tokens, 0), jnp.int32), jnp.asarray(segment_ids, jnp.int32), jnp.asarray(positions, jnp.int32)
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,8 @@ def test_a_long_document_is_what_direct_runs_of_its_parts_give(model) -> None:
         np.testing.assert_allclose(pieces[:, list(kept)], direct[:, [t - start for t in kept]], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("overlap", [0, 1, 3, 6])
-@pytest.mark.parametrize("length", [8, 9, 13, 15, 16, 29])
+@pytest.mark.parametrize("overlap", [0, 3, 6])
+@pytest.mark.parametrize("length", [8, 9, 16, 29])
 def test_every_token_has_its_overlap(length: int, overlap: int) -> None:
     """States that say where in its window a token is: at its place in the first, and at least `overlap` in every other."""
 

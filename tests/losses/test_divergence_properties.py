@@ -174,6 +174,7 @@ def test_draws_of_a_token_are_the_same_wherever_it_stands() -> None:
     head = Head(weight=jax.random.normal(jax.random.key(1), (12, 5)), vocab_size=NUM_COLUMNS)
     ids, key = jnp.stack([jnp.arange(10), jnp.arange(10) % 3], axis=-1).astype(jnp.uint32), jax.random.key_data(jax.random.key(2))
 
+    @functools.partial(jax.jit, static_argnames="chunk_size")
     def values(order: jax.Array, key: jax.Array = key, chunk_size: int | None = None) -> jax.Array:
         teachers = (TeacherOutput(hidden=hidden[order] + 1.0, head=head),)
         own = hidden[order]

@@ -1,0 +1,129 @@
+"""Does a student learn more from a teacher than from the text alone, and from which divergence?
+
+    python experiments/distill_study.py                      # the teacher, then every arm with 3 seeds; goes on where it was stopped
+    python experiments/distill_study.py --directory runs/distill-study --report    # what has been found so far
+    slmjax train experiments/distill_study.py                # the teacher alone
+
+Python's own standard library, as `nano` reads it. The teacher has 8 layers of width 128, the students have 2, and all arms see the same
+batches of the same number of tokens with the same seed. Judged by bits per byte of held-out documents.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from slmjax import recipes
+from slmjax.ablate import Arm, Study, analyze, findings_table, read_members, run_study, write_findings
+from slmjax.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.attention import AttentionConfig, QkNorm
+from slmjax.data.tokenizers import BpeTokenizer
+from slmjax.distill.config import DistillConfig, Ramp, TeacherConfig
+from slmjax.experiment import Experiment, FromTeacherLayers
+from slmjax.layers import MlpConfig
+from slmjax.losses import Divergence, ForwardKl, Jsd, ReverseKl, Taid
+from slmjax.trainer import train
+
+TEACHER_LAYERS, STUDENT_LAYERS = 8, 2
+TEACHER_STEPS, STUDENT_STEPS = 1000, 300
+SEEDS = (0, 1, 2)
+
+
+def model(num_layers: int) -> ModelConfig:
+    """`nano`'s layers at half their width."""
+    attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32, qk_norm=QkNorm.PER_HEAD)
+    block = BlockConfig(mixer=attention, ffn=MlpConfig(hidden_dim=320))
+    return ModelConfig(embed_dim=128, stack=(Segment(pattern=(block,), repeats=num_layers),), context_length=256)
+
+
+def of_depth(num_layers: int, *, name: str, steps: int) -> Experiment:
+    """An experiment on the text alone."""
+    nano = recipes.nano()
+    return dataclasses.replace(
+        nano,
+        model=model(num_layers),
+        tokenizer=BpeTokenizer(vocab_size=2048),
+        eval=dataclasses.replace(nano.eval, every=steps, sample=False),
+        run=dataclasses.replace(nano.run, name=name, steps=steps, sample_prompts=()),
+    )
+
+
+def experiment() -> Experiment:
+    """The teacher."""
+    return of_depth(TEACHER_LAYERS, name="teacher", steps=TEACHER_STEPS)
+
+
+def taught(teacher: Path, divergence: Divergence, *, temperature: float = 1.0, hard: float = 0.0, from_layers: bool = False) -> Experiment:
+    """A student that learns from the teacher, `hard` of it from the text."""
+    student = text_alone(teacher, from_layers=from_layers)
+    distill = DistillConfig(
+        teachers=(TeacherConfig(path=str(teacher)),), divergence=divergence, weight=Ramp(start=1.0 - hard), hard_weight=Ramp(start=hard),
+        temperature=Ramp(start=temperature),
+    )  # fmt: skip
+    return dataclasses.replace(student, objective=dataclasses.replace(student.objective, distill=distill))
+
+
+def text_alone(teacher: Path, *, from_layers: bool = False) -> Experiment:
+    """A student that learns from the text, from scratch or beginning as layers of the teacher."""
+    student = of_depth(STUDENT_LAYERS, name="student", steps=STUDENT_STEPS)
+    return dataclasses.replace(student, init=FromTeacherLayers(path=str(teacher))) if from_layers else student
+
+
+def study(teacher: Path, seeds: tuple[int, ...] = SEEDS) -> Study:
+    """All arms."""
+    arms = {
+        "cross entropy": text_alone(teacher),
+        "forward KL": taught(teacher, ForwardKl()),
+        "reverse KL": taught(teacher, ReverseKl()),
+        "JSD": taught(teacher, Jsd()),
+        "TAID": taught(teacher, Taid()),
+        "forward KL, T=2": taught(teacher, ForwardKl(), temperature=2.0),
+        "half forward KL": taught(teacher, ForwardKl(), hard=0.5),
+        "cross entropy, teacher's layers": text_alone(teacher, from_layers=True),
+        "forward KL, teacher's layers": taught(teacher, ForwardKl(), from_layers=True),
+    }
+    return Study(
+        name="distillation",
+        arms=tuple(Arm(name=name, experiment=one) for name, one in arms.items()),
+        seeds=seeds,
+        baseline="cross entropy",
+        figures=("calibration_error", "teacher_kl", "teacher_agreement"),
+    )
+
+
+# Differences that are asked for beside those from cross entropy: the first arm over the second.
+FURTHER = (
+    ("forward KL, T=2", "forward KL"),
+    ("forward KL, teacher's layers", "forward KL"),
+    ("forward KL, teacher's layers", "cross entropy, teacher's layers"),
+    ("half forward KL", "forward KL"),
+)
+
+
+def trained_teacher(directory: Path) -> Path:
+    """The teacher's run, trained if it is not there yet."""
+    for result in sorted(directory.glob("*/result.json")):
+        if json.loads(result.read_text())["status"] == "finished":
+            return result.parent
+    one = experiment()
+    return Path(train(dataclasses.replace(one, run=dataclasses.replace(one.run, directory=str(directory)))).run_dir)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--directory", type=Path, default=Path("runs/distill-study"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--report", action="store_true", help="what has been found so far; nothing is trained")
+    arguments = parser.parse_args()
+    teacher = trained_teacher(arguments.directory.absolute() / "teacher")
+    asked = study(teacher, tuple(arguments.seeds))
+    members = read_members(asked, arguments.directory) if arguments.report else run_study(asked, arguments.directory)
+    findings = analyze(asked, members, further=FURTHER)
+    write_findings(findings, arguments.directory)
+    Console().print(findings_table(findings))
+
+
+if __name__ == "__main__":
+    main()
