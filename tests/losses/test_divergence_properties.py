@@ -47,7 +47,7 @@ def values_of(p_logits: jax.Array, q_logits: jax.Array, divergences: tuple[Diver
     return [divergence.value_and_slope(log_p, log_q, own)[0] for divergence in divergences]
 
 
-@pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-4, 1e-2])
+@pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-3])
 def test_never_below_zero_and_nothing_of_nothing(noise: float) -> None:
     logits, other = 3 * jax.random.normal(jax.random.key(0), (2, 50, 32_768))
     found = values_of(logits, logits + noise * other, KLS)
@@ -57,7 +57,7 @@ def test_never_below_zero_and_nothing_of_nothing(noise: float) -> None:
         assert noise or not jnp.any(values), divergence
     # What is looked for can be found: the formula as one writes it is negative for some.
     naive = jax.jit(lambda p, q: dense_values(Jsd(), jax.nn.log_softmax(p), jax.nn.log_softmax(q)))(logits, logits + noise * other)
-    assert noise == 1e-2 or jnp.any(naive < 0)
+    assert noise > 1e-6 or jnp.any(naive < 0)
 
 
 LOGITS = st_numpy.arrays(np.float32, (2, 4, NUM_COLUMNS), elements=st.floats(-40, 40, width=32))
@@ -174,6 +174,7 @@ def test_draws_of_a_token_are_the_same_wherever_it_stands() -> None:
     head = Head(weight=jax.random.normal(jax.random.key(1), (12, 5)), vocab_size=NUM_COLUMNS)
     ids, key = jnp.stack([jnp.arange(10), jnp.arange(10) % 3], axis=-1).astype(jnp.uint32), jax.random.key_data(jax.random.key(2))
 
+    @functools.partial(jax.jit, static_argnames="chunk_size")
     def values(order: jax.Array, key: jax.Array = key, chunk_size: int | None = None) -> jax.Array:
         teachers = (TeacherOutput(hidden=hidden[order] + 1.0, head=head),)
         own = hidden[order]

@@ -234,7 +234,6 @@ def on_one_device(divergences: tuple[Divergence, ...], num_times: int):
         ({"fsdp": 2, "tensor": 2}, 7, Vocabulary.GATHERED, WITHIN),  # a length that does not divide
         ({"fsdp": 2, "context": 2, "tensor": 2}, 8, Vocabulary.DIVIDED, ACROSS),
         ({"fsdp": 2, "context": 2, "tensor": 2}, 8, Vocabulary.GATHERED, WITHIN),
-        ({"data": 2, "tensor": 4}, 8, Vocabulary.DIVIDED, ACROSS),
     ],
 )
 def test_a_batch_on_any_mesh_equals_one_device(
