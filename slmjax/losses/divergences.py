@@ -16,7 +16,7 @@ not: what is summed over the vocabulary is `excess`, of which every term is non-
 
 The gradient is that by the logits z of q = softmax(z): with g_v the derivative of the value by log q_v, it is g_v - q_v sum g.
 
-Dims: C tokens, v columns of the vocabulary that a device holds, K entries kept, n draws.
+Dims: C tokens, v columns of the vocabulary that a device holds, n draws.
 """
 
 import abc
@@ -27,7 +27,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt, UInt32
 
 from slmjax import sharding
 from slmjax.losses.heads import PADDING_LOGIT, columns
@@ -280,16 +280,34 @@ def log_mixture(
     return jnp.maximum(log_p, log_q) + log_larger, log_larger + jnp.maximum(x, 0.0), log_larger - jnp.minimum(x, 0.0)
 
 
-def top_columns(log_p: LogProbabilities, k: int, shards: sharding.Shards) -> Array:
-    """Which columns are the k largest of the whole vocabulary; of equal ones those of the smaller ids."""
-    values, places = jax.lax.top_k(log_p, min(k, log_p.shape[-1]))
-    ids = jnp.take_along_axis(columns(log_p, shards), places, axis=-1)
-    if shards.count > 1:
-        values, ids = shards.gather(values, axis=-1), shards.gather(ids, axis=-1)
-        values, places = jax.lax.top_k(values, min(k, values.shape[-1]))
-        ids = jnp.take_along_axis(ids, places, axis=-1)
-    smallest, last = values[:, -1:], ids[:, -1:]
-    return (log_p > smallest) | ((log_p == smallest) & (columns(log_p, shards) <= last))
+def top_columns(log_p: LogProbabilities, k: int, shards: sharding.Shards) -> Bool[Array, "C v"]:
+    """Which columns are the k largest of the whole vocabulary; of equal ones those of the smaller ids.
+
+    By counting, bit by bit, not by sorting: each pass is a sum over the vocabulary, which may be divided.
+    """
+    k = min(k, log_p.shape[-1] * shards.count)
+    # Of numbers that are not negative, the bits are in the order of the numbers.
+    bits = jax.lax.bitcast_convert_type(jnp.abs(log_p), {4: jnp.uint32, 8: jnp.uint64}[log_p.dtype.itemsize])
+    last = _kth_smallest(bits, k, shards)
+    num_before = shards.sum(jnp.sum(bits < last[:, None], axis=-1))
+    # Columns that are equal to the last one, by their ids; all others come after them.
+    ids = jnp.where(bits == last[:, None], columns(log_p, shards), jnp.iinfo(jnp.int32).max).astype(jnp.uint32)
+    num_bits = (log_p.shape[-1] * shards.count).bit_length()
+    return (bits < last[:, None]) | (ids <= _kth_smallest(ids, k - num_before, shards, num_bits=num_bits)[:, None])
+
+
+def _kth_smallest(
+    values: UInt[Array, "C v"], k: int | Int[Array, "C"], shards: sharding.Shards, *, num_bits: int | None = None
+) -> UInt[Array, "C"]:
+    """The k-th smallest of each row, below 2**num_bits: the largest number that has fewer than k below it, from its highest bit on."""
+    num_bits = 8 * values.dtype.itemsize if num_bits is None else num_bits
+
+    def step(index: Array, found: Array) -> Array:
+        trial = found | (jnp.ones((), values.dtype) << (num_bits - 1 - index).astype(values.dtype))
+        num_below = shards.sum(jnp.sum(values < trial[:, None], axis=-1))
+        return jnp.where(num_below < k, trial, found)
+
+    return jax.lax.fori_loop(0, num_bits, step, 0 * shards.max(jnp.max(values, axis=-1)))
 
 
 def draw_counts(p: Float[Array, "C v"], num_draws: int, given: Pass) -> Int[Array, "C v"]:
