@@ -10,7 +10,6 @@ batches of the same number of tokens with the same seed. Judged by bits per byte
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -24,7 +23,6 @@ from slmjax.distill.config import DistillConfig, Ramp, TeacherConfig
 from slmjax.experiment import Experiment, FromTeacherLayers
 from slmjax.layers import MlpConfig
 from slmjax.losses import Divergence, ForwardKl, Jsd, ReverseKl, Taid
-from slmjax.trainer import train
 
 TEACHER_LAYERS, STUDENT_LAYERS = 8, 2
 TEACHER_STEPS, STUDENT_STEPS = 1000, 300
@@ -102,13 +100,13 @@ FURTHER = (
 )
 
 
-def trained_teacher(directory: Path) -> Path:
-    """The teacher's run, trained if it is not there yet."""
-    for result in sorted(directory.glob("*/result.json")):
-        if json.loads(result.read_text())["status"] == "finished":
-            return result.parent
-    one = experiment()
-    return Path(train(dataclasses.replace(one, run=dataclasses.replace(one.run, directory=str(directory)))).run_dir)
+def trained_teacher(directory: Path, *, is_report: bool) -> Path:
+    """The teacher's run, a study of one arm: trained, or gone on with, unless a report is all that is asked for."""
+    one = Study(name="teacher", arms=(Arm(name="teacher", experiment=experiment()),), seeds=(0,), baseline="teacher")
+    members = read_members(one, directory) if is_report else run_study(one, directory)
+    if not members or members[0].status != "finished":
+        raise SystemExit(f"there is no trained teacher in {directory}: run the study without --report")
+    return Path(members[0].result["run_dir"])
 
 
 def main() -> None:
@@ -117,7 +115,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--report", action="store_true", help="what has been found so far; nothing is trained")
     arguments = parser.parse_args()
-    teacher = trained_teacher(arguments.directory.absolute() / "teacher")
+    teacher = trained_teacher(arguments.directory.absolute() / "teacher", is_report=arguments.report)
     asked = study(teacher, tuple(arguments.seeds))
     members = read_members(asked, arguments.directory) if arguments.report else run_study(asked, arguments.directory)
     findings = analyze(asked, members, further=FURTHER)

@@ -141,7 +141,7 @@ class Experiment:
 
 
 def with_absolute_paths(experiment: Experiment) -> Experiment:
-    """The experiment with paths of text, tokenizer and teachers made absolute, so that its run can be read from any directory."""
+    """The experiment with the paths of text, tokenizer and models made absolute, so that its run can be read from any directory."""
 
     def absolute(path: str) -> str:
         return str(Path(path).expanduser().absolute())
@@ -156,28 +156,43 @@ def with_absolute_paths(experiment: Experiment) -> Experiment:
     data = dataclasses.replace(data, sources=sources, path=None if data.path is None else absolute(data.path))
     if isinstance(tokenizer, FileTokenizer):
         tokenizer = dataclasses.replace(tokenizer, path=absolute(tokenizer.path))
-    objective = experiment.objective
+    init, objective = experiment.init, experiment.objective
+    if isinstance(init, FromModel | FromTeacherLayers):
+        init = dataclasses.replace(init, path=absolute(init.path))
     if (distill := objective.distill) is not None:
         teachers = tuple(dataclasses.replace(teacher, path=absolute(teacher.path)) for teacher in distill.teachers)
         objective = dataclasses.replace(objective, distill=dataclasses.replace(distill, teachers=teachers))
-    return dataclasses.replace(experiment, data=data, tokenizer=tokenizer, objective=objective)
+    return dataclasses.replace(experiment, data=data, tokenizer=tokenizer, init=init, objective=objective)
 
 
-def taught_by(path: Path, experiment: Experiment, *, divergence: Divergence | None = None) -> Experiment:
-    """The experiment with this teacher, a run or an imported model, and its tokenizer; what is set of distillation otherwise stays.
+def taught_by(path: Path, experiment: Experiment) -> Experiment:
+    """The experiment with this teacher, a run or an imported model; what is set of distillation otherwise stays.
 
-    Args:
-      divergence: the one to minimise; None: that of the experiment, or the forward KL.
+    A student that begins as its teacher's layers begins as this one's. The tokenizer is taken too, unless the student begins as another
+    model, whose own must then have the same tokens.
     """
     read_config(path)  # or an error that says what to name
     if not (path / "tokenizer").is_dir():
         raise ValueError(f"the teacher {path} has no tokenizer for its student: import it again with --tokenizer FILE")
-    teacher = TeacherConfig(path=str(path))
+    teachers = (TeacherConfig(path=str(path)),)
     distill = experiment.objective.distill
-    distill = DistillConfig(teachers=(teacher,)) if distill is None else dataclasses.replace(distill, teachers=(teacher,))
-    distill = distill if divergence is None else dataclasses.replace(distill, divergence=divergence)
-    objective = dataclasses.replace(experiment.objective, distill=distill)
-    return dataclasses.replace(experiment, objective=objective, tokenizer=FileTokenizer(path=str(path / "tokenizer")))
+    distill = DistillConfig(teachers=teachers) if distill is None else dataclasses.replace(distill, teachers=teachers)
+    experiment = dataclasses.replace(experiment, objective=dataclasses.replace(experiment.objective, distill=distill))
+    if isinstance(init := experiment.init, FromModel):
+        return experiment
+    init = dataclasses.replace(init, path=str(path)) if isinstance(init, FromTeacherLayers) else init
+    return dataclasses.replace(experiment, init=init, tokenizer=FileTokenizer(path=str(path / "tokenizer")))
+
+
+def with_divergence(experiment: Experiment, divergence: Divergence) -> Experiment:
+    """The experiment with another divergence from its teachers. Raises ValueError if it has none."""
+    distill = experiment.objective.distill
+    if distill is None:
+        raise ValueError(
+            "a divergence is one from a teacher: name a model with --teacher DIR, or set objective.distill in the experiment file"
+        )
+    distill = dataclasses.replace(distill, divergence=divergence)
+    return dataclasses.replace(experiment, objective=dataclasses.replace(experiment.objective, distill=distill))
 
 
 def read_experiment(run_dir: Path) -> Experiment:

@@ -22,8 +22,9 @@ from jax.sharding import Mesh
 from slmjax import placement, sharding
 from slmjax.architecture import Precision, Remat
 from slmjax.data.batch import empty_batch
+from slmjax.distill.teachers import TeacherPlan
 from slmjax.experiment import Experiment
-from slmjax.session import Programs, Setup, make_programs, teacher_plans
+from slmjax.session import Setup, make_programs, teacher_plans
 
 log = logging.getLogger(__name__)
 
@@ -51,16 +52,17 @@ class StepMemory:
     parameters: int  # and buffers
     optimizer: int
     average: int  # of the parameters, where one is kept
+    teachers: int = 0  # parameters of models that are learned from, where they share the devices
     temporary: int  # the rest: activations, gradients and logits above all, and the batch
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.parameters + self.optimizer + self.average + self.temporary
+        return self.parameters + self.optimizer + self.average + self.teachers + self.temporary
 
     def text(self) -> str:
         """In words."""
-        parts = {"parameters": self.parameters, "optimizer": self.optimizer, "averaged parameters": self.average}
+        parts = {"parameters": self.parameters, "optimizer": self.optimizer, "averaged parameters": self.average, "teachers": self.teachers}
         named = [f"{name} {size_text(size)}" for name, size in parts.items() if size]
         return f"{size_text(self.total)} ({', '.join(named)}, activations, gradients and the rest {size_text(self.temporary)})"
 
@@ -74,8 +76,9 @@ def step_memory(experiment: Experiment, *, vocab_size: int, mesh: Mesh) -> StepM
     """
     programs = make_programs(experiment, vocab_size=vocab_size, mesh=mesh)
     rows = experiment.data.batch_size
-    given = (programs.shapes, _batch_shapes(experiment, rows, mesh), *_said_shapes(experiment, programs, rows, mesh))
-    return _state_and(_compiled_bytes(programs.train_step, given, mesh), programs.shapes, held=())
+    plans = teacher_plans(experiment, programs.definition.config, mesh=mesh)
+    given = (programs.shapes, _batch_shapes(experiment, rows, mesh), *_said_shapes(plans, experiment, rows))
+    return _state_and(_compiled_bytes(programs.train_step, given, mesh), programs.shapes, plans, held=())
 
 
 def evaluation_memory(experiment: Experiment, *, vocab_size: int, mesh: Mesh) -> StepMemory:
@@ -83,19 +86,19 @@ def evaluation_memory(experiment: Experiment, *, vocab_size: int, mesh: Mesh) ->
     programs = make_programs(experiment, vocab_size=vocab_size, mesh=mesh)
     shapes = programs.shapes
     rows = experiment.eval.batch_size or experiment.data.batch_size
-    given = (_batch_shapes(experiment, rows, mesh), *_said_shapes(experiment, programs, rows, mesh))
+    plans = teacher_plans(experiment, programs.definition.config, mesh=mesh)
+    given = (_batch_shapes(experiment, rows, mesh), *_said_shapes(plans, experiment, rows))
     evaluated, held = (shapes.trainable, ()) if shapes.ema is None else (shapes.ema, shapes.trainable)
     compiled = _compiled_bytes(programs.eval_step, (evaluated, shapes.frozen, *given), mesh)
-    return _state_and(compiled, shapes, held=(shapes.optimizer, held))
+    return _state_and(compiled, shapes, plans, held=(shapes.optimizer, held))
 
 
 def _batch_shapes(experiment: Experiment, rows: int, mesh: Mesh) -> Any:
     return placement.batch_shapes(empty_batch(rows, experiment.data.sequence_length), mesh)
 
 
-def _said_shapes(experiment: Experiment, programs: Programs, rows: int, mesh: Mesh) -> tuple[Any, ...]:
-    """What teachers say of a batch, where there are any; their own parameters and forward pass are no part of the step."""
-    plans = teacher_plans(experiment, programs.definition.config, mesh=mesh)
+def _said_shapes(plans: Sequence[TeacherPlan], experiment: Experiment, rows: int) -> tuple[Any, ...]:
+    """What teachers say of a batch, where there are any; their own forward pass is another program."""
     said = tuple(plan.output_shapes(rows, experiment.data.sequence_length) for plan in plans)
     return (said,) if said else ()
 
@@ -106,14 +109,16 @@ def _compiled_bytes(step: Any, arguments: tuple[Any, ...], mesh: Mesh) -> int:
     return found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
 
 
-def _state_and(compiled: int, shapes: Any, *, held: Any) -> StepMemory:
+def _state_and(compiled: int, shapes: Any, plans: Sequence[TeacherPlan], *, held: Any) -> StepMemory:
     """The bytes of a compiled step and of what is held beside it, by what they are for."""
     state = {
         "parameters": _bytes_on_a_device((shapes.trainable, shapes.frozen)),
         "optimizer": _bytes_on_a_device(shapes.optimizer),
         "average": _bytes_on_a_device(shapes.ema),
     }
-    return StepMemory(**state, temporary=compiled + _bytes_on_a_device(held) - sum(state.values()))
+    shared = [plan.kept_shapes() for plan in plans if set(plan.mesh.devices.flat) & set(plan.student_mesh.devices.flat)]
+    temporary = compiled + _bytes_on_a_device(held) - sum(state.values())
+    return StepMemory(**state, temporary=temporary, teachers=_bytes_on_a_device(shared))
 
 
 def _bytes_on_a_device(shapes: Any) -> int:

@@ -47,8 +47,9 @@ class Setup:
     shapes: TrainState
     train_step: TrainStep
     eval_step: EvalStep
-    teachers: Teachers | None  # in distillation, where they are used at all
     prompts: tuple[tuple[int, ...], ...]  # tokens of the texts that the trained model continues at the end
+    plans: tuple[TeacherPlan, ...] = ()  # in distillation, where teachers are used at all
+    teachers: Teachers | None = None  # once they are loaded (`with_teachers`)
 
     def heldout(self, max_documents: int | None) -> EvaluationBatches | None:
         """Batches of the held-out text, or None where nothing is held out."""
@@ -97,7 +98,7 @@ def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh, re
     return Setup(
         experiment=experiment, prepared=prepared, mesh=mesh, definition=programs.definition, inference=programs.inference,
         shapes=programs.shapes, train_step=programs.train_step, eval_step=programs.eval_step, prompts=prompts,
-        teachers=Teachers(plans, num_parts=experiment.optim.accumulation_steps) if plans else None,
+        plans=plans,
     )  # fmt: skip
 
 
@@ -170,6 +171,12 @@ def _encoded_prompts(experiment: Experiment, tokenizer: Tokenizer) -> tuple[tupl
     except ValueError as error:
         raise ValueError(f"run.sample_prompts, run.sample: {error}") from error
     return encoded
+
+
+def with_teachers(setup: Setup) -> Setup:
+    """The setup with its teachers' parameters on the devices."""
+    parts = setup.experiment.optim.accumulation_steps
+    return dataclasses.replace(setup, teachers=Teachers(setup.plans, num_parts=parts)) if setup.plans else setup
 
 
 # The first state ------------------------------------------------------------------------------------------------------

@@ -47,6 +47,11 @@ class ObjectiveConfig:
             raise ValueError(f"objective.z_loss must not be negative, got {self.z_loss}")
         if self.chunk_size is not None and self.chunk_size < 1:
             raise ValueError(f"objective.chunk_size must be at least 1, or none to have it chosen, got {self.chunk_size}")
+        if self.z_loss > 0 and self.distill is not None and self.distill.hard_weight.is_zero:
+            raise ValueError(
+                f"objective.z_loss={self.z_loss} is part of the cross entropy, which has no weight here: set it to 0, or give "
+                "objective.distill.hard-weight.start a weight"
+            )
 
 
 @jax.tree_util.register_dataclass

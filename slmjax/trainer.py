@@ -44,6 +44,7 @@ from slmjax.session import (
     set_up,
     tokenizer_of,
     warn_of_other_data,
+    with_teachers,
 )
 from slmjax.step import TrainState, named_metrics, tokens_seen
 from slmjax.trackers import Trackers
@@ -123,7 +124,7 @@ def train(
                 rows=placement.rows_here(mesh, experiment.data.batch_size),
             )  # fmt: skip
             try:
-                fresh = fresh_state(setup) if run is None else None
+                fresh, setup = fresh_state(setup) if run is None else None, with_teachers(setup)
             except (RuntimeError, MemoryError) as error:
                 if (explained := memory.explained(error, setup, doing="making the first state", report=progress.print)) is None:
                     raise

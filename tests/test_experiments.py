@@ -59,7 +59,8 @@ def test_an_experiment_takes_a_step(name: str) -> None:
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(optim, definition.params, total_steps=10)
         shapes = state_shapes(definition, optimizer, with_ema=optim.ema_decay is not None, mesh=mesh)
-        settings: dict[str, Any] = {"objective": experiment.objective, "optim": optim, "shapes": shapes, "total_steps": 10}
+        objective = dataclasses.replace(experiment.objective, distill=None)  # there is no teacher here
+        settings: dict[str, Any] = {"objective": objective, "optim": optim, "shapes": shapes, "total_steps": 10}
         step = make_train_step(definition, optimizer, **settings)
         batch = empty_batch(ROWS, LENGTH)
         batch.tokens[:] = np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH))

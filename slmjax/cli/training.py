@@ -53,7 +53,8 @@ def _start(name: str | None, *, resume: str | None, init_from: str | None, teach
     from slmjax.distill.config import divergence_of
 
     if resume is not None:
-        if other := name or (init_from and "--init-from") or (teacher and "--teacher"):
+        given = {"--init-from": init_from, "--teacher": teacher, "--divergence": divergence}
+        if other := name or next((option for option, value in given.items() if value), None):
             raise ValueError(f"--resume {resume} goes on with that run's own experiment: leave out {other}")
         return experiments.read_experiment(Path(resume))
     if init_from is not None:
@@ -61,12 +62,8 @@ def _start(name: str | None, *, resume: str | None, init_from: str | None, teach
     else:
         start = recipes.load_experiment(name or "nano")
     if teacher is not None:
-        return experiments.taught_by(Path(teacher), start, divergence=None if divergence is None else divergence_of(divergence))
-    if divergence is not None:
-        raise ValueError(
-            f"--divergence {divergence} is of a teacher: name one with --teacher DIR, or set objective.distill in the experiment file"
-        )
-    return start
+        start = experiments.taught_by(Path(teacher), start)
+    return start if divergence is None else experiments.with_divergence(start, divergence_of(divergence))
 
 
 def _show_result(result: Any) -> None:

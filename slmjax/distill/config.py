@@ -53,12 +53,12 @@ class RampShape(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ramp:
-    """A number that may change over the steps of a run."""
+    """A number that may change over the steps of a run; undone steps count, so that what a step needs is known before it."""
 
     start: float = 1.0  # value at the first step
     end: float | None = None  # value at the end of the ramp and after it (none: it stays at `start`)
     steps: int | None = None  # length of the ramp in steps (none: the whole run)
-    shape: RampShape = RampShape.LINEAR  # its form
+    shape: RampShape = RampShape.LINEAR  # whether it goes evenly, or slowly at first and at last
 
     def __post_init__(self) -> None:
         if not all(math.isfinite(value) and value >= 0 for value in (self.start, self.last)):
@@ -119,10 +119,10 @@ class DistillConfig:
     """Distillation: the loss is `weight` times the divergence from the teachers, plus `hard_weight` times the cross entropy."""
 
     teachers: tuple[TeacherConfig, ...]  # whom the student learns from; they have its tokenizer
-    divergence: Divergence = ForwardKl()
-    weight: Ramp = Ramp()
-    hard_weight: Ramp = Ramp(start=0.0)
-    temperature: Ramp = Ramp()
+    divergence: Divergence = ForwardKl()  # what is minimised of the teachers' and the student's distributions
+    weight: Ramp = Ramp()  # multiplies the divergence
+    hard_weight: Ramp = Ramp(start=0.0)  # multiplies the cross entropy on the text
+    temperature: Ramp = Ramp()  # divides the logits of both sides in the divergence
     scales_by_square: bool = True  # multiply the divergence by the squared temperature, so that its gradient keeps its size
     mean: TeacherMean = TeacherMean.LOGITS  # what is averaged over several teachers
     short_context: ShortContext = ShortContext.REFUSE  # for teachers whose context is shorter than the rows

@@ -77,4 +77,4 @@ def reported(amounts: Mapping[str, Any] | None) -> dict[str, Array]:
         return {}
     names = {"soft": "soft_weight", "hard": "hard_weight", "temperature": "temperature"}
     found = {name: jnp.asarray(amounts[key], jnp.float32) for key, name in names.items()}
-    return found | {f"divergence_{name}": value for name, value in amounts["state"].items() if name == "share"}
+    return found | {f"divergence_{name}": value for name, value in amounts["state"].items()}

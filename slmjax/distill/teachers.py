@@ -75,7 +75,13 @@ class TeacherPlan:
     def head(self, params: Params, buffers: Params) -> losses.Head:
         """Its head, with as many rows as the student's table has."""
         head = losses.fit_rows(self.definition.merge(params, buffers).make_head(), self.num_rows)
-        return dataclasses.replace(head, weight=head.weight.astype(self.dtype), vocab_size=self.vocab_size)
+        return dataclasses.replace(head, vocab_size=self.vocab_size)
+
+    def kept_shapes(self) -> Params:
+        """Shapes, dtypes and shardings of its parameters as they are kept."""
+        places = sharding.parameter_shardings(self.definition.params, self.mesh)
+        kept = jax.eval_shape(self.kept, self.definition.params)
+        return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path]) for path, leaf in kept.items()}
 
     def output_shapes(self, batch_size: int, length: int) -> losses.TeacherOutput:
         """What it hands over for a batch: shapes, dtypes and shardings."""
@@ -101,7 +107,7 @@ def divided_devices(distill: DistillConfig | None, devices: Sequence[Any]) -> tu
     Raises:
       ValueError: the teachers would leave the student none, or there are several hosts.
     """
-    count = None if distill is None else distill.devices
+    count = None if distill is None or distill.weight.is_zero else distill.devices
     if count is None:
         return list(devices), list(devices)
     if jax.process_count() > 1:
@@ -146,7 +152,8 @@ def plan_teachers(
             _check_vocabulary(tokenizer, path)
             vocab_size = min(vocab_size, tokenizer.vocab_size)
         overlap = default_overlap(length) if distill.overlap is None else distill.overlap
-        num_windows(sequence_length, context_length=length, overlap=overlap)  # or an error, before anything is read or written
+        if length < sequence_length:
+            num_windows(sequence_length, context_length=length, overlap=overlap)  # or an error, before anything is read or written
         plans.append(
             TeacherPlan(
                 settings=settings, definition=define_for_inference(config), mesh=teacher_mesh, student_mesh=mesh,
@@ -205,7 +212,8 @@ def beside(path: Path, student: Loaded) -> Teachers:
 
     Raises what `plan_teachers` does.
     """
-    distill = DistillConfig(teachers=(TeacherConfig(path=str(path)),), short_context=ShortContext.WINDOW)
+    teacher = TeacherConfig(path=str(path), precision=read_config(path).precision)
+    distill = DistillConfig(teachers=(teacher,), short_context=ShortContext.WINDOW)
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
     length = student.config.context_length
     plans = plan_teachers(distill, student.config, sequence_length=length, mesh=mesh, teacher_mesh=mesh, tokenizer=student.tokenizer)
@@ -224,9 +232,9 @@ def _load(plan: TeacherPlan) -> tuple[tuple[Params, Params], losses.Head]:
         _, params, buffers = read_parameters(
             Path(plan.settings.path), definition.config, shapes(definition.params), shapes(definition.buffers), step=plan.settings.step
         )  # fmt: skip
-        params = jax.jit(plan.kept, out_shardings=sharding.parameter_shardings(params, mesh))(params)
-        shape = jax.eval_shape(plan.head, params, buffers)
-        head = jax.jit(plan.head, out_shardings=_head_places(shape, mesh))(params, buffers)
+        # No shardings are asked for: what does not change is then not copied, and what does stays where it is.
+        params = jax.jit(plan.kept)(params)
+        head = jax.jit(plan.head)(params, buffers)
     return (params, buffers), head if mesh is plan.student_mesh else jax.device_put(head, _head_places(head, plan.student_mesh))
 
 

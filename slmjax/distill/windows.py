@@ -61,9 +61,9 @@ def windowed(
       ValueError: the overlap leaves no new token in a window.
     """
     num_rows, length = tokens.shape
-    count = num_windows(length, context_length=context_length, overlap=overlap)
-    if count == 1:
+    if length <= context_length:
         return fn(tokens, segment_ids, positions)
+    count = num_windows(length, context_length=context_length, overlap=overlap)
     stride = context_length - overlap
     index = stride * np.arange(count)[:, None] + np.arange(context_length)  # [N, W], into the padded row
     padding = ((0, 0), (0, int(index[-1, -1]) + 1 - length))

@@ -12,7 +12,7 @@ from slmjax import cli, config, trainer
 from slmjax.architecture import Precision
 from slmjax.data.tokenizers import FileTokenizer
 from slmjax.distill.config import DistillConfig, Ramp, RampShape, ShortContext, TeacherConfig, divergence_of
-from slmjax.experiment import Experiment, taught_by
+from slmjax.experiment import Experiment, FromModel, FromTeacherLayers, taught_by, with_divergence
 from slmjax.losses import ForwardKl, Jsd, TeacherMean
 from slmjax.recipes import load_experiment
 from slmjax.sharding import MeshConfig
@@ -138,3 +138,21 @@ def test_the_default_is_forward_kl_alone() -> None:
     plain = DistillConfig(teachers=TEACHERS[1:])
     assert plain.divergence == ForwardKl() and plain.uses_teachers(0, total_steps=1) and plain.hard_weight.is_zero
     assert plain.temperature.is_constant and plain.scales_by_square and ObjectiveConfig().distill is None
+
+
+def test_a_teacher_of_a_student_that_begins_as_another_model(tmp_path: Path) -> None:
+    """Its tokenizer stays that of its first model; layers of a teacher are those of the new one."""
+    teacher, nano = write_teacher(tmp_path / "teacher"), load_experiment("nano")
+    begun = dataclasses.replace(nano, init=FromModel(path="first"), tokenizer=FileTokenizer(path="first/tokenizer"))
+    assert taught_by(teacher, begun).tokenizer == begun.tokenizer and taught_by(teacher, begun).init == begun.init
+    layers = taught_by(teacher, dataclasses.replace(nano, init=FromTeacherLayers(path="other", every=2)))
+    assert layers.init == FromTeacherLayers(path=str(teacher), every=2) and layers.tokenizer == FileTokenizer(
+        path=str(teacher / "tokenizer")
+    )
+
+
+def test_settings_that_would_do_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"objective.z_loss=0.0001 is part of the cross entropy, which has no weight here"):
+        ObjectiveConfig(z_loss=1e-4, distill=DistillConfig(teachers=TEACHERS))
+    with pytest.raises(ValueError, match="a divergence is one from a teacher: name a model with --teacher"):
+        with_divergence(load_experiment("nano"), Jsd())

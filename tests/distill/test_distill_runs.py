@@ -175,7 +175,7 @@ def set_up(experiment: Experiment) -> tuple[session.Setup, Any]:
     mesh = sharding.make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
         setup = session.set_up(experiment, tokenizer=experiment.tokenizer, mesh=mesh, report=lambda _: None)
-        return setup, session.fresh_state(setup)
+        return session.with_teachers(setup), session.fresh_state(setup)
 
 
 def test_an_evaluation_beside_the_teacher_is_the_dense_one(straight: tuple[Experiment, Result], teacher: Path, tmp_path: Path) -> None:

@@ -1,0 +1,37 @@
+"""A student of half of `nano`'s layers that learns from a run of `nano`.
+
+    slmjax train                                                     # the teacher
+    slmjax train experiments/distill_nano.py                         # learns from the newest finished run of it
+    slmjax train experiments/distill_nano.py --teacher DIR           # from another run, or an imported model
+
+It begins as two of the teacher's layers and has half as many steps.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from slmjax import recipes
+from slmjax.architecture import Segment
+from slmjax.data.tokenizers import FileTokenizer
+from slmjax.distill.config import DistillConfig, Ramp, TeacherConfig
+from slmjax.experiment import Experiment, FromTeacherLayers
+
+
+def newest_teacher() -> Path:
+    """The newest finished run of `nano` in runs/."""
+    found = sorted(Path("runs").glob("nano-*/result.json"), key=lambda path: path.stat().st_mtime)
+    return found[-1].parent if found else Path("runs/nano")
+
+
+def experiment() -> Experiment:
+    nano, teacher = recipes.nano(), newest_teacher()
+    (segment,) = nano.model.stack
+    distill = DistillConfig(teachers=(TeacherConfig(path=str(teacher)),), temperature=Ramp(start=2.0))
+    return dataclasses.replace(
+        nano,
+        model=dataclasses.replace(nano.model, stack=(Segment(pattern=segment.pattern, repeats=2),)),
+        init=FromTeacherLayers(path=str(teacher)),
+        tokenizer=FileTokenizer(path=str(teacher / "tokenizer")),
+        objective=dataclasses.replace(nano.objective, distill=distill),
+        run=dataclasses.replace(nano.run, name="distilled", steps=nano.run.steps // 2),
+    )
