@@ -235,7 +235,10 @@ def _load(plan: TeacherPlan) -> tuple[tuple[Params, Params], losses.Head]:
         # No shardings are asked for: what does not change is then not copied, and what does stays where it is.
         params = jax.jit(plan.kept)(params)
         head = jax.jit(plan.head)(params, buffers)
-    return (params, buffers), head if mesh is plan.student_mesh else jax.device_put(head, _head_places(head, plan.student_mesh))
+    if mesh is not plan.student_mesh:
+        return (params, buffers), jax.device_put(head, _head_places(head, plan.student_mesh))
+    # Hidden states need no free head: it is not kept a second time.
+    return ({path: head.weight if path == "head/weight" else leaf for path, leaf in params.items()}, buffers), head
 
 
 def _in_parts(plan: TeacherPlan, params: Params, buffers: Params, *rows: Array, num_parts: int) -> Float[Array, "B T E"]:
