@@ -16,7 +16,11 @@ from pydoc_data.topics import topics
 # Before jax is imported: the number of devices and the platform are read once. Tests compile much and compute little, so the CPU
 # compiler is told not to optimise: half the time in all. Commands run as a user runs them (`user_environment`) are optimised.
 ORIGINAL_XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = f"{ORIGINAL_XLA_FLAGS} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0".strip()
+# Devices wait for each other in collectives; on busy cores that may be longer than the 40 s after which XLA would end the process.
+COMMON_XLA_FLAGS = (
+    f"{ORIGINAL_XLA_FLAGS} --xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=600".strip()
+)
+os.environ["XLA_FLAGS"] = f"{COMMON_XLA_FLAGS} --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu compiles for TPUs, and does not look for one
@@ -54,8 +58,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def user_environment() -> dict[str, str]:
     """Environment variables for a command run as a user runs it: one CPU device, the session's caches."""
     # What a small model takes longest for is compilation: it is done in haste, and the commands of one session share all of it.
-    flags = f"{ORIGINAL_XLA_FLAGS} --xla_backend_optimization_level=0".strip()
-    return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return {**os.environ, "XLA_FLAGS": COMMON_XLA_FLAGS, "PYTHONPATH": str(ROOT), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 @pytest.fixture(scope="session")
