@@ -3,6 +3,7 @@
 Subprocesses inherit the caches. A test that runs a command as a user would takes `user_environment`, which has one device.
 """
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -45,6 +46,16 @@ jaxtyping.install_import_hook("slmjax", "beartype.beartype(conf=beartype.Beartyp
 from slmjax import startup  # noqa: E402
 
 startup.keep_memory = lambda: True  # this process has many other things to do
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs() -> Iterator[None]:
+    """Lets go of compiled programs between files once they are many: each takes maps of memory, of which Linux gives a process 65,530."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_unconfigure() -> None:
