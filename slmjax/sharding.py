@@ -152,6 +152,11 @@ def parameter_shardings(shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, Name
     return {path: NamedSharding(mesh, partition_spec(path, leaf.shape, mesh)) for path, leaf in shapes.items()}
 
 
+def placed_shapes(shapes: Any, places: Any) -> Any:
+    """A tree of arrays or shapes as shapes and dtypes with the shardings of a tree like it."""
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places)
+
+
 def like_parameters(tree: Any, params: Mapping[str, Any], mesh: Mesh) -> Any:
     """Shardings of optimizer state: a leaf that belongs to a parameter and has its shape is placed as it is.
 

@@ -112,7 +112,7 @@ def state_shapes(
         optimizer=sharding.like_parameters(shapes.optimizer, params, mesh),
         ema=sharding.parameter_shardings(params, mesh) if with_ema else None,
     )
-    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings)
+    return sharding.placed_shapes(shapes, shardings)
 
 
 def init_state(
@@ -188,20 +188,16 @@ def terms(
     output = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, key=key)
     given = (output.hidden, output.head)
     if objective.distill is not None and teachers and amounts is not None:
-        name, (text, metrics) = (
-            "distillation",
-            distillation.soft_term(
-                objective.distill, *given, batch, teachers, amounts=amounts, z_loss=objective.z_loss, chunk_size=objective.chunk_size
-            ),
+        value, metrics = distillation.soft_term(
+            objective.distill, *given, batch, teachers, amounts=amounts, z_loss=objective.z_loss, chunk_size=objective.chunk_size
         )
+        sums = {"distillation": (value, "targets")}
     else:
-        name, (text, metrics) = (
-            "cross_entropy",
-            losses.sharded_cross_entropy(*given, batch.targets, batch.loss_mask, z_loss=objective.z_loss, chunk_size=objective.chunk_size),
+        value, metrics = losses.sharded_cross_entropy(
+            *given, batch.targets, batch.loss_mask, z_loss=objective.z_loss, chunk_size=objective.chunk_size
         )
-        text = text if amounts is None else text * amounts["hard"]
-    sums = {name: (text, "targets")} | {path: (value, "tokens") for path, value in output.losses.items()}
-    return sums, {**metrics, **output.metrics}
+        sums = {"cross_entropy": (value if amounts is None else value * amounts["hard"], "targets")}
+    return sums | {name: (auxiliary, "tokens") for name, auxiliary in output.losses.items()}, {**metrics, **output.metrics}
 
 
 # The step -------------------------------------------------------------------------------------------------------------

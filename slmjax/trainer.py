@@ -124,7 +124,8 @@ def train(
                 rows=placement.rows_here(mesh, experiment.data.batch_size),
             )  # fmt: skip
             try:
-                fresh, setup = fresh_state(setup) if run is None else None, with_teachers(setup)
+                fresh = fresh_state(setup) if run is None else None
+                setup = with_teachers(setup)
             except (RuntimeError, MemoryError) as error:
                 if (explained := memory.explained(error, setup, doing="making the first state", report=progress.print)) is None:
                     raise

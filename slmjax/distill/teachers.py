@@ -79,17 +79,15 @@ class TeacherPlan:
 
     def kept_shapes(self) -> Params:
         """Shapes, dtypes and shardings of its parameters as they are kept."""
-        places = sharding.parameter_shardings(self.definition.params, self.mesh)
         kept = jax.eval_shape(self.kept, self.definition.params)
-        return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path]) for path, leaf in kept.items()}
+        return sharding.placed_shapes(kept, sharding.parameter_shardings(kept, self.mesh))
 
     def output_shapes(self, batch_size: int, length: int) -> losses.TeacherOutput:
         """What it hands over for a batch: shapes, dtypes and shardings."""
         shape = (batch_size, length, self.definition.config.embed_dim)
         place = sharding.named_sharding(HIDDEN, shape, self.student_mesh)
         head = jax.eval_shape(self.head, self.definition.params, self.definition.buffers)
-        places = _head_places(head, self.student_mesh)
-        head = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), head, places)
+        head = sharding.placed_shapes(head, _head_places(head, self.student_mesh))
         return losses.TeacherOutput(hidden=jax.ShapeDtypeStruct(shape, self.dtype, sharding=place), head=head)
 
 
@@ -224,14 +222,9 @@ def _load(plan: TeacherPlan) -> tuple[tuple[Params, Params], losses.Head]:
     """A teacher's arrays on its mesh, and its head on the student's."""
     definition, mesh = plan.definition, plan.mesh
 
-    def shapes(params: Params) -> Params:
-        places = sharding.parameter_shardings(params, mesh)
-        return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path]) for path, leaf in params.items()}
-
+    like = [sharding.placed_shapes(tree, sharding.parameter_shardings(tree, mesh)) for tree in (definition.params, definition.buffers)]
     with jax.set_mesh(mesh):
-        _, params, buffers = read_parameters(
-            Path(plan.settings.path), definition.config, shapes(definition.params), shapes(definition.buffers), step=plan.settings.step
-        )  # fmt: skip
+        _, params, buffers = read_parameters(Path(plan.settings.path), definition.config, *like, step=plan.settings.step)
         # No shardings are asked for: what does not change is then not copied, and what does stays where it is.
         params = jax.jit(plan.kept)(params)
         head = jax.jit(plan.head)(params, buffers)

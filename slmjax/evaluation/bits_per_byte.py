@@ -32,7 +32,7 @@ from slmjax.data.config import DataConfig
 from slmjax.data.preparation import prepare
 from slmjax.data.tokenizers import FileTokenizer
 from slmjax.data.windows import EvaluationBatches, default_overlap, evaluation_batches
-from slmjax.losses import ForwardKl, Matching, TeacherOutput, evaluation_sums, expected_calibration_error
+from slmjax.losses import Matching, TeacherOutput, evaluation_sums, expected_calibration_error
 from slmjax.parameters import Definition
 
 Params = Mapping[str, Array]
@@ -76,7 +76,7 @@ def make_eval_step(definition: Definition, *, matching: Matching | None = None) 
     """The compiled `(params, buffers, batch, teachers) -> sums` over the global batch (`losses.evaluation_sums`).
 
     Args:
-      matching: how several teachers are one; teachers are compared with where it is given.
+      matching: how several teachers are one, where the step is given any.
     """
 
     @jax.jit
@@ -182,8 +182,7 @@ def evaluate(
     batches = evaluation_batches(
         shards, sequence_length=length, batch_size=batch_size or data.batch_size, overlap=overlap, max_documents=max_documents
     )
-    eval_step = make_eval_step(loaded.definition, matching=None if teachers is None else Matching(divergence=ForwardKl()))
-    return evaluate_batches(eval_step, loaded.params, loaded.buffers, batches, teachers=teachers)
+    return evaluate_batches(make_eval_step(loaded.definition), loaded.params, loaded.buffers, batches, teachers=teachers)
 
 
 def _experiment_of(loaded: Loaded) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from slmjax import sharding
-from slmjax.losses.heads import accumulation_dtype
+from slmjax.losses.heads import Head, accumulation_dtype
 
 # Bytes of one chunk's logits when no chunk size is asked for. Smaller chunks save memory; but each reads and writes the
 # gradient of the whole table once, which takes longer than the products themselves when a chunk has few tokens.
@@ -34,6 +34,11 @@ def default_chunk_size(num_tokens: int, vocab_rows: int) -> int:
     # Chunks of equal size, so that the last one is not mostly padding.
     even = math.ceil(num_tokens / math.ceil(num_tokens / largest))
     return math.ceil(even / MIN_CHUNK_SIZE) * MIN_CHUNK_SIZE
+
+
+def chosen_chunk_size(chunk_size: int | None, hidden: Float[Array, "N D"], head: Head) -> int:
+    """The chunk size that was asked for, or the default for these tokens and this table."""
+    return default_chunk_size(hidden.shape[0], head.weight.shape[0]) if chunk_size is None else chunk_size
 
 
 def chunked_sum(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from slmjax import sharding
-from slmjax.losses.chunks import ChunkFn, chunked_sum, default_chunk_size
+from slmjax.losses.chunks import ChunkFn, chosen_chunk_size, chunked_sum
 from slmjax.losses.heads import Head, accumulation_dtype, columns, local_logits
 from slmjax.losses.sharded import Vocabulary, sharded_sum
 
@@ -45,11 +45,10 @@ def cross_entropy(
       The sum, and weighted sums without a gradient: `nll`, `z` (squared logsumexp, without its coefficient) and `correct`
       (whether no logit is larger than the target's, so that equal ones count).
     """
-    if chunk_size is None:
-        chunk_size = default_chunk_size(hidden.shape[0], head.weight.shape[0])
+    size = chosen_chunk_size(chunk_size, hidden, head)
     coefficient = jnp.asarray(z_loss, accumulation_dtype(hidden.dtype))
     terms = _cross_entropy_terms(sharding.Shards())
-    return chunked_sum(terms, hidden, head, tokens=((targets, weights), ()), constants=(coefficient, ()), chunk_size=chunk_size)
+    return chunked_sum(terms, hidden, head, tokens=((targets, weights), ()), constants=(coefficient, ()), chunk_size=size)
 
 
 @functools.cache

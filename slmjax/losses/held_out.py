@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from slmjax import sharding
 from slmjax.losses.chunks import ChunkFn
-from slmjax.losses.divergences import excess, log_softmax
+from slmjax.losses.divergences import ForwardKl, excess, log_softmax
 from slmjax.losses.hard_targets import HardValues, hard_values
 from slmjax.losses.heads import PADDING_LOGIT, Head, columns, local_logits
 from slmjax.losses.sharded import sharded_sum
@@ -33,13 +33,17 @@ def evaluation_sums(
 ) -> dict[str, Array]:
     """Weighted sums over the global batch, in nats and tokens, at temperature 1; nothing has a gradient.
 
+    Args:
+      teachers: what others say of the same batch.
+      matching: how several of them are one; None: all alike, by the mean of their logits.
+
     Returns:
       `nll`, `weight`; for each of `NUM_BINS` bins of confidence, the probability of the likeliest token, `bin_weight`, `bin_confidence` and
       `bin_correct` [S]; and with teachers `teacher_nll`, `teacher_kl` (teacher || student), `agreement` (whether both find the same token
       the likeliest).
     """
     _, sums = sharded_sum(
-        functools.partial(_terms, matching), hidden, head, tokens=(targets, weights),
+        functools.partial(_terms, matching or Matching(divergence=ForwardKl())), hidden, head, tokens=(targets, weights),
         others=tuple((teacher.hidden, teacher.head) for teacher in teachers),
     )  # fmt: skip
     return sums
@@ -51,14 +55,14 @@ def expected_calibration_error(bin_weight: Any, bin_confidence: Any, bin_correct
 
 
 @functools.cache
-def _terms(matching: Matching | None, shards: sharding.Shards) -> ChunkFn:
+def _terms(matching: Matching, shards: sharding.Shards) -> ChunkFn:
     def terms(hidden: Array, head: Head, tokens: Any, constants: Any) -> tuple[Float[Array, ""], dict[str, Array]]:
         ((targets, weights), states), (_, heads) = tokens, constants
         logits = local_logits(hidden, head, shards)
         found = hard_values(logits, targets, shards)
         weights = weights.astype(found.nll.dtype)
         sums = {"nll": jnp.sum(weights * found.nll), "weight": jnp.sum(weights), **_bins(found, weights)}
-        if matching is not None and heads:
+        if heads:
             shared = min(head.vocab_size, *(other.vocab_size for other in heads))
             log_p = teacher_log_probabilities(matching, states, heads, shards, temperature=1.0, vocab_size=shared)
             values = _nearness(jnp.where(columns(logits, shards) < shared, logits, PADDING_LOGIT), log_p, targets, shards)

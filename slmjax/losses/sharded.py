@@ -16,7 +16,7 @@ import jax
 from jaxtyping import Array, Float
 
 from slmjax import sharding
-from slmjax.losses.chunks import ChunkFn, chunked_sum, default_chunk_size
+from slmjax.losses.chunks import ChunkFn, chosen_chunk_size, chunked_sum
 from slmjax.losses.heads import Head, check_rows
 
 
@@ -76,7 +76,7 @@ def sharded_sum(
             dataclasses.replace(one, weight=table, bias=bias) for (_, one), (table, _), bias in zip(models, gathered, biases, strict=True)
         )
         (own, *states_of_others), tokens = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (states, tokens))
-        size = default_chunk_size(own.shape[0], heads[0].weight.shape[0]) if chunk_size is None else chunk_size
+        size = chosen_chunk_size(chunk_size, own, heads[0])
         given = {"tokens": (tokens, tuple(states_of_others)), "constants": (constants, heads[1:])}
         return sharding.sum_over(chunked_sum(terms(gathered[0][1]), own, heads[0], **given, chunk_size=size), "batch", token_dim)
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from slmjax import sharding
-from slmjax.losses.chunks import ChunkFn, chunked_sum, default_chunk_size, over_chunks
+from slmjax.losses.chunks import ChunkFn, chosen_chunk_size, chunked_sum, over_chunks
 from slmjax.losses.divergences import Divergence, Pass, State, log_softmax
 from slmjax.losses.hard_targets import Metrics, hard_terms
 from slmjax.losses.heads import PADDING_LOGIT, Head, accumulation_dtype, check_rows, columns, local_logits
@@ -126,7 +126,7 @@ def linear_divergence(
     check_rows(head, *(teacher.head for teacher in teachers))
     tokens = ((targets, weights, draws), tuple(teacher.hidden for teacher in teachers))
     constants = (given, tuple(teacher.head for teacher in teachers))
-    size = default_chunk_size(hidden.shape[0], head.weight.shape[0]) if chunk_size is None else chunk_size
+    size = chosen_chunk_size(chunk_size, hidden, head)
     return chunked_sum(_terms(matching, sharding.Shards()), hidden, head, tokens=tokens, constants=constants, chunk_size=size)
 
 
@@ -168,7 +168,7 @@ def token_divergence(
     matching, given = _checked(matching, hidden.dtype, amounts)
     heads = tuple(teacher.head for teacher in teachers)
     check_rows(head, *heads)
-    size = default_chunk_size(hidden.shape[0], head.weight.shape[0]) if chunk_size is None else chunk_size
+    size = chosen_chunk_size(chunk_size, hidden, head)
 
     @jax.checkpoint
     def step(carry: None, chunk: Any) -> tuple[None, Array]:
