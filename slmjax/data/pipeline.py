@@ -146,7 +146,7 @@ class ReadAhead:
     """Iterates over batch(start_step), ...; up to `prefetch` batches are being made or are waiting at any time.
 
     An error in making a batch is raised where that batch is asked for. Close it, or use it as a context: afterwards none of
-    its threads runs.
+    its threads makes a batch; one that never got to make any may take a moment to end.
     """
 
     def __init__(self, batch: Callable[[int], Batch], *, start_step: int, read_threads: int, prefetch: int) -> None:
