@@ -7,7 +7,7 @@
 All of it is elementwise but for one or two reductions over a group: nothing is sorted or gathered, and arrays that are divided over
 devices stay so. It is computed in float32, and it computes what the engines' own quantizers do, bit for bit. Two liberties that
 compilers take would change bits, so that there is nothing here for them to take: a product is clipped before anything is added to
-it (no fused multiply-add), and a constant divisor is hidden (no multiplication with its reciprocal instead).
+it (no fused multiply-add), and quotients are taken by `divided` (no multiplication with a reciprocal instead).
 
 Numbers below 1.2e-38, the smallest normal float32, count as zero, as XLA has it on every platform.
 
@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from slmjax.formats.spec import CodesFrom, Grid, QuantSpec, Rounding, ScaleType, Scaling, Share, Statistic, check_width
+
+_PAIRED_ROUNDS = 4
 
 
 @jax.tree_util.register_dataclass
@@ -127,11 +129,20 @@ def _grouped(x: Array, spec: QuantSpec, axis: int) -> tuple[Array, tuple[int, ..
 # --- Scales ----------------------------------------------------------------------------------------------------------------------
 
 
-def divided(x: Float[Array, "..."], divisor: float) -> Float[Array, "..."]:
-    """`x / divisor` as IEEE has it: a compiler that knew the divisor would multiply with its reciprocal, which rounds twice."""
-    if math.frexp(divisor)[0] == 0.5:  # a power of two, whose reciprocal is exact
-        return x / divisor
-    return x / jax.lax.optimization_barrier(jnp.float32(divisor))
+def divided(x: Float[Array, "..."], divisor: Array | float) -> Float[Array, "..."]:
+    """`x / divisor`, rounded once.
+
+    Compilers multiply with the reciprocal of a divisor that is one number, which rounds twice, and make one division of two. So divisor
+    and quotient here depend on whether `x` is NaN, which changes no result and leaves no such pair to be seen.
+    """
+    unknown = jnp.isnan(x)
+    return jnp.where(unknown, x, x / jnp.where(unknown, jnp.nan, divisor))
+
+
+def reciprocal(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`1 / x`, rounded once; 0 of 0."""
+    is_zero = x == 0
+    return jnp.where(is_zero, 0.0, 1.0 / jnp.where(is_zero, 1.0, x))
 
 
 def _scale_and_zero(groups: Array, axes: tuple[int, ...], spec: QuantSpec) -> tuple[Array, Array | None]:
@@ -150,17 +161,30 @@ def _scale_and_zero(groups: Array, axes: tuple[int, ...], spec: QuantSpec) -> tu
 
 def _signed_max(groups: Array, axes: tuple[int, ...]) -> Array:
     """The first number of largest magnitude of each group."""
-    magnitude = jnp.abs(groups)
-    largest = jnp.max(magnitude, axis=axes, keepdims=True)
     if len(axes) > 1:
         raise ValueError("statistic SIGNED_MAX is for groups and rows: give a TENSOR another")
-    # One number says where and of which sign: the further ahead the larger, the sign in its last bit.
-    axis = axes[0]
-    size = groups.shape[axis]
-    ahead = jax.lax.broadcasted_iota(jnp.int32, groups.shape, axis)
-    place = 2 * (size - ahead) + jnp.signbit(groups).astype(jnp.int32)
-    first = jnp.max(jnp.where(magnitude == largest, place, 0), axis=axes, keepdims=True)
-    return jnp.where(first % 2 == 1, -largest, largest)
+    axis = axes[-1]
+    # Neighbours in pairs, which keeps their order, and is several times faster than to reduce all of them in this way.
+    for _ in range(_PAIRED_ROUNDS):
+        if groups.shape[axis] % 2 or groups.shape[axis] == 2:
+            break
+        first, second = (jax.lax.slice_in_dim(groups, start, None, 2, axis=axis) for start in (0, 1))
+        groups = jnp.where(_magnitude_bits(second) > _magnitude_bits(first), second, first)
+    # The rest is a reduction, as compilers would write what is none out again for everything that uses it.
+    place = jax.lax.broadcasted_iota(jnp.int32, groups.shape, axis)
+    start = (jnp.float32(0), jnp.int32(groups.shape[axis]))
+    return jnp.expand_dims(jax.lax.reduce((groups, place), start, _larger_or_earlier, (axis,))[0], axis)
+
+
+def _larger_or_earlier(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+    (x, i), (y, j) = one, other
+    takes_other = (_magnitude_bits(y) > _magnitude_bits(x)) | ((_magnitude_bits(y) == _magnitude_bits(x)) & (j < i))
+    return jnp.where(takes_other, y, x), jnp.where(takes_other, j, i)
+
+
+def _magnitude_bits(x: Array) -> Array:
+    """Integers in the order of `abs(x)`; those of NaN are above all."""
+    return jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
 
 
 def _affine(groups: Array, axes: tuple[int, ...], spec: QuantSpec) -> tuple[Array, Array]:
@@ -169,7 +193,7 @@ def _affine(groups: Array, axes: tuple[int, ...], spec: QuantSpec) -> tuple[Arra
     highest = jnp.maximum(jnp.max(groups, axis=axes, keepdims=True), 0.0)
     scale = divided(highest - lowest, float(spec.highest_code - spec.lowest_code))
     scale = jnp.maximum(scale, spec.smallest_scale) if spec.smallest_scale else scale
-    zero = spec.lowest_code - jnp.round(lowest / jnp.where(scale == 0, 1.0, scale))
+    zero = spec.lowest_code - jnp.round(divided(lowest, jnp.where(scale == 0, 1.0, scale)))
     return scale, jnp.clip(zero, spec.lowest_code, spec.highest_code)
 
 
@@ -190,9 +214,9 @@ def stored_scale(scale: Float[Array, "..."], spec: QuantSpec) -> Float[Array, ".
 def _rounded(groups: Array, scale: Array, zero: Array | None, spec: QuantSpec) -> Array:
     """Codes of an INTEGER or ODD grid, still float32."""
     if spec.scaling is Scaling.RECIPROCAL:
-        scaled = groups * jnp.where(scale == 0, 0.0, 1.0 / scale)
+        scaled = groups * reciprocal(scale)
     else:
-        scaled = groups / jnp.where(scale == 0, 1.0, scale)
+        scaled = divided(groups, jnp.where(scale == 0, 1.0, scale))
     low, high = float(spec.lowest_code), float(spec.highest_code)
     if zero is not None:
         # Clipped to what any zero point leaves in range, and then again.
