@@ -17,7 +17,8 @@ from slmjax.ablate.statistics import (
     paired_difference,
     summarize,
 )
-from slmjax.ablate.study import Arm, Budget, Interrupted, Member, OnChange, Study, member_experiment, read_members, run_study
+from slmjax.ablate.arms import Arm, Derived, Recipe
+from slmjax.ablate.study import Budget, Interrupted, Member, OnChange, Study, member_experiment, read_members, run_study
 
 __all__ = [
     "Arm", "ArmSummary", "Budget", "Comparison", "Findings", "Interrupted", "Member", "OnChange", "PairedDifference", "Study", "Summary",
