@@ -11,8 +11,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from slmjax import trainer
-from slmjax.ablate.statistics import PairedDifference, Summary, Verdict, decide, holm, paired_difference, summarize
 from slmjax.ablate.arms import Arm, Derived
+from slmjax.ablate.statistics import PairedDifference, Summary, Verdict, decide, holm, paired_difference, summarize
 from slmjax.ablate.study import FINISHED, Member, Study, member_experiment
 from slmjax.config import fingerprint, near_names
 

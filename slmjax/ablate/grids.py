@@ -46,7 +46,7 @@ def grids_markdown(grids: Sequence[Grid], notes: Sequence[str]) -> str:
         lines = [grid.head, ("---", *["---:"] * (len(grid.head) - 1)), *grid.rows]
         table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
         parts.append(f"{grid.title}\n\n{table}")
-    return "\n\n".join([*parts, "\n".join(f"- {line}" for line in notes)]) + "\n"
+    return "\n\n".join([*parts, *(["\n".join(f"- {line}" for line in notes)] if notes else [])]) + "\n"
 
 
 # Numbers --------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 
 from slmjax.ablate.derived import evaluate_member
 from slmjax.ablate.ratios import RecoveredShare, recovered_share
-from slmjax.ablate.statistics import Summary, holm, summarize
+from slmjax.ablate.statistics import PairedDifference, Summary, holm, paired_difference, summarize
 from slmjax.ablate.study import FINISHED, Member, Study, member_experiment
 from slmjax.checkpoint import load_model
 from slmjax.config import fingerprint, near_names
@@ -119,6 +119,7 @@ class ArmRecovery:
     arm: str
     seeds: tuple[int, ...]  # that finished with a figure for the metric
     metric: Summary | None
+    distance: PairedDifference | None  # from the reference, seed by seed; None for itself, and with fewer than two pairs
     kl: Summary | None  # from the reference, nats per token
     agreement: Summary | None  # same likeliest token as the reference
     stored_bytes: Summary | None
@@ -162,12 +163,12 @@ Share = tuple[tuple[int, ...], RecoveredShare | None]  # of which seeds, and wha
 
 
 def _share(recovery: Recovery, members: Sequence[Member], arm: str) -> Share:
-    study, trio = recovery.study, (arm, recovery.reference, recovery.rounded[arm])
-    values = {(one.arm, one.seed): value for one in members if (value := one.figure(study.metric)) is not None}
-    seeds = tuple(seed for seed in study.seeds if all((name, seed) in values for name in trio))
+    study = recovery.study
+    trio = [_by_seed(recovery, members, name) for name in (arm, recovery.reference, recovery.rounded[arm])]
+    seeds = tuple(seed for seed in study.seeds if all(seed in values for values in trio))
     if len(seeds) < 2:
         return seeds, None
-    own, full, rounded = ([values[name, seed] for seed in seeds] for name in trio)
+    own, full, rounded = ([values[seed] for seed in seeds] for values in trio)
     return seeds, recovered_share(
         own, full=full, rounded=rounded, lower_is_better=study.lower_is_better, confidence=study.confidence
     )  # fmt: skip
@@ -176,7 +177,8 @@ def _share(recovery: Recovery, members: Sequence[Member], arm: str) -> Share:
 def _arm(
     recovery: Recovery, members: Sequence[Member], measurements: Sequence[Measurement], arm: str, found: Share | None, p: float | None
 ) -> ArmRecovery:
-    metric = {one.seed: value for one in members if one.arm == arm and (value := one.figure(recovery.study.metric)) is not None}
+    metric, whole = (_by_seed(recovery, members, name) for name in (arm, recovery.reference))
+    both = [] if arm == recovery.reference else [seed for seed in metric if seed in whole]
     speeds = [value for one in members if one.arm == arm and (value := one.figure("tokens_per_second")) is not None]
 
     def measured(name: str) -> Summary | None:
@@ -185,10 +187,19 @@ def _arm(
     pairs, share = found if found is not None else ((), None)
     return ArmRecovery(
         arm=arm, seeds=tuple(seed for seed in recovery.study.seeds if seed in metric), metric=_summary(list(metric.values())),
+        distance=_difference(recovery, [metric[seed] for seed in both], [whole[seed] for seed in both]),
         kl=measured("kl"), agreement=measured("agreement"), stored_bytes=measured("bytes"), bits_per_number=measured("bits_per_number"),
         tokens_per_second=_summary(speeds), rounded=recovery.rounded.get(arm), pairs=pairs, recovered=share,
         adjusted_p=None if share is None else p, verdict=None if found is None else _verdict(share),
     )  # fmt: skip
+
+
+def _by_seed(recovery: Recovery, members: Sequence[Member], arm: str) -> dict[int, float]:
+    return {one.seed: value for one in members if one.arm == arm and (value := one.figure(recovery.study.metric)) is not None}
+
+
+def _difference(recovery: Recovery, values: Sequence[float], others: Sequence[float]) -> PairedDifference | None:
+    return paired_difference(values, others, confidence=recovery.study.confidence) if len(values) > 1 else None
 
 
 def _summary(values: Sequence[float]) -> Summary | None:

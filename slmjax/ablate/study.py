@@ -5,8 +5,9 @@
     members = run_study(study, "studies/width")      # the same call again goes on where it was stopped
 
 A member is one run: an arm with a seed, which is that of the initial parameters and dropout and that of the data's order; or it is a model
-that is made of such a run's, rounded for one (`arms.py`). So a pair of arms sees the same batches, and begins alike where the models are alike. Members are trained one after another, all arms of the first
-seed before the second: a study that is cut short has whole pairs.
+that is made of such a run's, rounded for one (`arms.py`). So a pair of arms sees the same batches, and begins alike where the models
+are alike. Members are trained one after another, all arms of the first seed before the second: a study that is cut short has whole
+pairs.
 
     DIRECTORY/members.jsonl                    a line for each member that came to an end
     DIRECTORY/ARM/seed-N/RUN                   its run directory
