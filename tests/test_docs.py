@@ -127,7 +127,7 @@ def test_commands_on_the_pages_are_commands() -> None:
     assert len(lines) > 20 and {line[1] for line in lines} >= {"train", "eval", "generate", "report", "runs", "compare", "data"}
     for line in lines:
         assert line[1] in COMMANDS, line
-        command = " ".join(line[1:3]) if line[1] == "data" else line[1]
+        command = " ".join(line[1:3]) if line[1] in ("data", "quant") else line[1]
         for option in (word.partition("=")[0] for word in line if word.startswith("--")):
             assert option in help_of(command), line
 

@@ -11,6 +11,8 @@ from slmjax.ablate.arms import Recipe
 from slmjax.checkpoint import Loaded, load_model
 from slmjax.evaluation import EvalResult, evaluate
 from slmjax.experiment import Experiment
+from slmjax.numerics.rules import QuantRule
+from slmjax.quant.rounding import Clip, quantize_model
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +53,12 @@ def evaluate_member(loaded: Loaded, experiment: Experiment, **further: Any) -> E
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoundToNearest(Recipe):
-    """Every matrix rounded to a format, as `slmjax quantize` does; a model that is quantized already is encoded anew from its decoded
-    numbers, which is what an export does that does not know the codes."""
+    """Matrices rounded to formats, as `slmjax quantize` does it. Of a model that is quantized already the decoded numbers are rounded anew,
+    as a converter does that knows nothing of its codes."""
 
-    format: str  # name of a format (`slmjax.formats.PRESETS`)
+    rules: tuple[QuantRule, ...]  # the formats, by paths
+    clip: Clip = Clip.NONE  # how scales are chosen
 
     def make(self, model: Path, out: Path) -> None:
         """Writes the quantized model."""
-        raise NotImplementedError
+        quantize_model(model, out, rules=self.rules, clip=self.clip)

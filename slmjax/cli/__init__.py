@@ -13,6 +13,7 @@ from slmjax.cli.converting import export_command, import_command
 from slmjax.cli.evaluating import eval_command
 from slmjax.cli.generating import generate_command
 from slmjax.cli.inspecting import data_command, models_command
+from slmjax.cli.quantization import quant_command
 from slmjax.cli.reporting import compare_command, report_command, runs_command
 from slmjax.cli.training import INTERRUPTED_STATUS, train_command
 
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "report": report_command,
     "runs": runs_command,
     "compare": compare_command,
+    "quant": quant_command,
     "models": models_command,
     "data": data_command,
 }
