@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
+from slmjax.formats import QuantSpec, ScaleType, preset
+from slmjax.numerics.rules import QuantConfig, QuantPhase, QuantRule
 
 from slmjax import recipes
 from slmjax.ablate import (
@@ -42,9 +44,7 @@ from slmjax.attention import AttentionConfig, QkNorm
 from slmjax.data.tokenizers import BpeTokenizer, FileTokenizer
 from slmjax.distill.config import DistillConfig, Ramp, TeacherConfig
 from slmjax.experiment import Experiment, FromModel
-from slmjax.formats import QuantSpec, ScaleType, preset
 from slmjax.layers import MlpConfig
-from slmjax.numerics.rules import QuantConfig, QuantPhase, QuantRule
 
 STEPS, FURTHER_STEPS = 300, 120
 SEEDS = (0, 1, 2)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from slmjax import config
+from slmjax import cli, config
 from slmjax.ablate import (
     Arm,
     Derived,
@@ -32,9 +33,11 @@ from slmjax.ablate import (
 )
 from slmjax.ablate.recovery import Measurement
 from slmjax.ablate.recovery_layout import quality_chart
+from slmjax.checkpoint import load_model
 from slmjax.evaluation import EvalResult
 from slmjax.experiment import Experiment
 from tests.ablate.stub import StubTrainer, experiment
+from tests.one_layer import one_layer
 
 FULL, QAT = (1.400, 1.431, 1.392), (1.411, 1.440, 1.405)
 COST = (0.031, 0.029, 0.034)
@@ -260,3 +263,66 @@ def test_parts_must_be_arms() -> None:
 
 def test_recipes_are_told_apart_by_their_fields() -> None:
     assert config.fingerprint(Rounded(bits=4)) != config.fingerprint(Rounded(bits=3))
+
+
+# A study that is trained ----------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Copied(Recipe):
+    def make(self, model: Path, out: Path) -> None:
+        shutil.copytree(model, out)
+
+
+def toy(workplace: Path) -> Recovery:
+    """One seed, two trainings of two steps, and a copy of the first."""
+    fast, slow = (one_layer(workplace, workplace, steps=2, lr=lr) for lr in (1e-2, 1e-3))
+    arms = (Arm(name="full", experiment=fast), Derived(name="copied", source="full", recipe=Copied()), Arm(name="slow", experiment=slow))
+    study = Study(name="toy", arms=arms, seeds=(3,), baseline="full")
+    return Recovery(study=study, reference="full", rounded={"slow": "copied"}, directory="within")
+
+
+def test_a_study_from_training_to_its_page(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("slmjax.trainer._write_page", lambda run: None)  # takes as long as the steps
+    full, copied, slow = run_study(toy(workplace).study, tmp_path / "within")
+    # A copy is evaluated as the run itself was: on the same text, in the same windows.
+    for name in ("bits_per_byte", "loss", "calibration_error", "tokens", "parameters"):
+        assert copied.figure(name) == pytest.approx(full.figure(name), rel=1e-5)
+    assert copied.figure("bits_per_byte") != pytest.approx(slow.figure("bits_per_byte"), rel=1e-5)
+    assert copied.figure("tokens_per_second") is None and copied.evaluation["documents"] == full.evaluation["documents"]
+    capsys.readouterr()
+    file = tmp_path / "toy_study.py"
+    file.write_text(
+        f"from tests.ablate.test_recovery import Path, toy\n\n\ndef recoveries(directory):\n    return (toy(Path({str(workplace)!r})),)\n"
+    )
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["quant", "report", str(file), str(tmp_path), "--json", "--no-page"])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 0, err
+    arms = {one["arm"]: one for one in json.loads(out)["reports"][0]["arms"]}
+    assert arms["copied"]["kl"]["mean"] == pytest.approx(0, abs=1e-6) and arms["copied"]["agreement"]["mean"] == 1
+    assert arms["slow"]["kl"]["mean"] > 1e-4 and arms["slow"]["verdict"] == "not resolved"
+    params = load_model(full.result["run_dir"]).params
+    assert arms["full"]["stored_bytes"]["mean"] == 4 * sum(leaf.size for leaf in params.values()) and arms["full"]["kl"]["mean"] == 0
+    assert (tmp_path / "recovery.md").is_file() and "comparing slow, seed 3, with full" in err
+    # What was measured is not measured again.
+    with pytest.raises(SystemExit):
+        cli.main(["quant", "report", str(file), str(tmp_path), "--no-page"])
+    out, err = capsys.readouterr()
+    assert "comparing" not in err and "not resolved" in out and "too few" in out
+
+
+def test_a_report_that_cannot_be_made(tmp_path: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, none = tmp_path / "toy_study.py", tmp_path / "none.py"
+    file.write_text(
+        f"from tests.ablate.test_recovery import Path, toy\n\n\ndef recoveries(directory):\n    return (toy(Path({str(workplace)!r})),)\n"
+    )
+    none.write_text("")
+    for words, message in (
+        (("report", str(none)), "needs a function `def recoveries(directory: Path)"),
+        (("report", str(file), str(tmp_path / "nowhere")), "holds no member of the study toy"),
+        (("reprot",), "say `slmjax quant report`"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["quant", *words])
+        assert ended.value.code == 2 and message in capsys.readouterr().err
