@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from slmjax.architecture import ModelConfig
-from slmjax.parameters import logical_paths
+from slmjax.paths import logical_paths
 
 DIRECTORY = "weights"  # of an imported model's directory
 INDEX = "model.safetensors.index.json"

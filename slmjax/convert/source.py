@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from slmjax import checkpoint, weights
+from slmjax import loading, weights
 from slmjax.architecture import ModelConfig
 from slmjax.convert.canonical_form import canonical, differences
 from slmjax.convert.family import Bound, Family, Inexpressible, bind
 from slmjax.convert.settings import Settings
 from slmjax.data.tokenizers import Tokenizer
-from slmjax.parameters import logical_paths
+from slmjax.paths import logical_paths
 
 ROWS_PER_TOKEN = ("embed/table", "head/weight")  # tables that may be padded beyond the vocabulary
 
@@ -56,13 +56,13 @@ class Written:
 def open_own(path: Path, *, step: int | None = None) -> Own:
     """A model of ours, to be exported. Raises ValueError as `load_model` does."""
     if weights.is_imported(path):
-        model = checkpoint.read_config(path)
+        model = loading.read_config(path)
         tensors = weights.TensorFiles(path / weights.DIRECTORY)
         return Own(
             path=path, config=model, read=lambda name: _unpadded(name, tensors.read(name), model), dtype=tensors.dtype,
             family=read_origin(path).get("family"), step=None,
         )  # fmt: skip
-    loaded = checkpoint.load_model(path, step=step)
+    loaded = loading.load_model(path, step=step)
     places: dict[str, tuple[str, int | None]] = {}
     arrays = {**loaded.params, **loaded.buffers}
     for name in arrays:
