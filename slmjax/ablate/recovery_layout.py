@@ -58,8 +58,8 @@ def recovery_grids(report: RecoveryReport) -> list[Grid]:
         [_mean(one.tokens_per_second, ",.0f") for one in report.arms],
     ]
     head = (
-        "arm", "seeds", in_words(report.metric), "from the reference", "KL from the reference", "same first choice", "bytes", "bits a number",
-        "tokens/s, training",
+        "arm", "seeds", in_words(report.metric), "from the reference", "KL from the reference", "same first choice", "bytes",
+        "bits a number", "tokens/s, training",
     )  # fmt: skip
     title = (
         f"{report.study}: {in_words(report.metric)}, {way} is better; mean ± standard deviation over seeds {listed(report.seeds)}, "
