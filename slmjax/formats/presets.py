@@ -1,0 +1,108 @@
+"""Number formats by name: those of engines, and plain ones for research.
+
+`tests/formats/golden/` holds what the engines' own packages make of the same numbers.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from slmjax.config import ConfigError, near_names
+from slmjax.formats.spec import (
+    TERNARY_BITS,
+    Codes,
+    CodesFrom,
+    Grid,
+    QuantSpec,
+    Rounding,
+    ScaleType,
+    Scaling,
+    Share,
+    Statistic,
+)
+
+# torchao's and compressed-tensors' smallest scale: float32's epsilon.
+_EPSILON = 2.0**-23
+
+# llama.cpp's blocks (gguf-py's quants): the scale is float16, codes are computed before it is.
+_GGUF = QuantSpec(bits=8, group_size=32, scale_type=ScaleType.FLOAT16, codes_from=CodesFrom.EXACT, scaling=Scaling.RECIPROCAL)
+_Q4_0 = dataclasses.replace(_GGUF, bits=4, statistic=Statistic.SIGNED_MAX, divisor=8.0, rounding=Rounding.HALF_UP)
+_Q8_0 = dataclasses.replace(_GGUF, codes=Codes.SYMMETRIC, divisor=127.0, rounding=Rounding.HALF_AWAY)
+_TQ2_0 = dataclasses.replace(_GGUF, bits=TERNARY_BITS, group_size=256, divisor=1.0, rounding=Rounding.HALF_AWAY)
+
+# torchao, 8-bit dynamic activations and 4-bit weights: a product with the reciprocal, and a smallest scale.
+_TORCHAO = QuantSpec(bits=4, group_size=32, divisor=7.5, smallest_scale=_EPSILON, scaling=Scaling.RECIPROCAL)
+_TORCHAO_TOKEN = dataclasses.replace(_TORCHAO, bits=8, share=Share.ROW, group_size=None, statistic=Statistic.MIN_MAX, divisor=1.0)
+
+# compressed-tensors: a quotient.
+_COMPRESSED = QuantSpec(bits=4, group_size=32, divisor=7.5, scaling=Scaling.DIVISION)
+_COMPRESSED_ROW = dataclasses.replace(_COMPRESSED, bits=8, share=Share.ROW, group_size=None, divisor=127.5)
+
+# ai-edge-quantizer, for LiteRT: without the lowest code in 8 bits; scales of blocks are rounded to bfloat16.
+_LITERT_ROW = QuantSpec(bits=8, codes=Codes.SYMMETRIC, share=Share.ROW, divisor=127.0, scaling=Scaling.DIVISION)
+_LITERT_ROW4 = dataclasses.replace(_LITERT_ROW, bits=4, codes=Codes.FULL, divisor=7.0)
+_LITERT_BLOCK = dataclasses.replace(_LITERT_ROW4, share=Share.GROUP, group_size=32, scale_type=ScaleType.BFLOAT16_IN_FLOAT16)
+
+
+def _group(spec: QuantSpec, size: int) -> QuantSpec:
+    return dataclasses.replace(spec, group_size=size)
+
+
+def _integers(bits: int) -> QuantSpec:
+    """Symmetric integers in groups of 32 under a float16 scale, which GGUF's blocks can hold."""
+    highest = 2 ** (bits - 1) - 1
+    return QuantSpec(bits=bits, codes=Codes.SYMMETRIC, group_size=32, divisor=float(highest), scale_type=ScaleType.FLOAT16)
+
+
+# BitNet b1.58 (arXiv 2402.17764): to the nearest of -1, 0, 1 in units of the mean magnitude.
+_TERNARY = QuantSpec(bits=TERNARY_BITS, statistic=Statistic.ABSMEAN, group_size=256, scale_type=ScaleType.FLOAT16)
+# ParetoQ's stretched elastic quantizer (arXiv 2502.02631): 2 bits without zero, and three levels, both up to three quarters or two
+# thirds of the largest magnitude; one bit in units of the mean magnitude.
+_STRETCHED_2 = QuantSpec(bits=2, grid=Grid.ODD, group_size=32, divisor=4.0, scale_type=ScaleType.FLOAT16)
+_STRETCHED_TERNARY = QuantSpec(bits=TERNARY_BITS, group_size=256, divisor=1.5, scale_type=ScaleType.FLOAT16)
+_BINARY = QuantSpec(bits=1, grid=Grid.ODD, group_size=32, statistic=Statistic.ABSMEAN, scale_type=ScaleType.FLOAT16)
+
+PRESETS: Mapping[str, QuantSpec] = MappingProxyType(
+    {
+        "q4_0": _Q4_0,
+        "q8_0": _Q8_0,
+        "tq2_0": _TQ2_0,
+        "torchao_int4": _TORCHAO,
+        "torchao_int8_token": _TORCHAO_TOKEN,
+        "w4a16_g32": _COMPRESSED,
+        "w4a16_g128": _group(_COMPRESSED, 128),
+        "int8_row": _COMPRESSED_ROW,
+        "litert_int8_row": _LITERT_ROW,
+        "litert_int4_row": _LITERT_ROW4,
+        "litert_int4_b32": _LITERT_BLOCK,
+        "litert_int4_b64": _group(_LITERT_BLOCK, 64),
+        "litert_int4_b128": _group(_LITERT_BLOCK, 128),
+        "litert_int4_b256": _group(_LITERT_BLOCK, 256),
+        "onnx_int4_b32": dataclasses.replace(_Q4_0, scale_type=ScaleType.FLOAT32),
+        **{f"int{bits}_g32": _integers(bits) for bits in range(2, 9)},
+        "ternary_g256": _TERNARY,
+        "ternary_row": dataclasses.replace(_TERNARY, share=Share.ROW, group_size=None),
+        "stretched2_g32": _STRETCHED_2,
+        "stretched_ternary_g256": _STRETCHED_TERNARY,
+        "stretched_ternary_row": dataclasses.replace(_STRETCHED_TERNARY, share=Share.ROW, group_size=None),
+        "binary_g32": _BINARY,
+        "binary_row": dataclasses.replace(_BINARY, share=Share.ROW, group_size=None),
+    }
+)
+
+
+def preset(name: str) -> QuantSpec:
+    """The format of that name. Raises ConfigError, with near names, for a name that none has."""
+    if name not in PRESETS:
+        raise ConfigError(f"there is no number format {name!r}.{near_names(name, PRESETS)} There are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def name_of(spec: QuantSpec) -> str:
+    """The preset's name, or words that say what the format is: "5 bits absmax/15, groups of 64, float16 scales"."""
+    for name, known in PRESETS.items():
+        if known == spec:
+            return name
+    grid = "" if spec.grid is Grid.INTEGER else f" {spec.grid.value}"
+    share = f"groups of {spec.group_size}" if spec.share is Share.GROUP else f"one scale a {spec.share.value}"
+    return f"{spec.bits:g} bits{grid} {spec.statistic.value}/{spec.divisor:g}, {share}, {spec.scale_type.value} scales"
