@@ -27,7 +27,8 @@ from safetensors.numpy import save_file
 
 from slmjax import config as config_io
 from slmjax.architecture import ModelConfig
-from slmjax.formats import Encoded, QuantSpec, decode
+from slmjax.formats.coding import Encoded, decode
+from slmjax.formats.spec import QuantSpec
 from slmjax.parameters import logical_paths
 
 DIRECTORY = "weights"  # of an imported model's directory
