@@ -15,6 +15,7 @@ from slmjax.attention import AttentionConfig
 from slmjax.layers import FfnConfig, MixerConfig, MlpConfig, NormKind, Shape
 from slmjax.mixers.latent import LatentAttentionConfig
 from slmjax.moe import MoeConfig
+from slmjax.numerics.rules import QuantPhase, check_phases
 
 # A config read from JSON finds its class among those that have been imported: with the model, these always are.
 PARTS: tuple[type, ...] = (AttentionConfig, LatentAttentionConfig, MlpConfig, MoeConfig)
@@ -97,8 +98,10 @@ class ModelConfig:
     dropout: float = 0.0  # rate, on the embedded tokens and on what a block adds
     precision: Precision = Precision.FLOAT32  # dtype of the computation
     remat: Remat = Remat.NONE  # what the backward pass recomputes
+    quant: tuple[QuantPhase, ...] = ()  # formats of weights, inputs and caches by training step (of an experiment, its own `quant` decides)
 
     def __post_init__(self) -> None:
+        check_phases(self.quant)
         if self.embed_dim < 1 or not self.stack:
             raise ValueError(f"a model needs embed_dim >= 1 and at least one segment, got embed_dim={self.embed_dim}")
         if not 0.0 <= self.dropout < 1.0:

@@ -16,7 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from slmjax import kernels
-from slmjax.layers import Linear, Mixer, MixerConfig, Norm, Shape
+from slmjax.layers import CachingMixer, Linear, MixerConfig, Norm, Shape
+from slmjax.numerics.inputs import RoundedInput
 from slmjax.rope import RopeScaling, rotary, rotary_dim
 
 
@@ -147,7 +148,7 @@ def join(cache: Any, new: Any) -> Any:
     return jax.tree.map(lambda old, late: jnp.concatenate([old, late.astype(old.dtype)], axis=old.ndim // 2), cache, new)
 
 
-class Attention(Mixer):
+class Attention(CachingMixer):
     """Grouped-query softmax attention."""
 
     def __init__(self, config: AttentionConfig, shape: Shape, *, rngs: nnx.Rngs) -> None:
@@ -165,6 +166,7 @@ class Attention(Mixer):
         )
         self.query_norm, self.key_norm = self._norm(shape, config.num_heads), self._norm(shape, config.kv_heads)
         self.sinks = nnx.Param(jnp.zeros((config.num_heads,), jnp.float32)) if config.sinks else None
+        self.cache: RoundedInput | None = nnx.data(None)
 
     def __call__(
         self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], state: Any
@@ -173,6 +175,8 @@ class Attention(Mixer):
         queries = self._heads(self.query(x), self.query_norm, positions, room)
         keys = self._heads(self.key(x), self.key_norm, positions, room)
         values = self._split(self.value(x))
+        if self.cache is not None:
+            keys, values = self.cache(keys), self.cache(values)
         sinks = None if self.sinks is None else self.sinks[...]
         how: dict[str, Any] = {"window": self.config.window, "scale": self.scale, "softcap": self.config.softcap, "sinks": sinks}
         if state is None:
@@ -197,6 +201,10 @@ class Attention(Mixer):
         shape = (batch_size, self.config.kv_heads, num_slots, self.head_dim)
         marks = jnp.zeros((batch_size, num_slots), jnp.int32)
         return KvCache(keys=jnp.zeros(shape, self.dtype), values=jnp.zeros(shape, self.dtype), positions=marks, segment_ids=marks)
+
+    def cached_shape(self) -> tuple[int, ...]:
+        """Keys and values: [2, K, H]."""
+        return 2, self.config.kv_heads, self.head_dim
 
     def _norm(self, shape: Shape, num_heads: int) -> Norm | None:
         num_normed = {QkNorm.NONE: 0, QkNorm.PER_HEAD: 1, QkNorm.ALL_HEADS: num_heads}[self.config.qk_norm]

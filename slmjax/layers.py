@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from slmjax import kernels, sharding
+from slmjax.numerics.inputs import RoundedInput
 
 
 class Activation(enum.Enum):
@@ -97,6 +98,19 @@ class Mixer(nnx.Module):
         """Empty decoding state for sequences of at most `max_length` tokens."""
 
 
+class CachingMixer(Mixer):
+    """A mixer whose decoding state keeps numbers of every token, which rules of quantization can name as `layers/{i}/mixer/cache`.
+
+    It rounds them by `self.cache` before it uses them, in training as in decoding. The attribute is None until the model sets it.
+    """
+
+    cache: RoundedInput | None
+
+    @abc.abstractmethod
+    def cached_shape(self) -> tuple[int, ...]:
+        """The shape of what is kept of a token; the last dim is what is rounded together."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixerConfig(abc.ABC):
     """Settings of a token mixer."""
@@ -150,7 +164,7 @@ def along_last(vector: Float[Array, " D"], ndim: int) -> Float[Array, "..."]:
 
 
 def effective_weight(weight: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
-    """The weight a layer multiplies with: the stored float32 parameter, in the dtype of the computation."""
+    """The weight a layer multiplies with: its float32 parameter, decoded already where it has a format, in the dtype of the computation."""
     return weight.astype(dtype)
 
 
@@ -259,13 +273,15 @@ NORMS: Mapping[NormKind, Callable[..., Norm]] = {
 
 
 class Linear(nnx.Module):
-    """Linear map with weight [in, out] and an optional bias."""
+    """Linear map with weight [in, out] and an optional bias. What it multiplies is rounded first where rules of quantization say so."""
 
     def __init__(self, in_dim: int, out_dim: int, *, std: float, bias: bool = False, rngs: nnx.Rngs) -> None:
         self.weight = nnx.Param(truncated_normal(rngs.params(), (in_dim, out_dim), std))
         self.bias = nnx.Param(jnp.zeros((out_dim,), jnp.float32)) if bias else None
+        self.input: RoundedInput | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        x = x if self.input is None else self.input(x)
         return linear(x, self.weight[...], None if self.bias is None else self.bias[...])
 
 

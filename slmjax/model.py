@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from slmjax import kernels, losses, sharding
 from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, NormPlacement, Remat, Segment
 from slmjax.layers import Embedding, FfnAux, Norm, dropout, effective_weight, lookup, truncated_normal
+from slmjax.numerics.inputs import RoundedInput
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +29,7 @@ class Output:
     The arrays are typed `Any` because this is a pytree: it may hold shapes.
     """
 
-    hidden: Any  # Float[Array, "B T D"], final norm applied
+    hidden: Any  # Float[Array, "B T D"], final norm applied, rounded where rules of quantization say so
     head: losses.Head
     losses: dict[str, Any]  # auxiliary losses, multiplied by their coefficients, summed over layers: Float[Array, ""]
     metrics: dict[str, Any]  # by stack path of the module that reports, layer dim first
@@ -164,6 +165,7 @@ class Decoder(nnx.Module):
         self.final_norm = config.layer_shape().norm(config.embed_dim)
         free = config.head is HeadKind.FREE
         self.head = Table(config.table_rows, config.embed_dim, std=config.init_std, key=head_key) if free else None
+        self.head_input: RoundedInput | None = nnx.data(None)
 
     def __call__(
         self,
@@ -205,8 +207,9 @@ class Decoder(nnx.Module):
                 step = len(reports)
                 captured |= {f"layers/{first_layer + offset + step * r}/{n}": v[r] for n, v in kept.items() for r in range(v.shape[0])}
             first_layer += segment.config.repeats * len(reports)
+        hidden = self.final_norm(x)
         return Output(
-            hidden=self.final_norm(x), head=self.make_head(), losses=losses_by_name, metrics=metrics, captured=captured,
+            hidden=hidden if self.head_input is None else self.head_input(hidden), head=self.make_head(), losses=losses_by_name, metrics=metrics, captured=captured,
             state=None if state is None else new_states,
         )  # fmt: skip
 

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from slmjax import kernels, sharding
 from slmjax.layers import Activation, Ffn, FfnAux, FfnConfig, Linear, MlpConfig, Shape, effective_weight, gated, truncated_normal
+from slmjax.numerics.inputs import RoundedInput, rounded_part
 
 
 class RouterScore(enum.Enum):
@@ -248,11 +249,13 @@ def apply_experts(
     biases: tuple[Float[Array, "E F"], Float[Array, "E F"], Float[Array, "E D"]] | None = None,
     activation: Activation,
     capacity: int | None,
+    hidden_input: RoundedInput | None = None,
 ) -> Float[Array, "B T D"]:
     """The weighted sum of the outputs of each token's experts, divided over the mesh where there is one.
 
     Args:
       biases: of gate, up and down, where the experts have any.
+      hidden_input: rounds the hidden layer before it is multiplied with `down`, where rules of quantization say so.
       capacity: tokens that an expert takes from a row, the earlier ones; None for all.
     """
     rows, matrices_in, matrices_out = ("batch", "time", None), ("expert", None, "ffn"), ("expert", "ffn", None)
@@ -264,7 +267,8 @@ def apply_experts(
         num_experts = matrices[0].shape[0]
         mine = experts - sharding.index_along("expert") * num_experts
         mine = jnp.where((mine >= 0) & (mine < num_experts), mine, num_experts)
-        y = sharding.sum_over(_compute_slots(x, weights, mine, matrices, activation=activation, capacity=capacity), "ffn")
+        added = _compute_slots(x, weights, mine, matrices, activation=activation, capacity=capacity, hidden_input=hidden_input)
+        y = sharding.sum_over(added, "ffn")
         return sharding.scatter_sum(y, "expert", axis=0) if rows_divided else sharding.sum_over(y, "expert")
 
     in_dims = (rows, rows, rows, matrices_in, matrices_in, matrices_out)
@@ -282,6 +286,7 @@ def _compute_slots(
     *,
     activation: Activation,
     capacity: int | None,
+    hidden_input: RoundedInput | None,
 ) -> Array:
     """What the experts whose gate, up and down matrices (and biases) are given add to the tokens of `x`, [B, T, D]."""
     gate, up, down, *biases = matrices
@@ -296,6 +301,7 @@ def _compute_slots(
     by_slot = [jnp.repeat(bias, slots.group_sizes, axis=0, total_repeat_length=rows.shape[0]) for bias in biases]
     gate_bias, up_bias, down_bias = by_slot or (0, 0, 0)
     hidden = gated(activation, multiply(rows, gate) + gate_bias, multiply(rows, up) + up_bias)
+    hidden = hidden if hidden_input is None else rounded_part(hidden, hidden_input, "ffn")
     # Where the hidden dim is divided over devices, what they add is summed: the bias of the output comes in as many parts.
     outputs = multiply(hidden, down) + down_bias / sharding.num_shards("ffn")
     selected = take_rows(outputs, slots.slot, slots.selection[:, None])
@@ -327,6 +333,8 @@ class Experts(nnx.Module):
             nnx.Param(jnp.zeros((config.num_experts, dim), jnp.float32)) if config.bias else None
             for dim in (config.hidden_dim, config.hidden_dim, shape.embed_dim)
         )
+        self.input: RoundedInput | None = nnx.data(None)
+        self.hidden_input: RoundedInput | None = nnx.data(None)
 
 
 class Moe(Ffn):
@@ -347,7 +355,7 @@ class Moe(Ffn):
         routing = route(logits, real, None if self.router_bias is None else self.router_bias[...], config=config)
         capacity = None if config.capacity_factor is None else config.capacity(x.shape[1])
         y = apply_experts(
-            x,
+            x if self.experts.input is None else self.experts.input(x),
             routing,
             gate=effective_weight(self.experts.gate[...], x.dtype),
             up=effective_weight(self.experts.up[...], x.dtype),
@@ -355,6 +363,7 @@ class Moe(Ffn):
             biases=self._biases(x.dtype),
             activation=config.activation,
             capacity=capacity,
+            hidden_input=self.experts.hidden_input,
         )
         if self.shared is not None:
             y = y + jnp.where(real[:, :, None], self.shared(x, segment_ids=segment_ids)[0], 0)

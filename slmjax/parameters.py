@@ -17,43 +17,103 @@ from jaxtyping import Array
 
 from slmjax.architecture import BlockConfig, ModelConfig
 from slmjax.model import Decoder
+from slmjax.numerics import weights as numbers
+from slmjax.numerics.rules import decoded as decoded_phases
+from slmjax.paths import logical_paths
+from slmjax.quantized import Plan, plan_quantization, set_inputs, stack_shapes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Definition:
-    """The model without its arrays: what turns flat dicts of parameters back into a `Decoder`."""
+    """The model without its arrays: what turns flat dicts of parameters back into a `Decoder`.
+
+    Where weights have formats, `params` holds what is trained, and modules multiply with what `effective` makes of it.
+    """
 
     config: ModelConfig
     graphdef: Any
     params: dict[str, jax.ShapeDtypeStruct]  # trained by the optimizer
     buffers: dict[str, jax.ShapeDtypeStruct]  # state that the optimizer does not touch (router biases)
+    formats: numbers.Formats = dataclasses.field(default_factory=dict)  # of weights, by stack path; empty in full precision
+    learning: numbers.Formats = dataclasses.field(default_factory=dict)  # of weights beside which anything is learned in some phase
+
+    def effective(self, params: Mapping[str, Array], *, key: Array | None = None, share: Array | None = None) -> dict[str, Array]:
+        """The parameters that modules compute with (`numerics.weights.effective`)."""
+        if not self.formats and not self.learning:
+            return dict(params)
+        return numbers.effective(params, self.formats, key=key, share=share)
 
     def merge(self, params: Mapping[str, Array], buffers: Mapping[str, Array]) -> Decoder:
         """The module that computes with these arrays."""
+        return self.merge_effective(self.effective(params), buffers)
+
+    def merge_effective(self, params: Mapping[str, Array], buffers: Mapping[str, Array]) -> Decoder:
+        """The same from effective parameters."""
         flat: dict[Any, Array] = {_keys(path): value for path, value in {**params, **buffers}.items()}
         return nnx.merge(self.graphdef, nnx.from_flat_state(flat))
 
     def init(self, key: Array) -> tuple[dict[str, Array], dict[str, Array]]:
         """Freshly initialised parameters and buffers; jit it to have them sharded."""
-        return flat_params(Decoder(self.config, rngs=nnx.Rngs(params=key)))
+        params, buffers = flat_params(Decoder(self.config, rngs=nnx.Rngs(params=key)))
+        return self.with_learned(params), self._with_measured(buffers)
+
+    def with_learned(self, params: Mapping[str, Array]) -> dict[str, Array]:
+        """The parameters with what is learned beside them as it begins for these weights."""
+        started = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in self.params.items() if path not in params}
+        return {**started, **params, **numbers.learned(params, self.learning)}
+
+    def _with_measured(self, buffers: Mapping[str, Array]) -> dict[str, Array]:
+        return {path: buffers.get(path, jnp.zeros(leaf.shape, leaf.dtype)) for path, leaf in self.buffers.items()}
+
+    def decoded(self) -> "Definition":
+        """The definition for effective parameters: weights are what they are, inputs and caches are rounded as here."""
+        if not self.formats and not self.learning:
+            return self
+        params = {path: leaf for path, leaf in self.params.items() if not numbers.is_beside_a_weight(path)}
+        config = dataclasses.replace(self.config, quant=decoded_phases(self.config.quant))
+        return dataclasses.replace(self, config=config, params=params, formats={}, learning={})
 
 
-def define(config: ModelConfig) -> Definition:
-    """The definition of a model, from shapes alone: nothing is computed."""
+def define(config: ModelConfig, *, step: int | None = None, is_observed: bool = False) -> Definition:
+    """The definition of a model, from shapes alone: nothing is computed.
+
+    Args:
+      step: of the training step before which rules of quantization are asked for; None for the last phase, which is deployed.
+      is_observed: for calibration (`quantized.set_inputs`).
+
+    Raises:
+      ValueError: the rules of `config.quant` do not fit the model.
+    """
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=jax.random.key(0))))
+    plan = None
+    if config.quant:
+        plan = plan_quantization(config, stack_shapes(model), step=step)
+        config = plan.config
+        model = nnx.eval_shape(lambda: _rounding(config, plan, is_observed=is_observed))
     params, buffers = flat_params(model)
+    if plan is not None:
+        params |= jax.eval_shape(lambda given: numbers.learned(given, plan.learning), params)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, buffers))
-    return Definition(config=config, graphdef=nnx.graphdef(model), params=shapes[0], buffers=shapes[1])
+    return Definition(
+        config=config, graphdef=nnx.graphdef(model), params=shapes[0], buffers=shapes[1], formats={} if plan is None else plan.formats,
+        learning={} if plan is None else plan.learning,
+    )  # fmt: skip
 
 
-def define_for_inference(config: ModelConfig) -> Definition:
+def _rounding(config: ModelConfig, plan: Plan, *, is_observed: bool) -> Decoder:
+    model = Decoder(config, rngs=nnx.Rngs(params=jax.random.key(0)))
+    set_inputs(model, plan, is_observed=is_observed)
+    return model
+
+
+def define_for_inference(config: ModelConfig, *, step: int | None = None) -> Definition:
     """The definition with the same parameters that evaluation and sampling use: see `FfnConfig.for_inference`."""
 
     def block(one: BlockConfig) -> BlockConfig:
         return one if one.ffn is None else dataclasses.replace(one, ffn=one.ffn.for_inference())
 
     stack = tuple(dataclasses.replace(segment, pattern=tuple(map(block, segment.pattern))) for segment in config.stack)
-    return define(dataclasses.replace(config, stack=stack))
+    return define(dataclasses.replace(config, stack=stack), step=step)
 
 
 def flat_params(model: Decoder) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -68,29 +128,6 @@ def _flat(state: Any) -> dict[str, Any]:
 
 def _keys(path: str) -> tuple[str | int, ...]:
     return tuple(int(part) if part.isdigit() else part for part in path.split("/"))
-
-
-def block_at(config: ModelConfig, path: str) -> BlockConfig:
-    """The configuration of the block that a stacked parameter belongs to."""
-    parts = path.split("/")
-    return config.stack[int(parts[1])].pattern[int(parts[3])]
-
-
-def layer_indices(config: ModelConfig, path: str) -> list[int] | None:
-    """The layers whose slices a stacked parameter holds, in order; None for a parameter outside the layers."""
-    parts = path.split("/")
-    if parts[0] != "segments":
-        return None
-    index, offset = int(parts[1]), int(parts[3])
-    first = sum(len(segment.pattern) * segment.repeats for segment in config.stack[:index])
-    segment = config.stack[index]
-    return [first + offset + len(segment.pattern) * repeat for repeat in range(segment.repeats)]
-
-
-def logical_paths(config: ModelConfig, path: str) -> list[str]:
-    """Logical paths of a parameter: `layers/{i}/...` for each slice of a stacked one, the path itself for any other."""
-    layers = layer_indices(config, path)
-    return [path] if layers is None else [f"layers/{layer}/{path.split('/', 4)[4]}" for layer in layers]
 
 
 def unstack(config: ModelConfig, tree: Any) -> dict[str, Array]:

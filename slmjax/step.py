@@ -26,7 +26,8 @@ from slmjax.data.batch import Batch
 from slmjax.distill import objective as distillation
 from slmjax.distill.config import DistillConfig
 from slmjax.optim import OptimConfig, learning_rate
-from slmjax.parameters import Definition, block_at, layer_indices
+from slmjax.parameters import Definition
+from slmjax.paths import block_at, layer_indices
 
 Params = dict[str, Array]
 # Of the type in the comment, not checked: trees that jax makes of a TrainState hold shapes, shardings or nothing in its place.

@@ -29,7 +29,7 @@ from slmjax import config as config_io
 from slmjax.architecture import ModelConfig
 from slmjax.formats.coding import Encoded, decode
 from slmjax.formats.spec import QuantSpec
-from slmjax.parameters import logical_paths
+from slmjax.paths import logical_paths
 
 DIRECTORY = "weights"  # of an imported model's directory
 INDEX = "model.safetensors.index.json"

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from slmjax import parameters, sharding
+from slmjax import parameters, paths, sharding
 from slmjax.architecture import ModelConfig
 from slmjax.optim import OptimConfig, Optimizer, parameter_groups
 from slmjax.parameters import Definition
@@ -49,7 +49,7 @@ def layer_lines(config: ModelConfig) -> Iterator[str]:
     for index, segment in enumerate(config.stack):
         for offset in range(len(segment.pattern)):
             stack = f"segments/{index}/blocks/{offset}"
-            yield f"# {stack}: layers {' '.join(map(str, parameters.layer_indices(config, stack + '/any') or ()))}"
+            yield f"# {stack}: layers {' '.join(map(str, paths.layer_indices(config, stack + '/any') or ()))}"
 
 
 def initialisations(definition: Definition) -> dict[str, str]:

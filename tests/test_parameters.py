@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from slmjax import parameters, sharding
+from slmjax import parameters, paths, sharding
 from slmjax.architecture import BlockConfig, ModelConfig, Segment
 from slmjax.attention import AttentionConfig, Biases
 from slmjax.layers import MlpConfig
@@ -55,13 +55,13 @@ def test_paths_and_shapes_of_a_stack():
     ],
 )
 def test_layers_behind_a_stack(grouping, path, layers):
-    assert parameters.layer_indices(config_of(grouping), path) == layers
-    assert parameters.logical_paths(config_of(grouping), path) == [f"layers/{layer}/mixer/query/weight" for layer in layers]
+    assert paths.layer_indices(config_of(grouping), path) == layers
+    assert paths.logical_paths(config_of(grouping), path) == [f"layers/{layer}/mixer/query/weight" for layer in layers]
 
 
 def test_parameters_outside_the_layers_are_their_own_logical_path():
-    assert parameters.layer_indices(config_of("cut"), "embed/table") is None
-    assert parameters.logical_paths(config_of("cut"), "embed/table") == ["embed/table"]
+    assert paths.layer_indices(config_of("cut"), "embed/table") is None
+    assert paths.logical_paths(config_of("cut"), "embed/table") == ["embed/table"]
 
 
 @pytest.mark.parametrize("grouping", ["cut", "doubled"])

@@ -15,9 +15,13 @@ from slmjax.convert.canonical_form import canonical, differences
 from slmjax.convert.family import Bound, Family, Inexpressible, bind
 from slmjax.convert.settings import Settings
 from slmjax.data.tokenizers import Tokenizer
+<<<<<<< HEAD
 from slmjax.formats.coding import Encoded
 from slmjax.parameters import logical_paths
 from slmjax.weights import StoredFormat
+=======
+from slmjax.paths import logical_paths
+>>>>>>> main
 
 ROWS_PER_TOKEN = ("embed/table", "head/weight")  # tables that may be padded beyond the vocabulary
 

@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int
 
 from slmjax import kernels
 from slmjax.attention import join, ring_slots
-from slmjax.layers import Linear, Mixer, MixerConfig, Shape, effective_weight
+from slmjax.layers import CachingMixer, Linear, MixerConfig, Shape, effective_weight
+from slmjax.numerics.inputs import RoundedInput
 from slmjax.rope import RopeScaling, rotary
 
 
@@ -135,7 +136,7 @@ def absorbed_attention(
     return jnp.einsum("btnl,lnv->btnv", mixed[..., : up.shape[0]], value_up)
 
 
-class LatentAttention(Mixer):
+class LatentAttention(CachingMixer):
     """Multi-head latent attention."""
 
     def __init__(self, config: LatentAttentionConfig, shape: Shape, *, rngs: nnx.Rngs) -> None:
@@ -152,6 +153,7 @@ class LatentAttention(Mixer):
         self.latent_norm = normed.norm(config.latent_dim)
         self.latent_up = Linear(config.latent_dim, config.num_heads * (config.plain_dim + config.value_dim), **plain)
         self.output = Linear(config.num_heads * config.value_dim, shape.embed_dim, std=shape.output_std, bias=config.bias, rngs=rngs)
+        self.cache: RoundedInput | None = nnx.data(None)
 
     def __call__(
         self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], state: Any
@@ -160,10 +162,15 @@ class LatentAttention(Mixer):
         queries = self._queries(x, positions, room)
         latents, shared_keys = jnp.split(self.latent_down(x), [self.config.latent_dim], axis=-1)
         latents, shared_keys = self.latent_norm(latents), self._rotated(shared_keys[:, :, None, :], positions, room)[:, :, 0, :]
+        if self.cache is not None:
+            kept = self.cache(jnp.concatenate([latents, shared_keys], axis=-1))
+            latents, shared_keys = jnp.split(kept, [self.config.latent_dim], axis=-1)
         if state is None:
             plain_keys, values = jnp.split(self._by_head(self.latent_up(latents)), [self.config.plain_dim], axis=-1)
             mixed = expanded_attention(queries, plain_keys, shared_keys, values, segment_ids=segment_ids, scale=self.scale)
         else:
+            if (rounding := self.latent_up.input) is not None:
+                latents = rounding(latents)  # as it is where they are brought up
             entries = jnp.concatenate([latents, shared_keys], axis=-1)
             new = LatentCache(entries=entries, positions=positions, segment_ids=segment_ids)
             written = write_entries(state, new)
@@ -181,6 +188,10 @@ class LatentAttention(Mixer):
         marks = jnp.zeros((batch_size, max_length), jnp.int32)
         entries = jnp.zeros((batch_size, max_length, self.config.cached_dim), self.dtype)
         return LatentCache(entries=entries, positions=marks, segment_ids=marks)
+
+    def cached_shape(self) -> tuple[int, ...]:
+        """The latent and the rotated key: [C]."""
+        return (self.config.cached_dim,)
 
     def _queries(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], room: int | None) -> Float[Array, "B T N H"]:
         if self.query is not None:

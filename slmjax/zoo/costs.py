@@ -4,7 +4,8 @@ import dataclasses
 import math
 
 from slmjax.architecture import ModelConfig
-from slmjax.parameters import block_at, define
+from slmjax.parameters import define
+from slmjax.paths import block_at
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,316 @@
+"""How a rounded number gets a gradient, and where its scale comes from.
+
+Rounding has no gradient of use, so each estimator states one: `rounded` computes the very numbers of the format, decode(encode(x)), and
+passes a gradient back to x and to what is learned beside it. Of a scale the logarithm (base 2) is learned: an optimizer's step then
+changes it by a share, whatever its size.
+
+Straight-through: Bengio et al. 2013. Learned step size (LSQ): Esser et al. 2020; with an offset (LSQ+): Bhalgat et al. 2020. Learned
+clip (PACT): Choi et al. 2018. Stretched and ternary grids with a learned scale: Liu et al. 2025 (ParetoQ).
+"""
+
+import abc
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from slmjax import formats
+from slmjax.formats import Encoded, Grid, QuantSpec, Share
+
+Learned = dict[str, Array]
+SMALLEST_SCALE = -23.0  # as a power of two: a step of float16's subnormal numbers
+
+
+class Estimator(abc.ABC):
+    """The gradient of numbers in a format, and what is learned beside them."""
+
+    @abc.abstractmethod
+    def check(self, spec: QuantSpec) -> None:
+        """Raises ValueError for a format that it does not suit."""
+
+    @abc.abstractmethod
+    def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
+        """What is learned beside `x`, as it begins; empty where nothing is."""
+
+    @abc.abstractmethod
+    def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
+        """`x` in the format: what is deployed."""
+
+    @abc.abstractmethod
+    def rounded(
+        self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None
+    ) -> Float[Array, "..."]:
+        """The numbers that `coded` stands for, float32, with a gradient to `x` and to what is learned.
+
+        Args:
+          key: randomness of training; None in evaluation.
+        """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StraightThrough(Estimator):
+    """The scale is the format's own; the gradient passes unchanged, except where the number was out of the grid's reach."""
+
+    def check(self, spec: QuantSpec) -> None:
+        """It suits every format."""
+
+    def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
+        """Nothing."""
+        return {}
+
+    def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
+        """`formats.encode`."""
+        return formats.encode(x, spec, axis=axis)
+
+    def rounded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None) -> Float[Array, "..."]:
+        """`formats.fake_quant`."""
+        return straight_through(x, spec, axis)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StochasticRounding(Estimator):
+    """In training a number goes up with the chance that makes it right on average; evaluated and deployed it goes to the nearest."""
+
+    def check(self, spec: QuantSpec) -> None:
+        """Raises ValueError for formats whose levels are not evenly spaced."""
+        if spec.grid not in (Grid.SIGNED_MAX, Grid.HALF_STEP, Grid.SYMMETRIC):
+            raise ValueError(f"stochastic rounding is between neighbours on a symmetric integer grid, and {formats.name_of(spec)} has none")
+
+    def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
+        """Nothing."""
+        return {}
+
+    def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
+        """`formats.encode`."""
+        return formats.encode(x, spec, axis=axis)
+
+    def rounded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None) -> Float[Array, "..."]:
+        """Between the two neighbours by chance."""
+        if key is None:
+            return straight_through(x, spec, axis)
+        fixed = jax.lax.stop_gradient(x)
+        scale = formats.expanded(formats.scale_of(fixed, spec, axis=axis), spec, x.shape, axis=axis)
+        steps = fixed / jnp.where(scale == 0, 1.0, scale)
+        codes = jnp.clip(jnp.floor(steps + jax.random.uniform(key, x.shape)), spec.lowest_code, spec.highest_code)
+        return _as_if(codes * scale, x)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearnedScale(Estimator):
+    """The scale is learned (LSQ); it begins as the one with the smallest squared error."""
+
+    def check(self, spec: QuantSpec) -> None:
+        """Raises ValueError for formats that have a zero point or codes that are floating point."""
+        _check_integers(spec, "a learned scale")
+
+    def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
+        """The logarithm of each scale."""
+        return {"log_scale": jnp.log2(jnp.maximum(jnp.abs(best_scale(x, spec, axis=axis)), 2.0**SMALLEST_SCALE))}
+
+    def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
+        """On the learned scale, rounded as the format stores it."""
+        return formats.encode(x, spec, axis=axis, scale=_scale(learned))
+
+    def rounded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None) -> Float[Array, "..."]:
+        """The gradient reaches `x` within the grid's reach, and the scale by how far each number was rounded, or by its clipped level."""
+        return learned_scale(x, _scale(learned), spec, axis)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearnedScaleAndOffset(Estimator):
+    """Scale and zero point are learned (LSQ+), for formats that have a zero point."""
+
+    def check(self, spec: QuantSpec) -> None:
+        """Raises ValueError for formats without a zero point."""
+        if spec.grid is not Grid.ASYMMETRIC:
+            raise ValueError(f"an offset is learned where a format has a zero point, and {formats.name_of(spec)} has none: take LearnedScale")
+
+    def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
+        """The logarithm of each scale, and the zero point in codes, before it is rounded."""
+        encoded = formats.encode(x, spec, axis=axis)
+        log_scale = jnp.log2(jnp.maximum(encoded.scale, 2.0**SMALLEST_SCALE))
+        return {"log_scale": log_scale, "offset": encoded.zero.astype(jnp.float32)}
+
+    def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
+        """On the learned scale and the learned zero point, which is rounded to a code."""
+        zero = jnp.clip(jnp.round(learned["offset"]), spec.lowest_code, spec.highest_code).astype(jnp.int32)
+        return formats.encode(x, spec, axis=axis, scale=_scale(learned), zero=zero)
+
+    def rounded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None) -> Float[Array, "..."]:
+        """As for a learned scale, about the zero point, which itself gets the gradient of numbers out of reach."""
+        scale = formats.expanded(_scale(learned), spec, x.shape, axis=axis)
+        limited = jnp.clip(learned["offset"], spec.lowest_code, spec.highest_code)
+        zero = formats.expanded(limited + jax.lax.stop_gradient(jnp.round(limited) - limited), spec, x.shape, axis=axis)
+        share = _gradient_share(x, spec, axis=axis)
+        scale, zero = _with_gradient(scale, share), _with_gradient(zero, share)
+        steps = jnp.clip(x / scale + zero, spec.lowest_code, spec.highest_code)
+        smooth = (steps + jax.lax.stop_gradient(jnp.round(steps) - steps) - zero) * scale
+        return _as_if(_value(self, x, spec, axis=axis, learned=learned), smooth)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearnedClip(Estimator):
+    """The largest number that is kept is learned (PACT): it gets the gradient of those that are cut off at it."""
+
+    def check(self, spec: QuantSpec) -> None:
+        """Raises ValueError for formats that have a zero point or codes that are floating point."""
+        _check_integers(spec, "a learned clip")
+
+    def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
+        """The logarithm of each scale, which is the clip over the highest level."""
+        scale = formats.scale_of(x, spec, axis=axis)
+        return {"log_scale": jnp.log2(jnp.maximum(jnp.abs(scale), 2.0**SMALLEST_SCALE))}
+
+    def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
+        """On the learned scale."""
+        return formats.encode(x, spec, axis=axis, scale=_scale(learned))
+
+    def rounded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None) -> Float[Array, "..."]:
+        """The numbers that are cut off move the clip; those within reach do not."""
+        low, high = _reach(spec)
+        scale = formats.expanded(_scale(learned), spec, x.shape, axis=axis)
+        return _as_if(_value(self, x, spec, axis=axis, learned=learned), jnp.clip(x, low * scale, high * scale))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibrated(Estimator):
+    """For inputs: one scale for all tokens, measured on the first batches of the phase and then kept."""
+
+    def check(self, spec: QuantSpec) -> None:
+        """Raises ValueError for formats that have a zero point or codes that are floating point, or scales that differ by token."""
+        _check_integers(spec, "a calibrated scale")
+
+    def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
+        """The logarithm of each scale. It is no parameter: nothing trains it."""
+        return LearnedClip().learned(x, spec, axis=axis)
+
+    def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
+        """On the measured scale."""
+        return formats.encode(x, spec, axis=axis, scale=_scale(learned))
+
+    def rounded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None) -> Float[Array, "..."]:
+        """The gradient passes within the grid's reach."""
+        return learned_scale(x, jax.lax.stop_gradient(_scale(learned)), spec, axis)
+
+
+def default_estimator(spec: QuantSpec) -> Estimator:
+    """What suits the weights of a format.
+
+    With few levels their place decides, so that it is learned: at 3 bits, and on the stretched grids. Elsewhere the scale follows the
+    weights, as the format computes it, ternary codes by their mean size included.
+    """
+    few = spec.grid is Grid.STRETCHED or (spec.grid in (Grid.SIGNED_MAX, Grid.HALF_STEP, Grid.SYMMETRIC) and spec.bits <= 3)
+    return LearnedScale() if few else StraightThrough()
+
+
+def _check_integers(spec: QuantSpec, what: str) -> None:
+    if spec.grid is Grid.ASYMMETRIC:
+        raise ValueError(f"{what} is for grids about zero, and {formats.name_of(spec)} has a zero point: take LearnedScaleAndOffset")
+    if not spec.is_integer:
+        raise ValueError(f"{what} is for integer codes, and those of {formats.name_of(spec)} are floating point: take StraightThrough")
+
+
+# Gradients ------------------------------------------------------------------------------------------------------------
+@jax.custom_vjp
+def _as_if(value: Array, smooth: Array) -> Array:
+    """`value`, to the bit, with the gradient that `smooth` would have had."""
+    return value
+
+
+_as_if.defvjp(lambda value, smooth: (value, None), lambda _, dy: (jnp.zeros_like(dy), dy))
+
+
+def _value(estimator: Estimator, x: Array, spec: QuantSpec, *, axis: int, learned: Learned) -> Array:
+    return formats.decode(jax.lax.stop_gradient(estimator.coded(x, spec, axis=axis, learned=learned)), spec, axis=axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def straight_through(x: Float[Array, "..."], spec: QuantSpec, axis: int) -> Float[Array, "..."]:
+    """`formats.fake_quant`, whose gradient is that of the identity but 0 where a number was more than half a step out of reach."""
+    return formats.fake_quant(x, spec, axis=axis)
+
+
+def _straight_forward(x: Array, spec: QuantSpec, axis: int) -> tuple[Array, Array | None]:
+    if not spec.clips:
+        return formats.fake_quant(x, spec, axis=axis), None
+    encoded = formats.encode(x, spec, axis=axis)
+    y = formats.decode(encoded, spec, axis=axis)
+    return y, jnp.abs(y - x) <= 0.501 * jnp.abs(formats.expanded(encoded.scale, spec, x.shape, axis=axis))
+
+
+def _straight_backward(spec: QuantSpec, axis: int, inside: Array | None, dy: Array) -> tuple[Array]:
+    return (dy if inside is None else jnp.where(inside, dy, 0),)
+
+
+straight_through.defvjp(_straight_forward, _straight_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def learned_scale(x: Float[Array, "..."], scale: Float[Array, "..."], spec: QuantSpec, axis: int) -> Float[Array, "..."]:
+    """`x` rounded on a given scale, with the gradient of learned step sizes (Esser et al. 2020) to both.
+
+    The gradient of a scale is divided by the root of how many numbers share it times its highest level, as there.
+    """
+    return formats.decode(formats.encode(x, spec, axis=axis, scale=scale), spec, axis=axis)
+
+
+def _learned_forward(x: Array, scale: Array, spec: QuantSpec, axis: int) -> tuple[Array, tuple[Array, Array, Array]]:
+    y = learned_scale(x, scale, spec, axis)
+    return y, (x, scale, y)
+
+
+def _learned_backward(spec: QuantSpec, axis: int, saved: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, scale, y = saved
+    wide = formats.expanded(scale, spec, x.shape, axis=axis)
+    low, high = _reach(spec)
+    steps = x / wide
+    inside = (steps >= low) & (steps <= high)
+    by_number = dy * jnp.where(inside, y - x, y) / wide
+    total = formats.sum_groups(by_number, spec, axis=axis).reshape(scale.shape)
+    return jnp.where(inside, dy, 0), total * _gradient_share(x, spec, axis=axis)
+
+
+learned_scale.defvjp(_learned_forward, _learned_backward)
+
+
+def _gradient_share(x: Array, spec: QuantSpec, *, axis: int) -> float:
+    sharing = {Share.GROUP: spec.group_size, Share.ROW: x.shape[axis], Share.TENSOR: x.size}[spec.share]
+    return 1.0 / math.sqrt((sharing or 1) * max(_reach(spec)[1], 1e-3))
+
+
+def _with_gradient(x: Array, share: float) -> Array:
+    """`x`, whose gradient is multiplied."""
+    return x * share + jax.lax.stop_gradient(x - x * share)
+
+
+def _reach(spec: QuantSpec) -> tuple[float, float]:
+    """Lowest and highest level, in units of the scale."""
+    levels = formats.levels(spec)
+    return float(levels[0]), float(levels[-1])
+
+
+def _scale(learned: Learned) -> Array:
+    return jnp.exp2(jnp.maximum(learned["log_scale"], SMALLEST_SCALE))
+
+
+# Scales ---------------------------------------------------------------------------------------------------------------
+SHARES = tuple(1.0 - 0.05 * step for step in range(14))  # of the scale that reaches the farthest number: from all of it down to a third
+
+
+def best_scale(x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Float[Array, "..."]:
+    """Of each group the scale, among shares of the format's own, that has the smallest squared error. Integer formats alone."""
+    whole = formats.scale_of(x, spec, axis=axis)
+
+    def error(scale: Any) -> Array:
+        y = formats.decode(formats.encode(x, spec, axis=axis, scale=scale), spec, axis=axis)
+        return formats.sum_groups(jnp.square(y - x), spec, axis=axis).reshape(whole.shape)
+
+    best, least = whole, error(whole)
+    for share in SHARES[1:]:
+        found = error(whole * share)
+        best, least = jnp.where(found < least, whole * share, best), jnp.minimum(found, least)
+    return best

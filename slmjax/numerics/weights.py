@@ -1,0 +1,130 @@
+"""Weights in their formats, as pure functions of flat dicts of parameters by stack path.
+
+A stacked parameter [R, ...] has a format for each of its layers, an expert's matrix is coded by itself, and so every function here
+works on one matrix [in, out] (or table [V, D]) and is mapped over what comes before. What an estimator learns beside a weight stands
+in the same dict, under the weight's path: `segments/0/blocks/1/mixer/query/weight/log_scale`.
+
+Dims: R layers of a stack.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from slmjax import formats
+from slmjax.formats import Encoded
+from slmjax.numerics.coverage import Numbers
+from slmjax.numerics.estimators import Learned
+
+Params = Mapping[str, Array]
+Formats = Mapping[str, Sequence[Numbers | None]]  # by stack path: of each layer of a stacked parameter, of any other the one
+LEARNED = ("log_scale", "offset")
+
+
+def learned_of(params: Params, path: str) -> Learned:
+    """What is learned beside a weight."""
+    return {name: params[f"{path}/{name}"] for name in LEARNED if f"{path}/{name}" in params}
+
+
+def is_beside_a_weight(path: str) -> bool:
+    """Whether this is something that is learned beside a weight, and no parameter of a module."""
+    parent, _, name = path.rpartition("/")
+    return name in LEARNED and not parent.endswith("/input")
+
+
+def learned(params: Params, formats_of: Formats) -> dict[str, Array]:
+    """What estimators learn beside these weights, as it begins, by stack path."""
+    found: dict[str, Array] = {}
+    for path, numbers in formats_of.items():
+        chosen = [one for one in numbers if one is not None]
+        if not chosen:
+            continue
+        first = chosen[0]  # layers of one stack learn alike: `parameters.split` sees to it
+
+        def begin(weight: Array, first: Numbers = first) -> Learned:
+            return first.estimator.learned(weight, first.spec, axis=first.axis)
+
+        found |= {f"{path}/{name}": value for name, value in _mapped(begin, params[path].ndim)(params[path]).items()}
+    return found
+
+
+def effective(params: Params, formats_of: Formats, *, key: Array | None = None, share: Float[Array, ""] | None = None) -> dict[str, Array]:
+    """The weights that layers multiply with: decoded numbers, float32, where there is a format; and all other parameters as they are.
+
+    Args:
+      key: randomness of estimators that round by chance; None in evaluation.
+      share: how much of the rounding error there is, from 0 to 1; None for all of it.
+    """
+    result = {path: value for path, value in params.items() if not is_beside_a_weight(path)}
+    for index, (path, numbers) in enumerate(formats_of.items()):
+        own_key = None if key is None else jax.random.fold_in(key, index)
+        rounded = _by_layer(params, path, numbers, key=own_key)
+        result[path] = rounded if share is None else params[path] + share * (rounded - params[path])
+    return result
+
+
+def _by_layer(params: Params, path: str, numbers: Sequence[Numbers | None], *, key: Array | None) -> Array:
+    weight, beside = params[path], learned_of(params, path)
+    if all(one == numbers[0] for one in numbers):
+        return _rounded(weight, beside, numbers[0], key)
+    rows = []
+    for layer, one in enumerate(numbers):
+        own_key = None if key is None else jax.random.fold_in(key, layer)
+        rows.append(_rounded(weight[layer], {name: value[layer] for name, value in beside.items()}, one, own_key))
+    return jnp.stack(rows)
+
+
+def _rounded(weight: Array, beside: Learned, numbers: Numbers | None, key: Array | None) -> Array:
+    if numbers is None:
+        return weight
+    keys = None if key is None else jax.random.split(key, weight.shape[:-2])
+
+    def one(matrix: Array, beside: Learned, key: Array | None) -> Array:
+        return numbers.estimator.rounded(matrix, numbers.spec, axis=numbers.axis, learned=beside, key=key)
+
+    return _mapped(one, weight.ndim)(weight, beside, keys)
+
+
+def coded(params: Params, formats_of: Formats) -> dict[str, list[Encoded | None]]:
+    """The codes and scales of every weight that has a format, layer by layer: what is deployed. A pure function: jit it."""
+    found: dict[str, list[Encoded | None]] = {}
+    for path, numbers in formats_of.items():
+        weight, beside = params[path], learned_of(params, path)
+        if not path.startswith("segments/"):
+            found[path] = [_coded(weight, beside, numbers[0])]
+            continue
+        found[path] = [
+            _coded(weight[layer], {name: value[layer] for name, value in beside.items()}, one) for layer, one in enumerate(numbers)
+        ]
+    return found
+
+
+def _coded(weight: Array, beside: Learned, numbers: Numbers | None) -> Encoded | None:
+    if numbers is None:
+        return None
+
+    def one(matrix: Array, beside: Learned) -> Encoded:
+        return numbers.estimator.coded(matrix, numbers.spec, axis=numbers.axis, learned=beside)
+
+    return _mapped(one, weight.ndim)(weight, beside)
+
+
+def damping(params: Params, decoded: Params, formats_of: Formats) -> Float[Array, ""]:
+    """Sum of squared distances of weights to what they are rounded to, which counts as fixed (Nagel et al. 2022)."""
+    distances = [jnp.sum(jnp.square(params[path] - jax.lax.stop_gradient(decoded[path]))) for path in formats_of]
+    return jnp.sum(jnp.stack(distances)) if distances else jnp.zeros(())
+
+
+def decode_matrices(encoded: Encoded, numbers: Numbers, *, ndim: int) -> Float[Array, "..."]:
+    """The numbers that codes of a weight with `ndim` dims stand for."""
+    return _mapped(lambda one: formats.decode(one, numbers.spec, axis=numbers.axis), ndim)(encoded)
+
+
+def _mapped(function: Callable[..., Any], ndim: int) -> Callable[..., Any]:
+    """A function of a matrix, for arrays of `ndim` dims."""
+    for _ in range(ndim - 2):
+        function = jax.vmap(function)
+    return function
