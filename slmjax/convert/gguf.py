@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from slmjax.architecture import ModelConfig
 from slmjax.config import ConfigError, near_names
 from slmjax.convert.families import GGUF_FAMILIES, GGUF_NAMES
-from slmjax.convert.family import Bound, bind, misnamed, ours_from, read_settings, rounded
+from slmjax.convert.family import Bound, Family, bind, misnamed, ours_from, read_settings, rounded
 from slmjax.convert.gguf_codes import blocks_of, container_of
 from slmjax.convert.gguf_file import GgufFile, PendingTensor, num_bytes, read_gguf, type_of, write_gguf
 from slmjax.convert.gguf_tokenizer import tokenizer_from_gguf, tokenizer_metadata
@@ -36,13 +37,8 @@ def open_file(path: Path) -> Found:
       ValueError: the file is damaged, or what it says is not understood; the message names it.
     """
     file = read_gguf(path)
-    architecture = file.metadata.get("general.architecture")
-    known = {family.architecture: family for family in GGUF_FAMILIES}
-    if architecture not in known:
-        names = f"{', '.join(known)}.{near_names(str(architecture), known)}"
-        raise ConfigError(f"{path} is of the architecture {architecture!r}, and these are read: {names}")
-    model = read_settings(known[architecture], _settings(file, architecture), where=str(path))
-    table = known[architecture].table_of(model)
+    family, model = described(path, file)
+    table, architecture = family.table_of(model), family.architecture
     bound = bind(table, model)
     _check_names(path, architecture, *misnamed(table, bound, set(file.tensors)))
     return Found(
@@ -53,6 +49,16 @@ def open_file(path: Path) -> Found:
             "license": file.metadata.get("general.license"), "config": _told(file),
         },
     )  # fmt: skip
+
+
+def described(path: Path, file: GgufFile) -> tuple[Family, ModelConfig]:
+    """The family of a file, and the model that its metadata tells of. Raises ValueError for what is not understood."""
+    architecture = file.metadata.get("general.architecture")
+    known = {family.architecture: family for family in GGUF_FAMILIES}
+    if architecture not in known:
+        names = f"{', '.join(known)}.{near_names(str(architecture), known)}"
+        raise ConfigError(f"{path} is of the architecture {architecture!r}, and these are read: {names}")
+    return known[architecture], read_settings(known[architecture], _settings(file, architecture), where=str(path))
 
 
 def _settings(file: GgufFile, architecture: str) -> dict[str, Any]:

@@ -11,10 +11,8 @@ from jaxtyping import UInt8
 from slmjax.convert.family import Bound
 from slmjax.convert.gguf_file import block_size, decoded_blocks
 from slmjax.convert.source import Own
+from slmjax.formats import Encoded, QuantSpec, name_of
 from slmjax.formats.blocks import container_for, pack
-from slmjax.formats.coding import Encoded, expanded
-from slmjax.formats.presets import name_of
-from slmjax.formats.spec import QuantSpec
 
 WAYS_OUT = "export with --dtype f32, which writes the numbers that codes stand for, or --to hf"
 WIDER = {"TQ2_0": 0, "Q4_0": 1, "Q8_0": 2}  # a container holds the integer codes of those before it, where groups fit
@@ -66,7 +64,7 @@ def blocks_of(one: Bound, own: Own, container: str) -> UInt8[np.ndarray, "..."]:
     """
     name, parts = one.theirs[0], [own.encoded(path) for path in one.ours]
     codes = one.rule.write([np.asarray(encoded.codes) for encoded in parts])[0]
-    scales = one.rule.write([_scales(path, own, encoded) for path, encoded in zip(one.ours, parts, strict=True)])[0]
+    scales = one.rule.write([_scales(encoded) for encoded in parts])[0]
     in_blocks = scales.reshape(*scales.shape[:-1], -1, block_size(container))
     scale = in_blocks[..., 0]
     if not np.array_equal(in_blocks, np.broadcast_to(scale[..., None], in_blocks.shape)):
@@ -84,9 +82,9 @@ def blocks_of(one: Bound, own: Own, container: str) -> UInt8[np.ndarray, "..."]:
     return packed
 
 
-def _scales(path: str, own: Own, encoded: Encoded) -> np.ndarray:
+def _scales(encoded: Encoded) -> np.ndarray:
     """The scale of each number, in the shape of the codes."""
-    stored = own.formats[path]
     scale = np.asarray(encoded.scale, np.float32)
-    width = encoded.codes.shape[stored.axis]
-    return np.broadcast_to(np.asarray(expanded(scale, width, axis=stored.axis)), encoded.codes.shape)
+    for axis, (numbers, groups) in enumerate(zip(encoded.codes.shape, scale.shape, strict=True)):
+        scale = np.repeat(scale, numbers // groups, axis=axis)
+    return scale
