@@ -16,7 +16,7 @@ class Method(enum.Enum):
 
 def quantize_command(words: Sequence[str]) -> int:
     """round a model to number formats: slmjax quantize RUN_OR_MODEL_DIR OUT_DIR --format q4_0 [--clip search]"""
-    from slmjax.formats import preset
+    from slmjax.formats.presets import preset
     from slmjax.numerics.rules import QuantRule
     from slmjax.quant.rounding import Clip, quantize_model
 

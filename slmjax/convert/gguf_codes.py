@@ -11,7 +11,9 @@ from jaxtyping import UInt8
 from slmjax.convert.family import Bound
 from slmjax.convert.gguf_file import block_size, decoded_blocks
 from slmjax.convert.source import Own
-from slmjax.formats import Encoded, QuantSpec, name_of
+from slmjax.formats.coding import Encoded
+from slmjax.formats.presets import name_of
+from slmjax.formats.spec import QuantSpec
 from slmjax.formats.blocks import container_for, pack
 
 WAYS_OUT = "export with --dtype f32, which writes the numbers that codes stand for, or --to hf"

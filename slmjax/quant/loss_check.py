@@ -17,7 +17,7 @@ from slmjax.checkpoint import Loaded
 from slmjax.convert import llama_cpp
 from slmjax.data.config import DataConfig
 from slmjax.evaluation.bits_per_byte import data_or_own, documents_of
-from slmjax.formats import QuantSpec
+from slmjax.formats.spec import QuantSpec
 from slmjax.model import Decoder, logits
 from slmjax.numerics.rules import QuantPhase, QuantRule
 from slmjax.parameters import Definition, define_for_inference, restack, unstack

@@ -26,7 +26,9 @@ from slmjax import weights
 from slmjax.convert.family import logical_shapes
 from slmjax.convert.source import Own, open_own, read_origin
 from slmjax.data.tokenizers import Tokenizer
-from slmjax.formats import Encoded, QuantSpec, decode, encode, name_of, scale_of, stored_bytes
+from slmjax.formats.coding import Encoded, decode, encode, scale_of
+from slmjax.formats.presets import name_of
+from slmjax.formats.spec import QuantSpec, stored_bytes
 from slmjax.numerics.coverage import Entry, cover
 from slmjax.numerics.rules import QuantPhase, QuantRule
 from slmjax.runlog import write_json

@@ -24,7 +24,7 @@ from slmjax.convert.gguf import EXTRA_TENSORS, TOLERANCE, described
 from slmjax.convert.gguf_file import GgufFile, read_gguf
 from slmjax.convert.source import Own, open_own
 from slmjax.data.config import DataConfig
-from slmjax.formats import QuantSpec
+from slmjax.formats.spec import QuantSpec
 from slmjax.quant.file_checks import INPUT_SPECS, ProductCheck, TensorCheck, check_products, check_tensor, input_type, is_multiplied_with
 from slmjax.quant.loss_check import LossCheck, check_loss, text_windows
 
