@@ -63,9 +63,9 @@ def measure_reading(model: Path) -> dict[str, float]:
     """Bytes above the process and the arrays that it ends with."""
     import jax
 
-    from slmjax import checkpoint, parameters, sharding, weights
+    from slmjax import loading, parameters, sharding, weights
 
-    config = checkpoint.read_config(model)
+    config = loading.read_config(model)
     definition, mesh = parameters.define(config), sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=8))
     places = sharding.parameter_shardings(definition.params, mesh)
     like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name]) for name, leaf in definition.params.items()}

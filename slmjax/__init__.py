@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 _startup.without_tpu()  # here, as any of the modules may be the first to import jax
 
 if TYPE_CHECKING:
-    from slmjax.checkpoint import Loaded, load_model
+    from slmjax.loading import Loaded, load_model
     from slmjax.convert.directory import Target, WeightType, export_model, import_model
     from slmjax.evaluation import evaluate
     from slmjax.experiment import Experiment
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _MODULE_OF = {
     "Experiment": "slmjax.experiment",
-    "Loaded": "slmjax.checkpoint",
+    "Loaded": "slmjax.loading",
     "Result": "slmjax.trainer",
     "Target": "slmjax.convert.directory",
     "WeightType": "slmjax.convert.directory",
@@ -41,7 +41,7 @@ _MODULE_OF = {
     "generate": "slmjax.sampling",
     "import_model": "slmjax.convert.directory",
     "load_experiment": "slmjax.recipes",
-    "load_model": "slmjax.checkpoint",
+    "load_model": "slmjax.loading",
     "logits": "slmjax.model",
     "train": "slmjax.trainer",
 }

@@ -24,12 +24,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from slmjax import config as config_io
-from slmjax import parameters, weights
+from slmjax import parameters
 from slmjax.architecture import ModelConfig
 from slmjax.data.shards import file_sha256
-from slmjax.data.tokenizers import Tokenizer
-from slmjax.model import Decoder
 from slmjax.runlog import write_json
 
 log = logging.getLogger(__name__)
@@ -253,92 +250,3 @@ def _agreed(problem: Any) -> str:
     mine = problem().encode()[:200] if jax.process_index() == 0 else b""
     padded = np.frombuffer(mine.ljust(200, b" "), np.uint8)
     return bytes(multihost_utils.broadcast_one_to_all(padded)).decode(errors="replace").strip()
-
-
-# Loading --------------------------------------------------------------------------------------------------------------
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """A trained model, ready to evaluate or sample from."""
-
-    config: ModelConfig
-    model: Decoder
-    definition: parameters.Definition
-    params: dict[str, jax.Array]
-    buffers: dict[str, jax.Array]
-    path: Path
-    step: int  # 0 for a model that was imported
-    own_tokenizer: Tokenizer | None  # None for a model that was imported without one
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer. Raises ValueError for a model that was imported without one."""
-        if self.own_tokenizer is None:
-            raise ValueError(f"{self.path} was imported without a tokenizer, and text needs one: import it again with --tokenizer FILE")
-        return self.own_tokenizer
-
-
-def read_config(path: Path) -> ModelConfig:
-    """The architecture that a run directory or an imported model's directory holds. Raises ValueError if it is none."""
-    if not (path / "model.json").is_file():
-        raise ValueError(
-            f"{path} is neither a run directory nor an imported model: it has no model.json. Name the directory that the last line of "
-            "`slmjax train` printed, or one that `slmjax import` wrote"
-        )
-    try:
-        return config_io.loads(ModelConfig, (path / "model.json").read_text())
-    except ValueError as error:
-        raise ValueError(f"{path / 'model.json'} is damaged: {error}") from error
-
-
-def load_model(path: str | Path, *, step: int | None = None) -> Loaded:
-    """The model of a run directory: the newest checkpoint, or that of `step`; averaged weights where the run kept them. Or an imported one.
-
-    Needs `model.json`, `tokenizer/` and `checkpoints/` (or `weights/`) only. Arrays are replicated over the current mesh, or on one device
-    where none is set.
-
-    Raises:
-      ValueError: this is no such directory, or holds no intact checkpoint.
-    """
-    path = Path(path)
-    config = read_config(path)
-    definition = parameters.define_for_inference(config)
-    mesh = jax.sharding.get_mesh()
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if mesh.empty else NamedSharding(mesh, PartitionSpec())
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), (definition.params, definition.buffers))
-    step, params, buffers = read_parameters(path, config, *like, step=step)
-    has_tokenizer = (path / "tokenizer").is_dir()
-    return Loaded(
-        config=config, model=definition.merge(params, buffers), definition=definition, params=params, buffers=buffers, path=path, step=step,
-        own_tokenizer=Tokenizer.load(path / "tokenizer") if has_tokenizer or not weights.is_imported(path) else None,
-    )  # fmt: skip
-
-
-def read_parameters(
-    path: Path, config: ModelConfig, params: dict[str, Any], buffers: dict[str, Any], *, step: int | None = None, whole: bool = True
-) -> tuple[int, dict[str, jax.Array], dict[str, jax.Array]]:
-    """The step, the parameters (averaged, where a run kept averages) and the buffers of a run's or an imported model's directory.
-
-    Args:
-      params: shapes, with the shardings in which they are wanted; so for `buffers`.
-      step: of a run; None for the newest.
-      whole: False where only some are wanted, `params` and `buffers` by logical path; no others are read.
-
-    Raises:
-      ValueError: the directory holds no intact checkpoint, or other parameters.
-    """
-    if weights.is_imported(path):
-        if step not in (None, 0):
-            raise ValueError(f"{path} is an imported model, which has no step {step}: leave --step out")
-        return 0, weights.read_stacked(path, config, params), weights.read_stacked(path, config, buffers)
-    checkpointer = Checkpointer(path / "checkpoints", model=config, config=CheckpointConfig())
-    like: dict[str, Any] = {"model": {"params": params, "buffers": buffers}}
-    try:
-        # A run keeps averages from its first checkpoint on; any may be the damaged one.
-        if any(checkpointer.has(known, "ema") for known in checkpointer.steps()):
-            like["ema"] = params
-            if not whole:
-                like["model"] = {"params": {}, "buffers": buffers}
-        step, items = checkpointer.restore(like, step=step, whole=whole)
-    finally:
-        checkpointer.close()
-    return step, items.get("ema", items["model"]["params"]), items["model"]["buffers"]

@@ -11,12 +11,14 @@ from pathlib import Path
 from slmjax import config as config_io
 from slmjax import weights
 from slmjax.architecture import ModelConfig
-from slmjax.checkpoint import CheckpointConfig, read_config
+from slmjax.checkpoint import CheckpointConfig
+from slmjax.loading import read_config
 from slmjax.data.config import DataConfig, TextSource
 from slmjax.data.tokenizers import BpeTokenizer, FileTokenizer, TokenizerConfig
 from slmjax.data.windows import default_overlap
 from slmjax.distill.config import DistillConfig, TeacherConfig
 from slmjax.losses import Divergence
+from slmjax.numerics.rules import QuantConfig
 from slmjax.optim import OptimConfig
 from slmjax.sampling import SamplingConfig
 from slmjax.sharding import MeshConfig
@@ -121,6 +123,7 @@ class Experiment:
     tokenizer: TokenizerConfig = BpeTokenizer(vocab_size=2048)
     optim: OptimConfig = OptimConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    quant: QuantConfig | None = None  # formats of weights, inputs and caches in training and after it (none: floating point)
     mesh: MeshConfig = MeshConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -12,6 +12,7 @@ import jax
 from slmjax import config as config_io
 from slmjax.data.pipeline import BatchSource
 from slmjax.experiment import Experiment
+from slmjax.numerics.weights import is_beside_a_weight, is_of_input
 from slmjax.parameters import Definition
 from slmjax.processes import broadcast_text
 from slmjax.progress import Progress
@@ -60,8 +61,9 @@ def open_trackers(run: RunDirectory, experiment: Experiment) -> Trackers:
 
 
 def num_parameters(definition: Definition) -> int:
-    """Parameters that are trained."""
-    return sum(math.prod(leaf.shape) for leaf in definition.params.values())
+    """Parameters that are trained, without what is learned of their formats."""
+    beside = (is_beside_a_weight, is_of_input)
+    return sum(math.prod(leaf.shape) for path, leaf in definition.params.items() if not any(learned(path) for learned in beside))
 
 
 def announce(setup: Setup, run: RunDirectory, source: BatchSource, progress: Progress, first_step: int) -> None:

@@ -18,7 +18,7 @@ from jaxtyping import Array
 from slmjax.architecture import BlockConfig, ModelConfig
 from slmjax.model import Decoder
 from slmjax.numerics import weights as numbers
-from slmjax.numerics.rules import decoded as decoded_phases
+from slmjax.numerics.rules import QuantPhase, phase_at
 from slmjax.paths import logical_paths
 from slmjax.quantized import Plan, plan_quantization, set_inputs, stack_shapes
 
@@ -36,6 +36,7 @@ class Definition:
     buffers: dict[str, jax.ShapeDtypeStruct]  # state that the optimizer does not touch (router biases)
     formats: numbers.Formats = dataclasses.field(default_factory=dict)  # of weights, by stack path; empty in full precision
     learning: numbers.Formats = dataclasses.field(default_factory=dict)  # of weights beside which anything is learned in some phase
+    phase: QuantPhase | None = None  # of the config's, the one that this is of; None in full precision
 
     def effective(self, params: Mapping[str, Array], *, key: Array | None = None, share: Array | None = None) -> dict[str, Array]:
         """The parameters that modules compute with (`numerics.weights.effective`)."""
@@ -55,23 +56,24 @@ class Definition:
     def init(self, key: Array) -> tuple[dict[str, Array], dict[str, Array]]:
         """Freshly initialised parameters and buffers; jit it to have them sharded."""
         params, buffers = flat_params(Decoder(self.config, rngs=nnx.Rngs(params=key)))
-        return self.with_learned(params), self._with_measured(buffers)
+        return self.with_learned(params), self.with_measured(buffers)
 
     def with_learned(self, params: Mapping[str, Array]) -> dict[str, Array]:
         """The parameters with what is learned beside them as it begins for these weights."""
         started = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in self.params.items() if path not in params}
         return {**started, **params, **numbers.learned(params, self.learning)}
 
-    def _with_measured(self, buffers: Mapping[str, Array]) -> dict[str, Array]:
+    def with_measured(self, buffers: Mapping[str, Array]) -> dict[str, Array]:
+        """The buffers with those that calibration has not filled yet."""
         return {path: buffers.get(path, jnp.zeros(leaf.shape, leaf.dtype)) for path, leaf in self.buffers.items()}
 
     def decoded(self) -> "Definition":
         """The definition for effective parameters: weights are what they are, inputs and caches are rounded as here."""
-        if not self.formats and not self.learning:
+        if not self.config.quant:
             return self
         params = {path: leaf for path, leaf in self.params.items() if not numbers.is_beside_a_weight(path)}
-        config = dataclasses.replace(self.config, quant=decoded_phases(self.config.quant))
-        return dataclasses.replace(self, config=config, params=params, formats={}, learning={})
+        config = dataclasses.replace(self.config, quant=() if self.phase is None else (self.phase.decoded(),))
+        return dataclasses.replace(self, config=config, params=params, formats={}, learning={}, phase=config.quant[0] if config.quant else None)
 
 
 def define(config: ModelConfig, *, step: int | None = None, is_observed: bool = False) -> Definition:
@@ -96,7 +98,7 @@ def define(config: ModelConfig, *, step: int | None = None, is_observed: bool = 
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, buffers))
     return Definition(
         config=config, graphdef=nnx.graphdef(model), params=shapes[0], buffers=shapes[1], formats={} if plan is None else plan.formats,
-        learning={} if plan is None else plan.learning,
+        learning={} if plan is None else plan.learning, phase=phase_at(config.quant, step),
     )  # fmt: skip
 
 

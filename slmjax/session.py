@@ -16,17 +16,19 @@ from jax.sharding import Mesh
 
 from slmjax import placement, sampling, sharding
 from slmjax.architecture import ModelConfig
-from slmjax.checkpoint import Checkpointer, read_config, read_parameters
+from slmjax.checkpoint import Checkpointer
+from slmjax.loading import read_config, read_parameters
 from slmjax.data.batch import Batch
 from slmjax.data.preparation import Log, Prepared, prepare
 from slmjax.data.tokenizers import FileTokenizer, Tokenizer, TokenizerConfig
 from slmjax.data.windows import EvaluationBatches, evaluation_batches
 from slmjax.distill import layers
 from slmjax.distill.teachers import TeacherPlan, Teachers, divided_devices, plan_teachers
+from slmjax.easing import Easing, easing_of
 from slmjax.evaluation.bits_per_byte import EvalResult, EvalStep, evaluate_batches, make_eval_step
 from slmjax.experiment import Experiment, FromTeacherLayers, read_experiment
 from slmjax.losses import TeacherOutput
-from slmjax.optim import learning_rate, make_optimizer
+from slmjax.optim import cooldown_step, learning_rate, make_optimizer
 from slmjax.parameters import Definition, define, define_for_inference
 from slmjax.processes import process_zero_first
 from slmjax.runlog import RunDirectory
@@ -48,6 +50,7 @@ class Setup:
     train_step: TrainStep
     eval_step: EvalStep
     prompts: tuple[tuple[int, ...], ...]  # tokens of the texts that the trained model continues at the end
+    easing: Easing | None = None  # of a run that is quantized
     plans: tuple[TeacherPlan, ...] = ()  # in distillation, where teachers are used at all
     teachers: Teachers | None = None  # once they are loaded (`with_teachers`)
 
@@ -74,6 +77,18 @@ class Setup:
         compared = None if self.teachers is None else functools.partial(self.teachers, in_parts=False)
         return evaluate_batches(self.eval_step, state.evaluated, state.frozen, batches, mesh=self.mesh, teachers=compared)
 
+    def sample(self, state: TrainState) -> list[str]:
+        """Continuations of the experiment's prompts by the trained model; one process only."""
+        settings, tokenizer = self.experiment.run, self.prepared.tokenizer
+        if jax.process_count() > 1 or not self.prompts:
+            return []
+        params, buffers = state.evaluated, state.frozen
+        found = sampling.sample(self.inference, params, buffers, self.prompts, config=settings.sample, eos_id=tokenizer.end_ids)
+        return [
+            text + tokenizer.decode_continuation(prompt, one.tokens)
+            for text, prompt, one in zip(settings.sample_prompts, self.prompts, found, strict=True)
+        ]
+
     def said(self, batch: Batch, step: int) -> tuple[tuple[TeacherOutput, ...], ...]:
         """What the train step after `step` is given beside the state and the placed batch: what teachers say of it, where they are used."""
         distill = self.experiment.objective.distill
@@ -98,7 +113,7 @@ def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh, re
     return Setup(
         experiment=experiment, prepared=prepared, mesh=mesh, definition=programs.definition, inference=programs.inference,
         shapes=programs.shapes, train_step=programs.train_step, eval_step=programs.eval_step, prompts=prompts,
-        plans=plans,
+        plans=plans, easing=programs.easing,
     )  # fmt: skip
 
 
@@ -126,24 +141,40 @@ class Programs:
     shapes: TrainState
     train_step: TrainStep
     eval_step: EvalStep
+    easing: Easing | None = None
 
 
-def make_programs(experiment: Experiment, *, vocab_size: int, mesh: Mesh) -> Programs:
-    """What the settings come to with a tokenizer of this size, if the model has none of its own. Raises ValueError if they do not fit."""
+def make_programs(experiment: Experiment, *, vocab_size: int, mesh: Mesh, step: int | None = None) -> Programs:
+    """What the settings come to with a tokenizer of this size, if the model has none of its own. Raises ValueError if they do not fit.
+
+    Args:
+      step: before which training step, where quantization has phases; None for the last of them.
+    """
     _check_rows(experiment, mesh)
-    model = dataclasses.replace(experiment.model, vocab_size=experiment.model.vocab_size or vocab_size)
-    definition, inference = define(model), define_for_inference(model)
+    model = resolved_model(experiment, vocab_size=vocab_size)
+    definition, inference = define(model, step=step), define_for_inference(model, step=step)
+    easing = None
+    if experiment.quant is not None:
+        easing = easing_of(experiment.quant, first_step=model.quant[0].step, total_steps=experiment.run.steps)
     optimizer = make_optimizer(experiment.optim, definition.params, total_steps=experiment.run.steps)
     with_ema, objective = experiment.optim.ema_decay is not None, experiment.objective
     shapes = state_shapes(definition, optimizer, with_ema=with_ema, mesh=mesh, objective=objective)
     train_step = make_train_step(
-        definition, optimizer, objective=objective, optim=experiment.optim, shapes=shapes, total_steps=experiment.run.steps
-    )
+        definition, optimizer, objective=objective, optim=experiment.optim, shapes=shapes, total_steps=experiment.run.steps,
+        easing=None if definition.phase is None else easing,
+    )  # fmt: skip
     matching = None if objective.distill is None else objective.distill.matching
     return Programs(
         definition=definition, inference=inference, shapes=shapes, train_step=train_step,
-        eval_step=make_eval_step(inference, matching=matching),
+        eval_step=make_eval_step(inference, matching=matching), easing=easing,
     )  # fmt: skip
+
+
+def resolved_model(experiment: Experiment, *, vocab_size: int) -> ModelConfig:
+    """The model of an experiment with a tokenizer of this size, and with the phases of its quantization at their steps."""
+    model, quant, steps = experiment.model, experiment.quant, experiment.run.steps
+    phases = () if quant is None else quant.timed(cooldown_step=cooldown_step(experiment.optim, total_steps=steps), total_steps=steps)
+    return dataclasses.replace(model, vocab_size=model.vocab_size or vocab_size, quant=phases)
 
 
 def _check_rows(experiment: Experiment, mesh: Mesh) -> None:
@@ -200,7 +231,16 @@ def _model_of(source: Path, setup: Setup) -> tuple[dict[str, Any], dict[str, Any
             f"init.path={source} was trained with another tokenizer, so its parameters mean nothing here: give the experiment "
             f"FileTokenizer(path='{source / 'tokenizer'}'), as `slmjax train --init-from {source}` does"
         )
-    return read_parameters(source, setup.definition.config, setup.shapes.trainable, setup.shapes.frozen)[1:]
+    definition, shapes = setup.definition, setup.shapes
+    if not definition.config.quant:
+        return read_parameters(source, definition.config, shapes.trainable, shapes.frozen)[1:]
+    plain = define(dataclasses.replace(definition.config, quant=()))
+    wanted = ({path: shapes.trainable[path] for path in plain.params}, {path: shapes.frozen[path] for path in plain.buffers})
+    _, params, buffers = read_parameters(source, definition.config, *wanted)
+    places = jax.tree.map(lambda leaf: leaf.sharding, (shapes.trainable, shapes.frozen))
+    return jax.jit(lambda *trees: (definition.with_learned(trees[0]), definition.with_measured(trees[1])), out_shardings=places)(
+        params, buffers
+    )
 
 
 def _tokenizer_at(source: Path) -> Tokenizer:
@@ -260,7 +300,7 @@ def run_to_resume(path: Path, experiment: Experiment) -> RunDirectory:
     if not (path / "config.json").is_file():
         raise ValueError(f"cannot resume {path}: it has no config.json. Name a run directory, as `slmjax train` prints it at the end")
     before = read_experiment(path)
-    for name in ("model", "tokenizer"):
+    for name in ("model", "tokenizer", "quant"):
         if getattr(before, name) != getattr(experiment, name):
             raise ValueError(f"{path} has another {name}, which a resumed run keeps: begin a new run, with --init-from {path} if it fits")
     if (kind := before.optim.kind) is not experiment.optim.kind:

@@ -5,7 +5,7 @@ global batch, so that accumulation, padding and the number of devices never chan
 gradient is not finite is undone on the device: parameters, moments, averages and buffers keep their old values, by
 `where`, and the skip is counted.
 
-Dims: B rows of the global batch, A microbatches, T time, G groups of parameters.
+Dims: A microbatches, T time.
 """
 
 import dataclasses
@@ -15,19 +15,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float
 
 from slmjax import losses, moe, sharding
-from slmjax.architecture import HeadKind, ModelConfig
 from slmjax.data.batch import Batch
 from slmjax.distill import objective as distillation
 from slmjax.distill.config import DistillConfig
+from slmjax.easing import Easing
+from slmjax.metrics import batch_figures, data_checksum, squares_by_layer
+from slmjax.numerics.weights import damping
 from slmjax.optim import OptimConfig, learning_rate
 from slmjax.parameters import Definition
-from slmjax.paths import block_at, layer_indices
+from slmjax.paths import block_at
 
 Params = dict[str, Array]
 # Of the type in the comment, not checked: trees that jax makes of a TrainState hold shapes, shardings or nothing in its place.
@@ -181,11 +182,12 @@ def terms(
     """Sums that make up the loss, each with the name of its count, and sums that are only reported.
 
     Args:
+      params: as modules compute with them (`Definition.effective`).
       key: randomness of dropout; None where there is none.
       teachers: what they say of this batch; none where the divergence has no weight.
       amounts: of distillation, where there is any (`distill.objective.amounts_at`).
     """
-    model = definition.merge(params, buffers)
+    model = definition.merge_effective(params, buffers)
     output = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, key=key)
     given = (output.hidden, output.head)
     if objective.distill is not None and teachers and amounts is not None:
@@ -213,10 +215,12 @@ def make_train_step(
     optim: OptimConfig,
     shapes: TrainState,
     total_steps: int,
+    easing: Easing | None = None,
 ) -> TrainStep:
     """The compiled step `(state, batch, teachers) -> (state, metrics)`; the state it is given is donated. Call it under the mesh.
 
-    `teachers` is what they say of the batch; without it, which is a program of its own, there is no divergence in the loss.
+    `teachers` is what they say of the batch; without it, which is a program of its own, there is no divergence in the loss. Weights
+    that have formats are decoded once, before the batch is taken apart into microbatches.
 
     Metrics are float32 scalars of the whole batch: `loss` (nats per scored token), `objective` (with auxiliary terms),
     `grad_norm` (before clipping), `learning_rate`, `accuracy`, `nll`, `targets`, `bytes`, `tokens`, `skipped` (so far),
@@ -224,15 +228,19 @@ def make_train_step(
     averaged over layers), in distillation the mean `divergence` and its amounts; `data_checksum` is an integer; `grad_norms` and
     `expert_loads` are trees of arrays, which `named_metrics` puts into words. Every process can read them: they are whole everywhere.
     """
-    grads_of = functools.partial(_gradients, definition, objective, optim.accumulation_steps)
+    grads_of = functools.partial(_gradients, definition.decoded(), objective, optim.accumulation_steps)
 
     def train_step(state: TrainState, batch: Batch, teachers: tuple[losses.TeacherOutput, ...] = ()) -> tuple[TrainState, dict[str, Any]]:
         key, total = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step), counts(batch)
         amounts = distillation.amounts_at(objective.distill, state.step, total_steps=total_steps, state=state.objective, key=key)
-        value, sums, grads = grads_of(state.trainable, state.frozen, batch, total, key, teachers, amounts)
+        effective, pull = _effective(definition, easing, state, key)
+        value, sums, grads = grads_of(effective, state.frozen, batch, total, key, teachers, amounts)
+        grads, distance = pull(grads)
         grad_norm = optax.tree.norm(grads)
         num_updates = state.step - state.skipped  # what schedules go by: a step that was undone is no update
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
+        if easing is not None:
+            updates = easing.held(updates, state.step, config=definition.config, paths=definition.formats)
         trainable: Params = jax.tree.map(jnp.add, state.trainable, updates)
         changed = {
             "trainable": trainable,
@@ -246,14 +254,34 @@ def make_train_step(
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
         new_state = _next_state(state, changed, finite=finite, num_targets=total["targets"])
         metrics = {
-            "objective": value, "grad_norm": grad_norm, "grad_norms": jnp.sqrt(_squares_by_layer(definition.config, grads)),
+            "objective": value + distance, "grad_norm": grad_norm, "grad_norms": jnp.sqrt(squares_by_layer(definition.config, grads)),
             "learning_rate": jnp.asarray(learning_rate(optim, num_updates, total_steps=total_steps)),
             "skipped": new_state.skipped, "skipped_in_a_row": new_state.skipped_in_a_row, "data_checksum": data_checksum(batch.row_ids),
         }  # fmt: skip
-        return new_state, metrics | distillation.reported(amounts) | total | _report(sums, total)
+        return new_state, metrics | distillation.reported(amounts) | total | batch_figures(sums, total)
 
     places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(places, places.step))
+
+
+def _effective(
+    definition: Definition, easing: Easing | None, state: TrainState, key: Array
+) -> tuple[Params, Callable[[Params], tuple[Params, Array]]]:
+    """The parameters that the model computes with, and what makes of their gradient that of the trained ones.
+
+    The second adds the gradient of the distance of weights to their codes, where that is damped, and gives its share of the loss.
+    """
+    if not definition.formats and not definition.learning:
+        return state.trainable, lambda grads: (grads, jnp.zeros(()))
+    share = None if easing is None else easing.share(state.step)
+
+    def decode(params: Params) -> tuple[Params, Array]:
+        decoded = definition.effective(params, key=key, share=share)
+        weight = 0.0 if easing is None else easing.damping
+        return decoded, weight * damping(params, decoded, definition.formats) if weight else jnp.zeros(())
+
+    (decoded, distance), pull = jax.vjp(decode, state.trainable)
+    return decoded, lambda grads: (pull((grads, jnp.ones(())))[0], distance)
 
 
 def _next_state(state: TrainState, changed: Mapping[str, Any], *, finite: Array, num_targets: Array) -> TrainState:
@@ -327,68 +355,3 @@ def _updated_buffers(definition: Definition, buffers: Params, sums: Mapping[str,
             load = sums[path.removesuffix("router_bias") + "expert_counts"]
             updated[path] = moe.updated_bias(buffers[path], load, rate=ffn.bias_rate)
     return updated
-
-
-# Metrics --------------------------------------------------------------------------------------------------------------
-def data_checksum(row_ids: Int[Array, " B"]) -> UInt32[Array, ""]:
-    """Which row stands at which place of the global batch, in 32 bits: the sum of a hash of each pair, modulo 2**32.
-
-    Integers add up to the same in any order, so that it does not depend on how the batch is divided. The hash is the
-    finaliser of MurmurHash3 (Appleby, public domain).
-    """
-    bits = row_ids.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + jnp.arange(row_ids.shape[0], dtype=jnp.uint32) * jnp.uint32(0x85EBCA77)
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    return jnp.sum(bits ^ (bits >> 16), dtype=jnp.uint32)
-
-
-def named_metrics(config: ModelConfig, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics that came from the device as plain numbers, in the words of the log.
-
-    `grad_norms` become one per layer, of the embedding, of the final norm (their squares add up to that of `grad_norm`);
-    `expert_loads` become each layer's shares, which add up to 1.
-    """
-    named: dict[str, Any] = {name: value.item() for name, value in metrics.items() if name not in ("grad_norms", "expert_loads")}
-    named["grad_norms"] = dict(zip(gradient_groups(config), metrics["grad_norms"].tolist(), strict=True))
-    if "expert_loads" in metrics:
-        named["expert_loads"] = {}
-        for path, loads in metrics["expert_loads"].items():
-            shares = loads / np.maximum(loads.sum(axis=-1, keepdims=True), 1.0)
-            named["expert_loads"] |= {
-                f"layers/{layer}": share for layer, share in zip(layer_indices(config, path) or (), shares.tolist(), strict=True)
-            }
-    return named
-
-
-def gradient_groups(config: ModelConfig) -> list[str]:
-    """What gradient norms are told of: every layer, and the modules around them."""
-    around = ["embed", "final_norm"] + (["head"] if config.head is HeadKind.FREE else [])
-    around += [] if config.learned_positions is None else ["positions"]
-    return [f"layers/{layer}" for layer in range(config.num_layers)] + around
-
-
-def _squares_by_layer(config: ModelConfig, grads: Params) -> Float[Array, " G"]:
-    """Sums of squares of the gradient, one for each of `gradient_groups`."""
-    groups = gradient_groups(config)
-    squares = jnp.zeros((len(groups),))
-    for path, grad in grads.items():
-        layers = layer_indices(config, path)
-        if layers is None:
-            squares = squares.at[groups.index(path.split("/")[0])].add(jnp.sum(jnp.square(grad)))
-        else:  # the first groups are the layers, in order
-            squares = squares.at[jnp.asarray(layers)].add(jnp.sum(jnp.square(grad), axis=range(1, grad.ndim)))
-    return squares
-
-
-def _report(sums: Mapping[str, Array], total: Mapping[str, Array]) -> dict[str, Any]:
-    report: dict[str, Any] = {"loss": sums["nll"] / jnp.maximum(total["targets"], 1.0), "nll": sums["nll"]}
-    names = {"accuracy": "correct", "divergence": "divergence"}
-    report |= {name: sums[key] / jnp.maximum(total["targets"], 1.0) for name, key in names.items() if key in sums}
-    loads = {name: value for name, value in sums.items() if name.endswith("/expert_counts")}
-    if loads:
-        report["expert_loads"] = loads
-        imbalances = [jnp.mean(jnp.max(load, axis=-1) / jnp.maximum(jnp.mean(load, axis=-1), 1e-9)) for load in loads.values()]
-        report["expert_imbalance"] = jnp.mean(jnp.stack(imbalances))
-        dropped = [jnp.sum(value) for name, value in sums.items() if name.endswith("/dropped")]
-        report["dropped"] = jnp.sum(jnp.stack(dropped))
-    return report

@@ -21,8 +21,9 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from slmjax import devices, hosts, memory, placement, sampling, sharding, startup
+from slmjax import devices, hosts, memory, phases, placement, sharding, startup
 from slmjax.checkpoint import Checkpointer
+from slmjax.data.batch import Batch
 from slmjax.data.pipeline import BatchSource, ReadAhead
 from slmjax.distill.teachers import divided_devices
 from slmjax.evaluation.bits_per_byte import EvalResult
@@ -30,6 +31,7 @@ from slmjax.evaluation.compressors import compressed_bits_per_byte
 from slmjax.experiment import Experiment, with_absolute_paths
 from slmjax.launch import CompiledPrograms, announce, new_run, num_parameters, open_trackers, write_description
 from slmjax.meter import Meter
+from slmjax.metrics import named_metrics
 from slmjax.processes import StopSignals
 from slmjax.profiling import Profile
 from slmjax.progress import LogRecords, Progress
@@ -46,7 +48,7 @@ from slmjax.session import (
     warn_of_other_data,
     with_teachers,
 )
-from slmjax.step import TrainState, named_metrics, tokens_seen
+from slmjax.step import TrainState, tokens_seen
 from slmjax.trackers import Trackers
 from slmjax.zoo import describe
 
@@ -237,20 +239,31 @@ class Loop:
         return state, "finished"
 
     def _step(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The next batch, and the step with it; of a session's first, which compiles, all is waited for."""
-        is_first, batch_size = self.step == self.first_step, self.setup.experiment.data.batch_size
+        """The next batch, and the step with it; of the first of a session or a phase, which compiles, all is waited for."""
+        begins = self.step == self.first_step or phases.begins_anew(self.setup, self.step)
+        batch_size = self.setup.experiment.data.batch_size
         with self.ledger.timed(Category.DATA), jax.profiler.TraceAnnotation("data"):
             batch = next(self.batches)
         self._fed += int(np.count_nonzero(batch.segment_ids)) * batch_size // len(batch.segment_ids)
-        with self.ledger.timed(Category.COMPILE if is_first else Category.STEP):
+        with self.ledger.timed(Category.COMPILE if begins else Category.STEP):
             placed = placement.place_batch(batch, self.setup.mesh, num_rows=batch_size)
+            if begins:
+                state = self._begin_phase(state, placed)
             state, metrics = self.setup.train_step(state, placed, *self.setup.said(placed, self.step))
-            if is_first:
+            if begins:
                 jax.block_until_ready(metrics)
                 # Compilation, and the wait for the first batch, say nothing about the pace.
                 self.meter.restart(tokens=self._fed, waiting=self.batches.waiting_seconds)
                 self.programs.say()
         return state, metrics
+
+    def _begin_phase(self, state: TrainState, placed: Batch) -> TrainState:
+        """Takes the programs of the phase that the next step is in; losses of another one are not compared with its own."""
+        self.setup = phases.at_step(self.setup, self.step)
+        phase = self.setup.definition.phase
+        if phase is not None and self.best is not None and self.best[0] <= phase.step:
+            self.best = None
+        return phases.begin(self.setup, state, placed)
 
     def evaluate(self, state: TrainState, max_documents: int | None) -> EvalResult | None:
         """Loss and bits per byte on held-out text."""
@@ -273,7 +286,7 @@ class Loop:
 
     def sample(self, state: TrainState) -> list[str]:
         """Continues the run's prompts, and keeps what comes of it in the log."""
-        samples = _samples(self.setup, state)
+        samples = self.setup.sample(state)
         for prompt, text in zip(self.setup.experiment.run.sample_prompts, samples, strict=False):
             self.record("sample", prompt=prompt, text=text)
         return samples
@@ -383,16 +396,3 @@ COMPRESSED_BYTES = 16 * 10**6  # xz is slow
 def _compressed(setup: Setup) -> dict[str, float]:
     """What compressors make of the held-out text; one process is enough for it."""
     return compressed_bits_per_byte(setup.prepared.heldout_text()[:COMPRESSED_BYTES]) if jax.process_index() == 0 else {}
-
-
-def _samples(setup: Setup, state: TrainState) -> list[str]:
-    """Continuations of the experiment's prompts by the trained model; one process only."""
-    settings, tokenizer = setup.experiment.run, setup.prepared.tokenizer
-    if jax.process_count() > 1 or not setup.prompts:
-        return []
-    params, buffers = state.evaluated, state.frozen
-    found = sampling.sample(setup.inference, params, buffers, setup.prompts, config=settings.sample, eos_id=tokenizer.end_ids)
-    return [
-        text + tokenizer.decode_continuation(prompt, one.tokens)
-        for text, prompt, one in zip(settings.sample_prompts, setup.prompts, found, strict=True)
-    ]

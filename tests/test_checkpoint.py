@@ -17,7 +17,8 @@ from slmjax import config as config_io
 from slmjax import sharding
 from slmjax.architecture import BlockConfig, ModelConfig, Segment
 from slmjax.attention import AttentionConfig
-from slmjax.checkpoint import MANIFEST, CheckpointConfig, Checkpointer, CheckpointError, load_model
+from slmjax.checkpoint import MANIFEST, CheckpointConfig, Checkpointer, CheckpointError
+from slmjax.loading import load_model
 from slmjax.data.tokenizers import ByteTokenizer
 from slmjax.parameters import define, unstack
 

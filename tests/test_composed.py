@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from slmjax import sharding, step
+from slmjax.metrics import gradient_groups, squares_by_layer
 from slmjax.architecture import ModelConfig
 from slmjax.checkpoint import CheckpointConfig, Checkpointer
 from slmjax.optim import OptimConfig, Optimizer, parameter_groups
@@ -104,9 +105,9 @@ def test_positions_lie_as_the_table_of_tokens_does():
 
 
 def test_gradients_of_positions_are_told_apart():
-    assert step.gradient_groups(CONFIG) == [*(f"layers/{i}" for i in range(4)), "embed", "final_norm", "positions"]
+    assert gradient_groups(CONFIG) == [*(f"layers/{i}" for i in range(4)), "embed", "final_norm", "positions"]
     grads = {"positions/weight": jnp.full((64, 32), 0.5), "segments/0/blocks/1/mixer/sinks": jnp.asarray([[3.0] * 4, [1.0] * 4])}
-    squares = dict(zip(step.gradient_groups(CONFIG), step._squares_by_layer(CONFIG, grads).tolist(), strict=True))
+    squares = dict(zip(gradient_groups(CONFIG), squares_by_layer(CONFIG, grads).tolist(), strict=True))
     assert {name: square for name, square in squares.items() if square} == {"layers/1": 36.0, "layers/3": 4.0, "positions": 512.0}
 
 

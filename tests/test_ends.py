@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from slmjax.attention import AttentionConfig
-from slmjax.checkpoint import Loaded
+from slmjax.loading import Loaded
 from slmjax.data.tokenizers import ByteTokenizer, Tokenizer
 from slmjax.layers import MlpConfig
 from slmjax.model import BlockConfig, ModelConfig, Segment

@@ -17,7 +17,7 @@ import pytest
 
 import slmjax
 from slmjax import evaluation
-from slmjax.checkpoint import Loaded
+from slmjax.loading import Loaded
 from slmjax.cli import main
 from slmjax.data.tokenizers import BpeTokenizer
 from slmjax.evaluation import efficiency

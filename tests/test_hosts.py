@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from slmjax import hosts, launch, placement, recipes, sharding, zoo
 from slmjax.hosts import Join, Meeting, how_to_join
-from slmjax.step import data_checksum, named_metrics
+from slmjax.metrics import data_checksum, named_metrics
 
 THREE = {"COORDINATOR": "node0:4321", "RANK": "1", "WORLD": "2"}
 TASK = {

@@ -12,7 +12,7 @@ from flax import nnx
 from slmjax import losses, parameters, sharding
 from slmjax.architecture import BlockConfig, ModelConfig, NormPlacement, Segment
 from slmjax.attention import AttentionConfig, QkNorm
-from slmjax.checkpoint import Loaded
+from slmjax.loading import Loaded
 from slmjax.data.tokenizers import ByteTokenizer
 from slmjax.layers import MlpConfig
 from slmjax.model import Decoder, logits

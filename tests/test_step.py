@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from slmjax import losses, placement, sharding, step
+from slmjax.metrics import named_metrics
 from slmjax.architecture import BlockConfig, ModelConfig, Precision, Remat, Segment
 from slmjax.attention import AttentionConfig
 from slmjax.data.batch import Batch, empty_batch
@@ -59,7 +60,7 @@ class Compiled:
         with jax.set_mesh(self.mesh):
             for batch in batches:
                 state, metrics = self.train_step(state, placement.place_batch(batch, self.mesh))
-        return state, step.named_metrics(self.definition.config, jax.device_get(metrics))
+        return state, named_metrics(self.definition.config, jax.device_get(metrics))
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slmjax import parameters
-from slmjax.checkpoint import Loaded
+from slmjax.loading import Loaded
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.model import ModelConfig
 

@@ -10,7 +10,7 @@ from slmjax.cli.options import by_place, load_code, option, parse, print_aside, 
 
 def eval_command(words: Sequence[str]) -> int:
     """evaluate a model: slmjax eval RUN_DIR [--data.path FILE] [--multiple-choice FILE] [--lm-eval TASK] [--efficiency]"""
-    from slmjax import checkpoint
+    from slmjax import loading
     from slmjax.data.config import DataConfig
     from slmjax.experiment import read_experiment
 
@@ -42,7 +42,7 @@ def eval_command(words: Sequence[str]) -> int:
     given = parse(Arguments, words, command="eval", description=eval_command.__doc__)
     if given.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {given.batch_size}")
-    loaded = checkpoint.load_model(Path(given.run_dir), step=given.step)
+    loaded = loading.load_model(Path(given.run_dir), step=given.step)
     # None: the held-out text of the run, and an error if it has none.
     data = given.data if any(word.startswith("--data.") for word in words) else None
     results = {"run_dir": given.run_dir, "step": loaded.step, **_evaluations(loaded, given, data)}

@@ -42,7 +42,7 @@ class Request:
 
 def generate_command(words: Sequence[str]) -> int:
     """continue prompts: slmjax generate RUN_DIR ["def main(" ...] [--file FILE]"""
-    from slmjax import checkpoint
+    from slmjax import loading
     from slmjax.sampling import SamplingConfig, encode_prompts
 
     load_code(words)
@@ -74,7 +74,7 @@ def generate_command(words: Sequence[str]) -> int:
     requests = [
         one if one.seed is not None else dataclasses.replace(one, seed=(given.settings.seed + i) % 2**32) for i, one in enumerate(requests)
     ]  # fmt: skip
-    loaded = checkpoint.load_model(Path(given.run_dir), step=given.step)
+    loaded = loading.load_model(Path(given.run_dir), step=given.step)
     if given.chat:
         requests = [_rendered(loaded, one, given.system) for one in requests]
     # What cannot be continued is said before a file that is there is written over.

@@ -9,19 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from slmjax import checkpoint, weights
+from slmjax import loading, weights
 from slmjax.architecture import ModelConfig
 from slmjax.convert.canonical_form import canonical, differences
 from slmjax.convert.family import Bound, Family, Inexpressible, bind
 from slmjax.convert.settings import Settings
 from slmjax.data.tokenizers import Tokenizer
-<<<<<<< HEAD
 from slmjax.formats.coding import Encoded
-from slmjax.parameters import logical_paths
-from slmjax.weights import StoredFormat
-=======
 from slmjax.paths import logical_paths
->>>>>>> main
+from slmjax.weights import StoredFormat
 
 ROWS_PER_TOKEN = ("embed/table", "head/weight")  # tables that may be padded beyond the vocabulary
 
@@ -65,18 +61,19 @@ class Written:
 def open_own(path: Path, *, step: int | None = None) -> Own:
     """A model of ours, to be exported. Raises ValueError as `load_model` does."""
     if weights.is_imported(path):
-        model = checkpoint.read_config(path)
+        model = loading.read_config(path)
         files = weights.ModelFiles(path)
         return Own(
             path=path, config=model, read=lambda name: _unpadded(name, files.read(name), model), dtype=files.dtype,
             formats=files.formats, encoded=lambda name: _unpadded_codes(name, files.encoded(name), model),
             family=read_origin(path).get("family"), step=None,
         )  # fmt: skip
-    loaded = checkpoint.load_model(path, step=step)
+    loaded = loading.load_model(path, step=step)
+    coded = loading.read_encoded(path, step=step)
     places: dict[str, tuple[str, int | None]] = {}
     arrays = {**loaded.params, **loaded.buffers}
     for name in arrays:
-        logical = logical_paths(loaded.config, name)
+        logical = logical_paths(loaded.definition.config, name)
         places |= {one: (name, index if name.startswith("segments/") else None) for index, one in enumerate(logical)}
 
     def read(name: str) -> np.ndarray:
@@ -85,7 +82,8 @@ def open_own(path: Path, *, step: int | None = None) -> Own:
 
     return Own(
         path=path, config=loaded.config, read=read, dtype=lambda name: np.dtype(np.float32), family=None, step=loaded.step,
-        formats={}, encoded=lambda name: {}[name],
+        formats={name: StoredFormat(spec=numbers.spec, axis=numbers.axis) for name, (numbers, _) in coded.items()},
+        encoded=lambda name: _unpadded_codes(name, coded[name][1], loaded.config),
     )  # fmt: skip
 
 

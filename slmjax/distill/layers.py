@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from slmjax import parameters, sharding
-from slmjax.checkpoint import read_config, read_parameters
+from slmjax.loading import read_config, read_parameters
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.distill.slices import TABLES, Dim, student_cuts
 
@@ -91,7 +91,7 @@ def student_parameters(
     Raises:
       ValueError: the two do not fit (`slices.student_cuts`), or the directory holds no intact model.
     """
-    teacher = parameters.define(read_config(path))
+    teacher = parameters.define(dataclasses.replace(read_config(path), quant=()))
     cuts = student_cuts(teacher, definition, chosen=chosen)
     needed = {cut.source for cut in cuts.values()}
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from slmjax import losses, sharding
 from slmjax.architecture import ModelConfig
-from slmjax.checkpoint import Loaded, read_config, read_parameters
+from slmjax.loading import Loaded, phase_step, read_config, read_parameters
 from slmjax.data.batch import Batch
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.data.windows import default_overlap
@@ -39,7 +39,7 @@ class TeacherPlan:
     """All of a teacher but its arrays."""
 
     settings: TeacherConfig
-    definition: Definition
+    definition: Definition  # with its own formats, where it has any: `kept` decodes
     mesh: Mesh  # where it computes
     student_mesh: Mesh  # where what it says is wanted
     num_rows: int  # of the student's table
@@ -58,13 +58,13 @@ class TeacherPlan:
             dims = leaf.ndim - path.startswith("segments/")
             return leaf.astype(self.dtype) if dims > 1 and "/router/" not in path else leaf
 
-        return {path: cast(path, leaf) for path, leaf in params.items()}
+        return {path: cast(path, leaf) for path, leaf in self.definition.effective(params).items()}
 
     def hidden(
         self, params: Params, buffers: Params, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"]
     ) -> Float[Array, "B T E"]:
         """Its final hidden states of some rows."""
-        model = self.definition.merge(params, buffers)
+        model = self.definition.merge_effective(params, buffers)
 
         def run(tokens: Array, segment_ids: Array, positions: Array) -> Array:
             return model(tokens, segment_ids=segment_ids, positions=positions).hidden
@@ -74,7 +74,7 @@ class TeacherPlan:
 
     def head(self, params: Params, buffers: Params) -> losses.Head:
         """Its head, with as many rows as the student's table has."""
-        head = losses.fit_rows(self.definition.merge(params, buffers).make_head(), self.num_rows)
+        head = losses.fit_rows(self.definition.merge_effective(params, buffers).make_head(), self.num_rows)
         return dataclasses.replace(head, vocab_size=self.vocab_size)
 
     def kept_shapes(self) -> Params:
@@ -86,7 +86,7 @@ class TeacherPlan:
         """What it hands over for a batch: shapes, dtypes and shardings."""
         shape = (batch_size, length, self.definition.config.embed_dim)
         place = sharding.named_sharding(HIDDEN, shape, self.student_mesh)
-        head = jax.eval_shape(self.head, self.definition.params, self.definition.buffers)
+        head = jax.eval_shape(self.head, jax.eval_shape(self.kept, self.definition.params), self.definition.buffers)
         head = sharding.placed_shapes(head, _head_places(head, self.student_mesh))
         return losses.TeacherOutput(hidden=jax.ShapeDtypeStruct(shape, self.dtype, sharding=place), head=head)
 
@@ -154,7 +154,7 @@ def plan_teachers(
             num_windows(sequence_length, context_length=length, overlap=overlap)  # or an error, before anything is read or written
         plans.append(
             TeacherPlan(
-                settings=settings, definition=define_for_inference(config), mesh=teacher_mesh, student_mesh=mesh,
+                settings=settings, definition=define_for_inference(config, step=phase_step(path, settings.step)), mesh=teacher_mesh, student_mesh=mesh,
                 num_rows=student.table_rows, vocab_size=vocab_size, overlap=overlap,
             )
         )  # fmt: skip

@@ -26,7 +26,7 @@ from jaxtyping import Array
 
 from slmjax import config as config_io
 from slmjax import placement
-from slmjax.checkpoint import Loaded
+from slmjax.loading import Loaded
 from slmjax.data.batch import Batch
 from slmjax.data.config import DataConfig
 from slmjax.data.preparation import prepare

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from slmjax import zoo
-from slmjax.checkpoint import Loaded
+from slmjax.loading import Loaded
 from slmjax.sampling import SamplingConfig, sample
 
 ROUNDS = 5

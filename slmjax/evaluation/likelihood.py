@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from slmjax import losses
-from slmjax.checkpoint import Loaded
+from slmjax.loading import Loaded
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.model import Decoder
 

@@ -19,7 +19,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
-from slmjax.checkpoint import Loaded
+from slmjax.loading import Loaded
 from slmjax.evaluation.likelihood import DEFAULT_BATCH_SIZE, Pair, log_likelihoods, pair_tokens
 from slmjax.sampling import SamplingConfig, generate, render_chat
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from slmjax.checkpoint import Loaded
+from slmjax.loading import Loaded
 from slmjax.evaluation.likelihood import DEFAULT_BATCH_SIZE, Pair, log_likelihoods, pair_tokens
 
 

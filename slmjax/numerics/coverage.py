@@ -8,8 +8,8 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
-from slmjax import formats
-from slmjax.formats import QuantSpec, Share
+from slmjax.formats.presets import name_of
+from slmjax.formats.spec import QuantSpec, Share, check_width
 from slmjax.numerics.estimators import Calibrated, Estimator, LearnedClip, LearnedScale, LearnedScaleAndOffset, StraightThrough
 from slmjax.numerics.rules import QuantRule
 
@@ -89,7 +89,7 @@ def _entry(rules: Sequence[QuantRule], path: str, shape: tuple[int, ...], used: 
     rule = rules[found]
     if is_cache:
         assert rule.cache is not None
-        formats.check_width(rule.cache, shape[-1], what=path)
+        check_width(rule.cache, shape[-1], what=path, name=name_of(rule.cache))
         return Entry(path=path, shape=shape, weight=Numbers(spec=rule.cache, estimator=StraightThrough(), axis=-1))
     weight = _weight(rule, path, shape)
     reason = "" if weight is not None else f"the rule for {rule.paths!r} leaves it so"
@@ -105,23 +105,23 @@ def _weight(rule: QuantRule, path: str, shape: tuple[int, ...]) -> Numbers | Non
         return None
     axis, spec = axis_of(path), rule.weight
     try:
-        formats.check_width(spec, shape[axis], what=path)
+        check_width(spec, shape[axis], what=path, name=name_of(spec))
     except ValueError:
         if rule.fallback is None:
             raise
         spec = rule.fallback
-        formats.check_width(spec, shape[axis], what=path)
+        check_width(spec, shape[axis], what=path, name=name_of(spec))
     return Numbers(spec=spec, estimator=rule.for_weight(spec), axis=axis)
 
 
 def _input(rule: QuantRule, path: str, shape: tuple[int, ...]) -> Numbers | None:
     if rule.input is None:
         return None
-    formats.check_width(rule.input, shape[axis_of(path)], what=f"the input of {path}")
+    check_width(rule.input, shape[axis_of(path)], what=f"the input of {path}", name=name_of(rule.input))
     estimator = rule.input_estimator or StraightThrough()
     if isinstance(estimator, LEARNED_INPUTS) and rule.input.share is not Share.TENSOR:
         raise ValueError(
-            f"the input of {path}: {type(estimator).__name__} keeps one scale for all tokens, and {formats.name_of(rule.input)} has one for "
+            f"the input of {path}: {type(estimator).__name__} keeps one scale for all tokens, and {name_of(rule.input)} has one for "
             "each: take a format with share=Share.TENSOR, or leave input_estimator out"
         )
     return Numbers(spec=rule.input, estimator=estimator, axis=-1)

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from slmjax import formats
-from slmjax.formats import Encoded, Grid, QuantSpec, Share
+from slmjax.formats.coding import Encoded, decode, encode, expanded, fake_quant, scale_of, stored_scale
+from slmjax.formats.presets import name_of
+from slmjax.formats.spec import FLOAT_GRIDS, Grid, QuantSpec, Share, Statistic, levels
 
 Learned = dict[str, Array]
 SMALLEST_SCALE = -23.0  # as a power of two: a step of float16's subnormal numbers
@@ -63,11 +64,11 @@ class StraightThrough(Estimator):
         return {}
 
     def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
-        """`formats.encode`."""
-        return formats.encode(x, spec, axis=axis)
+        """`encode`."""
+        return encode(x, spec, axis=axis)
 
     def rounded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None) -> Float[Array, "..."]:
-        """`formats.fake_quant`."""
+        """`fake_quant`."""
         return straight_through(x, spec, axis)
 
 
@@ -77,23 +78,23 @@ class StochasticRounding(Estimator):
 
     def check(self, spec: QuantSpec) -> None:
         """Raises ValueError for formats whose levels are not evenly spaced."""
-        if spec.grid not in (Grid.SIGNED_MAX, Grid.HALF_STEP, Grid.SYMMETRIC):
-            raise ValueError(f"stochastic rounding is between neighbours on a symmetric integer grid, and {formats.name_of(spec)} has none")
+        if spec.grid is not Grid.INTEGER or spec.is_asymmetric:
+            raise ValueError(f"stochastic rounding is between neighbouring integers about zero, and {name_of(spec)} has none")
 
     def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
         """Nothing."""
         return {}
 
     def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
-        """`formats.encode`."""
-        return formats.encode(x, spec, axis=axis)
+        """`encode`."""
+        return encode(x, spec, axis=axis)
 
     def rounded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None) -> Float[Array, "..."]:
         """Between the two neighbours by chance."""
         if key is None:
             return straight_through(x, spec, axis)
         fixed = jax.lax.stop_gradient(x)
-        scale = formats.expanded(formats.scale_of(fixed, spec, axis=axis), spec, x.shape, axis=axis)
+        scale = _wide(scale_of(fixed, spec, axis=axis), x, axis)
         steps = fixed / jnp.where(scale == 0, 1.0, scale)
         codes = jnp.clip(jnp.floor(steps + jax.random.uniform(key, x.shape)), spec.lowest_code, spec.highest_code)
         return _as_if(codes * scale, x)
@@ -113,7 +114,7 @@ class LearnedScale(Estimator):
 
     def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
         """On the learned scale, rounded as the format stores it."""
-        return formats.encode(x, spec, axis=axis, scale=_scale(learned))
+        return encode(x, spec, axis=axis, scale=_scale(learned))
 
     def rounded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None) -> Float[Array, "..."]:
         """The gradient reaches `x` within the grid's reach, and the scale by how far each number was rounded, or by its clipped level."""
@@ -126,25 +127,28 @@ class LearnedScaleAndOffset(Estimator):
 
     def check(self, spec: QuantSpec) -> None:
         """Raises ValueError for formats without a zero point."""
-        if spec.grid is not Grid.ASYMMETRIC:
-            raise ValueError(f"an offset is learned where a format has a zero point, and {formats.name_of(spec)} has none: take LearnedScale")
+        if not spec.is_asymmetric:
+            raise ValueError(f"an offset is learned where a format has a zero point, and {name_of(spec)} has none: take LearnedScale")
 
     def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
         """The logarithm of each scale, and the zero point in codes, before it is rounded."""
-        encoded = formats.encode(x, spec, axis=axis)
+        encoded = encode(x, spec, axis=axis)
         log_scale = jnp.log2(jnp.maximum(encoded.scale, 2.0**SMALLEST_SCALE))
         return {"log_scale": log_scale, "offset": encoded.zero.astype(jnp.float32)}
 
     def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
         """On the learned scale and the learned zero point, which is rounded to a code."""
-        zero = jnp.clip(jnp.round(learned["offset"]), spec.lowest_code, spec.highest_code).astype(jnp.int32)
-        return formats.encode(x, spec, axis=axis, scale=_scale(learned), zero=zero)
+        scale = stored_scale(_scale(learned), spec)
+        zero = jnp.clip(jnp.round(learned["offset"]), spec.lowest_code, spec.highest_code)
+        steps = jnp.round(x / _wide(scale, x, axis)) + _wide(zero, x, axis)
+        codes = jnp.clip(steps, spec.lowest_code, spec.highest_code).astype(jnp.int8)
+        return Encoded(codes=codes, scale=scale, zero=zero.astype(jnp.int32))
 
     def rounded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None) -> Float[Array, "..."]:
         """As for a learned scale, about the zero point, which itself gets the gradient of numbers out of reach."""
-        scale = formats.expanded(_scale(learned), spec, x.shape, axis=axis)
+        scale = _wide(_scale(learned), x, axis)
         limited = jnp.clip(learned["offset"], spec.lowest_code, spec.highest_code)
-        zero = formats.expanded(limited + jax.lax.stop_gradient(jnp.round(limited) - limited), spec, x.shape, axis=axis)
+        zero = _wide(limited + jax.lax.stop_gradient(jnp.round(limited) - limited), x, axis)
         share = _gradient_share(x, spec, axis=axis)
         scale, zero = _with_gradient(scale, share), _with_gradient(zero, share)
         steps = jnp.clip(x / scale + zero, spec.lowest_code, spec.highest_code)
@@ -162,17 +166,17 @@ class LearnedClip(Estimator):
 
     def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
         """The logarithm of each scale, which is the clip over the highest level."""
-        scale = formats.scale_of(x, spec, axis=axis)
+        scale = scale_of(x, spec, axis=axis)
         return {"log_scale": jnp.log2(jnp.maximum(jnp.abs(scale), 2.0**SMALLEST_SCALE))}
 
     def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
         """On the learned scale."""
-        return formats.encode(x, spec, axis=axis, scale=_scale(learned))
+        return encode(x, spec, axis=axis, scale=_scale(learned))
 
     def rounded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None) -> Float[Array, "..."]:
         """The numbers that are cut off move the clip; those within reach do not."""
         low, high = _reach(spec)
-        scale = formats.expanded(_scale(learned), spec, x.shape, axis=axis)
+        scale = _wide(_scale(learned), x, axis)
         return _as_if(_value(self, x, spec, axis=axis, learned=learned), jnp.clip(x, low * scale, high * scale))
 
 
@@ -190,7 +194,7 @@ class Calibrated(Estimator):
 
     def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
         """On the measured scale."""
-        return formats.encode(x, spec, axis=axis, scale=_scale(learned))
+        return encode(x, spec, axis=axis, scale=_scale(learned))
 
     def rounded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None) -> Float[Array, "..."]:
         """The gradient passes within the grid's reach."""
@@ -200,18 +204,18 @@ class Calibrated(Estimator):
 def default_estimator(spec: QuantSpec) -> Estimator:
     """What suits the weights of a format.
 
-    With few levels their place decides, so that it is learned: at 3 bits, and on the stretched grids. Elsewhere the scale follows the
-    weights, as the format computes it, ternary codes by their mean size included.
+    With few levels their place decides, so that it is learned: with 3 bits or less, the stretched grids included. Elsewhere the scale
+    follows the weights, as the format computes it; so it does where that is by their mean size, which is what those formats are for.
     """
-    few = spec.grid is Grid.STRETCHED or (spec.grid in (Grid.SIGNED_MAX, Grid.HALF_STEP, Grid.SYMMETRIC) and spec.bits <= 3)
-    return LearnedScale() if few else StraightThrough()
+    is_plain = spec.grid not in FLOAT_GRIDS and not spec.is_asymmetric and spec.statistic is not Statistic.ABSMEAN
+    return LearnedScale() if is_plain and spec.bits <= 3 else StraightThrough()
 
 
 def _check_integers(spec: QuantSpec, what: str) -> None:
-    if spec.grid is Grid.ASYMMETRIC:
-        raise ValueError(f"{what} is for grids about zero, and {formats.name_of(spec)} has a zero point: take LearnedScaleAndOffset")
-    if not spec.is_integer:
-        raise ValueError(f"{what} is for integer codes, and those of {formats.name_of(spec)} are floating point: take StraightThrough")
+    if spec.is_asymmetric:
+        raise ValueError(f"{what} is for grids about zero, and {name_of(spec)} has a zero point: take LearnedScaleAndOffset")
+    if spec.grid in FLOAT_GRIDS:
+        raise ValueError(f"{what} is for integer codes, and those of {name_of(spec)} are floating point: take StraightThrough")
 
 
 # Gradients ------------------------------------------------------------------------------------------------------------
@@ -225,21 +229,21 @@ _as_if.defvjp(lambda value, smooth: (value, None), lambda _, dy: (jnp.zeros_like
 
 
 def _value(estimator: Estimator, x: Array, spec: QuantSpec, *, axis: int, learned: Learned) -> Array:
-    return formats.decode(jax.lax.stop_gradient(estimator.coded(x, spec, axis=axis, learned=learned)), spec, axis=axis)
+    return decode(jax.lax.stop_gradient(estimator.coded(x, spec, axis=axis, learned=learned)), spec, axis=axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def straight_through(x: Float[Array, "..."], spec: QuantSpec, axis: int) -> Float[Array, "..."]:
-    """`formats.fake_quant`, whose gradient is that of the identity but 0 where a number was more than half a step out of reach."""
-    return formats.fake_quant(x, spec, axis=axis)
+    """`fake_quant`, whose gradient is that of the identity but 0 where a number was more than half a step out of reach."""
+    return fake_quant(x, spec, axis=axis)
 
 
 def _straight_forward(x: Array, spec: QuantSpec, axis: int) -> tuple[Array, Array | None]:
-    if not spec.clips:
-        return formats.fake_quant(x, spec, axis=axis), None
-    encoded = formats.encode(x, spec, axis=axis)
-    y = formats.decode(encoded, spec, axis=axis)
-    return y, jnp.abs(y - x) <= 0.501 * jnp.abs(formats.expanded(encoded.scale, spec, x.shape, axis=axis))
+    y = fake_quant(x, spec, axis=axis)
+    if not _clips(spec):
+        return y, None
+    step = 2.0 if spec.grid is Grid.ODD else 1.0
+    return y, jnp.abs(y - x) <= 0.501 * step * jnp.abs(_wide(scale_of(x, spec, axis=axis), x, axis))
 
 
 def _straight_backward(spec: QuantSpec, axis: int, inside: Array | None, dy: Array) -> tuple[Array]:
@@ -255,7 +259,7 @@ def learned_scale(x: Float[Array, "..."], scale: Float[Array, "..."], spec: Quan
 
     The gradient of a scale is divided by the root of how many numbers share it times its highest level, as there.
     """
-    return formats.decode(formats.encode(x, spec, axis=axis, scale=scale), spec, axis=axis)
+    return decode(encode(x, spec, axis=axis, scale=scale), spec, axis=axis)
 
 
 def _learned_forward(x: Array, scale: Array, spec: QuantSpec, axis: int) -> tuple[Array, tuple[Array, Array, Array]]:
@@ -265,16 +269,37 @@ def _learned_forward(x: Array, scale: Array, spec: QuantSpec, axis: int) -> tupl
 
 def _learned_backward(spec: QuantSpec, axis: int, saved: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array]:
     x, scale, y = saved
-    wide = formats.expanded(scale, spec, x.shape, axis=axis)
+    wide = _wide(scale, x, axis)
     low, high = _reach(spec)
     steps = x / wide
     inside = (steps >= low) & (steps <= high)
     by_number = dy * jnp.where(inside, y - x, y) / wide
-    total = formats.sum_groups(by_number, spec, axis=axis).reshape(scale.shape)
+    total = sum_groups(by_number, scale, axis=axis)
     return jnp.where(inside, dy, 0), total * _gradient_share(x, spec, axis=axis)
 
 
 learned_scale.defvjp(_learned_forward, _learned_backward)
+
+
+def _clips(spec: QuantSpec) -> bool:
+    """Whether a computed scale leaves numbers more than half a step beyond the last level."""
+    if spec.grid in FLOAT_GRIDS or spec.is_asymmetric:
+        return False
+    return spec.statistic is not Statistic.ABSMAX or spec.divisor > _reach(spec)[1] + 0.5 * (2.0 if spec.grid is Grid.ODD else 1.0)
+
+
+def _wide(scale: Array, x: Array, axis: int) -> Array:
+    """A number for each group, for each of its numbers."""
+    return jnp.broadcast_to(expanded(scale, x.shape[axis], axis=axis), x.shape)
+
+
+def sum_groups(x: Float[Array, "..."], scale: Float[Array, "..."], *, axis: int) -> Float[Array, "..."]:
+    """Sums of `x` over the numbers that share each scale, in the shape of `scale`."""
+    axis = axis % x.ndim
+    groups = x.reshape(*x.shape[:axis], scale.shape[axis], -1, *x.shape[axis + 1 :])
+    shared = tuple(dim for dim, size in enumerate(scale.shape) if size == 1 and dim != axis)
+    total = jnp.sum(groups, axis=axis + 1)
+    return jnp.sum(total, axis=shared, keepdims=True) if shared else total
 
 
 def _gradient_share(x: Array, spec: QuantSpec, *, axis: int) -> float:
@@ -289,8 +314,8 @@ def _with_gradient(x: Array, share: float) -> Array:
 
 def _reach(spec: QuantSpec) -> tuple[float, float]:
     """Lowest and highest level, in units of the scale."""
-    levels = formats.levels(spec)
-    return float(levels[0]), float(levels[-1])
+    known = levels(spec)
+    return float(known[0]), float(known[-1])
 
 
 def _scale(learned: Learned) -> Array:
@@ -303,11 +328,11 @@ SHARES = tuple(1.0 - 0.05 * step for step in range(14))  # of the scale that rea
 
 def best_scale(x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Float[Array, "..."]:
     """Of each group the scale, among shares of the format's own, that has the smallest squared error. Integer formats alone."""
-    whole = formats.scale_of(x, spec, axis=axis)
+    whole = scale_of(x, spec, axis=axis)
 
     def error(scale: Any) -> Array:
-        y = formats.decode(formats.encode(x, spec, axis=axis, scale=scale), spec, axis=axis)
-        return formats.sum_groups(jnp.square(y - x), spec, axis=axis).reshape(whole.shape)
+        y = decode(encode(x, spec, axis=axis, scale=scale), spec, axis=axis)
+        return sum_groups(jnp.square(y - x), whole, axis=axis)
 
     best, least = whole, error(whole)
     for share in SHARES[1:]:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from slmjax import formats, sharding
-from slmjax.formats import Share
+from slmjax import sharding
+from slmjax.formats.spec import Share
 from slmjax.numerics.coverage import Numbers
 from slmjax.numerics.estimators import Calibrated, Learned
 
@@ -78,10 +78,5 @@ def initial(numbers: Numbers | None, *, num_layers: int | None) -> dict[str, Flo
     """What a module learns of its inputs until calibration has seen any; with the layer dim of a stack."""
     if numbers is None:
         return {}
-    shapes = jax.eval_shape(lambda: numbers.estimator.learned(jnp.zeros((1, spec_width(numbers))), numbers.spec, axis=-1))
+    shapes = jax.eval_shape(lambda: numbers.estimator.learned(jnp.zeros((1, numbers.spec.group_size or 1)), numbers.spec, axis=-1))
     return {name: jnp.zeros(() if num_layers is None else (num_layers,), jnp.float32) for name in shapes}
-
-
-def spec_width(numbers: Numbers) -> int:
-    """A width that the format can hold."""
-    return numbers.spec.group_size or formats.levels(numbers.spec).size

@@ -9,9 +9,10 @@ rules whose expression is found in a path the first counts. `coverage.py` lists 
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from slmjax.formats import QuantSpec, name_of
+from slmjax.formats.presets import name_of, preset
+from slmjax.formats.spec import QuantSpec
 from slmjax.numerics.estimators import Estimator, default_estimator
 
 
@@ -59,6 +60,11 @@ class QuantPhase:
             raise ValueError(f"a phase of quantization begins at step {self.step}: give 0 or more")
         if not self.rules:
             raise ValueError("a phase of quantization has no rule: give some, or leave quant out")
+
+    def decoded(self) -> "QuantPhase":
+        """The same for parameters that are decoded already: inputs and caches are rounded, weights are what they are."""
+        rules = tuple(dataclasses.replace(rule, weight=None, fallback=None, estimator=None) for rule in self.rules)
+        return QuantPhase(rules=rules)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,9 +119,26 @@ def phase_at(phases: Sequence[QuantPhase], step: int | None) -> QuantPhase | Non
     return begun[-1] if begun else None
 
 
-def decoded(phases: Sequence[QuantPhase]) -> tuple[QuantPhase, ...]:
-    """The last phase for parameters that are decoded already: inputs and caches are rounded, weights are what they are."""
-    if not phases:
-        return ()
-    rules = tuple(dataclasses.replace(rule, weight=None, fallback=None, estimator=None) for rule in phases[-1].rules)
-    return (QuantPhase(rules=rules),)
+ALIASES: Mapping[str, str] = {"w4a8": "q4_0+q8_0", "8da4w": "torchao_int4+torchao_int8_token"}
+NOTHING = "none"
+
+
+def quant_of(name: str) -> QuantConfig:
+    """The settings that a name stands for: `WEIGHTS`, `WEIGHTS+INPUTS` or `WEIGHTS+INPUTS+CACHE`, each a format or `none`; or an alias.
+
+    `q4_0+q8_0`, alias `w4a8`, is what llama.cpp computes on CPUs. All matrices are in the first format, embedding and head included.
+
+    Raises:
+      ValueError: there is no such format, or nothing would be quantized.
+    """
+    parts = ALIASES.get(name, name).split("+")
+    if len(parts) > 3:
+        raise ValueError(f"quant {name!r} has {len(parts)} parts: give WEIGHTS, WEIGHTS+INPUTS or WEIGHTS+INPUTS+CACHE, such as q4_0+q8_0+q8_0")
+    found = [None if part == NOTHING else preset(part) for part in parts] + [None] * (3 - len(parts))
+    weight, inputs, cache = found
+    rules = [QuantRule(paths="cache$", cache=cache)] if cache is not None else []
+    if weight is not None or inputs is not None:
+        rules.append(QuantRule(paths=".", weight=weight, input=inputs))
+    if not rules:
+        raise ValueError(f"quant {name!r} leaves everything in floating point: leave it out, or name a format, such as q4_0")
+    return QuantConfig(phases=(QuantPhase(rules=tuple(rules)),))

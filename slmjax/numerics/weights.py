@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from slmjax import formats
-from slmjax.formats import Encoded
+from slmjax.formats.coding import Encoded, decode
 from slmjax.numerics.coverage import Numbers
 from slmjax.numerics.estimators import Learned
 
@@ -31,8 +30,13 @@ def learned_of(params: Params, path: str) -> Learned:
 
 def is_beside_a_weight(path: str) -> bool:
     """Whether this is something that is learned beside a weight, and no parameter of a module."""
+    return path.rpartition("/")[2] in LEARNED and not is_of_input(path)
+
+
+def is_of_input(path: str) -> bool:
+    """Whether this is the scale or offset of what comes to a product, which a module holds."""
     parent, _, name = path.rpartition("/")
-    return name in LEARNED and not parent.endswith("/input")
+    return name in LEARNED and parent.endswith("input")
 
 
 def learned(params: Params, formats_of: Formats) -> dict[str, Array]:
@@ -62,7 +66,9 @@ def effective(params: Params, formats_of: Formats, *, key: Array | None = None, 
     for index, (path, numbers) in enumerate(formats_of.items()):
         own_key = None if key is None else jax.random.fold_in(key, index)
         rounded = _by_layer(params, path, numbers, key=own_key)
-        result[path] = rounded if share is None else params[path] + share * (rounded - params[path])
+        if share is not None:  # at the end it is the decoded weight to the bit
+            rounded = jnp.where(share < 1, params[path] + share * (rounded - params[path]), rounded)
+        result[path] = rounded
     return result
 
 
@@ -120,7 +126,7 @@ def damping(params: Params, decoded: Params, formats_of: Formats) -> Float[Array
 
 def decode_matrices(encoded: Encoded, numbers: Numbers, *, ndim: int) -> Float[Array, "..."]:
     """The numbers that codes of a weight with `ndim` dims stand for."""
-    return _mapped(lambda one: formats.decode(one, numbers.spec, axis=numbers.axis), ndim)(encoded)
+    return _mapped(lambda one: decode(one, numbers.spec, axis=numbers.axis), ndim)(encoded)
 
 
 def _mapped(function: Callable[..., Any], ndim: int) -> Callable[..., Any]:

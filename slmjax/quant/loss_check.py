@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int32
 
 from slmjax.architecture import Precision
-from slmjax.checkpoint import Loaded
+from slmjax.loading import Loaded
 from slmjax.convert import llama_cpp
 from slmjax.data.config import DataConfig
 from slmjax.evaluation.bits_per_byte import data_or_own, documents_of

@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from slmjax import checkpoint
+from slmjax import loading
 from slmjax.convert import llama_cpp
 from slmjax.convert.canonical_form import canonical, differences
 from slmjax.convert.family import Bound, bind
@@ -88,7 +88,7 @@ def verify_export(
     run, file = Path(run), Path(file)
     engine = llama_cpp.import_engine()
     own, content = open_own(run, step=step), read_gguf(file)
-    loaded = checkpoint.load_model(run, step=step)
+    loaded = loading.load_model(run, step=step)
     windows = text_windows(loaded, data, max_tokens=max_tokens, length=window, log=log)
     wanted = canonical(own.config)
     family, found = described(file, content)

@@ -78,6 +78,8 @@ def sample(
         vocab_size=definition.config.known_vocab_size,
     )  # fmt: skip
     tokens = _padded(prompts, _power_of_two(max(limits)))
+    if definition.formats:
+        params, definition = jax.jit(definition.effective)(params), definition.decoded()
     model = _for_decoding(definition, params, buffers)
     progress, seen = _prefill(model, rule, tokens, starts, prefill_length=_power_of_two(int(starts.max())))
     while True:

@@ -32,7 +32,8 @@ def describe(config: ModelConfig) -> Summary:
       ValueError: the config leaves the size of the vocabulary open.
     """
     shape, length = config.layer_shape(), config.context_length
-    shapes = {path: leaf.shape for path, leaf in define(config).params.items()}
+    # What is learned beside weights of some format is no parameter of the architecture.
+    shapes = {path: leaf.shape for path, leaf in define(dataclasses.replace(config, quant=())).params.items()}
     sizes = {path: math.prod(dims) for path, dims in shapes.items()}
     tables = sum(size for path, size in sizes.items() if path in ("embed/table", "head/weight"))
     active, multiplied = 0.0, float(config.table_rows * config.embed_dim)

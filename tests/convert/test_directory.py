@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import slmjax
-from slmjax import checkpoint, weights
+from slmjax import loading, weights
 from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, Segment, stack_of
 from slmjax.attention import AttentionConfig, QkNorm
 from slmjax.convert.directory import Target, export_model, import_model
@@ -169,7 +169,7 @@ def test_weights_in_several_files_stream_into_their_shardings(theirs: Path, tmp_
     import_model(tmp_path / "split", tmp_path / "ours")
     stored = weights.TensorFiles(tmp_path / "ours" / weights.DIRECTORY)
     assert stored.dtype("layers/1/ffn/up/weight") == jax.numpy.bfloat16
-    config = checkpoint.read_config(tmp_path / "ours")
+    config = loading.read_config(tmp_path / "ours")
     mesh = slmjax_mesh()
     from slmjax import parameters, sharding
 

@@ -11,7 +11,7 @@ import pytest
 import slmjax
 from slmjax import layers, weights
 from slmjax.architecture import ModelConfig
-from slmjax.checkpoint import read_config
+from slmjax.loading import read_config
 from slmjax.convert.canonical_form import canonical
 from slmjax.convert.directory import Target, WeightType, export_model, import_model
 from slmjax.convert.families import GGUF_FAMILIES, GGUF_NAMES, HF_FAMILIES, llama

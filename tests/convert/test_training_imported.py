@@ -11,7 +11,7 @@ from rich.console import Console
 
 import slmjax
 from slmjax import sharding, weights
-from slmjax.checkpoint import read_config
+from slmjax.loading import read_config
 from slmjax.convert.directory import Target, export_model, import_model
 from slmjax.data.tokenizers import ByteTokenizer
 from slmjax.experiment import starting_from

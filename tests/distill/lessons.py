@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slmjax import config as config_io
+from slmjax.metrics import named_metrics
 from slmjax import losses, parameters, placement, session, sharding, step, weights
 from slmjax.architecture import BlockConfig, ModelConfig, Segment
 from slmjax.attention import AttentionConfig
@@ -93,7 +94,7 @@ class Lesson:
             for batch in map(self.place, batches):
                 said = () if self.teachers is None else (self.teachers(batch),)
                 new, metrics = self.programs.train_step(new, batch, *said)
-        return new, step.named_metrics(self.programs.definition.config, jax.device_get(metrics))
+        return new, named_metrics(self.programs.definition.config, jax.device_get(metrics))
 
 
 @functools.cache

@@ -17,7 +17,8 @@ from slmjax import config as config_io
 from slmjax import parameters, session, sharding, weights
 from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, NormPlacement, Segment, stack_of
 from slmjax.attention import AttentionConfig, Biases, QkNorm
-from slmjax.checkpoint import CheckpointConfig, Checkpointer, Loaded, read_parameters
+from slmjax.checkpoint import CheckpointConfig, Checkpointer
+from slmjax.loading import Loaded, read_parameters
 from slmjax.convert.directory import import_model
 from slmjax.data.tokenizers import ByteTokenizer, CharTokenizer
 from slmjax.distill.layers import chosen_layers, shared_rows, student_parameters

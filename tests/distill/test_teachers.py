@@ -14,7 +14,7 @@ import slmjax
 from slmjax import sharding, step
 from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, Precision, Segment
 from slmjax.attention import AttentionConfig, Biases, QkNorm
-from slmjax.checkpoint import read_config
+from slmjax.loading import read_config
 from slmjax.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 from slmjax.distill import objective as distillation
 from slmjax.distill.config import DistillConfig, Ramp, ShortContext, TeacherConfig

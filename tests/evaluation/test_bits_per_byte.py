@@ -12,7 +12,7 @@ import pytest
 from slmjax import parameters, sharding
 from slmjax.architecture import BlockConfig, ModelConfig, Segment
 from slmjax.attention import AttentionConfig
-from slmjax.checkpoint import Loaded
+from slmjax.loading import Loaded
 from slmjax.config import to_json
 from slmjax.data.config import DataConfig, Split
 from slmjax.data.tokenizers import ByteTokenizer

@@ -17,6 +17,7 @@ from rich.console import Console
 import slmjax
 from benchmarks import mesh_equality
 from slmjax import placement, sharding, step
+from slmjax.metrics import named_metrics
 from slmjax.architecture import ModelConfig, Precision, Remat, Segment
 from slmjax.layers import Shape
 from slmjax.mixers.latent import LatentAttentionConfig
@@ -246,7 +247,7 @@ def losses_of_steps(model: ModelConfig, optim: OptimConfig, *, steps: int) -> li
         batch = placement.place_batch(mesh_equality.make_batch(), mesh)
         for _ in range(steps):
             state, metrics = train_step(state, batch)
-            found.append(float(step.named_metrics(model, jax.device_get(metrics))["loss"]))
+            found.append(float(named_metrics(model, jax.device_get(metrics))["loss"]))
     return found
 
 

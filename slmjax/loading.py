@@ -1,0 +1,169 @@
+"""From a directory back to a model: `load_model`, and the parts of it that training and exports need.
+
+    loaded = load_model("runs/nano-...")        # or an imported model's directory
+    read_encoded("runs/...")                    # codes and scales of the weights that have a format
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from slmjax import config as config_io
+from slmjax import parameters, weights
+from slmjax.architecture import ModelConfig
+from slmjax.checkpoint import CheckpointConfig, Checkpointer
+from slmjax.data.tokenizers import Tokenizer
+from slmjax.formats.coding import Encoded
+from slmjax.model import Decoder
+from slmjax.numerics import weights as numeric_weights
+from slmjax.numerics.coverage import Numbers
+from slmjax.paths import logical_paths
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A trained model, ready to evaluate or sample from."""
+
+    config: ModelConfig
+    model: Decoder
+    definition: parameters.Definition
+    params: dict[str, jax.Array]
+    buffers: dict[str, jax.Array]
+    path: Path
+    step: int  # 0 for a model that was imported
+    own_tokenizer: Tokenizer | None  # None for a model that was imported without one
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises ValueError for a model that was imported without one."""
+        if self.own_tokenizer is None:
+            raise ValueError(f"{self.path} was imported without a tokenizer, and text needs one: import it again with --tokenizer FILE")
+        return self.own_tokenizer
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The architecture that a run directory or an imported model's directory holds. Raises ValueError if it is none."""
+    if not (path / "model.json").is_file():
+        raise ValueError(
+            f"{path} is neither a run directory nor an imported model: it has no model.json. Name the directory that the last line of "
+            "`slmjax train` printed, or one that `slmjax import` wrote"
+        )
+    try:
+        return config_io.loads(ModelConfig, (path / "model.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{path / 'model.json'} is damaged: {error}") from error
+
+
+def load_model(path: str | Path, *, step: int | None = None) -> Loaded:
+    """The model of a run directory: the newest checkpoint, or that of `step`; averaged weights where the run kept them. Or an imported one.
+
+    Needs `model.json`, `tokenizer/` and `checkpoints/` (or `weights/`) only. Arrays are replicated over the current mesh, or on one device
+    where none is set.
+
+    Raises:
+      ValueError: this is no such directory, or holds no intact checkpoint.
+    """
+    path = Path(path)
+    config = read_config(path)
+    definition = parameters.define_for_inference(config, step=phase_step(path, step))
+    if weights.is_imported(path):  # which holds what the model multiplies with
+        definition = definition.decoded()
+    mesh = jax.sharding.get_mesh()
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if mesh.empty else NamedSharding(mesh, PartitionSpec())
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), (definition.params, definition.buffers))
+    step, params, buffers = read_parameters(path, definition.config, *like, step=step)
+    params, definition = jax.jit(definition.effective)(params) if definition.formats else params, definition.decoded()
+    has_tokenizer = (path / "tokenizer").is_dir()
+    return Loaded(
+        config=config, model=definition.merge(params, buffers), definition=definition, params=params, buffers=buffers, path=path, step=step,
+        own_tokenizer=Tokenizer.load(path / "tokenizer") if has_tokenizer or not weights.is_imported(path) else None,
+    )  # fmt: skip
+
+
+def phase_step(path: Path, step: int | None) -> int | None:
+    """The training step whose rules of quantization hold for a checkpoint: its own, that of the newest for None; None for an imported model.
+
+    A checkpoint of step n is what its last training step, the one after n - 1, made.
+    """
+    known = [] if weights.is_imported(path) else [int(entry.name) for entry in (path / "checkpoints").glob("*") if entry.name.isdigit()]
+    saved = max(known, default=None) if step is None else step
+    return None if saved is None or weights.is_imported(path) else max(saved - 1, 0)
+
+
+def read_encoded(path: str | Path, *, step: int | None = None) -> dict[str, tuple[Numbers, Encoded]]:
+    """The codes and scales of all weights of a run that have a format, by logical path, encoded on the device that this runs on.
+
+    Raises:
+      ValueError: as `load_model`.
+    """
+    path = Path(path)
+    definition = parameters.define_for_inference(read_config(path), step=phase_step(path, step))
+    if not definition.formats:
+        return {}
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), (definition.params, definition.buffers))
+    _, params, _ = read_parameters(path, definition.config, *like, step=step)
+    coded = jax.device_get(jax.jit(lambda params: numeric_weights.coded(params, definition.formats))(params))
+    found: dict[str, tuple[Numbers, Encoded]] = {}
+    for name, numbers in definition.formats.items():
+        for logical, one, encoded in zip(logical_paths(definition.config, name), numbers, coded[name], strict=True):
+            if one is not None and encoded is not None:
+                found[logical] = (one, encoded)
+    return found
+
+
+def read_parameters(
+    path: Path, config: ModelConfig, params: dict[str, Any], buffers: dict[str, Any], *, step: int | None = None, whole: bool = True
+) -> tuple[int, dict[str, jax.Array], dict[str, jax.Array]]:
+    """The step, the parameters (averaged, where a run kept averages) and the buffers of a run's or an imported model's directory.
+
+    Args:
+      params: shapes, with the shardings in which they are wanted; so for `buffers`.
+      step: of a run; None for the newest.
+      whole: False where only some are wanted, `params` and `buffers` by logical path; no others are read. What a quantized run
+        learned beside its weights is left out where it is not asked for.
+
+    Raises:
+      ValueError: the directory holds no intact checkpoint, or other parameters.
+    """
+    if weights.is_imported(path):
+        if step not in (None, 0):
+            raise ValueError(f"{path} is an imported model, which has no step {step}: leave --step out")
+        return 0, weights.read_stacked(path, config, params), weights.read_stacked(path, config, buffers)
+    checkpointer = Checkpointer(path / "checkpoints", model=config, config=CheckpointConfig())
+    # A checkpoint is read whole, so that what is not wanted of it is named too.
+    beside = _beside(path, config, params, buffers) if whole else ({}, {})
+    params, buffers = {**params, **beside[0]}, {**buffers, **beside[1]}
+    like: dict[str, Any] = {"model": {"params": params, "buffers": buffers}}
+    try:
+        # A run keeps averages from its first checkpoint on; any may be the damaged one.
+        if any(checkpointer.has(known, "ema") for known in checkpointer.steps()):
+            like["ema"] = params
+            if not whole:
+                like["model"] = {"params": {}, "buffers": buffers}
+        step, items = checkpointer.restore(like, step=step, whole=whole)
+    finally:
+        checkpointer.close()
+    found = items.get("ema", items["model"]["params"]), items["model"]["buffers"]
+    return step, *({name: leaf for name, leaf in tree.items() if name not in more} for tree, more in zip(found, beside, strict=True))
+
+
+def _beside(path: Path, config: ModelConfig, params: dict[str, Any], buffers: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a quantized run keeps beside its weights, by logical path, as far as `params` and `buffers` do not name it."""
+    own = read_config(path)
+    if not own.quant:
+        return {}, {}
+    definition = parameters.define(own)
+
+    def more(kept: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+        plain = parameters.define(dataclasses.replace(own, quant=()))
+        known = {*parameters.stored_shapes(config, wanted), *parameters.stored_shapes(own, {**plain.params, **plain.buffers})}
+        place = next(iter(wanted.values())).sharding if wanted else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        place = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
+        shapes = parameters.stored_shapes(own, kept).items()
+        return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place) for name, leaf in shapes if name not in known}
+
+    return more(definition.params, params), more(definition.buffers, buffers or params)

@@ -1,0 +1,1 @@
+"""Rules of quantization, and the numbers that weights, inputs and caches become."""
