@@ -19,8 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
-from slmjax.formats import QuantSpec, ScaleType, preset
-from slmjax.numerics.rules import QuantConfig, QuantPhase, QuantRule
 
 from slmjax import recipes
 from slmjax.ablate import (
@@ -44,7 +42,10 @@ from slmjax.attention import AttentionConfig, QkNorm
 from slmjax.data.tokenizers import BpeTokenizer, FileTokenizer
 from slmjax.distill.config import DistillConfig, Ramp, TeacherConfig
 from slmjax.experiment import Experiment, FromModel
+from slmjax.formats.presets import preset
+from slmjax.formats.spec import QuantSpec, ScaleType
 from slmjax.layers import MlpConfig
+from slmjax.numerics.rules import QuantConfig, QuantPhase, QuantRule
 
 STEPS, FURTHER_STEPS = 300, 120
 SEEDS = (0, 1, 2)

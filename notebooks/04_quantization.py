@@ -10,13 +10,12 @@ import dataclasses
 import os
 from pathlib import Path
 
-from slmjax.formats import preset
-from slmjax.numerics.rules import QuantConfig, QuantPhase, QuantRule
-from slmjax.quant.rounding import quantize_model
-
 import slmjax
 from slmjax.data.tokenizers import FileTokenizer
 from slmjax.experiment import Experiment, FromModel
+from slmjax.formats.presets import preset
+from slmjax.numerics.rules import QuantConfig, QuantPhase, QuantRule
+from slmjax.quant.rounding import quantize_model
 from slmjax.report import write_report
 
 STEPS = int(os.environ.get("SLMJAX_NOTEBOOK_STEPS", "100"))

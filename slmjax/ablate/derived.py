@@ -8,9 +8,9 @@ from typing import Any
 
 from slmjax import trainer
 from slmjax.ablate.arms import Recipe
-from slmjax.checkpoint import Loaded, load_model
 from slmjax.evaluation import EvalResult, evaluate
 from slmjax.experiment import Experiment
+from slmjax.loading import Loaded, load_model
 from slmjax.numerics.rules import QuantRule
 from slmjax.quant.rounding import Clip, quantize_model
 

@@ -13,15 +13,18 @@ import dataclasses
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from slmjax.ablate.derived import evaluate_member
 from slmjax.ablate.ratios import RecoveredShare, recovered_share
 from slmjax.ablate.statistics import PairedDifference, Summary, holm, paired_difference, summarize
 from slmjax.ablate.study import FINISHED, Member, Study, member_experiment
-from slmjax.checkpoint import load_model
+from slmjax.architecture import ModelConfig
 from slmjax.config import fingerprint, near_names
 from slmjax.distill.teachers import beside
+from slmjax.formats.spec import stored_bytes
+from slmjax.loading import load_model
+from slmjax.numerics.weights import is_beside_a_weight
+from slmjax.parameters import define_for_inference
 from slmjax.runlog import Log, read_log
 
 MEASUREMENTS = "measurements.jsonl"
@@ -88,7 +91,7 @@ def measure(
 
 def _figures(recovery: Recovery, member: Member, reference: Member) -> Measured:
     loaded = load_model(member.result["run_dir"])
-    total, numbers = stored_size(loaded)
+    total, numbers = stored_size(loaded.config)
     figures = {"bytes": float(total), "bits_per_number": 8 * total / numbers, "kl": 0.0, "agreement": 1.0}
     if member.arm != reference.arm:
         experiment = member_experiment(recovery.study, member.arm, member.seed)
@@ -98,9 +101,23 @@ def _figures(recovery: Recovery, member: Member, reference: Member) -> Measured:
     return figures
 
 
-def stored_size(loaded: Any) -> tuple[int, int]:
-    """Bytes of a model's parameters as they are stored, and how many numbers they are."""
-    return sum(leaf.nbytes for leaf in loaded.params.values()), sum(leaf.size for leaf in loaded.params.values())
+def stored_size(config: ModelConfig) -> tuple[int, int]:
+    """Bytes of a model's parameters as they are deployed, and how many numbers they are.
+
+    A weight with a format counts as its codes, packed without gaps, and its scales; all else as float32.
+    """
+    definition = define_for_inference(config)
+    total, numbers = 0, 0
+    for path, leaf in definition.params.items():
+        if is_beside_a_weight(path):
+            continue  # a learned scale, which is counted with the codes
+        numbers += leaf.size
+        formats = definition.formats.get(path, (None,))
+        shape = leaf.shape[1:] if path.startswith("segments/") else leaf.shape
+        for one in formats:
+            whole = 4 * leaf.size // len(formats)
+            total += whole if one is None else stored_bytes(one.spec, shape, axis=one.axis)
+    return total, numbers
 
 
 # Reporting ------------------------------------------------------------------------------------------------------------

@@ -33,9 +33,9 @@ from slmjax.ablate import (
 )
 from slmjax.ablate.recovery import Measurement
 from slmjax.ablate.recovery_layout import quality_chart
-from slmjax.checkpoint import load_model
 from slmjax.evaluation import EvalResult
 from slmjax.experiment import Experiment
+from slmjax.loading import load_model
 from tests.ablate.stub import StubTrainer, experiment
 from tests.one_layer import one_layer
 
