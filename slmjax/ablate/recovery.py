@@ -11,6 +11,7 @@ recovery. L_rounded is that very model rounded to nearest in the arm's format. A
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -21,10 +22,9 @@ from slmjax.ablate.study import FINISHED, Member, Study, member_experiment
 from slmjax.architecture import ModelConfig
 from slmjax.config import fingerprint, near_names
 from slmjax.distill.teachers import beside
-from slmjax.formats.spec import stored_bytes
 from slmjax.loading import load_model
-from slmjax.numerics.weights import is_beside_a_weight
-from slmjax.parameters import define_for_inference
+from slmjax.numerics.coverage import CACHE
+from slmjax.quantized import coverage
 from slmjax.runlog import Log, read_log
 
 MEASUREMENTS = "measurements.jsonl"
@@ -106,18 +106,8 @@ def stored_size(config: ModelConfig) -> tuple[int, int]:
 
     A weight with a format counts as its codes, packed without gaps, and its scales; all else as float32.
     """
-    definition = define_for_inference(config)
-    total, numbers = 0, 0
-    for path, leaf in definition.params.items():
-        if is_beside_a_weight(path):
-            continue  # a learned scale, which is counted with the codes
-        numbers += leaf.size
-        formats = definition.formats.get(path, (None,))
-        shape = leaf.shape[1:] if path.startswith("segments/") else leaf.shape
-        for one in formats:
-            whole = 4 * leaf.size // len(formats)
-            total += whole if one is None else stored_bytes(one.spec, shape, axis=one.axis)
-    return total, numbers
+    stored = [line for line in coverage(config) if not line.path.endswith(CACHE)]
+    return sum(line.bytes for line in stored), sum(math.prod(line.shape) for line in stored)
 
 
 # Reporting ------------------------------------------------------------------------------------------------------------

@@ -1,15 +1,15 @@
-"""`slmjax quant`: what quantization does to a model, and what it costs."""
+"""`slmjax quant report`: what quantization costs the arms of a study, and what training recovers of it."""
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from slmjax.cli.options import by_place, parse, positional, print_aside, print_json
+from slmjax.cli.options import by_place, parse, print_aside, print_json
 
 
-def quant_command(words: Sequence[str]) -> int:
-    """what quantization costs, and how much training for it recovers: slmjax quant report STUDY_FILE [DIRECTORY]"""
+def recovery_command(words: Sequence[str]) -> int:
+    """what training for a format recovers of what rounding to it costs: slmjax quant report STUDY_FILE [DIRECTORY]"""
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
@@ -18,10 +18,7 @@ def quant_command(words: Sequence[str]) -> int:
         page: bool = True  # write recovery.html and its plots too (the plot extra)
         json: bool = False  # print the report as JSON
 
-    action, rest = positional(words)
-    if action != "report" and not {"-h", "--help"} & set(words):
-        raise ValueError(f"{action or 'quant'}: say `slmjax quant report`")
-    given = parse(Arguments, rest, command="quant report", description=quant_command.__doc__)
+    given = parse(Arguments, words, command="quant report", description=recovery_command.__doc__)
     from rich.console import Console
 
     from slmjax.ablate import recovery_json, recovery_table, write_recovery
