@@ -10,7 +10,7 @@ from slmjax.cli.quant_reporting import recovery_command
 
 
 def quant_command(words: Sequence[str]) -> int:
-    """look at number formats, or report on a study of them: slmjax quant table [EXPERIMENT] [--quant q4_0] | report STUDY_FILE [DIRECTORY]"""
+    """list number formats, or report on a study of them: slmjax quant table [EXPERIMENT] [--quant q4_0] | report STUDY_FILE [DIR]"""
     action, rest = positional(words)
     if action == "report":
         return recovery_command(rest)
