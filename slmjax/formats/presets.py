@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import numpy as np
+
 from slmjax.config import ConfigError, near_names
 from slmjax.formats.spec import (
     TERNARY_BITS,
@@ -21,8 +23,11 @@ from slmjax.formats.spec import (
     Statistic,
 )
 
-# torchao's and compressed-tensors' smallest scale: float32's epsilon.
-_EPSILON = 2.0**-23
+
+def _quotient(x: float, divisor: int) -> float:
+    """As float32 has it."""
+    return float(np.float32(x) / np.float32(divisor))
+
 
 # llama.cpp's blocks (gguf-py's quants): the scale is float16, codes are computed before it is.
 _GGUF = QuantSpec(bits=8, group_size=32, scale_type=ScaleType.FLOAT16, codes_from=CodesFrom.EXACT, scaling=Scaling.RECIPROCAL)
@@ -31,17 +36,31 @@ _Q8_0 = dataclasses.replace(_GGUF, codes=Codes.SYMMETRIC, divisor=127.0, roundin
 _TQ2_0 = dataclasses.replace(_GGUF, bits=TERNARY_BITS, group_size=256, divisor=1.0, rounding=Rounding.HALF_AWAY)
 
 # torchao, 8-bit dynamic activations and 4-bit weights: a product with the reciprocal, and a smallest scale.
-_TORCHAO = QuantSpec(bits=4, group_size=32, divisor=7.5, smallest_scale=_EPSILON, scaling=Scaling.RECIPROCAL)
+_TORCHAO = QuantSpec(bits=4, group_size=32, divisor=7.5, smallest_scale=2.0**-126, scaling=Scaling.RECIPROCAL)
 _TORCHAO_TOKEN = dataclasses.replace(_TORCHAO, bits=8, share=Share.ROW, group_size=None, statistic=Statistic.MIN_MAX, divisor=1.0)
 
-# compressed-tensors: a quotient.
-_COMPRESSED = QuantSpec(bits=4, group_size=32, divisor=7.5, scaling=Scaling.DIVISION)
+# compressed-tensors: a quotient; float32's epsilon is the scale of zeros.
+_COMPRESSED = QuantSpec(bits=4, group_size=32, divisor=7.5, scale_of_zeros=2.0**-23)
 _COMPRESSED_ROW = dataclasses.replace(_COMPRESSED, bits=8, share=Share.ROW, group_size=None, divisor=127.5)
 
-# ai-edge-quantizer, for LiteRT: without the lowest code in 8 bits; scales of blocks are rounded to bfloat16.
-_LITERT_ROW = QuantSpec(bits=8, codes=Codes.SYMMETRIC, share=Share.ROW, divisor=127.0, scaling=Scaling.DIVISION)
-_LITERT_ROW4 = dataclasses.replace(_LITERT_ROW, bits=4, codes=Codes.FULL, divisor=7.0)
+# ai-edge-quantizer, for LiteRT: without the lowest code in 8 bits; scales of blocks are rounded to bfloat16; the largest magnitude counts
+# as at least 1e-9.
+_LITERT_ROW = QuantSpec(bits=8, codes=Codes.SYMMETRIC, share=Share.ROW, divisor=127.0, smallest_scale=_quotient(1e-9, 127))
+_LITERT_ROW4 = dataclasses.replace(_LITERT_ROW, bits=4, codes=Codes.FULL, divisor=7.0, smallest_scale=_quotient(1e-9, 7))
 _LITERT_BLOCK = dataclasses.replace(_LITERT_ROW4, share=Share.GROUP, group_size=32, scale_type=ScaleType.BFLOAT16_IN_FLOAT16)
+
+# ONNX Runtime's MatMulNBits: Q4_0's codes, except where two numbers of other signs are the largest.
+_ONNX = dataclasses.replace(_Q4_0, statistic=Statistic.FAR_END, scale_type=ScaleType.FLOAT32)
+
+# The OCP's microscaling formats: scales are powers of two, the largest magnitude's rounded down, over that of the grid's largest number.
+_MXFP4 = QuantSpec(bits=4, grid=Grid.E2M1, group_size=32, divisor=4.0, scale_type=ScaleType.E8M0)
+_MXFP8_E4M3 = dataclasses.replace(_MXFP4, bits=8, grid=Grid.E4M3, divisor=256.0)
+_MXFP8_E5M2 = dataclasses.replace(_MXFP4, bits=8, grid=Grid.E5M2, divisor=32768.0)
+# gguf-py takes the smaller of two numbers that are equally near, and has no -0. Where the largest magnitude is within about five float32
+# steps below a power of two, its logarithm rounds up and its scale is twice as large: not done here.
+_MXFP4_GGUF = dataclasses.replace(_MXFP4, rounding=Rounding.HALF_DOWN)
+# torchao's NVFP4: 8-bit float scales of 16 numbers each, at least 2**-6, under one float32 scale for the tensor.
+_NVFP4 = QuantSpec(bits=4, grid=Grid.E2M1, group_size=16, divisor=6.0, scale_type=ScaleType.E4M3, smallest_block_scale=2.0**-6)
 
 
 def _group(spec: QuantSpec, size: int) -> QuantSpec:
@@ -78,7 +97,12 @@ PRESETS: Mapping[str, QuantSpec] = MappingProxyType(
         "litert_int4_b64": _group(_LITERT_BLOCK, 64),
         "litert_int4_b128": _group(_LITERT_BLOCK, 128),
         "litert_int4_b256": _group(_LITERT_BLOCK, 256),
-        "onnx_int4_b32": dataclasses.replace(_Q4_0, scale_type=ScaleType.FLOAT32),
+        "onnx_int4_b32": _ONNX,
+        "mxfp4": _MXFP4,
+        "mxfp4_gguf": _MXFP4_GGUF,
+        "mxfp8_e4m3": _MXFP8_E4M3,
+        "mxfp8_e5m2": _MXFP8_E5M2,
+        "nvfp4": _NVFP4,
         **{f"int{bits}_g32": _integers(bits) for bits in range(2, 9)},
         "ternary_g256": _TERNARY,
         "ternary_row": dataclasses.replace(_TERNARY, share=Share.ROW, group_size=None),

@@ -26,6 +26,7 @@ class Statistic(enum.Enum):
     """What of a group its scale is computed from."""
 
     SIGNED_MAX = "signed_max"  # the number of largest magnitude, the first of such, with its sign turned: it has the lowest code
+    FAR_END = "far_end"  # the same of the smallest or the largest number; of two as far from zero, the smallest
     ABSMAX = "absmax"  # the largest magnitude
     ABSMEAN = "absmean"  # the mean magnitude
     MIN_MAX = "min_max"  # from the smallest number, or 0, to the largest, or 0: codes have a zero point
@@ -116,10 +117,14 @@ class QuantSpec:
     scale_type: ScaleType = ScaleType.FLOAT32
     # a computed scale is at least this
     smallest_scale: float = 0.0
+    # the scale of a group that would have 0
+    scale_of_zeros: float = 0.0
+    # a block scale of a two-level format is at least this, over the scale of the tensor
+    smallest_block_scale: float = 0.0
     # whether a computed scale makes the codes before or after it is rounded
     codes_from: CodesFrom = CodesFrom.STORED
     # how x is divided by the scale
-    scaling: Scaling = Scaling.RECIPROCAL
+    scaling: Scaling = Scaling.DIVISION
     # where halves go
     rounding: Rounding = Rounding.HALF_EVEN
 
@@ -140,6 +145,8 @@ class QuantSpec:
             raise ValueError(f"bits is {self.bits} with grid ODD: give 1, 2, 3 or 4")
         if self.grid in FLOAT_GRIDS and self.bits != (4 if self.grid is Grid.E2M1 else 8):
             raise ValueError(f"bits is {self.bits} with grid {self.grid.value!r}: e2m1 has 4 bits, e4m3 and e5m2 have 8")
+        if self.is_two_level and (self.grid not in FLOAT_GRIDS or self.share is not Share.GROUP):
+            raise ValueError("scales in e4m3 are under one for the tensor: give a float grid in groups, or another scale_type")
         if self.statistic is Statistic.MIN_MAX and (self.grid is not Grid.INTEGER or self.codes is Codes.SYMMETRIC):
             raise ValueError("a zero point is for an INTEGER grid with its FULL codes: give statistic ABSMAX, or such a grid")
 

@@ -1,0 +1,116 @@
+"""Arithmetic that every compiler must do alike, and rounding to the numbers of a grid.
+
+Two liberties that compilers take would change bits. `divided` and `reciprocal` leave no room for the first, a product with a rounded
+reciprocal in place of a division. The second, one rounding for a product and the sum it goes into, has none where the product is
+clipped in between.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from slmjax.formats.spec import LARGEST, Grid, QuantSpec, Rounding
+
+# Exponents and mantissas of the float grids: mantissa bits, and the smallest normal number.
+_FLOATS = {Grid.E2M1: (1, 1.0), Grid.E4M3: (3, 2.0**-6), Grid.E5M2: (2, 2.0**-14)}
+_FLOAT8 = {Grid.E4M3: jnp.float8_e4m3fn, Grid.E5M2: jnp.float8_e5m2}
+_EXPONENT = 0x7F800000  # the exponent's place in a float32
+_ONE_OVER = 0x7F000000  # the bits of 2**-e are these less those of 2**e
+
+
+def divided(x: Float[Array, "..."], divisor: Array | float) -> Float[Array, "..."]:
+    """`x / divisor`, rounded once; shapes broadcast.
+
+    Compilers multiply with the reciprocal of a divisor that is one number, which rounds twice, and make one division of two. So divisor
+    and quotient here depend on whether `x` is NaN, which changes no result and leaves no such pair to be seen.
+    """
+    unknown = jnp.isnan(x)
+    return jnp.where(unknown, x, x / jnp.where(unknown, jnp.nan, divisor))
+
+
+def reciprocal(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`1 / x`, rounded once; 0 of 0."""
+    is_zero = x == 0
+    return jnp.where(is_zero, 0.0, 1.0 / jnp.where(is_zero, 1.0, x))
+
+
+def nearest(scaled: Float[Array, "..."], spec: QuantSpec) -> Float[Array, "..."]:
+    """The grid's number nearest to each, as float32: of `scaled`, which is x over its scale, without a zero point."""
+    if spec.grid is Grid.INTEGER:
+        return _nearest_integer(scaled, spec)
+    if spec.grid is Grid.ODD:
+        low, high = float(spec.lowest_code), float(spec.highest_code)
+        if spec.bits == 1:
+            return jnp.where(scaled < 0, -1.0, jnp.where(scaled >= 0, 1.0, jnp.nan))
+        return 2 * jnp.round(jnp.clip(scaled, low, high) * 0.5 - 0.5) + 1
+    return nearest_float(scaled, spec.grid, spec.rounding)
+
+
+def _nearest_integer(scaled: Array, spec: QuantSpec) -> Array:
+    low, high = float(spec.lowest_code), float(spec.highest_code)
+    if spec.rounding is Rounding.HALF_UP:
+        # Engines truncate a positive number; what is clipped beforehand comes out as if clipped afterwards.
+        return jnp.floor(jnp.clip(scaled, low - 0.5, high + 0.25) + (0.5 - low)) + low
+    scaled = jnp.clip(scaled, low, high)
+    if spec.rounding is Rounding.HALF_EVEN:
+        return jnp.round(scaled)
+    magnitude = jnp.abs(scaled)
+    below = jnp.floor(magnitude)
+    over = (magnitude - below >= 0.5) if spec.rounding is Rounding.HALF_AWAY else (magnitude - below > 0.5)
+    return jnp.copysign(below + over.astype(jnp.float32), scaled)
+
+
+def nearest_to_zero_point(scaled: Float[Array, "..."], zero: Float[Array, "..."], spec: QuantSpec) -> Float[Array, "..."]:
+    """The same for an asymmetric format: the code, whose zero point is added once `scaled` is rounded."""
+    low, high = float(spec.lowest_code), float(spec.highest_code)
+    # No zero point brings into range what is clipped first.
+    return jnp.clip(jnp.round(jnp.clip(scaled, low - high, high - low)) + zero, low, high)
+
+
+def nearest_float(scaled: Float[Array, "..."], grid: Grid, rounding: Rounding = Rounding.HALF_EVEN) -> Float[Array, "..."]:
+    """The nearest number of a float grid, the largest of it for what is larger; HALF_EVEN or HALF_DOWN, where -0 becomes 0."""
+    mantissa_bits, smallest_normal = _FLOATS[grid]
+    scaled = jnp.clip(scaled, -LARGEST[grid], LARGEST[grid])
+    # The power of two below the magnitude, by its bits; its neighbours are that far apart, over 2**mantissa_bits.
+    exponent = _bits(jnp.maximum(jnp.abs(scaled), smallest_normal)) & _EXPONENT
+    steps = scaled * _float(_ONE_OVER - exponent) * 2.0**mantissa_bits
+    if rounding is Rounding.HALF_EVEN:
+        whole = jnp.round(steps)
+    else:
+        magnitude = jnp.abs(steps)
+        below = jnp.floor(magnitude)
+        whole = jnp.where(steps < 0, -1.0, 1.0) * (below + (magnitude - below > 0.5).astype(jnp.float32))
+        whole = jnp.where(whole == 0, 0.0, whole)
+    return whole * (_float(exponent) * 2.0**-mantissa_bits)
+
+
+def codes_of(values: Float[Array, "..."], grid: Grid) -> Int[Array, "..."]:
+    """int8 codes of numbers that the grid has: whole numbers themselves, and the bit patterns of floats."""
+    if grid in _FLOAT8:
+        return jax.lax.bitcast_convert_type(values.astype(_FLOAT8[grid]), jnp.int8)
+    if grid is not Grid.E2M1:
+        return values.astype(jnp.int8)
+    magnitude = jnp.abs(values)
+    # From 1 on the last exponent bits and the first of the mantissa count up as the codes do.
+    code = jnp.where(magnitude < 1, (2 * magnitude).astype(jnp.int32), (_bits(magnitude) >> 22) - 252)
+    return jnp.where(jnp.signbit(values), code + 8, code).astype(jnp.int8)
+
+
+def values_of(codes: Int[Array, "..."], grid: Grid) -> Float[Array, "..."]:
+    """The inverse of `codes_of`: float32."""
+    if grid in _FLOAT8:
+        return jax.lax.bitcast_convert_type(codes, _FLOAT8[grid]).astype(jnp.float32)
+    if grid is not Grid.E2M1:
+        return codes.astype(jnp.float32)
+    code = codes.astype(jnp.int32)
+    place = code & 7
+    magnitude = jnp.where(place < 2, 0.5 * place.astype(jnp.float32), _float((place + 252) << 22))
+    return jnp.where(code > 7, -magnitude, magnitude)
+
+
+def _bits(x: Array) -> Array:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _float(bits: Array) -> Array:
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)

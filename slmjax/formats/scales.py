@@ -1,0 +1,118 @@
+"""Scales and zero points of groups: what a format computes, and what of it is stored.
+
+Dims: G groups, S numbers of a group; the axes that are reduced are kept, with size 1.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from slmjax.formats.rounding import divided, nearest_float
+from slmjax.formats.spec import LARGEST, Grid, QuantSpec, ScaleType, Statistic
+
+_PAIRED_ROUNDS = 4
+_INFINITY = 0x7F800000  # as bits of a float32, which are also those of its exponent
+
+
+def computed_scale(groups: Float[Array, "..."], axes: tuple[int, ...], spec: QuantSpec) -> tuple[Array, Array | None]:
+    """The scale before it is rounded; and the zero point, a whole float32, of an asymmetric format.
+
+    Args:
+      groups: float32 [..., G, S, ...].
+      axes: those that share a scale, that of S the last of them.
+      spec: the format.
+
+    Raises ValueError for SIGNED_MAX of a TENSOR.
+    """
+    if spec.statistic is Statistic.MIN_MAX:
+        return _affine(groups, axes, spec)
+    if spec.statistic is Statistic.SIGNED_MAX:
+        statistic = -_signed_max(groups, axes)
+    elif spec.statistic is Statistic.FAR_END:
+        lowest, highest = jnp.min(groups, axis=axes, keepdims=True), jnp.max(groups, axis=axes, keepdims=True)
+        statistic = jnp.where(highest > -lowest, -highest, -lowest)
+    elif spec.statistic is Statistic.ABSMEAN:
+        count = math.prod(groups.shape[i] for i in axes)
+        statistic = divided(jnp.sum(jnp.abs(groups), axis=axes, keepdims=True), float(count))
+    else:
+        statistic = jnp.max(jnp.abs(groups), axis=axes, keepdims=True)
+    return _at_least(divided(statistic, spec.divisor), spec.smallest_scale), None
+
+
+def _at_least(scale: Array, smallest: float) -> Array:
+    return jnp.maximum(scale, smallest) if smallest else scale
+
+
+def _affine(groups: Array, axes: tuple[int, ...], spec: QuantSpec) -> tuple[Array, Array]:
+    """Scale and zero point of the range from the smallest to the largest number, in which 0 always is."""
+    lowest = jnp.minimum(jnp.min(groups, axis=axes, keepdims=True), 0.0)
+    highest = jnp.maximum(jnp.max(groups, axis=axes, keepdims=True), 0.0)
+    scale = _at_least(divided(highest - lowest, float(spec.highest_code - spec.lowest_code)), spec.smallest_scale)
+    return scale, _zero_point(lowest, scale, spec)
+
+
+def zero_of(groups: Float[Array, "..."], axes: tuple[int, ...], spec: QuantSpec, scale: Array) -> Array:
+    """The zero point that an asymmetric format has at a given scale, a whole float32."""
+    return _zero_point(jnp.minimum(jnp.min(groups, axis=axes, keepdims=True), 0.0), scale, spec)
+
+
+def _zero_point(lowest: Array, scale: Array, spec: QuantSpec) -> Array:
+    zero = spec.lowest_code - jnp.round(divided(lowest, jnp.where(scale == 0, 1.0, scale)))
+    return jnp.clip(zero, spec.lowest_code, spec.highest_code)
+
+
+def _signed_max(groups: Array, axes: tuple[int, ...]) -> Array:
+    """The first number of largest magnitude of each group."""
+    *others, axis = axes
+    if others:
+        raise ValueError("statistic SIGNED_MAX is for groups and rows: give a TENSOR another")
+    # Neighbours in pairs, which keeps their order, and is several times faster than to reduce all of them in this way.
+    for _ in range(_PAIRED_ROUNDS):
+        if groups.shape[axis] % 2 or groups.shape[axis] == 2:
+            break
+        first, second = (jax.lax.slice_in_dim(groups, start, None, 2, axis=axis) for start in (0, 1))
+        groups = jnp.where(_magnitude_bits(second) > _magnitude_bits(first), second, first)
+    # The rest is a reduction, as compilers would write what is none out again for everything that uses it.
+    place = jax.lax.broadcasted_iota(jnp.int32, groups.shape, axis)
+    start = (jnp.float32(0), jnp.int32(groups.shape[axis]))
+    return jnp.expand_dims(jax.lax.reduce((groups, place), start, _larger_or_earlier, (axis,))[0], axis)
+
+
+def _larger_or_earlier(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+    (x, i), (y, j) = one, other
+    takes_other = (_magnitude_bits(y) > _magnitude_bits(x)) | ((_magnitude_bits(y) == _magnitude_bits(x)) & (j < i))
+    return jnp.where(takes_other, y, x), jnp.where(takes_other, j, i)
+
+
+def _magnitude_bits(x: Array) -> Array:
+    """Integers in the order of `abs(x)`; those of NaN are above all."""
+    return jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
+
+
+def stored_scale(scale: Float[Array, "..."], spec: QuantSpec, tensor_scale: Array | None = None) -> Float[Array, "..."]:
+    """A scale rounded to what is stored of it, as float32.
+
+    Too large for float16, it is infinite. Of a two-level format the scale comes back over `tensor_scale`, as it is stored.
+    """
+    if tensor_scale is not None:
+        over = divided(scale, jnp.where(tensor_scale == 0, 1.0, tensor_scale))
+        scale = nearest_float(jnp.maximum(over, spec.smallest_block_scale), Grid.E4M3)
+    if spec.scale_type in (ScaleType.BFLOAT16, ScaleType.BFLOAT16_IN_FLOAT16):
+        scale = jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=7)
+    if spec.scale_type in (ScaleType.FLOAT16, ScaleType.BFLOAT16_IN_FLOAT16):
+        # Below the normal numbers float16 has steps of 2**-24, which reduce_precision does not know.
+        small = jnp.round(scale * 2.0**24) * 2.0**-24
+        scale = jnp.where(jnp.abs(scale) < 2.0**-14, small, jax.lax.reduce_precision(scale, exponent_bits=5, mantissa_bits=10))
+    if spec.scale_type is ScaleType.E8M0:
+        bits = jax.lax.bitcast_convert_type(scale, jnp.int32) & _INFINITY
+        # The smallest, 2**-127, is below the normal numbers; what is not finite becomes NaN, as E8M0 has no infinity.
+        bits = jnp.where(bits == 0, 0x00400000, jnp.where(bits == _INFINITY, _INFINITY + 1, bits))
+        scale = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.where(scale == 0, spec.scale_of_zeros, scale) if spec.scale_of_zeros else scale
+
+
+def tensor_scale_of(x: Float[Array, "..."], spec: QuantSpec) -> Float[Array, ""]:
+    """The second scale of a two-level format: the largest block scale is then the largest 8-bit float."""
+    return divided(jnp.max(jnp.abs(x.astype(jnp.float32))), LARGEST[Grid.E4M3] * LARGEST[spec.grid])
