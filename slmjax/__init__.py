@@ -21,10 +21,10 @@ __version__ = "0.1.0"
 _startup.without_tpu()  # here, as any of the modules may be the first to import jax
 
 if TYPE_CHECKING:
-    from slmjax.loading import Loaded, load_model
     from slmjax.convert.directory import Target, WeightType, export_model, import_model
     from slmjax.evaluation import evaluate
     from slmjax.experiment import Experiment
+    from slmjax.loading import Loaded, load_model
     from slmjax.model import logits
     from slmjax.recipes import load_experiment
     from slmjax.sampling import generate

@@ -22,7 +22,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 
 from slmjax import parameters
 from slmjax.architecture import ModelConfig

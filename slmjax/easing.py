@@ -4,7 +4,8 @@ Dims: R layers of a stack.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -30,8 +31,8 @@ class Easing:
             return None
         return jnp.clip((step - self.first_step + 1) / (self.warmup_steps + 1), 0.0, 1.0)
 
-    def held(self, updates: Mapping[str, Array], step: Int[Array, ""], *, config: ModelConfig, paths: Iterable[str]) -> dict[str, Array]:
-        """Updates without those of weights, and of what is learned beside them, in layers that have stopped.
+    def held(self, updates: Any, step: Int[Array, ""], *, config: ModelConfig, paths: Iterable[str]) -> dict[str, Array]:
+        """Updates, by stack path, without those of weights, and of what is learned beside them, in layers that have stopped.
 
         One layer after another stops, the first first, and all have by the last step; tables outside the layers move to the end.
         """

@@ -12,11 +12,11 @@ from slmjax import config as config_io
 from slmjax import weights
 from slmjax.architecture import ModelConfig
 from slmjax.checkpoint import CheckpointConfig
-from slmjax.loading import read_config
 from slmjax.data.config import DataConfig, TextSource
 from slmjax.data.tokenizers import BpeTokenizer, FileTokenizer, TokenizerConfig
 from slmjax.data.windows import default_overlap
 from slmjax.distill.config import DistillConfig, TeacherConfig
+from slmjax.loading import read_config
 from slmjax.losses import Divergence
 from slmjax.numerics.rules import QuantConfig
 from slmjax.optim import OptimConfig

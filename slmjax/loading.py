@@ -1,7 +1,7 @@
 """From a directory back to a model: `load_model`, and the parts of it that training and exports need.
 
-    loaded = load_model("runs/nano-...")        # or an imported model's directory
-    read_encoded("runs/...")                    # codes and scales of the weights that have a format
+loaded = load_model("runs/nano-...")        # or an imported model's directory
+read_encoded("runs/...")                    # codes and scales of the weights that have a format
 """
 
 import dataclasses
@@ -84,7 +84,7 @@ def load_model(path: str | Path, *, step: int | None = None) -> Loaded:
 
 
 def phase_step(path: Path, step: int | None) -> int | None:
-    """The training step whose rules of quantization hold for a checkpoint: its own, that of the newest for None; None for an imported model.
+    """The training step whose rules of quantization hold for a checkpoint (None: the newest); None for an imported model.
 
     A checkpoint of step n is what its last training step, the one after n - 1, made.
     """
@@ -147,8 +147,12 @@ def read_parameters(
         step, items = checkpointer.restore(like, step=step, whole=whole)
     finally:
         checkpointer.close()
-    found = items.get("ema", items["model"]["params"]), items["model"]["buffers"]
-    return step, *({name: leaf for name, leaf in tree.items() if name not in more} for tree, more in zip(found, beside, strict=True))
+    found, kept = items.get("ema", items["model"]["params"]), items["model"]["buffers"]
+    return (
+        step,
+        {name: found[name] for name in found if name not in beside[0]},
+        {name: kept[name] for name in kept if name not in beside[1]},
+    )
 
 
 def _beside(path: Path, config: ModelConfig, params: dict[str, Any], buffers: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

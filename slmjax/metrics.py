@@ -6,7 +6,6 @@ Dims: B rows of the global batch, G groups of parameters.
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32

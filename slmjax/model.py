@@ -209,8 +209,8 @@ class Decoder(nnx.Module):
             first_layer += segment.config.repeats * len(reports)
         hidden = self.final_norm(x)
         return Output(
-            hidden=hidden if self.head_input is None else self.head_input(hidden), head=self.make_head(), losses=losses_by_name, metrics=metrics, captured=captured,
-            state=None if state is None else new_states,
+            hidden=hidden if self.head_input is None else self.head_input(hidden), head=self.make_head(), losses=losses_by_name,
+            metrics=metrics, captured=captured, state=None if state is None else new_states,
         )  # fmt: skip
 
     def make_head(self) -> losses.Head:

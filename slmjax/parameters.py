@@ -73,7 +73,9 @@ class Definition:
             return self
         params = {path: leaf for path, leaf in self.params.items() if not numbers.is_beside_a_weight(path)}
         config = dataclasses.replace(self.config, quant=() if self.phase is None else (self.phase.decoded(),))
-        return dataclasses.replace(self, config=config, params=params, formats={}, learning={}, phase=config.quant[0] if config.quant else None)
+        return dataclasses.replace(
+            self, config=config, params=params, formats={}, learning={}, phase=config.quant[0] if config.quant else None
+        )
 
 
 def define(config: ModelConfig, *, step: int | None = None, is_observed: bool = False) -> Definition:

@@ -33,9 +33,7 @@ def at_step(setup: Setup, step: int) -> Setup:
     """The setup with the programs of the phase that the training step after `step` is in."""
     if not begins_anew(setup, step):
         return setup
-    programs = make_programs(
-        setup.experiment, vocab_size=setup.definition.config.known_vocab_size, mesh=setup.mesh, step=step
-    )
+    programs = make_programs(setup.experiment, vocab_size=setup.definition.config.known_vocab_size, mesh=setup.mesh, step=step)
     return dataclasses.replace(
         setup, definition=programs.definition, inference=programs.inference, train_step=programs.train_step, eval_step=programs.eval_step
     )

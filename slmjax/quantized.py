@@ -8,12 +8,16 @@ Dims: R layers of a stack.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from flax import nnx
 
 from slmjax.architecture import HeadKind, ModelConfig, Segment
+from slmjax.formats.presets import name_of
+from slmjax.formats.spec import stored_bytes
 from slmjax.layers import CachingMixer, Linear
 from slmjax.model import Decoder
 from slmjax.moe import Experts
@@ -174,7 +178,9 @@ def set_inputs(model: Decoder, plan: Plan, *, is_observed: bool = False) -> None
             continue
         place = (path.rpartition("/")[0] if name != "head_input" else "", name)
         if set_by.setdefault(place, (numbers, learner)) != (numbers, learner):
-            raise ValueError(f"quant: {path} is multiplied with the same inputs as its neighbours, and has another format for them: give them one")
+            raise ValueError(
+                f"quant: {path} is multiplied with the same inputs as its neighbours, and has another format for them: give them one"
+            )
         layers = layer_indices(plan.config, path)
         learned = initial(learner, num_layers=None if layers is None else len(layers))
         setattr(owner, name, RoundedInput(numbers, learned=learned, is_observed=is_observed))
@@ -190,7 +196,9 @@ def _owner(model: Decoder, path: str) -> tuple[Any, str]:
     if isinstance(module, Experts):
         return module, "hidden_input" if name == "down" else "input"
     if not isinstance(module, Linear):
-        raise ValueError(f"quant: the input of {path} cannot be rounded, only those of linear layers, experts and the head: leave out its input format")
+        raise ValueError(
+            f"quant: the input of {path} cannot be rounded, only those of linear layers, experts and the head: leave out its input format"
+        )
     return module, "input"
 
 
@@ -199,3 +207,42 @@ def _module(model: Any, path: str) -> Any:
     for part in path.split("/"):
         found = found[int(part)] if part.isdigit() else getattr(found, part)
     return found
+
+
+# For people -----------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """What becomes of one path, and what it takes as it is deployed."""
+
+    path: str
+    shape: tuple[int, ...]
+    format: str | None  # of the parameter, or of what a cache keeps; None in floating point
+    input: str | None  # of what it is multiplied with
+    bytes: int  # scales included; 4 for each number in floating point; of a cache for each token
+    reason: str  # why it stays in floating point
+
+    @property
+    def bits(self) -> float:
+        """Bits of each number, scales included."""
+        return 8 * self.bytes / max(math.prod(self.shape), 1)
+
+
+def coverage(config: ModelConfig) -> list[Line]:
+    """A line for every parameter and every cache of a model, as its last phase has them.
+
+    Raises:
+      ValueError: the rules do not fit the model (`numerics.coverage.cover`).
+    """
+    stacked = stack_shapes(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=jax.random.key(0)))))
+    shapes = logical_shapes(config, stacked)
+    rules = config.quant[-1].rules if config.quant else ()
+    return [_line(entry) for entry in cover(rules, shapes).values()]
+
+
+def _line(entry: Entry) -> Line:
+    weight, numbers = entry.weight, math.prod(entry.shape)
+    size = 4 * numbers if weight is None else stored_bytes(weight.spec, entry.shape, axis=weight.axis)
+    return Line(
+        path=entry.path, shape=entry.shape, format=None if weight is None else name_of(weight.spec),
+        input=None if entry.input is None else name_of(entry.input.spec), bytes=size, reason=entry.reason,
+    )  # fmt: skip

@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from slmjax import placement, sampling, sharding
 from slmjax.architecture import ModelConfig
 from slmjax.checkpoint import Checkpointer
-from slmjax.loading import read_config, read_parameters
 from slmjax.data.batch import Batch
 from slmjax.data.preparation import Log, Prepared, prepare
 from slmjax.data.tokenizers import FileTokenizer, Tokenizer, TokenizerConfig
@@ -27,6 +26,7 @@ from slmjax.distill.teachers import TeacherPlan, Teachers, divided_devices, plan
 from slmjax.easing import Easing, easing_of
 from slmjax.evaluation.bits_per_byte import EvalResult, EvalStep, evaluate_batches, make_eval_step
 from slmjax.experiment import Experiment, FromTeacherLayers, read_experiment
+from slmjax.loading import read_config, read_parameters
 from slmjax.losses import TeacherOutput
 from slmjax.optim import cooldown_step, learning_rate, make_optimizer
 from slmjax.parameters import Definition, define, define_for_inference

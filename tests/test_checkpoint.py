@@ -18,8 +18,8 @@ from slmjax import sharding
 from slmjax.architecture import BlockConfig, ModelConfig, Segment
 from slmjax.attention import AttentionConfig
 from slmjax.checkpoint import MANIFEST, CheckpointConfig, Checkpointer, CheckpointError
-from slmjax.loading import load_model
 from slmjax.data.tokenizers import ByteTokenizer
+from slmjax.loading import load_model
 from slmjax.parameters import define, unstack
 
 BLOCK = BlockConfig(mixer=AttentionConfig(num_heads=2), ffn=None)

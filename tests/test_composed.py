@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slmjax import sharding, step
-from slmjax.metrics import gradient_groups, squares_by_layer
+from slmjax import sharding
 from slmjax.architecture import ModelConfig
 from slmjax.checkpoint import CheckpointConfig, Checkpointer
+from slmjax.metrics import gradient_groups, squares_by_layer
 from slmjax.optim import OptimConfig, Optimizer, parameter_groups
 from slmjax.parameters import define
 from slmjax.step import TrainState

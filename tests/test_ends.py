@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from slmjax.attention import AttentionConfig
-from slmjax.loading import Loaded
 from slmjax.data.tokenizers import ByteTokenizer, Tokenizer
 from slmjax.layers import MlpConfig
+from slmjax.loading import Loaded
 from slmjax.model import BlockConfig, ModelConfig, Segment
 from slmjax.sampling import FinishReason, SamplingConfig, encode_prompts, generate
 from tests.untrained import untrained

@@ -17,11 +17,11 @@ import pytest
 
 import slmjax
 from slmjax import evaluation
-from slmjax.loading import Loaded
 from slmjax.cli import main
 from slmjax.data.tokenizers import BpeTokenizer
 from slmjax.evaluation import efficiency
 from slmjax.evaluation.multiple_choice import read_questions
+from slmjax.loading import Loaded
 from slmjax.model import Decoder
 from slmjax.sampling import Continuation, SamplingConfig
 

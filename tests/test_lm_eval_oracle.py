@@ -14,10 +14,10 @@ import pytest
 from slmjax import config, parameters, weights
 from slmjax.architecture import BlockConfig, ModelConfig, Segment
 from slmjax.attention import AttentionConfig, QkNorm
-from slmjax.loading import Loaded
 from slmjax.convert.directory import Target, export_model
 from slmjax.data.tokenizers import BpeTokenizer, Tokenizer
 from slmjax.layers import MlpConfig
+from slmjax.loading import Loaded
 from tests.untrained import untrained
 
 pytestmark = pytest.mark.nightly

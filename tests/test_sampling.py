@@ -12,9 +12,9 @@ from flax import nnx
 from slmjax import losses, parameters, sharding
 from slmjax.architecture import BlockConfig, ModelConfig, NormPlacement, Segment
 from slmjax.attention import AttentionConfig, QkNorm
-from slmjax.loading import Loaded
 from slmjax.data.tokenizers import ByteTokenizer
 from slmjax.layers import MlpConfig
+from slmjax.loading import Loaded
 from slmjax.model import Decoder, logits
 from slmjax.moe import Balance, MoeConfig
 from slmjax.parameters import Definition

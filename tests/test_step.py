@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from slmjax import losses, placement, sharding, step
-from slmjax.metrics import named_metrics
 from slmjax.architecture import BlockConfig, ModelConfig, Precision, Remat, Segment
 from slmjax.attention import AttentionConfig
 from slmjax.data.batch import Batch, empty_batch
 from slmjax.layers import MlpConfig
+from slmjax.metrics import named_metrics
 from slmjax.moe import Balance, MoeConfig
 from slmjax.optim import OptimConfig, learning_rate, make_optimizer
 from slmjax.parameters import define

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from slmjax import parameters
-from slmjax.loading import Loaded
 from slmjax.data.tokenizers import Tokenizer
+from slmjax.loading import Loaded
 from slmjax.model import ModelConfig
 
 

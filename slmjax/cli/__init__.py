@@ -13,6 +13,7 @@ from slmjax.cli.converting import export_command, import_command
 from slmjax.cli.evaluating import eval_command
 from slmjax.cli.generating import generate_command
 from slmjax.cli.inspecting import data_command, models_command
+from slmjax.cli.quant_table import quant_command
 from slmjax.cli.quantizing import quantize_command, verify_export_command
 from slmjax.cli.reporting import compare_command, report_command, runs_command
 from slmjax.cli.training import INTERRUPTED_STATUS, train_command
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "generate": generate_command,
     "import": import_command,
     "export": export_command,
+    "quant": quant_command,
     "quantize": quantize_command,
     "verify-export": verify_export_command,
     "report": report_command,

@@ -22,7 +22,7 @@ def train_command(words: Sequence[str]) -> int:
         hosts.join()  # before an experiment file, or anything else, can ask jax for a device
     name, options = experiment_name(words)
     load_code(options)
-    chosen = {key: option(options, f"--{key.replace('_', '-')}") for key in ("resume", "init_from", "teacher", "divergence")}
+    chosen = {key: option(options, f"--{key.replace('_', '-')}") for key in ("resume", "init_from", "teacher", "divergence", "quant")}
     start = _start(name, **chosen)
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ def train_command(words: Sequence[str]) -> int:
         init_from: str | None = None  # run or imported model to start from: its parameters and tokenizer; of a run, its experiment
         teacher: str | None = None  # run or imported model to learn from: --objective.distill.* says how; its tokenizer is taken
         divergence: str | None = None  # from the teacher: forward_kl, reverse_kl, jsd, taid, top_k, sampled, ... (none: as set)
+        quant: str | None = None  # train in these formats: WEIGHTS[+INPUTS[+CACHE]], such as q4_0 or q4_0+q8_0; --quant.start-step 500 when
         profile: int | None = None  # trace so many steps, after the first two of this session, into RUN_DIR/profile
         code: str | None = None  # Python file that defines the classes of your own which the run's settings name
         json: bool = False  # print the result as JSON, and progress on standard error
@@ -46,14 +47,17 @@ def train_command(words: Sequence[str]) -> int:
     return {"finished": 0, "interrupted": INTERRUPTED_STATUS}.get(result.status, 1)
 
 
-def _start(name: str | None, *, resume: str | None, init_from: str | None, teacher: str | None, divergence: str | None) -> Any:
+def _start(
+    name: str | None, *, resume: str | None, init_from: str | None, teacher: str | None, divergence: str | None, quant: str | None
+) -> Any:
     """The experiment whose fields the other options change."""
     from slmjax import experiment as experiments
     from slmjax import recipes
     from slmjax.distill.config import divergence_of
+    from slmjax.numerics.rules import quant_of
 
     if resume is not None:
-        given = {"--init-from": init_from, "--teacher": teacher, "--divergence": divergence}
+        given = {"--init-from": init_from, "--teacher": teacher, "--divergence": divergence, "--quant": quant}
         if other := name or next((option for option, value in given.items() if value), None):
             raise ValueError(f"--resume {resume} goes on with that run's own experiment: leave out {other}")
         return experiments.read_experiment(Path(resume))
@@ -63,7 +67,9 @@ def _start(name: str | None, *, resume: str | None, init_from: str | None, teach
         start = recipes.load_experiment(name or "nano")
     if teacher is not None:
         start = experiments.taught_by(Path(teacher), start)
-    return start if divergence is None else experiments.with_divergence(start, divergence_of(divergence))
+    if divergence is not None:
+        start = experiments.with_divergence(start, divergence_of(divergence))
+    return start if quant is None else dataclasses.replace(start, quant=quant_of(quant))
 
 
 def _show_result(result: Any) -> None:

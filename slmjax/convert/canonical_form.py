@@ -16,7 +16,13 @@ def canonical(config: ModelConfig) -> ModelConfig:
     shape = config.layer_shape()
     blocks = [_canonical_block(block, shape) for block in config.blocks()]
     return dataclasses.replace(
-        config, stack=stack_of(blocks), vocab_multiple=1, dropout=0.0, init_std=0.02, precision=Precision.FLOAT32, remat=Remat.NONE,
+        config,
+        stack=stack_of(blocks),
+        vocab_multiple=1,
+        dropout=0.0,
+        init_std=0.02,
+        precision=Precision.FLOAT32,
+        remat=Remat.NONE,
         quant=(),
     )
 

@@ -7,6 +7,7 @@ Which part each parameter is, `slices.py` tells; here the layers are chosen and 
 and one that only pads the table, is freshly initialised.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from slmjax import parameters, sharding
-from slmjax.loading import read_config, read_parameters
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.distill.slices import TABLES, Dim, student_cuts
+from slmjax.loading import read_config, read_parameters
 
 Params = dict[str, Any]  # arrays by path
 

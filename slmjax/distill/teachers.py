@@ -23,12 +23,12 @@ from jaxtyping import Array, Float, Int
 
 from slmjax import losses, sharding
 from slmjax.architecture import ModelConfig
-from slmjax.loading import Loaded, phase_step, read_config, read_parameters
 from slmjax.data.batch import Batch
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.data.windows import default_overlap
 from slmjax.distill.config import DistillConfig, ShortContext, TeacherConfig
 from slmjax.distill.windows import num_windows, windowed
+from slmjax.loading import Loaded, phase_step, read_config, read_parameters
 from slmjax.parameters import Definition, define_for_inference
 
 Params = dict[str, Any]
@@ -154,8 +154,8 @@ def plan_teachers(
             num_windows(sequence_length, context_length=length, overlap=overlap)  # or an error, before anything is read or written
         plans.append(
             TeacherPlan(
-                settings=settings, definition=define_for_inference(config, step=phase_step(path, settings.step)), mesh=teacher_mesh, student_mesh=mesh,
-                num_rows=student.table_rows, vocab_size=vocab_size, overlap=overlap,
+                settings=settings, definition=define_for_inference(config, step=phase_step(path, settings.step)), mesh=teacher_mesh,
+                student_mesh=mesh, num_rows=student.table_rows, vocab_size=vocab_size, overlap=overlap,
             )
         )  # fmt: skip
     return tuple(plans)

@@ -26,13 +26,13 @@ from jaxtyping import Array
 
 from slmjax import config as config_io
 from slmjax import placement
-from slmjax.loading import Loaded
 from slmjax.data.batch import Batch
 from slmjax.data.config import DataConfig
 from slmjax.data.preparation import prepare
 from slmjax.data.shards import TokenShards
 from slmjax.data.tokenizers import FileTokenizer
 from slmjax.data.windows import EvaluationBatches, default_overlap, evaluation_batches
+from slmjax.loading import Loaded
 from slmjax.losses import Matching, TeacherOutput, evaluation_sums, expected_calibration_error
 from slmjax.parameters import Definition
 

@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from slmjax import losses
-from slmjax.loading import Loaded
 from slmjax.data.tokenizers import Tokenizer
+from slmjax.loading import Loaded
 from slmjax.model import Decoder
 
 SHORTEST = 16  # positions of a row

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from slmjax.loading import Loaded
 from slmjax.evaluation.likelihood import DEFAULT_BATCH_SIZE, Pair, log_likelihoods, pair_tokens
+from slmjax.loading import Loaded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

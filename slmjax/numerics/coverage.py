@@ -60,9 +60,10 @@ def cover(rules: Sequence[QuantRule], shapes: Mapping[str, tuple[int, ...]]) -> 
     for index, rule in enumerate(rules):
         if index not in used:
             examples = [path for path in shapes if _kind(path) is None][:3]
+            what = "cache" if rule.cache is not None and rule.weight is None and rule.input is None else "parameter"
             raise ValueError(
-                f"quant: the rule for {rule.paths!r} names no parameter{' or cache' if rule.cache else ''} that an earlier rule does not name "
-                f"already. Paths are such as {', '.join(examples)}; `slmjax quant table` lists all. Correct the rule, move it up or leave it out"
+                f"quant: the rule for {rule.paths!r} names no {what} that an earlier rule does not name already. Paths are such as "
+                f"{', '.join(examples)}; `slmjax quant table` lists all. Correct the rule, move it up or leave it out"
             )
     return entries
 

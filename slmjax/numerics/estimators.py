@@ -42,9 +42,7 @@ class Estimator(abc.ABC):
         """`x` in the format: what is deployed."""
 
     @abc.abstractmethod
-    def rounded(
-        self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None
-    ) -> Float[Array, "..."]:
+    def rounded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None) -> Float[Array, "..."]:
         """The numbers that `coded` stands for, float32, with a gradient to `x` and to what is learned.
 
         Args:
@@ -263,7 +261,7 @@ def learned_scale(x: Float[Array, "..."], scale: Float[Array, "..."], spec: Quan
 
 
 def _learned_forward(x: Array, scale: Array, spec: QuantSpec, axis: int) -> tuple[Array, tuple[Array, Array, Array]]:
-    y = learned_scale(x, scale, spec, axis)
+    y = decode(encode(x, spec, axis=axis, scale=scale), spec, axis=axis)
     return y, (x, scale, y)
 
 

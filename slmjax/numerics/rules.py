@@ -75,7 +75,9 @@ class QuantConfig:
     start_step: int | None = 0  # added to the steps of all phases (none: where the learning rate of wsd begins to fall)
     warmup_steps: int = 0  # steps in which the rounding error of weights grows from none to all of it
     damping: float = 0.0  # weight of the squared distance of each weight to what it is rounded to, summed (holds back oscillation)
-    freeze_steps: int | None = None  # last steps of the run, in which layers stop moving one after another, the first of them first (none: none stops)
+    freeze_steps: int | None = (
+        None  # last steps of the run, in which layers stop moving one after another, the first of them first (none: none stops)
+    )
 
     def __post_init__(self) -> None:
         check_phases(self.phases)
@@ -102,7 +104,9 @@ class QuantConfig:
             raise ValueError("quant.start_step is none, the step where the learning rate of wsd begins to fall: set optim.schedule to wsd")
         phases = tuple(dataclasses.replace(phase, step=phase.step + start) for phase in self.phases)
         if phases[-1].step >= total_steps:
-            raise ValueError(f"quantization begins its last phase at step {phases[-1].step}, and the run ends at {total_steps}: lower quant.start_step")
+            raise ValueError(
+                f"quantization begins its last phase at step {phases[-1].step}, and the run ends at {total_steps}: lower quant.start_step"
+            )
         return phases
 
 
@@ -133,7 +137,9 @@ def quant_of(name: str) -> QuantConfig:
     """
     parts = ALIASES.get(name, name).split("+")
     if len(parts) > 3:
-        raise ValueError(f"quant {name!r} has {len(parts)} parts: give WEIGHTS, WEIGHTS+INPUTS or WEIGHTS+INPUTS+CACHE, such as q4_0+q8_0+q8_0")
+        raise ValueError(
+            f"quant {name!r} has {len(parts)} parts: give WEIGHTS, WEIGHTS+INPUTS or WEIGHTS+INPUTS+CACHE, such as q4_0+q8_0+q8_0"
+        )
     found = [None if part == NOTHING else preset(part) for part in parts] + [None] * (3 - len(parts))
     weight, inputs, cache = found
     rules = [QuantRule(paths="cache$", cache=cache)] if cache is not None else []

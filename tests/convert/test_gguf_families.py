@@ -11,7 +11,6 @@ import pytest
 import slmjax
 from slmjax import layers, weights
 from slmjax.architecture import ModelConfig
-from slmjax.loading import read_config
 from slmjax.convert.canonical_form import canonical
 from slmjax.convert.directory import Target, WeightType, export_model, import_model
 from slmjax.convert.families import GGUF_FAMILIES, GGUF_NAMES, HF_FAMILIES, llama
@@ -19,6 +18,7 @@ from slmjax.convert.settings import Settings
 from slmjax.convert.source import express
 from slmjax.data.tokenizers import CharTokenizer
 from slmjax.layers import Activation, NormKind
+from slmjax.loading import read_config
 from slmjax.rope import YarnScaling
 from tests.convert import llama_cpp
 from tests.convert.synthetic import VOCAB_SIZE, write_model

@@ -11,10 +11,10 @@ from rich.console import Console
 
 import slmjax
 from slmjax import sharding, weights
-from slmjax.loading import read_config
 from slmjax.convert.directory import Target, export_model, import_model
 from slmjax.data.tokenizers import ByteTokenizer
 from slmjax.experiment import starting_from
+from slmjax.loading import read_config
 from slmjax.runlog import read_log
 from tests.convert.synthetic import VOCAB_SIZE, write_model
 from tests.convert.test_families import read_golden

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slmjax import config as config_io
-from slmjax.metrics import named_metrics
-from slmjax import losses, parameters, placement, session, sharding, step, weights
+from slmjax import losses, parameters, placement, session, sharding, weights
 from slmjax.architecture import BlockConfig, ModelConfig, Segment
 from slmjax.attention import AttentionConfig
 from slmjax.data.batch import Batch
@@ -21,6 +20,7 @@ from slmjax.distill.config import DistillConfig
 from slmjax.distill.teachers import Teachers, divided_devices
 from slmjax.experiment import Experiment, RunConfig
 from slmjax.layers import MlpConfig
+from slmjax.metrics import named_metrics
 from slmjax.optim import OptimConfig, make_optimizer
 from slmjax.sharding import MeshConfig
 from slmjax.step import ObjectiveConfig, TrainState

@@ -18,13 +18,13 @@ from slmjax import parameters, session, sharding, weights
 from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, NormPlacement, Segment, stack_of
 from slmjax.attention import AttentionConfig, Biases, QkNorm
 from slmjax.checkpoint import CheckpointConfig, Checkpointer
-from slmjax.loading import Loaded, read_parameters
 from slmjax.convert.directory import import_model
 from slmjax.data.tokenizers import ByteTokenizer, CharTokenizer
 from slmjax.distill.layers import chosen_layers, shared_rows, student_parameters
 from slmjax.distill.slices import student_cuts
 from slmjax.experiment import FromTeacherLayers
 from slmjax.layers import MlpConfig, NormKind
+from slmjax.loading import Loaded, read_parameters
 from slmjax.mixers.latent import LatentAttentionConfig
 from slmjax.moe import Balance, MoeConfig
 from slmjax.runlog import read_log

@@ -14,11 +14,11 @@ import slmjax
 from slmjax import sharding, step
 from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, Precision, Segment
 from slmjax.attention import AttentionConfig, Biases, QkNorm
-from slmjax.loading import read_config
 from slmjax.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 from slmjax.distill import objective as distillation
 from slmjax.distill.config import DistillConfig, Ramp, ShortContext, TeacherConfig
 from slmjax.distill.teachers import TeacherPlan, Teachers, divided_devices, plan_teachers
+from slmjax.loading import read_config
 from slmjax.losses import Head, ReverseKl, Taid, TeacherMean
 from slmjax.moe import Balance, MoeConfig
 from slmjax.parameters import Definition, define

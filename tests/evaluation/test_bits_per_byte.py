@@ -12,7 +12,6 @@ import pytest
 from slmjax import parameters, sharding
 from slmjax.architecture import BlockConfig, ModelConfig, Segment
 from slmjax.attention import AttentionConfig
-from slmjax.loading import Loaded
 from slmjax.config import to_json
 from slmjax.data.config import DataConfig, Split
 from slmjax.data.tokenizers import ByteTokenizer
@@ -20,6 +19,7 @@ from slmjax.data.windows import evaluation_batches
 from slmjax.evaluation import evaluate
 from slmjax.evaluation.bits_per_byte import EvalResult, evaluate_batches, make_eval_step
 from slmjax.layers import MlpConfig
+from slmjax.loading import Loaded
 from slmjax.model import logits
 from tests.data.in_memory import BOS, EOS, InMemoryDocuments
 

@@ -17,9 +17,9 @@ from rich.console import Console
 import slmjax
 from benchmarks import mesh_equality
 from slmjax import placement, sharding, step
-from slmjax.metrics import named_metrics
 from slmjax.architecture import ModelConfig, Precision, Remat, Segment
 from slmjax.layers import Shape
+from slmjax.metrics import named_metrics
 from slmjax.mixers.latent import LatentAttentionConfig
 from slmjax.optim import OptimConfig, Schedule, make_optimizer
 from slmjax.parameters import define

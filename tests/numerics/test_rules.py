@@ -1,0 +1,152 @@
+"""Rules of quantization: what they come to, what is refused, phases."""
+
+import dataclasses
+
+import pytest
+
+from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, Segment
+from slmjax.attention import AttentionConfig
+from slmjax.formats.presets import preset
+from slmjax.formats.spec import Share
+from slmjax.layers import MlpConfig
+from slmjax.mixers.latent import LatentAttentionConfig
+from slmjax.moe import MoeConfig
+from slmjax.numerics.estimators import Calibrated, LearnedScale, LearnedScaleAndOffset, StochasticRounding, StraightThrough
+from slmjax.numerics.rules import QuantConfig, QuantPhase, QuantRule, phase_at, quant_of
+from slmjax.parameters import define
+from slmjax.quantized import coverage
+
+Q4, Q8, INT3 = preset("q4_0"), preset("q8_0"), preset("int3_g32")
+DENSE = BlockConfig(mixer=AttentionConfig(num_heads=2, head_dim=32), ffn=MlpConfig(hidden_dim=96))
+EXPERTS = BlockConfig(
+    mixer=LatentAttentionConfig(num_heads=2, latent_dim=32, plain_dim=16, rope_dim=32, value_dim=32),
+    ffn=MoeConfig(num_experts=2, num_selected=2, hidden_dim=32, bias=True),
+)
+MODEL = ModelConfig(
+    embed_dim=64, stack=(Segment(pattern=(DENSE, EXPERTS), repeats=2),), context_length=32, vocab_size=40, learned_positions=32,
+    head=HeadKind.FREE,
+)  # fmt: skip
+
+
+def covered(*rules: QuantRule, model=MODEL):
+    return {line.path: line for line in coverage(dataclasses.replace(model, quant=(QuantPhase(rules=rules),)))}
+
+
+def test_every_parameter_and_cache_has_a_format_or_a_reason():
+    lines = covered(QuantRule(paths="cache$", cache=Q8), QuantRule(paths="layers/1/", weight=Q8, input=Q8), QuantRule(paths=".", weight=Q4))
+    known = {*define(MODEL).params, *define(MODEL).buffers}
+    assert len({path.split("/", 2)[-1] for path in lines}) >= len({path.split("/", 4)[-1] for path in known})
+    assert all((line.format is None) == bool(line.reason) for line in lines.values())
+    quantized = {path for path, line in lines.items() if line.format}
+    assert quantized >= {
+        "embed/table",
+        "head/weight",
+        "layers/3/ffn/experts/down",
+        "layers/0/mixer/cache",
+        "layers/1/mixer/latent_up/weight",
+    }
+    assert not any("norm" in path or "bias" in path or "router" in path or "positions" in path for path in quantized)
+    assert lines["layers/1/mixer/output/weight"].input == "q8_0" and lines["layers/3/mixer/output/weight"].input is None
+    assert lines["layers/2/mixer/cache"].shape == (2, 2, 32) and lines["layers/1/mixer/cache"].shape == (64,)
+    assert lines["head/weight"].bytes == 40 * 64 // 32 * 18 and lines["head/weight"].bits == 4.5
+    assert lines["final_norm/scale"].bytes == 4 * 64
+
+
+def test_without_rules_everything_stays():
+    assert all(line.format is None and line.reason for line in coverage(MODEL))
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([QuantRule(paths=".", weight=Q4), QuantRule(paths="embed", weight=Q8)], r"rule for 'embed' names no parameter that an earlier"),
+        ([QuantRule(paths="layer/", weight=Q4)], r"'layer/' names no parameter.*embed/table"),
+        ([QuantRule(paths="norm", weight=Q4)], r"'norm' names no parameter"),
+        ([QuantRule(paths=".", cache=Q8), QuantRule(paths="1/mixer/cache", cache=Q4)], r"'1/mixer/cache' names no cache"),
+        ([QuantRule(paths=".", weight=preset("tq2_0"))], r"embed/table is 64 wide, which tq2_0 cannot hold: .* 256"),
+        ([QuantRule(paths=".", input=preset("tq2_0"))], r"the input of embed/table is 64 wide"),
+        ([QuantRule(paths="down", input=Q8, input_estimator=Calibrated())], r"Calibrated keeps one scale for all tokens, and q8_0"),
+    ],
+)  # fmt: skip
+def test_rules_that_do_not_fit_are_refused(rules, message):
+    with pytest.raises(ValueError, match=message):
+        covered(*rules)
+
+
+def test_a_width_that_does_not_fit_falls_back_where_a_rule_says_so():
+    wide = dataclasses.replace(MODEL, stack=(Segment(pattern=(dataclasses.replace(DENSE, ffn=MlpConfig(hidden_dim=256)),)),))
+    lines = covered(QuantRule(paths=".", weight=preset("tq2_0"), fallback=Q4), model=wide)
+    assert lines["layers/0/ffn/down/weight"].format == "tq2_0" and lines["layers/0/ffn/up/weight"].format == "q4_0"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: QuantRule(paths="(", weight=Q4), "no regular expression"),
+        (lambda: QuantRule(paths=".", fallback=Q4), "fallback of q4_0 and no format"),
+        (lambda: QuantRule(paths=".", weight=preset("mxfp4"), estimator=LearnedScale()), "for integer codes, and those of mxfp4"),
+        (lambda: QuantRule(paths=".", weight=Q4, estimator=LearnedScaleAndOffset()), "q4_0 has none: take LearnedScale"),
+        (lambda: QuantRule(paths=".", input=preset("torchao_int8_token"), input_estimator=LearnedScale()), "has a zero point"),
+        (lambda: QuantRule(paths=".", weight=preset("stretched2_g32"), estimator=StochasticRounding()), "between neighbouring integers"),
+        (lambda: QuantPhase(rules=()), "no rule"),
+        (lambda: QuantPhase(rules=(QuantRule(paths="."),), step=-1), "step -1"),
+        (lambda: QuantConfig(phases=()), "quant.phases is empty"),
+        (lambda: QuantConfig(phases=(QuantPhase(rules=(QuantRule(paths="."),), step=3),) * 2), r"steps \[3, 3\]"),
+        (lambda: dataclasses.replace(quant_of("q4_0"), damping=-1.0), "damping"),
+        (lambda: dataclasses.replace(quant_of("q4_0"), freeze_steps=0), "freeze_steps"),
+        (lambda: dataclasses.replace(quant_of("q4_0"), warmup_steps=-1), "warmup_steps=-1"),
+        (lambda: quant_of("q4_1"), r"no number format 'q4_1'.*q4_0"),
+        (lambda: quant_of("none"), "leaves everything in floating point"),
+        (lambda: quant_of("q4_0+q8_0+q8_0+q8_0"), "has 4 parts"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_names_stand_for_rules():
+    (phase,) = quant_of("q4_0+q8_0+q8_0").phases
+    assert [(rule.weight, rule.input, rule.cache) for rule in phase.rules] == [(None, None, Q8), (Q4, Q8, None)]
+    assert quant_of("w4a8") == quant_of("q4_0+q8_0")
+    assert quant_of("8da4w").phases[0].rules[0].input == preset("torchao_int8_token")
+    (rule,) = quant_of("none+q8_0").phases[0].rules
+    assert rule.weight is None and rule.input == Q8
+
+
+def test_phases_are_found_by_their_steps():
+    rules = (QuantRule(paths=".", weight=Q8),)
+    config = QuantConfig(phases=(QuantPhase(rules=rules), QuantPhase(rules=rules, step=5)), start_step=10)
+    phases = config.timed(cooldown_step=None, total_steps=20)
+    assert [phase.step for phase in phases] == [10, 15]
+    assert [phase_at(phases, step) for step in (9, 10, 14, 15, None)] == [None, phases[0], phases[0], phases[1], phases[1]]
+    with pytest.raises(ValueError, match="last phase at step 15, and the run ends at 15: lower quant.start_step"):
+        config.timed(cooldown_step=None, total_steps=15)
+    fused = dataclasses.replace(config, start_step=None)
+    assert [phase.step for phase in fused.timed(cooldown_step=12, total_steps=20)] == [12, 17]
+    with pytest.raises(ValueError, match="set optim.schedule to wsd"):
+        fused.timed(cooldown_step=None, total_steps=20)
+
+
+def test_layers_that_differ_in_what_modules_hold_are_in_segments_of_their_own():
+    def repeats(*rules):
+        return [segment.repeats for segment in define(dataclasses.replace(MODEL, quant=(QuantPhase(rules=rules),))).config.stack]
+
+    rest = QuantRule(paths=".", weight=Q4)
+    assert repeats(QuantRule(paths="layers/2/", weight=Q8), rest) == [2]  # weights alone are no reason
+    assert repeats(QuantRule(paths="layers/2/", weight=Q8, input=Q8), rest) == [1, 1]
+    assert repeats(QuantRule(paths="layers/0/mixer/cache", cache=Q8), rest) == [1, 1]
+    assert repeats(QuantRule(paths="layers/3/mixer", weight=INT3), rest) == [1, 1]  # what is learned has a place in each layer of a stack
+
+
+def test_what_is_learned_keeps_its_shape_over_phases():
+    tensor = dataclasses.replace(INT3, share=Share.TENSOR, group_size=None)
+    phases = (
+        QuantPhase(rules=(QuantRule(paths="down", weight=INT3),)),
+        QuantPhase(rules=(QuantRule(paths="down", weight=tensor),), step=3),
+    )
+    with pytest.raises(ValueError, match=r"learn scales of layers/0/ffn/down/weight for groups of different sizes"):
+        define(dataclasses.replace(MODEL, quant=phases))
+    straight = QuantRule(paths="down", weight=tensor, estimator=StraightThrough())
+    definition = define(dataclasses.replace(MODEL, quant=(phases[0], QuantPhase(rules=(straight,), step=3))))
+    assert definition.params["segments/0/blocks/0/ffn/down/weight/log_scale"].shape == (2, 3, 64)
