@@ -12,12 +12,11 @@ from slmjax.convert.family import Bound
 from slmjax.convert.gguf_file import block_size, decoded_blocks
 from slmjax.convert.source import Own
 from slmjax.formats.coding import Encoded
-from slmjax.formats.presets import name_of
 from slmjax.formats.spec import QuantSpec
 from slmjax.formats.blocks import container_for, pack
 
 WAYS_OUT = "export with --dtype f32, which writes the numbers that codes stand for, or --to hf"
-WIDER = {"TQ2_0": 0, "Q4_0": 1, "Q8_0": 2}  # a container holds the integer codes of those before it, where groups fit
+WIDEST = {"TQ2_0": 0, "Q4_0": 1, "Q8_0": 2}  # a container holds the integer codes of those before it
 
 
 def container_of(one: Bound, own: Own) -> str | None:
@@ -35,27 +34,18 @@ def container_of(one: Bound, own: Own) -> str | None:
             f"{one.theirs[0]} is made of {plain[0]}, in floating point, and {coded}, in codes: GGUF has one type for a tensor. Give both the "
             f"same format, or {WAYS_OUT}"
         )
-    found = {_container(name, stored.spec) for name, stored in formats.items() if stored is not None}
-    if len(found) > 1 and not found <= WIDER.keys():
-        raise ValueError(f"{one.theirs[0]} joins {' and '.join(sorted(found))}: give {', '.join(formats)} one format, or {WAYS_OUT}")
-    container = found.pop() if len(found) == 1 else max(found, key=WIDER.__getitem__)
     width = one.rule.write([np.empty(shape, bool) for shape in one.shapes])[0].shape[-1]
-    if container == "TQ2_0" and width % block_size(container):
-        container = "Q4_0"
-    if width % block_size(container):
-        spec = next(stored.spec for stored in formats.values() if stored is not None)
-        raise ValueError(
-            f"{one.ours[0]} in {name_of(spec)} has rows of {width} numbers, and GGUF's {container} has blocks of {block_size(container)}: "
-            f"{WAYS_OUT}"
-        )
-    return container
+    found = {_container(name, stored.spec, width) for name, stored in formats.items() if stored is not None}
+    if len(found) > 1 and not found <= WIDEST.keys():
+        raise ValueError(f"{one.theirs[0]} joins {' and '.join(sorted(found))}: give {', '.join(formats)} one format, or {WAYS_OUT}")
+    return found.pop() if len(found) == 1 else max(found, key=WIDEST.__getitem__)
 
 
-def _container(name: str, spec: QuantSpec) -> str:
+def _container(name: str, spec: QuantSpec, width: int) -> str:
     try:
-        return container_for(spec)
+        return container_for(spec, width=width)
     except ValueError as error:
-        raise ValueError(f"{name} is in {name_of(spec)}, which no block of GGUF holds ({error}): {WAYS_OUT}") from error
+        raise ValueError(f"{name} goes into no block of GGUF: {error}; or {WAYS_OUT}") from error
 
 
 def blocks_of(one: Bound, own: Own, container: str) -> UInt8[np.ndarray, "..."]:

@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import numpy as np
+
 from slmjax.config import ConfigError, near_names
 from slmjax.formats.spec import (
     TERNARY_BITS,
@@ -21,6 +23,12 @@ from slmjax.formats.spec import (
     Statistic,
 )
 
+
+def _quotient(x: float, divisor: int) -> float:
+    """As float32 has it."""
+    return float(np.float32(x) / np.float32(divisor))
+
+
 # llama.cpp's blocks (gguf-py's quants): the scale is float16, codes are computed before it is.
 _GGUF = QuantSpec(bits=8, group_size=32, scale_type=ScaleType.FLOAT16, codes_from=CodesFrom.EXACT, scaling=Scaling.RECIPROCAL)
 _Q4_0 = dataclasses.replace(_GGUF, bits=4, statistic=Statistic.SIGNED_MAX, divisor=8.0, rounding=Rounding.HALF_UP)
@@ -32,14 +40,17 @@ _TORCHAO = QuantSpec(bits=4, group_size=32, divisor=7.5, smallest_scale=2.0**-12
 _TORCHAO_TOKEN = dataclasses.replace(_TORCHAO, bits=8, share=Share.ROW, group_size=None, statistic=Statistic.MIN_MAX, divisor=1.0)
 
 # compressed-tensors: a quotient; float32's epsilon is the scale of zeros.
-_COMPRESSED = QuantSpec(bits=4, group_size=32, divisor=7.5, scale_of_zeros=2.0**-23, scaling=Scaling.DIVISION)
+_COMPRESSED = QuantSpec(bits=4, group_size=32, divisor=7.5, scale_of_zeros=2.0**-23)
 _COMPRESSED_ROW = dataclasses.replace(_COMPRESSED, bits=8, share=Share.ROW, group_size=None, divisor=127.5)
 
-# ai-edge-quantizer, for LiteRT: without the lowest code in 8 bits; scales of blocks are rounded to bfloat16.
-_LITERT_ROW = QuantSpec(bits=8, codes=Codes.SYMMETRIC, share=Share.ROW, divisor=127.0, scaling=Scaling.DIVISION)
-# The largest magnitude counts as at least 1e-9 there.
-_LITERT_ROW4 = dataclasses.replace(_LITERT_ROW, bits=4, codes=Codes.FULL, divisor=7.0)
+# ai-edge-quantizer, for LiteRT: without the lowest code in 8 bits; scales of blocks are rounded to bfloat16; the largest magnitude counts
+# as at least 1e-9.
+_LITERT_ROW = QuantSpec(bits=8, codes=Codes.SYMMETRIC, share=Share.ROW, divisor=127.0, smallest_scale=_quotient(1e-9, 127))
+_LITERT_ROW4 = dataclasses.replace(_LITERT_ROW, bits=4, codes=Codes.FULL, divisor=7.0, smallest_scale=_quotient(1e-9, 7))
 _LITERT_BLOCK = dataclasses.replace(_LITERT_ROW4, share=Share.GROUP, group_size=32, scale_type=ScaleType.BFLOAT16_IN_FLOAT16)
+
+# ONNX Runtime's MatMulNBits: Q4_0's codes, except where two numbers of other signs are the largest.
+_ONNX = dataclasses.replace(_Q4_0, statistic=Statistic.FAR_END, scale_type=ScaleType.FLOAT32)
 
 # The OCP's microscaling formats: scales are powers of two, the largest magnitude's rounded down, over that of the grid's largest number.
 _MXFP4 = QuantSpec(bits=4, grid=Grid.E2M1, group_size=32, divisor=4.0, scale_type=ScaleType.E8M0)
@@ -86,7 +97,7 @@ PRESETS: Mapping[str, QuantSpec] = MappingProxyType(
         "litert_int4_b64": _group(_LITERT_BLOCK, 64),
         "litert_int4_b128": _group(_LITERT_BLOCK, 128),
         "litert_int4_b256": _group(_LITERT_BLOCK, 256),
-        "onnx_int4_b32": dataclasses.replace(_Q4_0, scale_type=ScaleType.FLOAT32),
+        "onnx_int4_b32": _ONNX,
         "mxfp4": _MXFP4,
         "mxfp4_gguf": _MXFP4_GGUF,
         "mxfp8_e4m3": _MXFP8_E4M3,

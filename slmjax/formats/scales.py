@@ -30,6 +30,9 @@ def computed_scale(groups: Float[Array, "..."], axes: tuple[int, ...], spec: Qua
         return _affine(groups, axes, spec)
     if spec.statistic is Statistic.SIGNED_MAX:
         statistic = -_signed_max(groups, axes)
+    elif spec.statistic is Statistic.FAR_END:
+        lowest, highest = jnp.min(groups, axis=axes, keepdims=True), jnp.max(groups, axis=axes, keepdims=True)
+        statistic = jnp.where(highest > -lowest, -highest, -lowest)
     elif spec.statistic is Statistic.ABSMEAN:
         count = math.prod(groups.shape[i] for i in axes)
         statistic = divided(jnp.sum(jnp.abs(groups), axis=axes, keepdims=True), float(count))

@@ -26,6 +26,7 @@ class Statistic(enum.Enum):
     """What of a group its scale is computed from."""
 
     SIGNED_MAX = "signed_max"  # the number of largest magnitude, the first of such, with its sign turned: it has the lowest code
+    FAR_END = "far_end"  # the same of the smallest or the largest number; of two as far from zero, the smallest
     ABSMAX = "absmax"  # the largest magnitude
     ABSMEAN = "absmean"  # the mean magnitude
     MIN_MAX = "min_max"  # from the smallest number, or 0, to the largest, or 0: codes have a zero point
@@ -123,7 +124,7 @@ class QuantSpec:
     # whether a computed scale makes the codes before or after it is rounded
     codes_from: CodesFrom = CodesFrom.STORED
     # how x is divided by the scale
-    scaling: Scaling = Scaling.RECIPROCAL
+    scaling: Scaling = Scaling.DIVISION
     # where halves go
     rounding: Rounding = Rounding.HALF_EVEN
 

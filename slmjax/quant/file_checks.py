@@ -167,8 +167,11 @@ def _compared_inputs(x: Float[np.ndarray, "R I"], coded: UInt8[np.ndarray, "R by
         return coded.view(half).astype(np.float32), 0, 0
     spec = INPUT_SPECS[type]
     theirs = _read_q8_k(coded) if type == "Q8_K" else unpack(coded, type)
-    ours = jax.jit(functools.partial(encode, spec=spec))(x)
-    return np.asarray(decode(theirs, spec)), _differing(ours.codes, theirs.codes), x.size
+    ours = _coded(x, spec)
+    return np.asarray(_decoded(theirs, spec)), _differing(ours.codes, theirs.codes), x.size
+
+
+_coded, _decoded = jax.jit(encode, static_argnums=1), jax.jit(decode, static_argnums=1)
 
 
 def _read_q8_k(coded: UInt8[np.ndarray, "R bytes"]) -> Encoded:

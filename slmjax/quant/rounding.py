@@ -11,6 +11,7 @@ Dims of a matrix: I inputs, O outputs; those of a table [V, D] the other way aro
 
 import dataclasses
 import enum
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -147,19 +148,21 @@ def _rounded(entry: Entry, array: np.ndarray, clip: Clip) -> tuple[Encoded, Roun
     spec, axis = entry.weight.spec, entry.weight.axis
     if clip is Clip.SEARCH and spec.is_asymmetric:
         raise ValueError(f"{entry.path} in {name_of(spec)} has a zero point, and clips are searched for symmetric formats: leave --clip out")
-    function = nearest if clip is Clip.NONE else with_best_clip
-    for _ in range(array.ndim - 2):
-        function = _mapped(function)
-    encoded, nearest_error, error = jax.device_get(jax.jit(function, static_argnums=(1, 2))(array, spec, axis))
+    encoded, nearest_error, error = jax.device_get(_coded(array, spec, axis, clip))
     return encoded, RoundedMatrix(
         path=entry.path, format=name_of(spec), numbers=array.size, bytes=stored_bytes(spec, array.shape, axis=axis),
         nearest_error=float(np.mean(nearest_error)), error=float(np.mean(error)), power=float(np.mean(np.square(array, dtype=np.float64))),
     )  # fmt: skip
 
 
-def _mapped(function: Any) -> Any:
-    """A function of one matrix, for one for each expert."""
-    return lambda array, spec, axis: jax.vmap(lambda one: function(one, spec, axis))(array)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _coded(array: Array, spec: QuantSpec, axis: int, clip: Clip) -> tuple[Encoded, Array, Array]:
+    """One matrix, or that of each expert by itself."""
+
+    def one(matrix: Array) -> tuple[Encoded, Array, Array]:
+        return nearest(matrix, spec, axis) if clip is Clip.NONE else with_best_clip(matrix, spec, axis)
+
+    return one(array) if array.ndim == 2 else jax.vmap(one)(array)
 
 
 def nearest(x: Float[Array, "I O"], spec: QuantSpec, axis: int) -> tuple[Encoded, Float[Array, ""], Float[Array, ""]]:
