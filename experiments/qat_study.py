@@ -8,6 +8,8 @@
 Python's own standard library, as `nano` reads it, and a model of 2 layers of width 128. Two studies, whose members of one seed all see
 the same batches:
 
+Where JAX_COMPILATION_CACHE_DIR names a directory, what the seeds compile alike is compiled once.
+
 - when: from scratch, in full precision for a share of the steps and in q4_0 for the rest of them;
 - what: each seed's model of the first study that was trained in full precision goes on for some more steps, in full precision or for a
   format. What it comes to in full precision is also rounded to each format without training.
@@ -193,9 +195,9 @@ def main() -> None:
         members = read_members(recovery.study, place)
         findings = analyze(recovery.study, members, further=FURTHER if recovery.directory == "what" else ())
         write_findings(findings, place)
-        Console().print(findings_table(findings))
         reports.append(report_recovery(recovery, members, measure(recovery, members, place)))
-        Console().print(recovery_table(reports[-1]))
+        for found in (findings_table(findings), recovery_table(reports[-1])):
+            Console(width=180).print(found)
     print(write_recovery(reports, directory))
 
 
