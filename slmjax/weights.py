@@ -197,7 +197,9 @@ class ModelFiles:
         self._tensors = TensorFiles(self.directory, dtypes=CODE_DTYPES)
         self.formats = _read_formats(self.directory / FORMATS)
         if absent := sorted(name for name in self.formats if not {f"{name}/codes", f"{name}/scale"} <= set(self._tensors.names)):
-            raise ValueError(f"{self.directory}: {FORMATS} has {absent[0]} in codes, and the files lack its codes or its scale: copy all anew")
+            raise ValueError(
+                f"{self.directory}: {FORMATS} has {absent[0]} in codes, and the files lack its codes or its scale: copy all anew"
+            )
 
     def __contains__(self, name: str) -> bool:
         return name in self.formats or name in self._tensors

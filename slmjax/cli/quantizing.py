@@ -136,8 +136,13 @@ def _show(found: Any) -> None:
         if not one.holds:
             print(f"    {one.name}: {one.error:.1e}, where sums in another order differ by {one.bound:.1e} at the most")
     loss = found.loss
-    print(f"3 loss      {_word(loss.holds)}: {loss.engine:.6f} nats per token in the engine, {loss.ours:.6f} in ours ({loss.tokens:,} tokens)")
-    print(f"    difference {loss.difference:+.1e} ± {loss.standard_error:.1e}; noise of 1e-6 moves ours by {loss.floor:.1e}; may be {loss.tolerance:.1e}")
+    print(
+        f"3 loss      {_word(loss.holds)}: {loss.engine:.6f} nats per token in the engine, {loss.ours:.6f} in ours ({loss.tokens:,} tokens)"
+    )
+    print(
+        f"    difference {loss.difference:+.1e} ± {loss.standard_error:.1e}; noise of 1e-6 moves ours by {loss.floor:.1e}; "
+        f"may be {loss.tolerance:.1e}"
+    )
     if loss.as_trained != loss.ours:
         print(f"    with inputs as in training, ours is {loss.as_trained:.6f}: the engine rounds inputs otherwise")
 

@@ -122,9 +122,8 @@ def quantize_model(
 
     with weights.whole_directory(out) as directory:
         weights.write_tensors(directory / weights.DIRECTORY, tensors())
-        weights.write_formats(directory, {
-            name: StoredFormat(spec=entry.weight.spec, axis=entry.weight.axis) for name, entry in entries.items() if entry.weight is not None
-        })  # fmt: skip
+        coded = {name: entry.weight for name, entry in entries.items() if entry.weight is not None}
+        weights.write_formats(directory, {name: StoredFormat(spec=one.spec, axis=one.axis) for name, one in coded.items()})
         (directory / "model.json").write_text(config_io.dumps(model), encoding="utf-8")
         if (source / "tokenizer").is_dir():
             Tokenizer.load(source / "tokenizer").save(directory / "tokenizer")
@@ -197,7 +196,7 @@ def with_best_clip(x: Float[Array, "I O"], spec: QuantSpec, axis: int) -> tuple[
     return encoded, jnp.sum(before) / x.size, jnp.sum(after) / x.size
 
 
-def group_sums(x: Float[Array, "I O"], shape: tuple[int, ...]) -> Float[Array, "G O"]:
+def group_sums(x: Float[Array, "I O"], shape: tuple[int, ...]) -> Float[Array, "_ _"]:
     """Sums over what shares a scale, in the shape that scales have."""
     split = x.reshape(tuple(size for old, new in zip(x.shape, shape, strict=True) for size in (new, old // new)))
     return jnp.sum(split, axis=tuple(range(1, split.ndim, 2)))

@@ -141,7 +141,10 @@ def test_joined_parameters_share_the_blocks_that_hold_all() -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({"query": "q4_0", "key": "q4_0", "value": None}, r"made of mixer/value/weight, in floating point, and mixer/query/weight, in codes"),
+        (
+            {"query": "q4_0", "key": "q4_0", "value": None},
+            r"made of mixer/value/weight, in floating point, and mixer/query/weight, in codes",
+        ),
         ({"query": "q4_0", "key": "mxfp4", "value": "q4_0"}, r"joins MXFP4 and Q4_0: give .* one format"),
         ({"query": "nvfp4", "key": "nvfp4", "value": "nvfp4"}, r"mixer/query/weight goes into no block of GGUF: nvfp4 .*--dtype f32"),
     ],
