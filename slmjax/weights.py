@@ -12,6 +12,7 @@ only the part that it holds; what is stored in codes is decoded, and nothing is 
 
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 import tempfile
@@ -196,7 +197,9 @@ class ModelFiles:
         self._tensors = TensorFiles(self.directory, dtypes=CODE_DTYPES)
         self.formats = _read_formats(self.directory / FORMATS)
         if absent := sorted(name for name in self.formats if not {f"{name}/codes", f"{name}/scale"} <= set(self._tensors.names)):
-            raise ValueError(f"{self.directory}: {FORMATS} has {absent[0]} in codes, and the files lack its codes or its scale: copy all anew")
+            raise ValueError(
+                f"{self.directory}: {FORMATS} has {absent[0]} in codes, and the files lack its codes or its scale: copy all anew"
+            )
 
     def __contains__(self, name: str) -> bool:
         return name in self.formats or name in self._tensors
@@ -213,7 +216,10 @@ class ModelFiles:
         """A parameter, or a part of it; what is stored in codes is read whole, and decoded."""
         if (stored := self.formats.get(name)) is None:
             return self._tensors.read(name, index)
-        return np.asarray(decode(self.encoded(name), stored.spec, axis=stored.axis))[index]
+        function = functools.partial(decode, spec=stored.spec, axis=stored.axis)
+        for _ in self.shape(name)[2:]:  # experts, each by itself
+            function = jax.vmap(function)
+        return np.asarray(function(jax.tree.map(jax.numpy.asarray, self.encoded(name))))[index]
 
     def encoded(self, name: str) -> Encoded:
         """The codes and scales of a parameter that is stored in codes, as NumPy arrays."""

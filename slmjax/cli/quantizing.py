@@ -5,7 +5,7 @@ import enum
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from slmjax.cli.options import by_place, load_code, parse, print_aside, print_json
+from slmjax.cli.options import by_place, load_code, parse, print_aside, print_json, repeated
 
 
 class Method(enum.Enum):
@@ -16,8 +16,7 @@ class Method(enum.Enum):
 
 def quantize_command(words: Sequence[str]) -> int:
     """round a model to number formats: slmjax quantize RUN_OR_MODEL_DIR OUT_DIR --format q4_0 [--clip search]"""
-    from slmjax.formats.presets import preset
-    from slmjax.numerics.rules import QuantRule
+    from slmjax.numerics.rules import quant_of
     from slmjax.quant.rounding import Clip, quantize_model
 
     load_code(words)
@@ -27,21 +26,16 @@ def quantize_command(words: Sequence[str]) -> int:
         source: Annotated[str, *by_place("RUN_OR_MODEL_DIR")]  # run directory, or directory of an imported model
         out: Annotated[str, *by_place("OUT_DIR")]  # directory to write
         method: Method = Method.RTN  # how numbers are rounded
-        format: str | None = None  # number format of all matrices that no --rule names (none: floating point)
-        rule: tuple[str, ...] = ()  # REGEX=FORMAT, for paths that the expression is found in, before --format; REGEX=none: floating point
-        input: str | None = None  # number format of what quantized matrices are multiplied with (none: floating point)
+        format: str | None = None  # formats WEIGHTS[+INPUTS[+CACHE]] of all matrices that no --rule names (none: floating point)
+        # REGEX=WEIGHTS[+INPUTS] for paths that the expression is found in, or REGEX=none; given again for each; the first that fits counts
+        rule: Annotated[tuple[str, ...], repeated()] = ()
         clip: Clip = Clip.NONE  # scales as the format computes them, or of each group the one with the smallest squared error
         step: int | None = None  # checkpoint of the run (none: the newest)
         code: str | None = None  # Python file that defines the classes of your own which the run's settings name
         json: bool = False  # print what was written as JSON
 
     given = parse(Arguments, words, command="quantize", description=quantize_command.__doc__)
-    inputs = None if given.input is None else preset(given.input)
-
-    def rule(paths: str, name: str) -> QuantRule:
-        return QuantRule(paths=paths) if name == "none" else QuantRule(paths=paths, weight=preset(name), input=inputs)
-
-    rules = [rule(*_split(text)) for text in given.rule] + ([] if given.format is None else [rule(".", given.format)])
+    rules = [_rule(text) for text in given.rule] + ([] if given.format is None else list(quant_of(given.format).phases[0].rules))
     if not rules:
         raise ValueError("say which number format: --format q4_0, or --rule REGEX=FORMAT for some of the matrices")
     found = quantize_model(given.source, given.out, rules=rules, clip=given.clip, step=given.step)
@@ -49,12 +43,19 @@ def quantize_command(words: Sequence[str]) -> int:
     return 0
 
 
-def _split(text: str) -> tuple[str, str]:
-    """REGEX=FORMAT; an expression may have an = in it, a format has none."""
-    paths, equals, name = text.rpartition("=")
-    if not equals or not paths or not name:
+def _rule(text: str) -> Any:
+    """The rule that REGEX=FORMAT stands for; an expression may have an = in it, a format has none."""
+    from slmjax.numerics.rules import NOTHING, QuantRule, quant_of
+
+    paths, _, name = text.rpartition("=")
+    if not paths or not name:
         raise ValueError(f"--rule is REGEX=FORMAT, as in --rule 'head=q8_0', got {text!r}")
-    return paths, name
+    if name == NOTHING:
+        return QuantRule(paths=paths)
+    *cache, rule = quant_of(name).phases[0].rules
+    if cache:
+        raise ValueError(f"--rule {text!r} has a format for caches, which are not parameters: give it with --format")
+    return dataclasses.replace(rule, paths=paths)
 
 
 def _tell_quantized(found: Any, *, is_json: bool) -> None:
@@ -139,7 +140,8 @@ def _show(found: Any) -> None:
         f"3 loss      {_word(loss.holds)}: {loss.engine:.6f} nats per token in the engine, {loss.ours:.6f} in ours ({loss.tokens:,} tokens)"
     )
     print(
-        f"    difference {loss.difference:+.1e} ± {loss.standard_error:.1e}; noise of 1e-6 moves ours by {loss.floor:.1e}; may be {loss.tolerance:.1e}"
+        f"    difference {loss.difference:+.1e} ± {loss.standard_error:.1e}; noise of 1e-6 moves ours by {loss.floor:.1e}; "
+        f"may be {loss.tolerance:.1e}"
     )
     if loss.as_trained != loss.ours:
         print(f"    with inputs as in training, ours is {loss.as_trained:.6f}: the engine rounds inputs otherwise")

@@ -11,9 +11,9 @@ from jaxtyping import UInt8
 from slmjax.convert.family import Bound
 from slmjax.convert.gguf_file import block_size, decoded_blocks
 from slmjax.convert.source import Own
+from slmjax.formats.blocks import container_for, pack
 from slmjax.formats.coding import Encoded
 from slmjax.formats.spec import QuantSpec
-from slmjax.formats.blocks import container_for, pack
 
 WAYS_OUT = "export with --dtype f32, which writes the numbers that codes stand for, or --to hf"
 WIDEST = {"TQ2_0": 0, "Q4_0": 1, "Q8_0": 2}  # a container holds the integer codes of those before it
@@ -31,8 +31,8 @@ def container_of(one: Bound, own: Own) -> str | None:
     if plain := [name for name, stored in formats.items() if stored is None]:
         coded = next(name for name, stored in formats.items() if stored is not None)
         raise ValueError(
-            f"{one.theirs[0]} is made of {plain[0]}, in floating point, and {coded}, in codes: GGUF has one type for a tensor. Give both the "
-            f"same format, or {WAYS_OUT}"
+            f"{one.theirs[0]} is made of {plain[0]}, in floating point, and {coded}, in codes: GGUF has one type for a tensor. Give "
+            f"both the same format, or {WAYS_OUT}"
         )
     width = one.rule.write([np.empty(shape, bool) for shape in one.shapes])[0].shape[-1]
     found = {_container(name, stored.spec, width) for name, stored in formats.items() if stored is not None}
@@ -68,8 +68,8 @@ def blocks_of(one: Bound, own: Own, container: str) -> UInt8[np.ndarray, "..."]:
     wanted = one.rule.write([own.read(path) for path in one.ours])[0]
     if not np.array_equal(decoded_blocks(packed, container, wanted.shape), wanted):
         raise ValueError(
-            f"{name} as {container} would not be the numbers that {', '.join(one.ours)} is trained with: this family computes with them on the "
-            f"way, or the scale is not one that {container} stores. {WAYS_OUT.capitalize()}"
+            f"{name} as {container} would not be the numbers that {', '.join(one.ours)} is trained with: this family computes with them on "
+            f"the way, or the scale is not one that {container} stores. {WAYS_OUT.capitalize()}"
         )
     return packed
 

@@ -114,8 +114,8 @@ def platform_notes(own: Own) -> Iterator[str]:
     here = jax.devices()[0].device_kind
     if own.step is not None and trained and trained[0] != here:
         yield (
-            f"codes were computed on {here}, and the run was trained on {trained[0]}: numbers half way between two codes may have gone to the "
-            "other. Export where it was trained, or see with verify-export what it changes"
+            f"codes were computed on {here}, and the run was trained on {trained[0]}: numbers half way between two codes may have gone to "
+            "the other. Export where it was trained, or see with verify-export what it changes"
         )
 
 

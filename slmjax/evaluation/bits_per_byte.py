@@ -174,7 +174,11 @@ def evaluate(
         of_run = experiment.get("eval", {}).get("overlap")
         overlap = default_overlap(length) if of_run is None else min(int(of_run), length - 1)
     batches = evaluation_batches(
-        documents_of(loaded, data, log=log), sequence_length=length, batch_size=batch_size or data.batch_size, overlap=overlap, max_documents=max_documents
+        documents_of(loaded, data, log=log),
+        sequence_length=length,
+        batch_size=batch_size or data.batch_size,
+        overlap=overlap,
+        max_documents=max_documents,
     )
     return evaluate_batches(make_eval_step(loaded.definition), loaded.params, loaded.buffers, batches, teachers=teachers)
 

@@ -76,6 +76,7 @@ def encode(
 
 def decode(encoded: Encoded, spec: QuantSpec, *, axis: int = -1) -> Float[Array, "..."]:
     """The numbers that codes and scales stand for: float32, the shape of the codes."""
+    encoded = jax.tree.map(jnp.asarray, encoded)
     groups, axes = _grouped(encoded.codes, spec, axis)
     zero = None if encoded.zero is None else jnp.expand_dims(encoded.zero, axes[-1]).astype(jnp.float32)
     scale = jnp.expand_dims(encoded.scale, axes[-1])
@@ -128,7 +129,7 @@ def _grouped(x: Array, spec: QuantSpec, axis: int) -> tuple[Array, tuple[int, ..
     num_groups = spec.groups(width)
     groups = x.reshape(*x.shape[:axis], num_groups, width // num_groups, *x.shape[axis + 1 :])
     if jnp.issubdtype(x.dtype, jnp.floating):
-        groups = groups.astype(jnp.float32)
+        groups = jax.lax.stop_gradient(groups.astype(jnp.float32))
     if spec.share is not Share.TENSOR:
         return groups, (axis + 1,)
     return groups, (*(i for i in range(groups.ndim) if i != axis + 1), axis + 1)

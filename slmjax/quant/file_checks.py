@@ -18,10 +18,10 @@ from slmjax.convert.gguf_codes import blocks_of
 from slmjax.convert.gguf_file import GgufTensor
 from slmjax.convert.llama_cpp import Product
 from slmjax.convert.source import Own
+from slmjax.formats.blocks import unpack
 from slmjax.formats.coding import Encoded, decode, encode
 from slmjax.formats.presets import preset
 from slmjax.formats.spec import QuantSpec, Rounding, Statistic
-from slmjax.formats.blocks import unpack
 
 INPUT_ROWS, MOST_OUTPUTS = 4, 2048  # of a product: of more outputs, so many that lie evenly among them
 # How llama.cpp rounds the inputs of matrices in blocks of 256: the number of largest magnitude becomes -127.

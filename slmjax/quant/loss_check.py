@@ -13,11 +13,11 @@ import numpy as np
 from jaxtyping import Float, Int32
 
 from slmjax.architecture import Precision
-from slmjax.loading import Loaded
 from slmjax.convert import llama_cpp
 from slmjax.data.config import DataConfig
 from slmjax.evaluation.bits_per_byte import data_or_own, documents_of
 from slmjax.formats.spec import QuantSpec
+from slmjax.loading import Loaded
 from slmjax.model import Decoder, logits
 from slmjax.numerics.rules import QuantPhase, QuantRule
 from slmjax.parameters import Definition, define_for_inference, restack, unstack
@@ -25,7 +25,7 @@ from slmjax.parameters import Definition, define_for_inference, restack, unstack
 NOISE, NOISE_DRAWS = 1e-6, 4  # relative, on every number of the embedding table
 SMALLEST_TOLERANCE = 1e-6  # of the loss itself: float32 sums in another order
 
-Windows = list[Int32[np.ndarray, " T1"]]  # T + 1 tokens each: T inputs, and the targets one further
+Windows = list[Int32[np.ndarray, "_"]]  # T + 1 tokens each: T inputs, and the targets one further
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,9 +75,9 @@ def check_loss(loaded: Loaded, file: Path, windows: Windows, *, input_specs: Map
 
 
 def paired(differences: Float[np.ndarray, " W"], counts: np.ndarray) -> tuple[float, float]:
-    """Mean difference per token of sums over windows of `counts` tokens, and its standard error: windows are what is drawn (a ratio estimate).
+    """Mean difference per token of sums over windows of `counts` tokens, and its standard error.
 
-    One window has no standard error, which is then 0.
+    Windows are what is drawn: a ratio estimate. One window has no standard error, which is then 0.
     """
     mean = float(differences.sum() / counts.sum())
     if len(counts) < 2:

@@ -20,18 +20,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float
 
 from slmjax import config as config_io
 from slmjax import weights
-from slmjax.convert.family import logical_shapes
 from slmjax.convert.source import Own, open_own, read_origin
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.formats.coding import Encoded, decode, encode, scale_of
 from slmjax.formats.presets import name_of
 from slmjax.formats.spec import QuantSpec, stored_bytes
-from slmjax.numerics.coverage import Entry, cover
+from slmjax.model import Decoder
+from slmjax.numerics.coverage import CACHE, Entry
 from slmjax.numerics.rules import QuantPhase, QuantRule
+from slmjax.quantized import entries_of, stack_shapes
 from slmjax.runlog import write_json
 from slmjax.weights import StoredFormat
 
@@ -100,9 +102,9 @@ def quantize_model(
     """
     source, out = Path(source), Path(out)
     own = open_own(source, step=step)
-    model = dataclasses.replace(own.config, quant=(), vocab_multiple=1)
-    entries = cover(rules, logical_shapes(model))
-    model = dataclasses.replace(model, quant=(QuantPhase(rules=tuple(rules)),))
+    model = dataclasses.replace(own.config, quant=(QuantPhase(rules=tuple(rules)),), vocab_multiple=1)
+    stacked = stack_shapes(nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(params=jax.random.key(0)))))
+    entries = {path: entry for path, entry in entries_of(model, stacked)[0].items() if not path.endswith(CACHE)}
     matrices: list[RoundedMatrix] = []
     sizes: list[tuple[int, int]] = []
 
@@ -120,9 +122,8 @@ def quantize_model(
 
     with weights.whole_directory(out) as directory:
         weights.write_tensors(directory / weights.DIRECTORY, tensors())
-        weights.write_formats(directory, {
-            name: StoredFormat(spec=entry.weight.spec, axis=entry.weight.axis) for name, entry in entries.items() if entry.weight is not None
-        })  # fmt: skip
+        coded = {name: entry.weight for name, entry in entries.items() if entry.weight is not None}
+        weights.write_formats(directory, {name: StoredFormat(spec=one.spec, axis=one.axis) for name, one in coded.items()})
         (directory / "model.json").write_text(config_io.dumps(model), encoding="utf-8")
         if (source / "tokenizer").is_dir():
             Tokenizer.load(source / "tokenizer").save(directory / "tokenizer")
@@ -146,8 +147,6 @@ def _origin(own: Own, matrices: Sequence[RoundedMatrix], clip: Clip) -> dict[str
 def _rounded(entry: Entry, array: np.ndarray, clip: Clip) -> tuple[Encoded, RoundedMatrix]:
     assert entry.weight is not None
     spec, axis = entry.weight.spec, entry.weight.axis
-    if clip is Clip.SEARCH and spec.is_asymmetric:
-        raise ValueError(f"{entry.path} in {name_of(spec)} has a zero point, and clips are searched for symmetric formats: leave --clip out")
     encoded, nearest_error, error = jax.device_get(_coded(array, spec, axis, clip))
     return encoded, RoundedMatrix(
         path=entry.path, format=name_of(spec), numbers=array.size, bytes=stored_bytes(spec, array.shape, axis=axis),
@@ -192,11 +191,12 @@ def with_best_clip(x: Float[Array, "I O"], spec: QuantSpec, axis: int) -> tuple[
     searched = encode(x, spec, axis=axis, scale=own * jnp.where(factors == 0, 1, factors))
     kept = factors == 0
     codes = jnp.where(spread(kept, x.shape), plain.codes, searched.codes)
-    encoded = dataclasses.replace(plain, codes=codes, scale=jnp.where(kept, plain.scale, searched.scale))
+    zero = None if plain.zero is None else jnp.where(kept, plain.zero, searched.zero)
+    encoded = dataclasses.replace(plain, codes=codes, scale=jnp.where(kept, plain.scale, searched.scale), zero=zero)
     return encoded, jnp.sum(before) / x.size, jnp.sum(after) / x.size
 
 
-def group_sums(x: Float[Array, "I O"], shape: tuple[int, ...]) -> Float[Array, "G O"]:
+def group_sums(x: Float[Array, "I O"], shape: tuple[int, ...]) -> Float[Array, "_ _"]:
     """Sums over what shares a scale, in the shape that scales have."""
     split = x.reshape(tuple(size for old, new in zip(x.shape, shape, strict=True) for size in (new, old // new)))
     return jnp.sum(split, axis=tuple(range(1, split.ndim, 2)))

@@ -3,11 +3,12 @@
     found = verify_export("runs/nano", "nano.gguf")
     found.holds, found.loss.difference, found.loss.floor
 
-Three levels. Bytes: every tensor of the file decodes to exactly the numbers that the model multiplies with. Products: with the engine's own
-kernels, each matrix gives what ours gives, but for sums in another order, where inputs have the same codes; and it is counted how many of
-those codes differ. Loss: over the same tokens both find the same mean negative log-likelihood, as far as that can be told. Rounding inputs to 8
-bits turns a difference in the last bit of a sum into one of a whole code, here and there, and so a network that does it answers to the
-smallest noise: what noise of 1e-6 on the embeddings does to our own loss is measured, and is the floor below which nothing can be told.
+Three levels. Bytes: every tensor of the file decodes to exactly the numbers that the model multiplies with. Products: with the engine's
+own kernels, each matrix gives what ours gives, but for sums in another order, where inputs have the same codes; and it is counted how
+many of those codes differ. Loss: over the same tokens both find the same mean negative log-likelihood, as far as that can be told.
+Rounding inputs to 8 bits turns a difference in the last bit of a sum into one of a whole code, here and there, and so a network that does
+it answers to the smallest noise: what noise of 1e-6 on the embeddings does to our own loss is measured, and is the floor below which
+nothing can be told.
 
 Dims: T tokens of a window, V vocabulary, R rows of inputs, I inputs of a matrix, O its outputs.
 """

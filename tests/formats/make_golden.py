@@ -45,6 +45,11 @@ def numbers() -> np.ndarray:
     return np.concatenate([normal, near])
 
 
+def of_one_size(x: np.ndarray) -> np.ndarray:
+    """`numbers` without the row of large ones, beside which the others would be nothing under a scale for the tensor."""
+    return np.delete(x, 5, axis=0)
+
+
 def _ties() -> np.ndarray:
     """Groups of 32: zeros, then those whose numbers lie halfway between codes, each on the scale of another format."""
     halves = np.arange(-16, 16, dtype=np.float32) + np.float32(0.5)
@@ -104,9 +109,10 @@ def torchao_tensors(x: np.ndarray) -> Arrays:
         scale, data = to_mx(weight, kind, 32)
         patterns = unpack_uint4(data) if name == "mxfp4" else data.view(torch.uint8)
         made |= {f"{name}/codes": patterns.numpy().view(np.int8).reshape(x.shape), f"{name}/scale": _powers_of_two(scale)}
+    weight = torch.from_numpy(of_one_size(x))
     tensor_scale = per_tensor_amax_to_scale(weight.abs().max())
     scale, data = nvfp4_quantize(weight, per_tensor_scale=tensor_scale)
-    made |= {"nvfp4/codes": unpack_uint4(data).numpy().view(np.int8).reshape(x.shape), "nvfp4/scale": scale.float().numpy()}
+    made |= {"nvfp4/codes": unpack_uint4(data).numpy().view(np.int8).reshape(weight.shape), "nvfp4/scale": scale.float().numpy()}
     return made | {"nvfp4/tensor_scale": tensor_scale.numpy()} | _torchao_training(weight)
 
 
