@@ -42,7 +42,7 @@ def _reports(path: Path, directory: Path) -> list[Any]:
     from slmjax import recipes
     from slmjax.ablate import measure, read_members, report_recovery
 
-    find = getattr(recipes.run_file(path), "recoveries", None)
+    find: Any = getattr(recipes.run_file(path), "recoveries", None)
     if not callable(find):
         raise ValueError(
             f"{path} needs a function `def recoveries(directory: Path) -> tuple[Recovery, ...]` that says which arm is the reference and "

@@ -186,7 +186,7 @@ def test_the_report_for_people_and_programs(tmp_path: Path) -> None:
     report = report_recovery(recovery(), members(), measurements())
     text = recovery_markdown(report)
     found = report.arms[2].recovered
-    assert found is not None and found.share is not None and found.fieller_interval is not None
+    assert found is not None and found.share is not None and found.standard_error is not None and found.fieller_interval is not None
     assert "| full | 3 | 1.408 ± 0.021 |  | 0.000000 ± 0.000000 | 90.0% | 4,000,000 | 4.50 | 1,000 |" in text
     assert "| rounded | 3 | 1.439 ± 0.018 | +0.0313 ± 0.0015 |" in text and "| 4.50 | — |" in text
     row = next(line for line in text.splitlines() if line.startswith("| QAT | rounded | 3 |"))
