@@ -18,6 +18,7 @@ import pytest
 
 from slmjax import architecture, losses, model, parameters, recipes, sharding, zoo
 from slmjax.cli import COMMANDS
+from slmjax.formats.presets import PRESETS
 from slmjax.layers import MlpConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,6 +95,11 @@ def test_the_page_on_mixers_shows_the_example(site: Path) -> None:
     page = html.unescape(re.sub(r"<[^>]+>", "", (site / "add-a-mixer" / "index.html").read_text()))
     shown = [line for line in EXAMPLE.read_text().splitlines() if re.match(r" *(class|def) ", line)]
     assert len(shown) > 8 and not [line for line in shown if line not in page]
+
+
+def test_the_page_on_quantization_names_every_format() -> None:
+    page = (DOCS / "quantization.md").read_text()
+    assert not [name for name in PRESETS if f"`{name}`" not in page]
 
 
 def test_every_field_that_is_met_has_a_comment() -> None:

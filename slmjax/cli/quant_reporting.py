@@ -49,7 +49,8 @@ def _reports(path: Path, directory: Path) -> list[Any]:
             "which are rounded, and has none: experiments/qat_study.py has one"
         )
     reports = []
-    for recovery in find(directory):
+    recoveries: Any = find(directory)
+    for recovery in recoveries:
         place = directory / recovery.directory
         members = read_members(recovery.study, place)
         if not members:

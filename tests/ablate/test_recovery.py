@@ -321,7 +321,7 @@ def test_a_report_that_cannot_be_made(tmp_path: Path, workplace: Path, capsys: p
     for words, message in (
         (("report", str(none)), "needs a function `def recoveries(directory: Path)"),
         (("report", str(file), str(tmp_path / "nowhere")), "holds no member of the study toy"),
-        (("reprot",), "say `slmjax quant report`"),
+        (("reprot",), "say `slmjax quant table` or `slmjax quant report`"),
     ):
         with pytest.raises(SystemExit) as ended:
             cli.main(["quant", *words])
