@@ -99,7 +99,7 @@ def _recovery_row(one: ArmRecovery) -> tuple[str, ...]:
     error = "" if found.standard_error is None else f" ± {100 * found.standard_error:.{decimals}f}"
     p = ABSENT if one.adjusted_p is None else "< 0.001" if one.adjusted_p < 0.001 else f"{one.adjusted_p:.3f}"
     return (
-        *begin, cost, f"{100 * found.share:.{decimals}f}%{error}",
+        *begin, cost, f"{100 * found.share:.{decimals}f}%{error}".replace("-", "−"),
         *(_percent(each, decimals) for each in (found.fieller_interval, found.bootstrap_interval)), p, verdict,
     )  # fmt: skip
 
