@@ -26,7 +26,7 @@ from slmjax.convert.gguf_file import read_gguf
 
 NORMAL_TOKEN = 1  # in tokenizer.ggml.token_type
 FORCED = 1000.0  # added to the logit of a token that is to be chosen
-MOST_THREADS = 8  # of small models more make nothing faster
+LARGE_FILE, MOST_THREADS = 2**28, 8  # threads wait for each other after every operation: with a small model, and busy cores, for long
 
 
 def import_engine() -> Any:
@@ -52,7 +52,8 @@ def _server(path: Path, context: int, _: tuple[int, int]) -> Any:
     params.n_parallel = 1
     params.n_gpu_layers = 0
     params.no_extra_bufts = True  # weights laid out anew for this CPU: other sums, and a crash on some
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = min(os.cpu_count() or 1, MOST_THREADS)
+    threads = min(os.cpu_count() or 1, MOST_THREADS) if path.stat().st_size > LARGE_FILE else 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.cache_type_k = params.cache_type_v = engine.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = engine.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.fit_params = False  # no look at the memory of this machine
