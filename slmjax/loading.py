@@ -69,6 +69,8 @@ def load_model(path: str | Path, *, step: int | None = None) -> Loaded:
     path = Path(path)
     config = read_config(path)
     definition = parameters.define_for_inference(config, step=phase_step(path, step))
+    if weights.is_imported(path):  # which holds what the model multiplies with
+        definition = definition.decoded()
     mesh = jax.sharding.get_mesh()
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if mesh.empty else NamedSharding(mesh, PartitionSpec())
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), (definition.params, definition.buffers))

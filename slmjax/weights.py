@@ -4,12 +4,15 @@
     tensors.read("model.norm.weight")                 # one tensor, in the dtype it is stored in
     write_tensors(directory, pairs, largest_file=2**29)   # streamed: about one file's tensors in memory at a time
 
-An imported model keeps each layer's parameters by logical path (`layers/3/mixer/query/weight`), in the dtype they came in;
-`read_stacked` makes of them the stacked float32 parameters of a model, each device reading only the part that it holds.
+An imported model keeps each layer's parameters by logical path (`layers/3/mixer/query/weight`), in the dtype they came in, or quantized:
+then PATH is stored as `PATH/codes` (int8) and `PATH/scale`, with `PATH/zero` and `PATH/tensor_scale` where the format has them, and
+`formats.json` beside them tells the format. `read_stacked` makes of them the stacked float32 parameters of a model, each device reading
+only the part that it holds; what is stored in codes is decoded, and nothing is quantized again.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 import tempfile
@@ -23,13 +26,18 @@ from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from slmjax import config as config_io
 from slmjax.architecture import ModelConfig
+from slmjax.formats.coding import Encoded, decode
+from slmjax.formats.spec import QuantSpec
 from slmjax.paths import logical_paths
 
 DIRECTORY = "weights"  # of an imported model's directory
 INDEX = "model.safetensors.index.json"
 LARGEST_FILE = 2**27  # bytes: while one is written, its tensors are in memory twice
 DTYPES: Mapping[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": jax.numpy.bfloat16, "F64": np.float64}
+CODE_DTYPES: Mapping[str, Any] = DTYPES | {"I8": np.int8, "I32": np.int32}
+FORMATS = "formats.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,9 +52,9 @@ class _Entry:
 class TensorFiles:
     """The tensors of a directory of safetensors files. The file that was read last stays open, and mapped into memory."""
 
-    def __init__(self, directory: Path) -> None:
-        """Raises ValueError where there are none, or one is damaged or missing."""
-        self.directory = directory
+    def __init__(self, directory: Path, *, dtypes: Mapping[str, Any] = DTYPES) -> None:
+        """Raises ValueError where there are none, or one is damaged or missing. `dtypes` are those that are read."""
+        self.directory, self._dtypes = directory, dtypes
         self._entries: dict[str, _Entry] = {}
         self._open: tuple[Path | None, Any] = (None, None)
         files, places = _files(directory)
@@ -82,14 +90,14 @@ class TensorFiles:
         return self._entries[name].shape
 
     def dtype(self, name: str) -> np.dtype:
-        """The dtype that a tensor is stored in. Raises ValueError for one that is no plain floating point."""
+        """The dtype that a tensor is stored in. Raises ValueError for one that is not read here."""
         entry = self._entries[name]
-        if entry.stored not in DTYPES:
+        if entry.stored not in self._dtypes:
             raise ValueError(
-                f"{entry.file}: {name} is stored as {entry.stored}, and weights are read as {', '.join(DTYPES)}: "
+                f"{entry.file}: {name} is stored as {entry.stored}, and weights are read as {', '.join(self._dtypes)}: "
                 "take the checkpoint that is not quantized, or a GGUF file"
             )
-        return np.dtype(DTYPES[entry.stored])
+        return np.dtype(self._dtypes[entry.stored])
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A tensor, or a part of it: only that is read. Raises ValueError as `dtype` does."""
@@ -172,30 +180,113 @@ def is_imported(path: Path) -> bool:
     return (path / DIRECTORY).is_dir()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredFormat:
+    """How a parameter is stored in codes."""
+
+    spec: QuantSpec
+    axis: int  # that its groups run along
+
+
+class ModelFiles:
+    """The parameters of an imported model's directory by logical path, some of them perhaps in codes."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError where files are damaged or missing."""
+        self.directory = path / DIRECTORY
+        self._tensors = TensorFiles(self.directory, dtypes=CODE_DTYPES)
+        self.formats = _read_formats(self.directory / FORMATS)
+        if absent := sorted(name for name in self.formats if not {f"{name}/codes", f"{name}/scale"} <= set(self._tensors.names)):
+            raise ValueError(
+                f"{self.directory}: {FORMATS} has {absent[0]} in codes, and the files lack its codes or its scale: copy all anew"
+            )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.formats or name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter."""
+        return self._tensors.shape(f"{name}/codes" if name in self.formats else name)
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype of what `read` gives."""
+        return np.dtype(np.float32) if name in self.formats else self._tensors.dtype(name)
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A parameter, or a part of it; what is stored in codes is read whole, and decoded."""
+        if (stored := self.formats.get(name)) is None:
+            return self._tensors.read(name, index)
+        function = functools.partial(decode, spec=stored.spec, axis=stored.axis)
+        for _ in self.shape(name)[2:]:  # experts, each by itself
+            function = jax.vmap(function)
+        return np.asarray(function(jax.tree.map(jax.numpy.asarray, self.encoded(name))))[index]
+
+    def encoded(self, name: str) -> Encoded:
+        """The codes and scales of a parameter that is stored in codes, as NumPy arrays."""
+
+        def part(kind: str, dtype: Any) -> np.ndarray | None:
+            return self._tensors.read(f"{name}/{kind}").astype(dtype) if f"{name}/{kind}" in self._tensors else None
+
+        return Encoded(
+            codes=part("codes", np.int8), scale=part("scale", np.float32), zero=part("zero", np.int32),
+            tensor_scale=part("tensor_scale", np.float32),
+        )  # fmt: skip
+
+
+def _read_formats(path: Path) -> dict[str, StoredFormat]:
+    """What `write_formats` wrote; empty for a model that has no parameter in codes."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {name: config_io.from_json(StoredFormat, value) for name, value in found.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): copy it anew") from error
+
+
+def write_formats(path: Path, formats: Mapping[str, StoredFormat]) -> None:
+    """Says in an imported model's directory which of its parameters are in codes, and how."""
+    text = json.dumps({name: config_io.to_json(stored) for name, stored in formats.items()}, indent=1)
+    (path / DIRECTORY / FORMATS).write_text(text, encoding="utf-8")
+
+
+def in_codes(name: str, encoded: Encoded) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors that a parameter in codes is stored as."""
+    yield f"{name}/codes", np.asarray(encoded.codes, np.int8)
+    scale = np.asarray(encoded.scale, np.float32)
+    with np.errstate(over="ignore"):
+        half = scale.astype(np.float16)
+    yield f"{name}/scale", half if np.array_equal(half.astype(np.float32), scale) else scale
+    if encoded.zero is not None:
+        yield f"{name}/zero", np.asarray(encoded.zero, np.int32)
+    if encoded.tensor_scale is not None:
+        yield f"{name}/tensor_scale", np.asarray(encoded.tensor_scale, np.float32)
+
+
 def read_stacked(path: Path, config: ModelConfig, like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
     """The parameters (or buffers) of an imported model's directory by stack path, float32, placed as the shapes of `like` say.
 
     Raises:
       ValueError: the directory's files are damaged, or hold other parameters than the model has.
     """
-    tensors = TensorFiles(path / DIRECTORY)
+    files = ModelFiles(path)
     return {
-        name: _read_one(tensors, logical_paths(config, name), leaf, is_stacked=name.startswith("segments/")) for name, leaf in like.items()
+        name: _read_one(files, logical_paths(config, name), leaf, is_stacked=name.startswith("segments/")) for name, leaf in like.items()
     }
 
 
-def _read_one(tensors: TensorFiles, names: list[str], leaf: jax.ShapeDtypeStruct, *, is_stacked: bool) -> Array:
+def _read_one(files: ModelFiles, names: list[str], leaf: jax.ShapeDtypeStruct, *, is_stacked: bool) -> Array:
     own = tuple(leaf.shape[1:]) if is_stacked else tuple(leaf.shape)
     for name in names:
-        if name not in tensors or tensors.shape(name) != own:
-            found = tensors.shape(name) if name in tensors else "absent"
-            raise ValueError(f"{tensors.directory}: {name} is {found} there, and {own} in the model: these are the weights of another")
+        if name not in files or files.shape(name) != own:
+            found = files.shape(name) if name in files else "absent"
+            raise ValueError(f"{files.directory}: {name} is {found} there, and {own} in the model: these are the weights of another")
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index, "parameters have dims"
         if not is_stacked:
-            return tensors.read(names[0], index).astype(leaf.dtype)
-        return np.stack([tensors.read(name, index[1:]).astype(leaf.dtype) for name in names[index[0]]])
+            return files.read(names[0], index).astype(leaf.dtype)
+        return np.stack([files.read(name, index[1:]).astype(leaf.dtype) for name in names[index[0]]])
 
     placement = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.make_array_from_callback(leaf.shape, placement, part)

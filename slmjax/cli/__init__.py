@@ -14,6 +14,7 @@ from slmjax.cli.evaluating import eval_command
 from slmjax.cli.generating import generate_command
 from slmjax.cli.inspecting import data_command, models_command
 from slmjax.cli.quant_table import quant_command
+from slmjax.cli.quantizing import quantize_command, verify_export_command
 from slmjax.cli.reporting import compare_command, report_command, runs_command
 from slmjax.cli.training import INTERRUPTED_STATUS, train_command
 
@@ -26,6 +27,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "import": import_command,
     "export": export_command,
     "quant": quant_command,
+    "quantize": quantize_command,
+    "verify-export": verify_export_command,
     "report": report_command,
     "runs": runs_command,
     "compare": compare_command,
@@ -86,5 +89,5 @@ def _message_for_people(error: Exception) -> str | None:
 
 def _overview() -> str:
     lines = ["usage: slmjax COMMAND [OPTIONS]", "", "Train, evaluate, sample, import and export small language models.", ""]
-    lines += [f"  {name:<10}{(function.__doc__ or '').splitlines()[0]}" for name, function in COMMANDS.items()]
+    lines += [f"  {name:<15}{(function.__doc__ or '').splitlines()[0]}" for name, function in COMMANDS.items()]
     return "\n".join([*lines, "", "slmjax COMMAND --help tells the options of a command."])

@@ -24,6 +24,13 @@ def by_place(metavar: str) -> tuple[Any, ...]:
     return tyro.conf.Positional, tyro.conf.arg(metavar=metavar)
 
 
+def repeated() -> Any:
+    """For a tuple whose option is given once for each of its items."""
+    import tyro
+
+    return tyro.conf.UseAppendAction
+
+
 def without_prefix() -> Any:
     """For a field whose own fields are options without its name before them."""
     import tyro

@@ -154,4 +154,5 @@ def export_model(source: str | Path, out: str | Path, *, to: Target, dtype: Weig
         tensors = weights.TensorFiles(directory)
         size = sum(file.stat().st_size for file in tensors.files)
         parameters = sum(math.prod(tensors.shape(name)) for name in tensors.names)
-    return Written(path=str(out), family=expressed.family.architecture, parameters=parameters, bytes=size, notes=())
+    notes = (f"{len(own.formats)} quantized parameters are written as the numbers that their codes stand for",) if own.formats else ()
+    return Written(path=str(out), family=expressed.family.architecture, parameters=parameters, bytes=size, notes=notes)

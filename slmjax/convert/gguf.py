@@ -3,18 +3,21 @@
 The `gguf` extra. `gguf_file.py` and `gguf_tokenizer.py` know the container and the vocabularies; families say what the rest is called.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from slmjax.architecture import ModelConfig
 from slmjax.config import ConfigError, near_names
 from slmjax.convert.families import GGUF_FAMILIES, GGUF_NAMES
-from slmjax.convert.family import Bound, bind, misnamed, ours_from, read_settings, rounded
-from slmjax.convert.gguf_file import GgufFile, PendingTensor, read_gguf, write_gguf
+from slmjax.convert.family import Bound, Family, bind, misnamed, ours_from, read_settings, rounded
+from slmjax.convert.gguf_codes import blocks_of, container_of
+from slmjax.convert.gguf_file import GgufFile, PendingTensor, num_bytes, read_gguf, type_of, write_gguf
 from slmjax.convert.gguf_tokenizer import tokenizer_from_gguf, tokenizer_metadata
-from slmjax.convert.source import Found, Own, Written, express, read_origin
+from slmjax.convert.source import Found, Own, Written, express, platform_notes, read_origin
 from slmjax.data.shards import file_sha256
 from slmjax.data.tokenizers import Tokenizer
 
@@ -22,7 +25,8 @@ EXTRA_TENSORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")  # arr
 BIASES = {"qkv_bias": "attn_q", "output_bias": "attn_output", "ffn_bias": "ffn_down"}  # settings, and the tensors that they tell of
 NOT_KEYS = ("vocab_size", "has_output", *BIASES, *EXTRA_TENSORS)  # settings that are not in the metadata
 TOLERANCE = 5e-7  # metadata is float32
-FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}  # general.file_type
+FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q8_0": 7, "TQ2_0": 37, "MXFP4": 38}  # general.file_type
+BLOCKS_VERSION = 2  # general.quantization_version: of how blocks are laid out
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -33,13 +37,8 @@ def open_file(path: Path) -> Found:
       ValueError: the file is damaged, or what it says is not understood; the message names it.
     """
     file = read_gguf(path)
-    architecture = file.metadata.get("general.architecture")
-    known = {family.architecture: family for family in GGUF_FAMILIES}
-    if architecture not in known:
-        names = f"{', '.join(known)}.{near_names(str(architecture), known)}"
-        raise ConfigError(f"{path} is of the architecture {architecture!r}, and these are read: {names}")
-    model = read_settings(known[architecture], _settings(file, architecture), where=str(path))
-    table = known[architecture].table_of(model)
+    family, model = described(path, file)
+    table, architecture = family.table_of(model), family.architecture
     bound = bind(table, model)
     _check_names(path, architecture, *misnamed(table, bound, set(file.tensors)))
     return Found(
@@ -50,6 +49,16 @@ def open_file(path: Path) -> Found:
             "license": file.metadata.get("general.license"), "config": _told(file),
         },
     )  # fmt: skip
+
+
+def described(path: Path, file: GgufFile) -> tuple[Family, ModelConfig]:
+    """The family of a file, and the model that its metadata tells of. Raises ValueError for what is not understood."""
+    architecture = file.metadata.get("general.architecture")
+    known = {family.architecture: family for family in GGUF_FAMILIES}
+    if architecture not in known:
+        names = f"{', '.join(known)}.{near_names(str(architecture), known)}"
+        raise ConfigError(f"{path} is of the architecture {architecture!r}, and these are read: {names}")
+    return known[architecture], read_settings(known[architecture], _settings(file, architecture), where=str(path))
 
 
 def _settings(file: GgufFile, architecture: str) -> dict[str, Any]:
@@ -91,13 +100,14 @@ def _tokenizer(path: Path, file: GgufFile) -> Tokenizer | None:
 
 # Writing --------------------------------------------------------------------------------------------------------------
 def write_model(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtype | None) -> Written:
-    """Writes a model of ours as a GGUF file.
+    """Writes a model of ours as a GGUF file. Quantized parameters go into blocks, codes and scales as they are.
 
     Args:
-      dtype: of matrices; None for the one they are stored in. Vectors are float32.
+      dtype: of matrices in floating point; None for the one they are stored in. Vectors are float32. Where it is float32, it is that of
+        quantized parameters too, whose codes are decoded.
 
     Raises:
-      ValueError: no family can express it, or `out` is there already.
+      ValueError: no family can express it, GGUF has no blocks for a parameter's format, or `out` is there already.
     """
     if out.exists():
         raise ValueError(f"{out} is there already: name a new file, or delete it first")
@@ -108,24 +118,52 @@ def write_model(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtype | 
     stored = np.dtype(dtype or own.dtype("embed/table"))
     keys = {f"{architecture}.{name}": value for name, value in expressed.settings.items() if name not in NOT_KEYS}
     origin = read_origin(own.path)
-    general = {"general.name": out.stem, "general.file_type": FILE_TYPES[stored.name], "general.license": origin.get("license")}
+    general = {"general.name": out.stem, "general.license": origin.get("license")}
     words = tokenizer_metadata(own.path / "tokenizer", adds_bos=tokenizer.adds_bos, num_rows=model.known_vocab_size)
     extra = [
         PendingTensor(name=f"{name}.weight", shape=array.shape, dtype=np.dtype(np.float32), read=lambda array=array: array)
         for name, array in expressed.settings.items()
         if name in EXTRA_TENSORS
     ]
-    tensors = [*extra, *_pending(expressed.bound, own, stored)]
+    in_codes = bool(own.formats) and dtype != np.float32
+    tensors = [*extra, *_pending(expressed.bound, own, stored, in_codes=in_codes)]
+    sizes = _sizes(tensors)
+    general["general.file_type"] = FILE_TYPES[_main_type(tensors)]
+    general["general.quantization_version"] = BLOCKS_VERSION if in_codes else None
     out.parent.mkdir(parents=True, exist_ok=True)
     metadata = {name: value for name, value in {**general, **keys, **words}.items() if value is not None}
     write_gguf(out, architecture=architecture, metadata=metadata, tensors=tensors)
-    numbers = [int(np.prod(tensor.shape)) for tensor in tensors]
-    size = sum(count * np.dtype(tensor.dtype).itemsize for count, tensor in zip(numbers, tensors, strict=True))
-    return Written(path=str(out), family=architecture, parameters=sum(numbers), bytes=size, notes=tuple(_notes(expressed.settings)))
+    return Written(
+        path=str(out), family=architecture, parameters=sum(numbers for _, numbers, _ in sizes.values()),
+        bytes=sum(size for _, _, size in sizes.values()), notes=tuple(_notes(expressed.settings, own, sizes, in_codes=in_codes)),
+    )  # fmt: skip
 
 
-def _notes(settings: Mapping[str, Any]) -> Iterator[str]:
-    """What llama.cpp does otherwise, depending on how it is started."""
+Sizes = dict[str, tuple[int, int, int]]  # by type: tensors, numbers, bytes
+
+
+def _sizes(tensors: list[PendingTensor]) -> Sizes:
+    found: Sizes = {}
+    for tensor in tensors:
+        type, numbers = type_of(tensor), math.prod(tensor.shape)
+        before = found.get(type, (0, 0, 0))
+        found[type] = before[0] + 1, before[1] + numbers, before[2] + num_bytes(tensor.shape, type)
+    return found
+
+
+def _main_type(tensors: list[PendingTensor]) -> str:
+    """The type that most numbers of matrices are in."""
+    return max((sizes := _sizes([one for one in tensors if len(one.shape) > 1] or tensors)), key=lambda type: sizes[type][1])
+
+
+def _notes(settings: Mapping[str, Any], own: Own, sizes: Sizes, *, in_codes: bool) -> Iterator[str]:
+    """What was written, and what llama.cpp does otherwise, depending on how it is started."""
+    if in_codes:
+        types = (f"{type} {tensors} tensors, {numbers:,} numbers, {size:,} bytes" for type, (tensors, numbers, size) in sizes.items())
+        yield f"codes and scales as they were trained: {'; '.join(types)}"
+        yield from platform_notes(own)
+    elif own.formats:
+        yield f"{len(own.formats)} quantized parameters are written as the float32 numbers that their codes stand for"
     if "rope_factors_long" in settings:
         yield (
             f"where its context is longer than {settings['rope.scaling.original_context_length']} tokens, llama.cpp takes the long factors "
@@ -133,15 +171,18 @@ def _notes(settings: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _pending(bound: list[Bound], own: Own, stored: np.dtype) -> Iterator[PendingTensor]:
+def _pending(bound: list[Bound], own: Own, stored: np.dtype, *, in_codes: bool) -> Iterator[PendingTensor]:
     """The tensors, one for each rule, made when it is its turn."""
     for one in bound:
         (name,) = one.theirs
+        container = container_of(one, own) if in_codes else None
         shape = one.rule.write([np.empty(shape, bool) for shape in one.shapes])[0].shape
         is_vector = len(shape) == 1 or name.endswith(("bias", "ffn_gate_inp.weight", "position_embd.weight"))
         dtype = np.dtype(np.float32) if is_vector else stored
 
-        def read(one: Bound = one, name: str = name, dtype: np.dtype = dtype) -> np.ndarray:
+        def read(one: Bound = one, name: str = name, dtype: np.dtype = dtype, container: str | None = container) -> np.ndarray:
+            if container is not None:
+                return blocks_of(one, own, container)
             return rounded(name, one.rule.write([own.read(path) for path in one.ours])[0], dtype)
 
-        yield PendingTensor(name=name, shape=shape, dtype=dtype, read=read)
+        yield PendingTensor(name=name, shape=shape, dtype=container or dtype, read=read)

@@ -27,7 +27,7 @@ _STRING, _ARRAY = 8, 9
 # The types of metadata by their number in the file; NumPy's name of each scalar.
 _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+_BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ2_0", "MXFP4")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,7 @@ class GgufTensor:
                 f"tensor {self.name!r} is in {self.type}, which cannot be decoded here, only {known}: take a file in one of these,"
                 " or requantize this one with llama-quantize"
             )
-        gguf = _import_gguf()
-        rows = self.raw.reshape(*self.shape[:-1], -1)
-        return gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[self.type]).reshape(self.shape)
+        return decoded_blocks(self.raw.reshape(*self.shape[:-1], -1), self.type, self.shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +76,24 @@ class PendingTensor:
     shape: tuple[int, ...]  # rows first, in numbers, not bytes
     dtype: Any  # float32, float16 or bfloat16; or GGUF's name of a format, whose bytes `read` gives as uint8 [..., bytes of a row]
     read: Callable[[], np.ndarray]  # called once, in the order of the tensors
+
+
+def decoded_blocks(blocks: np.ndarray, type: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The float32 numbers [*shape] that blocks, uint8 [..., bytes of a row], stand for, by the gguf package."""
+    gguf = _import_gguf()
+    return gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[type]).reshape(shape)
+
+
+def block_size(type: str) -> int:
+    """How many numbers of a row are one block of the type."""
+    gguf = _import_gguf()
+    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type]][0]
+
+
+def num_bytes(shape: tuple[int, ...], type: str) -> int:
+    """Bytes of a tensor in the type. Raises ValueError for rows that are no whole number of blocks."""
+    gguf = _import_gguf()
+    return _num_bytes(gguf, shape, gguf.GGMLQuantizationType[type])
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -233,6 +249,11 @@ def _type_name(key: str, value: Any, *, int_name: str) -> str:
     if type(value) is int and not low <= value < high:
         raise ValueError(f"{key} is {value}, which {int_name} does not hold: pass GgufValue(value=..., type='INT64')")
     return names[type(value)]
+
+
+def type_of(tensor: PendingTensor) -> str:
+    """GGUF's name of the type that a tensor is written in."""
+    return _format_of(_import_gguf(), tensor).name
 
 
 def _format_of(gguf: Any, tensor: PendingTensor) -> Any:

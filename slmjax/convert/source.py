@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from slmjax import loading, weights
@@ -14,7 +15,9 @@ from slmjax.convert.canonical_form import canonical, differences
 from slmjax.convert.family import Bound, Family, Inexpressible, bind
 from slmjax.convert.settings import Settings
 from slmjax.data.tokenizers import Tokenizer
+from slmjax.formats.coding import Encoded
 from slmjax.paths import logical_paths
+from slmjax.weights import StoredFormat
 
 ROWS_PER_TOKEN = ("embed/table", "head/weight")  # tables that may be padded beyond the vocabulary
 
@@ -36,8 +39,10 @@ class Own:
 
     path: Path
     config: ModelConfig
-    read: Callable[[str], np.ndarray]  # a parameter by logical path; tables without their padding
+    read: Callable[[str], np.ndarray]  # a parameter by logical path, what the model multiplies with; tables without their padding
     dtype: Callable[[str], np.dtype]  # that it is stored in
+    formats: Mapping[str, StoredFormat]  # of the parameters that are quantized
+    encoded: Callable[[str], Encoded]  # the codes and scales of one of those, as NumPy arrays; tables without their padding
     family: str | None  # where an imported one came from
     step: int | None  # of a run: its checkpoint
 
@@ -57,16 +62,18 @@ def open_own(path: Path, *, step: int | None = None) -> Own:
     """A model of ours, to be exported. Raises ValueError as `load_model` does."""
     if weights.is_imported(path):
         model = loading.read_config(path)
-        tensors = weights.TensorFiles(path / weights.DIRECTORY)
+        files = weights.ModelFiles(path)
         return Own(
-            path=path, config=model, read=lambda name: _unpadded(name, tensors.read(name), model), dtype=tensors.dtype,
+            path=path, config=model, read=lambda name: _unpadded(name, files.read(name), model), dtype=files.dtype,
+            formats=files.formats, encoded=lambda name: _unpadded_codes(name, files.encoded(name), model),
             family=read_origin(path).get("family"), step=None,
         )  # fmt: skip
     loaded = loading.load_model(path, step=step)
+    coded = loading.read_encoded(path, step=step)
     places: dict[str, tuple[str, int | None]] = {}
     arrays = {**loaded.params, **loaded.buffers}
     for name in arrays:
-        logical = logical_paths(loaded.config, name)
+        logical = logical_paths(loaded.definition.config, name)
         places |= {one: (name, index if name.startswith("segments/") else None) for index, one in enumerate(logical)}
 
     def read(name: str) -> np.ndarray:
@@ -74,7 +81,9 @@ def open_own(path: Path, *, step: int | None = None) -> Own:
         return _unpadded(name, np.asarray(arrays[stacked] if index is None else arrays[stacked][index]), loaded.config)
 
     return Own(
-        path=path, config=loaded.config, read=read, dtype=lambda name: np.dtype(np.float32), family=None, step=loaded.step
+        path=path, config=loaded.config, read=read, dtype=lambda name: np.dtype(np.float32), family=None, step=loaded.step,
+        formats={name: StoredFormat(spec=numbers.spec, axis=numbers.axis) for name, (numbers, _) in coded.items()},
+        encoded=lambda name: _unpadded_codes(name, coded[name][1], loaded.config),
     )  # fmt: skip
 
 
@@ -82,10 +91,32 @@ def _unpadded(name: str, array: np.ndarray, model: ModelConfig) -> np.ndarray:
     return array[: model.known_vocab_size] if name in ROWS_PER_TOKEN else array
 
 
+def _unpadded_codes(name: str, encoded: Encoded, model: ModelConfig) -> Encoded:
+    """Codes of a table and what belongs to its rows, without the padding."""
+    rows = encoded.codes.shape[0]
+
+    def part(array: np.ndarray | None) -> np.ndarray | None:
+        return _unpadded(name, array, model) if array is not None and array.shape[:1] == (rows,) else array
+
+    return dataclasses.replace(encoded, codes=part(encoded.codes), scale=part(encoded.scale), zero=part(encoded.zero))
+
+
 def read_origin(path: Path) -> dict[str, Any]:
     """What the directory of an imported model says of where it came from; empty for a run."""
     file = path / "origin.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def platform_notes(own: Own) -> Iterator[str]:
+    """What to know of codes that are computed on another kind of device than the run was trained on."""
+    file = own.path / "environment.json"
+    trained = json.loads(file.read_text(encoding="utf-8")).get("devices", []) if file.is_file() else []
+    here = jax.devices()[0].device_kind
+    if own.step is not None and trained and trained[0] != here:
+        yield (
+            f"codes were computed on {here}, and the run was trained on {trained[0]}: numbers half way between two codes may have gone to "
+            "the other. Export where it was trained, or see with verify-export what it changes"
+        )
 
 
 # Which family can say it ----------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from slmjax import placement
 from slmjax.data.batch import Batch
 from slmjax.data.config import DataConfig
 from slmjax.data.preparation import prepare
+from slmjax.data.shards import TokenShards
 from slmjax.data.tokenizers import FileTokenizer
 from slmjax.data.windows import EvaluationBatches, default_overlap, evaluation_batches
 from slmjax.loading import Loaded
@@ -167,25 +168,43 @@ def evaluate(
       ValueError: `data` is None, and the run held nothing out or the model's directory has no experiment.
     """
     experiment = _experiment_of(loaded)
-    if data is None:
-        if "data" not in experiment:
-            raise ValueError(f"{loaded.path} has no config.json that says what it was trained on: say what to evaluate on with data")
-        data = config_io.from_json(DataConfig, experiment["data"])
-        if data.heldout_fraction == 0:
-            raise ValueError(f"{loaded.path} was trained on all of its text and held nothing out: say what to evaluate on with data")
+    data = data_or_own(loaded, data)
     length = min(data.sequence_length, loaded.config.context_length)
     if overlap is None:
         of_run = experiment.get("eval", {}).get("overlap")
         overlap = default_overlap(length) if of_run is None else min(int(of_run), length - 1)
-    prepared = prepare(data, FileTokenizer(path=str(loaded.path / "tokenizer" / "tokenizer.json")), log=log)
-    shards = prepared.heldout or tuple(shards for shards, _ in prepared.train)
     batches = evaluation_batches(
-        shards, sequence_length=length, batch_size=batch_size or data.batch_size, overlap=overlap, max_documents=max_documents
+        documents_of(loaded, data, log=log),
+        sequence_length=length,
+        batch_size=batch_size or data.batch_size,
+        overlap=overlap,
+        max_documents=max_documents,
     )
     return evaluate_batches(make_eval_step(loaded.definition), loaded.params, loaded.buffers, batches, teachers=teachers)
 
 
+def data_or_own(loaded: Loaded, data: DataConfig | None) -> DataConfig:
+    """What to evaluate on; for None the data of the run. Raises ValueError where the run held nothing out, or there is none."""
+    if data is not None:
+        return data
+    experiment = _experiment_of(loaded)
+    if "data" not in experiment:
+        raise ValueError(f"{loaded.path} has no config.json that says what it was trained on: say what to evaluate on with data")
+    own = config_io.from_json(DataConfig, experiment["data"])
+    if own.heldout_fraction == 0:
+        raise ValueError(f"{loaded.path} was trained on all of its text and held nothing out: say what to evaluate on with data")
+    return own
+
+
+def documents_of(loaded: Loaded, data: DataConfig, *, log: Callable[[str], None]) -> tuple[TokenShards, ...]:
+    """The held-out documents of `data` in tokens of the model, or all of them where nothing is held out."""
+    prepared = prepare(data, FileTokenizer(path=str(loaded.path / "tokenizer" / "tokenizer.json")), log=log)
+    return prepared.heldout or tuple(shards for shards, _ in prepared.train)
+
+
 def _experiment_of(loaded: Loaded) -> dict[str, Any]:
-    """The run's resolved experiment as JSON; empty for a directory that holds a model alone."""
-    path = loaded.path / "config.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """The run's resolved experiment as JSON, or what a model made of a run keeps of it; empty for a model of other people."""
+    own, origin = loaded.path / "config.json", loaded.path / "origin.json"
+    if own.is_file():
+        return json.loads(own.read_text(encoding="utf-8"))
+    return json.loads(origin.read_text(encoding="utf-8")).get("experiment", {}) if origin.is_file() else {}

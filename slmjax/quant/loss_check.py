@@ -1,0 +1,150 @@
+"""The loss of an exported file in llama.cpp and in ours, over the same tokens: level three of `verification`.
+
+Dims: W windows, T tokens of a window, V vocabulary.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int32
+
+from slmjax.architecture import Precision
+from slmjax.convert import llama_cpp
+from slmjax.data.config import DataConfig
+from slmjax.evaluation.bits_per_byte import data_or_own, documents_of
+from slmjax.formats.spec import QuantSpec
+from slmjax.loading import Loaded
+from slmjax.model import Decoder, logits
+from slmjax.numerics.rules import QuantPhase, QuantRule
+from slmjax.parameters import Definition, define_for_inference, restack, unstack
+
+NOISE, NOISE_DRAWS = 1e-6, 4  # relative, on every number of the embedding table
+SMALLEST_TOLERANCE = 1e-6  # of the loss itself: float32 sums in another order
+
+Windows = list[Int32[np.ndarray, "_"]]  # T + 1 tokens each: T inputs, and the targets one further
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossCheck:
+    """Mean negative log-likelihoods in nats per token."""
+
+    tokens: int  # that were scored
+    windows: int
+    engine: float
+    ours: float  # with inputs rounded as the engine does it
+    as_trained: float  # with inputs as in training
+    difference: float  # engine - ours
+    standard_error: float  # of the difference, paired, over windows
+    floor: float  # the most that our own loss moved under noise on the embeddings
+
+    @property
+    def tolerance(self) -> float:
+        """What the difference may be."""
+        return max(2 * self.floor, 2 * self.standard_error, SMALLEST_TOLERANCE * self.ours)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the difference is no more than that."""
+        return abs(self.difference) <= self.tolerance
+
+
+def check_loss(loaded: Loaded, file: Path, windows: Windows, *, input_specs: Mapping[str, QuantSpec]) -> LossCheck:
+    """Both losses over the windows.
+
+    Args:
+      input_specs: by logical path of a weight, how the engine rounds what it is multiplied with.
+    """
+    vocab_size, context = loaded.config.known_vocab_size, max(len(window) for window in windows) + 8
+    engine = np.array([_engine_nll(file, window, vocab_size, context) for window in windows])
+    definition, params = with_inputs(loaded, input_specs)
+    ours = _own_nll(definition.merge_effective(params, loaded.buffers), windows)
+    trained = _own_nll(loaded.model, windows)
+    moved = [_own_nll(definition.merge_effective(_noisy(params, draw), loaded.buffers), windows) for draw in range(NOISE_DRAWS)]
+    counts = np.array([len(window) - 1 for window in windows])
+    tokens = int(counts.sum())
+    difference, error = paired(engine - ours, counts)
+    return LossCheck(
+        tokens=tokens, windows=len(windows), engine=float(engine.sum() / tokens), ours=float(ours.sum() / tokens),
+        as_trained=float(trained.sum() / tokens), difference=difference, standard_error=error,
+        floor=max(abs(float((one - ours).sum() / tokens)) for one in moved),
+    )  # fmt: skip
+
+
+def paired(differences: Float[np.ndarray, " W"], counts: np.ndarray) -> tuple[float, float]:
+    """Mean difference per token of sums over windows of `counts` tokens, and its standard error.
+
+    Windows are what is drawn: a ratio estimate. One window has no standard error, which is then 0.
+    """
+    mean = float(differences.sum() / counts.sum())
+    if len(counts) < 2:
+        return mean, 0.0
+    deviations = differences - mean * counts
+    return mean, float(np.sqrt(len(counts) / (len(counts) - 1) * np.square(deviations).sum()) / counts.sum())
+
+
+def _engine_nll(file: Path, window: np.ndarray, vocab_size: int, context: int) -> float:
+    rows = llama_cpp.logprobs(file, window[:-1].tolist(), vocab_size=vocab_size, context=context)
+    return -float(rows[np.arange(len(window) - 1), window[1:]].sum())
+
+
+def _own_nll(model: Decoder, windows: Windows) -> Float[np.ndarray, " W"]:
+    """Sums over each window; what comes after a short one changes nothing in it."""
+    longest = max(len(window) for window in windows) - 1
+    found = []
+    with jax.default_matmul_precision("highest"):
+        for window in windows:
+            inputs = np.zeros((1, longest), np.int32)
+            inputs[0, : len(window) - 1] = window[:-1]
+            rows = np.asarray(_logits(model, inputs), np.float64)[0, : len(window) - 1]
+            rows -= rows.max(-1, keepdims=True)
+            rows -= np.log(np.exp(rows).sum(-1, keepdims=True))
+            found.append(-float(rows[np.arange(len(rows)), window[1:]].sum()))
+    return np.array(found)
+
+
+_logits = jax.jit(logits)
+
+
+def with_inputs(loaded: Loaded, input_specs: Mapping[str, QuantSpec]) -> tuple[Definition, dict[str, jax.Array]]:
+    """The same weights in float32 arithmetic, with other formats of inputs, and caches in floating point."""
+    rules = tuple(QuantRule(paths=f"^{re.escape(path)}$", input=spec) for path, spec in input_specs.items())
+    quant = (QuantPhase(rules=rules),) if rules else ()
+    definition = define_for_inference(dataclasses.replace(loaded.config, quant=quant, precision=Precision.FLOAT32))
+    flat = unstack(loaded.definition.config, loaded.params)
+    return definition, restack(definition.config, flat, like=definition.params)
+
+
+def _noisy(params: Mapping[str, jax.Array], draw: int) -> dict[str, jax.Array]:
+    table = np.asarray(params["embed/table"])
+    noise = np.random.default_rng(draw).normal(size=table.shape).astype(np.float32)
+    return {**params, "embed/table": jax.numpy.asarray(table * (1 + np.float32(NOISE) * noise))}
+
+
+# The text -------------------------------------------------------------------------------------------------------------
+def text_windows(loaded: Loaded, data: DataConfig | None, *, max_tokens: int, length: int, log: Callable[[str], None]) -> Windows:
+    """The first tokens of held-out documents, cut into windows; the first token of each is not scored.
+
+    Raises:
+      ValueError: there is no such text, or no token to score in it.
+    """
+    if max_tokens < 1 or length < 1:
+        raise ValueError(f"max_tokens={max_tokens} and window={length} must be at least 1")
+    length = min(length, loaded.config.context_length - 1)
+    found: Windows = []
+    left = max_tokens
+    for shards in documents_of(loaded, data_or_own(loaded, data), log=log):
+        for document in range(len(shards)):
+            tokens = shards.tokens(document)
+            for start in range(0, len(tokens) - 1, length):
+                window = tokens[start : start + min(length, left) + 1]
+                found.append(np.asarray(window, np.int32))
+                left -= len(window) - 1
+                if left <= 0:
+                    return found
+    if not found:
+        raise ValueError("the text has no token to score: name a longer one with --data")
+    return found
