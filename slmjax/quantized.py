@@ -227,7 +227,7 @@ class Line:
         return 8 * self.bytes / max(math.prod(self.shape), 1)
 
 
-def coverage(config: ModelConfig) -> list[Line]:
+def covered_lines(config: ModelConfig) -> list[Line]:
     """A line for every parameter and every cache of a model, as its last phase has them.
 
     Raises:

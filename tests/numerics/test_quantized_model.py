@@ -193,7 +193,8 @@ MESHES = {"fsdp-tensor-expert": (MeshConfig(data=1, fsdp=2, tensor=2, expert=2),
 def test_a_mesh_and_accumulation_equal_one_device(mesh, parts):
     _, expected, figures = alone()
     _, found, metrics = trained(MODEL, mesh=mesh, optim=dataclasses.replace(OPTIM, accumulation_steps=parts), given=parameters())
-    np.testing.assert_allclose(metrics["loss"], figures["loss"], rtol=1e-4)
+    # Sums in another order move codes of 8-bit inputs, and each that moves changes the rest a little: without inputs 1e-5 would do.
+    np.testing.assert_allclose(metrics["loss"], figures["loss"], rtol=1e-3)
     np.testing.assert_allclose(metrics["grad_norm"], figures["grad_norm"], rtol=0.02)  # a code that flips moves it
     for path, leaf in expected.trainable.items():
         difference = np.abs(found.trainable[path] - leaf)
@@ -214,7 +215,7 @@ def test_easing_in():
     easing = easing_of(settings, first_step=2, total_steps=10)
     assert [float(easing.share(jnp.int32(at))) for at in (0, 2, 3, 5, 9)] == [0, 0.25, 0.5, 1, 1]
     config = dataclasses.replace(SMALL, quant=settings.phases)
-    updates = {path: np.ones(leaf.shape, np.float32) for path, leaf in define(config).params.items()}
+    updates = {path: jnp.ones(leaf.shape) for path, leaf in define(config).params.items()}
     held = {at: easing.held(updates, jnp.int32(at), config=config, paths=define(config).formats) for at in (5, 7, 8, 9)}
     query = "segments/0/blocks/0/mixer/query/weight"
     assert [held[at][query][:, 0, 0].tolist() for at in held] == [[1, 1], [0, 1], [0, 1], [0, 0]]
