@@ -219,8 +219,7 @@ def make_train_step(
 ) -> TrainStep:
     """The compiled step `(state, batch, teachers) -> (state, metrics)`; the state it is given is donated. Call it under the mesh.
 
-    `teachers` is what they say of the batch; without it, a program of its own, there is no divergence in the loss. Weights that have
-    formats are decoded once, before the batch is taken apart.
+    `teachers` is what they say of the batch; without it, which is a program of its own, there is no divergence in the loss.
 
     Metrics are float32 scalars of the whole batch: `loss` (nats per scored token), `objective` (with auxiliary terms),
     `grad_norm` (before clipping), `learning_rate`, `accuracy`, `nll`, `targets`, `bytes`, `tokens`, `skipped` (so far),
@@ -234,7 +233,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, teachers: tuple[losses.TeacherOutput, ...] = ()) -> tuple[TrainState, dict[str, Any]]:
         key, total = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step), counts(batch)
         amounts = distillation.amounts_at(objective.distill, state.step, total_steps=total_steps, state=state.objective, key=key)
-        effective, pull = _effective(definition, easing, state, key)
+        effective, pull = _effective(definition, easing, state, key)  # once, before the batch is taken apart
         value, sums, grads = grads_of(effective, state.frozen, batch, total, key, teachers, amounts)
         grads, distance = pull(grads)
         grad_norm = optax.tree.norm(grads)
@@ -244,8 +243,7 @@ def make_train_step(
         trainable: Params = jax.tree.map(jnp.add, state.trainable, held)
         changed = {
             "trainable": trainable, "frozen": _updated_buffers(definition, state.frozen, sums), "optimizer": optimizer_state,
-            "ema": _averaged(state.ema, trainable, decay=optim.ema_decay, num_updates=num_updates),
-            "objective": remembered(state, sums, total),
+            "ema": _averaged(state.ema, trainable, decay=optim.ema_decay, num_updates=num_updates), "objective": remembered(state, sums, total),
         }  # fmt: skip
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
         new_state = _next_state(state, changed, finite=finite, num_targets=total["targets"])
