@@ -242,8 +242,8 @@ def make_train_step(
         held = updates if easing is None else easing.held(updates, state.step, config=definition.config, paths=definition.formats)
         trainable: Params = jax.tree.map(jnp.add, state.trainable, held)
         changed = {
-            "trainable": trainable, "frozen": _updated_buffers(definition, state.frozen, sums), "optimizer": optimizer_state,
-            "ema": _averaged(state.ema, trainable, decay=optim.ema_decay, num_updates=num_updates), "objective": remembered(state, sums, total),
+            "trainable": trainable, "frozen": _updated_buffers(definition, state.frozen, sums), "objective": remembered(state, sums, total),
+            "optimizer": optimizer_state, "ema": _averaged(state.ema, trainable, decay=optim.ema_decay, num_updates=num_updates),
         }  # fmt: skip
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
         new_state = _next_state(state, changed, finite=finite, num_targets=total["targets"])
