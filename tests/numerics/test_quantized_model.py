@@ -189,7 +189,9 @@ def alone():
 MESHES = {"fsdp-tensor-expert": (MeshConfig(data=1, fsdp=2, tensor=2, expert=2), 2), "context": (MeshConfig(data=2, context=2, fsdp=2), 1)}
 
 
-@pytest.mark.parametrize(("mesh", "parts"), MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize(
+    ("mesh", "parts"), [MESHES["fsdp-tensor-expert"], pytest.param(*MESHES["context"], marks=pytest.mark.nightly)], ids=MESHES
+)
 def test_a_mesh_and_accumulation_equal_one_device(mesh, parts):
     _, expected, figures = alone()
     _, found, metrics = trained(MODEL, mesh=mesh, optim=dataclasses.replace(OPTIM, accumulation_steps=parts), given=parameters())
@@ -218,7 +220,7 @@ def test_easing_in():
     updates = {path: jnp.ones(leaf.shape) for path, leaf in define(config).params.items()}
     held = {at: easing.held(updates, jnp.int32(at), config=config, paths=define(config).formats) for at in (5, 7, 8, 9)}
     query = "segments/0/blocks/0/mixer/query/weight"
-    assert [held[at][query][:, 0, 0].tolist() for at in held] == [[1, 1], [0, 1], [0, 1], [0, 0]]
+    assert [held[at][query][:, 0, 0].tolist() for at in held] == [[1, 1], [0, 1], [0, 0], [0, 0]]
     assert np.all(held[9]["embed/table"] == 1) and np.all(held[9]["final_norm/scale"] == 1) and np.all(held[9][query + "/log_scale"] == 0)
     assert np.all(held[9]["segments/0/blocks/0/ffn_norm/scale"] == 1)
 
