@@ -226,7 +226,7 @@ def test_easing_in():
 
 
 def test_a_small_share_of_the_error_is_nearly_none():
-    config = dataclasses.replace(SMALL, quant=quant_of("int2_g32").phases)
+    config = dataclasses.replace(SMALL, quant=quant_of("int4_g32").phases)
     eased = Easing(first_step=0, warmup_steps=10**6, damping=0.5, freeze_from=None, last_step=10)
     given = jax.jit(define(config).init)(jax.random.key(0))
     whole, nearly, plain = (
