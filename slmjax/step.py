@@ -353,8 +353,7 @@ def _updated_buffers(definition: Definition, buffers: Params, sums: Mapping[str,
     """Router biases after this step's global loads: moved once per optimizer step, whatever the accumulation."""
     updated = dict(buffers)
     for path in buffers:
-        ffn = block_at(definition.config, path).ffn
-        if path.endswith("/router_bias") and isinstance(ffn, moe.MoeConfig):
+        if path.endswith("/router_bias") and isinstance(ffn := block_at(definition.config, path).ffn, moe.MoeConfig):
             load = sums[path.removesuffix("router_bias") + "expert_counts"]
             updated[path] = moe.updated_bias(buffers[path], load, rate=ffn.bias_rate)
     return updated

@@ -145,7 +145,9 @@ def test_what_is_learned_keeps_its_shape_over_phases():
         QuantPhase(rules=(QuantRule(paths="down", weight=INT3),)),
         QuantPhase(rules=(QuantRule(paths="down", weight=tensor),), step=3),
     )
-    with pytest.raises(ValueError, match=r"learn scales of layers/0/ffn/down/weight for groups of different sizes"):
+    with pytest.raises(
+        ValueError, match=r"learn scales of the weight of layers/0/ffn/down/weight in different ways or for groups of different sizes"
+    ):
         define(dataclasses.replace(MODEL, quant=phases))
     straight = QuantRule(paths="down", weight=tensor, estimator=StraightThrough())
     definition = define(dataclasses.replace(MODEL, quant=(phases[0], QuantPhase(rules=(straight,), step=3))))
