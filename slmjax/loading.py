@@ -75,7 +75,7 @@ def load_model(path: str | Path, *, step: int | None = None) -> Loaded:
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if mesh.empty else NamedSharding(mesh, PartitionSpec())
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), (definition.params, definition.buffers))
     step, params, buffers = read_parameters(path, definition.config, *like, step=step)
-    params, definition = jax.jit(definition.effective)(params) if definition.formats else params, definition.decoded()
+    params, definition = definition.decode(params)
     has_tokenizer = (path / "tokenizer").is_dir()
     return Loaded(
         config=config, model=definition.merge(params, buffers), definition=definition, params=params, buffers=buffers, path=path, step=step,

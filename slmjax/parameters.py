@@ -67,6 +67,10 @@ class Definition:
         """The buffers with those that calibration has not filled yet."""
         return {path: buffers.get(path, jnp.zeros(leaf.shape, leaf.dtype)) for path, leaf in self.buffers.items()}
 
+    def decode(self, params: Mapping[str, Array]) -> tuple[dict[str, Array], "Definition"]:
+        """Effective parameters, computed once, and the definition that is for them."""
+        return jax.jit(self.effective)(params) if self.formats else self.effective(params), self.decoded()
+
     def decoded(self) -> "Definition":
         """The definition for effective parameters: weights are what they are, inputs and caches are rounded as here."""
         if not self.config.quant:

@@ -93,7 +93,9 @@ def student_parameters(
       ValueError: the two do not fit (`slices.student_cuts`), or the directory holds no intact model.
     """
     teacher = parameters.define(dataclasses.replace(read_config(path), quant=()))
-    cuts = student_cuts(teacher, definition, chosen=chosen)
+    # What is learned beside weights of some format begins with its phase.
+    plain = parameters.define(dataclasses.replace(definition.config, quant=()))
+    cuts = student_cuts(teacher, plain, chosen=chosen)
     needed = {cut.source for cut in cuts.values()}
 
     def placed(tree: Params) -> Params:

@@ -125,8 +125,7 @@ def _for_decoding(definition: Definition, params: Mapping[str, Array], buffers: 
     In a stack every token would copy the caches of all layers: they go into the loop over layers as one array and come out
     of it as another. Weights that have formats are decoded once.
     """
-    if definition.formats:
-        params, definition = jax.jit(definition.effective)(params), definition.decoded()
+    params, definition = definition.decode(params)
     if definition.config.num_layers > UNROLLED_LAYERS or all(segment.repeats == 1 for segment in definition.config.stack):
         return definition.merge(params, buffers)
     apart = _apart(definition.config)

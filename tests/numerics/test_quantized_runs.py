@@ -80,7 +80,7 @@ def test_what_is_evaluated_is_what_was_trained(run: tuple[Experiment, Result]):
 def test_scales_of_inputs_were_measured(run: tuple[Experiment, Result]):
     loaded = load_model(run[1].run_dir)
     measured = {path: float(np.asarray(leaf).reshape(-1)[0]) for path, leaf in loaded.buffers.items() if path.endswith("input/log_scale")}
-    assert len(measured) == 7 and len(set(measured.values())) >= 5 and all(-20 < value < 3 and value != 0 for value in measured.values())
+    assert len(measured) == 8 and len(set(measured.values())) >= 5 and all(-20 < value < 3 and value != 0 for value in measured.values())
 
 
 @pytest.mark.parametrize("step", [2, 3, 4])
@@ -111,8 +111,9 @@ def test_it_begins_from_a_model_and_learns_from_it(run: tuple[Experiment, Result
     """Distillation from the model itself, with 8-bit inputs and microbatches; the source is itself quantized."""
     experiment, source = run
     teacher = DistillConfig(teachers=(TeacherConfig(path=source.run_dir),))
+    data = dataclasses.replace(experiment.data, batch_size=16)
     student = base(
-        workplace, tmp_path, steps=2, init=FromModel(path=source.run_dir), tokenizer=experiment.tokenizer, quant=quant_of("q4_0+q8_0"),
+        workplace, tmp_path, steps=2, data=data, init=FromModel(path=source.run_dir), tokenizer=experiment.tokenizer, quant=quant_of("q4_0+q8_0"),
         objective=ObjectiveConfig(distill=teacher), optim=dataclasses.replace(experiment.optim, accumulation_steps=2, ema_decay=None),
     )  # fmt: skip
     result = train(student)
