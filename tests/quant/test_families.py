@@ -19,10 +19,13 @@ from tests.quant.models import TEXT, words, write_untrained
 
 # Wide enough for blocks of 32.
 WIDE: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "head_dim": 16, "query_pre_attn_scalar": 16, "shared_intermediate_size": 32,
-    "n_embd": 64, "n_inner": 96, "n_positions": 128,
+    "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "head_dim": 16, "query_pre_attn_scalar": 16,
+    "shared_intermediate_size": 32, "n_embd": 64, "n_inner": 96, "n_positions": 128,
 }  # fmt: skip
-OWN: dict[str, dict[str, Any]] = {"mistral": {"head_dim": 32}, "phi4_mini": {"hidden_size": 32}}  # 5 heads; factors of so many pairs
+OWN: dict[str, dict[str, Any]] = {
+    "mistral": {"head_dim": 32},
+    "phi4_mini": {"hidden_size": 32, "head_dim": 8},
+}  # 5 heads; factors of so many pairs
 IN_EVERY_RUN = ("gpt2", "gemma3", "phi3")
 
 
