@@ -119,7 +119,7 @@ def _about(comment: str, hint: Any) -> str:
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """Field -> the comment beside it, those of base classes included."""
+    """Field -> the comment beside it or, where there is none, on the line above it; those of base classes included."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base):
@@ -127,7 +127,9 @@ def _comments(cls: type) -> dict[str, str]:
         lines = inspect.getsource(base).splitlines()
         for node in ast.walk(ast.parse(textwrap.dedent("\n".join(lines)))):
             if isinstance(node, ast.AnnAssign):
-                found[ast.unparse(node.target)] = _comment(lines[(node.end_lineno or 1) - 1])
+                beside = [_comment(line) for line in lines[node.lineno - 1 : node.end_lineno]]
+                above = lines[node.lineno - 2] if lines[node.lineno - 2].lstrip().startswith("# ") else ""
+                found[ast.unparse(node.target)] = next(filter(None, [*beside, _comment(above)]), "")
     return found
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from slmjax import architecture, losses, model, parameters, recipes, sharding, zoo
 from slmjax.cli import COMMANDS
+from slmjax.formats.presets import PRESETS
 from slmjax.layers import MlpConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,6 +97,11 @@ def test_the_page_on_mixers_shows_the_example(site: Path) -> None:
     assert len(shown) > 8 and not [line for line in shown if line not in page]
 
 
+def test_the_page_on_quantization_names_every_format() -> None:
+    page = (DOCS / "quantization.md").read_text()
+    assert not [name for name in PRESETS if f"`{name}`" not in page]
+
+
 def test_every_field_that_is_met_has_a_comment() -> None:
     spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
     assert spec is not None and spec.loader is not None
@@ -127,7 +133,7 @@ def test_commands_on_the_pages_are_commands() -> None:
     assert len(lines) > 20 and {line[1] for line in lines} >= {"train", "eval", "generate", "report", "runs", "compare", "data"}
     for line in lines:
         assert line[1] in COMMANDS, line
-        command = " ".join(line[1:3]) if line[1] == "data" else line[1]
+        command = " ".join(line[1:3]) if line[1] in ("data", "quant") else line[1]
         for option in (word.partition("=")[0] for word in line if word.startswith("--")):
             assert option in help_of(command), line
 

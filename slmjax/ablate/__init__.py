@@ -3,10 +3,20 @@
 study = Study(name="...", arms=(Arm(...), Arm(...)), seeds=(0, 1, 2), baseline="...")
 findings = analyze(study, run_study(study, "studies/..."))
 write_findings(findings, "studies/...")
+
+What rounding costs, and how much of it training for it recovers:
+
+recovery = Recovery(study=study, reference="full precision", rounded={"QAT": "rounded"})
+write_recovery([report_recovery(recovery, members, measure(recovery, members, "studies/..."))], "studies/...")
 """
 
+from slmjax.ablate.arms import Arm, Derived, Recipe
+from slmjax.ablate.derived import RoundToNearest
 from slmjax.ablate.findings import ArmSummary, Comparison, Findings, analyze
 from slmjax.ablate.layout import findings_json, findings_markdown, findings_table, write_findings
+from slmjax.ablate.ratios import RecoveredShare, recovered_share
+from slmjax.ablate.recovery import ArmRecovery, Measurement, Recovered, Recovery, RecoveryReport, measure, report_recovery
+from slmjax.ablate.recovery_layout import recovery_json, recovery_markdown, recovery_table, write_recovery
 from slmjax.ablate.statistics import (
     PairedDifference,
     Summary,
@@ -17,10 +27,12 @@ from slmjax.ablate.statistics import (
     paired_difference,
     summarize,
 )
-from slmjax.ablate.study import Arm, Budget, Interrupted, Member, OnChange, Study, member_experiment, read_members, run_study
+from slmjax.ablate.study import Budget, Interrupted, Member, OnChange, Study, member_experiment, read_members, run_study
 
 __all__ = [
-    "Arm", "ArmSummary", "Budget", "Comparison", "Findings", "Interrupted", "Member", "OnChange", "PairedDifference", "Study", "Summary",
-    "Verdict", "analyze", "bootstrap_interval", "decide", "findings_json", "findings_markdown", "findings_table", "holm",
-    "member_experiment", "paired_difference", "read_members", "run_study", "summarize", "write_findings",
+    "Arm", "ArmRecovery", "ArmSummary", "Budget", "Comparison", "Derived", "Findings", "Interrupted", "Measurement", "Member", "OnChange",
+    "PairedDifference", "Recipe", "Recovered", "RecoveredShare", "Recovery", "RecoveryReport", "RoundToNearest", "Study", "Summary",
+    "Verdict", "analyze", "bootstrap_interval", "decide", "findings_json", "findings_markdown", "findings_table", "holm", "measure",
+    "member_experiment", "paired_difference", "read_members", "recovered_share", "recovery_json", "recovery_markdown", "recovery_table",
+    "report_recovery", "run_study", "summarize", "write_findings", "write_recovery",
 ]  # fmt: skip

@@ -11,8 +11,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from slmjax import trainer
+from slmjax.ablate.arms import Arm, Derived
 from slmjax.ablate.statistics import PairedDifference, Summary, Verdict, decide, holm, paired_difference, summarize
-from slmjax.ablate.study import FINISHED, Arm, Member, Study
+from slmjax.ablate.study import FINISHED, Member, Study, member_experiment
 from slmjax.config import fingerprint, near_names
 
 FEW_PAIRS = 6  # below, the bootstrap's interval is much too narrow
@@ -144,7 +145,7 @@ def _differences(study: Study, by_key: Members, pair: Pair, name: str) -> Paired
     return paired_difference(first, second, confidence=study.confidence)
 
 
-def _arm_summary(study: Study, by_key: Members, arm: Arm) -> ArmSummary:
+def _arm_summary(study: Study, by_key: Members, arm: Arm | Derived) -> ArmSummary:
     def summary(name: str) -> Summary | None:
         values = _values(by_key, arm.name, study.seeds, name)
         return summarize(values) if values else None
@@ -203,8 +204,9 @@ def _notes_of_data(study: Study, members: Sequence[Member]) -> list[str]:
     notes: list[str] = []
     kinds: dict[tuple[str, str], list[str]] = {}
     for arm in study.arms:
-        data = dataclasses.replace(arm.experiment.data, seed=0, cache_dir=None, read_threads=1, prefetch=1)
-        kinds.setdefault((fingerprint(data), fingerprint(arm.experiment.tokenizer)), []).append(arm.name)
+        experiment = member_experiment(study, arm.name, study.seeds[0])
+        data = dataclasses.replace(experiment.data, seed=0, cache_dir=None, read_threads=1, prefetch=1)
+        kinds.setdefault((fingerprint(data), fingerprint(experiment.tokenizer)), []).append(arm.name)
     if len(kinds) > 1:
         groups = " | ".join(", ".join(names) for names in kinds.values())
         notes.append(f"Data or tokenizer differ between {groups}: pairs across these share a seed, and not their batches.")

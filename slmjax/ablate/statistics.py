@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import stats
 
 MAX_ENUMERATED = 50_000  # resamples: up to 6 pairs, 6**6 = 46,656
@@ -125,13 +125,21 @@ def bootstrap_interval(values: Sequence[float], *, confidence: float = 0.95, see
     if (num := len(array)) < 2:
         raise ValueError(f"{num} values cannot be resampled: give at least 2")
     _check_confidence(confidence)
+    return percentile_interval(array[resamples(num, seed=seed)].mean(axis=1), confidence=confidence)
+
+
+def resamples(num: int, *, seed: int = 0) -> Int[np.ndarray, "R N"]:
+    """R samples with replacement from N values, by place: all n**n of them up to 6 values, above 10,000 draws of a seeded generator."""
     if num**num <= MAX_ENUMERATED:
-        chosen = np.indices((num,) * num).reshape(num, -1).T
-    else:
-        chosen = np.random.default_rng(seed).integers(num, size=(NUM_DRAWS, num))
-    means, tail = array[chosen].mean(axis=1), (1 - confidence) / 2
-    # The quantile of a step function, taken from both ends alike: comparing the arms the other way round turns the interval over.
-    low, high = np.quantile(means, tail, method="inverted_cdf"), -np.quantile(-means, tail, method="inverted_cdf")
+        return np.indices((num,) * num).reshape(num, -1).T
+    return np.random.default_rng(seed).integers(num, size=(NUM_DRAWS, num))
+
+
+def percentile_interval(values: Float[np.ndarray, " R"], *, confidence: float) -> Interval:
+    """From the quantile that leaves half of 1 - confidence below it to the one that leaves as much above."""
+    tail = (1 - confidence) / 2
+    # The quantile of a step function, taken from both ends alike: turning the values over turns the interval over.
+    low, high = np.quantile(values, tail, method="inverted_cdf"), -np.quantile(-values, tail, method="inverted_cdf")
     return float(low), float(high)
 
 

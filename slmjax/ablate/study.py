@@ -4,12 +4,14 @@
     study = Study(name="width", arms=arms, seeds=(0, 1, 2), baseline="narrow")
     members = run_study(study, "studies/width")      # the same call again goes on where it was stopped
 
-A member is one run: an arm with a seed, which is that of the initial parameters and dropout and that of the data's order. So a pair of
-arms sees the same batches, and begins alike where the models are alike. Members are trained one after another, all arms of the first
-seed before the second: a study that is cut short has whole pairs.
+A member is one run: an arm with a seed, which is that of the initial parameters and dropout and that of the data's order; or it is a model
+that is made of such a run's, rounded for one (`arms.py`). So a pair of arms sees the same batches, and begins alike where the models
+are alike. Members are trained one after another, all arms of the first seed before the second: a study that is cut short has whole
+pairs.
 
     DIRECTORY/members.jsonl                    a line for each member that came to an end
     DIRECTORY/ARM/seed-N/RUN                   its run directory
+    DIRECTORY/ARM/seed-N/model                 a model that was made of another member's
 """
 
 import dataclasses
@@ -17,7 +19,6 @@ import enum
 import json
 import logging
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ import jax
 from rich.console import Console
 
 from slmjax import trainer
+from slmjax.ablate.arms import Arm, Derived
+from slmjax.ablate.derived import derive
 from slmjax.config import fingerprint, near_names
 from slmjax.experiment import Experiment, read_experiment, with_absolute_paths
 from slmjax.runlog import Log, plain, read_log
@@ -34,23 +37,6 @@ log = logging.getLogger(__name__)
 
 MEMBERS = "members.jsonl"
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One of the things that are compared."""
-
-    name: str  # as tables show it; its letters, digits and dots name the directory of its runs
-    experiment: Experiment  # its seeds are those of the study, and so is the place of its runs
-
-    def __post_init__(self) -> None:
-        if not self.directory:
-            raise ValueError(f"an arm is named {self.name!r}: give it a name with letters or digits")
-
-    @property
-    def directory(self) -> str:
-        """The name as a directory can have it."""
-        return re.sub(r"[^A-Za-z0-9._]+", "-", self.name).strip("-.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +56,7 @@ class Study:
     """Arms, seeds, and by what they are judged; all of it is said before anything is trained."""
 
     name: str
-    arms: tuple[Arm, ...]
+    arms: tuple[Arm | Derived, ...]  # trained ones, and those that are made of one that stands before them
     seeds: tuple[int, ...]  # at least 2 for a comparison, 3 or more for one that resolves anything but the plainest difference
     baseline: str  # name of the arm that every other is compared with
     metric: str = "bits_per_byte"  # the figure that verdicts are about: of the result, or of the last record of evaluation
@@ -89,14 +75,23 @@ class Study:
             raise ValueError(f"the baseline {self.baseline!r} is no arm.{near_names(self.baseline, names)} Arms are {', '.join(names)}")
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence is {self.confidence}: give a share between 0 and 1, such as 0.95")
+        for i, arm in enumerate(self.arms):
+            if isinstance(arm, Derived) and arm.source not in names[:i]:
+                near = near_names(arm.source, names[:i])
+                raise ValueError(f"{arm.name!r} is made of {arm.source!r}, which is no arm before it.{near} Before it are {names[:i]}")
 
-    def arm(self, name: str) -> Arm:
+    def arm(self, name: str) -> Arm | Derived:
         """The arm of that name. Raises ValueError if there is none."""
         for arm in self.arms:
             if arm.name == name:
                 return arm
         names = [arm.name for arm in self.arms]
         raise ValueError(f"{name!r} is no arm of the study.{near_names(name, names)} Arms are {', '.join(names)}")
+
+    def trained(self, name: str) -> Arm:
+        """The arm of that name, or the one whose runs its members are made of in the end."""
+        arm = self.arm(name)
+        return self.trained(arm.source) if isinstance(arm, Derived) else arm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +100,7 @@ class Member:
 
     arm: str
     seed: int
-    fingerprint: str  # of its experiment
+    fingerprint: str  # of its experiment, and of the recipe where it is made of another
     status: str  # "finished", "diverged" or "failed"
     result: dict[str, Any]  # the fields of its result.json; empty if it failed
     evaluation: dict[str, Any]  # the last record of evaluation, on all held-out text; empty if there is none
@@ -139,11 +134,21 @@ Train = Callable[..., trainer.Result]  # as `trainer.train`
 
 
 def member_experiment(study: Study, arm: str, seed: int) -> Experiment:
-    """The experiment of an arm with a seed, in the initial parameters and in the order of the data."""
-    experiment = study.arm(arm).experiment
+    """The experiment of an arm with a seed, in the initial parameters and in the order of the data.
+
+    Of an arm whose members are made of another's, it is that of the other.
+    """
+    experiment = study.trained(arm).of_seed(seed)
     # Where the study is, is no part of what it asks: its directory can be moved.
     run = dataclasses.replace(experiment.run, seed=seed, directory="runs")
     return dataclasses.replace(experiment, run=run, data=dataclasses.replace(experiment.data, seed=seed))
+
+
+def member_fingerprint(study: Study, arm: str, seed: int) -> str:
+    """What a member came of, experiment and recipe: two that agree are the same member."""
+    if isinstance(found := study.arm(arm), Derived):
+        return fingerprint({"source": member_fingerprint(study, found.source, seed), "recipe": found.recipe})
+    return fingerprint(member_experiment(study, arm, seed))
 
 
 def read_members(study: Study, directory: str | Path, *, on_change: OnChange = OnChange.REFUSE) -> tuple[Member, ...]:
@@ -159,7 +164,7 @@ def read_members(study: Study, directory: str | Path, *, on_change: OnChange = O
         latest[member.arm, member.seed] = member
     wanted = [(arm.name, seed) for seed in study.seeds for arm in study.arms]
     found = [latest[key] for key in wanted if key in latest]
-    stale = [member for member in found if member.fingerprint != fingerprint(member_experiment(study, member.arm, member.seed))]
+    stale = [member for member in found if member.fingerprint != member_fingerprint(study, member.arm, member.seed)]
     if stale and on_change is OnChange.REFUSE:
         raise ValueError(
             f"{directory}: members of {', '.join(sorted({member.arm for member in stale}))} were trained with another experiment than the "
@@ -202,7 +207,10 @@ def run_study(
             for arm in study.arms:
                 if (arm.name, seed) in done and done[arm.name, seed].status != FAILED:
                     continue
-                member = _train_member(study, arm, seed, directory, train=train, console=console)
+                if isinstance(arm, Derived):
+                    member = _make_member(study, arm, seed, directory, source=done[arm.source, seed])
+                else:
+                    member = _train_member(study, arm, seed, directory, train=train, console=console)
                 records.write("member", **dataclasses.asdict(member))
                 done[arm.name, seed] = member
     return read_members(study, directory)
@@ -225,6 +233,22 @@ def _train_member(study: Study, arm: Arm, seed: int, directory: Path, *, train: 
     if result["status"] not in (FINISHED, DIVERGED):
         raise Interrupted(f"stopped at arm {arm.name}, seed {seed}, whose run is saved: run the study again, and it goes on from there")
     return Member(**about, status=result["status"], result=result, evaluation=_final_evaluation(Path(result["run_dir"])))
+
+
+def _make_member(study: Study, arm: Derived, seed: int, directory: Path, *, source: Member) -> Member:
+    """A member that is made of another arm's of the same seed."""
+    about: dict[str, Any] = {"arm": arm.name, "seed": seed, "fingerprint": member_fingerprint(study, arm.name, seed)}
+    if source.status != FINISHED:
+        error = f"{source.arm} is {source.status} with this seed, and there is nothing to make it of"
+        return Member(**about, status=FAILED, result={}, evaluation={}, error=error)
+    log.info("study %s: arm %s, seed %d, made of %s", study.name, arm.name, seed, source.arm)
+    out = (directory / arm.directory / f"seed-{seed}" / "model").absolute()
+    try:
+        result, evaluation = derive(arm.recipe, source.result, member_experiment(study, arm.name, seed), out=out)
+    except Exception as error:  # as for a training
+        log.exception("study %s: arm %s, seed %d failed", study.name, arm.name, seed)
+        return Member(**about, status=FAILED, result={}, evaluation={}, error=f"{type(error).__name__}: {error}")
+    return Member(**about, status=FINISHED, result=plain(result), evaluation=plain(evaluation))
 
 
 def _earlier_run(place: Path, experiment: Experiment) -> tuple[Path | None, dict[str, Any] | None]:

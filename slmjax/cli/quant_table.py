@@ -1,4 +1,4 @@
-"""`slmjax quant table`: what the rules of quantization come to."""
+"""`slmjax quant`: what the rules of quantization come to; the report is in `quant_reporting.py`."""
 
 import dataclasses
 import re
@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from slmjax.cli.options import experiment_name, load_code, option, parse, positional, print_json, without_prefix
+from slmjax.cli.quant_reporting import recovery_command
 
 
 def quant_command(words: Sequence[str]) -> int:
-    """look at number formats: slmjax quant table [EXPERIMENT] [--quant q4_0 ...]"""
+    """list number formats, or report on a study of them: slmjax quant table [EXPERIMENT] [--quant q4_0] | report STUDY_FILE [DIR]"""
     action, rest = positional(words)
+    if action == "report":
+        return recovery_command(rest)
     if action != "table" and not {"-h", "--help"} & set(words):
-        raise ValueError(f"{action or 'quant'}: say `slmjax quant table`")
+        raise ValueError(f"{action or 'quant'}: say `slmjax quant table` or `slmjax quant report`")
     return _table(rest)
 
 

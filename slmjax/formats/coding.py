@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from slmjax.formats.presets import name_of
 from slmjax.formats.rounding import codes_of, divided, nearest, nearest_to_zero_point, reciprocal, values_of
 from slmjax.formats.scales import computed_scale, stored_scale, tensor_scale_of, zero_of
 from slmjax.formats.spec import CodesFrom, QuantSpec, Scaling, Share, check_width
@@ -94,7 +95,7 @@ def fake_quant(
 ) -> Float[Array, "..."]:
     """`decode(encode(x))`: what is left of `x`, float32. Arguments are those of `encode`.
 
-    A zero may have the other sign; under a given scale NaN stays where it is, and an infinity is the largest number there is.
+    A zero may have the other sign; under given scales a NaN stays the only one, and an infinity becomes the largest number there is.
     """
     groups, axes = _grouped(x, spec, axis)
     return _restored(_quantized(groups, axes, spec, scale, tensor_scale)).reshape(x.shape)
@@ -125,7 +126,7 @@ def _grouped(x: Array, spec: QuantSpec, axis: int) -> tuple[Array, tuple[int, ..
         raise ValueError(f"axis is {axis}, but the array has {x.ndim} dims")
     axis = axis % x.ndim
     width = x.shape[axis]
-    check_width(spec, width, what=f"axis {axis} of an array of shape {x.shape}")
+    check_width(spec, width, what=f"axis {axis} of an array of shape {x.shape}", name=name_of(spec))
     num_groups = spec.groups(width)
     groups = x.reshape(*x.shape[:axis], num_groups, width // num_groups, *x.shape[axis + 1 :])
     if jnp.issubdtype(x.dtype, jnp.floating):

@@ -332,8 +332,9 @@ def best_scale(x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Float[A
         y = decode(encode(x, spec, axis=axis, scale=scale), spec, axis=axis)
         return sum_groups(jnp.square(y - x), whole, axis=axis)
 
-    best, least = whole, error(whole)
-    for share in SHARES[1:]:
-        found = error(whole * share)
-        best, least = jnp.where(found < least, whole * share, best), jnp.minimum(found, least)
-    return best
+    def better(found: tuple[Array, Array], share: Array) -> tuple[tuple[Array, Array], None]:
+        scale = whole * share
+        now = error(scale)
+        return (jnp.where(now < found[1], scale, found[0]), jnp.minimum(now, found[1])), None
+
+    return jax.lax.scan(better, (whole, error(whole)), jnp.asarray(SHARES[1:], jnp.float32))[0][0]

@@ -154,6 +154,45 @@ def heat(name: str, title: str, subtitle: str, records: Sequence[Record], field:
     return Chart(name=name, title=title, subtitle=subtitle, spec=_spec(rows, {"mark": {"type": "rect"}, "encoding": encoding}))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """One point of a chart of points."""
+
+    label: str  # beside it
+    series: str  # by which it is coloured
+    x: float
+    y: float
+    error: float = 0.0  # of y, to each side
+
+
+def points(name: str, title: str, subtitle: str, shown: Sequence[Point], *, x_title: str, y_title: str) -> Chart | None:
+    """A point with its error bar for each thing that is compared, x logarithmic; None if there are none."""
+    if not shown:
+        return None
+    rows = [{**dataclasses.asdict(one), "low": one.y - one.error, "high": one.y + one.error} for one in shown]
+    labels = list(dict.fromkeys(one.series for one in shown))
+    quantitative: Spec = {"type": "quantitative", "scale": {"zero": False, "nice": True}}
+    x = {**quantitative, "field": "x", "title": x_title, "scale": {"type": "log", "nice": False, "padding": 60}}
+    y = {**quantitative, "title": y_title, "axis": {"format": ".4~g", "tickCount": 5}}
+    tooltip = [
+        {"field": "label", "title": "of"},
+        {"field": "x", "format": ",.4~s", "title": x_title},
+        {"field": "y", "format": ".5~g", "title": y_title},
+    ]
+    colour = {"field": "series", "type": "nominal", "sort": labels, "scale": {"domain": labels}}
+    encoding = {"x": {**x, "axis": {"format": "~s", "grid": False, "tickCount": 6}}, "color": colour, "tooltip": tooltip}
+    layers: list[Spec] = [
+        {"mark": {"type": "rule"}, "encoding": {"y": {**y, "field": "low"}, "y2": {"field": "high"}}},
+        {"mark": {"type": "point", "filled": True, "size": 60, "opacity": 1}, "encoding": {"y": {**y, "field": "y"}}},
+        {
+            "mark": {"type": "text", "align": "left", "dx": 7, "fontSize": 10.5, "font": FONT},
+            "encoding": {"y": {**y, "field": "y"}, "text": {"field": "label"}},
+        },
+    ]
+    spec = {**_spec(rows, {"encoding": encoding, "layer": layers}), "height": 340}
+    return Chart(name=name, title=title, subtitle=subtitle, spec=spec)
+
+
 def _short(label: str) -> str:
     return label.removeprefix("layers/")
 

@@ -145,9 +145,9 @@ def test_no_noise_is_no_evidence(tmp_path: Path) -> None:
 
 
 def test_what_weakens_a_comparison_is_noted(tmp_path: Path) -> None:
-    arms = three_arms().arms
-    longer = dataclasses.replace(arms[2].experiment.data, sequence_length=128)
-    arms = (*arms[:2], dataclasses.replace(arms[2], experiment=dataclasses.replace(arms[2].experiment, data=longer)))
+    arms, third = three_arms().arms, experiment(LR["third"])
+    longer = dataclasses.replace(third.data, sequence_length=128)
+    arms = (*arms[:2], Arm(name="third", experiment=dataclasses.replace(third, data=longer)))
     members = run_study(study(arms=arms), tmp_path, train=StubTrainer())
     first = dataclasses.replace(members[0], result=members[0].result | {"commit": "f" * 40, "measured_on": "the last training batch"})
     notes = "\n".join(analyze(study(arms=arms), (first, *members[1:])).notes)

@@ -146,7 +146,7 @@ def test_every_integer_format_of_presets_packs() -> None:
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 256)), jnp.float32)
     chosen = {name: s for name, s in PRESETS.items() if s.scale_type is ScaleType.FLOAT16 and s.grid in (Grid.INTEGER, Grid.ODD)}
     assert len(chosen) > 10
-    for name, encoded in jax.jit(lambda x: {name: encode(x, spec) for name, spec in chosen.items()})(x).items():
+    for name, encoded in jax.jit(lambda x: {key: encode(x, spec) for key, spec in chosen.items()})(x).items():
         container = container_for(chosen[name], width=256)
         np.testing.assert_array_equal(unpack(pack(encoded, container), container).codes, encoded.codes, err_msg=name)
     full = QuantSpec(bits=8, codes=Codes.FULL, group_size=32, divisor=128.0, scale_type=ScaleType.FLOAT16)

@@ -274,6 +274,34 @@ def test_zeros_stay(found: dict[str, tuple[Encoded, jax.Array, jax.Array]]) -> N
         np.testing.assert_array_equal(decoded[7], 0, err_msg=name)
 
 
+def test_numbers_too_small_for_float32() -> None:
+    """Those below its normal numbers count as zero, and never divide by zero."""
+    rows = np.tile(np.array([[1e-38], [1e-39], [-1e-42]], np.float32), 512)
+    for name, (_, decoded, direct) in jax.jit(lambda x: results_of(x, -1, KINDS))(rows).items():
+        assert np.abs(decoded).max() < 1.2e-38, name
+        np.testing.assert_array_equal(decoded, direct, err_msg=name)
+
+
+def test_other_dtypes(found: dict[str, tuple[Encoded, jax.Array, jax.Array]]) -> None:
+    """The fourth row's numbers have 8 bits; they are encoded in float32 whatever they come in."""
+    for dtype in (jnp.bfloat16, jnp.float16):
+        results = jax.jit(lambda x: results_of(x, -1, ("q4_0", "q8_0")))(jnp.asarray(NUMBERS[3], dtype))
+        for name, (encoded, _, direct) in results.items():
+            np.testing.assert_array_equal(encoded.codes, found[name][0].codes[3])
+            np.testing.assert_array_equal(direct, found[name][2][3])
+
+
+def test_under_a_given_scale_nan_stays_alone() -> None:
+    x = jnp.array([1.0, jnp.nan, jnp.inf, -jnp.inf] + [0.0] * 28)
+    kept = jax.jit(lambda x: fake_quant(x, PRESETS["q4_0"], scale=jnp.ones(1)))(x)
+    np.testing.assert_array_equal(kept[:5], [1, np.nan, 7, -8, 0])
+
+
+def test_a_width_is_refused_by_the_formats_name() -> None:
+    with pytest.raises(ValueError, match=r"axis 1 of an array of shape \(2, 576\) is 576 wide, which tq2_0 cannot hold"):
+        encode(jnp.ones((2, 576)), PRESETS["tq2_0"])
+
+
 def test_what_is_not_finite_is_seen() -> None:
     """A group that holds NaN or an infinity decodes to no finite number, and leaves its neighbours as they were."""
     x = np.tile(NUMBERS[0], 2)

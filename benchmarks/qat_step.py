@@ -1,0 +1,124 @@
+"""What training in number formats costs beside training in floating point.
+
+    python benchmarks/qat_step.py                                        # nano: steps timed in turn, in one process
+    python benchmarks/qat_step.py --model 135m --dtype bfloat16 --rows 16 --length 1024      # on a GPU
+    python benchmarks/qat_step.py --device tpu --model 135m --dtype bfloat16                 # compiled for a TPU v5e: the extra `plan`
+
+For each of `--quant`: the median over the rounds of its step over the step without formats, or, where it is only compiled, how many
+more bytes the step reads and writes in memory, and how much more memory it takes. The aims are 1.10 for q4_0, 1.15 for q4_0+q8_0, and
+under 10 % more bytes. Weights and tokens are random.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+from typing import Any
+
+from slmjax import startup
+
+if "tpu" in sys.argv:
+    startup.compile_for_tpu()
+else:
+    startup.keep_memory()
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+from slmjax import placement, sharding, step, zoo  # noqa: E402
+from slmjax.architecture import ModelConfig, Precision, Remat  # noqa: E402
+from slmjax.data.batch import empty_batch  # noqa: E402
+from slmjax.numerics.rules import quant_of  # noqa: E402
+from slmjax.optim import make_optimizer  # noqa: E402
+from slmjax.parameters import define  # noqa: E402
+from slmjax.recipes import nano  # noqa: E402
+
+MODELS = {"nano": lambda: zoo.nano(vocab_size=4096), "12m": zoo.slm_12m, "135m": zoo.smollm2_135m}
+STEPS = 1000
+
+
+def model_of(name: str, quant: str, given: Any) -> ModelConfig:
+    phases = quant_of(quant).phases if quant else ()
+    return dataclasses.replace(MODELS[name](), precision=Precision(given.dtype), remat=Remat(given.remat), quant=phases)
+
+
+def train_step_of(model: ModelConfig, mesh: Any) -> tuple[Any, Any, Any]:
+    """Definition and optimizer, shapes of the state, and the step."""
+    optim, definition = nano().optim, define(model)
+    optimizer = make_optimizer(optim, definition.params, total_steps=STEPS)
+    shapes = step.state_shapes(definition, optimizer, with_ema=False, mesh=mesh)
+    made = step.make_train_step(definition, optimizer, objective=step.ObjectiveConfig(), optim=optim, shapes=shapes, total_steps=STEPS)
+    return (definition, optimizer), shapes, made
+
+
+def time_steps(given: Any) -> None:
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    batch, draw = empty_batch(given.rows, given.length), np.random.default_rng(0)
+    batch.tokens[:] = draw.integers(2, MODELS[given.model]().known_vocab_size, batch.tokens.shape)
+    batch.targets[:] = np.roll(batch.tokens, -1, axis=1)
+    batch.loss_mask[:], batch.segment_ids[:], batch.num_bytes[:] = 1, 1, 3
+    batch.positions[:] = np.arange(given.length)
+    states, steps = {}, {}
+    with jax.set_mesh(mesh):
+        placed = placement.place_batch(batch, mesh)
+        for name in ("", *given.quant):
+            made, shapes, steps[name] = train_step_of(model_of(given.model, name, given), mesh)
+            states[name] = step.init_state(*made, shapes=shapes, seed=0)
+
+        def run(name: str) -> float:
+            started = time.perf_counter()
+            states[name], _ = steps[name](states[name], placed)
+            jax.block_until_ready(states[name])
+            return time.perf_counter() - started
+
+        for name in steps:
+            run(name), run(name)
+        found: dict[str, list[float]] = {name: [] for name in steps}
+        for index in range(given.rounds):
+            for name in steps if index % 2 else reversed(list(steps)):
+                found[name].append(run(name))
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: plain step {1e3 * statistics.median(found['']):.1f} ms")
+    print("| formats | step, median ms | over plain | middle half of the rounds |\n|---|---|---|---|")
+    for name in given.quant:
+        ratios = sorted(one / plain for one, plain in zip(found[name], found[""], strict=True))
+        middle = len(ratios) // 4
+        print(
+            f"| {name} | {1e3 * statistics.median(found[name]):.1f} | {statistics.median(ratios):.3f} | "
+            f"{ratios[middle]:.3f} to {ratios[-middle - 1]:.3f} |"
+        )
+
+
+def compile_steps(given: Any) -> None:
+    """For a TPU v5e with 4 chips, parameters divided over them."""
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4), topologies.get_topology_desc("v5e:2x2", "tpu").devices)
+    found = {}
+    with jax.set_mesh(mesh):
+        for name in ("", *given.quant):
+            _, shapes, made = train_step_of(model_of(given.model, name, given), mesh)
+            compiled = made.lower(shapes, placement.batch_shapes(empty_batch(4 * given.rows, given.length), mesh)).compile()
+            found[name] = compiled.cost_analysis()["bytes accessed"], compiled.memory_analysis().temp_size_in_bytes
+    accessed, temporary = found[""]
+    print(f"plain step: {accessed / 1e9:.2f} GB read and written per chip, {temporary / 1e9:.3f} GB of temporary memory")
+    print("| formats | more bytes read and written | more temporary memory |\n|---|---|---|")
+    for name in given.quant:
+        print(f"| {name} | {found[name][0] / accessed - 1:+.1%} | {found[name][1] / temporary - 1:+.1%} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=tuple(MODELS), default="nano")
+    parser.add_argument("--quant", nargs="+", default=["q4_0", "q4_0+q8_0"])
+    parser.add_argument("--dtype", choices=[one.value for one in Precision], default="float32")
+    parser.add_argument("--remat", choices=[one.value for one in Remat], default="none")
+    parser.add_argument("--rows", type=int, default=8, help="per device")
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--device", choices=["here", "tpu"], default="here")
+    given = parser.parse_args()
+    compile_steps(given) if given.device == "tpu" else time_steps(given)
+
+
+if __name__ == "__main__":
+    main()

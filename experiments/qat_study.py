@@ -1,0 +1,205 @@
+"""How much of what rounding costs does training for the format recover, and when should it begin?
+
+    python experiments/qat_study.py                          # trains all members with 3 seeds; goes on where it was stopped
+    python experiments/qat_study.py --directory runs/qat-study --report     # what has been found so far
+    slmjax quant report experiments/qat_study.py             # the recovery report alone, with its page
+    slmjax train experiments/qat_study.py                    # the model in full precision that all begin as
+
+Python's own standard library, as `nano` reads it, and a model of 2 layers of width 128. Two studies, whose members of one seed all see
+the same batches:
+
+Where JAX_COMPILATION_CACHE_DIR names a directory, what the seeds compile alike is compiled once.
+
+- when: from scratch, in full precision for a share of the steps and in q4_0 for the rest of them;
+- what: each seed's model of the first study that was trained in full precision goes on for some more steps, in full precision or for a
+  format. What it comes to in full precision is also rounded to each format without training.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from slmjax import recipes
+from slmjax.ablate import (
+    Arm,
+    Derived,
+    Recovery,
+    RoundToNearest,
+    Study,
+    analyze,
+    findings_table,
+    measure,
+    read_members,
+    recovery_table,
+    report_recovery,
+    run_study,
+    write_findings,
+    write_recovery,
+)
+from slmjax.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.attention import AttentionConfig, QkNorm
+from slmjax.data.tokenizers import BpeTokenizer, FileTokenizer
+from slmjax.distill.config import DistillConfig, Ramp, TeacherConfig
+from slmjax.experiment import Experiment, FromModel
+from slmjax.formats.presets import preset
+from slmjax.formats.spec import QuantSpec, ScaleType
+from slmjax.layers import MlpConfig
+from slmjax.numerics.rules import QuantConfig, QuantPhase, QuantRule
+
+STEPS, FURTHER_STEPS = 300, 120
+SEEDS = (0, 1, 2)
+SHARES = (0.0, 0.5, 0.75, 0.9)  # of the steps that are in full precision, before those in q4_0
+FULL = "full precision"
+Q4_0 = "q4_0"
+
+# The formats by what tables call them. Groups of 256 do not fit the model's widths: three levels have one scale for each row.
+FORMATS = {
+    "8 bits": preset("q8_0"),
+    Q4_0: preset("q4_0"),
+    "3 bits": preset("int3_g32"),
+    "2 bits": preset("stretched2_g32"),
+    "1.58 bits": preset("stretched_ternary_row"),
+}
+# torchao's 4 bits with scales that a q4_0 block could hold: another grid on the same codes.
+OTHER_GRID = dataclasses.replace(preset("torchao_int4"), scale_type=ScaleType.FLOAT16)
+
+
+def experiment() -> Experiment:
+    """The model in full precision."""
+    nano = recipes.nano()
+    attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32, qk_norm=QkNorm.PER_HEAD)
+    block = BlockConfig(mixer=attention, ffn=MlpConfig(hidden_dim=320))
+    return dataclasses.replace(
+        nano,
+        model=ModelConfig(embed_dim=128, stack=(Segment(pattern=(block,), repeats=2),), context_length=256),
+        tokenizer=BpeTokenizer(vocab_size=2048),
+        eval=dataclasses.replace(nano.eval, every=STEPS, sample=False),
+        run=dataclasses.replace(nano.run, name="qat", steps=STEPS, sample_prompts=()),
+    )
+
+
+def everywhere(spec: QuantSpec) -> tuple[QuantRule, ...]:
+    """Every matrix in a format, the embedding, which is also the head, among them."""
+    return (QuantRule(paths=".", weight=spec),)
+
+
+def trained_for(base: Experiment, spec: QuantSpec, *, start_step: int = 0) -> Experiment:
+    """An experiment in a format from a step on."""
+    return dataclasses.replace(base, quant=QuantConfig(phases=(QuantPhase(rules=everywhere(spec)),), start_step=start_step))
+
+
+def rounded(name: str, spec: QuantSpec, *, source: str = FULL) -> Derived:
+    """An arm's models rounded to nearest."""
+    return Derived(name=name, source=source, recipe=RoundToNearest(rules=everywhere(spec)))
+
+
+# When: the first study --------------------------------------------------------------------------------------------------
+def when(seeds: tuple[int, ...] = SEEDS) -> Study:
+    """QAT after a share of the steps, all from scratch and equally long."""
+    base = experiment()
+    late = {share: trained_for(base, FORMATS[Q4_0], start_step=round(share * base.run.steps)) for share in SHARES}
+    arms = (
+        Arm(name=FULL, experiment=base),
+        rounded(f"rounded, {Q4_0}", FORMATS[Q4_0]),
+        *(Arm(name=f"QAT after {share:.0%}", experiment=one) for share, one in late.items()),
+    )
+    return Study(name="when QAT begins", arms=arms, seeds=seeds, baseline=FULL, figures=("calibration_error",))
+
+
+# What: the second study -------------------------------------------------------------------------------------------------
+def bases(directory: Path, seeds: tuple[int, ...]) -> dict[int, Path]:
+    """The runs in full precision of the first study, by seed."""
+    found = {one.seed: one for one in read_members(when(seeds), directory) if one.arm == FULL}
+    if missing := [seed for seed in seeds if seed not in found or found[seed].status != "finished"]:
+        raise SystemExit(f"{directory} has no finished run in full precision of seeds {missing}: run the study without --report")
+    return {seed: Path(one.result["run_dir"]) for seed, one in found.items()}
+
+
+def further(base: Path) -> Experiment:
+    """Some more steps for a trained model, in full precision, from half of the learning rate down to nothing."""
+    one = experiment()
+    return dataclasses.replace(
+        one,
+        init=FromModel(path=str(base)),
+        tokenizer=FileTokenizer(path=str(base / "tokenizer")),
+        optim=dataclasses.replace(one.optim, lr=one.optim.lr / 2, muon_lr=one.optim.muon_lr / 2, warmup_steps=min(10, FURTHER_STEPS - 1)),
+        eval=dataclasses.replace(one.eval, every=FURTHER_STEPS),
+        run=dataclasses.replace(one.run, name="further", steps=FURTHER_STEPS),
+    )
+
+
+def taught(base: Path) -> Experiment:
+    """For q4_0, from what the model in full precision says of the same tokens, not from the tokens."""
+    one = trained_for(further(base), FORMATS[Q4_0])
+    distill = DistillConfig(teachers=(TeacherConfig(path=str(base)),), weight=Ramp(start=1.0), hard_weight=Ramp(start=0.0))
+    return dataclasses.replace(one, objective=dataclasses.replace(one.objective, distill=distill))
+
+
+def what(base_of: dict[int, Path], seeds: tuple[int, ...] = SEEDS) -> Study:
+    """Formats, each trained for and rounded to, and q4_0 in other ways."""
+
+    def arm(name: str, make: Callable[[Path], Experiment]) -> Arm:
+        return Arm(name=name, experiment=lambda seed: make(base_of[seed]))
+
+    def trained(name: str, spec: QuantSpec) -> Arm:
+        return arm(name, lambda base: trained_for(further(base), spec))
+
+    arms = (
+        arm(FULL, further),
+        *(rounded(f"rounded, {name}", spec) for name, spec in FORMATS.items()),
+        *(trained(f"QAT, {name}", spec) for name, spec in FORMATS.items()),
+        trained("QAT, other grid", OTHER_GRID),
+        rounded("QAT, other grid, then q4_0", FORMATS[Q4_0], source="QAT, other grid"),
+        arm("QAD, q4_0", taught),
+    )
+    return Study(name="what QAT recovers", arms=arms, seeds=seeds, baseline=FULL, figures=("calibration_error",))
+
+
+# Differences that are asked for beside those from full precision: the first arm over the second.
+FURTHER = (
+    *((f"QAT, {name}", f"rounded, {name}") for name in FORMATS),
+    ("QAT, other grid, then q4_0", "rounded, q4_0"),
+    ("QAT, other grid, then q4_0", "QAT, q4_0"),
+    ("QAD, q4_0", "QAT, q4_0"),
+)
+
+
+def recoveries(directory: Path, seeds: tuple[int, ...] = SEEDS) -> tuple[Recovery, ...]:
+    """Which arm is the reference and which are rounded, in both studies."""
+    first, over = when(seeds), f"rounded, {Q4_0}"
+    of_first = {arm.name: over for arm in first.arms if arm.name.startswith("QAT")}
+    of_second = {f"QAT, {name}": f"rounded, {name}" for name in FORMATS} | dict.fromkeys(("QAT, other grid, then q4_0", "QAD, q4_0"), over)
+    second = what(bases(directory / "when", seeds), seeds)
+    return (
+        Recovery(study=second, reference=FULL, rounded=of_second, directory="what"),
+        Recovery(study=first, reference=FULL, rounded=of_first, directory="when"),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, default=Path("runs/qat-study"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--report", action="store_true", help="what has been found so far; nothing is trained")
+    arguments = parser.parse_args()
+    seeds, directory = tuple(arguments.seeds), arguments.directory.absolute()
+    if not arguments.report:
+        run_study(when(seeds), directory / "when")
+        run_study(what(bases(directory / "when", seeds), seeds), directory / "what")
+    reports = []
+    for recovery in recoveries(directory, seeds):
+        place = directory / recovery.directory
+        members = read_members(recovery.study, place)
+        findings = analyze(recovery.study, members, further=FURTHER if recovery.directory == "what" else ())
+        write_findings(findings, place)
+        reports.append(report_recovery(recovery, members, measure(recovery, members, place)))
+        for found in (findings_table(findings), recovery_table(reports[-1])):
+            Console(width=180).print(found)
+    print(write_recovery(reports, directory))
+
+
+if __name__ == "__main__":
+    main()

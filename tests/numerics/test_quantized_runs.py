@@ -1,0 +1,134 @@
+"""Runs that train in number formats: phases, what is resumed, what opens a checkpoint, teachers beside it."""
+
+import dataclasses
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+import slmjax
+from slmjax.checkpoint import CheckpointConfig
+from slmjax.distill.config import DistillConfig, TeacherConfig
+from slmjax.experiment import EvalConfig, Experiment, FromModel, FromTeacherLayers
+from slmjax.formats.coding import decode
+from slmjax.formats.presets import preset
+from slmjax.formats.spec import Share
+from slmjax.loading import load_model, read_encoded
+from slmjax.numerics.estimators import Calibrated
+from slmjax.numerics.rules import QuantConfig, QuantPhase, QuantRule, quant_of
+from slmjax.runlog import read_log
+from slmjax.step import ObjectiveConfig
+from slmjax.trainer import Result
+from tests.one_layer import one_layer
+
+TENSOR = dataclasses.replace(preset("int8_g32"), share=Share.TENSOR, group_size=None)
+# In full precision at first; then 8 bits; then learned 3 bits, whose inputs have a measured scale.
+PHASES = (
+    QuantPhase(rules=(QuantRule(paths=".", weight=preset("q8_0")),)),
+    QuantPhase(step=2, rules=(QuantRule(paths=".", weight=preset("int3_g32"), input=TENSOR, input_estimator=Calibrated()),)),
+)
+
+
+def train(experiment: Experiment, **how: Any) -> Result:
+    return slmjax.train(experiment, console=Console(file=io.StringIO(), width=200), **how)
+
+
+def base(workplace: Path, directory: Path, *, steps: int = 6, **settings: Any) -> Experiment:
+    experiment = one_layer(workplace, directory, steps=steps)
+    experiment = dataclasses.replace(
+        experiment, data=dataclasses.replace(experiment.data, heldout_fraction=0.02), checkpoint=CheckpointConfig(every=1, keep=10),
+        model=dataclasses.replace(experiment.model, dropout=0.0, embed_dim=32), eval=EvalConfig(every=100, overlap=8),
+    )  # fmt: skip
+    return dataclasses.replace(experiment, **settings)
+
+
+@pytest.fixture(scope="module")
+def run(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Result]:
+    """Six steps through all phases, which begin at steps 2 and 4, with averages of the weights."""
+    experiment = base(workplace, tmp_path_factory.mktemp("phases"), quant=QuantConfig(phases=PHASES, start_step=2))
+    experiment = dataclasses.replace(experiment, optim=dataclasses.replace(experiment.optim, ema_decay=0.5))
+    return experiment, train(experiment)
+
+
+def test_a_checkpoint_opens_in_the_phase_that_made_it(run: tuple[Experiment, Result]):
+    distinct = {}
+    for step in (2, 4, 6):
+        loaded = load_model(run[1].run_dir, step=step)
+        distinct[step] = len(np.unique(np.asarray(loaded.params["segments/0/blocks/0/ffn/up/weight"][0, :32, 0])))
+        encoded = read_encoded(run[1].run_dir, step=step)
+        assert bool(encoded) == (step > 2)
+        for path, (numbers, one) in encoded.items():
+            name = path.replace("layers/0/", "segments/0/blocks/0/")
+            found = loaded.params[name][0] if name != path else loaded.params[name]
+            np.testing.assert_array_equal(decode(jax.tree.map(jnp.asarray, one), numbers.spec, axis=numbers.axis), found)
+    assert distinct[2] == 32 and 7 < distinct[4] and distinct[6] <= 7
+    assert load_model(run[1].run_dir).config.quant[-1].step == 4
+
+
+def test_what_is_evaluated_is_what_was_trained(run: tuple[Experiment, Result]):
+    experiment, result = run
+    found = slmjax.evaluate(load_model(result.run_dir), data=experiment.data, overlap=8, batch_size=experiment.data.batch_size)
+    assert found.loss == pytest.approx(result.loss, rel=1e-6)
+
+
+def test_scales_of_inputs_were_measured(run: tuple[Experiment, Result]):
+    loaded = load_model(run[1].run_dir)
+    measured = {path: float(np.asarray(leaf).reshape(-1)[0]) for path, leaf in loaded.buffers.items() if path.endswith("input/log_scale")}
+    assert len(measured) == 7 and len(set(measured.values())) >= 5 and all(-20 < value < 3 and value != 0 for value in measured.values())
+
+
+@pytest.mark.parametrize("step", [2, 3, 4])
+def test_resumed_bit_for_bit(run: tuple[Experiment, Result], tmp_path: Path, step: int):
+    """From before a phase, within one and at the end of one."""
+    experiment, result = run
+    again = Path(shutil.copytree(result.run_dir, tmp_path / "again"))
+    for later in range(step + 1, 7):
+        shutil.rmtree(again / "checkpoints" / str(later))
+    (again / "result.json").unlink()
+    resumed = train(dataclasses.replace(experiment, run=dataclasses.replace(experiment.run, directory=str(tmp_path))), resume=again)
+    assert resumed.loss == result.loss
+    first, second = (load_model(path).params for path in (result.run_dir, resumed.run_dir))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    losses = [
+        {record["step"]: record["loss"] for record in read_log(Path(path) / "log.jsonl", kind="train")} for path in (result.run_dir, again)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_resumed_run_keeps_its_formats(run: tuple[Experiment, Result]):
+    other = dataclasses.replace(run[0], quant=quant_of("q4_0"))
+    with pytest.raises(ValueError, match="has another quant, which a resumed run keeps: begin a new run, with --init-from"):
+        train(other, resume=run[1].run_dir)
+
+
+def test_it_begins_from_a_model_and_learns_from_it(run: tuple[Experiment, Result], workplace: Path, tmp_path: Path):
+    """Distillation from the model itself, with 8-bit inputs and microbatches; the source is itself quantized."""
+    experiment, source = run
+    teacher = DistillConfig(teachers=(TeacherConfig(path=source.run_dir),))
+    student = base(
+        workplace, tmp_path, steps=2, init=FromModel(path=source.run_dir), tokenizer=experiment.tokenizer, quant=quant_of("q4_0+q8_0"),
+        objective=ObjectiveConfig(distill=teacher), optim=dataclasses.replace(experiment.optim, accumulation_steps=2, ema_decay=None),
+    )  # fmt: skip
+    result = train(student)
+    (first, _) = read_log(Path(result.run_dir) / "log.jsonl", kind="train")
+    assert 0 < first["divergence"] < 0.5 and np.isfinite(result.loss)
+    (evaluated,) = read_log(Path(result.run_dir) / "log.jsonl", kind="eval")
+    assert evaluated["teacher_kl"] > 0
+    own = load_model(source.run_dir)
+    assert evaluated["teacher_bits_per_byte"] == pytest.approx(
+        slmjax.evaluate(own, data=student.data, overlap=8, batch_size=student.data.batch_size).bits_per_byte, rel=1e-5
+    )
+
+
+def test_it_begins_as_layers_of_a_teacher(run: tuple[Experiment, Result], workplace: Path, tmp_path: Path):
+    student = base(
+        workplace, tmp_path, steps=1, init=FromTeacherLayers(path=run[1].run_dir), tokenizer=run[0].tokenizer, quant=quant_of("int3_g32")
+    )
+    loaded = load_model(train(student).run_dir)
+    assert len(np.unique(np.asarray(loaded.params["embed/table"][0]))) <= 7
