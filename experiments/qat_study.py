@@ -51,7 +51,7 @@ from slmjax.numerics.rules import QuantConfig, QuantPhase, QuantRule
 
 STEPS, FURTHER_STEPS = 300, 120
 SEEDS = (0, 1, 2)
-SHARES = (0.0, 0.5, 0.75, 0.9)  # of the steps that are in full precision, before those in q4_0
+SHARES = (0.0, 0.5, 0.9)  # of the steps that are in full precision, before those in q4_0
 FULL = "full precision"
 Q4_0 = "q4_0"
 

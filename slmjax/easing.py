@@ -34,12 +34,12 @@ class Easing:
     def held(self, updates: Any, step: Int[Array, ""], *, config: ModelConfig, paths: Iterable[str]) -> dict[str, Array]:
         """Updates, by stack path, without those of weights, and of what is learned beside them, in layers that have stopped.
 
-        One layer after another stops, the first first, and all have by the last step; tables outside the layers move to the end.
+        One layer after another stops, the first at once, at even distances; tables outside the layers move to the end.
         """
         if self.freeze_from is None:
             return dict(updates)
         passed = (step - self.freeze_from) / max(self.last_step - self.freeze_from, 1)
-        num_stopped = jnp.floor(passed * config.num_layers)
+        num_stopped = jnp.where(passed < 0, 0, jnp.floor(passed * config.num_layers) + 1)
         result = dict(updates)
         for path in paths:
             if (layers := layer_indices(config, path)) is None:

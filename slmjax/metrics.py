@@ -60,7 +60,9 @@ def squares_by_layer(config: ModelConfig, grads: Params) -> Float[Array, " G"]:
     for path, grad in grads.items():
         layers = layer_indices(config, path)
         if layers is None:
-            squares = squares.at[groups.index(path.split("/")[0])].add(jnp.sum(jnp.square(grad)))
+            name = path.split("/")[0]
+            # The learned scale of the head's inputs is that of what the final norm gives.
+            squares = squares.at[groups.index(name if name in groups else "final_norm")].add(jnp.sum(jnp.square(grad)))
         else:  # the first groups are the layers, in order
             squares = squares.at[jnp.asarray(layers)].add(jnp.sum(jnp.square(grad), axis=range(1, grad.ndim)))
     return squares

@@ -38,11 +38,11 @@ class Definition:
     learning: numbers.Formats = dataclasses.field(default_factory=dict)  # of weights beside which anything is learned in some phase
     phase: QuantPhase | None = None  # of the config's, the one that this is of; None in full precision
 
-    def effective(self, params: Mapping[str, Array], *, key: Array | None = None, share: Array | None = None) -> dict[str, Array]:
+    def effective(self, params: Mapping[str, Array], *, key: Array | None = None) -> dict[str, Array]:
         """The parameters that modules compute with (`numerics.weights.effective`)."""
         if not self.formats and not self.learning:
             return dict(params)
-        return numbers.effective(params, self.formats, key=key, share=share)
+        return numbers.effective(params, self.formats, key=key)
 
     def merge(self, params: Mapping[str, Array], buffers: Mapping[str, Array]) -> Decoder:
         """The module that computes with these arrays."""

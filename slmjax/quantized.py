@@ -91,9 +91,9 @@ def plan_quantization(config: ModelConfig, stacked: Mapping[str, tuple[int, ...]
         of_layers = tuple(now[name].weight for name in logical) if now else ()
         if any(of_layers):
             formats[path] = of_layers
-        if any(learners := tuple(_learner(phases, name) for name in logical)):
+        if any(learners := tuple(_learner(phases, name, "weight") for name in logical)):
             learning[path] = learners
-        pair = now[logical[0]].input if now else None, next(filter(None, (_learns(entries[logical[0]].input) for entries in phases)), None)
+        pair = now[logical[0]].input if now else None, _learner(phases, logical[0], "input")
         if any(pair) or any(entries[logical[0]].input for entries in phases):
             inputs[path] = pair
     return Plan(config=divided, formats=formats, learning=learning, inputs=inputs, caches=caches)
@@ -103,13 +103,13 @@ def _learns(numbers: Numbers | None) -> Numbers | None:
     return numbers if numbers is not None and isinstance(numbers.estimator, LEARNED_INPUTS) else None
 
 
-def _learner(phases: Sequence[Entries], path: str) -> Numbers | None:
-    """The format beside which something is learned of a weight, the same in all phases that have one."""
-    found = [numbers for entries in phases if (numbers := _learns(entries[path].weight)) is not None]
+def _learner(phases: Sequence[Entries], path: str, part: str) -> Numbers | None:
+    """The format beside which something is learned of a weight or its input, the same in all phases that have one."""
+    found = [numbers for entries in phases if (numbers := _learns(getattr(entries[path], part))) is not None]
     if len({_layout(numbers) for numbers in found}) > 1:
         raise ValueError(
-            f"quant: the phases learn scales of {path} for groups of different sizes, and what is learned keeps its shape: give all phases "
-            "the same groups, or estimator=StraightThrough(), whose scales follow the weights"
+            f"quant: the phases learn scales of the {part} of {path} in different ways or for groups of different sizes, and what is "
+            "learned keeps its shape: give all phases the same, or StraightThrough(), whose scales follow the numbers"
         )
     return found[0] if found else None
 
@@ -170,7 +170,7 @@ def set_inputs(model: Decoder, plan: Plan, *, is_observed: bool = False) -> None
     for path, numbers in plan.caches.items():
         mixer = _module(model, path)
         assert isinstance(mixer, CachingMixer), path
-        mixer.cache = None if numbers is None else RoundedInput(numbers, learned={}, is_observed=False)
+        mixer.cache = None if numbers is None else RoundedInput(numbers)
     set_by: dict[tuple[str, str], Any] = {}
     for path, (numbers, learner) in plan.inputs.items():
         owner, name = _owner(model, path)
@@ -183,7 +183,7 @@ def set_inputs(model: Decoder, plan: Plan, *, is_observed: bool = False) -> None
             )
         layers = layer_indices(plan.config, path)
         learned = initial(learner, num_layers=None if layers is None else len(layers))
-        setattr(owner, name, RoundedInput(numbers, learned=learned, is_observed=is_observed))
+        setattr(owner, name, RoundedInput(numbers, learner=learner, learned=learned, is_observed=is_observed))
 
 
 def _owner(model: Decoder, path: str) -> tuple[Any, str]:
@@ -227,7 +227,7 @@ class Line:
         return 8 * self.bytes / max(math.prod(self.shape), 1)
 
 
-def coverage(config: ModelConfig) -> list[Line]:
+def covered_lines(config: ModelConfig) -> list[Line]:
     """A line for every parameter and every cache of a model, as its last phase has them.
 
     Raises:

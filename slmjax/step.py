@@ -25,7 +25,7 @@ from slmjax.distill import objective as distillation
 from slmjax.distill.config import DistillConfig
 from slmjax.easing import Easing
 from slmjax.metrics import batch_figures, data_checksum, squares_by_layer
-from slmjax.numerics.weights import damping
+from slmjax.numerics.weights import damping, eased
 from slmjax.optim import OptimConfig, learning_rate
 from slmjax.parameters import Definition
 from slmjax.paths import block_at
@@ -219,8 +219,7 @@ def make_train_step(
 ) -> TrainStep:
     """The compiled step `(state, batch, teachers) -> (state, metrics)`; the state it is given is donated. Call it under the mesh.
 
-    `teachers` is what they say of the batch; without it, which is a program of its own, there is no divergence in the loss. Weights
-    that have formats are decoded once, before the batch is taken apart into microbatches.
+    `teachers` is what they say of the batch; without it, which is a program of its own, there is no divergence in the loss.
 
     Metrics are float32 scalars of the whole batch: `loss` (nats per scored token), `objective` (with auxiliary terms),
     `grad_norm` (before clipping), `learning_rate`, `accuracy`, `nll`, `targets`, `bytes`, `tokens`, `skipped` (so far),
@@ -229,28 +228,23 @@ def make_train_step(
     `expert_loads` are trees of arrays, which `named_metrics` puts into words. Every process can read them: they are whole everywhere.
     """
     grads_of = functools.partial(_gradients, definition.decoded(), objective, optim.accumulation_steps)
+    remembered = functools.partial(_remembered, objective, total_steps)
 
     def train_step(state: TrainState, batch: Batch, teachers: tuple[losses.TeacherOutput, ...] = ()) -> tuple[TrainState, dict[str, Any]]:
         key, total = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step), counts(batch)
         amounts = distillation.amounts_at(objective.distill, state.step, total_steps=total_steps, state=state.objective, key=key)
-        effective, pull = _effective(definition, easing, state, key)
+        effective, pull = _effective(definition, easing, state, key)  # once, before the batch is taken apart
         value, sums, grads = grads_of(effective, state.frozen, batch, total, key, teachers, amounts)
         grads, distance = pull(grads)
         grad_norm = optax.tree.norm(grads)
         num_updates = state.step - state.skipped  # what schedules go by: a step that was undone is no update
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
-        if easing is not None:
-            updates = easing.held(updates, state.step, config=definition.config, paths=definition.formats)
-        trainable: Params = jax.tree.map(jnp.add, state.trainable, updates)
+        held = updates if easing is None else easing.held(updates, state.step, config=definition.config, paths=definition.formats)
+        trainable: Params = jax.tree.map(jnp.add, state.trainable, held)
         changed = {
-            "trainable": trainable,
-            "frozen": _updated_buffers(definition, state.frozen, sums),
-            "optimizer": optimizer_state,
-            "ema": _averaged(state.ema, trainable, decay=optim.ema_decay, num_updates=num_updates),
-            "objective": distillation.updated_state(
-                objective.distill, state.objective, sums, num_targets=total["targets"], progress=state.step / total_steps
-            ),
-        }
+            "trainable": trainable, "frozen": _updated_buffers(definition, state.frozen, sums), "objective": remembered(state, sums, total),
+            "optimizer": optimizer_state, "ema": _averaged(state.ema, trainable, decay=optim.ema_decay, num_updates=num_updates),
+        }  # fmt: skip
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
         new_state = _next_state(state, changed, finite=finite, num_targets=total["targets"])
         metrics = {
@@ -262,6 +256,14 @@ def make_train_step(
 
     places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(places, places.step))
+
+
+def _remembered(
+    objective: ObjectiveConfig, total_steps: int, state: TrainState, sums: Mapping[str, Array], total: Mapping[str, Array]
+) -> Tree:
+    """What the divergence from teachers keeps for the next step."""
+    progress = state.step / total_steps
+    return distillation.updated_state(objective.distill, state.objective, sums, num_targets=total["targets"], progress=progress)
 
 
 def _effective(
@@ -276,9 +278,10 @@ def _effective(
     share = None if easing is None else easing.share(state.step)
 
     def decode(params: Params) -> tuple[Params, Array]:
-        decoded = definition.effective(params, key=key, share=share)
+        decoded, given = definition.effective(params, key=key), definition.formats
         weight = 0.0 if easing is None else easing.damping
-        return decoded, weight * damping(params, decoded, definition.formats) if weight else jnp.zeros(())
+        distance = weight * damping(params, decoded, given) if weight else jnp.zeros(())
+        return decoded if share is None else eased(params, decoded, given, share=share), distance
 
     (decoded, distance), pull = jax.vjp(decode, state.trainable)
     return decoded, lambda grads: (pull((grads, jnp.ones(())))[0], distance)
@@ -350,8 +353,7 @@ def _updated_buffers(definition: Definition, buffers: Params, sums: Mapping[str,
     """Router biases after this step's global loads: moved once per optimizer step, whatever the accumulation."""
     updated = dict(buffers)
     for path in buffers:
-        ffn = block_at(definition.config, path).ffn
-        if path.endswith("/router_bias") and isinstance(ffn, moe.MoeConfig):
+        if path.endswith("/router_bias") and isinstance(ffn := block_at(definition.config, path).ffn, moe.MoeConfig):
             load = sums[path.removesuffix("router_bias") + "expert_counts"]
             updated[path] = moe.updated_bias(buffers[path], load, rate=ffn.bias_rate)
     return updated

@@ -24,7 +24,7 @@ from slmjax.config import fingerprint, near_names
 from slmjax.distill.teachers import beside
 from slmjax.loading import load_model
 from slmjax.numerics.coverage import CACHE
-from slmjax.quantized import coverage
+from slmjax.quantized import covered_lines
 from slmjax.runlog import Log, read_log
 
 MEASUREMENTS = "measurements.jsonl"
@@ -106,7 +106,7 @@ def stored_size(config: ModelConfig) -> tuple[int, int]:
 
     A weight with a format counts as its codes, packed without gaps, and its scales; all else as float32.
     """
-    stored = [line for line in coverage(config) if not line.path.endswith(CACHE)]
+    stored = [line for line in covered_lines(config) if not line.path.endswith(CACHE)]
     return sum(line.bytes for line in stored), sum(math.prod(line.shape) for line in stored)
 
 

@@ -23,7 +23,7 @@ def _table(words: Sequence[str]) -> int:
     from slmjax import experiment as experiments
     from slmjax import recipes
     from slmjax.numerics.rules import quant_of
-    from slmjax.quantized import coverage
+    from slmjax.quantized import covered_lines
     from slmjax.session import resolved_model
 
     name, options = experiment_name(words)
@@ -41,7 +41,7 @@ def _table(words: Sequence[str]) -> int:
         experiment: Annotated[experiments.Experiment, without_prefix()] = start
 
     given = parse(Arguments, options, default=Arguments(), command="quant table", description=quant_command.__doc__)
-    lines = coverage(resolved_model(given.experiment, vocab_size=given.vocab_size))
+    lines = covered_lines(resolved_model(given.experiment, vocab_size=given.vocab_size))
     if given.json:
         print_json([{**dataclasses.asdict(line), "bits": line.bits} for line in lines])
         return 0

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from slmjax import sharding
 from slmjax.formats.spec import Share
-from slmjax.numerics.coverage import Numbers
+from slmjax.numerics.coverage import LEARNED_INPUTS, Numbers
 from slmjax.numerics.estimators import Calibrated, Learned
 
 
@@ -24,11 +24,14 @@ class Measured(nnx.Variable[Any]):
 class RoundedInput(nnx.Module):
     """Rounds what comes to a product; without a format, as before the phase that begins with one, it changes nothing."""
 
-    def __init__(self, numbers: Numbers | None, *, learned: Learned, is_observed: bool) -> None:
+    def __init__(
+        self, numbers: Numbers | None, *, learner: Numbers | None = None, learned: Learned | None = None, is_observed: bool = False
+    ) -> None:
+        """The format now; the one that learns in some phase, with what it learns; whether this is for calibration (`_observed`)."""
         self.numbers, self.is_observed = numbers, is_observed
-        kind = Measured if numbers is not None and isinstance(numbers.estimator, Calibrated) else nnx.Param
-        self.log_scale = kind(learned["log_scale"]) if "log_scale" in learned else None
-        self.offset = nnx.Param(learned["offset"]) if "offset" in learned else None
+        kind = Measured if learner is not None and isinstance(learner.estimator, Calibrated) else nnx.Param
+        kept = {name: kind(value) for name, value in (learned or {}).items()}
+        self.log_scale, self.offset = kept.get("log_scale"), kept.get("offset")
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         if self.numbers is None:
@@ -36,7 +39,7 @@ class RoundedInput(nnx.Module):
         kept = {"log_scale": self.log_scale, "offset": self.offset}
         learned = {name: value[...] for name, value in kept.items() if value is not None}
         if self.is_observed:
-            return _observed(x, learned, self.numbers) if learned else x
+            return _observed(x, learned, self.numbers) if isinstance(self.numbers.estimator, LEARNED_INPUTS) else x
         return rounded(x, self.numbers, learned)
 
 

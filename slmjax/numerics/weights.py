@@ -55,21 +55,28 @@ def learned(params: Params, formats_of: Formats) -> dict[str, Array]:
     return found
 
 
-def effective(params: Params, formats_of: Formats, *, key: Array | None = None, share: Float[Array, ""] | None = None) -> dict[str, Array]:
+def effective(params: Params, formats_of: Formats, *, key: Array | None = None) -> dict[str, Array]:
     """The weights that layers multiply with: decoded numbers, float32, where there is a format; and all other parameters as they are.
 
     Args:
       key: randomness of estimators that round by chance; None in evaluation.
-      share: how much of the rounding error there is, from 0 to 1; None for all of it.
     """
     result = {path: value for path, value in params.items() if not is_beside_a_weight(path)}
     for index, (path, numbers) in enumerate(formats_of.items()):
         own_key = None if key is None else jax.random.fold_in(key, index)
-        rounded = _by_layer(params, path, numbers, key=own_key)
-        if share is not None:  # at the end it is the decoded weight to the bit
-            rounded = jnp.where(share < 1, params[path] + share * (rounded - params[path]), rounded)
-        result[path] = rounded
+        result[path] = _by_layer(params, path, numbers, key=own_key)
     return result
+
+
+def eased(params: Params, decoded: Params, formats_of: Formats, *, share: Float[Array, ""]) -> dict[str, Array]:
+    """Parameters with a share of the rounding error of each weight, from 0 to 1; with all of it they are the decoded ones."""
+
+    def one(path: str, value: Array) -> Array:
+        if path not in formats_of:
+            return value
+        return jnp.where(share < 1, params[path] + share * (value - params[path]), value)
+
+    return {path: one(path, value) for path, value in decoded.items()}
 
 
 def _by_layer(params: Params, path: str, numbers: Sequence[Numbers | None], *, key: Array | None) -> Array:

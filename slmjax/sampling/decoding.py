@@ -78,8 +78,6 @@ def sample(
         vocab_size=definition.config.known_vocab_size,
     )  # fmt: skip
     tokens = _padded(prompts, _power_of_two(max(limits)))
-    if definition.formats:
-        params, definition = jax.jit(definition.effective)(params), definition.decoded()
     model = _for_decoding(definition, params, buffers)
     progress, seen = _prefill(model, rule, tokens, starts, prefill_length=_power_of_two(int(starts.max())))
     while True:
@@ -125,8 +123,10 @@ def _for_decoding(definition: Definition, params: Mapping[str, Array], buffers: 
     """The model, its layers taken apart where they are few.
 
     In a stack every token would copy the caches of all layers: they go into the loop over layers as one array and come out
-    of it as another.
+    of it as another. Weights that have formats are decoded once.
     """
+    if definition.formats:
+        params, definition = jax.jit(definition.effective)(params), definition.decoded()
     if definition.config.num_layers > UNROLLED_LAYERS or all(segment.repeats == 1 for segment in definition.config.stack):
         return definition.merge(params, buffers)
     apart = _apart(definition.config)

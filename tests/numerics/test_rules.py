@@ -14,7 +14,7 @@ from slmjax.moe import MoeConfig
 from slmjax.numerics.estimators import Calibrated, LearnedScale, LearnedScaleAndOffset, StochasticRounding, StraightThrough
 from slmjax.numerics.rules import QuantConfig, QuantPhase, QuantRule, phase_at, quant_of
 from slmjax.parameters import define
-from slmjax.quantized import coverage
+from slmjax.quantized import covered_lines
 
 Q4, Q8, INT3 = preset("q4_0"), preset("q8_0"), preset("int3_g32")
 DENSE = BlockConfig(mixer=AttentionConfig(num_heads=2, head_dim=32), ffn=MlpConfig(hidden_dim=96))
@@ -29,7 +29,7 @@ MODEL = ModelConfig(
 
 
 def covered(*rules: QuantRule, model=MODEL):
-    return {line.path: line for line in coverage(dataclasses.replace(model, quant=(QuantPhase(rules=rules),)))}
+    return {line.path: line for line in covered_lines(dataclasses.replace(model, quant=(QuantPhase(rules=rules),)))}
 
 
 def test_every_parameter_and_cache_has_a_format_or_a_reason():
@@ -53,7 +53,7 @@ def test_every_parameter_and_cache_has_a_format_or_a_reason():
 
 
 def test_without_rules_everything_stays():
-    assert all(line.format is None and line.reason for line in coverage(MODEL))
+    assert all(line.format is None and line.reason for line in covered_lines(MODEL))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,9 @@ def test_what_is_learned_keeps_its_shape_over_phases():
         QuantPhase(rules=(QuantRule(paths="down", weight=INT3),)),
         QuantPhase(rules=(QuantRule(paths="down", weight=tensor),), step=3),
     )
-    with pytest.raises(ValueError, match=r"learn scales of layers/0/ffn/down/weight for groups of different sizes"):
+    with pytest.raises(
+        ValueError, match=r"learn scales of the weight of layers/0/ffn/down/weight in different ways or for groups of different sizes"
+    ):
         define(dataclasses.replace(MODEL, quant=phases))
     straight = QuantRule(paths="down", weight=tensor, estimator=StraightThrough())
     definition = define(dataclasses.replace(MODEL, quant=(phases[0], QuantPhase(rules=(straight,), step=3))))
