@@ -56,6 +56,8 @@ def _server(path: Path, context: int, _: tuple[int, int]) -> Any:
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.cache_type_k = params.cache_type_v = engine.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = engine.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.swa_full = True  # or another text that begins alike goes on from a window of the one before, and computes something else
+    params.cache_ram_mib = 0
     params.fit_params = False  # no look at the memory of this machine
     params.warmup = False
     params.verbosity = -1
@@ -80,11 +82,12 @@ def logprobs(
     rows = np.full((len(ends), vocab_size), np.nan)
     for row, end in enumerate(ends):
         body = {"prompt": [int(token) for token in tokens[:end]], "n_predict": 1, "n_probs": vocab_size, "temperature": 0.0}
-        entries = _completed(server, {**body, "logit_bias": [[plain, FORCED]], "cache_prompt": True})["logprobs"]["content"][0]
-        ids, values = zip(*((entry["id"], entry["logprob"]) for entry in entries["top_logprobs"]), strict=True)
-        if len(ids) != vocab_size or max(ids) >= vocab_size:
-            raise ValueError(f"{path} predicts {max(*ids, len(ids) - 1) + 1:,} tokens, and the model has {vocab_size:,}")
-        rows[row, list(ids)] = values
+        choice = _completed(server, {**body, "logit_bias": [[plain, FORCED]], "cache_prompt": row > 0})
+        entries = choice["logprobs"]["content"][0]["top_logprobs"]
+        ids = np.fromiter((entry["id"] for entry in entries), np.int64, len(entries))
+        if len(ids) != vocab_size or ids.max() >= vocab_size:
+            raise ValueError(f"{path} predicts {max(ids.max() + 1, len(ids)):,} tokens, and the model has {vocab_size:,}")
+        rows[row, ids] = np.fromiter((entry["logprob"] for entry in entries), np.float64, len(entries))
     return rows - np.log(np.exp(rows).sum(1, keepdims=True))
 
 

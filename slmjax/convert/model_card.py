@@ -1,5 +1,6 @@
 """model_card.md of an exported model: what it is, what it was trained on, how good it is, and what is left for its author to say."""
 
+import collections
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from slmjax import zoo
 from slmjax.convert.source import Own, read_origin
+from slmjax.formats.presets import name_of
 
 TO_FILL_IN = "to be filled in"
 
@@ -45,7 +47,7 @@ def _table(heading: str, rows: list[tuple[str, str]]) -> Iterator[str]:
 
 def _model_rows(own: Own, family: str) -> list[tuple[str, str]]:
     summary = zoo.describe(own.config)
-    config = own.config
+    config, formats = own.config, collections.Counter(name_of(stored.spec) for stored in own.formats.values())
     return [
         ("architecture", family),
         ("parameters", f"{summary.parameters:,} ({summary.active_parameters:,} active)"),
@@ -53,11 +55,15 @@ def _model_rows(own: Own, family: str) -> list[tuple[str, str]]:
         ("width", str(config.embed_dim)),
         ("vocabulary", f"{config.known_vocab_size:,} tokens"),
         ("context", f"{config.context_length:,} tokens"),
+        *([("number formats", ", ".join(f"{name} ({count} matrices)" for name, count in formats.items()))] if formats else []),
     ]
 
 
 def _origin_rows(origin: dict[str, Any]) -> list[tuple[str, str]]:
     files = [(f"SHA-256 of {name}", digest) for name, digest in origin.get("files", {}).items()]
+    if "quantized" in origin:
+        how = origin["quantized"]
+        return [("quantized from", f"{origin.get('source')}, step {origin.get('step')}"), ("by", f"{how['method']}, clip {how['clip']}")]
     return [("imported from", str(origin.get("source"))), ("as", f"{origin.get('family')} ({origin.get('format')})"), *files]
 
 

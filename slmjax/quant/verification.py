@@ -29,7 +29,7 @@ from slmjax.formats.spec import QuantSpec
 from slmjax.quant.file_checks import INPUT_SPECS, ProductCheck, TensorCheck, check_products, check_tensor, input_type, is_multiplied_with
 from slmjax.quant.loss_check import LossCheck, check_loss, text_windows
 
-DEFAULT_TOKENS, DEFAULT_WINDOW = 1024, 128
+DEFAULT_TOKENS, DEFAULT_WINDOW = 512, 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,74 @@
+"""A run that was trained quantized: its codes, learned scales among them, are what is exported and what the engine computes with."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import slmjax
+from slmjax.convert.directory import Target, export_model
+from slmjax.convert.gguf_file import read_gguf
+from slmjax.data.config import DataConfig, Split
+from slmjax.data.tokenizers import ByteTokenizer
+from slmjax.experiment import RunConfig
+from slmjax.formats.presets import preset
+from slmjax.loading import read_encoded
+from slmjax.numerics.rules import QuantConfig, QuantPhase, QuantRule
+from slmjax.optim import OptimConfig
+from slmjax.quant.rounding import quantize_model
+from slmjax.quant.verification import verify_export
+from tests.quant.models import QWEN
+
+
+@pytest.fixture(scope="module")
+def run(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4-bit weights, 2-bit ones with learned scales in the feed-forward layer, tables padded."""
+    rules = (QuantRule(paths="ffn", weight=preset("int2_g32"), input=preset("q8_0")), *_w4a8())
+    experiment = slmjax.Experiment(
+        model=dataclasses.replace(QWEN, vocab_size=None, vocab_multiple=64), quant=QuantConfig(phases=(QuantPhase(rules=rules),)),
+        data=DataConfig(path=str(workplace / "text.txt"), split=Split.TAIL, heldout_fraction=0.1, sequence_length=32, batch_size=8),
+        tokenizer=ByteTokenizer(), optim=OptimConfig(lr=1e-2, warmup_steps=2),
+        run=RunConfig(name="coded", directory=str(tmp_path_factory.mktemp("runs")), steps=6, sample_prompts=()),
+    )  # fmt: skip
+    return Path(slmjax.train(experiment, console=Console(file=io.StringIO())).run_dir)
+
+
+def _w4a8() -> tuple[QuantRule, ...]:
+    return (QuantRule(paths=".", weight=preset("q4_0"), input=preset("q8_0")),)
+
+
+def test_what_was_trained_is_what_the_engine_computes(run: Path, tmp_path: Path) -> None:
+    written = export_model(run, tmp_path / "run.gguf", to=Target.GGUF)
+    tensors = read_gguf(tmp_path / "run.gguf").tensors
+    assert {tensor.type for tensor in tensors.values()} == {"Q4_0", "F32"} and len(written.notes) == 1
+    assert tensors["token_embd.weight"].shape == (258, 64), "padding is left out, of codes too"
+    numbers, encoded = read_encoded(run)["layers/0/ffn/up/weight"]
+    assert numbers.spec == preset("int2_g32") and set(np.unique(encoded.codes)) <= {-1, 0, 1}
+    found = verify_export(run, tmp_path / "run.gguf", max_tokens=96, window=24, log=lambda _: None)
+    assert found.holds and found.step == 6 and found.loss is not None
+    assert found.loss.as_trained == pytest.approx(found.loss.ours, rel=1e-5), "it is trained with inputs as llama.cpp rounds them"
+    assert abs(found.loss.difference) < 1e-4
+
+
+def test_the_ordinary_way_loses_the_codes(run: Path, tmp_path: Path) -> None:
+    """Decoded and rounded again on another grid, the 2-bit layer is another model, and is found to be."""
+    quantize_model(run, tmp_path / "again", rules=_w4a8())
+    export_model(tmp_path / "again", tmp_path / "again.gguf", to=Target.GGUF)
+    found = verify_export(run, tmp_path / "again.gguf", max_tokens=24, window=24, log=lambda _: None)
+    assert not found.bytes_hold and not found.holds
+    assert [one.name for one in found.tensors if not one.holds] == [f"blk.0.ffn_{name}.weight" for name in ("gate", "up", "down")]
+
+
+def test_another_platform_is_told_of(run: Path, tmp_path: Path) -> None:
+    environment = run / "environment.json"
+    before = environment.read_text()
+    try:
+        environment.write_text(json.dumps({**json.loads(before), "devices": ["TPU v6 lite"]}))
+        written = export_model(run, tmp_path / "run.gguf", to=Target.GGUF)
+        assert "codes were computed on cpu, and the run was trained on TPU v6 lite" in written.notes[1]
+    finally:
+        environment.write_text(before)
