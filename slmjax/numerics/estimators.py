@@ -12,7 +12,6 @@ import abc
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +107,7 @@ class LearnedScale(Estimator):
 
     def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
         """The logarithm of each scale."""
-        return {"log_scale": jnp.log2(jnp.maximum(jnp.abs(best_scale(x, spec, axis=axis)), 2.0**SMALLEST_SCALE))}
+        return {"log_scale": jnp.log2(jnp.maximum(jnp.abs(best_scale(x, spec, axis=axis)[0]), 2.0**SMALLEST_SCALE))}
 
     def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
         """On the learned scale, rounded as the format stores it."""
@@ -321,20 +320,21 @@ def _scale(learned: Learned) -> Array:
 
 
 # Scales ---------------------------------------------------------------------------------------------------------------
-SHARES = tuple(1.0 - 0.05 * step for step in range(14))  # of the scale that reaches the farthest number: from all of it down to a third
+FACTORS = tuple(round(1.1 - 0.02 * step, 2) for step in range(36))  # of the format's own scale: from a tenth more down to four tenths
 
 
-def best_scale(x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Float[Array, "..."]:
-    """Of each group the scale, among shares of the format's own, that has the smallest squared error. Integer formats alone."""
-    whole = scale_of(x, spec, axis=axis)
+def best_scale(x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Of each group the scale, among those around the format's own, that has the smallest squared error; and that error, summed."""
+    own = scale_of(x, spec, axis=axis)
 
-    def error(scale: Any) -> Array:
-        y = decode(encode(x, spec, axis=axis, scale=scale), spec, axis=axis)
-        return sum_groups(jnp.square(y - x), whole, axis=axis)
+    def better(found: tuple[Array, Array], factor: Array) -> tuple[tuple[Array, Array], None]:
+        scale = own * factor
+        error = squared_error(x, encode(x, spec, axis=axis, scale=scale), spec, axis=axis)
+        return (jnp.where(error < found[1], scale, found[0]), jnp.minimum(error, found[1])), None
 
-    def better(found: tuple[Array, Array], share: Array) -> tuple[tuple[Array, Array], None]:
-        scale = whole * share
-        now = error(scale)
-        return (jnp.where(now < found[1], scale, found[0]), jnp.minimum(now, found[1])), None
+    return jax.lax.scan(better, (own, jnp.full_like(own, jnp.inf)), jnp.asarray(FACTORS, jnp.float32))[0]
 
-    return jax.lax.scan(better, (whole, error(whole)), jnp.asarray(SHARES[1:], jnp.float32))[0][0]
+
+def squared_error(x: Float[Array, "..."], encoded: Encoded, spec: QuantSpec, *, axis: int) -> Float[Array, "..."]:
+    """Of each group the sum of squared differences of `x` to what its codes stand for, in the shape of the scales."""
+    return sum_groups(jnp.square(decode(encoded, spec, axis=axis) - x), encoded.scale, axis=axis)

@@ -27,17 +27,16 @@ from slmjax import config as config_io
 from slmjax import weights
 from slmjax.convert.source import Own, open_own, read_origin
 from slmjax.data.tokenizers import Tokenizer
-from slmjax.formats.coding import Encoded, decode, encode, scale_of
+from slmjax.formats.coding import Encoded, decode, encode, expanded
 from slmjax.formats.presets import name_of
 from slmjax.formats.spec import QuantSpec, stored_bytes
 from slmjax.model import Decoder
 from slmjax.numerics.coverage import CACHE, Entry
+from slmjax.numerics.estimators import best_scale, squared_error
 from slmjax.numerics.rules import QuantPhase, QuantRule
 from slmjax.quantized import entries_of, stack_shapes
 from slmjax.runlog import write_json
 from slmjax.weights import StoredFormat
-
-FACTORS = tuple(np.round(np.arange(1.10, 0.49, -0.02), 2).tolist())  # of the format's own scale
 
 
 class Clip(enum.Enum):
@@ -177,33 +176,16 @@ def with_best_clip(x: Float[Array, "I O"], spec: QuantSpec, axis: int) -> tuple[
     The format's own codes are among what is tried, so that no group is worse than without the search.
     """
     plain = encode(x, spec, axis=axis)
-    own = scale_of(x, spec, axis=axis)
+    before = squared_error(x, plain, spec, axis=axis)
+    scale, error = best_scale(x, spec, axis=axis)
+    searched, is_better = encode(x, spec, axis=axis, scale=scale), error < before
 
-    def errors(encoded: Encoded) -> Array:
-        return group_sums(jnp.square(decode(encoded, spec, axis=axis) - x), own.shape)
+    def chosen(new: Array | None, old: Array | None) -> Array | None:
+        return None if new is None or old is None else jnp.where(is_better, new, old)
 
-    def better(best: tuple[Array, Array], factor: Array) -> tuple[tuple[Array, Array], None]:
-        found = errors(encode(x, spec, axis=axis, scale=own * factor))
-        return (jnp.minimum(found, best[0]), jnp.where(found < best[0], factor, best[1])), None
-
-    before = errors(plain)
-    (after, factors), _ = jax.lax.scan(better, (before, jnp.zeros_like(before)), jnp.asarray(FACTORS, jnp.float32))
-    searched = encode(x, spec, axis=axis, scale=own * jnp.where(factors == 0, 1, factors))
-    kept = factors == 0
-    codes = jnp.where(spread(kept, x.shape), plain.codes, searched.codes)
-    zero = None if plain.zero is None else jnp.where(kept, plain.zero, searched.zero)
-    encoded = dataclasses.replace(plain, codes=codes, scale=jnp.where(kept, plain.scale, searched.scale), zero=zero)
-    return encoded, jnp.sum(before) / x.size, jnp.sum(after) / x.size
-
-
-def group_sums(x: Float[Array, "I O"], shape: tuple[int, ...]) -> Float[Array, "_ _"]:
-    """Sums over what shares a scale, in the shape that scales have."""
-    split = x.reshape(tuple(size for old, new in zip(x.shape, shape, strict=True) for size in (new, old // new)))
-    return jnp.sum(split, axis=tuple(range(1, split.ndim, 2)))
-
-
-def spread(x: Array, shape: tuple[int, ...]) -> Array:
-    """What each group has, for each of its numbers."""
-    for axis, (new, old) in enumerate(zip(shape, x.shape, strict=True)):
-        x = jnp.repeat(x, new // old, axis=axis)
-    return x
+    better_codes = jnp.broadcast_to(expanded(is_better.astype(jnp.float32), x.shape[axis], axis=axis), x.shape) > 0
+    encoded = dataclasses.replace(
+        plain, codes=jnp.where(better_codes, searched.codes, plain.codes), scale=chosen(searched.scale, plain.scale),
+        zero=chosen(searched.zero, plain.zero),
+    )  # fmt: skip
+    return encoded, jnp.sum(before) / x.size, jnp.sum(jnp.minimum(error, before)) / x.size

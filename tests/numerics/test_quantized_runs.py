@@ -114,7 +114,8 @@ def test_it_begins_from_a_model_and_learns_from_it(run: tuple[Experiment, Result
     data = dataclasses.replace(experiment.data, batch_size=16)
     student = base(
         workplace, tmp_path, steps=2, data=data, init=FromModel(path=source.run_dir), tokenizer=experiment.tokenizer,
-        quant=quant_of("q4_0+q8_0"), objective=ObjectiveConfig(distill=teacher), optim=dataclasses.replace(experiment.optim, accumulation_steps=2, ema_decay=None),
+        quant=quant_of("q4_0+q8_0"), objective=ObjectiveConfig(distill=teacher),
+        optim=dataclasses.replace(experiment.optim, accumulation_steps=2, ema_decay=None),
     )  # fmt: skip
     result = train(student)
     (first, _) = read_log(Path(result.run_dir) / "log.jsonl", kind="train")

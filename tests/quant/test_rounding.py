@@ -15,8 +15,9 @@ from slmjax.cli.quantizing import quantize_command
 from slmjax.formats.coding import decode, encode, scale_of
 from slmjax.formats.presets import preset
 from slmjax.loading import read_parameters
+from slmjax.numerics.estimators import FACTORS
 from slmjax.numerics.rules import QuantPhase, QuantRule, quant_of
-from slmjax.quant.rounding import FACTORS, Clip, nearest, quantize_model, with_best_clip
+from slmjax.quant.rounding import Clip, nearest, quantize_model, with_best_clip
 from slmjax.weights import ModelFiles
 from tests.quant.models import MOE, QWEN, TEXT, words, write_untrained
 
