@@ -20,6 +20,7 @@ from slmjax.formats.coding import Encoded
 from slmjax.model import Decoder
 from slmjax.numerics import weights as numeric_weights
 from slmjax.numerics.coverage import Numbers
+from slmjax.numerics.rules import phase_at
 from slmjax.paths import logical_paths
 
 
@@ -68,19 +69,25 @@ def load_model(path: str | Path, *, step: int | None = None) -> Loaded:
     """
     path = Path(path)
     config = read_config(path)
-    definition = parameters.define_for_inference(config, step=phase_step(path, step))
-    if weights.is_imported(path):  # which holds what the model multiplies with
-        definition = definition.decoded()
+    definition = inference_definition(path, config, step=step)
     mesh = jax.sharding.get_mesh()
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if mesh.empty else NamedSharding(mesh, PartitionSpec())
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), (definition.params, definition.buffers))
     step, params, buffers = read_parameters(path, definition.config, *like, step=step)
+    if phase_at(config.quant, max(step - 1, 0)) != definition.phase and not weights.is_imported(path):  # an older checkpoint was intact
+        definition = inference_definition(path, config, step=step)
     params, definition = definition.decode(params)
     has_tokenizer = (path / "tokenizer").is_dir()
     return Loaded(
         config=config, model=definition.merge(params, buffers), definition=definition, params=params, buffers=buffers, path=path, step=step,
         own_tokenizer=Tokenizer.load(path / "tokenizer") if has_tokenizer or not weights.is_imported(path) else None,
     )  # fmt: skip
+
+
+def inference_definition(path: Path, config: ModelConfig, *, step: int | None) -> parameters.Definition:
+    """The definition of what a directory holds, in the phase of that checkpoint; an imported model's parameters are decoded already."""
+    definition = parameters.define_for_inference(config, step=phase_step(path, step))
+    return definition.decoded() if weights.is_imported(path) else definition
 
 
 def phase_step(path: Path, step: int | None) -> int | None:

@@ -23,6 +23,8 @@ import optax
 from jaxtyping import Array, Float, Int
 from optax import contrib
 
+from slmjax.numerics.weights import is_of_input
+
 
 class Optimizer(enum.Enum):
     """How a gradient becomes a direction."""
@@ -170,7 +172,7 @@ def _matches(patterns: tuple[str, ...], path: str) -> bool:
 
 def _num_stacked_dims(path: str) -> int:
     """Leading dims that count parameters rather than being dims of one: layers of a segment, experts of a layer."""
-    return path.startswith("segments/") + ("/experts/" in path)
+    return path.startswith("segments/") + ("/experts/" in path and not is_of_input(path))
 
 
 # The chain ------------------------------------------------------------------------------------------------------------

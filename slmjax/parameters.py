@@ -6,7 +6,7 @@ that is stored depends on how layers are grouped for the scan: `unstack` and `re
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax
@@ -36,6 +36,7 @@ class Definition:
     buffers: dict[str, jax.ShapeDtypeStruct]  # state that the optimizer does not touch (router biases)
     formats: numbers.Formats = dataclasses.field(default_factory=dict)  # of weights, by stack path; empty in full precision
     learning: numbers.Formats = dataclasses.field(default_factory=dict)  # of weights beside which anything is learned in some phase
+    inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # formats of what is multiplied with, by stack path of the weight
     phase: QuantPhase | None = None  # of the config's, the one that this is of; None in full precision
 
     def effective(self, params: Mapping[str, Array], *, key: Array | None = None) -> dict[str, Array]:
@@ -58,10 +59,11 @@ class Definition:
         params, buffers = flat_params(Decoder(self.config, rngs=nnx.Rngs(params=key)))
         return self.with_learned(params), self.with_measured(buffers)
 
-    def with_learned(self, params: Mapping[str, Array]) -> dict[str, Array]:
-        """The parameters with what is learned beside them as it begins for these weights."""
+    def with_learned(self, params: Mapping[str, Array], *, kept: Container[str] = ()) -> dict[str, Array]:
+        """The parameters with what is learned beside them as it begins for these weights; but what is beside the weights `kept` stays."""
         started = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in self.params.items() if path not in params}
-        return {**started, **params, **numbers.learned(params, self.learning)}
+        learning = {path: formats for path, formats in self.learning.items() if path not in kept}
+        return {**started, **params, **numbers.learned(params, learning)}
 
     def with_measured(self, buffers: Mapping[str, Array]) -> dict[str, Array]:
         """The buffers with those that calibration has not filled yet."""
@@ -105,6 +107,7 @@ def define(config: ModelConfig, *, step: int | None = None, is_observed: bool = 
     return Definition(
         config=config, graphdef=nnx.graphdef(model), params=shapes[0], buffers=shapes[1], formats={} if plan is None else plan.formats,
         learning={} if plan is None else plan.learning, phase=phase_at(config.quant, step),
+        inputs={} if plan is None else {path: now for path, (now, _) in plan.inputs.items()},
     )  # fmt: skip
 
 

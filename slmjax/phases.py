@@ -6,6 +6,7 @@ The state keeps its shape from phase to phase, so that a checkpoint of one is re
 """
 
 import dataclasses
+import functools
 import logging
 from typing import Any
 
@@ -42,6 +43,8 @@ def at_step(setup: Setup, step: int) -> Setup:
 def begin(setup: Setup, state: TrainState, batch: Batch) -> TrainState:
     """The state at the first step of a phase: what is learned beside weights begins as their best scales, that of inputs as measured.
 
+    Weights whose format stays keep theirs; inputs are measured anew where the format of any changes.
+
     Args:
       batch: the placed batch that is trained on next, on which inputs are measured.
     """
@@ -50,10 +53,12 @@ def begin(setup: Setup, state: TrainState, batch: Batch) -> TrainState:
     if phase is None or phase.step != int(state.step):
         return state
     log.info("step %d: quantization begins, or goes on with other rules", phase.step)
-    params, buffers = _measured(setup, state, batch)
+    before = define(definition.config, step=phase.step - 1)
+    params, buffers = (state.trainable, state.frozen) if before.inputs == definition.inputs else _measured(setup, state, batch)
     if definition.learning:
+        same = frozenset(path for path, numbers in definition.formats.items() if before.formats.get(path) == numbers)
         places = jax.tree.map(lambda leaf: leaf.sharding, setup.shapes.trainable)
-        params = jax.jit(definition.with_learned, out_shardings=places)(params)
+        params = jax.jit(functools.partial(definition.with_learned, kept=same), out_shardings=places)(params)
     ema = state.ema
     if ema is not None:  # what is averaged of what only begins now is what it begins as
         ema = {path: jnp.copy(params[path]) if is_of_input(path) or is_beside_a_weight(path) else leaf for path, leaf in ema.items()}

@@ -91,9 +91,9 @@ def plan_quantization(config: ModelConfig, stacked: Mapping[str, tuple[int, ...]
         of_layers = tuple(now[name].weight for name in logical) if now else ()
         if any(of_layers):
             formats[path] = of_layers
-        if any(learners := tuple(_learner(phases, name, "weight") for name in logical)):
+        if any(learners := tuple(_learner(phases, now, name, "weight") for name in logical)):
             learning[path] = learners
-        pair = now[logical[0]].input if now else None, _learner(phases, logical[0], "input")
+        pair = now[logical[0]].input if now else None, _learner(phases, now, logical[0], "input")
         if any(pair) or any(entries[logical[0]].input for entries in phases):
             inputs[path] = pair
     return Plan(config=divided, formats=formats, learning=learning, inputs=inputs, caches=caches)
@@ -103,15 +103,16 @@ def _learns(numbers: Numbers | None) -> Numbers | None:
     return numbers if numbers is not None and isinstance(numbers.estimator, LEARNED_INPUTS) else None
 
 
-def _learner(phases: Sequence[Entries], path: str, part: str) -> Numbers | None:
-    """The format beside which something is learned of a weight or its input, the same in all phases that have one."""
+def _learner(phases: Sequence[Entries], now: Entries, path: str, part: str) -> Numbers | None:
+    """The format beside which something is learned of a weight or its input: that of the phase, else of the first phase that has one."""
     found = [numbers for entries in phases if (numbers := _learns(getattr(entries[path], part))) is not None]
     if len({_layout(numbers) for numbers in found}) > 1:
         raise ValueError(
             f"quant: the phases learn scales of the {part} of {path} in different ways or for groups of different sizes, and what is "
             "learned keeps its shape: give all phases the same, or StraightThrough(), whose scales follow the numbers"
         )
-    return found[0] if found else None
+    current = _learns(getattr(now[path], part)) if now else None
+    return current or (found[0] if found else None)
 
 
 def _layout(numbers: Numbers) -> tuple[Any, ...]:
@@ -236,7 +237,10 @@ def covered_lines(config: ModelConfig) -> list[Line]:
     stacked = stack_shapes(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=jax.random.key(0)))))
     shapes = logical_shapes(config, stacked)
     rules = config.quant[-1].rules if config.quant else ()
-    return [_line(entry) for entry in cover(rules, shapes).values()]
+    entries = cover(rules, shapes)
+    if config.head is HeadKind.FREE:  # then nothing is multiplied with the embedding
+        entries["embed/table"] = dataclasses.replace(entries["embed/table"], input=None)
+    return [_line(entry) for entry in entries.values()]
 
 
 def _line(entry: Entry) -> Line:

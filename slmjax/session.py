@@ -225,7 +225,7 @@ def fresh_state(setup: Setup) -> TrainState:
 
 
 def _model_of(source: Path, setup: Setup) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Another run's parameters (averaged, where it kept averages: what `slmjax eval` evaluates) and buffers, placed as this run's."""
+    """Another run's parameters (averaged, where it kept averages) and buffers, placed as this run's; of a quantized run those it trains."""
     if _tokenizer_at(source).hash != setup.prepared.tokenizer.hash:
         raise ValueError(
             f"init.path={source} was trained with another tokenizer, so its parameters mean nothing here: give the experiment "
@@ -303,6 +303,11 @@ def run_to_resume(path: Path, experiment: Experiment) -> RunDirectory:
     for name in ("model", "tokenizer", "quant"):
         if getattr(before, name) != getattr(experiment, name):
             raise ValueError(f"{path} has another {name}, which a resumed run keeps: begin a new run, with --init-from {path} if it fits")
+    if _phase_steps(before) != _phase_steps(experiment):
+        raise ValueError(
+            f"{path} has phases of quantization that begin at steps {_phase_steps(before)}, and with these settings at "
+            f"{_phase_steps(experiment)}: set quant.start_step to a number, or leave run.steps and optim as they are"
+        )
     if (kind := before.optim.kind) is not experiment.optim.kind:
         raise ValueError(
             f"{path} was trained by {kind.value}, whose state means nothing to optim.kind={experiment.optim.kind.value}: leave it as "
@@ -317,6 +322,10 @@ def run_to_resume(path: Path, experiment: Experiment) -> RunDirectory:
         state = "no averaged weights" if before.optim.ema_decay is None else "averaged weights"
         raise ValueError(f"{path} keeps {state}, and a resumed run goes on so: optim.ema_decay is {before.optim.ema_decay} there")
     return RunDirectory(path, process_index=jax.process_index())
+
+
+def _phase_steps(experiment: Experiment) -> list[int]:
+    return [phase.step for phase in resolved_model(experiment, vocab_size=1).quant]
 
 
 def _remembered(experiment: Experiment) -> str:

@@ -144,7 +144,7 @@ def _show(found: Any) -> None:
         f"may be {loss.tolerance:.1e}"
     )
     if loss.as_trained != loss.ours:
-        print(f"    with inputs as in training, ours is {loss.as_trained:.6f}: the engine rounds inputs otherwise")
+        print(f"    with inputs as in training, ours is {loss.as_trained:.6f}: there inputs are rounded otherwise, or in bfloat16")
 
 
 def _tensor_text(one: Any) -> str:

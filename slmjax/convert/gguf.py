@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from slmjax.architecture import ModelConfig
+from slmjax.architecture import ModelConfig, Precision
 from slmjax.config import ConfigError, near_names
 from slmjax.convert.families import GGUF_FAMILIES, GGUF_NAMES
 from slmjax.convert.family import Bound, Family, bind, misnamed, ours_from, read_settings, rounded
@@ -162,6 +162,11 @@ def _notes(settings: Mapping[str, Any], own: Own, sizes: Sizes, *, in_codes: boo
         types = (f"{type} {tensors} tensors, {numbers:,} numbers, {size:,} bytes" for type, (tensors, numbers, size) in sizes.items())
         yield f"codes and scales as they were trained: {'; '.join(types)}"
         yield from platform_notes(own)
+        if own.config.precision is Precision.BFLOAT16:
+            yield (
+                "it was trained in bfloat16, which multiplied with these numbers rounded to 8 bits of mantissa: engines multiply with the "
+                "numbers themselves, and verify-export compares with float32 arithmetic"
+            )
     elif own.formats:
         yield f"{len(own.formats)} quantized parameters are written as the float32 numbers that their codes stand for"
     if "rope_factors_long" in settings:

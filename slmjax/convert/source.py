@@ -69,7 +69,7 @@ def open_own(path: Path, *, step: int | None = None) -> Own:
             family=read_origin(path).get("family"), step=None,
         )  # fmt: skip
     loaded = loading.load_model(path, step=step)
-    coded = loading.read_encoded(path, step=step)
+    coded = loading.read_encoded(path, step=loaded.step)
     places: dict[str, tuple[str, int | None]] = {}
     arrays = {**loaded.params, **loaded.buffers}
     for name in arrays:

@@ -28,8 +28,8 @@ from slmjax.data.tokenizers import Tokenizer
 from slmjax.data.windows import default_overlap
 from slmjax.distill.config import DistillConfig, ShortContext, TeacherConfig
 from slmjax.distill.windows import num_windows, windowed
-from slmjax.loading import Loaded, phase_step, read_config, read_parameters
-from slmjax.parameters import Definition, define_for_inference
+from slmjax.loading import Loaded, inference_definition, read_config, read_parameters
+from slmjax.parameters import Definition
 
 Params = dict[str, Any]
 
@@ -154,7 +154,7 @@ def plan_teachers(
             num_windows(sequence_length, context_length=length, overlap=overlap)  # or an error, before anything is read or written
         plans.append(
             TeacherPlan(
-                settings=settings, definition=define_for_inference(config, step=phase_step(path, settings.step)), mesh=teacher_mesh,
+                settings=settings, definition=inference_definition(path, config, step=settings.step), mesh=teacher_mesh,
                 student_mesh=mesh, num_rows=student.table_rows, vocab_size=vocab_size, overlap=overlap,
             )
         )  # fmt: skip

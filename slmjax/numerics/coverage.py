@@ -55,12 +55,13 @@ def cover(rules: Sequence[QuantRule], shapes: Mapping[str, tuple[int, ...]]) -> 
     Raises:
       ValueError: a rule is the first for no path, a format cannot hold a parameter's width, or an input's estimator does not suit it.
     """
-    used: set[int] = set()
+    used: set[tuple[int, bool]] = set()  # rules, and whether for a cache
     entries = {path: _entry(rules, path, shape, used) for path, shape in shapes.items()}
     for index, rule in enumerate(rules):
-        if index not in used:
+        parts = [is_cache for is_cache in (False, True) if _concerns(rule, is_cache=is_cache)]
+        if missing := [is_cache for is_cache in parts if (index, is_cache) not in used]:
             examples = [path for path in shapes if _kind(path) is None][:3]
-            what = "cache" if rule.cache is not None and rule.weight is None and rule.input is None else "parameter"
+            what = "cache" if missing[0] else "parameter"
             raise ValueError(
                 f"quant: the rule for {rule.paths!r} names no {what} that an earlier rule does not name already. Paths are such as "
                 f"{', '.join(examples)}; `slmjax quant table` lists all. Correct the rule, move it up or leave it out"
@@ -79,18 +80,19 @@ def _kind(path: str) -> str | None:
     return None if _WEIGHTS.search(path) else "no matrix that inputs are multiplied with"
 
 
-def _entry(rules: Sequence[QuantRule], path: str, shape: tuple[int, ...], used: set[int]) -> Entry:
+def _entry(rules: Sequence[QuantRule], path: str, shape: tuple[int, ...], used: set[tuple[int, bool]]) -> Entry:
     if reason := _kind(path):
         return Entry(path=path, shape=shape, reason=reason)
     is_cache = path.endswith(CACHE)
     found = next((index for index, rule in enumerate(rules) if _concerns(rule, is_cache=is_cache) and rule.names(path)), None)
     if found is None:
         return Entry(path=path, shape=shape, reason="no rule names it")
-    used.add(found)
+    used.add((found, is_cache))
     rule = rules[found]
     if is_cache:
         assert rule.cache is not None
         check_width(rule.cache, shape[-1], what=path, name=name_of(rule.cache))
+        _check_tokens_apart(rule.cache, path)
         return Entry(path=path, shape=shape, weight=Numbers(spec=rule.cache, estimator=StraightThrough(), axis=-1))
     weight = _weight(rule, path, shape)
     reason = "" if weight is not None else f"the rule for {rule.paths!r} leaves it so"
@@ -125,4 +127,20 @@ def _input(rule: QuantRule, path: str, shape: tuple[int, ...]) -> Numbers | None
             f"the input of {path}: {type(estimator).__name__} keeps one scale for all tokens, and {name_of(rule.input)} has one for "
             "each: take a format with share=Share.TENSOR, or leave input_estimator out"
         )
+    if not isinstance(estimator, LEARNED_INPUTS):
+        _check_tokens_apart(rule.input, f"the input of {path}")
+    elif path.endswith("/experts/down"):
+        raise ValueError(
+            f"the input of {path}: {type(estimator).__name__} is not there for the hidden layer of experts: leave input_estimator out, and "
+            "its scales are computed for each token"
+        )
     return Numbers(spec=rule.input, estimator=estimator, axis=-1)
+
+
+def _check_tokens_apart(spec: QuantSpec, what: str) -> None:
+    """Refuses a computed scale that all tokens share: a later one would change what an earlier one is rounded to."""
+    if spec.share is Share.TENSOR or spec.is_two_level:
+        raise ValueError(
+            f"{what}: {name_of(spec)} computes a scale from all tokens, so that a token would see later ones: take a format with groups or "
+            "rows of a token, or for inputs one with share=Share.TENSOR and input_estimator=Calibrated()"
+        )

@@ -179,7 +179,7 @@ class LearnedClip(Estimator):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibrated(Estimator):
-    """For inputs: one scale for all tokens, measured on the first batches of the phase and then kept."""
+    """For inputs: one scale for all tokens, measured on the first batch of the phase and then kept."""
 
     def check(self, spec: QuantSpec) -> None:
         """Raises ValueError for formats that have a zero point or codes that are floating point, or scales that differ by token."""
@@ -282,7 +282,9 @@ def _clips(spec: QuantSpec) -> bool:
     """Whether a computed scale leaves numbers more than half a step beyond the last level."""
     if spec.grid in FLOAT_GRIDS or spec.is_asymmetric:
         return False
-    return spec.statistic is not Statistic.ABSMAX or spec.divisor > _reach(spec)[1] + 0.5 * (2.0 if spec.grid is Grid.ODD else 1.0)
+    if spec.statistic is Statistic.ABSMEAN:  # a scale by the mean size means to leave large numbers out: they are trained on all the same
+        return False
+    return spec.statistic is Statistic.SIGNED_MAX or spec.divisor > _reach(spec)[1] + 0.5 * (2.0 if spec.grid is Grid.ODD else 1.0)
 
 
 def _wide(scale: Array, x: Array, axis: int) -> Array:
@@ -300,7 +302,7 @@ def sum_groups(x: Float[Array, "..."], scale: Float[Array, "..."], *, axis: int)
 
 
 def _gradient_share(x: Array, spec: QuantSpec, *, axis: int) -> float:
-    sharing = {Share.GROUP: spec.group_size, Share.ROW: x.shape[axis], Share.TENSOR: x.size}[spec.share]
+    sharing = {Share.GROUP: spec.group_size, Share.ROW: x.shape[axis], Share.TENSOR: x.shape[axis]}[spec.share]
     return 1.0 / math.sqrt((sharing or 1) * max(_reach(spec)[1], 1e-3))
 
 

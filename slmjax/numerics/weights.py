@@ -43,16 +43,24 @@ def learned(params: Params, formats_of: Formats) -> dict[str, Array]:
     """What estimators learn beside these weights, as it begins, by stack path."""
     found: dict[str, Array] = {}
     for path, numbers in formats_of.items():
+        # Of layers of one stack either all learn, in groups of one size, or none does: `quantized` divides stacks so.
         chosen = [one for one in numbers if one is not None]
         if not chosen:
             continue
-        first = chosen[0]  # layers of one stack learn alike: `parameters.split` sees to it
-
-        def begin(weight: Array, first: Numbers = first) -> Learned:
-            return first.estimator.learned(weight, first.spec, axis=first.axis)
-
-        found |= {f"{path}/{name}": value for name, value in _mapped(begin, params[path].ndim)(params[path]).items()}
+        if all(one == chosen[0] for one in chosen):
+            values = _begun(params[path], chosen[0])
+        else:
+            by_layer = [_begun(weight, one) for weight, one in zip(params[path], chosen, strict=True)]
+            values = jax.tree.map(lambda *layers: jnp.stack(layers), *by_layer)
+        found |= {f"{path}/{name}": value for name, value in values.items()}
     return found
+
+
+def _begun(weight: Array, numbers: Numbers) -> Learned:
+    def one(matrix: Array) -> Learned:
+        return numbers.estimator.learned(matrix, numbers.spec, axis=numbers.axis)
+
+    return _mapped(one, weight.ndim)(weight)
 
 
 def effective(params: Params, formats_of: Formats, *, key: Array | None = None) -> dict[str, Array]:

@@ -60,10 +60,10 @@ def check_loss(loaded: Loaded, file: Path, windows: Windows, *, input_specs: Map
     """
     vocab_size, context = loaded.config.known_vocab_size, max(len(window) for window in windows) + 8
     engine = np.array([_engine_nll(file, window, vocab_size, context) for window in windows])
-    definition, params = with_inputs(loaded, input_specs)
-    ours = _own_nll(definition.merge_effective(params, loaded.buffers), windows)
+    definition, params, buffers = with_inputs(loaded, input_specs)
+    ours = _own_nll(definition.merge_effective(params, buffers), windows)
     trained = _own_nll(loaded.model, windows)
-    moved = [_own_nll(definition.merge_effective(_noisy(params, draw), loaded.buffers), windows) for draw in range(NOISE_DRAWS)]
+    moved = [_own_nll(definition.merge_effective(_noisy(params, draw), buffers), windows) for draw in range(NOISE_DRAWS)]
     counts = np.array([len(window) - 1 for window in windows])
     tokens = int(counts.sum())
     difference, error = paired(engine - ours, counts)
@@ -109,13 +109,14 @@ def _own_nll(model: Decoder, windows: Windows) -> Float[np.ndarray, " W"]:
 _logits = jax.jit(logits)
 
 
-def with_inputs(loaded: Loaded, input_specs: Mapping[str, QuantSpec]) -> tuple[Definition, dict[str, jax.Array]]:
-    """The same weights in float32 arithmetic, with other formats of inputs, and caches in floating point."""
+def with_inputs(loaded: Loaded, input_specs: Mapping[str, QuantSpec]) -> tuple[Definition, dict[str, jax.Array], dict[str, jax.Array]]:
+    """The same weights in float32 arithmetic, with other formats of inputs, and caches in floating point; parameters and buffers."""
     rules = tuple(QuantRule(paths=f"^{re.escape(path)}$", input=spec) for path, spec in input_specs.items())
     quant = (QuantPhase(rules=rules),) if rules else ()
     definition = define_for_inference(dataclasses.replace(loaded.config, quant=quant, precision=Precision.FLOAT32))
-    flat = unstack(loaded.definition.config, loaded.params)
-    return definition, restack(definition.config, flat, like=definition.params)
+    flat = unstack(loaded.definition.config, {**loaded.params, **loaded.buffers})
+    params, buffers = (restack(definition.config, flat, like=like) for like in (definition.params, definition.buffers))
+    return definition, params, buffers
 
 
 def _noisy(params: Mapping[str, jax.Array], draw: int) -> dict[str, jax.Array]:

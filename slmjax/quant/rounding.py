@@ -31,7 +31,7 @@ from slmjax.formats.coding import Encoded, decode, encode, expanded
 from slmjax.formats.presets import name_of
 from slmjax.formats.spec import QuantSpec, stored_bytes
 from slmjax.model import Decoder
-from slmjax.numerics.coverage import CACHE, Entry
+from slmjax.numerics.coverage import CACHE, LEARNED_INPUTS, Entry
 from slmjax.numerics.estimators import best_scale, squared_error
 from slmjax.numerics.rules import QuantPhase, QuantRule
 from slmjax.quantized import entries_of, stack_shapes
@@ -99,6 +99,11 @@ def quantize_model(
     Raises:
       ValueError: a rule names nothing, a format cannot hold a parameter's width, or `out` is there already.
     """
+    if learned := [rule for rule in rules if isinstance(rule.input_estimator, LEARNED_INPUTS)]:
+        raise ValueError(
+            f"the rule for {learned[0].paths!r} has inputs whose scale is learned or measured, which takes training: leave input_estimator "
+            "out, or train with it (`slmjax train --init-from`)"
+        )
     source, out = Path(source), Path(out)
     own = open_own(source, step=step)
     model = dataclasses.replace(own.config, quant=(QuantPhase(rules=tuple(rules)),), vocab_multiple=1)

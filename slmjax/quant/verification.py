@@ -89,7 +89,7 @@ def verify_export(
     run, file = Path(run), Path(file)
     engine = llama_cpp.import_engine()
     own, content = open_own(run, step=step), read_gguf(file)
-    loaded = loading.load_model(run, step=step)
+    loaded = loading.load_model(run, step=own.step)
     windows = text_windows(loaded, data, max_tokens=max_tokens, length=window, log=log)
     wanted = canonical(own.config)
     family, found = described(file, content)

@@ -2,6 +2,9 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, Segment
@@ -17,6 +20,7 @@ from slmjax.parameters import define
 from slmjax.quantized import covered_lines
 
 Q4, Q8, INT3 = preset("q4_0"), preset("q8_0"), preset("int3_g32")
+TENSOR = dataclasses.replace(preset("int8_g32"), share=Share.TENSOR, group_size=None)
 DENSE = BlockConfig(mixer=AttentionConfig(num_heads=2, head_dim=32), ffn=MlpConfig(hidden_dim=96))
 EXPERTS = BlockConfig(
     mixer=LatentAttentionConfig(num_heads=2, latent_dim=32, plain_dim=16, rope_dim=32, value_dim=32),
@@ -65,6 +69,10 @@ def test_without_rules_everything_stays():
         ([QuantRule(paths=".", cache=Q8), QuantRule(paths="1/mixer/cache", cache=Q4)], r"'1/mixer/cache' names no cache"),
         ([QuantRule(paths=".", weight=preset("tq2_0"))], r"embed/table is 64 wide, which tq2_0 cannot hold: .* 256"),
         ([QuantRule(paths=".", input=preset("tq2_0"))], r"the input of embed/table is 64 wide"),
+        ([QuantRule(paths="weight|table", weight=Q4, cache=Q8)], r"'weight\|table' names no cache"),
+        ([QuantRule(paths="up/", input=preset("nvfp4"))], r"nvfp4 computes a scale from all tokens, so that a token would see later ones"),
+        ([QuantRule(paths=".", cache=preset("nvfp4"))], r"mixer/cache: nvfp4 computes a scale from all tokens"),
+        ([QuantRule(paths="experts/down", input=TENSOR, input_estimator=Calibrated())], r"not there for the hidden layer of experts"),
         ([QuantRule(paths="down", input=Q8, input_estimator=Calibrated())], r"Calibrated keeps one scale for all tokens, and q8_0"),
     ],
 )  # fmt: skip
@@ -152,3 +160,26 @@ def test_what_is_learned_keeps_its_shape_over_phases():
     straight = QuantRule(paths="down", weight=tensor, estimator=StraightThrough())
     definition = define(dataclasses.replace(MODEL, quant=(phases[0], QuantPhase(rules=(straight,), step=3))))
     assert definition.params["segments/0/blocks/0/ffn/down/weight/log_scale"].shape == (2, 3, 64)
+
+
+def test_what_is_learned_begins_for_the_phase_that_it_is_in():
+    phases = (QuantPhase(rules=(QuantRule(paths="down", weight=preset("int4_g32"), estimator=LearnedScale()),)),
+              QuantPhase(rules=(QuantRule(paths="down", weight=preset("int2_g32")), QuantRule(paths="up", weight=INT3)), step=3))  # fmt: skip
+    config = dataclasses.replace(MODEL, stack=(Segment(pattern=(DENSE,)),), quant=phases)
+    down, up = (f"segments/0/blocks/0/ffn/{name}/weight" for name in ("down", "up"))
+    params = {
+        path: jax.random.normal(jax.random.key(0), leaf.shape) for path, leaf in define(config).params.items() if "log_scale" not in path
+    }
+    first, second = (define(config, step=step).with_learned(params) for step in (0, 3))
+    assert float(jnp.mean(second[f"{down}/log_scale"] - first[f"{down}/log_scale"])) > 1  # 7 levels a side, and then 1
+    kept = define(config, step=3).with_learned({**params, f"{up}/log_scale": second[f"{up}/log_scale"] + 5}, kept={up})
+    np.testing.assert_array_equal(kept[f"{up}/log_scale"], second[f"{up}/log_scale"] + 5)
+    np.testing.assert_array_equal(kept[f"{down}/log_scale"], second[f"{down}/log_scale"])
+
+
+def test_decoded_rules_name_what_they_named():
+    rules = (QuantRule(paths="mixer", weight=Q4, cache=Q8), QuantRule(paths=".", weight=Q4, input=Q8))
+    before = covered(*rules)
+    after = covered(*QuantPhase(rules=rules).decoded().rules)
+    assert {path: line.input for path, line in before.items()} == {path: line.input for path, line in after.items()}
+    assert after["layers/0/mixer/cache"].format == "q8_0" and after["layers/0/mixer/query/weight"].format is None
