@@ -163,8 +163,11 @@ def test_what_is_learned_keeps_its_shape_over_phases():
 
 
 def test_what_is_learned_begins_for_the_phase_that_it_is_in():
-    phases = (QuantPhase(rules=(QuantRule(paths="down", weight=preset("int4_g32"), estimator=LearnedScale()),)),
-              QuantPhase(rules=(QuantRule(paths="down", weight=preset("int2_g32")), QuantRule(paths="up", weight=INT3)), step=3))  # fmt: skip
+    four, two = (
+        QuantRule(paths="down", weight=preset("int4_g32"), estimator=LearnedScale()),
+        QuantRule(paths="down", weight=preset("int2_g32")),
+    )
+    phases = (QuantPhase(rules=(four,)), QuantPhase(rules=(two, QuantRule(paths="up", weight=INT3)), step=3))
     config = dataclasses.replace(MODEL, stack=(Segment(pattern=(DENSE,)),), quant=phases)
     down, up = (f"segments/0/blocks/0/ffn/{name}/weight" for name in ("down", "up"))
     params = {
