@@ -151,6 +151,7 @@ def what(base_of: dict[int, Path], seeds: tuple[int, ...] = SEEDS) -> Study:
         arm(FULL, further),
         *(rounded(f"rounded, {name}", spec) for name, spec in FORMATS.items()),
         *(trained(f"QAT, {name}", spec) for name, spec in FORMATS.items()),
+        arm("QAT, q4_0, last quarter", lambda base: trained_for(further(base), FORMATS[Q4_0], start_step=FURTHER_STEPS * 3 // 4)),
         trained("QAT, other grid", OTHER_GRID),
         rounded("QAT, other grid, then q4_0", FORMATS[Q4_0], source="QAT, other grid"),
         arm("QAD, q4_0", taught),
@@ -164,6 +165,8 @@ FURTHER = (
     ("QAT, other grid, then q4_0", "rounded, q4_0"),
     ("QAT, other grid, then q4_0", "QAT, q4_0"),
     ("QAD, q4_0", "QAT, q4_0"),
+    ("QAT, q4_0, last quarter", "rounded, q4_0"),
+    ("QAT, q4_0, last quarter", "QAT, q4_0"),
 )
 
 
@@ -171,7 +174,9 @@ def recoveries(directory: Path, seeds: tuple[int, ...] = SEEDS) -> tuple[Recover
     """Which arm is the reference and which are rounded, in both studies."""
     first, over = when(seeds), f"rounded, {Q4_0}"
     of_first = {arm.name: over for arm in first.arms if arm.name.startswith("QAT")}
-    of_second = {f"QAT, {name}": f"rounded, {name}" for name in FORMATS} | dict.fromkeys(("QAT, other grid, then q4_0", "QAD, q4_0"), over)
+    of_second = {f"QAT, {name}": f"rounded, {name}" for name in FORMATS} | dict.fromkeys(
+        ("QAT, q4_0, last quarter", "QAT, other grid, then q4_0", "QAD, q4_0"), over
+    )
     second = what(bases(directory / "when", seeds), seeds)
     return (
         Recovery(study=second, reference=FULL, rounded=of_second, directory="what"),
