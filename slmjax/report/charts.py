@@ -165,11 +165,16 @@ class Point:
     error: float = 0.0  # of y, to each side
 
 
+LABEL_WIDTH = 1.25  # how far most labels reach on the logarithmic axis, as a factor
+
+
 def points(name: str, title: str, subtitle: str, shown: Sequence[Point], *, x_title: str, y_title: str) -> Chart | None:
     """A point with its error bar for each thing that is compared, x logarithmic; None if there are none."""
     if not shown:
         return None
     rows = [{**dataclasses.asdict(one), "low": one.y - one.error, "high": one.y + one.error} for one in shown]
+    for row, place in zip(rows, _labels_apart(shown), strict=True):
+        row["label_y"] = place
     labels = list(dict.fromkeys(one.series for one in shown))
     quantitative: Spec = {"type": "quantitative", "scale": {"zero": False, "nice": True}}
     x = {**quantitative, "field": "x", "title": x_title, "scale": {"type": "log", "nice": False, "padding": 60}}
@@ -186,11 +191,25 @@ def points(name: str, title: str, subtitle: str, shown: Sequence[Point], *, x_ti
         {"mark": {"type": "point", "filled": True, "size": 60, "opacity": 1}, "encoding": {"y": {**y, "field": "y"}}},
         {
             "mark": {"type": "text", "align": "left", "dx": 7, "fontSize": 10.5, "font": FONT},
-            "encoding": {"y": {**y, "field": "y"}, "text": {"field": "label"}},
+            "encoding": {"y": {**y, "field": "label_y"}, "text": {"field": "label"}},
         },
     ]
     spec = {**_spec(rows, {"encoding": encoding, "layer": layers}), "height": 340}
     return Chart(name=name, title=title, subtitle=subtitle, spec=spec)
+
+
+def _labels_apart(shown: Sequence[Point]) -> list[float]:
+    """Where along y each point's label stands: at the point, or above the labels that would lie beneath it."""
+    gap = 0.045 * (max(one.y for one in shown) - min(one.y for one in shown))
+    placed: dict[int, float] = {}
+    for index in sorted(range(len(shown)), key=lambda index: shown[index].y):
+        place, x = shown[index].y, shown[index].x
+        near = sorted(placed[other] for other in placed if 1 / LABEL_WIDTH < shown[other].x / x < LABEL_WIDTH)
+        for taken in near:
+            if abs(place - taken) < gap:
+                place = taken + gap
+        placed[index] = place
+    return [placed[index] for index in range(len(shown))]
 
 
 def _short(label: str) -> str:
