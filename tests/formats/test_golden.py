@@ -60,6 +60,7 @@ def test_every_preset_is_compared() -> None:
     assert not compared & NOT_MADE_BY_A_PACKAGE
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("package", [package for package in PACKAGES if names(package, "/codes")])
 def test_codes_and_scales(package: str, level: int) -> None:

@@ -93,6 +93,7 @@ def test_models_and_formats_in_one_process_do_not_notice_each_other():
         np.testing.assert_array_equal(run(params, buffers, TOKENS), first[name])
 
 
+@pytest.mark.smoke
 def test_every_matrix_that_is_multiplied_with_is_one_of_the_format():
     definition, (params, _) = define(MODEL), parameters()
     decoded = jax.jit(definition.effective)(params)
