@@ -57,22 +57,13 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)  # adamw, lion: decay of the moments
     eps: float = 1e-8  # adamw: added to the root of the second moment
     weight_decay: float = 0.1  # decoupled, multiplied by the learning rate
-    no_decay: tuple[str, ...] = (
-        r"(^|/|_)scale$",
-        r"/offset$",
-        r"bias$",
-        r"^(embed|positions)/",
-    )  # no weight decay: paths like these; vectors never
+    no_decay: tuple[str, ...] = (r"(scale|/offset|bias)$", r"^(embed|positions)/")  # no weight decay: paths like these; vectors never
     grad_clip: float | None = 1.0  # largest global norm of the gradient; None: no clipping
     muon_lr: float = 0.02  # muon: peak learning rate of its matrices, on the same schedule
     muon_momentum: float = 0.95  # muon: decay of the momentum
     muon_iterations: int = 5  # muon: Newton-Schulz iterations
-    muon_exclude: tuple[str, ...] = (
-        r"^(embed|head|positions)/",
-        r"(^|/)router/",
-        r"bias$",
-        r"/(log_scale|offset)$",
-    )  # muon: matrices that AdamW takes, by patterns
+    # muon: matrices that AdamW takes, by patterns
+    muon_exclude: tuple[str, ...] = (r"^(embed|head|positions)/", r"(^|/)router/", r"bias$", r"/(log_scale|offset)$")
     accumulation_steps: int = 1  # the batch is cut into this many parts, whose gradients are added up before an update
     ema_decay: float | None = None  # keep an exponential moving average of the weights and evaluate it; None: do not
     max_consecutive_skips: int = 20  # end the run when a log line finds this many updates in a row undone as non-finite
