@@ -63,13 +63,13 @@ class QuantPhase:
 
     def decoded(self) -> "QuantPhase":
         """The same for parameters that are decoded already: inputs and caches are rounded, weights are what they are."""
-        rules: list[QuantRule] = []
+        found: list[QuantRule] = []
         for rule in self.rules:
             if rule.cache is not None:
-                rules.append(QuantRule(paths=rule.paths, cache=rule.cache))
+                found.append(QuantRule(paths=rule.paths, cache=rule.cache))
             if rule.cache is None or rule.weight is not None or rule.input is not None:
-                rules.append(QuantRule(paths=rule.paths, input=rule.input, input_estimator=rule.input_estimator))
-        return QuantPhase(rules=tuple(rules))
+                found.append(QuantRule(paths=rule.paths, input=rule.input, input_estimator=rule.input_estimator))
+        return QuantPhase(rules=tuple(found))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
