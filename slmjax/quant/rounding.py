@@ -99,11 +99,7 @@ def quantize_model(
     Raises:
       ValueError: a rule names nothing, a format cannot hold a parameter's width, or `out` is there already.
     """
-    if learned := [rule for rule in rules if isinstance(rule.input_estimator, LEARNED_INPUTS)]:
-        raise ValueError(
-            f"the rule for {learned[0].paths!r} has inputs whose scale is learned or measured, which takes training: leave input_estimator "
-            "out, or train with it (`slmjax train --init-from`)"
-        )
+    _refuse_learned(rules)
     source, out = Path(source), Path(out)
     own = open_own(source, step=step)
     model = dataclasses.replace(own.config, quant=(QuantPhase(rules=tuple(rules)),), vocab_multiple=1)
@@ -135,6 +131,15 @@ def quantize_model(
     return Quantized(
         path=str(out), parameters=sum(numbers for numbers, _ in sizes), bytes=sum(size for _, size in sizes), matrices=tuple(matrices)
     )  # fmt: skip
+
+
+def _refuse_learned(rules: Sequence[QuantRule]) -> None:
+    """Refuses scales that only training finds."""
+    if learned := [rule for rule in rules if isinstance(rule.input_estimator, LEARNED_INPUTS)]:
+        raise ValueError(
+            f"the rule for {learned[0].paths!r} has inputs whose scale is learned or measured, which takes training: leave input_estimator "
+            "out, or train with it (`slmjax train --init-from`)"
+        )
 
 
 def _origin(own: Own, matrices: Sequence[RoundedMatrix], clip: Clip) -> dict[str, Any]:
