@@ -1,6 +1,7 @@
 """Phases of a run: static changes, such as the step from which weights are quantized, each with programs of its own.
 
-    setup, state = entered(setup, state, step=500, batch=placed)      # before every step: nothing happens but at the first of a phase
+    setup = at_step(setup, 500)                 # before a step: the programs of its phase
+    state = begin(setup, state, batch)          # nothing happens but at the first step of a phase
 
 The state keeps its shape from phase to phase, so that a checkpoint of one is read in another.
 """

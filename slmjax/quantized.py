@@ -52,6 +52,11 @@ def stack_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """`stack_shapes` of a model of this config: nothing is computed."""
+    return stack_shapes(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=jax.random.key(0)))))
+
+
 def logical_shapes(config: ModelConfig, stacked: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """The same, of each layer, by logical path."""
     return {
@@ -234,8 +239,7 @@ def covered_lines(config: ModelConfig) -> list[Line]:
     Raises:
       ValueError: the rules do not fit the model (`numerics.coverage.cover`).
     """
-    stacked = stack_shapes(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=jax.random.key(0)))))
-    shapes = logical_shapes(config, stacked)
+    shapes = logical_shapes(config, shapes_of(config))
     rules = config.quant[-1].rules if config.quant else ()
     entries = cover(rules, shapes)
     if config.head is HeadKind.FREE:  # then nothing is multiplied with the embedding

@@ -12,7 +12,6 @@ only the part that it holds; what is stored in codes is decoded, and nothing is 
 
 import contextlib
 import dataclasses
-import functools
 import json
 import shutil
 import tempfile
@@ -28,8 +27,9 @@ from safetensors.numpy import save_file
 
 from slmjax import config as config_io
 from slmjax.architecture import ModelConfig
-from slmjax.formats.coding import Encoded, decode
+from slmjax.formats.coding import Encoded
 from slmjax.formats.spec import QuantSpec
+from slmjax.numerics.weights import decode_matrices
 from slmjax.paths import logical_paths
 
 DIRECTORY = "weights"  # of an imported model's directory
@@ -216,10 +216,8 @@ class ModelFiles:
         """A parameter, or a part of it; what is stored in codes is read whole, and decoded."""
         if (stored := self.formats.get(name)) is None:
             return self._tensors.read(name, index)
-        function = functools.partial(decode, spec=stored.spec, axis=stored.axis)
-        for _ in self.shape(name)[2:]:  # experts, each by itself
-            function = jax.vmap(function)
-        return np.asarray(function(jax.tree.map(jax.numpy.asarray, self.encoded(name))))[index]
+        encoded = jax.tree.map(jax.numpy.asarray, self.encoded(name))
+        return np.asarray(decode_matrices(encoded, stored.spec, axis=stored.axis))[index]
 
     def encoded(self, name: str) -> Encoded:
         """The codes and scales of a parameter that is stored in codes, as NumPy arrays."""

@@ -107,7 +107,7 @@ class LearnedScale(Estimator):
 
     def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
         """The logarithm of each scale."""
-        return {"log_scale": jnp.log2(jnp.maximum(jnp.abs(best_scale(x, spec, axis=axis)[0]), 2.0**SMALLEST_SCALE))}
+        return {"log_scale": _logarithm(best_scale(x, spec, axis=axis)[0])}
 
     def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
         """On the learned scale, rounded as the format stores it."""
@@ -130,8 +130,7 @@ class LearnedScaleAndOffset(Estimator):
     def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
         """The logarithm of each scale, and the zero point in codes, before it is rounded."""
         encoded = encode(x, spec, axis=axis)
-        log_scale = jnp.log2(jnp.maximum(encoded.scale, 2.0**SMALLEST_SCALE))
-        return {"log_scale": log_scale, "offset": encoded.zero.astype(jnp.float32)}
+        return {"log_scale": _logarithm(encoded.scale), "offset": encoded.zero.astype(jnp.float32)}
 
     def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
         """On the learned scale and the learned zero point, which is rounded to a code."""
@@ -163,8 +162,7 @@ class LearnedClip(Estimator):
 
     def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
         """The logarithm of each scale, which is the clip over the highest level."""
-        scale = scale_of(x, spec, axis=axis)
-        return {"log_scale": jnp.log2(jnp.maximum(jnp.abs(scale), 2.0**SMALLEST_SCALE))}
+        return {"log_scale": _logarithm(scale_of(x, spec, axis=axis))}
 
     def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
         """On the learned scale."""
@@ -315,6 +313,10 @@ def _reach(spec: QuantSpec) -> tuple[float, float]:
     """Lowest and highest level, in units of the scale."""
     known = levels(spec)
     return float(known[0]), float(known[-1])
+
+
+def _logarithm(scale: Array) -> Array:
+    return jnp.log2(jnp.maximum(jnp.abs(scale), 2.0**SMALLEST_SCALE))
 
 
 def _scale(learned: Learned) -> Array:

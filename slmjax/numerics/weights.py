@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from slmjax.formats.coding import Encoded, decode
+from slmjax.formats.spec import QuantSpec
 from slmjax.numerics.coverage import Numbers
 from slmjax.numerics.estimators import Learned
 
@@ -60,7 +61,7 @@ def _begun(weight: Array, numbers: Numbers) -> Learned:
     def one(matrix: Array) -> Learned:
         return numbers.estimator.learned(matrix, numbers.spec, axis=numbers.axis)
 
-    return _mapped(one, weight.ndim)(weight)
+    return by_matrix(one, weight.ndim)(weight)
 
 
 def effective(params: Params, formats_of: Formats, *, key: Array | None = None) -> dict[str, Array]:
@@ -106,7 +107,7 @@ def _rounded(weight: Array, beside: Learned, numbers: Numbers | None, key: Array
     def one(matrix: Array, beside: Learned, key: Array | None) -> Array:
         return numbers.estimator.rounded(matrix, numbers.spec, axis=numbers.axis, learned=beside, key=key)
 
-    return _mapped(one, weight.ndim)(weight, beside, keys)
+    return by_matrix(one, weight.ndim)(weight, beside, keys)
 
 
 def coded(params: Params, formats_of: Formats) -> dict[str, list[Encoded | None]]:
@@ -130,7 +131,7 @@ def _coded(weight: Array, beside: Learned, numbers: Numbers | None) -> Encoded |
     def one(matrix: Array, beside: Learned) -> Encoded:
         return numbers.estimator.coded(matrix, numbers.spec, axis=numbers.axis, learned=beside)
 
-    return _mapped(one, weight.ndim)(weight, beside)
+    return by_matrix(one, weight.ndim)(weight, beside)
 
 
 def damping(params: Params, decoded: Params, formats_of: Formats) -> Float[Array, ""]:
@@ -139,13 +140,13 @@ def damping(params: Params, decoded: Params, formats_of: Formats) -> Float[Array
     return jnp.sum(jnp.stack(distances)) if distances else jnp.zeros(())
 
 
-def decode_matrices(encoded: Encoded, numbers: Numbers, *, ndim: int) -> Float[Array, "..."]:
-    """The numbers that codes of a weight with `ndim` dims stand for."""
-    return _mapped(lambda one: decode(one, numbers.spec, axis=numbers.axis), ndim)(encoded)
+def decode_matrices(encoded: Encoded, spec: QuantSpec, *, axis: int) -> Float[Array, "..."]:
+    """The numbers that codes of a weight stand for."""
+    return by_matrix(lambda one: decode(one, spec, axis=axis), encoded.codes.ndim)(encoded)
 
 
-def _mapped(function: Callable[..., Any], ndim: int) -> Callable[..., Any]:
-    """A function of a matrix, for arrays of `ndim` dims."""
+def by_matrix(function: Callable[..., Any], ndim: int) -> Callable[..., Any]:
+    """A function of a matrix, for arrays of `ndim` dims, each of whose matrices is one by itself."""
     for _ in range(ndim - 2):
         function = jax.vmap(function)
     return function

@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float
 
 from slmjax import config as config_io
@@ -30,11 +29,11 @@ from slmjax.data.tokenizers import Tokenizer
 from slmjax.formats.coding import Encoded, decode, encode, expanded
 from slmjax.formats.presets import name_of
 from slmjax.formats.spec import QuantSpec, stored_bytes
-from slmjax.model import Decoder
 from slmjax.numerics.coverage import CACHE, LEARNED_INPUTS, Entry
 from slmjax.numerics.estimators import best_scale, squared_error
 from slmjax.numerics.rules import QuantPhase, QuantRule
-from slmjax.quantized import entries_of, stack_shapes
+from slmjax.numerics.weights import by_matrix
+from slmjax.quantized import entries_of, shapes_of
 from slmjax.runlog import write_json
 from slmjax.weights import StoredFormat
 
@@ -103,8 +102,7 @@ def quantize_model(
     source, out = Path(source), Path(out)
     own = open_own(source, step=step)
     model = dataclasses.replace(own.config, quant=(QuantPhase(rules=tuple(rules)),), vocab_multiple=1)
-    stacked = stack_shapes(nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(params=jax.random.key(0)))))
-    entries = {path: entry for path, entry in entries_of(model, stacked)[0].items() if not path.endswith(CACHE)}
+    entries = {path: entry for path, entry in entries_of(model, shapes_of(model))[0].items() if not path.endswith(CACHE)}
     matrices: list[RoundedMatrix] = []
     sizes: list[tuple[int, int]] = []
 
@@ -170,7 +168,7 @@ def _coded(array: Array, spec: QuantSpec, axis: int, clip: Clip) -> tuple[Encode
     def one(matrix: Array) -> tuple[Encoded, Array, Array]:
         return nearest(matrix, spec, axis) if clip is Clip.NONE else with_best_clip(matrix, spec, axis)
 
-    return one(array) if array.ndim == 2 else jax.vmap(one)(array)
+    return by_matrix(one, array.ndim)(array)
 
 
 def nearest(x: Float[Array, "I O"], spec: QuantSpec, axis: int) -> tuple[Encoded, Float[Array, ""], Float[Array, ""]]:

@@ -104,7 +104,7 @@ def test_every_matrix_that_is_multiplied_with_is_one_of_the_format():
     for path, layers in coded.items():
         for layer, (numbers, encoded) in enumerate(zip(definition.formats[path], layers, strict=True)):
             matrix = decoded[path][layer] if path.startswith("segments/") else decoded[path]
-            np.testing.assert_array_equal(weights.decode_matrices(encoded, numbers, ndim=matrix.ndim), matrix)
+            np.testing.assert_array_equal(weights.decode_matrices(encoded, numbers.spec, axis=numbers.axis), matrix)
     again = define(dataclasses.replace(PLAIN, quant=quant_of("q4_0").phases))
     once = jax.jit(again.effective)({path: leaf for path, leaf in params.items() if "log_scale" not in path})
     for path, leaf in jax.jit(again.effective)(once).items():
