@@ -4,9 +4,11 @@
     python benchmarks/distill_memory.py --width 4096
     python benchmarks/distill_memory.py --device tpu                   # for a TPU v5p that need not be here: the extra `plan`
     python benchmarks/distill_memory.py --time --tokens 2048 --vocab-size 16384 --width 512    # runs both, in turn
+    python benchmarks/distill_memory.py --time --chunk-sizes 128 512 2048
 
-One row for each divergence. Memory is the compiler's own figure, results not counted; the target is a ratio below 1/5. Hidden states of
-student and teacher are bfloat16, both tables float32; there is a gradient for the student's hidden states and table.
+One row for each divergence and size of chunks, by default the one that a run takes. Memory is the compiler's own figure, results not
+counted; the target is a ratio below 1/5. Hidden states of student and teacher are bfloat16, both tables float32; there is a gradient for
+the student's hidden states and table.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from slmjax.startup import compile_for_tpu
@@ -32,11 +34,15 @@ DIVERGENCES: tuple[Divergence, ...] = (ForwardKl(), Jsd(beta=0.5))
 Loss = Callable[[Divergence, jax.Array, Head, TeacherOutput, jax.Array, jax.Array], jax.Array]
 
 
-def chunked(
-    divergence: Divergence, hidden: jax.Array, head: Head, teacher: TeacherOutput, targets: jax.Array, weights: jax.Array
-) -> jax.Array:
+def chunked(chunk_size: int) -> Loss:
     """Ours."""
-    return linear_divergence(hidden, head, (teacher,), divergence, targets, weights)[0]
+
+    def loss(
+        divergence: Divergence, hidden: jax.Array, head: Head, teacher: TeacherOutput, targets: jax.Array, weights: jax.Array
+    ) -> jax.Array:
+        return linear_divergence(hidden, head, (teacher,), divergence, targets, weights, chunk_size=chunk_size)[0]
+
+    return loss
 
 
 def dense(
@@ -82,25 +88,24 @@ def temporary_bytes(loss: Loss, divergence: Divergence, arguments: tuple[Any, ..
     return analysis.temp_size_in_bytes
 
 
-def milliseconds(divergence: Divergence, arguments: tuple[Any, ...], *, rounds: int) -> tuple[float, float]:
-    """Medians of the chunked and of the dense value and gradient, run in turn on random numbers."""
+def milliseconds(losses: Sequence[Loss], divergence: Divergence, arguments: tuple[Any, ...], *, rounds: int) -> list[float]:
+    """Medians of their values and gradients, run in turn on random numbers."""
     keys = jax.random.split(jax.random.key(0), len(jax.tree.leaves(arguments)))
     leaves = [
         jnp.zeros(x.shape, x.dtype) if jnp.issubdtype(x.dtype, jnp.integer) else (jax.random.normal(key, x.shape) / 8).astype(x.dtype)
         for key, x in zip(keys, jax.tree.leaves(arguments), strict=True)
     ]
     filled = jax.tree.unflatten(jax.tree.structure(arguments), leaves)
-    programs = [value_and_grad(loss, divergence) for loss in (chunked, dense)]
+    programs = [value_and_grad(loss, divergence) for loss in losses]
     for program in programs:
         jax.block_until_ready(program(*filled))
-    seconds: list[list[float]] = [[], []]
+    seconds: list[list[float]] = [[] for _ in programs]
     for _ in range(rounds):
         for program, taken in zip(programs, seconds, strict=True):
             start = time.perf_counter()
             jax.block_until_ready(program(*filled))
             taken.append(time.perf_counter() - start)
-    ours, theirs = (1000 * statistics.median(taken) for taken in seconds)
-    return ours, theirs
+    return [1000 * statistics.median(taken) for taken in seconds]
 
 
 def main() -> None:
@@ -112,6 +117,7 @@ def main() -> None:
     parser.add_argument("--teacher-width", type=int, help="that of the student unless given")
     parser.add_argument("--device", choices=("here", "tpu"), default="here")
     parser.add_argument("--time", action="store_true", help="run both, and give milliseconds instead of memory")
+    parser.add_argument("--chunk-sizes", type=int, nargs="+", help="tokens per chunk")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
 
@@ -121,15 +127,18 @@ def main() -> None:
     here = jax.devices()[0] if options.device == "here" else topologies.get_topology_desc("v5p:2x2x1", "tpu").devices[0]
     unit = "ms" if options.time else "MiB"
     print(f"| divergence | device | tokens x vocabulary, width | chunk | chunked {unit} | dense {unit} | ratio |\n" + "|---" * 7 + "|")
+    sizes = options.chunk_sizes or [default_chunk_size(options.tokens, options.vocab_size)]
+    losses = [*map(chunked, sizes), dense]
     for divergence in DIVERGENCES:
         if options.time:
-            ours, theirs = milliseconds(divergence, arguments, rounds=options.rounds)
+            *found, theirs = milliseconds(losses, divergence, arguments, rounds=options.rounds)
         else:
-            ours, theirs = (temporary_bytes(loss, divergence, arguments, here) / 2**20 for loss in (chunked, dense))
-        print(
-            f"| {type(divergence).__name__} | {here.device_kind} | {options.tokens} x {options.vocab_size}, {options.width} "
-            f"| {default_chunk_size(options.tokens, options.vocab_size)} | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.3f} |"
-        )
+            *found, theirs = (temporary_bytes(loss, divergence, arguments, here) / 2**20 for loss in losses)
+        for size, ours in zip(sizes, found, strict=True):
+            print(
+                f"| {type(divergence).__name__} | {here.device_kind} | {options.tokens} x {options.vocab_size}, {options.width} "
+                f"| {size} | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.3f} |"
+            )
 
 
 if __name__ == "__main__":

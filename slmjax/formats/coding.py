@@ -5,10 +5,9 @@
     fake_quant(x, spec, axis=-2)                # the same in one go, without the integers between
 
 All of it is elementwise but for one or two reductions over a group: nothing is sorted or gathered, and arrays that are divided over
-devices stay so. It is computed in float32, and gives what the engines' own quantizers do, bit for bit, where division is rounded once:
-on NVIDIA GPUs the compiler's may be off in the last bit, which moves numbers at a tie. Numbers below 1.2e-38, the smallest normal
-float32, count as zero, as XLA has it on CPU. A stack of weights is one tensor to a TENSOR's scale and to the second
-scale of a two-level format: `jax.vmap` gives each its own.
+devices stay so. It is computed in float32, and gives what the engines' own quantizers do, bit for bit, on every platform (see
+formats/division.py). Numbers below 1.2e-38, the smallest normal float32, count as zero, as XLA has it on CPU. A stack of weights is one
+tensor to a TENSOR's scale and to the second scale of a two-level format: `jax.vmap` gives each its own.
 
 Dims: W numbers along the axis, G groups, S numbers of a group. The axis is anywhere: "*B W *C" -> "*B G S *C".
 """
@@ -20,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from slmjax.formats.division import divided, reciprocal
 from slmjax.formats.presets import name_of
-from slmjax.formats.rounding import codes_of, divided, nearest, nearest_to_zero_point, reciprocal, values_of
+from slmjax.formats.rounding import codes_of, nearest, nearest_to_zero_point, values_of
 from slmjax.formats.scales import computed_scale, stored_scale, tensor_scale_of, zero_of
 from slmjax.formats.spec import CodesFrom, QuantSpec, Scaling, Share, check_width
 

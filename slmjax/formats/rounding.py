@@ -1,8 +1,7 @@
-"""Arithmetic that every compiler must do alike, and rounding to the numbers of a grid.
+"""Rounding to the numbers of a grid, and the codes of those.
 
-Two liberties that compilers take would change bits. `divided` and `reciprocal` leave no room for the first, a product with a rounded
-reciprocal in place of a division. The second, one rounding for a product and the sum it goes into, has none where the product is
-clipped in between.
+Compilers may round a product and the sum it goes into once together, which would change bits: they cannot where the product is clipped
+in between.
 """
 
 import jax
@@ -16,22 +15,6 @@ _FLOATS = {Grid.E2M1: (1, 1.0), Grid.E4M3: (3, 2.0**-6), Grid.E5M2: (2, 2.0**-14
 _FLOAT8 = {Grid.E4M3: jnp.float8_e4m3fn, Grid.E5M2: jnp.float8_e5m2}
 _EXPONENT = 0x7F800000  # the exponent's place in a float32
 _ONE_OVER = 0x7F000000  # the bits of 2**-e are these less those of 2**e
-
-
-def divided(x: Float[Array, "..."], divisor: Array | float) -> Float[Array, "..."]:
-    """`x / divisor`, rounded once; shapes broadcast.
-
-    Compilers multiply with the reciprocal of a divisor that is one number, which rounds twice, and make one division of two. So divisor
-    and quotient here depend on whether `x` is NaN, which changes no result and leaves no such pair to be seen.
-    """
-    unknown = jnp.isnan(x)
-    return jnp.where(unknown, x, x / jnp.where(unknown, jnp.nan, divisor))
-
-
-def reciprocal(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`1 / x`, rounded once; 0 of 0."""
-    is_zero = x == 0
-    return jnp.where(is_zero, 0.0, 1.0 / jnp.where(is_zero, 1.0, x))
 
 
 def nearest(scaled: Float[Array, "..."], spec: QuantSpec) -> Float[Array, "..."]:

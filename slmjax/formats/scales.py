@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from slmjax.formats.rounding import divided, nearest_float
+from slmjax.formats.division import divided
+from slmjax.formats.rounding import nearest_float
 from slmjax.formats.spec import LARGEST, Grid, QuantSpec, ScaleType, Statistic
 
 _PAIRED_ROUNDS = 4
