@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from slmjax import sharding
 from slmjax.architecture import HeadKind, ModelConfig, Segment
 from slmjax.formats.presets import name_of
 from slmjax.formats.spec import stored_bytes
@@ -189,7 +190,8 @@ def set_inputs(model: Decoder, plan: Plan, *, is_observed: bool = False) -> None
             )
         layers = layer_indices(plan.config, path)
         learned = initial(learner, num_layers=None if layers is None else len(layers))
-        setattr(owner, name, RoundedInput(numbers, learner=learner, learned=learned, is_observed=is_observed))
+        dim = sharding.input_dim(path)
+        setattr(owner, name, RoundedInput(numbers, dim=dim, learner=learner, learned=learned, is_observed=is_observed))
 
 
 def _owner(model: Decoder, path: str) -> tuple[Any, str]:

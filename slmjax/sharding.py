@@ -133,6 +133,12 @@ def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
     return PartitionSpec(None, *spec) if stacked else spec
 
 
+def input_dim(path: str) -> str | None:
+    """The logical name of the last dim of what a weight is multiplied with, by its path, where that may be divided in a computation."""
+    dims = next((dims for pattern, dims in RULES if re.fullmatch(pattern, path) and dims[-2] in ("heads", "ffn")), None)
+    return None if dims is None else dims[-2]
+
+
 def _divides(dims: Dims, shape: Sequence[int], sizes: Mapping[str, int]) -> bool:
     return all(size % math.prod(sizes[axis] for axis in LOGICAL_DIMS[dim]) == 0 for dim, size in zip(dims, shape, strict=True) if dim)
 

@@ -67,6 +67,13 @@ def nearest_float(scaled: Float[Array, "..."], grid: Grid, rounding: Rounding = 
     return whole * (_float(exponent) * 2.0**-mantissa_bits)
 
 
+def with_mantissa(x: Float[Array, "..."], bits: int) -> Float[Array, "..."]:
+    """The nearest number with so many bits of mantissa, ties to even; the exponent may be any that float32 has."""
+    last = 23 - bits
+    kept = _bits(x) + (2 ** (last - 1) - 1) + ((_bits(x) >> last) & 1) & -(2**last)
+    return jnp.where(jnp.isnan(x), x, _float(kept))
+
+
 def codes_of(values: Float[Array, "..."], grid: Grid) -> Int[Array, "..."]:
     """int8 codes of numbers that the grid has: whole numbers themselves, and the bit patterns of floats."""
     if grid in _FLOAT8:

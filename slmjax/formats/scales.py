@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from slmjax.formats.division import divided
-from slmjax.formats.rounding import nearest_float
+from slmjax.formats.rounding import nearest_float, with_mantissa
 from slmjax.formats.spec import LARGEST, Grid, QuantSpec, ScaleType, Statistic
 
 _PAIRED_ROUNDS = 4
+_LARGEST_FLOAT16 = 65504.0
 _INFINITY = 0x7F800000  # as bits of a float32, which are also those of its exponent
 
 
@@ -101,11 +102,11 @@ def stored_scale(scale: Float[Array, "..."], spec: QuantSpec, tensor_scale: Arra
         over = divided(scale, jnp.where(tensor_scale == 0, 1.0, tensor_scale))
         scale = nearest_float(jnp.maximum(over, spec.smallest_block_scale), Grid.E4M3)
     if spec.scale_type in (ScaleType.BFLOAT16, ScaleType.BFLOAT16_IN_FLOAT16):
-        scale = jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=7)
+        scale = with_mantissa(scale, 7)
     if spec.scale_type in (ScaleType.FLOAT16, ScaleType.BFLOAT16_IN_FLOAT16):
-        # Below the normal numbers float16 has steps of 2**-24, which reduce_precision does not know.
-        small = jnp.round(scale * 2.0**24) * 2.0**-24
-        scale = jnp.where(jnp.abs(scale) < 2.0**-14, small, jax.lax.reduce_precision(scale, exponent_bits=5, mantissa_bits=10))
+        # Below the normal numbers float16 has steps of 2**-24.
+        scale = jnp.where(jnp.abs(scale) < 2.0**-14, jnp.round(scale * 2.0**24) * 2.0**-24, with_mantissa(scale, 10))
+        scale = jnp.where(jnp.abs(scale) > _LARGEST_FLOAT16, jnp.copysign(jnp.inf, scale), scale)
     if spec.scale_type is ScaleType.E8M0:
         bits = jax.lax.bitcast_convert_type(scale, jnp.int32) & _INFINITY
         # The smallest, 2**-127, is below the normal numbers; what is not finite becomes NaN, as E8M0 has no infinity.

@@ -20,7 +20,7 @@ from slmjax.losses.heads import Head, accumulation_dtype
 
 # Bytes of one chunk's logits when no chunk size is asked for. Smaller chunks save memory; but each reads and writes the
 # gradient of the whole table once, which takes longer than the products themselves when a chunk has few tokens.
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 256 * 2**20
 MIN_CHUNK_SIZE = 128
 
 ChunkFn = Callable[[Array, Any, Any, Any], tuple[Array, Any]]

@@ -39,7 +39,7 @@ def cross_entropy(
       targets: ids below `head.vocab_size`.
       weights: the loss mask, or any weights; no gradient goes through them.
       z_loss: coefficient that keeps the softmax normaliser near 1 (PaLM, https://arxiv.org/abs/2204.02311, section 5).
-      chunk_size: tokens per chunk; None gives about 64 MB of logits.
+      chunk_size: tokens per chunk; None gives about 256 MB of logits.
 
     Returns:
       The sum, and weighted sums without a gradient: `nll`, `z` (squared logsumexp, without its coefficient) and `correct`

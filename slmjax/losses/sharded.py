@@ -58,7 +58,7 @@ def sharded_sum(
       tokens: pytree of arrays [B, T, ...] without a gradient.
       others: final hidden states [B, T, E] and heads of other models, without a gradient; their tables have as many rows as `head`'s.
       constants: pytree of scalars and small arrays.
-      chunk_size: a device's own tokens per chunk; None gives about 64 MB of logits.
+      chunk_size: a device's own tokens per chunk; None gives about 256 MB of logits.
       vocabulary: how the devices of the tensor axis share the work; None for what is sent less (`choose_vocabulary`).
     """
     check_rows(head, *(other for _, other in others))

@@ -116,7 +116,7 @@ def linear_divergence(
       targets: ids of the text; only the cross entropy looks at them.
       weights: the loss mask, or any weights; no gradient goes through them.
       draws: two numbers that are different for every token, where the divergence draws at random.
-      chunk_size: tokens per chunk; None gives about 64 MB of logits (of each model).
+      chunk_size: tokens per chunk; None gives about 256 MB of logits (of each model).
       **amounts: fields of `Amounts`: `soft` (1 by default), `hard` (0), `z_loss` (0), `temperature` (that of `matching`), `state`, `key`.
 
     Returns:

@@ -235,7 +235,7 @@ def straight_through(x: Float[Array, "..."], spec: QuantSpec, axis: int) -> Floa
 
 def _straight_forward(x: Array, spec: QuantSpec, axis: int) -> tuple[Array, Array | None]:
     y = fake_quant(x, spec, axis=axis)
-    if not _clips(spec):
+    if not clips(spec):
         return y, None
     step = 2.0 if spec.grid is Grid.ODD else 1.0
     return y, jnp.abs(y - x) <= 0.501 * step * jnp.abs(_wide(scale_of(x, spec, axis=axis), x, axis))
@@ -276,7 +276,7 @@ def _learned_backward(spec: QuantSpec, axis: int, saved: tuple[Array, Array, Arr
 learned_scale.defvjp(_learned_forward, _learned_backward)
 
 
-def _clips(spec: QuantSpec) -> bool:
+def clips(spec: QuantSpec) -> bool:
     """Whether a computed scale leaves numbers more than half a step beyond the last level."""
     if spec.grid in FLOAT_GRIDS or spec.is_asymmetric:
         return False

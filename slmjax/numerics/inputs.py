@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from slmjax import sharding
-from slmjax.formats.spec import Share
+from slmjax import kernels, sharding
+from slmjax.formats.spec import QuantSpec, Share
 from slmjax.numerics.coverage import LEARNED_INPUTS, Numbers
-from slmjax.numerics.estimators import Calibrated, Learned
+from slmjax.numerics.estimators import Calibrated, Learned, StraightThrough, clips
 
 
 class Measured(nnx.Variable[Any]):
@@ -25,10 +25,23 @@ class RoundedInput(nnx.Module):
     """Rounds what comes to a product; without a format, as before the phase that begins with one, it changes nothing."""
 
     def __init__(
-        self, numbers: Numbers | None, *, learner: Numbers | None = None, learned: Learned | None = None, is_observed: bool = False
+        self,
+        numbers: Numbers | None,
+        *,
+        dim: str | None = None,
+        learner: Numbers | None = None,
+        learned: Learned | None = None,
+        is_observed: bool = False,
     ) -> None:
-        """The format now; the one that learns in some phase, with what it learns; whether this is for calibration (`_observed`)."""
-        self.numbers, self.is_observed = numbers, is_observed
+        """How inputs are rounded.
+
+        Args:
+          numbers: the format now.
+          dim: the logical name of their last dim, where it may be divided.
+          learner: the format that learns in some phase, with what it learns.
+          is_observed: whether this is for calibration (`_observed`).
+        """
+        self.numbers, self.dim, self.is_observed = numbers, dim, is_observed
         kind = Measured if learner is not None and isinstance(learner.estimator, Calibrated) else nnx.Param
         kept = {name: kind(value) for name, value in (learned or {}).items()}
         self.log_scale, self.offset = kept.get("log_scale"), kept.get("offset")
@@ -40,6 +53,10 @@ class RoundedInput(nnx.Module):
         learned = {name: value[...] for name, value in kept.items() if value is not None}
         if self.is_observed:
             return _observed(x, learned, self.numbers) if isinstance(self.numbers.estimator, LEARNED_INPUTS) else x
+        shards = sharding.num_devices(self.dim) if self.dim else 1
+        width = x.shape[-1] if x.shape[-1] % shards else x.shape[-1] // shards
+        if x.ndim == 3 and _in_one_pass(x, self.numbers, width=width):
+            return _round_groups(x, self.numbers.spec, ("batch", "time", self.dim))
         return rounded(x, self.numbers, learned)
 
 
@@ -57,9 +74,31 @@ def rounded_part(x: Float[Array, "*B d"], rounding: RoundedInput, dim: str) -> F
         return x
     count, spec = sharding.num_shards(dim), rounding.numbers.spec
     if count == 1 or (spec.share is Share.GROUP and x.shape[-1] % (spec.group_size or 1) == 0):
-        return rounding(x)
+        return _round_groups(x, spec, None) if _in_one_pass(x, rounding.numbers, width=x.shape[-1]) else rounding(x)
     whole = rounding(sharding.gather(x, dim, axis=x.ndim - 1))
     return jax.lax.dynamic_slice_in_dim(whole, sharding.shards_of(dim).index() * x.shape[-1], x.shape[-1], axis=x.ndim - 1)
+
+
+def _in_one_pass(x: Array, numbers: Numbers, *, width: int) -> bool:
+    """Whether rounding has a kernel here, for devices that hold so much of the last dim.
+
+    Its gradient is that of the identity: beside a scale by the largest magnitude, no number is out of reach.
+    """
+    suits = isinstance(numbers.estimator, StraightThrough) and kernels.can_round_groups(numbers.spec) and not clips(numbers.spec)
+    return suits and sharding.platform() == "tpu" and width % (numbers.spec.group_size or 1) == 0 and x.dtype in (jnp.bfloat16, jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _round_groups(x: Float[Array, "*B D"], spec: QuantSpec, dims: sharding.Dims | None) -> Float[Array, "*B D"]:
+    """`rounded` by the kernel; without logical dims, of what a device holds."""
+
+    def on_device(x: Array) -> Array:
+        return kernels.round_groups(x.reshape(-1, x.shape[-1]), spec).reshape(x.shape)
+
+    return on_device(x) if dims is None else sharding.local(on_device, in_dims=(dims,), out_dims=dims, checked=False)(x)
+
+
+_round_groups.defvjp(lambda x, spec, dims: (_round_groups(x, spec, dims), None), lambda spec, dims, _, dy: (dy,))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
