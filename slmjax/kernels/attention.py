@@ -8,7 +8,6 @@ Dims: B batch, T query time, S key time, N heads, K kv heads, G heads per kv hea
 """
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from slmjax import sharding
 from slmjax.kernels import cpu, gpu, tpu
-from slmjax.kernels.choice import announce
+from slmjax.kernels.choice import allows_fused, announce
 
 MAX_CAUSAL_BLOCKS = 8  # unrolled in the program: 8 of them compute 56% of the square, 16 would compute 53%
 
@@ -144,7 +143,7 @@ def choose_attention(
     num_keys = length if num_keys is None else num_keys
     over = f"{length} tokens" if num_keys == length else f"{length} tokens and {num_keys} keys"
     name = f"attention over {over}, window {window}, heads of {head_dim}, {jnp.dtype(dtype).name}, on {platform}"
-    fused = os.environ.get("SLMJAX_FUSED", "on") != "off"
+    fused = allows_fused()
     if fused and platform == "tpu" and min(length, num_keys) >= tpu.BLOCKS[-1]:
         announce(f"{name}: splash attention")
         return tpu.attend

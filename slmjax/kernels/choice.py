@@ -1,7 +1,8 @@
-"""Says once in the log which form of a computation was picked."""
+"""What every choice of a form goes by, and its line in the log."""
 
 import functools
 import logging
+import os
 
 logger = logging.getLogger("slmjax.kernels")
 
@@ -10,3 +11,8 @@ logger = logging.getLogger("slmjax.kernels")
 def announce(choice: str) -> None:
     """Logs a choice the first time that it is made."""
     logger.info(choice)
+
+
+def allows_fused() -> bool:
+    """Whether fused kernels may be picked: unless SLMJAX_FUSED is off."""
+    return os.environ.get("SLMJAX_FUSED", "on") != "off"

@@ -17,20 +17,25 @@ from jaxtyping import Array, Float
 
 from slmjax.formats.coding import fake_quant
 from slmjax.formats.spec import QuantSpec, Share, Statistic
+from slmjax.kernels.choice import allows_fused, announce
 
 _LANES = 128
 _ROWS = 128  # turned around at a time
 _BLOCK_ROWS = 2048  # fetched at a time
 
 
-def can_round_groups(spec: QuantSpec) -> bool:
-    """Whether the kernel computes a format: groups of few numbers, and a scale by the largest magnitude."""
-    is_grouped = spec.share is Share.GROUP and _LANES % (spec.group_size or _LANES + 1) == 0
-    return is_grouped and spec.statistic is Statistic.ABSMAX and not spec.is_two_level and not spec.is_asymmetric
+def can_round_groups(spec: QuantSpec, *, width: int, platform: str, dtype: Any) -> bool:
+    """Whether a dim of `width` numbers is rounded by the kernel: on TPU, in small groups whose scale is by the largest magnitude."""
+    is_grouped = spec.share is Share.GROUP and width % (spec.group_size or 1) == 0 and _LANES % (spec.group_size or 1) == 0
+    is_known = is_grouped and spec.statistic is Statistic.ABSMAX and not spec.is_two_level and not spec.is_asymmetric
+    if not (is_known and platform == "tpu" and dtype in (jnp.bfloat16, jnp.float32) and allows_fused()):
+        return False
+    announce(f"rounding of {width} {jnp.dtype(dtype).name} inputs in groups of {spec.group_size} on {platform}: one pass over memory")
+    return True
 
 
 def round_groups(x: Float[Array, "N D"], spec: QuantSpec, *, interpret: bool = False) -> Float[Array, "N D"]:
-    """`fake_quant` of `x` in a format that `can_round_groups`, in its dtype.
+    """`fake_quant` of `x` in its dtype, where `can_round_groups`.
 
     Args:
       interpret: run the kernel without a TPU, slowly: for tests.

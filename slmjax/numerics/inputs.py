@@ -84,8 +84,8 @@ def _in_one_pass(x: Array, numbers: Numbers, *, width: int) -> bool:
 
     Its gradient is that of the identity: beside a scale by the largest magnitude, no number is out of reach.
     """
-    suits = isinstance(numbers.estimator, StraightThrough) and kernels.can_round_groups(numbers.spec) and not clips(numbers.spec)
-    return suits and sharding.platform() == "tpu" and width % (numbers.spec.group_size or 1) == 0 and x.dtype in (jnp.bfloat16, jnp.float32)
+    has_plain_gradient = isinstance(numbers.estimator, StraightThrough) and not clips(numbers.spec)
+    return has_plain_gradient and kernels.can_round_groups(numbers.spec, width=width, platform=sharding.platform(), dtype=x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

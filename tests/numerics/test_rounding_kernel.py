@@ -1,0 +1,109 @@
+"""Rounding of inputs in one pass on TPU: the kernel, interpreted and compiled, gives what the format's definition does."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slmjax import kernels, sharding
+from slmjax.formats.coding import fake_quant
+from slmjax.formats.presets import PRESETS, preset
+from slmjax.kernels import rounding
+from slmjax.numerics import inputs
+from slmjax.numerics.coverage import Numbers
+from slmjax.numerics.estimators import LearnedClip, StraightThrough
+from tests.test_fused_attention import tpu_mesh
+
+KINDS = tuple(name for name, spec in PRESETS.items() if kernels.can_round_groups(spec, width=256, platform="tpu", dtype=jnp.bfloat16))
+# A width that blocks of lanes divide, and one that they do not; more rows than a block, and fewer than are turned around at a time.
+SHAPES = ((2200, 256), (70, 192))
+
+
+@pytest.fixture
+def as_tpu(monkeypatch):
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    monkeypatch.setattr(kernels, "round_groups", functools.partial(rounding.round_groups, interpret=True))
+
+
+def numbers_of(name, estimator=None):
+    return Numbers(spec=preset(name), estimator=estimator or StraightThrough(), axis=-1)
+
+
+def drawn(*shape, dtype=jnp.bfloat16):
+    """Numbers of all sizes, a row of zeros, and one that is not finite."""
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=shape) * 2.0 ** draw.integers(-20, 10, shape[:-1])[..., None]
+    x[..., 1, :], x[..., 2, 0] = 0, np.inf
+    return jnp.asarray(x, dtype)
+
+
+def test_the_formats_it_is_for():
+    assert {"q8_0", "mxfp8_e4m3", "mxfp4", "int4_g32"} <= set(KINDS)
+    assert not {"q4_0", "nvfp4", "torchao_int8_token", "tq2_0"} & set(KINDS)  # another statistic, two scales, a row's scale, wide groups
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_it_is_the_definition(shape):
+    found, expected = {}, {}
+    x = drawn(*shape, dtype=jnp.float32 if shape[0] < 100 else jnp.bfloat16)
+    names = [name for name in KINDS if shape[-1] % PRESETS[name].group_size == 0]
+    run = jax.jit(lambda x: ({name: kernels.round_groups(x, PRESETS[name], interpret=True) for name in names},
+                             {name: fake_quant(x, PRESETS[name]).astype(x.dtype) for name in names}))  # fmt: skip
+    found, expected = run(x)
+    for name in names:
+        assert found[name].dtype == x.dtype
+        np.testing.assert_array_equal(np.asarray(found[name], np.float32), np.asarray(expected[name], np.float32), err_msg=name)
+
+
+@pytest.mark.parametrize("dim", [None, "ffn"])
+def test_on_a_mesh_it_gives_what_one_device_does_with_the_gradient_of_the_identity(as_tpu, dim):
+    x, rounding_of = drawn(4, 16, 256), inputs.RoundedInput(numbers_of("q8_0"), dim=dim)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, context=2, tensor=2))
+    with jax.set_mesh(mesh):
+        y, pull = jax.vjp(jax.jit(lambda x: rounding_of(x)), x)
+    expected = fake_quant(x, PRESETS["q8_0"]).astype(x.dtype)
+    np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(expected, np.float32))
+    np.testing.assert_array_equal(pull(jnp.ones_like(y))[0], jnp.ones_like(x))
+
+
+@pytest.mark.parametrize(("width", "tensor", "is_used"), [(256, 4, True), (96, 2, False), (100, 8, False)])
+def test_it_is_left_out_where_devices_would_hold_parts_of_groups(as_tpu, monkeypatch, width, tensor, is_used):
+    """100 does not divide over 8 devices, which then hold it whole: it is no multiple of 32 either."""
+    calls = []
+    monkeypatch.setattr(kernels, "round_groups", lambda x, spec: calls.append(x.shape) or x)
+    spec = dataclasses.replace(preset("q8_0"), group_size=4) if width == 100 else preset("q8_0")
+    numbers = Numbers(spec=spec, estimator=StraightThrough(), axis=-1)
+    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=1, tensor=tensor), jax.devices()[:tensor])):
+        y = inputs.RoundedInput(numbers, dim="ffn")(drawn(2, 8, width))
+    assert y.shape == (2, 8, width) and bool(calls) == (is_used or width == 100)
+
+
+def test_it_is_for_straight_through_alone_and_can_be_turned_off(as_tpu, monkeypatch):
+    monkeypatch.setattr(kernels, "round_groups", lambda x, spec: pytest.fail("used"))
+    x = drawn(2, 8, 64)
+    inputs.RoundedInput(numbers_of("torchao_int8_token"))(x)
+    learned = {"log_scale": jnp.float32(-3.0)}
+    tensor_wide = dataclasses.replace(preset("int8_g32"), share=preset("int8_row").share, group_size=None)
+    learner = Numbers(spec=tensor_wide, estimator=LearnedClip(), axis=-1)
+    inputs.RoundedInput(learner, learner=learner, learned=learned)(x)
+    monkeypatch.setenv("SLMJAX_FUSED", "off")
+    inputs.RoundedInput(numbers_of("q8_0"))(x)
+
+
+@pytest.mark.usefixtures("libtpu")
+def test_it_compiles_for_tpu_and_reads_its_input_once():
+    mesh = tpu_mesh("v5e:2x2", fsdp=2, tensor=2)
+    place = jax.sharding.NamedSharding(mesh, jax.P("fsdp", None, "tensor"))
+    shape = jax.ShapeDtypeStruct((4, 1024, 512), jnp.bfloat16, sharding=place)
+
+    def program(x):
+        return [inputs.RoundedInput(numbers_of(name), dim="ffn")(x) for name in ("q8_0", "mxfp8_e4m3", "mxfp4")]
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(program).lower(shape).compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
+    held = 4 * 1024 * 512 * 2 // 4  # bytes on each of the 4 devices
+    assert compiled.cost_analysis()["bytes accessed"] < 3 * 2 * held * 1.25
