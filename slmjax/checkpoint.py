@@ -48,7 +48,7 @@ class CheckpointError(ValueError):
     """No checkpoint here can be restored, or it is of another model."""
 
 
-Items = Mapping[str, Any]  # named trees of arrays: "model", "optimizer", "ema", "progress"
+Items = Mapping[str, Any]  # named trees of arrays: "model", "optimizer", "ema", "progress", "codes"
 
 
 class Checkpointer:

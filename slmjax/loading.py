@@ -5,10 +5,12 @@ read_encoded("runs/...")                    # codes and scales of the weights th
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from slmjax import config as config_io
@@ -120,6 +122,28 @@ def read_encoded(path: str | Path, *, step: int | None = None) -> dict[str, tupl
             if one is not None and encoded is not None:
                 found[logical] = (one, encoded)
     return found
+
+
+def changed_rows(path: str | Path, coded: Mapping[str, tuple[Numbers, Encoded]], *, step: int) -> tuple[int, int] | None:
+    """How many rows of these codes and scales are not those of the devices that a run was trained on, and of how many rows in all.
+
+    Args:
+      coded: what `read_encoded` computed here for the checkpoint of `step`.
+
+    None where the checkpoint kept nothing to compare with.
+    """
+    checkpointer = Checkpointer(Path(path) / "checkpoints", model=read_config(Path(path)), config=CheckpointConfig())
+    sums = jax.device_get({name: numeric_weights.sum_of_codes(encoded, axis=numbers.axis) for name, (numbers, encoded) in coded.items()})
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = {name: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=place) for name, one in sums.items()}
+    try:
+        if not checkpointer.has(step, "codes"):
+            return None
+        _, items = checkpointer.restore({"codes": like}, step=step, whole=False)
+    finally:
+        checkpointer.close()
+    changed = sum(int(np.sum(np.asarray(items["codes"][name]) != one)) for name, one in sums.items())
+    return changed, sum(one.size for one in sums.values())
 
 
 def read_parameters(

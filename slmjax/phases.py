@@ -37,7 +37,12 @@ def at_step(setup: Setup, step: int) -> Setup:
         return setup
     programs = make_programs(setup.experiment, vocab_size=setup.definition.config.known_vocab_size, mesh=setup.mesh, step=step)
     return dataclasses.replace(
-        setup, definition=programs.definition, inference=programs.inference, train_step=programs.train_step, eval_step=programs.eval_step
+        setup,
+        definition=programs.definition,
+        inference=programs.inference,
+        train_step=programs.train_step,
+        eval_step=programs.eval_step,
+        code_sums=programs.code_sums,
     )
 
 

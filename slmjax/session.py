@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from slmjax.evaluation.bits_per_byte import EvalResult, EvalStep, evaluate_batch
 from slmjax.experiment import Experiment, FromTeacherLayers, read_experiment
 from slmjax.loading import read_config, read_parameters
 from slmjax.losses import TeacherOutput
+from slmjax.numerics import weights as numeric_weights
 from slmjax.optim import cooldown_step, learning_rate, make_optimizer
 from slmjax.parameters import Definition, define, define_for_inference
 from slmjax.processes import process_zero_first
@@ -35,6 +37,7 @@ from slmjax.runlog import RunDirectory
 from slmjax.step import TrainState, TrainStep, init_state, make_train_step, state_shapes
 
 log = logging.getLogger(__name__)
+CodeSums = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,7 @@ class Setup:
     shapes: TrainState
     train_step: TrainStep
     eval_step: EvalStep
+    code_sums: CodeSums
     prompts: tuple[tuple[int, ...], ...]  # tokens of the texts that the trained model continues at the end
     easing: Easing | None = None  # of a run that is quantized
     plans: tuple[TeacherPlan, ...] = ()  # in distillation, where teachers are used at all
@@ -76,6 +80,10 @@ class Setup:
             return None
         compared = None if self.teachers is None else functools.partial(self.teachers, in_parts=False)
         return evaluate_batches(self.eval_step, state.evaluated, state.frozen, batches, mesh=self.mesh, teachers=compared)
+
+    def stored(self, state: TrainState) -> dict[str, Any]:
+        """What a checkpoint keeps: the state, and of a quantized run sums of the codes that are deployed (`loading.changed_rows`)."""
+        return state.items() | ({"codes": self.code_sums(state.evaluated)} if self.definition.formats else {})
 
     def sample(self, state: TrainState) -> list[str]:
         """Continuations of the experiment's prompts by the trained model; one process only."""
@@ -112,7 +120,7 @@ def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh, re
     plans = teacher_plans(experiment, programs.definition.config, mesh=mesh, tokenizer=prepared.tokenizer)
     return Setup(
         experiment=experiment, prepared=prepared, mesh=mesh, definition=programs.definition, inference=programs.inference,
-        shapes=programs.shapes, train_step=programs.train_step, eval_step=programs.eval_step, prompts=prompts,
+        shapes=programs.shapes, train_step=programs.train_step, eval_step=programs.eval_step, code_sums=programs.code_sums, prompts=prompts,
         plans=plans, easing=programs.easing,
     )  # fmt: skip
 
@@ -141,6 +149,7 @@ class Programs:
     shapes: TrainState
     train_step: TrainStep
     eval_step: EvalStep
+    code_sums: CodeSums  # what a checkpoint keeps of the codes that its parameters have on these devices
     easing: Easing | None = None
 
 
@@ -167,6 +176,7 @@ def make_programs(experiment: Experiment, *, vocab_size: int, mesh: Mesh, step: 
     return Programs(
         definition=definition, inference=inference, shapes=shapes, train_step=train_step,
         eval_step=make_eval_step(inference, matching=matching), easing=easing,
+        code_sums=jax.jit(functools.partial(numeric_weights.code_sums, formats_of=definition.formats)),
     )  # fmt: skip
 
 

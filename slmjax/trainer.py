@@ -276,7 +276,7 @@ class Loop:
         """Starts a checkpoint of this step, unless there is one."""
         if self._saved_step != self.step:
             with self._aside(Category.CHECKPOINT, state):
-                self.checkpointer.save(self.step, state.items(), best_loss=best_loss)
+                self.checkpointer.save(self.step, self.setup.stored(state), best_loss=best_loss)
             self._saved_step = self.step
 
     def record(self, kind: str, **values: Any) -> None:

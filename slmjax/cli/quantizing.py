@@ -118,6 +118,9 @@ def _show(found: Any) -> None:
     print(f"{found.file} against {found.run}, by {found.engine}")
     kinds = ", ".join(f"{count} {name}" for name, count in types.items())
     print(f"1 bytes     {_word(found.bytes_hold)}: {len(found.tensors)} tensors ({kinds}) decode to what the model multiplies with")
+    if found.changed_rows is not None and found.changed_rows[0]:
+        changed, rows = found.changed_rows
+        print(f"    codes or scales of {changed:,} of {rows:,} rows are others than on the devices that it was trained on")
     for text in found.settings:
         print(f"    the file's settings differ: {text}")
     for name in found.extra:

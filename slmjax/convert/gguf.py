@@ -17,7 +17,7 @@ from slmjax.convert.family import Bound, Family, bind, misnamed, ours_from, read
 from slmjax.convert.gguf_codes import blocks_of, container_of
 from slmjax.convert.gguf_file import GgufFile, PendingTensor, num_bytes, read_gguf, type_of, write_gguf
 from slmjax.convert.gguf_tokenizer import tokenizer_from_gguf, tokenizer_metadata
-from slmjax.convert.source import Found, Own, Written, express, platform_notes, read_origin
+from slmjax.convert.source import Found, Own, Written, code_notes, express, read_origin
 from slmjax.data.shards import file_sha256
 from slmjax.data.tokenizers import Tokenizer
 
@@ -161,7 +161,7 @@ def _notes(settings: Mapping[str, Any], own: Own, sizes: Sizes, *, in_codes: boo
     if in_codes:
         types = (f"{type} {tensors} tensors, {numbers:,} numbers, {size:,} bytes" for type, (tensors, numbers, size) in sizes.items())
         yield f"codes and scales as they were trained: {'; '.join(types)}"
-        yield from platform_notes(own)
+        yield from code_notes(own)
         if own.config.precision is Precision.BFLOAT16:
             yield (
                 "it was trained in bfloat16, which multiplied with these numbers rounded to 8 bits of mantissa: engines multiply with the "

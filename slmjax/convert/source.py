@@ -45,6 +45,8 @@ class Own:
     encoded: Callable[[str], Encoded]  # the codes and scales of one of those, as NumPy arrays; tables without their padding
     family: str | None  # where an imported one came from
     step: int | None  # of a run: its checkpoint
+    # Rows of codes that are not those of the devices it was trained on, and all rows; None where that is not known.
+    changed_rows: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,7 @@ def open_own(path: Path, *, step: int | None = None) -> Own:
         path=path, config=loaded.config, read=read, dtype=lambda name: np.dtype(np.float32), family=None, step=loaded.step,
         formats={name: StoredFormat(spec=numbers.spec, axis=numbers.axis) for name, (numbers, _) in coded.items()},
         encoded=lambda name: _unpadded_codes(name, coded[name][1], loaded.config),
+        changed_rows=loading.changed_rows(path, coded, step=loaded.step) if coded else None,
     )  # fmt: skip
 
 
@@ -107,16 +110,26 @@ def read_origin(path: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def platform_notes(own: Own) -> Iterator[str]:
-    """What to know of codes that are computed on another kind of device than the run was trained on."""
+def code_notes(own: Own) -> Iterator[str]:
+    """Whether codes that are computed here are those of the devices that a run was trained on."""
     file = own.path / "environment.json"
     trained = json.loads(file.read_text(encoding="utf-8")).get("devices", []) if file.is_file() else []
-    here = jax.devices()[0].device_kind
-    if own.step is not None and trained and trained[0] != here:
+    here, there = jax.devices()[0].device_kind, trained[0] if trained else "unknown devices"
+    if own.changed_rows is None:
+        if own.step is not None and trained and there != here:
+            yield (
+                f"codes were computed on {here}, and the run was trained on {there}: its checkpoint does not tell whether they are alike. "
+                "Export where it was trained, or see with verify-export what it changes"
+            )
+        return
+    changed, rows = own.changed_rows
+    if changed:
         yield (
-            f"codes were computed on {here}, and the run was trained on {trained[0]}: numbers half way between two codes may have gone to "
-            "the other. Export where it was trained, or see with verify-export what it changes"
+            f"codes or scales of {changed:,} of {rows:,} rows are not those of training: they were computed on {here}, and the run was "
+            f"trained on {there}. Export where it was trained, or see with verify-export what it changes"
         )
+    elif there != here:
+        yield f"codes were computed on {here} and are those of training on {there}: sums of {rows:,} rows were compared"
 
 
 # Which family can say it ----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt32
 
 from slmjax.formats.coding import Encoded, decode
 from slmjax.formats.spec import QuantSpec
@@ -132,6 +132,43 @@ def _coded(weight: Array, beside: Learned, numbers: Numbers | None) -> Encoded |
         return numbers.estimator.coded(matrix, numbers.spec, axis=numbers.axis, learned=beside)
 
     return by_matrix(one, weight.ndim)(weight, beside)
+
+
+def code_sums(params: Params, formats_of: Formats) -> dict[str, UInt32[Array, "..."]]:
+    """`sum_of_codes` of every weight that has a format, by stack path; 0 for layers of it that have none. A pure function: jit it."""
+    found: dict[str, Array] = {}
+    for path, layers in coded(params, formats_of).items():
+        axes = [one.axis for one in formats_of[path] if one is not None]
+        sums = [None if encoded is None else sum_of_codes(encoded, axis=axes[0]) for encoded in layers]
+        if some := [one for one in sums if one is not None]:
+            filled = [jnp.zeros_like(some[0]) if one is None else one for one in sums]
+            found[path] = jnp.stack(filled) if path.startswith("segments/") else filled[0]
+    return found
+
+
+def sum_of_codes(encoded: Encoded, *, axis: int) -> UInt32[Array, "..."]:
+    """A number for each row of codes, which differs from that of other codes or scales.
+
+    The sum of both along the axis that groups run along, modulo 2**32, each weighted by its place. Weights are odd, so that no change
+    of a single one leaves it as it was.
+    """
+
+    def one(encoded: Encoded) -> Array:
+        total = _weighted_sum(encoded.codes, axis) + _weighted_sum(_as_integers(encoded.scale), axis)
+        total = total if encoded.zero is None else total + _weighted_sum(encoded.zero, axis)
+        return total if encoded.tensor_scale is None else total + _as_integers(encoded.tensor_scale).astype(jnp.uint32)
+
+    return by_matrix(one, encoded.codes.ndim)(jax.tree.map(jnp.asarray, encoded))
+
+
+def _as_integers(scale: Array) -> Array:
+    return jax.lax.bitcast_convert_type(jnp.asarray(scale, jnp.float32), jnp.int32)
+
+
+def _weighted_sum(numbers: Array, axis: int) -> Array:
+    numbers = numbers.astype(jnp.int32).astype(jnp.uint32)
+    weights = 2 * jax.lax.broadcasted_iota(jnp.uint32, numbers.shape, axis % numbers.ndim) + 1
+    return jnp.sum(numbers * weights, axis=axis, dtype=jnp.uint32)
 
 
 def damping(params: Params, decoded: Params, formats_of: Formats) -> Float[Array, ""]:

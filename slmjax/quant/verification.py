@@ -39,6 +39,7 @@ class Verification:
     file: str
     run: str
     step: int | None  # of the run
+    changed_rows: tuple[int, int] | None  # of codes, and all rows: those that differ on the devices that it was trained on, where known
     engine: str  # and its version
     settings: tuple[str, ...]  # that the file has otherwise than the model
     extra: tuple[str, ...]  # tensors of the file that the model has no place for
@@ -100,8 +101,9 @@ def verify_export(
     tensors = tuple(check_tensor(one, own, content.tensors.get(one.theirs[0])) for one in bound)
     is_other = bool(settings or extra) or any(one.is_missing for one in tensors)
     return Verification(
-        file=str(file), run=str(run), step=own.step, engine=f"llama.cpp in xllamacpp {engine.__version__}", settings=settings, extra=extra,
-        tensors=tensors, products=() if is_other else tuple(check_products(bound, own, content.tensors)),
+        file=str(file), run=str(run), step=own.step, changed_rows=own.changed_rows,
+        engine=f"llama.cpp in xllamacpp {engine.__version__}", settings=settings, extra=extra, tensors=tensors,
+        products=() if is_other else tuple(check_products(bound, own, content.tensors)),
         loss=None if is_other else check_loss(loaded, file, windows, input_specs=_input_specs(bound, own, content)),
     )  # fmt: skip
 

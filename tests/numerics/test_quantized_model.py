@@ -204,6 +204,22 @@ def test_a_mesh_and_accumulation_equal_one_device(mesh, parts):
         assert np.mean(difference) < 3e-4 and np.quantile(difference, 0.9) < 2e-3, path
 
 
+def test_sums_of_codes_tell_of_any_change_and_not_of_the_mesh():
+    """Experts, learned scales and an 8-bit float format among them; divided over 8 devices they are the same numbers."""
+    definition, (params, _) = define(MODEL), parameters()
+    sums = jax.jit(functools.partial(weights.code_sums, formats_of=definition.formats))
+    expected = jax.device_get(sums(params))
+    assert set(expected) == set(definition.formats)
+    shape = params["segments/0/blocks/1/ffn/experts/down"].shape  # [R, E, F, D]
+    assert expected["segments/0/blocks/1/ffn/experts/down"].shape == (*shape[:2], shape[3])
+    mesh = sharding.make_mesh(MESHES["fsdp-tensor-expert"][0])
+    found = sums(jax.device_put(params, sharding.parameter_shardings(params, mesh)))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
+    path = "segments/0/blocks/0/ffn/down/weight"
+    changed = jax.device_get(sums(params | {path: params[path].at[0, 5, 7].multiply(-1)}))
+    assert {name: int(np.sum(changed[name] != one)) for name, one in expected.items() if np.any(changed[name] != one)} == {path: 1}
+
+
 def test_what_is_learned_moves_and_what_is_measured_does_not():
     start, end, _ = alone()
     moved = {path: float(np.abs(end.trainable[path] - leaf).max()) for path, leaf in start.trainable.items()}

@@ -19,7 +19,7 @@ from slmjax.experiment import EvalConfig, Experiment, FromModel, FromTeacherLaye
 from slmjax.formats.coding import decode
 from slmjax.formats.presets import preset
 from slmjax.formats.spec import Share
-from slmjax.loading import load_model, read_encoded
+from slmjax.loading import changed_rows, load_model, read_encoded
 from slmjax.numerics.estimators import Calibrated
 from slmjax.numerics.rules import QuantConfig, QuantPhase, QuantRule, quant_of
 from slmjax.runlog import read_log
@@ -69,6 +69,18 @@ def test_a_checkpoint_opens_in_the_phase_that_made_it(run: tuple[Experiment, Res
             np.testing.assert_array_equal(decode(jax.tree.map(jnp.asarray, one), numbers.spec, axis=numbers.axis), found)
     assert distinct[2] == 32 and 7 < distinct[4] and distinct[6] <= 7
     assert load_model(run[1].run_dir).config.quant[-1].step == 4
+
+
+def test_checkpoints_tell_codes_of_training_from_others(run: tuple[Experiment, Result]):
+    """Of averages, with computed and with learned scales; a checkpoint of before has none."""
+    path = run[1].run_dir
+    assert not any((Path(path) / "checkpoints" / step / "codes").exists() for step in ("1", "2"))
+    for step in (3, 6):
+        coded = read_encoded(path, step=step)
+        changed, rows = changed_rows(path, coded, step=step) or (-1, 0)
+        assert changed == 0 and rows > 100
+        assert changed_rows(path, read_encoded(path, step=4), step=3) != (0, rows), "another step's"
+    assert changed_rows(path, coded, step=2) is None
 
 
 def test_what_is_evaluated_is_what_was_trained(run: tuple[Experiment, Result]):
