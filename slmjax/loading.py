@@ -1,11 +1,10 @@
 """From a directory back to a model: `load_model`, and the parts of it that training and exports need.
 
 loaded = load_model("runs/nano-...")        # or an imported model's directory
-read_encoded("runs/...")                    # codes and scales of the weights that have a format
+loaded, codes = load_with_codes("runs/...")   # and the codes and scales of the weights that have a format
 """
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from slmjax.numerics import weights as numeric_weights
 from slmjax.numerics.coverage import Numbers
 from slmjax.numerics.rules import phase_at
 from slmjax.paths import logical_paths
+
+Codes = dict[str, tuple[Numbers, Encoded]]  # by logical path, as NumPy arrays
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,27 @@ def load_model(path: str | Path, *, step: int | None = None) -> Loaded:
     Raises:
       ValueError: this is no such directory, or holds no intact checkpoint.
     """
-    path = Path(path)
+    return _decoded(Path(path), *_opened(Path(path), step=step))
+
+
+def load_with_codes(path: str | Path, *, step: int | None = None) -> tuple[Loaded, Codes]:
+    """The model of a run, and the codes and scales of its weights that have a format, as they are encoded on the device that this runs on.
+
+    Raises:
+      ValueError: as `load_model`.
+    """
+    definition, step, params, buffers = _opened(Path(path), step=step)
+    coded = jax.device_get(jax.jit(lambda params: numeric_weights.coded(params, definition.formats))(params))
+    found: Codes = {}
+    for name, numbers in definition.formats.items():
+        for logical, one, encoded in zip(logical_paths(definition.config, name), numbers, coded[name], strict=True):
+            if one is not None and encoded is not None:
+                found[logical] = (one, encoded)
+    return _decoded(Path(path), definition, step, params, buffers), found
+
+
+def _opened(path: Path, *, step: int | None) -> tuple[parameters.Definition, int, dict[str, jax.Array], dict[str, jax.Array]]:
+    """The definition that a checkpoint is of, its step, and its parameters and buffers as they are stored."""
     config = read_config(path)
     definition = inference_definition(path, config, step=step)
     mesh = jax.sharding.get_mesh()
@@ -78,11 +99,17 @@ def load_model(path: str | Path, *, step: int | None = None) -> Loaded:
     step, params, buffers = read_parameters(path, definition.config, *like, step=step)
     if phase_at(config.quant, max(step - 1, 0)) != definition.phase and not weights.is_imported(path):  # an older checkpoint was intact
         definition = inference_definition(path, config, step=step)
+    return definition, step, params, buffers
+
+
+def _decoded(
+    path: Path, definition: parameters.Definition, step: int, params: dict[str, jax.Array], buffers: dict[str, jax.Array]
+) -> Loaded:
     params, definition = definition.decode(params)
     has_tokenizer = (path / "tokenizer").is_dir()
     return Loaded(
-        config=config, model=definition.merge(params, buffers), definition=definition, params=params, buffers=buffers, path=path, step=step,
-        own_tokenizer=Tokenizer.load(path / "tokenizer") if has_tokenizer or not weights.is_imported(path) else None,
+        config=read_config(path), model=definition.merge(params, buffers), definition=definition, params=params, buffers=buffers, path=path,
+        step=step, own_tokenizer=Tokenizer.load(path / "tokenizer") if has_tokenizer or not weights.is_imported(path) else None,
     )  # fmt: skip
 
 
@@ -102,33 +129,11 @@ def phase_step(path: Path, step: int | None) -> int | None:
     return None if saved is None or weights.is_imported(path) else max(saved - 1, 0)
 
 
-def read_encoded(path: str | Path, *, step: int | None = None) -> dict[str, tuple[Numbers, Encoded]]:
-    """The codes and scales of all weights of a run that have a format, by logical path, encoded on the device that this runs on.
-
-    Raises:
-      ValueError: as `load_model`.
-    """
-    path = Path(path)
-    definition = parameters.define_for_inference(read_config(path), step=phase_step(path, step))
-    if not definition.formats:
-        return {}
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), (definition.params, definition.buffers))
-    _, params, _ = read_parameters(path, definition.config, *like, step=step)
-    coded = jax.device_get(jax.jit(lambda params: numeric_weights.coded(params, definition.formats))(params))
-    found: dict[str, tuple[Numbers, Encoded]] = {}
-    for name, numbers in definition.formats.items():
-        for logical, one, encoded in zip(logical_paths(definition.config, name), numbers, coded[name], strict=True):
-            if one is not None and encoded is not None:
-                found[logical] = (one, encoded)
-    return found
-
-
-def changed_rows(path: str | Path, coded: Mapping[str, tuple[Numbers, Encoded]], *, step: int) -> tuple[int, int] | None:
+def changed_rows(path: str | Path, coded: Codes, *, step: int) -> tuple[int, int] | None:
     """How many rows of these codes and scales are not those of the devices that a run was trained on, and of how many rows in all.
 
     Args:
-      coded: what `read_encoded` computed here for the checkpoint of `step`.
+      coded: what `load_with_codes` computed here for the checkpoint of `step`.
 
     None where the checkpoint kept nothing to compare with.
     """

@@ -70,8 +70,7 @@ def open_own(path: Path, *, step: int | None = None) -> Own:
             formats=files.formats, encoded=lambda name: _unpadded_codes(name, files.encoded(name), model),
             family=read_origin(path).get("family"), step=None,
         )  # fmt: skip
-    loaded = loading.load_model(path, step=step)
-    coded = loading.read_encoded(path, step=loaded.step)
+    loaded, coded = loading.load_with_codes(path, step=step)
     places: dict[str, tuple[str, int | None]] = {}
     arrays = {**loaded.params, **loaded.buffers}
     for name in arrays:

@@ -19,7 +19,7 @@ from slmjax.experiment import EvalConfig, Experiment, FromModel, FromTeacherLaye
 from slmjax.formats.coding import decode
 from slmjax.formats.presets import preset
 from slmjax.formats.spec import Share
-from slmjax.loading import changed_rows, load_model, read_encoded
+from slmjax.loading import changed_rows, load_model, load_with_codes
 from slmjax.numerics.estimators import Calibrated
 from slmjax.numerics.rules import QuantConfig, QuantPhase, QuantRule, quant_of
 from slmjax.runlog import read_log
@@ -61,7 +61,7 @@ def test_a_checkpoint_opens_in_the_phase_that_made_it(run: tuple[Experiment, Res
     for step in (2, 4, 6):
         loaded = load_model(run[1].run_dir, step=step)
         distinct[step] = len(np.unique(np.asarray(loaded.params["segments/0/blocks/0/ffn/up/weight"][0, :32, 0])))
-        encoded = read_encoded(run[1].run_dir, step=step)
+        encoded = load_with_codes(run[1].run_dir, step=step)[1]
         assert bool(encoded) == (step > 2)
         for path, (numbers, one) in encoded.items():
             name = path.replace("layers/0/", "segments/0/blocks/0/")
@@ -76,10 +76,10 @@ def test_checkpoints_tell_codes_of_training_from_others(run: tuple[Experiment, R
     path = run[1].run_dir
     assert not any((Path(path) / "checkpoints" / step / "codes").exists() for step in ("1", "2"))
     for step in (3, 6):
-        coded = read_encoded(path, step=step)
+        coded = load_with_codes(path, step=step)[1]
         changed, rows = changed_rows(path, coded, step=step) or (-1, 0)
         assert changed == 0 and rows > 100
-        assert changed_rows(path, read_encoded(path, step=4), step=3) != (0, rows), "another step's"
+        assert changed_rows(path, load_with_codes(path, step=4)[1], step=3) != (0, rows), "another step's"
     assert changed_rows(path, coded, step=2) is None
 
 

@@ -17,7 +17,7 @@ from slmjax.data.config import DataConfig, Split
 from slmjax.data.tokenizers import ByteTokenizer
 from slmjax.experiment import RunConfig
 from slmjax.formats.presets import preset
-from slmjax.loading import changed_rows, read_encoded
+from slmjax.loading import changed_rows, load_with_codes
 from slmjax.numerics.rules import QuantConfig, QuantPhase, QuantRule
 from slmjax.optim import OptimConfig
 from slmjax.quant.rounding import quantize_model
@@ -47,7 +47,7 @@ def test_what_was_trained_is_what_the_engine_computes(run: Path, tmp_path: Path)
     tensors = read_gguf(tmp_path / "run.gguf").tensors
     assert {tensor.type for tensor in tensors.values()} == {"Q4_0", "F32"} and len(written.notes) == 1
     assert tensors["token_embd.weight"].shape == (258, 64), "padding is left out, of codes too"
-    numbers, encoded = read_encoded(run)["layers/0/ffn/up/weight"]
+    numbers, encoded = load_with_codes(run)[1]["layers/0/ffn/up/weight"]
     assert numbers.spec == preset("int2_g32") and set(np.unique(encoded.codes)) <= {-1, 0, 1}
     found = verify_export(run, tmp_path / "run.gguf", max_tokens=96, window=24, log=lambda _: None)
     assert found.holds and found.step == 6 and found.loss is not None
@@ -66,7 +66,7 @@ def test_the_ordinary_way_loses_the_codes(run: Path, tmp_path: Path) -> None:
 
 def test_codes_are_compared_with_those_of_training(run: Path) -> None:
     """A checkpoint keeps a sum for each row: one code, one scale and one table's row that differ are found as three rows."""
-    coded = read_encoded(run)
+    coded = load_with_codes(run)[1]
     rows = sum(encoded.codes.size // encoded.codes.shape[numbers.axis] for numbers, encoded in coded.values())
     assert changed_rows(run, coded, step=6) == (0, rows)
     for name, part, place in (("layers/0/ffn/up/weight", "codes", (3, 1)), ("layers/0/mixer/key/weight", "scale", (0, 2)),
