@@ -203,6 +203,14 @@ def test_materialised_changes_nothing():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("platform", "layers", "at_a_time"), [("cpu", 8, 8), ("cpu", 9, 1), ("gpu", 32, 32), ("gpu", 33, 1), ("tpu", 2, 1)]
+)
+def test_shallow_stacks_are_spelled_out_where_loops_copy(monkeypatch, platform, layers, at_a_time):
+    monkeypatch.setattr(sharding, "platform", lambda: platform)
+    assert kernels.unrolled_layers(layers) == at_a_time
+
+
 def test_products_equal_plain_ones(dtype):
     x, weight = jax.random.normal(jax.random.key(0), (40, 64)).astype(dtype), jax.random.normal(jax.random.key(1), (64, 32))
     y, (dx, dweight) = value_and_gradients(kernels.matmul, (x, weight))

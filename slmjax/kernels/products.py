@@ -8,7 +8,7 @@ from slmjax import sharding
 from slmjax.kernels import cpu
 from slmjax.kernels.choice import announce
 
-MAX_UNROLLED_LAYERS = 8
+MAX_UNROLLED_LAYERS = {"cpu": 8, "gpu": 32}
 
 
 def matmul(x: Float[Array, "*B D"], weight: Float[Array, "D F"]) -> Float[Array, "*B F"]:
@@ -37,6 +37,7 @@ def materialised(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def unrolled_layers(num_repeats: int) -> int:
     """How many repeats of a segment the program spells out at a time.
 
-    On CPU a loop copies weights, gradients and saved activations in and out of stacked arrays, which a shallow stack is spared.
+    On CPU and GPU a loop copies weights, gradients and saved activations in and out of stacked arrays, which a shallow stack is spared; a
+    deep one would take long to compile (on an H200 about a second for each layer, of which a step saves one millisecond).
     """
-    return num_repeats if sharding.platform() == "cpu" and num_repeats <= MAX_UNROLLED_LAYERS else 1
+    return num_repeats if num_repeats <= MAX_UNROLLED_LAYERS.get(sharding.platform(), 0) else 1
