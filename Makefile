@@ -2,13 +2,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Files of tests that run at a time, each worker with a jax of its own (4 GB in the end); 0 for none but the process itself, as --pdb wants.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 # A stamp is newer than pyproject.toml while what was installed is what it asks for.
 USER := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 ORACLE := $(VENV)/.installed-oracle
-PYTEST := $(BIN)/python -m pytest
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-all smoke lint types docs format clean

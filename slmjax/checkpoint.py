@@ -143,6 +143,16 @@ class Checkpointer:
                 self._set_aside(candidate)
         raise CheckpointError(f"no intact checkpoint in {self.directory}: a run has one once its first save is complete")
 
+    def read_some(self, step: int, item: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any] | None:
+        """Some arrays of an item by logical path, from a checkpoint that was restored before, and so verified; None without them."""
+        path = self.directory / str(step)
+        if not self.has(step, item):
+            return None
+        stored = self._orbax.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta["leaves"].get(item, {})
+        if any(stored.get(name) != described for name, described in _describe(wanted).items()):
+            return None
+        return _read_some(path / item, dict(wanted))
+
     def has(self, step: int, item: str) -> bool:
         """Whether the checkpoint of `step` holds this item."""
         return (self.directory / str(step) / item).is_dir()

@@ -70,7 +70,7 @@ def load_model(path: str | Path, *, step: int | None = None) -> Loaded:
     Raises:
       ValueError: this is no such directory, or holds no intact checkpoint.
     """
-    return _decoded(Path(path), *_opened(Path(path), step=step))
+    return _decoded(_opened(Path(path), step=step))
 
 
 def load_with_codes(path: str | Path, *, step: int | None = None) -> tuple[Loaded, Codes]:
@@ -79,18 +79,30 @@ def load_with_codes(path: str | Path, *, step: int | None = None) -> tuple[Loade
     Raises:
       ValueError: as `load_model`.
     """
-    definition, step, params, buffers = _opened(Path(path), step=step)
-    coded = jax.device_get(jax.jit(lambda params: numeric_weights.coded(params, definition.formats))(params))
+    stored = _opened(Path(path), step=step)
+    definition = stored.definition
+    coded = jax.device_get(jax.jit(lambda params: numeric_weights.coded(params, definition.formats))(stored.params))
     found: Codes = {}
     for name, numbers in definition.formats.items():
         for logical, one, encoded in zip(logical_paths(definition.config, name), numbers, coded[name], strict=True):
             if one is not None and encoded is not None:
                 found[logical] = (one, encoded)
-    return _decoded(Path(path), definition, step, params, buffers), found
+    return _decoded(stored), found
 
 
-def _opened(path: Path, *, step: int | None) -> tuple[parameters.Definition, int, dict[str, jax.Array], dict[str, jax.Array]]:
-    """The definition that a checkpoint is of, its step, and its parameters and buffers as they are stored."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """A model as its checkpoint has it."""
+
+    path: Path
+    config: ModelConfig
+    definition: parameters.Definition
+    step: int
+    params: dict[str, jax.Array]
+    buffers: dict[str, jax.Array]
+
+
+def _opened(path: Path, *, step: int | None) -> _Stored:
     config = read_config(path)
     definition = inference_definition(path, config, step=step)
     mesh = jax.sharding.get_mesh()
@@ -99,17 +111,15 @@ def _opened(path: Path, *, step: int | None) -> tuple[parameters.Definition, int
     step, params, buffers = read_parameters(path, definition.config, *like, step=step)
     if phase_at(config.quant, max(step - 1, 0)) != definition.phase and not weights.is_imported(path):  # an older checkpoint was intact
         definition = inference_definition(path, config, step=step)
-    return definition, step, params, buffers
+    return _Stored(path=path, config=config, definition=definition, step=step, params=params, buffers=buffers)
 
 
-def _decoded(
-    path: Path, definition: parameters.Definition, step: int, params: dict[str, jax.Array], buffers: dict[str, jax.Array]
-) -> Loaded:
-    params, definition = definition.decode(params)
-    has_tokenizer = (path / "tokenizer").is_dir()
+def _decoded(stored: _Stored) -> Loaded:
+    params, definition = stored.definition.decode(stored.params)
+    has_tokenizer = (stored.path / "tokenizer").is_dir() or not weights.is_imported(stored.path)
     return Loaded(
-        config=read_config(path), model=definition.merge(params, buffers), definition=definition, params=params, buffers=buffers, path=path,
-        step=step, own_tokenizer=Tokenizer.load(path / "tokenizer") if has_tokenizer or not weights.is_imported(path) else None,
+        config=stored.config, model=definition.merge(params, stored.buffers), definition=definition, params=params, buffers=stored.buffers,
+        path=stored.path, step=stored.step, own_tokenizer=Tokenizer.load(stored.path / "tokenizer") if has_tokenizer else None,
     )  # fmt: skip
 
 
@@ -129,26 +139,22 @@ def phase_step(path: Path, step: int | None) -> int | None:
     return None if saved is None or weights.is_imported(path) else max(saved - 1, 0)
 
 
-def changed_rows(path: str | Path, coded: Codes, *, step: int) -> tuple[int, int] | None:
-    """How many rows of these codes and scales are not those of the devices that a run was trained on, and of how many rows in all.
+def changed_rows(loaded: Loaded, coded: Codes) -> tuple[int, int] | None:
+    """How many rows of codes and scales are not those of the devices that a run was trained on, and of how many rows in all.
 
-    Args:
-      coded: what `load_with_codes` computed here for the checkpoint of `step`.
-
-    None where the checkpoint kept nothing to compare with.
+    Both arguments are what `load_with_codes` found. None where the checkpoint kept nothing to compare with.
     """
-    checkpointer = Checkpointer(Path(path) / "checkpoints", model=read_config(Path(path)), config=CheckpointConfig())
     sums = jax.device_get({name: numeric_weights.sum_of_codes(encoded, axis=numbers.axis) for name, (numbers, encoded) in coded.items()})
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = {name: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=place) for name, one in sums.items()}
+    wanted = {name: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=place) for name, one in sums.items()}
+    checkpointer = Checkpointer(loaded.path / "checkpoints", model=loaded.config, config=CheckpointConfig())
     try:
-        if not checkpointer.has(step, "codes"):
-            return None
-        _, items = checkpointer.restore({"codes": like}, step=step, whole=False)
+        kept = checkpointer.read_some(loaded.step, "codes", wanted)
     finally:
         checkpointer.close()
-    changed = sum(int(np.sum(np.asarray(items["codes"][name]) != one)) for name, one in sums.items())
-    return changed, sum(one.size for one in sums.values())
+    if kept is None:
+        return None
+    return sum(int(np.sum(np.asarray(kept[name]) != one)) for name, one in sums.items()), sum(one.size for one in sums.values())
 
 
 def read_parameters(

@@ -126,7 +126,8 @@ class SegmentStack(nnx.Module):
 
         body = _rematerialised(repeat, self.remat)
         # What is to be computed again stays in a loop: outside of one the compiler would see that it has it already.
-        unroll = kernels.unrolled_layers(self.config.repeats) if self.remat is Remat.NONE else 1
+        spelled_out = kernels.unrolled_repeats(self.config.repeats, num_blocks=len(self.blocks))
+        unroll = spelled_out if self.remat is Remat.NONE else 1
         x, (new_states, reports, captures) = jax.lax.scan(body, x, (params, states, jnp.arange(self.config.repeats)), unroll=unroll)
         return x, None if states is None else new_states, reports, captures
 

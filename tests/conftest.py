@@ -16,7 +16,8 @@ from pydoc_data.topics import topics
 
 # Before jax is imported: the number of devices and the platform are read once. Tests compile much and compute little, so the CPU
 # compiler is told not to optimise: half the time in all. Commands run as a user runs them (`user_environment`) are optimised.
-ORIGINAL_XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
+# Of several workers each inherits what the process that starts them has set.
+ORIGINAL_XLA_FLAGS = os.environ.setdefault("SLMJAX_TESTS_ORIGINAL_XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
 # Devices wait for each other in collectives; on busy cores that may be longer than the 40 s after which XLA would end the process.
 COMMON_XLA_FLAGS = (
     f"{ORIGINAL_XLA_FLAGS} --xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=600".strip()

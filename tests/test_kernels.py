@@ -203,11 +203,12 @@ def test_materialised_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    ("platform", "layers", "at_a_time"), [("cpu", 8, 8), ("cpu", 9, 1), ("gpu", 32, 32), ("gpu", 33, 1), ("tpu", 2, 1)]
+    ("platform", "repeats", "blocks", "at_a_time"),
+    [("cpu", 8, 1, 8), ("cpu", 3, 3, 1), ("gpu", 32, 1, 32), ("gpu", 16, 2, 16), ("gpu", 17, 2, 1), ("tpu", 2, 1, 1)],
 )
-def test_shallow_stacks_are_spelled_out_where_loops_copy(monkeypatch, platform, layers, at_a_time):
+def test_shallow_stacks_are_spelled_out_where_loops_copy(monkeypatch, platform, repeats, blocks, at_a_time):
     monkeypatch.setattr(sharding, "platform", lambda: platform)
-    assert kernels.unrolled_layers(layers) == at_a_time
+    assert kernels.unrolled_repeats(repeats, num_blocks=blocks) == at_a_time
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

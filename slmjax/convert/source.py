@@ -85,7 +85,7 @@ def open_own(path: Path, *, step: int | None = None) -> Own:
         path=path, config=loaded.config, read=read, dtype=lambda name: np.dtype(np.float32), family=None, step=loaded.step,
         formats={name: StoredFormat(spec=numbers.spec, axis=numbers.axis) for name, (numbers, _) in coded.items()},
         encoded=lambda name: _unpadded_codes(name, coded[name][1], loaded.config),
-        changed_rows=loading.changed_rows(path, coded, step=loaded.step) if coded else None,
+        changed_rows=loading.changed_rows(loaded, coded) if coded else None,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ _ONE = 0x3F800000  # as bits
 
 
 def divided(x: Float[Array, "..."], divisor: Array | float) -> Float[Array, "..."]:
-    """`x / divisor`, rounded once; shapes broadcast."""
+    """`x / divisor`, rounded once; shapes broadcast. Without a gradient: estimators state those."""
     # Both depend on whether `x` is NaN, which changes no result.
     unknown = jnp.isnan(x)
     x, divisor = jnp.broadcast_arrays(x, jnp.where(unknown, jnp.nan, divisor))

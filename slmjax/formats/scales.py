@@ -34,24 +34,36 @@ def computed_scale(groups: Float[Array, "..."], axes: tuple[int, ...], spec: Qua
         statistic = -_signed_max(groups, axes)
     elif spec.statistic is Statistic.FAR_END:
         lowest, highest = jnp.min(groups, axis=axes, keepdims=True), jnp.max(groups, axis=axes, keepdims=True)
-        statistic = jnp.where(highest > -lowest, -highest, -lowest)
+        statistic = _or_nan(jnp.where(highest > -lowest, -highest, -lowest), groups, axes)
     elif spec.statistic is Statistic.ABSMEAN:
         count = math.prod(groups.shape[i] for i in axes)
         statistic = divided(jnp.sum(jnp.abs(groups), axis=axes, keepdims=True), float(count))
     else:
-        statistic = jnp.max(jnp.abs(groups), axis=axes, keepdims=True)
+        statistic = _largest_magnitude(groups, axes)
     return _at_least(divided(statistic, spec.divisor), spec.smallest_scale), None
 
 
+def _largest_magnitude(groups: Array, axes: tuple[int, ...]) -> Array:
+    """By bits, as the maximum of floats may pass over a NaN, which a scale is to show."""
+    bits = jnp.max(_magnitude_bits(groups), axis=axes, keepdims=True)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _or_nan(statistic: Array, groups: Array, axes: tuple[int, ...]) -> Array:
+    """The statistic, but NaN where any number is: minima and maxima of floats may pass over it."""
+    return jnp.where(jnp.isnan(_largest_magnitude(groups, axes)), jnp.nan, statistic)
+
+
 def _at_least(scale: Array, smallest: float) -> Array:
-    return jnp.maximum(scale, smallest) if smallest else scale
+    return jnp.where(scale < smallest, smallest, scale) if smallest else scale
 
 
 def _affine(groups: Array, axes: tuple[int, ...], spec: QuantSpec) -> tuple[Array, Array]:
     """Scale and zero point of the range from the smallest to the largest number, in which 0 always is."""
     lowest = jnp.minimum(jnp.min(groups, axis=axes, keepdims=True), 0.0)
     highest = jnp.maximum(jnp.max(groups, axis=axes, keepdims=True), 0.0)
-    scale = _at_least(divided(highest - lowest, float(spec.highest_code - spec.lowest_code)), spec.smallest_scale)
+    width = _or_nan(highest - lowest, groups, axes)
+    scale = _at_least(divided(width, float(spec.highest_code - spec.lowest_code)), spec.smallest_scale)
     return scale, _zero_point(lowest, scale, spec)
 
 
@@ -117,4 +129,5 @@ def stored_scale(scale: Float[Array, "..."], spec: QuantSpec, tensor_scale: Arra
 
 def tensor_scale_of(x: Float[Array, "..."], spec: QuantSpec) -> Float[Array, ""]:
     """The second scale of a two-level format: the largest block scale is then the largest 8-bit float."""
-    return divided(jnp.max(jnp.abs(x.astype(jnp.float32))), LARGEST[Grid.E4M3] * LARGEST[spec.grid])
+    x = x.astype(jnp.float32)
+    return divided(_largest_magnitude(x, tuple(range(x.ndim))).reshape(()), LARGEST[Grid.E4M3] * LARGEST[spec.grid])

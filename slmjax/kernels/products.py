@@ -34,10 +34,10 @@ def materialised(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return cpu.materialised(x) if sharding.platform() == "cpu" else x
 
 
-def unrolled_layers(num_repeats: int) -> int:
-    """How many repeats of a segment the program spells out at a time.
+def unrolled_repeats(num_repeats: int, *, num_blocks: int) -> int:
+    """How many repeats of a segment's blocks the program spells out at a time.
 
     On CPU and GPU a loop copies weights, gradients and saved activations in and out of stacked arrays, which a shallow stack is spared; a
     deep one would take long to compile (on an H200 about a second for each layer, of which a step saves one millisecond).
     """
-    return num_repeats if num_repeats <= MAX_UNROLLED_LAYERS.get(sharding.platform(), 0) else 1
+    return num_repeats if num_repeats * num_blocks <= MAX_UNROLLED_LAYERS.get(sharding.platform(), 0) else 1

@@ -51,7 +51,9 @@ def round_groups(x: Float[Array, "N D"], spec: QuantSpec, *, interpret: bool = F
     # Where a block ends beyond the array, what is computed there is dropped: no group has numbers on both sides.
     block = pl.BlockSpec((rows, _LANES), lambda row, column: (row, column))
     grid = pl.cdiv(num_rows, rows), pl.cdiv(width, _LANES)
-    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    shape = jax.ShapeDtypeStruct(
+        x.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type
+    )  # it differs between devices as `x` does
     kernel = functools.partial(_round_block, spec=spec)
     return pl.pallas_call(kernel, grid=grid, in_specs=[block], out_specs=block, out_shape=shape, interpret=interpret)(x)
 

@@ -74,8 +74,9 @@ def rounded_part(x: Float[Array, "*B d"], rounding: RoundedInput, dim: str) -> F
         return x
     count, spec = sharding.num_shards(dim), rounding.numbers.spec
     if count == 1 or (spec.share is Share.GROUP and x.shape[-1] % (spec.group_size or 1) == 0):
-        return _round_groups(x, spec, None) if _in_one_pass(x, rounding.numbers, width=x.shape[-1]) else rounding(x)
-    whole = rounding(sharding.gather(x, dim, axis=x.ndim - 1))
+        is_in_one_pass = _in_one_pass(x, rounding.numbers, width=x.shape[-1])
+        return _round_groups(x, spec, None) if is_in_one_pass else rounded(x, rounding.numbers, {})
+    whole = rounded(sharding.gather(x, dim, axis=x.ndim - 1), rounding.numbers, {})
     return jax.lax.dynamic_slice_in_dim(whole, sharding.shards_of(dim).index() * x.shape[-1], x.shape[-1], axis=x.ndim - 1)
 
 

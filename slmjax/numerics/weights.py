@@ -136,26 +136,34 @@ def _coded(weight: Array, beside: Learned, numbers: Numbers | None) -> Encoded |
 
 def code_sums(params: Params, formats_of: Formats) -> dict[str, UInt32[Array, "..."]]:
     """`sum_of_codes` of every weight that has a format, by stack path; 0 for layers of it that have none. A pure function: jit it."""
+
+    def sums(weight: Array, beside: Learned, numbers: Numbers | None, *, axis: int) -> Array:
+        encoded = _coded(weight, beside, numbers)
+        # A layer without a format has a row for each that others have.
+        return jnp.zeros_like(jnp.take(weight, 0, axis=axis), jnp.uint32) if encoded is None else sum_of_codes(encoded, axis=axis)
+
     found: dict[str, Array] = {}
-    for path, layers in coded(params, formats_of).items():
-        axes = [one.axis for one in formats_of[path] if one is not None]
-        sums = [None if encoded is None else sum_of_codes(encoded, axis=axes[0]) for encoded in layers]
-        if some := [one for one in sums if one is not None]:
-            filled = [jnp.zeros_like(some[0]) if one is None else one for one in sums]
-            found[path] = jnp.stack(filled) if path.startswith("segments/") else filled[0]
+    for path, layers in formats_of.items():
+        if some := [one for one in layers if one is not None]:
+            weight, beside = params[path], learned_of(params, path)
+            if all(one == layers[0] for one in layers):  # a stack is then coded at once
+                found[path] = sums(weight, beside, layers[0], axis=some[0].axis)
+                continue
+            by_layer = [{name: value[layer] for name, value in beside.items()} for layer in range(len(layers))]
+            found[path] = jnp.stack([sums(*one, axis=some[0].axis) for one in zip(weight, by_layer, layers, strict=True)])
     return found
 
 
 def sum_of_codes(encoded: Encoded, *, axis: int) -> UInt32[Array, "..."]:
-    """A number for each row of codes, which differs from that of other codes or scales.
+    """A number for each row of codes, which changes where any of the codes or scales does.
 
-    The sum of both along the axis that groups run along, modulo 2**32, each weighted by its place. Weights are odd, so that no change
-    of a single one leaves it as it was.
+    The sum of both along the axis that groups run along, modulo 2**32, each weighted by its place. Weights are odd: a change of one
+    of them always shows, and that of several but by a chance of one in billions.
     """
 
     def one(encoded: Encoded) -> Array:
-        total = _weighted_sum(encoded.codes, axis) + _weighted_sum(_as_integers(encoded.scale), axis)
-        total = total if encoded.zero is None else total + _weighted_sum(encoded.zero, axis)
+        total = _weighted_sum(encoded.codes, axis, start=1) + _weighted_sum(_as_integers(encoded.scale), axis, start=100_003)
+        total = total if encoded.zero is None else total + _weighted_sum(encoded.zero, axis, start=200_003)
         return total if encoded.tensor_scale is None else total + _as_integers(encoded.tensor_scale).astype(jnp.uint32)
 
     return by_matrix(one, encoded.codes.ndim)(jax.tree.map(jnp.asarray, encoded))
@@ -165,9 +173,9 @@ def _as_integers(scale: Array) -> Array:
     return jax.lax.bitcast_convert_type(jnp.asarray(scale, jnp.float32), jnp.int32)
 
 
-def _weighted_sum(numbers: Array, axis: int) -> Array:
+def _weighted_sum(numbers: Array, axis: int, *, start: int) -> Array:
     numbers = numbers.astype(jnp.int32).astype(jnp.uint32)
-    weights = 2 * jax.lax.broadcasted_iota(jnp.uint32, numbers.shape, axis % numbers.ndim) + 1
+    weights = 2 * jax.lax.broadcasted_iota(jnp.uint32, numbers.shape, axis % numbers.ndim) + start
     return jnp.sum(numbers * weights, axis=axis, dtype=jnp.uint32)
 
 

@@ -224,6 +224,7 @@ def test_progress_is_shown_on_a_terminal_alone(data: DataConfig, monkeypatch: py
         def isatty(self) -> bool:
             return True
 
+    monkeypatch.setenv("COLUMNS", "400")
     for stream in (Terminal(), io.StringIO()):
         monkeypatch.setattr(sys, "stderr", stream)
         prepare(dataclasses.replace(data, cache_dir=f"{data.cache_dir}-{type(stream).__name__}"), BYTES, log=lambda line: None)

@@ -66,16 +66,16 @@ def test_the_ordinary_way_loses_the_codes(run: Path, tmp_path: Path) -> None:
 
 def test_codes_are_compared_with_those_of_training(run: Path) -> None:
     """A checkpoint keeps a sum for each row: one code, one scale and one table's row that differ are found as three rows."""
-    coded = load_with_codes(run)[1]
+    loaded, coded = load_with_codes(run)
     rows = sum(encoded.codes.size // encoded.codes.shape[numbers.axis] for numbers, encoded in coded.values())
-    assert changed_rows(run, coded, step=6) == (0, rows)
+    assert changed_rows(loaded, coded) == (0, rows)
     for name, part, place in (("layers/0/ffn/up/weight", "codes", (3, 1)), ("layers/0/mixer/key/weight", "scale", (0, 2)),
                               ("embed/table", "codes", (7, 5))):  # fmt: skip
         numbers, encoded = coded[name]
         array = np.array(getattr(encoded, part))
         array[place] = array[place] + 1 if part == "codes" else np.nextafter(array[place], np.float32(1))
         coded[name] = numbers, dataclasses.replace(encoded, **{part: array})
-    assert changed_rows(run, coded, step=6) == (3, rows)
+    assert changed_rows(loaded, coded) == (3, rows)
 
 
 def test_another_platform_is_told_of(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,10 +85,10 @@ def test_another_platform_is_told_of(run: Path, tmp_path: Path, monkeypatch: pyt
         environment.write_text(json.dumps({**json.loads(before), "devices": ["TPU v6 lite"]}))
         written = export_model(run, tmp_path / "same.gguf", to=Target.GGUF)
         assert "codes were computed on cpu and are those of training on TPU v6 lite: sums of" in written.notes[1]
-        monkeypatch.setattr(loading, "changed_rows", lambda path, coded, *, step: (3, 1200))
+        monkeypatch.setattr(loading, "changed_rows", lambda loaded, coded: (3, 1200))
         written = export_model(run, tmp_path / "others.gguf", to=Target.GGUF)
         assert "codes or scales of 3 of 1,200 rows are not those of training: they were computed on cpu" in written.notes[1]
-        monkeypatch.setattr(loading, "changed_rows", lambda path, coded, *, step: None)
+        monkeypatch.setattr(loading, "changed_rows", lambda loaded, coded: None)
         written = export_model(run, tmp_path / "unknown.gguf", to=Target.GGUF)
         assert "codes were computed on cpu, and the run was trained on TPU v6 lite: its checkpoint does not tell" in written.notes[1]
     finally:
