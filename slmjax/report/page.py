@@ -36,6 +36,7 @@ button:hover { color: var(--ink); }
 .canvas { width: 100%; } .canvas .vega-embed { width: 100%; padding: 0; }
 .box { padding: 4px 16px; overflow-x: auto; } .box + .box { margin-top: 12px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; } td, th { text-align: left; padding: 6px 18px 6px 0; border-top: 1px solid var(--rule); vertical-align: top; overflow-wrap: anywhere; }
+th, td:nth-child(n+3) { overflow-wrap: normal; } tr:has(> :nth-child(4)) > td.name { width: auto; }
 tr:first-child > * { border-top: 0; } th { font-weight: 500; color: var(--soft); } td.name { color: var(--soft); width: 38%; }
 pre { background: var(--code); border-radius: 8px; padding: 12px 14px; margin: 8px 0 14px; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre mark { background: none; color: var(--accent); font-weight: 600; }
