@@ -2,10 +2,11 @@
 
     python benchmarks/qat_step.py                                        # nano: steps timed in turn, in one process
     python benchmarks/qat_step.py --model 135m --dtype bfloat16 --rows 16 --length 1024      # on a GPU
-    python benchmarks/qat_step.py --device tpu --model 135m --dtype bfloat16                 # compiled for a TPU v5e: the extra `plan`
+    python benchmarks/qat_step.py --device tpu --model 12m --dtype bfloat16 --unrolled       # compiled for a TPU v5e: the extra `plan`
 
 For each of `--quant`: the median over the rounds of its step over the step without formats, or, where it is only compiled, how many
-more bytes the step reads and writes in memory, and how much more memory it takes. The aims are 1.10 for q4_0, 1.15 for q4_0+q8_0, and
+more bytes the step reads and writes in memory, and how much more memory it takes. The compiler counts what is in a loop once: with
+`--unrolled` layers are spelled out, and each is counted. The aims are 1.10 for q4_0, 1.15 for q4_0+q8_0, and
 under 10 % more bytes. Weights and tokens are random.
 """
 
@@ -27,7 +28,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from slmjax import placement, sharding, step, zoo  # noqa: E402
+from slmjax import kernels, placement, sharding, step, zoo  # noqa: E402
 from slmjax.architecture import ModelConfig, Precision, Remat  # noqa: E402
 from slmjax.data.batch import empty_batch  # noqa: E402
 from slmjax.numerics.rules import quant_of  # noqa: E402
@@ -93,6 +94,8 @@ def time_steps(given: Any) -> None:
 def compile_steps(given: Any) -> None:
     """For a TPU v5e with 4 chips, parameters divided over them."""
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4), topologies.get_topology_desc("v5e:2x2", "tpu").devices)
+    if given.unrolled:
+        kernels.unrolled_repeats = lambda num_repeats, num_blocks: num_repeats
     found = {}
     for name in ("", *given.quant):
         _, shapes, made = train_step_of(model_of(given.model, name, given), mesh)  # under the mesh it would compute there
@@ -116,6 +119,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--device", choices=["here", "tpu"], default="here")
+    parser.add_argument("--unrolled", action="store_true", help="spell layers out, so that the compiler counts each")
     given = parser.parse_args()
     compile_steps(given) if given.device == "tpu" else time_steps(given)
 
