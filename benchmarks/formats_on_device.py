@@ -1,6 +1,6 @@
 """Whether the device that is here computes the codes that the formats' own packages do.
 
-    python benchmarks/formats_on_device.py
+    python -m benchmarks.formats_on_device      # from the root of a checkout, as it reads what tests keep
 
 The tests compare on CPU. Compilers for other devices take other liberties, and one bit decides where a number lies halfway between two
 codes: run this where models will be trained. One row for each preset and package: how many scales and codes differ from the kept
@@ -8,18 +8,15 @@ results (tests/formats/golden), on numbers that hold many near-ties; for package
 """
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from slmjax.formats.coding import decode, encode, fake_quant  # noqa: E402
-from slmjax.formats.presets import PRESETS  # noqa: E402
-from tests.formats.make_golden import GOLDEN, PACKAGES, of_one_size  # noqa: E402
+from slmjax.formats.coding import decode, encode, fake_quant
+from slmjax.formats.presets import PRESETS
+from tests.formats.make_golden import GOLDEN, PACKAGES, of_one_size
 
 
 def differing(a: Any, b: Any) -> int:

@@ -148,7 +148,7 @@ class Checkpointer:
         path = self.directory / str(step)
         if not self.has(step, item):
             return None
-        stored = self._orbax.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta["leaves"].get(item, {})
+        stored = self._meta(path)["leaves"].get(item, {})
         if any(stored.get(name) != described for name, described in _describe(wanted).items()):
             return None
         return _read_some(path / item, dict(wanted))
@@ -159,7 +159,7 @@ class Checkpointer:
 
     def _read(self, step: int, like: Items, *, whole: bool) -> dict[str, Any]:
         path = self.directory / str(step)
-        meta = self._orbax.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        meta = self._meta(path)
         shapes = {name: parameters.stored_shapes(self.model, tree) for name, tree in like.items()}
         for name, wanted in shapes.items():
             stored = meta["leaves"].get(name, {})
@@ -175,6 +175,10 @@ class Checkpointer:
             return {name: parameters.restack(self.model, stored[name], like=tree) for name, tree in like.items()}
 
         return jax.jit(build, out_shardings=shardings)({name: read[name] for name in like})
+
+    def _meta(self, path: Path) -> dict[str, Any]:
+        """What was written beside the arrays."""
+        return self._orbax.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
     def _problem(self, step: int) -> str:
         """What is wrong with a checkpoint on disk; empty when nothing is."""

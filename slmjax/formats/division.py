@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from slmjax.formats.bits import as_bits, from_bits, magnitude_bits
+
 _LAST = 2.0**-23  # the last bit of a float32 in [1, 2)
 _SMALLEST = 2.0**-126  # of the normal numbers
 _CORRECTIONS = 2  # of one ulp each
@@ -45,41 +47,29 @@ def corrected(quotient: Float[Array, "..."], x: Float[Array, "..."], divisor: Fl
     m, n = _mantissa(x), _mantissa(divisor)
     m = jnp.where(m < n, 2 * m, m)  # the quotient of the two is in [1, 2)
     exponent = _exponent(x) - _exponent(divisor) - (_mantissa(x) < n)
-    q = jnp.clip(_float(_magnitude(quotient) - (exponent << 23)), 1.0, 2.0 - _LAST)
+    q = jnp.clip(from_bits(magnitude_bits(quotient) - (exponent << 23)), 1.0, 2.0 - _LAST)
     (q_high, q_low), (n_high, n_low) = _halves(q), _halves(n)
     rest = ((m - q_high * n_high) - q_high * n_low - q_low * n_high) - q_low * n_low
     half_a_step = (0.5 * _LAST) * n
     for _ in range(_CORRECTIONS):
         step = jnp.where(rest > half_a_step, _LAST, jnp.where(rest < -half_a_step, -_LAST, 0.0))
         q, rest = q + step, rest - step * n
-    sign = (_bits(x) ^ _bits(divisor)) & jnp.int32(-(2**31))
+    sign = (as_bits(x) ^ as_bits(divisor)) & jnp.int32(-(2**31))
     is_normal = jnp.isfinite(x) & jnp.isfinite(divisor) & (jnp.abs(x) >= _SMALLEST) & (jnp.abs(divisor) >= _SMALLEST)
     is_normal &= (exponent >= -126) & (exponent <= 127)
-    return jnp.where(is_normal, _float((_bits(q) + (exponent << 23)) | sign), quotient)
+    return jnp.where(is_normal, from_bits((as_bits(q) + (exponent << 23)) | sign), quotient)
 
 
 def _mantissa(x: Array) -> Array:
     """In [1, 2)."""
-    return _float((_bits(x) & 0x7FFFFF) | _ONE)
+    return from_bits((as_bits(x) & 0x7FFFFF) | _ONE)
 
 
 def _exponent(x: Array) -> Array:
-    return (_bits(x) >> 23) & 0xFF
+    return (as_bits(x) >> 23) & 0xFF
 
 
 def _halves(x: Array) -> tuple[Array, Array]:
     """The first 12 bits and the last 12, whose sum is `x`."""
-    high = _float(_bits(x) & ~0xFFF)
+    high = from_bits(as_bits(x) & ~0xFFF)
     return high, x - high
-
-
-def _magnitude(x: Array) -> Array:
-    return _bits(x) & 0x7FFFFFFF
-
-
-def _bits(x: Array) -> Array:
-    return jax.lax.bitcast_convert_type(x, jnp.int32)
-
-
-def _float(bits: Array) -> Array:
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)

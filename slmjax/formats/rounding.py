@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from slmjax.formats.bits import as_bits, from_bits
 from slmjax.formats.spec import LARGEST, Grid, QuantSpec, Rounding
 
 # Exponents and mantissas of the float grids: mantissa bits, and the smallest normal number.
@@ -55,8 +56,8 @@ def nearest_float(scaled: Float[Array, "..."], grid: Grid, rounding: Rounding = 
     mantissa_bits, smallest_normal = _FLOATS[grid]
     scaled = jnp.clip(scaled, -LARGEST[grid], LARGEST[grid])
     # The power of two below the magnitude, by its bits; its neighbours are that far apart, over 2**mantissa_bits.
-    exponent = _bits(jnp.maximum(jnp.abs(scaled), smallest_normal)) & _EXPONENT
-    steps = scaled * _float(_ONE_OVER - exponent) * 2.0**mantissa_bits
+    exponent = as_bits(jnp.maximum(jnp.abs(scaled), smallest_normal)) & _EXPONENT
+    steps = scaled * from_bits(_ONE_OVER - exponent) * 2.0**mantissa_bits
     if rounding is Rounding.HALF_EVEN:
         whole = jnp.round(steps)
     else:
@@ -64,14 +65,14 @@ def nearest_float(scaled: Float[Array, "..."], grid: Grid, rounding: Rounding = 
         below = jnp.floor(magnitude)
         whole = jnp.where(steps < 0, -1.0, 1.0) * (below + (magnitude - below > 0.5).astype(jnp.float32))
         whole = jnp.where(whole == 0, 0.0, whole)
-    return whole * (_float(exponent) * 2.0**-mantissa_bits)
+    return whole * (from_bits(exponent) * 2.0**-mantissa_bits)
 
 
 def with_mantissa(x: Float[Array, "..."], bits: int) -> Float[Array, "..."]:
     """The nearest number with so many bits of mantissa, ties to even; the exponent may be any that float32 has."""
     last = 23 - bits
-    kept = _bits(x) + (2 ** (last - 1) - 1) + ((_bits(x) >> last) & 1) & -(2**last)
-    return jnp.where(jnp.isnan(x), x, _float(kept))
+    kept = as_bits(x) + (2 ** (last - 1) - 1) + ((as_bits(x) >> last) & 1) & -(2**last)
+    return jnp.where(jnp.isnan(x), x, from_bits(kept))
 
 
 def codes_of(values: Float[Array, "..."], grid: Grid) -> Int[Array, "..."]:
@@ -82,7 +83,7 @@ def codes_of(values: Float[Array, "..."], grid: Grid) -> Int[Array, "..."]:
         return values.astype(jnp.int8)
     magnitude = jnp.abs(values)
     # From 1 on the last exponent bits and the first of the mantissa count up as the codes do.
-    code = jnp.where(magnitude < 1, (2 * magnitude).astype(jnp.int32), (_bits(magnitude) >> 22) - 252)
+    code = jnp.where(magnitude < 1, (2 * magnitude).astype(jnp.int32), (as_bits(magnitude) >> 22) - 252)
     return jnp.where(jnp.signbit(values), code + 8, code).astype(jnp.int8)
 
 
@@ -94,13 +95,5 @@ def values_of(codes: Int[Array, "..."], grid: Grid) -> Float[Array, "..."]:
         return codes.astype(jnp.float32)
     code = codes.astype(jnp.int32)
     place = code & 7
-    magnitude = jnp.where(place < 2, 0.5 * place.astype(jnp.float32), _float((place + 252) << 22))
+    magnitude = jnp.where(place < 2, 0.5 * place.astype(jnp.float32), from_bits((place + 252) << 22))
     return jnp.where(code > 7, -magnitude, magnitude)
-
-
-def _bits(x: Array) -> Array:
-    return jax.lax.bitcast_convert_type(x, jnp.int32)
-
-
-def _float(bits: Array) -> Array:
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)

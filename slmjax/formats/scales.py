@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from slmjax.formats.bits import as_bits, from_bits, magnitude_bits
 from slmjax.formats.division import divided
 from slmjax.formats.rounding import nearest_float, with_mantissa
 from slmjax.formats.spec import LARGEST, Grid, QuantSpec, ScaleType, Statistic
@@ -45,8 +46,7 @@ def computed_scale(groups: Float[Array, "..."], axes: tuple[int, ...], spec: Qua
 
 def _largest_magnitude(groups: Array, axes: tuple[int, ...]) -> Array:
     """By bits, as the maximum of floats may pass over a NaN, which a scale is to show."""
-    bits = jnp.max(_magnitude_bits(groups), axis=axes, keepdims=True)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return from_bits(jnp.max(magnitude_bits(groups), axis=axes, keepdims=True))
 
 
 def _or_nan(statistic: Array, groups: Array, axes: tuple[int, ...]) -> Array:
@@ -87,7 +87,7 @@ def _signed_max(groups: Array, axes: tuple[int, ...]) -> Array:
         if groups.shape[axis] % 2 or groups.shape[axis] == 2:
             break
         first, second = (jax.lax.slice_in_dim(groups, start, None, 2, axis=axis) for start in (0, 1))
-        groups = jnp.where(_magnitude_bits(second) > _magnitude_bits(first), second, first)
+        groups = jnp.where(magnitude_bits(second) > magnitude_bits(first), second, first)
     # The rest is a reduction, as compilers would write what is none out again for everything that uses it.
     place = jax.lax.broadcasted_iota(jnp.int32, groups.shape, axis)
     start = (jnp.float32(0), jnp.int32(groups.shape[axis]))
@@ -96,13 +96,8 @@ def _signed_max(groups: Array, axes: tuple[int, ...]) -> Array:
 
 def _larger_or_earlier(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
     (x, i), (y, j) = one, other
-    takes_other = (_magnitude_bits(y) > _magnitude_bits(x)) | ((_magnitude_bits(y) == _magnitude_bits(x)) & (j < i))
+    takes_other = (magnitude_bits(y) > magnitude_bits(x)) | ((magnitude_bits(y) == magnitude_bits(x)) & (j < i))
     return jnp.where(takes_other, y, x), jnp.where(takes_other, j, i)
-
-
-def _magnitude_bits(x: Array) -> Array:
-    """Integers in the order of `abs(x)`; those of NaN are above all."""
-    return jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
 
 
 def stored_scale(scale: Float[Array, "..."], spec: QuantSpec, tensor_scale: Array | None = None) -> Float[Array, "..."]:
@@ -120,10 +115,10 @@ def stored_scale(scale: Float[Array, "..."], spec: QuantSpec, tensor_scale: Arra
         scale = jnp.where(jnp.abs(scale) < 2.0**-14, jnp.round(scale * 2.0**24) * 2.0**-24, with_mantissa(scale, 10))
         scale = jnp.where(jnp.abs(scale) > _LARGEST_FLOAT16, jnp.copysign(jnp.inf, scale), scale)
     if spec.scale_type is ScaleType.E8M0:
-        bits = jax.lax.bitcast_convert_type(scale, jnp.int32) & _INFINITY
+        bits = as_bits(scale) & _INFINITY
         # The smallest, 2**-127, is below the normal numbers; what is not finite becomes NaN, as E8M0 has no infinity.
         bits = jnp.where(bits == 0, 0x00400000, jnp.where(bits == _INFINITY, _INFINITY + 1, bits))
-        scale = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        scale = from_bits(bits)
     return jnp.where(scale == 0, spec.scale_of_zeros, scale) if spec.scale_of_zeros else scale
 
 

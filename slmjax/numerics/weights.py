@@ -7,6 +7,7 @@ in the same dict, under the weight's path: `segments/0/blocks/1/mixer/query/weig
 Dims: R layers of a stack.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
+from slmjax.formats.bits import as_bits
 from slmjax.formats.coding import Encoded, decode
 from slmjax.formats.spec import QuantSpec
 from slmjax.numerics.coverage import Numbers
@@ -89,13 +91,18 @@ def eased(params: Params, decoded: Params, formats_of: Formats, *, share: Float[
 
 
 def _by_layer(params: Params, path: str, numbers: Sequence[Numbers | None], *, key: Array | None) -> Array:
+    def one(weight: Array, beside: Learned, numbers: Numbers | None, layer: int | None) -> Array:
+        return _rounded(weight, beside, numbers, key if key is None or layer is None else jax.random.fold_in(key, layer))
+
+    return _over_layers(one, params, path, numbers)
+
+
+def _over_layers(one: Callable[..., Array], params: Params, path: str, numbers: Sequence[Numbers | None]) -> Array:
+    """`one` of a weight, of what is learned beside it, of its format and of the layer: of a stack at once (None) where layers are alike."""
     weight, beside = params[path], learned_of(params, path)
-    if all(one == numbers[0] for one in numbers):
-        return _rounded(weight, beside, numbers[0], key)
-    rows = []
-    for layer, one in enumerate(numbers):
-        own_key = None if key is None else jax.random.fold_in(key, layer)
-        rows.append(_rounded(weight[layer], {name: value[layer] for name, value in beside.items()}, one, own_key))
+    if all(other == numbers[0] for other in numbers):
+        return one(weight, beside, numbers[0], None)
+    rows = [one(weight[layer], {name: value[layer] for name, value in beside.items()}, own, layer) for layer, own in enumerate(numbers)]
     return jnp.stack(rows)
 
 
@@ -136,22 +143,18 @@ def _coded(weight: Array, beside: Learned, numbers: Numbers | None) -> Encoded |
 
 def code_sums(params: Params, formats_of: Formats) -> dict[str, UInt32[Array, "..."]]:
     """`sum_of_codes` of every weight that has a format, by stack path; 0 for layers of it that have none. A pure function: jit it."""
-
-    def sums(weight: Array, beside: Learned, numbers: Numbers | None, *, axis: int) -> Array:
-        encoded = _coded(weight, beside, numbers)
-        # A layer without a format has a row for each that others have.
-        return jnp.zeros_like(jnp.take(weight, 0, axis=axis), jnp.uint32) if encoded is None else sum_of_codes(encoded, axis=axis)
-
     found: dict[str, Array] = {}
     for path, layers in formats_of.items():
-        if some := [one for one in layers if one is not None]:
-            weight, beside = params[path], learned_of(params, path)
-            if all(one == layers[0] for one in layers):  # a stack is then coded at once
-                found[path] = sums(weight, beside, layers[0], axis=some[0].axis)
-                continue
-            by_layer = [{name: value[layer] for name, value in beside.items()} for layer in range(len(layers))]
-            found[path] = jnp.stack([sums(*one, axis=some[0].axis) for one in zip(weight, by_layer, layers, strict=True)])
+        if axes := [one.axis for one in layers if one is not None]:
+            found[path] = _over_layers(functools.partial(_row_sums, axis=axes[0]), params, path, layers)
     return found
+
+
+def _row_sums(weight: Array, beside: Learned, numbers: Numbers | None, layer: int | None, *, axis: int) -> Array:
+    del layer
+    encoded = _coded(weight, beside, numbers)
+    # A layer without a format has a row for each that others have.
+    return jnp.zeros_like(jnp.take(weight, 0, axis=axis), jnp.uint32) if encoded is None else sum_of_codes(encoded, axis=axis)
 
 
 def sum_of_codes(encoded: Encoded, *, axis: int) -> UInt32[Array, "..."]:
@@ -162,15 +165,11 @@ def sum_of_codes(encoded: Encoded, *, axis: int) -> UInt32[Array, "..."]:
     """
 
     def one(encoded: Encoded) -> Array:
-        total = _weighted_sum(encoded.codes, axis, start=1) + _weighted_sum(_as_integers(encoded.scale), axis, start=100_003)
+        total = _weighted_sum(encoded.codes, axis, start=1) + _weighted_sum(as_bits(encoded.scale), axis, start=100_003)
         total = total if encoded.zero is None else total + _weighted_sum(encoded.zero, axis, start=200_003)
-        return total if encoded.tensor_scale is None else total + _as_integers(encoded.tensor_scale).astype(jnp.uint32)
+        return total if encoded.tensor_scale is None else total + as_bits(encoded.tensor_scale).astype(jnp.uint32)
 
     return by_matrix(one, encoded.codes.ndim)(jax.tree.map(jnp.asarray, encoded))
-
-
-def _as_integers(scale: Array) -> Array:
-    return jax.lax.bitcast_convert_type(jnp.asarray(scale, jnp.float32), jnp.int32)
 
 
 def _weighted_sum(numbers: Array, axis: int, *, start: int) -> Array:
