@@ -30,6 +30,19 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the field and says what to change."""
 
 
+_BEFORE = "slmjax.before"  # the key of a field's metadata
+
+
+def added_field(default: Any, *, before: Any) -> Any:
+    """Return a dataclass field that older files lack: `steps: int = added_field(100, before=50)`.
+
+    Args:
+      default: the value in a new config.
+      before: the value that a file without the field stands for: what the program did when it was written.
+    """
+    return dataclasses.field(default=default, metadata={_BEFORE: before})
+
+
 def near_names(name: str, options: Iterable[str]) -> str:
     """A hint to append to an error: "" or " Did you mean 'x' or 'y'?"."""
     near = difflib.get_close_matches(str(name), [str(option) for option in options], n=3, cutoff=0.5)
@@ -268,14 +281,16 @@ def _decode_dataclass(data: dict[str, Any], hints: list[Any], path: str) -> Any:
     cls = _chosen_class(data, hints, path)
     declared = _field_types(cls)
     given = {key: item for key, item in data.items() if key != "type"}
+    added = {field.name: field.metadata[_BEFORE] for field in dataclasses.fields(cls) if _BEFORE in field.metadata}
     for key in given:
         if key not in declared:
             raise ConfigError(f"{_join(path, key)}: {cls.__name__} has no field {key!r}.{near_names(key, declared)}")
     for field in dataclasses.fields(cls):
-        if field.init and field.name not in given:
+        if field.init and field.name not in given and field.name not in added:
             default = "" if field.default is dataclasses.MISSING else f" (the default of this version is {field.default!r})"
             raise ConfigError(f"{_join(path, field.name)}: missing; {cls.__name__} needs it{default}")
-    values = {name: _decode(given[name], hint, _join(path, name)) for name, hint in declared.items()}
+    values = {name: _decode(given[name], hint, _join(path, name)) for name, hint in declared.items() if name in given}
+    values = {**added, **values}
     try:
         return cls(**values)
     except ValueError as error:  # from __post_init__

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slmjax.config import ConfigError, dumps, fingerprint, from_json, loads, near_names, to_json
+from slmjax.config import ConfigError, added_field, dumps, fingerprint, from_json, loads, near_names, to_json
 
 
 class Norm(enum.Enum):
@@ -192,6 +192,19 @@ def test_float_given_as_int() -> None:
 def test_errors_name_the_field(path: list[Any], value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         from_json(Study, changed(path, value))
+
+
+def test_a_field_added_later_has_its_former_meaning_in_older_files() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Extended:
+        old: int = 1
+        new: Norm = added_field(Norm.POST, before=Norm.PRE)
+
+    assert Extended().new is Norm.POST
+    assert from_json(Extended, {"old": 2}) == Extended(old=2, new=Norm.PRE)
+    assert from_json(Extended, to_json(Extended())) == Extended()
+    with pytest.raises(ConfigError, match="^old: missing"):
+        from_json(Extended, {"new": "post"})
 
 
 def test_missing_fields() -> None:
