@@ -38,7 +38,8 @@ def added_field(default: Any, *, before: Any) -> Any:
 
     Args:
       default: the value in a new config.
-      before: the value that a file without the field stands for: what the program did when it was written.
+      before: the value that a file without the field stands for: what the program did when it was written. A tree with this value
+        keeps the fingerprint that it had before the field was added.
     """
     return dataclasses.field(default=default, metadata={_BEFORE: before})
 
@@ -58,7 +59,7 @@ def to_json(tree: Any) -> Any:
     Raises:
         ConfigError: a NaN, an infinity, or a value of a kind that no config holds.
     """
-    return _encode(tree, Any, "")
+    return _encode(tree, Any, "", is_short=False)
 
 
 def from_json(cls: type[T], data: Any) -> T:
@@ -87,8 +88,12 @@ def loads(cls: type[T], text: str) -> T:
 
 
 def fingerprint(tree: Any) -> str:
-    """16 hex digits of the SHA-256 of canonical JSON: equal trees agree, in any process and on any Python."""
-    canonical = json.dumps(to_json(tree), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    """16 hex digits of the SHA-256 of canonical JSON: equal trees agree, in any process and on any Python.
+
+    A field that was added later and has its former value is left out, so that a study goes on with members trained before.
+    """
+    short = _encode(tree, Any, "", is_short=True)
+    canonical = json.dumps(short, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
@@ -183,10 +188,18 @@ def _join(path: str, name: str) -> str:
 # --- Writing ---------------------------------------------------------------------------------------------------------------------
 
 
-def _encode(value: Any, hint: Any, path: str) -> Any:
+def _encode(value: Any, hint: Any, path: str, *, is_short: bool) -> Any:
+    """What JSON can hold of a value; with `is_short`, without the added fields that have their former value."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         cls = type(value)
-        fields = {name: _encode(getattr(value, name), declared, _join(path, name)) for name, declared in _field_types(cls).items()}
+        declared_types = _field_types(cls)
+        if is_short:
+            before = {field.name: field.metadata[_BEFORE] for field in dataclasses.fields(cls) if _BEFORE in field.metadata}
+            as_before = {name for name, former in before.items() if getattr(value, name) == former}
+            declared_types = {name: declared for name, declared in declared_types.items() if name not in as_before}
+        fields = {
+            name: _encode(getattr(value, name), declared, _join(path, name), is_short=is_short) for name, declared in declared_types.items()
+        }
         return {"type": cls.__name__, **fields} if _is_open(hint, cls) else fields
     if isinstance(value, enum.Enum):
         return value.value
@@ -194,10 +207,10 @@ def _encode(value: Any, hint: Any, path: str) -> Any:
         return str(value)
     if isinstance(value, tuple | list):
         declared = _element_types(hint, len(value))
-        return [_encode(item, declared[i], f"{path}[{i}]") for i, item in enumerate(value)]
+        return [_encode(item, declared[i], f"{path}[{i}]", is_short=is_short) for i, item in enumerate(value)]
     if isinstance(value, Mapping):
         declared = next((typing.get_args(member)[1] for member in _members(hint) if typing.get_origin(member) is dict), Any)
-        return {str(key): _encode(item, declared, _join(path, str(key))) for key, item in value.items()}
+        return {str(key): _encode(item, declared, _join(path, str(key)), is_short=is_short) for key, item in value.items()}
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int | float):

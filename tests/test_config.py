@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import enum
+import hashlib
 import json
 import subprocess
 import sys
@@ -205,6 +206,8 @@ def test_a_field_added_later_has_its_former_meaning_in_older_files() -> None:
     assert from_json(Extended, to_json(Extended())) == Extended()
     with pytest.raises(ConfigError, match="^old: missing"):
         from_json(Extended, {"new": "post"})
+    before = hashlib.sha256(b'{"old":2}').hexdigest()[:16]
+    assert fingerprint(Extended(old=2, new=Norm.PRE)) == before != fingerprint(Extended(old=2))
 
 
 def test_missing_fields() -> None:

@@ -16,7 +16,7 @@ from slmjax.data.batch import empty_batch
 from slmjax.experiment import Experiment
 from slmjax.layers import MlpConfig
 from slmjax.moe import MoeConfig
-from slmjax.optim import make_optimizer
+from slmjax.optim import Optimizer, make_optimizer
 from slmjax.parameters import define
 from slmjax.step import init_state, make_train_step, state_shapes
 
@@ -48,6 +48,13 @@ def test_an_experiment_survives_json(name: str) -> None:
     again = config.loads(Experiment, config.dumps(experiment))
     assert again == experiment
     assert config.fingerprint(again) == config.fingerprint(experiment)
+
+
+def test_the_config_of_an_older_version_is_read() -> None:
+    """Written before any field of these classes was added: `added_field` says what such a file stands for."""
+    experiment = config.loads(Experiment, (Path(__file__).parent / "older_experiment.json").read_text())
+    assert experiment.optim.kind is Optimizer.MUON and len(experiment.model.stack[0].pattern) == 6
+    assert config.fingerprint(experiment) == "4558d1f7c455b85a"
 
 
 @pytest.mark.parametrize("name", NAMES, ids=[Path(name).stem for name in NAMES])
