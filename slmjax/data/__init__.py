@@ -2,7 +2,8 @@
 
 documents.py: what a document is and what becomes of bad ones. sources.py, stdlib_corpus.py, dataset_sources.py: where
 text comes from. config.py: DataConfig. tokenizers.py: text to ids, with vocabulary.py (bytes of ids) and
-conventions.py (BOS, ends and chat template of a model). shards.py: ids on disk. encoding.py and preparation.py
+conventions.py (BOS, ends and chat template of a model). shards.py: ids on disk, with
+scored.py, which of them are scored. encoding.py and preparation.py
 write shards, once, and find them again by hash. packing.py and pipeline.py make `batch(step)` of them, batch.py is what
 they make, and windows.py cuts held-out text for evaluation.
 """

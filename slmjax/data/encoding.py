@@ -78,7 +78,11 @@ def write_source(
         for side, document in _encoded(source, gate=gate, tokenizer=tokenizer, data=data):
             num_bytes = len(document.text)
             writers[side].add(
-                document.tokens, num_bytes=num_bytes, prompt_length=document.prompt_length, text=document.text if side == HELDOUT else None
+                document.tokens,
+                num_bytes=num_bytes,
+                scored=document.scored,
+                scored_bytes=document.scored_bytes,
+                text=document.text if side == HELDOUT else None,
             )
             written[side] += 1
             advance(num_bytes)
@@ -107,7 +111,8 @@ def _require_both_sides(source_name: str, written: dict[str, int], data: DataCon
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _EncodedDocument:
     tokens: np.ndarray  # with BOS and EOS
-    prompt_length: int  # as in TokenShards
+    scored: np.ndarray | None  # as in ShardWriter.add
+    scored_bytes: int
     text: bytes
 
 
@@ -123,12 +128,14 @@ class _Pending:
 
     def finish(self, tokenizer: Tokenizer) -> _EncodedDocument:
         bos, eos = (np.asarray([id], np.int32) for id in (tokenizer.bos_id, tokenizer.eos_id))
-        prompt_length = 1 + sum(len(ids) for ids in self.ids[: self.num_prompt_parts]) if self.num_prompt_parts else 0
         tokens = np.concatenate([bos, *self.ids, eos])
         text = (self.document.prompt + self.document.text).encode()
         if tokenizer.token_bytes is not None:
             assert int(tokenizer.token_bytes[tokens[1:-1]].sum(dtype=np.int64)) == len(text), self.document.where
-        return _EncodedDocument(tokens=tokens, prompt_length=prompt_length, text=text)
+        scored = None
+        if self.num_prompt_parts:
+            scored = np.arange(len(tokens)) > sum(len(ids) for ids in self.ids[: self.num_prompt_parts])
+        return _EncodedDocument(tokens=tokens, scored=scored, scored_bytes=len(self.document.text.encode()), text=text)
 
 
 def _encoded(source: SourceConfig, *, gate: Gatekeeper, tokenizer: Tokenizer, data: DataConfig) -> Iterator[tuple[str, _EncodedDocument]]:

@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int32, Int64, Integer
+from jaxtyping import Bool, Int32, Int64, Integer
 
 from slmjax.data.batch import Batch
 from slmjax.data.config import Packing
+from slmjax.data.scored import ScoredText
 
 _PLAN_VERSION = 1  # part of the name of a saved plan: raise it when the same settings would give other rows
 
@@ -38,7 +39,8 @@ class TokenizedDocuments(Protocol):
 
     lengths: Int32[np.ndarray, "documents"]  # tokens with BOS and EOS
     num_bytes: Int32[np.ndarray, "documents"]  # of UTF-8 text
-    prompt_lengths: Int32[np.ndarray, "documents"]  # leading tokens that training does not score; 0 for plain text
+    num_scored: Int32[np.ndarray, "documents"]  # tokens that are scored as targets
+    scored_bytes: Int32[np.ndarray, "documents"]  # of the UTF-8 text that these stand for
 
     @property
     def hash(self) -> str:
@@ -49,6 +51,10 @@ class TokenizedDocuments(Protocol):
 
     def tokens(self, document: int, *, start: int = 0, stop: int | None = None) -> Int32[np.ndarray, "T"]:
         """The token ids from `start` to `stop`."""
+        ...
+
+    def scored(self, document: int, *, start: int = 0, stop: int | None = None) -> Bool[np.ndarray, "T"]:
+        """Whether each of the tokens `start` to `stop` is scored as a target; BOS never is."""
         ...
 
 
@@ -140,13 +146,13 @@ def write_row(
     plan: RowPlan,
     row: int,
     shards: TokenizedDocuments,
-    prompt_lengths: Int32[np.ndarray, "documents"] | None = None,
+    text: ScoredText = ScoredText.COMPLETIONS,
     token_bytes: Integer[np.ndarray, "V"] | None = None,
 ) -> None:
     """Writes row `row` of the plan into row `index` of an empty batch; the caller sets its row id.
 
-    Targets before a document's prompt length are not scored. The row's bytes are exact with `token_bytes` (UTF-8 bytes of
-    each token id); without, a document's bytes are spread evenly over its tokens, rounded so that its pieces add up to them.
+    The row's bytes are exact with `token_bytes` (UTF-8 bytes of each token id); without, the scored bytes of a document are
+    spread evenly over its scored tokens, rounded so that its pieces add up to them.
     """
     column = 0
     num_bytes = 0
@@ -159,25 +165,36 @@ def write_row(
         batch.targets[index, column : column + num_targets] = tokens[1:]
         batch.segment_ids[index, column:end] = segment
         batch.positions[index, column:end] = np.arange(length, dtype=np.int32)
-        scored = start + 1 + (plan.overlap if start else 0)
-        if prompt_lengths is not None:
-            scored = max(scored, int(prompt_lengths[document]))
-        stop = start + 1 + num_targets
-        if scored < stop:
-            batch.loss_mask[index, column + scored - start - 1 : column + num_targets] = 1
+        repeated = plan.overlap if start else 0  # leading targets that the piece before has scored
+        first, stop = start + 1 + repeated, start + 1 + num_targets
+        if first < stop:
+            scored = _scored(shards, document, start=first, stop=stop, text=text)
+            batch.loss_mask[index, column + repeated : column + num_targets] = scored
             if token_bytes is not None:
-                num_bytes += int(token_bytes[tokens[scored - start :]].sum())
+                num_bytes += int(token_bytes[tokens[1 + repeated :][scored]].sum())
             else:
-                total = int(shards.num_bytes[document])
-                num_bytes += _bytes_before(stop, num_tokens, total) - _bytes_before(scored, num_tokens, total)
+                num_bytes += _spread_bytes(shards, document, start=first, num_scored=int(scored.sum()), text=text)
         column = end
     batch.num_bytes[index] = num_bytes
 
 
-def _bytes_before(target: int, num_tokens: int, num_bytes: int) -> int:
-    """Bytes of the tokens of a document before index `target`: evenly many each, but for BOS and EOS, which have none."""
-    text_tokens = max(num_tokens - 2, 1)
-    return num_bytes * min(target - 1, text_tokens) // text_tokens
+def _scored(shards: TokenizedDocuments, document: int, *, start: int, stop: int, text: ScoredText) -> np.ndarray:
+    """Whether each of the tokens `start`, at least 1, to `stop` is scored."""
+    if text is ScoredText.ALL or shards.num_scored[document] == shards.lengths[document] - 1:
+        return np.ones(max(stop - start, 0), bool)
+    return shards.scored(document, start=start, stop=stop)
+
+
+def _spread_bytes(shards: TokenizedDocuments, document: int, *, start: int, num_scored: int, text: ScoredText) -> int:
+    """Bytes of `num_scored` scored tokens from token `start` on: evenly many each, but for EOS, which has none."""
+    num_tokens = int(shards.lengths[document])
+    is_whole = text is ScoredText.ALL or bool(shards.num_scored[document] == num_tokens - 1)
+    total = int(shards.num_bytes[document] if text is ScoredText.ALL else shards.scored_bytes[document])
+    before = start - 1 if is_whole else int(shards.scored(document, start=1, stop=start).sum())
+    num_all = num_tokens - 1 if is_whole else int(shards.num_scored[document])
+    num_ends = 1 if is_whole else int(shards.scored(document, start=num_tokens - 1)[0])
+    text_tokens = max(num_all - num_ends, 1)
+    return total * min(before + num_scored, text_tokens) // text_tokens - total * min(before, text_tokens) // text_tokens
 
 
 def _check_sequence_length(sequence_length: int) -> None:

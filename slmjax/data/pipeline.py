@@ -131,7 +131,6 @@ class BatchSource:
                 plan=self.plans[source],
                 row=row,
                 shards=shards,
-                prompt_lengths=shards.prompt_lengths,
                 token_bytes=self._token_bytes,
             )
             batch.row_ids[index] = self._first_row_id[source] + row

@@ -25,6 +25,7 @@ from slmjax.config import fingerprint, to_json
 from slmjax.data.config import DataConfig, WeightedSource
 from slmjax.data.documents import Gatekeeper, check_bad_fraction
 from slmjax.data.encoding import HELDOUT, TRAIN, divide, write_source
+from slmjax.data.scored import is_all_scored
 from slmjax.data.shards import FORMAT_VERSION, TokenShards
 from slmjax.data.sources import combined_hash
 from slmjax.data.tokenizers import Reads, Tokenizer, TokenizerConfig
@@ -89,7 +90,9 @@ def _statistics(shards: TokenShards) -> dict[str, Any]:
         "tokens": manifest.num_tokens,
         "bytes_per_token": round(manifest.num_bytes / manifest.num_tokens, 3),
         "tokens_per_document": {"shortest": int(shortest), "median": int(median), "longest": int(longest)},
-        "documents_with_prompt": int(np.count_nonzero(shards.prompt_lengths)),
+        "documents_with_prompt": int(np.count_nonzero(~is_all_scored(shards.lengths, shards.num_scored))),
+        "scored_tokens": manifest.num_scored,
+        "scored_bytes": manifest.scored_bytes,
         "directory": str(shards.directory),
     }
 

@@ -1,7 +1,8 @@
 """Token shards: one directory of documents as token ids, checksummed, readable at random by many threads.
 
     manifest.json                 ShardManifest: counts, hashes, one ShardFile per file; itself under a checksum
-    index.npz                     lengths, num_bytes, prompt_lengths: int32, one entry per document
+    index.npz                     lengths, num_bytes, scored_bytes: int32, one entry per document;
+                                  edge_documents, edges: int32, which tokens are scored (`scored.py`)
     tokens-00000.array_record     the ids, little-endian uint16 (vocabularies up to 65,536) or uint32
     text.bin                      only where the text was kept: the UTF-8 text of all documents, joined
 
@@ -22,16 +23,18 @@ from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from jaxtyping import Int32, Integer
+from jaxtyping import Bool, Int32, Integer
 
 from slmjax.config import from_json, to_json
 from slmjax.data.documents import BadCounts
+from slmjax.data.scored import ScoredTokens, edges_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RECORD_TOKENS = 16_384
 SHARD_FILE_BYTES = 256 << 20  # of raw ids in one tokens-*.array_record
 _MAX_INT32 = 2**31 - 1
 _CACHED_RECORDS = 256  # at most 16 MiB of decoded ids held by one TokenShards
+_INDEX = ("lengths", "num_bytes", "scored_bytes", "edge_documents", "edges")  # arrays of index.npz
 _WAY_OUT = "Delete the directory and run `slmjax data prepare` (or the training) again: it is written anew."
 
 
@@ -61,6 +64,8 @@ class ShardManifest:
     num_documents: int
     num_tokens: int  # with BOS and EOS
     num_bytes: int  # UTF-8 bytes of the text, prompts included
+    num_scored: int  # tokens that are scored as targets
+    scored_bytes: int  # UTF-8 bytes of the text that those stand for
     bad_documents: BadCounts  # of the whole source, the other split included
     token_files: tuple[ShardFile, ...]
     other_files: tuple[ShardFile, ...]  # index.npz, and text.bin where the text was kept
@@ -90,7 +95,7 @@ class ShardWriter:
         }
         self._vocab_size = vocab_size
         self._digest = hashlib.sha256()
-        self._index: dict[str, list[int]] = {"lengths": [], "num_bytes": [], "prompt_lengths": []}
+        self._index: dict[str, list[int]] = {name: [] for name in _INDEX}
         self._files: list[ShardFile] = []
         self._writer: Any = None
         self._text: Any = None
@@ -110,19 +115,44 @@ class ShardWriter:
         self._writer = self._text = None
 
     def add(
-        self, tokens: Integer[np.ndarray, " T"] | list[int], *, num_bytes: int, prompt_length: int = 0, text: bytes | None = None
+        self,
+        tokens: Integer[np.ndarray, " T"] | list[int],
+        *,
+        num_bytes: int,
+        scored: Bool[np.ndarray, " T"] | None = None,
+        scored_bytes: int | None = None,
+        text: bytes | None = None,
     ) -> None:
-        """Appends one document: its ids with BOS and EOS, its UTF-8 bytes, its unscored leading tokens, the text to keep."""
+        """Appends one document.
+
+        Args:
+          tokens: its ids with BOS and EOS.
+          num_bytes: UTF-8 bytes of its text.
+          scored: the tokens that are scored as targets; BOS never is, whatever is said of it. None: all of them.
+          scored_bytes: UTF-8 bytes of the text that the scored tokens stand for, needed where `scored` is given.
+          text: the text to keep, in UTF-8.
+
+        Raises:
+          ValueError: there are no ids, some are outside the vocabulary, or the document is too long.
+        """
         ids = np.asarray(tokens)
+        document = len(self._index["lengths"])
         if ids.size == 0 or ids.min() < 0 or ids.max() >= self._vocab_size:
-            raise ValueError(f"document {len(self._index['lengths'])} is empty or has ids outside 0..{self._vocab_size - 1}")
+            raise ValueError(f"document {document} is empty or has ids outside 0..{self._vocab_size - 1}")
         if max(ids.size, num_bytes) > _MAX_INT32:
             raise ValueError(f"a document of {num_bytes} bytes is too long: split it into several (files, or lines of a .jsonl)")
+        if scored is not None:
+            assert scored.shape == ids.shape and scored_bytes is not None, f"document {document}: {scored.shape} of {ids.shape}"
+            edges = edges_of(scored).tolist()
+            self._index["edges"] += edges
+            self._index["edge_documents"] += [document] * len(edges)
+        scored_bytes = num_bytes if scored_bytes is None else scored_bytes
+        assert 0 <= scored_bytes <= num_bytes, f"document {document}: {scored_bytes} scored bytes of {num_bytes}"
         stored = ids.astype(id_dtype(self._vocab_size))
         for start in range(0, stored.size, RECORD_TOKENS):
             self._write_record(stored[start : start + RECORD_TOKENS])
         self._digest.update(ids.astype("<u4").tobytes())
-        for name, value in (("lengths", ids.size), ("num_bytes", num_bytes), ("prompt_lengths", prompt_length)):
+        for name, value in (("lengths", ids.size), ("num_bytes", num_bytes), ("scored_bytes", scored_bytes)):
             self._index[name].append(value)
         if text is not None:
             if self._text is None:
@@ -140,7 +170,8 @@ class ShardWriter:
             self._text.close()
             self._text = None
             others.append(_shard_file(self._directory / "text.bin"))
-        for values in index.values():
+        scored = _scored_tokens(index)
+        for values in _hashed_index(index):
             self._digest.update(values.astype("<i4").tobytes())
         self._digest.update(f"{self._about['tokenizer_hash']} {self._vocab_size}".encode())
         manifest = ShardManifest(
@@ -150,6 +181,8 @@ class ShardWriter:
             num_documents=len(index["lengths"]),
             num_tokens=int(index["lengths"].sum(dtype=np.int64)),
             num_bytes=int(index["num_bytes"].sum(dtype=np.int64)),
+            num_scored=int(scored.counts().sum(dtype=np.int64)),
+            scored_bytes=int(index["scored_bytes"].sum(dtype=np.int64)),
             bad_documents=bad_documents or BadCounts(),
             token_files=tuple(self._files),
             other_files=tuple(others),
@@ -184,8 +217,8 @@ class ShardWriter:
 class TokenShards:
     """The documents of one shard directory, read at random; may be shared by threads and pickled.
 
-    lengths, num_bytes, prompt_lengths: int32 [documents]. Lengths count BOS and EOS. A prompt length is the number of
-    leading tokens, BOS included, that are not scored; 0 means plain text.
+    lengths, num_bytes, num_scored, scored_bytes: int32 [documents]. Lengths count BOS and EOS. `num_scored` counts the tokens
+    that are scored as targets (`scored`), and `scored_bytes` the UTF-8 bytes that these stand for; EOS stands for none.
     """
 
     def __init__(self, directory: Path, *, manifest: ShardManifest, index: dict[str, np.ndarray]) -> None:
@@ -193,7 +226,10 @@ class TokenShards:
         self.manifest = manifest
         self.lengths = index["lengths"]
         self.num_bytes = index["num_bytes"]
-        self.prompt_lengths = index["prompt_lengths"]
+        self.scored_bytes = index["scored_bytes"]
+        self._index = index
+        self._scored = _scored_tokens(index)
+        self.num_scored = self._scored.counts()
         num_records = -(-self.lengths.astype(np.int64) // manifest.record_tokens)
         self._first_record = np.concatenate([[0], np.cumsum(num_records)])
         self._first_of_file = np.concatenate([[0], np.cumsum([file.num_records for file in manifest.token_files])])
@@ -216,7 +252,7 @@ class TokenShards:
         for file in manifest.token_files:
             _check_range(file.min_id, file.max_id, manifest.vocab_size, directory / file.name)
         with np.load(directory / "index.npz", allow_pickle=False) as arrays:
-            index = {name: arrays[name] for name in ("lengths", "num_bytes", "prompt_lengths")}
+            index = {name: arrays[name] for name in _INDEX}
         shards = cls(directory, manifest=manifest, index=index)
         if shards._first_record[-1] != shards._first_of_file[-1] or len(shards) != manifest.num_documents:
             raise ValueError(f"{directory}: the index does not fit the token files. {_WAY_OUT}")
@@ -224,7 +260,7 @@ class TokenShards:
 
     @property
     def hash(self) -> str:
-        """Identifies the documents: equal for equal ids, bytes and prompts under the same tokenizer."""
+        """Identifies the documents: equal for equal ids, bytes and scored tokens under the same tokenizer."""
         return self.manifest.content_hash
 
     def __len__(self) -> int:
@@ -239,6 +275,10 @@ class TokenShards:
         first = int(self._first_record[document])
         parts = [self._record(first + k)[max(start - k * size, 0) : stop - k * size] for k in range(start // size, -(-stop // size))]
         return np.concatenate(parts or [np.zeros(0)]).astype(np.int32)
+
+    def scored(self, document: int, *, start: int = 0, stop: int | None = None) -> Bool[np.ndarray, " T"]:
+        """Whether each of the tokens `start` to `stop` of a document is scored as a target; BOS, token 0, never is."""
+        return self._scored.of(document, start=start, stop=stop)
 
     def text(self) -> bytes:
         """The UTF-8 text of all documents, joined. Raises ValueError where it was not kept (only held-out text is)."""
@@ -272,11 +312,21 @@ class TokenShards:
             return self._readers[file]
 
     def __getstate__(self) -> dict[str, Any]:
-        index = {"lengths": self.lengths, "num_bytes": self.num_bytes, "prompt_lengths": self.prompt_lengths}
-        return {"directory": self.directory, "manifest": self.manifest, "index": index}
+        return {"directory": self.directory, "manifest": self.manifest, "index": self._index}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["directory"], manifest=state["manifest"], index=state["index"])
+
+
+def _scored_tokens(index: dict[str, np.ndarray]) -> ScoredTokens:
+    return ScoredTokens(lengths=index["lengths"], documents=index["edge_documents"], edges=index["edges"])
+
+
+def _hashed_index(index: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """The arrays that the content hash is of. That of plain text is what it was in version 1, which runs have in their data.json."""
+    of_version_1 = [index["lengths"], index["num_bytes"], np.zeros_like(index["lengths"])]
+    is_plain = len(index["edges"]) == 0 and np.array_equal(index["num_bytes"], index["scored_bytes"])
+    return of_version_1 if is_plain else [*of_version_1, *(index[name] for name in ("scored_bytes", "edge_documents", "edges"))]
 
 
 _verified: dict[tuple[str, int, int], str] = {}  # (path, size, modification time) -> sha256, of this process

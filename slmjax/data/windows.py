@@ -25,6 +25,7 @@ from jaxtyping import Integer
 
 from slmjax.data.batch import Batch, checked_rows, empty_batch
 from slmjax.data.packing import RowPlan, TokenizedDocuments, best_fit_rows, write_row
+from slmjax.data.scored import ScoredText
 
 _PACKING_WINDOW = 4096  # documents that are packed into rows together
 
@@ -55,7 +56,7 @@ class EvaluationBatches:
             for index, number in enumerate(first + row for row in self.rows):
                 if number < len(rows):
                     shards, plan, row = rows[number]
-                    write_row(batch, index, plan=plan, row=row, shards=shards)
+                    write_row(batch, index, plan=plan, row=row, shards=shards, text=ScoredText.ALL)
                     batch.row_ids[index] = number
             yield batch
 

@@ -50,7 +50,7 @@ def test_best_fit_by_hand():
 
 def test_a_row_by_hand():
     plan = best_fit_rows(np.array([4, 3]), sequence_length=6, window=2)
-    batch = write_all(plan, numbered([4, 3], prompt_lengths=[2, 0]), prompt_lengths=np.array([2, 0], np.int32))
+    batch = write_all(plan, numbered([4, 3], prompt_lengths=[2, 0]))
     assert batch.tokens.tolist() == [[BOS, 1001, 1002, BOS, 2001, 0]]
     assert batch.targets.tolist() == [[1001, 1002, 1003, 2001, 2002, 0]]
     assert batch.loss_mask.tolist() == [[0, 1, 1, 1, 1, 0]]  # 1001 belongs to the prompt
@@ -141,19 +141,19 @@ def test_windows_of_documents_are_packed_apart():
 
 
 def test_bytes_are_exact_with_the_bytes_of_each_token():
-    shards = InMemoryDocuments([[BOS, 2, 3, 4, 1], [BOS, 3, 1]], num_bytes=[10, 4], prompt_lengths=[2, 0])
+    shards = InMemoryDocuments([[BOS, 2, 3, 4, 1], [BOS, 3, 1]], num_bytes=[10, 4], prompt_lengths=[2, 0], scored_bytes=[9, 4])
     token_bytes = np.array([0, 0, 1, 4, 5])
     plan = best_fit_rows(shards.lengths, sequence_length=4, window=2)
-    exact = write_all(plan, shards, token_bytes=token_bytes, prompt_lengths=shards.prompt_lengths)
+    exact = write_all(plan, shards, token_bytes=token_bytes)
     assert dict(zip(exact.tokens[:, 1].tolist(), exact.num_bytes.tolist(), strict=True)) == {2: 4 + 5, 3: 4}
-    spread = write_all(plan, shards, prompt_lengths=shards.prompt_lengths)
-    assert dict(zip(spread.tokens[:, 1].tolist(), spread.num_bytes.tolist(), strict=True)) == {2: 10 - 10 // 3, 3: 4}
+    spread = write_all(plan, shards)
+    assert dict(zip(spread.tokens[:, 1].tolist(), spread.num_bytes.tolist(), strict=True)) == {2: 9, 3: 4}
 
 
 def test_a_prompt_longer_than_a_row_leaves_a_row_without_targets():
     shards = numbered([12], prompt_lengths=[7])
     plan = best_fit_rows(shards.lengths, sequence_length=5, window=1)
-    batch = write_all(plan, shards, prompt_lengths=shards.prompt_lengths)
+    batch = write_all(plan, shards)
     assert batch.loss_mask.tolist() == [[0, 0, 0, 0, 0], [0, 1, 1, 1, 1], [1, 0, 0, 0, 0]]
     assert batch.num_bytes.tolist() == [0, 12, 0]
 

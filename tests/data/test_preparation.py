@@ -64,7 +64,7 @@ def test_every_document_is_on_one_side_byte_for_byte(data: DataConfig, tokenizer
         assert all(shards.tokens(i)[[0, -1]].tolist() == [0, 1] for i in range(len(shards)))
         assert all(not {0, 1} & set(shards.tokens(i)[1:-1].tolist()) for i in range(len(shards)))
         assert shards.num_bytes.tolist() == [len(text.encode()) for text in expected[shards is heldout]]
-        assert not shards.prompt_lengths.any()
+        assert np.array_equal(shards.num_scored, shards.lengths - 1) and np.array_equal(shards.scored_bytes, shards.num_bytes)
         assert shards.manifest.tokenizer_hash == prepared.tokenizer.hash
 
 
@@ -103,10 +103,11 @@ def test_prompts_are_marked(data: DataConfig, tmp_path: Path) -> None:
     shards = prepared.train[0][0]
     tokenizer = prepared.tokenizer
     for i in range(len(shards)):
-        tokens, prompt_length = shards.tokens(i).tolist(), int(shards.prompt_lengths[i])
+        tokens, prompt_length = shards.tokens(i).tolist(), int(np.flatnonzero(shards.scored(i))[0])
         prompt, completion = tokenizer.decode(tokens[:prompt_length]), tokenizer.decode(tokens[prompt_length:])
         assert {"q": prompt, "a": completion} in pairs
         assert shards.num_bytes[i] == len(prompt) + len(completion)
+        assert shards.scored_bytes[i] == len(completion)
     with pytest.raises(ValueError, match="cannot be cut in two: use --data.split documents"):
         prepare(dataclasses.replace(config, split=Split.TAIL), BYTES)
     with pytest.raises(ValueError, match="go together"):

@@ -26,7 +26,8 @@ def documents(lengths: tuple[int, ...] = LENGTHS, *, vocab_size: int = VOCAB) ->
 def write(directory: Path, contents: list[np.ndarray], *, vocab_size: int = VOCAB, **options: object) -> TokenShards:
     with ShardWriter(directory, tokenizer_hash="hash of the tokenizer", vocab_size=vocab_size) as writer:
         for i, tokens in enumerate(contents):
-            writer.add(tokens, num_bytes=10 * i, prompt_length=i, text=b"<%d>" % i, **options)
+            scored = np.arange(len(tokens)) >= i if i else None  # a prompt of i tokens, BOS included
+            writer.add(tokens, num_bytes=10 * i, scored=scored, scored_bytes=9 * i, text=b"<%d>" % i, **options)
         writer.close()
     return TokenShards.open(directory)
 
@@ -40,7 +41,8 @@ def test_what_was_written_is_read(written: TokenShards) -> None:
     assert len(written) == len(LENGTHS)
     assert written.lengths.tolist() == list(LENGTHS) and written.lengths.dtype == np.int32
     assert written.num_bytes.tolist() == [0, 10, 20, 30, 40]
-    assert written.prompt_lengths.tolist() == [0, 1, 2, 3, 4]
+    assert written.scored_bytes.tolist() == [0, 9, 18, 27, 36]
+    assert written.num_scored.tolist() == [length - max(i, 1) for i, length in enumerate(LENGTHS)]
     for i, tokens in enumerate(documents()):
         read = written.tokens(i)
         assert read.dtype == np.int32 and read.flags.writeable
@@ -48,6 +50,7 @@ def test_what_was_written_is_read(written: TokenShards) -> None:
     assert written.text() == b"<0><1><2><3><4>"
     manifest = written.manifest
     assert (manifest.num_documents, manifest.num_tokens, manifest.num_bytes) == (5, sum(LENGTHS), 100)
+    assert (manifest.num_scored, manifest.scored_bytes) == (sum(LENGTHS) - 1 - 1 - 2 - 3 - 4, 90)
     assert [file.num_records for file in manifest.token_files] == [1 + 1 + 1 + 2 + 4]
 
 
@@ -58,6 +61,42 @@ def test_any_window(written: TokenShards, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, LENGTHS[document]))
     stop = data.draw(st.integers(start, LENGTHS[document]))
     assert np.array_equal(written.tokens(document, start=start, stop=stop), documents()[document][start:stop])
+
+
+# By hand: plain text, a pair, a conversation of two turns, what BOS is said to be, a last token without a score, nothing scored.
+FLAGS = ["0111", "0001", "00110011", "1110", "010", "000", "01", "0"]
+
+
+def test_scored_tokens(tmp_path: Path) -> None:
+    flags = [np.array([flag == "1" for flag in text]) for text in FLAGS]
+    with ShardWriter(tmp_path, tokenizer_hash="t", vocab_size=VOCAB) as writer:
+        for scored in flags:
+            writer.add([0] * len(scored), num_bytes=10, scored=scored, scored_bytes=3)
+        writer.close()
+    shards = pickle.loads(pickle.dumps(TokenShards.open(tmp_path)))  # noqa: S301
+    for document, scored in enumerate(flags):
+        expected = [False, *scored[1:].tolist()]  # BOS never is
+        assert shards.scored(document).tolist() == expected and shards.num_scored[document] == sum(expected)
+        for start in range(len(scored)):
+            for stop in range(start, len(scored) + 1):
+                assert shards.scored(document, start=start, stop=stop).tolist() == expected[start:stop]
+    assert shards.num_scored.dtype == np.int32
+
+
+def test_scored_tokens_are_part_of_the_hash(tmp_path: Path) -> None:
+    hashes = set()
+    for name, options in {
+        "plain": {},
+        "pair": {"scored": np.array([False, False, True]), "scored_bytes": 1},
+        "other bytes": {"scored": np.array([False, False, True]), "scored_bytes": 2},
+        "all": {"scored": np.array([False, True, True]), "scored_bytes": 2},  # the same as plain text
+    }.items():
+        with ShardWriter(tmp_path / name, tokenizer_hash="t", vocab_size=VOCAB) as writer:
+            writer.add([0, 5, 1], num_bytes=2, **options)
+            hashes.add(writer.close().content_hash)
+    assert len(hashes) == 3
+    # That of plain text is that of version 1, which run directories have kept.
+    assert "a760961599edcdbb5376b07152e465465e41c345fa5414adfc8a93225a64329c" in hashes
 
 
 @pytest.mark.parametrize(("vocab_size", "num_bytes"), [(65_536, 2), (65_537, 4)])

@@ -1,0 +1,65 @@
+"""Which tokens of a document are scored: stored as the places where that changes.
+
+Token i is scored as a target, that is, where the model predicts it. BOS, token 0, is never predicted. In plain text every
+other token is scored, EOS included; in a pair of prompt and completion only the completion and EOS are.
+
+The edges of a document are the indices i >= 1 at which `scored[i] != scored[i - 1]`, where token 0 stands for "scored". So
+plain text has no edge, and a pair whose prompt takes the tokens 0 to p - 1 has the edges 1 and p.
+
+Legend: D documents, E edges of all documents, T tokens of a document.
+"""
+
+import dataclasses
+import enum
+
+import numpy as np
+from jaxtyping import Bool, Int32, Int64, Integer
+
+
+class ScoredText(enum.Enum):
+    """The text that is scored."""
+
+    COMPLETIONS = "completions"  # what follows a prompt; of documents without a prompt all of it
+    ALL = "all"  # prompts too
+
+
+def edges_of(scored: Bool[np.ndarray, " T"]) -> Int32[np.ndarray, " edges"]:
+    """The edges of one document; what is said of token 0 does not matter."""
+    flags = np.concatenate([[True], scored[1:]])
+    return (np.flatnonzero(flags[1:] != flags[:-1]) + 1).astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ScoredTokens:
+    """The edges of all documents of a shard directory, in document order."""
+
+    lengths: Int32[np.ndarray, " D"]  # tokens of each document, BOS and EOS included
+    documents: Int32[np.ndarray, " E"]  # the document of each edge, ascending
+    edges: Int32[np.ndarray, " E"]  # ascending within a document
+
+    def of(self, document: int, *, start: int = 0, stop: int | None = None) -> Bool[np.ndarray, " T"]:
+        """One flag for each of the tokens `start` to `stop`."""
+        stop = int(self.lengths[document]) if stop is None else stop
+        first, last = np.searchsorted(self.documents, [document, document + 1])
+        edges = self.edges[first:last]
+        if len(edges):
+            flags = np.searchsorted(edges, np.arange(start, stop), side="right") % 2 == 0
+        else:
+            flags = np.ones(stop - start, bool)
+        if start == 0:
+            flags[:1] = False
+        return flags
+
+    def counts(self) -> Int32[np.ndarray, " D"]:
+        """The number of scored tokens of each document."""
+        place = np.arange(len(self.edges)) - np.searchsorted(self.documents, self.documents)
+        # From each edge on to the end, tokens are taken away (even places) or added again (odd places).
+        after: Int64[np.ndarray, " E"] = self.lengths[self.documents].astype(np.int64) - self.edges
+        changes = np.zeros(len(self.lengths), np.int64)
+        np.add.at(changes, self.documents, np.where(place % 2 == 0, -after, after))
+        return (np.maximum(self.lengths.astype(np.int64) - 1, 0) + changes).astype(np.int32)
+
+
+def is_all_scored(lengths: Integer[np.ndarray, " D"], num_scored: Integer[np.ndarray, " D"]) -> Bool[np.ndarray, " D"]:
+    """Whether each document is plain text: every token but BOS is scored."""
+    return num_scored >= lengths - 1
