@@ -16,7 +16,7 @@ import functools
 import hashlib
 import heapq
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from slmjax.data import conventions
 from slmjax.data.conventions import BOS, EOS
+from slmjax.data.plain_text import plain_text_backend, unknown_token
 from slmjax.data.vocabulary import NUM_BYTES, byte_characters, exact_pieces, is_character_vocabulary
 
 _NUM_SPECIAL = 2
@@ -62,7 +63,7 @@ class Tokenizer:
     ) -> None:  # fmt: skip
         backend.no_truncation()  # a tokenizer.json may ask for either, and would cut documents short
         backend.no_padding()
-        backend.encode_special_tokens = True  # special tokens inside a text are text
+        backend.encode_special_tokens = True  # special tokens inside a text are text, see also _plain
         vocabulary = backend.get_vocab(with_added_tokens=True)
         if absent := [name for name in (bos, eos, *ends, unk, pad) if name is not None and name not in vocabulary]:
             raise ValueError(f"the vocabulary has no token {', '.join(map(repr, absent))}: add it first, with add_tokens")
@@ -77,25 +78,48 @@ class Tokenizer:
         self.end_ids = (self.eos_id, *(vocabulary[name] for name in self.ends))  # each ends a text or a turn
         added = backend.get_added_tokens_decoder()
         self.special_ids = {token.content: id for id, token in added.items() if token.special}
-        self._added = [token.content for token in added.values() if not token.special]  # recognised in any text
         # The hash is of what makes ids of a text: the post-processor only puts tokens around them.
         specification = {**json.loads(backend.to_str()), "post_processor": None}
+        reserved = self._reserved(vocabulary, unknown=unknown_token(specification))
+        self._added = [token.content for token in added.values() if not token.special and token.content not in reserved]
+        self._plain = plain_text_backend(specification, reserved=reserved)  # encodes documents; None: the backend itself does
+        self._reserved_ids = frozenset(reserved.values())
         canonical = json.dumps([specification, bos, eos], sort_keys=True, separators=(",", ":"))
         self.hash = hashlib.sha256(canonical.encode()).hexdigest()
-        self._alphabet = frozenset(specification["model"]["vocab"]) if is_character_vocabulary(specification) else None
+        is_of_characters = is_character_vocabulary(specification)
+        spelled = reserved if self._plain is not None else ()  # no text may hold these
+        self._alphabet = frozenset(set(specification["model"]["vocab"]) - set(spelled)) if is_of_characters else None
         self._pieces = exact_pieces(specification, vocabulary, self.vocab_size)
         sizes = None if self._pieces is None else [len(piece) for piece in self._pieces]
         self.token_bytes: Int32[np.ndarray, " V"] | None = None if sizes is None else np.asarray(sizes, np.int32)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, without BOS or EOS. Raises ValueError for text the vocabulary cannot express."""
+        """Ids of the text, without BOS or EOS and never with the id of a special token, whatever the text spells.
+
+        Raises ValueError for text the vocabulary cannot express.
+        """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, by several threads."""
+        """Ids of each text as `encode`, by several threads."""
         for text in texts:
             self._check(text, recognised=self._added)
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        try:
+            encodings = (self._plain or self._backend).encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(
+                f"the vocabulary cannot express the text, and has no token for what is unknown ({error}): take a tokenizer that falls back "
+                "on bytes, or one that has such a token"
+            ) from error
+        encoded = [encoding.ids for encoding in encodings]
+        for text, ids in zip(texts, encoded, strict=True):
+            if self._plain is not None and not self._reserved_ids.isdisjoint(ids):
+                name = self.name_of(next(id for id in ids if id in self._reserved_ids))
+                raise ValueError(
+                    f"the vocabulary has {name!r} for text that it cannot express, and that token begins or ends documents: name another "
+                    f"BOS or EOS, or take a tokenizer that falls back on bytes. The text: {text[:80]!r}"
+                )
+        return encoded
 
     def encode_with_special(self, text: str) -> list[int]:
         """Ids of a text in which the names of special tokens stand for them: what a chat template made."""
@@ -219,6 +243,12 @@ class Tokenizer:
             backend, bos=named_bos, eos=named_eos, adds_bos=adds_bos, has_bos=found.has_bos or bos is not None, unk=unk, pad=pad,
             ends=tuple(name for name in found.ends if name in vocabulary) if ends is None else ends, chat_template=found.chat_template,
         )  # fmt: skip
+
+    def _reserved(self, vocabulary: Mapping[str, int], *, unknown: str | None) -> dict[str, int]:
+        """Tokens that no text may produce, by name: special ones, BOS, EOS, padding, and added tokens that end a turn."""
+        ends = set(self.ends) & {token.content for token in self._backend.get_added_tokens_decoder().values()}
+        names = {*self.special_ids, *ends, *filter(None, [self.pad])} - {unknown} | {self.bos, self.eos}
+        return {name: vocabulary[name] for name in names}
 
     @functools.cached_property
     def _recognising(self) -> tokenizers.Tokenizer:
