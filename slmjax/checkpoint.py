@@ -26,7 +26,8 @@ from jax.experimental import multihost_utils
 from slmjax import parameters
 from slmjax.architecture import ModelConfig
 from slmjax.data.shards import file_sha256
-from slmjax.runlog import write_json
+from slmjax.runlog import read_log, write_json
+from slmjax.selection import best_of, is_better
 
 log = logging.getLogger(__name__)
 MANIFEST = "MANIFEST.json"
@@ -99,16 +100,36 @@ class Checkpointer:
             self._note_best(step, loss)
 
     def _note_best(self, step: int, loss: float) -> None:
-        write_json(self.directory / "best.json", {"step": step, "loss": loss})
+        if is_better(loss, None):
+            write_json(self.directory / "best.json", {"step": step, "loss": loss})
 
     def best(self) -> tuple[int, float] | None:
-        """Step and validation loss of the best checkpoint; None if there is none (any more)."""
+        """Step and validation loss of the best checkpoint; None if there is none (any more), or its loss is not finite."""
         path = self.directory / "best.json"
         if not path.exists():
             return None
         best = json.loads(path.read_text())
         # A run killed during that save, or one whose checkpoint was set aside, has to find its best anew.
-        return (int(best["step"]), float(best["loss"])) if best["step"] in self.steps() else None
+        has_one = best["step"] in self.steps() and is_better(float(best["loss"]), None)
+        return (int(best["step"]), float(best["loss"])) if has_one else None
+
+    def repair_best(self, log_path: Path) -> None:
+        """Take the place of a best checkpoint whose loss is not finite: the best of those that the run's log has a finite loss of.
+
+        Earlier versions noted a loss of NaN as the best, and no later one was lower.
+        """
+        path = self.directory / "best.json"
+        if jax.process_index() != 0 or not path.exists() or is_better(float(json.loads(path.read_text())["loss"]), None):
+            return
+        losses = {}
+        for record in read_log(log_path, kind="eval") if log_path.exists() else []:
+            if record["step"] in self.steps() and not record.get("complete"):
+                losses[record["step"]] = float(record["loss"])
+        path.unlink()
+        if (step := best_of(losses)) is not None:
+            self._note_best(step, losses[step])
+        found = "no checkpoint with a finite loss is left" if step is None else f"of those left, checkpoint {step} is the best"
+        log.warning("the best checkpoint in %s was noted with a loss that is not finite: %s", self.directory, found)
 
     def steps(self) -> list[int]:
         """Steps that have a committed checkpoint, oldest first."""

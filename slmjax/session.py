@@ -283,6 +283,7 @@ def restored_state(setup: Setup, checkpointer: Checkpointer) -> TrainState:
     if not checkpointer.steps() and not any(checkpointer.directory.glob("*.bad*")):
         log.warning("%s has no checkpoint yet: beginning at step 0", checkpointer.directory)
         return fresh_state(setup)
+    checkpointer.repair_best(RunDirectory(checkpointer.directory.parent).log_path)
     return TrainState.from_items(checkpointer.restore(setup.shapes.items())[1])
 
 

@@ -37,6 +37,7 @@ from slmjax.profiling import Profile
 from slmjax.progress import LogRecords, Progress
 from slmjax.report import write_report
 from slmjax.runlog import Category, Ledger, Log, RunDirectory, commit
+from slmjax.selection import is_better
 from slmjax.session import (
     Setup,
     fresh_state,
@@ -333,9 +334,15 @@ class Loop:
         self.last = {"measured_on": PART, "loss": found.loss, "bits_per_byte": found.bits_per_byte}
         self.record("eval", documents=found.documents, **found.figures())
         self.progress.print(f"step {self.step}: held-out {found.text()}")
-        if self.best is None or found.loss < self.best[1]:
-            self.best = (self.step, found.loss)
+        if self.is_best(found.loss):
             self.save(state, best_loss=found.loss)
+
+    def is_best(self, loss: float) -> bool:
+        """Whether the held-out loss of this step is the lowest so far, as which it is then noted."""
+        if not is_better(loss, None if self.best is None else self.best[1]):
+            return False
+        self.best = (self.step, loss)
+        return True
 
 
 # Before and after the loop --------------------------------------------------------------------------------------------
@@ -354,11 +361,10 @@ def _finish(loop: Loop, state: TrainState, status: str, signals: StopSignals) ->
         if status != "interrupted" and not signals.received:
             found = loop.evaluate(state, None)
         if found is not None and not signals.received:
-            compressors = _compressed(setup)
+            compressors = compressed_bits_per_byte(setup.prepared.heldout_text()) if jax.process_index() == 0 else {}
             samples = loop.sample(state)
-        if found is not None and found.documents == loop.num_documents and (loop.best is None or found.loss < loop.best[1]):
-            loop.best = (loop.step, found.loss)
-            loop.checkpointer.mark_best(*loop.best)
+        if found is not None and found.documents == loop.num_documents and loop.is_best(found.loss):
+            loop.checkpointer.mark_best(loop.step, found.loss)
     if signals.received and status == "finished":
         status = "interrupted"
     seconds = loop.ledger.seconds()
@@ -388,11 +394,3 @@ def _write_page(run: RunDirectory) -> None:
         write_report(run.path)
     except Exception as error:
         log.info("no report.html: %s", error)
-
-
-COMPRESSED_BYTES = 16 * 10**6  # xz is slow
-
-
-def _compressed(setup: Setup) -> dict[str, float]:
-    """What compressors make of the held-out text; one process is enough for it."""
-    return compressed_bits_per_byte(setup.prepared.heldout_text()[:COMPRESSED_BYTES]) if jax.process_index() == 0 else {}
