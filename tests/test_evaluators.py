@@ -116,8 +116,8 @@ def test_one_question_has_no_error_bar_and_a_long_prompt_is_counted(loaded: Load
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("{", "line 2 is not JSON"),
-        ("[1]", "line 2 is list"),
+        ("{", "line 2: not JSON"),
+        ("[1]", "line 2: a JSON list"),
         ('{"text": "a"}', 'line 2 has no text in "prompt"'),
         ('{"prompt": "a", "choices": ["b"], "answer": 0}', "two or more texts"),
         ('{"prompt": "a", "choices": ["b", ""], "answer": 0}', "not empty"),

@@ -5,7 +5,7 @@ import dataclasses
 import enum
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,8 +54,10 @@ def generate_command(words: Sequence[str]) -> int:
             tuple[str, ...], *by_place("[PROMPT ...]")
         ] = ()  # texts to continue; "-" reads them from standard input, line by line
         prompt: tuple[str, ...] = ()  # texts to continue, as an option
-        file: str | None = None  # file of prompts: one on each line, or JSONL with a field "prompt" (and "seed", where it has its own)
-        chat: bool = False  # each prompt is a user's message, put as the model's chat template says; JSONL may have "messages" instead
+        file: str | None = (
+            None  # file of prompts: one on each line, or records (JSONL, JSON, CSV, ...) with "prompt", and "seed" if it has its own
+        )
+        chat: bool = False  # each prompt is a user's message, put as the model's chat template says; records may have "messages" instead
         system: str | None = None  # with --chat: the system message before each
         output: str | None = None  # file to write to (none: standard output)
         format: Format = Format.TEXT  # how continuations are written
@@ -93,16 +95,14 @@ def _requests(prompts: Sequence[str], given: Any) -> list[Request]:
     """The prompts of the command line, of standard input where one of them is "-", and of a file; one empty prompt if there are none."""
     found: list[Request] = []
     for prompt in prompts:
-        found += _parsed(sys.stdin.read(), "standard input", is_jsonl=False) if prompt == "-" else [Request(prompt)]
+        found += _lines(sys.stdin.read(), "standard input") if prompt == "-" else [Request(prompt)]
     if given.file is not None:
         path = Path(given.file)
         if not path.is_file():
-            raise ValueError(f"there is no file of prompts {path}: --file takes one prompt on each line, or JSONL")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is no UTF-8 text ({error}): convert it first") from error
-        found += _parsed(text, given.file, is_jsonl=path.suffix == ".jsonl")
+            raise ValueError(
+                f"there is no file of prompts {path}: --file takes one prompt on each line, or records (JSONL, JSON, CSV, ...)"
+            )
+        found += _in_file(path)
     if given.chat and not found:
         raise ValueError("--chat needs a message: slmjax generate RUN_DIR --chat --prompt 'Hello'")
     if not given.chat and given.system is not None:
@@ -122,20 +122,36 @@ def _rendered(loaded: Any, request: Request, system: str | None) -> Request:
     return dataclasses.replace(request, tokens=tuple(encode_chat(loaded.tokenizer, messages)))
 
 
-def _parsed(text: str, where: str, *, is_jsonl: bool) -> list[Request]:
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+def _in_file(path: Path) -> list[Request]:
+    """The prompts of a file: of its records, or one on each line of text."""
+    from slmjax.data.files import file_kind, read_bytes
+    from slmjax.data.records import read_objects
+
+    kind = file_kind(path)
+    if kind.has_records:
+        requests = [_record(record.values or {}, record.where) for record in read_objects(path)]
+        if not requests:
+            raise ValueError(f'{path} holds no prompt: write records with a field "prompt"')
+        return requests
+    if kind.binary:
+        raise ValueError(f"{path} is no UTF-8 text: it is {kind.binary}")
+    try:
+        return _lines(read_bytes(path, kind).decode("utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}): convert it first") from error
+
+
+def _lines(text: str, where: str) -> list[Request]:
+    lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"{where} holds no prompt: write one on each line")
-    return [_record(line, f"{where}, line {number}") if is_jsonl else Request(line.removesuffix("\r")) for number, line in lines]
+    return [Request(line.removesuffix("\r")) for line in lines]
 
 
-def _record(line: str, where: str) -> Request:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is not JSON ({error})") from error
-    record = record if isinstance(record, dict) else {}
+def _record(record: Mapping[str, Any], where: str) -> Request:
     prompt, messages, seed = record.get("prompt"), record.get("messages"), record.get("seed")
+    if isinstance(seed, str) and seed.isdecimal():  # of CSV
+        seed = int(seed)
     if messages is not None:
         _check_messages(messages, where)
         prompt = None

@@ -56,7 +56,7 @@ class DataConfig:
 
     sources: tuple[WeightedSource, ...] = (WeightedSource(source=StdlibSource()),)  # the mixture
     path: str | None = None  # local text (a file, a directory or a glob): replaces the sources
-    text_field: str = "text"  # with path: the field of a JSONL or Parquet record that holds the text
+    text_field: str = "text"  # with path: the field of a record that holds the text
     prompt_field: str | None = None  # with path: the field of a prompt, which is not trained on; goes with completion_field
     completion_field: str | None = None  # with path: the field that is trained on after prompt_field
     split: Split = Split.DOCUMENTS  # hold out whole documents, or the tail of each

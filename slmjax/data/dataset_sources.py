@@ -9,7 +9,8 @@ from typing import Any
 
 from slmjax.config import near_names
 from slmjax.data.documents import Document
-from slmjax.data.sources import SourceConfig, combined_hash, file_fingerprint, record_document, require_fields
+from slmjax.data.records import require_fields
+from slmjax.data.sources import SourceConfig, combined_hash, file_fingerprint, record_document
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,8 @@ import dataclasses
 import enum
 import re
 
+from slmjax.config import added_field
+
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -26,6 +28,7 @@ class Problem(enum.Enum):
     EMPTY = "empty"
     MISSING_FIELD = "missing_field"
     BROKEN_RECORD = "broken_record"
+    BINARY = "binary"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,12 +55,13 @@ class BadCounts:
     invalid_utf8: int = 0  # bytes that are not UTF-8, or unpaired surrogates
     empty: int = 0  # no text at all
     missing_field: int = 0  # a record without the field, or with something that is not text in it
-    broken_record: int = 0  # a line that is no JSON object
+    broken_record: int = 0  # a line that is no JSON object, a row of a table with other fields than the first
+    binary: int = added_field(0, before=0)  # a file that is not text
     replaced: int = 0  # those of the bad ones that were mended with U+FFFD and used
 
     @property
     def bad(self) -> int:
-        return self.invalid_utf8 + self.empty + self.missing_field + self.broken_record
+        return self.invalid_utf8 + self.empty + self.missing_field + self.broken_record + self.binary
 
     def describe(self) -> str:
         """One clause for the log, e.g. "3 of 100 documents are bad (2 empty, 1 invalid_utf8; 1 mended, 2 skipped)"."""

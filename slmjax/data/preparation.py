@@ -27,7 +27,7 @@ from slmjax.data.documents import Gatekeeper, check_bad_fraction
 from slmjax.data.encoding import HELDOUT, TRAIN, divide, write_source
 from slmjax.data.scored import is_all_scored
 from slmjax.data.shards import FORMAT_VERSION, TokenShards
-from slmjax.data.sources import combined_hash
+from slmjax.data.sources import changed_fields, combined_hash
 from slmjax.data.tokenizers import Reads, Tokenizer, TokenizerConfig
 
 Log = Callable[[str], None]
@@ -50,6 +50,10 @@ class Prepared:
 
 def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, log: Log = print) -> Prepared:
     """Opens the prepared data of this mixture, preparing what is missing. Raises ValueError for unusable sources or data."""
+    if data.path is None and (fields := changed_fields(data)):
+        raise ValueError(
+            f"data.{fields[0]}={getattr(data, fields[0])!r} does nothing without data.path: leave it out, or set {fields[0]} of the source"
+        )
     hashes = [weighted.source.fingerprint() for weighted in data.mixture]
     with _progress() as bar:
         built = _tokenizer(data, tokenizer, hashes=hashes, bar=bar, log=log)

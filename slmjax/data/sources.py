@@ -3,8 +3,9 @@
 A source is a frozen dataclass whose `documents()` yields every document in a fixed order, as found: what becomes of
 the bad ones is decided elsewhere (documents.py). `fingerprint()` changes whenever what would be read changes.
 
-Local text: a `.jsonl`/`.ndjson` or `.parquet` file is one document per record, any other file is one document; a
-directory is all the files below it (hidden ones apart), sorted; a glob is what it matches, sorted.
+Local text: a file of records (JSON lines, JSON, CSV, TSV, Parquet: `files.py`, `records.py`) is one document per record,
+any other text file is one document; both may be compressed. A directory is all the files below it (hidden ones apart),
+sorted; a glob is what it matches, sorted.
 """
 
 import abc
@@ -12,15 +13,18 @@ import dataclasses
 import glob
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from slmjax.config import near_names
 from slmjax.data.documents import Document, Problem
+from slmjax.data.files import READABLE, FileKind, decode, file_kind, read_bytes
+from slmjax.data.records import read_records
 
 _HASHED_WHOLE = 64 << 20  # larger files are fingerprinted by size, modification time and their two ends
 _ENDS = 1 << 20
+_READING = "text, version 2"  # part of the fingerprint: raise it when the same files are read as other documents
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,10 +50,10 @@ class SourceConfig(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextSource(SourceConfig):
-    """Local files: text, JSON lines, Parquet, a directory, a glob."""
+    """Local files: text, records (JSON lines, JSON, CSV, TSV, Parquet), a directory, a glob."""
 
     path: str  # a file, a directory (read recursively) or a glob
-    text_field: str = "text"  # the field of a JSONL or Parquet record that holds the text
+    text_field: str = "text"  # the field of a record that holds the text
     prompt_field: str | None = None  # with completion_field: records are pairs, and the prompt is not trained on
     completion_field: str | None = None  # the field that is trained on after prompt_field
 
@@ -58,23 +62,32 @@ class TextSource(SourceConfig):
             raise ValueError("prompt_field and completion_field go together: give both, or neither and text_field")
 
     def documents(self) -> Iterator[Document]:
-        for name, path in self._files():
-            if path.suffix in (".jsonl", ".ndjson"):
-                yield from self._json_lines(name, path)
-            elif path.suffix == ".parquet":
-                yield from self._parquet(name, path)
+        kinds = [(name, path, file_kind(path)) for name, path in self._files()]
+        if (fields := changed_fields(self)) and not any(kind.has_records for _, _, kind in kinds):
+            raise ValueError(
+                f"{self.path} has no file of records, so that {fields[0]}={getattr(self, fields[0])!r} does nothing: leave"
+                f" {' and '.join(fields)} out to train on whole files, or give records. {READABLE}"
+            )
+        for name, path, kind in kinds:
+            if kind.binary:
+                yield Document(id=name, where=str(path), problem=Problem.BINARY, detail=f"the file is {kind.binary}")
+            elif kind.has_records:
+                yield from self._records(name, path, kind)
             else:
-                yield Document(id=name, where=str(path), text=decode(path.read_bytes()))
+                yield Document(id=name, where=str(path), text=decode(read_bytes(path, kind)))
 
     def fingerprint(self) -> str:
         fields = (self.text_field, self.prompt_field, self.completion_field)
-        return combined_hash("text", *map(str, fields), *(f"{name} {file_fingerprint(path)}" for name, path in self._files()))
+        return combined_hash(_READING, *map(str, fields), *(f"{name} {file_fingerprint(path)}" for name, path in self._files()))
 
     def describe(self) -> str:
         return self.path
 
     def size_hint(self) -> int | None:
-        return sum(path.stat().st_size for _, path in self._files())
+        kinds = [(path, file_kind(path)) for _, path in self._files()]
+        if any(kind.compression is not None for _, kind in kinds):
+            return None
+        return sum(path.stat().st_size for path, _ in kinds)
 
     def _files(self) -> list[tuple[str, Path]]:
         return find_files(self.path)
@@ -84,41 +97,20 @@ class TextSource(SourceConfig):
             return (self.text_field,)
         return (self.completion_field, self.prompt_field)
 
-    def _json_lines(self, name: str, path: Path) -> Iterator[Document]:
-        with path.open("rb") as stream:
-            for number, raw in enumerate(stream, start=1):
-                line = decode(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw)
-                if line.isspace():
-                    continue
-                id, where = f"{name}:{number}", f"{path}, line {number}"
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    yield Document(id=id, where=where, problem=Problem.BROKEN_RECORD, detail=f"broken JSON ({error})")
-                    continue
-                if isinstance(record, dict):
-                    yield record_document(record, self._fields(), id=id, where=where)
-                else:
-                    yield Document(id=id, where=where, problem=Problem.BROKEN_RECORD, detail="the line is no JSON object")
+    def _records(self, name: str, path: Path, kind: FileKind) -> Iterator[Document]:
+        fields = self._fields()
+        for record in read_records(path, kind, fields=fields):
+            id = f"{name}:{record.key}"
+            if record.values is None:
+                yield Document(id=id, where=record.where, problem=Problem.BROKEN_RECORD, detail=record.detail)
+            else:
+                yield record_document(record.values, fields, id=id, where=record.where)
 
-    def _parquet(self, name: str, path: Path) -> Iterator[Document]:
-        try:
-            import pyarrow.parquet as parquet
-        except ImportError as error:
-            raise ValueError(f"{path}: reading Parquet needs pyarrow: pip install 'slmjax[parquet]'") from error
-        try:
-            file = parquet.ParquetFile(path)
-        except ValueError as error:  # pyarrow.ArrowInvalid
-            raise ValueError(f"{path} is no readable Parquet file ({error}): replace it, or leave it out with a glob") from error
-        with file:
-            require_fields(self._fields(), file.schema_arrow.names, where=str(path))
-            row = 0
-            for batch in file.iter_batches(batch_size=256, columns=list(self._fields())):
-                columns = [_bytes_of_column(batch.column(field)) for field in self._fields()]
-                for values in zip(*columns, strict=True):
-                    record = dict(zip(self._fields(), values, strict=True))
-                    yield record_document(record, self._fields(), id=f"{name}:{row}", where=f"{path}, row {row}")
-                    row += 1
+
+def changed_fields(config: Any) -> list[str]:
+    """The options of a dataclass that name fields of records and are not at their default."""
+    fields = [field for field in dataclasses.fields(config) if field.name.endswith("_field")]
+    return [field.name for field in fields if getattr(config, field.name) != field.default]
 
 
 def find_files(path: str) -> list[tuple[str, Path]]:
@@ -133,7 +125,7 @@ def find_files(path: str) -> list[tuple[str, Path]]:
         below = [found.relative_to(root) for found in root.rglob("*") if found.is_file()]
         names = sorted(name.as_posix() for name in below if not any(part.startswith(".") for part in name.parts))
         if not names:
-            raise ValueError(f"{path} holds no files: put text, .jsonl or .parquet files there, or name another directory")
+            raise ValueError(f"{path} holds no files: put text or files of records there, or name another directory")
         return [(name, root / name) for name in names]
     if glob.has_magic(path):
         found = sorted(match for match in glob.glob(str(root), recursive=True) if Path(match).is_file())
@@ -159,19 +151,6 @@ def record_document(record: Mapping[str, Any], fields: tuple[str, ...], *, id: s
     return Document(id=id, where=where, text=values[0], prompt=values[1] if len(values) > 1 else "")
 
 
-def require_fields(fields: Iterable[str], known: Iterable[str], *, where: str) -> None:
-    """Raises ValueError when a field is none of the known ones of a dataset or file."""
-    known = list(known)
-    for field in fields:
-        if field not in known:
-            raise ValueError(f"{where} has no field {field!r}, but {', '.join(map(repr, known))}.{near_names(field, known)}")
-
-
-def decode(raw: bytes) -> str:
-    """UTF-8, in which each invalid byte becomes a lone surrogate that the policy will find."""
-    return raw.decode("utf-8", "surrogateescape")
-
-
 def combined_hash(*parts: str) -> str:
     """One hex digest of a list of strings."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -187,14 +166,3 @@ def file_fingerprint(path: Path) -> str:
         stream.seek(-_ENDS, 2)
         digest.update(stream.read())
     return f"{status.st_size} {status.st_mtime_ns} {digest.hexdigest()}"
-
-
-def _bytes_of_column(column: Any) -> list[Any]:
-    """Values of an Arrow column, text as bytes: Arrow does not check that it is UTF-8, the policy will."""
-    import pyarrow
-
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-        column = column.cast(pyarrow.large_binary())
-    return column.to_pylist()

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from slmjax.data.documents import Document
-from slmjax.data.sources import SourceConfig, combined_hash, decode, file_fingerprint
+from slmjax.data.files import decode
+from slmjax.data.sources import SourceConfig, combined_hash, file_fingerprint
 
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload", "encodings"}
 _TOPICS = "pydoc_data/topics.py"

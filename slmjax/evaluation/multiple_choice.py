@@ -1,4 +1,4 @@
-"""Multiple choice by likelihood, on a local JSONL file.
+"""Multiple choice by likelihood, on a local file of records: JSONL, or another layout of `data/records.py`.
 
     {"prompt": "The capital of France is", "choices": ["Rome", "Paris"], "answer": 1}
 
@@ -9,26 +9,27 @@ counts characters.
 """
 
 import dataclasses
-import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from slmjax.data.records import read_objects
 from slmjax.evaluation.likelihood import DEFAULT_BATCH_SIZE, Pair, log_likelihoods, pair_tokens
 from slmjax.loading import Loaded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """One line of the file."""
+    """One record of the file."""
 
     prompt: str
     choices: tuple[str, ...]
     answer: int  # index of the right choice
-    line: int  # of the file
+    where: str  # file and line, for messages
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ def answer_questions(loaded: Loaded, path: str | Path, *, batch_size: int = DEFA
     """Answers the questions of a file.
 
     Raises:
-      ValueError: the file is not there, a line of it is no question, or a choice is longer than the context; file and line are named.
+      ValueError: the file is not there, a record of it is no question, or a choice is longer than the context; file and line are named.
     """
     started = time.monotonic()
     questions = read_questions(Path(path))
@@ -59,7 +60,7 @@ def answer_questions(loaded: Loaded, path: str | Path, *, batch_size: int = DEFA
         try:
             pairs += [_pair(loaded, one.prompt, choice) for choice in one.choices]
         except ValueError as error:
-            raise ValueError(f"{path}, line {one.line}: {error}") from error
+            raise ValueError(f"{one.where}: {error}") from error
     scores = iter(log_likelihoods(loaded, pairs, batch_size=batch_size))
     right, right_per_byte, truncated = [], [], 0
     for one in questions:
@@ -93,30 +94,20 @@ def read_questions(path: Path) -> list[Question]:
     """The questions of a file. Raises ValueError as `answer_questions` does."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}: multiple choice reads JSONL with prompt, choices and answer on each line")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # no other character ends a line of JSONL
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text ({error}): convert it first") from error
-    questions = [_question(line, f"{path}, line {number}", number) for number, line in enumerate(lines, start=1) if line.strip()]
+    questions = [_question(record.values or {}, record.where) for record in read_objects(path)]
     if not questions:
-        raise ValueError(f"{path} holds no question: write one on each line")
+        raise ValueError(f"{path} holds no question: write one on each line, or one in each record")
     return questions
 
 
-def _question(line: str, where: str, number: int) -> Question:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is {type(record).__name__}, and must be an object with prompt, choices and answer")
+def _question(record: Mapping[str, Any], where: str) -> Question:
     prompt = record.get("prompt", record.get("question"))
     if not isinstance(prompt, str):
         raise ValueError(f'{where} has no text in "prompt" (or "question"); it has {", ".join(record) or "nothing"}')
     choices = record.get("choices")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) and choice for choice in choices):
         raise ValueError(f'{where}: "choices" must be a list of two or more texts that are not empty, got {choices!r}')
-    return Question(prompt=prompt, choices=tuple(choices), answer=_answer(record.get("answer"), choices, where), line=number)
+    return Question(prompt=prompt, choices=tuple(choices), answer=_answer(record.get("answer"), choices, where), where=where)
 
 
 def _answer(given: Any, choices: list[str], where: str) -> int:

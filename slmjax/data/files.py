@@ -1,0 +1,191 @@
+"""Tell what a local file is, by its suffix (in any case) and its first bytes, and open it, decompressed.
+
+    kind = file_kind(path)      # FileKind(layout=CSV, compression=GZIP); refuses archives and the like
+    with open_bytes(path, kind) as stream: ...
+    read_bytes(path, kind)      # of a file that is text
+
+By suffix: .jsonl and .ndjson are JSON lines, then .json, .csv, .tsv, .parquet; any other name is text. Behind these
+.gz, .bz2, .xz and .zst; compressed content and Parquet are recognised under any name.
+"""
+
+import bz2
+import contextlib
+import dataclasses
+import enum
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+_HEAD = 8192  # bytes at the start of a file that tell what it is
+READABLE = (
+    "slmjax reads UTF-8 text, JSON lines (.jsonl, .ndjson), JSON (.json), CSV (.csv), TSV (.tsv) and Parquet (.parquet), and all but"
+    " Parquet also compressed (.gz, .bz2, .xz, .zst)"
+)
+
+
+class Layout(enum.Enum):
+    """How the documents of a file are laid out."""
+
+    TEXT = "text"
+    JSON_LINES = "JSON lines"
+    JSON = "JSON"
+    CSV = "CSV"
+    TSV = "TSV"
+    PARQUET = "Parquet"
+
+
+class Compression(enum.Enum):
+    """How a file is compressed."""
+
+    GZIP = "gzip"
+    BZIP2 = "bzip2"
+    XZ = "xz"
+    ZSTD = "zstd"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileKind:
+    """What a file is, as far as reading it goes."""
+
+    layout: Layout
+    compression: Compression | None = None
+    binary: str = ""  # what a file without text is, such as "UTF-16 text"; "" for one that can be read
+
+    @property
+    def has_records(self) -> bool:
+        """Whether the file holds records with fields."""
+        return self.layout is not Layout.TEXT
+
+
+# What a file is -------------------------------------------------------------------------------------------------------
+_LAYOUTS = {
+    ".jsonl": Layout.JSON_LINES,
+    ".ndjson": Layout.JSON_LINES,
+    ".json": Layout.JSON,
+    ".csv": Layout.CSV,
+    ".tsv": Layout.TSV,
+    ".parquet": Layout.PARQUET,
+}
+_COMPRESSIONS = {
+    ".gz": Compression.GZIP,
+    ".gzip": Compression.GZIP,
+    ".bz2": Compression.BZIP2,
+    ".xz": Compression.XZ,
+    ".zst": Compression.ZSTD,
+    ".zstd": Compression.ZSTD,
+}
+_COMPRESSED = {
+    b"\x1f\x8b": Compression.GZIP,
+    b"BZh": Compression.BZIP2,
+    b"\xfd7zXZ\x00": Compression.XZ,
+    b"\x28\xb5\x2f\xfd": Compression.ZSTD,
+}
+_UNREADABLE = {
+    b"PK\x03\x04": "a ZIP archive (or an Office file)",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!\x1a\x07": "a RAR archive",
+    b"ARROW1": "an Arrow file",
+    b"Obj\x01": "an Avro file",
+    b"ORC": "an ORC file",
+    b"SQLite format 3\x00": "an SQLite database",
+    b"\x89HDF\r\n": "an HDF5 file",
+    b"%PDF-": "a PDF file",
+}
+_TAR_OFFSET = 257
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+def file_kind(path: Path) -> FileKind:
+    """What the file is, by its suffix and its first bytes.
+
+    A file with a NUL in its first 8 KiB is binary (git's rule), and so is UTF-16: `FileKind.binary` says what it is.
+
+    Raises:
+      ValueError: an archive or a data format that is not read, or content that is not what the suffix says.
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    named = _COMPRESSIONS.get(suffixes[-1]) if suffixes else None
+    suffix = "".join(suffixes[-2:-1] if named else suffixes[-1:])
+    layout = _LAYOUTS.get(suffix, Layout.TEXT)
+    with path.open("rb") as stream:
+        head = stream.read(_HEAD)
+    compression = next((kind for magic, kind in _COMPRESSED.items() if head.startswith(magic)), None)
+    if named is not None and compression is not named and head:
+        raise ValueError(f"{path} is named {suffixes[-1]} but is not {named.value} data: rename or replace it")
+    if compression is not None:
+        with open_bytes(path, FileKind(layout=layout, compression=compression)) as stream:
+            head = stream.read(_HEAD)
+    if head.startswith(b"PAR1"):
+        layout = Layout.PARQUET
+    if compression is not None and layout is Layout.PARQUET:
+        raise ValueError(f"{path} is a compressed Parquet file, which cannot be read as a stream: decompress it first")
+    return FileKind(layout=layout, compression=compression, binary="" if layout is Layout.PARQUET else _binary(head, path))
+
+
+def _binary(head: bytes, path: Path) -> str:
+    """What content without UTF-8 text is; "" for text. Raises ValueError for archives and data formats."""
+    found = next((name for magic, name in _UNREADABLE.items() if head.startswith(magic)), "")
+    if head[_TAR_OFFSET : _TAR_OFFSET + 5] == b"ustar":
+        found = "a tar archive"
+    if any(head.startswith(magic) for magic in _COMPRESSED):
+        found = "compressed twice"
+    if found:
+        raise ValueError(f"{path} is {found}. {READABLE}: unpack or convert it, or leave it out with a glob")
+    if head.startswith(_UTF16_MARKS):
+        return "UTF-16 text, and UTF-8 is read: convert it, for example with iconv -f UTF-16 -t UTF-8"
+    return f"a binary file (it holds a NUL byte). {READABLE}" if b"\0" in head else ""
+
+
+@contextlib.contextmanager
+def open_bytes(path: Path, kind: FileKind) -> Iterator[io.BufferedIOBase]:
+    """The decompressed content as a stream. Raises ValueError for damaged compressed data."""
+    if kind.compression is None:
+        with path.open("rb") as stream:
+            yield stream
+        return
+    try:
+        with contextlib.closing(_OPENERS[kind.compression](path)) as stream:
+            yield stream
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f"{path} is damaged: its {kind.compression.value} data cannot be read to the end ({error})") from error
+
+
+@contextlib.contextmanager
+def open_text(path: Path, kind: FileKind, *, newline: str | None = None) -> Iterator[io.TextIOBase]:
+    """The decompressed content as characters, without a byte order mark. Raises ValueError as `open_bytes`."""
+    with (
+        open_bytes(path, kind) as stream,
+        io.TextIOWrapper(cast(Any, stream), encoding="utf-8-sig", errors="surrogateescape", newline=newline) as text,
+    ):
+        yield text
+
+
+def _open_zstd(path: Path) -> io.BufferedIOBase:
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise ValueError(f"{path}: reading zstd needs pyarrow: pip install 'slmjax[parquet]'") from error
+    return io.BufferedReader(cast(Any, pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")))
+
+
+_OPENERS: dict[Compression, Callable[[Path], Any]] = {
+    Compression.GZIP: gzip.open,
+    Compression.BZIP2: bz2.open,
+    Compression.XZ: lzma.open,
+    Compression.ZSTD: _open_zstd,
+}
+
+
+def decode(raw: bytes) -> str:
+    """UTF-8, in which each invalid byte becomes a lone surrogate that the policy will find."""
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def read_bytes(path: Path, kind: FileKind) -> bytes:
+    """The whole decompressed content. Raises ValueError for damaged compressed data."""
+    with open_bytes(path, kind) as stream:
+        return stream.read()

@@ -1,0 +1,273 @@
+"""Read files of records as a stream: JSON lines, JSON, CSV, TSV and Parquet, all but Parquet also compressed.
+
+    for record in read_records(path):
+        record.values["prompt"]
+
+The layouts (`files.file_kind` tells which it is):
+  JSON lines   one JSON object on each line; a broken line is one broken record
+  JSON         one array of objects, objects one after another, or JSON lines
+  CSV, TSV     the first row names the fields; a field may be quoted (") and then hold line ends; values are text
+  Parquet      one record per row
+
+Invalid UTF-8 becomes lone surrogates (`errors="surrogateescape"`), which the policy for bad documents finds.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slmjax.config import near_names
+from slmjax.data.files import READABLE, FileKind, Layout, decode, file_kind, open_bytes, open_text
+
+_CHUNK = 1 << 16  # characters read at a time from a JSON array
+_LONGEST_TOKEN = 16  # characters that a JSON token which is no string may have behind the place that an error names
+_LONGEST_FIELD = 2**31 - 1  # characters of a CSV field
+_PARQUET_ROWS = 256  # in memory at a time
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """One record of a file."""
+
+    key: str  # its line, row or number within the file
+    where: str  # the file and the key, for messages
+    values: Mapping[str, Any] | None  # by field; None if the record is broken
+    detail: str = ""  # what is broken
+
+
+def read_records(path: Path, kind: FileKind | None = None, *, fields: Sequence[str] | None = None) -> Iterator[Record]:
+    """The records of a file, in order.
+
+    Args:
+      kind: what `file_kind` said; None: it is asked.
+      fields: those that every record must have, where the file says once for all which there are (CSV, TSV, Parquet); of Parquet
+        no others are read. None: all.
+
+    Raises:
+      ValueError: the file has no records, is damaged so that what follows cannot be read, or lacks one of `fields`.
+    """
+    kind = file_kind(path) if kind is None else kind
+    if kind.binary:
+        raise ValueError(f"{path} is {kind.binary}")
+    if kind.layout is Layout.TEXT:
+        raise ValueError(f"{path} holds text, not records. {READABLE}")
+    if kind.layout is Layout.PARQUET:
+        return _parquet(path, fields)
+    if kind.layout in (Layout.CSV, Layout.TSV):
+        return _csv(path, kind, fields)
+    return _json_lines(path, kind) if _is_json_lines(path, kind) else _json_values(path, kind)
+
+
+def read_objects(path: Path) -> list[Record]:
+    """All records of a file, each whole and of valid UTF-8: of a file of prompts or questions, where none may be skipped.
+
+    Raises:
+      ValueError: a record is broken or is not UTF-8, or as `read_records`.
+    """
+    found = []
+    for record in read_records(path):
+        if record.values is None:
+            raise ValueError(f"{record.where}: {record.detail}")
+        try:
+            json.dumps(record.values, ensure_ascii=False, default=str).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{record.where} is no UTF-8 text ({error}): convert it first") from error
+        found.append(record)
+    return found
+
+
+def require_fields(fields: Iterable[str], known: Iterable[str], *, where: str, hint: str = "") -> None:
+    """Raise ValueError when a field is none of the known ones of a dataset or file."""
+    known = list(known)
+    for field in fields:
+        if field not in known:
+            raise ValueError(f"{where} has no field {field!r}, but {', '.join(map(repr, known))}.{near_names(field, known)}{hint}")
+
+
+# JSON -----------------------------------------------------------------------------------------------------------------
+def _is_json_lines(path: Path, kind: FileKind) -> bool:
+    """Whether each line is a value of its own, by the first line that is not blank and by the suffix."""
+    with open_bytes(path, kind) as stream:
+        head = stream.read(_CHUNK).removeprefix(_BOM).lstrip()
+        line, newline, rest = head.partition(b"\n")
+        if not newline and len(head) > _CHUNK // 2:  # a line of more than a chunk
+            return not head.startswith(b"[")
+        is_last = not rest.strip() and not stream.read(_CHUNK).strip()
+    try:
+        is_object = isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return kind.layout is Layout.JSON_LINES and not head.startswith(b"[")
+    return is_object or not is_last
+
+
+def _json_lines(path: Path, kind: FileKind) -> Iterator[Record]:
+    with open_bytes(path, kind) as stream:
+        for number, raw in enumerate(stream, start=1):
+            line = decode(raw.removeprefix(_BOM) if number == 1 else raw)
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield Record(key=str(number), where=where, values=None, detail=f"not JSON ({error})")
+                continue
+            yield _json_record(value, key=str(number), where=where)
+
+
+def _json_record(value: Any, *, key: str, where: str) -> Record:
+    if isinstance(value, dict):
+        return Record(key=key, where=where, values=value)
+    return Record(key=key, where=where, values=None, detail=f"a JSON {type(value).__name__}, not an object with fields")
+
+
+def _json_values(path: Path, kind: FileKind) -> Iterator[Record]:
+    """The elements of one array, or values one after another."""
+    with open_text(path, kind) as text:
+        values = JsonStream(text)
+        is_array = values.take("[")
+        number = 0
+        while not values.at_end() and not (is_array and values.take("]")):
+            number += 1
+            where = f"{path}, record {number}"
+            try:
+                if is_array and number > 1:
+                    values.require(",")
+                value = values.value()
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where}: broken JSON ({error}), so that what follows cannot be read: repair the file") from error
+            yield _json_record(value, key=str(number), where=where)
+        if is_array and not (values.closed and values.at_end()):
+            raise ValueError(f"{path} is cut short, or goes on after its array (after record {number}): repair the file")
+
+
+class JsonStream:
+    """JSON values read from a text stream as they are asked for; the buffer holds one value and a chunk."""
+
+    def __init__(self, stream: io.TextIOBase) -> None:
+        self._stream = stream
+        self._decoder = json.JSONDecoder()
+        self._buffer = ""
+        self._start = 0  # of what has not been read yet, within the buffer
+        self._is_whole = False  # whether the buffer goes to the end of the stream
+        self.closed = False  # whether "]" was taken
+
+    def at_end(self) -> bool:
+        """Whether only white space is left."""
+        while True:
+            while self._start < len(self._buffer) and self._buffer[self._start] in " \t\r\n":
+                self._start += 1
+            if self._start < len(self._buffer):
+                return False
+            if self._is_whole:
+                return True
+            self._read(_CHUNK)
+
+    def take(self, character: str) -> bool:
+        """Whether this character comes next; it is then passed over."""
+        if self.at_end() or self._buffer[self._start] != character:
+            return False
+        self._start += 1
+        self.closed = character == "]"
+        return True
+
+    def require(self, character: str) -> None:
+        """Pass over this character. Raises ValueError if another one comes next."""
+        if not self.take(character):
+            raise ValueError(f"expected {character!r}, found {self._buffer[self._start : self._start + 20]!r}")
+
+    def value(self) -> Any:
+        """The next value. Raises ValueError if it is broken or cut short."""
+        size = _CHUNK
+        while True:
+            end_reached = self.at_end()
+            try:
+                value, end = self._decoder.raw_decode(self._buffer, self._start)
+            except ValueError as error:
+                if end_reached or self._is_whole or self._is_broken(error):
+                    raise
+            else:
+                if end < len(self._buffer) or self._is_whole:  # else it may be a number that goes on
+                    self._start = end
+                    return value
+            self._read(size)
+            size *= 2
+
+    def _is_broken(self, error: ValueError) -> bool:
+        """Whether the error is not merely that the buffer ends inside the value."""
+        assert isinstance(error, json.JSONDecodeError)
+        return not error.msg.startswith("Unterminated string") and error.pos < len(self._buffer) - _LONGEST_TOKEN
+
+    def _read(self, size: int) -> None:
+        chunk = self._stream.read(size)
+        self._is_whole = not chunk
+        self._buffer = self._buffer[self._start :] + chunk
+        self._start = 0
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+def _csv(path: Path, kind: FileKind, fields: Sequence[str] | None) -> Iterator[Record]:
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))  # of the process: a document may be long
+    delimiter = "\t" if kind.layout is Layout.TSV else ","
+    with open_text(path, kind, newline="") as text:
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        names: list[str] | None = None
+        line = 1
+        while True:
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                raise ValueError(
+                    f"{path}, line {line}: broken {kind.layout.value} ({error}), so that what follows cannot be read: check the quotes"
+                ) from error
+            if row is None:
+                return
+            where, key = f"{path}, line {line}", str(line)
+            line = reader.line_num + 1
+            if not row:
+                continue
+            if names is None:
+                names = row
+                require_fields(fields or (), names, where=str(path), hint=" The first row must name the fields.")
+            elif len(row) != len(names):
+                yield Record(key=key, where=where, values=None, detail=f"{len(row)} fields, and the first row names {len(names)}")
+            else:
+                yield Record(key=key, where=where, values=dict(zip(names, row, strict=True)))
+
+
+def _parquet(path: Path, fields: Sequence[str] | None) -> Iterator[Record]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise ValueError(f"{path}: reading Parquet needs pyarrow: pip install 'slmjax[parquet]'") from error
+    try:
+        file = parquet.ParquetFile(path)
+    except ValueError as error:  # pyarrow.ArrowInvalid
+        raise ValueError(f"{path} is no readable Parquet file ({error}): replace it, or leave it out with a glob") from error
+    with file:
+        names = list(file.schema_arrow.names)
+        require_fields(fields or (), names, where=str(path))
+        names = names if fields is None else list(fields)
+        row = 0
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=names):
+            columns = [_values_of(batch.column(name)) for name in names]
+            for values in zip(*columns, strict=True):
+                text = [decode(value) if isinstance(value, bytes) else value for value in values]
+                yield Record(key=str(row), where=f"{path}, row {row}", values=dict(zip(names, text, strict=True)))
+                row += 1
+
+
+def _values_of(column: Any) -> list[Any]:
+    """Values of an Arrow column, text as bytes: Arrow does not check that it is UTF-8, the policy will."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+        column = column.cast(pyarrow.large_binary())
+    return column.to_pylist()
