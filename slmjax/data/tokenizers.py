@@ -26,6 +26,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from slmjax.data import conventions
 from slmjax.data.conventions import BOS, EOS
+from slmjax.data.detokenization import Detokenizer
 from slmjax.data.plain_text import plain_text_backend, unknown_token
 from slmjax.data.vocabulary import NUM_BYTES, byte_characters, exact_pieces, is_character_vocabulary
 
@@ -89,8 +90,9 @@ class Tokenizer:
         is_of_characters = is_character_vocabulary(specification)
         spelled = reserved if self._plain is not None else ()  # no text may hold these
         self._alphabet = frozenset(set(specification["model"]["vocab"]) - set(spelled)) if is_of_characters else None
-        self._pieces = exact_pieces(specification, vocabulary, self.vocab_size)
-        sizes = None if self._pieces is None else [len(piece) for piece in self._pieces]
+        pieces = exact_pieces(specification, vocabulary, self.vocab_size)
+        self.detokenizer = Detokenizer(backend, specification, pieces=pieces)
+        sizes = None if pieces is None else [len(piece) for piece in pieces]
         self.token_bytes: Int32[np.ndarray, " V"] | None = None if sizes is None else np.asarray(sizes, np.int32)
 
     def encode(self, text: str) -> list[int]:
@@ -147,23 +149,19 @@ class Tokenizer:
         return [self.with_bos(ids) for ids in self.encode_batch(texts)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, special tokens left out; U+FFFD where they stop inside a character."""
-        if self._pieces is None:
-            return self._backend.decode([int(id) for id in ids], skip_special_tokens=True)
-        return self.decode_bytes(ids).decode("utf-8", "replace")
+        """The text of the ids, special tokens left out; one U+FFFD for each maximal subsequence of bytes that is no UTF-8."""
+        return self.detokenizer.decode(ids)
 
     def decode_continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
-        """The text that ids add to a prompt: many vocabularies strip the space before the first word of what they decode."""
-        if self._pieces is not None:
-            return self.decode(ids)
-        return self.decode([*prompt, *ids])[len(self.decode(prompt)) :]
+        """The text that ids add to a prompt, with a character of which the prompt has the first bytes.
+
+        Many vocabularies strip the space before the first word of what they decode, so that the text of the ids alone is another one.
+        """
+        return self.detokenizer.decode_continuation(prompt, ids)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """Exactly the bytes of the ids. Raises ValueError for a vocabulary whose ids have no bytes of their own."""
-        if self._pieces is None:
-            raise ValueError("this vocabulary does not say which bytes a token stands for (its token_bytes is None): use decode")
-        # A released model may have rows beyond its tokens, and could draw one.
-        return b"".join(self._pieces[int(id)] for id in ids if id < len(self._pieces))
+        return self.detokenizer.decode_bytes(ids)
 
     def without_rows_from(self, num_rows: int) -> "Tokenizer":
         """A tokenizer without the added tokens whose ids begin at `num_rows`. Raises ValueError if others begin there."""
@@ -173,10 +171,7 @@ class Tokenizer:
         if used := sorted(dropped & {self.bos, self.eos, *self.ends, *filter(None, (self.unk, self.pad))}):
             raise ValueError(f"the tokenizer's {used[0]!r} has an id beyond the model's {num_rows:,} rows: they do not belong together")
         backend = tokenizers.Tokenizer.from_str(json.dumps({**specification, "added_tokens": kept}))
-        smaller = Tokenizer(
-            backend, bos=self.bos, eos=self.eos, ends=self.ends, adds_bos=self.adds_bos, has_bos=self.has_bos,
-            chat_template=self.chat_template, unk=self.unk, pad=self.pad,
-        )  # fmt: skip
+        smaller = self._with_backend(backend)
         if smaller.vocab_size > num_rows:
             raise ValueError(
                 f"the tokenizer has ids up to {smaller.vocab_size - 1:,}, and the model {num_rows:,} rows: they do not belong together"
@@ -188,6 +183,9 @@ class Tokenizer:
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         tokens = [tokenizers.AddedToken(name, special=special, normalized=False) for name in names]
         _ = backend.add_special_tokens(tokens) if special else backend.add_tokens(tokens)
+        return self._with_backend(backend)
+
+    def _with_backend(self, backend: tokenizers.Tokenizer) -> "Tokenizer":
         return Tokenizer(
             backend, bos=self.bos, eos=self.eos, ends=self.ends, adds_bos=self.adds_bos, has_bos=self.has_bos,
             chat_template=self.chat_template, unk=self.unk, pad=self.pad,

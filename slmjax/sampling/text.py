@@ -4,6 +4,7 @@ import dataclasses
 import enum
 from collections.abc import Callable, Sequence
 
+from slmjax.data.detokenization import REPLACEMENT
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.loading import Loaded
 from slmjax.sampling.decoding import STEPS_PER_CALL, sample
@@ -102,9 +103,10 @@ class _Listener:
 
     def watch(self, index: int, tokens: list[int]) -> bool:
         """Whether this continuation has come to a stop text."""
-        text = self._tokenizer.decode_continuation(self._prompts[index], _before_end(tokens, self._ends))
+        text = _stable_text(self._tokenizer, self._prompts[index], _before_end(tokens, self._ends))
         cut = _stop_place(text, self._stops)
-        self.tell(index, _certain(text, self._stops) if cut is None else text[:cut])
+        if self._tokenizer.detokenizer.is_incremental:
+            self.tell(index, _certain(text, self._stops) if cut is None else text[:cut])
         return cut is not None
 
     def tell(self, index: int, text: str) -> None:
@@ -126,16 +128,17 @@ def _finished(
     """Tokens, text and end of a continuation: tokens past the one that completed a stop text are dropped."""
 
     def text_of(count: int) -> str:
-        return tokenizer.decode_continuation(prompt, _before_end(tokens[:count], ends))
+        ids = _before_end(tokens[:count], ends)
+        return tokenizer.decode_continuation(prompt, ids) if count == len(tokens) else _stable_text(tokenizer, prompt, ids)
 
     text = text_of(len(tokens))
-    cut = _stop_place(text, stops)
-    if cut is None:
-        if not tokens or tokens[-1] not in ends:
-            return tokens, text, FinishReason.LENGTH
-        return tokens, text, FinishReason.EOS if tokens[-1] in tokenizer.end_ids else FinishReason.STOP
-    used = next(n for n in range(1, len(tokens) + 1) if _stop_place(text_of(n), stops) is not None)
-    return tokens[:used], text[:cut], FinishReason.STOP
+    if _stop_place(text, stops) is not None or (stops and not tokenizer.detokenizer.is_incremental):
+        for count in range(1, len(tokens) + 1):
+            if (cut := _stop_place(text_of(count), stops)) is not None:
+                return tokens[:count], text_of(count)[:cut], FinishReason.STOP
+    if not tokens or tokens[-1] not in ends:
+        return tokens, text, FinishReason.LENGTH
+    return tokens, text, FinishReason.EOS if tokens[-1] in tokenizer.end_ids else FinishReason.STOP
 
 
 def _stop_place(text: str, stops: Sequence[str]) -> int | None:
@@ -144,8 +147,13 @@ def _stop_place(text: str, stops: Sequence[str]) -> int | None:
     return min(places) if places else None
 
 
+def _stable_text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    """The text that ids add to a prompt, without the U+FFFD of a character that further ids may complete."""
+    text = tokenizer.decode_continuation(prompt, ids)
+    return text[:-1] if text.endswith(REPLACEMENT) and tokenizer.detokenizer.torn_bytes([*prompt, *ids]) else text
+
+
 def _certain(text: str, stops: Sequence[str]) -> str:
-    """The part of a text that more tokens will not change: no torn character at its end, no beginning of a stop text."""
-    text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+    """The part of a stable text that more tokens will not change: without the beginning of a stop text at its end."""
     held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
     return text[: len(text) - held]

@@ -1,0 +1,133 @@
+"""From tokens to text where a token may be one byte of a character, and where a text grows token by token.
+
+    detokenizer = Detokenizer(backend, specification, pieces=None)
+    detokenizer.decode([id of <0xE4>, <0xBD>, <0xA0>, <0xE5>])        # -> "你\\ufffd"
+    detokenizer.decode_continuation(prompt, ids)                      # the text that ids add
+
+Bytes become text as in `bytes.decode("utf-8", "replace")`: one U+FFFD for each maximal ill-formed subsequence (Unicode 3.9, table 3-8).
+The decoder `ByteFallback` of the tokenizers library instead gives one for every byte of a run that has a fault anywhere.
+"""
+
+import codecs
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import tokenizers
+
+from slmjax.data.vocabulary import byte_characters
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # the name of a byte's token in SentencePiece's vocabularies
+_BYTE_OF = {character: byte for byte, character in enumerate(byte_characters())}
+_LONGEST_TORN = 3  # bytes that may begin a character without being one
+
+
+class Detokenizer:
+    """The decoder of a vocabulary.
+
+    Args:
+      backend: the vocabulary.
+      specification: its tokenizer.json.
+      pieces: the bytes of each id, where those of a text's ids join to the text.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, specification: Mapping[str, Any], *, pieces: Sequence[bytes] | None) -> None:
+        self._backend, self._pieces = backend, pieces
+        self._special = {token["content"] for token in specification["added_tokens"] if token["special"]}
+        steps = _steps(specification["decoder"])
+        self._has_byte_tokens, self._is_byte_level = "ByteFallback" in steps, "ByteLevel" in steps
+        # All decoders of the library work token by token, but for a replacement in text that has been joined before.
+        self.is_incremental = "Fuse" not in steps or "Replace" not in steps[steps.index("Fuse") :]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, special tokens left out."""
+        if self._pieces is not None:
+            return self.decode_bytes(ids).decode("utf-8", "replace")
+        if not self._has_byte_tokens:
+            return self._backend.decode([int(id) for id in ids], skip_special_tokens=True)
+        return self._backend.decoder.decode(replace_invalid_bytes(filter(None, map(self._name, ids))))
+
+    def decode_continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        """The text that ids add to a prompt, with a character of which the prompt has the first bytes."""
+        if self._pieces is None:
+            return _added(self.decode(prompt), self.decode([*prompt, *ids]))
+        torn = self.torn_bytes(prompt)
+        return _added(torn.decode("utf-8", "replace"), (torn + self.decode_bytes(ids)).decode("utf-8", "replace"))
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The bytes of the ids. Raises ValueError for a vocabulary whose ids have no bytes of their own."""
+        if self._pieces is None:
+            raise ValueError("this vocabulary does not say which bytes a token stands for (its token_bytes is None): use decode")
+        # A released model may have rows beyond its tokens, and could draw one.
+        return b"".join(self._pieces[int(id)] for id in ids if id < len(self._pieces))
+
+    def torn_bytes(self, ids: Sequence[int]) -> bytes:
+        """The bytes at the end of the ids that begin a character and may become one with further ids."""
+        tail = b""
+        for id in reversed(ids):
+            tail = self._bytes(int(id)) + tail
+            if len(tail) >= _LONGEST_TORN:
+                break
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(tail[-_LONGEST_TORN:])
+        return decoder.getstate()[0]
+
+    def _name(self, id: int) -> str | None:
+        """The token of an id; None for a special one, and where there is none."""
+        name = self._backend.id_to_token(int(id))
+        return None if name in self._special else name
+
+    def _bytes(self, id: int) -> bytes:
+        if self._pieces is not None:
+            return self.decode_bytes([id])
+        name = self._name(id) or ""
+        if self._has_byte_tokens and _BYTE.fullmatch(name):
+            return bytes.fromhex(name[3:5])
+        if self._is_byte_level and _BYTE_OF.keys() >= set(name):
+            return bytes(_BYTE_OF[character] for character in name)
+        return name.encode()
+
+
+def replace_invalid_bytes(tokens: Iterable[str]) -> list[str]:
+    """The tokens, with one U+FFFD in place of those that are a maximal ill-formed subsequence of UTF-8."""
+    replaced: list[str] = []
+    run: list[str] = []  # of tokens that are bytes
+    for token in tokens:
+        if _BYTE.fullmatch(token):
+            run.append(token)
+            continue
+        replaced += [*_valid(run), token]
+        run = []
+    return [*replaced, *_valid(run)]
+
+
+def _valid(run: Sequence[str]) -> list[str]:
+    raw = bytes(int(token[3:5], 16) for token in run)
+    tokens: list[str] = []
+    start = 0
+    while start < len(raw):
+        try:
+            raw[start:].decode()
+        except UnicodeDecodeError as error:
+            tokens += [*run[start : start + error.start], REPLACEMENT]
+            start += error.end
+        else:
+            tokens += run[start:]
+            break
+    return tokens
+
+
+def _steps(decoder: Mapping[str, Any] | None) -> list[str]:
+    """The types of a tokenizer.json's decoder, in order."""
+    if decoder is None:
+        return []
+    if decoder["type"] == "Sequence":
+        return [kind for step in decoder["decoders"] for kind in _steps(step)]
+    return [decoder["type"]]
+
+
+def _added(before: str, after: str) -> str:
+    """The part of `after` that follows what it shares with `before`, whose last character may have been torn."""
+    return after[len(os.path.commonprefix([before, after])) :]
