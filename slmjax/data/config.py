@@ -4,14 +4,16 @@ import dataclasses
 import enum
 from pathlib import Path
 
+from slmjax.config import added_field
 from slmjax.data.dataset_sources import HuggingFaceSource, TfdsSource
-from slmjax.data.documents import OnBadDocument
+from slmjax.data.documents import HeldOutBy, OnBadDocument
 from slmjax.data.sources import SourceConfig, TextSource
 from slmjax.data.stdlib_corpus import StdlibSource
 from slmjax.startup import cache_directory
 
 __all__ = [
     "DataConfig",
+    "HeldOutBy",
     "HuggingFaceSource",
     "OnBadDocument",
     "Packing",
@@ -27,7 +29,7 @@ __all__ = [
 class Split(enum.Enum):
     """How text is held out for evaluation."""
 
-    DOCUMENTS = "documents"  # whole documents, chosen by a hash of their ids
+    DOCUMENTS = "documents"  # whole documents, chosen by a hash (DataConfig.heldout_by)
     TAIL = "tail"  # the last part of each document's text: for a corpus that is one or a few files
 
 
@@ -60,6 +62,7 @@ class DataConfig:
     prompt_field: str | None = None  # with path: the field of a prompt, which is not trained on; goes with completion_field
     completion_field: str | None = None  # with path: the field that is trained on after prompt_field
     split: Split = Split.DOCUMENTS  # hold out whole documents, or the tail of each
+    heldout_by: HeldOutBy = added_field(HeldOutBy.CONTENT, before=HeldOutBy.ID)  # what decides which documents are held out
     heldout_fraction: float = 0.05  # share of the text that is never trained on; 0 holds out nothing
     packing: Packing = Packing.BEST_FIT  # how documents fill the rows
     packing_window: int = 4096  # documents that best-fit packing chooses among at a time

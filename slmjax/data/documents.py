@@ -6,6 +6,7 @@ A source never decides: it yields `Document`s as it found them, with `problem` s
 
 import dataclasses
 import enum
+import json
 import re
 
 from slmjax.config import added_field
@@ -19,6 +20,13 @@ class OnBadDocument(enum.Enum):
     ERROR = "error"
     SKIP = "skip"
     REPLACE = "replace"
+
+
+class HeldOutBy(enum.Enum):
+    """What decides which documents are held out."""
+
+    CONTENT = "content"  # of a record its content, wherever it stands; of a whole file its name
+    ID = "id"  # of a record its file and line or row, of a whole file its name: the rule of runs before this option
 
 
 class Problem(enum.Enum):
@@ -39,12 +47,19 @@ class Document:
     unpaired surrogates that JSON can express: neither can be encoded, and both are INVALID_UTF8 to the policy.
     """
 
-    id: str  # stable name of the document within its source: decides whether it is held out
+    id: str  # stable name of the document within its source
     where: str  # file and line or record, for messages
     text: str = ""  # the text, or the completion of a pair
     prompt: str = ""  # what precedes the completion and is not scored; "" for plain text
     problem: Problem | None = None  # set by the source when there is no text to judge
     detail: str = ""  # what the source has to say about the problem
+    is_record: bool = False  # a record of a file or dataset, whose id is a place (a line, a row); else the id is a name
+
+    def held_out_key(self, heldout_by: HeldOutBy) -> str:
+        """The text whose hash decides whether the document is held out."""
+        if heldout_by is HeldOutBy.ID or not self.is_record:
+            return self.id
+        return json.dumps([self.prompt, self.text])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,15 +26,15 @@ _CUT = re.compile(rb"[!-~](?= [!-~])")
 _MAX_BYTES = 2**31 - 1  # lengths are int32
 
 
-def is_held_out(id: str, fraction: float) -> bool:
-    """Whether a hash of the document's id, uniform in [0, 1), is below the fraction."""
-    return int.from_bytes(hashlib.sha256(id.encode("utf-8", "surrogateescape")).digest()[:8]) < fraction * 2.0**64
+def is_held_out(key: str, fraction: float) -> bool:
+    """Whether a hash of the key (`Document.held_out_key`), uniform in [0, 1), is below the fraction."""
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8]) < fraction * 2.0**64
 
 
 def divide(document: Document, data: DataConfig) -> Iterator[tuple[str, Document]]:
     """(TRAIN or HELDOUT, document): the whole document on one side, or its head and its tail."""
     if data.split is Split.DOCUMENTS:
-        yield HELDOUT if is_held_out(document.id, data.heldout_fraction) else TRAIN, document
+        yield HELDOUT if is_held_out(document.held_out_key(data.heldout_by), data.heldout_fraction) else TRAIN, document
         return
     if document.prompt:
         raise ValueError(f"{document.where}: pairs of prompt and completion cannot be cut in two: use --data.split documents")

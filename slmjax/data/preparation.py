@@ -168,7 +168,7 @@ def _shard_directory(weighted: WeightedSource, data: DataConfig, *, source_hash:
 
 
 def _split_settings(data: DataConfig) -> tuple[str, ...]:
-    return data.split.value, repr(data.heldout_fraction), data.on_bad_document.value
+    return data.split.value, data.heldout_by.value, repr(data.heldout_fraction), data.on_bad_document.value
 
 
 def _is_whole(directory: Path, files: Sequence[str]) -> bool:

@@ -148,7 +148,7 @@ def record_document(record: Mapping[str, Any], fields: tuple[str, ...], *, id: s
             found = f"field {field!r} holds {type(value).__name__}, not text" if field in record else f"no field {field!r}; {known}"
             return Document(id=id, where=where, problem=Problem.MISSING_FIELD, detail=found)
         values.append(decode(value) if isinstance(value, bytes) else value)
-    return Document(id=id, where=where, text=values[0], prompt=values[1] if len(values) > 1 else "")
+    return Document(id=id, where=where, text=values[0], prompt=values[1] if len(values) > 1 else "", is_record=True)
 
 
 def combined_hash(*parts: str) -> str:
