@@ -20,7 +20,7 @@ from slmjax import evaluation
 from slmjax.cli import main
 from slmjax.data.tokenizers import BpeTokenizer
 from slmjax.evaluation import efficiency
-from slmjax.evaluation.multiple_choice import read_questions
+from slmjax.evaluation.multiple_choice import continuation_of, read_questions
 from slmjax.loading import Loaded
 from slmjax.model import Decoder
 from slmjax.sampling import Continuation, SamplingConfig
@@ -104,6 +104,23 @@ def test_answers_follow_the_likelihoods(loaded: Loaded, file: Path) -> None:
     assert found.accuracy == pytest.approx(np.mean(right)) and found.accuracy_per_byte == pytest.approx(np.mean(right_per_byte))
     assert found.accuracy_stderr == pytest.approx(np.std(right, ddof=1) / 2)
     assert found.chance == pytest.approx((1 / 3 + 1 / 2 + 1 / 2 + 1 / 4) / 4) and (found.questions, found.truncated) == (4, 0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "choice", "joined"),
+    [
+        ("The capital is", "Paris", "The capital is Paris"),
+        ("The capital is", " Paris", "The capital is Paris"),
+        ("The capital is ", "Paris", "The capital is Paris"),
+        ("The capital is ", " Paris", "The capital is Paris"),
+        ("def f():\n", "    return 1", "def f():\n    return 1"),
+        ("def f():", "\n    return 1", "def f():\n    return 1"),
+        ("", " Paris", " Paris"),
+        ("It is", " ", "It is  "),
+    ],
+)
+def test_one_blank_stands_between_prompt_and_choice(prompt: str, choice: str, joined: str) -> None:
+    assert prompt + continuation_of(prompt, choice) == joined
 
 
 def test_one_question_has_no_error_bar_and_a_long_prompt_is_counted(loaded: Loaded, tmp_path: Path) -> None:

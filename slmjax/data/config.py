@@ -71,7 +71,7 @@ class DataConfig:
     seed: int = 0  # decides the order of the rows
     on_bad_document: OnBadDocument = OnBadDocument.SKIP  # invalid UTF-8, empty, field missing, broken record
     max_bad_fraction: float = 0.01  # stop if more than this share of a source's documents is bad
-    max_document_bytes: int = 1_000_000  # longer documents are tokenized in parts of this size and joined again
+    max_document_bytes: int = 1_000_000  # longer documents are tokenized in windows of this size, to the same tokens
     cache_dir: str | None = None  # prepared data; default: $SLMJAX_CACHE, else ~/.cache/slmjax
     read_threads: int = 2  # threads that read rows ahead of the step
     prefetch: int = 8  # batches kept ready ahead of the step

@@ -1,14 +1,12 @@
-"""From the documents of one source to its shard directories: held out or trained on, cut into parts, encoded, written.
+"""From the documents of one source to its shard directories: held out or trained on, encoded, written.
 
-A document of more than max_document_bytes is encoded in parts, and the ids of its parts are joined: it stays one
-document. Parts end before a single blank between printable characters where there is one, which is where the
-pre-tokenizers of byte-level vocabularies end a word too, so that the ids are those of the whole text.
+The text of a document is encoded as one string: a prompt and its completion together, and a document of more than
+max_document_bytes, which is encoded in windows that overlap, to the ids of the whole text (`spans.py`).
 """
 
 import collections
 import dataclasses
 import hashlib
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,12 +15,11 @@ import numpy as np
 from slmjax.data.config import DataConfig, SourceConfig, Split
 from slmjax.data.documents import BadCounts, Document, Gatekeeper
 from slmjax.data.shards import ShardWriter
+from slmjax.data.spans import Span, TextTokens, join_windows, windows_of
 from slmjax.data.tokenizers import Tokenizer
 
 TRAIN, HELDOUT = "train", "heldout"
 _BATCH_BYTES = 4 << 20  # text that is handed to the tokenizer's threads at a time
-_CUT_SEARCH = 4096  # bytes before the end of a part in which a good place to cut is looked for
-_CUT = re.compile(rb"[!-~](?= [!-~])")
 _MAX_BYTES = 2**31 - 1  # lengths are int32
 
 
@@ -42,24 +39,6 @@ def divide(document: Document, data: DataConfig) -> Iterator[tuple[str, Document
     for side, text in ((TRAIN, document.text[:cut]), (HELDOUT, document.text[cut:])):
         if text:
             yield side, dataclasses.replace(document, text=text)
-
-
-def text_parts(text: str, max_bytes: int) -> list[str]:
-    """The text in parts of at most `max_bytes` UTF-8 bytes (at least 4), which joined are the text; never inside a character."""
-    raw = text.encode()
-    parts = []
-    start = 0
-    while len(raw) - start > max_bytes:
-        end = start + max_bytes
-        searched = max(end - _CUT_SEARCH, start)
-        blanks = [match.end() for match in _CUT.finditer(raw, searched, min(end + 2, len(raw))) if match.end() <= end]
-        if blanks:
-            end = blanks[-1]
-        while raw[end] & 0xC0 == 0x80:  # a continuation byte: inside a character
-            end -= 1
-        parts.append(raw[start:end].decode())
-        start = end
-    return [*parts, raw[start:].decode()]
 
 
 def write_source(
@@ -118,24 +97,46 @@ class _EncodedDocument:
 
 @dataclasses.dataclass(kw_only=True)
 class _Pending:
-    """A document whose parts are being encoded."""
+    """A document whose windows are being encoded."""
 
     side: str
     document: Document
-    num_prompt_parts: int
-    num_parts: int
-    ids: list[np.ndarray] = dataclasses.field(default_factory=list)
+    text: bytes
+    scored: list[Span] | None  # bytes of the text that are scored; None: all of them
+    windows: list[Span]  # one, but for a long text
+    encoded: list[TextTokens] = dataclasses.field(default_factory=list)  # of windows
+    ids: list[int] | None = None  # of the whole, where spans are not needed, which take time
+
+    @property
+    def needs_spans(self) -> bool:
+        return self.scored is not None or len(self.windows) > 1
+
+    @property
+    def is_encoded(self) -> bool:
+        return self.ids is not None or len(self.encoded) == len(self.windows)
 
     def finish(self, tokenizer: Tokenizer) -> _EncodedDocument:
-        bos, eos = (np.asarray([id], np.int32) for id in (tokenizer.bos_id, tokenizer.eos_id))
-        tokens = np.concatenate([bos, *self.ids, eos])
-        text = (self.document.prompt + self.document.text).encode()
+        scored, scored_bytes = None, len(self.text)
+        if self.ids is not None:
+            ids = np.asarray(self.ids, np.int32)
+        else:
+            tokens = self._whole(tokenizer)
+            ids = tokens.ids
+            if self.scored is not None:
+                held = tokens.held(self.scored)
+                scored = np.concatenate([[False], held, [True]])
+                # EOS follows what is scored, and so do the bytes at the end that the vocabulary drops.
+                scored_bytes = int(tokens.num_bytes()[held].sum()) + len(self.text) - int(tokens.ends.max(initial=0))
         if tokenizer.token_bytes is not None:
-            assert int(tokenizer.token_bytes[tokens[1:-1]].sum(dtype=np.int64)) == len(text), self.document.where
-        scored = None
-        if self.num_prompt_parts:
-            scored = np.arange(len(tokens)) > sum(len(ids) for ids in self.ids[: self.num_prompt_parts])
-        return _EncodedDocument(tokens=tokens, scored=scored, scored_bytes=len(self.document.text.encode()), text=text)
+            assert int(tokenizer.token_bytes[ids].sum(dtype=np.int64)) == len(self.text), self.document.where
+        ids = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(np.int32)
+        return _EncodedDocument(tokens=ids, scored=scored, scored_bytes=scored_bytes, text=self.text)
+
+    def _whole(self, tokenizer: Tokenizer) -> TextTokens:
+        """The tokens of the whole text, from those of its windows."""
+        joined = join_windows(self.encoded, self.windows)
+        # Windows disagree on such as a run of one character that is longer than their overlap: then nothing but the whole will do.
+        return joined if joined is not None else tokenizer.encode_spans([self.text.decode()])[0]
 
 
 def _encoded(source: SourceConfig, *, gate: Gatekeeper, tokenizer: Tokenizer, data: DataConfig) -> Iterator[tuple[str, _EncodedDocument]]:
@@ -146,35 +147,40 @@ def _encoded(source: SourceConfig, *, gate: Gatekeeper, tokenizer: Tokenizer, da
     for found in source.documents():
         document = gate.admit(found)
         for side, half in divide(document, data) if document is not None else ():
-            prompt = _parts_of(half.prompt, half, data) if half.prompt else []
-            parts = [*prompt, *_parts_of(half.text, half, data)]
-            waiting.append(_Pending(side=side, document=half, num_prompt_parts=len(prompt), num_parts=len(parts)))
-            for part in parts:
-                queue.append((waiting[-1], part))
-                queued += len(part)
+            waiting.append(_pending(side, half, data))
+            for start, end in waiting[-1].windows:
+                queue.append((waiting[-1], waiting[-1].text[start:end].decode()))
+                queued += end - start
                 if queued >= _BATCH_BYTES:
                     _encode(queue, tokenizer)
                     queued = 0
-            while waiting and len(waiting[0].ids) == waiting[0].num_parts:
+            while waiting and waiting[0].is_encoded:
                 yield waiting[0].side, waiting.popleft().finish(tokenizer)
     _encode(queue, tokenizer)
     for pending in waiting:
         yield pending.side, pending.finish(tokenizer)
 
 
-def _parts_of(text: str, document: Document, data: DataConfig) -> list[str]:
-    if len(text) > _MAX_BYTES // 4 and len(text.encode()) > _MAX_BYTES:
+def _pending(side: str, document: Document, data: DataConfig) -> _Pending:
+    prompt, text = document.prompt.encode(), (document.prompt + document.text).encode()
+    if len(text) > _MAX_BYTES:
         raise ValueError(f"{document.where}: a document of more than 2 GiB: split it into several files, or lines of a .jsonl")
-    return text_parts(text, data.max_document_bytes)
+    scored = [(len(prompt), len(text))] if prompt else None
+    return _Pending(side=side, document=document, text=text, scored=scored, windows=windows_of(text, data.max_document_bytes))
 
 
 def _encode(queue: list[tuple[_Pending, str]], tokenizer: Tokenizer) -> None:
     """Encodes and empties the queue."""
+    plain = [(pending, text) for pending, text in queue if not pending.needs_spans]
+    others = [(pending, text) for pending, text in queue if pending.needs_spans]
     try:
-        encoded = tokenizer.encode_batch([part for _, part in queue])
+        ids = tokenizer.encode_batch([text for _, text in plain])
+        tokens = tokenizer.encode_spans([text for _, text in others])
     except ValueError as error:
         names = f"{queue[0][0].document.where} to {queue[-1][0].document.where}" if len(queue) > 1 else queue[0][0].document.where
         raise ValueError(f"{names}: {error}") from error
-    for (pending, _), ids in zip(queue, encoded, strict=True):
-        pending.ids.append(np.asarray(ids, np.int32))
+    for (pending, _), of_text in zip(plain, ids, strict=True):
+        pending.ids = of_text
+    for (pending, _), of_window in zip(others, tokens, strict=True):
+        pending.encoded.append(of_window)
     queue.clear()

@@ -10,7 +10,7 @@ that no text contains: ids stay, the merges that would build the name are gone, 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -46,10 +46,39 @@ def plain_text_backend(specification: Mapping[str, Any], *, reserved: Mapping[st
         {**token, "content": renamed.get(token["content"], token["content"]), "special": token["special"] or token["content"] in names}
         for token in specification["added_tokens"]
     ]
-    changed = {**specification, "added_tokens": added, "model": _without_names(model, renamed), "post_processor": None}
+    changed = {**specification, "added_tokens": added, "model": without_names(model, renamed), "post_processor": None}
     backend = tokenizers.Tokenizer.from_str(json.dumps(changed))
     backend.encode_special_tokens = True
     return backend
+
+
+def checked_encodings(
+    texts: Sequence[str], encode: Callable[..., list[tokenizers.Encoding]], *, reserved: Mapping[int, str]
+) -> list[tokenizers.Encoding]:
+    """Return the encodings of texts, which must not have a reserved id.
+
+    Args:
+      encode: `encode_batch` or `encode_batch_fast` of a backend for documents.
+      reserved: names of the tokens that no text may produce, by id.
+
+    Raises:
+      ValueError: the vocabulary cannot express a text, or expresses it by a reserved token.
+    """
+    try:
+        encodings = encode(list(texts), add_special_tokens=False)
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(
+            f"the vocabulary cannot express the text, and has no token for what is unknown ({error}): take a tokenizer that falls back "
+            "on bytes, or one that has such a token"
+        ) from error
+    for text, encoding in zip(texts, encodings if reserved else (), strict=False):
+        if not reserved.keys().isdisjoint(ids := encoding.ids):
+            name = next(reserved[id] for id in ids if id in reserved)
+            raise ValueError(
+                f"the vocabulary has {name!r} for text that it cannot express, and that token begins or ends documents: name another "
+                f"BOS or EOS, or take a tokenizer that falls back on bytes. The text: {text[:80]!r}"
+            )
+    return encodings
 
 
 def _can_produce(model: Mapping[str, Any], name: str) -> bool:
@@ -63,7 +92,7 @@ def _can_produce(model: Mapping[str, Any], name: str) -> bool:
     return len(name) == 1 or any(left + right == name for left, right in model["merges"])
 
 
-def _without_names(model: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+def without_names(model: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
     """The model with other names for some of its tokens, and without the merges that take part in the old ones."""
     if model["type"] == "Unigram":
         return {**model, "vocab": [[renamed.get(piece, piece), score] for piece, score in model["vocab"]]}

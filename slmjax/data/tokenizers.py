@@ -14,9 +14,8 @@ import dataclasses
 import enum
 import functools
 import hashlib
-import heapq
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +23,13 @@ import tokenizers
 from jaxtyping import Int32
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from slmjax.data import conventions
+from slmjax.data import conventions, spans
 from slmjax.data.conventions import BOS, EOS
 from slmjax.data.detokenization import Detokenizer
-from slmjax.data.plain_text import plain_text_backend, unknown_token
-from slmjax.data.vocabulary import NUM_BYTES, byte_characters, exact_pieces, is_character_vocabulary
+from slmjax.data.marks import MarkedVocabulary
+from slmjax.data.plain_text import checked_encodings, plain_text_backend, unknown_token
+from slmjax.data.spans import TextTokens
+from slmjax.data.vocabulary import NUM_BYTES, byte_characters, exact_pieces, is_character_vocabulary, sample_of
 
 _NUM_SPECIAL = 2
 
@@ -84,7 +85,7 @@ class Tokenizer:
         reserved = self._reserved(vocabulary, unknown=unknown_token(specification))
         self._added = [token.content for token in added.values() if not token.special and token.content not in reserved]
         self._plain = plain_text_backend(specification, reserved=reserved)  # encodes documents; None: the backend itself does
-        self._reserved_ids = frozenset(reserved.values())
+        self._reserved_names = {id: name for name, id in reserved.items()}
         canonical = json.dumps([specification, bos, eos], sort_keys=True, separators=(",", ":"))
         self.hash = hashlib.sha256(canonical.encode()).hexdigest()
         is_of_characters = is_character_vocabulary(specification)
@@ -104,29 +105,26 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text as `encode`, by several threads."""
-        for text in texts:
-            self._check(text, recognised=self._added)
-        try:
-            encodings = (self._plain or self._backend).encode_batch_fast(list(texts), add_special_tokens=False)
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(
-                f"the vocabulary cannot express the text, and has no token for what is unknown ({error}): take a tokenizer that falls back "
-                "on bytes, or one that has such a token"
-            ) from error
-        encoded = [encoding.ids for encoding in encodings]
-        for text, ids in zip(texts, encoded, strict=True):
-            if self._plain is not None and not self._reserved_ids.isdisjoint(ids):
-                name = self.name_of(next(id for id in ids if id in self._reserved_ids))
-                raise ValueError(
-                    f"the vocabulary has {name!r} for text that it cannot express, and that token begins or ends documents: name another "
-                    f"BOS or EOS, or take a tokenizer that falls back on bytes. The text: {text[:80]!r}"
-                )
-        return encoded
+        backend = self._plain or self._backend
+        return [encoding.ids for encoding in self._encodings(texts, backend.encode_batch_fast)]
+
+    def encode_spans(self, texts: Sequence[str], *, marked: bool = False) -> list[TextTokens]:
+        """Ids of each text as `encode`, and the bytes of it that each id stands for.
+
+        With `marked`, the marks of `marked_vocabulary` in the texts stand for special tokens; spans then count the bytes of marks.
+        """
+        if marked:
+            for text in texts:
+                self._check(self.marked_vocabulary.without_marks(text), recognised=self._added)
+            return self.marked_vocabulary.encode_batch(texts)
+        if (sizes := self.token_bytes) is not None:
+            return [spans.from_sizes(ids, sizes) for ids in self.encode_batch(texts)]
+        encodings = self._encodings(texts, (self._plain or self._untrimmed).encode_batch)
+        return [spans.from_offsets(one.ids, one.offsets, text) for one, text in zip(encodings, texts, strict=True)]
 
     def encode_with_special(self, text: str) -> list[int]:
-        """Ids of a text in which the names of special tokens stand for them: what a chat template made."""
-        self._check(text, recognised=[*self._added, *self.special_ids])
-        return self._recognising.encode(text, add_special_tokens=False).ids
+        """Ids of a text in which the names of special tokens stand for them, wherever they come from."""
+        return self.encode_spans([self.marked_vocabulary.mark(text)], marked=True)[0].ids.tolist()
 
     def name_of(self, id: int) -> str | None:
         """The token that has this id; None where none has."""
@@ -186,10 +184,7 @@ class Tokenizer:
         return self._with_backend(backend)
 
     def _with_backend(self, backend: tokenizers.Tokenizer) -> "Tokenizer":
-        return Tokenizer(
-            backend, bos=self.bos, eos=self.eos, ends=self.ends, adds_bos=self.adds_bos, has_bos=self.has_bos,
-            chat_template=self.chat_template, unk=self.unk, pad=self.pad,
-        )  # fmt: skip
+        return self._with_backend(backend)
 
     def save(self, directory: Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, in the form that Hugging Face libraries read too."""
@@ -242,6 +237,13 @@ class Tokenizer:
             ends=tuple(name for name in found.ends if name in vocabulary) if ends is None else ends, chat_template=found.chat_template,
         )  # fmt: skip
 
+    def _with_backend(self, backend: tokenizers.Tokenizer) -> "Tokenizer":
+        """A tokenizer with the same conventions."""
+        return Tokenizer(
+            backend, bos=self.bos, eos=self.eos, ends=self.ends, adds_bos=self.adds_bos, has_bos=self.has_bos,
+            chat_template=self.chat_template, unk=self.unk, pad=self.pad,
+        )  # fmt: skip
+
     def _reserved(self, vocabulary: Mapping[str, int], *, unknown: str | None) -> dict[str, int]:
         """Tokens that no text may produce, by name: special ones, BOS, EOS, padding, and added tokens that end a turn."""
         ends = set(self.ends) & {token.content for token in self._backend.get_added_tokens_decoder().values()}
@@ -249,11 +251,22 @@ class Tokenizer:
         return {name: vocabulary[name] for name in names}
 
     @functools.cached_property
-    def _recognising(self) -> tokenizers.Tokenizer:
-        """The vocabulary once more, which reads the names of special tokens as these; a switch would not do where threads encode."""
+    def marked_vocabulary(self) -> MarkedVocabulary:
+        """The vocabulary that knows the tokens that no text may produce by their marks alone."""
+        return MarkedVocabulary(self._backend, self.special_ids | {name: id for id, name in self._reserved_names.items()})
+
+    @functools.cached_property
+    def _untrimmed(self) -> tokenizers.Tokenizer:
+        """The vocabulary without its post-processor, which may leave blanks out of offsets."""
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
-        backend.encode_special_tokens = False
+        backend.post_processor = None
+        backend.encode_special_tokens = True
         return backend
+
+    def _encodings(self, texts: Sequence[str], encode: Callable[..., list[tokenizers.Encoding]]) -> list[tokenizers.Encoding]:
+        for text in texts:
+            self._check(text, recognised=self._added)
+        return checked_encodings(texts, encode, reserved=self._reserved_names if self._plain is not None else {})
 
     def _check(self, text: str, *, recognised: Sequence[str]) -> None:
         try:
@@ -310,7 +323,7 @@ class BpeTokenizer(TokenizerConfig):
             show_progress=False,
         )
         backend = _byte_level(models.BPE())
-        backend.train_from_iterator(_sample(texts, self.training_bytes), trainer)
+        backend.train_from_iterator(sample_of(texts, self.training_bytes), trainer)
         return Tokenizer(backend, bos=BOS, eos=EOS)
 
 
@@ -368,21 +381,3 @@ def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return backend
-
-
-def _sample(texts: Iterable[str], max_bytes: int) -> list[str]:
-    """The texts of the smallest hashes that fit in `max_bytes`, at least one: a sample that no order of reading changes."""
-    heap: list[tuple[int, str]] = []
-    total, limit = 0, 1 << 256
-    for text in texts:
-        raw = text.encode()
-        rank = int.from_bytes(hashlib.sha256(raw).digest())
-        if rank >= limit:
-            continue
-        heapq.heappush(heap, (-rank, text))
-        total += len(raw)
-        while total > max_bytes and len(heap) > 1:
-            rank, dropped = heapq.heappop(heap)
-            total -= len(dropped.encode())
-            limit = -rank  # what came earlier may have been dropped from here on, so what comes later must be too
-    return [text for _, text in sorted(heap, reverse=True)]

@@ -1,8 +1,11 @@
-"""Which bytes the ids of a vocabulary stand for, read from a tokenizer.json.
+"""The bytes that the ids of a vocabulary stand for, read from a tokenizer.json; the text that one is learned from.
 
 pieces = exact_pieces(json.loads(backend.to_str()), backend.get_vocab(), vocab_size)   # pieces[id] is bytes; None: unknown
 """
 
+import hashlib
+import heapq
+from collections.abc import Iterable
 from typing import Any
 
 NUM_BYTES = 256
@@ -21,6 +24,24 @@ def is_character_vocabulary(specification: dict[str, Any]) -> bool:
     plain = specification["normalizer"] is None and specification["pre_tokenizer"] is None
     fused = decoder is not None and decoder["type"] == "Fuse"
     return plain and fused and model["type"] == "BPE" and not model["merges"]
+
+
+def sample_of(texts: Iterable[str], max_bytes: int) -> list[str]:
+    """The texts of the smallest hashes that fit in `max_bytes`, at least one: a sample that no order of reading changes."""
+    heap: list[tuple[int, str]] = []
+    total, limit = 0, 1 << 256
+    for text in texts:
+        raw = text.encode()
+        rank = int.from_bytes(hashlib.sha256(raw).digest())
+        if rank >= limit:
+            continue
+        heapq.heappush(heap, (-rank, text))
+        total += len(raw)
+        while total > max_bytes and len(heap) > 1:
+            rank, dropped = heapq.heappop(heap)
+            total -= len(dropped.encode())
+            limit = -rank  # what came earlier may have been dropped from here on, so what comes later must be too
+    return [text for _, text in sorted(heap, reverse=True)]
 
 
 def exact_pieces(specification: dict[str, Any], vocabulary: dict[str, int], vocab_size: int) -> list[bytes] | None:

@@ -40,13 +40,14 @@ class Likelihood:
 def pair_tokens(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     """Tokens of a context, BOS first where the model wants it or nothing else comes first, and of what continues it, encoded as one text.
 
-    Spaces at the context's end count to the continuation, as tokens begin with their space. Where a token reaches over
-    the boundary, the continuation begins with it: every token of the text is in one of the two, as the model saw it in training.
+    A token that holds text of the continuation belongs to it, also where it begins in the context. White space at the end of the
+    context counts to the continuation, as tokens begin with their space.
     """
     cut = len(context.rstrip())
-    whole, before = tokenizer.encode(context + continuation), tokenizer.encode(context[:cut])
-    shared = next((i for i, (a, b) in enumerate(zip(whole, before, strict=False)) if a != b), min(len(whole), len(before)))
-    return tokenizer.with_bos(whole[:shared]), whole[shared:]
+    text = context + continuation
+    tokens = tokenizer.encode_spans([text])[0]
+    belongs = tokens.held([(len(context[:cut].encode()), len(text.encode()))])
+    return tokenizer.with_bos(tokens.ids[~belongs].tolist()), tokens.ids[belongs].tolist()
 
 
 def log_likelihoods(loaded: Loaded, pairs: Sequence[Pair], *, batch_size: int = DEFAULT_BATCH_SIZE) -> list[Likelihood]:

@@ -2,8 +2,9 @@
 
     {"prompt": "The capital of France is", "choices": ["Rome", "Paris"], "answer": 1}
 
-A choice is scored as the continuation of its prompt, with a space between them unless the prompt ends in white space. The
-answer is the choice of the highest log-likelihood (`accuracy`), or of the highest per UTF-8 byte of the choice
+A choice is scored as the continuation of its prompt. One blank stands between them, whether the choice begins with it, the prompt
+ends with it, or neither; after other white space, and in a choice that begins with other white space, none is added. The answer is
+the choice of the highest log-likelihood (`accuracy`), or of the highest per UTF-8 byte of the choice without that blank
 (`accuracy_per_byte`), so that long choices are not at a disadvantage. lm-eval's `acc` and `acc_norm` are the same, but that it
 counts characters.
 """
@@ -66,7 +67,7 @@ def answer_questions(loaded: Loaded, path: str | Path, *, batch_size: int = DEFA
     for one in questions:
         found = [next(scores) for _ in one.choices]
         logprobs = np.asarray([score.logprob for score in found])
-        per_byte = logprobs / np.asarray([len(choice.encode()) for choice in one.choices])
+        per_byte = logprobs / np.asarray([len(_split_blank(one.prompt, choice)[1].encode()) for choice in one.choices])
         right.append(int(np.argmax(logprobs)) == one.answer)
         right_per_byte.append(int(np.argmax(per_byte)) == one.answer)
         truncated += any(score.truncated for score in found)
@@ -79,10 +80,26 @@ def answer_questions(loaded: Loaded, path: str | Path, *, batch_size: int = DEFA
 
 def _pair(loaded: Loaded, prompt: str, choice: str) -> Pair:
     """A prompt and a choice as tokens. Raises ValueError for text that the vocabulary lacks, and a choice longer than the context."""
-    pair = pair_tokens(loaded.tokenizer, prompt, choice if not prompt or prompt[-1].isspace() else f" {choice}")
+    pair = pair_tokens(loaded.tokenizer, prompt, continuation_of(prompt, choice))
     if len(pair[1]) > (room := loaded.config.context_length):
         raise ValueError(f"a choice has {len(pair[1])} tokens, more than the model's context_length={room}: shorten it")
     return pair
+
+
+def continuation_of(prompt: str, choice: str) -> str:
+    """Return the text that follows a prompt for a choice: one blank stands between them, as the module says."""
+    return "".join(_split_blank(prompt, choice))
+
+
+def _split_blank(prompt: str, choice: str) -> tuple[str, str]:
+    """The blank to put after the prompt, or "", and the choice without a blank of its own that stands for it."""
+    if not prompt:
+        return "", choice
+    if prompt[-1] == " ":
+        return "", choice.removeprefix(" ") or choice
+    if prompt[-1].isspace() or (choice[0].isspace() and choice[0] != " "):
+        return "", choice
+    return " ", choice.removeprefix(" ") or choice
 
 
 def _stderr(right: list[bool]) -> float:

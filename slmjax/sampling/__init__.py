@@ -8,7 +8,7 @@
 from text to text, `chat.py` makes prompts of conversations by a model's template, which `templates.py` runs.
 """
 
-from slmjax.sampling.chat import encode_chat, render_chat
+from slmjax.data.chat import encode_chat, render_chat
 from slmjax.sampling.choice import filtered_logits, next_tokens, penalised
 from slmjax.sampling.decoding import Continuation, sample
 from slmjax.sampling.settings import SamplingConfig, check_prompts, length_limits

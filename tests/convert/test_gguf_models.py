@@ -41,13 +41,13 @@ from slmjax.convert.gguf_file import GgufFile, PendingTensor, read_gguf, write_g
 from slmjax.convert.gguf_tokenizer import tokenizer_metadata
 from slmjax.convert.settings import Settings
 from slmjax.convert.source import express
+from slmjax.data.chat import render_chat
 from slmjax.data.config import DataConfig
 from slmjax.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
 from slmjax.experiment import RunConfig
 from slmjax.optim import OptimConfig
 from slmjax.rope import LinearScaling, Llama3Scaling
 from slmjax.sampling import SamplingConfig
-from slmjax.sampling.chat import render_chat
 from tests.convert import llama_cpp
 from tests.convert.test_gguf_families import config_of
 

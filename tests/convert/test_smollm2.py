@@ -15,9 +15,9 @@ import pytest
 import slmjax
 from benchmarks import smollm2
 from slmjax.convert.directory import Target, WeightType, export_model, import_model
+from slmjax.data.chat import encode_chat
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.sampling import SamplingConfig
-from slmjax.sampling.chat import encode_chat
 from tests.convert import llama_cpp
 
 pytestmark = pytest.mark.nightly

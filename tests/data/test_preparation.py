@@ -14,11 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from slmjax.data.config import DataConfig, OnBadDocument, Split, TextSource, WeightedSource
-from slmjax.data.encoding import is_held_out, text_parts
+from slmjax.data.encoding import is_held_out
 from slmjax.data.preparation import inspect, prepare
 from slmjax.data.shards import TokenShards
 from slmjax.data.stdlib_corpus import StdlibSource
@@ -129,23 +127,6 @@ def test_mixture_keeps_sources_apart(data: DataConfig, tmp_path: Path) -> None:
 
 
 # --- Long documents --------------------------------------------------------------------------------------------------------------
-
-
-@settings(deadline=None)
-@given(text=st.text(st.characters(exclude_categories=["Cs"])), max_bytes=st.integers(4, 40))
-def test_parts_join_to_the_text(text: str, max_bytes: int) -> None:
-    parts = text_parts(text, max_bytes)
-    assert "".join(parts) == text
-    assert all(len(part.encode()) <= max_bytes for part in parts)
-    assert all(parts) or parts == [""]
-
-
-def test_parts_by_hand() -> None:
-    assert text_parts("one two three", 9) == ["one two", " three"]
-    assert text_parts("one two three", 7) == ["one two", " three"]
-    assert text_parts("one\n  two", 6) == ["one\n  ", "two"]  # no single blank between words: cut at the limit
-    assert text_parts("ääää", 5) == ["ää", "ää"]
-    assert text_parts("", 5) == [""]
 
 
 def test_long_documents_have_the_ids_of_the_whole(data: DataConfig, tmp_path: Path) -> None:

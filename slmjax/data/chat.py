@@ -34,7 +34,7 @@ def render_chat(
     Raises:
       ValueError: there is no message, one is no plain data, or the template fails or refuses the conversation.
     """
-    from slmjax.sampling import templates  # jinja2, which only chats need
+    from slmjax.data import templates  # jinja2, which only chats need
 
     if not messages:
         raise ValueError("a conversation needs a message: give one with a role and a content")

@@ -1,0 +1,72 @@
+"""Special tokens written into a text in a way that no other text can imitate.
+
+A chat template writes special tokens by their names, and so may the messages that it is given; once both are one string, nothing
+tells them apart. So what is meant as a special token is written as its mark, a name drawn anew in each process, and a vocabulary
+that knows the tokens by their marks alone encodes the string as a whole. A name that stands in it is text.
+
+    vocabulary = MarkedVocabulary(backend, {"<|im_end|>": 7})
+    text = vocabulary.mark("user<|im_end|>")                # the name becomes the mark
+    vocabulary.encode_batch([text])                         # ... and that id 7
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+
+import tokenizers
+
+from slmjax.data import spans
+from slmjax.data.plain_text import without_names
+from slmjax.data.spans import TextTokens
+
+
+class MarkedVocabulary:
+    """A vocabulary in which special tokens have other names.
+
+    Args:
+      backend: the vocabulary; it is not changed.
+      special: ids of the special tokens, by name.
+
+    `marks` has the mark of each name.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, special: Mapping[str, int]) -> None:
+        drawn = secrets.token_hex(8)
+        self.marks = {name: f"\ufdd0{drawn}.{id}\ufdd1" for name, id in special.items()}  # between characters that are none
+        specification = json.loads(backend.to_str())
+        added = {token["content"]: token for token in specification["added_tokens"]}
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        for name, id in special.items():
+            added[name] = {"id": id, **plain, **added.get(name, {})}
+        alone = {name for name, token in added.items() if token["single_word"]}
+        longest_first = sorted(special, key=len, reverse=True)
+        names = [rf"(?<!\w){re.escape(name)}(?!\w)" if name in alone else re.escape(name) for name in longest_first]
+        self._names = re.compile("|".join(names) or r"(?!)")
+        self._marks = re.compile(rf"\ufdd0{drawn}\.\d+\ufdd1")
+        for name, mark in self.marks.items():
+            added[name] |= {"content": mark, "single_word": False, "normalized": False, "special": True}
+        model = without_names(specification["model"], self.marks)
+        # A post-processor may trim offsets.
+        specification |= {"added_tokens": list(added.values()), "model": model, "post_processor": None}
+        self._backend = tokenizers.Tokenizer.from_str(json.dumps(specification))
+        self._ids = {self._backend.token_to_id(mark): special[name] for name, mark in self.marks.items()}
+        for name, id in backend.get_vocab(with_added_tokens=True).items():
+            if name not in special:  # the library numbers added tokens anew
+                self._ids[self._backend.token_to_id(name)] = id
+
+    def mark(self, text: str) -> str:
+        """Return the text with the mark of each special token in place of its name."""
+        return self._names.sub(lambda match: self.marks[match[0]], text)
+
+    def without_marks(self, text: str) -> str:
+        """Return the text without the special tokens that are marked in it."""
+        return self._marks.sub("", text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[TextTokens]:
+        """Return the tokens of each text, in which marks stand for special tokens. Their spans count the bytes of marks."""
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            spans.from_offsets([self._ids[id] for id in encoding.ids], encoding.offsets, text)
+            for encoding, text in zip(encodings, texts, strict=True)
+        ]
