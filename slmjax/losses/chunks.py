@@ -116,6 +116,15 @@ def _chunked_sum_backward(
 _chunked_sum.defvjp(_chunked_sum_forward, _chunked_sum_backward)
 
 
+def weighted_sum(weights: Float[Array, "C"], values: Float[Array, "C"]) -> Float[Array, ""]:
+    """Return the sum of weight times value, in the dtype of the values.
+
+    A token of weight 0 adds 0 and gets no gradient whatever its value, also an infinite one: its target may be a masked column.
+    """
+    weights = weights.astype(values.dtype)
+    return jnp.sum(weights * jnp.where(weights == 0.0, 0.0, values))
+
+
 def over_chunks(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, data: Any, chunk_size: int) -> tuple[Any, Any]:
     """`jax.lax.scan` of `step` over chunks of the leading dim of `data`; results are stacked, also when there is one chunk."""
     num_tokens = jax.tree.leaves(data)[0].shape[0]

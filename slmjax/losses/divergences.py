@@ -146,12 +146,18 @@ class SkewReverseKl(Divergence):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TotalVariation(Divergence):
-    """1/2 sum |p - q|, between 0 and 1."""
+    """1/2 sum |p - q|, between 0 and 1.
+
+    It has a corner where a p equals its q. The sign that is its gradient there is 0, also where the two differ by no more than the
+    rounding of their logarithms: which sign rounding has is chance, and would move a student that agrees with its teacher.
+    """
 
     def value_and_slope(self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass) -> tuple[Float[Array, "C"], LogProbabilities]:
         q = jnp.exp(log_q)
         difference = q - jnp.exp(log_p)
-        return 0.5 * _total(jnp.abs(difference), given), 0.5 * jnp.sign(difference) * q
+        rounding = 32 * jnp.finfo(log_q.dtype).eps * (1.0 - jnp.minimum(log_p, log_q))
+        sign = jnp.where(jnp.abs(log_q - log_p) <= rounding, 0.0, jnp.sign(difference))
+        return 0.5 * _total(jnp.abs(difference), given), 0.5 * sign * q
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,10 +224,12 @@ class TopK(Divergence):
             raise ValueError(f"k must be at least 1, got {self.k}")
 
     def value_and_slope(self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass) -> tuple[Float[Array, "C"], LogProbabilities]:
-        p, q, kept = jnp.exp(log_p), jnp.exp(log_q), top_columns(log_p, self.k, given.shards)
-        tail_p, tail_q = (jnp.log(jnp.maximum(_total(jnp.where(kept, 0.0, x), given), jnp.finfo(x.dtype).tiny)) for x in (p, q))
+        kept = top_columns(log_p, self.k, given.shards)
+        tail_p, tail_q = (_log_total(jnp.where(kept, PADDING_LOGIT, x), given) for x in (log_p, log_q))
         values = _total(jnp.where(kept, excess(log_p, log_q), 0.0), given) + excess(tail_p, tail_q)
-        return values, -jnp.where(kept, p, q * jnp.exp(tail_p - tail_q)[:, None])
+        # Of the tail's probability p each of its columns has a share q_v / q: in logarithms, as q may be less than float32 can hold.
+        tail_slope = jnp.exp(tail_p[:, None] + jnp.minimum(log_q - tail_q[:, None], 0.0))
+        return values, -jnp.where(kept, jnp.exp(log_p), tail_slope)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -338,6 +346,16 @@ def _uniform(key: UInt32[Array, "2"], ids: UInt32[Array, "C 2"], count: int, dty
 
 def _total(values: Float[Array, "C v"], given: Pass) -> Float[Array, "C"]:
     return given.shards.sum(jnp.sum(values, axis=-1))
+
+
+def _log_total(logs: LogProbabilities, given: Pass) -> Float[Array, "C"]:
+    """The logarithm of the sum over the vocabulary of what `logs` are the logarithms of.
+
+    It is at least half of PADDING_LOGIT, so that two sums of nothing are equal, whatever the rounding of numbers of that size.
+    """
+    largest = given.shards.max(jnp.max(logs, axis=-1))
+    total = given.shards.sum(jnp.sum(jnp.exp(logs - largest[:, None]), axis=-1))
+    return jnp.maximum(largest + jnp.log(total), 0.5 * PADDING_LOGIT)
 
 
 def _check_share(name: str, value: float) -> None:

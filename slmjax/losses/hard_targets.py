@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from slmjax import sharding
-from slmjax.losses.chunks import ChunkFn, chosen_chunk_size, chunked_sum
+from slmjax.losses.chunks import ChunkFn, chosen_chunk_size, chunked_sum, weighted_sum
 from slmjax.losses.heads import Head, accumulation_dtype, columns, local_logits
 from slmjax.losses.sharded import Vocabulary, sharded_sum
 
@@ -89,10 +89,10 @@ def hard_terms(
 ) -> tuple[Float[Array, ""], Metrics]:
     """The sum and the metrics of `cross_entropy` from a chunk's logits."""
     found = hard_values(logits, targets, shards)
-    z, weights = jnp.square(found.normaliser), weights.astype(found.nll.dtype)
+    z = jnp.square(found.normaliser)
     metrics = {"nll": found.nll, "z": z, "correct": found.correct}
-    metrics = {name: jax.lax.stop_gradient(jnp.sum(weights * value)) for name, value in metrics.items()}
-    return jnp.sum(weights * (found.nll + z_loss * z)), metrics
+    metrics = {name: jax.lax.stop_gradient(weighted_sum(weights, value)) for name, value in metrics.items()}
+    return weighted_sum(weights, found.nll + z_loss * z), metrics
 
 
 def sharded_cross_entropy(

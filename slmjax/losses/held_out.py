@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from slmjax import sharding
-from slmjax.losses.chunks import ChunkFn
+from slmjax.losses.chunks import ChunkFn, weighted_sum
 from slmjax.losses.divergences import ForwardKl, excess, log_softmax
 from slmjax.losses.hard_targets import HardValues, hard_values
 from slmjax.losses.heads import PADDING_LOGIT, Head, columns, local_logits
@@ -61,12 +61,12 @@ def _terms(matching: Matching, shards: sharding.Shards) -> ChunkFn:
         logits = local_logits(hidden, head, shards)
         found = hard_values(logits, targets, shards)
         weights = weights.astype(found.nll.dtype)
-        sums = {"nll": jnp.sum(weights * found.nll), "weight": jnp.sum(weights), **_bins(found, weights)}
+        sums = {"nll": weighted_sum(weights, found.nll), "weight": jnp.sum(weights), **_bins(found, weights)}
         if heads:
             shared = min(head.vocab_size, *(other.vocab_size for other in heads))
             log_p = teacher_log_probabilities(matching, states, heads, shards, temperature=1.0, vocab_size=shared)
             values = _nearness(jnp.where(columns(logits, shards) < shared, logits, PADDING_LOGIT), log_p, targets, shards)
-            sums |= {name: jnp.sum(weights * value) for name, value in values.items()}
+            sums |= {name: weighted_sum(weights, value) for name, value in values.items()}
         return sums["nll"], sums
 
     return terms

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from slmjax import sharding
-from slmjax.losses.chunks import ChunkFn, chosen_chunk_size, chunked_sum, over_chunks
+from slmjax.losses.chunks import ChunkFn, chosen_chunk_size, chunked_sum, over_chunks, weighted_sum
 from slmjax.losses.divergences import Divergence, Pass, State, log_softmax
 from slmjax.losses.hard_targets import Metrics, hard_terms
 from slmjax.losses.heads import PADDING_LOGIT, Head, accumulation_dtype, check_rows, columns, local_logits
@@ -202,7 +202,7 @@ def _terms(matching: Matching, shards: sharding.Shards) -> ChunkFn:
         logits = local_logits(hidden, head, shards)
         hard, metrics = hard_terms(logits, targets, weights, given.z_loss, shards)
         values = _divergences(matching, shards, logits, head.vocab_size, states, heads, given, draws)
-        soft = jnp.sum(weights.astype(values.dtype) * values)
+        soft = weighted_sum(weights, values)
         return given.soft * soft + given.hard * hard, {**metrics, "divergence": jax.lax.stop_gradient(soft)}
 
     return terms
@@ -240,11 +240,11 @@ def teacher_log_probabilities(
     """The log-probabilities of all teachers together, over the first `vocab_size` columns."""
     heads = [dataclasses.replace(head, vocab_size=vocab_size) for head in heads]
     scaled = [local_logits(hidden, head, shards) / temperature for hidden, head in zip(states, heads, strict=True)]
-    shares = matching.shares(len(heads))
-    if matching.mean is TeacherMean.LOGITS or len(heads) == 1:
-        return log_softmax(sum((share * x for share, x in zip(shares[1:], scaled[1:], strict=True)), shares[0] * scaled[0]), shards)
-    weighted = [math.log(share) + log_softmax(x, shards) for share, x in zip(shares, scaled, strict=True) if share > 0]
-    return functools.reduce(jnp.logaddexp, weighted)
+    # One of no weight is left out: 0 times a logit of -inf is no number.
+    weighted = [(share, x) for share, x in zip(matching.shares(len(heads)), scaled, strict=True) if share > 0]
+    if matching.mean is TeacherMean.LOGITS or len(weighted) == 1:
+        return log_softmax(functools.reduce(jnp.add, [share * x for share, x in weighted]), shards)
+    return functools.reduce(jnp.logaddexp, [math.log(share) + log_softmax(x, shards) for share, x in weighted])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
