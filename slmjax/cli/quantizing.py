@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import itertools
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -107,7 +108,8 @@ def verify_export_command(words: Sequence[str]) -> int:
 
 def _verdicts(found: Any) -> dict[str, Any]:
     loss = {} if found.loss is None else {"loss_tolerance": found.loss.tolerance, "loss_holds": found.loss.holds}
-    return {"bytes_hold": found.bytes_hold, "products_hold": found.products_hold, **loss, "holds": found.holds}
+    held = {"bytes_hold": found.bytes_hold, "products_hold": found.products_hold, **loss, "tokenizer_holds": found.tokenizer.holds}
+    return {**held, "holds": found.holds}
 
 
 def _show(found: Any) -> None:
@@ -128,9 +130,18 @@ def _show(found: Any) -> None:
     for one in found.tensors:
         if not one.holds:
             print(f"    {_tensor_text(one)}")
+    if found.products:
+        _show_products(found)
+    else:
+        print("2 products  not compared: the file is of another model")
     if found.loss is None:
-        print("2 products  not compared: the file is of another model\n3 loss      not compared")
-        return
+        print("3 loss      not compared: the engine cannot load the file as this model")
+    else:
+        _show_loss(found.loss)
+    _show_tokenizer(found.tokenizer)
+
+
+def _show_products(found: Any) -> None:
     worst = max((one.error for one in found.products), default=0.0)
     coded, flipped = (sum(getattr(one, name) for one in found.products) for name in ("input_codes", "flipped_codes"))
     inputs = f", of {coded:,} codes of inputs {flipped:,} differ" if coded else ""
@@ -138,7 +149,9 @@ def _show(found: Any) -> None:
     for one in found.products:
         if not one.holds:
             print(f"    {one.name}: {one.error:.1e}, where sums in another order differ by {one.bound:.1e} at the most")
-    loss = found.loss
+
+
+def _show_loss(loss: Any) -> None:
     print(
         f"3 loss      {_word(loss.holds)}: {loss.engine:.6f} nats per token in the engine, {loss.ours:.6f} in ours ({loss.tokens:,} tokens)"
     )
@@ -148,6 +161,22 @@ def _show(found: Any) -> None:
     )
     if loss.as_trained != loss.ours:
         print(f"    with inputs as in training, ours is {loss.as_trained:.6f}: there inputs are rounded otherwise, or in bfloat16")
+
+
+def _show_tokenizer(check: Any) -> None:
+    engine = f"the engine gives other ids for {len(check.differing_texts):,} of {check.texts:,} texts" if check.texts else "no text encoded"
+    print(f"4 tokenizer {_word(check.holds)}: {len(check.differences):,} of {check.keys:,} keys differ, {engine}")
+    for text in check.differences:
+        print(f"    {text}")
+    for one in check.differing_texts:
+        print(f"    {one.text[:40]!r}: {one.reason or _ids_text(one.ours, one.engine)}")
+
+
+def _ids_text(ours: Sequence[int], engine: Sequence[int]) -> str:
+    """Where two lists of ids part."""
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, engine, strict=False)))
+    shown = slice(shared, shared + 6)
+    return f"ids from {shared} on are {list(engine[shown])} in the engine, {list(ours[shown])} in the model"
 
 
 def _tensor_text(one: Any) -> str:

@@ -12,9 +12,11 @@ Dims: T tokens, V vocabulary, R rows of inputs, I inputs of a matrix, O its outp
 
 import ctypes
 import functools
+import http.client
 import importlib
 import json
 import os
+import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,30 @@ def _plain_token(path: Path) -> int:
         if word.isascii() and word.isalpha() and (kinds is None or kinds[index] == NORMAL_TOKEN):
             return index
     raise ValueError(f"{path} has no vocabulary with a letter in it, and the server of llama.cpp needs one: export it with its tokenizer")
+
+
+# The tokenizer --------------------------------------------------------------------------------------------------------
+def tokenize(path: Path, text: str, *, add_special: bool = False, parse_special: bool = False, context: int = 2048) -> list[int]:
+    """Ids that the engine gives a text, asked over HTTP on a port of this machine, which is the only way that the wheel has.
+
+    Args:
+      add_special: with BOS and EOS as the file says.
+      parse_special: names of special tokens in the text stand for them.
+
+    Raises:
+      ValueError: the engine refuses the text.
+    """
+    address = urllib.parse.urlsplit(serve(path, context=context).listening_address)
+    connection = http.client.HTTPConnection(str(address.hostname), address.port)
+    try:
+        body = json.dumps({"content": text, "add_special": add_special, "parse_special": parse_special})
+        connection.request("POST", "/tokenize", body.encode(), {"Content-Type": "application/json"})
+        answer = json.loads(connection.getresponse().read())
+    finally:
+        connection.close()
+    if "tokens" not in answer:
+        raise ValueError(f"llama.cpp does not encode {text[:80]!r}: {answer}")
+    return answer["tokens"]
 
 
 # One matrix -----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -125,6 +126,11 @@ class Tokenizer:
     def encode_with_special(self, text: str) -> list[int]:
         """Ids of a text in which the names of special tokens stand for them, wherever they come from."""
         return self.encode_spans([self.marked_vocabulary.mark(text)], marked=True)[0].ids.tolist()
+
+    @property
+    def specification(self) -> dict[str, Any]:
+        """The vocabulary as a tokenizer.json has it."""
+        return json.loads(self._backend.to_str())
 
     def name_of(self, id: int) -> str | None:
         """The token that has this id; None where none has."""

@@ -52,13 +52,18 @@ class LossCheck:
         return abs(self.difference) <= self.tolerance
 
 
+def engine_context(windows: Windows) -> int:
+    """The context with which the engine loads the file for these windows."""
+    return max(len(window) for window in windows) + 8
+
+
 def check_loss(loaded: Loaded, file: Path, windows: Windows, *, input_specs: Mapping[str, QuantSpec]) -> LossCheck:
     """Both losses over the windows.
 
     Args:
       input_specs: by logical path of a weight, how the engine rounds what it is multiplied with.
     """
-    vocab_size, context = loaded.config.known_vocab_size, max(len(window) for window in windows) + 8
+    vocab_size, context = loaded.config.known_vocab_size, engine_context(windows)
     engine = np.array([_engine_nll(file, window, vocab_size, context) for window in windows])
     definition, params, buffers = with_inputs(loaded, input_specs)
     ours = _own_nll(definition.merge_effective(params, buffers), windows)

@@ -1,14 +1,15 @@
-"""Whether an exported file is the model that was trained: its bytes, its matrix products and its loss, in the engine that will run it.
+"""Whether an exported file is the model that was trained: bytes, matrix products, loss and tokenizer, in the engine that will run it.
 
     found = verify_export("runs/nano", "nano.gguf")
     found.holds, found.loss.difference, found.loss.floor
 
-Three levels. Bytes: every tensor of the file decodes to exactly the numbers that the model multiplies with. Products: with the engine's
+Four levels. Bytes: every tensor of the file decodes to exactly the numbers that the model multiplies with. Products: with the engine's
 own kernels, each matrix gives what ours gives, but for sums in another order, where inputs have the same codes; and it is counted how
 many of those codes differ. Loss: over the same tokens both find the same mean negative log-likelihood, as far as that can be told.
 Rounding inputs to 8 bits turns a difference in the last bit of a sum into one of a whole code, here and there, and so a network that does
 it answers to the smallest noise: what noise of 1e-6 on the embeddings does to our own loss is measured, and is the floor below which
-nothing can be told.
+nothing can be told. Tokenizer: the file has the vocabulary, the special tokens and the chat template of the model, and the engine gives
+the ids that the model was trained on.
 
 Dims: T tokens of a window, V vocabulary, R rows of inputs, I inputs of a matrix, O its outputs.
 """
@@ -27,7 +28,8 @@ from slmjax.convert.source import Own, open_own
 from slmjax.data.config import DataConfig
 from slmjax.formats.spec import QuantSpec
 from slmjax.quant.file_checks import INPUT_SPECS, ProductCheck, TensorCheck, check_products, check_tensor, input_type, is_multiplied_with
-from slmjax.quant.loss_check import LossCheck, check_loss, text_windows
+from slmjax.quant.loss_check import LossCheck, check_loss, engine_context, text_windows
+from slmjax.quant.tokenizer_check import TokenizerCheck, compare_ids, compare_metadata
 
 DEFAULT_TOKENS, DEFAULT_WINDOW = 512, 64
 
@@ -45,7 +47,8 @@ class Verification:
     extra: tuple[str, ...]  # tensors of the file that the model has no place for
     tensors: tuple[TensorCheck, ...]
     products: tuple[ProductCheck, ...]
-    loss: LossCheck | None  # None: the file is of another model, and was not run
+    loss: LossCheck | None  # None: the file is of another model, or has a vocabulary of another kind, and was not run
+    tokenizer: TokenizerCheck
 
     @property
     def bytes_hold(self) -> bool:
@@ -59,8 +62,8 @@ class Verification:
 
     @property
     def holds(self) -> bool:
-        """All three levels."""
-        return self.bytes_hold and self.products_hold and self.loss is not None and self.loss.holds
+        """All four levels."""
+        return self.bytes_hold and self.products_hold and self.loss is not None and self.loss.holds and self.tokenizer.holds
 
 
 def verify_export(
@@ -100,11 +103,15 @@ def verify_export(
     extra = tuple(sorted(set(content.tensors) - known))
     tensors = tuple(check_tensor(one, own, content.tensors.get(one.theirs[0])) for one in bound)
     is_other = bool(settings or extra) or any(one.is_missing for one in tensors)
+    words = compare_metadata(content.metadata, own.path / "tokenizer", loaded.tokenizer, num_rows=wanted.known_vocab_size)
+    loss = None
+    if not is_other and words.can_load:
+        loss = check_loss(loaded, file, windows, input_specs=_input_specs(bound, own, content))
+        words = compare_ids(words, file, loaded.tokenizer, context=engine_context(windows))
     return Verification(
         file=str(file), run=str(run), step=own.step, changed_rows=own.changed_rows,
         engine=f"llama.cpp in xllamacpp {engine.__version__}", settings=settings, extra=extra, tensors=tensors,
-        products=() if is_other else tuple(check_products(bound, own, content.tensors)),
-        loss=None if is_other else check_loss(loaded, file, windows, input_specs=_input_specs(bound, own, content)),
+        products=() if is_other else tuple(check_products(bound, own, content.tensors)), loss=loss, tokenizer=words,
     )  # fmt: skip
 
 

@@ -122,7 +122,13 @@ def test_a_changed_code_is_named_and_the_status_is_1(
     assert "2 products  FAILS" in told and told.count("blk.0.ffn_down.weight") == 2 and "attn_q" not in told
     assert verify_export_command([str(model), str(file), *options[2:], "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["holds"] and report["bytes_hold"] and report["loss"]["tokens"] == 8
+    assert report["holds"] and report["bytes_hold"] and report["tokenizer_holds"] and report["loss"]["tokens"] == 8
+    tokens = list(read_gguf(file).metadata["tokenizer.ggml.tokens"])
+    tokens[70], tokens[71] = tokens[71], tokens[70]
+    swapped = tampered(file, tmp_path / "swapped.gguf", {}, metadata={"tokenizer.ggml.tokens": tokens})
+    assert verify_export_command([str(model), str(swapped), *options[2:]]) == 1
+    told = capsys.readouterr().out
+    assert "3 loss      holds" in told and "4 tokenizer FAILS: 1 of" in told and "tokenizer.ggml.tokens: 2 of 258 entries differ" in told
 
 
 def test_scales_vectors_and_settings_are_compared(quantized: tuple[Path, Path], tmp_path: Path, text: str) -> None:
