@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from slmjax import kernels
 from slmjax.layers import CachingMixer, Linear, MixerConfig, Norm, Shape
 from slmjax.numerics.inputs import RoundedInput
-from slmjax.rope import RopeScaling, rotary, rotary_dim
+from slmjax.rope import RopeScaling, rotary, rotary_dim, sequence_lengths
 
 
 class QkNorm(enum.Enum):
@@ -169,11 +169,18 @@ class Attention(CachingMixer):
         self.cache: RoundedInput | None = nnx.data(None)
 
     def __call__(
-        self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], state: Any
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        state: Any,
+        max_lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        room = None if state is None else state.positions.shape[1]
-        queries = self._heads(self.query(x), self.query_norm, positions, room)
-        keys = self._heads(self.key(x), self.key_norm, positions, room)
+        is_decoding = state is not None
+        lengths = sequence_lengths(positions, segment_ids, max_lengths=max_lengths, is_decoding=is_decoding)
+        queries = self._heads(self.query(x), self.query_norm, positions, lengths)
+        keys = self._heads(self.key(x), self.key_norm, positions, lengths)
         values = self._split(self.value(x))
         if self.cache is not None:
             keys, values = self.cache(keys), self.cache(values)
@@ -213,7 +220,13 @@ class Attention(CachingMixer):
     def _split(self, x: Float[Array, "B T NH"]) -> Float[Array, "B T N H"]:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
 
-    def _heads(self, x: Float[Array, "B T NH"], norm: Norm | None, positions: Int[Array, "B T"], room: int | None) -> Array:
+    def _heads(
+        self,
+        x: Float[Array, "B T NH"],
+        norm: Norm | None,
+        positions: Int[Array, "B T"],
+        lengths: Int[Array, "B #T"] | None,
+    ) -> Float[Array, "B T N H"]:
         if norm is not None and self.config.qk_norm is QkNorm.ALL_HEADS:
             x = norm(x)
         x_BTNH = self._split(x)
@@ -222,5 +235,10 @@ class Attention(CachingMixer):
         if self.config.rope_base is None:
             return x_BTNH
         return rotary(
-            x_BTNH, positions, base=self.config.rope_base, fraction=self.config.rope_fraction, scaling=self.config.rope_scaling, room=room
+            x_BTNH,
+            positions,
+            base=self.config.rope_base,
+            fraction=self.config.rope_fraction,
+            scaling=self.config.rope_scaling,
+            lengths=lengths,
         )

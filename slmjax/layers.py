@@ -102,9 +102,23 @@ class CachingMixer(Mixer):
     """A mixer whose decoding state keeps numbers of every token, which rules of quantization can name as `layers/{i}/mixer/cache`.
 
     It rounds them by `self.cache` before it uses them, in training as in decoding. The attribute is None until the model sets it.
+    Cached numbers are computed once. Whatever in them depends on the length of the sequence needs the length that
+    it may reach, so that such a mixer is called with `max_lengths` beside the arguments of every mixer.
     """
 
     cache: RoundedInput | None
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        state: Any,
+        max_lengths: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Mix tokens; `max_lengths`: tokens that each row's sequence may reach, None for whole documents."""
 
     @abc.abstractmethod
     def cached_shape(self) -> tuple[int, ...]:

@@ -17,7 +17,16 @@ from jaxtyping import Array, Float, Int
 
 from slmjax import kernels, losses, sharding
 from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, NormPlacement, Remat, Segment
-from slmjax.layers import Embedding, FfnAux, Norm, dropout, effective_weight, lookup, truncated_normal
+from slmjax.layers import (
+    CachingMixer,
+    Embedding,
+    FfnAux,
+    Norm,
+    dropout,
+    effective_weight,
+    lookup,
+    truncated_normal,
+)
 from slmjax.numerics.inputs import RoundedInput
 
 
@@ -43,6 +52,7 @@ class Pass:
 
     segment_ids: Int[Array, "B T"]
     positions: Int[Array, "B T"]
+    max_lengths: Int[Array, " B"] | None
     capture: Mapping[str, Callable[[Array], Array]]
 
 
@@ -68,7 +78,14 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], *, given: Pass, state: Any, key: Array | None
     ) -> tuple[Array, Any, FfnAux, dict[str, Array]]:
-        mixed, state = self.mixer(_maybe(self.mixer_norm, x), segment_ids=given.segment_ids, positions=given.positions, state=state)
+        lengths = {"max_lengths": given.max_lengths} if isinstance(self.mixer, CachingMixer) else {}
+        mixed, state = self.mixer(
+            _maybe(self.mixer_norm, x),
+            segment_ids=given.segment_ids,
+            positions=given.positions,
+            state=state,
+            **lengths,
+        )
         x = self._add(x, _maybe(self.mixer_post_norm, mixed), key, 0)
         values, aux = {"mixer_output": mixed}, FfnAux(losses={}, metrics={})
         if self.ffn is not None:
@@ -175,6 +192,7 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         state: Any = None,
+        max_lengths: Int[Array, " B"] | None = None,
         key: Array | None = None,
         capture: Mapping[str, Callable[[Array], Array]] | None = None,
     ) -> Output:
@@ -185,11 +203,15 @@ class Decoder(nnx.Module):
           segment_ids: the document each token belongs to, from 1; 0 is padding.
           positions: index of each token within its document.
           state: decoding state from `init_state` or an earlier call; None for whole sequences.
+          max_lengths: tokens that the sequence of each row may reach, prompt and new tokens together; the same in
+            every call for a sequence. LongRoPE selects its divisors by them and needs them with a `state`. None
+            without a `state`: the length of each document in the row.
           key: randomness of dropout; None for evaluation.
           capture: named activations to return (`CAPTURES`; of the last pass, where a block has several), each with the
             function that reduces it on the way.
         """
-        given = Pass(segment_ids=segment_ids, positions=positions, capture=_known(capture or {}))
+        known = _known(capture or {})
+        given = Pass(segment_ids=segment_ids, positions=positions, max_lengths=max_lengths, capture=known)
         dtype = self.config.layer_shape().dtype
         x = self.embed(tokens, dtype=dtype) * jnp.asarray(self.config.embed_multiplier, dtype)
         if self.positions is not None:

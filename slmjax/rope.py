@@ -27,15 +27,20 @@ class RopeScaling(abc.ABC):
 
     @abc.abstractmethod
     def scaled(
-        self, frequencies: Float[Array, " F"], base: float, positions: Int[Array, "B T"], room: int | None
+        self,
+        frequencies: Float[Array, " F"],
+        base: float,
+        lengths: Int[Array, "B #T"] | None,
     ) -> Float[Array, "#B #T 1 F"]:
         """The frequencies in use, in radians per position.
 
         Args:
           frequencies: the plain ones, highest first.
           base: what they are powers of.
-          positions: of the tokens.
-          room: tokens that a document may come to have, where it is decoded with a cache; None where documents are whole.
+          lengths: length of each token's sequence, from `sequence_lengths`; None where it is not known.
+
+        Raises:
+          ValueError: the scaling depends on the length and it is not known.
         """
 
 
@@ -46,7 +51,10 @@ class LinearScaling(RopeScaling):
     factor: float  # how many times the original context
 
     def scaled(
-        self, frequencies: Float[Array, " F"], base: float, positions: Int[Array, "B T"], room: int | None
+        self,
+        frequencies: Float[Array, " F"],
+        base: float,
+        lengths: Int[Array, "B #T"] | None,
     ) -> Float[Array, "1 1 1 F"]:
         """The plain frequencies over the factor."""
         return _for_all(frequencies / self.factor)
@@ -69,7 +77,10 @@ class Llama3Scaling(RopeScaling):
             )
 
     def scaled(
-        self, frequencies: Float[Array, " F"], base: float, positions: Int[Array, "B T"], room: int | None
+        self,
+        frequencies: Float[Array, " F"],
+        base: float,
+        lengths: Int[Array, "B #T"] | None,
     ) -> Float[Array, "1 1 1 F"]:
         """Each frequency between its plain and its divided value, by the turns that its wave makes in the original context."""
         turns = self.original_context * frequencies / (2 * math.pi)
@@ -94,7 +105,10 @@ class YarnScaling(RopeScaling):
         return self.attention_factor
 
     def scaled(
-        self, frequencies: Float[Array, " F"], base: float, positions: Int[Array, "B T"], room: int | None
+        self,
+        frequencies: Float[Array, " F"],
+        base: float,
+        lengths: Int[Array, "B #T"] | None,
     ) -> Float[Array, "1 1 1 F"]:
         """Each frequency between its plain and its divided value, by its place among the dims."""
         num_rotated = 2 * frequencies.shape[0]
@@ -112,13 +126,14 @@ class YarnScaling(RopeScaling):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LongScaling(RopeScaling):
-    """LongRoPE (Ding et al. 2024): a divisor for each frequency, one list for short and another for long documents.
+    """LongRoPE (Ding et al. 2024): divisors of the frequencies, one list for short sequences, another for long ones.
 
-    Which one holds is decided by the document a token is in. Of a sequence that is decoded with a cache the length is not known yet: the
-    room that the cache has decides, so that keys which are there already need not be turned anew.
+    The length of a token's own sequence selects the list. While a sequence is decoded with a cache, that is the
+    length which it may reach (prompt and new tokens together): cached keys are rotated once, and must not change
+    when the text grows past `original_context`.
     """
 
-    short_factors: tuple[float, ...]  # divisors of the frequencies in documents of at most original_context tokens
+    short_factors: tuple[float, ...]  # divisors in sequences of at most original_context tokens
     long_factors: tuple[float, ...]  # divisors in longer ones
     original_context: int  # tokens the model was first trained with
     attention_factor: float = 1.0  # multiplies rotated queries and keys
@@ -129,17 +144,22 @@ class LongScaling(RopeScaling):
         return self.attention_factor
 
     def scaled(
-        self, frequencies: Float[Array, " F"], base: float, positions: Int[Array, "B T"], room: int | None
+        self,
+        frequencies: Float[Array, " F"],
+        base: float,
+        lengths: Int[Array, "B #T"] | None,
     ) -> Float[Array, "#B #T 1 F"]:
-        """The plain frequencies over the divisors of each token's document."""
+        """Return the plain frequencies over the divisors of each token's sequence."""
         for name, factors in (("short", self.short_factors), ("long", self.long_factors)):
             if len(factors) != frequencies.shape[0]:
                 raise ValueError(f"rope_scaling.{name}_factors has {len(factors)} numbers: {frequencies.shape[0]} dim pairs are rotated")
         short, long = (_for_all(frequencies / jnp.asarray(factors, jnp.float32)) for factors in (self.short_factors, self.long_factors))
-        if room is not None:
-            return long if room > self.original_context else short
-        is_long = document_lengths(positions) > self.original_context
-        return jnp.where(is_long[:, :, None, None], long, short)
+        if lengths is None:
+            raise ValueError(
+                "LongScaling selects its divisors by the length of a sequence, which is not known while it is "
+                "decoded: call the model with max_lengths, the tokens (prompt and new ones) that each row may reach"
+            )
+        return jnp.where((lengths > self.original_context)[:, :, None, None], long, short)
 
 
 def _for_all(frequencies: Float[Array, " F"]) -> Float[Array, "1 1 1 F"]:
@@ -158,7 +178,7 @@ def rotary(
     base: float,
     fraction: float = 1.0,
     scaling: RopeScaling | None = None,
-    room: int | None = None,
+    lengths: Int[Array, "B #T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Rotary position embedding (Su et al. 2021), half-split pairing as in Hugging Face models.
 
@@ -166,11 +186,11 @@ def rotary(
     the frequency that `scaling` makes of it. Angles are float32.
 
     Args:
-      room: tokens that a document may come to have, where it is decoded with a cache; None where documents are whole.
+      lengths: length of each token's sequence, from `sequence_lengths`; LongRoPE needs it.
     """
     num_rotated = rotary_dim(x.shape[-1], fraction)
     frequencies = base ** (-jnp.arange(0, num_rotated, 2, dtype=jnp.float32) / num_rotated)
-    frequencies = _for_all(frequencies) if scaling is None else scaling.scaled(frequencies, base, positions, room)
+    frequencies = _for_all(frequencies) if scaling is None else scaling.scaled(frequencies, base, lengths)
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
     magnitude = 1.0 if scaling is None else scaling.magnitude
     cos, sin = (kernels.materialised(wave(angles) * magnitude) for wave in (jnp.cos, jnp.sin))
@@ -185,9 +205,35 @@ def rotary_dim(head_dim: int, fraction: float) -> int:
     return 2 * int(head_dim * fraction / 2)
 
 
-def document_lengths(positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """How long the document of each token is, up to where the row ends: positions count up in a document and begin anew in the next."""
-    is_last = jnp.concatenate([positions[:, 1:] <= positions[:, :-1], jnp.ones_like(positions[:, :1], bool)], axis=1)
-    places = jnp.broadcast_to(jnp.arange(positions.shape[1])[None], positions.shape)
-    ends = jax.lax.cummin(jnp.where(is_last, places, positions.shape[1]), axis=1, reverse=True)
+# Lengths of sequences ---------------------------------------------------------------------------------------
+def sequence_lengths(
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    max_lengths: Int[Array, " B"] | None,
+    is_decoding: bool,
+) -> Int[Array, "B #T"] | None:
+    """Return the length in tokens of the sequence that each token belongs to; None where nothing tells it.
+
+    The shape of an array is never that length: rows hold several documents and padding, and caches are rounded up
+    or shorter than the sequence.
+
+    Args:
+      positions: index of each token within its document.
+      segment_ids: document of each token.
+      max_lengths: tokens that the one sequence of each row may reach, prompt and new tokens together; None for
+        whole documents.
+      is_decoding: the tokens continue those of a cache, so that the documents in the row are not whole.
+    """
+    if max_lengths is not None:
+        return max_lengths[:, None]
+    return None if is_decoding else document_lengths(positions, segment_ids)
+
+
+def document_lengths(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Return the length of each token's document within its row: the position of its last token there, plus one."""
+    last_column = jnp.ones_like(segment_ids[:, :1], bool)
+    is_last = jnp.concatenate([segment_ids[:, 1:] != segment_ids[:, :-1], last_column], axis=1)
+    columns = jnp.broadcast_to(jnp.arange(positions.shape[1])[None], positions.shape)
+    ends = jax.lax.cummin(jnp.where(is_last, columns, positions.shape[1]), axis=1, reverse=True)
     return jnp.take_along_axis(positions, ends, axis=1) + 1

@@ -7,8 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slmjax import rope
-from slmjax.rope import LinearScaling, Llama3Scaling, LongScaling, YarnScaling, document_lengths, rotary_dim
+from slmjax import rope, sharding
+from slmjax.rope import (
+    LinearScaling,
+    Llama3Scaling,
+    LongScaling,
+    YarnScaling,
+    document_lengths,
+    rotary_dim,
+    sequence_lengths,
+)
 
 rotary = jax.jit(rope.rotary, static_argnames=("base", "fraction", "scaling"))
 
@@ -65,9 +73,10 @@ def test_rotated_dims_are_even(head_dim, fraction, expected):
 
 # Scalings -------------------------------------------------------------------------------------------------------------
 def frequencies(scaling, *, base, num_rotated, length=1):
-    """The frequency of each pair and the magnitude, as the rotation of unit vectors shows them at position 1."""
+    """The frequency of each pair and the magnitude, as position 1 of a sequence shows them on unit vectors."""
     x = jnp.concatenate([jnp.ones((1, 1, 1, num_rotated // 2)), jnp.zeros((1, 1, 1, num_rotated // 2))], axis=-1)
-    y = np.asarray(rotary(jnp.tile(x, (1, length, 1, 1)), jnp.arange(length)[None], base=base, scaling=scaling))[0, 1, 0]
+    lengths = jnp.full((1, 1), length)
+    y = np.asarray(rotary(x, jnp.ones((1, 1), int), base=base, scaling=scaling, lengths=lengths)).ravel()
     cos, sin = np.split(y, 2)
     return np.arctan2(sin, cos), np.hypot(sin, cos)
 
@@ -110,12 +119,24 @@ def test_long_scaling_goes_by_the_length_of_each_document():
     np.testing.assert_allclose(short, [1.0, 0.05], rtol=1e-5)
     np.testing.assert_allclose(long, [1 / 3, 0.0025], rtol=1e-5)
     np.testing.assert_allclose(magnitude, 1.25, rtol=1e-6)
-    # Two documents in a row do not see each other's length.
-    x = draw(1, 8, 1, 4)
-    positions = np.array([[0, 1, 2, 0, 1, 2, 3, 4]])
-    both = rotary(x, positions, base=100.0, scaling=scaling)
-    np.testing.assert_array_equal(both[:, :3], rotary(x[:, :3], positions[:, :3], base=100.0, scaling=scaling))
-    np.testing.assert_array_equal(both[:, 3:], rotary(x[:, 3:], positions[:, 3:], base=100.0, scaling=scaling))
+    # Two documents in a row do not see each other's length, nor that of the padding.
+    x = draw(1, 12, 1, 4)
+    positions = jnp.array([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 8]])
+    segment_ids = jnp.array([[1] * 3 + [2] * 5 + [0] * 4])
+    lengths = sequence_lengths(positions, segment_ids, max_lengths=None, is_decoding=False)
+    both = rotary(x, positions, base=100.0, scaling=scaling, lengths=lengths)
+    for part, length in ((slice(0, 3), 3), (slice(3, 8), 5)):
+        settings = {"base": 100.0, "scaling": scaling, "lengths": np.array([[length]])}
+        alone = rotary(x[:, part], positions[:, part], **settings)
+        np.testing.assert_array_equal(both[:, part], alone)
+
+
+def test_long_scaling_needs_a_length():
+    scaling = LongScaling(short_factors=(1.0, 2.0), long_factors=(3.0, 40.0), original_context=4)
+    row = jnp.zeros((1, 9), int)
+    assert sequence_lengths(row, row + 1, max_lengths=None, is_decoding=True) is None
+    with pytest.raises(ValueError, match="call the model with max_lengths"):
+        rotary(draw(1, 1, 1, 4), np.zeros((1, 1), np.int32), base=1e4, scaling=scaling)
 
 
 def test_long_scaling_needs_a_divisor_for_each_pair():
@@ -129,5 +150,20 @@ def test_long_scaling_needs_a_divisor_for_each_pair():
 
 
 def test_document_lengths_up_to_where_the_row_ends():
-    positions = jnp.array([[0, 1, 2, 0, 0, 1], [7, 8, 9, 10, 11, 0]])
-    np.testing.assert_array_equal(document_lengths(positions), [[3, 3, 3, 1, 2, 2], [12, 12, 12, 12, 12, 1]])
+    positions = jnp.array([[0, 1, 2, 0, 0, 1], [7, 8, 9, 10, 11, 0], [0, 1, 2, 3, 4, 5]])
+    segment_ids = jnp.array([[1, 1, 1, 2, 3, 3], [1, 1, 1, 1, 1, 2], [1, 1, 0, 0, 0, 0]])
+    expected = [[3, 3, 3, 1, 2, 2], [12, 12, 12, 12, 12, 1], [2, 2, 6, 6, 6, 6]]
+    np.testing.assert_array_equal(document_lengths(positions, segment_ids), expected)
+
+
+def test_document_lengths_of_rows_that_are_divided_over_devices():
+    # Two rows, each on four devices: the documents of the first begin and end on different ones.
+    segment_ids = np.array([[1] * 3 + [2] * 9 + [3] * 3 + [0], [1] * 16])
+    positions = np.array([[*range(3), *range(9), *range(3), 0], [*range(16)]])
+    expected = document_lengths(jnp.asarray(positions), jnp.asarray(segment_ids))
+    np.testing.assert_array_equal(expected, [[3] * 3 + [9] * 9 + [3] * 3 + [1], [16] * 16])
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, context=4))
+    rows = jax.NamedSharding(mesh, jax.P("data", "context"))
+    positions, segment_ids = jax.device_put((positions, segment_ids), rows)
+    found = jax.jit(document_lengths, out_shardings=rows)(positions, segment_ids)
+    np.testing.assert_array_equal(found, expected)

@@ -20,7 +20,7 @@ from slmjax import kernels
 from slmjax.attention import join, ring_slots
 from slmjax.layers import CachingMixer, Linear, MixerConfig, Shape, effective_weight
 from slmjax.numerics.inputs import RoundedInput
-from slmjax.rope import RopeScaling, rotary
+from slmjax.rope import RopeScaling, rotary, sequence_lengths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,12 +156,20 @@ class LatentAttention(CachingMixer):
         self.cache: RoundedInput | None = nnx.data(None)
 
     def __call__(
-        self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], state: Any
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        state: Any,
+        max_lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        room = None if state is None else state.positions.shape[1]
-        queries = self._queries(x, positions, room)
+        is_decoding = state is not None
+        lengths = sequence_lengths(positions, segment_ids, max_lengths=max_lengths, is_decoding=is_decoding)
+        queries = self._queries(x, positions, lengths)
         latents, shared_keys = jnp.split(self.latent_down(x), [self.config.latent_dim], axis=-1)
-        latents, shared_keys = self.latent_norm(latents), self._rotated(shared_keys[:, :, None, :], positions, room)[:, :, 0, :]
+        latents = self.latent_norm(latents)
+        shared_keys = self._rotated(shared_keys[:, :, None, :], positions, lengths)[:, :, 0, :]
         if self.cache is not None:
             kept = self.cache(jnp.concatenate([latents, shared_keys], axis=-1))
             latents, shared_keys = jnp.split(kept, [self.config.latent_dim], axis=-1)
@@ -193,19 +201,24 @@ class LatentAttention(CachingMixer):
         """The latent and the rotated key: [C]."""
         return (self.config.cached_dim,)
 
-    def _queries(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], room: int | None) -> Float[Array, "B T N H"]:
+    def _queries(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], lengths: Int[Array, "B #T"] | None
+    ) -> Float[Array, "B T N H"]:
         if self.query is not None:
             queries = self.query(x)
         else:
             assert self.query_down is not None and self.query_norm is not None and self.query_up is not None
             queries = self.query_up(self.query_norm(self.query_down(x)))
         plain, turning = jnp.split(self._by_head(queries), [self.config.plain_dim], axis=-1)
-        return jnp.concatenate([plain, self._rotated(turning, positions, room)], axis=-1)
+        return jnp.concatenate([plain, self._rotated(turning, positions, lengths)], axis=-1)
 
     def _by_head(self, x: Float[Array, "*B NH"]) -> Float[Array, "*B N H"]:
         return x.reshape(*x.shape[:-1], self.config.num_heads, -1)
 
-    def _rotated(self, x: Float[Array, "B T N R"], positions: Int[Array, "B T"], room: int | None) -> Float[Array, "B T N R"]:
+    def _rotated(
+        self, x: Float[Array, "B T N R"], positions: Int[Array, "B T"], lengths: Int[Array, "B #T"] | None
+    ) -> Float[Array, "B T N R"]:
         if self.config.rope_base is None:
             return x
-        return rotary(x, positions, base=self.config.rope_base, scaling=self.config.rope_scaling, room=room)
+        scaling = self.config.rope_scaling
+        return rotary(x, positions, base=self.config.rope_base, scaling=scaling, lengths=lengths)

@@ -160,7 +160,7 @@ class Rule:
     """
 
     seeds: Any  # UInt32[Array, " B"]
-    limits: Any  # Int32[Array, " B"]: length at which a prompt is full
+    limits: Any  # Int32[Array, " B"]: tokens that each row may reach, its prompt included
     end_ids: Any  # Int32[Array, " E"]: each of these tokens ends a continuation
     temperature: Any  # Float32[Array, ""], None for the most likely token
     top_p: Any  # Float32[Array, ""] | None
@@ -227,7 +227,8 @@ def _prefill(
         part = tokens[:, first : min(first + PREFILL_CHUNK, prefill_length)]
         positions = jnp.broadcast_to(first + jnp.arange(part.shape[1])[None, :], part.shape)
         segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
-        output = model(part, segment_ids=segment_ids, positions=positions, state=state)
+        rows = {"segment_ids": segment_ids, "positions": positions, "max_lengths": rule.limits}
+        output = model(part, **rows, state=state)
         state = output.state
         index = lengths - 1 - first
         last = jnp.take_along_axis(output.hidden, jnp.clip(index, 0, part.shape[1] - 1)[:, None, None], axis=1)[:, 0]
@@ -257,7 +258,8 @@ def _continue(
         positions = progress.lengths[:, None] - 1
         newest = jnp.take_along_axis(progress.tokens, positions, axis=1)
         segment_ids = jnp.where(progress.done, 0, 1)[:, None]  # what is done is padding
-        output = model(newest, segment_ids=segment_ids, positions=positions, state=progress.state)
+        rows = {"segment_ids": segment_ids, "positions": positions, "max_lengths": rule.limits}
+        output = model(newest, **rows, state=progress.state)
         return _extended(progress, rule, output, output.hidden[:, 0]), count + 1
 
     def goes_on(carry: tuple[Progress, Array]) -> Bool[Array, ""]:

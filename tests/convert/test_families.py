@@ -38,7 +38,8 @@ def decoded_logits(loaded: slmjax.Loaded, ids: np.ndarray) -> np.ndarray:
 
     @jax.jit
     def step(params: Any, buffers: Any, token: jax.Array, position: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-        output = loaded.definition.merge(params, buffers)(token, segment_ids=jnp.ones_like(token), positions=position, state=state)
+        rows = {"segment_ids": jnp.ones_like(token), "positions": position, "max_lengths": jnp.array([ids.shape[1]])}
+        output = loaded.definition.merge(params, buffers)(token, **rows, state=state)
         return losses.logits(output.hidden, output.head)[0], output.state
 
     rows, state = [], model.init_state(1, max_length=ids.shape[1])
