@@ -171,7 +171,8 @@ def test_scan_equals_a_plain_loop_over_layers():
 
     @jax.jit
     def plain():
-        given = model.Pass(segment_ids=jnp.asarray(batch["segment_ids"]), positions=jnp.asarray(batch["positions"]), max_lengths=None, capture={})
+        rows = {"segment_ids": jnp.asarray(batch["segment_ids"]), "positions": jnp.asarray(batch["positions"])}
+        given = model.Pass(**rows, max_lengths=None, capture={})
         x = 2.0 * params["embed/table"][batch["tokens"]]
         for place in ((0, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 0), (1, 1, 0)):
             block, passes = block_of(*place)
