@@ -203,15 +203,14 @@ class Decoder(nnx.Module):
           segment_ids: the document each token belongs to, from 1; 0 is padding.
           positions: index of each token within its document.
           state: decoding state from `init_state` or an earlier call; None for whole sequences.
-          max_lengths: tokens that the sequence of each row may reach, prompt and new tokens together; the same in
-            every call for a sequence. LongRoPE selects its divisors by them and needs them with a `state`. None
-            without a `state`: the length of each document in the row.
+          max_lengths: tokens that each row may reach, prompt and new ones together, the same in every call for a sequence.
+            LongRoPE needs them with a `state`; None without one takes the length of each document.
           key: randomness of dropout; None for evaluation.
           capture: named activations to return (`CAPTURES`; of the last pass, where a block has several), each with the
             function that reduces it on the way.
         """
-        known = _known(capture or {})
-        given = Pass(segment_ids=segment_ids, positions=positions, max_lengths=max_lengths, capture=known)
+        rows = {"segment_ids": segment_ids, "positions": positions, "max_lengths": max_lengths}
+        given = Pass(**rows, capture=_known(capture or {}))
         dtype = self.config.layer_shape().dtype
         x = self.embed(tokens, dtype=dtype) * jnp.asarray(self.config.embed_multiplier, dtype)
         if self.positions is not None:
