@@ -5,6 +5,7 @@ Keys are without the name of the architecture. Some are not in the metadata but 
 `rope_freqs`, `rope_factors_long` and `rope_factors_short`.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -218,6 +219,40 @@ def check_plain_scale(attention: AttentionConfig) -> None:
     usual = (attention.head_dim or 1) ** -0.5
     if attention.scale is not None and not math.isclose(attention.scale, usual, rel_tol=1e-6):
         raise Inexpressible(f"scores are multiplied by {usual:g}, one over the root of the dims of a head, not by {attention.scale:g}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NamedSize:
+    """A released size that llama.cpp recognises by its number of layers, and whose scores it scales by width over heads."""
+
+    name: str
+    num_layers: int
+
+
+def read_named_scale(settings: Settings, size: NamedSize) -> float | None:
+    """Return the score scale that llama.cpp uses for a model of this size; None for the usual one, by the dims of a head."""
+    if settings.take("block_count") != size.num_layers:
+        return None
+    return _named_scale(settings.take("embedding_length"), settings.take("attention.head_count"))
+
+
+def check_named_scale(model: ModelConfig, attention: AttentionConfig, size: NamedSize) -> None:
+    """Raises Inexpressible where llama.cpp would scale scores otherwise, because of the number of layers or in general."""
+    if model.num_layers != size.num_layers:
+        check_plain_scale(attention)
+        return
+    scale = (attention.head_dim or 1) ** -0.5 if attention.scale is None else attention.scale
+    theirs = _named_scale(model.embed_dim, attention.num_heads)
+    if not math.isclose(scale, theirs, rel_tol=1e-6):
+        raise Inexpressible(
+            f"llama.cpp takes every model of {size.num_layers} layers for {size.name} and multiplies its scores by {theirs:g}, one over "
+            f"the root of width over heads ({model.embed_dim} // {attention.num_heads}), where this model has {scale:g}. Export it as hf, "
+            f"or train it with another number of layers or with the scale {theirs:g}"
+        )
+
+
+def _named_scale(width: int, num_heads: int) -> float:
+    return (width // num_heads) ** -0.5
 
 
 # Feed-forward layers --------------------------------------------------------------------------------------------------

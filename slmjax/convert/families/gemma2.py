@@ -68,11 +68,18 @@ HF = Family(
 
 
 # GGUF -----------------------------------------------------------------------------------------------------------------
+LARGEST = gguf_settings.NamedSize(name="Gemma 2 27B", num_layers=46)
+
+
 def read_gguf(settings: Settings) -> ModelConfig:
     """GGUF metadata -> ModelConfig: llama.cpp has the pattern of windows, the scale of scores and that there are soft-caps in its code."""
     settings.expect("attention.sliding_window_pattern", 2)
     num_layers = settings.take("block_count")
-    attention = gguf_settings.read_attention(settings, softcap=float(settings.take("attn_logit_softcapping", 50.0)))
+    attention = gguf_settings.read_attention(
+        settings,
+        softcap=float(settings.take("attn_logit_softcapping", 50.0)),
+        scale=gguf_settings.read_named_scale(settings, LARGEST),
+    )
     windows = gguf_settings.pattern_windows(num_layers, settings.take("attention.sliding_window", 4096), 2)
     ffn = gguf_settings.read_mlp(settings, Activation.GELU)
     return gguf_settings.read_decoder(
@@ -86,7 +93,7 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.NONE)
     gguf_settings.check_head(model, HeadKind.TIED)
-    gguf_settings.check_plain_scale(attention)
+    gguf_settings.check_named_scale(model, attention, LARGEST)
     caps = {"attn_logit_softcapping": attention.softcap, "final_logit_softcapping": model.logit_softcap}
     window = {"attention.sliding_window": gguf_settings.common_window(model)}
     return {

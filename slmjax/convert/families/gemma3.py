@@ -121,11 +121,14 @@ HF_WITH_VISION = Family(
 
 
 # GGUF -----------------------------------------------------------------------------------------------------------------
+LARGEST = gguf_settings.NamedSize(name="Gemma 3 27B", num_layers=62)
+
+
 def read_gguf(settings: Settings) -> ModelConfig:
     """GGUF metadata -> ModelConfig: in llama.cpp's code, every sixth layer is full, and angles in a window are plain."""
     settings.expect("attention.sliding_window_pattern", 6)
     num_layers, softcap = settings.take("block_count"), settings.take("final_logit_softcapping", 0.0)
-    attention = gguf_settings.read_attention(settings, qk_norm=QkNorm.PER_HEAD)
+    attention = gguf_settings.read_attention(settings, qk_norm=QkNorm.PER_HEAD, scale=gguf_settings.read_named_scale(settings, LARGEST))
     local = dataclasses.replace(attention, rope_base=float(settings.take("rope.freq_base_swa", 10_000.0)), rope_scaling=None)
     windows = gguf_settings.pattern_windows(num_layers, settings.take("attention.sliding_window", None), 6)
     ffn = gguf_settings.read_mlp(settings, Activation.GELU)
@@ -141,7 +144,7 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> GGUF metadata."""
     attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.NONE)
-    gguf_settings.check_plain_scale(attention)
+    gguf_settings.check_named_scale(model, attention, LARGEST)
     mixers = attentions(model)
     local = next((mixer for mixer in mixers if mixer.window is not None), None)
     full = next((mixer for mixer in mixers if mixer.window is None), local)
