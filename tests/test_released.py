@@ -10,7 +10,6 @@ from slmjax.config import ConfigError, from_json, to_json
 from slmjax.convert.canonical_form import canonical
 from slmjax.convert.families import HF_FAMILIES, olmoe
 from slmjax.convert.family import Inexpressible
-from slmjax.convert.settings import Settings
 from slmjax.convert.source import express
 from slmjax.zoo import RELEASED, describe
 
@@ -98,7 +97,7 @@ OLMOE: dict[str, Any] = {
 
 
 def read_olmoe(keys: dict[str, Any]) -> ModelConfig:
-    settings = Settings(keys, where="config.json")
+    settings = olmoe.HF.settings(keys, where="config.json")
     model = olmoe.HF.read(settings)
     settings.finish()
     return model

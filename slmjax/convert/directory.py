@@ -67,9 +67,9 @@ def import_model(
     source, out = Path(source), Path(out)
     found = _open(source)
     words = found.tokenizer() if tokenizer is None else Tokenizer.load(Path(tokenizer))
-    notes = (
-        [] if words is not None else [f"{source} has no tokenizer.json: what needs text will refuse, until it is imported with --tokenizer"]
-    )
+    notes = list(found.notes)
+    if words is None:
+        notes.append(f"{source} has no tokenizer.json: what needs text will refuse, until it is imported with --tokenizer")
     if words is None and add_tokens:
         raise ValueError(f"{source} has no tokenizer.json to add {add_tokens[0]!r} to: name one with --tokenizer")
     num_rows = found.config.known_vocab_size

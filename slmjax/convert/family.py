@@ -27,6 +27,7 @@ Arrays = list[np.ndarray]
 Shapes = list[tuple[int, ...]]
 T = TypeVar("T")
 LARGEST_COUNT = 4096  # layers, experts: a larger number is a mistake, or malice
+LAYERS, EXPERTS = ("num_hidden_layers", "n_layer", "block_count"), ("num_experts", "num_local_experts", "n_routed_experts", "expert_count")
 
 
 class Inexpressible(ValueError):
@@ -62,10 +63,15 @@ class Family:
     read: Callable[[Settings], ModelConfig]
     write: Callable[[ModelConfig], dict[str, Any]]  # what it cannot say may be left out: what is read back is compared
     table: Table | Callable[[ModelConfig], Table]  # the table, or what makes it where rules depend on the numbers of heads
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # values of keys that a configuration leaves out
 
     def table_of(self, model: ModelConfig) -> Table:
         """The table for a model of this family."""
         return self.table if isinstance(self.table, Table) else self.table(model)
+
+    def settings(self, values: Mapping[str, Any], *, where: str) -> Settings:
+        """A configuration to read, with the family's defaults."""
+        return Settings(values, where=where, defaults=self.defaults)
 
 
 # Rules ----------------------------------------------------------------------------------------------------------------
@@ -229,14 +235,20 @@ def rounded(name: str, array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
     return found
 
 
-def read_settings(family: "Family", values: Mapping[str, Any], *, where: str) -> ModelConfig:
-    """What a family makes of somebody's settings.
+def read_settings(family: "Family", values: Mapping[str, Any], *, where: str, notes: list[str] | None = None) -> ModelConfig:
+    """The model that a family makes of somebody's settings.
+
+    Args:
+      notes: a list to add to, what whoever reads the model should know.
 
     Raises:
       ConfigError: a setting is missing, not understood, or of no sensible kind; the message names the file.
     """
-    settings = Settings(values, where=where)
-    for name in ("num_hidden_layers", "n_layer", "block_count", "num_experts", "num_local_experts", "n_routed_experts", "expert_count"):
+    settings = family.settings(values, where=where)
+    for name in LAYERS:
+        if name in values:
+            settings.positive(name, 1)
+    for name in (*LAYERS, *EXPERTS):
         if isinstance(count := values.get(name), int) and count > LARGEST_COUNT:
             raise ConfigError(f"{where}: {name} is {count:,}, and no model has more than {LARGEST_COUNT:,}")
     try:
@@ -246,6 +258,8 @@ def read_settings(family: "Family", values: Mapping[str, Any], *, where: str) ->
     except (ValueError, TypeError, ZeroDivisionError, AttributeError, OverflowError) as error:
         raise ConfigError(f"{where} does not describe a {family.architecture} that can be computed: {error}") from error
     settings.finish()
+    if notes is not None:
+        notes += settings.notes
     return model
 
 

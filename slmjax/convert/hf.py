@@ -42,7 +42,8 @@ def open_directory(directory: Path) -> Found:
             "that is not quantized, or a GGUF file"
         )
     family = _family_of(values, path)
-    model = read_settings(family, values, where=str(path))
+    notes: list[str] = []
+    model = read_settings(family, values, where=str(path), notes=notes)
     tensors = weights.TensorFiles(directory)
     table = family.table_of(model)
     bound = _as_saved(bind(table, model), table, set(tensors.names))
@@ -54,6 +55,7 @@ def open_directory(directory: Path) -> Found:
             "format": "hf", "family": family.architecture, "source": str(directory.absolute()), "config": values,
             "files": {file.name: file_sha256(file) for file in tensors.files}, "license": _license(directory),
         },
+        notes=tuple(notes),
     )  # fmt: skip
 
 

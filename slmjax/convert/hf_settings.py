@@ -26,6 +26,7 @@ IGNORED = (
     "_attn_implementation", "_attn_implementation_autoset", "is_llama_config", "sep_token_id", "unk_token_id",
 )  # fmt: skip
 
+LONG_TYPES = ("longrope", "su")  # what LongRoPE is called
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": Activation.SILU, "gelu_pytorch_tanh": Activation.GELU, "gelu_new": Activation.GELU, "gelu": Activation.GELU_EXACT,
     "relu": Activation.RELU, "relu2": Activation.RELU2,
@@ -34,21 +35,20 @@ ACTIVATION_NAMES = {value: name for name, value in reversed(ACTIVATIONS.items())
 
 
 # Models ---------------------------------------------------------------------------------------------------------------
-def read_decoder(settings: Settings, blocks: Sequence[BlockConfig], *, tied: bool = False, **more: Any) -> ModelConfig:
-    """The model around its layers.
-
-    Args:
-      tied: whether tables are tied where nothing is said.
-      more: fields of the `ModelConfig` that this family sets.
-    """
+def read_decoder(settings: Settings, blocks: Sequence[BlockConfig], **more: Any) -> ModelConfig:
+    """The model around its layers; `more` are fields of the `ModelConfig` that this family sets."""
     settings.ignore(*IGNORED)
     settings.expect("rope_interleaved", False)
-    head = HeadKind.TIED if settings.take("tie_word_embeddings", tied) else HeadKind.FREE
-    fields: dict[str, Any] = {"norm_eps": settings.take("rms_norm_eps", 1e-6)} | more  # the libraries' default
+    head = HeadKind.TIED if settings.take("tie_word_embeddings") else HeadKind.FREE
     return ModelConfig(
-        embed_dim=settings.take("hidden_size"), stack=stack_of(blocks), vocab_size=settings.take("vocab_size"), head=head,
-        context_length=settings.take("max_position_embeddings"), **fields,
-    )  # fmt: skip
+        embed_dim=settings.positive("hidden_size"),
+        stack=stack_of(blocks),
+        vocab_size=settings.positive("vocab_size"),
+        head=head,
+        context_length=settings.positive("max_position_embeddings"),
+        norm_eps=settings.take("rms_norm_eps"),
+        **more,
+    )
 
 
 def write_decoder(model: ModelConfig) -> dict[str, Any]:
@@ -76,15 +76,16 @@ def read_attention(settings: Settings, *, is_partial: bool = False, **more: Any)
     Args:
       is_partial: the family's libraries can rotate a part of each head's dims.
     """
-    heads = settings.take("num_attention_heads")
-    head_dim = settings.take("head_dim", settings.take("hidden_size") // heads)
+    heads = settings.positive("num_attention_heads")
+    head_dim = settings.positive("head_dim", settings.positive("hidden_size") // heads)
+    kv_heads = settings.positive("num_key_value_heads", heads, null=heads)
     fields = more if "rope_base" in more else {**read_rope(settings, is_partial=is_partial), **more}
-    return AttentionConfig(num_heads=heads, num_kv_heads=settings.take("num_key_value_heads", heads), head_dim=head_dim, **fields)
+    return AttentionConfig(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, **fields)
 
 
 def read_biases(settings: Settings) -> Biases:
     """Whether all projections of attention have biases."""
-    return Biases.ALL if settings.take("attention_bias", False) else Biases.NONE
+    return Biases.ALL if settings.take("attention_bias") else Biases.NONE
 
 
 def write_biases(attention: AttentionConfig) -> dict[str, Any]:
@@ -128,45 +129,89 @@ def write_windows(model: ModelConfig) -> dict[str, Any]:
 
 
 # Rotary positions -----------------------------------------------------------------------------------------------------
-def read_rope(settings: Settings, *, base: float = 10_000.0, is_partial: bool = False) -> dict[str, Any]:
-    """`rope_base`, `rope_fraction` and `rope_scaling`, from either spelling: beside the other keys, or in `rope_parameters`."""
+def rope_table(settings: Settings, *, default: Mapping[str, Any] | None = None) -> Settings:
+    """Return the keys of rotary positions, from either name; as in transformers, `rope_scaling` replaces `rope_parameters` whole.
+
+    Args:
+      default: the keys where neither is there.
+    """
+    scaling, parameters = settings.take("rope_scaling", None), settings.take("rope_parameters", None)
+    if not scaling:
+        return settings.nested("rope_parameters", (default or {}) if parameters is None else parameters)
+    table = settings.nested("rope_scaling", scaling)
+    used = {name: scaling.get(name, settings.take(name, None)) for name in parameters or {} if name not in ("rope_type", "type")}
+    lost = [name for name, value in used.items() if value != parameters[name]]
+    if lost:
+        settings.notes.append(
+            "rope_scaling replaces rope_parameters whole, as in transformers: of the latter, "
+            f"{lost[0]} = {parameters[lost[0]]!r} is not used"
+        )
+    return table
+
+
+def read_rope(
+    settings: Settings, *, is_partial: bool = False, default: Mapping[str, Any] | None = None, long_types: Sequence[str] = LONG_TYPES
+) -> dict[str, Any]:
+    """Return `rope_base`, `rope_fraction` and `rope_scaling`, from keys beside the others or in a table of their own.
+
+    Args:
+      is_partial: the family's libraries can rotate a part of each head's dims.
+      default: the table where there is none.
+      long_types: what the family calls LongRoPE.
+    """
     if not is_partial:
         settings.expect("partial_rotary_factor", 1.0)
-    context = settings.take("max_position_embeddings")
+    context = settings.positive("max_position_embeddings")
     original = settings.take("original_max_position_embeddings", None)
-    base = settings.take("rope_theta", base)
+    base = settings.positive("rope_theta")
     fraction = settings.take("partial_rotary_factor", 1.0)
-    inner = settings.inner("rope_parameters") if settings.has("rope_parameters") else settings.inner("rope_scaling")
-    settings.ignore("rope_scaling")
+    inner = rope_table(settings, default=default)
     if not is_partial:
         inner.expect("partial_rotary_factor", 1.0)
-    fields = rope_fields(inner, base=base, fraction=fraction, context=context, original=original)
+    fields = rope_fields(inner, base=base, fraction=fraction, context=context, original=original, long_types=long_types)
     inner.finish()
     return fields
 
 
-def read_ropes_by_kind(settings: Settings, *, full: float, local: float | None) -> dict[bool, dict[str, Any]]:
+def read_ropes_by_kind(settings: Settings, *, local: str | None) -> dict[bool, dict[str, Any]]:
     """The same for models whose full layers (False) and layers in a window (True) differ, from either spelling.
 
+    As in transformers, `rope_scaling` is added to the keys of full layers, and wins over those that are there.
+
     Args:
-      full: the base of full layers where nothing is said.
-      local: the base of layers in a window where nothing is said; None for that of full layers.
+      local: the key beside the others with the base of layers in a window; None where they have that of full layers.
     """
-    context, base = settings.take("max_position_embeddings"), settings.take("rope_theta", full)
-    bases = {False: base, True: base if local is None else settings.take("rope_local_base_freq", local)}
-    plain = Settings({}, where="config.json")
-    inner = {False: settings.inner("rope_scaling"), True: plain}
-    if settings.has("rope_parameters"):
-        both = settings.inner("rope_parameters")
-        inner = {False: both.inner("full_attention"), True: both.inner("sliding_attention")}
-        both.finish()
-    fields = {kind: rope_fields(inner[kind], base=bases[kind], context=context) for kind in (False, True)}
-    for one in inner.values():
-        one.finish()
+    context, base = settings.positive("max_position_embeddings"), settings.positive("rope_theta")
+    both = settings.inner("rope_parameters")
+    tables = {False: dict(both.take("full_attention", {})), True: dict(both.take("sliding_attention", {}))}
+    both.finish()
+    scaling = settings.take("rope_scaling", None)
+    if scaling:
+        if "rope_type" not in scaling and scaling.get("type", "default") != "default":
+            settings.refuse("rope_scaling", "releases of transformers differ in whether `type` counts here; call it `rope_type`")
+        tables[False].update(scaling)
+    if local is None and settings.has("rope_theta") and tables[True].get("rope_theta") is None:
+        settings.expect("rope_theta", settings.published("rope_theta"))  # transformers 4 has it in all layers, 5 in full ones alone
+    bases = {False: base, True: base if local is None else settings.positive(local)}
+    fields = {}
+    for kind, table in tables.items():
+        inner = settings.nested(f"rotary positions of {'sliding' if kind else 'full'}_attention", table)
+        inner.expect("partial_rotary_factor", 1.0)
+        inner.expect("truncate", True)  # transformers looks for it outside of these tables, and finds none
+        fields[kind] = rope_fields(inner, base=bases[kind], context=context)
+        inner.finish()
     return fields
 
 
-def rope_fields(inner: Settings, *, base: float, fraction: float = 1.0, context: int, original: int | None = None) -> dict[str, Any]:
+def rope_fields(
+    inner: Settings,
+    *,
+    base: float,
+    fraction: float = 1.0,
+    context: int,
+    original: int | None = None,
+    long_types: Sequence[str] = LONG_TYPES,
+) -> dict[str, Any]:
     """The same from the keys of `rope_parameters` or `rope_scaling`, of all layers or of one kind of layer.
 
     Args:
@@ -174,30 +219,31 @@ def rope_fields(inner: Settings, *, base: float, fraction: float = 1.0, context:
       fraction: where the keys do not say.
       context: tokens of the model's context.
       original: tokens it was first trained with, where that is said outside.
+      long_types: what the family calls LongRoPE.
     """
-    base, fraction = inner.take("rope_theta", base), inner.take("partial_rotary_factor", fraction)
-    scaling = _read_scaling(inner, context=context, original=original)
+    base, fraction = inner.positive("rope_theta", base), inner.take("partial_rotary_factor", fraction)
+    scaling = _read_scaling(inner, context=context, original=original, long_types=long_types)
     return {"rope_base": float(base), "rope_fraction": float(fraction), "rope_scaling": scaling}
 
 
-def _read_scaling(inner: Settings, *, context: int, original: int | None) -> RopeScaling | None:
+def _read_scaling(inner: Settings, *, context: int, original: int | None, long_types: Sequence[str]) -> RopeScaling | None:
     kind = inner.take("type", "default")
     kind = inner.take("rope_type", kind)
-    first_trained = int(inner.take("original_max_position_embeddings", context) if original is None else original)
+    first_trained = int(inner.positive("original_max_position_embeddings", context) if original is None else original)
     inner.ignore("original_max_position_embeddings")
     if kind == "default":
         return None
     if kind == "linear":
-        return LinearScaling(factor=float(inner.take("factor")))
+        return LinearScaling(factor=float(inner.positive("factor")))
     if kind == "llama3":
         return Llama3Scaling(
-            factor=float(inner.take("factor")), original_context=first_trained,
+            factor=float(inner.positive("factor")), original_context=first_trained,
             low_frequency_factor=float(inner.take("low_freq_factor")), high_frequency_factor=float(inner.take("high_freq_factor")),
         )  # fmt: skip
-    if kind == "yarn":
+    if kind == "yarn" and kind not in long_types:
         return _read_yarn(inner, context=context, original=first_trained)
-    if kind in ("longrope", "su"):
-        factor = float(inner.take("factor", context / first_trained))
+    if kind in long_types:
+        factor = float(inner.positive("factor", context / first_trained))
         magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(first_trained))
         return LongScaling(
             short_factors=tuple(map(float, inner.take("short_factor"))), long_factors=tuple(map(float, inner.take("long_factor"))),
@@ -207,12 +253,12 @@ def _read_scaling(inner: Settings, *, context: int, original: int | None) -> Rop
 
 
 def _read_yarn(inner: Settings, *, context: int, original: int) -> YarnScaling:
-    factor = float(inner.take("factor", context / original))
+    factor = float(inner.positive("factor", context / original))
     numerator, denominator = inner.take("mscale", 0), inner.take("mscale_all_dim", 0)
     magnitude = yarn_magnitude(factor, numerator) / yarn_magnitude(factor, denominator) if numerator and denominator else None
     return YarnScaling(
-        factor=factor, original_context=original, fast_turns=float(inner.take("beta_fast", 32)),
-        slow_turns=float(inner.take("beta_slow", 1)), whole_dims=bool(inner.take("truncate", True)),
+        factor=factor, original_context=original, fast_turns=float(inner.take("beta_fast", 32) or 32),
+        slow_turns=float(inner.take("beta_slow", 1) or 1), whole_dims=bool(inner.take("truncate", True)),
         attention_factor=float(inner.take("attention_factor", yarn_magnitude(factor) if magnitude is None else magnitude)),
     )  # fmt: skip
 
@@ -257,11 +303,9 @@ def write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 
 # Feed-forward layers --------------------------------------------------------------------------------------------------
-def read_mlp(
-    settings: Settings, *, width: str = "intermediate_size", activation: str = "hidden_act", default: str = "silu", **more: Any
-) -> MlpConfig:
-    """A gated MLP; the arguments are names of keys and the default activation, `more` fields of the `MlpConfig` that this family sets."""
-    return MlpConfig(hidden_dim=settings.take(width), activation=read_activation(settings, activation, default), **more)
+def read_mlp(settings: Settings, *, width: str = "intermediate_size", activation: str = "hidden_act", **more: Any) -> MlpConfig:
+    """A gated MLP; the arguments are names of keys, `more` fields of the `MlpConfig` that this family sets."""
+    return MlpConfig(hidden_dim=settings.positive(width), activation=read_activation(settings, activation), **more)
 
 
 def write_mlp(ffn: Any, *, width: str = "intermediate_size", activation: str = "hidden_act") -> dict[str, Any]:
@@ -270,9 +314,9 @@ def write_mlp(ffn: Any, *, width: str = "intermediate_size", activation: str = "
     return {width: mlp.hidden_dim, activation: write_activation(mlp.activation)}
 
 
-def read_activation(settings: Settings, name: str = "hidden_act", default: str = "silu") -> Activation:
+def read_activation(settings: Settings, name: str = "hidden_act") -> Activation:
     """The non-linearity that a key names."""
-    text = settings.take(name, default)
+    text = settings.take(name)
     if text not in ACTIVATIONS:
         raise ConfigError(f"config.json: {name} is {text!r}, and {', '.join(ACTIVATIONS)} are understood")
     return ACTIVATIONS[text]

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from slmjax.convert.family import Rule, linear, norm
-from slmjax.convert.hf_settings import read_rope, write_scaling, yarn_magnitude
+from slmjax.convert.hf_settings import read_rope, rope_table, write_scaling, yarn_magnitude
 from slmjax.convert.settings import Settings
 from slmjax.mixers.latent import LatentAttentionConfig
 from slmjax.rope import YarnScaling
@@ -25,16 +25,17 @@ TENSORS: tuple[Rule, ...] = (
 def read_latent_attention(settings: Settings) -> LatentAttentionConfig:
     """config.json -> the mixer. With YaRN, scores are also multiplied by the square of its magnitude."""
     settings.ignore("num_key_value_heads", "head_dim", "qk_head_dim")  # of latent attention, they say nothing
-    plain, rotated = settings.take("qk_nope_head_dim"), settings.take("qk_rope_head_dim")
+    plain, rotated = settings.take("qk_nope_head_dim"), settings.positive("qk_rope_head_dim")
+    heads = settings.positive("num_attention_heads")
+    value_dim = settings.positive("v_head_dim", settings.positive("hidden_size") // heads)
     rope = read_rope(settings)
     scale = (plain + rotated) ** -0.5
     if isinstance(rope["rope_scaling"], YarnScaling):
-        keys = settings.take("rope_parameters", settings.take("rope_scaling", {}))
-        scale *= yarn_magnitude(rope["rope_scaling"].factor, keys.get("mscale_all_dim") or 0.0) ** 2
+        scale *= yarn_magnitude(rope["rope_scaling"].factor, rope_table(settings).take("mscale_all_dim", 0.0)) ** 2
     return LatentAttentionConfig(
-        num_heads=settings.take("num_attention_heads"), latent_dim=settings.take("kv_lora_rank"), plain_dim=plain, rope_dim=rotated,
-        value_dim=settings.take("v_head_dim"), query_rank=settings.optional("q_lora_rank", None), rope_base=rope["rope_base"],
-        rope_scaling=rope["rope_scaling"], scale=scale, bias=settings.take("attention_bias", False), latent_norm_eps=LATENT_NORM_EPS,
+        num_heads=heads, latent_dim=settings.positive("kv_lora_rank"), plain_dim=plain, rope_dim=rotated,
+        value_dim=value_dim, query_rank=settings.optional("q_lora_rank"), rope_base=rope["rope_base"],
+        rope_scaling=rope["rope_scaling"], scale=scale, bias=settings.take("attention_bias"), latent_norm_eps=LATENT_NORM_EPS,
     )  # fmt: skip
 
 

@@ -13,7 +13,6 @@ from slmjax import loading, weights
 from slmjax.architecture import ModelConfig
 from slmjax.convert.canonical_form import canonical, differences
 from slmjax.convert.family import Bound, Family, Inexpressible, bind
-from slmjax.convert.settings import Settings
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.formats.coding import Encoded
 from slmjax.paths import logical_paths
@@ -31,6 +30,7 @@ class Found:
     parameters: Callable[[], Iterator[tuple[str, np.ndarray]]]  # by logical path, in the dtype they are stored in
     tokenizer: Callable[[], Tokenizer | None]  # None where there is none
     about: dict[str, Any]  # where it comes from: for the record
+    notes: tuple[str, ...] = ()  # what whoever imports it should know
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,7 +159,7 @@ def express(
     for family in sorted(families, key=lambda family: family.architecture != preferred):
         try:
             settings = family.write(wanted)
-            reader = Settings(settings, where=f"{family.architecture} as written")
+            reader = family.settings(settings, where=f"{family.architecture} as written")
             found = canonical(family.read(reader))
             reader.finish()
             if not (lost := differences(wanted, found, tolerance=tolerance)):

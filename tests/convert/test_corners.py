@@ -37,15 +37,15 @@ def test_absent_keys_mean_what_each_familys_library_means() -> None:
     assert [block.mixer.window for block in qwen2.blocks()] == [None, 4096]
     minicpm3 = read_without("minicpm3", "scale_emb", "v_head_dim")
     assert minicpm3.embed_multiplier == 12 and next(minicpm3.blocks()).mixer.value_dim == 6
-    with pytest.raises(ValueError, match="has no rope_scaling"):
-        read_without("gpt_oss", "rope_parameters")
+    scaling = next(read_without("gpt_oss", "rope_parameters").blocks()).mixer.rope_scaling
+    assert (scaling.factor, scaling.original_context, scaling.whole_dims) == (32.0, 4096, False)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"hidden_size": "24"}, "does not describe a LlamaForCausalLM"),
-        ({"num_attention_heads": 0}, "does not describe a LlamaForCausalLM"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, and has to be above 0"),
         ({"num_hidden_layers": 100_000}, "num_hidden_layers is 100,000, and no model has more than 4,096"),
     ],
 )

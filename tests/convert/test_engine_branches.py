@@ -35,10 +35,8 @@ def deep_model(case: str, num_layers: int, directory: Path, **values: Any) -> Pa
     config = config_of(case)
     config |= {name: value for name, value in named.items() if name in config} | values
     shapes = shapes_of(case, read_golden(case)["shapes"])
-    for name in [name for name in shapes if re.search(r"\.\d+\.", name)]:
-        # Layer 1 is made of what layer 0 has, and so on.
-        if re.search(r"\.0\.", name):
-            shapes |= {re.sub(r"\.0\.", f".{layer}.", name, count=1): shapes[name] for layer in range(num_layers)}
+    for name in [name for name in shapes if re.search(r"\.(layers|h)\.0\.", name)]:  # all layers have what layer 0 has
+        shapes |= {re.sub(r"(layers|h)\.0\.", rf"\1.{layer}.", name): shapes[name] for layer in range(num_layers)}
     write_model(directory / "theirs", config, shapes)
     CharTokenizer().build([LETTERS]).save(directory / "characters")
     import_model(directory / "theirs", directory / "ours", tokenizer=directory / "characters")
@@ -70,9 +68,10 @@ def test_depths_that_llama_cpp_names(case: str, num_layers: int, tmp_path: Path,
     monkeypatch.setitem(layers.ACTIVATIONS, Activation.GELU, gelu_of_llama_cpp)
     ids = loaded.tokenizer.prompt_ids("It was a day")
     found = llama_cpp.logprobs(tmp_path / "model.gguf", ids, vocab_size=VOCAB_SIZE)
-    # Differences at the entries of llama.cpp's GELU table grow from layer to layer, to 0.03; the other scale of scores gives 4 to 8.
-    tolerance = 5e-2 if case.startswith("gemma") or case == "gpt2" else 5e-3
-    np.testing.assert_allclose(found, log_probabilities(back, ids), atol=tolerance)
+    differences = np.abs(found - log_probabilities(back, ids))
+    # At the entries of llama.cpp's GELU table, single differences grow from layer to layer; another scale of scores gives 0.4 on average.
+    has_table = case.startswith("gemma") or case == "gpt2"
+    assert (differences.mean() if has_table else differences.max()) < 5e-3
 
 
 @pytest.mark.parametrize(("family", "case", "num_layers"), [(gemma2.GGUF, "gemma2", 46), (gemma3.GGUF, "gemma3", 62)])

@@ -14,7 +14,6 @@ from slmjax.architecture import ModelConfig
 from slmjax.convert.canonical_form import canonical
 from slmjax.convert.directory import Target, WeightType, export_model, import_model
 from slmjax.convert.families import GGUF_FAMILIES, GGUF_NAMES, HF_FAMILIES, llama
-from slmjax.convert.settings import Settings
 from slmjax.convert.source import express
 from slmjax.data.tokenizers import CharTokenizer
 from slmjax.layers import Activation, NormKind
@@ -175,6 +174,6 @@ def test_every_family_has_a_case() -> None:
     for case in CHANGES:
         config = config_of(case)
         family = next(family for family in HF_FAMILIES if family.architecture == config["architectures"][0])
-        model, preferred = family.read(Settings(config, where=case)), GGUF_NAMES.get(family.architecture)
+        model, preferred = family.read(family.settings(config, where=case)), GGUF_NAMES.get(family.architecture)
         found.add(express(model, GGUF_FAMILIES, format_name="GGUF", preferred=preferred).family.architecture)
     assert found == {family.architecture for family in GGUF_FAMILIES}

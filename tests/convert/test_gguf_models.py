@@ -39,7 +39,6 @@ from slmjax.convert.family import Family
 from slmjax.convert.gguf import TOLERANCE
 from slmjax.convert.gguf_file import GgufFile, PendingTensor, read_gguf, write_gguf
 from slmjax.convert.gguf_tokenizer import tokenizer_metadata
-from slmjax.convert.settings import Settings
 from slmjax.convert.source import express
 from slmjax.data.chat import render_chat
 from slmjax.data.config import DataConfig
@@ -235,7 +234,8 @@ def model_of(family: Family, **changes: Any) -> ModelConfig:
     """The family's golden case as its own format can say it, and then changed: fields of mixers, of feed-forward layers, of the model."""
     case = family.architecture.replace("-", "_").replace("qwen3moe", "qwen3_moe")
     config = config_of(case)
-    model = canonical(next(one for one in HF_FAMILIES if one.architecture == config["architectures"][0]).read(Settings(config, where=case)))
+    theirs = next(one for one in HF_FAMILIES if one.architecture == config["architectures"][0])
+    model = canonical(theirs.read(theirs.settings(config, where=case)))
     of_model = {name: value for name, value in changes.items() if name in {field.name for field in dataclasses.fields(ModelConfig)}}
     blocks = []
     for block in model.blocks():
@@ -266,7 +266,7 @@ LLAMA3 = Llama3Scaling(factor=8.0, original_context=16)
         (phi3.GGUF, {"head_dim": 8, "scale": 8**-0.5}, r"4 heads of 8 dims have to be as wide"),
         (smollm3.GGUF, {"bias": True}, r"feed-forward layers have no biases"),
         (gpt_oss.GGUF, {"head": HeadKind.TIED}, r"the head is 'free', not 'tied'"),
-        (gpt_oss.GGUF, {"window": None}, r"no 'attention.sliding_window'"),
+        (gpt_oss.GGUF, {"window": None}, r"every other layer has a window"),
         (gpt2.GGUF, {"head_dim": 8}, r"4 heads of 8 dims have to be as wide"),
         (granite.GGUF, {"softcap": 3.0}, r"softcap = 3.0"),
         (qwen3_moe.GGUF, {"normalize_weights": False}, r"normalize_weights = False"),

@@ -8,7 +8,6 @@ import pytest
 from slmjax.architecture import ModelConfig
 from slmjax.convert.directory import Target, export_model
 from slmjax.convert.families import HF_FAMILIES
-from slmjax.convert.settings import Settings
 from slmjax.data.config import DataConfig
 from slmjax.formats.presets import preset
 from slmjax.numerics.rules import QuantRule
@@ -33,7 +32,7 @@ def wide_config(case: str) -> ModelConfig:
     config = config_of(case)
     changed = {name: value for name, value in WIDE.items() if name in config} | OWN.get(case, {}) | {"vocab_size": words().vocab_size}
     family = next(family for family in HF_FAMILIES if family.architecture == config["architectures"][0])
-    return family.read(Settings(config | changed, where=case))
+    return family.read(family.settings(config | changed, where=case))
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in IN_EVERY_RUN else pytest.mark.nightly) for case in CHANGES])

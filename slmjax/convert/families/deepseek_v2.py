@@ -12,6 +12,16 @@ from slmjax.layers import MlpConfig
 from slmjax.mixers.latent import LatentAttentionConfig
 from slmjax.moe import MoeConfig
 
+# What the family's configuration means where it leaves a key out.
+DEFAULTS = {
+    "vocab_size": 102_400, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "first_k_dense_replace": 0,
+    "kv_lora_rank": 512, "q_lora_rank": 1536, "n_routed_experts": 64, "n_shared_experts": 2,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "routed_scaling_factor": 1.0, "topk_method": "greedy",
+    "norm_topk_prob": False, "v_head_dim": 128, "moe_intermediate_size": 1407, "rope_theta": 10_000.0,
+}  # fmt: skip
+
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
@@ -19,14 +29,14 @@ def read(settings: Settings) -> ModelConfig:
         settings.expect(key, value)
     settings.ignore("n_group", "topk_group", "ep_size", "aux_loss_alpha", "seq_aux")
     settings.expect("mlp_bias", False)
-    width = settings.take("moe_intermediate_size", 1407)
+    width = settings.positive("moe_intermediate_size")
     moe = MoeConfig(
-        num_experts=settings.take("n_routed_experts", 64), num_selected=settings.take("num_experts_per_tok"), hidden_dim=width,
-        activation=read_activation(settings), normalize_weights=False, routed_scale=float(settings.take("routed_scaling_factor", 1.0)),
-        shared_hidden_dim=width * settings.take("n_shared_experts", 2),
+        num_experts=settings.take("n_routed_experts"), num_selected=settings.take("num_experts_per_tok"), hidden_dim=width,
+        activation=read_activation(settings), normalize_weights=False, routed_scale=float(settings.take("routed_scaling_factor")),
+        shared_hidden_dim=width * settings.take("n_shared_experts"),
     )  # fmt: skip
     dense, mixer = read_mlp(settings), read_latent_attention(settings)
-    num_dense = settings.take("first_k_dense_replace", 0)
+    num_dense = settings.take("first_k_dense_replace")
     blocks = [BlockConfig(mixer=mixer, ffn=dense if layer < num_dense else moe) for layer in range(settings.take("num_hidden_layers"))]
     return read_decoder(settings, blocks)
 
@@ -65,4 +75,4 @@ def table(model: ModelConfig) -> Table:
     return Table(around=EMBEDDING, layer=(*PRE_NORMS, *turned, *TENSORS, *MOE, *shared, *GATED_MLP))
 
 
-HF = Family(architecture="DeepseekV2ForCausalLM", read=read, write=write, table=table)
+HF = Family(architecture="DeepseekV2ForCausalLM", read=read, write=write, defaults=DEFAULTS, table=table)

@@ -23,24 +23,34 @@ from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, SANDWICH_
 from slmjax.convert.settings import Settings
 from slmjax.layers import Activation, NormKind
 
+# What the family's configuration means where it leaves a key out.
+DEFAULTS = {
+    "vocab_size": 256_000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 8192, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True, "attention_bias": False, "query_pre_attn_scalar": 256,
+    "sliding_window": 4096, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
+    "rope_theta": 10_000.0,
+}  # fmt: skip
+
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
     settings.expect("use_bidirectional_attention", False)
     num_layers = settings.take("num_hidden_layers")
     attention = read_attention(
-        settings, scale=settings.take("query_pre_attn_scalar", 256) ** -0.5, softcap=settings.optional("attn_logit_softcapping", 50.0),
+        settings, scale=settings.positive("query_pre_attn_scalar") ** -0.5, softcap=settings.optional("attn_logit_softcapping"),
         biases=read_biases(settings),
     )  # fmt: skip
     settings.ignore("hidden_act")  # the older name of hidden_activation, which wins
-    ffn = read_mlp(settings, activation="hidden_activation", default="gelu_pytorch_tanh")
+    ffn = read_mlp(settings, activation="hidden_activation")
     windows = read_windows(
-        settings, num_layers=num_layers, window=settings.take("sliding_window", 4096), default=[i % 2 == 0 for i in range(num_layers)]
+        settings, num_layers=num_layers, window=settings.optional("sliding_window"), default=[i % 2 == 0 for i in range(num_layers)]
     )
     blocks = with_windows(attention, ffn, windows, norm=NormPlacement.SANDWICH)
     return read_decoder(
-        settings, blocks, tied=True, norm_kind=NormKind.CENTERED_RMS, embed_multiplier=settings.take("hidden_size") ** 0.5,
-        logit_softcap=settings.optional("final_logit_softcapping", 30.0),
+        settings, blocks, norm_kind=NormKind.CENTERED_RMS, embed_multiplier=settings.take("hidden_size") ** 0.5,
+        logit_softcap=settings.optional("final_logit_softcapping"),
     )  # fmt: skip
 
 
@@ -62,7 +72,7 @@ def write_scores(model: ModelConfig, attention: AttentionConfig) -> dict[str, An
 
 
 HF = Family(
-    architecture="Gemma2ForCausalLM", read=read, write=write,
+    architecture="Gemma2ForCausalLM", read=read, write=write, defaults=DEFAULTS,
     table=Table(around=EMBEDDING, layer=(*SANDWICH_NORMS, *ATTENTION, *GATED_MLP)),
 )  # fmt: skip
 

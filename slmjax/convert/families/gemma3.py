@@ -30,35 +30,42 @@ from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, SANDWICH_
 from slmjax.convert.settings import Settings
 from slmjax.layers import Activation, NormKind
 
-# What the configurations of the larger models leave out.
+# What the family's configuration means where it leaves a key out, as those of the larger models do.
 DEFAULTS = {
-    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "hidden_size": 2304, "intermediate_size": 9216,
-    "num_hidden_layers": 26, "vocab_size": 262_208, "max_position_embeddings": 131_072, "hidden_activation": "gelu_pytorch_tanh",
+    "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True, "attention_bias": False, "query_pre_attn_scalar": 256,
+    "sliding_window": 4096, "use_bidirectional_attention": False, "rope_theta": 1e6,
+    "rope_local_base_freq": 10_000.0,
 }  # fmt: skip
 
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
-    settings.add_defaults(DEFAULTS)
     settings.expect("use_bidirectional_attention", False)
     num_layers = settings.take("num_hidden_layers")
     biases = read_biases(settings)
     attention = read_attention(
-        settings, rope_base=None, biases=biases, scale=settings.take("query_pre_attn_scalar", 256) ** -0.5, qk_norm=QkNorm.PER_HEAD,
-        softcap=settings.optional("attn_logit_softcapping", None),
+        settings, rope_base=None, biases=biases, scale=settings.positive("query_pre_attn_scalar") ** -0.5, qk_norm=QkNorm.PER_HEAD,
+        softcap=settings.optional("attn_logit_softcapping"),
     )  # fmt: skip
-    ropes = read_ropes_by_kind(settings, full=1e6, local=1e4)
-    period = settings.take("sliding_window_pattern", settings.take("_sliding_window_pattern", 6))
+    ropes = read_ropes_by_kind(settings, local="rope_local_base_freq")
+    period = settings.positive("sliding_window_pattern", 6)
+    if settings.has("layer_types"):
+        settings.ignore("_sliding_window_pattern")
+    else:
+        settings.expect("_sliding_window_pattern", period)  # what transformers writes, and does not read
     windows = read_windows(
-        settings, num_layers=num_layers, window=settings.take("sliding_window", 4096),
+        settings, num_layers=num_layers, window=settings.optional("sliding_window"),
         default=[(layer + 1) % period != 0 for layer in range(num_layers)],
     )  # fmt: skip
-    ffn = read_mlp(settings, activation="hidden_activation", default="gelu_pytorch_tanh")
+    ffn = read_mlp(settings, activation="hidden_activation")
     mixers = [dataclasses.replace(attention, window=window, **ropes[window is not None]) for window in windows]
     return read_decoder(
-        settings, [BlockConfig(mixer=mixer, ffn=ffn, norm=NormPlacement.SANDWICH) for mixer in mixers], tied=True,
+        settings, [BlockConfig(mixer=mixer, ffn=ffn, norm=NormPlacement.SANDWICH) for mixer in mixers],
         norm_kind=NormKind.CENTERED_RMS, embed_multiplier=settings.take("hidden_size") ** 0.5,
-        logit_softcap=settings.optional("final_logit_softcapping", None),
+        logit_softcap=settings.optional("final_logit_softcapping"),
     )  # fmt: skip
 
 
@@ -83,7 +90,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
 
 LAYER = (*SANDWICH_NORMS, *ATTENTION, *GATED_MLP)
 HF = Family(
-    architecture="Gemma3ForCausalLM", read=read, write=write,
+    architecture="Gemma3ForCausalLM", read=read, write=write, defaults=DEFAULTS,
     table=Table(around=EMBEDDING, layer=LAYER),
 )  # fmt: skip
 
@@ -91,7 +98,7 @@ HF = Family(
 # With a vision tower --------------------------------------------------------------------------------------------------
 def read_text_part(settings: Settings) -> ModelConfig:
     """config.json of a model with a vision tower -> ModelConfig of its language model."""
-    inner = settings.inner("text_config")
+    inner = settings.inner("text_config", defaults=DEFAULTS)
     model = read(inner)
     inner.finish()
     settings.ignore(*IGNORED, *VISION_KEYS)

@@ -12,6 +12,13 @@ from slmjax.convert.hf_settings import IGNORED, check_width, read_activation, wr
 from slmjax.convert.settings import Settings
 from slmjax.layers import Activation, MlpConfig, NormKind
 
+# What the family's configuration means where it leaves a key out.
+DEFAULTS = {
+    "vocab_size": 50_257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12,
+    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True,
+}  # fmt: skip
+
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
@@ -19,14 +26,14 @@ def read(settings: Settings) -> ModelConfig:
     settings.expect("scale_attn_weights", True)
     settings.expect("scale_attn_by_inverse_layer_idx", False)
     settings.expect("add_cross_attention", False)
-    width, context = settings.take("n_embd"), settings.take("n_positions")
-    activation = read_activation(settings, "activation_function", "gelu_new")
+    width, context = settings.positive("n_embd"), settings.positive("n_positions")
+    activation = read_activation(settings, "activation_function")
     ffn = MlpConfig(hidden_dim=settings.take("n_inner", 4 * width), activation=activation, gated=False, bias=True)
-    block = BlockConfig(mixer=AttentionConfig(num_heads=settings.take("n_head"), rope_base=None, biases=Biases.ALL), ffn=ffn)
+    block = BlockConfig(mixer=AttentionConfig(num_heads=settings.positive("n_head"), rope_base=None, biases=Biases.ALL), ffn=ffn)
     return ModelConfig(
         embed_dim=width, stack=stack_of([block] * settings.take("n_layer")), context_length=context, learned_positions=context,
-        vocab_size=settings.take("vocab_size"), norm_kind=NormKind.LAYER, norm_eps=settings.take("layer_norm_epsilon", 1e-5),
-        head=HeadKind.TIED if settings.take("tie_word_embeddings", True) else HeadKind.FREE,
+        vocab_size=settings.take("vocab_size"), norm_kind=NormKind.LAYER, norm_eps=settings.take("layer_norm_epsilon"),
+        head=HeadKind.TIED if settings.take("tie_word_embeddings") else HeadKind.FREE,
     )  # fmt: skip
 
 
@@ -77,7 +84,7 @@ LAYER = (
     *as_it_is("ffn/down", "mlp.c_proj"),
 )
 HF = Family(
-    architecture="GPT2LMHeadModel", read=read, write=write,
+    architecture="GPT2LMHeadModel", read=read, write=write, defaults=DEFAULTS,
     table=Table(
         around=AROUND, layer=LAYER, prefix="transformer.h.{i}.", base="transformer.", ignored=(r"(.*\.)?attn\.(bias|masked_bias)",)
     ),

@@ -6,7 +6,6 @@ import numpy as np
 
 from slmjax.architecture import HeadKind, ModelConfig
 from slmjax.attention import Biases
-from slmjax.config import ConfigError
 from slmjax.convert import gguf_settings, gguf_tensors
 from slmjax.convert.family import (
     Arrays,
@@ -28,6 +27,20 @@ from slmjax.convert.settings import Settings
 from slmjax.layers import CLAMP, STEEPNESS, Activation
 from slmjax.moe import MoeConfig
 
+# What the family's configuration means where it leaves a key out.
+DEFAULTS = {
+    "num_hidden_layers": 36, "num_local_experts": 128, "vocab_size": 201_088, "hidden_size": 2880,
+    "intermediate_size": 2880, "head_dim": 64, "num_attention_heads": 64, "num_key_value_heads": 8,
+    "sliding_window": 128, "tie_word_embeddings": False, "hidden_act": "silu",
+    "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5, "num_experts_per_tok": 4, "swiglu_alpha": 1.702,
+    "swiglu_limit": 7.0, "attention_bias": True, "rope_theta": 150_000.0,
+}  # fmt: skip
+# Rotary positions where nothing is said of them.
+ANGLES = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096,
+}  # fmt: skip
+
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
@@ -36,19 +49,18 @@ def read(settings: Settings) -> ModelConfig:
     settings.expect("swiglu_limit", CLAMP)
     settings.expect("swiglu_alpha", STEEPNESS)
     settings.ignore("initial_context_length")  # repeats what the scaling of angles says
-    if not settings.has("rope_parameters") and not settings.has("rope_scaling"):
-        raise ConfigError("config.json has no rope_scaling: the family's angles are scaled where nothing is said, by its release")
-    num_layers, selected = settings.take("num_hidden_layers"), settings.take("experts_per_token", 4)
-    attention = read_attention(settings, biases=Biases.ALL, sinks=True, **read_rope(settings, base=150_000.0))
+    num_layers, selected = settings.take("num_hidden_layers"), settings.take("num_experts_per_tok")
+    settings.expect("experts_per_token", selected)  # the release's own name, beside that of transformers
+    attention = read_attention(settings, biases=Biases.ALL, sinks=True, **read_rope(settings, default=ANGLES))
     ffn = MoeConfig(
-        num_experts=settings.take("num_local_experts", 128), num_selected=settings.take("num_experts_per_tok", selected),
+        num_experts=settings.take("num_local_experts"), num_selected=selected,
         hidden_dim=settings.take("intermediate_size"), activation=Activation.CLAMPED_SILU, bias=True,
     )  # fmt: skip
     windows = read_windows(
-        settings, num_layers=num_layers, window=settings.take("sliding_window", 128), default=[i % 2 == 0 for i in range(num_layers)]
+        settings, num_layers=num_layers, window=settings.optional("sliding_window"), default=[i % 2 == 0 for i in range(num_layers)]
     )
     blocks = with_windows(attention, ffn, windows)
-    return read_decoder(settings, blocks, norm_eps=settings.take("rms_norm_eps", 1e-5))
+    return read_decoder(settings, blocks)
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
@@ -87,7 +99,7 @@ LAYER = (
     same("ffn/experts/down", "mlp.experts.down_proj"),
     same("ffn/experts/down_bias", "mlp.experts.down_proj_bias"),
 )
-HF = Family(architecture="GptOssForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=LAYER))
+HF = Family(architecture="GptOssForCausalLM", read=read, write=write, defaults=DEFAULTS, table=Table(around=EMBEDDING, layer=LAYER))
 
 
 # GGUF -----------------------------------------------------------------------------------------------------------------
@@ -107,7 +119,10 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     gguf_settings.check_head(model, HeadKind.FREE)
     gguf_settings.check_plain_scale(attention)
     keys = {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_moe(ffn)}
-    return {**keys, "attention.sliding_window": gguf_settings.common_window(model)}
+    window = gguf_settings.common_window(model)
+    if window is None:
+        raise Inexpressible("every other layer has a window")
+    return {**keys, "attention.sliding_window": window}
 
 
 GGUF_LAYER = (

@@ -1,6 +1,9 @@
 """Granite 3: a Llama with multipliers on embeddings, scores, residual updates and logits. And Granite 4 without its recurrent layers."""
 
+import dataclasses
 from typing import Any
+
+import numpy as np
 
 from slmjax.architecture import BlockConfig, ModelConfig
 from slmjax.attention import AttentionConfig
@@ -21,24 +24,32 @@ from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
 from slmjax.convert.settings import Settings
 from slmjax.rope import RopeScaling
 
+# What the family's configuration means where it leaves a key out.
+DEFAULTS = {
+    "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "embedding_multiplier": 1.0,
+    "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0, "rope_theta": 10_000.0,
+}  # fmt: skip
+
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
-    ffn = read_mlp(settings, bias=settings.take("mlp_bias", False))
+    ffn = read_mlp(settings, bias=settings.take("mlp_bias"))
     block = BlockConfig(mixer=_read_attention(settings), ffn=ffn)
     return _read_decoder(settings, block)
 
 
 def _read_attention(settings: Settings, **more: Any) -> AttentionConfig:
     biases = read_biases(settings)
-    return read_attention(settings, scale=float(settings.take("attention_multiplier", 1.0)), biases=biases, **more)
+    return read_attention(settings, scale=float(settings.take("attention_multiplier")), biases=biases, **more)
 
 
 def _read_decoder(settings: Settings, block: BlockConfig) -> ModelConfig:
     return read_decoder(
-        settings, [block] * settings.take("num_hidden_layers"), logit_multiplier=1.0 / settings.take("logits_scaling", 1.0),
-        embed_multiplier=float(settings.take("embedding_multiplier", 1.0)),
-        residual_multiplier=float(settings.take("residual_multiplier", 1.0)),
+        settings, [block] * settings.take("num_hidden_layers"), logit_multiplier=1.0 / settings.nonzero("logits_scaling"),
+        embed_multiplier=float(settings.take("embedding_multiplier")),
+        residual_multiplier=float(settings.take("residual_multiplier")),
     )  # fmt: skip
 
 
@@ -54,16 +65,37 @@ def _write_decoder(model: ModelConfig, attention: AttentionConfig) -> dict[str, 
     return {
         **write_decoder(model), **write_attention(attention), **write_biases(attention),
         "embedding_multiplier": model.embed_multiplier, "residual_multiplier": model.residual_multiplier,
-        "attention_multiplier": attention.scale, "logits_scaling": float(f"{1 / model.logit_multiplier:.12g}"),
+        "attention_multiplier": attention.scale, "logits_scaling": divisor_of(model),
     }  # fmt: skip
 
 
+def divisor_of(model: ModelConfig) -> float:
+    """The number that logits are divided by, as short as it was written. Raises Inexpressible where no number does that."""
+    if model.logit_multiplier == 0.0:
+        raise Inexpressible("logits are divided by a number, and logit_multiplier is 0")
+    return float(f"{1 / model.logit_multiplier:.12g}")
+
+
 HF = Family(
-    architecture="GraniteForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP))
+    architecture="GraniteForCausalLM",
+    read=read,
+    write=write,
+    defaults=DEFAULTS,
+    table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
 )
 
 
 # Granite 4 ------------------------------------------------------------------------------------------------------------
+# The same of Granite 4.
+HYBRID_DEFAULTS = {
+    "vocab_size": 32_000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+    "attention_bias": False, "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0, "num_local_experts": 8, "shared_intermediate_size": 1024,
+    "rope_theta": 10_000.0,
+}  # fmt: skip
+
+
 def read_hybrid(settings: Settings) -> ModelConfig:
     """config.json of a Granite 4 that has attention alone, as the dense micro has -> ModelConfig."""
     settings.expect("num_local_experts", 0)
@@ -103,31 +135,46 @@ HYBRID_LAYER = (
     *linear("ffn/down", "shared_mlp.output_linear"),
 )
 HF_HYBRID = Family(
-    architecture="GraniteMoeHybridForCausalLM", read=read_hybrid, write=write_hybrid, table=Table(around=EMBEDDING, layer=HYBRID_LAYER)
+    architecture="GraniteMoeHybridForCausalLM",
+    read=read_hybrid,
+    write=write_hybrid,
+    defaults=HYBRID_DEFAULTS,
+    table=Table(around=EMBEDDING, layer=HYBRID_LAYER),
 )
 
 
 # GGUF -----------------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
     """GGUF metadata -> ModelConfig."""
-    scale = gguf_settings.shortest(settings.take("attention.scale"))
-    block = BlockConfig(mixer=gguf_settings.read_attention(settings, scale=scale), ffn=gguf_settings.read_mlp(settings))
+    # A multiplier of 0 is one that is not there.
+    scale = gguf_settings.shortest(settings.take("attention.scale", 0.0)) or None
+    attention = gguf_settings.read_attention(settings, scale=scale)
+    if not settings.take("rope.scaling.finetuned", True):  # what says in this architecture that there are no positions
+        attention = dataclasses.replace(attention, rope_base=None)
+    block = BlockConfig(mixer=attention, ffn=gguf_settings.read_mlp(settings))
     return gguf_settings.read_decoder(
-        settings, [block] * settings.take("block_count"), logit_multiplier=1.0 / gguf_settings.shortest(settings.take("logit_scale")),
-        embed_multiplier=gguf_settings.shortest(settings.take("embedding_scale", 1.0)),
-        residual_multiplier=gguf_settings.shortest(settings.take("residual_scale", 1.0)),
-    )  # fmt: skip
+        settings,
+        [block] * settings.take("block_count"),
+        logit_multiplier=1.0 / gguf_settings.shortest(settings.nonzero("logit_scale")),
+        embed_multiplier=gguf_settings.shortest(settings.take("embedding_scale", 0.0)) or 1.0,
+        residual_multiplier=gguf_settings.shortest(settings.take("residual_scale", 0.0)) or 1.0,
+    )
 
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> GGUF metadata, of Granite 4 without recurrent layers too: it computes the same."""
     attention, ffn = first_block(model)
-    if attention.rope_base is None:
-        raise Inexpressible("all dims of all heads are rotated")
     multipliers = {
-        "attention.scale": attention.scale, "embedding_scale": model.embed_multiplier, "residual_scale": model.residual_multiplier,
-        "logit_scale": float(f"{1 / model.logit_multiplier:.12g}"),
-    }  # fmt: skip
+        "attention.scale": attention.scale,
+        "embedding_scale": model.embed_multiplier,
+        "residual_scale": model.residual_multiplier,
+        "logit_scale": divisor_of(model),
+    }
+    for name, multiplier in multipliers.items():
+        if np.float32(multiplier) == 0.0:
+            raise Inexpressible(f"llama.cpp takes a multiplier of 0 for one that is not there, and {name} is {multiplier}")
+    if attention.rope_base is None:
+        multipliers["rope.scaling.finetuned"] = False
     heads = gguf_settings.write_attention(attention, scalings=(RopeScaling,))
     return {**gguf_settings.write_decoder(model), **heads, **gguf_settings.write_mlp(ffn, has_bias=True), **multipliers}
 

@@ -22,11 +22,18 @@ from slmjax.convert.settings import Settings
 from slmjax.moe import MoeConfig
 from slmjax.rope import RopeScaling
 
+# What the family's configuration means where it leaves a key out.
+DEFAULTS = {
+    "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "rope_theta": 10_000.0,
+}  # fmt: skip
+
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
     biases = read_biases(settings)
-    block = BlockConfig(mixer=read_attention(settings, biases=biases), ffn=read_mlp(settings, bias=settings.take("mlp_bias", False)))
+    block = BlockConfig(mixer=read_attention(settings, biases=biases), ffn=read_mlp(settings, bias=settings.take("mlp_bias")))
     return read_decoder(settings, [block] * settings.take("num_hidden_layers"))
 
 
@@ -39,7 +46,11 @@ def write(model: ModelConfig) -> dict[str, Any]:
 
 
 HF = Family(
-    architecture="LlamaForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP))
+    architecture="LlamaForCausalLM",
+    read=read,
+    write=write,
+    defaults=DEFAULTS,
+    table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
 )
 
 
@@ -57,7 +68,7 @@ def refuse_mobile(model: ModelConfig) -> dict[str, Any]:
     raise Inexpressible("it is written as LlamaForCausalLM")
 
 
-HF_MOBILE = Family(architecture="MobileLLMForCausalLM", read=read_mobile, write=refuse_mobile, table=HF.table)
+HF_MOBILE = Family(architecture="MobileLLMForCausalLM", read=read_mobile, write=refuse_mobile, defaults=DEFAULTS, table=HF.table)
 
 
 # GGUF -----------------------------------------------------------------------------------------------------------------

@@ -11,18 +11,29 @@ from slmjax.convert.latent_settings import TENSORS, read_latent_attention, write
 from slmjax.convert.settings import Settings
 from slmjax.mixers.latent import LatentAttentionConfig
 
+# What the family's configuration means where it leaves a key out.
+DEFAULTS = {
+    "vocab_size": 73_448, "hidden_size": 2560, "intermediate_size": 6400, "num_hidden_layers": 62,
+    "num_attention_heads": 40, "num_key_value_heads": 40, "hidden_act": "silu",
+    "max_position_embeddings": 32_768, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+    "attention_bias": False, "mlp_bias": False, "kv_lora_rank": 256, "q_lora_rank": 768,
+    "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "scale_emb": 12, "scale_depth": 1.4,
+    "dim_model_base": 256, "rope_theta": 10_000.0,
+}  # fmt: skip
+
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
     num_layers = settings.take("num_hidden_layers")
-    settings.add_defaults({"v_head_dim": settings.take("hidden_size") // settings.take("num_attention_heads")})
-    block = BlockConfig(mixer=read_latent_attention(settings), ffn=read_mlp(settings, bias=settings.take("mlp_bias", False)))
+    block = BlockConfig(mixer=read_latent_attention(settings), ffn=read_mlp(settings, bias=settings.take("mlp_bias")))
+    width = settings.positive("hidden_size")
     return read_decoder(
-        settings, [block] * num_layers, tied=True, norm_eps=settings.take("rms_norm_eps", 1e-5),
-        embed_multiplier=float(settings.take("scale_emb", 12)),
-        residual_multiplier=settings.take("scale_depth", 1.4) / math.sqrt(num_layers),
-        logit_multiplier=settings.take("dim_model_base", 256) / settings.take("hidden_size"),
-    )  # fmt: skip
+        settings,
+        [block] * num_layers,
+        embed_multiplier=float(settings.take("scale_emb")),
+        residual_multiplier=settings.take("scale_depth", null=math.sqrt(num_layers)) / math.sqrt(num_layers),
+        logit_multiplier=settings.nonzero("dim_model_base", null=width) / width,
+    )
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
@@ -39,5 +50,9 @@ def write(model: ModelConfig) -> dict[str, Any]:
 
 
 HF = Family(
-    architecture="MiniCPM3ForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *TENSORS, *GATED_MLP))
+    architecture="MiniCPM3ForCausalLM",
+    read=read,
+    write=write,
+    defaults=DEFAULTS,
+    table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *TENSORS, *GATED_MLP)),
 )

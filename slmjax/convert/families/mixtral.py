@@ -8,7 +8,6 @@ from slmjax.convert.hf_settings import (
     read_activation,
     read_attention,
     read_decoder,
-    read_rope,
     write_activation,
     write_attention,
     write_decoder,
@@ -17,16 +16,24 @@ from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, PRE_NORMS
 from slmjax.convert.settings import Settings
 from slmjax.moe import MoeConfig
 
+# What the family's configuration means where it leaves a key out.
+DEFAULTS = {
+    "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_act": "silu",
+    "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+    "num_experts_per_tok": 2, "num_local_experts": 8, "rope_theta": 1e6,
+}  # fmt: skip
+
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
     ffn = MoeConfig(
-        num_experts=settings.take("num_local_experts", 8), num_selected=settings.take("num_experts_per_tok", 2),
+        num_experts=settings.take("num_local_experts"), num_selected=settings.take("num_experts_per_tok"),
         hidden_dim=settings.take("intermediate_size"), activation=read_activation(settings),
     )  # fmt: skip
-    attention = read_attention(settings, window=settings.optional("sliding_window", None), **read_rope(settings, base=1e6))
+    attention = read_attention(settings, window=settings.optional("sliding_window"))
     block = BlockConfig(mixer=attention, ffn=ffn)
-    return read_decoder(settings, [block] * settings.take("num_hidden_layers"), norm_eps=settings.take("rms_norm_eps", 1e-5))
+    return read_decoder(settings, [block] * settings.take("num_hidden_layers"))
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
@@ -47,5 +54,9 @@ EXPERTS = (
     experts("ffn/experts/down", "block_sparse_moe.experts.{e}.w2.weight"),
 )
 HF = Family(
-    architecture="MixtralForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *EXPERTS))
+    architecture="MixtralForCausalLM",
+    read=read,
+    write=write,
+    defaults=DEFAULTS,
+    table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *EXPERTS)),
 )

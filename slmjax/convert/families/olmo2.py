@@ -20,13 +20,20 @@ from slmjax.convert.hf_settings import (
 from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, POST_NORMS
 from slmjax.convert.settings import Settings
 
+# What the family's configuration means where it leaves a key out.
+DEFAULTS = {
+    "vocab_size": 50_304, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "hidden_act": "silu", "max_position_embeddings": 2048,
+    "tie_word_embeddings": False, "attention_bias": False, "rms_norm_eps": 1e-5, "rope_theta": 10_000.0,
+}  # fmt: skip
+
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
     biases = read_biases(settings)
     attention = read_attention(settings, qk_norm=QkNorm.ALL_HEADS, biases=biases)
     block = BlockConfig(mixer=attention, ffn=read_mlp(settings), norm=NormPlacement.POST)
-    return read_decoder(settings, [block] * settings.take("num_hidden_layers"), norm_eps=settings.take("rms_norm_eps", 1e-5))
+    return read_decoder(settings, [block] * settings.take("num_hidden_layers"))
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
@@ -37,7 +44,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
 
 
 TABLE = Table(around=EMBEDDING, layer=(*POST_NORMS, *ATTENTION, *GATED_MLP))
-HF = Family(architecture="Olmo2ForCausalLM", read=read, write=write, table=TABLE)
+HF = Family(architecture="Olmo2ForCausalLM", read=read, write=write, defaults=DEFAULTS, table=TABLE)
 
 
 # GGUF -----------------------------------------------------------------------------------------------------------------

@@ -23,21 +23,29 @@ from slmjax.convert.hf_settings import (
 )
 from slmjax.convert.settings import Settings
 
+# What the family's configuration means where it leaves a key out.
+DEFAULTS = {
+    "vocab_size": 50_304, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "hidden_act": "silu", "max_position_embeddings": 2048,
+    "tie_word_embeddings": False, "attention_bias": False, "rms_norm_eps": 1e-5, "sliding_window": 4096,
+    "rope_theta": 500_000.0,
+}  # fmt: skip
+
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
     num_layers = settings.take("num_hidden_layers")
     biases = read_biases(settings)
     attention = read_attention(settings, rope_base=None, qk_norm=QkNorm.ALL_HEADS, biases=biases)
-    ropes = read_ropes_by_kind(settings, full=5e5, local=None)
+    ropes = read_ropes_by_kind(settings, local=None)
     windows = read_windows(
-        settings, num_layers=num_layers, window=settings.take("sliding_window", 4096),
+        settings, num_layers=num_layers, window=settings.optional("sliding_window"),
         default=[(layer + 1) % 4 != 0 for layer in range(num_layers)],
     )  # fmt: skip
     ffn = read_mlp(settings)
     mixers = [dataclasses.replace(attention, window=window, **ropes[window is not None]) for window in windows]
     blocks = [BlockConfig(mixer=mixer, ffn=ffn, norm=NormPlacement.POST) for mixer in mixers]
-    return read_decoder(settings, blocks, norm_eps=settings.take("rms_norm_eps", 1e-5))
+    return read_decoder(settings, blocks)
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
@@ -57,4 +65,4 @@ def write(model: ModelConfig) -> dict[str, Any]:
     return {"model_type": "olmo3", **keys, **biases, "rope_parameters": ropes}
 
 
-HF = Family(architecture="Olmo3ForCausalLM", read=read, write=write, table=olmo2.TABLE)
+HF = Family(architecture="Olmo3ForCausalLM", read=read, write=write, defaults=DEFAULTS, table=olmo2.TABLE)

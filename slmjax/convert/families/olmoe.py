@@ -19,6 +19,14 @@ from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, MOE, PRE_NORMS
 from slmjax.convert.settings import Settings
 from slmjax.moe import MoeConfig
 
+# What the family's configuration means where it leaves a key out.
+DEFAULTS = {
+    "vocab_size": 50_304, "hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 16,
+    "num_attention_heads": 16, "hidden_act": "silu", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False, "attention_bias": False, "num_experts_per_tok": 8, "num_experts": 64,
+    "norm_topk_prob": False, "rope_theta": 10_000.0,
+}  # fmt: skip
+
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
@@ -26,12 +34,12 @@ def read(settings: Settings) -> ModelConfig:
     biases = read_biases(settings)
     attention = read_attention(settings, qk_norm=QkNorm.ALL_HEADS, biases=biases)
     moe = MoeConfig(
-        num_experts=settings.take("num_experts", 64), num_selected=settings.take("num_experts_per_tok", 8),
-        hidden_dim=settings.take("intermediate_size", 2048), activation=read_activation(settings),
-        normalize_weights=settings.take("norm_topk_prob", False),
+        num_experts=settings.take("num_experts"), num_selected=settings.take("num_experts_per_tok"),
+        hidden_dim=settings.positive("intermediate_size"), activation=read_activation(settings),
+        normalize_weights=settings.take("norm_topk_prob"),
     )  # fmt: skip
     blocks = [BlockConfig(mixer=attention, ffn=moe)] * settings.take("num_hidden_layers")
-    return read_decoder(settings, blocks, norm_eps=settings.take("rms_norm_eps", 1e-5))
+    return read_decoder(settings, blocks)
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
@@ -49,4 +57,10 @@ def write(model: ModelConfig) -> dict[str, Any]:
     return {"model_type": "olmoe", **write_decoder(model), **write_attention(attention), **experts, **biases}
 
 
-HF = Family(architecture="OlmoeForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *MOE)))
+HF = Family(
+    architecture="OlmoeForCausalLM",
+    read=read,
+    write=write,
+    defaults=DEFAULTS,
+    table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *MOE)),
+)

@@ -6,10 +6,27 @@ from slmjax.architecture import BlockConfig, ModelConfig
 from slmjax.attention import Biases
 from slmjax.convert import gguf_settings, gguf_tensors
 from slmjax.convert.family import Family, Inexpressible, Table, first_block, joined, linear
-from slmjax.convert.hf_settings import read_attention, read_decoder, read_mlp, write_attention, write_decoder, write_mlp
+from slmjax.convert.hf_settings import (
+    LONG_TYPES,
+    read_attention,
+    read_decoder,
+    read_mlp,
+    read_rope,
+    write_attention,
+    write_decoder,
+    write_mlp,
+)
 from slmjax.convert.hf_tensors import EMBEDDING, PRE_NORMS
 from slmjax.convert.settings import Settings
 from slmjax.rope import LongScaling
+
+# What the family's configuration means where it leaves a key out.
+DEFAULTS = {
+    "vocab_size": 32_064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "hidden_act": "silu", "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+    "rope_theta": 10_000.0,
+}  # fmt: skip
 
 
 def read(settings: Settings) -> ModelConfig:
@@ -17,13 +34,11 @@ def read(settings: Settings) -> ModelConfig:
     neutral = {"attention_bias": False, "lm_head_bias": False, "mlp_bias": False, "full_attn_mod": 1, "interpolate_factor": 1}
     for key, value in neutral.items():
         settings.expect(key, value)
-    settings.add_defaults({"original_max_position_embeddings": 4096})
-    block = BlockConfig(
-        mixer=read_attention(settings, is_partial=True, window=settings.optional("sliding_window", None)), ffn=read_mlp(settings)
-    )
-    return read_decoder(
-        settings, [block] * settings.take("num_hidden_layers"), norm_eps=settings.take("rms_norm_eps", 1e-5)
-    )  # fmt: skip
+    # Its first releases said "yarn" for what is LongRoPE.
+    rope = read_rope(settings, is_partial=True, long_types=(*LONG_TYPES, "yarn"))
+    attention = read_attention(settings, window=settings.optional("sliding_window"), **rope)
+    block = BlockConfig(mixer=attention, ffn=read_mlp(settings))
+    return read_decoder(settings, [block] * settings.take("num_hidden_layers"))
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
@@ -47,7 +62,7 @@ LAYER = (
     joined(("ffn/gate/weight", "ffn/up/weight"), "mlp.gate_up_proj.weight"),
     *linear("ffn/down", "mlp.down_proj"),
 )
-HF = Family(architecture="Phi3ForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=LAYER))
+HF = Family(architecture="Phi3ForCausalLM", read=read, write=write, defaults=DEFAULTS, table=Table(around=EMBEDDING, layer=LAYER))
 
 
 # GGUF -----------------------------------------------------------------------------------------------------------------

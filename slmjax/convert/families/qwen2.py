@@ -11,6 +11,14 @@ from slmjax.convert.hf_settings import read_attention, read_decoder, read_mlp, w
 from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
 from slmjax.convert.settings import Settings
 
+# What the family's configuration means where it leaves a key out.
+DEFAULTS = {
+    "vocab_size": 151_936, "hidden_size": 4096, "intermediate_size": 22_016, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "hidden_act": "silu",
+    "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+    "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "rope_theta": 10_000.0,
+}  # fmt: skip
+
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
@@ -27,7 +35,11 @@ def write(model: ModelConfig) -> dict[str, Any]:
 
 
 HF = Family(
-    architecture="Qwen2ForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP))
+    architecture="Qwen2ForCausalLM",
+    read=read,
+    write=write,
+    defaults=DEFAULTS,
+    table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
 )
 
 

@@ -21,6 +21,15 @@ from slmjax.convert.hf_settings import (
 from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
 from slmjax.convert.settings import Settings
 
+# What the family's configuration means where it leaves a key out.
+DEFAULTS = {
+    "vocab_size": 151_936, "hidden_size": 4096, "intermediate_size": 22_016, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "hidden_act": "silu",
+    "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+    "attention_bias": False, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28,
+    "rope_theta": 10_000.0,
+}  # fmt: skip
+
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
@@ -31,8 +40,8 @@ def read(settings: Settings) -> ModelConfig:
 
 def qwen_windows(settings: Settings) -> list[int | None]:
     """The window of each layer: those from `max_window_layers` on, where windows are in use at all."""
-    num_layers, window = settings.take("num_hidden_layers"), settings.take("sliding_window", 4096)
-    in_use, first = settings.take("use_sliding_window", False), settings.take("max_window_layers", 28)
+    num_layers, window = settings.take("num_hidden_layers"), settings.optional("sliding_window")
+    in_use, first = settings.take("use_sliding_window"), settings.take("max_window_layers")
     window = window if in_use else None
     return read_windows(
         settings, num_layers=num_layers, window=window, default=[window is not None and layer >= first for layer in range(num_layers)]
@@ -55,7 +64,11 @@ def write(model: ModelConfig) -> dict[str, Any]:
 
 
 HF = Family(
-    architecture="Qwen3ForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP))
+    architecture="Qwen3ForCausalLM",
+    read=read,
+    write=write,
+    defaults=DEFAULTS,
+    table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
 )
 
 

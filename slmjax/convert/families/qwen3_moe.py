@@ -22,19 +22,33 @@ from slmjax.convert.settings import Settings
 from slmjax.layers import MlpConfig
 from slmjax.moe import MoeConfig
 
+# What the family's configuration means where it leaves a key out.
+DEFAULTS = {
+    "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "hidden_act": "silu",
+    "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+    "attention_bias": False, "use_sliding_window": False, "sliding_window": 4096, "decoder_sparse_step": 1,
+    "moe_intermediate_size": 768, "num_experts_per_tok": 8, "num_experts": 128, "norm_topk_prob": False,
+    "rope_theta": 10_000.0,
+}  # fmt: skip
+
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
     biases = read_biases(settings)
-    window = settings.take("sliding_window", 4096) if settings.take("use_sliding_window", False) else None
+    window = settings.optional("sliding_window") if settings.take("use_sliding_window") else None
     settings.ignore("sliding_window", "max_window_layers")
     attention = read_attention(settings, qk_norm=QkNorm.PER_HEAD, biases=biases, window=window)
-    num_experts = settings.take("num_experts", settings.take("num_local_experts", 128))
-    dense, experts = read_mlp(settings), MoeConfig(
-        num_experts=num_experts, num_selected=settings.take("num_experts_per_tok"), hidden_dim=settings.take("moe_intermediate_size"),
-        activation=read_activation(settings), normalize_weights=settings.take("norm_topk_prob", False),
+    num_experts = settings.take("num_experts")
+    if settings.has("num_local_experts") and not settings.has("num_experts"):  # what transformers calls them since its release 5
+        num_experts = settings.take("num_local_experts")
+    settings.expect("num_local_experts", num_experts)
+    dense = read_mlp(settings)
+    experts = MoeConfig(
+        num_experts=num_experts, num_selected=settings.take("num_experts_per_tok"), hidden_dim=settings.positive("moe_intermediate_size"),
+        activation=read_activation(settings), normalize_weights=settings.take("norm_topk_prob"),
     )  # fmt: skip
-    step, dense_layers = settings.take("decoder_sparse_step", 1), settings.take("mlp_only_layers", [])
+    step, dense_layers = settings.positive("decoder_sparse_step"), settings.take("mlp_only_layers", [])
     is_sparse = [(layer + 1) % step == 0 and layer not in dense_layers for layer in range(settings.take("num_hidden_layers"))]
     return read_decoder(settings, [BlockConfig(mixer=attention, ffn=experts if sparse else dense) for sparse in is_sparse])
 
@@ -59,7 +73,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
 
 
 HF = Family(
-    architecture="Qwen3MoeForCausalLM", read=read, write=write,
+    architecture="Qwen3MoeForCausalLM", read=read, write=write, defaults=DEFAULTS,
     table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *MOE, *GATED_MLP)),
 )  # fmt: skip
 

@@ -23,22 +23,31 @@ from slmjax.convert.hf_settings import (
 from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
 from slmjax.convert.settings import Settings
 
+# What the family's configuration means where it leaves a key out.
+DEFAULTS = {
+    "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "hidden_act": "silu",
+    "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, "use_sliding_window": False,
+    "no_rope_layer_interval": 4, "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True,
+    "rope_theta": 2e6,
+}  # fmt: skip
+
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
-    num_layers, every = settings.take("num_hidden_layers"), settings.take("no_rope_layer_interval", 4)
+    num_layers, every = settings.take("num_hidden_layers"), settings.positive("no_rope_layer_interval")
     rotated = settings.take("no_rope_layers", [int((layer + 1) % every != 0) for layer in range(num_layers)])  # 1 where there is a rotation
-    window = settings.take("sliding_window", None) if settings.take("use_sliding_window", False) else None
+    window = settings.optional("sliding_window") if settings.take("use_sliding_window") else None
     settings.ignore("sliding_window", "max_window_layers")
     windows = read_windows(
         settings, num_layers=num_layers, window=window, default=[window is not None and not has_rope for has_rope in rotated]
     )
     biases = read_biases(settings)
     plain = read_attention(settings, rope_base=None, biases=biases)
-    turned = dataclasses.replace(plain, **read_rope(settings, base=2e6))
-    ffn = read_mlp(settings, bias=settings.take("mlp_bias", False))
+    turned = dataclasses.replace(plain, **read_rope(settings))
+    ffn = read_mlp(settings, bias=settings.take("mlp_bias"))
     mixers = [dataclasses.replace(turned if has_rope else plain, window=size) for has_rope, size in zip(rotated, windows, strict=True)]
-    return read_decoder(settings, [BlockConfig(mixer=mixer, ffn=ffn) for mixer in mixers], tied=True)
+    return read_decoder(settings, [BlockConfig(mixer=mixer, ffn=ffn) for mixer in mixers])
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
@@ -58,7 +67,11 @@ def write(model: ModelConfig) -> dict[str, Any]:
 
 
 HF = Family(
-    architecture="SmolLM3ForCausalLM", read=read, write=write, table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP))
+    architecture="SmolLM3ForCausalLM",
+    read=read,
+    write=write,
+    defaults=DEFAULTS,
+    table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
 )
 
 
