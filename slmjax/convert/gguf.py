@@ -3,6 +3,7 @@
 The `gguf` extra. `gguf_file.py` and `gguf_tokenizer.py` know the container and the vocabularies; families say what the rest is called.
 """
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from slmjax.convert.gguf_codes import blocks_of, container_of
 from slmjax.convert.gguf_file import GgufFile, PendingTensor, num_bytes, read_gguf, type_of, write_gguf
 from slmjax.convert.gguf_tokenizer import tokenizer_from_gguf, tokenizer_metadata
 from slmjax.convert.source import Found, Own, Written, code_notes, express, read_origin
+from slmjax.convert.swallowed_blanks import name_notes, swallowing
 from slmjax.data.shards import file_sha256
 from slmjax.data.tokenizers import Tokenizer
 
@@ -48,6 +50,7 @@ def open_file(path: Path) -> Found:
             "format": "gguf", "family": architecture, "source": str(path.absolute()), "files": {path.name: file_sha256(path)},
             "license": file.metadata.get("general.license"), "config": _told(file),
         },
+        notes=tuple(name_notes(file.metadata)),
     )  # fmt: skip
 
 
@@ -118,7 +121,8 @@ def write_model(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtype | 
     stored = np.dtype(dtype or own.dtype("embed/table"))
     keys = {f"{architecture}.{name}": value for name, value in expressed.settings.items() if name not in NOT_KEYS}
     origin = read_origin(own.path)
-    general = {"general.name": out.stem, "general.license": origin.get("license")}
+    # No general.name by which the file or its user goes: llama.cpp cuts special tokens otherwise where it has a certain one.
+    general = {"general.license": origin.get("license")}
     words = tokenizer_metadata(own.path / "tokenizer", adds_bos=tokenizer.adds_bos, num_rows=model.known_vocab_size)
     extra = [
         PendingTensor(name=f"{name}.weight", shape=array.shape, dtype=np.dtype(np.float32), read=lambda array=array: array)
@@ -135,7 +139,8 @@ def write_model(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtype | 
     write_gguf(out, architecture=architecture, metadata=metadata, tensors=tensors)
     return Written(
         path=str(out), family=architecture, parameters=sum(numbers for _, numbers, _ in sizes.values()),
-        bytes=sum(size for _, _, size in sizes.values()), notes=tuple(_notes(expressed.settings, own, sizes, in_codes=in_codes)),
+        bytes=sum(size for _, _, size in sizes.values()),
+        notes=(*_notes(expressed.settings, own, sizes, in_codes=in_codes), *_swallowing_notes(own, words)),
     )  # fmt: skip
 
 
@@ -173,6 +178,16 @@ def _notes(settings: Mapping[str, Any], own: Own, sizes: Sizes, *, in_codes: boo
         yield (
             f"where its context is longer than {settings['rope.scaling.original_context_length']} tokens, llama.cpp takes the long factors "
             "of rotary positions for short texts too: start it with no longer a context than texts need"
+        )
+
+
+def _swallowing_notes(own: Own, words: Mapping[str, Any]) -> Iterator[str]:
+    """What is lost of special tokens that swallow blanks beside them."""
+    added = json.loads((own.path / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    if "general.name" not in words and (tokens := swallowing(added)):
+        yield (
+            f"{len(tokens)} special tokens, {tokens[0]} first, swallow blanks beside them, which GGUF has no place for: llama.cpp keeps "
+            "such blanks as tokens of their own, so give it text without them"
         )
 
 

@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from slmjax.convert.pre_tokenizers import byte_level_steps, cuts_name, cuts_of
+from slmjax.convert.swallowed_blanks import name_for, swallowing, swallows_after, swallows_before
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 _BLANK = "▁"
@@ -55,8 +56,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> GgufTokenizer:
         )
     tokens, types = _tokens_and_types(metadata)
     backend = kinds[kind](metadata, tokens, types)
-    backend.add_special_tokens(_added(tokens, types, {CONTROL, UNKNOWN}, special=True))
-    backend.add_tokens(_added(tokens, types, {USER_DEFINED}, special=False))
+    backend.add_special_tokens(_added(metadata, tokens, types, {CONTROL, UNKNOWN}))
+    backend.add_tokens(_added(metadata, tokens, types, {USER_DEFINED}))
     is_llama = kind == "llama"
     names = {role: _named(metadata, tokens, types, role) for role in (*_ROLES.values(), "eot")}
     control = [token for token, type in zip(tokens, types, strict=True) if type == CONTROL]
@@ -78,8 +79,9 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> GgufTokenizer:
 def tokenizer_metadata(directory: Path, *, adds_bos: bool, num_rows: int) -> dict[str, Any]:
     """The keys `tokenizer.*` for a directory with tokenizer.json and tokenizer_config.json, for an embedding table of `num_rows`.
 
-    Rows beyond the vocabulary get unused tokens: llama.cpp wants one for each. Blanks that a special token would swallow beside it
-    have no place in GGUF and are kept as text. Raises ValueError for a vocabulary that llama.cpp cannot express.
+    Rows beyond the vocabulary get unused tokens: llama.cpp wants one for each. Blanks that special tokens swallow beside them have a
+    place in GGUF only where all of Phi-3's tokens do it: then `general.name` is among the keys, which llama.cpp goes by, and otherwise
+    such blanks are kept as text. Raises ValueError for a vocabulary that llama.cpp cannot express.
     """
     specification, config = _read_directory(directory)
     model, pre_tokenizer, decoder = specification["model"], specification["pre_tokenizer"], specification["decoder"]
@@ -95,7 +97,10 @@ def tokenizer_metadata(directory: Path, *, adds_bos: bool, num_rows: int) -> dic
         raise ValueError(
             f"{directory} has ids up to {max(ids.values())}, and the embedding table {num_rows} rows: they do not belong together"
         )
-    tokens, types = _listed(specification, ids, num_rows, unk=config["unk_token"], sentence_piece="scores" in kind)
+    name = name_for(specification["added_tokens"], ids.keys())
+    tokens, types = _listed(
+        specification, ids, num_rows, unk=config["unk_token"], sentence_piece="scores" in kind, swallows=name is not None
+    )
     scores = kind.pop("scores", None)
     lists = {"tokens": tokens, "token_type": types}
     if scores is not None:
@@ -106,6 +111,7 @@ def tokenizer_metadata(directory: Path, *, adds_bos: bool, num_rows: int) -> dic
     special = _special_ids(directory, config, ids, adds_bos)
     flags = {"add_bos_token": adds_bos, "add_eos_token": bool(config.get("add_eos_token", False))}
     found = {f"tokenizer.ggml.{key}": value for key, value in {**kind, **lists, **special, **flags}.items()}
+    found |= {} if name is None else {"general.name": name}
     return found if config["chat_template"] is None else {**found, "tokenizer.chat_template": config["chat_template"]}
 
 
@@ -138,8 +144,19 @@ def _named(metadata: Mapping[str, Any], tokens: list[str], types: list[int], rol
     return tokens[metadata[key]]
 
 
-def _added(tokens: list[str], types: list[int], kinds: set[int], *, special: bool) -> list[AddedToken]:
-    return [AddedToken(token, special=special, normalized=False) for token, type in zip(tokens, types, strict=True) if type in kinds]
+def _added(metadata: Mapping[str, Any], tokens: list[str], types: list[int], kinds: set[int]) -> list[AddedToken]:
+    known = set(tokens)
+    return [
+        AddedToken(
+            token,
+            special=type != USER_DEFINED,
+            normalized=False,
+            rstrip=swallows_after(metadata, token, known),
+            lstrip=swallows_before(metadata, token),
+        )
+        for token, type in zip(tokens, types, strict=True)
+        if type in kinds
+    ]
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
@@ -286,13 +303,13 @@ def _has_space_prefix(specification: dict[str, Any]) -> bool:
 
 
 def _listed(
-    specification: dict[str, Any], ids: Mapping[str, int], num_rows: int, *, unk: str | None, sentence_piece: bool
+    specification: dict[str, Any], ids: Mapping[str, int], num_rows: int, *, unk: str | None, sentence_piece: bool, swallows: bool
 ) -> tuple[list[str], list[int]]:
-    """A token and a type for every row."""
+    """A token and a type for every row. Tokens of plain text may swallow blanks where `swallows` says that llama.cpp knows."""
     names: dict[int, str] = {id: token for token, id in ids.items()}
     added = {token["id"]: token for token in specification["added_tokens"]}
     for token in added.values():
-        if not token["special"] and (token["lstrip"] or token["rstrip"] or token["single_word"]):
+        if not token["special"] and ((swallowing([token]) and not swallows) or token["single_word"]):
             raise ValueError(f"the token {token['content']!r} swallows blanks or wants to be a word of its own, which GGUF does not say")
     tokens, types = [], []
     for id in range(num_rows):

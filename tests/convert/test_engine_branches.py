@@ -10,15 +10,20 @@ import pytest
 import slmjax
 from slmjax import layers
 from slmjax.convert.directory import Target, export_model, import_model
-from slmjax.convert.families import gemma2, gemma3
+from slmjax.convert.families import gemma2, gemma3, granite
 from slmjax.convert.family import Family, read_settings
+from slmjax.convert.gguf_file import read_gguf
+from slmjax.convert.gguf_tokenizer import CONTROL, USER_DEFINED, tokenizer_from_gguf, tokenizer_metadata
 from slmjax.convert.source import express
-from slmjax.data.tokenizers import CharTokenizer
+from slmjax.convert.swallowed_blanks import name_for, name_notes, swallowing
+from slmjax.data.tokenizers import ByteTokenizer, CharTokenizer
 from slmjax.layers import Activation
 from tests.convert import llama_cpp
 from tests.convert.synthetic import VOCAB_SIZE, write_model
 from tests.convert.test_families import read_golden
 from tests.convert.test_gguf_families import LETTERS, config_of, gelu_of_llama_cpp, log_probabilities, shapes_of
+from tests.convert.test_gguf_models import rewrite
+from tests.convert.vocabularies import encode, sentence_piece_metadata, write_directory
 
 # Sizes that llama.cpp names by their number of layers. All but the last of each Gemma are named only, and compute nothing else.
 DEPTHS = {
@@ -101,3 +106,102 @@ def test_the_largest_gemmas_are_imported_with_their_scale(family: Family, scalar
     model = read_settings(family, keys, where="a file")
     assert {block.mixer.scale for block in model.blocks()} == {scalar**-0.5}
     express(model, (family,), format_name="GGUF", preferred=None)
+
+
+# Names ----------------------------------------------------------------------------------------------------------------
+CHAT = "<|user|>\n ab<|end|>  <|user|>\tc</s>\n\nd<s> e<unk> f<|endoftext|>\n g"
+
+
+def phi3_vocabulary(**metadata: Any) -> dict[str, Any]:
+    """A vocabulary with the special tokens of Phi-3's, as a GGUF file has it."""
+    found = dict(sentence_piece_metadata())
+    added = {"<|endoftext|>": CONTROL, "<|user|>": CONTROL, "<|end|>": USER_DEFINED}
+    return found | {
+        "tokenizer.ggml.tokens": [*found["tokenizer.ggml.tokens"], *added],
+        "tokenizer.ggml.token_type": [*found["tokenizer.ggml.token_type"], *added.values()],
+        "tokenizer.ggml.scores": [*found["tokenizer.ggml.scores"], *[0.0] * len(added)], **metadata,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["My-PHI3-student", "phi-3", "student", None])
+def test_blanks_beside_special_tokens_are_those_of_llama_cpp(name: str | None, tmp_path: Path) -> None:
+    """On import by the name in the file, which decides in llama.cpp; on export by the tokens."""
+    metadata = phi3_vocabulary() | ({} if name is None else {"general.name": name})
+    tokenizer = tokenizer_from_gguf(metadata)
+    llama_cpp.write_tiny_llama(tmp_path / "theirs.gguf", metadata)
+    expected = encode(tokenizer, CHAT, with_special=True)
+    assert expected == llama_cpp.tokenize(tmp_path / "theirs.gguf", CHAT, parse_special=True)
+    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    write_directory(tmp_path / "words", tokenizer.backend, **config)
+    written = tokenizer_metadata(tmp_path / "words", adds_bos=True, num_rows=len(metadata["tokenizer.ggml.tokens"]))
+    follows = name not in ("student", None)
+    assert written.get("general.name") == ("phi-3" if follows else None)
+    assert encode(tokenizer_from_gguf(written), CHAT, with_special=True) == expected
+    plain = encode(tokenizer_from_gguf(phi3_vocabulary()), CHAT, with_special=True)
+    assert (len(expected) < len(plain)) == follows
+
+
+def test_the_name_of_a_file_changes_nothing(tmp_path: Path) -> None:
+    """Byte tokens lack what llama.cpp wants of a Phi-3, and it did not load a file that was called like one."""
+    ByteTokenizer().build([]).save(tmp_path / "words")
+    llama_cpp.write_tiny_llama(tmp_path / "tiny.gguf", tokenizer_metadata(tmp_path / "words", adds_bos=True, num_rows=258))
+    import_model(tmp_path / "tiny.gguf", tmp_path / "ours")
+    paths = [tmp_path / "my-phi3-student.gguf", tmp_path / "other.gguf"]
+    notes = [export_model(tmp_path / "ours", path, to=Target.GGUF).notes for path in paths]
+    assert paths[0].read_bytes() == paths[1].read_bytes() and notes == [(), ()]
+    assert not any("phi3" in str(value) for value in read_gguf(paths[0]).metadata.values())
+    text = "<|bos|> a"
+    ids = llama_cpp.tokenize(paths[0], text, parse_special=True)
+    assert ids == slmjax.load_model(tmp_path / "ours").tokenizer.encode_with_special(text)
+
+
+def test_what_names_do_is_said_on_import() -> None:
+    assert name_notes({"general.name": "Llama"}) == []
+    assert "as in llama.cpp, blanks after its special tokens" in name_notes(phi3_vocabulary(**{"general.name": "Phi-3 mini"}))[0]
+    odd = {"general.name": "Phi3", "tokenizer.ggml.tokens": ["<s>"]}
+    assert "does not load it without a token <unk>" in name_notes(odd)[0]
+    added = [{"content": "<a>", "rstrip": True, "lstrip": False}]
+    assert name_for(added, {"<a>", "</s>"}) is None and swallowing(added) == ["<a>"]
+
+
+# Zeros ----------------------------------------------------------------------------------------------------------------
+def granite_file(directory: Path, **metadata: Any) -> Path:
+    """A small Granite as a file, with other metadata; None takes a key away."""
+    ours = deep_model("granite", 2, directory)
+    export_model(ours, directory / "model.gguf", to=Target.GGUF)
+    file = read_gguf(directory / "model.gguf")
+    return rewrite(file, directory / "odd.gguf", {}, **{f"granite.{name.replace('__', '.')}": value for name, value in metadata.items()})
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"attention__scale": 0.0, "embedding_scale": 0.0, "residual_scale": 0.0},
+        {"attention__scale": None, "embedding_scale": None, "residual_scale": None, "rope__scaling__finetuned": False},
+    ],
+    ids=["zero", "absent"],
+)
+def test_a_multiplier_of_zero_is_one_that_is_not_there(metadata: dict[str, Any], tmp_path: Path) -> None:
+    """As in llama.cpp; and what says that there are no positions."""
+    path = granite_file(tmp_path, **metadata)
+    import_model(path, tmp_path / "back")
+    loaded = slmjax.load_model(tmp_path / "back")
+    mixer = next(loaded.config.blocks()).mixer
+    assert (mixer.scale, loaded.config.embed_multiplier, loaded.config.residual_multiplier) == (None, 1.0, 1.0)
+    assert (mixer.rope_base is None) == ("rope__scaling__finetuned" in metadata)
+    ids = loaded.tokenizer.prompt_ids("It was a day")
+    found = llama_cpp.logprobs(path, ids, vocab_size=VOCAB_SIZE)
+    np.testing.assert_allclose(found, log_probabilities(loaded, ids), atol=1e-3)
+    again = export_model(tmp_path / "back", tmp_path / "again.gguf", to=Target.GGUF)
+    assert again.family in ("granite", "llama")
+
+
+def test_logits_over_zero_and_multipliers_that_llama_cpp_would_leave_out(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"logit_scale is 0.0, and is divided by"):
+        import_model(granite_file(tmp_path, logit_scale=0.0), tmp_path / "back")
+    config = config_of("granite")
+    for key, name in (("residual_multiplier", "residual_scale"), ("attention_multiplier", "attention.scale")):
+        model = read_settings(granite.HF, config | {key: 0.0}, where="granite")
+        with pytest.raises(ValueError, match=rf"takes a multiplier of 0 for one that is not there, and {name} is 0.0"):
+            express(model, (granite.GGUF,), format_name="GGUF", preferred=None)
+        express(model, (granite.HF,), format_name="Hugging Face", preferred=None)
