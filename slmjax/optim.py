@@ -23,6 +23,7 @@ import optax
 from jaxtyping import Array, Float, Int
 from optax import contrib
 
+from slmjax.config import added_field
 from slmjax.numerics.weights import is_of_input
 
 
@@ -62,6 +63,8 @@ class OptimConfig:
     muon_lr: float = 0.02  # muon: peak learning rate of its matrices, on the same schedule
     muon_momentum: float = 0.95  # muon: decay of the momentum
     muon_iterations: int = 5  # muon: Newton-Schulz iterations
+    # muon: divide momentum and gradient by what their decay leaves out of early steps, as optax does and the published Muon does not
+    muon_bias_correction: bool = added_field(False, before=True)
     # muon: matrices that AdamW takes, by patterns
     muon_exclude: tuple[str, ...] = (r"^(embed|head|positions)/", r"(^|/)router/", r"bias$", r"/(log_scale|offset)$")
     accumulation_steps: int = 1  # the batch is cut into this many parts, whose gradients are added up before an update
@@ -206,11 +209,35 @@ def _direction(config: OptimConfig, group: Group) -> optax.GradientTransformatio
     if group.optimizer is Optimizer.ADAFACTOR:
         # https://arxiv.org/abs/1804.04235: factored second moment, update clipping, steps relative to the parameter's size.
         return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms(), decay)
-    muon = contrib.scale_by_muon(
-        beta=config.muon_momentum, ns_steps=config.muon_iterations, weight_dimension_numbers=contrib.MuonDimensionNumbers()
-    )
     # The chain ends with AdamW's learning rate.
-    return optax.chain(muon, _scale_by_aspect_ratio(), decay, optax.scale(config.muon_lr / config.lr))
+    return optax.chain(_muon(config), _scale_by_aspect_ratio(), decay, optax.scale(config.muon_lr / config.lr))
+
+
+def _muon(config: OptimConfig) -> optax.GradientTransformation:
+    """Orthogonalised Nesterov momentum of a matrix, by Newton-Schulz iterations (Jordan, https://kellerjordan.github.io/posts/muon).
+
+        m <- beta m + (1 - beta) g;   d = beta m + (1 - beta) g;   NS(d / (|d| + 1e-7))
+
+    Orthogonalisation takes all scale from d. So optax's bias correction, which divides m by 1 - beta**(t + 1) and g by 1 - beta**t, only
+    gives the gradient of early steps more weight beside the momentum. State and checkpoints are the same with it and without.
+    """
+    beta, numbers = config.muon_momentum, contrib.MuonDimensionNumbers()
+    corrected = contrib.scale_by_muon(beta=beta, ns_steps=config.muon_iterations, weight_dimension_numbers=numbers)
+    if config.muon_bias_correction:
+        return corrected
+    # Without momentum optax's Muon is the orthogonalisation alone.
+    orthogonalize = contrib.scale_by_muon(
+        beta=0.0, nesterov=False, ns_steps=config.muon_iterations, eps=1e-7, weight_dimension_numbers=numbers
+    )
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        momentum = beta * state.mu + (1 - beta) * updates
+        direction = beta * momentum + (1 - beta) * updates
+        result, _ = orthogonalize.update(direction, orthogonalize.init(direction))
+        return result, state._replace(count=optax.safe_increment(state.count), mu=momentum)
+
+    return optax.GradientTransformation(corrected.init, update)
 
 
 def _scale_by_aspect_ratio() -> optax.GradientTransformation:

@@ -36,6 +36,7 @@ from slmjax.processes import StopSignals
 from slmjax.profiling import Profile
 from slmjax.progress import LogRecords, Progress
 from slmjax.report import write_report
+from slmjax.resumption import warn_of_changed_schedules
 from slmjax.runlog import Category, Ledger, Log, RunDirectory, commit
 from slmjax.selection import is_better
 from slmjax.session import (
@@ -142,6 +143,7 @@ def train(
             if int(state.step) >= experiment.run.steps and is_complete(run, int(state.step)):
                 raise ValueError(f"{run.path} is at step {int(state.step)} of {experiment.run.steps} already: give more --run.steps")
             warn_of_other_data(run, experiment, setup.prepared)
+            warn_of_changed_schedules(run, experiment, step=int(state.step))
             write_description(setup, run, code)
             trackers = stack.enter_context(open_trackers(run, experiment))
         announce(setup, run, source, progress, int(state.step))

@@ -53,7 +53,8 @@ def test_an_experiment_survives_json(name: str) -> None:
 def test_the_config_of_an_older_version_is_read() -> None:
     """Written before any field of these classes was added: `added_field` says what such a file stands for."""
     experiment = config.loads(Experiment, (Path(__file__).parent / "older_experiment.json").read_text())
-    assert experiment.optim.kind is Optimizer.MUON and len(experiment.model.stack[0].pattern) == 6
+    assert experiment.optim.kind is Optimizer.MUON and experiment.optim.muon_bias_correction
+    assert len(experiment.model.stack[0].pattern) == 6
     assert config.fingerprint(experiment) == "4558d1f7c455b85a"
 
 

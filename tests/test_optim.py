@@ -121,7 +121,7 @@ def optax_reference(config):
 @pytest.mark.parametrize("kind", Optimizer, ids=lambda kind: kind.value)
 def test_stacks_are_updated_as_separate_layers(kind):
     weight_decay = 0.0 if kind is Optimizer.ADAFACTOR else 0.1  # optax's Adafactor does not scale the decay by the rate
-    config = OptimConfig(kind=kind, lr=0.01, warmup_steps=2, weight_decay=weight_decay, grad_clip=None)
+    config = OptimConfig(kind=kind, lr=0.01, warmup_steps=2, weight_decay=weight_decay, grad_clip=None, muon_bias_correction=True)
     params, state = run(config, (2,))
     other_params, other_state = run(config, (1, 1))
     assert params.keys() == other_params.keys() and state.keys() == other_state.keys()
@@ -205,6 +205,52 @@ def test_schedules_by_hand(schedule):
     for step, value in expected.items():
         np.testing.assert_allclose(learning_rate(config, step, total_steps=20), value, rtol=1e-6, err_msg=str(step))
         np.testing.assert_allclose(traced(step), value, rtol=1e-6, err_msg=str(step))
+
+
+def published_muon(gradients, weight, *, lr, weight_decay, momentum=0.95, iterations=5):
+    """https://github.com/KellerJordan/Muon, its weights [outputs, inputs], in float64: the weight after each gradient."""
+    buffer, weights = np.zeros_like(weight), []
+    for gradient in gradients:
+        buffer = momentum * buffer + (1 - momentum) * gradient
+        update = (1 - momentum) * gradient + momentum * buffer
+        x = update.T if update.shape[0] > update.shape[1] else update
+        x = x / (np.linalg.norm(x) + 1e-7)
+        for _ in range(iterations):
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        x = x.T if update.shape[0] > update.shape[1] else x
+        weight = weight * (1 - lr * weight_decay) - lr * max(1, update.shape[0] / update.shape[1]) ** 0.5 * x
+        weights.append(weight)
+    return weights
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
+def test_muon_is_the_published_one(shape):
+    """Alone and in a stack; with optax's bias correction the second update is another one by a tenth, the tenth by less."""
+    draws = np.random.default_rng(0)
+    weight, gradients = draws.normal(size=shape), 1e-3 * draws.normal(size=(10, *shape))
+    config = OptimConfig(kind=Optimizer.MUON, muon_lr=0.02, warmup_steps=0, schedule=Schedule.CONSTANT, weight_decay=0.1, grad_clip=None)
+    expected = published_muon([g.T for g in gradients], weight.T, lr=0.02, weight_decay=0.1)
+
+    def weights_by(config, num_layers):
+        params = {"segments/0/w": jnp.asarray(np.stack([weight] * num_layers), jnp.float32)}
+        optimizer = make_optimizer(config, params, total_steps=10)
+        gradient = {"segments/0/w": jnp.asarray(np.stack([gradients] * num_layers, axis=1), jnp.float32)}
+
+        def step(carry, gradient):
+            updates, state = optimizer.update(gradient, carry[1], carry[0])
+            params = optax.apply_updates(carry[0], updates)
+            return (params, state), params["segments/0/w"][-1]
+
+        return np.asarray(jax.jit(lambda: jax.lax.scan(step, (params, optimizer.init(params)), gradient)[1])())
+
+    found = weights_by(config, 2)
+    for step, (one, wanted) in enumerate(zip(found, expected, strict=True)):
+        np.testing.assert_allclose(one, wanted.T, rtol=1e-5, atol=2e-6, err_msg=str(step))
+    other = weights_by(dataclasses.replace(config, muon_bias_correction=True), 1)
+    moves, others = (np.diff(np.concatenate([weight[None], weights]), axis=0) for weights in (found, other))
+    apart = np.linalg.norm(moves - others, axis=(1, 2)) / np.linalg.norm(moves, axis=(1, 2))
+    assert apart[0] < 1e-3 and 0.05 < apart[1] < 0.15 and apart[9] < 0.04, apart
 
 
 def test_no_warmup_starts_at_the_peak():

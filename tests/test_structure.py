@@ -25,7 +25,7 @@ ORDER = (
     "startup config selection runlog trackers meter progress hosts processes sharding placement formats kernels devices "
     "rope numerics layers attention moe mixers losses flops traffic architecture paths model quantized parameters easing "
     "zoo data weights optim checkpoint loading sampling evaluation convert quant distill prune adapt report metrics step "
-    "experiment session phases memory profiling launch trainer recipes plan ablate cli __main__ "
+    "experiment resumption session phases memory profiling launch trainer recipes plan ablate cli __main__ "
 ).split()
 
 LONGEST_FILE = 400

@@ -372,6 +372,7 @@ def test_going_on_with_other_rows_is_said(finished, tmp_path):
     console = quiet()
     assert slmjax.train(other, resume=copy_of(result, tmp_path), console=console).step == 7
     assert "goes on with another data.seed: some of its text comes twice, some not at all" in console.file.getvalue()
+    assert "optim.lr at step 7, the next one, is" in console.file.getvalue()
 
 
 @pytest.mark.parametrize(

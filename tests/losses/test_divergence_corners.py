@@ -194,7 +194,7 @@ def test_a_masked_token_counts_nothing_whatever_its_target() -> None:
             return cross_entropy(hidden, head, targets, weights, z_loss=0.1)
 
         def soft(hidden: jax.Array, head: Head, divergence: Divergence) -> Any:
-            settings = {"draws": ids, "key": key} if divergence.draws_at_random else {}
+            settings: dict[str, Any] = {"draws": ids, "key": key} if divergence.draws_at_random else {}
             return linear_divergence(hidden, head, teachers, divergence, targets, weights, hard=0.3, **settings)
 
         fns = [hard, *(functools.partial(soft, divergence=divergence) for divergence in MASKED)]
