@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from slmjax import config as config_io
+from slmjax.data import provenance
 from slmjax.data.pipeline import BatchSource
 from slmjax.experiment import Experiment
 from slmjax.numerics.weights import is_beside_a_weight, is_of_input
@@ -17,7 +18,7 @@ from slmjax.parameters import Definition
 from slmjax.processes import broadcast_text
 from slmjax.progress import Progress
 from slmjax.runlog import RunDirectory, environment
-from slmjax.session import Setup, describe_data
+from slmjax.session import Setup
 from slmjax.trackers import Trackers
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def write_description(setup: Setup, run: RunDirectory, code: str | Path | None) 
         return
     run.write_json("config.json", config_io.to_json(setup.experiment))
     run.write_json("model.json", config_io.to_json(setup.definition.config))
-    run.write_json("data.json", describe_data(setup.prepared))
+    run.write_json(provenance.RECORD_FILE, provenance.describe(setup.prepared, setup.experiment.data))
     run.write_json("environment.json", environment())
     setup.prepared.tokenizer.save(run.tokenizer)
     if code is not None and Path(code).resolve() != (run.path / "experiment.py").resolve():

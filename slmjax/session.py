@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from slmjax import placement, sampling, sharding
 from slmjax.architecture import ModelConfig
 from slmjax.checkpoint import Checkpointer
+from slmjax.data import provenance
 from slmjax.data.batch import Batch
 from slmjax.data.preparation import Log, Prepared, prepare
 from slmjax.data.tokenizers import FileTokenizer, Tokenizer, TokenizerConfig
@@ -110,6 +111,7 @@ def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh, re
     _check_rows(experiment, mesh)
     learning_rate(experiment.optim, 0, total_steps=experiment.run.steps)  # a schedule that does not fit is refused before data is read
     prepared = process_zero_first(lambda: prepare(experiment.data, tokenizer, log=report))
+    _warn_of_overlap(experiment, prepared)
     vocab_size = prepared.tokenizer.vocab_size
     if experiment.model.vocab_size is not None and experiment.model.vocab_size < vocab_size:
         raise ValueError(
@@ -123,6 +125,20 @@ def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh, re
         shapes=programs.shapes, train_step=programs.train_step, eval_step=programs.eval_step, code_sums=programs.code_sums, prompts=prompts,
         plans=plans, easing=programs.easing,
     )  # fmt: skip
+
+
+def _warn_of_overlap(experiment: Experiment, prepared: Prepared) -> None:
+    """Says so if the model that a run starts from, or one of its teachers, was trained on text that the run holds out."""
+    distill = experiment.objective.distill
+    teachers = [] if distill is None or distill.weight.is_zero else [Path(teacher.path) for teacher in distill.teachers]
+    source = experiment.init.source()
+    others = sorted(teachers if source is None else {source, *teachers})
+    if not others or experiment.data.heldout_fraction == 0:
+        return
+    now = provenance.describe(prepared, experiment.data)
+    for directory in others:
+        for sentence in provenance.overlap(directory, experiment.data, now):
+            log.warning(sentence)
 
 
 def teacher_plans(
@@ -287,17 +303,6 @@ def restored_state(setup: Setup, checkpointer: Checkpointer) -> TrainState:
     return TrainState.from_items(checkpointer.restore(setup.shapes.items())[1])
 
 
-def describe_data(prepared: Prepared) -> list[dict[str, Any]]:
-    """What a run is trained on, for its data.json: per source its share, size and hash."""
-    return [
-        {
-            "source": shards.manifest.source_name, "weight": weight, "documents": shards.manifest.num_documents,
-            "bytes": shards.manifest.num_bytes, "tokens": shards.manifest.num_tokens, "hash": shards.hash,
-        }
-        for shards, weight in prepared.train
-    ]  # fmt: skip
-
-
 ROW_SETTINGS = ("sequence_length", "batch_size", "packing", "packing_window", "seed", "sources")  # they decide what row comes when
 
 
@@ -359,9 +364,8 @@ def warn_of_other_data(run: RunDirectory, experiment: Experiment, prepared: Prep
         changed = [name for name in ROW_SETTINGS if getattr(before, name) != getattr(experiment.data, name)]
         if changed:
             log.warning("%s goes on with another data.%s: some of its text comes twice, some not at all", run.path, changed[0])
-    path = run.path / "data.json"
-    if path.is_file() and json.loads(path.read_text()) != describe_data(prepared):
-        log.warning("the training text is not what it was when %s was last trained: it goes on with the new text", run.path)
+    for sentence in provenance.changes_on_resume(run.path, experiment.data, provenance.describe(prepared, experiment.data)):
+        log.warning(sentence)
 
 
 def is_complete(run: RunDirectory, step: int) -> bool:

@@ -12,6 +12,7 @@ def eval_command(words: Sequence[str]) -> int:
     """evaluate a model: slmjax eval RUN_DIR [--data.path FILE] [--multiple-choice FILE] [--lm-eval TASK] [--efficiency]"""
     from slmjax import loading
     from slmjax.data.config import DataConfig
+    from slmjax.data.provenance import ChangedData
     from slmjax.experiment import read_experiment
 
     load_code(words)
@@ -26,6 +27,7 @@ def eval_command(words: Sequence[str]) -> int:
         text: bool = False  # loss and bits per byte of text beside another evaluation: alone, it is what is done anyway
         max_documents: int | None = None  # evaluate the first held-out documents only (none: all)
         overlap: int | None = None  # tokens of context that each further window of a long document repeats (none: as in the run)
+        changed_data: ChangedData = ChangedData.REFUSE  # where the run's text has changed: an error, allow, or recorded (from the cache)
         multiple_choice: tuple[str, ...] = ()  # JSONL files of questions: prompt, choices, answer
         lm_eval: tuple[str, ...] = ()  # tasks of lm-eval (the eval extra)
         lm_eval_path: str | None = None  # directory with lm-eval tasks of your own
@@ -60,7 +62,8 @@ def _evaluations(loaded: Any, given: Any, data: Any) -> dict[str, Any]:
     if given.text or given.teacher or data is not None or not others:
         teachers = None if given.teacher is None else beside(Path(given.teacher), loaded)
         result = evaluation.evaluate(
-            loaded, data=data, max_documents=given.max_documents, overlap=given.overlap, teachers=teachers, log=print_aside
+            loaded, data=data, max_documents=given.max_documents, overlap=given.overlap, teachers=teachers,
+            changed_data=given.changed_data, log=print_aside
         )  # fmt: skip
         found["text"] = dataclasses.asdict(result)
     if given.multiple_choice:

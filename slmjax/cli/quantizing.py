@@ -79,6 +79,7 @@ def _tell_quantized(found: Any, *, is_json: bool) -> None:
 def verify_export_command(words: Sequence[str]) -> int:
     """compare an exported file with the model, in the engine that runs it: slmjax verify-export RUN_OR_MODEL_DIR FILE.gguf"""
     from slmjax.data.config import DataConfig
+    from slmjax.data.provenance import ChangedData
     from slmjax.quant.verification import DEFAULT_TOKENS, DEFAULT_WINDOW, verify_export
 
     load_code(words)
@@ -88,6 +89,7 @@ def verify_export_command(words: Sequence[str]) -> int:
         source: Annotated[str, *by_place("RUN_OR_MODEL_DIR")]  # run directory, or directory of an imported or quantized model
         file: Annotated[str, *by_place("FILE.gguf")]  # what was exported
         data: str | None = None  # text to compare losses on (none: the held-out text of the run)
+        changed_data: ChangedData = ChangedData.REFUSE  # where the run's text has changed: an error, allow, or recorded (from the cache)
         max_tokens: int = DEFAULT_TOKENS  # tokens of the text
         window: int = DEFAULT_WINDOW  # tokens that are scored in one go
         step: int | None = None  # checkpoint of the run (none: the newest)
@@ -97,8 +99,9 @@ def verify_export_command(words: Sequence[str]) -> int:
     given = parse(Arguments, words, command="verify-export", description=verify_export_command.__doc__)
     data = None if given.data is None else DataConfig(path=given.data, heldout_fraction=0.0)
     found = verify_export(
-        given.source, given.file, data=data, max_tokens=given.max_tokens, window=given.window, step=given.step, log=print_aside
-    )
+        given.source, given.file, data=data, max_tokens=given.max_tokens, window=given.window, step=given.step,
+        changed_data=given.changed_data, log=print_aside,
+    )  # fmt: skip
     if given.json:
         print_json({**dataclasses.asdict(found), **_verdicts(found)})
     else:

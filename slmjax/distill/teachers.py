@@ -13,6 +13,7 @@ Dims: B rows, T time, E a teacher's width, V rows of the student's table.
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from jaxtyping import Array, Float, Int
 from slmjax import losses, sharding
 from slmjax.architecture import ModelConfig
 from slmjax.data.batch import Batch
+from slmjax.data.provenance import overlap_with_own
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.data.windows import default_overlap
 from slmjax.distill.config import DistillConfig, ShortContext, TeacherConfig
@@ -31,6 +33,7 @@ from slmjax.distill.windows import num_windows, windowed
 from slmjax.loading import Loaded, inference_definition, read_config, read_parameters
 from slmjax.parameters import Definition
 
+log = logging.getLogger(__name__)
 Params = dict[str, Any]
 
 
@@ -208,8 +211,10 @@ class Teachers:
 def beside(path: Path, student: Loaded) -> Teachers:
     """A teacher to compare a trained model with, on one device; in windows, if its context is the shorter.
 
-    Raises what `plan_teachers` does.
+    Warns where the teacher was trained on text that the student holds out. Raises what `plan_teachers` does.
     """
+    for sentence in overlap_with_own(path, student.path):
+        log.warning(sentence)
     teacher = TeacherConfig(path=str(path), precision=read_config(path).precision)
     distill = DistillConfig(teachers=(teacher,), short_context=ShortContext.WINDOW)
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])

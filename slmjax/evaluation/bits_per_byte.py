@@ -13,7 +13,6 @@ Dims: B rows of the global batch, T positions of a row.
 
 import contextlib
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +27,7 @@ from slmjax import config as config_io
 from slmjax import placement
 from slmjax.data.batch import Batch
 from slmjax.data.config import DataConfig
-from slmjax.data.preparation import prepare
+from slmjax.data.provenance import ChangedData, documents_to_evaluate, read_settings
 from slmjax.data.shards import TokenShards
 from slmjax.data.tokenizers import FileTokenizer
 from slmjax.data.windows import EvaluationBatches, default_overlap, evaluation_batches
@@ -151,6 +150,7 @@ def evaluate(
     overlap: int | None = None,
     batch_size: int | None = None,
     teachers: TeacherCall | None = None,
+    changed_data: ChangedData = ChangedData.REFUSE,
     log: Callable[[str], None] = print,
 ) -> EvalResult:
     """Loss and bits per byte of a trained model on held-out text, with the model's own tokenizer, on one device.
@@ -162,10 +162,12 @@ def evaluate(
       overlap: tokens of context that a further window of a long document repeats; None: as the run was evaluated.
       batch_size: rows at a time; None: that of the data.
       teachers: whom it is compared with (`distill.teachers.beside`).
+      changed_data: what to do where the text that the model was trained on has changed since.
       log: called with what the preparation of data reports.
 
     Raises:
-      ValueError: `data` is None, and the run held nothing out or the model's directory has no experiment.
+      ValueError: the run's text has changed, and `changed_data` does not allow it; or `data` is None, and the run
+        held nothing out or the model's directory has no experiment.
     """
     experiment = _experiment_of(loaded)
     data = data_or_own(loaded, data)
@@ -174,7 +176,7 @@ def evaluate(
         of_run = experiment.get("eval", {}).get("overlap")
         overlap = default_overlap(length) if of_run is None else min(int(of_run), length - 1)
     batches = evaluation_batches(
-        documents_of(loaded, data, log=log),
+        documents_of(loaded, data, changed_data=changed_data, log=log),
         sequence_length=length,
         batch_size=batch_size or data.batch_size,
         overlap=overlap,
@@ -196,15 +198,18 @@ def data_or_own(loaded: Loaded, data: DataConfig | None) -> DataConfig:
     return own
 
 
-def documents_of(loaded: Loaded, data: DataConfig, *, log: Callable[[str], None]) -> tuple[TokenShards, ...]:
-    """The held-out documents of `data` in tokens of the model, or all of them where nothing is held out."""
-    prepared = prepare(data, FileTokenizer(path=str(loaded.path / "tokenizer" / "tokenizer.json")), log=log)
-    return prepared.heldout or tuple(shards for shards, _ in prepared.train)
+def documents_of(
+    loaded: Loaded, data: DataConfig, *, changed_data: ChangedData = ChangedData.REFUSE, log: Callable[[str], None]
+) -> tuple[TokenShards, ...]:
+    """The held-out documents of `data` in tokens of the model, or all of them where nothing is held out.
+
+    Raises:
+      ValueError: they are those of the model's own run, and have changed (`provenance.documents_to_evaluate`).
+    """
+    tokenizer = FileTokenizer(path=str(loaded.path / "tokenizer" / "tokenizer.json"))
+    return documents_to_evaluate(loaded.path, data, tokenizer, changed_data=changed_data, log=log)
 
 
 def _experiment_of(loaded: Loaded) -> dict[str, Any]:
     """The run's resolved experiment as JSON, or what a model made of a run keeps of it; empty for a model of other people."""
-    own, origin = loaded.path / "config.json", loaded.path / "origin.json"
-    if own.is_file():
-        return json.loads(own.read_text(encoding="utf-8"))
-    return json.loads(origin.read_text(encoding="utf-8")).get("experiment", {}) if origin.is_file() else {}
+    return read_settings(loaded.path)

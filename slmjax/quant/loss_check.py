@@ -15,6 +15,7 @@ from jaxtyping import Float, Int32
 from slmjax.architecture import Precision
 from slmjax.convert import llama_cpp
 from slmjax.data.config import DataConfig
+from slmjax.data.provenance import ChangedData
 from slmjax.evaluation.bits_per_byte import data_or_own, documents_of
 from slmjax.formats.spec import QuantSpec
 from slmjax.loading import Loaded
@@ -131,18 +132,26 @@ def _noisy(params: Mapping[str, jax.Array], draw: int) -> dict[str, jax.Array]:
 
 
 # The text -------------------------------------------------------------------------------------------------------------
-def text_windows(loaded: Loaded, data: DataConfig | None, *, max_tokens: int, length: int, log: Callable[[str], None]) -> Windows:
+def text_windows(
+    loaded: Loaded,
+    data: DataConfig | None,
+    *,
+    max_tokens: int,
+    length: int,
+    changed_data: ChangedData = ChangedData.REFUSE,
+    log: Callable[[str], None],
+) -> Windows:
     """The first tokens of held-out documents, cut into windows; the first token of each is not scored.
 
     Raises:
-      ValueError: there is no such text, or no token to score in it.
+      ValueError: there is no such text, no token to score in it, or the run's text has changed.
     """
     if max_tokens < 1 or length < 1:
         raise ValueError(f"max_tokens={max_tokens} and window={length} must be at least 1")
     length = min(length, loaded.config.context_length - 1)
     found: Windows = []
     left = max_tokens
-    for shards in documents_of(loaded, data_or_own(loaded, data), log=log):
+    for shards in documents_of(loaded, data_or_own(loaded, data), changed_data=changed_data, log=log):
         for document in range(len(shards)):
             tokens = shards.tokens(document)
             for start in range(0, len(tokens) - 1, length):

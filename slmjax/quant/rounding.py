@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 from slmjax import config as config_io
 from slmjax import weights
 from slmjax.convert.source import Own, open_own, read_origin
+from slmjax.data.provenance import read_record
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.formats.coding import Encoded, decode, encode, expanded
 from slmjax.formats.presets import name_of
@@ -148,6 +149,7 @@ def _origin(own: Own, matrices: Sequence[RoundedMatrix], clip: Clip) -> dict[str
         "format": "slmjax", "family": own.family, "source": str(own.path.absolute()), "step": own.step, "license": before.get("license"),
         "quantized": {"method": "rtn", "clip": clip.value, "formats": {one.path: one.format for one in matrices}},
         "experiment": {name: experiment[name] for name in ("data", "eval") if name in experiment},
+        "data": read_record(own.path),
     }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from slmjax.convert.gguf import EXTRA_TENSORS, TOLERANCE, described
 from slmjax.convert.gguf_file import GgufFile, read_gguf
 from slmjax.convert.source import Own, open_own
 from slmjax.data.config import DataConfig
+from slmjax.data.provenance import ChangedData
 from slmjax.formats.spec import QuantSpec
 from slmjax.quant.file_checks import INPUT_SPECS, ProductCheck, TensorCheck, check_products, check_tensor, input_type, is_multiplied_with
 from slmjax.quant.loss_check import LossCheck, check_loss, engine_context, text_windows
@@ -74,6 +75,7 @@ def verify_export(
     max_tokens: int = DEFAULT_TOKENS,
     window: int = DEFAULT_WINDOW,
     step: int | None = None,
+    changed_data: ChangedData = ChangedData.REFUSE,
     log: Callable[[str], None] = print,
 ) -> Verification:
     """Compares a GGUF file with the model that it was made of, in llama.cpp.
@@ -85,16 +87,17 @@ def verify_export(
       max_tokens: of the text, the first so many.
       window: tokens that are scored in one go, each seeing those before it.
       step: of a run, the checkpoint; None for the newest.
+      changed_data: what to do where the run's text has changed since training.
       log: called with what the preparation of data reports.
 
     Raises:
-      ValueError: one of the two cannot be read, or there is no text or no engine.
+      ValueError: one of the two cannot be read, the run's text has changed, or there is no text or no engine.
     """
     run, file = Path(run), Path(file)
     engine = llama_cpp.import_engine()
     own, content = open_own(run, step=step), read_gguf(file)
     loaded = loading.load_model(run, step=own.step)
-    windows = text_windows(loaded, data, max_tokens=max_tokens, length=window, log=log)
+    windows = text_windows(loaded, data, max_tokens=max_tokens, length=window, changed_data=changed_data, log=log)
     wanted = canonical(own.config)
     family, found = described(file, content)
     bound = bind(family.table_of(wanted), wanted)

@@ -1,0 +1,202 @@
+"""A changed source is named by every reader of a run's data; a model that was trained on held-out text is too."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from slmjax import parameters
+from slmjax.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.attention import AttentionConfig
+from slmjax.config import to_json
+from slmjax.convert.source import Own
+from slmjax.data import provenance
+from slmjax.data.config import DataConfig, HeldOutBy, Split
+from slmjax.data.preparation import prepare
+from slmjax.data.provenance import ChangedData
+from slmjax.data.tokenizers import ByteTokenizer
+from slmjax.evaluation import evaluate
+from slmjax.evaluation.bits_per_byte import documents_of
+from slmjax.layers import MlpConfig
+from slmjax.loading import Loaded
+from slmjax.quant.loss_check import text_windows
+from slmjax.quant.rounding import Clip, _origin
+from tests.data.test_held_out import TEXTS, corpus
+
+BLOCK = BlockConfig(mixer=AttentionConfig(num_heads=1), ffn=MlpConfig(hidden_dim=8))
+CONFIG = ModelConfig(embed_dim=8, stack=(Segment(pattern=(BLOCK,), repeats=1),), context_length=64, vocab_size=258)
+DEFINITION = parameters.define(CONFIG)
+
+
+def write_run(directory: Path, data: DataConfig, *, has_record: bool = True) -> Path:
+    """A run directory, as far as its data goes."""
+    prepared = prepare(data, ByteTokenizer(), log=lambda _: None)
+    prepared.tokenizer.save(directory / "tokenizer")
+    (directory / "config.json").write_text(json.dumps({"data": to_json(data)}))
+    if has_record:
+        (directory / "data.json").write_text(json.dumps(provenance.describe(prepared, data)))
+    return directory
+
+
+def now(data: DataConfig) -> provenance.Record:
+    return provenance.describe(prepare(data, ByteTokenizer(), log=lambda _: None), data)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataConfig:
+    return dataclasses.replace(corpus(tmp_path / "corpus.jsonl"), sequence_length=64, batch_size=4)
+
+
+@pytest.fixture
+def run(tmp_path: Path, data: DataConfig) -> Path:
+    return write_run(tmp_path / "run", data)
+
+
+@pytest.fixture
+def loaded(run: Path) -> Loaded:
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), DEFINITION.params)
+    return Loaded(
+        config=CONFIG, model=DEFINITION.merge(params, {}), own_tokenizer=ByteTokenizer().build(()), definition=DEFINITION, params=params,
+        buffers={}, path=run, step=1,
+    )  # fmt: skip
+
+
+# --- Evaluation ------------------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_names_a_changed_source(loaded: Loaded, data: DataConfig, tmp_path: Path) -> None:
+    lines: list[str] = []
+    (whole,) = documents_of(loaded, data, log=lines.append)
+    assert len(whole) == 6 and lines == []
+    corpus(tmp_path / "corpus.jsonl", ["One more line", *TEXTS])
+    with pytest.raises(ValueError) as refused:
+        evaluate(loaded, log=lines.append)
+    for words in (
+        "corpus.jsonl had 54 documents", "and 6 (", "has 55 documents", "no document that was trained on is held out now",
+        "--changed-data allow", "recorded",
+    ):  # fmt: skip
+        assert words in str(refused.value)
+    with pytest.raises(ValueError, match="corpus.jsonl had 54 documents"):  # the loss check of verify-export
+        text_windows(loaded, None, max_tokens=8, length=8, log=lines.append)
+    with pytest.raises(ValueError, match="corpus.jsonl had 54 documents"):  # the run's data, with other rows
+        evaluate(loaded, data=dataclasses.replace(data, sequence_length=32), log=lines.append)
+    (allowed,) = documents_of(loaded, data, changed_data=ChangedData.ALLOW, log=lines.append)
+    assert allowed.text() == whole.text() and "had 54 documents" in lines[-1]
+    (recorded,) = documents_of(loaded, data, changed_data=ChangedData.RECORDED, log=lines.append)
+    assert recorded.directory == whole.directory != allowed.directory
+
+
+def test_a_source_that_is_gone_is_evaluated_from_the_cache(loaded: Loaded, data: DataConfig, tmp_path: Path) -> None:
+    lines: list[str] = []
+    (expected,) = documents_of(loaded, data, log=lines.append)
+    Path(str(data.path)).unlink()
+    (found,) = documents_of(loaded, data, log=lines.append)
+    assert found.directory == expected.directory
+    assert "does not exist" in lines[0] and "as it was prepared for training" in lines[0]
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(ValueError, match="does not exist"):
+        documents_of(loaded, data, log=lines.append)
+    with pytest.raises(ValueError, match="does not have the text that was prepared"):
+        documents_of(loaded, data, changed_data=ChangedData.RECORDED, log=lines.append)
+
+
+def test_the_run_s_text_divided_otherwise_is_said(loaded: Loaded, data: DataConfig) -> None:
+    lines: list[str] = []
+    documents_of(loaded, dataclasses.replace(data, heldout_fraction=0.05), log=lines.append)
+    assert lines == [] or all("prepared" in line for line in lines)  # held out then too
+    documents_of(loaded, dataclasses.replace(data, heldout_fraction=0.5), log=lines.append)
+    assert "was trained on some of what is evaluated here" in lines[-1]
+
+
+def test_a_model_made_of_a_run_has_its_record(run: Path, data: DataConfig, tmp_path: Path) -> None:
+    unread = {name: lambda _: pytest.fail("no weight is read") for name in ("read", "dtype", "encoded")}
+    own = Own(path=run, config=CONFIG, formats={}, family=None, step=1, **unread)
+    origin = _origin(own, (), Clip.NONE)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "origin.json").write_text(json.dumps(origin))
+    assert provenance.read_record(model) == provenance.read_record(run) == now(data)
+    assert provenance.read_settings(model)["data"] == to_json(data)
+
+
+# --- Records ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_changed_is_said(data: DataConfig, tmp_path: Path) -> None:
+    before = now(data)
+    assert provenance.differences(before, now(data)) == []
+    corpus(tmp_path / "corpus.jsonl", [TEXTS[0].replace("D", "d"), *TEXTS[1:]])
+    (changed,) = provenance.differences(before, now(data))
+    assert "corpus.jsonl has other text in as many documents and bytes: 54 documents" in changed
+    corpus(tmp_path / "corpus.jsonl", TEXTS)
+    (changed,) = provenance.differences(before, now(dataclasses.replace(data, heldout_fraction=0.3)))
+    assert "the same text, prepared with other settings" in changed
+    (tmp_path / "copy").mkdir()
+    copied = corpus(tmp_path / "copy" / "corpus.jsonl")
+    assert provenance.differences(before, now(copied)) == []
+    assert "the mixture had 1 source(s)" in provenance.differences(before, before * 2)[0]
+
+
+def test_records_of_earlier_versions(data: DataConfig, tmp_path: Path) -> None:
+    older = [{key: entry[key] for key in ("source", "weight", "documents", "bytes", "tokens", "hash")} for entry in now(data)]
+    assert provenance.differences(older, now(data)) == []
+    older[0]["hash"] = "0"
+    assert "an earlier version of slmjax encoded the same text otherwise" in provenance.differences(older, now(data))[0]
+    assert provenance.recorded_heldout(older, data) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "no document that was trained on is held out now"),
+        ({"heldout_by": HeldOutBy.ID}, "records that moved may have been trained on"),
+        ({"split": Split.TAIL}, "tail of an edited document begins elsewhere"),
+    ],
+)
+def test_going_on_with_a_changed_source(data: DataConfig, tmp_path: Path, changes: dict[str, object], expected: str) -> None:
+    data = dataclasses.replace(data, **changes)  # type: ignore[arg-type]
+    run = write_run(tmp_path / "run", data)
+    assert provenance.changes_on_resume(run, data, now(data)) == []
+    corpus(tmp_path / "corpus.jsonl", ["One more line", *TEXTS])
+    (sentence,) = provenance.changes_on_resume(run, data, now(data))
+    assert "corpus.jsonl had" in sentence and "goes on with the text as it is now" in sentence and expected in sentence
+
+
+# --- Teachers and first parameters -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "overlaps"),
+    [
+        ({}, {}, False),
+        ({}, {"heldout_fraction": 0.05}, False),  # a part of what was held out there
+        ({}, {"heldout_fraction": 0.3}, True),
+        ({"heldout_by": HeldOutBy.ID}, {}, True),  # a run of an earlier version
+        ({"heldout_fraction": 0.0}, {}, True),
+        ({"split": Split.TAIL}, {"split": Split.TAIL}, False),
+        ({"split": Split.TAIL}, {}, True),
+    ],
+)
+def test_a_model_that_was_trained_on_what_is_held_out(
+    data: DataConfig, tmp_path: Path, theirs: dict[str, object], ours: dict[str, object], overlaps: bool
+) -> None:
+    other = write_run(tmp_path / "other", dataclasses.replace(data, **theirs))  # type: ignore[arg-type]
+    own = dataclasses.replace(data, **ours)  # type: ignore[arg-type]
+    found = provenance.overlap(other, own, now(own))
+    assert bool(found) is overlaps
+    assert all("corpus.jsonl" in one and str(other) in one for one in found)
+    assert provenance.overlap_with_own(other, write_run(tmp_path / "own", own)) == found
+
+
+def test_a_changed_file_overlaps_only_where_places_decide(data: DataConfig, tmp_path: Path) -> None:
+    by_id = dataclasses.replace(data, heldout_by=HeldOutBy.ID)
+    runs = [write_run(tmp_path / name, one) for name, one in (("content", data), ("id", by_id))]
+    corpus(tmp_path / "corpus.jsonl", ["One more line", *TEXTS])
+    assert provenance.overlap(runs[0], data, now(data)) == []
+    assert provenance.overlap(runs[1], by_id, now(by_id))
+    other = corpus(tmp_path / "other.jsonl", ["Other text"] * 5 + TEXTS[:5])
+    assert provenance.overlap(runs[0], other, now(dataclasses.replace(other, heldout_fraction=0))) == []
