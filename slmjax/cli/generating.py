@@ -54,9 +54,7 @@ def generate_command(words: Sequence[str]) -> int:
             tuple[str, ...], *by_place("[PROMPT ...]")
         ] = ()  # texts to continue; "-" reads them from standard input, line by line
         prompt: tuple[str, ...] = ()  # texts to continue, as an option
-        file: str | None = (
-            None  # file of prompts: one on each line, or records (JSONL, JSON, CSV, ...) with "prompt", and "seed" if it has its own
-        )
+        file: str | None = None  # file of prompts: one on each line, or records (JSONL, JSON, CSV) with "prompt", and "seed" if need be
         chat: bool = False  # each prompt is a user's message, put as the model's chat template says; records may have "messages" instead
         system: str | None = None  # with --chat: the system message before each
         output: str | None = None  # file to write to (none: standard output)
