@@ -189,9 +189,6 @@ class Tokenizer:
         _ = backend.add_special_tokens(tokens) if special else backend.add_tokens(tokens)
         return self._with_backend(backend)
 
-    def _with_backend(self, backend: tokenizers.Tokenizer) -> "Tokenizer":
-        return self._with_backend(backend)
-
     def save(self, directory: Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, in the form that Hugging Face libraries read too."""
         directory.mkdir(parents=True, exist_ok=True)
