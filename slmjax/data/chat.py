@@ -4,14 +4,17 @@
     render_chat(template, messages, bos_token="<s>", eos_token="</s>")     # -> text
     encode_chat(loaded.tokenizer, messages)                                # -> ids, which `generate` takes as a prompt
 
-The model's own template makes the text. Names of special tokens become these wherever they stand in it, as they do in
-Hugging Face's transformers: in a message too.
+The model's own template makes the text. The special tokens that it writes become these tokens; their names in a message are text,
+so that no message can end a turn or begin another one.
 """
 
 import json
+import re
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from slmjax.data.marks import MarkedVocabulary, SpecialNames
 from slmjax.data.tokenizers import Tokenizer
 
 Message = Mapping[str, Any]  # "role" and "content", and what else the template reads
@@ -19,7 +22,7 @@ Message = Mapping[str, Any]  # "role" and "content", and what else the template 
 
 def render_chat(
     template: str, messages: Sequence[Message], *, bos_token: str | None = None, eos_token: str | None = None,
-    add_generation_prompt: bool = True, **extra: Any,
+    add_generation_prompt: bool = True, answers_marked: bool = False, **extra: Any,
 ) -> str:  # fmt: skip
     """The text of a conversation.
 
@@ -29,6 +32,7 @@ def render_chat(
       bos_token: what the template may write before the conversation; none for a model without.
       eos_token: what it may write after a turn.
       add_generation_prompt: end with what comes before an answer.
+      answers_marked: put the marks of `templates` around what the template's `generation` blocks make.
       extra: further variables of the template, such as `tools`, or a switch that it knows.
 
     Raises:
@@ -47,7 +51,7 @@ def render_chat(
     except (TypeError, ValueError) as error:
         raise ValueError(f"a conversation must be plain data, as JSON is: {error}") from error
     try:
-        return templates.render(template, values)
+        return templates.render(template, values, answers_marked=answers_marked)
     except Exception as error:  # a template can go wrong in every way that a program can
         reason = f"{type(error).__name__}: {error}" if type(error).__module__ == "builtins" else str(error)
         raise ValueError(f"the model's chat template fails on this conversation: {reason}") from error
@@ -59,14 +63,73 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, add_genera
     Raises:
       ValueError: the tokenizer has no chat template, or as `render_chat`.
     """
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "this model has no chat template: it continues plain text. If it was trained on conversations, put their template into "
-            "chat_template.jinja in its directory tokenizer/"
-        )
-    named = {"unk_token": tokenizer.unk, "pad_token": tokenizer.pad}
-    text = render_chat(
-        tokenizer.chat_template, messages, bos_token=tokenizer.bos if tokenizer.has_bos else None, eos_token=tokenizer.eos,
-        add_generation_prompt=add_generation_prompt, **{name: token for name, token in named.items() if token is not None}, **extra,
-    )  # fmt: skip
-    return tokenizer.encode_with_special(text) or [tokenizer.bos_id]
+    text = ChatText(tokenizer, messages, extra=extra).render(add_generation_prompt=add_generation_prompt)
+    return tokenizer.encode_spans([text], marked=True)[0].ids.tolist() or [tokenizer.bos_id]
+
+
+class ChatText:
+    """The text of a conversation or of its beginning, with the marks of special tokens (`marks.py`).
+
+    Args:
+      tokenizer: whose template, tokens and marks are used.
+      messages: as in `render_chat`.
+      names: whether the names of special tokens in messages stand for these.
+      extra: further variables of the template.
+
+    Raises:
+      ValueError: the tokenizer has no chat template.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], *, names: SpecialNames = SpecialNames.TEXT,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                "this model has no chat template: it continues plain text. If it was trained on conversations, put their template into "
+                "chat_template.jinja in its directory tokenizer/"
+            )
+        self._template = tokenizer.chat_template
+        tokens = {"bos": tokenizer.bos if tokenizer.has_bos else None, "eos": tokenizer.eos, "unk": tokenizer.unk, "pad": tokenizer.pad}
+        self._tokens = {f"{name}_token": token for name, token in tokens.items() if token is not None}
+        self._vocabulary = tokenizer.marked_vocabulary
+        self._hidden = _HiddenNames(self._vocabulary)
+        self._messages, self._extra = list(messages), dict(extra or {})
+        if names is SpecialNames.TEXT:
+            self._messages, self._extra = self._hidden.hide(self._messages), self._hidden.hide(self._extra)
+
+    def render(self, num_messages: int | None = None, *, add_generation_prompt: bool, answers_marked: bool = False) -> str:
+        """Return the text of the first `num_messages` messages. Raises ValueError as `render_chat`."""
+        text = render_chat(
+            self._template, self._messages[:num_messages], add_generation_prompt=add_generation_prompt, answers_marked=answers_marked,
+            **self._tokens, **self._extra,
+        )  # fmt: skip
+        return self._hidden.show(self._vocabulary.mark(text))
+
+
+class _HiddenNames:
+    """Stands digits in for the names of special tokens in messages, while a template renders them: it may do with text what it likes."""
+
+    def __init__(self, vocabulary: MarkedVocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._drawn = f"{secrets.randbelow(10**24):024d}"
+        self._names: list[str] = []
+
+    def hide(self, value: Any) -> Any:
+        """Return plain data with digits for the names in its texts."""
+        if isinstance(value, str):
+            return self._vocabulary.names.sub(self._digits, value)
+        if isinstance(value, Mapping):
+            return {self.hide(key): self.hide(item) for key, item in value.items()}
+        return [self.hide(item) for item in value] if isinstance(value, list | tuple) else value
+
+    def show(self, text: str) -> str:
+        """Return the text with the names again. Raises ValueError where the template has cut one in two."""
+        shown = re.sub(rf"{self._drawn}(\d{{6}})", lambda match: self._names[int(match[1])], text)
+        if self._drawn[:12] in shown or self._drawn[12:] in shown:
+            raise ValueError(f"the model's chat template cuts a message inside the name of a special token, {self._names[0]!r}")
+        return shown
+
+    def _digits(self, match: re.Match[str]) -> str:
+        self._names.append(match[0])
+        return f"{self._drawn}{len(self._names) - 1:06d}"

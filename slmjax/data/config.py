@@ -5,8 +5,10 @@ import enum
 from pathlib import Path
 
 from slmjax.config import added_field
+from slmjax.data.conversations import ScoredTurns
 from slmjax.data.dataset_sources import HuggingFaceSource, TfdsSource
 from slmjax.data.documents import HeldOutBy, OnBadDocument
+from slmjax.data.marks import SpecialNames
 from slmjax.data.sources import SourceConfig, TextSource
 from slmjax.data.stdlib_corpus import StdlibSource
 from slmjax.startup import cache_directory
@@ -17,7 +19,9 @@ __all__ = [
     "HuggingFaceSource",
     "OnBadDocument",
     "Packing",
+    "ScoredTurns",
     "SourceConfig",
+    "SpecialNames",
     "Split",
     "StdlibSource",
     "TextSource",
@@ -61,6 +65,9 @@ class DataConfig:
     text_field: str = "text"  # with path: the field of a record that holds the text
     prompt_field: str | None = None  # with path: the field of a prompt, which is not trained on; goes with completion_field
     completion_field: str | None = None  # with path: the field that is trained on after prompt_field
+    messages_field: str | None = added_field(None, before=None)  # with path: the field of a conversation's messages, often "messages"
+    scored_turns: ScoredTurns = added_field(ScoredTurns.ALL, before=ScoredTurns.ALL)  # answers of a conversation that are trained on
+    special_tokens: SpecialNames = added_field(SpecialNames.TEXT, before=SpecialNames.TEXT)  # names of special tokens in text
     split: Split = Split.DOCUMENTS  # hold out whole documents, or the tail of each
     heldout_by: HeldOutBy = added_field(HeldOutBy.CONTENT, before=HeldOutBy.ID)  # what decides which documents are held out
     heldout_fraction: float = 0.05  # share of the text that is never trained on; 0 holds out nothing
@@ -95,7 +102,8 @@ class DataConfig:
         """The sources that are read: `sources`, or the one that `path` stands for."""
         if self.path is None:
             return self.sources
-        fields = {"text_field": self.text_field, "prompt_field": self.prompt_field, "completion_field": self.completion_field}
+        names = ("text_field", "prompt_field", "completion_field", "messages_field")
+        fields = {name: getattr(self, name) for name in names}
         return (WeightedSource(source=TextSource(path=self.path, **fields)),)
 
     @property

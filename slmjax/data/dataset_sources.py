@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slmjax.config import near_names
+from slmjax.config import added_field, near_names
 from slmjax.data.documents import Document
 from slmjax.data.records import require_fields
-from slmjax.data.sources import SourceConfig, combined_hash, file_fingerprint, record_document
+from slmjax.data.sources import SourceConfig, combined_hash, conversation_document, file_fingerprint, record_document
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,14 +63,17 @@ class HuggingFaceSource(SourceConfig):
     subset: str | None = None  # the dataset's configuration, where it has several
     split: str = "train"  # a split or a slice of one, e.g. "train[:10%]"
     text_field: str = "text"  # the column that holds the text
+    messages_field: str | None = added_field(None, before=None)  # the column of conversations: the messages, {"role", "content"} each
 
     def documents(self) -> Iterator[Document]:
+        make = record_document if self.messages_field is None else conversation_document
         for i, record in enumerate(self._dataset()):
-            yield record_document(record, (self.text_field,), id=f"{self.name}:{i}", where=f"{self.describe()}, record {i}")
+            yield make(record, (self._field,), id=f"{self.name}:{i}", where=f"{self.describe()}, record {i}")
 
     def fingerprint(self) -> str:
         dataset = self._dataset()
-        return combined_hash("hf", self.name, str(self.subset), self.split, self.text_field, dataset._fingerprint)
+        layout = () if self.messages_field is None else ("messages",)
+        return combined_hash("hf", self.name, str(self.subset), self.split, self._field, dataset._fingerprint, *layout)
 
     def describe(self) -> str:
         return f"Hugging Face {self.name} [{self.split}]"
@@ -87,5 +90,9 @@ class HuggingFaceSource(SourceConfig):
             dataset = datasets.load_dataset(self.name, self.subset, split=self.split)
         except FileNotFoundError as error:
             raise ValueError(f"{self.name}: {error} Name a dataset as OWNER/NAME, or a local directory.") from error
-        require_fields((self.text_field,), dataset.column_names, where=self.describe())
+        require_fields((self._field,), dataset.column_names, where=self.describe())
         return dataset
+
+    @property
+    def _field(self) -> str:
+        return self.messages_field or self.text_field

@@ -6,11 +6,14 @@ A source never decides: it yields `Document`s as it found them, with `problem` s
 
 import dataclasses
 import enum
+import itertools
 import json
 import re
 
 from slmjax.config import added_field
 
+_SEVERAL_NAMES = 2  # of special tokens in a text that a chat template may have made
+_MANY = 0.01  # share of the documents with such text that is warned of
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -37,11 +40,12 @@ class Problem(enum.Enum):
     MISSING_FIELD = "missing_field"
     BROKEN_RECORD = "broken_record"
     BINARY = "binary"
+    BAD_CONVERSATION = "bad_conversation"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Document:
-    """One text, or one prompt with its completion.
+    """One text, one prompt with its completion, or one conversation.
 
     Bytes that are not UTF-8 stand in `text` and `prompt` as lone surrogates (`errors="surrogateescape"`), as do the
     unpaired surrogates that JSON can express: neither can be encoded, and both are INVALID_UTF8 to the policy.
@@ -49,10 +53,11 @@ class Document:
 
     id: str  # stable name of the document within its source
     where: str  # file and line or record, for messages
-    text: str = ""  # the text, or the completion of a pair
+    text: str = ""  # the text, the completion of a pair, or the messages of a conversation as JSON
     prompt: str = ""  # what precedes the completion and is not scored; "" for plain text
     problem: Problem | None = None  # set by the source when there is no text to judge
     detail: str = ""  # what the source has to say about the problem
+    is_conversation: bool = False  # the text is JSON, a list of messages
     is_record: bool = False  # a record of a file or dataset, whose id is a place (a line, a row); else the id is a name
 
     def held_out_key(self, heldout_by: HeldOutBy) -> str:
@@ -72,11 +77,13 @@ class BadCounts:
     missing_field: int = 0  # a record without the field, or with something that is not text in it
     broken_record: int = 0  # a line that is no JSON object, a row of a table with other fields than the first
     binary: int = added_field(0, before=0)  # a file that is not text
+    bad_conversation: int = added_field(0, before=0)  # messages that are none, or that the chat template cannot put into text
+    special_names: int = added_field(0, before=0)  # good ones that hold several names of special tokens as text
     replaced: int = 0  # those of the bad ones that were mended with U+FFFD and used
 
     @property
     def bad(self) -> int:
-        return self.invalid_utf8 + self.empty + self.missing_field + self.broken_record + self.binary
+        return sum(getattr(self, problem.value) for problem in Problem)
 
     def describe(self) -> str:
         """One clause for the log, e.g. "3 of 100 documents are bad (2 empty, 1 invalid_utf8; 1 mended, 2 skipped)"."""
@@ -93,6 +100,8 @@ class Gatekeeper:
         self._max_bad_fraction = max_bad_fraction
         self._counts: dict[str, int] = {}
         self._first_bad = ""
+        self._first_names = ""
+        self._ends: set[str] = set()
 
     @property
     def counts(self) -> BadCounts:
@@ -104,6 +113,15 @@ class Gatekeeper:
         problem, detail = _judge(document)
         if problem is None:
             return document
+        self.refuse(document, problem, detail)
+        if self._policy is OnBadDocument.REPLACE and problem is Problem.INVALID_UTF8:
+            self._count("replaced")
+            text, prompt = (_LONE_SURROGATE.sub("\ufffd", part) for part in (document.text, document.prompt))
+            return dataclasses.replace(document, text=text, prompt=prompt)
+        return None
+
+    def refuse(self, document: Document, problem: Problem, detail: str) -> None:
+        """Count a bad document. Raises ValueError under `error`."""
         self._count(problem.value)
         message = f"{document.where}: {detail}"
         self._first_bad = self._first_bad or message
@@ -112,11 +130,33 @@ class Gatekeeper:
                 f"{message}. Repair it, or pass --data.on-bad-document skip (leave such documents out)"
                 " or replace (put U+FFFD where the bytes are invalid, leave out what cannot be mended)."
             )
-        if self._policy is OnBadDocument.REPLACE and problem is Problem.INVALID_UTF8:
-            self._count("replaced")
-            text, prompt = (_LONE_SURROGATE.sub("\ufffd", part) for part in (document.text, document.prompt))
-            return dataclasses.replace(document, text=text, prompt=prompt)
-        return None
+
+    def look_for_names(self, document: Document, names: re.Pattern[str]) -> None:
+        """Count the document if its text holds several of the names, as that of a chat template does."""
+        found = list(itertools.islice(names.finditer(document.prompt + document.text), _SEVERAL_NAMES))
+        if len(found) == _SEVERAL_NAMES:
+            self._count("special_names")
+            self._first_names = self._first_names or f"{' and '.join(dict.fromkeys(repr(one[0]) for one in found))} in {document.where}"
+
+    def note_end(self, token: str) -> None:
+        """Remember that answers of a conversation end with this token, at which the tokenizer does not end a turn."""
+        self._ends.add(token)
+
+    def warnings(self) -> list[str]:
+        """What is to be said of documents that are good and still may not be what is meant."""
+        counts, warnings = self.counts, []
+        if counts.special_names > _MANY * counts.documents:
+            warnings.append(
+                f"{counts.special_names:,} of {counts.documents:,} documents hold names of special tokens ({self._first_names}). They are"
+                " encoded as the text that they are. If a chat template made this text, --data.special-tokens encode makes them those"
+                " tokens; conversations are better given as records of messages, with --data.messages-field"
+            )
+        for token in sorted(self._ends):
+            warnings.append(
+                f"answers end with {token!r}, which is no end of a turn to the tokenizer, so that generate would go on after it: name it in"
+                ' "end_tokens" of tokenizer_config.json'
+            )
+        return warnings
 
     def check(self, source_name: str) -> None:
         """Raises ValueError when more than `max_bad_fraction` of the documents so far are bad."""

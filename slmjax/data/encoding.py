@@ -7,13 +7,16 @@ max_document_bytes, which is encoded in windows that overlap, to the ids of the 
 import collections
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from slmjax.data.config import DataConfig, SourceConfig, Split
-from slmjax.data.documents import BadCounts, Document, Gatekeeper
+from slmjax.data.conversations import render_conversation
+from slmjax.data.documents import BadCounts, Document, Gatekeeper, Problem
+from slmjax.data.marks import SpecialNames
 from slmjax.data.shards import ShardWriter
 from slmjax.data.spans import Span, TextTokens, join_windows, windows_of
 from slmjax.data.tokenizers import Tokenizer
@@ -33,8 +36,9 @@ def divide(document: Document, data: DataConfig) -> Iterator[tuple[str, Document
     if data.split is Split.DOCUMENTS:
         yield HELDOUT if is_held_out(document.held_out_key(data.heldout_by), data.heldout_fraction) else TRAIN, document
         return
-    if document.prompt:
-        raise ValueError(f"{document.where}: pairs of prompt and completion cannot be cut in two: use --data.split documents")
+    if document.prompt or document.is_conversation:
+        kind = "a conversation" if document.is_conversation else "a pair of prompt and completion"
+        raise ValueError(f"{document.where}: {kind} cannot be cut in two: use --data.split documents")
     cut = int(len(document.text) * (1 - data.heldout_fraction))
     for side, text in ((TRAIN, document.text[:cut]), (HELDOUT, document.text[cut:])):
         if text:
@@ -42,8 +46,9 @@ def divide(document: Document, data: DataConfig) -> Iterator[tuple[str, Document
 
 
 def write_source(
-    source: SourceConfig, directory: Path, *, source_hash: str, tokenizer: Tokenizer, data: DataConfig, advance: Callable[[int], None]
-) -> BadCounts:
+    source: SourceConfig, directory: Path, *, source_hash: str, tokenizer: Tokenizer, data: DataConfig, advance: Callable[[int], None],
+    log: Callable[[str], None] = print,
+) -> BadCounts:  # fmt: skip
     """Writes directory/train and, where something is held out, directory/heldout. `advance` is told the bytes done.
 
     Raises ValueError for bad documents as the policy says, and when a side would be empty.
@@ -67,6 +72,8 @@ def write_source(
             advance(num_bytes)
         gate.check(source.describe())
         _require_both_sides(source.describe(), written, data)
+        for warning in gate.warnings():
+            log(f"{source.describe()}: {warning}")
         for writer in writers.values():
             writer.close(gate.counts)
     finally:
@@ -104,39 +111,55 @@ class _Pending:
     text: bytes
     scored: list[Span] | None  # bytes of the text that are scored; None: all of them
     windows: list[Span]  # one, but for a long text
+    marked: bool = False  # marks in the text stand for special tokens
+    ends_open: bool = True  # EOS comes last, and is scored
     encoded: list[TextTokens] = dataclasses.field(default_factory=list)  # of windows
     ids: list[int] | None = None  # of the whole, where spans are not needed, which take time
 
     @property
     def needs_spans(self) -> bool:
-        return self.scored is not None or len(self.windows) > 1
+        return self.scored is not None or self.marked or len(self.windows) > 1
 
     @property
     def is_encoded(self) -> bool:
         return self.ids is not None or len(self.encoded) == len(self.windows)
 
     def finish(self, tokenizer: Tokenizer) -> _EncodedDocument:
-        scored, scored_bytes = None, len(self.text)
-        if self.ids is not None:
-            ids = np.asarray(self.ids, np.int32)
-        else:
-            tokens = self._whole(tokenizer)
-            ids = tokens.ids
-            if self.scored is not None:
-                held = tokens.held(self.scored)
-                scored = np.concatenate([[False], held, [True]])
-                # EOS follows what is scored, and so do the bytes at the end that the vocabulary drops.
-                scored_bytes = int(tokens.num_bytes()[held].sum()) + len(self.text) - int(tokens.ends.max(initial=0))
-        if tokenizer.token_bytes is not None:
-            assert int(tokenizer.token_bytes[ids].sum(dtype=np.int64)) == len(self.text), self.document.where
-        ids = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(np.int32)
-        return _EncodedDocument(tokens=ids, scored=scored, scored_bytes=scored_bytes, text=self.text)
+        tokens = None if self.ids is not None else self._whole(tokenizer)
+        ids = np.asarray(self.ids, np.int32) if tokens is None else tokens.ids
+        text = self._plain_text(ids, tokenizer)
+        if (sizes := tokenizer.token_bytes) is not None:
+            assert int(sizes[ids].sum(dtype=np.int64)) == len(text), self.document.where
+        scored, scored_bytes = None, len(text)
+        if self.scored is not None and tokens is not None:
+            held = tokens.held(self.scored)
+            is_text = ~np.isin(ids, list(tokenizer.special_ids.values()))
+            scored_bytes = int((tokens.num_bytes() if sizes is None else sizes[ids])[held & is_text].sum())
+            if self.ends_open:  # EOS follows what is scored, and so do the bytes at the end that the vocabulary drops
+                scored_bytes += len(self.text) - int(tokens.ends.max(initial=0))
+            scored = held
+        # A conversation begins as its template has it.
+        begins = not self.document.is_conversation and not (self.marked and ids[:1].tolist() == [tokenizer.bos_id])
+        ends = self.ends_open and not (self.marked and ids[-1:].tolist() == [tokenizer.eos_id])
+        around = (int(begins), int(ends))
+        ids = np.pad(ids, around, constant_values=(tokenizer.bos_id, tokenizer.eos_id))
+        if scored is not None:
+            scored = np.pad(scored, around, constant_values=(False, True))
+        return _EncodedDocument(tokens=ids, scored=scored, scored_bytes=min(scored_bytes, len(text)), text=text)
+
+    def _plain_text(self, ids: np.ndarray, tokenizer: Tokenizer) -> bytes:
+        """The text without special tokens."""
+        if not self.marked:
+            return self.text
+        if tokenizer.token_bytes is not None:  # a special token may take the white space beside it with it
+            return tokenizer.decode_bytes(ids.tolist())
+        return tokenizer.marked_vocabulary.without_marks(self.text.decode()).encode()
 
     def _whole(self, tokenizer: Tokenizer) -> TextTokens:
         """The tokens of the whole text, from those of its windows."""
         joined = join_windows(self.encoded, self.windows)
         # Windows disagree on such as a run of one character that is longer than their overlap: then nothing but the whole will do.
-        return joined if joined is not None else tokenizer.encode_spans([self.text.decode()])[0]
+        return joined if joined is not None else tokenizer.encode_spans([self.text.decode()], marked=self.marked)[0]
 
 
 def _encoded(source: SourceConfig, *, gate: Gatekeeper, tokenizer: Tokenizer, data: DataConfig) -> Iterator[tuple[str, _EncodedDocument]]:
@@ -144,43 +167,94 @@ def _encoded(source: SourceConfig, *, gate: Gatekeeper, tokenizer: Tokenizer, da
     waiting: collections.deque[_Pending] = collections.deque()
     queue: list[tuple[_Pending, str]] = []
     queued = 0
-    for found in source.documents():
-        document = gate.admit(found)
-        for side, half in divide(document, data) if document is not None else ():
-            waiting.append(_pending(side, half, data))
-            for start, end in waiting[-1].windows:
-                queue.append((waiting[-1], waiting[-1].text[start:end].decode()))
-                queued += end - start
-                if queued >= _BATCH_BYTES:
-                    _encode(queue, tokenizer)
-                    queued = 0
-            while waiting and waiting[0].is_encoded:
-                yield waiting[0].side, waiting.popleft().finish(tokenizer)
+    for pending in _admitted(source, gate=gate, tokenizer=tokenizer, data=data):
+        waiting.append(pending)
+        for start, end in pending.windows:
+            queue.append((pending, pending.text[start:end].decode()))
+            queued += end - start
+            if queued >= _BATCH_BYTES:
+                _encode(queue, tokenizer)
+                queued = 0
+        while waiting and waiting[0].is_encoded:
+            yield waiting[0].side, waiting.popleft().finish(tokenizer)
     _encode(queue, tokenizer)
     for pending in waiting:
         yield pending.side, pending.finish(tokenizer)
 
 
-def _pending(side: str, document: Document, data: DataConfig) -> _Pending:
-    prompt, text = document.prompt.encode(), (document.prompt + document.text).encode()
+def _admitted(source: SourceConfig, *, gate: Gatekeeper, tokenizer: Tokenizer, data: DataConfig) -> Iterator[_Pending]:
+    """The documents that the policy lets in, each with the text that is encoded."""
+    for found in source.documents():
+        document = gate.admit(found)
+        for side, half in divide(document, data) if document is not None else ():
+            if not half.is_conversation:
+                if data.special_tokens is SpecialNames.TEXT:
+                    gate.look_for_names(half, tokenizer.special_names)
+                yield _of_text(side, half, tokenizer=tokenizer, data=data)
+            elif (pending := _of_conversation(side, half, gate=gate, tokenizer=tokenizer, data=data)) is not None:
+                yield pending
+
+
+def _of_text(side: str, document: Document, *, tokenizer: Tokenizer, data: DataConfig) -> _Pending:
+    prompt, text = document.prompt, document.text
+    marked = data.special_tokens is SpecialNames.ENCODE
+    if marked:
+        prompt, text = (tokenizer.marked_vocabulary.mark(part) for part in (prompt, text))
+    begin, whole = len(prompt.encode()), (prompt + text).encode()
+    return _Pending(
+        side=side, document=document, text=whole, scored=[(begin, len(whole))] if begin else None, marked=marked,
+        windows=_windows(whole, document, data),
+    )  # fmt: skip
+
+
+def _of_conversation(side: str, document: Document, *, gate: Gatekeeper, tokenizer: Tokenizer, data: DataConfig) -> _Pending | None:
+    """None for a conversation that the chat template cannot put into text."""
+    require_template(document, tokenizer.chat_template)
+    try:
+        messages = json.loads(document.text)
+        rendered = render_conversation(tokenizer, messages, turns=data.scored_turns, names=data.special_tokens)
+    except (ValueError, RecursionError) as error:
+        gate.refuse(document, Problem.BAD_CONVERSATION, str(error))
+        return None
+    if rendered.ended_by is not None and rendered.ended_by not in tokenizer.end_ids:
+        gate.note_end(tokenizer.name_of(rendered.ended_by) or "")
+    text = rendered.text.encode()
+    return _Pending(
+        side=side, document=document, text=text, scored=rendered.answers, marked=True, ends_open=rendered.ends_open,
+        windows=_windows(text, document, data),
+    )  # fmt: skip
+
+
+def require_template(document: Document, template: str | None) -> None:
+    """Raise ValueError for a conversation where there is no chat template."""
+    if document.is_conversation and template is None:
+        raise ValueError(
+            f"{document.where}: the tokenizer has no chat template, which conversations need. Take one that has (FileTokenizer), or put the"
+            " Jinja source into chat_template.jinja beside its tokenizer.json, and the special tokens that it writes into tokenizer.json"
+        )
+
+
+def _windows(text: bytes, document: Document, data: DataConfig) -> list[Span]:
     if len(text) > _MAX_BYTES:
         raise ValueError(f"{document.where}: a document of more than 2 GiB: split it into several files, or lines of a .jsonl")
-    scored = [(len(prompt), len(text))] if prompt else None
-    return _Pending(side=side, document=document, text=text, scored=scored, windows=windows_of(text, data.max_document_bytes))
+    return windows_of(text, data.max_document_bytes)
 
 
 def _encode(queue: list[tuple[_Pending, str]], tokenizer: Tokenizer) -> None:
     """Encodes and empties the queue."""
     plain = [(pending, text) for pending, text in queue if not pending.needs_spans]
-    others = [(pending, text) for pending, text in queue if pending.needs_spans]
+    spanned = [(pending, text) for pending, text in queue if pending.needs_spans and not pending.marked]
+    marked = [(pending, text) for pending, text in queue if pending.marked]
     try:
         ids = tokenizer.encode_batch([text for _, text in plain])
-        tokens = tokenizer.encode_spans([text for _, text in others])
+        tokens = tokenizer.encode_spans([text for _, text in spanned])
+        if marked:
+            tokens += tokenizer.encode_spans([text for _, text in marked], marked=True)
     except ValueError as error:
         names = f"{queue[0][0].document.where} to {queue[-1][0].document.where}" if len(queue) > 1 else queue[0][0].document.where
         raise ValueError(f"{names}: {error}") from error
     for (pending, _), of_text in zip(plain, ids, strict=True):
         pending.ids = of_text
-    for (pending, _), of_window in zip(others, tokens, strict=True):
+    for (pending, _), of_window in zip([*spanned, *marked], tokens, strict=True):
         pending.encoded.append(of_window)
     queue.clear()

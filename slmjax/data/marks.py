@@ -9,16 +9,31 @@ that knows the tokens by their marks alone encodes the string as a whole. A name
     vocabulary.encode_batch([text])                         # ... and that id 7
 """
 
+import enum
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import tokenizers
 
 from slmjax.data import spans
-from slmjax.data.plain_text import without_names
+from slmjax.data.plain_text import checked_encodings, without_names
 from slmjax.data.spans import TextTokens
+
+
+class SpecialNames(enum.Enum):
+    """What the name of a special token in a document is."""
+
+    TEXT = "text"  # text like any other
+    ENCODE = "encode"  # that token: for text that a chat template made beforehand
+
+
+def names_pattern(names: Iterable[str], *, alone: Collection[str] = ()) -> re.Pattern[str]:
+    """Return a pattern that matches these names, those in `alone` where they are words of their own."""
+    longest_first = sorted(names, key=len, reverse=True)
+    patterns = [rf"(?<!\w){re.escape(name)}(?!\w)" if name in alone else re.escape(name) for name in longest_first]
+    return re.compile("|".join(patterns) or r"(?!)")
 
 
 class MarkedVocabulary:
@@ -28,7 +43,7 @@ class MarkedVocabulary:
       backend: the vocabulary; it is not changed.
       special: ids of the special tokens, by name.
 
-    `marks` has the mark of each name.
+    `marks` has the mark of each name, and `names` matches the names.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, special: Mapping[str, int]) -> None:
@@ -39,10 +54,8 @@ class MarkedVocabulary:
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         for name, id in special.items():
             added[name] = {"id": id, **plain, **added.get(name, {})}
-        alone = {name for name, token in added.items() if token["single_word"]}
-        longest_first = sorted(special, key=len, reverse=True)
-        names = [rf"(?<!\w){re.escape(name)}(?!\w)" if name in alone else re.escape(name) for name in longest_first]
-        self._names = re.compile("|".join(names) or r"(?!)")
+        self.names = names_pattern(special, alone={name for name, token in added.items() if token["single_word"]})
+        self._last_mark = re.compile(rf"\ufdd0{drawn}\.(\d+)\ufdd1\s*\Z")
         self._marks = re.compile(rf"\ufdd0{drawn}\.\d+\ufdd1")
         for name, mark in self.marks.items():
             added[name] |= {"content": mark, "single_word": False, "normalized": False, "special": True}
@@ -57,15 +70,24 @@ class MarkedVocabulary:
 
     def mark(self, text: str) -> str:
         """Return the text with the mark of each special token in place of its name."""
-        return self._names.sub(lambda match: self.marks[match[0]], text)
+        return self.names.sub(lambda match: self.marks[match[0]], text)
 
     def without_marks(self, text: str) -> str:
         """Return the text without the special tokens that are marked in it."""
         return self._marks.sub("", text)
 
+    def end_of_mark(self, text: str, place: int) -> int | None:
+        """Return the place behind the mark at a place of the text; None if there is none."""
+        return None if (found := self._marks.match(text, place)) is None else found.end()
+
+    def last_mark(self, text: str) -> tuple[int, int] | None:
+        """Return the id of the mark that ends the text but for white space, and the place behind it; None if no mark does."""
+        found = self._last_mark.search(text)
+        return None if found is None else (int(found[1]), found.end(1) + 1)
+
     def encode_batch(self, texts: Sequence[str]) -> list[TextTokens]:
         """Return the tokens of each text, in which marks stand for special tokens. Their spans count the bytes of marks."""
-        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        encodings = checked_encodings(texts, self._backend.encode_batch, reserved={})
         return [
             spans.from_offsets([self._ids[id] for id in encoding.ids], encoding.offsets, text)
             for encoding, text in zip(encodings, texts, strict=True)

@@ -24,7 +24,7 @@ import numpy as np
 from slmjax.config import fingerprint, to_json
 from slmjax.data.config import DataConfig, WeightedSource
 from slmjax.data.documents import Gatekeeper, check_bad_fraction
-from slmjax.data.encoding import HELDOUT, TRAIN, divide, write_source
+from slmjax.data.encoding import HELDOUT, TRAIN, divide, require_template, write_source
 from slmjax.data.scored import is_all_scored
 from slmjax.data.shards import FORMAT_VERSION, TokenShards
 from slmjax.data.sources import changed_fields, combined_hash
@@ -141,6 +141,8 @@ def _texts(data: DataConfig, reads: Reads, *, bar: "_Bar") -> Iterator[str]:
         bar.start(f"tokenizer: {name}", weighted.source.size_hint())
         for found in weighted.source.documents():
             document = gate.admit(found)
+            if document is not None:
+                require_template(document, None)  # a vocabulary that is made here has none
             for side, half in divide(document, data) if document is not None else ():
                 if side == TRAIN or reads is Reads.ALL_TEXT:
                     yield half.prompt + half.text
@@ -150,8 +152,9 @@ def _texts(data: DataConfig, reads: Reads, *, bar: "_Bar") -> Iterator[str]:
 
 def _shard_directory(weighted: WeightedSource, data: DataConfig, *, source_hash: str, tokenizer: Tokenizer, bar: "_Bar", log: Log) -> Path:
     """The directory of one source's shards, written if it is not there."""
-    settings = (*_split_settings(data), str(data.max_document_bytes))
-    key = combined_hash("shards", str(FORMAT_VERSION), source_hash, tokenizer.hash, *settings)[:32]
+    settings = (*_split_settings(data), str(data.max_document_bytes), data.scored_turns.value, data.special_tokens.value)
+    chat = repr((tokenizer.chat_template, tokenizer.has_bos, tokenizer.unk, tokenizer.pad))  # what the text of conversations depends on
+    key = combined_hash("shards", str(FORMAT_VERSION), source_hash, tokenizer.hash, chat, *settings)[:32]
     final = data.cache_path / "shards" / key
     files = [f"{side}/manifest.json" for side in ([TRAIN, HELDOUT] if data.heldout_fraction > 0 else [TRAIN])]
     if _is_whole(final, files):
@@ -160,7 +163,9 @@ def _shard_directory(weighted: WeightedSource, data: DataConfig, *, source_hash:
     name = weighted.source.describe()
     bar.start(name, weighted.source.size_hint())
     with _written_whole(final, files=files) as temporary:
-        counts = write_source(weighted.source, temporary, source_hash=source_hash, tokenizer=tokenizer, data=data, advance=bar.advance)
+        counts = write_source(
+            weighted.source, temporary, source_hash=source_hash, tokenizer=tokenizer, data=data, advance=bar.advance, log=log
+        )  # fmt: skip
     log(f"prepared {name}: {counts.documents} documents in {time.monotonic() - started:.1f} s, in {final}")
     if counts.bad:
         log(f"{name}: {counts.describe()}")

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from slmjax.config import near_names
+from slmjax.config import added_field, near_names
 from slmjax.data.documents import Document, Problem
 from slmjax.data.files import READABLE, FileKind, decode, file_kind, read_bytes
 from slmjax.data.records import read_records
@@ -56,8 +56,11 @@ class TextSource(SourceConfig):
     text_field: str = "text"  # the field of a record that holds the text
     prompt_field: str | None = None  # with completion_field: records are pairs, and the prompt is not trained on
     completion_field: str | None = None  # the field that is trained on after prompt_field
+    messages_field: str | None = added_field(None, before=None)  # the field of a conversation's messages, {"role", "content"} each
 
     def __post_init__(self) -> None:
+        if self.messages_field is not None and (self.prompt_field is not None or self.text_field != "text"):
+            raise ValueError("messages_field goes without text_field, prompt_field and completion_field: records are conversations")
         if (self.prompt_field is None) != (self.completion_field is None):
             raise ValueError("prompt_field and completion_field go together: give both, or neither and text_field")
 
@@ -78,6 +81,7 @@ class TextSource(SourceConfig):
 
     def fingerprint(self) -> str:
         fields = (self.text_field, self.prompt_field, self.completion_field)
+        fields += () if self.messages_field is None else ("messages", self.messages_field)
         return combined_hash(_READING, *map(str, fields), *(f"{name} {file_fingerprint(path)}" for name, path in self._files()))
 
     def describe(self) -> str:
@@ -93,6 +97,8 @@ class TextSource(SourceConfig):
         return find_files(self.path)
 
     def _fields(self) -> tuple[str, ...]:
+        if self.messages_field is not None:
+            return (self.messages_field,)
         if self.prompt_field is None or self.completion_field is None:
             return (self.text_field,)
         return (self.completion_field, self.prompt_field)
@@ -104,7 +110,8 @@ class TextSource(SourceConfig):
             if record.values is None:
                 yield Document(id=id, where=record.where, problem=Problem.BROKEN_RECORD, detail=record.detail)
             else:
-                yield record_document(record.values, fields, id=id, where=record.where)
+                make = record_document if self.messages_field is None else conversation_document
+                yield make(record.values, fields, id=id, where=record.where)
 
 
 def changed_fields(config: Any) -> list[str]:
@@ -149,6 +156,20 @@ def record_document(record: Mapping[str, Any], fields: tuple[str, ...], *, id: s
             return Document(id=id, where=where, problem=Problem.MISSING_FIELD, detail=found)
         values.append(decode(value) if isinstance(value, bytes) else value)
     return Document(id=id, where=where, text=values[0], prompt=values[1] if len(values) > 1 else "", is_record=True)
+
+
+def conversation_document(record: Mapping[str, Any], fields: tuple[str, ...], *, id: str, where: str) -> Document:
+    """A document of a record's field of messages: a list of objects, or text that is the JSON of one (as a table has it)."""
+    (field,) = fields
+    value = record.get(field)
+    if value is None or isinstance(value, str | bytes):
+        document = record_document(record, fields, id=id, where=where)
+        return dataclasses.replace(document, is_conversation=True)
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        return Document(id=id, where=where, problem=Problem.BAD_CONVERSATION, detail=f"field {field!r} holds no plain data ({error})")
+    return Document(id=id, where=where, text=text, is_conversation=True, is_record=True)
 
 
 def combined_hash(*parts: str) -> str:

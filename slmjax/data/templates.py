@@ -13,8 +13,9 @@ import datetime
 import functools
 import json
 import re
+import secrets
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from jinja2 import Template, TemplateError, nodes
 from jinja2.exceptions import SecurityError
@@ -29,9 +30,21 @@ MAX_BITS = 4096  # of a number
 _WIDTH = re.compile(r"\d{6}")  # in a format: pads to any width
 
 
-def render(template: str, values: Mapping[str, Any]) -> str:
-    """The text that a template makes of values, which must be plain data. Raises what goes wrong, of whatever kind."""
-    environment, compiled = _compiled(template)
+ANSWER_BEGINS, ANSWER_ENDS = (f"{mark}{secrets.token_hex(8)}{mark}" for mark in "\ufdd2\ufdd3")  # no text has them
+_ANSWER_BLOCK = re.compile(r"\{%[-+]?\s*generation\b")
+
+
+def marks_answers(template: str) -> bool:
+    """Return whether the template has `generation` blocks."""
+    return _ANSWER_BLOCK.search(template) is not None
+
+
+def render(template: str, values: Mapping[str, Any], *, answers_marked: bool = False) -> str:
+    """The text that a template makes of values, which must be plain data. Raises what goes wrong, of whatever kind.
+
+    With `answers_marked`, what a `generation` block makes stands between ANSWER_BEGINS and ANSWER_ENDS.
+    """
+    environment, compiled = _compiled(template, answers_marked=answers_marked)
     environment.steps = environment.made = 0
     pieces, length = [], 0
     for piece in compiled.generate(**values):
@@ -49,7 +62,11 @@ class _GenerationBlock(Extension):
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        if cast(_Sandbox, self.environment).answers_marked:
+            begin, end = (nodes.Output([nodes.TemplateData(mark)], lineno=line) for mark in (ANSWER_BEGINS, ANSWER_ENDS))
+            body = [begin, *body, end]
+        return nodes.Scope(body, lineno=line)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -57,7 +74,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(["+", "-", "*", "**", "%"])
 
-    def __init__(self) -> None:
+    def __init__(self, *, answers_marked: bool) -> None:
+        self.answers_marked = answers_marked
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols], finalize=_refuse_large)
         self.steps = self.made = 0
         del self.globals["lipsum"], self.filters["format"]
@@ -154,8 +172,8 @@ class _Limited(NodeTransformer):
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(source: str) -> tuple[_Sandbox, Template]:
-    environment = _Sandbox()
+def _compiled(source: str, *, answers_marked: bool) -> tuple[_Sandbox, Template]:
+    environment = _Sandbox(answers_marked=answers_marked)
     tree = _Limited().visit(environment.parse(source))
     return environment, environment.from_string(tree.set_environment(environment))
 

@@ -15,6 +15,7 @@ import enum
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from slmjax.data import conventions, spans
 from slmjax.data.conventions import BOS, EOS
 from slmjax.data.detokenization import Detokenizer
-from slmjax.data.marks import MarkedVocabulary
+from slmjax.data.marks import MarkedVocabulary, names_pattern
 from slmjax.data.plain_text import checked_encodings, plain_text_backend, unknown_token
 from slmjax.data.spans import TextTokens
 from slmjax.data.vocabulary import NUM_BYTES, byte_characters, exact_pieces, is_character_vocabulary, sample_of
@@ -252,6 +253,11 @@ class Tokenizer:
         ends = set(self.ends) & {token.content for token in self._backend.get_added_tokens_decoder().values()}
         names = {*self.special_ids, *ends, *filter(None, [self.pad])} - {unknown} | {self.bos, self.eos}
         return {name: vocabulary[name] for name in names}
+
+    @functools.cached_property
+    def special_names(self) -> re.Pattern[str]:
+        """Matches the names of special tokens."""
+        return names_pattern(self.special_ids)
 
     @functools.cached_property
     def marked_vocabulary(self) -> MarkedVocabulary:
