@@ -5,7 +5,7 @@
     generate(loaded, [encode_chat(loaded.tokenizer, [{"role": "user", "content": "Hello"}])])   # a conversation to its answer
 
 `settings.py` says how tokens are chosen and checks what is asked, `choice.py` chooses, `decoding.py` runs the model, `text.py` goes
-from text to text, `chat.py` makes prompts of conversations by a model's template, which `templates.py` runs.
+from text to text. Prompts of conversations, by a model's template, are made in `data/chat.py`.
 """
 
 from slmjax.data.chat import encode_chat, render_chat

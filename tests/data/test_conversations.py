@@ -194,3 +194,22 @@ def test_completions_of_rendered_pairs_end_their_turn(tmp_path: Path) -> None:
     made = prepare(data, tokenizer_of(tmp_path / "tokenizer", CHATML), log=lambda line: None)
     assert scored_text(made.train[0][0], made.tokenizer) == [f"Hello{END}<|eos|>"]
     assert made.train[0][0].scored_bytes.tolist() == [5]
+
+
+# As transformers has it -----------------------------------------------------------------------------------------------
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "template", [CHATML, GENERATION, GENERATION.replace("{% endgeneration %}", "{{ '<|im_end|>' }}{% endgeneration %}")]
+)
+def test_transformers_has_the_same_ids_and_answers(template: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    shards, tokenizer = prepared(tmp_path, TURNS, template)
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path / "tokenizer"))
+    marks = template is not CHATML
+    made = theirs.apply_chat_template(TURNS, return_dict=True, return_assistant_tokens_mask=marks)
+    assert made["input_ids"] == shards.tokens(0).tolist()
+    if marks:  # the end of a turn is scored here also where the template leaves it out of an answer
+        end = np.asarray(made["input_ids"]) == tokenizer.special_ids[END]
+        mask = np.asarray(made["assistant_masks"], bool)
+        assert (shards.scored(0) == mask | end & np.roll(mask, 1)).all()
