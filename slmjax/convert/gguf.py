@@ -28,6 +28,7 @@ BIASES = {"qkv_bias": "attn_q", "output_bias": "attn_output", "ffn_bias": "ffn_d
 NOT_KEYS = ("vocab_size", "has_output", *BIASES, *EXTRA_TENSORS)  # settings that are not in the metadata
 TOLERANCE = 5e-7  # metadata is float32
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q8_0": 7, "TQ2_0": 37, "MXFP4": 38}  # general.file_type
+TEKKEN_DEPTH = 40  # layers of a model for which llama.cpp has a chat template of its own
 BLOCKS_VERSION = 2  # general.quantization_version: of how blocks are laid out
 
 
@@ -39,7 +40,8 @@ def open_file(path: Path) -> Found:
       ValueError: the file is damaged, or what it says is not understood; the message names it.
     """
     file = read_gguf(path)
-    family, model = described(path, file)
+    notes: list[str] = []
+    family, model = described(path, file, notes=notes)
     table, architecture = family.table_of(model), family.architecture
     bound = bind(table, model)
     _check_names(path, architecture, *misnamed(table, bound, set(file.tensors)))
@@ -50,18 +52,23 @@ def open_file(path: Path) -> Found:
             "format": "gguf", "family": architecture, "source": str(path.absolute()), "files": {path.name: file_sha256(path)},
             "license": file.metadata.get("general.license"), "config": _told(file),
         },
-        notes=tuple(name_notes(file.metadata)),
+        notes=(*notes, *name_notes(file.metadata)),
     )  # fmt: skip
 
 
-def described(path: Path, file: GgufFile) -> tuple[Family, ModelConfig]:
-    """The family of a file, and the model that its metadata tells of. Raises ValueError for what is not understood."""
+def described(path: Path, file: GgufFile, *, notes: list[str] | None = None) -> tuple[Family, ModelConfig]:
+    """The family of a file, and the model that its metadata tells of. Raises ValueError for what is not understood.
+
+    Args:
+      notes: a list to add to, what whoever reads the model should know.
+    """
     architecture = file.metadata.get("general.architecture")
     known = {family.architecture: family for family in GGUF_FAMILIES}
     if architecture not in known:
         names = f"{', '.join(known)}.{near_names(str(architecture), known)}"
         raise ConfigError(f"{path} is of the architecture {architecture!r}, and these are read: {names}")
-    return known[architecture], read_settings(known[architecture], _settings(file, architecture), where=str(path))
+    family = known[architecture]
+    return family, read_settings(family, _settings(file, architecture), where=str(path), notes=notes)
 
 
 def _settings(file: GgufFile, architecture: str) -> dict[str, Any]:
@@ -140,7 +147,7 @@ def write_model(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtype | 
     return Written(
         path=str(out), family=architecture, parameters=sum(numbers for _, numbers, _ in sizes.values()),
         bytes=sum(size for _, _, size in sizes.values()),
-        notes=(*_notes(expressed.settings, own, sizes, in_codes=in_codes), *_swallowing_notes(own, words)),
+        notes=(*_notes(expressed.settings, own, sizes, in_codes=in_codes), *tokenizer_notes(own, words)),
     )  # fmt: skip
 
 
@@ -181,8 +188,13 @@ def _notes(settings: Mapping[str, Any], own: Own, sizes: Sizes, *, in_codes: boo
         )
 
 
-def _swallowing_notes(own: Own, words: Mapping[str, Any]) -> Iterator[str]:
-    """What is lost of special tokens that swallow blanks beside them."""
+def tokenizer_notes(own: Own, words: Mapping[str, Any]) -> Iterator[str]:
+    """What is lost of special tokens that swallow blanks beside them, and where llama.cpp has a chat template of its own."""
+    if own.config.num_layers == TEKKEN_DEPTH and words.get("tokenizer.ggml.pre") == "tekken" and "tokenizer.chat_template" not in words:
+        yield (
+            f"llama.cpp takes a model of {TEKKEN_DEPTH} layers with this vocabulary and no chat template for Mistral Small, and renders "
+            "chats by a template of its own: give it prompts, or start it with its option --chat-template"
+        )
     added = json.loads((own.path / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
     if "general.name" not in words and (tokens := swallowing(added)):
         yield (

@@ -136,9 +136,9 @@ def read_rope(settings: Settings, *, head_dim: int) -> dict[str, Any]:
 def _read_scaling(settings: Settings, base: float, rotated: int) -> RopeScaling | None:
     """llama.cpp takes a factor for linear where no type is named, and applies divisors and the magnitude whatever the type."""
     kind, context = settings.take("rope.scaling.type", "linear"), settings.take("context_length")
-    original = settings.take("rope.scaling.original_context_length", context)
-    factor = shortest(settings.take("rope.scaling.factor", 1.0))
-    magnitude = shortest(settings.take("rope.scaling.attn_factor", 1.0))
+    original = settings.take("rope.scaling.original_context_length", context) or context  # 0, and a factor of 0, say nothing
+    factor = shortest(settings.take("rope.scaling.factor", 1.0)) or 1.0
+    magnitude = shortest(settings.positive("rope.scaling.attn_factor", 1.0))
     if kind not in SCALINGS:
         raise ConfigError(f"rope.scaling.type is {kind!r}: {', '.join(SCALINGS)} are understood")
     has_divisors = settings.has("rope_factors_short") or settings.has("rope_freqs")

@@ -39,10 +39,10 @@ class Settings:
         is_null = name in self._values
         if published is not None and not is_null:
             return published
-        if null is not _MISSING:
-            return null
-        if default is not _MISSING and published is None:
-            return default
+        choices = (null, default if published is None else _MISSING) if is_null else (default, null)
+        for choice in choices:
+            if choice is not _MISSING:
+                return choice
         if is_null:
             ways = "give it a value" if published is None else f"give it a value, or delete it for the family's default, {published!r}"
             raise ConfigError(f"{self._where}: {name} is null, which stands for no value of it: {ways}")
@@ -50,9 +50,12 @@ class Settings:
         raise ConfigError(f"{self._where} has no {name!r}, without which the model is not known.{near}")
 
     def optional(self, name: str, absent: Any = None) -> Any:
-        """Return the value of a key for which null has a meaning: None where it is null, the default where there is none."""
-        self._taken.add(name)
-        return self._values.get(name, self._defaults.get(name, absent))
+        """Return the value of a key for which null has a meaning: None where it is null, the default where there is none.
+
+        Raises:
+          ConfigError: it is a number that is not above 0, which libraries take for a number, and compute nothing with.
+        """
+        return self.positive(name, absent, null=None)
 
     def positive(self, name: str, default: Any = _MISSING, *, null: Any = _MISSING) -> Any:
         """Return the value of a key, as `take` does. Raises ConfigError where it is a number that is not above 0."""

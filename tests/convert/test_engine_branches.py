@@ -1,6 +1,7 @@
 """What llama.cpp decides by the depth of a model, by names and by numbers that are zero: it computes what is said here, or is refused."""
 
 import re
+import types
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from slmjax import layers
 from slmjax.convert.directory import Target, export_model, import_model
 from slmjax.convert.families import gemma2, gemma3, granite
 from slmjax.convert.family import Family, read_settings
+from slmjax.convert.gguf import tokenizer_notes
 from slmjax.convert.gguf_file import read_gguf
 from slmjax.convert.gguf_tokenizer import CONTROL, USER_DEFINED, tokenizer_from_gguf, tokenizer_metadata
 from slmjax.convert.source import express
@@ -162,6 +164,16 @@ def test_what_names_do_is_said_on_import() -> None:
     assert "does not load it without a token <unk>" in name_notes(odd)[0]
     added = [{"content": "<a>", "rstrip": True, "lstrip": False}]
     assert name_for(added, {"<a>", "</s>"}) is None and swallowing(added) == ["<a>"]
+
+
+@pytest.mark.parametrize(("num_layers", "pre", "is_told"), [(40, "tekken", True), (39, "tekken", False), (40, "qwen2", False)])
+def test_a_chat_template_that_llama_cpp_adds_is_told(num_layers: int, pre: str, is_told: bool, tmp_path: Path) -> None:
+    """By the depth and the vocabulary alone; a server that has such a file renders chats by a template of Mistral's."""
+    ByteTokenizer().build([]).save(tmp_path / "tokenizer")
+    own: Any = types.SimpleNamespace(path=tmp_path, config=types.SimpleNamespace(num_layers=num_layers))
+    notes = list(tokenizer_notes(own, {"tokenizer.ggml.pre": pre}))
+    assert any("takes a model of 40 layers" in note for note in notes) == is_told
+    assert not list(tokenizer_notes(own, {"tokenizer.ggml.pre": pre, "tokenizer.chat_template": "{{ messages }}"}))
 
 
 # Zeros ----------------------------------------------------------------------------------------------------------------

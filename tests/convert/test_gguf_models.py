@@ -218,6 +218,16 @@ def test_what_is_not_understood_is_named(tiny: GgufFile, tmp_path: Path, metadat
     assert not (tmp_path / "ours").exists(), "nothing is left behind"
 
 
+def test_keys_that_llama_cpp_leaves_out_are_left_out(tiny: GgufFile, tmp_path: Path) -> None:
+    """A scale of scores in this architecture, which is said, and zeros that say nothing."""
+    keys = {"attention.scale": 0.9, "rope.scaling.factor": 0.0, "rope.scaling.original_context_length": 0}
+    path = rewrite(tiny, tmp_path / "odd.gguf", {}, **{f"llama.{name}": value for name, value in keys.items()})
+    assert any("attention.scale is left out" in note for note in import_model(path, tmp_path / "ours").notes)
+    loaded = slmjax.load_model(tmp_path / "ours")
+    ids = loaded.tokenizer.prompt_ids("a scaled one")
+    np.testing.assert_allclose(llama_cpp.logprobs(path, ids, vocab_size=260), log_probabilities(loaded, ids), atol=1e-3)
+
+
 def test_a_factor_without_a_type_is_linear(tiny: GgufFile, tmp_path: Path) -> None:
     """As llama.cpp has it."""
     path = rewrite(tiny, tmp_path / "scaled.gguf", {}, **{"llama.rope.scaling.factor": 4.0})

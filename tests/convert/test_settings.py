@@ -127,6 +127,8 @@ def test_a_null_means_what_it_does_in_transformers(family: Family) -> None:
         ("qwen3_moe", {"decoder_sparse_step": 0}, r"decoder_sparse_step is 0"),
         ("llama", {"hidden_size": None}, r"hidden_size is null, which stands for no value of it: .* the family's default, 4096$"),
         ("granite", {"logits_scaling": None}, r"logits_scaling is null"),
+        ("gemma2", {"attn_logit_softcapping": 0}, r"attn_logit_softcapping is 0, and has to be above 0"),
+        ("mistral", {"sliding_window": 0}, r"sliding_window is 0, and has to be above 0"),
         ("granite4_micro", {"num_local_experts": "absent"}, r"num_local_experts is absent, and by the family's default 8"),
     ],
 )

@@ -87,14 +87,14 @@ def read_gguf(settings: Settings) -> ModelConfig:
     num_layers = settings.take("block_count")
     attention = gguf_settings.read_attention(
         settings,
-        softcap=float(settings.take("attn_logit_softcapping", 50.0)),
+        softcap=float(settings.take("attn_logit_softcapping", 50.0)) or None,
         scale=gguf_settings.read_named_scale(settings, LARGEST),
     )
-    windows = gguf_settings.pattern_windows(num_layers, settings.take("attention.sliding_window", 4096), 2)
+    windows = gguf_settings.pattern_windows(num_layers, settings.positive("attention.sliding_window", 4096), 2)
     ffn = gguf_settings.read_mlp(settings, Activation.GELU)
     return gguf_settings.read_decoder(
         settings, with_windows(attention, ffn, windows, norm=NormPlacement.SANDWICH), norm_kind=NormKind.CENTERED_RMS,
-        embed_multiplier=settings.take("embedding_length") ** 0.5, logit_softcap=float(settings.take("final_logit_softcapping", 30.0)),
+        embed_multiplier=settings.take("embedding_length") ** 0.5, logit_softcap=float(settings.nonzero("final_logit_softcapping", 30.0)),
     )  # fmt: skip
 
 

@@ -107,7 +107,7 @@ def read_gguf(settings: Settings) -> ModelConfig:
     """GGUF metadata -> ModelConfig: in llama.cpp's code, every other layer has a window, and experts their activation."""
     settings.expect("attention.sliding_window_pattern", 2)
     attention = gguf_settings.read_attention(settings, biases=Biases.ALL, sinks=True)
-    windows = gguf_settings.pattern_windows(settings.take("block_count"), settings.take("attention.sliding_window"), 2)
+    windows = gguf_settings.pattern_windows(settings.take("block_count"), settings.positive("attention.sliding_window"), 2)
     ffn = gguf_settings.read_moe(settings, activation=Activation.CLAMPED_SILU, bias=True)
     return gguf_settings.read_decoder(settings, with_windows(attention, ffn, windows))
 

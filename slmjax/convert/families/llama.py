@@ -77,7 +77,10 @@ def read_gguf(settings: Settings) -> ModelConfig:
     has_experts = settings.take("expert_count", 0) > 0
     settings.ignore("expert_used_count")  # 0 in files of models without
     ffn = gguf_settings.read_moe(settings, width="feed_forward_length") if has_experts else gguf_settings.read_mlp(settings)
-    attention = gguf_settings.read_attention(settings, scale=settings.take("attention.scale", None))
+    if settings.has("attention.scale"):
+        settings.ignore("attention.scale")
+        settings.notes.append("attention.scale is left out, as llama.cpp does for this architecture")
+    attention = gguf_settings.read_attention(settings)
     return gguf_settings.read_decoder(settings, [BlockConfig(mixer=attention, ffn=ffn)] * settings.take("block_count"))
 
 
