@@ -13,6 +13,7 @@ from slmjax import config as config_io
 from slmjax.data import provenance
 from slmjax.data.pipeline import BatchSource
 from slmjax.experiment import Experiment
+from slmjax.moe import MoeConfig
 from slmjax.numerics.weights import is_beside_a_weight, is_of_input
 from slmjax.parameters import Definition
 from slmjax.processes import broadcast_text
@@ -80,6 +81,10 @@ def announce(setup: Setup, run: RunDirectory, source: BatchSource, progress: Pro
         f"{rows:,} rows of {data.sequence_length} tokens, {source.packing_efficiency:.1%} filled; "
         f"{setup.experiment.run.steps:,} steps of {data.batch_size} rows are {epochs:.2f} epochs"
     )
+    ffns = (block.ffn for segment in setup.definition.config.stack for block in segment.pattern)
+    notes = (ffn.training_note() for ffn in ffns if isinstance(ffn, MoeConfig))
+    for note in dict.fromkeys(filter(None, notes)):
+        log.warning("%s", note)
     if first_step:
         progress.print(f"resuming after step {first_step}")
     log.info(keeping_of_programs())

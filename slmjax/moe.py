@@ -67,11 +67,6 @@ class MoeConfig(FfnConfig):
             raise ValueError(f"ffn.hidden_dim must be at least 1, got {self.hidden_dim}")
         if self.shared_hidden_dim < 0:
             raise ValueError(f"ffn.shared_hidden_dim is {self.shared_hidden_dim}: set a width, or 0 for no shared expert")
-        if self.num_selected == 1 and self.normalize_weights:
-            raise ValueError(
-                "ffn.normalize_weights with one selected expert makes every weight 1, and the loss cannot train the router: "
-                "set ffn.normalize_weights to False, or ffn.num_selected above 1"
-            )
         if negative := [name for name in ("balance_weight", "bias_rate", "z_weight") if getattr(self, name) < 0]:
             raise ValueError(f"ffn.{negative[0]} must not be negative: 0 turns it off")
         if self.capacity_factor is not None and self.capacity_factor <= 0:
@@ -84,6 +79,18 @@ class MoeConfig(FfnConfig):
     def active_share(self) -> float:
         """Share of the experts that one token uses."""
         return self.num_selected / self.num_experts
+
+    def training_note(self) -> str | None:
+        """Return what a user must know who trains this layer; None if there is nothing."""
+        if self.num_selected > 1 or not self.normalize_weights:
+            return None
+        terms = {"balance_weight": self.balance_weight if self.balance is Balance.AUX_LOSS else 0.0, "z_weight": self.z_weight}
+        trained_by = " and ".join(f"ffn.{name}={weight:g}" for name, weight in terms.items() if weight)
+        trained = f"only {trained_by} trains it" if trained_by else "nothing trains it"
+        return (
+            "with ffn.num_selected=1 and ffn.normalize_weights every token's expert has the weight 1: the loss gives the router no "
+            f"gradient, and {trained}. For a router that learns from the loss set ffn.normalize_weights=False"
+        )
 
     def for_inference(self) -> "MoeConfig":
         """Without a capacity: which tokens an expert has no room for depends on the others, and on how many are asked at a time."""
@@ -121,7 +128,9 @@ def route(logits: Float[Array, "B T E"], real: Bool[Array, "B T"], bias: Float[A
     preference = scores if bias is None else scores + bias[None, None, :]
     _, experts = jax.lax.top_k(jax.lax.stop_gradient(preference), config.num_selected)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
-    if config.normalize_weights:
+    if config.normalize_weights and config.num_selected == 1:
+        weights = jnp.ones_like(weights)  # what a score over itself is, without the rounding that would pass for its gradient
+    elif config.normalize_weights:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
     return Routing(
         weights=jnp.where(real[:, :, None], weights * config.routed_scale, 0.0),

@@ -230,6 +230,41 @@ def test_softmax_routing_by_hand():
     np.testing.assert_allclose(plain.weights, [[[0.4, 0.3], [0.6, 0.2]]], rtol=1e-6)
 
 
+ONE = dataclasses.replace(DROPLESS, num_selected=1)
+
+
+@pytest.mark.parametrize("score", RouterScore)
+def test_one_expert_with_normalized_weights(score):
+    """Its weight is 1 and has no gradient, exactly, however small its score; the auxiliary losses have one."""
+    config, logits = dataclasses.replace(ONE, score=score, routed_scale=2.5), LOGITS - 43.0
+    routing = moe.route(logits, REAL, None, config=config)
+    np.testing.assert_array_equal(routing.experts, [[[3], [0]]])
+    np.testing.assert_array_equal(routing.weights, [[[2.5], [2.5]]])
+    of_loss = jax.grad(lambda x: jnp.sum(jnp.sin(moe.route(x, REAL, None, config=config).weights)))(logits)
+    of_balance = jax.grad(lambda x: moe.balance_loss(moe.route(x, REAL, None, config=config), REAL))(LOGITS)
+    assert not np.any(of_loss) and np.abs(of_balance).max() > 0.01
+    padding = moe.route(logits, jnp.asarray([[False, True]]), None, config=config)
+    assert not np.any(padding.weights[0, 0]) and padding.experts[0, 0, 0] == 4
+
+
+def test_the_router_of_one_expert_learns_from_auxiliary_losses_alone():
+    """With a capacity, on a mesh that divides experts: as on one device, and without them the router's gradient is exactly 0."""
+    quiet = dataclasses.replace(ONE, balance=Balance.NONE, z_weight=0.0, capacity_factor=0.75)
+    x, segment_ids = inputs()
+    graph, state = built(quiet)
+    layer = nnx.merge(graph, state)
+    expected_y = dense_loss(layer, x, segment_ids, *selected_and_kept(layer, x, segment_ids))[1]
+    mesh = sharding.make_mesh(DATA_EXPERT_TENSOR)
+    with jax.set_mesh(mesh):
+        batch = placement.place_batch((np.asarray(x), np.asarray(segment_ids)), mesh)
+        (_, (y, _)), (of_layer, of_x) = compiled(quiet)(state, *batch)
+    assert_trees_close(y, expected_y)
+    assert not np.any(of_layer.router.weight[...]) and np.any(of_layer.experts.up[...]) and np.any(of_x)
+    assert quiet.training_note() is not None and "nothing trains it" in quiet.training_note()
+    assert "only ffn.balance_weight=0.01 and ffn.z_weight=0.5 trains it" in str(ONE.training_note())
+    assert DROPLESS.training_note() is None and dataclasses.replace(ONE, normalize_weights=False).training_note() is None
+
+
 def test_bias_changes_the_selection_and_not_the_weights():
     routing = moe.route(LOGITS, REAL, jnp.asarray([0.0, 9.0, 0.0, 0.0]), config=DEEPSEEK)
     np.testing.assert_array_equal(routing.experts, [[[1, 3], [1, 0]]])
@@ -269,7 +304,6 @@ def test_biases_move_towards_an_even_load():
     ("settings", "message"),
     [
         ({"num_selected": 9}, "between 1 and ffn.num_experts, 8"),
-        ({"num_selected": 1}, "set ffn.normalize_weights to False"),
         ({"hidden_dim": 0}, "at least 1"),
         ({"shared_hidden_dim": -1}, "0 for no shared expert"),
         ({"z_weight": -1.0}, "ffn.z_weight must not be negative"),

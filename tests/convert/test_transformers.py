@@ -59,6 +59,20 @@ def test_other_configurations_equal_transformers(case: str, change: str, tmp_pat
     assert canonical(theirs) == canonical(back)
 
 
+@pytest.mark.parametrize("case", ["qwen3_moe", "olmoe", "mixtral", "gpt_oss"])
+def test_one_expert_with_normalized_weights_equals_transformers(case: str, tmp_path: Path) -> None:
+    class_name, settings = CASES[case]
+    one = {"num_experts_per_tok": 1} | ({"norm_topk_prob": True} if case in ("qwen3_moe", "olmoe") else {})
+    found = golden(class_name, settings | one)
+    write_model(tmp_path / "theirs", found["config"], found["shapes"])
+    import_model(tmp_path / "theirs", tmp_path / "ours", tokenizer=tiny_tokenizer(tmp_path))
+    loaded, ids = slmjax.load_model(tmp_path / "ours"), tokens(VOCAB_SIZE).astype(np.int32)
+    np.testing.assert_allclose(jax.jit(slmjax.logits)(loaded.model, ids)[0], np.array(found["logits"]), atol=2e-4)
+    export_model(tmp_path / "ours", tmp_path / "back", to=Target.HF)
+    theirs, back = (hf.open_directory(tmp_path / name).config for name in ("theirs", "back"))
+    assert canonical(theirs) == canonical(back)
+
+
 def logits_of_transformers(directory: Path, ids: np.ndarray) -> np.ndarray:
     import torch
     import transformers
