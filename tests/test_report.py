@@ -1,5 +1,6 @@
 """Pages of runs: what they hold, what they must not hold, and, in a browser without a window, how they look."""
 
+import dataclasses
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import pytest
 from slmjax.cli import main
 from slmjax.report import RunRecords, config_differences, list_runs, read_run, write_comparison, write_report
 from slmjax.report.charts import COLOURS, DARK_COLOURS, POINTS, Chart, lines, run_charts
+from slmjax.report.comparison import results
 
 EVIL = "</script><script>alert(1)</script><img src=http://example.com/x.png>"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -210,6 +212,12 @@ def test_commands(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "optim.lr" in output(capsys, "compare", str(run_dir), str(other), "--output", str(compared)) and compared.is_file()
     found = json.loads(output(capsys, "compare", str(run_dir), str(other), "--output", str(compared), "--json"))
     assert found["settings"]["optim.lr"] == {"moe-run": 0.001, "other": 0.003} and found["results"]["status"]["other"] == "unfinished"
+
+
+def test_a_comparison_shows_what_each_run_was_evaluated_on(run_dir: Path) -> None:
+    record = {"source": "a.jsonl", "fingerprint": "0123456789", "heldout": {"documents": 6, "bytes": 1254}}
+    runs = [dataclasses.replace(read_run(run_dir), data=data) for data in ([record], [{"source": "a.jsonl"}])]
+    assert ("held_out_text", "6 documents of 01234567, 1,254 bytes", None) in results(runs)
 
 
 def test_without_the_extra(run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

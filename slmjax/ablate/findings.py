@@ -9,12 +9,14 @@ correction, those that could not be made counted as showing nothing. `layout.py`
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from slmjax import trainer
 from slmjax.ablate.arms import Arm, Derived
 from slmjax.ablate.statistics import PairedDifference, Summary, Verdict, decide, holm, paired_difference, summarize
 from slmjax.ablate.study import FINISHED, Member, Study, member_experiment
 from slmjax.config import fingerprint, near_names
+from slmjax.data import provenance
 
 FEW_PAIRS = 6  # below, the bootstrap's interval is much too narrow
 
@@ -89,8 +91,8 @@ def analyze(study: Study, members: Sequence[Member], *, further: Sequence[tuple[
     )  # fmt: skip
     is_matched, budget_notes = _budget(study, by_key)
     notes = (
-        *_notes_of_members(study, by_key), *budget_notes, *_notes_of_data(study, members), *_notes_of_noise(study, comparisons),
-        *_notes_of_commits(members),
+        *_notes_of_members(study, by_key), *budget_notes, *_notes_of_data(study, members), *_notes_of_changed_text(study, members),
+        *_notes_of_noise(study, comparisons), *_notes_of_commits(members),
     )  # fmt: skip
     return Findings(
         study=study.name, metric=study.metric, lower_is_better=study.lower_is_better, confidence=study.confidence,
@@ -214,6 +216,27 @@ def _notes_of_data(study: Study, members: Sequence[Member]) -> list[str]:
     for arm, place in sorted(elsewhere):
         if place != trainer.ALL:
             notes.append(f"{arm}: loss and bits per byte were measured on {place}, not on all held-out text.")
+    return notes
+
+
+def _notes_of_changed_text(study: Study, members: Sequence[Member]) -> list[str]:
+    """Members with the settings of others, whose records say that their sources had other text."""
+    first: dict[str, tuple[Member, provenance.Record]] = {}
+    notes = []
+    for member in members:
+        record = (
+            provenance.read_record(Path(member.result["run_dir"])) if member.status == FINISHED and "run_dir" in member.result else None
+        )
+        if record is None:
+            continue
+        experiment = member_experiment(study, member.arm, member.seed)
+        data = dataclasses.replace(experiment.data, seed=0, cache_dir=None, sequence_length=1, batch_size=1, read_threads=1, prefetch=1)
+        other, before = first.setdefault(f"{fingerprint(data)} {fingerprint(experiment.tokenizer)}", (member, record))
+        if changed := provenance.differences(before, record):
+            notes.append(
+                f"{member.arm}, seed {member.seed} has other text than {other.arm}, seed {other.seed}: {'; '.join(changed)}. Figures of the"
+                " two do not compare: train one of them again."
+            )
     return notes
 
 

@@ -10,7 +10,7 @@ from slmjax.report.reading import RunRecords, number, read_run
 
 FIGURES = (
     "status", "step", "loss", "bits_per_byte", "perplexity", "best_loss", "parameters", "tokens", "tokens_per_second", "seconds",
-    "skipped", "commit",
+    "skipped", "commit", "held_out_text",
 )  # fmt: skip
 ABSENT = "—"
 
@@ -80,11 +80,23 @@ def results(runs: Sequence[RunRecords]) -> list[Row]:
 def _figure(run: RunRecords, name: str) -> Any:
     if name == "status":
         return run.status
+    if name == "held_out_text":
+        return _held_out_text(run)
     if name in ("loss", "bits_per_byte"):
         return number(run.held_out.get(name))
     if run.result is not None and name in run.result:
         return run.result[name]
     return run.last_step if name == "step" else None
+
+
+def _held_out_text(run: RunRecords) -> str | None:
+    """What a run was evaluated on: runs with another one do not compare. None where its record does not say."""
+    parts = [
+        f"{entry['heldout']['documents']:,} documents of {entry['fingerprint'][:8]}, {entry['heldout']['bytes']:,} bytes"
+        for entry in run.data
+        if entry.get("heldout") is not None
+    ]
+    return "; ".join(parts) or None
 
 
 def config_differences(runs: Sequence[RunRecords]) -> list[Row]:

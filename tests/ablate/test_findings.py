@@ -144,6 +144,20 @@ def test_no_noise_is_no_evidence(tmp_path: Path) -> None:
     assert "| fast & loose | 3 | 1.0020 ± 0.0000 | +0.0010000 | — | — | 1.000 | not resolved |" in findings_markdown(findings)
 
 
+def test_members_with_other_text_are_named(tmp_path: Path) -> None:
+    members = list(run_study(three_arms(), tmp_path, train=StubTrainer()))
+    entry = {"source": "corpus.jsonl", "documents": 55, "bytes": 900, "hash": "a", "heldout": None, "tokenizer": "t", "fingerprint": "f"}
+    for i, member in enumerate(members):
+        run_dir = tmp_path / str(i)
+        run_dir.mkdir()
+        changed = {"documents": 56, "bytes": 910, "hash": "b", "fingerprint": "g"} if i == 4 else {}
+        (run_dir / "data.json").write_text(json.dumps([entry | changed]))
+        members[i] = dataclasses.replace(member, result=member.result | {"run_dir": str(run_dir)})
+    notes = [note for note in analyze(three_arms(), members).notes if "other text" in note]
+    assert len(notes) == 1 and notes[0].startswith(f"{members[4].arm}, seed {members[4].seed} has other text than")
+    assert "corpus.jsonl had 55 documents (900 bytes) to train on, and has 56 documents (910 bytes) to train on" in notes[0]
+
+
 def test_what_weakens_a_comparison_is_noted(tmp_path: Path) -> None:
     arms, third = three_arms().arms, experiment(LR["third"])
     longer = dataclasses.replace(third.data, sequence_length=128)
