@@ -12,12 +12,10 @@ def eval_command(words: Sequence[str]) -> int:
     """evaluate a model: slmjax eval RUN_DIR [--data.path FILE] [--multiple-choice FILE] [--lm-eval TASK] [--efficiency]"""
     from slmjax import loading
     from slmjax.data.config import DataConfig
-    from slmjax.data.provenance import ChangedData
-    from slmjax.experiment import read_experiment
+    from slmjax.data.provenance import ChangedData, own_data
 
     load_code(words)
-    run = next((Path(word) for word in words if (Path(word) / "config.json").is_file()), None)
-    of_run = DataConfig() if run is None else read_experiment(run).data
+    of_run = next(filter(None, (own_data(Path(word)) for word in words if not word.startswith("-"))), DataConfig())
     if option(words, "--data.path") is not None:
         of_run = dataclasses.replace(of_run, heldout_fraction=0.0)  # another text is evaluated whole, unless a fraction is given
 

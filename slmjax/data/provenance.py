@@ -129,7 +129,7 @@ def held_out_after_change(data: DataConfig) -> str:
 
 def changes_on_resume(run: Path, data: DataConfig, now: Record) -> list[str]:
     """Sentences about what a run goes on with: sources that changed since its record, or another division of the same text."""
-    own, before = _own_data(run), read_record(run)
+    own, before = own_data(run), read_record(run)
     if own is not None and any(getattr(own, name) != getattr(data, name) for name in ("split", "heldout_by", "heldout_fraction")):
         return overlap(run, data, now)
     changed = [] if before is None else differences(before, now)
@@ -153,12 +153,15 @@ def documents_to_evaluate(
       ValueError: the text has changed and `changed_data` is REFUSE; it is RECORDED and the cache does not have the text; or as
         `prepare`.
     """
-    own, record = _own_data(directory), read_record(directory)
-    if own is None or _divided(own) != _divided(data) or record is None:
+    own, record = _readable_own_data(directory), read_record(directory)
+    if own is None or _divided(own) != _divided(data):
         prepared = prepare(data, tokenizer, log=log)
         for sentence in overlap(directory, data, describe(prepared, data)):
             log(f"{sentence}.")
         return _documents(prepared)
+    if record is None:
+        log(f"{directory} has no record of its data: it is not known whether its text is still what it was trained on.")
+        return _documents(prepare(data, tokenizer, log=log))
     recorded = recorded_heldout(record, data)
     if changed_data is ChangedData.RECORDED:
         if recorded is None:
@@ -220,7 +223,7 @@ def overlap(directory: Path, data: DataConfig, now: Record) -> list[str]:
       now: its record (`describe`).
     """
     try:
-        own = _own_data(directory)
+        own = own_data(directory)
     except ConfigError as error:
         return [f"it is not known whether {directory} was trained on what is held out here: its settings cannot be read ({error})"]
     if own is None:
@@ -233,15 +236,15 @@ def overlap(directory: Path, data: DataConfig, now: Record) -> list[str]:
         same = [one for one in before if _is_same_source(one, entry)]
         if same and not any(_holds_out_the_same(one, entry, own, data) for one in same):
             found.append(
-                f"{directory} was trained on text of {entry['source']} too, and {_in_words(own)}, where here {_in_words(data)}: it was"
-                " trained on some of what is evaluated here, whose loss is then too low"
+                f"{directory} was trained on text of {entry['source']} too, and there {_in_words(own)}, here {_in_words(data)}: some of"
+                " what is evaluated here may have been trained on, so that its loss may be too low"
             )
     return found
 
 
 def overlap_with_own(directory: Path, own: Path) -> list[str]:
     """As `overlap`, with the text that the model in `own` holds out; nothing is said where it is not known."""
-    data, now = _own_data(own), read_record(own)
+    data, now = _readable_own_data(own), read_record(own)
     return [] if data is None or now is None or data.heldout_fraction == 0 else overlap(directory, data, now)
 
 
@@ -266,10 +269,25 @@ def _in_words(data: DataConfig) -> str:
     return f"{data.heldout_fraction:g} {kind} is held out"
 
 
-def _own_data(directory: Path) -> DataConfig | None:
-    """What a model was trained on. Raises ConfigError for classes that are not known."""
+def own_data(directory: Path) -> DataConfig | None:
+    """The data settings of a run, or of a model made of one; None for a model of other people.
+
+    Raises:
+      ConfigError: they name classes that are not known.
+    """
     settings = read_settings(directory).get("data")
-    return None if settings is None else from_json(DataConfig, settings)
+    try:
+        return None if settings is None else from_json(DataConfig, settings)
+    except ConfigError as error:
+        raise ConfigError(f"{directory}: data.{error}") from error
+
+
+def _readable_own_data(directory: Path) -> DataConfig | None:
+    """As `own_data`; None too for settings that cannot be read."""
+    try:
+        return own_data(directory)
+    except ConfigError:
+        return None
 
 
 def _divided(data: DataConfig) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from slmjax import parameters
+from slmjax import parameters, session
 from slmjax.architecture import BlockConfig, ModelConfig, Segment
 from slmjax.attention import AttentionConfig
 from slmjax.config import to_json
@@ -19,12 +19,15 @@ from slmjax.data.config import DataConfig, HeldOutBy, Split
 from slmjax.data.preparation import prepare
 from slmjax.data.provenance import ChangedData
 from slmjax.data.tokenizers import ByteTokenizer
+from slmjax.distill.config import DistillConfig, TeacherConfig
 from slmjax.evaluation import evaluate
 from slmjax.evaluation.bits_per_byte import documents_of
+from slmjax.experiment import Experiment, FromModel
 from slmjax.layers import MlpConfig
 from slmjax.loading import Loaded
 from slmjax.quant.loss_check import text_windows
 from slmjax.quant.rounding import Clip, _origin
+from slmjax.step import ObjectiveConfig
 from tests.data.test_held_out import TEXTS, corpus
 
 BLOCK = BlockConfig(mixer=AttentionConfig(num_heads=1), ffn=MlpConfig(hidden_dim=8))
@@ -109,7 +112,7 @@ def test_the_run_s_text_divided_otherwise_is_said(loaded: Loaded, data: DataConf
     documents_of(loaded, dataclasses.replace(data, heldout_fraction=0.05), log=lines.append)
     assert lines == [] or all("prepared" in line for line in lines)  # held out then too
     documents_of(loaded, dataclasses.replace(data, heldout_fraction=0.5), log=lines.append)
-    assert "was trained on some of what is evaluated here" in lines[-1]
+    assert "some of what is evaluated here may have been trained on" in lines[-1]
 
 
 def test_a_model_made_of_a_run_has_its_record(run: Path, data: DataConfig, tmp_path: Path) -> None:
@@ -121,6 +124,22 @@ def test_a_model_made_of_a_run_has_its_record(run: Path, data: DataConfig, tmp_p
     (model / "origin.json").write_text(json.dumps(origin))
     assert provenance.read_record(model) == provenance.read_record(run) == now(data)
     assert provenance.read_settings(model)["data"] == to_json(data)
+
+
+def test_a_run_without_a_record_says_so(loaded: Loaded, data: DataConfig) -> None:
+    (loaded.path / "data.json").unlink()
+    lines: list[str] = []
+    documents_of(loaded, data, log=lines.append)
+    assert "it is not known whether its text is still what it was trained on" in lines[0] and len(lines) == 1
+
+
+def test_settings_of_unknown_classes_do_not_stop_another_evaluation(loaded: Loaded, data: DataConfig) -> None:
+    settings = to_json(dataclasses.replace(data, path=None))
+    settings["sources"][0]["source"]["type"] = "SourceOfTheUser"
+    (loaded.path / "config.json").write_text(json.dumps({"data": settings}))
+    lines: list[str] = []
+    assert documents_of(loaded, data, log=lines.append)
+    assert "its settings cannot be read" in lines[-1] and "SourceOfTheUser" in lines[-1]
 
 
 # --- Records ---------------------------------------------------------------------------------------------------------------------
@@ -200,3 +219,16 @@ def test_a_changed_file_overlaps_only_where_places_decide(data: DataConfig, tmp_
     assert provenance.overlap(runs[1], by_id, now(by_id))
     other = corpus(tmp_path / "other.jsonl", ["Other text"] * 5 + TEXTS[:5])
     assert provenance.overlap(runs[0], other, now(dataclasses.replace(other, heldout_fraction=0))) == []
+
+
+def test_a_new_run_names_models_that_were_trained_on_what_it_holds_out(
+    data: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fractions = {"first": 0.0, "teacher": 0.05, "honest": 0.1}
+    first, teacher, honest = (
+        write_run(tmp_path / name, dataclasses.replace(data, heldout_fraction=fraction)) for name, fraction in fractions.items()
+    )
+    distill = DistillConfig(teachers=tuple(TeacherConfig(path=str(path)) for path in (teacher, honest)))
+    asked = Experiment(model=CONFIG, data=data, init=FromModel(path=str(first)), objective=ObjectiveConfig(distill=distill))
+    session._warn_of_overlap(asked, prepare(data, ByteTokenizer(), log=lambda _: None))
+    assert [str(tmp_path / name) in caplog.text for name in fractions] == [True, True, False]
