@@ -20,6 +20,7 @@ from slmjax.convert.gguf_file import GgufFile, PendingTensor, num_bytes, read_gg
 from slmjax.convert.gguf_tokenizer import tokenizer_from_gguf, tokenizer_metadata
 from slmjax.convert.source import Found, Own, Written, code_notes, express, read_origin
 from slmjax.convert.swallowed_blanks import name_notes, swallowing
+from slmjax.data import conventions
 from slmjax.data.shards import file_sha256
 from slmjax.data.tokenizers import Tokenizer
 
@@ -105,6 +106,10 @@ def _tokenizer(path: Path, file: GgufFile) -> Tokenizer | None:
     return Tokenizer(
         found.backend, bos=found.bos or eos, eos=eos, ends=ends, adds_bos=found.adds_bos, has_bos=found.bos is not None,
         chat_template=found.chat_template, unk=found.unk, pad=found.pad,
+        sources={
+            "bos": "tokenizer.ggml.bos_token_id of the file" if found.bos is not None else conventions.STAND_IN,
+            "eos": f"tokenizer.ggml.{'eos' if found.eos is not None else 'eot'}_token_id of the file",
+        },
     )  # fmt: skip
 
 

@@ -109,11 +109,14 @@ def _tokenizer(directory: Path, values: dict[str, Any]) -> Tokenizer | None:
     """The directory's tokenizer, with every token that ends a text or a turn."""
     if not (directory / "tokenizer.json").is_file():
         return None
-    tokenizer, path = Tokenizer.load(directory), directory / "generation_config.json"
-    ends = (_read_json(path) if path.is_file() else {}).get("eos_token_id", values.get("eos_token_id"))
-    ids = [id for id in (ends if isinstance(ends, list) else [ends]) if isinstance(id, int) and id != tokenizer.eos_id]
-    names = [name for name in map(tokenizer.name_of, ids) if name is not None]
-    return Tokenizer.load(directory, ends=names) if names else tokenizer
+    path = directory / "generation_config.json"
+    generation = _read_json(path) if path.is_file() else {}
+    listed = {kind: generation.get(f"{kind}_token_id", values.get(f"{kind}_token_id")) for kind in ("bos", "eos")}
+    ids = {kind: [id for id in (value if isinstance(value, list) else [value]) if isinstance(id, int)] for kind, value in listed.items()}
+    model_ids = {kind: next(iter(found), None) for kind, found in ids.items()}
+    tokenizer = Tokenizer.load(directory, model_ids=model_ids)
+    names = [name for id in ids["eos"] if id != tokenizer.eos_id and (name := tokenizer.name_of(id)) is not None]
+    return Tokenizer.load(directory, ends=names, model_ids=model_ids) if names else tokenizer
 
 
 def _license(directory: Path) -> str | None:

@@ -26,7 +26,7 @@ from jaxtyping import Int32
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from slmjax.data import conventions, spans
-from slmjax.data.conventions import BOS, EOS
+from slmjax.data.conventions import BOS, EOS, SpecialToken
 from slmjax.data.detokenization import Detokenizer
 from slmjax.data.marks import MarkedVocabulary, names_pattern
 from slmjax.data.plain_text import checked_encodings, plain_text_backend, unknown_token
@@ -56,6 +56,7 @@ class Tokenizer:
       has_bos: False where BOS is another token that stands in for one: files then name none.
       chat_template: Jinja source that makes a text of messages.
       unk, pad: other names that are kept for those who read the files.
+      sources: why "bos" and "eos" are these tokens, for reports.
 
     Raises:
       ValueError: the vocabulary lacks one of these tokens.
@@ -63,7 +64,7 @@ class Tokenizer:
 
     def __init__(
         self, backend: tokenizers.Tokenizer, *, bos: str, eos: str, ends: Sequence[str] = (), adds_bos: bool = True, has_bos: bool = True,
-        chat_template: str | None = None, unk: str | None = None, pad: str | None = None,
+        chat_template: str | None = None, unk: str | None = None, pad: str | None = None, sources: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         backend.no_truncation()  # a tokenizer.json may ask for either, and would cut documents short
         backend.no_padding()
@@ -74,6 +75,8 @@ class Tokenizer:
         self._backend = backend
         self.bos, self.eos, self.unk, self.pad = bos, eos, unk, pad
         self.ends = tuple(name for name in dict.fromkeys(ends) if name != eos)
+        own = {"bos": bos == BOS, "eos": eos == EOS}
+        self._sources = {kind: conventions.OWN_NAME if is_own else conventions.OPTION for kind, is_own in own.items()} | dict(sources or {})
         self.adds_bos, self.has_bos, self.chat_template = adds_bos, has_bos or adds_bos, chat_template
         self.vocab_size = max(vocabulary.values()) + 1
         if self.vocab_size > 2 * len(vocabulary) + 100_000:  # what is kept for each id would fill the memory
@@ -132,6 +135,12 @@ class Tokenizer:
     def specification(self) -> dict[str, Any]:
         """The vocabulary as a tokenizer.json has it."""
         return json.loads(self._backend.to_str())
+
+    @property
+    def special_tokens(self) -> dict[str, SpecialToken]:
+        """BOS ("bos") and EOS ("eos") with the reason why they are these."""
+        tokens = {"bos": (self.bos, self.bos_id), "eos": (self.eos, self.eos_id)}
+        return {kind: SpecialToken(name=name, id=id, source=self._sources[kind]) for kind, (name, id) in tokens.items()}
 
     def name_of(self, id: int) -> str | None:
         """The token that has this id; None where none has."""
@@ -200,19 +209,20 @@ class Tokenizer:
         (directory / "tokenizer.json").write_text(json.dumps(specification, indent=2, ensure_ascii=False), encoding="utf-8")
         written = conventions.Conventions(
             bos=self.bos, eos=self.eos, unk=self.unk, pad=self.pad, ends=self.ends, has_bos=self.has_bos, adds_bos=self.adds_bos,
-            chat_template=self.chat_template,
+            chat_template=self.chat_template, sources=self._sources,
         )  # fmt: skip
         conventions.write_conventions(directory, written)
 
     @classmethod
     def load(
-        cls, path: Path, *, bos: str | None = None, eos: str | None = None, ends: Sequence[str] | None = None, adds_bos: bool | None = None
-    ) -> "Tokenizer":
+        cls, path: Path, *, bos: str | None = None, eos: str | None = None, ends: Sequence[str] | None = None, adds_bos: bool | None = None,
+        model_ids: Mapping[str, int | None] | None = None,
+    ) -> "Tokenizer":  # fmt: skip
         """Reads a tokenizer.json or the directory that holds one.
 
-        What is not given is as the files beside it say, else BOS and EOS go by their usual names. A text begins with BOS
-        where tokenizer_config.json says so, else where the post-processor puts it there or BOS is that of vocabularies
-        made here.
+        BOS and EOS are found by the rules of `data/conventions.py`; `model_ids` are those that the model's configuration has for
+        "bos" and "eos". A text begins with BOS where tokenizer_config.json says so, else where the post-processor puts it there
+        or BOS is that of vocabularies made here.
 
         Raises:
           ValueError: there is no such file, it is damaged, or no token would be BOS or EOS.
@@ -227,25 +237,27 @@ class Tokenizer:
         found = conventions.read_conventions(file.parent)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         special = sorted(token.content for token in backend.get_added_tokens_decoder().values())
-        named_bos = conventions.special_name("bos", given=bos, configured=found.bos, vocabulary=vocabulary, special=special, file=file)
-        named_eos = conventions.special_name("eos", given=eos, configured=found.eos, vocabulary=vocabulary, special=special, file=file)
+        known = {"vocabulary": vocabulary, "special": special, "file": file, "conventions": found}
+        end = conventions.end_token(option=eos, model=(model_ids or {}).get("eos"), **known)
+        begin = conventions.begin_token(option=bos, model=(model_ids or {}).get("bos"), eos=end, **known)
         if adds_bos is None:
             adds_bos = found.adds_bos
             if adds_bos is None:
                 processor = json.loads(backend.to_str())["post_processor"]
-                adds_bos = conventions.begins_with_bos(processor, bos=named_bos) or named_bos == BOS
+                adds_bos = conventions.begins_with_bos(processor, bos=begin.name) or begin.name == BOS
         # A name that is configured and absent from the vocabulary means nothing to the model.
         unk, pad = (name if name in vocabulary else None for name in (found.unk, found.pad))
         return cls(
-            backend, bos=named_bos, eos=named_eos, adds_bos=adds_bos, has_bos=found.has_bos or bos is not None, unk=unk, pad=pad,
+            backend, bos=begin.name, eos=end.name, adds_bos=adds_bos, has_bos=found.has_bos or bos is not None, unk=unk, pad=pad,
             ends=tuple(name for name in found.ends if name in vocabulary) if ends is None else ends, chat_template=found.chat_template,
+            sources={"bos": begin.source, "eos": end.source},
         )  # fmt: skip
 
     def _with_backend(self, backend: tokenizers.Tokenizer) -> "Tokenizer":
         """A tokenizer with the same conventions."""
         return Tokenizer(
             backend, bos=self.bos, eos=self.eos, ends=self.ends, adds_bos=self.adds_bos, has_bos=self.has_bos,
-            chat_template=self.chat_template, unk=self.unk, pad=self.pad,
+            chat_template=self.chat_template, unk=self.unk, pad=self.pad, sources=self._sources,
         )  # fmt: skip
 
     def _reserved(self, vocabulary: Mapping[str, int], *, unknown: str | None) -> dict[str, int]:

@@ -55,7 +55,8 @@ def test_bos_comes_first_where_the_model_wants_it(case: str, tmp_path: Path) -> 
     ids = loaded.encode("ab<s>")
     assert 256 not in ids  # special tokens are no text
     assert loaded.prompt_ids("ab<s>") == ([256, *ids] if expected else ids)
-    assert loaded.prompt_batch(["", "ab<s>"]) == [[256], loaded.prompt_ids("ab<s>")]
+    begin = 257 if case == "no_bos_at_all" else 256  # EOS stands in for it
+    assert loaded.prompt_batch(["", "ab<s>"]) == [[begin], loaded.prompt_ids("ab<s>")]
     loaded.save(tmp_path / "again")
     again = Tokenizer.load(tmp_path / "again")
     assert (again.adds_bos, again.has_bos, again.hash) == (loaded.adds_bos, loaded.has_bos, loaded.hash)
@@ -64,7 +65,7 @@ def test_bos_comes_first_where_the_model_wants_it(case: str, tmp_path: Path) -> 
     kept_eos = [257] if case == "template_of_eos" else []
     assert saved.encode("ab").ids == [*([256] if expected else []), *loaded.encode("ab"), *kept_eos]
     # A run's documents begin with BOS, and so do its prompts.
-    assert FileTokenizer(path=str(tmp_path)).build([]).prompt_ids("ab")[0] == 256
+    assert FileTokenizer(path=str(tmp_path)).build([]).prompt_ids("ab")[0] == begin
 
 
 def test_vocabularies_made_here_begin_with_bos_and_keep_their_hash(tmp_path: Path) -> None:
@@ -108,6 +109,65 @@ def test_nothing_is_lost_between_save_and_load(tmp_path: Path) -> None:
     assert given.end_ids == (257, 259) and given.adds_bos and given.has_bos
     with pytest.raises(ValueError, match="no token '<|im_end|>': add it first"):
         Tokenizer.load(tmp_path / "saved", ends=["<|im_end|>"])
+
+
+OLDER = {"eos_token": "</s>", "clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+@pytest.mark.parametrize(
+    ("config", "model_ids", "bos", "eos"),
+    [
+        (None, {}, ("<s>", "first of the usual names in the vocabulary"), ("</s>", "first of the usual names in the vocabulary")),
+        ({"eos_token": "</s>"}, {}, ("<s>", "first of the usual names in the vocabulary"), ("</s>", "eos_token of tokenizer_config.json")),
+        (
+            {"bos_token": None, "eos_token": "</s>"},
+            {},
+            ("</s>", "EOS, since the tokenizer has no BOS"),
+            ("</s>", "eos_token of tokenizer_config.json"),
+        ),
+        (
+            {"bos_token": None, "eos_token": None},
+            {"bos": 259, "eos": 258},
+            ("<unk>", "bos_token_id of the model's configuration"),
+            ("<|eot_id|>", "eos_token_id of the model's configuration"),
+        ),
+        ({"bos_token": "<unk>"}, {"bos": 256}, ("<unk>", "bos_token of tokenizer_config.json"), ("</s>", "first of the usual names")),
+        # What slmjax wrote before for a model without BOS, whose documents began with the first of the usual names.
+        (
+            {**OLDER, "bos_token": None, "add_bos_token": False},
+            {},
+            ("<s>", "first of the usual names"),
+            ("</s>", "eos_token of tokenizer_config.json"),
+        ),
+    ],
+)
+def test_bos_and_eos_follow_the_rules_and_say_which(
+    config: dict[str, object] | None, model_ids: dict[str, int | None], bos: tuple[str, str], eos: tuple[str, str], tmp_path: Path
+) -> None:
+    loaded = Tokenizer.load(foreign(tmp_path, config=config), model_ids=model_ids)
+    has_bos = (config or {}).get("bos_token", "") is not None
+    for kind, (name, source) in (("bos", bos), ("eos", eos)):
+        token = loaded.special_tokens[kind]
+        assert (token.name, token.id) == (name, 256 + SPECIAL.index(name)) and token.source.startswith(source)
+    loaded.save(tmp_path / "again")
+    again = Tokenizer.load(tmp_path / "again")
+    assert again.special_tokens == loaded.special_tokens and again.has_bos == loaded.has_bos == has_bos, "the reason is kept"
+    written = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
+    assert written["bos_token"] == (bos[0] if has_bos else None), "for transformers there is still none"
+    named = Tokenizer.load(tmp_path, bos="<|eot_id|>", eos="<unk>").special_tokens
+    assert [(token.name, token.source) for token in named.values()] == [("<|eot_id|>", "named by the user"), ("<unk>", "named by the user")]
+
+
+def test_a_null_eos_must_be_named(tmp_path: Path) -> None:
+    path = foreign(tmp_path, config={"bos_token": "<s>", "eos_token": None})
+    with pytest.raises(ValueError, match=r"the eos_token of tokenizer_config.json is null.*--tokenizer\.eos"):
+        Tokenizer.load(path)
+    assert Tokenizer.load(path, eos="<|eot_id|>").eos_id == 258
+
+
+def test_padding_and_unknown_tokens_are_those_of_the_config_alone(tmp_path: Path) -> None:
+    path = foreign(tmp_path, config={"unk_token": None, "pad_token": "</s>", "eos_token": "</s>"})
+    assert (Tokenizer.load(path).unk, Tokenizer.load(path).pad) == (None, "</s>"), "no <unk> because of its name"
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_bos_and_eos_are_found(tmp_path: Path) -> None:
     assert (named.bos_id, named.eos_id) == (259, 256)
     (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "eos_token": {"content": "<|endoftext|>"}}))
     configured = FileTokenizer(path=str(path)).build([])
-    assert (configured.bos_id, configured.eos_id) == (257, 259)
+    assert (configured.bos_id, configured.eos_id) == (259, 259), "no <s>: the file says that there is no BOS"
 
 
 def test_nothing_is_cut_or_padded(tmp_path: Path) -> None:
@@ -138,8 +138,10 @@ def test_nothing_is_cut_or_padded(tmp_path: Path) -> None:
 
 def test_missing_bos_lists_the_candidates(tmp_path: Path) -> None:
     path = str(foreign(tmp_path, special=["<start>", "<stop>"]))
-    with pytest.raises(ValueError, match=r"no BOS token under a usual name.*--tokenizer\.bos: \['<start>', '<stop>'\]"):
+    with pytest.raises(ValueError, match=r"no EOS token under a usual name.*--tokenizer\.eos: \['<start>', '<stop>'\]"):
         FileTokenizer(path=path).build([])
+    with pytest.raises(ValueError, match=r"no BOS token under a usual name.*--tokenizer\.bos: \['<start>', '<stop>'\]"):
+        FileTokenizer(path=path, eos="<stop>").build([])
     with pytest.raises(ValueError, match="no token '<strat>' for bos. Did you mean '<start>'"):
         FileTokenizer(path=path, bos="<strat>", eos="<stop>").build([])
     assert FileTokenizer(path=path, bos="<start>", eos="<stop>").build([]).bos_id == 256
