@@ -10,7 +10,7 @@ that no text contains: ids stay, the merges that would build the name are gone, 
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -24,6 +24,16 @@ def unknown_token(specification: Mapping[str, Any]) -> str | None:
     if model["type"] != "Unigram":
         return model.get("unk_token")
     return None if model.get("unk_id") is None else model["vocab"][model["unk_id"]][0]
+
+
+def reserved_tokens(specification: Mapping[str, Any], *, bos: str, eos: str, pad: str | None, ends: Iterable[str]) -> set[str]:
+    """Names that no text may produce: special tokens, BOS, EOS, padding, and added tokens that end a turn.
+
+    The model's unknown token is none of them, unless it is BOS or EOS too.
+    """
+    added = {token["content"]: token["special"] for token in specification["added_tokens"]}
+    names = {*(name for name, is_special in added.items() if is_special), *(added.keys() & set(ends)), *([] if pad is None else [pad])}
+    return names - {unknown_token(specification)} | {bos, eos}
 
 
 def plain_text_backend(specification: Mapping[str, Any], *, reserved: Mapping[str, int]) -> tokenizers.Tokenizer | None:

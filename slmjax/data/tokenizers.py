@@ -29,7 +29,7 @@ from slmjax.data import conventions, spans
 from slmjax.data.conventions import BOS, EOS, SpecialToken
 from slmjax.data.detokenization import Detokenizer
 from slmjax.data.marks import MarkedVocabulary, names_pattern
-from slmjax.data.plain_text import checked_encodings, plain_text_backend, unknown_token
+from slmjax.data.plain_text import checked_encodings, plain_text_backend, reserved_tokens
 from slmjax.data.spans import TextTokens
 from slmjax.data.vocabulary import NUM_BYTES, byte_characters, exact_pieces, is_character_vocabulary, sample_of
 
@@ -87,7 +87,8 @@ class Tokenizer:
         self.special_ids = {token.content: id for id, token in added.items() if token.special}
         # The hash is of what makes ids of a text: the post-processor only puts tokens around them.
         specification = {**json.loads(backend.to_str()), "post_processor": None}
-        reserved = self._reserved(vocabulary, unknown=unknown_token(specification))
+        names = reserved_tokens(specification, bos=bos, eos=eos, pad=pad, ends=self.ends)
+        reserved = {name: vocabulary[name] for name in names}
         self._added = [token.content for token in added.values() if not token.special and token.content not in reserved]
         self._plain = plain_text_backend(specification, reserved=reserved)  # encodes documents; None: the backend itself does
         self._reserved_names = {id: name for name, id in reserved.items()}
@@ -259,12 +260,6 @@ class Tokenizer:
             backend, bos=self.bos, eos=self.eos, ends=self.ends, adds_bos=self.adds_bos, has_bos=self.has_bos,
             chat_template=self.chat_template, unk=self.unk, pad=self.pad, sources=self._sources,
         )  # fmt: skip
-
-    def _reserved(self, vocabulary: Mapping[str, int], *, unknown: str | None) -> dict[str, int]:
-        """Tokens that no text may produce, by name: special ones, BOS, EOS, padding, and added tokens that end a turn."""
-        ends = set(self.ends) & {token.content for token in self._backend.get_added_tokens_decoder().values()}
-        names = {*self.special_ids, *ends, *filter(None, [self.pad])} - {unknown} | {self.bos, self.eos}
-        return {name: vocabulary[name] for name in names}
 
     @functools.cached_property
     def special_names(self) -> re.Pattern[str]:
