@@ -152,7 +152,7 @@ def write_model(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtype | 
     return Written(
         path=str(out), family=architecture, parameters=sum(numbers for _, numbers, _ in sizes.values()),
         bytes=sum(size for _, _, size in sizes.values()),
-        notes=(*_notes(expressed.settings, own, sizes, in_codes=in_codes), *tokenizer_notes(own, words)),
+        notes=(*_notes(expressed.settings, own, sizes, in_codes=in_codes), *tokenizer_notes(own.path / "tokenizer", words, num_layers=model.num_layers)),
     )  # fmt: skip
 
 
@@ -193,14 +193,14 @@ def _notes(settings: Mapping[str, Any], own: Own, sizes: Sizes, *, in_codes: boo
         )
 
 
-def tokenizer_notes(own: Own, words: Mapping[str, Any]) -> Iterator[str]:
+def tokenizer_notes(directory: Path, words: Mapping[str, Any], *, num_layers: int) -> Iterator[str]:
     """What is lost of special tokens that swallow blanks beside them, and where llama.cpp has a chat template of its own."""
-    if own.config.num_layers == TEKKEN_DEPTH and words.get("tokenizer.ggml.pre") == "tekken" and "tokenizer.chat_template" not in words:
+    if num_layers == TEKKEN_DEPTH and words.get("tokenizer.ggml.pre") == "tekken" and "tokenizer.chat_template" not in words:
         yield (
             f"llama.cpp takes a model of {TEKKEN_DEPTH} layers with this vocabulary and no chat template for Mistral Small, and renders "
             "chats by a template of its own: give it prompts, or start it with its option --chat-template"
         )
-    added = json.loads((own.path / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    added = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
     if "general.name" not in words and (tokens := swallowing(added)):
         yield (
             f"{len(tokens)} special tokens, {tokens[0]} first, swallow blanks beside them, which GGUF has no place for: llama.cpp keeps "

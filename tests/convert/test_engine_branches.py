@@ -1,7 +1,6 @@
 """What llama.cpp decides by the depth of a model, by names and by numbers that are zero: it computes what is said here, or is refused."""
 
 import re
-import types
 from pathlib import Path
 from typing import Any
 
@@ -169,11 +168,11 @@ def test_what_names_do_is_said_on_import() -> None:
 @pytest.mark.parametrize(("num_layers", "pre", "is_told"), [(40, "tekken", True), (39, "tekken", False), (40, "qwen2", False)])
 def test_a_chat_template_that_llama_cpp_adds_is_told(num_layers: int, pre: str, is_told: bool, tmp_path: Path) -> None:
     """By the depth and the vocabulary alone; a server that has such a file renders chats by a template of Mistral's."""
-    ByteTokenizer().build([]).save(tmp_path / "tokenizer")
-    own: Any = types.SimpleNamespace(path=tmp_path, config=types.SimpleNamespace(num_layers=num_layers))
-    notes = list(tokenizer_notes(own, {"tokenizer.ggml.pre": pre}))
+    ByteTokenizer().build([]).save(tmp_path)
+    words = {"tokenizer.ggml.pre": pre}
+    notes = list(tokenizer_notes(tmp_path, words, num_layers=num_layers))
     assert any("takes a model of 40 layers" in note for note in notes) == is_told
-    assert not list(tokenizer_notes(own, {"tokenizer.ggml.pre": pre, "tokenizer.chat_template": "{{ messages }}"}))
+    assert not list(tokenizer_notes(tmp_path, words | {"tokenizer.chat_template": "{{ messages }}"}, num_layers=num_layers))
 
 
 # Zeros ----------------------------------------------------------------------------------------------------------------
