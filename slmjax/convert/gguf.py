@@ -149,11 +149,17 @@ def write_model(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtype | 
     out.parent.mkdir(parents=True, exist_ok=True)
     metadata = {name: value for name, value in {**general, **keys, **words}.items() if value is not None}
     write_gguf(out, architecture=architecture, metadata=metadata, tensors=tensors)
+    notes = [
+        *_notes(expressed.settings, own, sizes, in_codes=in_codes),
+        *tokenizer_notes(own.path / "tokenizer", words, num_layers=model.num_layers),
+    ]
     return Written(
-        path=str(out), family=architecture, parameters=sum(numbers for _, numbers, _ in sizes.values()),
+        path=str(out),
+        family=architecture,
+        parameters=sum(numbers for _, numbers, _ in sizes.values()),
         bytes=sum(size for _, _, size in sizes.values()),
-        notes=(*_notes(expressed.settings, own, sizes, in_codes=in_codes), *tokenizer_notes(own.path / "tokenizer", words, num_layers=model.num_layers)),
-    )  # fmt: skip
+        notes=tuple(notes),
+    )
 
 
 Sizes = dict[str, tuple[int, int, int]]  # by type: tensors, numbers, bytes
