@@ -67,7 +67,7 @@ class DataConfig:
     completion_field: str | None = None  # with path: the field that is trained on after prompt_field
     messages_field: str | None = added_field(None, before=None)  # with path: the field of a conversation's messages, often "messages"
     scored_turns: ScoredTurns = added_field(ScoredTurns.ALL, before=ScoredTurns.ALL)  # answers of a conversation that are trained on
-    special_tokens: SpecialNames = added_field(SpecialNames.TEXT, before=SpecialNames.TEXT)  # names of special tokens in text
+    special_tokens: SpecialNames = added_field(SpecialNames.TEXT, before=SpecialNames.TEXT)  # whether their names in text stand for them
     split: Split = Split.DOCUMENTS  # hold out whole documents, or the tail of each
     heldout_by: HeldOutBy = added_field(HeldOutBy.CONTENT, before=HeldOutBy.ID)  # what decides which documents are held out
     heldout_fraction: float = 0.05  # share of the text that is never trained on; 0 holds out nothing
