@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64, Integer
+from jaxtyping import Bool, Int32, Integer
 
 Span = tuple[int, int]  # first byte, and the byte after the last
 
@@ -29,13 +29,13 @@ _SHARED_PART = 4  # windows agree if their tokens are the same in the overlap, w
 class TextTokens:
     """Ids of a text, and the UTF-8 bytes `starts[i]` to `ends[i]` that token i stands for.
 
-    Several tokens may stand for one character (the bytes of byte fallback), and a token for nothing (a blank that the vocabulary puts
-    before the text): its start and end are then the same.
+    A text has at most 2 GiB. Several tokens may stand for one character (the bytes of byte fallback), and a token for nothing (a blank
+    that the vocabulary puts before the text): its start and end are then the same.
     """
 
     ids: Int32[np.ndarray, " T"]
-    starts: Int64[np.ndarray, " T"]
-    ends: Int64[np.ndarray, " T"]
+    starts: Int32[np.ndarray, " T"]
+    ends: Int32[np.ndarray, " T"]
 
     def held(self, spans: Sequence[Span]) -> Bool[np.ndarray, " T"]:
         """Return whether each token holds at least one byte of the spans, which are in order and apart.
@@ -45,28 +45,23 @@ class TextTokens:
         spans = [(start, end) for start, end in spans if end > start]
         if not spans:
             return np.zeros(len(self.ids), bool)
-        starts, ends = np.asarray(spans, np.int64).T
+        starts, ends = np.asarray(spans, np.int32).T
         place = np.searchsorted(ends, self.starts, side="right")  # the first span that ends after the token's first byte
         is_before_end = place < len(spans)
         return is_before_end & (starts[np.minimum(place, len(spans) - 1)] < np.maximum(self.ends, self.starts + 1))
 
-    def num_bytes(self) -> Int64[np.ndarray, " T"]:
+    def num_bytes(self) -> Int32[np.ndarray, " T"]:
         """Return the bytes of the text that each token stands for, each byte counted once.
 
         Bytes that the vocabulary drops count to the token after them, those of a shared character to its first token.
         """
-        reached = np.maximum.accumulate(np.concatenate([[0], self.ends]))
-        return np.diff(reached)
-
-    def moved(self, num_bytes: int) -> "TextTokens":
-        """Return the same tokens, `num_bytes` later in the text."""
-        return dataclasses.replace(self, starts=self.starts + num_bytes, ends=self.ends + num_bytes)
+        return np.diff(np.maximum.accumulate(self.ends), prepend=np.int32(0))
 
 
 def from_sizes(ids: Sequence[int], sizes: Integer[np.ndarray, " V"]) -> TextTokens:
     """Return tokens whose bytes join to the text, from the bytes of each id."""
     array = np.asarray(ids, np.int32)
-    ends = np.cumsum(sizes[array], dtype=np.int64)
+    ends = np.cumsum(sizes[array], dtype=np.int32)
     return TextTokens(ids=array, starts=ends - sizes[array], ends=ends)
 
 
@@ -77,13 +72,13 @@ def from_offsets(ids: Sequence[int], offsets: Sequence[tuple[int, int]], text: s
     return TextTokens(ids=np.asarray(ids, np.int32), starts=places[of_characters[:, 0]], ends=places[of_characters[:, 1]])
 
 
-def character_places(text: str) -> Int64[np.ndarray, " N1"]:
+def character_places(text: str) -> Int32[np.ndarray, " N1"]:
     """Return the place of each character in the UTF-8 bytes of the text, and of its end; N1 is N + 1."""
     if text.isascii():
-        return np.arange(len(text) + 1)
+        return np.arange(len(text) + 1, dtype=np.int32)
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    sizes = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+    sizes = 1 + (points >= 0x80).astype(np.int32) + (points >= 0x800) + (points >= 0x10000)
+    return np.pad(np.cumsum(sizes, dtype=np.int32), (1, 0))
 
 
 def windows_of(text: bytes, max_bytes: int) -> list[Span]:
@@ -106,34 +101,39 @@ def join_windows(encoded: Sequence[TextTokens], windows: Sequence[Span]) -> Text
     Two agree if the same tokens stand in the middle of their overlap. Its ends are left out: a text that ends or begins there changes
     the tokens beside the cut.
     """
-    moved = [tokens.moved(start) for tokens, (start, _) in zip(encoded, windows, strict=True)]
-    begins, stops = [0], []
-    for left, right, before, here in zip(moved, moved[1:], windows, windows[1:], strict=False):
-        cut = _common_place(left, right, overlap=(here[0], before[1]))
-        if cut is None:
+    begins: list[int] = [0]
+    stops: list[int | None] = []
+    for here in range(1, len(windows)):
+        place = _common_place(encoded[here - 1], encoded[here], windows[here - 1], windows[here])
+        if place is None:
             return None
-        stops.append(cut[0])
-        begins.append(cut[1])
+        stops.append(place[0])
+        begins.append(place[1])
     parts = [slice(begin, stop) for begin, stop in zip(begins, [*stops, None], strict=True)]
-    arrays = {
-        name: np.concatenate([getattr(tokens, name)[part] for tokens, part in zip(moved, parts, strict=True)])
-        for name in ("ids", "starts", "ends")
-    }
-    return TextTokens(**arrays)
+    chosen = list(zip(encoded, windows, parts, strict=True))
+    return TextTokens(
+        ids=np.concatenate([tokens.ids[part] for tokens, _, part in chosen]),
+        starts=np.concatenate([tokens.starts[part] + start for tokens, (start, _), part in chosen]),
+        ends=np.concatenate([tokens.ends[part] + start for tokens, (start, _), part in chosen]),
+    )
 
 
-def _common_place(left: TextTokens, right: TextTokens, *, overlap: Span) -> tuple[int, int] | None:
+def _common_place(left: TextTokens, right: TextTokens, before: Span, here: Span) -> tuple[int, int] | None:
     """The index of one token of the middle of the overlap in both windows; None where they disagree there."""
-    margin = (overlap[1] - overlap[0]) // _SHARED_PART
-    middle = (overlap[0] + margin, overlap[1] - margin)
-    of_left, of_right = (np.flatnonzero(tokens.held([middle])) for tokens in (left, right))
+    margin = (before[1] - here[0]) // _SHARED_PART
+    begin, end = here[0] + margin, before[1] - margin
+    of_left = np.flatnonzero(left.held([(begin - before[0], end - before[0])]))
+    of_right = np.flatnonzero(right.held([(begin - here[0], end - here[0])]))
     if len(of_left) != len(of_right) or not len(of_left):
         return None
-    arrays = [(getattr(left, name), getattr(right, name)) for name in ("ids", "starts", "ends")]
-    if not all(np.array_equal(one[of_left], other[of_right]) for one, other in arrays):
-        return None
+    moved = here[0] - before[0]
+    same = (
+        np.array_equal(left.ids[of_left], right.ids[of_right])
+        and np.array_equal(left.starts[of_left], right.starts[of_right] + moved)
+        and np.array_equal(left.ends[of_left], right.ends[of_right] + moved)
+    )
     half = len(of_left) // 2
-    return int(of_left[half]), int(of_right[half])
+    return (int(of_left[half]), int(of_right[half])) if same else None
 
 
 def _character_start(text: bytes, place: int) -> int:

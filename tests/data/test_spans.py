@@ -121,7 +121,8 @@ class TestWindows:
 
 
 def test_tokens_and_their_bytes_by_hand() -> None:
-    tokens = TextTokens(ids=np.arange(5, dtype=np.int32), starts=np.array([0, 0, 2, 2, 6]), ends=np.array([0, 2, 5, 5, 7]))
+    ids, starts, ends = np.asarray([[0, 1, 2, 3, 4], [0, 0, 2, 2, 6], [0, 2, 5, 5, 7]], np.int32)
+    tokens = TextTokens(ids=ids, starts=starts, ends=ends)
     assert tokens.held([(0, 2)]).tolist() == [True, True, False, False, False]
     assert tokens.held([(1, 3), (6, 9)]).tolist() == [False, True, True, True, True]
     assert tokens.held([(5, 6)]).tolist() == tokens.held([(3, 3)]).tolist() == [False] * 5
