@@ -8,10 +8,11 @@ Dims: D model, V vocabulary.
 import dataclasses
 import enum
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
-from slmjax.attention import AttentionConfig
+from slmjax.attention import AttentionConfig, with_rotary_dim
 from slmjax.layers import FfnConfig, MixerConfig, MlpConfig, NormKind, Shape
 from slmjax.mixers.latent import LatentAttentionConfig
 from slmjax.moe import MoeConfig
@@ -119,6 +120,16 @@ class ModelConfig:
         if self.init_std <= 0 or self.norm_eps <= 0:
             raise ValueError(f"init_std and norm_eps must be positive, got {self.init_std} and {self.norm_eps}")
 
+    @classmethod
+    def upgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Read mixers of files of earlier versions that need the width of the model."""
+        return {name: _upgraded_mixers(value, fields.get("embed_dim")) for name, value in fields.items()}
+
+    @classmethod
+    def downgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields as they are: none was replaced."""
+        return fields
+
     def blocks(self) -> Iterator[BlockConfig]:
         """The configuration of every layer, first to last."""
         return (block for segment in self.stack for _ in range(segment.repeats) for block in segment.pattern)
@@ -148,6 +159,17 @@ class ModelConfig:
             embed_dim=self.embed_dim, num_layers=depth, norm_kind=self.norm_kind, norm_eps=self.norm_eps, init_std=self.init_std,
             dtype=dtype,
         )  # fmt: skip
+
+
+def _upgraded_mixers(value: Any, embed_dim: Any) -> Any:
+    """JSON with `rotary_dim` in every `AttentionConfig`, at any depth."""
+    if isinstance(value, list):
+        return [_upgraded_mixers(item, embed_dim) for item in value]
+    if not isinstance(value, dict):
+        return value
+    fields = {name: _upgraded_mixers(item, embed_dim) for name, item in value.items()}
+    is_attention = fields.get("type") == AttentionConfig.__name__
+    return with_rotary_dim(fields, embed_dim=embed_dim) if is_attention else fields
 
 
 # Stacks ---------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ Dims: B batch, T time, S cache slots, D model, N query heads, K key-value heads,
 
 import dataclasses
 import enum
+import logging
 from typing import Any
 
 import jax
@@ -16,9 +17,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from slmjax import kernels
+from slmjax.config import ConfigError
 from slmjax.layers import CachingMixer, Linear, MixerConfig, Norm, Shape
 from slmjax.numerics.inputs import RoundedInput
-from slmjax.rope import RopeScaling, rotary, rotary_dim, sequence_lengths
+from slmjax.rope import RopeScaling, rotary, sequence_lengths
+
+log = logging.getLogger(__name__)
 
 
 class QkNorm(enum.Enum):
@@ -46,7 +50,7 @@ class AttentionConfig(MixerConfig):
     head_dim: int | None = None  # dims per head, H (none: embed_dim / num_heads)
     window: int | None = None  # how many tokens, itself included, a token sees (none: all before it)
     rope_base: float | None = 10_000.0  # base of the rotary angles (none: no position information)
-    rope_fraction: float = 1.0  # share of each head's dims that is rotated
+    rotary_dim: int | None = None  # how many of each head's dims, the first ones, are rotated (none: all; of an odd number all but one)
     rope_scaling: RopeScaling | None = None  # how the angles differ from plain ones (none: they do not)
     qk_norm: QkNorm = QkNorm.NONE  # normalise queries and keys
     biases: Biases = Biases.NONE  # biases of the projections
@@ -65,8 +69,11 @@ class AttentionConfig(MixerConfig):
             raise ValueError(f"softcap must be positive or none, got {self.softcap}")
         if self.rope_base is not None and self.rope_base <= 0:
             raise ValueError(f"rope_base must be positive, or none for no positions, got {self.rope_base}")
-        if not 0.0 <= self.rope_fraction <= 1.0:
-            raise ValueError(f"rope_fraction must lie between 0 and 1, got {self.rope_fraction}")
+        if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
+            raise ValueError(
+                f"rotary_dim={self.rotary_dim}: dims are rotated in pairs, so that it must be even and at least 2; "
+                "none rotates all of a head, and rope_base none rotates nothing"
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -80,6 +87,31 @@ class AttentionConfig(MixerConfig):
         if shape.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim={shape.embed_dim} does not divide by num_heads={self.num_heads}: change one, or set head_dim")
         return shape.embed_dim // self.num_heads
+
+    def resolved_rotary_dim(self, shape: Shape) -> int:
+        """Return how many dims of a head are rotated, 0 without positions. Raises ValueError where a head has fewer."""
+        if self.rope_base is None:
+            return 0
+        head_dim = self.resolved_head_dim(shape)
+        rotated = head_dim - head_dim % 2 if self.rotary_dim is None else self.rotary_dim
+        if not 2 <= rotated <= head_dim:
+            way_out = "set rotary_dim to an even number of them, or rope_base to none to rotate nothing"
+            raise ValueError(f"rotary_dim={self.rotary_dim} and heads of {head_dim} dims: {way_out}")
+        return rotated
+
+    @classmethod
+    def upgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Read `rope_fraction`, which `rotary_dim` replaced, where `head_dim` is given or all dims are rotated."""
+        return with_rotary_dim(fields, embed_dim=None)
+
+    @classmethod
+    def downgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields with `rope_fraction` in the place of a `rotary_dim` that it can stand for."""
+        rotated, head_dim = fields["rotary_dim"], fields["head_dim"]
+        if rotated is not None and head_dim is None:
+            return fields
+        others = {name: value for name, value in fields.items() if name != "rotary_dim"}
+        return others | {"rope_fraction": 1.0 if rotated is None else rotated / head_dim}
 
     def build(self, shape: Shape, *, rngs: nnx.Rngs) -> "Attention":
         """The module, with freshly initialised parameters."""
@@ -95,6 +127,35 @@ class AttentionConfig(MixerConfig):
         """Bytes of cached keys and values of one sequence: a window layer holds no more than its window."""
         slots = length if self.window is None else min(self.window, length)
         return 2 * slots * self.kv_heads * self.resolved_head_dim(shape) * itemsize
+
+
+def with_rotary_dim(fields: dict[str, Any], *, embed_dim: Any) -> dict[str, Any]:
+    """Return JSON fields of an `AttentionConfig` with `rotary_dim` instead of the `rope_fraction` of earlier versions.
+
+    They rotated `2 * int(head_dim * rope_fraction / 2)` dims.
+
+    Args:
+      embed_dim: the model's, for heads whose width follows from it; None where it is not known.
+
+    Raises:
+      ConfigError: a share that is none, or that of a head whose width is not known.
+    """
+    if "rope_fraction" not in fields:
+        return fields
+    fields, fraction = {"rotary_dim": None, **fields}, fields["rope_fraction"]
+    del fields["rope_fraction"]
+    if type(fraction) not in (int, float) or not 0 <= fraction <= 1:
+        raise ConfigError(f"rope_fraction must lie between 0 and 1, got {fraction!r}: set rotary_dim, the number of dims, instead")
+    if fraction == 1 or fields.get("rope_base") is None:
+        return fields
+    head_dim, num_heads = fields.get("head_dim"), fields.get("num_heads")
+    if head_dim is None and isinstance(embed_dim, int) and isinstance(num_heads, int) and num_heads > 0:
+        head_dim = embed_dim // num_heads
+    if not isinstance(head_dim, int):
+        raise ConfigError(f"rope_fraction={fraction} is of earlier versions and needs head_dim: set rotary_dim, the number of dims, instead")
+    fields["rotary_dim"] = 2 * int(head_dim * fraction / 2)
+    log.info("rope_fraction=%s of an earlier version is read as rotary_dim=%d, of heads of %d", fraction, fields["rotary_dim"], head_dim)
+    return fields
 
 
 @jax.tree_util.register_dataclass
@@ -153,9 +214,8 @@ class Attention(CachingMixer):
 
     def __init__(self, config: AttentionConfig, shape: Shape, *, rngs: nnx.Rngs) -> None:
         head_dim = config.resolved_head_dim(shape)
-        if config.rope_base is not None and rotary_dim(head_dim, config.rope_fraction) == 0:
-            raise ValueError(f"rope_fraction={config.rope_fraction} of head_dim={head_dim} rotates nothing: set rope_base to none instead")
         self.config, self.head_dim, self.dtype = config, head_dim, shape.dtype
+        self.rotary_dim = config.resolved_rotary_dim(shape)
         self.scale = head_dim**-0.5 if config.scale is None else config.scale
         wide = {"std": shape.init_std, "bias": config.biases is not Biases.NONE, "rngs": rngs}
         self.query = Linear(shape.embed_dim, config.num_heads * head_dim, **wide)
@@ -238,7 +298,7 @@ class Attention(CachingMixer):
             x_BTNH,
             positions,
             base=self.config.rope_base,
-            fraction=self.config.rope_fraction,
+            rotary_dim=self.rotary_dim,
             scaling=self.config.rope_scaling,
             lengths=lengths,
         )

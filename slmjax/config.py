@@ -44,6 +44,21 @@ def added_field(default: Any, *, before: Any) -> Any:
     return dataclasses.field(default=default, metadata={_BEFORE: before})
 
 
+@typing.runtime_checkable
+class Upgrades(typing.Protocol):
+    """A config class with fields that replaced others: it reads files of earlier versions, and keeps their fingerprints."""
+
+    @classmethod
+    def upgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return the JSON fields of this version for those of a file of any version."""
+        ...
+
+    @classmethod
+    def downgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return the JSON fields of the earliest version that can say the same, for the fingerprint."""
+        ...
+
+
 def near_names(name: str, options: Iterable[str]) -> str:
     """A hint to append to an error: "" or " Did you mean 'x' or 'y'?"."""
     near = difflib.get_close_matches(str(name), [str(option) for option in options], n=3, cutoff=0.5)
@@ -200,6 +215,8 @@ def _encode(value: Any, hint: Any, path: str, *, is_short: bool) -> Any:
         fields = {
             name: _encode(getattr(value, name), declared, _join(path, name), is_short=is_short) for name, declared in declared_types.items()
         }
+        if is_short and issubclass(cls, Upgrades):
+            fields = cls.downgraded(fields)
         return {"type": cls.__name__, **fields} if _is_open(hint, cls) else fields
     if isinstance(value, enum.Enum):
         return value.value
@@ -294,6 +311,11 @@ def _decode_dataclass(data: dict[str, Any], hints: list[Any], path: str) -> Any:
     cls = _chosen_class(data, hints, path)
     declared = _field_types(cls)
     given = {key: item for key, item in data.items() if key != "type"}
+    if issubclass(cls, Upgrades):
+        try:
+            given = cls.upgraded(given)
+        except ValueError as error:
+            raise ConfigError(f"{_at(path)}: {error}") from error
     added = {field.name: field.metadata[_BEFORE] for field in dataclasses.fields(cls) if _BEFORE in field.metadata}
     for key in given:
         if key not in declared:

@@ -176,19 +176,20 @@ def rotary(
     positions: Int[Array, "B T"],
     *,
     base: float,
-    fraction: float = 1.0,
+    rotary_dim: int | None = None,
     scaling: RopeScaling | None = None,
     lengths: Int[Array, "B #T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Rotary position embedding (Su et al. 2021), half-split pairing as in Hugging Face models.
 
-    The first `fraction` of the head dim is rotated, pair (i, i + R/2) by the angle `position * base ** (-2i / R)`, or by
-    the frequency that `scaling` makes of it. Angles are float32.
+    The first R dims of a head are rotated, pair (i, i + R/2) by the angle `position * base ** (-2i / R)`, or by the
+    frequency that `scaling` makes of it. Angles are float32.
 
     Args:
+      rotary_dim: dims of a head that are rotated, R, an even number; None for all of them.
       lengths: length of each token's sequence, from `sequence_lengths`; LongRoPE needs it.
     """
-    num_rotated = rotary_dim(x.shape[-1], fraction)
+    num_rotated = x.shape[-1] if rotary_dim is None else rotary_dim
     frequencies = base ** (-jnp.arange(0, num_rotated, 2, dtype=jnp.float32) / num_rotated)
     frequencies = _for_all(frequencies) if scaling is None else scaling.scaled(frequencies, base, lengths)
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
@@ -198,11 +199,6 @@ def rotary(
     first, second = jnp.split(rotated.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return jnp.concatenate([turned.astype(x.dtype), kept], axis=-1)
-
-
-def rotary_dim(head_dim: int, fraction: float) -> int:
-    """The even number of head dims that `fraction` rotates."""
-    return 2 * int(head_dim * fraction / 2)
 
 
 # Lengths of sequences ---------------------------------------------------------------------------------------

@@ -32,9 +32,12 @@ def _canonical_block(block: BlockConfig, shape: Shape) -> BlockConfig:
     if isinstance(mixer, AttentionConfig):
         head_dim = mixer.resolved_head_dim(shape)
         scale = head_dim**-0.5 if mixer.scale is None else mixer.scale
-        mixer = dataclasses.replace(mixer, num_kv_heads=mixer.kv_heads, head_dim=head_dim, scale=scale)
+        rotated = mixer.resolved_rotary_dim(shape)
+        mixer = dataclasses.replace(
+            mixer, num_kv_heads=mixer.kv_heads, head_dim=head_dim, rotary_dim=rotated or None, scale=scale
+        )  # fmt: skip
         if mixer.rope_base is None:
-            mixer = dataclasses.replace(mixer, rope_fraction=1.0, rope_scaling=None)
+            mixer = dataclasses.replace(mixer, rope_scaling=None)
     if isinstance(mixer, LatentAttentionConfig):
         scale = mixer.key_dim**-0.5 if mixer.scale is None else mixer.scale
         mixer = dataclasses.replace(mixer, scale=scale, latent_norm_eps=mixer.latent_norm_eps or shape.norm_eps)

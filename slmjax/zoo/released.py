@@ -234,7 +234,7 @@ def phi4_mini() -> ModelConfig:
     magnitude = math.sqrt(1 + math.log(131_072 / 4096) / math.log(4096))
     scaling = LongScaling(short_factors=(1.0,) * 48, long_factors=PHI4_MINI_FACTORS, original_context=4096, attention_factor=magnitude)
     return _llama(
-        layers=32, embed_dim=3072, heads=24, kv_heads=8, hidden_dim=8192, vocab_size=200_064, context_length=131_072, rope_fraction=0.75,
+        layers=32, embed_dim=3072, heads=24, kv_heads=8, hidden_dim=8192, vocab_size=200_064, context_length=131_072, rotary_dim=96,
         rope_scaling=scaling,
     )  # fmt: skip
 
