@@ -7,12 +7,13 @@ Dims: D model, V vocabulary.
 
 import dataclasses
 import enum
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from slmjax.attention import AttentionConfig, with_rotary_dim
+from slmjax.attention import AttentionConfig, with_rope_fraction, with_rotary_dim
 from slmjax.layers import FfnConfig, MixerConfig, MlpConfig, NormKind, Shape
 from slmjax.mixers.latent import LatentAttentionConfig
 from slmjax.moe import MoeConfig
@@ -123,12 +124,12 @@ class ModelConfig:
     @classmethod
     def upgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
         """Read mixers of files of earlier versions that need the width of the model."""
-        return {name: _upgraded_mixers(value, fields.get("embed_dim")) for name, value in fields.items()}
+        return _with_attention(fields, functools.partial(with_rotary_dim, embed_dim=fields.get("embed_dim")))
 
     @classmethod
     def downgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Return the fields as they are: none was replaced."""
-        return fields
+        """Return the fields with mixers as files of earlier versions had them."""
+        return _with_attention(fields, functools.partial(with_rope_fraction, embed_dim=fields.get("embed_dim")))
 
     def blocks(self) -> Iterator[BlockConfig]:
         """The configuration of every layer, first to last."""
@@ -161,15 +162,14 @@ class ModelConfig:
         )  # fmt: skip
 
 
-def _upgraded_mixers(value: Any, embed_dim: Any) -> Any:
-    """JSON with `rotary_dim` in every `AttentionConfig`, at any depth."""
+def _with_attention(value: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """JSON with the fields of every `AttentionConfig`, at any depth, changed."""
     if isinstance(value, list):
-        return [_upgraded_mixers(item, embed_dim) for item in value]
+        return [_with_attention(item, change) for item in value]
     if not isinstance(value, dict):
         return value
-    fields = {name: _upgraded_mixers(item, embed_dim) for name, item in value.items()}
-    is_attention = fields.get("type") == AttentionConfig.__name__
-    return with_rotary_dim(fields, embed_dim=embed_dim) if is_attention else fields
+    fields = {name: _with_attention(item, change) for name, item in value.items()}
+    return change(fields) if fields.get("type") == AttentionConfig.__name__ else fields
 
 
 # Stacks ---------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from slmjax import kernels
 from slmjax.config import ConfigError
 from slmjax.layers import CachingMixer, Linear, MixerConfig, Norm, Shape
 from slmjax.numerics.inputs import RoundedInput
-from slmjax.rope import RopeScaling, rotary, sequence_lengths
+from slmjax.rope import LongScaling, RopeScaling, rotary, sequence_lengths
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class AttentionConfig(MixerConfig):
     head_dim: int | None = None  # dims per head, H (none: embed_dim / num_heads)
     window: int | None = None  # how many tokens, itself included, a token sees (none: all before it)
     rope_base: float | None = 10_000.0  # base of the rotary angles (none: no position information)
-    rotary_dim: int | None = None  # how many of each head's dims, the first ones, are rotated (none: all; of an odd number all but one)
+    rotary_dim: int | None = None  # dims of each head that are rotated, the first ones (none: all, or all but an odd one)
     rope_scaling: RopeScaling | None = None  # how the angles differ from plain ones (none: they do not)
     qk_norm: QkNorm = QkNorm.NONE  # normalise queries and keys
     biases: Biases = Biases.NONE  # biases of the projections
@@ -89,7 +89,11 @@ class AttentionConfig(MixerConfig):
         return shape.embed_dim // self.num_heads
 
     def resolved_rotary_dim(self, shape: Shape) -> int:
-        """Return how many dims of a head are rotated, 0 without positions. Raises ValueError where a head has fewer."""
+        """Return how many dims of a head are rotated, 0 without positions.
+
+        Raises:
+          ValueError: a head has fewer, or LongRoPE has divisors for another number.
+        """
         if self.rope_base is None:
             return 0
         head_dim = self.resolved_head_dim(shape)
@@ -97,6 +101,8 @@ class AttentionConfig(MixerConfig):
         if not 2 <= rotated <= head_dim:
             way_out = "set rotary_dim to an even number of them, or rope_base to none to rotate nothing"
             raise ValueError(f"rotary_dim={self.rotary_dim} and heads of {head_dim} dims: {way_out}")
+        if isinstance(self.rope_scaling, LongScaling):
+            self.rope_scaling.check_pairs(rotated // 2)
         return rotated
 
     @classmethod
@@ -107,11 +113,7 @@ class AttentionConfig(MixerConfig):
     @classmethod
     def downgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
         """Return the fields with `rope_fraction` in the place of a `rotary_dim` that it can stand for."""
-        rotated, head_dim = fields["rotary_dim"], fields["head_dim"]
-        if rotated is not None and head_dim is None:
-            return fields
-        others = {name: value for name, value in fields.items() if name != "rotary_dim"}
-        return others | {"rope_fraction": 1.0 if rotated is None else rotated / head_dim}
+        return with_rope_fraction(fields, embed_dim=None)
 
     def build(self, shape: Shape, *, rngs: nnx.Rngs) -> "Attention":
         """The module, with freshly initialised parameters."""
@@ -145,17 +147,35 @@ def with_rotary_dim(fields: dict[str, Any], *, embed_dim: Any) -> dict[str, Any]
     fields, fraction = {"rotary_dim": None, **fields}, fields["rope_fraction"]
     del fields["rope_fraction"]
     if type(fraction) not in (int, float) or not 0 <= fraction <= 1:
-        raise ConfigError(f"rope_fraction must lie between 0 and 1, got {fraction!r}: set rotary_dim, the number of dims, instead")
+        raise ConfigError(f"rope_fraction must lie between 0 and 1, got {fraction!r}: set rotary_dim instead, a number of dims")
     if fraction == 1 or fields.get("rope_base") is None:
         return fields
+    head_dim = _head_dim_of(fields, embed_dim)
+    if head_dim is None:
+        raise ConfigError(f"rope_fraction={fraction} of an earlier version needs head_dim: set rotary_dim instead, a number of dims")
+    fields["rotary_dim"] = 2 * int(head_dim * fraction / 2)
+    note = "rope_fraction=%s of an earlier version is read as rotary_dim=%d, of heads of %d dims"
+    log.info(note, fraction, fields["rotary_dim"], head_dim)
+    return fields
+
+
+def with_rope_fraction(fields: dict[str, Any], *, embed_dim: Any) -> dict[str, Any]:
+    """Return JSON fields with the `rope_fraction` that `with_rotary_dim` reads; as they are where the width is not known."""
+    if "rotary_dim" not in fields:
+        return fields
+    rotated, head_dim = fields["rotary_dim"], _head_dim_of(fields, embed_dim)
+    if rotated is not None and head_dim is None:
+        return fields
+    others = {name: value for name, value in fields.items() if name != "rotary_dim"}
+    return others | {"rope_fraction": 1.0 if rotated is None or head_dim is None else rotated / head_dim}
+
+
+def _head_dim_of(fields: dict[str, Any], embed_dim: Any) -> int | None:
+    """The width of a head by JSON fields of any kind, None where they do not say."""
     head_dim, num_heads = fields.get("head_dim"), fields.get("num_heads")
     if head_dim is None and isinstance(embed_dim, int) and isinstance(num_heads, int) and num_heads > 0:
         head_dim = embed_dim // num_heads
-    if not isinstance(head_dim, int):
-        raise ConfigError(f"rope_fraction={fraction} is of earlier versions and needs head_dim: set rotary_dim, the number of dims, instead")
-    fields["rotary_dim"] = 2 * int(head_dim * fraction / 2)
-    log.info("rope_fraction=%s of an earlier version is read as rotary_dim=%d, of heads of %d", fraction, fields["rotary_dim"], head_dim)
-    return fields
+    return head_dim if isinstance(head_dim, int) and head_dim > 0 else None
 
 
 @jax.tree_util.register_dataclass

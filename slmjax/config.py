@@ -46,7 +46,7 @@ def added_field(default: Any, *, before: Any) -> Any:
 
 @typing.runtime_checkable
 class Upgrades(typing.Protocol):
-    """A config class with fields that replaced others: it reads files of earlier versions, and keeps their fingerprints."""
+    """A config class with fields that replaced others: it reads older files and keeps their fingerprints."""
 
     @classmethod
     def upgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:

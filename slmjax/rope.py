@@ -143,6 +143,12 @@ class LongScaling(RopeScaling):
         """The attention factor."""
         return self.attention_factor
 
+    def check_pairs(self, num_pairs: int) -> None:
+        """Raise ValueError unless there is a divisor for each pair of dims that is rotated."""
+        for name, factors in (("short", self.short_factors), ("long", self.long_factors)):
+            if len(factors) != num_pairs:
+                raise ValueError(f"rope_scaling.{name}_factors has {len(factors)} numbers: {num_pairs} dim pairs are rotated")
+
     def scaled(
         self,
         frequencies: Float[Array, " F"],
@@ -150,9 +156,7 @@ class LongScaling(RopeScaling):
         lengths: Int[Array, "B #T"] | None,
     ) -> Float[Array, "#B #T 1 F"]:
         """Return the plain frequencies over the divisors of each token's sequence."""
-        for name, factors in (("short", self.short_factors), ("long", self.long_factors)):
-            if len(factors) != frequencies.shape[0]:
-                raise ValueError(f"rope_scaling.{name}_factors has {len(factors)} numbers: {frequencies.shape[0]} dim pairs are rotated")
+        self.check_pairs(frequencies.shape[0])
         short, long = (_for_all(frequencies / jnp.asarray(factors, jnp.float32)) for factors in (self.short_factors, self.long_factors))
         if lengths is None:
             raise ValueError(

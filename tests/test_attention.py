@@ -157,7 +157,7 @@ def test_a_norm_of_all_heads_where_heads_are_divided():
 
 # Decoding -------------------------------------------------------------------------------------------------------------
 ODD = {
-    "full": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "rope_fraction": 0.5, "qk_norm": QkNorm.PER_HEAD},
+    "full": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "rotary_dim": 2, "qk_norm": QkNorm.PER_HEAD},
     "window": {"num_heads": 2, "window": 4, "softcap": 2.0, "sinks": True},
 }
 
@@ -240,9 +240,11 @@ def test_costs_are_those_of_the_arrays(kind):
         ({"num_heads": 2, "window": 0}, "window must be at least 1"),
         ({"num_heads": 2, "softcap": 0.0}, "softcap must be positive"),
         ({"num_heads": 2, "rope_base": 0.0}, "rope_base must be positive"),
-        ({"num_heads": 2, "rope_fraction": 1.5}, "rope_fraction must lie between 0 and 1"),
+        ({"num_heads": 2, "rotary_dim": 3}, "rotary_dim=3: dims are rotated in pairs"),
+        ({"num_heads": 2, "rotary_dim": 0}, "rope_base none rotates nothing"),
         ({"num_heads": 3}, "change one, or set head_dim"),
-        ({"num_heads": 2, "rope_fraction": 0.3}, "set rope_base to none"),
+        ({"num_heads": 2, "rotary_dim": 10}, "rotary_dim=10 and heads of"),
+        ({"num_heads": 2, "head_dim": 1}, "or rope_base to none"),
     ],
 )
 def test_bad_settings_say_what_to_change(settings, message):

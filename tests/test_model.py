@@ -19,7 +19,7 @@ from slmjax.layers import Activation, MlpConfig
 from slmjax.parameters import define
 
 WINDOW = BlockConfig(
-    mixer=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window=4, rope_fraction=0.5, qk_norm=QkNorm.PER_HEAD, biases=Biases.QKV),
+    mixer=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window=4, rotary_dim=4, qk_norm=QkNorm.PER_HEAD, biases=Biases.QKV),
     ffn=MlpConfig(hidden_dim=24),
     norm=NormPlacement.SANDWICH,
 )

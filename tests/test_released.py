@@ -233,7 +233,7 @@ def test_llama_scaling_and_longrope_are_those_of_transformers() -> None:
         assert mixer.rope_base is not None and mixer.rope_scaling is not None
         expected, magnitude = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, torch.device("cpu"), seq_len=131_072)
         plain = mixer.rope_base ** (-jnp.arange(0, rotated, 2) / rotated)
-        found = mixer.rope_scaling.scaled(plain, mixer.rope_base, jnp.arange(5000)[None], None)
+        found = mixer.rope_scaling.scaled(plain, mixer.rope_base, jnp.full((1, 1), 5000))
         np.testing.assert_allclose(found[0, 0, 0], expected, rtol=1e-5)
         np.testing.assert_allclose(mixer.rope_scaling.magnitude, magnitude, rtol=1e-6)
 

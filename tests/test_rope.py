@@ -14,11 +14,10 @@ from slmjax.rope import (
     LongScaling,
     YarnScaling,
     document_lengths,
-    rotary_dim,
     sequence_lengths,
 )
 
-rotary = jax.jit(rope.rotary, static_argnames=("base", "fraction", "scaling"))
+rotary = jax.jit(rope.rotary, static_argnames=("base", "rotary_dim", "scaling"))
 
 
 def draw(*shape):
@@ -41,7 +40,7 @@ def test_rotary_at_position_zero_is_the_identity():
 
 def test_partial_rotary_turns_the_first_dims_alone():
     x, positions = draw(2, 5, 3, 8), np.array([range(5), range(5)])
-    y = np.asarray(rotary(x, positions, base=50.0, fraction=0.5))
+    y = np.asarray(rotary(x, positions, base=50.0, rotary_dim=4))
     np.testing.assert_array_equal(y[..., 4:], x[..., 4:])
     np.testing.assert_allclose(y[..., :4], rotary(x[..., :4], positions, base=50.0), rtol=1e-6)
 
@@ -64,11 +63,6 @@ def test_rotary_angles_are_float32_for_bfloat16_inputs():
     assert y.dtype == jnp.bfloat16
     expected = [math.cos(1001) - math.sin(1001), math.cos(1001) + math.sin(1001)]
     np.testing.assert_allclose(y.astype(jnp.float32).ravel(), expected, rtol=2**-8)
-
-
-@pytest.mark.parametrize(("head_dim", "fraction", "expected"), [(8, 1.0, 8), (8, 0.25, 2), (10, 0.5, 4), (7, 1.0, 6), (8, 0.1, 0)])
-def test_rotated_dims_are_even(head_dim, fraction, expected):
-    assert rotary_dim(head_dim, fraction) == expected
 
 
 # Scalings -------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def block(*, ffn=MLP, passes: int = 1, norm: NormPlacement = NormPlacement.PRE, 
 
 # Partial rotation; no positions, a block run twice, experts; a ring of 4 slots, which the prompt of 7 tokens wraps round.
 MIXED = model_config(
-    block(rope_fraction=0.5, qk_norm=QkNorm.PER_HEAD),
+    block(rotary_dim=4, qk_norm=QkNorm.PER_HEAD),
     block(
         rope_base=None, softcap=20.0, passes=2, norm=NormPlacement.SANDWICH,
         ffn=MoeConfig(num_experts=4, hidden_dim=12, shared_hidden_dim=8, balance=Balance.BIAS),

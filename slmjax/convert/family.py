@@ -21,7 +21,6 @@ from slmjax.attention import AttentionConfig
 from slmjax.config import ConfigError
 from slmjax.convert.settings import Settings
 from slmjax.parameters import define, stored_shapes
-from slmjax.rope import rotary_dim
 
 Arrays = list[np.ndarray]
 Shapes = list[tuple[int, ...]]
@@ -253,6 +252,9 @@ def read_settings(family: "Family", values: Mapping[str, Any], *, where: str, no
             raise ConfigError(f"{where}: {name} is {count:,}, and no model has more than {LARGEST_COUNT:,}")
     try:
         model = family.read(settings)
+        for block in model.blocks():
+            if isinstance(block.mixer, AttentionConfig):
+                check_rotation(block.mixer, model)
     except ConfigError:
         raise
     except (ValueError, TypeError, ZeroDivisionError, AttributeError, OverflowError) as error:
@@ -287,11 +289,18 @@ def with_windows(attention: AttentionConfig, ffn: Any, windows: Sequence[int | N
     return [BlockConfig(mixer=dataclasses.replace(attention, window=window), ffn=ffn, **more) for window in windows]
 
 
-def check_rotation(attention: AttentionConfig) -> None:
-    """Raises Inexpressible where fewer dims are rotated than others would rotate."""
-    dims = attention.head_dim or 0
-    if attention.rope_base is not None and rotary_dim(dims, attention.rope_fraction) != int(dims * attention.rope_fraction):
-        raise Inexpressible(f"heads of {dims} dims are rotated by pairs, and {attention.rope_fraction} of them is an odd number")
+def check_rotation(attention: AttentionConfig, model: ModelConfig) -> None:
+    """Raise ValueError where the rotated dims are an odd number, or more than a head has."""
+    rotated = attention.resolved_rotary_dim(model.layer_shape())
+    if rotated and attention.rotary_dim is None and rotated != attention.head_dim:
+        raise ValueError(f"all {attention.head_dim} dims of a head are rotated, in pairs, so that they must be even")
+
+
+def check_whole_rotation(attention: AttentionConfig) -> None:
+    """Raise Inexpressible unless all dims of a head are rotated."""
+    rotated = attention.rotary_dim or attention.head_dim
+    if attention.rope_base is not None and rotated != attention.head_dim:
+        raise Inexpressible(f"all dims of all heads are rotated, and not {rotated} of {attention.head_dim}")
 
 
 def lookup(table: Mapping[Any, T], key: Any, what: str) -> T:

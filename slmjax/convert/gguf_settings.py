@@ -15,11 +15,11 @@ import numpy as np
 from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, stack_of
 from slmjax.attention import AttentionConfig, Biases
 from slmjax.config import ConfigError
-from slmjax.convert.family import Inexpressible, attentions, check_rotation, expect_kind
+from slmjax.convert.family import Inexpressible, attentions, check_whole_rotation, expect_kind
 from slmjax.convert.settings import Settings
 from slmjax.layers import Activation, MlpConfig
 from slmjax.moe import MoeConfig
-from slmjax.rope import LinearScaling, Llama3Scaling, LongScaling, RopeScaling, YarnScaling, rotary_dim
+from slmjax.rope import LinearScaling, Llama3Scaling, LongScaling, RopeScaling, YarnScaling
 
 IGNORED = ("rope.scaling.finetuned", "attention.causal", "feed_forward_length", "expert_feed_forward_length")
 PLAIN_SCALINGS = (LinearScaling, YarnScaling)  # those that are in the metadata; the others are tensors
@@ -84,8 +84,8 @@ def write_attention(
       Inexpressible: the angles are made otherwise.
     """
     if attention.rope_base is not None:
-        if attention.rope_fraction != 1.0 and not is_partial:
-            raise Inexpressible("all dims of all heads are rotated")
+        if not is_partial:
+            check_whole_rotation(attention)
         if attention.rope_scaling is not None and not isinstance(attention.rope_scaling, scalings):
             names = ", ".join(scaling.__name__ for scaling in scalings)
             raise Inexpressible(f"rope_scaling is {type(attention.rope_scaling).__name__}, and llama.cpp has {names} for this architecture")
@@ -128,9 +128,20 @@ def common_window(model: ModelConfig) -> int | None:
 
 # Rotary positions -----------------------------------------------------------------------------------------------------
 def read_rope(settings: Settings, *, head_dim: int) -> dict[str, Any]:
-    """`rope_base`, `rope_fraction` and `rope_scaling`."""
+    """Return `rope_base`, `rotary_dim` and `rope_scaling`.
+
+    Raises:
+      ConfigError: no even number from 2 to `head_dim` is rotated.
+    """
     rotated, base = settings.take("rope.dimension_count", head_dim), float(settings.take("rope.freq_base", 10_000.0))
-    return {"rope_base": shortest(base), "rope_fraction": rotated / head_dim, "rope_scaling": _read_scaling(settings, base, rotated)}
+    if type(rotated) is not int or rotated % 2 or not 2 <= rotated <= head_dim:
+        raise ConfigError(
+            f"rope.dimension_count is {rotated!r}: dims are rotated in pairs, so that it must be even, at least 2 and "
+            f"at most the dims of a head, {head_dim}"
+        )
+    scaling = _read_scaling(settings, base, rotated)
+    part = None if rotated == head_dim else rotated
+    return {"rope_base": shortest(base), "rotary_dim": part, "rope_scaling": scaling}
 
 
 def _read_scaling(settings: Settings, base: float, rotated: int) -> RopeScaling | None:
@@ -187,10 +198,9 @@ def frequency_divisors(scaling: Llama3Scaling, base: float, rotated: int) -> np.
 
 def write_rope(attention: AttentionConfig) -> dict[str, Any]:
     """The keys that `read_rope` takes."""
-    check_rotation(attention)
     if attention.rope_base is None:
         return {}
-    rotated = rotary_dim(attention.head_dim or 0, attention.rope_fraction)
+    rotated = attention.rotary_dim or attention.head_dim or 0
     keys: dict[str, Any] = {"rope.freq_base": attention.rope_base, "rope.dimension_count": rotated}
     scaling = attention.rope_scaling
     if isinstance(scaling, LinearScaling):

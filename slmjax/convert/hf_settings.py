@@ -11,7 +11,7 @@ from typing import Any
 from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, stack_of
 from slmjax.attention import AttentionConfig, Biases
 from slmjax.config import ConfigError
-from slmjax.convert.family import Inexpressible, attentions, check_rotation, expect_kind, lookup
+from slmjax.convert.family import Inexpressible, attentions, expect_kind, lookup
 from slmjax.convert.settings import Settings
 from slmjax.layers import Activation, MlpConfig
 from slmjax.rope import LinearScaling, Llama3Scaling, LongScaling, RopeScaling, YarnScaling
@@ -80,6 +80,8 @@ def read_attention(settings: Settings, *, is_partial: bool = False, **more: Any)
     head_dim = settings.positive("head_dim", settings.positive("hidden_size") // heads)
     kv_heads = settings.positive("num_key_value_heads", heads, null=heads)
     fields = more if "rope_base" in more else {**read_rope(settings, is_partial=is_partial), **more}
+    if (factor := fields.pop("partial_rotary_factor", 1.0)) != 1.0:
+        fields |= rotated_part(head_dim, factor, base=fields["rope_base"], scaling=fields["rope_scaling"])
     return AttentionConfig(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, **fields)
 
 
@@ -152,7 +154,9 @@ def rope_table(settings: Settings, *, default: Mapping[str, Any] | None = None) 
 def read_rope(
     settings: Settings, *, is_partial: bool = False, default: Mapping[str, Any] | None = None, long_types: Sequence[str] = LONG_TYPES
 ) -> dict[str, Any]:
-    """Return `rope_base`, `rope_fraction` and `rope_scaling`, from keys beside the others or in a table of their own.
+    """Return `rope_base` and `rope_scaling`, from keys beside the others or in a table of their own.
+
+    A `partial_rotary_factor` other than 1 is handed on to `read_attention`, which knows the width of a head.
 
     Args:
       is_partial: the family's libraries can rotate a part of each head's dims.
@@ -223,7 +227,34 @@ def rope_fields(
     """
     base, fraction = inner.positive("rope_theta", base), inner.take("partial_rotary_factor", fraction)
     scaling = _read_scaling(inner, context=context, original=original, long_types=long_types)
-    return {"rope_base": float(base), "rope_fraction": float(fraction), "rope_scaling": scaling}
+    part = {} if fraction == 1.0 else {"partial_rotary_factor": fraction}
+    return {"rope_base": float(base), "rope_scaling": scaling, **part}
+
+
+def rotated_part(head_dim: int, factor: float, *, base: float, scaling: RopeScaling | None) -> dict[str, Any]:
+    """Return `rotary_dim` and `rope_base` for a `partial_rotary_factor`, as transformers rotates.
+
+    It makes R = int(head_dim * factor), and a frequency `base ** (-2i / R)` for each even 2i below R. Of an odd R
+    these are (R + 1) / 2 pairs, which is what R + 1 dims and the base `base ** ((R + 1) / R)` give.
+
+    Raises:
+      ConfigError: an odd number with scaled frequencies, which transformers refuses.
+    """
+    rotated = int(head_dim * factor)
+    if rotated % 2 == 0 or rotated < 0:
+        return {"rotary_dim": rotated, "rope_base": base}
+    if scaling is not None:
+        raise ConfigError(
+            f"config.json: partial_rotary_factor {factor} of heads of {head_dim} dims rotates {rotated}, an odd number, "
+            f"which transformers does not compute with scaled frequencies ({type(scaling).__name__})"
+        )
+    return {"rotary_dim": rotated + 1, "rope_base": base ** ((rotated + 1) / rotated)}
+
+
+def rotary_factor(rotary_dim: int, head_dim: int) -> float:
+    """Return a `partial_rotary_factor` f with `int(head_dim * f) == rotary_dim`: the quotient, or the next float."""
+    factor = rotary_dim / head_dim
+    return factor if int(head_dim * factor) == rotary_dim else math.nextafter(factor, math.inf)
 
 
 def _read_scaling(inner: Settings, *, context: int, original: int | None, long_types: Sequence[str]) -> RopeScaling | None:
@@ -270,10 +301,9 @@ def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
 
 def write_rope(attention: AttentionConfig) -> dict[str, Any]:
     """`rope_theta`, `partial_rotary_factor` and `rope_scaling`, as libraries of any age read them."""
-    check_rotation(attention)
     keys: dict[str, Any] = {} if attention.rope_base is None else {"rope_theta": attention.rope_base}
-    if attention.rope_fraction != 1.0:
-        keys["partial_rotary_factor"] = attention.rope_fraction
+    if attention.rotary_dim not in (None, attention.head_dim):
+        keys["partial_rotary_factor"] = rotary_factor(attention.rotary_dim or 0, attention.head_dim or 1)
     return keys | {"rope_scaling": write_scaling(attention.rope_scaling)}
 
 

@@ -20,7 +20,7 @@ from slmjax import kernels
 from slmjax.attention import join, ring_slots
 from slmjax.layers import CachingMixer, Linear, MixerConfig, Shape, effective_weight
 from slmjax.numerics.inputs import RoundedInput
-from slmjax.rope import RopeScaling, rotary, sequence_lengths
+from slmjax.rope import LongScaling, RopeScaling, rotary, sequence_lengths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,8 @@ class LatentAttentionConfig(MixerConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.rope_dim < 2 or self.rope_dim % 2:
             raise ValueError(f"rope_dim must be even and at least 2 (dims are rotated in pairs), got {self.rope_dim}")
+        if isinstance(self.rope_scaling, LongScaling):
+            self.rope_scaling.check_pairs(self.rope_dim // 2)
         if self.query_rank is not None and self.query_rank < 1:
             raise ValueError(f"query_rank must be at least 1, or none for queries without a projection down, got {self.query_rank}")
         if self.rope_base is not None and self.rope_base <= 0:

@@ -159,7 +159,7 @@ def test_half_precision_is_read_by_both(ours: Path, tmp_path: Path, dtype: Weigh
     [
         (odd(mixer(window=5)), r"layer 0.mixer.window = 5"),
         (odd(mixer(scale=0.5)), r"not by 0.5"),
-        (odd(mixer(rope_fraction=0.5)), r"all dims of all heads are rotated"),
+        (odd(mixer(rotary_dim=4)), r"all dims of all heads are rotated"),
         (odd(mixer(rope_scaling=YarnScaling(factor=2.0, original_context=16, whole_dims=False))), r"whole_dims = False"),
         (odd(logit_softcap=3.0), r"logit_softcap = 3.0"),
     ],

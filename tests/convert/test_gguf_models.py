@@ -264,7 +264,7 @@ LLAMA3 = Llama3Scaling(factor=8.0, original_context=16)
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        (qwen3.GGUF, {"rope_fraction": 0.5}, r"all dims of all heads are rotated"),
+        (qwen3.GGUF, {"rotary_dim": 4}, r"all dims of all heads are rotated"),
         (qwen2.GGUF, {"rope_scaling": LLAMA3}, r"is Llama3Scaling, and llama.cpp has LinearScaling, YarnScaling"),
         (qwen3.GGUF, {"bias": True}, r"feed-forward layers have no biases"),
         (gemma2.GGUF, {"head": HeadKind.FREE}, r"the head is 'tied', not 'free'"),

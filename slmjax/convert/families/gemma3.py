@@ -10,7 +10,7 @@ from slmjax.architecture import BlockConfig, ModelConfig, NormPlacement
 from slmjax.attention import Biases, QkNorm
 from slmjax.convert import gguf_settings
 from slmjax.convert.families import gemma2
-from slmjax.convert.family import Family, Inexpressible, Rule, Table, attentions, check_rotation, first_block
+from slmjax.convert.family import Family, Inexpressible, Rule, Table, attentions, check_whole_rotation, first_block
 from slmjax.convert.hf_settings import (
     IGNORED,
     check_width,
@@ -77,7 +77,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     local = next((mixer for mixer in mixers if mixer.window is not None), None)
     full = next((mixer for mixer in mixers if mixer.window is None), None)
     for mixer in mixers:
-        check_rotation(mixer)
+        check_whole_rotation(mixer)
     if local is not None and local.rope_scaling is not None:
         raise Inexpressible("layers in a window have plain angles")
     ropes = {

@@ -6,7 +6,7 @@ from typing import Any
 from slmjax.architecture import BlockConfig, ModelConfig, NormPlacement
 from slmjax.attention import QkNorm
 from slmjax.convert.families import olmo2
-from slmjax.convert.family import Family, Inexpressible, attentions, check_rotation, first_block
+from slmjax.convert.family import Family, Inexpressible, attentions, check_whole_rotation, first_block
 from slmjax.convert.hf_settings import (
     read_attention,
     read_biases,
@@ -53,7 +53,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     attention, ffn = first_block(model)
     ropes = {}
     for mixer in attentions(model):
-        check_rotation(mixer)
+        check_whole_rotation(mixer)
         if mixer.rope_base is None:
             raise Inexpressible("every layer has positions")
         kind = "full_attention" if mixer.window is None else "sliding_attention"
