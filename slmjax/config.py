@@ -59,6 +59,10 @@ class Upgrades(typing.Protocol):
         ...
 
 
+def _upgrades(cls: type) -> type[Upgrades] | None:
+    return cls if issubclass(cls, Upgrades) else None
+
+
 def near_names(name: str, options: Iterable[str]) -> str:
     """A hint to append to an error: "" or " Did you mean 'x' or 'y'?"."""
     near = difflib.get_close_matches(str(name), [str(option) for option in options], n=3, cutoff=0.5)
@@ -215,8 +219,8 @@ def _encode(value: Any, hint: Any, path: str, *, is_short: bool) -> Any:
         fields = {
             name: _encode(getattr(value, name), declared, _join(path, name), is_short=is_short) for name, declared in declared_types.items()
         }
-        if is_short and issubclass(cls, Upgrades):
-            fields = cls.downgraded(fields)
+        if is_short and (upgrades := _upgrades(cls)):
+            fields = upgrades.downgraded(fields)
         return {"type": cls.__name__, **fields} if _is_open(hint, cls) else fields
     if isinstance(value, enum.Enum):
         return value.value
@@ -311,9 +315,9 @@ def _decode_dataclass(data: dict[str, Any], hints: list[Any], path: str) -> Any:
     cls = _chosen_class(data, hints, path)
     declared = _field_types(cls)
     given = {key: item for key, item in data.items() if key != "type"}
-    if issubclass(cls, Upgrades):
+    if upgrades := _upgrades(cls):
         try:
-            given = cls.upgraded(given)
+            given = upgrades.upgraded(given)
         except ValueError as error:
             raise ConfigError(f"{_at(path)}: {error}") from error
     added = {field.name: field.metadata[_BEFORE] for field in dataclasses.fields(cls) if _BEFORE in field.metadata}
