@@ -11,6 +11,7 @@ import jax
 
 from slmjax import config as config_io
 from slmjax.data import provenance
+from slmjax.data.left_out import describe_left_out
 from slmjax.data.pipeline import BatchSource
 from slmjax.experiment import Experiment
 from slmjax.moe import MoeConfig
@@ -85,6 +86,10 @@ def announce(setup: Setup, run: RunDirectory, source: BatchSource, progress: Pro
     notes = (ffn.training_note() for ffn in ffns if isinstance(ffn, MoeConfig))
     for note in dict.fromkeys(filter(None, notes)):
         log.warning("%s", note)
+    for plan, (shards, _) in zip(source.plans, setup.prepared.train, strict=True):
+        name, decode = shards.manifest.source_name, setup.prepared.tokenizer.decode
+        for sentence in describe_left_out(plan, shards, name=name, decode=decode):
+            log.warning("%s", sentence)
     if first_step:
         progress.print(f"resuming after step {first_step}")
     log.info(keeping_of_programs())

@@ -7,7 +7,10 @@ and fills rows with them by best-fit decreasing within windows of consecutive do
 stream of all documents every T tokens: rows are full but for the last, and a piece that ends its document has EOS as its
 last input, whose target would be the BOS of the next document: it is not scored. Both lose no target and repeat none.
 
-A plan is a pure function of the document lengths and the settings. It takes 12 bytes a piece and 8 a row in memory.
+Where not all text of a document is scored (`scored.py`), no row is fed that has no scored target. Best fit cuts a document that
+does not fit a row so that each piece has one (`pieces_around`); concatenation leaves out rows that have none.
+
+A plan is a pure function of the document lengths, the scored tokens and the settings. It takes 16 bytes a piece and 8 a row in memory.
 Use: `plan = load_or_pack(shards, ...)`, then `write_row(batch, 0, plan=plan, row=17, shards=shards)`.
 
 Legend: T positions of a row, V vocabulary.
@@ -20,7 +23,9 @@ import json
 import os
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -28,9 +33,9 @@ from jaxtyping import Bool, Int32, Int64, Integer
 
 from slmjax.data.batch import Batch
 from slmjax.data.config import Packing
-from slmjax.data.scored import ScoredText
+from slmjax.data.scored import ScoredText, Spans, is_all_scored, pieces_around
 
-_PLAN_VERSION = 1  # part of the name of a saved plan: raise it when the same settings would give other rows
+_PLAN_VERSION = 2  # part of the name of a saved plan: raise it when the same settings would give other rows
 
 
 @runtime_checkable
@@ -63,11 +68,12 @@ class RowPlan:
     """Rows of pieces, in compressed sparse row form: row r has pieces row_starts[r] to row_starts[r + 1]."""
 
     sequence_length: int  # positions of a row
-    overlap: int  # leading targets of a piece with start > 0 that an earlier piece has scored
+    overlap: int  # inputs of the piece before that a further piece of running text repeats
     row_starts: Int64[np.ndarray, "rows_and_end"]
     documents: Int32[np.ndarray, "pieces"]
     starts: Int32[np.ndarray, "pieces"]
     lengths: Int32[np.ndarray, "pieces"]
+    contexts: Int32[np.ndarray, "pieces"]  # leading targets of the piece that it does not score: prompt, or scored by an earlier piece
 
     def __len__(self) -> int:
         return len(self.row_starts) - 1
@@ -83,18 +89,29 @@ class RowPlan:
         return list(zip(self.documents[here].tolist(), self.starts[here].tolist(), self.lengths[here].tolist(), strict=True))
 
 
-def best_fit_rows(document_lengths: Integer[np.ndarray, "documents"], *, sequence_length: int, window: int, overlap: int = 0) -> RowPlan:
+def best_fit_rows(
+    document_lengths: Integer[np.ndarray, "documents"],
+    *,
+    sequence_length: int,
+    window: int,
+    overlap: int = 0,
+    spans: Mapping[int, Spans] = MappingProxyType({}),
+) -> RowPlan:
     """Packs `window` consecutive documents at a time; the pieces of one document are in order over the rows.
 
-    With an overlap, each further piece of a long document starts with the last `overlap` inputs of the one before.
-    Raises ValueError where no row can be made.
+    Args:
+      overlap: inputs of the piece before that each further piece of running text starts with.
+      spans: by document, what is scored of those that are not plain text and are longer than a row, or have no scored token (`spans_of`).
+
+    Raises:
+      ValueError: no row can be made.
     """
     _check_sequence_length(sequence_length)
     if window < 1:
         raise ValueError(f"documents are packed {window} at a time: set the packing window to at least 1")
     if not 0 <= overlap < sequence_length:
         raise ValueError(f"an overlap of {overlap} leaves a row of {sequence_length} no new target: choose 0 to {sequence_length - 1}")
-    documents, starts, lengths = _cut(document_lengths, sequence_length=sequence_length, overlap=overlap)
+    documents, starts, lengths, contexts = _cut(document_lengths, sequence_length=sequence_length, overlap=overlap, spans=spans)
     rows = np.empty(len(documents), np.int64)
     num_rows = 0
     edges = np.searchsorted(documents, np.arange(0, len(document_lengths) + window, window))
@@ -103,7 +120,8 @@ def best_fit_rows(document_lengths: Integer[np.ndarray, "documents"], *, sequenc
         rows[begin:end] = num_rows + rows_in_window
         num_rows += num_rows_in_window
     order = np.argsort(rows, kind="stable")
-    return _plan(rows[order], documents[order], starts[order], lengths[order], sequence_length=sequence_length, overlap=overlap)
+    pieces = (values[order] for values in (rows, documents, starts, lengths, contexts))
+    return _plan(*pieces, sequence_length=sequence_length, overlap=overlap)
 
 
 def concatenated_rows(document_lengths: Integer[np.ndarray, "documents"], *, sequence_length: int) -> RowPlan:
@@ -115,7 +133,34 @@ def concatenated_rows(document_lengths: Integer[np.ndarray, "documents"], *, seq
     documents = np.searchsorted(offsets, cuts, side="right") - 1
     lengths = np.diff(cuts, append=end)
     rows = cuts // sequence_length
-    return _plan(rows, documents, cuts - offsets[documents], lengths, sequence_length=sequence_length, overlap=0)
+    contexts = np.zeros(len(rows), np.int64)
+    return _plan(rows, documents, cuts - offsets[documents], lengths, contexts, sequence_length=sequence_length, overlap=0)
+
+
+def with_targets(plan: RowPlan, shards: TokenizedDocuments) -> RowPlan:
+    """The rows of a plan that have a scored target. Raises ValueError where there is none."""
+    lengths, num_scored = shards.lengths[plan.documents], shards.num_scored[plan.documents]
+    is_scored = (num_scored > 0) & (plan.starts + 1 < lengths)  # EOS alone predicts nothing
+    for piece in np.flatnonzero(~is_all_scored(lengths, num_scored)).tolist():
+        start = int(plan.starts[piece])
+        stop = min(start + int(plan.lengths[piece]) + 1, int(lengths[piece]))
+        is_scored[piece] = shards.scored(int(plan.documents[piece]), start=start + 1, stop=stop).any()
+    rows = np.repeat(np.arange(len(plan)), np.diff(plan.row_starts))
+    wanted = np.isin(rows, rows[is_scored])
+    pieces = (values[wanted] for values in (plan.documents, plan.starts, plan.lengths, plan.contexts))
+    new_rows = np.unique(rows[wanted], return_inverse=True)[1]
+    return _plan(new_rows, *pieces, sequence_length=plan.sequence_length, overlap=plan.overlap)
+
+
+def spans_of(shards: TokenizedDocuments, *, sequence_length: int, num_documents: int | None = None) -> dict[int, Spans]:
+    """What `best_fit_rows` needs to know of the scored tokens of the first `num_documents` (None: all)."""
+    lengths, num_scored = shards.lengths[:num_documents], shards.num_scored[:num_documents]
+    concerned = ~is_all_scored(lengths, num_scored) & ((lengths - 1 > sequence_length) | (num_scored == 0))
+    spans: dict[int, Spans] = {}
+    for document in np.flatnonzero(concerned).tolist():
+        changes = np.diff(shards.scored(document).astype(np.int8), prepend=0, append=0)
+        spans[document] = list(zip(np.flatnonzero(changes > 0).tolist(), np.flatnonzero(changes < 0).tolist(), strict=True))
+    return spans
 
 
 def load_or_pack(shards: TokenizedDocuments, *, packing: Packing, sequence_length: int, window: int, cache_dir: Path) -> RowPlan:
@@ -132,9 +177,12 @@ def load_or_pack(shards: TokenizedDocuments, *, packing: Packing, sequence_lengt
     plan = _load(path, sequence_length=sequence_length)
     if plan is None:
         if packing is Packing.BEST_FIT:
-            plan = best_fit_rows(shards.lengths, sequence_length=sequence_length, window=window)
+            spans = spans_of(shards, sequence_length=sequence_length)
+            plan = best_fit_rows(shards.lengths, sequence_length=sequence_length, window=window, spans=spans)
         else:
             plan = concatenated_rows(shards.lengths, sequence_length=sequence_length)
+            if not is_all_scored(shards.lengths, shards.num_scored).all():
+                plan = with_targets(plan, shards)
         _save(plan, path)
     return plan
 
@@ -156,7 +204,8 @@ def write_row(
     """
     column = 0
     num_bytes = 0
-    for segment, (document, start, length) in enumerate(plan.pieces(row), start=1):
+    contexts = plan.contexts[int(plan.row_starts[row]) : int(plan.row_starts[row + 1])].tolist()
+    for segment, ((document, start, length), context) in enumerate(zip(plan.pieces(row), contexts, strict=True), start=1):
         num_tokens = int(shards.lengths[document])
         tokens = shards.tokens(document, start=start, stop=min(start + length + 1, num_tokens))
         num_targets = len(tokens) - 1  # one less than `length` where the last input is EOS
@@ -165,13 +214,12 @@ def write_row(
         batch.targets[index, column : column + num_targets] = tokens[1:]
         batch.segment_ids[index, column:end] = segment
         batch.positions[index, column:end] = np.arange(length, dtype=np.int32)
-        repeated = plan.overlap if start else 0  # leading targets that the piece before has scored
-        first, stop = start + 1 + repeated, start + 1 + num_targets
+        first, stop = start + 1 + context, start + 1 + num_targets
         if first < stop:
             scored = _scored(shards, document, start=first, stop=stop, text=text)
-            batch.loss_mask[index, column + repeated : column + num_targets] = scored
+            batch.loss_mask[index, column + context : column + num_targets] = scored
             if token_bytes is not None:
-                num_bytes += int(token_bytes[tokens[1 + repeated :][scored]].sum())
+                num_bytes += int(token_bytes[tokens[1 + context :][scored]].sum())
             else:
                 num_bytes += _spread_bytes(shards, document, start=first, num_scored=int(scored.sum()), text=text)
         column = end
@@ -202,16 +250,31 @@ def _check_sequence_length(sequence_length: int) -> None:
         raise ValueError(f"sequence_length is {sequence_length}: a row needs at least 2 positions")
 
 
-def _cut(document_lengths: np.ndarray, *, sequence_length: int, overlap: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pieces of at most `sequence_length` targets: documents, starts, lengths, in document order."""
+def _cut(
+    document_lengths: np.ndarray, *, sequence_length: int, overlap: int, spans: Mapping[int, Spans]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Pieces of at most `sequence_length` targets: documents, starts, lengths, contexts, in document order."""
     num_targets = np.maximum(document_lengths.astype(np.int64) - 1, 0)
+    num_targets[list(spans)] = 0  # cut apart from the others
     stride = sequence_length - overlap
     further = np.maximum(-(-(num_targets - sequence_length) // stride), 0)
     num_pieces = np.where(num_targets > 0, 1 + further, 0)
     documents = np.repeat(np.arange(len(num_targets)), num_pieces)
     place = np.arange(len(documents)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
     starts = place * stride
-    return documents, starts, np.minimum(num_targets[documents] - starts, sequence_length)
+    lengths, contexts = np.minimum(num_targets[documents] - starts, sequence_length), np.where(starts > 0, overlap, 0)
+    cut = [
+        (document, *piece)
+        for document, found in spans.items()
+        for piece in pieces_around(found, sequence_length=sequence_length, overlap=overlap)
+    ]
+    if not cut:
+        return documents, starts, lengths, contexts
+    of_spans = np.asarray(cut, np.int64).T
+    joined = [np.concatenate(pair) for pair in zip((documents, starts, lengths, contexts), of_spans, strict=True)]
+    order = np.argsort(joined[0], kind="stable")
+    documents, starts, lengths, contexts = (values[order] for values in joined)
+    return documents, starts, lengths, contexts
 
 
 def _best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
@@ -244,11 +307,18 @@ def _best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray
 
 
 def _plan(
-    rows: np.ndarray, documents: np.ndarray, starts: np.ndarray, lengths: np.ndarray, *, sequence_length: int, overlap: int
+    rows: np.ndarray,
+    documents: np.ndarray,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    contexts: np.ndarray,
+    *,
+    sequence_length: int,
+    overlap: int,
 ) -> RowPlan:
     """From pieces sorted by row, where every row from 0 on has one."""
     if not len(rows):
-        raise ValueError("there are no documents to make rows of: the source, or this split of it, is empty")
+        raise ValueError("there are no documents to make rows of: the source, or this split of it, is empty, or none of its text is scored")
     return RowPlan(
         sequence_length=sequence_length,
         overlap=overlap,
@@ -256,10 +326,11 @@ def _plan(
         documents=documents.astype(np.int32),
         starts=starts.astype(np.int32),
         lengths=lengths.astype(np.int32),
+        contexts=contexts.astype(np.int32),
     )
 
 
-_SAVED = ("row_starts", "documents", "starts", "lengths")
+_SAVED = ("row_starts", "documents", "starts", "lengths", "contexts")
 
 
 def _save(plan: RowPlan, path: Path) -> None:

@@ -9,6 +9,7 @@ plain text has no edge, and a pair whose prompt takes the tokens 0 to p - 1 has 
 Legend: D documents, E edges of all documents, T tokens of a document.
 """
 
+import bisect
 import dataclasses
 import enum
 
@@ -63,3 +64,36 @@ class ScoredTokens:
 def is_all_scored(lengths: Integer[np.ndarray, " D"], num_scored: Integer[np.ndarray, " D"]) -> Bool[np.ndarray, " D"]:
     """Whether each document is plain text: every token but BOS is scored."""
     return num_scored >= lengths - 1
+
+
+Spans = list[tuple[int, int]]  # the scored tokens of a document: first, and one after the last
+
+
+def pieces_around(spans: Spans, *, sequence_length: int, overlap: int) -> list[tuple[int, int, int]]:
+    """Pieces (start, length, context) of a document that is longer than a row, which score each target of the spans once.
+
+    A span is the text between two unscored ones: a completion, or a turn of a conversation. In this order:
+
+    - A piece takes the next span, and those after it, that end within a row which begins half a row before the first of them; the rest
+      of the row then goes to more of the text before. So a pair is cut from the left of its prompt.
+    - A span that does not end there but fits a row is a piece, with the text before it that the row has room for.
+    - A longer span is cut as running text is, its first piece after half a row of the text before it.
+    """
+    pieces: list[tuple[int, int, int]] = []
+    ends = [stop for _, stop in spans]
+    place, scored_to = 0, 0  # the next span, and one after the last target that is scored
+    while place < len(spans):
+        begin, stop = spans[place]
+        first = max(begin, scored_to)
+        goes_on = first > begin
+        start = first - 1 - overlap if goes_on else max(first - max(sequence_length // 2, 1), 0)
+        limit = start + sequence_length + 1  # one after the last target of a row that begins there
+        fitting = bisect.bisect_right(ends, limit) - place  # spans that end within that row
+        if fitting or (stop - first <= sequence_length and not goes_on):
+            place += max(fitting, 1)
+            scored_to = ends[place - 1]
+            start = start if goes_on else max(scored_to - 1 - sequence_length, 0)
+        else:
+            scored_to = limit
+        pieces.append((start, scored_to - 1 - start, first - 1 - start))
+    return pieces

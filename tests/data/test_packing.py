@@ -4,13 +4,15 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from slmjax.data import packing
 from slmjax.data.batch import Batch, empty_batch
 from slmjax.data.config import Packing
-from slmjax.data.packing import RowPlan, best_fit_rows, concatenated_rows, load_or_pack, write_row
+from slmjax.data.left_out import describe_left_out, left_out
+from slmjax.data.packing import RowPlan, best_fit_rows, concatenated_rows, load_or_pack, spans_of, with_targets, write_row
+from slmjax.data.scored import pieces_around
 from tests.data.in_memory import BOS, InMemoryDocuments, numbered
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=25).filter(lambda lengths: max(lengths) > 1)
@@ -150,12 +152,73 @@ def test_bytes_are_exact_with_the_bytes_of_each_token():
     assert dict(zip(spread.tokens[:, 1].tolist(), spread.num_bytes.tolist(), strict=True)) == {2: 9, 3: 4}
 
 
-def test_a_prompt_longer_than_a_row_leaves_a_row_without_targets():
-    shards = numbered([12], prompt_lengths=[7])
-    plan = best_fit_rows(shards.lengths, sequence_length=5, window=1)
-    batch = write_all(plan, shards)
-    assert batch.loss_mask.tolist() == [[0, 0, 0, 0, 0], [0, 1, 1, 1, 1], [1, 0, 0, 0, 0]]
-    assert batch.num_bytes.tolist() == [0, 12, 0]
+def flags(text: str) -> list[bool]:
+    return [character == "x" for character in text]
+
+
+@pytest.mark.parametrize(
+    ("scored", "sequence_length", "overlap", "pieces"),
+    [
+        # A pair of 10 tokens of prompt and 3 targets: the row is filled up with the end of the prompt.
+        ("." * 10 + "xxx", 6, 0, [(6, 6, 3)]),
+        # A completion of 5 targets fits a row of 6, with 2 inputs before it.
+        ("." * 10 + "xxxxx", 6, 0, [(8, 6, 1)]),
+        ("." * 10 + "xxxxxx", 6, 0, [(9, 6, 0)]),
+        # A completion of 9 does not: half a row of prompt, then running text.
+        ("." * 10 + "x" * 9, 6, 0, [(7, 6, 2), (13, 5, 0)]),
+        ("." * 10 + "x" * 9, 6, 2, [(7, 6, 2), (11, 6, 2), (15, 3, 2)]),
+        (".." + "x" * 9, 6, 0, [(0, 6, 1), (6, 4, 0)]),  # the prompt is shorter than that
+        # Turns: both of the first two are within a row that begins half a row before them; what is in between is context.
+        ("...x.x" + "." * 9 + "xx...", 6, 0, [(0, 5, 2), (10, 6, 4)]),
+        # The second piece repeats a turn that the first one scored, as context.
+        ("....xxx.xx", 6, 0, [(0, 6, 3), (3, 6, 4)]),
+    ],
+)
+def test_documents_longer_than_a_row_are_cut_around_what_is_scored(scored, sequence_length, overlap, pieces):
+    documents = numbered([len(scored)], scored=[flags(scored)])
+    (spans,) = spans_of(documents, sequence_length=sequence_length).values()
+    assert pieces_around(spans, sequence_length=sequence_length, overlap=overlap) == pieces
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), sequence_length=st.integers(2, 12), window=st.integers(1, 30), packing=st.sampled_from(Packing))
+def test_every_row_has_a_target_and_every_scored_target_is_in_one(data, sequence_length, window, packing):
+    runs = st.lists(st.tuples(st.booleans(), st.integers(1, 20)), min_size=1, max_size=6)
+    scored = [[False, *itertools.chain(*([flag] * n for flag, n in data.draw(runs)))] for _ in range(data.draw(st.integers(1, 8)))]
+    overlap = data.draw(st.integers(0, sequence_length - 1)) if packing is Packing.BEST_FIT else 0
+    documents = numbered([len(of_document) for of_document in scored], scored=scored)
+    wanted = [1000 * (d + 1) + i for d, of_document in enumerate(scored) for i, flag in enumerate(of_document) if flag]
+    assume(wanted)
+    if packing is Packing.BEST_FIT:
+        spans = spans_of(documents, sequence_length=sequence_length)
+        plan = best_fit_rows(documents.lengths, sequence_length=sequence_length, window=window, overlap=overlap, spans=spans)
+    else:
+        plan = with_targets(concatenated_rows(documents.lengths, sequence_length=sequence_length), documents)
+    batch = write_all(plan, documents)
+    assert batch.loss_mask.any(axis=1).all()
+    assert sorted(batch.targets[batch.loss_mask == 1].tolist()) == wanted
+    assert batch.num_bytes.sum() == documents.scored_bytes[documents.num_scored > 0].sum()
+    check_rows(plan, batch)
+    found, inputs = left_out(plan, documents), [set() for _ in scored]
+    for row in range(len(plan)):
+        for document, start, length in plan.pieces(row):
+            inputs[document] |= set(range(start, start + length))
+    partial = [d for d, of_document in enumerate(scored) if not all(of_document[1:])]
+    assert found.whole.tolist() == [d for d in partial if not inputs[d]]
+    assert found.part.tolist() == [d for d in partial if 0 < len(inputs[d]) < len(scored[d]) - 1]
+
+
+def test_what_is_left_out_is_counted_and_named():
+    documents = numbered([12, 5, 4, 13, 6], prompt_lengths=[9, 2, 4, 10, 0])
+    plan = best_fit_rows(documents.lengths, sequence_length=6, window=5, spans=spans_of(documents, sequence_length=6))
+    whole, part = describe_left_out(plan, documents, name="pairs", decode=str)
+    assert whole.startswith("pairs: 1 of 5 documents have no token that is scored") and "document 2, which begins '[3001, 3002, " in whole
+    assert part.startswith("pairs: of 2 of 5 documents some text that is not scored") and "document 0, which begins '[1001, " in part
+    plain = numbered([12, 5])
+    assert describe_left_out(best_fit_rows(plain.lengths, sequence_length=6, window=5), plain, name="", decode=str) == []
+    with pytest.raises(ValueError, match="none of its text is scored"):
+        nothing = numbered([4], prompt_lengths=[4])
+        best_fit_rows(nothing.lengths, sequence_length=6, window=5, spans=spans_of(nothing, sequence_length=6))
 
 
 OPTIONS = {"packing": Packing.BEST_FIT, "sequence_length": 8, "window": 4}
