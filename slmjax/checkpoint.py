@@ -113,6 +113,11 @@ class Checkpointer:
         has_one = best["step"] in self.steps() and is_better(float(best["loss"]), None)
         return (int(best["step"]), float(best["loss"])) if has_one else None
 
+    def forget_best(self) -> None:
+        """Has the best checkpoint found anew, by the evaluations to come."""
+        if jax.process_index() == 0:
+            (self.directory / "best.json").unlink(missing_ok=True)
+
     def repair_best(self, log_path: Path) -> None:
         """Take the place of a best checkpoint whose loss is not finite: the best of those that the run's log has a finite loss of.
 

@@ -13,6 +13,7 @@ from slmjax import weights
 from slmjax.architecture import ModelConfig
 from slmjax.checkpoint import CheckpointConfig
 from slmjax.data.config import DataConfig, TextSource
+from slmjax.data.scored import ScoredText
 from slmjax.data.tokenizers import BpeTokenizer, FileTokenizer, TokenizerConfig
 from slmjax.data.windows import default_overlap
 from slmjax.distill.config import DistillConfig, TeacherConfig
@@ -82,6 +83,8 @@ class EvalConfig:
     batch_size: int | None = None  # rows at a time (none: as in training)
     sample: bool = True  # continue run.sample_prompts each time, so that the log shows what the model has learnt to say
     overlap: int | None = None  # tokens that each further window of a long document repeats (none: a quarter window, at most 64)
+    # the text that is scored: completions, which is what training scores (of plain text everything), or all, prompts too
+    score: ScoredText = config_io.added_field(ScoredText.COMPLETIONS, before=ScoredText.COMPLETIONS)
 
     def __post_init__(self) -> None:
         for name in ("every", "max_documents", "batch_size"):

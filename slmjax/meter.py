@@ -16,7 +16,7 @@ from collections.abc import Callable
 class Figures:
     """What was measured since the last line."""
 
-    bits_per_byte: float  # of the step itself
+    bits_per_byte: float  # of the step itself; NaN where its scored tokens stand for no text
     tokens_per_second: float  # fed, padding left out; NaN where there is nothing to measure by yet
     mfu: float | None  # model FLOPs utilisation, 0 to 1; None where the device's peak is not known
     data_wait_share: float  # of the time, spent waiting for data
@@ -54,7 +54,7 @@ class Meter:
         self._since, self._tokens_then, self._waiting_then = now, tokens, waiting
         rate = added / seconds if added > 0 else math.nan
         return Figures(
-            bits_per_byte=nll / math.log(2) / max(num_bytes, 1.0),
+            bits_per_byte=nll / math.log(2) / num_bytes if num_bytes > 0 else math.nan,
             tokens_per_second=rate,
             mfu=None if self._peak is None else rate * self._flops_per_token / self._peak,
             data_wait_share=min(waited / seconds, 1.0),

@@ -69,10 +69,11 @@ def squares_by_layer(config: ModelConfig, grads: Params) -> Float[Array, " G"]:
 
 
 def batch_figures(sums: Mapping[str, Array], total: Mapping[str, Array]) -> dict[str, Any]:
-    """Means over the batch's scored targets, and loads of experts, from the sums and counts of a step."""
-    report: dict[str, Any] = {"loss": sums["nll"] / jnp.maximum(total["targets"], 1.0), "nll": sums["nll"]}
+    """Means over the batch's scored targets, NaN where there is none, and loads of experts, from the sums and counts of a step."""
+    num_targets = jnp.where(total["targets"] == 0, jnp.nan, total["targets"])
+    report: dict[str, Any] = {"loss": sums["nll"] / num_targets, "nll": sums["nll"]}
     names = {"accuracy": "correct", "divergence": "divergence"}
-    report |= {name: sums[key] / jnp.maximum(total["targets"], 1.0) for name, key in names.items() if key in sums}
+    report |= {name: sums[key] / num_targets for name, key in names.items() if key in sums}
     loads = {name: value for name, value in sums.items() if name.endswith("/expert_counts")}
     if loads:
         report["expert_loads"] = loads

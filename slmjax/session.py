@@ -21,6 +21,7 @@ from slmjax.checkpoint import Checkpointer
 from slmjax.data import provenance
 from slmjax.data.batch import Batch
 from slmjax.data.preparation import Log, Prepared, prepare
+from slmjax.data.scored import ScoredText, is_all_scored
 from slmjax.data.tokenizers import FileTokenizer, Tokenizer, TokenizerConfig
 from slmjax.data.windows import EvaluationBatches, evaluation_batches
 from slmjax.distill import layers
@@ -34,7 +35,7 @@ from slmjax.numerics import weights as numeric_weights
 from slmjax.optim import cooldown_step, learning_rate, make_optimizer
 from slmjax.parameters import Definition, define, define_for_inference
 from slmjax.processes import process_zero_first
-from slmjax.runlog import RunDirectory
+from slmjax.runlog import RunDirectory, read_log
 from slmjax.step import TrainState, TrainStep, init_state, make_train_step, state_shapes
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class Setup:
             overlap=settings.windows_overlap(data.sequence_length),
             max_documents=max_documents,
             rows=placement.rows_here(self.mesh, batch_size),
+            text=settings.score,
         )
 
     def evaluate(self, state: TrainState, max_documents: int | None) -> EvalResult | None:
@@ -299,8 +301,23 @@ def restored_state(setup: Setup, checkpointer: Checkpointer) -> TrainState:
     if not checkpointer.steps() and not any(checkpointer.directory.glob("*.bad*")):
         log.warning("%s has no checkpoint yet: beginning at step 0", checkpointer.directory)
         return fresh_state(setup)
-    checkpointer.repair_best(RunDirectory(checkpointer.directory.parent).log_path)
+    run_log = RunDirectory(checkpointer.directory.parent).log_path
+    checkpointer.repair_best(run_log)
+    if (best := checkpointer.best()) is not None and run_log.exists() and _scored_otherwise(setup, run_log, step=best[0]):
+        log.warning(
+            "the best checkpoint so far, of step %d, was chosen by the loss of other tokens (eval.score): it is found anew", best[0]
+        )
+        checkpointer.forget_best()
     return TrainState.from_items(checkpointer.restore(setup.shapes.items())[1])
+
+
+def _scored_otherwise(setup: Setup, run_log: Path, *, step: int) -> bool:
+    """Whether the evaluation after `step` scored all text of held-out documents and this one does not, or the other way round."""
+    records = [record for record in read_log(run_log, kind="eval") if record["step"] == step]
+    if not records or all(is_all_scored(shards.lengths, shards.num_scored).all() for shards in setup.prepared.heldout):
+        return False
+    was_all = records[-1].get("tokens") == records[-1].get("total_tokens")  # earlier versions said neither, and scored all
+    return was_all is not (setup.experiment.eval.score is ScoredText.ALL)
 
 
 ROW_SETTINGS = ("sequence_length", "batch_size", "packing", "packing_window", "seed", "sources")  # they decide what row comes when

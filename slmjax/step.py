@@ -2,8 +2,8 @@
 
 Everything a batch contributes is a sum; counts come from the batch alone, and sums are divided by the counts of the whole
 global batch, so that accumulation, padding and the number of devices never change the loss. A step whose loss or
-gradient is not finite is undone on the device: parameters, moments, averages and buffers keep their old values, by
-`where`, and the skip is counted.
+gradient is not finite, or whose global batch has no scored target, is undone on the device: parameters, moments, averages and
+buffers keep their old values, by `where`, the schedule does not advance, and the skip is counted.
 
 Dims: A microbatches, T time.
 """
@@ -69,8 +69,8 @@ class TrainState:
     rng: ArrayLeaf  # UInt32 "2": key data of the run's randomness; a step's key is folded from it
     step: ArrayLeaf  # Int32 "": steps taken, undone ones included
     tokens: ArrayLeaf  # Int32 "2": scored targets trained on, those of undone steps left out: millions, and the rest
-    skipped: ArrayLeaf  # Int32 "": steps undone, in all
-    skipped_in_a_row: ArrayLeaf  # Int32 ""
+    skipped: ArrayLeaf  # Int32 "": steps undone, in all: not finite, or without a scored target
+    skipped_in_a_row: ArrayLeaf  # Int32 "": of those that are not finite; one without a target neither ends nor lengthens the row
 
     def items(self) -> dict[str, Any]:
         """The state as a checkpoint stores it: `model` alone suffices to evaluate and sample."""
@@ -221,7 +221,7 @@ def make_train_step(
 
     `teachers` is what they say of the batch; without it, which is a program of its own, there is no divergence in the loss.
 
-    Metrics are float32 scalars of the whole batch: `loss` (nats per scored token), `objective` (with auxiliary terms),
+    Metrics are float32 scalars of the whole batch: `loss` (nats per scored token, NaN without one), `objective` (with auxiliary terms),
     `grad_norm` (before clipping), `learning_rate`, `accuracy`, `nll`, `targets`, `bytes`, `tokens`, `skipped` (so far),
     `skipped_in_a_row`, and for mixtures of experts `dropped` and `expert_imbalance` (the busiest expert's load over the mean,
     averaged over layers), in distillation the mean `divergence` and its amounts; `data_checksum` is an integer; `grad_norms` and
@@ -288,13 +288,15 @@ def _effective(
 
 
 def _next_state(state: TrainState, changed: Mapping[str, Any], *, finite: Array, num_targets: Array) -> TrainState:
-    """The state after a step: what it changed, or, where something was not finite, what it was before."""
-    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+    """The state after a step: what it changed, or, where something was not finite or no target is scored, what it was before."""
+    is_empty = num_targets == 0
+    counts = finite & ~is_empty
+    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(counts, new, old))
     kept = {name: keep(new, getattr(state, name)) for name, new in changed.items()}
-    undone = 1 - finite.astype(jnp.int32)
+    in_a_row = jnp.where(finite, jnp.where(is_empty, state.skipped_in_a_row, 0), state.skipped_in_a_row + 1)
     return dataclasses.replace(
-        state, **kept, step=state.step + 1, tokens=_counted(state.tokens, jnp.where(finite, num_targets, 0.0)),
-        skipped=state.skipped + undone, skipped_in_a_row=(state.skipped_in_a_row + 1) * undone,
+        state, **kept, step=state.step + 1, tokens=_counted(state.tokens, jnp.where(counts, num_targets, 0.0)),
+        skipped=state.skipped + (1 - counts.astype(jnp.int32)), skipped_in_a_row=in_a_row,
     )  # fmt: skip
 
 

@@ -64,18 +64,18 @@ class Result:
     status: str  # "finished", "interrupted" or "diverged"
     loss: float  # nats per token, on what `measured_on` says
     bits_per_byte: float  # on the same
-    measured_on: str  # "held-out text", "part of the held-out text" (of a run that was cut short) or "the last training batch"
+    measured_on: str  # "held-out text", "part of the held-out text" (if cut short), "the completions of" them, "the last training batch"
     perplexity: float
     best_loss: float | None  # lowest of the evaluations on the way
     best_step: int | None  # whose checkpoint is kept beside the newest
-    compressors: dict[str, float]  # bits per byte that gzip -9 and xz -9 need for the same held-out text (its first 16 MB)
+    compressors: dict[str, float]  # bits per byte of gzip -9 and xz -9 for the same text (its first 16 MB); empty if only part was scored
     tokens: int  # scored targets trained on, earlier sessions included
     seconds: float  # wall time of this session, from start to result
     tokens_per_second: float  # fed, padding left out, over the training steps of this session alone
     parameters: int
     step: int
     data_wait_share: float  # share of the training time spent waiting for data
-    skipped: int  # steps that were undone because something was not finite
+    skipped: int  # steps that were undone because something was not finite, or no token was scored
     run_dir: str
     commit: str | None
     seconds_by_category: dict[str, float]
@@ -315,8 +315,8 @@ class Loop:
         self.progress.update(self.step, loss=values["loss"], figures=figures)
         if undone := int(values["skipped"]) - self._skipped:
             log.warning(
-                "%d of steps %d to %d undone, their loss or gradient is not finite: %d in all, %d in a row", undone, self._logged_step + 1,
-                self.step, values["skipped"], values["skipped_in_a_row"],
+                "%d of steps %d to %d undone, their loss or gradient is not finite or no token is scored: %d in all, %d in a row", undone,
+                self._logged_step + 1, self.step, values["skipped"], values["skipped_in_a_row"],
             )  # fmt: skip
         self._skipped += undone
         if self.last["measured_on"] == TRAINING_BATCH:
@@ -333,7 +333,7 @@ class Loop:
         if found is None:
             return
         self.num_documents = found.documents
-        self.last = {"measured_on": PART, "loss": found.loss, "bits_per_byte": found.bits_per_byte}
+        self.last = {"measured_on": found.measured_on(PART), "loss": found.loss, "bits_per_byte": found.bits_per_byte}
         self.record("eval", documents=found.documents, **found.figures())
         self.progress.print(f"step {self.step}: held-out {found.text()}")
         if self.is_best(found.loss):
@@ -363,7 +363,8 @@ def _finish(loop: Loop, state: TrainState, status: str, signals: StopSignals) ->
         if status != "interrupted" and not signals.received:
             found = loop.evaluate(state, None)
         if found is not None and not signals.received:
-            compressors = compressed_bits_per_byte(setup.prepared.heldout_text()) if jax.process_index() == 0 else {}
+            if jax.process_index() == 0 and found.is_all:  # else they would be of another text
+                compressors = compressed_bits_per_byte(setup.prepared.heldout_text())
             samples = loop.sample(state)
         if found is not None and found.documents == loop.num_documents and loop.is_best(found.loss):
             loop.checkpointer.mark_best(loop.step, found.loss)
@@ -372,7 +373,7 @@ def _finish(loop: Loop, state: TrainState, status: str, signals: StopSignals) ->
     seconds = loop.ledger.seconds()
     figures = loop.last
     if found is not None:
-        figures = {"measured_on": ALL, "loss": found.loss, "bits_per_byte": found.bits_per_byte}
+        figures = {"measured_on": found.measured_on(ALL), "loss": found.loss, "bits_per_byte": found.bits_per_byte}
         loop.record("eval", documents=found.documents, complete=True, **found.figures())
     result = Result(
         status=status, **figures, perplexity=math.exp(min(figures["loss"], 700.0)), best_loss=None if loop.best is None else loop.best[1],

@@ -220,6 +220,50 @@ def test_a_step_that_is_not_finite_is_undone_and_counted(value):
     assert metrics["learning_rate"] == expected_metrics["learning_rate"] == float(learning_rate(OPTIM, 1, total_steps=TOTAL_STEPS))
 
 
+def without_targets(batch: Batch, rows=slice(None)) -> Batch:
+    """The batch with no target of these rows scored."""
+    batch.loss_mask[rows] = 0
+    batch.num_bytes[rows] = 0
+    return batch
+
+
+def assert_changes_nothing(compiled: Compiled, state: TrainState) -> TrainState:
+    after, metrics = compiled.run(state, without_targets(make_batch(7)))
+    for field in dataclasses.fields(TrainState):
+        if field.name not in ("step", "skipped"):
+            assert_bits_equal(getattr(after, field.name), getattr(state, field.name))
+    assert (int(after.step), int(after.skipped)) == (int(state.step) + 1, int(state.skipped) + 1)
+    assert math.isnan(metrics["loss"]) and metrics["targets"] == 0 and metrics["skipped"] == after.skipped
+    return after
+
+
+def test_a_step_without_a_target_changes_nothing_and_is_counted():
+    compiled = build()
+    before = compiled.run(first_state(), make_batch(0))[0]
+    recovered = compiled.run(assert_changes_nothing(compiled, before), make_batch(1))[0]
+    expected = reference()[0]
+    for name in ("trainable", "frozen", "optimizer", "ema", "tokens"):  # learning rate and averages go on as if it had not been
+        assert_bits_equal(getattr(recovered, name), getattr(expected, name))
+    # It is not a step that failed: those in a row are what they were.
+    bad = make_batch(7)
+    bad.loss_mask[2, 1] = math.nan
+    after = compiled.run(before, bad, without_targets(make_batch(7)), bad)[0]
+    assert (int(after.skipped), int(after.skipped_in_a_row)) == (3, 2)
+
+
+def test_targets_are_counted_over_all_microbatches_and_devices():
+    """With 4 microbatches, of which one or two have no target, a step is what it is in one piece; and with none at all, no step."""
+    compiled, part = build(optim=dataclasses.replace(OPTIM, accumulation_steps=4)), [0, 1, 4]
+    found, _ = compiled.run(first_state(), without_targets(make_batch(0), part))
+    expected, _ = build().run(first_state(), without_targets(make_batch(0), part))
+    assert int(found.skipped) == 0
+    for path, value in expected.trainable.items():
+        np.testing.assert_allclose(found.trainable[path], value, rtol=2e-4, atol=2e-6, err_msg=path)
+    assert_changes_nothing(compiled, found)
+    meshed = build(mesh=MeshConfig(data=1, fsdp=2, expert=2, tensor=2), num_devices=8)
+    assert_changes_nothing(meshed, meshed.run(meshed.start(), make_batch(0))[0])
+
+
 # The parts of it ------------------------------------------------------------------------------------------------------
 def test_the_average_follows_the_parameters():
     compiled = build()

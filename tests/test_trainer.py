@@ -316,7 +316,7 @@ def test_a_run_that_diverges_ends_cleanly(workplace, tmp_path):
     run_dir = Path(result.run_dir)
     assert result_of(run_dir)["status"] == "diverged"
     messages = [record["text"] for record in read_log(run_dir / "log.jsonl", kind="message")]
-    assert "1 of steps 5 to 5 undone, their loss or gradient is not finite: 4 in all, 4 in a row" in messages
+    assert "1 of steps 5 to 5 undone, their loss or gradient is not finite or no token is scored: 4 in all, 4 in a row" in messages
     assert slmjax.load_model(run_dir).step == 5
     stored = ocp.StandardCheckpointer().restore(run_dir / "checkpoints" / "5" / "optimizer")
     assert all(np.isfinite(np.asarray(value)).all() for value in stored.values())

@@ -39,7 +39,7 @@ def derive(recipe: Recipe, source: dict[str, Any], experiment: Experiment, *, ou
     result = {name: source[name] for name in INHERITED if name in source}
     result |= {
         "status": "finished", "loss": found.loss, "bits_per_byte": found.bits_per_byte, "perplexity": found.perplexity,
-        "measured_on": trainer.ALL, "run_dir": str(out),
+        "measured_on": found.measured_on(trainer.ALL), "run_dir": str(out),
     }  # fmt: skip
     return result, {**found.figures(), "step": source.get("step"), "complete": True, "documents": found.documents}
 
@@ -48,7 +48,8 @@ def evaluate_member(loaded: Loaded, experiment: Experiment, **further: Any) -> E
     """A model on all held-out text of an experiment, in the windows and rows in which its runs are evaluated at their end."""
     data, settings = experiment.data, experiment.eval
     overlap = settings.windows_overlap(data.sequence_length)
-    return evaluate(loaded, data=data, overlap=overlap, batch_size=settings.batch_size or data.batch_size, log=log.debug, **further)
+    rows = settings.batch_size or data.batch_size
+    return evaluate(loaded, data=data, overlap=overlap, batch_size=rows, score=settings.score, log=log.debug, **further)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from slmjax.ablate.study import FINISHED, Member, Study, member_experiment
 from slmjax.config import fingerprint, near_names
 from slmjax.data import provenance
 
+COMPLETIONS = f"the completions of {trainer.ALL}"  # as `EvalResult.measured_on` says it
 FEW_PAIRS = 6  # below, the bootstrap's interval is much too narrow
 
 
@@ -214,8 +215,13 @@ def _notes_of_data(study: Study, members: Sequence[Member]) -> list[str]:
         notes.append(f"Data or tokenizer differ between {groups}: pairs across these share a seed, and not their batches.")
     elsewhere = {(member.arm, str(member.result.get("measured_on"))) for member in members if member.status == FINISHED}
     for arm, place in sorted(elsewhere):
-        if place != trainer.ALL:
+        if place not in (trainer.ALL, COMPLETIONS):
             notes.append(f"{arm}: loss and bits per byte were measured on {place}, not on all held-out text.")
+    if {trainer.ALL, COMPLETIONS} <= {place for _, place in elsewhere}:
+        notes.append(
+            "Loss and bits per byte of some members are of all held-out text and those of others of its completions: they do not compare. "
+            "Train the former again, or set eval.score alike."
+        )
     return notes
 
 

@@ -13,6 +13,7 @@ def eval_command(words: Sequence[str]) -> int:
     from slmjax import loading
     from slmjax.data.config import DataConfig
     from slmjax.data.provenance import ChangedData, own_data
+    from slmjax.data.scored import ScoredText
 
     load_code(words)
     of_run = next(filter(None, (own_data(Path(word)) for word in words if not word.startswith("-"))), DataConfig())
@@ -26,6 +27,7 @@ def eval_command(words: Sequence[str]) -> int:
         max_documents: int | None = None  # evaluate the first held-out documents only (none: all)
         overlap: int | None = None  # tokens of context that each further window of a long document repeats (none: as in the run)
         changed_data: ChangedData = ChangedData.REFUSE  # where the run's text has changed: an error, allow, or recorded (from the cache)
+        score: ScoredText | None = None  # text that is scored: completions (what training scores) or all, prompts too (none: as in the run)
         multiple_choice: tuple[str, ...] = ()  # JSONL files of questions: prompt, choices, answer
         lm_eval: tuple[str, ...] = ()  # tasks of lm-eval (the eval extra)
         lm_eval_path: str | None = None  # directory with lm-eval tasks of your own
@@ -60,8 +62,8 @@ def _evaluations(loaded: Any, given: Any, data: Any) -> dict[str, Any]:
     if given.text or given.teacher or data is not None or not others:
         teachers = None if given.teacher is None else beside(Path(given.teacher), loaded)
         result = evaluation.evaluate(
-            loaded, data=data, max_documents=given.max_documents, overlap=given.overlap, teachers=teachers,
-            changed_data=given.changed_data, log=print_aside
+            loaded, data=data, max_documents=given.max_documents, overlap=given.overlap, score=given.score, teachers=teachers,
+            changed_data=given.changed_data, log=print_aside,
         )  # fmt: skip
         found["text"] = dataclasses.asdict(result)
     if given.multiple_choice:
@@ -104,7 +106,10 @@ def _show(results: Mapping[str, Any]) -> None:
 
 def _text_rows(results: Mapping[str, Any]) -> Iterator[Row]:
     if (found := results.get("text")) is not None:
-        yield "loss", f"{found['loss']:.4f}", f"nats per token, {found['tokens']:,} tokens of {found['documents']:,} documents"
+        scored = f"{found['tokens']:,} tokens of {found['documents']:,} documents"
+        if found["tokens"] < found["total_tokens"]:
+            scored = f"{found['tokens']:,} of {found['total_tokens']:,} tokens of {found['documents']:,} documents: the completions"
+        yield "loss", f"{found['loss']:.4f}", f"nats per token, {scored}"
         yield "perplexity", f"{found['perplexity']:.2f}", ""
         yield "bits per byte", f"{found['bits_per_byte']:.4f}", f"{found['bytes']:,} bytes, in {found['seconds']:.1f} s"
         yield "calibration error", f"{found['calibration_error']:.4f}", "mean gap between confidence and accuracy"

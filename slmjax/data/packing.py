@@ -33,7 +33,7 @@ from jaxtyping import Bool, Int32, Int64, Integer
 
 from slmjax.data.batch import Batch
 from slmjax.data.config import Packing
-from slmjax.data.scored import ScoredText, Spans, is_all_scored, pieces_around
+from slmjax.data.scored import ScoredText, Spans, is_all_scored, pieces_around, spans_in
 
 _PLAN_VERSION = 2  # part of the name of a saved plan: raise it when the same settings would give other rows
 
@@ -156,11 +156,7 @@ def spans_of(shards: TokenizedDocuments, *, sequence_length: int, num_documents:
     """What `best_fit_rows` needs to know of the scored tokens of the first `num_documents` (None: all)."""
     lengths, num_scored = shards.lengths[:num_documents], shards.num_scored[:num_documents]
     concerned = ~is_all_scored(lengths, num_scored) & ((lengths - 1 > sequence_length) | (num_scored == 0))
-    spans: dict[int, Spans] = {}
-    for document in np.flatnonzero(concerned).tolist():
-        changes = np.diff(shards.scored(document).astype(np.int8), prepend=0, append=0)
-        spans[document] = list(zip(np.flatnonzero(changes > 0).tolist(), np.flatnonzero(changes < 0).tolist(), strict=True))
-    return spans
+    return {document: spans_in(shards.scored(document)) for document in np.flatnonzero(concerned).tolist()}
 
 
 def load_or_pack(shards: TokenizedDocuments, *, packing: Packing, sequence_length: int, window: int, cache_dir: Path) -> RowPlan:

@@ -69,6 +69,12 @@ def is_all_scored(lengths: Integer[np.ndarray, " D"], num_scored: Integer[np.nda
 Spans = list[tuple[int, int]]  # the scored tokens of a document: first, and one after the last
 
 
+def spans_in(scored: Bool[np.ndarray, " T"]) -> Spans:
+    """The spans of one document."""
+    changes = np.diff(scored.astype(np.int8), prepend=0, append=0)
+    return list(zip(np.flatnonzero(changes > 0).tolist(), np.flatnonzero(changes < 0).tolist(), strict=True))
+
+
 def pieces_around(spans: Spans, *, sequence_length: int, overlap: int) -> list[tuple[int, int, int]]:
     """Pieces (start, length, context) of a document that is longer than a row, which score each target of the spans once.
 

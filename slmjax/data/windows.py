@@ -1,4 +1,7 @@
-"""Batches for evaluation: every token of every document scored exactly once, every UTF-8 byte counted exactly once.
+"""Batches for evaluation: every scored token of every document exactly once, and every UTF-8 byte that these stand for.
+
+Scored is what training scores, or all text (`ScoredText`): of a pair of prompt and completion the completion and EOS, of plain
+text everything but BOS. Documents that are not plain text are cut by the rule of training (`scored.pieces_around`).
 
 A document of L tokens is [BOS] text [EOS]: its L - 1 targets are scored, EOS included (which counts no byte), BOS never.
 Up to `sequence_length` T targets fit one window. A longer document is cut at a stride of T - overlap: each further
@@ -10,9 +13,9 @@ sees at least `overlap` tokens before it, and the windows cost T / (T - overlap)
     window 1   inputs t3 t4 t5 t6   targets .  t5 t6 t7
     window 2   inputs t6 t7         targets .  t8
 
-Several windows share a row where they fit, told apart by segment ids. Prompts are scored like all other text here.
-A document's bytes are spread evenly over its text tokens and always add up to `num_bytes` of the document; so the bytes of a
-row are exact unless it holds part of a cut document, and the bytes of all batches are exact.
+Several windows share a row where they fit, told apart by segment ids. A document's scored bytes are spread evenly over its
+scored tokens and always add up to them; so the bytes of a row are exact unless it holds part of a cut document, and the bytes of
+all batches are exact.
 
 Legend: B rows of the global batch, R of them made here, T positions of a row.
 """
@@ -24,7 +27,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from slmjax.data.batch import Batch, checked_rows, empty_batch
-from slmjax.data.packing import RowPlan, TokenizedDocuments, best_fit_rows, write_row
+from slmjax.data.packing import RowPlan, TokenizedDocuments, best_fit_rows, spans_of, write_row
 from slmjax.data.scored import ScoredText
 
 _PACKING_WINDOW = 4096  # documents that are packed into rows together
@@ -39,7 +42,9 @@ class EvaluationBatches:
     rows: tuple[int, ...]  # those of each global batch that are made here, ascending
     num_documents: int
     num_targets: int  # that are scored, over all batches and processes
-    num_bytes: int  # of the documents, over all batches and processes
+    num_tokens: int  # of the documents but BOS, scored or not
+    num_bytes: int  # of the scored text, over all batches and processes
+    text: ScoredText  # what is scored
 
     @property
     def num_rows(self) -> int:
@@ -56,7 +61,7 @@ class EvaluationBatches:
             for index, number in enumerate(first + row for row in self.rows):
                 if number < len(rows):
                     shards, plan, row = rows[number]
-                    write_row(batch, index, plan=plan, row=row, shards=shards, text=ScoredText.ALL)
+                    write_row(batch, index, plan=plan, row=row, shards=shards, text=self.text)
                     batch.row_ids[index] = number
             yield batch
 
@@ -74,27 +79,38 @@ def evaluation_batches(
     overlap: int,
     max_documents: int | None = None,
     rows: Integer[np.ndarray, "R"] | None = None,
+    text: ScoredText = ScoredText.COMPLETIONS,
 ) -> EvaluationBatches:
     """Windows of the documents of all shards, in order, or of the first `max_documents` of them, whole.
 
-    `batch_size` counts the rows of the global batch, of which `rows`, ascending, are made here (None: all of them). Raises
-    ValueError for an overlap that leaves no new target, no documents, and rows that are none of the batch.
+    `batch_size` counts the rows of the global batch, of which `rows`, ascending, are made here (None: all of them); `text` says
+    what is scored. Raises ValueError for an overlap that leaves no new target, no documents or none with a scored token, and rows
+    that are none of the batch.
     """
     made_here = checked_rows(rows, batch_size)
     if max_documents is not None and max_documents < 1:
         raise ValueError(f"max_documents is {max_documents}: give at least 1, or None for all documents")
     plans: list[tuple[TokenizedDocuments, RowPlan]] = []
-    num_documents = num_targets = num_bytes = 0
+    num_documents = num_targets = num_tokens = num_bytes = 0
     for shards in shards_list:
         wanted = len(shards) if max_documents is None else min(len(shards), max_documents - num_documents)
         if wanted == 0:
             continue
         lengths = shards.lengths[:wanted]
-        plan = best_fit_rows(lengths, sequence_length=sequence_length, window=_PACKING_WINDOW, overlap=overlap)
-        plans.append((shards, plan))
         num_documents += wanted
-        num_targets += int(np.maximum(lengths - 1, 0).sum(dtype=np.int64))
-        num_bytes += int(shards.num_bytes[:wanted].sum(dtype=np.int64))
+        all_tokens = np.maximum(lengths - 1, 0)
+        num_tokens += int(all_tokens.sum(dtype=np.int64))
+        is_all = text is ScoredText.ALL
+        scored, scored_bytes = (all_tokens, shards.num_bytes) if is_all else (shards.num_scored[:wanted], shards.scored_bytes)
+        if not scored.any():
+            continue
+        spans = {} if is_all else spans_of(shards, sequence_length=sequence_length, num_documents=wanted)
+        plan = best_fit_rows(lengths, sequence_length=sequence_length, window=_PACKING_WINDOW, overlap=overlap, spans=spans)
+        plans.append((shards, plan))
+        num_targets += int(scored.sum(dtype=np.int64))
+        num_bytes += int(scored_bytes[:wanted].sum(dtype=np.int64))
+    if not plans and num_tokens:
+        raise ValueError(f"none of the {num_documents} documents has a scored token: to score prompts too, use --score all (eval.score)")
     if not plans:
         raise ValueError("there are no documents to evaluate on: the held-out split is empty; hold out a larger fraction of the text")
     return EvaluationBatches(
@@ -103,5 +119,7 @@ def evaluation_batches(
         rows=made_here,
         num_documents=num_documents,
         num_targets=num_targets,
+        num_tokens=num_tokens,
+        text=text,
         num_bytes=num_bytes,
     )

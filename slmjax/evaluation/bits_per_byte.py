@@ -1,9 +1,10 @@
-"""Loss, perplexity and bits per byte on held-out text.
+"""Loss, perplexity and bits per byte on held-out text, over the tokens that training scores.
 
     evaluate(loaded)                                                          # the held-out text of the run itself
     evaluate(loaded, data=DataConfig(path="book.txt", heldout_fraction=0.0))  # all of another text
+    evaluate(loaded, score=ScoredText.ALL)                                    # of pairs, the prompts too
 
-Bits per byte is the total negative log-likelihood in bits over the UTF-8 bytes of the text. BOS is not scored, EOS is and
+Bits per byte is the total negative log-likelihood in bits over the UTF-8 bytes of the scored text. BOS is not scored, EOS is and
 counts no byte; documents that are longer than a row are cut into windows that overlap, and what they repeat is context, not
 scored again (`data/windows.py`). The sum therefore has one term per token whatever the batch size, packing or mesh; window
 length and overlap say how much context a token is given, so they are part of the result.
@@ -27,7 +28,9 @@ from slmjax import config as config_io
 from slmjax import placement
 from slmjax.data.batch import Batch
 from slmjax.data.config import DataConfig
+from slmjax.data.left_out import describe_left_out
 from slmjax.data.provenance import ChangedData, documents_to_evaluate, read_settings
+from slmjax.data.scored import ScoredText
 from slmjax.data.shards import TokenShards
 from slmjax.data.tokenizers import FileTokenizer
 from slmjax.data.windows import EvaluationBatches, default_overlap, evaluation_batches
@@ -49,8 +52,9 @@ class EvalResult:
     perplexity: float
     bits_per_byte: float
     calibration_error: float  # mean gap between the model's confidence in its likeliest token and how often that is right
-    tokens: int  # scored: all of the documents but BOS
-    bytes: int  # of the documents
+    tokens: int  # that were scored
+    total_tokens: int  # of the documents but BOS: more than `tokens` where prompts were not scored
+    bytes: int  # of the scored text
     documents: int
     sequence_length: int  # tokens of a window
     overlap: int  # tokens of context that a further window of a long document repeats
@@ -62,14 +66,25 @@ class EvalResult:
     def text(self) -> str:
         """In words, beside the teachers where there are any."""
         own = f"loss {self.loss:.4f}, {self.bits_per_byte:.3f} bits/byte"
+        if not self.is_all:
+            own += f" on {self.tokens:,} of {self.total_tokens:,} tokens, the completions"
         if self.teacher_bits_per_byte is None:
             return own
         return f"{own} (teacher {self.teacher_bits_per_byte:.3f}, KL {self.teacher_kl:.4f}, same first choice {self.teacher_agreement:.1%})"
 
+    @property
+    def is_all(self) -> bool:
+        """Whether all text of the documents was scored."""
+        return self.tokens == self.total_tokens
+
+    def measured_on(self, text: str) -> str:
+        """In words, what part of this text was scored."""
+        return text if self.is_all else f"the completions of {text}"
+
     def figures(self) -> dict[str, float]:
         """What a run's log tells; of the teachers only where there are any."""
-        names = ("loss", "bits_per_byte", "calibration_error", "teacher_kl", "teacher_agreement", "teacher_bits_per_byte")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        names = ("loss", "bits_per_byte", "calibration_error", "teacher_kl", "teacher_agreement", "teacher_bits_per_byte", "tokens")
+        return {name: value for name in (*names, "total_tokens") if (value := getattr(self, name)) is not None}
 
 
 def make_eval_step(definition: Definition, *, matching: Matching | None = None) -> EvalStep:
@@ -117,20 +132,26 @@ def evaluate_batches(
     compared: dict[str, float] = {}
     if "teacher_kl" in totals:
         compared = {name: float(totals[sum_name]) / batches.num_targets for name, sum_name in PER_TOKEN.items()}
-        compared["teacher_bits_per_byte"] = float(totals["teacher_nll"]) / math.log(2) / batches.num_bytes
+        compared["teacher_bits_per_byte"] = _bits_per_byte(totals["teacher_nll"], batches)
     return EvalResult(
         **compared,
         loss=loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,
-        bits_per_byte=float(totals["nll"]) / math.log(2) / batches.num_bytes,
+        bits_per_byte=_bits_per_byte(totals["nll"], batches),
         calibration_error=expected_calibration_error(*(totals[f"bin_{name}"] for name in ("weight", "confidence", "correct"))),
         tokens=batches.num_targets,
+        total_tokens=batches.num_tokens,
         bytes=batches.num_bytes,
         documents=batches.num_documents,
         sequence_length=plan.sequence_length,
         overlap=plan.overlap,
         seconds=time.monotonic() - started,
     )
+
+
+def _bits_per_byte(nll: np.ndarray, batches: EvaluationBatches) -> float:
+    """NaN where the scored text has no byte: only EOS was scored."""
+    return float(nll) / math.log(2) / batches.num_bytes if batches.num_bytes else math.nan
 
 
 PER_TOKEN = {"teacher_kl": "teacher_kl", "teacher_agreement": "agreement"}
@@ -149,6 +170,7 @@ def evaluate(
     max_documents: int | None = None,
     overlap: int | None = None,
     batch_size: int | None = None,
+    score: ScoredText | None = None,
     teachers: TeacherCall | None = None,
     changed_data: ChangedData = ChangedData.REFUSE,
     log: Callable[[str], None] = print,
@@ -161,6 +183,7 @@ def evaluate(
       max_documents: the first so many documents only.
       overlap: tokens of context that a further window of a long document repeats; None: as the run was evaluated.
       batch_size: rows at a time; None: that of the data.
+      score: the text that is scored; None: as the run was evaluated, which is what training scores unless eval.score says otherwise.
       teachers: whom it is compared with (`distill.teachers.beside`).
       changed_data: what to do where the text that the model was trained on has changed since.
       log: called with what the preparation of data reports.
@@ -170,18 +193,26 @@ def evaluate(
         held nothing out or the model's directory has no experiment.
     """
     experiment = _experiment_of(loaded)
+    score = score or scored_text(loaded)
     data = data_or_own(loaded, data)
     length = min(data.sequence_length, loaded.config.context_length)
     if overlap is None:
         of_run = experiment.get("eval", {}).get("overlap")
         overlap = default_overlap(length) if of_run is None else min(int(of_run), length - 1)
+    documents = documents_of(loaded, data, changed_data=changed_data, log=log)
     batches = evaluation_batches(
-        documents_of(loaded, data, changed_data=changed_data, log=log),
+        documents,
+        text=score,
         sequence_length=length,
         batch_size=batch_size or data.batch_size,
         overlap=overlap,
         max_documents=max_documents,
     )
+    if max_documents is None and score is not ScoredText.ALL:
+        names = {id(shards): shards.manifest.source_name for shards in documents}
+        for shards, plan in batches.plans:
+            for sentence in describe_left_out(plan, shards, name=names[id(shards)], decode=loaded.tokenizer.decode):
+                log(sentence)
     return evaluate_batches(make_eval_step(loaded.definition), loaded.params, loaded.buffers, batches, teachers=teachers)
 
 
@@ -196,6 +227,11 @@ def data_or_own(loaded: Loaded, data: DataConfig | None) -> DataConfig:
     if own.heldout_fraction == 0:
         raise ValueError(f"{loaded.path} was trained on all of its text and held nothing out: say what to evaluate on with data")
     return own
+
+
+def scored_text(loaded: Loaded) -> ScoredText:
+    """What the evaluations of the model's own run score; without one, and where it does not say, what training scores."""
+    return ScoredText(_experiment_of(loaded).get("eval", {}).get("score", ScoredText.COMPLETIONS.value))
 
 
 def documents_of(

@@ -1,22 +1,26 @@
 """The loss of an exported file in llama.cpp and in ours, over the same tokens: level three of `verification`.
 
+The tokens are those that the run's evaluation scores: of pairs of prompt and completion the completions, unless eval.score says all.
+
 Dims: W windows, T tokens of a window, V vocabulary.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int32
+from jaxtyping import Bool, Float, Int32
 
 from slmjax.architecture import Precision
 from slmjax.convert import llama_cpp
 from slmjax.data.config import DataConfig
+from slmjax.data.packing import TokenizedDocuments
 from slmjax.data.provenance import ChangedData
-from slmjax.evaluation.bits_per_byte import data_or_own, documents_of
+from slmjax.data.scored import ScoredText, pieces_around, spans_in
+from slmjax.evaluation.bits_per_byte import data_or_own, documents_of, scored_text
 from slmjax.formats.spec import QuantSpec
 from slmjax.loading import Loaded
 from slmjax.model import Decoder, logits
@@ -26,7 +30,13 @@ from slmjax.parameters import Definition, define_for_inference, restack, unstack
 NOISE, NOISE_DRAWS = 1e-6, 4  # relative, on every number of the embedding table
 SMALLEST_TOLERANCE = 1e-6  # of the loss itself: float32 sums in another order
 
-Windows = list[Int32[np.ndarray, "_"]]  # T + 1 tokens each: T inputs, and the targets one further
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Window:
+    """A piece of a document."""
+
+    tokens: Int32[np.ndarray, " T_and_1"]  # T inputs, and the targets one further
+    scored: Bool[np.ndarray, " T"]  # of the targets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,12 +63,12 @@ class LossCheck:
         return abs(self.difference) <= self.tolerance
 
 
-def engine_context(windows: Windows) -> int:
+def engine_context(windows: list[Window]) -> int:
     """The context with which the engine loads the file for these windows."""
-    return max(len(window) for window in windows) + 8
+    return max(len(window.tokens) for window in windows) + 8
 
 
-def check_loss(loaded: Loaded, file: Path, windows: Windows, *, input_specs: Mapping[str, QuantSpec]) -> LossCheck:
+def check_loss(loaded: Loaded, file: Path, windows: list[Window], *, input_specs: Mapping[str, QuantSpec]) -> LossCheck:
     """Both losses over the windows.
 
     Args:
@@ -70,7 +80,7 @@ def check_loss(loaded: Loaded, file: Path, windows: Windows, *, input_specs: Map
     ours = _own_nll(definition.merge_effective(params, buffers), windows)
     trained = _own_nll(loaded.model, windows)
     moved = [_own_nll(definition.merge_effective(_noisy(params, draw), buffers), windows) for draw in range(NOISE_DRAWS)]
-    counts = np.array([len(window) - 1 for window in windows])
+    counts = np.array([window.scored.sum() for window in windows])
     tokens = int(counts.sum())
     difference, error = paired(engine - ours, counts)
     return LossCheck(
@@ -92,23 +102,23 @@ def paired(differences: Float[np.ndarray, " W"], counts: np.ndarray) -> tuple[fl
     return mean, float(np.sqrt(len(counts) / (len(counts) - 1) * np.square(deviations).sum()) / counts.sum())
 
 
-def _engine_nll(file: Path, window: np.ndarray, vocab_size: int, context: int) -> float:
-    rows = llama_cpp.logprobs(file, window[:-1].tolist(), vocab_size=vocab_size, context=context)
-    return -float(rows[np.arange(len(window) - 1), window[1:]].sum())
+def _engine_nll(file: Path, window: Window, vocab_size: int, context: int) -> float:
+    rows = llama_cpp.logprobs(file, window.tokens[:-1].tolist(), vocab_size=vocab_size, context=context)
+    return -float(rows[np.arange(len(window.scored)), window.tokens[1:]][window.scored].sum())
 
 
-def _own_nll(model: Decoder, windows: Windows) -> Float[np.ndarray, " W"]:
+def _own_nll(model: Decoder, windows: list[Window]) -> Float[np.ndarray, " W"]:
     """Sums over each window; what comes after a short one changes nothing in it."""
-    longest = max(len(window) for window in windows) - 1
+    longest = max(len(window.scored) for window in windows)
     found = []
     with jax.default_matmul_precision("highest"):
         for window in windows:
             inputs = np.zeros((1, longest), np.int32)
-            inputs[0, : len(window) - 1] = window[:-1]
-            rows = np.asarray(_logits(model, inputs), np.float64)[0, : len(window) - 1]
+            inputs[0, : len(window.scored)] = window.tokens[:-1]
+            rows = np.asarray(_logits(model, inputs), np.float64)[0, : len(window.scored)]
             rows -= rows.max(-1, keepdims=True)
             rows -= np.log(np.exp(rows).sum(-1, keepdims=True))
-            found.append(-float(rows[np.arange(len(rows)), window[1:]].sum()))
+            found.append(-float(rows[np.arange(len(rows)), window.tokens[1:]][window.scored].sum()))
     return np.array(found)
 
 
@@ -140,26 +150,41 @@ def text_windows(
     length: int,
     changed_data: ChangedData = ChangedData.REFUSE,
     log: Callable[[str], None],
-) -> Windows:
-    """The first tokens of held-out documents, cut into windows; the first token of each is not scored.
+) -> list[Window]:
+    """The first held-out documents, cut into windows, with `max_tokens` scored tokens in all; the first of a document is not scored.
 
     Raises:
       ValueError: there is no such text, no token to score in it, or the run's text has changed.
     """
     if max_tokens < 1 or length < 1:
         raise ValueError(f"max_tokens={max_tokens} and window={length} must be at least 1")
-    length = min(length, loaded.config.context_length - 1)
-    found: Windows = []
+    length, text = min(length, loaded.config.context_length - 1), scored_text(loaded)
+    found: list[Window] = []
     left = max_tokens
     for shards in documents_of(loaded, data_or_own(loaded, data), changed_data=changed_data, log=log):
-        for document in range(len(shards)):
-            tokens = shards.tokens(document)
-            for start in range(0, len(tokens) - 1, length):
-                window = tokens[start : start + min(length, left) + 1]
-                found.append(np.asarray(window, np.int32))
-                left -= len(window) - 1
-                if left <= 0:
-                    return found
+        for window in _windows(shards, length=length, text=text):
+            places = np.flatnonzero(window.scored)[:left]
+            stop = int(places[-1]) + 1 if len(places) == left else len(window.scored)
+            found.append(Window(tokens=window.tokens[: stop + 1], scored=window.scored[:stop]))
+            left -= len(places)
+            if left <= 0:
+                return found
     if not found:
         raise ValueError("the text has no token to score: name a longer one with --data")
     return found
+
+
+def _windows(shards: TokenizedDocuments, *, length: int, text: ScoredText) -> Iterator[Window]:
+    """Those of all documents that have a scored token. What is not scored throughout is cut as it is in training."""
+    for document in range(len(shards)):
+        tokens = shards.tokens(document)
+        scored = np.arange(len(tokens)) > 0 if text is ScoredText.ALL else shards.scored(document)
+        starts = range(0, len(tokens) - 1, length)
+        pieces = [(start, min(length, len(tokens) - 1 - start), 0) for start in starts]
+        if not scored[1:].all() and len(pieces) > 1:
+            pieces = pieces_around(spans_in(scored), sequence_length=length, overlap=0)
+        for start, size, context in pieces:
+            here = scored[start + 1 : start + 1 + size].copy()
+            here[:context] = False
+            if here.any():
+                yield Window(tokens=tokens[start : start + size + 1], scored=here)

@@ -9,8 +9,8 @@ from slmjax.report.page import chart_grid, document, heading, shown, table
 from slmjax.report.reading import RunRecords, number, read_run
 
 FIGURES = (
-    "status", "step", "loss", "bits_per_byte", "perplexity", "best_loss", "parameters", "tokens", "tokens_per_second", "seconds",
-    "skipped", "commit", "held_out_text",
+    "status", "step", "measured_on", "loss", "bits_per_byte", "perplexity", "best_loss", "parameters", "tokens", "tokens_per_second",
+    "seconds", "skipped", "commit", "held_out_text",
 )  # fmt: skip
 ABSENT = "—"
 

@@ -173,9 +173,11 @@ def _figures(run: RunRecords) -> str:
     result = run.result or {}
     evaluated = run.held_out
     rivals = ", ".join(f"{name} {bits:.3f}" for name, bits in (result.get("compressors") or {}).items())
+    tokens, total = number(evaluated.get("tokens")), number(evaluated.get("total_tokens"))
+    part = "" if tokens is None or total is None or tokens == total else f", of {tokens:,.0f} of {total:,.0f} tokens, the completions"
     pairs = [
         (number(evaluated.get("bits_per_byte")), ".3f", f"bits per byte{', beside ' + rivals if rivals else ''}"),
-        (number(evaluated.get("loss")), ".4f", "loss, nats per token"),
+        (number(evaluated.get("loss")), ".4f", f"loss, nats per token{part}"),
         (number(evaluated.get("teacher_bits_per_byte")), ".3f", "bits per byte of the teacher"),
         (number(evaluated.get("teacher_kl")), ".4f", "KL from the teacher, nats per token"),
         (number(evaluated.get("teacher_agreement")), ".1%", "same likeliest token as the teacher"),

@@ -1,5 +1,6 @@
 """`batch(step)`: the same rows on any number of hosts and after any resume; epochs; mixtures; reading ahead."""
 
+import dataclasses
 import itertools
 import threading
 import time
@@ -173,6 +174,21 @@ def test_prompts_are_not_scored_and_bytes_are_counted(tmp_path):
     token_bytes = np.full(1010, 7)
     exact = BatchSource([(shards, 1.0)], config, token_bytes=token_bytes).batch(0)
     assert exact.num_bytes.tolist() == [21]
+
+
+def test_no_row_is_fed_whose_targets_are_all_unscored(tmp_path):
+    """12 pairs of 301 prompt tokens and 4 targets, rows of 64, 2 a batch: of the 60 rows of running text 48 would have no target."""
+    pairs = numbered([305] * 12, prompt_lengths=[301] * 12)
+    for packing, num_targets in ((Packing.BEST_FIT, {8}), (Packing.CONCATENATE, set(range(1, 17)))):
+        config = DataConfig(sequence_length=64, batch_size=2, cache_dir=str(tmp_path), packing=packing)
+        source = BatchSource([(pairs, 1.0)], config)
+        batches = [source.batch(step) for step in range(12)]
+        assert {int(batch.loss_mask.sum()) for batch in batches} <= num_targets
+        assert all(batch.loss_mask.any(axis=1).all() for batch in batches)
+    # Best fit keeps the end of each prompt before its completion.
+    first = BatchSource([(pairs, 1.0)], dataclasses.replace(config, packing=Packing.BEST_FIT)).batch(0)
+    for tokens, targets, mask in zip(first.tokens % 1000, first.targets % 1000, first.loss_mask, strict=True):
+        assert tokens.tolist() == list(range(240, 304)) and targets[mask == 1].tolist() == [301, 302, 303, 304]
 
 
 def test_packing_efficiency_weighs_the_sources(source):

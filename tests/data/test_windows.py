@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slmjax.data.batch import NO_ROW, Batch
+from slmjax.data.scored import ScoredText
 from slmjax.data.shards import ShardWriter, TokenShards
 from slmjax.data.windows import evaluation_batches
 from tests.data.in_memory import BOS, EOS, numbered
@@ -102,14 +103,24 @@ def test_the_first_documents_are_taken_whole():
         assert batches.num_bytes == sum(int(batch.num_bytes.sum()) for batch in batches) == 3 * (sum(expected) - 2 * len(expected))
 
 
-def test_prompts_are_scored_too():
-    (batch,) = evaluation_batches([numbered([6], prompt_lengths=[3])], sequence_length=8, batch_size=1, overlap=0)
-    assert batch.loss_mask.sum() == 5 and batch.num_bytes.sum() == 12
+def test_what_training_scores_is_scored_or_all_of_it():
+    pairs = numbered([6, 20, 4, 9], prompt_lengths=[3, 14, 4, 0])  # the third has nothing to score, the last no prompt
+    options = {"sequence_length": 8, "batch_size": 1, "overlap": 2}
+    batches = evaluation_batches([pairs], **options)
+    scored = sorted(itertools.chain(*(batch.targets[batch.loss_mask == 1].tolist() for batch in batches)))
+    assert scored == [1003, 1004, 1005, *range(2014, 2020), *range(4001, 4009)]
+    assert (batches.num_targets, batches.num_tokens, batches.num_bytes) == (17, 35, 3 * (2 + 5 + 7))
+    assert sum(int(batch.num_bytes.sum()) for batch in batches) == batches.num_bytes
+    everything = evaluation_batches([pairs], **options, text=ScoredText.ALL)
+    assert (everything.num_targets, everything.num_tokens, everything.num_bytes) == (35, 35, 3 * (4 + 18 + 2 + 7))
+    assert sum(int(batch.loss_mask.sum()) for batch in everything) == 35
+    with pytest.raises(ValueError, match="none of the 1 documents has a scored token.*--score all"):
+        evaluation_batches([numbered([4], prompt_lengths=[4])], **options)
 
 
 def test_bytes_that_do_not_divide_among_the_tokens_still_add_up():
     shards = numbered([40])
-    shards.num_bytes[0] = 1_999_999_999  # and nothing overflows
+    shards.num_bytes[0] = shards.scored_bytes[0] = 1_999_999_999  # and nothing overflows
     batches = list(evaluation_batches([shards], sequence_length=4, batch_size=3, overlap=1))
     assert sum(int(batch.num_bytes.sum()) for batch in batches) == 1_999_999_999
     rows = np.concatenate([batch.num_bytes for batch in batches])

@@ -1,5 +1,6 @@
 """Bits per byte: by hand on a model that knows nothing, and the same whatever the batch size, window or mesh."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -14,13 +15,18 @@ from slmjax.architecture import BlockConfig, ModelConfig, Segment
 from slmjax.attention import AttentionConfig
 from slmjax.config import to_json
 from slmjax.data.config import DataConfig, Split
+from slmjax.data.scored import ScoredText
 from slmjax.data.tokenizers import ByteTokenizer
 from slmjax.data.windows import evaluation_batches
 from slmjax.evaluation import evaluate
-from slmjax.evaluation.bits_per_byte import EvalResult, evaluate_batches, make_eval_step
+from slmjax.evaluation.bits_per_byte import EvalResult, documents_of, evaluate_batches, make_eval_step, scored_text
+from slmjax.experiment import EvalConfig, Experiment
 from slmjax.layers import MlpConfig
 from slmjax.loading import Loaded
+from slmjax.losses import TeacherOutput
 from slmjax.model import logits
+from slmjax.quant.loss_check import text_windows
+from slmjax.session import set_up
 from tests.data.in_memory import BOS, EOS, InMemoryDocuments
 
 VOCAB, LENGTH, OVERLAP = 258, 8, 3
@@ -142,3 +148,100 @@ def test_evaluate_on_other_text(uniform_run: Loaded, tmp_path: Path) -> None:
     (uniform_run.path / "config.json").unlink()
     with pytest.raises(ValueError, match="no config.json"):
         evaluate(uniform_run)
+
+
+# Pairs of prompt and completion ---------------------------------------------------------------------------------------
+def pairs_in(directory: Path) -> tuple[DataConfig, list[str]]:
+    """200 records: a prompt of 40 random letters, the completion "yes"."""
+    draws = np.random.default_rng(5)
+    prompts = ["".join(chr(97 + i) for i in draws.integers(0, 26, 40)) for _ in range(200)]
+    path = directory / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt, "completion": "yes"}) + "\n" for prompt in prompts))
+    data = DataConfig(
+        path=str(path), prompt_field="prompt", completion_field="completion", heldout_fraction=0.0, sequence_length=64, batch_size=8
+    )
+    return data, prompts
+
+
+@pytest.fixture
+def random_run(uniform_run: Loaded) -> Loaded:
+    """A model with random weights and a context of 64."""
+    definition = parameters.define(dataclasses.replace(DEFINITION.config, context_length=64))
+    return dataclasses.replace(
+        uniform_run, config=definition.config, definition=definition, params=PARAMS, model=definition.merge(PARAMS, {})
+    )
+
+
+def nll_by_place(run: Loaded, prompts: list[str]) -> np.ndarray:
+    """[200 44]: minus the log-probability of each token but BOS, from the plain logits of each document by itself."""
+    tokens = np.array([[run.tokenizer.bos_id, *run.tokenizer.encode(f"{prompt}yes"), run.tokenizer.eos_id] for prompt in prompts])
+    values = np.asarray(jax.jit(logits)(run.model, jnp.asarray(tokens[:, :-1], jnp.int32)), np.float64)
+    normalisers = np.log(np.exp(values).sum(axis=-1))
+    return normalisers - np.take_along_axis(values, tokens[:, 1:, None], axis=-1)[:, :, 0]
+
+
+def test_evaluation_scores_the_completions_as_training_does(random_run: Loaded, tmp_path: Path) -> None:
+    data, prompts = pairs_in(tmp_path)
+    nll = nll_by_place(random_run, prompts)
+    found = evaluate(random_run, data=data, log=lambda line: None)
+    assert found.loss == pytest.approx(nll[:, 40:].mean(), rel=1e-5)  # y, e, s and EOS
+    assert found.bits_per_byte == pytest.approx(nll[:, 40:].sum() / math.log(2) / (200 * 3), rel=1e-5)
+    assert (found.tokens, found.total_tokens, found.bytes, found.is_all) == (200 * 4, 200 * 44, 200 * 3, False)
+    assert found.text().endswith("on 800 of 8,800 tokens, the completions")
+    assert found.measured_on("held-out text") == "the completions of held-out text"
+    everything = evaluate(random_run, data=data, score=ScoredText.ALL, log=lambda line: None)
+    assert everything.loss == pytest.approx(nll.mean(), rel=1e-5) and abs(everything.loss / found.loss - 1) > 0.005
+    assert (everything.tokens, everything.total_tokens, everything.bytes, everything.is_all) == (200 * 44, 200 * 44, 200 * 43, True)
+    # The run's own setting holds where nothing is said.
+    (random_run.path / "config.json").write_text(json.dumps({"data": to_json(data), "eval": {"score": "all"}}))
+    assert scored_text(random_run) is ScoredText.ALL
+
+
+def test_calibration_and_teachers_are_of_the_scored_tokens(random_run: Loaded, tmp_path: Path) -> None:
+    """A teacher that is the model itself but for the prompts' tokens: at completions their bits per byte agree."""
+    data, prompts = pairs_in(tmp_path)
+    prepared = documents_of(random_run, data, log=lambda line: None)
+    batches = evaluation_batches(prepared, sequence_length=64, batch_size=8, overlap=0, max_documents=8)
+    (batch, *_) = batches
+    output = random_run.model(jnp.asarray(batch.tokens), segment_ids=jnp.asarray(batch.segment_ids), positions=jnp.asarray(batch.positions))
+    scored = batch.loss_mask[:, :, None] > 0
+    teacher = TeacherOutput(hidden=jnp.where(scored, output.hidden, 0.0), head=output.head)
+    step = make_eval_step(random_run.definition)
+    found = evaluate_batches(step, random_run.params, {}, batches, teachers=lambda placed: (teacher,))
+    assert found.teacher_kl == pytest.approx(0.0, abs=1e-6) and found.teacher_agreement == 1.0
+    assert found.teacher_bits_per_byte == pytest.approx(found.bits_per_byte, rel=1e-5)
+    # One bin of 15 of every token's confidence, over the scored tokens, by hand.
+    rows = np.asarray(logits(random_run.model, jnp.asarray(batch.tokens)), np.float64)  # a pair is a row by itself
+    probabilities = np.exp(rows) / np.exp(rows).sum(-1, keepdims=True)
+    confidence, right = probabilities.max(-1), rows.argmax(-1) == batch.targets
+    bins, here = (confidence * 15).astype(int), batch.loss_mask > 0
+    gaps = [abs((right[here & (bins == b)] - confidence[here & (bins == b)]).sum()) for b in range(15)]
+    assert found.calibration_error == pytest.approx(sum(gaps) / here.sum(), rel=1e-4)
+
+
+def test_the_loss_of_an_exported_file_is_of_the_same_tokens(random_run: Loaded, tmp_path: Path) -> None:
+    data, _ = pairs_in(tmp_path)
+    windows = text_windows(random_run, data, max_tokens=6, length=64, log=lambda line: None)
+    texts = [random_run.tokenizer.decode(window.tokens[1:][window.scored].tolist()) for window in windows]
+    assert texts == ["yes", "ye"] and [int(window.scored.sum()) for window in windows] == [4, 2]
+    short = text_windows(random_run, data, max_tokens=4, length=8, log=lambda line: None)
+    assert [(len(window.tokens), window.scored.tolist()) for window in short] == [(9, [False] * 4 + [True] * 4)]
+
+
+def test_the_trainers_evaluation_scores_the_completions(tmp_path: Path) -> None:
+    data, _ = pairs_in(tmp_path)
+    data = dataclasses.replace(data, heldout_fraction=0.2, cache_dir=str(tmp_path))
+    experiment = Experiment(model=dataclasses.replace(DEFINITION.config, context_length=64), data=data, tokenizer=ByteTokenizer())
+    setup = set_up(experiment, tokenizer=ByteTokenizer(), mesh=sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]), report=str)
+    batches = setup.heldout(None)
+    assert batches is not None and batches.num_targets == 4 * batches.num_documents and batches.num_bytes == 3 * batches.num_documents
+    scores_all = dataclasses.replace(setup, experiment=dataclasses.replace(experiment, eval=EvalConfig(score=ScoredText.ALL)))
+    everything = scores_all.heldout(None)
+    assert everything is not None and everything.num_targets == everything.num_tokens == 44 * batches.num_documents
+
+
+def test_text_without_a_byte_has_no_bits_per_byte() -> None:
+    only_eos = InMemoryDocuments([[BOS, 5, EOS]], num_bytes=[1], scored=[[False, False, True]], scored_bytes=[0])
+    batches = evaluation_batches([only_eos], sequence_length=LENGTH, batch_size=4, overlap=0)
+    result = evaluate_batches(EVAL_STEP, PARAMS, {}, batches)
+    assert math.isfinite(result.loss) and math.isnan(result.bits_per_byte) and result.tokens == 1
