@@ -6,5 +6,5 @@ text comes from. config.py: DataConfig. tokenizers.py: text to ids, with vocabul
 conventions.py (BOS, ends and chat template of a model). shards.py: ids on disk, with
 scored.py, which of them are scored. encoding.py and preparation.py
 write shards, once, and find them again by hash. packing.py and pipeline.py make `batch(step)` of them, batch.py is what
-they make, and windows.py cuts held-out text for evaluation.
+they make, and windows.py cuts held-out text for evaluation. left_out.py says what rows leave out.
 """

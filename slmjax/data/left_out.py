@@ -20,7 +20,7 @@ class LeftOut:
     part: Int64[np.ndarray, " part"]  # some of its unscored text is in no row, because the document is longer than one
 
 
-def left_out(plan: RowPlan, shards: TokenizedDocuments) -> LeftOut:
+def find_left_out(plan: RowPlan, shards: TokenizedDocuments) -> LeftOut:
     """The documents with unscored text that the rows of a plan do not hold whole."""
     is_partial = ~is_all_scored(shards.lengths, shards.num_scored)
     order = np.lexsort((plan.starts, plan.documents))
@@ -38,7 +38,7 @@ def left_out(plan: RowPlan, shards: TokenizedDocuments) -> LeftOut:
 
 def describe_left_out(plan: RowPlan, shards: TokenizedDocuments, *, name: str, decode: Callable[[list[int]], str]) -> list[str]:
     """One sentence for each kind of document that is left out, which counts them and names the first; none where nothing is."""
-    found = left_out(plan, shards)
+    found = find_left_out(plan, shards)
 
     def first(documents: np.ndarray) -> str:
         tokens = shards.tokens(int(documents[0]), stop=min(_NAMED_TOKENS, int(shards.lengths[documents[0]])))

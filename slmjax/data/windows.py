@@ -83,9 +83,8 @@ def evaluation_batches(
 ) -> EvaluationBatches:
     """Windows of the documents of all shards, in order, or of the first `max_documents` of them, whole.
 
-    `batch_size` counts the rows of the global batch, of which `rows`, ascending, are made here (None: all of them); `text` says
-    what is scored. Raises ValueError for an overlap that leaves no new target, no documents or none with a scored token, and rows
-    that are none of the batch.
+    `batch_size` counts the rows of the global batch, of which `rows`, ascending, are made here (None: all of them). Raises
+    ValueError for an overlap that leaves no new target, no documents, no scored token, and rows that are none of the batch.
     """
     made_here = checked_rows(rows, batch_size)
     if max_documents is not None and max_documents < 1:
@@ -96,19 +95,16 @@ def evaluation_batches(
         wanted = len(shards) if max_documents is None else min(len(shards), max_documents - num_documents)
         if wanted == 0:
             continue
-        lengths = shards.lengths[:wanted]
         num_documents += wanted
-        all_tokens = np.maximum(lengths - 1, 0)
-        num_tokens += int(all_tokens.sum(dtype=np.int64))
-        is_all = text is ScoredText.ALL
-        scored, scored_bytes = (all_tokens, shards.num_bytes) if is_all else (shards.num_scored[:wanted], shards.scored_bytes)
-        if not scored.any():
+        tokens, targets, text_bytes = _counts(shards, wanted, text)
+        num_tokens += tokens
+        if not targets:
             continue
-        spans = {} if is_all else spans_of(shards, sequence_length=sequence_length, num_documents=wanted)
-        plan = best_fit_rows(lengths, sequence_length=sequence_length, window=_PACKING_WINDOW, overlap=overlap, spans=spans)
+        spans = {} if text is ScoredText.ALL else spans_of(shards, sequence_length=sequence_length, num_documents=wanted)
+        plan = best_fit_rows(shards.lengths[:wanted], sequence_length=sequence_length, window=_PACKING_WINDOW, overlap=overlap, spans=spans)
         plans.append((shards, plan))
-        num_targets += int(scored.sum(dtype=np.int64))
-        num_bytes += int(scored_bytes[:wanted].sum(dtype=np.int64))
+        num_targets += targets
+        num_bytes += text_bytes
     if not plans and num_tokens:
         raise ValueError(f"none of the {num_documents} documents has a scored token: to score prompts too, use --score all (eval.score)")
     if not plans:
@@ -123,3 +119,11 @@ def evaluation_batches(
         text=text,
         num_bytes=num_bytes,
     )
+
+
+def _counts(shards: TokenizedDocuments, num_documents: int, text: ScoredText) -> tuple[int, int, int]:
+    """Of the first documents: tokens but BOS, those that are scored, and the bytes of the scored text."""
+    num_tokens = np.maximum(shards.lengths - 1, 0)
+    scored, scored_bytes = (num_tokens, shards.num_bytes) if text is ScoredText.ALL else (shards.num_scored, shards.scored_bytes)
+    tokens, targets, num_bytes = (int(counts[:num_documents].sum(dtype=np.int64)) for counts in (num_tokens, scored, scored_bytes))
+    return tokens, targets, num_bytes

@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -209,11 +209,17 @@ def evaluate(
         max_documents=max_documents,
     )
     if max_documents is None and score is not ScoredText.ALL:
-        names = {id(shards): shards.manifest.source_name for shards in documents}
-        for shards, plan in batches.plans:
-            for sentence in describe_left_out(plan, shards, name=names[id(shards)], decode=loaded.tokenizer.decode):
-                log(sentence)
+        _log_left_out(batches, documents, decode=loaded.tokenizer.decode, log=log)
     return evaluate_batches(make_eval_step(loaded.definition), loaded.params, loaded.buffers, batches, teachers=teachers)
+
+
+def _log_left_out(
+    batches: EvaluationBatches, documents: Sequence[TokenShards], *, decode: Callable[[list[int]], str], log: Callable[[str], None]
+) -> None:
+    names = {id(shards): shards.manifest.source_name for shards in documents}
+    for shards, plan in batches.plans:
+        for sentence in describe_left_out(plan, shards, name=names[id(shards)], decode=decode):
+            log(sentence)
 
 
 def data_or_own(loaded: Loaded, data: DataConfig | None) -> DataConfig:

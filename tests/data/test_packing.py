@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from slmjax.data import packing
 from slmjax.data.batch import Batch, empty_batch
 from slmjax.data.config import Packing
-from slmjax.data.left_out import describe_left_out, left_out
+from slmjax.data.left_out import describe_left_out, find_left_out
 from slmjax.data.packing import RowPlan, best_fit_rows, concatenated_rows, load_or_pack, spans_of, with_targets, write_row
 from slmjax.data.scored import pieces_around
 from tests.data.in_memory import BOS, InMemoryDocuments, numbered
@@ -199,7 +199,7 @@ def test_every_row_has_a_target_and_every_scored_target_is_in_one(data, sequence
     assert sorted(batch.targets[batch.loss_mask == 1].tolist()) == wanted
     assert batch.num_bytes.sum() == documents.scored_bytes[documents.num_scored > 0].sum()
     check_rows(plan, batch)
-    found, inputs = left_out(plan, documents), [set() for _ in scored]
+    found, inputs = find_left_out(plan, documents), [set() for _ in scored]
     for row in range(len(plan)):
         for document, start, length in plan.pieces(row):
             inputs[document] |= set(range(start, start + length))
