@@ -134,6 +134,20 @@ def test_what_cannot_be_rendered_follows_the_policy(template: str, messages: Any
         assert (len(shards), shards.manifest.bad_documents.bad_conversation) == (3, 1)
 
 
+def test_messages_are_read_from_tables_too(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    config = tokenizer_of(tmp_path / "tokenizer", CHATML)
+    parquet.write_table(pyarrow.table({"chat": [ASKED, TURNS]}), tmp_path / "chats.parquet")
+    cells = [json.dumps(one).replace('"', '""') for one in (ASKED, TURNS)]
+    (tmp_path / "chats.csv").write_text("chat\n" + "\n".join(f'"{cell}"' for cell in cells))
+    hashes = set()
+    for name in ("chats.parquet", "chats.csv"):
+        data = dataclasses.replace(data_of(tmp_path, [ASKED, TURNS]), path=str(tmp_path / name), messages_field="chat")
+        hashes.add(prepare(data, config, log=lambda line: None).train[0][0].hash)
+    assert hashes == {prepare(data_of(tmp_path, [ASKED, TURNS]), config, log=lambda line: None).train[0][0].hash}
+
+
 def test_a_template_is_needed(tmp_path: Path) -> None:
     for tokenizer in (tokenizer_of(tmp_path / "tokenizer", None), BpeTokenizer(vocab_size=300)):
         with pytest.raises(ValueError, match=r"no chat template.*chat_template\.jinja"):
