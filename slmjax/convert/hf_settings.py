@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, stack_of
 from slmjax.attention import AttentionConfig, Biases
 from slmjax.config import ConfigError
@@ -248,7 +250,8 @@ def rotated_part(head_dim: int, factor: float, *, base: float, scaling: RopeScal
             f"config.json: partial_rotary_factor {factor} of heads of {head_dim} dims rotates {rotated}, an odd number, "
             f"which transformers does not compute with scaled frequencies ({type(scaling).__name__})"
         )
-    return {"rotary_dim": rotated + 1, "rope_base": base ** ((rotated + 1) / rotated)}
+    of_pairs = np.float32(base ** ((rotated + 1) / rotated))  # angles are float32
+    return {"rotary_dim": rotated + 1, "rope_base": float(str(of_pairs))}
 
 
 def rotary_factor(rotary_dim: int, head_dim: int) -> float:
