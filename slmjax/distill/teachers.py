@@ -233,10 +233,24 @@ def _load(plan: TeacherPlan) -> tuple[tuple[Params, Params], losses.Head]:
         # No shardings are asked for: what does not change is then not copied, and what does stays where it is.
         params = jax.jit(plan.kept)(params)
         head = jax.jit(plan.head)(params, buffers)
+        if mesh is plan.student_mesh:
+            head = _placed_head(head, mesh)
     if mesh is not plan.student_mesh:
         return (params, buffers), jax.device_put(head, _head_places(head, plan.student_mesh))
     # Hidden states need no free head: it is not kept a second time.
     return ({path: head.weight if path == "head/weight" else leaf for path, leaf in params.items()}, buffers), head
+
+
+def _placed_head(head: losses.Head, mesh: Mesh) -> losses.Head:
+    """A head whose table may have other rows than the teacher's, and so another place: moved once, here, and not in every step.
+
+    From columns to rows it goes by way of both, which devices do by exchanging parts; straight on, each would hold the whole table.
+    """
+    places = _head_places(head, mesh)
+    if head.weight.sharding.is_equivalent_to(places.weight, head.weight.ndim):
+        return head
+    move = jax.jit(lambda table: sharding.constrain(table, ("vocab", "embed")), out_shardings=places.weight)
+    return dataclasses.replace(head, weight=move(head.weight))
 
 
 def _in_parts(plan: TeacherPlan, params: Params, buffers: Params, *rows: Array, num_parts: int) -> Float[Array, "B T E"]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from slmjax.distill import objective as distillation
 from slmjax.distill.config import DistillConfig, Ramp, ShortContext, TeacherConfig
 from slmjax.distill.teachers import TeacherPlan, Teachers, divided_devices, plan_teachers
 from slmjax.loading import read_config
-from slmjax.losses import Head, ReverseKl, Taid, TeacherMean
+from slmjax.losses import ForwardKl, Head, ReverseKl, Taid, TeacherMean, TeacherOutput, sharded_divergence
 from slmjax.moe import Balance, MoeConfig
 from slmjax.parameters import Definition, define
 from slmjax.sharding import MeshConfig
@@ -227,6 +228,34 @@ def test_other_tokens_are_refused(teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no tokenizer to compare with the student's: import it again with --tokenizer FILE"):
         plans_of(write_teacher(tmp_path / "silent", tokenizer=None), tokenizer=BYTES)
     assert len(plans_of(teacher, tokenizer=ByteTokenizer().build(()))) == 1
+
+
+@pytest.mark.parametrize("own_multiple", [1, 8])
+def test_a_head_with_other_rows_than_its_table_is_divided_as_the_loss_wants_it(tmp_path: Path, own_multiple: int) -> None:
+    """Of 61 rows that become 64 or the other way round: no device holds the whole table, at loading or in a step."""
+    config = dataclasses.replace(TEACHER, vocab_multiple=9 - own_multiple)
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))
+    (plan,) = plan_teachers(
+        DistillConfig(teachers=(TeacherConfig(path=str(write_teacher(tmp_path, config))),)),
+        dataclasses.replace(STUDENT, vocab_multiple=own_multiple), sequence_length=LENGTH, mesh=mesh, teacher_mesh=mesh, tokenizer=None,
+    )  # fmt: skip
+    head = Teachers([plan], num_parts=1)._heads[0]
+    wanted = plan.output_shapes(8, LENGTH).head.weight
+    assert head.weight.shape == (plan.num_rows, 24) and head.weight.sharding.is_equivalent_to(wanted.sharding, 2)
+    if own_multiple == 1:
+        return
+    with jax.set_mesh(mesh):
+
+        @jax.jit
+        def loss(states: jax.Array, targets: jax.Array, weights: jax.Array, head: Head) -> Any:
+            states = sharding.constrain(states, ("batch", "time", None))
+            said = (TeacherOutput(hidden=2.0 * states, head=head),)
+            return sharded_divergence(states, head, said, ForwardKl(), targets, weights)[0]
+
+        rows = jnp.zeros((8, LENGTH, 24)), jnp.zeros((8, LENGTH), jnp.int32), jnp.zeros((8, LENGTH))
+        text = loss.lower(*rows, head).compile().as_text()
+    gathered = re.findall(r"(f32\[[\d,]+\])\S* all-gather", text)
+    assert "f32[32,24]" in gathered and "f32[64,24]" not in gathered, gathered
 
 
 # Contexts -------------------------------------------------------------------------------------------------------------
