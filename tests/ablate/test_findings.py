@@ -207,3 +207,12 @@ def test_the_study_file_of_the_documentation(tmp_path: Path, monkeypatch: pytest
     assert recipes.load_experiment(str(tmp_path / "warm_up.py")) == file.experiment()
     assert "100 steps − 50 steps" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "runs" / "warm-up" / "study.json").read_text())["comparisons"]) == 3
+
+
+def test_completions_are_not_compared_with_all_text(tmp_path: Path) -> None:
+    members = run_study(three_arms(), tmp_path, train=StubTrainer())
+    completions = [dataclasses.replace(one, result=one.result | {"measured_on": "the completions of held-out text"}) for one in members]
+    for others, num_notes in ((members, 0), (completions, 0), ([*completions[:2], *members[2:]], 1)):
+        notes = analyze(three_arms(), others).notes
+        assert sum("and those of others of its completions: they do not compare" in note for note in notes) == num_notes
+        assert not any("not on all held-out text" in note for note in notes)

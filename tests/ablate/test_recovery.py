@@ -85,8 +85,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, Path]]:
         calls.append(model)
         bits = FULL[experiment.run.seed] + COST[experiment.run.seed]
         return EvalResult(
-            loss=bits, perplexity=1.0, bits_per_byte=bits, calibration_error=0.5, tokens=1, bytes=1, documents=3, sequence_length=8,
-            overlap=0, seconds=0.0,
+            loss=bits, perplexity=1.0, bits_per_byte=bits, calibration_error=0.5, tokens=1, total_tokens=1, bytes=1, documents=3,
+            sequence_length=8, overlap=0, seconds=0.0,
         )  # fmt: skip
 
     monkeypatch.setattr(derived, "load_model", lambda out: (Path(json.loads((out / "made.json").read_text())["of"]), out))
