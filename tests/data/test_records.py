@@ -76,7 +76,7 @@ FILES: dict[str, Callable[[], bytes]] = {
     "x.tsv.xz": lambda: lzma.compress(table("\t")),
     "x.jsonl.zst": lambda: zstd(lines()),
     "x.json.ZST": lambda: zstd(json.dumps(RECORDS).encode()),
-    "x.csv.zst": lambda: zstd(table(",")),
+    "x.csv.zst": lambda: zstd(table(",")[:500]) + zstd(table(",")[500:]),
 }
 
 
