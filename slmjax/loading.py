@@ -5,24 +5,28 @@ loaded, codes = load_with_codes("runs/...")   # and the codes and scales of the 
 """
 
 import dataclasses
+import functools
+import logging
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from slmjax import config as config_io
-from slmjax import parameters, weights
+from slmjax import losses, parameters, sharding, weights
 from slmjax.architecture import ModelConfig
 from slmjax.checkpoint import CheckpointConfig, Checkpointer
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.formats.coding import Encoded
 from slmjax.model import Decoder
 from slmjax.numerics import weights as numeric_weights
-from slmjax.numerics.coverage import Numbers
+from slmjax.numerics.coverage import TABLES, Numbers
 from slmjax.numerics.rules import phase_at
 from slmjax.paths import logical_paths
+
+log = logging.getLogger(__name__)
 
 Codes = dict[str, tuple[Numbers, Encoded]]  # by logical path, as NumPy arrays
 
@@ -195,6 +199,46 @@ def read_parameters(
         {name: found[name] for name in found if name not in beside[0]},
         {name: kept[name] for name in kept if name not in beside[1]},
     )
+
+
+def read_fitted(
+    path: Path, config: ModelConfig, params: dict[str, Any], buffers: dict[str, Any]
+) -> tuple[int, dict[str, jax.Array], dict[str, jax.Array]]:
+    """`read_parameters` of a model whose tables may have other rows of padding than this one's: they are dropped, or added as zeros.
+
+    Args:
+      config: of the model that takes them over, which has these `params` and `buffers`, and a row for each token of both. What the
+        directory's model has beyond its vocabulary stands for no token, and is dropped too.
+
+    Raises:
+      ValueError: as `read_parameters`; or this model's softmax is over rows that the directory's model has not.
+    """
+    source = read_config(path)
+    if source.known_vocab_size < config.known_vocab_size:
+        raise ValueError(
+            f"{path} has a vocabulary of {source.known_vocab_size} rows, and model.vocab_size is {config.known_vocab_size}: the rows "
+            f"beyond would be real ones that were never trained. Set model.vocab_size to {source.known_vocab_size}; rows of padding come "
+            "from model.vocab_multiple"
+        )
+    if (lost := source.known_vocab_size - config.known_vocab_size) > 0:
+        log.info("%s: %d rows of its tables stand for no token, and are left out", path, lost)
+    tables = [name for name in TABLES if name in params and params[name].shape[0] != source.table_rows]
+    stored = {name: _with_rows(leaf, name, source.table_rows) if name in tables else leaf for name, leaf in params.items()}
+    step, found, kept = read_parameters(path, config, stored, buffers)
+    for name in tables:
+        real = found[name][: config.known_vocab_size]
+        fit = functools.partial(losses.fit_table, num_rows=params[name].shape[0])
+        found[name] = jax.jit(fit, out_shardings=params[name].sharding)(real)
+    return step, found, kept
+
+
+def _with_rows(leaf: jax.ShapeDtypeStruct, name: str, num_rows: int) -> jax.ShapeDtypeStruct:
+    """The shape of a table with other rows, placed by the rules."""
+    shape = (num_rows, *leaf.shape[1:])
+    place = leaf.sharding
+    if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh):
+        place = NamedSharding(place.mesh, sharding.partition_spec(name, shape, place.mesh))
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=place)
 
 
 def _beside(path: Path, config: ModelConfig, params: dict[str, Any], buffers: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

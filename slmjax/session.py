@@ -29,7 +29,7 @@ from slmjax.distill.teachers import TeacherPlan, Teachers, divided_devices, plan
 from slmjax.easing import Easing, easing_of
 from slmjax.evaluation.bits_per_byte import EvalResult, EvalStep, evaluate_batches, make_eval_step
 from slmjax.experiment import Experiment, FromTeacherLayers, read_experiment
-from slmjax.loading import read_config, read_parameters
+from slmjax.loading import read_config, read_fitted
 from slmjax.losses import TeacherOutput
 from slmjax.numerics import weights as numeric_weights
 from slmjax.optim import cooldown_step, learning_rate, make_optimizer
@@ -261,10 +261,10 @@ def _model_of(source: Path, setup: Setup) -> tuple[dict[str, Any], dict[str, Any
         )
     definition, shapes = setup.definition, setup.shapes
     if not definition.config.quant:
-        return read_parameters(source, definition.config, shapes.trainable, shapes.frozen)[1:]
+        return read_fitted(source, definition.config, shapes.trainable, shapes.frozen)[1:]
     plain = define(dataclasses.replace(definition.config, quant=()))
     wanted = ({path: shapes.trainable[path] for path in plain.params}, {path: shapes.frozen[path] for path in plain.buffers})
-    _, params, buffers = read_parameters(source, definition.config, *wanted)
+    _, params, buffers = read_fitted(source, definition.config, *wanted)
     places = jax.tree.map(lambda leaf: leaf.sharding, (shapes.trainable, shapes.frozen))
     return jax.jit(lambda *trees: (definition.with_learned(trees[0]), definition.with_measured(trees[1])), out_shardings=places)(
         params, buffers

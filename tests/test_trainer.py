@@ -290,17 +290,19 @@ def test_what_cannot_be_resumed_is_left_as_it_is(finished):
 
 
 def test_starting_from_a_model(finished, workplace, tmp_path):
-    """The first state holds what `load_model` gives, which are the averages where there are any."""
+    """The first state holds what `load_model` gives, which are the averages where there are any; its table has rows of padding besides."""
     result = finished[1]
     experiment = dataclasses.replace(one_layer(workplace, tmp_path, steps=6), init=FromModel(path=result.run_dir))
+    experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, vocab_multiple=64))
     mesh = sharding.make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
         state = session.fresh_state(session.set_up(experiment, tokenizer=experiment.tokenizer, mesh=mesh, report=print))
     loaded = slmjax.load_model(result.run_dir)
     assert int(state.step) == 0 and loaded.step == 6 and state.trainable.keys() == loaded.params.keys()
     for path, value in loaded.params.items():
-        np.testing.assert_array_equal(state.trainable[path], value, err_msg=path)
-        np.testing.assert_array_equal(state.ema[path], value, err_msg=path)
+        wanted = np.pad(value, ((0, 320 - 258), (0, 0))) if path == "embed/table" else value
+        np.testing.assert_array_equal(state.trainable[path], wanted, err_msg=path)
+        np.testing.assert_array_equal(state.ema[path], wanted, err_msg=path)
 
     other = dataclasses.replace(experiment, tokenizer=CharTokenizer())
     with pytest.raises(ValueError, match="was trained with another tokenizer"):

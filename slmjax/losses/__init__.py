@@ -31,6 +31,7 @@ from slmjax.losses.soft_targets import (
     TeacherMean,
     TeacherOutput,
     fit_rows,
+    fit_table,
     linear_divergence,
     sharded_divergence,
     token_divergence,
@@ -40,6 +41,6 @@ __all__ = [
     "CHUNK_BYTES", "MIN_CHUNK_SIZE", "PADDING_LOGIT", "Divergence", "ForwardKl", "Head", "Jsd", "Matching", "Metrics", "ReverseKl",
     "Sampled", "SkewKl", "SkewReverseKl", "SoftCrossEntropy", "Taid", "TeacherMean", "TeacherOutput", "TopK", "TotalVariation",
     "Vocabulary", "choose_vocabulary", "chunked_sum", "cross_entropy", "default_chunk_size", "evaluation_sums",
-    "expected_calibration_error", "fit_rows", "linear_divergence", "logits", "sharded_cross_entropy", "sharded_divergence",
+    "expected_calibration_error", "fit_rows", "fit_table", "linear_divergence", "logits", "sharded_cross_entropy", "sharded_divergence",
     "token_divergence",
 ]  # fmt: skip

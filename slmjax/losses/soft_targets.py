@@ -85,14 +85,18 @@ class Amounts:
     key: Any = None  # UInt32[Array, "2"]: key data
 
 
+def fit_table(table: Float[Array, "V ..."], num_rows: int) -> Float[Array, "R ..."]:
+    """The table with so many rows: cut, or filled up with zeros."""
+    if table.shape[0] >= num_rows:
+        return table[:num_rows]
+    return jnp.pad(table, ((0, num_rows - table.shape[0]),) + ((0, 0),) * (table.ndim - 1))
+
+
 def fit_rows(head: Head, num_rows: int) -> Head:
     """The head with a table of so many rows: cut, which drops what it has beyond them, or filled up with padding."""
 
-    def fit(x: Array) -> Array:
-        return x[:num_rows] if x.shape[0] >= num_rows else jnp.pad(x, ((0, num_rows - x.shape[0]),) + ((0, 0),) * (x.ndim - 1))
-
-    bias = None if head.bias is None else fit(head.bias)
-    return dataclasses.replace(head, weight=fit(head.weight), bias=bias, vocab_size=min(head.vocab_size, num_rows))
+    bias = None if head.bias is None else fit_table(head.bias, num_rows)
+    return dataclasses.replace(head, weight=fit_table(head.weight, num_rows), bias=bias, vocab_size=min(head.vocab_size, num_rows))
 
 
 def linear_divergence(
