@@ -78,6 +78,8 @@ class DataConfig:
     seed: int = 0  # decides the order of the rows
     on_bad_document: OnBadDocument = OnBadDocument.SKIP  # invalid UTF-8, empty, field missing, broken record
     max_bad_fraction: float = 0.01  # stop if more than this share of a source's documents is bad
+    # stop if the tokenizer loses more than this share of the text's bytes, which decoding its ids does not give back
+    max_lost_text: float = added_field(0.001, before=1.0)
     max_document_bytes: int = 1_000_000  # longer documents are tokenized in windows of this size, to the same tokens
     cache_dir: str | None = None  # prepared data; default: $SLMJAX_CACHE, else ~/.cache/slmjax
     read_threads: int = 2  # threads that read rows ahead of the step
@@ -88,7 +90,7 @@ class DataConfig:
             raise ValueError("data.sources is empty: give at least one source, or data.path")
         if self.path is not None:
             _ = self.mixture  # TextSource checks its fields: now rather than when the data is read
-        for name in ("heldout_fraction", "max_bad_fraction"):
+        for name in ("heldout_fraction", "max_bad_fraction", "max_lost_text"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}, must be between 0 and 1")
         for name in ("packing_window", "sequence_length", "batch_size", "read_threads", "prefetch"):

@@ -16,6 +16,7 @@ import numpy as np
 from slmjax.data.config import DataConfig, SourceConfig, Split
 from slmjax.data.conversations import render_conversation
 from slmjax.data.documents import BadCounts, Document, Gatekeeper, Problem
+from slmjax.data.lost_text import LostTextMeter
 from slmjax.data.marks import SpecialNames
 from slmjax.data.shards import ShardWriter
 from slmjax.data.spans import Span, TextTokens, join_windows, windows_of
@@ -58,6 +59,7 @@ def write_source(
     about = {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
     writers = {side: ShardWriter(directory / side, **about, source_name=source.describe(), source_hash=source_hash) for side in sides}
     written = dict.fromkeys(sides, 0)
+    meters = {side: LostTextMeter(tokenizer, sample=side == TRAIN) for side in sides}
     try:
         for side, document in _encoded(source, gate=gate, tokenizer=tokenizer, data=data):
             num_bytes = len(document.text)
@@ -68,14 +70,15 @@ def write_source(
                 scored_bytes=document.scored_bytes,
                 text=document.text if side == HELDOUT else None,
             )
+            meters[side].add(document.text, document.tokens.tolist())
             written[side] += 1
             advance(num_bytes)
         gate.check(source.describe())
         _require_both_sides(source.describe(), written, data)
         for warning in gate.warnings():
             log(f"{source.describe()}: {warning}")
-        for writer in writers.values():
-            writer.close(gate.counts)
+        for side, writer in writers.items():
+            writer.close(gate.counts, lost_text=meters[side].found())
     finally:
         for writer in writers.values():
             writer.abandon()

@@ -25,6 +25,7 @@ from slmjax.config import fingerprint, to_json
 from slmjax.data.config import DataConfig, WeightedSource
 from slmjax.data.documents import Gatekeeper, check_bad_fraction
 from slmjax.data.encoding import HELDOUT, TRAIN, divide, require_template, write_source
+from slmjax.data.lost_text import check_lost_text
 from slmjax.data.scored import is_all_scored
 from slmjax.data.shards import FORMAT_VERSION, TokenShards
 from slmjax.data.sources import changed_fields, combined_hash
@@ -63,6 +64,8 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, log: Log = print) -
         ]
     train = [TokenShards.open(directory / TRAIN, tokenizer_hash=built.hash) for directory in directories]
     heldout = [TokenShards.open(directory / HELDOUT, tokenizer_hash=built.hash) for directory in directories if data.heldout_fraction > 0]
+    for shards in (*train, *heldout):
+        check_lost_text(shards.manifest.lost_text, data.max_lost_text, source_name=shards.manifest.source_name)
     for shards in train:
         check_bad_fraction(shards.manifest.bad_documents, data.max_bad_fraction, source_name=shards.manifest.source_name)
     weights = [weighted.weight for weighted in data.mixture]
@@ -97,6 +100,7 @@ def _statistics(shards: TokenShards) -> dict[str, Any]:
         "documents_with_prompt": int(np.count_nonzero(~is_all_scored(shards.lengths, shards.num_scored))),
         "scored_tokens": manifest.num_scored,
         "scored_bytes": manifest.scored_bytes,
+        "lost_text": manifest.lost_text.share,
         "directory": str(shards.directory),
     }
 

@@ -25,8 +25,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Bool, Int32, Integer
 
-from slmjax.config import from_json, to_json
+from slmjax.config import added_field, from_json, to_json
 from slmjax.data.documents import BadCounts
+from slmjax.data.lost_text import LostText
 from slmjax.data.scored import ScoredTokens, edges_of
 
 FORMAT_VERSION = 2
@@ -67,6 +68,7 @@ class ShardManifest:
     num_scored: int  # tokens that are scored as targets
     scored_bytes: int  # UTF-8 bytes of the text that those stand for
     bad_documents: BadCounts  # of the whole source, the other split included
+    lost_text: LostText = added_field(LostText(), before=LostText())  # by the tokenizer
     token_files: tuple[ShardFile, ...]
     other_files: tuple[ShardFile, ...]  # index.npz, and text.bin where the text was kept
 
@@ -159,7 +161,7 @@ class ShardWriter:
                 self._text = (self._directory / "text.bin").open("wb")
             self._text.write(text)
 
-    def close(self, bad_documents: BadCounts | None = None) -> ShardManifest:
+    def close(self, bad_documents: BadCounts | None = None, *, lost_text: LostText | None = None) -> ShardManifest:
         """Finishes the files and writes the manifest last."""
         assert self._index["lengths"], f"{self._directory}: no document to write"
         self._finish_file()
@@ -184,6 +186,7 @@ class ShardWriter:
             num_scored=int(scored.counts().sum(dtype=np.int64)),
             scored_bytes=int(index["scored_bytes"].sum(dtype=np.int64)),
             bad_documents=bad_documents or BadCounts(),
+            lost_text=lost_text or LostText(),
             token_files=tuple(self._files),
             other_files=tuple(others),
             **self._about,
