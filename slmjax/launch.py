@@ -12,6 +12,7 @@ import jax
 from slmjax import config as config_io
 from slmjax.data import provenance
 from slmjax.data.left_out import describe_left_out
+from slmjax.data.lost_text import lost_note
 from slmjax.data.pipeline import BatchSource
 from slmjax.experiment import Experiment
 from slmjax.moe import MoeConfig
@@ -82,6 +83,10 @@ def announce(setup: Setup, run: RunDirectory, source: BatchSource, progress: Pro
         f"{rows:,} rows of {data.sequence_length} tokens, {source.packing_efficiency:.1%} filled; "
         f"{setup.experiment.run.steps:,} steps of {data.batch_size} rows are {epochs:.2f} epochs"
     )
+    tokens = setup.prepared.tokenizer.special_tokens
+    log.info("documents begin with %s and end with %s", tokens["bos"].text(), tokens["eos"].text())
+    if setup.prepared.lost_text:
+        log.warning("bits per byte are too low: %s", lost_note(setup.prepared.lost_text))
     ffns = (block.ffn for segment in setup.definition.config.stack for block in segment.pattern)
     notes = (ffn.training_note() for ffn in ffns if isinstance(ffn, MoeConfig))
     for note in dict.fromkeys(filter(None, notes)):

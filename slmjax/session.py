@@ -82,7 +82,8 @@ class Setup:
         if batches is None:
             return None
         compared = None if self.teachers is None else functools.partial(self.teachers, in_parts=False)
-        return evaluate_batches(self.eval_step, state.evaluated, state.frozen, batches, mesh=self.mesh, teachers=compared)
+        found = evaluate_batches(self.eval_step, state.evaluated, state.frozen, batches, mesh=self.mesh, teachers=compared)
+        return found.with_tokenizer(self.prepared.tokenizer, self.prepared.heldout)
 
     def stored(self, state: TrainState) -> dict[str, Any]:
         """What a checkpoint keeps: the state, and of a quantized run sums of the codes that are deployed (`loading.changed_rows`)."""

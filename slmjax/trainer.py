@@ -80,6 +80,7 @@ class Result:
     commit: str | None
     seconds_by_category: dict[str, float]
     samples: list[str]
+    lost_text: float = 0.0  # share of the held-out text's bytes that the tokenizer loses: above 0, bits per byte are too low
 
 
 def train(
@@ -381,7 +382,7 @@ def _finish(loop: Loop, state: TrainState, status: str, signals: StopSignals) ->
         compressors=compressors, tokens=tokens_seen(state), seconds=sum(seconds.values()),
         tokens_per_second=loop.meter.tokens_per_second, parameters=num_parameters(setup.definition),
         step=loop.step, skipped=int(state.skipped), run_dir=str(run.path), commit=commit()["commit"], seconds_by_category=seconds,
-        samples=samples, data_wait_share=loop.meter.data_wait_share,
+        samples=samples, data_wait_share=loop.meter.data_wait_share, lost_text=setup.prepared.lost_text,
     )  # fmt: skip
     if jax.process_index() == 0:
         run.write_json("result.json", dataclasses.asdict(result))

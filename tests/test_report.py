@@ -220,6 +220,20 @@ def test_a_comparison_shows_what_each_run_was_evaluated_on(run_dir: Path) -> Non
     assert ("held_out_text", "6 documents of 01234567, 1,254 bytes", None) in results(runs)
 
 
+def test_text_that_a_tokenizer_loses_is_told_beside_bits_per_byte(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losing = write_run(tmp_path / "runs" / "losing")
+    log = losing / "log.jsonl"
+    log.write_text(log.read_text().replace('"documents": 2', '"documents": 2, "lost_text": 0.92'))
+    shown = " ".join(output(capsys, "runs", str(tmp_path / "runs")).split())
+    assert "0.100!" in shown and "! losing: the tokenizer loses 92.00% of the text's bytes: not comparable across tokenizers" in shown
+    assert ("lost_text", None, 0.92) in results([read_run(run_dir), read_run(losing)])
+    page = write_comparison([run_dir, losing], tmp_path / "page.html").read_text()
+    assert "not comparable, for the tokenizer of losing loses text" in page
+    assert "92.00%" in write_report(losing, with_images=False).read_text()
+
+
 def test_without_the_extra(run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     from slmjax.report.charts import drawing_code

@@ -39,7 +39,7 @@ def derive(recipe: Recipe, source: dict[str, Any], experiment: Experiment, *, ou
     result = {name: source[name] for name in INHERITED if name in source}
     result |= {
         "status": "finished", "loss": found.loss, "bits_per_byte": found.bits_per_byte, "perplexity": found.perplexity,
-        "measured_on": found.measured_on(trainer.ALL), "run_dir": str(out),
+        "measured_on": found.measured_on(trainer.ALL), "run_dir": str(out), "lost_text": found.lost_text,
     }  # fmt: skip
     return result, {**found.figures(), "step": source.get("step"), "complete": True, "documents": found.documents}
 

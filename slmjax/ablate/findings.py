@@ -17,6 +17,7 @@ from slmjax.ablate.statistics import PairedDifference, Summary, Verdict, decide,
 from slmjax.ablate.study import FINISHED, Member, Study, member_experiment
 from slmjax.config import fingerprint, near_names
 from slmjax.data import provenance
+from slmjax.data.lost_text import lost_note
 
 COMPLETIONS = f"the completions of {trainer.ALL}"  # as `EvalResult.measured_on` says it
 FEW_PAIRS = 6  # below, the bootstrap's interval is much too narrow
@@ -84,7 +85,7 @@ def analyze(study: Study, members: Sequence[Member], *, further: Sequence[tuple[
             arm=pair[0], against=pair[1], seeds=_paired_seeds(study, by_key, pair, study.metric), difference=difference,
             adjusted_p=None if difference is None else p,
             verdict=Verdict.NOT_RESOLVED
-            if difference is None
+            if difference is None or not _is_comparable(study, by_key, pair)
             else decide(difference.mean, p, lower_is_better=study.lower_is_better, level=1 - study.confidence),
             figures={name: _differences(study, by_key, pair, name) for name in study.figures},
         )
@@ -93,6 +94,7 @@ def analyze(study: Study, members: Sequence[Member], *, further: Sequence[tuple[
     is_matched, budget_notes = _budget(study, by_key)
     notes = (
         *_notes_of_members(study, by_key), *budget_notes, *_notes_of_data(study, members), *_notes_of_changed_text(study, members),
+        *_notes_of_lost_text(study, by_key),
         *_notes_of_noise(study, comparisons), *_notes_of_commits(members),
     )  # fmt: skip
     return Findings(
@@ -146,6 +148,17 @@ def _differences(study: Study, by_key: Members, pair: Pair, name: str) -> Paired
         return None
     first, second = (_values(by_key, arm, seeds, name) for arm in pair)
     return paired_difference(first, second, confidence=study.confidence)
+
+
+def _lost_text(by_key: Members, arm: str, seeds: Sequence[int]) -> set[float]:
+    """Shares of the text that the tokenizers of an arm lose; empty where no member has finished."""
+    return {_figure(by_key, arm, seed, "lost_text") or 0.0 for seed in seeds if (arm, seed) in by_key}
+
+
+def _is_comparable(study: Study, by_key: Members, pair: Pair) -> bool:
+    """Whether a metric of the text means the same for both arms: their tokenizers lose none of it, or both lose the same."""
+    first, second = (_lost_text(by_key, arm, study.seeds) for arm in pair)
+    return study.metric != "bits_per_byte" or first == second
 
 
 def _arm_summary(study: Study, by_key: Members, arm: Arm | Derived) -> ArmSummary:
@@ -244,6 +257,14 @@ def _notes_of_changed_text(study: Study, members: Sequence[Member]) -> list[str]
                 " two do not compare: train one of them again."
             )
     return notes
+
+
+def _notes_of_lost_text(study: Study, by_key: Members) -> list[str]:
+    return [
+        f"{arm.name}: {lost_note(max(shares))}. Beside an arm that loses another share it has no verdict."
+        for arm in study.arms
+        if max(shares := _lost_text(by_key, arm.name, study.seeds), default=0.0) > 0
+    ]
 
 
 def _notes_of_noise(study: Study, comparisons: Sequence[Comparison]) -> list[str]:

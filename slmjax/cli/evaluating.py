@@ -112,6 +112,15 @@ def _text_rows(results: Mapping[str, Any]) -> Iterator[Row]:
         yield "loss", f"{found['loss']:.4f}", f"nats per token, {scored}"
         yield "perplexity", f"{found['perplexity']:.2f}", ""
         yield "bits per byte", f"{found['bits_per_byte']:.4f}", f"{found['bytes']:,} bytes, in {found['seconds']:.1f} s"
+        if found["lost_text"]:
+            yield (
+                "  not comparable",
+                f"{found['lost_text']:.2%}",
+                "of the text's bytes are lost by the tokenizer: bits per byte are too low",
+            )
+        for kind, role in (("bos", "documents begin with"), ("eos", "documents end with")):
+            if (token := found[kind]) is not None:
+                yield role, repr(token["name"]), f"id {token['id']}, {token['source']}"
         yield "calibration error", f"{found['calibration_error']:.4f}", "mean gap between confidence and accuracy"
         if found["teacher_kl"] is not None:
             yield "teacher: bits per byte", f"{found['teacher_bits_per_byte']:.4f}", "on the same tokens"

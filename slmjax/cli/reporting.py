@@ -46,6 +46,7 @@ def _show_runs(found: Sequence[Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from slmjax.data.lost_text import lost_note
     from slmjax.progress import format_seconds
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -58,7 +59,7 @@ def _show_runs(found: Sequence[Any]) -> None:
         table.add_row(
             one.name, one.status, f"{one.step:,}/{one.steps:,}",
             "" if one.loss is None else f"{partly}{one.loss:.4f}",
-            "" if one.bits_per_byte is None else f"{partly}{one.bits_per_byte:.3f}",
+            "" if one.bits_per_byte is None else f"{partly}{one.bits_per_byte:.3f}{'!' if one.lost_text else ''}",
             "" if one.parameters is None else f"{one.parameters / 1e6:.1f}M",
             "" if one.seconds is None else format_seconds(one.seconds),
         )  # fmt: skip
@@ -66,6 +67,9 @@ def _show_runs(found: Sequence[Any]) -> None:
     console.print(table)
     if any(one.loss is not None and not one.complete for one in found):
         console.print("~ on a part of the held-out text, by the last evaluation on the way")
+    for one in found:
+        if one.lost_text:
+            console.print(f"! {one.name}: {lost_note(one.lost_text)}")
 
 
 def compare_command(words: Sequence[str]) -> int:

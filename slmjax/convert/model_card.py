@@ -8,6 +8,7 @@ from typing import Any
 
 from slmjax import zoo
 from slmjax.convert.source import Own, read_origin
+from slmjax.data.lost_text import lost_note
 from slmjax.formats.presets import name_of
 
 TO_FILL_IN = "to be filled in"
@@ -89,7 +90,7 @@ def _quality_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("measured on", f"{result.get('measured_on')}, after step {_number(result.get('step'))}"),
         ("loss", f"{_digits(result.get('loss'))} nats per token"),
-        ("bits per byte", _digits(result.get("bits_per_byte"))),
+        ("bits per byte", _digits(result.get("bits_per_byte")) + (f" ({lost_note(lost)})" if (lost := result.get("lost_text")) else "")),
         *((f"bits per byte of {name}", _digits(bits)) for name, bits in result.get("compressors", {}).items()),
     ]
 

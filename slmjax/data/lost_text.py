@@ -77,6 +77,11 @@ def lost_share(parts: Iterable[LostText]) -> float:
     return LostText(measured=sum(part.measured for part in parts), lost=sum(part.lost for part in parts)).share
 
 
+def lost_note(share: float) -> str:
+    """What is said beside bits per byte of such a text."""
+    return f"the tokenizer loses {share:.2%} of the text's bytes: not comparable across tokenizers"
+
+
 def check_lost_text(found: LostText, max_share: float, *, source_name: str) -> None:
     """Raises ValueError if more than this share of a source's text is lost."""
     if found.share > max_share:

@@ -25,7 +25,7 @@ from slmjax.config import fingerprint, to_json
 from slmjax.data.config import DataConfig, WeightedSource
 from slmjax.data.documents import Gatekeeper, check_bad_fraction
 from slmjax.data.encoding import HELDOUT, TRAIN, divide, require_template, write_source
-from slmjax.data.lost_text import check_lost_text
+from slmjax.data.lost_text import check_lost_text, lost_share
 from slmjax.data.scored import is_all_scored
 from slmjax.data.shards import FORMAT_VERSION, TokenShards
 from slmjax.data.sources import changed_fields, combined_hash
@@ -43,6 +43,12 @@ class Prepared:
     tokenizer: Tokenizer
     train: tuple[tuple[TokenShards, float], ...]  # one per source of the mixture, with its weight
     heldout: tuple[TokenShards, ...]  # one per source; empty if nothing is held out
+
+    @property
+    def lost_text(self) -> float:
+        """Share of the bytes of the held-out text (or all text where nothing is held out) that the tokenizer loses."""
+        shards = self.heldout or [shards for shards, _ in self.train]
+        return lost_share(one.manifest.lost_text for one in shards)
 
     def heldout_text(self) -> bytes:
         """The UTF-8 text of all held-out documents, joined: what a compressor is compared on."""

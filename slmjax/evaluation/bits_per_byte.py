@@ -28,11 +28,13 @@ from slmjax import config as config_io
 from slmjax import placement
 from slmjax.data.batch import Batch
 from slmjax.data.config import DataConfig
+from slmjax.data.conventions import SpecialToken
 from slmjax.data.left_out import describe_left_out
+from slmjax.data.lost_text import lost_note, lost_share
 from slmjax.data.provenance import ChangedData, documents_to_evaluate, read_settings
 from slmjax.data.scored import ScoredText
 from slmjax.data.shards import TokenShards
-from slmjax.data.tokenizers import FileTokenizer
+from slmjax.data.tokenizers import FileTokenizer, Tokenizer
 from slmjax.data.windows import EvaluationBatches, default_overlap, evaluation_batches
 from slmjax.loading import Loaded
 from slmjax.losses import Matching, TeacherOutput, evaluation_sums, expected_calibration_error
@@ -62,12 +64,17 @@ class EvalResult:
     teacher_kl: float | None = None  # KL(teacher || model) in nats per scored token, at temperature 1; None: compared with none
     teacher_agreement: float | None = None  # share of scored tokens before which both find the same token the likeliest
     teacher_bits_per_byte: float | None = None  # of the teachers themselves
+    lost_text: float = 0.0  # share of the text's bytes that the tokenizer loses: above 0, bits per byte are too low to be compared
+    bos: SpecialToken | None = None  # what documents begin with, and what named it
+    eos: SpecialToken | None = None  # what they end with
 
     def text(self) -> str:
         """In words, beside the teachers where there are any."""
         own = f"loss {self.loss:.4f}, {self.bits_per_byte:.3f} bits/byte"
         if not self.is_all:
             own += f" on {self.tokens:,} of {self.total_tokens:,} tokens, the completions"
+        if self.lost_text:
+            own += f" ({lost_note(self.lost_text)})"
         if self.teacher_bits_per_byte is None:
             return own
         return f"{own} (teacher {self.teacher_bits_per_byte:.3f}, KL {self.teacher_kl:.4f}, same first choice {self.teacher_agreement:.1%})"
@@ -81,10 +88,16 @@ class EvalResult:
         """In words, what part of this text was scored."""
         return text if self.is_all else f"the completions of {text}"
 
+    def with_tokenizer(self, tokenizer: Tokenizer, documents: Sequence[TokenShards]) -> "EvalResult":
+        """The result with what is to be known of the tokenizer: its BOS and EOS, and what it loses of these documents."""
+        share = lost_share(shards.manifest.lost_text for shards in documents)
+        return dataclasses.replace(self, lost_text=share, **tokenizer.special_tokens)
+
     def figures(self) -> dict[str, float]:
         """What a run's log tells; of the teachers only where there are any."""
         names = ("loss", "bits_per_byte", "calibration_error", "teacher_kl", "teacher_agreement", "teacher_bits_per_byte", "tokens")
-        return {name: value for name in (*names, "total_tokens") if (value := getattr(self, name)) is not None}
+        figures = {name: value for name in (*names, "total_tokens") if (value := getattr(self, name)) is not None}
+        return figures | ({"lost_text": self.lost_text} if self.lost_text else {})
 
 
 def make_eval_step(definition: Definition, *, matching: Matching | None = None) -> EvalStep:
@@ -129,7 +142,7 @@ def evaluate_batches(
     _add(totals, pending)
     assert totals["weight"] == batches.num_targets, f"{totals['weight']} tokens were scored, and there are {batches.num_targets}"
     loss, plan = float(totals["nll"]) / batches.num_targets, batches.plans[0][1]
-    compared: dict[str, float] = {}
+    compared: dict[str, Any] = {}
     if "teacher_kl" in totals:
         compared = {name: float(totals[sum_name]) / batches.num_targets for name, sum_name in PER_TOKEN.items()}
         compared["teacher_bits_per_byte"] = _bits_per_byte(totals["teacher_nll"], batches)
@@ -210,7 +223,8 @@ def evaluate(
     )
     if max_documents is None and score is not ScoredText.ALL:
         _log_left_out(batches, documents, decode=loaded.tokenizer.decode, log=log)
-    return evaluate_batches(make_eval_step(loaded.definition), loaded.params, loaded.buffers, batches, teachers=teachers)
+    found = evaluate_batches(make_eval_step(loaded.definition), loaded.params, loaded.buffers, batches, teachers=teachers)
+    return found.with_tokenizer(loaded.tokenizer, documents)
 
 
 def _log_left_out(

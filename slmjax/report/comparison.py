@@ -9,8 +9,8 @@ from slmjax.report.page import chart_grid, document, heading, shown, table
 from slmjax.report.reading import RunRecords, number, read_run
 
 FIGURES = (
-    "status", "step", "measured_on", "loss", "bits_per_byte", "perplexity", "best_loss", "parameters", "tokens", "tokens_per_second",
-    "seconds", "skipped", "commit", "held_out_text",
+    "status", "step", "measured_on", "loss", "bits_per_byte", "lost_text", "perplexity", "best_loss", "parameters", "tokens",
+    "tokens_per_second", "seconds", "skipped", "commit", "held_out_text",
 )  # fmt: skip
 ABSENT = "—"
 
@@ -25,7 +25,9 @@ def write_comparison(paths: Sequence[str | Path], output: str | Path) -> Path:
     labels = short_names(runs)
     train = {label: run.train for label, run in zip(labels, runs, strict=True)}
     evals = {label: run.on_the_way for label, run in zip(labels, runs, strict=True)}
-    bits = "of UTF-8 text: comparable across tokenizers"
+    losing = [label for label, run in zip(labels, runs, strict=True) if run.held_out.get("lost_text")]
+    comparable = f"not comparable, for the tokenizer of {', '.join(losing)} loses text" if losing else "comparable across tokenizers"
+    bits = f"of UTF-8 text: {comparable}"
     charts = [
         lines("held-out-loss", "Held-out loss", "nats per token", evals, "loss", marked=labels),
         lines("held-out-bits", "Held-out bits per byte", bits, evals, "bits_per_byte", marked=labels),
@@ -82,7 +84,7 @@ def _figure(run: RunRecords, name: str) -> Any:
         return run.status
     if name == "held_out_text":
         return _held_out_text(run)
-    if name in ("loss", "bits_per_byte"):
+    if name in ("loss", "bits_per_byte", "lost_text"):
         return number(run.held_out.get(name))
     if run.result is not None and name in run.result:
         return run.result[name]

@@ -177,6 +177,7 @@ def _figures(run: RunRecords) -> str:
     part = "" if tokens is None or total is None or tokens == total else f", of {tokens:,.0f} of {total:,.0f} tokens, the completions"
     pairs = [
         (number(evaluated.get("bits_per_byte")), ".3f", f"bits per byte{', beside ' + rivals if rivals else ''}"),
+        (number(evaluated.get("lost_text")), ".2%", "of the text's bytes are lost by the tokenizer: its bits per byte are not comparable"),
         (number(evaluated.get("loss")), ".4f", f"loss, nats per token{part}"),
         (number(evaluated.get("teacher_bits_per_byte")), ".3f", "bits per byte of the teacher"),
         (number(evaluated.get("teacher_kl")), ".4f", "KL from the teacher, nats per token"),

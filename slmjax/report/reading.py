@@ -112,6 +112,7 @@ class RunSummary:
     steps: int  # that were asked for
     loss: float | None  # on held-out text, by the last evaluation
     bits_per_byte: float | None
+    lost_text: float | None  # share of the held-out text's bytes that the tokenizer loses; None: none
     complete: bool  # whether that was on all held-out text
     parameters: int | None
     tokens: int | None
@@ -140,12 +141,13 @@ def _summary(path: Path) -> RunSummary:
         run = read_run(path)
         steps = int(run.config["run"]["steps"])
     except (ValueError, KeyError):
-        empty = dict.fromkeys(("loss", "bits_per_byte", "parameters", "tokens", "seconds"))
+        empty = dict.fromkeys(("loss", "bits_per_byte", "lost_text", "parameters", "tokens", "seconds"))
         return RunSummary(name=path.name, path=str(path), status="damaged", step=0, steps=0, complete=False, started=started, **empty)
     result, last = run.result or {}, run.held_out
     return RunSummary(
         name=run.name, path=str(path), status=run.status, step=int(result.get("step", run.last_step)), steps=steps,
-        loss=number(last.get("loss")), bits_per_byte=number(last.get("bits_per_byte")), complete=bool(last.get("complete")),
+        loss=number(last.get("loss")), bits_per_byte=number(last.get("bits_per_byte")), lost_text=number(last.get("lost_text")),
+        complete=bool(last.get("complete")),
         parameters=result.get("parameters"), tokens=result.get("tokens"), seconds=result.get("seconds"),
         started=run.train[0]["time"] if run.train else started,
     )  # fmt: skip

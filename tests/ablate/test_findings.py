@@ -37,6 +37,20 @@ def three_arms(**changes) -> Study:
     return study(arms=arms, **changes)
 
 
+def test_an_arm_whose_tokenizer_loses_text_has_no_verdict(tmp_path: Path) -> None:
+    asked = three_arms()
+    bits = {(LR[name], seed): value for name, values in BITS.items() for seed, value in enumerate(values)}
+    members = run_study(asked, tmp_path, train=StubTrainer(bits=bits))
+    losing = [dataclasses.replace(one, result={**one.result, "lost_text": 0.92}) if one.arm == "fast & loose" else one for one in members]
+    findings = analyze(asked, losing)
+    assert [one.verdict for one in findings.comparisons] == [Verdict.NOT_RESOLVED] * 2
+    assert analyze(asked, members).comparisons[0].verdict is Verdict.BETTER
+    (note,) = (note for note in findings.notes if "loses" in note)
+    assert note.startswith("fast & loose: the tokenizer loses 92.00% of the text's bytes: not comparable")
+    everywhere = analyze(asked, [dataclasses.replace(one, result={**one.result, "lost_text": 0.92}) for one in members])
+    assert everywhere.comparisons[0].verdict is Verdict.BETTER, "all arms lose the same"
+
+
 def found(directory: Path, asked: Study, *, further=(), **outcomes: Any) -> Findings:
     outcomes.setdefault("bits", {(LR[name], seed): value for name, values in BITS.items() for seed, value in enumerate(values)})
     members = run_study(asked, directory, train=StubTrainer(**outcomes))
