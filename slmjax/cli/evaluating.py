@@ -93,7 +93,7 @@ def _show(results: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     step = f", step {results['step']:,}" if results["step"] else ""  # an imported model has none
-    table = Table(title=f"{results['run_dir']}{step}", title_justify="left")
+    table = Table()
     table.add_column("what", overflow="fold")
     table.add_column("value", justify="right")
     table.add_column("")
@@ -101,7 +101,9 @@ def _show(results: Mapping[str, Any]) -> None:
         for row in rows:
             table.add_row(*row)
         table.add_section()
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(f"{results['run_dir']}{step}", soft_wrap=True)  # a path is not broken
+    console.print(table)
 
 
 def _text_rows(results: Mapping[str, Any]) -> Iterator[Row]:
