@@ -1,11 +1,12 @@
 """Rotated dims are a whole number: of files of earlier versions, of transformers' share of a head and of GGUF's count."""
 
+import functools
 import json
 import logging
 import math
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -96,7 +97,7 @@ def test_an_odd_number_of_dims_is_rotated_as_in_transformers() -> None:
     first, second, kept = np.split(x.ravel(), [4, 8])
     turned = [first * np.cos(angles) - second * np.sin(angles), second * np.cos(angles) + first * np.sin(angles)]
     settings = {"base": mixer.rope_base, "rotary_dim": mixer.rotary_dim}
-    found = rotary(jnp.asarray(x), jnp.array([[position]]), **settings)
+    found = jax.jit(functools.partial(rotary, **settings))(x, np.array([[position]]))
     np.testing.assert_allclose(np.ravel(found), np.concatenate([*turned, kept]), atol=2e-4)
 
 
@@ -128,7 +129,7 @@ def test_rotations_that_cannot_be_computed_are_refused_on_reading(keys, message)
 
 
 def test_every_number_of_dims_survives_the_share_that_is_written() -> None:
-    for head_dim in range(2, 513):
+    for head_dim in range(2, 513, 2):
         for rotated in range(2, head_dim + 1, 2):
             assert int(head_dim * hf_settings.rotary_factor(rotated, head_dim)) == rotated
     # The quotient itself would lose one: int(44 * (30 / 44)) = 29.
