@@ -230,7 +230,7 @@ def test_other_tokens_are_refused(teacher: Path, tmp_path: Path) -> None:
     assert len(plans_of(teacher, tokenizer=ByteTokenizer().build(()))) == 1
 
 
-@pytest.mark.parametrize("own_multiple", [1, 8])
+@pytest.mark.parametrize("own_multiple", [pytest.param(1, marks=pytest.mark.nightly), 8])
 def test_a_head_with_other_rows_than_its_table_is_divided_as_the_loss_wants_it(tmp_path: Path, own_multiple: int) -> None:
     """Of 61 rows that become 64 or the other way round: no device holds the whole table, at loading or in a step."""
     config = dataclasses.replace(TEACHER, vocab_multiple=9 - own_multiple)
