@@ -57,7 +57,7 @@ PARTS = [
 SEQUENCES = st.lists(st.one_of(st.sampled_from(PARTS), st.binary(max_size=2)), max_size=8).map(b"".join)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(raw=SEQUENCES, cut=st.integers(0, 12))
 def test_bytes_are_decoded_as_by_python(raw: bytes, cut: int) -> None:
     expected = raw.decode("utf-8", "replace")
@@ -127,7 +127,7 @@ TOKENS = st.lists(st.one_of(st.integers(258, 257 + len(WORDS)), SEQUENCES.map(li
 
 
 def test_pieces_make_up_the_text(speaking: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    @settings(deadline=None, max_examples=30)
+    @settings(deadline=None, max_examples=20)
     @given(parts=TOKENS, steps=st.integers(1, 4), kind=st.sampled_from(sorted(TOKENIZERS)))
     def check(parts: list[int | list[int]], steps: int, kind: str) -> None:
         tokenizer = TOKENIZERS[kind]
