@@ -1,6 +1,7 @@
 """How much of what rounding costs does training for the format recover, and when should it begin?
 
     python experiments/qat_study.py                          # trains all members with 3 seeds; goes on where it was stopped
+    python experiments/qat_study.py --sweep                  # as well: each arm of `what` at its own best learning rate
     python experiments/qat_study.py --directory runs/qat-study --report     # what has been found so far
     slmjax quant report experiments/qat_study.py             # the recovery report alone, with its page
     slmjax train experiments/qat_study.py                    # the model in full precision that all begin as
@@ -12,24 +13,33 @@ Where JAX_COMPILATION_CACHE_DIR names a directory, what the seeds compile alike 
 
 - when: from scratch, in full precision for a share of the steps and in q4_0 for the rest of them;
 - what: each seed's model of the first study that was trained in full precision goes on for some more steps, in full precision or for a
-  format. What it comes to in full precision is also rounded to each format without training.
+  format. What it comes to in full precision is also rounded to each format without training, with the format's own scales and with
+  those that have the smallest squared error.
+
+With --sweep each trained arm of `what` is first trained at the learning rates RATES with the seed SWEEP_SEED, and then goes on at its
+best one. `--report` finds a sweep in the directory.
 """
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from rich.console import Console
 
 from slmjax import recipes
 from slmjax.ablate import (
     Arm,
+    ChosenRate,
     Derived,
+    RateSweep,
     Recovery,
     RoundToNearest,
     Study,
     analyze,
+    at_rates,
+    best_rates,
     findings_table,
     measure,
     read_members,
@@ -39,6 +49,7 @@ from slmjax.ablate import (
     write_findings,
     write_recovery,
 )
+from slmjax.ablate.study import MEMBERS
 from slmjax.architecture import BlockConfig, ModelConfig, Segment
 from slmjax.attention import AttentionConfig, QkNorm
 from slmjax.data.tokenizers import BpeTokenizer, FileTokenizer
@@ -48,9 +59,12 @@ from slmjax.formats.presets import preset
 from slmjax.formats.spec import QuantSpec, ScaleType
 from slmjax.layers import MlpConfig
 from slmjax.numerics.rules import QuantConfig, QuantPhase, QuantRule
+from slmjax.quant.rounding import Clip
 
 STEPS, FURTHER_STEPS = 300, 120
 SEEDS = (0, 1, 2)
+SWEEP_SEED = 1000  # chooses learning rates; none of SEEDS
+RATES = (0.25, 0.5, 1.0, 2.0)  # of the arms of `what`, as shares of the experiment's learning rate
 SHARES = (0.0, 0.5, 0.9)  # of the steps that are in full precision, before those in q4_0
 FULL = "full precision"
 Q4_0 = "q4_0"
@@ -76,8 +90,8 @@ def experiment() -> Experiment:
         nano,
         model=ModelConfig(embed_dim=128, stack=(Segment(pattern=(block,), repeats=2),), context_length=256),
         tokenizer=BpeTokenizer(vocab_size=2048),
-        eval=dataclasses.replace(nano.eval, every=STEPS, sample=False),
-        run=dataclasses.replace(nano.run, name="qat", steps=STEPS, sample_prompts=()),
+        eval=dataclasses.replace(nano.eval, every=STEPS, sample=False, unrounded=True),
+        run=dataclasses.replace(nano.run, name="qat", steps=STEPS, sample_prompts=(), log_flips=True),
     )
 
 
@@ -91,9 +105,20 @@ def trained_for(base: Experiment, spec: QuantSpec, *, start_step: int = 0) -> Ex
     return dataclasses.replace(base, quant=QuantConfig(phases=(QuantPhase(rules=everywhere(spec)),), start_step=start_step))
 
 
-def rounded(name: str, spec: QuantSpec, *, source: str = FULL) -> Derived:
+def rounded(name: str, spec: QuantSpec, *, source: str = FULL, clip: Clip = Clip.NONE) -> Derived:
     """An arm's models rounded to nearest."""
-    return Derived(name=name, source=source, recipe=RoundToNearest(rules=everywhere(spec)))
+    return Derived(name=name, source=source, recipe=RoundToNearest(rules=everywhere(spec), clip=clip))
+
+
+def both_rounded(name: str, spec: QuantSpec) -> tuple[Derived, Derived]:
+    """The reference rounded to nearest, with the format's own scales and with searched ones."""
+    plain, searched = rounded_names(name)
+    return rounded(plain, spec), rounded(searched, spec, clip=Clip.SEARCH)
+
+
+def rounded_names(name: str) -> tuple[str, str]:
+    """The names of those two arms."""
+    return f"rounded, {name}", f"rounded with clip search, {name}"
 
 
 # When: the first study --------------------------------------------------------------------------------------------------
@@ -103,16 +128,16 @@ def when(seeds: tuple[int, ...] = SEEDS) -> Study:
     late = {share: trained_for(base, FORMATS[Q4_0], start_step=round(share * base.run.steps)) for share in SHARES}
     arms = (
         Arm(name=FULL, experiment=base),
-        rounded(f"rounded, {Q4_0}", FORMATS[Q4_0]),
+        *both_rounded(Q4_0, FORMATS[Q4_0]),
         *(Arm(name=f"QAT after {share:.0%}", experiment=one) for share, one in late.items()),
     )
     return Study(name="when QAT begins", arms=arms, seeds=seeds, baseline=FULL, figures=("calibration_error",))
 
 
 # What: the second study -------------------------------------------------------------------------------------------------
-def bases(directory: Path, seeds: tuple[int, ...]) -> dict[int, Path]:
-    """The runs in full precision of the first study, by seed."""
-    found = {one.seed: one for one in read_members(when(seeds), directory) if one.arm == FULL}
+def bases(directory: Path, seeds: tuple[int, ...], *, study: Study | None = None) -> dict[int, Path]:
+    """The runs in full precision of a study (none: the first), by seed."""
+    found = {one.seed: one for one in read_members(study or when(seeds), directory) if one.arm == FULL}
     if missing := [seed for seed in seeds if seed not in found or found[seed].status != "finished"]:
         raise SystemExit(f"{directory} has no finished run in full precision of seeds {missing}: run the study without --report")
     return {seed: Path(one.result["run_dir"]) for seed, one in found.items()}
@@ -138,8 +163,8 @@ def taught(base: Path) -> Experiment:
     return dataclasses.replace(one, objective=dataclasses.replace(one.objective, distill=distill))
 
 
-def what(base_of: dict[int, Path], seeds: tuple[int, ...] = SEEDS) -> Study:
-    """Formats, each trained for and rounded to, and q4_0 in other ways."""
+def trained_arms(base_of: dict[int, Path]) -> tuple[Arm, ...]:
+    """The arms of `what` that are trained, each from its seed's base."""
 
     def arm(name: str, make: Callable[[Path], Experiment]) -> Arm:
         return Arm(name=name, experiment=lambda seed: make(base_of[seed]))
@@ -147,21 +172,57 @@ def what(base_of: dict[int, Path], seeds: tuple[int, ...] = SEEDS) -> Study:
     def trained(name: str, spec: QuantSpec) -> Arm:
         return arm(name, lambda base: trained_for(further(base), spec))
 
-    arms = (
+    return (
         arm(FULL, further),
-        *(rounded(f"rounded, {name}", spec) for name, spec in FORMATS.items()),
         *(trained(f"QAT, {name}", spec) for name, spec in FORMATS.items()),
         arm("QAT, q4_0, last quarter", lambda base: trained_for(further(base), FORMATS[Q4_0], start_step=FURTHER_STEPS * 3 // 4)),
         trained("QAT, other grid", OTHER_GRID),
-        rounded("QAT, other grid, then q4_0", FORMATS[Q4_0], source="QAT, other grid"),
         arm("QAD, q4_0", taught),
+    )
+
+
+def what(base_of: dict[int, Path], seeds: tuple[int, ...] = SEEDS, rates: Mapping[str, ChosenRate] = MappingProxyType({})) -> Study:
+    """Formats, each trained for and rounded to, and q4_0 in other ways; arms that have a rate of their own at it."""
+    reference, *others = at_rates(trained_arms(base_of), rates)
+    arms = (
+        reference,
+        *(one for name, spec in FORMATS.items() for one in both_rounded(name, spec)),
+        *others,
+        rounded("QAT, other grid, then q4_0", FORMATS[Q4_0], source="QAT, other grid"),
     )
     return Study(name="what QAT recovers", arms=arms, seeds=seeds, baseline=FULL, figures=("calibration_error",))
 
 
+# Learning rates of the second study -------------------------------------------------------------------------------------
+def sweep_base() -> Study:
+    """The model in full precision of the seed that chooses."""
+    return Study(name="base of the sweep", arms=(Arm(name=FULL, experiment=experiment()),), seeds=(SWEEP_SEED,), baseline=FULL)
+
+
+def sweep(directory: Path) -> RateSweep:
+    """Each trained arm of `what` at each of RATES."""
+    base_of = bases(directory / "sweep-base", (SWEEP_SEED,), study=sweep_base())
+    rates = tuple(share * experiment().optim.lr for share in RATES)
+    return RateSweep(name="learning rates", arms=trained_arms(base_of), rates=rates, seed=SWEEP_SEED)
+
+
+def run_sweep(directory: Path) -> None:
+    """Train what chooses the rates."""
+    run_study(sweep_base(), directory / "sweep-base")
+    run_study(sweep(directory).study(), directory / "sweep")
+
+
+def chosen_rates(directory: Path) -> dict[str, ChosenRate]:
+    """Return the rates that a sweep in this directory chose; none without a sweep."""
+    if not (directory / "sweep" / MEMBERS).is_file():
+        return {}
+    swept = sweep(directory)
+    return best_rates(swept, read_members(swept.study(), directory / "sweep"))
+
+
 # Differences that are asked for beside those from full precision: the first arm over the second.
 FURTHER = (
-    *((f"QAT, {name}", f"rounded, {name}") for name in FORMATS),
+    *((f"QAT, {name}", over) for name in FORMATS for over in rounded_names(name)),
     ("QAT, other grid, then q4_0", "rounded, q4_0"),
     ("QAT, other grid, then q4_0", "QAT, q4_0"),
     ("QAD, q4_0", "QAT, q4_0"),
@@ -172,14 +233,15 @@ FURTHER = (
 
 def recoveries(directory: Path, seeds: tuple[int, ...] = SEEDS) -> tuple[Recovery, ...]:
     """Which arm is the reference and which are rounded, in both studies."""
-    first, over = when(seeds), f"rounded, {Q4_0}"
+    first, over = when(seeds), rounded_names(Q4_0)
     of_first = {arm.name: over for arm in first.arms if arm.name.startswith("QAT")}
-    of_second = {f"QAT, {name}": f"rounded, {name}" for name in FORMATS} | dict.fromkeys(
+    of_second = {f"QAT, {name}": rounded_names(name) for name in FORMATS} | dict.fromkeys(
         ("QAT, q4_0, last quarter", "QAT, other grid, then q4_0", "QAD, q4_0"), over
     )
-    second = what(bases(directory / "when", seeds), seeds)
+    rates = chosen_rates(directory)
+    second = what(bases(directory / "when", seeds), seeds, rates)
     return (
-        Recovery(study=second, reference=FULL, rounded=of_second, directory="what"),
+        Recovery(study=second, reference=FULL, rounded=of_second, rates=rates, directory="what"),
         Recovery(study=first, reference=FULL, rounded=of_first, directory="when"),
     )
 
@@ -188,12 +250,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=Path("runs/qat-study"))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--sweep", action="store_true", help="each arm of the second study at its own best learning rate")
     parser.add_argument("--report", action="store_true", help="what has been found so far; nothing is trained")
     arguments = parser.parse_args()
     seeds, directory = tuple(arguments.seeds), arguments.directory.absolute()
     if not arguments.report:
         run_study(when(seeds), directory / "when")
-        run_study(what(bases(directory / "when", seeds), seeds), directory / "what")
+        if arguments.sweep:
+            run_sweep(directory)
+        run_study(what(bases(directory / "when", seeds), seeds, chosen_rates(directory)), directory / "what")
     reports = []
     for recovery in recoveries(directory, seeds):
         place = directory / recovery.directory

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
@@ -26,6 +27,7 @@ from jax.experimental import multihost_utils
 from slmjax import parameters
 from slmjax.architecture import ModelConfig
 from slmjax.data.shards import file_sha256
+from slmjax.numerics.weights import is_sign
 from slmjax.runlog import read_log, write_json
 from slmjax.selection import best_of, is_better
 
@@ -187,18 +189,21 @@ class Checkpointer:
         path = self.directory / str(step)
         meta = self._meta(path)
         shapes = {name: parameters.stored_shapes(self.model, tree) for name, tree in like.items()}
+        signs: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}  # that an older version did not keep
         for name, wanted in shapes.items():
             stored = meta["leaves"].get(name, {})
             stored = stored if whole else {leaf: stored[leaf] for leaf in wanted if leaf in stored}
+            signs[name] = {leaf: wanted.pop(leaf) for leaf in [*wanted] if is_sign(leaf) and leaf not in stored}
             _check_leaves(name, stored=stored, wanted=_describe(wanted), path=path)
         if not whole:
-            some = {name: _read_some(path / name, tree) for name, tree in shapes.items()}
+            some = {name: _read_some(path / name, tree) | _positive(signs[name]) for name, tree in shapes.items()}
             return {name: parameters.restack(self.model, some[name], like=tree) for name, tree in like.items()}
         read = self._orbax.restore(path, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}))
         shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
 
         def build(stored: dict[str, Any]) -> dict[str, Any]:
-            return {name: parameters.restack(self.model, stored[name], like=tree) for name, tree in like.items()}
+            whole = {name: {**leaves, **_positive(signs[name])} for name, leaves in stored.items()}
+            return {name: parameters.restack(self.model, whole[name], like=tree) for name, tree in like.items()}
 
         return jax.jit(build, out_shardings=shardings)({name: read[name] for name in like})
 
@@ -266,6 +271,10 @@ def _check_leaves(item: str, *, stored: Mapping[str, str], wanted: Mapping[str, 
             f"{path} does not fit this experiment: {item} {name} is {stored.get(name, 'absent')} in the checkpoint and "
             f"{wanted.get(name, 'absent')} in the model ({len(differing)} such). Use the model and optimizer it was trained with"
         )
+
+
+def _positive(signs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    return {name: jnp.ones(leaf.shape, leaf.dtype) for name, leaf in signs.items()}
 
 
 def _read_some(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:

@@ -85,6 +85,7 @@ class EvalConfig:
     overlap: int | None = None  # tokens that each further window of a long document repeats (none: a quarter window, at most 64)
     # the text that is scored: completions, which is what training scores (of plain text everything), or all, prompts too
     score: ScoredText = config_io.added_field(ScoredText.COMPLETIONS, before=ScoredText.COMPLETIONS)
+    unrounded: bool = config_io.added_field(False, before=False)  # of a quantized run: the loss of its weights before rounding as well
 
     def __post_init__(self) -> None:
         for name in ("every", "max_documents", "batch_size"):
@@ -106,6 +107,8 @@ class RunConfig:
     steps: int = 1000  # optimizer steps
     seed: int = 0  # of initial parameters and dropout; the order of the data has its own
     log_every: int = 10  # steps between lines of the log
+    # of a quantized run: the share of codes that changed since the line before (a byte for each weight on the devices)
+    log_flips: bool = config_io.added_field(False, before=False)
     directory: str = "runs"  # where run directories are made
     sample_prompts: tuple[str, ...] = ("",)  # texts that the trained model continues at every evaluation and at the end
     sample: SamplingConfig = SamplingConfig(temperature=0.8, top_k=40)  # how it does

@@ -77,6 +77,22 @@ def load_model(path: str | Path, *, step: int | None = None) -> Loaded:
     return _decoded(_opened(Path(path), step=step))
 
 
+def load_unrounded(path: str | Path, *, step: int | None = None) -> Loaded:
+    """Return the model of a quantized run with its weights before rounding; inputs and caches are rounded as in the run.
+
+    Raises:
+      ValueError: as `load_model`; or the directory has no such weights.
+    """
+    stored = _opened(Path(path), step=step)
+    definition = stored.definition
+    if not definition.formats:
+        raise ValueError(
+            f"{path} has no weights before rounding: name a run that was trained in number formats, at a step after they began"
+        )
+    params = {name: leaf for name, leaf in stored.params.items() if not numeric_weights.is_beside_a_weight(name)}
+    return _loaded(stored, params, definition.decoded())
+
+
 def load_with_codes(path: str | Path, *, step: int | None = None) -> tuple[Loaded, Codes]:
     """The model of a run, and the codes and scales of its weights that have a format, as they are encoded on the device that this runs on.
 
@@ -119,7 +135,10 @@ def _opened(path: Path, *, step: int | None) -> _Stored:
 
 
 def _decoded(stored: _Stored) -> Loaded:
-    params, definition = stored.definition.decode(stored.params)
+    return _loaded(stored, *stored.definition.decode(stored.params))
+
+
+def _loaded(stored: _Stored, params: dict[str, jax.Array], definition: parameters.Definition) -> Loaded:
     has_tokenizer = (stored.path / "tokenizer").is_dir() or not weights.is_imported(stored.path)
     return Loaded(
         config=stored.config, model=definition.merge(params, stored.buffers), definition=definition, params=params, buffers=stored.buffers,

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from optax import contrib
 
 from slmjax.config import added_field
-from slmjax.numerics.weights import is_of_input
+from slmjax.numerics.weights import is_learned, is_of_input, is_sign
 
 
 class Optimizer(enum.Enum):
@@ -67,6 +67,8 @@ class OptimConfig:
     muon_bias_correction: bool = added_field(False, before=True)
     # muon: matrices that AdamW takes, by patterns
     muon_exclude: tuple[str, ...] = (r"^(embed|head|positions)/", r"(^|/)router/", r"bias$", r"/(log_scale|offset)$")
+    # peak learning rate of learned scales, clips and zero points of number formats, on the same schedule (none: lr)
+    scale_lr: float | None = added_field(None, before=None)
     accumulation_steps: int = 1  # the batch is cut into this many parts, whose gradients are added up before an update
     ema_decay: float | None = None  # keep an exponential moving average of the weights and evaluate it; None: do not
     max_consecutive_skips: int = 20  # end the run when a log line finds this many updates in a row undone as non-finite
@@ -85,6 +87,8 @@ class OptimConfig:
                     raise ValueError(f"optim.{name} is {value}: it must be {wanted}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas are {self.betas}: each must be at least 0 and below 1")
+        if self.scale_lr is not None and self.scale_lr <= 0:
+            raise ValueError(f"optim.scale_lr is {self.scale_lr}: it must be greater than 0; none stands for optim.lr")
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise ValueError(f"optim.grad_clip is {self.grad_clip}: give a norm above 0, or None for no clipping")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -190,12 +194,36 @@ def make_optimizer(config: OptimConfig, params: Mapping[str, Any], *, total_step
         return -learning_rate(config, step, total_steps=total_steps)
 
     groups = parameter_groups(config, params)
-    transforms = {path: _stacked(_direction(config, group), num_dims=_num_stacked_dims(path)) for path, group in groups.items()}
+
+    def transform(path: str, group: Group) -> optax.GradientTransformation:
+        if is_sign(path):
+            return optax.set_to_zero()
+        stacked = _stacked(_direction(config, group), num_dims=_num_stacked_dims(path))
+        return _times(stacked, config.scale_lr / config.lr) if config.scale_lr is not None and is_learned(path) else stacked
+
+    transforms = {path: transform(path, group) for path, group in groups.items()}
     return optax.chain(
         optax.identity() if config.grad_clip is None else optax.clip_by_global_norm(config.grad_clip),
         _each_parameter(transforms),
         optax.scale_by_schedule(descent),
     )
+
+
+def restarted(optimizer: optax.GradientTransformation, state: Any, params: Mapping[str, Array]) -> Any:
+    """Return the state of `make_optimizer`'s optimizer with moments as they begin; the schedule goes on where it was."""
+    fresh: Any = optimizer.init(params)
+    return (*fresh[:-1], state[-1])
+
+
+def _times(transform: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
+    """`transform` with updates times a factor, and the same state."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        direction: Any
+        direction, state = transform.update(updates, state, params)
+        return factor * direction, state
+
+    return optax.GradientTransformation(transform.init, update)
 
 
 def _direction(config: OptimConfig, group: Group) -> optax.GradientTransformation:

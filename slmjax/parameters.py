@@ -54,6 +54,11 @@ class Definition:
         flat: dict[Any, Array] = {_keys(path): value for path, value in {**params, **buffers}.items()}
         return nnx.merge(self.graphdef, nnx.from_flat_state(flat))
 
+    def merge_unrounded(self, params: Mapping[str, Array], buffers: Mapping[str, Array]) -> Decoder:
+        """Return the module that computes with weights before they are rounded; inputs and caches are rounded as in this phase."""
+        kept = {path: leaf for path, leaf in params.items() if not numbers.is_beside_a_weight(path)}
+        return self.decoded().merge_effective(kept, buffers)
+
     def init(self, key: Array) -> tuple[dict[str, Array], dict[str, Array]]:
         """Freshly initialised parameters and buffers; jit it to have them sharded."""
         params, buffers = flat_params(Decoder(self.config, rngs=nnx.Rngs(params=key)))

@@ -18,6 +18,7 @@ from jaxtyping import Array
 from slmjax.data.batch import Batch
 from slmjax.numerics.rules import phase_at
 from slmjax.numerics.weights import is_beside_a_weight, is_of_input
+from slmjax.optim import make_optimizer, restarted
 from slmjax.parameters import define
 from slmjax.paths import block_at
 from slmjax.session import Setup, make_programs
@@ -43,10 +44,18 @@ def at_step(setup: Setup, step: int) -> Setup:
         train_step=programs.train_step,
         eval_step=programs.eval_step,
         code_sums=programs.code_sums,
+        flips=programs.flips,
     )
 
 
 def begin(setup: Setup, state: TrainState, batch: Batch) -> TrainState:
+    """Return the state with which a session or a phase begins; codes that change are counted from here on."""
+    state = _begun(setup, state, batch)
+    setup.flips.begin(state.trainable, int(state.step))
+    return state
+
+
+def _begun(setup: Setup, state: TrainState, batch: Batch) -> TrainState:
     """The state at the first step of a phase: what is learned beside weights begins as their best scales, that of inputs as measured.
 
     Weights whose format stays keep theirs; inputs are measured anew where the format of any changes.
@@ -68,7 +77,16 @@ def begin(setup: Setup, state: TrainState, batch: Batch) -> TrainState:
     ema = state.ema
     if ema is not None:  # what is averaged of what only begins now is what it begins as
         ema = {path: jnp.copy(params[path]) if is_of_input(path) or is_beside_a_weight(path) else leaf for path, leaf in ema.items()}
-    return dataclasses.replace(state, trainable=params, frozen=buffers, ema=ema)
+    optimizer = _restarted(setup, state.optimizer, params) if phase.restart_optimizer else state.optimizer
+    return dataclasses.replace(state, trainable=params, frozen=buffers, ema=ema, optimizer=optimizer)
+
+
+def _restarted(setup: Setup, optimizer_state: Any, params: dict[str, Array]) -> Any:
+    """The optimizer's state without what it remembers of earlier gradients."""
+    experiment = setup.experiment
+    optimizer = make_optimizer(experiment.optim, setup.definition.params, total_steps=experiment.run.steps)
+    places = jax.tree.map(lambda leaf: leaf.sharding, setup.shapes.optimizer)
+    return jax.jit(functools.partial(restarted, optimizer), out_shardings=places)(optimizer_state, params)
 
 
 def _measured(setup: Setup, state: TrainState, batch: Batch) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -118,7 +118,9 @@ def _learner(phases: Sequence[Entries], now: Entries, path: str, part: str) -> N
             "learned keeps its shape: give all phases the same, or StraightThrough(), whose scales follow the numbers"
         )
     current = _learns(getattr(now[path], part)) if now else None
-    return current or (found[0] if found else None)
+    learner = current or (found[0] if found else None)
+    has_sign = any(numbers.spec.has_signed_scale for numbers in found)
+    return dataclasses.replace(learner, keeps_sign=True) if learner is not None and has_sign else learner
 
 
 def _layout(numbers: Numbers) -> tuple[Any, ...]:
@@ -133,7 +135,8 @@ def _divided_segments(config: ModelConfig, phases: Sequence[Entries]) -> list[li
             if path.startswith("layers/"):
                 _, layer, name = path.split("/", 2)
                 learner = _learns(entry.weight)
-                alike = (name, entry.input, entry.weight if path.endswith(CACHE) else None, None if learner is None else _layout(learner))
+                layout = None if learner is None else (*_layout(learner), learner.spec.has_signed_scale)
+                alike = (name, entry.input, entry.weight if path.endswith(CACHE) else None, layout)
                 by_layer.setdefault(int(layer), []).append(alike)
     divided, first = [], 0
     for segment in config.stack:

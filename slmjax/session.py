@@ -29,6 +29,7 @@ from slmjax.distill.teachers import TeacherPlan, Teachers, divided_devices, plan
 from slmjax.easing import Easing, easing_of
 from slmjax.evaluation.bits_per_byte import EvalResult, EvalStep, evaluate_batches, make_eval_step
 from slmjax.experiment import Experiment, FromTeacherLayers, read_experiment
+from slmjax.flips import CodeFlips
 from slmjax.loading import read_config, read_fitted
 from slmjax.losses import TeacherOutput
 from slmjax.numerics import weights as numeric_weights
@@ -55,6 +56,7 @@ class Setup:
     train_step: TrainStep
     eval_step: EvalStep
     code_sums: CodeSums
+    flips: CodeFlips  # counts codes that change, where the log tells of them
     prompts: tuple[tuple[int, ...], ...]  # tokens of the texts that the trained model continues at the end
     easing: Easing | None = None  # of a run that is quantized
     plans: tuple[TeacherPlan, ...] = ()  # in distillation, where teachers are used at all
@@ -67,14 +69,10 @@ class Setup:
             return None
         batch_size = settings.batch_size or data.batch_size
         return evaluation_batches(
-            self.prepared.heldout,
-            sequence_length=data.sequence_length,
-            batch_size=batch_size,
-            overlap=settings.windows_overlap(data.sequence_length),
-            max_documents=max_documents,
-            rows=placement.rows_here(self.mesh, batch_size),
-            text=settings.score,
-        )
+            self.prepared.heldout, sequence_length=data.sequence_length, batch_size=batch_size,
+            overlap=settings.windows_overlap(data.sequence_length), max_documents=max_documents,
+            rows=placement.rows_here(self.mesh, batch_size), text=settings.score,
+        )  # fmt: skip
 
     def evaluate(self, state: TrainState, max_documents: int | None) -> EvalResult | None:
         """Loss and bits per byte on held-out text."""
@@ -126,7 +124,7 @@ def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh, re
     return Setup(
         experiment=experiment, prepared=prepared, mesh=mesh, definition=programs.definition, inference=programs.inference,
         shapes=programs.shapes, train_step=programs.train_step, eval_step=programs.eval_step, code_sums=programs.code_sums, prompts=prompts,
-        plans=plans, easing=programs.easing,
+        plans=plans, easing=programs.easing, flips=programs.flips,
     )  # fmt: skip
 
 
@@ -169,6 +167,7 @@ class Programs:
     train_step: TrainStep
     eval_step: EvalStep
     code_sums: CodeSums  # what a checkpoint keeps of the codes that its parameters have on these devices
+    flips: CodeFlips
     easing: Easing | None = None
 
 
@@ -181,20 +180,20 @@ def make_programs(experiment: Experiment, *, vocab_size: int, mesh: Mesh, step: 
     _check_rows(experiment, mesh)
     model = resolved_model(experiment, vocab_size=vocab_size)
     definition, inference = define(model, step=step), define_for_inference(model, step=step)
-    easing = None
-    if experiment.quant is not None:
-        easing = easing_of(experiment.quant, first_step=model.quant[0].step, total_steps=experiment.run.steps)
-    optimizer = make_optimizer(experiment.optim, definition.params, total_steps=experiment.run.steps)
+    quant, steps = experiment.quant, experiment.run.steps
+    easing = None if quant is None else easing_of(quant, first_step=model.quant[0].step, total_steps=steps)
+    optimizer = make_optimizer(experiment.optim, definition.params, total_steps=steps)
     with_ema, objective = experiment.optim.ema_decay is not None, experiment.objective
     shapes = state_shapes(definition, optimizer, with_ema=with_ema, mesh=mesh, objective=objective)
     train_step = make_train_step(
-        definition, optimizer, objective=objective, optim=experiment.optim, shapes=shapes, total_steps=experiment.run.steps,
+        definition, optimizer, objective=objective, optim=experiment.optim, shapes=shapes, total_steps=steps,
         easing=None if definition.phase is None else easing,
     )  # fmt: skip
     matching = None if objective.distill is None else objective.distill.matching
     return Programs(
         definition=definition, inference=inference, shapes=shapes, train_step=train_step,
-        eval_step=make_eval_step(inference, matching=matching), easing=easing,
+        eval_step=make_eval_step(inference, matching=matching, unrounded=experiment.eval.unrounded), easing=easing,
+        flips=CodeFlips(definition.formats if experiment.run.log_flips else {}),
         code_sums=jax.jit(functools.partial(numeric_weights.code_sums, formats_of=definition.formats)),
     )  # fmt: skip
 

@@ -312,7 +312,7 @@ class Loop:
         figures = self.meter.measure(
             tokens=self._fed, waiting=self.batches.waiting_seconds, nll=values["nll"], num_bytes=values.pop("bytes")
         )  # fmt: skip
-        self.record("train", **dataclasses.asdict(figures), **values)
+        self.record("train", **dataclasses.asdict(figures), **values, **self.setup.flips.count(state.trainable, self.step))
         self.progress.update(self.step, loss=values["loss"], figures=figures)
         if undone := int(values["skipped"]) - self._skipped:
             log.warning(

@@ -19,7 +19,10 @@ from slmjax.architecture import BlockConfig, ModelConfig, Segment
 from slmjax.attention import AttentionConfig
 from slmjax.checkpoint import MANIFEST, CheckpointConfig, Checkpointer, CheckpointError
 from slmjax.data.tokenizers import ByteTokenizer
+from slmjax.formats.presets import preset
 from slmjax.loading import load_model
+from slmjax.numerics.estimators import LearnedScale
+from slmjax.numerics.rules import QuantPhase, QuantRule
 from slmjax.parameters import define, unstack
 
 BLOCK = BlockConfig(mixer=AttentionConfig(num_heads=2), ffn=None)
@@ -376,3 +379,20 @@ def test_load_model_errors_say_what_is_missing(run_directory, tmp_path):
     shutil.rmtree(run_directory / "checkpoints")
     with pytest.raises(ValueError, match="no intact checkpoint in"):
         load_model(run_directory)
+
+
+def test_learned_scales_of_an_older_version_are_read_as_the_positive_ones_that_they_were(tmp_path, opened):
+    block = dataclasses.replace(BLOCK, mixer=AttentionConfig(num_heads=2, head_dim=32))
+    rule = QuantRule(paths="query", weight=preset("q4_0"), estimator=LearnedScale())
+    model = dataclasses.replace(MODEL, embed_dim=32, stack=(Segment(pattern=(block,), repeats=2),), quant=(QuantPhase(rules=(rule,)),))
+    checkpointer, shapes = opened(tmp_path, model=model), define(model).params
+    params = {path: jnp.full(leaf.shape, -2.0) for path, leaf in shapes.items()}
+    sign = "segments/0/blocks/0/mixer/query/weight/sign"
+    before = {path: leaf for path, leaf in params.items() if path != sign}
+    for step, saved in ((1, before), (2, params)):
+        checkpointer.save(step, {"model": {"params": saved, "buffers": {}}})
+    like = placed({"model": {"params": shapes, "buffers": {}}})
+    for step, value in ((1, 1.0), (2, -2.0)):
+        restored = checkpointer.restore(like, step=step)[1]["model"]["params"]
+        np.testing.assert_array_equal(restored[sign], jnp.full(shapes[sign].shape, value))
+        assert all(np.all(restored[path] == -2.0) for path in before)

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "slmjax"
 # A module imports only from those before it; a package counts as one, and is without cycles inside.
 ORDER = (
     "startup config selection runlog trackers meter progress hosts processes sharding placement formats kernels devices "
-    "rope numerics layers attention moe mixers losses flops traffic architecture paths model quantized parameters easing "
+    "rope numerics layers attention moe mixers losses flops traffic architecture paths model quantized parameters easing flips "
     "zoo data weights optim checkpoint loading sampling evaluation convert quant distill prune adapt report metrics step "
     "experiment resumption session phases memory profiling launch trainer recipes plan ablate cli __main__ "
 ).split()

@@ -15,7 +15,7 @@ from slmjax.ablate.derived import RoundToNearest
 from slmjax.ablate.findings import ArmSummary, Comparison, Findings, analyze
 from slmjax.ablate.layout import findings_json, findings_markdown, findings_table, write_findings
 from slmjax.ablate.ratios import RecoveredShare, recovered_share
-from slmjax.ablate.recovery import ArmRecovery, Measurement, Recovered, Recovery, RecoveryReport, measure, report_recovery
+from slmjax.ablate.recovery import ArmRecovery, Measurement, Recovered, Recovery, RecoveryOver, RecoveryReport, measure, report_recovery
 from slmjax.ablate.recovery_layout import recovery_json, recovery_markdown, recovery_table, write_recovery
 from slmjax.ablate.statistics import (
     PairedDifference,
@@ -28,11 +28,14 @@ from slmjax.ablate.statistics import (
     summarize,
 )
 from slmjax.ablate.study import Budget, Interrupted, Member, OnChange, Study, member_experiment, read_members, run_study
+from slmjax.ablate.sweeps import ChosenRate, RateSweep, at_rates, best_rates
 
 __all__ = [
-    "Arm", "ArmRecovery", "ArmSummary", "Budget", "Comparison", "Derived", "Findings", "Interrupted", "Measurement", "Member", "OnChange",
-    "PairedDifference", "Recipe", "Recovered", "RecoveredShare", "Recovery", "RecoveryReport", "RoundToNearest", "Study", "Summary",
-    "Verdict", "analyze", "bootstrap_interval", "decide", "findings_json", "findings_markdown", "findings_table", "holm", "measure",
-    "member_experiment", "paired_difference", "read_members", "recovered_share", "recovery_json", "recovery_markdown", "recovery_table",
-    "report_recovery", "run_study", "summarize", "write_findings", "write_recovery",
+    "Arm", "ArmRecovery", "ArmSummary", "Budget", "ChosenRate", "Comparison", "Derived", "Findings",
+    "Interrupted", "Measurement", "Member", "OnChange", "PairedDifference", "RateSweep", "Recipe",
+    "Recovered", "RecoveredShare", "Recovery", "RecoveryOver", "RecoveryReport", "RoundToNearest",
+    "Study", "Summary", "Verdict", "analyze", "at_rates", "best_rates", "bootstrap_interval", "decide",
+    "findings_json", "findings_markdown", "findings_table", "holm", "measure", "member_experiment",
+    "paired_difference", "read_members", "recovered_share", "recovery_json", "recovery_markdown",
+    "recovery_table", "report_recovery", "run_study", "summarize", "write_findings", "write_recovery",
 ]  # fmt: skip

@@ -3,22 +3,24 @@
     recovery = Recovery(study=study, reference="full precision", rounded={"QAT, q4_0": "rounded, q4_0"})
     measurements = measure(recovery, members, directory)
     report = report_recovery(recovery, members, measurements)
-    report.arms[2].recovered.share                   # R = 1 - (L_qat - L_full) / (L_rounded - L_full)
+    report.arms[2].recoveries[0].recovered.share     # R = 1 - (L_qat - L_full) / (L_rounded - L_full)
 
 L_full is the reference: full precision, trained on for as many steps as the others, so that what more training brings is not taken for
-recovery. L_rounded is that very model rounded to nearest in the arm's format. All are of one seed, over which `ratios.py` then goes.
+recovery. L_rounded is that very model rounded to nearest in the arm's format, with the format's own scales or with searched ones: an arm
+may be measured against both. All are of one seed, over which `ratios.py` then goes.
 """
 
 import dataclasses
 import enum
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from slmjax.ablate.derived import evaluate_member
 from slmjax.ablate.ratios import RecoveredShare, recovered_share
 from slmjax.ablate.statistics import PairedDifference, Summary, holm, paired_difference, summarize
 from slmjax.ablate.study import FINISHED, Member, Study, member_experiment
+from slmjax.ablate.sweeps import ChosenRate, check_chosen
 from slmjax.architecture import ModelConfig
 from slmjax.config import fingerprint, near_names
 from slmjax.distill.teachers import beside
@@ -39,17 +41,27 @@ class Recovery:
 
     study: Study
     reference: str  # the arm in full precision that was trained as long as the others
-    rounded: Mapping[str, str]  # for each arm that may recover something: the one that is the reference rounded to its format
+    rounded: Mapping[str, str | tuple[str, ...]]  # for each arm that may recover something: the reference rounded to its format, in ways
+    rates: Mapping[str, ChosenRate] = dataclasses.field(
+        default_factory=dict
+    )  # of arms that were swept over learning rates (`sweeps.best_rates`)
     directory: str = "."  # of the study, within that of the report
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.study.arms]
-        for name in (self.reference, *self.rounded, *self.rounded.values()):
+        for name in (self.reference, *self.rounded, *(rounded for _, rounded in self.pairs), *self.rates):
             if name not in names:
                 raise ValueError(f"{name!r} is no arm of the study.{near_names(name, names)} Arms are {', '.join(names)}")
-        for arm, rounded in self.rounded.items():
+        for arm, rounded in self.pairs:
             if len({arm, rounded, self.reference}) < 3:
                 raise ValueError(f"the recovery of {arm!r} over {rounded!r} with {self.reference!r} needs three different arms")
+        for arm, chosen in self.rates.items():
+            check_chosen(self.study, arm, chosen)
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """Each arm with each rounded one that it is measured against."""
+        return tuple((arm, name) for arm, names in self.rounded.items() for name in ((names,) if isinstance(names, str) else names))
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
@@ -120,6 +132,17 @@ class Recovered(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RecoveryOver:
+    """What an arm recovers of the cost of one way of rounding."""
+
+    rounded: str  # the arm that it is measured against
+    pairs: tuple[int, ...]  # seeds of which all three arms finished
+    recovered: RecoveredShare | None  # None with fewer than two pairs
+    adjusted_p: float | None  # of the paired t test of R = 0, by Holm over the report
+    verdict: Recovered
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ArmRecovery:
     """One arm over its seeds."""
 
@@ -132,11 +155,9 @@ class ArmRecovery:
     stored_bytes: Summary | None
     bits_per_number: Summary | None
     tokens_per_second: Summary | None  # in training; None for what was not trained
-    rounded: str | None  # the arm that it is measured against; None where there is no recovery to speak of
-    pairs: tuple[int, ...]  # seeds of which all three arms finished
-    recovered: RecoveredShare | None  # None with fewer than two pairs
-    adjusted_p: float | None  # of the paired t test of R = 0, by Holm over the report
-    verdict: Recovered | None
+    unrounded: Summary | None  # the metric of the weights before rounding; None where it was not evaluated
+    rate: ChosenRate | None  # the learning rate, where the arm was swept over several
+    recoveries: tuple[RecoveryOver, ...]  # over each rounded arm that it is measured against; empty for what recovers nothing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,10 +177,15 @@ class RecoveryReport:
 def report_recovery(recovery: Recovery, members: Sequence[Member], measurements: Sequence[Measurement] = ()) -> RecoveryReport:
     """The report, also on a study that has not come to its end."""
     study = recovery.study
-    shares = {arm: _share(recovery, members, arm) for arm in recovery.rounded}
-    tested = {arm: share for arm, (_, share) in shares.items()}
-    adjusted = dict(zip(tested, holm([1.0 if one is None else one.gain.p_value for one in tested.values()]), strict=True))
-    arms = tuple(_arm(recovery, members, measurements, arm.name, shares.get(arm.name), adjusted.get(arm.name)) for arm in study.arms)
+    shares = [_share(recovery, members, *pair) for pair in recovery.pairs]
+    adjusted = holm([1.0 if share is None else share.gain.p_value for _, share in shares])
+    recoveries: dict[str, list[RecoveryOver]] = {}
+    for (arm, rounded), (pairs, share), p in zip(recovery.pairs, shares, adjusted, strict=True):
+        found = RecoveryOver(
+            rounded=rounded, pairs=pairs, recovered=share, adjusted_p=None if share is None else p, verdict=_verdict(share)
+        )  # fmt: skip
+        recoveries.setdefault(arm, []).append(found)
+    arms = tuple(_arm(recovery, members, measurements, arm.name, tuple(recoveries.get(arm.name, ()))) for arm in study.arms)
     return RecoveryReport(
         study=study.name, metric=study.metric, lower_is_better=study.lower_is_better, reference=recovery.reference,
         confidence=study.confidence, seeds=study.seeds, arms=arms, notes=tuple(_notes(recovery, members, arms)),
@@ -169,40 +195,40 @@ def report_recovery(recovery: Recovery, members: Sequence[Member], measurements:
 Share = tuple[tuple[int, ...], RecoveredShare | None]  # of which seeds, and what they come to
 
 
-def _share(recovery: Recovery, members: Sequence[Member], arm: str) -> Share:
+def _share(recovery: Recovery, members: Sequence[Member], arm: str, rounded: str) -> Share:
     study = recovery.study
-    trio = [_by_seed(recovery, members, name) for name in (arm, recovery.reference, recovery.rounded[arm])]
+    trio = [_by_seed(study.metric, members, name) for name in (arm, recovery.reference, rounded)]
     seeds = tuple(seed for seed in study.seeds if all(seed in values for values in trio))
     if len(seeds) < 2:
         return seeds, None
-    own, full, rounded = ([values[seed] for seed in seeds] for values in trio)
+    own, full, nearest = ([values[seed] for seed in seeds] for values in trio)
     return seeds, recovered_share(
-        own, full=full, rounded=rounded, lower_is_better=study.lower_is_better, confidence=study.confidence
+        own, full=full, rounded=nearest, lower_is_better=study.lower_is_better, confidence=study.confidence
     )  # fmt: skip
 
 
 def _arm(
-    recovery: Recovery, members: Sequence[Member], measurements: Sequence[Measurement], arm: str, found: Share | None, p: float | None
+    recovery: Recovery, members: Sequence[Member], measurements: Sequence[Measurement], arm: str, recoveries: tuple[RecoveryOver, ...]
 ) -> ArmRecovery:
-    metric, whole = (_by_seed(recovery, members, name) for name in (arm, recovery.reference))
+    study = recovery.study
+    metric, whole = (_by_seed(study.metric, members, name) for name in (arm, recovery.reference))
     both = [] if arm == recovery.reference else [seed for seed in metric if seed in whole]
     speeds = [value for one in members if one.arm == arm and (value := one.figure("tokens_per_second")) is not None]
 
     def measured(name: str) -> Summary | None:
         return _summary([one.figures[name] for one in measurements if one.arm == arm and name in one.figures])
 
-    pairs, share = found if found is not None else ((), None)
     return ArmRecovery(
-        arm=arm, seeds=tuple(seed for seed in recovery.study.seeds if seed in metric), metric=_summary(list(metric.values())),
+        arm=arm, seeds=tuple(seed for seed in study.seeds if seed in metric), metric=_summary(list(metric.values())),
         distance=_difference(recovery, [metric[seed] for seed in both], [whole[seed] for seed in both]),
         kl=measured("kl"), agreement=measured("agreement"), stored_bytes=measured("bytes"), bits_per_number=measured("bits_per_number"),
-        tokens_per_second=_summary(speeds), rounded=recovery.rounded.get(arm), pairs=pairs, recovered=share,
-        adjusted_p=None if share is None else p, verdict=None if found is None else _verdict(share),
+        tokens_per_second=_summary(speeds), unrounded=_summary([*_by_seed(f"unrounded_{study.metric}", members, arm).values()]),
+        rate=recovery.rates.get(arm), recoveries=recoveries,
     )  # fmt: skip
 
 
-def _by_seed(recovery: Recovery, members: Sequence[Member], arm: str) -> dict[int, float]:
-    return {one.seed: value for one in members if one.arm == arm and (value := one.figure(recovery.study.metric)) is not None}
+def _by_seed(figure: str, members: Sequence[Member], arm: str) -> dict[int, float]:
+    return {one.seed: value for one in members if one.arm == arm and (value := one.figure(figure)) is not None}
 
 
 def _difference(recovery: Recovery, values: Sequence[float], others: Sequence[float]) -> PairedDifference | None:
@@ -227,24 +253,29 @@ def _notes(recovery: Recovery, members: Sequence[Member], arms: Sequence[ArmReco
         if one.status != FINISHED
     ]
     for one in arms:
-        if one.rounded is None:
-            continue
-        if len(one.pairs) < FEW_SEEDS:
-            notes.append(f"{one.arm}: {len(one.pairs)} seeds with all that its recovery needs are too few: train {FEW_SEEDS} or more.")
-        if (found := one.recovered) is None:
-            continue
-        if found.share is None:
-            notes.append(f"{one.arm}: {one.rounded} is no worse than {recovery.reference}, so that there is nothing to recover.")
-        elif found.standard_error is None:
-            notes.append(f"{one.arm}: the seeds changed nothing that the {study.metric} depends on: the noise is unknown.")
-        elif found.fieller_interval is None:
-            notes.append(
-                f"{one.arm}: what {one.rounded} costs is not told from zero with these seeds, and any recovery would fit: train more."
-            )
-        level = 1 - study.confidence
-        if one.verdict is Recovered.ABOVE_ZERO and one.adjusted_p is not None and one.adjusted_p > level:
-            notes.append(
-                f"{one.arm}: its own interval lies above zero, but corrected for all {len(recovery.rounded)} comparisons of the report the "
-                f"difference from {one.rounded} is not resolved (p {one.adjusted_p:.3f})."
-            )
+        if one.rate is not None:
+            notes += [f"{one.arm}: {said}" for said in one.rate.notes(study.metric)]
+        for over in one.recoveries:
+            notes += [f"{one.arm}: {said}" for said in _notes_on(recovery, over)]
     return notes
+
+
+def _notes_on(recovery: Recovery, over: RecoveryOver) -> Iterator[str]:
+    """What weakens one recovery."""
+    study = recovery.study
+    if len(over.pairs) < FEW_SEEDS:
+        yield f"{len(over.pairs)} seeds with all that its recovery needs are too few: train {FEW_SEEDS} or more."
+    if (found := over.recovered) is None:
+        return
+    if found.share is None:
+        yield f"{over.rounded} is no worse than {recovery.reference}, so that there is nothing to recover."
+    elif found.standard_error is None:
+        yield f"the seeds changed nothing that the {study.metric} depends on: the noise is unknown."
+    elif found.fieller_interval is None:
+        yield f"what {over.rounded} costs is not told from zero with these seeds, and any recovery would fit: train more."
+    level = 1 - study.confidence
+    if over.verdict is Recovered.ABOVE_ZERO and over.adjusted_p is not None and over.adjusted_p > level:
+        yield (
+            f"its own interval lies above zero, but corrected for all {len(recovery.pairs)} comparisons of the report the "
+            f"difference from {over.rounded} is not resolved (p {over.adjusted_p:.3f})."
+        )

@@ -19,7 +19,7 @@ from slmjax.ablate.grids import (
     signed,
     with_deviation,
 )
-from slmjax.ablate.recovery import ArmRecovery, RecoveryReport
+from slmjax.ablate.recovery import ArmRecovery, RecoveryOver, RecoveryReport
 from slmjax.ablate.statistics import Interval, PairedDifference, Summary
 from slmjax.report import charts as chart_module
 from slmjax.report.charts import Chart, Point
@@ -65,8 +65,14 @@ def recovery_grids(report: RecoveryReport) -> list[Grid]:
         f"{report.study}: {in_words(report.metric)}, {way} is better; mean ± standard deviation over seeds {listed(report.seeds)}, "
         f"differences ± standard error; reference: {report.reference}"
     )
+    if any(one.unrounded is not None for one in report.arms):
+        columns.append(with_deviation([one.unrounded for one in report.arms]))
+        head += (f"{in_words(report.metric)} before rounding",)
+    if any(one.rate is not None for one in report.arms):
+        columns.append([ABSENT if one.rate is None else f"{one.rate.rate:g}" for one in report.arms])
+        head += ("best learning rate",)
     grids = [Grid(title=title, head=head, rows=tuple(zip(*columns, strict=True)))]
-    if rows := tuple(_recovery_row(one) for one in report.arms if one.rounded is not None):
+    if rows := tuple(_recovery_row(one.arm, over) for one in report.arms for over in one.recoveries):
         share = f"{100 * report.confidence:g}%"
         head = ("arm", "over", "seeds", "cost of rounding", "recovered", f"{share} Fieller", f"{share} bootstrap", "p (Holm)", "interval")
         title = (
@@ -87,9 +93,8 @@ def _with_error(one: PairedDifference | None) -> str:
     return f"{signed(one.mean, places)} ± {one.standard_error:.{places}f}"
 
 
-def _recovery_row(one: ArmRecovery) -> tuple[str, ...]:
-    assert one.rounded is not None and one.verdict is not None
-    begin, verdict = (one.arm, one.rounded, str(len(one.pairs))), one.verdict.value
+def _recovery_row(arm: str, one: RecoveryOver) -> tuple[str, ...]:
+    begin, verdict = (arm, one.rounded, str(len(one.pairs))), one.verdict.value
     if (found := one.recovered) is None:
         return *begin, *[ABSENT] * 5, verdict
     cost = _with_error(found.cost)
@@ -111,7 +116,7 @@ def _percent(ends: Interval | None, decimals: int) -> str:
 # A page ---------------------------------------------------------------------------------------------------------------
 def quality_chart(report: RecoveryReport, *, name: str = "quality-against-bytes") -> Chart | None:
     """Quality against bytes: the reference, what is rounded of it, what was trained; None where nothing is measured."""
-    rounded = {one.rounded for one in report.arms if one.rounded is not None}
+    rounded = {over.rounded for one in report.arms for over in one.recoveries}
 
     def kind(arm: str) -> str:
         return "rounded" if arm in rounded else "reference" if arm == report.reference else "trained"

@@ -1,6 +1,7 @@
 """`slmjax eval`."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +37,7 @@ def eval_command(words: Sequence[str]) -> int:
         energy: bool = False  # energy per token as well (the energy extra)
         batch_size: int = 16  # rows at a time, of multiple choice and lm-eval
         step: int | None = None  # checkpoint to evaluate (none: the newest)
+        unrounded: bool = False  # of a quantized run: the text's loss with weights before rounding as well
         teacher: str | None = None  # run or imported model to compare the text's predictions with, token by token
         code: str | None = None  # Python file that defines the classes of your own which the run's settings name
         json: bool = False  # print the results as JSON
@@ -54,17 +56,21 @@ def eval_command(words: Sequence[str]) -> int:
 
 def _evaluations(loaded: Any, given: Any, data: Any) -> dict[str, Any]:
     """What was asked for, by the name of the evaluation."""
-    from slmjax import evaluation
+    from slmjax import evaluation, loading
     from slmjax.distill.teachers import beside
 
     others = given.multiple_choice or given.lm_eval or given.efficiency or given.energy
     found: dict[str, Any] = {}
-    if given.text or given.teacher or data is not None or not others:
+    if given.text or given.teacher or given.unrounded or data is not None or not others:
         teachers = None if given.teacher is None else beside(Path(given.teacher), loaded)
-        result = evaluation.evaluate(
-            loaded, data=data, max_documents=given.max_documents, overlap=given.overlap, score=given.score, teachers=teachers,
+        evaluated = functools.partial(
+            evaluation.evaluate, data=data, max_documents=given.max_documents, overlap=given.overlap, score=given.score,
             changed_data=given.changed_data, log=print_aside,
         )  # fmt: skip
+        result = evaluated(loaded, teachers=teachers)
+        if given.unrounded:
+            before = evaluated(loading.load_unrounded(Path(given.run_dir), step=given.step))
+            result = dataclasses.replace(result, unrounded_loss=before.loss, unrounded_bits_per_byte=before.bits_per_byte)
         found["text"] = dataclasses.asdict(result)
     if given.multiple_choice:
         answers = (evaluation.answer_questions(loaded, path, batch_size=given.batch_size) for path in given.multiple_choice)
@@ -124,6 +130,9 @@ def _text_rows(results: Mapping[str, Any]) -> Iterator[Row]:
             if (token := found[kind]) is not None:
                 yield role, repr(token["name"]), f"id {token['id']}, {token['source']}"
         yield "calibration error", f"{found['calibration_error']:.4f}", "mean gap between confidence and accuracy"
+        if found["unrounded_loss"] is not None:
+            on = f"loss {found['unrounded_loss']:.4f} with weights before rounding"
+            yield "  before rounding", f"{found['unrounded_bits_per_byte']:.4f}", on
         if found["teacher_kl"] is not None:
             yield "teacher: bits per byte", f"{found['teacher_bits_per_byte']:.4f}", "on the same tokens"
             yield "  KL(teacher, model)", f"{found['teacher_kl']:.4f}", "nats per token, temperature 1"

@@ -38,6 +38,7 @@ from slmjax.data.tokenizers import FileTokenizer, Tokenizer
 from slmjax.data.windows import EvaluationBatches, default_overlap, evaluation_batches
 from slmjax.loading import Loaded
 from slmjax.losses import Matching, TeacherOutput, evaluation_sums, expected_calibration_error
+from slmjax.model import Decoder
 from slmjax.parameters import Definition
 
 Params = Mapping[str, Array]
@@ -67,6 +68,8 @@ class EvalResult:
     lost_text: float = 0.0  # share of the text's bytes that the tokenizer loses: above 0, bits per byte are too low to be compared
     bos: SpecialToken | None = None  # what documents begin with, and what named it
     eos: SpecialToken | None = None  # what they end with
+    unrounded_loss: float | None = None  # of a quantized run's weights before rounding; None: not evaluated
+    unrounded_bits_per_byte: float | None = None
 
     def text(self) -> str:
         """In words, beside the teachers where there are any."""
@@ -75,6 +78,8 @@ class EvalResult:
             own += f" on {self.tokens:,} of {self.total_tokens:,} tokens, the completions"
         if self.lost_text:
             own += f" ({lost_note(self.lost_text)})"
+        if self.unrounded_bits_per_byte is not None:
+            own += f" ({self.unrounded_bits_per_byte:.3f} before rounding)"
         if self.teacher_bits_per_byte is None:
             return own
         return f"{own} (teacher {self.teacher_bits_per_byte:.3f}, KL {self.teacher_kl:.4f}, same first choice {self.teacher_agreement:.1%})"
@@ -96,21 +101,29 @@ class EvalResult:
     def figures(self) -> dict[str, float]:
         """What a run's log tells; of the teachers only where there are any."""
         names = ("loss", "bits_per_byte", "calibration_error", "teacher_kl", "teacher_agreement", "teacher_bits_per_byte", "tokens")
-        figures = {name: value for name in (*names, "total_tokens") if (value := getattr(self, name)) is not None}
+        names += ("total_tokens", "unrounded_loss", "unrounded_bits_per_byte")
+        figures = {name: value for name in names if (value := getattr(self, name)) is not None}
         return figures | ({"lost_text": self.lost_text} if self.lost_text else {})
 
 
-def make_eval_step(definition: Definition, *, matching: Matching | None = None) -> EvalStep:
+def make_eval_step(definition: Definition, *, matching: Matching | None = None, unrounded: bool = False) -> EvalStep:
     """The compiled `(params, buffers, batch, teachers) -> sums` over the global batch (`losses.evaluation_sums`).
 
     Args:
       matching: how several teachers are one, where the step is given any.
+      unrounded: whether weights that have a format are also evaluated before they are rounded (sum "unrounded_nll").
     """
 
     @jax.jit
     def eval_step(params: Params, buffers: Params, batch: Batch, teachers: tuple[TeacherOutput, ...] = ()) -> dict[str, Array]:
-        output = definition.merge(params, buffers)(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions)
-        return evaluation_sums(output.hidden, output.head, batch.targets, batch.loss_mask, teachers=teachers, matching=matching)
+        def sums(model: Decoder, **compared: Any) -> dict[str, Array]:
+            output = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions)
+            return evaluation_sums(output.hidden, output.head, batch.targets, batch.loss_mask, **compared)
+
+        found = sums(definition.merge(params, buffers), teachers=teachers, matching=matching)
+        if unrounded and definition.formats:
+            found["unrounded_nll"] = sums(definition.merge_unrounded(params, buffers))["nll"]
+        return found
 
     return eval_step
 
@@ -146,6 +159,9 @@ def evaluate_batches(
     if "teacher_kl" in totals:
         compared = {name: float(totals[sum_name]) / batches.num_targets for name, sum_name in PER_TOKEN.items()}
         compared["teacher_bits_per_byte"] = _bits_per_byte(totals["teacher_nll"], batches)
+    if "unrounded_nll" in totals:
+        compared["unrounded_loss"] = float(totals["unrounded_nll"]) / batches.num_targets
+        compared["unrounded_bits_per_byte"] = _bits_per_byte(totals["unrounded_nll"], batches)
     return EvalResult(
         **compared,
         loss=loss,

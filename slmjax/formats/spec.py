@@ -156,6 +156,12 @@ class QuantSpec:
         return self.statistic is Statistic.MIN_MAX
 
     @property
+    def has_signed_scale(self) -> bool:
+        """Whether a scale may be negative, so that the grid of a group is mirrored: the largest number then has the lowest code."""
+        is_signed = self.statistic in (Statistic.SIGNED_MAX, Statistic.FAR_END)
+        return is_signed and self.scale_type is not ScaleType.E8M0  # which stores no sign
+
+    @property
     def is_two_level(self) -> bool:
         """Whether the scales are under one for the whole tensor."""
         return self.scale_type is ScaleType.E4M3

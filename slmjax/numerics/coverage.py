@@ -8,9 +8,21 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
 from slmjax.formats.presets import name_of
 from slmjax.formats.spec import QuantSpec, Share, check_width
-from slmjax.numerics.estimators import Calibrated, Estimator, LearnedClip, LearnedScale, LearnedScaleAndOffset, StraightThrough
+from slmjax.numerics.estimators import (
+    SIGN,
+    Calibrated,
+    Estimator,
+    Learned,
+    LearnedClip,
+    LearnedScale,
+    LearnedScaleAndOffset,
+    StraightThrough,
+)
 from slmjax.numerics.rules import QuantRule
 
 TABLES = ("embed/table", "head/weight")
@@ -26,6 +38,12 @@ class Numbers:
     spec: QuantSpec
     estimator: Estimator
     axis: int  # along which groups lie, from the end
+    keeps_sign: bool = False  # whether a sign is kept beside each learned scale though this format has none: another phase's has
+
+    def learned(self, x: Float[Array, "..."]) -> Learned:
+        """Return the initial values of what is learned beside `x`."""
+        found = self.estimator.learned(x, self.spec, axis=self.axis)
+        return {SIGN: jnp.ones_like(found["log_scale"]), **found} if self.keeps_sign else found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

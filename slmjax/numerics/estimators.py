@@ -2,7 +2,8 @@
 
 Rounding has no gradient of use, so each estimator states one: `rounded` computes the very numbers of the format, decode(encode(x)), and
 passes a gradient back to x and to what is learned beside it. Of a scale the logarithm (base 2) is learned: an optimizer's step then
-changes it by a share, whatever its size.
+changes it by a share, whatever its size. In formats whose scale has a sign (`QuantSpec.has_signed_scale`) the sign of each group is
+taken from its numbers when the scale begins to be learned, and is kept: it is stored beside the logarithm and gets no gradient.
 
 Straight-through: Bengio et al. 2013. Learned step size (LSQ): Esser et al. 2020; with an offset (LSQ+): Bhalgat et al. 2020. Learned
 clip (PACT): Choi et al. 2018. Stretched and ternary grids with a learned scale: Liu et al. 2025 (ParetoQ).
@@ -10,6 +11,7 @@ clip (PACT): Choi et al. 2018. Stretched and ternary grids with a learned scale:
 
 import abc
 import dataclasses
+import enum
 import functools
 import math
 
@@ -17,12 +19,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from slmjax.config import added_field
 from slmjax.formats.coding import Encoded, decode, encode, expanded, fake_quant, scale_of, stored_scale
 from slmjax.formats.division import divided
 from slmjax.formats.presets import name_of
-from slmjax.formats.spec import FLOAT_GRIDS, Grid, QuantSpec, Share, Statistic, levels
+from slmjax.formats.spec import FLOAT_GRIDS, TERNARY_BITS, Grid, QuantSpec, Share, Statistic, levels
 
 Learned = dict[str, Array]
+SIGN = "sign"  # of a scale: 1 or -1, fixed while the logarithm is learned
 SMALLEST_SCALE = -23.0  # as a power of two: a step of float16's subnormal numbers
 
 
@@ -98,17 +102,36 @@ class StochasticRounding(Estimator):
         return _as_if(codes * scale, x)
 
 
+class ClippedFrom(enum.Enum):
+    """How far a number may lie from zero and still get a gradient."""
+
+    LAST_LEVEL = "last_level"  # LSQ: up to the last level
+    RANGE = "range"  # ParetoQ's stretched grids: up to 0.99 of the range, which ends half a step beyond the last level
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearnedScale(Estimator):
-    """The scale is learned (LSQ); it begins as the one with the smallest squared error."""
+    """The scale is learned (LSQ); it begins as the one with the smallest squared error.
+
+    ParetoQ trains its stretched grids (2 bits and three levels) with `clipped_from=RANGE`. Its parameter alpha is the range: 4 scales of
+    `stretched2_*`, 1.5 of `stretched_ternary_*`. Two things differ from its code in either case: the logarithm of the scale is learned
+    instead of alpha, and its gradient is divided by the root of the numbers of a group instead of those of the whole matrix.
+    """
+
+    clipped_from: ClippedFrom = added_field(ClippedFrom.LAST_LEVEL, before=ClippedFrom.LAST_LEVEL)  # numbers beyond get no gradient
 
     def check(self, spec: QuantSpec) -> None:
-        """Raises ValueError for formats that have a zero point or codes that are floating point."""
+        """Raises ValueError for formats with a zero point or floating-point codes, and for RANGE with a grid that is not stretched."""
         _check_integers(spec, "a learned scale")
+        is_stretched = spec.bits == TERNARY_BITS or (spec.grid is Grid.ODD and spec.bits > 1)
+        if self.clipped_from is ClippedFrom.RANGE and not is_stretched:
+            raise ValueError(
+                f"clipped_from=RANGE is for three levels, or for odd ones of 2 bits and more, and {name_of(spec)} has others: leave it out"
+            )
 
     def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
-        """The logarithm of each scale."""
-        return {"log_scale": _logarithm(best_scale(x, spec, axis=axis)[0])}
+        """The logarithm of each scale, and its sign where the format has one."""
+        return _magnitude_and_sign(best_scale(x, spec, axis=axis)[0], spec)
 
     def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
         """On the learned scale, rounded as the format stores it."""
@@ -116,7 +139,7 @@ class LearnedScale(Estimator):
 
     def rounded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None) -> Float[Array, "..."]:
         """The gradient reaches `x` within the grid's reach, and the scale by how far each number was rounded, or by its clipped level."""
-        return learned_scale(x, _scale(learned), spec, axis)
+        return learned_scale(x, _scale(learned), spec, axis, self.clipped_from)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,8 +185,8 @@ class LearnedClip(Estimator):
         _check_integers(spec, "a learned clip")
 
     def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
-        """The logarithm of each scale, which is the clip over the highest level."""
-        return {"log_scale": _logarithm(scale_of(x, spec, axis=axis))}
+        """The logarithm of each scale, which is the clip over the highest level, and its sign where the format has one."""
+        return _magnitude_and_sign(scale_of(x, spec, axis=axis), spec)
 
     def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
         """On the learned scale."""
@@ -173,7 +196,8 @@ class LearnedClip(Estimator):
         """The numbers that are cut off move the clip; those within reach do not."""
         low, high = _reach(spec)
         scale = _wide(_scale(learned), x, axis)
-        return _as_if(_value(self, x, spec, axis=axis, learned=learned), jnp.clip(x, low * scale, high * scale))
+        ends = low * scale, high * scale  # the other way around where the scale is negative
+        return _as_if(_value(self, x, spec, axis=axis, learned=learned), jnp.clip(x, jnp.minimum(*ends), jnp.maximum(*ends)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,7 +209,7 @@ class Calibrated(Estimator):
         _check_integers(spec, "a calibrated scale")
 
     def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
-        """The logarithm of each scale. It is no parameter: nothing trains it."""
+        """The logarithm of each scale, and its sign where the format has one. They are no parameters: nothing trains them."""
         return LearnedClip().learned(x, spec, axis=axis)
 
     def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
@@ -194,7 +218,7 @@ class Calibrated(Estimator):
 
     def rounded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None) -> Float[Array, "..."]:
         """The gradient passes within the grid's reach."""
-        return learned_scale(x, jax.lax.stop_gradient(_scale(learned)), spec, axis)
+        return learned_scale(x, jax.lax.stop_gradient(_scale(learned)), spec, axis, ClippedFrom.LAST_LEVEL)
 
 
 def default_estimator(spec: QuantSpec) -> Estimator:
@@ -249,8 +273,10 @@ def _straight_backward(spec: QuantSpec, axis: int, inside: Array | None, dy: Arr
 straight_through.defvjp(_straight_forward, _straight_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def learned_scale(x: Float[Array, "..."], scale: Float[Array, "..."], spec: QuantSpec, axis: int) -> Float[Array, "..."]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def learned_scale(
+    x: Float[Array, "..."], scale: Float[Array, "..."], spec: QuantSpec, axis: int, clipped_from: ClippedFrom
+) -> Float[Array, "..."]:
     """`x` rounded on a given scale, with the gradient of learned step sizes (Esser et al. 2020) to both.
 
     The gradient of a scale is divided by the root of how many numbers share it times its highest level, as there.
@@ -258,15 +284,22 @@ def learned_scale(x: Float[Array, "..."], scale: Float[Array, "..."], spec: Quan
     return decode(encode(x, spec, axis=axis, scale=scale), spec, axis=axis)
 
 
-def _learned_forward(x: Array, scale: Array, spec: QuantSpec, axis: int) -> tuple[Array, tuple[Array, Array, Array]]:
+def _learned_forward(
+    x: Array, scale: Array, spec: QuantSpec, axis: int, clipped_from: ClippedFrom
+) -> tuple[Array, tuple[Array, Array, Array]]:
     y = decode(encode(x, spec, axis=axis, scale=scale), spec, axis=axis)
     return y, (x, scale, y)
 
 
-def _learned_backward(spec: QuantSpec, axis: int, saved: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array]:
+def _learned_backward(
+    spec: QuantSpec, axis: int, clipped_from: ClippedFrom, saved: tuple[Array, Array, Array], dy: Array
+) -> tuple[Array, Array]:
     x, scale, y = saved
     wide = _wide(scale, x, axis)
     low, high = _reach(spec)
+    if clipped_from is ClippedFrom.RANGE:
+        half_step = 1.0 if spec.grid is Grid.ODD else 0.5
+        low, high = 0.99 * (low - half_step), 0.99 * (high + half_step)
     steps = x / wide
     inside = (steps >= low) & (steps <= high)
     by_number = dy * jnp.where(inside, y - x, y) / wide
@@ -320,8 +353,14 @@ def _logarithm(scale: Array) -> Array:
     return jnp.log2(jnp.maximum(jnp.abs(scale), 2.0**SMALLEST_SCALE))
 
 
+def _magnitude_and_sign(scale: Array, spec: QuantSpec) -> Learned:
+    magnitude = {"log_scale": _logarithm(scale)}
+    return magnitude | {SIGN: jnp.where(scale < 0, -1.0, 1.0)} if spec.has_signed_scale else magnitude
+
+
 def _scale(learned: Learned) -> Array:
-    return jnp.exp2(jnp.maximum(learned["log_scale"], SMALLEST_SCALE))
+    scale = jnp.exp2(jnp.maximum(learned["log_scale"], SMALLEST_SCALE))
+    return jnp.where(learned[SIGN] < 0, -scale, scale) if SIGN in learned else scale
 
 
 # Scales ---------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 Dims: `*B` any leading dims (rows, time, heads), D the dim that is summed over in the product.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float
 from slmjax import kernels, sharding
 from slmjax.formats.spec import QuantSpec, Share
 from slmjax.numerics.coverage import LEARNED_INPUTS, Numbers
-from slmjax.numerics.estimators import Calibrated, Learned, StraightThrough, clips
+from slmjax.numerics.estimators import SIGN, Calibrated, Learned, StraightThrough, clips
 
 
 class Measured(nnx.Variable[Any]):
@@ -43,13 +44,13 @@ class RoundedInput(nnx.Module):
         """
         self.numbers, self.dim, self.is_observed = numbers, dim, is_observed
         kind = Measured if learner is not None and isinstance(learner.estimator, Calibrated) else nnx.Param
-        kept = {name: kind(value) for name, value in (learned or {}).items()}
-        self.log_scale, self.offset = kept.get("log_scale"), kept.get("offset")
+        kept = {name: Measured(value) if name == SIGN else kind(value) for name, value in (learned or {}).items()}
+        self.log_scale, self.sign, self.offset = kept.get("log_scale"), kept.get(SIGN), kept.get("offset")
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         if self.numbers is None:
             return x
-        kept = {"log_scale": self.log_scale, "offset": self.offset}
+        kept = {"log_scale": self.log_scale, SIGN: self.sign, "offset": self.offset}
         learned = {name: value[...] for name, value in kept.items() if value is not None}
         if self.is_observed:
             return _observed(x, learned, self.numbers) if isinstance(self.numbers.estimator, LEARNED_INPUTS) else x
@@ -110,7 +111,7 @@ def _observed(x: Array, learned: Learned, numbers: Numbers) -> Array:
 
 def _observed_backward(numbers: Numbers, saved: tuple[Array, Learned], dy: Array) -> tuple[Array, Learned]:
     x, learned = saved
-    found = numbers.estimator.learned(x.astype(jnp.float32), numbers.spec, axis=numbers.axis)
+    found = {SIGN: jnp.ones(()), **numbers.learned(x.astype(jnp.float32))}
     return dy, {name: found[name].reshape(value.shape) for name, value in learned.items()}
 
 
@@ -121,5 +122,5 @@ def initial(numbers: Numbers | None, *, num_layers: int | None) -> dict[str, Flo
     """What a module learns of its inputs until calibration has seen any; with the layer dim of a stack."""
     if numbers is None:
         return {}
-    shapes = jax.eval_shape(lambda: numbers.estimator.learned(jnp.zeros((1, numbers.spec.group_size or 1)), numbers.spec, axis=-1))
+    shapes = jax.eval_shape(lambda: dataclasses.replace(numbers, axis=-1).learned(jnp.zeros((1, numbers.spec.group_size or 1))))
     return {name: jnp.zeros(() if num_layers is None else (num_layers,), jnp.float32) for name in shapes}

@@ -11,6 +11,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
+from slmjax.config import added_field
 from slmjax.formats.presets import name_of, preset
 from slmjax.formats.spec import QuantSpec
 from slmjax.numerics.estimators import Estimator, default_estimator
@@ -54,6 +55,7 @@ class QuantPhase:
 
     rules: tuple[QuantRule, ...]  # the first that names a path counts
     step: int = 0  # the first training step with them
+    restart_optimizer: bool = added_field(False, before=False)  # forget the optimizer's moments when it begins; the schedule goes on
 
     def __post_init__(self) -> None:
         if self.step < 0:

@@ -13,17 +13,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float, Int8, UInt32
 
 from slmjax.formats.bits import as_bits
 from slmjax.formats.coding import Encoded, decode
 from slmjax.formats.spec import QuantSpec
 from slmjax.numerics.coverage import Numbers
-from slmjax.numerics.estimators import Learned
+from slmjax.numerics.estimators import SIGN, Learned
 
 Params = Mapping[str, Array]
 Formats = Mapping[str, Sequence[Numbers | None]]  # by stack path: of each layer of a stacked parameter, of any other the one
-LEARNED = ("log_scale", "offset")
+LEARNED = ("log_scale", SIGN, "offset")
 
 
 def learned_of(params: Params, path: str) -> Learned:
@@ -40,6 +40,17 @@ def is_of_input(path: str) -> bool:
     """Whether this is the scale or offset of what comes to a product, which a module holds."""
     parent, _, name = path.rpartition("/")
     return name in LEARNED and parent.endswith("input")
+
+
+def is_learned(path: str) -> bool:
+    """Return whether this is a scale or an offset of a number format, of a weight or of an input, and no parameter of the model."""
+    return is_beside_a_weight(path) or is_of_input(path)
+
+
+def is_sign(path: str) -> bool:
+    """Return whether this is the sign of learned scales, which is fixed: no optimizer changes it. Checkpoints written before it was kept
+    lack it, and all their learned scales are positive."""
+    return path.endswith("/" + SIGN) and is_learned(path)
 
 
 def learned(params: Params, formats_of: Formats) -> dict[str, Array]:
@@ -61,7 +72,7 @@ def learned(params: Params, formats_of: Formats) -> dict[str, Array]:
 
 def _begun(weight: Array, numbers: Numbers) -> Learned:
     def one(matrix: Array) -> Learned:
-        return numbers.estimator.learned(matrix, numbers.spec, axis=numbers.axis)
+        return numbers.learned(matrix)
 
     return by_matrix(one, weight.ndim)(weight)
 
@@ -139,6 +150,16 @@ def _coded(weight: Array, beside: Learned, numbers: Numbers | None) -> Encoded |
         return numbers.estimator.coded(matrix, numbers.spec, axis=numbers.axis, learned=beside)
 
     return by_matrix(one, weight.ndim)(weight, beside)
+
+
+def codes(params: Params, formats_of: Formats) -> dict[str, Int8[Array, "..."]]:
+    """Return the codes of every weight that has a format, by stack path; 0 in layers of it that have none."""
+
+    def one(weight: Array, beside: Learned, numbers: Numbers | None, layer: int | None) -> Array:
+        encoded = _coded(weight, beside, numbers)
+        return jnp.zeros(weight.shape, jnp.int8) if encoded is None else encoded.codes
+
+    return {path: _over_layers(one, params, path, layers) for path, layers in formats_of.items()}
 
 
 def code_sums(params: Params, formats_of: Formats) -> dict[str, UInt32[Array, "..."]]:

@@ -67,6 +67,8 @@ def run_charts(run: RunRecords) -> list[Chart]:
         lines("teacher-kl", "KL from the teacher", "nats per token, temperature 1", {"held out": run.on_the_way}, "teacher_kl"),
         lines("temperature", "Temperature", "of the divergence", steady, "temperature"),
         lines("soft-weight", "Weight of the divergence", "in the objective", steady, "soft_weight"),
+        lines("loss-before-rounding", "Loss of weights before rounding", "nats per token", {"held out": run.on_the_way}, "unrounded_loss"),
+        lines("flipped-codes", "Codes that changed", "share, since the line before", steady, "flipped_codes", digits=".2%"),
         lines("throughput", "Throughput", "tokens per second", steady, "tokens_per_second", digits="~s"),
         lines("utilisation", "Model FLOPs utilisation", "of the device's peak", steady, "mfu", digits=".0%"),
         lines("data-wait", "Waiting for data", "share of the time", steady, "data_wait_share", digits=".1%"),

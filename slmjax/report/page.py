@@ -179,6 +179,7 @@ def _figures(run: RunRecords) -> str:
         (number(evaluated.get("bits_per_byte")), ".3f", f"bits per byte{', beside ' + rivals if rivals else ''}"),
         (number(evaluated.get("lost_text")), ".2%", "of the text's bytes are lost by the tokenizer: its bits per byte are not comparable"),
         (number(evaluated.get("loss")), ".4f", f"loss, nats per token{part}"),
+        (number(evaluated.get("unrounded_bits_per_byte")), ".3f", "bits per byte with weights before rounding"),
         (number(evaluated.get("teacher_bits_per_byte")), ".3f", "bits per byte of the teacher"),
         (number(evaluated.get("teacher_kl")), ".4f", "KL from the teacher, nats per token"),
         (number(evaluated.get("teacher_agreement")), ".1%", "same likeliest token as the teacher"),

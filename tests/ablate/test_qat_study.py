@@ -1,5 +1,6 @@
 """experiments/qat_study.py: what its members are, and, on a model of one narrow layer and a few steps, the study from end to end."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import ModuleType
@@ -58,15 +59,23 @@ def test_a_report_without_a_model_to_go_on_with(study: ModuleType, tmp_path: Pat
 
 @pytest.mark.nightly
 def test_the_study_from_end_to_end(study: ModuleType, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two formats, two seeds, and every kind of arm."""
+    """Two formats, two seeds, every kind of arm, and a sweep over two learning rates."""
     monkeypatch.setattr("slmjax.trainer._write_page", lambda run: None)
     tiny = one_layer(workplace, tmp_path, steps=4, ema_decay=None)
+    tiny = dataclasses.replace(tiny, eval=dataclasses.replace(tiny.eval, unrounded=True))
     formats = {name: study.FORMATS[name] for name in ("q4_0", "1.58 bits")}
     further = (("QAD, q4_0", "QAT, q4_0"),)
-    changes = {"experiment": lambda: tiny, "FURTHER_STEPS": 2, "SHARES": (0.0, 0.5), "FORMATS": formats, "FURTHER": further}
+    changes = {
+        "experiment": lambda: tiny,
+        "FURTHER_STEPS": 2,
+        "RATES": (0.5, 1.0),
+        "SHARES": (0.0, 0.5),
+        "FORMATS": formats,
+        "FURTHER": further,
+    }
     for name, value in changes.items():
         monkeypatch.setattr(study, name, value)
-    monkeypatch.setattr("sys.argv", ["qat_study.py", "--directory", str(tmp_path), "--seeds", "3", "4"])
+    monkeypatch.setattr("sys.argv", ["qat_study.py", "--directory", str(tmp_path), "--sweep", "--seeds", "3", "4"])
     study.main()
     asked = {recovery.directory: recovery for recovery in study.recoveries(tmp_path, (3, 4))}
     found = {name: read_members(recovery.study, tmp_path / name) for name, recovery in asked.items()}
@@ -75,8 +84,13 @@ def test_the_study_from_end_to_end(study: ModuleType, workplace: Path, tmp_path:
     report = json.loads((tmp_path / "recovery.json").read_text())["reports"][0]
     arms = {one["arm"]: one for one in report["arms"]}
     own, full, rounded = ([bits[name, seed] for seed in (3, 4)] for name in ("QAT, 1.58 bits", "full precision", "rounded, 1.58 bits"))
-    assert arms["QAT, 1.58 bits"]["recovered"]["share"] == recovered_share(own, full=full, rounded=rounded).share
+    assert arms["QAT, 1.58 bits"]["recoveries"][0]["recovered"]["share"] == recovered_share(own, full=full, rounded=rounded).share
     assert arms["rounded, 1.58 bits"]["kl"]["mean"] > arms["rounded, q4_0"]["kl"]["mean"] > 0 == arms["full precision"]["kl"]["mean"]
+    assert [one["rounded"] for one in arms["QAT, 1.58 bits"]["recoveries"]] == ["rounded, 1.58 bits", "rounded with clip search, 1.58 bits"]
+    rates = {name: one["rate"]["rate"] for name, one in arms.items() if one["rate"] is not None}
+    assert arms["QAT, 1.58 bits"]["unrounded"] is not None and arms["rounded, 1.58 bits"]["unrounded"] is None
+    assert len(rates) == 6 and set(rates.values()) <= {tiny.optim.lr / 2, tiny.optim.lr}
+    assert member_experiment(asked["what"].study, "QAD, q4_0", 3).optim.lr == rates["QAD, q4_0"]
     assert arms["QAT, q4_0"]["stored_bytes"] == arms["rounded, q4_0"]["stored_bytes"]
     # Another grid's numbers do not survive q4_0, though both have 4 bits, groups of 32 and float16 scales; q4_0's own do.
     models = {one.arm: load_model(one.result["run_dir"]) for one in found["what"] if one.seed == 3 and "other grid" in one.arm}

@@ -16,11 +16,14 @@ from slmjax.ablate import (
     Derived,
     Member,
     OnChange,
+    RateSweep,
     Recipe,
     Recovered,
     Recovery,
     Study,
     analyze,
+    at_rates,
+    best_rates,
     derived,
     member_experiment,
     read_members,
@@ -127,7 +130,7 @@ def test_of_what_did_not_finish_nothing_is_made(tmp_path: Path, made: list) -> N
     assert (failed.arm, failed.seed, len(made)) == ("rounded", 1, 2)
     assert failed.error == "full is diverged with this seed, and there is nothing to make it of"
     report = report_recovery(recovery(), members)
-    assert report.arms[2].pairs == (0, 2)
+    assert report.arms[2].recoveries[0].pairs == (0, 2)
     assert "QAT: 2 seeds with all that its recovery needs are too few: train 3 or more." in report.notes
     assert "full, seed 1: diverged, and left out." in report.notes
 
@@ -175,9 +178,14 @@ def test_recovery_is_that_of_the_arms_of_each_seed() -> None:
     report = report_recovery(recovery(), members(), measurements())
     full, rounded, qat = report.arms
     expected = recovered_share(QAT, full=FULL, rounded=list(np.add(FULL, COST)))
-    assert qat.recovered == expected and expected.share == pytest.approx(1 - (0.011 + 0.009 + 0.013) / sum(COST))
-    assert qat.verdict is Recovered.ABOVE_ZERO and qat.adjusted_p == expected.gain.p_value and qat.pairs == (0, 1, 2)
-    assert full.recovered is None and full.verdict is None and rounded.rounded is None and not report.notes
+    (over,) = qat.recoveries
+    assert (
+        over.rounded == "rounded"
+        and over.recovered == expected
+        and expected.share == pytest.approx(1 - (0.011 + 0.009 + 0.013) / sum(COST))
+    )
+    assert over.verdict is Recovered.ABOVE_ZERO and over.adjusted_p == expected.gain.p_value and over.pairs == (0, 1, 2)
+    assert full.recoveries == rounded.recoveries == () and not report.notes and qat.unrounded is None
     assert rounded.tokens_per_second is None and qat.tokens_per_second is not None and qat.tokens_per_second.mean == 1000
     assert qat.stored_bytes is not None and qat.stored_bytes.mean == 600_000 and qat.kl is not None
 
@@ -185,7 +193,7 @@ def test_recovery_is_that_of_the_arms_of_each_seed() -> None:
 def test_the_report_for_people_and_programs(tmp_path: Path) -> None:
     report = report_recovery(recovery(), members(), measurements())
     text = recovery_markdown(report)
-    found = report.arms[2].recovered
+    found = report.arms[2].recoveries[0].recovered
     assert found is not None and found.share is not None and found.standard_error is not None and found.fieller_interval is not None
     assert "| full | 3 | 1.408 ± 0.021 |  | 0.000000 ± 0.000000 | 90.0% | 4,000,000 | 4.50 | 1,000 |" in text
     assert "| rounded | 3 | 1.439 ± 0.018 | +0.0313 ± 0.0015 |" in text and "| 4.50 | — |" in text
@@ -199,7 +207,8 @@ def test_the_report_for_people_and_programs(tmp_path: Path) -> None:
     page = write_recovery([report], tmp_path)
     assert page.name == "recovery.html" and "above zero" in page.read_text() and (tmp_path / "quality-0.png").is_file()
     read = json.loads((tmp_path / "recovery.json").read_text())["reports"][0]
-    assert read["arms"][2]["recovered"]["share"] == found.share and read["arms"][2]["verdict"] == "above zero"
+    assert read["arms"][2]["recoveries"][0]["recovered"]["share"] == found.share
+    assert read["arms"][2]["recoveries"][0]["verdict"] == "above zero"
     assert (tmp_path / "recovery.md").read_text() == text
 
 
@@ -220,8 +229,8 @@ def test_what_weakens_a_report_is_noted() -> None:
     assert any("2 seeds with all that its recovery needs are too few" in note for note in report_recovery(recovery(), two).notes)
     one = report_recovery(recovery(), [each for each in two if each.seed == 0])
     assert (
-        one.arms[2].recovered is None
-        and one.arms[2].verdict is Recovered.NOT_RESOLVED
+        one.arms[2].recoveries[0].recovered is None
+        and one.arms[2].recoveries[0].verdict is Recovered.NOT_RESOLVED
         and "| QAT | rounded | 1 | — |" in recovery_markdown(one)
     )
     by_arm = {"full": FULL, "rounded": [1.390, 1.433, 1.395], "QAT": QAT}
@@ -247,8 +256,64 @@ def test_several_recoveries_are_one_family() -> None:
     found = [*members(), *(dataclasses.replace(one, arm=name) for one in members() if one.arm == "QAT" for name in names)]
     report = report_recovery(Recovery(study=study, reference="full", rounded=dict.fromkeys(names, "rounded")), found)
     alone = recovered_share(QAT, full=FULL, rounded=list(np.add(FULL, COST))).gain.p_value
-    assert all(one.adjusted_p == pytest.approx(5 * alone) and one.verdict is Recovered.ABOVE_ZERO for one in report.arms[2:])
+    found = [over for one in report.arms[2:] for over in one.recoveries]
+    assert all(one.adjusted_p == pytest.approx(5 * alone) and one.verdict is Recovered.ABOVE_ZERO for one in found)
     assert (5 * alone > 0.05) == any("corrected for all 5 comparisons" in note for note in report.notes)
+
+
+def test_an_arm_is_measured_against_each_way_of_rounding() -> None:
+    """Rounding with searched scales costs less, so that the same arm recovers a smaller share of it; the family is both."""
+    study = asked()
+    searched = Derived(name="searched", source="full", recipe=Rounded(bits=4))
+    study = dataclasses.replace(study, arms=(*study.arms, searched))
+    lower = np.add(FULL, np.multiply(0.7, COST))
+    found = [*members()]
+    for one in members():
+        if one.arm == "rounded":
+            found.append(dataclasses.replace(one, arm="searched", result={"bits_per_byte": float(lower[one.seed])}))
+    found = [
+        dataclasses.replace(one, evaluation={"unrounded_bits_per_byte": FULL[one.seed] + 0.005}) if one.arm == "QAT" else one
+        for one in found
+    ]
+    report = report_recovery(Recovery(study=study, reference="full", rounded={"QAT": ("rounded", "searched")}), found)
+    plain, best = report.arms[2].recoveries
+    expected = recovered_share(QAT, full=FULL, rounded=list(lower))
+    assert (plain.rounded, best.rounded) == ("rounded", "searched") and best.recovered == expected
+    assert best.adjusted_p == pytest.approx(2 * expected.gain.p_value) or best.adjusted_p == plain.adjusted_p
+    unrounded = report.arms[2].unrounded
+    assert unrounded is not None and unrounded.mean == pytest.approx(np.mean(FULL) + 0.005) and report.arms[0].unrounded is None
+    text = recovery_markdown(report)
+    assert "| bits per byte before rounding |" in text and "| QAT | searched | 3 |" in text and "| QAT | rounded | 3 |" in text
+
+
+def test_each_arm_is_trained_at_its_own_best_rate(tmp_path: Path) -> None:
+    arms = tuple(Arm(name=name, experiment=experiment()) for name in ("full", "QAT"))
+    sweep = RateSweep(name="rates", arms=arms, rates=(2e-3, 5e-4, 1e-3), seed=9)
+    bits = {(rate, 9): value for rate, value in ((5e-4, 1.5), (1e-3, 1.4), (2e-3, 1.45))}
+    ran = run_study(sweep.study(), tmp_path, train=StubTrainer(bits=bits))
+    chosen = best_rates(sweep, ran)
+    assert {name: one.rate for name, one in chosen.items()} == {"full": 1e-3, "QAT": 1e-3} and not chosen["QAT"].is_highest
+    worse = [dataclasses.replace(one, status="diverged") if one.arm == "QAT at 0.001" else one for one in ran]
+    chosen = best_rates(sweep, worse)
+    assert (chosen["full"].rate, chosen["QAT"].rate) == (1e-3, 2e-3) and chosen["QAT"].tried[1] == (1e-3, None)
+    swept = at_rates((arms[0], Derived(name="rounded", source="full", recipe=Rounded()), arms[1]), chosen)
+    study = dataclasses.replace(asked(), arms=swept)
+    optim = member_experiment(study, "QAT", 1).optim
+    assert optim.lr == 2e-3 and optim.muon_lr == pytest.approx(2 * experiment().optim.muon_lr)
+    report = report_recovery(Recovery(study=study, reference="full", rounded={"QAT": "rounded"}, rates=chosen), members())
+    tried = "0.0005 (1.5000), 0.001 (did not finish), 0.002 (1.4500)"
+    assert report.notes[1:] == (
+        f"QAT: learning rate 0.002, the best bits_per_byte with seed 9 of {tried}.",
+        "QAT: its best learning rate, 0.002, is the highest that was tried: a higher one may be better still.",
+    )
+    text = recovery_markdown(report)
+    assert "| best learning rate |" in text and "| 0.002 |" in text
+    with pytest.raises(ValueError, match="'full' is trained at optim.lr=0.001, and 0.002 was chosen for it: give the study at_rates"):
+        Recovery(study=study, reference="full", rounded={}, rates={"full": chosen["QAT"]})
+    with pytest.raises(ValueError, match="seed 1 chose the learning rate of 'QAT' and is one of the study's: sweep with another seed"):
+        Recovery(study=study, reference="full", rounded={}, rates={"QAT": dataclasses.replace(chosen["QAT"], seed=1)})
+    with pytest.raises(ValueError, match="QAT: no run finished at any of the rates 0.002, 0.0005, 0.001"):
+        best_rates(sweep, [one for one in ran if "full" in one.arm])
 
 
 def test_parts_must_be_arms() -> None:
@@ -301,7 +366,7 @@ def test_a_study_from_training_to_its_page(
     assert ended.value.code == 0, err
     arms = {one["arm"]: one for one in json.loads(out)["reports"][0]["arms"]}
     assert arms["copied"]["kl"]["mean"] == pytest.approx(0, abs=1e-6) and arms["copied"]["agreement"]["mean"] == 1
-    assert arms["slow"]["kl"]["mean"] > 1e-4 and arms["slow"]["verdict"] == "not resolved"
+    assert arms["slow"]["kl"]["mean"] > 1e-4 and arms["slow"]["recoveries"][0]["verdict"] == "not resolved"
     params = load_model(full.result["run_dir"]).params
     assert arms["full"]["stored_bytes"]["mean"] == 4 * sum(leaf.size for leaf in params.values()) and arms["full"]["kl"]["mean"] == 0
     assert (tmp_path / "recovery.md").is_file() and "comparing slow, seed 3, with full" in err

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from slmjax.formats.coding import decode, encode, fake_quant, scale_of
-from slmjax.formats.presets import preset
+from slmjax.formats.presets import PRESETS, preset
 from slmjax.formats.spec import ScaleType, Share, levels
 from slmjax.numerics.estimators import (
     Calibrated,
+    ClippedFrom,
     LearnedClip,
     LearnedScale,
     LearnedScaleAndOffset,
@@ -74,6 +75,32 @@ def test_a_learned_scale_has_the_gradient_of_the_paper():
     np.testing.assert_allclose(learned["log_scale"], expected * 0.3 * np.log(2), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "num_levels", "shift"), [("stretched2_g32", 2.0, 0.5), ("stretched_ternary_row", 1.5, 0.0)], ids=["2 bits", "ternary"]
+)
+def test_a_stretched_grid_has_the_gradient_of_its_paper(name, num_levels, shift):
+    """ParetoQ's StretchedElasticQuant in NumPy: values on a range alpha, a mask that ends at 0.99 of it."""
+    spec = dataclasses.replace(preset(name), scale_type=ScaleType.FLOAT32, share=Share.ROW, group_size=None)
+    alpha = 1.5
+    steps = np.asarray(X) / alpha
+    values = (np.round(np.clip(steps, -0.99, 0.99) * num_levels - shift) + shift) / num_levels
+    last = (num_levels - shift) / num_levels if shift else 1 / 1.5
+    inside = np.abs(steps) <= 0.99
+    of_alpha = np.where(inside, values - steps, np.sign(steps) * last) * DY
+    per_alpha = 4 if shift else 1.5  # scales of ours in one alpha
+    learned = {"log_scale": jnp.full((3, 1), np.log2(alpha / per_alpha), jnp.float32)}
+    estimator = LearnedScale(clipped_from=ClippedFrom.RANGE)
+    np.testing.assert_allclose(estimator.rounded(X, spec, axis=-1, learned=learned, key=None), values * alpha, rtol=1e-5)
+    dx, slopes = gradients(estimator, spec, X, learned)
+    np.testing.assert_array_equal(dx, np.where(inside, DY, 0))
+    assert 0 < np.mean(inside & (np.abs(steps) > last)) and np.any(~inside)  # numbers that the last level would leave out
+    # The slope of alpha over that of the logarithm is alpha ln 2; LSQ's divisor is the root of the numbers times the highest level.
+    expected = of_alpha.sum(-1, keepdims=True) * alpha * np.log(2) / np.sqrt(64 * (3 if shift else 1))
+    np.testing.assert_allclose(slopes["log_scale"], expected, rtol=1e-4)
+    with pytest.raises(ValueError, match="clipped_from=RANGE is for three levels, or for odd ones of 2 bits and more, and int3_g32 has"):
+        estimator.check(INT3)
+
+
 def test_a_learned_clip_moves_by_what_is_cut_off():
     scale = np.full((1, 1), 0.2, np.float32)
     dx, learned = gradients(LearnedClip(), PER_TENSOR, X, {"log_scale": np.log2(scale)})
@@ -126,6 +153,76 @@ def test_the_best_scale_has_the_smallest_error():
     tried = np.stack([error(whole * share) for share in np.arange(0.4, 1.101, 0.02)])
     np.testing.assert_allclose(error(best), tried.min(0), rtol=1e-3)
     np.testing.assert_allclose(least, error(best), rtol=1e-4)
+
+
+ESTIMATORS = (StraightThrough(), StochasticRounding(), LearnedScale(), LearnedScaleAndOffset(), LearnedClip(), Calibrated())
+DIFFERENT = (
+    "q4_0", "onnx_int4_b32", "q8_0", "tq2_0", "torchao_int8_token", "litert_int8_row", "litert_int4_b32", "nvfp4", "ternary_row",
+    "stretched2_g32", "binary_g32",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("names", [DIFFERENT, pytest.param(tuple(PRESETS), marks=pytest.mark.nightly)], ids=["different", "all"])
+def test_no_estimator_begins_with_a_larger_error_than_rounding_to_nearest(names):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(256, 2)), jnp.float32)
+
+    def suits(estimator, spec):
+        try:
+            estimator.check(spec)
+        except ValueError:
+            return False
+        return True
+
+    def error(estimator, spec):
+        learned = estimator.learned(x, spec, axis=0)
+        return jnp.mean(jnp.square(estimator.rounded(x, spec, axis=0, learned=learned, key=None) - x))
+
+    def errors():
+        return {
+            name: (
+                jnp.mean(jnp.square(fake_quant(x, PRESETS[name], axis=0) - x)),
+                [error(estimator, PRESETS[name]) for estimator in ESTIMATORS if suits(estimator, PRESETS[name])],
+            )
+            for name in names
+        }
+
+    for name, (nearest, found) in jax.jit(errors)().items():
+        # A scale whose logarithm is kept differs in its last bits.
+        assert found and max(found) <= nearest * (1 + 1e-6), (name, nearest, found)
+
+
+@pytest.mark.parametrize("name", ["q4_0", "onnx_int4_b32"])  # which differ where two numbers of other signs are the largest
+def test_a_learned_scale_keeps_the_sign_of_its_group(name):
+    spec, x = preset(name), jnp.asarray(np.random.default_rng(0).normal(size=(512, 512)), jnp.float32)
+    few, dy = x[:, :4], jnp.asarray(np.random.default_rng(1).normal(size=(512, 4)), jnp.float32)
+
+    def total(estimator, x, learned):
+        return jnp.sum(dy * estimator.rounded(x, spec, axis=0, learned=learned, key=None))
+
+    @jax.jit
+    def results():
+        learned = LearnedScale().learned(x, spec, axis=0)
+        both = [
+            jnp.mean(jnp.square(LearnedScale().rounded(x, spec, axis=0, learned=one, key=None) - x))
+            for one in (learned, {"log_scale": learned["log_scale"]})
+        ]
+        begun = LearnedClip().learned(few, spec, axis=0)
+        clip = {**begun, "log_scale": begun["log_scale"] - 0.2}
+        slopes = [jax.grad(total, argnums=(1, 2))(estimator, few, clip) for estimator in (LearnedScale(), LearnedClip())]
+        return learned, both, clip, slopes, scale_of(x, spec, axis=0)
+
+    learned, (error, without_signs), clip, slopes, scale = results()
+    np.testing.assert_array_equal(learned["sign"], np.sign(scale))
+    assert 0.4 < np.mean(scale < 0) < 0.6
+    assert error == pytest.approx(0.00664, abs=1e-5)
+    assert without_signs == pytest.approx(0.00853, abs=1e-5), "a checkpoint from before has no signs, and the values that it had"
+    wide = np.repeat(np.exp2(clip["log_scale"]) * clip["sign"], 32, axis=0)
+    steps = few / wide
+    for dx, of_learned in slopes:
+        assert np.all(of_learned["sign"] == 0)
+        np.testing.assert_array_equal(dx, np.where((steps >= -8) & (steps <= 7), dy, 0))
+    cut = dy * wide * np.where(steps < -8, -8, np.where(steps > 7, 7, 0))
+    np.testing.assert_allclose(slopes[1][1]["log_scale"], cut.reshape(16, 32, 4).sum(1) * np.log(2), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -36,11 +36,12 @@ EXPERTS = BlockConfig(
 )
 PLAIN = ModelConfig(embed_dim=64, stack=(Segment(pattern=(WINDOW, EXPERTS)),), context_length=16, vocab_size=61, vocab_multiple=8)
 SMALL = dataclasses.replace(PLAIN, stack=(Segment(pattern=(WINDOW,), repeats=2),))
-# Every weight, input and cache; 4 bits with computed scales, 3 with learned ones, inputs with learned and with measured scales.
+# Every weight, input and cache; 4 bits with computed and with learned scales, 3 with learned ones, inputs with learned and with measured
+# scales.
 RULES = (
     QuantRule(paths="cache$", cache=Q8),
     QuantRule(paths="mixer/output", weight=preset("int3_g32"), input=TENSOR, input_estimator=LearnedClip()),
-    QuantRule(paths="ffn/down", weight=preset("q4_0"), input=TENSOR, input_estimator=Calibrated()),
+    QuantRule(paths="ffn/down", weight=preset("q4_0"), estimator=LearnedScale(), input=TENSOR, input_estimator=Calibrated()),
     QuantRule(paths="layers/1/.*experts", weight=preset("mxfp4"), input=Q8),
     QuantRule(paths=".", weight=preset("q4_0"), input=Q8),
 )
@@ -106,7 +107,7 @@ def test_every_matrix_that_is_multiplied_with_is_one_of_the_format():
             matrix = decoded[path][layer] if path.startswith("segments/") else decoded[path]
             np.testing.assert_array_equal(weights.decode_matrices(encoded, numbers.spec, axis=numbers.axis), matrix)
     again = define(dataclasses.replace(PLAIN, quant=quant_of("q4_0").phases))
-    once = jax.jit(again.effective)({path: leaf for path, leaf in params.items() if "log_scale" not in path})
+    once = jax.jit(again.effective)({path: leaf for path, leaf in params.items() if not weights.is_beside_a_weight(path)})
     for path, leaf in jax.jit(again.effective)(once).items():
         np.testing.assert_array_equal(leaf, once[path])
 
@@ -223,8 +224,10 @@ def test_sums_of_codes_tell_of_any_change_and_not_of_the_mesh():
 def test_what_is_learned_moves_and_what_is_measured_does_not():
     start, end, _ = alone()
     moved = {path: float(np.abs(end.trainable[path] - leaf).max()) for path, leaf in start.trainable.items()}
-    assert all(value > 0 for value in moved.values()), moved
-    assert sum(path.endswith("log_scale") for path in moved) == 2 * 2
+    assert all((value > 0) is not weights.is_sign(path) for path, value in moved.items()), moved
+    assert sum(path.endswith("log_scale") for path in moved) == 2 * 2 + 1 and sum(map(weights.is_sign, moved)) == 1
+    signs = next(leaf for path, leaf in end.trainable.items() if weights.is_sign(path))
+    assert 0.3 < np.mean(signs < 0) < 0.7
     measured = [path for path in end.frozen if weights.is_of_input(path)]
     assert measured and all(np.array_equal(end.frozen[path], start.frozen[path]) for path in measured)
 

@@ -13,14 +13,14 @@ import pytest
 from rich.console import Console
 
 import slmjax
-from slmjax.checkpoint import CheckpointConfig
+from slmjax.checkpoint import CheckpointConfig, Checkpointer
 from slmjax.distill.config import DistillConfig, TeacherConfig
 from slmjax.experiment import EvalConfig, Experiment, FromModel, FromTeacherLayers
 from slmjax.formats.coding import decode
 from slmjax.formats.presets import preset
 from slmjax.formats.spec import Share
-from slmjax.loading import changed_rows, load_model, load_with_codes
-from slmjax.numerics.estimators import Calibrated
+from slmjax.loading import changed_rows, load_model, load_unrounded, load_with_codes
+from slmjax.numerics.estimators import Calibrated, LearnedScale
 from slmjax.numerics.rules import QuantConfig, QuantPhase, QuantRule, quant_of
 from slmjax.runlog import read_log
 from slmjax.step import ObjectiveConfig
@@ -28,10 +28,19 @@ from slmjax.trainer import Result
 from tests.one_layer import one_layer
 
 TENSOR = dataclasses.replace(preset("int8_g32"), share=Share.TENSOR, group_size=None)
-# In full precision at first; then 8 bits; then learned 3 bits, whose inputs have a measured scale.
+# In full precision at first; then 8 bits; then 3 bits, and 4 with a sign, both learned, whose inputs have a measured scale; the optimizer
+# begins again with them.
+INPUT = {"input": TENSOR, "input_estimator": Calibrated()}
 PHASES = (
     QuantPhase(rules=(QuantRule(paths=".", weight=preset("q8_0")),)),
-    QuantPhase(step=2, rules=(QuantRule(paths=".", weight=preset("int3_g32"), input=TENSOR, input_estimator=Calibrated()),)),
+    QuantPhase(
+        step=2,
+        rules=(
+            QuantRule(paths="ffn/down", weight=preset("q4_0"), estimator=LearnedScale(), **INPUT),
+            QuantRule(paths=".", weight=preset("int3_g32"), **INPUT),
+        ),
+        restart_optimizer=True,
+    ),
 )
 
 
@@ -52,7 +61,11 @@ def base(workplace: Path, directory: Path, *, steps: int = 6, **settings: Any) -
 def run(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Result]:
     """Six steps through all phases, which begin at steps 2 and 4, with averages of the weights."""
     experiment = base(workplace, tmp_path_factory.mktemp("phases"), quant=QuantConfig(phases=PHASES, start_step=2))
-    experiment = dataclasses.replace(experiment, optim=dataclasses.replace(experiment.optim, ema_decay=0.5))
+    experiment = dataclasses.replace(
+        experiment, optim=dataclasses.replace(experiment.optim, ema_decay=0.5, scale_lr=1e-2),
+        eval=dataclasses.replace(experiment.eval, unrounded=True),
+        run=dataclasses.replace(experiment.run, log_every=1, log_flips=True),
+    )  # fmt: skip
     return experiment, train(experiment)
 
 
@@ -68,6 +81,8 @@ def test_a_checkpoint_opens_in_the_phase_that_made_it(run: tuple[Experiment, Res
             found = loaded.params[name][0] if name != path else loaded.params[name]
             np.testing.assert_array_equal(decode(jax.tree.map(jnp.asarray, one), numbers.spec, axis=numbers.axis), found)
     assert distinct[2] == 32 and 7 < distinct[4] and distinct[6] <= 7
+    scales = load_with_codes(run[1].run_dir)[1]["layers/0/ffn/down/weight"][1].scale
+    assert 0.2 < np.mean(scales < 0) < 0.8
     assert load_model(run[1].run_dir).config.quant[-1].step == 4
 
 
@@ -88,6 +103,34 @@ def test_what_is_evaluated_is_what_was_trained(run: tuple[Experiment, Result]):
     experiment, result = run
     found = slmjax.evaluate(load_model(result.run_dir), data=experiment.data, overlap=8, batch_size=experiment.data.batch_size)
     assert found.loss == pytest.approx(result.loss, rel=1e-6)
+
+
+def test_a_run_tells_the_loss_before_rounding_and_codes_that_flip(run: tuple[Experiment, Result]):
+    experiment, result = run
+    log = Path(result.run_dir) / "log.jsonl"
+    (last,) = read_log(log, kind="eval")
+    before = slmjax.evaluate(load_unrounded(result.run_dir), data=experiment.data, overlap=8, batch_size=experiment.data.batch_size)
+    assert last["unrounded_loss"] == pytest.approx(before.loss, rel=1e-6)
+    assert last["unrounded_bits_per_byte"] == pytest.approx(before.bits_per_byte, rel=1e-6)
+    assert last["loss"] != pytest.approx(last["unrounded_loss"], rel=1e-4)
+    lines = {record["step"]: record for record in read_log(log, kind="train")}
+    assert {step: record.get("flipped_since") for step, record in lines.items()} == {1: None, 2: None, 3: 2, 4: 3, 5: 4, 6: 5}
+    assert all(0 < lines[step]["flipped_codes"] < 1 for step in (3, 4, 5, 6))
+    with pytest.raises(ValueError, match="has no weights before rounding: name a run that was trained in number formats"):
+        load_unrounded(result.run_dir, step=2)
+
+
+def test_the_optimizer_begins_again_with_a_phase(run: tuple[Experiment, Result]):
+    """A parameter's counter counts updates of the phase, that of the schedule those of the run."""
+    checkpointer = Checkpointer(Path(run[1].run_dir) / "checkpoints", model=load_model(run[1].run_dir).config, config=CheckpointConfig())
+    one = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    found = {}
+    for step in (4, 6):
+        counters = checkpointer.read_some(step, "optimizer", {"1/final_norm/scale/0/count": one, "2/count": one})
+        assert counters is not None
+        found[step] = [int(counters[name]) for name in ("1/final_norm/scale/0/count", "2/count")]
+    checkpointer.close()
+    assert found == {4: [4, 4], 6: [2, 6]}
 
 
 def test_scales_of_inputs_were_measured(run: tuple[Experiment, Result]):

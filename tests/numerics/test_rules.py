@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, Segment
 from slmjax.attention import AttentionConfig
@@ -14,7 +15,10 @@ from slmjax.formats.spec import Share
 from slmjax.layers import MlpConfig
 from slmjax.mixers.latent import LatentAttentionConfig
 from slmjax.moe import MoeConfig
+from slmjax.numerics import weights
+from slmjax.numerics.coverage import Numbers
 from slmjax.numerics.estimators import Calibrated, LearnedScale, LearnedScaleAndOffset, StochasticRounding, StraightThrough
+from slmjax.numerics.inputs import RoundedInput, initial
 from slmjax.numerics.rules import QuantConfig, QuantPhase, QuantRule, phase_at, quant_of
 from slmjax.parameters import define
 from slmjax.quantized import covered_lines
@@ -178,6 +182,43 @@ def test_what_is_learned_begins_for_the_phase_that_it_is_in():
     kept = define(config, step=3).with_learned({**params, f"{up}/log_scale": second[f"{up}/log_scale"] + 5}, kept={up})
     np.testing.assert_array_equal(kept[f"{up}/log_scale"], second[f"{up}/log_scale"] + 5)
     np.testing.assert_array_equal(kept[f"{down}/log_scale"], second[f"{down}/log_scale"])
+
+
+def test_a_sign_is_kept_where_any_phase_has_one():
+    """4 bits with a sign in one phase and without in another, and a layer of a stack that has none: arrays keep their shapes."""
+    learned = LearnedScale()
+    plain = QuantRule(paths="down", weight=preset("int4_g32"), estimator=learned)
+    signed = QuantRule(paths="down", weight=Q4, estimator=learned)
+    up = (QuantRule(paths="layers/0/ffn/up", weight=Q4, estimator=learned), QuantRule(paths="up", weight=INT3))
+    config = dataclasses.replace(MODEL, stack=(Segment(pattern=(DENSE,), repeats=2),))
+    config = dataclasses.replace(config, quant=(QuantPhase(rules=(plain, *up)), QuantPhase(rules=(signed, *up), step=3)))
+    first, second = (define(config, step=step) for step in (0, 3))
+    assert [segment.repeats for segment in first.config.stack] == [1, 1]
+    assert {path: leaf.shape for path, leaf in first.params.items()} == {path: leaf.shape for path, leaf in second.params.items()}
+    signs = {path for path in first.params if weights.is_sign(path)}
+    assert signs == {f"segments/{i}/blocks/0/ffn/{name}/weight/sign" for i, name in ((0, "down"), (1, "down"), (0, "up"))}
+    draws = {
+        path: jax.random.normal(jax.random.key(0), leaf.shape)
+        for path, leaf in first.params.items()
+        if not weights.is_beside_a_weight(path)
+    }
+    begun = jax.jit(lambda params: [definition.with_learned(params) for definition in (first, second)])(draws)
+    path = "segments/0/blocks/0/ffn/down/weight/sign"
+    assert np.all(begun[0][path] == 1) and set(np.unique(begun[1][path])) == {-1, 1}
+
+
+def test_a_measured_scale_of_inputs_keeps_its_sign():
+    """The number farthest from zero, 3, has the lowest code, -8: a scale of -3/8."""
+    numbers = Numbers(
+        spec=dataclasses.replace(preset("onnx_int4_b32"), share=Share.TENSOR, group_size=None), estimator=Calibrated(), axis=-1
+    )
+    x = jnp.asarray([[3.0, -1.0, 2.0, 0.5]])
+    begun = initial(numbers, num_layers=None)
+    graph, state = nnx.split(RoundedInput(numbers, learner=numbers, learned=begun, is_observed=True))
+    measured = nnx.to_pure_dict(jax.grad(lambda state: jnp.sum(nnx.merge(graph, state)(x)))(state))
+    assert set(measured) == set(begun) == {"log_scale", "sign"} and measured["sign"] == -1
+    assert float(measured["log_scale"]) == pytest.approx(np.log2(3 / 8))
+    np.testing.assert_allclose(RoundedInput(numbers, learner=numbers, learned=measured)(x), [[3.0, -1.125, 1.875, 0.375]], rtol=1e-6)
 
 
 def test_decoded_rules_name_what_they_named():
