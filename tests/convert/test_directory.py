@@ -212,7 +212,7 @@ def ffn(**fields: Any) -> BlockConfig:
         (odd(dataclasses.replace(BLOCK, passes=2)), r"layer 0.passes = 2 \(read back as 1\)"),
         (odd(dataclasses.replace(BLOCK, ffn=None)), r"a feed-forward layer is NoneType"),
         (odd(logit_softcap=9.0), r"logit_softcap = 9.0"),
-        (odd(mixer(head_dim=7)), r"heads of 7 dims are rotated by pairs"),
+        (odd(mixer(head_dim=7, qk_norm=QkNorm.PER_HEAD)), r"it would lose layer 0.mixer.qk_norm"),
         (odd(ffn(gated=False)), r"gated = False"),
         (odd(ffn(activation=Activation.CLAMPED_SILU)), r"the activation is 'clamped_silu'"),
         (odd(mixer(qk_norm=QkNorm.PER_HEAD, sinks=True)), r"sinks = True"),
@@ -229,6 +229,7 @@ def test_what_no_family_can_say_is_refused_with_the_reason(model: ModelConfig, m
     [
         (odd(), "LlamaForCausalLM"),
         (odd(mixer(num_heads=3, num_kv_heads=1, head_dim=10)), "MistralForCausalLM"),
+        (odd(mixer(head_dim=7)), "Phi3ForCausalLM"),  # 6 of 7 dims are rotated
         (odd(mixer(qk_norm=QkNorm.PER_HEAD)), "Qwen3ForCausalLM"),
         (odd(mixer(window=5)), "MistralForCausalLM"),
         (odd(mixer(qk_norm=QkNorm.PER_HEAD), vocab_multiple=64, head=HeadKind.FREE), "Qwen3ForCausalLM"),
