@@ -70,7 +70,7 @@ def write_source(
                 scored_bytes=document.scored_bytes,
                 text=document.text if side == HELDOUT else None,
             )
-            meters[side].add(document.text, document.tokens.tolist())
+            meters[side].add(document.text, document.tokens.tolist(), marked=document.marked)
             written[side] += 1
             advance(num_bytes)
         gate.check(source.describe())
@@ -102,7 +102,8 @@ class _EncodedDocument:
     tokens: np.ndarray  # with BOS and EOS
     scored: np.ndarray | None  # as in ShardWriter.add
     scored_bytes: int
-    text: bytes
+    text: bytes  # without special tokens
+    marked: str | None  # with their marks, where it has any
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -135,7 +136,8 @@ class _Pending:
             assert int(sizes[ids].sum(dtype=np.int64)) == len(text), self.document.where
         scored, scored_bytes = None, len(text)
         if self.scored is not None and tokens is not None:
-            held = tokens.held(self.scored)
+            placed = tokenizer.marked_vocabulary.without_blanks(tokens, self.text) if self.marked else tokens
+            held = placed.held(self.scored)
             is_text = ~np.isin(ids, list(tokenizer.special_ids.values()))
             scored_bytes = int((tokens.num_bytes() if sizes is None else sizes[ids])[held & is_text].sum())
             if self.ends_open:  # EOS follows what is scored, and so do the bytes at the end that the vocabulary drops
@@ -148,7 +150,8 @@ class _Pending:
         ids = np.pad(ids, around, constant_values=(tokenizer.bos_id, tokenizer.eos_id))
         if scored is not None:
             scored = np.pad(scored, around, constant_values=(False, True))
-        return _EncodedDocument(tokens=ids, scored=scored, scored_bytes=min(scored_bytes, len(text)), text=text)
+        marked = self.text.decode() if self.marked else None
+        return _EncodedDocument(tokens=ids, scored=scored, scored_bytes=min(scored_bytes, len(text)), text=text, marked=marked)
 
     def _plain_text(self, ids: np.ndarray, tokenizer: Tokenizer) -> bytes:
         """The text without special tokens."""
@@ -156,7 +159,7 @@ class _Pending:
             return self.text
         if tokenizer.token_bytes is not None:  # a special token may take the white space beside it with it
             return tokenizer.decode_bytes(ids.tolist())
-        return tokenizer.marked_vocabulary.without_marks(self.text.decode()).encode()
+        return tokenizer.marked_vocabulary.text_of(self.text.decode()).encode()
 
     def _whole(self, tokenizer: Tokenizer) -> TextTokens:
         """The tokens of the whole text, from those of its windows."""

@@ -15,6 +15,7 @@ import re
 import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+import numpy as np
 import tokenizers
 
 from slmjax.data import spans
@@ -57,6 +58,11 @@ class MarkedVocabulary:
         self.names = names_pattern(special, alone={name for name, token in added.items() if token["single_word"]})
         self._last_mark = re.compile(rf"\ufdd0{drawn}\.(\d+)\ufdd1\s*\Z")
         self._marks = re.compile(rf"\ufdd0{drawn}\.\d+\ufdd1")
+        self._marked_ids = {self.marks[name]: id for name, id in special.items()}
+        blanks = {True: r"\s*", False: ""}  # a token may take the white space beside it
+        self._with_blanks = re.compile(
+            "|".join(blanks[added[name]["lstrip"]] + mark + blanks[added[name]["rstrip"]] for name, mark in self.marks.items()) or r"(?!)"
+        )
         for name, mark in self.marks.items():
             added[name] |= {"content": mark, "single_word": False, "normalized": False, "special": True}
         model = without_names(specification["model"], self.marks)
@@ -75,6 +81,35 @@ class MarkedVocabulary:
     def without_marks(self, text: str) -> str:
         """Return the text without the special tokens that are marked in it."""
         return self._marks.sub("", text)
+
+    def text_of(self, text: str) -> str:
+        """Return what of the text is encoded as text: without marks, and without the white space that special tokens take with them."""
+        return self._with_blanks.sub("", text)
+
+    def text_between(self, text: str, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
+        """Return the texts before, between and behind the marks of a text, each with its ids.
+
+        Args:
+          text: with marks.
+          ids: of the whole text, those of special tokens included.
+        """
+        parts: list[tuple[str, list[int]]] = []
+        place = start = 0
+        for found in self._with_blanks.finditer(text):
+            stop = ids.index(self._marked_ids[found[0].strip()], start)
+            parts.append((text[place : found.start()], list(ids[start:stop])))
+            place, start = found.end(), stop + 1
+        return [*parts, (text[place:], list(ids[start:]))]
+
+    def without_blanks(self, tokens: TextTokens, text: bytes) -> TextTokens:
+        """Return the tokens of a text with marks, in which special tokens stand for their marks, without the white space beside them."""
+        starts, ends = tokens.starts.copy(), tokens.ends.copy()
+        for place in np.flatnonzero(np.isin(tokens.ids, list(self._marked_ids.values()))).tolist():
+            taken = text[starts[place] : ends[place]].decode()
+            if self._marks.search(taken):
+                starts[place] += len(taken.encode()) - len(taken.lstrip().encode())
+                ends[place] -= len(taken.encode()) - len(taken.rstrip().encode())
+        return TextTokens(ids=tokens.ids, starts=starts, ends=ends)
 
     def end_of_mark(self, text: str, place: int) -> int | None:
         """Return the place behind the mark at a place of the text; None if there is none."""

@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from slmjax.data.batch import empty_batch
 from slmjax.data.chat import encode_chat
 from slmjax.data.config import DataConfig, OnBadDocument, ScoredTurns, SpecialNames, Split
+from slmjax.data.lost_text import LostText
 from slmjax.data.packing import best_fit_rows, write_row
 from slmjax.data.preparation import prepare
 from slmjax.data.shards import TokenShards
@@ -175,6 +178,31 @@ def test_conversations_are_packed_apart_and_cut_like_other_documents(tmp_path: P
     assert batch.loss_mask.sum() == shards.num_scored.sum() and batch.num_bytes.sum() == shards.scored_bytes.sum()
     end = made.tokenizer.special_ids[END]
     assert (batch.targets[batch.loss_mask == 1] == end).sum() == 4, "each answer's end is trained"
+
+
+@pytest.mark.parametrize("takes_blanks", [False, True])
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_blanks_around_special_tokens_are_neither_lost_text_nor_answers(scheme: str, takes_blanks: bool, tmp_path: Path) -> None:
+    letters = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "o", "k", "\n"]
+    backend = tokenizers.Tokenizer(models.BPE(vocab={name: id for id, name in enumerate(letters)}, merges=[], byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", prepend_scheme=scheme, split=False)
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    backend.add_special_tokens([tokenizers.AddedToken(name, rstrip=takes_blanks, normalized=False) for name in ("<s>", "</s>", START)])
+    template = (
+        f"{{% for m in messages %}}{START}{{{{ m.content }}}}</s>\n{{% endfor %}}{{% if add_generation_prompt %}}{START}{{% endif %}}"
+    )
+    Tokenizer(backend, bos="<s>", eos="</s>", chat_template=template).save(tmp_path / "tokenizer")
+    asked = [{"role": "user", "content": "o k"}, {"role": "assistant", "content": "\nk"}]
+    made = prepare(data_of(tmp_path, [asked]), FileTokenizer(path=str(tmp_path / "tokenizer")), log=lambda line: None)
+    shards, tokenizer = made.train[0][0], made.tokenizer
+    # Hand count: "o k" "\n" "\nk" "\n", where tokens that take the white space behind them leave "o k" and "k".
+    assert shards.manifest.lost_text == LostText(measured=4 if takes_blanks else 7)
+    assert shards.tokens(0).tolist() == encode_chat(tokenizer, asked, add_generation_prompt=False)
+    scored = [tokenizer.name_of(id) for id in shards.tokens(0)[shards.scored(0)].tolist()]
+    blank = ["\u2581"] if scheme == "always" else []
+    assert scored == [*blank, *(["k"] if takes_blanks else ["\n", "k"]), "</s>"]
+    assert shards.scored_bytes.tolist() == [1 if takes_blanks else 2]
 
 
 # Text that a template made beforehand ------------------------------------------------------------------------------------
