@@ -209,7 +209,7 @@ def _of_text(side: str, document: Document, *, tokenizer: Tokenizer, data: DataC
     begin, whole = len(prompt.encode()), (prompt + text).encode()
     return _Pending(
         side=side, document=document, text=whole, scored=[(begin, len(whole))] if begin else None, marked=marked,
-        windows=_windows(whole, document, data),
+        windows=_windows(whole, document, data, marked=marked),
     )  # fmt: skip
 
 
@@ -227,7 +227,7 @@ def _of_conversation(side: str, document: Document, *, gate: Gatekeeper, tokeniz
     text = rendered.text.encode()
     return _Pending(
         side=side, document=document, text=text, scored=rendered.answers, marked=True, ends_open=rendered.ends_open,
-        windows=_windows(text, document, data),
+        windows=_windows(text, document, data, marked=True),
     )  # fmt: skip
 
 
@@ -240,10 +240,10 @@ def require_template(document: Document, template: str | None) -> None:
         )
 
 
-def _windows(text: bytes, document: Document, data: DataConfig) -> list[Span]:
+def _windows(text: bytes, document: Document, data: DataConfig, *, marked: bool) -> list[Span]:
     if len(text) > _MAX_BYTES:
         raise ValueError(f"{document.where}: a document of more than 2 GiB: split it into several files, or lines of a .jsonl")
-    return windows_of(text, data.max_document_bytes)
+    return windows_of(text, data.max_document_bytes, marked=marked)
 
 
 def _encode(queue: list[tuple[_Pending, str]], tokenizer: Tokenizer) -> None:

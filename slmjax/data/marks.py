@@ -20,7 +20,7 @@ import tokenizers
 
 from slmjax.data import spans
 from slmjax.data.plain_text import checked_encodings, without_names
-from slmjax.data.spans import TextTokens
+from slmjax.data.spans import MARK_BEGINS, MARK_ENDS, TextTokens
 
 
 class SpecialNames(enum.Enum):
@@ -49,15 +49,15 @@ class MarkedVocabulary:
 
     def __init__(self, backend: tokenizers.Tokenizer, special: Mapping[str, int]) -> None:
         drawn = secrets.token_hex(8)
-        self.marks = {name: f"\ufdd0{drawn}.{id}\ufdd1" for name, id in special.items()}  # between characters that are none
+        self.marks = {name: f"{MARK_BEGINS}{drawn}.{id}{MARK_ENDS}" for name, id in special.items()}
         specification = json.loads(backend.to_str())
         added = {token["content"]: token for token in specification["added_tokens"]}
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         for name, id in special.items():
             added[name] = {"id": id, **plain, **added.get(name, {})}
         self.names = names_pattern(special, alone={name for name, token in added.items() if token["single_word"]})
-        self._last_mark = re.compile(rf"\ufdd0{drawn}\.(\d+)\ufdd1\s*\Z")
-        self._marks = re.compile(rf"\ufdd0{drawn}\.\d+\ufdd1")
+        self._last_mark = re.compile(rf"{MARK_BEGINS}{drawn}\.(\d+){MARK_ENDS}\s*\Z")
+        self._marks = re.compile(rf"{MARK_BEGINS}{drawn}\.\d+{MARK_ENDS}")
         self._marked_ids = {self.marks[name]: id for name, id in special.items()}
         blanks = {True: r"\s*", False: ""}  # a token may take the white space beside it
         self._with_blanks = re.compile(

@@ -22,6 +22,8 @@ from jaxtyping import Bool, Int32, Integer
 Span = tuple[int, int]  # first byte, and the byte after the last
 
 _OVERLAP = 4096  # bytes of text that two windows share
+MARK_BEGINS, MARK_ENDS = "\ufdd0", "\ufdd1"  # around the number of a special token, see marks.py: characters that are none
+_LONGEST_MARK = 64  # bytes
 _SHARED_PART = 4  # windows agree if their tokens are the same in the overlap, without this part of it at either end
 
 
@@ -81,18 +83,21 @@ def character_places(text: str) -> Int32[np.ndarray, " N1"]:
     return np.pad(np.cumsum(sizes, dtype=np.int32), (1, 0))
 
 
-def windows_of(text: bytes, max_bytes: int) -> list[Span]:
-    """Return windows of at most `max_bytes` (16 or more) that cover a UTF-8 text and overlap, never cut inside a character."""
+def windows_of(text: bytes, max_bytes: int, *, marked: bool = False) -> list[Span]:
+    """Return windows of at most `max_bytes` (16 or more) that cover a UTF-8 text and overlap, never cut inside a character.
+
+    With `marked`, which takes 256 bytes or more, they are not cut inside the mark of a special token (`marks.py`) either.
+    """
     assert max_bytes >= 16, "a window must reach beyond its overlap, whatever characters are cut"
     overlap = min(_OVERLAP, max_bytes // 2)
     windows = []
     start = 0
     while True:
-        end = _character_start(text, min(start + max_bytes, len(text)))
+        end = _cut_before(text, min(start + max_bytes, len(text)), marked=marked)
         windows.append((start, end))
         if end == len(text):
             return windows
-        start = _character_start(text, end - overlap)
+        start = _cut_before(text, end - overlap, marked=marked)
 
 
 def join_windows(encoded: Sequence[TextTokens], windows: Sequence[Span]) -> TextTokens | None:
@@ -136,8 +141,12 @@ def _common_place(left: TextTokens, right: TextTokens, before: Span, here: Span)
     return (int(of_left[half]), int(of_right[half])) if same else None
 
 
-def _character_start(text: bytes, place: int) -> int:
-    """The place, or the first byte of the character that it is inside of."""
+def _cut_before(text: bytes, place: int, *, marked: bool) -> int:
+    """The place, or the first byte of the character or mark that it is inside of."""
     while 0 < place < len(text) and text[place] & 0xC0 == 0x80:
         place -= 1
+    if marked and place < len(text):
+        begin = text.rfind(MARK_BEGINS.encode(), max(place - _LONGEST_MARK, 0), place)
+        if begin >= 0 and text.find(MARK_ENDS.encode(), begin, place) < 0:
+            return begin
     return place

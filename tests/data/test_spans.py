@@ -14,8 +14,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from slmjax.data.config import DataConfig
 from slmjax.data.preparation import prepare
 from slmjax.data.shards import TokenShards
-from slmjax.data.spans import TextTokens, character_places, windows_of
-from slmjax.data.tokenizers import BpeTokenizer, ByteTokenizer, FileTokenizer, Tokenizer
+from slmjax.data.spans import TextTokens, character_places, join_windows, windows_of
+from slmjax.data.tokenizers import BpeTokenizer, ByteTokenizer, CharTokenizer, FileTokenizer, Tokenizer
 from slmjax.evaluation import pair_tokens
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -118,6 +118,17 @@ class TestWindows:
         config = BpeTokenizer(vocab_size=259)
         shards = shards_of([{"text": "x" + text}], config, tmp_path, max_document_bytes=1031)
         assert shards.tokens(0)[1:-1].tolist() == config.build(["x" + text]).encode("x" + text)
+
+
+def test_windows_do_not_cut_the_marks_of_special_tokens() -> None:
+    tokenizer = CharTokenizer().build(["abc de\n"]).add_tokens(["<|end|>"], special=True)
+    text = tokenizer.marked_vocabulary.mark("abc de<|end|>\n" * 100)
+    windows = windows_of(text.encode(), 256, marked=True)
+    parts = [text.encode()[start:stop].decode() for start, stop in windows]
+    tokens = tokenizer.encode_spans(parts, marked=True)  # half a mark is text, which this vocabulary cannot express
+    joined = join_windows(tokens, windows)
+    assert len(windows) > 10 and joined is not None
+    assert joined.ids.tolist() == tokenizer.encode_spans([text], marked=True)[0].ids.tolist()
 
 
 def test_tokens_and_their_bytes_by_hand() -> None:
