@@ -31,6 +31,13 @@ class Easing:
             return None
         return jnp.clip((step - self.first_step + 1) / (self.warmup_steps + 1), 0.0, 1.0)
 
+    def num_stopped(self, step: Int[Array, ""], *, num_layers: int) -> Float[Array, ""]:
+        """Return how many layers, counted from the first, do not move in the step after `step`."""
+        if self.freeze_from is None:
+            return jnp.zeros(())
+        passed = (step - self.freeze_from) / max(self.last_step - self.freeze_from, 1)
+        return jnp.where(passed < 0, 0.0, jnp.floor(passed * num_layers) + 1)
+
     def held(self, updates: Any, step: Int[Array, ""], *, config: ModelConfig, paths: Iterable[str]) -> dict[str, Array]:
         """Updates, by stack path, without those of weights, and of what is learned beside them, in layers that have stopped.
 
@@ -38,8 +45,7 @@ class Easing:
         """
         if self.freeze_from is None:
             return dict(updates)
-        passed = (step - self.freeze_from) / max(self.last_step - self.freeze_from, 1)
-        num_stopped = jnp.where(passed < 0, 0, jnp.floor(passed * config.num_layers) + 1)
+        num_stopped = self.num_stopped(step, num_layers=config.num_layers)
         result = dict(updates)
         for path in paths:
             if (layers := layer_indices(config, path)) is None:

@@ -1,4 +1,4 @@
-"""What a resumed run does otherwise than before: rates that jump, settings of its optimizer that have changed.
+"""Changes of a resumed run: rates and shares that jump, settings of its optimizer that are other ones.
 
 warn_of_changed_schedules(run, experiment, step=100)      # before the first step of the session
 """
@@ -7,8 +7,13 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 
+import jax.numpy as jnp
+
+from slmjax.easing import easing_of
 from slmjax.experiment import Experiment, read_experiment
-from slmjax.optim import OptimConfig, Optimizer, learning_rate
+from slmjax.losses import Taid
+from slmjax.numerics.rules import QuantConfig
+from slmjax.optim import OptimConfig, Optimizer, cooldown_step, learning_rate
 from slmjax.runlog import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -33,7 +38,7 @@ def warn_of_changed_schedules(run: RunDirectory, experiment: Experiment, *, step
 
 
 def schedule_changes(before: Experiment, after: Experiment, *, step: int) -> Iterator[str]:
-    """Yield a sentence for each rate or weight that jumps after so many steps because run.steps or other settings have changed."""
+    """Yield a sentence for each rate or share that jumps after so many steps because run.steps or other settings have changed."""
     steps = f"run.steps={after.run.steps} instead of {before.run.steps}"
     why = steps if after.run.steps != before.run.steps else "the settings it has now"
     rates, new_rates = _values(before, step), _values(after, step)
@@ -43,18 +48,22 @@ def schedule_changes(before: Experiment, after: Experiment, *, step: int) -> Ite
         factor = f" ({new_rates[name] / rate:.3g} times)" if rate else ""
         yield (
             f"{name} at step {step + 1}, the next one, is {new_rates[name]:.3g} with {why}, and {rate:.3g} with those the run had"
-            f"{factor}: it jumps there. {_WAY_OUT if name == 'optim.lr' else ''}"
+            f"{factor}: it jumps there. {_FURTHER.get(name, '')}"
         ).rstrip()
 
 
-_WAY_OUT = (
-    "To keep it, leave the settings as they are, or set optim.schedule=constant with optim.warmup-steps=0 and optim.lr to the rate that "
-    "you want; a schedule of wsd can be extended before its decay without a jump"
-)
+_TAID = "the least share of the teacher in TAID (objective.distill.divergence)"
+_FURTHER = {
+    "optim.lr": (
+        "To keep it, leave the settings as they are, or set optim.schedule=constant with optim.warmup-steps=0 and optim.lr to the rate "
+        "that you want; a schedule of wsd can be extended before its decay without a jump"
+    ),
+    _TAID: "The share itself never falls: one that is higher stays",
+}
 
 
 def _values(experiment: Experiment, step: int) -> dict[str, float]:
-    """The rates and weights of the training step after so many."""
+    """The rates, weights and shares of the training step after so many."""
     optim, total_steps = experiment.optim, experiment.run.steps
     rate = float(learning_rate(optim, step, total_steps=total_steps))
     values = {"optim.lr": rate}
@@ -63,7 +72,26 @@ def _values(experiment: Experiment, step: int) -> dict[str, float]:
     if (distill := experiment.objective.distill) is not None:
         ramps = {"weight": distill.weight, "hard_weight": distill.hard_weight, "temperature": distill.temperature}
         values |= {f"objective.distill.{name}": float(ramp.at(step, total_steps=total_steps)) for name, ramp in ramps.items()}
+        if isinstance(distill.divergence, Taid):
+            values[_TAID] = min(distill.divergence.end, distill.divergence.least_share(step / total_steps))
+    if experiment.quant is not None:
+        values |= _quantization(experiment.quant, experiment, step)
     return values
+
+
+def _quantization(quant: QuantConfig, experiment: Experiment, step: int) -> dict[str, float]:
+    """The phase of quantization, and how far training has eased into it."""
+    total_steps = experiment.run.steps
+    phases = quant.timed(cooldown_step=cooldown_step(experiment.optim, total_steps=total_steps), total_steps=total_steps)
+    easing = easing_of(quant, first_step=phases[0].step, total_steps=total_steps)
+    num_begun = sum(phase.step <= step for phase in phases)
+    share = easing.share(jnp.asarray(step)) if num_begun else 0.0
+    num_stopped = easing.num_stopped(jnp.asarray(step), num_layers=experiment.model.num_layers) if num_begun else 0.0
+    return {
+        "the phase of quantization (0: full precision; quant.start_step, quant.phases)": float(num_begun),
+        "the share of the rounding error (quant.warmup_steps)": 1.0 if share is None else float(share),
+        "the number of layers that have stopped (quant.freeze_steps)": float(num_stopped),
+    }
 
 
 def _changed_settings(before: OptimConfig, after: OptimConfig) -> list[str]:

@@ -82,7 +82,7 @@ def options_without_help(shown):
     lines = [re.sub(r"[│╭╮╰╯]", "", line).rstrip() for line in shown.splitlines()]
     bare = []
     for line, below in itertools.pairwise([*lines, ""]):
-        if found := re.match(r"\s+((?:-h, )?--[\w.-]+)(?: [^ ]+)*\s*(.*)", line):
+        if found := re.match(r"\s+((?:-h, )?--\w[\w.-]*)(?: [^ ]+)*\s*(.*)", line):
             text = re.sub(r"\((default|optional|required).*", "", found[2] or below.strip())
             if len(text.strip()) < 8:
                 bare.append(found[1])

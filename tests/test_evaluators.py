@@ -1,11 +1,13 @@
 """Multiple choice, lm-eval and efficiency, on the model that the end-to-end tests train."""
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +21,8 @@ import slmjax
 from slmjax import evaluation
 from slmjax.cli import main
 from slmjax.data.tokenizers import BpeTokenizer
-from slmjax.evaluation import efficiency
+from slmjax.evaluation import efficiency, multiple_choice
+from slmjax.evaluation.likelihood import Likelihood
 from slmjax.evaluation.multiple_choice import continuation_of, read_questions
 from slmjax.loading import Loaded
 from slmjax.model import Decoder
@@ -149,6 +152,18 @@ def test_what_is_no_question_is_named(loaded: Loaded, file: Path, line: str, exp
     with pytest.raises(ValueError) as refused:
         evaluation.answer_questions(loaded, file)
     assert expected in str(refused.value) and "questions.jsonl" in str(refused.value)
+
+
+def test_an_answer_is_not_chosen_by_nan(loaded: Loaded, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = itertools.count()
+
+    def of_pairs(loaded: Loaded, pairs: Sequence[Any], *, batch_size: int) -> list[Likelihood]:
+        values = [math.nan if next(scores) == 4 else -math.inf for _ in pairs]  # the second choice of the second question
+        return [Likelihood(logprob=value, is_greedy=False, num_tokens=1, truncated=0) for value in values]
+
+    monkeypatch.setattr(multiple_choice, "log_likelihoods", of_pairs)
+    with pytest.raises(ValueError, match=r"questions.jsonl, line 2: a log-likelihood is NaN.*--step"):
+        evaluation.answer_questions(loaded, file)
 
 
 # lm-eval --------------------------------------------------------------------------------------------------------------

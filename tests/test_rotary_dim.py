@@ -18,7 +18,9 @@ from slmjax.convert.families import GGUF_FAMILIES, HF_FAMILIES
 from slmjax.convert.family import read_settings
 from slmjax.convert.settings import Settings
 from slmjax.convert.source import express
+from slmjax.distill.slices import student_cuts
 from slmjax.layers import MlpConfig
+from slmjax.parameters import define
 from slmjax.rope import LongScaling, rotary
 
 PHI3 = next(family for family in HF_FAMILIES if family.architecture == "Phi3ForCausalLM")
@@ -172,3 +174,15 @@ def test_rotated_dims_are_written_as_they_are() -> None:
         scaling = LongScaling(short_factors=(1.0,), long_factors=(1.0,), original_context=4)
         model(rope_scaling=scaling, head_dim=20).layer_shape()
         first_mixer(model(rope_scaling=scaling)).resolved_rotary_dim(model().layer_shape())
+
+
+# Students of wider models ---------------------------------------------------------------------------------------------
+def test_a_default_and_its_value_are_the_same_setting(caplog: pytest.LogCaptureFixture) -> None:
+    plain, written, other = (define(model(**more)) for more in ({}, {"rotary_dim": 20, "scale": 20**-0.5}, {"rotary_dim": 4}))
+    with caplog.at_level(logging.WARNING):
+        student_cuts(plain, written, chosen=(0,))
+        student_cuts(written, plain, chosen=(0,))
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        student_cuts(plain, other, chosen=(0,))
+    assert "rotary_dim of layer 0 is 4, and was 20 in the teacher" in caplog.text

@@ -26,6 +26,7 @@ from jaxtyping import Int
 
 from slmjax.architecture import BlockConfig, ModelConfig
 from slmjax.attention import AttentionConfig, QkNorm
+from slmjax.convert.canonical_form import canonical
 from slmjax.layers import MlpConfig
 from slmjax.mixers.latent import LatentAttentionConfig
 from slmjax.moe import MoeConfig
@@ -171,13 +172,15 @@ def _shown(value: Any) -> Any:
 
 
 def _warn_of_settings(pairs: Sequence[_Pair], teacher: ModelConfig, student: ModelConfig) -> None:
-    """Says which settings differ that no parameter shows."""
+    """Warn of settings that differ and that no parameter shows. A default and its value written out are the same."""
+    blocks = [list(canonical(config).blocks()) for config in (teacher, student)]
     differing: dict[tuple[str, Any, Any], list[str]] = {}
     for name in _SHARED_SETTINGS:
         differing.setdefault((name, getattr(teacher, name), getattr(student, name)), [])
     for pair in pairs:
-        parts = [(pair.teacher.mixer, pair.student.mixer), (pair.teacher.ffn, pair.student.ffn)]
-        found = [("passes", pair.teacher.passes, pair.student.passes)] + [
+        theirs_block, our_block = blocks[0][pair.source], blocks[1][pair.index]
+        parts = [(theirs_block.mixer, our_block.mixer), (theirs_block.ffn, our_block.ffn)]
+        found = [("passes", theirs_block.passes, our_block.passes)] + [
             (field.name, getattr(theirs, field.name), getattr(ours, field.name))
             for theirs, ours in parts
             if theirs is not None

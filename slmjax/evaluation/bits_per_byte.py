@@ -165,7 +165,7 @@ def evaluate_batches(
     return EvalResult(
         **compared,
         loss=loss,
-        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        perplexity=math.inf if loss >= 700 else math.exp(loss),
         bits_per_byte=_bits_per_byte(totals["nll"], batches),
         calibration_error=expected_calibration_error(*(totals[f"bin_{name}"] for name in ("weight", "confidence", "correct"))),
         tokens=batches.num_targets,

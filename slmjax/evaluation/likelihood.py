@@ -9,6 +9,7 @@ Dims: B rows, T positions, D model, V vocabulary.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -77,6 +78,18 @@ def log_likelihoods(loaded: Loaded, pairs: Sequence[Pair], *, batch_size: int = 
             ids, start, cut = rows[index]
             found[index] = Likelihood(logprob=float(sums[row]), is_greedy=bool(greedy[row]), num_tokens=len(ids) - start, truncated=cut)
     return [found[index] for index in range(len(rows))]
+
+
+def refuse_nan(found: Sequence[Likelihood], *, where: str) -> None:
+    """Raise ValueError, which begins with `where`, if a log-likelihood is NaN: every comparison with it is false.
+
+    Negative infinity is no error: a continuation may have probability 0.
+    """
+    if any(math.isnan(one.logprob) for one in found):
+        raise ValueError(
+            f"{where}: a log-likelihood is NaN, so the answers cannot be compared: the model's weights or logits are not finite. "
+            "Evaluate another checkpoint (--step)"
+        )
 
 
 def _padded(rows: Sequence[tuple[list[int], int, int]], *, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

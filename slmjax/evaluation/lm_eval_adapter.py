@@ -19,7 +19,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
-from slmjax.evaluation.likelihood import DEFAULT_BATCH_SIZE, Pair, log_likelihoods, pair_tokens
+from slmjax.evaluation.likelihood import DEFAULT_BATCH_SIZE, Pair, log_likelihoods, pair_tokens, refuse_nan
 from slmjax.loading import Loaded
 from slmjax.sampling import SamplingConfig, generate, render_chat
 
@@ -68,9 +68,16 @@ class SlmjaxLM(LM):
         return text[:place] if text[place:].startswith(MARK) else text[:place].rstrip()  # a template that trims has trimmed the mark
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """The log-likelihood of each (context, continuation), and whether it is what greedy decoding would give."""
+        """Return the log-likelihood of each (context, continuation), and whether greedy decoding gives the continuation.
+
+        Raises:
+          ValueError: a log-likelihood is NaN, which lm-eval would take for the highest.
+        """
         pairs = [self._pair(*_arguments(request)) for request in requests]
-        return [(one.logprob, one.is_greedy) for one in log_likelihoods(self.loaded, pairs, batch_size=self.batch_size)]
+        found = log_likelihoods(self.loaded, pairs, batch_size=self.batch_size)
+        for request, one in zip(requests, found, strict=True):
+            refuse_nan([one], where=f"the request that ends {_arguments(request)[0][-60:]!r}")
+        return [(one.logprob, one.is_greedy) for one in found]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each text; one that is longer than the context in windows, no token scored twice."""

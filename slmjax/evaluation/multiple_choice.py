@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from slmjax.data.records import read_objects
-from slmjax.evaluation.likelihood import DEFAULT_BATCH_SIZE, Pair, log_likelihoods, pair_tokens
+from slmjax.evaluation.likelihood import DEFAULT_BATCH_SIZE, Pair, log_likelihoods, pair_tokens, refuse_nan
 from slmjax.loading import Loaded
 
 
@@ -49,10 +49,11 @@ class MultipleChoiceResult:
 
 
 def answer_questions(loaded: Loaded, path: str | Path, *, batch_size: int = DEFAULT_BATCH_SIZE) -> MultipleChoiceResult:
-    """Answers the questions of a file.
+    """Answer the questions of a file.
 
     Raises:
-      ValueError: the file is not there, a record of it is no question, or a choice is longer than the context; file and line are named.
+      ValueError: the file is not there, a record of it is no question, a choice is longer than the context, or a
+        log-likelihood is NaN; file and line are named.
     """
     started = time.monotonic()
     questions = read_questions(Path(path))
@@ -66,6 +67,7 @@ def answer_questions(loaded: Loaded, path: str | Path, *, batch_size: int = DEFA
     right, right_per_byte, truncated = [], [], 0
     for one in questions:
         found = [next(scores) for _ in one.choices]
+        refuse_nan(found, where=one.where)
         logprobs = np.asarray([score.logprob for score in found])
         per_byte = logprobs / np.asarray([len(_split_blank(one.prompt, choice)[1].encode()) for choice in one.choices])
         right.append(int(np.argmax(logprobs)) == one.answer)

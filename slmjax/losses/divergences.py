@@ -188,6 +188,10 @@ class Taid(Divergence):
         if self.start > self.end or self.rate < 0:
             raise ValueError(f"TAID goes from start={self.start} up to end={self.end} at a rate of at least 0, got {self.rate}")
 
+    def least_share(self, progress: Any) -> Any:  # a float of a float, an array of an array
+        """Return the share on the straight line: `progress` is the part of the run's steps that were trained."""
+        return self.start + (self.end - self.start) * progress
+
     def initial_state(self) -> dict[str, Array]:
         return {"share": jnp.full((), self.start, float), "momentum": jnp.zeros(()), "previous": jnp.full((), -1.0, float)}
 
@@ -196,8 +200,7 @@ class Taid(Divergence):
         change = (previous - value) / (previous + 1e-15)
         momentum = self.momentum * state["momentum"] + (1.0 - self.momentum) * change
         adaptive = state["share"] + self.rate * jax.nn.sigmoid(momentum) * (1.0 - state["share"])
-        line = self.start + (self.end - self.start) * progress
-        share = jnp.minimum(self.end, jnp.maximum(line, adaptive))
+        share = jnp.minimum(self.end, jnp.maximum(self.least_share(progress), adaptive))
         return {
             "share": jnp.where(is_first, state["share"], share),
             "momentum": jnp.where(is_first, state["momentum"], momentum),
