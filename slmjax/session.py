@@ -21,7 +21,6 @@ from slmjax.checkpoint import Checkpointer
 from slmjax.data import provenance
 from slmjax.data.batch import Batch
 from slmjax.data.preparation import Log, Prepared, prepare
-from slmjax.data.scored import ScoredText, is_all_scored
 from slmjax.data.tokenizers import FileTokenizer, Tokenizer, TokenizerConfig
 from slmjax.data.windows import EvaluationBatches, evaluation_batches
 from slmjax.distill import layers
@@ -305,19 +304,20 @@ def restored_state(setup: Setup, checkpointer: Checkpointer) -> TrainState:
     checkpointer.repair_best(run_log)
     if (best := checkpointer.best()) is not None and run_log.exists() and _scored_otherwise(setup, run_log, step=best[0]):
         log.warning(
-            "the best checkpoint so far, of step %d, was chosen by the loss of other tokens (eval.score): it is found anew", best[0]
-        )
+            "the best checkpoint so far, of step %d, was chosen by the loss of other tokens (the held-out text or eval.score changed):"
+            " it is found anew", best[0],
+        )  # fmt: skip
         checkpointer.forget_best()
     return TrainState.from_items(checkpointer.restore(setup.shapes.items())[1])
 
 
 def _scored_otherwise(setup: Setup, run_log: Path, *, step: int) -> bool:
-    """Whether the evaluation after `step` scored all text of held-out documents and this one does not, or the other way round."""
+    """Whether the evaluation after `step` scored another number of tokens than one does now."""
     records = [record for record in read_log(run_log, kind="eval") if record["step"] == step]
-    if not records or all(is_all_scored(shards.lengths, shards.num_scored).all() for shards in setup.prepared.heldout):
+    if not records or (now := setup.heldout(setup.experiment.eval.max_documents)) is None:
         return False
-    was_all = records[-1].get("tokens") == records[-1].get("total_tokens")  # earlier versions said neither, and scored all
-    return was_all is not (setup.experiment.eval.score is ScoredText.ALL)
+    total = records[-1].get("total_tokens", now.num_tokens)  # earlier versions said neither, and scored all
+    return (records[-1].get("tokens", total), total) != (now.num_targets, now.num_tokens)
 
 
 ROW_SETTINGS = ("sequence_length", "batch_size", "packing", "packing_window", "seed", "sources")  # they decide what row comes when

@@ -2,16 +2,20 @@
 
 import dataclasses
 import json
+import types
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 import slmjax
+from slmjax import session
 from slmjax.checkpoint import CheckpointConfig
 from slmjax.data.config import DataConfig
 from slmjax.data.scored import ScoredText
 from slmjax.experiment import EvalConfig
 from slmjax.runlog import read_log
+from slmjax.session import Setup
 from tests.one_layer import one_layer
 
 
@@ -51,3 +55,22 @@ def test_pairs_whose_prompts_do_not_fit_a_row(workplace: Path, tmp_path: Path, c
     resumed = slmjax.train(longer, resume=result.run_dir)
     assert "was chosen by the loss of other tokens" in capsys.readouterr().out
     assert (resumed.measured_on, set(resumed.compressors)) == ("held-out text", {"gzip -9", "xz -9"})
+
+
+@pytest.mark.parametrize(
+    ("record", "now", "expected"),
+    [
+        ({"tokens": 40, "total_tokens": 300}, (40, 300), False),
+        ({"tokens": 40, "total_tokens": 300}, (300, 300), True),  # eval.score all
+        ({"tokens": 40, "total_tokens": 300}, (44, 330), True),  # held-out text was added
+        ({}, (300, 300), False),  # by an earlier version, which scored all
+        ({}, (40, 300), True),
+    ],
+)
+def test_the_best_of_other_tokens_is_found_anew(record: dict[str, int], now: tuple[int, int], expected: bool, tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text(json.dumps({"kind": "eval", "step": 20, "loss": 1.0, **record}) + "\n")
+    batches = types.SimpleNamespace(num_targets=now[0], num_tokens=now[1])
+    setup = types.SimpleNamespace(experiment=types.SimpleNamespace(eval=EvalConfig()), heldout=lambda max_documents: batches)
+    assert session._scored_otherwise(cast(Setup, setup), log, step=20) is expected
+    assert not session._scored_otherwise(cast(Setup, setup), log, step=10), "an evaluation that the log does not tell of"

@@ -221,6 +221,15 @@ def test_a_changed_file_overlaps_only_where_places_decide(data: DataConfig, tmp_
     assert provenance.overlap(runs[0], other, now(dataclasses.replace(other, heldout_fraction=0))) == []
 
 
+def test_text_in_a_file_of_another_name_is_known_by_its_sizes(run: Path, data: DataConfig, tmp_path: Path) -> None:
+    whole = dataclasses.replace(data, path=str(tmp_path / "renamed.jsonl"), heldout_fraction=0.0)
+    (tmp_path / "renamed.jsonl").write_bytes((tmp_path / "corpus.jsonl").read_bytes())
+    (sentence,) = provenance.overlap(run, whole, now(whole))
+    assert "renamed.jsonl too" in sentence and "may have been trained on" in sentence
+    divided = dataclasses.replace(whole, heldout_fraction=data.heldout_fraction)
+    assert provenance.overlap(run, divided, now(divided)) == [], "the same records are held out"
+
+
 def test_a_new_run_names_models_that_were_trained_on_what_it_holds_out(
     data: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
