@@ -116,7 +116,7 @@ class Checkpointer:
         return (int(best["step"]), float(best["loss"])) if has_one else None
 
     def forget_best(self) -> None:
-        """Has the best checkpoint found anew, by the evaluations to come."""
+        """Delete the note of the best checkpoint, so that the next evaluations choose one."""
         if jax.process_index() == 0:
             (self.directory / "best.json").unlink(missing_ok=True)
 

@@ -208,7 +208,7 @@ def _join(path: str, name: str) -> str:
 
 
 def _encode(value: Any, hint: Any, path: str, *, is_short: bool) -> Any:
-    """What JSON can hold of a value; with `is_short`, without the added fields that have their former value."""
+    """The JSON form of a value; with `is_short`, without the added fields that have their former value."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         cls = type(value)
         declared_types = _field_types(cls)

@@ -21,7 +21,7 @@ Codes = Mapping[str, Array]
 
 
 class CodeFlips:
-    """Keeps the codes of the last count on the devices, a byte for each weight; without formats it counts nothing."""
+    """A counter that keeps the codes of the last count on the devices, a byte for each weight; without formats it counts nothing."""
 
     def __init__(self, formats_of: Formats) -> None:
         self._is_counting = bool(formats_of)

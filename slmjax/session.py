@@ -128,7 +128,7 @@ def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh, re
 
 
 def _warn_of_overlap(experiment: Experiment, prepared: Prepared) -> None:
-    """Says so if the model that a run starts from, or one of its teachers, was trained on text that the run holds out."""
+    """Warn if the model that a run starts from, or one of its teachers, was trained on text that the run holds out."""
     distill = experiment.objective.distill
     teachers = [] if distill is None or distill.weight.is_zero else [Path(teacher.path) for teacher in distill.teachers]
     source = experiment.init.source()
@@ -312,7 +312,7 @@ def restored_state(setup: Setup, checkpointer: Checkpointer) -> TrainState:
 
 
 def _scored_otherwise(setup: Setup, run_log: Path, *, step: int) -> bool:
-    """Whether the evaluation after `step` scored another number of tokens than one does now."""
+    """Return whether the evaluation after `step` scored another number of tokens than one does now."""
     records = [record for record in read_log(run_log, kind="eval") if record["step"] == step]
     if not records or (now := setup.heldout(setup.experiment.eval.max_documents)) is None:
         return False

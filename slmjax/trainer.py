@@ -341,7 +341,7 @@ class Loop:
             self.save(state, best_loss=found.loss)
 
     def is_best(self, loss: float) -> bool:
-        """Whether the held-out loss of this step is the lowest so far, as which it is then noted."""
+        """Return whether the held-out loss of this step is the lowest so far, as which it is then noted."""
         if not is_better(loss, None if self.best is None else self.best[1]):
             return False
         self.best = (self.step, loss)

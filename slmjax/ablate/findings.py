@@ -156,7 +156,7 @@ def _lost_text(by_key: Members, arm: str, seeds: Sequence[int]) -> set[float]:
 
 
 def _is_comparable(study: Study, by_key: Members, pair: Pair) -> bool:
-    """Whether a metric of the text means the same for both arms: their tokenizers lose none of it, or both lose the same."""
+    """Return whether a metric of the text means the same for both arms: their tokenizers lose none of it, or both lose the same."""
     first, second = (_lost_text(by_key, arm, study.seeds) for arm in pair)
     return study.metric != "bits_per_byte" or first == second
 

@@ -133,7 +133,7 @@ class Recovered(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecoveryOver:
-    """What an arm recovers of the cost of one way of rounding."""
+    """The part that an arm recovers of the cost of one way of rounding."""
 
     rounded: str  # the arm that it is measured against
     pairs: tuple[int, ...]  # seeds of which all three arms finished
@@ -261,7 +261,7 @@ def _notes(recovery: Recovery, members: Sequence[Member], arms: Sequence[ArmReco
 
 
 def _notes_on(recovery: Recovery, over: RecoveryOver) -> Iterator[str]:
-    """What weakens one recovery."""
+    """Yield the notes that weaken one recovery."""
     study = recovery.study
     if len(over.pairs) < FEW_SEEDS:
         yield f"{len(over.pairs)} seeds with all that its recovery needs are too few: train {FEW_SEEDS} or more."

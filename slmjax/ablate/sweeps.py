@@ -26,16 +26,16 @@ class ChosenRate:
 
     @property
     def is_lowest(self) -> bool:
-        """Whether no lower rate was tried."""
+        """Return whether no lower rate was tried."""
         return self.rate == min(rate for rate, _ in self.tried)
 
     @property
     def is_highest(self) -> bool:
-        """Whether no higher rate was tried."""
+        """Return whether no higher rate was tried."""
         return self.rate == max(rate for rate, _ in self.tried)
 
     def notes(self, metric: str) -> Iterator[str]:
-        """What a report says of the choice."""
+        """Yield the sentences of a report on the choice."""
         values = ", ".join(f"{rate:g} ({'did not finish' if value is None else f'{value:.4f}'})" for rate, value in self.tried)
         yield f"learning rate {self.rate:g}, the best {metric} with seed {self.seed} of {values}."
         for is_edge, end, way in ((self.is_lowest, "lowest", "lower"), (self.is_highest, "highest", "higher")):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,9 @@ def eval_command(words: Sequence[str]) -> int:
     from slmjax.data.scored import ScoredText
 
     load_code(words)
-    of_run = next(filter(None, (own_data(Path(word)) for word in words if not word.startswith("-"))), DataConfig())
+    # The run is found before tyro parses the words, for the defaults of --data.*: a teacher may be a run too.
+    paths = (word for before, word in itertools.pairwise(["", *words]) if not word.startswith("-") and before != "--teacher")
+    of_run = next(filter(None, map(own_data, map(Path, paths))), DataConfig())
     if option(words, "--data.path") is not None:
         of_run = dataclasses.replace(of_run, heldout_fraction=0.0)  # another text is evaluated whole, unless a fraction is given
 

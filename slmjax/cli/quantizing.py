@@ -176,7 +176,7 @@ def _show_tokenizer(check: Any) -> None:
 
 
 def _ids_text(ours: Sequence[int], engine: Sequence[int]) -> str:
-    """Where two lists of ids part."""
+    """The first ids at which two lists differ, in words."""
     shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, engine, strict=False)))
     shown = slice(shared, shared + 6)
     return f"ids from {shared} on are {list(engine[shown])} in the engine, {list(ours[shown])} in the model"

@@ -200,7 +200,7 @@ def _notes(settings: Mapping[str, Any], own: Own, sizes: Sizes, *, in_codes: boo
 
 
 def tokenizer_notes(directory: Path, words: Mapping[str, Any], *, num_layers: int) -> Iterator[str]:
-    """What is lost of special tokens that swallow blanks beside them, and where llama.cpp has a chat template of its own."""
+    """Yield notes on special tokens that swallow blanks beside them, and on a chat template that llama.cpp adds by itself."""
     if num_layers == TEKKEN_DEPTH and words.get("tokenizer.ggml.pre") == "tekken" and "tokenizer.chat_template" not in words:
         yield (
             f"llama.cpp takes a model of {TEKKEN_DEPTH} layers with this vocabulary and no chat template for Mistral Small, and renders "

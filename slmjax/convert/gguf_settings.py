@@ -247,7 +247,7 @@ def read_named_scale(settings: Settings, size: NamedSize) -> float | None:
 
 
 def check_named_scale(model: ModelConfig, attention: AttentionConfig, size: NamedSize) -> None:
-    """Raises Inexpressible where llama.cpp would scale scores otherwise, because of the number of layers or in general."""
+    """Raise Inexpressible where llama.cpp would scale scores otherwise, because of the number of layers or in general."""
     if model.num_layers != size.num_layers:
         check_plain_scale(attention)
         return

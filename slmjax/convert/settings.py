@@ -72,7 +72,7 @@ class Settings:
         return value
 
     def expect(self, name: str, *supported: Any) -> None:
-        """Takes a key that may only have one of these values; a null does too where one of them is falsy or nothing is published.
+        """Take a key that may only have one of these values. A null is accepted where one of them is falsy or the family published none.
 
         Raises:
           ConfigError: it has another, said or by the family's default.
@@ -109,7 +109,7 @@ class Settings:
         self._taken.update(names)
 
     def refuse(self, name: str, reason: str) -> None:
-        """Raises ConfigError for the value of a key."""
+        """Raise ConfigError for the value of a key."""
         raise ConfigError(f"{self._where}: {name} is {self._values.get(name)!r}: {reason}")
 
     def finish(self) -> None:

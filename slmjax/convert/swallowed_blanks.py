@@ -23,17 +23,17 @@ def _follows_phi3(metadata: Mapping[str, Any]) -> bool:
 
 
 def swallows_after(metadata: Mapping[str, Any], token: str, tokens: Collection[str]) -> bool:
-    """Whether llama.cpp makes blanks after a special token part of it, in a file with this metadata and these tokens."""
+    """Return whether llama.cpp makes blanks after a special token part of it, in a file with this metadata and these tokens."""
     return _follows_phi3(metadata) and token not in KEEPERS and all(name in tokens for name in NEEDED)
 
 
 def swallows_before(metadata: Mapping[str, Any], token: str) -> bool:
-    """Whether llama.cpp makes blanks before a special token part of it."""
+    """Return whether llama.cpp makes blanks before a special token part of it."""
     return token == MASK and MASK_NAME in _name(metadata) and not _follows_phi3(metadata)
 
 
 def name_notes(metadata: Mapping[str, Any]) -> list[str]:
-    """What whoever imports a file should know of what its name does in llama.cpp."""
+    """Notes for the import of a file whose name changes what llama.cpp does."""
     if not _follows_phi3(metadata):
         return []
     tokens = metadata.get("tokenizer.ggml.tokens") or []

@@ -108,7 +108,7 @@ class ChatText:
 
 
 class _HiddenNames:
-    """Stands digits in for the names of special tokens in messages, while a template renders them: it may do with text what it likes."""
+    """Digits in place of the names of special tokens in messages while a template renders them, since it may change text in any way."""
 
     def __init__(self, vocabulary: MarkedVocabulary) -> None:
         self._vocabulary = vocabulary

@@ -166,7 +166,7 @@ def begin_token(
     *, option: str | None, conventions: Conventions, model: int | None, eos: SpecialToken, vocabulary: Mapping[str, int],
     special: Sequence[str], file: Path,
 ) -> SpecialToken:  # fmt: skip
-    """What a document begins with, by the rules above: BOS, or what stands in for it. Arguments and errors as `end_token`."""
+    """Return the first token of documents by the rules above: BOS or its stand-in. Arguments and errors as `end_token`."""
     _check_option("bos", option, vocabulary=vocabulary, special=special, file=file)
     chosen = _named("bos", option, conventions.bos, model, conventions=conventions, vocabulary=vocabulary)
     if chosen is None and not conventions.has_bos:
@@ -210,7 +210,7 @@ def _check_option(kind: str, option: str | None, *, vocabulary: Mapping[str, int
 
 
 def _is_written_earlier(config: Mapping[str, Any]) -> bool:
-    """Whether slmjax wrote the file, before it wrote which token stands in for BOS."""
+    """Return whether slmjax wrote the file, before it wrote which token stands in for BOS."""
     is_ours = {"add_bos_token", "clean_up_tokenization_spaces", "tokenizer_class"} <= config.keys() <= _WRITTEN_EARLIER
     return is_ours and config.get("tokenizer_class") == "PreTrainedTokenizerFast"
 

@@ -26,7 +26,7 @@ class OnBadDocument(enum.Enum):
 
 
 class HeldOutBy(enum.Enum):
-    """What decides which documents are held out."""
+    """The key whose hash decides which documents are held out."""
 
     CONTENT = "content"  # of a record its content, wherever it stands; of a whole file its name
     ID = "id"  # of a record its file and line or row, of a whole file its name: the rule of runs before this option
@@ -143,7 +143,7 @@ class Gatekeeper:
         self._ends.add(token)
 
     def warnings(self) -> list[str]:
-        """What is to be said of documents that are good and still may not be what is meant."""
+        """Warnings about good documents that may not be what the user meant."""
         counts, warnings = self.counts, []
         if counts.special_names > _MANY * counts.documents:
             warnings.append(

@@ -28,7 +28,7 @@ _MAX_BYTES = 2**31 - 1  # lengths are int32
 
 
 def is_held_out(key: str, fraction: float) -> bool:
-    """Whether a hash of the key (`Document.held_out_key`), uniform in [0, 1), is below the fraction."""
+    """Return whether a hash of the key (`Document.held_out_key`), uniform in [0, 1), is below the fraction."""
     return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8]) < fraction * 2.0**64
 
 

@@ -49,7 +49,7 @@ class Compression(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FileKind:
-    """What a file is, as far as reading it goes."""
+    """The layout and compression of a file."""
 
     layout: Layout
     compression: Compression | None = None
@@ -57,7 +57,7 @@ class FileKind:
 
     @property
     def has_records(self) -> bool:
-        """Whether the file holds records with fields."""
+        """Return whether the file holds records with fields."""
         return self.layout is not Layout.TEXT
 
 
@@ -100,7 +100,7 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 def file_kind(path: Path) -> FileKind:
-    """What the file is, by its suffix and its first bytes.
+    """Return the kind of a file, by its suffix and its first bytes.
 
     A file with a NUL in its first 8 KiB is binary (git's rule), and so is UTF-16: `FileKind.binary` says what it is.
 
@@ -127,7 +127,7 @@ def file_kind(path: Path) -> FileKind:
 
 
 def _binary(head: bytes, path: Path) -> str:
-    """What content without UTF-8 text is; "" for text. Raises ValueError for archives and data formats."""
+    """Name the kind of content without UTF-8 text; "" for text. Raises ValueError for archives and data formats."""
     found = next((name for magic, name in _UNREADABLE.items() if head.startswith(magic)), "")
     if head[_TAR_OFFSET : _TAR_OFFSET + 5] == b"ustar":
         found = "a tar archive"

@@ -1,4 +1,4 @@
-"""What a plan of rows leaves out of documents that are not scored throughout, to be told before training."""
+"""Documents, or parts of them, that a plan of rows leaves out because no token of them is scored. They are logged before training."""
 
 import dataclasses
 from collections.abc import Callable

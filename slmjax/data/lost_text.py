@@ -44,7 +44,7 @@ def lost_characters(text: str, decoded: str) -> collections.Counter[str]:
 
 
 class LostTextMeter:
-    """Adds up what is lost of the documents of one side of a source."""
+    """The lost text of the training documents, or of the held-out ones, of a source."""
 
     def __init__(self, tokenizer: Tokenizer, *, sample: bool) -> None:
         """With `sample`, some of the documents are compared: decoding takes about as long as encoding."""
@@ -55,7 +55,7 @@ class LostTextMeter:
         self._lost: collections.Counter[str] = collections.Counter()
 
     def add(self, text: bytes, ids: Sequence[int], *, marked: str | None = None) -> None:
-        """Compares a document with its ids, BOS and EOS included.
+        """Compare a document with its ids, BOS and EOS included.
 
         Args:
           text: without special tokens.
@@ -78,7 +78,7 @@ class LostTextMeter:
             self._lost += lost_characters(part.removeprefix(" "), decoded.removeprefix(" "))
 
     def found(self) -> LostText:
-        """What the documents so far have lost."""
+        """Return the text that the documents so far have lost."""
         lost = sum(count * len(character.encode()) for character, count in self._lost.items())
         shown = "".join(character for character, _ in self._lost.most_common(_MOST_SHOWN))
         return LostText(measured=self._measured, lost=lost, characters=shown)
@@ -91,12 +91,12 @@ def lost_share(parts: Iterable[LostText]) -> float:
 
 
 def lost_note(share: float) -> str:
-    """What is said beside bits per byte of such a text."""
+    """A note that stands beside bits per byte of such a text."""
     return f"the tokenizer loses {share:.2%} of the text's bytes: not comparable across tokenizers"
 
 
 def check_lost_text(found: LostText, max_share: float, *, source_name: str) -> None:
-    """Raises ValueError if more than this share of a source's text is lost."""
+    """Raise ValueError if more than this share of a source's text is lost."""
     if found.share > max_share:
         raise ValueError(
             f"{source_name}: the tokenizer loses {found.share:.1%} of the bytes of the text (decoding does not give them back), more than "

@@ -24,7 +24,7 @@ from slmjax.data.spans import MARK_BEGINS, MARK_ENDS, TextTokens
 
 
 class SpecialNames(enum.Enum):
-    """What the name of a special token in a document is."""
+    """The meaning of a special token's name in a document."""
 
     TEXT = "text"  # text like any other
     ENCODE = "encode"  # that token: for text that a chat template made beforehand

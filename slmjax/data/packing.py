@@ -59,7 +59,7 @@ class TokenizedDocuments(Protocol):
         ...
 
     def scored(self, document: int, *, start: int = 0, stop: int | None = None) -> Bool[np.ndarray, "T"]:
-        """Whether each of the tokens `start` to `stop` is scored as a target; BOS never is."""
+        """Return whether each of the tokens `start` to `stop` is scored as a target; BOS never is."""
         ...
 
 
@@ -153,7 +153,7 @@ def with_targets(plan: RowPlan, shards: TokenizedDocuments) -> RowPlan:
 
 
 def spans_of(shards: TokenizedDocuments, *, sequence_length: int, num_documents: int | None = None) -> dict[int, Spans]:
-    """What `best_fit_rows` needs to know of the scored tokens of the first `num_documents` (None: all)."""
+    """Return the scored spans that `best_fit_rows` needs, of the first `num_documents` (None: all)."""
     lengths, num_scored = shards.lengths[:num_documents], shards.num_scored[:num_documents]
     concerned = ~is_all_scored(lengths, num_scored) & ((lengths - 1 > sequence_length) | (num_scored == 0))
     return {document: spans_in(shards.scored(document)) for document in np.flatnonzero(concerned).tolist()}
@@ -223,7 +223,7 @@ def write_row(
 
 
 def _scored(shards: TokenizedDocuments, document: int, *, start: int, stop: int, text: ScoredText) -> np.ndarray:
-    """Whether each of the tokens `start`, at least 1, to `stop` is scored."""
+    """Return whether each of the tokens `start`, at least 1, to `stop` is scored."""
     if text is ScoredText.ALL or shards.num_scored[document] == shards.lengths[document] - 1:
         return np.ones(max(stop - start, 0), bool)
     return shards.scored(document, start=start, stop=stop)

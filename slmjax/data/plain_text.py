@@ -92,7 +92,7 @@ def checked_encodings(
 
 
 def _can_produce(model: Mapping[str, Any], name: str) -> bool:
-    """Whether the model itself may find this name in a text."""
+    """Return whether the model itself may find this name in a text."""
     if model["type"] == "Unigram":
         return any(piece == name for piece, _ in model["vocab"])
     if name not in model["vocab"]:

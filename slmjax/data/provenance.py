@@ -29,7 +29,7 @@ Record = list[dict[str, Any]]  # one entry per source of the mixture
 
 
 class ChangedData(enum.Enum):
-    """What evaluation on a run's own held-out text does where its sources have changed since training."""
+    """The behaviour of an evaluation on a run's own held-out text whose sources have changed since training."""
 
     REFUSE = "refuse"  # an error that names the changed sources
     ALLOW = "allow"  # evaluate the text as it is now
@@ -92,7 +92,7 @@ def differences(before: Record, now: Record) -> list[str]:
 
 
 def _is_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether all documents are the same; the records of earlier versions do not say what was held out."""
+    """Return whether all documents are the same; the records of earlier versions do not say what was held out."""
     return before["hash"] == now["hash"] and (HELDOUT not in before or before[HELDOUT] == now[HELDOUT])
 
 
@@ -262,7 +262,7 @@ def _total(entry: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _holds_out_the_same(before: Mapping[str, Any], now: Mapping[str, Any], own: DataConfig, data: DataConfig) -> bool:
-    """Whether all that is evaluated was held out of the other training too."""
+    """Return whether all that is evaluated was held out of the other training too."""
     if data.heldout_fraction > 0 and before.get("hash") == now["hash"] and before.get(HELDOUT, now.get(HELDOUT)) == now.get(HELDOUT):
         return True
     is_within = 0 < data.heldout_fraction <= own.heldout_fraction and (own.split, own.heldout_by) == (data.split, data.heldout_by)

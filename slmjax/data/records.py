@@ -91,7 +91,7 @@ def require_fields(fields: Iterable[str], known: Iterable[str], *, where: str, h
 
 # JSON -----------------------------------------------------------------------------------------------------------------
 def _is_json_lines(path: Path, kind: FileKind) -> bool:
-    """Whether each line is a value of its own, by the first line that is not blank and by the suffix."""
+    """Return whether each line is a value of its own, by the first line that is not blank and by the suffix."""
     with open_bytes(path, kind) as stream:
         head = stream.read(_CHUNK).removeprefix(_BOM).lstrip()
         line, newline, rest = head.partition(b"\n")
@@ -158,7 +158,7 @@ class JsonStream:
         self.closed = False  # whether "]" was taken
 
     def at_end(self) -> bool:
-        """Whether only white space is left."""
+        """Return whether only white space is left."""
         while True:
             while self._start < len(self._buffer) and self._buffer[self._start] in " \t\r\n":
                 self._start += 1
@@ -169,7 +169,7 @@ class JsonStream:
             self._read(_CHUNK)
 
     def take(self, character: str) -> bool:
-        """Whether this character comes next; it is then passed over."""
+        """Return whether this character comes next; it is then passed over."""
         if self.at_end() or self._buffer[self._start] != character:
             return False
         self._start += 1
@@ -199,7 +199,7 @@ class JsonStream:
             size *= 2
 
     def _is_broken(self, error: ValueError) -> bool:
-        """Whether the error is not merely that the buffer ends inside the value."""
+        """Return whether the error is not merely that the buffer ends inside the value."""
         assert isinstance(error, json.JSONDecodeError)
         return not error.msg.startswith("Unterminated string") and error.pos < len(self._buffer) - _LONGEST_TOKEN
 

@@ -62,7 +62,7 @@ class ScoredTokens:
 
 
 def is_all_scored(lengths: Integer[np.ndarray, " D"], num_scored: Integer[np.ndarray, " D"]) -> Bool[np.ndarray, " D"]:
-    """Whether each document is plain text: every token but BOS is scored."""
+    """Return whether each document is plain text: every token but BOS is scored."""
     return num_scored >= lengths - 1
 
 

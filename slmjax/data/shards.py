@@ -125,7 +125,7 @@ class ShardWriter:
         scored_bytes: int | None = None,
         text: bytes | None = None,
     ) -> None:
-        """Appends one document.
+        """Append one document.
 
         Args:
           tokens: its ids with BOS and EOS.
@@ -263,7 +263,7 @@ class TokenShards:
 
     @property
     def hash(self) -> str:
-        """Identifies the documents: equal for equal ids, bytes and scored tokens under the same tokenizer."""
+        """A hash of the documents: equal for equal ids, bytes and scored tokens under the same tokenizer."""
         return self.manifest.content_hash
 
     def __len__(self) -> int:
@@ -280,7 +280,7 @@ class TokenShards:
         return np.concatenate(parts or [np.zeros(0)]).astype(np.int32)
 
     def scored(self, document: int, *, start: int = 0, stop: int | None = None) -> Bool[np.ndarray, " T"]:
-        """Whether each of the tokens `start` to `stop` of a document is scored as a target; BOS, token 0, never is."""
+        """Return whether each of the tokens `start` to `stop` of a document is scored as a target; BOS, token 0, never is."""
         return self._scored.of(document, start=start, stop=stop)
 
     def text(self) -> bytes:

@@ -263,7 +263,7 @@ class Tokenizer:
 
     @functools.cached_property
     def special_names(self) -> re.Pattern[str]:
-        """Matches the names of special tokens."""
+        """A pattern that matches the names of special tokens."""
         return names_pattern(self.special_ids)
 
     @functools.cached_property

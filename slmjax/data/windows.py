@@ -122,7 +122,7 @@ def evaluation_batches(
 
 
 def _counts(shards: TokenizedDocuments, num_documents: int, text: ScoredText) -> tuple[int, int, int]:
-    """Of the first documents: tokens but BOS, those that are scored, and the bytes of the scored text."""
+    """Counts over the first documents: tokens but BOS, scored tokens, and bytes of the scored text."""
     num_tokens = np.maximum(shards.lengths - 1, 0)
     scored, scored_bytes = (num_tokens, shards.num_bytes) if text is ScoredText.ALL else (shards.num_scored, shards.scored_bytes)
     tokens, targets, num_bytes = (int(counts[:num_documents].sum(dtype=np.int64)) for counts in (num_tokens, scored, scored_bytes))

@@ -86,7 +86,7 @@ class EvalResult:
 
     @property
     def is_all(self) -> bool:
-        """Whether all text of the documents was scored."""
+        """Return whether all text of the documents was scored."""
         return self.tokens == self.total_tokens
 
     def measured_on(self, text: str) -> str:
@@ -266,7 +266,7 @@ def data_or_own(loaded: Loaded, data: DataConfig | None) -> DataConfig:
 
 
 def scored_text(loaded: Loaded) -> ScoredText:
-    """What the evaluations of the model's own run score; without one, and where it does not say, what training scores."""
+    """Return the text that evaluations of the model's own run score; without a run or a setting, what training scores."""
     return ScoredText(_experiment_of(loaded).get("eval", {}).get("score", ScoredText.COMPLETIONS.value))
 
 

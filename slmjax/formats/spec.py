@@ -157,7 +157,7 @@ class QuantSpec:
 
     @property
     def has_signed_scale(self) -> bool:
-        """Whether a scale may be negative, so that the grid of a group is mirrored: the largest number then has the lowest code."""
+        """Return whether a scale may be negative, so that the grid of a group is mirrored: the largest number then has the lowest code."""
         is_signed = self.statistic in (Statistic.SIGNED_MAX, Statistic.FAR_END)
         return is_signed and self.scale_type is not ScaleType.E8M0  # which stores no sign
 

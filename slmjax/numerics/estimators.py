@@ -121,7 +121,7 @@ class LearnedScale(Estimator):
     clipped_from: ClippedFrom = added_field(ClippedFrom.LAST_LEVEL, before=ClippedFrom.LAST_LEVEL)  # numbers beyond get no gradient
 
     def check(self, spec: QuantSpec) -> None:
-        """Raises ValueError for formats with a zero point or floating-point codes, and for RANGE with a grid that is not stretched."""
+        """Raise ValueError for formats with a zero point or floating-point codes, and for RANGE with a grid that is not stretched."""
         _check_integers(spec, "a learned scale")
         is_stretched = spec.bits == TERNARY_BITS or (spec.grid is Grid.ODD and spec.bits > 1)
         if self.clipped_from is ClippedFrom.RANGE and not is_stretched:

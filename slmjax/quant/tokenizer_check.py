@@ -59,12 +59,12 @@ class TokenizerCheck:
 
     @property
     def holds(self) -> bool:
-        """Whether the file has the model's tokenizer, and the engine takes it for the same."""
+        """Return whether the file has the model's tokenizer, and the engine takes it for the same."""
         return not self.differences and all(one.reason is not None for one in self.differing_texts)
 
 
 def compare_metadata(metadata: Mapping[str, Any], directory: Path, tokenizer: Tokenizer, *, num_rows: int) -> TokenizerCheck:
-    """Compares the keys `tokenizer.*` of a file with those that `export` writes for the tokenizer in `directory`.
+    """Compare the keys `tokenizer.*` of a file with those that `export` writes for the tokenizer in `directory`.
 
     Args:
       metadata: of the file.

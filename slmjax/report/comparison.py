@@ -92,7 +92,7 @@ def _figure(run: RunRecords, name: str) -> Any:
 
 
 def _held_out_text(run: RunRecords) -> str | None:
-    """What a run was evaluated on: runs with another one do not compare. None where its record does not say."""
+    """The held-out text of a run, in words: runs with other text do not compare. None where its record does not say."""
     parts = [
         f"{entry['heldout']['documents']:,} documents of {entry['fingerprint'][:8]}, {entry['heldout']['bytes']:,} bytes"
         for entry in run.data

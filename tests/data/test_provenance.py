@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from slmjax import parameters, session
+from slmjax import cli, parameters, session
 from slmjax.architecture import BlockConfig, ModelConfig, Segment
 from slmjax.attention import AttentionConfig
 from slmjax.config import to_json
@@ -241,3 +241,13 @@ def test_a_new_run_names_models_that_were_trained_on_what_it_holds_out(
     asked = Experiment(model=CONFIG, data=data, init=FromModel(path=str(first)), objective=ObjectiveConfig(distill=distill))
     session._warn_of_overlap(asked, prepare(data, ByteTokenizer(), log=lambda _: None))
     assert [str(tmp_path / name) in caplog.text for name in fractions] == [True, True, False]
+
+
+def test_options_of_an_evaluation_default_to_the_run_s_and_not_to_its_teacher_s(
+    data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher, run = (write_run(tmp_path / str(length), dataclasses.replace(data, sequence_length=length)) for length in (48, 57))
+    with pytest.raises(SystemExit):
+        cli.main(["eval", "--teacher", str(teacher), str(run), "--help"])
+    shown = capsys.readouterr().out
+    assert "(default: 57)" in shown and "(default: 48)" not in shown

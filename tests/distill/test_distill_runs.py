@@ -190,7 +190,7 @@ def test_an_evaluation_beside_the_teacher_is_the_dense_one(straight: tuple[Exper
     assert found is not None
     figures = found.figures()
     (record,) = records(result.run_dir, "eval")
-    assert figures.keys() <= record.keys() and len(figures) == 6
+    assert figures.keys() <= record.keys() and len(figures) == 8
     ours, theirs, targets = [], [], []
     for batch in batches:
         is_scored = batch.loss_mask > 0
@@ -207,6 +207,7 @@ def test_an_evaluation_beside_the_teacher_is_the_dense_one(straight: tuple[Exper
         "loss": nll / len(target), "bits_per_byte": nll / math.log(2) / batches.num_bytes,
         "teacher_bits_per_byte": teacher_nll / math.log(2) / batches.num_bytes, "teacher_kl": forward_kl(log_p, log_q).mean(),
         "teacher_agreement": (best == log_p.argmax(axis=-1)).mean(), "calibration_error": sum(gaps) / len(target),
+        "tokens": len(target), "total_tokens": len(target),
     }  # fmt: skip
     assert len(target) > 500 and 0.05 < expected["teacher_agreement"] < 0.95 and sum(np.bincount(bins) > 0) > 5
     assert figures == pytest.approx(expected, rel=1e-4)
