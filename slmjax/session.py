@@ -302,7 +302,8 @@ def restored_state(setup: Setup, checkpointer: Checkpointer) -> TrainState:
         return fresh_state(setup)
     run_log = RunDirectory(checkpointer.directory.parent).log_path
     checkpointer.repair_best(run_log)
-    if (best := checkpointer.best()) is not None and run_log.exists() and _scored_otherwise(setup, run_log, step=best[0]):
+    evaluated = setup.heldout(setup.experiment.eval.max_documents)
+    if (best := checkpointer.best()) is not None and run_log.exists() and _scored_otherwise(evaluated, run_log, step=best[0]):
         log.warning(
             "the best checkpoint so far, of step %d, was chosen by the loss of other tokens (the held-out text or eval.score changed):"
             " it is found anew", best[0],
@@ -311,10 +312,10 @@ def restored_state(setup: Setup, checkpointer: Checkpointer) -> TrainState:
     return TrainState.from_items(checkpointer.restore(setup.shapes.items())[1])
 
 
-def _scored_otherwise(setup: Setup, run_log: Path, *, step: int) -> bool:
+def _scored_otherwise(now: EvaluationBatches | None, run_log: Path, *, step: int) -> bool:
     """Return whether the evaluation after `step` scored another number of tokens than one does now."""
     records = [record for record in read_log(run_log, kind="eval") if record["step"] == step]
-    if not records or (now := setup.heldout(setup.experiment.eval.max_documents)) is None:
+    if not records or now is None:
         return False
     total = records[-1].get("total_tokens", now.num_tokens)  # earlier versions said neither, and scored all
     return (records[-1].get("tokens", total), total) != (now.num_targets, now.num_tokens)

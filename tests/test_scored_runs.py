@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import types
 from pathlib import Path
-from typing import cast
 
 import pytest
 
@@ -13,9 +11,10 @@ from slmjax import session
 from slmjax.checkpoint import CheckpointConfig
 from slmjax.data.config import DataConfig
 from slmjax.data.scored import ScoredText
+from slmjax.data.windows import evaluation_batches
 from slmjax.experiment import EvalConfig
 from slmjax.runlog import read_log
-from slmjax.session import Setup
+from tests.data.in_memory import numbered
 from tests.one_layer import one_layer
 
 
@@ -58,19 +57,19 @@ def test_pairs_whose_prompts_do_not_fit_a_row(workplace: Path, tmp_path: Path, c
 
 
 @pytest.mark.parametrize(
-    ("record", "now", "expected"),
+    ("record", "scored", "expected"),
     [
-        ({"tokens": 40, "total_tokens": 300}, (40, 300), False),
-        ({"tokens": 40, "total_tokens": 300}, (300, 300), True),  # eval.score all
-        ({"tokens": 40, "total_tokens": 300}, (44, 330), True),  # held-out text was added
-        ({}, (300, 300), False),  # by an earlier version, which scored all
-        ({}, (40, 300), True),
+        ({"tokens": 8, "total_tokens": 18}, ScoredText.COMPLETIONS, False),
+        ({"tokens": 8, "total_tokens": 18}, ScoredText.ALL, True),
+        ({"tokens": 8, "total_tokens": 28}, ScoredText.COMPLETIONS, True),  # held-out text was added or removed
+        ({}, ScoredText.ALL, False),  # by an earlier version, which scored all
+        ({}, ScoredText.COMPLETIONS, True),
     ],
 )
-def test_the_best_of_other_tokens_is_found_anew(record: dict[str, int], now: tuple[int, int], expected: bool, tmp_path: Path) -> None:
+def test_the_best_of_other_tokens_is_found_anew(record: dict[str, int], scored: ScoredText, expected: bool, tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     log.write_text(json.dumps({"kind": "eval", "step": 20, "loss": 1.0, **record}) + "\n")
-    batches = types.SimpleNamespace(num_targets=now[0], num_tokens=now[1])
-    setup = types.SimpleNamespace(experiment=types.SimpleNamespace(eval=EvalConfig()), heldout=lambda max_documents: batches)
-    assert session._scored_otherwise(cast(Setup, setup), log, step=20) is expected
-    assert not session._scored_otherwise(cast(Setup, setup), log, step=10), "an evaluation that the log does not tell of"
+    documents = numbered([10, 10], prompt_lengths=[6, 6])  # of 10 tokens, BOS and EOS included, 4 are scored
+    batches = evaluation_batches([documents], sequence_length=16, batch_size=1, overlap=0, text=scored)
+    assert session._scored_otherwise(batches, log, step=20) is expected
+    assert not session._scored_otherwise(batches, log, step=10), "an evaluation that the log does not tell of"
