@@ -300,16 +300,18 @@ def restored_state(setup: Setup, checkpointer: Checkpointer) -> TrainState:
     if not checkpointer.steps() and not any(checkpointer.directory.glob("*.bad*")):
         log.warning("%s has no checkpoint yet: beginning at step 0", checkpointer.directory)
         return fresh_state(setup)
-    run_log = RunDirectory(checkpointer.directory.parent).log_path
-    checkpointer.repair_best(run_log)
-    evaluated = setup.heldout(setup.experiment.eval.max_documents)
-    if (best := checkpointer.best()) is not None and run_log.exists() and _scored_otherwise(evaluated, run_log, step=best[0]):
-        log.warning(
-            "the best checkpoint so far, of step %d, was chosen by the loss of other tokens (the held-out text or eval.score changed):"
-            " it is found anew", best[0],
-        )  # fmt: skip
-        checkpointer.forget_best()
+    process_zero_first(lambda: _check_best(setup, checkpointer))  # it may change what the others read
     return TrainState.from_items(checkpointer.restore(setup.shapes.items())[1])
+
+
+def _check_best(setup: Setup, checkpointer: Checkpointer) -> None:
+    """Delete the note of a best checkpoint whose loss does not compare with those to come; replace one that is not finite."""
+    run_log, evaluated = RunDirectory(checkpointer.directory.parent).log_path, setup.heldout(setup.experiment.eval.max_documents)
+    checkpointer.repair_best(run_log)
+    if (best := checkpointer.best()) is not None and run_log.exists() and _scored_otherwise(evaluated, run_log, step=best[0]):
+        why = "the loss of other tokens (the held-out text or eval.score changed)"
+        log.warning("the best checkpoint so far, of step %d, was chosen by %s: it is found anew", best[0], why)
+        checkpointer.forget_best()
 
 
 def _scored_otherwise(now: EvaluationBatches | None, run_log: Path, *, step: int) -> bool:
