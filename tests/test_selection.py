@@ -77,10 +77,10 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best(workplace, tmp_path,
     losses = [2.0, math.nan, 3.0, math.inf, 2.5, math.nan]
 
     def evaluation(setup, state, max_documents):
-        value = losses.pop(0)
+        value, batches = losses.pop(0), setup.heldout(max_documents)
         return EvalResult(
-            loss=value, perplexity=value, bits_per_byte=value, calibration_error=0.0, tokens=1, bytes=1, documents=1, sequence_length=48,
-            overlap=8, seconds=0.0,
+            loss=value, perplexity=value, bits_per_byte=value, calibration_error=0.0, tokens=batches.num_targets,
+            total_tokens=batches.num_tokens, bytes=1, documents=1, sequence_length=48, overlap=8, seconds=0.0,
         )  # fmt: skip
 
     monkeypatch.setattr(session.Setup, "evaluate", evaluation)
