@@ -306,4 +306,5 @@ def _divided(data: DataConfig) -> tuple[Any, ...]:
         if isinstance(source, TextSource):
             source = dataclasses.replace(source, path=str(Path(source.path).expanduser().absolute()))
         sources.append(source)
-    return sources, data.split, data.heldout_by, data.heldout_fraction, data.on_bad_document, data.max_document_bytes
+    rules = data.split, data.heldout_by, data.heldout_fraction, data.on_bad_document, data.max_document_bytes
+    return sources, rules, data.scored_turns, data.special_tokens

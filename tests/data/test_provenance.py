@@ -15,7 +15,7 @@ from slmjax.attention import AttentionConfig
 from slmjax.config import to_json
 from slmjax.convert.source import Own
 from slmjax.data import provenance
-from slmjax.data.config import DataConfig, HeldOutBy, Split
+from slmjax.data.config import DataConfig, HeldOutBy, SpecialNames, Split
 from slmjax.data.preparation import prepare
 from slmjax.data.provenance import ChangedData
 from slmjax.data.tokenizers import ByteTokenizer
@@ -113,6 +113,16 @@ def test_the_run_s_text_divided_otherwise_is_said(loaded: Loaded, data: DataConf
     assert lines == [] or all("prepared" in line for line in lines)  # held out then too
     documents_of(loaded, dataclasses.replace(data, heldout_fraction=0.5), log=lines.append)
     assert "some of what is evaluated here may have been trained on" in lines[-1]
+
+
+def test_another_way_to_encode_the_same_text_is_no_change_of_it(loaded: Loaded, tmp_path: Path) -> None:
+    data = corpus(tmp_path / "names.jsonl", [f"{i} <|eos|> {text}" for i, text in enumerate(TEXTS)])
+    lines: list[str] = []
+    model = dataclasses.replace(loaded, path=write_run(tmp_path / "named", data))
+    (spelled,) = documents_of(model, data, log=lines.append)
+    (encoded,) = documents_of(model, dataclasses.replace(data, special_tokens=SpecialNames.ENCODE), log=lines.append)
+    assert len(encoded) == len(spelled) and encoded.lengths.sum() < spelled.lengths.sum()
+    assert not any("trained on" in line for line in lines), "what is held out is the same"
 
 
 def test_a_model_made_of_a_run_has_its_record(run: Path, data: DataConfig, tmp_path: Path) -> None:
