@@ -147,9 +147,9 @@ def _lines(text: str, where: str) -> list[Request]:
 
 
 def _record(record: Mapping[str, Any], where: str) -> Request:
-    prompt, messages, seed = record.get("prompt"), record.get("messages"), record.get("seed")
-    if isinstance(seed, str) and seed.isdecimal():  # of CSV
-        seed = int(seed)
+    from slmjax.data.records import value_in_cell
+
+    prompt, messages, seed = record.get("prompt"), *(value_in_cell(record.get(name)) for name in ("messages", "seed"))
     if messages is not None:
         _check_messages(messages, where)
         prompt = None

@@ -81,6 +81,19 @@ def read_objects(path: Path) -> list[Record]:
     return found
 
 
+def value_in_cell(value: Any) -> Any:
+    """Return the list or whole number whose JSON a text is, as cells of CSV and TSV hold it; None for no text; else the value itself."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return found if isinstance(found, list) or type(found) is int else value
+
+
 def require_fields(fields: Iterable[str], known: Iterable[str], *, where: str, hint: str = "") -> None:
     """Raise ValueError when a field is none of the known ones of a dataset or file."""
     known = list(known)

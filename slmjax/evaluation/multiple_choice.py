@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from slmjax.data.records import read_objects
+from slmjax.data.files import Layout, file_kind
+from slmjax.data.records import read_objects, value_in_cell
 from slmjax.evaluation.likelihood import DEFAULT_BATCH_SIZE, Pair, log_likelihoods, pair_tokens, refuse_nan
 from slmjax.loading import Loaded
 
@@ -113,7 +114,13 @@ def read_questions(path: Path) -> list[Question]:
     """The questions of a file. Raises ValueError as `answer_questions` does."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}: multiple choice reads JSONL with prompt, choices and answer on each line")
-    questions = [_question(record.values or {}, record.where) for record in read_objects(path)]
+    in_cells = file_kind(path).layout in (Layout.CSV, Layout.TSV)
+    questions = []
+    for record in read_objects(path):
+        values = dict(record.values or {})
+        if in_cells:  # a whole number is then an index, never the text of a choice
+            values |= {name: value_in_cell(values[name]) for name in ("choices", "answer") if name in values}
+        questions.append(_question(values, record.where))
     if not questions:
         raise ValueError(f"{path} holds no question: write one on each line, or one in each record")
     return questions

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from slmjax.cli.generating import _in_file
+from slmjax.cli.generating import Request, _in_file
 from slmjax.data.config import DataConfig
 from slmjax.data.documents import Problem
 from slmjax.data.files import file_kind
@@ -22,6 +22,16 @@ from slmjax.data.records import JsonStream, read_records
 from slmjax.data.sources import TextSource
 from slmjax.data.tokenizers import ByteTokenizer
 from slmjax.evaluation.multiple_choice import read_questions
+
+
+def cells(records: Sequence[Mapping[str, Any]]) -> bytes:
+    """As CSV."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(records[0]))
+    writer.writeheader()
+    writer.writerows(records)
+    return stream.getvalue().encode()
+
 
 RECORDS = [{"prompt": f'Question {i}, "quoted",\nsecond line\ttab é?', "completion": f"yes {i}\u2028 🙂"} for i in range(20)]
 
@@ -225,13 +235,23 @@ def test_prompts_of_a_file(tmp_path: Path, name: str) -> None:
     assert [one.prompt for one in requests] == [one["prompt"] for one in RECORDS]
 
 
-@pytest.mark.parametrize("name", ["q.JSONL", "q.json", "q.jsonl.gz"])
+@pytest.mark.parametrize("name", ["q.JSONL", "q.json", "q.jsonl.gz", "q.csv"])
 def test_questions_of_a_file(tmp_path: Path, name: str) -> None:
     questions = [{"prompt": f"{i}+1=", "choices": ["1", "2"], "answer": i} for i in range(2)]
     content = {
         "q.JSONL": lines(questions),
         "q.json": json.dumps(questions, indent=1).encode(),
         "q.jsonl.gz": gzip.compress(lines(questions)),
+        "q.csv": cells([{**one, "choices": json.dumps(one["choices"])} for one in questions]),
     }
     found = read_questions(write(tmp_path / name, content[name]))
     assert [(one.prompt, one.choices, one.answer) for one in found] == [("0+1=", ("1", "2"), 0), ("1+1=", ("1", "2"), 1)]
+
+
+def test_conversations_and_seeds_in_the_cells_of_a_table(tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "12"}]
+    records = [{"prompt": "12", "messages": "", "seed": 3}, {"prompt": "", "messages": json.dumps(asked), "seed": ""}]
+    found = _in_file(write(tmp_path / "x.csv", cells(records)))
+    assert found == [Request("12", 3), Request(None, messages=asked)]
+    with pytest.raises(ValueError, match="line 2: seed is 'three'"):
+        _in_file(write(tmp_path / "x.csv", cells([{"prompt": "12", "seed": "three"}])))
