@@ -103,7 +103,7 @@ class _EncodedDocument:
     scored: np.ndarray | None  # as in ShardWriter.add
     scored_bytes: int
     text: bytes  # without special tokens
-    marked: str | None  # with their marks, where it has any
+    marked: tuple[str, list[int]] | None  # with their marks, where it has any, and its ids
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -147,10 +147,10 @@ class _Pending:
         begins = not self.document.is_conversation and not (self.marked and ids[:1].tolist() == [tokenizer.bos_id])
         ends = self.ends_open and not (self.marked and ids[-1:].tolist() == [tokenizer.eos_id])
         around = (int(begins), int(ends))
+        marked = (self.text.decode(), ids.tolist()) if self.marked else None
         ids = np.pad(ids, around, constant_values=(tokenizer.bos_id, tokenizer.eos_id))
         if scored is not None:
             scored = np.pad(scored, around, constant_values=(False, True))
-        marked = self.text.decode() if self.marked else None
         return _EncodedDocument(tokens=ids, scored=scored, scored_bytes=min(scored_bytes, len(text)), text=text, marked=marked)
 
     def _plain_text(self, ids: np.ndarray, tokenizer: Tokenizer) -> bytes:

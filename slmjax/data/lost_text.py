@@ -54,14 +54,14 @@ class LostTextMeter:
         self._bytes = self._measured = 0
         self._lost: collections.Counter[str] = collections.Counter()
 
-    def add(self, text: bytes, ids: Sequence[int], *, marked: str | None = None) -> None:
+    def add(self, text: bytes, ids: Sequence[int], *, marked: tuple[str, list[int]] | None = None) -> None:
         """Compare a document with its ids, BOS and EOS included.
 
         Args:
           text: without special tokens.
           ids: of the text.
-          marked: the text with the marks of special tokens (`marks.py`), if it has any. What stands between two of them is compared by
-            itself, since vocabularies that put a blank before a text put one behind each special token too.
+          marked: the text with the marks of special tokens (`marks.py`), if it has any, and its ids alone. What stands between two marks is
+            compared by itself, since vocabularies that put a blank before a text put one behind each special token too.
         """
         if self._is_exact:
             return
@@ -72,7 +72,7 @@ class LostTextMeter:
         if marked is None:
             self._lost += lost_characters(text.decode(), self._tokenizer.decode([id for id in ids if id not in self._around]))
             return
-        for part, of_part in self._tokenizer.marked_vocabulary.text_between(marked, ids):
+        for part, of_part in self._tokenizer.marked_vocabulary.text_between(*marked):
             decoded = self._tokenizer.decode([id for id in of_part if id not in self._around])
             # Decoders take one blank off the beginning, whether or not one was put there.
             self._lost += lost_characters(part.removeprefix(" "), decoded.removeprefix(" "))

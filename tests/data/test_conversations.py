@@ -203,6 +203,12 @@ def test_blanks_around_special_tokens_are_neither_lost_text_nor_answers(scheme: 
     blank = ["\u2581"] if scheme == "always" else []
     assert scored == [*blank, *(["k"] if takes_blanks else ["\n", "k"]), "</s>"]
     assert shards.scored_bytes.tolist() == [1 if takes_blanks else 2]
+    # BOS inside a text is not taken for the one that begins the document.
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "ok<s>kk"}))
+    texts = DataConfig(path=str(tmp_path / "texts.jsonl"), cache_dir=str(tmp_path / "cache"), heldout_fraction=0.0)
+    texts = dataclasses.replace(texts, special_tokens=SpecialNames.ENCODE)
+    ((shards, _),) = prepare(texts, FileTokenizer(path=str(tmp_path / "tokenizer")), log=lambda line: None).train
+    assert shards.manifest.lost_text == LostText(measured=4) and (shards.tokens(0) == tokenizer.bos_id).sum() == 2
 
 
 # Text that a template made beforehand ------------------------------------------------------------------------------------
