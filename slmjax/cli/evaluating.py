@@ -30,9 +30,10 @@ def eval_command(words: Sequence[str]) -> int:
         text: bool = False  # loss and bits per byte of text beside another evaluation: alone, it is what is done anyway
         max_documents: int | None = None  # evaluate the first held-out documents only (none: all)
         overlap: int | None = None  # tokens of context that each further window of a long document repeats (none: as in the run)
-        changed_data: ChangedData = ChangedData.REFUSE  # where the run's text has changed: an error, allow, or recorded (from the cache)
+        # if the run's text has changed: refuse it, allow it as it is now, or take the recorded text that the cache has
+        changed_data: ChangedData = ChangedData.REFUSE
         score: ScoredText | None = None  # text that is scored: completions (what training scores) or all, prompts too (none: as in the run)
-        multiple_choice: tuple[str, ...] = ()  # JSONL files of questions: prompt, choices, answer
+        multiple_choice: tuple[str, ...] = ()  # files of questions (JSONL, JSON, CSV, Parquet): prompt, choices, answer
         lm_eval: tuple[str, ...] = ()  # tasks of lm-eval (the eval extra)
         lm_eval_path: str | None = None  # directory with lm-eval tasks of your own
         lm_eval_limit: int | None = None  # examples of each task (none: all)

@@ -89,7 +89,8 @@ def verify_export_command(words: Sequence[str]) -> int:
         source: Annotated[str, *by_place("RUN_OR_MODEL_DIR")]  # run directory, or directory of an imported or quantized model
         file: Annotated[str, *by_place("FILE.gguf")]  # what was exported
         data: str | None = None  # text to compare losses on (none: the held-out text of the run)
-        changed_data: ChangedData = ChangedData.REFUSE  # where the run's text has changed: an error, allow, or recorded (from the cache)
+        # if the run's text has changed: refuse it, allow it as it is now, or take the recorded text that the cache has
+        changed_data: ChangedData = ChangedData.REFUSE
         max_tokens: int = DEFAULT_TOKENS  # tokens of the text
         window: int = DEFAULT_WINDOW  # tokens that are scored in one go
         step: int | None = None  # checkpoint of the run (none: the newest)

@@ -66,10 +66,12 @@ class DataConfig:
     prompt_field: str | None = None  # with path: the field of a prompt, which is not trained on; goes with completion_field
     completion_field: str | None = None  # with path: the field that is trained on after prompt_field
     messages_field: str | None = added_field(None, before=None)  # with path: the field of a conversation's messages, often "messages"
-    scored_turns: ScoredTurns = added_field(ScoredTurns.ALL, before=ScoredTurns.ALL)  # answers of a conversation that are trained on
-    special_tokens: SpecialNames = added_field(SpecialNames.TEXT, before=SpecialNames.TEXT)  # whether their names in text stand for them
+    scored_turns: ScoredTurns = added_field(ScoredTurns.ALL, before=ScoredTurns.ALL)  # the answers of a conversation that are trained on
+    # names of special tokens in a document: text like any other, or encode (they stand for the tokens)
+    special_tokens: SpecialNames = added_field(SpecialNames.TEXT, before=SpecialNames.TEXT)
     split: Split = Split.DOCUMENTS  # hold out whole documents, or the tail of each
-    heldout_by: HeldOutBy = added_field(HeldOutBy.CONTENT, before=HeldOutBy.ID)  # what decides which documents are held out
+    # documents are held out by a hash: of a record its content, or its id (file and line); of a whole file its name
+    heldout_by: HeldOutBy = added_field(HeldOutBy.CONTENT, before=HeldOutBy.ID)
     heldout_fraction: float = 0.05  # share of the text that is never trained on; 0 holds out nothing
     packing: Packing = Packing.BEST_FIT  # how documents fill the rows
     packing_window: int = 4096  # documents that best-fit packing chooses among at a time
