@@ -15,13 +15,12 @@ from slmjax.formats.spec import Share
 from slmjax.layers import MlpConfig
 from slmjax.mixers.latent import LatentAttentionConfig
 from slmjax.moe import MoeConfig
-from slmjax.numerics import weights
 from slmjax.numerics.coverage import Numbers
 from slmjax.numerics.estimators import Calibrated, LearnedScale, LearnedScaleAndOffset, StochasticRounding, StraightThrough
 from slmjax.numerics.inputs import RoundedInput, initial
 from slmjax.numerics.rules import QuantConfig, QuantPhase, QuantRule, phase_at, quant_of
 from slmjax.parameters import define
-from slmjax.quantized import covered_lines
+from slmjax.quantized import covered_lines, plan_quantization, shapes_of
 
 Q4, Q8, INT3 = preset("q4_0"), preset("q8_0"), preset("int3_g32")
 TENSOR = dataclasses.replace(preset("int8_g32"), share=Share.TENSOR, group_size=None)
@@ -192,19 +191,17 @@ def test_a_sign_is_kept_where_any_phase_has_one():
     up = (QuantRule(paths="layers/0/ffn/up", weight=Q4, estimator=learned), QuantRule(paths="up", weight=INT3))
     config = dataclasses.replace(MODEL, stack=(Segment(pattern=(DENSE,), repeats=2),))
     config = dataclasses.replace(config, quant=(QuantPhase(rules=(plain, *up)), QuantPhase(rules=(signed, *up), step=3)))
-    first, second = (define(config, step=step) for step in (0, 3))
+    shapes = shapes_of(dataclasses.replace(config, quant=()))
+    first, second = (plan_quantization(config, shapes, step=step) for step in (0, 3))
     assert [segment.repeats for segment in first.config.stack] == [1, 1]
-    assert {path: leaf.shape for path, leaf in first.params.items()} == {path: leaf.shape for path, leaf in second.params.items()}
-    signs = {path for path in first.params if weights.is_sign(path)}
-    assert signs == {f"segments/{i}/blocks/0/ffn/{name}/weight/sign" for i, name in ((0, "down"), (1, "down"), (0, "up"))}
-    draws = {
-        path: jax.random.normal(jax.random.key(0), leaf.shape)
-        for path, leaf in first.params.items()
-        if not weights.is_beside_a_weight(path)
+    x = jax.random.normal(jax.random.key(0), (32, 8))
+    names = [{path: set(jax.eval_shape(one[0].learned, x)) for path, one in plan.learning.items()} for plan in (first, second)]
+    assert names[0] == names[1]
+    assert {path for path, learned in names[0].items() if "sign" in learned} == {
+        f"segments/{i}/blocks/0/ffn/{name}/weight" for i, name in ((0, "down"), (1, "down"), (0, "up"))
     }
-    begun = jax.jit(lambda params: [definition.with_learned(params) for definition in (first, second)])(draws)
-    path = "segments/0/blocks/0/ffn/down/weight/sign"
-    assert np.all(begun[0][path] == 1) and set(np.unique(begun[1][path])) == {-1, 1}
+    begun = [plan.learning["segments/0/blocks/0/ffn/down/weight"][0].learned(x) for plan in (first, second)]
+    assert np.all(begun[0]["sign"] == 1) and set(np.unique(begun[1]["sign"])) == {-1, 1}
 
 
 def test_a_measured_scale_of_inputs_keeps_its_sign():
