@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import tokenizers
+from pyarrow import parquet
 from tokenizers import decoders, models, pre_tokenizers
 
 from slmjax.data.batch import empty_batch
@@ -138,8 +140,6 @@ def test_what_cannot_be_rendered_follows_the_policy(template: str, messages: Any
 
 
 def test_messages_are_read_from_tables_too(tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
-    pyarrow = pytest.importorskip("pyarrow")
     config = tokenizer_of(tmp_path / "tokenizer", CHATML)
     parquet.write_table(pyarrow.table({"chat": [ASKED, TURNS]}), tmp_path / "chats.parquet")
     cells = [json.dumps(one).replace('"', '""') for one in (ASKED, TURNS)]

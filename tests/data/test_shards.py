@@ -73,7 +73,7 @@ def test_scored_tokens(tmp_path: Path) -> None:
         for scored in flags:
             writer.add([0] * len(scored), num_bytes=10, scored=scored, scored_bytes=3)
         writer.close()
-    shards = pickle.loads(pickle.dumps(TokenShards.open(tmp_path)))  # noqa: S301
+    shards = pickle.loads(pickle.dumps(TokenShards.open(tmp_path)))
     for document, scored in enumerate(flags):
         expected = [False, *scored[1:].tolist()]  # BOS never is
         assert shards.scored(document).tolist() == expected and shards.num_scored[document] == sum(expected)
@@ -124,7 +124,7 @@ def test_hash_is_of_the_content(tmp_path: Path, written: TokenShards, monkeypatc
 
 
 def test_threads_and_pickles(written: TokenShards) -> None:
-    copy = pickle.loads(pickle.dumps(written))  # noqa: S301
+    copy = pickle.loads(pickle.dumps(written))
     rng = np.random.default_rng(0)
 
     def check(seed: int) -> bool:
