@@ -4,7 +4,7 @@
 
 Self-attention of 6 heads of 64, one row, value and gradient, in the form that the platform picks. Prints per token: a
 window's cost should stay the same once sequences are longer than it, full attention's should double with the length. FLOPs are
-those of the program's products (`slmjax.flops`): XLA's own analysis counts the body of a loop once.
+those of the program's products (`slmjax.planning.flops`): XLA's own analysis counts the body of a loop once.
 """
 
 import argparse
@@ -18,7 +18,8 @@ keep_memory()
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from slmjax import flops, kernels  # noqa: E402
+from slmjax import kernels  # noqa: E402
+from slmjax.planning import flops  # noqa: E402
 
 HEADS, HEAD_DIM = 6, 64
 

@@ -4,7 +4,7 @@
     python benchmarks/collective_bytes.py halo             # windows at 32k tokens over 4 devices: the halo, and no more
 
 Weak scaling gives each device the same rows. Megabytes are those that a device sends in a step, collectives going round a ring
-(`slmjax/traffic.py`); the last column is what the algorithm needs: under fsdp every matrix is gathered in the forward
+(`slmjax/planning/traffic.py`); the last column is what the algorithm needs: under fsdp every matrix is gathered in the forward
 pass and again in the backward, which computes activations anew, and its gradient is reduced; tensor parallelism adds activations,
 which do not depend on the number of devices.
 """
@@ -23,13 +23,18 @@ import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
-from slmjax import placement, sharding, step, zoo  # noqa: E402
-from slmjax.architecture import ModelConfig, Precision, Remat, Segment  # noqa: E402
 from slmjax.data.batch import empty_batch  # noqa: E402
-from slmjax.layers import MixerConfig  # noqa: E402
-from slmjax.optim import OptimConfig, make_optimizer  # noqa: E402
-from slmjax.parameters import define  # noqa: E402
-from slmjax.traffic import PLAIN, Collective, collectives  # noqa: E402
+from slmjax.models import zoo  # noqa: E402
+from slmjax.models.architecture import ModelConfig, Precision, Remat, Segment  # noqa: E402
+from slmjax.models.definition import define  # noqa: E402
+from slmjax.models.protocols import MixerConfig  # noqa: E402
+from slmjax.parallel.batches import batch_shapes  # noqa: E402
+from slmjax.parallel.mesh import MeshConfig, make_mesh  # noqa: E402
+from slmjax.planning.traffic import PLAIN, Collective, collectives  # noqa: E402
+from slmjax.training import step  # noqa: E402
+from slmjax.training.objective import ObjectiveConfig  # noqa: E402
+from slmjax.training.optim import OptimConfig, make_optimizer  # noqa: E402
+from slmjax.training.state import state_shapes  # noqa: E402
 
 TOPOLOGIES = {4: "v5e:2x2", 8: "v5e:2x4", 32: "v5e:4x8", 128: "v5e:8x16", 256: "v5e:16x16"}
 STEPS = 1000
@@ -38,20 +43,20 @@ STEPS = 1000
 def tpu_mesh(num_devices: int, **axes: int) -> Mesh:
     """A mesh of TPUs that need not be here."""
     devices = topologies.get_topology_desc(TOPOLOGIES[num_devices], "tpu").devices
-    return sharding.make_mesh(sharding.MeshConfig(**{"data": 1, **axes}), devices)
+    return make_mesh(MeshConfig(**{"data": 1, **axes}), devices)
 
 
 def sent_by_step(model: ModelConfig, mesh: Mesh, *, rows: int, length: int) -> list[Collective]:
     """The collectives of a compiled train step of AdamW."""
     definition, optim = define(model), OptimConfig()
     optimizer = make_optimizer(optim, definition.params, total_steps=STEPS)
-    shapes = step.state_shapes(definition, optimizer, with_ema=False, mesh=mesh)
+    shapes = state_shapes(definition, optimizer, with_ema=False, mesh=mesh)
     train_step = step.make_train_step(
-        definition, optimizer, objective=step.ObjectiveConfig(), optim=optim, shapes=shapes, total_steps=STEPS
+        definition, optimizer, objective=ObjectiveConfig(), optim=optim, shapes=shapes, total_steps=STEPS
     )  # fmt: skip
 
     with jax.set_mesh(mesh):
-        lowered = train_step.lower(shapes, placement.batch_shapes(empty_batch(rows, length), mesh))  # pyright: ignore[reportFunctionMemberAccess]
+        lowered = train_step.lower(shapes, batch_shapes(empty_batch(rows, length), mesh))  # pyright: ignore[reportFunctionMemberAccess]
     return collectives(lowered.compile(compiler_options=PLAIN).as_text())
 
 

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from slmjax import losses
-from slmjax.architecture import BlockConfig, ModelConfig, Precision, Remat, Segment
-from slmjax.attention import AttentionConfig
-from slmjax.layers import MlpConfig
-from slmjax.parameters import define
+from slmjax.models.architecture import BlockConfig, ModelConfig, Precision, Remat, Segment
+from slmjax.models.definition import define
+from slmjax.models.ffn.mlp import MlpConfig
+from slmjax.models.mixers.attention import AttentionConfig
 
 
 def model_of(num_layers: int, *, remat: Remat) -> ModelConfig:

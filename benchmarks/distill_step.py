@@ -21,15 +21,20 @@ startup.keep_memory()
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from slmjax import losses, placement, sharding, zoo  # noqa: E402
+from slmjax import losses  # noqa: E402
 from slmjax.data.batch import empty_batch  # noqa: E402
 from slmjax.distill.config import DistillConfig, TeacherConfig, divergence_of  # noqa: E402
 from slmjax.distill.teachers import TeacherPlan  # noqa: E402
-from slmjax.optim import make_optimizer  # noqa: E402
-from slmjax.parameters import define, define_for_inference  # noqa: E402
-from slmjax.recipes import nano  # noqa: E402
-from slmjax.sharding import MeshConfig, make_mesh  # noqa: E402
-from slmjax.step import ObjectiveConfig, init_state, make_train_step, state_shapes  # noqa: E402
+from slmjax.models import zoo  # noqa: E402
+from slmjax.models.definition import define, define_for_inference  # noqa: E402
+from slmjax.parallel import communication  # noqa: E402
+from slmjax.parallel.batches import place_batch  # noqa: E402
+from slmjax.parallel.mesh import MeshConfig, make_mesh  # noqa: E402
+from slmjax.training.objective import ObjectiveConfig  # noqa: E402
+from slmjax.training.optim import make_optimizer  # noqa: E402
+from slmjax.training.recipes import nano  # noqa: E402
+from slmjax.training.state import init_state, state_shapes  # noqa: E402
+from slmjax.training.step import make_train_step  # noqa: E402
 
 TEACHERS = {"12m": zoo.slm_12m, "nano": zoo.nano}
 VOCABULARY, ROWS, LENGTH = 4096, 8, 256
@@ -84,9 +89,9 @@ def main() -> None:
         )  # fmt: skip
         params, buffers = jax.jit(definition.init)(jax.random.key(1))
         head = jax.jit(plan.head)(params, buffers)
-        placed = placement.place_batch(batch(), mesh)
+        placed = place_batch(batch(), mesh)
         rows = (placed.tokens, placed.segment_ids, placed.positions)
-        call = jax.jit(lambda *given: sharding.constrain(plan.hidden(*given), ("batch", "time", None)))
+        call = jax.jit(lambda *given: communication.constrain(plan.hidden(*given), ("batch", "time", None)))
 
         @jax.jit
         def with_logits(params: Any, buffers: Any, batch: Any) -> Any:

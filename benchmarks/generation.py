@@ -18,7 +18,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from slmjax import parameters, zoo  # noqa: E402
+from slmjax.models import zoo  # noqa: E402
+from slmjax.models.definition import define, unstack  # noqa: E402
 from slmjax.sampling import SamplingConfig, sample  # noqa: E402
 
 CONFIG = zoo.slm_12m()
@@ -58,10 +59,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
-    definition = parameters.define(CONFIG)
+    definition = define(CONFIG)
     params, buffers = jax.jit(definition.init)(jax.random.key(0))
     params = {path: value * (8.0 if path == "embed/table" else 1.0) for path, value in params.items()}  # logits that differ
-    flat = {path: np.asarray(value) for path, value in parameters.unstack(CONFIG, params).items()}
+    flat = {path: np.asarray(value) for path, value in unstack(CONFIG, params).items()}
     theirs = hugging_face(flat)
     torch.set_num_threads(2)
     config = SamplingConfig(temperature=0.0, max_tokens=NEW)

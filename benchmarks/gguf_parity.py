@@ -18,12 +18,12 @@ from slmjax import startup
 
 startup.keep_memory()
 
-from slmjax import trainer  # noqa: E402
-from slmjax.convert.directory import Target, WeightType, export_model  # noqa: E402
-from slmjax.experiment import EvalConfig, Experiment, starting_from  # noqa: E402
-from slmjax.numerics.rules import quant_of  # noqa: E402
-from slmjax.quant.verification import Verification, verify_export  # noqa: E402
-from slmjax.recipes import nano  # noqa: E402
+from slmjax.convert.import_export import Target, WeightType, export_model  # noqa: E402
+from slmjax.convert.verify.export import Verification, verify_export  # noqa: E402
+from slmjax.quantization.rules import quant_of  # noqa: E402
+from slmjax.runner import trainer  # noqa: E402
+from slmjax.training.experiment import EvalConfig, Experiment, starting_from  # noqa: E402
+from slmjax.training.recipes import nano  # noqa: E402
 
 
 def further(source: Path, quant: str, given: argparse.Namespace) -> Experiment:

@@ -23,10 +23,11 @@ def write_model(directory: Path, *, largest_file: int) -> None:
     """A Hugging Face directory with random weights, streamed."""
     import jax.numpy as jnp
 
-    from slmjax import weights, zoo
-    from slmjax.convert.canonical_form import canonical
+    from slmjax.checkpoints import safetensors_files
     from slmjax.convert.families import llama
     from slmjax.convert.family import bind, logical_shapes, theirs_from
+    from slmjax.models import zoo
+    from slmjax.models.canonical_form import canonical
 
     model = canonical(zoo.ARCHITECTURES["smollm2_360m"]())
     shapes, draws = logical_shapes(model), np.random.default_rng(0)
@@ -35,7 +36,7 @@ def write_model(directory: Path, *, largest_file: int) -> None:
         return (0.02 * draws.standard_normal(shapes[name], np.float32)).astype(jnp.bfloat16)
 
     bound = bind(llama.HF.table_of(model), model)
-    weights.write_tensors(directory, theirs_from(bound, read), largest_file=largest_file)
+    safetensors_files.write_tensors(directory, theirs_from(bound, read), largest_file=largest_file)
     config = {"architectures": ["LlamaForCausalLM"], **llama.HF.write(model)}
     (directory / "config.json").write_text(json.dumps(config))
 
@@ -52,7 +53,7 @@ def peak() -> float:
 
 def measure_import(source: Path, out: Path) -> dict[str, float]:
     """Bytes above the process itself."""
-    from slmjax.convert.directory import import_model
+    from slmjax.convert.import_export import import_model
 
     before = resident()
     import_model(source, out)
@@ -63,15 +64,18 @@ def measure_reading(model: Path) -> dict[str, float]:
     """Bytes above the process and the arrays that it ends with."""
     import jax
 
-    from slmjax import loading, parameters, sharding, weights
+    from slmjax.checkpoints import loading, safetensors_files
+    from slmjax.models.definition import define
+    from slmjax.parallel.mesh import MeshConfig, make_mesh
+    from slmjax.parallel.rules import parameter_shardings
 
     config = loading.read_config(model)
-    definition, mesh = parameters.define(config), sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=8))
-    places = sharding.parameter_shardings(definition.params, mesh)
+    definition, mesh = define(config), make_mesh(MeshConfig(data=1, fsdp=8))
+    places = parameter_shardings(definition.params, mesh)
     like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name]) for name, leaf in definition.params.items()}
     jax.block_until_ready(jax.device_put(np.zeros(8), jax.devices()[0]))
     before = resident()
-    params = jax.block_until_ready(weights.read_stacked(model, config, like))
+    params = jax.block_until_ready(safetensors_files.read_stacked(model, config, like))
     held = sum(shard.data.nbytes for array in params.values() for shard in array.addressable_shards)
     return {"peak": peak() - before - held, "arrays": float(held)}
 

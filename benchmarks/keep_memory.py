@@ -21,13 +21,16 @@ def step_seconds(keep: bool) -> float:
     import jax
     import numpy as np
 
-    from slmjax import placement, recipes, sharding
     from slmjax.data.batch import empty_batch
-    from slmjax.optim import make_optimizer
-    from slmjax.parameters import define
-    from slmjax.step import init_state, make_train_step, state_shapes
+    from slmjax.models.definition import define
+    from slmjax.parallel.batches import place_batch
+    from slmjax.parallel.mesh import MeshConfig, make_mesh
+    from slmjax.training import recipes
+    from slmjax.training.optim import make_optimizer
+    from slmjax.training.state import init_state, state_shapes
+    from slmjax.training.step import make_train_step
 
-    nano, mesh = recipes.nano(), sharding.make_mesh(sharding.MeshConfig())
+    nano, mesh = recipes.nano(), make_mesh(MeshConfig())
     rows, length, vocab = nano.data.batch_size, nano.data.sequence_length, 2048
     batch = empty_batch(rows, length)
     batch.tokens[:] = np.random.default_rng(0).integers(0, vocab, (rows, length))
@@ -41,7 +44,7 @@ def step_seconds(keep: bool) -> float:
         seconds = []
         for _ in range(NUM_STEPS + 1):  # the first compiles
             started = time.perf_counter()
-            state, metrics = step(state, placement.place_batch(batch, mesh))
+            state, metrics = step(state, place_batch(batch, mesh))
             jax.block_until_ready(metrics)
             seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from slmjax.report import RunRecords, read_run
-from slmjax.report.charts import converter, theme
+from slmjax.telemetry.report import RunRecords, read_run
+from slmjax.telemetry.report.charts import converter, theme
 
 
 def main(run_dir: Path, picture: Path) -> None:

@@ -23,14 +23,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slmjax import placement, sharding, step
-from slmjax.architecture import BlockConfig, ModelConfig, Segment
-from slmjax.attention import AttentionConfig, QkNorm
 from slmjax.data.batch import Batch
-from slmjax.layers import MlpConfig
-from slmjax.mixers.latent import LatentAttentionConfig
-from slmjax.moe import Balance, MoeConfig, RouterScore
-from slmjax.parameters import define
+from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.definition import define
+from slmjax.models.ffn.mlp import MlpConfig
+from slmjax.models.ffn.moe import Balance, MoeConfig, RouterScore
+from slmjax.models.mixers.attention import AttentionConfig, QkNorm
+from slmjax.models.mixers.latent import LatentAttentionConfig
+from slmjax.parallel.batches import place_batch
+from slmjax.parallel.mesh import AXES, MeshConfig, make_mesh
+from slmjax.parallel.rules import parameter_shardings
+from slmjax.training.objective import ObjectiveConfig, counts, terms
 
 ROWS, LENGTH, VOCAB = 8, 64, 96
 WINDOWED = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window=20, qk_norm=QkNorm.PER_HEAD)
@@ -74,11 +77,12 @@ def make_batch() -> Batch:
 
 def loss_and_gradient(kind: str, params: dict, buffers: dict, batch: Batch) -> tuple[jax.Array, dict]:
     """The objective of a train step, and its gradient."""
-    definition, counts = define(MODELS[kind]), step.counts(batch)
+    definition = define(MODELS[kind])
+    totals = counts(batch)
 
     def loss(params: dict) -> jax.Array:
-        terms, _ = step.terms(definition, step.ObjectiveConfig(z_loss=1e-3), params, buffers, batch, key=None)
-        return sum((value / counts[count] for value, count in terms.values()), jnp.zeros(()))
+        sums, _ = terms(definition, ObjectiveConfig(z_loss=1e-3), params, buffers, batch, key=None)
+        return sum((value / totals[count] for value, count in sums.values()), jnp.zeros(()))
 
     return jax.value_and_grad(loss)(params)
 
@@ -101,18 +105,18 @@ def on_one_device(kind: str) -> tuple[jax.Array, dict]:
 
 def differences(kind: str, axes: dict[str, int]) -> tuple[float, float]:
     """Relative differences of loss and gradient between a mesh and one device."""
-    mesh = sharding.make_mesh(sharding.MeshConfig(**{"data": 1, **axes}))
+    mesh = make_mesh(MeshConfig(**{"data": 1, **axes}))
     params, buffers = parameters(kind)
-    places = sharding.parameter_shardings(params, mesh)
+    places = parameter_shardings(params, mesh)
     with jax.set_mesh(mesh):
         program = jax.jit(functools.partial(loss_and_gradient, kind), out_shardings=(None, places))
-        value, gradient = program(jax.device_put(params, places), buffers, placement.place_batch(make_batch(), mesh))
+        value, gradient = program(jax.device_put(params, places), buffers, place_batch(make_batch(), mesh))
     expected_value, expected = on_one_device(kind)
     errors = {path: np.linalg.norm(gradient[path] - leaf) / np.linalg.norm(leaf) for path, leaf in expected.items()}
     return abs(float(value) - float(expected_value)) / float(expected_value), float(max(errors.values()))
 
 
-PAIRS = list(itertools.combinations(sharding.AXES, 2))
+PAIRS = list(itertools.combinations(AXES, 2))
 
 
 def main() -> None:

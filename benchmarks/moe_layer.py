@@ -19,8 +19,9 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from flax import nnx  # noqa: E402
 
-from slmjax.layers import FfnConfig, MlpConfig, Shape  # noqa: E402
-from slmjax.moe import MoeConfig  # noqa: E402
+from slmjax.models.ffn.mlp import MlpConfig  # noqa: E402
+from slmjax.models.ffn.moe import MoeConfig  # noqa: E402
+from slmjax.models.protocols import FfnConfig, Shape  # noqa: E402
 
 ROWS, LENGTH = 8, 256
 SIZES = {"width 384, 1024 active": (384, 1024), "width 192, 512 active": (192, 512)}

@@ -28,13 +28,19 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from slmjax import kernels, placement, sharding, step, zoo  # noqa: E402
-from slmjax.architecture import ModelConfig, Precision, Remat  # noqa: E402
+from slmjax import kernels
 from slmjax.data.batch import empty_batch  # noqa: E402
-from slmjax.numerics.rules import quant_of  # noqa: E402
-from slmjax.optim import make_optimizer  # noqa: E402
-from slmjax.parameters import define  # noqa: E402
-from slmjax.recipes import nano  # noqa: E402
+from slmjax.models import zoo  # noqa: E402
+from slmjax.models.architecture import ModelConfig, Precision, Remat  # noqa: E402
+from slmjax.models.definition import define  # noqa: E402
+from slmjax.parallel.batches import batch_shapes, place_batch
+from slmjax.parallel.mesh import MeshConfig, make_mesh
+from slmjax.quantization.rules import quant_of  # noqa: E402
+from slmjax.training import step
+from slmjax.training.objective import ObjectiveConfig
+from slmjax.training.optim import make_optimizer  # noqa: E402
+from slmjax.training.recipes import nano  # noqa: E402
+from slmjax.training.state import init_state, state_shapes
 
 MODELS = {"nano": lambda: zoo.nano(vocab_size=4096), "12m": zoo.slm_12m, "135m": zoo.smollm2_135m}
 STEPS = 1000
@@ -49,13 +55,13 @@ def train_step_of(model: ModelConfig, mesh: Any) -> tuple[Any, Any, Any]:
     """Definition and optimizer, shapes of the state, and the step."""
     optim, definition = nano().optim, define(model)
     optimizer = make_optimizer(optim, definition.params, total_steps=STEPS)
-    shapes = step.state_shapes(definition, optimizer, with_ema=False, mesh=mesh)
-    made = step.make_train_step(definition, optimizer, objective=step.ObjectiveConfig(), optim=optim, shapes=shapes, total_steps=STEPS)
+    shapes = state_shapes(definition, optimizer, with_ema=False, mesh=mesh)
+    made = step.make_train_step(definition, optimizer, objective=ObjectiveConfig(), optim=optim, shapes=shapes, total_steps=STEPS)
     return (definition, optimizer), shapes, made
 
 
 def time_steps(given: Any) -> None:
-    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     batch, draw = empty_batch(given.rows, given.length), np.random.default_rng(0)
     batch.tokens[:] = draw.integers(2, MODELS[given.model]().known_vocab_size, batch.tokens.shape)
     batch.targets[:] = np.roll(batch.tokens, -1, axis=1)
@@ -63,10 +69,10 @@ def time_steps(given: Any) -> None:
     batch.positions[:] = np.arange(given.length)
     states, steps = {}, {}
     with jax.set_mesh(mesh):
-        placed = placement.place_batch(batch, mesh)
+        placed = place_batch(batch, mesh)
         for name in ("", *given.quant):
             made, shapes, steps[name] = train_step_of(model_of(given.model, name, given), mesh)
-            states[name] = step.init_state(*made, shapes=shapes, seed=0)
+            states[name] = init_state(*made, shapes=shapes, seed=0)
 
         def run(name: str) -> float:
             started = time.perf_counter()
@@ -93,14 +99,14 @@ def time_steps(given: Any) -> None:
 
 def compile_steps(given: Any) -> None:
     """For a TPU v5e with 4 chips, parameters divided over them."""
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4), topologies.get_topology_desc("v5e:2x2", "tpu").devices)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4), topologies.get_topology_desc("v5e:2x2", "tpu").devices)
     if given.unrolled:
         kernels.unrolled_repeats = lambda num_repeats, num_blocks: num_repeats
     found = {}
     for name in ("", *given.quant):
         _, shapes, made = train_step_of(model_of(given.model, name, given), mesh)  # under the mesh it would compute there
         with jax.set_mesh(mesh):
-            compiled = made.lower(shapes, placement.batch_shapes(empty_batch(4 * given.rows, given.length), mesh)).compile()
+            compiled = made.lower(shapes, batch_shapes(empty_batch(4 * given.rows, given.length), mesh)).compile()
         found[name] = compiled.cost_analysis()["bytes accessed"], compiled.memory_analysis().temp_size_in_bytes
     accessed, temporary = found[""]
     print(f"plain step: {accessed / 1e9:.2f} GB read and written per chip, {temporary / 1e9:.3f} GB of temporary memory")

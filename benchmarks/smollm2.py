@@ -111,7 +111,7 @@ def measure_import(file: Path, model: Path, exported: Path, text: Path) -> dict[
     """Imports, and makes what the other measurements need."""
     import jax
 
-    from slmjax.convert.directory import Target, WeightType, export_model, import_model
+    from slmjax.convert.import_export import Target, WeightType, export_model, import_model
 
     jax.devices()
     before = memory_in_use()

@@ -22,9 +22,11 @@ startup.keep_memory()
 import jax  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from slmjax import placement, recipes, trainer  # noqa: E402
 from slmjax.cli.options import parse  # noqa: E402
-from slmjax.experiment import Experiment  # noqa: E402
+from slmjax.parallel.batches import place_batch  # noqa: E402
+from slmjax.runner import trainer  # noqa: E402
+from slmjax.training import recipes  # noqa: E402
+from slmjax.training.experiment import Experiment  # noqa: E402
 
 ROUNDS = 15
 SECONDS = 3.0  # of a round's half, about
@@ -50,7 +52,7 @@ def alternating(loop: trainer.Loop, state: Any, signals: Any) -> tuple[Any, str]
             state, _ = loop.setup.train_step(state, placed)
         return jax.block_until_ready(state)
 
-    placed = placement.place_batch(next(loop.batches), loop.setup.mesh)
+    placed = place_batch(next(loop.batches), loop.setup.mesh)
     every = loop.setup.experiment.run.log_every
     state = steps(state, every)  # compiles
     started = time.perf_counter()

@@ -19,14 +19,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from slmjax.architecture import ModelConfig
+    from slmjax.models.architecture import ModelConfig
 
 VARIANTS = ("slmjax", "eager", "compiled")
 BATCHES = {"12m": (8, 256), "0.8m": (12, 64), "124m": (32, 1024), "360m": (8, 2048), "1.7b": (4, 2048)}  # as in torch_decoder.py
 
 
 def model_of(size: str) -> "ModelConfig":
-    from slmjax import zoo
+    from slmjax.models import zoo
 
     models = {"12m": zoo.slm_12m, "124m": zoo.slm_124m, "360m": zoo.smollm2_360m, "1.7b": zoo.smollm2_1_7b}
     return zoo.shakespeare_char(vocab_size=128) if size == "0.8m" else models[size]()
@@ -41,30 +41,34 @@ def our_step(size: str, dtype: str) -> Callable[[], None]:
     import jax
     import numpy as np
 
-    from slmjax import optim, placement, sharding, step
-    from slmjax.architecture import Precision
     from slmjax.data.batch import empty_batch
-    from slmjax.parameters import define
+    from slmjax.models.architecture import Precision
+    from slmjax.models.definition import define
+    from slmjax.parallel.batches import place_batch
+    from slmjax.parallel.mesh import MeshConfig, make_mesh
+    from slmjax.training import optim, step
+    from slmjax.training.objective import ObjectiveConfig
+    from slmjax.training.state import init_state, state_shapes
 
     rows, length = BATCHES[size]
     built = model_of(size)
 
     definition = define(dataclasses.replace(built, precision=Precision(dtype)))
-    mesh = sharding.make_mesh(sharding.MeshConfig())
+    mesh = make_mesh(MeshConfig())
     config = optim.OptimConfig(warmup_steps=2)
     optimizer = optim.make_optimizer(config, definition.params, total_steps=10_000)
-    shapes = step.state_shapes(definition, optimizer, with_ema=False, mesh=mesh)
+    shapes = state_shapes(definition, optimizer, with_ema=False, mesh=mesh)
     with jax.set_mesh(mesh):
-        state = step.init_state(definition, optimizer, shapes=shapes, seed=0)
+        state = init_state(definition, optimizer, shapes=shapes, seed=0)
         train_step = step.make_train_step(
-            definition, optimizer, objective=step.ObjectiveConfig(), optim=config, shapes=shapes, total_steps=10_000
+            definition, optimizer, objective=ObjectiveConfig(), optim=config, shapes=shapes, total_steps=10_000
         )
         batch = empty_batch(rows, length)
         batch.tokens[:] = np.random.default_rng(0).integers(2, definition.config.known_vocab_size, batch.tokens.shape)
         batch.targets[:] = np.roll(batch.tokens, -1, axis=1)
         batch.loss_mask[:], batch.segment_ids[:], batch.num_bytes[:] = 1, 1, 3
         batch.positions[:] = np.arange(length)
-        placed = placement.place_batch(batch, mesh)
+        placed = place_batch(batch, mesh)
 
     def run() -> None:
         nonlocal state
@@ -146,7 +150,7 @@ def compare(size: str, dtype: str, rounds: int, variants: tuple[str, ...], *, py
 def flops_per_token(size: str) -> float:
     import dataclasses
 
-    from slmjax.zoo import describe
+    from slmjax.models.zoo import describe
 
     return describe(dataclasses.replace(model_of(size), context_length=BATCHES[size][1])).training_flops_per_token
 
@@ -154,9 +158,9 @@ def flops_per_token(size: str) -> float:
 def peak_flops(dtype: str) -> float | None:
     import jax
 
-    from slmjax import devices
+    from slmjax.planning import device_peaks
 
-    return devices.peak_flops(jax.devices()[0], dtype)
+    return device_peaks.peak_flops(jax.devices()[0], dtype)
 
 
 def read(worker: "subprocess.Popen[str]") -> str:

@@ -62,7 +62,7 @@ def _command(name: str, function: Callable[..., int]) -> str:
 # Configuration --------------------------------------------------------------------------------------------------------
 def configuration() -> str:
     """A section for each dataclass that an experiment is made of, in the order in which they are met."""
-    from slmjax.experiment import Experiment
+    from slmjax.training.experiment import Experiment
 
     return "\n\n".join(_config(cls) for cls in config_classes(Experiment))
 

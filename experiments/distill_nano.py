@@ -10,11 +10,11 @@ It begins as two of the teacher's layers and has half as many steps.
 import dataclasses
 from pathlib import Path
 
-from slmjax import recipes
-from slmjax.architecture import Segment
 from slmjax.data.tokenizers import FileTokenizer
 from slmjax.distill.config import DistillConfig, Ramp, TeacherConfig
-from slmjax.experiment import Experiment, FromTeacherLayers
+from slmjax.models.architecture import Segment
+from slmjax.training import recipes
+from slmjax.training.experiment import Experiment, FromTeacherLayers
 
 
 def newest_teacher() -> Path:

@@ -14,15 +14,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from slmjax import recipes
-from slmjax.ablate import Arm, Study, analyze, findings_table, read_members, run_study, write_findings
-from slmjax.architecture import BlockConfig, ModelConfig, Segment
-from slmjax.attention import AttentionConfig, QkNorm
 from slmjax.data.tokenizers import BpeTokenizer
 from slmjax.distill.config import DistillConfig, Ramp, TeacherConfig
-from slmjax.experiment import Experiment, FromTeacherLayers
-from slmjax.layers import MlpConfig
 from slmjax.losses import Divergence, ForwardKl, Jsd, ReverseKl, Taid
+from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.ffn.mlp import MlpConfig
+from slmjax.models.mixers.attention import AttentionConfig, QkNorm
+from slmjax.studies import Arm, Study, analyze, findings_table, read_members, run_study, write_findings
+from slmjax.training import recipes
+from slmjax.training.experiment import Experiment, FromTeacherLayers
 
 TEACHER_LAYERS, STUDENT_LAYERS = 8, 2
 TEACHER_STEPS, STUDENT_STEPS = 1000, 300

@@ -5,8 +5,9 @@ slmjax train experiments/nano_moe.py
 
 import dataclasses
 
-from slmjax import recipes, zoo
-from slmjax.experiment import Experiment
+from slmjax.models import zoo
+from slmjax.training import recipes
+from slmjax.training.experiment import Experiment
 
 
 def experiment() -> Experiment:

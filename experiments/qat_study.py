@@ -28,8 +28,16 @@ from types import MappingProxyType
 
 from rich.console import Console
 
-from slmjax import recipes
-from slmjax.ablate import (
+from slmjax.data.tokenizers import BpeTokenizer, FileTokenizer
+from slmjax.distill.config import DistillConfig, Ramp, TeacherConfig
+from slmjax.formats.presets import preset
+from slmjax.formats.spec import QuantSpec, ScaleType
+from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.ffn.mlp import MlpConfig
+from slmjax.models.mixers.attention import AttentionConfig, QkNorm
+from slmjax.quantization.ptq.round_to_nearest import Clip
+from slmjax.quantization.rules import QuantConfig, QuantPhase, QuantRule
+from slmjax.studies import (
     Arm,
     ChosenRate,
     Derived,
@@ -49,17 +57,9 @@ from slmjax.ablate import (
     write_findings,
     write_recovery,
 )
-from slmjax.ablate.study import MEMBERS
-from slmjax.architecture import BlockConfig, ModelConfig, Segment
-from slmjax.attention import AttentionConfig, QkNorm
-from slmjax.data.tokenizers import BpeTokenizer, FileTokenizer
-from slmjax.distill.config import DistillConfig, Ramp, TeacherConfig
-from slmjax.experiment import Experiment, FromModel
-from slmjax.formats.presets import preset
-from slmjax.formats.spec import QuantSpec, ScaleType
-from slmjax.layers import MlpConfig
-from slmjax.numerics.rules import QuantConfig, QuantPhase, QuantRule
-from slmjax.quant.rounding import Clip
+from slmjax.studies.study import MEMBERS
+from slmjax.training import recipes
+from slmjax.training.experiment import Experiment, FromModel
 
 STEPS, FURTHER_STEPS = 300, 120
 SEEDS = (0, 1, 2)

@@ -7,12 +7,12 @@ Not measured on an accelerator yet: steps, batch and learning rate are the usual
 
 import dataclasses
 
-from slmjax import zoo
-from slmjax.architecture import Precision, Remat
 from slmjax.data.config import DataConfig
 from slmjax.data.tokenizers import BpeTokenizer
-from slmjax.experiment import EvalConfig, Experiment, RunConfig
-from slmjax.optim import OptimConfig, Schedule
+from slmjax.models import zoo
+from slmjax.models.architecture import Precision, Remat
+from slmjax.training.experiment import EvalConfig, Experiment, RunConfig
+from slmjax.training.optim import OptimConfig, Schedule
 
 
 def experiment() -> Experiment:

@@ -12,10 +12,10 @@ import os
 from pathlib import Path
 
 import slmjax
-from slmjax import zoo
-from slmjax.layers import MlpConfig
-from slmjax.report import read_run, write_report
+from slmjax.models import zoo
+from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.sampling import SamplingConfig
+from slmjax.telemetry.report import read_run, write_report
 
 STEPS = int(os.environ.get("SLMJAX_NOTEBOOK_STEPS", "200"))
 

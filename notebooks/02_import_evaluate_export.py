@@ -14,10 +14,10 @@ import os
 from pathlib import Path
 
 import slmjax
-from slmjax import zoo
 from slmjax.data.config import DataConfig
-from slmjax.report import write_report
+from slmjax.models import zoo
 from slmjax.sampling import SamplingConfig
+from slmjax.telemetry.report import write_report
 
 STEPS = int(os.environ.get("SLMJAX_NOTEBOOK_STEPS", "100"))
 SOURCE = os.environ.get("SLMJAX_NOTEBOOK_MODEL")

@@ -13,9 +13,9 @@ from pathlib import Path
 import slmjax
 from slmjax.distill.config import DistillConfig, Ramp, TeacherConfig
 from slmjax.distill.teachers import beside
-from slmjax.experiment import Experiment, FromTeacherLayers
 from slmjax.losses import ForwardKl
-from slmjax.report import write_report
+from slmjax.telemetry.report import write_report
+from slmjax.training.experiment import Experiment, FromTeacherLayers
 
 STEPS = int(os.environ.get("SLMJAX_NOTEBOOK_STEPS", "100"))
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import slmjax
 from slmjax.data.tokenizers import FileTokenizer
-from slmjax.experiment import Experiment, FromModel
 from slmjax.formats.presets import preset
-from slmjax.numerics.rules import QuantConfig, QuantPhase, QuantRule
-from slmjax.quant.rounding import quantize_model
-from slmjax.report import write_report
+from slmjax.quantization.ptq.round_to_nearest import quantize_model
+from slmjax.quantization.rules import QuantConfig, QuantPhase, QuantRule
+from slmjax.telemetry.report import write_report
+from slmjax.training.experiment import Experiment, FromModel
 
 STEPS = int(os.environ.get("SLMJAX_NOTEBOOK_STEPS", "100"))
 

@@ -21,29 +21,29 @@ __version__ = "0.1.0"
 _startup.without_tpu()  # here, as any of the modules may be the first to import jax
 
 if TYPE_CHECKING:
-    from slmjax.convert.directory import Target, WeightType, export_model, import_model
+    from slmjax.checkpoints.loading import Loaded, load_model
+    from slmjax.convert.import_export import Target, WeightType, export_model, import_model
     from slmjax.evaluation import evaluate
-    from slmjax.experiment import Experiment
-    from slmjax.loading import Loaded, load_model
-    from slmjax.model import logits
-    from slmjax.recipes import load_experiment
+    from slmjax.models.decoder import logits
+    from slmjax.runner.trainer import Result, train
     from slmjax.sampling import generate
-    from slmjax.trainer import Result, train
+    from slmjax.training.experiment import Experiment
+    from slmjax.training.recipes import load_experiment
 
 _MODULE_OF = {
-    "Experiment": "slmjax.experiment",
-    "Loaded": "slmjax.loading",
-    "Result": "slmjax.trainer",
-    "Target": "slmjax.convert.directory",
-    "WeightType": "slmjax.convert.directory",
+    "Experiment": "slmjax.training.experiment",
+    "Loaded": "slmjax.checkpoints.loading",
+    "Result": "slmjax.runner.trainer",
+    "Target": "slmjax.convert.import_export",
+    "WeightType": "slmjax.convert.import_export",
     "evaluate": "slmjax.evaluation",
-    "export_model": "slmjax.convert.directory",
+    "export_model": "slmjax.convert.import_export",
     "generate": "slmjax.sampling",
-    "import_model": "slmjax.convert.directory",
-    "load_experiment": "slmjax.recipes",
-    "load_model": "slmjax.loading",
-    "logits": "slmjax.model",
-    "train": "slmjax.trainer",
+    "import_model": "slmjax.convert.import_export",
+    "load_experiment": "slmjax.training.recipes",
+    "load_model": "slmjax.checkpoints.loading",
+    "logits": "slmjax.models.decoder",
+    "train": "slmjax.runner.trainer",
 }
 
 __all__ = [

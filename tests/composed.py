@@ -1,10 +1,11 @@
 """One small model that holds at once what released models have one of each: norms with biases, sinks, learned positions, and so on."""
 
-from slmjax.architecture import BlockConfig, ModelConfig, NormPlacement, Segment
-from slmjax.attention import AttentionConfig, Biases, QkNorm
-from slmjax.layers import Activation, MlpConfig, NormKind
-from slmjax.moe import Balance, MoeConfig
-from slmjax.rope import YarnScaling
+from slmjax.models.architecture import BlockConfig, ModelConfig, NormPlacement, Segment
+from slmjax.models.ffn.mlp import Activation, MlpConfig
+from slmjax.models.ffn.moe import Balance, MoeConfig
+from slmjax.models.layers import NormKind
+from slmjax.models.mixers.attention import AttentionConfig, Biases, QkNorm
+from slmjax.models.rope import YarnScaling
 
 
 def composed_model(*, repeats: int = 2, **settings) -> ModelConfig:

@@ -16,10 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slmjax import architecture, losses, model, parameters, recipes, sharding, zoo
+from slmjax import losses
 from slmjax.cli import COMMANDS
 from slmjax.formats.presets import PRESETS
-from slmjax.layers import MlpConfig
+from slmjax.models import architecture, zoo
+from slmjax.models.decoder import logits
+from slmjax.models.definition import Definition, define
+from slmjax.models.ffn.mlp import MlpConfig
+from slmjax.parallel.mesh import MeshConfig, make_mesh
+from slmjax.parallel.rules import parameter_shardings
+from slmjax.training import recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -140,22 +146,22 @@ def test_commands_on_the_pages_are_commands() -> None:
 
 # The example ----------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def gated() -> parameters.Definition:
+def gated() -> Definition:
     example = run_file(EXAMPLE)
     convolution = architecture.BlockConfig(mixer=example.GatedConvolutionConfig(width=3), ffn=MlpConfig(hidden_dim=24))
     attention = zoo.nano().stack[0].pattern[0]
     stack = (architecture.Segment(pattern=(convolution, attention), repeats=2),)
-    return parameters.define(architecture.ModelConfig(embed_dim=16, stack=stack, context_length=16, vocab_size=29))
+    return define(architecture.ModelConfig(embed_dim=16, stack=stack, context_length=16, vocab_size=29))
 
 
 @pytest.fixture(scope="module")
-def weights(gated: parameters.Definition) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+def weights(gated: Definition) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Large, so that what a token sees changes its logits."""
     params, buffers = gated.init(jax.random.key(0))
     return {path: value if path.endswith("scale") else 10 * value for path, value in params.items()}, buffers
 
 
-def logits(gated: parameters.Definition, weights: tuple, tokens: jax.Array, segments: jax.Array, positions: jax.Array) -> np.ndarray:
+def logits_of(gated: Definition, weights: tuple, tokens: jax.Array, segments: jax.Array, positions: jax.Array) -> np.ndarray:
     output = gated.merge(*weights)(tokens, segment_ids=segments, positions=positions)
     return np.asarray(losses.logits(output.hidden, output.head))
 
@@ -165,19 +171,19 @@ POSITIONS = jnp.broadcast_to(jnp.arange(12), (4, 12))
 
 
 def test_the_example_is_causal_and_keeps_documents_apart(gated, weights) -> None:
-    whole = logits(gated, weights, TOKENS, jnp.ones_like(TOKENS), POSITIONS)
-    changed = logits(gated, weights, TOKENS.at[:, 7].set(3), jnp.ones_like(TOKENS), POSITIONS)
+    whole = logits_of(gated, weights, TOKENS, jnp.ones_like(TOKENS), POSITIONS)
+    changed = logits_of(gated, weights, TOKENS.at[:, 7].set(3), jnp.ones_like(TOKENS), POSITIONS)
     np.testing.assert_array_equal(whole[:, :7], changed[:, :7])
     assert np.abs(whole[:, 7:9] - changed[:, 7:9]).max() > 0.1
     segments = jnp.where(POSITIONS < 5, 1, 2)
-    packed = logits(gated, weights, TOKENS, segments, jnp.where(POSITIONS < 5, POSITIONS, POSITIONS - 5))
+    packed = logits_of(gated, weights, TOKENS, segments, jnp.where(POSITIONS < 5, POSITIONS, POSITIONS - 5))
     np.testing.assert_allclose(packed[:, :5], whole[:, :5], atol=1e-4)
-    alone = logits(gated, weights, TOKENS[:, 5:], jnp.ones_like(TOKENS[:, 5:]), POSITIONS[:, :7])
+    alone = logits_of(gated, weights, TOKENS[:, 5:], jnp.ones_like(TOKENS[:, 5:]), POSITIONS[:, :7])
     np.testing.assert_allclose(packed[:, 5:], alone, atol=1e-4)
 
 
 def test_the_example_decodes_as_it_was_trained(gated, weights) -> None:
-    whole = logits(gated, weights, TOKENS, jnp.ones_like(TOKENS), POSITIONS)
+    whole = logits_of(gated, weights, TOKENS, jnp.ones_like(TOKENS), POSITIONS)
     lengths = jnp.asarray([1, 7, 2, 5])
     decoder = gated.merge(*weights)
     state = decoder.init_state(4, max_length=12)
@@ -195,16 +201,16 @@ def test_the_example_decodes_as_it_was_trained(gated, weights) -> None:
 
 
 def test_the_example_on_a_mesh(gated, weights) -> None:
-    expected = logits(gated, weights, TOKENS, jnp.ones_like(TOKENS), POSITIONS)
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
-    placed = jax.device_put(weights[0], sharding.parameter_shardings(weights[0], mesh))
+    expected = logits_of(gated, weights, TOKENS, jnp.ones_like(TOKENS), POSITIONS)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    placed = jax.device_put(weights[0], parameter_shardings(weights[0], mesh))
     with jax.set_mesh(mesh):
         found = jax.jit(lambda params, tokens: logits_on(gated, params, weights[1], tokens))(placed, TOKENS)
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 def logits_on(gated, params, buffers, tokens):
-    return model.logits(gated.merge(params, buffers), tokens)[..., :29]
+    return logits(gated.merge(params, buffers), tokens)[..., :29]
 
 
 def test_the_example_trains(user_environment, workplace: Path) -> None:

@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from slmjax import config, recipes
+from slmjax import config
+from slmjax.training import recipes
 from tests.fake_cloud import FAKE, POD, ROOT, SCRIPTS, TPU, environment, executable, script
 
 GOLDEN = Path(__file__).parent / "tpu_scripts"

@@ -4,16 +4,16 @@ Sliding-window and full attention, grouped queries, dense and mixture-of-experts
 text.txt in the current directory and writes to runs/.
 """
 
-from slmjax.architecture import BlockConfig, ModelConfig, Segment
-from slmjax.attention import AttentionConfig, QkNorm
-from slmjax.checkpoint import CheckpointConfig
+from slmjax.checkpoints.run_checkpoints import CheckpointConfig
 from slmjax.data.config import DataConfig, Split
 from slmjax.data.tokenizers import ByteTokenizer
-from slmjax.experiment import EvalConfig, Experiment, RunConfig
-from slmjax.layers import MlpConfig
-from slmjax.moe import Balance, MoeConfig
-from slmjax.optim import OptimConfig
+from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.ffn.mlp import MlpConfig
+from slmjax.models.ffn.moe import Balance, MoeConfig
+from slmjax.models.mixers.attention import AttentionConfig, QkNorm
 from slmjax.sampling import SamplingConfig
+from slmjax.training.experiment import EvalConfig, Experiment, RunConfig
+from slmjax.training.optim import OptimConfig
 
 
 def experiment() -> Experiment:

@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slmjax import parameters
+from slmjax.checkpoints.loading import Loaded
 from slmjax.data.tokenizers import Tokenizer
-from slmjax.loading import Loaded
-from slmjax.model import ModelConfig
+from slmjax.models.decoder import ModelConfig
+from slmjax.models.definition import define
 
 
 def untrained(config: ModelConfig, *, tokenizer: Tokenizer, path: Path, scale: float = 0.4) -> Loaded:
     """As `load_model` gives it. Made by numpy: compiling the initialisation takes longer."""
-    definition, draws = parameters.define(config), np.random.default_rng(3)
+    definition, draws = define(config), np.random.default_rng(3)
 
     def fill(shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         normal = {path: scale * draws.normal(size=leaf.shape) for path, leaf in shapes.items()}

@@ -10,8 +10,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 import slmjax
-from slmjax.architecture import BlockConfig, Segment
-from slmjax.layers import Linear, Mixer, MixerConfig, MlpConfig, Shape, truncated_normal
+from slmjax.models.architecture import BlockConfig, Segment
+from slmjax.models.ffn.mlp import MlpConfig
+from slmjax.models.layers import Linear, Shape, truncated_normal
+from slmjax.models.protocols import Mixer, MixerConfig
 
 
 # --8<-- [start:mathematics]

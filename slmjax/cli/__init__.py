@@ -80,7 +80,7 @@ def _message_for_people(error: Exception) -> str | None:
     text = str(error)
     if not isinstance(error, RuntimeError | MemoryError):
         return text
-    from slmjax import memory
+    from slmjax.planning import memory
 
     if isinstance(error, memory.OutOfMemory):
         return text

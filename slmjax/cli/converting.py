@@ -9,7 +9,7 @@ from slmjax.cli.options import by_place, load_code, parse, print_json
 
 def import_command(words: Sequence[str]) -> int:
     """read a released model: slmjax import DIR_OR_GGUF OUT_DIR"""
-    from slmjax.convert.directory import import_model
+    from slmjax.convert.import_export import import_model
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
@@ -30,7 +30,7 @@ def import_command(words: Sequence[str]) -> int:
 
 def export_command(words: Sequence[str]) -> int:
     """write a model for other engines: slmjax export RUN_OR_MODEL_DIR OUT --to hf|gguf"""
-    from slmjax.convert.directory import Target, WeightType, export_model
+    from slmjax.convert.import_export import Target, WeightType, export_model
 
     load_code(words)
 

@@ -12,7 +12,7 @@ from slmjax.cli.options import by_place, load_code, option, parse, print_aside, 
 
 def eval_command(words: Sequence[str]) -> int:
     """evaluate a model: slmjax eval RUN_DIR [--data.path FILE] [--multiple-choice FILE] [--lm-eval TASK] [--efficiency]"""
-    from slmjax import loading
+    from slmjax.checkpoints import loading
     from slmjax.data.config import DataConfig
     from slmjax.data.provenance import ChangedData, own_data
     from slmjax.data.scored import ScoredText
@@ -60,7 +60,8 @@ def eval_command(words: Sequence[str]) -> int:
 
 def _evaluations(loaded: Any, given: Any, data: Any) -> dict[str, Any]:
     """What was asked for, by the name of the evaluation."""
-    from slmjax import evaluation, loading
+    from slmjax import evaluation
+    from slmjax.checkpoints import loading
     from slmjax.distill.teachers import beside
 
     others = given.multiple_choice or given.lm_eval or given.efficiency or given.energy

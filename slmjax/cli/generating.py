@@ -42,7 +42,7 @@ class Request:
 
 def generate_command(words: Sequence[str]) -> int:
     """continue prompts: slmjax generate RUN_DIR ["def main(" ...] [--file FILE]"""
-    from slmjax import loading
+    from slmjax.checkpoints import loading
     from slmjax.sampling import SamplingConfig, encode_prompts
 
     load_code(words)
@@ -194,8 +194,8 @@ def _stream(loaded: Any, request: Request, settings: Any, write: Callable[[str],
 
 
 def _write_all(loaded: Any, requests: Sequence[Request], given: Any, how: Format, write: Callable[[str], None]) -> None:
-    from slmjax.runlog import plain
     from slmjax.sampling import generate
+    from slmjax.telemetry.run_directory import plain
 
     records = []
     for first in range(0, len(requests), given.batch_size):

@@ -8,7 +8,7 @@ from slmjax.cli.options import experiment_name, parse, positional, print_aside, 
 
 def models_command(words: Sequence[str]) -> int:
     """list the named architectures with their sizes and costs"""
-    from slmjax import zoo
+    from slmjax.models import zoo
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
@@ -35,10 +35,10 @@ def models_command(words: Sequence[str]) -> int:
 
 def data_command(words: Sequence[str]) -> int:
     """prepare or look at data: slmjax data prepare|inspect [EXPERIMENT] [--data.path FILE ...]"""
-    from slmjax import recipes
     from slmjax.data.config import DataConfig
     from slmjax.data.preparation import inspect, prepare
     from slmjax.data.tokenizers import TokenizerConfig
+    from slmjax.training import recipes
 
     action, rest = positional(words)
     if action not in ("prepare", "inspect") and not {"-h", "--help"} & set(words):

@@ -49,7 +49,7 @@ def experiment_name(words: Sequence[str]) -> tuple[str | None, list[str]]:
     The first word is one if it is no option; further on, only what looks like one is: a built-in name or a Python file
     which is not the value of an option.
     """
-    from slmjax.recipes import BUILT_IN
+    from slmjax.training.recipes import BUILT_IN
 
     for index, word in enumerate(words):
         if word.startswith("-"):
@@ -75,7 +75,7 @@ def option(words: Sequence[str], name: str) -> str | None:
 def load_code(options: Sequence[str]) -> None:
     """Runs the file that `--code` names, so that JSON may name the classes it defines."""
     if (path := option(options, "--code")) is not None:
-        from slmjax.recipes import run_file
+        from slmjax.training.recipes import run_file
 
         run_file(Path(path))
 
@@ -87,6 +87,6 @@ def print_aside(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """To standard output, as strict JSON."""
-    from slmjax.runlog import plain
+    from slmjax.telemetry.run_directory import plain
 
     print(json.dumps(plain(value), indent=2))

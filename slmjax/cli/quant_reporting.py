@@ -21,7 +21,7 @@ def recovery_command(words: Sequence[str]) -> int:
     given = parse(Arguments, words, command="quant report", description=recovery_command.__doc__)
     from rich.console import Console
 
-    from slmjax.ablate import recovery_json, recovery_table, write_recovery
+    from slmjax.studies import recovery_json, recovery_table, write_recovery
 
     path = Path(given.study_file)
     directory = Path(given.directory or Path("runs") / path.stem.replace("_", "-"))
@@ -39,8 +39,8 @@ def recovery_command(words: Sequence[str]) -> int:
 
 def _reports(path: Path, directory: Path) -> list[Any]:
     """What the members of a study file's recoveries have come to so far; those that were not measured yet are."""
-    from slmjax import recipes
-    from slmjax.ablate import measure, read_members, report_recovery
+    from slmjax.studies import measure, read_members, report_recovery
+    from slmjax.training import recipes
 
     find: Any = getattr(recipes.run_file(path), "recoveries", None)
     if not callable(find):

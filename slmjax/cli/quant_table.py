@@ -20,11 +20,11 @@ def quant_command(words: Sequence[str]) -> int:
 
 
 def _table(words: Sequence[str]) -> int:
-    from slmjax import experiment as experiments
-    from slmjax import recipes
-    from slmjax.numerics.rules import quant_of
-    from slmjax.quantized import covered_lines
-    from slmjax.session import resolved_model
+    from slmjax.models.quantized_modules import covered_lines
+    from slmjax.quantization.rules import quant_of
+    from slmjax.training import experiment as experiments
+    from slmjax.training import recipes
+    from slmjax.training.programs import resolved_model
 
     name, options = experiment_name(words)
     load_code(options)

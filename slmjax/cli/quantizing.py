@@ -17,8 +17,8 @@ class Method(enum.Enum):
 
 def quantize_command(words: Sequence[str]) -> int:
     """round a model to number formats: slmjax quantize RUN_OR_MODEL_DIR OUT_DIR --format q4_0 [--clip search]"""
-    from slmjax.numerics.rules import quant_of
-    from slmjax.quant.rounding import Clip, quantize_model
+    from slmjax.quantization.ptq.round_to_nearest import Clip, quantize_model
+    from slmjax.quantization.rules import quant_of
 
     load_code(words)
 
@@ -46,7 +46,7 @@ def quantize_command(words: Sequence[str]) -> int:
 
 def _rule(text: str) -> Any:
     """The rule that REGEX=FORMAT stands for; an expression may have an = in it, a format has none."""
-    from slmjax.numerics.rules import NOTHING, QuantRule, quant_of
+    from slmjax.quantization.rules import NOTHING, QuantRule, quant_of
 
     paths, _, name = text.rpartition("=")
     if not paths or not name:
@@ -78,9 +78,9 @@ def _tell_quantized(found: Any, *, is_json: bool) -> None:
 
 def verify_export_command(words: Sequence[str]) -> int:
     """compare an exported file with the model, in the engine that runs it: slmjax verify-export RUN_OR_MODEL_DIR FILE.gguf"""
+    from slmjax.convert.verify.export import DEFAULT_TOKENS, DEFAULT_WINDOW, verify_export
     from slmjax.data.config import DataConfig
     from slmjax.data.provenance import ChangedData
-    from slmjax.quant.verification import DEFAULT_TOKENS, DEFAULT_WINDOW, verify_export
 
     load_code(words)
 

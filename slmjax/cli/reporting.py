@@ -18,7 +18,7 @@ def report_command(words: Sequence[str]) -> int:
         json: bool = False  # print the page's path as JSON
 
     given = parse(Arguments, words, command="report", description=report_command.__doc__)
-    from slmjax.report import write_report
+    from slmjax.telemetry.report import write_report
 
     page = write_report(given.run_dir, output=given.output, with_images=given.images)
     print_json({"page": str(page)}) if given.json else print(page)
@@ -34,7 +34,7 @@ def runs_command(words: Sequence[str]) -> int:
         json: bool = False  # print the list as JSON
 
     given = parse(Arguments, words, command="runs", description=runs_command.__doc__)
-    from slmjax.report import list_runs
+    from slmjax.telemetry.report import list_runs
 
     found = list_runs(given.directory)
     print_json([dataclasses.asdict(one) for one in found]) if given.json else _show_runs(found)
@@ -47,7 +47,7 @@ def _show_runs(found: Sequence[Any]) -> None:
     from rich.table import Table
 
     from slmjax.data.lost_text import lost_note
-    from slmjax.progress import format_seconds
+    from slmjax.telemetry.progress import format_seconds
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("run", no_wrap=True)
@@ -82,7 +82,7 @@ def compare_command(words: Sequence[str]) -> int:
         json: bool = False  # print results and differing settings as JSON
 
     given = parse(Arguments, words, command="compare", description=compare_command.__doc__)
-    from slmjax.report import comparison, write_comparison
+    from slmjax.telemetry.report import comparison, write_comparison
 
     page = write_comparison(given.run_dirs, given.output)
     runs = comparison.read_runs(given.run_dirs)

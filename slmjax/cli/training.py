@@ -15,8 +15,9 @@ def train_command(words: Sequence[str]) -> int:
     import jax
     from rich.console import Console
 
-    from slmjax import experiment as experiments
-    from slmjax import hosts, trainer
+    from slmjax.parallel import hosts
+    from slmjax.runner import trainer
+    from slmjax.training import experiment as experiments
 
     if not {"-h", "--help"} & set(words):
         hosts.join()  # before an experiment file, or anything else, can ask jax for a device
@@ -51,10 +52,10 @@ def _start(
     name: str | None, *, resume: str | None, init_from: str | None, teacher: str | None, divergence: str | None, quant: str | None
 ) -> Any:
     """The experiment whose fields the other options change."""
-    from slmjax import experiment as experiments
-    from slmjax import recipes
     from slmjax.distill.config import divergence_of
-    from slmjax.numerics.rules import quant_of
+    from slmjax.quantization.rules import quant_of
+    from slmjax.training import experiment as experiments
+    from slmjax.training import recipes
 
     if resume is not None:
         given = {"--init-from": init_from, "--teacher": teacher, "--divergence": divergence, "--quant": quant}

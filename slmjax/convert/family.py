@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from slmjax.architecture import BlockConfig, ModelConfig
-from slmjax.attention import AttentionConfig
 from slmjax.config import ConfigError
 from slmjax.convert.settings import Settings
-from slmjax.parameters import define, stored_shapes
+from slmjax.models.architecture import BlockConfig, ModelConfig
+from slmjax.models.definition import define, stored_shapes
+from slmjax.models.mixers.attention import AttentionConfig
 
 Arrays = list[np.ndarray]
 Shapes = list[tuple[int, ...]]

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slmjax import zoo
-from slmjax.convert.source import Own, read_origin
+from slmjax.checkpoints.stored_model import Own, read_origin
 from slmjax.data.lost_text import lost_note
 from slmjax.formats.presets import name_of
+from slmjax.models import zoo
 
 TO_FILL_IN = "to be filled in"
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from slmjax.architecture import Precision
 from slmjax.config import near_names
 from slmjax.losses import (
     Divergence,
@@ -29,7 +28,8 @@ from slmjax.losses import (
     TopK,
     TotalVariation,
 )
-from slmjax.sharding import MeshConfig
+from slmjax.models.architecture import Precision
+from slmjax.parallel.mesh import MeshConfig
 
 DIVERGENCES: Mapping[str, type[Divergence]] = {
     "forward_kl": ForwardKl, "reverse_kl": ReverseKl, "jsd": Jsd, "skew_kl": SkewKl, "skew_reverse_kl": SkewReverseKl,

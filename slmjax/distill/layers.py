@@ -16,10 +16,11 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
-from slmjax import parameters, sharding
+from slmjax.checkpoints.loading import read_config, read_parameters
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.distill.slices import TABLES, Dim, student_cuts
-from slmjax.loading import read_config, read_parameters
+from slmjax.models.definition import Definition, define, restack, stored_shapes, unstack
+from slmjax.parallel.rules import partition_spec
 
 Params = dict[str, Any]  # arrays by path
 
@@ -76,7 +77,7 @@ def shared_rows(teacher: Tokenizer, student: Tokenizer, *, num_rows: int, path: 
 
 
 def student_parameters(
-    path: Path, *, definition: parameters.Definition, chosen: Sequence[int], fresh: tuple[Params, Params], num_rows: int, mesh: Mesh
+    path: Path, *, definition: Definition, chosen: Sequence[int], fresh: tuple[Params, Params], num_rows: int, mesh: Mesh
 ) -> tuple[Params, Params]:
     """Parameters and buffers of a student, by stack path and placed as `fresh`, cut out of those of a run or an imported model.
 
@@ -92,27 +93,25 @@ def student_parameters(
     Raises:
       ValueError: the two do not fit (`slices.student_cuts`), or the directory holds no intact model.
     """
-    teacher = parameters.define(dataclasses.replace(read_config(path), quant=()))
+    teacher = define(dataclasses.replace(read_config(path), quant=()))
     # What is learned beside weights of some format begins with its phase.
-    plain = parameters.define(dataclasses.replace(definition.config, quant=()))
+    plain = define(dataclasses.replace(definition.config, quant=()))
     cuts = student_cuts(teacher, plain, chosen=chosen)
     needed = {cut.source for cut in cuts.values()}
 
     def placed(tree: Params) -> Params:
-        shapes = parameters.stored_shapes(teacher.config, tree)
-        places = {
-            name: NamedSharding(mesh, sharding.partition_spec(name, shapes[name].shape, mesh)) for name in sorted(needed & shapes.keys())
-        }
+        shapes = stored_shapes(teacher.config, tree)
+        places = {name: NamedSharding(mesh, partition_spec(name, shapes[name].shape, mesh)) for name in sorted(needed & shapes.keys())}
         return {name: jax.ShapeDtypeStruct(shapes[name].shape, shapes[name].dtype, sharding=place) for name, place in places.items()}
 
     _, params, buffers = read_parameters(path, teacher.config, placed(teacher.params), placed(teacher.buffers), whole=False)
 
     def build(taken: Params, fresh: tuple[Params, Params]) -> tuple[Params, Params]:
-        flat = parameters.unstack(definition.config, {**fresh[0], **fresh[1]})
+        flat = unstack(definition.config, {**fresh[0], **fresh[1]})
         for name, cut in cuts.items():
             value = _take(taken[cut.source], cut.kept) * cut.scale
             flat[name] = flat[name].at[:num_rows].set(value[:num_rows]) if name in TABLES else value
-        return tuple(parameters.restack(definition.config, flat, like=tree) for tree in fresh)
+        return tuple(restack(definition.config, flat, like=tree) for tree in fresh)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, fresh)
     return jax.jit(build, out_shardings=shardings)(params | buffers, fresh)

@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from slmjax.architecture import BlockConfig, ModelConfig
-from slmjax.attention import AttentionConfig, QkNorm
-from slmjax.convert.canonical_form import canonical
-from slmjax.layers import MlpConfig
-from slmjax.mixers.latent import LatentAttentionConfig
-from slmjax.moe import MoeConfig
-from slmjax.parameters import Definition, stored_shapes
+from slmjax.models.architecture import BlockConfig, ModelConfig
+from slmjax.models.canonical_form import canonical
+from slmjax.models.definition import Definition, stored_shapes
+from slmjax.models.ffn.mlp import MlpConfig
+from slmjax.models.ffn.moe import MoeConfig
+from slmjax.models.mixers.attention import AttentionConfig, QkNorm
+from slmjax.models.mixers.latent import LatentAttentionConfig
 
 log = logging.getLogger(__name__)
 

@@ -22,16 +22,19 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
-from slmjax import losses, sharding
-from slmjax.architecture import ModelConfig
+from slmjax import losses
+from slmjax.checkpoints.loading import Loaded, inference_definition, read_config, read_parameters
 from slmjax.data.batch import Batch
 from slmjax.data.provenance import overlap_with_own
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.data.windows import default_overlap
 from slmjax.distill.config import DistillConfig, ShortContext, TeacherConfig
 from slmjax.distill.windows import num_windows, windowed
-from slmjax.loading import Loaded, inference_definition, read_config, read_parameters
-from slmjax.parameters import Definition
+from slmjax.models.architecture import ModelConfig
+from slmjax.models.definition import Definition
+from slmjax.parallel import communication
+from slmjax.parallel.mesh import MeshConfig, make_mesh, named_sharding
+from slmjax.parallel.rules import parameter_shardings, partition_spec, placed_shapes
 
 log = logging.getLogger(__name__)
 Params = dict[str, Any]
@@ -83,14 +86,14 @@ class TeacherPlan:
     def kept_shapes(self) -> Params:
         """Shapes, dtypes and shardings of its parameters as they are kept."""
         kept = jax.eval_shape(self.kept, self.definition.params)
-        return sharding.placed_shapes(kept, sharding.parameter_shardings(kept, self.mesh))
+        return placed_shapes(kept, parameter_shardings(kept, self.mesh))
 
     def output_shapes(self, batch_size: int, length: int) -> losses.TeacherOutput:
         """What it hands over for a batch: shapes, dtypes and shardings."""
         shape = (batch_size, length, self.definition.config.embed_dim)
-        place = sharding.named_sharding(HIDDEN, shape, self.student_mesh)
+        place = named_sharding(HIDDEN, shape, self.student_mesh)
         head = jax.eval_shape(self.head, jax.eval_shape(self.kept, self.definition.params), self.definition.buffers)
-        head = sharding.placed_shapes(head, _head_places(head, self.student_mesh))
+        head = placed_shapes(head, _head_places(head, self.student_mesh))
         return losses.TeacherOutput(hidden=jax.ShapeDtypeStruct(shape, self.dtype, sharding=place), head=head)
 
 
@@ -98,7 +101,7 @@ HIDDEN = ("batch", "time", None)
 
 
 def _head_places(head: losses.Head, mesh: Mesh) -> losses.Head:
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, sharding.partition_spec("head/weight", leaf.shape, mesh)), head)
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, partition_spec("head/weight", leaf.shape, mesh)), head)
 
 
 # Before anything is loaded --------------------------------------------------------------------------------------------
@@ -199,11 +202,11 @@ class Teachers:
         for plan, arrays, head, call in zip(self.plans, self._arrays, self._heads, self._calls, strict=True):
             given = rows
             if plan.mesh is not plan.student_mesh:
-                given = jax.device_put(rows, sharding.named_sharding(HIDDEN[:2], batch.tokens.shape, plan.mesh))
+                given = jax.device_put(rows, named_sharding(HIDDEN[:2], batch.tokens.shape, plan.mesh))
             with jax.set_mesh(plan.mesh):
                 hidden = call(*arrays, *given, num_parts=self._num_parts if in_parts else 1)
             if plan.mesh is not plan.student_mesh:
-                hidden = jax.device_put(hidden, sharding.named_sharding(HIDDEN, hidden.shape, plan.student_mesh))
+                hidden = jax.device_put(hidden, named_sharding(HIDDEN, hidden.shape, plan.student_mesh))
             found.append(losses.TeacherOutput(hidden=hidden, head=head))
         return tuple(found)
 
@@ -217,7 +220,7 @@ def beside(path: Path, student: Loaded) -> Teachers:
         log.warning(sentence)
     teacher = TeacherConfig(path=str(path), precision=read_config(path).precision)
     distill = DistillConfig(teachers=(teacher,), short_context=ShortContext.WINDOW)
-    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
+    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
     length = student.config.context_length
     plans = plan_teachers(distill, student.config, sequence_length=length, mesh=mesh, teacher_mesh=mesh, tokenizer=student.tokenizer)
     return Teachers(plans, num_parts=1)
@@ -227,7 +230,7 @@ def _load(plan: TeacherPlan) -> tuple[tuple[Params, Params], losses.Head]:
     """A teacher's arrays on its mesh, and its head on the student's."""
     definition, mesh = plan.definition, plan.mesh
 
-    like = [sharding.placed_shapes(tree, sharding.parameter_shardings(tree, mesh)) for tree in (definition.params, definition.buffers)]
+    like = [placed_shapes(tree, parameter_shardings(tree, mesh)) for tree in (definition.params, definition.buffers)]
     with jax.set_mesh(mesh):
         _, params, buffers = read_parameters(Path(plan.settings.path), definition.config, *like, step=plan.settings.step)
         # No shardings are asked for: what does not change is then not copied, and what does stays where it is.
@@ -249,12 +252,12 @@ def _placed_head(head: losses.Head, mesh: Mesh) -> losses.Head:
     places = _head_places(head, mesh)
     if head.weight.sharding.is_equivalent_to(places.weight, head.weight.ndim):
         return head
-    move = jax.jit(lambda table: sharding.constrain(table, ("vocab", "embed")), out_shardings=places.weight)
+    move = jax.jit(lambda table: communication.constrain(table, ("vocab", "embed")), out_shardings=places.weight)
     return dataclasses.replace(head, weight=move(head.weight))
 
 
 def _in_parts(plan: TeacherPlan, params: Params, buffers: Params, *rows: Array, num_parts: int) -> Float[Array, "B T E"]:
     if num_parts == 1:
-        return sharding.constrain(plan.hidden(params, buffers, *rows), HIDDEN)
-    parts = tuple(sharding.split_rows(array, num_parts=num_parts) for array in rows)
-    return sharding.joined_rows(jax.lax.map(lambda part: plan.hidden(params, buffers, *part), parts))
+        return communication.constrain(plan.hidden(params, buffers, *rows), HIDDEN)
+    parts = tuple(communication.split_rows(array, num_parts=num_parts) for array in rows)
+    return communication.joined_rows(jax.lax.map(lambda part: plan.hidden(params, buffers, *part), parts))

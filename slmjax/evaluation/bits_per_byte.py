@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from slmjax import config as config_io
-from slmjax import placement
+from slmjax.checkpoints.loading import Loaded
 from slmjax.data.batch import Batch
 from slmjax.data.config import DataConfig
 from slmjax.data.conventions import SpecialToken
@@ -36,10 +36,10 @@ from slmjax.data.scored import ScoredText
 from slmjax.data.shards import TokenShards
 from slmjax.data.tokenizers import FileTokenizer, Tokenizer
 from slmjax.data.windows import EvaluationBatches, default_overlap, evaluation_batches
-from slmjax.loading import Loaded
 from slmjax.losses import Matching, TeacherOutput, evaluation_sums, expected_calibration_error
-from slmjax.model import Decoder
-from slmjax.parameters import Definition
+from slmjax.models.decoder import Decoder
+from slmjax.models.definition import Definition
+from slmjax.parallel.batches import place_batch
 
 Params = Mapping[str, Array]
 EvalStep = Callable[..., dict[str, Array]]  # (params, buffers, batch) or (params, buffers, batch, what the teachers say of it)
@@ -148,7 +148,7 @@ def evaluate_batches(
     for batch in batches:
         # The device works on this batch while the host reads the sums of the one before and makes the next.
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            placed = batch if mesh is None else placement.place_batch(batch, mesh, num_rows=batches.batch_size)
+            placed = batch if mesh is None else place_batch(batch, mesh, num_rows=batches.batch_size)
             running = eval_step(params, buffers, placed, *(() if teachers is None else (teachers(placed),)))
         _add(totals, pending)
         pending = running

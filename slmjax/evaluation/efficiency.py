@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from slmjax import zoo
-from slmjax.loading import Loaded
+from slmjax.checkpoints.loading import Loaded
+from slmjax.models import zoo
 from slmjax.sampling import SamplingConfig, sample
 
 ROUNDS = 5

@@ -18,9 +18,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from slmjax import losses
+from slmjax.checkpoints.loading import Loaded
 from slmjax.data.tokenizers import Tokenizer
-from slmjax.loading import Loaded
-from slmjax.model import Decoder
+from slmjax.models.decoder import Decoder
 
 SHORTEST = 16  # positions of a row
 DEFAULT_BATCH_SIZE = 16

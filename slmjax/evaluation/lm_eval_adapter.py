@@ -19,8 +19,8 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
+from slmjax.checkpoints.loading import Loaded
 from slmjax.evaluation.likelihood import DEFAULT_BATCH_SIZE, Pair, log_likelihoods, pair_tokens, refuse_nan
-from slmjax.loading import Loaded
 from slmjax.sampling import SamplingConfig, generate, render_chat
 
 DEFAULT_NEW_TOKENS = 256  # of a task that does not say

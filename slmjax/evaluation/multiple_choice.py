@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from slmjax.checkpoints.loading import Loaded
 from slmjax.data.files import Layout, file_kind
 from slmjax.data.records import read_objects, value_in_cell
 from slmjax.evaluation.likelihood import DEFAULT_BATCH_SIZE, Pair, log_likelihoods, pair_tokens, refuse_nan
-from slmjax.loading import Loaded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from slmjax import sharding
 from slmjax.kernels import cpu, gpu, tpu
 from slmjax.kernels.choice import allows_fused, announce
+from slmjax.parallel import communication, mesh
 
 MAX_CAUSAL_BLOCKS = 8  # unrolled in the program: 8 of them compute 56% of the square, 16 would compute 53%
 
@@ -95,32 +95,33 @@ def self_attention(
     Segments must be contiguous, as packed batches have them: distances are then those between places in the row, and only keys
     close by in the row can be visible.
     """
-    platform, num_heads = sharding.platform(), q.shape[2]
+    target = mesh.platform()
+    num_heads = q.shape[2]
 
     def on_device(q: Array, k: Array, v: Array, segments: Array, *sinks: Array) -> Array:
-        if sharding.is_divided("heads") and not sharding.is_divided("kv_heads"):
+        if communication.is_divided("heads") and not communication.is_divided("kv_heads"):
             # These query heads need not be those of whole groups: each gets a key-value head of its own.
-            here = sharding.index_along("heads") * q.shape[2] + jnp.arange(q.shape[2])
+            here = communication.index_along("heads") * q.shape[2] + jnp.arange(q.shape[2])
             k, v = (jnp.take(x, here // (num_heads // k.shape[2]), axis=2) for x in (k, v))
-        length, shards = q.shape[1], sharding.num_shards("time")
+        length, shards = q.shape[1], communication.num_shards("time")
         gathered = shards > 1 and (window is None or window > (shards - 1) * length)
         if gathered:
-            keys = [sharding.gather(x, "time", axis=1) for x in (k, v, segments)]
+            keys = [communication.gather(x, "time", axis=1) for x in (k, v, segments)]
         else:
-            keys = [sharding.halo(x, "time", size=(window or 1) - 1, axis=1) for x in (k, v, segments)]
+            keys = [communication.halo(x, "time", size=(window or 1) - 1, axis=1) for x in (k, v, segments)]
         form = choose_attention(
-            length, window=window, platform=platform, softcap=softcap, num_keys=keys[0].shape[1], gathered=gathered,
+            length, window=window, platform=target, softcap=softcap, num_keys=keys[0].shape[1], gathered=gathered,
             head_dim=q.shape[3], dtype=q.dtype, has_sinks=bool(sinks),
         )  # fmt: skip
         form = functools.partial(form, sinks=sinks[0]) if sinks else form
-        ids = {"q_segments": segments, "k_segments": keys[2], "shard": sharding.index_along("time") if gathered else None}
+        ids = {"q_segments": segments, "k_segments": keys[2], "shard": communication.index_along("time") if gathered else None}
         return form(q, keys[0], keys[1], **ids, window=window, scale=scale, softcap=softcap)
 
     queries, pairs, marks = ("batch", "time", "heads", None), ("batch", "time", "kv_heads", None), ("batch", "time")
     in_dims, arrays = (queries, pairs, pairs, marks), (q, k, v, segment_ids)
     if sinks is not None:
         in_dims, arrays = (*in_dims, ("heads",)), (*arrays, sinks)
-    return sharding.local(on_device, in_dims=in_dims, out_dims=queries, checked=platform == "cpu")(*arrays)
+    return communication.local(on_device, in_dims=in_dims, out_dims=queries, checked=target == "cpu")(*arrays)
 
 
 def choose_attention(

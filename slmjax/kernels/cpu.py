@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from slmjax import sharding
+from slmjax.parallel import communication
 
 MASKED_SCORE = -1e30  # finite, so that a row without any visible key has finite gradients
 TRANSPOSED_COLUMNS = 64  # at a time: the identity is that wide
@@ -43,7 +43,7 @@ def transposed(x: Float[Array, "*B M D"]) -> Float[Array, "*B D M"]:
 
 def matmul(x: Float[Array, "M D"], weight: Float[Array, "D F"]) -> Float[Array, "M F"]:
     """`x @ weight` in the dtype of `x` with float32 sums; the gradient of the weight stays float32."""
-    return _matmul(*sharding.alike(x, weight))
+    return _matmul(*communication.alike(x, weight))
 
 
 @jax.custom_vjp
@@ -75,7 +75,7 @@ def attend(
     q_BKGTH = q.reshape(batch, length, -1, groups, head_dim).transpose(0, 2, 3, 1, 4)
     rows = q_BKGTH.reshape(batch, -1, groups * length, head_dim)
     seen = jnp.tile(mask, (1, groups, 1))[:, None]
-    out: Array = _attend(*sharding.alike(rows, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)), seen, scale)
+    out: Array = _attend(*communication.alike(rows, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)), seen, scale)
     return out.reshape(batch, -1, groups, length, head_dim).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 

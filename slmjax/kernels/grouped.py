@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from slmjax import sharding
 from slmjax.kernels import cpu
 from slmjax.kernels.choice import announce
+from slmjax.parallel import communication, mesh
 
 
 def grouped_matmul(x: Float[Array, "M D"], weights: Float[Array, "E D F"], group_sizes: Int[Array, " E"]) -> Float[Array, "M F"]:
@@ -22,7 +22,7 @@ def grouped_matmul(x: Float[Array, "M D"], weights: Float[Array, "E D F"], group
       group_sizes: int32, how many rows each group has; they sum to at most M.
     """
     # Both forms have gradients of their own: under `sharding.local` all arguments must enter as equally divided.
-    return choose_grouped_matmul(sharding.platform())(*sharding.alike(x, weights.astype(x.dtype), group_sizes))
+    return choose_grouped_matmul(mesh.platform())(*communication.alike(x, weights.astype(x.dtype), group_sizes))
 
 
 def choose_grouped_matmul(platform: str) -> Callable[[Array, Array, Array], Array]:
@@ -87,7 +87,7 @@ def _block_products(x: Array, weights: Array, group_sizes: Array, *, contracted:
         product = cpu.product(rows, matrix, (-1, contracted - 2)).astype(x.dtype)
         return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(offset < count[index], product, 0), first[index], axis=0)
 
-    start, _ = sharding.alike(jnp.zeros((num_rows + block, weights.shape[2 - contracted]), x.dtype), x)
+    start, _ = communication.alike(jnp.zeros((num_rows + block, weights.shape[2 - contracted]), x.dtype), x)
     return jax.lax.fori_loop(0, num_blocks, multiply, start)[:num_rows]
 
 
@@ -105,5 +105,5 @@ def _block_outer_products(x: Array, dy: Array, group_sizes: Array) -> Array:
         before = jax.lax.dynamic_index_in_dim(total, group[index], keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(total, before + product, group[index], axis=0)
 
-    start, _ = sharding.alike(jnp.zeros((group_sizes.shape[0], x.shape[1], dy.shape[1]), jnp.float32), x)
+    start, _ = communication.alike(jnp.zeros((group_sizes.shape[0], x.shape[1], dy.shape[1]), jnp.float32), x)
     return jax.lax.fori_loop(0, num_blocks, accumulate, start)

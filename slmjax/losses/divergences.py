@@ -29,8 +29,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt, UInt32
 
-from slmjax import sharding
 from slmjax.losses.heads import PADDING_LOGIT, columns
+from slmjax.parallel import communication
 
 LogProbabilities = Float[Array, "C v"]
 State = Mapping[str, Array]
@@ -41,7 +41,7 @@ SMALL = 0.1  # exponents whose excess is summed as a series
 class Pass:
     """What a divergence may need beside the distributions."""
 
-    shards: sharding.Shards  # of the vocabulary
+    shards: communication.Shards  # of the vocabulary
     state: State  # of the objective
     draws: Any  # UInt32[Array, "C 2"]: what is different for every token of a step; None where nothing is drawn
     key: Any  # UInt32[Array, "2"]: key data of the step; None where nothing is drawn
@@ -258,7 +258,7 @@ class Sampled(Divergence):
 
 
 # Over the vocabulary --------------------------------------------------------------------------------------------------
-def log_softmax(x: Float[Array, "C v"], shards: sharding.Shards) -> LogProbabilities:
+def log_softmax(x: Float[Array, "C v"], shards: communication.Shards) -> LogProbabilities:
     """Log-probabilities over the whole vocabulary, of which each of some devices holds a part. They are finite, also of logits of -inf."""
     x = jnp.maximum(x, PADDING_LOGIT)
     x = x - shards.max(jnp.max(x, axis=-1))[:, None]
@@ -291,7 +291,7 @@ def log_mixture(
     return jnp.maximum(log_p, log_q) + log_larger, log_larger + jnp.maximum(x, 0.0), log_larger - jnp.minimum(x, 0.0)
 
 
-def top_columns(log_p: LogProbabilities, k: int, shards: sharding.Shards) -> Bool[Array, "C v"]:
+def top_columns(log_p: LogProbabilities, k: int, shards: communication.Shards) -> Bool[Array, "C v"]:
     """Which columns are the k largest of the whole vocabulary; of equal ones those of the smaller ids.
 
     By counting, bit by bit, not by sorting: each pass is a sum over the vocabulary, which may be divided.
@@ -308,7 +308,7 @@ def top_columns(log_p: LogProbabilities, k: int, shards: sharding.Shards) -> Boo
 
 
 def _kth_smallest(
-    values: UInt[Array, "C v"], k: int | Int[Array, "C"], shards: sharding.Shards, *, num_bits: int | None = None
+    values: UInt[Array, "C v"], k: int | Int[Array, "C"], shards: communication.Shards, *, num_bits: int | None = None
 ) -> UInt[Array, "C"]:
     """The k-th smallest of each row, below 2**num_bits: the largest number that has fewer than k below it, from its highest bit on."""
     num_bits = 8 * values.dtype.itemsize if num_bits is None else num_bits

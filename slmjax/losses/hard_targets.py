@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from slmjax import sharding
 from slmjax.losses.chunks import ChunkFn, chosen_chunk_size, chunked_sum, weighted_sum
 from slmjax.losses.heads import Head, accumulation_dtype, columns, local_logits
 from slmjax.losses.sharded import Vocabulary, sharded_sum
+from slmjax.parallel import communication
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -47,12 +47,12 @@ def cross_entropy(
     """
     size = chosen_chunk_size(chunk_size, hidden, head)
     coefficient = jnp.asarray(z_loss, accumulation_dtype(hidden.dtype))
-    terms = _cross_entropy_terms(sharding.Shards())
+    terms = _cross_entropy_terms(communication.Shards())
     return chunked_sum(terms, hidden, head, tokens=((targets, weights), ()), constants=(coefficient, ()), chunk_size=size)
 
 
 @functools.cache
-def _cross_entropy_terms(shards: sharding.Shards) -> ChunkFn:
+def _cross_entropy_terms(shards: communication.Shards) -> ChunkFn:
     """The terms of `cross_entropy` over the table that is divided into these shards; of each there is one function."""
 
     def terms(hidden: Array, head: Head, tokens: Any, constants: Any) -> tuple[Float[Array, ""], Metrics]:
@@ -72,7 +72,7 @@ class HardValues:
     correct: Array  # 1 where no logit is larger than the target's, so that equal ones count
 
 
-def hard_values(logits: Float[Array, "C v"], targets: Int[Array, "C"], shards: sharding.Shards) -> HardValues:
+def hard_values(logits: Float[Array, "C v"], targets: Int[Array, "C"], shards: communication.Shards) -> HardValues:
     """What is told of each target from a chunk's logits, or the shard of them that a device holds."""
     largest = shards.max(jnp.max(logits, axis=-1))
     normaliser = largest + jnp.log(shards.sum(jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1)))
@@ -85,7 +85,11 @@ def hard_values(logits: Float[Array, "C v"], targets: Int[Array, "C"], shards: s
 
 
 def hard_terms(
-    logits: Float[Array, "C v"], targets: Int[Array, "C"], weights: Float[Array, "C"], z_loss: Float[Array, ""], shards: sharding.Shards
+    logits: Float[Array, "C v"],
+    targets: Int[Array, "C"],
+    weights: Float[Array, "C"],
+    z_loss: Float[Array, ""],
+    shards: communication.Shards,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The sum and the metrics of `cross_entropy` from a chunk's logits."""
     found = hard_values(logits, targets, shards)

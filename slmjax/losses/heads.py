@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from slmjax import kernels, sharding
+from slmjax import kernels
+from slmjax.parallel import communication
 
 # Logits of the padding columns: finite, so that no product with a zero probability is NaN.
 PADDING_LOGIT = -1e30
@@ -36,10 +37,10 @@ class Head:
 
 def logits(hidden: Float[Array, "*B D"], head: Head) -> Float[Array, "*B V"]:
     """Logits in float32 over every row of the table; padding columns are `PADDING_LOGIT`, and no gradient goes there."""
-    return local_logits(hidden, head, sharding.Shards())
+    return local_logits(hidden, head, communication.Shards())
 
 
-def local_logits(hidden: Float[Array, "*B D"], head: Head, shards: sharding.Shards) -> Float[Array, "*B v"]:
+def local_logits(hidden: Float[Array, "*B D"], head: Head, shards: communication.Shards) -> Float[Array, "*B v"]:
     """Logits over the shard of the table that a device holds."""
     num_rows = head.weight.shape[0] * shards.count
     assert 0 < head.vocab_size <= num_rows, f"a head of {num_rows} rows has no {head.vocab_size} real ones"
@@ -53,7 +54,7 @@ def local_logits(hidden: Float[Array, "*B D"], head: Head, shards: sharding.Shar
     return jnp.where(columns(x, shards) < head.vocab_size, x, PADDING_LOGIT) if head.vocab_size < num_rows else x
 
 
-def columns(x: Float[Array, "*B v"], shards: sharding.Shards) -> Int[Array, "*B v"]:
+def columns(x: Float[Array, "*B v"], shards: communication.Shards) -> Int[Array, "*B v"]:
     """The row of the whole table that each logit belongs to."""
     return jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) + shards.index() * x.shape[-1]
 

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from slmjax import sharding
 from slmjax.losses.chunks import ChunkFn, weighted_sum
 from slmjax.losses.divergences import ForwardKl, excess, log_softmax
 from slmjax.losses.hard_targets import HardValues, hard_values
 from slmjax.losses.heads import PADDING_LOGIT, Head, columns, local_logits
 from slmjax.losses.sharded import sharded_sum
 from slmjax.losses.soft_targets import Matching, TeacherOutput, teacher_log_probabilities
+from slmjax.parallel import communication
 
 NUM_BINS = 15  # of confidence, of equal width
 
@@ -55,7 +55,7 @@ def expected_calibration_error(bin_weight: Any, bin_confidence: Any, bin_correct
 
 
 @functools.cache
-def _terms(matching: Matching, shards: sharding.Shards) -> ChunkFn:
+def _terms(matching: Matching, shards: communication.Shards) -> ChunkFn:
     def terms(hidden: Array, head: Head, tokens: Any, constants: Any) -> tuple[Float[Array, ""], dict[str, Array]]:
         ((targets, weights), states), (_, heads) = tokens, constants
         logits = local_logits(hidden, head, shards)
@@ -80,7 +80,7 @@ def _bins(found: HardValues, weights: Float[Array, "C"]) -> dict[str, Float[Arra
 
 
 def _nearness(
-    logits: Float[Array, "C v"], log_p: Float[Array, "C v"], targets: Int[Array, "C"], shards: sharding.Shards
+    logits: Float[Array, "C v"], log_p: Float[Array, "C v"], targets: Int[Array, "C"], shards: communication.Shards
 ) -> dict[str, Array]:
     log_q = log_softmax(logits, shards)
     is_best = (log_q >= shards.max(jnp.max(log_q, axis=-1))[:, None]) & (log_p >= shards.max(jnp.max(log_p, axis=-1))[:, None])

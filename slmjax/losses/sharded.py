@@ -15,9 +15,10 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from slmjax import sharding
 from slmjax.losses.chunks import ChunkFn, chosen_chunk_size, chunked_sum
 from slmjax.losses.heads import Head, check_rows
+from slmjax.parallel import communication
+from slmjax.parallel.mesh import Dims, num_devices
 
 
 class Vocabulary(enum.Enum):
@@ -34,12 +35,12 @@ def choose_vocabulary(num_tokens: int, table_rows: int) -> Vocabulary:
       num_tokens: tokens of the devices that share a table.
       table_rows: rows of the table.
     """
-    divides = table_rows % sharding.num_devices("vocab") == 0 and sharding.num_devices("vocab") > 1
+    divides = table_rows % num_devices("vocab") == 0 and num_devices("vocab") > 1
     return Vocabulary.DIVIDED if divides and num_tokens < table_rows else Vocabulary.GATHERED
 
 
 def sharded_sum(
-    terms: Callable[[sharding.Shards], ChunkFn],
+    terms: Callable[[communication.Shards], ChunkFn],
     hidden: Float[Array, "B T D"],
     head: Head,
     *,
@@ -64,30 +65,30 @@ def sharded_sum(
     check_rows(head, *(other for _, other in others))
     (batch_size, length), num_rows = hidden.shape[:2], head.weight.shape[0]
     if vocabulary is None:
-        tokens_here = batch_size * length // (sharding.num_devices("batch") * sharding.num_devices("time"))
+        tokens_here = batch_size * length // (num_devices("batch") * num_devices("time"))
         vocabulary = choose_vocabulary(tokens_here, num_rows)
     is_whole = vocabulary is Vocabulary.GATHERED
     token_dim, bias_rows = ("tokens", None) if is_whole else ("time", "vocab")
     models = ((hidden, head), *others)
 
     def on_device(states: tuple[Array, ...], tables: tuple[Array, ...], biases: tuple[Any, ...], tokens: Any, constants: Any) -> Any:
-        gathered = [sharding.gathered_table(table, whole=is_whole) for table in tables]
+        gathered = [communication.gathered_table(table, whole=is_whole) for table in tables]
         heads = tuple(
             dataclasses.replace(one, weight=table, bias=bias) for (_, one), (table, _), bias in zip(models, gathered, biases, strict=True)
         )
         (own, *states_of_others), tokens = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (states, tokens))
         size = chosen_chunk_size(chunk_size, own, heads[0])
         given = {"tokens": (tokens, tuple(states_of_others)), "constants": (constants, heads[1:])}
-        return sharding.sum_over(chunked_sum(terms(gathered[0][1]), own, heads[0], **given, chunk_size=size), "batch", token_dim)
+        return communication.sum_over(chunked_sum(terms(gathered[0][1]), own, heads[0], **given, chunk_size=size), "batch", token_dim)
 
     per_model = tuple(zip(*((states, one.weight, one.bias) for states, one in models), strict=True))
     table_dims = _table_dims(num_rows, batch_size=batch_size, length=length, is_whole=is_whole)
     in_dims = (("batch", token_dim, None), table_dims, (bias_rows,), ("batch", token_dim), ())
-    return sharding.local(on_device, in_dims=in_dims, out_dims=())(*per_model, tokens, constants)
+    return communication.local(on_device, in_dims=in_dims, out_dims=())(*per_model, tokens, constants)
 
 
-def _table_dims(num_rows: int, *, batch_size: int, length: int, is_whole: bool) -> sharding.Dims:
-    dims = sharding.table_dims(num_rows, batch_size=batch_size)
-    if is_whole and (dims == ("vocab", None) or length % sharding.num_devices("tokens")):
+def _table_dims(num_rows: int, *, batch_size: int, length: int, is_whole: bool) -> Dims:
+    dims = communication.table_dims(num_rows, batch_size=batch_size)
+    if is_whole and (dims == ("vocab", None) or length % num_devices("tokens")):
         return (None, dims[1])  # devices with the same tokens must have the same table, not one that each has gathered
     return dims

@@ -26,12 +26,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-from slmjax import sharding
 from slmjax.losses.chunks import ChunkFn, chosen_chunk_size, chunked_sum, over_chunks, weighted_sum
 from slmjax.losses.divergences import Divergence, Pass, State, log_softmax
 from slmjax.losses.hard_targets import Metrics, hard_terms
 from slmjax.losses.heads import PADDING_LOGIT, Head, accumulation_dtype, check_rows, columns, local_logits
 from slmjax.losses.sharded import Vocabulary, sharded_sum
+from slmjax.parallel import communication
 
 
 class TeacherMean(enum.Enum):
@@ -131,7 +131,7 @@ def linear_divergence(
     tokens = ((targets, weights, draws), tuple(teacher.hidden for teacher in teachers))
     constants = (given, tuple(teacher.head for teacher in teachers))
     size = chosen_chunk_size(chunk_size, hidden, head)
-    return chunked_sum(_terms(matching, sharding.Shards()), hidden, head, tokens=tokens, constants=constants, chunk_size=size)
+    return chunked_sum(_terms(matching, communication.Shards()), hidden, head, tokens=tokens, constants=constants, chunk_size=size)
 
 
 def sharded_divergence(
@@ -177,8 +177,8 @@ def token_divergence(
     @jax.checkpoint
     def step(carry: None, chunk: Any) -> tuple[None, Array]:
         own, states, draws = chunk
-        logits = local_logits(own, head, sharding.Shards())
-        return carry, _divergences(matching, sharding.Shards(), logits, head.vocab_size, states, heads, given, draws)
+        logits = local_logits(own, head, communication.Shards())
+        return carry, _divergences(matching, communication.Shards(), logits, head.vocab_size, states, heads, given, draws)
 
     _, values = over_chunks(step, None, (hidden, tuple(teacher.hidden for teacher in teachers), draws), size)
     return values.reshape(-1)[: hidden.shape[0]]
@@ -198,7 +198,7 @@ def _checked(matching: Divergence | Matching, dtype: Any, amounts: dict[str, Any
 
 
 @functools.cache
-def _terms(matching: Matching, shards: sharding.Shards) -> ChunkFn:
+def _terms(matching: Matching, shards: communication.Shards) -> ChunkFn:
     """The terms of `linear_divergence` over tables that are divided into these shards; of each there is one function."""
 
     def terms(hidden: Array, head: Head, tokens: Any, constants: Any) -> tuple[Float[Array, ""], Metrics]:
@@ -214,7 +214,7 @@ def _terms(matching: Matching, shards: sharding.Shards) -> ChunkFn:
 
 def _divergences(
     matching: Matching,
-    shards: sharding.Shards,
+    shards: communication.Shards,
     logits: Float[Array, "C v"],
     vocab_size: int,
     states: Sequence[Array],
@@ -236,7 +236,7 @@ def teacher_log_probabilities(
     matching: Matching,
     states: Sequence[Float[Array, "C _"]],  # each as wide as its teacher
     heads: Sequence[Head],
-    shards: sharding.Shards,
+    shards: communication.Shards,
     *,
     temperature: float | Float[Array, ""],
     vocab_size: int,
@@ -252,13 +252,13 @@ def teacher_log_probabilities(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _divergence(divergence: Divergence, shards: sharding.Shards, logits: Array, log_p: Array, given: Any) -> Array:
+def _divergence(divergence: Divergence, shards: communication.Shards, logits: Array, log_p: Array, given: Any) -> Array:
     """The divergence of softmax(logits) from p, [C]; only the logits have a gradient, which is computed along with the value."""
     return _divergence_forward(divergence, shards, logits, log_p, given)[0]
 
 
 def _divergence_forward(
-    divergence: Divergence, shards: sharding.Shards, logits: Array, log_p: Array, given: tuple[State, Any, Any]
+    divergence: Divergence, shards: communication.Shards, logits: Array, log_p: Array, given: tuple[State, Any, Any]
 ) -> tuple[Array, Array]:
     state, draws, key = given
     log_q = log_softmax(logits, shards)
@@ -266,7 +266,9 @@ def _divergence_forward(
     return values, slope - jnp.exp(log_q) * shards.sum(jnp.sum(slope, axis=-1))[:, None]
 
 
-def _divergence_backward(divergence: Divergence, shards: sharding.Shards, gradient: Array, cotangent: Array) -> tuple[Array, None, None]:
+def _divergence_backward(
+    divergence: Divergence, shards: communication.Shards, gradient: Array, cotangent: Array
+) -> tuple[Array, None, None]:
     del divergence, shards
     return gradient * cotangent[:, None], None, None
 

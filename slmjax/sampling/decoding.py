@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from slmjax import losses, sharding
-from slmjax.architecture import Segment
-from slmjax.model import Decoder, Output
-from slmjax.parameters import Definition, define, restack, unstack
+from slmjax import losses
+from slmjax.models.architecture import Segment
+from slmjax.models.decoder import Decoder, Output
+from slmjax.models.definition import Definition, define, restack, unstack
+from slmjax.parallel import communication
 from slmjax.sampling.choice import next_tokens, penalised
 from slmjax.sampling.settings import DEFAULT, SamplingConfig, check_prompts, length_limits, resolved_seeds
 
@@ -189,8 +190,8 @@ def _seen(progress: Progress) -> Seen:
     """Tokens, log-probabilities, lengths and ends, whole on every process, so that each can read them."""
     rows, row = (None, None), (None,)
     return (
-        sharding.constrain(progress.tokens, rows), sharding.constrain(progress.logprobs, rows),
-        sharding.constrain(progress.lengths, row), sharding.constrain(progress.done, row),
+        communication.constrain(progress.tokens, rows), communication.constrain(progress.logprobs, rows),
+        communication.constrain(progress.lengths, row), communication.constrain(progress.done, row),
     )  # fmt: skip
 
 

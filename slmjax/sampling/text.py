@@ -4,9 +4,9 @@ import dataclasses
 import enum
 from collections.abc import Callable, Sequence
 
+from slmjax.checkpoints.loading import Loaded
 from slmjax.data.detokenization import REPLACEMENT
 from slmjax.data.tokenizers import Tokenizer
-from slmjax.loading import Loaded
 from slmjax.sampling.decoding import STEPS_PER_CALL, sample
 from slmjax.sampling.settings import DEFAULT, SamplingConfig, check_prompts, length_limits, resolved_seeds
 

@@ -1,6 +1,6 @@
 """llama.cpp, driven through xllamacpp: an engine nobody here wrote, which says what a GGUF file means.
 
-`slmjax.convert.llama_cpp` runs llama.cpp's server inside the process, and the server answers on a free port of this machine too:
+`slmjax.convert.gguf.llama_cpp` runs llama.cpp's server inside the process, and the server answers on a free port of this machine too:
 `/tokenize` and `/completion` are asked over HTTP as any client would.
 """
 
@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from slmjax.convert.gguf_file import PendingTensor, write_gguf
-from slmjax.convert.llama_cpp import logprobs, serve
+from slmjax.convert.gguf.container import PendingTensor, write_gguf
+from slmjax.convert.gguf.llama_cpp import logprobs, serve
 
 __all__ = ["ask", "generate", "logprobs", "target_logprobs", "tokenize", "write_tiny_llama"]
 

@@ -10,12 +10,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import slmjax
-from slmjax import weights
-from slmjax.convert import hf
-from slmjax.convert.directory import Target, WeightType, export_model, import_model
+from slmjax.checkpoints import safetensors_files
+from slmjax.checkpoints.stored_model import read_origin
+from slmjax.convert import hf_directory
 from slmjax.convert.families import HF_FAMILIES
 from slmjax.convert.family import read_settings
-from slmjax.convert.source import read_origin
+from slmjax.convert.import_export import Target, WeightType, export_model, import_model
 from slmjax.data.tokenizers import BpeTokenizer, ByteTokenizer
 from tests.convert.synthetic import write_model
 from tests.convert.test_families import read_golden, tiny_tokenizer
@@ -60,15 +60,15 @@ def test_which_file_a_tensor_is_read_from(tmp_path: Path) -> None:
     save_file(one, tmp_path / "first.safetensors")
     save_file(other, tmp_path / "second.safetensors")
     with pytest.raises(ValueError, match=r"a is in first.safetensors and in second.safetensors: delete"):
-        weights.TensorFiles(tmp_path)
-    (tmp_path / weights.INDEX).write_text(json.dumps({"weight_map": {"a": "first.safetensors", "b": "second.safetensors"}}))
-    tensors = weights.TensorFiles(tmp_path)
+        safetensors_files.TensorFiles(tmp_path)
+    (tmp_path / safetensors_files.INDEX).write_text(json.dumps({"weight_map": {"a": "first.safetensors", "b": "second.safetensors"}}))
+    tensors = safetensors_files.TensorFiles(tmp_path)
     assert (tensors.read("a")[0], tensors.read("b")[0], tensors.names) == (1.0, 2.0, ["a", "b"])
-    (tmp_path / weights.INDEX).write_text(json.dumps({"weight_map": {"a": "first.safetensors", "c": "second.safetensors"}}))
+    (tmp_path / safetensors_files.INDEX).write_text(json.dumps({"weight_map": {"a": "first.safetensors", "c": "second.safetensors"}}))
     with pytest.raises(ValueError, match=r"second.safetensors has no c"):
-        weights.TensorFiles(tmp_path)
+        safetensors_files.TensorFiles(tmp_path)
     save_file({"a": np.full((2,), 3.0, np.float32)}, tmp_path / "model.safetensors")
-    assert weights.TensorFiles(tmp_path).names == ["a"]
+    assert safetensors_files.TensorFiles(tmp_path).names == ["a"]
 
 
 def test_numbers_too_large_for_float16_are_named(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_numbers_too_large_for_float16_are_named(tmp_path: Path) -> None:
         export_model(tmp_path / "ours", tmp_path / "out", to=Target.HF, dtype=WeightType.F16)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out-*"))
     export_model(tmp_path / "ours", tmp_path / "out", to=Target.HF, dtype=WeightType.BF16)
-    assert weights.TensorFiles(tmp_path / "out").dtype("model.norm.weight") == jnp.bfloat16
+    assert safetensors_files.TensorFiles(tmp_path / "out").dtype("model.norm.weight") == jnp.bfloat16
 
 
 def with_vocabulary(directory: Path, num_rows: int) -> None:
@@ -117,7 +117,7 @@ def test_added_tokens_begin_as_the_mean_and_padding_is_never_a_token(tmp_path: P
         add_tokens=[f"<tool{i}>" for i in range(6)], vocab_multiple=128,
     )  # fmt: skip
     loaded = slmjax.load_model(tmp_path / "ours")
-    table, before = loaded.params["embed/table"], weights.TensorFiles(tmp_path / "theirs").read("model.embed_tokens.weight")
+    table, before = loaded.params["embed/table"], safetensors_files.TensorFiles(tmp_path / "theirs").read("model.embed_tokens.weight")
     assert table.shape[0] == 384 and loaded.config.known_vocab_size == loaded.tokenizer.vocab_size == 264
     np.testing.assert_array_equal(table[:258], before[:258])
     np.testing.assert_allclose(table[258:264], np.tile(before[:258].mean(0), (6, 1)), atol=1e-6)
@@ -149,4 +149,4 @@ def test_a_mobilellm_is_a_llama_by_another_name(tmp_path: Path) -> None:
     write_model(tmp_path / "theirs", config, golden["shapes"])
     import_model(tmp_path / "theirs", tmp_path / "ours", tokenizer=tiny_tokenizer(tmp_path))
     assert export_model(tmp_path / "ours", tmp_path / "out", to=Target.HF).family == "LlamaForCausalLM"
-    assert hf.open_directory(tmp_path / "out").config == hf.open_directory(tmp_path / "theirs").config
+    assert hf_directory.open_directory(tmp_path / "out").config == hf_directory.open_directory(tmp_path / "theirs").config

@@ -8,19 +8,18 @@ import numpy as np
 import pytest
 
 import slmjax
-from slmjax import layers
-from slmjax.convert.canonical_form import canonical
-from slmjax.convert.directory import Target, export_model, import_model
+from slmjax.checkpoints.loading import read_config
 from slmjax.convert.families import gemma2, gemma3, granite
 from slmjax.convert.family import Family, read_settings
-from slmjax.convert.gguf import TOLERANCE, described, tokenizer_notes
-from slmjax.convert.gguf_file import read_gguf
-from slmjax.convert.gguf_tokenizer import CONTROL, USER_DEFINED, tokenizer_from_gguf, tokenizer_metadata
+from slmjax.convert.gguf.container import read_gguf
+from slmjax.convert.gguf.swallowed_blanks import name_for, name_notes, swallowing
+from slmjax.convert.gguf.tokenizer import CONTROL, USER_DEFINED, tokenizer_from_gguf, tokenizer_metadata
+from slmjax.convert.gguf_model import TOLERANCE, described, tokenizer_notes
+from slmjax.convert.import_export import Target, export_model, import_model
 from slmjax.convert.source import express
-from slmjax.convert.swallowed_blanks import name_for, name_notes, swallowing
 from slmjax.data.tokenizers import ByteTokenizer, CharTokenizer
-from slmjax.layers import Activation
-from slmjax.loading import read_config
+from slmjax.models.canonical_form import canonical
+from slmjax.models.ffn.mlp import ACTIVATIONS, Activation
 from tests.convert import llama_cpp
 from tests.convert.synthetic import VOCAB_SIZE, write_model
 from tests.convert.test_families import read_golden
@@ -73,7 +72,7 @@ def test_depths_that_llama_cpp_names(case: str, num_layers: int, tmp_path: Path,
     import_model(tmp_path / "model.gguf", tmp_path / "back")
     back = slmjax.load_model(tmp_path / "back")
     assert canonical(back.config) == canonical(read_config(ours))
-    monkeypatch.setitem(layers.ACTIVATIONS, Activation.GELU, gelu_of_llama_cpp)
+    monkeypatch.setitem(ACTIVATIONS, Activation.GELU, gelu_of_llama_cpp)
     ids = back.tokenizer.prompt_ids("It was a day")
     found = llama_cpp.logprobs(tmp_path / "model.gguf", ids, vocab_size=VOCAB_SIZE)
     differences = np.abs(found - log_probabilities(back, ids))

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 import slmjax
-from slmjax import losses, weights, zoo
-from slmjax.convert import hf
-from slmjax.convert.canonical_form import canonical, differences
-from slmjax.convert.directory import Target, WeightType, export_model, import_model
+from slmjax import losses
+from slmjax.checkpoints import safetensors_files
+from slmjax.convert import hf_directory
 from slmjax.convert.families import HF_FAMILIES
 from slmjax.convert.family import read_settings
+from slmjax.convert.import_export import Target, WeightType, export_model, import_model
+from slmjax.models import zoo
+from slmjax.models.canonical_form import canonical, differences
 from tests.convert.cases import CASES
 from tests.convert.synthetic import VOCAB_SIZE, tokens, write_model
 
@@ -66,12 +68,12 @@ def test_nothing_is_lost_by_import_and_export(case: str, tmp_path: Path) -> None
     """The same tensors bit for bit, and a configuration that means the same; in the same family."""
     golden = read_golden(case)
     write_model(tmp_path / "theirs", golden["config"], golden["shapes"])
-    found = hf.open_directory(tmp_path / "theirs")
+    found = hf_directory.open_directory(tmp_path / "theirs")
     import_model(tmp_path / "theirs", tmp_path / "ours", tokenizer=tiny_tokenizer(tmp_path))
     written = export_model(tmp_path / "ours", tmp_path / "back", to=Target.HF)
     assert written.family == OTHER_NAMES.get(case, golden["config"]["architectures"][0])
-    assert canonical(hf.open_directory(tmp_path / "back").config) == canonical(found.config)
-    before, after = weights.TensorFiles(tmp_path / "theirs"), weights.TensorFiles(tmp_path / "back")
+    assert canonical(hf_directory.open_directory(tmp_path / "back").config) == canonical(found.config)
+    before, after = safetensors_files.TensorFiles(tmp_path / "theirs"), safetensors_files.TensorFiles(tmp_path / "back")
     names = {name.removeprefix("language_model."): name for name in before.names if not name.startswith(("vision_", "multi_"))}
     assert set(after.names) == set(names)
     for name in after.names:
@@ -97,7 +99,7 @@ def test_export_in_half_precision_rounds_once(tmp_path: Path) -> None:
     write_model(tmp_path / "theirs", golden["config"], golden["shapes"])
     import_model(tmp_path / "theirs", tmp_path / "ours", tokenizer=tiny_tokenizer(tmp_path))
     export_model(tmp_path / "ours", tmp_path / "half", to=Target.HF, dtype=WeightType.BF16)
-    before, after = weights.TensorFiles(tmp_path / "theirs"), weights.TensorFiles(tmp_path / "half")
+    before, after = safetensors_files.TensorFiles(tmp_path / "theirs"), safetensors_files.TensorFiles(tmp_path / "half")
     for name in before.names:
         np.testing.assert_array_equal(after.read(name), before.read(name).astype(jnp.bfloat16))
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"

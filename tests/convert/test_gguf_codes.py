@@ -9,19 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slmjax.architecture import ModelConfig
-from slmjax.convert.directory import Target, WeightType, export_model, import_model
+from slmjax.checkpoints.safetensors_files import ModelFiles, StoredFormat
+from slmjax.checkpoints.stored_model import Own, open_own
 from slmjax.convert.families import GGUF_FAMILIES, phi3
 from slmjax.convert.family import Bound, Rule, bind
-from slmjax.convert.gguf_codes import blocks_of, container_of
-from slmjax.convert.gguf_file import GgufFile, read_gguf
-from slmjax.convert.source import Own, express, open_own
+from slmjax.convert.gguf.container import GgufFile, read_gguf
+from slmjax.convert.gguf.tensor_codes import blocks_of, container_of
+from slmjax.convert.import_export import Target, WeightType, export_model, import_model
+from slmjax.convert.source import express
 from slmjax.formats.coding import Encoded, decode, encode
 from slmjax.formats.presets import preset
-from slmjax.numerics.rules import QuantRule
-from slmjax.quant.rounding import quantize_model
-from slmjax.weights import ModelFiles, StoredFormat
-from tests.quant.models import LLAMA, MOE, QWEN, WIDE, write_untrained
+from slmjax.models.architecture import ModelConfig
+from slmjax.quantization.ptq.round_to_nearest import quantize_model
+from slmjax.quantization.rules import QuantRule
+from tests.convert.verify.models import LLAMA, MOE, QWEN, WIDE, write_untrained
 
 EXPECTED = {"q4_0": "Q4_0", "q8_0": "Q8_0", "tq2_0": "TQ2_0", "mxfp4": "MXFP4", "int8_row": "Q8_0"}
 

@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 
 import slmjax
-from slmjax import layers, weights
-from slmjax.architecture import ModelConfig
-from slmjax.convert.canonical_form import canonical
-from slmjax.convert.directory import Target, WeightType, export_model, import_model
+from slmjax.checkpoints import safetensors_files
+from slmjax.checkpoints.loading import read_config
 from slmjax.convert.families import GGUF_FAMILIES, GGUF_NAMES, HF_FAMILIES, llama
+from slmjax.convert.import_export import Target, WeightType, export_model, import_model
 from slmjax.convert.source import express
 from slmjax.data.tokenizers import CharTokenizer
-from slmjax.layers import Activation, NormKind
-from slmjax.loading import read_config
-from slmjax.rope import YarnScaling
+from slmjax.models.architecture import ModelConfig
+from slmjax.models.canonical_form import canonical
+from slmjax.models.ffn.mlp import ACTIVATIONS, Activation
+from slmjax.models.layers import NormKind
+from slmjax.models.rope import YarnScaling
 from tests.convert import llama_cpp
 from tests.convert.synthetic import VOCAB_SIZE, write_model
-from tests.convert.test_directory import change_tensors, mixer, odd
 from tests.convert.test_families import read_golden
+from tests.convert.test_import_export import change_tensors, mixer, odd
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJ.,;:!?'-"
 TEXT = ("It was a bright cold day in April, and the clocks were striking thirteen. " * 4)[:200]
@@ -101,7 +102,7 @@ def gelu_of_llama_cpp(x: jax.Array) -> jax.Array:
 def test_llama_cpp_computes_the_same_and_nothing_is_lost(ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export_model(ours, tmp_path / "model.gguf", to=Target.GGUF)
     loaded = slmjax.load_model(ours)
-    monkeypatch.setitem(layers.ACTIVATIONS, Activation.GELU, gelu_of_llama_cpp)
+    monkeypatch.setitem(ACTIVATIONS, Activation.GELU, gelu_of_llama_cpp)
     ids = loaded.tokenizer.prompt_ids(words())[: min(200, (loaded.config.learned_positions or 204) - 4)]
     found = llama_cpp.logprobs(tmp_path / "model.gguf", ids, vocab_size=VOCAB_SIZE)
     # At a boundary between two entries of that table, a difference of the last bit becomes one of the table's.
@@ -110,7 +111,7 @@ def test_llama_cpp_computes_the_same_and_nothing_is_lost(ours: Path, tmp_path: P
 
     import_model(tmp_path / "model.gguf", tmp_path / "back")
     assert canonical(read_config(tmp_path / "back")) == canonical(loaded.config)
-    before, after = (weights.TensorFiles(path / weights.DIRECTORY) for path in (ours, tmp_path / "back"))
+    before, after = (safetensors_files.TensorFiles(path / safetensors_files.DIRECTORY) for path in (ours, tmp_path / "back"))
     assert after.names == before.names
     is_centered = loaded.config.norm_kind is NormKind.CENTERED_RMS
     for name in before.names:  # of a scale that is stored whole, the difference from one is rounded
@@ -143,7 +144,7 @@ def test_gemma_with_weights_as_they_are_at_first_equals_llama_cpp_as_it_is(tmp_p
 def test_half_precision_is_read_by_both(ours: Path, tmp_path: Path, dtype: WeightType) -> None:
     written = export_model(ours, tmp_path / f"{dtype.value}.gguf", to=Target.GGUF, dtype=dtype)
     import_model(written.path, tmp_path / "back")
-    stored = weights.TensorFiles(tmp_path / "back" / weights.DIRECTORY)
+    stored = safetensors_files.TensorFiles(tmp_path / "back" / safetensors_files.DIRECTORY)
     assert stored.dtype("embed/table") == dtype.dtype and stored.dtype("final_norm/scale") == np.float32
     loaded = slmjax.load_model(tmp_path / "back")
     ids = loaded.tokenizer.prompt_ids(words())[:24]

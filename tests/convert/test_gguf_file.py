@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from slmjax.convert.gguf_file import GgufTensor, GgufValue, PendingTensor, read_gguf, write_gguf
+from slmjax.convert.gguf.container import GgufTensor, GgufValue, PendingTensor, read_gguf, write_gguf
 
 METADATA = {
     "general.name": "naïve ☂",

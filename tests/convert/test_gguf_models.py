@@ -15,11 +15,7 @@ import pytest
 from rich.console import Console
 
 import slmjax
-from slmjax import weights, zoo
-from slmjax.architecture import HeadKind, ModelConfig, stack_of
-from slmjax.attention import AttentionConfig
-from slmjax.convert.canonical_form import canonical
-from slmjax.convert.directory import Target, WeightType, export_model, import_model
+from slmjax.checkpoints import safetensors_files
 from slmjax.convert.families import (
     GGUF_FAMILIES,
     HF_FAMILIES,
@@ -36,17 +32,22 @@ from slmjax.convert.families import (
     smollm3,
 )
 from slmjax.convert.family import Family
-from slmjax.convert.gguf import TOLERANCE
-from slmjax.convert.gguf_file import GgufFile, PendingTensor, read_gguf, write_gguf
-from slmjax.convert.gguf_tokenizer import tokenizer_metadata
+from slmjax.convert.gguf.container import GgufFile, PendingTensor, read_gguf, write_gguf
+from slmjax.convert.gguf.tokenizer import tokenizer_metadata
+from slmjax.convert.gguf_model import TOLERANCE
+from slmjax.convert.import_export import Target, WeightType, export_model, import_model
 from slmjax.convert.source import express
 from slmjax.data.chat import render_chat
 from slmjax.data.config import DataConfig
 from slmjax.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
-from slmjax.experiment import RunConfig
-from slmjax.optim import OptimConfig
-from slmjax.rope import LinearScaling, Llama3Scaling
+from slmjax.models import zoo
+from slmjax.models.architecture import HeadKind, ModelConfig, stack_of
+from slmjax.models.canonical_form import canonical
+from slmjax.models.mixers.attention import AttentionConfig
+from slmjax.models.rope import LinearScaling, Llama3Scaling
 from slmjax.sampling import SamplingConfig
+from slmjax.training.experiment import RunConfig
+from slmjax.training.optim import OptimConfig
 from tests.convert import llama_cpp
 from tests.convert.test_gguf_families import config_of
 
@@ -103,7 +104,7 @@ def test_quantized_tensors_are_the_numbers_they_stand_for(tiny: GgufFile, tmp_pa
     quantized = rewrite(tiny, tmp_path / "quantized.gguf", blocks)
     import_model(quantized, tmp_path / "ours")
     import_model(rewrite(tiny, tmp_path / "decoded.gguf", decoded), tmp_path / "plain")
-    ours, plain = (weights.TensorFiles(tmp_path / name / weights.DIRECTORY) for name in ("ours", "plain"))
+    ours, plain = (safetensors_files.TensorFiles(tmp_path / name / safetensors_files.DIRECTORY) for name in ("ours", "plain"))
     assert ours.names == plain.names
     for name in ours.names:
         assert ours.dtype(name) == np.float32

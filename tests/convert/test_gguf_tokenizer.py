@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from slmjax.convert.gguf_tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, tokenizer_from_gguf, tokenizer_metadata
-from slmjax.convert.pre_tokenizers import KINDS, byte_level_steps, cuts_of
+from slmjax.convert.gguf.pre_tokenizers import KINDS, byte_level_steps, cuts_of
+from slmjax.convert.gguf.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, tokenizer_from_gguf, tokenizer_metadata
 from slmjax.data.tokenizers import BpeTokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from tests.convert.llama_cpp import tokenize, write_tiny_llama
 from tests.convert.vocabularies import (

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slmjax.convert.gguf_tokenizer import tokenizer_metadata
+from slmjax.convert.gguf.tokenizer import tokenizer_metadata
 from slmjax.data.tokenizers import ByteTokenizer
 from tests.convert.llama_cpp import generate, logprobs, write_tiny_llama
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slmjax.architecture import ModelConfig
-from slmjax.attention import AttentionConfig
 from slmjax.config import ConfigError
 from slmjax.convert.families import HF_FAMILIES
 from slmjax.convert.family import Family, read_settings
-from slmjax.convert.hf_settings import IGNORED
-from slmjax.rope import LongScaling, rotary
+from slmjax.convert.hf.settings import IGNORED
+from slmjax.models.architecture import ModelConfig
+from slmjax.models.mixers.attention import AttentionConfig
+from slmjax.models.rope import LongScaling, rotary
 from tests.convert.settings_cases import LLAMA3, ROPES, YARN, by_kind, config_with, plain
 from tests.convert.test_families import read_golden
 

@@ -14,7 +14,7 @@ import pytest
 
 import slmjax
 from benchmarks import smollm2
-from slmjax.convert.directory import Target, WeightType, export_model, import_model
+from slmjax.convert.import_export import Target, WeightType, export_model, import_model
 from slmjax.data.chat import encode_chat
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.sampling import SamplingConfig

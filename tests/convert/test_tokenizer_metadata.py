@@ -10,8 +10,8 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from slmjax.convert.gguf_tokenizer import USER_DEFINED, tokenizer_from_gguf, tokenizer_metadata
-from slmjax.convert.pre_tokenizers import cuts_name
+from slmjax.convert.gguf.pre_tokenizers import cuts_name
+from slmjax.convert.gguf.tokenizer import USER_DEFINED, tokenizer_from_gguf, tokenizer_metadata
 from slmjax.data.tokenizers import ByteTokenizer
 from tests.convert.llama_cpp import tokenize, write_tiny_llama
 from tests.convert.vocabularies import TEXTS, byte_level_metadata, encode, sentence_piece_metadata, write_directory

@@ -10,12 +10,13 @@ import pytest
 from rich.console import Console
 
 import slmjax
-from slmjax import sharding, weights
-from slmjax.convert.directory import Target, export_model, import_model
+from slmjax.checkpoints import safetensors_files
+from slmjax.checkpoints.loading import read_config
+from slmjax.convert.import_export import Target, export_model, import_model
 from slmjax.data.tokenizers import ByteTokenizer
-from slmjax.experiment import starting_from
-from slmjax.loading import read_config
-from slmjax.runlog import read_log
+from slmjax.parallel.mesh import MeshConfig
+from slmjax.telemetry.run_directory import read_log
+from slmjax.training.experiment import starting_from
 from tests.convert.synthetic import VOCAB_SIZE, write_model
 from tests.convert.test_families import read_golden
 
@@ -39,7 +40,7 @@ def test_training_an_imported_model(tmp_path: Path, workplace: Path, monkeypatch
         model=dataclasses.replace(started.model, dropout=0.0),
         data=dataclasses.replace(tiny.data, path=str(workplace / "text.txt")),
         optim=dataclasses.replace(tiny.optim, accumulation_steps=2, warmup_steps=0, ema_decay=None),
-        mesh=sharding.MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+        mesh=MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
         checkpoint=dataclasses.replace(tiny.checkpoint, every=1),
         eval=dataclasses.replace(tiny.eval, max_documents=1),
         run=dataclasses.replace(tiny.run, steps=2, directory=str(tmp_path / "runs"), sample_prompts=()),
@@ -53,14 +54,14 @@ def test_training_an_imported_model(tmp_path: Path, workplace: Path, monkeypatch
     assert losses(resumed) == first and resumed.bits_per_byte == whole.bits_per_byte
 
     monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
-    alone = slmjax.train(dataclasses.replace(experiment, mesh=sharding.MeshConfig(data=1)), console=quiet)
+    alone = slmjax.train(dataclasses.replace(experiment, mesh=MeshConfig(data=1)), console=quiet)
     np.testing.assert_allclose(list(first.values()), list(losses(alone).values()), rtol=1e-4)
 
     written = export_model(whole.run_dir, tmp_path / "out", to=Target.HF)
     assert written.family == "GptOssForCausalLM"
     card = (tmp_path / "out" / "model_card.md").read_text()
     assert f"| started from | {tmp_path / 'ours'} |" in card and "GptOssForCausalLM (hf)" in card
-    before, after = (weights.TensorFiles(tmp_path / name) for name in ("theirs", "out"))
+    before, after = (safetensors_files.TensorFiles(tmp_path / name) for name in ("theirs", "out"))
     assert before.names == after.names
     moved = [name for name in before.names if not np.array_equal(before.read(name), after.read(name))]
     assert len(moved) > 0.9 * len(before.names), "nearly all tensors were trained, the router's and the sinks among them"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import slmjax
-from slmjax.convert import hf
-from slmjax.convert.canonical_form import canonical
-from slmjax.convert.directory import Target, export_model, import_model
+from slmjax.convert import hf_directory
+from slmjax.convert.import_export import Target, export_model, import_model
+from slmjax.models.canonical_form import canonical
 from tests.convert.cases import CASES
 from tests.convert.make_golden import golden
 from tests.convert.synthetic import VOCAB_SIZE, tokens, write_model
@@ -55,7 +55,7 @@ def test_other_configurations_equal_transformers(case: str, change: str, tmp_pat
     np.testing.assert_allclose(jax.jit(slmjax.logits)(loaded.model, ids)[0], np.array(found["logits"]), atol=2e-4)
     np.testing.assert_allclose(decoded_logits(loaded, ids), np.array(found["logits"]), atol=2e-4)
     export_model(tmp_path / "ours", tmp_path / "back", to=Target.HF)
-    theirs, back = (hf.open_directory(tmp_path / name).config for name in ("theirs", "back"))
+    theirs, back = (hf_directory.open_directory(tmp_path / name).config for name in ("theirs", "back"))
     assert canonical(theirs) == canonical(back)
 
 
@@ -69,7 +69,7 @@ def test_one_expert_with_normalized_weights_equals_transformers(case: str, tmp_p
     loaded, ids = slmjax.load_model(tmp_path / "ours"), tokens(VOCAB_SIZE).astype(np.int32)
     np.testing.assert_allclose(jax.jit(slmjax.logits)(loaded.model, ids)[0], np.array(found["logits"]), atol=2e-4)
     export_model(tmp_path / "ours", tmp_path / "back", to=Target.HF)
-    theirs, back = (hf.open_directory(tmp_path / name).config for name in ("theirs", "back"))
+    theirs, back = (hf_directory.open_directory(tmp_path / name).config for name in ("theirs", "back"))
     assert canonical(theirs) == canonical(back)
 
 

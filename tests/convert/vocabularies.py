@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-from slmjax.convert.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, GgufTokenizer
+from slmjax.convert.gguf.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, GgufTokenizer
 
 BLANKS = "Two  blanks   three    four\ttab\t\ttabs \n new\n\nlines\r\n\r\n \n \n  end   \n    def f(x):\n        return x\n\n"
 ENGLISH = "It's we'LL they'Ve I'M don't D'accord 'tis 'S 'd. CamelCaseHTTPServer iPhone XMLhttp <html>&amp; a_b-c/d\\e|f~g`h^i //// ----"

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
-from slmjax.attention import AttentionConfig
+from slmjax.checkpoints.loading import Loaded
 from slmjax.data.tokenizers import ByteTokenizer, Tokenizer
-from slmjax.layers import MlpConfig
-from slmjax.loading import Loaded
-from slmjax.model import BlockConfig, ModelConfig, Segment
+from slmjax.models.decoder import BlockConfig, ModelConfig, Segment
+from slmjax.models.ffn.mlp import MlpConfig
+from slmjax.models.mixers.attention import AttentionConfig
 from slmjax.sampling import FinishReason, Generation, SamplingConfig, generate, text
 from slmjax.sampling.decoding import Continuation
 from tests.untrained import untrained

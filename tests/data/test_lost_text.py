@@ -8,7 +8,6 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from slmjax.attention import AttentionConfig
 from slmjax.cli.evaluating import _text_rows
 from slmjax.config import to_json
 from slmjax.data import lost_text
@@ -17,8 +16,9 @@ from slmjax.data.lost_text import LostText, LostTextMeter, check_lost_text, lost
 from slmjax.data.preparation import prepare
 from slmjax.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 from slmjax.evaluation import evaluate
-from slmjax.layers import MlpConfig
-from slmjax.model import BlockConfig, ModelConfig, Segment
+from slmjax.models.decoder import BlockConfig, ModelConfig, Segment
+from slmjax.models.ffn.mlp import MlpConfig
+from slmjax.models.mixers.attention import AttentionConfig
 from tests.untrained import untrained
 
 TEXT = ("ab" + "é你xyz" * 23) + "ab"  # hand count: 4 bytes of 4 + 8 * 23 are in the vocabulary

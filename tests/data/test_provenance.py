@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from slmjax import cli, parameters, session
-from slmjax.architecture import BlockConfig, ModelConfig, Segment
-from slmjax.attention import AttentionConfig
+from slmjax import cli
+from slmjax.checkpoints.loading import Loaded
+from slmjax.checkpoints.stored_model import Own
 from slmjax.config import to_json
-from slmjax.convert.source import Own
+from slmjax.convert.verify.loss_check import text_windows
 from slmjax.data import provenance
 from slmjax.data.config import DataConfig, HeldOutBy, SpecialNames, Split
 from slmjax.data.preparation import prepare
@@ -22,17 +22,19 @@ from slmjax.data.tokenizers import ByteTokenizer
 from slmjax.distill.config import DistillConfig, TeacherConfig
 from slmjax.evaluation import evaluate
 from slmjax.evaluation.bits_per_byte import documents_of
-from slmjax.experiment import Experiment, FromModel
-from slmjax.layers import MlpConfig
-from slmjax.loading import Loaded
-from slmjax.quant.loss_check import text_windows
-from slmjax.quant.rounding import Clip, _origin
-from slmjax.step import ObjectiveConfig
+from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.definition import define
+from slmjax.models.ffn.mlp import MlpConfig
+from slmjax.models.mixers.attention import AttentionConfig
+from slmjax.quantization.ptq.round_to_nearest import Clip, _origin
+from slmjax.runner import session
+from slmjax.training.experiment import Experiment, FromModel
+from slmjax.training.objective import ObjectiveConfig
 from tests.data.test_held_out import TEXTS, corpus
 
 BLOCK = BlockConfig(mixer=AttentionConfig(num_heads=1), ffn=MlpConfig(hidden_dim=8))
 CONFIG = ModelConfig(embed_dim=8, stack=(Segment(pattern=(BLOCK,), repeats=1),), context_length=64, vocab_size=258)
-DEFINITION = parameters.define(CONFIG)
+DEFINITION = define(CONFIG)
 
 
 def write_run(directory: Path, data: DataConfig, *, has_record: bool = True) -> Path:

@@ -10,21 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from slmjax import config as config_io
-from slmjax import losses, parameters, placement, session, sharding, weights
-from slmjax.architecture import BlockConfig, ModelConfig, Segment
-from slmjax.attention import AttentionConfig
+from slmjax import losses
+from slmjax.checkpoints import safetensors_files
 from slmjax.data.batch import Batch
 from slmjax.data.config import DataConfig
 from slmjax.data.tokenizers import ByteTokenizer, Tokenizer
 from slmjax.distill.config import DistillConfig
 from slmjax.distill.teachers import Teachers, divided_devices
-from slmjax.experiment import Experiment, RunConfig
-from slmjax.layers import MlpConfig
-from slmjax.metrics import named_metrics
-from slmjax.optim import OptimConfig, make_optimizer
-from slmjax.sharding import MeshConfig
-from slmjax.step import ObjectiveConfig, TrainState
-from tests import test_step
+from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.definition import unstack
+from slmjax.models.ffn.mlp import MlpConfig
+from slmjax.models.mixers.attention import AttentionConfig
+from slmjax.parallel.batches import place_batch
+from slmjax.parallel.mesh import MeshConfig, make_mesh
+from slmjax.training.experiment import Experiment, RunConfig
+from slmjax.training.metrics import named_metrics
+from slmjax.training.objective import ObjectiveConfig
+from slmjax.training.optim import OptimConfig, make_optimizer
+from slmjax.training.programs import Programs, make_programs, teacher_plans
+from slmjax.training.state import TrainState
+from tests.training import test_step
 from tests.untrained import untrained
 
 VOCAB, LENGTH, ROWS, TOTAL_STEPS = 61, 16, 8, 100
@@ -50,8 +55,8 @@ def write_teacher(
 
 def write_parameters(path: Path, config: ModelConfig, arrays: dict[str, Any]) -> None:
     """A model's settings and its parameters and buffers, by stack path, as an imported model has them."""
-    layers = jax.tree.map(np.asarray, parameters.unstack(config, arrays))
-    weights.write_tensors(path / weights.DIRECTORY, layers.items())
+    layers = jax.tree.map(np.asarray, unstack(config, arrays))
+    safetensors_files.write_tensors(path / safetensors_files.DIRECTORY, layers.items())
     (path / "model.json").write_text(config_io.dumps(config))
 
 
@@ -67,7 +72,7 @@ class Lesson:
     """A student's compiled step on its mesh, and its teachers."""
 
     mesh: jax.sharding.Mesh
-    programs: session.Programs
+    programs: Programs
     teachers: Teachers | None
     optimizer: Any
     experiment: Experiment
@@ -83,7 +88,7 @@ class Lesson:
 
     def place(self, batch: Batch) -> Batch:
         """The batch on the student's mesh."""
-        return placement.place_batch(batch, self.mesh)
+        return place_batch(batch, self.mesh)
 
     def run(self, *batches: Batch, state: TrainState | None = None) -> tuple[TrainState, dict[str, Any]]:
         """The state after these batches and the metrics of the last; the state that is given is left alone."""
@@ -111,9 +116,9 @@ def build(
         model=student, data=DataConfig(sequence_length=LENGTH, batch_size=ROWS), objective=ObjectiveConfig(distill=distill), mesh=mesh,
         optim=dataclasses.replace(OPTIM, accumulation_steps=num_parts), run=RunConfig(steps=TOTAL_STEPS),
     )  # fmt: skip
-    own = sharding.make_mesh(mesh, divided_devices(distill, jax.devices())[0][:num_devices])
-    programs = session.make_programs(experiment, vocab_size=VOCAB, mesh=own)
-    plans = session.teacher_plans(experiment, student, mesh=own)
+    own = make_mesh(mesh, divided_devices(distill, jax.devices())[0][:num_devices])
+    programs = make_programs(experiment, vocab_size=VOCAB, mesh=own)
+    plans = teacher_plans(experiment, student, mesh=own)
     return Lesson(
         mesh=own, programs=programs, teachers=Teachers(plans, num_parts=num_parts) if plans else None, experiment=experiment,
         optimizer=make_optimizer(experiment.optim, programs.definition.params, total_steps=TOTAL_STEPS),

@@ -8,15 +8,16 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from slmjax import cli, config, trainer
-from slmjax.architecture import Precision
+from slmjax import cli, config
 from slmjax.data.tokenizers import FileTokenizer
 from slmjax.distill.config import DistillConfig, Ramp, RampShape, ShortContext, TeacherConfig, divergence_of
-from slmjax.experiment import Experiment, FromModel, FromTeacherLayers, taught_by, with_divergence
 from slmjax.losses import ForwardKl, Jsd, TeacherMean
-from slmjax.recipes import load_experiment
-from slmjax.sharding import MeshConfig
-from slmjax.step import ObjectiveConfig
+from slmjax.models.architecture import Precision
+from slmjax.parallel.mesh import MeshConfig
+from slmjax.runner import trainer
+from slmjax.training.experiment import Experiment, FromModel, FromTeacherLayers, taught_by, with_divergence
+from slmjax.training.objective import ObjectiveConfig
+from slmjax.training.recipes import load_experiment
 from tests.distill.lessons import write_teacher
 
 TEACHERS = (

@@ -15,15 +15,18 @@ import pytest
 from rich.console import Console
 
 import slmjax
-from slmjax import cli, session, sharding
-from slmjax.checkpoint import CheckpointConfig
+from slmjax import cli
+from slmjax.checkpoints.run_checkpoints import CheckpointConfig
 from slmjax.distill.config import DistillConfig, Ramp, RampShape, TeacherConfig
 from slmjax.distill.teachers import Teachers
-from slmjax.experiment import EvalConfig, Experiment, FromModel
 from slmjax.losses import Divergence, ForwardKl, ReverseKl, Taid
-from slmjax.runlog import read_log
-from slmjax.step import ObjectiveConfig
-from slmjax.trainer import Result
+from slmjax.parallel.mesh import make_mesh
+from slmjax.runner import session
+from slmjax.runner.initial_state import fresh_state
+from slmjax.runner.trainer import Result
+from slmjax.telemetry.run_directory import read_log
+from slmjax.training.experiment import EvalConfig, Experiment, FromModel
+from slmjax.training.objective import ObjectiveConfig
 from tests.distill.lessons import STUDENT, dense_logits, forward_kl, log_softmax, write_teacher
 from tests.one_layer import one_layer
 
@@ -172,10 +175,10 @@ def test_a_teacher_without_weight_is_not_even_looked_for(workplace: Path, tmp_pa
 # Evaluation -----------------------------------------------------------------------------------------------------------
 def set_up(experiment: Experiment) -> tuple[session.Setup, Any]:
     """What is fixed before the first step, and the first state."""
-    mesh = sharding.make_mesh(experiment.mesh)
+    mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
         setup = session.set_up(experiment, tokenizer=experiment.tokenizer, mesh=mesh, report=lambda _: None)
-        return session.with_teachers(setup), session.fresh_state(setup)
+        return session.with_teachers(setup), fresh_state(setup)
 
 
 def test_an_evaluation_beside_the_teacher_is_the_dense_one(straight: tuple[Experiment, Result], teacher: Path, tmp_path: Path) -> None:

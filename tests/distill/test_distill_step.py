@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 import slmjax
-from slmjax.architecture import Precision
 from slmjax.data.batch import Batch
 from slmjax.data.windows import evaluation_batches
 from slmjax.distill.config import DistillConfig, Ramp, TeacherConfig
 from slmjax.losses import ForwardKl, Sampled, Taid
-from slmjax.sharding import MeshConfig
+from slmjax.models.architecture import Precision
+from slmjax.parallel.mesh import MeshConfig
 from tests.data.in_memory import InMemoryDocuments
 from tests.distill.lessons import LENGTH, ROWS, Lesson, build, dense_logits, forward_kl, log_softmax, make_batch, mean_over, write_teacher
-from tests.test_step import MIXED, assert_bits_equal
+from tests.training.test_step import MIXED, assert_bits_equal
 
 TEMPERATURE, WEIGHT, HARD_WEIGHT = 2.0, 0.7, 0.5
 

@@ -14,20 +14,26 @@ from rich.console import Console
 
 import slmjax
 from slmjax import config as config_io
-from slmjax import parameters, session, sharding, weights
-from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, NormPlacement, Segment, stack_of
-from slmjax.attention import AttentionConfig, Biases, QkNorm
-from slmjax.checkpoint import CheckpointConfig, Checkpointer
-from slmjax.convert.directory import import_model
+from slmjax.checkpoints import safetensors_files
+from slmjax.checkpoints.loading import Loaded, read_parameters
+from slmjax.checkpoints.run_checkpoints import CheckpointConfig, Checkpointer
+from slmjax.convert.import_export import import_model
 from slmjax.data.tokenizers import ByteTokenizer, CharTokenizer
 from slmjax.distill.layers import chosen_layers, shared_rows, student_parameters
 from slmjax.distill.slices import student_cuts
-from slmjax.experiment import FromTeacherLayers
-from slmjax.layers import MlpConfig, NormKind
-from slmjax.loading import Loaded, read_parameters
-from slmjax.mixers.latent import LatentAttentionConfig
-from slmjax.moe import Balance, MoeConfig
-from slmjax.runlog import read_log
+from slmjax.models.architecture import BlockConfig, HeadKind, ModelConfig, NormPlacement, Segment, stack_of
+from slmjax.models.definition import define, restack, stored_shapes, unstack
+from slmjax.models.ffn.mlp import MlpConfig
+from slmjax.models.ffn.moe import Balance, MoeConfig
+from slmjax.models.layers import NormKind
+from slmjax.models.mixers.attention import AttentionConfig, Biases, QkNorm
+from slmjax.models.mixers.latent import LatentAttentionConfig
+from slmjax.parallel.mesh import MeshConfig, make_mesh
+from slmjax.parallel.rules import parameter_shardings
+from slmjax.runner import session
+from slmjax.runner.initial_state import fresh_state
+from slmjax.telemetry.run_directory import read_log
+from slmjax.training.experiment import FromTeacherLayers
 from tests.convert.synthetic import VOCAB_SIZE, write_model
 from tests.convert.test_families import read_golden
 from tests.one_layer import one_layer
@@ -55,22 +61,22 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     """A model that nobody trained, in a directory as of an imported one."""
     path = tmp_path_factory.mktemp("teacher")
     loaded = untrained(TEACHER, tokenizer=WORDS, path=path)
-    weights.write_tensors(path / weights.DIRECTORY, layers_of(TEACHER, loaded.params, loaded.buffers).items())
+    safetensors_files.write_tensors(path / safetensors_files.DIRECTORY, layers_of(TEACHER, loaded.params, loaded.buffers).items())
     (path / "model.json").write_text(config_io.dumps(TEACHER))
     return loaded
 
 
 def layers_of(config: ModelConfig, params: dict[str, jax.Array], buffers: dict[str, jax.Array]) -> dict[str, np.ndarray]:
     """By logical path."""
-    return jax.tree.map(np.asarray, parameters.unstack(config, params | buffers))
+    return jax.tree.map(np.asarray, unstack(config, params | buffers))
 
 
 def start(teacher: Loaded, config: ModelConfig, chosen: tuple[int, ...], *, num_rows: int = 258, **axes: int) -> Any:
     """Definition, parameters and buffers of a student, and what it would have had without a teacher."""
-    mesh = sharding.make_mesh(sharding.MeshConfig(**axes), None if axes else jax.devices()[:1])
-    definition = parameters.define(config)
+    mesh = make_mesh(MeshConfig(**axes), None if axes else jax.devices()[:1])
+    definition = define(config)
     fresh = untrained(config, tokenizer=WORDS, path=teacher.path, scale=1e3)
-    places = [sharding.parameter_shardings(tree, mesh) for tree in (fresh.params, fresh.buffers)]
+    places = [parameter_shardings(tree, mesh) for tree in (fresh.params, fresh.buffers)]
     placed = jax.device_put((fresh.params, fresh.buffers), tuple(places))
     params, buffers = student_parameters(teacher.path, definition=definition, chosen=chosen, fresh=placed, num_rows=num_rows, mesh=mesh)
     assert jax.tree.map(lambda leaf: leaf.sharding, (params, buffers)) == tuple(places)
@@ -128,7 +134,7 @@ def test_all_layers_are_the_teacher(teacher: Loaded) -> None:
         rows = slice(0, 258) if name in ("embed/table", "head/weight") else slice(None)  # padding means nothing
         np.testing.assert_array_equal(mine[name][rows], value[rows], err_msg=name)
     tokens = jnp.arange(12)[None] * 7
-    restacked = tuple(parameters.restack(TEACHER, jax.tree.map(jnp.asarray, mine), like=tree) for tree in (teacher.params, teacher.buffers))
+    restacked = tuple(restack(TEACHER, jax.tree.map(jnp.asarray, mine), like=tree) for tree in (teacher.params, teacher.buffers))
     forward = jax.jit(lambda arrays: slmjax.logits(teacher.definition.merge(*arrays), tokens))
     np.testing.assert_array_equal(forward(restacked), forward((teacher.params, teacher.buffers)))
 
@@ -138,7 +144,7 @@ def test_some_layers(teacher: Loaded, block: BlockConfig, chosen: tuple[int, ...
     config = of_blocks(*[block] * len(chosen))
     definition, params, buffers, _ = start(teacher, config, chosen)
     theirs, mine = layers_of(TEACHER, teacher.params, teacher.buffers), layers_of(config, params, buffers)
-    assert len(mine) == len(parameters.stored_shapes(config, definition.params | definition.buffers))
+    assert len(mine) == len(stored_shapes(config, definition.params | definition.buffers))
     for name, value in mine.items():
         if name.startswith("layers/"):
             _, index, rest = name.split("/", 2)
@@ -200,7 +206,7 @@ def test_a_narrower_student(teacher: Loaded, kv_heads: int, group: int) -> None:
         full = theirs[name.replace("layers/0", "layers/3")]
         scale = (full.shape[-2] / value.shape[-2]) ** 0.5 if value.ndim > 1 else 1.0  # each output is the sum of fewer numbers
         np.testing.assert_allclose(mine[name], value * scale, rtol=1e-6, err_msg=name)
-    assert student_cuts(teacher.definition, parameters.define(config), chosen=(3,))["layers/0/ffn/experts/up"].scale == (32 / 24) ** 0.5
+    assert student_cuts(teacher.definition, define(config), chosen=(3,))["layers/0/ffn/experts/up"].scale == (32 / 24) ** 0.5
     np.testing.assert_array_equal(mine["embed/table"][:258], theirs["embed/table"][:258, :24])
     np.testing.assert_array_equal(mine["final_norm/scale"], theirs["final_norm/scale"][:24])
 
@@ -209,13 +215,13 @@ def test_a_narrower_latent_attention() -> None:
     """The columns of the first projection are the latent and, after it, the key that turns."""
     mixer = LatentAttentionConfig(num_heads=4, latent_dim=16, plain_dim=8, rope_dim=4, value_dim=8, query_rank=12)
     small = dataclasses.replace(mixer, num_heads=2, latent_dim=10, query_rank=6)
-    definitions = [parameters.define(of_blocks(BlockConfig(mixer=one, ffn=None))) for one in (mixer, small)]
+    definitions = [define(of_blocks(BlockConfig(mixer=one, ffn=None))) for one in (mixer, small)]
     cuts = student_cuts(*definitions, chosen=(0,))
     rows, columns = cuts["layers/0/mixer/latent_down/weight"].kept
     assert len(rows) == 32 and columns.tolist() == [*range(10), *range(16, 20)]
     assert [len(kept) for kept in cuts["layers/0/mixer/latent_up/weight"].kept] == [10, 2 * (8 + 8)]
     assert [len(kept) for kept in cuts["layers/0/mixer/query_up/weight"].kept] == [6, 2 * (8 + 4)]
-    wide = parameters.define(of_blocks(BlockConfig(mixer=dataclasses.replace(mixer, rope_dim=2), ffn=None)))
+    wide = define(of_blocks(BlockConfig(mixer=dataclasses.replace(mixer, rope_dim=2), ffn=None)))
     with pytest.raises(ValueError, match=r"differ in rope_dim, which cannot be cut: 2 here and 4 there"):
         student_cuts(definitions[0], wide, chosen=(0,))
 
@@ -231,15 +237,15 @@ def test_rows_of_tables(teacher: Loaded, head: HeadKind, source: str) -> None:
 
 
 def test_a_free_head_begins_as_the_embedding_it_was_tied_to() -> None:
-    tied, free = (parameters.define(of_blocks(DENSE, head=head)) for head in (HeadKind.TIED, HeadKind.FREE))
+    tied, free = (define(of_blocks(DENSE, head=head)) for head in (HeadKind.TIED, HeadKind.FREE))
     assert student_cuts(tied, free, chosen=(0,))["head/weight"].source == "embed/table"
     assert student_cuts(free, free, chosen=(0,))["head/weight"].source == "head/weight"
 
 
 def test_router_biases_may_be_new() -> None:
     """They are state of the balance and no parameter: a student may begin with none."""
-    balanced = parameters.define(of_blocks(EXPERTS))
-    unbalanced = parameters.define(of_blocks(dataclasses.replace(EXPERTS, ffn=dataclasses.replace(MOE, balance=Balance.AUX_LOSS))))
+    balanced = define(of_blocks(EXPERTS))
+    unbalanced = define(of_blocks(dataclasses.replace(EXPERTS, ffn=dataclasses.replace(MOE, balance=Balance.AUX_LOSS))))
     assert "layers/0/ffn/router_bias" not in student_cuts(unbalanced, balanced, chosen=(0,))
     with pytest.raises(ValueError, match=r"the teacher has layers/0/ffn/router_bias, without which .* no layers/0/ffn/router_bias"):
         student_cuts(balanced, unbalanced, chosen=(0,))
@@ -307,21 +313,21 @@ class Doubled(MlpConfig):
 )  # fmt: skip
 def test_what_does_not_fit_is_named(teacher: Loaded, block: BlockConfig, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        student_cuts(teacher.definition, parameters.define(of_blocks(block, **changes)), chosen=(2,))
+        student_cuts(teacher.definition, define(of_blocks(block, **changes)), chosen=(2,))
 
 
 def test_the_inside_of_a_part_of_ones_own_is_not_cut() -> None:
     whole, narrow = (Doubled(hidden_dim=size) for size in (48, 40))
-    teacher = parameters.define(of_blocks(dataclasses.replace(DENSE, ffn=whole)))
-    student_cuts(teacher, parameters.define(of_blocks(dataclasses.replace(DENSE, ffn=whole), embed_dim=24)), chosen=(0,))
+    teacher = define(of_blocks(dataclasses.replace(DENSE, ffn=whole)))
+    student_cuts(teacher, define(of_blocks(dataclasses.replace(DENSE, ffn=whole), embed_dim=24)), chosen=(0,))
     with pytest.raises(ValueError, match=r"layers/0/ffn/.*: how the inside of Doubled is cut is not known"):
-        student_cuts(teacher, parameters.define(of_blocks(dataclasses.replace(DENSE, ffn=narrow))), chosen=(0,))
+        student_cuts(teacher, define(of_blocks(dataclasses.replace(DENSE, ffn=narrow))), chosen=(0,))
 
 
 def test_settings_that_no_parameter_shows_are_warned_of(teacher: Loaded, caplog: pytest.LogCaptureFixture) -> None:
     config = of_blocks(mixed(rope_base=5e5, num_heads=2), DENSE, logit_softcap=30.0)
     with caplog.at_level(logging.WARNING):
-        student_cuts(teacher.definition, parameters.define(config), chosen=(0, 2))
+        student_cuts(teacher.definition, define(config), chosen=(0, 2))
     assert [record.getMessage() for record in caplog.records] == [
         "init: logit_softcap is 30.0, and was None in the teacher: its parameters are not used to that",
         "init: rope_base of layer 0 is 500000.0, and was 10000.0 in the teacher: its parameters are not used to that",
@@ -348,9 +354,9 @@ def losses(result: slmjax.Result) -> dict[int, float]:
 
 
 def first_state(experiment: slmjax.Experiment) -> Any:
-    mesh = sharding.make_mesh(experiment.mesh)
+    mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
-        return session.fresh_state(session.set_up(experiment, tokenizer=experiment.tokenizer, mesh=mesh, report=print))
+        return fresh_state(session.set_up(experiment, tokenizer=experiment.tokenizer, mesh=mesh, report=print))
 
 
 def test_runs(tmp_path: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

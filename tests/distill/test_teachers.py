@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 
 import slmjax
-from slmjax import sharding, step
-from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, Precision, Segment
-from slmjax.attention import AttentionConfig, Biases, QkNorm
+from slmjax.checkpoints.loading import read_config
 from slmjax.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 from slmjax.distill import objective as distillation
 from slmjax.distill.config import DistillConfig, Ramp, ShortContext, TeacherConfig
 from slmjax.distill.teachers import TeacherPlan, Teachers, divided_devices, plan_teachers
-from slmjax.loading import read_config
 from slmjax.losses import ForwardKl, Head, ReverseKl, Taid, TeacherMean, TeacherOutput, sharded_divergence
-from slmjax.moe import Balance, MoeConfig
-from slmjax.parameters import Definition, define
-from slmjax.sharding import MeshConfig
-from slmjax.step import ObjectiveConfig
+from slmjax.models.architecture import BlockConfig, HeadKind, ModelConfig, Precision, Segment
+from slmjax.models.definition import Definition, define
+from slmjax.models.ffn.moe import Balance, MoeConfig
+from slmjax.models.mixers.attention import AttentionConfig, Biases, QkNorm
+from slmjax.parallel import communication
+from slmjax.parallel.mesh import MeshConfig, make_mesh
+from slmjax.training.objective import ObjectiveConfig, terms
 from tests.distill.lessons import (
     BLOCK,
     BYTES,
@@ -41,11 +41,11 @@ from tests.distill.lessons import (
     write_parameters,
     write_teacher,
 )
-from tests.test_step import assert_bits_equal
+from tests.training.test_step import assert_bits_equal
 from tests.untrained import untrained
 
 BATCH = jax.tree.map(jnp.asarray, make_batch(0))
-MESH = functools.cache(lambda: sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+MESH = functools.cache(lambda: make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
 def plans_of(
@@ -150,7 +150,7 @@ def test_a_teacher_is_the_same_after_training(teacher: Path) -> None:
     amounts = distillation.amounts_at(distill, jnp.zeros((), jnp.int32), total_steps=10, state={}, key=jax.random.key(0))
 
     def loss(said: Any) -> jax.Array:
-        return step.terms(
+        return terms(
             definition, ObjectiveConfig(distill=distill), params, {}, BATCH, key=None, teachers=said, amounts=amounts
         )[0]["distillation"][0]  # fmt: skip
 
@@ -234,7 +234,7 @@ def test_other_tokens_are_refused(teacher: Path, tmp_path: Path) -> None:
 def test_a_head_with_other_rows_than_its_table_is_divided_as_the_loss_wants_it(tmp_path: Path, own_multiple: int) -> None:
     """Of 61 rows that become 64 or the other way round: no device holds the whole table, at loading or in a step."""
     config = dataclasses.replace(TEACHER, vocab_multiple=9 - own_multiple)
-    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))
     (plan,) = plan_teachers(
         DistillConfig(teachers=(TeacherConfig(path=str(write_teacher(tmp_path, config))),)),
         dataclasses.replace(STUDENT, vocab_multiple=own_multiple), sequence_length=LENGTH, mesh=mesh, teacher_mesh=mesh, tokenizer=None,
@@ -248,7 +248,7 @@ def test_a_head_with_other_rows_than_its_table_is_divided_as_the_loss_wants_it(t
 
         @jax.jit
         def loss(states: jax.Array, targets: jax.Array, weights: jax.Array, head: Head) -> Any:
-            states = sharding.constrain(states, ("batch", "time", None))
+            states = communication.constrain(states, ("batch", "time", None))
             said = (TeacherOutput(hidden=2.0 * states, head=head),)
             return sharded_divergence(states, head, said, ForwardKl(), targets, weights)[0]
 

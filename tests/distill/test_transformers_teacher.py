@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import slmjax
-from slmjax.convert.directory import import_model
+from slmjax.convert.import_export import import_model
 from slmjax.data.batch import Batch, empty_batch
 from slmjax.distill.config import DistillConfig, Ramp, TeacherConfig
-from slmjax.optim import learning_rate
+from slmjax.training.optim import learning_rate
 from tests.convert.synthetic import VOCAB_SIZE, write_model
 from tests.convert.test_families import read_golden, tiny_tokenizer
 from tests.distill.lessons import LENGTH, OPTIM, ROWS, TOTAL_STEPS, build, dense_logits

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slmjax.architecture import BlockConfig, ModelConfig, Segment
-from slmjax.attention import AttentionConfig
 from slmjax.distill.windows import num_windows, windowed
-from slmjax.layers import MlpConfig
-from slmjax.parameters import define
+from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.definition import define
+from slmjax.models.ffn.mlp import MlpConfig
+from slmjax.models.mixers.attention import AttentionConfig
 
 LENGTH = 29
 

@@ -10,23 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slmjax import parameters, sharding
-from slmjax.architecture import BlockConfig, ModelConfig, Segment
-from slmjax.attention import AttentionConfig
+from slmjax.checkpoints.loading import Loaded
 from slmjax.config import to_json
+from slmjax.convert.verify.loss_check import text_windows
 from slmjax.data.config import DataConfig, Split
 from slmjax.data.scored import ScoredText
 from slmjax.data.tokenizers import ByteTokenizer
 from slmjax.data.windows import evaluation_batches
 from slmjax.evaluation import evaluate
 from slmjax.evaluation.bits_per_byte import EvalResult, documents_of, evaluate_batches, make_eval_step, scored_text
-from slmjax.experiment import EvalConfig, Experiment
-from slmjax.layers import MlpConfig
-from slmjax.loading import Loaded
 from slmjax.losses import TeacherOutput
-from slmjax.model import logits
-from slmjax.quant.loss_check import text_windows
-from slmjax.session import set_up
+from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.decoder import logits
+from slmjax.models.definition import Definition, define
+from slmjax.models.ffn.mlp import MlpConfig
+from slmjax.models.mixers.attention import AttentionConfig
+from slmjax.parallel.mesh import MeshConfig, make_mesh
+from slmjax.parallel.rules import parameter_shardings
+from slmjax.runner.session import set_up
+from slmjax.training.experiment import EvalConfig, Experiment
 from tests.data.in_memory import BOS, EOS, InMemoryDocuments
 
 VOCAB, LENGTH, OVERLAP = 258, 8, 3
@@ -38,12 +40,12 @@ def model_config(window: int | None) -> ModelConfig:
     return ModelConfig(embed_dim=16, stack=(Segment(pattern=(block,), repeats=2),), context_length=32, vocab_size=VOCAB, vocab_multiple=8)
 
 
-def random_params(definition: parameters.Definition) -> Params:
+def random_params(definition: Definition) -> Params:
     draws = np.random.default_rng(0)
     return {path: jnp.asarray(0.4 * draws.normal(size=leaf.shape), jnp.float32) for path, leaf in definition.params.items()}
 
 
-DEFINITION = parameters.define(model_config(window=None))
+DEFINITION = define(model_config(window=None))
 PARAMS = random_params(DEFINITION)
 EVAL_STEP = make_eval_step(DEFINITION)
 
@@ -97,15 +99,15 @@ def test_overlap_and_length_change_the_context_alone() -> None:
     assert measure(overlap=0).tokens == measure(overlap=7).tokens == 28
     assert abs(measure(overlap=0).loss - measure(overlap=7).loss) > 1e-3
     # Where a token sees only itself, context is of no use: the loss is the same for any windows.
-    definition = parameters.define(model_config(window=1))
+    definition = define(model_config(window=1))
     step = make_eval_step(definition)
     losses = [measure(eval_step=step, length=length, overlap=overlap).loss for length, overlap in ((8, 0), (8, 7), (24, 5))]
     np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
 
 
 def test_a_mesh_equals_one_device() -> None:
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
-    placed = jax.device_put(PARAMS, sharding.parameter_shardings(PARAMS, mesh))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    placed = jax.device_put(PARAMS, parameter_shardings(PARAMS, mesh))
     assert measure(placed, mesh=mesh).loss == pytest.approx(measure().loss, rel=1e-6)
 
 
@@ -166,7 +168,7 @@ def pairs_in(directory: Path) -> tuple[DataConfig, list[str]]:
 @pytest.fixture
 def random_run(uniform_run: Loaded) -> Loaded:
     """A model with random weights and a context of 64."""
-    definition = parameters.define(dataclasses.replace(DEFINITION.config, context_length=64))
+    definition = define(dataclasses.replace(DEFINITION.config, context_length=64))
     return dataclasses.replace(
         uniform_run, config=definition.config, definition=definition, params=PARAMS, model=definition.merge(PARAMS, {})
     )
@@ -232,7 +234,7 @@ def test_the_trainers_evaluation_scores_the_completions(tmp_path: Path) -> None:
     data, _ = pairs_in(tmp_path)
     data = dataclasses.replace(data, heldout_fraction=0.2, cache_dir=str(tmp_path))
     experiment = Experiment(model=dataclasses.replace(DEFINITION.config, context_length=64), data=data, tokenizer=ByteTokenizer())
-    setup = set_up(experiment, tokenizer=ByteTokenizer(), mesh=sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]), report=str)
+    setup = set_up(experiment, tokenizer=ByteTokenizer(), mesh=make_mesh(MeshConfig(), jax.devices()[:1]), report=str)
     batches = setup.heldout(None)
     assert batches is not None and batches.num_targets == 4 * batches.num_documents and batches.num_bytes == 3 * batches.num_documents
     scores_all = dataclasses.replace(setup, experiment=dataclasses.replace(experiment, eval=EvalConfig(score=ScoredText.ALL)))

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slmjax import sharding
 from slmjax.losses import (
     Divergence,
     ForwardKl,
@@ -32,6 +31,7 @@ from slmjax.losses import (
     sharded_divergence,
     token_divergence,
 )
+from slmjax.parallel.mesh import MeshConfig, make_mesh
 
 INF = math.inf
 KINDS: tuple[Divergence, ...] = (
@@ -168,7 +168,7 @@ def test_the_tail_of_a_peaked_student_over_a_divided_vocabulary() -> None:
     assert expected == pytest.approx(0.5837, abs=1e-4)
     whole = jax.jit(jax.value_and_grad(functools.partial(fn, None)))(student, teacher)
     rows = [jnp.broadcast_to(x[None], (4, 2, 6)) for x in (student, teacher)]
-    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=4, tensor=2))):
+    with jax.set_mesh(make_mesh(MeshConfig(data=4, tensor=2))):
         divided = jax.jit(jax.value_and_grad(functools.partial(fn, True)))(*rows)
     for value, gradient in (whole, (divided[0], divided[1].sum((0, 1))[None])):
         np.testing.assert_allclose(value, expected, rtol=1e-5)

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from slmjax import sharding
 from slmjax.losses import (
     PADDING_LOGIT,
     Divergence,
@@ -30,9 +29,11 @@ from slmjax.losses import (
     token_divergence,
 )
 from slmjax.losses.divergences import Pass, draw_counts, log_softmax
+from slmjax.parallel import communication
+from slmjax.parallel.mesh import MeshConfig, make_mesh
 from tests.losses.dense_divergences import dense_values
 
-WHOLE = sharding.Shards()
+WHOLE = communication.Shards()
 KLS: tuple[Divergence, ...] = (
     ForwardKl(), ReverseKl(), Jsd(), Jsd(beta=0.1), Jsd(beta=0.9), SkewKl(), SkewReverseKl(), SkewKl(share=1.0), SkewReverseKl(share=1.0),
     TopK(k=64), TotalVariation(),
@@ -198,11 +199,11 @@ def test_draws_over_a_divided_vocabulary(num_shards: int) -> None:
     np.testing.assert_array_equal(whole.sum(axis=-1), np.full(6, 500))
 
     def of_shard(p: jax.Array) -> jax.Array:
-        return draw_counts(p, 500, Pass(shards=sharding.shards_of("vocab"), state={}, draws=ids, key=key))
+        return draw_counts(p, 500, Pass(shards=communication.shards_of("vocab"), state={}, draws=ids, key=key))
 
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, tensor=num_shards), jax.devices()[:num_shards])
+    mesh = make_mesh(MeshConfig(data=1, tensor=num_shards), jax.devices()[:num_shards])
     with jax.set_mesh(mesh):
-        divided = jax.jit(sharding.local(of_shard, in_dims=((None, "vocab"),), out_dims=(None, "vocab")))(p)
+        divided = jax.jit(communication.local(of_shard, in_dims=((None, "vocab"),), out_dims=(None, "vocab")))(p)
     np.testing.assert_array_equal(divided, whole)
 
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slmjax import sharding
 from slmjax.losses import (
     Divergence,
     ForwardKl,
@@ -33,6 +32,8 @@ from slmjax.losses import (
     sharded_divergence,
     token_divergence,
 )
+from slmjax.parallel import communication
+from slmjax.parallel.mesh import MeshConfig, make_mesh
 from tests.losses.dense_divergences import dense_sum, dense_token_values
 
 ROWS, WIDTH, NUM_TOKENS = 16, 6, 22
@@ -204,7 +205,7 @@ def on_the_mesh(divergences: tuple[Divergence, ...], num_times: int, *, vocabula
 
         def place(head):
             return dataclasses.replace(
-                head, weight=sharding.constrain(head.weight, ("vocab_rows", None)), bias=sharding.constrain(head.bias, (None,))
+                head, weight=communication.constrain(head.weight, ("vocab_rows", None)), bias=communication.constrain(head.bias, (None,))
             )
 
         head, teacher = place(head), dataclasses.replace(teacher, head=place(teacher.head))
@@ -240,7 +241,7 @@ def test_a_batch_on_any_mesh_equals_one_device(
     axes: dict[str, int], num_times: int, vocabulary: Vocabulary, divergences: tuple[Divergence, ...]
 ) -> None:
     devices = jax.devices()[: math.prod(axes.values())]
-    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(**{"data": 1, **axes}), devices)):
+    with jax.set_mesh(make_mesh(MeshConfig(**{"data": 1, **axes}), devices)):
         found = on_the_mesh(divergences, num_times, vocabulary=vocabulary)
     assert_trees_close(found, on_one_device(divergences, num_times), rtol=1e-5, atol=1e-5)
 

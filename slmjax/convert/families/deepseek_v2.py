@@ -2,15 +2,15 @@
 
 from typing import Any
 
-from slmjax.architecture import BlockConfig, ModelConfig
 from slmjax.convert.family import Family, Inexpressible, Table, expect_kind, linear, paired
-from slmjax.convert.hf_settings import check_width, read_activation, read_decoder, read_mlp, write_activation, write_decoder
-from slmjax.convert.hf_tensors import EMBEDDING, GATED_MLP, MOE, PRE_NORMS
-from slmjax.convert.latent_settings import TENSORS, read_latent_attention, write_latent_attention
+from slmjax.convert.hf.latent_settings import TENSORS, read_latent_attention, write_latent_attention
+from slmjax.convert.hf.settings import check_width, read_activation, read_decoder, read_mlp, write_activation, write_decoder
+from slmjax.convert.hf.tensors import EMBEDDING, GATED_MLP, MOE, PRE_NORMS
 from slmjax.convert.settings import Settings
-from slmjax.layers import MlpConfig
-from slmjax.mixers.latent import LatentAttentionConfig
-from slmjax.moe import MoeConfig
+from slmjax.models.architecture import BlockConfig, ModelConfig
+from slmjax.models.ffn.mlp import MlpConfig
+from slmjax.models.ffn.moe import MoeConfig
+from slmjax.models.mixers.latent import LatentAttentionConfig
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {

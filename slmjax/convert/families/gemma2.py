@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from slmjax.architecture import HeadKind, ModelConfig, NormPlacement
-from slmjax.attention import AttentionConfig, Biases
-from slmjax.convert import gguf_settings, gguf_tensors
 from slmjax.convert.family import Family, Table, first_block, with_windows
-from slmjax.convert.hf_settings import (
+from slmjax.convert.gguf import settings as gguf_settings
+from slmjax.convert.gguf import tensors as gguf_tensors
+from slmjax.convert.hf.settings import (
     check_width,
     read_attention,
     read_biases,
@@ -19,9 +18,12 @@ from slmjax.convert.hf_settings import (
     write_mlp,
     write_windows,
 )
-from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, SANDWICH_NORMS
+from slmjax.convert.hf.tensors import ATTENTION, EMBEDDING, GATED_MLP, SANDWICH_NORMS
 from slmjax.convert.settings import Settings
-from slmjax.layers import Activation, NormKind
+from slmjax.models.architecture import HeadKind, ModelConfig, NormPlacement
+from slmjax.models.ffn.mlp import Activation
+from slmjax.models.layers import NormKind
+from slmjax.models.mixers.attention import AttentionConfig, Biases
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {

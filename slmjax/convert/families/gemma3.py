@@ -6,12 +6,10 @@ The larger ones come with a vision tower, which is left out: what is read is the
 import dataclasses
 from typing import Any
 
-from slmjax.architecture import BlockConfig, ModelConfig, NormPlacement
-from slmjax.attention import Biases, QkNorm
-from slmjax.convert import gguf_settings
 from slmjax.convert.families import gemma2
 from slmjax.convert.family import Family, Inexpressible, Rule, Table, attentions, check_whole_rotation, first_block
-from slmjax.convert.hf_settings import (
+from slmjax.convert.gguf import settings as gguf_settings
+from slmjax.convert.hf.settings import (
     IGNORED,
     check_width,
     read_attention,
@@ -26,9 +24,12 @@ from slmjax.convert.hf_settings import (
     write_scaling,
     write_windows,
 )
-from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, SANDWICH_NORMS
+from slmjax.convert.hf.tensors import ATTENTION, EMBEDDING, GATED_MLP, SANDWICH_NORMS
 from slmjax.convert.settings import Settings
-from slmjax.layers import Activation, NormKind
+from slmjax.models.architecture import BlockConfig, ModelConfig, NormPlacement
+from slmjax.models.ffn.mlp import Activation
+from slmjax.models.layers import NormKind
+from slmjax.models.mixers.attention import Biases, QkNorm
 
 # What the family's configuration means where it leaves a key out, as those of the larger models do.
 DEFAULTS = {

@@ -4,13 +4,15 @@ from typing import Any
 
 import numpy as np
 
-from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, stack_of
-from slmjax.attention import AttentionConfig, Biases
-from slmjax.convert import gguf_settings, gguf_tensors
 from slmjax.convert.family import Arrays, Family, Inexpressible, Rule, Shapes, Table, expect_kind, first_block, linear, norm, same
-from slmjax.convert.hf_settings import IGNORED, check_width, read_activation, write_activation
+from slmjax.convert.gguf import settings as gguf_settings
+from slmjax.convert.gguf import tensors as gguf_tensors
+from slmjax.convert.hf.settings import IGNORED, check_width, read_activation, write_activation
 from slmjax.convert.settings import Settings
-from slmjax.layers import Activation, MlpConfig, NormKind
+from slmjax.models.architecture import BlockConfig, HeadKind, ModelConfig, stack_of
+from slmjax.models.ffn.mlp import Activation, MlpConfig
+from slmjax.models.layers import NormKind
+from slmjax.models.mixers.attention import AttentionConfig, Biases
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {

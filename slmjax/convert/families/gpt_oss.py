@@ -4,9 +4,6 @@ from typing import Any
 
 import numpy as np
 
-from slmjax.architecture import HeadKind, ModelConfig
-from slmjax.attention import Biases
-from slmjax.convert import gguf_settings, gguf_tensors
 from slmjax.convert.family import (
     Arrays,
     Family,
@@ -21,11 +18,23 @@ from slmjax.convert.family import (
     same,
     with_windows,
 )
-from slmjax.convert.hf_settings import read_attention, read_decoder, read_rope, read_windows, write_attention, write_decoder, write_windows
-from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, PRE_NORMS
+from slmjax.convert.gguf import settings as gguf_settings
+from slmjax.convert.gguf import tensors as gguf_tensors
+from slmjax.convert.hf.settings import (
+    read_attention,
+    read_decoder,
+    read_rope,
+    read_windows,
+    write_attention,
+    write_decoder,
+    write_windows,
+)
+from slmjax.convert.hf.tensors import ATTENTION, EMBEDDING, PRE_NORMS
 from slmjax.convert.settings import Settings
-from slmjax.layers import CLAMP, STEEPNESS, Activation
-from slmjax.moe import MoeConfig
+from slmjax.models.architecture import HeadKind, ModelConfig
+from slmjax.models.ffn.mlp import CLAMP, STEEPNESS, Activation
+from slmjax.models.ffn.moe import MoeConfig
+from slmjax.models.mixers.attention import Biases
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {

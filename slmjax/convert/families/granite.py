@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from slmjax.architecture import BlockConfig, ModelConfig
-from slmjax.attention import AttentionConfig
 from slmjax.config import ConfigError
-from slmjax.convert import gguf_settings, gguf_tensors
 from slmjax.convert.family import Family, Inexpressible, Table, first_block, joined, linear
-from slmjax.convert.hf_settings import (
+from slmjax.convert.gguf import settings as gguf_settings
+from slmjax.convert.gguf import tensors as gguf_tensors
+from slmjax.convert.hf.settings import (
     read_attention,
     read_biases,
     read_decoder,
@@ -20,9 +19,11 @@ from slmjax.convert.hf_settings import (
     write_decoder,
     write_mlp,
 )
-from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
+from slmjax.convert.hf.tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
 from slmjax.convert.settings import Settings
-from slmjax.rope import RopeScaling
+from slmjax.models.architecture import BlockConfig, ModelConfig
+from slmjax.models.mixers.attention import AttentionConfig
+from slmjax.models.rope import RopeScaling
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {

@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any
 
-from slmjax.architecture import BlockConfig, HeadKind, ModelConfig
-from slmjax.convert import gguf_settings, gguf_tensors
 from slmjax.convert.family import Family, Inexpressible, Table, first_block
-from slmjax.convert.hf_settings import (
+from slmjax.convert.gguf import settings as gguf_settings
+from slmjax.convert.gguf import tensors as gguf_tensors
+from slmjax.convert.hf.settings import (
     check_width,
     read_attention,
     read_biases,
@@ -17,10 +17,11 @@ from slmjax.convert.hf_settings import (
     write_decoder,
     write_mlp,
 )
-from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
+from slmjax.convert.hf.tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
 from slmjax.convert.settings import Settings
-from slmjax.moe import MoeConfig
-from slmjax.rope import RopeScaling
+from slmjax.models.architecture import BlockConfig, HeadKind, ModelConfig
+from slmjax.models.ffn.moe import MoeConfig
+from slmjax.models.rope import RopeScaling
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {

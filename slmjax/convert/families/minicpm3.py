@@ -3,13 +3,13 @@
 import math
 from typing import Any
 
-from slmjax.architecture import BlockConfig, ModelConfig
 from slmjax.convert.family import Family, Table, expect_kind
-from slmjax.convert.hf_settings import check_width, read_decoder, read_mlp, write_decoder, write_mlp
-from slmjax.convert.hf_tensors import EMBEDDING, GATED_MLP, PRE_NORMS
-from slmjax.convert.latent_settings import TENSORS, read_latent_attention, write_latent_attention
+from slmjax.convert.hf.latent_settings import TENSORS, read_latent_attention, write_latent_attention
+from slmjax.convert.hf.settings import check_width, read_decoder, read_mlp, write_decoder, write_mlp
+from slmjax.convert.hf.tensors import EMBEDDING, GATED_MLP, PRE_NORMS
 from slmjax.convert.settings import Settings
-from slmjax.mixers.latent import LatentAttentionConfig
+from slmjax.models.architecture import BlockConfig, ModelConfig
+from slmjax.models.mixers.latent import LatentAttentionConfig
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from slmjax.architecture import BlockConfig, ModelConfig
 from slmjax.convert.family import Family, Table, first_block
-from slmjax.convert.hf_settings import read_attention, read_decoder, read_mlp, write_attention, write_decoder, write_mlp
-from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
+from slmjax.convert.hf.settings import read_attention, read_decoder, read_mlp, write_attention, write_decoder, write_mlp
+from slmjax.convert.hf.tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
 from slmjax.convert.settings import Settings
+from slmjax.models.architecture import BlockConfig, ModelConfig
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {

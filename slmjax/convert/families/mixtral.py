@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from slmjax.architecture import BlockConfig, ModelConfig
 from slmjax.convert.family import Family, Table, expect_kind, experts, first_block, matrix
-from slmjax.convert.hf_settings import (
+from slmjax.convert.hf.settings import (
     read_activation,
     read_attention,
     read_decoder,
@@ -12,9 +11,10 @@ from slmjax.convert.hf_settings import (
     write_attention,
     write_decoder,
 )
-from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, PRE_NORMS
+from slmjax.convert.hf.tensors import ATTENTION, EMBEDDING, PRE_NORMS
 from slmjax.convert.settings import Settings
-from slmjax.moe import MoeConfig
+from slmjax.models.architecture import BlockConfig, ModelConfig
+from slmjax.models.ffn.moe import MoeConfig
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {

@@ -3,11 +3,10 @@
 import dataclasses
 from typing import Any
 
-from slmjax.architecture import BlockConfig, HeadKind, ModelConfig, NormPlacement
-from slmjax.attention import Biases, QkNorm
-from slmjax.convert import gguf_settings, gguf_tensors
 from slmjax.convert.family import Family, Table, attentions, first_block
-from slmjax.convert.hf_settings import (
+from slmjax.convert.gguf import settings as gguf_settings
+from slmjax.convert.gguf import tensors as gguf_tensors
+from slmjax.convert.hf.settings import (
     read_attention,
     read_biases,
     read_decoder,
@@ -17,8 +16,10 @@ from slmjax.convert.hf_settings import (
     write_decoder,
     write_mlp,
 )
-from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, POST_NORMS
+from slmjax.convert.hf.tensors import ATTENTION, EMBEDDING, GATED_MLP, POST_NORMS
 from slmjax.convert.settings import Settings
+from slmjax.models.architecture import BlockConfig, HeadKind, ModelConfig, NormPlacement
+from slmjax.models.mixers.attention import Biases, QkNorm
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {

@@ -3,11 +3,9 @@
 import dataclasses
 from typing import Any
 
-from slmjax.architecture import BlockConfig, ModelConfig, NormPlacement
-from slmjax.attention import QkNorm
 from slmjax.convert.families import olmo2
 from slmjax.convert.family import Family, Inexpressible, attentions, check_whole_rotation, first_block
-from slmjax.convert.hf_settings import (
+from slmjax.convert.hf.settings import (
     read_attention,
     read_biases,
     read_decoder,
@@ -22,6 +20,8 @@ from slmjax.convert.hf_settings import (
     write_windows,
 )
 from slmjax.convert.settings import Settings
+from slmjax.models.architecture import BlockConfig, ModelConfig, NormPlacement
+from slmjax.models.mixers.attention import QkNorm
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {

@@ -2,10 +2,8 @@
 
 from typing import Any
 
-from slmjax.architecture import BlockConfig, ModelConfig
-from slmjax.attention import QkNorm
 from slmjax.convert.family import Family, Inexpressible, Table, expect_kind, first_block
-from slmjax.convert.hf_settings import (
+from slmjax.convert.hf.settings import (
     read_activation,
     read_attention,
     read_biases,
@@ -15,9 +13,11 @@ from slmjax.convert.hf_settings import (
     write_biases,
     write_decoder,
 )
-from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, MOE, PRE_NORMS
+from slmjax.convert.hf.tensors import ATTENTION, EMBEDDING, MOE, PRE_NORMS
 from slmjax.convert.settings import Settings
-from slmjax.moe import MoeConfig
+from slmjax.models.architecture import BlockConfig, ModelConfig
+from slmjax.models.ffn.moe import MoeConfig
+from slmjax.models.mixers.attention import QkNorm
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {

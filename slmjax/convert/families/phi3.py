@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from slmjax.architecture import BlockConfig, ModelConfig
-from slmjax.attention import Biases
-from slmjax.convert import gguf_settings, gguf_tensors
 from slmjax.convert.family import Family, Inexpressible, Table, first_block, joined, linear
-from slmjax.convert.hf_settings import (
+from slmjax.convert.gguf import settings as gguf_settings
+from slmjax.convert.gguf import tensors as gguf_tensors
+from slmjax.convert.hf.settings import (
     LONG_TYPES,
     read_attention,
     read_decoder,
@@ -16,9 +15,11 @@ from slmjax.convert.hf_settings import (
     write_decoder,
     write_mlp,
 )
-from slmjax.convert.hf_tensors import EMBEDDING, PRE_NORMS
+from slmjax.convert.hf.tensors import EMBEDDING, PRE_NORMS
 from slmjax.convert.settings import Settings
-from slmjax.rope import LongScaling
+from slmjax.models.architecture import BlockConfig, ModelConfig
+from slmjax.models.mixers.attention import Biases
+from slmjax.models.rope import LongScaling
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {

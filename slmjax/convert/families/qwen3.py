@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from slmjax.architecture import BlockConfig, ModelConfig
-from slmjax.attention import Biases, QkNorm
-from slmjax.convert import gguf_settings, gguf_tensors
 from slmjax.convert.family import Family, Table, first_block, with_windows
-from slmjax.convert.hf_settings import (
+from slmjax.convert.gguf import settings as gguf_settings
+from slmjax.convert.gguf import tensors as gguf_tensors
+from slmjax.convert.hf.settings import (
     read_attention,
     read_biases,
     read_decoder,
@@ -18,8 +17,10 @@ from slmjax.convert.hf_settings import (
     write_mlp,
     write_windows,
 )
-from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
+from slmjax.convert.hf.tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
 from slmjax.convert.settings import Settings
+from slmjax.models.architecture import BlockConfig, ModelConfig
+from slmjax.models.mixers.attention import Biases, QkNorm
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from slmjax.architecture import BlockConfig, ModelConfig
-from slmjax.attention import Biases, QkNorm
-from slmjax.convert import gguf_settings, gguf_tensors
 from slmjax.convert.family import Family, Inexpressible, Table, first_block
-from slmjax.convert.hf_settings import (
+from slmjax.convert.gguf import settings as gguf_settings
+from slmjax.convert.gguf import tensors as gguf_tensors
+from slmjax.convert.hf.settings import (
     read_activation,
     read_attention,
     read_biases,
@@ -17,10 +16,12 @@ from slmjax.convert.hf_settings import (
     write_biases,
     write_decoder,
 )
-from slmjax.convert.hf_tensors import ATTENTION, EMBEDDING, GATED_MLP, MOE, PRE_NORMS
+from slmjax.convert.hf.tensors import ATTENTION, EMBEDDING, GATED_MLP, MOE, PRE_NORMS
 from slmjax.convert.settings import Settings
-from slmjax.layers import MlpConfig
-from slmjax.moe import MoeConfig
+from slmjax.models.architecture import BlockConfig, ModelConfig
+from slmjax.models.ffn.mlp import MlpConfig
+from slmjax.models.ffn.moe import MoeConfig
+from slmjax.models.mixers.attention import Biases, QkNorm
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {

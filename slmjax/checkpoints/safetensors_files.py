@@ -1,0 +1,312 @@
+"""Weights in safetensors files: those of other people's models, and those of an imported model's directory.
+
+    tensors = TensorFiles(directory)                  # nothing is read but the headers
+    tensors.read("model.norm.weight")                 # one tensor, in the dtype it is stored in
+    write_tensors(directory, pairs, largest_file=2**29)   # streamed: about one file's tensors in memory at a time
+
+An imported model keeps each layer's parameters by logical path (`layers/3/mixer/query/weight`), in the dtype they came in, or quantized:
+then PATH is stored as `PATH/codes` (int8) and `PATH/scale`, with `PATH/zero` and `PATH/tensor_scale` where the format has them, and
+`formats.json` beside them tells the format. `read_stacked` makes of them the stacked float32 parameters of a model, each device reading
+only the part that it holds; what is stored in codes is decoded, and nothing is quantized again.
+"""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from slmjax import config as config_io
+from slmjax.formats.coding import Encoded
+from slmjax.formats.spec import QuantSpec
+from slmjax.models.architecture import ModelConfig
+from slmjax.models.paths import logical_paths
+from slmjax.quantization.weights import decode_matrices
+
+DIRECTORY = "weights"  # of an imported model's directory
+INDEX = "model.safetensors.index.json"
+LARGEST_FILE = 2**27  # bytes: while one is written, its tensors are in memory twice
+DTYPES: Mapping[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": jax.numpy.bfloat16, "F64": np.float64}
+CODE_DTYPES: Mapping[str, Any] = DTYPES | {"I8": np.int8, "I32": np.int32}
+FORMATS = "formats.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """Where a tensor is."""
+
+    file: Path
+    shape: tuple[int, ...]
+    stored: str  # the name of its dtype
+
+
+class TensorFiles:
+    """The tensors of a directory of safetensors files. The file that was read last stays open, and mapped into memory."""
+
+    def __init__(self, directory: Path, *, dtypes: Mapping[str, Any] = DTYPES) -> None:
+        """Raises ValueError where there are none, or one is damaged or missing. `dtypes` are those that are read."""
+        self.directory, self._dtypes = directory, dtypes
+        self._entries: dict[str, _Entry] = {}
+        self._open: tuple[Path | None, Any] = (None, None)
+        files, places = _files(directory)
+        for path in files:
+            if not path.is_file():
+                raise ValueError(f"{directory / INDEX} names {path.name}, which is not there: the copy of the model is incomplete")
+            for name, entry in _entries(path).items():
+                if places and places.get(name) != path:
+                    continue  # the index says that it is in another file, or passes it over
+                if name in self._entries:
+                    raise ValueError(
+                        f"{name} is in {self._entries[name].file.name} and in {path.name}: delete the file that is not the model's"
+                    )
+                self._entries[name] = entry
+        if missing := sorted(places.keys() - self._entries.keys()):
+            raise ValueError(f"{places[missing[0]]} has no {missing[0]}, which {INDEX} says it has: copy both anew")
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return sorted(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    @property
+    def files(self) -> list[Path]:
+        """The files they are in."""
+        return sorted({entry.file for entry in self._entries.values()})
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype that a tensor is stored in. Raises ValueError for one that is not read here."""
+        entry = self._entries[name]
+        if entry.stored not in self._dtypes:
+            raise ValueError(
+                f"{entry.file}: {name} is stored as {entry.stored}, and weights are read as {', '.join(self._dtypes)}: "
+                "take the checkpoint that is not quantized, or a GGUF file"
+            )
+        return np.dtype(self._dtypes[entry.stored])
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A tensor, or a part of it: only that is read. Raises ValueError as `dtype` does."""
+        self.dtype(name)
+        path = self._entries[name].file
+        if self._open[0] != path:
+            self._open = (path, safe_open(path, framework="np"))
+        file = self._open[1]
+        return file.get_slice(name)[index] if index else file.get_tensor(name)
+
+
+def _entries(path: Path) -> dict[str, _Entry]:
+    """What the header of a file says. Raises ValueError for one that is damaged."""
+    try:
+        with safe_open(path, framework="np") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            return {name: _Entry(file=path, shape=tuple(part.get_shape()), stored=part.get_dtype()) for name, part in parts.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file ({error}): copy it anew") from error
+
+
+def _files(directory: Path) -> tuple[list[Path], dict[str, Path]]:
+    """The files to read: model.safetensors, or those of the index, or whatever there is; and which name the index says is in which."""
+    single, index = directory / "model.safetensors", directory / INDEX
+    if single.is_file():
+        return [single], {}
+    if index.is_file():
+        try:
+            files = {str(name): str(file) for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{index} is damaged ({error!r}): copy it anew") from error
+        if outside := [file for file in files.values() if Path(file).name != file]:
+            raise ValueError(f"{index} names {outside[0]}, which is not in its directory: it is not followed")
+        places = {name: directory / file for name, file in files.items()}
+        return sorted(set(places.values())), places
+    found = sorted(directory.glob("*.safetensors"))
+    if not found:
+        others = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in directory.glob(pattern))
+        way_out = f": {others[0]} is a pickle, which could run code and is not read; convert it to safetensors" if others else ""
+        raise ValueError(f"{directory} holds no .safetensors file{way_out}")
+    return found, {}
+
+
+def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]], *, largest_file: int = LARGEST_FILE) -> None:
+    """Writes tensors into one or more files, named and indexed as Hugging Face libraries do."""
+    directory.mkdir(parents=True, exist_ok=True)
+    written: list[tuple[Path, list[str]]] = []
+    total = 0
+    for part in _parts(tensors, largest_file):
+        path = directory / f"part-{len(written)}.tmp"
+        save_file(part, path, metadata={"format": "pt"})
+        total += sum(array.nbytes for array in part.values())
+        written.append((path, list(part)))
+    weight_map = {}
+    for number, (path, names) in enumerate(written, start=1):
+        name = "model.safetensors" if len(written) == 1 else f"model-{number:05d}-of-{len(written):05d}.safetensors"
+        path.chmod(0o644)  # the library lets nobody else read what it writes
+        path.rename(directory / name)
+        weight_map |= dict.fromkeys(names, name)
+    if len(written) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def _parts(tensors: Iterable[tuple[str, np.ndarray]], largest_file: int) -> Iterator[dict[str, np.ndarray]]:
+    part: dict[str, np.ndarray] = {}
+    size = 0
+    for name, array in tensors:
+        if part and size + array.nbytes > largest_file:
+            yield part
+            part, size = {}, 0
+        part[name] = np.ascontiguousarray(array)
+        size += array.nbytes
+    yield part
+
+
+# An imported model's parameters ---------------------------------------------------------------------------------------
+def is_imported(path: Path) -> bool:
+    """Whether this is the directory of an imported model."""
+    return (path / DIRECTORY).is_dir()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredFormat:
+    """How a parameter is stored in codes."""
+
+    spec: QuantSpec
+    axis: int  # that its groups run along
+
+
+class ModelFiles:
+    """The parameters of an imported model's directory by logical path, some of them perhaps in codes."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError where files are damaged or missing."""
+        self.directory = path / DIRECTORY
+        self._tensors = TensorFiles(self.directory, dtypes=CODE_DTYPES)
+        self.formats = _read_formats(self.directory / FORMATS)
+        if absent := sorted(name for name in self.formats if not {f"{name}/codes", f"{name}/scale"} <= set(self._tensors.names)):
+            raise ValueError(
+                f"{self.directory}: {FORMATS} has {absent[0]} in codes, and the files lack its codes or its scale: copy all anew"
+            )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.formats or name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter."""
+        return self._tensors.shape(f"{name}/codes" if name in self.formats else name)
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype of what `read` gives."""
+        return np.dtype(np.float32) if name in self.formats else self._tensors.dtype(name)
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A parameter, or a part of it; what is stored in codes is read whole, and decoded."""
+        if (stored := self.formats.get(name)) is None:
+            return self._tensors.read(name, index)
+        encoded = jax.tree.map(jax.numpy.asarray, self.encoded(name))
+        return np.asarray(decode_matrices(encoded, stored.spec, axis=stored.axis))[index]
+
+    def encoded(self, name: str) -> Encoded:
+        """The codes and scales of a parameter that is stored in codes, as NumPy arrays."""
+
+        def part(kind: str, dtype: Any) -> np.ndarray | None:
+            return self._tensors.read(f"{name}/{kind}").astype(dtype) if f"{name}/{kind}" in self._tensors else None
+
+        return Encoded(
+            codes=part("codes", np.int8), scale=part("scale", np.float32), zero=part("zero", np.int32),
+            tensor_scale=part("tensor_scale", np.float32),
+        )  # fmt: skip
+
+
+def _read_formats(path: Path) -> dict[str, StoredFormat]:
+    """What `write_formats` wrote; empty for a model that has no parameter in codes."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {name: config_io.from_json(StoredFormat, value) for name, value in found.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): copy it anew") from error
+
+
+def write_formats(path: Path, formats: Mapping[str, StoredFormat]) -> None:
+    """Says in an imported model's directory which of its parameters are in codes, and how."""
+    text = json.dumps({name: config_io.to_json(stored) for name, stored in formats.items()}, indent=1)
+    (path / DIRECTORY / FORMATS).write_text(text, encoding="utf-8")
+
+
+def in_codes(name: str, encoded: Encoded) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors that a parameter in codes is stored as."""
+    yield f"{name}/codes", np.asarray(encoded.codes, np.int8)
+    scale = np.asarray(encoded.scale, np.float32)
+    with np.errstate(over="ignore"):
+        half = scale.astype(np.float16)
+    yield f"{name}/scale", half if np.array_equal(half.astype(np.float32), scale) else scale
+    if encoded.zero is not None:
+        yield f"{name}/zero", np.asarray(encoded.zero, np.int32)
+    if encoded.tensor_scale is not None:
+        yield f"{name}/tensor_scale", np.asarray(encoded.tensor_scale, np.float32)
+
+
+def read_stacked(path: Path, config: ModelConfig, like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
+    """The parameters (or buffers) of an imported model's directory by stack path, float32, placed as the shapes of `like` say.
+
+    Raises:
+      ValueError: the directory's files are damaged, or hold other parameters than the model has.
+    """
+    files = ModelFiles(path)
+    return {
+        name: _read_one(files, logical_paths(config, name), leaf, is_stacked=name.startswith("segments/")) for name, leaf in like.items()
+    }
+
+
+def _read_one(files: ModelFiles, names: list[str], leaf: jax.ShapeDtypeStruct, *, is_stacked: bool) -> Array:
+    own = tuple(leaf.shape[1:]) if is_stacked else tuple(leaf.shape)
+    for name in names:
+        if name not in files or files.shape(name) != own:
+            found = files.shape(name) if name in files else "absent"
+            raise ValueError(f"{files.directory}: {name} is {found} there, and {own} in the model: these are the weights of another")
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index, "parameters have dims"
+        if not is_stacked:
+            return files.read(names[0], index).astype(leaf.dtype)
+        return np.stack([files.read(name, index[1:]).astype(leaf.dtype) for name in names[index[0]]])
+
+    placement = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.make_array_from_callback(leaf.shape, placement, part)
+
+
+@contextlib.contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes `path` when all is written: what fails half way leaves nothing behind.
+
+    Raises:
+      ValueError: `path` is there already, and not empty.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is there already: name a new directory, or delete it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    begun = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    begun.chmod(0o755)  # which it was not, being temporary
+    try:
+        yield begun
+        if path.exists():
+            path.rmdir()
+        begun.rename(path)
+    except BaseException:
+        shutil.rmtree(begun, ignore_errors=True)
+        raise

@@ -1,0 +1,1 @@
+"""GGUF files: container, codes, settings, tensors and tokenizers."""

@@ -1,0 +1,66 @@
+"""The names that llama.cpp gives tensors: rules to build a family's table from."""
+
+import dataclasses
+
+from slmjax.convert.family import Rule, Table, expect_kind, joined, linear, norm, paired, same, stacked_experts
+from slmjax.models.architecture import ModelConfig
+from slmjax.models.mixers.attention import AttentionConfig
+
+AROUND: tuple[Rule, ...] = (
+    same("embed/table", "token_embd.weight"),
+    *norm("final_norm", "output_norm"),
+    same("head/weight", "output.weight"),
+)
+ATTENTION: tuple[Rule, ...] = (
+    *linear("mixer/query", "attn_q"),
+    *linear("mixer/key", "attn_k"),
+    *linear("mixer/value", "attn_v"),
+    *linear("mixer/output", "attn_output"),
+    *norm("mixer/query_norm", "attn_q_norm"),
+    *norm("mixer/key_norm", "attn_k_norm"),
+)
+JOINED_ATTENTION: tuple[Rule, ...] = (
+    joined(("mixer/query/weight", "mixer/key/weight", "mixer/value/weight"), "attn_qkv.weight"),
+    joined(("mixer/query/bias", "mixer/key/bias", "mixer/value/bias"), "attn_qkv.bias"),
+    *linear("mixer/output", "attn_output"),
+)
+MLP: tuple[Rule, ...] = (*linear("ffn/gate", "ffn_gate"), *linear("ffn/up", "ffn_up"), *linear("ffn/down", "ffn_down"))
+MOE: tuple[Rule, ...] = (
+    *linear("ffn/router", "ffn_gate_inp"),
+    stacked_experts("ffn/experts/gate", "ffn_gate_exps.weight"),
+    stacked_experts("ffn/experts/up", "ffn_up_exps.weight"),
+    stacked_experts("ffn/experts/down", "ffn_down_exps.weight"),
+    same("ffn/experts/gate_bias", "ffn_gate_exps.bias"),
+    same("ffn/experts/up_bias", "ffn_up_exps.bias"),
+    same("ffn/experts/down_bias", "ffn_down_exps.bias"),
+)
+PRE_NORMS: tuple[Rule, ...] = (*norm("mixer_norm", "attn_norm"), *norm("ffn_norm", "ffn_norm"))
+POST_NORMS: tuple[Rule, ...] = (*norm("mixer_post_norm", "post_attention_norm"), *norm("ffn_post_norm", "post_ffw_norm"))
+
+
+def table(*layer: Rule, around: tuple[Rule, ...] = AROUND) -> Table:
+    """The table of a family, with the rules of a layer."""
+    return Table(around=around, layer=layer, prefix="blk.{i}.", base="", ignored=(r"rope_(freqs|factors_long|factors_short)\.weight",))
+
+
+def paired_table(model: ModelConfig, *layer: Rule) -> Table:
+    """The table of a family whose rotated dims come in pairs side by side, as llama.cpp has it for Llama and its kin."""
+    attention = expect_kind(next(model.blocks()).mixer, AttentionConfig, "layer 0's mixer")
+    heads = {"mixer/query/": attention.num_heads, "mixer/key/": attention.kv_heads}
+    turned = tuple(
+        paired(rule, num_heads=count, rope_dim=attention.head_dim or 0)
+        for name, count in heads.items()
+        for rule in layer
+        if rule.ours[0].startswith(name)
+    )
+    return table(*turned, *layer)
+
+
+def centered(rule: Rule) -> Rule:
+    """A norm's scale, of which ours is the difference from one."""
+    return dataclasses.replace(rule, read=lambda arrays, _: [arrays[0] - 1], write=lambda arrays: [arrays[0] + 1])
+
+
+def with_centered_norms(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """The same rules, the scales of all norms stored whole."""
+    return tuple(centered(rule) if rule.ours[0].endswith("/scale") else rule for rule in rules)

@@ -1,0 +1,1 @@
+"""Exported files checked in other engines."""

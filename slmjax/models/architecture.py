@@ -1,0 +1,205 @@
+"""What a model is: `ModelConfig`, a stack of segments of blocks, and how a list of layers becomes one.
+
+    ModelConfig(embed_dim=256, stack=stack_of([local, local, full] * 4))   # -> one segment of three blocks, repeated 4 times
+
+Dims: D model, V vocabulary.
+"""
+
+import dataclasses
+import enum
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from slmjax.models.ffn.mlp import MlpConfig
+from slmjax.models.ffn.moe import MoeConfig
+from slmjax.models.layers import NormKind, Shape
+from slmjax.models.mixers.attention import AttentionConfig, with_rope_fraction, with_rotary_dim
+from slmjax.models.mixers.latent import LatentAttentionConfig
+from slmjax.models.protocols import FfnConfig, MixerConfig
+from slmjax.quantization.rules import QuantPhase, check_phases
+
+# A config read from JSON finds its class among those that have been imported: with the model, these always are.
+PARTS: tuple[type, ...] = (AttentionConfig, LatentAttentionConfig, MlpConfig, MoeConfig)
+
+
+class NormPlacement(enum.Enum):
+    """Where a block normalises."""
+
+    PRE = "pre"  # x + f(norm(x))
+    POST = "post"  # x + norm(f(x)), as in OLMo 2
+    SANDWICH = "sandwich"  # x + norm(f(norm(x))), as in Gemma 2
+
+
+class Precision(enum.Enum):
+    """Dtype of the computation; parameters are float32 in either case."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Remat(enum.Enum):
+    """What the backward pass recomputes instead of keeping."""
+
+    NONE = "none"
+    DOTS = "dots"  # keeps the results of matrix products with weights
+    FULL = "full"  # keeps only the input of each repeat of a pattern
+
+
+class HeadKind(enum.Enum):
+    """Where the output projection comes from."""
+
+    TIED = "tied"  # the embedding table
+    FREE = "free"  # a table of its own
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """One layer: a token mixer, then a feed-forward layer."""
+
+    mixer: MixerConfig  # token mixer
+    ffn: FfnConfig | None  # feed-forward layer (none: the mixer alone)
+    norm: NormPlacement = NormPlacement.PRE  # where the block normalises
+    passes: int = 1  # how many times in a row the block runs with the same weights
+
+    def __post_init__(self) -> None:
+        if self.passes < 1:
+            raise ValueError(f"passes must be at least 1, got {self.passes}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A pattern of blocks, repeated."""
+
+    pattern: tuple[BlockConfig, ...]  # the blocks of one repeat, in order
+    repeats: int = 1  # how many times the pattern occurs
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1 or not self.pattern:
+            raise ValueError(f"a segment needs a pattern of blocks and at least one repeat, got repeats={self.repeats}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only language model."""
+
+    embed_dim: int  # width of the residual stream, D
+    stack: tuple[Segment, ...]  # the layers
+    context_length: int = 1024  # longest sequence the model is meant for, in tokens
+    vocab_size: int | None = None  # tokens of the vocabulary (none: the tokenizer's)
+    vocab_multiple: int = 1  # the table is padded to a multiple of this many rows
+    head: HeadKind = HeadKind.TIED  # output projection
+    norm_kind: NormKind = NormKind.RMS  # what every norm computes
+    norm_eps: float = 1e-6  # added to the mean square in every norm
+    init_std: float = 0.02  # deviation of initial weights (truncated normal)
+    learned_positions: int | None = None  # rows of a table whose row for a token's position is added to it (none: no such table)
+    embed_multiplier: float = 1.0  # multiplies the embedded tokens
+    residual_multiplier: float = 1.0  # multiplies what a block adds to the residual stream
+    logit_multiplier: float = 1.0  # multiplies the logits
+    logit_softcap: float | None = None  # logits are bounded to this by a tanh
+    dropout: float = 0.0  # rate, on the embedded tokens and on what a block adds
+    precision: Precision = Precision.FLOAT32  # dtype of the computation
+    remat: Remat = Remat.NONE  # what the backward pass recomputes
+    quant: tuple[QuantPhase, ...] = ()  # formats of weights, inputs and caches by training step (of an experiment, its own `quant` decides)
+
+    def __post_init__(self) -> None:
+        check_phases(self.quant)
+        if self.embed_dim < 1 or not self.stack:
+            raise ValueError(f"a model needs embed_dim >= 1 and at least one segment, got embed_dim={self.embed_dim}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is a rate between 0 and 1, got {self.dropout}")
+        if self.context_length < 2:
+            raise ValueError(f"context_length must be at least 2, got {self.context_length}")
+        if self.vocab_multiple < 1 or (self.vocab_size is not None and self.vocab_size < 1):
+            raise ValueError(f"vocab_size and vocab_multiple must be at least 1, got {self.vocab_size} and {self.vocab_multiple}")
+        if self.logit_softcap is not None and self.logit_softcap <= 0:
+            raise ValueError(f"logit_softcap must be positive or none, got {self.logit_softcap}")
+        if self.learned_positions is not None and self.learned_positions < self.context_length:
+            raise ValueError(
+                f"learned_positions={self.learned_positions} must be at least context_length={self.context_length}: a row for each position"
+            )
+        if self.init_std <= 0 or self.norm_eps <= 0:
+            raise ValueError(f"init_std and norm_eps must be positive, got {self.init_std} and {self.norm_eps}")
+
+    @classmethod
+    def upgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Read mixers of files of earlier versions that need the width of the model."""
+        return _with_attention(fields, functools.partial(with_rotary_dim, embed_dim=fields.get("embed_dim")))
+
+    @classmethod
+    def downgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields with mixers as files of earlier versions had them."""
+        return _with_attention(fields, functools.partial(with_rope_fraction, embed_dim=fields.get("embed_dim")))
+
+    def blocks(self) -> Iterator[BlockConfig]:
+        """The configuration of every layer, first to last."""
+        return (block for segment in self.stack for _ in range(segment.repeats) for block in segment.pattern)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers with weights of their own."""
+        return sum(len(segment.pattern) * segment.repeats for segment in self.stack)
+
+    @property
+    def known_vocab_size(self) -> int:
+        """Tokens of the vocabulary. Raises ValueError where neither config nor tokenizer said."""
+        if self.vocab_size is None:
+            raise ValueError("model.vocab_size is not set: give it, or let the tokenizer set it by training")
+        return self.vocab_size
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of the embedding table, padding included."""
+        return -(-self.known_vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def layer_shape(self) -> Shape:
+        """What every layer shares."""
+        depth = sum(block.passes for block in self.blocks())
+        dtype = jnp.bfloat16 if self.precision is Precision.BFLOAT16 else jnp.float32
+        return Shape(
+            embed_dim=self.embed_dim, num_layers=depth, norm_kind=self.norm_kind, norm_eps=self.norm_eps, init_std=self.init_std,
+            dtype=dtype,
+        )  # fmt: skip
+
+
+def _with_attention(value: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """JSON with the fields of every `AttentionConfig`, at any depth, changed."""
+    if isinstance(value, list):
+        return [_with_attention(item, change) for item in value]
+    if not isinstance(value, dict):
+        return value
+    fields = {name: _with_attention(item, change) for name, item in value.items()}
+    return change(fields) if fields.get("type") == AttentionConfig.__name__ else fields
+
+
+# Stacks ---------------------------------------------------------------------------------------------------------------
+LONGEST_PATTERN = 12  # blocks: longer ones are compiled block by block anyway
+
+
+def stack_of(blocks: Sequence[BlockConfig]) -> tuple[Segment, ...]:
+    """The fewest segments that hold these layers in order, with patterns as short as that allows.
+
+    Fewest counted in blocks that are compiled: 26 layers of which every sixth is full become 4 repeats of 6 and one of 2.
+    """
+    if not blocks:
+        raise ValueError("a model needs at least one layer")
+    kinds = {block: kind for kind, block in enumerate(dict.fromkeys(blocks))}
+    row = [kinds[block] for block in blocks]  # compared in place of blocks, which takes long
+    # cheapest[n]: how the first n layers are held by the fewest blocks in patterns, and then by the fewest segments.
+    cheapest: list[tuple[int, int, tuple[Segment, ...]]] = [(0, 0, ())]
+    for end in range(1, len(blocks) + 1):
+        options = []
+        for size in range(1, min(LONGEST_PATTERN, end) + 1):
+            pattern = row[end - size : end]
+            start = end - size
+            while True:
+                cost, count, before = cheapest[start]
+                segment = Segment(pattern=tuple(blocks[end - size : end]), repeats=(end - start) // size)
+                options.append((cost + size, count + 1, (*before, segment)))
+                start -= size
+                if start < 0 or row[start : start + size] != pattern:
+                    break
+        cheapest.append(min(options, key=lambda option: option[:2]))
+    return cheapest[-1][2]

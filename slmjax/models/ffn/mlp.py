@@ -1,0 +1,89 @@
+"""The dense feed-forward layer, gated or plain.
+
+Dims: B batch, T time, D model, F feed-forward.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from slmjax.models.layers import Linear, Shape
+from slmjax.models.protocols import Ffn, FfnAux, FfnConfig
+
+
+class Activation(enum.Enum):
+    """Non-linearity of a feed-forward layer."""
+
+    SILU = "silu"
+    GELU = "gelu"  # by a tanh, as GPT-2 and Gemma have it
+    GELU_EXACT = "gelu_exact"  # by the error function
+    RELU = "relu"
+    RELU2 = "relu2"
+    CLAMPED_SILU = "clamped_silu"  # of gated layers alone: bounded inputs, a steeper sigmoid, one more than the other half (GPT-OSS)
+
+
+ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
+    Activation.SILU: jax.nn.silu,
+    Activation.GELU: lambda x: jax.nn.gelu(x, approximate=True),
+    Activation.GELU_EXACT: lambda x: jax.nn.gelu(x, approximate=False),
+    Activation.RELU: jax.nn.relu,
+    Activation.RELU2: lambda x: jnp.square(jax.nn.relu(x)),
+}
+CLAMP, STEEPNESS = 7.0, 1.702  # of CLAMPED_SILU
+
+
+def gated(activation: Activation, gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """The hidden layer of a gated feed-forward layer, from its two halves."""
+    if activation is not Activation.CLAMPED_SILU:
+        return ACTIVATIONS[activation](gate) * up
+    gate, up = jnp.minimum(gate, CLAMP), jnp.clip(up, -CLAMP, CLAMP)
+    return gate * jax.nn.sigmoid(STEEPNESS * gate) * (up + 1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MlpConfig(FfnConfig):
+    """A dense feed-forward layer."""
+
+    hidden_dim: int  # width of the hidden layer, F
+    activation: Activation = Activation.SILU  # non-linearity
+    gated: bool = True  # multiply by a second projection (SwiGLU when the activation is silu)
+    bias: bool = False  # biases on all projections
+
+    def __post_init__(self) -> None:
+        if self.hidden_dim < 1:
+            raise ValueError(f"ffn.hidden_dim must be at least 1, got {self.hidden_dim}")
+        if self.activation is Activation.CLAMPED_SILU and not self.gated:
+            raise ValueError("ffn.activation=clamped_silu is made of two halves: set ffn.gated, or choose another activation")
+
+    def build(self, shape: Shape, *, rngs: nnx.Rngs) -> "Mlp":
+        """The module, with freshly initialised parameters."""
+        return Mlp(self, shape, rngs=rngs)
+
+    def active_share(self) -> float:
+        """A dense layer has no experts; every parameter is used."""
+        return 1.0
+
+    def for_inference(self) -> "MlpConfig":
+        """The same."""
+        return self
+
+
+class Mlp(Ffn):
+    """Gated or plain two-layer MLP."""
+
+    def __init__(self, config: MlpConfig, shape: Shape, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        wide = {"std": shape.init_std, "bias": config.bias, "rngs": rngs}
+        self.gate = Linear(shape.embed_dim, config.hidden_dim, **wide) if config.gated else None
+        self.up = Linear(shape.embed_dim, config.hidden_dim, **wide)
+        self.down = Linear(config.hidden_dim, shape.embed_dim, std=shape.output_std, bias=config.bias, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"]) -> tuple[Float[Array, "B T D"], FfnAux]:
+        activation = self.config.activation
+        hidden = ACTIVATIONS[activation](self.up(x)) if self.gate is None else gated(activation, self.gate(x), self.up(x))
+        return self.down(hidden), FfnAux(losses={}, metrics={})

@@ -1,0 +1,66 @@
+"""Named architectures, and what any architecture costs.
+
+    zoo.nano()                                   # -> ModelConfig; the tokenizer decides the size of the vocabulary
+    zoo.ARCHITECTURES["qwen3_0_6b"]()            # -> ModelConfig, complete
+    zoo.describe(zoo.ARCHITECTURES["nano"]())    # -> Summary: parameters, FLOPs, bytes
+
+Small ones of our own are in `ours.py`, released models at their released sizes in `released.py`.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+
+from slmjax.models.architecture import ModelConfig
+from slmjax.models.zoo.costs import Summary, describe
+from slmjax.models.zoo.ours import nano, nano_moe, nano_window, shakespeare_char, slm_12m, slm_124m
+from slmjax.models.zoo.released import (
+    RELEASED,
+    gemma2_2b,
+    gemma3_1b,
+    gemma3_4b,
+    gemma3_270m,
+    gpt2_124m,
+    gpt2_355m,
+    granite3_3_2b,
+    granite4_micro,
+    llama3_2_1b,
+    llama3_2_3b,
+    mobilellm_1b,
+    mobilellm_125m,
+    mobilellm_350m,
+    mobilellm_600m,
+    olmo2_1b,
+    olmoe_1b_7b,
+    phi3_mini,
+    phi4_mini,
+    qwen2_5_0_5b,
+    qwen2_5_1_5b,
+    qwen2_5_3b,
+    qwen3_0_6b,
+    qwen3_1_7b,
+    qwen3_4b,
+    smollm2_1_7b,
+    smollm2_135m,
+    smollm2_360m,
+    smollm3_3b,
+    tinyllama_1_1b,
+)
+
+# Complete, that is, with a vocabulary: ours with that of the experiment of the same name.
+ARCHITECTURES: Mapping[str, Callable[[], ModelConfig]] = {
+    "nano": functools.partial(nano, vocab_size=2048),
+    "nano_moe": functools.partial(nano_moe, vocab_size=2048),
+    "nano_window": functools.partial(nano_window, vocab_size=2048),
+    "shakespeare_char": functools.partial(shakespeare_char, vocab_size=67),  # 65 characters, BOS, EOS
+    "slm_12m": slm_12m,
+    "slm_124m": slm_124m,
+    **RELEASED,
+}
+
+__all__ = [
+    "ARCHITECTURES", "RELEASED", "Summary", "describe", "gemma2_2b", "gemma3_1b", "gemma3_4b", "gemma3_270m", "gpt2_124m", "gpt2_355m",
+    "granite3_3_2b", "granite4_micro", "llama3_2_1b", "llama3_2_3b", "mobilellm_1b", "mobilellm_125m", "mobilellm_350m",
+    "mobilellm_600m", "nano", "nano_moe", "nano_window", "olmo2_1b", "olmoe_1b_7b", "phi3_mini", "phi4_mini", "qwen2_5_0_5b",
+    "qwen2_5_1_5b", "qwen2_5_3b", "qwen3_0_6b", "qwen3_1_7b", "qwen3_4b", "shakespeare_char", "slm_12m", "slm_124m", "smollm2_1_7b",
+    "smollm2_135m", "smollm2_360m", "smollm3_3b", "tinyllama_1_1b",
+]  # fmt: skip

@@ -1,0 +1,62 @@
+"""Codes of weights that change in training, from one line of the log to the next.
+
+    flips = CodeFlips(definition.formats)
+    flips.begin(state.trainable, 100)
+    flips.count(state.trainable, 110)      # {"flipped_codes": 0.0123, "flipped_since": 100}
+
+Weights that swing between two codes show as a share that does not fall with the learning rate (Nagel et al. 2022).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from slmjax.quantization import weights
+from slmjax.quantization.weights import Formats
+
+Codes = Mapping[str, Array]
+
+
+class CodeFlips:
+    """A counter that keeps the codes of the last count on the devices, a byte for each weight; without formats it counts nothing."""
+
+    def __init__(self, formats_of: Formats) -> None:
+        self._is_counting = bool(formats_of)
+
+        def compare(params: weights.Params, before: Codes) -> tuple[Codes, Array]:
+            now = weights.codes(params, formats_of)
+            return now, share_of_flips(before, now, formats_of)
+
+        self._codes = jax.jit(lambda params: weights.codes(params, formats_of))
+        self._compare = jax.jit(compare, donate_argnums=1)
+        self._before: Codes = {}
+        self._step = 0
+
+    def begin(self, params: weights.Params, step: int) -> None:
+        """Take the codes of `step`, from which the next count is made."""
+        self._before = self._codes(params) if self._is_counting else {}
+        self._step = step
+
+    def count(self, params: weights.Params, step: int) -> dict[str, Any]:
+        """Return the share of codes that are not those of the last count, and the step of that count; this one is then the last."""
+        if not self._is_counting:
+            return {}
+        self._before, share = self._compare(params, self._before)
+        found = {"flipped_codes": float(share), "flipped_since": self._step}
+        self._step = step
+        return found
+
+
+def share_of_flips(before: Codes, now: Codes, formats_of: Formats) -> Float[Array, ""]:
+    """Return how many codes differ, over all codes of weights that have a format."""
+    # Counts of rows are exact; a sum of them in int32 could overflow.
+    changed = [jnp.sum(jnp.sum(now[path] != before[path], axis=-1).astype(jnp.float32)) for path in formats_of]
+    number = sum(now[path].size * _share_with_format(layers) for path, layers in formats_of.items())
+    return jnp.sum(jnp.stack(changed)) / number
+
+
+def _share_with_format(layers: Sequence[Any]) -> float:
+    return sum(numbers is not None for numbers in layers) / len(layers)

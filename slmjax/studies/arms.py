@@ -1,0 +1,65 @@
+"""The arms of a study: an experiment that is trained, or a model that is made of another arm's without training.
+
+Arm(name="full precision", experiment=continued)                      # continued(seed) -> Experiment, or one for all seeds
+Derived(name="rounded to q4_0", source="full precision", recipe=RoundToNearest(format="q4_0"))
+"""
+
+import abc
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from slmjax.training.experiment import Experiment
+
+
+def directory_name(name: str) -> str:
+    """An arm's name as a directory can have it. Raises ValueError if nothing of it is left."""
+    if not (kept := re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.")):
+        raise ValueError(f"an arm is named {name!r}: give it a name with letters or digits")
+    return kept
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One of the things that are compared: a training."""
+
+    name: str  # as tables show it; its letters, digits and dots name the directory of its runs
+    experiment: Experiment | Callable[[int], Experiment]  # or one for each seed; seeds and the place of runs are set by the study
+
+    def __post_init__(self) -> None:
+        directory_name(self.name)
+
+    @property
+    def directory(self) -> str:
+        """The name as a directory can have it."""
+        return directory_name(self.name)
+
+    def of_seed(self, seed: int) -> Experiment:
+        """The experiment of a seed, as it was given."""
+        return self.experiment if isinstance(self.experiment, Experiment) else self.experiment(seed)
+
+
+class Recipe(abc.ABC):
+    """How a model is made of a trained one: subclasses are frozen dataclasses, by whose fields a study knows whether it has changed."""
+
+    @abc.abstractmethod
+    def make(self, model: Path, out: Path) -> None:
+        """Writes into `out`, which is not there yet, what `load_model` opens; `model` is a run directory, or what another recipe wrote."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Derived:
+    """An arm whose members are made of another arm's: rounded after training, for one. They are evaluated as those were."""
+
+    name: str  # as an arm's
+    source: str  # the arm that they are made of, which stands before this one
+    recipe: Recipe  # how
+
+    def __post_init__(self) -> None:
+        directory_name(self.name)
+
+    @property
+    def directory(self) -> str:
+        """The name as a directory can have it."""
+        return directory_name(self.name)

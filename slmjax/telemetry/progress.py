@@ -1,0 +1,144 @@
+"""What a run shows while it runs: a live bar on a terminal, plain lines in a file or a pipe.
+
+with Progress(num_steps=2000) as progress:
+    progress.advance(9)                                                              # every step: moves the bar
+    progress.update(10, loss=3.2, figures=meter.measure(...))                         # every log interval
+    progress.print("checkpoint saved at step 10")
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from slmjax.telemetry.meter import Figures
+from slmjax.telemetry.run_directory import Log
+
+BAR_WIDTH = 16
+
+
+class Progress:
+    """Shows the steps of a run up to `num_steps`; only process 0 prints.
+
+    A live bar is drawn where `console` (standard output unless given) is a terminal; else each update is one line.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_steps: int,
+        process_index: int = 0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._num_steps = num_steps
+        self._is_silent = process_index != 0
+        self._clock = clock
+        self._first_update: tuple[int, float] | None = None
+        self._console = console or Console()
+        columns = (BarColumn(bar_width=BAR_WIDTH), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
+        bar = Bar(*columns, console=self._console, refresh_per_second=5)
+        self._task = bar.add_task("compiling", total=num_steps)
+        self._bar = bar if self._console.is_terminal and not self._is_silent else None
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step`; costs nothing and says nothing without a terminal."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def update(self, step: int, *, loss: float, figures: Figures) -> None:
+        """Shows the figures of `step` and the time that is left at the mean pace since the first update.
+
+        Where the terminal is too narrow for all of them, the last go first; the time that is left stays.
+        """
+        shown = [f"loss {loss:.4f}", f"{figures.bits_per_byte:.3f} bits/byte"]
+        if not math.isnan(figures.tokens_per_second):  # the first step of a session compiles: it says nothing about the pace
+            shown += [f"{figures.tokens_per_second:,.0f} tokens/s"]
+            shown += [] if figures.mfu is None else [f"MFU {figures.mfu:.0%}"]
+            shown += [f"data wait {figures.data_wait_share:.0%}"]
+        eta = f"{self._time_left(step)} left"
+        if self._bar is not None:
+            room = self._console.width - BAR_WIDTH - 2 * len(str(self._num_steps)) - 3  # the count, and spaces between
+            while len(shown) > 1 and len("  ".join([*shown, eta])) > room:
+                shown.pop()
+            self._bar.update(self._task, completed=step, description="  ".join([*shown, eta]))
+        else:
+            self.print(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {'  '.join([*shown, eta])}")
+
+    def print(self, text: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        if self._is_silent:
+            return
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.file.flush()
+
+    def _time_left(self, step: int) -> str:
+        now = self._clock()
+        if self._first_update is None or step <= self._first_update[0]:
+            # Compilation comes before the first update and says nothing about the pace.
+            self._first_update = (step, now)
+            return "0s" if step >= self._num_steps else "?"
+        first_step, first_time = self._first_update
+        return format_seconds((now - first_time) / (step - first_step) * (self._num_steps - step))
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def format_seconds(seconds: float) -> str:
+    """Two units at the most, for people: 42s, 3m05s, 2h07m, 3d04h."""
+    total = max(round(seconds), 0)
+    minutes, hours, days = total // 60, total // 3600, total // 86400
+    if days:
+        return f"{days}d{hours % 24:02d}h"
+    if hours:
+        return f"{hours}h{minutes % 60:02d}m"
+    return f"{minutes}m{total % 60:02d}s" if minutes else f"{total}s"
+
+
+class LogRecords(logging.Handler):
+    """While entered, what slmjax's modules log is shown, and kept in the log of the run once there is one."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(logging.INFO)
+        self._progress, self._logger = progress, logging.getLogger("slmjax")
+        self._log: Log | None = None
+        self._early: list[logging.LogRecord] = []
+
+    def write_to(self, log: Log) -> None:
+        """From here on, records are written to this log; first those that came earlier."""
+        self._log = log
+        for record in self._early:
+            self._write(record, log)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Called by the logging module."""
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname}: "
+        self._progress.print(prefix + record.getMessage())
+        self._early.append(record) if self._log is None else self._write(record, self._log)
+
+    def _write(self, record: logging.LogRecord, log: Log) -> None:
+        log.write("message", level=record.levelname, text=record.getMessage())
+
+    def __enter__(self) -> "LogRecords":
+        self._before = self._logger.level, self._logger.propagate
+        self._logger.addHandler(self)
+        self._logger.setLevel(logging.INFO)
+        self._logger.propagate = False  # imported libraries give the root logger handlers that would show all twice
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.removeHandler(self)
+        level, self._logger.propagate = self._before
+        self._logger.setLevel(level)

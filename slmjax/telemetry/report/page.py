@@ -1,0 +1,248 @@
+"""The page of a run: one HTML file that needs nothing else."""
+
+import html
+import json
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from slmjax.telemetry.progress import format_seconds
+from slmjax.telemetry.report import charts as chart_module
+from slmjax.telemetry.report.charts import Chart, run_charts, theme
+from slmjax.telemetry.report.reading import RunRecords, number, read_run
+
+log = logging.getLogger(__name__)
+
+STYLE = """
+:root { --paper: #f6f7f8; --card: #fff; --ink: #1c1d1f; --soft: #62656a; --rule: #e3e4e6; --accent: #0072B2; --code: #f1f2f4; }
+:root[data-theme=dark] { --paper: #131416; --card: #1c1e21; --ink: #e8e6e3; --soft: #a8a6a2; --rule: #33363a; --accent: #56B4E9; --code: #25282c; }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 FONT; -webkit-text-size-adjust: 100%; }
+main { max-width: 1240px; margin: 0 auto; padding: 28px 20px 60px; }
+header { display: flex; gap: 16px; align-items: flex-start; justify-content: space-between; }
+h1 { font-size: 22px; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 16px; margin: 36px 0 12px; }
+.soft { color: var(--soft); } .about { color: var(--soft); margin: 4px 0 0; }
+button { font: inherit; font-size: 13px; color: var(--soft); background: var(--card); border: 1px solid var(--rule); border-radius: 6px; padding: 4px 10px; cursor: pointer; white-space: nowrap; }
+button:hover { color: var(--ink); }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(148px, 1fr)); gap: 12px; margin-top: 20px; }
+.figure, .chart, .box { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; }
+.figure { padding: 12px 14px; } .figure b { display: block; font-size: 22px; font-weight: 600; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.figure span { color: var(--soft); font-size: 13px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 14px; }
+.chart { padding: 14px 16px 8px; min-width: 0; } .chart h3 { margin: 0; font-size: 14px; } .chart p { margin: 0 0 6px; color: var(--soft); font-size: 12.5px; min-height: 1.5em; }
+.canvas { width: 100%; } .canvas .vega-embed { width: 100%; padding: 0; }
+.box { padding: 4px 16px; overflow-x: auto; } .box + .box { margin-top: 12px; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; } td, th { text-align: left; padding: 6px 18px 6px 0; border-top: 1px solid var(--rule); vertical-align: top; overflow-wrap: anywhere; }
+th, td:nth-child(n+3) { overflow-wrap: normal; } tr:has(> :nth-child(4)) > td.name { width: auto; }
+tr:first-child > * { border-top: 0; } th { font-weight: 500; color: var(--soft); } td.name { color: var(--soft); width: 38%; }
+pre { background: var(--code); border-radius: 8px; padding: 12px 14px; margin: 8px 0 14px; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+pre mark { background: none; color: var(--accent); font-weight: 600; }
+summary { cursor: pointer; padding: 8px 0; } details details { margin-left: 16px; }
+@media (max-width: 560px) { main { padding: 18px 12px 40px; } .figure b { font-size: 19px; } header { flex-direction: column-reverse; } td { padding-right: 10px; } }
+@media print { button { display: none; } .chart { break-inside: avoid; } }
+""".replace("FONT", chart_module.FONT)  # noqa: E501  # a style sheet
+
+SCRIPT = """
+const charts = JSON.parse(document.getElementById("charts").textContent);
+const themes = JSON.parse(document.getElementById("themes").textContent);
+const root = document.documentElement, wanted = window.matchMedia("(prefers-color-scheme: dark)");
+const button = document.getElementById("theme");
+function show(name) {
+  root.dataset.theme = name;
+  button.textContent = name === "dark" ? "light" : "dark";
+  const config = {...themes[name], background: "transparent"};
+  return Promise.all(charts.map((spec, i) =>
+    vegaEmbed(document.getElementById("chart-" + i), spec, {actions: false, renderer: "svg", config, tooltip: {theme: name}})));
+}
+const asked = new URLSearchParams(location.hash.slice(1)).get("theme");
+button.onclick = () => show(root.dataset.theme === "dark" ? "light" : "dark");
+wanted.addEventListener("change", event => show(event.matches ? "dark" : "light"));
+show(asked || (wanted.matches ? "dark" : "light")).then(() => {
+  root.dataset.drawn = charts.length;
+  root.dataset.overflow = root.scrollWidth - root.clientWidth;
+});
+"""
+
+
+def write_report(path: str | Path, *, output: str | Path | None = None, with_images: bool = True) -> Path:
+    """Writes the page of a run (report.html in its directory, unless `output` names a file) and its charts as plots/*.png.
+
+    Raises:
+      ValueError: this is no run directory, or the `plot` extra is not installed.
+    """
+    run = read_run(path)
+    charts = run_charts(run)
+    target = Path(output) if output is not None else run.path / "report.html"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(document(title=run.name, body=_body(run, charts), charts=charts), encoding="utf-8")
+    if with_images:
+        plots = run.path / "plots"
+        plots.mkdir(exist_ok=True)
+        for chart in charts:
+            (plots / f"{chart.name}.png").write_bytes(chart_module.png(chart))
+    return target
+
+
+def document(*, title: str, body: str, charts: Sequence[Chart]) -> str:
+    """A whole page. Its policy forbids what would come over a network, whoever put it there."""
+    policy = "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data:"
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<title>{html.escape(title)}</title><style>{STYLE}</style></head>
+<body><main>{body}</main>
+<script type="application/json" id="charts">{_script_json([chart.spec for chart in charts])}</script>
+<script type="application/json" id="themes">{_script_json({"light": theme(dark=False), "dark": theme(dark=True)})}</script>
+<script type="module">{_script_code(chart_module.drawing_code(SCRIPT))}</script>
+</body></html>
+"""
+
+
+def _script_json(value: Any) -> str:
+    """JSON that cannot end the script it stands in, whatever text it holds."""
+    return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
+
+
+def _script_code(code: str) -> str:
+    return code.replace("</script", "<\\/script")
+
+
+# Parts of a page ------------------------------------------------------------------------------------------------------
+def heading(title: str, about: str) -> str:
+    """The head of a page, with the button that changes its theme."""
+    return (
+        f'<header><div><h1>{html.escape(title)}</h1><p class="about">{html.escape(about)}</p></div>'
+        '<button id="theme" type="button">dark</button></header>'
+    )
+
+
+def chart_grid(charts: Sequence[Chart], first: int = 0) -> str:
+    """Places for charts, which the script fills."""
+    cards = (
+        f'<div class="chart"><h3>{html.escape(chart.title)}</h3><p>{html.escape(chart.subtitle)}</p>'
+        f'<div class="canvas" id="chart-{index}"></div></div>'
+        for index, chart in enumerate(charts, start=first)
+    )
+    return f'<div class="charts">{"".join(cards)}</div>'
+
+
+def table(rows: Iterable[Sequence[Any]], *, head: Sequence[str] = ()) -> str:
+    """Rows of cells; the first cell of a row names it."""
+    top = f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>" if head else ""
+    body = "".join(
+        "<tr>" + "".join(f"<td{' class=name' if i == 0 else ''}>{html.escape(str(cell))}</td>" for i, cell in enumerate(row)) + "</tr>"
+        for row in rows
+    )
+    return f'<div class="box"><table>{top}{body}</table></div>'
+
+
+def shown(value: Any) -> str:
+    """A figure for people."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "—"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return str(value)
+
+
+def _body(run: RunRecords, charts: Sequence[Chart]) -> str:
+    began = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.train[0]["time"])) if run.train else "no step logged yet"
+    about = f"{run.status} · step {run.last_step:,} of {run.config.get('run', {}).get('steps', '?')} · {began}"
+    parts = [heading(run.name, about), _figures(run)]
+    if charts:
+        parts.append(f"<h2>Curves</h2>{chart_grid(charts)}")
+    else:
+        parts.append('<h2>Curves</h2><p class="soft">Nothing is logged yet: write the report again once the run has made a few steps.</p>')
+    parts += [_samples(run), _result(run), _warnings(run)]
+    parts.append(f'<h2>Settings</h2><div class="box">{_nested("experiment", run.config, is_open=True)}</div>')
+    if run.data:
+        parts.append(
+            f'<h2>Data</h2><div class="box">{_nested("sources", {str(i): one for i, one in enumerate(run.data)}, is_open=True)}</div>'
+        )
+    if run.environment:
+        parts.append(f'<h2>Environment</h2><div class="box">{_nested("environment", run.environment)}</div>')
+    return "".join(parts)
+
+
+def _figures(run: RunRecords) -> str:
+    result = run.result or {}
+    evaluated = run.held_out
+    rivals = ", ".join(f"{name} {bits:.3f}" for name, bits in (result.get("compressors") or {}).items())
+    tokens, total = number(evaluated.get("tokens")), number(evaluated.get("total_tokens"))
+    part = "" if tokens is None or total is None or tokens == total else f", of {tokens:,.0f} of {total:,.0f} tokens, the completions"
+    pairs = [
+        (number(evaluated.get("bits_per_byte")), ".3f", f"bits per byte{', beside ' + rivals if rivals else ''}"),
+        (number(evaluated.get("lost_text")), ".2%", "of the text's bytes are lost by the tokenizer: its bits per byte are not comparable"),
+        (number(evaluated.get("loss")), ".4f", f"loss, nats per token{part}"),
+        (number(evaluated.get("unrounded_bits_per_byte")), ".3f", "bits per byte with weights before rounding"),
+        (number(evaluated.get("teacher_bits_per_byte")), ".3f", "bits per byte of the teacher"),
+        (number(evaluated.get("teacher_kl")), ".4f", "KL from the teacher, nats per token"),
+        (number(evaluated.get("teacher_agreement")), ".1%", "same likeliest token as the teacher"),
+        (number(evaluated.get("calibration_error")), ".3f", "calibration error"),
+        (number(result.get("parameters")), ",.0f", "parameters"),
+        (number(result.get("tokens")), ",.0f", "tokens trained on"),
+        (number(result.get("tokens_per_second")), ",.0f", "tokens per second"),
+    ]
+    tiles = [
+        f"<div class=figure><b>{value:{how}}</b><span>{html.escape(label)}</span></div>" for value, how, label in pairs if value is not None
+    ]
+    if (seconds := number(result.get("seconds"))) is not None:
+        tiles.append(f"<div class=figure><b>{format_seconds(seconds)}</b><span>wall time of the last session</span></div>")
+    return f'<div class="figures">{"".join(tiles)}</div>'
+
+
+def _samples(run: RunRecords) -> str:
+    if not run.samples:
+        return ""
+    steps = sorted({sample["step"] for sample in run.samples})
+    parts = []
+    for step in reversed(steps):
+        texts = "".join(_sample(str(one["prompt"]), str(one["text"])) for one in run.samples if one["step"] == step)
+        parts.append(f"<details{' open' if step == steps[-1] else ''}><summary>step {step:,}</summary>{texts}</details>")
+    return f'<h2>Samples</h2><div class="box">{"".join(parts)}</div>'
+
+
+def _sample(prompt: str, text: str) -> str:
+    rest = text.removeprefix(prompt)
+    return f"<pre><mark>{html.escape(prompt)}</mark>{html.escape(rest)}</pre>"
+
+
+def _result(run: RunRecords) -> str:
+    if run.result is None:
+        return ""
+    left_out = ("samples", "compressors", "seconds_by_category")
+    rows: list[tuple[str, Any]] = [(name.replace("_", " "), shown(value)) for name, value in run.result.items() if name not in left_out]
+    rows += [(f"{name}, bits per byte", shown(value)) for name, value in (run.result.get("compressors") or {}).items()]
+    rows += [(f"seconds: {name}", f"{value:.1f}") for name, value in (run.result.get("seconds_by_category") or {}).items()]
+    return f"<h2>Result</h2>{table(rows)}"
+
+
+def _warnings(run: RunRecords) -> str:
+    found = dict.fromkeys(str(one["text"]) for one in run.messages if one.get("level") in ("WARNING", "ERROR", "CRITICAL"))
+    return f"<h2>Warnings</h2>{table([(text,) for text in found])}" if found else ""
+
+
+def _nested(name: str, value: Any, *, is_open: bool = False) -> str:
+    """Settings as they nest: what has parts folds."""
+    if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        value = {str(index): item for index, item in enumerate(value)}
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} has no parts")
+    plain = {key: item for key, item in value.items() if not _has_parts(item)}
+    rows = "".join(f"<tr><td class=name>{html.escape(key)}</td><td>{html.escape(_leaf(item))}</td></tr>" for key, item in plain.items())
+    inner = f"<table>{rows}</table>" if rows else ""
+    inner += "".join(_nested(key, item) for key, item in value.items() if key not in plain)
+    return f"<details{' open' if is_open else ''}><summary>{html.escape(name)}</summary>{inner}</details>"
+
+
+def _has_parts(value: Any) -> bool:
+    return (isinstance(value, dict) and bool(value)) or (isinstance(value, list) and any(isinstance(item, dict | list) for item in value))
+
+
+def _leaf(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,153 @@
+"""Run directories as data: what a run was, what it logged, what it came to. Works on runs that are unfinished, killed or going on."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from slmjax.telemetry.run_directory import read_log
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunRecords:
+    """A run directory, read. Of steps that were done twice, after a resume, the later record counts."""
+
+    path: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    data: list[dict[str, Any]]
+    result: dict[str, Any] | None  # None while the run goes on, or if it was killed
+    train: list[dict[str, Any]]  # by step
+    evals: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    messages: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """Name of the directory."""
+        return self.path.resolve().name
+
+    @property
+    def status(self) -> str:
+        """How it ended, as far as the directory tells."""
+        return "unfinished" if self.result is None else str(self.result.get("status", "finished"))
+
+    @property
+    def held_out(self) -> dict[str, Any]:
+        """The last evaluation on held-out text: of all of it where the run came to its end; empty where there is none."""
+        return self.evals[-1] if self.evals else {}
+
+    @property
+    def on_the_way(self) -> list[dict[str, Any]]:
+        """The evaluations that one curve may show: one of all held-out text does not go on where those of a part of it ended."""
+        parts = [one for one in self.evals if not one.get("complete")]
+        same = {one.get("documents") for one in self.evals}
+        return self.evals if len(same) == 1 or not parts else parts
+
+    @property
+    def last_step(self) -> int:
+        """The last step that was logged."""
+        return max((record["step"] for record in self.train), default=0)
+
+
+def read_run(path: str | Path) -> RunRecords:
+    """The records of a run directory.
+
+    Raises:
+      ValueError: this is none.
+    """
+    path = Path(path)
+    if (path / "origin.json").is_file():  # no import of what reads models: that takes seconds
+        raise ValueError(f"{path} is an imported model, which was not trained here: there is nothing to report. `slmjax eval` measures it")
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} is not a run directory: it has no config.json. `slmjax runs` lists those there are")
+    log = read_log(path / "log.jsonl") if (path / "log.jsonl").is_file() else []
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for record in log:
+        by_kind.setdefault(str(record["kind"]), []).append(record)
+    environment, data = _json(path / "environment.json"), _json(path / "data.json")
+    train, result = _latest(by_kind.get("train", ()), ("step",)), _json(path / "result.json")
+    if result is not None and train and train[-1]["step"] > result.get("step", 0):
+        result = None  # of an earlier session: the run was extended, and goes on or was killed
+    return RunRecords(
+        path=path, config=_json(path / "config.json") or {}, environment=environment or {}, data=data or [],
+        result=result, train=train,
+        evals=_latest(by_kind.get("eval", ()), ("step",)), samples=_latest(by_kind.get("sample", ()), ("step", "prompt")),
+        messages=by_kind.get("message", []),
+    )  # fmt: skip
+
+
+def _json(path: Path) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, it is no JSON ({error}): restore it, or delete the run") from error
+
+
+def _latest(records: Iterable[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    kept = {tuple(record[key] for key in keys): record for record in records}
+    return sorted(kept.values(), key=lambda record: record["step"])
+
+
+def number(value: Any) -> float | None:
+    """A figure of the log: None for what is not there and what is not finite, which the log keeps as text."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+# The list of runs -----------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """One line of `slmjax runs`."""
+
+    name: str
+    path: str
+    status: str  # finished, interrupted, diverged, or unfinished: going on, or killed
+    step: int
+    steps: int  # that were asked for
+    loss: float | None  # on held-out text, by the last evaluation
+    bits_per_byte: float | None
+    lost_text: float | None  # share of the held-out text's bytes that the tokenizer loses; None: none
+    complete: bool  # whether that was on all held-out text
+    parameters: int | None
+    tokens: int | None
+    seconds: float | None
+    started: float  # seconds since 1970
+
+
+def list_runs(directory: str | Path) -> list[RunSummary]:
+    """The runs in a directory, oldest first. A run whose files are damaged is listed as such.
+
+    Raises:
+      ValueError: there is no such directory, or no run in it.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"there is no directory {directory}: name the one that runs are in (`slmjax train` makes them in runs)")
+    found = [_summary(path.parent) for path in directory.glob("*/config.json")]
+    if not found:
+        raise ValueError(f"{directory} holds no run: name the directory that runs are in (`slmjax train` makes them in runs)")
+    return sorted(found, key=lambda one: one.started)
+
+
+def _summary(path: Path) -> RunSummary:
+    started = (path / "config.json").stat().st_mtime
+    try:
+        run = read_run(path)
+        steps = int(run.config["run"]["steps"])
+    except (ValueError, KeyError):
+        empty = dict.fromkeys(("loss", "bits_per_byte", "lost_text", "parameters", "tokens", "seconds"))
+        return RunSummary(name=path.name, path=str(path), status="damaged", step=0, steps=0, complete=False, started=started, **empty)
+    result, last = run.result or {}, run.held_out
+    return RunSummary(
+        name=run.name, path=str(path), status=run.status, step=int(result.get("step", run.last_step)), steps=steps,
+        loss=number(last.get("loss")), bits_per_byte=number(last.get("bits_per_byte")), lost_text=number(last.get("lost_text")),
+        complete=bool(last.get("complete")),
+        parameters=result.get("parameters"), tokens=result.get("tokens"), seconds=result.get("seconds"),
+        started=run.train[0]["time"] if run.train else started,
+    )  # fmt: skip

@@ -1,0 +1,82 @@
+"""What is minimised: counts from the batch alone, and named sums that are divided by them."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from slmjax import losses
+from slmjax.data.batch import Batch
+from slmjax.distill import objective as distillation
+from slmjax.distill.config import DistillConfig
+from slmjax.models.definition import Definition, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is minimised."""
+
+    z_loss: float = 0.0  # coefficient of the squared log-normaliser of the logits (1e-4 keeps it near zero)
+    chunk_size: int | None = None  # tokens whose logits exist at once on a device (none: about 256 MB of them)
+    distill: DistillConfig | None = None  # what is learned from teachers (none: cross entropy on the text alone)
+
+    def __post_init__(self) -> None:
+        if self.z_loss < 0:
+            raise ValueError(f"objective.z_loss must not be negative, got {self.z_loss}")
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"objective.chunk_size must be at least 1, or none to have it chosen, got {self.chunk_size}")
+        if self.z_loss > 0 and self.distill is not None and self.distill.hard_weight.is_zero:
+            raise ValueError(
+                f"objective.z_loss={self.z_loss} is part of the cross entropy, which has no weight here: set it to 0, or give "
+                "objective.distill.hard-weight.start a weight"
+            )
+
+
+CROSS_ENTROPY = ObjectiveConfig()
+
+
+# The objective --------------------------------------------------------------------------------------------------------
+def counts(batch: Batch) -> dict[str, Float[Array, ""]]:
+    """Denominators, from the batch alone: scored targets, real tokens, UTF-8 bytes of the scored targets."""
+    return {
+        "targets": jnp.sum(batch.loss_mask),
+        "tokens": jnp.sum(batch.segment_ids > 0).astype(jnp.float32),
+        "bytes": jnp.sum(batch.num_bytes).astype(jnp.float32),
+    }
+
+
+def terms(
+    definition: Definition,
+    objective: ObjectiveConfig,
+    params: Params,
+    buffers: Params,
+    batch: Batch,
+    *,
+    key: Array | None,
+    teachers: Sequence[losses.TeacherOutput] = (),
+    amounts: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, tuple[Float[Array, ""], str]], dict[str, Array]]:
+    """Sums that make up the loss, each with the name of its count, and sums that are only reported.
+
+    Args:
+      params: as modules compute with them (`Definition.effective`).
+      key: randomness of dropout; None where there is none.
+      teachers: what they say of this batch; none where the divergence has no weight.
+      amounts: of distillation, where there is any (`distill.objective.amounts_at`).
+    """
+    model = definition.merge_effective(params, buffers)
+    output = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, key=key)
+    given = (output.hidden, output.head)
+    if objective.distill is not None and teachers and amounts is not None:
+        value, metrics = distillation.soft_term(
+            objective.distill, *given, batch, teachers, amounts=amounts, z_loss=objective.z_loss, chunk_size=objective.chunk_size
+        )
+        sums = {"distillation": (value, "targets")}
+    else:
+        value, metrics = losses.sharded_cross_entropy(
+            *given, batch.targets, batch.loss_mask, z_loss=objective.z_loss, chunk_size=objective.chunk_size
+        )
+        sums = {"cross_entropy": (value if amounts is None else value * amounts["hard"], "targets")}
+    return sums | {name: (auxiliary, "tokens") for name, auxiliary in output.losses.items()}, {**metrics, **output.metrics}

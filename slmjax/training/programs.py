@@ -1,0 +1,102 @@
+"""The compiled programs of an experiment: the train step, the evaluation step, and the shapes of the state."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from slmjax.data.tokenizers import Tokenizer
+from slmjax.distill.teachers import TeacherPlan, divided_devices, plan_teachers
+from slmjax.evaluation.bits_per_byte import EvalStep, make_eval_step
+from slmjax.models.architecture import ModelConfig
+from slmjax.models.definition import Definition, define, define_for_inference
+from slmjax.parallel.mesh import batch_divisor, make_mesh
+from slmjax.quantization import weights as numeric_weights
+from slmjax.quantization.flips import CodeFlips
+from slmjax.quantization.schedule import Easing, easing_of
+from slmjax.training.experiment import Experiment
+from slmjax.training.optim import cooldown_step, make_optimizer
+from slmjax.training.state import TrainState, state_shapes
+from slmjax.training.step import TrainStep, make_train_step
+
+CodeSums = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+def teacher_plans(
+    experiment: Experiment, student: ModelConfig, *, mesh: Mesh, tokenizer: Tokenizer | None = None
+) -> tuple[TeacherPlan, ...]:
+    """The teachers of an experiment; none where nothing is learned from them. Raises ValueError for those that do not fit."""
+    distill = experiment.objective.distill
+    if distill is None or distill.weight.is_zero:
+        return ()
+    own = mesh
+    if distill.mesh is not None:
+        own = make_mesh(distill.mesh, divided_devices(distill, jax.devices())[1])
+    return plan_teachers(
+        distill, student, sequence_length=experiment.data.sequence_length, mesh=mesh, teacher_mesh=own, tokenizer=tokenizer
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Programs:
+    """The model of an experiment and the steps that are compiled for it, without any array."""
+
+    definition: Definition
+    inference: Definition
+    shapes: TrainState
+    train_step: TrainStep
+    eval_step: EvalStep
+    code_sums: CodeSums  # what a checkpoint keeps of the codes that its parameters have on these devices
+    flips: CodeFlips
+    easing: Easing | None = None
+
+
+def make_programs(experiment: Experiment, *, vocab_size: int, mesh: Mesh, step: int | None = None) -> Programs:
+    """What the settings come to with a tokenizer of this size, if the model has none of its own. Raises ValueError if they do not fit.
+
+    Args:
+      step: before which training step, where quantization has phases; None for the last of them.
+    """
+    check_rows(experiment, mesh)
+    model = resolved_model(experiment, vocab_size=vocab_size)
+    definition, inference = define(model, step=step), define_for_inference(model, step=step)
+    quant, steps = experiment.quant, experiment.run.steps
+    easing = None if quant is None else easing_of(quant, first_step=model.quant[0].step, total_steps=steps)
+    optimizer = make_optimizer(experiment.optim, definition.params, total_steps=steps)
+    with_ema, objective = experiment.optim.ema_decay is not None, experiment.objective
+    shapes = state_shapes(definition, optimizer, with_ema=with_ema, mesh=mesh, objective=objective)
+    train_step = make_train_step(
+        definition, optimizer, objective=objective, optim=experiment.optim, shapes=shapes, total_steps=steps,
+        easing=None if definition.phase is None else easing,
+    )  # fmt: skip
+    matching = None if objective.distill is None else objective.distill.matching
+    return Programs(
+        definition=definition, inference=inference, shapes=shapes, train_step=train_step,
+        eval_step=make_eval_step(inference, matching=matching, unrounded=experiment.eval.unrounded), easing=easing,
+        flips=CodeFlips(definition.formats if experiment.run.log_flips else {}),
+        code_sums=jax.jit(functools.partial(numeric_weights.code_sums, formats_of=definition.formats)),
+    )  # fmt: skip
+
+
+def resolved_model(experiment: Experiment, *, vocab_size: int) -> ModelConfig:
+    """The model of an experiment with a tokenizer of this size, and with the phases of its quantization at their steps."""
+    model, quant, steps = experiment.model, experiment.quant, experiment.run.steps
+    phases = () if quant is None else quant.timed(cooldown_step=cooldown_step(experiment.optim, total_steps=steps), total_steps=steps)
+    return dataclasses.replace(model, vocab_size=model.vocab_size or vocab_size, quant=phases)
+
+
+def check_rows(experiment: Experiment, mesh: Mesh) -> None:
+    """Raise ValueError where the sequences of a batch cannot be divided evenly."""
+    divisor = batch_divisor(mesh)
+    parts = divisor * experiment.optim.accumulation_steps
+    if experiment.data.batch_size % parts:
+        raise ValueError(
+            f"data.batch_size={experiment.data.batch_size} must be a multiple of {parts}: rows are divided over "
+            f"{divisor} device(s) and {experiment.optim.accumulation_steps} accumulation step(s)"
+        )
+    rows = experiment.eval.batch_size
+    if rows is not None and rows % divisor:
+        raise ValueError(f"eval.batch_size={rows} must be a multiple of {divisor}, the devices that rows are divided over")

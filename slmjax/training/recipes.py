@@ -1,0 +1,106 @@
+"""The built-in experiments, and how an experiment is found: by built-in name or as a Python file.
+
+load_experiment("nano")                          # or "shakespeare_char"
+load_experiment("experiments/nano_moe.py")       # a file with `def experiment() -> Experiment`
+"""
+
+import contextlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+
+from slmjax.config import near_names
+from slmjax.data.config import DataConfig, Packing, Split
+from slmjax.data.tokenizers import BpeTokenizer, CharTokenizer
+from slmjax.models import zoo
+from slmjax.training.experiment import EvalConfig, Experiment, RunConfig
+from slmjax.training.optim import OptimConfig, Optimizer, Schedule
+
+
+def nano() -> Experiment:
+    """The default: a small Qwen3-like decoder on Python's own standard library, minutes on a laptop."""
+    return Experiment(
+        model=zoo.nano(),
+        data=DataConfig(sequence_length=256, batch_size=8, heldout_fraction=0.03),
+        tokenizer=BpeTokenizer(vocab_size=4096),
+        optim=OptimConfig(
+            kind=Optimizer.MUON,
+            muon_lr=0.01,
+            muon_iterations=3,
+            lr=2e-2,
+            schedule=Schedule.LINEAR,
+            min_lr_ratio=0.0,
+            warmup_steps=20,
+        ),
+        eval=EvalConfig(every=130, max_documents=8),
+        run=RunConfig(name="nano", steps=520, sample_prompts=("def main(", "import ")),
+    )
+
+
+def shakespeare_char() -> Experiment:
+    """The well-known CPU setting of character models; `--data.path FILE` gives it the text it is named for."""
+    return Experiment(
+        model=zoo.shakespeare_char(),
+        data=DataConfig(sequence_length=64, batch_size=12, split=Split.TAIL, heldout_fraction=0.1, packing=Packing.CONCATENATE),
+        tokenizer=CharTokenizer(),
+        optim=OptimConfig(lr=1e-3, min_lr_ratio=0.1, warmup_steps=100, schedule=Schedule.COSINE),
+        eval=EvalConfig(every=250, overlap=0, max_documents=None),
+        run=RunConfig(name="shakespeare-char", steps=2000),
+    )
+
+
+BUILT_IN: Mapping[str, Callable[[], Experiment]] = {"nano": nano, "shakespeare_char": shakespeare_char}
+
+
+def load_experiment(name: str) -> Experiment:
+    """The experiment of a built-in name or of a Python file; the file's code is run.
+
+    Raises:
+      ValueError: there is no such name or file, or the file has no `experiment()` that returns an Experiment.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
+    path = Path(name)
+    if path.suffix != ".py":
+        raise ValueError(
+            f"there is no built-in experiment {name!r}.{near_names(name, BUILT_IN)} Built in are {', '.join(BUILT_IN)}; "
+            "a file of your own ends in .py and has `def experiment() -> Experiment`"
+        )
+    build = getattr(run_file(path), "experiment", None)
+    with _errors_named(path):
+        found = build() if callable(build) else None
+    if not isinstance(found, Experiment):
+        raise ValueError(f"{path} needs a function `def experiment() -> Experiment` that returns the experiment, and has none")
+    return found
+
+
+def run_file(path: Path) -> ModuleType:
+    """The module that a file's code makes; listed among the imported ones, where dataclasses look up their annotations.
+
+    Raises:
+      ValueError: there is no such file, or its code fails.
+    """
+    if not path.is_file():
+        near = near_names(path.name, (other.name for other in path.parent.glob("*.py")))
+        raise ValueError(f"there is no Python file {path}.{near}")
+    spec = importlib.util.spec_from_file_location(f"slmjax_experiment_{path.stem}", path)
+    assert spec is not None and spec.loader is not None, path
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    with _errors_named(path):
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _errors_named(path: Path) -> Iterator[None]:
+    """Errors of a file's own code as one message with the place."""
+    try:
+        yield
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).absolute() == path.absolute()]
+        place = f", line {lines[-1]}" if lines else ""
+        raise ValueError(f"{path}{place}: {type(error).__name__}: {error}") from error

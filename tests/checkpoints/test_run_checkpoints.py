@@ -1,0 +1,399 @@
+"""Checkpoints: exact round trips to any grouping and mesh, and what happens to those that are damaged, missing or foreign."""
+
+import dataclasses
+import functools
+import gc
+import json
+import logging
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from slmjax import config as config_io
+from slmjax.checkpoints.loading import load_model
+from slmjax.checkpoints.run_checkpoints import MANIFEST, CheckpointConfig, Checkpointer, CheckpointError
+from slmjax.data.tokenizers import ByteTokenizer
+from slmjax.formats.presets import preset
+from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.definition import define, unstack
+from slmjax.models.mixers.attention import AttentionConfig
+from slmjax.parallel.mesh import MeshConfig, make_mesh
+from slmjax.parallel.rules import like_parameters, parameter_shardings
+from slmjax.quantization.estimators import LearnedScale
+from slmjax.quantization.rules import QuantPhase, QuantRule
+
+BLOCK = BlockConfig(mixer=AttentionConfig(num_heads=2), ffn=None)
+MODEL = ModelConfig(embed_dim=8, stack=(Segment(pattern=(BLOCK,), repeats=3),), vocab_size=258)
+REGROUPED = dataclasses.replace(MODEL, stack=(Segment(pattern=(BLOCK,)), Segment(pattern=(BLOCK,), repeats=2)))
+
+
+@functools.cache
+def state_shapes(model):
+    params = define(model).params
+    return jax.eval_shape(
+        lambda: {
+            "model": {"params": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params), "buffers": {}},
+            "optimizer": optax.adam(1e-3).init(params),
+            "progress": {"step": jnp.int32(0), "rng": jnp.zeros(2, jnp.uint32)},
+        }
+    )
+
+
+def state_at(step, model=MODEL):
+    draw = np.random.default_rng(step)
+    return jax.tree.map(lambda leaf: jnp.asarray(draw.normal(100, 30, leaf.shape), leaf.dtype), state_shapes(model))
+
+
+def placed(shapes, shardings=None):
+    """Shapes with the placement that `restore` wants; the first device unless told otherwise."""
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.map(lambda _: one, shapes) if shardings is None else shardings
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings)
+
+
+@pytest.fixture
+def opened():
+    """Opens checkpointers and closes them after the test."""
+    open_ones = []
+
+    def open_at(directory, *, model=MODEL, keep=3):
+        open_ones.append(Checkpointer(directory, model=model, config=CheckpointConfig(keep=keep)))
+        return open_ones[-1]
+
+    yield open_at
+    for checkpointer in open_ones:
+        checkpointer.close()
+
+
+@pytest.fixture(scope="session")
+def three_saved(tmp_path_factory):
+    """A directory with checkpoints of steps 1, 2 and 3; to be copied, not changed."""
+    directory = tmp_path_factory.mktemp("saved") / "checkpoints"
+    checkpointer = Checkpointer(directory, model=MODEL, config=CheckpointConfig(keep=3))
+    for step in (1, 2, 3):
+        checkpointer.save(step, state_at(step))
+    checkpointer.close()
+    return directory
+
+
+@pytest.fixture
+def saved(three_saved, tmp_path):
+    return shutil.copytree(three_saved, tmp_path / "checkpoints")
+
+
+def assert_equal_trees(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+
+
+# Round trips ----------------------------------------------------------------------------------------------------------
+def test_the_newest_checkpoint_comes_back_bit_for_bit(saved, opened):
+    checkpointer = opened(saved)
+    assert checkpointer.steps() == [1, 2, 3] and checkpointer.has(3, "optimizer") and not checkpointer.has(3, "ema")
+    step, items = checkpointer.restore(placed(state_shapes(MODEL)))
+    assert step == 3
+    assert_equal_trees(items, state_at(3))
+    step, items = checkpointer.restore(placed({"progress": state_shapes(MODEL)["progress"]}), step=1)
+    assert step == 1
+    assert_equal_trees(items, {"progress": state_at(1)["progress"]})
+
+
+def test_another_grouping_and_another_mesh_restore_the_same_layers(saved, opened):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    shapes = state_shapes(REGROUPED)
+    params = define(REGROUPED).params
+    by_rule = {"params": parameter_shardings(params, mesh), "buffers": {}}
+    shardings = {
+        "model": by_rule,
+        "optimizer": like_parameters(shapes["optimizer"], params, mesh),
+        "progress": like_parameters(shapes["progress"], params, mesh),
+    }
+    step, items = opened(saved, model=REGROUPED).restore(placed(shapes, shardings))
+    assert step == 3
+    query = items["model"]["params"]["segments/1/blocks/0/mixer/query/weight"]
+    assert query.shape == (2, 8, 8) and query.addressable_shards[0].data.shape == (2, 2, 4)
+    assert items["optimizer"][0].mu["segments/1/blocks/0/mixer/query/weight"].sharding.is_equivalent_to(query.sharding, 3)
+    actual, expected = (unstack(model, tree) for model, tree in ((REGROUPED, items), (MODEL, state_at(3))))
+    assert_equal_trees(actual, expected)
+
+
+def test_a_save_from_a_mesh_restores_on_one_device(tmp_path, opened):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    params = state_at(5)["model"]["params"]
+    divided = jax.device_put(params, parameter_shardings(params, mesh))
+    checkpointer = opened(tmp_path)
+    checkpointer.save(5, {"model": {"params": divided, "buffers": {}}})
+    _, items = checkpointer.restore(placed({"model": state_shapes(MODEL)["model"]}))
+    assert_equal_trees(items["model"]["params"], params)
+
+
+def test_a_step_may_overwrite_the_state_while_it_is_being_saved(tmp_path, opened):
+    checkpointer = opened(tmp_path)
+    params = state_at(1)["model"]["params"]
+    expected = jax.tree.map(np.array, params)
+    train = jax.jit(functools.partial(jax.tree.map, lambda leaf: leaf * 0 - 1), donate_argnums=0)
+    checkpointer.save(1, {"model": {"params": params, "buffers": {}}})
+    for _ in range(5):
+        params = train(params)
+    jax.block_until_ready(params)
+    _, items = checkpointer.restore(placed({"model": state_shapes(MODEL)["model"]}))
+    assert_equal_trees(items["model"]["params"], jax.tree.map(jnp.asarray, expected))
+
+
+# Damage ---------------------------------------------------------------------------------------------------------------
+def largest_file(directory):
+    return max((file for file in directory.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+
+
+def flip_a_bit(step):
+    file = largest_file(step / "model")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut_a_file_short(step):
+    file = largest_file(step / "model")
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def lose_a_file(step):
+    largest_file(step / "optimizer").unlink()
+
+
+def empty_the_directory(step):
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+def copy_a_part(step):
+    """As a copy that was interrupted: no manifest yet, and not all of the data."""
+    (step / MANIFEST).unlink()
+    shutil.rmtree(step / "optimizer")
+
+
+def lose_data_and_manifest(step):
+    (step / MANIFEST).unlink()
+    largest_file(step / "model").unlink()
+
+
+def break_the_manifest(step):
+    (step / MANIFEST).write_text((step / MANIFEST).read_text()[:-9])
+
+
+DAMAGES = [flip_a_bit, cut_a_file_short, lose_a_file, empty_the_directory, copy_a_part, break_the_manifest]
+# Orbax drops its other reads when one fails, and Python says so when it collects them.
+UNVERIFIED = pytest.param(lose_data_and_manifest, marks=pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, UNVERIFIED], ids=lambda damage: damage.__name__)
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(damage, saved, opened, caplog):
+    damage(saved / "3")
+    step, items = opened(saved).restore(placed(state_shapes(MODEL)))
+    assert step == 2
+    assert_equal_trees(items["model"], state_at(2)["model"])
+    assert "checkpoint 3" in caplog.text and "is damaged" in caplog.text
+    assert (saved / "3.bad").is_dir() and not (saved / "3").exists()
+    gc.collect()
+
+
+def test_a_step_damaged_again_is_set_aside_again(saved, opened):
+    checkpointer = opened(saved)
+    for name in ("3.bad", "3.bad1", "3.bad2"):
+        flip_a_bit(saved / "3")
+        assert checkpointer.restore(placed({"model": state_shapes(MODEL)["model"]}))[0] == 2
+        assert (saved / name / "model").is_dir()
+        checkpointer.save(3, state_at(3))
+        checkpointer.wait()
+    assert checkpointer.restore(placed({"model": state_shapes(MODEL)["model"]}))[0] == 3
+
+
+def test_without_a_manifest_a_checkpoint_is_restored_with_a_warning(saved, opened, caplog):
+    (saved / "3" / MANIFEST).unlink()
+    step, items = opened(saved).restore(placed(state_shapes(MODEL)))
+    assert step == 3
+    assert_equal_trees(items, state_at(3))
+    assert "restored unverified" in caplog.text
+
+
+def test_when_nothing_is_left_the_error_says_so(saved, opened, tmp_path):
+    for step in (1, 2, 3):
+        flip_a_bit(saved / str(step))
+    with pytest.raises(CheckpointError, match="no intact checkpoint in"):
+        opened(saved).restore(placed(state_shapes(MODEL)))
+    with pytest.raises(CheckpointError, match="no intact checkpoint in"):
+        opened(tmp_path / "nowhere").restore(placed(state_shapes(MODEL)))
+
+
+def test_a_step_that_was_not_saved_names_those_that_were(saved, opened):
+    with pytest.raises(CheckpointError, match="no checkpoint of step 7: it has 1, 2, 3"):
+        opened(saved).restore(placed(state_shapes(MODEL)), step=7)
+
+
+# Foreign models -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 300}, r"model params/embed/table is float32\[258, 8\] in the checkpoint and float32\[300, 8\] in the model"),
+        ({"stack": (Segment(pattern=(BLOCK,), repeats=4),)}, r"params/layers/3/mixer/key/weight is absent in the checkpoint"),
+        ({"stack": (Segment(pattern=(BLOCK,), repeats=2),)}, r"params/layers/2/mixer/key/weight is float32.* and absent in the model"),
+    ],
+    ids=["shape", "more layers", "fewer layers"],
+)
+def test_a_checkpoint_of_another_model_is_refused_by_name(change, message, saved, opened):
+    other = dataclasses.replace(MODEL, **change)
+    with pytest.raises(CheckpointError, match=message):
+        opened(saved, model=other).restore(placed({"model": state_shapes(other)["model"]}))
+    assert not list(saved.glob("*.bad"))  # nothing is wrong with it
+
+
+def test_another_dtype_is_refused_rather_than_cast(saved, opened):
+    like = {"model": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), state_shapes(MODEL)["model"])}
+    with pytest.raises(CheckpointError, match="is float32.* in the checkpoint and bfloat16"):
+        opened(saved).restore(placed(like))
+
+
+# Saving ---------------------------------------------------------------------------------------------------------------
+def test_retention_keeps_the_newest_and_the_best(tmp_path, opened):
+    checkpointer = opened(tmp_path, keep=2)
+    for step in range(1, 6):
+        checkpointer.save(step, {"model": state_at(step)["model"]})
+        if step == 2:
+            checkpointer.mark_best(2, 1.25)
+    checkpointer.wait()
+    assert checkpointer.steps() == [2, 4, 5] and checkpointer.best() == (2, 1.25)
+    checkpointer.mark_best(5, 1.0)
+    checkpointer.mark_best(99, 0.5)  # there is none: it is not noted
+    checkpointer.save(6, {"model": state_at(6)["model"]})
+    checkpointer.wait()
+    assert checkpointer.steps() == [5, 6] and checkpointer.best() == (5, 1.0)
+
+
+def test_a_save_that_fails_does_not_cost_the_best(tmp_path, opened, monkeypatch):
+    checkpointer = opened(tmp_path, keep=1)
+    checkpointer.save(1, {"model": state_at(1)["model"]}, best_loss=2.0)
+    checkpointer.save(2, {"model": state_at(2)["model"]})
+    with monkeypatch.context() as patched:
+
+        def no_space(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        patched.setattr(checkpointer._orbax, "save", no_space)
+        checkpointer.save(3, {"model": state_at(3)["model"]}, best_loss=1.0)
+    checkpointer.save(4, {"model": state_at(4)["model"]})
+    checkpointer.wait()
+    assert checkpointer.steps() == [1, 4] and checkpointer.best() == (1, 2.0)
+
+
+@pytest.mark.parametrize("failing", ["save", "wait_until_finished"], ids=["at once", "in the background"])
+def test_a_failed_save_costs_neither_the_run_nor_older_checkpoints(failing, saved, opened, caplog, monkeypatch):
+    checkpointer = opened(saved)
+
+    def no_space(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpointer._orbax, failing, no_space)
+        checkpointer.save(4, state_at(4))
+        checkpointer.wait()
+    assert any(record.levelno == logging.ERROR and "checkpoint 4 was NOT saved" in record.message for record in caplog.records)
+    assert set(checkpointer.steps()) >= {1, 2, 3}
+    checkpointer.save(5, state_at(5))
+    step, items = checkpointer.restore(placed(state_shapes(MODEL)))
+    assert step == 5
+    assert_equal_trees(items, state_at(5))
+    assert not list(saved.glob("*tmp*"))
+
+
+def test_a_write_error_of_the_storage_is_a_failed_save(tmp_path, opened, caplog):
+    # The directory turns into a file under the checkpointer's feet: the write itself fails, not a stand-in for it.
+    directory = tmp_path / "checkpoints"
+    directory.write_text("in the way")
+    checkpointer = opened(directory)
+    checkpointer.save(1, {"model": state_at(1)["model"]})
+    checkpointer.wait()
+    assert "checkpoint 1 was NOT saved" in caplog.text
+    directory.unlink()
+    checkpointer.save(2, {"model": state_at(2)["model"]})
+    checkpointer.wait()
+    assert checkpointer.steps() == [2]
+
+
+@pytest.mark.parametrize("settings", [{"every": 0}, {"keep": 0}])
+def test_bad_settings_are_refused(settings):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        CheckpointConfig(**settings)
+
+
+# Loading --------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def saved_run(tmp_path_factory):
+    """A run directory with two checkpoints that keep averaged weights."""
+    run = tmp_path_factory.mktemp("run")
+    (run / "model.json").write_text(json.dumps(config_io.to_json(MODEL)))
+    ByteTokenizer().build([]).save(run / "tokenizer")
+    checkpointer = Checkpointer(run / "checkpoints", model=MODEL, config=CheckpointConfig())
+    for step in (1, 2):
+        checkpointer.save(step, {"model": state_at(step)["model"], "ema": state_at(10 + step)["model"]["params"]})
+    checkpointer.close()
+    return run
+
+
+@pytest.fixture
+def run_directory(saved_run, tmp_path):
+    return shutil.copytree(saved_run, tmp_path / "run")
+
+
+def test_load_model_takes_the_averaged_weights_of_the_newest(run_directory):
+    loaded = load_model(str(run_directory))
+    assert loaded.step == 2 and loaded.config == MODEL and loaded.path == run_directory
+    assert_equal_trees(loaded.params, state_at(12)["model"]["params"])
+    np.testing.assert_array_equal(loaded.model.embed.table[...], loaded.params["embed/table"])
+    assert loaded.tokenizer.decode(loaded.tokenizer.encode("slm")) == "slm"
+    assert_equal_trees(load_model(run_directory, step=1).params, state_at(11)["model"]["params"])
+
+
+def test_load_model_falls_back_to_older_averaged_weights(run_directory, caplog):
+    empty_the_directory(run_directory / "checkpoints" / "2")
+    loaded = load_model(run_directory)
+    assert loaded.step == 1 and "is damaged" in caplog.text
+    assert_equal_trees(loaded.params, state_at(11)["model"]["params"])
+
+
+def test_load_model_replicates_over_the_current_mesh(run_directory):
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2))):
+        loaded = load_model(run_directory)
+    assert all(leaf.sharding.is_fully_replicated and len(leaf.devices()) == 8 for leaf in loaded.params.values())
+
+
+def test_load_model_errors_say_what_is_missing(run_directory, tmp_path):
+    with pytest.raises(ValueError, match="is neither a run directory nor an imported model: it has no model.json"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no checkpoint of step 9: it has 1, 2"):
+        load_model(run_directory, step=9)
+    shutil.rmtree(run_directory / "checkpoints")
+    with pytest.raises(ValueError, match="no intact checkpoint in"):
+        load_model(run_directory)
+
+
+def test_learned_scales_of_an_older_version_are_read_as_the_positive_ones_that_they_were(tmp_path, opened):
+    block = dataclasses.replace(BLOCK, mixer=AttentionConfig(num_heads=2, head_dim=32))
+    rule = QuantRule(paths="query", weight=preset("q4_0"), estimator=LearnedScale())
+    model = dataclasses.replace(MODEL, embed_dim=32, stack=(Segment(pattern=(block,), repeats=2),), quant=(QuantPhase(rules=(rule,)),))
+    checkpointer, shapes = opened(tmp_path, model=model), define(model).params
+    params = {path: jnp.full(leaf.shape, -2.0) for path, leaf in shapes.items()}
+    sign = "segments/0/blocks/0/mixer/query/weight/sign"
+    before = {path: leaf for path, leaf in params.items() if path != sign}
+    for step, saved in ((1, before), (2, params)):
+        checkpointer.save(step, {"model": {"params": saved, "buffers": {}}})
+    like = placed({"model": {"params": shapes, "buffers": {}}})
+    for step, value in ((1, 1.0), (2, -2.0)):
+        restored = checkpointer.restore(like, step=step)[1]["model"]["params"]
+        np.testing.assert_array_equal(restored[sign], jnp.full(shapes[sign].shape, value))
+        assert all(np.all(restored[path] == -2.0) for path in before)

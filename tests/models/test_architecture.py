@@ -1,0 +1,35 @@
+"""How a list of layers becomes segments: the fewest blocks to compile, in the order of the list."""
+
+import dataclasses
+
+import pytest
+
+from slmjax.models.architecture import BlockConfig, ModelConfig, Segment, stack_of
+from slmjax.models.ffn.mlp import MlpConfig
+from slmjax.models.mixers.attention import AttentionConfig
+
+FULL = BlockConfig(mixer=AttentionConfig(num_heads=2), ffn=MlpConfig(hidden_dim=8))
+LOCAL = dataclasses.replace(FULL, mixer=AttentionConfig(num_heads=2, window=4))
+DENSE = dataclasses.replace(FULL, ffn=MlpConfig(hidden_dim=16))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [
+        ([FULL] * 7, [(1, 7)]),
+        (([LOCAL] * 5 + [FULL]) * 4 + [LOCAL] * 2, [(6, 4), (1, 2)]),  # Gemma 3 1B
+        ([LOCAL, FULL] * 13, [(2, 13)]),  # Gemma 2
+        ([DENSE] + [FULL] * 26, [(1, 1), (1, 26)]),  # DeepSeek-V2-Lite
+        ([FULL, LOCAL, DENSE], [(3, 1)]),
+    ],
+)
+def test_stacks_are_the_shortest(blocks, expected):
+    stack = stack_of(blocks)
+    assert [(len(segment.pattern), segment.repeats) for segment in stack] == expected
+    assert list(ModelConfig(embed_dim=4, stack=stack).blocks()) == blocks
+
+
+def test_a_stack_needs_a_layer():
+    with pytest.raises(ValueError, match="at least one layer"):
+        stack_of([])
+    assert stack_of([FULL]) == (Segment(pattern=(FULL,)),)

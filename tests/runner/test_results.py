@@ -1,0 +1,85 @@
+"""What a run's figures are of: runs that were extended, killed or cut short say so, and nothing that was written is lost."""
+
+import dataclasses
+import io
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import slmjax
+from slmjax.cli import main
+from slmjax.runner import trainer
+from slmjax.telemetry.report import list_runs
+from slmjax.telemetry.run_directory import read_log
+from tests.one_layer import one_layer
+
+
+@pytest.fixture(scope="module")
+def experiment(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> slmjax.Experiment:
+    """The tiny experiment with one layer, which compiles in a moment, and its evaluations on part of the held-out text."""
+    found = one_layer(workplace, tmp_path_factory.mktemp("results"), steps=4)
+    return dataclasses.replace(found, eval=dataclasses.replace(found.eval, every=2, max_documents=1))
+
+
+def train(experiment: slmjax.Experiment, **changes) -> slmjax.Result:
+    return slmjax.train(experiment, console=Console(file=io.StringIO(), width=200), **changes)
+
+
+def lengthened(experiment: slmjax.Experiment, steps: int) -> slmjax.Experiment:
+    return dataclasses.replace(experiment, run=dataclasses.replace(experiment.run, steps=steps))
+
+
+def test_a_run_that_was_extended_and_killed_before_its_result(experiment: slmjax.Experiment, tmp_path: Path) -> None:
+    experiment = dataclasses.replace(experiment, run=dataclasses.replace(experiment.run, directory=str(tmp_path)))
+    first = train(experiment)
+    path = Path(first.run_dir)
+    shutil.copyfile(path / "result.json", tmp_path / "first.json")
+    longer = lengthened(experiment, 6)
+    expected = train(longer, resume=path)
+    assert (first.step, expected.step, expected.measured_on) == (4, 6, "held-out text")
+    # Killed in its last evaluation: the checkpoint of step 6 is there, the result is that of step 4.
+    shutil.copyfile(tmp_path / "first.json", path / "result.json")
+    [listed] = list_runs(tmp_path)
+    assert (listed.status, listed.step, listed.steps) == ("unfinished", 6, 6)
+    again = train(longer, resume=path)
+    assert (again.status, again.step, again.loss) == ("finished", 6, expected.loss)
+    with pytest.raises(ValueError, match="at step 6 of 6 already"):
+        train(longer, resume=path)
+
+
+@pytest.mark.parametrize(("every", "measured_on"), [(2, "part of the held-out text"), (100, "the last training batch")])
+def test_a_run_cut_short_says_what_it_measured(
+    experiment: slmjax.Experiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, every: int, measured_on: str
+) -> None:
+    monkeypatch.setattr(trainer.StopSignals, "requested", lambda _, step: signal.SIGTERM if step == 3 else None)
+    changed = dataclasses.replace(
+        experiment,
+        eval=dataclasses.replace(experiment.eval, every=every),
+        run=dataclasses.replace(experiment.run, directory=str(tmp_path)),
+    )
+    result = train(changed)
+    records = {kind: read_log(Path(result.run_dir) / "log.jsonl", kind=kind) for kind in ("train", "eval")}
+    assert (result.status, result.step, result.measured_on) == ("interrupted", 3, measured_on)
+    assert result.loss == records["eval" if every == 2 else "train"][-1]["loss"]
+    [listed] = list_runs(tmp_path)
+    assert listed.loss == (result.loss if every == 2 else None) and not listed.complete
+
+
+def test_prompts_that_are_refused_cost_no_file(experiment: slmjax.Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = train(experiment).run_dir
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a\u2028b"}\n' + json.dumps({"prompt": "x" * 100}) + "\n", encoding="utf-8")
+    (tmp_path / "out.jsonl").write_text("what was there")
+    words = ["generate", run_dir, "--file", str(tmp_path / "prompts.jsonl"), "--output", str(tmp_path / "out.jsonl"), "--format", "jsonl"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--batch-size", "1"])
+    assert stopped.value.code == 2 and "101 tokens" in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl").read_text() == "what was there"
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a\u2028b"}\r\n', encoding="utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--max-tokens", "2"])
+    assert not stopped.value.code, capsys.readouterr().err
+    assert [json.loads(line)["prompt"] for line in (tmp_path / "out.jsonl").read_text().split("\n")[:-1]] == ["a\u2028b"]

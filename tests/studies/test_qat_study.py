@@ -1,0 +1,101 @@
+"""experiments/qat_study.py: what its members are, and, on a model of one narrow layer and a few steps, the study from end to end."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from slmjax import config
+from slmjax.checkpoints.loading import load_model
+from slmjax.studies import member_experiment, read_members, recovered_share
+from slmjax.studies.recovery import stored_size
+from slmjax.training import recipes
+from slmjax.training.experiment import Experiment, FromModel
+from slmjax.training.programs import resolved_model
+from tests.one_layer import one_layer
+
+FILE = Path(__file__).parents[2] / "experiments" / "qat_study.py"
+
+
+@pytest.fixture
+def study() -> ModuleType:
+    return recipes.run_file(FILE)
+
+
+def test_members_differ_in_what_is_asked_alone(study: ModuleType) -> None:
+    first = study.when()
+    starts = {arm.name: arm.experiment.quant.start_step for arm in first.arms if arm.name.startswith("QAT")}
+    assert starts == {"QAT after 0%": 0, "QAT after 50%": 150, "QAT after 90%": 270}
+    second = study.what({0: Path("/zero"), 1: Path("/one")}, (0, 1))
+    plain = member_experiment(second, "full precision", 1)
+    assert isinstance(plain.init, FromModel) and plain.init.path == "/one" and plain.quant is None
+    assert (plain.run.seed, plain.data.seed, plain.run.steps) == (1, 1, study.FURTHER_STEPS)
+    for arm in second.arms:
+        one = member_experiment(second, arm.name, 1)
+        assert config.loads(Experiment, config.dumps(one)) == one
+        for name in ("model", "init", "data", "tokenizer", "optim", "eval", "run"):
+            assert getattr(one, name) == getattr(plain, name), (arm.name, name)
+    taught = member_experiment(second, "QAD, q4_0", 1)
+    assert taught.objective.distill is not None and taught.objective.distill.teachers[0].path == "/one"
+    assert taught.quant == member_experiment(second, "QAT, q4_0", 1).quant
+
+
+def test_fewer_bits_are_fewer_bytes(study: ModuleType) -> None:
+    sizes = [stored_size(resolved_model(study.trained_for(study.experiment(), spec), vocab_size=2048)) for spec in study.FORMATS.values()]
+    total, numbers = stored_size(resolved_model(study.experiment(), vocab_size=2048))
+    assert total == 4 * numbers
+    assert [total for total, _ in sizes] == sorted((total for total, _ in sizes), reverse=True) and {each for _, each in sizes} == {numbers}
+    # By hand: 2,048 x 128 and, in each of 2 layers, 3 x 128 x 320, 128 x (128 + 64 + 64) and 128 x 128 in 18 bytes a block of 32.
+    rounded = 2048 * 128 + 2 * (3 * 128 * 320 + 2 * 128 * 128 + 2 * 128 * 64)
+    assert sizes[1][0] == rounded * 18 // 32 + 4 * (numbers - rounded)
+
+
+def test_a_report_without_a_model_to_go_on_with(study: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"has no finished run in full precision of seeds \[0, 1, 2\]"):
+        study.recoveries(tmp_path)
+
+
+@pytest.mark.nightly
+def test_the_study_from_end_to_end(study: ModuleType, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two formats, two seeds, every kind of arm, and a sweep over two learning rates."""
+    monkeypatch.setattr("slmjax.runner.trainer._write_page", lambda run: None)
+    tiny = one_layer(workplace, tmp_path, steps=4, ema_decay=None)
+    tiny = dataclasses.replace(tiny, eval=dataclasses.replace(tiny.eval, unrounded=True))
+    formats = {name: study.FORMATS[name] for name in ("q4_0", "1.58 bits")}
+    further = (("QAD, q4_0", "QAT, q4_0"),)
+    changes = {
+        "experiment": lambda: tiny,
+        "FURTHER_STEPS": 2,
+        "RATES": (0.5, 1.0),
+        "SHARES": (0.0, 0.5),
+        "FORMATS": formats,
+        "FURTHER": further,
+    }
+    for name, value in changes.items():
+        monkeypatch.setattr(study, name, value)
+    monkeypatch.setattr("sys.argv", ["qat_study.py", "--directory", str(tmp_path), "--sweep", "--seeds", "3", "4"])
+    study.main()
+    asked = {recovery.directory: recovery for recovery in study.recoveries(tmp_path, (3, 4))}
+    found = {name: read_members(recovery.study, tmp_path / name) for name, recovery in asked.items()}
+    assert not [one.error for members in found.values() for one in members if one.status != "finished"]
+    bits = {(one.arm, one.seed): one.result["bits_per_byte"] for one in found["what"]}
+    report = json.loads((tmp_path / "recovery.json").read_text())["reports"][0]
+    arms = {one["arm"]: one for one in report["arms"]}
+    own, full, rounded = ([bits[name, seed] for seed in (3, 4)] for name in ("QAT, 1.58 bits", "full precision", "rounded, 1.58 bits"))
+    assert arms["QAT, 1.58 bits"]["recoveries"][0]["recovered"]["share"] == recovered_share(own, full=full, rounded=rounded).share
+    assert arms["rounded, 1.58 bits"]["kl"]["mean"] > arms["rounded, q4_0"]["kl"]["mean"] > 0 == arms["full precision"]["kl"]["mean"]
+    assert [one["rounded"] for one in arms["QAT, 1.58 bits"]["recoveries"]] == ["rounded, 1.58 bits", "rounded with clip search, 1.58 bits"]
+    rates = {name: one["rate"]["rate"] for name, one in arms.items() if one["rate"] is not None}
+    assert arms["QAT, 1.58 bits"]["unrounded"] is not None and arms["rounded, 1.58 bits"]["unrounded"] is None
+    assert len(rates) == 6 and set(rates.values()) <= {tiny.optim.lr / 2, tiny.optim.lr}
+    assert member_experiment(asked["what"].study, "QAD, q4_0", 3).optim.lr == rates["QAD, q4_0"]
+    assert arms["QAT, q4_0"]["stored_bytes"] == arms["rounded, q4_0"]["stored_bytes"]
+    # Another grid's numbers do not survive q4_0, though both have 4 bits, groups of 32 and float16 scales; q4_0's own do.
+    models = {one.arm: load_model(one.result["run_dir"]) for one in found["what"] if one.seed == 3 and "other grid" in one.arm}
+    before, after = (models[name].params["embed/table"] for name in ("QAT, other grid", "QAT, other grid, then q4_0"))
+    rows = min(len(before), len(after))  # what is written of a table has no padding
+    assert np.mean(np.asarray(before)[:rows] != np.asarray(after)[:rows]) > 0.5
+    assert bits["QAT, other grid", 3] != bits["QAT, other grid, then q4_0", 3]

@@ -1,0 +1,109 @@
+"""slmjax.telemetry.progress: plain lines in a pipe, a bar on a terminal, silence on other processes."""
+
+import dataclasses
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from slmjax.telemetry.meter import Figures
+from slmjax.telemetry.progress import Progress, format_seconds
+
+
+def make_console(*, is_terminal: bool, width: int = 140) -> tuple[Console, io.StringIO]:
+    stream = io.StringIO()
+    return Console(file=stream, force_terminal=is_terminal, width=width), stream
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+FIGURES = {"loss": 3.25, "figures": Figures(bits_per_byte=4.5, tokens_per_second=12345.6, mfu=0.412, data_wait_share=0.03)}
+
+
+def test_plain_lines() -> None:
+    (console, stream), clock = make_console(is_terminal=False), FakeClock()
+    with Progress(num_steps=200, console=console, clock=clock) as progress:
+        clock.now = 60  # compilation is not part of the pace
+        progress.update(1, **FIGURES)
+        progress.advance(2)
+        clock.now = 70
+        progress.update(11, **FIGURES)
+        progress.print("saved [bold] step 11 " + "x" * 200)
+        progress.update(200, **FIGURES)
+    assert stream.getvalue().splitlines() == [
+        "step   1/200  loss 3.2500  4.500 bits/byte  12,346 tokens/s  MFU 41%  data wait 3%  ? left",
+        "step  11/200  loss 3.2500  4.500 bits/byte  12,346 tokens/s  MFU 41%  data wait 3%  3m09s left",
+        "saved [bold] step 11 " + "x" * 200,
+        "step 200/200  loss 3.2500  4.500 bits/byte  12,346 tokens/s  MFU 41%  data wait 3%  0s left",
+    ]
+
+
+def test_the_first_step_of_a_session_shows_no_pace() -> None:
+    console, stream = make_console(is_terminal=False)
+    with Progress(num_steps=20, console=console) as progress:
+        progress.update(1, loss=3.25, figures=Figures(bits_per_byte=4.5, tokens_per_second=math.nan, mfu=math.nan, data_wait_share=0.0))
+    assert stream.getvalue() == "step  1/20  loss 3.2500  4.500 bits/byte  ? left\n"
+
+
+def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    console, stream = make_console(is_terminal=True)
+    with Progress(num_steps=20, console=console) as progress:
+        progress.update(10, **FIGURES)
+        progress.print("saved [bold] step 10")
+    shown = stream.getvalue()
+    assert "10/20" in shown and "loss 3.2500" in shown and "12,346 tokens/s" in shown
+    assert "saved [bold] step 10" in shown
+    assert shown.count("step 10/20") == 0, "no plain lines beside the bar"
+
+
+def test_a_narrow_terminal_keeps_what_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    console, stream = make_console(is_terminal=True, width=70)
+    with Progress(num_steps=20, console=console) as progress:
+        progress.update(10, **FIGURES)
+    shown = stream.getvalue()
+    assert "loss 3.2500" in shown and "left" in shown and "tokens/s" not in shown and "\u2026" not in shown
+
+
+def test_where_the_peak_is_not_known_nothing_is_said_of_it() -> None:
+    console, stream = make_console(is_terminal=False)
+    with Progress(num_steps=20, console=console) as progress:
+        progress.update(10, loss=3.0, figures=dataclasses.replace(FIGURES["figures"], mfu=None))
+    assert "MFU" not in stream.getvalue() and "data wait 3%" in stream.getvalue()
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_other_processes_are_silent(is_terminal: bool) -> None:
+    console, stream = make_console(is_terminal=is_terminal)
+    with Progress(num_steps=20, process_index=1, console=console) as progress:
+        progress.advance(1)
+        progress.update(2, **FIGURES)
+        progress.print("saved")
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (185, "3m05s"),
+        (3600, "1h00m"),
+        (7659, "2h07m"),
+        (86400 * 3 + 3600 * 4, "3d04h"),
+        (-1, "0s"),
+    ],
+)
+def test_format_seconds(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text

@@ -1,0 +1,219 @@
+"""slmjax.telemetry.run_directory: nothing overwritten, nothing half-written, no secrets, seconds that add up."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slmjax.config import ConfigError
+from slmjax.telemetry import run_directory
+from slmjax.telemetry.run_directory import REDACTED, Category, Ledger, Log, RunDirectory, read_log
+
+
+def test_names_are_unique_and_tell_the_experiment(tmp_path: Path) -> None:
+    runs = [RunDirectory.create_in(tmp_path, name="a/../b c", fingerprint="0123456789abcdef") for _ in range(3)]
+    assert len({run.path for run in runs}) == 3
+    for run in runs:
+        assert run.path.parent == tmp_path
+        assert run.path.name.startswith("a-..-b-c-2")
+        assert "-012345" in run.path.name
+
+
+def test_a_file_is_no_place_for_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file: name a directory"):
+        RunDirectory.create_in(tmp_path / "file", name="run", fingerprint="0" * 16)
+
+
+def test_paths_of_processes(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path, process_index=0)
+    assert (run.log_path.name, run.checkpoints.name, run.tokenizer.name) == ("log.jsonl", "checkpoints", "tokenizer")
+    assert RunDirectory(tmp_path, process_index=3).log_path.name == "log-3.jsonl"
+
+
+@pytest.mark.smoke
+def test_json_is_strict_and_plain(tmp_path: Path) -> None:
+    values = {
+        "a": np.float32(0.5),
+        "b": np.int64(3),
+        "c": float("nan"),
+        "d": (1, None, True),
+        "e": -np.inf,
+        "f": Category.DATA,
+        "g": tmp_path,
+    }
+    path = RunDirectory(tmp_path).write_json("result.json", values)
+    assert json.loads(path.read_text()) == {
+        "a": 0.5,
+        "b": 3,
+        "c": "nan",
+        "d": [1, None, True],
+        "e": "-inf",
+        "f": "data",
+        "g": str(tmp_path),
+    }
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory(tmp_path)
+    run.write_json("report.json", "old")
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        run.write_json("report.json", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert json.loads((tmp_path / "report.json").read_text()) == "old"
+
+
+def test_readers_see_whole_files_while_one_is_rewritten(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    path = run.write_json("result.json", {"value": 0, "filler": "x" * 100_000})
+    writer = threading.Thread(target=lambda: [run.write_json("result.json", {"value": i, "filler": "x" * 100_000}) for i in range(50)])
+    writer.start()
+    while writer.is_alive():
+        assert len(json.loads(path.read_text())["filler"]) == 100_000
+    writer.join()
+
+
+def test_log_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with Log(path) as log:
+        log.write("train", step=1, loss=np.float32(0.25))
+        assert read_log(path)[0]["loss"] == 0.25, "flushed at once"
+        log.write("eval", step=1, text="line\nbreak \u2028 é", loss=float("nan"))
+    with Log(path) as log:
+        log.write("train", step=2)
+    assert [(record["kind"], record["step"]) for record in read_log(path)] == [("train", 1), ("eval", 1), ("train", 2)]
+    assert [record["step"] for record in read_log(path, kind="train")] == [1, 2]
+    assert read_log(path, kind="eval")[0]["text"] == "line\nbreak \u2028 é"
+    assert read_log(path)[0]["time"] > 1.7e9
+
+
+@pytest.mark.parametrize("torn", ['{"kind": "train", "st', '{"kind": "train"}', '{"kind": "\u00e9'.encode()[:-1]])
+def test_a_torn_last_line_is_passed_over_and_then_cut(tmp_path: Path, torn: str | bytes) -> None:
+    path = tmp_path / "log.jsonl"
+    with Log(path) as log:
+        log.write("train", step=1)
+    with path.open("ab") as stream:
+        stream.write(torn if isinstance(torn, bytes) else torn.encode())
+    assert [record["step"] for record in read_log(path)] == [1]
+    with Log(path) as log:
+        log.write("train", step=2)
+    assert [record["step"] for record in read_log(path)] == [1, 2]
+
+
+def test_damage_before_the_last_line_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"kind": "train"}\n{"kind": "tr\n{"kind": "train"}\n')
+    with pytest.raises(ValueError, match="line 2: not a record"):
+        read_log(path)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from slmjax.telemetry.run_directory import Log
+log = Log(Path(sys.argv[1]))
+for step in range(100):
+    log.write("train", step=step)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_was_written_survives_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    assert done.returncode == -9
+    assert [record["step"] for record in read_log(path)] == list(range(100))
+
+
+def test_environment_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [
+        "WANDB_API_KEY",
+        "HF_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "DB_PASSWORD",
+        "DATABASE_URL",
+        "JAX_API_KEY",
+        "TPU_TOKEN",
+        "xla_password",
+    ]
+    for name in names:
+        monkeypatch.setenv(name, "canary")
+    monkeypatch.setenv("JAX_ENABLE_X64", "0")
+    monkeypatch.setattr(sys, "argv", ["slmjax", "train", "--track.api-key", "canary", "--hf-token=canary", "--tokenizer.vocab-size", "512"])
+    shown = run_directory.environment()
+    text = RunDirectory(tmp_path).write_json("environment.json", shown).read_text()
+    assert "canary" not in text
+    assert shown["variables"]["JAX_API_KEY"] == shown["variables"]["TPU_TOKEN"] == REDACTED
+    assert shown["variables"]["JAX_ENABLE_X64"] == "0"
+    assert shown["command"][2:] == ["--track.api-key", REDACTED, f"--hf-token={REDACTED}", "--tokenizer.vocab-size", "512"]
+
+
+def test_environment_names_what_a_result_depends_on() -> None:
+    shown = run_directory.environment()
+    assert shown["packages"]["jax"] and shown["packages"]["optax"]
+    assert shown["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert (shown["backend"], len(shown["devices"]), shown["num_processes"]) == ("cpu", 8, 1)
+    assert "XLA_FLAGS" in shown["variables"]
+
+
+def git(directory: Path, *arguments: str) -> None:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", "-c", "core.hooksPath=/dev/null"]
+    subprocess.run(["git", "-C", str(directory), *identity, *arguments], check=True, capture_output=True)
+
+
+def test_commit_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "slmjax" / "runlog.py"
+    module.parent.mkdir()
+    module.write_text("")
+    monkeypatch.setattr(run_directory, "__file__", str(module))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    nowhere = {"commit": None, "dirty": None}
+    assert run_directory.commit() == nowhere
+    git(tmp_path, "init", "--quiet")
+    assert run_directory.commit() == nowhere, "a package inside another project's folder is not that project"
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "--quiet", "-m", "first")
+    found = run_directory.commit()
+    assert len(found["commit"]) == 40 and found["dirty"] is False
+    module.write_text("changed")
+    assert run_directory.commit() == {"commit": found["commit"], "dirty": True}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run_directory.commit() == nowhere, "git is not installed"
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_ledger_counts_every_second_once() -> None:
+    clock = FakeClock()
+    ledger = Ledger(clock=clock)
+    clock.now += 1  # other
+    with ledger.timed(Category.STEP):
+        clock.now += 5
+        with ledger.timed(Category.COMPILE):
+            clock.now += 20
+        clock.now += 3
+        with pytest.raises(KeyboardInterrupt), ledger.timed(Category.EVAL):
+            clock.now += 4
+            raise KeyboardInterrupt
+    with ledger.timed(Category.STEP):
+        clock.now += 2
+        assert ledger.seconds()["step"] == 10, "an open category counts up to now"
+    clock.now += 5
+    assert ledger.seconds() == {"init": 0, "compile": 20, "data": 0, "step": 10, "eval": 4, "checkpoint": 0, "other": 6}
+    assert sum(ledger.seconds().values()) == clock.now - 100

@@ -1,0 +1,74 @@
+"""slmjax.telemetry.trackers, with the real packages: what they wrote is read back."""
+
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+
+from slmjax.telemetry.trackers import Tracker, Trackers
+
+RECORD = {
+    "loss": 3.5,
+    "mfu": None,
+    "complete": True,
+    "grad_norms": {"embed": 0.5, "layers/0": 0.25},
+    "expert_loads": {"layers/0": [0.75, 0.25]},
+}
+
+
+def opened(directory: Path, *wanted: Tracker) -> Trackers:
+    return Trackers(wanted, directory=directory, name="run-1", config={"model": {"embed_dim": 8}})
+
+
+def test_tensorboard_keeps_numbers_and_texts(tmp_path: Path) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import RecordWriter  # noqa: F401  # the package is there
+
+    for step in (10, 20):  # the second time as a resumed run does
+        with opened(tmp_path, Tracker.TENSORBOARD) as trackers:
+            trackers.write("train", step=step, **RECORD)
+            trackers.write("sample", step=step, prompt="a", text="abc")
+    found = {}
+    for path in (tmp_path / "tensorboard").iterdir():
+        content, place = path.read_bytes(), 0
+        while place < len(content):  # a record: its length (8 bytes), a checksum (4), the event, a checksum (4)
+            length = int.from_bytes(content[place : place + 8], "little")
+            event = Event.FromString(content[place + 12 : place + 12 + length])
+            found |= {(event.step, value.tag): value for value in event.summary.value}
+            place += 16 + length
+    numbers = {key: value.simple_value for key, value in found.items() if key[1].startswith("train/")}
+    for step in (10, 20):
+        assert numbers[step, "train/loss"] == 3.5 and numbers[step, "train/grad_norms/layers/0"] == 0.25
+        assert numbers[step, "train/expert_loads/layers/0/1"] == 0.25 and (step, "train/mfu") not in numbers
+        assert any(at == step and tag.startswith("sample/text") for at, tag in found)
+
+
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CONSOLE": "off"}.items():
+        monkeypatch.setenv(name, value)
+    with opened(tmp_path, Tracker.WANDB) as trackers:
+        trackers.write("train", step=10, **RECORD)
+        trackers.write("sample", step=10, prompt="a", text="abc")
+    [kept] = (tmp_path / "wandb").glob("offline-run-*/run-run-1.wandb")
+    assert b"train/grad_norms/layers/0" in kept.read_bytes()
+
+
+def test_a_tracker_that_fails_is_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorboardX
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(tensorboardX.SummaryWriter, "add_scalar", full)
+    with caplog.at_level(logging.WARNING), opened(tmp_path, Tracker.TENSORBOARD) as trackers:
+        for step in (10, 20):
+            trackers.write("train", step=step, loss=1.0)
+    [record] = caplog.records
+    assert "tensorboard failed" in record.getMessage() and "no space left" in record.getMessage()
+
+
+def test_a_missing_package_is_named_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ValueError, match=r"asks for tensorboard.*slmjax\[track\]"):
+        opened(tmp_path, Tracker.TENSORBOARD)
