@@ -1,10 +1,12 @@
-"""What a layer with a window costs as sequences grow, beside one that sees all: milliseconds, and FLOPs counted through loops.
+"""What a layer with a window costs as sequences grow, beside one that sees all: milliseconds, and FLOPs
+counted through loops.
 
     python benchmarks/attention_cost.py [--window 512] [--lengths 1024 2048 4096 8192] [--dtype bfloat16]
 
-Self-attention of 6 heads of 64, one row, value and gradient, in the form that the platform picks. Prints per token: a
-window's cost should stay the same once sequences are longer than it, full attention's should double with the length. FLOPs are
-those of the program's products (`slmjax.planning.flops`): XLA's own analysis counts the body of a loop once.
+Self-attention of 6 heads of 64, one row, value and gradient, in the form that the platform picks. Prints per
+token: a window's cost should stay the same once sequences are longer than it, full attention's should double
+with the length. FLOPs are those of the program's products (`slmjax.planning.flops`): XLA's own analysis
+counts the body of a loop once.
 """
 
 import argparse
@@ -21,7 +23,8 @@ import jax.numpy as jnp  # noqa: E402
 from slmjax import kernels  # noqa: E402
 from slmjax.planning import flops  # noqa: E402
 
-HEADS, HEAD_DIM = 6, 64
+HEADS = 6
+HEAD_DIM = 64
 
 
 def gradient_of(length: int, window: int | None):
@@ -31,21 +34,27 @@ def gradient_of(length: int, window: int | None):
     def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         mixed = kernels.self_attention(
             q, k, v, segment_ids=segment_ids, window=window, scale=HEAD_DIM**-0.5, softcap=None
-        )  # fmt: skip
+        )
         return jnp.sum(jnp.square(mixed.astype(jnp.float32)))
 
     return jax.grad(total, argnums=(0, 1, 2))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
-    print(f"| tokens | window {given.window}, us per token | full, us per token | window, kFLOPs per token | full, kFLOPs per token |")
-    cases, seconds = {}, {}
+    print(
+        f"| tokens | window {given.window}, us per token | full, us per token | window, kFLOPs per token | "
+        "full, kFLOPs per token |"
+    )
+    cases = {}
+    seconds = {}
     for length in given.lengths:
         shape = jax.ShapeDtypeStruct((1, length, HEADS, HEAD_DIM), jnp.dtype(given.dtype))
         arrays = [jax.random.normal(jax.random.key(i), shape.shape, shape.dtype) for i in range(3)]

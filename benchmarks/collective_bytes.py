@@ -1,12 +1,13 @@
 """What a train step sends between TPUs, by compilation alone: no TPU is needed, only the extra `plan`.
 
-    python benchmarks/collective_bytes.py weak-scaling     # SmolLM2-1.7B's shape on 8, 32, 128, 256 TPU v5e: about 10 minutes
-    python benchmarks/collective_bytes.py halo             # windows at 32k tokens over 4 devices: the halo, and no more
+    python benchmarks/collective_bytes.py weak-scaling     # SmolLM2-1.7B's shape on 8, 32, 128, 256 TPU v5e:
+    about 10 minutes python benchmarks/collective_bytes.py halo             # windows at 32k tokens over 4
+    devices: the halo, and no more
 
-Weak scaling gives each device the same rows. Megabytes are those that a device sends in a step, collectives going round a ring
-(`slmjax/planning/traffic.py`); the last column is what the algorithm needs: under fsdp every matrix is gathered in the forward
-pass and again in the backward, which computes activations anew, and its gradient is reduced; tensor parallelism adds activations,
-which do not depend on the number of devices.
+Weak scaling gives each device the same rows. Megabytes are those that a device sends in a step, collectives
+going round a ring (`slmjax/planning/traffic.py`); the last column is what the algorithm needs: under fsdp
+every matrix is gathered in the forward pass and again in the backward, which computes activations anew, and
+its gradient is reduced; tensor parallelism adds activations, which do not depend on the number of devices.
 """
 
 import argparse
@@ -48,12 +49,13 @@ def tpu_mesh(num_devices: int, **axes: int) -> Mesh:
 
 def sent_by_step(model: ModelConfig, mesh: Mesh, *, rows: int, length: int) -> list[Collective]:
     """The collectives of a compiled train step of AdamW."""
-    definition, optim = define(model), OptimConfig()
+    definition = define(model)
+    optim = OptimConfig()
     optimizer = make_optimizer(optim, definition.params, total_steps=STEPS)
     shapes = state_shapes(definition, optimizer, with_ema=False, mesh=mesh)
     train_step = step.make_train_step(
         definition, optimizer, objective=ObjectiveConfig(), optim=optim, shapes=shapes, total_steps=STEPS
-    )  # fmt: skip
+    )
 
     with jax.set_mesh(mesh):
         lowered = train_step.lower(shapes, batch_shapes(empty_batch(rows, length), mesh))  # pyright: ignore[reportFunctionMemberAccess]
@@ -64,8 +66,16 @@ def weak_scaling(sizes: list[int], families: list[dict[str, int]]) -> None:
     model = dataclasses.replace(zoo.smollm2_1_7b(), precision=Precision.BFLOAT16, remat=Remat.FULL)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(define(model).params))
     table = model.table_rows * model.embed_dim  # tied: looked up, with a float32 gradient, and the head
-    rows_each, length = 2, 2048
-    print("| mesh | devices | all-gather | reduce-scatter | all-reduce | permute | in all, MB | the algorithm's, MB |\n" + "|---" * 8 + "|")
+    rows_each = 2
+    length = 2048
+    print(
+        (
+            "| mesh | devices | all-gather | reduce-scatter | all-reduce | permute | in all, MB | the "
+            "algorithm's, MB |\n"
+        )
+        + "|---" * 8
+        + "|"
+    )
     for axes in families:
         for num_devices in sizes:
             mesh = tpu_mesh(num_devices, **axes)
@@ -73,39 +83,77 @@ def weak_scaling(sizes: list[int], families: list[dict[str, int]]) -> None:
             for one in sent_by_step(model, mesh, rows=rows_each * num_devices, length=length):
                 sent[one.kind] += one.sent_bytes
             data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
-            matrices = (6 * (parameters - table) + 10 * table) / tensor * (fsdp - 1) / fsdp  # bfloat16: gathered twice, reduced once
+            matrices = (
+                (6 * (parameters - table) + 10 * table) / tensor * (fsdp - 1) / fsdp
+            )  # bfloat16: gathered twice, reduced once
             matrices += 2 * (2 * parameters + 4 * table) / tensor / fsdp * (data - 1) / data
-            activations = 6 * 2 * rows_each * tensor * length * model.embed_dim * model.num_layers * 2 * (tensor - 1) / tensor
+            activations = (
+                6
+                * 2
+                * rows_each
+                * tensor
+                * length
+                * model.embed_dim
+                * model.num_layers
+                * 2
+                * (tensor - 1)
+                / tensor
+            )
             needed = matrices + (activations if tensor > 1 else 0)
-            kinds = [sent["all-gather"], sent["reduce-scatter"], sent["all-reduce"], sent["collective-permute"], sent.total(), needed]
+            kinds = [
+                sent["all-gather"],
+                sent["reduce-scatter"],
+                sent["all-reduce"],
+                sent["collective-permute"],
+                sent.total(),
+                needed,
+            ]
             name = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
-            print(f"| {name} | {num_devices} | " + " | ".join(f"{size / 1e6:.0f}" for size in kinds) + " |", flush=True)
+            print(
+                f"| {name} | {num_devices} | " + " | ".join(f"{size / 1e6:.0f}" for size in kinds) + " |",
+                flush=True,
+            )
 
 
 def halo(window: int, length: int) -> None:
-    base, mesh = dataclasses.replace(zoo.smollm2_135m(), precision=Precision.BFLOAT16, context_length=length), tpu_mesh(4, context=4)
+    base = dataclasses.replace(zoo.smollm2_135m(), precision=Precision.BFLOAT16, context_length=length)
+    mesh = tpu_mesh(4, context=4)
     (segment,) = base.stack
     (block,) = segment.pattern
     mixer: MixerConfig = dataclasses.replace(block.mixer, window=window)  # pyright: ignore[reportCallIssue]
     model = dataclasses.replace(
-        base, remat=Remat.FULL, stack=(Segment(pattern=(dataclasses.replace(block, mixer=mixer),), repeats=segment.repeats),)
-    )  # fmt: skip
-    found = [one for one in sent_by_step(model, mesh, rows=1, length=length) if one.kind == "collective-permute"]
+        base,
+        remat=Remat.FULL,
+        stack=(Segment(pattern=(dataclasses.replace(block, mixer=mixer),), repeats=segment.repeats),),
+    )
+    found = [
+        one for one in sent_by_step(model, mesh, rows=1, length=length) if one.kind == "collective-permute"
+    ]
     kv_bytes = 2 * (window - 1) * 3 * 64 * 2  # keys and values of 3 heads of 64, bfloat16
     id_bytes = (window - 1) * 4
     forward = [one for one in found if "transpose(" not in one.source]
     per_layer = [sum(one.sent_bytes for one in some) / model.num_layers for some in (forward, found)]
-    print(f"{length} tokens over context 4, window {window}, {model.num_layers} layers; bytes per layer and device:")
-    print(f"  forward: {per_layer[0]:,.0f}; the halo is {kv_bytes:,} and, once for all layers, {id_bytes:,} of segment ids")
+    print(
+        f"{length} tokens over context 4, window {window}, {model.num_layers} layers; bytes per layer and "
+        "device:"
+    )
+    print(
+        f"  forward: {per_layer[0]:,.0f}; the halo is {kv_bytes:,} and, once for all layers, {id_bytes:,} of "
+        "segment ids"
+    )
     print(f"  forward and backward, computing activations anew: {per_layer[1]:,.0f}")
     print(f"  the keys and values of all the others would be {3 * 2 * (length // 4) * 3 * 64 * 2:,}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("weak-scaling", "halo"))
     parser.add_argument("--devices", type=int, nargs="*", default=[8, 32, 128, 256])
-    parser.add_argument("--families", type=int, nargs="*", default=[0, 1], help="0 fsdp, 1 fsdp x tensor 4, 2 data x fsdp 32")
+    parser.add_argument(
+        "--families", type=int, nargs="*", default=[0, 1], help="0 fsdp, 1 fsdp x tensor 4, 2 data x fsdp 32"
+    )
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--length", type=int, default=32_768)
     given = parser.parse_args()

@@ -1,11 +1,11 @@
-"""Compile time of the training loss and its gradient, of a shallow decoder and of a deep one: the layers are scanned, so
-that depth should cost next to nothing.
+"""Compile time of the training loss and its gradient, of a shallow decoder and of a deep one: the layers are
+scanned, so that depth should cost next to nothing.
 
-    python benchmarks/compile_time.py                      # 12 and 48 layers of a 135M model's width; nothing is computed
-    python benchmarks/compile_time.py --remat full --rounds 5
+    python benchmarks/compile_time.py                      # 12 and 48 layers of a 135M model's width; nothing
+    is computed python benchmarks/compile_time.py --remat full --rounds 5
 
-Both depths are compiled in turn, several times, with the compilation caches off; medians are compared. Prints one table row;
-the target is a ratio of at most 1.5.
+Both depths are compiled in turn, several times, with the compilation caches off; medians are compared. Prints
+one table row; the target is a ratio of at most 1.5.
 """
 
 import argparse
@@ -24,9 +24,13 @@ from slmjax.models.mixers.attention import AttentionConfig
 
 def model_of(num_layers: int, *, remat: Remat) -> ModelConfig:
     """A decoder as wide as the 135M models are."""
-    block = BlockConfig(mixer=AttentionConfig(num_heads=9, num_kv_heads=3, head_dim=64), ffn=MlpConfig(hidden_dim=1536))
+    block = BlockConfig(
+        mixer=AttentionConfig(num_heads=9, num_kv_heads=3, head_dim=64), ffn=MlpConfig(hidden_dim=1536)
+    )
     stack = (Segment(pattern=(block,), repeats=num_layers),)
-    return ModelConfig(embed_dim=576, stack=stack, vocab_size=49_152, precision=Precision.BFLOAT16, remat=remat)
+    return ModelConfig(
+        embed_dim=576, stack=stack, vocab_size=49_152, precision=Precision.BFLOAT16, remat=remat
+    )
 
 
 def compile_seconds(config: ModelConfig, *, rows: int, length: int) -> tuple[float, float]:
@@ -34,14 +38,19 @@ def compile_seconds(config: ModelConfig, *, rows: int, length: int) -> tuple[flo
     definition = define(config)
 
     def loss(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
-        given = {"segment_ids": jnp.ones_like(tokens), "positions": jnp.broadcast_to(jnp.arange(length), tokens.shape)}
+        given = {
+            "segment_ids": jnp.ones_like(tokens),
+            "positions": jnp.broadcast_to(jnp.arange(length), tokens.shape),
+        }
         output = definition.merge(params, {})(tokens, **given)
         targets = jnp.roll(tokens, -1, axis=1)
         return losses.sharded_cross_entropy(output.hidden, output.head, targets, jnp.ones(tokens.shape))[0]
 
     jax.clear_caches()
     start = time.perf_counter()
-    lowered = jax.jit(jax.value_and_grad(loss)).lower(definition.params, jax.ShapeDtypeStruct((rows, length), jnp.int32))
+    lowered = jax.jit(jax.value_and_grad(loss)).lower(
+        definition.params, jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    )
     traced = time.perf_counter()
     lowered.compile()
     return traced - start, time.perf_counter() - traced
@@ -66,13 +75,19 @@ def main() -> None:
             if repetition > 0:  # the first of all also loads and warms up what every other one finds ready
                 seconds[depth].append(measured)
     traces, compiles, totals = (
-        [statistics.median(map(of, seconds[depth])) for depth in options.layers] for of in (lambda s: s[0], lambda s: s[1], sum)
+        [statistics.median(map(of, seconds[depth])) for depth in options.layers]
+        for of in (lambda s: s[0], lambda s: s[1], sum)
     )
     shallow, deep = options.layers
-    print(f"| device | rows x tokens | remat | trace s, {shallow} / {deep} layers | compile s | both | ratio (target <= 1.5) |")
     print(
-        f"| {jax.devices()[0].device_kind} | {options.rows} x {options.length} | {options.remat} | {traces[0]:.2f} / {traces[1]:.2f} "
-        f"| {compiles[0]:.2f} / {compiles[1]:.2f} | {totals[0]:.2f} / {totals[1]:.2f} | {totals[1] / totals[0]:.2f} |"
+        f"| device | rows x tokens | remat | trace s, {shallow} / {deep} layers | compile s | both | ratio "
+        "(target <= 1.5) |"
+    )
+    print(
+        f"| {jax.devices()[0].device_kind} | {options.rows} x {options.length} | {options.remat} | "
+        f"{traces[0]:.2f} / {traces[1]:.2f} "
+        f"| {compiles[0]:.2f} / {compiles[1]:.2f} | {totals[0]:.2f} / {totals[1]:.2f} | "
+        f"{totals[1] / totals[0]:.2f} |"
     )
 
 

@@ -1,9 +1,10 @@
 """Temporary memory of the compiled loss and its gradient: cross entropy in chunks against all logits at once.
 
-    python benchmarks/cross_entropy_memory.py                  # compiles only: the dense program's memory is never needed
-    python benchmarks/cross_entropy_memory.py --vocab-size 128256
+    python benchmarks/cross_entropy_memory.py                  # compiles only: the dense program's memory is
+    never needed python benchmarks/cross_entropy_memory.py --vocab-size 128256
 
-Prints one table row; the target is a ratio below 1/5. The figures are the compiler's own, for the first device here.
+Prints one table row; the target is a ratio below 1/5. The figures are the compiler's own, for the first
+device here.
 """
 
 import argparse
@@ -18,18 +19,25 @@ import optax
 from slmjax.losses import Head, cross_entropy, default_chunk_size, logits
 
 
-def dense_cross_entropy(hidden: jax.Array, head: Head, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, None]:
+def dense_cross_entropy(
+    hidden: jax.Array, head: Head, targets: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, None]:
     """The loss as one writes it first: every logit, then optax's cross entropy."""
     nll = optax.softmax_cross_entropy_with_integer_labels(logits(hidden, head), targets)
     return jnp.sum(weights * nll), None
 
 
 def temporary_bytes(loss_fn: Callable[..., tuple[jax.Array, Any]], arguments: tuple[Any, ...]) -> int:
-    """Peak temporary memory of the compiled value and gradient for hidden states and head, outputs not counted."""
+    """Peak temporary memory of the compiled value and gradient for hidden states and head, outputs not
+    counted.
+    """
     value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
     analysis = jax.jit(value_and_grad).lower(*arguments).compile().memory_analysis()
     if analysis is None:
-        sys.exit(f"the {jax.default_backend()} backend reports no memory analysis: run on another one (JAX_PLATFORMS=cpu)")
+        sys.exit(
+            f"the {jax.default_backend()} backend reports no memory analysis: run on another one "
+            "(JAX_PLATFORMS=cpu)"
+        )
     return analysis.temp_size_in_bytes
 
 
@@ -39,21 +47,34 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--vocab-size", type=int, default=49_152)
     parser.add_argument("--width", type=int, default=576)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the hidden states and products")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="bfloat16",
+        help="of the hidden states and products",
+    )
     options = parser.parse_args()
 
-    head = Head(weight=jax.ShapeDtypeStruct((options.vocab_size, options.width), jnp.float32), vocab_size=options.vocab_size)
+    head = Head(
+        weight=jax.ShapeDtypeStruct((options.vocab_size, options.width), jnp.float32),
+        vocab_size=options.vocab_size,
+    )
     arguments = (
         jax.ShapeDtypeStruct((options.tokens, options.width), options.dtype),
         head,
         jax.ShapeDtypeStruct((options.tokens,), jnp.int32),
         jax.ShapeDtypeStruct((options.tokens,), jnp.float32),
     )
-    chunked, dense = temporary_bytes(cross_entropy, arguments), temporary_bytes(dense_cross_entropy, arguments)
-    print("| device | tokens x vocabulary, width | dtype | chunk | chunked MiB | dense MiB | ratio (target < 0.2) |")
+    chunked = temporary_bytes(cross_entropy, arguments)
+    dense = temporary_bytes(dense_cross_entropy, arguments)
+    print(
+        "| device | tokens x vocabulary, width | dtype | chunk | chunked MiB | dense MiB | ratio (target < "
+        "0.2) |"
+    )
     chunk_size = default_chunk_size(options.tokens, options.vocab_size)
     print(
-        f"| {jax.devices()[0].device_kind} | {options.tokens} x {options.vocab_size}, {options.width} | {options.dtype} "
+        f"| {jax.devices()[0].device_kind} | {options.tokens} x {options.vocab_size}, {options.width} | "
+        f"{options.dtype} "
         f"| {chunk_size} | {chunked / 2**20:.0f} | {dense / 2**20:.0f} | {chunked / dense:.3f} |"
     )
 

@@ -1,14 +1,15 @@
-"""Temporary memory and time of a distillation loss with its gradient: in chunks of tokens against all logits of both models at once.
+"""Temporary memory and time of a distillation loss with its gradient: in chunks of tokens against all logits
+of both models at once.
 
-    python benchmarks/distill_memory.py                                # compiles only: the dense program's memory is never needed
-    python benchmarks/distill_memory.py --width 4096
-    python benchmarks/distill_memory.py --device tpu                   # for a TPU v5p that need not be here: the extra `plan`
-    python benchmarks/distill_memory.py --time --tokens 2048 --vocab-size 16384 --width 512    # runs both, in turn
-    python benchmarks/distill_memory.py --time --chunk-sizes 128 512 2048
+    python benchmarks/distill_memory.py                                # compiles only: the dense program's
+    memory is never needed python benchmarks/distill_memory.py --width 4096 python
+    benchmarks/distill_memory.py --device tpu                   # for a TPU v5p that need not be here: the
+    extra `plan` python benchmarks/distill_memory.py --time --tokens 2048 --vocab-size 16384 --width 512    #
+    runs both, in turn python benchmarks/distill_memory.py --time --chunk-sizes 128 512 2048
 
-One row for each divergence and size of chunks, by default the one that a run takes. Memory is the compiler's own figure, results not
-counted; the target is a ratio below 1/5. Hidden states of student and teacher are bfloat16, both tables float32; there is a gradient for
-the student's hidden states and table.
+One row for each divergence and size of chunks, by default the one that a run takes. Memory is the compiler's
+own figure, results not counted; the target is a ratio below 1/5. Hidden states of student and teacher are
+bfloat16, both tables float32; there is a gradient for the student's hidden states and table.
 """
 
 import argparse
@@ -28,7 +29,16 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from slmjax.losses import Divergence, ForwardKl, Head, Jsd, TeacherOutput, default_chunk_size, linear_divergence, logits  # noqa: E402
+from slmjax.losses import (
+    Divergence,
+    ForwardKl,
+    Head,
+    Jsd,
+    TeacherOutput,
+    default_chunk_size,
+    linear_divergence,
+    logits,
+)  # noqa: E402
 
 DIVERGENCES: tuple[Divergence, ...] = (ForwardKl(), Jsd(beta=0.5))
 Loss = Callable[[Divergence, jax.Array, Head, TeacherOutput, jax.Array, jax.Array], jax.Array]
@@ -38,21 +48,36 @@ def chunked(chunk_size: int) -> Loss:
     """Ours."""
 
     def loss(
-        divergence: Divergence, hidden: jax.Array, head: Head, teacher: TeacherOutput, targets: jax.Array, weights: jax.Array
+        divergence: Divergence,
+        hidden: jax.Array,
+        head: Head,
+        teacher: TeacherOutput,
+        targets: jax.Array,
+        weights: jax.Array,
     ) -> jax.Array:
-        return linear_divergence(hidden, head, (teacher,), divergence, targets, weights, chunk_size=chunk_size)[0]
+        return linear_divergence(
+            hidden, head, (teacher,), divergence, targets, weights, chunk_size=chunk_size
+        )[0]
 
     return loss
 
 
 def dense(
-    divergence: Divergence, hidden: jax.Array, head: Head, teacher: TeacherOutput, targets: jax.Array, weights: jax.Array
+    divergence: Divergence,
+    hidden: jax.Array,
+    head: Head,
+    teacher: TeacherOutput,
+    targets: jax.Array,
+    weights: jax.Array,
 ) -> jax.Array:
-    """The loss as one writes it first: every logit of both models, log-softmax, the formula, its derivative by jax."""
+    """The loss as one writes it first: every logit of both models, log-softmax, the formula, its derivative
+    by jax.
+    """
     del targets
     log_q = jax.nn.log_softmax(logits(hidden, head))
     log_p = jax.lax.stop_gradient(jax.nn.log_softmax(logits(teacher.hidden, teacher.head)))
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    p = jnp.exp(log_p)
+    q = jnp.exp(log_q)
     if isinstance(divergence, Jsd):
         log_m = jnp.logaddexp(math.log(divergence.beta) + log_p, math.log(1.0 - divergence.beta) + log_q)
         values = divergence.beta * p * (log_p - log_m) + (1.0 - divergence.beta) * q * (log_q - log_m)
@@ -70,7 +95,12 @@ def shapes(*, tokens: int, vocab_size: int, width: int, teacher_width: int) -> t
 
     teacher_hidden, teacher_head = states_and_head(teacher_width)
     teacher = TeacherOutput(hidden=teacher_hidden, head=teacher_head)
-    return *states_and_head(width), teacher, jax.ShapeDtypeStruct((tokens,), jnp.int32), jax.ShapeDtypeStruct((tokens,), jnp.float32)
+    return (
+        *states_and_head(width),
+        teacher,
+        jax.ShapeDtypeStruct((tokens,), jnp.int32),
+        jax.ShapeDtypeStruct((tokens,), jnp.float32),
+    )
 
 
 def value_and_grad(loss: Loss, divergence: Divergence) -> Any:
@@ -80,7 +110,10 @@ def value_and_grad(loss: Loss, divergence: Divergence) -> Any:
 
 def temporary_bytes(loss: Loss, divergence: Divergence, arguments: tuple[Any, ...], device: Any) -> int:
     """Peak temporary memory of the compiled value and gradient on a device, which need not be here."""
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(device)), arguments)
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(device)),
+        arguments,
+    )
     with jax.set_mesh(jax.sharding.Mesh([device], ("one",))):  # kernels are chosen for the mesh's devices
         analysis = value_and_grad(loss, divergence).lower(*placed).compile().memory_analysis()
     if analysis is None:
@@ -88,11 +121,15 @@ def temporary_bytes(loss: Loss, divergence: Divergence, arguments: tuple[Any, ..
     return analysis.temp_size_in_bytes
 
 
-def milliseconds(losses: Sequence[Loss], divergence: Divergence, arguments: tuple[Any, ...], *, rounds: int) -> list[float]:
+def milliseconds(
+    losses: Sequence[Loss], divergence: Divergence, arguments: tuple[Any, ...], *, rounds: int
+) -> list[float]:
     """Medians of their values and gradients, run in turn on random numbers."""
     keys = jax.random.split(jax.random.key(0), len(jax.tree.leaves(arguments)))
     leaves = [
-        jnp.zeros(x.shape, x.dtype) if jnp.issubdtype(x.dtype, jnp.integer) else (jax.random.normal(key, x.shape) / 8).astype(x.dtype)
+        jnp.zeros(x.shape, x.dtype)
+        if jnp.issubdtype(x.dtype, jnp.integer)
+        else (jax.random.normal(key, x.shape) / 8).astype(x.dtype)
         for key, x in zip(keys, jax.tree.leaves(arguments), strict=True)
     ]
     filled = jax.tree.unflatten(jax.tree.structure(arguments), leaves)
@@ -116,17 +153,34 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--teacher-width", type=int, help="that of the student unless given")
     parser.add_argument("--device", choices=("here", "tpu"), default="here")
-    parser.add_argument("--time", action="store_true", help="run both, and give milliseconds instead of memory")
+    parser.add_argument(
+        "--time", action="store_true", help="run both, and give milliseconds instead of memory"
+    )
     parser.add_argument("--chunk-sizes", type=int, nargs="+", help="tokens per chunk")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
 
     arguments = shapes(
-        tokens=options.tokens, vocab_size=options.vocab_size, width=options.width, teacher_width=options.teacher_width or options.width
+        tokens=options.tokens,
+        vocab_size=options.vocab_size,
+        width=options.width,
+        teacher_width=options.teacher_width or options.width,
     )
-    here = jax.devices()[0] if options.device == "here" else topologies.get_topology_desc("v5p:2x2x1", "tpu").devices[0]
+    here = (
+        jax.devices()[0]
+        if options.device == "here"
+        else topologies.get_topology_desc("v5p:2x2x1", "tpu").devices[0]
+    )
     unit = "ms" if options.time else "MiB"
-    print(f"| divergence | device | tokens x vocabulary, width | chunk | chunked {unit} | dense {unit} | ratio |\n" + "|---" * 7 + "|")
+    print(
+        (
+            f"| divergence | device | tokens x vocabulary, width | chunk | chunked {unit} | dense {unit} | "
+            "ratio "
+            "|\n"
+        )
+        + "|---" * 7
+        + "|"
+    )
     sizes = options.chunk_sizes or [default_chunk_size(options.tokens, options.vocab_size)]
     losses = [*map(chunked, sizes), dense]
     for divergence in DIVERGENCES:
@@ -136,7 +190,8 @@ def main() -> None:
             *found, theirs = (temporary_bytes(loss, divergence, arguments, here) / 2**20 for loss in losses)
         for size, ours in zip(sizes, found, strict=True):
             print(
-                f"| {type(divergence).__name__} | {here.device_kind} | {options.tokens} x {options.vocab_size}, {options.width} "
+                f"| {type(divergence).__name__} | {here.device_kind} | {options.tokens} x "
+                f"{options.vocab_size}, {options.width} "
                 f"| {size} | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.3f} |"
             )
 

@@ -3,9 +3,10 @@
     python benchmarks/distill_step.py                        # nano learns from a decoder of 12M parameters
     python benchmarks/distill_step.py --teacher nano --rounds 21
 
-In one process, in turn, on one batch: a plain training step, the teacher's forward pass with its logits (chunked, as an evaluation makes
-them), and for each divergence the teacher's call and the step that learns from it. Prints the median over the rounds of
-distillation / (plain + teacher). The aim is at most 1.10. Weights are random: only time is measured.
+In one process, in turn, on one batch: a plain training step, the teacher's forward pass with its logits
+(chunked, as an evaluation makes them), and for each divergence the teacher's call and the step that learns
+from it. Prints the median over the rounds of distillation / (plain + teacher). The aim is at most 1.10.
+Weights are random: only time is measured.
 """
 
 import argparse
@@ -37,7 +38,9 @@ from slmjax.training.state import init_state, state_shapes  # noqa: E402
 from slmjax.training.step import make_train_step  # noqa: E402
 
 TEACHERS = {"12m": zoo.slm_12m, "nano": zoo.nano}
-VOCABULARY, ROWS, LENGTH = 4096, 8, 256
+VOCABULARY = 4096
+ROWS = 8
+LENGTH = 256
 
 
 def batch() -> Any:
@@ -46,21 +49,34 @@ def batch() -> Any:
     tokens = rng.integers(0, VOCABULARY, (ROWS, LENGTH + 1)).astype(np.int32)
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (ROWS, LENGTH))
     return dataclasses.replace(
-        empty_batch(ROWS, LENGTH), tokens=tokens[:, :-1], targets=tokens[:, 1:], loss_mask=np.ones((ROWS, LENGTH), np.float32),
-        segment_ids=np.ones((ROWS, LENGTH), np.int32), positions=positions, row_ids=np.arange(ROWS, dtype=np.int32),
+        empty_batch(ROWS, LENGTH),
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        loss_mask=np.ones((ROWS, LENGTH), np.float32),
+        segment_ids=np.ones((ROWS, LENGTH), np.int32),
+        positions=positions,
+        row_ids=np.arange(ROWS, dtype=np.int32),
         num_bytes=np.full(ROWS, 3 * LENGTH, np.int32),
-    )  # fmt: skip
+    )
 
 
 class Student:
     """A state and its step, which may be called again and again."""
 
     def __init__(self, mesh: Any, distill: DistillConfig | None) -> None:
-        experiment, definition = nano(), define(zoo.nano(vocab_size=VOCABULARY))
+        experiment = nano()
+        definition = define(zoo.nano(vocab_size=VOCABULARY))
         objective = ObjectiveConfig(distill=distill)
         optimizer = make_optimizer(experiment.optim, definition.params, total_steps=1000)
         shapes = state_shapes(definition, optimizer, with_ema=False, mesh=mesh, objective=objective)
-        self.step = make_train_step(definition, optimizer, objective=objective, optim=experiment.optim, shapes=shapes, total_steps=1000)
+        self.step = make_train_step(
+            definition,
+            optimizer,
+            objective=objective,
+            optim=experiment.optim,
+            shapes=shapes,
+            total_steps=1000,
+        )
         self.state = init_state(definition, optimizer, shapes=shapes, seed=0, objective=objective)
 
     def run(self, *given: Any) -> None:
@@ -78,15 +94,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--teacher", choices=sorted(TEACHERS), default="12m")
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--divergences", nargs="*", default=["forward_kl", "reverse_kl", "jsd", "taid", "top_k"])
+    parser.add_argument(
+        "--divergences", nargs="*", default=["forward_kl", "reverse_kl", "jsd", "taid", "top_k"]
+    )
     arguments = parser.parse_args()
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         definition = define_for_inference(TEACHERS[arguments.teacher](vocab_size=VOCABULARY))
         plan = TeacherPlan(
-            settings=TeacherConfig(path="random"), definition=definition, mesh=mesh, student_mesh=mesh, num_rows=VOCABULARY,
-            vocab_size=VOCABULARY, overlap=0,
-        )  # fmt: skip
+            settings=TeacherConfig(path="random"),
+            definition=definition,
+            mesh=mesh,
+            student_mesh=mesh,
+            num_rows=VOCABULARY,
+            vocab_size=VOCABULARY,
+            overlap=0,
+        )
         params, buffers = jax.jit(definition.init)(jax.random.key(1))
         head = jax.jit(plan.head)(params, buffers)
         placed = place_batch(batch(), mesh)
@@ -96,7 +119,9 @@ def main() -> None:
         @jax.jit
         def with_logits(params: Any, buffers: Any, batch: Any) -> Any:
             hidden = plan.hidden(params, buffers, batch.tokens, batch.segment_ids, batch.positions)
-            return losses.sharded_cross_entropy(hidden, plan.head(params, buffers), batch.targets, batch.loss_mask)
+            return losses.sharded_cross_entropy(
+                hidden, plan.head(params, buffers), batch.targets, batch.loss_mask
+            )
 
         def teacher_alone() -> None:
             jax.block_until_ready(with_logits(params, buffers, placed))
@@ -107,7 +132,7 @@ def main() -> None:
             student = Student(mesh, DistillConfig(teachers=(plan.settings,), divergence=divergence_of(name)))
             timed[name] = lambda student=student: student.run(
                 placed, (losses.TeacherOutput(hidden=call(params, buffers, *rows), head=head),)
-            )  # fmt: skip
+            )
         for fn in timed.values():
             fn()  # compiles
         found: dict[str, list[float]] = {name: [] for name in timed}
@@ -115,7 +140,10 @@ def main() -> None:
             for name in timed if index % 2 else reversed(list(timed)):
                 found[name].append(seconds(timed[name]))
     base = [plain + teacher for plain, teacher in zip(found["plain"], found["teacher"], strict=True)]
-    print(f"plain step {1e3 * statistics.median(found['plain']):.0f} ms, teacher {1e3 * statistics.median(found['teacher']):.0f} ms")
+    print(
+        f"plain step {1e3 * statistics.median(found['plain']):.0f} ms, teacher "
+        f"{1e3 * statistics.median(found['teacher']):.0f} ms"
+    )
     print("| divergence | step, median | over plain + teacher | middle half of the rounds |")
     print("|---|---|---|---|")
     for name in arguments.divergences:

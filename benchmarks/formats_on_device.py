@@ -2,9 +2,10 @@
 
     python -m benchmarks.formats_on_device      # from the root of a checkout, as it reads what tests keep
 
-The tests compare on CPU. Compilers for other devices take other liberties, and one bit decides where a number lies halfway between two
-codes: run this where models will be trained. One row for each preset and package: how many scales and codes differ from the kept
-results (tests/formats/golden), on numbers that hold many near-ties; for packages that tell only what numbers become, how many of those.
+The tests compare on CPU. Compilers for other devices take other liberties, and one bit decides where a number
+lies halfway between two codes: run this where models will be trained. One row for each preset and package:
+how many scales and codes differ from the kept results (tests/formats/golden), on numbers that hold many
+near-ties; for packages that tell only what numbers become, how many of those.
 """
 
 import sys
@@ -20,14 +21,18 @@ from tests.formats.make_golden import GOLDEN, PACKAGES, of_one_size
 
 
 def differing(a: Any, b: Any) -> int:
-    a, b = np.asarray(a), np.asarray(b)
+    a = np.asarray(a)
+    b = np.asarray(b)
     return int(np.sum(~((a == b) | (np.isnan(a) & np.isnan(b)))))
 
 
 def main() -> None:
     numbers = np.load(GOLDEN / "numbers.npz")["x"]
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
-    print("| package | format | scales that differ | codes that differ | of | numbers that differ |\n|---|---|---|---|---|---|")
+    print(
+        "| package | format | scales that differ | codes that differ | of | numbers that differ "
+        "|\n|---|---|---|---|---|---|"
+    )
     wrong = 0
     for package in PACKAGES:
         kept = dict(np.load(GOLDEN / f"{package}.npz"))
@@ -37,10 +42,19 @@ def main() -> None:
             encoded, rounded = jax.jit(lambda x, spec=spec: (encode(x, spec), fake_quant(x, spec)))(x)
             decoded = jax.jit(lambda encoded, spec=spec: decode(encoded, spec))(encoded)
             if ending == "decoded":
-                row = "", "", max(differing(decoded, kept[f"{name}/decoded"]), differing(rounded, kept[f"{name}/decoded"]))
+                row = (
+                    "",
+                    "",
+                    max(
+                        differing(decoded, kept[f"{name}/decoded"]),
+                        differing(rounded, kept[f"{name}/decoded"]),
+                    ),
+                )
             else:
                 scale = kept[f"{name}/scale"]
-                has_scale = np.repeat(scale != 0, x.shape[-1] // scale.shape[-1], axis=-1)  # without one, packages divide by zero
+                has_scale = np.repeat(
+                    scale != 0, x.shape[-1] // scale.shape[-1], axis=-1
+                )  # without one, packages divide by zero
                 row = (
                     differing(encoded.scale, scale),
                     int(np.sum(has_scale & (np.asarray(encoded.codes) != kept[f"{name}/codes"]))),

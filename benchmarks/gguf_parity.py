@@ -1,12 +1,15 @@
-"""Is the loss that was trained the loss that is deployed? A model in ours and in llama.cpp, in float32 and after training for q4_0.
+"""Is the loss that was trained the loss that is deployed? A model in ours and in llama.cpp, in float32 and
+after training for q4_0.
 
     slmjax train                                                    # a model of 3.8M parameters
     python benchmarks/gguf_parity.py runs/nano-...
-    python benchmarks/gguf_parity.py smollm2 --steps 8 --rows 1 --length 256 --lr 1e-5 --tokens 256       # an imported model
+    python benchmarks/gguf_parity.py smollm2 --steps 8 --rows 1 --length 256 --lr 1e-5 --tokens 256       # an
+    imported model
 
-The model is exported in float32 and compared; it is trained some further steps with q4_0 weights and q8_0 inputs, which is what llama.cpp
-computes on CPUs, exported as its codes, and compared; with --weights-only too after training for q4_0 without inputs. Text is Python's
-standard library. The aims: float32 within 1e-6 of the perplexity; q4_0 within twice the floor or two standard errors; all bytes equal.
+The model is exported in float32 and compared; it is trained some further steps with q4_0 weights and q8_0
+inputs, which is what llama.cpp computes on CPUs, exported as its codes, and compared; with --weights-only too
+after training for q4_0 without inputs. Text is Python's standard library. The aims: float32 within 1e-6 of
+the perplexity; q4_0 within twice the floor or two standard errors; all bytes equal.
 """
 
 import argparse
@@ -32,7 +35,12 @@ def further(source: Path, quant: str, given: argparse.Namespace) -> Experiment:
     optim = dataclasses.replace(start.optim, lr=given.lr, muon_lr=given.lr, warmup_steps=1)
     data = dataclasses.replace(start.data, batch_size=given.rows, sequence_length=given.length)
     run = dataclasses.replace(
-        start.run, name=f"parity-{quant}", steps=given.steps, directory=str(given.directory), sample_prompts=(), log_every=1
+        start.run,
+        name=f"parity-{quant}",
+        steps=given.steps,
+        directory=str(given.directory),
+        sample_prompts=(),
+        log_every=1,
     )
     evaluation = EvalConfig(every=10**9, max_documents=1, sample=False)
     return dataclasses.replace(start, quant=quant_of(quant), optim=optim, data=data, run=run, eval=evaluation)
@@ -42,16 +50,21 @@ def row(name: str, found: Verification) -> str:
     loss = found.loss
     assert loss is not None
     differing = sum(one.differing for one in found.tensors)
-    flipped, codes = sum(one.flipped_codes for one in found.products), sum(one.input_codes for one in found.products)
+    flipped = sum(one.flipped_codes for one in found.products)
+    codes = sum(one.input_codes for one in found.products)
     return (
-        f"| {name} | {loss.tokens} | {math.exp(loss.ours):.6f} | {math.exp(loss.engine):.6f} | {math.expm1(loss.difference):+.1e} | "
-        f"{2 * loss.floor:.1e} | {2 * loss.standard_error:.1e} | {differing} of {sum(one.numbers for one in found.tensors):,} | "
+        f"| {name} | {loss.tokens} | {math.exp(loss.ours):.6f} | {math.exp(loss.engine):.6f} | "
+        f"{math.expm1(loss.difference):+.1e} | "
+        f"{2 * loss.floor:.1e} | {2 * loss.standard_error:.1e} | {differing} of "
+        f"{sum(one.numbers for one in found.tensors):,} | "
         f"{flipped} of {codes:,} | {'yes' if found.holds else 'NO'} |"
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path, help="run directory, or directory of an imported model")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rows", type=int, default=8)
@@ -71,7 +84,11 @@ def main() -> None:
         export_model(source, file, to=Target.GGUF, dtype=None if quant else WeightType.F32)
         rows.append(row(quant or "float32", verify_export(source, file, data=data, max_tokens=given.tokens)))
     print(
-        "| weights + inputs | tokens | perplexity, ours | llama.cpp | relative difference | twice the floor | two standard errors | ",
+        (
+            "| weights + inputs | tokens | perplexity, ours | llama.cpp | relative difference | twice the "
+            "floor "
+            "| two standard errors | "
+        ),
         end="",
     )
     print("numbers that differ | input codes that flip | holds |\n" + "|---" * 10 + "|")

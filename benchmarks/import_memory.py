@@ -1,8 +1,10 @@
-"""Peak memory of importing a model in several files, and of reading it into the shards of a mesh: `python benchmarks/import_memory.py`.
+"""Peak memory of importing a model in several files, and of reading it into the shards of a mesh: `python
+benchmarks/import_memory.py`.
 
-A model of SmolLM2-360M's shape is written as a Hugging Face directory in bfloat16, in files of a given size. Each measurement runs in a
-process of its own and counts what comes on top of the process as it was with everything imported. Devices are simulated here, so
-their arrays lie in the same memory and are taken off: what remains is what a host with accelerators would need.
+A model of SmolLM2-360M's shape is written as a Hugging Face directory in bfloat16, in files of a given size.
+Each measurement runs in a process of its own and counts what comes on top of the process as it was with
+everything imported. Devices are simulated here, so their arrays lie in the same memory and are taken off:
+what remains is what a host with accelerators would need.
 """
 
 import argparse
@@ -30,7 +32,8 @@ def write_model(directory: Path, *, largest_file: int) -> None:
     from slmjax.models.canonical_form import canonical
 
     model = canonical(zoo.ARCHITECTURES["smollm2_360m"]())
-    shapes, draws = logical_shapes(model), np.random.default_rng(0)
+    shapes = logical_shapes(model)
+    draws = np.random.default_rng(0)
 
     def read(name: str) -> np.ndarray:
         return (0.02 * draws.standard_normal(shapes[name], np.float32)).astype(jnp.bfloat16)
@@ -70,9 +73,13 @@ def measure_reading(model: Path) -> dict[str, float]:
     from slmjax.parallel.rules import parameter_shardings
 
     config = loading.read_config(model)
-    definition, mesh = define(config), make_mesh(MeshConfig(data=1, fsdp=8))
+    definition = define(config)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
     places = parameter_shardings(definition.params, mesh)
-    like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name]) for name, leaf in definition.params.items()}
+    like = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
+        for name, leaf in definition.params.items()
+    }
     jax.block_until_ready(jax.device_put(np.zeros(8), jax.devices()[0]))
     before = resident()
     params = jax.block_until_ready(safetensors_files.read_stacked(model, config, like))
@@ -93,20 +100,27 @@ def main() -> None:
     given: Any = parser.parse_args()
     if given.measure:
         kind, *paths = given.measure
-        measured = measure_import(*map(Path, paths)) if kind == "import" else measure_reading(*map(Path, paths))
+        measured = (
+            measure_import(*map(Path, paths)) if kind == "import" else measure_reading(*map(Path, paths))
+        )
         print(json.dumps(measured))
         return
     with tempfile.TemporaryDirectory() as name:
-        theirs, ours = Path(name) / "theirs", Path(name) / "ours"
+        theirs = Path(name) / "theirs"
+        ours = Path(name) / "ours"
         write_model(theirs, largest_file=given.file_mb * 10**6)
         sizes = [file.stat().st_size for file in theirs.glob("*.safetensors")]
         imported = in_process("--measure", "import", str(theirs), str(ours))
         read = in_process("--measure", "read", str(ours))
     arrays = f"{read['arrays'] / MB:,.0f} MB"
-    print(f"| model | files | largest file | import, above the process | into 8 shards, above process and arrays ({arrays}) |")
+    print(
+        "| model | files | largest file | import, above the process | into 8 shards, above process and "
+        f"arrays ({arrays}) |"
+    )
     print("|---|---|---|---|---|")
     print(
-        f"| SmolLM2-360M's shape, {sum(sizes) / MB:,.0f} MB | {len(sizes)} | {max(sizes) / MB:,.0f} MB | {imported['peak'] / MB:,.0f} MB | "
+        f"| SmolLM2-360M's shape, {sum(sizes) / MB:,.0f} MB | {len(sizes)} | {max(sizes) / MB:,.0f} MB | "
+        f"{imported['peak'] / MB:,.0f} MB | "
         f"{read['peak'] / MB:,.0f} MB |"
     )
 

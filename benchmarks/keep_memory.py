@@ -1,4 +1,5 @@
-"""What `startup.keep_memory` is worth: the training step of `nano` on CPU with and without it, in turn, each in a new process.
+"""What `startup.keep_memory` is worth: the training step of `nano` on CPU with and without it, in turn, each
+in a new process.
 
 python benchmarks/keep_memory.py [ROUNDS]       # prints one row of the table in RESULTS.md
 """
@@ -30,17 +31,30 @@ def step_seconds(keep: bool) -> float:
     from slmjax.training.state import init_state, state_shapes
     from slmjax.training.step import make_train_step
 
-    nano, mesh = recipes.nano(), make_mesh(MeshConfig())
-    rows, length, vocab = nano.data.batch_size, nano.data.sequence_length, 2048
+    nano = recipes.nano()
+    mesh = make_mesh(MeshConfig())
+    rows = nano.data.batch_size
+    length = nano.data.sequence_length
+    vocab = 2048
     batch = empty_batch(rows, length)
     batch.tokens[:] = np.random.default_rng(0).integers(0, vocab, (rows, length))
-    batch.targets[:], batch.loss_mask[:], batch.segment_ids[:], batch.positions[:] = batch.tokens, 1, 1, np.arange(length)
+    batch.targets[:] = batch.tokens
+    batch.loss_mask[:] = 1
+    batch.segment_ids[:] = 1
+    batch.positions[:] = np.arange(length)
     with jax.set_mesh(mesh):
         definition = define(dataclasses.replace(nano.model, vocab_size=vocab))
         optimizer = make_optimizer(nano.optim, definition.params, total_steps=nano.run.steps)
         shapes = state_shapes(definition, optimizer, with_ema=False, mesh=mesh)
         state = init_state(definition, optimizer, shapes=shapes, seed=0)
-        step = make_train_step(definition, optimizer, objective=nano.objective, optim=nano.optim, shapes=shapes, total_steps=nano.run.steps)
+        step = make_train_step(
+            definition,
+            optimizer,
+            objective=nano.objective,
+            optim=nano.optim,
+            shapes=shapes,
+            total_steps=nano.run.steps,
+        )
         seconds = []
         for _ in range(NUM_STEPS + 1):  # the first compiles
             started = time.perf_counter()
@@ -58,11 +72,19 @@ def main() -> None:
     pairs = []
     for _ in range(rounds):
         commands = [[sys.executable, __file__, "--one", how] for how in ("keep", "default")]
-        pairs.append([float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for command in commands])
+        pairs.append(
+            [
+                float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+                for command in commands
+            ]
+        )
     ratios = [kept / default for kept, default in pairs]
     kept, default = (statistics.median(column) for column in zip(*pairs, strict=True))
-    print(f"| {1000 * kept:.0f} ms | {1000 * default:.0f} ms | {statistics.median(ratios):.2f} (of {rounds} pairs: "
-          f"{min(ratios):.2f} to {max(ratios):.2f}) |")  # fmt: skip
+    print(
+        f"| {1000 * kept:.0f} ms | {1000 * default:.0f} ms | {statistics.median(ratios):.2f} (of {rounds} "
+        "pairs: "
+        f"{min(ratios):.2f} to {max(ratios):.2f}) |"
+    )
 
 
 if __name__ == "__main__":

@@ -23,9 +23,15 @@ def main(run_dir: Path, picture: Path) -> None:
 def specification(run: RunRecords, result: dict[str, Any]) -> dict[str, Any]:
     """The chart as Vega-Lite."""
     series = {"training batches": run.train, "held-out text": run.on_the_way}
-    curves = [{"step": one["step"], "bits": one["bits_per_byte"], "series": name} for name, records in series.items() for one in records]
+    curves = [
+        {"step": one["step"], "bits": one["bits_per_byte"], "series": name}
+        for name, records in series.items()
+        for one in records
+    ]
     rivals = [{"bits": bits, "name": f"{name}: {bits:.2f}"} for name, bits in result["compressors"].items()]
-    points = [{"step": one["step"], "bits": one["bits_per_byte"]} for one in run.evals]  # the last is on all of the text
+    points = [
+        {"step": one["step"], "bits": one["bits_per_byte"]} for one in run.evals
+    ]  # the last is on all of the text
     last = {**points[-1], "name": f"{result['bits_per_byte']:.2f}"}
     sizes = f"{result['parameters'] / 1e6:.1f}M parameters, {result['tokens'] / 1e6:.2f}M tokens"
     colour = {
@@ -35,24 +41,50 @@ def specification(run: RunRecords, result: dict[str, Any]) -> dict[str, Any]:
         "legend": {"title": None},
     }
     x = {"field": "step", "type": "quantitative", "title": "steps", "axis": {"grid": False}}
-    y = {"field": "bits", "type": "quantitative", "title": "bits per byte", "scale": {"domain": [0, 3], "clamp": True}}
+    y = {
+        "field": "bits",
+        "type": "quantitative",
+        "title": "bits per byte",
+        "scale": {"domain": [0, 3], "clamp": True},
+    }
     text = {"type": "text", "align": "right", "dy": -7, "color": "#8a5a00", "fontSize": 11}
     return {
-        "width": 640, "height": 240,
+        "width": 640,
+        "height": 240,
         "title": {
             "text": f"{sizes}: bits per byte on text it never saw",
-            "anchor": "start", "fontWeight": "normal", "fontSize": 13,
+            "anchor": "start",
+            "fontWeight": "normal",
+            "fontSize": 13,
         },
         "layer": [
-            {"data": {"values": curves}, "mark": {"type": "line", "clip": True}, "encoding": {"x": x, "y": y, "color": colour}},
-            {"data": {"values": points}, "mark": {"type": "point", "filled": True, "size": 40, "color": "#0072B2"},
-             "encoding": {"x": x, "y": y}},
-            {"data": {"values": rivals}, "mark": {"type": "rule", "strokeDash": [5, 4], "color": "#8a5a00"}, "encoding": {"y": y}},
-            {"data": {"values": rivals}, "mark": {**text, "x": "width"}, "encoding": {"y": y, "text": {"field": "name"}}},
-            {"data": {"values": [last]}, "mark": {**text, "color": "#0072B2", "dy": 16},
-             "encoding": {"x": x, "y": y, "text": {"field": "name"}}},
+            {
+                "data": {"values": curves},
+                "mark": {"type": "line", "clip": True},
+                "encoding": {"x": x, "y": y, "color": colour},
+            },
+            {
+                "data": {"values": points},
+                "mark": {"type": "point", "filled": True, "size": 40, "color": "#0072B2"},
+                "encoding": {"x": x, "y": y},
+            },
+            {
+                "data": {"values": rivals},
+                "mark": {"type": "rule", "strokeDash": [5, 4], "color": "#8a5a00"},
+                "encoding": {"y": y},
+            },
+            {
+                "data": {"values": rivals},
+                "mark": {**text, "x": "width"},
+                "encoding": {"y": y, "text": {"field": "name"}},
+            },
+            {
+                "data": {"values": [last]},
+                "mark": {**text, "color": "#0072B2", "dy": 16},
+                "encoding": {"x": x, "y": y, "text": {"field": "name"}},
+            },
         ],
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

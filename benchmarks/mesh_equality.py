@@ -1,12 +1,12 @@
 """Loss and gradient on meshes of 8 devices against one device: every pair of axes, several models.
 
-    python benchmarks/mesh_equality.py                     # the table of all pairs, about 5 minutes on 2 cores
-    python benchmarks/mesh_equality.py --pairs fsdp,context
+    python benchmarks/mesh_equality.py                     # the table of all pairs, about 5 minutes on 2
+    cores python benchmarks/mesh_equality.py --pairs fsdp,context
 
-The dense model and the mixture have a window that is longer than a shard of the sequence and full attention with one key-value head
-that the tensor axis does not divide; the mixture drops tokens in one of its layers. The third model has latent attention. All see
-packed documents and padding. Differences are relative: of the loss,
-and of each parameter's gradient by its norm, of which the largest is told. float32.
+The dense model and the mixture have a window that is longer than a shard of the sequence and full attention
+with one key-value head that the tensor axis does not divide; the mixture drops tokens in one of its layers.
+The third model has latent attention. All see packed documents and padding. Differences are relative: of the
+loss, and of each parameter's gradient by its norm, of which the largest is told. float32.
 """
 
 import argparse
@@ -16,7 +16,8 @@ import os
 
 if __name__ == "__main__":
     os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 "
+        "--xla_backend_optimization_level=0"
     )
 
 import jax
@@ -35,7 +36,9 @@ from slmjax.parallel.mesh import AXES, MeshConfig, make_mesh
 from slmjax.parallel.rules import parameter_shardings
 from slmjax.training.objective import ObjectiveConfig, counts, terms
 
-ROWS, LENGTH, VOCAB = 8, 64, 96
+ROWS = 8
+LENGTH = 64
+VOCAB = 96
 WINDOWED = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window=20, qk_norm=QkNorm.PER_HEAD)
 ODD = AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=6, rope_base=None, softcap=20.0)
 FFNS = {
@@ -43,36 +46,51 @@ FFNS = {
     "experts": (
         MoeConfig(num_experts=8, num_selected=2, hidden_dim=16, shared_hidden_dim=8, z_weight=0.01),
         MoeConfig(
-            num_experts=4, num_selected=2, hidden_dim=16, capacity_factor=1.0, score=RouterScore.SIGMOID, balance=Balance.BIAS
+            num_experts=4,
+            num_selected=2,
+            hidden_dim=16,
+            capacity_factor=1.0,
+            score=RouterScore.SIGMOID,
+            balance=Balance.BIAS,
         ),
     ),
-}  # fmt: skip
-LATENT = LatentAttentionConfig(num_heads=4, query_rank=16, latent_dim=12, plain_dim=6, rope_dim=4, value_dim=8, bias=True)
+}
+LATENT = LatentAttentionConfig(
+    num_heads=4, query_rank=16, latent_dim=12, plain_dim=6, rope_dim=4, value_dim=8, bias=True
+)
 
 
 def model(*blocks: BlockConfig) -> ModelConfig:
     """A tiny model of these blocks, twice."""
     stack = (Segment(pattern=blocks, repeats=2),)
-    return ModelConfig(embed_dim=32, vocab_size=VOCAB, vocab_multiple=8, init_std=0.2, context_length=LENGTH, stack=stack)
+    return ModelConfig(
+        embed_dim=32, vocab_size=VOCAB, vocab_multiple=8, init_std=0.2, context_length=LENGTH, stack=stack
+    )
 
 
-MODELS = {kind: model(BlockConfig(mixer=WINDOWED, ffn=ffns[0]), BlockConfig(mixer=ODD, ffn=ffns[1])) for kind, ffns in FFNS.items()} | {
-    "latent": model(BlockConfig(mixer=LATENT, ffn=FFNS["dense"][0]))
-}
+MODELS = {
+    kind: model(BlockConfig(mixer=WINDOWED, ffn=ffns[0]), BlockConfig(mixer=ODD, ffn=ffns[1]))
+    for kind, ffns in FFNS.items()
+} | {"latent": model(BlockConfig(mixer=LATENT, ffn=FFNS["dense"][0]))}
 
 
 def make_batch() -> Batch:
     """Rows of two documents each, cut where no shard ends, and some padding."""
     draw = np.random.default_rng(0)
-    place, cut = np.arange(LENGTH)[None, :], draw.integers(5, LENGTH - 9, (ROWS, 1))
-    is_second, is_padding = place >= cut, place >= LENGTH - 1 - np.arange(ROWS)[:, None]
+    place = np.arange(LENGTH)[None, :]
+    cut = draw.integers(5, LENGTH - 9, (ROWS, 1))
+    is_second = place >= cut
+    is_padding = place >= LENGTH - 1 - np.arange(ROWS)[:, None]
     segment_ids = np.where(is_padding, 0, 1 + is_second).astype(np.int32)
     return Batch(
-        tokens=draw.integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32), targets=draw.integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32),
-        loss_mask=(segment_ids > 0).astype(np.float32), segment_ids=segment_ids,
-        positions=np.where(is_second, place - cut, place).astype(np.int32), row_ids=np.arange(ROWS, dtype=np.int32),
+        tokens=draw.integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32),
+        targets=draw.integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32),
+        loss_mask=(segment_ids > 0).astype(np.float32),
+        segment_ids=segment_ids,
+        positions=np.where(is_second, place - cut, place).astype(np.int32),
+        row_ids=np.arange(ROWS, dtype=np.int32),
         num_bytes=np.full(ROWS, LENGTH, np.int32),
-    )  # fmt: skip
+    )
 
 
 def loss_and_gradient(kind: str, params: dict, buffers: dict, batch: Batch) -> tuple[jax.Array, dict]:
@@ -90,7 +108,8 @@ def loss_and_gradient(kind: str, params: dict, buffers: dict, batch: Batch) -> t
 @functools.cache
 def parameters(kind: str) -> tuple[dict, dict]:
     """Parameters and buffers, drawn larger than initialised so that every part has an influence."""
-    definition, draw = define(MODELS[kind]), np.random.default_rng(0)
+    definition = define(MODELS[kind])
+    draw = np.random.default_rng(0)
     return tuple(
         {path: draw.normal(0, 0.3, leaf.shape).astype(np.float32) for path, leaf in leaves.items()}
         for leaves in (definition.params, definition.buffers)
@@ -100,7 +119,9 @@ def parameters(kind: str) -> tuple[dict, dict]:
 @functools.cache
 def on_one_device(kind: str) -> tuple[jax.Array, dict]:
     """What all meshes are compared with."""
-    return jax.device_get(jax.jit(functools.partial(loss_and_gradient, kind))(*parameters(kind), make_batch()))
+    return jax.device_get(
+        jax.jit(functools.partial(loss_and_gradient, kind))(*parameters(kind), make_batch())
+    )
 
 
 def differences(kind: str, axes: dict[str, int]) -> tuple[float, float]:
@@ -112,7 +133,9 @@ def differences(kind: str, axes: dict[str, int]) -> tuple[float, float]:
         program = jax.jit(functools.partial(loss_and_gradient, kind), out_shardings=(None, places))
         value, gradient = program(jax.device_put(params, places), buffers, place_batch(make_batch(), mesh))
     expected_value, expected = on_one_device(kind)
-    errors = {path: np.linalg.norm(gradient[path] - leaf) / np.linalg.norm(leaf) for path, leaf in expected.items()}
+    errors = {
+        path: np.linalg.norm(gradient[path] - leaf) / np.linalg.norm(leaf) for path, leaf in expected.items()
+    }
     return abs(float(value) - float(expected_value)) / float(expected_value), float(max(errors.values()))
 
 
@@ -120,15 +143,25 @@ PAIRS = list(itertools.combinations(AXES, 2))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", nargs="*", default=[",".join(pair) for pair in PAIRS], help="two axes with a comma between them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--pairs",
+        nargs="*",
+        default=[",".join(pair) for pair in PAIRS],
+        help="two axes with a comma between them",
+    )
     given = parser.parse_args()
     columns = [f"{kind}: {what}" for kind in MODELS for what in ("loss", "gradient")]
     print("| " + " | ".join(["axes", *columns]) + " |\n" + "|---" * (1 + len(columns)) + "|")
     for pair in given.pairs:
         axes = dict(zip(pair.split(","), (2, 4), strict=True))
         found = [f"{error:.1e}" for kind in MODELS for error in differences(kind, axes)]
-        print("| " + " | ".join([" x ".join(f"{axis} {size}" for axis, size in axes.items()), *found]) + " |", flush=True)
+        print(
+            "| " + " | ".join([" x ".join(f"{axis} {size}" for axis, size in axes.items()), *found]) + " |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

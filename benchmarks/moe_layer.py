@@ -1,9 +1,11 @@
-"""A mixture of experts beside a dense layer of the same active FLOPs: tokens per second of value and gradient.
+"""A mixture of experts beside a dense layer of the same active FLOPs: tokens per second of value and
+gradient.
 
     python benchmarks/moe_layer.py
 
-8 experts of which a token uses 2, each half as wide as the dense layer; 2048 tokens, at the widths of the 12M model and of `nano`,
-in the form that the platform picks, in turn in one process. The target is a ratio of at least 0.6.
+8 experts of which a token uses 2, each half as wide as the dense layer; 2048 tokens, at the widths of the 12M
+model and of `nano`, in the form that the platform picks, in turn in one process. The target is a ratio of at
+least 0.6.
 """
 
 import argparse
@@ -23,7 +25,8 @@ from slmjax.models.ffn.mlp import MlpConfig  # noqa: E402
 from slmjax.models.ffn.moe import MoeConfig  # noqa: E402
 from slmjax.models.protocols import FfnConfig, Shape  # noqa: E402
 
-ROWS, LENGTH = 8, 256
+ROWS = 8
+LENGTH = 256
 SIZES = {"width 384, 1024 active": (384, 1024), "width 192, 512 active": (192, 512)}
 
 
@@ -43,13 +46,18 @@ def step_of(config: FfnConfig, dim: int, dtype: str) -> Callable[[], object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=21)
     given = parser.parse_args()
     print("| layer | dtype | dense, tokens/s | experts, tokens/s | ratio, median of pairs |")
     for name, (dim, hidden) in SIZES.items():
         for dtype in ("float32", "bfloat16"):
-            configs = (MlpConfig(hidden_dim=hidden), MoeConfig(num_experts=8, num_selected=2, hidden_dim=hidden // 2))
+            configs = (
+                MlpConfig(hidden_dim=hidden),
+                MoeConfig(num_experts=8, num_selected=2, hidden_dim=hidden // 2),
+            )
             steps = [step_of(config, dim, dtype) for config in configs]
             for step in steps * 2:
                 step()

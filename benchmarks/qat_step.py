@@ -1,13 +1,14 @@
 """What training in number formats costs beside training in floating point.
 
-    python benchmarks/qat_step.py                                        # nano: steps timed in turn, in one process
-    python benchmarks/qat_step.py --model 135m --dtype bfloat16 --rows 16 --length 1024      # on a GPU
-    python benchmarks/qat_step.py --device tpu --model 12m --dtype bfloat16 --unrolled       # compiled for a TPU v5e: the extra `plan`
+    python benchmarks/qat_step.py                                        # nano: steps timed in turn, in one
+    process python benchmarks/qat_step.py --model 135m --dtype bfloat16 --rows 16 --length 1024      # on a
+    GPU python benchmarks/qat_step.py --device tpu --model 12m --dtype bfloat16 --unrolled       # compiled
+    for a TPU v5e: the extra `plan`
 
-For each of `--quant`: the median over the rounds of its step over the step without formats, or, where it is only compiled, how many
-more bytes the step reads and writes in memory, and how much more memory it takes. The compiler counts what is in a loop once: with
-`--unrolled` layers are spelled out, and each is counted. The aims are 1.10 for q4_0, 1.15 for q4_0+q8_0, and
-under 10 % more bytes. Weights and tokens are random.
+For each of `--quant`: the median over the rounds of its step over the step without formats, or, where it is
+only compiled, how many more bytes the step reads and writes in memory, and how much more memory it takes. The
+compiler counts what is in a loop once: with `--unrolled` layers are spelled out, and each is counted. The
+aims are 1.10 for q4_0, 1.15 for q4_0+q8_0, and under 10 % more bytes. Weights and tokens are random.
 """
 
 import argparse
@@ -48,26 +49,35 @@ STEPS = 1000
 
 def model_of(name: str, quant: str, given: Any) -> ModelConfig:
     phases = quant_of(quant).phases if quant else ()
-    return dataclasses.replace(MODELS[name](), precision=Precision(given.dtype), remat=Remat(given.remat), quant=phases)
+    return dataclasses.replace(
+        MODELS[name](), precision=Precision(given.dtype), remat=Remat(given.remat), quant=phases
+    )
 
 
 def train_step_of(model: ModelConfig, mesh: Any) -> tuple[Any, Any, Any]:
     """Definition and optimizer, shapes of the state, and the step."""
-    optim, definition = nano().optim, define(model)
+    optim = nano().optim
+    definition = define(model)
     optimizer = make_optimizer(optim, definition.params, total_steps=STEPS)
     shapes = state_shapes(definition, optimizer, with_ema=False, mesh=mesh)
-    made = step.make_train_step(definition, optimizer, objective=ObjectiveConfig(), optim=optim, shapes=shapes, total_steps=STEPS)
+    made = step.make_train_step(
+        definition, optimizer, objective=ObjectiveConfig(), optim=optim, shapes=shapes, total_steps=STEPS
+    )
     return (definition, optimizer), shapes, made
 
 
 def time_steps(given: Any) -> None:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    batch, draw = empty_batch(given.rows, given.length), np.random.default_rng(0)
+    batch = empty_batch(given.rows, given.length)
+    draw = np.random.default_rng(0)
     batch.tokens[:] = draw.integers(2, MODELS[given.model]().known_vocab_size, batch.tokens.shape)
     batch.targets[:] = np.roll(batch.tokens, -1, axis=1)
-    batch.loss_mask[:], batch.segment_ids[:], batch.num_bytes[:] = 1, 1, 3
+    batch.loss_mask[:] = 1
+    batch.segment_ids[:] = 1
+    batch.num_bytes[:] = 3
     batch.positions[:] = np.arange(given.length)
-    states, steps = {}, {}
+    states = {}
+    steps = {}
     with jax.set_mesh(mesh):
         placed = place_batch(batch, mesh)
         for name in ("", *given.quant):
@@ -86,7 +96,10 @@ def time_steps(given: Any) -> None:
         for index in range(given.rounds):
             for name in steps if index % 2 else reversed(list(steps)):
                 found[name].append(run(name))
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: plain step {1e3 * statistics.median(found['']):.1f} ms")
+    print(
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}: plain step "
+        f"{1e3 * statistics.median(found['']):.1f} ms"
+    )
     print("| formats | step, median ms | over plain | middle half of the rounds |\n|---|---|---|---|")
     for name in given.quant:
         ratios = sorted(one / plain for one, plain in zip(found[name], found[""], strict=True))
@@ -104,19 +117,31 @@ def compile_steps(given: Any) -> None:
         kernels.unrolled_repeats = lambda num_repeats, num_blocks: num_repeats
     found = {}
     for name in ("", *given.quant):
-        _, shapes, made = train_step_of(model_of(given.model, name, given), mesh)  # under the mesh it would compute there
+        _, shapes, made = train_step_of(
+            model_of(given.model, name, given), mesh
+        )  # under the mesh it would compute there
         with jax.set_mesh(mesh):
-            compiled = made.lower(shapes, batch_shapes(empty_batch(4 * given.rows, given.length), mesh)).compile()
-        found[name] = compiled.cost_analysis()["bytes accessed"], compiled.memory_analysis().temp_size_in_bytes
+            compiled = made.lower(
+                shapes, batch_shapes(empty_batch(4 * given.rows, given.length), mesh)
+            ).compile()
+        found[name] = (
+            compiled.cost_analysis()["bytes accessed"],
+            compiled.memory_analysis().temp_size_in_bytes,
+        )
     accessed, temporary = found[""]
-    print(f"plain step: {accessed / 1e9:.2f} GB read and written per chip, {temporary / 1e9:.3f} GB of temporary memory")
+    print(
+        f"plain step: {accessed / 1e9:.2f} GB read and written per chip, {temporary / 1e9:.3f} GB of "
+        "temporary memory"
+    )
     print("| formats | more bytes read and written | more temporary memory |\n|---|---|---|")
     for name in given.quant:
         print(f"| {name} | {found[name][0] / accessed - 1:+.1%} | {found[name][1] / temporary - 1:+.1%} |")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=tuple(MODELS), default="nano")
     parser.add_argument("--quant", nargs="+", default=["q4_0", "q4_0+q8_0"])
     parser.add_argument("--dtype", choices=[one.value for one in Precision], default="float32")
@@ -125,7 +150,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--device", choices=["here", "tpu"], default="here")
-    parser.add_argument("--unrolled", action="store_true", help="spell layers out, so that the compiler counts each")
+    parser.add_argument(
+        "--unrolled", action="store_true", help="spell layers out, so that the compiler counts each"
+    )
     given = parser.parse_args()
     compile_steps(given) if given.device == "tpu" else time_steps(given)
 

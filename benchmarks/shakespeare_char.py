@@ -1,9 +1,12 @@
-"""`shakespeare_char` beside the same model in eager PyTorch: whole processes, data prepared anew, nine evaluations each.
+"""`shakespeare_char` beside the same model in eager PyTorch: whole processes, data prepared anew, nine
+evaluations each.
 
-    python benchmarks/shakespeare_char.py FILE [--rounds 3]       # FILE: the tinyshakespeare text; needs the oracle extra (torch)
+    python benchmarks/shakespeare_char.py FILE [--rounds 3]       # FILE: the tinyshakespeare text; needs the
+    oracle extra (torch)
 
-Both train 4 layers of width 128 for 2000 steps of 12 rows of 64 characters, and evaluate the last tenth of the text, whole, every
-250 steps and at the end. Prints wall seconds from start to exit and the last validation loss of each.
+Both train 4 layers of width 128 for 2000 steps of 12 rows of 64 characters, and evaluate the last tenth of
+the text, whole, every 250 steps and at the end. Prints wall seconds from start to exit and the last
+validation loss of each.
 """
 
 import argparse
@@ -16,7 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 
-STEPS, EVERY, WARMUP, PEAK, LOWEST = 2000, 250, 100, 1e-3, 1e-4
+STEPS = 2000
+EVERY = 250
+WARMUP = 100
+PEAK = 1e-3
+LOWEST = 1e-4
 
 
 def ours(text: Path) -> tuple[float, float]:
@@ -26,14 +33,18 @@ def ours(text: Path) -> tuple[float, float]:
         options = ["--data.path", str(text), "--json", "--run.directory", str(Path(scratch) / "runs")]
         command = [sys.executable, "-m", "slmjax", "train", "shakespeare_char", *options]
         started = time.monotonic()
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
+        )
         return time.monotonic() - started, json.loads(done.stdout)["loss"]
 
 
 def theirs(text: Path) -> tuple[float, float]:
     """The same of this file as `--peer`."""
     started = time.monotonic()
-    done = subprocess.run([sys.executable, __file__, str(text), "--peer"], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, __file__, str(text), "--peer"], stdout=subprocess.PIPE, text=True, check=True
+    )
     return time.monotonic() - started, float(done.stdout.split()[-1])
 
 
@@ -47,17 +58,20 @@ def peer(text: Path) -> None:
     vocabulary = {character: index for index, character in enumerate(sorted(set(characters)))}
     ids = torch.tensor([vocabulary[character] for character in characters])
     cut = int(0.9 * len(ids))
-    train, held_out = ids[:cut], ids[cut:]
+    train = ids[:cut]
+    held_out = ids[cut:]
     size = torch_decoder.SIZES["0.8m"]
     training = torch_decoder.Training(size, half=False, compiled=False, lr=PEAK)
-    rows, length = size.rows, size.length
+    rows = size.rows
+    length = size.length
     windows = (len(held_out) - 1) // length
     inputs, targets = (held_out[shift : shift + windows * length].view(windows, length) for shift in (0, 1))
 
     def evaluate() -> float:
         with torch.no_grad():
             losses = [
-                training.loss(inputs[i : i + 256], targets[i : i + 256]).item() * len(inputs[i : i + 256]) for i in range(0, windows, 256)
+                training.loss(inputs[i : i + 256], targets[i : i + 256]).item() * len(inputs[i : i + 256])
+                for i in range(0, windows, 256)
             ]
         return sum(losses) / windows
 
@@ -76,7 +90,9 @@ def peer(text: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("text", type=Path)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)

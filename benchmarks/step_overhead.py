@@ -3,9 +3,9 @@
     python benchmarks/step_overhead.py nano
     python benchmarks/step_overhead.py shakespeare_char --data.path FILE
 
-In one process, in turn: some steps by the trainer's own loop, and as many calls of the same compiled step, one after the other,
-on a batch that is on the device already. Prints the median over the rounds of loop / calls - 1. Evaluations and checkpoints
-are no part of a step and are left out.
+In one process, in turn: some steps by the trainer's own loop, and as many calls of the same compiled step,
+one after the other, on a batch that is on the device already. Prints the median over the rounds of loop /
+calls - 1. Evaluations and checkpoints are no part of a step and are left out.
 """
 
 import dataclasses
@@ -69,8 +69,11 @@ def alternating(loop: trainer.Loop, state: Any, signals: Any) -> tuple[Any, str]
 
 
 def main() -> None:
-    name, words = sys.argv[1], sys.argv[2:]
-    experiment = parse(Experiment, words, default=recipes.load_experiment(name), command=name, description=__doc__)
+    name = sys.argv[1]
+    words = sys.argv[2:]
+    experiment = parse(
+        Experiment, words, default=recipes.load_experiment(name), command=name, description=__doc__
+    )
     with tempfile.TemporaryDirectory() as scratch, open(f"{scratch}/progress.txt", "w") as stream:
         far = 10**9
         experiment = dataclasses.replace(
@@ -85,7 +88,10 @@ def main() -> None:
     step = statistics.median(calls for _, calls in pairs) / size
     middle = len(shares) // 4
     print("| experiment | compiled step | loop beside it, median | middle half of the rounds |")
-    print(f"| {name} | {1e3 * step:.1f} ms | {statistics.median(shares):.1%} | {shares[middle]:.1%} to {shares[-middle - 1]:.1%} |")
+    print(
+        f"| {name} | {1e3 * step:.1f} ms | {statistics.median(shares):.1%} | {shares[middle]:.1%} to "
+        f"{shares[-middle - 1]:.1%} |"
+    )
 
 
 if __name__ == "__main__":

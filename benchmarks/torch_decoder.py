@@ -1,4 +1,6 @@
-"""The decoders of our experiments in plain PyTorch, for comparison: the same shapes, the same objective, the same optimizer."""
+"""The decoders of our experiments in plain PyTorch, for comparison: the same shapes, the same objective, the
+same optimizer.
+"""
 
 import contextlib
 import dataclasses
@@ -37,9 +39,14 @@ class Block(nn.Module):
 
     def __init__(self, size: Size) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.gated = size.heads, size.kv_heads or size.heads, size.gated
-        self.attention_norm, self.ffn_norm = nn.RMSNorm(size.dim, eps=1e-6), nn.RMSNorm(size.dim, eps=1e-6)
-        self.inputs = nn.Linear(size.dim, (self.heads + 2 * self.kv_heads) * (size.dim // self.heads), bias=False)
+        self.heads = size.heads
+        self.kv_heads = size.kv_heads or size.heads
+        self.gated = size.gated
+        self.attention_norm = nn.RMSNorm(size.dim, eps=1e-6)
+        self.ffn_norm = nn.RMSNorm(size.dim, eps=1e-6)
+        self.inputs = nn.Linear(
+            size.dim, (self.heads + 2 * self.kv_heads) * (size.dim // self.heads), bias=False
+        )
         self.output = nn.Linear(size.dim, size.dim, bias=False)
         self.up = nn.Linear(size.dim, (2 if size.gated else 1) * size.hidden, bias=False)
         self.down = nn.Linear(size.hidden, size.dim, bias=False)
@@ -53,7 +60,9 @@ class Block(nn.Module):
             first, second = t.chunk(2, dim=-1)
             return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(v.dtype)
 
-        mixed = F.scaled_dot_product_attention(turned(q), turned(k), v, is_causal=True, enable_gqa=self.kv_heads < self.heads)
+        mixed = F.scaled_dot_product_attention(
+            turned(q), turned(k), v, is_causal=True, enable_gqa=self.kv_heads < self.heads
+        )
         x = x + self.output(mixed.transpose(1, 2).reshape(rows, length, dim))
         hidden = self.up(self.ffn_norm(x))
         if self.gated:
@@ -94,7 +103,8 @@ class Training:
     """A model, its optimizer, and the step that both take."""
 
     def __init__(self, size: Size, *, half: bool, compiled: bool, lr: float = 1e-3) -> None:
-        self.device, self.half = ("cuda" if torch.cuda.is_available() else "cpu"), half
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.half = half
         torch.manual_seed(0)
         self.model = Decoder(size).to(self.device)
         matrices = [parameter for parameter in self.model.parameters() if parameter.ndim > 1]

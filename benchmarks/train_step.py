@@ -1,12 +1,14 @@
-"""The training step beside PyTorch's: the same model, batch and optimizer, each in a process of its own, in turn on the same cores.
+"""The training step beside PyTorch's: the same model, batch and optimizer, each in a process of its own, in
+turn on the same cores.
 
     python benchmarks/train_step.py                       # 12M decoder; needs the oracle extra (torch)
     python benchmarks/train_step.py --size 0.8m --compile
-    python benchmarks/train_step.py --size 360m --compile --dtypes bfloat16   # on a GPU: SmolLM2-360M's shape; also 124m, 1.7b
+    python benchmarks/train_step.py --size 360m --compile --dtypes bfloat16   # on a GPU: SmolLM2-360M's
+    shape; also 124m, 1.7b
 
-Prints for float32 and bfloat16 the milliseconds of a step, minimum and median over the rounds, and the ratio of the
-medians: above 1, ours is faster; and tokens per second and model FLOPs utilisation. The step is the trainer's own, with its metrics and
-gradient norms.
+Prints for float32 and bfloat16 the milliseconds of a step, minimum and median over the rounds, and the ratio
+of the medians: above 1, ours is faster; and tokens per second and model FLOPs utilisation. The step is the
+trainer's own, with its metrics and gradient norms.
 """
 
 import argparse
@@ -22,7 +24,13 @@ if TYPE_CHECKING:
     from slmjax.models.architecture import ModelConfig
 
 VARIANTS = ("slmjax", "eager", "compiled")
-BATCHES = {"12m": (8, 256), "0.8m": (12, 64), "124m": (32, 1024), "360m": (8, 2048), "1.7b": (4, 2048)}  # as in torch_decoder.py
+BATCHES = {
+    "12m": (8, 256),
+    "0.8m": (12, 64),
+    "124m": (32, 1024),
+    "360m": (8, 2048),
+    "1.7b": (4, 2048),
+}  # as in torch_decoder.py
 
 
 def model_of(size: str) -> "ModelConfig":
@@ -61,12 +69,21 @@ def our_step(size: str, dtype: str) -> Callable[[], None]:
     with jax.set_mesh(mesh):
         state = init_state(definition, optimizer, shapes=shapes, seed=0)
         train_step = step.make_train_step(
-            definition, optimizer, objective=ObjectiveConfig(), optim=config, shapes=shapes, total_steps=10_000
+            definition,
+            optimizer,
+            objective=ObjectiveConfig(),
+            optim=config,
+            shapes=shapes,
+            total_steps=10_000,
         )
         batch = empty_batch(rows, length)
-        batch.tokens[:] = np.random.default_rng(0).integers(2, definition.config.known_vocab_size, batch.tokens.shape)
+        batch.tokens[:] = np.random.default_rng(0).integers(
+            2, definition.config.known_vocab_size, batch.tokens.shape
+        )
         batch.targets[:] = np.roll(batch.tokens, -1, axis=1)
-        batch.loss_mask[:], batch.segment_ids[:], batch.num_bytes[:] = 1, 1, 3
+        batch.loss_mask[:] = 1
+        batch.segment_ids[:] = 1
+        batch.num_bytes[:] = 3
         batch.positions[:] = np.arange(length)
         placed = place_batch(batch, mesh)
 
@@ -95,7 +112,11 @@ def their_step(size: str, dtype: str, *, compiled: bool) -> Callable[[], None]:
 
 def work(variant: str, size: str, dtype: str) -> None:
     """A worker: prints the seconds of a step for each line that it reads."""
-    run = our_step(size, dtype) if variant == "slmjax" else their_step(size, dtype, compiled=variant == "compiled")
+    run = (
+        our_step(size, dtype)
+        if variant == "slmjax"
+        else their_step(size, dtype, compiled=variant == "compiled")
+    )
     for _ in range(3):
         run()
     print("ready", flush=True)
@@ -106,28 +127,47 @@ def work(variant: str, size: str, dtype: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=tuple(BATCHES), default="12m")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--compile", action="store_true", help="torch.compile too")
-    parser.add_argument("--python", default=sys.executable, help="interpreter of slmjax's side, for another version of jax")
+    parser.add_argument(
+        "--python", default=sys.executable, help="interpreter of slmjax's side, for another version of jax"
+    )
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
         return work(given.worker, given.size, given.dtypes[0])
     print("| dtype | variant | ms, lowest | ms, median | its median over slmjax's | tokens/s | MFU |")
     for dtype in given.dtypes:
-        compare(given.size, dtype, given.rounds, VARIANTS if given.compile else VARIANTS[:2], python=given.python)
+        compare(
+            given.size, dtype, given.rounds, VARIANTS if given.compile else VARIANTS[:2], python=given.python
+        )
     return None
 
 
 def compare(size: str, dtype: str, rounds: int, variants: tuple[str, ...], *, python: str) -> None:
     workers = {}
     for variant in variants:
-        command = [python if variant == "slmjax" else sys.executable, __file__, "--worker", variant, "--size", size, "--dtypes", dtype]
-        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # on a GPU each needs room for itself
-        workers[variant] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        command = [
+            python if variant == "slmjax" else sys.executable,
+            __file__,
+            "--worker",
+            variant,
+            "--size",
+            size,
+            "--dtypes",
+            dtype,
+        ]
+        environment = os.environ | {
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false"
+        }  # on a GPU each needs room for itself
+        workers[variant] = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         assert read(workers[variant]) == "ready", f"{variant} did not start"
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for _ in range(rounds):
@@ -139,12 +179,16 @@ def compare(size: str, dtype: str, rounds: int, variants: tuple[str, ...], *, py
     for worker in workers.values():
         worker.kill()
     ours = statistics.median(seconds["slmjax"])
-    (rows, length), flops, peak = BATCHES[size], flops_per_token(size), peak_flops(dtype)
+    (rows, length) = BATCHES[size]
+    flops = flops_per_token(size)
+    peak = peak_flops(dtype)
     for variant, found in seconds.items():
         median = statistics.median(found)
         used = "not known" if peak is None else f"{flops * rows * length / median / peak:.1%}"
-        print(f"| {dtype} | {variant} | {1e3 * min(found):.1f} | {1e3 * median:.1f} | {median / ours:.2f} "
-              f"| {rows * length / median:,.0f} | {used} |")  # fmt: skip
+        print(
+            f"| {dtype} | {variant} | {1e3 * min(found):.1f} | {1e3 * median:.1f} | {median / ours:.2f} "
+            f"| {rows * length / median:,.0f} | {used} |"
+        )
 
 
 def flops_per_token(size: str) -> float:
@@ -152,7 +196,9 @@ def flops_per_token(size: str) -> float:
 
     from slmjax.models.zoo import describe
 
-    return describe(dataclasses.replace(model_of(size), context_length=BATCHES[size][1])).training_flops_per_token
+    return describe(
+        dataclasses.replace(model_of(size), context_length=BATCHES[size][1])
+    ).training_flops_per_token
 
 
 def peak_flops(dtype: str) -> float | None:

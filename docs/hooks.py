@@ -1,4 +1,6 @@
-"""What the site says of commands and settings is read from the code each time it is built: mkdocs calls `on_page_markdown`."""
+"""What the site says of commands and settings is read from the code each time it is built: mkdocs calls
+`on_page_markdown`.
+"""
 
 import ast
 import dataclasses
@@ -25,7 +27,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return markdown
 
 
-# Commands -------------------------------------------------------------------------------------------------------------
+# Commands ---------------------------------------------------------------------------------------------------
 def commands() -> str:
     """A section for each command: what it does, and the options that are its own."""
     from slmjax.cli import COMMANDS
@@ -38,9 +40,11 @@ def _command(name: str, function: Callable[..., int]) -> str:
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == "Arguments"]
     source = inspect.getsource(function).splitlines()
-    rows, trees = [], []
+    rows = []
+    trees = []
     for node in (node for one in classes for node in one.body if isinstance(node, ast.AnnAssign)):
-        field, comment = ast.unparse(node.target), _comment(source[(node.end_lineno or 1) - 1])
+        field = ast.unparse(node.target)
+        comment = _comment(source[(node.end_lineno or 1) - 1])
         annotation = ast.unparse(node.annotation)
         default = "" if node.value is None else ast.unparse(node.value)
         if "Config" in annotation or "Experiment" in annotation or field in ("data", "tokenizer"):
@@ -53,13 +57,15 @@ def _command(name: str, function: Callable[..., int]) -> str:
         rows.append(f"| `{option}` | {_cell(kind)} | {_cell(default)} | {html.escape(comment)} |")
     parts = [f"## {name}", f"{about[:1].upper()}{about[1:]}.", f"```\n{usage or f'slmjax {name}'}\n```"]
     if trees:
-        parts.append(f"Fields of {' and '.join(trees)} are options too: see [configuration](configuration.md).")
+        parts.append(
+            f"Fields of {' and '.join(trees)} are options too: see [configuration](configuration.md)."
+        )
     if rows:
         parts.append("\n".join(["| option | type | default | |", "|---|---|---|---|", *rows]))
     return "\n\n".join(parts)
 
 
-# Configuration --------------------------------------------------------------------------------------------------------
+# Configuration ----------------------------------------------------------------------------------------------
 def configuration() -> str:
     """A section for each dataclass that an experiment is made of, in the order in which they are met."""
     from slmjax.training.experiment import Experiment
@@ -88,21 +94,33 @@ def config_classes(root: type) -> list[type]:
 def _classes(hint: Any) -> Iterator[type]:
     if isinstance(hint, type) and not typing.get_args(hint):
         yield hint
-        yield from (kind for kind in hint.__subclasses__() if dataclasses.is_dataclass(kind) and kind.__module__.startswith("slmjax"))
+        yield from (
+            kind
+            for kind in hint.__subclasses__()
+            if dataclasses.is_dataclass(kind) and kind.__module__.startswith("slmjax")
+        )
     for inner in typing.get_args(hint):
         yield from _classes(inner)
 
 
 def _config(cls: type) -> str:
-    comments, hints = _comments(cls), typing.get_type_hints(cls)
+    comments = _comments(cls)
+    hints = typing.get_type_hints(cls)
     rows = []
     for field in dataclasses.fields(cls):
-        hint, comment = hints[field.name], comments.get(field.name, "")
-        rows.append(f"| `{field.name}` | {_cell(_type(hint))} | {_cell(_default(field))} | {_about(comment, hint)} |")
+        hint = hints[field.name]
+        comment = comments.get(field.name, "")
+        rows.append(
+            f"| `{field.name}` | {_cell(_type(hint))} | {_cell(_default(field))} | {_about(comment, hint)} |"
+        )
     parts = [f"## {cls.__name__}", f"`{cls.__module__}`. {inspect.cleandoc(cls.__doc__ or '')}"]
     if rows:
         parts.append("\n".join(["| field | type | default | |", "|---|---|---|---|", *rows]))
-    kinds = [kind.__name__ for kind in cls.__subclasses__() if dataclasses.is_dataclass(kind) and kind.__module__.startswith("slmjax")]
+    kinds = [
+        kind.__name__
+        for kind in cls.__subclasses__()
+        if dataclasses.is_dataclass(kind) and kind.__module__.startswith("slmjax")
+    ]
     if kinds:
         parts.append("Kinds: " + ", ".join(f"[{kind}](#{kind.lower()})" for kind in kinds) + ".")
     return "\n\n".join(parts)
@@ -110,16 +128,26 @@ def _config(cls: type) -> str:
 
 def _about(comment: str, hint: Any) -> str:
     """The comment; for a field that is settings itself, what they are, with a link."""
-    if isinstance(hint, type) and hint.__module__.startswith("slmjax") and (not comment or dataclasses.is_dataclass(hint)):
+    if (
+        isinstance(hint, type)
+        and hint.__module__.startswith("slmjax")
+        and (not comment or dataclasses.is_dataclass(hint))
+    ):
         first = (inspect.getdoc(hint) or "").split("\n")[0]
         named = [hint] if dataclasses.is_dataclass(hint) else hint.__subclasses__()
-        links = ", ".join(f"[{one.__name__}](#{one.__name__.lower()})" for one in named if one.__module__.startswith("slmjax"))
+        links = ", ".join(
+            f"[{one.__name__}](#{one.__name__.lower()})"
+            for one in named
+            if one.__module__.startswith("slmjax")
+        )
         return f"{html.escape(comment or first)} See {links}."
     return html.escape(comment)
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """Field -> the comment beside it or, where there is none, on the line above it; those of base classes included."""
+    """Field -> the comment beside it or, where there is none, on the line above it; those of base classes
+    included.
+    """
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base):

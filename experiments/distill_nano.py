@@ -1,8 +1,9 @@
 """A student of half of `nano`'s layers that learns from a run of `nano`.
 
     slmjax train                                                     # the teacher
-    slmjax train experiments/distill_nano.py                         # learns from the newest finished run of it
-    slmjax train experiments/distill_nano.py --teacher DIR           # from another run, or an imported model
+    slmjax train experiments/distill_nano.py                         # learns from the newest finished run of
+    it slmjax train experiments/distill_nano.py --teacher DIR           # from another run, or an imported
+    model
 
 It begins as two of the teacher's layers and has half as many steps.
 """
@@ -24,7 +25,8 @@ def newest_teacher() -> Path:
 
 
 def experiment() -> Experiment:
-    nano, teacher = recipes.nano(), newest_teacher()
+    nano = recipes.nano()
+    teacher = newest_teacher()
     (segment,) = nano.model.stack
     distill = DistillConfig(teachers=(TeacherConfig(path=str(teacher)),), temperature=Ramp(start=2.0))
     return dataclasses.replace(

@@ -1,11 +1,12 @@
 """Does a student learn more from a teacher than from the text alone, and from which divergence?
 
-    python experiments/distill_study.py                      # the teacher, then every arm with 3 seeds; goes on where it was stopped
-    python experiments/distill_study.py --directory runs/distill-study --report    # what has been found so far
-    slmjax train experiments/distill_study.py                # the teacher alone
+    python experiments/distill_study.py                      # the teacher, then every arm with 3 seeds; goes
+    on where it was stopped python experiments/distill_study.py --directory runs/distill-study --report    #
+    what has been found so far slmjax train experiments/distill_study.py                # the teacher alone
 
-Python's own standard library, as `nano` reads it. The teacher has 8 layers of width 128, the students have 2, and all arms see the same
-batches of the same number of tokens with the same seed. Judged by bits per byte of held-out documents.
+Python's own standard library, as `nano` reads it. The teacher has 8 layers of width 128, the students have 2,
+and all arms see the same batches of the same number of tokens with the same seed. Judged by bits per byte of
+held-out documents.
 """
 
 import argparse
@@ -24,8 +25,10 @@ from slmjax.studies import Arm, Study, analyze, findings_table, read_members, ru
 from slmjax.training import recipes
 from slmjax.training.experiment import Experiment, FromTeacherLayers
 
-TEACHER_LAYERS, STUDENT_LAYERS = 8, 2
-TEACHER_STEPS, STUDENT_STEPS = 1000, 300
+TEACHER_LAYERS = 8
+STUDENT_LAYERS = 2
+TEACHER_STEPS = 1000
+STUDENT_STEPS = 300
 SEEDS = (0, 1, 2)
 
 
@@ -33,7 +36,9 @@ def model(num_layers: int) -> ModelConfig:
     """`nano`'s layers at half their width."""
     attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32, qk_norm=QkNorm.PER_HEAD)
     block = BlockConfig(mixer=attention, ffn=MlpConfig(hidden_dim=320))
-    return ModelConfig(embed_dim=128, stack=(Segment(pattern=(block,), repeats=num_layers),), context_length=256)
+    return ModelConfig(
+        embed_dim=128, stack=(Segment(pattern=(block,), repeats=num_layers),), context_length=256
+    )
 
 
 def of_depth(num_layers: int, *, name: str, steps: int) -> Experiment:
@@ -53,13 +58,23 @@ def experiment() -> Experiment:
     return of_depth(TEACHER_LAYERS, name="teacher", steps=TEACHER_STEPS)
 
 
-def taught(teacher: Path, divergence: Divergence, *, temperature: float = 1.0, hard: float = 0.0, from_layers: bool = False) -> Experiment:
+def taught(
+    teacher: Path,
+    divergence: Divergence,
+    *,
+    temperature: float = 1.0,
+    hard: float = 0.0,
+    from_layers: bool = False,
+) -> Experiment:
     """A student that learns from the teacher, `hard` of it from the text."""
     student = text_alone(teacher, from_layers=from_layers)
     distill = DistillConfig(
-        teachers=(TeacherConfig(path=str(teacher)),), divergence=divergence, weight=Ramp(start=1.0 - hard), hard_weight=Ramp(start=hard),
+        teachers=(TeacherConfig(path=str(teacher)),),
+        divergence=divergence,
+        weight=Ramp(start=1.0 - hard),
+        hard_weight=Ramp(start=hard),
         temperature=Ramp(start=temperature),
-    )  # fmt: skip
+    )
     return dataclasses.replace(student, objective=dataclasses.replace(student.objective, distill=distill))
 
 
@@ -101,8 +116,12 @@ FURTHER = (
 
 
 def trained_teacher(directory: Path, *, is_report: bool) -> Path:
-    """The teacher's run, a study of one arm: trained, or gone on with, unless a report is all that is asked for."""
-    one = Study(name="teacher", arms=(Arm(name="teacher", experiment=experiment()),), seeds=(0,), baseline="teacher")
+    """The teacher's run, a study of one arm: trained, or gone on with, unless a report is all that is asked
+    for.
+    """
+    one = Study(
+        name="teacher", arms=(Arm(name="teacher", experiment=experiment()),), seeds=(0,), baseline="teacher"
+    )
     members = read_members(one, directory) if is_report else run_study(one, directory)
     if not members or members[0].status != "finished":
         raise SystemExit(f"there is no trained teacher in {directory}: run the study without --report")
@@ -113,11 +132,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, default=Path("runs/distill-study"))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--report", action="store_true", help="what has been found so far; nothing is trained")
+    parser.add_argument(
+        "--report", action="store_true", help="what has been found so far; nothing is trained"
+    )
     arguments = parser.parse_args()
     teacher = trained_teacher(arguments.directory.absolute() / "teacher", is_report=arguments.report)
     asked = study(teacher, tuple(arguments.seeds))
-    members = read_members(asked, arguments.directory) if arguments.report else run_study(asked, arguments.directory)
+    members = (
+        read_members(asked, arguments.directory)
+        if arguments.report
+        else run_study(asked, arguments.directory)
+    )
     findings = analyze(asked, members, further=FURTHER)
     write_findings(findings, arguments.directory)
     Console().print(findings_table(findings))

@@ -1,4 +1,5 @@
-"""The mixture-of-experts sibling of `nano`: 8 experts of which a token uses 2, about the same active parameters.
+"""The mixture-of-experts sibling of `nano`: 8 experts of which a token uses 2, about the same active
+parameters.
 
 slmjax train experiments/nano_moe.py
 """

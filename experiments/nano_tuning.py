@@ -20,7 +20,11 @@ class TuningText(StdlibSource):
     heldout_fraction: float = 0.03  # what `nano` holds out
 
     def documents(self) -> Iterator[Document]:
-        return (document for document in super().documents() if not is_held_out(document.id, self.heldout_fraction))
+        return (
+            document
+            for document in super().documents()
+            if not is_held_out(document.id, self.heldout_fraction)
+        )
 
     def fingerprint(self) -> str:
         return f"{super().fingerprint()} without {self.heldout_fraction}"
@@ -28,5 +32,7 @@ class TuningText(StdlibSource):
 
 def experiment() -> slmjax.Experiment:
     nano = slmjax.load_experiment("nano")
-    data = dataclasses.replace(nano.data, sources=(WeightedSource(source=TuningText()),), heldout_fraction=0.06)
+    data = dataclasses.replace(
+        nano.data, sources=(WeightedSource(source=TuningText()),), heldout_fraction=0.06
+    )
     return dataclasses.replace(nano, data=data, run=dataclasses.replace(nano.run, name="nano-tuning"))

@@ -13,4 +13,6 @@ from slmjax.training.experiment import Experiment
 def experiment() -> Experiment:
     """nano with windows in most of its layers."""
     nano = recipes.nano()
-    return dataclasses.replace(nano, model=zoo.nano_window(), run=dataclasses.replace(nano.run, name="nano-window"))
+    return dataclasses.replace(
+        nano, model=zoo.nano_window(), run=dataclasses.replace(nano.run, name="nano-window")
+    )

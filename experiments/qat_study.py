@@ -1,23 +1,24 @@
 """How much of what rounding costs does training for the format recover, and when should it begin?
 
-    python experiments/qat_study.py                          # trains all members with 3 seeds; goes on where it was stopped
-    python experiments/qat_study.py --sweep                  # as well: each arm of `what` at its own best learning rate
-    python experiments/qat_study.py --directory runs/qat-study --report     # what has been found so far
-    slmjax quant report experiments/qat_study.py             # the recovery report alone, with its page
-    slmjax train experiments/qat_study.py                    # the model in full precision that all begin as
+    python experiments/qat_study.py                          # trains all members with 3 seeds; goes on where
+    it was stopped python experiments/qat_study.py --sweep                  # as well: each arm of `what` at
+    its own best learning rate python experiments/qat_study.py --directory runs/qat-study --report     # what
+    has been found so far slmjax quant report experiments/qat_study.py             # the recovery report
+    alone, with its page slmjax train experiments/qat_study.py                    # the model in full
+    precision that all begin as
 
-Python's own standard library, as `nano` reads it, and a model of 2 layers of width 128. Two studies, whose members of one seed all see
-the same batches:
+Python's own standard library, as `nano` reads it, and a model of 2 layers of width 128. Two studies, whose
+members of one seed all see the same batches:
 
 Where JAX_COMPILATION_CACHE_DIR names a directory, what the seeds compile alike is compiled once.
 
 - when: from scratch, in full precision for a share of the steps and in q4_0 for the rest of them;
-- what: each seed's model of the first study that was trained in full precision goes on for some more steps, in full precision or for a
-  format. What it comes to in full precision is also rounded to each format without training, with the format's own scales and with
-  those that have the smallest squared error.
+- what: each seed's model of the first study that was trained in full precision goes on for some more steps,
+  in full precision or for a format. What it comes to in full precision is also rounded to each format without
+  training, with the format's own scales and with those that have the smallest squared error.
 
-With --sweep each trained arm of `what` is first trained at the learning rates RATES with the seed SWEEP_SEED, and then goes on at its
-best one. `--report` finds a sweep in the directory.
+With --sweep each trained arm of `what` is first trained at the learning rates RATES with the seed SWEEP_SEED,
+and then goes on at its best one. `--report` finds a sweep in the directory.
 """
 
 import argparse
@@ -61,7 +62,8 @@ from slmjax.studies.study import MEMBERS
 from slmjax.training import recipes
 from slmjax.training.experiment import Experiment, FromModel
 
-STEPS, FURTHER_STEPS = 300, 120
+STEPS = 300
+FURTHER_STEPS = 120
 SEEDS = (0, 1, 2)
 SWEEP_SEED = 1000  # chooses learning rates; none of SEEDS
 RATES = (0.25, 0.5, 1.0, 2.0)  # of the arms of `what`, as shares of the experiment's learning rate
@@ -69,7 +71,8 @@ SHARES = (0.0, 0.5, 0.9)  # of the steps that are in full precision, before thos
 FULL = "full precision"
 Q4_0 = "q4_0"
 
-# The formats by what tables call them. Groups of 256 do not fit the model's widths: three levels have one scale for each row.
+# The formats by what tables call them. Groups of 256 do not fit the model's widths: three levels have one
+# scale for each row.
 FORMATS = {
     "8 bits": preset("q8_0"),
     Q4_0: preset("q4_0"),
@@ -102,7 +105,9 @@ def everywhere(spec: QuantSpec) -> tuple[QuantRule, ...]:
 
 def trained_for(base: Experiment, spec: QuantSpec, *, start_step: int = 0) -> Experiment:
     """An experiment in a format from a step on."""
-    return dataclasses.replace(base, quant=QuantConfig(phases=(QuantPhase(rules=everywhere(spec)),), start_step=start_step))
+    return dataclasses.replace(
+        base, quant=QuantConfig(phases=(QuantPhase(rules=everywhere(spec)),), start_step=start_step)
+    )
 
 
 def rounded(name: str, spec: QuantSpec, *, source: str = FULL, clip: Clip = Clip.NONE) -> Derived:
@@ -121,36 +126,50 @@ def rounded_names(name: str) -> tuple[str, str]:
     return f"rounded, {name}", f"rounded with clip search, {name}"
 
 
-# When: the first study --------------------------------------------------------------------------------------------------
+# When: the first study --------------------------------------------------------------------------------------
 def when(seeds: tuple[int, ...] = SEEDS) -> Study:
     """QAT after a share of the steps, all from scratch and equally long."""
     base = experiment()
-    late = {share: trained_for(base, FORMATS[Q4_0], start_step=round(share * base.run.steps)) for share in SHARES}
+    late = {
+        share: trained_for(base, FORMATS[Q4_0], start_step=round(share * base.run.steps)) for share in SHARES
+    }
     arms = (
         Arm(name=FULL, experiment=base),
         *both_rounded(Q4_0, FORMATS[Q4_0]),
         *(Arm(name=f"QAT after {share:.0%}", experiment=one) for share, one in late.items()),
     )
-    return Study(name="when QAT begins", arms=arms, seeds=seeds, baseline=FULL, figures=("calibration_error",))
+    return Study(
+        name="when QAT begins", arms=arms, seeds=seeds, baseline=FULL, figures=("calibration_error",)
+    )
 
 
-# What: the second study -------------------------------------------------------------------------------------------------
+# What: the second study -------------------------------------------------------------------------------------
 def bases(directory: Path, seeds: tuple[int, ...], *, study: Study | None = None) -> dict[int, Path]:
     """The runs in full precision of a study (none: the first), by seed."""
     found = {one.seed: one for one in read_members(study or when(seeds), directory) if one.arm == FULL}
     if missing := [seed for seed in seeds if seed not in found or found[seed].status != "finished"]:
-        raise SystemExit(f"{directory} has no finished run in full precision of seeds {missing}: run the study without --report")
+        raise SystemExit(
+            f"{directory} has no finished run in full precision of seeds {missing}: run the study without "
+            "--report"
+        )
     return {seed: Path(one.result["run_dir"]) for seed, one in found.items()}
 
 
 def further(base: Path) -> Experiment:
-    """Some more steps for a trained model, in full precision, from half of the learning rate down to nothing."""
+    """Some more steps for a trained model, in full precision, from half of the learning rate down to
+    nothing.
+    """
     one = experiment()
     return dataclasses.replace(
         one,
         init=FromModel(path=str(base)),
         tokenizer=FileTokenizer(path=str(base / "tokenizer")),
-        optim=dataclasses.replace(one.optim, lr=one.optim.lr / 2, muon_lr=one.optim.muon_lr / 2, warmup_steps=min(10, FURTHER_STEPS - 1)),
+        optim=dataclasses.replace(
+            one.optim,
+            lr=one.optim.lr / 2,
+            muon_lr=one.optim.muon_lr / 2,
+            warmup_steps=min(10, FURTHER_STEPS - 1),
+        ),
         eval=dataclasses.replace(one.eval, every=FURTHER_STEPS),
         run=dataclasses.replace(one.run, name="further", steps=FURTHER_STEPS),
     )
@@ -159,7 +178,9 @@ def further(base: Path) -> Experiment:
 def taught(base: Path) -> Experiment:
     """For q4_0, from what the model in full precision says of the same tokens, not from the tokens."""
     one = trained_for(further(base), FORMATS[Q4_0])
-    distill = DistillConfig(teachers=(TeacherConfig(path=str(base)),), weight=Ramp(start=1.0), hard_weight=Ramp(start=0.0))
+    distill = DistillConfig(
+        teachers=(TeacherConfig(path=str(base)),), weight=Ramp(start=1.0), hard_weight=Ramp(start=0.0)
+    )
     return dataclasses.replace(one, objective=dataclasses.replace(one.objective, distill=distill))
 
 
@@ -175,14 +196,23 @@ def trained_arms(base_of: dict[int, Path]) -> tuple[Arm, ...]:
     return (
         arm(FULL, further),
         *(trained(f"QAT, {name}", spec) for name, spec in FORMATS.items()),
-        arm("QAT, q4_0, last quarter", lambda base: trained_for(further(base), FORMATS[Q4_0], start_step=FURTHER_STEPS * 3 // 4)),
+        arm(
+            "QAT, q4_0, last quarter",
+            lambda base: trained_for(further(base), FORMATS[Q4_0], start_step=FURTHER_STEPS * 3 // 4),
+        ),
         trained("QAT, other grid", OTHER_GRID),
         arm("QAD, q4_0", taught),
     )
 
 
-def what(base_of: dict[int, Path], seeds: tuple[int, ...] = SEEDS, rates: Mapping[str, ChosenRate] = MappingProxyType({})) -> Study:
-    """Formats, each trained for and rounded to, and q4_0 in other ways; arms that have a rate of their own at it."""
+def what(
+    base_of: dict[int, Path],
+    seeds: tuple[int, ...] = SEEDS,
+    rates: Mapping[str, ChosenRate] = MappingProxyType({}),
+) -> Study:
+    """Formats, each trained for and rounded to, and q4_0 in other ways; arms that have a rate of their own at
+    it.
+    """
     reference, *others = at_rates(trained_arms(base_of), rates)
     arms = (
         reference,
@@ -190,13 +220,20 @@ def what(base_of: dict[int, Path], seeds: tuple[int, ...] = SEEDS, rates: Mappin
         *others,
         rounded("QAT, other grid, then q4_0", FORMATS[Q4_0], source="QAT, other grid"),
     )
-    return Study(name="what QAT recovers", arms=arms, seeds=seeds, baseline=FULL, figures=("calibration_error",))
+    return Study(
+        name="what QAT recovers", arms=arms, seeds=seeds, baseline=FULL, figures=("calibration_error",)
+    )
 
 
-# Learning rates of the second study -------------------------------------------------------------------------------------
+# Learning rates of the second study -------------------------------------------------------------------------
 def sweep_base() -> Study:
     """The model in full precision of the seed that chooses."""
-    return Study(name="base of the sweep", arms=(Arm(name=FULL, experiment=experiment()),), seeds=(SWEEP_SEED,), baseline=FULL)
+    return Study(
+        name="base of the sweep",
+        arms=(Arm(name=FULL, experiment=experiment()),),
+        seeds=(SWEEP_SEED,),
+        baseline=FULL,
+    )
 
 
 def sweep(directory: Path) -> RateSweep:
@@ -233,7 +270,8 @@ FURTHER = (
 
 def recoveries(directory: Path, seeds: tuple[int, ...] = SEEDS) -> tuple[Recovery, ...]:
     """Which arm is the reference and which are rounded, in both studies."""
-    first, over = when(seeds), rounded_names(Q4_0)
+    first = when(seeds)
+    over = rounded_names(Q4_0)
     of_first = {arm.name: over for arm in first.arms if arm.name.startswith("QAT")}
     of_second = {f"QAT, {name}": rounded_names(name) for name in FORMATS} | dict.fromkeys(
         ("QAT, q4_0, last quarter", "QAT, other grid, then q4_0", "QAD, q4_0"), over
@@ -247,13 +285,20 @@ def recoveries(directory: Path, seeds: tuple[int, ...] = SEEDS) -> tuple[Recover
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--directory", type=Path, default=Path("runs/qat-study"))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--sweep", action="store_true", help="each arm of the second study at its own best learning rate")
-    parser.add_argument("--report", action="store_true", help="what has been found so far; nothing is trained")
+    parser.add_argument(
+        "--sweep", action="store_true", help="each arm of the second study at its own best learning rate"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="what has been found so far; nothing is trained"
+    )
     arguments = parser.parse_args()
-    seeds, directory = tuple(arguments.seeds), arguments.directory.absolute()
+    seeds = tuple(arguments.seeds)
+    directory = arguments.directory.absolute()
     if not arguments.report:
         run_study(when(seeds), directory / "when")
         if arguments.sweep:

@@ -1,8 +1,9 @@
 # %% [markdown]
 # # Train a small language model and look at it
 #
-# A decoder of a few hundred thousand parameters learns Python's own standard library, on a laptop in about a minute. Each
-# cell does one thing; open this file in Jupyter (with jupytext) or in an editor that knows `# %%`, or run it as it is.
+# A decoder of a few hundred thousand parameters learns Python's own standard library, on a laptop in about a
+# minute. Each cell does one thing; open this file in Jupyter (with jupytext) or in an editor that knows `#
+# %%`, or run it as it is.
 #
 # `SLMJAX_NOTEBOOK_STEPS` makes it shorter, as the tests do.
 
@@ -22,14 +23,17 @@ STEPS = int(os.environ.get("SLMJAX_NOTEBOOK_STEPS", "200"))
 # %% [markdown]
 # ## An experiment is a tree of settings
 #
-# `nano` is the default one. Nothing of it is hidden: print it, and change what you like with `dataclasses.replace`. Here the
-# model becomes smaller: two layers, each a block of attention and a feed-forward layer.
+# `nano` is the default one. Nothing of it is hidden: print it, and change what you like with
+# `dataclasses.replace`. Here the model becomes smaller: two layers, each a block of attention and a
+# feed-forward layer.
 
 # %%
 nano = slmjax.load_experiment("nano")
 segment = nano.model.stack[0]
 block = dataclasses.replace(segment.pattern[0], ffn=MlpConfig(hidden_dim=256))
-model = dataclasses.replace(nano.model, embed_dim=128, stack=(dataclasses.replace(segment, pattern=(block,), repeats=2),))
+model = dataclasses.replace(
+    nano.model, embed_dim=128, stack=(dataclasses.replace(segment, pattern=(block,), repeats=2),)
+)
 experiment = dataclasses.replace(
     nano,
     model=model,
@@ -44,7 +48,8 @@ print(zoo.describe(dataclasses.replace(model, vocab_size=1024)))
 # %% [markdown]
 # ## Train
 #
-# Everything about the run is in its directory: settings, log, checkpoints, tokenizer, result, and a page to look at.
+# Everything about the run is in its directory: settings, log, checkpoints, tokenizer, result, and a page to
+# look at.
 
 # %%
 result = slmjax.train(experiment)
@@ -69,14 +74,17 @@ print("open", page.resolve())
 
 # %%
 loaded = slmjax.load_model(result.run_dir)
-for one in slmjax.generate(loaded, ["def main(", "import "], config=SamplingConfig(max_tokens=48, temperature=0.7, top_p=0.95)):
+for one in slmjax.generate(
+    loaded, ["def main(", "import "], config=SamplingConfig(max_tokens=48, temperature=0.7, top_p=0.95)
+):
     print(f"--- seed {one.seed}, {one.reason.value}, {sum(one.logprobs):.1f} nats")
     print(one.text)
 
 # %% [markdown]
 # ## Evaluate
 #
-# Bits per byte compares models with different tokenizers, and compressors. The held-out text is never trained on.
+# Bits per byte compares models with different tokenizers, and compressors. The held-out text is never trained
+# on.
 
 # %%
 evaluation = slmjax.evaluate(loaded, max_documents=2)
@@ -86,5 +94,6 @@ assert Path(result.run_dir, "report.html").is_file()
 # %% [markdown]
 # ## Where to go from here
 #
-# The same from the command line: `slmjax train nano --optim.lr 3e-3`, `slmjax runs`, `slmjax compare RUN RUN`. Your own text:
-# `--data.path FILE`. Your own architecture: an experiment file, like those in `experiments/`.
+# The same from the command line: `slmjax train nano --optim.lr 3e-3`, `slmjax runs`, `slmjax compare RUN
+# RUN`. Your own text: `--data.path FILE`. Your own architecture: an experiment file, like those in
+# `experiments/`.

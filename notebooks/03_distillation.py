@@ -1,9 +1,9 @@
 # %% [markdown]
 # # A student and its teacher
 #
-# A model that has been trained knows more of each next token than the one token of the text: a whole distribution. A student that
-# learns from it needs fewer tokens. Here both are small enough for a CPU, and the only figure that counts is measured on text
-# that neither has seen.
+# A model that has been trained knows more of each next token than the one token of the text: a whole
+# distribution. A student that learns from it needs fewer tokens. Here both are small enough for a CPU, and
+# the only figure that counts is measured on text that neither has seen.
 
 # %%
 import dataclasses
@@ -30,7 +30,9 @@ def of_depth(num_layers: int, steps: int) -> Experiment:
     nano = slmjax.load_experiment("nano")
     return dataclasses.replace(
         nano,
-        model=dataclasses.replace(nano.model, embed_dim=128, stack=(dataclasses.replace(nano.model.stack[0], repeats=num_layers),)),
+        model=dataclasses.replace(
+            nano.model, embed_dim=128, stack=(dataclasses.replace(nano.model.stack[0], repeats=num_layers),)
+        ),
         data=dataclasses.replace(nano.data, sequence_length=128, heldout_fraction=0.01),
         tokenizer=dataclasses.replace(nano.tokenizer, vocab_size=1024, training_bytes=1_000_000),
         optim=dataclasses.replace(nano.optim, warmup_steps=min(20, STEPS - 1)),
@@ -45,8 +47,8 @@ print(f"teacher: {teacher.bits_per_byte:.3f} bits per byte")
 # %% [markdown]
 # ## Students
 #
-# All see the same batches. The first learns from the text alone, the second from what the teacher says of the same tokens. The third does
-# so too, and begins as two of the teacher's layers.
+# All see the same batches. The first learns from the text alone, the second from what the teacher says of the
+# same tokens. The third does so too, and begins as two of the teacher's layers.
 
 # %%
 student = of_depth(2, STEPS)
@@ -66,7 +68,8 @@ arms = {
 results = {name: slmjax.train(experiment) for name, experiment in arms.items()}
 
 # %% [markdown]
-# One seed resolves nothing that is near: `experiments/distill_study.py` asks the same with three seeds, and says how sure it is.
+# One seed resolves nothing that is near: `experiments/distill_study.py` asks the same with three seeds, and
+# says how sure it is.
 
 # %%
 for name, result in results.items():
@@ -77,7 +80,9 @@ for name, result in results.items():
 
 # %%
 loaded = slmjax.load_model(results["text alone"].run_dir)
-found = slmjax.evaluate(loaded, max_documents=2, teachers=beside(Path(teacher.run_dir), loaded), log=lambda text: None)
+found = slmjax.evaluate(
+    loaded, max_documents=2, teachers=beside(Path(teacher.run_dir), loaded), log=lambda text: None
+)
 print(found.text())
 
 # %% [markdown]

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Trained for the format it will run in
 #
-# A model that is rounded after training is another model than the one that was trained. Here a small one learns with its weights
-# rounded to llama.cpp's Q4_0 all along, is compared with the same model rounded afterwards, and is exported with the very codes that
-# were trained.
+# A model that is rounded after training is another model than the one that was trained. Here a small one
+# learns with its weights rounded to llama.cpp's Q4_0 all along, is compared with the same model rounded
+# afterwards, and is exported with the very codes that were trained.
 
 # %%
 import dataclasses
@@ -29,7 +29,9 @@ STEPS = int(os.environ.get("SLMJAX_NOTEBOOK_STEPS", "100"))
 nano = slmjax.load_experiment("nano")
 full = dataclasses.replace(
     nano,
-    model=dataclasses.replace(nano.model, embed_dim=128, stack=(dataclasses.replace(nano.model.stack[0], repeats=2),)),
+    model=dataclasses.replace(
+        nano.model, embed_dim=128, stack=(dataclasses.replace(nano.model.stack[0], repeats=2),)
+    ),
     data=dataclasses.replace(nano.data, sequence_length=128, heldout_fraction=0.01),
     tokenizer=dataclasses.replace(nano.tokenizer, vocab_size=1024, training_bytes=1_000_000),
     optim=dataclasses.replace(nano.optim, warmup_steps=min(20, STEPS - 1)),
@@ -42,8 +44,9 @@ print(f"full precision: {base.bits_per_byte:.3f} bits per byte")
 # %% [markdown]
 # ## Some more steps, in full precision and in 3 bits
 #
-# Both go on from there for as many steps. Without the first, what more training brings would be taken for what quantization-aware training
-# recovers. Three bits, because rounding to four costs a model as small as this little.
+# Both go on from there for as many steps. Without the first, what more training brings would be taken for
+# what quantization-aware training recovers. Three bits, because rounding to four costs a model as small as
+# this little.
 
 
 # %%
@@ -52,11 +55,15 @@ def further(experiment: Experiment) -> Experiment:
         experiment,
         init=FromModel(path=base.run_dir),
         tokenizer=FileTokenizer(path=f"{base.run_dir}/tokenizer"),
-        optim=dataclasses.replace(experiment.optim, lr=experiment.optim.lr / 2, muon_lr=experiment.optim.muon_lr / 2),
+        optim=dataclasses.replace(
+            experiment.optim, lr=experiment.optim.lr / 2, muon_lr=experiment.optim.muon_lr / 2
+        ),
     )
 
 
-rules = (QuantRule(paths=".", weight=preset("int3_g32")),)  # every matrix, the embedding among them; vectors stay as they are
+rules = (
+    QuantRule(paths=".", weight=preset("int3_g32")),
+)  # every matrix, the embedding among them; vectors stay as they are
 longer = slmjax.train(further(full))
 aware = slmjax.train(dataclasses.replace(further(full), quant=QuantConfig(phases=(QuantPhase(rules=rules),))))
 
@@ -67,14 +74,18 @@ aware = slmjax.train(dataclasses.replace(further(full), quant=QuantConfig(phases
 written = quantize_model(longer.run_dir, Path(longer.run_dir) / "rounded", rules=rules)
 rounded = slmjax.evaluate(slmjax.load_model(written.path), data=full.data, log=lambda text: None)
 print(f"as stored: {written.bytes:,} bytes for {written.parameters:,} numbers")
-for name, bits in (("full precision", longer.bits_per_byte), ("rounded", rounded.bits_per_byte), ("aware", aware.bits_per_byte)):
+for name, bits in (
+    ("full precision", longer.bits_per_byte),
+    ("rounded", rounded.bits_per_byte),
+    ("aware", aware.bits_per_byte),
+):
     print(f"{name:20} {bits:.3f} bits per byte")
 if (cost := rounded.bits_per_byte - longer.bits_per_byte) > 0:
     print(f"recovered: {1 - (aware.bits_per_byte - longer.bits_per_byte) / cost:.0%}")
 
 # %% [markdown]
-# One seed resolves nothing that is near: `experiments/qat_study.py` asks the same with three seeds and several formats, and says how
-# sure it is.
+# One seed resolves nothing that is near: `experiments/qat_study.py` asks the same with three seeds and
+# several formats, and says how sure it is.
 #
 # ## Exported with the codes that were trained
 #
@@ -86,7 +97,8 @@ slmjax.export_model(aware.run_dir, target, to=slmjax.Target.GGUF)
 print(f"{target.name}: {target.stat().st_size:,} bytes")
 
 # %% [markdown]
-# `slmjax verify-export RUN_DIR FILE` compares bytes, products and loss in llama.cpp itself, which the `verify` extra installs.
+# `slmjax verify-export RUN_DIR FILE` compares bytes, products and loss in llama.cpp itself, which the
+# `verify` extra installs.
 
 # %%
 print(write_report(aware.run_dir))

@@ -5,8 +5,8 @@
     loaded = slmjax.load_model(result.run_dir)       # -> Loaded(config, model, tokenizer)
     slmjax.generate(loaded, ["def main("])
     slmjax.evaluate(loaded)
-    slmjax.import_model("SmolLM2-135M", "smollm2")   # a Hugging Face directory or a GGUF file; then load_model("smollm2")
-    slmjax.export_model(result.run_dir, "exported", to=slmjax.Target.HF)
+    slmjax.import_model("SmolLM2-135M", "smollm2")   # a Hugging Face directory or a GGUF file; then
+    load_model("smollm2") slmjax.export_model(result.run_dir, "exported", to=slmjax.Target.HF)
 
 `import slmjax` takes milliseconds: a public name is imported when it is first used.
 """

@@ -1,9 +1,11 @@
-"""Trees of frozen dataclasses as JSON: written, read back strictly, fingerprinted. There are no settings here.
+"""Trees of frozen dataclasses as JSON: written, read back strictly, fingerprinted. There are no settings
+here.
 
-A config is a frozen, keyword-only dataclass whose fields hold bool, int, float, str, Path, Enum, None, other configs, tuples and
-`dict[str, X]` of these, and unions of these. It is read back by its declared types alone: a field of an unknown, missing or
-ill-typed value is a `ConfigError` that names the dotted path, and a class is looked up only among the imported subclasses of the
-declared one. No dotted import path is ever resolved, so a config file cannot name code to run.
+A config is a frozen, keyword-only dataclass whose fields hold bool, int, float, str, Path, Enum, None, other
+configs, tuples and `dict[str, X]` of these, and unions of these. It is read back by its declared types alone:
+a field of an unknown, missing or ill-typed value is a `ConfigError` that names the dotted path, and a class
+is looked up only among the imported subclasses of the declared one. No dotted import path is ever resolved,
+so a config file cannot name code to run.
 
     text = dumps(experiment);  experiment == loads(Experiment, text)
 """
@@ -38,8 +40,8 @@ def added_field(default: Any, *, before: Any) -> Any:
 
     Args:
       default: the value in a new config.
-      before: the value that a file without the field stands for: what the program did when it was written. A tree with this value
-        keeps the fingerprint that it had before the field was added.
+      before: the value that a file without the field stands for: what the program did when it was written. A
+        tree with this value keeps the fingerprint that it had before the field was added.
     """
     return dataclasses.field(default=default, metadata={_BEFORE: before})
 
@@ -72,8 +74,9 @@ def near_names(name: str, options: Iterable[str]) -> str:
 def to_json(tree: Any) -> Any:
     """What JSON can hold of `tree`: an Enum as its value, a tuple as a list, a Path as a str.
 
-    "type": ClassName is added to a dataclass where the declared type leaves the class open: it is abstract, a union of
-    dataclasses, or a base of the value's class. A dataclass at the root has it if it derives from another dataclass or an ABC.
+    "type": ClassName is added to a dataclass where the declared type leaves the class open: it is abstract, a
+    union of dataclasses, or a base of the value's class. A dataclass at the root has it if it derives from
+    another dataclass or an ABC.
 
     Raises:
         ConfigError: a NaN, an infinity, or a value of a kind that no config holds.
@@ -85,7 +88,8 @@ def from_json(cls: type[T], data: Any) -> T:
     """The strict inverse of `to_json`: `cls` is a dataclass, concrete or the abstract base of imported ones.
 
     Raises:
-        ConfigError: an unknown, missing or ill-typed field, by its dotted path and near names, or what a `__post_init__` refused.
+        ConfigError: an unknown, missing or ill-typed field, by its dotted path and near names, or what a
+          `__post_init__` refused.
     """
     return cast(T, _decode(data, cls, ""))
 
@@ -109,7 +113,8 @@ def loads(cls: type[T], text: str) -> T:
 def fingerprint(tree: Any) -> str:
     """16 hex digits of the SHA-256 of canonical JSON: equal trees agree, in any process and on any Python.
 
-    A field that was added later and has its former value is left out, so that a study goes on with members trained before.
+    A field that was added later and has its former value is left out, so that a study goes on with members
+    trained before.
     """
     short = _encode(tree, Any, "", is_short=True)
     canonical = json.dumps(short, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -129,7 +134,7 @@ def _refuse_constant(name: str) -> Any:
     raise ConfigError(f"{name} is not a value that a config can hold: give a finite number")
 
 
-# --- What the declared types say -------------------------------------------------------------------------------------------------
+# What the declared types say --------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -138,7 +143,10 @@ def _field_types(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     types_by_name = {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
     if "type" in types_by_name:
-        raise ConfigError(f"{cls.__name__}.type: a config field cannot have this name, in JSON it holds the class: rename it")
+        raise ConfigError(
+            f"{cls.__name__}.type: a config field cannot have this name, in JSON it holds the class: rename "
+            "it"
+        )
     return types_by_name
 
 
@@ -179,8 +187,14 @@ def _concrete_classes(hints: Iterable[Any]) -> dict[str, type]:
             continue
         other = found.get(cls.__name__)
         # An experiment file that was loaded twice defines its classes twice; the later one counts.
-        if other is not None and other is not cls and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ConfigError(f"two classes are named {cls.__name__} ({other.__module__} and {cls.__module__}): rename one")
+        if (
+            other is not None
+            and other is not cls
+            and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__)
+        ):
+            raise ConfigError(
+                f"two classes are named {cls.__name__} ({other.__module__} and {cls.__module__}): rename one"
+            )
         found[cls.__name__] = cls
     return found
 
@@ -204,7 +218,7 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-# --- Writing ---------------------------------------------------------------------------------------------------------------------
+# Writing ----------------------------------------------------------------------------------------------------
 
 
 def _encode(value: Any, hint: Any, path: str, *, is_short: bool) -> Any:
@@ -213,11 +227,18 @@ def _encode(value: Any, hint: Any, path: str, *, is_short: bool) -> Any:
         cls = type(value)
         declared_types = _field_types(cls)
         if is_short:
-            before = {field.name: field.metadata[_BEFORE] for field in dataclasses.fields(cls) if _BEFORE in field.metadata}
+            before = {
+                field.name: field.metadata[_BEFORE]
+                for field in dataclasses.fields(cls)
+                if _BEFORE in field.metadata
+            }
             as_before = {name for name, former in before.items() if getattr(value, name) == former}
-            declared_types = {name: declared for name, declared in declared_types.items() if name not in as_before}
+            declared_types = {
+                name: declared for name, declared in declared_types.items() if name not in as_before
+            }
         fields = {
-            name: _encode(getattr(value, name), declared, _join(path, name), is_short=is_short) for name, declared in declared_types.items()
+            name: _encode(getattr(value, name), declared, _join(path, name), is_short=is_short)
+            for name, declared in declared_types.items()
         }
         if is_short and (upgrades := _upgrades(cls)):
             fields = upgrades.downgraded(fields)
@@ -230,13 +251,21 @@ def _encode(value: Any, hint: Any, path: str, *, is_short: bool) -> Any:
         declared = _element_types(hint, len(value))
         return [_encode(item, declared[i], f"{path}[{i}]", is_short=is_short) for i, item in enumerate(value)]
     if isinstance(value, Mapping):
-        declared = next((typing.get_args(member)[1] for member in _members(hint) if typing.get_origin(member) is dict), Any)
-        return {str(key): _encode(item, declared, _join(path, str(key)), is_short=is_short) for key, item in value.items()}
+        declared = next(
+            (typing.get_args(member)[1] for member in _members(hint) if typing.get_origin(member) is dict),
+            Any,
+        )
+        return {
+            str(key): _encode(item, declared, _join(path, str(key)), is_short=is_short)
+            for key, item in value.items()
+        }
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int | float):
         if not math.isfinite(value):
-            raise ConfigError(f"{_at(path)}: {value} is not a value that a config can hold: give a finite number")
+            raise ConfigError(
+                f"{_at(path)}: {value} is not a value that a config can hold: give a finite number"
+            )
         # 1 and 1.0 in a float field are the same config and must have the same fingerprint.
         is_float = float in _members(hint) and int not in _members(hint)
         return float(value) if is_float else value
@@ -245,13 +274,16 @@ def _encode(value: Any, hint: Any, path: str, *, is_short: bool) -> Any:
 
 def _element_types(hint: Any, length: int) -> tuple[Any, ...]:
     """The declared type of each element of a tuple of `length`, Any where none is declared."""
-    args = next((typing.get_args(member) for member in _members(hint) if typing.get_origin(member) in (tuple, list)), ())
+    args = next(
+        (typing.get_args(member) for member in _members(hint) if typing.get_origin(member) in (tuple, list)),
+        (),
+    )
     if len(args) == 2 and args[1] is Ellipsis:
         return args[:1] * length
     return args if len(args) == length else (Any,) * length
 
 
-# --- Reading ---------------------------------------------------------------------------------------------------------------------
+# Reading ----------------------------------------------------------------------------------------------------
 
 
 def _decode(data: Any, hint: Any, path: str) -> Any:
@@ -271,19 +303,34 @@ def _decode(data: Any, hint: Any, path: str) -> Any:
 
 
 def _mismatch(data: Any, hint: Any, members: list[Any]) -> str:
-    options = [item.value for member in members if isinstance(member, type) and issubclass(member, enum.Enum) for item in member]
+    options = [
+        item.value
+        for member in members
+        if isinstance(member, type) and issubclass(member, enum.Enum)
+        for item in member
+    ]
     allowed = f" ({', '.join(map(repr, options))})" if options else ""
-    found = "null" if data is None else type(data).__name__ if isinstance(data, dict | list) else f"{type(data).__name__} {data!r}"
+    found = (
+        "null"
+        if data is None
+        else type(data).__name__
+        if isinstance(data, dict | list)
+        else f"{type(data).__name__} {data!r}"
+    )
     return f"expected {_type_name(hint)}{allowed}, found {found}.{near_names(data, options) if isinstance(data, str) else ''}"
 
 
 def _decode_value(data: Any, hint: Any, path: str) -> tuple[bool, Any]:
-    """(True, the value) if `data` has the form of `hint`, which is no union and no config; else (False, None)."""
+    """(True, the value) if `data` has the form of `hint`, which is no union and no config; else (False,
+    None).
+    """
     origin = typing.get_origin(hint)
     if origin is tuple and isinstance(data, list):
         return _decode_tuple(data, hint, path)
     if origin is dict and isinstance(data, dict):
-        return True, {key: _decode(item, typing.get_args(hint)[1], _join(path, key)) for key, item in data.items()}
+        return True, {
+            key: _decode(item, typing.get_args(hint)[1], _join(path, key)) for key, item in data.items()
+        }
     if not isinstance(hint, type) or origin is not None:
         return False, None
     if issubclass(hint, enum.Enum):
@@ -306,7 +353,9 @@ def _is_finite_float(number: int | float) -> bool:
 def _decode_tuple(data: list[Any], hint: Any, path: str) -> tuple[bool, Any]:
     args = typing.get_args(hint)
     if not (len(args) == 2 and args[1] is Ellipsis) and len(args) != len(data):
-        raise ConfigError(f"{_at(path)}: expected {len(args)} values for {_type_name(hint)}, found {len(data)}")
+        raise ConfigError(
+            f"{_at(path)}: expected {len(args)} values for {_type_name(hint)}, found {len(data)}"
+        )
     declared = _element_types(hint, len(data))
     return True, tuple(_decode(item, declared[i], f"{path}[{i}]") for i, item in enumerate(data))
 
@@ -320,15 +369,27 @@ def _decode_dataclass(data: dict[str, Any], hints: list[Any], path: str) -> Any:
             given = upgrades.upgraded(given)
         except ValueError as error:
             raise ConfigError(f"{_at(path)}: {error}") from error
-    added = {field.name: field.metadata[_BEFORE] for field in dataclasses.fields(cls) if _BEFORE in field.metadata}
+    added = {
+        field.name: field.metadata[_BEFORE] for field in dataclasses.fields(cls) if _BEFORE in field.metadata
+    }
     for key in given:
         if key not in declared:
-            raise ConfigError(f"{_join(path, key)}: {cls.__name__} has no field {key!r}.{near_names(key, declared)}")
+            raise ConfigError(
+                f"{_join(path, key)}: {cls.__name__} has no field {key!r}.{near_names(key, declared)}"
+            )
     for field in dataclasses.fields(cls):
         if field.init and field.name not in given and field.name not in added:
-            default = "" if field.default is dataclasses.MISSING else f" (the default of this version is {field.default!r})"
+            default = (
+                ""
+                if field.default is dataclasses.MISSING
+                else f" (the default of this version is {field.default!r})"
+            )
             raise ConfigError(f"{_join(path, field.name)}: missing; {cls.__name__} needs it{default}")
-    values = {name: _decode(given[name], hint, _join(path, name)) for name, hint in declared.items() if name in given}
+    values = {
+        name: _decode(given[name], hint, _join(path, name))
+        for name, hint in declared.items()
+        if name in given
+    }
     values = {**added, **values}
     try:
         return cls(**values)

@@ -1,6 +1,7 @@
 """What every test runs under: 8 CPU devices, strict shapes and types, caches of its own.
 
-Subprocesses inherit the caches. A test that runs a command as a user would takes `user_environment`, which has one device.
+Subprocesses inherit the caches. A test that runs a command as a user would takes `user_environment`, which
+has one device.
 """
 
 import gc
@@ -14,21 +15,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
-# Before jax is imported: the number of devices and the platform are read once. Tests compile much and compute little, so the CPU
-# compiler is told not to optimise: half the time in all. Commands run as a user runs them (`user_environment`) are optimised.
-# Of several workers each inherits what the process that starts them has set.
+# Before jax is imported: the number of devices and the platform are read once. Tests compile much and compute
+# little, so the CPU compiler is told not to optimise: half the time in all. Commands run as a user runs them
+# (`user_environment`) are optimised. Of several workers each inherits what the process that starts them has
+# set.
 ORIGINAL_XLA_FLAGS = os.environ.setdefault("SLMJAX_TESTS_ORIGINAL_XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
-# Devices wait for each other in collectives; on busy cores that may be longer than the 40 s after which XLA would end the process.
-COMMON_XLA_FLAGS = (
-    f"{ORIGINAL_XLA_FLAGS} --xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=600".strip()
-)
+# Devices wait for each other in collectives; on busy cores that may be longer than the 40 s after which XLA
+# would end the process.
+COMMON_XLA_FLAGS = f"{ORIGINAL_XLA_FLAGS} --xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=600".strip()
 os.environ["XLA_FLAGS"] = f"{COMMON_XLA_FLAGS} --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu compiles for TPUs, and does not look for one
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nor does it keep other processes from doing so
 
-# A program that two tests or processes run is compiled once. A cache named by JAX_COMPILATION_CACHE_DIR outlives the session.
+# A program that two tests or processes run is compiled once. A cache named by JAX_COMPILATION_CACHE_DIR
+# outlives the session.
 SESSION_CACHE = Path(tempfile.mkdtemp(prefix="slmjax-tests-"))
 os.environ["SLMJAX_CACHE"] = str(SESSION_CACHE / "data")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(SESSION_CACHE / "compiled"))
@@ -51,7 +53,9 @@ startup.keep_memory = lambda: True  # this process has many other things to do
 
 @pytest.fixture(autouse=True, scope="module")
 def few_programs() -> Iterator[None]:
-    """Lets go of compiled programs between files once they are many: each takes maps of memory, of which Linux gives a process 65,530."""
+    """Lets go of compiled programs between files once they are many: each takes maps of memory, of which
+    Linux gives a process 65,530.
+    """
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
@@ -69,8 +73,14 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="session")
 def user_environment() -> dict[str, str]:
     """Environment variables for a command run as a user runs it: one CPU device, the session's caches."""
-    # What a small model takes longest for is compilation: it is done in haste, and the commands of one session share all of it.
-    return {**os.environ, "XLA_FLAGS": COMMON_XLA_FLAGS, "PYTHONPATH": str(ROOT), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    # What a small model takes longest for is compilation: it is done in haste, and the commands of one
+    # session share all of it.
+    return {
+        **os.environ,
+        "XLA_FLAGS": COMMON_XLA_FLAGS,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +89,9 @@ def run_command(user_environment: dict[str, str]) -> Callable[..., subprocess.Co
 
     def run(*arguments: str, cwd: Path, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "slmjax", *arguments]
-        return subprocess.run(command, cwd=cwd, env=user_environment, capture_output=True, text=True, timeout=timeout)
+        return subprocess.run(
+            command, cwd=cwd, env=user_environment, capture_output=True, text=True, timeout=timeout
+        )
 
     return run
 
@@ -88,13 +100,17 @@ def run_command(user_environment: dict[str, str]) -> Callable[..., subprocess.Co
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with text.txt, 60 kB of English, and tiny.py, an experiment that trains on it."""
     directory = tmp_path_factory.mktemp("workplace")
-    (directory / "text.txt").write_text("\n".join(topics[name] for name in sorted(topics))[:60_000], encoding="utf-8")
+    (directory / "text.txt").write_text(
+        "\n".join(topics[name] for name in sorted(topics))[:60_000], encoding="utf-8"
+    )
     shutil.copyfile(ROOT / "tests" / "tiny.py", directory / "tiny.py")
     return directory
 
 
 @pytest.fixture(scope="session")
-def trained(workplace: Path, run_command: Callable[..., subprocess.CompletedProcess[str]]) -> subprocess.CompletedProcess[str]:
+def trained(
+    workplace: Path, run_command: Callable[..., subprocess.CompletedProcess[str]]
+) -> subprocess.CompletedProcess[str]:
     """`slmjax train tiny.py --json`, run once without interruption; the result is its standard output."""
     done = run_command("train", "tiny.py", "--json", cwd=workplace)
     assert done.returncode == 0, done.stderr
@@ -105,7 +121,9 @@ def trained(workplace: Path, run_command: Callable[..., subprocess.CompletedProc
 def libtpu() -> None:
     """For a test that compiles for TPUs: the compiler is there, as it must be in CI."""
     if importlib.util.find_spec("libtpu") is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("libtpu is not installed: it comes with the extra `plan`, on Linux x86_64")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(
+            "libtpu is not installed: it comes with the extra `plan`, on Linux x86_64"
+        )
 
 
 @pytest.fixture(autouse=True)

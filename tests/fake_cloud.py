@@ -1,7 +1,7 @@
 """A cloud of folders: what the scripts in tpu_scripts are run against.
 
-`tests/tpu_scripts/fake` holds its gcloud, and what the hosts have: an old Python with pip and uv, a gcsfuse, and a slmjax that is
-"installed" and does as a test asks.
+`tests/tpu_scripts/fake` holds its gcloud, and what the hosts have: an old Python with pip and uv, a gcsfuse,
+and a slmjax that is "installed" and does as a test asks.
 """
 
 import os
@@ -26,7 +26,9 @@ def environment(**more: str) -> dict[str, str]:
 
 def script(name: str, *arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(SCRIPTS / name), *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment(**variables), capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command, cwd=cwd, env=environment(**variables), capture_output=True, text=True, timeout=60
+    )
 
 
 def executable(path: Path, text: str) -> None:
@@ -50,13 +52,21 @@ class Cloud:
         self.behave(fresh="0", resumed="0")
 
     def behave(self, *, fresh: str, resumed: str, preempted_at_look: int = 0) -> None:
-        """How trainings end, and which look at the status, from 1, finds the hosts gone (once all have begun)."""
+        """How trainings end, and which look at the status, from 1, finds the hosts gone (once all have
+        begun).
+        """
         for name, text in (("fresh", fresh), ("resumed", resumed), ("looks", str(preempted_at_look))):
             (self.fake / name).write_text(text)
 
     def until_done(self, *words: str) -> subprocess.CompletedProcess[str]:
         settings = [*POD, "--spot", "--to=fetched", *self.settings]
-        return script("until-done.sh", *settings, *(words or ("nano", "--run.steps", "10")), cwd=self.fake, **self.variables)
+        return script(
+            "until-done.sh",
+            *settings,
+            *(words or ("nano", "--run.steps", "10")),
+            cwd=self.fake,
+            **self.variables,
+        )
 
     def calls(self) -> list[str]:
         """What was done, in words: looks at states and statuses are left out."""

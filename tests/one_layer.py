@@ -1,4 +1,6 @@
-"""The tiny experiment with its first block alone: what tests train that ask about the trainer and not about the model."""
+"""The tiny experiment with its first block alone: what tests train that ask about the trainer and not about
+the model.
+"""
 
 import dataclasses
 from pathlib import Path

@@ -131,7 +131,10 @@ def test_round_trip(study: Study) -> None:
 
 def test_json_form() -> None:
     data = to_json(CORNERS)
-    assert data["stack"][0][0] == {"mixer": {"type": "Attention", "num_heads": 4, "window": 8, "rope_base": 5.0}, "norm": "sandwich"}
+    assert data["stack"][0][0] == {
+        "mixer": {"type": "Attention", "num_heads": 4, "window": 8, "rope_base": 5.0},
+        "norm": "sandwich",
+    }
     assert data["init"] == {"type": "FromModel", "directory": "/runs/a b"}
     assert data["quant"] == {"bits": 2}, "an optional config of one class needs no type"
     assert "type" not in data
@@ -140,7 +143,12 @@ def test_json_form() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(min_value=1), st.text(), st.lists(st.integers()))
+@given(
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.integers(min_value=1),
+    st.text(),
+    st.lists(st.integers()),
+)
 def test_round_trip_of_any_value(rate: float, steps: int, name: str, layers: list[int]) -> None:
     study = Study(learning_rate=rate, steps=steps, name=name, layers=tuple(layers))
     again = loads(Study, dumps(study))
@@ -179,15 +187,31 @@ def test_float_given_as_int() -> None:
         (
             ["stack", 0, 1, "norm"],
             "prre",
-            r"^stack\[0\]\[1\]\.norm: expected Norm \('pre', .*'sandwich'\), found str 'prre'. Did you mean 'pre'",
+            (
+                r"^stack\[0\]\[1\]\.norm: expected Norm \('pre', .*'sandwich'\), found str 'prre'. Did you "
+                r"mean "
+                r"'pre'"
+            ),
         ),
-        (["stack", 0, 1, "mixer", "widht"], 3, r"^stack\[0\]\[1\]\.mixer\.widht: Convolution has no field 'widht'. Did you mean 'width'"),
-        (["stack", 0, 0, "mixer", "type"], "Atention", r"^stack\[0\]\[0\]\.mixer\.type: 'Atention' is none of .* Did you mean 'Attention'"),
+        (
+            ["stack", 0, 1, "mixer", "widht"],
+            3,
+            r"^stack\[0\]\[1\]\.mixer\.widht: Convolution has no field 'widht'. Did you mean 'width'",
+        ),
+        (
+            ["stack", 0, 0, "mixer", "type"],
+            "Atention",
+            r"^stack\[0\]\[0\]\.mixer\.type: 'Atention' is none of .* Did you mean 'Attention'",
+        ),
         (["stack", 0, 0, "mixer", "type"], "Mixer", r"'Mixer' is none of Attention, Convolution"),
         (["stack", 0, 0, "mixer", "type"], "Scratch", r"'Scratch' is none of Attention, Convolution"),
         (["stack", 0, 0, "mixer", "type"], 3, r"3 is none of Attention"),
         (["init", "type"], "Lines", r"^init\.type: 'Lines' is none of FromModel, Scratch"),
-        (["learning_rat"], 3.0, r"^learning_rat: Study has no field 'learning_rat'. Did you mean 'learning_rate'"),
+        (
+            ["learning_rat"],
+            3.0,
+            r"^learning_rat: Study has no field 'learning_rat'. Did you mean 'learning_rate'",
+        ),
     ],
 )
 def test_errors_name_the_field(path: list[Any], value: Any, message: str) -> None:
@@ -211,7 +235,9 @@ def test_a_field_added_later_has_its_former_meaning_in_older_files() -> None:
 
 
 def test_missing_fields() -> None:
-    with pytest.raises(ConfigError, match=r"^steps: missing; Study needs it \(the default of this version is 100\)"):
+    with pytest.raises(
+        ConfigError, match=r"^steps: missing; Study needs it \(the default of this version is 100\)"
+    ):
         from_json(Study, changed(["steps"], None, delete=True))
     with pytest.raises(ConfigError, match=r"^init\.directory: missing; FromModel needs it$"):
         from_json(Study, changed(["init"], {"type": "FromModel"}))
@@ -243,15 +269,30 @@ def test_values_that_are_not_written() -> None:
 
 def test_import_paths_are_never_resolved() -> None:
     assert "antigravity" not in sys.modules
-    for name in ("antigravity.fly", "os.system", "tests.test_config.Attention", "slmjax.config.ConfigError", "builtins.dict"):
+    for name in (
+        "antigravity.fly",
+        "os.system",
+        "tests.test_config.Attention",
+        "slmjax.config.ConfigError",
+        "builtins.dict",
+    ):
         with pytest.raises(ConfigError, match="is none of"):
-            from_json(Study, changed(["stack", 0, 0, "mixer"], {"type": name, "_target_": name, "num_heads": 1}))
+            from_json(
+                Study, changed(["stack", 0, 0, "mixer"], {"type": name, "_target_": name, "num_heads": 1})
+            )
     assert "antigravity" not in sys.modules
 
 
 def test_fingerprint_tells_every_field_and_class_apart() -> None:
     assert len(fingerprint(Study())) == 16
-    trees = [Study(), CORNERS, Study(norms=(Norm.POST, Norm.PRE)), Study(steps=101), Study(tied=False), Study(quant=Quant())]
+    trees = [
+        Study(),
+        CORNERS,
+        Study(norms=(Norm.POST, Norm.PRE)),
+        Study(steps=101),
+        Study(tied=False),
+        Study(quant=Quant()),
+    ]
     trees += [Study(stack=((Block(mixer=Convolution()),),)), Scratch(), Attention(), Convolution()]  # type: ignore[list-item]
     assert len({fingerprint(tree) for tree in trees}) == len(trees)
 
@@ -264,11 +305,18 @@ class Pinned:
 
 
 def test_fingerprint_is_the_same_in_every_process() -> None:
-    # The value is that of `printf '{"name":"\u00e9","norms":["pre"],"rate":0.1}' | sha256sum`, with the escape as six characters.
+    # The value is that of `printf '{"name":"\u00e9","norms":["pre"],"rate":0.1}' | sha256sum`, with the
+    # escape as six characters.
     assert fingerprint(Pinned()) == "dcd4f2bb359a4ea4"
     program = "from slmjax.config import fingerprint; print(fingerprint({'b': 1, 'a': (2.5, None)}))"
     seen = {
-        subprocess.run([sys.executable, "-c", program], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         for seed in ("1", "2")
     }
     assert seen == {fingerprint({"a": (2.5, None), "b": 1}) + "\n"}
@@ -292,7 +340,9 @@ def test_classes_that_share_a_name() -> None:
 
     first = define("experiment")
     second = define("experiment")
-    assert type(from_json(Base, {"type": "Own", "size": 1})) is second, "an experiment file that was loaded again counts"
+    assert type(from_json(Base, {"type": "Own", "size": 1})) is second, (
+        "an experiment file that was loaded again counts"
+    )
     other = define("elsewhere")
     with pytest.raises(ConfigError, match="two classes are named Own"):
         from_json(Base, {"type": "Own", "size": 1})

@@ -1,4 +1,6 @@
-"""The site builds without a warning, needs no network, tells of every command and setting, and its example works."""
+"""The site builds without a warning, needs no network, tells of every command and setting, and its example
+works.
+"""
 
 import functools
 import html
@@ -36,7 +38,7 @@ def run_file(path: Path) -> ModuleType:
     return recipes.run_file(path)
 
 
-# The site -------------------------------------------------------------------------------------------------------------
+# The site ---------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("site")
@@ -66,7 +68,11 @@ class Links(HTMLParser):
 
 
 def test_pages_load_nothing_from_elsewhere_and_links_hold(site: Path) -> None:
-    pages = {path: Links(path.read_text(encoding="utf-8")) for path in site.rglob("*.html") if path.name != "404.html"}
+    pages = {
+        path: Links(path.read_text(encoding="utf-8"))
+        for path in site.rglob("*.html")
+        if path.name != "404.html"
+    }
     assert len(pages) == len(list(DOCS.glob("*.md")))
     for path, page in pages.items():
         for address in page.loaded:
@@ -89,7 +95,16 @@ def test_the_reference_tells_of_everything(site: Path) -> None:
     for option in ("--multiple-choice", "--resume", "RUN_DIR", "--logprobs", "--output"):
         assert option in commands
     settings = (site / "configuration" / "index.html").read_text()
-    for name in ("Experiment", "AttentionConfig", "MoeConfig", "OptimConfig", "SamplingConfig", "MeshConfig", "BpeTokenizer", "TextSource"):
+    for name in (
+        "Experiment",
+        "AttentionConfig",
+        "MoeConfig",
+        "OptimConfig",
+        "SamplingConfig",
+        "MeshConfig",
+        "BpeTokenizer",
+        "TextSource",
+    ):
         assert f'id="{name.lower()}"' in settings, name
     # A field, its type, its default and its comment.
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", settings))
@@ -122,21 +137,33 @@ def shell_lines() -> list[list[str]]:
     for page in sorted(DOCS.glob("*.md")):
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
             lines = (line.split("| ")[-1] for line in block.splitlines())
-            words = [[word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)] for line in lines]
+            words = [
+                [word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)] for line in lines
+            ]
             found += [line for line in words if line and line[0] == "slmjax"]
     return found
 
 
 @functools.cache
 def help_of(command: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "slmjax", *command.split(), "--help"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "slmjax", *command.split(), "--help"], capture_output=True, text=True, cwd=ROOT
+    )
     return done.stdout
 
 
 def test_commands_on_the_pages_are_commands() -> None:
     """Each word after slmjax is a command, each option one of its own."""
     lines = shell_lines()
-    assert len(lines) > 20 and {line[1] for line in lines} >= {"train", "eval", "generate", "report", "runs", "compare", "data"}
+    assert len(lines) > 20 and {line[1] for line in lines} >= {
+        "train",
+        "eval",
+        "generate",
+        "report",
+        "runs",
+        "compare",
+        "data",
+    }
     for line in lines:
         assert line[1] in COMMANDS, line
         command = " ".join(line[1:3]) if line[1] in ("data", "quant") else line[1]
@@ -144,11 +171,13 @@ def test_commands_on_the_pages_are_commands() -> None:
             assert option in help_of(command), line
 
 
-# The example ----------------------------------------------------------------------------------------------------------
+# The example ------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def gated() -> Definition:
     example = run_file(EXAMPLE)
-    convolution = architecture.BlockConfig(mixer=example.GatedConvolutionConfig(width=3), ffn=MlpConfig(hidden_dim=24))
+    convolution = architecture.BlockConfig(
+        mixer=example.GatedConvolutionConfig(width=3), ffn=MlpConfig(hidden_dim=24)
+    )
     attention = zoo.nano().stack[0].pattern[0]
     stack = (architecture.Segment(pattern=(convolution, attention), repeats=2),)
     return define(architecture.ModelConfig(embed_dim=16, stack=stack, context_length=16, vocab_size=29))
@@ -161,7 +190,9 @@ def weights(gated: Definition) -> tuple[dict[str, jax.Array], dict[str, jax.Arra
     return {path: value if path.endswith("scale") else 10 * value for path, value in params.items()}, buffers
 
 
-def logits_of(gated: Definition, weights: tuple, tokens: jax.Array, segments: jax.Array, positions: jax.Array) -> np.ndarray:
+def logits_of(
+    gated: Definition, weights: tuple, tokens: jax.Array, segments: jax.Array, positions: jax.Array
+) -> np.ndarray:
     output = gated.merge(*weights)(tokens, segment_ids=segments, positions=positions)
     return np.asarray(losses.logits(output.hidden, output.head))
 
@@ -187,8 +218,17 @@ def test_the_example_decodes_as_it_was_trained(gated, weights) -> None:
     lengths = jnp.asarray([1, 7, 2, 5])
     decoder = gated.merge(*weights)
     state = decoder.init_state(4, max_length=12)
-    output = decoder(TOKENS[:, :8], segment_ids=(POSITIONS < lengths[:, None])[:, :8].astype(int), positions=POSITIONS[:, :8], state=state)
-    step = jax.jit(lambda newest, at, state: decoder(newest, segment_ids=(at < 12).astype(int), positions=at, state=state))
+    output = decoder(
+        TOKENS[:, :8],
+        segment_ids=(POSITIONS < lengths[:, None])[:, :8].astype(int),
+        positions=POSITIONS[:, :8],
+        state=state,
+    )
+    step = jax.jit(
+        lambda newest, at, state: decoder(
+            newest, segment_ids=(at < 12).astype(int), positions=at, state=state
+        )
+    )
     state = output.state
     for _ in range(5):
         at = jnp.minimum(lengths, 12)[:, None]
@@ -215,10 +255,13 @@ def logits_on(gated, params, buffers, tokens):
 
 def test_the_example_trains(user_environment, workplace: Path) -> None:
     options = (
-        "--data.path text.txt --data.split tail --data.sequence-length 32 --tokenizer.vocab-size 300 --run.steps 4 --optim.warmup-steps 1 "
+        "--data.path text.txt --data.split tail --data.sequence-length 32 --tokenizer.vocab-size 300 "
+        "--run.steps 4 --optim.warmup-steps 1 "
         "--run.name gated --run.sample.max-tokens 4 --eval.max-documents 1 --json"
     )
     command = [sys.executable, "-m", "slmjax", "train", str(EXAMPLE), *options.split()]
-    done = subprocess.run(command, cwd=workplace, env=user_environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=workplace, env=user_environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert '"status": "finished"' in done.stdout

@@ -10,7 +10,13 @@ import pytest
 from slmjax import startup
 
 ROOT = Path(__file__).resolve().parent.parent
-TOLD = ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "ALLOW_MULTIPLE_LIBTPU_LOAD", "JAX_PLATFORMS")
+TOLD = (
+    "TPU_SKIP_MDS_QUERY",
+    "TPU_ACCELERATOR_TYPE",
+    "TPU_WORKER_HOSTNAMES",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD",
+    "JAX_PLATFORMS",
+)
 
 
 @pytest.fixture
@@ -43,9 +49,22 @@ def test_programs_for_tpus_run_on_the_cpu(untold: None) -> None:
 
 @pytest.mark.skipif(startup._has_tpu(), reason="with a TPU, its runtime may say what it likes")
 def test_jax_starts_in_silence() -> None:
-    """As in a user's notebook: no platform is chosen, so that jax looks for a TPU wherever libtpu is installed."""
-    environment = {name: value for name, value in os.environ.items() if name not in TOLD and not name.startswith("TF_CPP")}
+    """As in a user's notebook: no platform is chosen, so that jax looks for a TPU wherever libtpu is
+    installed.
+    """
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in TOLD and not name.startswith("TF_CPP")
+    }
     program = "import slmjax, jax; print(jax.default_backend())"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert done.stdout.strip() in ("cpu", "gpu")

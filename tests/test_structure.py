@@ -1,4 +1,6 @@
-"""The structure that docs cannot keep: import order, lengths, every config field read and documented, nothing that runs a file's data."""
+"""The structure that docs cannot keep: import order, lengths, every config field read and documented, nothing
+that runs a file's data.
+"""
 
 import ast
 import dataclasses
@@ -20,9 +22,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "slmjax"
 
-# A folder (or a file beside them) imports only from those before it. A subfolder that is listed has a place of its own.
+# A folder (or a file beside them) imports only from those before it. A subfolder that is listed has a place
+# of its own.
 ORDER = (
-    "startup config parallel formats data telemetry kernels losses quantization models quantization.schedule checkpoints quantization.ptq distill "
+    "startup config parallel formats data telemetry kernels losses quantization models quantization.schedule "
+    "checkpoints quantization.ptq distill "
     "prune sampling evaluation convert training planning runner studies cli __main__"
 ).split()
 
@@ -40,7 +44,10 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-TREES = {module_name(path): ast.parse(path.read_text(), filename=str(path)) for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {
+    module_name(path): ast.parse(path.read_text(), filename=str(path))
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
 
 
 def sources(*folders: str) -> list[Path]:
@@ -51,7 +58,7 @@ def functions(tree: ast.AST) -> Iterator[Function]:
     return (node for node in ast.walk(tree) if isinstance(node, Function))
 
 
-# --- Imports ---------------------------------------------------------------------------------------------------------------------
+# Imports ----------------------------------------------------------------------------------------------------
 
 
 def executed_nodes(node: ast.AST) -> Iterator[ast.AST]:
@@ -111,7 +118,8 @@ def test_modules_import_from_those_before_them() -> None:
 
 def test_packages_have_no_cycles_inside() -> None:
     edges = {
-        module: {name for name in own_imports(tree) if name != module and unit(name) == unit(module)} for module, tree in TREES.items()
+        module: {name for name in own_imports(tree) if name != module and unit(name) == unit(module)}
+        for module, tree in TREES.items()
     }
     while leaves := [module for module, imported in edges.items() if not imported & edges.keys()]:
         for leaf in leaves:
@@ -120,7 +128,9 @@ def test_packages_have_no_cycles_inside() -> None:
 
 
 def test_import_order_would_be_noticed() -> None:
-    """The check sees nested imports, aliases and modules named as attributes, and passes over TYPE_CHECKING."""
+    """The check sees nested imports, aliases and modules named as attributes, and passes over
+    TYPE_CHECKING.
+    """
     program = """
 from typing import TYPE_CHECKING
 if TYPE_CHECKING:
@@ -135,21 +145,35 @@ def f():
 
 
 def test_no_module_has_a_public_functions_name() -> None:
-    public = {node.name for tree in TREES.values() for node in tree.body if isinstance(node, Function) and not node.name.startswith("_")}
+    public = {
+        node.name
+        for tree in TREES.values()
+        for node in tree.body
+        if isinstance(node, Function) and not node.name.startswith("_")
+    }
     clashes = sorted(name for name in TREES if name.split(".")[-1] in public)
     assert not clashes, f"a function of the same name would hide the module: {clashes}"
 
 
 def test_no_module_has_a_vague_name() -> None:
-    assert not {name for name in TREES if name.split(".")[-1] in {"utils", "util", "helpers", "misc", "common", "tools"}}
+    assert not {
+        name
+        for name in TREES
+        if name.split(".")[-1] in {"utils", "util", "helpers", "misc", "common", "tools"}
+    }
 
 
-# --- Size and documentation ------------------------------------------------------------------------------------------------------
+# Size and documentation -------------------------------------------------------------------------------------
 
 
 def test_files_are_short() -> None:
-    lengths = {path: len(path.read_text().splitlines()) for path in sources("slmjax", "tests", "benchmarks", "experiments", "notebooks")}
-    long = [f"{path.relative_to(ROOT)}: {length}" for path, length in lengths.items() if length > LONGEST_FILE]
+    lengths = {
+        path: len(path.read_text().splitlines())
+        for path in sources("slmjax", "tests", "benchmarks", "experiments", "notebooks")
+    }
+    long = [
+        f"{path.relative_to(ROOT)}: {length}" for path, length in lengths.items() if length > LONGEST_FILE
+    ]
     assert not long, f"above {LONGEST_FILE} lines: {long}"
 
 
@@ -166,12 +190,16 @@ def test_functions_are_short() -> None:
 def test_modules_and_public_functions_are_documented() -> None:
     bare = [module or "slmjax" for module, tree in TREES.items() if not ast.get_docstring(tree)]
     for module, tree in TREES.items():
-        public = [node for node in tree.body if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_")]
+        public = [
+            node
+            for node in tree.body
+            if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_")
+        ]
         bare += [f"{module}.{node.name}" for node in public if not ast.get_docstring(node)]
     assert not bare, f"without a docstring: {bare}"
 
 
-# --- Config fields ---------------------------------------------------------------------------------------------------------------
+# Config fields ----------------------------------------------------------------------------------------------
 
 
 def nested_classes(hint: object) -> Iterator[type]:
@@ -197,23 +225,38 @@ def experiment_configs() -> list[type]:
         found.append(cls)
         pending += cls.__subclasses__()
         if dataclasses.is_dataclass(cls):
-            pending += [inner for hint in typing.get_type_hints(cls).values() for inner in nested_classes(hint)]
+            pending += [
+                inner for hint in typing.get_type_hints(cls).values() for inner in nested_classes(hint)
+            ]
     return [cls for cls in found if dataclasses.is_dataclass(cls)]
 
 
 def names_read(tree: ast.AST) -> set[str]:
     """Attributes that are read by name, and strings where some attribute is read by a computed name."""
-    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr"]
+    names = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    calls = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr"
+    ]
     if any(not isinstance(call.args[1], ast.Constant) for call in calls):
-        names |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        names |= {
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
     return names
 
 
 def test_every_config_field_is_read() -> None:
     read = set().union(*(names_read(tree) for tree in TREES.values()))
     ignored = [
-        f"{cls.__name__}.{field.name}" for cls in experiment_configs() for field in dataclasses.fields(cls) if field.name not in read
+        f"{cls.__name__}.{field.name}"
+        for cls in experiment_configs()
+        for field in dataclasses.fields(cls)
+        if field.name not in read
     ]
     assert not ignored, f"nothing reads these fields: {ignored}"
 
@@ -228,9 +271,15 @@ def test_configs_are_frozen_and_keyword_only() -> None:
 
 
 def is_documented(node: ast.AnnAssign, following: ast.stmt | None, lines: list[str]) -> bool:
-    """A comment on the field's lines or the line above it, or a docstring below it: tyro shows these as help."""
+    """A comment on the field's lines or the line above it, or a docstring below it: tyro shows these as
+    help.
+    """
     own = lines[node.lineno - 2 : node.end_lineno]
-    is_docstring = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant) and isinstance(following.value.value, str)
+    is_docstring = (
+        isinstance(following, ast.Expr)
+        and isinstance(following.value, ast.Constant)
+        and isinstance(following.value.value, str)
+    )
     return is_docstring or any("  # " in line for line in own[1:]) or own[0].lstrip().startswith("# ")
 
 
@@ -243,29 +292,48 @@ def test_every_config_field_has_help() -> None:
         hints = typing.get_type_hints(cls)
         lines = inspect.getsource(importlib.import_module(cls.__module__)).splitlines()
         definition = next(
-            node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.ClassDef) and node.name == cls.__name__
+            node
+            for node in ast.walk(ast.parse("\n".join(lines)))
+            if isinstance(node, ast.ClassDef) and node.name == cls.__name__
         )
         for node, following in itertools.zip_longest(definition.body, definition.body[1:]):
-            if not isinstance(node, ast.AnnAssign) or set(nested_classes(hints[ast.unparse(node.target)])) & groups:
+            if (
+                not isinstance(node, ast.AnnAssign)
+                or set(nested_classes(hints[ast.unparse(node.target)])) & groups
+            ):
                 continue
             if not is_documented(node, following, lines):
                 bare.append(f"{cls.__name__}.{ast.unparse(node.target)}")
     assert not bare, f"the command line has no help for these: {bare}"
 
 
-# --- Safety ----------------------------------------------------------------------------------------------------------------------
+# Safety -----------------------------------------------------------------------------------------------------
 
 UNSAFE_MODULES = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml"}
 HEAVY_MODULES = {"torch", "transformers", "tensorflow"}
-UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "hasattr"}  # hasattr: not unsafe, but a guess where a type is wanted
+UNSAFE_CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "hasattr",
+}  # hasattr: not unsafe, but a guess where a type is wanted
 UNSAFE_KEYWORDS = {"allow_pickle", "trust_remote_code", "shell"}
 
 
 def unsafe_places(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            yield from (f"line {node.lineno}: imports {name}" for name in names if name.split(".")[0] in UNSAFE_MODULES)
+            names = (
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+            )
+            yield from (
+                f"line {node.lineno}: imports {name}"
+                for name in names
+                if name.split(".")[0] in UNSAFE_MODULES
+            )
         elif isinstance(node, ast.Call):
             if isinstance(node.func, ast.Name) and node.func.id in UNSAFE_CALLS:
                 yield f"line {node.lineno}: calls {node.func.id}"
@@ -277,7 +345,11 @@ def unsafe_places(tree: ast.AST) -> Iterator[str]:
 
 def test_nothing_runs_what_a_file_says() -> None:
     paths = sources("slmjax", "experiments", "benchmarks", "notebooks")
-    found = [f"{path.relative_to(ROOT)}: {place}" for path in paths for place in unsafe_places(ast.parse(path.read_text()))]
+    found = [
+        f"{path.relative_to(ROOT)}: {place}"
+        for path in paths
+        for place in unsafe_places(ast.parse(path.read_text()))
+    ]
     assert not found, "\n".join(found)
 
 
@@ -303,7 +375,7 @@ def test_frame_files_name_no_host() -> None:
         )
 
 
-# --- What is imported when -------------------------------------------------------------------------------------------------------
+# What is imported when --------------------------------------------------------------------------------------
 
 IMPORT_ALL = """
 import importlib, json, sys
@@ -317,13 +389,24 @@ for name in names:
     importlib.import_module(name)
 """
 
-IMPORT_NAMES = {"pyright[nodejs]": "pyright", "jax[tpu]": "libtpu", "jax[cuda13]": "jax_cuda13_plugin", "vl-convert-python": "vl_convert"}
+IMPORT_NAMES = {
+    "pyright[nodejs]": "pyright",
+    "jax[tpu]": "libtpu",
+    "jax[cuda13]": "jax_cuda13_plugin",
+    "vl-convert-python": "vl_convert",
+}
 
 
 def optional_modules() -> list[str]:
-    """The modules that only extras install, and those that the core must not need even where they are installed."""
+    """The modules that only extras install, and those that the core must not need even where they are
+    installed.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [re.split(r"[<>=;]", entry)[0] for entries in project["optional-dependencies"].values() for entry in entries]
+    wanted = [
+        re.split(r"[<>=;]", entry)[0]
+        for entries in project["optional-dependencies"].values()
+        for entry in entries
+    ]
     return sorted({IMPORT_NAMES.get(name, name.replace("-", "_")) for name in wanted} | HEAVY_MODULES)
 
 
@@ -335,7 +418,10 @@ OF_AN_EXTRA = {"evaluation.lm_eval_adapter"}
 def test_the_core_needs_no_extra() -> None:
     modules = [f"slmjax.{name}" if name else "slmjax" for name in TREES if name not in OF_AN_EXTRA]
     done = subprocess.run(
-        [sys.executable, "-c", IMPORT_ALL, json.dumps(optional_modules()), json.dumps(modules)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", IMPORT_ALL, json.dumps(optional_modules()), json.dumps(modules)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
 
@@ -346,15 +432,19 @@ def test_heavy_modules_are_never_imported_at_the_top() -> None:
     for module, tree in TREES.items():
         for node in executed_nodes(tree):
             if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in inside:
-                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-                assert not {name.split(".")[0] for name in names} & HEAVY_MODULES, f"{module}, line {node.lineno}"
+                names = (
+                    [node.module or ""]
+                    if isinstance(node, ast.ImportFrom)
+                    else [alias.name for alias in node.names]
+                )
+                assert not {name.split(".")[0] for name in names} & HEAVY_MODULES, (
+                    f"{module}, line {node.lineno}"
+                )
 
 
 @pytest.mark.smoke
 def test_import_is_fast_and_light() -> None:
-    program = (
-        "import time; t = time.perf_counter(); import slmjax; dir(slmjax); print(time.perf_counter() - t); import sys; print(*sys.modules)"
-    )
+    program = "import time; t = time.perf_counter(); import slmjax; dir(slmjax); print(time.perf_counter() - t); import sys; print(*sys.modules)"
     seconds, modules = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
@@ -374,7 +464,7 @@ def test_public_names() -> None:
         slmjax.trian  # noqa: B018
 
 
-# --- The README ------------------------------------------------------------------------------------------------------------------
+# The README -------------------------------------------------------------------------------------------------
 
 
 def test_readme_commands_exist() -> None:

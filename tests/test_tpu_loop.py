@@ -33,8 +33,11 @@ def test_a_preempted_run_is_resumed_until_it_is_done(cloud: Cloud, queued: bool)
     done = cloud.until_done(*(["--queued"] if queued else []), "nano", "--run.steps", "10")
     assert done.returncode == 0, done.stderr
     assert cloud.calls() == [*BRING_UP, "start", "delete", *BRING_UP, "resume", "rsync", "delete"]
-    fresh, resumed = f"train nano --run.steps 10 --run.directory {RUNS_ON_HOST}", f"train --resume {RUNS_ON_HOST}/nano-1"
-    assert sorted(cloud.trainings()) == sorted([f"host-{n} {line}" for line in (fresh, resumed) for n in "01"])
+    fresh = f"train nano --run.steps 10 --run.directory {RUNS_ON_HOST}"
+    resumed = f"train --resume {RUNS_ON_HOST}/nano-1"
+    assert sorted(cloud.trainings()) == sorted(
+        [f"host-{n} {line}" for line in (fresh, resumed) for n in "01"]
+    )
     # The run was fetched, with what each host printed; nothing else is left.
     fetched = cloud.fake / "fetched" / "tpu-a"
     assert json.loads((fetched / "nano-1" / "result.json").read_text())["status"] == "finished"
@@ -42,7 +45,9 @@ def test_a_preempted_run_is_resumed_until_it_is_done(cloud: Cloud, queued: bool)
     assert cloud.machines() == []
     assert "restart 1 of at most 20" in done.stderr and "status 0 after 1 restarts" in done.stderr
     installed = (cloud.fake / "installed").read_text().splitlines()
-    assert len(installed) == 4 and all(re.fullmatch(r"host-[01] slmjax\[tpu\] @ file://\S+/slmjax-job/source", line) for line in installed)
+    assert len(installed) == 4 and all(
+        re.fullmatch(r"host-[01] slmjax\[tpu\] @ file://\S+/slmjax-job/source", line) for line in installed
+    )
 
 
 def test_it_stops_after_so_many_restarts(cloud: Cloud) -> None:
@@ -57,7 +62,10 @@ def test_it_stops_after_so_many_restarts(cloud: Cloud) -> None:
     # And once more: there is nothing to do.
     before = len(cloud.trainings())
     again = cloud.until_done("nano")
-    assert again.returncode == 0 and f"finished {RUNS_ON_HOST}/nano-1: for another run give another --run-name" in again.stderr
+    assert (
+        again.returncode == 0
+        and f"finished {RUNS_ON_HOST}/nano-1: for another run give another --run-name" in again.stderr
+    )
     assert len(cloud.trainings()) == before and cloud.machines() == []
 
 
@@ -99,7 +107,11 @@ def test_a_killed_run_goes_on_and_a_lost_connection_does_not_matter(cloud: Cloud
 def test_an_installation_that_fails_is_not_tried_on_another_machine(cloud: Cloud) -> None:
     (cloud.fake / "broken").touch()
     done = cloud.until_done()
-    assert done.returncode == 2 and "status 2 after 0 restarts" in done.stderr and "the run was not fetched" in done.stderr
+    assert (
+        done.returncode == 2
+        and "status 2 after 0 restarts" in done.stderr
+        and "the run was not fetched" in done.stderr
+    )
     assert cloud.calls() == ["create", "ssh", "scp", "install", "rsync", "delete"] and cloud.machines() == []
 
 
@@ -115,7 +127,11 @@ def test_an_experiment_file_goes_to_the_hosts_and_a_run_that_goes_on_is_waited_f
         return script(name, *TPU, *cloud.settings, *words, cwd=cloud.fake, **cloud.variables)
 
     cloud.behave(fresh="block", resumed="0")
-    for words in (["create.sh", "--type=v5litepod-16"], ["install.sh"], ["run.sh", "checkout/experiments/mine.py"]):
+    for words in (
+        ["create.sh", "--type=v5litepod-16"],
+        ["install.sh"],
+        ["run.sh", "checkout/experiments/mine.py"],
+    ):
         done = run_on(*words)
         assert done.returncode == 0, done.stderr
     hosts = [cloud.fake / "tpus" / "tpu-a" / "hosts" / f"host-{number}" for number in "01"]
@@ -123,9 +139,12 @@ def test_an_experiment_file_goes_to_the_hosts_and_a_run_that_goes_on_is_waited_f
     wait_for(lambda: len(cloud.trainings()) == 2)
     assert cloud.trainings()[0].endswith(f"train slmjax-job/mine.py --run.directory {RUNS_ON_HOST}")
     assert (second := run_on("run.sh", "nano")).returncode == 2 and "running already" in second.stderr
-    # until-done.sh finds it running; it is stopped, as a signal to one of the hosts would do, and resumed on a new machine.
+    # until-done.sh finds it running; it is stopped, as a signal to one of the hosts would do, and resumed on
+    # a new machine.
     command = ["bash", str(SCRIPTS / "until-done.sh"), *POD, *cloud.settings, "mine"]
-    process = subprocess.Popen(command, cwd=cloud.fake, env=environment(**cloud.variables), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=cloud.fake, env=environment(**cloud.variables), stderr=subprocess.PIPE, text=True
+    )
     wait_for(lambda: (cloud.fake / "calls").read_text().count("host.sh status") > 1)
     assert run_on("stop.sh").returncode == 0
     _, errors = process.communicate(timeout=60)
@@ -151,11 +170,15 @@ def test_how_a_command_ended_is_kept(tmp_path: Path, request: pytest.FixtureRequ
     group = start(saves)
     assert status() == "slmjax-job running"
     wait_for(lambda: (job / "console.log").read_text().count("ready") == 1)
-    os.killpg(group, signal.SIGTERM)  # the machine shuts down: the script that waits for the command is signalled too
+    os.killpg(
+        group, signal.SIGTERM
+    )  # the machine shuts down: the script that waits for the command is signalled too
     wait_for(lambda: status() != "slmjax-job running")
     assert status() == "slmjax-job 75" and len(list((tmp_path / "runs").glob("console-*.log"))) == 1
     group = start(saves)
-    wait_for(lambda: (job / "console.log").read_text().count("ready") == 2)  # before that the group may not be there yet
+    wait_for(
+        lambda: (job / "console.log").read_text().count("ready") == 2
+    )  # before that the group may not be there yet
     os.killpg(group, signal.SIGKILL)
     wait_for(lambda: status() == "slmjax-job lost")
 

@@ -1,4 +1,5 @@
-"""A mixer of one's own, and an experiment that uses it: a gated short convolution between layers of attention.
+"""A mixer of one's own, and an experiment that uses it: a gated short convolution between layers of
+attention.
 
 slmjax train docs/examples/gated_convolution.py
 """
@@ -17,18 +18,23 @@ from slmjax.models.protocols import Mixer, MixerConfig
 
 
 # --8<-- [start:mathematics]
-def short_convolution(history: Float[Array, "B S D"], segments: Int[Array, "B S"], taps: Float[Array, "W D"]) -> Float[Array, "B T D"]:
+def short_convolution(
+    history: Float[Array, "B S D"], segments: Int[Array, "B S"], taps: Float[Array, "W D"]
+) -> Float[Array, "B T D"]:
     """Each token's weighted sum of itself and the W - 1 tokens before it, as far as they are of its document.
 
     `history` holds W - 1 tokens before the first that is asked for: S = W - 1 + T.
     """
-    width, length = taps.shape[0], history.shape[1] - taps.shape[0] + 1
+    width = taps.shape[0]
+    length = history.shape[1] - taps.shape[0] + 1
     own = segments[:, width - 1 :]
     total = jnp.zeros((history.shape[0], length, history.shape[2]), history.dtype)
     for back in range(width):
         start = width - 1 - back
         same = segments[:, start : start + length] == own
-        total += jnp.where(same[..., None], history[:, start : start + length], 0) * taps[back][None, None, :].astype(history.dtype)
+        total += jnp.where(same[..., None], history[:, start : start + length], 0) * taps[back][
+            None, None, :
+        ].astype(history.dtype)
     return total
 
 
@@ -65,7 +71,9 @@ class GatedConvolution(Mixer):
 
     def __init__(self, config: GatedConvolutionConfig, shape: Shape, *, rngs: nnx.Rngs) -> None:
         dim = shape.embed_dim
-        self.width, self.dim, self.dtype = config.width, dim, shape.dtype
+        self.width = config.width
+        self.dim = dim
+        self.dtype = shape.dtype
         self.value = Linear(dim, dim, std=shape.init_std, rngs=rngs)
         self.gate = Linear(dim, dim, std=shape.init_std, rngs=rngs)
         self.output = Linear(dim, dim, std=shape.output_std, rngs=rngs)

@@ -1,10 +1,11 @@
-"""Checkpoints that can be trusted: saved in the background, verified when read, with a way back to an older one.
+"""Checkpoints that can be trusted: saved in the background, verified when read, with a way back to an older
+one.
 
-A run's `checkpoints/` holds one directory per step, written by Orbax with one entry per layer (`parameters.unstack`), so
-that another grouping of layers, mesh or number of hosts restores it. Orbax notices neither a flipped bit nor a
-half-copied directory, and calls whatever has the highest number the latest; so every file's SHA-256 is written to
-`MANIFEST.json` after the commit and checked before a restore. What fails is set aside as `STEP.bad` and the next older
-one is taken.
+A run's `checkpoints/` holds one directory per step, written by Orbax with one entry per layer
+(`parameters.unstack`), so that another grouping of layers, mesh or number of hosts restores it. Orbax notices
+neither a flipped bit nor a half-copied directory, and calls whatever has the highest number the latest; so
+every file's SHA-256 is written to `MANIFEST.json` after the commit and checked before a restore. What fails
+is set aside as `STEP.bad` and the next older one is taken.
 """
 
 import dataclasses
@@ -39,12 +40,16 @@ MANIFEST = "MANIFEST.json"
 class CheckpointConfig:
     """When checkpoints are written and how many stay."""
 
-    every: int = 500  # steps between checkpoints; one is also written at the end and when a run is interrupted
+    every: int = (
+        500  # steps between checkpoints; one is also written at the end and when a run is interrupted
+    )
     keep: int = 2  # how many of the newest stay; the best by validation loss stays beside them
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:
-            raise ValueError(f"checkpoint.every and checkpoint.keep must be at least 1, got {self.every} and {self.keep}")
+            raise ValueError(
+                f"checkpoint.every and checkpoint.keep must be at least 1, got {self.every} and {self.keep}"
+            )
 
 
 class CheckpointError(ValueError):
@@ -58,8 +63,11 @@ class Checkpointer:
     """Writes and reads the checkpoints of one run. Close it, or the last save may not be complete."""
 
     def __init__(self, directory: Path, *, model: ModelConfig, config: CheckpointConfig) -> None:
-        self.directory, self.model, self.config = directory.absolute(), model, config
-        # Threads of a save whose directory cannot be made would wait for it, and keep the process from ending, for five minutes.
+        self.directory = directory.absolute()
+        self.model = model
+        self.config = config
+        # Threads of a save whose directory cannot be made would wait for it, and keep the process from
+        # ending, for five minutes.
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -67,9 +75,11 @@ class Checkpointer:
         self._unstack = jax.jit(functools.partial(unstack, model))
 
     def save(self, step: int, items: Items, *, best_loss: float | None = None) -> None:
-        """Starts writing a checkpoint; returns once the arrays are copied. A failed save is logged, not raised.
+        """Starts writing a checkpoint; returns once the arrays are copied. A failed save is logged, not
+        raised.
 
-        With `best_loss`, its validation loss, it is noted as the best once it is complete: until then the old one is.
+        With `best_loss`, its validation loss, it is noted as the best once it is complete: until then the old
+        one is.
         """
         self.wait()
         stored = {name: self._unstack(tree) for name, tree in items.items()}
@@ -85,7 +95,8 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Returns when the save under way, if any, is complete on disk."""
-        pending, self._pending = self._pending, None
+        pending = self._pending
+        self._pending = None
         if pending is not None:
             pending.result()
 
@@ -106,7 +117,9 @@ class Checkpointer:
             write_json(self.directory / "best.json", {"step": step, "loss": loss})
 
     def best(self) -> tuple[int, float] | None:
-        """Step and validation loss of the best checkpoint; None if there is none (any more), or its loss is not finite."""
+        """Step and validation loss of the best checkpoint; None if there is none (any more), or its loss is
+        not finite.
+        """
         path = self.directory / "best.json"
         if not path.exists():
             return None
@@ -121,12 +134,17 @@ class Checkpointer:
             (self.directory / "best.json").unlink(missing_ok=True)
 
     def repair_best(self, log_path: Path) -> None:
-        """Take the place of a best checkpoint whose loss is not finite: the best of those that the run's log has a finite loss of.
+        """Take the place of a best checkpoint whose loss is not finite: the best of those that the run's log
+        has a finite loss of.
 
         Earlier versions noted a loss of NaN as the best, and no later one was lower.
         """
         path = self.directory / "best.json"
-        if jax.process_index() != 0 or not path.exists() or is_better(float(json.loads(path.read_text())["loss"]), None):
+        if (
+            jax.process_index() != 0
+            or not path.exists()
+            or is_better(float(json.loads(path.read_text())["loss"]), None)
+        ):
             return
         losses = {}
         for record in read_log(log_path, kind="eval") if log_path.exists() else []:
@@ -135,17 +153,28 @@ class Checkpointer:
         path.unlink()
         if (step := best_of(losses)) is not None:
             self._note_best(step, losses[step])
-        found = "no checkpoint with a finite loss is left" if step is None else f"of those left, checkpoint {step} is the best"
-        log.warning("the best checkpoint in %s was noted with a loss that is not finite: %s", self.directory, found)
+        found = (
+            "no checkpoint with a finite loss is left"
+            if step is None
+            else f"of those left, checkpoint {step} is the best"
+        )
+        log.warning(
+            "the best checkpoint in %s was noted with a loss that is not finite: %s", self.directory, found
+        )
 
     def steps(self) -> list[int]:
         """Steps that have a committed checkpoint, oldest first."""
         if not self.directory.is_dir():
             return []
-        return sorted(int(entry.name) for entry in self.directory.iterdir() if entry.is_dir() and entry.name.isdigit())
+        return sorted(
+            int(entry.name) for entry in self.directory.iterdir() if entry.is_dir() and entry.name.isdigit()
+        )
 
-    def restore(self, like: Items, *, step: int | None = None, whole: bool = True) -> tuple[int, dict[str, Any]]:
-        """The newest checkpoint that is intact (or that of `step`), placed as `like`, a tree of arrays or shapes.
+    def restore(
+        self, like: Items, *, step: int | None = None, whole: bool = True
+    ) -> tuple[int, dict[str, Any]]:
+        """The newest checkpoint that is intact (or that of `step`), placed as `like`, a tree of arrays or
+        shapes.
 
         Where it is not read as a whole, `like` names the leaves that are, by logical path.
 
@@ -155,24 +184,37 @@ class Checkpointer:
         self.wait()
         known = self.steps()
         if step is not None and step not in known:
-            raise CheckpointError(f"{self.directory} has no checkpoint of step {step}: it has {', '.join(map(str, known)) or 'none'}")
+            raise CheckpointError(
+                f"{self.directory} has no checkpoint of step {step}: it has "
+                f"{', '.join(map(str, known)) or 'none'}"
+            )
         for candidate in reversed(known) if step is None else [step]:
             problem = _agreed(functools.partial(self._problem, candidate))
             if not problem:
                 try:
                     return candidate, self._read(candidate, like, whole=whole)
                 except Exception as error:  # Orbax has no class of its own for what it cannot read
-                    # What a manifest vouches for is not damaged, and another model's checkpoint is none of ours to set aside.
-                    if isinstance(error, CheckpointError) or (self.directory / str(candidate) / MANIFEST).exists():
+                    # What a manifest vouches for is not damaged, and another model's checkpoint is none of
+                    # ours to set aside.
+                    if (
+                        isinstance(error, CheckpointError)
+                        or (self.directory / str(candidate) / MANIFEST).exists()
+                    ):
                         raise
                     problem = f"{type(error).__name__} while reading it"
             log.warning("checkpoint %d in %s is damaged (%s): set aside", candidate, self.directory, problem)
             if jax.process_index() == 0:
                 self._set_aside(candidate)
-        raise CheckpointError(f"no intact checkpoint in {self.directory}: a run has one once its first save is complete")
+        raise CheckpointError(
+            f"no intact checkpoint in {self.directory}: a run has one once its first save is complete"
+        )
 
-    def read_some(self, step: int, item: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any] | None:
-        """Some arrays of an item by logical path, from a checkpoint that was restored before, and so verified; None without them."""
+    def read_some(
+        self, step: int, item: str, wanted: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> dict[str, Any] | None:
+        """Some arrays of an item by logical path, from a checkpoint that was restored before, and so
+        verified; None without them.
+        """
         path = self.directory / str(step)
         if not self.has(step, item):
             return None
@@ -193,12 +235,21 @@ class Checkpointer:
         for name, wanted in shapes.items():
             stored = meta["leaves"].get(name, {})
             stored = stored if whole else {leaf: stored[leaf] for leaf in wanted if leaf in stored}
-            signs[name] = {leaf: wanted.pop(leaf) for leaf in [*wanted] if is_sign(leaf) and leaf not in stored}
+            signs[name] = {
+                leaf: wanted.pop(leaf) for leaf in [*wanted] if is_sign(leaf) and leaf not in stored
+            }
             _check_leaves(name, stored=stored, wanted=_describe(wanted), path=path)
         if not whole:
-            some = {name: _read_some(path / name, tree) | _positive(signs[name]) for name, tree in shapes.items()}
+            some = {
+                name: _read_some(path / name, tree) | _positive(signs[name]) for name, tree in shapes.items()
+            }
             return {name: restack(self.model, some[name], like=tree) for name, tree in like.items()}
-        read = self._orbax.restore(path, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}))
+        read = self._orbax.restore(
+            path,
+            args=ocp.args.Composite(
+                **{name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
+            ),
+        )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
 
         def build(stored: dict[str, Any]) -> dict[str, Any]:
@@ -217,17 +268,24 @@ class Checkpointer:
         if not (path / "meta").is_dir() or not (path / "model").is_dir():
             return "incomplete"
         if not (path / MANIFEST).exists():
-            log.warning("checkpoint %d has no %s (the run was stopped right after the save): restored unverified", step, MANIFEST)
+            log.warning(
+                "checkpoint %d has no %s (the run was stopped right after the save): restored unverified",
+                step,
+                MANIFEST,
+            )
             return ""
         try:
-            expected, found = json.loads((path / MANIFEST).read_text()), _digests(path)
+            expected = json.loads((path / MANIFEST).read_text())
+            found = _digests(path)
         except (OSError, ValueError) as error:
             return f"unreadable: {error}"
         changed = sorted(name for name in expected if found.get(name) != expected[name])
         return f"{len(changed)} file(s) missing or changed, first {changed[0]}" if changed else ""
 
     def _finish(self, step: int, best_loss: float | None) -> None:
-        """After the commit: the manifest, the note of the best, then retention. Runs in the background thread."""
+        """After the commit: the manifest, the note of the best, then retention. Runs in the background
+        thread.
+        """
         try:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
@@ -253,7 +311,11 @@ class Checkpointer:
 
     def _give_up(self, step: int, error: Exception) -> None:
         """A failed save costs the checkpoint, not the run: its remains go, older checkpoints stay."""
-        log.error("checkpoint %d was NOT saved: %s. Training goes on; free disk space or change the run directory", step, error)
+        log.error(
+            "checkpoint %d was NOT saved: %s. Training goes on; free disk space or change the run directory",
+            step,
+            error,
+        )
         for remains in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
             shutil.rmtree(remains, ignore_errors=True)
 
@@ -268,8 +330,10 @@ def _check_leaves(item: str, *, stored: Mapping[str, str], wanted: Mapping[str, 
     if differing:
         name = differing[0]
         raise CheckpointError(
-            f"{path} does not fit this experiment: {item} {name} is {stored.get(name, 'absent')} in the checkpoint and "
-            f"{wanted.get(name, 'absent')} in the model ({len(differing)} such). Use the model and optimizer it was trained with"
+            f"{path} does not fit this experiment: {item} {name} is {stored.get(name, 'absent')} in the "
+            "checkpoint and "
+            f"{wanted.get(name, 'absent')} in the model ({len(differing)} such). Use the model and optimizer "
+            "it was trained with"
         )
 
 
@@ -283,7 +347,9 @@ def _read_some(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str,
         return {}
     how = ocp.checkpoint_utils.construct_restore_args(wanted)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.restore(path, args=ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True))
+        return reader.restore(
+            path, args=ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True)
+        )
 
 
 def _digests(path: Path) -> dict[str, str]:

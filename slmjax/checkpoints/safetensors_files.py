@@ -2,12 +2,14 @@
 
     tensors = TensorFiles(directory)                  # nothing is read but the headers
     tensors.read("model.norm.weight")                 # one tensor, in the dtype it is stored in
-    write_tensors(directory, pairs, largest_file=2**29)   # streamed: about one file's tensors in memory at a time
+    write_tensors(directory, pairs, largest_file=2**29)   # streamed: about one file's tensors in memory at a
+    time
 
-An imported model keeps each layer's parameters by logical path (`layers/3/mixer/query/weight`), in the dtype they came in, or quantized:
-then PATH is stored as `PATH/codes` (int8) and `PATH/scale`, with `PATH/zero` and `PATH/tensor_scale` where the format has them, and
-`formats.json` beside them tells the format. `read_stacked` makes of them the stacked float32 parameters of a model, each device reading
-only the part that it holds; what is stored in codes is decoded, and nothing is quantized again.
+An imported model keeps each layer's parameters by logical path (`layers/3/mixer/query/weight`), in the dtype
+they came in, or quantized: then PATH is stored as `PATH/codes` (int8) and `PATH/scale`, with `PATH/zero` and
+`PATH/tensor_scale` where the format has them, and `formats.json` beside them tells the format. `read_stacked`
+makes of them the stacked float32 parameters of a model, each device reading only the part that it holds; what
+is stored in codes is decoded, and nothing is quantized again.
 """
 
 import contextlib
@@ -35,7 +37,12 @@ from slmjax.quantization.weights import decode_matrices
 DIRECTORY = "weights"  # of an imported model's directory
 INDEX = "model.safetensors.index.json"
 LARGEST_FILE = 2**27  # bytes: while one is written, its tensors are in memory twice
-DTYPES: Mapping[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": jax.numpy.bfloat16, "F64": np.float64}
+DTYPES: Mapping[str, Any] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": jax.numpy.bfloat16,
+    "F64": np.float64,
+}
 CODE_DTYPES: Mapping[str, Any] = DTYPES | {"I8": np.int8, "I32": np.int32}
 FORMATS = "formats.json"
 
@@ -50,27 +57,38 @@ class _Entry:
 
 
 class TensorFiles:
-    """The tensors of a directory of safetensors files. The file that was read last stays open, and mapped into memory."""
+    """The tensors of a directory of safetensors files. The file that was read last stays open, and mapped
+    into memory.
+    """
 
     def __init__(self, directory: Path, *, dtypes: Mapping[str, Any] = DTYPES) -> None:
-        """Raises ValueError where there are none, or one is damaged or missing. `dtypes` are those that are read."""
-        self.directory, self._dtypes = directory, dtypes
+        """Raises ValueError where there are none, or one is damaged or missing. `dtypes` are those that are
+        read.
+        """
+        self.directory = directory
+        self._dtypes = dtypes
         self._entries: dict[str, _Entry] = {}
         self._open: tuple[Path | None, Any] = (None, None)
         files, places = _files(directory)
         for path in files:
             if not path.is_file():
-                raise ValueError(f"{directory / INDEX} names {path.name}, which is not there: the copy of the model is incomplete")
+                raise ValueError(
+                    f"{directory / INDEX} names {path.name}, which is not there: the copy of the model is "
+                    "incomplete"
+                )
             for name, entry in _entries(path).items():
                 if places and places.get(name) != path:
                     continue  # the index says that it is in another file, or passes it over
                 if name in self._entries:
                     raise ValueError(
-                        f"{name} is in {self._entries[name].file.name} and in {path.name}: delete the file that is not the model's"
+                        f"{name} is in {self._entries[name].file.name} and in {path.name}: delete the file "
+                        "that is not the model's"
                     )
                 self._entries[name] = entry
         if missing := sorted(places.keys() - self._entries.keys()):
-            raise ValueError(f"{places[missing[0]]} has no {missing[0]}, which {INDEX} says it has: copy both anew")
+            raise ValueError(
+                f"{places[missing[0]]} has no {missing[0]}, which {INDEX} says it has: copy both anew"
+            )
 
     @property
     def names(self) -> list[str]:
@@ -94,7 +112,8 @@ class TensorFiles:
         entry = self._entries[name]
         if entry.stored not in self._dtypes:
             raise ValueError(
-                f"{entry.file}: {name} is stored as {entry.stored}, and weights are read as {', '.join(self._dtypes)}: "
+                f"{entry.file}: {name} is stored as {entry.stored}, and weights are read as "
+                f"{', '.join(self._dtypes)}: "
                 "take the checkpoint that is not quantized, or a GGUF file"
             )
         return np.dtype(self._dtypes[entry.stored])
@@ -114,19 +133,28 @@ def _entries(path: Path) -> dict[str, _Entry]:
     try:
         with safe_open(path, framework="np") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-            return {name: _Entry(file=path, shape=tuple(part.get_shape()), stored=part.get_dtype()) for name, part in parts.items()}
+            return {
+                name: _Entry(file=path, shape=tuple(part.get_shape()), stored=part.get_dtype())
+                for name, part in parts.items()
+            }
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, or no safetensors file ({error}): copy it anew") from error
 
 
 def _files(directory: Path) -> tuple[list[Path], dict[str, Path]]:
-    """The files to read: model.safetensors, or those of the index, or whatever there is; and which name the index says is in which."""
-    single, index = directory / "model.safetensors", directory / INDEX
+    """The files to read: model.safetensors, or those of the index, or whatever there is; and which name the
+    index says is in which.
+    """
+    single = directory / "model.safetensors"
+    index = directory / INDEX
     if single.is_file():
         return [single], {}
     if index.is_file():
         try:
-            files = {str(name): str(file) for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
+            files = {
+                str(name): str(file)
+                for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+            }
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{index} is damaged ({error!r}): copy it anew") from error
         if outside := [file for file in files.values() if Path(file).name != file]:
@@ -135,13 +163,21 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, Path]]:
         return sorted(set(places.values())), places
     found = sorted(directory.glob("*.safetensors"))
     if not found:
-        others = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in directory.glob(pattern))
-        way_out = f": {others[0]} is a pickle, which could run code and is not read; convert it to safetensors" if others else ""
+        others = sorted(
+            path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in directory.glob(pattern)
+        )
+        way_out = (
+            f": {others[0]} is a pickle, which could run code and is not read; convert it to safetensors"
+            if others
+            else ""
+        )
         raise ValueError(f"{directory} holds no .safetensors file{way_out}")
     return found, {}
 
 
-def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]], *, largest_file: int = LARGEST_FILE) -> None:
+def write_tensors(
+    directory: Path, tensors: Iterable[tuple[str, np.ndarray]], *, largest_file: int = LARGEST_FILE
+) -> None:
     """Writes tensors into one or more files, named and indexed as Hugging Face libraries do."""
     directory.mkdir(parents=True, exist_ok=True)
     written: list[tuple[Path, list[str]]] = []
@@ -153,7 +189,11 @@ def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]], *,
         written.append((path, list(part)))
     weight_map = {}
     for number, (path, names) in enumerate(written, start=1):
-        name = "model.safetensors" if len(written) == 1 else f"model-{number:05d}-of-{len(written):05d}.safetensors"
+        name = (
+            "model.safetensors"
+            if len(written) == 1
+            else f"model-{number:05d}-of-{len(written):05d}.safetensors"
+        )
         path.chmod(0o644)  # the library lets nobody else read what it writes
         path.rename(directory / name)
         weight_map |= dict.fromkeys(names, name)
@@ -168,13 +208,14 @@ def _parts(tensors: Iterable[tuple[str, np.ndarray]], largest_file: int) -> Iter
     for name, array in tensors:
         if part and size + array.nbytes > largest_file:
             yield part
-            part, size = {}, 0
+            part = {}
+            size = 0
         part[name] = np.ascontiguousarray(array)
         size += array.nbytes
     yield part
 
 
-# An imported model's parameters ---------------------------------------------------------------------------------------
+# An imported model's parameters -----------------------------------------------------------------------------
 def is_imported(path: Path) -> bool:
     """Whether this is the directory of an imported model."""
     return (path / DIRECTORY).is_dir()
@@ -196,9 +237,14 @@ class ModelFiles:
         self.directory = path / DIRECTORY
         self._tensors = TensorFiles(self.directory, dtypes=CODE_DTYPES)
         self.formats = _read_formats(self.directory / FORMATS)
-        if absent := sorted(name for name in self.formats if not {f"{name}/codes", f"{name}/scale"} <= set(self._tensors.names)):
+        if absent := sorted(
+            name
+            for name in self.formats
+            if not {f"{name}/codes", f"{name}/scale"} <= set(self._tensors.names)
+        ):
             raise ValueError(
-                f"{self.directory}: {FORMATS} has {absent[0]} in codes, and the files lack its codes or its scale: copy all anew"
+                f"{self.directory}: {FORMATS} has {absent[0]} in codes, and the files lack its codes or its "
+                "scale: copy all anew"
             )
 
     def __contains__(self, name: str) -> bool:
@@ -223,12 +269,18 @@ class ModelFiles:
         """The codes and scales of a parameter that is stored in codes, as NumPy arrays."""
 
         def part(kind: str, dtype: Any) -> np.ndarray | None:
-            return self._tensors.read(f"{name}/{kind}").astype(dtype) if f"{name}/{kind}" in self._tensors else None
+            return (
+                self._tensors.read(f"{name}/{kind}").astype(dtype)
+                if f"{name}/{kind}" in self._tensors
+                else None
+            )
 
         return Encoded(
-            codes=part("codes", np.int8), scale=part("scale", np.float32), zero=part("zero", np.int32),
+            codes=part("codes", np.int8),
+            scale=part("scale", np.float32),
+            zero=part("zero", np.int32),
             tensor_scale=part("tensor_scale", np.float32),
-        )  # fmt: skip
+        )
 
 
 def _read_formats(path: Path) -> dict[str, StoredFormat]:
@@ -261,15 +313,19 @@ def in_codes(name: str, encoded: Encoded) -> Iterator[tuple[str, np.ndarray]]:
         yield f"{name}/tensor_scale", np.asarray(encoded.tensor_scale, np.float32)
 
 
-def read_stacked(path: Path, config: ModelConfig, like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
-    """The parameters (or buffers) of an imported model's directory by stack path, float32, placed as the shapes of `like` say.
+def read_stacked(
+    path: Path, config: ModelConfig, like: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, Array]:
+    """The parameters (or buffers) of an imported model's directory by stack path, float32, placed as the
+    shapes of `like` say.
 
     Raises:
       ValueError: the directory's files are damaged, or hold other parameters than the model has.
     """
     files = ModelFiles(path)
     return {
-        name: _read_one(files, logical_paths(config, name), leaf, is_stacked=name.startswith("segments/")) for name, leaf in like.items()
+        name: _read_one(files, logical_paths(config, name), leaf, is_stacked=name.startswith("segments/"))
+        for name, leaf in like.items()
     }
 
 
@@ -278,7 +334,10 @@ def _read_one(files: ModelFiles, names: list[str], leaf: jax.ShapeDtypeStruct, *
     for name in names:
         if name not in files or files.shape(name) != own:
             found = files.shape(name) if name in files else "absent"
-            raise ValueError(f"{files.directory}: {name} is {found} there, and {own} in the model: these are the weights of another")
+            raise ValueError(
+                f"{files.directory}: {name} is {found} there, and {own} in the model: these are the weights "
+                "of another"
+            )
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index, "parameters have dims"
@@ -292,7 +351,8 @@ def _read_one(files: ModelFiles, names: list[str], leaf: jax.ShapeDtypeStruct, *
 
 @contextlib.contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes `path` when all is written: what fails half way leaves nothing behind.
+    """A directory to fill, which becomes `path` when all is written: what fails half way leaves nothing
+    behind.
 
     Raises:
       ValueError: `path` is there already, and not empty.

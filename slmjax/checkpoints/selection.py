@@ -4,8 +4,8 @@
     is_better(math.nan, 3.0), is_better(3.0, math.nan)     # False, True
     best_of({20: math.nan, 40: 2.5, 60: 2.7})              # 40
 
-Comparisons with NaN are false, and `min`, `max` and `sorted` keep or skip it by its place: where a comparison decides what is kept
-(the best checkpoint, the best of several settings), it is made here.
+Comparisons with NaN are false, and `min`, `max` and `sorted` keep or skip it by its place: where a comparison
+decides what is kept (the best checkpoint, the best of several settings), it is made here.
 """
 
 import math
@@ -16,7 +16,9 @@ Key = TypeVar("Key")
 
 
 def is_better(figure: float, best: float | None, *, lower_is_better: bool = True) -> bool:
-    """Return whether a figure takes the place of the best so far (None: there is none yet). Equal figures do not."""
+    """Return whether a figure takes the place of the best so far (None: there is none yet). Equal figures do
+    not.
+    """
     if not math.isfinite(figure):
         return False
     if best is None or not math.isfinite(best):

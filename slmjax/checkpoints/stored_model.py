@@ -23,13 +23,18 @@ class Own:
 
     path: Path
     config: ModelConfig
-    read: Callable[[str], np.ndarray]  # a parameter by logical path, what the model multiplies with; tables without their padding
+    read: Callable[
+        [str], np.ndarray
+    ]  # a parameter by logical path, what the model multiplies with; tables without their padding
     dtype: Callable[[str], np.dtype]  # that it is stored in
     formats: Mapping[str, StoredFormat]  # of the parameters that are quantized
-    encoded: Callable[[str], Encoded]  # the codes and scales of one of those, as NumPy arrays; tables without their padding
+    encoded: Callable[
+        [str], Encoded
+    ]  # the codes and scales of one of those, as NumPy arrays; tables without their padding
     family: str | None  # where an imported one came from
     step: int | None  # of a run: its checkpoint
-    # Rows of codes that are not those of the devices it was trained on, and all rows; None where that is not known.
+    # Rows of codes that are not those of the devices it was trained on, and all rows; None where that is not
+    # known.
     changed_rows: tuple[int, int] | None = None
 
 
@@ -39,27 +44,43 @@ def open_own(path: Path, *, step: int | None = None) -> Own:
         model = loading.read_config(path)
         files = safetensors_files.ModelFiles(path)
         return Own(
-            path=path, config=model, read=lambda name: _unpadded(name, files.read(name), model), dtype=files.dtype,
-            formats=files.formats, encoded=lambda name: _unpadded_codes(name, files.encoded(name), model),
-            family=read_origin(path).get("family"), step=None,
-        )  # fmt: skip
+            path=path,
+            config=model,
+            read=lambda name: _unpadded(name, files.read(name), model),
+            dtype=files.dtype,
+            formats=files.formats,
+            encoded=lambda name: _unpadded_codes(name, files.encoded(name), model),
+            family=read_origin(path).get("family"),
+            step=None,
+        )
     loaded, coded = loading.load_with_codes(path, step=step)
     places: dict[str, tuple[str, int | None]] = {}
     arrays = {**loaded.params, **loaded.buffers}
     for name in arrays:
         logical = logical_paths(loaded.definition.config, name)
-        places |= {one: (name, index if name.startswith("segments/") else None) for index, one in enumerate(logical)}
+        places |= {
+            one: (name, index if name.startswith("segments/") else None) for index, one in enumerate(logical)
+        }
 
     def read(name: str) -> np.ndarray:
         stacked, index = places[name]
-        return _unpadded(name, np.asarray(arrays[stacked] if index is None else arrays[stacked][index]), loaded.config)
+        return _unpadded(
+            name, np.asarray(arrays[stacked] if index is None else arrays[stacked][index]), loaded.config
+        )
 
     return Own(
-        path=path, config=loaded.config, read=read, dtype=lambda name: np.dtype(np.float32), family=None, step=loaded.step,
-        formats={name: StoredFormat(spec=numbers.spec, axis=numbers.axis) for name, (numbers, _) in coded.items()},
+        path=path,
+        config=loaded.config,
+        read=read,
+        dtype=lambda name: np.dtype(np.float32),
+        family=None,
+        step=loaded.step,
+        formats={
+            name: StoredFormat(spec=numbers.spec, axis=numbers.axis) for name, (numbers, _) in coded.items()
+        },
         encoded=lambda name: _unpadded_codes(name, coded[name][1], loaded.config),
         changed_rows=loading.changed_rows(loaded, coded) if coded else None,
-    )  # fmt: skip
+    )
 
 
 def _unpadded(name: str, array: np.ndarray, model: ModelConfig) -> np.ndarray:
@@ -73,7 +94,9 @@ def _unpadded_codes(name: str, encoded: Encoded, model: ModelConfig) -> Encoded:
     def part(array: np.ndarray | None) -> np.ndarray | None:
         return _unpadded(name, array, model) if array is not None and array.shape[:1] == (rows,) else array
 
-    return dataclasses.replace(encoded, codes=part(encoded.codes), scale=part(encoded.scale), zero=part(encoded.zero))
+    return dataclasses.replace(
+        encoded, codes=part(encoded.codes), scale=part(encoded.scale), zero=part(encoded.zero)
+    )
 
 
 def read_origin(path: Path) -> dict[str, Any]:

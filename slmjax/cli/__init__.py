@@ -1,7 +1,7 @@
 """The `slmjax` command: one thin function per command word over the package's Python surface.
 
-The word is looked up before anything heavy is imported, so that `slmjax --help` answers at once. Options are the fields of
-dataclasses, parsed and documented by tyro.
+The word is looked up before anything heavy is imported, so that `slmjax --help` answers at once. Options are
+the fields of dataclasses, parsed and documented by tyro.
 """
 
 import os
@@ -51,7 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words[0] not in COMMANDS:
         from slmjax.config import near_names
 
-        print(f"error: there is no command {words[0]!r}.{near_names(words[0], COMMANDS)}\n\n{_overview()}", file=sys.stderr)
+        print(
+            f"error: there is no command {words[0]!r}.{near_names(words[0], COMMANDS)}\n\n{_overview()}",
+            file=sys.stderr,
+        )
         sys.exit(2)
     startup.keep_memory()
     startup.keep_compiled()
@@ -64,14 +67,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: {message}\n(SLMJAX_TRACEBACK=1 shows where it arose)", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped at once: of a run, what was saved before is in its directory (slmjax train --resume RUN_DIR)", file=sys.stderr)
+        print(
+            (
+                "stopped at once: of a run, what was saved before is in its directory (slmjax train --resume "
+                "RUN_DIR)"
+            ),
+            file=sys.stderr,
+        )
         sys.exit(130)
 
 
 _OUT_OF_MEMORY = (
-    "out of memory ({error}).\nWhat takes less, in training: the same batch in parts (--optim.accumulation-steps), recomputing "
-    "activations (--model.remat full), shorter rows (--data.sequence-length), fewer rows (--data.batch-size), parameters divided over "
-    "devices (--mesh.fsdp). In `generate`, and in multiple choice and lm-eval: --batch-size; in `eval` of text: --data.batch-size"
+    "out of memory ({error}).\nWhat takes less, in training: the same batch in parts "
+    "(--optim.accumulation-steps), recomputing "
+    "activations (--model.remat full), shorter rows (--data.sequence-length), fewer rows "
+    "(--data.batch-size), parameters divided over "
+    "devices (--mesh.fsdp). In `generate`, and in multiple choice and lm-eval: --batch-size; in `eval` of "
+    "text: --data.batch-size"
 )
 
 
@@ -84,10 +96,21 @@ def _message_for_people(error: Exception) -> str | None:
 
     if isinstance(error, memory.OutOfMemory):
         return text
-    return _OUT_OF_MEMORY.format(error=(text.splitlines() or ["the machine's is used up"])[0]) if memory.is_exhausted(error) else None
+    return (
+        _OUT_OF_MEMORY.format(error=(text.splitlines() or ["the machine's is used up"])[0])
+        if memory.is_exhausted(error)
+        else None
+    )
 
 
 def _overview() -> str:
-    lines = ["usage: slmjax COMMAND [OPTIONS]", "", "Train, evaluate, sample, import and export small language models.", ""]
-    lines += [f"  {name:<15}{(function.__doc__ or '').splitlines()[0]}" for name, function in COMMANDS.items()]
+    lines = [
+        "usage: slmjax COMMAND [OPTIONS]",
+        "",
+        "Train, evaluate, sample, import and export small language models.",
+        "",
+    ]
+    lines += [
+        f"  {name:<15}{(function.__doc__ or '').splitlines()[0]}" for name, function in COMMANDS.items()
+    ]
     return "\n".join([*lines, "", "slmjax COMMAND --help tells the options of a command."])

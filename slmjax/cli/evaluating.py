@@ -11,7 +11,9 @@ from slmjax.cli.options import by_place, load_code, option, parse, print_aside, 
 
 
 def eval_command(words: Sequence[str]) -> int:
-    """evaluate a model: slmjax eval RUN_DIR [--data.path FILE] [--multiple-choice FILE] [--lm-eval TASK] [--efficiency]"""
+    """evaluate a model: slmjax eval RUN_DIR [--data.path FILE] [--multiple-choice FILE] [--lm-eval TASK]
+    [--efficiency]
+    """
     from slmjax.checkpoints import loading
     from slmjax.data.config import DataConfig
     from slmjax.data.provenance import ChangedData, own_data
@@ -19,21 +21,38 @@ def eval_command(words: Sequence[str]) -> int:
 
     load_code(words)
     # The run is found before tyro parses the words, for the defaults of --data.*: a teacher may be a run too.
-    paths = (word for before, word in itertools.pairwise(["", *words]) if not word.startswith("-") and before != "--teacher")
+    paths = (
+        word
+        for before, word in itertools.pairwise(["", *words])
+        if not word.startswith("-") and before != "--teacher"
+    )
     of_run = next(filter(None, map(own_data, map(Path, paths))), DataConfig())
     if option(words, "--data.path") is not None:
-        of_run = dataclasses.replace(of_run, heldout_fraction=0.0)  # another text is evaluated whole, unless a fraction is given
+        of_run = dataclasses.replace(
+            of_run, heldout_fraction=0.0
+        )  # another text is evaluated whole, unless a fraction is given
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
         run_dir: Annotated[str, *by_place("RUN_DIR")]  # run directory with the model
-        text: bool = False  # loss and bits per byte of text beside another evaluation: alone, it is what is done anyway
+        # loss and bits per byte of text beside another evaluation: alone, it is what is done anyway
+        text: bool = False
         max_documents: int | None = None  # evaluate the first held-out documents only (none: all)
-        overlap: int | None = None  # tokens of context that each further window of a long document repeats (none: as in the run)
-        # if the run's text has changed: refuse it, allow it as it is now, or take the recorded text that the cache has
+        overlap: int | None = (
+            # tokens of context that each further window of a long document repeats (none: as in the run)
+            None
+        )
+        # if the run's text has changed: refuse it, allow it as it is now, or take the recorded text that the
+        # cache has
         changed_data: ChangedData = ChangedData.REFUSE
-        score: ScoredText | None = None  # text that is scored: completions (what training scores) or all, prompts too (none: as in the run)
-        multiple_choice: tuple[str, ...] = ()  # files of questions (JSONL, JSON, CSV, Parquet): prompt, choices, answer
+        score: ScoredText | None = (
+            # text that is scored: completions (what training scores) or all, prompts too (none: as in the
+            # run)
+            None
+        )
+        multiple_choice: tuple[
+            str, ...
+        ] = ()  # files of questions (JSONL, JSON, CSV, Parquet): prompt, choices, answer
         lm_eval: tuple[str, ...] = ()  # tasks of lm-eval (the eval extra)
         lm_eval_path: str | None = None  # directory with lm-eval tasks of your own
         lm_eval_limit: int | None = None  # examples of each task (none: all)
@@ -42,8 +61,12 @@ def eval_command(words: Sequence[str]) -> int:
         batch_size: int = 16  # rows at a time, of multiple choice and lm-eval
         step: int | None = None  # checkpoint to evaluate (none: the newest)
         unrounded: bool = False  # of a quantized run: the text's loss with weights before rounding as well
-        teacher: str | None = None  # run or imported model to compare the text's predictions with, token by token
-        code: str | None = None  # Python file that defines the classes of your own which the run's settings name
+        teacher: str | None = (
+            None  # run or imported model to compare the text's predictions with, token by token
+        )
+        code: str | None = (
+            None  # Python file that defines the classes of your own which the run's settings name
+        )
         json: bool = False  # print the results as JSON
         data: DataConfig = of_run
 
@@ -69,16 +92,26 @@ def _evaluations(loaded: Any, given: Any, data: Any) -> dict[str, Any]:
     if given.text or given.teacher or given.unrounded or data is not None or not others:
         teachers = None if given.teacher is None else beside(Path(given.teacher), loaded)
         evaluated = functools.partial(
-            evaluation.evaluate, data=data, max_documents=given.max_documents, overlap=given.overlap, score=given.score,
-            changed_data=given.changed_data, log=print_aside,
-        )  # fmt: skip
+            evaluation.evaluate,
+            data=data,
+            max_documents=given.max_documents,
+            overlap=given.overlap,
+            score=given.score,
+            changed_data=given.changed_data,
+            log=print_aside,
+        )
         result = evaluated(loaded, teachers=teachers)
         if given.unrounded:
             before = evaluated(loading.load_unrounded(Path(given.run_dir), step=given.step))
-            result = dataclasses.replace(result, unrounded_loss=before.loss, unrounded_bits_per_byte=before.bits_per_byte)
+            result = dataclasses.replace(
+                result, unrounded_loss=before.loss, unrounded_bits_per_byte=before.bits_per_byte
+            )
         found["text"] = dataclasses.asdict(result)
     if given.multiple_choice:
-        answers = (evaluation.answer_questions(loaded, path, batch_size=given.batch_size) for path in given.multiple_choice)
+        answers = (
+            evaluation.answer_questions(loaded, path, batch_size=given.batch_size)
+            for path in given.multiple_choice
+        )
         found["multiple_choice"] = [dataclasses.asdict(one) for one in answers]
     if given.lm_eval:
         found["lm_eval"] = _lm_eval(loaded, given)
@@ -91,11 +124,19 @@ def _lm_eval(loaded: Any, given: Any) -> dict[str, Any]:
     try:
         from slmjax.evaluation.lm_eval_adapter import run_tasks
     except ImportError as error:
-        raise ValueError(f"--lm-eval needs lm-eval, which is not installed ({error}): pip install 'slmjax[eval]'") from error
-    return run_tasks(loaded, given.lm_eval, include_path=given.lm_eval_path, limit=given.lm_eval_limit, batch_size=given.batch_size)
+        raise ValueError(
+            f"--lm-eval needs lm-eval, which is not installed ({error}): pip install 'slmjax[eval]'"
+        ) from error
+    return run_tasks(
+        loaded,
+        given.lm_eval,
+        include_path=given.lm_eval_path,
+        limit=given.lm_eval_limit,
+        batch_size=given.batch_size,
+    )
 
 
-# The table ------------------------------------------------------------------------------------------------------------
+# The table --------------------------------------------------------------------------------------------------
 Row = tuple[str, str, str]
 
 
@@ -108,7 +149,12 @@ def _show(results: Mapping[str, Any]) -> None:
     table.add_column("what", overflow="fold")
     table.add_column("value", justify="right")
     table.add_column("")
-    for rows in (_text_rows(results), _choice_rows(results), _lm_eval_rows(results), _efficiency_rows(results)):
+    for rows in (
+        _text_rows(results),
+        _choice_rows(results),
+        _lm_eval_rows(results),
+        _efficiency_rows(results),
+    ):
         for row in rows:
             table.add_row(*row)
         table.add_section()
@@ -124,7 +170,11 @@ def _text_rows(results: Mapping[str, Any]) -> Iterator[Row]:
             scored = f"{found['tokens']:,} of {found['total_tokens']:,} tokens of {found['documents']:,} documents: the completions"
         yield "loss", f"{found['loss']:.4f}", f"nats per token, {scored}"
         yield "perplexity", f"{found['perplexity']:.2f}", ""
-        yield "bits per byte", f"{found['bits_per_byte']:.4f}", f"{found['bytes']:,} bytes, in {found['seconds']:.1f} s"
+        yield (
+            "bits per byte",
+            f"{found['bits_per_byte']:.4f}",
+            f"{found['bytes']:,} bytes, in {found['seconds']:.1f} s",
+        )
         if found["lost_text"]:
             yield (
                 "  not comparable",
@@ -134,7 +184,11 @@ def _text_rows(results: Mapping[str, Any]) -> Iterator[Row]:
         for kind, role in (("bos", "documents begin with"), ("eos", "documents end with")):
             if (token := found[kind]) is not None:
                 yield role, repr(token["name"]), f"id {token['id']}, {token['source']}"
-        yield "calibration error", f"{found['calibration_error']:.4f}", "mean gap between confidence and accuracy"
+        yield (
+            "calibration error",
+            f"{found['calibration_error']:.4f}",
+            "mean gap between confidence and accuracy",
+        )
         if found["unrounded_loss"] is not None:
             on = f"loss {found['unrounded_loss']:.4f} with weights before rounding"
             yield "  before rounding", f"{found['unrounded_bits_per_byte']:.4f}", on
@@ -148,7 +202,11 @@ def _choice_rows(results: Mapping[str, Any]) -> Iterator[Row]:
     for found in results.get("multiple_choice", ()):
         cut = f", {found['truncated']:,} prompts truncated" if found["truncated"] else ""
         on = f"{found['questions']:,} questions, chance {found['chance']:.3f}{cut}"
-        yield f"{Path(found['file']).name}: accuracy", f"{found['accuracy']:.3f}", f"± {found['accuracy_stderr']:.3f}, {on}"
+        yield (
+            f"{Path(found['file']).name}: accuracy",
+            f"{found['accuracy']:.3f}",
+            f"± {found['accuracy_stderr']:.3f}, {on}",
+        )
         yield "  per byte", f"{found['accuracy_per_byte']:.3f}", f"± {found['accuracy_per_byte_stderr']:.3f}"
 
 
@@ -166,9 +224,21 @@ def _efficiency_rows(results: Mapping[str, Any]) -> Iterator[Row]:
     yield "parameters", f"{found['parameters']:,}", f"{found['active_parameters']:,} active"
     for dtype, size in found["bytes_by_dtype"].items():
         yield f"  in {dtype}", f"{size / 1e6:,.1f} MB", ""
-    yield "FLOPs per token", f"{found['forward_flops_per_token']:.3g}", f"forward; {found['training_flops_per_token']:.3g} in training"
-    yield "cache per token", f"{found['cache_bytes_per_token']:,.0f} B", f"{found['cache_bytes'] / 1e6:,.2f} MB for a full context"
-    yield "time to first token", f"{1e3 * found['time_to_first_token']:,.1f} ms", f"prompt of {found['prompt_tokens']:,} tokens"
+    yield (
+        "FLOPs per token",
+        f"{found['forward_flops_per_token']:.3g}",
+        f"forward; {found['training_flops_per_token']:.3g} in training",
+    )
+    yield (
+        "cache per token",
+        f"{found['cache_bytes_per_token']:,.0f} B",
+        f"{found['cache_bytes'] / 1e6:,.2f} MB for a full context",
+    )
+    yield (
+        "time to first token",
+        f"{1e3 * found['time_to_first_token']:,.1f} ms",
+        f"prompt of {found['prompt_tokens']:,} tokens",
+    )
     yield "decoding", f"{found['decode_tokens_per_second']:,.0f} tokens/s", "one sequence"
     yield "peak memory", f"{found['peak_memory_bytes'] / 1e6:,.0f} MB", ""
     if (energy := found["energy_joules_per_token"]) is not None:

@@ -22,7 +22,9 @@ class Format(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt or a conversation as it was given, its seed where it has one of its own, and what the model is given of it."""
+    """A prompt or a conversation as it was given, its seed where it has one of its own, and what the model is
+    given of it.
+    """
 
     prompt: str | None
     seed: int | None = None
@@ -54,17 +56,26 @@ def generate_command(words: Sequence[str]) -> int:
             tuple[str, ...], *by_place("[PROMPT ...]")
         ] = ()  # texts to continue; "-" reads them from standard input, line by line
         prompt: tuple[str, ...] = ()  # texts to continue, as an option
-        file: str | None = None  # file of prompts: one on each line, or records (JSONL, JSON, CSV) with "prompt", and "seed" if need be
-        chat: bool = False  # each prompt is a user's message, put as the model's chat template says; records may have "messages" instead
+        file: str | None = (
+            # file of prompts: one on each line, or records (JSONL, JSON, CSV) with "prompt", and "seed" if
+            # need be
+            None
+        )
+        # each prompt is a user's message, put as the model's chat template says; records may have
+        # "messages" instead
+        chat: bool = False
         system: str | None = None  # with --chat: the system message before each
         output: str | None = None  # file to write to (none: standard output)
         format: Format = Format.TEXT  # how continuations are written
         json: bool = False  # the same as --format json
-        logprobs: bool = False  # with JSON: the log-probability of every token, in nats, under the model's own distribution
+        # with JSON: the log-probability of every token, in nats, under the model's own distribution
+        logprobs: bool = False
         stream: bool = True  # show the text of a single prompt as it comes
         batch_size: int = 16  # prompts at a time
         step: int | None = None  # checkpoint to sample from (none: the newest)
-        code: str | None = None  # Python file that defines the classes of your own which the run's settings name
+        code: str | None = (
+            None  # Python file that defines the classes of your own which the run's settings name
+        )
         settings: Annotated[SamplingConfig, without_prefix()] = SamplingConfig()
 
     given = parse(Arguments, words, command="generate", description=generate_command.__doc__)
@@ -72,8 +83,9 @@ def generate_command(words: Sequence[str]) -> int:
         raise ValueError(f"--batch-size must be at least 1, got {given.batch_size}")
     requests = _requests([*given.prompts, *given.prompt], given)
     requests = [
-        one if one.seed is not None else dataclasses.replace(one, seed=(given.settings.seed + i) % 2**32) for i, one in enumerate(requests)
-    ]  # fmt: skip
+        one if one.seed is not None else dataclasses.replace(one, seed=(given.settings.seed + i) % 2**32)
+        for i, one in enumerate(requests)
+    ]
     loaded = loading.load_model(Path(given.run_dir), step=given.step)
     if given.chat:
         requests = [_rendered(loaded, one, given.system) for one in requests]
@@ -88,9 +100,11 @@ def generate_command(words: Sequence[str]) -> int:
     return 0
 
 
-# Prompts --------------------------------------------------------------------------------------------------------------
+# Prompts ----------------------------------------------------------------------------------------------------
 def _requests(prompts: Sequence[str], given: Any) -> list[Request]:
-    """The prompts of the command line, of standard input where one of them is "-", and of a file; one empty prompt if there are none."""
+    """The prompts of the command line, of standard input where one of them is "-", and of a file; one empty
+    prompt if there are none.
+    """
     found: list[Request] = []
     for prompt in prompts:
         found += _lines(sys.stdin.read(), "standard input") if prompt == "-" else [Request(prompt)]
@@ -98,7 +112,8 @@ def _requests(prompts: Sequence[str], given: Any) -> list[Request]:
         path = Path(given.file)
         if not path.is_file():
             raise ValueError(
-                f"there is no file of prompts {path}: --file takes one prompt on each line, or records (JSONL, JSON, CSV, ...)"
+                f"there is no file of prompts {path}: --file takes one prompt on each line, or records "
+                "(JSONL, JSON, CSV, ...)"
             )
         found += _in_file(path)
     if given.chat and not found:
@@ -149,7 +164,10 @@ def _lines(text: str, where: str) -> list[Request]:
 def _record(record: Mapping[str, Any], where: str) -> Request:
     from slmjax.data.records import value_in_cell
 
-    prompt, messages, seed = record.get("prompt"), *(value_in_cell(record.get(name)) for name in ("messages", "seed"))
+    prompt, messages, seed = (
+        record.get("prompt"),
+        *(value_in_cell(record.get(name)) for name in ("messages", "seed")),
+    )
     if messages is not None:
         _check_messages(messages, where)
         prompt = None
@@ -161,16 +179,25 @@ def _record(record: Mapping[str, Any], where: str) -> Request:
 
 
 def _check_messages(messages: Any, where: str) -> None:
-    well_formed = isinstance(messages, list) and all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages)
+    well_formed = isinstance(messages, list) and all(
+        isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages
+    )
     if not messages or not well_formed:
-        raise ValueError(f'{where}: "messages" must be a list of objects like {{"role": "user", "content": "..."}}, and not empty')
+        raise ValueError(
+            f'{where}: "messages" must be a list of objects like {{"role": "user", "content": "..."}}, and '
+            "not empty"
+        )
 
 
-# Continuations --------------------------------------------------------------------------------------------------------
+# Continuations ----------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def _writer(output: str | None) -> Iterator[Callable[[str], None]]:
     """A function that writes a piece of text and flushes."""
-    with contextlib.nullcontext(sys.stdout) if output is None else Path(output).open("w", encoding="utf-8") as stream:
+    with (
+        contextlib.nullcontext(sys.stdout)
+        if output is None
+        else Path(output).open("w", encoding="utf-8") as stream
+    ):
 
         def write(text: str) -> None:
             stream.write(text)
@@ -193,14 +220,18 @@ def _stream(loaded: Any, request: Request, settings: Any, write: Callable[[str],
     write("\n" if begun else _echo(request) + "\n")
 
 
-def _write_all(loaded: Any, requests: Sequence[Request], given: Any, how: Format, write: Callable[[str], None]) -> None:
+def _write_all(
+    loaded: Any, requests: Sequence[Request], given: Any, how: Format, write: Callable[[str], None]
+) -> None:
     from slmjax.sampling import generate
     from slmjax.telemetry.run_directory import plain
 
     records = []
     for first in range(0, len(requests), given.batch_size):
         part = requests[first : first + given.batch_size]
-        found = generate(loaded, [one.input for one in part], config=given.settings, seeds=[_seed(one) for one in part])
+        found = generate(
+            loaded, [one.input for one in part], config=given.settings, seeds=[_seed(one) for one in part]
+        )
         for request, one in zip(part, found, strict=True):
             if how is Format.TEXT:
                 write(_echo(request) + one.text + ("\n\n" if len(requests) > 1 else "\n"))
@@ -221,5 +252,7 @@ def _seed(request: Request) -> int:
 
 
 def _echo(request: Request) -> str:
-    """What is shown before a continuation: the prompt that it continues; of a chat the answer stands alone."""
+    """What is shown before a continuation: the prompt that it continues; of a chat the answer stands
+    alone.
+    """
     return (request.prompt or "") if request.tokens is None else ""

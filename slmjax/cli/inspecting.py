@@ -23,12 +23,25 @@ def models_command(words: Sequence[str]) -> int:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for heading in ("name", "parameters", "active", "embedding", "FLOPs/token", "bf16 bytes", "cache B/token"):
+    for heading in (
+        "name",
+        "parameters",
+        "active",
+        "embedding",
+        "FLOPs/token",
+        "bf16 bytes",
+        "cache B/token",
+    ):
         table.add_column(heading, justify="left" if heading == "name" else "right")
     for name, one in summaries.items():
         figures = (one.parameters, one.active_parameters, one.embedding_parameters)
-        table.add_row(name, *(f"{n:,}" for n in figures), f"{one.training_flops_per_token:.3g}", f"{one.bytes_bf16:,}",
-                      f"{one.cache_bytes_per_token:,.0f}")  # fmt: skip
+        table.add_row(
+            name,
+            *(f"{n:,}" for n in figures),
+            f"{one.training_flops_per_token:.3g}",
+            f"{one.bytes_bf16:,}",
+            f"{one.cache_bytes_per_token:,.0f}",
+        )
     Console(width=max(120, Console().width), highlight=False).print(table)
     return 0
 
@@ -53,17 +66,23 @@ def data_command(words: Sequence[str]) -> int:
         data: DataConfig = start.data
         tokenizer: TokenizerConfig = start.tokenizer
 
-    given = parse(Arguments, options, default=Arguments(), command=f"data {action or 'prepare|inspect'}", description=data_command.__doc__)
+    given = parse(
+        Arguments,
+        options,
+        default=Arguments(),
+        command=f"data {action or 'prepare|inspect'}",
+        description=data_command.__doc__,
+    )
     if action == "prepare":
         prepared = prepare(given.data, given.tokenizer, log=print_aside)
-        every = [("train", shards) for shards, _ in prepared.train] + [("heldout", shards) for shards in prepared.heldout]
+        every = [("train", shards) for shards, _ in prepared.train] + [
+            ("heldout", shards) for shards in prepared.heldout
+        ]
         if given.json:
             print_json([dataclasses.asdict(shards.manifest) for _, shards in every])
             return 0
         for side, shards in every:
-            counts = (
-                f"{shards.manifest.num_documents:,} documents, {shards.manifest.num_bytes:,} bytes, {shards.manifest.num_tokens:,} tokens"
-            )
+            counts = f"{shards.manifest.num_documents:,} documents, {shards.manifest.num_bytes:,} bytes, {shards.manifest.num_tokens:,} tokens"
             print(f"{shards.manifest.source_name}, {side}: {counts}, in {shards.directory}")
         return 0
     found = inspect(given.data, given.tokenizer, num_samples=given.samples, log=print_aside)

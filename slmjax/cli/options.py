@@ -7,14 +7,22 @@ from pathlib import Path
 from typing import Any
 
 
-def parse(arguments_class: type, words: Sequence[str], *, default: Any = None, command: str, description: str | None) -> Any:
-    """The options of a command, parsed and documented by tyro from the fields of a dataclass; `default` is an instance, if there is one."""
+def parse(
+    arguments_class: type, words: Sequence[str], *, default: Any = None, command: str, description: str | None
+) -> Any:
+    """The options of a command, parsed and documented by tyro from the fields of a dataclass; `default` is an
+    instance, if there is one.
+    """
     import tyro
 
     return tyro.cli(
-        arguments_class, args=list(words), prog=f"slmjax {command}", description=description,
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues), **({} if default is None else {"default": default}),
-    )  # fmt: skip
+        arguments_class,
+        args=list(words),
+        prog=f"slmjax {command}",
+        description=description,
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues),
+        **({} if default is None else {"default": default}),
+    )
 
 
 def by_place(metavar: str) -> tuple[Any, ...]:
@@ -46,8 +54,8 @@ def positional(words: Sequence[str]) -> tuple[str | None, list[str]]:
 def experiment_name(words: Sequence[str]) -> tuple[str | None, list[str]]:
     """The experiment that a command line names, wherever it stands among the options, and the other words.
 
-    The first word is one if it is no option; further on, only what looks like one is: a built-in name or a Python file
-    which is not the value of an option.
+    The first word is one if it is no option; further on, only what looks like one is: a built-in name or a
+    Python file which is not the value of an option.
     """
     from slmjax.training.recipes import BUILT_IN
 
@@ -67,7 +75,9 @@ def option(words: Sequence[str], name: str) -> str | None:
     for index, word in enumerate(words):
         name_given, equals, value = word.partition("=")
         if name_given.replace("_", "-") == name:  # tyro takes either, and of several the last
-            follows = words[index + 1] if index + 1 < len(words) and not words[index + 1].startswith("--") else None
+            follows = (
+                words[index + 1] if index + 1 < len(words) and not words[index + 1].startswith("--") else None
+            )
             found = value if equals else follows
     return found
 

@@ -9,12 +9,18 @@ from slmjax.cli.options import by_place, parse, print_aside, print_json
 
 
 def recovery_command(words: Sequence[str]) -> int:
-    """what training for a format recovers of what rounding to it costs: slmjax quant report STUDY_FILE [DIRECTORY]"""
+    """what training for a format recovers of what rounding to it costs: slmjax quant report STUDY_FILE
+    [DIRECTORY]
+    """
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
-        study_file: Annotated[str, *by_place("STUDY_FILE")]  # Python file of a study, with recoveries(directory)
-        directory: Annotated[str | None, *by_place("[DIRECTORY]")] = None  # where the study was trained (none: runs/ and the file's name)
+        study_file: Annotated[
+            str, *by_place("STUDY_FILE")
+        ]  # Python file of a study, with recoveries(directory)
+        directory: Annotated[str | None, *by_place("[DIRECTORY]")] = (
+            None  # where the study was trained (none: runs/ and the file's name)
+        )
         page: bool = True  # write recovery.html and its plots too (the plot extra)
         json: bool = False  # print the report as JSON
 
@@ -38,14 +44,17 @@ def recovery_command(words: Sequence[str]) -> int:
 
 
 def _reports(path: Path, directory: Path) -> list[Any]:
-    """What the members of a study file's recoveries have come to so far; those that were not measured yet are."""
+    """What the members of a study file's recoveries have come to so far; those that were not measured yet
+    are.
+    """
     from slmjax.studies import measure, read_members, report_recovery
     from slmjax.training import recipes
 
     find: Any = getattr(recipes.run_file(path), "recoveries", None)
     if not callable(find):
         raise ValueError(
-            f"{path} needs a function `def recoveries(directory: Path) -> tuple[Recovery, ...]` that says which arm is the reference and "
+            f"{path} needs a function `def recoveries(directory: Path) -> tuple[Recovery, ...]` that says "
+            "which arm is the reference and "
             "which are rounded, and has none: experiments/qat_study.py has one"
         )
     reports = []
@@ -54,6 +63,9 @@ def _reports(path: Path, directory: Path) -> list[Any]:
         place = directory / recovery.directory
         members = read_members(recovery.study, place)
         if not members:
-            raise ValueError(f"{place} holds no member of the study {recovery.study.name}: name the directory in which {path} was run")
+            raise ValueError(
+                f"{place} holds no member of the study {recovery.study.name}: name the directory in which "
+                f"{path} was run"
+            )
         reports.append(report_recovery(recovery, members, measure(recovery, members, place, log=print_aside)))
     return reports

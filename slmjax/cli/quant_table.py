@@ -5,12 +5,22 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from slmjax.cli.options import experiment_name, load_code, option, parse, positional, print_json, without_prefix
+from slmjax.cli.options import (
+    experiment_name,
+    load_code,
+    option,
+    parse,
+    positional,
+    print_json,
+    without_prefix,
+)
 from slmjax.cli.quant_reporting import recovery_command
 
 
 def quant_command(words: Sequence[str]) -> int:
-    """list number formats, or report on a study of them: slmjax quant table [EXPERIMENT] [--quant q4_0] | report STUDY_FILE [DIR]"""
+    """list number formats, or report on a study of them: slmjax quant table [EXPERIMENT] [--quant q4_0] |
+    report STUDY_FILE [DIR]
+    """
     action, rest = positional(words)
     if action == "report":
         return recovery_command(rest)
@@ -34,13 +44,17 @@ def _table(words: Sequence[str]) -> int:
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
-        quant: str | None = None  # formats WEIGHTS[+INPUTS[+CACHE]] in place of the experiment's own, such as q4_0+q8_0
+        quant: str | None = (
+            None  # formats WEIGHTS[+INPUTS[+CACHE]] in place of the experiment's own, such as q4_0+q8_0
+        )
         vocab_size: int = 4096  # of a tokenizer that is yet to be trained
         code: str | None = None  # Python file that defines the classes of your own which the experiment names
         json: bool = False  # print every path as JSON, layers not gathered
         experiment: Annotated[experiments.Experiment, without_prefix()] = start
 
-    given = parse(Arguments, options, default=Arguments(), command="quant table", description=quant_command.__doc__)
+    given = parse(
+        Arguments, options, default=Arguments(), command="quant table", description=quant_command.__doc__
+    )
     lines = covered_lines(resolved_model(given.experiment, vocab_size=given.vocab_size))
     if given.json:
         print_json([{**dataclasses.asdict(line), "bits": line.bits} for line in lines])
@@ -67,17 +81,25 @@ def _print_table(lines: Sequence[Any]) -> None:
     for path, count, line in _gathered(lines):
         shape = " x ".join(map(str, line.shape))
         size = f"{line.bytes * count:,}" + (" a token" if path.endswith("/cache") else "")
-        table.add_row(path, shape, line.format or "float32", line.input or "", f"{line.bits:.3g}", size, line.reason)
+        table.add_row(
+            path, shape, line.format or "float32", line.input or "", f"{line.bits:.3g}", size, line.reason
+        )
     console = Console(width=max(150, Console().width), highlight=False)
     console.print(table)
     stored = [line for line in lines if not line.path.endswith("/cache")]
-    total, covered = sum(line.bytes for line in stored), sum(line.bytes for line in stored if line.format)
+    total = sum(line.bytes for line in stored)
+    covered = sum(line.bytes for line in stored if line.format)
     bare = sum(line.bytes * 8 // line.bits if line.bytes else 0 for line in stored) * 4
-    console.print(f"{total:,.0f} bytes in all, {covered / max(total, 1):.1%} of them in a format; {bare:,.0f} in float32")
+    console.print(
+        f"{total:,.0f} bytes in all, {covered / max(total, 1):.1%} of them in a format; {bare:,.0f} in "
+        "float32"
+    )
 
 
 def _gathered(lines: Sequence[Any]) -> list[tuple[str, int, Any]]:
-    """One line for a parameter that all layers have alike: its path with their numbers, how many they are, the line of the first."""
+    """One line for a parameter that all layers have alike: its path with their numbers, how many they are,
+    the line of the first.
+    """
     rows: dict[Any, list[Any]] = {}
     for line in lines:
         name = re.sub(r"^layers/\d+/", "layers/*/", line.path)

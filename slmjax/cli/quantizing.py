@@ -16,7 +16,9 @@ class Method(enum.Enum):
 
 
 def quantize_command(words: Sequence[str]) -> int:
-    """round a model to number formats: slmjax quantize RUN_OR_MODEL_DIR OUT_DIR --format q4_0 [--clip search]"""
+    """round a model to number formats: slmjax quantize RUN_OR_MODEL_DIR OUT_DIR --format q4_0 [--clip
+    search]
+    """
     from slmjax.quantization.ptq.round_to_nearest import Clip, quantize_model
     from slmjax.quantization.rules import quant_of
 
@@ -24,21 +26,35 @@ def quantize_command(words: Sequence[str]) -> int:
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
-        source: Annotated[str, *by_place("RUN_OR_MODEL_DIR")]  # run directory, or directory of an imported model
+        source: Annotated[
+            str, *by_place("RUN_OR_MODEL_DIR")
+        ]  # run directory, or directory of an imported model
         out: Annotated[str, *by_place("OUT_DIR")]  # directory to write
         method: Method = Method.RTN  # how numbers are rounded
-        format: str | None = None  # formats WEIGHTS[+INPUTS[+CACHE]] of all matrices that no --rule names (none: floating point)
-        # REGEX=WEIGHTS[+INPUTS] for paths that the expression is found in, or REGEX=none; given again for each; the first that fits counts
+        format: str | None = (
+            # formats WEIGHTS[+INPUTS[+CACHE]] of all matrices that no --rule names (none: floating point)
+            None
+        )
+        # REGEX=WEIGHTS[+INPUTS] for paths that the expression is found in, or REGEX=none; given again for
+        # each; the first that fits counts
         rule: Annotated[tuple[str, ...], repeated()] = ()
-        clip: Clip = Clip.NONE  # scales as the format computes them, or of each group the one with the smallest squared error
+        clip: Clip = (
+            Clip.NONE
+        )  # scales as the format computes them, or of each group the one with the smallest squared error
         step: int | None = None  # checkpoint of the run (none: the newest)
-        code: str | None = None  # Python file that defines the classes of your own which the run's settings name
+        code: str | None = (
+            None  # Python file that defines the classes of your own which the run's settings name
+        )
         json: bool = False  # print what was written as JSON
 
     given = parse(Arguments, words, command="quantize", description=quantize_command.__doc__)
-    rules = [_rule(text) for text in given.rule] + ([] if given.format is None else list(quant_of(given.format).phases[0].rules))
+    rules = [_rule(text) for text in given.rule] + (
+        [] if given.format is None else list(quant_of(given.format).phases[0].rules)
+    )
     if not rules:
-        raise ValueError("say which number format: --format q4_0, or --rule REGEX=FORMAT for some of the matrices")
+        raise ValueError(
+            "say which number format: --format q4_0, or --rule REGEX=FORMAT for some of the matrices"
+        )
     found = quantize_model(given.source, given.out, rules=rules, clip=given.clip, step=given.step)
     _tell_quantized(found, is_json=given.json)
     return 0
@@ -55,7 +71,9 @@ def _rule(text: str) -> Any:
         return QuantRule(paths=paths)
     *cache, rule = quant_of(name).phases[0].rules
     if cache:
-        raise ValueError(f"--rule {text!r} has a format for caches, which are not parameters: give it with --format")
+        raise ValueError(
+            f"--rule {text!r} has a format for caches, which are not parameters: give it with --format"
+        )
     return dataclasses.replace(rule, paths=paths)
 
 
@@ -70,14 +88,19 @@ def _tell_quantized(found: Any, *, is_json: bool) -> None:
         formats[one.format] = count + 1, numbers + one.numbers, size + one.bytes
     print(f"{found.path}: {found.parameters:,} parameters, {found.bytes / 1e6:,.2f} MB with codes packed")
     for name, (count, numbers, size) in formats.items():
-        print(f"  {name}: {count} matrices, {numbers:,} numbers, {size / 1e6:,.2f} MB, {8 * size / numbers:.2f} bits a number")
+        print(
+            f"  {name}: {count} matrices, {numbers:,} numbers, {size / 1e6:,.2f} MB, "
+            f"{8 * size / numbers:.2f} bits a number"
+        )
     searched = f", {found.error:.4%} with the best clips" if found.error != found.nearest_error else ""
     print(f"squared error over squares: {found.nearest_error:.4%} with the formats' own scales{searched}")
     print(f"try: slmjax export {found.path} {found.path}.gguf --to gguf")
 
 
 def verify_export_command(words: Sequence[str]) -> int:
-    """compare an exported file with the model, in the engine that runs it: slmjax verify-export RUN_OR_MODEL_DIR FILE.gguf"""
+    """compare an exported file with the model, in the engine that runs it: slmjax verify-export
+    RUN_OR_MODEL_DIR FILE.gguf
+    """
     from slmjax.convert.verify.export import DEFAULT_TOKENS, DEFAULT_WINDOW, verify_export
     from slmjax.data.config import DataConfig
     from slmjax.data.provenance import ChangedData
@@ -86,23 +109,34 @@ def verify_export_command(words: Sequence[str]) -> int:
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
-        source: Annotated[str, *by_place("RUN_OR_MODEL_DIR")]  # run directory, or directory of an imported or quantized model
+        source: Annotated[
+            str, *by_place("RUN_OR_MODEL_DIR")
+        ]  # run directory, or directory of an imported or quantized model
         file: Annotated[str, *by_place("FILE.gguf")]  # what was exported
         data: str | None = None  # text to compare losses on (none: the held-out text of the run)
-        # if the run's text has changed: refuse it, allow it as it is now, or take the recorded text that the cache has
+        # if the run's text has changed: refuse it, allow it as it is now, or take the recorded text that the
+        # cache has
         changed_data: ChangedData = ChangedData.REFUSE
         max_tokens: int = DEFAULT_TOKENS  # tokens of the text
         window: int = DEFAULT_WINDOW  # tokens that are scored in one go
         step: int | None = None  # checkpoint of the run (none: the newest)
-        code: str | None = None  # Python file that defines the classes of your own which the run's settings name
+        code: str | None = (
+            None  # Python file that defines the classes of your own which the run's settings name
+        )
         json: bool = False  # print the comparison as JSON
 
     given = parse(Arguments, words, command="verify-export", description=verify_export_command.__doc__)
     data = None if given.data is None else DataConfig(path=given.data, heldout_fraction=0.0)
     found = verify_export(
-        given.source, given.file, data=data, max_tokens=given.max_tokens, window=given.window, step=given.step,
-        changed_data=given.changed_data, log=print_aside,
-    )  # fmt: skip
+        given.source,
+        given.file,
+        data=data,
+        max_tokens=given.max_tokens,
+        window=given.window,
+        step=given.step,
+        changed_data=given.changed_data,
+        log=print_aside,
+    )
     if given.json:
         print_json({**dataclasses.asdict(found), **_verdicts(found)})
     else:
@@ -111,8 +145,15 @@ def verify_export_command(words: Sequence[str]) -> int:
 
 
 def _verdicts(found: Any) -> dict[str, Any]:
-    loss = {} if found.loss is None else {"loss_tolerance": found.loss.tolerance, "loss_holds": found.loss.holds}
-    held = {"bytes_hold": found.bytes_hold, "products_hold": found.products_hold, **loss, "tokenizer_holds": found.tokenizer.holds}
+    loss = (
+        {} if found.loss is None else {"loss_tolerance": found.loss.tolerance, "loss_holds": found.loss.holds}
+    )
+    held = {
+        "bytes_hold": found.bytes_hold,
+        "products_hold": found.products_hold,
+        **loss,
+        "tokenizer_holds": found.tokenizer.holds,
+    }
     return {**held, "holds": found.holds}
 
 
@@ -123,10 +164,16 @@ def _show(found: Any) -> None:
         types[one.type or "missing"] = types.get(one.type or "missing", 0) + 1
     print(f"{found.file} against {found.run}, by {found.engine}")
     kinds = ", ".join(f"{count} {name}" for name, count in types.items())
-    print(f"1 bytes     {_word(found.bytes_hold)}: {len(found.tensors)} tensors ({kinds}) decode to what the model multiplies with")
+    print(
+        f"1 bytes     {_word(found.bytes_hold)}: {len(found.tensors)} tensors ({kinds}) decode to what the "
+        "model multiplies with"
+    )
     if found.changed_rows is not None and found.changed_rows[0]:
         changed, rows = found.changed_rows
-        print(f"    codes or scales of {changed:,} of {rows:,} rows are others than on the devices that it was trained on")
+        print(
+            f"    codes or scales of {changed:,} of {rows:,} rows are others than on the devices that it was "
+            "trained on"
+        )
     for text in found.settings:
         print(f"    the file's settings differ: {text}")
     for name in found.extra:
@@ -147,29 +194,49 @@ def _show(found: Any) -> None:
 
 def _show_products(found: Any) -> None:
     worst = max((one.error for one in found.products), default=0.0)
-    coded, flipped = (sum(getattr(one, name) for one in found.products) for name in ("input_codes", "flipped_codes"))
+    coded, flipped = (
+        sum(getattr(one, name) for one in found.products) for name in ("input_codes", "flipped_codes")
+    )
     inputs = f", of {coded:,} codes of inputs {flipped:,} differ" if coded else ""
-    print(f"2 products  {_word(found.products_hold)}: {len(found.products)} matrices, largest difference {worst:.1e} of the sums{inputs}")
+    print(
+        f"2 products  {_word(found.products_hold)}: {len(found.products)} matrices, largest difference "
+        f"{worst:.1e} of the sums{inputs}"
+    )
     for one in found.products:
         if not one.holds:
-            print(f"    {one.name}: {one.error:.1e}, where sums in another order differ by {one.bound:.1e} at the most")
+            print(
+                f"    {one.name}: {one.error:.1e}, where sums in another order differ by {one.bound:.1e} at "
+                "the most"
+            )
 
 
 def _show_loss(loss: Any) -> None:
     print(
-        f"3 loss      {_word(loss.holds)}: {loss.engine:.6f} nats per token in the engine, {loss.ours:.6f} in ours ({loss.tokens:,} tokens)"
+        f"3 loss      {_word(loss.holds)}: {loss.engine:.6f} nats per token in the engine, {loss.ours:.6f} "
+        f"in ours ({loss.tokens:,} tokens)"
     )
     print(
-        f"    difference {loss.difference:+.1e} ± {loss.standard_error:.1e}; noise of 1e-6 moves ours by {loss.floor:.1e}; "
+        f"    difference {loss.difference:+.1e} ± {loss.standard_error:.1e}; noise of 1e-6 moves ours by "
+        f"{loss.floor:.1e}; "
         f"may be {loss.tolerance:.1e}"
     )
     if loss.as_trained != loss.ours:
-        print(f"    with inputs as in training, ours is {loss.as_trained:.6f}: there inputs are rounded otherwise, or in bfloat16")
+        print(
+            f"    with inputs as in training, ours is {loss.as_trained:.6f}: there inputs are rounded "
+            "otherwise, or in bfloat16"
+        )
 
 
 def _show_tokenizer(check: Any) -> None:
-    engine = f"the engine gives other ids for {len(check.differing_texts):,} of {check.texts:,} texts" if check.texts else "no text encoded"
-    print(f"4 tokenizer {_word(check.holds)}: {len(check.differences):,} of {check.keys:,} keys differ, {engine}")
+    engine = (
+        f"the engine gives other ids for {len(check.differing_texts):,} of {check.texts:,} texts"
+        if check.texts
+        else "no text encoded"
+    )
+    print(
+        f"4 tokenizer {_word(check.holds)}: {len(check.differences):,} of {check.keys:,} keys differ, "
+        f"{engine}"
+    )
     for text in check.differences:
         print(f"    {text}")
     for one in check.differing_texts:
@@ -178,7 +245,9 @@ def _show_tokenizer(check: Any) -> None:
 
 def _ids_text(ours: Sequence[int], engine: Sequence[int]) -> str:
     """The first ids at which two lists differ, in words."""
-    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, engine, strict=False)))
+    shared = sum(
+        1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, engine, strict=False))
+    )
     shown = slice(shared, shared + 6)
     return f"ids from {shared} on are {list(engine[shown])} in the engine, {list(ours[shown])} in the model"
 
@@ -186,7 +255,11 @@ def _ids_text(ours: Sequence[int], engine: Sequence[int]) -> str:
 def _tensor_text(one: Any) -> str:
     if one.is_missing:
         return f"{one.name}: the file has none of this shape"
-    codes = "" if one.differing_codes is None else f" ({one.differing_codes:,} codes, {one.differing_scales:,} scales)"
+    codes = (
+        ""
+        if one.differing_codes is None
+        else f" ({one.differing_codes:,} codes, {one.differing_scales:,} scales)"
+    )
     return f"{one.name} ({one.type}): {one.differing:,} of {one.numbers:,} numbers differ{codes}"
 
 

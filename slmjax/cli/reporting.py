@@ -57,12 +57,16 @@ def _show_runs(found: Sequence[Any]) -> None:
     for one in found:
         partly = "" if one.complete else "~"
         table.add_row(
-            one.name, one.status, f"{one.step:,}/{one.steps:,}",
+            one.name,
+            one.status,
+            f"{one.step:,}/{one.steps:,}",
             "" if one.loss is None else f"{partly}{one.loss:.4f}",
-            "" if one.bits_per_byte is None else f"{partly}{one.bits_per_byte:.3f}{'!' if one.lost_text else ''}",
+            ""
+            if one.bits_per_byte is None
+            else f"{partly}{one.bits_per_byte:.3f}{'!' if one.lost_text else ''}",
             "" if one.parameters is None else f"{one.parameters / 1e6:.1f}M",
             "" if one.seconds is None else format_seconds(one.seconds),
-        )  # fmt: skip
+        )
     console = Console(highlight=False)
     console.print(table)
     if any(one.loss is not None and not one.complete for one in found):
@@ -89,7 +93,10 @@ def compare_command(words: Sequence[str]) -> int:
     names = comparison.short_names(runs)
     if given.json:
         tables = {"results": comparison.results(runs), "settings": comparison.config_differences(runs)}
-        rows = {title: {name: dict(zip(names, cells, strict=True)) for name, *cells in part} for title, part in tables.items()}
+        rows = {
+            title: {name: dict(zip(names, cells, strict=True)) for name, *cells in part}
+            for title, part in tables.items()
+        }
         print_json({"page": str(page), **rows})
         return 0
     _show_rows("results", names, comparison.shown_results(runs))

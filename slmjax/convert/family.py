@@ -1,7 +1,8 @@
 """What a family's file is written with: the translation of its configuration, and rules for its tensors.
 
-A rule goes between some of our parameters and some of their tensors, both ways. Ours are matrices [in, out]; most of theirs
-are [out, in]. Names in a table of a layer are relative to it; `{e}` stands for the number of an expert.
+A rule goes between some of our parameters and some of their tensors, both ways. Ours are matrices [in, out];
+most of theirs are [out, in]. Names in a table of a layer are relative to it; `{e}` stands for the number of
+an expert.
 
     TABLE = Table(
         around=(same("embed/table", "model.embed_tokens.weight"), ...),
@@ -26,7 +27,8 @@ Arrays = list[np.ndarray]
 Shapes = list[tuple[int, ...]]
 T = TypeVar("T")
 LARGEST_COUNT = 4096  # layers, experts: a larger number is a mistake, or malice
-LAYERS, EXPERTS = ("num_hidden_layers", "n_layer", "block_count"), ("num_experts", "num_local_experts", "n_routed_experts", "expert_count")
+LAYERS = ("num_hidden_layers", "n_layer", "block_count")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "expert_count")
 
 
 class Inexpressible(ValueError):
@@ -45,13 +47,19 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """All tensors of a family. A rule holds where the model has its parameters; the first of several for one parameter holds."""
+    """All tensors of a family. A rule holds where the model has its parameters; the first of several for one
+    parameter holds.
+    """
 
     around: tuple[Rule, ...]  # outside the layers
     layer: tuple[Rule, ...]  # of each layer, after the prefix
     prefix: str = "model.layers.{i}."
-    base: str = "model."  # begins the names of what is below the head, and is left out where that was saved alone
-    ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)  # patterns of tensors that hold nothing of the model
+    base: str = (
+        "model."  # begins the names of what is below the head, and is left out where that was saved alone
+    )
+    ignored: tuple[str, ...] = (
+        r".*rotary_emb\.inv_freq",
+    )  # patterns of tensors that hold nothing of the model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,9 +68,15 @@ class Family:
 
     architecture: str  # config.json's architectures[0], or GGUF's general.architecture
     read: Callable[[Settings], ModelConfig]
-    write: Callable[[ModelConfig], dict[str, Any]]  # what it cannot say may be left out: what is read back is compared
-    table: Table | Callable[[ModelConfig], Table]  # the table, or what makes it where rules depend on the numbers of heads
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # values of keys that a configuration leaves out
+    write: Callable[
+        [ModelConfig], dict[str, Any]
+    ]  # what it cannot say may be left out: what is read back is compared
+    table: (
+        Table | Callable[[ModelConfig], Table]
+    )  # the table, or what makes it where rules depend on the numbers of heads
+    defaults: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # values of keys that a configuration leaves out
 
     def table_of(self, model: ModelConfig) -> Table:
         """The table for a model of this family."""
@@ -73,7 +87,7 @@ class Family:
         return Settings(values, where=where, defaults=self.defaults)
 
 
-# Rules ----------------------------------------------------------------------------------------------------------------
+# Rules ------------------------------------------------------------------------------------------------------
 def same(ours: str, theirs: str) -> Rule:
     """A vector or a table of rows, as it is."""
     return Rule(ours=(ours,), theirs=(theirs,), read=lambda arrays, _: arrays, write=lambda arrays: arrays)
@@ -81,7 +95,12 @@ def same(ours: str, theirs: str) -> Rule:
 
 def matrix(ours: str, theirs: str) -> Rule:
     """A matrix, transposed."""
-    return Rule(ours=(ours,), theirs=(theirs,), read=lambda arrays, _: [arrays[0].T], write=lambda arrays: [arrays[0].T])
+    return Rule(
+        ours=(ours,),
+        theirs=(theirs,),
+        read=lambda arrays, _: [arrays[0].T],
+        write=lambda arrays: [arrays[0].T],
+    )
 
 
 def linear(ours: str, theirs: str) -> tuple[Rule, Rule]:
@@ -101,15 +120,24 @@ def joined(ours: Sequence[str], theirs: str) -> Rule:
         ends = np.cumsum([shape[-1] for shape in shapes])[:-1]
         return [part.T for part in np.split(arrays[0], ends, axis=0)]
 
-    return Rule(ours=tuple(ours), theirs=(theirs,), read=read, write=lambda arrays: [np.concatenate([array.T for array in arrays])])
+    return Rule(
+        ours=tuple(ours),
+        theirs=(theirs,),
+        read=read,
+        write=lambda arrays: [np.concatenate([array.T for array in arrays])],
+    )
 
 
 def experts(ours: str, theirs: str) -> Rule:
-    """The matrices of all experts, [E, in, out], of which each is one [out, in] there: `theirs` has `{e}` for its number."""
+    """The matrices of all experts, [E, in, out], of which each is one [out, in] there: `theirs` has `{e}` for
+    its number.
+    """
     return Rule(
-        ours=(ours,), theirs=(theirs,), read=lambda arrays, _: [np.stack([array.T for array in arrays])],
+        ours=(ours,),
+        theirs=(theirs,),
+        read=lambda arrays, _: [np.stack([array.T for array in arrays])],
         write=lambda arrays: [one.T for one in arrays[0]],
-    )  # fmt: skip
+    )
 
 
 def stacked_experts(ours: str, theirs: str) -> Rule:
@@ -122,7 +150,8 @@ def stacked_experts(ours: str, theirs: str) -> Rule:
 
 
 def paired(rule: Rule, *, num_heads: int, rope_dim: int) -> Rule:
-    """A rule whose outputs are heads with their rotated dims last, where those that are rotated together lie side by side.
+    """A rule whose outputs are heads with their rotated dims last, where those that are rotated together lie
+    side by side.
 
     Ours have the first of all pairs, then the second.
     """
@@ -134,12 +163,13 @@ def paired(rule: Rule, *, num_heads: int, rope_dim: int) -> Rule:
 
     halves = np.arange(rope_dim).reshape(-1, 2).T.reshape(-1)
     return dataclasses.replace(
-        rule, read=lambda arrays, shapes: reordered(rule.read(arrays, shapes), halves),
+        rule,
+        read=lambda arrays, shapes: reordered(rule.read(arrays, shapes), halves),
         write=lambda arrays: rule.write(reordered(arrays, np.argsort(halves))),
-    )  # fmt: skip
+    )
 
 
-# The rules of a model -------------------------------------------------------------------------------------------------
+# The rules of a model ---------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bound:
     """A rule with the full names of what it goes between."""
@@ -166,14 +196,18 @@ def bind(table: Table, config: ModelConfig) -> list[Bound]:
     left = logical_shapes(config)
     bound = []
     scopes = [("", "", table.around)]
-    scopes += [(f"layers/{layer}/", table.prefix.format(i=layer), table.layer) for layer in range(config.num_layers)]
+    scopes += [
+        (f"layers/{layer}/", table.prefix.format(i=layer), table.layer) for layer in range(config.num_layers)
+    ]
     for mine, their_prefix, rules in scopes:
         for rule in rules:
             ours = [mine + name for name in rule.ours]
             if not all(name in left for name in ours):
                 continue
             own = [left.pop(name) for name in ours]
-            theirs = [their_prefix + name for pattern in rule.theirs for name in _numbered(pattern, own[0][0])]
+            theirs = [
+                their_prefix + name for pattern in rule.theirs for name in _numbered(pattern, own[0][0])
+            ]
             bound.append(Bound(rule=rule, ours=ours, theirs=theirs, shapes=own))
     if left:
         raise Inexpressible(f"it has no tensor for {next(iter(left))}")
@@ -191,7 +225,9 @@ def _numbered(pattern: str, num_experts: int) -> Iterator[str]:
 def misnamed(table: Table, bound: Sequence[Bound], found: set[str]) -> tuple[list[str], list[str]]:
     """Of the tensors that were found, those that are missing and those that have no place, sorted."""
     wanted = {name for one in bound for name in one.theirs}
-    extra = (name for name in found - wanted if not any(re.fullmatch(pattern, name) for pattern in table.ignored))
+    extra = (
+        name for name in found - wanted if not any(re.fullmatch(pattern, name) for pattern in table.ignored)
+    )
     return sorted(wanted - found), sorted(extra)
 
 
@@ -206,17 +242,22 @@ def ours_from(bound: Sequence[Bound], read: Callable[[str], np.ndarray]) -> Iter
         try:
             made = one.rule.read(arrays, one.shapes)
         except ValueError as error:
-            raise ValueError(f"{', '.join(one.theirs)} of shape {arrays[0].shape} does not fit {one.ours[0]}: {error}") from error
+            raise ValueError(
+                f"{', '.join(one.theirs)} of shape {arrays[0].shape} does not fit {one.ours[0]}: {error}"
+            ) from error
         for name, array, shape in zip(one.ours, made, one.shapes, strict=True):
             if array.shape != shape:
                 raise ValueError(
-                    f"{one.theirs[0]} of shape {arrays[0].shape} gives {name} the shape {array.shape}, where the configuration says "
+                    f"{one.theirs[0]} of shape {arrays[0].shape} gives {name} the shape {array.shape}, where "
+                    "the configuration says "
                     f"{shape}: weights and configuration are of different models"
                 )
             yield name, array
 
 
-def theirs_from(bound: Sequence[Bound], read: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+def theirs_from(
+    bound: Sequence[Bound], read: Callable[[str], np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
     """Their tensors by name, one rule at a time."""
     for one in bound:
         made = one.rule.write([read(name) for name in one.ours])
@@ -230,11 +271,16 @@ def rounded(name: str, array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
     with np.errstate(over="ignore"):
         found = array.astype(dtype)
     if dtype == np.float16 and np.any(np.isinf(found) & np.isfinite(array)):
-        raise ValueError(f"{name} has numbers above {np.finfo(np.float16).max:g}, the largest of float16: export with --dtype bf16 or f32")
+        raise ValueError(
+            f"{name} has numbers above {np.finfo(np.float16).max:g}, the largest of float16: export with "
+            "--dtype bf16 or f32"
+        )
     return found
 
 
-def read_settings(family: "Family", values: Mapping[str, Any], *, where: str, notes: list[str] | None = None) -> ModelConfig:
+def read_settings(
+    family: "Family", values: Mapping[str, Any], *, where: str, notes: list[str] | None = None
+) -> ModelConfig:
     """The model that a family makes of somebody's settings.
 
     Args:
@@ -258,14 +304,16 @@ def read_settings(family: "Family", values: Mapping[str, Any], *, where: str, no
     except ConfigError:
         raise
     except (ValueError, TypeError, ZeroDivisionError, AttributeError, OverflowError) as error:
-        raise ConfigError(f"{where} does not describe a {family.architecture} that can be computed: {error}") from error
+        raise ConfigError(
+            f"{where} does not describe a {family.architecture} that can be computed: {error}"
+        ) from error
     settings.finish()
     if notes is not None:
         notes += settings.notes
     return model
 
 
-# Whether a family can say it ------------------------------------------------------------------------------------------
+# Whether a family can say it --------------------------------------------------------------------------------
 def expect_kind(value: Any, kind: type[T], what: str) -> T:
     """`value`, if it is of this class. Raises Inexpressible if not."""
     if not isinstance(value, kind):
@@ -284,16 +332,23 @@ def attentions(model: ModelConfig) -> list[AttentionConfig]:
     return [expect_kind(block.mixer, AttentionConfig, "a mixer") for block in model.blocks()]
 
 
-def with_windows(attention: AttentionConfig, ffn: Any, windows: Sequence[int | None], **more: Any) -> list[BlockConfig]:
+def with_windows(
+    attention: AttentionConfig, ffn: Any, windows: Sequence[int | None], **more: Any
+) -> list[BlockConfig]:
     """Blocks that differ in their windows alone; `more` are fields of the `BlockConfig`."""
-    return [BlockConfig(mixer=dataclasses.replace(attention, window=window), ffn=ffn, **more) for window in windows]
+    return [
+        BlockConfig(mixer=dataclasses.replace(attention, window=window), ffn=ffn, **more)
+        for window in windows
+    ]
 
 
 def check_rotation(attention: AttentionConfig, model: ModelConfig) -> None:
     """Raise ValueError where the rotated dims are an odd number, or more than a head has."""
     rotated = attention.resolved_rotary_dim(model.layer_shape())
     if rotated and attention.rotary_dim is None and rotated != attention.head_dim:
-        raise ValueError(f"all {attention.head_dim} dims of a head are rotated, in pairs, so that they must be even")
+        raise ValueError(
+            f"all {attention.head_dim} dims of a head are rotated, in pairs, so that they must be even"
+        )
 
 
 def check_whole_rotation(attention: AttentionConfig) -> None:
@@ -307,6 +362,7 @@ def lookup(table: Mapping[Any, T], key: Any, what: str) -> T:
     """An entry of a table of what a format knows. Raises Inexpressible if there is none."""
     if key not in table:
         raise Inexpressible(
-            f"{what} is {getattr(key, 'value', key)!r}, and it knows {', '.join(str(getattr(k, 'value', k)) for k in table)}"
+            f"{what} is {getattr(key, 'value', key)!r}, and it knows "
+            f"{', '.join(str(getattr(k, 'value', k)) for k in table)}"
         )
     return table[key]

@@ -1,7 +1,7 @@
 """Hugging Face directories: config.json, safetensors and tokenizer.json, read and written by our own code.
 
-Only families of `families/` are read, only keys that they understand, and only JSON and safetensors: nothing from a model's
-directory is run.
+Only families of `families/` are read, only keys that they understand, and only JSON and safetensors: nothing
+from a model's directory is run.
 """
 
 import dataclasses
@@ -17,7 +17,17 @@ from slmjax.checkpoints import safetensors_files
 from slmjax.checkpoints.stored_model import Own
 from slmjax.config import ConfigError, near_names
 from slmjax.convert.families import HF_FAMILIES, HF_NAMES
-from slmjax.convert.family import Bound, Family, Table, bind, misnamed, ours_from, read_settings, rounded, theirs_from
+from slmjax.convert.family import (
+    Bound,
+    Family,
+    Table,
+    bind,
+    misnamed,
+    ours_from,
+    read_settings,
+    rounded,
+    theirs_from,
+)
 from slmjax.convert.source import Expressed, Found, express
 from slmjax.data.shards import file_sha256
 from slmjax.data.tokenizers import Tokenizer
@@ -26,7 +36,7 @@ from slmjax.telemetry.run_directory import write_json
 LARGEST_FILE = 2**30  # bytes
 
 
-# Reading --------------------------------------------------------------------------------------------------------------
+# Reading ----------------------------------------------------------------------------------------------------
 def open_directory(directory: Path) -> Found:
     """The model of a Hugging Face directory.
 
@@ -35,11 +45,15 @@ def open_directory(directory: Path) -> Found:
     """
     path = directory / "config.json"
     if not path.is_file():
-        raise ValueError(f"{directory} is no Hugging Face model: it has no config.json. A GGUF file is named by its own path")
+        raise ValueError(
+            f"{directory} is no Hugging Face model: it has no config.json. A GGUF file is named by its own "
+            "path"
+        )
     values = _read_json(path)
     if values.get("quantization_config"):
         raise ConfigError(
-            f"{path}: the weights are packed ({values['quantization_config']}), and packed safetensors are not read: take the release "
+            f"{path}: the weights are packed ({values['quantization_config']}), and packed safetensors are "
+            "not read: take the release "
             "that is not quantized, or a GGUF file"
         )
     family = _family_of(values, path)
@@ -50,14 +64,20 @@ def open_directory(directory: Path) -> Found:
     bound = _as_saved(bind(table, model), table, set(tensors.names))
     _check_names(family.architecture, table, bound, tensors)
     return Found(
-        config=model, family=family.architecture, parameters=lambda: ours_from(bound, tensors.read),
+        config=model,
+        family=family.architecture,
+        parameters=lambda: ours_from(bound, tensors.read),
         tokenizer=lambda: _tokenizer(directory, values),
         about={
-            "format": "hf", "family": family.architecture, "source": str(directory.absolute()), "config": values,
-            "files": {file.name: file_sha256(file) for file in tensors.files}, "license": _license(directory),
+            "format": "hf",
+            "family": family.architecture,
+            "source": str(directory.absolute()),
+            "config": values,
+            "files": {file.name: file_sha256(file) for file in tensors.files},
+            "license": _license(directory),
         },
         notes=tuple(notes),
-    )  # fmt: skip
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -78,32 +98,44 @@ def _family_of(values: dict[str, Any], path: Path) -> Family:
         if name in known:
             return known[name]
     named = ", ".join(map(str, names)) or "nothing under architectures"
-    raise ConfigError(f"{path} names {named}, and these are read: {', '.join(known)}.{near_names(named, known)}")
+    raise ConfigError(
+        f"{path} names {named}, and these are read: {', '.join(known)}.{near_names(named, known)}"
+    )
 
 
 def _as_saved(bound: list[Bound], table: Table, found: set[str]) -> list[Bound]:
-    """The rules with the names of a model that was saved without its head, and so without what stands before the names below it."""
+    """The rules with the names of a model that was saved without its head, and so without what stands before
+    the names below it.
+    """
     base = table.base
     if found & {name for one in bound for name in one.theirs if name.startswith(base)}:
         return bound
-    return [dataclasses.replace(one, theirs=[name.removeprefix(base) for name in one.theirs]) for one in bound]
+    return [
+        dataclasses.replace(one, theirs=[name.removeprefix(base) for name in one.theirs]) for one in bound
+    ]
 
 
-def _check_names(architecture: str, table: Table, bound: list[Bound], tensors: safetensors_files.TensorFiles) -> None:
+def _check_names(
+    architecture: str, table: Table, bound: list[Bound], tensors: safetensors_files.TensorFiles
+) -> None:
     missing, extra = misnamed(table, bound, set(tensors.names))
     if missing:
         raise ValueError(
-            f"{tensors.directory} has no tensor {missing[0]} ({len(missing)} such): weights and configuration do not belong together"
+            f"{tensors.directory} has no tensor {missing[0]} ({len(missing)} such): weights and "
+            "configuration do not belong together"
         )
     if extra == ["lm_head.weight"]:
         embedding = next(one.theirs[0] for one in bound if one.ours == ["embed/table"])
         if np.array_equal(tensors.read("lm_head.weight"), tensors.read(embedding)):
             return
         raise ValueError(
-            "the configuration ties the output to the embedding, and lm_head.weight differs from it: set tie_word_embeddings to false"
+            "the configuration ties the output to the embedding, and lm_head.weight differs from it: set "
+            "tie_word_embeddings to false"
         )
     if extra:
-        raise ValueError(f"{tensors.directory} holds {extra[0]} ({len(extra)} such), which {architecture} has no place for")
+        raise ValueError(
+            f"{tensors.directory} holds {extra[0]} ({len(extra)} such), which {architecture} has no place for"
+        )
 
 
 def _tokenizer(directory: Path, values: dict[str, Any]) -> Tokenizer | None:
@@ -112,11 +144,18 @@ def _tokenizer(directory: Path, values: dict[str, Any]) -> Tokenizer | None:
         return None
     path = directory / "generation_config.json"
     generation = _read_json(path) if path.is_file() else {}
-    listed = {kind: generation.get(f"{kind}_token_id", values.get(f"{kind}_token_id")) for kind in ("bos", "eos")}
-    ids = {kind: [id for id in (value if isinstance(value, list) else [value]) if isinstance(id, int)] for kind, value in listed.items()}
+    listed = {
+        kind: generation.get(f"{kind}_token_id", values.get(f"{kind}_token_id")) for kind in ("bos", "eos")
+    }
+    ids = {
+        kind: [id for id in (value if isinstance(value, list) else [value]) if isinstance(id, int)]
+        for kind, value in listed.items()
+    }
     model_ids = {kind: next(iter(found), None) for kind, found in ids.items()}
     tokenizer = Tokenizer.load(directory, model_ids=model_ids)
-    names = [name for id in ids["eos"] if id != tokenizer.eos_id and (name := tokenizer.name_of(id)) is not None]
+    names = [
+        name for id in ids["eos"] if id != tokenizer.eos_id and (name := tokenizer.name_of(id)) is not None
+    ]
     return Tokenizer.load(directory, ends=names, model_ids=model_ids) if names else tokenizer
 
 
@@ -125,13 +164,21 @@ def _license(directory: Path) -> str | None:
     readme = directory / "README.md"
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     head = re.match(r"---\s*\n(.*?)\n---", text, flags=re.DOTALL)
-    keys = dict(re.findall(r"^(license(?:_name)?):[ \t]*([^\n]*)$", head.group(1), flags=re.MULTILINE)) if head else {}
-    listed = re.search(r"^license:[ \t]*\n[ \t]*-[ \t]*([^\n]*)", head.group(1), flags=re.MULTILINE) if head else None
+    keys = (
+        dict(re.findall(r"^(license(?:_name)?):[ \t]*([^\n]*)$", head.group(1), flags=re.MULTILINE))
+        if head
+        else {}
+    )
+    listed = (
+        re.search(r"^license:[ \t]*\n[ \t]*-[ \t]*([^\n]*)", head.group(1), flags=re.MULTILINE)
+        if head
+        else None
+    )
     named = [keys.get("license") or (listed.group(1) if listed else ""), keys.get("license_name", "")]
     return ", ".join(word for word in (name.strip().strip("\"'") for name in named) if word) or None
 
 
-# Writing --------------------------------------------------------------------------------------------------------------
+# Writing ----------------------------------------------------------------------------------------------------
 def write_directory(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtype | None) -> Expressed:
     """Writes a model of ours as a Hugging Face directory, and says as which family.
 
@@ -141,24 +188,38 @@ def write_directory(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtyp
     Raises:
       ValueError: no family can express it.
     """
-    expressed = express(own.config, HF_FAMILIES, format_name="Hugging Face", preferred=HF_NAMES.get(own.family or "", own.family))
+    expressed = express(
+        own.config,
+        HF_FAMILIES,
+        format_name="Hugging Face",
+        preferred=HF_NAMES.get(own.family or "", own.family),
+    )
     stored = np.dtype(dtype or own.dtype("embed/table"))
     ends = list(tokenizer.end_ids)
     ids = {
-        "bos_token_id": tokenizer.bos_id if tokenizer.has_bos else None, "eos_token_id": ends if len(ends) > 1 else ends[0],
+        "bos_token_id": tokenizer.bos_id if tokenizer.has_bos else None,
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
         "pad_token_id": None if tokenizer.pad is None else tokenizer.special_ids.get(tokenizer.pad),
-    }  # fmt: skip
+    }
     config = {
-        "architectures": [expressed.family.architecture], **expressed.settings, "dtype": stored.name, "torch_dtype": stored.name,
-        "initializer_range": own.config.init_std, **ids,
-    }  # fmt: skip
+        "architectures": [expressed.family.architecture],
+        **expressed.settings,
+        "dtype": stored.name,
+        "torch_dtype": stored.name,
+        "initializer_range": own.config.init_std,
+        **ids,
+    }
     write_json(out / "config.json", config)
     write_json(out / "generation_config.json", ids)
-    safetensors_files.write_tensors(out, _converted(theirs_from(expressed.bound, own.read), dtype), largest_file=LARGEST_FILE)
+    safetensors_files.write_tensors(
+        out, _converted(theirs_from(expressed.bound, own.read), dtype), largest_file=LARGEST_FILE
+    )
     tokenizer.save(out)
     return expressed
 
 
-def _converted(tensors: Iterator[tuple[str, np.ndarray]], dtype: np.dtype | None) -> Iterator[tuple[str, np.ndarray]]:
+def _converted(
+    tensors: Iterator[tuple[str, np.ndarray]], dtype: np.dtype | None
+) -> Iterator[tuple[str, np.ndarray]]:
     for name, array in tensors:
         yield name, rounded(name, array, dtype)

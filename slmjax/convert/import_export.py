@@ -1,7 +1,9 @@
-"""Models of other people as directories that every command takes, and ours as files that other people's engines take.
+"""Models of other people as directories that every command takes, and ours as files that other people's
+engines take.
 
-An imported model's directory holds `model.json`, `tokenizer/`, `weights/` (safetensors by logical path, in the dtype they came in) and
-`origin.json`, which tells where it came from. Weights go through tensor by tensor: no more than about one file of them is in memory.
+An imported model's directory holds `model.json`, `tokenizer/`, `weights/` (safetensors by logical path, in
+the dtype they came in) and `origin.json`, which tells where it came from. Weights go through tensor by
+tensor: no more than about one file of them is in memory.
 """
 
 import dataclasses
@@ -44,7 +46,7 @@ class WeightType(enum.Enum):
         return np.dtype({"bf16": jnp.bfloat16, "f16": np.float16, "f32": np.float32}[self.value])
 
 
-# Import ---------------------------------------------------------------------------------------------------------------
+# Import -----------------------------------------------------------------------------------------------------
 def import_model(
     source: str | Path,
     out: str | Path,
@@ -59,32 +61,47 @@ def import_model(
       source: the directory, or the file.
       out: the directory to write, which is not there yet.
       tokenizer: a tokenizer.json, or a directory with one, in place of the model's own.
-      add_tokens: special tokens that the vocabulary is to have besides. Their rows in the tables begin as the mean of the others.
-      vocab_multiple: rows of the tables are padded to a multiple of this; no token is ever drawn from the padding.
+      add_tokens: special tokens that the vocabulary is to have besides. Their rows in the tables begin as the
+        mean of the others.
+      vocab_multiple: rows of the tables are padded to a multiple of this; no token is ever drawn from the
+        padding.
 
     Raises:
       ValueError: the source is not understood, or `out` is there already.
     """
-    source, out = Path(source), Path(out)
+    source = Path(source)
+    out = Path(out)
     found = _open(source)
     words = found.tokenizer() if tokenizer is None else Tokenizer.load(Path(tokenizer))
     notes = list(found.notes)
     if words is None:
-        notes.append(f"{source} has no tokenizer.json: what needs text will refuse, until it is imported with --tokenizer")
+        notes.append(
+            f"{source} has no tokenizer.json: what needs text will refuse, until it is imported with "
+            "--tokenizer"
+        )
     if words is None and add_tokens:
-        raise ValueError(f"{source} has no tokenizer.json to add {add_tokens[0]!r} to: name one with --tokenizer")
+        raise ValueError(
+            f"{source} has no tokenizer.json to add {add_tokens[0]!r} to: name one with --tokenizer"
+        )
     num_rows = found.config.known_vocab_size
     if words is not None and words.vocab_size > num_rows:
-        notes.append(f"the tokenizer's added tokens from id {num_rows:,} on have no rows in the model, and were left out")
+        notes.append(
+            f"the tokenizer's added tokens from id {num_rows:,} on have no rows in the model, and were left "
+            "out"
+        )
         words = words.without_rows_from(num_rows)
     first_new = num_rows if words is None else words.vocab_size
     if words is not None and add_tokens:
         words = words.add_tokens(add_tokens, special=True)
     rows = _Rows(first_new=first_new, end_new=first_new if words is None else words.vocab_size)
-    model = dataclasses.replace(found.config, vocab_size=max(num_rows, rows.end_new), vocab_multiple=vocab_multiple)
+    model = dataclasses.replace(
+        found.config, vocab_size=max(num_rows, rows.end_new), vocab_multiple=vocab_multiple
+    )
     sizes = {"parameters": 0, "bytes": 0}
     with safetensors_files.whole_directory(out) as directory:
-        safetensors_files.write_tensors(directory / safetensors_files.DIRECTORY, _counted(_resized(found, model, rows), sizes))
+        safetensors_files.write_tensors(
+            directory / safetensors_files.DIRECTORY, _counted(_resized(found, model, rows), sizes)
+        )
         (directory / "model.json").write_text(config_io.dumps(model), encoding="utf-8")
         if words is not None:
             words.save(directory / "tokenizer")
@@ -114,20 +131,31 @@ def _resized(found: Found, model: ModelConfig, rows: _Rows) -> Iterator[tuple[st
         if name in ROWS_PER_TOKEN and (rows.end_new > rows.first_new or model.table_rows > array.shape[0]):
             table = np.zeros((model.table_rows, array.shape[1]), array.dtype)
             table[: array.shape[0]] = array
-            table[rows.first_new : rows.end_new] = np.mean(array[: rows.first_new], axis=0, dtype=np.float64).astype(array.dtype)
+            table[rows.first_new : rows.end_new] = np.mean(
+                array[: rows.first_new], axis=0, dtype=np.float64
+            ).astype(array.dtype)
             array = table
         yield name, array
 
 
-def _counted(tensors: Iterator[tuple[str, np.ndarray]], sizes: dict[str, int]) -> Iterator[tuple[str, np.ndarray]]:
+def _counted(
+    tensors: Iterator[tuple[str, np.ndarray]], sizes: dict[str, int]
+) -> Iterator[tuple[str, np.ndarray]]:
     for name, array in tensors:
         sizes["parameters"] += array.size
         sizes["bytes"] += array.nbytes
         yield name, array
 
 
-# Export ---------------------------------------------------------------------------------------------------------------
-def export_model(source: str | Path, out: str | Path, *, to: Target, dtype: WeightType | None = None, step: int | None = None) -> Written:
+# Export -----------------------------------------------------------------------------------------------------
+def export_model(
+    source: str | Path,
+    out: str | Path,
+    *,
+    to: Target,
+    dtype: WeightType | None = None,
+    step: int | None = None,
+) -> Written:
     """Writes a run's or an imported model for other engines.
 
     Args:
@@ -139,10 +167,14 @@ def export_model(source: str | Path, out: str | Path, *, to: Target, dtype: Weig
     Raises:
       ValueError: the format cannot say what the model is (the message tells why), or `out` is there already.
     """
-    source, out = Path(source), Path(out)
+    source = Path(source)
+    out = Path(out)
     own = open_own(source, step=step)
     if not (source / "tokenizer").is_dir():
-        raise ValueError(f"{source} has no tokenizer, without which no engine takes it: import it again with --tokenizer FILE")
+        raise ValueError(
+            f"{source} has no tokenizer, without which no engine takes it: import it again with --tokenizer "
+            "FILE"
+        )
     words = Tokenizer.load(source / "tokenizer")
     kind = None if dtype is None else dtype.dtype
     if to is Target.GGUF:
@@ -155,5 +187,11 @@ def export_model(source: str | Path, out: str | Path, *, to: Target, dtype: Weig
         tensors = safetensors_files.TensorFiles(directory)
         size = sum(file.stat().st_size for file in tensors.files)
         parameters = sum(math.prod(tensors.shape(name)) for name in tensors.names)
-    notes = (f"{len(own.formats)} quantized parameters are written as the numbers that their codes stand for",) if own.formats else ()
-    return Written(path=str(out), family=expressed.family.architecture, parameters=parameters, bytes=size, notes=notes)
+    notes = (
+        (f"{len(own.formats)} quantized parameters are written as the numbers that their codes stand for",)
+        if own.formats
+        else ()
+    )
+    return Written(
+        path=str(out), family=expressed.family.architecture, parameters=parameters, bytes=size, notes=notes
+    )

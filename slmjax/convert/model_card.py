@@ -1,4 +1,6 @@
-"""model_card.md of an exported model: what it is, what it was trained on, how good it is, and what is left for its author to say."""
+"""model_card.md of an exported model: what it is, what it was trained on, how good it is, and what is left
+for its author to say.
+"""
 
 import collections
 import json
@@ -15,7 +17,9 @@ TO_FILL_IN = "to be filled in"
 
 
 def write_card(own: Own, path: Path, *, title: str, family: str) -> None:
-    """Writes the card of a run's or an imported model. Figures that nobody measured are said to be missing."""
+    """Writes the card of a run's or an imported model. Figures that nobody measured are said to be
+    missing.
+    """
     path.write_text("\n".join(_lines(own, title=title, family=family)) + "\n", encoding="utf-8")
 
 
@@ -24,13 +28,25 @@ def _lines(own: Own, *, title: str, family: str) -> Iterator[str]:
     base = _json(own.path / "config.json").get("init", {}).get("path")  # what a run started from
     before = read_origin(Path(base)) if base else {}
     license_name = origin.get("license") or TO_FILL_IN
-    yield from ("---", f"license: {origin.get('license') or 'other'}", "library_name: slmjax", "---", "", f"# {title}", "")
+    yield from (
+        "---",
+        f"license: {origin.get('license') or 'other'}",
+        "library_name: slmjax",
+        "---",
+        "",
+        f"# {title}",
+        "",
+    )
     yield from _table("Model", _model_rows(own, family))
     if origin:
         yield from _table("Origin", _origin_rows(origin))
     else:
         if base:
-            known = [("licence", str(before.get("license") or "unknown")), *_origin_rows(before)] if before else []
+            known = (
+                [("licence", str(before.get("license") or "unknown")), *_origin_rows(before)]
+                if before
+                else []
+            )
             yield from _table("Base model", [("started from", base), *known])
         yield from _table("Training", _training_rows(own))
         yield from _table("Quality", _quality_rows(_json(own.path / "result.json")))
@@ -48,7 +64,8 @@ def _table(heading: str, rows: list[tuple[str, str]]) -> Iterator[str]:
 
 def _model_rows(own: Own, family: str) -> list[tuple[str, str]]:
     summary = zoo.describe(own.config)
-    config, formats = own.config, collections.Counter(name_of(stored.spec) for stored in own.formats.values())
+    config = own.config
+    formats = collections.Counter(name_of(stored.spec) for stored in own.formats.values())
     return [
         ("architecture", family),
         ("parameters", f"{summary.parameters:,} ({summary.active_parameters:,} active)"),
@@ -56,7 +73,11 @@ def _model_rows(own: Own, family: str) -> list[tuple[str, str]]:
         ("width", str(config.embed_dim)),
         ("vocabulary", f"{config.known_vocab_size:,} tokens"),
         ("context", f"{config.context_length:,} tokens"),
-        *([("number formats", ", ".join(f"{name} ({count} matrices)" for name, count in formats.items()))] if formats else []),
+        *(
+            [("number formats", ", ".join(f"{name} ({count} matrices)" for name, count in formats.items()))]
+            if formats
+            else []
+        ),
     ]
 
 
@@ -64,12 +85,21 @@ def _origin_rows(origin: dict[str, Any]) -> list[tuple[str, str]]:
     files = [(f"SHA-256 of {name}", digest) for name, digest in origin.get("files", {}).items()]
     if "quantized" in origin:
         how = origin["quantized"]
-        return [("quantized from", f"{origin.get('source')}, step {origin.get('step')}"), ("by", f"{how['method']}, clip {how['clip']}")]
-    return [("imported from", str(origin.get("source"))), ("as", f"{origin.get('family')} ({origin.get('format')})"), *files]
+        return [
+            ("quantized from", f"{origin.get('source')}, step {origin.get('step')}"),
+            ("by", f"{how['method']}, clip {how['clip']}"),
+        ]
+    return [
+        ("imported from", str(origin.get("source"))),
+        ("as", f"{origin.get('family')} ({origin.get('format')})"),
+        *files,
+    ]
 
 
 def _training_rows(own: Own) -> list[tuple[str, str]]:
-    result, environment, experiment = (_json(own.path / f"{name}.json") for name in ("result", "environment", "config"))
+    result, environment, experiment = (
+        _json(own.path / f"{name}.json") for name in ("result", "environment", "config")
+    )
     optim, data, run = (experiment.get(name, {}) for name in ("optim", "data", "run"))
     commit = environment.get("commit")
     return [
@@ -80,7 +110,11 @@ def _training_rows(own: Own) -> list[tuple[str, str]]:
         ("batch", f"{data.get('batch_size')} rows of {data.get('sequence_length')} tokens"),
         ("optimizer", f"{optim.get('kind')}, learning rate {optim.get('lr')}"),
         ("commit", f"{commit}{' with changes' if environment.get('dirty') else ''}" if commit else "unknown"),
-        ("packages", ", ".join(f"{name} {version}" for name, version in environment.get("packages", {}).items()) or "unknown"),
+        (
+            "packages",
+            ", ".join(f"{name} {version}" for name, version in environment.get("packages", {}).items())
+            or "unknown",
+        ),
     ]
 
 
@@ -90,8 +124,15 @@ def _quality_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("measured on", f"{result.get('measured_on')}, after step {_number(result.get('step'))}"),
         ("loss", f"{_digits(result.get('loss'))} nats per token"),
-        ("bits per byte", _digits(result.get("bits_per_byte")) + (f" ({lost_note(lost)})" if (lost := result.get("lost_text")) else "")),
-        *((f"bits per byte of {name}", _digits(bits)) for name, bits in result.get("compressors", {}).items()),
+        (
+            "bits per byte",
+            _digits(result.get("bits_per_byte"))
+            + (f" ({lost_note(lost)})" if (lost := result.get("lost_text")) else ""),
+        ),
+        *(
+            (f"bits per byte of {name}", _digits(bits))
+            for name, bits in result.get("compressors", {}).items()
+        ),
     ]
 
 
@@ -99,7 +140,13 @@ def _data_rows(run: Path) -> list[tuple[str, str]]:
     path = run / "data.json"
     sources = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     return [
-        (one["source"], f"weight {one['weight']:g}, {one['documents']:,} documents, {one['tokens']:,} tokens, hash `{one['hash']}`")
+        (
+            one["source"],
+            (
+                f"weight {one['weight']:g}, {one['documents']:,} documents, {one['tokens']:,} tokens, hash "
+                f"`{one['hash']}`"
+            ),
+        )
         for one in sources
     ] or [("sources", "unknown")]
 

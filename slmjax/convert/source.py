@@ -21,7 +21,9 @@ class Found:
 
     config: ModelConfig
     family: str  # what its format calls the architecture
-    parameters: Callable[[], Iterator[tuple[str, np.ndarray]]]  # by logical path, in the dtype they are stored in
+    parameters: Callable[
+        [], Iterator[tuple[str, np.ndarray]]
+    ]  # by logical path, in the dtype they are stored in
     tokenizer: Callable[[], Tokenizer | None]  # None where there is none
     about: dict[str, Any]  # where it comes from: for the record
     notes: tuple[str, ...] = ()  # what whoever imports it should know
@@ -42,25 +44,28 @@ def code_notes(own: Own) -> Iterator[str]:
     """Whether codes that are computed here are those of the devices that a run was trained on."""
     file = own.path / "environment.json"
     trained = json.loads(file.read_text(encoding="utf-8")).get("devices", []) if file.is_file() else []
-    here, there = jax.devices()[0].device_kind, trained[0] if trained else "unknown devices"
+    here = jax.devices()[0].device_kind
+    there = trained[0] if trained else "unknown devices"
     if own.changed_rows is None:
         if own.step is not None and trained and there != here:
             yield (
-                f"codes were computed on {here}, and the run was trained on {there}: its checkpoint does not tell whether they are alike. "
+                f"codes were computed on {here}, and the run was trained on {there}: its checkpoint does not "
+                "tell whether they are alike. "
                 "Export where it was trained, or see with verify-export what it changes"
             )
         return
     changed, rows = own.changed_rows
     if changed:
         yield (
-            f"codes or scales of {changed:,} of {rows:,} rows are not those of training: they were computed on {here}, and the run was "
+            f"codes or scales of {changed:,} of {rows:,} rows are not those of training: they were computed "
+            f"on {here}, and the run was "
             f"trained on {there}. Export where it was trained, or see with verify-export what it changes"
         )
     elif there != here:
         yield f"codes were computed on {here} and are those of training on {there}: sums of {rows:,} rows were compared"
 
 
-# Which family can say it ----------------------------------------------------------------------------------------------
+# Which family can say it ------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Expressed:
     """A model in the words of a family."""
@@ -72,9 +77,15 @@ class Expressed:
 
 
 def express(
-    model: ModelConfig, families: Sequence[Family], *, format_name: str, preferred: str | None, tolerance: float = 0.0
+    model: ModelConfig,
+    families: Sequence[Family],
+    *,
+    format_name: str,
+    preferred: str | None,
+    tolerance: float = 0.0,
 ) -> Expressed:
-    """The first family whose configuration reads back as the very same model and that has a tensor for each parameter.
+    """The first family whose configuration reads back as the very same model and that has a tensor for each
+    parameter.
 
     Args:
       preferred: the architecture that is tried before others.
@@ -92,7 +103,12 @@ def express(
             found = canonical(family.read(reader))
             reader.finish()
             if not (lost := differences(wanted, found, tolerance=tolerance)):
-                return Expressed(family=family, config=wanted, settings=settings, bound=bind(family.table_of(wanted), wanted))
+                return Expressed(
+                    family=family,
+                    config=wanted,
+                    settings=settings,
+                    bound=bind(family.table_of(wanted), wanted),
+                )
             reasons.append((len(lost), f"as {family.architecture}, it would lose {'; '.join(lost[:3])}"))
         except Inexpressible as error:
             reasons.append((50, f"as {family.architecture}: {error}"))

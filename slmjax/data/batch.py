@@ -1,7 +1,9 @@
-"""A batch of packed rows: what the model, the losses and the evaluators are given, and what the data pipeline makes.
+"""A batch of packed rows: what the model, the losses and the evaluators are given, and what the data pipeline
+makes.
 
-A row holds one or more pieces of documents side by side. `segment_ids` tells them apart, `positions` restart with each,
-and padding fills what is left. Batches of training come from `pipeline.py`, those of evaluation from `windows.py`.
+A row holds one or more pieces of documents side by side. `segment_ids` tells them apart, `positions` restart
+with each, and padding fills what is left. Batches of training come from `pipeline.py`, those of evaluation
+from `windows.py`.
 
 Legend: B rows of the batch, T positions of a row.
 """
@@ -12,8 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-# Int32, or Float32, with the shape in the comment beside each field. Not checked when a Batch is made, because the trees
-# that `jax.tree.map` makes of it hold shardings, specs, ShapeDtypeStructs, or arrays with another leading dim.
+# Int32, or Float32, with the shape in the comment beside each field. Not checked when a Batch is made,
+# because the trees that `jax.tree.map` makes of it hold shardings, specs, ShapeDtypeStructs, or arrays with
+# another leading dim.
 ArrayLeaf = Any
 
 PADDING_SEGMENT = 0  # segment id of positions that hold no document
@@ -46,7 +49,10 @@ def checked_rows(rows: np.ndarray | None, batch_size: int) -> tuple[int, ...]:
         return tuple(range(batch_size))
     found = tuple(int(row) for row in rows)
     if not found or found != tuple(sorted(set(found))) or found[0] < 0 or found[-1] >= batch_size:
-        raise ValueError(f"rows {list(found)} are not rows of a batch of {batch_size}: give some of 0 to {batch_size - 1}, ascending")
+        raise ValueError(
+            f"rows {list(found)} are not rows of a batch of {batch_size}: give some of 0 to "
+            f"{batch_size - 1}, ascending"
+        )
     return found
 
 

@@ -2,10 +2,11 @@
 
     messages = [{"role": "user", "content": "Hello"}]
     render_chat(template, messages, bos_token="<s>", eos_token="</s>")     # -> text
-    encode_chat(loaded.tokenizer, messages)                                # -> ids, which `generate` takes as a prompt
+    encode_chat(loaded.tokenizer, messages)                                # -> ids, which `generate` takes as
+    a prompt
 
-The model's own template makes the text. The special tokens that it writes become these tokens; their names in a message are text,
-so that no message can end a turn or begin another one.
+The model's own template makes the text. The special tokens that it writes become these tokens; their names in
+a message are text, so that no message can end a turn or begin another one.
 """
 
 import json
@@ -21,13 +22,20 @@ Message = Mapping[str, Any]  # "role" and "content", and what else the template 
 
 
 def render_chat(
-    template: str, messages: Sequence[Message], *, bos_token: str | None = None, eos_token: str | None = None,
-    add_generation_prompt: bool = True, answers_marked: bool = False, **extra: Any,
-) -> str:  # fmt: skip
+    template: str,
+    messages: Sequence[Message],
+    *,
+    bos_token: str | None = None,
+    eos_token: str | None = None,
+    add_generation_prompt: bool = True,
+    answers_marked: bool = False,
+    **extra: Any,
+) -> str:
     """The text of a conversation.
 
     Args:
-      template: Jinja source, as a model's tokenizer_config.json or chat_template.jinja holds it. It is not trusted.
+      template: Jinja source, as a model's tokenizer_config.json or chat_template.jinja holds it. It is not
+        trusted.
       messages: with "role" and "content" each, plain data throughout.
       bos_token: what the template may write before the conversation; none for a model without.
       eos_token: what it may write after a turn.
@@ -36,16 +44,28 @@ def render_chat(
       extra: further variables of the template, such as `tools`, or a switch that it knows.
 
     Raises:
-      ValueError: there is no message, one is no plain data, or the template fails or refuses the conversation.
+      ValueError: there is no message, one is no plain data, or the template fails or refuses the
+        conversation.
     """
     from slmjax.data import templates  # jinja2, which only chats need
 
     if not messages:
         raise ValueError("a conversation needs a message: give one with a role and a content")
-    tokens = {name: token for name, token in (("bos_token", bos_token), ("eos_token", eos_token)) if token is not None}
+    tokens = {
+        name: token
+        for name, token in (("bos_token", bos_token), ("eos_token", eos_token))
+        if token is not None
+    }
     # A key without a value is as good as none to transformers, and templates count on it.
     plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    values = {"messages": plain, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **tokens, **extra}
+    values = {
+        "messages": plain,
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+        **tokens,
+        **extra,
+    }
     try:
         values = json.loads(json.dumps(values))  # a template gets nothing that can do anything
     except (TypeError, ValueError) as error:
@@ -57,7 +77,9 @@ def render_chat(
         raise ValueError(f"the model's chat template fails on this conversation: {reason}") from error
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = True, **extra: Any) -> list[int]:
+def encode_chat(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = True, **extra: Any
+) -> list[int]:
     """The ids of a conversation, BOS where the template writes it.
 
     Raises:
@@ -81,34 +103,54 @@ class ChatText:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, messages: Sequence[Message], *, names: SpecialNames = SpecialNames.TEXT,
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        *,
+        names: SpecialNames = SpecialNames.TEXT,
         extra: Mapping[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if tokenizer.chat_template is None:
             raise ValueError(
-                "this model has no chat template: it continues plain text. If it was trained on conversations, put their template into "
+                "this model has no chat template: it continues plain text. If it was trained on "
+                "conversations, put their template into "
                 "chat_template.jinja in its directory tokenizer/"
             )
         self._template = tokenizer.chat_template
-        tokens = {"bos": tokenizer.bos if tokenizer.has_bos else None, "eos": tokenizer.eos, "unk": tokenizer.unk, "pad": tokenizer.pad}
+        tokens = {
+            "bos": tokenizer.bos if tokenizer.has_bos else None,
+            "eos": tokenizer.eos,
+            "unk": tokenizer.unk,
+            "pad": tokenizer.pad,
+        }
         self._tokens = {f"{name}_token": token for name, token in tokens.items() if token is not None}
         self._vocabulary = tokenizer.marked_vocabulary
         self._hidden = _HiddenNames(self._vocabulary)
-        self._messages, self._extra = list(messages), dict(extra or {})
+        self._messages = list(messages)
+        self._extra = dict(extra or {})
         if names is SpecialNames.TEXT:
-            self._messages, self._extra = self._hidden.hide(self._messages), self._hidden.hide(self._extra)
+            self._messages = self._hidden.hide(self._messages)
+            self._extra = self._hidden.hide(self._extra)
 
-    def render(self, num_messages: int | None = None, *, add_generation_prompt: bool, answers_marked: bool = False) -> str:
+    def render(
+        self, num_messages: int | None = None, *, add_generation_prompt: bool, answers_marked: bool = False
+    ) -> str:
         """Return the text of the first `num_messages` messages. Raises ValueError as `render_chat`."""
         text = render_chat(
-            self._template, self._messages[:num_messages], add_generation_prompt=add_generation_prompt, answers_marked=answers_marked,
-            **self._tokens, **self._extra,
-        )  # fmt: skip
+            self._template,
+            self._messages[:num_messages],
+            add_generation_prompt=add_generation_prompt,
+            answers_marked=answers_marked,
+            **self._tokens,
+            **self._extra,
+        )
         return self._hidden.show(self._vocabulary.mark(text))
 
 
 class _HiddenNames:
-    """Digits in place of the names of special tokens in messages while a template renders them, since it may change text in any way."""
+    """Digits in place of the names of special tokens in messages while a template renders them, since it may
+    change text in any way.
+    """
 
     def __init__(self, vocabulary: MarkedVocabulary) -> None:
         self._vocabulary = vocabulary
@@ -127,7 +169,10 @@ class _HiddenNames:
         """Return the text with the names again. Raises ValueError where the template has cut one in two."""
         shown = re.sub(rf"{self._drawn}(\d{{6}})", lambda match: self._names[int(match[1])], text)
         if self._drawn[:12] in shown or self._drawn[12:] in shown:
-            raise ValueError(f"the model's chat template cuts a message inside the name of a special token, {self._names[0]!r}")
+            raise ValueError(
+                "the model's chat template cuts a message inside the name of a special token, "
+                f"{self._names[0]!r}"
+            )
         return shown
 
     def _digits(self, match: re.Match[str]) -> str:

@@ -1,4 +1,6 @@
-"""DataConfig: what text is trained on, how it is divided, packed and batched, and where prepared data is kept."""
+"""DataConfig: what text is trained on, how it is divided, packed and batched, and where prepared data is
+kept.
+"""
 
 import dataclasses
 import enum
@@ -63,14 +65,21 @@ class DataConfig:
     sources: tuple[WeightedSource, ...] = (WeightedSource(source=StdlibSource()),)  # the mixture
     path: str | None = None  # local text (a file, a directory or a glob): replaces the sources
     text_field: str = "text"  # with path: the field of a record that holds the text
-    prompt_field: str | None = None  # with path: the field of a prompt, which is not trained on; goes with completion_field
+    prompt_field: str | None = (
+        None  # with path: the field of a prompt, which is not trained on; goes with completion_field
+    )
     completion_field: str | None = None  # with path: the field that is trained on after prompt_field
-    messages_field: str | None = added_field(None, before=None)  # with path: the field of a conversation's messages, often "messages"
-    scored_turns: ScoredTurns = added_field(ScoredTurns.ALL, before=ScoredTurns.ALL)  # the answers of a conversation that are trained on
+    messages_field: str | None = added_field(
+        None, before=None
+    )  # with path: the field of a conversation's messages, often "messages"
+    scored_turns: ScoredTurns = added_field(
+        ScoredTurns.ALL, before=ScoredTurns.ALL
+    )  # the answers of a conversation that are trained on
     # names of special tokens in a document: text like any other, or encode (they stand for the tokens)
     special_tokens: SpecialNames = added_field(SpecialNames.TEXT, before=SpecialNames.TEXT)
     split: Split = Split.DOCUMENTS  # hold out whole documents, or the tail of each
-    # documents are held out by a hash: of a record its content, or its id (file and line); of a whole file its name
+    # documents are held out by a hash: of a record its content, or its id (file and line); of a whole file
+    # its name
     heldout_by: HeldOutBy = added_field(HeldOutBy.CONTENT, before=HeldOutBy.ID)
     heldout_fraction: float = 0.05  # share of the text that is never trained on; 0 holds out nothing
     packing: Packing = Packing.BEST_FIT  # how documents fill the rows
@@ -80,9 +89,12 @@ class DataConfig:
     seed: int = 0  # decides the order of the rows
     on_bad_document: OnBadDocument = OnBadDocument.SKIP  # invalid UTF-8, empty, field missing, broken record
     max_bad_fraction: float = 0.01  # stop if more than this share of a source's documents is bad
-    # stop if the tokenizer loses more than this share of the text's bytes, which decoding its ids does not give back
+    # stop if the tokenizer loses more than this share of the text's bytes, which decoding its ids does not
+    # give back
     max_lost_text: float = added_field(0.001, before=1.0)
-    max_document_bytes: int = 1_000_000  # longer documents are tokenized in windows of this size, to the same tokens
+    max_document_bytes: int = (
+        1_000_000  # longer documents are tokenized in windows of this size, to the same tokens
+    )
     cache_dir: str | None = None  # prepared data; default: $SLMJAX_CACHE, else ~/.cache/slmjax
     read_threads: int = 2  # threads that read rows ahead of the step
     prefetch: int = 8  # batches kept ready ahead of the step

@@ -10,7 +10,13 @@ from typing import Any
 from slmjax.config import added_field, near_names
 from slmjax.data.documents import Document
 from slmjax.data.records import require_fields
-from slmjax.data.sources import SourceConfig, combined_hash, conversation_document, file_fingerprint, record_document
+from slmjax.data.sources import (
+    SourceConfig,
+    combined_hash,
+    conversation_document,
+    file_fingerprint,
+    record_document,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +33,9 @@ class TfdsSource(SourceConfig):
         require_fields((self.text_field,), list(builder.info.features), where=self.describe())
         data = builder.as_data_source(split=self.split)
         for i in range(len(data)):
-            yield record_document(data[i], (self.text_field,), id=f"{self.name}:{i}", where=f"{self.describe()}, record {i}")
+            yield record_document(
+                data[i], (self.text_field,), id=f"{self.name}:{i}", where=f"{self.describe()}, record {i}"
+            )
 
     def fingerprint(self) -> str:
         builder = self._builder()
@@ -63,7 +71,9 @@ class HuggingFaceSource(SourceConfig):
     subset: str | None = None  # the dataset's configuration, where it has several
     split: str = "train"  # a split or a slice of one, e.g. "train[:10%]"
     text_field: str = "text"  # the column that holds the text
-    messages_field: str | None = added_field(None, before=None)  # the column of conversations: the messages, {"role", "content"} each
+    messages_field: str | None = added_field(
+        None, before=None
+    )  # the column of conversations: the messages, {"role", "content"} each
 
     def documents(self) -> Iterator[Document]:
         make = record_document if self.messages_field is None else conversation_document
@@ -73,7 +83,9 @@ class HuggingFaceSource(SourceConfig):
     def fingerprint(self) -> str:
         dataset = self._dataset()
         layout = () if self.messages_field is None else ("messages",)
-        return combined_hash("hf", self.name, str(self.subset), self.split, self._field, dataset._fingerprint, *layout)
+        return combined_hash(
+            "hf", self.name, str(self.subset), self.split, self._field, dataset._fingerprint, *layout
+        )
 
     def describe(self) -> str:
         return f"Hugging Face {self.name} [{self.split}]"
@@ -85,11 +97,15 @@ class HuggingFaceSource(SourceConfig):
         try:
             import datasets
         except ImportError as error:
-            raise ValueError(f"{self.name}: Hugging Face datasets need an extra: pip install 'slmjax[hf]'") from error
+            raise ValueError(
+                f"{self.name}: Hugging Face datasets need an extra: pip install 'slmjax[hf]'"
+            ) from error
         try:
             dataset = datasets.load_dataset(self.name, self.subset, split=self.split)
         except FileNotFoundError as error:
-            raise ValueError(f"{self.name}: {error} Name a dataset as OWNER/NAME, or a local directory.") from error
+            raise ValueError(
+                f"{self.name}: {error} Name a dataset as OWNER/NAME, or a local directory."
+            ) from error
         require_fields((self._field,), dataset.column_names, where=self.describe())
         return dataset
 

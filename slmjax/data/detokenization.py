@@ -4,8 +4,9 @@
     detokenizer.decode([id of <0xE4>, <0xBD>, <0xA0>, <0xE5>])        # -> "你\\ufffd"
     detokenizer.decode_continuation(prompt, ids)                      # the text that ids add
 
-Bytes become text as in `bytes.decode("utf-8", "replace")`: one U+FFFD for each maximal ill-formed subsequence (Unicode 3.9, table 3-8).
-The decoder `ByteFallback` of the tokenizers library instead gives one for every byte of a run that has a fault anywhere.
+Bytes become text as in `bytes.decode("utf-8", "replace")`: one U+FFFD for each maximal ill-formed subsequence
+(Unicode 3.9, table 3-8). The decoder `ByteFallback` of the tokenizers library instead gives one for every
+byte of a run that has a fault anywhere.
 """
 
 import codecs
@@ -33,12 +34,21 @@ class Detokenizer:
       pieces: the bytes of each id, where those of a text's ids join to the text.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, specification: Mapping[str, Any], *, pieces: Sequence[bytes] | None) -> None:
-        self._backend, self._pieces = backend, pieces
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        specification: Mapping[str, Any],
+        *,
+        pieces: Sequence[bytes] | None,
+    ) -> None:
+        self._backend = backend
+        self._pieces = pieces
         self._special = {token["content"] for token in specification["added_tokens"] if token["special"]}
         steps = _steps(specification["decoder"])
-        self._has_byte_tokens, self._is_byte_level = "ByteFallback" in steps, "ByteLevel" in steps
-        # All decoders of the library work token by token, but for a replacement in text that has been joined before.
+        self._has_byte_tokens = "ByteFallback" in steps
+        self._is_byte_level = "ByteLevel" in steps
+        # All decoders of the library work token by token, but for a replacement in text that has been joined
+        # before.
         self.is_incremental = "Fuse" not in steps or "Replace" not in steps[steps.index("Fuse") :]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -54,12 +64,17 @@ class Detokenizer:
         if self._pieces is None:
             return _added(self.decode(prompt), self.decode([*prompt, *ids]))
         torn = self.torn_bytes(prompt)
-        return _added(torn.decode("utf-8", "replace"), (torn + self.decode_bytes(ids)).decode("utf-8", "replace"))
+        return _added(
+            torn.decode("utf-8", "replace"), (torn + self.decode_bytes(ids)).decode("utf-8", "replace")
+        )
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The bytes of the ids. Raises ValueError for a vocabulary whose ids have no bytes of their own."""
         if self._pieces is None:
-            raise ValueError("this vocabulary does not say which bytes a token stands for (its token_bytes is None): use decode")
+            raise ValueError(
+                "this vocabulary does not say which bytes a token stands for (its token_bytes is None): use "
+                "decode"
+            )
         # A released model may have rows beyond its tokens, and could draw one.
         return b"".join(self._pieces[int(id)] for id in ids if id < len(self._pieces))
 
@@ -129,5 +144,7 @@ def _steps(decoder: Mapping[str, Any] | None) -> list[str]:
 
 
 def _added(before: str, after: str) -> str:
-    """The part of `after` that follows what it shares with `before`, whose last character may have been torn."""
+    """The part of `after` that follows what it shares with `before`, whose last character may have been
+    torn.
+    """
     return after[len(os.path.commonprefix([before, after])) :]

@@ -1,7 +1,8 @@
 """A document as a source yields it, and the policy for documents that cannot be used as they are.
 
-A source never decides: it yields `Document`s as it found them, with `problem` set where a record could not be read.
-`Gatekeeper.admit` applies the policy, counts what it did, and `Gatekeeper.check` enforces the cap at the end.
+A source never decides: it yields `Document`s as it found them, with `problem` set where a record could not be
+read. `Gatekeeper.admit` applies the policy, counts what it did, and `Gatekeeper.check` enforces the cap at
+the end.
 """
 
 import dataclasses
@@ -29,7 +30,8 @@ class HeldOutBy(enum.Enum):
     """The key whose hash decides which documents are held out."""
 
     CONTENT = "content"  # of a record its content, wherever it stands; of a whole file its name
-    ID = "id"  # of a record its file and line or row, of a whole file its name: the rule of runs before this option
+    # of a record its file and line or row, of a whole file its name: the rule of runs before this option
+    ID = "id"
 
 
 class Problem(enum.Enum):
@@ -47,8 +49,10 @@ class Problem(enum.Enum):
 class Document:
     """One text, one prompt with its completion, or one conversation.
 
-    Bytes that are not UTF-8 stand in `text` and `prompt` as lone surrogates (`errors="surrogateescape"`), as do the
-    unpaired surrogates that JSON can express: neither can be encoded, and both are INVALID_UTF8 to the policy.
+    Bytes that are not UTF-8 stand in `text` and `prompt` as lone surrogates (`errors="surrogateescape"`), as
+    do the
+    unpaired surrogates that JSON can express: neither can be encoded, and both are INVALID_UTF8 to the
+    policy.
     """
 
     id: str  # stable name of the document within its source
@@ -58,7 +62,9 @@ class Document:
     problem: Problem | None = None  # set by the source when there is no text to judge
     detail: str = ""  # what the source has to say about the problem
     is_conversation: bool = False  # the text is JSON, a list of messages
-    is_record: bool = False  # a record of a file or dataset, whose id is a place (a line, a row); else the id is a name
+    is_record: bool = (
+        False  # a record of a file or dataset, whose id is a place (a line, a row); else the id is a name
+    )
 
     def held_out_key(self, heldout_by: HeldOutBy) -> str:
         """The text whose hash decides whether the document is held out."""
@@ -77,8 +83,12 @@ class BadCounts:
     missing_field: int = 0  # a record without the field, or with something that is not text in it
     broken_record: int = 0  # a line that is no JSON object, a row of a table with other fields than the first
     binary: int = added_field(0, before=0)  # a file that is not text
-    bad_conversation: int = added_field(0, before=0)  # messages that are none, or that the chat template cannot put into text
-    special_names: int = added_field(0, before=0)  # good ones that hold several names of special tokens as text
+    bad_conversation: int = added_field(
+        0, before=0
+    )  # messages that are none, or that the chat template cannot put into text
+    special_names: int = added_field(
+        0, before=0
+    )  # good ones that hold several names of special tokens as text
     replaced: int = 0  # those of the bad ones that were mended with U+FFFD and used
 
     @property
@@ -86,8 +96,14 @@ class BadCounts:
         return sum(getattr(self, problem.value) for problem in Problem)
 
     def describe(self) -> str:
-        """One clause for the log, e.g. "3 of 100 documents are bad (2 empty, 1 invalid_utf8; 1 mended, 2 skipped)"."""
-        kinds = [f"{getattr(self, problem.value)} {problem.value}" for problem in Problem if getattr(self, problem.value)]
+        """One clause for the log, e.g. "3 of 100 documents are bad (2 empty, 1 invalid_utf8; 1 mended, 2
+        skipped)".
+        """
+        kinds = [
+            f"{getattr(self, problem.value)} {problem.value}"
+            for problem in Problem
+            if getattr(self, problem.value)
+        ]
         fate = f"{self.replaced} mended, {self.bad - self.replaced} skipped"
         return f"{self.bad} of {self.documents} documents are bad ({', '.join(kinds) or 'none'}; {fate})"
 
@@ -136,42 +152,58 @@ class Gatekeeper:
         found = list(itertools.islice(names.finditer(document.prompt + document.text), _SEVERAL_NAMES))
         if len(found) == _SEVERAL_NAMES:
             self._count("special_names")
-            self._first_names = self._first_names or f"{' and '.join(dict.fromkeys(repr(one[0]) for one in found))} in {document.where}"
+            self._first_names = (
+                self._first_names
+                or f"{' and '.join(dict.fromkeys(repr(one[0]) for one in found))} in {document.where}"
+            )
 
     def note_end(self, token: str) -> None:
-        """Remember that answers of a conversation end with this token, at which the tokenizer does not end a turn."""
+        """Remember that answers of a conversation end with this token, at which the tokenizer does not end a
+        turn.
+        """
         self._ends.add(token)
 
     def warnings(self) -> list[str]:
         """Warnings about good documents that may not be what the user meant."""
-        counts, warnings = self.counts, []
+        counts = self.counts
+        warnings = []
         if counts.special_names > _MANY * counts.documents:
             warnings.append(
-                f"{counts.special_names:,} of {counts.documents:,} documents hold names of special tokens ({self._first_names}). They are"
-                " encoded as the text that they are. If a chat template made this text, --data.special-tokens encode makes them those"
+                f"{counts.special_names:,} of {counts.documents:,} documents hold names of special tokens "
+                f"({self._first_names}). They are"
+                " encoded as the text that they are. If a chat template made this text, "
+                "--data.special-tokens encode makes them those"
                 " tokens; conversations are better given as records of messages, with --data.messages-field"
             )
         for token in sorted(self._ends):
             warnings.append(
-                f"answers end with {token!r}, which is no end of a turn to the tokenizer, so that generate would go on after it: name it in"
+                f"answers end with {token!r}, which is no end of a turn to the tokenizer, so that generate "
+                "would go on after it: name it in"
                 ' "end_tokens" of tokenizer_config.json'
             )
         return warnings
 
     def check(self, source_name: str) -> None:
         """Raises ValueError when more than `max_bad_fraction` of the documents so far are bad."""
-        check_bad_fraction(self.counts, self._max_bad_fraction, source_name=source_name, first_bad=self._first_bad)
+        check_bad_fraction(
+            self.counts, self._max_bad_fraction, source_name=source_name, first_bad=self._first_bad
+        )
 
     def _count(self, name: str) -> None:
         self._counts[name] = self._counts.get(name, 0) + 1
 
 
-def check_bad_fraction(counts: BadCounts, max_bad_fraction: float, *, source_name: str, first_bad: str = "") -> None:
-    """Raises ValueError when more than `max_bad_fraction` of the documents counted are bad and were not mended."""
+def check_bad_fraction(
+    counts: BadCounts, max_bad_fraction: float, *, source_name: str, first_bad: str = ""
+) -> None:
+    """Raises ValueError when more than `max_bad_fraction` of the documents counted are bad and were not
+    mended.
+    """
     if counts.bad - counts.replaced > max_bad_fraction * counts.documents:
         example = f" The first: {first_bad.rstrip('.')}." if first_bad else ""
         raise ValueError(
-            f"{source_name}: {counts.describe()}, more than data.max_bad_fraction={max_bad_fraction:g}.{example}"
+            f"{source_name}: {counts.describe()}, more than "
+            f"data.max_bad_fraction={max_bad_fraction:g}.{example}"
             " Repair the data, or raise --data.max-bad-fraction."
         )
 

@@ -1,7 +1,7 @@
 """From the documents of one source to its shard directories: held out or trained on, encoded, written.
 
-The text of a document is encoded as one string: a prompt and its completion together, and a document of more than
-max_document_bytes, which is encoded in windows that overlap, to the ids of the whole text (`spans.py`).
+The text of a document is encoded as one string: a prompt and its completion together, and a document of more
+than max_document_bytes, which is encoded in windows that overlap, to the ids of the whole text (`spans.py`).
 """
 
 import collections
@@ -22,20 +22,29 @@ from slmjax.data.shards import ShardWriter
 from slmjax.data.spans import Span, TextTokens, join_windows, windows_of
 from slmjax.data.tokenizers import Tokenizer
 
-TRAIN, HELDOUT = "train", "heldout"
+TRAIN = "train"
+HELDOUT = "heldout"
 _BATCH_BYTES = 4 << 20  # text that is handed to the tokenizer's threads at a time
 _MAX_BYTES = 2**31 - 1  # lengths are int32
 
 
 def is_held_out(key: str, fraction: float) -> bool:
-    """Return whether a hash of the key (`Document.held_out_key`), uniform in [0, 1), is below the fraction."""
-    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8]) < fraction * 2.0**64
+    """Return whether a hash of the key (`Document.held_out_key`), uniform in [0, 1), is below the
+    fraction.
+    """
+    return (
+        int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8])
+        < fraction * 2.0**64
+    )
 
 
 def divide(document: Document, data: DataConfig) -> Iterator[tuple[str, Document]]:
     """(TRAIN or HELDOUT, document): the whole document on one side, or its head and its tail."""
     if data.split is Split.DOCUMENTS:
-        yield HELDOUT if is_held_out(document.held_out_key(data.heldout_by), data.heldout_fraction) else TRAIN, document
+        yield (
+            HELDOUT if is_held_out(document.held_out_key(data.heldout_by), data.heldout_fraction) else TRAIN,
+            document,
+        )
         return
     if document.prompt or document.is_conversation:
         kind = "a conversation" if document.is_conversation else "a pair of prompt and completion"
@@ -47,17 +56,27 @@ def divide(document: Document, data: DataConfig) -> Iterator[tuple[str, Document
 
 
 def write_source(
-    source: SourceConfig, directory: Path, *, source_hash: str, tokenizer: Tokenizer, data: DataConfig, advance: Callable[[int], None],
+    source: SourceConfig,
+    directory: Path,
+    *,
+    source_hash: str,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    advance: Callable[[int], None],
     log: Callable[[str], None] = print,
-) -> BadCounts:  # fmt: skip
-    """Writes directory/train and, where something is held out, directory/heldout. `advance` is told the bytes done.
+) -> BadCounts:
+    """Writes directory/train and, where something is held out, directory/heldout. `advance` is told the bytes
+    done.
 
     Raises ValueError for bad documents as the policy says, and when a side would be empty.
     """
     gate = Gatekeeper(data.on_bad_document, max_bad_fraction=data.max_bad_fraction)
     sides = [TRAIN, HELDOUT] if data.heldout_fraction > 0 else [TRAIN]
     about = {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
-    writers = {side: ShardWriter(directory / side, **about, source_name=source.describe(), source_hash=source_hash) for side in sides}
+    writers = {
+        side: ShardWriter(directory / side, **about, source_name=source.describe(), source_hash=source_hash)
+        for side in sides
+    }
     written = dict.fromkeys(sides, 0)
     meters = {side: LostTextMeter(tokenizer, sample=side == TRAIN) for side in sides}
     try:
@@ -92,7 +111,8 @@ def _require_both_sides(source_name: str, written: dict[str, int], data: DataCon
     if empty:
         raise ValueError(
             f"{source_name}: of its {sum(written.values())} documents none falls to the {empty[0]} side at"
-            f" data.heldout_fraction={data.heldout_fraction:g}. Use --data.split tail, which cuts every document in two,"
+            f" data.heldout_fraction={data.heldout_fraction:g}. Use --data.split tail, which cuts every "
+            "document in two,"
             " or another --data.heldout-fraction (0 holds out nothing)."
         )
 
@@ -134,24 +154,31 @@ class _Pending:
         text = self._plain_text(ids, tokenizer)
         if (sizes := tokenizer.token_bytes) is not None:
             assert int(sizes[ids].sum(dtype=np.int64)) == len(text), self.document.where
-        scored, scored_bytes = None, len(text)
+        scored = None
+        scored_bytes = len(text)
         if self.scored is not None and tokens is not None:
             placed = tokenizer.marked_vocabulary.without_blanks(tokens, self.text) if self.marked else tokens
             held = placed.held(self.scored)
             is_text = ~np.isin(ids, list(tokenizer.special_ids.values()))
             scored_bytes = int((tokens.num_bytes() if sizes is None else sizes[ids])[held & is_text].sum())
-            if self.ends_open:  # EOS follows what is scored, and so do the bytes at the end that the vocabulary drops
+            if (
+                self.ends_open
+            ):  # EOS follows what is scored, and so do the bytes at the end that the vocabulary drops
                 scored_bytes += len(self.text) - int(tokens.ends.max(initial=0))
             scored = held
         # A conversation begins as its template has it.
-        begins = not self.document.is_conversation and not (self.marked and ids[:1].tolist() == [tokenizer.bos_id])
+        begins = not self.document.is_conversation and not (
+            self.marked and ids[:1].tolist() == [tokenizer.bos_id]
+        )
         ends = self.ends_open and not (self.marked and ids[-1:].tolist() == [tokenizer.eos_id])
         around = (int(begins), int(ends))
         marked = (self.text.decode(), ids.tolist()) if self.marked else None
         ids = np.pad(ids, around, constant_values=(tokenizer.bos_id, tokenizer.eos_id))
         if scored is not None:
             scored = np.pad(scored, around, constant_values=(False, True))
-        return _EncodedDocument(tokens=ids, scored=scored, scored_bytes=min(scored_bytes, len(text)), text=text, marked=marked)
+        return _EncodedDocument(
+            tokens=ids, scored=scored, scored_bytes=min(scored_bytes, len(text)), text=text, marked=marked
+        )
 
     def _plain_text(self, ids: np.ndarray, tokenizer: Tokenizer) -> bytes:
         """The text without special tokens."""
@@ -164,11 +191,18 @@ class _Pending:
     def _whole(self, tokenizer: Tokenizer) -> TextTokens:
         """The tokens of the whole text, from those of its windows."""
         joined = join_windows(self.encoded, self.windows)
-        # Windows disagree on such as a run of one character that is longer than their overlap: then nothing but the whole will do.
-        return joined if joined is not None else tokenizer.encode_spans([self.text.decode()], marked=self.marked)[0]
+        # Windows disagree on such as a run of one character that is longer than their overlap: then nothing
+        # but the whole will do.
+        return (
+            joined
+            if joined is not None
+            else tokenizer.encode_spans([self.text.decode()], marked=self.marked)[0]
+        )
 
 
-def _encoded(source: SourceConfig, *, gate: Gatekeeper, tokenizer: Tokenizer, data: DataConfig) -> Iterator[tuple[str, _EncodedDocument]]:
+def _encoded(
+    source: SourceConfig, *, gate: Gatekeeper, tokenizer: Tokenizer, data: DataConfig
+) -> Iterator[tuple[str, _EncodedDocument]]:
     """Admitted documents in order, encoded many at a time."""
     waiting: collections.deque[_Pending] = collections.deque()
     queue: list[tuple[_Pending, str]] = []
@@ -188,7 +222,9 @@ def _encoded(source: SourceConfig, *, gate: Gatekeeper, tokenizer: Tokenizer, da
         yield pending.side, pending.finish(tokenizer)
 
 
-def _admitted(source: SourceConfig, *, gate: Gatekeeper, tokenizer: Tokenizer, data: DataConfig) -> Iterator[_Pending]:
+def _admitted(
+    source: SourceConfig, *, gate: Gatekeeper, tokenizer: Tokenizer, data: DataConfig
+) -> Iterator[_Pending]:
     """The documents that the policy lets in, each with the text that is encoded."""
     for found in source.documents():
         document = gate.admit(found)
@@ -197,28 +233,40 @@ def _admitted(source: SourceConfig, *, gate: Gatekeeper, tokenizer: Tokenizer, d
                 if data.special_tokens is SpecialNames.TEXT:
                     gate.look_for_names(half, tokenizer.special_names)
                 yield _of_text(side, half, tokenizer=tokenizer, data=data)
-            elif (pending := _of_conversation(side, half, gate=gate, tokenizer=tokenizer, data=data)) is not None:
+            elif (
+                pending := _of_conversation(side, half, gate=gate, tokenizer=tokenizer, data=data)
+            ) is not None:
                 yield pending
 
 
 def _of_text(side: str, document: Document, *, tokenizer: Tokenizer, data: DataConfig) -> _Pending:
-    prompt, text = document.prompt, document.text
+    prompt = document.prompt
+    text = document.text
     marked = data.special_tokens is SpecialNames.ENCODE
     if marked:
         prompt, text = (tokenizer.marked_vocabulary.mark(part) for part in (prompt, text))
-    begin, whole = len(prompt.encode()), (prompt + text).encode()
+    begin = len(prompt.encode())
+    whole = (prompt + text).encode()
     return _Pending(
-        side=side, document=document, text=whole, scored=[(begin, len(whole))] if begin else None, marked=marked,
+        side=side,
+        document=document,
+        text=whole,
+        scored=[(begin, len(whole))] if begin else None,
+        marked=marked,
         windows=_windows(whole, document, data, marked=marked),
-    )  # fmt: skip
+    )
 
 
-def _of_conversation(side: str, document: Document, *, gate: Gatekeeper, tokenizer: Tokenizer, data: DataConfig) -> _Pending | None:
+def _of_conversation(
+    side: str, document: Document, *, gate: Gatekeeper, tokenizer: Tokenizer, data: DataConfig
+) -> _Pending | None:
     """None for a conversation that the chat template cannot put into text."""
     require_template(document, tokenizer.chat_template)
     try:
         messages = json.loads(document.text)
-        rendered = render_conversation(tokenizer, messages, turns=data.scored_turns, names=data.special_tokens)
+        rendered = render_conversation(
+            tokenizer, messages, turns=data.scored_turns, names=data.special_tokens
+        )
     except (ValueError, RecursionError) as error:
         gate.refuse(document, Problem.BAD_CONVERSATION, str(error))
         return None
@@ -226,23 +274,33 @@ def _of_conversation(side: str, document: Document, *, gate: Gatekeeper, tokeniz
         gate.note_end(tokenizer.name_of(rendered.ended_by) or "")
     text = rendered.text.encode()
     return _Pending(
-        side=side, document=document, text=text, scored=rendered.answers, marked=True, ends_open=rendered.ends_open,
+        side=side,
+        document=document,
+        text=text,
+        scored=rendered.answers,
+        marked=True,
+        ends_open=rendered.ends_open,
         windows=_windows(text, document, data, marked=True),
-    )  # fmt: skip
+    )
 
 
 def require_template(document: Document, template: str | None) -> None:
     """Raise ValueError for a conversation where there is no chat template."""
     if document.is_conversation and template is None:
         raise ValueError(
-            f"{document.where}: the tokenizer has no chat template, which conversations need. Take one that has (FileTokenizer), or put the"
-            " Jinja source into chat_template.jinja beside its tokenizer.json, and the special tokens that it writes into tokenizer.json"
+            f"{document.where}: the tokenizer has no chat template, which conversations need. Take one that "
+            "has (FileTokenizer), or put the"
+            " Jinja source into chat_template.jinja beside its tokenizer.json, and the special tokens that "
+            "it writes into tokenizer.json"
         )
 
 
 def _windows(text: bytes, document: Document, data: DataConfig, *, marked: bool) -> list[Span]:
     if len(text) > _MAX_BYTES:
-        raise ValueError(f"{document.where}: a document of more than 2 GiB: split it into several files, or lines of a .jsonl")
+        raise ValueError(
+            f"{document.where}: a document of more than 2 GiB: split it into several files, or lines of a "
+            ".jsonl"
+        )
     return windows_of(text, data.max_document_bytes, marked=marked)
 
 
@@ -257,7 +315,11 @@ def _encode(queue: list[tuple[_Pending, str]], tokenizer: Tokenizer) -> None:
         if marked:
             tokens += tokenizer.encode_spans([text for _, text in marked], marked=True)
     except ValueError as error:
-        names = f"{queue[0][0].document.where} to {queue[-1][0].document.where}" if len(queue) > 1 else queue[0][0].document.where
+        names = (
+            f"{queue[0][0].document.where} to {queue[-1][0].document.where}"
+            if len(queue) > 1
+            else queue[0][0].document.where
+        )
         raise ValueError(f"{names}: {error}") from error
     for (pending, _), of_text in zip(plain, ids, strict=True):
         pending.ids = of_text

@@ -4,8 +4,8 @@
     with open_bytes(path, kind) as stream: ...
     read_bytes(path, kind)      # of a file that is text
 
-By suffix: .jsonl and .ndjson are JSON lines, then .json, .csv, .tsv, .parquet; any other name is text. Behind these
-.gz, .bz2, .xz and .zst; compressed content and Parquet are recognised under any name.
+By suffix: .jsonl and .ndjson are JSON lines, then .json, .csv, .tsv, .parquet; any other name is text. Behind
+these .gz, .bz2, .xz and .zst; compressed content and Parquet are recognised under any name.
 """
 
 import bz2
@@ -22,7 +22,8 @@ from typing import Any, cast
 
 _HEAD = 8192  # bytes at the start of a file that tell what it is
 READABLE = (
-    "slmjax reads UTF-8 text, JSON lines (.jsonl, .ndjson), JSON (.json), CSV (.csv), TSV (.tsv) and Parquet (.parquet), and all but"
+    "slmjax reads UTF-8 text, JSON lines (.jsonl, .ndjson), JSON (.json), CSV (.csv), TSV (.tsv) and Parquet "
+    "(.parquet), and all but"
     " Parquet also compressed (.gz, .bz2, .xz, .zst)"
 )
 
@@ -61,7 +62,7 @@ class FileKind:
         return self.layout is not Layout.TEXT
 
 
-# What a file is -------------------------------------------------------------------------------------------------------
+# What a file is ---------------------------------------------------------------------------------------------
 _LAYOUTS = {
     ".jsonl": Layout.JSON_LINES,
     ".ndjson": Layout.JSON_LINES,
@@ -102,7 +103,8 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 def file_kind(path: Path) -> FileKind:
     """Return the kind of a file, by its suffix and its first bytes.
 
-    A file with a NUL in its first 8 KiB is binary (git's rule), and so is UTF-16: `FileKind.binary` says what it is.
+    A file with a NUL in its first 8 KiB is binary (git's rule), and so is UTF-16: `FileKind.binary` says what
+    it is.
 
     Raises:
       ValueError: an archive or a data format that is not read, or content that is not what the suffix says.
@@ -115,19 +117,27 @@ def file_kind(path: Path) -> FileKind:
         head = stream.read(_HEAD)
     compression = next((kind for magic, kind in _COMPRESSED.items() if head.startswith(magic)), None)
     if named is not None and compression is not named and head:
-        raise ValueError(f"{path} is named {suffixes[-1]} but is not {named.value} data: rename or replace it")
+        raise ValueError(
+            f"{path} is named {suffixes[-1]} but is not {named.value} data: rename or replace it"
+        )
     if compression is not None:
         with open_bytes(path, FileKind(layout=layout, compression=compression)) as stream:
             head = stream.read(_HEAD)
     if head.startswith(b"PAR1"):
         layout = Layout.PARQUET
     if compression is not None and layout is Layout.PARQUET:
-        raise ValueError(f"{path} is a compressed Parquet file, which cannot be read as a stream: decompress it first")
-    return FileKind(layout=layout, compression=compression, binary="" if layout is Layout.PARQUET else _binary(head, path))
+        raise ValueError(
+            f"{path} is a compressed Parquet file, which cannot be read as a stream: decompress it first"
+        )
+    return FileKind(
+        layout=layout, compression=compression, binary="" if layout is Layout.PARQUET else _binary(head, path)
+    )
 
 
 def _binary(head: bytes, path: Path) -> str:
-    """Name the kind of content without UTF-8 text; "" for text. Raises ValueError for archives and data formats."""
+    """Name the kind of content without UTF-8 text; "" for text. Raises ValueError for archives and data
+    formats.
+    """
     found = next((name for magic, name in _UNREADABLE.items() if head.startswith(magic)), "")
     if head[_TAR_OFFSET : _TAR_OFFSET + 5] == b"ustar":
         found = "a tar archive"
@@ -151,15 +161,21 @@ def open_bytes(path: Path, kind: FileKind) -> Iterator[io.BufferedIOBase]:
         with contextlib.closing(_OPENERS[kind.compression](path)) as stream:
             yield stream
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(f"{path} is damaged: its {kind.compression.value} data cannot be read to the end ({error})") from error
+        raise ValueError(
+            f"{path} is damaged: its {kind.compression.value} data cannot be read to the end ({error})"
+        ) from error
 
 
 @contextlib.contextmanager
 def open_text(path: Path, kind: FileKind, *, newline: str | None = None) -> Iterator[io.TextIOBase]:
-    """The decompressed content as characters, without a byte order mark. Raises ValueError as `open_bytes`."""
+    """The decompressed content as characters, without a byte order mark. Raises ValueError as
+    `open_bytes`.
+    """
     with (
         open_bytes(path, kind) as stream,
-        io.TextIOWrapper(cast(Any, stream), encoding="utf-8-sig", errors="surrogateescape", newline=newline) as text,
+        io.TextIOWrapper(
+            cast(Any, stream), encoding="utf-8-sig", errors="surrogateescape", newline=newline
+        ) as text,
     ):
         yield text
 

@@ -2,9 +2,10 @@
 
     meter = LostTextMeter(tokenizer, sample=False);  meter.add("Größe 你", ids);  meter.found().share
 
-Bits per byte divide the likelihood of ids by the bytes of the text. Where characters are dropped, lowercased or turned into one unknown
-token, the ids say less than the text, and bits per byte are too low: they compare with no other tokenizer's. Byte-level vocabularies
-(`Tokenizer.token_bytes`) give back every byte, and are not measured.
+Bits per byte divide the likelihood of ids by the bytes of the text. Where characters are dropped, lowercased
+or turned into one unknown token, the ids say less than the text, and bits per byte are too low: they compare
+with no other tokenizer's. Byte-level vocabularies (`Tokenizer.token_bytes`) give back every byte, and are not
+measured.
 """
 
 import collections
@@ -13,7 +14,8 @@ from collections.abc import Iterable, Sequence
 
 from slmjax.data.tokenizers import Tokenizer
 
-_SAMPLED_FIRST, _SAMPLED_SHARE = 1_000_000, 1 / 16  # bytes of a sample: so many, and this share of what follows
+_SAMPLED_FIRST = 1_000_000
+_SAMPLED_SHARE = 1 / 16  # bytes of a sample: so many, and this share of what follows
 _MOST_SHOWN = 6
 
 
@@ -34,13 +36,17 @@ class LostText:
 def lost_characters(text: str, decoded: str) -> collections.Counter[str]:
     """Characters of the text that the decoded text has not as often, and how many of each.
 
-    One that the decoded text has more often is counted too, as far as the text has it: which of them were in the text cannot be told.
-    Where characters stand is not compared, so that the counts are the least that is lost.
+    One that the decoded text has more often is counted too, as far as the text has it: which of them were in
+    the text cannot be told. Where characters stand is not compared, so that the counts are the least that is
+    lost.
     """
     if text == decoded:
         return collections.Counter()
-    before, after = collections.Counter(text), collections.Counter(decoded)
-    return collections.Counter({one: lost for one, count in before.items() if (lost := min(count, abs(count - after[one])))})
+    before = collections.Counter(text)
+    after = collections.Counter(decoded)
+    return collections.Counter(
+        {one: lost for one, count in before.items() if (lost := min(count, abs(count - after[one])))}
+    )
 
 
 class LostTextMeter:
@@ -48,7 +54,8 @@ class LostTextMeter:
 
     def __init__(self, tokenizer: Tokenizer, *, sample: bool) -> None:
         """With `sample`, some of the documents are compared: decoding takes about as long as encoding."""
-        self._tokenizer, self._sample = tokenizer, sample
+        self._tokenizer = tokenizer
+        self._sample = sample
         self._is_exact = tokenizer.token_bytes is not None
         self._around = {tokenizer.bos_id, tokenizer.eos_id}
         self._bytes = self._measured = 0
@@ -60,8 +67,9 @@ class LostTextMeter:
         Args:
           text: without special tokens.
           ids: of the text.
-          marked: the text with the marks of special tokens (`marks.py`), if it has any, and its ids alone. What stands between two marks is
-            compared by itself, since vocabularies that put a blank before a text put one behind each special token too.
+          marked: the text with the marks of special tokens (`marks.py`), if it has any, and its ids alone.
+            What stands between two marks is compared by itself, since vocabularies that put a blank before a
+            text put one behind each special token too.
         """
         if self._is_exact:
             return
@@ -70,7 +78,9 @@ class LostTextMeter:
             return
         self._measured += len(text)
         if marked is None:
-            self._lost += lost_characters(text.decode(), self._tokenizer.decode([id for id in ids if id not in self._around]))
+            self._lost += lost_characters(
+                text.decode(), self._tokenizer.decode([id for id in ids if id not in self._around])
+            )
             return
         for part, of_part in self._tokenizer.marked_vocabulary.text_between(*marked):
             decoded = self._tokenizer.decode([id for id in of_part if id not in self._around])
@@ -87,7 +97,9 @@ class LostTextMeter:
 def lost_share(parts: Iterable[LostText]) -> float:
     """The share of the bytes that are lost, over all parts together."""
     parts = list(parts)
-    return LostText(measured=sum(part.measured for part in parts), lost=sum(part.lost for part in parts)).share
+    return LostText(
+        measured=sum(part.measured for part in parts), lost=sum(part.lost for part in parts)
+    ).share
 
 
 def lost_note(share: float) -> str:
@@ -99,7 +111,10 @@ def check_lost_text(found: LostText, max_share: float, *, source_name: str) -> N
     """Raise ValueError if more than this share of a source's text is lost."""
     if found.share > max_share:
         raise ValueError(
-            f"{source_name}: the tokenizer loses {found.share:.1%} of the bytes of the text (decoding does not give them back), more than "
-            f"data.max_lost_text={max_share:g}: first of all {', '.join(map(repr, found.characters))}. Take a tokenizer that falls back on "
-            "bytes, or allow it with --data.max-lost-text 1: bits per byte are then too low, and are marked wherever they are shown"
+            f"{source_name}: the tokenizer loses {found.share:.1%} of the bytes of the text (decoding does "
+            "not give them back), more than "
+            f"data.max_lost_text={max_share:g}: first of all {', '.join(map(repr, found.characters))}. Take "
+            "a tokenizer that falls back on "
+            "bytes, or allow it with --data.max-lost-text 1: bits per byte are then too low, and are marked "
+            "wherever they are shown"
         )

@@ -1,8 +1,9 @@
 """Special tokens written into a text in a way that no other text can imitate.
 
-A chat template writes special tokens by their names, and so may the messages that it is given; once both are one string, nothing
-tells them apart. So what is meant as a special token is written as its mark, a name drawn anew in each process, and a vocabulary
-that knows the tokens by their marks alone encodes the string as a whole. A name that stands in it is text.
+A chat template writes special tokens by their names, and so may the messages that it is given; once both are
+one string, nothing tells them apart. So what is meant as a special token is written as its mark, a name drawn
+anew in each process, and a vocabulary that knows the tokens by their marks alone encodes the string as a
+whole. A name that stands in it is text.
 
     vocabulary = MarkedVocabulary(backend, {"<|im_end|>": 7})
     text = vocabulary.mark("user<|im_end|>")                # the name becomes the mark
@@ -33,7 +34,9 @@ class SpecialNames(enum.Enum):
 def names_pattern(names: Iterable[str], *, alone: Collection[str] = ()) -> re.Pattern[str]:
     """Return a pattern that matches these names, those in `alone` where they are words of their own."""
     longest_first = sorted(names, key=len, reverse=True)
-    patterns = [rf"(?<!\w){re.escape(name)}(?!\w)" if name in alone else re.escape(name) for name in longest_first]
+    patterns = [
+        rf"(?<!\w){re.escape(name)}(?!\w)" if name in alone else re.escape(name) for name in longest_first
+    ]
     return re.compile("|".join(patterns) or r"(?!)")
 
 
@@ -55,13 +58,19 @@ class MarkedVocabulary:
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         for name, id in special.items():
             added[name] = {"id": id, **plain, **added.get(name, {})}
-        self.names = names_pattern(special, alone={name for name, token in added.items() if token["single_word"]})
+        self.names = names_pattern(
+            special, alone={name for name, token in added.items() if token["single_word"]}
+        )
         self._last_mark = re.compile(rf"{MARK_BEGINS}{drawn}\.(\d+){MARK_ENDS}\s*\Z")
         self._marks = re.compile(rf"{MARK_BEGINS}{drawn}\.\d+{MARK_ENDS}")
         self._marked_ids = {self.marks[name]: id for name, id in special.items()}
         blanks = {True: r"\s*", False: ""}  # a token may take the white space beside it
         self._with_blanks = re.compile(
-            "|".join(blanks[added[name]["lstrip"]] + mark + blanks[added[name]["rstrip"]] for name, mark in self.marks.items()) or r"(?!)"
+            "|".join(
+                blanks[added[name]["lstrip"]] + mark + blanks[added[name]["rstrip"]]
+                for name, mark in self.marks.items()
+            )
+            or r"(?!)"
         )
         for name, mark in self.marks.items():
             added[name] |= {"content": mark, "single_word": False, "normalized": False, "special": True}
@@ -83,7 +92,9 @@ class MarkedVocabulary:
         return self._marks.sub("", text)
 
     def text_of(self, text: str) -> str:
-        """Return what of the text is encoded as text: without marks, and without the white space that special tokens take with them."""
+        """Return what of the text is encoded as text: without marks, and without the white space that special
+        tokens take with them.
+        """
         return self._with_blanks.sub("", text)
 
     def text_between(self, text: str, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
@@ -98,12 +109,16 @@ class MarkedVocabulary:
         for found in self._with_blanks.finditer(text):
             stop = ids.index(self._marked_ids[found[0].strip()], start)
             parts.append((text[place : found.start()], list(ids[start:stop])))
-            place, start = found.end(), stop + 1
+            place = found.end()
+            start = stop + 1
         return [*parts, (text[place:], list(ids[start:]))]
 
     def without_blanks(self, tokens: TextTokens, text: bytes) -> TextTokens:
-        """Return the tokens of a text with marks, in which special tokens stand for their marks, without the white space beside them."""
-        starts, ends = tokens.starts.copy(), tokens.ends.copy()
+        """Return the tokens of a text with marks, in which special tokens stand for their marks, without the
+        white space beside them.
+        """
+        starts = tokens.starts.copy()
+        ends = tokens.ends.copy()
         for place in np.flatnonzero(np.isin(tokens.ids, list(self._marked_ids.values()))).tolist():
             taken = text[starts[place] : ends[place]].decode()
             if self._marks.search(taken):
@@ -116,12 +131,16 @@ class MarkedVocabulary:
         return None if (found := self._marks.match(text, place)) is None else found.end()
 
     def last_mark(self, text: str) -> tuple[int, int] | None:
-        """Return the id of the mark that ends the text but for white space, and the place behind it; None if no mark does."""
+        """Return the id of the mark that ends the text but for white space, and the place behind it; None if
+        no mark does.
+        """
         found = self._last_mark.search(text)
         return None if found is None else (int(found[1]), found.end(1) + 1)
 
     def encode_batch(self, texts: Sequence[str]) -> list[TextTokens]:
-        """Return the tokens of each text, in which marks stand for special tokens. Their spans count the bytes of marks."""
+        """Return the tokens of each text, in which marks stand for special tokens. Their spans count the
+        bytes of marks.
+        """
         encodings = checked_encodings(texts, self._backend.encode_batch, reserved={})
         return [
             spans.from_offsets([self._ids[id] for id in encoding.ids], encoding.offsets, text)

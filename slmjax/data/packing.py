@@ -1,17 +1,22 @@
-"""Which pieces of which documents make up each row: decided once for a set of token shards, saved, addressable by row.
+"""Which pieces of which documents make up each row: decided once for a set of token shards, saved,
+addressable by row.
 
-A piece is (document, start, length): inputs tokens[start : start + length], targets tokens[start + 1 : start + length + 1].
+A piece is (document, start, length): inputs tokens[start : start + length], targets tokens[start + 1 : start
++ length + 1].
 
-`best_fit_rows` cuts a document of L tokens (BOS and EOS included) into pieces that score each of its L - 1 targets once,
-and fills rows with them by best-fit decreasing within windows of consecutive documents. `concatenated_rows` cuts the
-stream of all documents every T tokens: rows are full but for the last, and a piece that ends its document has EOS as its
-last input, whose target would be the BOS of the next document: it is not scored. Both lose no target and repeat none.
+`best_fit_rows` cuts a document of L tokens (BOS and EOS included) into pieces that score each of its L - 1
+targets once, and fills rows with them by best-fit decreasing within windows of consecutive documents.
+`concatenated_rows` cuts the stream of all documents every T tokens: rows are full but for the last, and a
+piece that ends its document has EOS as its last input, whose target would be the BOS of the next document: it
+is not scored. Both lose no target and repeat none.
 
-Where not all text of a document is scored (`scored.py`), no row is fed that has no scored target. Best fit cuts a document that
-does not fit a row so that each piece has one (`pieces_around`); concatenation leaves out rows that have none.
+Where not all text of a document is scored (`scored.py`), no row is fed that has no scored target. Best fit
+cuts a document that does not fit a row so that each piece has one (`pieces_around`); concatenation leaves out
+rows that have none.
 
-A plan is a pure function of the document lengths, the scored tokens and the settings. It takes 16 bytes a piece and 8 a row in memory.
-Use: `plan = load_or_pack(shards, ...)`, then `write_row(batch, 0, plan=plan, row=17, shards=shards)`.
+A plan is a pure function of the document lengths, the scored tokens and the settings. It takes 16 bytes a
+piece and 8 a row in memory. Use: `plan = load_or_pack(shards, ...)`, then `write_row(batch, 0, plan=plan,
+row=17, shards=shards)`.
 
 Legend: T positions of a row, V vocabulary.
 """
@@ -73,7 +78,9 @@ class RowPlan:
     documents: Int32[np.ndarray, "pieces"]
     starts: Int32[np.ndarray, "pieces"]
     lengths: Int32[np.ndarray, "pieces"]
-    contexts: Int32[np.ndarray, "pieces"]  # leading targets of the piece that it does not score: prompt, or scored by an earlier piece
+    contexts: Int32[
+        np.ndarray, "pieces"
+    ]  # leading targets of the piece that it does not score: prompt, or scored by an earlier piece
 
     def __len__(self) -> int:
         return len(self.row_starts) - 1
@@ -86,7 +93,14 @@ class RowPlan:
     def pieces(self, row: int) -> list[tuple[int, int, int]]:
         """(document, start, length) of each piece of a row, in order."""
         here = slice(int(self.row_starts[row]), int(self.row_starts[row + 1]))
-        return list(zip(self.documents[here].tolist(), self.starts[here].tolist(), self.lengths[here].tolist(), strict=True))
+        return list(
+            zip(
+                self.documents[here].tolist(),
+                self.starts[here].tolist(),
+                self.lengths[here].tolist(),
+                strict=True,
+            )
+        )
 
 
 def best_fit_rows(
@@ -101,7 +115,8 @@ def best_fit_rows(
 
     Args:
       overlap: inputs of the piece before that each further piece of running text starts with.
-      spans: by document, what is scored of those that are not plain text and are longer than a row, or have no scored token (`spans_of`).
+      spans: by document, what is scored of those that are not plain text and are longer than a row, or have
+        no scored token (`spans_of`).
 
     Raises:
       ValueError: no row can be made.
@@ -110,8 +125,13 @@ def best_fit_rows(
     if window < 1:
         raise ValueError(f"documents are packed {window} at a time: set the packing window to at least 1")
     if not 0 <= overlap < sequence_length:
-        raise ValueError(f"an overlap of {overlap} leaves a row of {sequence_length} no new target: choose 0 to {sequence_length - 1}")
-    documents, starts, lengths, contexts = _cut(document_lengths, sequence_length=sequence_length, overlap=overlap, spans=spans)
+        raise ValueError(
+            f"an overlap of {overlap} leaves a row of {sequence_length} no new target: choose 0 to "
+            f"{sequence_length - 1}"
+        )
+    documents, starts, lengths, contexts = _cut(
+        document_lengths, sequence_length=sequence_length, overlap=overlap, spans=spans
+    )
     rows = np.empty(len(documents), np.int64)
     num_rows = 0
     edges = np.searchsorted(documents, np.arange(0, len(document_lengths) + window, window))
@@ -125,7 +145,9 @@ def best_fit_rows(
 
 
 def concatenated_rows(document_lengths: Integer[np.ndarray, "documents"], *, sequence_length: int) -> RowPlan:
-    """Cuts the joined documents every `sequence_length` tokens. The last EOS, which predicts nothing, is left out."""
+    """Cuts the joined documents every `sequence_length` tokens. The last EOS, which predicts nothing, is left
+    out.
+    """
     _check_sequence_length(sequence_length)
     offsets = np.concatenate([[0], np.cumsum(document_lengths, dtype=np.int64)])
     end = max(int(offsets[-1]) - 1, 0)
@@ -134,12 +156,21 @@ def concatenated_rows(document_lengths: Integer[np.ndarray, "documents"], *, seq
     lengths = np.diff(cuts, append=end)
     rows = cuts // sequence_length
     contexts = np.zeros(len(rows), np.int64)
-    return _plan(rows, documents, cuts - offsets[documents], lengths, contexts, sequence_length=sequence_length, overlap=0)
+    return _plan(
+        rows,
+        documents,
+        cuts - offsets[documents],
+        lengths,
+        contexts,
+        sequence_length=sequence_length,
+        overlap=0,
+    )
 
 
 def with_targets(plan: RowPlan, shards: TokenizedDocuments) -> RowPlan:
     """The rows of a plan that have a scored target. Raises ValueError where there is none."""
-    lengths, num_scored = shards.lengths[plan.documents], shards.num_scored[plan.documents]
+    lengths = shards.lengths[plan.documents]
+    num_scored = shards.num_scored[plan.documents]
     is_scored = (num_scored > 0) & (plan.starts + 1 < lengths)  # EOS alone predicts nothing
     for piece in np.flatnonzero(~is_all_scored(lengths, num_scored)).tolist():
         start = int(plan.starts[piece])
@@ -152,15 +183,22 @@ def with_targets(plan: RowPlan, shards: TokenizedDocuments) -> RowPlan:
     return _plan(new_rows, *pieces, sequence_length=plan.sequence_length, overlap=plan.overlap)
 
 
-def spans_of(shards: TokenizedDocuments, *, sequence_length: int, num_documents: int | None = None) -> dict[int, Spans]:
+def spans_of(
+    shards: TokenizedDocuments, *, sequence_length: int, num_documents: int | None = None
+) -> dict[int, Spans]:
     """Return the scored spans that `best_fit_rows` needs, of the first `num_documents` (None: all)."""
-    lengths, num_scored = shards.lengths[:num_documents], shards.num_scored[:num_documents]
+    lengths = shards.lengths[:num_documents]
+    num_scored = shards.num_scored[:num_documents]
     concerned = ~is_all_scored(lengths, num_scored) & ((lengths - 1 > sequence_length) | (num_scored == 0))
     return {document: spans_in(shards.scored(document)) for document in np.flatnonzero(concerned).tolist()}
 
 
-def load_or_pack(shards: TokenizedDocuments, *, packing: Packing, sequence_length: int, window: int, cache_dir: Path) -> RowPlan:
-    """The plan of these shards under these settings, from `cache_dir` if it is there and sound, else made and saved."""
+def load_or_pack(
+    shards: TokenizedDocuments, *, packing: Packing, sequence_length: int, window: int, cache_dir: Path
+) -> RowPlan:
+    """The plan of these shards under these settings, from `cache_dir` if it is there and sound, else made and
+    saved.
+    """
     settings = {
         "version": _PLAN_VERSION,
         "shards": shards.hash,
@@ -195,13 +233,15 @@ def write_row(
 ) -> None:
     """Writes row `row` of the plan into row `index` of an empty batch; the caller sets its row id.
 
-    The row's bytes are exact with `token_bytes` (UTF-8 bytes of each token id); without, the scored bytes of a document are
-    spread evenly over its scored tokens, rounded so that its pieces add up to them.
+    The row's bytes are exact with `token_bytes` (UTF-8 bytes of each token id); without, the scored bytes of
+    a document are spread evenly over its scored tokens, rounded so that its pieces add up to them.
     """
     column = 0
     num_bytes = 0
     contexts = plan.contexts[int(plan.row_starts[row]) : int(plan.row_starts[row + 1])].tolist()
-    for segment, ((document, start, length), context) in enumerate(zip(plan.pieces(row), contexts, strict=True), start=1):
+    for segment, ((document, start, length), context) in enumerate(
+        zip(plan.pieces(row), contexts, strict=True), start=1
+    ):
         num_tokens = int(shards.lengths[document])
         tokens = shards.tokens(document, start=start, stop=min(start + length + 1, num_tokens))
         num_targets = len(tokens) - 1  # one less than `length` where the last input is EOS
@@ -210,27 +250,36 @@ def write_row(
         batch.targets[index, column : column + num_targets] = tokens[1:]
         batch.segment_ids[index, column:end] = segment
         batch.positions[index, column:end] = np.arange(length, dtype=np.int32)
-        first, stop = start + 1 + context, start + 1 + num_targets
+        first = start + 1 + context
+        stop = start + 1 + num_targets
         if first < stop:
             scored = _scored(shards, document, start=first, stop=stop, text=text)
             batch.loss_mask[index, column + context : column + num_targets] = scored
             if token_bytes is not None:
                 num_bytes += int(token_bytes[tokens[1 + context :][scored]].sum())
             else:
-                num_bytes += _spread_bytes(shards, document, start=first, num_scored=int(scored.sum()), text=text)
+                num_bytes += _spread_bytes(
+                    shards, document, start=first, num_scored=int(scored.sum()), text=text
+                )
         column = end
     batch.num_bytes[index] = num_bytes
 
 
-def _scored(shards: TokenizedDocuments, document: int, *, start: int, stop: int, text: ScoredText) -> np.ndarray:
+def _scored(
+    shards: TokenizedDocuments, document: int, *, start: int, stop: int, text: ScoredText
+) -> np.ndarray:
     """Return whether each of the tokens `start`, at least 1, to `stop` is scored."""
     if text is ScoredText.ALL or shards.num_scored[document] == shards.lengths[document] - 1:
         return np.ones(max(stop - start, 0), bool)
     return shards.scored(document, start=start, stop=stop)
 
 
-def _spread_bytes(shards: TokenizedDocuments, document: int, *, start: int, num_scored: int, text: ScoredText) -> int:
-    """Bytes of `num_scored` scored tokens from token `start` on: evenly many each, but for EOS, which has none."""
+def _spread_bytes(
+    shards: TokenizedDocuments, document: int, *, start: int, num_scored: int, text: ScoredText
+) -> int:
+    """Bytes of `num_scored` scored tokens from token `start` on: evenly many each, but for EOS, which has
+    none.
+    """
     num_tokens = int(shards.lengths[document])
     is_whole = text is ScoredText.ALL or bool(shards.num_scored[document] == num_tokens - 1)
     total = int(shards.num_bytes[document] if text is ScoredText.ALL else shards.scored_bytes[document])
@@ -238,7 +287,10 @@ def _spread_bytes(shards: TokenizedDocuments, document: int, *, start: int, num_
     num_all = num_tokens - 1 if is_whole else int(shards.num_scored[document])
     num_ends = 1 if is_whole else int(shards.scored(document, start=num_tokens - 1)[0])
     text_tokens = max(num_all - num_ends, 1)
-    return total * min(before + num_scored, text_tokens) // text_tokens - total * min(before, text_tokens) // text_tokens
+    return (
+        total * min(before + num_scored, text_tokens) // text_tokens
+        - total * min(before, text_tokens) // text_tokens
+    )
 
 
 def _check_sequence_length(sequence_length: int) -> None:
@@ -249,7 +301,9 @@ def _check_sequence_length(sequence_length: int) -> None:
 def _cut(
     document_lengths: np.ndarray, *, sequence_length: int, overlap: int, spans: Mapping[int, Spans]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Pieces of at most `sequence_length` targets: documents, starts, lengths, contexts, in document order."""
+    """Pieces of at most `sequence_length` targets: documents, starts, lengths, contexts, in document
+    order.
+    """
     num_targets = np.maximum(document_lengths.astype(np.int64) - 1, 0)
     num_targets[list(spans)] = 0  # cut apart from the others
     stride = sequence_length - overlap
@@ -258,7 +312,8 @@ def _cut(
     documents = np.repeat(np.arange(len(num_targets)), num_pieces)
     place = np.arange(len(documents)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
     starts = place * stride
-    lengths, contexts = np.minimum(num_targets[documents] - starts, sequence_length), np.where(starts > 0, overlap, 0)
+    lengths = np.minimum(num_targets[documents] - starts, sequence_length)
+    contexts = np.where(starts > 0, overlap, 0)
     cut = [
         (document, *piece)
         for document, found in spans.items()
@@ -267,14 +322,17 @@ def _cut(
     if not cut:
         return documents, starts, lengths, contexts
     of_spans = np.asarray(cut, np.int64).T
-    joined = [np.concatenate(pair) for pair in zip((documents, starts, lengths, contexts), of_spans, strict=True)]
+    joined = [
+        np.concatenate(pair) for pair in zip((documents, starts, lengths, contexts), of_spans, strict=True)
+    ]
     order = np.argsort(joined[0], kind="stable")
     documents, starts, lengths, contexts = (values[order] for values in joined)
     return documents, starts, lengths, contexts
 
 
 def _best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
-    """The row of each piece, and the number of rows: longest first, each into the fullest row that has room for it.
+    """The row of each piece, and the number of rows: longest first, each into the fullest row that has room
+    for it.
 
     Pieces of equal length keep their order. O(n log n), as rooms are at most `capacity` distinct numbers.
     """
@@ -291,7 +349,8 @@ def _best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray
             if not rows_with[room]:
                 del rooms[place]
         else:
-            room, row = capacity, num_rows
+            room = capacity
+            row = num_rows
             num_rows += 1
         rows[piece] = row
         if left := room - length:
@@ -314,7 +373,10 @@ def _plan(
 ) -> RowPlan:
     """From pieces sorted by row, where every row from 0 on has one."""
     if not len(rows):
-        raise ValueError("there are no documents to make rows of: the source, or this split of it, is empty, or none of its text is scored")
+        raise ValueError(
+            "there are no documents to make rows of: the source, or this split of it, is empty, or none of "
+            "its text is scored"
+        )
     return RowPlan(
         sequence_length=sequence_length,
         overlap=overlap,
@@ -330,7 +392,9 @@ _SAVED = ("row_starts", "documents", "starts", "lengths", "contexts")
 
 
 def _save(plan: RowPlan, path: Path) -> None:
-    """Through a file of another name, so that a plan is there whole or not at all, whoever else writes it or is killed."""
+    """Through a file of another name, so that a plan is there whole or not at all, whoever else writes it or
+    is killed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
         try:
@@ -346,6 +410,8 @@ def _load(path: Path, *, sequence_length: int) -> RowPlan | None:
     """None where there is no such file, or its checksums (each array has one in the archive) do not match."""
     try:
         with path.open("rb") as file, np.load(file) as archive:
-            return RowPlan(sequence_length=sequence_length, overlap=0, **{name: archive[name] for name in _SAVED})
+            return RowPlan(
+                sequence_length=sequence_length, overlap=0, **{name: archive[name] for name in _SAVED}
+            )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

@@ -3,9 +3,10 @@
     prepared = prepare(DataConfig(), BpeTokenizer(vocab_size=4096))
     prepared.train[0][0].tokens(0);  prepared.tokenizer.decode(...);  prepared.heldout_text()
 
-Under the cache directory: tokenizers/KEY and shards/KEY/{train,heldout}, where KEY is a hash of everything that
-decides the content. A directory is written under a temporary name and renamed when it is complete: a killed process
-leaves nothing that would be taken for data, and of two processes that prepare the same thing, one wins.
+Under the cache directory: tokenizers/KEY and shards/KEY/{train,heldout}, where KEY is a hash of everything
+that decides the content. A directory is written under a temporary name and renamed when it is complete: a
+killed process leaves nothing that would be taken for data, and of two processes that prepare the same thing,
+one wins.
 """
 
 import contextlib
@@ -46,7 +47,9 @@ class Prepared:
 
     @property
     def lost_text(self) -> float:
-        """Share of the bytes of the held-out text (or all text where nothing is held out) that the tokenizer loses."""
+        """Share of the bytes of the held-out text (or all text where nothing is held out) that the tokenizer
+        loses.
+        """
         shards = self.heldout or [shards for shards, _ in self.train]
         return lost_share(one.manifest.lost_text for one in shards)
 
@@ -56,10 +59,13 @@ class Prepared:
 
 
 def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, log: Log = print) -> Prepared:
-    """Opens the prepared data of this mixture, preparing what is missing. Raises ValueError for unusable sources or data."""
+    """Opens the prepared data of this mixture, preparing what is missing. Raises ValueError for unusable
+    sources or data.
+    """
     if data.path is None and (fields := changed_fields(data)):
         raise ValueError(
-            f"data.{fields[0]}={getattr(data, fields[0])!r} does nothing without data.path: leave it out, or set {fields[0]} of the source"
+            f"data.{fields[0]}={getattr(data, fields[0])!r} does nothing without data.path: leave it out, or "
+            f"set {fields[0]} of the source"
         )
     hashes = [weighted.source.fingerprint() for weighted in data.mixture]
     with _progress() as bar:
@@ -69,28 +75,46 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, log: Log = print) -
             for weighted, source_hash in zip(data.mixture, hashes, strict=True)
         ]
     train = [TokenShards.open(directory / TRAIN, tokenizer_hash=built.hash) for directory in directories]
-    heldout = [TokenShards.open(directory / HELDOUT, tokenizer_hash=built.hash) for directory in directories if data.heldout_fraction > 0]
+    heldout = [
+        TokenShards.open(directory / HELDOUT, tokenizer_hash=built.hash)
+        for directory in directories
+        if data.heldout_fraction > 0
+    ]
     for shards in (*train, *heldout):
-        check_lost_text(shards.manifest.lost_text, data.max_lost_text, source_name=shards.manifest.source_name)
+        check_lost_text(
+            shards.manifest.lost_text, data.max_lost_text, source_name=shards.manifest.source_name
+        )
     for shards in train:
-        check_bad_fraction(shards.manifest.bad_documents, data.max_bad_fraction, source_name=shards.manifest.source_name)
+        check_bad_fraction(
+            shards.manifest.bad_documents, data.max_bad_fraction, source_name=shards.manifest.source_name
+        )
     weights = [weighted.weight for weighted in data.mixture]
     return Prepared(tokenizer=built, train=tuple(zip(train, weights, strict=True)), heldout=tuple(heldout))
 
 
-def inspect(data: DataConfig, tokenizer: TokenizerConfig, *, num_samples: int = 3, log: Log = print) -> dict[str, Any]:
+def inspect(
+    data: DataConfig, tokenizer: TokenizerConfig, *, num_samples: int = 3, log: Log = print
+) -> dict[str, Any]:
     """Statistics of the prepared data and decoded samples of the training text, as JSON can hold them."""
     prepared = prepare(data, tokenizer, log=log)
     sources = []
     for i, (shards, weight) in enumerate(prepared.train):
         heldout = {HELDOUT: _statistics(prepared.heldout[i])} if prepared.heldout else {}
-        about = {"name": shards.manifest.source_name, "weight": weight, "bad_documents": to_json(shards.manifest.bad_documents)}
+        about = {
+            "name": shards.manifest.source_name,
+            "weight": weight,
+            "bad_documents": to_json(shards.manifest.bad_documents),
+        }
         sources.append({**about, TRAIN: _statistics(shards), **heldout})
     built = prepared.tokenizer
     return {
         "tokenizer": {"kind": type(tokenizer).__name__, "vocab_size": built.vocab_size, "hash": built.hash},
         "sources": sources,
-        "samples": [sample for shards, _ in prepared.train for sample in _samples(shards, built, seed=data.seed, count=num_samples)],
+        "samples": [
+            sample
+            for shards, _ in prepared.train
+            for sample in _samples(shards, built, seed=data.seed, count=num_samples)
+        ],
     }
 
 
@@ -116,15 +140,23 @@ def _samples(shards: TokenShards, tokenizer: Tokenizer, *, seed: int, count: int
     samples = []
     for document in sorted(chosen.tolist()):
         tokens = shards.tokens(document, stop=min(int(shards.lengths[document]), _SAMPLE_TOKENS))
-        about = {"source": shards.manifest.source_name, "document": document, "tokens": int(shards.lengths[document])}
+        about = {
+            "source": shards.manifest.source_name,
+            "document": document,
+            "tokens": int(shards.lengths[document]),
+        }
         samples.append({**about, "text": tokenizer.decode(tokens.tolist())})
     return samples
 
 
-def _tokenizer(data: DataConfig, config: TokenizerConfig, *, hashes: list[str], bar: "_Bar", log: Log) -> Tokenizer:
+def _tokenizer(
+    data: DataConfig, config: TokenizerConfig, *, hashes: list[str], bar: "_Bar", log: Log
+) -> Tokenizer:
     if config.reads is Reads.NOTHING:
         return config.build(())
-    key = combined_hash("tokenizer", fingerprint(config), type(config).__name__, *_split_settings(data), *hashes)[:32]
+    key = combined_hash(
+        "tokenizer", fingerprint(config), type(config).__name__, *_split_settings(data), *hashes
+    )[:32]
     final = data.cache_path / "tokenizers" / key
     files = ("tokenizer.json", "tokenizer_config.json", "hash")
     if not _is_whole(final, files):
@@ -139,7 +171,9 @@ def _tokenizer(data: DataConfig, config: TokenizerConfig, *, hashes: list[str], 
     except ValueError as error:
         raise ValueError(f"{final} is damaged ({error}): delete it, it is made anew") from error
     if loaded.hash != (final / "hash").read_text():
-        raise ValueError(f"{final} is damaged: the vocabulary is not the one that was written. Delete it, it is made anew")
+        raise ValueError(
+            f"{final} is damaged: the vocabulary is not the one that was written. Delete it, it is made anew"
+        )
     return loaded
 
 
@@ -160,10 +194,25 @@ def _texts(data: DataConfig, reads: Reads, *, bar: "_Bar") -> Iterator[str]:
         gate.check(name)
 
 
-def _shard_directory(weighted: WeightedSource, data: DataConfig, *, source_hash: str, tokenizer: Tokenizer, bar: "_Bar", log: Log) -> Path:
+def _shard_directory(
+    weighted: WeightedSource,
+    data: DataConfig,
+    *,
+    source_hash: str,
+    tokenizer: Tokenizer,
+    bar: "_Bar",
+    log: Log,
+) -> Path:
     """The directory of one source's shards, written if it is not there."""
-    settings = (*_split_settings(data), str(data.max_document_bytes), data.scored_turns.value, data.special_tokens.value)
-    chat = repr((tokenizer.chat_template, tokenizer.has_bos, tokenizer.unk, tokenizer.pad))  # what the text of conversations depends on
+    settings = (
+        *_split_settings(data),
+        str(data.max_document_bytes),
+        data.scored_turns.value,
+        data.special_tokens.value,
+    )
+    chat = repr(
+        (tokenizer.chat_template, tokenizer.has_bos, tokenizer.unk, tokenizer.pad)
+    )  # what the text of conversations depends on
     key = combined_hash("shards", str(FORMAT_VERSION), source_hash, tokenizer.hash, chat, *settings)[:32]
     final = data.cache_path / "shards" / key
     files = [f"{side}/manifest.json" for side in ([TRAIN, HELDOUT] if data.heldout_fraction > 0 else [TRAIN])]
@@ -174,8 +223,14 @@ def _shard_directory(weighted: WeightedSource, data: DataConfig, *, source_hash:
     bar.start(name, weighted.source.size_hint())
     with _written_whole(final, files=files) as temporary:
         counts = write_source(
-            weighted.source, temporary, source_hash=source_hash, tokenizer=tokenizer, data=data, advance=bar.advance, log=log
-        )  # fmt: skip
+            weighted.source,
+            temporary,
+            source_hash=source_hash,
+            tokenizer=tokenizer,
+            data=data,
+            advance=bar.advance,
+            log=log,
+        )
     log(f"prepared {name}: {counts.documents} documents in {time.monotonic() - started:.1f} s, in {final}")
     if counts.bad:
         log(f"{name}: {counts.describe()}")
@@ -192,12 +247,16 @@ def _is_whole(directory: Path, files: Sequence[str]) -> bool:
 
 @contextlib.contextmanager
 def _written_whole(final: Path, *, files: Sequence[str]) -> Iterator[Path]:
-    """A temporary directory beside `final` that takes its place when the block ends well, unless another process was first."""
+    """A temporary directory beside `final` that takes its place when the block ends well, unless another
+    process was first.
+    """
     final.parent.mkdir(parents=True, exist_ok=True)
     for other in final.parent.glob(".*"):  # of processes that were killed
         if time.time() - other.stat().st_mtime > _STALE_SECONDS:
             shutil.rmtree(other, ignore_errors=True)
-    if final.exists() and not _is_whole(final, files):  # a person deleted part of it: directories only ever appear whole
+    if final.exists() and not _is_whole(
+        final, files
+    ):  # a person deleted part of it: directories only ever appear whole
         shutil.rmtree(final, ignore_errors=True)
     temporary = final.parent / f".{final.name}-{uuid.uuid4().hex[:12]}"
     temporary.mkdir()

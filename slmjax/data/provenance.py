@@ -1,13 +1,15 @@
-"""The data record of a run: the text it was trained on and the text it held out, and whether that text is still the same.
+"""The data record of a run: the text it was trained on and the text it held out, and whether that text is
+still the same.
 
-    record = read_record(run_dir)                # data.json of a run, or "data" in origin.json of a model made of one
-    now = describe(prepared, data)
-    differences(record, now)                     # a sentence for each changed source
-    documents_to_evaluate(run_dir, data, ...)    # held-out documents, with the record checked
-    overlap(teacher_dir, data, now)              # a sentence for each source of which that model was trained on held-out text
+    record = read_record(run_dir)                # data.json of a run, or "data" in origin.json of a model
+    made of one now = describe(prepared, data) differences(record, now)                     # a sentence for
+    each changed source documents_to_evaluate(run_dir, data, ...)    # held-out documents, with the record
+    checked overlap(teacher_dir, data, now)              # a sentence for each source of which that model was
+    trained on held-out text
 
-Membership of the held-out set follows the content of a record and the name of a file (`DataConfig.heldout_by`), so a
-changed source does not by itself put training text into the held-out set; but figures are then of other text.
+Membership of the held-out set follows the content of a record and the name of a file
+(`DataConfig.heldout_by`), so a changed source does not by itself put training text into the held-out set; but
+figures are then of other text.
 """
 
 import dataclasses
@@ -29,33 +31,50 @@ Record = list[dict[str, Any]]  # one entry per source of the mixture
 
 
 class ChangedData(enum.Enum):
-    """The behaviour of an evaluation on a run's own held-out text whose sources have changed since training."""
+    """The behaviour of an evaluation on a run's own held-out text whose sources have changed since
+    training.
+    """
 
     REFUSE = "refuse"  # an error that names the changed sources
     ALLOW = "allow"  # evaluate the text as it is now
     RECORDED = "recorded"  # evaluate the text as it was prepared for training, as long as the cache has it
 
 
-# The record -----------------------------------------------------------------------------------------------------------
+# The record -------------------------------------------------------------------------------------------------
 def describe(prepared: Prepared, data: DataConfig) -> Record:
-    """The record of prepared data: per source its share, and sizes and hashes of what is trained on and what is held out."""
+    """The record of prepared data: per source its share, and sizes and hashes of what is trained on and what
+    is held out.
+    """
     record = []
     for i, (shards, weight) in enumerate(prepared.train):
-        record.append({
-            "source": data.mixture[i].source.describe(), "weight": weight, **_sizes(shards),
-            "fingerprint": shards.manifest.source_hash, "tokenizer": shards.manifest.tokenizer_hash,
-            "shards": shards.directory.parent.name, HELDOUT: _sizes(prepared.heldout[i]) if prepared.heldout else None,
-        })  # fmt: skip
+        record.append(
+            {
+                "source": data.mixture[i].source.describe(),
+                "weight": weight,
+                **_sizes(shards),
+                "fingerprint": shards.manifest.source_hash,
+                "tokenizer": shards.manifest.tokenizer_hash,
+                "shards": shards.directory.parent.name,
+                HELDOUT: _sizes(prepared.heldout[i]) if prepared.heldout else None,
+            }
+        )
     return record
 
 
 def _sizes(shards: TokenShards) -> dict[str, Any]:
     manifest = shards.manifest
-    return {"documents": manifest.num_documents, "bytes": manifest.num_bytes, "tokens": manifest.num_tokens, "hash": shards.hash}
+    return {
+        "documents": manifest.num_documents,
+        "bytes": manifest.num_bytes,
+        "tokens": manifest.num_tokens,
+        "hash": shards.hash,
+    }
 
 
 def read_record(directory: Path) -> Record | None:
-    """The record of a run or of a model made of one; None if it has none. Raises ValueError if it is damaged."""
+    """The record of a run or of a model made of one; None if it has none. Raises ValueError if it is
+    damaged.
+    """
     if (directory / RECORD_FILE).is_file():
         return _read(directory / RECORD_FILE)
     origin = directory / "origin.json"
@@ -77,9 +96,11 @@ def _read(path: Path) -> Any:
         raise ValueError(f"{path} is damaged, it is no JSON ({error}): restore it") from error
 
 
-# Then and now ---------------------------------------------------------------------------------------------------------
+# Then and now -----------------------------------------------------------------------------------------------
 def differences(before: Record, now: Record) -> list[str]:
-    """How the text that is there now differs from a record: a sentence for each changed source, without a full stop."""
+    """How the text that is there now differs from a record: a sentence for each changed source, without a
+    full stop.
+    """
     if len(before) != len(now):
         names = [", ".join(entry["source"] for entry in entries) for entries in (before, now)]
         return [f"the mixture had {len(before)} source(s) ({names[0]}) and has {len(now)} ({names[1]})"]
@@ -92,7 +113,9 @@ def differences(before: Record, now: Record) -> list[str]:
 
 
 def _is_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether all documents are the same; the records of earlier versions do not say what was held out."""
+    """Return whether all documents are the same; the records of earlier versions do not say what was held
+    out.
+    """
     return before["hash"] == now["hash"] and (HELDOUT not in before or before[HELDOUT] == now[HELDOUT])
 
 
@@ -104,7 +127,11 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     if "fingerprint" in before and before["fingerprint"] == now["fingerprint"]:
         return f"is the same text, prepared with other settings or by another version of slmjax: it {counts}"
     if was == _counted(now if HELDOUT in before else {**now, HELDOUT: None}):
-        older = "" if "fingerprint" in before else ", or an earlier version of slmjax encoded the same text otherwise"
+        older = (
+            ""
+            if "fingerprint" in before
+            else ", or an earlier version of slmjax encoded the same text otherwise"
+        )
         return f"has other text in as many documents and bytes{older}: {was}"
     return counts
 
@@ -112,7 +139,11 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def _counted(entry: Mapping[str, Any]) -> str:
     trained = f"{entry['documents']:,} documents ({entry['bytes']:,} bytes) to train on"
     held_out = entry.get(HELDOUT)
-    return trained if held_out is None else f"{trained} and {held_out['documents']:,} ({held_out['bytes']:,} bytes) held out"
+    return (
+        trained
+        if held_out is None
+        else f"{trained} and {held_out['documents']:,} ({held_out['bytes']:,} bytes) held out"
+    )
 
 
 def held_out_after_change(data: DataConfig) -> str:
@@ -122,57 +153,79 @@ def held_out_after_change(data: DataConfig) -> str:
     if data.heldout_by is HeldOutBy.ID:
         return "This run holds out records by file and line, so that records that moved may have been trained on and be held out now."
     return (
-        "Records are held out by their content and files by their name, so that no document that was trained on is held out now, but"
+        "Records are held out by their content and files by their name, so that no document that was trained "
+        "on is held out now, but"
         " what is held out may be other text."
     )
 
 
 def changes_on_resume(run: Path, data: DataConfig, now: Record) -> list[str]:
-    """Sentences about what a run goes on with: sources that changed since its record, or another division of the same text."""
-    own, before = own_data(run), read_record(run)
-    if own is not None and any(getattr(own, name) != getattr(data, name) for name in ("split", "heldout_by", "heldout_fraction")):
+    """Sentences about what a run goes on with: sources that changed since its record, or another division of
+    the same text.
+    """
+    own = own_data(run)
+    before = read_record(run)
+    if own is not None and any(
+        getattr(own, name) != getattr(data, name) for name in ("split", "heldout_by", "heldout_fraction")
+    ):
         return overlap(run, data, now)
     changed = [] if before is None else differences(before, now)
-    return [
-        f"the data of {run} changed since it was trained: {'; '.join(changed)}. It goes on with the text as it is now."
-        f" {held_out_after_change(data)}"
-    ] if changed else []  # fmt: skip
+    return (
+        [
+            f"the data of {run} changed since it was trained: {'; '.join(changed)}. It goes on with the text "
+            "as it is now."
+            f" {held_out_after_change(data)}"
+        ]
+        if changed
+        else []
+    )
 
 
-# What is evaluated ----------------------------------------------------------------------------------------------------
+# What is evaluated ------------------------------------------------------------------------------------------
 def documents_to_evaluate(
     directory: Path, data: DataConfig, tokenizer: TokenizerConfig, *, changed_data: ChangedData, log: Log
 ) -> tuple[TokenShards, ...]:
     """The held-out documents of `data`, or all of them where nothing is held out.
 
-    Where `data` is what the model in `directory` was trained on, it is compared with the model's record. Where its sources cannot
-    be read any more, the text that was prepared for training is evaluated, if the cache has it. Where `data` divides the same
-    text otherwise, `log` is told which held-out text the model was trained on.
+    Where `data` is what the model in `directory` was trained on, it is compared with the model's record.
+    Where its sources cannot be read any more, the text that was prepared for training is evaluated, if the
+    cache has it. Where `data` divides the same text otherwise, `log` is told which held-out text the model
+    was trained on.
 
     Raises:
-      ValueError: the text has changed and `changed_data` is REFUSE; it is RECORDED and the cache does not have the text; or as
-        `prepare`.
+      ValueError: the text has changed and `changed_data` is REFUSE; it is RECORDED and the cache does not
+        have the text; or as `prepare`.
     """
-    own, record = _readable_own_data(directory), read_record(directory)
+    own = _readable_own_data(directory)
+    record = read_record(directory)
     if own is None or _divided(own) != _divided(data):
         prepared = prepare(data, tokenizer, log=log)
         for sentence in overlap(directory, data, describe(prepared, data)):
             log(f"{sentence}.")
         return _documents(prepared)
     if record is None:
-        log(f"{directory} has no record of its data: it is not known whether its text is still what it was trained on.")
+        log(
+            f"{directory} has no record of its data: it is not known whether its text is still what it was "
+            "trained on."
+        )
         return _documents(prepare(data, tokenizer, log=log))
     recorded = recorded_heldout(record, data)
     if changed_data is ChangedData.RECORDED:
         if recorded is None:
-            raise ValueError(f"{data.cache_path} does not have the text that was prepared for {directory}: leave --changed-data out")
+            raise ValueError(
+                f"{data.cache_path} does not have the text that was prepared for {directory}: leave "
+                "--changed-data out"
+            )
         return recorded
     try:
         prepared = prepare(data, tokenizer, log=log)
     except ValueError as error:
         if recorded is None:
             raise
-        log(f"{error} What is evaluated is the held-out text as it was prepared for training, in {data.cache_path}.")
+        log(
+            f"{error} What is evaluated is the held-out text as it was prepared for training, in "
+            f"{data.cache_path}."
+        )
         return recorded
     if changed := differences(record, describe(prepared, data)):
         message = f"the data of {directory} changed since it was trained: {'; '.join(changed)}. {held_out_after_change(data)}"
@@ -183,7 +236,11 @@ def documents_to_evaluate(
 
 
 def _way_out(has_recorded: bool) -> str:
-    cached = "" if not has_recorded else ", or recorded to evaluate it as it was prepared for training, which the cache still has"
+    cached = (
+        ""
+        if not has_recorded
+        else ", or recorded to evaluate it as it was prepared for training, which the cache still has"
+    )
     return (
         f"Pass --changed-data allow to evaluate the text as it is now{cached} (in Python"
         " changed_data=slmjax.data.provenance.ChangedData.ALLOW), or restore the text."
@@ -195,14 +252,18 @@ def _documents(prepared: Prepared) -> tuple[TokenShards, ...]:
 
 
 def recorded_heldout(record: Record, data: DataConfig) -> tuple[TokenShards, ...] | None:
-    """The held-out documents of a record, from the cache; None if it does not have all of them, as they were."""
+    """The held-out documents of a record, from the cache; None if it does not have all of them, as they
+    were.
+    """
     found = []
     for entry in record:
         held_out = entry.get(HELDOUT)
         if held_out is None:
             return None
         try:
-            shards = TokenShards.open(data.cache_path / "shards" / entry["shards"] / HELDOUT, tokenizer_hash=entry["tokenizer"])
+            shards = TokenShards.open(
+                data.cache_path / "shards" / entry["shards"] / HELDOUT, tokenizer_hash=entry["tokenizer"]
+            )
         except ValueError:  # gone, damaged or of another format
             return None
         if shards.hash != held_out["hash"]:
@@ -211,9 +272,10 @@ def recorded_heldout(record: Record, data: DataConfig) -> tuple[TokenShards, ...
     return tuple(found)
 
 
-# Other models ---------------------------------------------------------------------------------------------------------
+# Other models -----------------------------------------------------------------------------------------------
 def overlap(directory: Path, data: DataConfig, now: Record) -> list[str]:
-    """A sentence for each source of which the model in `directory` was, or may have been, trained on text that `data` evaluates.
+    """A sentence for each source of which the model in `directory` was, or may have been, trained on text
+    that `data` evaluates.
 
     That is a source which is in its record too, by its name or its content, and is divided otherwise here.
 
@@ -225,7 +287,13 @@ def overlap(directory: Path, data: DataConfig, now: Record) -> list[str]:
     try:
         own = own_data(directory)
     except ConfigError as error:
-        return [f"it is not known whether {directory} was trained on what is held out here: its settings cannot be read ({error})"]
+        return [
+            (
+                f"it is not known whether {directory} was trained on what is held out here: its settings "
+                "cannot "
+                f"be read ({error})"
+            )
+        ]
     if own is None:
         return []
     before = read_record(directory)
@@ -236,22 +304,29 @@ def overlap(directory: Path, data: DataConfig, now: Record) -> list[str]:
         same = [one for one in before if _is_same_source(one, entry)]
         if same and not any(_holds_out_the_same(one, entry, own, data) for one in same):
             found.append(
-                f"{directory} was trained on text of {entry['source']} too, and there {_in_words(own)}, here {_in_words(data)}: some of"
+                f"{directory} was trained on text of {entry['source']} too, and there {_in_words(own)}, here "
+                f"{_in_words(data)}: some of"
                 " what is evaluated here may have been trained on, so that its loss may be too low"
             )
     return found
 
 
 def overlap_with_own(directory: Path, own: Path) -> list[str]:
-    """As `overlap`, with the text that the model in `own` holds out; nothing is said where it is not known."""
-    data, now = _readable_own_data(own), read_record(own)
+    """As `overlap`, with the text that the model in `own` holds out; nothing is said where it is not
+    known.
+    """
+    data = _readable_own_data(own)
+    now = read_record(own)
     return [] if data is None or now is None or data.heldout_fraction == 0 else overlap(directory, data, now)
 
 
 def _is_same_source(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     has_same_content = "fingerprint" in one and one["fingerprint"] == other.get("fingerprint")
-    # Records that were moved to a file of another name are the same text; the fingerprint of a file has its name.
-    has_same_sizes = HELDOUT in one and one.get("tokenizer") == other["tokenizer"] and _total(one) == _total(other)
+    # Records that were moved to a file of another name are the same text; the fingerprint of a file has its
+    # name.
+    has_same_sizes = (
+        HELDOUT in one and one.get("tokenizer") == other["tokenizer"] and _total(one) == _total(other)
+    )
     return one["source"] == other["source"] or has_same_content or has_same_sizes
 
 
@@ -261,19 +336,34 @@ def _total(entry: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(sum(int(side[name]) for side in sides) for name in ("documents", "bytes", "tokens"))
 
 
-def _holds_out_the_same(before: Mapping[str, Any], now: Mapping[str, Any], own: DataConfig, data: DataConfig) -> bool:
+def _holds_out_the_same(
+    before: Mapping[str, Any], now: Mapping[str, Any], own: DataConfig, data: DataConfig
+) -> bool:
     """Return whether all that is evaluated was held out of the other training too."""
-    if data.heldout_fraction > 0 and before.get("hash") == now["hash"] and before.get(HELDOUT, now.get(HELDOUT)) == now.get(HELDOUT):
+    if (
+        data.heldout_fraction > 0
+        and before.get("hash") == now["hash"]
+        and before.get(HELDOUT, now.get(HELDOUT)) == now.get(HELDOUT)
+    ):
         return True
-    is_within = 0 < data.heldout_fraction <= own.heldout_fraction and (own.split, own.heldout_by) == (data.split, data.heldout_by)
+    is_within = 0 < data.heldout_fraction <= own.heldout_fraction and (own.split, own.heldout_by) == (
+        data.split,
+        data.heldout_by,
+    )
     follows_content = data.split is Split.DOCUMENTS and data.heldout_by is HeldOutBy.CONTENT
-    return is_within and (follows_content or ("fingerprint" in before and before["fingerprint"] == now.get("fingerprint")))
+    return is_within and (
+        follows_content or ("fingerprint" in before and before["fingerprint"] == now.get("fingerprint"))
+    )
 
 
 def _in_words(data: DataConfig) -> str:
     if data.heldout_fraction == 0:
         return "nothing is held out"
-    kind = "of each document's tail" if data.split is Split.TAIL else f"of the documents, by {data.heldout_by.value},"
+    kind = (
+        "of each document's tail"
+        if data.split is Split.TAIL
+        else f"of the documents, by {data.heldout_by.value},"
+    )
     return f"{data.heldout_fraction:g} {kind} is held out"
 
 

@@ -6,8 +6,8 @@
 The layouts (`files.file_kind` tells which it is):
   JSON lines   one JSON object on each line; a broken line is one broken record
   JSON         one array of objects, objects one after another, or JSON lines
-  CSV, TSV     the first row names the fields; a field may be quoted (") and then hold line ends; values are text
-  Parquet      one record per row
+  CSV, TSV     the first row names the fields; a field may be quoted (") and then hold line ends; values are
+  text Parquet      one record per row
 
 Invalid UTF-8 becomes lone surrogates (`errors="surrogateescape"`), which the policy for bad documents finds.
 """
@@ -24,7 +24,9 @@ from slmjax.config import near_names
 from slmjax.data.files import READABLE, FileKind, Layout, decode, file_kind, open_bytes, open_text
 
 _CHUNK = 1 << 16  # characters read at a time from a JSON array
-_LONGEST_TOKEN = 16  # characters that a JSON token which is no string may have behind the place that an error names
+_LONGEST_TOKEN = (
+    16  # characters that a JSON token which is no string may have behind the place that an error names
+)
 _LONGEST_FIELD = 2**31 - 1  # characters of a CSV field
 _PARQUET_ROWS = 256  # in memory at a time
 _BOM = b"\xef\xbb\xbf"
@@ -40,16 +42,19 @@ class Record:
     detail: str = ""  # what is broken
 
 
-def read_records(path: Path, kind: FileKind | None = None, *, fields: Sequence[str] | None = None) -> Iterator[Record]:
+def read_records(
+    path: Path, kind: FileKind | None = None, *, fields: Sequence[str] | None = None
+) -> Iterator[Record]:
     """The records of a file, in order.
 
     Args:
       kind: what `file_kind` said; None: it is asked.
-      fields: those that every record must have, where the file says once for all which there are (CSV, TSV, Parquet); of Parquet
-        no others are read. None: all.
+      fields: those that every record must have, where the file says once for all which there are (CSV, TSV,
+        Parquet); of Parquet no others are read. None: all.
 
     Raises:
-      ValueError: the file has no records, is damaged so that what follows cannot be read, or lacks one of `fields`.
+      ValueError: the file has no records, is damaged so that what follows cannot be read, or lacks one of
+        `fields`.
     """
     kind = file_kind(path) if kind is None else kind
     if kind.binary:
@@ -64,7 +69,8 @@ def read_records(path: Path, kind: FileKind | None = None, *, fields: Sequence[s
 
 
 def read_objects(path: Path) -> list[Record]:
-    """All records of a file, each whole and of valid UTF-8: of a file of prompts or questions, where none may be skipped.
+    """All records of a file, each whole and of valid UTF-8: of a file of prompts or questions, where none may
+    be skipped.
 
     Raises:
       ValueError: a record is broken or is not UTF-8, or as `read_records`.
@@ -82,7 +88,9 @@ def read_objects(path: Path) -> list[Record]:
 
 
 def value_in_cell(value: Any) -> Any:
-    """Return the list or whole number whose JSON a text is, as cells of CSV and TSV hold it; None for no text; else the value itself."""
+    """Return the list or whole number whose JSON a text is, as cells of CSV and TSV hold it; None for no
+    text; else the value itself.
+    """
     if not isinstance(value, str):
         return value
     if not value.strip():
@@ -99,12 +107,17 @@ def require_fields(fields: Iterable[str], known: Iterable[str], *, where: str, h
     known = list(known)
     for field in fields:
         if field not in known:
-            raise ValueError(f"{where} has no field {field!r}, but {', '.join(map(repr, known))}.{near_names(field, known)}{hint}")
+            raise ValueError(
+                f"{where} has no field {field!r}, but "
+                f"{', '.join(map(repr, known))}.{near_names(field, known)}{hint}"
+            )
 
 
-# JSON -----------------------------------------------------------------------------------------------------------------
+# JSON -------------------------------------------------------------------------------------------------------
 def _is_json_lines(path: Path, kind: FileKind) -> bool:
-    """Return whether each line is a value of its own, by the first line that is not blank and by the suffix."""
+    """Return whether each line is a value of its own, by the first line that is not blank and by the
+    suffix.
+    """
     with open_bytes(path, kind) as stream:
         head = stream.read(_CHUNK).removeprefix(_BOM).lstrip()
         line, newline, rest = head.partition(b"\n")
@@ -136,7 +149,9 @@ def _json_lines(path: Path, kind: FileKind) -> Iterator[Record]:
 def _json_record(value: Any, *, key: str, where: str) -> Record:
     if isinstance(value, dict):
         return Record(key=key, where=where, values=value)
-    return Record(key=key, where=where, values=None, detail=f"a JSON {type(value).__name__}, not an object with fields")
+    return Record(
+        key=key, where=where, values=None, detail=f"a JSON {type(value).__name__}, not an object with fields"
+    )
 
 
 def _json_values(path: Path, kind: FileKind) -> Iterator[Record]:
@@ -153,10 +168,14 @@ def _json_values(path: Path, kind: FileKind) -> Iterator[Record]:
                     values.require(",")
                 value = values.value()
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: broken JSON ({error}), so that what follows cannot be read: repair the file") from error
+                raise ValueError(
+                    f"{where}: broken JSON ({error}), so that what follows cannot be read: repair the file"
+                ) from error
             yield _json_record(value, key=str(number), where=where)
         if is_array and not (values.closed and values.at_end()):
-            raise ValueError(f"{path} is cut short, or goes on after its array (after record {number}): repair the file")
+            raise ValueError(
+                f"{path} is cut short, or goes on after its array (after record {number}): repair the file"
+            )
 
 
 class JsonStream:
@@ -192,7 +211,9 @@ class JsonStream:
     def require(self, character: str) -> None:
         """Pass over this character. Raises ValueError if another one comes next."""
         if not self.take(character):
-            raise ValueError(f"expected {character!r}, found {self._buffer[self._start : self._start + 20]!r}")
+            raise ValueError(
+                f"expected {character!r}, found {self._buffer[self._start : self._start + 20]!r}"
+            )
 
     def value(self) -> Any:
         """The next value. Raises ValueError if it is broken or cut short."""
@@ -214,7 +235,9 @@ class JsonStream:
     def _is_broken(self, error: ValueError) -> bool:
         """Return whether the error is not merely that the buffer ends inside the value."""
         assert isinstance(error, json.JSONDecodeError)
-        return not error.msg.startswith("Unterminated string") and error.pos < len(self._buffer) - _LONGEST_TOKEN
+        return (
+            not error.msg.startswith("Unterminated string") and error.pos < len(self._buffer) - _LONGEST_TOKEN
+        )
 
     def _read(self, size: int) -> None:
         chunk = self._stream.read(size)
@@ -223,9 +246,11 @@ class JsonStream:
         self._start = 0
 
 
-# Tables ---------------------------------------------------------------------------------------------------------------
+# Tables -----------------------------------------------------------------------------------------------------
 def _csv(path: Path, kind: FileKind, fields: Sequence[str] | None) -> Iterator[Record]:
-    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))  # of the process: a document may be long
+    csv.field_size_limit(
+        max(csv.field_size_limit(), _LONGEST_FIELD)
+    )  # of the process: a document may be long
     delimiter = "\t" if kind.layout is Layout.TSV else ","
     with open_text(path, kind, newline="") as text:
         reader = csv.reader(text, delimiter=delimiter, strict=True)
@@ -236,19 +261,28 @@ def _csv(path: Path, kind: FileKind, fields: Sequence[str] | None) -> Iterator[R
                 row = next(reader, None)
             except csv.Error as error:
                 raise ValueError(
-                    f"{path}, line {line}: broken {kind.layout.value} ({error}), so that what follows cannot be read: check the quotes"
+                    f"{path}, line {line}: broken {kind.layout.value} ({error}), so that what follows cannot "
+                    "be read: check the quotes"
                 ) from error
             if row is None:
                 return
-            where, key = f"{path}, line {line}", str(line)
+            where = f"{path}, line {line}"
+            key = str(line)
             line = reader.line_num + 1
             if not row:
                 continue
             if names is None:
                 names = row
-                require_fields(fields or (), names, where=str(path), hint=" The first row must name the fields.")
+                require_fields(
+                    fields or (), names, where=str(path), hint=" The first row must name the fields."
+                )
             elif len(row) != len(names):
-                yield Record(key=key, where=where, values=None, detail=f"{len(row)} fields, and the first row names {len(names)}")
+                yield Record(
+                    key=key,
+                    where=where,
+                    values=None,
+                    detail=f"{len(row)} fields, and the first row names {len(names)}",
+                )
             else:
                 yield Record(key=key, where=where, values=dict(zip(names, row, strict=True)))
 
@@ -261,7 +295,9 @@ def _parquet(path: Path, fields: Sequence[str] | None) -> Iterator[Record]:
     try:
         file = parquet.ParquetFile(path)
     except ValueError as error:  # pyarrow.ArrowInvalid
-        raise ValueError(f"{path} is no readable Parquet file ({error}): replace it, or leave it out with a glob") from error
+        raise ValueError(
+            f"{path} is no readable Parquet file ({error}): replace it, or leave it out with a glob"
+        ) from error
     with file:
         names = list(file.schema_arrow.names)
         require_fields(fields or (), names, where=str(path))
@@ -271,7 +307,9 @@ def _parquet(path: Path, fields: Sequence[str] | None) -> Iterator[Record]:
             columns = [_values_of(batch.column(name)) for name in names]
             for values in zip(*columns, strict=True):
                 text = [decode(value) if isinstance(value, bytes) else value for value in values]
-                yield Record(key=str(row), where=f"{path}, row {row}", values=dict(zip(names, text, strict=True)))
+                yield Record(
+                    key=str(row), where=f"{path}, row {row}", values=dict(zip(names, text, strict=True))
+                )
                 row += 1
 
 

@@ -1,10 +1,12 @@
 """Which tokens of a document are scored: stored as the places where that changes.
 
-Token i is scored as a target, that is, where the model predicts it. BOS, token 0, is never predicted. In plain text every
-other token is scored, EOS included; in a pair of prompt and completion only the completion and EOS are.
+Token i is scored as a target, that is, where the model predicts it. BOS, token 0, is never predicted. In
+plain text every other token is scored, EOS included; in a pair of prompt and completion only the completion
+and EOS are.
 
-The edges of a document are the indices i >= 1 at which `scored[i] != scored[i - 1]`, where token 0 stands for "scored". So
-plain text has no edge, and a pair whose prompt takes the tokens 0 to p - 1 has the edges 1 and p.
+The edges of a document are the indices i >= 1 at which `scored[i] != scored[i - 1]`, where token 0 stands for
+"scored". So plain text has no edge, and a pair whose prompt takes the tokens 0 to p - 1 has the edges 1 and
+p.
 
 Legend: D documents, E edges of all documents, T tokens of a document.
 """
@@ -61,7 +63,9 @@ class ScoredTokens:
         return (np.maximum(self.lengths.astype(np.int64) - 1, 0) + changes).astype(np.int32)
 
 
-def is_all_scored(lengths: Integer[np.ndarray, " D"], num_scored: Integer[np.ndarray, " D"]) -> Bool[np.ndarray, " D"]:
+def is_all_scored(
+    lengths: Integer[np.ndarray, " D"], num_scored: Integer[np.ndarray, " D"]
+) -> Bool[np.ndarray, " D"]:
     """Return whether each document is plain text: every token but BOS is scored."""
     return num_scored >= lengths - 1
 
@@ -76,18 +80,22 @@ def spans_in(scored: Bool[np.ndarray, " T"]) -> Spans:
 
 
 def pieces_around(spans: Spans, *, sequence_length: int, overlap: int) -> list[tuple[int, int, int]]:
-    """Pieces (start, length, context) of a document that is longer than a row, which score each target of the spans once.
+    """Pieces (start, length, context) of a document that is longer than a row, which score each target of the
+    spans once.
 
     A span is the text between two unscored ones: a completion, or a turn of a conversation. In this order:
 
-    - A piece takes the next span, and those after it, that end within a row which begins half a row before the first of them; the rest
-      of the row then goes to more of the text before. So a pair is cut from the left of its prompt.
-    - A span that does not end there but fits a row is a piece, with the text before it that the row has room for.
+    - A piece takes the next span, and those after it, that end within a row which begins half a row before
+      the first of them; the rest of the row then goes to more of the text before. So a pair is cut from the
+      left of its prompt.
+    - A span that does not end there but fits a row is a piece, with the text before it that the row has room
+      for.
     - A longer span is cut as running text is, its first piece after half a row of the text before it.
     """
     pieces: list[tuple[int, int, int]] = []
     ends = [stop for _, stop in spans]
-    place, scored_to = 0, 0  # the next span, and one after the last target that is scored
+    place = 0
+    scored_to = 0  # the next span, and one after the last target that is scored
     while place < len(spans):
         begin, stop = spans[place]
         first = max(begin, scored_to)

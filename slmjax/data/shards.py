@@ -1,14 +1,15 @@
 """Token shards: one directory of documents as token ids, checksummed, readable at random by many threads.
 
-    manifest.json                 ShardManifest: counts, hashes, one ShardFile per file; itself under a checksum
-    index.npz                     lengths, num_bytes, scored_bytes: int32, one entry per document;
+    manifest.json                 ShardManifest: counts, hashes, one ShardFile per file; itself under a
+    checksum index.npz                     lengths, num_bytes, scored_bytes: int32, one entry per document;
                                   edge_documents, edges: int32, which tokens are scored (`scored.py`)
     tokens-00000.array_record     the ids, little-endian uint16 (vocabularies up to 65,536) or uint32
     text.bin                      only where the text was kept: the UTF-8 text of all documents, joined
 
-A document is [BOS] ids [EOS]. It is stored as consecutive records of `record_tokens` ids (the last one shorter), so
-that a window of a long document costs one or two small reads. `TokenShards.open` checks sizes, checksums (once per
-process) and the range of the ids; whatever is wrong raises a ValueError that says how to get out of it.
+A document is [BOS] ids [EOS]. It is stored as consecutive records of `record_tokens` ids (the last one
+shorter), so that a window of a long document costs one or two small reads. `TokenShards.open` checks sizes,
+checksums (once per process) and the range of the ids; whatever is wrong raises a ValueError that says how to
+get out of it.
 """
 
 import collections
@@ -86,7 +87,15 @@ class ShardWriter:
         manifest = writer.close()
     """
 
-    def __init__(self, directory: Path, *, tokenizer_hash: str, vocab_size: int, source_name: str = "", source_hash: str = "") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        tokenizer_hash: str,
+        vocab_size: int,
+        source_name: str = "",
+        source_hash: str = "",
+    ) -> None:
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._about = {
@@ -106,7 +115,9 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.abandon()
 
     def abandon(self) -> None:
@@ -130,8 +141,10 @@ class ShardWriter:
         Args:
           tokens: its ids with BOS and EOS.
           num_bytes: UTF-8 bytes of its text.
-          scored: the tokens that are scored as targets; BOS never is, whatever is said of it. None: all of them.
-          scored_bytes: UTF-8 bytes of the text that the scored tokens stand for, needed where `scored` is given.
+          scored: the tokens that are scored as targets; BOS never is, whatever is said of it. None: all of
+            them.
+          scored_bytes: UTF-8 bytes of the text that the scored tokens stand for, needed where `scored` is
+            given.
           text: the text to keep, in UTF-8.
 
         Raises:
@@ -142,14 +155,21 @@ class ShardWriter:
         if ids.size == 0 or ids.min() < 0 or ids.max() >= self._vocab_size:
             raise ValueError(f"document {document} is empty or has ids outside 0..{self._vocab_size - 1}")
         if max(ids.size, num_bytes) > _MAX_INT32:
-            raise ValueError(f"a document of {num_bytes} bytes is too long: split it into several (files, or lines of a .jsonl)")
+            raise ValueError(
+                f"a document of {num_bytes} bytes is too long: split it into several (files, or lines of a "
+                ".jsonl)"
+            )
         if scored is not None:
-            assert scored.shape == ids.shape and scored_bytes is not None, f"document {document}: {scored.shape} of {ids.shape}"
+            assert scored.shape == ids.shape and scored_bytes is not None, (
+                f"document {document}: {scored.shape} of {ids.shape}"
+            )
             edges = edges_of(scored).tolist()
             self._index["edges"] += edges
             self._index["edge_documents"] += [document] * len(edges)
         scored_bytes = num_bytes if scored_bytes is None else scored_bytes
-        assert 0 <= scored_bytes <= num_bytes, f"document {document}: {scored_bytes} scored bytes of {num_bytes}"
+        assert 0 <= scored_bytes <= num_bytes, (
+            f"document {document}: {scored_bytes} scored bytes of {num_bytes}"
+        )
         stored = ids.astype(id_dtype(self._vocab_size))
         for start in range(0, stored.size, RECORD_TOKENS):
             self._write_record(stored[start : start + RECORD_TOKENS])
@@ -161,7 +181,9 @@ class ShardWriter:
                 self._text = (self._directory / "text.bin").open("wb")
             self._text.write(text)
 
-    def close(self, bad_documents: BadCounts | None = None, *, lost_text: LostText | None = None) -> ShardManifest:
+    def close(
+        self, bad_documents: BadCounts | None = None, *, lost_text: LostText | None = None
+    ) -> ShardManifest:
         """Finishes the files and writes the manifest last."""
         assert self._index["lengths"], f"{self._directory}: no document to write"
         self._finish_file()
@@ -192,12 +214,16 @@ class ShardWriter:
             **self._about,
         )
         body = to_json(manifest)
-        (self._directory / "manifest.json").write_text(json.dumps({"manifest": body, "sha256": _json_digest(body)}, indent=1))
+        (self._directory / "manifest.json").write_text(
+            json.dumps({"manifest": body, "sha256": _json_digest(body)}, indent=1)
+        )
         return manifest
 
     def _start_file(self) -> None:
         self._path = self._directory / f"tokens-{len(self._files):05d}.array_record"
-        self._writer = ArrayRecordWriter(str(self._path), "group_size:1,zstd:1")  # group_size 1: records are read one by one
+        self._writer = ArrayRecordWriter(
+            str(self._path), "group_size:1,zstd:1"
+        )  # group_size 1: records are read one by one
         self._in_file = {"num_records": 0, "min_id": self._vocab_size, "max_id": 0}
         self._file_bytes = 0
 
@@ -220,8 +246,9 @@ class ShardWriter:
 class TokenShards:
     """The documents of one shard directory, read at random; may be shared by threads and pickled.
 
-    lengths, num_bytes, num_scored, scored_bytes: int32 [documents]. Lengths count BOS and EOS. `num_scored` counts the tokens
-    that are scored as targets (`scored`), and `scored_bytes` the UTF-8 bytes that these stand for; EOS stands for none.
+    lengths, num_bytes, num_scored, scored_bytes: int32 [documents]. Lengths count BOS and EOS. `num_scored`
+    counts the tokens that are scored as targets (`scored`), and `scored_bytes` the UTF-8 bytes that these
+    stand for; EOS stands for none.
     """
 
     def __init__(self, directory: Path, *, manifest: ShardManifest, index: dict[str, np.ndarray]) -> None:
@@ -235,20 +262,25 @@ class TokenShards:
         self.num_scored = self._scored.counts()
         num_records = -(-self.lengths.astype(np.int64) // manifest.record_tokens)
         self._first_record = np.concatenate([[0], np.cumsum(num_records)])
-        self._first_of_file = np.concatenate([[0], np.cumsum([file.num_records for file in manifest.token_files])])
+        self._first_of_file = np.concatenate(
+            [[0], np.cumsum([file.num_records for file in manifest.token_files])]
+        )
         self._readers: dict[int, Any] = {}
         self._cache: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
     def open(cls, directory: str | Path, *, tokenizer_hash: str | None = None) -> "TokenShards":
-        """Opens and verifies a directory. Raises ValueError if it is missing, damaged, or of another tokenizer."""
+        """Opens and verifies a directory. Raises ValueError if it is missing, damaged, or of another
+        tokenizer.
+        """
         directory = Path(directory).absolute()
         manifest = _read_manifest(directory)
         if tokenizer_hash not in (None, manifest.tokenizer_hash):
             raise ValueError(
                 f"{directory} was written with tokenizer {manifest.tokenizer_hash[:16]}, not with this one"
-                f" ({str(tokenizer_hash)[:16]}). Use the tokenizer it was prepared with, or run `slmjax data prepare` with this one."
+                f" ({str(tokenizer_hash)[:16]}). Use the tokenizer it was prepared with, or run `slmjax data "
+                "prepare` with this one."
             )
         for file in (*manifest.other_files, *manifest.token_files):
             _verify_file(directory / file.name, file)
@@ -270,21 +302,30 @@ class TokenShards:
         return len(self.lengths)
 
     def tokens(self, document: int, *, start: int = 0, stop: int | None = None) -> Int32[np.ndarray, " T"]:
-        """Ids `start` to `stop` of a document (BOS is token 0), a fresh array. Only the records needed are read."""
+        """Ids `start` to `stop` of a document (BOS is token 0), a fresh array. Only the records needed are
+        read.
+        """
         length = int(self.lengths[document])
         stop = length if stop is None else stop
         assert 0 <= start <= stop <= length, (document, start, stop, length)
         size = self.manifest.record_tokens
         first = int(self._first_record[document])
-        parts = [self._record(first + k)[max(start - k * size, 0) : stop - k * size] for k in range(start // size, -(-stop // size))]
+        parts = [
+            self._record(first + k)[max(start - k * size, 0) : stop - k * size]
+            for k in range(start // size, -(-stop // size))
+        ]
         return np.concatenate(parts or [np.zeros(0)]).astype(np.int32)
 
     def scored(self, document: int, *, start: int = 0, stop: int | None = None) -> Bool[np.ndarray, " T"]:
-        """Return whether each of the tokens `start` to `stop` of a document is scored as a target; BOS, token 0, never is."""
+        """Return whether each of the tokens `start` to `stop` of a document is scored as a target; BOS, token
+        0, never is.
+        """
         return self._scored.of(document, start=start, stop=stop)
 
     def text(self) -> bytes:
-        """The UTF-8 text of all documents, joined. Raises ValueError where it was not kept (only held-out text is)."""
+        """The UTF-8 text of all documents, joined. Raises ValueError where it was not kept (only held-out
+        text is).
+        """
         path = self.directory / "text.bin"
         if not path.exists():
             raise ValueError(f"{self.directory} holds ids only, not the text")
@@ -311,7 +352,9 @@ class TokenShards:
             if file not in self._readers:
                 path = str(self.directory / self.manifest.token_files[file].name)
                 # No read-ahead: access is random. One reader serves all threads (its reads are thread-safe).
-                self._readers[file] = ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=32768)
+                self._readers[file] = ArrayRecordReader(
+                    path, "readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=32768
+                )
             return self._readers[file]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -326,10 +369,16 @@ def _scored_tokens(index: dict[str, np.ndarray]) -> ScoredTokens:
 
 
 def _hashed_index(index: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """The arrays that the content hash is of. That of plain text is what it was in version 1, which runs have in their data.json."""
+    """The arrays that the content hash is of. That of plain text is what it was in version 1, which runs have
+    in their data.json.
+    """
     of_version_1 = [index["lengths"], index["num_bytes"], np.zeros_like(index["lengths"])]
     is_plain = len(index["edges"]) == 0 and np.array_equal(index["num_bytes"], index["scored_bytes"])
-    return of_version_1 if is_plain else [*of_version_1, *(index[name] for name in ("scored_bytes", "edge_documents", "edges"))]
+    return (
+        of_version_1
+        if is_plain
+        else [*of_version_1, *(index[name] for name in ("scored_bytes", "edge_documents", "edges"))]
+    )
 
 
 _verified: dict[tuple[str, int, int], str] = {}  # (path, size, modification time) -> sha256, of this process
@@ -340,7 +389,10 @@ def _verify_file(path: Path, expected: ShardFile) -> None:
         raise ValueError(f"{path} is missing. {_WAY_OUT}")
     status = path.stat()
     if status.st_size != expected.num_bytes:
-        raise ValueError(f"{path} has {status.st_size} bytes, not {expected.num_bytes}: it was cut short or changed. {_WAY_OUT}")
+        raise ValueError(
+            f"{path} has {status.st_size} bytes, not {expected.num_bytes}: it was cut short or changed. "
+            f"{_WAY_OUT}"
+        )
     key = (os.fspath(path), status.st_size, status.st_mtime_ns)
     if key not in _verified:
         _verified[key] = file_sha256(path)
@@ -354,19 +406,24 @@ def _read_manifest(directory: Path) -> ShardManifest:
         raise ValueError(f"{directory} is no complete shard directory: manifest.json is missing. {_WAY_OUT}")
     try:
         content = json.loads(path.read_bytes())
-        body, digest = content["manifest"], content["sha256"]
+        body = content["manifest"]
+        digest = content["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}). {_WAY_OUT}") from error
     if _json_digest(body) != digest:
         raise ValueError(f"{path} is damaged: its checksum does not match. {_WAY_OUT}")
     if body["version"] != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {body['version']}, this slmjax reads {FORMAT_VERSION}. {_WAY_OUT}")
+        raise ValueError(
+            f"{path} has format version {body['version']}, this slmjax reads {FORMAT_VERSION}. {_WAY_OUT}"
+        )
     return from_json(ShardManifest, body)
 
 
 def _check_range(min_id: int, max_id: int, vocab_size: int, path: Path) -> None:
     if min_id < 0 or max_id >= vocab_size:
-        raise ValueError(f"{path} holds token ids {min_id}..{max_id}, outside the vocabulary of {vocab_size}. {_WAY_OUT}")
+        raise ValueError(
+            f"{path} holds token ids {min_id}..{max_id}, outside the vocabulary of {vocab_size}. {_WAY_OUT}"
+        )
 
 
 def file_sha256(path: Path) -> str:
@@ -377,7 +434,12 @@ def file_sha256(path: Path) -> str:
 
 def _shard_file(path: Path, *, num_records: int = 0, min_id: int = 0, max_id: int = 0) -> ShardFile:
     return ShardFile(
-        name=path.name, num_bytes=path.stat().st_size, sha256=file_sha256(path), num_records=num_records, min_id=min_id, max_id=max_id
+        name=path.name,
+        num_bytes=path.stat().st_size,
+        sha256=file_sha256(path),
+        num_records=num_records,
+        min_id=min_id,
+        max_id=max_id,
     )
 
 

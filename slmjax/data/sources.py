@@ -1,11 +1,12 @@
 """Where text comes from: the interface of a source, and local files.
 
-A source is a frozen dataclass whose `documents()` yields every document in a fixed order, as found: what becomes of
-the bad ones is decided elsewhere (documents.py). `fingerprint()` changes whenever what would be read changes.
+A source is a frozen dataclass whose `documents()` yields every document in a fixed order, as found: what
+becomes of the bad ones is decided elsewhere (documents.py). `fingerprint()` changes whenever what would be
+read changes.
 
-Local text: a file of records (JSON lines, JSON, CSV, TSV, Parquet: `files.py`, `records.py`) is one document per record,
-any other text file is one document; both may be compressed. A directory is all the files below it (hidden ones apart),
-sorted; a glob is what it matches, sorted.
+Local text: a file of records (JSON lines, JSON, CSV, TSV, Parquet: `files.py`, `records.py`) is one document
+per record, any other text file is one document; both may be compressed. A directory is all the files below it
+(hidden ones apart), sorted; a glob is what it matches, sorted.
 """
 
 import abc
@@ -24,7 +25,9 @@ from slmjax.data.records import read_records
 
 _HASHED_WHOLE = 64 << 20  # larger files are fingerprinted by size, modification time and their two ends
 _ENDS = 1 << 20
-_READING = "text, version 2"  # part of the fingerprint: raise it when the same files are read as other documents
+_READING = (
+    "text, version 2"  # part of the fingerprint: raise it when the same files are read as other documents
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,26 +57,38 @@ class TextSource(SourceConfig):
 
     path: str  # a file, a directory (read recursively) or a glob
     text_field: str = "text"  # the field of a record that holds the text
-    prompt_field: str | None = None  # with completion_field: records are pairs, and the prompt is not trained on
+    prompt_field: str | None = (
+        None  # with completion_field: records are pairs, and the prompt is not trained on
+    )
     completion_field: str | None = None  # the field that is trained on after prompt_field
-    messages_field: str | None = added_field(None, before=None)  # the field of a conversation's messages, {"role", "content"} each
+    messages_field: str | None = added_field(
+        None, before=None
+    )  # the field of a conversation's messages, {"role", "content"} each
 
     def __post_init__(self) -> None:
         if self.messages_field is not None and (self.prompt_field is not None or self.text_field != "text"):
-            raise ValueError("messages_field goes without text_field, prompt_field and completion_field: records are conversations")
+            raise ValueError(
+                "messages_field goes without text_field, prompt_field and completion_field: records are "
+                "conversations"
+            )
         if (self.prompt_field is None) != (self.completion_field is None):
-            raise ValueError("prompt_field and completion_field go together: give both, or neither and text_field")
+            raise ValueError(
+                "prompt_field and completion_field go together: give both, or neither and text_field"
+            )
 
     def documents(self) -> Iterator[Document]:
         kinds = [(name, path, file_kind(path)) for name, path in self._files()]
         if (fields := changed_fields(self)) and not any(kind.has_records for _, _, kind in kinds):
             raise ValueError(
-                f"{self.path} has no file of records, so that {fields[0]}={getattr(self, fields[0])!r} does nothing: leave"
+                f"{self.path} has no file of records, so that {fields[0]}={getattr(self, fields[0])!r} does "
+                "nothing: leave"
                 f" {' and '.join(fields)} out to train on whole files, or give records. {READABLE}"
             )
         for name, path, kind in kinds:
             if kind.binary:
-                yield Document(id=name, where=str(path), problem=Problem.BINARY, detail=f"the file is {kind.binary}")
+                yield Document(
+                    id=name, where=str(path), problem=Problem.BINARY, detail=f"the file is {kind.binary}"
+                )
             elif kind.has_records:
                 yield from self._records(name, path, kind)
             else:
@@ -82,7 +97,9 @@ class TextSource(SourceConfig):
     def fingerprint(self) -> str:
         fields = (self.text_field, self.prompt_field, self.completion_field)
         fields += () if self.messages_field is None else ("messages", self.messages_field)
-        return combined_hash(_READING, *map(str, fields), *(f"{name} {file_fingerprint(path)}" for name, path in self._files()))
+        return combined_hash(
+            _READING, *map(str, fields), *(f"{name} {file_fingerprint(path)}" for name, path in self._files())
+        )
 
     def describe(self) -> str:
         return self.path
@@ -121,7 +138,8 @@ def changed_fields(config: Any) -> list[str]:
 
 
 def find_files(path: str) -> list[tuple[str, Path]]:
-    """(name below the given directory, path) of the files that `path`, a file, a directory or a glob, stands for.
+    """(name below the given directory, path) of the files that `path`, a file, a directory or a glob, stands
+    for.
 
     Raises ValueError when there are none.
     """
@@ -130,36 +148,58 @@ def find_files(path: str) -> list[tuple[str, Path]]:
         return [(root.name, root)]
     if root.is_dir():
         below = [found.relative_to(root) for found in root.rglob("*") if found.is_file()]
-        names = sorted(name.as_posix() for name in below if not any(part.startswith(".") for part in name.parts))
+        names = sorted(
+            name.as_posix() for name in below if not any(part.startswith(".") for part in name.parts)
+        )
         if not names:
-            raise ValueError(f"{path} holds no files: put text or files of records there, or name another directory")
+            raise ValueError(
+                f"{path} holds no files: put text or files of records there, or name another directory"
+            )
         return [(name, root / name) for name in names]
     if glob.has_magic(path):
         found = sorted(match for match in glob.glob(str(root), recursive=True) if Path(match).is_file())
         if not found:
             raise ValueError(f"no file matches {path!r}: put quotes around a glob, and use ** for any depth")
         fixed = [part for part in root.parts if not glob.has_magic(part)]
-        base = Path(*root.parts[: next(i for i, part in enumerate(root.parts) if glob.has_magic(part))]) if fixed else Path()
+        base = (
+            Path(*root.parts[: next(i for i, part in enumerate(root.parts) if glob.has_magic(part))])
+            if fixed
+            else Path()
+        )
         return [(Path(match).relative_to(base).as_posix(), Path(match)) for match in found]
     siblings = [entry.name for entry in root.parent.iterdir()] if root.parent.is_dir() else []
-    raise ValueError(f"{path} does not exist (looked in {root.parent.absolute()}).{near_names(root.name, siblings)}")
+    raise ValueError(
+        f"{path} does not exist (looked in {root.parent.absolute()}).{near_names(root.name, siblings)}"
+    )
 
 
 def record_document(record: Mapping[str, Any], fields: tuple[str, ...], *, id: str, where: str) -> Document:
-    """A document of a record's fields (text,) or (completion, prompt), whose values are str or UTF-8 bytes."""
+    """A document of a record's fields (text,) or (completion, prompt), whose values are str or UTF-8
+    bytes.
+    """
     values = []
     for field in fields:
         value = record.get(field)
         if not isinstance(value, str | bytes):
             known = f"the record has {', '.join(map(repr, list(record)[:12])) or 'none'}.{near_names(field, record)}"
-            found = f"field {field!r} holds {type(value).__name__}, not text" if field in record else f"no field {field!r}; {known}"
+            found = (
+                f"field {field!r} holds {type(value).__name__}, not text"
+                if field in record
+                else f"no field {field!r}; {known}"
+            )
             return Document(id=id, where=where, problem=Problem.MISSING_FIELD, detail=found)
         values.append(decode(value) if isinstance(value, bytes) else value)
-    return Document(id=id, where=where, text=values[0], prompt=values[1] if len(values) > 1 else "", is_record=True)
+    return Document(
+        id=id, where=where, text=values[0], prompt=values[1] if len(values) > 1 else "", is_record=True
+    )
 
 
-def conversation_document(record: Mapping[str, Any], fields: tuple[str, ...], *, id: str, where: str) -> Document:
-    """A document of a record's field of messages: a list of objects, or text that is the JSON of one (as a table has it)."""
+def conversation_document(
+    record: Mapping[str, Any], fields: tuple[str, ...], *, id: str, where: str
+) -> Document:
+    """A document of a record's field of messages: a list of objects, or text that is the JSON of one (as a
+    table has it).
+    """
     (field,) = fields
     value = record.get(field)
     if value is None or isinstance(value, str | bytes):
@@ -168,7 +208,12 @@ def conversation_document(record: Mapping[str, Any], fields: tuple[str, ...], *,
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError) as error:
-        return Document(id=id, where=where, problem=Problem.BAD_CONVERSATION, detail=f"field {field!r} holds no plain data ({error})")
+        return Document(
+            id=id,
+            where=where,
+            problem=Problem.BAD_CONVERSATION,
+            detail=f"field {field!r} holds no plain data ({error})",
+        )
     return Document(id=id, where=where, text=text, is_conversation=True, is_record=True)
 
 

@@ -1,11 +1,12 @@
 """Tokens of a text, with the bytes of the text that each stands for.
 
-A text that comes in pieces (a prompt and its completion, the turns of a conversation) is encoded as one string, as the model will
-see it; the pieces are ranges of its UTF-8 bytes, and `held` finds their tokens. A token that reaches over the boundary of two pieces
-belongs to both: it holds bytes of both.
+A text that comes in pieces (a prompt and its completion, the turns of a conversation) is encoded as one
+string, as the model will see it; the pieces are ranges of its UTF-8 bytes, and `held` finds their tokens. A
+token that reaches over the boundary of two pieces belongs to both: it holds bytes of both.
 
-A text that is too long to be encoded at once is encoded in windows that overlap (`windows_of`), and `join_windows` goes from one to the
-next where both have the same tokens, so that the ids are those of the whole text.
+A text that is too long to be encoded at once is encoded in windows that overlap (`windows_of`), and
+`join_windows` goes from one to the next where both have the same tokens, so that the ids are those of the
+whole text.
 
     tokens = tokenizer.encode_spans(["Q:yes"])[0]
     tokens.held([(2, 5)])                      # which tokens hold at least one byte of "yes"
@@ -22,17 +23,20 @@ from jaxtyping import Bool, Int32, Integer
 Span = tuple[int, int]  # first byte, and the byte after the last
 
 _OVERLAP = 4096  # bytes of text that two windows share
-MARK_BEGINS, MARK_ENDS = "\ufdd0", "\ufdd1"  # around the number of a special token, see marks.py: characters that are none
+MARK_BEGINS = "\ufdd0"
+MARK_ENDS = "\ufdd1"  # around the number of a special token, see marks.py: characters that are none
 _LONGEST_MARK = 64  # bytes
-_SHARED_PART = 4  # windows agree if their tokens are the same in the overlap, without this part of it at either end
+_SHARED_PART = (
+    4  # windows agree if their tokens are the same in the overlap, without this part of it at either end
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TextTokens:
     """Ids of a text, and the UTF-8 bytes `starts[i]` to `ends[i]` that token i stands for.
 
-    A text has at most 2 GiB. Several tokens may stand for one character (the bytes of byte fallback), and a token for nothing (a blank
-    that the vocabulary puts before the text): its start and end are then the same.
+    A text has at most 2 GiB. Several tokens may stand for one character (the bytes of byte fallback), and a
+    token for nothing (a blank that the vocabulary puts before the text): its start and end are then the same.
     """
 
     ids: Int32[np.ndarray, " T"]
@@ -48,14 +52,19 @@ class TextTokens:
         if not spans:
             return np.zeros(len(self.ids), bool)
         starts, ends = np.asarray(spans, np.int32).T
-        place = np.searchsorted(ends, self.starts, side="right")  # the first span that ends after the token's first byte
+        place = np.searchsorted(
+            ends, self.starts, side="right"
+        )  # the first span that ends after the token's first byte
         is_before_end = place < len(spans)
-        return is_before_end & (starts[np.minimum(place, len(spans) - 1)] < np.maximum(self.ends, self.starts + 1))
+        return is_before_end & (
+            starts[np.minimum(place, len(spans) - 1)] < np.maximum(self.ends, self.starts + 1)
+        )
 
     def num_bytes(self) -> Int32[np.ndarray, " T"]:
         """Return the bytes of the text that each token stands for, each byte counted once.
 
-        Bytes that the vocabulary drops count to the token after them, those of a shared character to its first token.
+        Bytes that the vocabulary drops count to the token after them, those of a shared character to its
+        first token.
         """
         return np.diff(np.maximum.accumulate(self.ends), prepend=np.int32(0))
 
@@ -71,7 +80,9 @@ def from_offsets(ids: Sequence[int], offsets: Sequence[tuple[int, int]], text: s
     """Return tokens with the characters `offsets` of the text, as the `tokenizers` library counts them."""
     places = character_places(text)
     of_characters = np.asarray(offsets, np.int64).reshape(-1, 2)
-    return TextTokens(ids=np.asarray(ids, np.int32), starts=places[of_characters[:, 0]], ends=places[of_characters[:, 1]])
+    return TextTokens(
+        ids=np.asarray(ids, np.int32), starts=places[of_characters[:, 0]], ends=places[of_characters[:, 1]]
+    )
 
 
 def character_places(text: str) -> Int32[np.ndarray, " N1"]:
@@ -84,9 +95,11 @@ def character_places(text: str) -> Int32[np.ndarray, " N1"]:
 
 
 def windows_of(text: bytes, max_bytes: int, *, marked: bool = False) -> list[Span]:
-    """Return windows of at most `max_bytes` (16 or more) that cover a UTF-8 text and overlap, never cut inside a character.
+    """Return windows of at most `max_bytes` (16 or more) that cover a UTF-8 text and overlap, never cut
+    inside a character.
 
-    With `marked`, which takes 256 bytes or more, they are not cut inside the mark of a special token (`marks.py`) either.
+    With `marked`, which takes 256 bytes or more, they are not cut inside the mark of a special token
+    (`marks.py`) either.
     """
     assert max_bytes >= 16, "a window must reach beyond its overlap, whatever characters are cut"
     overlap = min(_OVERLAP, max_bytes // 2)
@@ -101,10 +114,11 @@ def windows_of(text: bytes, max_bytes: int, *, marked: bool = False) -> list[Spa
 
 
 def join_windows(encoded: Sequence[TextTokens], windows: Sequence[Span]) -> TextTokens | None:
-    """Return the tokens of the windows of a text as those of the whole; None where two windows disagree on the text that they share.
+    """Return the tokens of the windows of a text as those of the whole; None where two windows disagree on
+    the text that they share.
 
-    Two agree if the same tokens stand in the middle of their overlap. Its ends are left out: a text that ends or begins there changes
-    the tokens beside the cut.
+    Two agree if the same tokens stand in the middle of their overlap. Its ends are left out: a text that ends
+    or begins there changes the tokens beside the cut.
     """
     begins: list[int] = [0]
     stops: list[int | None] = []
@@ -126,7 +140,8 @@ def join_windows(encoded: Sequence[TextTokens], windows: Sequence[Span]) -> Text
 def _common_place(left: TextTokens, right: TextTokens, before: Span, here: Span) -> tuple[int, int] | None:
     """The index of one token of the middle of the overlap in both windows; None where they disagree there."""
     margin = (before[1] - here[0]) // _SHARED_PART
-    begin, end = here[0] + margin, before[1] - margin
+    begin = here[0] + margin
+    end = before[1] - margin
     of_left = np.flatnonzero(left.held([(begin - before[0], end - before[0])]))
     of_right = np.flatnonzero(right.held([(begin - here[0], end - here[0])]))
     if len(of_left) != len(of_right) or not len(of_left):

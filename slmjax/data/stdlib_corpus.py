@@ -1,9 +1,11 @@
-"""The embedded corpus: the text of the running Python's own standard library. Nothing is downloaded or shipped.
+"""The embedded corpus: the text of the running Python's own standard library. Nothing is downloaded or
+shipped.
 
-Documents are the .py files (id: path below the library) and the help topics of `pydoc` (id: pydoc_data/topics/NAME).
-Tests, installed packages, caches and files that record how this Python was built are left out, so that the corpus
-depends on the Python version alone; and so are the character tables of `encodings`, which are near copies of each
-other: with some of them held out and the others trained on, the score would measure memory.
+Documents are the .py files (id: path below the library) and the help topics of `pydoc` (id:
+pydoc_data/topics/NAME). Tests, installed packages, caches and files that record how this Python was built are
+left out, so that the corpus depends on the Python version alone; and so are the character tables of
+`encodings`, which are near copies of each other: with some of them held out and the others trained on, the
+score would measure memory.
 """
 
 import dataclasses
@@ -17,7 +19,16 @@ from slmjax.data.documents import Document
 from slmjax.data.files import decode
 from slmjax.data.sources import SourceConfig, combined_hash, file_fingerprint
 
-_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload", "encodings"}
+_LEFT_OUT = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "__pycache__",
+    "lib-dynload",
+    "encodings",
+}
 _TOPICS = "pydoc_data/topics.py"
 
 
@@ -32,10 +43,14 @@ class StdlibSource(SourceConfig):
                 continue
             topics = importlib.import_module("pydoc_data.topics").topics
             for topic in sorted(topics):
-                yield Document(id=f"pydoc_data/topics/{topic}", where=f"{path}, topic {topic!r}", text=topics[topic])
+                yield Document(
+                    id=f"pydoc_data/topics/{topic}", where=f"{path}, topic {topic!r}", text=topics[topic]
+                )
 
     def fingerprint(self) -> str:
-        return combined_hash("stdlib", *(f"{name} {file_fingerprint(path)}" for name, path in _library_files()))
+        return combined_hash(
+            "stdlib", *(f"{name} {file_fingerprint(path)}" for name, path in _library_files())
+        )
 
     def describe(self) -> str:
         return f"standard library of Python {sysconfig.get_python_version()}"
@@ -48,14 +63,21 @@ def _library_files() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
     found = []
     for directory, subdirectories, files in os.walk(root):
-        subdirectories[:] = [name for name in subdirectories if not _is_left_out(name)]  # these are not walked
+        subdirectories[:] = [
+            name for name in subdirectories if not _is_left_out(name)
+        ]  # these are not walked
         paths = [Path(directory, name) for name in files if name.endswith(".py") and not _is_left_out(name)]
-        found += [(path.relative_to(root).as_posix(), path) for path in paths if path.stat().st_size > 0]  # many __init__.py are empty
+        found += [
+            (path.relative_to(root).as_posix(), path) for path in paths if path.stat().st_size > 0
+        ]  # many __init__.py are empty
     if not found:
-        raise ValueError(f"this Python keeps no library sources in {root}: give your own text with --data.path")
+        raise ValueError(
+            f"this Python keeps no library sources in {root}: give your own text with --data.path"
+        )
     return sorted(found)
 
 
 def _is_left_out(part: str) -> bool:
-    # _sysconfigdata_*.py and config-*/ hold the paths and compiler flags of the machine that built this Python.
+    # _sysconfigdata_*.py and config-*/ hold the paths and compiler flags of the machine that built this
+    # Python.
     return part in _LEFT_OUT or part.startswith(("_sysconfigdata", "config-"))

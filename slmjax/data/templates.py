@@ -1,12 +1,14 @@
-"""Chat templates of model directories, which nobody has read: Jinja source, run in a sandbox that gives up on what goes too far.
+"""Chat templates of model directories, which nobody has read: Jinja source, run in a sandbox that gives up on
+what goes too far.
 
-The dialect is that of Hugging Face's templates: blocks leave no blank lines behind, `break` and `continue`, `tojson` as
-plain JSON, `raise_exception`, `strftime_now`, and a block `generation`, which marks what the model says and changes no text.
+The dialect is that of Hugging Face's templates: blocks leave no blank lines behind, `break` and `continue`,
+`tojson` as plain JSON, `raise_exception`, `strftime_now`, and a block `generation`, which marks what the
+model says and changes no text.
 
-jinja2's immutable sandbox keeps a template from the interpreter's internals and from changing what it is given; there is
-no loader, so that it can include no file. What it may compute is limited here: steps (turns of loops, calls, operations)
-and the lengths of texts. What is left: a template
-can take seconds, and a single replacement or join can take much memory, before it is stopped.
+jinja2's immutable sandbox keeps a template from the interpreter's internals and from changing what it is
+given; there is no loader, so that it can include no file. What it may compute is limited here: steps (turns
+of loops, calls, operations) and the lengths of texts. What is left: a template can take seconds, and a single
+replacement or join can take much memory, before it is stopped.
 """
 
 import datetime
@@ -25,12 +27,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 MAX_STEPS = 100_000
-MAX_CHARACTERS = 10_000_000  # of a text on the way, and of the whole; no function is called with a larger number
+MAX_CHARACTERS = (
+    10_000_000  # of a text on the way, and of the whole; no function is called with a larger number
+)
 MAX_BITS = 4096  # of a number
 _WIDTH = re.compile(r"\d{6}")  # in a format: pads to any width
 
 
-ANSWER_BEGINS, ANSWER_ENDS = (f"{mark}{secrets.token_hex(8)}{mark}" for mark in "\ufdd2\ufdd3")  # no text has them
+ANSWER_BEGINS, ANSWER_ENDS = (
+    f"{mark}{secrets.token_hex(8)}{mark}" for mark in "\ufdd2\ufdd3"
+)  # no text has them
 _ANSWER_BLOCK = re.compile(r"\{%[-+]?\s*generation\b")
 
 
@@ -40,13 +46,15 @@ def marks_answers(template: str) -> bool:
 
 
 def render(template: str, values: Mapping[str, Any], *, answers_marked: bool = False) -> str:
-    """The text that a template makes of values, which must be plain data. Raises what goes wrong, of whatever kind.
+    """The text that a template makes of values, which must be plain data. Raises what goes wrong, of whatever
+    kind.
 
     With `answers_marked`, what a `generation` block makes stands between ANSWER_BEGINS and ANSWER_ENDS.
     """
     environment, compiled = _compiled(template, answers_marked=answers_marked)
     environment.steps = environment.made = 0
-    pieces, length = [], 0
+    pieces = []
+    length = 0
     for piece in compiled.generate(**values):
         pieces.append(piece)
         length += len(piece)
@@ -64,7 +72,9 @@ class _GenerationBlock(Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         if cast(_Sandbox, self.environment).answers_marked:
-            begin, end = (nodes.Output([nodes.TemplateData(mark)], lineno=line) for mark in (ANSWER_BEGINS, ANSWER_ENDS))
+            begin, end = (
+                nodes.Output([nodes.TemplateData(mark)], lineno=line) for mark in (ANSWER_BEGINS, ANSWER_ENDS)
+            )
             body = [begin, *body, end]
         return nodes.Scope(body, lineno=line)
 
@@ -76,7 +86,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self, *, answers_marked: bool) -> None:
         self.answers_marked = answers_marked
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols], finalize=_refuse_large)
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_GenerationBlock, loopcontrols],
+            finalize=_refuse_large,
+        )
         self.steps = self.made = 0
         del self.globals["lipsum"], self.filters["format"]
         self.globals |= {
@@ -93,7 +108,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def wrap_str_format(self, value: Any) -> Any:
         """`format` of a text, which jinja2 has wrapped so that it reads no internals."""
-        if isinstance(template := getattr(value, "__self__", None), str) and getattr(value, "__name__", "").startswith("format"):
+        if isinstance(template := getattr(value, "__self__", None), str) and getattr(
+            value, "__name__", ""
+        ).startswith("format"):
             _refuse_width(template)
         return super().wrap_str_format(value)
 
@@ -164,7 +181,9 @@ class _Limited(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        first, *rest = [nodes.Filter(one, "string", [], [], None, None, lineno=node.lineno) for one in node.nodes]
+        first, *rest = [
+            nodes.Filter(one, "string", [], [], None, None, lineno=node.lineno) for one in node.nodes
+        ]
         joined: nodes.Expr = first
         for text in rest:
             joined = nodes.Add(joined, text, lineno=node.lineno)
@@ -180,7 +199,8 @@ def _compiled(source: str, *, answers_marked: bool) -> tuple[_Sandbox, Template]
 
 def _refuse_large(value: Any) -> Any:
     """The value of a container, if all that is in it, at any depth, can be told in a bounded time."""
-    parts, waiting = 0, [value] if isinstance(value, list | tuple | dict) else []
+    parts = 0
+    waiting = [value] if isinstance(value, list | tuple | dict) else []
     while waiting:
         one = waiting.pop()
         parts += len(one)
@@ -204,5 +224,13 @@ def _strftime_now(format: str) -> str:
     return datetime.datetime.now().strftime(format)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

@@ -1,9 +1,10 @@
 """Tokenizers: byte-level BPE trained here, bytes, characters, or an existing tokenizer.json.
 
-Every kind is a `tokenizers.Tokenizer` (so each one saves as tokenizer.json), wrapped in `Tokenizer`, which adds what
-training needs: BOS and EOS, ids of plain text only (the text "<|eos|>" in a document is encoded as text), the UTF-8
-bytes that each id stands for, and a hash. Vocabularies made here have "<|bos|>" as id 0 and "<|eos|>" as id 1. What
-using a model takes is there too: whether a text begins with BOS, which ids end one, the chat template.
+Every kind is a `tokenizers.Tokenizer` (so each one saves as tokenizer.json), wrapped in `Tokenizer`, which
+adds what training needs: BOS and EOS, ids of plain text only (the text "<|eos|>" in a document is encoded as
+text), the UTF-8 bytes that each id stands for, and a hash. Vocabularies made here have "<|bos|>" as id 0 and
+"<|eos|>" as id 1. What using a model takes is there too: whether a text begins with BOS, which ids end one,
+the chat template.
 
     tokenizer = BpeTokenizer(vocab_size=4096).build(texts);  tokenizer.decode(tokenizer.encode(text)) == text
     tokenizer.prompt_ids("def main(")       # what the model is given of a text
@@ -31,7 +32,13 @@ from slmjax.data.detokenization import Detokenizer
 from slmjax.data.marks import MarkedVocabulary, names_pattern
 from slmjax.data.plain_text import checked_encodings, plain_text_backend, reserved_tokens
 from slmjax.data.spans import TextTokens
-from slmjax.data.vocabulary import NUM_BYTES, byte_characters, exact_pieces, is_character_vocabulary, sample_of
+from slmjax.data.vocabulary import (
+    NUM_BYTES,
+    byte_characters,
+    exact_pieces,
+    is_character_vocabulary,
+    sample_of,
+)
 
 _NUM_SPECIAL = 2
 
@@ -45,7 +52,8 @@ class Reads(enum.Enum):
 
 
 class Tokenizer:
-    """One vocabulary. `token_bytes` int32 [V] (UTF-8 bytes per id, 0 for special tokens) is None where bytes do not add up.
+    """One vocabulary. `token_bytes` int32 [V] (UTF-8 bytes per id, 0 for special tokens) is None where bytes
+    do not add up.
 
     Args:
       backend: the vocabulary; settings of it are changed.
@@ -63,25 +71,50 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, *, bos: str, eos: str, ends: Sequence[str] = (), adds_bos: bool = True, has_bos: bool = True,
-        chat_template: str | None = None, unk: str | None = None, pad: str | None = None, sources: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos: str,
+        eos: str,
+        ends: Sequence[str] = (),
+        adds_bos: bool = True,
+        has_bos: bool = True,
+        chat_template: str | None = None,
+        unk: str | None = None,
+        pad: str | None = None,
+        sources: Mapping[str, str] | None = None,
+    ) -> None:
         backend.no_truncation()  # a tokenizer.json may ask for either, and would cut documents short
         backend.no_padding()
         backend.encode_special_tokens = True  # special tokens inside a text are text, see also _plain
         vocabulary = backend.get_vocab(with_added_tokens=True)
-        if absent := [name for name in (bos, eos, *ends, unk, pad) if name is not None and name not in vocabulary]:
-            raise ValueError(f"the vocabulary has no token {', '.join(map(repr, absent))}: add it first, with add_tokens")
+        if absent := [
+            name for name in (bos, eos, *ends, unk, pad) if name is not None and name not in vocabulary
+        ]:
+            raise ValueError(
+                f"the vocabulary has no token {', '.join(map(repr, absent))}: add it first, with add_tokens"
+            )
         self._backend = backend
-        self.bos, self.eos, self.unk, self.pad = bos, eos, unk, pad
+        self.bos = bos
+        self.eos = eos
+        self.unk = unk
+        self.pad = pad
         self.ends = tuple(name for name in dict.fromkeys(ends) if name != eos)
         own = {"bos": bos == BOS, "eos": eos == EOS}
-        self._sources = {kind: conventions.OWN_NAME if is_own else conventions.OPTION for kind, is_own in own.items()} | dict(sources or {})
-        self.adds_bos, self.has_bos, self.chat_template = adds_bos, has_bos or adds_bos, chat_template
+        self._sources = {
+            kind: conventions.OWN_NAME if is_own else conventions.OPTION for kind, is_own in own.items()
+        } | dict(sources or {})
+        self.adds_bos = adds_bos
+        self.has_bos = has_bos or adds_bos
+        self.chat_template = chat_template
         self.vocab_size = max(vocabulary.values()) + 1
         if self.vocab_size > 2 * len(vocabulary) + 100_000:  # what is kept for each id would fill the memory
-            raise ValueError(f"the vocabulary has {len(vocabulary):,} tokens, and an id of {self.vocab_size - 1:,}: it is damaged")
-        self.bos_id, self.eos_id = vocabulary[bos], vocabulary[eos]
+            raise ValueError(
+                f"the vocabulary has {len(vocabulary):,} tokens, and an id of {self.vocab_size - 1:,}: it is "
+                "damaged"
+            )
+        self.bos_id = vocabulary[bos]
+        self.eos_id = vocabulary[eos]
         self.end_ids = (self.eos_id, *(vocabulary[name] for name in self.ends))  # each ends a text or a turn
         added = backend.get_added_tokens_decoder()
         self.special_ids = {token.content: id for id, token in added.items() if token.special}
@@ -89,21 +122,30 @@ class Tokenizer:
         specification = {**json.loads(backend.to_str()), "post_processor": None}
         names = reserved_tokens(specification, bos=bos, eos=eos, pad=pad, ends=self.ends)
         reserved = {name: vocabulary[name] for name in names}
-        self._added = [token.content for token in added.values() if not token.special and token.content not in reserved]
-        self._plain = plain_text_backend(specification, reserved=reserved)  # encodes documents; None: the backend itself does
+        self._added = [
+            token.content for token in added.values() if not token.special and token.content not in reserved
+        ]
+        self._plain = plain_text_backend(
+            specification, reserved=reserved
+        )  # encodes documents; None: the backend itself does
         self._reserved_names = {id: name for name, id in reserved.items()}
         canonical = json.dumps([specification, bos, eos], sort_keys=True, separators=(",", ":"))
         self.hash = hashlib.sha256(canonical.encode()).hexdigest()
         is_of_characters = is_character_vocabulary(specification)
         spelled = reserved if self._plain is not None else ()  # no text may hold these
-        self._alphabet = frozenset(set(specification["model"]["vocab"]) - set(spelled)) if is_of_characters else None
+        self._alphabet = (
+            frozenset(set(specification["model"]["vocab"]) - set(spelled)) if is_of_characters else None
+        )
         pieces = exact_pieces(specification, vocabulary, self.vocab_size)
         self.detokenizer = Detokenizer(backend, specification, pieces=pieces)
         sizes = None if pieces is None else [len(piece) for piece in pieces]
-        self.token_bytes: Int32[np.ndarray, " V"] | None = None if sizes is None else np.asarray(sizes, np.int32)
+        self.token_bytes: Int32[np.ndarray, " V"] | None = (
+            None if sizes is None else np.asarray(sizes, np.int32)
+        )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, without BOS or EOS and never with the id of a special token, whatever the text spells.
+        """Ids of the text, without BOS or EOS and never with the id of a special token, whatever the text
+        spells.
 
         Raises ValueError for text the vocabulary cannot express.
         """
@@ -117,7 +159,8 @@ class Tokenizer:
     def encode_spans(self, texts: Sequence[str], *, marked: bool = False) -> list[TextTokens]:
         """Ids of each text as `encode`, and the bytes of it that each id stands for.
 
-        With `marked`, the marks of `marked_vocabulary` in the texts stand for special tokens; spans then count the bytes of marks.
+        With `marked`, the marks of `marked_vocabulary` in the texts stand for special tokens; spans then
+        count the bytes of marks.
         """
         if marked:
             for text in texts:
@@ -126,7 +169,9 @@ class Tokenizer:
         if (sizes := self.token_bytes) is not None:
             return [spans.from_sizes(ids, sizes) for ids in self.encode_batch(texts)]
         encodings = self._encodings(texts, (self._plain or self._untrimmed).encode_batch)
-        return [spans.from_offsets(one.ids, one.offsets, text) for one, text in zip(encodings, texts, strict=True)]
+        return [
+            spans.from_offsets(one.ids, one.offsets, text) for one, text in zip(encodings, texts, strict=True)
+        ]
 
     def encode_with_special(self, text: str) -> list[int]:
         """Ids of a text in which the names of special tokens stand for them, wherever they come from."""
@@ -141,22 +186,38 @@ class Tokenizer:
     def special_tokens(self) -> dict[str, SpecialToken]:
         """BOS ("bos") and EOS ("eos") with the reason why they are these."""
         tokens = {"bos": (self.bos, self.bos_id), "eos": (self.eos, self.eos_id)}
-        return {kind: SpecialToken(name=name, id=id, source=self._sources[kind]) for kind, (name, id) in tokens.items()}
+        return {
+            kind: SpecialToken(name=name, id=id, source=self._sources[kind])
+            for kind, (name, id) in tokens.items()
+        }
 
     def name_of(self, id: int) -> str | None:
         """The token that has this id; None where none has."""
         return self._backend.id_to_token(id) if 0 <= id < self.vocab_size else None
 
     def differs_at(self, other: "Tokenizer") -> int | None:
-        """The first id that stands for another token, or for none, in the other vocabulary; None where all are the same."""
-        return next((id for id in range(max(self.vocab_size, other.vocab_size)) if self.name_of(id) != other.name_of(id)), None)
+        """The first id that stands for another token, or for none, in the other vocabulary; None where all
+        are the same.
+        """
+        return next(
+            (
+                id
+                for id in range(max(self.vocab_size, other.vocab_size))
+                if self.name_of(id) != other.name_of(id)
+            ),
+            None,
+        )
 
     def with_bos(self, ids: Sequence[int]) -> list[int]:
-        """The ids of a text as the model wants them: BOS first where it does, or where there is nothing else."""
+        """The ids of a text as the model wants them: BOS first where it does, or where there is nothing
+        else.
+        """
         return [self.bos_id, *ids] if self.adds_bos or not len(ids) else list(ids)
 
     def prompt_ids(self, text: str) -> list[int]:
-        """What the model is given of a text: its ids, BOS first where the model wants it, and always for an empty text."""
+        """What the model is given of a text: its ids, BOS first where the model wants it, and always for an
+        empty text.
+        """
         return self.with_bos(self.encode(text))
 
     def prompt_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -164,32 +225,45 @@ class Tokenizer:
         return [self.with_bos(ids) for ids in self.encode_batch(texts)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, special tokens left out; one U+FFFD for each maximal subsequence of bytes that is no UTF-8."""
+        """The text of the ids, special tokens left out; one U+FFFD for each maximal subsequence of bytes that
+        is no UTF-8.
+        """
         return self.detokenizer.decode(ids)
 
     def decode_continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
         """The text that ids add to a prompt, with a character of which the prompt has the first bytes.
 
-        Many vocabularies strip the space before the first word of what they decode, so that the text of the ids alone is another one.
+        Many vocabularies strip the space before the first word of what they decode, so that the text of the
+        ids alone is another one.
         """
         return self.detokenizer.decode_continuation(prompt, ids)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Exactly the bytes of the ids. Raises ValueError for a vocabulary whose ids have no bytes of their own."""
+        """Exactly the bytes of the ids. Raises ValueError for a vocabulary whose ids have no bytes of their
+        own.
+        """
         return self.detokenizer.decode_bytes(ids)
 
     def without_rows_from(self, num_rows: int) -> "Tokenizer":
-        """A tokenizer without the added tokens whose ids begin at `num_rows`. Raises ValueError if others begin there."""
+        """A tokenizer without the added tokens whose ids begin at `num_rows`. Raises ValueError if others
+        begin there.
+        """
         specification = json.loads(self._backend.to_str())
         kept = [token for token in specification["added_tokens"] if token["id"] < num_rows]
-        dropped = {token["content"] for token in specification["added_tokens"]} - {token["content"] for token in kept}
+        dropped = {token["content"] for token in specification["added_tokens"]} - {
+            token["content"] for token in kept
+        }
         if used := sorted(dropped & {self.bos, self.eos, *self.ends, *filter(None, (self.unk, self.pad))}):
-            raise ValueError(f"the tokenizer's {used[0]!r} has an id beyond the model's {num_rows:,} rows: they do not belong together")
+            raise ValueError(
+                f"the tokenizer's {used[0]!r} has an id beyond the model's {num_rows:,} rows: they do not "
+                "belong together"
+            )
         backend = tokenizers.Tokenizer.from_str(json.dumps({**specification, "added_tokens": kept}))
         smaller = self._with_backend(backend)
         if smaller.vocab_size > num_rows:
             raise ValueError(
-                f"the tokenizer has ids up to {smaller.vocab_size - 1:,}, and the model {num_rows:,} rows: they do not belong together"
+                f"the tokenizer has ids up to {smaller.vocab_size - 1:,}, and the model {num_rows:,} rows: "
+                "they do not belong together"
             )
         return smaller
 
@@ -201,29 +275,46 @@ class Tokenizer:
         return self._with_backend(backend)
 
     def save(self, directory: Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, in the form that Hugging Face libraries read too."""
+        """Writes tokenizer.json and tokenizer_config.json, in the form that Hugging Face libraries read
+        too.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         specification = json.loads(self._backend.to_str())
         specification["post_processor"] = conventions.post_processor_for(
             specification["post_processor"], bos=self.bos, bos_id=self.bos_id, adds_bos=self.adds_bos
         )
-        (directory / "tokenizer.json").write_text(json.dumps(specification, indent=2, ensure_ascii=False), encoding="utf-8")
+        (directory / "tokenizer.json").write_text(
+            json.dumps(specification, indent=2, ensure_ascii=False), encoding="utf-8"
+        )
         written = conventions.Conventions(
-            bos=self.bos, eos=self.eos, unk=self.unk, pad=self.pad, ends=self.ends, has_bos=self.has_bos, adds_bos=self.adds_bos,
-            chat_template=self.chat_template, sources=self._sources,
-        )  # fmt: skip
+            bos=self.bos,
+            eos=self.eos,
+            unk=self.unk,
+            pad=self.pad,
+            ends=self.ends,
+            has_bos=self.has_bos,
+            adds_bos=self.adds_bos,
+            chat_template=self.chat_template,
+            sources=self._sources,
+        )
         conventions.write_conventions(directory, written)
 
     @classmethod
     def load(
-        cls, path: Path, *, bos: str | None = None, eos: str | None = None, ends: Sequence[str] | None = None, adds_bos: bool | None = None,
+        cls,
+        path: Path,
+        *,
+        bos: str | None = None,
+        eos: str | None = None,
+        ends: Sequence[str] | None = None,
+        adds_bos: bool | None = None,
         model_ids: Mapping[str, int | None] | None = None,
-    ) -> "Tokenizer":  # fmt: skip
+    ) -> "Tokenizer":
         """Reads a tokenizer.json or the directory that holds one.
 
-        BOS and EOS are found by the rules of `data/conventions.py`; `model_ids` are those that the model's configuration has for
-        "bos" and "eos". A text begins with BOS where tokenizer_config.json says so, else where the post-processor puts it there
-        or BOS is that of vocabularies made here.
+        BOS and EOS are found by the rules of `data/conventions.py`; `model_ids` are those that the model's
+        configuration has for "bos" and "eos". A text begins with BOS where tokenizer_config.json says so,
+        else where the post-processor puts it there or BOS is that of vocabularies made here.
 
         Raises:
           ValueError: there is no such file, it is damaged, or no token would be BOS or EOS.
@@ -234,7 +325,9 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{file} is no tokenizer.json that the tokenizers library reads: {error}") from error
+            raise ValueError(
+                f"{file} is no tokenizer.json that the tokenizers library reads: {error}"
+            ) from error
         found = conventions.read_conventions(file.parent)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         special = sorted(token.content for token in backend.get_added_tokens_decoder().values())
@@ -249,17 +342,32 @@ class Tokenizer:
         # A name that is configured and absent from the vocabulary means nothing to the model.
         unk, pad = (name if name in vocabulary else None for name in (found.unk, found.pad))
         return cls(
-            backend, bos=begin.name, eos=end.name, adds_bos=adds_bos, has_bos=found.has_bos or bos is not None, unk=unk, pad=pad,
-            ends=tuple(name for name in found.ends if name in vocabulary) if ends is None else ends, chat_template=found.chat_template,
+            backend,
+            bos=begin.name,
+            eos=end.name,
+            adds_bos=adds_bos,
+            has_bos=found.has_bos or bos is not None,
+            unk=unk,
+            pad=pad,
+            ends=tuple(name for name in found.ends if name in vocabulary) if ends is None else ends,
+            chat_template=found.chat_template,
             sources={"bos": begin.source, "eos": end.source},
-        )  # fmt: skip
+        )
 
     def _with_backend(self, backend: tokenizers.Tokenizer) -> "Tokenizer":
         """A tokenizer with the same conventions."""
         return Tokenizer(
-            backend, bos=self.bos, eos=self.eos, ends=self.ends, adds_bos=self.adds_bos, has_bos=self.has_bos,
-            chat_template=self.chat_template, unk=self.unk, pad=self.pad, sources=self._sources,
-        )  # fmt: skip
+            backend,
+            bos=self.bos,
+            eos=self.eos,
+            ends=self.ends,
+            adds_bos=self.adds_bos,
+            has_bos=self.has_bos,
+            chat_template=self.chat_template,
+            unk=self.unk,
+            pad=self.pad,
+            sources=self._sources,
+        )
 
     @functools.cached_property
     def special_names(self) -> re.Pattern[str]:
@@ -269,7 +377,9 @@ class Tokenizer:
     @functools.cached_property
     def marked_vocabulary(self) -> MarkedVocabulary:
         """The vocabulary that knows the tokens that no text may produce by their marks alone."""
-        return MarkedVocabulary(self._backend, self.special_ids | {name: id for id, name in self._reserved_names.items()})
+        return MarkedVocabulary(
+            self._backend, self.special_ids | {name: id for id, name in self._reserved_names.items()}
+        )
 
     @functools.cached_property
     def _untrimmed(self) -> tokenizers.Tokenizer:
@@ -279,24 +389,32 @@ class Tokenizer:
         backend.encode_special_tokens = True
         return backend
 
-    def _encodings(self, texts: Sequence[str], encode: Callable[..., list[tokenizers.Encoding]]) -> list[tokenizers.Encoding]:
+    def _encodings(
+        self, texts: Sequence[str], encode: Callable[..., list[tokenizers.Encoding]]
+    ) -> list[tokenizers.Encoding]:
         for text in texts:
             self._check(text, recognised=self._added)
-        return checked_encodings(texts, encode, reserved=self._reserved_names if self._plain is not None else {})
+        return checked_encodings(
+            texts, encode, reserved=self._reserved_names if self._plain is not None else {}
+        )
 
     def _check(self, text: str, *, recognised: Sequence[str]) -> None:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"the text has an unpaired surrogate at character {error.start}: it is not Unicode text") from error
+            raise ValueError(
+                f"the text has an unpaired surrogate at character {error.start}: it is not Unicode text"
+            ) from error
         if self._alphabet is None:
             return
         for name in recognised:
             text = text.replace(name, "")
         if unknown := sorted(set(text) - self._alphabet):
             raise ValueError(
-                f"the character vocabulary has no {', '.join(map(repr, unknown[:8]))}, only the {len(self._alphabet) - _NUM_SPECIAL}"
-                " characters of the text it was made from. Remove them, or train with a byte or BPE tokenizer, which express any text."
+                f"the character vocabulary has no {', '.join(map(repr, unknown[:8]))}, only the "
+                f"{len(self._alphabet) - _NUM_SPECIAL}"
+                " characters of the text it was made from. Remove them, or train with a byte or BPE "
+                "tokenizer, which express any text."
             )
 
 
@@ -319,7 +437,9 @@ class BpeTokenizer(TokenizerConfig):
     """Byte-level BPE with the pre-tokenizer of GPT-2, trained on the training text."""
 
     vocab_size: int = 4096  # with BOS, EOS and the 256 bytes
-    training_bytes: int = 100_000_000  # at most this much text is learned from: the documents of the smallest hashes
+    training_bytes: int = (
+        100_000_000  # at most this much text is learned from: the documents of the smallest hashes
+    )
 
     def __post_init__(self) -> None:
         if self.vocab_size < _NUM_SPECIAL + NUM_BYTES:
@@ -352,7 +472,11 @@ class ByteTokenizer(TokenizerConfig):
         return Reads.NOTHING
 
     def build(self, texts: Iterable[str]) -> Tokenizer:
-        vocabulary = {BOS: 0, EOS: 1, **{character: _NUM_SPECIAL + byte for byte, character in enumerate(byte_characters())}}
+        vocabulary = {
+            BOS: 0,
+            EOS: 1,
+            **{character: _NUM_SPECIAL + byte for byte, character in enumerate(byte_characters())},
+        }
         backend = _byte_level(models.BPE(vocab=vocabulary, merges=[]))
         backend.add_special_tokens([BOS, EOS])
         return Tokenizer(backend, bos=BOS, eos=EOS)
@@ -360,7 +484,9 @@ class ByteTokenizer(TokenizerConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CharTokenizer(TokenizerConfig):
-    """The characters of the whole text, held-out part included, in code point order; any other is an error to encode."""
+    """The characters of the whole text, held-out part included, in code point order; any other is an error to
+    encode.
+    """
 
     @property
     def reads(self) -> Reads:
@@ -368,7 +494,11 @@ class CharTokenizer(TokenizerConfig):
 
     def build(self, texts: Iterable[str]) -> Tokenizer:
         characters = sorted(set().union(*map(set, texts)))
-        vocabulary = {BOS: 0, EOS: 1, **{character: _NUM_SPECIAL + i for i, character in enumerate(characters)}}
+        vocabulary = {
+            BOS: 0,
+            EOS: 1,
+            **{character: _NUM_SPECIAL + i for i, character in enumerate(characters)},
+        }
         backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
         backend.decoder = decoders.Fuse()
         backend.add_special_tokens([BOS, EOS])
@@ -380,8 +510,12 @@ class FileTokenizer(TokenizerConfig):
     """An existing tokenizer.json."""
 
     path: str  # the file, or a directory that holds tokenizer.json
-    bos: str | None = None  # token that begins a document; by default the configured one, else one of the usual names
-    eos: str | None = None  # token that ends a document; by default the configured one, else one of the usual names
+    bos: str | None = (
+        None  # token that begins a document; by default the configured one, else one of the usual names
+    )
+    eos: str | None = (
+        None  # token that ends a document; by default the configured one, else one of the usual names
+    )
 
     @property
     def reads(self) -> Reads:

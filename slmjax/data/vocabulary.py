@@ -1,6 +1,8 @@
-"""The bytes that the ids of a vocabulary stand for, read from a tokenizer.json; the text that one is learned from.
+"""The bytes that the ids of a vocabulary stand for, read from a tokenizer.json; the text that one is learned
+from.
 
-pieces = exact_pieces(json.loads(backend.to_str()), backend.get_vocab(), vocab_size)   # pieces[id] is bytes; None: unknown
+pieces = exact_pieces(json.loads(backend.to_str()), backend.get_vocab(), vocab_size)   # pieces[id] is bytes;
+None: unknown
 """
 
 import hashlib
@@ -12,7 +14,9 @@ NUM_BYTES = 256
 
 
 def byte_characters() -> list[str]:
-    """The character that stands for each byte in byte-level vocabularies: printable ones for themselves, others from U+0100."""
+    """The character that stands for each byte in byte-level vocabularies: printable ones for themselves,
+    others from U+0100.
+    """
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(NUM_BYTES)]
@@ -20,16 +24,20 @@ def byte_characters() -> list[str]:
 
 def is_character_vocabulary(specification: dict[str, Any]) -> bool:
     """Whether each character is an id of its own: a BPE without merges, normaliser and pre-tokenizer."""
-    model, decoder = specification["model"], specification["decoder"]
+    model = specification["model"]
+    decoder = specification["decoder"]
     plain = specification["normalizer"] is None and specification["pre_tokenizer"] is None
     fused = decoder is not None and decoder["type"] == "Fuse"
     return plain and fused and model["type"] == "BPE" and not model["merges"]
 
 
 def sample_of(texts: Iterable[str], max_bytes: int) -> list[str]:
-    """The texts of the smallest hashes that fit in `max_bytes`, at least one: a sample that no order of reading changes."""
+    """The texts of the smallest hashes that fit in `max_bytes`, at least one: a sample that no order of
+    reading changes.
+    """
     heap: list[tuple[int, str]] = []
-    total, limit = 0, 1 << 256
+    total = 0
+    limit = 1 << 256
     for text in texts:
         raw = text.encode()
         rank = int.from_bytes(hashlib.sha256(raw).digest())
@@ -40,11 +48,15 @@ def sample_of(texts: Iterable[str], max_bytes: int) -> list[str]:
         while total > max_bytes and len(heap) > 1:
             rank, dropped = heapq.heappop(heap)
             total -= len(dropped.encode())
-            limit = -rank  # what came earlier may have been dropped from here on, so what comes later must be too
+            limit = (
+                -rank
+            )  # what came earlier may have been dropped from here on, so what comes later must be too
     return [text for _, text in sorted(heap, reverse=True)]
 
 
-def exact_pieces(specification: dict[str, Any], vocabulary: dict[str, int], vocab_size: int) -> list[bytes] | None:
+def exact_pieces(
+    specification: dict[str, Any], vocabulary: dict[str, int], vocab_size: int
+) -> list[bytes] | None:
     """The bytes of each id, if those of a text's ids always join to the text; else None."""
     added = {token["id"]: token for token in specification["added_tokens"]}
     byte_level = _keeps_every_byte(specification)
@@ -68,8 +80,13 @@ def exact_pieces(specification: dict[str, Any], vocabulary: dict[str, int], voca
 
 def _keeps_every_byte(specification: dict[str, Any]) -> bool:
     """Whether a tokenizer.json is byte-level and neither normalises, adds a blank, nor drops anything."""
-    steps, decoder = specification["pre_tokenizer"], specification["decoder"]
-    if specification["normalizer"] is not None or specification["model"]["type"] != "BPE" or None in (steps, decoder):
+    steps = specification["pre_tokenizer"]
+    decoder = specification["decoder"]
+    if (
+        specification["normalizer"] is not None
+        or specification["model"]["type"] != "BPE"
+        or None in (steps, decoder)
+    ):
         return False
     steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
     kept = {

@@ -1,21 +1,24 @@
-"""Batches for evaluation: every scored token of every document exactly once, and every UTF-8 byte that these stand for.
+"""Batches for evaluation: every scored token of every document exactly once, and every UTF-8 byte that these
+stand for.
 
-Scored is what training scores, or all text (`ScoredText`): of a pair of prompt and completion the completion and EOS, of plain
-text everything but BOS. Documents that are not plain text are cut by the rule of training (`scored.pieces_around`).
+Scored is what training scores, or all text (`ScoredText`): of a pair of prompt and completion the completion
+and EOS, of plain text everything but BOS. Documents that are not plain text are cut by the rule of training
+(`scored.pieces_around`).
 
-A document of L tokens is [BOS] text [EOS]: its L - 1 targets are scored, EOS included (which counts no byte), BOS never.
-Up to `sequence_length` T targets fit one window. A longer document is cut at a stride of T - overlap: each further
-window starts with the last `overlap` inputs of the one before, whose targets are not scored again, so that a scored token
-sees at least `overlap` tokens before it, and the windows cost T / (T - overlap) times the positions. With T = 4, overlap = 1 and
-8 targets t1 .. t8 (inputs t0 .. t7; `.` marks a target that is not scored):
+A document of L tokens is [BOS] text [EOS]: its L - 1 targets are scored, EOS included (which counts no byte),
+BOS never. Up to `sequence_length` T targets fit one window. A longer document is cut at a stride of T -
+overlap: each further window starts with the last `overlap` inputs of the one before, whose targets are not
+scored again, so that a scored token sees at least `overlap` tokens before it, and the windows cost T / (T -
+overlap) times the positions. With T = 4, overlap = 1 and 8 targets t1 .. t8 (inputs t0 .. t7; `.` marks a
+target that is not scored):
 
     window 0   inputs t0 t1 t2 t3   targets t1 t2 t3 t4
     window 1   inputs t3 t4 t5 t6   targets .  t5 t6 t7
     window 2   inputs t6 t7         targets .  t8
 
-Several windows share a row where they fit, told apart by segment ids. A document's scored bytes are spread evenly over its
-scored tokens and always add up to them; so the bytes of a row are exact unless it holds part of a cut document, and the bytes of
-all batches are exact.
+Several windows share a row where they fit, told apart by segment ids. A document's scored bytes are spread
+evenly over its scored tokens and always add up to them; so the bytes of a row are exact unless it holds part
+of a cut document, and the bytes of all batches are exact.
 
 Legend: B rows of the global batch, R of them made here, T positions of a row.
 """
@@ -37,7 +40,9 @@ _PACKING_WINDOW = 4096  # documents that are packed into rows together
 class EvaluationBatches:
     """Iterates over batches of one shape; may be iterated again. Made by `evaluation_batches`."""
 
-    plans: tuple[tuple[TokenizedDocuments, RowPlan], ...]  # the shards with documents to evaluate, and their rows
+    plans: tuple[
+        tuple[TokenizedDocuments, RowPlan], ...
+    ]  # the shards with documents to evaluate, and their rows
     batch_size: int  # rows of the global batch
     rows: tuple[int, ...]  # those of each global batch that are made here, ascending
     num_documents: int
@@ -67,7 +72,9 @@ class EvaluationBatches:
 
 
 def default_overlap(sequence_length: int) -> int:
-    """Tokens of context that further windows of a document repeat, where nobody says: a quarter window, at most 64."""
+    """Tokens of context that further windows of a document repeat, where nobody says: a quarter window, at
+    most 64.
+    """
     return min(64, sequence_length // 4)
 
 
@@ -83,8 +90,9 @@ def evaluation_batches(
 ) -> EvaluationBatches:
     """Windows of the documents of all shards, in order, or of the first `max_documents` of them, whole.
 
-    `batch_size` counts the rows of the global batch, of which `rows`, ascending, are made here (None: all of them). Raises
-    ValueError for an overlap that leaves no new target, no documents, no scored token, and rows that are none of the batch.
+    `batch_size` counts the rows of the global batch, of which `rows`, ascending, are made here (None: all of
+    them). Raises ValueError for an overlap that leaves no new target, no documents, no scored token, and rows
+    that are none of the batch.
     """
     made_here = checked_rows(rows, batch_size)
     if max_documents is not None and max_documents < 1:
@@ -100,15 +108,31 @@ def evaluation_batches(
         num_tokens += tokens
         if not targets:
             continue
-        spans = {} if text is ScoredText.ALL else spans_of(shards, sequence_length=sequence_length, num_documents=wanted)
-        plan = best_fit_rows(shards.lengths[:wanted], sequence_length=sequence_length, window=_PACKING_WINDOW, overlap=overlap, spans=spans)
+        spans = (
+            {}
+            if text is ScoredText.ALL
+            else spans_of(shards, sequence_length=sequence_length, num_documents=wanted)
+        )
+        plan = best_fit_rows(
+            shards.lengths[:wanted],
+            sequence_length=sequence_length,
+            window=_PACKING_WINDOW,
+            overlap=overlap,
+            spans=spans,
+        )
         plans.append((shards, plan))
         num_targets += targets
         num_bytes += text_bytes
     if not plans and num_tokens:
-        raise ValueError(f"none of the {num_documents} documents has a scored token: to score prompts too, use --score all (eval.score)")
+        raise ValueError(
+            f"none of the {num_documents} documents has a scored token: to score prompts too, use --score "
+            "all (eval.score)"
+        )
     if not plans:
-        raise ValueError("there are no documents to evaluate on: the held-out split is empty; hold out a larger fraction of the text")
+        raise ValueError(
+            "there are no documents to evaluate on: the held-out split is empty; hold out a larger fraction "
+            "of the text"
+        )
     return EvaluationBatches(
         plans=tuple(plans),
         batch_size=batch_size,
@@ -124,6 +148,10 @@ def evaluation_batches(
 def _counts(shards: TokenizedDocuments, num_documents: int, text: ScoredText) -> tuple[int, int, int]:
     """Counts over the first documents: tokens but BOS, scored tokens, and bytes of the scored text."""
     num_tokens = np.maximum(shards.lengths - 1, 0)
-    scored, scored_bytes = (num_tokens, shards.num_bytes) if text is ScoredText.ALL else (shards.num_scored, shards.scored_bytes)
-    tokens, targets, num_bytes = (int(counts[:num_documents].sum(dtype=np.int64)) for counts in (num_tokens, scored, scored_bytes))
+    scored, scored_bytes = (
+        (num_tokens, shards.num_bytes) if text is ScoredText.ALL else (shards.num_scored, shards.scored_bytes)
+    )
+    tokens, targets, num_bytes = (
+        int(counts[:num_documents].sum(dtype=np.int64)) for counts in (num_tokens, scored, scored_bytes)
+    )
     return tokens, targets, num_bytes

@@ -1,1 +1,3 @@
-"""Distillation: a student that learns from a teacher's predictions, and one that begins as a part of its teacher."""
+"""Distillation: a student that learns from a teacher's predictions, and one that begins as a part of its
+teacher.
+"""

@@ -1,7 +1,8 @@
 """Settings of distillation: `objective.distill`.
 
-DistillConfig(teachers=(TeacherConfig(path="runs/large"),))                             # forward KL alone, temperature 1
-DistillConfig(teachers=(...), divergence=Jsd(beta=0.9), weight=Ramp(start=0.5), hard_weight=Ramp(start=0.5))
+DistillConfig(teachers=(TeacherConfig(path="runs/large"),))                             # forward KL alone,
+temperature 1 DistillConfig(teachers=(...), divergence=Jsd(beta=0.9), weight=Ramp(start=0.5),
+hard_weight=Ramp(start=0.5))
 """
 
 import dataclasses
@@ -32,15 +33,26 @@ from slmjax.models.architecture import Precision
 from slmjax.parallel.mesh import MeshConfig
 
 DIVERGENCES: Mapping[str, type[Divergence]] = {
-    "forward_kl": ForwardKl, "reverse_kl": ReverseKl, "jsd": Jsd, "skew_kl": SkewKl, "skew_reverse_kl": SkewReverseKl,
-    "total_variation": TotalVariation, "soft_cross_entropy": SoftCrossEntropy, "taid": Taid, "top_k": TopK, "sampled": Sampled,
-}  # fmt: skip
+    "forward_kl": ForwardKl,
+    "reverse_kl": ReverseKl,
+    "jsd": Jsd,
+    "skew_kl": SkewKl,
+    "skew_reverse_kl": SkewReverseKl,
+    "total_variation": TotalVariation,
+    "soft_cross_entropy": SoftCrossEntropy,
+    "taid": Taid,
+    "top_k": TopK,
+    "sampled": Sampled,
+}
 
 
 def divergence_of(name: str) -> Divergence:
     """The divergence of that name, as its defaults have it. Raises ValueError for another name."""
     if (found := DIVERGENCES.get(name.replace("-", "_"))) is None:
-        raise ValueError(f"there is no divergence {name!r}.{near_names(name, DIVERGENCES)} There are {', '.join(DIVERGENCES)}")
+        raise ValueError(
+            f"there is no divergence {name!r}.{near_names(name, DIVERGENCES)} There are "
+            f"{', '.join(DIVERGENCES)}"
+        )
     return found()
 
 
@@ -53,7 +65,9 @@ class RampShape(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ramp:
-    """A number that may change over the steps of a run; undone steps count, so that what a step needs is known before it."""
+    """A number that may change over the steps of a run; undone steps count, so that what a step needs is
+    known before it.
+    """
 
     start: float = 1.0  # value at the first step
     end: float | None = None  # value at the end of the ramp and after it (none: it stays at `start`)
@@ -107,7 +121,9 @@ class TeacherConfig:
     path: str  # run directory, or directory of an imported model
     weight: float = 1.0  # its share in the mean of several teachers
     step: int | None = None  # checkpoint of a run (none: the newest)
-    precision: Precision | None = None  # in what it computes and keeps its matrices (none: as the student computes)
+    precision: Precision | None = (
+        None  # in what it computes and keeps its matrices (none: as the student computes)
+    )
 
     def __post_init__(self) -> None:
         if not (self.weight > 0 and math.isfinite(self.weight)):
@@ -116,37 +132,55 @@ class TeacherConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Distillation: the loss is `weight` times the divergence from the teachers, plus `hard_weight` times the cross entropy."""
+    """Distillation: the loss is `weight` times the divergence from the teachers, plus `hard_weight` times the
+    cross entropy.
+    """
 
     teachers: tuple[TeacherConfig, ...]  # whom the student learns from; they have its tokenizer
     divergence: Divergence = ForwardKl()  # what is minimised of the teachers' and the student's distributions
     weight: Ramp = Ramp()  # multiplies the divergence
     hard_weight: Ramp = Ramp(start=0.0)  # multiplies the cross entropy on the text
     temperature: Ramp = Ramp()  # divides the logits of both sides in the divergence
-    scales_by_square: bool = True  # multiply the divergence by the squared temperature, so that its gradient keeps its size
+    scales_by_square: bool = (
+        True  # multiply the divergence by the squared temperature, so that its gradient keeps its size
+    )
     mean: TeacherMean = TeacherMean.LOGITS  # what is averaged over several teachers
     short_context: ShortContext = ShortContext.REFUSE  # for teachers whose context is shorter than the rows
-    overlap: int | None = None  # tokens of context that their further windows repeat (none: a quarter window, at most 64)
+    overlap: int | None = (
+        None  # tokens of context that their further windows repeat (none: a quarter window, at most 64)
+    )
     mesh: MeshConfig | None = None  # of the teachers (none: the student's)
-    devices: int | None = None  # so many devices, the last ones, are the teachers' alone (none: all devices are shared)
+    devices: int | None = (
+        None  # so many devices, the last ones, are the teachers' alone (none: all devices are shared)
+    )
 
     def __post_init__(self) -> None:
         if not self.teachers:
-            raise ValueError("distillation needs a teacher: name a run or an imported model, as in --teacher DIR")
+            raise ValueError(
+                "distillation needs a teacher: name a run or an imported model, as in --teacher DIR"
+            )
         if self.weight.last == self.hard_weight.last == 0.0:
-            raise ValueError("weight and hard_weight are both 0 in the end: there would be nothing to learn from. Keep one of them above 0")
+            raise ValueError(
+                "weight and hard_weight are both 0 in the end: there would be nothing to learn from. Keep "
+                "one of them above 0"
+            )
         if min(self.temperature.start, self.temperature.last) <= 0:
             raise ValueError(f"the temperature divides logits and must be above 0, got {self.temperature}")
         if self.devices is not None and (self.devices < 1 or self.mesh is None):
-            raise ValueError(f"devices={self.devices} is for teachers with a mesh of their own: give their mesh as well, or leave it out")
+            raise ValueError(
+                f"devices={self.devices} is for teachers with a mesh of their own: give their mesh as well, "
+                "or leave it out"
+            )
 
     @property
     def matching(self) -> Matching:
         """What of it is compiled into the loss."""
         return Matching(
-            divergence=self.divergence, mean=self.mean, weights=tuple(teacher.weight for teacher in self.teachers),
+            divergence=self.divergence,
+            mean=self.mean,
+            weights=tuple(teacher.weight for teacher in self.teachers),
             scales_by_square=self.scales_by_square,
-        )  # fmt: skip
+        )
 
     def uses_teachers(self, step: int, *, total_steps: int) -> bool:
         """Whether the step needs what the teachers say."""

@@ -1,10 +1,12 @@
-"""A student that begins as a part of its teacher: some of its layers, and of each the leading rows and columns.
+"""A student that begins as a part of its teacher: some of its layers, and of each the leading rows and
+columns.
 
     chosen = chosen_layers(num_teacher=12, num_student=6)                 # (0, 2, 4, 7, 9, 11)
-    params, buffers = student_parameters(Path("runs/large"), definition=student, chosen=chosen, fresh=fresh, num_rows=2048, mesh=mesh)
+    params, buffers = student_parameters(Path("runs/large"), definition=student, chosen=chosen, fresh=fresh,
+    num_rows=2048, mesh=mesh)
 
-Which part each parameter is, `slices.py` tells; here the layers are chosen and read. A row of a table whose token the teacher has not,
-and one that only pads the table, is freshly initialised.
+Which part each parameter is, `slices.py` tells; here the layers are chosen and read. A row of a table whose
+token the teacher has not, and one that only pads the table, is freshly initialised.
 """
 
 import dataclasses
@@ -25,19 +27,23 @@ from slmjax.parallel.rules import partition_spec
 Params = dict[str, Any]  # arrays by path
 
 
-def chosen_layers(*, num_teacher: int, num_student: int, layers: Sequence[int] | None = None, every: int | None = None) -> tuple[int, ...]:
+def chosen_layers(
+    *, num_teacher: int, num_student: int, layers: Sequence[int] | None = None, every: int | None = None
+) -> tuple[int, ...]:
     """The teacher's layer that each layer of the student begins as.
 
     Args:
       layers: one for each layer of the student, in its order; one may come several times.
-      every: the teacher's layers 0, `every`, 2 `every`, ... With neither, they are spread evenly from the first to the last: layer i of n
-        is the teacher's i (N - 1) / (n - 1), rounded, halves up; a student of one layer takes the first.
+      every: the teacher's layers 0, `every`, 2 `every`, ... With neither, they are spread evenly from the
+        first to the last: layer i of n is the teacher's i (N - 1) / (n - 1), rounded, halves up; a student of
+        one layer takes the first.
 
     Raises:
       ValueError: these are not as many as the student has, or not layers of the teacher.
     """
     if layers is not None:
-        chosen, asked = tuple(layers), f"init.layers names {len(layers)} layer(s)"
+        chosen = tuple(layers)
+        asked = f"init.layers names {len(layers)} layer(s)"
     elif every is not None:
         chosen = tuple(range(0, num_teacher, every))
         asked = f"init.every={every} gives {len(chosen)} of the teacher's {num_teacher} layers"
@@ -46,18 +52,23 @@ def chosen_layers(*, num_teacher: int, num_student: int, layers: Sequence[int] |
         return tuple((2 * i * (num_teacher - 1) + steps) // (2 * steps) for i in range(num_student))
     if len(chosen) != num_student:
         raise ValueError(
-            f"{asked}, and the student has {num_student}: name one for each of these in init.layers, give the student {len(chosen)}, or "
+            f"{asked}, and the student has {num_student}: name one for each of these in init.layers, give "
+            f"the student {len(chosen)}, or "
             "leave out both init.layers and init.every for layers that are spread evenly"
         )
     if outside := [layer for layer in chosen if not 0 <= layer < num_teacher]:
-        raise ValueError(f"init.layers names layer {outside[0]}, and the teacher's are 0 to {num_teacher - 1}: choose among these")
+        raise ValueError(
+            f"init.layers names layer {outside[0]}, and the teacher's are 0 to {num_teacher - 1}: choose "
+            "among these"
+        )
     return chosen
 
 
 def shared_rows(teacher: Tokenizer, student: Tokenizer, *, num_rows: int, path: Path) -> int:
     """How many rows of a table, from the first, mean the same to both vocabularies.
 
-    Those are the rows of all tokens of the smaller one. Where neither has a token that the other has not, they are all `num_rows` that both
+    Those are the rows of all tokens of the smaller one. Where neither has a token that the other has not,
+    they are all `num_rows` that both
     models have: a model may have rows without a token, which take part in its softmax all the same.
 
     Args:
@@ -69,7 +80,8 @@ def shared_rows(teacher: Tokenizer, student: Tokenizer, *, num_rows: int, path: 
     sizes = teacher.vocab_size, student.vocab_size
     if (id := teacher.differs_at(student)) is not None and id < min(sizes):
         raise ValueError(
-            f"init.path={path} was trained with another tokenizer, so its parameters mean nothing here: token {id} is "
+            f"init.path={path} was trained with another tokenizer, so its parameters mean nothing here: "
+            f"token {id} is "
             f"{teacher.name_of(id)!r} there and {student.name_of(id)!r} here. Give the experiment "
             f"FileTokenizer(path='{path / 'tokenizer'}')"
         )
@@ -77,17 +89,25 @@ def shared_rows(teacher: Tokenizer, student: Tokenizer, *, num_rows: int, path: 
 
 
 def student_parameters(
-    path: Path, *, definition: Definition, chosen: Sequence[int], fresh: tuple[Params, Params], num_rows: int, mesh: Mesh
+    path: Path,
+    *,
+    definition: Definition,
+    chosen: Sequence[int],
+    fresh: tuple[Params, Params],
+    num_rows: int,
+    mesh: Mesh,
 ) -> tuple[Params, Params]:
-    """Parameters and buffers of a student, by stack path and placed as `fresh`, cut out of those of a run or an imported model.
+    """Parameters and buffers of a student, by stack path and placed as `fresh`, cut out of those of a run or
+    an imported model.
 
-    They are a run's averages where it kept averages. Of the teacher only the layers that are chosen are read, divided over the mesh by
-    the rules; they are gone when this returns.
+    They are a run's averages where it kept averages. Of the teacher only the layers that are chosen are read,
+    divided over the mesh by the rules; they are gone when this returns.
 
     Args:
       definition: of the student.
       chosen: the teacher's layer for each of the student's.
-      fresh: the student's parameters and buffers as they were initialised: what the teacher has no counterpart of stays so.
+      fresh: the student's parameters and buffers as they were initialised: what the teacher has no
+        counterpart of stays so.
       num_rows: of the tables, that are taken (`shared_rows`); others stay fresh.
 
     Raises:
@@ -101,10 +121,18 @@ def student_parameters(
 
     def placed(tree: Params) -> Params:
         shapes = stored_shapes(teacher.config, tree)
-        places = {name: NamedSharding(mesh, partition_spec(name, shapes[name].shape, mesh)) for name in sorted(needed & shapes.keys())}
-        return {name: jax.ShapeDtypeStruct(shapes[name].shape, shapes[name].dtype, sharding=place) for name, place in places.items()}
+        places = {
+            name: NamedSharding(mesh, partition_spec(name, shapes[name].shape, mesh))
+            for name in sorted(needed & shapes.keys())
+        }
+        return {
+            name: jax.ShapeDtypeStruct(shapes[name].shape, shapes[name].dtype, sharding=place)
+            for name, place in places.items()
+        }
 
-    _, params, buffers = read_parameters(path, teacher.config, placed(teacher.params), placed(teacher.buffers), whole=False)
+    _, params, buffers = read_parameters(
+        path, teacher.config, placed(teacher.params), placed(teacher.buffers), whole=False
+    )
 
     def build(taken: Params, fresh: tuple[Params, Params]) -> tuple[Params, Params]:
         flat = unstack(definition.config, {**fresh[0], **fresh[1]})
@@ -120,5 +148,9 @@ def student_parameters(
 def _take(array: Array, kept: tuple[Dim, ...]) -> Array:
     for axis, index in enumerate(kept):
         is_leading = index[-1] == len(index) - 1  # indices ascend
-        array = jax.lax.slice_in_dim(array, 0, len(index), axis=axis) if is_leading else array.take(index, axis=axis)
+        array = (
+            jax.lax.slice_in_dim(array, 0, len(index), axis=axis)
+            if is_leading
+            else array.take(index, axis=axis)
+        )
     return array

@@ -1,4 +1,5 @@
-"""What distillation adds to a train step: its amounts at a step, its term of the loss, and its state from step to step.
+"""What distillation adds to a train step: its amounts at a step, its term of the loss, and its state from
+step to step.
 
 Dims: B rows, T time.
 """
@@ -14,13 +15,16 @@ from slmjax import losses
 from slmjax.data.batch import Batch
 from slmjax.distill.config import DistillConfig
 
-DRAWS = 0x5EED  # folded into a step's key, for what divergences draw at random: dropout's keys are folded from small numbers
+# folded into a step's key, for what divergences draw at random: dropout's keys are folded from small
+# numbers
+DRAWS = 0x5EED
 
 
 def amounts_at(
     distill: DistillConfig | None, step: Array, *, total_steps: int, state: Mapping[str, Array], key: Array
 ) -> dict[str, Any] | None:
-    """Weights, temperature, state and randomness of a step, in distillation; what is a number never changes, and is compiled in.
+    """Weights, temperature, state and randomness of a step, in distillation; what is a number never changes,
+    and is compiled in.
 
     Args:
       step: steps that came before.
@@ -31,7 +35,9 @@ def amounts_at(
         return None
     ramps = {"soft": distill.weight, "hard": distill.hard_weight, "temperature": distill.temperature}
     found: dict[str, Any] = {name: ramp.at(step, total_steps=total_steps) for name, ramp in ramps.items()}
-    drawn = jax.random.key_data(jax.random.fold_in(key, DRAWS)) if distill.divergence.draws_at_random else None
+    drawn = (
+        jax.random.key_data(jax.random.fold_in(key, DRAWS)) if distill.divergence.draws_at_random else None
+    )
     return found | {"state": state, "key": drawn}
 
 
@@ -46,12 +52,22 @@ def soft_term(
     z_loss: float,
     chunk_size: int | None,
 ) -> tuple[Float[Array, ""], losses.Metrics]:
-    """The sum over scored targets that the student minimises, divergence and cross entropy weighted, and what is reported beside it."""
+    """The sum over scored targets that the student minimises, divergence and cross entropy weighted, and what
+    is reported beside it.
+    """
     draws = token_numbers(batch) if distill.divergence.draws_at_random else None
     return losses.sharded_divergence(
-        hidden, head, teachers, distill.matching, batch.targets, batch.loss_mask, draws=draws, chunk_size=chunk_size, z_loss=z_loss,
+        hidden,
+        head,
+        teachers,
+        distill.matching,
+        batch.targets,
+        batch.loss_mask,
+        draws=draws,
+        chunk_size=chunk_size,
+        z_loss=z_loss,
         **amounts,
-    )  # fmt: skip
+    )
 
 
 def token_numbers(batch: Batch) -> UInt32[Array, "B T 2"]:
@@ -62,13 +78,24 @@ def token_numbers(batch: Batch) -> UInt32[Array, "B T 2"]:
 
 
 def updated_state(
-    distill: DistillConfig | None, state: Mapping[str, Array], sums: Mapping[str, Array], *, num_targets: Array, progress: Array
+    distill: DistillConfig | None,
+    state: Mapping[str, Array],
+    sums: Mapping[str, Array],
+    *,
+    num_targets: Array,
+    progress: Array,
 ) -> dict[str, Array]:
-    """What the divergence remembers after a step, from its sum over the global batch; as before where there was nothing to compare."""
+    """What the divergence remembers after a step, from its sum over the global batch; as before where there
+    was nothing to compare.
+    """
     if distill is None or "divergence" not in sums:
         return dict(state)
-    new = distill.divergence.updated_state(state, value=sums["divergence"] / jnp.maximum(num_targets, 1.0), progress=progress)
-    return {name: jnp.where(num_targets > 0, value, state[name]) for name, value in new.items()}  # 0 would pass for a perfect student
+    new = distill.divergence.updated_state(
+        state, value=sums["divergence"] / jnp.maximum(num_targets, 1.0), progress=progress
+    )
+    return {
+        name: jnp.where(num_targets > 0, value, state[name]) for name, value in new.items()
+    }  # 0 would pass for a perfect student
 
 
 def reported(amounts: Mapping[str, Any] | None) -> dict[str, Array]:

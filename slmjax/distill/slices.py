@@ -1,16 +1,20 @@
-"""Which part of a teacher each parameter of a smaller student is: told from the two definitions alone, before anything is read.
+"""Which part of a teacher each parameter of a smaller student is: told from the two definitions alone, before
+anything is read.
 
     cuts = student_cuts(teacher, student, chosen=(0, 3))
-    cuts["layers/1/mixer/query/weight"]           # Cut(source="layers/3/mixer/query/weight", kept=(rows, columns))
+    cuts["layers/1/mixer/query/weight"]           # Cut(source="layers/3/mixer/query/weight", kept=(rows,
+    columns))
 
-Layers are named by logical path on both sides, so that it does not matter how either model groups them. A narrower student takes the
-leading indices of every dim: of the width, of feed-forward layers, of experts, of heads. Query heads belong to the key-value head that
-they read with, so they are cut in groups: of each key-value head that stays, the first query heads stay. A head is taken whole, since
-its dims are pairs that turn by frequencies of their own. A matrix of a layer that keeps one row in r is multiplied by the root
-of r, since what it puts out is the sum of fewer numbers: the loss that a narrower student begins with is lower for it.
+Layers are named by logical path on both sides, so that it does not matter how either model groups them. A
+narrower student takes the leading indices of every dim: of the width, of feed-forward layers, of experts, of
+heads. Query heads belong to the key-value head that they read with, so they are cut in groups: of each
+key-value head that stays, the first query heads stay. A head is taken whole, since its dims are pairs that
+turn by frequencies of their own. A matrix of a layer that keeps one row in r is multiplied by the root of r,
+since what it puts out is the sum of fewer numbers: the loss that a narrower student begins with is lower for
+it.
 
-A student with a free head takes it from the teacher's, or from the embedding of a teacher whose head is tied to it; one with a tied head
-takes the embedding alone, and the head of a teacher that has one is left behind.
+A student with a free head takes it from the teacher's, or from the embedding of a teacher whose head is tied
+to it; one with a tied head takes the embedding alone, and the head of a teacher that has one is left behind.
 
 Dims: K key-value heads, G query heads of a key-value head, H head dim.
 """
@@ -34,14 +38,31 @@ from slmjax.models.mixers.latent import LatentAttentionConfig
 
 log = logging.getLogger(__name__)
 
-EMBEDDING, HEAD = "embed/table", "head/weight"
+EMBEDDING = "embed/table"
+HEAD = "head/weight"
 TABLES = (EMBEDDING, HEAD)  # a row for each token
 KNOWN_PARTS = (AttentionConfig, LatentAttentionConfig, MlpConfig, MoeConfig)  # whose inner dims may be cut
 
-# Settings in which a student may differ from its teacher without a word: sizes, which are cut, and what only training reads.
-_SIZES = ("num_heads", "num_kv_heads", "head_dim", "hidden_dim", "num_experts", "shared_hidden_dim", "latent_dim", "query_rank")
+# Settings in which a student may differ from its teacher without a word: sizes, which are cut, and what only
+# training reads.
+_SIZES = (
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "hidden_dim",
+    "num_experts",
+    "shared_hidden_dim",
+    "latent_dim",
+    "query_rank",
+)
 _OF_TRAINING = ("balance", "balance_weight", "bias_rate", "z_weight", "capacity_factor")
-_SHARED_SETTINGS = ("norm_eps", "embed_multiplier", "residual_multiplier", "logit_multiplier", "logit_softcap")
+_SHARED_SETTINGS = (
+    "norm_eps",
+    "embed_multiplier",
+    "residual_multiplier",
+    "logit_multiplier",
+    "logit_softcap",
+)
 
 Dim = Int[np.ndarray, "..."]  # the teacher's indices that stay in a dim, ascending
 
@@ -51,7 +72,9 @@ class Cut:
     """The part of a parameter of the teacher that one of the student's begins as."""
 
     source: str  # logical path in the teacher
-    kept: tuple[Dim, ...]  # by dim; of a table the rows are all here, and the vocabularies say which are taken
+    kept: tuple[
+        Dim, ...
+    ]  # by dim; of a table the rows are all here, and the vocabularies say which are taken
     scale: float = 1.0  # what the part is multiplied by
 
 
@@ -71,24 +94,34 @@ class _Pair:
 
 
 def student_cuts(teacher: Definition, student: Definition, *, chosen: Sequence[int]) -> dict[str, Cut]:
-    """What each parameter and buffer of the student is cut from, by logical path; a buffer that the teacher has not is left out.
+    """What each parameter and buffer of the student is cut from, by logical path; a buffer that the teacher
+    has not is left out.
 
-    Settings that change what the same parameters compute (a window, the base of the positions) are warned of where they differ.
+    Settings that change what the same parameters compute (a window, the base of the positions) are warned of
+    where they differ.
 
     Args:
       chosen: the teacher's layer for each of the student's.
 
     Raises:
-      ValueError: the student has what the teacher has not, lacks what it has, is wider, or is of another kind.
+      ValueError: the student has what the teacher has not, lacks what it has, is wider, or is of another
+        kind.
     """
     if teacher.config.norm_kind is not student.config.norm_kind:
         raise ValueError(
-            f"model.norm_kind is {teacher.config.norm_kind.value} in the teacher, whose scales mean something else to "
+            f"model.norm_kind is {teacher.config.norm_kind.value} in the teacher, whose scales mean "
+            "something else to "
             f"{student.config.norm_kind.value}: set it to the same"
         )
     blocks = list(teacher.config.blocks())
     pairs = [
-        _Pair(index=index, source=source, teacher=blocks[source], student=block, widths=(teacher.config, student.config))
+        _Pair(
+            index=index,
+            source=source,
+            teacher=blocks[source],
+            student=block,
+            widths=(teacher.config, student.config),
+        )
         for index, (source, block) in enumerate(zip(chosen, student.config.blocks(), strict=True))
     ]
     for pair in pairs:
@@ -103,9 +136,14 @@ def student_cuts(teacher: Definition, student: Definition, *, chosen: Sequence[i
         source = EMBEDDING if name == HEAD and HEAD not in theirs else source
         if source in theirs:
             kept = _kept(name, source, theirs[source], shape, pair)
-            cuts[name] = Cut(source=source, kept=kept, scale=1.0 if pair is None else _scale(theirs[source], shape))
+            cuts[name] = Cut(
+                source=source, kept=kept, scale=1.0 if pair is None else _scale(theirs[source], shape)
+            )
         elif name not in buffers:
-            raise ValueError(f"the student has {name}, and the teacher has no {source} to begin it as: leave it out of the student's model")
+            raise ValueError(
+                f"the student has {name}, and the teacher has no {source} to begin it as: leave it out of "
+                "the student's model"
+            )
     _refuse_losses(theirs, cuts, pairs)
     return cuts
 
@@ -120,48 +158,67 @@ def _within(name: str) -> str:
 
 
 def _refuse_losses(theirs: Mapping[str, Any], cuts: Mapping[str, Cut], pairs: Sequence[_Pair]) -> None:
-    """Without one of its parameters a layer computes something else. (A head in the place of which the embedding is used is let go.)"""
+    """Without one of its parameters a layer computes something else. (A head in the place of which the
+    embedding is used is let go.)
+    """
     for name in theirs:
         layer = int(name.split("/")[1]) if name.startswith("layers/") else None
-        students = [name] if layer is None else [f"layers/{pair.index}/{_within(name)}" for pair in pairs if pair.source == layer]
+        students = (
+            [name]
+            if layer is None
+            else [f"layers/{pair.index}/{_within(name)}" for pair in pairs if pair.source == layer]
+        )
         if lost := [own for own in students if own not in cuts and own != HEAD]:
             raise ValueError(
-                f"the teacher has {name}, without which it computes something else, and the student has no {lost[0]}: give its model one"
+                f"the teacher has {name}, without which it computes something else, and the student has no "
+                f"{lost[0]}: give its model one"
             )
 
 
-# Kinds and settings -----------------------------------------------------------------------------------------------------
+# Kinds and settings -----------------------------------------------------------------------------------------
 def _check_kinds(pair: _Pair) -> None:
     """Raises ValueError where the parameters of one layer mean nothing to the other."""
-    theirs, ours = pair.teacher, pair.student
+    theirs = pair.teacher
+    ours = pair.student
     for part in ("mixer", "ffn"):
         kinds = [type(getattr(block, part)) for block in (theirs, ours)]
         if kinds[0] is not kinds[1]:
             names = ["none" if kind is type(None) else kind.__name__ for kind in kinds]
             raise ValueError(
-                f"{pair.named}, differ in kind: {part} is {names[1]} here and {names[0]} there; choose other layers, or another kind"
+                f"{pair.named}, differ in kind: {part} is {names[1]} here and {names[0]} there; choose other "
+                "layers, or another kind"
             )
     for what, values in _same_settings(pair):
         if values[0] != values[1]:
-            raise ValueError(f"{pair.named}, differ in {what}: {_shown(values[1])} here and {_shown(values[0])} there. Set it to the same")
+            raise ValueError(
+                f"{pair.named}, differ in {what}: {_shown(values[1])} here and {_shown(values[0])} there. "
+                "Set it to the same"
+            )
     if isinstance(theirs.mixer, AttentionConfig) and isinstance(ours.mixer, AttentionConfig):
         groups = [mixer.num_heads // mixer.kv_heads for mixer in (theirs.mixer, ours.mixer)]
         if groups[1] > groups[0]:
             raise ValueError(
-                f"layers/{pair.index}/mixer/query/weight has {groups[1]} query heads for each key-value head in the student, and that of "
-                f"the teacher's layer {pair.source} has {groups[0]}: take as many key-value heads as the teacher has, or fewer query heads"
+                f"layers/{pair.index}/mixer/query/weight has {groups[1]} query heads for each key-value head "
+                "in the student, and that of "
+                f"the teacher's layer {pair.source} has {groups[0]}: take as many key-value heads as the "
+                "teacher has, or fewer query heads"
             )
 
 
 def _same_settings(pair: _Pair) -> Iterator[tuple[str, tuple[Any, Any]]]:
     """Settings in which the layers must agree, with the teacher's and the student's."""
-    theirs, ours = pair.teacher.mixer, pair.student.mixer
+    theirs = pair.teacher.mixer
+    ours = pair.student.mixer
     yield "the place of their norms", (pair.teacher.norm, pair.student.norm)
     if isinstance(theirs, AttentionConfig) and isinstance(ours, AttentionConfig):
         shapes = [config.layer_shape() for config in pair.widths]
         yield "qk_norm", (theirs.qk_norm, ours.qk_norm)
-        # The pairs of a head's dims turn by frequencies that depend on how many there are: none could be left out.
-        yield "head_dim, which cannot be cut (rotary positions)", (theirs.resolved_head_dim(shapes[0]), ours.resolved_head_dim(shapes[1]))
+        # The pairs of a head's dims turn by frequencies that depend on how many there are: none could be left
+        # out.
+        yield (
+            "head_dim, which cannot be cut (rotary positions)",
+            (theirs.resolved_head_dim(shapes[0]), ours.resolved_head_dim(shapes[1])),
+        )
     elif isinstance(theirs, LatentAttentionConfig) and isinstance(ours, LatentAttentionConfig):
         for name in ("plain_dim", "rope_dim", "value_dim"):
             yield f"{name}, which cannot be cut", (getattr(theirs, name), getattr(ours, name))
@@ -172,13 +229,16 @@ def _shown(value: Any) -> Any:
 
 
 def _warn_of_settings(pairs: Sequence[_Pair], teacher: ModelConfig, student: ModelConfig) -> None:
-    """Warn of settings that differ and that no parameter shows. A default and its value written out are the same."""
+    """Warn of settings that differ and that no parameter shows. A default and its value written out are the
+    same.
+    """
     blocks = [list(canonical(config).blocks()) for config in (teacher, student)]
     differing: dict[tuple[str, Any, Any], list[str]] = {}
     for name in _SHARED_SETTINGS:
         differing.setdefault((name, getattr(teacher, name), getattr(student, name)), [])
     for pair in pairs:
-        theirs_block, our_block = blocks[0][pair.source], blocks[1][pair.index]
+        theirs_block = blocks[0][pair.source]
+        our_block = blocks[1][pair.index]
         parts = [(theirs_block.mixer, our_block.mixer), (theirs_block.ffn, our_block.ffn)]
         found = [("passes", theirs_block.passes, our_block.passes)] + [
             (field.name, getattr(theirs, field.name), getattr(ours, field.name))
@@ -196,9 +256,13 @@ def _warn_of_settings(pairs: Sequence[_Pair], teacher: ModelConfig, student: Mod
             log.warning("init: %s: its parameters are not used to that", change)
 
 
-# Indices ----------------------------------------------------------------------------------------------------------------
-def _kept(name: str, source: str, theirs: tuple[int, ...], ours: tuple[int, ...], pair: _Pair | None) -> tuple[Dim, ...]:
-    """The teacher's indices that stay, dim by dim. Raises ValueError for a student that is wider, or cut where nothing says how."""
+# Indices ----------------------------------------------------------------------------------------------------
+def _kept(
+    name: str, source: str, theirs: tuple[int, ...], ours: tuple[int, ...], pair: _Pair | None
+) -> tuple[Dim, ...]:
+    """The teacher's indices that stay, dim by dim. Raises ValueError for a student that is wider, or cut
+    where nothing says how.
+    """
     if name in TABLES:
         ours = (theirs[0], *ours[1:])
     dims = [np.arange(min(sizes)) for sizes in zip(theirs, ours, strict=True)]
@@ -206,38 +270,66 @@ def _kept(name: str, source: str, theirs: tuple[int, ...], ours: tuple[int, ...]
         dims[unusual[0]] = unusual[1]
     if tuple(map(len, dims)) != ours:
         raise ValueError(
-            f"{name} is {list(ours)} in the student, and {source} of the teacher is {list(theirs)}: a student is cut out of its teacher, "
+            f"{name} is {list(ours)} in the student, and {source} of the teacher is {list(theirs)}: a "
+            "student is cut out of its teacher, "
             "and cannot be wider than it. Make it narrower, or begin with fresh parameters"
         )
     if pair is not None:
         part = getattr(pair.student, _within(name).split("/")[0], None)
         widths = tuple(config.embed_dim for config in pair.widths)
-        inner = [sizes for sizes in zip(theirs, ours, strict=True) if sizes[0] != sizes[1] and sizes != widths]
+        inner = [
+            sizes for sizes in zip(theirs, ours, strict=True) if sizes[0] != sizes[1] and sizes != widths
+        ]
         if inner and part is not None and type(part) not in KNOWN_PARTS:
             raise ValueError(
-                f"{name} is {list(ours)} in the student, and {source} of the teacher is {list(theirs)}: how the inside of "
+                f"{name} is {list(ours)} in the student, and {source} of the teacher is {list(theirs)}: how "
+                "the inside of "
                 f"{type(part).__name__} is cut is not known. Leave its own sizes as the teacher has them"
             )
     return tuple(dims)
 
 
 def _scale(theirs: tuple[int, ...], ours: tuple[int, ...]) -> float:
-    """The root of how many times fewer numbers an output of a matrix [.., in, out] is the sum of: its variance stays about what it was."""
+    """The root of how many times fewer numbers an output of a matrix [.., in, out] is the sum of: its
+    variance stays about what it was.
+    """
     return math.sqrt(theirs[-2] / ours[-2]) if len(ours) > 1 else 1.0
 
 
 def _unusual_dims(pair: _Pair) -> dict[str, tuple[int, Dim]]:
-    """Dims of a mixer's parameters that hold more than one thing, by the path in the layer: which dim, and what stays of it."""
-    theirs, ours = pair.teacher.mixer, pair.student.mixer
+    """Dims of a mixer's parameters that hold more than one thing, by the path in the layer: which dim, and
+    what stays of it.
+    """
+    theirs = pair.teacher.mixer
+    ours = pair.student.mixer
     if isinstance(theirs, AttentionConfig) and isinstance(ours, AttentionConfig):
-        heads = np.arange(theirs.num_heads).reshape(theirs.kv_heads, -1)[: ours.kv_heads, : ours.num_heads // ours.kv_heads].reshape(-1)
+        heads = (
+            np.arange(theirs.num_heads)
+            .reshape(theirs.kv_heads, -1)[: ours.kv_heads, : ours.num_heads // ours.kv_heads]
+            .reshape(-1)
+        )
         head_dim = theirs.resolved_head_dim(pair.widths[0].layer_shape())
-        queries = (heads[:, None] * head_dim + np.arange(head_dim)).reshape(-1)  # [D, K * G * H], cut as [D, K, G, H]
-        normed = {f"mixer/query_norm/{name}": (0, queries) for name in ("scale", "bias") if theirs.qk_norm is QkNorm.ALL_HEADS}
-        own = {"mixer/query/weight": (1, queries), "mixer/query/bias": (0, queries), "mixer/output/weight": (0, queries)}
+        queries = (heads[:, None] * head_dim + np.arange(head_dim)).reshape(
+            -1
+        )  # [D, K * G * H], cut as [D, K, G, H]
+        normed = {
+            f"mixer/query_norm/{name}": (0, queries)
+            for name in ("scale", "bias")
+            if theirs.qk_norm is QkNorm.ALL_HEADS
+        }
+        own = {
+            "mixer/query/weight": (1, queries),
+            "mixer/query/bias": (0, queries),
+            "mixer/output/weight": (0, queries),
+        }
         return own | normed | {"mixer/sinks": (0, heads)}
     if isinstance(theirs, LatentAttentionConfig) and isinstance(ours, LatentAttentionConfig):
         # The latent, then the one rotated key.
-        columns = np.concatenate([np.arange(min(ours.latent_dim, theirs.latent_dim)), theirs.latent_dim + np.arange(theirs.rope_dim)])
+        columns = np.concatenate(
+            [
+                np.arange(min(ours.latent_dim, theirs.latent_dim)),
+                theirs.latent_dim + np.arange(theirs.rope_dim),
+            ]
+        )
         return {"mixer/latent_down/weight": (1, columns), "mixer/latent_down/bias": (0, columns)}
     return {}

@@ -1,12 +1,15 @@
-"""Teachers beside a run: frozen models that read the student's batches and hand over hidden states and heads, not logits.
+"""Teachers beside a run: frozen models that read the student's batches and hand over hidden states and heads,
+not logits.
 
-    plans = plan_teachers(distill, student, sequence_length=256, mesh=mesh, tokenizer=tokenizer)   # reads settings alone
-    teachers = Teachers(plans, num_parts=1)                                                        # loads the arrays
-    outputs = teachers(batch)                                                                      # jitted calls of their own
+    plans = plan_teachers(distill, student, sequence_length=256, mesh=mesh, tokenizer=tokenizer)   # reads
+    settings alone teachers = Teachers(plans, num_parts=1)
+    # loads the arrays outputs = teachers(batch)
+    # jitted calls of their own
 
-A teacher is in no optimizer, average or checkpoint, and has no gradient: it is no part of the train step, which is only given what it
-says. It has its own precision and, where asked for, a mesh of its own, over the same devices or over others; on others it reads the next
-batch while the student still learns from the last, because calls are only queued.
+A teacher is in no optimizer, average or checkpoint, and has no gradient: it is no part of the train step,
+which is only given what it says. It has its own precision and, where asked for, a mesh of its own, over the
+same devices or over others; on others it reads the next batch while the student still learns from the last,
+because calls are only queued.
 
 Dims: B rows, T time, E a teacher's width, V rows of the student's table.
 """
@@ -58,7 +61,9 @@ class TeacherPlan:
         return self.definition.config.layer_shape().dtype
 
     def kept(self, params: Params) -> Params:
-        """Its parameters as they are kept: matrices in the dtype of the computation, which rounds them anyway."""
+        """Its parameters as they are kept: matrices in the dtype of the computation, which rounds them
+        anyway.
+        """
 
         def cast(path: str, leaf: Array) -> Array:
             dims = leaf.ndim - path.startswith("segments/")
@@ -67,7 +72,12 @@ class TeacherPlan:
         return {path: cast(path, leaf) for path, leaf in self.definition.effective(params).items()}
 
     def hidden(
-        self, params: Params, buffers: Params, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"]
+        self,
+        params: Params,
+        buffers: Params,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
     ) -> Float[Array, "B T E"]:
         """Its final hidden states of some rows."""
         model = self.definition.merge_effective(params, buffers)
@@ -92,7 +102,9 @@ class TeacherPlan:
         """What it hands over for a batch: shapes, dtypes and shardings."""
         shape = (batch_size, length, self.definition.config.embed_dim)
         place = named_sharding(HIDDEN, shape, self.student_mesh)
-        head = jax.eval_shape(self.head, jax.eval_shape(self.kept, self.definition.params), self.definition.buffers)
+        head = jax.eval_shape(
+            self.head, jax.eval_shape(self.kept, self.definition.params), self.definition.buffers
+        )
         head = placed_shapes(head, _head_places(head, self.student_mesh))
         return losses.TeacherOutput(hidden=jax.ShapeDtypeStruct(shape, self.dtype, sharding=place), head=head)
 
@@ -101,12 +113,15 @@ HIDDEN = ("batch", "time", None)
 
 
 def _head_places(head: losses.Head, mesh: Mesh) -> losses.Head:
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, partition_spec("head/weight", leaf.shape, mesh)), head)
+    return jax.tree.map(
+        lambda leaf: NamedSharding(mesh, partition_spec("head/weight", leaf.shape, mesh)), head
+    )
 
 
-# Before anything is loaded --------------------------------------------------------------------------------------------
+# Before anything is loaded ----------------------------------------------------------------------------------
 def divided_devices(distill: DistillConfig | None, devices: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """The student's devices and the teachers': all of them for both, or those that the teachers have for themselves.
+    """The student's devices and the teachers': all of them for both, or those that the teachers have for
+    themselves.
 
     Raises:
       ValueError: the teachers would leave the student none, or there are several hosts.
@@ -116,15 +131,25 @@ def divided_devices(distill: DistillConfig | None, devices: Sequence[Any]) -> tu
         return list(devices), list(devices)
     if jax.process_count() > 1:
         raise ValueError(
-            f"objective.distill.devices={count}: teachers with devices of their own work on one host only, and there are several"
+            f"objective.distill.devices={count}: teachers with devices of their own work on one host only, "
+            "and there are several"
         )
     if count >= len(devices):
-        raise ValueError(f"objective.distill.devices={count} leaves the student none of the {len(devices)} device(s): give it some")
+        raise ValueError(
+            f"objective.distill.devices={count} leaves the student none of the {len(devices)} device(s): "
+            "give it some"
+        )
     return list(devices[:-count]), list(devices[-count:])
 
 
 def plan_teachers(
-    distill: DistillConfig, student: ModelConfig, *, sequence_length: int, mesh: Mesh, teacher_mesh: Mesh, tokenizer: Tokenizer | None
+    distill: DistillConfig,
+    student: ModelConfig,
+    *,
+    sequence_length: int,
+    mesh: Mesh,
+    teacher_mesh: Mesh,
+    tokenizer: Tokenizer | None,
 ) -> tuple[TeacherPlan, ...]:
     """The teachers of a student, from their settings and vocabularies alone.
 
@@ -139,7 +164,10 @@ def plan_teachers(
       ValueError: a teacher's directory, context or vocabulary does not fit, with the way out.
     """
     if mesh is not teacher_mesh and jax.process_count() > 1:
-        raise ValueError("objective.distill.mesh: teachers with a mesh of their own work on one host only, and there are several")
+        raise ValueError(
+            "objective.distill.mesh: teachers with a mesh of their own work on one host only, and there are "
+            "several"
+        )
     plans = []
     for settings in distill.teachers:
         path = Path(settings.path)
@@ -148,8 +176,10 @@ def plan_teachers(
         length = config.context_length
         if length < sequence_length and distill.short_context is ShortContext.REFUSE:
             raise ValueError(
-                f"the teacher {path} reads {length} tokens at most, and rows have data.sequence_length={sequence_length}: shorten them, "
-                f"or have it read them in windows with objective.distill.short-context={ShortContext.WINDOW.value}"
+                f"the teacher {path} reads {length} tokens at most, and rows have "
+                f"data.sequence_length={sequence_length}: shorten them, "
+                "or have it read them in windows with "
+                f"objective.distill.short-context={ShortContext.WINDOW.value}"
             )
         vocab_size = min(student.known_vocab_size, config.known_vocab_size)
         if tokenizer is not None:
@@ -157,39 +187,58 @@ def plan_teachers(
             vocab_size = min(vocab_size, tokenizer.vocab_size)
         overlap = default_overlap(length) if distill.overlap is None else distill.overlap
         if length < sequence_length:
-            num_windows(sequence_length, context_length=length, overlap=overlap)  # or an error, before anything is read or written
+            num_windows(
+                sequence_length, context_length=length, overlap=overlap
+            )  # or an error, before anything is read or written
         plans.append(
             TeacherPlan(
-                settings=settings, definition=inference_definition(path, config, step=settings.step), mesh=teacher_mesh,
-                student_mesh=mesh, num_rows=student.table_rows, vocab_size=vocab_size, overlap=overlap,
+                settings=settings,
+                definition=inference_definition(path, config, step=settings.step),
+                mesh=teacher_mesh,
+                student_mesh=mesh,
+                num_rows=student.table_rows,
+                vocab_size=vocab_size,
+                overlap=overlap,
             )
-        )  # fmt: skip
+        )
     return tuple(plans)
 
 
 def _check_vocabulary(tokenizer: Tokenizer, path: Path) -> None:
-    """Refuses a teacher that means other tokens by the same ids; how many rows of padding a model has is its own affair."""
+    """Refuses a teacher that means other tokens by the same ids; how many rows of padding a model has is its
+    own affair.
+    """
     if not (path / "tokenizer").is_dir():
-        raise ValueError(f"the teacher {path} has no tokenizer to compare with the student's: import it again with --tokenizer FILE")
+        raise ValueError(
+            f"the teacher {path} has no tokenizer to compare with the student's: import it again with "
+            "--tokenizer FILE"
+        )
     other = Tokenizer.load(path / "tokenizer")
     if (id := tokenizer.differs_at(other)) is not None:
         raise ValueError(
-            f"token {id} is {tokenizer.name_of(id)!r} to the student and {other.name_of(id)!r} to the teacher {path}: they must have the "
-            f"same tokens. Give the experiment the teacher's, FileTokenizer(path='{path / 'tokenizer'}'), as --teacher does"
+            f"token {id} is {tokenizer.name_of(id)!r} to the student and {other.name_of(id)!r} to the "
+            f"teacher {path}: they must have the "
+            f"same tokens. Give the experiment the teacher's, FileTokenizer(path='{path / 'tokenizer'}'), as "
+            "--teacher does"
         )
 
 
-# The teachers ---------------------------------------------------------------------------------------------------------
+# The teachers -----------------------------------------------------------------------------------------------
 class Teachers:
     """Loaded teachers: called with a batch, they give what they say of it."""
 
     def __init__(self, plans: Sequence[TeacherPlan], *, num_parts: int) -> None:
-        """Loads their arrays. Batches are read in `num_parts` parts, one after the other, as the student does."""
-        self.plans, self._num_parts = tuple(plans), num_parts
+        """Loads their arrays. Batches are read in `num_parts` parts, one after the other, as the student
+        does.
+        """
+        self.plans = tuple(plans)
+        self._num_parts = num_parts
         loaded = [_load(plan) for plan in self.plans]
         self._arrays = [arrays for arrays, _ in loaded]
         self._heads = [head for _, head in loaded]
-        self._calls = [jax.jit(functools.partial(_in_parts, plan), static_argnames="num_parts") for plan in self.plans]
+        self._calls = [
+            jax.jit(functools.partial(_in_parts, plan), static_argnames="num_parts") for plan in self.plans
+        ]
 
     def __call__(self, batch: Batch, *, in_parts: bool = True) -> tuple[losses.TeacherOutput, ...]:
         """Hidden states of a placed batch, placed like it, and heads.
@@ -222,18 +271,32 @@ def beside(path: Path, student: Loaded) -> Teachers:
     distill = DistillConfig(teachers=(teacher,), short_context=ShortContext.WINDOW)
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
     length = student.config.context_length
-    plans = plan_teachers(distill, student.config, sequence_length=length, mesh=mesh, teacher_mesh=mesh, tokenizer=student.tokenizer)
+    plans = plan_teachers(
+        distill,
+        student.config,
+        sequence_length=length,
+        mesh=mesh,
+        teacher_mesh=mesh,
+        tokenizer=student.tokenizer,
+    )
     return Teachers(plans, num_parts=1)
 
 
 def _load(plan: TeacherPlan) -> tuple[tuple[Params, Params], losses.Head]:
     """A teacher's arrays on its mesh, and its head on the student's."""
-    definition, mesh = plan.definition, plan.mesh
+    definition = plan.definition
+    mesh = plan.mesh
 
-    like = [placed_shapes(tree, parameter_shardings(tree, mesh)) for tree in (definition.params, definition.buffers)]
+    like = [
+        placed_shapes(tree, parameter_shardings(tree, mesh))
+        for tree in (definition.params, definition.buffers)
+    ]
     with jax.set_mesh(mesh):
-        _, params, buffers = read_parameters(Path(plan.settings.path), definition.config, *like, step=plan.settings.step)
-        # No shardings are asked for: what does not change is then not copied, and what does stays where it is.
+        _, params, buffers = read_parameters(
+            Path(plan.settings.path), definition.config, *like, step=plan.settings.step
+        )
+        # No shardings are asked for: what does not change is then not copied, and what does stays where it
+        # is.
         params = jax.jit(plan.kept)(params)
         head = jax.jit(plan.head)(params, buffers)
         if mesh is plan.student_mesh:
@@ -241,22 +304,31 @@ def _load(plan: TeacherPlan) -> tuple[tuple[Params, Params], losses.Head]:
     if mesh is not plan.student_mesh:
         return (params, buffers), jax.device_put(head, _head_places(head, plan.student_mesh))
     # Hidden states need no free head: it is not kept a second time.
-    return ({path: head.weight if path == "head/weight" else leaf for path, leaf in params.items()}, buffers), head
+    return (
+        {path: head.weight if path == "head/weight" else leaf for path, leaf in params.items()},
+        buffers,
+    ), head
 
 
 def _placed_head(head: losses.Head, mesh: Mesh) -> losses.Head:
-    """A head whose table may have other rows than the teacher's, and so another place: moved once, here, and not in every step.
+    """A head whose table may have other rows than the teacher's, and so another place: moved once, here, and
+    not in every step.
 
-    From columns to rows it goes by way of both, which devices do by exchanging parts; straight on, each would hold the whole table.
+    From columns to rows it goes by way of both, which devices do by exchanging parts; straight on, each would
+    hold the whole table.
     """
     places = _head_places(head, mesh)
     if head.weight.sharding.is_equivalent_to(places.weight, head.weight.ndim):
         return head
-    move = jax.jit(lambda table: communication.constrain(table, ("vocab", "embed")), out_shardings=places.weight)
+    move = jax.jit(
+        lambda table: communication.constrain(table, ("vocab", "embed")), out_shardings=places.weight
+    )
     return dataclasses.replace(head, weight=move(head.weight))
 
 
-def _in_parts(plan: TeacherPlan, params: Params, buffers: Params, *rows: Array, num_parts: int) -> Float[Array, "B T E"]:
+def _in_parts(
+    plan: TeacherPlan, params: Params, buffers: Params, *rows: Array, num_parts: int
+) -> Float[Array, "B T E"]:
     if num_parts == 1:
         return communication.constrain(plan.hidden(params, buffers, *rows), HIDDEN)
     parts = tuple(communication.split_rows(array, num_parts=num_parts) for array in rows)

@@ -1,4 +1,6 @@
-"""Evaluation: what a model is worth, in figures that compare across tokenizers and engines, and what it costs."""
+"""Evaluation: what a model is worth, in figures that compare across tokenizers and engines, and what it
+costs.
+"""
 
 from slmjax.evaluation.bits_per_byte import EvalResult, evaluate
 from slmjax.evaluation.efficiency import Efficiency, measure_efficiency

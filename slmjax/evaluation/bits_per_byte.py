@@ -1,13 +1,14 @@
 """Loss, perplexity and bits per byte on held-out text, over the tokens that training scores.
 
-    evaluate(loaded)                                                          # the held-out text of the run itself
-    evaluate(loaded, data=DataConfig(path="book.txt", heldout_fraction=0.0))  # all of another text
+    evaluate(loaded)                                                          # the held-out text of the run
+    itself evaluate(loaded, data=DataConfig(path="book.txt", heldout_fraction=0.0))  # all of another text
     evaluate(loaded, score=ScoredText.ALL)                                    # of pairs, the prompts too
 
-Bits per byte is the total negative log-likelihood in bits over the UTF-8 bytes of the scored text. BOS is not scored, EOS is and
-counts no byte; documents that are longer than a row are cut into windows that overlap, and what they repeat is context, not
-scored again (`data/windows.py`). The sum therefore has one term per token whatever the batch size, packing or mesh; window
-length and overlap say how much context a token is given, so they are part of the result.
+Bits per byte is the total negative log-likelihood in bits over the UTF-8 bytes of the scored text. BOS is not
+scored, EOS is and counts no byte; documents that are longer than a row are cut into windows that overlap, and
+what they repeat is context, not scored again (`data/windows.py`). The sum therefore has one term per token
+whatever the batch size, packing or mesh; window length and overlap say how much context a token is given, so
+they are part of the result.
 
 Dims: B rows of the global batch, T positions of a row.
 """
@@ -42,7 +43,9 @@ from slmjax.models.definition import Definition
 from slmjax.parallel.batches import place_batch
 
 Params = Mapping[str, Array]
-EvalStep = Callable[..., dict[str, Array]]  # (params, buffers, batch) or (params, buffers, batch, what the teachers say of it)
+EvalStep = Callable[
+    ..., dict[str, Array]
+]  # (params, buffers, batch) or (params, buffers, batch, what the teachers say of it)
 Sums = dict[str, np.ndarray]
 TeacherCall = Callable[[Batch], tuple[TeacherOutput, ...]]
 
@@ -54,7 +57,9 @@ class EvalResult:
     loss: float  # nats per scored token
     perplexity: float
     bits_per_byte: float
-    calibration_error: float  # mean gap between the model's confidence in its likeliest token and how often that is right
+    calibration_error: (
+        float  # mean gap between the model's confidence in its likeliest token and how often that is right
+    )
     tokens: int  # that were scored
     total_tokens: int  # of the documents but BOS: more than `tokens` where prompts were not scored
     bytes: int  # of the scored text
@@ -62,10 +67,15 @@ class EvalResult:
     sequence_length: int  # tokens of a window
     overlap: int  # tokens of context that a further window of a long document repeats
     seconds: float
-    teacher_kl: float | None = None  # KL(teacher || model) in nats per scored token, at temperature 1; None: compared with none
-    teacher_agreement: float | None = None  # share of scored tokens before which both find the same token the likeliest
+    teacher_kl: float | None = (
+        None  # KL(teacher || model) in nats per scored token, at temperature 1; None: compared with none
+    )
+    teacher_agreement: float | None = (
+        None  # share of scored tokens before which both find the same token the likeliest
+    )
     teacher_bits_per_byte: float | None = None  # of the teachers themselves
-    lost_text: float = 0.0  # share of the text's bytes that the tokenizer loses: above 0, bits per byte are too low to be compared
+    # share of the text's bytes that the tokenizer loses: above 0, bits per byte are too low to be compared
+    lost_text: float = 0.0
     bos: SpecialToken | None = None  # what documents begin with, and what named it
     eos: SpecialToken | None = None  # what they end with
     unrounded_loss: float | None = None  # of a quantized run's weights before rounding; None: not evaluated
@@ -94,28 +104,44 @@ class EvalResult:
         return text if self.is_all else f"the completions of {text}"
 
     def with_tokenizer(self, tokenizer: Tokenizer, documents: Sequence[TokenShards]) -> "EvalResult":
-        """The result with what is to be known of the tokenizer: its BOS and EOS, and what it loses of these documents."""
+        """The result with what is to be known of the tokenizer: its BOS and EOS, and what it loses of these
+        documents.
+        """
         share = lost_share(shards.manifest.lost_text for shards in documents)
         return dataclasses.replace(self, lost_text=share, **tokenizer.special_tokens)
 
     def figures(self) -> dict[str, float]:
         """What a run's log tells; of the teachers only where there are any."""
-        names = ("loss", "bits_per_byte", "calibration_error", "teacher_kl", "teacher_agreement", "teacher_bits_per_byte", "tokens")
+        names = (
+            "loss",
+            "bits_per_byte",
+            "calibration_error",
+            "teacher_kl",
+            "teacher_agreement",
+            "teacher_bits_per_byte",
+            "tokens",
+        )
         names += ("total_tokens", "unrounded_loss", "unrounded_bits_per_byte")
         figures = {name: value for name in names if (value := getattr(self, name)) is not None}
         return figures | ({"lost_text": self.lost_text} if self.lost_text else {})
 
 
-def make_eval_step(definition: Definition, *, matching: Matching | None = None, unrounded: bool = False) -> EvalStep:
-    """The compiled `(params, buffers, batch, teachers) -> sums` over the global batch (`losses.evaluation_sums`).
+def make_eval_step(
+    definition: Definition, *, matching: Matching | None = None, unrounded: bool = False
+) -> EvalStep:
+    """The compiled `(params, buffers, batch, teachers) -> sums` over the global batch
+    (`losses.evaluation_sums`).
 
     Args:
       matching: how several teachers are one, where the step is given any.
-      unrounded: whether weights that have a format are also evaluated before they are rounded (sum "unrounded_nll").
+      unrounded: whether weights that have a format are also evaluated before they are rounded (sum
+        "unrounded_nll").
     """
 
     @jax.jit
-    def eval_step(params: Params, buffers: Params, batch: Batch, teachers: tuple[TeacherOutput, ...] = ()) -> dict[str, Array]:
+    def eval_step(
+        params: Params, buffers: Params, batch: Batch, teachers: tuple[TeacherOutput, ...] = ()
+    ) -> dict[str, Array]:
         def sums(model: Decoder, **compared: Any) -> dict[str, Array]:
             output = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions)
             return evaluation_sums(output.hidden, output.head, batch.targets, batch.loss_mask, **compared)
@@ -137,7 +163,8 @@ def evaluate_batches(
     mesh: Mesh | None = None,
     teachers: TeacherCall | None = None,
 ) -> EvalResult:
-    """Runs all batches; on a mesh the parameters must be on it, and every process passes the rows that it holds.
+    """Runs all batches; on a mesh the parameters must be on it, and every process passes the rows that it
+    holds.
 
     Args:
       teachers: whom the model is compared with, called with each placed batch.
@@ -153,11 +180,16 @@ def evaluate_batches(
         _add(totals, pending)
         pending = running
     _add(totals, pending)
-    assert totals["weight"] == batches.num_targets, f"{totals['weight']} tokens were scored, and there are {batches.num_targets}"
-    loss, plan = float(totals["nll"]) / batches.num_targets, batches.plans[0][1]
+    assert totals["weight"] == batches.num_targets, (
+        f"{totals['weight']} tokens were scored, and there are {batches.num_targets}"
+    )
+    loss = float(totals["nll"]) / batches.num_targets
+    plan = batches.plans[0][1]
     compared: dict[str, Any] = {}
     if "teacher_kl" in totals:
-        compared = {name: float(totals[sum_name]) / batches.num_targets for name, sum_name in PER_TOKEN.items()}
+        compared = {
+            name: float(totals[sum_name]) / batches.num_targets for name, sum_name in PER_TOKEN.items()
+        }
         compared["teacher_bits_per_byte"] = _bits_per_byte(totals["teacher_nll"], batches)
     if "unrounded_nll" in totals:
         compared["unrounded_loss"] = float(totals["unrounded_nll"]) / batches.num_targets
@@ -167,7 +199,9 @@ def evaluate_batches(
         loss=loss,
         perplexity=math.inf if loss >= 700 else math.exp(loss),
         bits_per_byte=_bits_per_byte(totals["nll"], batches),
-        calibration_error=expected_calibration_error(*(totals[f"bin_{name}"] for name in ("weight", "confidence", "correct"))),
+        calibration_error=expected_calibration_error(
+            *(totals[f"bin_{name}"] for name in ("weight", "confidence", "correct"))
+        ),
         tokens=batches.num_targets,
         total_tokens=batches.num_tokens,
         bytes=batches.num_bytes,
@@ -204,22 +238,26 @@ def evaluate(
     changed_data: ChangedData = ChangedData.REFUSE,
     log: Callable[[str], None] = print,
 ) -> EvalResult:
-    """Loss and bits per byte of a trained model on held-out text, with the model's own tokenizer, on one device.
+    """Loss and bits per byte of a trained model on held-out text, with the model's own tokenizer, on one
+    device.
 
     Args:
-      data: what to evaluate on: its held-out part, or all of it where nothing is held out (`heldout_fraction` 0), in windows
-        of its sequence length (or the model's context, if that is shorter). None: the held-out text of the run itself.
+      data: what to evaluate on: its held-out part, or all of it where nothing is held out (`heldout_fraction`
+        0), in windows of its sequence length (or the model's context, if that is shorter). None: the held-out
+        text of the run itself.
       max_documents: the first so many documents only.
-      overlap: tokens of context that a further window of a long document repeats; None: as the run was evaluated.
+      overlap: tokens of context that a further window of a long document repeats; None: as the run was
+        evaluated.
       batch_size: rows at a time; None: that of the data.
-      score: the text that is scored; None: as the run was evaluated, which is what training scores unless eval.score says otherwise.
+      score: the text that is scored; None: as the run was evaluated, which is what training scores unless
+        eval.score says otherwise.
       teachers: whom it is compared with (`distill.teachers.beside`).
       changed_data: what to do where the text that the model was trained on has changed since.
       log: called with what the preparation of data reports.
 
     Raises:
-      ValueError: the run's text has changed, and `changed_data` does not allow it; or `data` is None, and the run
-        held nothing out or the model's directory has no experiment.
+      ValueError: the run's text has changed, and `changed_data` does not allow it; or `data` is None, and the
+        run held nothing out or the model's directory has no experiment.
     """
     experiment = _experiment_of(loaded)
     score = score or scored_text(loaded)
@@ -239,12 +277,18 @@ def evaluate(
     )
     if max_documents is None and score is not ScoredText.ALL:
         _log_left_out(batches, documents, decode=loaded.tokenizer.decode, log=log)
-    found = evaluate_batches(make_eval_step(loaded.definition), loaded.params, loaded.buffers, batches, teachers=teachers)
+    found = evaluate_batches(
+        make_eval_step(loaded.definition), loaded.params, loaded.buffers, batches, teachers=teachers
+    )
     return found.with_tokenizer(loaded.tokenizer, documents)
 
 
 def _log_left_out(
-    batches: EvaluationBatches, documents: Sequence[TokenShards], *, decode: Callable[[list[int]], str], log: Callable[[str], None]
+    batches: EvaluationBatches,
+    documents: Sequence[TokenShards],
+    *,
+    decode: Callable[[list[int]], str],
+    log: Callable[[str], None],
 ) -> None:
     names = {id(shards): shards.manifest.source_name for shards in documents}
     for shards, plan in batches.plans:
@@ -253,35 +297,52 @@ def _log_left_out(
 
 
 def data_or_own(loaded: Loaded, data: DataConfig | None) -> DataConfig:
-    """What to evaluate on; for None the data of the run. Raises ValueError where the run held nothing out, or there is none."""
+    """What to evaluate on; for None the data of the run. Raises ValueError where the run held nothing out, or
+    there is none.
+    """
     if data is not None:
         return data
     experiment = _experiment_of(loaded)
     if "data" not in experiment:
-        raise ValueError(f"{loaded.path} has no config.json that says what it was trained on: say what to evaluate on with data")
+        raise ValueError(
+            f"{loaded.path} has no config.json that says what it was trained on: say what to evaluate on "
+            "with data"
+        )
     own = config_io.from_json(DataConfig, experiment["data"])
     if own.heldout_fraction == 0:
-        raise ValueError(f"{loaded.path} was trained on all of its text and held nothing out: say what to evaluate on with data")
+        raise ValueError(
+            f"{loaded.path} was trained on all of its text and held nothing out: say what to evaluate on "
+            "with data"
+        )
     return own
 
 
 def scored_text(loaded: Loaded) -> ScoredText:
-    """Return the text that evaluations of the model's own run score; without a run or a setting, what training scores."""
+    """Return the text that evaluations of the model's own run score; without a run or a setting, what
+    training scores.
+    """
     return ScoredText(_experiment_of(loaded).get("eval", {}).get("score", ScoredText.COMPLETIONS.value))
 
 
 def documents_of(
-    loaded: Loaded, data: DataConfig, *, changed_data: ChangedData = ChangedData.REFUSE, log: Callable[[str], None]
+    loaded: Loaded,
+    data: DataConfig,
+    *,
+    changed_data: ChangedData = ChangedData.REFUSE,
+    log: Callable[[str], None],
 ) -> tuple[TokenShards, ...]:
     """The held-out documents of `data` in tokens of the model, or all of them where nothing is held out.
 
     Raises:
-      ValueError: they are those of the model's own run, and have changed (`provenance.documents_to_evaluate`).
+      ValueError: they are those of the model's own run, and have changed
+        (`provenance.documents_to_evaluate`).
     """
     tokenizer = FileTokenizer(path=str(loaded.path / "tokenizer" / "tokenizer.json"))
     return documents_to_evaluate(loaded.path, data, tokenizer, changed_data=changed_data, log=log)
 
 
 def _experiment_of(loaded: Loaded) -> dict[str, Any]:
-    """The run's resolved experiment as JSON, or what a model made of a run keeps of it; empty for a model of other people."""
+    """The run's resolved experiment as JSON, or what a model made of a run keeps of it; empty for a model of
+    other people.
+    """
     return read_settings(loaded.path)

@@ -1,4 +1,5 @@
-"""What a model costs: sizes and FLOPs worked out from its config, and times, memory and energy measured on this machine.
+"""What a model costs: sizes and FLOPs worked out from its config, and times, memory and energy measured on
+this machine.
 
 efficiency(loaded).decode_tokens_per_second
 """
@@ -35,7 +36,9 @@ class Efficiency:
     bytes_by_dtype: dict[str, int]  # of the parameters as they are loaded
     forward_flops_per_token: float  # at the context length
     training_flops_per_token: float  # forward and backward
-    cache_bytes_per_token: float  # decoding state of a full context, divided by its length, in the dtype of the computation
+    cache_bytes_per_token: (
+        float  # decoding state of a full context, divided by its length, in the dtype of the computation
+    )
     cache_bytes: int  # decoding state of a full context
     prompt_tokens: int  # of the prompt that is timed
     time_to_first_token: float  # seconds, median
@@ -44,13 +47,15 @@ class Efficiency:
     energy_joules_per_token: float | None  # of decoding, by codecarbon; None where it was not asked for
 
 
-def measure_efficiency(loaded: Loaded, *, energy: bool = False, prompt_tokens: int | None = None) -> Efficiency:
+def measure_efficiency(
+    loaded: Loaded, *, energy: bool = False, prompt_tokens: int | None = None
+) -> Efficiency:
     """Measures a model on one device, greedily, on random tokens.
 
     Args:
       loaded: the model, from `load_model`.
-      energy: measure energy as well, for some ten seconds (the `energy` extra). What codecarbon cannot read from the
-        machine's counters it estimates from the processor's rated power.
+      energy: measure energy as well, for some ten seconds (the `energy` extra). What codecarbon cannot read
+        from the machine's counters it estimates from the processor's rated power.
       prompt_tokens: length of the prompt (none: half of the context, at most 512).
 
     Raises:
@@ -60,7 +65,10 @@ def measure_efficiency(loaded: Loaded, *, energy: bool = False, prompt_tokens: i
     tracker = _energy_tracker() if energy else None  # what is missing is said before minutes of measuring
     length = min(config.context_length // 2, 512) if prompt_tokens is None else prompt_tokens
     if not 1 <= length < config.context_length - 1:
-        raise ValueError(f"prompt_tokens={length} must be from 1 to {config.context_length - 2}, to leave room in the context")
+        raise ValueError(
+            f"prompt_tokens={length} must be from 1 to {config.context_length - 2}, to leave room in the "
+            "context"
+        )
     new_tokens = min(NEW_TOKENS, config.context_length - length)
     prompt = np.random.default_rng(0).integers(0, config.known_vocab_size, length).tolist()
 
@@ -74,7 +82,8 @@ def measure_efficiency(loaded: Loaded, *, energy: bool = False, prompt_tokens: i
         decode(count)  # compiles
     first = statistics.median(decode(1) for _ in range(ROUNDS))
     whole = statistics.median(decode(new_tokens) for _ in range(ROUNDS))
-    costs, shape = zoo.describe(config), config.layer_shape()
+    costs = zoo.describe(config)
+    shape = config.layer_shape()
     mixers = [block.mixer for block in config.blocks() for _ in range(block.passes)]
     itemsize = np.dtype(shape.dtype).itemsize
     cache = sum(mixer.state_bytes(shape, length=config.context_length, itemsize=itemsize) for mixer in mixers)
@@ -82,13 +91,21 @@ def measure_efficiency(loaded: Loaded, *, energy: bool = False, prompt_tokens: i
     for leaf in loaded.params.values():
         sizes[leaf.dtype.name] = sizes.get(leaf.dtype.name, 0) + leaf.size * leaf.dtype.itemsize
     return Efficiency(
-        parameters=costs.parameters, active_parameters=costs.active_parameters, bytes_by_dtype=sizes,
-        forward_flops_per_token=costs.training_flops_per_token / 3, training_flops_per_token=costs.training_flops_per_token,
-        cache_bytes_per_token=cache / config.context_length, cache_bytes=cache, prompt_tokens=length, time_to_first_token=first,
+        parameters=costs.parameters,
+        active_parameters=costs.active_parameters,
+        bytes_by_dtype=sizes,
+        forward_flops_per_token=costs.training_flops_per_token / 3,
+        training_flops_per_token=costs.training_flops_per_token,
+        cache_bytes_per_token=cache / config.context_length,
+        cache_bytes=cache,
+        prompt_tokens=length,
+        time_to_first_token=first,
         decode_tokens_per_second=(new_tokens - 1) / max(whole - first, 1e-9) if new_tokens > 1 else math.nan,
         peak_memory_bytes=_peak_memory(),
-        energy_joules_per_token=None if tracker is None else _energy(tracker, functools.partial(decode, prompt=prompt[:1]), new_tokens),
-    )  # fmt: skip
+        energy_joules_per_token=None
+        if tracker is None
+        else _energy(tracker, functools.partial(decode, prompt=prompt[:1]), new_tokens),
+    )
 
 
 def _peak_memory() -> int:
@@ -105,11 +122,19 @@ def _energy_tracker() -> Any:
     try:
         from codecarbon import OfflineEmissionsTracker
     except ImportError as error:
-        raise ValueError(f"energy needs codecarbon, which is not installed ({error}): pip install 'slmjax[energy]'") from error
-    logging.getLogger("codecarbon").setLevel(logging.ERROR)  # it announces itself before it looks at log_level
+        raise ValueError(
+            f"energy needs codecarbon, which is not installed ({error}): pip install 'slmjax[energy]'"
+        ) from error
+    logging.getLogger("codecarbon").setLevel(
+        logging.ERROR
+    )  # it announces itself before it looks at log_level
     # The country decides about grams of carbon, which are not asked for here, and has to be given.
     return OfflineEmissionsTracker(
-        country_iso_code="USA", save_to_file=False, log_level="error", measure_power_secs=1, allow_multiple_runs=True
+        country_iso_code="USA",
+        save_to_file=False,
+        log_level="error",
+        measure_power_secs=1,
+        allow_multiple_runs=True,
     )
 
 

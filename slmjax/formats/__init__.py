@@ -1,1 +1,3 @@
-"""Number formats, one definition each: from numbers to codes and scales, and back; the presets; the bytes of GGUF's blocks."""
+"""Number formats, one definition each: from numbers to codes and scales, and back; the presets; the bytes of
+GGUF's blocks.
+"""

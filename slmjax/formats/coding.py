@@ -4,12 +4,14 @@
     decode(encoded, spec, axis=-2)              # what an engine makes of them, float32
     fake_quant(x, spec, axis=-2)                # the same in one go, without the integers between
 
-All of it is elementwise but for one or two reductions over a group: nothing is sorted or gathered, and arrays that are divided over
-devices stay so. It is computed in float32, and gives what the engines' own quantizers do, bit for bit, on every platform (see
-formats/division.py). Numbers below 1.2e-38, the smallest normal float32, count as zero, as XLA has it on CPU. A stack of weights is one
-tensor to a TENSOR's scale and to the second scale of a two-level format: `jax.vmap` gives each its own.
+All of it is elementwise but for one or two reductions over a group: nothing is sorted or gathered, and arrays
+that are divided over devices stay so. It is computed in float32, and gives what the engines' own quantizers
+do, bit for bit, on every platform (see formats/division.py). Numbers below 1.2e-38, the smallest normal
+float32, count as zero, as XLA has it on CPU. A stack of weights is one tensor to a TENSOR's scale and to the
+second scale of a two-level format: `jax.vmap` gives each its own.
 
-Dims: W numbers along the axis, G groups, S numbers of a group. The axis is anywhere: "*B W *C" -> "*B G S *C".
+Dims: W numbers along the axis, G groups, S numbers of a group. The axis is anywhere: "*B W *C" -> "*B G S
+*C".
 """
 
 import dataclasses
@@ -29,7 +31,9 @@ from slmjax.formats.spec import CodesFrom, QuantSpec, Scaling, Share, check_widt
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """An array as it is stored. Where groups run along an axis, that axis of `scale` and `zero` counts groups; the rest is alike."""
+    """An array as it is stored. Where groups run along an axis, that axis of `scale` and `zero` counts
+    groups; the rest is alike.
+    """
 
     # int8, the shape of the array
     codes: Any
@@ -55,13 +59,14 @@ def encode(
       x: any float dtype; computed in float32.
       spec: the format.
       axis: the one that groups, or rows, run along: for a weight the one that is summed over.
-      scale: one number a group, in the shape that `scale_of` has: learned, calibrated or searched. It is rounded to what is
-        stored, and codes are computed on that. None: the format's own rule; where that computes codes on a scale not yet
-        rounded, so does this. An asymmetric format keeps the zero point of its rule, at the given scale.
+      scale: one number a group, in the shape that `scale_of` has: learned, calibrated or searched. It is
+        rounded to what is stored, and codes are computed on that. None: the format's own rule; where that
+        computes codes on a scale not yet rounded, so does this. An asymmetric format keeps the zero point of
+        its rule, at the given scale.
       tensor_scale: the second scale of a two-level format, calibrated; None: from the largest of all of `x`.
 
-    Raises ValueError where the width is no multiple of the group size. A NaN or infinity makes its group's scale NaN, so that it
-    is not hidden by a code.
+    Raises ValueError where the width is no multiple of the group size. A NaN or infinity makes its group's
+    scale NaN, so that it is not hidden by a code.
     """
     groups, axes = _grouped(x, spec, axis)
     parts = _quantized(groups, axes, spec, scale, tensor_scale)
@@ -82,7 +87,9 @@ def decode(encoded: Encoded, spec: QuantSpec, *, axis: int = -1) -> Float[Array,
     groups, axes = _grouped(encoded.codes, spec, axis)
     zero = None if encoded.zero is None else jnp.expand_dims(encoded.zero, axes[-1]).astype(jnp.float32)
     scale = jnp.expand_dims(encoded.scale, axes[-1])
-    parts = _Parts(values=values_of(groups, spec.grid), scale=scale, zero=zero, tensor_scale=encoded.tensor_scale)
+    parts = _Parts(
+        values=values_of(groups, spec.grid), scale=scale, zero=zero, tensor_scale=encoded.tensor_scale
+    )
     return _restored(parts).reshape(encoded.codes.shape)
 
 
@@ -96,14 +103,16 @@ def fake_quant(
 ) -> Float[Array, "..."]:
     """`decode(encode(x))`: what is left of `x`, float32. Arguments are those of `encode`.
 
-    A zero may have the other sign; under given scales a NaN stays the only one, and an infinity becomes the largest number there is.
+    A zero may have the other sign; under given scales a NaN stays the only one, and an infinity becomes the
+    largest number there is.
     """
     groups, axes = _grouped(x, spec, axis)
     return _restored(_quantized(groups, axes, spec, scale, tensor_scale)).reshape(x.shape)
 
 
 def scale_of(x: Float[Array, "..."], spec: QuantSpec, *, axis: int = -1) -> Float[Array, "..."]:
-    """The scales that `encode` computes, as they are stored: float32, the shape of `x` with the axis counting groups.
+    """The scales that `encode` computes, as they are stored: float32, the shape of `x` with the axis counting
+    groups.
 
     Of a two-level format both scales together: what codes are multiplied with.
     """
@@ -114,11 +123,15 @@ def scale_of(x: Float[Array, "..."], spec: QuantSpec, *, axis: int = -1) -> Floa
 
 
 def expanded(scale: Float[Array, "..."], width: int, *, axis: int = -1) -> Float[Array, "..."]:
-    """Each group's scale for each of its numbers: the axis that counts groups becomes `width`. Dims of a TENSOR's scale stay 1."""
+    """Each group's scale for each of its numbers: the axis that counts groups becomes `width`. Dims of a
+    TENSOR's scale stay 1.
+    """
     axis = axis % scale.ndim
     num_groups = scale.shape[axis]
     shape = (*scale.shape[: axis + 1], width // num_groups, *scale.shape[axis + 1 :])
-    return jnp.broadcast_to(jnp.expand_dims(scale, axis + 1), shape).reshape(*scale.shape[:axis], width, *scale.shape[axis + 1 :])
+    return jnp.broadcast_to(jnp.expand_dims(scale, axis + 1), shape).reshape(
+        *scale.shape[:axis], width, *scale.shape[axis + 1 :]
+    )
 
 
 def _grouped(x: Array, spec: QuantSpec, axis: int) -> tuple[Array, tuple[int, ...]]:
@@ -137,7 +150,7 @@ def _grouped(x: Array, spec: QuantSpec, axis: int) -> tuple[Array, tuple[int, ..
     return groups, (*(i for i in range(groups.ndim) if i != axis + 1), axis + 1)
 
 
-# --- Both ways, in groups --------------------------------------------------------------------------------------------------------
+# Both ways, in groups ---------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,9 +163,13 @@ class _Parts:
     tensor_scale: Array | None
 
 
-def _quantized(groups: Array, axes: tuple[int, ...], spec: QuantSpec, scale: Array | None, tensor_scale: Array | None) -> _Parts:
+def _quantized(
+    groups: Array, axes: tuple[int, ...], spec: QuantSpec, scale: Array | None, tensor_scale: Array | None
+) -> _Parts:
     if spec.is_two_level:
-        tensor_scale = tensor_scale_of(groups, spec) if tensor_scale is None else tensor_scale.astype(jnp.float32)
+        tensor_scale = (
+            tensor_scale_of(groups, spec) if tensor_scale is None else tensor_scale.astype(jnp.float32)
+        )
     elif tensor_scale is not None:
         raise ValueError("a tensor_scale was given for a format that has no second scale")
     zero = None
@@ -161,7 +178,9 @@ def _quantized(groups: Array, axes: tuple[int, ...], spec: QuantSpec, scale: Arr
         kept = stored_scale(exact, spec, tensor_scale)
         divisor = exact if spec.codes_from is CodesFrom.EXACT else kept
     else:
-        divisor = kept = stored_scale(jnp.expand_dims(scale, axes[-1]).astype(jnp.float32), spec, tensor_scale)
+        divisor = kept = stored_scale(
+            jnp.expand_dims(scale, axes[-1]).astype(jnp.float32), spec, tensor_scale
+        )
         zero = zero_of(groups, axes, spec, kept) if spec.is_asymmetric else None
     if tensor_scale is not None:
         scaled = groups * divided(reciprocal(tensor_scale), divisor)

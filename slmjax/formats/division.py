@@ -1,8 +1,9 @@
 """Division that gives the same bits everywhere: the float32 nearest to the quotient.
 
-Compilers multiply with the reciprocal of a divisor that is one number, which rounds twice, and make one division of two: what is
-written here leaves them nothing to see that by. And on accelerators division itself may be off by an ulp or two, as it is on NVIDIA
-GPUs, which moves a number at a tie to another code. There the quotient is put right by what it leaves over, which is found exactly.
+Compilers multiply with the reciprocal of a divisor that is one number, which rounds twice, and make one
+division of two: what is written here leaves them nothing to see that by. And on accelerators division itself
+may be off by an ulp or two, as it is on NVIDIA GPUs, which moves a number at a tie to another code. There the
+quotient is put right by what it leaves over, which is found exactly.
 """
 
 import jax
@@ -38,24 +39,32 @@ def _quotient(x: Array, divisor: Array) -> Array:
     return jax.lax.platform_dependent(x, divisor, cuda=exact, tpu=exact, default=jax.lax.div)
 
 
-def corrected(quotient: Float[Array, "..."], x: Float[Array, "..."], divisor: Float[Array, "..."]) -> Float[Array, "..."]:
+def corrected(
+    quotient: Float[Array, "..."], x: Float[Array, "..."], divisor: Float[Array, "..."]
+) -> Float[Array, "..."]:
     """`x / divisor`, rounded once, from a quotient that is at most 2 ulp off.
 
-    Only where numbers and quotient are in the range of normal float32: elsewhere it is as given. Every product here is of 12 by 12 bits
-    and every difference is a float32, so it does not matter whether a compiler fuses the two.
+    Only where numbers and quotient are in the range of normal float32: elsewhere it is as given. Every
+    product here is of 12 by 12 bits and every difference is a float32, so it does not matter whether a
+    compiler fuses the two.
     """
-    m, n = _mantissa(x), _mantissa(divisor)
+    m = _mantissa(x)
+    n = _mantissa(divisor)
     m = jnp.where(m < n, 2 * m, m)  # the quotient of the two is in [1, 2)
     exponent = _exponent(x) - _exponent(divisor) - (_mantissa(x) < n)
     q = jnp.clip(from_bits(magnitude_bits(quotient) - (exponent << 23)), 1.0, 2.0 - _LAST)
-    (q_high, q_low), (n_high, n_low) = _halves(q), _halves(n)
+    (q_high, q_low) = _halves(q)
+    (n_high, n_low) = _halves(n)
     rest = ((m - q_high * n_high) - q_high * n_low - q_low * n_high) - q_low * n_low
     half_a_step = (0.5 * _LAST) * n
     for _ in range(_CORRECTIONS):
         step = jnp.where(rest > half_a_step, _LAST, jnp.where(rest < -half_a_step, -_LAST, 0.0))
-        q, rest = q + step, rest - step * n
+        q = q + step
+        rest = rest - step * n
     sign = (as_bits(x) ^ as_bits(divisor)) & jnp.int32(-(2**31))
-    is_normal = jnp.isfinite(x) & jnp.isfinite(divisor) & (jnp.abs(x) >= _SMALLEST) & (jnp.abs(divisor) >= _SMALLEST)
+    is_normal = (
+        jnp.isfinite(x) & jnp.isfinite(divisor) & (jnp.abs(x) >= _SMALLEST) & (jnp.abs(divisor) >= _SMALLEST)
+    )
     is_normal &= (exponent >= -126) & (exponent <= 127)
     return jnp.where(is_normal, from_bits((as_bits(q) + (exponent << 23)) | sign), quotient)
 

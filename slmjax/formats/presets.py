@@ -30,37 +30,65 @@ def _quotient(x: float, divisor: int) -> float:
 
 
 # llama.cpp's blocks (gguf-py's quants): the scale is float16, codes are computed before it is.
-_GGUF = QuantSpec(bits=8, group_size=32, scale_type=ScaleType.FLOAT16, codes_from=CodesFrom.EXACT, scaling=Scaling.RECIPROCAL)
-_Q4_0 = dataclasses.replace(_GGUF, bits=4, statistic=Statistic.SIGNED_MAX, divisor=8.0, rounding=Rounding.HALF_UP)
+_GGUF = QuantSpec(
+    bits=8,
+    group_size=32,
+    scale_type=ScaleType.FLOAT16,
+    codes_from=CodesFrom.EXACT,
+    scaling=Scaling.RECIPROCAL,
+)
+_Q4_0 = dataclasses.replace(
+    _GGUF, bits=4, statistic=Statistic.SIGNED_MAX, divisor=8.0, rounding=Rounding.HALF_UP
+)
 _Q8_0 = dataclasses.replace(_GGUF, codes=Codes.SYMMETRIC, divisor=127.0, rounding=Rounding.HALF_AWAY)
-_TQ2_0 = dataclasses.replace(_GGUF, bits=TERNARY_BITS, group_size=256, divisor=1.0, rounding=Rounding.HALF_AWAY)
+_TQ2_0 = dataclasses.replace(
+    _GGUF, bits=TERNARY_BITS, group_size=256, divisor=1.0, rounding=Rounding.HALF_AWAY
+)
 
 # torchao, 8-bit dynamic activations and 4-bit weights: a product with the reciprocal, and a smallest scale.
 _TORCHAO = QuantSpec(bits=4, group_size=32, divisor=7.5, smallest_scale=2.0**-126, scaling=Scaling.RECIPROCAL)
-_TORCHAO_TOKEN = dataclasses.replace(_TORCHAO, bits=8, share=Share.ROW, group_size=None, statistic=Statistic.MIN_MAX, divisor=1.0)
+_TORCHAO_TOKEN = dataclasses.replace(
+    _TORCHAO, bits=8, share=Share.ROW, group_size=None, statistic=Statistic.MIN_MAX, divisor=1.0
+)
 
 # compressed-tensors: a quotient; float32's epsilon is the scale of zeros.
 _COMPRESSED = QuantSpec(bits=4, group_size=32, divisor=7.5, scale_of_zeros=2.0**-23)
 _COMPRESSED_ROW = dataclasses.replace(_COMPRESSED, bits=8, share=Share.ROW, group_size=None, divisor=127.5)
 
-# ai-edge-quantizer, for LiteRT: without the lowest code in 8 bits; scales of blocks are rounded to bfloat16; the largest magnitude counts
-# as at least 1e-9.
-_LITERT_ROW = QuantSpec(bits=8, codes=Codes.SYMMETRIC, share=Share.ROW, divisor=127.0, smallest_scale=_quotient(1e-9, 127))
-_LITERT_ROW4 = dataclasses.replace(_LITERT_ROW, bits=4, codes=Codes.FULL, divisor=7.0, smallest_scale=_quotient(1e-9, 7))
-_LITERT_BLOCK = dataclasses.replace(_LITERT_ROW4, share=Share.GROUP, group_size=32, scale_type=ScaleType.BFLOAT16_IN_FLOAT16)
+# ai-edge-quantizer, for LiteRT: without the lowest code in 8 bits; scales of blocks are rounded to bfloat16;
+# the largest magnitude counts as at least 1e-9.
+_LITERT_ROW = QuantSpec(
+    bits=8, codes=Codes.SYMMETRIC, share=Share.ROW, divisor=127.0, smallest_scale=_quotient(1e-9, 127)
+)
+_LITERT_ROW4 = dataclasses.replace(
+    _LITERT_ROW, bits=4, codes=Codes.FULL, divisor=7.0, smallest_scale=_quotient(1e-9, 7)
+)
+_LITERT_BLOCK = dataclasses.replace(
+    _LITERT_ROW4, share=Share.GROUP, group_size=32, scale_type=ScaleType.BFLOAT16_IN_FLOAT16
+)
 
 # ONNX Runtime's MatMulNBits: Q4_0's codes, except where two numbers of other signs are the largest.
 _ONNX = dataclasses.replace(_Q4_0, statistic=Statistic.FAR_END, scale_type=ScaleType.FLOAT32)
 
-# The OCP's microscaling formats: scales are powers of two, the largest magnitude's rounded down, over that of the grid's largest number.
+# The OCP's microscaling formats: scales are powers of two, the largest magnitude's rounded down, over that of
+# the grid's largest number.
 _MXFP4 = QuantSpec(bits=4, grid=Grid.E2M1, group_size=32, divisor=4.0, scale_type=ScaleType.E8M0)
 _MXFP8_E4M3 = dataclasses.replace(_MXFP4, bits=8, grid=Grid.E4M3, divisor=256.0)
 _MXFP8_E5M2 = dataclasses.replace(_MXFP4, bits=8, grid=Grid.E5M2, divisor=32768.0)
-# gguf-py takes the smaller of two numbers that are equally near, and has no -0. Where the largest magnitude is within about five float32
-# steps below a power of two, its logarithm rounds up and its scale is twice as large: not done here.
+# gguf-py takes the smaller of two numbers that are equally near, and has no -0. Where the largest magnitude
+# is within about five float32 steps below a power of two, its logarithm rounds up and its scale is twice as
+# large: not done here.
 _MXFP4_GGUF = dataclasses.replace(_MXFP4, rounding=Rounding.HALF_DOWN)
-# torchao's NVFP4: 8-bit float scales of 16 numbers each, at least 2**-6, under one float32 scale for the tensor.
-_NVFP4 = QuantSpec(bits=4, grid=Grid.E2M1, group_size=16, divisor=6.0, scale_type=ScaleType.E4M3, smallest_block_scale=2.0**-6)
+# torchao's NVFP4: 8-bit float scales of 16 numbers each, at least 2**-6, under one float32 scale for the
+# tensor.
+_NVFP4 = QuantSpec(
+    bits=4,
+    grid=Grid.E2M1,
+    group_size=16,
+    divisor=6.0,
+    scale_type=ScaleType.E4M3,
+    smallest_block_scale=2.0**-6,
+)
 
 
 def _group(spec: QuantSpec, size: int) -> QuantSpec:
@@ -70,16 +98,22 @@ def _group(spec: QuantSpec, size: int) -> QuantSpec:
 def _integers(bits: int) -> QuantSpec:
     """Symmetric integers in groups of 32 under a float16 scale, which GGUF's blocks can hold."""
     highest = 2 ** (bits - 1) - 1
-    return QuantSpec(bits=bits, codes=Codes.SYMMETRIC, group_size=32, divisor=float(highest), scale_type=ScaleType.FLOAT16)
+    return QuantSpec(
+        bits=bits, codes=Codes.SYMMETRIC, group_size=32, divisor=float(highest), scale_type=ScaleType.FLOAT16
+    )
 
 
 # BitNet b1.58 (arXiv 2402.17764): to the nearest of -1, 0, 1 in units of the mean magnitude.
-_TERNARY = QuantSpec(bits=TERNARY_BITS, statistic=Statistic.ABSMEAN, group_size=256, scale_type=ScaleType.FLOAT16)
-# ParetoQ's stretched elastic quantizer (arXiv 2502.02631): 2 bits without zero, and three levels, both up to three quarters or two
-# thirds of the largest magnitude; one bit in units of the mean magnitude.
+_TERNARY = QuantSpec(
+    bits=TERNARY_BITS, statistic=Statistic.ABSMEAN, group_size=256, scale_type=ScaleType.FLOAT16
+)
+# ParetoQ's stretched elastic quantizer (arXiv 2502.02631): 2 bits without zero, and three levels, both up to
+# three quarters or two thirds of the largest magnitude; one bit in units of the mean magnitude.
 _STRETCHED_2 = QuantSpec(bits=2, grid=Grid.ODD, group_size=32, divisor=4.0, scale_type=ScaleType.FLOAT16)
 _STRETCHED_TERNARY = QuantSpec(bits=TERNARY_BITS, group_size=256, divisor=1.5, scale_type=ScaleType.FLOAT16)
-_BINARY = QuantSpec(bits=1, grid=Grid.ODD, group_size=32, statistic=Statistic.ABSMEAN, scale_type=ScaleType.FLOAT16)
+_BINARY = QuantSpec(
+    bits=1, grid=Grid.ODD, group_size=32, statistic=Statistic.ABSMEAN, scale_type=ScaleType.FLOAT16
+)
 
 PRESETS: Mapping[str, QuantSpec] = MappingProxyType(
     {
@@ -118,12 +152,16 @@ PRESETS: Mapping[str, QuantSpec] = MappingProxyType(
 def preset(name: str) -> QuantSpec:
     """The format of that name. Raises ConfigError, with near names, for a name that none has."""
     if name not in PRESETS:
-        raise ConfigError(f"there is no number format {name!r}.{near_names(name, PRESETS)} There are {', '.join(PRESETS)}")
+        raise ConfigError(
+            f"there is no number format {name!r}.{near_names(name, PRESETS)} There are {', '.join(PRESETS)}"
+        )
     return PRESETS[name]
 
 
 def name_of(spec: QuantSpec) -> str:
-    """The preset's name, or words that say what the format is: "5 bits absmax/15, groups of 64, float16 scales"."""
+    """The preset's name, or words that say what the format is: "5 bits absmax/15, groups of 64, float16
+    scales".
+    """
     for name, known in PRESETS.items():
         if known == spec:
             return name

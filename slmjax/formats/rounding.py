@@ -1,7 +1,7 @@
 """Rounding to the numbers of a grid, and the codes of those.
 
-Compilers may round a product and the sum it goes into once together, which would change bits: they cannot where the product is clipped
-in between.
+Compilers may round a product and the sum it goes into once together, which would change bits: they cannot
+where the product is clipped in between.
 """
 
 import jax
@@ -19,11 +19,14 @@ _ONE_OVER = 0x7F000000  # the bits of 2**-e are these less those of 2**e
 
 
 def nearest(scaled: Float[Array, "..."], spec: QuantSpec) -> Float[Array, "..."]:
-    """The grid's number nearest to each, as float32: of `scaled`, which is x over its scale, without a zero point."""
+    """The grid's number nearest to each, as float32: of `scaled`, which is x over its scale, without a zero
+    point.
+    """
     if spec.grid is Grid.INTEGER:
         return _nearest_integer(scaled, spec)
     if spec.grid is Grid.ODD:
-        low, high = float(spec.lowest_code), float(spec.highest_code)
+        low = float(spec.lowest_code)
+        high = float(spec.highest_code)
         if spec.bits == 1:
             return jnp.where(scaled < 0, -1.0, jnp.where(scaled >= 0, 1.0, jnp.nan))
         return 2 * jnp.round(jnp.clip(scaled, low, high) * 0.5 - 0.5) + 1
@@ -31,7 +34,8 @@ def nearest(scaled: Float[Array, "..."], spec: QuantSpec) -> Float[Array, "..."]
 
 
 def _nearest_integer(scaled: Array, spec: QuantSpec) -> Array:
-    low, high = float(spec.lowest_code), float(spec.highest_code)
+    low = float(spec.lowest_code)
+    high = float(spec.highest_code)
     if spec.rounding is Rounding.HALF_UP:
         # Engines truncate a positive number; what is clipped beforehand comes out as if clipped afterwards.
         return jnp.floor(jnp.clip(scaled, low - 0.5, high + 0.25) + (0.5 - low)) + low
@@ -44,18 +48,26 @@ def _nearest_integer(scaled: Array, spec: QuantSpec) -> Array:
     return jnp.copysign(below + over.astype(jnp.float32), scaled)
 
 
-def nearest_to_zero_point(scaled: Float[Array, "..."], zero: Float[Array, "..."], spec: QuantSpec) -> Float[Array, "..."]:
+def nearest_to_zero_point(
+    scaled: Float[Array, "..."], zero: Float[Array, "..."], spec: QuantSpec
+) -> Float[Array, "..."]:
     """The same for an asymmetric format: the code, whose zero point is added once `scaled` is rounded."""
-    low, high = float(spec.lowest_code), float(spec.highest_code)
+    low = float(spec.lowest_code)
+    high = float(spec.highest_code)
     # No zero point brings into range what is clipped first.
     return jnp.clip(jnp.round(jnp.clip(scaled, low - high, high - low)) + zero, low, high)
 
 
-def nearest_float(scaled: Float[Array, "..."], grid: Grid, rounding: Rounding = Rounding.HALF_EVEN) -> Float[Array, "..."]:
-    """The nearest number of a float grid, the largest of it for what is larger; HALF_EVEN or HALF_DOWN, where -0 becomes 0."""
+def nearest_float(
+    scaled: Float[Array, "..."], grid: Grid, rounding: Rounding = Rounding.HALF_EVEN
+) -> Float[Array, "..."]:
+    """The nearest number of a float grid, the largest of it for what is larger; HALF_EVEN or HALF_DOWN, where
+    -0 becomes 0.
+    """
     mantissa_bits, smallest_normal = _FLOATS[grid]
     scaled = jnp.clip(scaled, -LARGEST[grid], LARGEST[grid])
-    # The power of two below the magnitude, by its bits; its neighbours are that far apart, over 2**mantissa_bits.
+    # The power of two below the magnitude, by its bits; its neighbours are that far apart, over
+    # 2**mantissa_bits.
     exponent = as_bits(jnp.maximum(jnp.abs(scaled), smallest_normal)) & _EXPONENT
     steps = scaled * from_bits(_ONE_OVER - exponent) * 2.0**mantissa_bits
     if rounding is Rounding.HALF_EVEN:
@@ -69,7 +81,9 @@ def nearest_float(scaled: Float[Array, "..."], grid: Grid, rounding: Rounding = 
 
 
 def with_mantissa(x: Float[Array, "..."], bits: int) -> Float[Array, "..."]:
-    """The nearest number with so many bits of mantissa, ties to even; the exponent may be any that float32 has."""
+    """The nearest number with so many bits of mantissa, ties to even; the exponent may be any that float32
+    has.
+    """
     last = 23 - bits
     kept = as_bits(x) + (2 ** (last - 1) - 1) + ((as_bits(x) >> last) & 1) & -(2**last)
     return jnp.where(jnp.isnan(x), x, from_bits(kept))

@@ -19,7 +19,9 @@ _LARGEST_FLOAT16 = 65504.0
 _INFINITY = 0x7F800000  # as bits of a float32, which are also those of its exponent
 
 
-def computed_scale(groups: Float[Array, "..."], axes: tuple[int, ...], spec: QuantSpec) -> tuple[Array, Array | None]:
+def computed_scale(
+    groups: Float[Array, "..."], axes: tuple[int, ...], spec: QuantSpec
+) -> tuple[Array, Array | None]:
     """The scale before it is rounded; and the zero point, a whole float32, of an asymmetric format.
 
     Args:
@@ -34,7 +36,8 @@ def computed_scale(groups: Float[Array, "..."], axes: tuple[int, ...], spec: Qua
     if spec.statistic is Statistic.SIGNED_MAX:
         statistic = -_signed_max(groups, axes)
     elif spec.statistic is Statistic.FAR_END:
-        lowest, highest = jnp.min(groups, axis=axes, keepdims=True), jnp.max(groups, axis=axes, keepdims=True)
+        lowest = jnp.min(groups, axis=axes, keepdims=True)
+        highest = jnp.max(groups, axis=axes, keepdims=True)
         statistic = _or_nan(jnp.where(highest > -lowest, -highest, -lowest), groups, axes)
     elif spec.statistic is Statistic.ABSMEAN:
         count = math.prod(groups.shape[i] for i in axes)
@@ -82,7 +85,8 @@ def _signed_max(groups: Array, axes: tuple[int, ...]) -> Array:
     *others, axis = axes
     if others:
         raise ValueError("statistic SIGNED_MAX is for groups and rows: give a TENSOR another")
-    # Neighbours in pairs, which keeps their order, and is several times faster than to reduce all of them in this way.
+    # Neighbours in pairs, which keeps their order, and is several times faster than to reduce all of them in
+    # this way.
     for _ in range(_PAIRED_ROUNDS):
         if groups.shape[axis] % 2 or groups.shape[axis] == 2:
             break
@@ -95,15 +99,21 @@ def _signed_max(groups: Array, axes: tuple[int, ...]) -> Array:
 
 
 def _larger_or_earlier(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
-    (x, i), (y, j) = one, other
-    takes_other = (magnitude_bits(y) > magnitude_bits(x)) | ((magnitude_bits(y) == magnitude_bits(x)) & (j < i))
+    (x, i) = one
+    (y, j) = other
+    takes_other = (magnitude_bits(y) > magnitude_bits(x)) | (
+        (magnitude_bits(y) == magnitude_bits(x)) & (j < i)
+    )
     return jnp.where(takes_other, y, x), jnp.where(takes_other, j, i)
 
 
-def stored_scale(scale: Float[Array, "..."], spec: QuantSpec, tensor_scale: Array | None = None) -> Float[Array, "..."]:
+def stored_scale(
+    scale: Float[Array, "..."], spec: QuantSpec, tensor_scale: Array | None = None
+) -> Float[Array, "..."]:
     """A scale rounded to what is stored of it, as float32.
 
-    Too large for float16, it is infinite. Of a two-level format the scale comes back over `tensor_scale`, as it is stored.
+    Too large for float16, it is infinite. Of a two-level format the scale comes back over `tensor_scale`, as
+    it is stored.
     """
     if tensor_scale is not None:
         over = divided(scale, jnp.where(tensor_scale == 0, 1.0, tensor_scale))
@@ -112,11 +122,14 @@ def stored_scale(scale: Float[Array, "..."], spec: QuantSpec, tensor_scale: Arra
         scale = with_mantissa(scale, 7)
     if spec.scale_type in (ScaleType.FLOAT16, ScaleType.BFLOAT16_IN_FLOAT16):
         # Below the normal numbers float16 has steps of 2**-24.
-        scale = jnp.where(jnp.abs(scale) < 2.0**-14, jnp.round(scale * 2.0**24) * 2.0**-24, with_mantissa(scale, 10))
+        scale = jnp.where(
+            jnp.abs(scale) < 2.0**-14, jnp.round(scale * 2.0**24) * 2.0**-24, with_mantissa(scale, 10)
+        )
         scale = jnp.where(jnp.abs(scale) > _LARGEST_FLOAT16, jnp.copysign(jnp.inf, scale), scale)
     if spec.scale_type is ScaleType.E8M0:
         bits = as_bits(scale) & _INFINITY
-        # The smallest, 2**-127, is below the normal numbers; what is not finite becomes NaN, as E8M0 has no infinity.
+        # The smallest, 2**-127, is below the normal numbers; what is not finite becomes NaN, as E8M0 has no
+        # infinity.
         bits = jnp.where(bits == 0, 0x00400000, jnp.where(bits == _INFINITY, _INFINITY + 1, bits))
         scale = from_bits(bits)
     return jnp.where(scale == 0, spec.scale_of_zeros, scale) if spec.scale_of_zeros else scale
@@ -125,4 +138,6 @@ def stored_scale(scale: Float[Array, "..."], spec: QuantSpec, tensor_scale: Arra
 def tensor_scale_of(x: Float[Array, "..."], spec: QuantSpec) -> Float[Array, ""]:
     """The second scale of a two-level format: the largest block scale is then the largest 8-bit float."""
     x = x.astype(jnp.float32)
-    return divided(_largest_magnitude(x, tuple(range(x.ndim))).reshape(()), LARGEST[Grid.E4M3] * LARGEST[spec.grid])
+    return divided(
+        _largest_magnitude(x, tuple(range(x.ndim))).reshape(()), LARGEST[Grid.E4M3] * LARGEST[spec.grid]
+    )

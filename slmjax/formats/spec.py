@@ -1,8 +1,9 @@
 """What a number format is: `QuantSpec`, a handful of choices from which `coding` computes codes and scales.
 
-A number x is stored as a small integer, its code. What a code stands for is the grid's; numbers that share a scale form a group along
-one axis of the array. Codes are computed from x and the group's scale, either as x * (1 / scale) or as x / scale: which of them, how
-the result is rounded, and what the scale is computed from, differ between engines in ways that change one code in a hundred.
+A number x is stored as a small integer, its code. What a code stands for is the grid's; numbers that share a
+scale form a group along one axis of the array. Codes are computed from x and the group's scale, either as x *
+(1 / scale) or as x / scale: which of them, how the result is rounded, and what the scale is computed from,
+differ between engines in ways that change one code in a hundred.
 """
 
 import dataclasses
@@ -16,8 +17,12 @@ class Grid(enum.Enum):
     """What the codes are, before they are multiplied with the scale."""
 
     INTEGER = "integer"  # integers without gaps
-    ODD = "odd"  # odd integers, so that no level is wasted on zero: one bit is -1, 1; two bits are -3, -1, 1, 3
-    E2M1 = "e2m1"  # 4-bit floats: 0, 0.5, 1, 1.5, 2, 3, 4, 6 with a sign; the code is the bit pattern, 0 to 15
+    ODD = (
+        "odd"  # odd integers, so that no level is wasted on zero: one bit is -1, 1; two bits are -3, -1, 1, 3
+    )
+    E2M1 = (
+        "e2m1"  # 4-bit floats: 0, 0.5, 1, 1.5, 2, 3, 4, 6 with a sign; the code is the bit pattern, 0 to 15
+    )
     E4M3 = "e4m3"  # 8-bit floats up to 448; the code is the bit pattern as an int8
     E5M2 = "e5m2"  # 8-bit floats up to 57344
 
@@ -25,8 +30,11 @@ class Grid(enum.Enum):
 class Statistic(enum.Enum):
     """What of a group its scale is computed from."""
 
-    SIGNED_MAX = "signed_max"  # the number of largest magnitude, the first of such, with its sign turned: it has the lowest code
-    FAR_END = "far_end"  # the same of the smallest or the largest number; of two as far from zero, the smallest
+    # the number of largest magnitude, the first of such, with its sign turned: it has the lowest code
+    SIGNED_MAX = "signed_max"
+    FAR_END = (
+        "far_end"  # the same of the smallest or the largest number; of two as far from zero, the smallest
+    )
     ABSMAX = "absmax"  # the largest magnitude
     ABSMEAN = "absmean"  # the mean magnitude
     MIN_MAX = "min_max"  # from the smallest number, or 0, to the largest, or 0: codes have a zero point
@@ -47,7 +55,9 @@ class ScaleType(enum.Enum):
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
     BFLOAT16_IN_FLOAT16 = "bfloat16_in_float16"  # rounded to bfloat16, then kept as float16
-    E8M0 = "e8m0"  # powers of two: that of the statistic, rounded down, over that of the grid's largest number
+    E8M0 = (
+        "e8m0"  # powers of two: that of the statistic, rounded down, over that of the grid's largest number
+    )
     E4M3 = "e4m3"  # 8-bit floats, under a second scale for the whole tensor
 
 
@@ -133,7 +143,8 @@ class QuantSpec:
             raise ValueError(f"bits is {self.bits}: give one of {', '.join(map(str, BITS))}")
         if (self.share is Share.GROUP) != (self.group_size is not None):
             raise ValueError(
-                f"group_size is {self.group_size} with share {self.share.value!r}: give a size for groups, and for nothing else"
+                f"group_size is {self.group_size} with share {self.share.value!r}: give a size for groups, "
+                "and for nothing else"
             )
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size is {self.group_size}: give at least 1")
@@ -144,11 +155,21 @@ class QuantSpec:
         if self.grid is Grid.ODD and self.bits not in (1, 2, 3, 4):
             raise ValueError(f"bits is {self.bits} with grid ODD: give 1, 2, 3 or 4")
         if self.grid in FLOAT_GRIDS and self.bits != (4 if self.grid is Grid.E2M1 else 8):
-            raise ValueError(f"bits is {self.bits} with grid {self.grid.value!r}: e2m1 has 4 bits, e4m3 and e5m2 have 8")
+            raise ValueError(
+                f"bits is {self.bits} with grid {self.grid.value!r}: e2m1 has 4 bits, e4m3 and e5m2 have 8"
+            )
         if self.is_two_level and (self.grid not in FLOAT_GRIDS or self.share is not Share.GROUP):
-            raise ValueError("scales in e4m3 are under one for the tensor: give a float grid in groups, or another scale_type")
-        if self.statistic is Statistic.MIN_MAX and (self.grid is not Grid.INTEGER or self.codes is Codes.SYMMETRIC):
-            raise ValueError("a zero point is for an INTEGER grid with its FULL codes: give statistic ABSMAX, or such a grid")
+            raise ValueError(
+                "scales in e4m3 are under one for the tensor: give a float grid in groups, or another "
+                "scale_type"
+            )
+        if self.statistic is Statistic.MIN_MAX and (
+            self.grid is not Grid.INTEGER or self.codes is Codes.SYMMETRIC
+        ):
+            raise ValueError(
+                "a zero point is for an INTEGER grid with its FULL codes: give statistic ABSMAX, or such a "
+                "grid"
+            )
 
     @property
     def is_asymmetric(self) -> bool:
@@ -157,7 +178,9 @@ class QuantSpec:
 
     @property
     def has_signed_scale(self) -> bool:
-        """Return whether a scale may be negative, so that the grid of a group is mirrored: the largest number then has the lowest code."""
+        """Return whether a scale may be negative, so that the grid of a group is mirrored: the largest number
+        then has the lowest code.
+        """
         is_signed = self.statistic in (Statistic.SIGNED_MAX, Statistic.FAR_END)
         return is_signed and self.scale_type is not ScaleType.E8M0  # which stores no sign
 
@@ -202,10 +225,16 @@ def check_width(spec: QuantSpec, width: int, *, what: str, name: str | None = No
     """
     if spec.group_size is not None and (width < 1 or width % spec.group_size):
         divisors = [size for size in (256, 128, 64, 32, 16) if width % size == 0 and width > 0]
-        way_out = f"a format in groups of {divisors[0]} or one scale per row" if divisors else "a format with one scale per row"
+        way_out = (
+            f"a format in groups of {divisors[0]} or one scale per row"
+            if divisors
+            else "a format with one scale per row"
+        )
         raise ValueError(
-            f"{what} is {width} wide, which {name or 'a format'} cannot hold: its groups are of {spec.group_size} numbers,"
-            f" and {width} is no multiple of that. Give {way_out}, or a width that is a multiple of {spec.group_size}"
+            f"{what} is {width} wide, which {name or 'a format'} cannot hold: its groups are of "
+            f"{spec.group_size} numbers,"
+            f" and {width} is no multiple of that. Give {way_out}, or a width that is a multiple of "
+            f"{spec.group_size}"
         )
 
 
@@ -225,12 +254,18 @@ def levels(spec: QuantSpec) -> np.ndarray:
 
 
 def bits_per_number(spec: QuantSpec, width: int) -> float:
-    """Bits that a number takes as stored, along an axis of `width` numbers: its code, and its share of the scale and zero point.
+    """Bits that a number takes as stored, along an axis of `width` numbers: its code, and its share of the
+    scale and zero point.
 
-    What the whole tensor shares is not counted. Raises ValueError for a width that has no whole number of groups.
+    What the whole tensor shares is not counted. Raises ValueError for a width that has no whole number of
+    groups.
     """
     check_width(spec, width, what="an axis")
-    shared = 0 if spec.share is Share.TENSOR else _SCALE_BITS[spec.scale_type] + (math.ceil(spec.bits) if spec.is_asymmetric else 0)
+    shared = (
+        0
+        if spec.share is Share.TENSOR
+        else _SCALE_BITS[spec.scale_type] + (math.ceil(spec.bits) if spec.is_asymmetric else 0)
+    )
     return math.ceil(spec.bits) + shared * spec.groups(width) / width
 
 
@@ -242,5 +277,11 @@ def stored_bytes(spec: QuantSpec, shape: tuple[int, ...], *, axis: int = -1) -> 
     numbers = math.prod(shape)
     if numbers == 0:
         return 0
-    of_tensor = 32 + (8 if spec.is_asymmetric else 0) if spec.share is Share.TENSOR else 32 if spec.is_two_level else 0
+    of_tensor = (
+        32 + (8 if spec.is_asymmetric else 0)
+        if spec.share is Share.TENSOR
+        else 32
+        if spec.is_two_level
+        else 0
+    )
     return math.ceil((bits_per_number(spec, shape[axis]) * numbers + of_tensor) / 8)

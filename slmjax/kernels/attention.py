@@ -1,8 +1,9 @@
 """Attention: the reference, and the form that a whole sequence runs in.
 
-`reference_attention` is the definition, and what decoding with a cache calls; `self_attention` is what a whole sequence
-calls, and picks a form by platform and shape. Every form equals the reference, by test. A sequence may be divided over devices:
-queries then stay where they are, and keys come to them, all of them or, in a window, those just before a device's own.
+`reference_attention` is the definition, and what decoding with a cache calls; `self_attention` is what a
+whole sequence calls, and picks a form by platform and shape. Every form equals the reference, by test. A
+sequence may be divided over devices: queries then stay where they are, and keys come to them, all of them or,
+in a window, those just before a device's own.
 
 Dims: B batch, T query time, S key time, N heads, K kv heads, G heads per kv head (N = K G), H head dim.
 """
@@ -30,9 +31,13 @@ def attention_mask(
     k_positions: Int[Array, "B S"],
     window: int | None,
 ) -> Bool[Array, "B T S"]:
-    """True where a query may see a key: same document (not padding), not later, and less than `window` positions back."""
+    """True where a query may see a key: same document (not padding), not later, and less than `window`
+    positions back.
+    """
     distance = q_positions[:, :, None] - k_positions[:, None, :]
-    allowed = (q_segments[:, :, None] == k_segments[:, None, :]) & (q_segments[:, :, None] != 0) & (distance >= 0)
+    allowed = (
+        (q_segments[:, :, None] == k_segments[:, None, :]) & (q_segments[:, :, None] != 0) & (distance >= 0)
+    )
     return allowed if window is None else allowed & (distance < window)
 
 
@@ -52,8 +57,9 @@ def reference_attention(
 ) -> Float[Array, "B T N H"]:
     """Softmax attention of queries over keys of their own segment at their own or earlier positions.
 
-    Segment 0 is padding, or an empty slot of a cache: it sees nothing and is seen by nothing. A query that may see nothing
-    gives 0, with gradients 0. Scores and softmax are float32; the result has the dtype of `q`.
+    Segment 0 is padding, or an empty slot of a cache: it sees nothing and is seen by nothing. A query that
+    may see nothing gives 0, with gradients 0. Scores and softmax are float32; the result has the dtype of
+    `q`.
 
     Args:
       window: a query sees the `window` latest positions, its own included; None for all.
@@ -66,14 +72,22 @@ def reference_attention(
     scores = scale * jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k, preferred_element_type=jnp.float32)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    mask = attention_mask(q_segments=q_segments, k_segments=k_segments, q_positions=q_positions, k_positions=k_positions, window=window)
+    mask = attention_mask(
+        q_segments=q_segments,
+        k_segments=k_segments,
+        q_positions=q_positions,
+        k_positions=k_positions,
+        window=window,
+    )
     mask = mask[:, None, None, :, :]
     # Masked again after the softmax: a row that sees nothing would otherwise be the mean of all values.
     scores = jnp.where(mask, scores, cpu.MASKED_SCORE)
     if sinks is None:
         weights = jax.nn.softmax(scores, axis=-1)
     else:
-        sink = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, num_kv_heads, -1, 1, 1), (*scores.shape[:-1], 1))
+        sink = jnp.broadcast_to(
+            sinks.astype(jnp.float32).reshape(1, num_kv_heads, -1, 1, 1), (*scores.shape[:-1], 1)
+        )
         weights = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
     weights = jnp.where(mask, weights, 0.0)
     return jnp.einsum("bkgts,bskh->btkgh", weights.astype(q.dtype), v).reshape(q.shape)
@@ -90,10 +104,11 @@ def self_attention(
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`reference_attention` of a sequence over itself, in the form that suits platform and shape, on any mesh.
+    """`reference_attention` of a sequence over itself, in the form that suits platform and shape, on any
+    mesh.
 
-    Segments must be contiguous, as packed batches have them: distances are then those between places in the row, and only keys
-    close by in the row can be visible.
+    Segments must be contiguous, as packed batches have them: distances are then those between places in the
+    row, and only keys close by in the row can be visible.
     """
     target = mesh.platform()
     num_heads = q.shape[2]
@@ -103,24 +118,40 @@ def self_attention(
             # These query heads need not be those of whole groups: each gets a key-value head of its own.
             here = communication.index_along("heads") * q.shape[2] + jnp.arange(q.shape[2])
             k, v = (jnp.take(x, here // (num_heads // k.shape[2]), axis=2) for x in (k, v))
-        length, shards = q.shape[1], communication.num_shards("time")
+        length = q.shape[1]
+        shards = communication.num_shards("time")
         gathered = shards > 1 and (window is None or window > (shards - 1) * length)
         if gathered:
             keys = [communication.gather(x, "time", axis=1) for x in (k, v, segments)]
         else:
             keys = [communication.halo(x, "time", size=(window or 1) - 1, axis=1) for x in (k, v, segments)]
         form = choose_attention(
-            length, window=window, platform=target, softcap=softcap, num_keys=keys[0].shape[1], gathered=gathered,
-            head_dim=q.shape[3], dtype=q.dtype, has_sinks=bool(sinks),
-        )  # fmt: skip
+            length,
+            window=window,
+            platform=target,
+            softcap=softcap,
+            num_keys=keys[0].shape[1],
+            gathered=gathered,
+            head_dim=q.shape[3],
+            dtype=q.dtype,
+            has_sinks=bool(sinks),
+        )
         form = functools.partial(form, sinks=sinks[0]) if sinks else form
-        ids = {"q_segments": segments, "k_segments": keys[2], "shard": communication.index_along("time") if gathered else None}
+        ids = {
+            "q_segments": segments,
+            "k_segments": keys[2],
+            "shard": communication.index_along("time") if gathered else None,
+        }
         return form(q, keys[0], keys[1], **ids, window=window, scale=scale, softcap=softcap)
 
-    queries, pairs, marks = ("batch", "time", "heads", None), ("batch", "time", "kv_heads", None), ("batch", "time")
-    in_dims, arrays = (queries, pairs, pairs, marks), (q, k, v, segment_ids)
+    queries = ("batch", "time", "heads", None)
+    pairs = ("batch", "time", "kv_heads", None)
+    marks = ("batch", "time")
+    in_dims = (queries, pairs, pairs, marks)
+    arrays = (q, k, v, segment_ids)
     if sinks is not None:
-        in_dims, arrays = (*in_dims, ("heads",)), (*arrays, sinks)
+        in_dims = (*in_dims, ("heads",))
+        arrays = (*arrays, sinks)
     return communication.local(on_device, in_dims=in_dims, out_dims=queries, checked=target == "cpu")(*arrays)
 
 
@@ -136,25 +167,34 @@ def choose_attention(
     dtype: Any = jnp.float32,
     has_sinks: bool = False,
 ) -> Callable[..., Array]:
-    """The form of attention of a device's `length` queries: a function of q, k, v, their segments, `shard` and the settings.
+    """The form of attention of a device's `length` queries: a function of q, k, v, their segments, `shard`
+    and the settings.
 
     Args:
-      num_keys: of which the queries are the last, or, if `gathered`, one shard; as many as queries by default.
+      num_keys: of which the queries are the last, or, if `gathered`, one shard; as many as queries by
+        default.
     """
     num_keys = length if num_keys is None else num_keys
     over = f"{length} tokens" if num_keys == length else f"{length} tokens and {num_keys} keys"
-    name = f"attention over {over}, window {window}, heads of {head_dim}, {jnp.dtype(dtype).name}, on {platform}"
+    name = (
+        f"attention over {over}, window {window}, heads of {head_dim}, {jnp.dtype(dtype).name}, on {platform}"
+    )
     fused = allows_fused()
     if fused and platform == "tpu" and min(length, num_keys) >= tpu.BLOCKS[-1]:
         announce(f"{name}: splash attention")
         return tpu.attend
-    attend, how = reference_attention, ""
+    attend = reference_attention
+    how = ""
     is_plain = softcap is None and not has_sinks
     if platform == "cpu" and is_plain:
-        attend, how = _cpu_attention, ", gradient written out"
-    expressible = gpu.is_expressible(dtype=dtype, head_dim=head_dim, length=length, num_keys=num_keys, is_plain=is_plain)
+        attend = _cpu_attention
+        how = ", gradient written out"
+    expressible = gpu.is_expressible(
+        dtype=dtype, head_dim=head_dim, length=length, num_keys=num_keys, is_plain=is_plain
+    )
     if fused and platform == "gpu" and expressible:
-        attend, how = _gpu_attention, ", cuDNN"
+        attend = _gpu_attention
+        how = ", cuDNN"
     # Rows of a product that keeps the machine busy, with keys of a window and with all keys before them.
     window_rows, causal_rows = (64, 128) if platform == "cpu" else (256, 256)
     block = max(causal_rows, _round_up(-(-length // MAX_CAUSAL_BLOCKS), 8))
@@ -173,18 +213,20 @@ def choose_attention(
     return functools.partial(_causal_blocks, attend=attend, block=block)
 
 
-# How one block is computed --------------------------------------------------------------------------------------------
+# How one block is computed ----------------------------------------------------------------------------------
 def _cpu_attention(q: Array, k: Array, v: Array, *, scale: float, softcap: None = None, **visible) -> Array:
     """`reference_attention` with the gradient that is written out for CPUs."""
     return cpu.attend(q, k, v, attention_mask(**visible), scale=scale)
 
 
-def _gpu_attention(q: Array, k: Array, v: Array, *, scale: float, softcap: None = None, window: int | None, **ids) -> Array:
+def _gpu_attention(
+    q: Array, k: Array, v: Array, *, scale: float, softcap: None = None, window: int | None, **ids
+) -> Array:
     """`reference_attention` by cuDNN."""
     return gpu.attend(q, k, v, attention_mask(window=window, **ids), window=window, scale=scale)
 
 
-# How a sequence is cut into blocks ------------------------------------------------------------------------------------
+# How a sequence is cut into blocks --------------------------------------------------------------------------
 def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
@@ -199,18 +241,34 @@ def _ids(q_segments: Array, k_segments: Array, first: Array | int) -> dict[str, 
 
 
 def _whole(
-    q: Array, k: Array, v: Array, *, q_segments: Array, k_segments: Array, shard: None, attend: Callable[..., Array], **settings
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    q_segments: Array,
+    k_segments: Array,
+    shard: None,
+    attend: Callable[..., Array],
+    **settings,
 ) -> Array:
     return attend(q, k, v, **_ids(q_segments, k_segments, k.shape[1] - q.shape[1]), **settings)
 
 
 def _block_by_block(
-    q: Array, k: Array, v: Array, ids: dict[str, Array], *, attend: Callable[..., Array], block: int, seen: Callable[[int], slice]
+    q: Array,
+    k: Array,
+    v: Array,
+    ids: dict[str, Array],
+    *,
+    attend: Callable[..., Array],
+    block: int,
+    seen: Callable[[int], slice],
 ) -> Array:
     """Blocks of queries, unrolled, each over the keys that `seen` gives for its first query."""
     outputs = []
     for start in range(0, q.shape[1], block):
-        rows, keys = slice(start, start + block), seen(start)
+        rows = slice(start, start + block)
+        keys = seen(start)
         own = {name: x[:, rows if name.startswith("q_") else keys] for name, x in ids.items()}
         outputs.append(attend(q[:, rows], k[:, keys], v[:, keys], **own))
     return jnp.concatenate(outputs, axis=1)
@@ -254,7 +312,9 @@ def _causal_blocks(
         return slice(0 if window is None else max(0, first + start - window + 1), first + start + block)
 
     attend = functools.partial(attend, window=window, **settings)
-    return _block_by_block(q, k, v, _ids(q_segments, k_segments, first), attend=attend, block=block, seen=seen)
+    return _block_by_block(
+        q, k, v, _ids(q_segments, k_segments, first), attend=attend, block=block, seen=seen
+    )
 
 
 def _window_blocks(
@@ -270,13 +330,17 @@ def _window_blocks(
     block: int,
     **settings,
 ) -> Array:
-    """Uniform blocks, moved into the batch dim, each with its own keys and those of as many blocks before as the window spans."""
+    """Uniform blocks, moved into the batch dim, each with its own keys and those of as many blocks before as
+    the window spans.
+    """
     batch, length = q.shape[:2]
     num_blocks = -(-length // block)
     num_before = -(-(window - 1) // block)
 
     def blocks(x: Array, before: int) -> Array:
-        """[B, S, ...] to [B * num_blocks, (before + 1) * block, ...]; zeros, which are segment 0, outside the row."""
+        """[B, S, ...] to [B * num_blocks, (before + 1) * block, ...]; zeros, which are segment 0, outside the
+        row.
+        """
         missing = before * block - (x.shape[1] - length)
         x = jnp.pad(x, [(0, 0), (missing, num_blocks * block - length)] + [(0, 0)] * (x.ndim - 2))
         x = x.reshape(batch, num_blocks + before, block, *x.shape[2:])

@@ -1,9 +1,9 @@
 """Rounding in groups along the last dim on TPU, in one pass over memory.
 
-There the last dim lies along the lanes, and the compiler brings groups out of them and their scales back by writing whole arrays of
-float32, in another order, several times. This kernel turns a block around while it is in fast memory, so that groups lie along the
-sublanes; the arithmetic is `fake_quant` itself. Mosaic kernels are not partitioned by the compiler: this is called under
-`sharding.local`, on what a device holds.
+There the last dim lies along the lanes, and the compiler brings groups out of them and their scales back by
+writing whole arrays of float32, in another order, several times. This kernel turns a block around while it is
+in fast memory, so that groups lie along the sublanes; the arithmetic is `fake_quant` itself. Mosaic kernels
+are not partitioned by the compiler: this is called under `sharding.local`, on what a device holds.
 
 Dims: N rows, D the dim whose groups share a scale.
 """
@@ -25,12 +25,23 @@ _BLOCK_ROWS = 2048  # fetched at a time
 
 
 def can_round_groups(spec: QuantSpec, *, width: int, platform: str, dtype: Any) -> bool:
-    """Whether a dim of `width` numbers is rounded by the kernel: on TPU, in small groups whose scale is by the largest magnitude."""
-    is_grouped = spec.share is Share.GROUP and width % (spec.group_size or 1) == 0 and _LANES % (spec.group_size or 1) == 0
-    is_known = is_grouped and spec.statistic is Statistic.ABSMAX and not spec.is_two_level and not spec.is_asymmetric
+    """Whether a dim of `width` numbers is rounded by the kernel: on TPU, in small groups whose scale is by
+    the largest magnitude.
+    """
+    is_grouped = (
+        spec.share is Share.GROUP
+        and width % (spec.group_size or 1) == 0
+        and _LANES % (spec.group_size or 1) == 0
+    )
+    is_known = (
+        is_grouped and spec.statistic is Statistic.ABSMAX and not spec.is_two_level and not spec.is_asymmetric
+    )
     if not (is_known and platform == "tpu" and dtype in (jnp.bfloat16, jnp.float32) and allows_fused()):
         return False
-    announce(f"rounding of {width} {jnp.dtype(dtype).name} inputs in groups of {spec.group_size} on {platform}: one pass over memory")
+    announce(
+        f"rounding of {width} {jnp.dtype(dtype).name} inputs in groups of {spec.group_size} on {platform}: "
+        "one pass over memory"
+    )
     return True
 
 
@@ -48,14 +59,17 @@ def round_groups(x: Float[Array, "N D"], spec: QuantSpec, *, interpret: bool = F
     if width % (spec.group_size or 1):
         raise ValueError(f"a dim of {width} is no multiple of the group size {spec.group_size}")
     rows = min(_BLOCK_ROWS, pl.cdiv(num_rows, _ROWS) * _ROWS)
-    # Where a block ends beyond the array, what is computed there is dropped: no group has numbers on both sides.
+    # Where a block ends beyond the array, what is computed there is dropped: no group has numbers on both
+    # sides.
     block = pl.BlockSpec((rows, _LANES), lambda row, column: (row, column))
     grid = pl.cdiv(num_rows, rows), pl.cdiv(width, _LANES)
     shape = jax.ShapeDtypeStruct(
         x.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type
     )  # it differs between devices as `x` does
     kernel = functools.partial(_round_block, spec=spec)
-    return pl.pallas_call(kernel, grid=grid, in_specs=[block], out_specs=block, out_shape=shape, interpret=interpret)(x)
+    return pl.pallas_call(
+        kernel, grid=grid, in_specs=[block], out_specs=block, out_shape=shape, interpret=interpret
+    )(x)
 
 
 def _round_block(x_ref: Any, y_ref: Any, *, spec: QuantSpec) -> None:

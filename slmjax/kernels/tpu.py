@@ -1,8 +1,10 @@
-"""Attention on TPU: JAX's splash attention kernel, with grouped heads, windows, soft-caps, packed documents and any head dim.
+"""Attention on TPU: JAX's splash attention kernel, with grouped heads, windows, soft-caps, packed documents
+and any head dim.
 
-The kernel goes by places in the row where the reference goes by positions: in contiguous documents the two say the same, with
-segment ids beside them. It computes blocks of 128 or more rows, so that lengths are rounded up, and skips the blocks that no
-query sees. Mosaic kernels are not partitioned by the compiler: this is called under `sharding.local`, on what a device holds.
+The kernel goes by places in the row where the reference goes by positions: in contiguous documents the two
+say the same, with segment ids beside them. It computes blocks of 128 or more rows, so that lengths are
+rounded up, and skips the blocks that no query sees. Mosaic kernels are not partitioned by the compiler: this
+is called under `sharding.local`, on what a device holds.
 
 Dims: B batch, T query time, S key time, N heads, K kv heads, H head dim.
 """
@@ -14,7 +16,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-BLOCKS = (512, 256, 128)  # rows of queries or keys at a time, the largest that divides the length; lanes come in 128
+BLOCKS = (
+    512,
+    256,
+    128,
+)  # rows of queries or keys at a time, the largest that divides the length; lanes come in 128
 
 
 def attend(
@@ -31,7 +37,8 @@ def attend(
     shard: Array | int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """`reference_attention` of the last T of S places in a row, or of the places that one of S / T shards of a row holds.
+    """`reference_attention` of the last T of S places in a row, or of the places that one of S / T shards of
+    a row holds.
 
     Args:
       shard: which shard of the row the queries are; None for the last T places.
@@ -40,28 +47,40 @@ def attend(
     # Imported here: it takes a while, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
-    length, num_keys = q.shape[1], k.shape[1]
+    length = q.shape[1]
+    num_keys = k.shape[1]
     if shard is not None and length % BLOCKS[-1]:
         raise ValueError(
-            f"sequences of {num_keys} tokens over {num_keys // length} devices leave {length} to each: on TPU that must be a multiple of "
+            f"sequences of {num_keys} tokens over {num_keys // length} devices leave {length} to each: on "
+            "TPU that must be a multiple of "
             f"{BLOCKS[-1]} for layers without a window. Change data.sequence_length or mesh.context"
         )
     # Padding comes before the keys, so that the last places stay last, and counts as padding does.
-    more_queries, more_keys = -length % BLOCKS[-1], -(num_keys + -length % BLOCKS[-1]) % BLOCKS[-1]
+    more_queries = -length % BLOCKS[-1]
+    more_keys = -(num_keys + -length % BLOCKS[-1]) % BLOCKS[-1]
     before, after = (0, 0) if shard is not None else (more_keys, more_queries)
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)
     q, q_ids = (_padded(x, 0, after) for x in (q, q_segments))
     k, v, k_ids = (_padded(x, before, after) for x in (k, v, k_segments))
     kernel = _kernel(
-        q.shape[1] if shard is None else num_keys, k.shape[1], num_heads=q.shape[2], window=window, softcap=softcap,
-        num_shards=1 if shard is None else num_keys // length, interpret=interpret,
-    )  # fmt: skip
+        q.shape[1] if shard is None else num_keys,
+        k.shape[1],
+        num_heads=q.shape[2],
+        window=window,
+        softcap=softcap,
+        num_shards=1 if shard is None else num_keys // length,
+        interpret=interpret,
+    )
     if shard is not None:
         kernel = _of_shard(kernel, shard, num_keys // length)
     heads_first = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    mixed = jax.vmap(functools.partial(kernel, sinks=sinks))(*heads_first, segment_ids=SegmentIds(q=q_ids, kv=k_ids))
+    mixed = jax.vmap(functools.partial(kernel, sinks=sinks))(
+        *heads_first, segment_ids=SegmentIds(q=q_ids, kv=k_ids)
+    )
     mixed = jnp.swapaxes(mixed, 1, 2)[:, :length]
-    return jnp.where((q_segments != 0)[:, :, None, None], mixed, 0)  # to the kernel, padding is a document like others
+    return jnp.where(
+        (q_segments != 0)[:, :, None, None], mixed, 0
+    )  # to the kernel, padding is a document like others
 
 
 def _padded(x: Array, before: int, after: int) -> Array:
@@ -69,22 +88,42 @@ def _padded(x: Array, before: int, after: int) -> Array:
 
 
 def _kernel(
-    num_queries: int, num_keys: int, *, num_heads: int, window: int | None, softcap: float | None, num_shards: int, interpret: bool
+    num_queries: int,
+    num_keys: int,
+    *,
+    num_heads: int,
+    window: int | None,
+    softcap: float | None,
+    num_shards: int,
+    interpret: bool,
 ) -> Any:
-    """The kernel for queries at the last places of the keys; which blocks it visits is worked out once per shape, and remembered by it."""
+    """The kernel for queries at the last places of the keys; which blocks it visits is worked out once per
+    shape, and remembered by it.
+    """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     offset = num_keys - num_queries
     mask = splash.LocalMask((num_queries, num_keys), (None if window is None else window - 1, 0), offset)
-    rows, columns = _block(num_queries // num_shards), _block(num_keys)
+    rows = _block(num_queries // num_shards)
+    columns = _block(num_keys)
     blocks = splash.BlockSizes(
-        block_q=rows, block_kv=columns, block_kv_compute=columns, block_q_dkv=rows, block_kv_dkv=columns, block_kv_dkv_compute=columns,
-        block_q_dq=rows, block_kv_dq=columns,
-    )  # fmt: skip
+        block_q=rows,
+        block_kv=columns,
+        block_kv_compute=columns,
+        block_q_dkv=rows,
+        block_kv_dkv=columns,
+        block_kv_dkv_compute=columns,
+        block_q_dq=rows,
+        block_kv_dq=columns,
+    )
     return splash.make_splash_mha(
-        splash.MultiHeadMask([mask] * num_heads), block_sizes=blocks, head_shards=1, q_seq_shards=num_shards, attn_logits_soft_cap=softcap,
+        splash.MultiHeadMask([mask] * num_heads),
+        block_sizes=blocks,
+        head_shards=1,
+        q_seq_shards=num_shards,
+        attn_logits_soft_cap=softcap,
         interpret=interpret,
-    )  # fmt: skip
+    )
 
 
 def _block(length: int) -> int:
@@ -102,4 +141,6 @@ def _of_shard(kernel: Any, shard: Array | int, num_shards: int) -> Any:
         by_block = {name: cut(getattr(info, name), 1) for name in ("data_next", "mask_next", "block_mask")}
         return info._replace(q_sequence=cut(info.q_sequence, 0), **by_block)
 
-    return type(kernel)(part(kernel.fwd_mask_info), part(kernel.dq_mask_info), part(kernel.dkv_mask_info), **kernel.kwargs)
+    return type(kernel)(
+        part(kernel.fwd_mask_info), part(kernel.dq_mask_info), part(kernel.dkv_mask_info), **kernel.kwargs
+    )

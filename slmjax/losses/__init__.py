@@ -1,11 +1,13 @@
-"""Losses on final hidden states and a `Head`: chunked over tokens, masked, sharded; no [B, T, V] array exists.
+"""Losses on final hidden states and a `Head`: chunked over tokens, masked, sharded; no [B, T, V] array
+exists.
 
-    loss_sum, metrics = cross_entropy(hidden, head, targets, weights, z_loss=1e-4)          # tokens in one dim
-    loss_sum, metrics = sharded_cross_entropy(hidden, head, targets, weights, z_loss=1e-4)  # [B, T], any mesh
-    value, metrics = sharded_divergence(hidden, head, teachers, ForwardKl(), targets, weights)  # distillation: soft_targets.py
+    loss_sum, metrics = cross_entropy(hidden, head, targets, weights, z_loss=1e-4)          # tokens in one
+    dim loss_sum, metrics = sharded_cross_entropy(hidden, head, targets, weights, z_loss=1e-4)  # [B, T], any
+    mesh value, metrics = sharded_divergence(hidden, head, teachers, ForwardKl(), targets, weights)  #
+    distillation: soft_targets.py
 
-Everything returned is a sum; the caller divides by global counts. Soft-cap, softmax and sums are float32, also where hidden states
-are bfloat16 (float64 for float64).
+Everything returned is a sum; the caller divides by global counts. Soft-cap, softmax and sums are float32,
+also where hidden states are bfloat16 (float64 for float64).
 """
 
 from slmjax.losses.chunks import CHUNK_BYTES, MIN_CHUNK_SIZE, chunked_sum, default_chunk_size
@@ -38,9 +40,37 @@ from slmjax.losses.soft_targets import (
 )
 
 __all__ = [
-    "CHUNK_BYTES", "MIN_CHUNK_SIZE", "PADDING_LOGIT", "Divergence", "ForwardKl", "Head", "Jsd", "Matching", "Metrics", "ReverseKl",
-    "Sampled", "SkewKl", "SkewReverseKl", "SoftCrossEntropy", "Taid", "TeacherMean", "TeacherOutput", "TopK", "TotalVariation",
-    "Vocabulary", "choose_vocabulary", "chunked_sum", "cross_entropy", "default_chunk_size", "evaluation_sums",
-    "expected_calibration_error", "fit_rows", "fit_table", "linear_divergence", "logits", "sharded_cross_entropy", "sharded_divergence",
+    "CHUNK_BYTES",
+    "MIN_CHUNK_SIZE",
+    "PADDING_LOGIT",
+    "Divergence",
+    "ForwardKl",
+    "Head",
+    "Jsd",
+    "Matching",
+    "Metrics",
+    "ReverseKl",
+    "Sampled",
+    "SkewKl",
+    "SkewReverseKl",
+    "SoftCrossEntropy",
+    "Taid",
+    "TeacherMean",
+    "TeacherOutput",
+    "TopK",
+    "TotalVariation",
+    "Vocabulary",
+    "choose_vocabulary",
+    "chunked_sum",
+    "cross_entropy",
+    "default_chunk_size",
+    "evaluation_sums",
+    "expected_calibration_error",
+    "fit_rows",
+    "fit_table",
+    "linear_divergence",
+    "logits",
+    "sharded_cross_entropy",
+    "sharded_divergence",
     "token_divergence",
-]  # fmt: skip
+]

@@ -1,20 +1,21 @@
-"""Divergences between a teacher's distribution p and a student's q: value and gradient in one pass, float32, sharded over the vocabulary.
+"""Divergences between a teacher's distribution p and a student's q: value and gradient in one pass, float32,
+sharded over the vocabulary.
 
-Each class is a setting of an experiment and holds its formula. Values are per token, in nats, and never below zero where the formula is
-not: what is summed over the vocabulary is `excess`, of which every term is non-negative, instead of p log(p / q), whose terms cancel.
+Each class is a setting of an experiment and holds its formula. Values are per token, in nats, and never below
+zero where the formula is not: what is summed over the vocabulary is `excess`, of which every term is
+non-negative, instead of p log(p / q), whose terms cancel.
 
     forward KL            KL(p || q) = sum p log(p / q)
     reverse KL            KL(q || p)
-    JSD, beta             beta KL(p || m) + (1 - beta) KL(q || m),  m = beta p + (1 - beta) q;  beta 0 and 1: the forward and reverse KL
-    skew KL, share        KL(p || share p + (1 - share) q)
-    skew reverse KL       KL(q || (1 - share) p + share q)
-    total variation       1/2 sum |p - q|
-    soft cross entropy    -sum p log q
-    TAID                  -sum r log q,  r = softmax((1 - t) log q + t log p) without a gradient; t grows by itself
-    top-k with tail       forward KL of k + 1 buckets: the k likeliest of p, and all others together
+    JSD, beta             beta KL(p || m) + (1 - beta) KL(q || m),  m = beta p + (1 - beta) q;  beta 0 and 1:
+    the forward and reverse KL skew KL, share        KL(p || share p + (1 - share) q) skew reverse KL
+    KL(q || (1 - share) p + share q) total variation       1/2 sum |p - q| soft cross entropy    -sum p log q
+    TAID                  -sum r log q,  r = softmax((1 - t) log q + t log p) without a gradient; t grows by
+    itself top-k with tail       forward KL of k + 1 buckets: the k likeliest of p, and all others together
     sampled               -sum c / n log q,  c counts n draws from p: an unbiased soft cross entropy
 
-The gradient is that by the logits z of q = softmax(z): with g_v the derivative of the value by log q_v, it is g_v - q_v sum g.
+The gradient is that by the logits z of q = softmax(z): with g_v the derivative of the value by log q_v, it is
+g_v - q_v sum g.
 
 Dims: C tokens, v columns of the vocabulary that a device holds, n draws.
 """
@@ -43,7 +44,9 @@ class Pass:
 
     shards: communication.Shards  # of the vocabulary
     state: State  # of the objective
-    draws: Any  # UInt32[Array, "C 2"]: what is different for every token of a step; None where nothing is drawn
+    draws: (
+        Any  # UInt32[Array, "C 2"]: what is different for every token of a step; None where nothing is drawn
+    )
     key: Any  # UInt32[Array, "2"]: key data of the step; None where nothing is drawn
 
 
@@ -52,8 +55,12 @@ class Divergence(abc.ABC):
     """How far a student's distribution is from its teacher's."""
 
     @abc.abstractmethod
-    def value_and_slope(self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass) -> tuple[Float[Array, "C"], LogProbabilities]:
-        """Per token the divergence, and its derivative by each log q (up to a multiple of q, which the softmax takes away)."""
+    def value_and_slope(
+        self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass
+    ) -> tuple[Float[Array, "C"], LogProbabilities]:
+        """Per token the divergence, and its derivative by each log q (up to a multiple of q, which the
+        softmax takes away).
+        """
 
     @property
     def draws_at_random(self) -> bool:
@@ -64,7 +71,9 @@ class Divergence(abc.ABC):
         """What it remembers from step to step: scalars, kept in the checkpoint."""
         return {}
 
-    def updated_state(self, state: State, *, value: Float[Array, ""], progress: Float[Array, ""]) -> dict[str, Array]:
+    def updated_state(
+        self, state: State, *, value: Float[Array, ""], progress: Float[Array, ""]
+    ) -> dict[str, Array]:
         """What it remembers after a step.
 
         Args:
@@ -77,25 +86,35 @@ class Divergence(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForwardKl(Divergence):
-    """KL(p || q): the student covers all that the teacher finds likely. Its gradient is q - p, that of the soft cross entropy."""
+    """KL(p || q): the student covers all that the teacher finds likely. Its gradient is q - p, that of the
+    soft cross entropy.
+    """
 
-    def value_and_slope(self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass) -> tuple[Float[Array, "C"], LogProbabilities]:
+    def value_and_slope(
+        self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass
+    ) -> tuple[Float[Array, "C"], LogProbabilities]:
         return _total(excess(log_p, log_q), given), -jnp.exp(log_p)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReverseKl(Divergence):
-    """KL(q || p): the student keeps to what the teacher finds likely (MiniLLM, https://arxiv.org/abs/2306.08543)."""
+    """KL(q || p): the student keeps to what the teacher finds likely (MiniLLM,
+    https://arxiv.org/abs/2306.08543).
+    """
 
-    def value_and_slope(self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass) -> tuple[Float[Array, "C"], LogProbabilities]:
+    def value_and_slope(
+        self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass
+    ) -> tuple[Float[Array, "C"], LogProbabilities]:
         return _total(excess(log_q, log_p), given), jnp.exp(log_q) * (log_q - log_p)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Jsd(Divergence):
-    """Generalised Jensen-Shannon divergence (GKD, https://arxiv.org/abs/2306.13649), at most the entropy of a coin that falls so.
+    """Generalised Jensen-Shannon divergence (GKD, https://arxiv.org/abs/2306.13649), at most the entropy of a
+    coin that falls so.
 
-    As beta goes to 0 it goes to 0 itself, as beta times the forward KL; at 0 it is the forward KL, at 1 the reverse KL, by definition.
+    As beta goes to 0 it goes to 0 itself, as beta times the forward KL; at 0 it is the forward KL, at 1 the
+    reverse KL, by definition.
     """
 
     beta: float = 0.5  # weight of the teacher in the mixture: 0 is the forward KL, 1 the reverse KL
@@ -103,7 +122,9 @@ class Jsd(Divergence):
     def __post_init__(self) -> None:
         _check_share("beta", self.beta)
 
-    def value_and_slope(self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass) -> tuple[Float[Array, "C"], LogProbabilities]:
+    def value_and_slope(
+        self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass
+    ) -> tuple[Float[Array, "C"], LogProbabilities]:
         if self.beta in (0.0, 1.0):
             return (ForwardKl() if self.beta == 0.0 else ReverseKl()).value_and_slope(log_p, log_q, given)
         log_m, over_p, over_q = log_mixture(log_p, log_q, share=1.0 - self.beta)
@@ -113,14 +134,18 @@ class Jsd(Divergence):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SkewKl(Divergence):
-    """KL(p || share p + (1 - share) q): a forward KL that stays finite where q is zero (DistiLLM, https://arxiv.org/abs/2402.03898)."""
+    """KL(p || share p + (1 - share) q): a forward KL that stays finite where q is zero (DistiLLM,
+    https://arxiv.org/abs/2402.03898).
+    """
 
     share: float = 0.1  # of the teacher in what it is compared with: 0 is the forward KL, 1 gives zero
 
     def __post_init__(self) -> None:
         _check_share("share", self.share)
 
-    def value_and_slope(self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass) -> tuple[Float[Array, "C"], LogProbabilities]:
+    def value_and_slope(
+        self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass
+    ) -> tuple[Float[Array, "C"], LogProbabilities]:
         if self.share == 0.0:
             return ForwardKl().value_and_slope(log_p, log_q, given)
         log_m, over_p, over_q = log_mixture(log_p, log_q, share=1.0 - self.share)
@@ -137,22 +162,30 @@ class SkewReverseKl(Divergence):
     def __post_init__(self) -> None:
         _check_share("share", self.share)
 
-    def value_and_slope(self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass) -> tuple[Float[Array, "C"], LogProbabilities]:
+    def value_and_slope(
+        self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass
+    ) -> tuple[Float[Array, "C"], LogProbabilities]:
         if self.share == 0.0:
             return ReverseKl().value_and_slope(log_p, log_q, given)
         log_m, _, over_q = log_mixture(log_p, log_q, share=self.share)
-        return _total(excess(log_q, log_m, over_q), given), jnp.exp(log_q) * (-over_q - self.share * jnp.exp(-over_q))
+        return _total(excess(log_q, log_m, over_q), given), jnp.exp(log_q) * (
+            -over_q - self.share * jnp.exp(-over_q)
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TotalVariation(Divergence):
     """1/2 sum |p - q|, between 0 and 1.
 
-    It has a corner where a p equals its q. The sign that is its gradient there is 0, also where the two differ by no more than the
-    rounding of their logarithms: which sign rounding has is chance, and would move a student that agrees with its teacher.
+    It has a corner where a p equals its q. The sign that is its gradient there is 0, also where the two
+    differ by no more than the
+    rounding of their logarithms: which sign rounding has is chance, and would move a student that agrees with
+    its teacher.
     """
 
-    def value_and_slope(self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass) -> tuple[Float[Array, "C"], LogProbabilities]:
+    def value_and_slope(
+        self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass
+    ) -> tuple[Float[Array, "C"], LogProbabilities]:
         q = jnp.exp(log_q)
         difference = q - jnp.exp(log_p)
         rounding = 32 * jnp.finfo(log_q.dtype).eps * (1.0 - jnp.minimum(log_p, log_q))
@@ -164,17 +197,20 @@ class TotalVariation(Divergence):
 class SoftCrossEntropy(Divergence):
     """-sum p log q: the forward KL and the teacher's entropy, which has no gradient."""
 
-    def value_and_slope(self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass) -> tuple[Float[Array, "C"], LogProbabilities]:
+    def value_and_slope(
+        self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass
+    ) -> tuple[Float[Array, "C"], LogProbabilities]:
         p = jnp.exp(log_p)
         return _total(-p * log_q, given), -p
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Taid(Divergence):
-    """Soft cross entropy with a distribution between the student and its teacher (https://arxiv.org/abs/2501.16937).
+    """Soft cross entropy with a distribution between the student and its teacher
+    (https://arxiv.org/abs/2501.16937).
 
-    The share t of the teacher grows by itself: faster while the loss falls (the momentum of its relative change decides), and never
-    slower than a straight line from `start` to `end` over the run.
+    The share t of the teacher grows by itself: faster while the loss falls (the momentum of its relative
+    change decides), and never slower than a straight line from `start` to `end` over the run.
     """
 
     start: float = 0.4  # the teacher's share in the first step
@@ -186,17 +222,29 @@ class Taid(Divergence):
         for name in ("start", "end", "momentum"):
             _check_share(name, getattr(self, name))
         if self.start > self.end or self.rate < 0:
-            raise ValueError(f"TAID goes from start={self.start} up to end={self.end} at a rate of at least 0, got {self.rate}")
+            raise ValueError(
+                f"TAID goes from start={self.start} up to end={self.end} at a rate of at least 0, got "
+                f"{self.rate}"
+            )
 
     def least_share(self, progress: Any) -> Any:  # a float of a float, an array of an array
-        """Return the share on the straight line: `progress` is the part of the run's steps that were trained."""
+        """Return the share on the straight line: `progress` is the part of the run's steps that were
+        trained.
+        """
         return self.start + (self.end - self.start) * progress
 
     def initial_state(self) -> dict[str, Array]:
-        return {"share": jnp.full((), self.start, float), "momentum": jnp.zeros(()), "previous": jnp.full((), -1.0, float)}
+        return {
+            "share": jnp.full((), self.start, float),
+            "momentum": jnp.zeros(()),
+            "previous": jnp.full((), -1.0, float),
+        }
 
-    def updated_state(self, state: State, *, value: Float[Array, ""], progress: Float[Array, ""]) -> dict[str, Array]:
-        previous, is_first = state["previous"], state["previous"] < 0.0
+    def updated_state(
+        self, state: State, *, value: Float[Array, ""], progress: Float[Array, ""]
+    ) -> dict[str, Array]:
+        previous = state["previous"]
+        is_first = state["previous"] < 0.0
         change = (previous - value) / (previous + 1e-15)
         momentum = self.momentum * state["momentum"] + (1.0 - self.momentum) * change
         adaptive = state["share"] + self.rate * jax.nn.sigmoid(momentum) * (1.0 - state["share"])
@@ -207,7 +255,9 @@ class Taid(Divergence):
             "previous": value.astype(previous.dtype),
         }
 
-    def value_and_slope(self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass) -> tuple[Float[Array, "C"], LogProbabilities]:
+    def value_and_slope(
+        self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass
+    ) -> tuple[Float[Array, "C"], LogProbabilities]:
         share = given.state["share"].astype(log_q.dtype)
         between = jnp.exp(log_softmax((1.0 - share) * log_q + share * log_p, given.shards))
         return _total(-between * log_q, given), -between
@@ -215,9 +265,11 @@ class Taid(Divergence):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TopK(Divergence):
-    """Forward KL of the teacher's k likeliest tokens and one bucket of all others: a lower bound of the forward KL.
+    """Forward KL of the teacher's k likeliest tokens and one bucket of all others: a lower bound of the
+    forward KL.
 
-    Both sides keep their full normalisers: a token outside the k has a gradient too, that of the bucket, and k = 1 is not trivial.
+    Both sides keep their full normalisers: a token outside the k has a gradient too, that of the bucket, and
+    k = 1 is not trivial.
     """
 
     k: int = 64  # tokens that are kept
@@ -226,20 +278,25 @@ class TopK(Divergence):
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
 
-    def value_and_slope(self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass) -> tuple[Float[Array, "C"], LogProbabilities]:
+    def value_and_slope(
+        self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass
+    ) -> tuple[Float[Array, "C"], LogProbabilities]:
         kept = top_columns(log_p, self.k, given.shards)
         tail_p, tail_q = (_log_total(jnp.where(kept, PADDING_LOGIT, x), given) for x in (log_p, log_q))
         values = _total(jnp.where(kept, excess(log_p, log_q), 0.0), given) + excess(tail_p, tail_q)
-        # Of the tail's probability p each of its columns has a share q_v / q: in logarithms, as q may be less than float32 can hold.
+        # Of the tail's probability p each of its columns has a share q_v / q: in logarithms, as q may be less
+        # than float32 can hold.
         tail_slope = jnp.exp(tail_p[:, None] + jnp.minimum(log_q - tail_q[:, None], 0.0))
         return values, -jnp.where(kept, jnp.exp(log_p), tail_slope)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampled(Divergence):
-    """Cross entropy with tokens drawn from the teacher, with replacement (https://arxiv.org/abs/2503.16870): unbiased, unlike top-k.
+    """Cross entropy with tokens drawn from the teacher, with replacement (https://arxiv.org/abs/2503.16870):
+    unbiased, unlike top-k.
 
-    What is drawn for a token depends on the step and on the token's place in the data, not on how a batch is divided.
+    What is drawn for a token depends on the step and on the token's place in the data, not on how a batch is
+    divided.
     """
 
     draws: int = 50  # tokens drawn for each position
@@ -252,14 +309,18 @@ class Sampled(Divergence):
     def draws_at_random(self) -> bool:
         return True
 
-    def value_and_slope(self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass) -> tuple[Float[Array, "C"], LogProbabilities]:
+    def value_and_slope(
+        self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass
+    ) -> tuple[Float[Array, "C"], LogProbabilities]:
         target = draw_counts(jnp.exp(log_p), self.draws, given).astype(log_q.dtype) / self.draws
         return _total(-target * log_q, given), -target
 
 
-# Over the vocabulary --------------------------------------------------------------------------------------------------
+# Over the vocabulary ----------------------------------------------------------------------------------------
 def log_softmax(x: Float[Array, "C v"], shards: communication.Shards) -> LogProbabilities:
-    """Log-probabilities over the whole vocabulary, of which each of some devices holds a part. They are finite, also of logits of -inf."""
+    """Log-probabilities over the whole vocabulary, of which each of some devices holds a part. They are
+    finite, also of logits of -inf.
+    """
     x = jnp.maximum(x, PADDING_LOGIT)
     x = x - shards.max(jnp.max(x, axis=-1))[:, None]
     return x - jnp.log(shards.sum(jnp.sum(jnp.exp(x), axis=-1)))[:, None]
@@ -285,10 +346,17 @@ def log_mixture(
 ) -> tuple[LogProbabilities, LogProbabilities, LogProbabilities]:
     """log m, log(m / p) and log(m / q) of the mixture m = (1 - share) p + share q."""
     x = log_q - log_p
-    # From the smaller side, so that e^x - 1 is exact near 0 and finite everywhere; m is no less than the smaller one, also once rounded.
-    log_larger = jnp.log1p(jnp.where(x <= 0, share, 1.0 - share) * jnp.expm1(-jnp.abs(x)))  # log(m / max(p, q))
+    # From the smaller side, so that e^x - 1 is exact near 0 and finite everywhere; m is no less than the
+    # smaller one, also once rounded.
+    log_larger = jnp.log1p(
+        jnp.where(x <= 0, share, 1.0 - share) * jnp.expm1(-jnp.abs(x))
+    )  # log(m / max(p, q))
     log_larger = jnp.maximum(log_larger, -jnp.abs(x))
-    return jnp.maximum(log_p, log_q) + log_larger, log_larger + jnp.maximum(x, 0.0), log_larger - jnp.minimum(x, 0.0)
+    return (
+        jnp.maximum(log_p, log_q) + log_larger,
+        log_larger + jnp.maximum(x, 0.0),
+        log_larger - jnp.minimum(x, 0.0),
+    )
 
 
 def top_columns(log_p: LogProbabilities, k: int, shards: communication.Shards) -> Bool[Array, "C v"]:
@@ -302,15 +370,25 @@ def top_columns(log_p: LogProbabilities, k: int, shards: communication.Shards) -
     last = _kth_smallest(bits, k, shards)
     num_before = shards.sum(jnp.sum(bits < last[:, None], axis=-1))
     # Columns that are equal to the last one, by their ids; all others come after them.
-    ids = jnp.where(bits == last[:, None], columns(log_p, shards), jnp.iinfo(jnp.int32).max).astype(jnp.uint32)
+    ids = jnp.where(bits == last[:, None], columns(log_p, shards), jnp.iinfo(jnp.int32).max).astype(
+        jnp.uint32
+    )
     num_bits = (log_p.shape[-1] * shards.count).bit_length()
-    return (bits < last[:, None]) | (ids <= _kth_smallest(ids, k - num_before, shards, num_bits=num_bits)[:, None])
+    return (bits < last[:, None]) | (
+        ids <= _kth_smallest(ids, k - num_before, shards, num_bits=num_bits)[:, None]
+    )
 
 
 def _kth_smallest(
-    values: UInt[Array, "C v"], k: int | Int[Array, "C"], shards: communication.Shards, *, num_bits: int | None = None
+    values: UInt[Array, "C v"],
+    k: int | Int[Array, "C"],
+    shards: communication.Shards,
+    *,
+    num_bits: int | None = None,
 ) -> UInt[Array, "C"]:
-    """The k-th smallest of each row, below 2**num_bits: the largest number that has fewer than k below it, from its highest bit on."""
+    """The k-th smallest of each row, below 2**num_bits: the largest number that has fewer than k below it,
+    from its highest bit on.
+    """
     num_bits = 8 * values.dtype.itemsize if num_bits is None else num_bits
 
     def step(index: Array, found: Array) -> Array:
@@ -322,13 +400,19 @@ def _kth_smallest(
 
 
 def draw_counts(p: Float[Array, "C v"], num_draws: int, given: Pass) -> Int[Array, "C v"]:
-    """How often each column is drawn: the columns in which uniform numbers fall, laid over the cumulated probabilities."""
+    """How often each column is drawn: the columns in which uniform numbers fall, laid over the cumulated
+    probabilities.
+    """
     cumulated = jnp.cumsum(p, axis=-1)
     ends = jnp.cumsum(given.shards.gather(cumulated[:, -1:], axis=-1), axis=-1)
     end = jax.lax.dynamic_slice_in_dim(ends, given.shards.index(), 1, axis=-1)
     start = end - cumulated[:, -1:]
-    before = jnp.where(jnp.arange(ends.shape[-1]) < given.shards.index(), ends, 0.0).max(axis=-1, keepdims=True)
-    below = jnp.nextafter(ends[:, -1:], jnp.zeros((), ends.dtype))  # a number that rounds up to the end of all would fall nowhere
+    before = jnp.where(jnp.arange(ends.shape[-1]) < given.shards.index(), ends, 0.0).max(
+        axis=-1, keepdims=True
+    )
+    below = jnp.nextafter(
+        ends[:, -1:], jnp.zeros((), ends.dtype)
+    )  # a number that rounds up to the end of all would fall nowhere
     numbers = jnp.minimum(_uniform(given.key, given.draws, num_draws, p.dtype) * ends[:, -1:], below)
     mine = (numbers >= before) & (numbers < end)
     find = jax.vmap(lambda sums, values: jnp.searchsorted(sums, values, side="right"))
@@ -339,7 +423,9 @@ def draw_counts(p: Float[Array, "C v"], num_draws: int, given: Pass) -> Int[Arra
     return jnp.zeros(p.shape, jnp.int32).at[rows, places].add(mine.astype(jnp.int32))
 
 
-def _uniform(key: UInt32[Array, "2"], ids: UInt32[Array, "C 2"], count: int, dtype: Any) -> Float[Array, "C n"]:
+def _uniform(
+    key: UInt32[Array, "2"], ids: UInt32[Array, "C 2"], count: int, dtype: Any
+) -> Float[Array, "C n"]:
     def of_token(id: UInt32[Array, "2"]) -> Array:
         own = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), id[0]), id[1])
         return jax.random.uniform(own, (count,), dtype)
@@ -354,7 +440,8 @@ def _total(values: Float[Array, "C v"], given: Pass) -> Float[Array, "C"]:
 def _log_total(logs: LogProbabilities, given: Pass) -> Float[Array, "C"]:
     """The logarithm of the sum over the vocabulary of what `logs` are the logarithms of.
 
-    It is at least half of PADDING_LOGIT, so that two sums of nothing are equal, whatever the rounding of numbers of that size.
+    It is at least half of PADDING_LOGIT, so that two sums of nothing are equal, whatever the rounding of
+    numbers of that size.
     """
     largest = given.shards.max(jnp.max(logs, axis=-1))
     total = given.shards.sum(jnp.sum(jnp.exp(logs - largest[:, None]), axis=-1))

@@ -1,6 +1,7 @@
 """`Head`: what turns hidden states into logits, and how it does.
 
-Matrix products run in the dtype of the hidden states and give float32 (float64 for float64); multiplier, bias and soft-cap are float32.
+Matrix products run in the dtype of the hidden states and give float32 (float64 for float64); multiplier, bias
+and soft-cap are float32.
 
 Dims: D model, V rows of the table (padding included); `*B` any leading dims.
 """
@@ -23,24 +24,32 @@ PADDING_LOGIT = -1e30
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Head:
-    """What turns hidden states into logits: `softcap(scale * (hidden @ weight.T + bias))` on the first `vocab_size` rows.
+    """What turns hidden states into logits: `softcap(scale * (hidden @ weight.T + bias))` on the first
+    `vocab_size` rows.
 
-    The arrays are typed `Any` because a Head is a pytree: it may hold shapes, shardings or gradients of another form.
+    The arrays are typed `Any` because a Head is a pytree: it may hold shapes, shardings or gradients of
+    another form.
     """
 
     weight: Any  # Float[Array, "V D"]
     bias: Any = None  # Float[Array, "V"] or None
     softcap: float | None = dataclasses.field(default=None, metadata={"static": True})  # cap * tanh(x / cap)
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
-    vocab_size: int = dataclasses.field(metadata={"static": True})  # real rows of the table; those after them are padding
+    vocab_size: int = dataclasses.field(
+        metadata={"static": True}
+    )  # real rows of the table; those after them are padding
 
 
 def logits(hidden: Float[Array, "*B D"], head: Head) -> Float[Array, "*B V"]:
-    """Logits in float32 over every row of the table; padding columns are `PADDING_LOGIT`, and no gradient goes there."""
+    """Logits in float32 over every row of the table; padding columns are `PADDING_LOGIT`, and no gradient
+    goes there.
+    """
     return local_logits(hidden, head, communication.Shards())
 
 
-def local_logits(hidden: Float[Array, "*B D"], head: Head, shards: communication.Shards) -> Float[Array, "*B v"]:
+def local_logits(
+    hidden: Float[Array, "*B D"], head: Head, shards: communication.Shards
+) -> Float[Array, "*B v"]:
     """Logits over the shard of the table that a device holds."""
     num_rows = head.weight.shape[0] * shards.count
     assert 0 < head.vocab_size <= num_rows, f"a head of {num_rows} rows has no {head.vocab_size} real ones"
@@ -51,7 +60,9 @@ def local_logits(hidden: Float[Array, "*B D"], head: Head, shards: communication
         x = x * head.scale
     if head.softcap is not None:
         x = head.softcap * jnp.tanh(x / head.softcap)
-    return jnp.where(columns(x, shards) < head.vocab_size, x, PADDING_LOGIT) if head.vocab_size < num_rows else x
+    return (
+        jnp.where(columns(x, shards) < head.vocab_size, x, PADDING_LOGIT) if head.vocab_size < num_rows else x
+    )
 
 
 def columns(x: Float[Array, "*B v"], shards: communication.Shards) -> Int[Array, "*B v"]:
@@ -65,20 +76,27 @@ def accumulation_dtype(dtype: Any) -> Any:
 
 
 def check_rows(*heads: Head) -> None:
-    """Refuse heads of models that are compared unless their tables have as many rows: `soft_targets.fit_rows` makes it so."""
+    """Refuse heads of models that are compared unless their tables have as many rows: `soft_targets.fit_rows`
+    makes it so.
+    """
     if len({head.weight.shape[0] for head in heads}) > 1:
-        raise ValueError(f"tables of {[head.weight.shape[0] for head in heads]} rows: all must have as many, see losses.fit_rows")
+        raise ValueError(
+            f"tables of {[head.weight.shape[0] for head in heads]} rows: all must have as many, see "
+            "losses.fit_rows"
+        )
 
 
 @jax.custom_vjp
 def _project(hidden: Array, weight: Array) -> Array:
     """hidden [*B, D] times weight [V, D] transposed, in the dtype of `hidden` with float32 sums and result.
 
-    The gradient is written out because the derived one multiplies a float32 cotangent with bfloat16 operands, that is, in
-    float32, and rounds the gradient of the table to bfloat16 in every chunk.
+    The gradient is written out because the derived one multiplies a float32 cotangent with bfloat16 operands,
+    that is, in float32, and rounds the gradient of the table to bfloat16 in every chunk.
     """
     dims = (((hidden.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(hidden, weight.astype(hidden.dtype), dims, preferred_element_type=accumulation_dtype(hidden.dtype))
+    return jax.lax.dot_general(
+        hidden, weight.astype(hidden.dtype), dims, preferred_element_type=accumulation_dtype(hidden.dtype)
+    )
 
 
 def _project_forward(hidden: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -89,8 +107,12 @@ def _project_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Arr
     hidden, weight = saved
     cotangent = cotangent.astype(hidden.dtype)
     product = functools.partial(jax.lax.dot_general, preferred_element_type=accumulation_dtype(hidden.dtype))
-    hidden_gradient = product(cotangent, weight.astype(hidden.dtype), (((cotangent.ndim - 1,), (0,)), ((), ())))
-    weight_gradient = kernels.outer_sum(cotangent.reshape(-1, cotangent.shape[-1]), hidden.reshape(-1, hidden.shape[-1]))
+    hidden_gradient = product(
+        cotangent, weight.astype(hidden.dtype), (((cotangent.ndim - 1,), (0,)), ((), ()))
+    )
+    weight_gradient = kernels.outer_sum(
+        cotangent.reshape(-1, cotangent.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+    )
     return hidden_gradient.astype(hidden.dtype), weight_gradient.astype(weight.dtype)
 
 

@@ -1,1 +1,3 @@
-"""Definitions of decoders: protocols, layers, mixers, feed-forward layers, the architecture's config and the named models."""
+"""Definitions of decoders: protocols, layers, mixers, feed-forward layers, the architecture's config and the
+named models.
+"""

@@ -1,6 +1,7 @@
 """What a model is: `ModelConfig`, a stack of segments of blocks, and how a list of layers becomes one.
 
-    ModelConfig(embed_dim=256, stack=stack_of([local, local, full] * 4))   # -> one segment of three blocks, repeated 4 times
+    ModelConfig(embed_dim=256, stack=stack_of([local, local, full] * 4))   # -> one segment of three blocks,
+    repeated 4 times
 
 Dims: D model, V vocabulary.
 """
@@ -21,7 +22,8 @@ from slmjax.models.mixers.latent import LatentAttentionConfig
 from slmjax.models.protocols import FfnConfig, MixerConfig
 from slmjax.quantization.rules import QuantPhase, check_phases
 
-# A config read from JSON finds its class among those that have been imported: with the model, these always are.
+# A config read from JSON finds its class among those that have been imported: with the model, these always
+# are.
 PARTS: tuple[type, ...] = (AttentionConfig, LatentAttentionConfig, MlpConfig, MoeConfig)
 
 
@@ -78,7 +80,9 @@ class Segment:
 
     def __post_init__(self) -> None:
         if self.repeats < 1 or not self.pattern:
-            raise ValueError(f"a segment needs a pattern of blocks and at least one repeat, got repeats={self.repeats}")
+            raise ValueError(
+                f"a segment needs a pattern of blocks and at least one repeat, got repeats={self.repeats}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +98,9 @@ class ModelConfig:
     norm_kind: NormKind = NormKind.RMS  # what every norm computes
     norm_eps: float = 1e-6  # added to the mean square in every norm
     init_std: float = 0.02  # deviation of initial weights (truncated normal)
-    learned_positions: int | None = None  # rows of a table whose row for a token's position is added to it (none: no such table)
+    learned_positions: int | None = (
+        None  # rows of a table whose row for a token's position is added to it (none: no such table)
+    )
     embed_multiplier: float = 1.0  # multiplies the embedded tokens
     residual_multiplier: float = 1.0  # multiplies what a block adds to the residual stream
     logit_multiplier: float = 1.0  # multiplies the logits
@@ -102,26 +108,37 @@ class ModelConfig:
     dropout: float = 0.0  # rate, on the embedded tokens and on what a block adds
     precision: Precision = Precision.FLOAT32  # dtype of the computation
     remat: Remat = Remat.NONE  # what the backward pass recomputes
-    quant: tuple[QuantPhase, ...] = ()  # formats of weights, inputs and caches by training step (of an experiment, its own `quant` decides)
+    quant: tuple[
+        QuantPhase, ...
+        # formats of weights, inputs and caches by training step (of an experiment, its own `quant` decides)
+    ] = ()
 
     def __post_init__(self) -> None:
         check_phases(self.quant)
         if self.embed_dim < 1 or not self.stack:
-            raise ValueError(f"a model needs embed_dim >= 1 and at least one segment, got embed_dim={self.embed_dim}")
+            raise ValueError(
+                f"a model needs embed_dim >= 1 and at least one segment, got embed_dim={self.embed_dim}"
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is a rate between 0 and 1, got {self.dropout}")
         if self.context_length < 2:
             raise ValueError(f"context_length must be at least 2, got {self.context_length}")
         if self.vocab_multiple < 1 or (self.vocab_size is not None and self.vocab_size < 1):
-            raise ValueError(f"vocab_size and vocab_multiple must be at least 1, got {self.vocab_size} and {self.vocab_multiple}")
+            raise ValueError(
+                f"vocab_size and vocab_multiple must be at least 1, got {self.vocab_size} and "
+                f"{self.vocab_multiple}"
+            )
         if self.logit_softcap is not None and self.logit_softcap <= 0:
             raise ValueError(f"logit_softcap must be positive or none, got {self.logit_softcap}")
         if self.learned_positions is not None and self.learned_positions < self.context_length:
             raise ValueError(
-                f"learned_positions={self.learned_positions} must be at least context_length={self.context_length}: a row for each position"
+                f"learned_positions={self.learned_positions} must be at least "
+                f"context_length={self.context_length}: a row for each position"
             )
         if self.init_std <= 0 or self.norm_eps <= 0:
-            raise ValueError(f"init_std and norm_eps must be positive, got {self.init_std} and {self.norm_eps}")
+            raise ValueError(
+                f"init_std and norm_eps must be positive, got {self.init_std} and {self.norm_eps}"
+            )
 
     @classmethod
     def upgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +148,9 @@ class ModelConfig:
     @classmethod
     def downgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
         """Return the fields with mixers as files of earlier versions had them."""
-        return _with_attention(fields, functools.partial(with_rope_fraction, embed_dim=fields.get("embed_dim")))
+        return _with_attention(
+            fields, functools.partial(with_rope_fraction, embed_dim=fields.get("embed_dim"))
+        )
 
     def blocks(self) -> Iterator[BlockConfig]:
         """The configuration of every layer, first to last."""
@@ -159,9 +178,13 @@ class ModelConfig:
         depth = sum(block.passes for block in self.blocks())
         dtype = jnp.bfloat16 if self.precision is Precision.BFLOAT16 else jnp.float32
         return Shape(
-            embed_dim=self.embed_dim, num_layers=depth, norm_kind=self.norm_kind, norm_eps=self.norm_eps, init_std=self.init_std,
+            embed_dim=self.embed_dim,
+            num_layers=depth,
+            norm_kind=self.norm_kind,
+            norm_eps=self.norm_eps,
+            init_std=self.init_std,
             dtype=dtype,
-        )  # fmt: skip
+        )
 
 
 def _with_attention(value: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
@@ -174,20 +197,22 @@ def _with_attention(value: Any, change: Callable[[dict[str, Any]], dict[str, Any
     return change(fields) if fields.get("type") == AttentionConfig.__name__ else fields
 
 
-# Stacks ---------------------------------------------------------------------------------------------------------------
+# Stacks -----------------------------------------------------------------------------------------------------
 LONGEST_PATTERN = 12  # blocks: longer ones are compiled block by block anyway
 
 
 def stack_of(blocks: Sequence[BlockConfig]) -> tuple[Segment, ...]:
     """The fewest segments that hold these layers in order, with patterns as short as that allows.
 
-    Fewest counted in blocks that are compiled: 26 layers of which every sixth is full become 4 repeats of 6 and one of 2.
+    Fewest counted in blocks that are compiled: 26 layers of which every sixth is full become 4 repeats of 6
+    and one of 2.
     """
     if not blocks:
         raise ValueError("a model needs at least one layer")
     kinds = {block: kind for kind, block in enumerate(dict.fromkeys(blocks))}
     row = [kinds[block] for block in blocks]  # compared in place of blocks, which takes long
-    # cheapest[n]: how the first n layers are held by the fewest blocks in patterns, and then by the fewest segments.
+    # cheapest[n]: how the first n layers are held by the fewest blocks in patterns, and then by the fewest
+    # segments.
     cheapest: list[tuple[int, int, tuple[Segment, ...]]] = [(0, 0, ())]
     for end in range(1, len(blocks) + 1):
         options = []

@@ -1,4 +1,6 @@
-"""One spelling for each model, so that what an exported configuration would be read back as can be compared with the original."""
+"""One spelling for each model, so that what an exported configuration would be read back as can be compared
+with the original.
+"""
 
 import dataclasses
 import math
@@ -12,7 +14,9 @@ from slmjax.models.mixers.latent import LatentAttentionConfig
 
 
 def canonical(config: ModelConfig) -> ModelConfig:
-    """The configuration with every default spelt out, without what only says how it is trained or computed."""
+    """The configuration with every default spelt out, without what only says how it is trained or
+    computed.
+    """
     shape = config.layer_shape()
     blocks = [_canonical_block(block, shape) for block in config.blocks()]
     return dataclasses.replace(
@@ -28,27 +32,35 @@ def canonical(config: ModelConfig) -> ModelConfig:
 
 
 def _canonical_block(block: BlockConfig, shape: Shape) -> BlockConfig:
-    mixer, ffn = block.mixer, block.ffn
+    mixer = block.mixer
+    ffn = block.ffn
     if isinstance(mixer, AttentionConfig):
         head_dim = mixer.resolved_head_dim(shape)
         scale = head_dim**-0.5 if mixer.scale is None else mixer.scale
         rotated = mixer.resolved_rotary_dim(shape)
         mixer = dataclasses.replace(
             mixer, num_kv_heads=mixer.kv_heads, head_dim=head_dim, rotary_dim=rotated or None, scale=scale
-        )  # fmt: skip
+        )
         if mixer.rope_base is None:
             mixer = dataclasses.replace(mixer, rope_scaling=None)
     if isinstance(mixer, LatentAttentionConfig):
         scale = mixer.key_dim**-0.5 if mixer.scale is None else mixer.scale
-        mixer = dataclasses.replace(mixer, scale=scale, latent_norm_eps=mixer.latent_norm_eps or shape.norm_eps)
+        mixer = dataclasses.replace(
+            mixer, scale=scale, latent_norm_eps=mixer.latent_norm_eps or shape.norm_eps
+        )
     if isinstance(ffn, MoeConfig):
-        balance = Balance.BIAS if ffn.balance is Balance.BIAS else Balance.NONE  # the one that is part of the model
-        ffn = dataclasses.replace(ffn, balance=balance, balance_weight=0.0, bias_rate=0.0, z_weight=0.0, capacity_factor=None)
+        balance = (
+            Balance.BIAS if ffn.balance is Balance.BIAS else Balance.NONE
+        )  # the one that is part of the model
+        ffn = dataclasses.replace(
+            ffn, balance=balance, balance_weight=0.0, bias_rate=0.0, z_weight=0.0, capacity_factor=None
+        )
     return dataclasses.replace(block, mixer=mixer, ffn=ffn)
 
 
 def differences(wanted: ModelConfig, found: ModelConfig, *, tolerance: float = 0.0) -> list[str]:
-    """What is not the same in two canonical configurations, as "field = value (read back as other)"; layers one by one.
+    """What is not the same in two canonical configurations, as "field = value (read back as other)"; layers
+    one by one.
 
     Args:
       tolerance: numbers that differ by no more than this share of them are the same.
@@ -56,8 +68,11 @@ def differences(wanted: ModelConfig, found: ModelConfig, *, tolerance: float = 0
     found_text = []
     for field in dataclasses.fields(wanted):
         if field.name != "stack":
-            found_text += _differing(field.name, getattr(wanted, field.name), getattr(found, field.name), tolerance)
-    ours, theirs = list(wanted.blocks()), list(found.blocks())
+            found_text += _differing(
+                field.name, getattr(wanted, field.name), getattr(found, field.name), tolerance
+            )
+    ours = list(wanted.blocks())
+    theirs = list(found.blocks())
     if len(ours) != len(theirs):
         return [*found_text, f"{len(ours)} layers (read back as {len(theirs)})"]
     for layer, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
@@ -72,15 +87,23 @@ def _differing(where: str, wanted: Any, found: Any, tolerance: float) -> list[st
         return [
             text
             for field in dataclasses.fields(wanted)
-            for text in _differing(f"{where}.{field.name}", getattr(wanted, field.name), getattr(found, field.name), tolerance)
+            for text in _differing(
+                f"{where}.{field.name}", getattr(wanted, field.name), getattr(found, field.name), tolerance
+            )
         ]
     return [f"{where} = {_text(wanted)} (read back as {_text(found)})"]
 
 
 def _is_close(wanted: Any, found: Any, tolerance: float) -> bool:
     if isinstance(wanted, tuple) and isinstance(found, tuple):
-        return len(wanted) == len(found) and all(_is_close(one, other, tolerance) for one, other in zip(wanted, found, strict=True))
-    return isinstance(wanted, float) and isinstance(found, float) and math.isclose(wanted, found, rel_tol=tolerance)
+        return len(wanted) == len(found) and all(
+            _is_close(one, other, tolerance) for one, other in zip(wanted, found, strict=True)
+        )
+    return (
+        isinstance(wanted, float)
+        and isinstance(found, float)
+        and math.isclose(wanted, found, rel_tol=tolerance)
+    )
 
 
 def _text(value: Any) -> str:

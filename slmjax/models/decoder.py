@@ -1,7 +1,7 @@
 """The decoder: a stack of segments, each a repeating pattern of blocks, scanned over its repeats.
 
-`ModelConfig` says what the model is, `Decoder` computes final hidden states and hands out its `Head`; logits are made by the
-loss or the sampler. How its parameters look from outside is told in `parameters.py`.
+`ModelConfig` says what the model is, `Decoder` computes final hidden states and hands out its `Head`; logits
+are made by the loss or the sampler. How its parameters look from outside is told in `parameters.py`.
 
 Dims: B batch, T time, D model, V vocabulary, R repeats of a segment.
 """
@@ -33,7 +33,9 @@ class Output:
 
     hidden: Any  # Float[Array, "B T D"], final norm applied, rounded where rules of quantization say so
     head: losses.Head
-    losses: dict[str, Any]  # auxiliary losses, multiplied by their coefficients, summed over layers: Float[Array, ""]
+    losses: dict[
+        str, Any
+    ]  # auxiliary losses, multiplied by their coefficients, summed over layers: Float[Array, ""]
     metrics: dict[str, Any]  # by stack path of the module that reports, layer dim first
     captured: dict[str, Any]  # by logical path, what `capture` asked for
     state: Any  # decoding state, None in training
@@ -61,12 +63,17 @@ class Block(nnx.Module):
         def norm(wanted: bool) -> Norm | None:
             return shape.norm(shape.embed_dim) if wanted else None
 
-        before, after = config.norm is not NormPlacement.POST, config.norm is not NormPlacement.PRE
-        self.config, self.dropout, self.multiplier = config, model.dropout, model.residual_multiplier
+        before = config.norm is not NormPlacement.POST
+        after = config.norm is not NormPlacement.PRE
+        self.config = config
+        self.dropout = model.dropout
+        self.multiplier = model.residual_multiplier
         self.mixer = config.mixer.build(shape, rngs=rngs)
-        self.mixer_norm, self.mixer_post_norm = norm(before), norm(after)
+        self.mixer_norm = norm(before)
+        self.mixer_post_norm = norm(after)
         self.ffn = None if config.ffn is None else config.ffn.build(shape, rngs=rngs)
-        self.ffn_norm, self.ffn_post_norm = norm(before and config.ffn is not None), norm(after and config.ffn is not None)
+        self.ffn_norm = norm(before and config.ffn is not None)
+        self.ffn_post_norm = norm(after and config.ffn is not None)
 
     def __call__(
         self, x: Float[Array, "B T D"], *, given: Pass, state: Any, key: Array | None
@@ -80,15 +87,23 @@ class Block(nnx.Module):
             **lengths,
         )
         x = self._add(x, _maybe(self.mixer_post_norm, mixed), key, 0)
-        values, aux = {"mixer_output": mixed}, FfnAux(losses={}, metrics={})
+        values = {"mixer_output": mixed}
+        aux = FfnAux(losses={}, metrics={})
         if self.ffn is not None:
             fed, aux = self.ffn(_maybe(self.ffn_norm, x), segment_ids=given.segment_ids)
             x = self._add(x, _maybe(self.ffn_post_norm, fed), key, 1)
             values["ffn_output"] = fed
         values["block_output"] = x = communication.constrain(x, ("batch", "time", None))
-        return x, state, aux, {name: reduce(values[name]) for name, reduce in given.capture.items() if name in values}
+        return (
+            x,
+            state,
+            aux,
+            {name: reduce(values[name]) for name, reduce in given.capture.items() if name in values},
+        )
 
-    def _add(self, x: Float[Array, "B T D"], update: Float[Array, "B T D"], key: Array | None, index: int) -> Float[Array, "B T D"]:
+    def _add(
+        self, x: Float[Array, "B T D"], update: Float[Array, "B T D"], key: Array | None, index: int
+    ) -> Float[Array, "B T D"]:
         if key is not None:
             update = dropout(update, jax.random.fold_in(key, index), rate=self.dropout)
         return x + update * self.multiplier
@@ -102,7 +117,9 @@ class SegmentStack(nnx.Module):
     """The blocks of one segment, parameters stacked over its repeats and run by a scan."""
 
     def __init__(self, config: Segment, model: ModelConfig, *, first_layer: int, key: Array) -> None:
-        self.config, self.remat, self.first_layer = config, model.remat, first_layer
+        self.config = config
+        self.remat = model.remat
+        self.first_layer = first_layer
         blocks = []
         for offset, block in enumerate(config.pattern):
             # A layer's initial weights depend on its place in the model alone, not on how layers are grouped.
@@ -113,48 +130,74 @@ class SegmentStack(nnx.Module):
                 return Block(block, model, rngs=nnx.Rngs(params=layer_key))
 
             graphdef = nnx.graphdef(nnx.eval_shape(build, keys[0]))
-            blocks.append(nnx.merge(graphdef, jax.vmap(lambda layer_key, build=build: nnx.state(build(layer_key)))(keys)))
+            blocks.append(
+                nnx.merge(
+                    graphdef, jax.vmap(lambda layer_key, build=build: nnx.state(build(layer_key)))(keys)
+                )
+            )
         self.blocks = nnx.List(blocks)
 
-    def __call__(self, x: Float[Array, "B T D"], *, given: Pass, states: Any, key: Array | None) -> tuple[Array, Any, list[FfnAux], list]:
-        """Runs all repeats. States, aux and captures come and go with a leading dim of repeats, one entry per block."""
+    def __call__(
+        self, x: Float[Array, "B T D"], *, given: Pass, states: Any, key: Array | None
+    ) -> tuple[Array, Any, list[FfnAux], list]:
+        """Runs all repeats. States, aux and captures come and go with a leading dim of repeats, one entry per
+        block.
+        """
         graphdef, params = nnx.split(self.blocks)
 
         def repeat(x: Array, xs: tuple[Any, Any, Array]) -> tuple[Array, tuple[Any, list[FfnAux], list]]:
             params, states, index = xs
-            new_states, reports, captures = [], [], []
+            new_states = []
+            reports = []
+            captures = []
             for offset, block in enumerate(nnx.merge(graphdef, params)):
                 # Like initial weights, what a layer drops does not depend on how layers are grouped.
                 layer = self.first_layer + index * len(self.blocks) + offset
                 block_key = None if key is None else jax.random.fold_in(key, layer)
                 block_state = None if states is None else states[offset]
-                x, state, aux, captured = _run_passes(block, x, given=given, states=block_state, key=block_key)
+                x, state, aux, captured = _run_passes(
+                    block, x, given=given, states=block_state, key=block_key
+                )
                 new_states.append(state)
                 reports.append(aux)
                 captures.append(captured)
             return x, (new_states, reports, captures)
 
         body = _rematerialised(repeat, self.remat)
-        # What is to be computed again stays in a loop: outside of one the compiler would see that it has it already.
+        # What is to be computed again stays in a loop: outside of one the compiler would see that it has it
+        # already.
         spelled_out = kernels.unrolled_repeats(self.config.repeats, num_blocks=len(self.blocks))
         unroll = spelled_out if self.remat is Remat.NONE else 1
-        x, (new_states, reports, captures) = jax.lax.scan(body, x, (params, states, jnp.arange(self.config.repeats)), unroll=unroll)
+        x, (new_states, reports, captures) = jax.lax.scan(
+            body, x, (params, states, jnp.arange(self.config.repeats)), unroll=unroll
+        )
         return x, None if states is None else new_states, reports, captures
 
 
-def _run_passes(block: Block, x: Array, *, given: Pass, states: Any, key: Array | None) -> tuple[Array, Any, FfnAux, dict]:
-    """A block as often as it repeats itself; each pass has a decoding state of its own, reports are summed."""
-    new_states, reports, captured = [], [], {}
+def _run_passes(
+    block: Block, x: Array, *, given: Pass, states: Any, key: Array | None
+) -> tuple[Array, Any, FfnAux, dict]:
+    """A block as often as it repeats itself; each pass has a decoding state of its own, reports are
+    summed.
+    """
+    new_states = []
+    reports = []
+    captured = {}
     for index in range(block.config.passes):
         pass_key = None if key is None else jax.random.fold_in(key, index)
-        x, state, aux, captured = block(x, given=given, state=None if states is None else states[index], key=pass_key)
+        x, state, aux, captured = block(
+            x, given=given, state=None if states is None else states[index], key=pass_key
+        )
         new_states.append(state)
         reports.append(aux)
     return x, new_states, jax.tree.map(lambda *sums: sum(sums), *reports), captured
 
 
 def _rematerialised(body: Callable, remat: Remat) -> Callable:
-    policies = {Remat.DOTS: jax.checkpoint_policies.dots_with_no_batch_dims_saveable, Remat.FULL: jax.checkpoint_policies.nothing_saveable}
+    policies = {
+        Remat.DOTS: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        Remat.FULL: jax.checkpoint_policies.nothing_saveable,
+    }
     return body if remat is Remat.NONE else jax.checkpoint(body, policy=policies[remat], prevent_cse=False)
 
 
@@ -165,17 +208,25 @@ class Decoder(nnx.Module):
         self.config = config
         key = rngs.params()
         embed_key, head_key, layer_key = jax.random.split(key, 3)
-        self.embed = Embedding(config.table_rows, config.embed_dim, std=config.init_std, rngs=nnx.Rngs(params=embed_key))
-        rows, position_key = config.learned_positions, jax.random.fold_in(embed_key, 1)
-        self.positions = None if rows is None else Table(rows, config.embed_dim, std=config.init_std, key=position_key)
-        segments, first_layer = [], 0
+        self.embed = Embedding(
+            config.table_rows, config.embed_dim, std=config.init_std, rngs=nnx.Rngs(params=embed_key)
+        )
+        rows = config.learned_positions
+        position_key = jax.random.fold_in(embed_key, 1)
+        self.positions = (
+            None if rows is None else Table(rows, config.embed_dim, std=config.init_std, key=position_key)
+        )
+        segments = []
+        first_layer = 0
         for segment in config.stack:
             segments.append(SegmentStack(segment, config, first_layer=first_layer, key=layer_key))
             first_layer += len(segment.pattern) * segment.repeats
         self.segments = nnx.List(segments)
         self.final_norm = config.layer_shape().norm(config.embed_dim)
         free = config.head is HeadKind.FREE
-        self.head = Table(config.table_rows, config.embed_dim, std=config.init_std, key=head_key) if free else None
+        self.head = (
+            Table(config.table_rows, config.embed_dim, std=config.init_std, key=head_key) if free else None
+        )
         self.head_input: RoundedInput | None = nnx.data(None)
 
     def __call__(
@@ -196,11 +247,12 @@ class Decoder(nnx.Module):
           segment_ids: the document each token belongs to, from 1; 0 is padding.
           positions: index of each token within its document.
           state: decoding state from `init_state` or an earlier call; None for whole sequences.
-          max_lengths: tokens that each row may reach, prompt and new ones together, the same in every call for a sequence.
-            LongRoPE needs them with a `state`; None without one takes the length of each document.
+          max_lengths: tokens that each row may reach, prompt and new ones together, the same in every call
+            for a sequence. LongRoPE needs them with a `state`; None without one takes the length of each
+            document.
           key: randomness of dropout; None for evaluation.
-          capture: named activations to return (`CAPTURES`; of the last pass, where a block has several), each with the
-            function that reduces it on the way.
+          capture: named activations to return (`CAPTURES`; of the last pass, where a block has several), each
+            with the function that reduces it on the way.
         """
         rows = {"segment_ids": segment_ids, "positions": positions, "max_lengths": max_lengths}
         given = Pass(**rows, capture=_known(capture or {}))
@@ -211,40 +263,64 @@ class Decoder(nnx.Module):
         x = communication.constrain(x, ("batch", "time", None))
         if key is not None:
             x = dropout(x, jax.random.fold_in(key, self.config.num_layers), rate=self.config.dropout)
-        new_states, losses_by_name, metrics, captured, first_layer = [], {}, {}, {}, 0
+        new_states = []
+        losses_by_name = {}
+        metrics = {}
+        captured = {}
+        first_layer = 0
         for index, segment in enumerate(self.segments):
-            x, segment_state, reports, captures = segment(x, given=given, states=None if state is None else state[index], key=key)
+            x, segment_state, reports, captures = segment(
+                x, given=given, states=None if state is None else state[index], key=key
+            )
             new_states.append(segment_state)
             for offset, (aux, kept) in enumerate(zip(reports, captures, strict=True)):
                 for name, sums in aux.losses.items():
                     losses_by_name[name] = losses_by_name.get(name, 0.0) + jnp.sum(sums)
-                metrics |= {f"segments/{index}/blocks/{offset}/ffn/{name}": sums for name, sums in aux.metrics.items()}
+                metrics |= {
+                    f"segments/{index}/blocks/{offset}/ffn/{name}": sums for name, sums in aux.metrics.items()
+                }
                 step = len(reports)
-                captured |= {f"layers/{first_layer + offset + step * r}/{n}": v[r] for n, v in kept.items() for r in range(v.shape[0])}
+                captured |= {
+                    f"layers/{first_layer + offset + step * r}/{n}": v[r]
+                    for n, v in kept.items()
+                    for r in range(v.shape[0])
+                }
             first_layer += segment.config.repeats * len(reports)
         hidden = self.final_norm(x)
         return Output(
-            hidden=hidden if self.head_input is None else self.head_input(hidden), head=self.make_head(), losses=losses_by_name,
-            metrics=metrics, captured=captured, state=None if state is None else new_states,
-        )  # fmt: skip
+            hidden=hidden if self.head_input is None else self.head_input(hidden),
+            head=self.make_head(),
+            losses=losses_by_name,
+            metrics=metrics,
+            captured=captured,
+            state=None if state is None else new_states,
+        )
 
     def make_head(self) -> losses.Head:
         """The output projection, for the loss and the sampler."""
         config = self.config
         table = self.embed.table[...] if self.head is None else self.head.weight[...]
         return losses.Head(
-            weight=effective_weight(table, config.layer_shape().dtype), bias=None, softcap=config.logit_softcap,
-            scale=config.logit_multiplier, vocab_size=config.known_vocab_size,
-        )  # fmt: skip
+            weight=effective_weight(table, config.layer_shape().dtype),
+            bias=None,
+            softcap=config.logit_softcap,
+            scale=config.logit_multiplier,
+            vocab_size=config.known_vocab_size,
+        )
 
     def init_state(self, batch_size: int, *, max_length: int) -> Any:
         """Empty decoding state: per segment, per block, per pass, with a leading dim of repeats."""
 
         def repeated(block: Block, repeats: int) -> list[Any]:
             one = block.mixer.init_state(batch_size, max_length=max_length)
-            return [jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (repeats, *leaf.shape)), one) for _ in range(block.config.passes)]
+            return [
+                jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (repeats, *leaf.shape)), one)
+                for _ in range(block.config.passes)
+            ]
 
-        return [[repeated(block, segment.config.repeats) for block in segment.blocks] for segment in self.segments]
+        return [
+            [repeated(block, segment.config.repeats) for block in segment.blocks] for segment in self.segments
+        ]
 
 
 class Table(nnx.Module):

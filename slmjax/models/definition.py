@@ -1,8 +1,9 @@
 """A model's parameters from outside: flat dicts by path, and the layers behind the stacks.
 
-Outside the modules all parameters are one flat dict keyed by stack path (`segments/0/blocks/1/mixer/query/weight`, layer
-dim first). Checkpoints, rules and golden lists speak of logical paths (`layers/3/mixer/query/weight`), so that nothing
-that is stored depends on how layers are grouped for the scan: `unstack` and `restack` go between the two.
+Outside the modules all parameters are one flat dict keyed by stack path
+(`segments/0/blocks/1/mixer/query/weight`, layer dim first). Checkpoints, rules and golden lists speak of
+logical paths (`layers/3/mixer/query/weight`), so that nothing that is stored depends on how layers are
+grouped for the scan: `unstack` and `restack` go between the two.
 """
 
 import dataclasses
@@ -29,16 +30,23 @@ Params = dict[str, Array]  # by stack path
 class Definition:
     """The model without its arrays: what turns flat dicts of parameters back into a `Decoder`.
 
-    Where weights have formats, `params` holds what is trained, and modules multiply with what `effective` makes of it.
+    Where weights have formats, `params` holds what is trained, and modules multiply with what `effective`
+    makes of it.
     """
 
     config: ModelConfig
     graphdef: Any
     params: dict[str, jax.ShapeDtypeStruct]  # trained by the optimizer
     buffers: dict[str, jax.ShapeDtypeStruct]  # state that the optimizer does not touch (router biases)
-    formats: numbers.Formats = dataclasses.field(default_factory=dict)  # of weights, by stack path; empty in full precision
-    learning: numbers.Formats = dataclasses.field(default_factory=dict)  # of weights beside which anything is learned in some phase
-    inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # formats of what is multiplied with, by stack path of the weight
+    formats: numbers.Formats = dataclasses.field(
+        default_factory=dict
+    )  # of weights, by stack path; empty in full precision
+    learning: numbers.Formats = dataclasses.field(
+        default_factory=dict
+    )  # of weights beside which anything is learned in some phase
+    inputs: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # formats of what is multiplied with, by stack path of the weight
     phase: QuantPhase | None = None  # of the config's, the one that this is of; None in full precision
 
     def effective(self, params: Mapping[str, Array], *, key: Array | None = None) -> dict[str, Array]:
@@ -57,7 +65,9 @@ class Definition:
         return nnx.merge(self.graphdef, nnx.from_flat_state(flat))
 
     def merge_unrounded(self, params: Mapping[str, Array], buffers: Mapping[str, Array]) -> Decoder:
-        """Return the module that computes with weights before they are rounded; inputs and caches are rounded as in this phase."""
+        """Return the module that computes with weights before they are rounded; inputs and caches are rounded
+        as in this phase.
+        """
         kept = {path: leaf for path, leaf in params.items() if not numbers.is_beside_a_weight(path)}
         return self.decoded().merge_effective(kept, buffers)
 
@@ -67,27 +77,42 @@ class Definition:
         return self.with_learned(params), self.with_measured(buffers)
 
     def with_learned(self, params: Mapping[str, Array], *, kept: Container[str] = ()) -> dict[str, Array]:
-        """The parameters with what is learned beside them as it begins for these weights; but what is beside the weights `kept` stays."""
-        started = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in self.params.items() if path not in params}
+        """The parameters with what is learned beside them as it begins for these weights; but what is beside
+        the weights `kept` stays.
+        """
+        started = {
+            path: jnp.zeros(leaf.shape, leaf.dtype)
+            for path, leaf in self.params.items()
+            if path not in params
+        }
         learning = {path: formats for path, formats in self.learning.items() if path not in kept}
         return {**started, **params, **numbers.learned(params, learning)}
 
     def with_measured(self, buffers: Mapping[str, Array]) -> dict[str, Array]:
         """The buffers with those that calibration has not filled yet."""
-        return {path: buffers.get(path, jnp.zeros(leaf.shape, leaf.dtype)) for path, leaf in self.buffers.items()}
+        return {
+            path: buffers.get(path, jnp.zeros(leaf.shape, leaf.dtype)) for path, leaf in self.buffers.items()
+        }
 
     def decode(self, params: Mapping[str, Array]) -> tuple[dict[str, Array], "Definition"]:
         """Effective parameters, computed once, and the definition that is for them."""
         return jax.jit(self.effective)(params) if self.formats else self.effective(params), self.decoded()
 
     def decoded(self) -> "Definition":
-        """The definition for effective parameters: weights are what they are, inputs and caches are rounded as here."""
+        """The definition for effective parameters: weights are what they are, inputs and caches are rounded
+        as here.
+        """
         if not self.config.quant:
             return self
         params = {path: leaf for path, leaf in self.params.items() if not numbers.is_beside_a_weight(path)}
         config = dataclasses.replace(self.config, quant=() if self.phase is None else (self.phase.decoded(),))
         return dataclasses.replace(
-            self, config=config, params=params, formats={}, learning={}, phase=config.quant[0] if config.quant else None
+            self,
+            config=config,
+            params=params,
+            formats={},
+            learning={},
+            phase=config.quant[0] if config.quant else None,
         )
 
 
@@ -95,7 +120,8 @@ def define(config: ModelConfig, *, step: int | None = None, is_observed: bool = 
     """The definition of a model, from shapes alone: nothing is computed.
 
     Args:
-      step: of the training step before which rules of quantization are asked for; None for the last phase, which is deployed.
+      step: of the training step before which rules of quantization are asked for; None for the last phase,
+        which is deployed.
       is_observed: for calibration (`quantized.set_inputs`).
 
     Raises:
@@ -112,10 +138,15 @@ def define(config: ModelConfig, *, step: int | None = None, is_observed: bool = 
         params |= jax.eval_shape(lambda given: numbers.learned(given, plan.learning), params)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, buffers))
     return Definition(
-        config=config, graphdef=nnx.graphdef(model), params=shapes[0], buffers=shapes[1], formats={} if plan is None else plan.formats,
-        learning={} if plan is None else plan.learning, phase=phase_at(config.quant, step),
+        config=config,
+        graphdef=nnx.graphdef(model),
+        params=shapes[0],
+        buffers=shapes[1],
+        formats={} if plan is None else plan.formats,
+        learning={} if plan is None else plan.learning,
+        phase=phase_at(config.quant, step),
         inputs={} if plan is None else {path: now for path, (now, _) in plan.inputs.items()},
-    )  # fmt: skip
+    )
 
 
 def _rounding(config: ModelConfig, plan: Plan, *, is_observed: bool) -> Decoder:
@@ -125,12 +156,16 @@ def _rounding(config: ModelConfig, plan: Plan, *, is_observed: bool) -> Decoder:
 
 
 def define_for_inference(config: ModelConfig, *, step: int | None = None) -> Definition:
-    """The definition with the same parameters that evaluation and sampling use: see `FfnConfig.for_inference`."""
+    """The definition with the same parameters that evaluation and sampling use: see
+    `FfnConfig.for_inference`.
+    """
 
     def block(one: BlockConfig) -> BlockConfig:
         return one if one.ffn is None else dataclasses.replace(one, ffn=one.ffn.for_inference())
 
-    stack = tuple(dataclasses.replace(segment, pattern=tuple(map(block, segment.pattern))) for segment in config.stack)
+    stack = tuple(
+        dataclasses.replace(segment, pattern=tuple(map(block, segment.pattern))) for segment in config.stack
+    )
     return define(dataclasses.replace(config, stack=stack), step=step)
 
 
@@ -149,10 +184,11 @@ def _keys(path: str) -> tuple[str | int, ...]:
 
 
 def unstack(config: ModelConfig, tree: Any) -> dict[str, Array]:
-    """A tree whose leaves belong to parameters, as a flat dict with one entry per layer (a pure function: jit it).
+    """A tree whose leaves belong to parameters, as a flat dict with one entry per layer (a pure function: jit
+    it).
 
-    A leaf belongs to the parameter whose stack path is among the keys of its tree path; every layer's slice is named by
-    the tree path with the logical path in that place, joined by "/".
+    A leaf belongs to the parameter whose stack path is among the keys of its tree path; every layer's slice
+    is named by the tree path with the logical path in that place, joined by "/".
     """
     flat = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -161,7 +197,9 @@ def unstack(config: ModelConfig, tree: Any) -> dict[str, Array]:
             flat[names[0]] = leaf
             continue
         # Indexing past the end would repeat the last slice without a word.
-        assert leaf.shape[:1] == (len(names),), f"{'/'.join(map(_name, keys))} of shape {leaf.shape} has no dim of {len(names)} layers"
+        assert leaf.shape[:1] == (len(names),), (
+            f"{'/'.join(map(_name, keys))} of shape {leaf.shape} has no dim of {len(names)} layers"
+        )
         flat |= {name: leaf[index] for index, name in enumerate(names)}
     return flat
 
@@ -177,14 +215,19 @@ def restack(config: ModelConfig, flat: Mapping[str, Array], *, like: Any) -> Any
 
 
 def stored_shapes(config: ModelConfig, like: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `unstack` would return for a tree of arrays or shapes: shapes, dtypes and shardings, without computing."""
+    """What `unstack` would return for a tree of arrays or shapes: shapes, dtypes and shardings, without
+    computing.
+    """
     flat = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(like)[0]:
         stacked = _is_stacked(keys)
-        shape, sharding = (leaf.shape[1:] if stacked else leaf.shape), leaf.sharding
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        sharding = leaf.sharding
         if stacked and isinstance(sharding, NamedSharding):
             sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-        flat |= dict.fromkeys(_stored_names(config, keys), jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding))
+        flat |= dict.fromkeys(
+            _stored_names(config, keys), jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+        )
     return flat
 
 
@@ -198,7 +241,10 @@ def _stored_names(config: ModelConfig, keys: tuple[Any, ...]) -> list[str]:
     stacked = next((name for name in names if name.startswith("segments/")), None)
     if stacked is None:
         return ["/".join(names)]
-    return ["/".join(logical if name == stacked else name for name in names) for logical in logical_paths(config, stacked)]
+    return [
+        "/".join(logical if name == stacked else name for name in names)
+        for logical in logical_paths(config, stacked)
+    ]
 
 
 def _name(key: Any) -> str:

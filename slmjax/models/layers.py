@@ -1,8 +1,9 @@
 """Norms, linear maps, embeddings and the gated MLP: typed pure functions, then thin NNX modules.
 
-Math is a free function of arrays; a module holds parameters and calls it. Parameters are float32; a module computes in
-`Shape.dtype` (float32 or bfloat16), with norms, angles and softmax in float32. This file also states the two protocols a
-block is made of: token mixers (`MixerConfig`, `Mixer`) and feed-forward layers (`FfnConfig`, `Ffn`).
+Math is a free function of arrays; a module holds parameters and calls it. Parameters are float32; a module
+computes in `Shape.dtype` (float32 or bfloat16), with norms, angles and softmax in float32. This file also
+states the two protocols a block is made of: token mixers (`MixerConfig`, `Mixer`) and feed-forward layers
+(`FfnConfig`, `Ffn`).
 
 Dims: B batch, T time, D model, N heads, H head dim, F feed-forward, V vocabulary; `...` any leading dims.
 """
@@ -53,7 +54,7 @@ class Shape:
         return self.init_std / math.sqrt(2 * self.num_layers)
 
 
-# Functions ------------------------------------------------------------------------------------------------------------
+# Functions --------------------------------------------------------------------------------------------------
 def truncated_normal(key: Array, shape: tuple[int, ...], std: float) -> Float[Array, "..."]:
     """Normal draws of deviation `std`, cut at three deviations: the initialisation of every weight."""
     return std * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32)
@@ -65,20 +66,26 @@ def along_last(vector: Float[Array, " D"], ndim: int) -> Float[Array, "..."]:
 
 
 def effective_weight(weight: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
-    """The weight a layer multiplies with: its float32 parameter, decoded already where it has a format, in the dtype of the computation."""
+    """The weight a layer multiplies with: its float32 parameter, decoded already where it has a format, in
+    the dtype of the computation.
+    """
     return weight.astype(dtype)
 
 
-def linear(x: Float[Array, "*B I"], weight: Float[Array, "I O"], bias: Float[Array, " O"] | None = None) -> Float[Array, "*B O"]:
+def linear(
+    x: Float[Array, "*B I"], weight: Float[Array, "I O"], bias: Float[Array, " O"] | None = None
+) -> Float[Array, "*B O"]:
     """`x @ weight + bias` in the dtype of `x`; the weight is cast to it."""
     y = kernels.matmul(x, effective_weight(weight, weight.dtype))
     return y if bias is None else y + along_last(bias.astype(x.dtype), y.ndim)
 
 
 def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, dtype: Any) -> Float[Array, "B T D"]:
-    """The rows of a table that tokens name, in `dtype`. On a mesh each device takes those that it holds, and one of them has it.
+    """The rows of a table that tokens name, in `dtype`. On a mesh each device takes those that it holds, and
+    one of them has it.
 
-    It is looked up in float32, because the gradient sums as many rows as a token has occurrences: bfloat16 stops at 256.
+    It is looked up in float32, because the gradient sums as many rows as a token has occurrences: bfloat16
+    stops at 256.
     """
 
     def on_device(table: Array, tokens: Array) -> Array:
@@ -91,18 +98,26 @@ def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, dtype: Any)
         return shards.sum(jnp.where(is_here[:, :, None], taken, 0.0).astype(dtype))
 
     dims = communication.table_dims(table.shape[0], batch_size=tokens.shape[0])
-    return communication.local(on_device, in_dims=(dims, ("batch", "time")), out_dims=("batch", "time", None))(table, tokens)
+    return communication.local(
+        on_device, in_dims=(dims, ("batch", "time")), out_dims=("batch", "time", None)
+    )(table, tokens)
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], *, eps: float) -> Float[Array, "*B D"]:
-    """`scale * x / rms(x)` over the last dim, in float32, returned in the dtype of `x` (Zhang & Sennrich 2019)."""
+    """`scale * x / rms(x)` over the last dim, in float32, returned in the dtype of `x` (Zhang & Sennrich
+    2019).
+    """
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return (normed * along_last(scale, x.ndim)).astype(x.dtype)
 
 
-def layer_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], bias: Float[Array, " D"], *, eps: float) -> Float[Array, "*B D"]:
-    """`scale * (x - mean) / deviation + bias` over the last dim, in float32, returned in the dtype of `x` (Ba et al. 2016)."""
+def layer_norm(
+    x: Float[Array, "*B D"], scale: Float[Array, " D"], bias: Float[Array, " D"], *, eps: float
+) -> Float[Array, "*B D"]:
+    """`scale * (x - mean) / deviation + bias` over the last dim, in float32, returned in the dtype of `x` (Ba
+    et al. 2016).
+    """
     wide = x.astype(jnp.float32)
     centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
     normed = centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + eps)
@@ -116,7 +131,7 @@ def dropout(x: Float[Array, "..."], key: Array | None, *, rate: float) -> Float[
     return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), jnp.zeros_like(x))
 
 
-# Modules --------------------------------------------------------------------------------------------------------------
+# Modules ----------------------------------------------------------------------------------------------------
 class Norm(nnx.Module):
     """A norm over the last dim."""
 
@@ -136,7 +151,9 @@ class RmsNorm(Norm):
 
 
 class CenteredRmsNorm(Norm):
-    """`RmsNorm` whose parameter is the scale less one: at zero, where it starts and decays to, it scales nothing."""
+    """`RmsNorm` whose parameter is the scale less one: at zero, where it starts and decays to, it scales
+    nothing.
+    """
 
     def __init__(self, dim: int, *, eps: float) -> None:
         self.scale = nnx.Param(jnp.zeros((dim,), jnp.float32))
@@ -166,7 +183,9 @@ NORMS: Mapping[NormKind, Callable[..., Norm]] = {
 
 
 class Linear(nnx.Module):
-    """Linear map with weight [in, out] and an optional bias. What it multiplies is rounded first where rules of quantization say so."""
+    """Linear map with weight [in, out] and an optional bias. What it multiplies is rounded first where rules
+    of quantization say so.
+    """
 
     def __init__(self, in_dim: int, out_dim: int, *, std: float, bias: bool = False, rngs: nnx.Rngs) -> None:
         self.weight = nnx.Param(truncated_normal(rngs.params(), (in_dim, out_dim), std))

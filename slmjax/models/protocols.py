@@ -1,4 +1,5 @@
-"""The two protocols that a block is made of: token mixers (`MixerConfig`, `Mixer`) and feed-forward layers (`FfnConfig`, `Ffn`).
+"""The two protocols that a block is made of: token mixers (`MixerConfig`, `Mixer`) and feed-forward layers
+(`FfnConfig`, `Ffn`).
 
 Dims: B batch, T time, D model.
 """
@@ -28,11 +29,18 @@ class FfnAux:
 
 
 class Mixer(nnx.Module):
-    """A token mixer: `(x, segment_ids, positions, state) -> (y, state)`; state None means a whole sequence at once."""
+    """A token mixer: `(x, segment_ids, positions, state) -> (y, state)`; state None means a whole sequence at
+    once.
+    """
 
     @abc.abstractmethod
     def __call__(
-        self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], state: Any
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        state: Any,
     ) -> tuple[Float[Array, "B T D"], Any]: ...
 
     @abc.abstractmethod
@@ -41,11 +49,13 @@ class Mixer(nnx.Module):
 
 
 class CachingMixer(Mixer):
-    """A mixer whose decoding state keeps numbers of every token, which rules of quantization can name as `layers/{i}/mixer/cache`.
+    """A mixer whose decoding state keeps numbers of every token, which rules of quantization can name as
+    `layers/{i}/mixer/cache`.
 
-    It rounds them by `self.cache` before it uses them, in training as in decoding. The attribute is None until the model sets it.
-    Cached numbers are computed once. Whatever in them depends on the length of the sequence needs the length that
-    it may reach, so that such a mixer is called with `max_lengths` beside the arguments of every mixer.
+    It rounds them by `self.cache` before it uses them, in training as in decoding. The attribute is None
+    until the model sets it. Cached numbers are computed once. Whatever in them depends on the length of the
+    sequence needs the length that it may reach, so that such a mixer is called with `max_lengths` beside the
+    arguments of every mixer.
     """
 
     cache: RoundedInput | None
@@ -77,7 +87,9 @@ class MixerConfig(abc.ABC):
 
     @abc.abstractmethod
     def mixing_flops(self, shape: Shape, *, length: int) -> float:
-        """Forward FLOPs per token beside the weights' own, averaged over a causal sequence of `length` tokens."""
+        """Forward FLOPs per token beside the weights' own, averaged over a causal sequence of `length`
+        tokens.
+        """
 
     @abc.abstractmethod
     def state_bytes(self, shape: Shape, *, length: int, itemsize: int) -> int:
@@ -88,7 +100,9 @@ class Ffn(nnx.Module):
     """A feed-forward layer: `(x, segment_ids) -> (y, aux)`."""
 
     @abc.abstractmethod
-    def __call__(self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"]) -> tuple[Float[Array, "B T D"], FfnAux]: ...
+    def __call__(
+        self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], FfnAux]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,4 +119,6 @@ class FfnConfig(abc.ABC):
 
     @abc.abstractmethod
     def for_inference(self) -> "FfnConfig":
-        """The layer with the same parameters as it is evaluated and sampled from: what a token gets depends on no later or other one."""
+        """The layer with the same parameters as it is evaluated and sampled from: what a token gets depends
+        on no later or other one.
+        """

@@ -1,8 +1,9 @@
-"""A model under rules of quantization: which format each layer's weights, inputs and caches have in a phase, set into its modules.
+"""A model under rules of quantization: which format each layer's weights, inputs and caches have in a phase,
+set into its modules.
 
     plan = plan_quantization(config, build, step=None)     # config.quant says the phases
-    plan.config                                            # the same layers, in segments within which they are alike
-    set_inputs(model, plan)
+    plan.config                                            # the same layers, in segments within which they
+    are alike set_inputs(model, plan)
 
 Dims: R layers of a stack.
 """
@@ -39,18 +40,27 @@ class Plan:
     config: ModelConfig  # segments divided where the layers of one differ in what is set into modules
     formats: Formats  # of weights, by stack path; empty in full precision
     learning: Formats  # of weights beside which anything is learned in some phase
-    inputs: dict[str, tuple[Numbers | None, Numbers | None]]  # by stack path: now, and what learns in some phase
+    inputs: dict[
+        str, tuple[Numbers | None, Numbers | None]
+    ]  # by stack path: now, and what learns in some phase
     caches: dict[str, Numbers | None]  # by the stack path of a mixer
 
 
 def stack_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
-    """Shapes of all parameters of a model by stack path; and of what caching mixers keep of a token, layer dim first."""
+    """Shapes of all parameters of a model by stack path; and of what caching mixers keep of a token, layer
+    dim first.
+    """
     _, state = nnx.split(model)
-    shapes = {"/".join(map(str, path)): tuple(leaf.get_value().shape) for path, leaf in nnx.to_flat_state(state)}
+    shapes = {
+        "/".join(map(str, path)): tuple(leaf.get_value().shape) for path, leaf in nnx.to_flat_state(state)
+    }
     for index, segment in enumerate(model.segments):
         for offset, block in enumerate(segment.blocks):
             if isinstance(block.mixer, CachingMixer):
-                shapes[f"segments/{index}/blocks/{offset}{CACHE}"] = (segment.config.repeats, *block.mixer.cached_shape())
+                shapes[f"segments/{index}/blocks/{offset}{CACHE}"] = (
+                    segment.config.repeats,
+                    *block.mixer.cached_shape(),
+                )
     return shapes
 
 
@@ -74,7 +84,9 @@ def entries_of(config: ModelConfig, stacked: Mapping[str, tuple[int, ...]]) -> l
     return [cover(phase.rules, shapes) for phase in config.quant]
 
 
-def plan_quantization(config: ModelConfig, stacked: Mapping[str, tuple[int, ...]], *, step: int | None) -> Plan:
+def plan_quantization(
+    config: ModelConfig, stacked: Mapping[str, tuple[int, ...]], *, step: int | None
+) -> Plan:
     """What `config.quant` comes to at a step.
 
     Args:
@@ -87,9 +99,14 @@ def plan_quantization(config: ModelConfig, stacked: Mapping[str, tuple[int, ...]
     phases = entries_of(config, stacked)
     current = phase_at(config.quant, step)
     now: Entries = {} if current is None else phases[config.quant.index(current)]
-    divided = dataclasses.replace(config, stack=tuple(part for parts in _divided_segments(config, phases) for part in parts))
+    divided = dataclasses.replace(
+        config, stack=tuple(part for parts in _divided_segments(config, phases) for part in parts)
+    )
     paths = _restacked(config, divided, stacked)
-    formats, learning, inputs, caches = {}, {}, {}, {}
+    formats = {}
+    learning = {}
+    inputs = {}
+    caches = {}
     for path in paths:
         logical = logical_paths(divided, path)
         if path.endswith(CACHE):
@@ -111,12 +128,16 @@ def _learns(numbers: Numbers | None) -> Numbers | None:
 
 
 def _learner(phases: Sequence[Entries], now: Entries, path: str, part: str) -> Numbers | None:
-    """The format beside which something is learned of a weight or its input: that of the phase, else of the first phase that has one."""
+    """The format beside which something is learned of a weight or its input: that of the phase, else of the
+    first phase that has one.
+    """
     found = [numbers for entries in phases if (numbers := _learns(getattr(entries[path], part))) is not None]
     if len({_layout(numbers) for numbers in found}) > 1:
         raise ValueError(
-            f"quant: the phases learn scales of the {part} of {path} in different ways or for groups of different sizes, and what is "
-            "learned keeps its shape: give all phases the same, or StraightThrough(), whose scales follow the numbers"
+            f"quant: the phases learn scales of the {part} of {path} in different ways or for groups of "
+            "different sizes, and what is "
+            "learned keeps its shape: give all phases the same, or StraightThrough(), whose scales follow "
+            "the numbers"
         )
     current = _learns(getattr(now[path], part)) if now else None
     learner = current or (found[0] if found else None)
@@ -129,7 +150,9 @@ def _layout(numbers: Numbers) -> tuple[Any, ...]:
 
 
 def _divided_segments(config: ModelConfig, phases: Sequence[Entries]) -> list[list[Segment]]:
-    """Each segment as runs of repeats whose layers have the same inputs, caches and learned scales in all phases."""
+    """Each segment as runs of repeats whose layers have the same inputs, caches and learned scales in all
+    phases.
+    """
     by_layer: dict[int, list[Any]] = {}
     for entries in phases:
         for path, entry in entries.items():
@@ -139,7 +162,8 @@ def _divided_segments(config: ModelConfig, phases: Sequence[Entries]) -> list[li
                 layout = None if learner is None else (*_layout(learner), learner.spec.has_signed_scale)
                 alike = (name, entry.input, entry.weight if path.endswith(CACHE) else None, layout)
                 by_layer.setdefault(int(layer), []).append(alike)
-    divided, first = [], 0
+    divided = []
+    first = 0
     for segment in config.stack:
         size = len(segment.pattern)
         parts: list[Segment] = []
@@ -167,16 +191,19 @@ def _restacked(config: ModelConfig, divided: ModelConfig, stacked: Mapping[str, 
             prefix = f"segments/{index}/blocks/{offset}/"
             layer = (layer_indices(divided, prefix + "any") or [0])[0]
             own = f"layers/{layer}/"
-            paths += [prefix + logical.removeprefix(own) for logical in sorted(known) if logical.startswith(own)]
+            paths += [
+                prefix + logical.removeprefix(own) for logical in sorted(known) if logical.startswith(own)
+            ]
     return paths
 
 
-# Into the modules -----------------------------------------------------------------------------------------------------
+# Into the modules -------------------------------------------------------------------------------------------
 def set_inputs(model: Decoder, plan: Plan, *, is_observed: bool = False) -> None:
     """Sets what rounds inputs and caches into the modules of a model of `plan.config`.
 
     Args:
-      is_observed: for calibration: nothing is rounded, and the gradient of what is learned is what it should begin as.
+      is_observed: for calibration: nothing is rounded, and the gradient of what is learned is what it should
+        begin as.
     """
     for path, numbers in plan.caches.items():
         mixer = _module(model, path)
@@ -190,16 +217,23 @@ def set_inputs(model: Decoder, plan: Plan, *, is_observed: bool = False) -> None
         place = (path.rpartition("/")[0] if name != "head_input" else "", name)
         if set_by.setdefault(place, (numbers, learner)) != (numbers, learner):
             raise ValueError(
-                f"quant: {path} is multiplied with the same inputs as its neighbours, and has another format for them: give them one"
+                f"quant: {path} is multiplied with the same inputs as its neighbours, and has another format "
+                "for them: give them one"
             )
         layers = layer_indices(plan.config, path)
         learned = initial(learner, num_layers=None if layers is None else len(layers))
         dim = input_dim(path)
-        setattr(owner, name, RoundedInput(numbers, dim=dim, learner=learner, learned=learned, is_observed=is_observed))
+        setattr(
+            owner,
+            name,
+            RoundedInput(numbers, dim=dim, learner=learner, learned=learned, is_observed=is_observed),
+        )
 
 
 def _owner(model: Decoder, path: str) -> tuple[Any, str]:
-    """The module that rounds the input of a weight, and the attribute with which it does; None for a table that is only looked up in."""
+    """The module that rounds the input of a weight, and the attribute with which it does; None for a table
+    that is only looked up in.
+    """
     if path in ("embed/table", "head/weight"):
         is_head = path == "head/weight" or model.config.head is HeadKind.TIED
         return (model, "head_input") if is_head else (None, "")
@@ -209,7 +243,8 @@ def _owner(model: Decoder, path: str) -> tuple[Any, str]:
         return module, "hidden_input" if name == "down" else "input"
     if not isinstance(module, Linear):
         raise ValueError(
-            f"quant: the input of {path} cannot be rounded, only those of linear layers, experts and the head: leave out its input format"
+            f"quant: the input of {path} cannot be rounded, only those of linear layers, experts and the "
+            "head: leave out its input format"
         )
     return module, "input"
 
@@ -221,7 +256,7 @@ def _module(model: Any, path: str) -> Any:
     return found
 
 
-# For people -----------------------------------------------------------------------------------------------------------
+# For people -------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line:
     """What becomes of one path, and what it takes as it is deployed."""
@@ -254,9 +289,14 @@ def covered_lines(config: ModelConfig) -> list[Line]:
 
 
 def _line(entry: Entry) -> Line:
-    weight, numbers = entry.weight, math.prod(entry.shape)
+    weight = entry.weight
+    numbers = math.prod(entry.shape)
     size = 4 * numbers if weight is None else stored_bytes(weight.spec, entry.shape, axis=weight.axis)
     return Line(
-        path=entry.path, shape=entry.shape, format=None if weight is None else name_of(weight.spec),
-        input=None if entry.input is None else name_of(entry.input.spec), bytes=size, reason=entry.reason,
-    )  # fmt: skip
+        path=entry.path,
+        shape=entry.shape,
+        format=None if weight is None else name_of(weight.spec),
+        input=None if entry.input is None else name_of(entry.input.spec),
+        bytes=size,
+        reason=entry.reason,
+    )

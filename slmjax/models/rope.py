@@ -1,4 +1,5 @@
-"""Rotary position embeddings: the rotation, and how released models stretch its angles to contexts longer than they began with.
+"""Rotary position embeddings: the rotation, and how released models stretch its angles to contexts longer
+than they began with.
 
     rotary(queries, positions, base=500_000.0, scaling=Llama3Scaling(factor=32.0, original_context=8192))
 
@@ -66,13 +67,16 @@ class Llama3Scaling(RopeScaling):
 
     factor: float  # how many times the original context
     original_context: int  # tokens the model was first trained with
-    low_frequency_factor: float = 1.0  # waves longer than original_context over this are divided by the factor
+    low_frequency_factor: float = (
+        1.0  # waves longer than original_context over this are divided by the factor
+    )
     high_frequency_factor: float = 4.0  # waves shorter than original_context over this are kept
 
     def __post_init__(self) -> None:
         if self.high_frequency_factor <= self.low_frequency_factor:
             raise ValueError(
-                f"rope_scaling.high_frequency_factor={self.high_frequency_factor} must be above its low_frequency_factor, "
+                f"rope_scaling.high_frequency_factor={self.high_frequency_factor} must be above its "
+                "low_frequency_factor, "
                 f"{self.low_frequency_factor}"
             )
 
@@ -82,7 +86,9 @@ class Llama3Scaling(RopeScaling):
         base: float,
         lengths: Int[Array, "B #T"] | None,
     ) -> Float[Array, "1 1 1 F"]:
-        """Each frequency between its plain and its divided value, by the turns that its wave makes in the original context."""
+        """Each frequency between its plain and its divided value, by the turns that its wave makes in the
+        original context.
+        """
         turns = self.original_context * frequencies / (2 * math.pi)
         kept = (turns - self.low_frequency_factor) / (self.high_frequency_factor - self.low_frequency_factor)
         return _for_all(_between(frequencies / self.factor, frequencies, jnp.clip(kept, 0.0, 1.0)))
@@ -90,7 +96,9 @@ class Llama3Scaling(RopeScaling):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class YarnScaling(RopeScaling):
-    """YaRN (Peng et al. 2023): a passage between divided and plain frequencies that is linear in the dim, and a magnitude."""
+    """YaRN (Peng et al. 2023): a passage between divided and plain frequencies that is linear in the dim, and
+    a magnitude.
+    """
 
     factor: float  # how many times the original context
     original_context: int  # tokens the model was first trained with
@@ -114,23 +122,29 @@ class YarnScaling(RopeScaling):
         num_rotated = 2 * frequencies.shape[0]
 
         def dim_of(turns: float) -> float:
-            return num_rotated * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(base))
+            return (
+                num_rotated * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(base))
+            )
 
-        first, last = dim_of(self.fast_turns), dim_of(self.slow_turns)
+        first = dim_of(self.fast_turns)
+        last = dim_of(self.slow_turns)
         if self.whole_dims:
-            first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, num_rotated - 1)
+            first = math.floor(first)
+            last = math.ceil(last)
+        first = max(first, 0)
+        last = min(last, num_rotated - 1)
         passage = (jnp.arange(frequencies.shape[0], dtype=jnp.float32) - first) / (last - first or 1e-3)
         return _for_all(_between(frequencies / self.factor, frequencies, 1.0 - jnp.clip(passage, 0.0, 1.0)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LongScaling(RopeScaling):
-    """LongRoPE (Ding et al. 2024): divisors of the frequencies, one list for short sequences, another for long ones.
+    """LongRoPE (Ding et al. 2024): divisors of the frequencies, one list for short sequences, another for
+    long ones.
 
-    The length of a token's own sequence selects the list. While a sequence is decoded with a cache, that is the
-    length which it may reach (prompt and new tokens together): cached keys are rotated once, and must not change
-    when the text grows past `original_context`.
+    The length of a token's own sequence selects the list. While a sequence is decoded with a cache, that is
+    the length which it may reach (prompt and new tokens together): cached keys are rotated once, and must not
+    change when the text grows past `original_context`.
     """
 
     short_factors: tuple[float, ...]  # divisors in sequences of at most original_context tokens
@@ -147,7 +161,10 @@ class LongScaling(RopeScaling):
         """Raise ValueError unless there is a divisor for each pair of dims that is rotated."""
         for name, factors in (("short", self.short_factors), ("long", self.long_factors)):
             if len(factors) != num_pairs:
-                raise ValueError(f"rope_scaling.{name}_factors has {len(factors)} numbers: {num_pairs} dim pairs are rotated")
+                raise ValueError(
+                    f"rope_scaling.{name}_factors has {len(factors)} numbers: {num_pairs} dim pairs are "
+                    "rotated"
+                )
 
     def scaled(
         self,
@@ -157,11 +174,16 @@ class LongScaling(RopeScaling):
     ) -> Float[Array, "#B #T 1 F"]:
         """Return the plain frequencies over the divisors of each token's sequence."""
         self.check_pairs(frequencies.shape[0])
-        short, long = (_for_all(frequencies / jnp.asarray(factors, jnp.float32)) for factors in (self.short_factors, self.long_factors))
+        short, long = (
+            _for_all(frequencies / jnp.asarray(factors, jnp.float32))
+            for factors in (self.short_factors, self.long_factors)
+        )
         if lengths is None:
             raise ValueError(
-                "LongScaling selects its divisors by the length of a sequence, which is not known while it is "
-                "decoded: call the model with max_lengths, the tokens (prompt and new ones) that each row may reach"
+                "LongScaling selects its divisors by the length of a sequence, which is not known while it "
+                "is "
+                "decoded: call the model with max_lengths, the tokens (prompt and new ones) that each row "
+                "may reach"
             )
         return jnp.where((lengths > self.original_context)[:, :, None, None], long, short)
 
@@ -174,7 +196,7 @@ def _between(start: Array, end: Array, share: Array) -> Array:
     return start * (1.0 - share) + end * share
 
 
-# The rotation ---------------------------------------------------------------------------------------------------------
+# The rotation -----------------------------------------------------------------------------------------------
 def rotary(
     x: Float[Array, "B T N H"],
     positions: Int[Array, "B T"],
@@ -186,8 +208,8 @@ def rotary(
 ) -> Float[Array, "B T N H"]:
     """Rotary position embedding (Su et al. 2021), half-split pairing as in Hugging Face models.
 
-    The first R dims of a head are rotated, pair (i, i + R/2) by the angle `position * base ** (-2i / R)`, or by the
-    frequency that `scaling` makes of it. Angles are float32.
+    The first R dims of a head are rotated, pair (i, i + R/2) by the angle `position * base ** (-2i / R)`, or
+    by the frequency that `scaling` makes of it. Angles are float32.
 
     Args:
       rotary_dim: dims of a head that are rotated, R, an even number; None for all of them.
@@ -215,14 +237,14 @@ def sequence_lengths(
 ) -> Int[Array, "B #T"] | None:
     """Return the length in tokens of the sequence that each token belongs to; None where nothing tells it.
 
-    The shape of an array is never that length: rows hold several documents and padding, and caches are rounded up
-    or shorter than the sequence.
+    The shape of an array is never that length: rows hold several documents and padding, and caches are
+    rounded up or shorter than the sequence.
 
     Args:
       positions: index of each token within its document.
       segment_ids: document of each token.
-      max_lengths: tokens that the one sequence of each row may reach, prompt and new tokens together; None for
-        whole documents.
+      max_lengths: tokens that the one sequence of each row may reach, prompt and new tokens together; None
+        for whole documents.
       is_decoding: the tokens continue those of a cache, so that the documents in the row are not whole.
     """
     if max_lengths is not None:
@@ -231,7 +253,9 @@ def sequence_lengths(
 
 
 def document_lengths(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Return the length of each token's document within its row: the position of its last token there, plus one."""
+    """Return the length of each token's document within its row: the position of its last token there, plus
+    one.
+    """
     last_column = jnp.ones_like(segment_ids[:, :1], bool)
     is_last = jnp.concatenate([segment_ids[:, 1:] != segment_ids[:, :-1], last_column], axis=1)
     columns = jnp.broadcast_to(jnp.arange(positions.shape[1])[None], positions.shape)

@@ -1,4 +1,5 @@
-"""Rows of a batch: which of them this process reads, and how they become arrays that are divided over the mesh.
+"""Rows of a batch: which of them this process reads, and how they become arrays that are divided over the
+mesh.
 
 Dims: B rows of the global batch, T time.
 """
@@ -18,9 +19,11 @@ from slmjax.parallel.mesh import LOGICAL_DIMS, named_sharding
 
 @functools.lru_cache(maxsize=16)  # asked at every step
 def rows_here(mesh: Mesh, num_rows: int) -> np.ndarray:
-    """Numbers of the rows of a global batch that this process's devices hold, in ascending order: those that it has to read.
+    """Numbers of the rows of a global batch that this process's devices hold, in ascending order: those that
+    it has to read.
 
-    Where the axes of the batch do not divide the rows, and where others (context, tensor) span processes, several hold a row.
+    Where the axes of the batch do not divide the rows, and where others (context, tensor) span processes,
+    several hold a row.
     """
     owners = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
     rows = _rows_of(jax.process_index(), owners, mesh.axis_names, num_rows)
@@ -51,12 +54,16 @@ def place_batch(batch: Any, mesh: Mesh, *, num_rows: int | None = None) -> Any:
     def place(local: np.ndarray) -> Array:
         count = local.shape[0] if num_rows is None else num_rows
         here = np.arange(count) if num_rows is None else rows_here(mesh, count)
-        assert len(here) == local.shape[0], f"{local.shape[0]} rows were made, and this process holds {len(here)} of {count}"
+        assert len(here) == local.shape[0], (
+            f"{local.shape[0]} rows were made, and this process holds {len(here)} of {count}"
+        )
         global_shape = (count, *local.shape[1:])
 
         def shard(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(count)
-            first = int(np.searchsorted(here, start))  # a shard's rows follow each other here as they do in the whole
+            first = int(
+                np.searchsorted(here, start)
+            )  # a shard's rows follow each other here as they do in the whole
             return local[first : first + stop - start, *index[1:]]
 
         return jax.make_array_from_callback(global_shape, _batch_sharding(global_shape, mesh), shard)
@@ -65,8 +72,13 @@ def place_batch(batch: Any, mesh: Mesh, *, num_rows: int | None = None) -> Any:
 
 
 def batch_shapes(batch: Any, mesh: Mesh) -> Any:
-    """Shapes, dtypes and shardings of a global batch, given as host arrays [B ...] or [B T ...], once it is placed."""
-    return jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=_batch_sharding(rows.shape, mesh)), batch)
+    """Shapes, dtypes and shardings of a global batch, given as host arrays [B ...] or [B T ...], once it is
+    placed.
+    """
+    return jax.tree.map(
+        lambda rows: jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=_batch_sharding(rows.shape, mesh)),
+        batch,
+    )
 
 
 def _batch_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:

@@ -1,11 +1,12 @@
 """The device mesh, the rules that place parameters on it, and the one `shard_map` entry point.
 
-Modules name logical dims ("batch", "heads", "ffn", ...); only this file knows mesh axes. `make_mesh` builds a mesh
-with compiler-managed (Auto) axes and is entered with `jax.set_mesh(mesh)`; inside it `constrain`, `local` and the
-collectives work by logical dims, and without a mesh they are the identity, so the same code runs on one device.
+Modules name logical dims ("batch", "heads", "ffn", ...); only this file knows mesh axes. `make_mesh` builds a
+mesh with compiler-managed (Auto) axes and is entered with `jax.set_mesh(mesh)`; inside it `constrain`,
+`local` and the collectives work by logical dims, and without a mesh they are the identity, so the same code
+runs on one device.
 
-Logical dims: batch B, time T, tokens (time divided further, inside losses), embed D, heads N, kv_heads K, ffn F, vocab V,
-expert E.
+Logical dims: batch B, time T, tokens (time divided further, inside losses), embed D, heads N, kv_heads K, ffn
+F, vocab V, expert E.
 """
 
 import contextvars
@@ -21,8 +22,10 @@ from jax.sharding import PartitionSpec
 
 from slmjax.parallel.mesh import LOGICAL_DIMS, Dims, current_axis_sizes, mesh_spec, num_devices
 
-# Inside the compiled program ------------------------------------------------------------------------------------------
-_divided_dims: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("divided_dims", default=frozenset())
+# Inside the compiled program --------------------------------------------------------------------------------
+_divided_dims: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
+    "divided_dims", default=frozenset()
+)
 
 
 def constrain(x: Array, dims: Dims) -> Array:
@@ -45,27 +48,33 @@ def joined_rows(parts: Array) -> Array:
     return constrain(rows, ("batch", "time")[: rows.ndim] + (None,) * (rows.ndim - 2))
 
 
-def local(fn: Callable[..., Any], *, in_dims: tuple[Dims, ...], out_dims: Any, checked: bool = True) -> Callable[..., Any]:
+def local(
+    fn: Callable[..., Any], *, in_dims: tuple[Dims, ...], out_dims: Any, checked: bool = True
+) -> Callable[..., Any]:
     """`fn` run by every device on its own shard: the one way into `jax.shard_map`.
 
-    A logical dim is divided when it divides evenly in every argument that has it; otherwise all devices see it whole, and
-    `sum_over`, `gather` and `scatter_sum` over it do nothing.
+    A logical dim is divided when it divides evenly in every argument that has it; otherwise all devices see
+    it whole, and `sum_over`, `gather` and `scatter_sum` over it do nothing.
 
     Args:
       fn: takes arrays, one per entry of `in_dims`; an argument may be a pytree whose leaves all have the same
         dims, or these and further ones that are not divided.
       in_dims: logical dims per argument.
-      out_dims: logical dims of the result, or a tuple of them for a tuple of results; () for a scalar (a pytree of
-        scalars too).
-      checked: the tracer proves that what is returned whole is the same on all devices. It cannot look into fused kernels: where
-        there are any, False.
+      out_dims: logical dims of the result, or a tuple of them for a tuple of results; () for a scalar (a
+        pytree of scalars too).
+      checked: the tracer proves that what is returned whole is the same on all devices. It cannot look into
+        fused kernels: where there are any, False.
     """
     sizes = current_axis_sizes()
     if math.prod(sizes.values()) == 1:
         return fn
 
     def run(*args: Any) -> Any:
-        leaves = [(leaf.shape, dims) for arg, dims in zip(args, in_dims, strict=True) for leaf in jax.tree.leaves(arg)]
+        leaves = [
+            (leaf.shape, dims)
+            for arg, dims in zip(args, in_dims, strict=True)
+            for leaf in jax.tree.leaves(arg)
+        ]
         named = [(dim, size) for shape, dims in leaves for dim, size in zip(dims, shape, strict=False) if dim]
         whole = {dim for dim, size in named if size % math.prod(sizes[axis] for axis in LOGICAL_DIMS[dim])}
         divided = frozenset(dim for dim, _ in named) - whole
@@ -104,14 +113,19 @@ def sum_over(x: Any, *dims: str) -> Any:
 def gather(x: Array, dim: str, *, axis: int) -> Array:
     """Inside `local`: the shards that the devices of a logical dim hold, joined along an array axis.
 
-    It counts as differing between devices, so that it may not be returned as it is in a dim that is not divided.
+    It counts as differing between devices, so that it may not be returned as it is in a dim that is not
+    divided.
     """
     return shards_of(dim).gather(x, axis=axis)
 
 
 def scatter_sum(x: Array, dim: str, *, axis: int) -> Array:
     """Inside `local`: the sum over a logical dim's devices, each keeping its part of an array axis."""
-    return jax.lax.psum_scatter(x, axes, scatter_dimension=axis, tiled=True) if (axes := _divided_axes((dim,))) else x
+    return (
+        jax.lax.psum_scatter(x, axes, scatter_dimension=axis, tiled=True)
+        if (axes := _divided_axes((dim,)))
+        else x
+    )
 
 
 def index_along(dim: str) -> Array | int:
@@ -131,7 +145,9 @@ def is_divided(dim: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """The devices that a logical dim is divided over, for code that is traced later than `local` runs: rules of custom gradients."""
+    """The devices that a logical dim is divided over, for code that is traced later than `local` runs: rules
+    of custom gradients.
+    """
 
     axes: tuple[str, ...] = ()  # none where the dim is whole
     count: int = 1
@@ -166,40 +182,53 @@ def shards_of(dim: str) -> Shards:
 def table_dims(num_rows: int, *, batch_size: int) -> Dims:
     """How a table [V, D] is to enter `local`, for `gathered_table`, beside a batch of so many rows.
 
-    By its rows, if they divide: the sum that is the gradient of the gathered table is then scattered by rows, which TPUs do piece by
-    piece, while of columns narrower than their lanes they would send all to everyone. The rules place a table so too.
+    By its rows, if they divide: the sum that is the gradient of the gathered table is then scattered by rows,
+    which TPUs do piece by piece, while of columns narrower than their lanes they would send all to everyone.
+    The rules place a table so too.
     """
-    if batch_size % num_devices("batch"):  # all have the same rows of the batch, and what they gather would count as different
+    if batch_size % num_devices(
+        "batch"
+    ):  # all have the same rows of the batch, and what they gather would count as different
         return ("vocab", None)
     return ("vocab_rows", None) if num_rows % num_devices("vocab_rows") == 0 else ("vocab", "embed")
 
 
 def gathered_table(table: Array, *, whole: bool = False) -> tuple[Array, Shards]:
-    """Inside `local`: a table with all its columns, and its rows over the vocabulary's devices, or all of them if `whole`."""
-    by_rows, vocab = shards_of("vocab_rows"), shards_of("vocab")
+    """Inside `local`: a table with all its columns, and its rows over the vocabulary's devices, or all of
+    them if `whole`.
+    """
+    by_rows = shards_of("vocab_rows")
+    vocab = shards_of("vocab")
     table = by_rows.within("embed").gather(shards_of("embed").gather(table, axis=1), axis=0)
     vocab = by_rows.within("vocab") if by_rows.axes else vocab
     return (vocab.gather(table, axis=0), Shards()) if whole else (table, vocab)
 
 
 def halo(x: Array, dim: str, *, size: int, axis: int) -> Array:
-    """Inside `local`: `x` with the `size` entries before it along a divided array axis, from the devices that hold them.
+    """Inside `local`: `x` with the `size` entries before it along a divided array axis, from the devices that
+    hold them.
 
-    The first shards have fewer entries before them, and zeros in their place. Only these entries are sent: from the neighbour,
-    and where a shard is shorter than the halo from as many further devices as it takes. No more than all other shards hold is
-    added; the identity where the dim is whole.
+    The first shards have fewer entries before them, and zeros in their place. Only these entries are sent:
+    from the neighbour, and where a shard is shorter than the halo from as many further devices as it takes.
+    No more than all other shards hold is added; the identity where the dim is whole.
     """
-    axes, length, others = _divided_axes((dim,)), x.shape[axis], num_shards(dim) - 1
+    axes = _divided_axes((dim,))
+    length = x.shape[axis]
+    others = num_shards(dim) - 1
     parts = [x]
     for hop in range(1, min(-(-size // length), others) + 1):
         count = min(length, size - (hop - 1) * length)
         tail = jax.lax.slice_in_dim(x, length - count, length, axis=axis)
-        parts.insert(0, jax.lax.ppermute(tail, axes, [(source, source + hop) for source in range(others + 1 - hop)]))
+        parts.insert(
+            0, jax.lax.ppermute(tail, axes, [(source, source + hop) for source in range(others + 1 - hop)])
+        )
     return jnp.concatenate(parts, axis=axis) if len(parts) > 1 else x
 
 
 def sum_before(x: Array, dim: str) -> Array:
-    """Inside `local`: the sum of `x` over the shards of a logical dim that come before this one; zeros where the dim is whole."""
+    """Inside `local`: the sum of `x` over the shards of a logical dim that come before this one; zeros where
+    the dim is whole.
+    """
     if not is_divided(dim):
         return jnp.zeros_like(x)
     all_shards = gather(x[None], dim, axis=0)
@@ -208,11 +237,15 @@ def sum_before(x: Array, dim: str) -> Array:
 
 
 def alike(*arrays: Array) -> tuple[Array, ...]:
-    """Inside `local`: the arrays, marked as differing between devices wherever one of them does; elsewhere the identity.
+    """Inside `local`: the arrays, marked as differing between devices wherever one of them does; elsewhere
+    the identity.
 
-    Needed where the tracer cannot see it by itself: at the door of a custom gradient, and for the zeros a loop starts from.
-    The gradient of what was equal on all devices is then summed over them.
+    Needed where the tracer cannot see it by itself: at the door of a custom gradient, and for the zeros a
+    loop starts from. The gradient of what was equal on all devices is then summed over them.
     """
     axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
     union = frozenset().union(*axes)
-    return tuple(jax.lax.pcast(x, tuple(sorted(union - own)), to="varying") for x, own in zip(arrays, axes, strict=True))
+    return tuple(
+        jax.lax.pcast(x, tuple(sorted(union - own)), to="varying")
+        for x, own in zip(arrays, axes, strict=True)
+    )

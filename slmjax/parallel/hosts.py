@@ -1,10 +1,12 @@
-"""How the processes of a run find each other: from COORDINATOR, RANK and WORLD, from Slurm, or as the hosts of a TPU pod.
+"""How the processes of a run find each other: from COORDINATOR, RANK and WORLD, from Slurm, or as the hosts
+of a TPU pod.
 
     COORDINATOR=node0:4321 RANK=1 WORLD=2 slmjax train ...        # on each host, with a RANK of its own
     srun --ntasks-per-node 8 slmjax train ...                     # nothing to set
 
-`how_to_join` decides from the environment alone; `join` does it, and must come before jax is asked for a device. Afterwards
-`jax.devices()` are those of all processes. CPU devices of several processes talk through gloo, jax's default.
+`how_to_join` decides from the environment alone; `join` does it, and must come before jax is asked for a
+device. Afterwards `jax.devices()` are those of all processes. CPU devices of several processes talk through
+gloo, jax's default.
 """
 
 import contextlib
@@ -23,7 +25,13 @@ from typing import Any
 import jax
 
 _VARIABLES = ("COORDINATOR", "RANK", "WORLD")
-_SLURM_VARIABLES = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # that jax reads
+_SLURM_VARIABLES = (
+    "SLURM_JOB_ID",
+    "SLURM_STEP_NODELIST",
+    "SLURM_NTASKS",
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+)  # that jax reads
 _GOOGLE = "0x1ae0"  # vendor of a TPU on the PCI bus
 _MARGIN_SECONDS = 30  # by which jax is more patient than the time limit
 
@@ -48,7 +56,9 @@ class Join:
     local_device: int | None = None  # the one device of its host that this process uses; None: all of them
 
     def __str__(self) -> str:
-        return f"coordinator {self.coordinator}" if self.coordinator else f"found through {self.meeting.value}"
+        return (
+            f"coordinator {self.coordinator}" if self.coordinator else f"found through {self.meeting.value}"
+        )
 
 
 joined: Join | None = None  # what `join` did in this process
@@ -58,8 +68,8 @@ def join(environ: Mapping[str, str] = os.environ) -> Join | None:
     """Joins the other processes of the run, where the environment says that there are some.
 
     Raises:
-      ValueError: the environment contradicts itself, or the others were not found, with what to check. Where they did not come in
-        time, the process ends with the same message.
+      ValueError: the environment contradicts itself, or the others were not found, with what to check. Where
+        they did not come in time, the process ends with the same message.
     """
     global joined
     how = how_to_join(environ, has_tpu=_has_tpu())
@@ -67,11 +77,15 @@ def join(environ: Mapping[str, str] = os.environ) -> Join | None:
         return None
     arguments: dict[str, Any] = {"cluster_detection_method": "slurm"} if how.meeting is Meeting.SLURM else {}
     if how.meeting is Meeting.VARIABLES:
-        # Deactivated: what a scheduler says of its own processes must not be mixed with what the user said of these.
+        # Deactivated: what a scheduler says of its own processes must not be mixed with what the user said of
+        # these.
         arguments = {
-            "coordinator_address": how.coordinator, "num_processes": how.process_count, "process_id": how.process_index,
-            "local_device_ids": how.local_device, "cluster_detection_method": "deactivate",
-        }  # fmt: skip
+            "coordinator_address": how.coordinator,
+            "num_processes": how.process_count,
+            "process_id": how.process_index,
+            "local_device_ids": how.local_device,
+            "cluster_detection_method": "deactivate",
+        }
     try:
         with _time_limit(how):
             jax.distributed.initialize(**arguments, initialization_timeout=how.seconds + _MARGIN_SECONDS)
@@ -86,8 +100,8 @@ def join(environ: Mapping[str, str] = os.environ) -> Join | None:
 def how_to_join(environ: Mapping[str, str], *, has_tpu: bool = False) -> Join | None:
     """What the environment says of other processes; None where this one is alone.
 
-    Only COORDINATOR tells that RANK and WORLD are meant: other tools leave a RANK behind. A Slurm batch script has no tasks
-    beside it until it calls srun, and waits for nobody.
+    Only COORDINATOR tells that RANK and WORLD are meant: other tools leave a RANK behind. A Slurm batch
+    script has no tasks beside it until it calls srun, and waits for nobody.
 
     Args:
       environ: environment variables.
@@ -99,7 +113,8 @@ def how_to_join(environ: Mapping[str, str], *, has_tpu: bool = False) -> Join | 
     switch = environ.get("SLMJAX_DISTRIBUTED", "").lower()
     if switch not in ("", "auto", "off"):
         raise ValueError(
-            f"SLMJAX_DISTRIBUTED={environ['SLMJAX_DISTRIBUTED']} is not known: off has this process train alone; auto, or nothing, "
+            f"SLMJAX_DISTRIBUTED={environ['SLMJAX_DISTRIBUTED']} is not known: off has this process train "
+            "alone; auto, or nothing, "
             "has it join the others that the environment tells of"
         )
     if switch == "off":
@@ -107,10 +122,15 @@ def how_to_join(environ: Mapping[str, str], *, has_tpu: bool = False) -> Join | 
     seconds = _whole(environ, "SLMJAX_JOIN_SECONDS", least=1) if environ.get("SLMJAX_JOIN_SECONDS") else 300
     if environ.get("COORDINATOR"):
         return _from_variables(environ, seconds)
-    if environ.get("SLURM_STEP_NUM_TASKS") and "SLURM_PROCID" in environ and _whole(environ, "SLURM_STEP_NUM_TASKS", least=1) > 1:
+    if (
+        environ.get("SLURM_STEP_NUM_TASKS")
+        and "SLURM_PROCID" in environ
+        and _whole(environ, "SLURM_STEP_NUM_TASKS", least=1) > 1
+    ):
         if missing := [name for name in _SLURM_VARIABLES if name not in environ]:
             raise ValueError(
-                f"this is one of {environ['SLURM_STEP_NUM_TASKS']} tasks of srun, but {missing[0]} is not set, which tells where the "
+                f"this is one of {environ['SLURM_STEP_NUM_TASKS']} tasks of srun, but {missing[0]} is not "
+                "set, which tells where the "
                 "others are: set COORDINATOR, RANK and WORLD, or SLMJAX_DISTRIBUTED=off to train alone"
             )
         return Join(meeting=Meeting.SLURM, seconds=seconds)
@@ -124,18 +144,30 @@ def _from_variables(environ: Mapping[str, str], seconds: int) -> Join:
     coordinator = environ["COORDINATOR"]
     if missing := [name for name in _VARIABLES if not environ.get(name)]:
         raise ValueError(
-            f"COORDINATOR={coordinator} is set, but {' and '.join(missing)} not: set all three (RANK is this process's number from 0, "
+            f"COORDINATOR={coordinator} is set, but {' and '.join(missing)} not: set all three (RANK is this "
+            "process's number from 0, "
             "WORLD how many processes there are), or none to train alone"
         )
     host, _, port = coordinator.rpartition(":")
     if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-        raise ValueError(f"COORDINATOR={coordinator} must be HOST:PORT: the host of process 0, and a port that is free there (1 to 65535)")
-    rank, world = _whole(environ, "RANK", least=0), _whole(environ, "WORLD", least=1)
+        raise ValueError(
+            f"COORDINATOR={coordinator} must be HOST:PORT: the host of process 0, and a port that is free "
+            "there (1 to 65535)"
+        )
+    rank = _whole(environ, "RANK", least=0)
+    world = _whole(environ, "WORLD", least=1)
     if rank >= world:
-        raise ValueError(f"RANK={rank} is not one of the WORLD={world} processes: they are numbered from 0 to {world - 1}")
+        raise ValueError(
+            f"RANK={rank} is not one of the WORLD={world} processes: they are numbered from 0 to {world - 1}"
+        )
     local = _whole(environ, "LOCAL_RANK", least=0) if environ.get("LOCAL_RANK") else None
     return Join(
-        meeting=Meeting.VARIABLES, seconds=seconds, coordinator=coordinator, process_index=rank, process_count=world, local_device=local
+        meeting=Meeting.VARIABLES,
+        seconds=seconds,
+        coordinator=coordinator,
+        process_index=rank,
+        process_count=world,
+        local_device=local,
     )
 
 
@@ -147,18 +179,26 @@ def _whole(environ: Mapping[str, str], name: str, *, least: int) -> int:
 
 
 def _has_tpu() -> bool:
-    """Whether libtpu is installed, a numbered device of the kinds that TPUs have is there, and so is hardware of Google's.
+    """Whether libtpu is installed, a numbered device of the kinds that TPUs have is there, and so is hardware
+    of Google's.
 
-    Any one alone is found elsewhere: libtpu compiles for TPUs on any machine, and virtual machines have devices in /dev/vfio.
+    Any one alone is found elsewhere: libtpu compiles for TPUs on any machine, and virtual machines have
+    devices in /dev/vfio.
     """
-    if importlib.util.find_spec("libtpu") is None or not glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*"):
+    if importlib.util.find_spec("libtpu") is None or not glob.glob("/dev/accel[0-9]*") + glob.glob(
+        "/dev/vfio/[0-9]*"
+    ):
         return False
-    return any(Path(vendor).read_text().strip() == _GOOGLE for vendor in glob.glob("/sys/bus/pci/devices/*/vendor"))
+    return any(
+        Path(vendor).read_text().strip() == _GOOGLE for vendor in glob.glob("/sys/bus/pci/devices/*/vendor")
+    )
 
 
 @contextlib.contextmanager
 def _time_limit(how: Join) -> Iterator[None]:
-    """Ends the process with what to check when the others are not met in time: jax itself would abort it, with a stack trace."""
+    """Ends the process with what to check when the others are not met in time: jax itself would abort it,
+    with a stack trace.
+    """
 
     def give_up() -> None:
         print(f"error: {_failure(how, _what_is_missing(how))}", file=sys.stderr, flush=True)
@@ -188,11 +228,15 @@ def _what_is_missing(how: Join) -> str:
 def _failure(how: Join, problem: str) -> str:
     if how.meeting is not Meeting.VARIABLES:
         return (
-            f"the other processes were not found through {how.meeting.value} ({problem}): start all of them within "
-            f"SLMJAX_JOIN_SECONDS={how.seconds}; set COORDINATOR, RANK and WORLD yourself; or SLMJAX_DISTRIBUTED=off to train alone"
+            f"the other processes were not found through {how.meeting.value} ({problem}): start all of them "
+            "within "
+            f"SLMJAX_JOIN_SECONDS={how.seconds}; set COORDINATOR, RANK and WORLD yourself; or "
+            "SLMJAX_DISTRIBUTED=off to train alone"
         )
     return (
-        f"process {how.process_index} of {how.process_count} did not meet the others at COORDINATOR={how.coordinator} ({problem}). Check "
-        f"that process 0 runs on that host, that no firewall closes the port and no other program has it, that all {how.process_count} "
+        f"process {how.process_index} of {how.process_count} did not meet the others at "
+        f"COORDINATOR={how.coordinator} ({problem}). Check "
+        "that process 0 runs on that host, that no firewall closes the port and no other program has it, "
+        f"that all {how.process_count} "
         f"processes were started, each with its own RANK, within SLMJAX_JOIN_SECONDS={how.seconds}"
     )

@@ -50,9 +50,12 @@ class MeshConfig:
         if -1 in sizes.values() and num_devices % known == 0:
             sizes = {axis: num_devices // known if size == -1 else size for axis, size in sizes.items()}
         if math.prod(sizes.values()) != num_devices:
-            asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "of one device"
+            asked = (
+                " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "of one device"
+            )
             raise ValueError(
-                f"the mesh {asked} does not fit the {num_devices} device(s) here: set --mesh.* so that the product is {num_devices}"
+                f"the mesh {asked} does not fit the {num_devices} device(s) here: set --mesh.* so that the "
+                f"product is {num_devices}"
             )
         return sizes
 
@@ -65,7 +68,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = config.sizes(len(devices))
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices
+    )
 
 
 def named_sharding(dims: Dims, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
@@ -80,7 +85,11 @@ def batch_divisor(mesh: Mesh) -> int:
 
 def divides(dims: Dims, shape: Sequence[int], sizes: Mapping[str, int]) -> bool:
     """Return whether every sharded dim of a shape is a multiple of the devices that it is sharded over."""
-    return all(size % math.prod(sizes[axis] for axis in LOGICAL_DIMS[dim]) == 0 for dim, size in zip(dims, shape, strict=True) if dim)
+    return all(
+        size % math.prod(sizes[axis] for axis in LOGICAL_DIMS[dim]) == 0
+        for dim, size in zip(dims, shape, strict=True)
+        if dim
+    )
 
 
 def mesh_spec(dims: Dims, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
@@ -99,12 +108,16 @@ def current_axis_sizes() -> dict[str, int]:
 
 
 def platform() -> str:
-    """What the program is made for ("cpu", "gpu", "tpu"): the mesh's devices, which need not be here; without a mesh, those that are."""
+    """What the program is made for ("cpu", "gpu", "tpu"): the mesh's devices, which need not be here; without
+    a mesh, those that are.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     named = None if device is None else device.platform
     return named or jax.default_backend()
 
 
 def num_devices(dim: str) -> int:
-    """How many of the mesh's devices a logical dim is divided over, where its size allows; 1 without a mesh."""
+    """How many of the mesh's devices a logical dim is divided over, where its size allows; 1 without a
+    mesh.
+    """
     return math.prod(current_axis_sizes().get(axis, 1) for axis in LOGICAL_DIMS[dim])

@@ -1,7 +1,7 @@
 """What the processes of a run agree on, and how a run is asked to stop.
 
-A run has one process per host; all of these functions are called by every process and do nothing special when there is
-only one.
+A run has one process per host; all of these functions are called by every process and do nothing special when
+there is only one.
 """
 
 import signal
@@ -47,7 +47,8 @@ def broadcast_text(text: str) -> str:
 class StopSignals:
     """While entered, Ctrl-C and SIGTERM only ask the run to stop; a second one stops it at once.
 
-    With several processes JAX's own preemption service takes SIGTERM and makes all of them stop after the same step.
+    With several processes JAX's own preemption service takes SIGTERM and makes all of them stop after the
+    same step.
     """
 
     def __init__(self) -> None:
@@ -60,19 +61,24 @@ class StopSignals:
         return self._received is not None
 
     def requested(self, step: int) -> signal.Signals | None:
-        """The signal that asks the run to stop after `step`, if there was one; the same answer in every process."""
+        """The signal that asks the run to stop after `step`, if there was one; the same answer in every
+        process.
+        """
         if jax.process_count() > 1:
             return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
         return self._received
 
     def __enter__(self) -> "StopSignals":
-        # Only the main thread may install handlers: a run inside a thread of a larger program is stopped by that program.
+        # Only the main thread may install handlers: a run inside a thread of a larger program is stopped by
+        # that program.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._restore()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from slmjax import kernels
 
-# Dense TFLOP/s per device, of bfloat16 and of what float32 products run in by default: tensor cores in TF32 on NVIDIA, whose data
-# sheets give twice as much for sparse matrices; several bfloat16 passes on TPU, for which vendors give no figure. The first
-# name that is part of the device's kind counts, in lower case. Sources: the vendors' data sheets and cloud documentation.
+# Dense TFLOP/s per device, of bfloat16 and of what float32 products run in by default: tensor cores in TF32
+# on NVIDIA, whose data sheets give twice as much for sparse matrices; several bfloat16 passes on TPU, for
+# which vendors give no figure. The first name that is part of the device's kind counts, in lower case.
+# Sources: the vendors' data sheets and cloud documentation.
 _PEAKS: tuple[tuple[str, float, float | None], ...] = (
     ("tpu v6 lite", 918.0, None),
     ("tpu v5 lite", 197.0, None),
@@ -43,7 +44,8 @@ _MEASURED_SECONDS = 0.5  # long enough for a moment without other programs
 
 
 def peak_flops(device: Any, dtype: Any, *, num_devices: int = 1) -> float | None:
-    """FLOP/s that `num_devices` devices like this one (a jax.Device) reach at best in products of this dtype; None where not known.
+    """FLOP/s that `num_devices` devices like this one (a jax.Device) reach at best in products of this dtype;
+    None where not known.
 
     The devices of a CPU share its cores, so that their number does not count.
     """
@@ -60,11 +62,16 @@ def peak_flops(device: Any, dtype: Any, *, num_devices: int = 1) -> float | None
 
 @functools.cache
 def _measured(dtype: str) -> float:
-    """The best of many products on this machine's CPU: less than its peak on paper, and what a step can hope for."""
-    ones = jax.device_put(jnp.ones((_MEASURED_SIZE, _MEASURED_SIZE), dtype), jax.local_devices(backend="cpu")[0])
+    """The best of many products on this machine's CPU: less than its peak on paper, and what a step can hope
+    for.
+    """
+    ones = jax.device_put(
+        jnp.ones((_MEASURED_SIZE, _MEASURED_SIZE), dtype), jax.local_devices(backend="cpu")[0]
+    )
     product = jax.jit(kernels.matmul)
     product(ones, ones).block_until_ready()
-    best, begun = float("inf"), time.perf_counter()
+    best = float("inf")
+    begun = time.perf_counter()
     while time.perf_counter() - begun < _MEASURED_SECONDS:
         started = time.perf_counter()
         product(ones, ones).block_until_ready()

@@ -2,8 +2,9 @@
 
     count(lambda x, w: x @ w, x, w)          # 2 * M * K * N
 
-XLA's own cost analysis counts the body of a loop once, which would call anything linear that is written as a loop.
-Products count, with two operations for each pair of factors; elementwise operations, which are few beside them, do not.
+XLA's own cost analysis counts the body of a loop once, which would call anything linear that is written as a
+loop. Products count, with two operations for each pair of factors; elementwise operations, which are few
+beside them, do not.
 """
 
 import math
@@ -14,7 +15,8 @@ import jax
 
 
 def count(function: Callable[..., Any], *arguments: Any) -> float:
-    """FLOPs of the matrix products and convolutions in `function(*arguments)`; arrays may be shapes. Nothing is computed.
+    """FLOPs of the matrix products and convolutions in `function(*arguments)`; arrays may be shapes. Nothing
+    is computed.
 
     Of the branches of a conditional the most expensive counts.
 
@@ -29,14 +31,16 @@ def _count(jaxpr: Any) -> float:
 
 
 def _count_equation(equation: Any) -> float:
-    name, parameters = equation.primitive.name, equation.params
+    name = equation.primitive.name
+    parameters = equation.params
     if name == "dot_general":
         return _product(equation)
     if name == "ragged_dot_general" or name == "ragged_dot":
         rows, matrices = (operand.aval.shape for operand in equation.invars[:2])
         return 2.0 * math.prod(rows) * matrices[-1]  # each row with the matrix of its group
     if name == "conv_general_dilated":
-        kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+        kernel = equation.invars[1].aval.shape
+        out = equation.outvars[0].aval.shape
         features = kernel[parameters["dimension_numbers"].rhs_spec[0]]
         return 2.0 * math.prod(out) * math.prod(kernel) / features
     if name == "scan":
@@ -47,7 +51,10 @@ def _count_equation(equation: Any) -> float:
         return _count(parameters["jaxpr"]) * parameters["mesh"].size
     inner = sum(_count(_open(value)) for value in parameters.values() if _open(value) is not None)
     if name == "while" and inner:
-        raise ValueError("a while loop holds products, and how often it runs is not known: count its body, or write it as a scan")
+        raise ValueError(
+            "a while loop holds products, and how often it runs is not known: count its body, or write it as "
+            "a scan"
+        )
     return inner
 
 

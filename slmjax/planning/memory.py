@@ -1,10 +1,11 @@
 """What a train step needs of each device's memory, and what would need less: for a run that had too little.
 
     needed = step_memory(experiment, vocab_size=4096, mesh=mesh)       # StepMemory, in bytes per device
-    found = advise(experiment, vocab_size=4096, mesh=mesh)             # Advice: options to add, with what each saves
-    print(found.text())
+    found = advise(experiment, vocab_size=4096, mesh=mesh)             # Advice: options to add, with what
+    each saves print(found.text())
 
-The step is compiled for shapes and never run, so that nothing is allocated; the mesh's devices need not even be here.
+The step is compiled for shapes and never run, so that nothing is allocated; the mesh's devices need not even
+be here.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ def is_exhausted(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_about_memory)
 
 
-# What a step needs ----------------------------------------------------------------------------------------------------
+# What a step needs ------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepMemory:
     """Bytes on each device while a step runs."""
@@ -62,7 +63,12 @@ class StepMemory:
 
     def text(self) -> str:
         """In words."""
-        parts = {"parameters": self.parameters, "optimizer": self.optimizer, "averaged parameters": self.average, "teachers": self.teachers}
+        parts = {
+            "parameters": self.parameters,
+            "optimizer": self.optimizer,
+            "averaged parameters": self.average,
+            "teachers": self.teachers,
+        }
         named = [f"{name} {size_text(size)}" for name, size in parts.items() if size]
         return f"{size_text(self.total)} ({', '.join(named)}, activations, gradients and the rest {size_text(self.temporary)})"
 
@@ -82,7 +88,9 @@ def step_memory(experiment: Experiment, *, vocab_size: int, mesh: Mesh) -> StepM
 
 
 def evaluation_memory(experiment: Experiment, *, vocab_size: int, mesh: Mesh) -> StepMemory:
-    """Of an evaluation step, while the whole state of training is kept beside it. Raises what `step_memory` does."""
+    """Of an evaluation step, while the whole state of training is kept beside it. Raises what `step_memory`
+    does.
+    """
     programs = make_programs(experiment, vocab_size=vocab_size, mesh=mesh)
     shapes = programs.shapes
     rows = experiment.eval.batch_size or experiment.data.batch_size
@@ -106,7 +114,12 @@ def _said_shapes(plans: Sequence[TeacherPlan], experiment: Experiment, rows: int
 def _compiled_bytes(step: Any, arguments: tuple[Any, ...], mesh: Mesh) -> int:
     with jax.set_mesh(mesh):
         found = step.lower(*arguments).compile().memory_analysis()
-    return found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
+    return (
+        found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes
+        + found.temp_size_in_bytes
+    )
 
 
 def _state_and(compiled: int, shapes: Any, plans: Sequence[TeacherPlan], *, held: Any) -> StepMemory:
@@ -116,23 +129,32 @@ def _state_and(compiled: int, shapes: Any, plans: Sequence[TeacherPlan], *, held
         "optimizer": _bytes_on_a_device(shapes.optimizer),
         "average": _bytes_on_a_device(shapes.ema),
     }
-    shared = [plan.kept_shapes() for plan in plans if set(plan.mesh.devices.flat) & set(plan.student_mesh.devices.flat)]
+    shared = [
+        plan.kept_shapes()
+        for plan in plans
+        if set(plan.mesh.devices.flat) & set(plan.student_mesh.devices.flat)
+    ]
     temporary = compiled + _bytes_on_a_device(held) - sum(state.values())
     return StepMemory(**state, temporary=temporary, teachers=_bytes_on_a_device(shared))
 
 
 def _bytes_on_a_device(shapes: Any) -> int:
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(shapes)
+    )
 
 
 def size_text(size: float) -> str:
     """Bytes for people, in powers of ten: 870 MB, 5.13 GB."""
-    unit, factor = next(((unit, factor) for unit, factor in (("GB", 1e9), ("MB", 1e6)) if abs(size) >= factor), ("kB", 1e3))
+    unit, factor = next(
+        ((unit, factor) for unit, factor in (("GB", 1e9), ("MB", 1e6)) if abs(size) >= factor), ("kB", 1e3)
+    )
     value = size / factor
     return f"{value:,.{0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2}f} {unit}"
 
 
-# What would need less -------------------------------------------------------------------------------------------------
+# What would need less ---------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Change:
     """Settings that may need less memory than those of an experiment."""
@@ -143,7 +165,10 @@ class Change:
     @property
     def options(self) -> str:
         """As the command line takes them."""
-        shown = {path: value.value if isinstance(value, Precision | Remat) else value for path, value in self.settings.items()}
+        shown = {
+            path: value.value if isinstance(value, Precision | Remat) else value
+            for path, value in self.settings.items()
+        }
         return " ".join(f"--{path.replace('_', '-')} {value}" for path, value in shown.items())
 
     def applied(self, experiment: Experiment) -> Experiment:
@@ -152,13 +177,20 @@ class Change:
         for path, value in self.settings.items():
             group, _, name = path.partition(".")
             groups.setdefault(group, {})[name] = value
-        changed = {group: dataclasses.replace(getattr(experiment, group), **values) for group, values in groups.items()}
+        changed = {
+            group: dataclasses.replace(getattr(experiment, group), **values)
+            for group, values in groups.items()
+        }
         return dataclasses.replace(experiment, **changed)
 
 
 def training_changes(experiment: Experiment, mesh: Mesh, *, is_resumed: bool = False) -> list[Change]:
-    """What may help the train step, likeliest first. A run that goes on keeps its model, and whether it keeps averages."""
-    data, optim, model = experiment.data, experiment.optim, experiment.model
+    """What may help the train step, likeliest first. A run that goes on keeps its model, and whether it keeps
+    averages.
+    """
+    data = experiment.data
+    optim = experiment.optim
+    model = experiment.model
     rows = data.batch_size // optim.accumulation_steps // batch_divisor(mesh)  # a device's, at once
     most = max((size for size in range(1, MOST_PARTS + 1) if rows % size == 0), default=1)
     factors = [size for size in dict.fromkeys((2, 4, most)) if 1 < size <= most and rows % size == 0]
@@ -173,10 +205,16 @@ def training_changes(experiment: Experiment, mesh: Mesh, *, is_resumed: bool = F
     found.append(Change(settings={"data.batch_size": data.batch_size // 2}, price="a smaller batch"))
     if not is_resumed and model.precision is Precision.FLOAT32:
         found.append(Change(settings={"model.precision": Precision.BFLOAT16}, price="coarser rounding"))
-    found.append(Change(settings={"data.sequence_length": data.sequence_length // 2}, price="shorter context"))
+    found.append(
+        Change(settings={"data.sequence_length": data.sequence_length // 2}, price="shorter context")
+    )
     if not is_resumed:
         found += [Change(settings={"model.remat": remat}) for remat in fewer[1:]]
-        found += [Change(settings={"optim.ema_decay": None}, price="no averages")] if optim.ema_decay is not None else []
+        found += (
+            [Change(settings={"optim.ema_decay": None}, price="no averages")]
+            if optim.ema_decay is not None
+            else []
+        )
     if experiment.objective.chunk_size is None or experiment.objective.chunk_size > 128:
         smaller = 256 if experiment.objective.chunk_size is None else experiment.objective.chunk_size // 2
         found.append(Change(settings={"objective.chunk_size": smaller}))
@@ -185,7 +223,8 @@ def training_changes(experiment: Experiment, mesh: Mesh, *, is_resumed: bool = F
 
 def evaluation_changes(experiment: Experiment, mesh: Mesh, *, is_resumed: bool = False) -> list[Change]:
     """What may help an evaluation step, likeliest first."""
-    rows, smallest = experiment.eval.batch_size or experiment.data.batch_size, batch_divisor(mesh)
+    rows = experiment.eval.batch_size or experiment.data.batch_size
+    smallest = batch_divisor(mesh)
     sizes = dict.fromkeys(size for size in (rows // 2, smallest) if smallest <= size < rows)
     return [Change(settings={"eval.batch_size": size}) for size in sizes] + _mesh_changes(mesh)
 
@@ -201,7 +240,12 @@ def _mesh_changes(mesh: Mesh) -> list[Change]:
             found.append({axis: sizes[axis] // 2, "tensor": sizes["tensor"] * 2})
             break
     return [
-        Change(settings={f"mesh.{axis}": size for axis, size in (sizes | change).items() if size > 1 or axis in change}) for change in found
+        Change(
+            settings={
+                f"mesh.{axis}": size for axis, size in (sizes | change).items() if size > 1 or axis in change
+            }
+        )
+        for change in found
     ]
 
 
@@ -221,11 +265,23 @@ class Advice:
 
     def text(self, *, available: int | None = None) -> str:
         """A table of options, and what else was learnt; `available` is what a device has."""
-        what = self.needed.text() if isinstance(self.needed, StepMemory) else f"more than there is: {self.needed}"
-        lines = [f"Each device needs {what}" + ("" if available is None else f", and has {size_text(available)}")]
+        what = (
+            self.needed.text()
+            if isinstance(self.needed, StepMemory)
+            else f"more than there is: {self.needed}"
+        )
+        lines = [
+            f"Each device needs {what}" + ("" if available is None else f", and has {size_text(available)}")
+        ]
         if self.helping:
-            lines += ["Options to add, with what was found by compiling each:", *_table(self._rows(available))]
-        for name, changes in (("Compiled, of no help", self.useless), ("Not tried, for lack of time", self.untried)):
+            lines += [
+                "Options to add, with what was found by compiling each:",
+                *_table(self._rows(available)),
+            ]
+        for name, changes in (
+            ("Compiled, of no help", self.useless),
+            ("Not tried, for lack of time", self.untried),
+        ):
             if changes:
                 lines.append(f"{name}: {'; '.join(change.options for change in changes)}")
         lines += [f"Too large as well: {change.options} ({said})" for change, said in self.too_large]
@@ -245,15 +301,26 @@ class Advice:
 
     def record(self) -> dict[str, Any]:
         """For the log."""
-        needed = self.needed if isinstance(self.needed, str) else dataclasses.asdict(self.needed) | {"total": self.needed.total}
-        changes = [{"options": change.options, "total": memory.total, "saved": self.saved(memory)} for change, memory in self.helping]
+        needed = (
+            self.needed
+            if isinstance(self.needed, str)
+            else dataclasses.asdict(self.needed) | {"total": self.needed.total}
+        )
+        changes = [
+            {"options": change.options, "total": memory.total, "saved": self.saved(memory)}
+            for change, memory in self.helping
+        ]
         return {"needed": needed, "changes": changes}
 
 
 def _table(rows: Iterator[tuple[str, ...]]) -> list[str]:
     found = list(rows)
     widths = [max(map(len, column)) for column in zip(*found, strict=True)]
-    return ["  " + "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True) if width).rstrip() for row in found]
+    return [
+        "  "
+        + "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True) if width).rstrip()
+        for row in found
+    ]
 
 
 Measure = Callable[..., StepMemory]
@@ -279,15 +346,25 @@ def advise(
         change = waiting.pop(0)
         try:
             memory = measured(change.applied(experiment))
-        except Exception as error:  # settings that do not fit, or that no kernel is written for: the reason we are here is another
+        # settings that do not fit, or that no kernel is written for: the reason we are here is another
+        except Exception as error:
             log.debug("%s: %s", change.options, error)
             continue
-        found.append((change, memory)) if isinstance(memory, StepMemory) else too_large.append((change, memory))
-    helps = [one for one in found if isinstance(needed, str) or needed.total - one[1].total > WORTH_SAYING * needed.total]
+        found.append((change, memory)) if isinstance(memory, StepMemory) else too_large.append(
+            (change, memory)
+        )
+    helps = [
+        one
+        for one in found
+        if isinstance(needed, str) or needed.total - one[1].total > WORTH_SAYING * needed.total
+    ]
     return Advice(
-        needed=needed, helping=tuple(sorted(helps, key=lambda one: one[1].total)), too_large=tuple(too_large), untried=tuple(waiting),
+        needed=needed,
+        helping=tuple(sorted(helps, key=lambda one: one[1].total)),
+        too_large=tuple(too_large),
+        untried=tuple(waiting),
         useless=tuple(one[0] for one in found if one not in helps),
-    )  # fmt: skip
+    )
 
 
 def _measured(measure: Measure, experiment: Experiment, *, vocab_size: int, mesh: Mesh) -> StepMemory | str:

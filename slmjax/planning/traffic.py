@@ -3,9 +3,10 @@
     compiled = jax.jit(step).lower(state, batch).compile()      # also for devices that are not here
     sum(one.sent_bytes for one in collectives(compiled.as_text()))
 
-Bytes are those that a device sends when the collective goes round a ring, which is what all of them cost at least where every device
-has all the others' data to take in: an all-gather of n shards sends n - 1 of them, a reduce-scatter likewise, an all-reduce both. A TPU
-program is to be compiled with `PLAIN`: without, collectives are cut up and woven into products, and can no longer be counted.
+Bytes are those that a device sends when the collective goes round a ring, which is what all of them cost at
+least where every device has all the others' data to take in: an all-gather of n shards sends n - 1 of them, a
+reduce-scatter likewise, an all-reduce both. A TPU program is to be compiled with `PLAIN`: without,
+collectives are cut up and woven into products, and can no longer be counted.
 """
 
 import collections
@@ -13,15 +14,28 @@ import dataclasses
 import math
 import re
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 # Options for `.compile(compiler_options=...)` on TPU.
-PLAIN = {"xla_tpu_enable_async_collective_fusion": "false", "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+PLAIN = {
+    "xla_tpu_enable_async_collective_fusion": "false",
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+}
 _ITEM_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64}
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%(?P<name>\S+) \(")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%\S+ = (?P<type>\(.*?\)|\S+) (?P<name>[a-z][a-z0-9-]*)\((?P<rest>.*)")
 _ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*[a-z0-9]*)\[(?P<dims>[\d,]*)\]")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%(?P<name>[^\s,)}]+)")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%(?P<name>[^\s,)}]+)"
+)
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{(?P<names>[^}]*)\}")
 
 
@@ -53,21 +67,47 @@ def collectives(text: str) -> list[Collective]:
                 continue
             if not math.isfinite(times[computation]):
                 raise ValueError(f"{kind} in {computation}: how often its loop runs is not known")
-            found.append(_collective(kind, operation["type"], line, times=int(times[computation]), computation=computation))
+            found.append(
+                _collective(
+                    kind, operation["type"], line, times=int(times[computation]), computation=computation
+                )
+            )
     return [one for one in found if one.group_size > 1]
 
 
 def _collective(kind: str, result: str, line: str, *, times: int, computation: str) -> Collective:
     arrays = [_bytes(array) for array in _ARRAY.finditer(result)]
-    if f"{kind}-start(" in line:  # its result holds operands too: in the first half, and for a permutation two counters at the end
-        arrays = arrays[:1] if kind == "collective-permute" else arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays
-    size, group = sum(arrays), 2 if kind == "collective-permute" else _group_size(line)
+    if (
+        f"{kind}-start(" in line
+    ):  # its result holds operands too: in the first half, and for a permutation two counters at the end
+        arrays = (
+            arrays[:1]
+            if kind == "collective-permute"
+            else arrays[len(arrays) // 2 :]
+            if kind == "all-gather"
+            else arrays
+        )
+    size = sum(arrays)
+    group = 2 if kind == "collective-permute" else _group_size(line)
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
-        kind, size = "reduce-scatter", size / group  # of which each device then keeps its part: one operation on TPU
-    rounds = {"all-gather": (group - 1) / group, "all-reduce": 2 * (group - 1) / group, "reduce-scatter": group - 1.0}
-    share = rounds.get(kind, 1.0 if kind in ("collective-permute", "collective-broadcast") else (group - 1) / group)
+        kind = "reduce-scatter"
+        size = size / group  # of which each device then keeps its part: one operation on TPU
+    rounds = {
+        "all-gather": (group - 1) / group,
+        "all-reduce": 2 * (group - 1) / group,
+        "reduce-scatter": group - 1.0,
+    }
+    share = rounds.get(
+        kind, 1.0 if kind in ("collective-permute", "collective-broadcast") else (group - 1) / group
+    )
     source = re.search(r'op_name="([^"]*)"', line)
-    return Collective(kind=kind, sent_bytes=size * share * times, times=times, group_size=group, source=source[1] if source else "")
+    return Collective(
+        kind=kind,
+        sent_bytes=size * share * times,
+        times=times,
+        group_size=group,
+        source=source[1] if source else "",
+    )
 
 
 def _bytes(array: re.Match[str]) -> float:
@@ -91,7 +131,8 @@ def _group_size(line: str) -> int:
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     """The lines of each computation by its name, and the name of the first one that runs."""
     programs: dict[str, list[str]] = {}
-    entry, current = "", None
+    entry = ""
+    current = None
     for line in text.splitlines():
         if header := _COMPUTATION.match(line):
             current = header["name"]
@@ -111,9 +152,15 @@ def _times(programs: dict[str, list[str]], entry: str) -> dict[str, float]:
     for name, lines in programs.items():
         for line in lines:
             operation = _OPERATION.match(line)
-            rounds = _rounds(line, programs) if operation is not None and operation["name"] == "while" else 1.0
+            rounds = (
+                _rounds(line, programs) if operation is not None and operation["name"] == "while" else 1.0
+            )
             called = [found["name"] for found in _CALLED.finditer(line)]
-            called += [branch.strip(" %") for found in _BRANCHES.finditer(line) for branch in found["names"].split(",")]
+            called += [
+                branch.strip(" %")
+                for found in _BRANCHES.finditer(line)
+                for branch in found["names"].split(",")
+            ]
             calls[name] += [(one, rounds) for one in called if one in programs]
     times: dict[str, float] = collections.defaultdict(float)
 
@@ -127,10 +174,14 @@ def _times(programs: dict[str, list[str]], entry: str) -> dict[str, float]:
 
 
 def _rounds(line: str, programs: dict[str, list[str]]) -> float:
-    """Rounds of a while loop: as the compiler noted, or what its condition compares a counter from zero with."""
+    """Rounds of a while loop: as the compiler noted, or what its condition compares a counter from zero
+    with.
+    """
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
         return float(noted[1])
     condition = re.search(r"condition=%([^\s,]+)", line)
     lines = programs.get(condition[1], []) if condition else []
-    limits = [int(limit) for text in lines for limit in re.findall(r"= [su]32\[\]\S* constant\((\d+)\)", text)]
+    limits = [
+        int(limit) for text in lines for limit in re.findall(r"= [su]32\[\]\S* constant\((\d+)\)", text)
+    ]
     return float(limits[0]) if len(limits) == 1 else math.inf

@@ -25,7 +25,9 @@ class Measured(nnx.Variable[Any]):
 
 
 class RoundedInput(nnx.Module):
-    """Rounds what comes to a product; without a format, as before the phase that begins with one, it changes nothing."""
+    """Rounds what comes to a product; without a format, as before the phase that begins with one, it changes
+    nothing.
+    """
 
     def __init__(
         self,
@@ -44,10 +46,16 @@ class RoundedInput(nnx.Module):
           learner: the format that learns in some phase, with what it learns.
           is_observed: whether this is for calibration (`_observed`).
         """
-        self.numbers, self.dim, self.is_observed = numbers, dim, is_observed
+        self.numbers = numbers
+        self.dim = dim
+        self.is_observed = is_observed
         kind = Measured if learner is not None and isinstance(learner.estimator, Calibrated) else nnx.Param
-        kept = {name: Measured(value) if name == SIGN else kind(value) for name, value in (learned or {}).items()}
-        self.log_scale, self.sign, self.offset = kept.get("log_scale"), kept.get(SIGN), kept.get("offset")
+        kept = {
+            name: Measured(value) if name == SIGN else kind(value) for name, value in (learned or {}).items()
+        }
+        self.log_scale = kept.get("log_scale")
+        self.sign = kept.get(SIGN)
+        self.offset = kept.get("offset")
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         if self.numbers is None:
@@ -55,7 +63,11 @@ class RoundedInput(nnx.Module):
         kept = {"log_scale": self.log_scale, SIGN: self.sign, "offset": self.offset}
         learned = {name: value[...] for name, value in kept.items() if value is not None}
         if self.is_observed:
-            return _observed(x, learned, self.numbers) if isinstance(self.numbers.estimator, LEARNED_INPUTS) else x
+            return (
+                _observed(x, learned, self.numbers)
+                if isinstance(self.numbers.estimator, LEARNED_INPUTS)
+                else x
+            )
         shards = mesh.num_devices(self.dim) if self.dim else 1
         width = x.shape[-1] if x.shape[-1] % shards else x.shape[-1] // shards
         if x.ndim == 3 and _in_one_pass(x, self.numbers, width=width):
@@ -75,12 +87,15 @@ def rounded_part(x: Float[Array, "*B d"], rounding: RoundedInput, dim: str) -> F
     """Inside `sharding.local`: the same where the last dim may be divided, as the whole is rounded."""
     if rounding.numbers is None:
         return x
-    count, spec = communication.num_shards(dim), rounding.numbers.spec
+    count = communication.num_shards(dim)
+    spec = rounding.numbers.spec
     if count == 1 or (spec.share is Share.GROUP and x.shape[-1] % (spec.group_size or 1) == 0):
         is_in_one_pass = _in_one_pass(x, rounding.numbers, width=x.shape[-1])
         return _round_groups(x, spec, None) if is_in_one_pass else rounded(x, rounding.numbers, {})
     whole = rounded(communication.gather(x, dim, axis=x.ndim - 1), rounding.numbers, {})
-    return jax.lax.dynamic_slice_in_dim(whole, communication.shards_of(dim).index() * x.shape[-1], x.shape[-1], axis=x.ndim - 1)
+    return jax.lax.dynamic_slice_in_dim(
+        whole, communication.shards_of(dim).index() * x.shape[-1], x.shape[-1], axis=x.ndim - 1
+    )
 
 
 def _in_one_pass(x: Array, numbers: Numbers, *, width: int) -> bool:
@@ -89,7 +104,9 @@ def _in_one_pass(x: Array, numbers: Numbers, *, width: int) -> bool:
     Its gradient is that of the identity: beside a scale by the largest magnitude, no number is out of reach.
     """
     has_plain_gradient = isinstance(numbers.estimator, StraightThrough) and not clips(numbers.spec)
-    return has_plain_gradient and kernels.can_round_groups(numbers.spec, width=width, platform=mesh.platform(), dtype=x.dtype)
+    return has_plain_gradient and kernels.can_round_groups(
+        numbers.spec, width=width, platform=mesh.platform(), dtype=x.dtype
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -99,10 +116,16 @@ def _round_groups(x: Float[Array, "*B D"], spec: QuantSpec, dims: Dims | None) -
     def on_device(x: Array) -> Array:
         return kernels.round_groups(x.reshape(-1, x.shape[-1]), spec).reshape(x.shape)
 
-    return on_device(x) if dims is None else communication.local(on_device, in_dims=(dims,), out_dims=dims, checked=False)(x)
+    return (
+        on_device(x)
+        if dims is None
+        else communication.local(on_device, in_dims=(dims,), out_dims=dims, checked=False)(x)
+    )
 
 
-_round_groups.defvjp(lambda x, spec, dims: (_round_groups(x, spec, dims), None), lambda spec, dims, _, dy: (dy,))
+_round_groups.defvjp(
+    lambda x, spec, dims: (_round_groups(x, spec, dims), None), lambda spec, dims, _, dy: (dy,)
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -124,5 +147,7 @@ def initial(numbers: Numbers | None, *, num_layers: int | None) -> dict[str, Flo
     """What a module learns of its inputs until calibration has seen any; with the layer dim of a stack."""
     if numbers is None:
         return {}
-    shapes = jax.eval_shape(lambda: dataclasses.replace(numbers, axis=-1).learned(jnp.zeros((1, numbers.spec.group_size or 1))))
+    shapes = jax.eval_shape(
+        lambda: dataclasses.replace(numbers, axis=-1).learned(jnp.zeros((1, numbers.spec.group_size or 1)))
+    )
     return {name: jnp.zeros(() if num_layers is None else (num_layers,), jnp.float32) for name in shapes}

@@ -1,7 +1,8 @@
-"""What the rules of quantization come to: for every parameter and cache its format, or why it stays in floating point.
+"""What the rules of quantization come to: for every parameter and cache its format, or why it stays in
+floating point.
 
-Dims of shapes are those of one layer. A weight has its groups along the dim that is contracted: the second to last of a matrix
-[in, out] or of experts [E, in, out], the last of a table [V, D].
+Dims of shapes are those of one layer. A weight has its groups along the dim that is contracted: the second to
+last of a matrix [in, out] or of experts [E, in, out], the last of a table [V, D].
 """
 
 import dataclasses
@@ -38,7 +39,8 @@ class Numbers:
     spec: QuantSpec
     estimator: Estimator
     axis: int  # along which groups lie, from the end
-    keeps_sign: bool = False  # whether a sign is kept beside each learned scale though this format has none: another phase's has
+    # whether a sign is kept beside each learned scale though this format has none: another phase's has
+    keeps_sign: bool = False
 
     def learned(self, x: Float[Array, "..."]) -> Learned:
         """Return the initial values of what is learned beside `x`."""
@@ -58,7 +60,9 @@ class Entry:
 
 
 def axis_of(path: str) -> int:
-    """Along which dim, from the end, the groups of a weight lie: the one that is summed over in its product."""
+    """Along which dim, from the end, the groups of a weight lie: the one that is summed over in its
+    product.
+    """
     return -1 if path in TABLES else -2
 
 
@@ -66,12 +70,13 @@ def cover(rules: Sequence[QuantRule], shapes: Mapping[str, tuple[int, ...]]) -> 
     """An entry for every path.
 
     Args:
-      rules: the first that names a path counts. Those that have a format for caches alone are passed over for parameters, and those
-        that have none are for caches.
+      rules: the first that names a path counts. Those that have a format for caches alone are passed over for
+        parameters, and those that have none are for caches.
       shapes: of every parameter, and of every cache under its path, which ends in `mixer/cache`.
 
     Raises:
-      ValueError: a rule is the first for no path, a format cannot hold a parameter's width, or an input's estimator does not suit it.
+      ValueError: a rule is the first for no path, a format cannot hold a parameter's width, or an input's
+        estimator does not suit it.
     """
     used: set[tuple[int, bool]] = set()  # rules, and whether for a cache
     entries = {path: _entry(rules, path, shape, used) for path, shape in shapes.items()}
@@ -81,8 +86,10 @@ def cover(rules: Sequence[QuantRule], shapes: Mapping[str, tuple[int, ...]]) -> 
             examples = [path for path in shapes if _kind(path) is None][:3]
             what = "cache" if missing[0] else "parameter"
             raise ValueError(
-                f"quant: the rule for {rule.paths!r} names no {what} that an earlier rule does not name already. Paths are such as "
-                f"{', '.join(examples)}; `slmjax quant table` lists all. Correct the rule, move it up or leave it out"
+                f"quant: the rule for {rule.paths!r} names no {what} that an earlier rule does not name "
+                "already. Paths are such as "
+                f"{', '.join(examples)}; `slmjax quant table` lists all. Correct the rule, move it up or "
+                "leave it out"
             )
     return entries
 
@@ -98,11 +105,20 @@ def _kind(path: str) -> str | None:
     return None if _WEIGHTS.search(path) else "no matrix that inputs are multiplied with"
 
 
-def _entry(rules: Sequence[QuantRule], path: str, shape: tuple[int, ...], used: set[tuple[int, bool]]) -> Entry:
+def _entry(
+    rules: Sequence[QuantRule], path: str, shape: tuple[int, ...], used: set[tuple[int, bool]]
+) -> Entry:
     if reason := _kind(path):
         return Entry(path=path, shape=shape, reason=reason)
     is_cache = path.endswith(CACHE)
-    found = next((index for index, rule in enumerate(rules) if _concerns(rule, is_cache=is_cache) and rule.names(path)), None)
+    found = next(
+        (
+            index
+            for index, rule in enumerate(rules)
+            if _concerns(rule, is_cache=is_cache) and rule.names(path)
+        ),
+        None,
+    )
     if found is None:
         return Entry(path=path, shape=shape, reason="no rule names it")
     used.add((found, is_cache))
@@ -111,20 +127,27 @@ def _entry(rules: Sequence[QuantRule], path: str, shape: tuple[int, ...], used: 
         assert rule.cache is not None
         check_width(rule.cache, shape[-1], what=path, name=name_of(rule.cache))
         _check_tokens_apart(rule.cache, path)
-        return Entry(path=path, shape=shape, weight=Numbers(spec=rule.cache, estimator=StraightThrough(), axis=-1))
+        return Entry(
+            path=path, shape=shape, weight=Numbers(spec=rule.cache, estimator=StraightThrough(), axis=-1)
+        )
     weight = _weight(rule, path, shape)
     reason = "" if weight is not None else f"the rule for {rule.paths!r} leaves it so"
     return Entry(path=path, shape=shape, weight=weight, input=_input(rule, path, shape), reason=reason)
 
 
 def _concerns(rule: QuantRule, *, is_cache: bool) -> bool:
-    return rule.cache is not None if is_cache else rule.cache is None or rule.weight is not None or rule.input is not None
+    return (
+        rule.cache is not None
+        if is_cache
+        else rule.cache is None or rule.weight is not None or rule.input is not None
+    )
 
 
 def _weight(rule: QuantRule, path: str, shape: tuple[int, ...]) -> Numbers | None:
     if rule.weight is None:
         return None
-    axis, spec = axis_of(path), rule.weight
+    axis = axis_of(path)
+    spec = rule.weight
     try:
         check_width(spec, shape[axis], what=path, name=name_of(spec))
     except ValueError:
@@ -142,23 +165,28 @@ def _input(rule: QuantRule, path: str, shape: tuple[int, ...]) -> Numbers | None
     estimator = rule.input_estimator or StraightThrough()
     if isinstance(estimator, LEARNED_INPUTS) and rule.input.share is not Share.TENSOR:
         raise ValueError(
-            f"the input of {path}: {type(estimator).__name__} keeps one scale for all tokens, and {name_of(rule.input)} has one for "
+            f"the input of {path}: {type(estimator).__name__} keeps one scale for all tokens, and "
+            f"{name_of(rule.input)} has one for "
             "each: take a format with share=Share.TENSOR, or leave input_estimator out"
         )
     if not isinstance(estimator, LEARNED_INPUTS):
         _check_tokens_apart(rule.input, f"the input of {path}")
     elif path.endswith("/experts/down"):
         raise ValueError(
-            f"the input of {path}: {type(estimator).__name__} is not there for the hidden layer of experts: leave input_estimator out, and "
+            f"the input of {path}: {type(estimator).__name__} is not there for the hidden layer of experts: "
+            "leave input_estimator out, and "
             "its scales are computed for each token"
         )
     return Numbers(spec=rule.input, estimator=estimator, axis=-1)
 
 
 def _check_tokens_apart(spec: QuantSpec, what: str) -> None:
-    """Refuses a computed scale that all tokens share: a later one would change what an earlier one is rounded to."""
+    """Refuses a computed scale that all tokens share: a later one would change what an earlier one is rounded
+    to.
+    """
     if spec.share is Share.TENSOR or spec.is_two_level:
         raise ValueError(
-            f"{what}: {name_of(spec)} computes a scale from all tokens, so that a token would see later ones: take a format with groups or "
+            f"{what}: {name_of(spec)} computes a scale from all tokens, so that a token would see later "
+            "ones: take a format with groups or "
             "rows of a token, or for inputs one with share=Share.TENSOR and input_estimator=Calibrated()"
         )

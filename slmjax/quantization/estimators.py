@@ -1,12 +1,14 @@
 """How a rounded number gets a gradient, and where its scale comes from.
 
-Rounding has no gradient of use, so each estimator states one: `rounded` computes the very numbers of the format, decode(encode(x)), and
-passes a gradient back to x and to what is learned beside it. Of a scale the logarithm (base 2) is learned: an optimizer's step then
-changes it by a share, whatever its size. In formats whose scale has a sign (`QuantSpec.has_signed_scale`) the sign of each group is
-taken from its numbers when the scale begins to be learned, and is kept: it is stored beside the logarithm and gets no gradient.
+Rounding has no gradient of use, so each estimator states one: `rounded` computes the very numbers of the
+format, decode(encode(x)), and passes a gradient back to x and to what is learned beside it. Of a scale the
+logarithm (base 2) is learned: an optimizer's step then changes it by a share, whatever its size. In formats
+whose scale has a sign (`QuantSpec.has_signed_scale`) the sign of each group is taken from its numbers when
+the scale begins to be learned, and is kept: it is stored beside the logarithm and gets no gradient.
 
-Straight-through: Bengio et al. 2013. Learned step size (LSQ): Esser et al. 2020; with an offset (LSQ+): Bhalgat et al. 2020. Learned
-clip (PACT): Choi et al. 2018. Stretched and ternary grids with a learned scale: Liu et al. 2025 (ParetoQ).
+Straight-through: Bengio et al. 2013. Learned step size (LSQ): Esser et al. 2020; with an offset (LSQ+):
+Bhalgat et al. 2020. Learned clip (PACT): Choi et al. 2018. Stretched and ternary grids with a learned scale:
+Liu et al. 2025 (ParetoQ).
 """
 
 import abc
@@ -46,7 +48,9 @@ class Estimator(abc.ABC):
         """`x` in the format: what is deployed."""
 
     @abc.abstractmethod
-    def rounded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None) -> Float[Array, "..."]:
+    def rounded(
+        self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None
+    ) -> Float[Array, "..."]:
         """The numbers that `coded` stands for, float32, with a gradient to `x` and to what is learned.
 
         Args:
@@ -56,7 +60,9 @@ class Estimator(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StraightThrough(Estimator):
-    """The scale is the format's own; the gradient passes unchanged, except where the number was out of the grid's reach."""
+    """The scale is the format's own; the gradient passes unchanged, except where the number was out of the
+    grid's reach.
+    """
 
     def check(self, spec: QuantSpec) -> None:
         """It suits every format."""
@@ -69,19 +75,26 @@ class StraightThrough(Estimator):
         """`encode`."""
         return encode(x, spec, axis=axis)
 
-    def rounded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None) -> Float[Array, "..."]:
+    def rounded(
+        self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None
+    ) -> Float[Array, "..."]:
         """`fake_quant`."""
         return straight_through(x, spec, axis)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StochasticRounding(Estimator):
-    """In training a number goes up with the chance that makes it right on average; evaluated and deployed it goes to the nearest."""
+    """In training a number goes up with the chance that makes it right on average; evaluated and deployed it
+    goes to the nearest.
+    """
 
     def check(self, spec: QuantSpec) -> None:
         """Raises ValueError for formats whose levels are not evenly spaced."""
         if spec.grid is not Grid.INTEGER or spec.is_asymmetric:
-            raise ValueError(f"stochastic rounding is between neighbouring integers about zero, and {name_of(spec)} has none")
+            raise ValueError(
+                f"stochastic rounding is between neighbouring integers about zero, and {name_of(spec)} has "
+                "none"
+            )
 
     def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
         """Nothing."""
@@ -91,14 +104,18 @@ class StochasticRounding(Estimator):
         """`encode`."""
         return encode(x, spec, axis=axis)
 
-    def rounded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None) -> Float[Array, "..."]:
+    def rounded(
+        self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None
+    ) -> Float[Array, "..."]:
         """Between the two neighbours by chance."""
         if key is None:
             return straight_through(x, spec, axis)
         fixed = jax.lax.stop_gradient(x)
         scale = _wide(scale_of(fixed, spec, axis=axis), x, axis)
         steps = fixed / jnp.where(scale == 0, 1.0, scale)
-        codes = jnp.clip(jnp.floor(steps + jax.random.uniform(key, x.shape)), spec.lowest_code, spec.highest_code)
+        codes = jnp.clip(
+            jnp.floor(steps + jax.random.uniform(key, x.shape)), spec.lowest_code, spec.highest_code
+        )
         return _as_if(codes * scale, x)
 
 
@@ -106,27 +123,34 @@ class ClippedFrom(enum.Enum):
     """How far a number may lie from zero and still get a gradient."""
 
     LAST_LEVEL = "last_level"  # LSQ: up to the last level
-    RANGE = "range"  # ParetoQ's stretched grids: up to 0.99 of the range, which ends half a step beyond the last level
+    # ParetoQ's stretched grids: up to 0.99 of the range, which ends half a step beyond the last level
+    RANGE = "range"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearnedScale(Estimator):
     """The scale is learned (LSQ); it begins as the one with the smallest squared error.
 
-    ParetoQ trains its stretched grids (2 bits and three levels) with `clipped_from=RANGE`. Its parameter alpha is the range: 4 scales of
-    `stretched2_*`, 1.5 of `stretched_ternary_*`. Two things differ from its code in either case: the logarithm of the scale is learned
-    instead of alpha, and its gradient is divided by the root of the numbers of a group instead of those of the whole matrix.
+    ParetoQ trains its stretched grids (2 bits and three levels) with `clipped_from=RANGE`. Its parameter
+    alpha is the range: 4 scales of `stretched2_*`, 1.5 of `stretched_ternary_*`. Two things differ from its
+    code in either case: the logarithm of the scale is learned instead of alpha, and its gradient is divided
+    by the root of the numbers of a group instead of those of the whole matrix.
     """
 
-    clipped_from: ClippedFrom = added_field(ClippedFrom.LAST_LEVEL, before=ClippedFrom.LAST_LEVEL)  # numbers beyond get no gradient
+    clipped_from: ClippedFrom = added_field(
+        ClippedFrom.LAST_LEVEL, before=ClippedFrom.LAST_LEVEL
+    )  # numbers beyond get no gradient
 
     def check(self, spec: QuantSpec) -> None:
-        """Raise ValueError for formats with a zero point or floating-point codes, and for RANGE with a grid that is not stretched."""
+        """Raise ValueError for formats with a zero point or floating-point codes, and for RANGE with a grid
+        that is not stretched.
+        """
         _check_integers(spec, "a learned scale")
         is_stretched = spec.bits == TERNARY_BITS or (spec.grid is Grid.ODD and spec.bits > 1)
         if self.clipped_from is ClippedFrom.RANGE and not is_stretched:
             raise ValueError(
-                f"clipped_from=RANGE is for three levels, or for odd ones of 2 bits and more, and {name_of(spec)} has others: leave it out"
+                "clipped_from=RANGE is for three levels, or for odd ones of 2 bits and more, and "
+                f"{name_of(spec)} has others: leave it out"
             )
 
     def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
@@ -137,8 +161,12 @@ class LearnedScale(Estimator):
         """On the learned scale, rounded as the format stores it."""
         return encode(x, spec, axis=axis, scale=_scale(learned))
 
-    def rounded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None) -> Float[Array, "..."]:
-        """The gradient reaches `x` within the grid's reach, and the scale by how far each number was rounded, or by its clipped level."""
+    def rounded(
+        self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None
+    ) -> Float[Array, "..."]:
+        """The gradient reaches `x` within the grid's reach, and the scale by how far each number was rounded,
+        or by its clipped level.
+        """
         return learned_scale(x, _scale(learned), spec, axis, self.clipped_from)
 
 
@@ -149,7 +177,10 @@ class LearnedScaleAndOffset(Estimator):
     def check(self, spec: QuantSpec) -> None:
         """Raises ValueError for formats without a zero point."""
         if not spec.is_asymmetric:
-            raise ValueError(f"an offset is learned where a format has a zero point, and {name_of(spec)} has none: take LearnedScale")
+            raise ValueError(
+                f"an offset is learned where a format has a zero point, and {name_of(spec)} has none: take "
+                "LearnedScale"
+            )
 
     def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
         """The logarithm of each scale, and the zero point in codes, before it is rounded."""
@@ -164,13 +195,18 @@ class LearnedScaleAndOffset(Estimator):
         codes = jnp.clip(steps, spec.lowest_code, spec.highest_code).astype(jnp.int8)
         return Encoded(codes=codes, scale=scale, zero=zero.astype(jnp.int32))
 
-    def rounded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None) -> Float[Array, "..."]:
-        """As for a learned scale, about the zero point, which itself gets the gradient of numbers out of reach."""
+    def rounded(
+        self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None
+    ) -> Float[Array, "..."]:
+        """As for a learned scale, about the zero point, which itself gets the gradient of numbers out of
+        reach.
+        """
         scale = _wide(_scale(learned), x, axis)
         limited = jnp.clip(learned["offset"], spec.lowest_code, spec.highest_code)
         zero = _wide(limited + jax.lax.stop_gradient(jnp.round(limited) - limited), x, axis)
         share = _gradient_share(x, spec, axis=axis)
-        scale, zero = _with_gradient(scale, share), _with_gradient(zero, share)
+        scale = _with_gradient(scale, share)
+        zero = _with_gradient(zero, share)
         steps = jnp.clip(x / scale + zero, spec.lowest_code, spec.highest_code)
         smooth = (steps + jax.lax.stop_gradient(jnp.round(steps) - steps) - zero) * scale
         return _as_if(_value(self, x, spec, axis=axis, learned=learned), smooth)
@@ -178,26 +214,35 @@ class LearnedScaleAndOffset(Estimator):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearnedClip(Estimator):
-    """The largest number that is kept is learned (PACT): it gets the gradient of those that are cut off at it."""
+    """The largest number that is kept is learned (PACT): it gets the gradient of those that are cut off at
+    it.
+    """
 
     def check(self, spec: QuantSpec) -> None:
         """Raises ValueError for formats that have a zero point or codes that are floating point."""
         _check_integers(spec, "a learned clip")
 
     def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
-        """The logarithm of each scale, which is the clip over the highest level, and its sign where the format has one."""
+        """The logarithm of each scale, which is the clip over the highest level, and its sign where the
+        format has one.
+        """
         return _magnitude_and_sign(scale_of(x, spec, axis=axis), spec)
 
     def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
         """On the learned scale."""
         return encode(x, spec, axis=axis, scale=_scale(learned))
 
-    def rounded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None) -> Float[Array, "..."]:
+    def rounded(
+        self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None
+    ) -> Float[Array, "..."]:
         """The numbers that are cut off move the clip; those within reach do not."""
         low, high = _reach(spec)
         scale = _wide(_scale(learned), x, axis)
         ends = low * scale, high * scale  # the other way around where the scale is negative
-        return _as_if(_value(self, x, spec, axis=axis, learned=learned), jnp.clip(x, jnp.minimum(*ends), jnp.maximum(*ends)))
+        return _as_if(
+            _value(self, x, spec, axis=axis, learned=learned),
+            jnp.clip(x, jnp.minimum(*ends), jnp.maximum(*ends)),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,18 +250,24 @@ class Calibrated(Estimator):
     """For inputs: one scale for all tokens, measured on the first batch of the phase and then kept."""
 
     def check(self, spec: QuantSpec) -> None:
-        """Raises ValueError for formats that have a zero point or codes that are floating point, or scales that differ by token."""
+        """Raises ValueError for formats that have a zero point or codes that are floating point, or scales
+        that differ by token.
+        """
         _check_integers(spec, "a calibrated scale")
 
     def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
-        """The logarithm of each scale, and its sign where the format has one. They are no parameters: nothing trains them."""
+        """The logarithm of each scale, and its sign where the format has one. They are no parameters: nothing
+        trains them.
+        """
         return LearnedClip().learned(x, spec, axis=axis)
 
     def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
         """On the measured scale."""
         return encode(x, spec, axis=axis, scale=_scale(learned))
 
-    def rounded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None) -> Float[Array, "..."]:
+    def rounded(
+        self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None
+    ) -> Float[Array, "..."]:
         """The gradient passes within the grid's reach."""
         return learned_scale(x, jax.lax.stop_gradient(_scale(learned)), spec, axis, ClippedFrom.LAST_LEVEL)
 
@@ -224,21 +275,30 @@ class Calibrated(Estimator):
 def default_estimator(spec: QuantSpec) -> Estimator:
     """What suits the weights of a format.
 
-    With few levels their place decides, so that it is learned: with 3 bits or less, the stretched grids included. Elsewhere the scale
-    follows the weights, as the format computes it; so it does where that is by their mean size, which is what those formats are for.
+    With few levels their place decides, so that it is learned: with 3 bits or less, the stretched grids
+    included. Elsewhere the scale follows the weights, as the format computes it; so it does where that is by
+    their mean size, which is what those formats are for.
     """
-    is_plain = spec.grid not in FLOAT_GRIDS and not spec.is_asymmetric and spec.statistic is not Statistic.ABSMEAN
+    is_plain = (
+        spec.grid not in FLOAT_GRIDS and not spec.is_asymmetric and spec.statistic is not Statistic.ABSMEAN
+    )
     return LearnedScale() if is_plain and spec.bits <= 3 else StraightThrough()
 
 
 def _check_integers(spec: QuantSpec, what: str) -> None:
     if spec.is_asymmetric:
-        raise ValueError(f"{what} is for grids about zero, and {name_of(spec)} has a zero point: take LearnedScaleAndOffset")
+        raise ValueError(
+            f"{what} is for grids about zero, and {name_of(spec)} has a zero point: take "
+            "LearnedScaleAndOffset"
+        )
     if spec.grid in FLOAT_GRIDS:
-        raise ValueError(f"{what} is for integer codes, and those of {name_of(spec)} are floating point: take StraightThrough")
+        raise ValueError(
+            f"{what} is for integer codes, and those of {name_of(spec)} are floating point: take "
+            "StraightThrough"
+        )
 
 
-# Gradients ------------------------------------------------------------------------------------------------------------
+# Gradients --------------------------------------------------------------------------------------------------
 @jax.custom_vjp
 def _as_if(value: Array, smooth: Array) -> Array:
     """`value`, to the bit, with the gradient that `smooth` would have had."""
@@ -249,12 +309,16 @@ _as_if.defvjp(lambda value, smooth: (value, None), lambda _, dy: (jnp.zeros_like
 
 
 def _value(estimator: Estimator, x: Array, spec: QuantSpec, *, axis: int, learned: Learned) -> Array:
-    return decode(jax.lax.stop_gradient(estimator.coded(x, spec, axis=axis, learned=learned)), spec, axis=axis)
+    return decode(
+        jax.lax.stop_gradient(estimator.coded(x, spec, axis=axis, learned=learned)), spec, axis=axis
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def straight_through(x: Float[Array, "..."], spec: QuantSpec, axis: int) -> Float[Array, "..."]:
-    """`fake_quant`, whose gradient is that of the identity but 0 where a number was more than half a step out of reach."""
+    """`fake_quant`, whose gradient is that of the identity but 0 where a number was more than half a step out
+    of reach.
+    """
     return fake_quant(x, spec, axis=axis)
 
 
@@ -279,7 +343,8 @@ def learned_scale(
 ) -> Float[Array, "..."]:
     """`x` rounded on a given scale, with the gradient of learned step sizes (Esser et al. 2020) to both.
 
-    The gradient of a scale is divided by the root of how many numbers share it times its highest level, as there.
+    The gradient of a scale is divided by the root of how many numbers share it times its highest level, as
+    there.
     """
     return decode(encode(x, spec, axis=axis, scale=scale), spec, axis=axis)
 
@@ -299,7 +364,8 @@ def _learned_backward(
     low, high = _reach(spec)
     if clipped_from is ClippedFrom.RANGE:
         half_step = 1.0 if spec.grid is Grid.ODD else 0.5
-        low, high = 0.99 * (low - half_step), 0.99 * (high + half_step)
+        low = 0.99 * (low - half_step)
+        high = 0.99 * (high + half_step)
     steps = x / wide
     inside = (steps >= low) & (steps <= high)
     by_number = dy * jnp.where(inside, y - x, y) / wide
@@ -314,9 +380,13 @@ def clips(spec: QuantSpec) -> bool:
     """Whether a computed scale leaves numbers more than half a step beyond the last level."""
     if spec.grid in FLOAT_GRIDS or spec.is_asymmetric:
         return False
-    if spec.statistic is Statistic.ABSMEAN:  # a scale by the mean size means to leave large numbers out: they are trained on all the same
+    if (
+        spec.statistic is Statistic.ABSMEAN
+    ):  # a scale by the mean size means to leave large numbers out: they are trained on all the same
         return False
-    return spec.statistic is Statistic.SIGNED_MAX or spec.divisor > _reach(spec)[1] + 0.5 * (2.0 if spec.grid is Grid.ODD else 1.0)
+    return spec.statistic is Statistic.SIGNED_MAX or spec.divisor > _reach(spec)[1] + 0.5 * (
+        2.0 if spec.grid is Grid.ODD else 1.0
+    )
 
 
 def _wide(scale: Array, x: Array, axis: int) -> Array:
@@ -334,7 +404,9 @@ def sum_groups(x: Float[Array, "..."], scale: Float[Array, "..."], *, axis: int)
 
 
 def _gradient_share(x: Array, spec: QuantSpec, *, axis: int) -> float:
-    sharing = {Share.GROUP: spec.group_size, Share.ROW: x.shape[axis], Share.TENSOR: x.shape[axis]}[spec.share]
+    sharing = {Share.GROUP: spec.group_size, Share.ROW: x.shape[axis], Share.TENSOR: x.shape[axis]}[
+        spec.share
+    ]
     return 1.0 / math.sqrt((sharing or 1) * max(_reach(spec)[1], 1e-3))
 
 
@@ -363,12 +435,18 @@ def _scale(learned: Learned) -> Array:
     return jnp.where(learned[SIGN] < 0, -scale, scale) if SIGN in learned else scale
 
 
-# Scales ---------------------------------------------------------------------------------------------------------------
-FACTORS = tuple(round(1.1 - 0.02 * step, 2) for step in range(36))  # of the format's own scale: from a tenth more down to four tenths
+# Scales -----------------------------------------------------------------------------------------------------
+FACTORS = tuple(
+    round(1.1 - 0.02 * step, 2) for step in range(36)
+)  # of the format's own scale: from a tenth more down to four tenths
 
 
-def best_scale(x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Of each group the scale, among those around the format's own, that has the smallest squared error; and that error, summed."""
+def best_scale(
+    x: Float[Array, "..."], spec: QuantSpec, *, axis: int
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Of each group the scale, among those around the format's own, that has the smallest squared error; and
+    that error, summed.
+    """
     own = scale_of(x, spec, axis=axis)
 
     def better(found: tuple[Array, Array], factor: Array) -> tuple[tuple[Array, Array], None]:
@@ -379,6 +457,10 @@ def best_scale(x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> tuple[F
     return jax.lax.scan(better, (own, jnp.full_like(own, jnp.inf)), jnp.asarray(FACTORS, jnp.float32))[0]
 
 
-def squared_error(x: Float[Array, "..."], encoded: Encoded, spec: QuantSpec, *, axis: int) -> Float[Array, "..."]:
-    """Of each group the sum of squared differences of `x` to what its codes stand for, in the shape of the scales."""
+def squared_error(
+    x: Float[Array, "..."], encoded: Encoded, spec: QuantSpec, *, axis: int
+) -> Float[Array, "..."]:
+    """Of each group the sum of squared differences of `x` to what its codes stand for, in the shape of the
+    scales.
+    """
     return sum_groups(jnp.square(decode(encoded, spec, axis=axis) - x), encoded.scale, axis=axis)

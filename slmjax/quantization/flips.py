@@ -4,7 +4,8 @@
     flips.begin(state.trainable, 100)
     flips.count(state.trainable, 110)      # {"flipped_codes": 0.0123, "flipped_since": 100}
 
-Weights that swing between two codes show as a share that does not fall with the learning rate (Nagel et al. 2022).
+Weights that swing between two codes show as a share that does not fall with the learning rate (Nagel et al.
+2022).
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,9 @@ Codes = Mapping[str, Array]
 
 
 class CodeFlips:
-    """A counter that keeps the codes of the last count on the devices, a byte for each weight; without formats it counts nothing."""
+    """A counter that keeps the codes of the last count on the devices, a byte for each weight; without
+    formats it counts nothing.
+    """
 
     def __init__(self, formats_of: Formats) -> None:
         self._is_counting = bool(formats_of)
@@ -41,7 +44,9 @@ class CodeFlips:
         self._step = step
 
     def count(self, params: weights.Params, step: int) -> dict[str, Any]:
-        """Return the share of codes that are not those of the last count, and the step of that count; this one is then the last."""
+        """Return the share of codes that are not those of the last count, and the step of that count; this
+        one is then the last.
+        """
         if not self._is_counting:
             return {}
         self._before, share = self._compare(params, self._before)
@@ -53,7 +58,9 @@ class CodeFlips:
 def share_of_flips(before: Codes, now: Codes, formats_of: Formats) -> Float[Array, ""]:
     """Return how many codes differ, over all codes of weights that have a format."""
     # Counts of rows are exact; a sum of them in int32 could overflow.
-    changed = [jnp.sum(jnp.sum(now[path] != before[path], axis=-1).astype(jnp.float32)) for path in formats_of]
+    changed = [
+        jnp.sum(jnp.sum(now[path] != before[path], axis=-1).astype(jnp.float32)) for path in formats_of
+    ]
     number = sum(now[path].size * _share_with_format(layers) for path, layers in formats_of.items())
     return jnp.sum(jnp.stack(changed)) / number
 

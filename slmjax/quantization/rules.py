@@ -1,10 +1,13 @@
-"""Rules that say which number format each part of a model is kept in: `quant` of an experiment, and what a model keeps of it.
+"""Rules that say which number format each part of a model is kept in: `quant` of an experiment, and what a
+model keeps of it.
 
-    QuantConfig(phases=(QuantPhase(rules=(QuantRule(paths=".", weight=preset("q4_0")),)),))        # what `--quant q4_0` stands for
-    QuantConfig(phases=(QuantPhase(step=500, rules=rules),))                                       # full precision for 500 steps
+    QuantConfig(phases=(QuantPhase(rules=(QuantRule(paths=".", weight=preset("q4_0")),)),))        # what
+    `--quant q4_0` stands for QuantConfig(phases=(QuantPhase(step=500, rules=rules),))
+    # full precision for 500 steps
 
-A rule names logical paths (`embed/table`, `layers/3/mixer/query/weight`, `layers/3/mixer/cache`) by a regular expression, and of the
-rules whose expression is found in a path the first counts. `coverage.py` lists what became of every path.
+A rule names logical paths (`embed/table`, `layers/3/mixer/query/weight`, `layers/3/mixer/cache`) by a regular
+expression, and of the rules whose expression is found in a path the first counts. `coverage.py` lists what
+became of every path.
 """
 
 import dataclasses
@@ -19,15 +22,25 @@ from slmjax.quantization.estimators import Estimator, default_estimator
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantRule:
-    """The formats of the parameters, and of what they are multiplied with, whose paths an expression is found in."""
+    """The formats of the parameters, and of what they are multiplied with, whose paths an expression is found
+    in.
+    """
 
     paths: str  # regular expression, searched for in logical paths; "." is in all of them
     weight: QuantSpec | None = None  # format of the parameter (none: it stays in floating point)
-    fallback: QuantSpec | None = None  # format of parameters whose width `weight` cannot hold (none: these are refused)
-    estimator: Estimator | None = None  # how the parameter gets a gradient, and its scale (none: what suits its format)
+    fallback: QuantSpec | None = (
+        None  # format of parameters whose width `weight` cannot hold (none: these are refused)
+    )
+    estimator: Estimator | None = (
+        None  # how the parameter gets a gradient, and its scale (none: what suits its format)
+    )
     input: QuantSpec | None = None  # format of what the parameter is multiplied with (none: floating point)
-    input_estimator: Estimator | None = None  # how that gets a gradient, and its scale (none: dynamic, straight through)
-    cache: QuantSpec | None = None  # format of keys and values, for paths that end in `mixer/cache` (none: floating point)
+    input_estimator: Estimator | None = (
+        None  # how that gets a gradient, and its scale (none: dynamic, straight through)
+    )
+    cache: QuantSpec | None = (
+        None  # format of keys and values, for paths that end in `mixer/cache` (none: floating point)
+    )
 
     def __post_init__(self) -> None:
         try:
@@ -35,8 +48,15 @@ class QuantRule:
         except re.error as error:
             raise ValueError(f"quant: {self.paths!r} is no regular expression ({error})") from None
         if self.fallback is not None and self.weight is None:
-            raise ValueError(f"the rule for {self.paths!r} has a fallback of {name_of(self.fallback)} and no format to fall back from")
-        for spec, estimator in ((self.weight, self.estimator), (self.fallback, self.estimator), (self.input, self.input_estimator)):
+            raise ValueError(
+                f"the rule for {self.paths!r} has a fallback of {name_of(self.fallback)} and no format to "
+                "fall back from"
+            )
+        for spec, estimator in (
+            (self.weight, self.estimator),
+            (self.fallback, self.estimator),
+            (self.input, self.input_estimator),
+        ):
             if spec is not None and estimator is not None:
                 estimator.check(spec)
 
@@ -55,7 +75,9 @@ class QuantPhase:
 
     rules: tuple[QuantRule, ...]  # the first that names a path counts
     step: int = 0  # the first training step with them
-    restart_optimizer: bool = added_field(False, before=False)  # forget the optimizer's moments when it begins; the schedule goes on
+    restart_optimizer: bool = added_field(
+        False, before=False
+    )  # forget the optimizer's moments when it begins; the schedule goes on
 
     def __post_init__(self) -> None:
         if self.step < 0:
@@ -64,13 +86,17 @@ class QuantPhase:
             raise ValueError("a phase of quantization has no rule: give some, or leave quant out")
 
     def decoded(self) -> "QuantPhase":
-        """The same for parameters that are decoded already: inputs and caches are rounded, weights are what they are."""
+        """The same for parameters that are decoded already: inputs and caches are rounded, weights are what
+        they are.
+        """
         found: list[QuantRule] = []
         for rule in self.rules:
             if rule.cache is not None:
                 found.append(QuantRule(paths=rule.paths, cache=rule.cache))
             if rule.cache is None or rule.weight is not None or rule.input is not None:
-                found.append(QuantRule(paths=rule.paths, input=rule.input, input_estimator=rule.input_estimator))
+                found.append(
+                    QuantRule(paths=rule.paths, input=rule.input, input_estimator=rule.input_estimator)
+                )
         return QuantPhase(rules=tuple(found))
 
 
@@ -78,12 +104,20 @@ class QuantPhase:
 class QuantConfig:
     """Quantization-aware training: the formats, from which step, and how it eases into them."""
 
-    phases: tuple[QuantPhase, ...]  # by step; before the first all is in full precision, and the last is what is deployed
-    start_step: int | None = 0  # added to the steps of all phases (none: where the learning rate of wsd begins to fall)
+    phases: tuple[
+        QuantPhase, ...
+    ]  # by step; before the first all is in full precision, and the last is what is deployed
+    start_step: int | None = (
+        0  # added to the steps of all phases (none: where the learning rate of wsd begins to fall)
+    )
     warmup_steps: int = 0  # steps in which the rounding error of weights grows from none to all of it
-    damping: float = 0.0  # weight of the squared distance of each weight to what it is rounded to, summed (holds back oscillation)
+    # weight of the squared distance of each weight to what it is rounded to, summed (holds back
+    # oscillation)
+    damping: float = 0.0
     freeze_steps: int | None = (
-        None  # last steps of the run, in which layers stop moving one after another, the first of them first (none: none stops)
+        # last steps of the run, in which layers stop moving one after another, the first of them first
+        # (none: none stops)
+        None
     )
 
     def __post_init__(self) -> None:
@@ -91,11 +125,17 @@ class QuantConfig:
         if not self.phases:
             raise ValueError("quant.phases is empty: give a phase with rules, or leave quant out")
         if (self.start_step or 0) < 0 or self.warmup_steps < 0:
-            raise ValueError(f"quant.start_step={self.start_step} and quant.warmup_steps={self.warmup_steps} must not be negative")
+            raise ValueError(
+                f"quant.start_step={self.start_step} and quant.warmup_steps={self.warmup_steps} must not be "
+                "negative"
+            )
         if self.damping < 0:
             raise ValueError(f"quant.damping must not be negative, got {self.damping}")
         if self.freeze_steps is not None and self.freeze_steps < 1:
-            raise ValueError(f"quant.freeze_steps must be at least 1, or none where no layer stops, got {self.freeze_steps}")
+            raise ValueError(
+                "quant.freeze_steps must be at least 1, or none where no layer stops, got "
+                f"{self.freeze_steps}"
+            )
 
     def timed(self, *, cooldown_step: int | None, total_steps: int) -> tuple[QuantPhase, ...]:
         """The phases at the steps where they begin.
@@ -104,15 +144,20 @@ class QuantConfig:
           cooldown_step: where the learning rate begins to fall, for a schedule that has such a step.
 
         Raises:
-          ValueError: a phase begins after the end of the run, or with a cooldown that the schedule does not have.
+          ValueError: a phase begins after the end of the run, or with a cooldown that the schedule does not
+            have.
         """
         start = cooldown_step if self.start_step is None else self.start_step
         if start is None:
-            raise ValueError("quant.start_step is none, the step where the learning rate of wsd begins to fall: set optim.schedule to wsd")
+            raise ValueError(
+                "quant.start_step is none, the step where the learning rate of wsd begins to fall: set "
+                "optim.schedule to wsd"
+            )
         phases = tuple(dataclasses.replace(phase, step=phase.step + start) for phase in self.phases)
         if phases[-1].step >= total_steps:
             raise ValueError(
-                f"quantization begins its last phase at step {phases[-1].step}, and the run ends at {total_steps}: lower quant.start_step"
+                f"quantization begins its last phase at step {phases[-1].step}, and the run ends at "
+                f"{total_steps}: lower quant.start_step"
             )
         return phases
 
@@ -121,7 +166,9 @@ def check_phases(phases: Sequence[QuantPhase]) -> None:
     """Refuse phases that are not in the order of their steps."""
     steps = [phase.step for phase in phases]
     if any(later <= earlier for earlier, later in zip(steps, steps[1:], strict=False)):
-        raise ValueError(f"phases of quantization begin at steps {steps}: give them in order, each at a step of its own")
+        raise ValueError(
+            f"phases of quantization begin at steps {steps}: give them in order, each at a step of its own"
+        )
 
 
 def phase_at(phases: Sequence[QuantPhase], step: int | None) -> QuantPhase | None:
@@ -135,9 +182,11 @@ NOTHING = "none"
 
 
 def quant_of(name: str) -> QuantConfig:
-    """The settings that a name stands for: `WEIGHTS`, `WEIGHTS+INPUTS` or `WEIGHTS+INPUTS+CACHE`, each a format or `none`; or an alias.
+    """The settings that a name stands for: `WEIGHTS`, `WEIGHTS+INPUTS` or `WEIGHTS+INPUTS+CACHE`, each a
+    format or `none`; or an alias.
 
-    `q4_0+q8_0`, alias `w4a8`, is what llama.cpp computes on CPUs. All matrices are in the first format, embedding and head included.
+    `q4_0+q8_0`, alias `w4a8`, is what llama.cpp computes on CPUs. All matrices are in the first format,
+    embedding and head included.
 
     Raises:
       ValueError: there is no such format, or nothing would be quantized.
@@ -145,7 +194,8 @@ def quant_of(name: str) -> QuantConfig:
     parts = ALIASES.get(name, name).split("+")
     if len(parts) > 3:
         raise ValueError(
-            f"quant {name!r} has {len(parts)} parts: give WEIGHTS, WEIGHTS+INPUTS or WEIGHTS+INPUTS+CACHE, such as q4_0+q8_0+q8_0"
+            f"quant {name!r} has {len(parts)} parts: give WEIGHTS, WEIGHTS+INPUTS or WEIGHTS+INPUTS+CACHE, "
+            "such as q4_0+q8_0+q8_0"
         )
     found = [None if part == NOTHING else preset(part) for part in parts] + [None] * (3 - len(parts))
     weight, inputs, cache = found
@@ -153,5 +203,8 @@ def quant_of(name: str) -> QuantConfig:
     if weight is not None or inputs is not None:
         rules.append(QuantRule(paths=".", weight=weight, input=inputs))
     if not rules:
-        raise ValueError(f"quant {name!r} leaves everything in floating point: leave it out, or name a format, such as q4_0")
+        raise ValueError(
+            f"quant {name!r} leaves everything in floating point: leave it out, or name a format, such as "
+            "q4_0"
+        )
     return QuantConfig(phases=(QuantPhase(rules=tuple(rules)),))

@@ -1,4 +1,5 @@
-"""How training eases into its formats: the share of the rounding error, the pull to the codes, and layers that stop moving.
+"""How training eases into its formats: the share of the rounding error, the pull to the codes, and layers
+that stop moving.
 
 Dims: R layers of a stack.
 """
@@ -38,10 +39,14 @@ class Easing:
         passed = (step - self.freeze_from) / max(self.last_step - self.freeze_from, 1)
         return jnp.where(passed < 0, 0.0, jnp.floor(passed * num_layers) + 1)
 
-    def held(self, updates: Any, step: Int[Array, ""], *, config: ModelConfig, paths: Iterable[str]) -> dict[str, Array]:
-        """Updates, by stack path, without those of weights, and of what is learned beside them, in layers that have stopped.
+    def held(
+        self, updates: Any, step: Int[Array, ""], *, config: ModelConfig, paths: Iterable[str]
+    ) -> dict[str, Array]:
+        """Updates, by stack path, without those of weights, and of what is learned beside them, in layers
+        that have stopped.
 
-        One layer after another stops, the first at once, at even distances; tables outside the layers move to the end.
+        One layer after another stops, the first at once, at even distances; tables outside the layers move to
+        the end.
         """
         if self.freeze_from is None:
             return dict(updates)
@@ -61,5 +66,9 @@ def easing_of(config: QuantConfig, *, first_step: int, total_steps: int) -> Easi
     """The easing of a run of so many steps whose quantization begins at a step."""
     freeze_from = None if config.freeze_steps is None else max(first_step, total_steps - config.freeze_steps)
     return Easing(
-        first_step=first_step, warmup_steps=config.warmup_steps, damping=config.damping, freeze_from=freeze_from, last_step=total_steps
+        first_step=first_step,
+        warmup_steps=config.warmup_steps,
+        damping=config.damping,
+        freeze_from=freeze_from,
+        last_step=total_steps,
     )

@@ -1,8 +1,9 @@
 """Weights in their formats, as pure functions of flat dicts of parameters by stack path.
 
-A stacked parameter [R, ...] has a format for each of its layers, an expert's matrix is coded by itself, and so every function here
-works on one matrix [in, out] (or table [V, D]) and is mapped over what comes before. What an estimator learns beside a weight stands
-in the same dict, under the weight's path: `segments/0/blocks/1/mixer/query/weight/log_scale`.
+A stacked parameter [R, ...] has a format for each of its layers, an expert's matrix is coded by itself, and
+so every function here works on one matrix [in, out] (or table [V, D]) and is mapped over what comes before.
+What an estimator learns beside a weight stands in the same dict, under the weight's path:
+`segments/0/blocks/1/mixer/query/weight/log_scale`.
 
 Dims: R layers of a stack.
 """
@@ -22,7 +23,9 @@ from slmjax.quantization.assignment import Numbers
 from slmjax.quantization.estimators import SIGN, Learned
 
 Params = Mapping[str, Array]
-Formats = Mapping[str, Sequence[Numbers | None]]  # by stack path: of each layer of a stacked parameter, of any other the one
+Formats = Mapping[
+    str, Sequence[Numbers | None]
+]  # by stack path: of each layer of a stacked parameter, of any other the one
 LEARNED = ("log_scale", SIGN, "offset")
 
 
@@ -43,13 +46,15 @@ def is_of_input(path: str) -> bool:
 
 
 def is_learned(path: str) -> bool:
-    """Return whether this is a scale or an offset of a number format, of a weight or of an input, and no parameter of the model."""
+    """Return whether this is a scale or an offset of a number format, of a weight or of an input, and no
+    parameter of the model.
+    """
     return is_beside_a_weight(path) or is_of_input(path)
 
 
 def is_sign(path: str) -> bool:
-    """Return whether this is the sign of learned scales, which is fixed: no optimizer changes it. Checkpoints written before it was kept
-    lack it, and all their learned scales are positive."""
+    """Return whether this is the sign of learned scales, which is fixed: no optimizer changes it. Checkpoints
+    written before it was kept lack it, and all their learned scales are positive."""
     return path.endswith("/" + SIGN) and is_learned(path)
 
 
@@ -57,7 +62,8 @@ def learned(params: Params, formats_of: Formats) -> dict[str, Array]:
     """What estimators learn beside these weights, as it begins, by stack path."""
     found: dict[str, Array] = {}
     for path, numbers in formats_of.items():
-        # Of layers of one stack either all learn, in groups of one size, or none does: `quantized` divides stacks so.
+        # Of layers of one stack either all learn, in groups of one size, or none does: `quantized` divides
+        # stacks so.
         chosen = [one for one in numbers if one is not None]
         if not chosen:
             continue
@@ -78,7 +84,8 @@ def _begun(weight: Array, numbers: Numbers) -> Learned:
 
 
 def effective(params: Params, formats_of: Formats, *, key: Array | None = None) -> dict[str, Array]:
-    """The weights that layers multiply with: decoded numbers, float32, where there is a format; and all other parameters as they are.
+    """The weights that layers multiply with: decoded numbers, float32, where there is a format; and all other
+    parameters as they are.
 
     Args:
       key: randomness of estimators that round by chance; None in evaluation.
@@ -90,8 +97,12 @@ def effective(params: Params, formats_of: Formats, *, key: Array | None = None) 
     return result
 
 
-def eased(params: Params, decoded: Params, formats_of: Formats, *, share: Float[Array, ""]) -> dict[str, Array]:
-    """Parameters with a share of the rounding error of each weight, from 0 to 1; with all of it they are the decoded ones."""
+def eased(
+    params: Params, decoded: Params, formats_of: Formats, *, share: Float[Array, ""]
+) -> dict[str, Array]:
+    """Parameters with a share of the rounding error of each weight, from 0 to 1; with all of it they are the
+    decoded ones.
+    """
 
     def one(path: str, value: Array) -> Array:
         if path not in formats_of:
@@ -103,17 +114,27 @@ def eased(params: Params, decoded: Params, formats_of: Formats, *, share: Float[
 
 def _by_layer(params: Params, path: str, numbers: Sequence[Numbers | None], *, key: Array | None) -> Array:
     def one(weight: Array, beside: Learned, numbers: Numbers | None, layer: int | None) -> Array:
-        return _rounded(weight, beside, numbers, key if key is None or layer is None else jax.random.fold_in(key, layer))
+        return _rounded(
+            weight, beside, numbers, key if key is None or layer is None else jax.random.fold_in(key, layer)
+        )
 
     return _over_layers(one, params, path, numbers)
 
 
-def _over_layers(one: Callable[..., Array], params: Params, path: str, numbers: Sequence[Numbers | None]) -> Array:
-    """`one` of a weight, of what is learned beside it, of its format and of the layer: of a stack at once (None) where layers are alike."""
-    weight, beside = params[path], learned_of(params, path)
+def _over_layers(
+    one: Callable[..., Array], params: Params, path: str, numbers: Sequence[Numbers | None]
+) -> Array:
+    """`one` of a weight, of what is learned beside it, of its format and of the layer: of a stack at once
+    (None) where layers are alike.
+    """
+    weight = params[path]
+    beside = learned_of(params, path)
     if all(other == numbers[0] for other in numbers):
         return one(weight, beside, numbers[0], None)
-    rows = [one(weight[layer], {name: value[layer] for name, value in beside.items()}, own, layer) for layer, own in enumerate(numbers)]
+    rows = [
+        one(weight[layer], {name: value[layer] for name, value in beside.items()}, own, layer)
+        for layer, own in enumerate(numbers)
+    ]
     return jnp.stack(rows)
 
 
@@ -129,15 +150,19 @@ def _rounded(weight: Array, beside: Learned, numbers: Numbers | None, key: Array
 
 
 def coded(params: Params, formats_of: Formats) -> dict[str, list[Encoded | None]]:
-    """The codes and scales of every weight that has a format, layer by layer: what is deployed. A pure function: jit it."""
+    """The codes and scales of every weight that has a format, layer by layer: what is deployed. A pure
+    function: jit it.
+    """
     found: dict[str, list[Encoded | None]] = {}
     for path, numbers in formats_of.items():
-        weight, beside = params[path], learned_of(params, path)
+        weight = params[path]
+        beside = learned_of(params, path)
         if not path.startswith("segments/"):
             found[path] = [_coded(weight, beside, numbers[0])]
             continue
         found[path] = [
-            _coded(weight[layer], {name: value[layer] for name, value in beside.items()}, one) for layer, one in enumerate(numbers)
+            _coded(weight[layer], {name: value[layer] for name, value in beside.items()}, one)
+            for layer, one in enumerate(numbers)
         ]
     return found
 
@@ -163,7 +188,9 @@ def codes(params: Params, formats_of: Formats) -> dict[str, Int8[Array, "..."]]:
 
 
 def code_sums(params: Params, formats_of: Formats) -> dict[str, UInt32[Array, "..."]]:
-    """`sum_of_codes` of every weight that has a format, by stack path; 0 for layers of it that have none. A pure function: jit it."""
+    """`sum_of_codes` of every weight that has a format, by stack path; 0 for layers of it that have none. A
+    pure function: jit it.
+    """
     found: dict[str, Array] = {}
     for path, layers in formats_of.items():
         if axes := [one.axis for one in layers if one is not None]:
@@ -171,24 +198,36 @@ def code_sums(params: Params, formats_of: Formats) -> dict[str, UInt32[Array, ".
     return found
 
 
-def _row_sums(weight: Array, beside: Learned, numbers: Numbers | None, layer: int | None, *, axis: int) -> Array:
+def _row_sums(
+    weight: Array, beside: Learned, numbers: Numbers | None, layer: int | None, *, axis: int
+) -> Array:
     del layer
     encoded = _coded(weight, beside, numbers)
     # A layer without a format has a row for each that others have.
-    return jnp.zeros_like(jnp.take(weight, 0, axis=axis), jnp.uint32) if encoded is None else sum_of_codes(encoded, axis=axis)
+    return (
+        jnp.zeros_like(jnp.take(weight, 0, axis=axis), jnp.uint32)
+        if encoded is None
+        else sum_of_codes(encoded, axis=axis)
+    )
 
 
 def sum_of_codes(encoded: Encoded, *, axis: int) -> UInt32[Array, "..."]:
     """A number for each row of codes, which changes where any of the codes or scales does.
 
-    The sum of both along the axis that groups run along, modulo 2**32, each weighted by its place. Weights are odd: a change of one
-    of them always shows, and that of several but by a chance of one in billions.
+    The sum of both along the axis that groups run along, modulo 2**32, each weighted by its place. Weights
+    are odd: a change of one of them always shows, and that of several but by a chance of one in billions.
     """
 
     def one(encoded: Encoded) -> Array:
-        total = _weighted_sum(encoded.codes, axis, start=1) + _weighted_sum(as_bits(encoded.scale), axis, start=100_003)
+        total = _weighted_sum(encoded.codes, axis, start=1) + _weighted_sum(
+            as_bits(encoded.scale), axis, start=100_003
+        )
         total = total if encoded.zero is None else total + _weighted_sum(encoded.zero, axis, start=200_003)
-        return total if encoded.tensor_scale is None else total + as_bits(encoded.tensor_scale).astype(jnp.uint32)
+        return (
+            total
+            if encoded.tensor_scale is None
+            else total + as_bits(encoded.tensor_scale).astype(jnp.uint32)
+        )
 
     return by_matrix(one, encoded.codes.ndim)(jax.tree.map(jnp.asarray, encoded))
 
@@ -200,8 +239,12 @@ def _weighted_sum(numbers: Array, axis: int, *, start: int) -> Array:
 
 
 def damping(params: Params, decoded: Params, formats_of: Formats) -> Float[Array, ""]:
-    """Sum of squared distances of weights to what they are rounded to, which counts as fixed (Nagel et al. 2022)."""
-    distances = [jnp.sum(jnp.square(params[path] - jax.lax.stop_gradient(decoded[path]))) for path in formats_of]
+    """Sum of squared distances of weights to what they are rounded to, which counts as fixed (Nagel et al.
+    2022).
+    """
+    distances = [
+        jnp.sum(jnp.square(params[path] - jax.lax.stop_gradient(decoded[path]))) for path in formats_of
+    ]
     return jnp.sum(jnp.stack(distances)) if distances else jnp.zeros(())
 
 

@@ -21,7 +21,8 @@ LARGEST_CHANGE = 0.01  # relative: what a schedule changes by from step to step 
 
 
 def warn_of_changed_schedules(run: RunDirectory, experiment: Experiment, *, step: int) -> None:
-    """Log a warning for each rate that is another one from this step on than with the settings of the run's config.json.
+    """Log a warning for each rate that is another one from this step on than with the settings of the run's
+    config.json.
 
     Args:
       run: a run that goes on; a new one has no config.json yet, and nothing is said.
@@ -38,16 +39,20 @@ def warn_of_changed_schedules(run: RunDirectory, experiment: Experiment, *, step
 
 
 def schedule_changes(before: Experiment, after: Experiment, *, step: int) -> Iterator[str]:
-    """Yield a sentence for each rate or share that jumps after so many steps because run.steps or other settings have changed."""
+    """Yield a sentence for each rate or share that jumps after so many steps because run.steps or other
+    settings have changed.
+    """
     steps = f"run.steps={after.run.steps} instead of {before.run.steps}"
     why = steps if after.run.steps != before.run.steps else "the settings it has now"
-    rates, new_rates = _values(before, step), _values(after, step)
+    rates = _values(before, step)
+    new_rates = _values(after, step)
     for name, rate in rates.items():
         if name not in new_rates or abs(new_rates[name] - rate) <= LARGEST_CHANGE * abs(rate):
             continue
         factor = f" ({new_rates[name] / rate:.3g} times)" if rate else ""
         yield (
-            f"{name} at step {step + 1}, the next one, is {new_rates[name]:.3g} with {why}, and {rate:.3g} with those the run had"
+            f"{name} at step {step + 1}, the next one, is {new_rates[name]:.3g} with {why}, and {rate:.3g} "
+            "with those the run had"
             f"{factor}: it jumps there. {_FURTHER.get(name, '')}"
         ).rstrip()
 
@@ -55,7 +60,8 @@ def schedule_changes(before: Experiment, after: Experiment, *, step: int) -> Ite
 _TAID = "the least share of the teacher in TAID (objective.distill.divergence)"
 _FURTHER = {
     "optim.lr": (
-        "To keep it, leave the settings as they are, or set optim.schedule=constant with optim.warmup-steps=0 and optim.lr to the rate "
+        "To keep it, leave the settings as they are, or set optim.schedule=constant with "
+        "optim.warmup-steps=0 and optim.lr to the rate "
         "that you want; a schedule of wsd can be extended before its decay without a jump"
     ),
     _TAID: "The share itself never falls: one that is higher stays",
@@ -64,14 +70,22 @@ _FURTHER = {
 
 def _values(experiment: Experiment, step: int) -> dict[str, float]:
     """The rates, weights and shares of the training step after so many."""
-    optim, total_steps = experiment.optim, experiment.run.steps
+    optim = experiment.optim
+    total_steps = experiment.run.steps
     rate = float(learning_rate(optim, step, total_steps=total_steps))
     values = {"optim.lr": rate}
     if optim.kind is Optimizer.MUON:
         values["optim.muon_lr"] = rate * optim.muon_lr / optim.lr
     if (distill := experiment.objective.distill) is not None:
-        ramps = {"weight": distill.weight, "hard_weight": distill.hard_weight, "temperature": distill.temperature}
-        values |= {f"objective.distill.{name}": float(ramp.at(step, total_steps=total_steps)) for name, ramp in ramps.items()}
+        ramps = {
+            "weight": distill.weight,
+            "hard_weight": distill.hard_weight,
+            "temperature": distill.temperature,
+        }
+        values |= {
+            f"objective.distill.{name}": float(ramp.at(step, total_steps=total_steps))
+            for name, ramp in ramps.items()
+        }
         if isinstance(distill.divergence, Taid):
             values[_TAID] = min(distill.divergence.end, distill.divergence.least_share(step / total_steps))
     if experiment.quant is not None:
@@ -82,11 +96,15 @@ def _values(experiment: Experiment, step: int) -> dict[str, float]:
 def _quantization(quant: QuantConfig, experiment: Experiment, step: int) -> dict[str, float]:
     """The phase of quantization, and how far training has eased into it."""
     total_steps = experiment.run.steps
-    phases = quant.timed(cooldown_step=cooldown_step(experiment.optim, total_steps=total_steps), total_steps=total_steps)
+    phases = quant.timed(
+        cooldown_step=cooldown_step(experiment.optim, total_steps=total_steps), total_steps=total_steps
+    )
     easing = easing_of(quant, first_step=phases[0].step, total_steps=total_steps)
     num_begun = sum(phase.step <= step for phase in phases)
     share = easing.share(jnp.asarray(step)) if num_begun else 0.0
-    num_stopped = easing.num_stopped(jnp.asarray(step), num_layers=experiment.model.num_layers) if num_begun else 0.0
+    num_stopped = (
+        easing.num_stopped(jnp.asarray(step), num_layers=experiment.model.num_layers) if num_begun else 0.0
+    )
     return {
         "the phase of quantization (0: full precision; quant.start_step, quant.phases)": float(num_begun),
         "the share of the rounding error (quant.warmup_steps)": 1.0 if share is None else float(share),

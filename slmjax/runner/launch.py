@@ -1,4 +1,6 @@
-"""How a session of a run begins: its directory, what is written there before the first step, and what is said of it."""
+"""How a session of a run begins: its directory, what is written there before the first step, and what is said
+of it.
+"""
 
 import logging
 import math
@@ -36,11 +38,14 @@ def new_run(experiment: Experiment) -> RunDirectory:
     made = None
     if jax.process_index() == 0:
         fingerprint = config_io.fingerprint(experiment)
-        made = RunDirectory.create_in(Path(experiment.run.directory), name=experiment.run.name, fingerprint=fingerprint)
+        made = RunDirectory.create_in(
+            Path(experiment.run.directory), name=experiment.run.name, fingerprint=fingerprint
+        )
     path = Path(broadcast_text(str(made.path) if made else ""))
     if not path.is_dir():
         raise ValueError(
-            f"process {jax.process_index()} does not see {path}, which process 0 made: give --run.directory a place that all hosts share"
+            f"process {jax.process_index()} does not see {path}, which process 0 made: give --run.directory "
+            "a place that all hosts share"
         )
     return RunDirectory(path, process_index=jax.process_index())
 
@@ -67,10 +72,16 @@ def open_trackers(run: RunDirectory, experiment: Experiment) -> Trackers:
 def num_parameters(definition: Definition) -> int:
     """Parameters that are trained, without what is learned of their formats."""
     beside = (is_beside_a_weight, is_of_input)
-    return sum(math.prod(leaf.shape) for path, leaf in definition.params.items() if not any(learned(path) for learned in beside))
+    return sum(
+        math.prod(leaf.shape)
+        for path, leaf in definition.params.items()
+        if not any(learned(path) for learned in beside)
+    )
 
 
-def announce(setup: Setup, run: RunDirectory, source: BatchSource, progress: Progress, first_step: int) -> None:
+def announce(
+    setup: Setup, run: RunDirectory, source: BatchSource, progress: Progress, first_step: int
+) -> None:
     """Says what is trained, on what, and from where."""
     sizes = {axis: size for axis, size in setup.mesh.shape.items() if size > 1}
     mesh = " x ".join(f"{axis}={size}" for axis, size in sizes.items()) or "1 device"
@@ -78,7 +89,9 @@ def announce(setup: Setup, run: RunDirectory, source: BatchSource, progress: Pro
     data = setup.experiment.data
     epochs = setup.experiment.run.steps * data.batch_size / max(rows, 1)
     progress.print(f"run directory {run.path}")
-    progress.print(f"{num_parameters(setup.definition):,} parameters on {mesh} ({jax.devices()[0].device_kind})")
+    progress.print(
+        f"{num_parameters(setup.definition):,} parameters on {mesh} ({jax.devices()[0].device_kind})"
+    )
     progress.print(
         f"{rows:,} rows of {data.sequence_length} tokens, {source.packing_efficiency:.1%} filled; "
         f"{setup.experiment.run.steps:,} steps of {data.batch_size} rows are {epochs:.2f} epochs"
@@ -92,7 +105,8 @@ def announce(setup: Setup, run: RunDirectory, source: BatchSource, progress: Pro
     for note in dict.fromkeys(filter(None, notes)):
         log.warning("%s", note)
     for plan, (shards, _) in zip(source.plans, setup.prepared.train, strict=True):
-        name, decode = shards.manifest.source_name, setup.prepared.tokenizer.decode
+        name = shards.manifest.source_name
+        decode = setup.prepared.tokenizer.decode
         for sentence in describe_left_out(plan, shards, name=name, decode=decode):
             log.warning("%s", sentence)
     if first_step:
@@ -102,14 +116,18 @@ def announce(setup: Setup, run: RunDirectory, source: BatchSource, progress: Pro
 
 def keeping_of_programs() -> str:
     """Whether compiled programs are kept for the next process, and where."""
-    directory, is_on = (getattr(jax.config, name) for name in ("jax_compilation_cache_dir", "jax_enable_compilation_cache"))
+    directory, is_on = (
+        getattr(jax.config, name) for name in ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
+    )
     if directory and is_on:
         return f"compiled programs are kept in {directory}"
     return "compiled programs are not kept for the next process: JAX_COMPILATION_CACHE_DIR names no directory for them"
 
 
 class CompiledPrograms:
-    """While entered, counts the programs that jax asks for and those among them that were kept from before."""
+    """While entered, counts the programs that jax asks for and those among them that were kept from
+    before.
+    """
 
     def __init__(self) -> None:
         self.asked = self.kept = 0
@@ -127,5 +145,7 @@ class CompiledPrograms:
         jax.monitoring.register_event_listener(self._count)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         jax.monitoring.unregister_event_listener(self._count)

@@ -13,6 +13,7 @@ from slmjax.planning.memory import (
     advise,
     evaluation_changes,
     evaluation_memory,
+    first_line,
     is_exhausted,
     step_memory,
     training_changes,
@@ -22,7 +23,7 @@ from slmjax.runner.session import Setup
 log = logging.getLogger(__name__)
 
 
-# The end of a run -----------------------------------------------------------------------------------------------------
+# The end of a run -------------------------------------------------------------------------------------------
 def explained(
     error: BaseException,
     setup: Setup,
@@ -33,10 +34,11 @@ def explained(
     is_resumed: bool = False,
     record: Callable[..., None] | None = None,
 ) -> OutOfMemory | None:
-    """What to raise where `error` says that memory ran out; None where it does not, or where no advice can be had.
+    """What to raise where `error` says that memory ran out; None where it does not, or where no advice can be
+    had.
 
-    With several processes the first one alone compiles; on GPUs compiling is an affair of all of them, which may not all be
-    here, and the machine's own memory is not what a step on another device is compiled for.
+    With several processes the first one alone compiles; on GPUs compiling is an affair of all of them, which
+    may not all be here, and the machine's own memory is not what a step on another device is compiled for.
 
     Args:
       doing: "training", "evaluation", or what else went on when it came.
@@ -52,25 +54,40 @@ def explained(
         record("out_of_memory", **values, available=available, **({} if found is None else found.record()))
     if found is None:
         return None
-    return OutOfMemory(f"out of memory in {doing}, after step {step} ({first_line(error)})\n{found.text(available=available)}")
+    return OutOfMemory(
+        f"out of memory in {doing}, after step {step} "
+        f"({first_line(error)})\n{found.text(available=available)}"
+    )
 
 
-def _advice(error: BaseException, setup: Setup, *, doing: str, is_resumed: bool, report: Callable[[str], None]) -> Advice | None:
+def _advice(
+    error: BaseException, setup: Setup, *, doing: str, is_resumed: bool, report: Callable[[str], None]
+) -> Advice | None:
     is_machine = isinstance(error, MemoryError) and jax.default_backend() != "cpu"
     is_shared = jax.process_count() > 1 and (jax.process_index() > 0 or jax.default_backend() == "gpu")
     if is_machine or is_shared:
         return None
     _release(error)
-    report(f"out of memory in {doing}: compiling what would need less, for up to about {ADVICE_SECONDS:.0f} s")
-    measure, changes = (evaluation_memory, evaluation_changes) if doing == "evaluation" else (step_memory, training_changes)
+    report(
+        f"out of memory in {doing}: compiling what would need less, for up to about {ADVICE_SECONDS:.0f} s"
+    )
+    measure, changes = (
+        (evaluation_memory, evaluation_changes) if doing == "evaluation" else (step_memory, training_changes)
+    )
     logger = logging.getLogger("slmjax")
     level = logger.level
-    logger.setLevel(logging.WARNING)  # what modules say of how they compile is said of programs that will not run
+    logger.setLevel(
+        logging.WARNING
+    )  # what modules say of how they compile is said of programs that will not run
     try:
         return advise(
-            setup.experiment, vocab_size=setup.prepared.tokenizer.vocab_size, mesh=setup.mesh, measure=measure,
-            changes=changes(setup.experiment, setup.mesh, is_resumed=is_resumed), seconds=ADVICE_SECONDS,
-        )  # fmt: skip
+            setup.experiment,
+            vocab_size=setup.prepared.tokenizer.vocab_size,
+            mesh=setup.mesh,
+            measure=measure,
+            changes=changes(setup.experiment, setup.mesh, is_resumed=is_resumed),
+            seconds=ADVICE_SECONDS,
+        )
     except Exception as other:  # whatever it is, it must not hide what happened
         log.warning("no advice: %s", other)
         return None
@@ -79,7 +96,9 @@ def _advice(error: BaseException, setup: Setup, *, doing: str, is_resumed: bool,
 
 
 def _release(error: BaseException | None) -> None:
-    """Lets go of the arrays that the frames of an error still name: on a GPU the compiler wants some of that memory."""
+    """Lets go of the arrays that the frames of an error still name: on a GPU the compiler wants some of that
+    memory.
+    """
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__

@@ -1,4 +1,5 @@
-"""Phases of a run: static changes, such as the step from which weights are quantized, each with programs of its own.
+"""Phases of a run: static changes, such as the step from which weights are quantized, each with programs of
+its own.
 
     setup = at_step(setup, 500)                 # before a step: the programs of its phase
     state = begin(setup, state, batch)          # nothing happens but at the first step of a phase
@@ -37,7 +38,9 @@ def at_step(setup: Setup, step: int) -> Setup:
     """The setup with the programs of the phase that the training step after `step` is in."""
     if not begins_anew(setup, step):
         return setup
-    programs = make_programs(setup.experiment, vocab_size=setup.definition.config.known_vocab_size, mesh=setup.mesh, step=step)
+    programs = make_programs(
+        setup.experiment, vocab_size=setup.definition.config.known_vocab_size, mesh=setup.mesh, step=step
+    )
     return dataclasses.replace(
         setup,
         definition=programs.definition,
@@ -57,7 +60,8 @@ def begin(setup: Setup, state: TrainState, batch: Batch) -> TrainState:
 
 
 def _begun(setup: Setup, state: TrainState, batch: Batch) -> TrainState:
-    """The state at the first step of a phase: what is learned beside weights begins as their best scales, that of inputs as measured.
+    """The state at the first step of a phase: what is learned beside weights begins as their best scales,
+    that of inputs as measured.
 
     Weights whose format stays keep theirs; inputs are measured anew where the format of any changes.
 
@@ -70,14 +74,23 @@ def _begun(setup: Setup, state: TrainState, batch: Batch) -> TrainState:
         return state
     log.info("step %d: quantization begins, or goes on with other rules", phase.step)
     before = define(definition.config, step=phase.step - 1)
-    params, buffers = (state.trainable, state.frozen) if before.inputs == definition.inputs else _measured(setup, state, batch)
+    params, buffers = (
+        (state.trainable, state.frozen)
+        if before.inputs == definition.inputs
+        else _measured(setup, state, batch)
+    )
     if definition.learning:
-        same = frozenset(path for path, numbers in definition.formats.items() if before.formats.get(path) == numbers)
+        same = frozenset(
+            path for path, numbers in definition.formats.items() if before.formats.get(path) == numbers
+        )
         places = jax.tree.map(lambda leaf: leaf.sharding, setup.shapes.trainable)
         params = jax.jit(functools.partial(definition.with_learned, kept=same), out_shardings=places)(params)
     ema = state.ema
     if ema is not None:  # what is averaged of what only begins now is what it begins as
-        ema = {path: jnp.copy(params[path]) if is_of_input(path) or is_beside_a_weight(path) else leaf for path, leaf in ema.items()}
+        ema = {
+            path: jnp.copy(params[path]) if is_of_input(path) or is_beside_a_weight(path) else leaf
+            for path, leaf in ema.items()
+        }
     optimizer = _restarted(setup, state.optimizer, params) if phase.restart_optimizer else state.optimizer
     return dataclasses.replace(state, trainable=params, frozen=buffers, ema=ema, optimizer=optimizer)
 
@@ -94,7 +107,8 @@ def _measured(setup: Setup, state: TrainState, batch: Batch) -> tuple[dict[str, 
     """Parameters and buffers with scales of inputs as they should begin for this batch."""
     config = setup.definition.config
     observed = define(config, step=int(state.step), is_observed=True)
-    params, buffers = state.trainable, state.frozen
+    params = state.trainable
+    buffers = state.frozen
     wanted = {path for path in (*params, *buffers) if is_of_input(path)}
     if not wanted:
         return params, buffers
@@ -111,5 +125,10 @@ def _measured(setup: Setup, state: TrainState, batch: Batch) -> tuple[dict[str, 
     rest = {path: leaf for path, leaf in everything.items() if path not in wanted}
     places = {path: leaf.sharding for path, leaf in some.items()}
     found = jax.jit(jax.grad(total), out_shardings=places)(some, rest)
-    found = {path: leaf / block_at(config, path).passes if path.startswith("segments/") else leaf for path, leaf in found.items()}
-    return {path: found.get(path, leaf) for path, leaf in params.items()}, {path: found.get(path, leaf) for path, leaf in buffers.items()}
+    found = {
+        path: leaf / block_at(config, path).passes if path.startswith("segments/") else leaf
+        for path, leaf in found.items()
+    }
+    return {path: found.get(path, leaf) for path, leaf in params.items()}, {
+        path: found.get(path, leaf) for path, leaf in buffers.items()
+    }

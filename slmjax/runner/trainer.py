@@ -3,9 +3,9 @@
     result = train(experiment)                      # a new run in experiment.run.directory
     result = train(experiment, resume=run_dir)      # goes on from the newest intact checkpoint
 
-The loop feeds batches, calls the compiled step (`step.py`), logs, evaluates, saves. A run can be stopped at any time:
-Ctrl-C and SIGTERM save and say how to resume, and after kill -9 at most the steps since the last save are done again, with
-the same data and, on the same machine and topology, the same bits.
+The loop feeds batches, calls the compiled step (`step.py`), logs, evaluates, saves. A run can be stopped at
+any time: Ctrl-C and SIGTERM save and say how to resume, and after kill -9 at most the steps since the last
+save are done again, with the same data and, on the same machine and topology, the same bits.
 """
 
 import dataclasses
@@ -38,7 +38,14 @@ from slmjax.planning import device_peaks
 from slmjax.runner import quant_phases
 from slmjax.runner.changed_schedules import warn_of_changed_schedules
 from slmjax.runner.initial_state import fresh_state, restored_state
-from slmjax.runner.launch import CompiledPrograms, announce, new_run, num_parameters, open_trackers, write_description
+from slmjax.runner.launch import (
+    CompiledPrograms,
+    announce,
+    new_run,
+    num_parameters,
+    open_trackers,
+    write_description,
+)
 from slmjax.runner.out_of_memory import explained
 from slmjax.runner.resume import is_complete, run_to_resume, tokenizer_of, warn_of_other_data
 from slmjax.runner.session import Setup, set_up, with_teachers
@@ -62,11 +69,15 @@ class Result:
     status: str  # "finished", "interrupted" or "diverged"
     loss: float  # nats per token, on what `measured_on` says
     bits_per_byte: float  # on the same
-    measured_on: str  # "held-out text", "part of the held-out text" (if cut short), "the completions of" them, "the last training batch"
+    # "held-out text", "part of the held-out text" (if cut short), "the completions of" them, "the last
+    # training batch"
+    measured_on: str
     perplexity: float
     best_loss: float | None  # lowest of the evaluations on the way
     best_step: int | None  # whose checkpoint is kept beside the newest
-    compressors: dict[str, float]  # bits per byte of gzip -9 and xz -9 for the same text (its first 16 MB); empty if only part was scored
+    compressors: dict[
+        str, float
+    ]  # bits per byte of gzip -9 and xz -9 for the same text (its first 16 MB); empty if only part was scored
     tokens: int  # scored targets trained on, earlier sessions included
     seconds: float  # wall time of this session, from start to result
     tokens_per_second: float  # fed, padding left out, over the training steps of this session alone
@@ -78,7 +89,9 @@ class Result:
     commit: str | None
     seconds_by_category: dict[str, float]
     samples: list[str]
-    lost_text: float = 0.0  # share of the held-out text's bytes that the tokenizer loses: above 0, bits per byte are too low
+    lost_text: float = (
+        0.0  # share of the held-out text's bytes that the tokenizer loses: above 0, bits per byte are too low
+    )
 
 
 def train(
@@ -95,7 +108,8 @@ def train(
       experiment: the settings.
       resume: a run directory to go on with; `experiment` is then usually the one its config.json holds.
       code: the experiment file, copied into the run directory.
-      profile: how many steps to trace, after the first two of this session, into the directory `profile` of the run.
+      profile: how many steps to trace, after the first two of this session, into the directory `profile` of
+        the run.
       console: where progress is shown (none: standard output).
 
     Raises:
@@ -111,36 +125,56 @@ def train(
     run = None if resume is None else run_to_resume(Path(resume), experiment)
     mesh = make_mesh(experiment.mesh, divided_devices(experiment.objective.distill, jax.devices())[0])
     with ledger.timed(Category.INIT):
-        peak = device_peaks.peak_flops(jax.devices()[0], experiment.model.layer_shape().dtype, num_devices=mesh.size)
+        peak = device_peaks.peak_flops(
+            jax.devices()[0], experiment.model.layer_shape().dtype, num_devices=mesh.size
+        )
     with ExitStack() as stack:
-        progress = Progress(num_steps=experiment.run.steps, process_index=jax.process_index(), console=console)
+        progress = Progress(
+            num_steps=experiment.run.steps, process_index=jax.process_index(), console=console
+        )
         records = stack.enter_context(LogRecords(progress))
         programs = stack.enter_context(CompiledPrograms())
         stack.enter_context(jax.set_mesh(mesh))
         if jax.process_count() > 1:
-            log.info("process %d of %d, %s", jax.process_index(), jax.process_count(), hosts.joined or "joined by the calling program")
+            log.info(
+                "process %d of %d, %s",
+                jax.process_index(),
+                jax.process_count(),
+                hosts.joined or "joined by the calling program",
+            )
         with ledger.timed(Category.INIT):
             tokenizer = experiment.tokenizer if run is None else tokenizer_of(run, experiment)
             setup = set_up(experiment, tokenizer=tokenizer, mesh=mesh, report=progress.print)
             source = BatchSource(
-                setup.prepared.train, experiment.data, token_bytes=setup.prepared.tokenizer.token_bytes,
+                setup.prepared.train,
+                experiment.data,
+                token_bytes=setup.prepared.tokenizer.token_bytes,
                 rows=rows_here(mesh, experiment.data.batch_size),
-            )  # fmt: skip
+            )
             try:
                 fresh = fresh_state(setup) if run is None else None
                 setup = with_teachers(setup)
             except (RuntimeError, MemoryError) as error:
-                if (out_of_memory := explained(error, setup, doing="making the first state", report=progress.print)) is None:
+                if (
+                    out_of_memory := explained(
+                        error, setup, doing="making the first state", report=progress.print
+                    )
+                ) is None:
                     raise
                 raise out_of_memory from error
             run = run or new_run(experiment)
             run_log = stack.enter_context(run.open_log())
             records.write_to(run_log)
-            checkpointer = Checkpointer(run.checkpoints, model=setup.definition.config, config=experiment.checkpoint)
+            checkpointer = Checkpointer(
+                run.checkpoints, model=setup.definition.config, config=experiment.checkpoint
+            )
             stack.callback(checkpointer.close)
             state = fresh or restored_state(setup, checkpointer)
             if int(state.step) >= experiment.run.steps and is_complete(run, int(state.step)):
-                raise ValueError(f"{run.path} is at step {int(state.step)} of {experiment.run.steps} already: give more --run.steps")
+                raise ValueError(
+                    f"{run.path} is at step {int(state.step)} of {experiment.run.steps} already: give more "
+                    "--run.steps"
+                )
             warn_of_other_data(run, experiment, setup.prepared)
             warn_of_changed_schedules(run, experiment, step=int(state.step))
             write_description(setup, run, code)
@@ -149,15 +183,31 @@ def train(
         stack.enter_context(progress)
         batches = stack.enter_context(source.iterate(int(state.step)))
         config = dataclasses.replace(setup.definition.config, context_length=experiment.data.sequence_length)
-        meter = Meter(flops_per_token=describe(config).training_flops_per_token, peak_flops=peak, tokens=0, waiting=0.0)
+        meter = Meter(
+            flops_per_token=describe(config).training_flops_per_token, peak_flops=peak, tokens=0, waiting=0.0
+        )
         name = "profile" if jax.process_index() == 0 else f"profile-{jax.process_index()}"
         trace = Profile(
-            run.path / name, first_step=int(state.step), last_step=experiment.run.steps, num_steps=profile, report=progress.print
-        )  # fmt: skip
+            run.path / name,
+            first_step=int(state.step),
+            last_step=experiment.run.steps,
+            num_steps=profile,
+            report=progress.print,
+        )
         loop = Loop(
-            setup, run=run, checkpointer=checkpointer, ledger=ledger, log=run_log, trackers=trackers, progress=progress, meter=meter,
-            batches=batches, state=state, programs=programs, profile=trace,
-        )  # fmt: skip
+            setup,
+            run=run,
+            checkpointer=checkpointer,
+            ledger=ledger,
+            log=run_log,
+            trackers=trackers,
+            progress=progress,
+            meter=meter,
+            batches=batches,
+            state=state,
+            programs=programs,
+            profile=trace,
+        )
         try:
             with StopSignals() as signals:
                 state, status = loop.run(state, signals)
@@ -165,14 +215,22 @@ def train(
         except (RuntimeError, MemoryError) as error:
             del state, fresh  # what the devices hold is of no more use, and the compiler may want the room
             out_of_memory = explained(
-                error, setup, doing=loop.doing, step=loop.step, is_resumed=resume is not None, report=progress.print, record=run_log.write
+                error,
+                setup,
+                doing=loop.doing,
+                step=loop.step,
+                is_resumed=resume is not None,
+                report=progress.print,
+                record=run_log.write,
             )
             if out_of_memory is None:
                 raise
             raise out_of_memory from error
 
 
-ALL, PART, TRAINING_BATCH = "held-out text", "part of the held-out text", "the last training batch"
+ALL = "held-out text"
+PART = "part of the held-out text"
+TRAINING_BATCH = "the last training batch"
 
 
 class Loop:
@@ -194,12 +252,24 @@ class Loop:
         programs: CompiledPrograms,
         profile: Profile,
     ) -> None:
-        self.setup, self.run_dir, self.checkpointer = setup, run, checkpointer
-        self.ledger, self.log, self.trackers, self.progress, self.meter, self.batches = ledger, log, trackers, progress, meter, batches
-        self.programs, self.profile = programs, profile
+        self.setup = setup
+        self.run_dir = run
+        self.checkpointer = checkpointer
+        self.ledger = ledger
+        self.log = log
+        self.trackers = trackers
+        self.progress = progress
+        self.meter = meter
+        self.batches = batches
+        self.programs = programs
+        self.profile = profile
         self.doing = "training"  # or "evaluation"
         self.first_step = self.step = int(state.step)
-        self.last: dict[str, Any] = {"measured_on": TRAINING_BATCH, "loss": math.nan, "bits_per_byte": math.nan}  # until evaluated
+        self.last: dict[str, Any] = {
+            "measured_on": TRAINING_BATCH,
+            "loss": math.nan,
+            "bits_per_byte": math.nan,
+        }  # until evaluated
         self.best = checkpointer.best()
         self.num_documents: int | None = None  # of the evaluations on the way
         self._saved_step = self.first_step  # where the state came from, or 0, which is never saved
@@ -229,7 +299,9 @@ class Loop:
             if self.step % experiment.run.log_every == 0 or is_last:
                 limit = experiment.optim.max_consecutive_skips
                 # A session that ends without one step that counted has diverged, however short it is.
-                if self._log_step(state, metrics) >= (min(limit, self.step - self.first_step) if is_last else limit):
+                if self._log_step(state, metrics) >= (
+                    min(limit, self.step - self.first_step) if is_last else limit
+                ):
                     return state, "diverged"
             if self.step % experiment.eval.every == 0 and not is_last:
                 self._evaluate(state)
@@ -241,7 +313,9 @@ class Loop:
         return state, "finished"
 
     def _step(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The next batch, and the step with it; of the first of a session or a phase, which compiles, all is waited for."""
+        """The next batch, and the step with it; of the first of a session or a phase, which compiles, all is
+        waited for.
+        """
         begins = self.step == self.first_step or quant_phases.begins_anew(self.setup, self.step)
         batch_size = self.setup.experiment.data.batch_size
         with self.ledger.timed(Category.DATA), jax.profiler.TraceAnnotation("data"):
@@ -260,7 +334,9 @@ class Loop:
         return state, metrics
 
     def _begin_phase(self, state: TrainState, placed: Batch) -> TrainState:
-        """Takes the programs of the phase that the next step is in; losses of another one are not compared with its own."""
+        """Takes the programs of the phase that the next step is in; losses of another one are not compared
+        with its own.
+        """
         self.setup = quant_phases.at_step(self.setup, self.step)
         phase = self.setup.definition.phase
         if phase is not None and self.best is not None and self.best[0] <= phase.step:
@@ -308,15 +384,32 @@ class Loop:
         with self.ledger.timed(Category.STEP):
             values = named_metrics(self.setup.definition.config, jax.device_get(metrics))
         figures = self.meter.measure(
-            tokens=self._fed, waiting=self.batches.waiting_seconds, nll=values["nll"], num_bytes=values.pop("bytes")
-        )  # fmt: skip
-        self.record("train", **dataclasses.asdict(figures), **values, **self.setup.flips.count(state.trainable, self.step))
+            tokens=self._fed,
+            waiting=self.batches.waiting_seconds,
+            nll=values["nll"],
+            num_bytes=values.pop("bytes"),
+        )
+        self.record(
+            "train",
+            **dataclasses.asdict(figures),
+            **values,
+            **self.setup.flips.count(state.trainable, self.step),
+        )
         self.progress.update(self.step, loss=values["loss"], figures=figures)
         if undone := int(values["skipped"]) - self._skipped:
             log.warning(
-                "%d of steps %d to %d undone, their loss or gradient is not finite or no token is scored: %d in all, %d in a row", undone,
-                self._logged_step + 1, self.step, values["skipped"], values["skipped_in_a_row"],
-            )  # fmt: skip
+                (
+                    "%d of steps %d to %d undone, their loss or gradient is not finite or no token is "
+                    "scored: "
+                    "%d "
+                    "in all, %d in a row"
+                ),
+                undone,
+                self._logged_step + 1,
+                self.step,
+                values["skipped"],
+                values["skipped_in_a_row"],
+            )
         self._skipped += undone
         if self.last["measured_on"] == TRAINING_BATCH:
             self.last |= {"loss": values["loss"], "bits_per_byte": figures.bits_per_byte}
@@ -332,7 +425,11 @@ class Loop:
         if found is None:
             return
         self.num_documents = found.documents
-        self.last = {"measured_on": found.measured_on(PART), "loss": found.loss, "bits_per_byte": found.bits_per_byte}
+        self.last = {
+            "measured_on": found.measured_on(PART),
+            "loss": found.loss,
+            "bits_per_byte": found.bits_per_byte,
+        }
         self.record("eval", documents=found.documents, **found.figures())
         self.progress.print(f"step {self.step}: held-out {found.text()}")
         if self.is_best(found.loss):
@@ -346,18 +443,21 @@ class Loop:
         return True
 
 
-# Before and after the loop --------------------------------------------------------------------------------------------
+# Before and after the loop ----------------------------------------------------------------------------------
 def _finish(loop: Loop, state: TrainState, status: str, signals: StopSignals) -> Result:
     """Saves, evaluates on all held-out text, samples, and writes result.json.
 
-    The state is safe on disk before the rest begins, and a signal that comes meanwhile ends the session as interrupted:
-    resuming makes up for what was left out.
+    The state is safe on disk before the rest begins, and a signal that comes meanwhile ends the session as
+    interrupted: resuming makes up for what was left out.
     """
-    setup, run = loop.setup, loop.run_dir
+    setup = loop.setup
+    run = loop.run_dir
     loop.save(state)
     with loop.ledger.timed(Category.CHECKPOINT):
         loop.checkpointer.wait()
-    found, samples, compressors = None, [], {}
+    found = None
+    samples = []
+    compressors = {}
     with loop.ledger.timed(Category.EVAL):
         if status != "interrupted" and not signals.received:
             found = loop.evaluate(state, None)
@@ -372,16 +472,32 @@ def _finish(loop: Loop, state: TrainState, status: str, signals: StopSignals) ->
     seconds = loop.ledger.seconds()
     figures = loop.last
     if found is not None:
-        figures = {"measured_on": found.measured_on(ALL), "loss": found.loss, "bits_per_byte": found.bits_per_byte}
+        figures = {
+            "measured_on": found.measured_on(ALL),
+            "loss": found.loss,
+            "bits_per_byte": found.bits_per_byte,
+        }
         loop.record("eval", documents=found.documents, complete=True, **found.figures())
     result = Result(
-        status=status, **figures, perplexity=math.exp(min(figures["loss"], 700.0)), best_loss=None if loop.best is None else loop.best[1],
+        status=status,
+        **figures,
+        perplexity=math.exp(min(figures["loss"], 700.0)),
+        best_loss=None if loop.best is None else loop.best[1],
         best_step=None if loop.best is None else loop.best[0],
-        compressors=compressors, tokens=tokens_seen(state), seconds=sum(seconds.values()),
-        tokens_per_second=loop.meter.tokens_per_second, parameters=num_parameters(setup.definition),
-        step=loop.step, skipped=int(state.skipped), run_dir=str(run.path), commit=commit()["commit"], seconds_by_category=seconds,
-        samples=samples, data_wait_share=loop.meter.data_wait_share, lost_text=setup.prepared.lost_text,
-    )  # fmt: skip
+        compressors=compressors,
+        tokens=tokens_seen(state),
+        seconds=sum(seconds.values()),
+        tokens_per_second=loop.meter.tokens_per_second,
+        parameters=num_parameters(setup.definition),
+        step=loop.step,
+        skipped=int(state.skipped),
+        run_dir=str(run.path),
+        commit=commit()["commit"],
+        seconds_by_category=seconds,
+        samples=samples,
+        data_wait_share=loop.meter.data_wait_share,
+        lost_text=setup.prepared.lost_text,
+    )
     if jax.process_index() == 0:
         run.write_json("result.json", dataclasses.asdict(result))
     loop.record("result", status=status, **figures)
@@ -391,7 +507,9 @@ def _finish(loop: Loop, state: TrainState, status: str, signals: StopSignals) ->
 
 
 def _write_page(run: RunDirectory) -> None:
-    """The run's page, where the extra that draws it is there; what goes wrong with it is no reason to fail."""
+    """The run's page, where the extra that draws it is there; what goes wrong with it is no reason to
+    fail.
+    """
     try:
         write_report(run.path)
     except Exception as error:

@@ -21,15 +21,21 @@ def next_tokens(
     top_p: Number | None = None,
     min_p: Number | None = None,
 ) -> Int[Array, " B"]:
-    """One token for each row of logits, drawn with the key of the row; the most likely one where temperature is None."""
+    """One token for each row of logits, drawn with the key of the row; the most likely one where temperature
+    is None.
+    """
     if temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     kept = filtered_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
 
 
-def penalised(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], *, penalty: Number) -> Float[Array, "B V"]:
-    """Logits with tokens that were seen made less likely by a factor (https://arxiv.org/abs/1909.05858, section 4.1)."""
+def penalised(
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], *, penalty: Number
+) -> Float[Array, "B V"]:
+    """Logits with tokens that were seen made less likely by a factor (https://arxiv.org/abs/1909.05858,
+    section 4.1).
+    """
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
@@ -41,11 +47,13 @@ def filtered_logits(
     top_p: Number | None = None,
     min_p: Number | None = None,
 ) -> Float[Array, "B V"]:
-    """Logits of the distribution that is drawn from: divided by the temperature, -inf for tokens that are never drawn.
+    """Logits of the distribution that is drawn from: divided by the temperature, -inf for tokens that are
+    never drawn.
 
-    Of equal logits the lower id counts as the more likely, as `argmax` has it, so that exactly k remain. Top-p
-    (https://arxiv.org/abs/1904.09751) looks at the probabilities that top-k has left, and keeps at least one token. Min-p
-    (https://arxiv.org/abs/2407.01082) compares with the likeliest token, which both leave in place.
+    Of equal logits the lower id counts as the more likely, as `argmax` has it, so that exactly k remain.
+    Top-p (https://arxiv.org/abs/1904.09751) looks at the probabilities that top-k has left, and keeps at
+    least one token. Min-p (https://arxiv.org/abs/2407.01082) compares with the likeliest token, which both
+    leave in place.
     """
     scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature  # no overflow, however cold
     # The likeliest has the scaled logit 0: probabilities relative to it need no sum.

@@ -11,12 +11,20 @@ LARGEST_SEED = 2**32 - 1
 class SamplingConfig:
     """How the next token is chosen: penalty, temperature, top-k, top-p, min-p, in this order."""
 
-    max_tokens: int | None = None  # new tokens per prompt at most (none: 128, or fewer where the context is full)
+    max_tokens: int | None = (
+        None  # new tokens per prompt at most (none: 128, or fewer where the context is full)
+    )
     temperature: float = 0.8  # divides the logits; 0 takes the most likely token
     top_k: int | None = None  # only the k most likely tokens are drawn (none: all)
-    top_p: float | None = None  # only the fewest tokens that together reach this probability are drawn (none: all)
-    min_p: float | None = None  # only tokens at least this many times as likely as the likeliest are drawn (none: all)
-    repetition_penalty: float | None = None  # tokens that were there before: positive logits divided by it, others multiplied (none: 1)
+    top_p: float | None = (
+        None  # only the fewest tokens that together reach this probability are drawn (none: all)
+    )
+    min_p: float | None = (
+        None  # only tokens at least this many times as likely as the likeliest are drawn (none: all)
+    )
+    repetition_penalty: float | None = (
+        None  # tokens that were there before: positive logits divided by it, others multiplied (none: 1)
+    )
     seed: int = 0  # of the first prompt's draws; the next prompt's is one more, and so on
     stop: tuple[str, ...] = ()  # texts that end a continuation, and are left out of it
 
@@ -24,14 +32,19 @@ class SamplingConfig:
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 (the most likely token) or above, got {self.temperature}")
+            raise ValueError(
+                f"temperature must be 0 (the most likely token) or above, got {self.temperature}"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, or none for all tokens, got {self.top_k}")
         for name in ("top_p", "min_p"):
             if (value := getattr(self, name)) is not None and not 0.0 < value <= 1.0:
                 raise ValueError(f"{name} is a probability above 0 and up to 1, or none, got {value}")
         if self.repetition_penalty is not None and not 0.0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty must be above 0 (1 changes nothing, 1.1 is usual), got {self.repetition_penalty}")
+            raise ValueError(
+                "repetition_penalty must be above 0 (1 changes nothing, 1.1 is usual), got "
+                f"{self.repetition_penalty}"
+            )
         if not 0 <= self.seed <= LARGEST_SEED:
             raise ValueError(f"seed must lie between 0 and 2**32 - 1, got {self.seed}")
         if "" in self.stop:
@@ -42,11 +55,15 @@ DEFAULT = SamplingConfig()
 
 
 def resolved_seeds(config: SamplingConfig, seeds: Sequence[int] | None, *, num_prompts: int) -> list[int]:
-    """The seed of each prompt. Raises ValueError where there are not as many seeds as prompts, or one is none."""
+    """The seed of each prompt. Raises ValueError where there are not as many seeds as prompts, or one is
+    none.
+    """
     if seeds is None:
         return [(config.seed + index) % (LARGEST_SEED + 1) for index in range(num_prompts)]
     if len(seeds) != num_prompts:
-        raise ValueError(f"there are {len(seeds)} seeds for {num_prompts} prompts: give one for each, or none at all")
+        raise ValueError(
+            f"there are {len(seeds)} seeds for {num_prompts} prompts: give one for each, or none at all"
+        )
     for seed in seeds:
         if not 0 <= seed <= LARGEST_SEED:
             raise ValueError(f"a seed must lie between 0 and 2**32 - 1, got {seed}")
@@ -59,17 +76,25 @@ def check_prompts(prompts: Sequence[Sequence[int]], *, vocab_size: int) -> None:
         if not len(prompt):
             raise ValueError(f"prompt {index} has no token: begin it with BOS")
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-            raise ValueError(f"prompt {index} has token ids from {min(prompt)} to {max(prompt)}, and the vocabulary has {vocab_size}")
+            raise ValueError(
+                f"prompt {index} has token ids from {min(prompt)} to {max(prompt)}, and the vocabulary has "
+                f"{vocab_size}"
+            )
 
 
-def length_limits(prompts: Sequence[Sequence[int]], *, max_tokens: int | None, context_length: int) -> list[int]:
-    """The length that each prompt may grow to. Raises ValueError where the context has no room for what is asked."""
+def length_limits(
+    prompts: Sequence[Sequence[int]], *, max_tokens: int | None, context_length: int
+) -> list[int]:
+    """The length that each prompt may grow to. Raises ValueError where the context has no room for what is
+    asked.
+    """
     longest = max(map(len, prompts))
     room = context_length - longest
     if room < (max_tokens or 1):
         way_out = f"ask for at most {room}" if room > 0 else f"shorten it to {context_length - 1} or fewer"
         raise ValueError(
-            f"a prompt of {longest} tokens (BOS included) and max_tokens={max_tokens or 1} are more than the model's "
+            f"a prompt of {longest} tokens (BOS included) and max_tokens={max_tokens or 1} are more than the "
+            "model's "
             f"context_length={context_length}: {way_out}"
         )
     return [min(len(prompt) + (max_tokens or DEFAULT_MAX_TOKENS), context_length) for prompt in prompts]

@@ -26,8 +26,12 @@ class Generation:
     """The continuation of one prompt."""
 
     text: str  # of the new tokens alone, without special tokens, up to a stop text
-    tokens: tuple[int, ...]  # new tokens; the last is an end where one was reached, or belongs to the stop text
-    logprobs: tuple[float, ...]  # nats, of each new token under the model's own distribution, whatever was drawn from
+    tokens: tuple[
+        int, ...
+    ]  # new tokens; the last is an end where one was reached, or belongs to the stop text
+    logprobs: tuple[
+        float, ...
+    ]  # nats, of each new token under the model's own distribution, whatever was drawn from
     prompt_tokens: tuple[int, ...]  # BOS first where the model wants it
     reason: FinishReason  # why it ended
     seed: int  # with which this prompt alone gives the same
@@ -46,37 +50,59 @@ def generate(
     Args:
       loaded: the model, from `load_model`.
       prompts: texts, or token ids, which are taken as they are: those of a conversation, from `encode_chat`.
-      config: how tokens are chosen, and where a continuation stops: at any end that the tokenizer knows, and at texts. A
-        stop text that is the name of a special token stands for that token.
+      config: how tokens are chosen, and where a continuation stops: at any end that the tokenizer knows, and
+        at texts. A stop text that is the name of a special token stands for that token.
       seeds: one for each prompt (none: config.seed, config.seed + 1, ...).
-      on_text: told the index of a prompt and each piece of its continuation as it comes. The pieces make up `text`: none
-        is torn within a character, and nothing that may belong to a stop text is told before it is known not to.
+      on_text: told the index of a prompt and each piece of its continuation as it comes. The pieces make up
+        `text`: none is torn within a character, and nothing that may belong to a stop text is told before it
+        is known not to.
 
     Raises:
-      ValueError: a prompt that the vocabulary cannot express, or that leaves no room for `max_tokens` in the context.
+      ValueError: a prompt that the vocabulary cannot express, or that leaves no room for `max_tokens` in the
+        context.
     """
     encoded = encode_prompts(loaded, prompts, config=config)
     drawn_by = resolved_seeds(config, seeds, num_prompts=len(prompts))
     tokenizer = loaded.tokenizer
-    stop_ids = [id for stop in config.stop if (id := tokenizer.special_ids.get(stop)) is not None and id not in tokenizer.end_ids]
+    stop_ids = [
+        id
+        for stop in config.stop
+        if (id := tokenizer.special_ids.get(stop)) is not None and id not in tokenizer.end_ids
+    ]
     ends = (*tokenizer.end_ids, *stop_ids)
     listener = _Listener(tokenizer, encoded, config.stop, ends, on_text)
     continued = sample(
-        loaded.definition, loaded.params, loaded.buffers, encoded, config=config, eos_id=ends, seeds=drawn_by,
-        watch=listener.watch if config.stop or on_text else None, steps_per_call=STREAMED_STEPS if on_text else STEPS_PER_CALL,
-    )  # fmt: skip
+        loaded.definition,
+        loaded.params,
+        loaded.buffers,
+        encoded,
+        config=config,
+        eos_id=ends,
+        seeds=drawn_by,
+        watch=listener.watch if config.stop or on_text else None,
+        steps_per_call=STREAMED_STEPS if on_text else STEPS_PER_CALL,
+    )
     found = []
     for index, (prompt, one) in enumerate(zip(encoded, continued, strict=True)):
         tokens, text, reason = _finished(prompt, one.tokens, tokenizer, config.stop, ends)
         listener.tell(index, text)
         logprobs = tuple(one.logprobs[: len(tokens)])
         found.append(
-            Generation(text=text, tokens=tuple(tokens), logprobs=logprobs, prompt_tokens=tuple(prompt), reason=reason, seed=drawn_by[index])
+            Generation(
+                text=text,
+                tokens=tuple(tokens),
+                logprobs=logprobs,
+                prompt_tokens=tuple(prompt),
+                reason=reason,
+                seed=drawn_by[index],
+            )
         )
     return found
 
 
-def encode_prompts(loaded: Loaded, prompts: Sequence[str | Sequence[int]], *, config: SamplingConfig = DEFAULT) -> list[list[int]]:
+def encode_prompts(
+    loaded: Loaded, prompts: Sequence[str | Sequence[int]], *, config: SamplingConfig = DEFAULT
+) -> list[list[int]]:
     """The tokens of prompts, BOS first where the model wants it; ids stay as they are.
 
     Raises ValueError as `generate` does, before anything is computed.
@@ -95,10 +121,18 @@ class _Listener:
     """Follows the continuations while they grow: tells their text, and sees stop texts."""
 
     def __init__(
-        self, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], stops: Sequence[str], ends: Sequence[int],
+        self,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Sequence[int]],
+        stops: Sequence[str],
+        ends: Sequence[int],
         on_text: Callable[[int, str], None] | None,
-    ) -> None:  # fmt: skip
-        self._tokenizer, self._prompts, self._stops, self._ends, self._on_text = tokenizer, prompts, stops, ends, on_text
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._stops = stops
+        self._ends = ends
+        self._on_text = on_text
         self._told: dict[int, int] = {}  # characters of each continuation
 
     def watch(self, index: int, tokens: list[int]) -> bool:
@@ -129,7 +163,11 @@ def _finished(
 
     def text_of(count: int) -> str:
         ids = _before_end(tokens[:count], ends)
-        return tokenizer.decode_continuation(prompt, ids) if count == len(tokens) else _stable_text(tokenizer, prompt, ids)
+        return (
+            tokenizer.decode_continuation(prompt, ids)
+            if count == len(tokens)
+            else _stable_text(tokenizer, prompt, ids)
+        )
 
     text = text_of(len(tokens))
     if _stop_place(text, stops) is not None or (stops and not tokenizer.detokenizer.is_incremental):
@@ -150,10 +188,16 @@ def _stop_place(text: str, stops: Sequence[str]) -> int | None:
 def _stable_text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
     """The text that ids add to a prompt, without the U+FFFD of a character that further ids may complete."""
     text = tokenizer.decode_continuation(prompt, ids)
-    return text[:-1] if text.endswith(REPLACEMENT) and tokenizer.detokenizer.torn_bytes([*prompt, *ids]) else text
+    return (
+        text[:-1]
+        if text.endswith(REPLACEMENT) and tokenizer.detokenizer.torn_bytes([*prompt, *ids])
+        else text
+    )
 
 
 def _certain(text: str, stops: Sequence[str]) -> str:
-    """The part of a stable text that more tokens will not change: without the beginning of a stop text at its end."""
+    """The part of a stable text that more tokens will not change: without the beginning of a stop text at its
+    end.
+    """
     held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
     return text[: len(text) - held]

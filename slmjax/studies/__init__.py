@@ -1,4 +1,5 @@
-"""Studies: arms that differ in one thing, several seeds each, paired differences, and a verdict: better, worse or not resolved.
+"""Studies: arms that differ in one thing, several seeds each, paired differences, and a verdict: better,
+worse or not resolved.
 
 study = Study(name="...", arms=(Arm(...), Arm(...)), seeds=(0, 1, 2), baseline="...")
 findings = analyze(study, run_study(study, "studies/..."))
@@ -15,18 +16,84 @@ from slmjax.studies.derived import RoundToNearest
 from slmjax.studies.findings import ArmSummary, Comparison, Findings, analyze
 from slmjax.studies.layout import findings_json, findings_markdown, findings_table, write_findings
 from slmjax.studies.ratios import RecoveredShare, recovered_share
-from slmjax.studies.recovery import ArmRecovery, Measurement, Recovered, Recovery, RecoveryOver, RecoveryReport, measure, report_recovery
+from slmjax.studies.recovery import (
+    ArmRecovery,
+    Measurement,
+    Recovered,
+    Recovery,
+    RecoveryOver,
+    RecoveryReport,
+    measure,
+    report_recovery,
+)
 from slmjax.studies.recovery_layout import recovery_json, recovery_markdown, recovery_table, write_recovery
-from slmjax.studies.statistics import PairedDifference, Summary, Verdict, bootstrap_interval, decide, holm, paired_difference, summarize
-from slmjax.studies.study import Budget, Interrupted, Member, OnChange, Study, member_experiment, read_members, run_study
+from slmjax.studies.statistics import (
+    PairedDifference,
+    Summary,
+    Verdict,
+    bootstrap_interval,
+    decide,
+    holm,
+    paired_difference,
+    summarize,
+)
+from slmjax.studies.study import (
+    Budget,
+    Interrupted,
+    Member,
+    OnChange,
+    Study,
+    member_experiment,
+    read_members,
+    run_study,
+)
 from slmjax.studies.sweeps import ChosenRate, RateSweep, at_rates, best_rates
 
 __all__ = [
-    "Arm", "ArmRecovery", "ArmSummary", "Budget", "ChosenRate", "Comparison", "Derived", "Findings",
-    "Interrupted", "Measurement", "Member", "OnChange", "PairedDifference", "RateSweep", "Recipe",
-    "Recovered", "RecoveredShare", "Recovery", "RecoveryOver", "RecoveryReport", "RoundToNearest",
-    "Study", "Summary", "Verdict", "analyze", "at_rates", "best_rates", "bootstrap_interval", "decide",
-    "findings_json", "findings_markdown", "findings_table", "holm", "measure", "member_experiment",
-    "paired_difference", "read_members", "recovered_share", "recovery_json", "recovery_markdown",
-    "recovery_table", "report_recovery", "run_study", "summarize", "write_findings", "write_recovery",
-]  # fmt: skip
+    "Arm",
+    "ArmRecovery",
+    "ArmSummary",
+    "Budget",
+    "ChosenRate",
+    "Comparison",
+    "Derived",
+    "Findings",
+    "Interrupted",
+    "Measurement",
+    "Member",
+    "OnChange",
+    "PairedDifference",
+    "RateSweep",
+    "Recipe",
+    "Recovered",
+    "RecoveredShare",
+    "Recovery",
+    "RecoveryOver",
+    "RecoveryReport",
+    "RoundToNearest",
+    "Study",
+    "Summary",
+    "Verdict",
+    "analyze",
+    "at_rates",
+    "best_rates",
+    "bootstrap_interval",
+    "decide",
+    "findings_json",
+    "findings_markdown",
+    "findings_table",
+    "holm",
+    "measure",
+    "member_experiment",
+    "paired_difference",
+    "read_members",
+    "recovered_share",
+    "recovery_json",
+    "recovery_markdown",
+    "recovery_table",
+    "report_recovery",
+    "run_study",
+    "summarize",
+    "write_findings",
+    "write_recovery",
+]

@@ -1,7 +1,8 @@
-"""The arms of a study: an experiment that is trained, or a model that is made of another arm's without training.
+"""The arms of a study: an experiment that is trained, or a model that is made of another arm's without
+training.
 
-Arm(name="full precision", experiment=continued)                      # continued(seed) -> Experiment, or one for all seeds
-Derived(name="rounded to q4_0", source="full precision", recipe=RoundToNearest(format="q4_0"))
+Arm(name="full precision", experiment=continued)                      # continued(seed) -> Experiment, or one
+for all seeds Derived(name="rounded to q4_0", source="full precision", recipe=RoundToNearest(format="q4_0"))
 """
 
 import abc
@@ -25,7 +26,9 @@ class Arm:
     """One of the things that are compared: a training."""
 
     name: str  # as tables show it; its letters, digits and dots name the directory of its runs
-    experiment: Experiment | Callable[[int], Experiment]  # or one for each seed; seeds and the place of runs are set by the study
+    experiment: (
+        Experiment | Callable[[int], Experiment]
+    )  # or one for each seed; seeds and the place of runs are set by the study
 
     def __post_init__(self) -> None:
         directory_name(self.name)
@@ -41,16 +44,22 @@ class Arm:
 
 
 class Recipe(abc.ABC):
-    """How a model is made of a trained one: subclasses are frozen dataclasses, by whose fields a study knows whether it has changed."""
+    """How a model is made of a trained one: subclasses are frozen dataclasses, by whose fields a study knows
+    whether it has changed.
+    """
 
     @abc.abstractmethod
     def make(self, model: Path, out: Path) -> None:
-        """Writes into `out`, which is not there yet, what `load_model` opens; `model` is a run directory, or what another recipe wrote."""
+        """Writes into `out`, which is not there yet, what `load_model` opens; `model` is a run directory, or
+        what another recipe wrote.
+        """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Derived:
-    """An arm whose members are made of another arm's: rounded after training, for one. They are evaluated as those were."""
+    """An arm whose members are made of another arm's: rounded after training, for one. They are evaluated as
+    those were.
+    """
 
     name: str  # as an arm's
     source: str  # the arm that they are made of, which stands before this one

@@ -1,4 +1,6 @@
-"""Members that are made, not trained: a recipe applied to a finished run, and the model evaluated as that run was."""
+"""Members that are made, not trained: a recipe applied to a finished run, and the model evaluated as that run
+was.
+"""
 
 import dataclasses
 import logging
@@ -16,12 +18,16 @@ from slmjax.training.experiment import Experiment
 
 log = logging.getLogger(__name__)
 
-# Of the run that a model is made of: what it was trained on and for how long is so of the model too. Its speed is not.
+# Of the run that a model is made of: what it was trained on and for how long is so of the model too. Its
+# speed is not.
 INHERITED = ("tokens", "step", "parameters", "commit")
 
 
-def derive(recipe: Recipe, source: dict[str, Any], experiment: Experiment, *, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Makes a model of a finished member's and evaluates it on all held-out text; what was in `out` before is replaced.
+def derive(
+    recipe: Recipe, source: dict[str, Any], experiment: Experiment, *, out: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Makes a model of a finished member's and evaluates it on all held-out text; what was in `out` before is
+    replaced.
 
     Args:
       recipe: how it is made.
@@ -38,24 +44,39 @@ def derive(recipe: Recipe, source: dict[str, Any], experiment: Experiment, *, ou
     found = evaluate_member(load_model(out), experiment)
     result = {name: source[name] for name in INHERITED if name in source}
     result |= {
-        "status": "finished", "loss": found.loss, "bits_per_byte": found.bits_per_byte, "perplexity": found.perplexity,
-        "measured_on": found.measured_on(trainer.ALL), "run_dir": str(out), "lost_text": found.lost_text,
-    }  # fmt: skip
-    return result, {**found.figures(), "step": source.get("step"), "complete": True, "documents": found.documents}
+        "status": "finished",
+        "loss": found.loss,
+        "bits_per_byte": found.bits_per_byte,
+        "perplexity": found.perplexity,
+        "measured_on": found.measured_on(trainer.ALL),
+        "run_dir": str(out),
+        "lost_text": found.lost_text,
+    }
+    return result, {
+        **found.figures(),
+        "step": source.get("step"),
+        "complete": True,
+        "documents": found.documents,
+    }
 
 
 def evaluate_member(loaded: Loaded, experiment: Experiment, **further: Any) -> EvalResult:
-    """A model on all held-out text of an experiment, in the windows and rows in which its runs are evaluated at their end."""
-    data, settings = experiment.data, experiment.eval
+    """A model on all held-out text of an experiment, in the windows and rows in which its runs are evaluated
+    at their end.
+    """
+    data = experiment.data
+    settings = experiment.eval
     overlap = settings.windows_overlap(data.sequence_length)
     rows = settings.batch_size or data.batch_size
-    return evaluate(loaded, data=data, overlap=overlap, batch_size=rows, score=settings.score, log=log.debug, **further)
+    return evaluate(
+        loaded, data=data, overlap=overlap, batch_size=rows, score=settings.score, log=log.debug, **further
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoundToNearest(Recipe):
-    """Matrices rounded to formats, as `slmjax quantize` does it. Of a model that is quantized already the decoded numbers are rounded anew,
-    as a converter does that knows nothing of its codes."""
+    """Matrices rounded to formats, as `slmjax quantize` does it. Of a model that is quantized already the
+    decoded numbers are rounded anew, as a converter does that knows nothing of its codes."""
 
     rules: tuple[QuantRule, ...]  # the formats, by paths
     clip: Clip = Clip.NONE  # how scales are chosen

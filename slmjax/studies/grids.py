@@ -44,14 +44,18 @@ def grids_markdown(grids: Sequence[Grid], notes: Sequence[str]) -> str:
     parts = []
     for grid in grids:
         lines = [grid.head, ("---", *["---:"] * (len(grid.head) - 1)), *grid.rows]
-        table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+        table = "\n".join(
+            f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+        )
         parts.append(f"{grid.title}\n\n{table}")
     return "\n\n".join([*parts, *(["\n".join(f"- {line}" for line in notes)] if notes else [])]) + "\n"
 
 
-# Numbers --------------------------------------------------------------------------------------------------------------
+# Numbers ----------------------------------------------------------------------------------------------------
 def num_places(error: float | None, value: float) -> int:
-    """Decimals that show the second digit of a standard error, or some digits of the value where there is none."""
+    """Decimals that show the second digit of a standard error, or some digits of the value where there is
+    none.
+    """
     if error:
         return min(max(1 - math.floor(math.log10(error)), 0), 12)
     digits = SIGNIFICANT - 1 - math.floor(math.log10(abs(value))) if value else SIGNIFICANT - 1
@@ -59,7 +63,9 @@ def num_places(error: float | None, value: float) -> int:
 
 
 def with_deviation(column: list[Summary | None]) -> list[str]:
-    """Means and standard deviations, all with the decimals that the quietest arm allows, so that they compare at a glance."""
+    """Means and standard deviations, all with the decimals that the quietest arm allows, so that they compare
+    at a glance.
+    """
     places = max((num_places(one.standard_error, one.mean) for one in column if one is not None), default=0)
     return [ABSENT if one is None else f"{one.mean:,.{places}f}{_deviation(one, places)}" for one in column]
 

@@ -53,20 +53,34 @@ def budget_line(findings: Findings) -> str:
     return f"Budget: matched, {amount(sum(means) / len(means))} {findings.budget} a run on average."
 
 
-# Tables ---------------------------------------------------------------------------------------------------------------
+# Tables -----------------------------------------------------------------------------------------------------
 def _grids(findings: Findings) -> list[Grid]:
     with_baseline = [one for one in findings.comparisons if one.against == findings.baseline]
     grids = [_arms_grid(findings, with_baseline)]
     if others := [one for one in findings.comparisons if one.against != findings.baseline]:
-        rows = tuple((f"{one.arm} − {one.against}", str(len(one.seeds)), *_comparison_cells(one)) for one in others)
-        grids.append(Grid(title="Further comparisons", head=("arms", "pairs", "difference", *_comparison_head(findings)), rows=rows))
+        rows = tuple(
+            (f"{one.arm} − {one.against}", str(len(one.seeds)), *_comparison_cells(one)) for one in others
+        )
+        grids.append(
+            Grid(
+                title="Further comparisons",
+                head=("arms", "pairs", "difference", *_comparison_head(findings)),
+                rows=rows,
+            )
+        )
     if findings.arms and findings.arms[0].figures:
         names = tuple(findings.arms[0].figures)
         head = ("arm", *(column for name in names for column in (in_words(name), "difference")))
         about = f"difference to {findings.baseline} with its {100 * findings.confidence:g}% t interval"
         columns = [column for name in names for column in _figure_columns(findings, with_baseline, name)]
         rows = tuple(zip([one.arm for one in findings.arms], *columns, strict=True))
-        grids.append(Grid(title=f"Further figures, without a verdict: mean ± standard deviation; {about}", head=head, rows=rows))
+        grids.append(
+            Grid(
+                title=f"Further figures, without a verdict: mean ± standard deviation; {about}",
+                head=head,
+                rows=rows,
+            )
+        )
     return grids
 
 
@@ -74,9 +88,12 @@ def _arms_grid(findings: Findings, comparisons: list[Comparison]) -> Grid:
     by_arm = {one.arm: one for one in comparisons}
     rows = []
     for one, mean in zip(findings.arms, with_deviation([one.metric for one in findings.arms]), strict=True):
-        cells = ("baseline", *[""] * 4) if one.arm == findings.baseline else _comparison_cells(by_arm[one.arm])
+        cells = (
+            ("baseline", *[""] * 4) if one.arm == findings.baseline else _comparison_cells(by_arm[one.arm])
+        )
         rows.append((one.arm, str(len(one.seeds)), mean, *cells))
-    metric, way = in_words(findings.metric), "lower" if findings.lower_is_better else "higher"
+    metric = in_words(findings.metric)
+    way = "lower" if findings.lower_is_better else "higher"
     title = f"{findings.study}: {metric}, {way} is better; mean ± standard deviation over seeds {listed(findings.seeds)}"
     head = ("arm", "seeds", metric, f"difference to {findings.baseline}", *_comparison_head(findings))
     return Grid(title=title, head=head, rows=tuple(rows))
@@ -93,12 +110,17 @@ def _comparison_cells(one: Comparison) -> tuple[str, ...]:
     places = num_places(found.standard_error, found.mean)
     p = "< 0.001" if one.adjusted_p < 0.001 else f"{one.adjusted_p:.3f}"
     intervals = [
-        interval_text(interval, places) if found.has_noise else ABSENT for interval in (found.t_interval, found.bootstrap_interval)
+        interval_text(interval, places) if found.has_noise else ABSENT
+        for interval in (found.t_interval, found.bootstrap_interval)
     ]
     return signed(found.mean, places), *intervals, p, one.verdict.value
 
 
-def _figure_columns(findings: Findings, comparisons: list[Comparison], name: str) -> tuple[list[str], list[str]]:
+def _figure_columns(
+    findings: Findings, comparisons: list[Comparison], name: str
+) -> tuple[list[str], list[str]]:
     """A further figure of every arm, and its difference to the baseline."""
     differences = {one.arm: one.figures[name] for one in comparisons}
-    return with_deviation([one.figures[name] for one in findings.arms]), [with_interval(differences.get(one.arm)) for one in findings.arms]
+    return with_deviation([one.figures[name] for one in findings.arms]), [
+        with_interval(differences.get(one.arm)) for one in findings.arms
+    ]

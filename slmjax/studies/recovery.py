@@ -5,9 +5,10 @@
     report = report_recovery(recovery, members, measurements)
     report.arms[2].recoveries[0].recovered.share     # R = 1 - (L_qat - L_full) / (L_rounded - L_full)
 
-L_full is the reference: full precision, trained on for as many steps as the others, so that what more training brings is not taken for
-recovery. L_rounded is that very model rounded to nearest in the arm's format, with the format's own scales or with searched ones: an arm
-may be measured against both. All are of one seed, over which `ratios.py` then goes.
+L_full is the reference: full precision, trained on for as many steps as the others, so that what more
+training brings is not taken for recovery. L_rounded is that very model rounded to nearest in the arm's
+format, with the format's own scales or with searched ones: an arm may be measured against both. All are of
+one seed, over which `ratios.py` then goes.
 """
 
 import dataclasses
@@ -41,7 +42,9 @@ class Recovery:
 
     study: Study
     reference: str  # the arm in full precision that was trained as long as the others
-    rounded: Mapping[str, str | tuple[str, ...]]  # for each arm that may recover something: the reference rounded to its format, in ways
+    rounded: Mapping[
+        str, str | tuple[str, ...]
+    ]  # for each arm that may recover something: the reference rounded to its format, in ways
     rates: Mapping[str, ChosenRate] = dataclasses.field(
         default_factory=dict
     )  # of arms that were swept over learning rates (`sweeps.best_rates`)
@@ -51,20 +54,29 @@ class Recovery:
         names = [arm.name for arm in self.study.arms]
         for name in (self.reference, *self.rounded, *(rounded for _, rounded in self.pairs), *self.rates):
             if name not in names:
-                raise ValueError(f"{name!r} is no arm of the study.{near_names(name, names)} Arms are {', '.join(names)}")
+                raise ValueError(
+                    f"{name!r} is no arm of the study.{near_names(name, names)} Arms are {', '.join(names)}"
+                )
         for arm, rounded in self.pairs:
             if len({arm, rounded, self.reference}) < 3:
-                raise ValueError(f"the recovery of {arm!r} over {rounded!r} with {self.reference!r} needs three different arms")
+                raise ValueError(
+                    f"the recovery of {arm!r} over {rounded!r} with {self.reference!r} needs three different "
+                    "arms"
+                )
         for arm, chosen in self.rates.items():
             check_chosen(self.study, arm, chosen)
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
         """Each arm with each rounded one that it is measured against."""
-        return tuple((arm, name) for arm, names in self.rounded.items() for name in ((names,) if isinstance(names, str) else names))
+        return tuple(
+            (arm, name)
+            for arm, names in self.rounded.items()
+            for name in ((names,) if isinstance(names, str) else names)
+        )
 
 
-# Measuring ------------------------------------------------------------------------------------------------------------
+# Measuring --------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurement:
     """Figures of a member that its training did not leave: a line of measurements.jsonl."""
@@ -76,15 +88,24 @@ class Measurement:
 
 
 def measure(
-    recovery: Recovery, members: Sequence[Member], directory: str | Path, *, log: Callable[[str], None] = print
+    recovery: Recovery,
+    members: Sequence[Member],
+    directory: str | Path,
+    *,
+    log: Callable[[str], None] = print,
 ) -> tuple[Measurement, ...]:
-    """Compares each finished member with the reference of its seed, on all held-out text, and reads what it takes to store.
+    """Compares each finished member with the reference of its seed, on all held-out text, and reads what it
+    takes to store.
 
-    What was measured before is read back. Figures: "kl", KL(reference, member) in nats per token; "agreement", how often both find the
-    same token the likeliest; "bytes" and "bits_per_number", of all parameters as they are stored.
+    What was measured before is read back. Figures: "kl", KL(reference, member) in nats per token;
+    "agreement", how often both find the same token the likeliest; "bytes" and "bits_per_number", of all
+    parameters as they are stored.
     """
     path = Path(directory) / MEASUREMENTS
-    before = {record["fingerprint"]: record["figures"] for record in (read_log(path, kind="measurement") if path.is_file() else [])}
+    before = {
+        record["fingerprint"]: record["figures"]
+        for record in (read_log(path, kind="measurement") if path.is_file() else [])
+    }
     finished = {(member.arm, member.seed): member for member in members if member.status == FINISHED}
     found = []
     with Log(path) as records:
@@ -107,7 +128,9 @@ def _figures(recovery: Recovery, member: Member, reference: Member) -> Measured:
     figures = {"bytes": float(total), "bits_per_number": 8 * total / numbers, "kl": 0.0, "agreement": 1.0}
     if member.arm != reference.arm:
         experiment = member_experiment(recovery.study, member.arm, member.seed)
-        found = evaluate_member(loaded, experiment, teachers=beside(Path(reference.result["run_dir"]), loaded))
+        found = evaluate_member(
+            loaded, experiment, teachers=beside(Path(reference.result["run_dir"]), loaded)
+        )
         assert found.teacher_kl is not None and found.teacher_agreement is not None
         figures |= {"kl": found.teacher_kl, "agreement": found.teacher_agreement}
     return figures
@@ -122,9 +145,11 @@ def stored_size(config: ModelConfig) -> tuple[int, int]:
     return sum(line.bytes for line in stored), sum(math.prod(line.shape) for line in stored)
 
 
-# Reporting ------------------------------------------------------------------------------------------------------------
+# Reporting --------------------------------------------------------------------------------------------------
 class Recovered(enum.Enum):
-    """Where the interval of R lies. "Not resolved" is not "nothing": R may be as large as its interval allows."""
+    """Where the interval of R lies. "Not resolved" is not "nothing": R may be as large as its interval
+    allows.
+    """
 
     ABOVE_ZERO = "above zero"
     BELOW_ZERO = "below zero"
@@ -149,7 +174,9 @@ class ArmRecovery:
     arm: str
     seeds: tuple[int, ...]  # that finished with a figure for the metric
     metric: Summary | None
-    distance: PairedDifference | None  # from the reference, seed by seed; None for itself, and with fewer than two pairs
+    distance: (
+        PairedDifference | None
+    )  # from the reference, seed by seed; None for itself, and with fewer than two pairs
     kl: Summary | None  # from the reference, nats per token
     agreement: Summary | None  # same likeliest token as the reference
     stored_bytes: Summary | None
@@ -157,7 +184,9 @@ class ArmRecovery:
     tokens_per_second: Summary | None  # in training; None for what was not trained
     unrounded: Summary | None  # the metric of the weights before rounding; None where it was not evaluated
     rate: ChosenRate | None  # the learning rate, where the arm was swept over several
-    recoveries: tuple[RecoveryOver, ...]  # over each rounded arm that it is measured against; empty for what recovers nothing
+    recoveries: tuple[
+        RecoveryOver, ...
+    ]  # over each rounded arm that it is measured against; empty for what recovers nothing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,7 +203,9 @@ class RecoveryReport:
     notes: tuple[str, ...]
 
 
-def report_recovery(recovery: Recovery, members: Sequence[Member], measurements: Sequence[Measurement] = ()) -> RecoveryReport:
+def report_recovery(
+    recovery: Recovery, members: Sequence[Member], measurements: Sequence[Measurement] = ()
+) -> RecoveryReport:
     """The report, also on a study that has not come to its end."""
     study = recovery.study
     shares = [_share(recovery, members, *pair) for pair in recovery.pairs]
@@ -182,14 +213,27 @@ def report_recovery(recovery: Recovery, members: Sequence[Member], measurements:
     recoveries: dict[str, list[RecoveryOver]] = {}
     for (arm, rounded), (pairs, share), p in zip(recovery.pairs, shares, adjusted, strict=True):
         found = RecoveryOver(
-            rounded=rounded, pairs=pairs, recovered=share, adjusted_p=None if share is None else p, verdict=_verdict(share)
-        )  # fmt: skip
+            rounded=rounded,
+            pairs=pairs,
+            recovered=share,
+            adjusted_p=None if share is None else p,
+            verdict=_verdict(share),
+        )
         recoveries.setdefault(arm, []).append(found)
-    arms = tuple(_arm(recovery, members, measurements, arm.name, tuple(recoveries.get(arm.name, ()))) for arm in study.arms)
+    arms = tuple(
+        _arm(recovery, members, measurements, arm.name, tuple(recoveries.get(arm.name, ())))
+        for arm in study.arms
+    )
     return RecoveryReport(
-        study=study.name, metric=study.metric, lower_is_better=study.lower_is_better, reference=recovery.reference,
-        confidence=study.confidence, seeds=study.seeds, arms=arms, notes=tuple(_notes(recovery, members, arms)),
-    )  # fmt: skip
+        study=study.name,
+        metric=study.metric,
+        lower_is_better=study.lower_is_better,
+        reference=recovery.reference,
+        confidence=study.confidence,
+        seeds=study.seeds,
+        arms=arms,
+        notes=tuple(_notes(recovery, members, arms)),
+    )
 
 
 Share = tuple[tuple[int, ...], RecoveredShare | None]  # of which seeds, and what they come to
@@ -204,35 +248,54 @@ def _share(recovery: Recovery, members: Sequence[Member], arm: str, rounded: str
     own, full, nearest = ([values[seed] for seed in seeds] for values in trio)
     return seeds, recovered_share(
         own, full=full, rounded=nearest, lower_is_better=study.lower_is_better, confidence=study.confidence
-    )  # fmt: skip
+    )
 
 
 def _arm(
-    recovery: Recovery, members: Sequence[Member], measurements: Sequence[Measurement], arm: str, recoveries: tuple[RecoveryOver, ...]
+    recovery: Recovery,
+    members: Sequence[Member],
+    measurements: Sequence[Measurement],
+    arm: str,
+    recoveries: tuple[RecoveryOver, ...],
 ) -> ArmRecovery:
     study = recovery.study
     metric, whole = (_by_seed(study.metric, members, name) for name in (arm, recovery.reference))
     both = [] if arm == recovery.reference else [seed for seed in metric if seed in whole]
-    speeds = [value for one in members if one.arm == arm and (value := one.figure("tokens_per_second")) is not None]
+    speeds = [
+        value for one in members if one.arm == arm and (value := one.figure("tokens_per_second")) is not None
+    ]
 
     def measured(name: str) -> Summary | None:
         return _summary([one.figures[name] for one in measurements if one.arm == arm and name in one.figures])
 
     return ArmRecovery(
-        arm=arm, seeds=tuple(seed for seed in study.seeds if seed in metric), metric=_summary(list(metric.values())),
+        arm=arm,
+        seeds=tuple(seed for seed in study.seeds if seed in metric),
+        metric=_summary(list(metric.values())),
         distance=_difference(recovery, [metric[seed] for seed in both], [whole[seed] for seed in both]),
-        kl=measured("kl"), agreement=measured("agreement"), stored_bytes=measured("bytes"), bits_per_number=measured("bits_per_number"),
-        tokens_per_second=_summary(speeds), unrounded=_summary([*_by_seed(f"unrounded_{study.metric}", members, arm).values()]),
-        rate=recovery.rates.get(arm), recoveries=recoveries,
-    )  # fmt: skip
+        kl=measured("kl"),
+        agreement=measured("agreement"),
+        stored_bytes=measured("bytes"),
+        bits_per_number=measured("bits_per_number"),
+        tokens_per_second=_summary(speeds),
+        unrounded=_summary([*_by_seed(f"unrounded_{study.metric}", members, arm).values()]),
+        rate=recovery.rates.get(arm),
+        recoveries=recoveries,
+    )
 
 
 def _by_seed(figure: str, members: Sequence[Member], arm: str) -> dict[int, float]:
-    return {one.seed: value for one in members if one.arm == arm and (value := one.figure(figure)) is not None}
+    return {
+        one.seed: value for one in members if one.arm == arm and (value := one.figure(figure)) is not None
+    }
 
 
-def _difference(recovery: Recovery, values: Sequence[float], others: Sequence[float]) -> PairedDifference | None:
-    return paired_difference(values, others, confidence=recovery.study.confidence) if len(values) > 1 else None
+def _difference(
+    recovery: Recovery, values: Sequence[float], others: Sequence[float]
+) -> PairedDifference | None:
+    return (
+        paired_difference(values, others, confidence=recovery.study.confidence) if len(values) > 1 else None
+    )
 
 
 def _summary(values: Sequence[float]) -> Summary | None:
@@ -276,6 +339,7 @@ def _notes_on(recovery: Recovery, over: RecoveryOver) -> Iterator[str]:
     level = 1 - study.confidence
     if over.verdict is Recovered.ABOVE_ZERO and over.adjusted_p is not None and over.adjusted_p > level:
         yield (
-            f"its own interval lies above zero, but corrected for all {len(recovery.pairs)} comparisons of the report the "
+            f"its own interval lies above zero, but corrected for all {len(recovery.pairs)} comparisons of "
+            "the report the "
             f"difference from {over.rounded} is not resolved (p {over.adjusted_p:.3f})."
         )

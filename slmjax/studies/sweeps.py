@@ -1,11 +1,12 @@
-"""Arms of a study at their own best learning rates: each is trained at several with one seed, and keeps the best for all seeds.
+"""Arms of a study at their own best learning rates: each is trained at several with one seed, and keeps the
+best for all seeds.
 
     sweep = RateSweep(name="rates", arms=arms, rates=(5e-4, 1e-3, 2e-3), seed=1000)
-    rates = best_rates(sweep, run_study(sweep.study(), "studies/rates"))     # {"QAT": ChosenRate(rate=1e-3, ...)}
-    study = Study(arms=at_rates(arms, rates), seeds=(0, 1, 2), ...)          # none of whose seeds chose
+    rates = best_rates(sweep, run_study(sweep.study(), "studies/rates"))     # {"QAT": ChosenRate(rate=1e-3,
+    ...)} study = Study(arms=at_rates(arms, rates), seeds=(0, 1, 2), ...)          # none of whose seeds chose
 
-An arm that is compared at another arm's rate may lose by its rate alone. The seed that chooses is none of the study's, so that the choice
-gives no arm an advantage in what is then measured.
+An arm that is compared at another arm's rate may lose by its rate alone. The seed that chooses is none of the
+study's, so that the choice gives no arm an advantage in what is then measured.
 """
 
 import dataclasses
@@ -22,7 +23,9 @@ class ChosenRate:
 
     rate: float  # optim.lr
     seed: int  # with which it was chosen
-    tried: tuple[tuple[float, float | None], ...]  # each rate with the metric it came to; None where the run did not finish
+    tried: tuple[
+        tuple[float, float | None], ...
+    ]  # each rate with the metric it came to; None where the run did not finish
 
     @property
     def is_lowest(self) -> bool:
@@ -36,9 +39,15 @@ class ChosenRate:
 
     def notes(self, metric: str) -> Iterator[str]:
         """Yield the sentences of a report on the choice."""
-        values = ", ".join(f"{rate:g} ({'did not finish' if value is None else f'{value:.4f}'})" for rate, value in self.tried)
+        values = ", ".join(
+            f"{rate:g} ({'did not finish' if value is None else f'{value:.4f}'})"
+            for rate, value in self.tried
+        )
         yield f"learning rate {self.rate:g}, the best {metric} with seed {self.seed} of {values}."
-        for is_edge, end, way in ((self.is_lowest, "lowest", "lower"), (self.is_highest, "highest", "higher")):
+        for is_edge, end, way in (
+            (self.is_lowest, "lowest", "lower"),
+            (self.is_highest, "highest", "higher"),
+        ):
             if is_edge:
                 yield f"its best learning rate, {self.rate:g}, is the {end} that was tried: a {way} one may be better still."
 
@@ -48,7 +57,9 @@ class RateSweep:
     """Arms that are each trained at several learning rates."""
 
     name: str
-    arms: tuple[Arm, ...]  # at whatever rate; their `optim.muon_lr` and `optim.scale_lr` keep their proportion to `optim.lr`
+    arms: tuple[
+        Arm, ...
+    ]  # at whatever rate; their `optim.muon_lr` and `optim.scale_lr` keep their proportion to `optim.lr`
     rates: tuple[float, ...]  # of `optim.lr`
     seed: int  # that chooses
     metric: str = "bits_per_byte"
@@ -60,10 +71,17 @@ class RateSweep:
 
     def study(self) -> Study:
         """Return the study whose members choose: each arm at each rate, with one seed."""
-        arms = tuple(_at_rate(arm, rate, name=_name(arm.name, rate)) for arm in self.arms for rate in self.rates)
+        arms = tuple(
+            _at_rate(arm, rate, name=_name(arm.name, rate)) for arm in self.arms for rate in self.rates
+        )
         return Study(
-            name=self.name, arms=arms, seeds=(self.seed,), baseline=arms[0].name, metric=self.metric, lower_is_better=self.lower_is_better
-        )  # fmt: skip
+            name=self.name,
+            arms=arms,
+            seeds=(self.seed,),
+            baseline=arms[0].name,
+            metric=self.metric,
+            lower_is_better=self.lower_is_better,
+        )
 
 
 def best_rates(sweep: RateSweep, members: Sequence[Member]) -> dict[str, ChosenRate]:
@@ -78,7 +96,10 @@ def best_rates(sweep: RateSweep, members: Sequence[Member]) -> dict[str, ChosenR
         tried = tuple((rate, figures.get(_name(arm.name, rate))) for rate in sorted(sweep.rates))
         finished = [(value, rate) for rate, value in tried if value is not None]
         if not finished:
-            raise ValueError(f"{arm.name}: no run finished at any of the rates {', '.join(f'{rate:g}' for rate in sweep.rates)}")
+            raise ValueError(
+                f"{arm.name}: no run finished at any of the rates "
+                f"{', '.join(f'{rate:g}' for rate in sweep.rates)}"
+            )
         _, rate = min(finished) if sweep.lower_is_better else max(finished)
         chosen[arm.name] = ChosenRate(rate=rate, seed=sweep.seed, tried=tried)
     return chosen
@@ -87,28 +108,40 @@ def best_rates(sweep: RateSweep, members: Sequence[Member]) -> dict[str, ChosenR
 def at_rates(arms: Sequence[Arm | Derived], rates: Mapping[str, ChosenRate]) -> tuple[Arm | Derived, ...]:
     """Return the arms, those that have a chosen rate at it."""
     return tuple(
-        _at_rate(arm, rates[arm.name].rate, name=arm.name) if isinstance(arm, Arm) and arm.name in rates else arm for arm in arms
-    )  # fmt: skip
+        _at_rate(arm, rates[arm.name].rate, name=arm.name)
+        if isinstance(arm, Arm) and arm.name in rates
+        else arm
+        for arm in arms
+    )
 
 
 def with_rate(experiment: Experiment, rate: float) -> Experiment:
-    """Return the experiment at a learning rate; `optim.muon_lr` and `optim.scale_lr` keep their proportion to it."""
+    """Return the experiment at a learning rate; `optim.muon_lr` and `optim.scale_lr` keep their proportion to
+    it.
+    """
     optim = experiment.optim
     factor = rate / optim.lr
     scale_lr = None if optim.scale_lr is None else factor * optim.scale_lr
     return dataclasses.replace(
-        experiment, optim=dataclasses.replace(optim, lr=rate, muon_lr=factor * optim.muon_lr, scale_lr=scale_lr)
-    )  # fmt: skip
+        experiment,
+        optim=dataclasses.replace(optim, lr=rate, muon_lr=factor * optim.muon_lr, scale_lr=scale_lr),
+    )
 
 
 def check_chosen(study: Study, arm: str, chosen: ChosenRate) -> None:
-    """Raise ValueError if an arm is not trained at the rate that was chosen for it, or one of the study's seeds chose it."""
+    """Raise ValueError if an arm is not trained at the rate that was chosen for it, or one of the study's
+    seeds chose it.
+    """
     if chosen.seed in study.seeds:
-        raise ValueError(f"seed {chosen.seed} chose the learning rate of {arm!r} and is one of the study's: sweep with another seed")
+        raise ValueError(
+            f"seed {chosen.seed} chose the learning rate of {arm!r} and is one of the study's: sweep with "
+            "another seed"
+        )
     own = study.trained(arm).of_seed(study.seeds[0]).optim.lr
     if own != chosen.rate:
         raise ValueError(
-            f"{arm!r} is trained at optim.lr={own:g}, and {chosen.rate:g} was chosen for it: give the study at_rates(arms, rates)"
+            f"{arm!r} is trained at optim.lr={own:g}, and {chosen.rate:g} was chosen for it: give the study "
+            "at_rates(arms, rates)"
         )
 
 

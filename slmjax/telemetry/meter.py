@@ -23,7 +23,9 @@ class Figures:
 
 
 class Meter:
-    """Seconds and tokens of training: compilation, evaluation and saving are left out by those who do it (`leave_out`)."""
+    """Seconds and tokens of training: compilation, evaluation and saving are left out by those who do it
+    (`leave_out`).
+    """
 
     def __init__(
         self,
@@ -34,13 +36,19 @@ class Meter:
         waiting: float,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._flops_per_token, self._peak, self._clock = flops_per_token, peak_flops, clock
-        self.tokens, self.seconds, self.waited = 0, 0.0, 0.0  # of all that was measured
+        self._flops_per_token = flops_per_token
+        self._peak = peak_flops
+        self._clock = clock
+        self.tokens = 0
+        self.seconds = 0.0
+        self.waited = 0.0  # of all that was measured
         self.restart(tokens=tokens, waiting=waiting)
 
     def restart(self, *, tokens: int, waiting: float) -> None:
         """What went before says nothing about the pace."""
-        self._since, self._tokens_then, self._waiting_then = self._clock(), tokens, waiting
+        self._since = self._clock()
+        self._tokens_then = tokens
+        self._waiting_then = waiting
 
     def leave_out(self, seconds: float) -> None:
         """Seconds since the last line that were spent on something else."""
@@ -49,9 +57,15 @@ class Meter:
     def measure(self, *, tokens: int, waiting: float, nll: float, num_bytes: float) -> Figures:
         """Figures since the last line; `nll` (nats) and `num_bytes` are those of the step itself."""
         now = self._clock()
-        seconds, added, waited = max(now - self._since, 1e-9), tokens - self._tokens_then, waiting - self._waiting_then
-        self.tokens, self.seconds, self.waited = self.tokens + added, self.seconds + seconds, self.waited + waited
-        self._since, self._tokens_then, self._waiting_then = now, tokens, waiting
+        seconds = max(now - self._since, 1e-9)
+        added = tokens - self._tokens_then
+        waited = waiting - self._waiting_then
+        self.tokens = self.tokens + added
+        self.seconds = self.seconds + seconds
+        self.waited = self.waited + waited
+        self._since = now
+        self._tokens_then = tokens
+        self._waiting_then = waiting
         rate = added / seconds if added > 0 else math.nan
         return Figures(
             bits_per_byte=nll / math.log(2) / num_bytes if num_bytes > 0 else math.nan,

@@ -20,24 +20,40 @@ import jax
 
 log = logging.getLogger(__name__)
 
-LEFT_OUT = 2  # steps of a session before the trace: the first compiles, the second may still wait for what it set going
+# steps of a session before the trace: the first compiles, the second may still wait for what it set going
+LEFT_OUT = 2
 
 
 class Profile:
-    """The trace of steps `first_step` + 3 and on, `num_steps` of them or as many as there are; none where `num_steps` is None.
+    """The trace of steps `first_step` + 3 and on, `num_steps` of them or as many as there are; none where
+    `num_steps` is None.
 
     Each process writes into a directory of its own. To leave the context ends a trace that is going on.
     """
 
-    def __init__(self, directory: Path, *, first_step: int, last_step: int, num_steps: int | None, report: Callable[[str], None]) -> None:
-        self._directory, self._report = directory, report
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        first_step: int,
+        last_step: int,
+        num_steps: int | None,
+        report: Callable[[str], None],
+    ) -> None:
+        self._directory = directory
+        self._report = report
         self._begin = first_step + LEFT_OUT  # the step after which the trace begins
         self._end = min(self._begin + (num_steps or 0), last_step)
         self._last = self._begin  # the last step that was traced
         self.is_running = False
         if num_steps is not None and last_step - self._begin < num_steps:
             left = max(last_step - self._begin, 0)
-            log.warning("profile: of the %d steps asked for %d can be traced: the first %d are left out", num_steps, left, LEFT_OUT)
+            log.warning(
+                "profile: of the %d steps asked for %d can be traced: the first %d are left out",
+                num_steps,
+                left,
+                LEFT_OUT,
+            )
 
     def turns_after(self, step: int) -> bool:
         """Whether the trace begins or ends once this step is done."""
@@ -56,7 +72,9 @@ class Profile:
 
     def _start(self) -> None:
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # each call of a Python function would slow down the host that is to be watched
+        options.python_tracer_level = (
+            0  # each call of a Python function would slow down the host that is to be watched
+        )
         options.session_id = f"from-step-{self._begin + 1}"
         with self._no_reason_to_fail():
             jax.profiler.start_trace(self._directory, create_perfetto_trace=True, profiler_options=options)
@@ -83,6 +101,8 @@ class Profile:
     def __enter__(self) -> "Profile":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.is_running:
             self._stop()

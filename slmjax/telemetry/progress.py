@@ -1,8 +1,8 @@
 """What a run shows while it runs: a live bar on a terminal, plain lines in a file or a pipe.
 
 with Progress(num_steps=2000) as progress:
-    progress.advance(9)                                                              # every step: moves the bar
-    progress.update(10, loss=3.2, figures=meter.measure(...))                         # every log interval
+    progress.advance(9)                                                              # every step: moves the
+    bar progress.update(10, loss=3.2, figures=meter.measure(...))                         # every log interval
     progress.print("checkpoint saved at step 10")
 """
 
@@ -25,7 +25,8 @@ BAR_WIDTH = 16
 class Progress:
     """Shows the steps of a run up to `num_steps`; only process 0 prints.
 
-    A live bar is drawn where `console` (standard output unless given) is a terminal; else each update is one line.
+    A live bar is drawn where `console` (standard output unless given) is a terminal; else each update is one
+    line.
     """
 
     def __init__(
@@ -41,7 +42,11 @@ class Progress:
         self._clock = clock
         self._first_update: tuple[int, float] | None = None
         self._console = console or Console()
-        columns = (BarColumn(bar_width=BAR_WIDTH), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
+        columns = (
+            BarColumn(bar_width=BAR_WIDTH),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}", markup=False),
+        )
         bar = Bar(*columns, console=self._console, refresh_per_second=5)
         self._task = bar.add_task("compiling", total=num_steps)
         self._bar = bar if self._console.is_terminal and not self._is_silent else None
@@ -57,18 +62,24 @@ class Progress:
         Where the terminal is too narrow for all of them, the last go first; the time that is left stays.
         """
         shown = [f"loss {loss:.4f}", f"{figures.bits_per_byte:.3f} bits/byte"]
-        if not math.isnan(figures.tokens_per_second):  # the first step of a session compiles: it says nothing about the pace
+        if not math.isnan(
+            figures.tokens_per_second
+        ):  # the first step of a session compiles: it says nothing about the pace
             shown += [f"{figures.tokens_per_second:,.0f} tokens/s"]
             shown += [] if figures.mfu is None else [f"MFU {figures.mfu:.0%}"]
             shown += [f"data wait {figures.data_wait_share:.0%}"]
         eta = f"{self._time_left(step)} left"
         if self._bar is not None:
-            room = self._console.width - BAR_WIDTH - 2 * len(str(self._num_steps)) - 3  # the count, and spaces between
+            room = (
+                self._console.width - BAR_WIDTH - 2 * len(str(self._num_steps)) - 3
+            )  # the count, and spaces between
             while len(shown) > 1 and len("  ".join([*shown, eta])) > room:
                 shown.pop()
             self._bar.update(self._task, completed=step, description="  ".join([*shown, eta]))
         else:
-            self.print(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {'  '.join([*shown, eta])}")
+            self.print(
+                f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {'  '.join([*shown, eta])}"
+            )
 
     def print(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
@@ -91,7 +102,9 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -99,7 +112,9 @@ class Progress:
 def format_seconds(seconds: float) -> str:
     """Two units at the most, for people: 42s, 3m05s, 2h07m, 3d04h."""
     total = max(round(seconds), 0)
-    minutes, hours, days = total // 60, total // 3600, total // 86400
+    minutes = total // 60
+    hours = total // 3600
+    days = total // 86400
     if days:
         return f"{days}d{hours % 24:02d}h"
     if hours:
@@ -112,7 +127,8 @@ class LogRecords(logging.Handler):
 
     def __init__(self, progress: Progress) -> None:
         super().__init__(logging.INFO)
-        self._progress, self._logger = progress, logging.getLogger("slmjax")
+        self._progress = progress
+        self._logger = logging.getLogger("slmjax")
         self._log: Log | None = None
         self._early: list[logging.LogRecord] = []
 
@@ -135,7 +151,9 @@ class LogRecords(logging.Handler):
         self._before = self._logger.level, self._logger.propagate
         self._logger.addHandler(self)
         self._logger.setLevel(logging.INFO)
-        self._logger.propagate = False  # imported libraries give the root logger handlers that would show all twice
+        self._logger.propagate = (
+            False  # imported libraries give the root logger handlers that would show all twice
+        )
         return self
 
     def __exit__(self, *_: object) -> None:

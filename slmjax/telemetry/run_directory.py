@@ -9,9 +9,9 @@
         log.write("train", step=10, loss=3.2)
     run.write_json("result.json", {"seconds": ledger.seconds()})
 
-Files of a run: config.json, model.json, data.json, environment.json, experiment.py (of a run from a file), log.jsonl
-(log-{i}.jsonl of process i > 0), tokenizer/, checkpoints/, result.json, profile/ where steps were traced. A run has one process per host.
-jax is imported where it is asked about devices, no sooner.
+Files of a run: config.json, model.json, data.json, environment.json, experiment.py (of a run from a file),
+log.jsonl (log-{i}.jsonl of process i > 0), tokenizer/, checkpoints/, result.json, profile/ where steps were
+traced. A run has one process per host. jax is imported where it is asked about devices, no sooner.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from typing import Any
 
 from slmjax.config import ConfigError
 
-# --- The directory ---------------------------------------------------------------------------------------------------------------
+# The directory ----------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,9 @@ class RunDirectory:
 
     @classmethod
     def create_in(cls, root: Path, *, name: str, fingerprint: str) -> "RunDirectory":
-        """Makes a new directory in `root`, named for the experiment, the time and the fingerprint of its config."""
+        """Makes a new directory in `root`, named for the experiment, the time and the fingerprint of its
+        config.
+        """
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
         base = f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}-{fingerprint[:6]}"
         if root.is_file():
@@ -123,11 +125,13 @@ def plain(value: Any) -> Any:
     return number if math.isfinite(number) else str(number)
 
 
-# --- The log ---------------------------------------------------------------------------------------------------------------------
+# The log ----------------------------------------------------------------------------------------------------
 
 
 class Log:
-    """An append-only file of one JSON object per line, flushed line by line: a kill loses at most the line being written."""
+    """An append-only file of one JSON object per line, flushed line by line: a kill loses at most the line
+    being written.
+    """
 
     def __init__(self, path: Path) -> None:
         _cut_torn_line(path)
@@ -146,7 +150,9 @@ class Log:
     def __enter__(self) -> "Log":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -174,25 +180,30 @@ def read_log(path: Path, *, kind: str | None = None) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError as error:
             raise ValueError(
-                f"{path}, line {number}: not a record, the file was damaged ({error}); remove the line to read the rest"
+                f"{path}, line {number}: not a record, the file was damaged ({error}); remove the line to "
+                "read the rest"
             ) from error
         if kind is None or record["kind"] == kind:
             records.append(record)
     return records
 
 
-# --- The environment -------------------------------------------------------------------------------------------------------------
+# The environment --------------------------------------------------------------------------------------------
 
 _PACKAGES = ("slmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 # Only variables that may change what a run computes are kept, so that a secret of any name stays out.
-_VARIABLES = re.compile(r"(JAX|XLA|SLMJAX|TPU|LIBTPU|CUDA|NVIDIA|NCCL|TF|OMP|MKL|OPENBLAS|MALLOC|GLIBC|PYTHON)(_|$)|PYTHON")
+_VARIABLES = re.compile(
+    r"(JAX|XLA|SLMJAX|TPU|LIBTPU|CUDA|NVIDIA|NCCL|TF|OMP|MKL|OPENBLAS|MALLOC|GLIBC|PYTHON)(_|$)|PYTHON"
+)
 _SECRET = re.compile(r"key|token(?!iz)|secret|passw|credential|auth", re.IGNORECASE)
 _SECRET_OPTION = re.compile(r"--?[\w.-]*(key|token|secret|password|credentials?)", re.IGNORECASE)
 REDACTED = "<redacted>"
 
 
 def environment() -> dict[str, Any]:
-    """What a result depends on beside its config: versions, devices, machine, commit, command line, without secrets."""
+    """What a result depends on beside its config: versions, devices, machine, commit, command line, without
+    secrets.
+    """
     import jax
 
     return {
@@ -218,9 +229,13 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> dict[str, Any]:
-    """The commit of the checkout that slmjax is imported from and whether files differ from it; None outside of one."""
+    """The commit of the checkout that slmjax is imported from and whether files differ from it; None outside
+    of one.
+    """
     here = Path(__file__).resolve()
-    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:  # in site-packages of another project, say
+    if (
+        _git(here.parent, "ls-files", "--error-unmatch", here.name) is None
+    ):  # in site-packages of another project, say
         return {"commit": None, "dirty": None}
     status = _git(here.parent, "status", "--porcelain", "--untracked-files=no")
     return {"commit": _git(here.parent, "rev-parse", "HEAD"), "dirty": status != ""}
@@ -228,7 +243,9 @@ def commit() -> dict[str, Any]:
 
 def _git(directory: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(directory), *arguments], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["git", "-C", str(directory), *arguments], capture_output=True, text=True, timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -241,7 +258,9 @@ def redact_variables(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def redact_command(arguments: list[str]) -> list[str]:
-    """A command line, in which the value of an option whose name ends in key, token, secret or password is hidden."""
+    """A command line, in which the value of an option whose name ends in key, token, secret or password is
+    hidden.
+    """
     shown: list[str] = []
     hide = False
     for argument in arguments:
@@ -252,7 +271,7 @@ def redact_command(arguments: list[str]) -> list[str]:
     return shown
 
 
-# --- Where the seconds went ------------------------------------------------------------------------------------------------------
+# Where the seconds went -------------------------------------------------------------------------------------
 
 
 class Category(enum.Enum):
@@ -268,7 +287,9 @@ class Category(enum.Enum):
 
 
 class Ledger:
-    """Seconds by category. Every moment counts in exactly one, the innermost that is open, so that the sum is the wall time."""
+    """Seconds by category. Every moment counts in exactly one, the innermost that is open, so that the sum is
+    the wall time.
+    """
 
     def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -288,7 +309,9 @@ class Ledger:
     def _switch(self, category: Category) -> Category:
         now = self._clock()
         self._seconds[self._current] += now - self._since
-        previous, self._current, self._since = self._current, category, now
+        previous = self._current
+        self._current = category
+        self._since = now
         return previous
 
     def seconds(self) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Where a run's figures go beside its log: TensorBoard and Weights & Biases, the `track` extra.
 
     with Trackers(run.trackers, directory=path, name=path.name, config=settings) as trackers:
-        trackers.write("train", step=10, loss=3.2, grad_norms={"embed": 0.1})      # train/loss, train/grad_norms/embed
-        trackers.write("sample", step=10, prompt="def ", text="main(")
+        trackers.write("train", step=10, loss=3.2, grad_norms={"embed": 0.1})      # train/loss,
+        train/grad_norms/embed trackers.write("sample", step=10, prompt="def ", text="main(")
 
 What a tracker does wrong is warned of once, and it is told no more: training goes on. Process 0 alone writes.
 """
@@ -50,7 +50,9 @@ class _TensorBoard(Sink):
         from tensorboardX import SummaryWriter
 
         # A name of its own for each session: two that begin within a second would write to one file.
-        self._writer = SummaryWriter(str(directory / "tensorboard"), flush_secs=10, filename_suffix=f".{time.time_ns()}")
+        self._writer = SummaryWriter(
+            str(directory / "tensorboard"), flush_secs=10, filename_suffix=f".{time.time_ns()}"
+        )
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -69,7 +71,12 @@ class _Wandb(Sink):
 
         # The directory's name is the run's id: a resumed run goes on with its curves.
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "slmjax"), dir=str(directory), id=name, name=name, config=dict(config), resume="allow"
+            project=os.environ.get("WANDB_PROJECT", "slmjax"),
+            dir=str(directory),
+            id=name,
+            name=name,
+            config=dict(config),
+            resume="allow",
         )
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
@@ -88,7 +95,9 @@ _SINKS: dict[Tracker, Callable[..., Sink]] = {Tracker.TENSORBOARD: _TensorBoard,
 class Trackers:
     """The trackers of a run."""
 
-    def __init__(self, wanted: Iterable[Tracker], *, directory: Path, name: str, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, wanted: Iterable[Tracker], *, directory: Path, name: str, config: Mapping[str, Any]
+    ) -> None:
         """Opens the trackers.
 
         Args:
@@ -106,7 +115,8 @@ class Trackers:
                 self._sinks[tracker] = _SINKS[tracker](directory=directory, name=name, config=config)
             except ImportError as error:
                 raise ValueError(
-                    f"run.trackers asks for {tracker.value}, which needs a package that is not installed ({error}): "
+                    f"run.trackers asks for {tracker.value}, which needs a package that is not installed "
+                    f"({error}): "
                     "pip install 'slmjax[track]', or leave it out"
                 ) from error
             except Exception as error:  # no network, no login, a full disk
@@ -115,7 +125,11 @@ class Trackers:
     def write(self, kind: str, *, step: int, **values: Any) -> None:
         """A record of the log: numbers, texts, and mappings and sequences of numbers, by name."""
         # What is not finite has no place in a curve; log.jsonl says that it was not.
-        numbers = {name: float(value) for name, value in _flat(kind, values) if isinstance(value, int | float) and math.isfinite(value)}
+        numbers = {
+            name: float(value)
+            for name, value in _flat(kind, values)
+            if isinstance(value, int | float) and math.isfinite(value)
+        }
         texts = {name: value for name, value in _flat(kind, values) if isinstance(value, str)}
 
         def send(sink: Sink) -> None:
@@ -142,12 +156,19 @@ class Trackers:
     def __enter__(self) -> "Trackers":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
 def _warn(tracker: Tracker, error: Exception) -> None:
-    log.warning("%s failed and is told no more, log.jsonl holds all: %s: %s", tracker.value, type(error).__name__, error)
+    log.warning(
+        "%s failed and is told no more, log.jsonl holds all: %s: %s",
+        tracker.value,
+        type(error).__name__,
+        error,
+    )
 
 
 def _flat(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:

@@ -1,7 +1,8 @@
 """`Experiment`: the tree of settings that says all about a run.
 
-An experiment file is a Python file with `def experiment() -> Experiment`. The command line overrides any field by its
-path (`--optim.lr 3e-4`), and the resolved tree is written to the run directory as JSON and read back strictly.
+An experiment file is a Python file with `def experiment() -> Experiment`. The command line overrides any
+field by its path (`--optim.lr 3e-4`), and the resolved tree is written to the run directory as JSON and read
+back strictly.
 """
 
 import abc
@@ -57,15 +58,25 @@ class FromModel(InitConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FromTeacherLayers(InitConfig):
-    """Some layers of a larger model, and the leading rows and columns of each where this one is narrower; all else starts anew."""
+    """Some layers of a larger model, and the leading rows and columns of each where this one is narrower; all
+    else starts anew.
+    """
 
     path: str  # run directory of the teacher, or directory of an imported model
-    layers: tuple[int, ...] | None = None  # the teacher's layer for each of the student's (none: every, or spread evenly, ends included)
-    every: int | None = None  # take the teacher's layers 0, every, 2 every, ... (none: layers, or spread evenly, ends included)
+    layers: tuple[int, ...] | None = (
+        None  # the teacher's layer for each of the student's (none: every, or spread evenly, ends included)
+    )
+    every: int | None = (
+        # take the teacher's layers 0, every, 2 every, ... (none: layers, or spread evenly, ends included)
+        None
+    )
 
     def __post_init__(self) -> None:
         if self.layers is not None and self.every is not None:
-            raise ValueError(f"init.layers={self.layers} and init.every={self.every} both choose the teacher's layers: leave one out")
+            raise ValueError(
+                f"init.layers={self.layers} and init.every={self.every} both choose the teacher's layers: "
+                "leave one out"
+            )
         if self.every is not None and self.every < 1:
             raise ValueError(f"init.every must be at least 1, got {self.every}")
 
@@ -81,11 +92,19 @@ class EvalConfig:
     every: int = 250  # steps between evaluations; one more, on all held-out text, ends the run
     max_documents: int | None = 64  # held-out documents of the evaluations on the way (none: all)
     batch_size: int | None = None  # rows at a time (none: as in training)
-    sample: bool = True  # continue run.sample_prompts each time, so that the log shows what the model has learnt to say
-    overlap: int | None = None  # tokens that each further window of a long document repeats (none: a quarter window, at most 64)
-    # the text that is scored: completions, which is what training scores (of plain text everything), or all, prompts too
+    sample: bool = (
+        True  # continue run.sample_prompts each time, so that the log shows what the model has learnt to say
+    )
+    overlap: int | None = (
+        # tokens that each further window of a long document repeats (none: a quarter window, at most 64)
+        None
+    )
+    # the text that is scored: completions, which is what training scores (of plain text everything), or all,
+    # prompts too
     score: ScoredText = config_io.added_field(ScoredText.COMPLETIONS, before=ScoredText.COMPLETIONS)
-    unrounded: bool = config_io.added_field(False, before=False)  # of a quantized run: the loss of its weights before rounding as well
+    unrounded: bool = config_io.added_field(
+        False, before=False
+    )  # of a quantized run: the loss of its weights before rounding as well
 
     def __post_init__(self) -> None:
         for name in ("every", "max_documents", "batch_size"):
@@ -107,16 +126,21 @@ class RunConfig:
     steps: int = 1000  # optimizer steps
     seed: int = 0  # of initial parameters and dropout; the order of the data has its own
     log_every: int = 10  # steps between lines of the log
-    # of a quantized run: the share of codes that changed since the line before (a byte for each weight on the devices)
+    # of a quantized run: the share of codes that changed since the line before (a byte for each weight on the
+    # devices)
     log_flips: bool = config_io.added_field(False, before=False)
     directory: str = "runs"  # where run directories are made
-    sample_prompts: tuple[str, ...] = ("",)  # texts that the trained model continues at every evaluation and at the end
+    sample_prompts: tuple[str, ...] = (
+        "",
+    )  # texts that the trained model continues at every evaluation and at the end
     sample: SamplingConfig = SamplingConfig(temperature=0.8, top_k=40)  # how it does
     trackers: tuple[Tracker, ...] = ()  # where the log's figures go as well: tensorboard, wandb
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.log_every < 1:
-            raise ValueError(f"run.steps and run.log_every must be at least 1, got {self.steps} and {self.log_every}")
+            raise ValueError(
+                f"run.steps and run.log_every must be at least 1, got {self.steps} and {self.log_every}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,7 +153,9 @@ class Experiment:
     tokenizer: TokenizerConfig = BpeTokenizer(vocab_size=2048)
     optim: OptimConfig = OptimConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
-    quant: QuantConfig | None = None  # formats of weights, inputs and caches in training and after it (none: floating point)
+    quant: QuantConfig | None = (
+        None  # formats of weights, inputs and caches in training and after it (none: floating point)
+    )
     mesh: MeshConfig = MeshConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -138,24 +164,32 @@ class Experiment:
     def __post_init__(self) -> None:
         if self.data.sequence_length > self.model.context_length:
             raise ValueError(
-                f"data.sequence_length={self.data.sequence_length} is longer than model.context_length={self.model.context_length}: "
+                f"data.sequence_length={self.data.sequence_length} is longer than "
+                f"model.context_length={self.model.context_length}: "
                 "shorten the one or lengthen the other"
             )
         if self.data.batch_size % self.optim.accumulation_steps:
             raise ValueError(
-                f"data.batch_size={self.data.batch_size} must be a multiple of optim.accumulation_steps={self.optim.accumulation_steps}"
+                f"data.batch_size={self.data.batch_size} must be a multiple of "
+                f"optim.accumulation_steps={self.optim.accumulation_steps}"
             )
         if self.eval.windows_overlap(self.data.sequence_length) >= self.data.sequence_length:
-            raise ValueError(f"eval.overlap={self.eval.overlap} must be shorter than data.sequence_length={self.data.sequence_length}")
+            raise ValueError(
+                f"eval.overlap={self.eval.overlap} must be shorter than "
+                f"data.sequence_length={self.data.sequence_length}"
+            )
 
 
 def with_absolute_paths(experiment: Experiment) -> Experiment:
-    """The experiment with the paths of text, tokenizer and models made absolute, so that its run can be read from any directory."""
+    """The experiment with the paths of text, tokenizer and models made absolute, so that its run can be read
+    from any directory.
+    """
 
     def absolute(path: str) -> str:
         return str(Path(path).expanduser().absolute())
 
-    data, tokenizer = experiment.data, experiment.tokenizer
+    data = experiment.data
+    tokenizer = experiment.tokenizer
     sources = tuple(
         dataclasses.replace(weighted, source=dataclasses.replace(source, path=absolute(source.path)))
         if isinstance(source := weighted.source, TextSource)
@@ -165,28 +199,40 @@ def with_absolute_paths(experiment: Experiment) -> Experiment:
     data = dataclasses.replace(data, sources=sources, path=None if data.path is None else absolute(data.path))
     if isinstance(tokenizer, FileTokenizer):
         tokenizer = dataclasses.replace(tokenizer, path=absolute(tokenizer.path))
-    init, objective = experiment.init, experiment.objective
+    init = experiment.init
+    objective = experiment.objective
     if isinstance(init, FromModel | FromTeacherLayers):
         init = dataclasses.replace(init, path=absolute(init.path))
     if (distill := objective.distill) is not None:
-        teachers = tuple(dataclasses.replace(teacher, path=absolute(teacher.path)) for teacher in distill.teachers)
+        teachers = tuple(
+            dataclasses.replace(teacher, path=absolute(teacher.path)) for teacher in distill.teachers
+        )
         objective = dataclasses.replace(objective, distill=dataclasses.replace(distill, teachers=teachers))
     return dataclasses.replace(experiment, data=data, tokenizer=tokenizer, init=init, objective=objective)
 
 
 def taught_by(path: Path, experiment: Experiment) -> Experiment:
-    """The experiment with this teacher, a run or an imported model; what is set of distillation otherwise stays.
+    """The experiment with this teacher, a run or an imported model; what is set of distillation otherwise
+    stays.
 
-    A student that begins as its teacher's layers begins as this one's. The tokenizer is taken too, unless the student begins as another
-    model, whose own must then have the same tokens.
+    A student that begins as its teacher's layers begins as this one's. The tokenizer is taken too, unless the
+    student begins as another model, whose own must then have the same tokens.
     """
     read_config(path)  # or an error that says what to name
     if not (path / "tokenizer").is_dir():
-        raise ValueError(f"the teacher {path} has no tokenizer for its student: import it again with --tokenizer FILE")
+        raise ValueError(
+            f"the teacher {path} has no tokenizer for its student: import it again with --tokenizer FILE"
+        )
     teachers = (TeacherConfig(path=str(path)),)
     distill = experiment.objective.distill
-    distill = DistillConfig(teachers=teachers) if distill is None else dataclasses.replace(distill, teachers=teachers)
-    experiment = dataclasses.replace(experiment, objective=dataclasses.replace(experiment.objective, distill=distill))
+    distill = (
+        DistillConfig(teachers=teachers)
+        if distill is None
+        else dataclasses.replace(distill, teachers=teachers)
+    )
+    experiment = dataclasses.replace(
+        experiment, objective=dataclasses.replace(experiment.objective, distill=distill)
+    )
     if isinstance(init := experiment.init, FromModel):
         return experiment
     init = dataclasses.replace(init, path=str(path)) if isinstance(init, FromTeacherLayers) else init
@@ -198,17 +244,22 @@ def with_divergence(experiment: Experiment, divergence: Divergence) -> Experimen
     distill = experiment.objective.distill
     if distill is None:
         raise ValueError(
-            "a divergence is one from a teacher: name a model with --teacher DIR, or set objective.distill in the experiment file"
+            "a divergence is one from a teacher: name a model with --teacher DIR, or set objective.distill "
+            "in the experiment file"
         )
     distill = dataclasses.replace(distill, divergence=divergence)
-    return dataclasses.replace(experiment, objective=dataclasses.replace(experiment.objective, distill=distill))
+    return dataclasses.replace(
+        experiment, objective=dataclasses.replace(experiment.objective, distill=distill)
+    )
 
 
 def read_experiment(run_dir: Path) -> Experiment:
     """The experiment that a run directory's config.json holds, read strictly."""
     path = run_dir / "config.json"
     if not path.is_file():
-        raise ValueError(f"{run_dir} is not a run directory: it has no config.json. Name one that `slmjax train` printed")
+        raise ValueError(
+            f"{run_dir} is not a run directory: it has no config.json. Name one that `slmjax train` printed"
+        )
     try:
         return config_io.loads(Experiment, path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -216,17 +267,22 @@ def read_experiment(run_dir: Path) -> Experiment:
 
 
 def starting_from(run_dir: Path, experiment: Experiment | None) -> Experiment:
-    """The experiment (that of the run itself, if none is given) with the parameters and the tokenizer of a run or an imported model.
+    """The experiment (that of the run itself, if none is given) with the parameters and the tokenizer of a
+    run or an imported model.
 
-    An imported model comes with its architecture, which takes the place of the experiment's; how it is computed stays.
+    An imported model comes with its architecture, which takes the place of the experiment's; how it is
+    computed stays.
     """
     if safetensors_files.is_imported(run_dir):
         if experiment is None:
             raise ValueError(
-                f"{run_dir} is an imported model, which has no experiment of its own: name one, whose data and optimizer it is trained "
+                f"{run_dir} is an imported model, which has no experiment of its own: name one, whose data "
+                "and optimizer it is trained "
                 f"with, as in `slmjax train nano --init-from {run_dir}`"
             )
         how = {name: getattr(experiment.model, name) for name in ("precision", "remat", "dropout")}
         experiment = dataclasses.replace(experiment, model=dataclasses.replace(read_config(run_dir), **how))
     base = read_experiment(run_dir) if experiment is None else experiment
-    return dataclasses.replace(base, init=FromModel(path=str(run_dir)), tokenizer=FileTokenizer(path=str(run_dir / "tokenizer")))
+    return dataclasses.replace(
+        base, init=FromModel(path=str(run_dir)), tokenizer=FileTokenizer(path=str(run_dir / "tokenizer"))
+    )

@@ -19,17 +19,24 @@ class ObjectiveConfig:
     """What is minimised."""
 
     z_loss: float = 0.0  # coefficient of the squared log-normaliser of the logits (1e-4 keeps it near zero)
-    chunk_size: int | None = None  # tokens whose logits exist at once on a device (none: about 256 MB of them)
-    distill: DistillConfig | None = None  # what is learned from teachers (none: cross entropy on the text alone)
+    chunk_size: int | None = (
+        None  # tokens whose logits exist at once on a device (none: about 256 MB of them)
+    )
+    distill: DistillConfig | None = (
+        None  # what is learned from teachers (none: cross entropy on the text alone)
+    )
 
     def __post_init__(self) -> None:
         if self.z_loss < 0:
             raise ValueError(f"objective.z_loss must not be negative, got {self.z_loss}")
         if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"objective.chunk_size must be at least 1, or none to have it chosen, got {self.chunk_size}")
+            raise ValueError(
+                f"objective.chunk_size must be at least 1, or none to have it chosen, got {self.chunk_size}"
+            )
         if self.z_loss > 0 and self.distill is not None and self.distill.hard_weight.is_zero:
             raise ValueError(
-                f"objective.z_loss={self.z_loss} is part of the cross entropy, which has no weight here: set it to 0, or give "
+                f"objective.z_loss={self.z_loss} is part of the cross entropy, which has no weight here: set "
+                "it to 0, or give "
                 "objective.distill.hard-weight.start a weight"
             )
 
@@ -37,7 +44,7 @@ class ObjectiveConfig:
 CROSS_ENTROPY = ObjectiveConfig()
 
 
-# The objective --------------------------------------------------------------------------------------------------------
+# The objective ----------------------------------------------------------------------------------------------
 def counts(batch: Batch) -> dict[str, Float[Array, ""]]:
     """Denominators, from the batch alone: scored targets, real tokens, UTF-8 bytes of the scored targets."""
     return {
@@ -71,7 +78,13 @@ def terms(
     given = (output.hidden, output.head)
     if objective.distill is not None and teachers and amounts is not None:
         value, metrics = distillation.soft_term(
-            objective.distill, *given, batch, teachers, amounts=amounts, z_loss=objective.z_loss, chunk_size=objective.chunk_size
+            objective.distill,
+            *given,
+            batch,
+            teachers,
+            amounts=amounts,
+            z_loss=objective.z_loss,
+            chunk_size=objective.chunk_size,
         )
         sums = {"distillation": (value, "targets")}
     else:
@@ -79,4 +92,7 @@ def terms(
             *given, batch.targets, batch.loss_mask, z_loss=objective.z_loss, chunk_size=objective.chunk_size
         )
         sums = {"cross_entropy": (value if amounts is None else value * amounts["hard"], "targets")}
-    return sums | {name: (auxiliary, "tokens") for name, auxiliary in output.losses.items()}, {**metrics, **output.metrics}
+    return sums | {name: (auxiliary, "tokens") for name, auxiliary in output.losses.items()}, {
+        **metrics,
+        **output.metrics,
+    }

@@ -1,12 +1,14 @@
 """Optimizers and learning-rate schedules: `OptimConfig` to an optax chain over a flat dict of parameters.
 
     optimizer = make_optimizer(config, params, total_steps=1000)   # an optax.GradientTransformation
-    state = optimizer.init(params)                                 # params: {"segments/0/blocks/0/mixer/query/weight": ...}
+    state = optimizer.init(params)                                 # params:
+    {"segments/0/blocks/0/mixer/query/weight": ...}
 
-The chain is: clip the global norm, transform every parameter by the optimizer of its group, add the decoupled weight decay,
-scale by the learning rate. So a parameter moves by `-learning_rate * (direction + weight_decay * parameter)` for every kind
-of optimizer. Parameters under `segments/` are stacks of layers, and experts are stacks of matrices: each layer's each matrix
-is treated as a parameter of its own, whatever the segmentation. Moments are float32.
+The chain is: clip the global norm, transform every parameter by the optimizer of its group, add the decoupled
+weight decay, scale by the learning rate. So a parameter moves by `-learning_rate * (direction + weight_decay
+* parameter)` for every kind of optimizer. Parameters under `segments/` are stacks of layers, and experts are
+stacks of matrices: each layer's each matrix is treated as a parameter of its own, whatever the segmentation.
+Moments are float32.
 
 Dims: L layers of a stack, E experts.
 """
@@ -58,20 +60,36 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)  # adamw, lion: decay of the moments
     eps: float = 1e-8  # adamw: added to the root of the second moment
     weight_decay: float = 0.1  # decoupled, multiplied by the learning rate
-    no_decay: tuple[str, ...] = (r"(scale|/offset|bias)$", r"^(embed|positions)/")  # no weight decay: paths like these; vectors never
+    no_decay: tuple[str, ...] = (
+        r"(scale|/offset|bias)$",
+        r"^(embed|positions)/",
+    )  # no weight decay: paths like these; vectors never
     grad_clip: float | None = 1.0  # largest global norm of the gradient; None: no clipping
     muon_lr: float = 0.02  # muon: peak learning rate of its matrices, on the same schedule
     muon_momentum: float = 0.95  # muon: decay of the momentum
     muon_iterations: int = 5  # muon: Newton-Schulz iterations
-    # muon: divide momentum and gradient by what their decay leaves out of early steps, as optax does and the published Muon does not
+    # muon: divide momentum and gradient by what their decay leaves out of early steps, as optax does and the
+    # published Muon does not
     muon_bias_correction: bool = added_field(False, before=True)
     # muon: matrices that AdamW takes, by patterns
-    muon_exclude: tuple[str, ...] = (r"^(embed|head|positions)/", r"(^|/)router/", r"bias$", r"/(log_scale|offset)$")
-    # peak learning rate of learned scales, clips and zero points of number formats, on the same schedule (none: lr)
+    muon_exclude: tuple[str, ...] = (
+        r"^(embed|head|positions)/",
+        r"(^|/)router/",
+        r"bias$",
+        r"/(log_scale|offset)$",
+    )
+    # peak learning rate of learned scales, clips and zero points of number formats, on the same schedule
+    # (none: lr)
     scale_lr: float | None = added_field(None, before=None)
-    accumulation_steps: int = 1  # the batch is cut into this many parts, whose gradients are added up before an update
-    ema_decay: float | None = None  # keep an exponential moving average of the weights and evaluate it; None: do not
-    max_consecutive_skips: int = 20  # end the run when a log line finds this many updates in a row undone as non-finite
+    accumulation_steps: int = (
+        1  # the batch is cut into this many parts, whose gradients are added up before an update
+    )
+    ema_decay: float | None = (
+        None  # keep an exponential moving average of the weights and evaluate it; None: do not
+    )
+    max_consecutive_skips: int = (
+        20  # end the run when a log line finds this many updates in a row undone as non-finite
+    )
 
     def __post_init__(self) -> None:
         positive = ("lr", "muon_lr", "muon_iterations", "accumulation_steps", "max_consecutive_skips", "eps")
@@ -88,32 +106,46 @@ class OptimConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas are {self.betas}: each must be at least 0 and below 1")
         if self.scale_lr is not None and self.scale_lr <= 0:
-            raise ValueError(f"optim.scale_lr is {self.scale_lr}: it must be greater than 0; none stands for optim.lr")
+            raise ValueError(
+                f"optim.scale_lr is {self.scale_lr}: it must be greater than 0; none stands for optim.lr"
+            )
         if self.grad_clip is not None and self.grad_clip <= 0:
-            raise ValueError(f"optim.grad_clip is {self.grad_clip}: give a norm above 0, or None for no clipping")
+            raise ValueError(
+                f"optim.grad_clip is {self.grad_clip}: give a norm above 0, or None for no clipping"
+            )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"optim.ema_decay is {self.ema_decay}: give a decay between 0 and 1, or None for no average")
+            raise ValueError(
+                f"optim.ema_decay is {self.ema_decay}: give a decay between 0 and 1, or None for no average"
+            )
         for name in ("no_decay", "muon_exclude"):
             for pattern in getattr(self, name):
                 try:
                     re.compile(pattern)
                 except re.error as error:
-                    raise ValueError(f"optim.{name}: {pattern!r} is no regular expression ({error})") from None
+                    raise ValueError(
+                        f"optim.{name}: {pattern!r} is no regular expression ({error})"
+                    ) from None
 
 
-# Schedules ------------------------------------------------------------------------------------------------------------
-def learning_rate(config: OptimConfig, step: int | Int[Array, "..."], *, total_steps: int) -> Float[Array, "..."]:
-    """The learning rate of the update with this number (the first is 0), of all parameters that Muon does not take.
+# Schedules --------------------------------------------------------------------------------------------------
+def learning_rate(
+    config: OptimConfig, step: int | Int[Array, "..."], *, total_steps: int
+) -> Float[Array, "..."]:
+    """The learning rate of the update with this number (the first is 0), of all parameters that Muon does not
+    take.
 
-    It rises as (step + 1) / (warmup_steps + 1), so that no update is wasted at zero, is at its peak at `warmup_steps`, and
-    reaches its minimum at `total_steps`, one past the last update; it stays there.
+    It rises as (step + 1) / (warmup_steps + 1), so that no update is wasted at zero, is at its peak at
+    `warmup_steps`, and reaches its minimum at `total_steps`, one past the last update; it stays there.
 
     Raises:
       ValueError: warm-up (and decay, for wsd) do not fit into `total_steps`.
     """
-    warmup, end = config.warmup_steps, config.lr * config.min_lr_ratio
+    warmup = config.warmup_steps
+    end = config.lr * config.min_lr_ratio
     if warmup >= total_steps:
-        raise ValueError(f"optim.warmup_steps is {warmup}, but the run has {total_steps} step(s): set it below that")
+        raise ValueError(
+            f"optim.warmup_steps is {warmup}, but the run has {total_steps} step(s): set it below that"
+        )
     after_warmup = total_steps - warmup
     if config.schedule is Schedule.COSINE:
         schedule = optax.cosine_decay_schedule(config.lr, after_warmup, alpha=config.min_lr_ratio)
@@ -125,7 +157,8 @@ def learning_rate(config: OptimConfig, step: int | Int[Array, "..."], *, total_s
         decay = max(1, round(config.decay_fraction * total_steps))
         if decay > after_warmup:
             raise ValueError(
-                f"optim.decay_fraction {config.decay_fraction} of {total_steps} steps and {warmup} steps of warm-up are more "
+                f"optim.decay_fraction {config.decay_fraction} of {total_steps} steps and {warmup} steps of "
+                "warm-up are more "
                 "than the run has: lower optim.decay_fraction or optim.warmup_steps"
             )
         schedule = optax.linear_schedule(config.lr, end, decay, transition_begin=after_warmup - decay)
@@ -136,13 +169,15 @@ def learning_rate(config: OptimConfig, step: int | Int[Array, "..."], *, total_s
 
 
 def cooldown_step(config: OptimConfig, *, total_steps: int) -> int | None:
-    """The step from which the learning rate of a wsd schedule falls; None for schedules that have no such step."""
+    """The step from which the learning rate of a wsd schedule falls; None for schedules that have no such
+    step.
+    """
     if config.schedule is not Schedule.WSD:
         return None
     return total_steps - max(1, round(config.decay_fraction * total_steps))
 
 
-# Groups ---------------------------------------------------------------------------------------------------------------
+# Groups -----------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
     """How one parameter is updated."""
@@ -169,16 +204,21 @@ def _matches(patterns: tuple[str, ...], path: str) -> bool:
 
 
 def _num_stacked_dims(path: str) -> int:
-    """Leading dims that count parameters rather than being dims of one: layers of a segment, experts of a layer."""
+    """Leading dims that count parameters rather than being dims of one: layers of a segment, experts of a
+    layer.
+    """
     return path.startswith("segments/") + ("/experts/" in path and not is_of_input(path))
 
 
-# The chain ------------------------------------------------------------------------------------------------------------
-def make_optimizer(config: OptimConfig, params: Mapping[str, Any], *, total_steps: int) -> optax.GradientTransformation:
+# The chain --------------------------------------------------------------------------------------------------
+def make_optimizer(
+    config: OptimConfig, params: Mapping[str, Any], *, total_steps: int
+) -> optax.GradientTransformation:
     """The optimizer of these parameters.
 
-    Its state holds, beside one counter of updates, a dict from parameter path to that parameter's state, in which each leaf
-    of a stacked parameter has the layer dim first (a counter too). Gradients are dicts with the same paths.
+    Its state holds, beside one counter of updates, a dict from parameter path to that parameter's state, in
+    which each leaf of a stacked parameter has the layer dim first (a counter too). Gradients are dicts with
+    the same paths.
 
     Args:
       config: the settings.
@@ -199,7 +239,11 @@ def make_optimizer(config: OptimConfig, params: Mapping[str, Any], *, total_step
         if is_sign(path):
             return optax.set_to_zero()
         stacked = _stacked(_direction(config, group), num_dims=_num_stacked_dims(path))
-        return _times(stacked, config.scale_lr / config.lr) if config.scale_lr is not None and is_learned(path) else stacked
+        return (
+            _times(stacked, config.scale_lr / config.lr)
+            if config.scale_lr is not None and is_learned(path)
+            else stacked
+        )
 
     transforms = {path: transform(path, group) for path, group in groups.items()}
     return optax.chain(
@@ -210,7 +254,9 @@ def make_optimizer(config: OptimConfig, params: Mapping[str, Any], *, total_step
 
 
 def restarted(optimizer: optax.GradientTransformation, state: Any, params: Mapping[str, Array]) -> Any:
-    """Return the state of `make_optimizer`'s optimizer with moments as they begin; the schedule goes on where it was."""
+    """Return the state of `make_optimizer`'s optimizer with moments as they begin; the schedule goes on where
+    it was.
+    """
     fresh: Any = optimizer.init(params)
     return (*fresh[:-1], state[-1])
 
@@ -227,7 +273,9 @@ def _times(transform: optax.GradientTransformation, factor: float) -> optax.Grad
 
 
 def _direction(config: OptimConfig, group: Group) -> optax.GradientTransformation:
-    """What one unstacked parameter moves against, before the learning rate: the optimizer's direction and weight decay."""
+    """What one unstacked parameter moves against, before the learning rate: the optimizer's direction and
+    weight decay.
+    """
     decay = optax.add_decayed_weights(group.weight_decay) if group.weight_decay else optax.identity()
     beta1, beta2 = config.betas
     if group.optimizer is Optimizer.ADAMW:
@@ -235,22 +283,35 @@ def _direction(config: OptimConfig, group: Group) -> optax.GradientTransformatio
     if group.optimizer is Optimizer.LION:
         return optax.chain(optax.scale_by_lion(beta1, beta2), decay)
     if group.optimizer is Optimizer.ADAFACTOR:
-        # https://arxiv.org/abs/1804.04235: factored second moment, update clipping, steps relative to the parameter's size.
-        return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms(), decay)
+        # https://arxiv.org/abs/1804.04235: factored second moment, update clipping, steps relative to the
+        # parameter's size.
+        return optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.scale_by_param_block_rms(),
+            decay,
+        )
     # The chain ends with AdamW's learning rate.
-    return optax.chain(_muon(config), _scale_by_aspect_ratio(), decay, optax.scale(config.muon_lr / config.lr))
+    return optax.chain(
+        _muon(config), _scale_by_aspect_ratio(), decay, optax.scale(config.muon_lr / config.lr)
+    )
 
 
 def _muon(config: OptimConfig) -> optax.GradientTransformation:
-    """Orthogonalised Nesterov momentum of a matrix, by Newton-Schulz iterations (Jordan, https://kellerjordan.github.io/posts/muon).
+    """Orthogonalised Nesterov momentum of a matrix, by Newton-Schulz iterations (Jordan,
+    https://kellerjordan.github.io/posts/muon).
 
         m <- beta m + (1 - beta) g;   d = beta m + (1 - beta) g;   NS(d / (|d| + 1e-7))
 
-    Orthogonalisation takes all scale from d. So optax's bias correction, which divides m by 1 - beta**(t + 1) and g by 1 - beta**t, only
-    gives the gradient of early steps more weight beside the momentum. State and checkpoints are the same with it and without.
+    Orthogonalisation takes all scale from d. So optax's bias correction, which divides m by 1 - beta**(t + 1)
+    and g by 1 - beta**t, only gives the gradient of early steps more weight beside the momentum. State and
+    checkpoints are the same with it and without.
     """
-    beta, numbers = config.muon_momentum, contrib.MuonDimensionNumbers()
-    corrected = contrib.scale_by_muon(beta=beta, ns_steps=config.muon_iterations, weight_dimension_numbers=numbers)
+    beta = config.muon_momentum
+    numbers = contrib.MuonDimensionNumbers()
+    corrected = contrib.scale_by_muon(
+        beta=beta, ns_steps=config.muon_iterations, weight_dimension_numbers=numbers
+    )
     if config.muon_bias_correction:
         return corrected
     # Without momentum optax's Muon is the orthogonalisation alone.
@@ -269,7 +330,9 @@ def _muon(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def _scale_by_aspect_ratio() -> optax.GradientTransformation:
-    """Times sqrt(max(1, outputs / inputs)) of a weight [inputs, outputs]: equal changes of the output at every width."""
+    """Times sqrt(max(1, outputs / inputs)) of a weight [inputs, outputs]: equal changes of the output at
+    every width.
+    """
 
     def scale(update: Any, _: Any) -> Array:
         inputs, outputs = update.shape
@@ -288,7 +351,8 @@ def _stacked(transform: optax.GradientTransformation, *, num_dims: int) -> optax
         return transform.update(_widen(updates), state, _widen(params))
 
     for _ in range(num_dims):
-        init, update = jax.vmap(init), jax.vmap(update)
+        init = jax.vmap(init)
+        update = jax.vmap(update)
     return optax.GradientTransformation(init, update)
 
 
@@ -301,7 +365,9 @@ def _each_parameter(transforms: Mapping[str, optax.GradientTransformation]) -> o
 
     def check(given: Mapping[str, Any]) -> None:
         if different := sorted(set(given) ^ set(transforms)):
-            raise ValueError(f"the optimizer was made for other parameters; given or missing: {', '.join(different[:5])}")
+            raise ValueError(
+                f"the optimizer was made for other parameters; given or missing: {', '.join(different[:5])}"
+            )
 
     def init(params: Any) -> Any:
         check(params)
@@ -309,7 +375,12 @@ def _each_parameter(transforms: Mapping[str, optax.GradientTransformation]) -> o
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         check(updates)
-        results = {path: transforms[path].update(gradient, state[path], params[path]) for path, gradient in updates.items()}
-        return {path: result[0] for path, result in results.items()}, {path: result[1] for path, result in results.items()}
+        results = {
+            path: transforms[path].update(gradient, state[path], params[path])
+            for path, gradient in updates.items()
+        }
+        return {path: result[0] for path, result in results.items()}, {
+            path: result[1] for path, result in results.items()
+        }
 
     return optax.GradientTransformation(init, update)

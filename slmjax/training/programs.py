@@ -1,4 +1,6 @@
-"""The compiled programs of an experiment: the train step, the evaluation step, and the shapes of the state."""
+"""The compiled programs of an experiment: the train step, the evaluation step, and the shapes of the
+state.
+"""
 
 import dataclasses
 import functools
@@ -28,7 +30,9 @@ CodeSums = Callable[[Mapping[str, Any]], dict[str, Any]]
 def teacher_plans(
     experiment: Experiment, student: ModelConfig, *, mesh: Mesh, tokenizer: Tokenizer | None = None
 ) -> tuple[TeacherPlan, ...]:
-    """The teachers of an experiment; none where nothing is learned from them. Raises ValueError for those that do not fit."""
+    """The teachers of an experiment; none where nothing is learned from them. Raises ValueError for those
+    that do not fit.
+    """
     distill = experiment.objective.distill
     if distill is None or distill.weight.is_zero:
         return ()
@@ -36,8 +40,13 @@ def teacher_plans(
     if distill.mesh is not None:
         own = make_mesh(distill.mesh, divided_devices(distill, jax.devices())[1])
     return plan_teachers(
-        distill, student, sequence_length=experiment.data.sequence_length, mesh=mesh, teacher_mesh=own, tokenizer=tokenizer
-    )  # fmt: skip
+        distill,
+        student,
+        sequence_length=experiment.data.sequence_length,
+        mesh=mesh,
+        teacher_mesh=own,
+        tokenizer=tokenizer,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,37 +63,60 @@ class Programs:
     easing: Easing | None = None
 
 
-def make_programs(experiment: Experiment, *, vocab_size: int, mesh: Mesh, step: int | None = None) -> Programs:
-    """What the settings come to with a tokenizer of this size, if the model has none of its own. Raises ValueError if they do not fit.
+def make_programs(
+    experiment: Experiment, *, vocab_size: int, mesh: Mesh, step: int | None = None
+) -> Programs:
+    """What the settings come to with a tokenizer of this size, if the model has none of its own. Raises
+    ValueError if they do not fit.
 
     Args:
       step: before which training step, where quantization has phases; None for the last of them.
     """
     check_rows(experiment, mesh)
     model = resolved_model(experiment, vocab_size=vocab_size)
-    definition, inference = define(model, step=step), define_for_inference(model, step=step)
-    quant, steps = experiment.quant, experiment.run.steps
+    definition = define(model, step=step)
+    inference = define_for_inference(model, step=step)
+    quant = experiment.quant
+    steps = experiment.run.steps
     easing = None if quant is None else easing_of(quant, first_step=model.quant[0].step, total_steps=steps)
     optimizer = make_optimizer(experiment.optim, definition.params, total_steps=steps)
-    with_ema, objective = experiment.optim.ema_decay is not None, experiment.objective
+    with_ema = experiment.optim.ema_decay is not None
+    objective = experiment.objective
     shapes = state_shapes(definition, optimizer, with_ema=with_ema, mesh=mesh, objective=objective)
     train_step = make_train_step(
-        definition, optimizer, objective=objective, optim=experiment.optim, shapes=shapes, total_steps=steps,
+        definition,
+        optimizer,
+        objective=objective,
+        optim=experiment.optim,
+        shapes=shapes,
+        total_steps=steps,
         easing=None if definition.phase is None else easing,
-    )  # fmt: skip
+    )
     matching = None if objective.distill is None else objective.distill.matching
     return Programs(
-        definition=definition, inference=inference, shapes=shapes, train_step=train_step,
-        eval_step=make_eval_step(inference, matching=matching, unrounded=experiment.eval.unrounded), easing=easing,
+        definition=definition,
+        inference=inference,
+        shapes=shapes,
+        train_step=train_step,
+        eval_step=make_eval_step(inference, matching=matching, unrounded=experiment.eval.unrounded),
+        easing=easing,
         flips=CodeFlips(definition.formats if experiment.run.log_flips else {}),
         code_sums=jax.jit(functools.partial(numeric_weights.code_sums, formats_of=definition.formats)),
-    )  # fmt: skip
+    )
 
 
 def resolved_model(experiment: Experiment, *, vocab_size: int) -> ModelConfig:
-    """The model of an experiment with a tokenizer of this size, and with the phases of its quantization at their steps."""
-    model, quant, steps = experiment.model, experiment.quant, experiment.run.steps
-    phases = () if quant is None else quant.timed(cooldown_step=cooldown_step(experiment.optim, total_steps=steps), total_steps=steps)
+    """The model of an experiment with a tokenizer of this size, and with the phases of its quantization at
+    their steps.
+    """
+    model = experiment.model
+    quant = experiment.quant
+    steps = experiment.run.steps
+    phases = (
+        ()
+        if quant is None
+        else quant.timed(cooldown_step=cooldown_step(experiment.optim, total_steps=steps), total_steps=steps)
+    )
     return dataclasses.replace(model, vocab_size=model.vocab_size or vocab_size, quant=phases)
 
 
@@ -94,9 +126,12 @@ def check_rows(experiment: Experiment, mesh: Mesh) -> None:
     parts = divisor * experiment.optim.accumulation_steps
     if experiment.data.batch_size % parts:
         raise ValueError(
-            f"data.batch_size={experiment.data.batch_size} must be a multiple of {parts}: rows are divided over "
+            f"data.batch_size={experiment.data.batch_size} must be a multiple of {parts}: rows are divided "
+            "over "
             f"{divisor} device(s) and {experiment.optim.accumulation_steps} accumulation step(s)"
         )
     rows = experiment.eval.batch_size
     if rows is not None and rows % divisor:
-        raise ValueError(f"eval.batch_size={rows} must be a multiple of {divisor}, the devices that rows are divided over")
+        raise ValueError(
+            f"eval.batch_size={rows} must be a multiple of {divisor}, the devices that rows are divided over"
+        )

@@ -41,10 +41,18 @@ def nano() -> Experiment:
 
 
 def shakespeare_char() -> Experiment:
-    """The well-known CPU setting of character models; `--data.path FILE` gives it the text it is named for."""
+    """The well-known CPU setting of character models; `--data.path FILE` gives it the text it is named
+    for.
+    """
     return Experiment(
         model=zoo.shakespeare_char(),
-        data=DataConfig(sequence_length=64, batch_size=12, split=Split.TAIL, heldout_fraction=0.1, packing=Packing.CONCATENATE),
+        data=DataConfig(
+            sequence_length=64,
+            batch_size=12,
+            split=Split.TAIL,
+            heldout_fraction=0.1,
+            packing=Packing.CONCATENATE,
+        ),
         tokenizer=CharTokenizer(),
         optim=OptimConfig(lr=1e-3, min_lr_ratio=0.1, warmup_steps=100, schedule=Schedule.COSINE),
         eval=EvalConfig(every=250, overlap=0, max_documents=None),
@@ -66,19 +74,24 @@ def load_experiment(name: str) -> Experiment:
     path = Path(name)
     if path.suffix != ".py":
         raise ValueError(
-            f"there is no built-in experiment {name!r}.{near_names(name, BUILT_IN)} Built in are {', '.join(BUILT_IN)}; "
+            f"there is no built-in experiment {name!r}.{near_names(name, BUILT_IN)} Built in are "
+            f"{', '.join(BUILT_IN)}; "
             "a file of your own ends in .py and has `def experiment() -> Experiment`"
         )
     build = getattr(run_file(path), "experiment", None)
     with _errors_named(path):
         found = build() if callable(build) else None
     if not isinstance(found, Experiment):
-        raise ValueError(f"{path} needs a function `def experiment() -> Experiment` that returns the experiment, and has none")
+        raise ValueError(
+            f"{path} needs a function `def experiment() -> Experiment` that returns the experiment, and has "
+            "none"
+        )
     return found
 
 
 def run_file(path: Path) -> ModuleType:
-    """The module that a file's code makes; listed among the imported ones, where dataclasses look up their annotations.
+    """The module that a file's code makes; listed among the imported ones, where dataclasses look up their
+    annotations.
 
     Raises:
       ValueError: there is no such file, or its code fails.

@@ -15,7 +15,8 @@ from slmjax.models.definition import Definition, Params
 from slmjax.parallel.rules import like_parameters, parameter_shardings, placed_shapes
 from slmjax.training.objective import CROSS_ENTROPY, ObjectiveConfig
 
-# Of the type in the comment, not checked: trees that jax makes of a TrainState hold shapes, shardings or nothing in its place.
+# Of the type in the comment, not checked: trees that jax makes of a TrainState hold shapes, shardings or
+# nothing in its place.
 ArrayLeaf = Any
 Tree = Any
 
@@ -32,15 +33,21 @@ class TrainState:
     objective: Tree  # dict[str, scalar]: what a divergence remembers from step to step
     rng: ArrayLeaf  # UInt32 "2": key data of the run's randomness; a step's key is folded from it
     step: ArrayLeaf  # Int32 "": steps taken, undone ones included
-    tokens: ArrayLeaf  # Int32 "2": scored targets trained on, those of undone steps left out: millions, and the rest
+    # Int32 "2": scored targets trained on, those of undone steps left out: millions, and the rest
+    tokens: ArrayLeaf
     skipped: ArrayLeaf  # Int32 "": steps undone, in all: not finite, or without a scored target
-    skipped_in_a_row: ArrayLeaf  # Int32 "": of those that are not finite; one without a target neither ends nor lengthens the row
+    # Int32 "": of those that are not finite; one without a target neither ends nor lengthens the row
+    skipped_in_a_row: ArrayLeaf
 
     def items(self) -> dict[str, Any]:
         """The state as a checkpoint stores it: `model` alone suffices to evaluate and sample."""
         names = ("rng", "step", "tokens", "skipped", "skipped_in_a_row")
         progress = {name: getattr(self, name) for name in names}
-        items = {"model": {"params": self.trainable, "buffers": self.frozen}, "optimizer": self.optimizer, "progress": progress}
+        items = {
+            "model": {"params": self.trainable, "buffers": self.frozen},
+            "optimizer": self.optimizer,
+            "progress": progress,
+        }
         optional = {"ema": self.ema, "objective": self.objective}
         return items | {name: tree for name, tree in optional.items() if tree}
 
@@ -49,9 +56,13 @@ class TrainState:
         """The inverse of `items`."""
         model = items["model"]
         return cls(
-            trainable=model["params"], frozen=model["buffers"], optimizer=items["optimizer"], ema=items.get("ema"),
-            objective=items.get("objective", {}), **items["progress"],
-        )  # fmt: skip
+            trainable=model["params"],
+            frozen=model["buffers"],
+            optimizer=items["optimizer"],
+            ema=items.get("ema"),
+            objective=items.get("objective", {}),
+            **items["progress"],
+        )
 
     @property
     def evaluated(self) -> Params:
@@ -96,16 +107,27 @@ def init_state(
 
 
 def _fresh(
-    definition: Definition, optimizer: optax.GradientTransformation, objective: ObjectiveConfig, with_ema: bool, rng: Array
+    definition: Definition,
+    optimizer: optax.GradientTransformation,
+    objective: ObjectiveConfig,
+    with_ema: bool,
+    rng: Array,
 ) -> TrainState:
     params, buffers = definition.init(jax.random.wrap_key_data(rng))
     # Distinct zeros: the state is donated, and one buffer must not be donated twice.
     zero = functools.partial(jnp.zeros, (), jnp.int32)
     return TrainState(
-        trainable=params, frozen=buffers, optimizer=optimizer.init(params), ema=jax.tree.map(jnp.copy, params) if with_ema else None,
+        trainable=params,
+        frozen=buffers,
+        optimizer=optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, params) if with_ema else None,
         objective={} if objective.distill is None else objective.distill.divergence.initial_state(),
-        rng=rng, step=zero(), tokens=jnp.zeros((2,), jnp.int32), skipped=zero(), skipped_in_a_row=zero(),
-    )  # fmt: skip
+        rng=rng,
+        step=zero(),
+        tokens=jnp.zeros((2,), jnp.int32),
+        skipped=zero(),
+        skipped_in_a_row=zero(),
+    )
 
 
 MILLION = 1_000_000

@@ -36,7 +36,8 @@ def read(source: Path, config: ModelConfig) -> dict[str, jax.Array]:
 @pytest.mark.parametrize("multiple", [1, 8, 50])
 def test_rows_of_padding_are_dropped_and_added(source: Path, multiple: int) -> None:
     config = dataclasses.replace(FREE, vocab_multiple=multiple)
-    own, found = load_model(source).params, read(source, config)
+    own = load_model(source).params
+    found = read(source, config)
     assert own.keys() == found.keys()
     for name, leaf in found.items():
         if name not in ("embed/table", "head/weight"):
@@ -51,7 +52,10 @@ def test_rows_that_take_part_in_the_softmax(source: Path, caplog: pytest.LogCapt
     with caplog.at_level(logging.INFO):
         read(source, dataclasses.replace(FREE, vocab_size=60, vocab_multiple=1))
     assert "1 rows of its tables stand for no token, and are left out" in caplog.text
-    with pytest.raises(ValueError, match=r"a vocabulary of 61 rows, and model.vocab_size is 64: .* Set model.vocab_size to 61"):
+    with pytest.raises(
+        ValueError,
+        match=r"a vocabulary of 61 rows, and model.vocab_size is 64: .* Set model.vocab_size to 61",
+    ):
         read(source, dataclasses.replace(FREE, vocab_size=64))
 
 

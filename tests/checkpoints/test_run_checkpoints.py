@@ -1,4 +1,6 @@
-"""Checkpoints: exact round trips to any grouping and mesh, and what happens to those that are damaged, missing or foreign."""
+"""Checkpoints: exact round trips to any grouping and mesh, and what happens to those that are damaged,
+missing or foreign.
+"""
 
 import dataclasses
 import functools
@@ -28,7 +30,9 @@ from slmjax.quantization.rules import QuantPhase, QuantRule
 
 BLOCK = BlockConfig(mixer=AttentionConfig(num_heads=2), ffn=None)
 MODEL = ModelConfig(embed_dim=8, stack=(Segment(pattern=(BLOCK,), repeats=3),), vocab_size=258)
-REGROUPED = dataclasses.replace(MODEL, stack=(Segment(pattern=(BLOCK,)), Segment(pattern=(BLOCK,), repeats=2)))
+REGROUPED = dataclasses.replace(
+    MODEL, stack=(Segment(pattern=(BLOCK,)), Segment(pattern=(BLOCK,), repeats=2))
+)
 
 
 @functools.cache
@@ -45,14 +49,18 @@ def state_shapes(model):
 
 def state_at(step, model=MODEL):
     draw = np.random.default_rng(step)
-    return jax.tree.map(lambda leaf: jnp.asarray(draw.normal(100, 30, leaf.shape), leaf.dtype), state_shapes(model))
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(draw.normal(100, 30, leaf.shape), leaf.dtype), state_shapes(model)
+    )
 
 
 def placed(shapes, shardings=None):
     """Shapes with the placement that `restore` wants; the first device unless told otherwise."""
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = jax.tree.map(lambda _: one, shapes) if shardings is None else shardings
-    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
+    )
 
 
 @pytest.fixture
@@ -92,10 +100,14 @@ def assert_equal_trees(actual, expected):
         np.testing.assert_array_equal(one, other)
 
 
-# Round trips ----------------------------------------------------------------------------------------------------------
+# Round trips ------------------------------------------------------------------------------------------------
 def test_the_newest_checkpoint_comes_back_bit_for_bit(saved, opened):
     checkpointer = opened(saved)
-    assert checkpointer.steps() == [1, 2, 3] and checkpointer.has(3, "optimizer") and not checkpointer.has(3, "ema")
+    assert (
+        checkpointer.steps() == [1, 2, 3]
+        and checkpointer.has(3, "optimizer")
+        and not checkpointer.has(3, "ema")
+    )
     step, items = checkpointer.restore(placed(state_shapes(MODEL)))
     assert step == 3
     assert_equal_trees(items, state_at(3))
@@ -118,7 +130,11 @@ def test_another_grouping_and_another_mesh_restore_the_same_layers(saved, opened
     assert step == 3
     query = items["model"]["params"]["segments/1/blocks/0/mixer/query/weight"]
     assert query.shape == (2, 8, 8) and query.addressable_shards[0].data.shape == (2, 2, 4)
-    assert items["optimizer"][0].mu["segments/1/blocks/0/mixer/query/weight"].sharding.is_equivalent_to(query.sharding, 3)
+    assert (
+        items["optimizer"][0]
+        .mu["segments/1/blocks/0/mixer/query/weight"]
+        .sharding.is_equivalent_to(query.sharding, 3)
+    )
     actual, expected = (unstack(model, tree) for model, tree in ((REGROUPED, items), (MODEL, state_at(3))))
     assert_equal_trees(actual, expected)
 
@@ -146,9 +162,11 @@ def test_a_step_may_overwrite_the_state_while_it_is_being_saved(tmp_path, opened
     assert_equal_trees(items["model"]["params"], jax.tree.map(jnp.asarray, expected))
 
 
-# Damage ---------------------------------------------------------------------------------------------------------------
+# Damage -----------------------------------------------------------------------------------------------------
 def largest_file(directory):
-    return max((file for file in directory.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    return max(
+        (file for file in directory.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size
+    )
 
 
 def flip_a_bit(step):
@@ -189,7 +207,10 @@ def break_the_manifest(step):
 
 DAMAGES = [flip_a_bit, cut_a_file_short, lose_a_file, empty_the_directory, copy_a_part, break_the_manifest]
 # Orbax drops its other reads when one fails, and Python says so when it collects them.
-UNVERIFIED = pytest.param(lose_data_and_manifest, marks=pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))
+UNVERIFIED = pytest.param(
+    lose_data_and_manifest,
+    marks=pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+)
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, UNVERIFIED], ids=lambda damage: damage.__name__)
@@ -236,13 +257,26 @@ def test_a_step_that_was_not_saved_names_those_that_were(saved, opened):
         opened(saved).restore(placed(state_shapes(MODEL)), step=7)
 
 
-# Foreign models -------------------------------------------------------------------------------------------------------
+# Foreign models ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocab_size": 300}, r"model params/embed/table is float32\[258, 8\] in the checkpoint and float32\[300, 8\] in the model"),
-        ({"stack": (Segment(pattern=(BLOCK,), repeats=4),)}, r"params/layers/3/mixer/key/weight is absent in the checkpoint"),
-        ({"stack": (Segment(pattern=(BLOCK,), repeats=2),)}, r"params/layers/2/mixer/key/weight is float32.* and absent in the model"),
+        (
+            {"vocab_size": 300},
+            (
+                r"model params/embed/table is float32\[258, 8\] in the checkpoint and float32\[300, 8\] in "
+                r"the "
+                r"model"
+            ),
+        ),
+        (
+            {"stack": (Segment(pattern=(BLOCK,), repeats=4),)},
+            r"params/layers/3/mixer/key/weight is absent in the checkpoint",
+        ),
+        (
+            {"stack": (Segment(pattern=(BLOCK,), repeats=2),)},
+            r"params/layers/2/mixer/key/weight is float32.* and absent in the model",
+        ),
     ],
     ids=["shape", "more layers", "fewer layers"],
 )
@@ -254,12 +288,16 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(change, message, saved
 
 
 def test_another_dtype_is_refused_rather_than_cast(saved, opened):
-    like = {"model": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), state_shapes(MODEL)["model"])}
+    like = {
+        "model": jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), state_shapes(MODEL)["model"]
+        )
+    }
     with pytest.raises(CheckpointError, match="is float32.* in the checkpoint and bfloat16"):
         opened(saved).restore(placed(like))
 
 
-# Saving ---------------------------------------------------------------------------------------------------------------
+# Saving -----------------------------------------------------------------------------------------------------
 def test_retention_keeps_the_newest_and_the_best(tmp_path, opened):
     checkpointer = opened(tmp_path, keep=2)
     for step in range(1, 6):
@@ -292,7 +330,9 @@ def test_a_save_that_fails_does_not_cost_the_best(tmp_path, opened, monkeypatch)
 
 
 @pytest.mark.parametrize("failing", ["save", "wait_until_finished"], ids=["at once", "in the background"])
-def test_a_failed_save_costs_neither_the_run_nor_older_checkpoints(failing, saved, opened, caplog, monkeypatch):
+def test_a_failed_save_costs_neither_the_run_nor_older_checkpoints(
+    failing, saved, opened, caplog, monkeypatch
+):
     checkpointer = opened(saved)
 
     def no_space(*_, **__):
@@ -302,7 +342,10 @@ def test_a_failed_save_costs_neither_the_run_nor_older_checkpoints(failing, save
         patched.setattr(checkpointer._orbax, failing, no_space)
         checkpointer.save(4, state_at(4))
         checkpointer.wait()
-    assert any(record.levelno == logging.ERROR and "checkpoint 4 was NOT saved" in record.message for record in caplog.records)
+    assert any(
+        record.levelno == logging.ERROR and "checkpoint 4 was NOT saved" in record.message
+        for record in caplog.records
+    )
     assert set(checkpointer.steps()) >= {1, 2, 3}
     checkpointer.save(5, state_at(5))
     step, items = checkpointer.restore(placed(state_shapes(MODEL)))
@@ -312,7 +355,8 @@ def test_a_failed_save_costs_neither_the_run_nor_older_checkpoints(failing, save
 
 
 def test_a_write_error_of_the_storage_is_a_failed_save(tmp_path, opened, caplog):
-    # The directory turns into a file under the checkpointer's feet: the write itself fails, not a stand-in for it.
+    # The directory turns into a file under the checkpointer's feet: the write itself fails, not a stand-in
+    # for it.
     directory = tmp_path / "checkpoints"
     directory.write_text("in the way")
     checkpointer = opened(directory)
@@ -331,7 +375,7 @@ def test_bad_settings_are_refused(settings):
         CheckpointConfig(**settings)
 
 
-# Loading --------------------------------------------------------------------------------------------------------------
+# Loading ----------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def saved_run(tmp_path_factory):
     """A run directory with two checkpoints that keep averaged weights."""
@@ -340,7 +384,9 @@ def saved_run(tmp_path_factory):
     ByteTokenizer().build([]).save(run / "tokenizer")
     checkpointer = Checkpointer(run / "checkpoints", model=MODEL, config=CheckpointConfig())
     for step in (1, 2):
-        checkpointer.save(step, {"model": state_at(step)["model"], "ema": state_at(10 + step)["model"]["params"]})
+        checkpointer.save(
+            step, {"model": state_at(step)["model"], "ema": state_at(10 + step)["model"]["params"]}
+        )
     checkpointer.close()
     return run
 
@@ -369,11 +415,15 @@ def test_load_model_falls_back_to_older_averaged_weights(run_directory, caplog):
 def test_load_model_replicates_over_the_current_mesh(run_directory):
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=2))):
         loaded = load_model(run_directory)
-    assert all(leaf.sharding.is_fully_replicated and len(leaf.devices()) == 8 for leaf in loaded.params.values())
+    assert all(
+        leaf.sharding.is_fully_replicated and len(leaf.devices()) == 8 for leaf in loaded.params.values()
+    )
 
 
 def test_load_model_errors_say_what_is_missing(run_directory, tmp_path):
-    with pytest.raises(ValueError, match="is neither a run directory nor an imported model: it has no model.json"):
+    with pytest.raises(
+        ValueError, match="is neither a run directory nor an imported model: it has no model.json"
+    ):
         load_model(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no checkpoint of step 9: it has 1, 2"):
         load_model(run_directory, step=9)
@@ -385,8 +435,11 @@ def test_load_model_errors_say_what_is_missing(run_directory, tmp_path):
 def test_learned_scales_of_an_older_version_are_read_as_the_positive_ones_that_they_were(tmp_path, opened):
     block = dataclasses.replace(BLOCK, mixer=AttentionConfig(num_heads=2, head_dim=32))
     rule = QuantRule(paths="query", weight=preset("q4_0"), estimator=LearnedScale())
-    model = dataclasses.replace(MODEL, embed_dim=32, stack=(Segment(pattern=(block,), repeats=2),), quant=(QuantPhase(rules=(rule,)),))
-    checkpointer, shapes = opened(tmp_path, model=model), define(model).params
+    model = dataclasses.replace(
+        MODEL, embed_dim=32, stack=(Segment(pattern=(block,), repeats=2),), quant=(QuantPhase(rules=(rule,)),)
+    )
+    checkpointer = opened(tmp_path, model=model)
+    shapes = define(model).params
     params = {path: jnp.full(leaf.shape, -2.0) for path, leaf in shapes.items()}
     sign = "segments/0/blocks/0/mixer/query/weight/sign"
     before = {path: leaf for path, leaf in params.items() if path != sign}

@@ -55,7 +55,8 @@ def test_a_loss_that_is_not_finite_is_never_the_best(loss, tmp_path, caplog):
     checkpointer.save(2, {"model": state_at(2)["model"]}, best_loss=loss)
     checkpointer.mark_best(2, loss)
     assert checkpointer.best() == (1, 2.0)
-    # As versions before this one left it: repaired from the log, in which the evaluations of lost checkpoints stand too.
+    # As versions before this one left it: repaired from the log, in which the evaluations of lost checkpoints
+    # stand too.
     losses = {1: 2.0, 2: math.nan, 7: 0.5}
     with Log(tmp_path / "log.jsonl") as log:
         for step, value in losses.items():
@@ -73,20 +74,34 @@ def test_a_loss_that_is_not_finite_is_never_the_best(loss, tmp_path, caplog):
 
 @pytest.mark.nightly
 def test_an_evaluation_that_is_not_finite_is_never_the_best(workplace, tmp_path, monkeypatch):
-    """Evaluations after steps 1 to 5 and at the end; the best checkpoint stays, also of a run that noted NaN as its best."""
+    """Evaluations after steps 1 to 5 and at the end; the best checkpoint stays, also of a run that noted NaN
+    as its best.
+    """
     losses = [2.0, math.nan, 3.0, math.inf, 2.5, math.nan]
 
     def evaluation(setup, state, max_documents):
-        value, batches = losses.pop(0), setup.heldout(max_documents)
+        value = losses.pop(0)
+        batches = setup.heldout(max_documents)
         return EvalResult(
-            loss=value, perplexity=value, bits_per_byte=value, calibration_error=0.0, tokens=batches.num_targets,
-            total_tokens=batches.num_tokens, bytes=1, documents=1, sequence_length=48, overlap=8, seconds=0.0,
-        )  # fmt: skip
+            loss=value,
+            perplexity=value,
+            bits_per_byte=value,
+            calibration_error=0.0,
+            tokens=batches.num_targets,
+            total_tokens=batches.num_tokens,
+            bytes=1,
+            documents=1,
+            sequence_length=48,
+            overlap=8,
+            seconds=0.0,
+        )
 
     monkeypatch.setattr(session.Setup, "evaluate", evaluation)
     experiment = one_layer(workplace, tmp_path, steps=6)
     experiment = dataclasses.replace(
-        experiment, eval=dataclasses.replace(experiment.eval, every=1), checkpoint=CheckpointConfig(every=4, keep=1)
+        experiment,
+        eval=dataclasses.replace(experiment.eval, every=1),
+        checkpoint=CheckpointConfig(every=4, keep=1),
     )
     result = slmjax.train(experiment, console=Console(file=io.StringIO()))
     directory = Path(result.run_dir) / "checkpoints"

@@ -1,4 +1,6 @@
-"""The commands as a user runs them. What only parses or refuses is called in this process; the rest runs in its own."""
+"""The commands as a user runs them. What only parses or refuses is called in this process; the rest runs in
+its own.
+"""
 
 import dataclasses
 import itertools
@@ -21,7 +23,9 @@ from slmjax.training.experiment import Experiment
 
 @pytest.fixture
 def refused(monkeypatch, capsys, workplace, tmp_path):
-    """`refused("train", "x.py")`: the message of a command that exits with 2 after one message, having written nothing."""
+    """`refused("train", "x.py")`: the message of a command that exits with 2 after one message, having
+    written nothing.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_bytes((workplace / "text.txt").read_bytes())
     (tmp_path / "tiny.py").write_bytes((workplace / "tiny.py").read_bytes())
@@ -46,7 +50,7 @@ def help_of(command, capsys):
     return capsys.readouterr().out
 
 
-# Help -----------------------------------------------------------------------------------------------------------------
+# Help -------------------------------------------------------------------------------------------------------
 @pytest.mark.smoke
 def test_help_takes_no_time(user_environment):
     program = "import sys; sys.argv = ['slmjax', '--help']; import runpy; runpy.run_module('slmjax', run_name='__main__')"
@@ -69,12 +73,16 @@ def test_an_unknown_command(refused):
     assert refused("trian").startswith("error: there is no command 'trian'. Did you mean 'train'?")
 
 
-@pytest.mark.parametrize("command", ["train", "train nano", "eval", "generate", "models", "data", "data prepare", "data inspect"])
+@pytest.mark.parametrize(
+    "command", ["train", "train nano", "eval", "generate", "models", "data", "data prepare", "data inspect"]
+)
 def test_every_option_has_help(command, capsys, monkeypatch):
     """An option's text is more than its type and its default."""
     monkeypatch.setenv("COLUMNS", "100")  # one column of options
     shown = help_of(command, capsys)
-    assert shown.count("--") >= 2 and not options_without_help(shown), f"{options_without_help(shown)}\n{shown}"
+    assert shown.count("--") >= 2 and not options_without_help(shown), (
+        f"{options_without_help(shown)}\n{shown}"
+    )
 
 
 def options_without_help(shown):
@@ -100,11 +108,21 @@ def test_an_option_without_help_would_be_noticed(capsys):
     assert options_without_help(capsys.readouterr().out) == ["--bare"]
 
 
-# Commands on a trained model ------------------------------------------------------------------------------------------
+# Commands on a trained model --------------------------------------------------------------------------------
 @pytest.mark.smoke
 def test_train_prints_json_alone(trained, workplace):
     result = json.loads(trained.stdout)
-    wanted = {"loss", "bits_per_byte", "tokens", "seconds", "tokens_per_second", "parameters", "step", "run_dir", "commit"}
+    wanted = {
+        "loss",
+        "bits_per_byte",
+        "tokens",
+        "seconds",
+        "tokens_per_second",
+        "parameters",
+        "step",
+        "run_dir",
+        "commit",
+    }
     assert wanted <= result.keys()
     run_dir = workplace / result["run_dir"]
     assert result == json.loads((run_dir / "result.json").read_text())
@@ -128,9 +146,15 @@ def test_eval_finds_what_training_found(trained, workplace, run_command):
 def test_eval_of_another_text(trained, workplace, run_command, tmp_path):
     (tmp_path / "other.txt").write_text("nothing like what it was trained on: 0123456789 " * 20)
     run_dir = workplace / json.loads(trained.stdout)["run_dir"]
-    done = run_command("eval", str(run_dir), "--data.path", "other.txt", "--step", "50", "--overlap", "16", cwd=tmp_path)
+    done = run_command(
+        "eval", str(run_dir), "--data.path", "other.txt", "--step", "50", "--overlap", "16", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
-    assert "step 50" in done.stdout and "961 tokens of 1 documents" in done.stdout and f"{48 * 20} bytes" in done.stdout
+    assert (
+        "step 50" in done.stdout
+        and "961 tokens of 1 documents" in done.stdout
+        and f"{48 * 20} bytes" in done.stdout
+    )
     assert re.search(r"bits per byte +│ +[\d.]+ ", done.stdout), done.stdout
 
 
@@ -148,7 +172,9 @@ def test_generate(trained, workplace, run_command):
 
 
 def test_train_from_a_model_with_other_settings(trained, workplace, run_command):
-    """It begins with that model's loss, and its directory says what was overridden; the last line names the directory."""
+    """It begins with that model's loss, and its directory says what was overridden; the last line names the
+    directory.
+    """
     result = json.loads(trained.stdout)
     # What is overridden is not compiled in: this takes a moment.
     overrides = ["--run.name", "more", "--data.seed", "5", "--eval.max-documents", "1", "--checkpoint.keep=1"]
@@ -158,16 +184,26 @@ def test_train_from_a_model_with_other_settings(trained, workplace, run_command)
     assert name == "run directory" and (workplace / directory / "result.json").is_file()
     assert "gzip -9" in done.stdout and "finished after step 60" in done.stdout
     experiment = loads(Experiment, (workplace / directory / "config.json").read_text())
-    changed = (experiment.run.name, experiment.data.seed, experiment.eval.max_documents, experiment.checkpoint.keep)
+    changed = (
+        experiment.run.name,
+        experiment.data.seed,
+        experiment.eval.max_documents,
+        experiment.checkpoint.keep,
+    )
     assert changed == ("more", 5, 1, 1) and experiment.data.sequence_length == 48
-    first, other = (read_log(workplace / path / "log.jsonl", kind="train")[0]["loss"] for path in (directory, result["run_dir"]))
+    first, other = (
+        read_log(workplace / path / "log.jsonl", kind="train")[0]["loss"]
+        for path in (directory, result["run_dir"])
+    )
     assert abs(first - result["loss"]) < 0.3 < other - result["loss"] - 1
 
 
-# Data and models ------------------------------------------------------------------------------------------------------
+# Data and models --------------------------------------------------------------------------------------------
 @pytest.fixture
 def printed(monkeypatch, capsys, workplace):
-    """`printed("models")`: the standard output of a command called in this process, where text.txt and tiny.py are."""
+    """`printed("models")`: the standard output of a command called in this process, where text.txt and
+    tiny.py are.
+    """
     monkeypatch.chdir(workplace)
 
     def run(*arguments):
@@ -199,15 +235,22 @@ def test_data_for_people(printed):
 def test_models(printed):
     models = json.loads(printed("models", "--json"))
     wanted = {
-        "parameters", "active_parameters", "embedding_parameters", "training_flops_per_token", "bytes_bf16", "cache_bytes_per_token"
-    }  # fmt: skip
-    assert {"nano", "shakespeare_char"} <= models.keys() and all(wanted <= model.keys() for model in models.values())
+        "parameters",
+        "active_parameters",
+        "embedding_parameters",
+        "training_flops_per_token",
+        "bytes_bf16",
+        "cache_bytes_per_token",
+    }
+    assert {"nano", "shakespeare_char"} <= models.keys() and all(
+        wanted <= model.keys() for model in models.values()
+    )
     lines = {line.split()[0]: line for line in printed("models").splitlines() if line}
     for name, model in models.items():
         assert f" {model['parameters']:,} " in lines[name]
 
 
-# What is refused ------------------------------------------------------------------------------------------------------
+# What is refused --------------------------------------------------------------------------------------------
 def test_an_experiment_that_is_not_there(refused):
     assert "no built-in experiment 'nanoo'. Did you mean 'nano'?" in refused("train", "nanoo")
     assert "there is no Python file tinny.py. Did you mean 'tiny.py'?" in refused("train", "tinny.py")
@@ -218,9 +261,15 @@ def test_an_experiment_that_is_not_there(refused):
     [
         ("x = 1", "needs a function `def experiment() -> Experiment`"),
         ("def experiment():\n    return 7", "needs a function `def experiment() -> Experiment`"),
-        ("import slmjax\n\ndef experiment():\n    return slmjax.load_experiment('nan')", "wrong.py, line 4: ValueError: there is no"),
+        (
+            "import slmjax\n\ndef experiment():\n    return slmjax.load_experiment('nan')",
+            "wrong.py, line 4: ValueError: there is no",
+        ),
         ("def experiment(:", "wrong.py: SyntaxError"),
-        ("from slmjax.training.optim import OptimConfig\nOptimConfig(learning_rate=1)", "wrong.py, line 2: TypeError"),
+        (
+            "from slmjax.training.optim import OptimConfig\nOptimConfig(learning_rate=1)",
+            "wrong.py, line 2: TypeError",
+        ),
     ],
     ids=["none", "other", "error", "syntax", "field"],
 )
@@ -247,12 +296,18 @@ def test_an_unknown_option(refused):
         (["--mesh.tensor", "3"], "does not fit the 8 device(s) here"),
         (["--mesh.fsdp", "16"], "does not fit the 8 device(s) here"),
         (["--data.batch-size", "12"], "data.batch_size=12 must be a multiple of 8"),
-        (["--optim.accumulation-steps", "3"], "data.batch_size=8 must be a multiple of optim.accumulation_steps=3"),
+        (
+            ["--optim.accumulation-steps", "3"],
+            "data.batch_size=8 must be a multiple of optim.accumulation_steps=3",
+        ),
         (["--eval.batch-size", "4"], "eval.batch_size=4 must be a multiple of 8"),
         (["--model.vocab-size", "100"], "model.vocab_size=100 is smaller than the tokenizer's 258"),
         (["--data.path", "nowhere.txt"], "nowhere.txt"),
         (["--optim.warmup-steps", "60"], "optim.warmup_steps is 60"),
-        (["--run.sample.max-tokens", "100"], "run.sample: a prompt of 5 tokens (BOS included) and max_tokens=100 are more than"),
+        (
+            ["--run.sample.max-tokens", "100"],
+            "run.sample: a prompt of 5 tokens (BOS included) and max_tokens=100 are more than",
+        ),
         (["--init-from", "nowhere"], "nowhere"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -270,7 +325,9 @@ def test_resume_of_what_is_no_run(refused):
 def test_a_model_that_is_not_there(refused):
     assert "RUN_DIR" in refused("eval") and "RUN_DIR" in refused("generate")
     assert "nowhere is neither a run directory nor an imported model" in refused("eval", "nowhere")
-    assert "nowhere is neither a run directory nor an imported model" in refused("generate", "nowhere", "--prompt", "x")
+    assert "nowhere is neither a run directory nor an imported model" in refused(
+        "generate", "nowhere", "--prompt", "x"
+    )
     assert "say `slmjax data prepare` or `slmjax data inspect`" in refused("data", "prepar")
 
 
@@ -281,7 +338,16 @@ def test_a_step_that_is_not_there_and_a_prompt_that_is_too_long(refused, trained
 
 
 def test_a_refusal_in_a_process_of_its_own(run_command, tmp_path):
-    done = run_command("train", "--optim.warmup-steps", "1000", "--run.steps", "10", "--data.path", str(Path(__file__)), cwd=tmp_path)
+    done = run_command(
+        "train",
+        "--optim.warmup-steps",
+        "1000",
+        "--run.steps",
+        "10",
+        "--data.path",
+        str(Path(__file__)),
+        cwd=tmp_path,
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[0].startswith("error: optim.warmup_steps is 1000"), done.stderr
     assert list(tmp_path.iterdir()) == []

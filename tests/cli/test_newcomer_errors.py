@@ -1,4 +1,6 @@
-"""The mistakes that people make first: each ends in one message, which names the value and the way out, and loses nothing."""
+"""The mistakes that people make first: each ends in one message, which names the value and the way out, and
+loses nothing.
+"""
 
 import dataclasses
 import json
@@ -19,7 +21,9 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
-    """`refused("train", "tiny.py")`: what is said of these words, in a directory with tiny.py and text.txt."""
+    """`refused("train", "tiny.py")`: what is said of these words, in a directory with tiny.py and
+    text.txt.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "text.txt").write_text(TEXT)
@@ -40,7 +44,11 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file() and "__pycache__" not in str(path)}
+    return {
+        str(path): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file() and "__pycache__" not in str(path)
+    }
 
 
 @pytest.fixture
@@ -54,36 +62,71 @@ def run_dir(trained, workplace: Path, tmp_path: Path) -> Path:
 
 GROUPS = "from slmjax.models.mixers.attention import AttentionConfig\nAttentionConfig(num_heads=4, num_kv_heads=3)\n"
 
-# The words after `slmjax`, a file made before (name, content), and parts of the message: what is wrong, and what to do.
+# The words after `slmjax`, a file made before (name, content), and parts of the message: what is wrong, and
+# what to do.
 MISTAKES: dict[str, tuple[str, tuple[str, bytes] | None, tuple[str, ...]]] = {
     "command": ("trian", None, ("'trian'", "Did you mean 'train'")),
     "no run named": ("eval", None, ("RUN_DIR", "slmjax eval --help")),
     "experiment name": ("train nanoo", None, ("'nanoo'", "Did you mean 'nano'", "ends in .py")),
     "experiment file": ("train tyni.py", None, ("tyni.py", "Did you mean 'tiny.py'")),
-    "file without experiment": ("train empty.py", ("empty.py", b"x = 1\n"), ("empty.py", "def experiment() -> Experiment")),
-    "error in the file": ("train wrong.py", ("wrong.py", b"import slmjax\n\nx = 1 / 0\n"), ("wrong.py, line 3", "division by zero")),
-    "groups that do not divide": ("train groups.py", ("groups.py", GROUPS.encode()), ("num_kv_heads", "3", "4")),
+    "file without experiment": (
+        "train empty.py",
+        ("empty.py", b"x = 1\n"),
+        ("empty.py", "def experiment() -> Experiment"),
+    ),
+    "error in the file": (
+        "train wrong.py",
+        ("wrong.py", b"import slmjax\n\nx = 1 / 0\n"),
+        ("wrong.py, line 3", "division by zero"),
+    ),
+    "groups that do not divide": (
+        "train groups.py",
+        ("groups.py", GROUPS.encode()),
+        ("num_kv_heads", "3", "4"),
+    ),
     "field": ("train tiny.py --optim.lrr 1e-3", None, ("--optim.lrr", "--optim.lr")),
     "type": ("train tiny.py --optim.lr fast", None, ("optim.lr", "'fast'")),
     "choice": ("train tiny.py --model.precision bf16", None, ("bf16", "bfloat16")),
-    "heads that do not divide": ("train tiny.py --model.embed-dim 30", None, ("embed_dim=30", "num_heads=4", "head_dim")),
-    "rows longer than the context": ("train tiny.py --data.sequence-length 128", None, ("128", "context_length=64", "shorten")),
+    "heads that do not divide": (
+        "train tiny.py --model.embed-dim 30",
+        None,
+        ("embed_dim=30", "num_heads=4", "head_dim"),
+    ),
+    "rows longer than the context": (
+        "train tiny.py --data.sequence-length 128",
+        None,
+        ("128", "context_length=64", "shorten"),
+    ),
     "vocabulary": ("train tiny.py --model.vocab-size 100", None, ("vocab_size=100", "258", "raise it")),
     "tokenizer": ("train nano --data.path text.txt --tokenizer.vocab-size 100", None, ("100", "vocab_size")),
     "mesh too large": ("train tiny.py --mesh.fsdp 16", None, ("16", "8 device")),
     "mesh and rows": ("train tiny.py --data.batch-size 12", None, ("batch_size=12", "multiple of 8")),
-    "accumulation": ("train tiny.py --optim.accumulation-steps 3", None, ("accumulation_steps=3", "multiple")),
+    "accumulation": (
+        "train tiny.py --optim.accumulation-steps 3",
+        None,
+        ("accumulation_steps=3", "multiple"),
+    ),
     "steps": ("train tiny.py --run.steps -5", None, ("run.steps", "at least 1", "-5")),
     "warm-up": ("train tiny.py --optim.warmup-steps 60", None, ("warmup_steps is 60", "60 step", "below")),
     "learning rate": ("train tiny.py --optim.lr 0", None, ("optim.lr is 0", "greater than 0")),
     "share": ("train tiny.py --data.heldout-fraction 5", None, ("heldout_fraction is 5", "between 0 and 1")),
     "no text": ("train tiny.py --data.path nowhere.txt", None, ("nowhere.txt",)),
     "empty text": ("train tiny.py --data.path empty.txt", ("empty.txt", b""), ("empty",)),
-    "text in another encoding": ("train tiny.py --data.path latin.txt", ("latin.txt", "é".encode("latin-1") * 500), ("latin.txt", "UTF-8")),
-    "text too short": (
-        "train tiny.py --data.path short.txt --data.split documents", ("short.txt", b"short"), ("heldout", "--data.split tail")
+    "text in another encoding": (
+        "train tiny.py --data.path latin.txt",
+        ("latin.txt", "é".encode("latin-1") * 500),
+        ("latin.txt", "UTF-8"),
     ),
-    "field of a record": ("train tiny.py --data.path a.jsonl", ("a.jsonl", b'{"body": "x"}\n'), ("'text'", "body")),
+    "text too short": (
+        "train tiny.py --data.path short.txt --data.split documents",
+        ("short.txt", b"short"),
+        ("heldout", "--data.split tail"),
+    ),
+    "field of a record": (
+        "train tiny.py --data.path a.jsonl",
+        ("a.jsonl", b'{"body": "x"}\n'),
+        ("'text'", "body"),
+    ),
     "what to resume": ("train --resume nowhere", None, ("nowhere", "not a run directory")),
     "what to start from": ("train --init-from nowhere", None, ("nowhere", "not a run directory")),
     "what to evaluate": ("eval nowhere", None, ("nowhere", "model.json", "slmjax train")),
@@ -91,9 +134,13 @@ MISTAKES: dict[str, tuple[str, tuple[str, bytes] | None, tuple[str, ...]]] = {
     "what to report": ("report nowhere", None, ("nowhere", "slmjax runs")),
     "what to compare": ("compare nowhere", None, ("two runs or more", "slmjax runs")),
     "where runs are": ("runs nowhere", None, ("nowhere", "slmjax train")),
-    "a file for runs": ("train tiny.py --run.directory text.txt", None, ("text.txt is a file", "--run.directory")),
+    "a file for runs": (
+        "train tiny.py --run.directory text.txt",
+        None,
+        ("text.txt is a file", "--run.directory"),
+    ),
     "probability": ("generate tiny --top-p 1.5", None, ("top_p", "1.5")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -105,13 +152,16 @@ def test_a_mistake_is_named_with_the_way_out(refused: Refused, tmp_path: Path, n
     assert all(part in said for part in expected), said
 
 
-# Mistakes with a run --------------------------------------------------------------------------------------------------
+# Mistakes with a run ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         ("train --resume {run}", ("at step 60 of 60 already", "--run.steps")),
         ("train --resume {run} --run.steps 70 --model.embed-dim 64", ("another model", "--init-from")),
-        ("train --resume {run} --run.steps 70 --optim.kind lion", ("adamw", "optim.kind=lion", "--init-from")),
+        (
+            "train --resume {run} --run.steps 70 --optim.kind lion",
+            ("adamw", "optim.kind=lion", "--init-from"),
+        ),
         ("train --resume {run} --run.steps 70 --optim.ema-decay None", ("averaged weights", "0.9")),
         ("train tiny.py --resume {run}", ("leave out tiny.py",)),
         ("eval {run} --step 7", ("no checkpoint of step 7", "it has")),
@@ -137,13 +187,15 @@ def test_damaged_files_are_named(refused: Refused, run_dir: Path, capsys: pytest
     for path in (run_dir / "checkpoints").rglob("*"):
         if path.is_file():
             path.write_bytes(b"not what it was")
-    with pytest.raises(SystemExit) as stopped:  # damaged checkpoints are renamed, so that none is mistaken for a good one
+    with pytest.raises(
+        SystemExit
+    ) as stopped:  # damaged checkpoints are renamed, so that none is mistaken for a good one
         main(["generate", str(run_dir), "hello"])
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and "checkpoint" in said and str(run_dir) in said
 
 
-# What the machine lacks -----------------------------------------------------------------------------------------------
+# What the machine lacks -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("module", "words", "extra"),
     [
@@ -157,7 +209,13 @@ def test_damaged_files_are_named(refused: Refused, run_dir: Path, capsys: pytest
     ],
 )
 def test_a_missing_extra_is_named(
-    refused: Refused, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, words: str, extra: str
+    refused: Refused,
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: str,
+    words: str,
+    extra: str,
 ) -> None:
     from slmjax.telemetry.report.charts import drawing_code
 
@@ -180,14 +238,19 @@ def experiment():
     assert f"pip install 'slmjax[{extra}]'" in said, said
 
 
-@pytest.mark.parametrize("error", [RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."), MemoryError()]
+)
 def test_too_little_memory(refused: Refused, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(trainer, "train", fail)
     said = refused("train", "tiny.py")
-    assert all(part in said for part in ("out of memory", "--optim.accumulation-steps", "--model.remat full", "--data.batch-size"))
+    assert all(
+        part in said
+        for part in ("out of memory", "--optim.accumulation-steps", "--model.remat full", "--data.batch-size")
+    )
 
 
 def test_a_full_disk(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,18 +280,35 @@ def test_ctrl_c_before_anything(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert stopped.value.code == 130 and "Traceback" not in capsys.readouterr().err
 
 
-def test_the_experiment_may_stand_anywhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_experiment_may_stand_anywhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = []
 
     def keep(experiment: object, **_: object) -> trainer.Result:
         found.append(experiment)
         fields: dict = dict.fromkeys((field.name for field in dataclasses.fields(trainer.Result)), 0)
-        return trainer.Result(**fields | {"status": "finished", "compressors": {}, "samples": [], "run_dir": "x", "seconds_by_category": {},
-                                          "best_loss": None, "best_step": None, "commit": None,
-                                          "measured_on": "held-out text"})  # fmt: skip
+        return trainer.Result(
+            **fields
+            | {
+                "status": "finished",
+                "compressors": {},
+                "samples": [],
+                "run_dir": "x",
+                "seconds_by_category": {},
+                "best_loss": None,
+                "best_step": None,
+                "commit": None,
+                "measured_on": "held-out text",
+            }
+        )
 
     monkeypatch.setattr(trainer, "train", keep)
-    for words in ("shakespeare_char --optim.lr 0.5", "--optim.lr 0.5 shakespeare_char", "--optim.lr=0.5 --json shakespeare_char"):
+    for words in (
+        "shakespeare_char --optim.lr 0.5",
+        "--optim.lr 0.5 shakespeare_char",
+        "--optim.lr=0.5 --json shakespeare_char",
+    ):
         with pytest.raises(SystemExit) as stopped:
             main(["train", *words.split()])
         assert stopped.value.code == 0, capsys.readouterr().err

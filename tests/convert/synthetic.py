@@ -1,4 +1,6 @@
-"""Weights that any program can make again from the names of tensors alone, so that a golden file need not hold them."""
+"""Weights that any program can make again from the names of tensors alone, so that a golden file need not
+hold them.
+"""
 
 import json
 import zlib
@@ -9,7 +11,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-NUM_TOKENS, VOCAB_SIZE = 20, 47
+NUM_TOKENS = 20
+VOCAB_SIZE = 47
 
 
 def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -29,4 +32,6 @@ def write_model(directory: Path, config: Mapping[str, Any], shapes: Mapping[str,
     """A Hugging Face directory with these names and shapes."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
-    save_file({name: values(name, tuple(shape)) for name, shape in shapes.items()}, directory / "model.safetensors")
+    save_file(
+        {name: values(name, tuple(shape)) for name, shape in shapes.items()}, directory / "model.safetensors"
+    )

@@ -1,4 +1,6 @@
-"""Corners of models from elsewhere: keys left out, files that contradict each other, numbers and ids that do not fit, licences."""
+"""Corners of models from elsewhere: keys left out, files that contradict each other, numbers and ids that do
+not fit, licences.
+"""
 
 import json
 from pathlib import Path
@@ -22,7 +24,9 @@ from tests.convert.test_families import read_golden, tiny_tokenizer
 
 
 def read_without(case: str, *names: str, **values: Any) -> Any:
-    config = {name: value for name, value in (read_golden(case)["config"] | values).items() if name not in names}
+    config = {
+        name: value for name, value in (read_golden(case)["config"] | values).items() if name not in names
+    }
     family = next(family for family in HF_FAMILIES if family.architecture == config["architectures"][0])
     return read_settings(family, config, where=case)
 
@@ -55,16 +59,24 @@ def test_damaged_settings_name_the_file(values: dict[str, Any], message: str) ->
 
 
 def test_which_file_a_tensor_is_read_from(tmp_path: Path) -> None:
-    """As transformers chooses: model.safetensors before an index, and from an index what it says of each name."""
-    one, other = ({"a": np.full((2,), value, np.float32), "b": np.full((2,), value, np.float32)} for value in (1.0, 2.0))
+    """As transformers chooses: model.safetensors before an index, and from an index what it says of each
+    name.
+    """
+    one, other = (
+        {"a": np.full((2,), value, np.float32), "b": np.full((2,), value, np.float32)} for value in (1.0, 2.0)
+    )
     save_file(one, tmp_path / "first.safetensors")
     save_file(other, tmp_path / "second.safetensors")
     with pytest.raises(ValueError, match=r"a is in first.safetensors and in second.safetensors: delete"):
         safetensors_files.TensorFiles(tmp_path)
-    (tmp_path / safetensors_files.INDEX).write_text(json.dumps({"weight_map": {"a": "first.safetensors", "b": "second.safetensors"}}))
+    (tmp_path / safetensors_files.INDEX).write_text(
+        json.dumps({"weight_map": {"a": "first.safetensors", "b": "second.safetensors"}})
+    )
     tensors = safetensors_files.TensorFiles(tmp_path)
     assert (tensors.read("a")[0], tensors.read("b")[0], tensors.names) == (1.0, 2.0, ["a", "b"])
-    (tmp_path / safetensors_files.INDEX).write_text(json.dumps({"weight_map": {"a": "first.safetensors", "c": "second.safetensors"}}))
+    (tmp_path / safetensors_files.INDEX).write_text(
+        json.dumps({"weight_map": {"a": "first.safetensors", "c": "second.safetensors"}})
+    )
     with pytest.raises(ValueError, match=r"second.safetensors has no c"):
         safetensors_files.TensorFiles(tmp_path)
     save_file({"a": np.full((2,), 3.0, np.float32)}, tmp_path / "model.safetensors")
@@ -75,9 +87,14 @@ def test_numbers_too_large_for_float16_are_named(tmp_path: Path) -> None:
     golden = read_golden("llama_tied")
     write_model(tmp_path / "theirs", golden["config"], golden["shapes"])
     tensors = load_file(tmp_path / "theirs" / "model.safetensors")
-    save_file(tensors | {"model.norm.weight": np.full((24,), 1e6, np.float32)}, tmp_path / "theirs" / "model.safetensors")
+    save_file(
+        tensors | {"model.norm.weight": np.full((24,), 1e6, np.float32)},
+        tmp_path / "theirs" / "model.safetensors",
+    )
     import_model(tmp_path / "theirs", tmp_path / "ours", tokenizer=tiny_tokenizer(tmp_path))
-    with pytest.raises(ValueError, match=r"model.norm.weight has numbers above 65504, the largest of float16"):
+    with pytest.raises(
+        ValueError, match=r"model.norm.weight has numbers above 65504, the largest of float16"
+    ):
         export_model(tmp_path / "ours", tmp_path / "out", to=Target.HF, dtype=WeightType.F16)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out-*"))
     export_model(tmp_path / "ours", tmp_path / "out", to=Target.HF, dtype=WeightType.BF16)
@@ -86,12 +103,18 @@ def test_numbers_too_large_for_float16_are_named(tmp_path: Path) -> None:
 
 def with_vocabulary(directory: Path, num_rows: int) -> None:
     golden = read_golden("llama_tied")
-    shapes = {name: [num_rows if size == 47 else size for size in shape] for name, shape in golden["shapes"].items()}
-    write_model(directory, golden["config"] | {"vocab_size": num_rows, "eos_token_id": [1, num_rows - 1]}, shapes)
+    shapes = {
+        name: [num_rows if size == 47 else size for size in shape] for name, shape in golden["shapes"].items()
+    }
+    write_model(
+        directory, golden["config"] | {"vocab_size": num_rows, "eos_token_id": [1, num_rows - 1]}, shapes
+    )
 
 
 def test_every_end_of_a_turn_is_kept_and_tokens_without_rows_are_not(tmp_path: Path) -> None:
-    words = ByteTokenizer().build(()).add_tokens(["<turn>"], special=False).add_tokens(["<image>"], special=True)
+    words = (
+        ByteTokenizer().build(()).add_tokens(["<turn>"], special=False).add_tokens(["<image>"], special=True)
+    )
     with_vocabulary(tmp_path / "theirs", words.vocab_size - 1)  # no row for <image>
     words.save(tmp_path / "theirs")
     written = import_model(tmp_path / "theirs", tmp_path / "ours")
@@ -113,11 +136,15 @@ def _saved(words: Any, directory: Path) -> Path:
 def test_added_tokens_begin_as_the_mean_and_padding_is_never_a_token(tmp_path: Path) -> None:
     with_vocabulary(tmp_path / "theirs", 262)  # four rows more than there are bytes and ends
     import_model(
-        tmp_path / "theirs", tmp_path / "ours", tokenizer=_saved(ByteTokenizer().build(()), tmp_path / "bytes"),
-        add_tokens=[f"<tool{i}>" for i in range(6)], vocab_multiple=128,
-    )  # fmt: skip
+        tmp_path / "theirs",
+        tmp_path / "ours",
+        tokenizer=_saved(ByteTokenizer().build(()), tmp_path / "bytes"),
+        add_tokens=[f"<tool{i}>" for i in range(6)],
+        vocab_multiple=128,
+    )
     loaded = slmjax.load_model(tmp_path / "ours")
-    table, before = loaded.params["embed/table"], safetensors_files.TensorFiles(tmp_path / "theirs").read("model.embed_tokens.weight")
+    table = loaded.params["embed/table"]
+    before = safetensors_files.TensorFiles(tmp_path / "theirs").read("model.embed_tokens.weight")
     assert table.shape[0] == 384 and loaded.config.known_vocab_size == loaded.tokenizer.vocab_size == 264
     np.testing.assert_array_equal(table[:258], before[:258])
     np.testing.assert_allclose(table[258:264], np.tile(before[:258].mean(0), (6, 1)), atol=1e-6)
@@ -138,15 +165,24 @@ def test_added_tokens_begin_as_the_mean_and_padding_is_never_a_token(tmp_path: P
 def test_the_licence_is_that_of_the_readmes_head(tmp_path: Path, head: str, expected: str | None) -> None:
     golden = read_golden("llama_tied")
     write_model(tmp_path / "theirs", golden["config"], golden["shapes"])
-    (tmp_path / "theirs" / "README.md").write_bytes(f"---\n{head}\n---\n# A model\nlicense: fooled\n".encode() + b"\xff")
+    (tmp_path / "theirs" / "README.md").write_bytes(
+        f"---\n{head}\n---\n# A model\nlicense: fooled\n".encode() + b"\xff"
+    )
     import_model(tmp_path / "theirs", tmp_path / "ours")
     assert read_origin(tmp_path / "ours")["license"] == expected
 
 
 def test_a_mobilellm_is_a_llama_by_another_name(tmp_path: Path) -> None:
     golden = read_golden("llama_tied")
-    config = golden["config"] | {"architectures": ["MobileLLMForCausalLM"], "share_embedding": True, "layer_sharing": False}
+    config = golden["config"] | {
+        "architectures": ["MobileLLMForCausalLM"],
+        "share_embedding": True,
+        "layer_sharing": False,
+    }
     write_model(tmp_path / "theirs", config, golden["shapes"])
     import_model(tmp_path / "theirs", tmp_path / "ours", tokenizer=tiny_tokenizer(tmp_path))
     assert export_model(tmp_path / "ours", tmp_path / "out", to=Target.HF).family == "LlamaForCausalLM"
-    assert hf_directory.open_directory(tmp_path / "out").config == hf_directory.open_directory(tmp_path / "theirs").config
+    assert (
+        hf_directory.open_directory(tmp_path / "out").config
+        == hf_directory.open_directory(tmp_path / "theirs").config
+    )

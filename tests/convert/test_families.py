@@ -1,4 +1,5 @@
-"""Every family against transformers: logits of whole sequences and of cached decoding, and nothing lost on the way in and out.
+"""Every family against transformers: logits of whole sequences and of cached decoding, and nothing lost on
+the way in and out.
 
 The values of transformers are golden files, made by `python -m tests.convert.make_golden`.
 """
@@ -39,14 +40,23 @@ def decoded_logits(loaded: slmjax.Loaded, ids: np.ndarray) -> np.ndarray:
     model = loaded.model
 
     @jax.jit
-    def step(params: Any, buffers: Any, token: jax.Array, position: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-        rows = {"segment_ids": jnp.ones_like(token), "positions": position, "max_lengths": jnp.array([ids.shape[1]])}
+    def step(
+        params: Any, buffers: Any, token: jax.Array, position: jax.Array, state: Any
+    ) -> tuple[jax.Array, Any]:
+        rows = {
+            "segment_ids": jnp.ones_like(token),
+            "positions": position,
+            "max_lengths": jnp.array([ids.shape[1]]),
+        }
         output = loaded.definition.merge(params, buffers)(token, **rows, state=state)
         return losses.logits(output.hidden, output.head)[0], output.state
 
-    rows, state = [], model.init_state(1, max_length=ids.shape[1])
+    rows = []
+    state = model.init_state(1, max_length=ids.shape[1])
     for place in (slice(i, i + 1) for i in range(ids.shape[1])):
-        row, state = step(loaded.params, loaded.buffers, ids[:, place], np.arange(ids.shape[1])[None, place], state)
+        row, state = step(
+            loaded.params, loaded.buffers, ids[:, place], np.arange(ids.shape[1])[None, place], state
+        )
         rows.append(row[:, : loaded.config.known_vocab_size])
     return np.concatenate(rows)
 
@@ -57,7 +67,8 @@ def test_logits_equal_those_of_transformers(case: str, tmp_path: Path) -> None:
     write_model(tmp_path / "theirs", golden["config"], golden["shapes"])
     import_model(tmp_path / "theirs", tmp_path / "ours")
     loaded = slmjax.load_model(tmp_path / "ours")
-    expected, ids = np.array(golden["logits"]), tokens(VOCAB_SIZE).astype(np.int32)
+    expected = np.array(golden["logits"])
+    ids = tokens(VOCAB_SIZE).astype(np.int32)
     assert np.std(expected) > 0.3, "logits that hardly differ would hide what is wrong"
     np.testing.assert_allclose(jax.jit(slmjax.logits)(loaded.model, ids)[0], expected, atol=2e-4)
     np.testing.assert_allclose(decoded_logits(loaded, ids), expected, atol=2e-4)
@@ -73,8 +84,13 @@ def test_nothing_is_lost_by_import_and_export(case: str, tmp_path: Path) -> None
     written = export_model(tmp_path / "ours", tmp_path / "back", to=Target.HF)
     assert written.family == OTHER_NAMES.get(case, golden["config"]["architectures"][0])
     assert canonical(hf_directory.open_directory(tmp_path / "back").config) == canonical(found.config)
-    before, after = safetensors_files.TensorFiles(tmp_path / "theirs"), safetensors_files.TensorFiles(tmp_path / "back")
-    names = {name.removeprefix("language_model."): name for name in before.names if not name.startswith(("vision_", "multi_"))}
+    before = safetensors_files.TensorFiles(tmp_path / "theirs")
+    after = safetensors_files.TensorFiles(tmp_path / "back")
+    names = {
+        name.removeprefix("language_model."): name
+        for name in before.names
+        if not name.startswith(("vision_", "multi_"))
+    }
     assert set(after.names) == set(names)
     for name in after.names:
         np.testing.assert_array_equal(after.read(name), before.read(names[name]), err_msg=name)
@@ -99,7 +115,8 @@ def test_export_in_half_precision_rounds_once(tmp_path: Path) -> None:
     write_model(tmp_path / "theirs", golden["config"], golden["shapes"])
     import_model(tmp_path / "theirs", tmp_path / "ours", tokenizer=tiny_tokenizer(tmp_path))
     export_model(tmp_path / "ours", tmp_path / "half", to=Target.HF, dtype=WeightType.BF16)
-    before, after = safetensors_files.TensorFiles(tmp_path / "theirs"), safetensors_files.TensorFiles(tmp_path / "half")
+    before = safetensors_files.TensorFiles(tmp_path / "theirs")
+    after = safetensors_files.TensorFiles(tmp_path / "half")
     for name in before.names:
         np.testing.assert_array_equal(after.read(name), before.read(name).astype(jnp.bfloat16))
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -110,8 +127,12 @@ RELEASED = json.loads((GOLDEN.parent / "released.json").read_text())
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_configurations_are_the_zoos_models(name: str) -> None:
-    """The files as they were released, older spellings and all, from memory: no key is refused, and each means what the zoo says."""
-    family = next(family for family in HF_FAMILIES if family.architecture == RELEASED[name]["architectures"][0])
+    """The files as they were released, older spellings and all, from memory: no key is refused, and each
+    means what the zoo says.
+    """
+    family = next(
+        family for family in HF_FAMILIES if family.architecture == RELEASED[name]["architectures"][0]
+    )
     found = read_settings(family, RELEASED[name], where=name)
     if name in zoo.ARCHITECTURES:
         assert differences(canonical(zoo.ARCHITECTURES[name]()), canonical(found)) == []

@@ -1,4 +1,6 @@
-"""Quantized parameters in GGUF: blocks hold the very codes and scales, wherever a family's rules move them."""
+"""Quantized parameters in GGUF: blocks hold the very codes and scales, wherever a family's rules move
+them.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -28,10 +30,14 @@ EXPECTED = {"q4_0": "Q4_0", "q8_0": "Q8_0", "tq2_0": "TQ2_0", "mxfp4": "MXFP4", 
 
 
 def rules(*pairs: tuple[str, str | None]) -> tuple[QuantRule, ...]:
-    return tuple(QuantRule(paths=paths, weight=None if name is None else preset(name)) for paths, name in pairs)
+    return tuple(
+        QuantRule(paths=paths, weight=None if name is None else preset(name)) for paths, name in pairs
+    )
 
 
-def exported(directory: Path, config: ModelConfig, *pairs: tuple[str, str | None], **options: Any) -> tuple[Path, GgufFile, Any]:
+def exported(
+    directory: Path, config: ModelConfig, *pairs: tuple[str, str | None], **options: Any
+) -> tuple[Path, GgufFile, Any]:
     """The quantized model's directory, the file made of it, and what `export_model` says of it."""
     source = write_untrained(directory / "source", config)
     quantize_model(source, directory / "quantized", rules=rules(*pairs))
@@ -52,10 +58,13 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_blocks_are_what_the_gguf_package_packs(tmp_path: Path, case: str) -> None:
-    """Rounding to nearest in a preset is GGUF's own quantizer, so that its bytes of the plain weights are ours of the codes."""
+    """Rounding to nearest in a preset is GGUF's own quantizer, so that its bytes of the plain weights are
+    ours of the codes.
+    """
     config, pairs, file_type = CASES[case]
     quantized, file, written = exported(tmp_path, config, *pairs)
-    plain, coded = open_own(tmp_path / "source"), open_own(quantized)
+    plain = open_own(tmp_path / "source")
+    coded = open_own(quantized)
     types = set()
     for one in bound_of(config):
         tensor = file.tensors[one.theirs[0]]
@@ -73,12 +82,20 @@ def test_blocks_are_what_the_gguf_package_packs(tmp_path: Path, case: str) -> No
         if kind.name != "MXFP4":  # whose zero has two codes
             np.testing.assert_array_equal(tensor.raw, theirs.reshape(-1), err_msg=tensor.name)
         decoded = one.rule.write([coded.read(name) for name in one.ours])[0]
-        np.testing.assert_array_equal(gguf.quants.dequantize(theirs, kind).reshape(decoded.shape), decoded, err_msg=tensor.name)
-    assert len(types) >= 2 and ("output.weight" in file.tensors) == (case == "llama"), "a tied table is one tensor"
-    assert file.metadata["general.file_type"] == file_type and file.metadata["general.quantization_version"] == 2
+        np.testing.assert_array_equal(
+            gguf.quants.dequantize(theirs, kind).reshape(decoded.shape), decoded, err_msg=tensor.name
+        )
+    assert len(types) >= 2 and ("output.weight" in file.tensors) == (case == "llama"), (
+        "a tied table is one tensor"
+    )
+    assert (
+        file.metadata["general.file_type"] == file_type and file.metadata["general.quantization_version"] == 2
+    )
     assert written.bytes == sum(tensor.raw.size for tensor in file.tensors.values())
     assert written.parameters == sum(int(np.prod(tensor.shape)) for tensor in file.tensors.values())
-    assert "codes and scales as they were trained" in written.notes[0] and all(name in written.notes[0] for name in types)
+    assert "codes and scales as they were trained" in written.notes[0] and all(
+        name in written.notes[0] for name in types
+    )
 
 
 def test_scales_of_rows_are_repeated_in_every_block(tmp_path: Path) -> None:
@@ -97,9 +114,14 @@ def test_scales_of_rows_are_repeated_in_every_block(tmp_path: Path) -> None:
 
 def test_decoded_numbers_where_they_are_asked_for(tmp_path: Path) -> None:
     quantized, file, written = exported(tmp_path, QWEN, (".", "q4_0"), dtype=WeightType.F32)
-    assert {tensor.type for tensor in file.tensors.values()} == {"F32"} and file.metadata["general.file_type"] == 0
+    assert {tensor.type for tensor in file.tensors.values()} == {"F32"} and file.metadata[
+        "general.file_type"
+    ] == 0
     assert "general.quantization_version" not in file.metadata
-    assert "8 quantized parameters are written as the float32 numbers that their codes stand for" in written.notes[0]
+    assert (
+        "8 quantized parameters are written as the float32 numbers that their codes stand for"
+        in written.notes[0]
+    )
     stored = ModelFiles(quantized)
     np.testing.assert_array_equal(file.tensors["token_embd.weight"].read(), stored.read("embed/table"))
 
@@ -111,11 +133,14 @@ def test_decoded_numbers_where_they_are_asked_for(tmp_path: Path) -> None:
         np.testing.assert_array_equal(back.read(name), stored.read(name))
 
 
-# Blocks that tensors made of several parameters need ----------------------------------------------------------------------------
+# Blocks that tensors made of several parameters need --------------------------------------------------------
 def phi_own(**names: str | None) -> tuple[Bound, Own]:
     """Queries, keys and values that Phi-3 joins, in formats of their own, and the rule that joins them."""
     shapes = {"query": (64, 32), "key": (64, 16), "value": (64, 16)}
-    arrays = {f"mixer/{name}/weight": np.random.default_rng(1).normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    arrays = {
+        f"mixer/{name}/weight": np.random.default_rng(1).normal(size=shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
     specs = {f"mixer/{name}/weight": preset(format) for name, format in names.items() if format is not None}
 
     def encoded(name: str) -> Encoded:
@@ -125,11 +150,22 @@ def phi_own(**names: str | None) -> tuple[Bound, Own]:
         return np.asarray(decode(encoded(name), specs[name], axis=-2))
 
     own = Own(
-        path=Path("."), config=QWEN, read=read, dtype=lambda _: np.dtype(np.float32), family=None, step=None, encoded=encoded,
+        path=Path("."),
+        config=QWEN,
+        read=read,
+        dtype=lambda _: np.dtype(np.float32),
+        family=None,
+        step=None,
+        encoded=encoded,
         formats={name: StoredFormat(spec=spec, axis=-2) for name, spec in specs.items()},
-    )  # fmt: skip
+    )
     rule = next(rule for rule in phi3.GGUF_LAYER if "mixer/query/weight" in rule.ours)
-    return Bound(rule=rule, ours=list(rule.ours), theirs=["attn_qkv.weight"], shapes=[arrays[name].shape for name in rule.ours]), own
+    return Bound(
+        rule=rule,
+        ours=list(rule.ours),
+        theirs=["attn_qkv.weight"],
+        shapes=[arrays[name].shape for name in rule.ours],
+    ), own
 
 
 def test_joined_parameters_share_the_blocks_that_hold_all() -> None:
@@ -147,7 +183,10 @@ def test_joined_parameters_share_the_blocks_that_hold_all() -> None:
             r"made of mixer/value/weight, in floating point, and mixer/query/weight, in codes",
         ),
         ({"query": "q4_0", "key": "mxfp4", "value": "q4_0"}, r"joins MXFP4 and Q4_0: give .* one format"),
-        ({"query": "nvfp4", "key": "nvfp4", "value": "nvfp4"}, r"mixer/query/weight goes into no block of GGUF: nvfp4 .*--dtype f32"),
+        (
+            {"query": "nvfp4", "key": "nvfp4", "value": "nvfp4"},
+            r"mixer/query/weight goes into no block of GGUF: nvfp4 .*--dtype f32",
+        ),
     ],
 )
 def test_what_no_blocks_hold_together_is_refused(names: dict[str, str | None], message: str) -> None:
@@ -158,7 +197,9 @@ def test_what_no_blocks_hold_together_is_refused(names: dict[str, str | None], m
 def test_scales_that_are_no_float16_are_refused_by_name(tmp_path: Path) -> None:
     source = write_untrained(tmp_path / "source", QWEN)
     quantize_model(source, tmp_path / "wide", rules=rules(("ffn/up", "w4a16_g32")))
-    with pytest.raises(ValueError, match=r"layers/0/ffn/up/weight does not go into Q4_0: .* no float16.*--dtype f32"):
+    with pytest.raises(
+        ValueError, match=r"layers/0/ffn/up/weight does not go into Q4_0: .* no float16.*--dtype f32"
+    ):
         export_model(tmp_path / "wide", tmp_path / "wide.gguf", to=Target.GGUF)
     assert not list(tmp_path.glob("wide.gguf*"))
 
@@ -169,10 +210,14 @@ def test_a_rule_that_computes_with_numbers_is_found_out() -> None:
     spec = preset("q4_0")
     encoded: Encoded = encode(jnp.asarray(weight), spec, axis=-2)
     own = dataclasses.replace(
-        phi_own()[1], read=lambda _: np.asarray(decode(encoded, spec, axis=-2)), encoded=lambda _: encoded,
+        phi_own()[1],
+        read=lambda _: np.asarray(decode(encoded, spec, axis=-2)),
+        encoded=lambda _: encoded,
         formats={"up": StoredFormat(spec=spec, axis=-2)},
-    )  # fmt: skip
-    moved = Rule(ours=("up",), theirs=("up",), read=lambda arrays, _: arrays, write=lambda arrays: [arrays[0].T])
+    )
+    moved = Rule(
+        ours=("up",), theirs=("up",), read=lambda arrays, _: arrays, write=lambda arrays: [arrays[0].T]
+    )
     one = Bound(rule=moved, ours=["up"], theirs=["ffn_up.weight"], shapes=[(64, 32)])
     assert blocks_of(one, own, "Q4_0").shape == (32, 36)
     centered = dataclasses.replace(moved, write=lambda arrays: [arrays[0].T + 1])
@@ -182,7 +227,11 @@ def test_a_rule_that_computes_with_numbers_is_found_out() -> None:
 
 def test_every_family_is_bound_to_tensors_one_by_one() -> None:
     """What `_pending` relies on: a rule of GGUF makes one tensor."""
-    assert all(len(one.theirs) == 1 for config in (LLAMA, QWEN, MOE) for one in bind(_family(config).table_of(config), config))
+    assert all(
+        len(one.theirs) == 1
+        for config in (LLAMA, QWEN, MOE)
+        for one in bind(_family(config).table_of(config), config)
+    )
 
 
 def _family(config: ModelConfig) -> Any:

@@ -1,4 +1,6 @@
-"""Every family in GGUF: llama.cpp computes from what we export what we compute, and what comes back is what went out."""
+"""Every family in GGUF: llama.cpp computes from what we export what we compute, and what comes back is what
+went out.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -74,44 +76,72 @@ def config_of(case: str) -> dict[str, Any]:
     """llama.cpp's server cuts what is longer than the context."""
     context = {} if case == "gpt2" else {"max_position_embeddings": 512}
     config = read_golden(case)["config"]
-    return config | context | {name: value for name, value in CHANGES[case].items() if name != "use_sliding_window" or name in config}
+    return (
+        config
+        | context
+        | {
+            name: value
+            for name, value in CHANGES[case].items()
+            if name != "use_sliding_window" or name in config
+        }
+    )
 
 
 def shapes_of(case: str, shapes: dict[str, Any]) -> dict[str, Any]:
     if case == "smollm3":
         return {name: shape for name, shape in shapes.items() if not name.endswith("bias")}
     if case == "qwen3_moe":  # all layers with experts, none with biases
-        kept = {name: shape for name, shape in shapes.items() if ".0.mlp." not in name and not name.endswith("bias")}
-        return kept | {name.replace(".1.mlp.", ".0.mlp."): shape for name, shape in shapes.items() if ".1.mlp." in name}
+        kept = {
+            name: shape
+            for name, shape in shapes.items()
+            if ".0.mlp." not in name and not name.endswith("bias")
+        }
+        return kept | {
+            name.replace(".1.mlp.", ".0.mlp."): shape for name, shape in shapes.items() if ".1.mlp." in name
+        }
     if CHANGES[case].get("head_dim") == 6:  # as wide together as the model
         return {name: [{32: 24, 16: 12}.get(size, size) for size in shape] for name, shape in shapes.items()}
     return shapes
 
 
 def log_probabilities(loaded: slmjax.Loaded, ids: list[int]) -> np.ndarray:
-    return np.asarray(jax.nn.log_softmax(jax.jit(slmjax.logits)(loaded.model, np.array([ids], np.int32))[0]), np.float64)
+    return np.asarray(
+        jax.nn.log_softmax(jax.jit(slmjax.logits)(loaded.model, np.array([ids], np.int32))[0]), np.float64
+    )
 
 
 def gelu_of_llama_cpp(x: jax.Array) -> jax.Array:
     """On CPU, llama.cpp looks GELU up in a table of float16: what goes in and what comes out is rounded."""
-    rounded = jax.nn.gelu(x.astype(jnp.float16).astype(jnp.float32), approximate=True).astype(jnp.float16).astype(x.dtype)
+    rounded = (
+        jax.nn.gelu(x.astype(jnp.float16).astype(jnp.float32), approximate=True)
+        .astype(jnp.float16)
+        .astype(x.dtype)
+    )
     return jnp.where(x <= -10, 0, jnp.where(x >= 10, x, rounded))
 
 
 @pytest.mark.parametrize("ours", cases(), indirect=True)
-def test_llama_cpp_computes_the_same_and_nothing_is_lost(ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llama_cpp_computes_the_same_and_nothing_is_lost(
+    ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     export_model(ours, tmp_path / "model.gguf", to=Target.GGUF)
     loaded = slmjax.load_model(ours)
     monkeypatch.setitem(ACTIVATIONS, Activation.GELU, gelu_of_llama_cpp)
     ids = loaded.tokenizer.prompt_ids(words())[: min(200, (loaded.config.learned_positions or 204) - 4)]
     found = llama_cpp.logprobs(tmp_path / "model.gguf", ids, vocab_size=VOCAB_SIZE)
-    # At a boundary between two entries of that table, a difference of the last bit becomes one of the table's.
-    has_table = any(getattr(block.ffn, "activation", None) is Activation.GELU for block in loaded.config.blocks())
+    # At a boundary between two entries of that table, a difference of the last bit becomes one of the
+    # table's.
+    has_table = any(
+        getattr(block.ffn, "activation", None) is Activation.GELU for block in loaded.config.blocks()
+    )
     np.testing.assert_allclose(found, log_probabilities(loaded, ids), atol=4e-3 if has_table else 1e-3)
 
     import_model(tmp_path / "model.gguf", tmp_path / "back")
     assert canonical(read_config(tmp_path / "back")) == canonical(loaded.config)
-    before, after = (safetensors_files.TensorFiles(path / safetensors_files.DIRECTORY) for path in (ours, tmp_path / "back"))
+    before, after = (
+        safetensors_files.TensorFiles(path / safetensors_files.DIRECTORY)
+        for path in (ours, tmp_path / "back")
+    )
     assert after.names == before.names
     is_centered = loaded.config.norm_kind is NormKind.CENTERED_RMS
     for name in before.names:  # of a scale that is stored whole, the difference from one is rounded
@@ -122,7 +152,9 @@ def test_llama_cpp_computes_the_same_and_nothing_is_lost(ours: Path, tmp_path: P
 
 
 def test_gemma_with_weights_as_they_are_at_first_equals_llama_cpp_as_it_is(tmp_path: Path) -> None:
-    """Without copying its table: what is rounded there is small beside what a model of usual weights computes."""
+    """Without copying its table: what is rounded there is small beside what a model of usual weights
+    computes.
+    """
     golden = read_golden("gemma3")
     write_model(tmp_path / "theirs", config_of("gemma3"), golden["shapes"])
 
@@ -149,7 +181,9 @@ def test_half_precision_is_read_by_both(ours: Path, tmp_path: Path, dtype: Weigh
     loaded = slmjax.load_model(tmp_path / "back")
     ids = loaded.tokenizer.prompt_ids(words())[:24]
     found = llama_cpp.logprobs(Path(written.path), ids, vocab_size=VOCAB_SIZE)
-    np.testing.assert_allclose(found, log_probabilities(loaded, ids), atol=0.15)  # its products round their inputs too
+    np.testing.assert_allclose(
+        found, log_probabilities(loaded, ids), atol=0.15
+    )  # its products round their inputs too
     assert (tmp_path / f"{dtype.value}.model_card.md").is_file()
     with pytest.raises(ValueError, match="is there already"):
         export_model(ours, written.path, to=Target.GGUF)
@@ -161,7 +195,10 @@ def test_half_precision_is_read_by_both(ours: Path, tmp_path: Path, dtype: Weigh
         (odd(mixer(window=5)), r"layer 0.mixer.window = 5"),
         (odd(mixer(scale=0.5)), r"not by 0.5"),
         (odd(mixer(rotary_dim=4)), r"all dims of all heads are rotated"),
-        (odd(mixer(rope_scaling=YarnScaling(factor=2.0, original_context=16, whole_dims=False))), r"whole_dims = False"),
+        (
+            odd(mixer(rope_scaling=YarnScaling(factor=2.0, original_context=16, whole_dims=False))),
+            r"whole_dims = False",
+        ),
         (odd(logit_softcap=3.0), r"logit_softcap = 3.0"),
     ],
 )
@@ -175,6 +212,7 @@ def test_every_family_has_a_case() -> None:
     for case in CHANGES:
         config = config_of(case)
         family = next(family for family in HF_FAMILIES if family.architecture == config["architectures"][0])
-        model, preferred = family.read(family.settings(config, where=case)), GGUF_NAMES.get(family.architecture)
+        model = family.read(family.settings(config, where=case))
+        preferred = GGUF_NAMES.get(family.architecture)
         found.add(express(model, GGUF_FAMILIES, format_name="GGUF", preferred=preferred).family.architecture)
     assert found == {family.architecture for family in GGUF_FAMILIES}

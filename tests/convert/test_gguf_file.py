@@ -1,4 +1,6 @@
-"""GGUF files: what is written is read back, block formats against hand-worked blocks and the gguf package, damage is noticed."""
+"""GGUF files: what is written is read back, block formats against hand-worked blocks and the gguf package,
+damage is noticed.
+"""
 
 import functools
 import struct
@@ -27,7 +29,9 @@ METADATA = {
 
 
 def pending(name: str, value: np.ndarray, dtype: Any = None) -> PendingTensor:
-    return PendingTensor(name=name, shape=value.shape, dtype=dtype or value.dtype, read=functools.partial(np.asarray, value))
+    return PendingTensor(
+        name=name, shape=value.shape, dtype=dtype or value.dtype, read=functools.partial(np.asarray, value)
+    )
 
 
 @pytest.fixture
@@ -35,7 +39,12 @@ def small(tmp_path: Path) -> Path:
     """A file of some metadata and two tensors, the last of which ends at a multiple of the alignment."""
     path = tmp_path / "small.gguf"
     values = [np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(16, dtype=np.float16)]
-    write_gguf(path, architecture="t", metadata=METADATA, tensors=[pending(f"x{i}", value) for i, value in enumerate(values)])
+    write_gguf(
+        path,
+        architecture="t",
+        metadata=METADATA,
+        tensors=[pending(f"x{i}", value) for i, value in enumerate(values)],
+    )
     return path
 
 
@@ -47,7 +56,12 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         "d": np.arange(4, dtype=np.float32)[::-1],  # not contiguous
     }
     path = tmp_path / "x.gguf"
-    write_gguf(path, architecture="t", metadata=METADATA, tensors=(pending(name, value) for name, value in values.items()))
+    write_gguf(
+        path,
+        architecture="t",
+        metadata=METADATA,
+        tensors=(pending(name, value) for name, value in values.items()),
+    )
     file = read_gguf(path)
     assert list(file.metadata) == ["general.architecture", *METADATA]
     assert file.metadata == {"general.architecture": "t", **METADATA, "t.epsilon": float(np.float32(1e-5))}
@@ -66,7 +80,9 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 
 def test_the_gguf_package_reads_the_same(small: Path) -> None:
     reader = gguf.GGUFReader(small)
-    kinds = {name: [type.name for type in field.types] for name, field in reader.fields.items() if name in METADATA}
+    kinds = {
+        name: [type.name for type in field.types] for name, field in reader.fields.items() if name in METADATA
+    }
     assert kinds == {
         "general.name": ["STRING"],
         "t.layers": ["UINT32"],
@@ -78,22 +94,44 @@ def test_the_gguf_package_reads_the_same(small: Path) -> None:
         "t.flags": ["ARRAY", "BOOL"],
     }
     file = read_gguf(small)
-    assert {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")} == file.metadata
+    assert {
+        name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")
+    } == file.metadata
     for tensor in reader.tensors:
         np.testing.assert_array_equal(tensor.data, file.tensors[tensor.name].read())
 
 
 def test_other_types_of_metadata(tmp_path: Path) -> None:
-    metadata = {"big": GgufValue(value=2**40, type="UINT64"), "bytes": GgufValue(value=[1, 255], type="UINT8"), "minus": -1}
+    metadata = {
+        "big": GgufValue(value=2**40, type="UINT64"),
+        "bytes": GgufValue(value=[1, 255], type="UINT8"),
+        "minus": -1,
+    }
     with pytest.raises(ValueError, match="minus is -1, which UINT32 does not hold"):
         write_gguf(tmp_path / "x.gguf", architecture="t", metadata=metadata, tensors=[])
-    write_gguf(tmp_path / "x.gguf", architecture="t", metadata={**metadata, "minus": GgufValue(value=-1, type="INT64")}, tensors=[])
-    assert read_gguf(tmp_path / "x.gguf").metadata == {"general.architecture": "t", "big": 2**40, "bytes": [1, 255], "minus": -1}
+    write_gguf(
+        tmp_path / "x.gguf",
+        architecture="t",
+        metadata={**metadata, "minus": GgufValue(value=-1, type="INT64")},
+        tensors=[],
+    )
+    assert read_gguf(tmp_path / "x.gguf").metadata == {
+        "general.architecture": "t",
+        "big": 2**40,
+        "bytes": [1, 255],
+        "minus": -1,
+    }
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [([], "empty list"), ([1, 2.0], "must be of one type"), (None, "a NoneType"), (np.float32(1), "a float32"), ([2**31], "INT32")],
+    [
+        ([], "empty list"),
+        ([1, 2.0], "must be of one type"),
+        (None, "a NoneType"),
+        (np.float32(1), "a float32"),
+        ([2**31], "INT32"),
+    ],
 )
 def test_metadata_that_gguf_does_not_hold(tmp_path: Path, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -101,7 +139,7 @@ def test_metadata_that_gguf_does_not_hold(tmp_path: Path, value: Any, message: s
     assert not list(tmp_path.iterdir())
 
 
-# --- Block formats ---------------------------------------------------------------------------------------------------------------
+# Block formats ----------------------------------------------------------------------------------------------
 
 
 def block(scale: float, *rest: bytes) -> np.ndarray:
@@ -110,8 +148,11 @@ def block(scale: float, *rest: bytes) -> np.ndarray:
 
 def blocks_of_a_hand() -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Each format's block of 32 numbers, and the numbers worked out from the format's definition."""
-    lows, highs = np.arange(16) % 16, (np.arange(16) * 3 + 1) % 16
-    nibbles = (lows | highs << 4).astype(np.uint8).tobytes()  # the first half of the block in the low four bits
+    lows = np.arange(16) % 16
+    highs = (np.arange(16) * 3 + 1) % 16
+    nibbles = (
+        (lows | highs << 4).astype(np.uint8).tobytes()
+    )  # the first half of the block in the low four bits
     codes = np.concatenate([lows, highs])
     signed = np.arange(-16, 16, dtype=np.int8)
     return [
@@ -121,7 +162,9 @@ def blocks_of_a_hand() -> list[tuple[str, np.ndarray, np.ndarray]]:
     ]
 
 
-@pytest.mark.parametrize(("name", "raw", "wanted"), blocks_of_a_hand(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "raw", "wanted"), blocks_of_a_hand(), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_a_block_worked_by_hand(name: str, raw: np.ndarray, wanted: np.ndarray, tmp_path: Path) -> None:
     rows = np.stack([np.tile(raw, 2), np.tile(raw, 2)])
     path = tmp_path / "x.gguf"
@@ -133,11 +176,15 @@ def test_a_block_worked_by_hand(name: str, raw: np.ndarray, wanted: np.ndarray, 
     np.testing.assert_array_equal(read.read(), np.tile(wanted.astype(np.float32), (2, 2)))
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize(
+    "name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+)
 def test_blocks_against_the_gguf_package(name: str) -> None:
     format = gguf.GGMLQuantizationType[name]
     _, num_bytes = gguf.GGML_QUANT_SIZES[format]
-    raw = np.random.default_rng(0).integers(0, 40, size=(3, 2 * num_bytes), dtype=np.uint8)  # small bytes: no scale is infinite
+    raw = np.random.default_rng(0).integers(
+        0, 40, size=(3, 2 * num_bytes), dtype=np.uint8
+    )  # small bytes: no scale is infinite
     wanted = gguf.quants.dequantize(raw, format)
     tensor = GgufTensor(name="w", shape=wanted.shape, type=name, raw=raw.reshape(-1))
     np.testing.assert_array_equal(tensor.read(), wanted)
@@ -147,16 +194,24 @@ def test_blocks_against_the_gguf_package(name: str) -> None:
 def test_a_format_that_is_not_decoded(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     rows = np.zeros((1, 66), np.uint8)
-    write_gguf(path, architecture="t", metadata={}, tensors=[PendingTensor(name="w", shape=(1, 256), dtype="IQ2_XXS", read=lambda: rows)])
-    with pytest.raises(ValueError, match="tensor 'w' is in IQ2_XXS, which cannot be decoded here.*llama-quantize"):
+    write_gguf(
+        path,
+        architecture="t",
+        metadata={},
+        tensors=[PendingTensor(name="w", shape=(1, 256), dtype="IQ2_XXS", read=lambda: rows)],
+    )
+    with pytest.raises(
+        ValueError, match="tensor 'w' is in IQ2_XXS, which cannot be decoded here.*llama-quantize"
+    ):
         read_gguf(path).tensors["w"].read()
 
 
-# --- Writing ---------------------------------------------------------------------------------------------------------------------
+# Writing ----------------------------------------------------------------------------------------------------
 
 
 def test_tensors_are_asked_for_one_at_a_time(tmp_path: Path) -> None:
-    alive, most = 0, 0
+    alive = 0
+    most = 0
 
     class Numbers(np.ndarray):
         def __del__(self) -> None:
@@ -177,7 +232,12 @@ def test_tensors_are_asked_for_one_at_a_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shape", "dtype", "read", "message"),
     [
-        ((2,), np.float32, lambda: np.zeros(3, np.float32), r"was to be float32 \(2,\), and is float32 \(3,\)"),
+        (
+            (2,),
+            np.float32,
+            lambda: np.zeros(3, np.float32),
+            r"was to be float32 \(2,\), and is float32 \(3,\)",
+        ),
         ((2,), np.float32, lambda: np.zeros(2, np.float16), "and is float16"),
         ((2,), np.float64, lambda: np.zeros(2), "is float64: GGUF takes"),
         ((2, 33), "Q8_0", lambda: np.zeros((2, 34), np.uint8), "no multiple of 32"),
@@ -196,7 +256,7 @@ def test_a_failed_write_leaves_nothing(
     assert path.read_bytes() == b"what was there before"
 
 
-# --- Damage ----------------------------------------------------------------------------------------------------------------------
+# Damage -----------------------------------------------------------------------------------------------------
 
 
 def test_every_way_of_cutting_a_file_short(small: Path) -> None:
@@ -208,7 +268,8 @@ def test_every_way_of_cutting_a_file_short(small: Path) -> None:
 
 
 def test_damaged_bytes_raise_nothing_but_value_errors(small: Path) -> None:
-    whole, generator = small.read_bytes(), np.random.default_rng(0)
+    whole = small.read_bytes()
+    generator = np.random.default_rng(0)
     refused = 0
     for _ in range(400):
         damaged = bytearray(whole)

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from slmjax.convert.gguf.pre_tokenizers import KINDS, byte_level_steps, cuts_of
-from slmjax.convert.gguf.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, tokenizer_from_gguf, tokenizer_metadata
+from slmjax.convert.gguf.tokenizer import (
+    CONTROL,
+    NORMAL,
+    UNUSED,
+    USER_DEFINED,
+    tokenizer_from_gguf,
+    tokenizer_metadata,
+)
 from slmjax.data.tokenizers import BpeTokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from tests.convert.llama_cpp import tokenize, write_tiny_llama
 from tests.convert.vocabularies import (
@@ -21,7 +28,7 @@ from tests.convert.vocabularies import (
     write_directory,
 )
 
-# --- As llama.cpp ----------------------------------------------------------------------------------------------------------------
+# As llama.cpp -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("names", list(KINDS), ids=lambda names: names[0])
@@ -35,7 +42,9 @@ def test_byte_level_ids_are_llama_cpps(names: tuple[str, ...], tmp_path: Path) -
         assert ids == tokenize(path, text), text
         assert tokenizer.backend.decode(ids) == text
         assert [0] * tokenizer.adds_bos + ids == tokenize(path, text, add_special=True)
-    assert encode(tokenizer, "<|bos|>a <|eos|> b", with_special=True) == tokenize(path, "<|bos|>a <|eos|> b", parse_special=True)
+    assert encode(tokenizer, "<|bos|>a <|eos|> b", with_special=True) == tokenize(
+        path, "<|bos|>a <|eos|> b", parse_special=True
+    )
     assert (len(encode(tokenizer, " unmergeable")) == 1) == cuts_of(names[0]).takes_whole
 
 
@@ -44,14 +53,20 @@ def test_names_of_one_kind_and_of_others_cut_differently() -> None:
     pieces = {}
     for names, cuts in KINDS.items():
         backend = byte_level_steps(cuts)
-        pieces[names[0]] = [tuple(piece for piece, _ in backend.pre_tokenize_str(text)) for text in [*TEXTS, MARKS]]
+        pieces[names[0]] = [
+            tuple(piece for piece, _ in backend.pre_tokenize_str(text)) for text in [*TEXTS, MARKS]
+        ]
     alike = [{a, b} for a in pieces for b in pieces if a < b and pieces[a] == pieces[b]]
     assert alike == [{"llama-bpe", "smaug-bpe"}]  # which differ in what they take whole
 
 
 @pytest.mark.parametrize("prefix", [True, False], ids=["prefix", "no_prefix"])
 def test_sentence_piece_ids_are_llama_cpps(prefix: bool, tmp_path: Path) -> None:
-    metadata = {**sentence_piece_metadata(), "tokenizer.ggml.add_space_prefix": prefix, "tokenizer.ggml.add_eos_token": not prefix}
+    metadata = {
+        **sentence_piece_metadata(),
+        "tokenizer.ggml.add_space_prefix": prefix,
+        "tokenizer.ggml.add_eos_token": not prefix,
+    }
     tokenizer = tokenizer_from_gguf(metadata)
     path = tmp_path / "x.gguf"
     write_tiny_llama(path, metadata)
@@ -74,21 +89,36 @@ def test_text_does_not_forge_control_tokens(tmp_path: Path) -> None:
     assert 1 not in encode(tokenizer_from_gguf(sentence_piece_metadata()), "a<s>b")
 
 
-# --- Our own vocabularies --------------------------------------------------------------------------------------------------------
+# Our own vocabularies ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [BpeTokenizer(vocab_size=500), ByteTokenizer(), CharTokenizer()], ids=["bpe", "byte", "char"])
+@pytest.mark.parametrize(
+    "config", [BpeTokenizer(vocab_size=500), ByteTokenizer(), CharTokenizer()], ids=["bpe", "byte", "char"]
+)
 def test_vocabularies_made_here(config: Any, tmp_path: Path) -> None:
     own = config.build([BLANKS, topics["for"], topics["if"]])
     own.save(tmp_path)
-    metadata = tokenizer_metadata(tmp_path, adds_bos=True, num_rows=own.vocab_size + 3)  # three rows without a token
+    metadata = tokenizer_metadata(
+        tmp_path, adds_bos=True, num_rows=own.vocab_size + 3
+    )  # three rows without a token
     assert metadata["tokenizer.ggml.token_type"][-4:] == [NORMAL, UNUSED, UNUSED, UNUSED]
     path = tmp_path / "x.gguf"
     write_tiny_llama(path, metadata)
     back = tokenizer_from_gguf(metadata)
     again = Tokenizer(back.backend, bos=back.bos or "", eos=back.eos or "")
-    assert (back.bos, back.eos, back.unk, back.pad, back.adds_bos, back.adds_eos) == ("<|bos|>", "<|eos|>", None, None, True, False)
-    known = (text for text in TEXTS if not isinstance(config, CharTokenizer) or set(text) <= set(BLANKS + topics["for"]))
+    assert (back.bos, back.eos, back.unk, back.pad, back.adds_bos, back.adds_eos) == (
+        "<|bos|>",
+        "<|eos|>",
+        None,
+        None,
+        True,
+        False,
+    )
+    known = (
+        text
+        for text in TEXTS
+        if not isinstance(config, CharTokenizer) or set(text) <= set(BLANKS + topics["for"])
+    )
     for text in known:
         ids = own.encode(text)
         assert ids == again.encode(text) == tokenize(path, text)
@@ -99,14 +129,16 @@ def test_vocabularies_made_here(config: Any, tmp_path: Path) -> None:
             again.encode("☂")
 
 
-# --- There and back --------------------------------------------------------------------------------------------------------------
+# There and back ---------------------------------------------------------------------------------------------
 
 
 def there_and_back(metadata: dict[str, Any], directory: Path) -> dict[str, Any]:
     tokenizer = tokenizer_from_gguf(metadata)
     config = {f"{role}_token": getattr(tokenizer, role) for role in ("bos", "eos", "unk", "pad")}
     write_directory(directory, tokenizer.backend, **config, chat_template=tokenizer.chat_template)
-    return tokenizer_metadata(directory, adds_bos=tokenizer.adds_bos, num_rows=len(metadata["tokenizer.ggml.tokens"]))
+    return tokenizer_metadata(
+        directory, adds_bos=tokenizer.adds_bos, num_rows=len(metadata["tokenizer.ggml.tokens"])
+    )
 
 
 @pytest.mark.parametrize("names", list(KINDS), ids=lambda names: names[0])
@@ -115,8 +147,16 @@ def test_byte_level_there_and_back(names: tuple[str, ...], tmp_path: Path) -> No
     metadata["tokenizer.ggml.token_type"][300:302] = [USER_DEFINED, CONTROL]
     metadata["tokenizer.chat_template"] = "{{ messages }}"
     written = there_and_back(metadata, tmp_path)
-    added = {"tokenizer.ggml.add_bos_token": cuts_of(names[0]).adds_bos, "tokenizer.ggml.add_eos_token": False}
-    assert written == {**metadata, **added, "tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.pre": names[0]}
+    added = {
+        "tokenizer.ggml.add_bos_token": cuts_of(names[0]).adds_bos,
+        "tokenizer.ggml.add_eos_token": False,
+    }
+    assert written == {
+        **metadata,
+        **added,
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.pre": names[0],
+    }
 
 
 def test_sentence_piece_there_and_back(tmp_path: Path) -> None:
@@ -124,18 +164,25 @@ def test_sentence_piece_there_and_back(tmp_path: Path) -> None:
     changed = {key for key, value in sentence_piece_metadata().items() if written[key] != value}
     assert changed == {"tokenizer.ggml.scores"}  # which are numbered anew, in the same order
     assert written["tokenizer.ggml.add_space_prefix"] is True
-    first, second = tokenizer_from_gguf(sentence_piece_metadata()), tokenizer_from_gguf(written)
+    first = tokenizer_from_gguf(sentence_piece_metadata())
+    second = tokenizer_from_gguf(written)
     assert first.backend.to_str() == second.backend.to_str()
 
 
-# --- What is refused -------------------------------------------------------------------------------------------------------------
+# What is refused --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokenizer.ggml.model": "t5"}, "tokenizer.ggml.model is 't5', can be read where it is 'gpt2' or 'llama'"),
-        ({"tokenizer.ggml.pre": "llama-bqe"}, "'llama-bqe', which is not known here. Did you mean 'llama-bpe'.*Known: gpt-2, phi-2"),
+        (
+            {"tokenizer.ggml.model": "t5"},
+            "tokenizer.ggml.model is 't5', can be read where it is 'gpt2' or 'llama'",
+        ),
+        (
+            {"tokenizer.ggml.pre": "llama-bqe"},
+            "'llama-bqe', which is not known here. Did you mean 'llama-bpe'.*Known: gpt-2, phi-2",
+        ),
         ({"tokenizer.ggml.tokens": None}, "no tokenizer.ggml.tokens"),
         ({"tokenizer.ggml.tokens": ["a", "a"]}, "has 2 entries, 1 of them different"),
         ({"tokenizer.ggml.merges": ["zz zz"]}, "merges does not fit"),

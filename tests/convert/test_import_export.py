@@ -46,24 +46,47 @@ def change_tensors(directory: Path, change: Callable[[dict[str, np.ndarray]], No
     save_file(tensors, directory / "model.safetensors")
 
 
-# What is refused ------------------------------------------------------------------------------------------------------
+# What is refused --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"attention_temperature": 0.5}, r"attention_temperature = 0.5 is not understood, and may change"),
-        ({"architectures": ["LlamaForCausalLn"]}, r"names LlamaForCausalLn, and these are read: .*Did you mean 'LlamaForCausalLM'"),
-        ({"quantization_config": {"bits": 4}}, r"the weights are packed \({'bits': 4}\), and packed safetensors are not read"),
+        (
+            {"architectures": ["LlamaForCausalLn"]},
+            r"names LlamaForCausalLn, and these are read: .*Did you mean 'LlamaForCausalLM'",
+        ),
+        (
+            {"quantization_config": {"bits": 4}},
+            r"the weights are packed \({'bits': 4}\), and packed safetensors are not read",
+        ),
         ({"hidden_act": "swoosh"}, r"hidden_act is 'swoosh'"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, r"rotary positions of type 'dynamic' are not understood"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "twist": 1}}, r"rope_parameters: twist = 1 is not understood"),
-        ({"hidden_size": None}, r"hidden_size is null, which stands for no value of it: .* for the family's default, 4096$"),
-        ({"intermediate_size": 41}, r"gives layers/0/ffn/gate/weight the shape \(24, 40\), where the configuration says \(24, 41\)"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            r"rotary positions of type 'dynamic' are not understood",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "twist": 1}},
+            r"rope_parameters: twist = 1 is not understood",
+        ),
+        (
+            {"hidden_size": None},
+            r"hidden_size is null, which stands for no value of it: .* for the family's default, 4096$",
+        ),
+        (
+            {"intermediate_size": 41},
+            r"gives layers/0/ffn/gate/weight the shape \(24, 40\), where the configuration says \(24, 41\)",
+        ),
         ({"num_hidden_layers": 3}, r"has no tensor model.layers.2.input_layernorm.weight"),
         ({"num_hidden_layers": 1}, r"holds model.layers.1.input_layernorm.weight .*has no place for"),
-        ({"tie_word_embeddings": True}, r"ties the output to the embedding, and lm_head.weight differs from it"),
+        (
+            {"tie_word_embeddings": True},
+            r"ties the output to the embedding, and lm_head.weight differs from it",
+        ),
     ],
 )
-def test_what_is_not_understood_is_named(theirs: Path, tmp_path: Path, values: dict[str, Any], message: str) -> None:
+def test_what_is_not_understood_is_named(
+    theirs: Path, tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
     change_config(theirs, **values)
     with pytest.raises(ValueError, match=message):
         import_model(theirs, tmp_path / "ours")
@@ -80,7 +103,9 @@ def test_code_in_a_directory_is_never_run(theirs: Path, tmp_path: Path) -> None:
     import_model(theirs, tmp_path / "ours")
     (theirs / "model.safetensors").unlink()
     (theirs / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(ValueError, match=r"pytorch_model.bin is a pickle, which could run code and is not read"):
+    with pytest.raises(
+        ValueError, match=r"pytorch_model.bin is a pickle, which could run code and is not read"
+    ):
         import_model(theirs, tmp_path / "again")
     assert not (tmp_path / "sprung").exists()
 
@@ -102,7 +127,9 @@ def test_damaged_files_are_named(theirs: Path, tmp_path: Path) -> None:
     (theirs / "config.json").write_text(json.dumps(change_config_back))
     with pytest.raises(ValueError, match=r"names model-00002.safetensors, which is not there"):
         import_model(theirs, tmp_path / "ours")
-    (theirs / safetensors_files.INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "../secret.safetensors"}}))
+    (theirs / safetensors_files.INDEX).write_text(
+        json.dumps({"weight_map": {"model.norm.weight": "../secret.safetensors"}})
+    )
     with pytest.raises(ValueError, match=r"which is not in its directory"):
         import_model(theirs, tmp_path / "ours")
 
@@ -128,7 +155,7 @@ def test_nothing_is_written_over(theirs: Path, tmp_path: Path) -> None:
         import_model(tmp_path / "ours", tmp_path / "other")
 
 
-# What is accepted -----------------------------------------------------------------------------------------------------
+# What is accepted -------------------------------------------------------------------------------------------
 def test_a_model_without_tokenizer_says_so_where_text_is_needed(theirs: Path, tmp_path: Path) -> None:
     written = import_model(theirs, tmp_path / "ours")
     assert "no tokenizer.json" in written.notes[0]
@@ -149,7 +176,10 @@ def test_models_saved_without_their_head_have_shorter_names(theirs: Path, tmp_pa
 
     change_tensors(tmp_path / "bare", shorten)
     import_model(tmp_path / "bare", tmp_path / "shortened")
-    one, other = (safetensors_files.TensorFiles(tmp_path / name / safetensors_files.DIRECTORY) for name in ("named", "shortened"))
+    one, other = (
+        safetensors_files.TensorFiles(tmp_path / name / safetensors_files.DIRECTORY)
+        for name in ("named", "shortened")
+    )
     assert one.names == other.names
     for name in one.names:
         np.testing.assert_array_equal(one.read(name), other.read(name))
@@ -163,7 +193,9 @@ def test_weights_in_several_files_stream_into_their_shardings(theirs: Path, tmp_
 
     change_tensors(theirs, halve)
     tensors = safetensors_files.TensorFiles(theirs)
-    safetensors_files.write_tensors(tmp_path / "split", ((name, tensors.read(name)) for name in tensors.names), largest_file=4000)
+    safetensors_files.write_tensors(
+        tmp_path / "split", ((name, tensors.read(name)) for name in tensors.names), largest_file=4000
+    )
     shutil.copy(theirs / "config.json", tmp_path / "split")
     assert len(safetensors_files.TensorFiles(tmp_path / "split").files) > 3
     import_model(tmp_path / "split", tmp_path / "ours")
@@ -176,7 +208,10 @@ def test_weights_in_several_files_stream_into_their_shardings(theirs: Path, tmp_
 
     definition = define(config)
     places = parameter_shardings(definition.params, mesh)
-    like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name]) for name, leaf in definition.params.items()}
+    like = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
+        for name, leaf in definition.params.items()
+    }
     divided = safetensors_files.read_stacked(tmp_path / "ours", config, like)
     assert len(divided["segments/0/blocks/0/ffn/up/weight"].sharding.device_set) == 8
     whole = slmjax.load_model(tmp_path / "ours").params
@@ -191,12 +226,15 @@ def slmjax_mesh() -> jax.sharding.Mesh:
     return make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
 
 
-# What cannot be said --------------------------------------------------------------------------------------------------
+# What cannot be said ----------------------------------------------------------------------------------------
 BLOCK = BlockConfig(mixer=AttentionConfig(num_heads=2, head_dim=8), ffn=MlpConfig(hidden_dim=16))
 
 
 def odd(block: BlockConfig = BLOCK, **fields: Any) -> ModelConfig:
-    return ModelConfig(**{"embed_dim": 16, "stack": (Segment(pattern=(block,)),), "vocab_size": 31, "context_length": 32} | fields)
+    return ModelConfig(
+        **{"embed_dim": 16, "stack": (Segment(pattern=(block,)),), "vocab_size": 31, "context_length": 32}
+        | fields
+    )
 
 
 def mixer(**fields: Any) -> BlockConfig:
@@ -217,9 +255,16 @@ def ffn(**fields: Any) -> BlockConfig:
         (odd(ffn(gated=False)), r"gated = False"),
         (odd(ffn(activation=Activation.CLAMPED_SILU)), r"the activation is 'clamped_silu'"),
         (odd(mixer(qk_norm=QkNorm.PER_HEAD, sinks=True)), r"sinks = True"),
-        (odd(dataclasses.replace(BLOCK, ffn=MoeConfig(num_experts=2, num_selected=1, hidden_dim=8, normalize_weights=False))), r"as "),
+        (
+            odd(
+                dataclasses.replace(
+                    BLOCK, ffn=MoeConfig(num_experts=2, num_selected=1, hidden_dim=8, normalize_weights=False)
+                )
+            ),
+            r"as ",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_no_family_can_say_is_refused_with_the_reason(model: ModelConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         express(model, HF_FAMILIES, format_name="Hugging Face", preferred=None)
@@ -244,9 +289,13 @@ def test_odd_sizes_find_a_family(model: ModelConfig, family: str) -> None:
     assert found.config.known_vocab_size == found.settings["vocab_size"] == 31
 
 
-# As a user ------------------------------------------------------------------------------------------------------------
-def test_commands_take_imported_models_as_runs(tmp_path: Path, workplace: Path, run_command: Callable[..., Any]) -> None:
-    """Train, export, import: the same evaluation and the same text; then on from there, on another mesh, killed and resumed."""
+# As a user --------------------------------------------------------------------------------------------------
+def test_commands_take_imported_models_as_runs(
+    tmp_path: Path, workplace: Path, run_command: Callable[..., Any]
+) -> None:
+    """Train, export, import: the same evaluation and the same text; then on from there, on another mesh,
+    killed and resumed.
+    """
 
     def run(*words: str) -> Any:
         done = run_command(*words, cwd=tmp_path)
@@ -254,24 +303,56 @@ def test_commands_take_imported_models_as_runs(tmp_path: Path, workplace: Path, 
         return json.loads(done.stdout) if "--json" in words else done.stdout
 
     small = (
-        "nano", "--data.path", str(workplace / "text.txt"), "--data.sequence-length", "32", "--data.batch-size", "4",
-        "--data.split", "tail", "--run.sample-prompts", "", "--optim.warmup-steps", "1", "--run.steps", "2", "--json",
-    )  # fmt: skip
+        "nano",
+        "--data.path",
+        str(workplace / "text.txt"),
+        "--data.sequence-length",
+        "32",
+        "--data.batch-size",
+        "4",
+        "--data.split",
+        "tail",
+        "--run.sample-prompts",
+        "",
+        "--optim.warmup-steps",
+        "1",
+        "--run.steps",
+        "2",
+        "--json",
+    )
     trained = run("train", *small, "--tokenizer.vocab-size", "300")
     run_dir = tmp_path / trained["run_dir"]
     written = run("export", str(run_dir), "theirs", "--to", "hf", "--json")
     assert written["family"] == "Qwen3ForCausalLM"
     assert run("import", "theirs", "ours", "--json")["parameters"] == trained["parameters"]
     card = (tmp_path / "theirs" / "model_card.md").read_text()
-    assert f"{trained['bits_per_byte']:.4f}" in card and json.loads((run_dir / "data.json").read_text())[0]["hash"] in card
+    assert (
+        f"{trained['bits_per_byte']:.4f}" in card
+        and json.loads((run_dir / "data.json").read_text())[0]["hash"] in card
+    )
     text = ("--data.path", str(workplace / "text.txt"), "--data.sequence-length", "32", "--json")
     one, other = (run("eval", str(path), *text)["text"] for path in (run_dir, "ours"))
     assert abs(one["loss"] - other["loss"]) < 1e-6
-    said = [run("generate", str(path), "The ", "--max-tokens", "8", "--temperature", "0") for path in (run_dir, "ours")]
+    said = [
+        run("generate", str(path), "The ", "--max-tokens", "8", "--temperature", "0")
+        for path in (run_dir, "ours")
+    ]
     assert said[0] == said[1]
     further = run(
-        "train", *small, "--init-from", "ours", "--optim.lr", "1e-9", "--optim.muon-lr", "1e-9", "--optim.accumulation-steps", "2"
+        "train",
+        *small,
+        "--init-from",
+        "ours",
+        "--optim.lr",
+        "1e-9",
+        "--optim.muon-lr",
+        "1e-9",
+        "--optim.accumulation-steps",
+        "2",
     )
     assert abs(further["bits_per_byte"] - trained["bits_per_byte"]) < 1e-3
     refused = run_command("train", "--init-from", "ours", cwd=tmp_path)
-    assert refused.returncode == 2 and "is an imported model, which has no experiment of its own" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "is an imported model, which has no experiment of its own" in refused.stderr
+    )

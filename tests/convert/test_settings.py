@@ -1,4 +1,6 @@
-"""Settings against transformers: angles wherever they are said, and what keys mean that are absent, null or zero."""
+"""Settings against transformers: angles wherever they are said, and what keys mean that are absent, null or
+zero.
+"""
 
 import json
 from pathlib import Path
@@ -36,16 +38,20 @@ def refused(family: Family, config: dict[str, Any]) -> bool:
     return False
 
 
-# Angles ---------------------------------------------------------------------------------------------------------------
+# Angles -----------------------------------------------------------------------------------------------------
 def angles(mixer: Any) -> tuple[np.ndarray, float]:
     """The frequencies of a mixer, by the angles at position 1, and what rotated dims are multiplied by."""
     scaling = mixer.rope_scaling
     dims = mixer.head_dim if isinstance(mixer, AttentionConfig) else mixer.rope_dim
     if isinstance(scaling, LongScaling):
         pairs = len(scaling.short_factors)
-        return mixer.rope_base ** (-np.arange(pairs) / pairs) / np.array(scaling.short_factors), scaling.attention_factor
+        return mixer.rope_base ** (-np.arange(pairs) / pairs) / np.array(
+            scaling.short_factors
+        ), scaling.attention_factor
     x = jnp.concatenate([jnp.ones(dims // 2), jnp.zeros(dims // 2)])[None, None, None]
-    turned = np.asarray(rotary(x, jnp.ones((1, 1), jnp.int32), base=mixer.rope_base, scaling=scaling), np.float64)[0, 0, 0]
+    turned = np.asarray(
+        rotary(x, jnp.ones((1, 1), jnp.int32), base=mixer.rope_base, scaling=scaling), np.float64
+    )[0, 0, 0]
     cos, sin = np.split(turned, 2)
     return np.arctan2(sin, cos), float(np.hypot(cos, sin)[0])
 
@@ -55,11 +61,17 @@ def test_angles_are_those_of_transformers(name: str) -> None:
     case, changes = ROPES[name]
     model = read(config_with(read_golden(case)["config"], changes))
     for mixer in {block.mixer for block in model.blocks() if block.mixer.rope_base is not None}:
-        wanted = GOLDEN["ropes"][name]["full_attention" if getattr(mixer, "window", None) is None else "sliding_attention"]
+        wanted = GOLDEN["ropes"][name][
+            "full_attention" if getattr(mixer, "window", None) is None else "sliding_attention"
+        ]
         frequencies, magnitude = angles(mixer)
         np.testing.assert_allclose(frequencies, wanted["frequencies"], rtol=2e-5)
         np.testing.assert_allclose(magnitude, wanted["magnitude"], rtol=2e-6)
-        scale = (mixer.head_dim**-0.5 if mixer.scale is None else mixer.scale) if isinstance(mixer, AttentionConfig) else mixer.scale
+        scale = (
+            (mixer.head_dim**-0.5 if mixer.scale is None else mixer.scale)
+            if isinstance(mixer, AttentionConfig)
+            else mixer.scale
+        )
         np.testing.assert_allclose(scale, GOLDEN["ropes"][name]["scale"], rtol=2e-6)
 
 
@@ -72,9 +84,21 @@ def test_what_rope_scaling_replaces_is_said() -> None:
 @pytest.mark.parametrize(
     ("case", "changes", "message"),
     [
-        ("gemma3", {"rope_scaling": {"type": "linear", "factor": 8.0}}, r"rope_scaling is .* differ in whether `type` counts here"),
-        ("olmo3", {"rope_theta": 1e4, "rope_scaling": YARN}, r"rope_theta is 10000.0, which would change the result: only 500000.0"),
-        ("olmo3", {"rope_parameters": by_kind(plain(5e5) | YARN | {"truncate": False}, plain(5e5))}, r"full_attention: truncate is False"),
+        (
+            "gemma3",
+            {"rope_scaling": {"type": "linear", "factor": 8.0}},
+            r"rope_scaling is .* differ in whether `type` counts here",
+        ),
+        (
+            "olmo3",
+            {"rope_theta": 1e4, "rope_scaling": YARN},
+            r"rope_theta is 10000.0, which would change the result: only 500000.0",
+        ),
+        (
+            "olmo3",
+            {"rope_parameters": by_kind(plain(5e5) | YARN | {"truncate": False}, plain(5e5))},
+            r"full_attention: truncate is False",
+        ),
         (
             "llama",
             {"rope_parameters": plain(1e4), "rope_scaling": LLAMA3 | {"factor": 0}},
@@ -83,17 +107,23 @@ def test_what_rope_scaling_replaces_is_said() -> None:
         ("llama", {"rope_scaling": "linear"}, r"rope_scaling is 'linear', and should be a table of settings"),
     ],
 )
-def test_angles_that_libraries_disagree_about_are_refused(case: str, changes: dict[str, Any], message: str) -> None:
+def test_angles_that_libraries_disagree_about_are_refused(
+    case: str, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         read(config_with(read_golden(case)["config"], changes))
 
 
-# Absent, null, zero ---------------------------------------------------------------------------------------------------
+# Absent, null, zero -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.architecture)
 def test_an_absent_key_has_the_default_that_transformers_has(family: Family) -> None:
     published = PUBLISHED[family.architecture]
     theta = published["theta"]
-    bases = {"rope_theta": theta["global"], "rope_local_base_freq": theta["local"]} if isinstance(theta, dict) else {"rope_theta": theta}
+    bases = (
+        {"rope_theta": theta["global"], "rope_local_base_freq": theta["local"]}
+        if isinstance(theta, dict)
+        else {"rope_theta": theta}
+    )
     assert family.defaults == {name: (bases | published["defaults"])[name] for name in family.defaults}
     given = published["given"]
     whole = read_settings(family, published["empty"] | given, where="config.json")
@@ -125,11 +155,19 @@ def test_a_null_means_what_it_does_in_transformers(family: Family) -> None:
         ("llama", {"head_dim": 0}, r"head_dim is 0"),
         ("smollm3", {"no_rope_layer_interval": 0, "no_rope_layers": None}, r"no_rope_layer_interval is 0"),
         ("qwen3_moe", {"decoder_sparse_step": 0}, r"decoder_sparse_step is 0"),
-        ("llama", {"hidden_size": None}, r"hidden_size is null, which stands for no value of it: .* the family's default, 4096$"),
+        (
+            "llama",
+            {"hidden_size": None},
+            r"hidden_size is null, which stands for no value of it: .* the family's default, 4096$",
+        ),
         ("granite", {"logits_scaling": None}, r"logits_scaling is null"),
         ("gemma2", {"attn_logit_softcapping": 0}, r"attn_logit_softcapping is 0, and has to be above 0"),
         ("mistral", {"sliding_window": 0}, r"sliding_window is 0, and has to be above 0"),
-        ("granite4_micro", {"num_local_experts": "absent"}, r"num_local_experts is absent, and by the family's default 8"),
+        (
+            "granite4_micro",
+            {"num_local_experts": "absent"},
+            r"num_local_experts is absent, and by the family's default 8",
+        ),
     ],
 )
 def test_zeros_and_nulls_are_named(case: str, values: dict[str, Any], message: str) -> None:
@@ -145,7 +183,11 @@ def test_defaults_of_heads_and_nulls_of_minicpm3() -> None:
         assert next(read(config).blocks()).mixer.head_dim == head_dim
     config = read_golden("minicpm3")["config"]
     model = read(config | {"scale_depth": None, "dim_model_base": None, "v_head_dim": None})
-    assert (model.residual_multiplier, model.logit_multiplier, next(model.blocks()).mixer.value_dim) == (1.0, 1.0, 6)
+    assert (model.residual_multiplier, model.logit_multiplier, next(model.blocks()).mixer.value_dim) == (
+        1.0,
+        1.0,
+        6,
+    )
 
 
 @pytest.mark.nightly

@@ -1,4 +1,6 @@
-"""From a directory with tokenizer.json to the keys of a GGUF file: Hugging Face's layouts, conventions, and what is refused."""
+"""From a directory with tokenizer.json to the keys of a GGUF file: Hugging Face's layouts, conventions, and
+what is refused.
+"""
 
 import importlib
 import json
@@ -14,19 +16,30 @@ from slmjax.convert.gguf.pre_tokenizers import cuts_name
 from slmjax.convert.gguf.tokenizer import USER_DEFINED, tokenizer_from_gguf, tokenizer_metadata
 from slmjax.data.tokenizers import ByteTokenizer
 from tests.convert.llama_cpp import tokenize, write_tiny_llama
-from tests.convert.vocabularies import TEXTS, byte_level_metadata, encode, sentence_piece_metadata, write_directory
+from tests.convert.vocabularies import (
+    TEXTS,
+    byte_level_metadata,
+    encode,
+    sentence_piece_metadata,
+    write_directory,
+)
 
-# --- Hugging Face's layouts ------------------------------------------------------------------------------------------------------
+# Hugging Face's layouts -------------------------------------------------------------------------------------
 
 
 def split(pattern: str, behavior: str = "isolated", *, invert: bool = False) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(pattern), behavior, invert), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior, invert),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
 
 
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SMOLLM = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+SMOLLM = pre_tokenizers.Sequence(
+    [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +72,8 @@ def test_cuts_have_llama_cpps_names(step: pre_tokenizers.PreTokenizer, takes_who
 )
 def test_layouts_of_sentence_piece(normalizer: Any, step: Any, prefix: bool, tmp_path: Path) -> None:
     backend = tokenizer_from_gguf(sentence_piece_metadata()).backend
-    backend.normalizer, backend.pre_tokenizer = normalizer, step
+    backend.normalizer = normalizer
+    backend.pre_tokenizer = step
     write_directory(tmp_path, backend, bos_token="<s>", eos_token={"content": "</s>", "special": True})
     metadata = tokenizer_metadata(tmp_path, adds_bos=True, num_rows=backend.get_vocab_size())
     assert metadata["tokenizer.ggml.add_space_prefix"] == prefix
@@ -72,45 +86,73 @@ def test_layouts_of_sentence_piece(normalizer: Any, step: Any, prefix: bool, tmp
 
 
 def test_a_token_that_is_found_in_prepared_text(tmp_path: Path) -> None:
-    """Gemma's runs of blanks: Hugging Face looks for "▁▁" after blanks became "▁", llama.cpp for two blanks before."""
-    backend = tokenizer_from_gguf({**sentence_piece_metadata(), "tokenizer.ggml.add_space_prefix": False}).backend
+    """Gemma's runs of blanks: Hugging Face looks for "▁▁" after blanks became "▁", llama.cpp for two blanks
+    before.
+    """
+    backend = tokenizer_from_gguf(
+        {**sentence_piece_metadata(), "tokenizer.ggml.add_space_prefix": False}
+    ).backend
     backend.add_tokens([AddedToken("▁▁▁", normalized=True, special=False)])
     write_directory(tmp_path, backend, bos_token="<s>", eos_token="</s>")
     metadata = tokenizer_metadata(tmp_path, adds_bos=True, num_rows=backend.get_vocab_size())
     id = backend.token_to_id("▁▁▁")
-    assert (metadata["tokenizer.ggml.tokens"][id], metadata["tokenizer.ggml.token_type"][id]) == ("   ", USER_DEFINED)
+    assert (metadata["tokenizer.ggml.tokens"][id], metadata["tokenizer.ggml.token_type"][id]) == (
+        "   ",
+        USER_DEFINED,
+    )
     write_tiny_llama(tmp_path / "x.gguf", metadata)
     ids = encode(tokenizer_from_gguf(metadata), "a   b")
-    assert ids == backend.encode("a   b", add_special_tokens=False).ids == tokenize(tmp_path / "x.gguf", "a   b")
+    assert (
+        ids == backend.encode("a   b", add_special_tokens=False).ids == tokenize(tmp_path / "x.gguf", "a   b")
+    )
     assert id in ids
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", ["GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizer", "GemmaTokenizer"])
 def test_tokenizers_of_transformers(name: str, tmp_path: Path) -> None:
-    """What transformers saves for its own classes becomes a GGUF whose ids llama.cpp and transformers agree on."""
+    """What transformers saves for its own classes becomes a GGUF whose ids llama.cpp and transformers agree
+    on.
+    """
     transformers = importlib.import_module("transformers")
-    source = byte_level_metadata("gpt-2") if name in ("GPT2Tokenizer", "Qwen2Tokenizer") else sentence_piece_metadata()
+    source = (
+        byte_level_metadata("gpt-2")
+        if name in ("GPT2Tokenizer", "Qwen2Tokenizer")
+        else sentence_piece_metadata()
+    )
     model = json.loads(tokenizer_from_gguf(source).backend.to_str())["model"]
     model["vocab"].pop("    ", None)  # the last one, which is no token that merges make
     bos, eos = ("<|bos|>", "<|eos|>") if source is not sentence_piece_metadata() else ("<s>", "</s>")
-    names = {"bos_token": bos, "eos_token": eos, "pad_token": eos, "unk_token": eos if source is not sentence_piece_metadata() else "<unk>"}
-    theirs = getattr(transformers, name)(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], **names)
+    names = {
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": eos,
+        "unk_token": eos if source is not sentence_piece_metadata() else "<unk>",
+    }
+    theirs = getattr(transformers, name)(
+        vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], **names
+    )
     theirs.chat_template = "{{ messages[0]['content'] }}"
     theirs.save_pretrained(tmp_path)
-    metadata = tokenizer_metadata(tmp_path, adds_bos=name in ("LlamaTokenizer", "GemmaTokenizer"), num_rows=len(theirs))
+    metadata = tokenizer_metadata(
+        tmp_path, adds_bos=name in ("LlamaTokenizer", "GemmaTokenizer"), num_rows=len(theirs)
+    )
     assert metadata["tokenizer.chat_template"] == theirs.chat_template
     write_tiny_llama(tmp_path / "x.gguf", metadata)
     for text in TEXTS:
         if "<s>" not in text and not (name == "LlamaTokenizer" and text.startswith(" ")):
-            assert tokenize(tmp_path / "x.gguf", text) == theirs(text, add_special_tokens=False)["input_ids"], text
+            assert (
+                tokenize(tmp_path / "x.gguf", text) == theirs(text, add_special_tokens=False)["input_ids"]
+            ), text
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """`small(backend_change, **config)`: the metadata of a byte vocabulary that was changed first."""
 
-    def build(change: Callable[[tokenizers.Tokenizer], object] = lambda backend: None, **config: Any) -> dict[str, Any]:
+    def build(
+        change: Callable[[tokenizers.Tokenizer], object] = lambda backend: None, **config: Any
+    ) -> dict[str, Any]:
         backend = ByteTokenizer().build([])._backend
         change(backend)
         write_directory(tmp_path, backend, **{"bos_token": "<|bos|>", "eos_token": "<|eos|>", **config})
@@ -123,17 +165,25 @@ def test_conventions_of_a_directory(small: Callable[..., dict[str, Any]], tmp_pa
     def add(backend: tokenizers.Tokenizer) -> None:
         backend.add_special_tokens(["<|im_end|>"])
 
-    metadata = small(add, pad_token="<|eos|>", end_tokens=["<|eos|>", "<|im_end|>"], chat_template="in the settings")
+    metadata = small(
+        add, pad_token="<|eos|>", end_tokens=["<|eos|>", "<|im_end|>"], chat_template="in the settings"
+    )
     tokenizer = tokenizer_from_gguf(metadata)
-    assert (tokenizer.pad, tokenizer.end_of_turn, tokenizer.chat_template) == ("<|eos|>", "<|im_end|>", "in the settings")
+    assert (tokenizer.pad, tokenizer.end_of_turn, tokenizer.chat_template) == (
+        "<|eos|>",
+        "<|im_end|>",
+        "in the settings",
+    )
     named = [{"name": "tool_use", "template": "other"}, {"name": "default", "template": "the default"}]
     assert small(chat_template=named)["tokenizer.chat_template"] == "the default"
     (tmp_path / "chat_template.jinja").write_text("in a file")
     assert small(chat_template="in the settings")["tokenizer.chat_template"] == "in a file"
-    assert tokenizer_from_gguf({k: v for k, v in metadata.items() if "eot" not in k}).end_of_turn == "<|im_end|>"  # by its name
+    assert (
+        tokenizer_from_gguf({k: v for k, v in metadata.items() if "eot" not in k}).end_of_turn == "<|im_end|>"
+    )  # by its name
 
 
-# --- What is refused -------------------------------------------------------------------------------------------------------------
+# What is refused --------------------------------------------------------------------------------------------
 
 
 def set_up(**attributes: Any) -> Callable[[tokenizers.Tokenizer], None]:
@@ -149,12 +199,24 @@ def set_up(**attributes: Any) -> Callable[[tokenizers.Tokenizer], None]:
     [
         (set_up(model=models.Unigram([("a", 0.0)])), {}, "of the type Unigram"),
         (set_up(normalizer=normalizers.Lowercase()), {}, "changes text first"),
-        (set_up(pre_tokenizer=pre_tokenizers.Whitespace()), {}, "'Whitespace'.*which llama.cpp does not have"),
+        (
+            set_up(pre_tokenizer=pre_tokenizers.Whitespace()),
+            {},
+            "'Whitespace'.*which llama.cpp does not have",
+        ),
         (set_up(pre_tokenizer=split("[a-c]+")), {}, "no name of llama.cpp's is known here"),
-        (set_up(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)), {}, "which llama.cpp does not have"),
+        (
+            set_up(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
+            {},
+            "which llama.cpp does not have",
+        ),
         (set_up(decoder=decoders.WordPiece()), {}, "neither byte-level"),
         (lambda backend: backend.add_tokens([AddedToken("<m>", lstrip=True)]), {}, "'<m>' swallows blanks"),
-        (lambda backend: backend.add_tokens([f"<{i}>" for i in range(20)]), {}, "ids up to 277, and the embedding table 270 rows"),
+        (
+            lambda backend: backend.add_tokens([f"<{i}>" for i in range(20)]),
+            {},
+            "ids up to 277, and the embedding table 270 rows",
+        ),
         (lambda backend: backend.add_tokens(["[PAD269]"]), {}, r"several tokens that are '\[PAD269\]'"),
         (set_up(), {"eos_token": None}, "names no eos_token"),
         (set_up(), {"bos_token": None}, "names no bos_token"),
@@ -162,7 +224,10 @@ def set_up(**attributes: Any) -> Callable[[tokenizers.Tokenizer], None]:
     ],
 )
 def test_directories_that_are_refused(
-    change: Callable[[tokenizers.Tokenizer], object], config: dict[str, Any], message: str, small: Callable[..., dict[str, Any]]
+    change: Callable[[tokenizers.Tokenizer], object],
+    config: dict[str, Any],
+    message: str,
+    small: Callable[..., dict[str, Any]],
 ) -> None:
     with pytest.raises(ValueError, match=message):
         small(change, **config)
@@ -171,14 +236,23 @@ def test_directories_that_are_refused(
 @pytest.mark.parametrize(
     ("merges", "message"),
     [
-        ([("a", "b"), ("ab", "c")], r"the merges lack \('a', 'bc'\), and llama.cpp would make 'abc' of the two"),
+        (
+            [("a", "b"), ("ab", "c")],
+            r"the merges lack \('a', 'bc'\), and llama.cpp would make 'abc' of the two",
+        ),
         ([("a", "b"), ("ab", "c"), ("b", "c"), ("a", "bc")], "'abc' are not in one place"),
     ],
 )
-def test_merges_that_scores_do_not_express(merges: list[tuple[str, str]], message: str, tmp_path: Path) -> None:
+def test_merges_that_scores_do_not_express(
+    merges: list[tuple[str, str]], message: str, tmp_path: Path
+) -> None:
     vocabulary = {token: id for id, token in enumerate(["<s>", "</s>", "a", "b", "c", "ab", "bc", "abc"])}
     backend = tokenizers.Tokenizer(
-        models.BPE(vocab=vocabulary, merges=[*merges, *([("b", "c")] if len(merges) == 2 else [])], byte_fallback=True)
+        models.BPE(
+            vocab=vocabulary,
+            merges=[*merges, *([("b", "c")] if len(merges) == 2 else [])],
+            byte_fallback=True,
+        )
     )
     backend.add_special_tokens(["<s>", "</s>"])
     write_directory(tmp_path, backend, bos_token="<s>", eos_token="</s>")

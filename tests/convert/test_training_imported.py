@@ -1,4 +1,6 @@
-"""An imported model with windows, sinks, biases and experts goes on training: on a mesh as on one device, resumed to the bit."""
+"""An imported model with windows, sinks, biases and experts goes on training: on a mesh as on one device,
+resumed to the bit.
+"""
 
 import dataclasses
 import shutil
@@ -22,12 +24,19 @@ from tests.convert.test_families import read_golden
 
 
 def losses(result: slmjax.Result) -> dict[int, float]:
-    return {record["step"]: record["loss"] for record in read_log(Path(result.run_dir) / "log.jsonl", kind="train")}
+    return {
+        record["step"]: record["loss"]
+        for record in read_log(Path(result.run_dir) / "log.jsonl", kind="train")
+    }
 
 
 def test_training_an_imported_model(tmp_path: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    golden, words = read_golden("gpt_oss"), ByteTokenizer().build(())
-    shapes = {name: [words.vocab_size if size == VOCAB_SIZE else size for size in shape] for name, shape in golden["shapes"].items()}
+    golden = read_golden("gpt_oss")
+    words = ByteTokenizer().build(())
+    shapes = {
+        name: [words.vocab_size if size == VOCAB_SIZE else size for size in shape]
+        for name, shape in golden["shapes"].items()
+    }
     write_model(tmp_path / "theirs", golden["config"] | {"vocab_size": words.vocab_size}, shapes)
     words.save(tmp_path / "bytes")
     import_model(tmp_path / "theirs", tmp_path / "ours", tokenizer=tmp_path / "bytes")
@@ -64,4 +73,6 @@ def test_training_an_imported_model(tmp_path: Path, workplace: Path, monkeypatch
     before, after = (safetensors_files.TensorFiles(tmp_path / name) for name in ("theirs", "out"))
     assert before.names == after.names
     moved = [name for name in before.names if not np.array_equal(before.read(name), after.read(name))]
-    assert len(moved) > 0.9 * len(before.names), "nearly all tensors were trained, the router's and the sinks among them"
+    assert len(moved) > 0.9 * len(before.names), (
+        "nearly all tensors were trained, the router's and the sinks among them"
+    )

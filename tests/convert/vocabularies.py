@@ -19,8 +19,29 @@ OTHERS = "Straße Привет мир 中文字符,混排abc 日本語テキス�
     "😀👩‍👩‍👧‍👦🏳️‍🌈 ©®™ \u00a0nbsp\u2003em\u3000wide\u0085nel\u200bzero"
 )
 MARKS = "e\u0301 हिन्दी नमस्ते বাংলা ไทย éÉ ÀÉÎõü naïve"  # llama.cpp cuts these otherwise for two kinds
-EDGES = ["", " ", "   ", "\n", " lead", "  lead", "a", "'s", "trailing  ", " unmergeable", "text is text: <s> </s> <|bos|>"]
-TEXTS = [BLANKS, ENGLISH, DIGITS, CODE, OTHERS, topics["for"], BLANKS + ENGLISH + DIGITS + CODE + OTHERS, *EDGES]
+EDGES = [
+    "",
+    " ",
+    "   ",
+    "\n",
+    " lead",
+    "  lead",
+    "a",
+    "'s",
+    "trailing  ",
+    " unmergeable",
+    "text is text: <s> </s> <|bos|>",
+]
+TEXTS = [
+    BLANKS,
+    ENGLISH,
+    DIGITS,
+    CODE,
+    OTHERS,
+    topics["for"],
+    BLANKS + ENGLISH + DIGITS + CODE + OTHERS,
+    *EDGES,
+]
 WORDS_BEYOND_ASCII = ("gpt-4o", "tekken")
 
 
@@ -38,7 +59,9 @@ def write_directory(directory: Path, backend: tokenizers.Tokenizer, **config: An
 
 @functools.cache
 def wild_merges() -> tuple[list[str], list[str]]:
-    """Tokens and merges of BPE that was trained on uncut text: they cross every border, so that each cut shows in the ids."""
+    """Tokens and merges of BPE that was trained on uncut text: they cross every border, so that each cut
+    shows in the ids.
+    """
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trainer = trainers.BpeTrainer(
@@ -52,7 +75,9 @@ def wild_merges() -> tuple[list[str], list[str]]:
     backend.train_from_iterator([*TEXTS, MARKS] * 2, trainer)
     model = json.loads(backend.to_str())["model"]
     # No merge makes the last one: only kinds that take whole pieces find it.
-    return [*sorted(model["vocab"], key=model["vocab"].get), "Ġunmergeable"], [" ".join(pair) for pair in model["merges"]]
+    return [*sorted(model["vocab"], key=model["vocab"].get), "Ġunmergeable"], [
+        " ".join(pair) for pair in model["merges"]
+    ]
 
 
 def byte_level_metadata(pre: str) -> dict[str, Any]:
@@ -79,12 +104,24 @@ def sentence_piece_metadata() -> dict[str, Any]:
     vocabulary = backend.get_vocab()
     words = sorted((token for token in vocabulary if len(token) > 1), key=lambda token: vocabulary[token])
     pieces = [*words, *sorted(token for token in vocabulary if len(token) == 1)]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces, "s>", "<|turn|>", "    "]
+    tokens = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *pieces,
+        "s>",
+        "<|turn|>",
+        "    ",
+    ]
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * (len(pieces) + 1) + [CONTROL, USER_DEFINED],
+        "tokenizer.ggml.token_type": [UNKNOWN, CONTROL, CONTROL]
+        + [BYTE] * 256
+        + [NORMAL] * (len(pieces) + 1)
+        + [CONTROL, USER_DEFINED],
         "tokenizer.ggml.scores": [0.0] * 259 + [float(-rank) for rank in range(len(pieces) + 1)] + [0.0, 0.0],
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,

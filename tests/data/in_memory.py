@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-BOS, EOS = 0, 1
+BOS = 0
+EOS = 1
 TOKENS_PER_DOCUMENT = 1000  # ids of `numbered` tell document and place
 
 
@@ -25,7 +26,9 @@ class InMemoryDocuments:
         self.lengths = np.asarray([len(document) for document in documents], np.int32)
         self.num_bytes = np.asarray(num_bytes, np.int32)
         prompts = prompt_lengths or [0] * len(documents)
-        flags = scored or [[i >= max(prompt, 1) for i in range(len(d))] for d, prompt in zip(documents, prompts, strict=True)]
+        flags = scored or [
+            [i >= max(prompt, 1) for i in range(len(d))] for d, prompt in zip(documents, prompts, strict=True)
+        ]
         self.flags = [np.asarray(of_document, bool) for of_document in flags]
         self.num_scored = np.asarray([of_document.sum() for of_document in self.flags], np.int32)
         self.scored_bytes = np.asarray(num_bytes if scored_bytes is None else scored_bytes, np.int32)
@@ -53,7 +56,10 @@ def numbered(
     scored: Sequence[Sequence[bool]] | None = None,
 ) -> InMemoryDocuments:
     """Documents of these lengths whose token i > 0 of document d is 1000 * (d + 1) + i; the first is BOS."""
-    documents = [[BOS, *(TOKENS_PER_DOCUMENT * (d + 1) + i for i in range(1, length))] for d, length in enumerate(lengths)]
+    documents = [
+        [BOS, *(TOKENS_PER_DOCUMENT * (d + 1) + i for i in range(1, length))]
+        for d, length in enumerate(lengths)
+    ]
     num_bytes = [bytes_per_token * max(length - 2, 0) for length in lengths]
     made = InMemoryDocuments(documents, num_bytes=num_bytes, prompt_lengths=prompt_lengths, scored=scored)
     made.scored_bytes[:] = [bytes_per_token * max(int(flags[:-1].sum()), 0) for flags in made.flags]

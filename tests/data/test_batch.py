@@ -22,7 +22,9 @@ def test_an_empty_batch_scores_nothing():
 
 def test_a_batch_is_a_pytree_of_its_seven_fields():
     batch = empty_batch(2, 4)
-    paths = {jax.tree_util.keystr(path, simple=True) for path, _ in jax.tree_util.tree_leaves_with_path(batch)}
+    paths = {
+        jax.tree_util.keystr(path, simple=True) for path, _ in jax.tree_util.tree_leaves_with_path(batch)
+    }
     assert paths == FIELDS
     doubled = jax.jit(lambda batch: jax.tree.map(lambda leaf: 2 * leaf + 1, batch))(batch)
     assert isinstance(doubled, Batch)

@@ -1,4 +1,6 @@
-"""What a model expects around text, kept through save and load, and the same to Hugging Face's transformers."""
+"""What a model expects around text, kept through save and load, and the same to Hugging Face's
+transformers.
+"""
 
 import hashlib
 import json
@@ -16,8 +18,11 @@ SPECIAL = ["<s>", "</s>", "<|eot_id|>", "<unk>"]
 
 def foreign(path: Path, *, config: dict[str, object] | None = None, post_processor: object = None) -> Path:
     """A byte-level tokenizer.json as others write it, and the file beside it."""
-    backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(SPECIAL)
     if post_processor is not None:
         backend.post_processor = post_processor
@@ -29,7 +34,9 @@ def foreign(path: Path, *, config: dict[str, object] | None = None, post_process
 
 
 def template(single: str) -> processors.TemplateProcessing:
-    return processors.TemplateProcessing(single=single, pair="$A $B", special_tokens=[("<s>", 256), ("</s>", 257)])
+    return processors.TemplateProcessing(
+        single=single, pair="$A $B", special_tokens=[("<s>", 256), ("</s>", 257)]
+    )
 
 
 BYTE_LEVEL = processors.ByteLevel(trim_offsets=False)
@@ -73,7 +80,11 @@ def test_vocabularies_made_here_begin_with_bos_and_keep_their_hash(tmp_path: Pat
     tokenizer.save(tmp_path)
     specification = json.loads((tmp_path / "tokenizer.json").read_text())
     assert specification["post_processor"]["type"] == "TemplateProcessing"
-    without = json.dumps([{**specification, "post_processor": None}, "<|bos|>", "<|eos|>"], sort_keys=True, separators=(",", ":"))
+    without = json.dumps(
+        [{**specification, "post_processor": None}, "<|bos|>", "<|eos|>"],
+        sort_keys=True,
+        separators=(",", ":"),
+    )
     assert hashlib.sha256(without.encode()).hexdigest() == tokenizer.hash  # which runs on disk have
     assert Tokenizer.load(tmp_path).hash == tokenizer.hash and Tokenizer.load(tmp_path).adds_bos
     # As runs before this wrote it: no post-processor, and no word about BOS.
@@ -97,13 +108,34 @@ def test_vocabularies_made_here_begin_with_bos_and_keep_their_hash(tmp_path: Pat
 def test_nothing_is_lost_between_save_and_load(tmp_path: Path) -> None:
     backend = tokenizers.Tokenizer.from_file(str(foreign(tmp_path) / "tokenizer.json"))
     tokenizer = Tokenizer(
-        backend, bos="<s>", eos="</s>", ends=["<|eot_id|>", "</s>"], adds_bos=False, has_bos=False, chat_template="{{ 'ü' }}\n",
-        unk="<unk>", pad="</s>",
-    )  # fmt: skip
-    assert tokenizer.end_ids == (257, 258) and tokenizer.special_ids == {name: 256 + i for i, name in enumerate(SPECIAL)}
+        backend,
+        bos="<s>",
+        eos="</s>",
+        ends=["<|eot_id|>", "</s>"],
+        adds_bos=False,
+        has_bos=False,
+        chat_template="{{ 'ü' }}\n",
+        unk="<unk>",
+        pad="</s>",
+    )
+    assert tokenizer.end_ids == (257, 258) and tokenizer.special_ids == {
+        name: 256 + i for i, name in enumerate(SPECIAL)
+    }
     tokenizer.save(tmp_path / "saved")
     loaded = Tokenizer.load(tmp_path / "saved")
-    for name in ("bos", "eos", "ends", "end_ids", "adds_bos", "has_bos", "chat_template", "unk", "pad", "hash", "vocab_size"):
+    for name in (
+        "bos",
+        "eos",
+        "ends",
+        "end_ids",
+        "adds_bos",
+        "has_bos",
+        "chat_template",
+        "unk",
+        "pad",
+        "hash",
+        "vocab_size",
+    ):
         assert getattr(loaded, name) == getattr(tokenizer, name), name
     given = Tokenizer.load(tmp_path / "saved", ends=["<unk>"], adds_bos=True)
     assert given.end_ids == (257, 259) and given.adds_bos and given.has_bos
@@ -111,14 +143,28 @@ def test_nothing_is_lost_between_save_and_load(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path / "saved", ends=["<|im_end|>"])
 
 
-OLDER = {"eos_token": "</s>", "clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
+OLDER = {
+    "eos_token": "</s>",
+    "clean_up_tokenization_spaces": False,
+    "tokenizer_class": "PreTrainedTokenizerFast",
+}
 
 
 @pytest.mark.parametrize(
     ("config", "model_ids", "bos", "eos"),
     [
-        (None, {}, ("<s>", "first of the usual names in the vocabulary"), ("</s>", "first of the usual names in the vocabulary")),
-        ({"eos_token": "</s>"}, {}, ("<s>", "first of the usual names in the vocabulary"), ("</s>", "eos_token of tokenizer_config.json")),
+        (
+            None,
+            {},
+            ("<s>", "first of the usual names in the vocabulary"),
+            ("</s>", "first of the usual names in the vocabulary"),
+        ),
+        (
+            {"eos_token": "</s>"},
+            {},
+            ("<s>", "first of the usual names in the vocabulary"),
+            ("</s>", "eos_token of tokenizer_config.json"),
+        ),
         (
             {"bos_token": None, "eos_token": "</s>"},
             {},
@@ -131,8 +177,14 @@ OLDER = {"eos_token": "</s>", "clean_up_tokenization_spaces": False, "tokenizer_
             ("<unk>", "bos_token_id of the model's configuration"),
             ("<|eot_id|>", "eos_token_id of the model's configuration"),
         ),
-        ({"bos_token": "<unk>"}, {"bos": 256}, ("<unk>", "bos_token of tokenizer_config.json"), ("</s>", "first of the usual names")),
-        # What slmjax wrote before for a model without BOS, whose documents began with the first of the usual names.
+        (
+            {"bos_token": "<unk>"},
+            {"bos": 256},
+            ("<unk>", "bos_token of tokenizer_config.json"),
+            ("</s>", "first of the usual names"),
+        ),
+        # What slmjax wrote before for a model without BOS, whose documents began with the first of the usual
+        # names.
         (
             {**OLDER, "bos_token": None, "add_bos_token": False},
             {},
@@ -142,7 +194,11 @@ OLDER = {"eos_token": "</s>", "clean_up_tokenization_spaces": False, "tokenizer_
     ],
 )
 def test_bos_and_eos_follow_the_rules_and_say_which(
-    config: dict[str, object] | None, model_ids: dict[str, int | None], bos: tuple[str, str], eos: tuple[str, str], tmp_path: Path
+    config: dict[str, object] | None,
+    model_ids: dict[str, int | None],
+    bos: tuple[str, str],
+    eos: tuple[str, str],
+    tmp_path: Path,
 ) -> None:
     loaded = Tokenizer.load(foreign(tmp_path, config=config), model_ids=model_ids)
     has_bos = (config or {}).get("bos_token", "") is not None
@@ -151,11 +207,16 @@ def test_bos_and_eos_follow_the_rules_and_say_which(
         assert (token.name, token.id) == (name, 256 + SPECIAL.index(name)) and token.source.startswith(source)
     loaded.save(tmp_path / "again")
     again = Tokenizer.load(tmp_path / "again")
-    assert again.special_tokens == loaded.special_tokens and again.has_bos == loaded.has_bos == has_bos, "the reason is kept"
+    assert again.special_tokens == loaded.special_tokens and again.has_bos == loaded.has_bos == has_bos, (
+        "the reason is kept"
+    )
     written = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
     assert written["bos_token"] == (bos[0] if has_bos else None), "for transformers there is still none"
     named = Tokenizer.load(tmp_path, bos="<|eot_id|>", eos="<unk>").special_tokens
-    assert [(token.name, token.source) for token in named.values()] == [("<|eot_id|>", "named by the user"), ("<unk>", "named by the user")]
+    assert [(token.name, token.source) for token in named.values()] == [
+        ("<|eot_id|>", "named by the user"),
+        ("<unk>", "named by the user"),
+    ]
 
 
 def test_a_null_eos_must_be_named(tmp_path: Path) -> None:
@@ -167,21 +228,29 @@ def test_a_null_eos_must_be_named(tmp_path: Path) -> None:
 
 def test_padding_and_unknown_tokens_are_those_of_the_config_alone(tmp_path: Path) -> None:
     path = foreign(tmp_path, config={"unk_token": None, "pad_token": "</s>", "eos_token": "</s>"})
-    assert (Tokenizer.load(path).unk, Tokenizer.load(path).pad) == (None, "</s>"), "no <unk> because of its name"
+    assert (Tokenizer.load(path).unk, Tokenizer.load(path).pad) == (None, "</s>"), (
+        "no <unk> because of its name"
+    )
 
 
 @pytest.mark.parametrize(
     ("config", "file", "expected"),
     [
         ({"chat_template": "a"}, None, "a"),
-        ({"chat_template": [{"name": "tool_use", "template": "b"}, {"name": "default", "template": "a"}]}, None, "a"),
+        (
+            {"chat_template": [{"name": "tool_use", "template": "b"}, {"name": "default", "template": "a"}]},
+            None,
+            "a",
+        ),
         ({"chat_template": [{"name": "tool_use", "template": "b"}]}, None, None),
         ({"chat_template": "b"}, "a", "a"),
         ({}, "a", "a"),
         ({}, None, None),
     ],
 )
-def test_where_a_chat_template_is_found(config: dict[str, object], file: str | None, expected: str | None, tmp_path: Path) -> None:
+def test_where_a_chat_template_is_found(
+    config: dict[str, object], file: str | None, expected: str | None, tmp_path: Path
+) -> None:
     foreign(tmp_path, config=config)
     if file is not None:
         (tmp_path / "chat_template.jinja").write_text(file)
@@ -198,10 +267,17 @@ def test_a_damaged_config_is_named(tmp_path: Path) -> None:
 
 
 def test_tokens_are_added_and_recognised_where_asked() -> None:
-    for tokenizer in (BpeTokenizer(vocab_size=270).build(["the theme"]), CharTokenizer().build(["the theme"])):
+    for tokenizer in (
+        BpeTokenizer(vocab_size=270).build(["the theme"]),
+        CharTokenizer().build(["the theme"]),
+    ):
         size = tokenizer.vocab_size
         chatty = tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special=True)
-        assert (chatty.vocab_size, chatty.hash != tokenizer.hash, tokenizer.vocab_size) == (size + 2, True, size)
+        assert (chatty.vocab_size, chatty.hash != tokenizer.hash, tokenizer.vocab_size) == (
+            size + 2,
+            True,
+            size,
+        )
         the = tokenizer.encode("the")
         assert chatty.encode_with_special("<|im_start|>the<|im_end|><|eos|>") == [size, *the, size + 1, 1]
         assert chatty.decode([size, *the, size + 1, 1]) == "the"
@@ -214,7 +290,7 @@ def test_tokens_are_added_and_recognised_where_asked() -> None:
     assert byte.encode("<x>") == [2 + b for b in b"<x>"] and byte.encode_with_special("<x>") == [258]
 
 
-# Those who read the files ---------------------------------------------------------------------------------------------
+# Those who read the files -----------------------------------------------------------------------------------
 @pytest.mark.nightly
 @pytest.mark.parametrize("case", ["byte", "bpe", "char", *CASES])
 def test_transformers_reads_the_same_ids(case: str, tmp_path: Path) -> None:
@@ -238,9 +314,16 @@ def test_transformers_reads_the_same_ids(case: str, tmp_path: Path) -> None:
             assert theirs(text)["input_ids"] == [*tokenizer.prompt_ids(text), *after]
             assert theirs.decode(tokenizer.prompt_ids(text), skip_special_tokens=True) == text
     assert theirs("")["input_ids"] == [*([tokenizer.bos_id] if tokenizer.adds_bos else []), *after]
-    assert (theirs.bos_token, theirs.eos_token) == (tokenizer.bos if tokenizer.has_bos else None, tokenizer.eos)
+    assert (theirs.bos_token, theirs.eos_token) == (
+        tokenizer.bos if tokenizer.has_bos else None,
+        tokenizer.eos,
+    )
     assert len(theirs) == tokenizer.vocab_size
     # As transformers writes it again, without a word about BOS.
     theirs.save_pretrained(str(tmp_path / "again"))
     again = Tokenizer.load(tmp_path / "again")
-    assert (again.adds_bos, again.has_bos, again.prompt_ids("ab")) == (tokenizer.adds_bos, tokenizer.has_bos, tokenizer.prompt_ids("ab"))
+    assert (again.adds_bos, again.has_bos, again.prompt_ids("ab")) == (
+        tokenizer.adds_bos,
+        tokenizer.has_bos,
+        tokenizer.prompt_ids("ab"),
+    )

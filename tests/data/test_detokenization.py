@@ -1,4 +1,6 @@
-"""Bytes become text as in Python's own decoder, and a text that grows is never shown otherwise than it ends."""
+"""Bytes become text as in Python's own decoder, and a text that grows is never shown otherwise than it
+ends.
+"""
 
 import dataclasses
 
@@ -24,7 +26,9 @@ WORDS = ["▁Hi", "▁", "好", "n't", "##y", ".", "▁,"]
 def _with_decoder(decoder: decoders.Decoder | None) -> Tokenizer:
     """BOS, EOS, 256 bytes by their hexadecimal names, and words."""
     names = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS]
-    backend = tokenizers.Tokenizer(models.BPE(vocab={name: id for id, name in enumerate(names)}, merges=[], byte_fallback=True))
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab={name: id for id, name in enumerate(names)}, merges=[], byte_fallback=True)
+    )
     if decoder is not None:
         backend.decoder = decoder
     backend.add_special_tokens(["<s>", "</s>"])
@@ -32,7 +36,9 @@ def _with_decoder(decoder: decoders.Decoder | None) -> Tokenizer:
 
 
 def _byte_level_in_nfc() -> Tokenizer:
-    """A vocabulary whose ids have no bytes of their own, since text is changed first; the bytes have ids as in ByteTokenizer."""
+    """A vocabulary whose ids have no bytes of their own, since text is changed first; the bytes have ids as
+    in ByteTokenizer.
+    """
     backend = tokenizers.Tokenizer.from_str(ByteTokenizer().build(())._backend.to_str())
     backend.normalizer = normalizers.NFC()
     return Tokenizer(backend, bos="<|bos|>", eos="<|eos|>")
@@ -65,8 +71,11 @@ def test_bytes_are_decoded_as_by_python(raw: bytes, cut: int) -> None:
         ids = [2 + byte for byte in raw]
         # Of text that begins with a blank, such vocabularies strip it.
         assert tokenizer.decode(ids) == (expected.removeprefix(" ") if kind == "fallback" else expected), kind
-        before, added = tokenizer.decode(ids[:cut]), tokenizer.decode_continuation(ids[:cut], ids[cut:])
-        assert before + added == tokenizer.decode(ids) or before[:-1] + added == tokenizer.decode(ids), "the torn character comes again"
+        before = tokenizer.decode(ids[:cut])
+        added = tokenizer.decode_continuation(ids[:cut], ids[cut:])
+        assert before + added == tokenizer.decode(ids) or before[:-1] + added == tokenizer.decode(ids), (
+            "the torn character comes again"
+        )
 
 
 def test_a_whole_character_before_a_torn_one_by_hand() -> None:
@@ -83,16 +92,21 @@ def test_a_whole_character_before_a_torn_one_by_hand() -> None:
         assert torn == [b"", b"\xe4", b"", b"\xf0\x9f\x98", b"", b"", b"", b""], kind
 
 
-# --- Streams ----------------------------------------------------------------------------------------------------------------------
+# Streams ----------------------------------------------------------------------------------------------------
 DECODERS = {
     "llama": decoders.Sequence(LLAMA),
     "metaspace": decoders.Metaspace(),
     "word_piece": decoders.WordPiece(),
     "joined_words": decoders.BPEDecoder(suffix="y"),
     "plain": None,
-    "changes_text": decoders.Sequence([*LLAMA, decoders.Replace(" ,", ",")]),  # a blank may go when a comma follows
+    "changes_text": decoders.Sequence(
+        [*LLAMA, decoders.Replace(" ,", ",")]
+    ),  # a blank may go when a comma follows
 }
-TOKENIZERS = {**{name: _with_decoder(decoder) for name, decoder in DECODERS.items()}, "byte_level": _byte_level_in_nfc()}
+TOKENIZERS = {
+    **{name: _with_decoder(decoder) for name, decoder in DECODERS.items()},
+    "byte_level": _byte_level_in_nfc(),
+}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +117,13 @@ def speaking(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 
 
 def streamed(
-    loaded: Loaded, tokenizer: Tokenizer, ids: list[int], *, steps: int, monkeypatch: pytest.MonkeyPatch, stop: tuple[str, ...] = ()
+    loaded: Loaded,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    *,
+    steps: int,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: tuple[str, ...] = (),
 ) -> tuple[Generation, list[str]]:
     """What `generate` makes of these tokens, which come so many at a time, and the pieces that it tells."""
 
@@ -117,9 +137,11 @@ def streamed(
     with monkeypatch.context() as patch:
         patch.setattr(text, "sample", speak)
         found = generate(
-            dataclasses.replace(loaded, own_tokenizer=tokenizer), [[0, 3]], config=SamplingConfig(max_tokens=40, stop=stop),
+            dataclasses.replace(loaded, own_tokenizer=tokenizer),
+            [[0, 3]],
+            config=SamplingConfig(max_tokens=40, stop=stop),
             on_text=lambda _, piece: pieces.append(piece),
-        )[0]  # fmt: skip
+        )[0]
     return found, pieces
 
 
@@ -131,21 +153,33 @@ def test_pieces_make_up_the_text(speaking: Loaded, monkeypatch: pytest.MonkeyPat
     @given(parts=TOKENS, steps=st.integers(1, 4), kind=st.sampled_from(sorted(TOKENIZERS)))
     def check(parts: list[int | list[int]], steps: int, kind: str) -> None:
         tokenizer = TOKENIZERS[kind]
-        ids = [id for part in parts for id in ([part] if isinstance(part, int) else [2 + byte for byte in part])]
+        ids = [
+            id for part in parts for id in ([part] if isinstance(part, int) else [2 + byte for byte in part])
+        ]
         ids = [id for id in ids if id < tokenizer.vocab_size][:32] or [258 % tokenizer.vocab_size]
         found, pieces = streamed(speaking, tokenizer, ids, steps=steps, monkeypatch=monkeypatch)
         assert "".join(pieces) == found.text == tokenizer.decode_continuation([0, 3], ids), kind
         if len(found.text) > 1:
             stop = found.text[1:3]
-            stopped, pieces = streamed(speaking, tokenizer, ids, steps=steps, monkeypatch=monkeypatch, stop=(stop,))
+            stopped, pieces = streamed(
+                speaking, tokenizer, ids, steps=steps, monkeypatch=monkeypatch, stop=(stop,)
+            )
             assert "".join(pieces) == stopped.text and stop not in stopped.text
             whole, _ = streamed(speaking, tokenizer, ids, steps=32, monkeypatch=monkeypatch, stop=(stop,))
-            assert (stopped.text, stopped.tokens) == (whole.text, whole.tokens), "the steps of a call decide nothing"
+            assert (stopped.text, stopped.tokens) == (whole.text, whole.tokens), (
+                "the steps of a call decide nothing"
+            )
 
     check()
 
 
-def test_a_stop_text_is_found_before_a_torn_character(speaking: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_text_is_found_before_a_torn_character(
+    speaking: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = [2 + byte for byte in "a你".encode() + b"\xe5"]
     found, pieces = streamed(speaking, BYTE_FALLBACK, ids, steps=1, monkeypatch=monkeypatch, stop=("你",))
-    assert (found.text, found.reason, found.tokens) == ("a", FinishReason.STOP, tuple(ids[:4])) and pieces == ["a"]
+    assert (found.text, found.reason, found.tokens) == (
+        "a",
+        FinishReason.STOP,
+        tuple(ids[:4]),
+    ) and pieces == ["a"]

@@ -1,4 +1,6 @@
-"""Which documents are held out: of records by their content, of files by their name; runs of before keep the lines of their file."""
+"""Which documents are held out: of records by their content, of files by their name; runs of before keep the
+lines of their file.
+"""
 
 import csv
 import dataclasses
@@ -25,8 +27,12 @@ def corpus(path: Path, texts: Sequence[str] = TEXTS) -> DataConfig:
 
 def sides(prepared: Prepared) -> tuple[list[str], list[str]]:
     """The documents that are trained on, and those that are held out."""
-    ((train, _),), (heldout,) = prepared.train, prepared.heldout
-    return tuple([prepared.tokenizer.decode(shards.tokens(i).tolist()) for i in range(len(shards))] for shards in (train, heldout))
+    ((train, _),) = prepared.train
+    (heldout,) = prepared.heldout
+    return tuple(
+        [prepared.tokenizer.decode(shards.tokens(i).tolist()) for i in range(len(shards))]
+        for shards in (train, heldout)
+    )
 
 
 def test_a_line_at_the_top_of_a_file_moves_no_other_document(tmp_path: Path) -> None:
@@ -37,15 +43,23 @@ def test_a_line_at_the_top_of_a_file_moves_no_other_document(tmp_path: Path) -> 
     new_train, new_heldout = sides(prepare(data, ByteTokenizer(), log=lambda _: None))
     assert {*new_train, *new_heldout} - {*train, *heldout} == {"One more line"}
     assert not set(new_heldout) & set(train) and not set(new_train) & set(heldout)
-    as_table = sides(prepare(corpus(tmp_path / "other.csv", TEXTS[::-1]), ByteTokenizer(), log=lambda _: None))
+    as_table = sides(
+        prepare(corpus(tmp_path / "other.csv", TEXTS[::-1]), ByteTokenizer(), log=lambda _: None)
+    )
     assert [set(side) for side in as_table] == [set(train), set(heldout)]  # neither order nor layout matters
 
 
 def test_pairs_differ_by_their_prompts(tmp_path: Path) -> None:
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({"q": text, "a": "yes"}) + "\n" for text in TEXTS))
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps({"q": text, "a": "yes"}) + "\n" for text in TEXTS)
+    )
     data = DataConfig(
-        path=str(tmp_path / "pairs.jsonl"), prompt_field="q", completion_field="a", cache_dir=str(tmp_path), heldout_fraction=0.5
-    )  # fmt: skip
+        path=str(tmp_path / "pairs.jsonl"),
+        prompt_field="q",
+        completion_field="a",
+        cache_dir=str(tmp_path),
+        heldout_fraction=0.5,
+    )
     train, heldout = sides(prepare(data, ByteTokenizer(), log=lambda _: None))
     assert len(train) > 15 and len(heldout) > 15
 

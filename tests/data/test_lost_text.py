@@ -12,7 +12,14 @@ from slmjax.cli.evaluating import _text_rows
 from slmjax.config import to_json
 from slmjax.data import lost_text
 from slmjax.data.config import DataConfig
-from slmjax.data.lost_text import LostText, LostTextMeter, check_lost_text, lost_characters, lost_note, lost_share
+from slmjax.data.lost_text import (
+    LostText,
+    LostTextMeter,
+    check_lost_text,
+    lost_characters,
+    lost_note,
+    lost_share,
+)
 from slmjax.data.preparation import prepare
 from slmjax.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 from slmjax.evaluation import evaluate
@@ -28,7 +35,8 @@ LOST = 8 * 23 / (4 + 8 * 23)
 def dropping(directory: Path, **parts: Any) -> Path:
     """A vocabulary of two letters without an unknown token: other characters vanish."""
     backend = tokenizers.Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, "a": 2, "b": 3}, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Split("ab", "isolated"), decoders.Fuse()
+    backend.pre_tokenizer = pre_tokenizers.Split("ab", "isolated")
+    backend.decoder = decoders.Fuse()
     for name, part in parts.items():
         setattr(backend, name, part)
     backend.add_special_tokens(["<s>", "</s>"])
@@ -42,7 +50,11 @@ def dropping(directory: Path, **parts: Any) -> Path:
     [
         ("Größe", "Größe", {}),
         ("Größe", "gröe", {"G": 1, "ß": 1}),
-        ("a\n\nb c", "a b c", {"\n": 2, " ": 1}),  # a blank is there that was a newline: which one was in the text is not told
+        (
+            "a\n\nb c",
+            "a b c",
+            {"\n": 2, " ": 1},
+        ),  # a blank is there that was a newline: which one was in the text is not told
         ("ab c", "a b c", {" ": 1}),
         ("it's", "it ' s", {}),  # blanks that the text has none of
         ("e\u0301", "é", {"e": 1, "\u0301": 1}),
@@ -53,10 +65,16 @@ def test_lost_characters_by_hand(text: str, decoded: str, lost: dict[str, int]) 
     assert lost_characters(text, decoded) == lost
 
 
-def test_what_normalizers_and_unknown_tokens_lose_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_normalizers_and_unknown_tokens_lose_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lower = normalizers.Sequence([normalizers.Lowercase(), normalizers.Strip()])
     cases = {
-        "lowercased": (dropping(tmp_path / "lower", normalizer=lower), " ABab", LostText(measured=5, lost=5, characters=" ABab")),
+        "lowercased": (
+            dropping(tmp_path / "lower", normalizer=lower),
+            " ABab",
+            LostText(measured=5, lost=5, characters=" ABab"),
+        ),
         "dropped": (dropping(tmp_path / "dropped"), "abéé", LostText(measured=6, lost=4, characters="é")),
         "kept": (dropping(tmp_path / "kept"), "abab", LostText(measured=4)),
     }
@@ -67,7 +85,9 @@ def test_what_normalizers_and_unknown_tokens_lose_is_counted(tmp_path: Path, mon
         assert meter.found() == expected, name
     exact = LostTextMeter(ByteTokenizer().build(()), sample=False)
     exact.add(b"abc", [5])
-    assert exact.found() == LostText() and exact.found().share == 0, "a vocabulary that keeps every byte costs nothing"
+    assert exact.found() == LostText() and exact.found().share == 0, (
+        "a vocabulary that keeps every byte costs nothing"
+    )
     assert lost_share([LostText(measured=10, lost=5), LostText(measured=30, lost=1), LostText()]) == 6 / 40
     sampled = LostTextMeter(Tokenizer.load(cases["kept"][0]), sample=True)
     monkeypatch.setattr(lost_text, "_SAMPLED_FIRST", 1000)
@@ -78,9 +98,16 @@ def test_what_normalizers_and_unknown_tokens_lose_is_counted(tmp_path: Path, mon
 
 def test_a_tokenizer_that_loses_text_is_refused_or_marked(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    options = {"path": str(tmp_path / "text.txt"), "heldout_fraction": 0.0, "cache_dir": str(tmp_path / "cache"), "sequence_length": 8}
+    options = {
+        "path": str(tmp_path / "text.txt"),
+        "heldout_fraction": 0.0,
+        "cache_dir": str(tmp_path / "cache"),
+        "sequence_length": 8,
+    }
     tokenizer = FileTokenizer(path=str(dropping(tmp_path / "tokenizer")))
-    with pytest.raises(ValueError, match=rf"loses {LOST:.1%} of the bytes.*first of all 'é'.*--data.max-lost-text 1"):
+    with pytest.raises(
+        ValueError, match=rf"loses {LOST:.1%} of the bytes.*first of all 'é'.*--data.max-lost-text 1"
+    ):
         prepare(DataConfig(**options), tokenizer, log=lambda _: None)
     data = DataConfig(**options, max_lost_text=1.0)
     ((shards, _),) = prepare(data, tokenizer, log=lambda _: None).train
@@ -94,7 +121,10 @@ def test_a_tokenizer_that_loses_text_is_refused_or_marked(tmp_path: Path) -> Non
     found = evaluate(loaded, data=data, log=lambda _: None)
     assert found.lost_text == LOST and found.tokens == 5
     # The issue's fault: five tokens' bits over all bytes of the text look like a very good model.
-    assert found.bits_per_byte == pytest.approx(found.loss * 5 / math.log(2) / len(TEXT.encode())) and found.bits_per_byte < 0.2
+    assert (
+        found.bits_per_byte == pytest.approx(found.loss * 5 / math.log(2) / len(TEXT.encode()))
+        and found.bits_per_byte < 0.2
+    )
     assert lost_note(LOST) in found.text() and found.figures()["lost_text"] == LOST
     rows = {row[0].strip(): row for row in _text_rows({"text": to_json(found)})}
     assert rows["not comparable"][1] == f"{LOST:.2%}"

@@ -11,7 +11,15 @@ from slmjax.data import packing
 from slmjax.data.batch import Batch, empty_batch
 from slmjax.data.config import Packing
 from slmjax.data.left_out import describe_left_out, find_left_out
-from slmjax.data.packing import RowPlan, best_fit_rows, concatenated_rows, load_or_pack, spans_of, with_targets, write_row
+from slmjax.data.packing import (
+    RowPlan,
+    best_fit_rows,
+    concatenated_rows,
+    load_or_pack,
+    spans_of,
+    with_targets,
+    write_row,
+)
 from slmjax.data.scored import pieces_around
 from tests.data.in_memory import BOS, InMemoryDocuments, numbered
 
@@ -58,17 +66,27 @@ def test_a_row_by_hand():
     assert batch.loss_mask.tolist() == [[0, 1, 1, 1, 1, 0]]  # 1001 belongs to the prompt
     assert batch.segment_ids.tolist() == [[1, 1, 1, 2, 2, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0]]
-    assert batch.num_bytes.tolist() == [3 + 3]  # 1002 and 2001; the prompt is not scored, and 1003 and 2002 end documents
+    assert batch.num_bytes.tolist() == [
+        3 + 3
+    ]  # 1002 and 2001; the prompt is not scored, and 1003 and 2002 end documents
 
 
 def test_concatenation_by_hand():
     shards = numbered([3, 6, 2])
     plan = concatenated_rows(shards.lengths, sequence_length=4)
-    assert [plan.pieces(row) for row in range(len(plan))] == [[(0, 0, 3), (1, 0, 1)], [(1, 1, 4)], [(1, 5, 1), (2, 0, 1)]]
+    assert [plan.pieces(row) for row in range(len(plan))] == [
+        [(0, 0, 3), (1, 0, 1)],
+        [(1, 1, 4)],
+        [(1, 5, 1), (2, 0, 1)],
+    ]
     batch = write_all(plan, shards)
     assert batch.tokens.tolist() == [[BOS, 1001, 1002, BOS], [2001, 2002, 2003, 2004], [2005, BOS, 0, 0]]
     assert batch.targets.tolist() == [[1001, 1002, 0, 2001], [2002, 2003, 2004, 2005], [0, 3001, 0, 0]]
-    assert batch.loss_mask.tolist() == [[1, 1, 0, 1], [1, 1, 1, 1], [0, 1, 0, 0]]  # 0: BOS would be the target
+    assert batch.loss_mask.tolist() == [
+        [1, 1, 0, 1],
+        [1, 1, 1, 1],
+        [0, 1, 0, 0],
+    ]  # 0: BOS would be the target
     assert batch.segment_ids.tolist() == [[1, 1, 1, 2], [1, 1, 1, 1], [1, 2, 0, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 0], [0, 1, 2, 3], [0, 0, 0, 0]]
     assert batch.num_bytes.tolist() == [3 + 3, 9, 0]
@@ -83,7 +101,9 @@ def test_best_fit_scores_every_target_once(lengths, sequence_length, window, dat
     plan = best_fit_rows(shards.lengths, sequence_length=sequence_length, window=window, overlap=overlap)
     batch = write_all(plan, shards)
     scored = batch.targets[batch.loss_mask == 1].tolist()
-    assert sorted(scored) == [1000 * (d + 1) + i for d, length in enumerate(lengths) for i in range(1, length)]
+    assert sorted(scored) == [
+        1000 * (d + 1) + i for d, length in enumerate(lengths) for i in range(1, length)
+    ]
     for document in range(len(lengths)):  # the pieces of each document are in order
         own = [target for target in scored if target // 1000 == document + 1]
         assert own == sorted(own)
@@ -110,15 +130,31 @@ def check_rows(plan: RowPlan, batch: Batch) -> None:
     real = batch.segment_ids > 0
     assert real.any(axis=1).all()
     assert plan.efficiency == real.mean()
-    assert not batch.loss_mask[~real].any() and not batch.tokens[~real].any() and not batch.positions[~real].any()
+    assert (
+        not batch.loss_mask[~real].any()
+        and not batch.tokens[~real].any()
+        and not batch.positions[~real].any()
+    )
     for row in range(len(plan)):
         segments = batch.segment_ids[row][real[row]]
-        assert np.array_equal(np.unique(segments), np.arange(1, segments[-1] + 1)) and (np.diff(segments) >= 0).all()
+        assert (
+            np.array_equal(np.unique(segments), np.arange(1, segments[-1] + 1))
+            and (np.diff(segments) >= 0).all()
+        )
         for segment in np.unique(segments):
             inside = batch.segment_ids[row] == segment
             assert np.array_equal(batch.positions[row][inside], np.arange(inside.sum()))
             owners = {token // 1000 for token in batch.tokens[row][inside].tolist() if token != BOS}
-            assert len(owners | {target // 1000 for target in batch.targets[row][inside & (batch.loss_mask[row] == 1)].tolist()}) <= 1
+            assert (
+                len(
+                    owners
+                    | {
+                        target // 1000
+                        for target in batch.targets[row][inside & (batch.loss_mask[row] == 1)].tolist()
+                    }
+                )
+                <= 1
+            )
 
 
 @settings(max_examples=60, deadline=None)
@@ -126,7 +162,9 @@ def check_rows(plan: RowPlan, batch: Batch) -> None:
 def test_best_fit_equals_the_naive_packer(lengths, capacity):
     plan = best_fit_rows(np.array(lengths), sequence_length=capacity, window=len(lengths))
     rooms = [capacity - sum(length for _, _, length in plan.pieces(row)) for row in range(len(plan))]
-    pieces = [min(capacity, length - 1 - start) for length in lengths for start in range(0, length - 1, capacity)]
+    pieces = [
+        min(capacity, length - 1 - start) for length in lengths for start in range(0, length - 1, capacity)
+    ]
     assert sorted(rooms) == sorted(naive_best_fit_decreasing(pieces, capacity))
 
 
@@ -139,11 +177,17 @@ def test_best_fit_wastes_little_on_documents_of_usual_lengths():
 
 def test_windows_of_documents_are_packed_apart():
     plan = best_fit_rows(np.array([4, 4, 4, 4, 4, 4]), sequence_length=6, window=2)
-    assert [[document for document, _, _ in plan.pieces(row)] for row in range(len(plan))] == [[0, 1], [2, 3], [4, 5]]
+    assert [[document for document, _, _ in plan.pieces(row)] for row in range(len(plan))] == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+    ]
 
 
 def test_bytes_are_exact_with_the_bytes_of_each_token():
-    shards = InMemoryDocuments([[BOS, 2, 3, 4, 1], [BOS, 3, 1]], num_bytes=[10, 4], prompt_lengths=[2, 0], scored_bytes=[9, 4])
+    shards = InMemoryDocuments(
+        [[BOS, 2, 3, 4, 1], [BOS, 3, 1]], num_bytes=[10, 4], prompt_lengths=[2, 0], scored_bytes=[9, 4]
+    )
     token_bytes = np.array([0, 0, 1, 4, 5])
     plan = best_fit_rows(shards.lengths, sequence_length=4, window=2)
     exact = write_all(plan, shards, token_bytes=token_bytes)
@@ -168,7 +212,8 @@ def flags(text: str) -> list[bool]:
         ("." * 10 + "x" * 9, 6, 0, [(7, 6, 2), (13, 5, 0)]),
         ("." * 10 + "x" * 9, 6, 2, [(7, 6, 2), (11, 6, 2), (15, 3, 2)]),
         (".." + "x" * 9, 6, 0, [(0, 6, 1), (6, 4, 0)]),  # the prompt is shorter than that
-        # Turns: both of the first two are within a row that begins half a row before them; what is in between is context.
+        # Turns: both of the first two are within a row that begins half a row before them; what is in between
+        # is context.
         ("...x.x" + "." * 9 + "xx...", 6, 0, [(0, 5, 2), (10, 6, 4)]),
         # The second piece repeats a turn that the first one scored, as context.
         ("....xxx.xx", 6, 0, [(0, 6, 3), (3, 6, 4)]),
@@ -181,17 +226,32 @@ def test_documents_longer_than_a_row_are_cut_around_what_is_scored(scored, seque
 
 
 @settings(max_examples=50, deadline=None)
-@given(data=st.data(), sequence_length=st.integers(2, 12), window=st.integers(1, 30), packing=st.sampled_from(Packing))
+@given(
+    data=st.data(),
+    sequence_length=st.integers(2, 12),
+    window=st.integers(1, 30),
+    packing=st.sampled_from(Packing),
+)
 def test_every_row_has_a_target_and_every_scored_target_is_in_one(data, sequence_length, window, packing):
     runs = st.lists(st.tuples(st.booleans(), st.integers(1, 20)), min_size=1, max_size=6)
-    scored = [[False, *itertools.chain(*([flag] * n for flag, n in data.draw(runs)))] for _ in range(data.draw(st.integers(1, 8)))]
+    scored = [
+        [False, *itertools.chain(*([flag] * n for flag, n in data.draw(runs)))]
+        for _ in range(data.draw(st.integers(1, 8)))
+    ]
     overlap = data.draw(st.integers(0, sequence_length - 1)) if packing is Packing.BEST_FIT else 0
     documents = numbered([len(of_document) for of_document in scored], scored=scored)
-    wanted = [1000 * (d + 1) + i for d, of_document in enumerate(scored) for i, flag in enumerate(of_document) if flag]
+    wanted = [
+        1000 * (d + 1) + i
+        for d, of_document in enumerate(scored)
+        for i, flag in enumerate(of_document)
+        if flag
+    ]
     assume(wanted)
     if packing is Packing.BEST_FIT:
         spans = spans_of(documents, sequence_length=sequence_length)
-        plan = best_fit_rows(documents.lengths, sequence_length=sequence_length, window=window, overlap=overlap, spans=spans)
+        plan = best_fit_rows(
+            documents.lengths, sequence_length=sequence_length, window=window, overlap=overlap, spans=spans
+        )
     else:
         plan = with_targets(concatenated_rows(documents.lengths, sequence_length=sequence_length), documents)
     batch = write_all(plan, documents)
@@ -199,7 +259,8 @@ def test_every_row_has_a_target_and_every_scored_target_is_in_one(data, sequence
     assert sorted(batch.targets[batch.loss_mask == 1].tolist()) == wanted
     assert batch.num_bytes.sum() == documents.scored_bytes[documents.num_scored > 0].sum()
     check_rows(plan, batch)
-    found, inputs = find_left_out(plan, documents), [set() for _ in scored]
+    found = find_left_out(plan, documents)
+    inputs = [set() for _ in scored]
     for row in range(len(plan)):
         for document, start, length in plan.pieces(row):
             inputs[document] |= set(range(start, start + length))
@@ -210,15 +271,30 @@ def test_every_row_has_a_target_and_every_scored_target_is_in_one(data, sequence
 
 def test_what_is_left_out_is_counted_and_named():
     documents = numbered([12, 5, 4, 13, 6], prompt_lengths=[9, 2, 4, 10, 0])
-    plan = best_fit_rows(documents.lengths, sequence_length=6, window=5, spans=spans_of(documents, sequence_length=6))
+    plan = best_fit_rows(
+        documents.lengths, sequence_length=6, window=5, spans=spans_of(documents, sequence_length=6)
+    )
     whole, part = describe_left_out(plan, documents, name="pairs", decode=str)
-    assert whole.startswith("pairs: 1 of 5 documents have no token that is scored") and "document 2, which begins '[3001, 3002, " in whole
-    assert part.startswith("pairs: of 2 of 5 documents some text that is not scored") and "document 0, which begins '[1001, " in part
+    assert (
+        whole.startswith("pairs: 1 of 5 documents have no token that is scored")
+        and "document 2, which begins '[3001, 3002, " in whole
+    )
+    assert (
+        part.startswith("pairs: of 2 of 5 documents some text that is not scored")
+        and "document 0, which begins '[1001, " in part
+    )
     plain = numbered([12, 5])
-    assert describe_left_out(best_fit_rows(plain.lengths, sequence_length=6, window=5), plain, name="", decode=str) == []
+    assert (
+        describe_left_out(
+            best_fit_rows(plain.lengths, sequence_length=6, window=5), plain, name="", decode=str
+        )
+        == []
+    )
     with pytest.raises(ValueError, match="none of its text is scored"):
         nothing = numbered([4], prompt_lengths=[4])
-        best_fit_rows(nothing.lengths, sequence_length=6, window=5, spans=spans_of(nothing, sequence_length=6))
+        best_fit_rows(
+            nothing.lengths, sequence_length=6, window=5, spans=spans_of(nothing, sequence_length=6)
+        )
 
 
 OPTIONS = {"packing": Packing.BEST_FIT, "sequence_length": 8, "window": 4}
@@ -241,7 +317,9 @@ def test_other_data_or_settings_have_a_plan_of_their_own(tmp_path):
     load_or_pack(numbered([5, 9]), cache_dir=tmp_path, **{**OPTIONS, "sequence_length": 9})
     load_or_pack(numbered([5, 9]), cache_dir=tmp_path, **{**OPTIONS, "window": 5})
     load_or_pack(numbered([5, 9]), cache_dir=tmp_path, **{**OPTIONS, "packing": Packing.CONCATENATE})
-    load_or_pack(numbered([5, 9]), cache_dir=tmp_path, **{**OPTIONS, "packing": Packing.CONCATENATE, "window": 5})  # not a setting of it
+    load_or_pack(
+        numbered([5, 9]), cache_dir=tmp_path, **{**OPTIONS, "packing": Packing.CONCATENATE, "window": 5}
+    )  # not a setting of it
     assert len(list((tmp_path / "packing").iterdir())) == 5
 
 

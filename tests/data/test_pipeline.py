@@ -1,4 +1,6 @@
-"""`batch(step)`: the same rows on any number of hosts and after any resume; epochs; mixtures; reading ahead."""
+"""`batch(step)`: the same rows on any number of hosts and after any resume; epochs; mixtures; reading
+ahead.
+"""
 
 import dataclasses
 import itertools
@@ -25,7 +27,9 @@ WEIGHTS = (1.0, 0.3)
 
 @pytest.fixture
 def data(tmp_path: Path) -> DataConfig:
-    return DataConfig(sequence_length=12, batch_size=BATCH_SIZE, packing_window=5, seed=1, cache_dir=str(tmp_path))
+    return DataConfig(
+        sequence_length=12, batch_size=BATCH_SIZE, packing_window=5, seed=1, cache_dir=str(tmp_path)
+    )
 
 
 @pytest.fixture
@@ -43,14 +47,21 @@ def assert_same(left: Batch, right: Batch) -> None:
         assert array.dtype == fields(right)[name].dtype
 
 
-@pytest.mark.parametrize("parts", [[[*range(8)]], [[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 1, 4, 5], [2, 3, 6, 7]], [[row] for row in range(8)]])
+@pytest.mark.parametrize(
+    "parts",
+    [[[*range(8)]], [[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 1, 4, 5], [2, 3, 6, 7]], [[row] for row in range(8)]],
+)
 def test_any_number_of_hosts_sees_the_same_global_batches(source, data, parts):
     """In one piece each or, as meshes may have it, in several."""
-    hosts = [BatchSource([(SMALL, WEIGHTS[0]), (OTHER, WEIGHTS[1])], data, rows=np.array(rows)) for rows in parts]
+    hosts = [
+        BatchSource([(SMALL, WEIGHTS[0]), (OTHER, WEIGHTS[1])], data, rows=np.array(rows)) for rows in parts
+    ]
     for step in (0, 1, 7, 1000):
         whole = source.batch(step)
         for rows, host in zip(parts, hosts, strict=True):
-            assert_same(host.batch(step), Batch(**{name: array[rows] for name, array in fields(whole).items()}))
+            assert_same(
+                host.batch(step), Batch(**{name: array[rows] for name, array in fields(whole).items()})
+            )
 
 
 def test_resuming_needs_the_step_alone(source, data):
@@ -66,12 +77,16 @@ def test_resuming_needs_the_step_alone(source, data):
 
 
 def row_order(source: BatchSource, num_rows: int) -> np.ndarray:
-    return np.concatenate([source.batch(step).row_ids for step in range(-(-num_rows // BATCH_SIZE))])[:num_rows]
+    return np.concatenate([source.batch(step).row_ids for step in range(-(-num_rows // BATCH_SIZE))])[
+        :num_rows
+    ]
 
 
 @pytest.mark.parametrize("packing", list(Packing))
 def test_every_epoch_is_another_permutation_of_the_rows(tmp_path, packing):
-    config = DataConfig(sequence_length=6, batch_size=BATCH_SIZE, packing=packing, seed=3, cache_dir=str(tmp_path))
+    config = DataConfig(
+        sequence_length=6, batch_size=BATCH_SIZE, packing=packing, seed=3, cache_dir=str(tmp_path)
+    )
     source = BatchSource([(SMALL, 1.0)], config)
     num_rows = len(source.plans[0])
     epochs = row_order(source, 4 * num_rows).reshape(4, num_rows)
@@ -101,7 +116,9 @@ def test_seeds_give_unrelated_orders(tmp_path):
         source = BatchSource([(SMALL, 1.0)], config)
         num_rows = len(source.plans[0])
         orders += row_order(source, 3 * num_rows).reshape(3, num_rows).tolist()
-    assert len({tuple(order) for order in orders}) == 12  # in particular, no epoch of one seed is an epoch of another
+    assert (
+        len({tuple(order) for order in orders}) == 12
+    )  # in particular, no epoch of one seed is an epoch of another
 
 
 def test_equal_sources_are_not_shuffled_alike(tmp_path):
@@ -113,7 +130,9 @@ def test_equal_sources_are_not_shuffled_alike(tmp_path):
 
 
 def test_the_order_of_rows_does_not_change_unnoticed(source):
-    """Golden: a new version of grain, or of this code, that orders rows otherwise breaks the resuming of old runs."""
+    """Golden: a new version of grain, or of this code, that orders rows otherwise breaks the resuming of old
+    runs.
+    """
     expected = [7, 16, 19, 5, 9, 0, 28, 17, 6, 2, 20, 12, 3, 18, 15, 21, 1, 13, 14, 29, 8, 4, 10, 30]
     assert row_order(source, 24).tolist() == expected
 
@@ -126,7 +145,9 @@ def test_rows_of_a_mixture_follow_the_weights(source):
 
 
 def exact_error(weights: list[float], num_rows: int) -> float:
-    """The largest distance of a source's count from its due over all prefixes; also checks the places within each source."""
+    """The largest distance of a source's count from its due over all prefixes; also checks the places within
+    each source.
+    """
     mixture = Mixture(weights)
     shares = np.array(weights) / sum(weights)
     counts = np.zeros(len(weights), np.int64)
@@ -146,7 +167,11 @@ def test_every_prefix_of_a_mixture_matches_the_weights(weights):
 
 
 def test_mixtures_do_not_drift():
-    weights = [0.3, 0.7, 1.0 + 1 / 3]  # rounded to hundredths of the smallest, they are 129 rows off after a million
+    weights = [
+        0.3,
+        0.7,
+        1.0 + 1 / 3,
+    ]  # rounded to hundredths of the smallest, they are 129 rows off after a million
     mixture = Mixture(weights)
     for row in (10**6, 10**9, 10**12):
         places = {}
@@ -162,7 +187,9 @@ def test_mixtures_by_hand():
     assert [Mixture([1, 1])[row] for row in range(4)] == [(0, 0), (1, 0), (0, 1), (1, 1)]
     assert [Mixture([1, 3])[row][0] for row in range(8)] == [1, 1, 0, 1, 1, 1, 0, 1]
     assert [Mixture([5])[row] for row in range(3)] == [(0, 0), (0, 1), (0, 2)]
-    assert sorted(Mixture([1] * 7)[row] for row in range(14)) == [(source, place) for source in range(7) for place in range(2)]
+    assert sorted(Mixture([1] * 7)[row] for row in range(14)) == [
+        (source, place) for source in range(7) for place in range(2)
+    ]
 
 
 def test_prompts_are_not_scored_and_bytes_are_counted(tmp_path):
@@ -177,7 +204,9 @@ def test_prompts_are_not_scored_and_bytes_are_counted(tmp_path):
 
 
 def test_no_row_is_fed_whose_targets_are_all_unscored(tmp_path):
-    """12 pairs of 301 prompt tokens and 4 targets, rows of 64, 2 a batch: of the 60 rows of running text 48 would have no target."""
+    """12 pairs of 301 prompt tokens and 4 targets, rows of 64, 2 a batch: of the 60 rows of running text 48
+    would have no target.
+    """
     pairs = numbered([305] * 12, prompt_lengths=[301] * 12)
     for packing, num_targets in ((Packing.BEST_FIT, {8}), (Packing.CONCATENATE, set(range(1, 17)))):
         config = DataConfig(sequence_length=64, batch_size=2, cache_dir=str(tmp_path), packing=packing)
@@ -188,7 +217,12 @@ def test_no_row_is_fed_whose_targets_are_all_unscored(tmp_path):
     # Best fit keeps the end of each prompt before its completion.
     first = BatchSource([(pairs, 1.0)], dataclasses.replace(config, packing=Packing.BEST_FIT)).batch(0)
     for tokens, targets, mask in zip(first.tokens % 1000, first.targets % 1000, first.loss_mask, strict=True):
-        assert tokens.tolist() == list(range(240, 304)) and targets[mask == 1].tolist() == [301, 302, 303, 304]
+        assert tokens.tolist() == list(range(240, 304)) and targets[mask == 1].tolist() == [
+            301,
+            302,
+            303,
+            304,
+        ]
 
 
 def test_packing_efficiency_weighs_the_sources(source):
@@ -199,7 +233,10 @@ def test_packing_efficiency_weighs_the_sources(source):
 
 
 def test_batches_of_real_shards(tmp_path):
-    documents = [np.array([BOS, *np.random.default_rng(seed).integers(2, 90, size=5 * seed), EOS]) for seed in range(20)]
+    documents = [
+        np.array([BOS, *np.random.default_rng(seed).integers(2, 90, size=5 * seed), EOS])
+        for seed in range(20)
+    ]
     with ShardWriter(tmp_path / "shards", tokenizer_hash="t", vocab_size=90) as writer:
         for document in documents:
             writer.add(document, num_bytes=2 * (len(document) - 2))
@@ -208,7 +245,8 @@ def test_batches_of_real_shards(tmp_path):
     config = DataConfig(sequence_length=16, batch_size=4, cache_dir=str(tmp_path))
     source = BatchSource([(shards, 1.0)], config)
     steps_per_epoch = len(source.plans[0]) // 4
-    scored, num_bytes = [], 0
+    scored = []
+    num_bytes = 0
     with source.iterate() as batches:
         for batch in itertools.islice(batches, steps_per_epoch):
             scored += batch.targets[batch.loss_mask == 1].tolist()
@@ -256,7 +294,8 @@ def step_of(batch: Batch) -> int:
 
 
 def test_closing_waits_for_the_batch_being_made():
-    started, ended = [], []
+    started = []
+    ended = []
 
     def slow(step: int) -> Batch:
         started.append(step)
@@ -300,7 +339,11 @@ def test_an_error_is_raised_where_its_batch_is_asked_for():
 @pytest.mark.parametrize(
     ("train", "options", "message"),
     [
-        ([(SMALL, 1.0)], {"rows": np.array([7, 8])}, r"rows \[7, 8\] are not rows of a batch of 8: give some of 0 to 7, ascending"),
+        (
+            [(SMALL, 1.0)],
+            {"rows": np.array([7, 8])},
+            r"rows \[7, 8\] are not rows of a batch of 8: give some of 0 to 7, ascending",
+        ),
         ([(SMALL, 1.0)], {"rows": np.array([1, 0])}, r"rows \[1, 0\] are not rows of a batch of 8"),
         ([], {}, "no source to train on"),
         ([(SMALL, 1.0), (OTHER, 0.0)], {}, "source 1 has weight 0.0"),

@@ -13,7 +13,9 @@ from slmjax.data.tokenizers import BpeTokenizer, ByteTokenizer, CharTokenizer, T
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 CHARACTERS = "ab </s>unkpd|eo"
-SPELLING = st.lists(st.sampled_from([*SPECIAL, "<|eos|>", "<|bos|>", "a", "b", " ", "</", "s>", "<", ">"]), max_size=8).map("".join)
+SPELLING = st.lists(
+    st.sampled_from([*SPECIAL, "<|eos|>", "<|bos|>", "a", "b", " ", "</", "s>", "<", ">"]), max_size=8
+).map("".join)
 Build = Callable[[], tuple[tokenizers.Tokenizer, dict[str, str]]]
 
 
@@ -22,7 +24,9 @@ def _ids(names: list[str]) -> dict[str, int]:
 
 
 def _unigram() -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    pieces = [(name, 0.0) for name in SPECIAL] + [(character, -2.0) for character in dict.fromkeys(CHARACTERS)]
+    pieces = [(name, 0.0) for name in SPECIAL] + [
+        (character, -2.0) for character in dict.fromkeys(CHARACTERS)
+    ]
     backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0))
     backend.decoder = decoders.Fuse()
     return backend, {}
@@ -55,7 +59,8 @@ def _found_in_any_text() -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     """EOS is an added token that is not marked special, and another such token is no role's."""
     alphabet = {character: id for id, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = tokenizers.Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<s>"])
     backend.add_tokens(["</s>", "<unk>", "<pad>"])
     return backend, {"pad": "<pad>"}
@@ -98,7 +103,9 @@ def test_no_text_yields_a_special_token(text: str) -> None:
         if kind in OWN or kind.startswith(LOSSLESS):
             assert tokenizer.decode(ids) == text, kind
     for kind in ("unigramTrue", "bpeTrue"):
-        assert not set(ALL[kind].special_ids.values()) & set(ALL[kind].encode(text)), "no character is unknown, so <unk> is text too"
+        assert not set(ALL[kind].special_ids.values()) & set(ALL[kind].encode(text)), (
+            "no character is unknown, so <unk> is text too"
+        )
 
 
 def test_the_text_of_an_end_is_encoded_by_what_is_left() -> None:
@@ -115,12 +122,21 @@ def test_the_text_of_an_end_is_encoded_by_what_is_left() -> None:
 
 def test_an_added_token_without_a_role_is_found_in_text() -> None:
     tokenizer = ALL["byte_level_with_added_tokensTrue"]
-    assert [tokenizer.name_of(id) for id in tokenizer.encode("<unk><pad>")] == ["<unk>", "<", "p", "a", "d", ">"]
+    assert [tokenizer.name_of(id) for id in tokenizer.encode("<unk><pad>")] == [
+        "<unk>",
+        "<",
+        "p",
+        "a",
+        "d",
+        ">",
+    ]
 
 
 def test_unknown_text_never_becomes_bos_or_eos() -> None:
     backend = tokenizers.Tokenizer(models.WordLevel(_ids(["a"]), unk_token="</s>"))
-    with pytest.raises(ValueError, match="'</s>' for text that it cannot express, and that token begins or ends documents"):
+    with pytest.raises(
+        ValueError, match="'</s>' for text that it cannot express, and that token begins or ends documents"
+    ):
         Tokenizer(backend, bos="<s>", eos="</s>").encode("b")
     without = tokenizers.Tokenizer(models.Unigram([(name, 0.0) for name in [*SPECIAL, "a"]]))
     with pytest.raises(ValueError, match="cannot express the text, and has no token for what is unknown"):

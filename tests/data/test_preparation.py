@@ -30,7 +30,9 @@ DOCUMENTS = [f"Document {i} says <|eos|> and {'äöü ' * i}\n" for i in range(6
 def data(tmp_path: Path) -> DataConfig:
     lines = [json.dumps({"text": text}) for text in DOCUMENTS]
     (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
-    return DataConfig(path=str(tmp_path / "corpus.jsonl"), cache_dir=str(tmp_path / "cache"), heldout_fraction=0.2)
+    return DataConfig(
+        path=str(tmp_path / "corpus.jsonl"), cache_dir=str(tmp_path / "cache"), heldout_fraction=0.2
+    )
 
 
 def decoded(shards: TokenShards, tokenizer: Tokenizer) -> list[str]:
@@ -50,8 +52,12 @@ def logged() -> list[str]:
 @pytest.mark.parametrize("tokenizer", [BYTES, CharTokenizer(), BpeTokenizer(vocab_size=270)])
 def test_every_document_is_on_one_side_byte_for_byte(data: DataConfig, tokenizer: BpeTokenizer) -> None:
     prepared = prepare(data, tokenizer)
-    ((train, weight),), (heldout,) = prepared.train, prepared.heldout
-    expected = {side: [text for text in DOCUMENTS if is_held_out(json.dumps(["", text]), 0.2) is side] for side in (True, False)}
+    ((train, weight),) = prepared.train
+    (heldout,) = prepared.heldout
+    expected = {
+        side: [text for text in DOCUMENTS if is_held_out(json.dumps(["", text]), 0.2) is side]
+        for side in (True, False)
+    }
     assert decoded(heldout, prepared.tokenizer) == expected[True]
     assert decoded(train, prepared.tokenizer) == expected[False]
     assert prepared.heldout_text() == "".join(expected[True]).encode()
@@ -60,7 +66,9 @@ def test_every_document_is_on_one_side_byte_for_byte(data: DataConfig, tokenizer
         assert all(shards.tokens(i)[[0, -1]].tolist() == [0, 1] for i in range(len(shards)))
         assert all(not {0, 1} & set(shards.tokens(i)[1:-1].tolist()) for i in range(len(shards)))
         assert shards.num_bytes.tolist() == [len(text.encode()) for text in expected[shards is heldout]]
-        assert np.array_equal(shards.num_scored, shards.lengths - 1) and np.array_equal(shards.scored_bytes, shards.num_bytes)
+        assert np.array_equal(shards.num_scored, shards.lengths - 1) and np.array_equal(
+            shards.scored_bytes, shards.num_bytes
+        )
         assert shards.manifest.tokenizer_hash == prepared.tokenizer.hash
 
 
@@ -72,7 +80,9 @@ def test_tokenizer_learns_from_the_training_side_alone(data: DataConfig, tmp_pat
 
 def test_tail_split_of_one_file(data: DataConfig, tmp_path: Path) -> None:
     text = "0123456789" * 9 + "äöüäöüäöüä"
-    one_file = dataclasses.replace(of_path(data, tmp_path / "one.txt", text), split=Split.TAIL, heldout_fraction=0.1)
+    one_file = dataclasses.replace(
+        of_path(data, tmp_path / "one.txt", text), split=Split.TAIL, heldout_fraction=0.1
+    )
     prepared = prepare(one_file, CharTokenizer())
     assert decoded(prepared.train[0][0], prepared.tokenizer) == [text[:90]]
     assert prepared.heldout_text() == text[90:].encode()  # the character vocabulary knows both sides
@@ -99,8 +109,10 @@ def test_prompts_are_marked(data: DataConfig, tmp_path: Path) -> None:
     shards = prepared.train[0][0]
     tokenizer = prepared.tokenizer
     for i in range(len(shards)):
-        tokens, prompt_length = shards.tokens(i).tolist(), int(np.flatnonzero(shards.scored(i))[0])
-        prompt, completion = tokenizer.decode(tokens[:prompt_length]), tokenizer.decode(tokens[prompt_length:])
+        tokens = shards.tokens(i).tolist()
+        prompt_length = int(np.flatnonzero(shards.scored(i))[0])
+        prompt = tokenizer.decode(tokens[:prompt_length])
+        completion = tokenizer.decode(tokens[prompt_length:])
         assert {"q": prompt, "a": completion} in pairs
         assert shards.num_bytes[i] == len(prompt) + len(completion)
         assert shards.scored_bytes[i] == len(completion)
@@ -126,12 +138,14 @@ def test_mixture_keeps_sources_apart(data: DataConfig, tmp_path: Path) -> None:
         WeightedSource(source=sources[0].source, weight=0.0)
 
 
-# --- Long documents --------------------------------------------------------------------------------------------------------------
+# Long documents ---------------------------------------------------------------------------------------------
 
 
 def test_long_documents_have_the_ids_of_the_whole(data: DataConfig, tmp_path: Path) -> None:
     text = "".join(f"line {i} of the file, it's {i * i} long   \n\n    indented\n" for i in range(400))
-    config = dataclasses.replace(of_path(data, tmp_path / "long.txt", text), split=Split.TAIL, max_document_bytes=1024)
+    config = dataclasses.replace(
+        of_path(data, tmp_path / "long.txt", text), split=Split.TAIL, max_document_bytes=1024
+    )
     prepared = prepare(config, BpeTokenizer(vocab_size=300))
     cut = int(len(text) * 0.8)
     assert prepared.train[0][0].tokens(0)[1:-1].tolist() == prepared.tokenizer.encode(text[:cut])
@@ -145,13 +159,18 @@ def test_many_batches_of_text_keep_their_order(data: DataConfig, monkeypatch: py
     assert prepare(data, BYTES).train[0][0].hash == one_batch.train[0][0].hash
 
 
-# --- Bad documents ---------------------------------------------------------------------------------------------------------------
+# Bad documents ----------------------------------------------------------------------------------------------
 
 
-def test_bad_documents_are_counted_in_the_manifest_and_capped(data: DataConfig, tmp_path: Path, logged: list[str]) -> None:
+def test_bad_documents_are_counted_in_the_manifest_and_capped(
+    data: DataConfig, tmp_path: Path, logged: list[str]
+) -> None:
     lines = [json.dumps({"text": text}).encode() for text in DOCUMENTS] + [b'{"text": "bad \xff"}', b"{"]
     bad = of_path(data, tmp_path / "bad.jsonl", b"\n".join(lines))
-    with pytest.raises(ValueError, match=r"2 of 62 documents are bad \(1 invalid_utf8, 1 broken_record.*--data.max-bad-fraction"):
+    with pytest.raises(
+        ValueError,
+        match=r"2 of 62 documents are bad \(1 invalid_utf8, 1 broken_record.*--data.max-bad-fraction",
+    ):
         prepare(bad, BYTES)
     assert not list((tmp_path / "cache" / "shards").iterdir())  # nothing is left of the attempt
     with pytest.raises(ValueError, match=r"bad\.jsonl, line 61: invalid UTF-8"):
@@ -161,7 +180,9 @@ def test_bad_documents_are_counted_in_the_manifest_and_capped(data: DataConfig, 
     counts = prepared.train[0][0].manifest.bad_documents
     assert (counts.documents, counts.bad, counts.replaced) == (62, 2, 1)
     assert "1 mended, 1 skipped" in logged[-1]
-    both_sides = decoded(prepared.train[0][0], prepared.tokenizer) + decoded(prepared.heldout[0], prepared.tokenizer)
+    both_sides = decoded(prepared.train[0][0], prepared.tokenizer) + decoded(
+        prepared.heldout[0], prepared.tokenizer
+    )
     assert "bad \ufffd" in both_sides
     with pytest.raises(ValueError, match="2 of 62"):  # the cap holds for prepared data too
         prepare(dataclasses.replace(allowed, max_bad_fraction=0.01), BYTES)
@@ -174,14 +195,20 @@ def test_no_text_at_all(data: DataConfig, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"heldout_fraction": 1.5}, {"max_bad_fraction": -0.1}, {"batch_size": 0}, {"max_document_bytes": 10}, {"sources": (), "path": None}],
+    [
+        {"heldout_fraction": 1.5},
+        {"max_bad_fraction": -0.1},
+        {"batch_size": 0},
+        {"max_document_bytes": 10},
+        {"sources": (), "path": None},
+    ],
 )
 def test_config_refuses_what_makes_no_sense(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="data\\."):
         dataclasses.replace(DataConfig(), **change)
 
 
-# --- Reuse -----------------------------------------------------------------------------------------------------------------------
+# Reuse ------------------------------------------------------------------------------------------------------
 
 
 def test_prepared_once_and_found_again(data: DataConfig, tmp_path: Path, logged: list[str]) -> None:
@@ -190,7 +217,10 @@ def test_prepared_once_and_found_again(data: DataConfig, tmp_path: Path, logged:
     assert len(logged) == 2
     again = prepare(dataclasses.replace(data, seed=1, batch_size=4), config, log=logged.append)
     assert len(logged) == 2
-    assert again.train[0][0].directory == first.train[0][0].directory and again.tokenizer.hash == first.tokenizer.hash
+    assert (
+        again.train[0][0].directory == first.train[0][0].directory
+        and again.tokenizer.hash == first.tokenizer.hash
+    )
     prepare(dataclasses.replace(data, heldout_fraction=0.3), config, log=logged.append)
     assert len(logged) == 4  # another split: another vocabulary, other shards
     with Path(str(data.path)).open("a") as stream:
@@ -207,7 +237,11 @@ def test_progress_is_shown_on_a_terminal_alone(data: DataConfig, monkeypatch: py
     monkeypatch.setenv("COLUMNS", "400")
     for stream in (Terminal(), io.StringIO()):
         monkeypatch.setattr(sys, "stderr", stream)
-        prepare(dataclasses.replace(data, cache_dir=f"{data.cache_dir}-{type(stream).__name__}"), BYTES, log=lambda line: None)
+        prepare(
+            dataclasses.replace(data, cache_dir=f"{data.cache_dir}-{type(stream).__name__}"),
+            BYTES,
+            log=lambda line: None,
+        )
         assert ("corpus.jsonl" in stream.getvalue()) is stream.isatty()
 
 
@@ -257,7 +291,11 @@ def start(data: DataConfig) -> subprocess.Popen[str]:
 
 
 def test_two_processes_at_once_and_one_that_is_killed(data: DataConfig, tmp_path: Path) -> None:
-    big = of_path(data, tmp_path / "big.jsonl", "\n".join(json.dumps({"text": f"{i} {text}"}) for i in range(40) for text in DOCUMENTS))
+    big = of_path(
+        data,
+        tmp_path / "big.jsonl",
+        "\n".join(json.dumps({"text": f"{i} {text}"}) for i in range(40) for text in DOCUMENTS),
+    )
     victim = start(big)
     assert victim.stdout is not None and victim.stdout.readline() == "started\n"
     cache = Path(str(data.cache_dir))
@@ -271,20 +309,25 @@ def test_two_processes_at_once_and_one_that_is_killed(data: DataConfig, tmp_path
     hashes = {output.split()[-1] for output, _ in outputs}
     prepared = prepare(big, BpeTokenizer(vocab_size=300))
     assert hashes == {prepared.train[0][0].hash}
-    assert len([directory for directory in (cache / "shards").iterdir() if not directory.name.startswith(".")]) == 1
+    assert (
+        len([directory for directory in (cache / "shards").iterdir() if not directory.name.startswith(".")])
+        == 1
+    )
     for left_over in cache.glob("*/.*"):  # of the one that was killed: removed after a day
         os.utime(left_over, (0, 0))
     prepare(data, BpeTokenizer(vocab_size=300))
     assert not list(cache.glob("*/.*"))
 
 
-# --- The default corpus, and what is shown of a corpus ----------------------------------------------------------------------------
+# The default corpus, and what is shown of a corpus ----------------------------------------------------------
 
 
 def test_default_corpus_is_no_giveaway() -> None:
     """Neither tables nor noise are held out: gzip needs about two bits per byte."""
     fraction = DataConfig().heldout_fraction
-    heldout = "".join(document.text for document in StdlibSource().documents() if is_held_out(document.id, fraction)).encode()
+    heldout = "".join(
+        document.text for document in StdlibSource().documents() if is_held_out(document.id, fraction)
+    ).encode()
     assert len(heldout) > 200_000
     assert 1.8 < 8 * len(gzip.compress(heldout, 9)) / len(heldout) < 2.4
 
@@ -296,7 +339,11 @@ def test_inspect_shows_figures_and_samples(data: DataConfig) -> None:
     assert json.loads(json.dumps(shown)) == shown
     assert shown["tokenizer"] == {"kind": "ByteTokenizer", "vocab_size": 258, "hash": prepared.tokenizer.hash}
     (source,) = shown["sources"]
-    assert source["train"]["documents"] + source["heldout"]["documents"] == source["bad_documents"]["documents"] == len(DOCUMENTS)
+    assert (
+        source["train"]["documents"] + source["heldout"]["documents"]
+        == source["bad_documents"]["documents"]
+        == len(DOCUMENTS)
+    )
     assert source["train"]["tokens"] == int(train.lengths.sum()) == source["train"]["bytes"] + 2 * len(train)
     assert source["train"]["tokens_per_document"]["longest"] == int(np.max(train.lengths))
     assert len(shown["samples"]) == 2

@@ -1,4 +1,6 @@
-"""A changed source is named by every reader of a run's data; a model that was trained on held-out text is too."""
+"""A changed source is named by every reader of a run's data; a model that was trained on held-out text is
+too.
+"""
 
 import dataclasses
 import json
@@ -33,7 +35,9 @@ from slmjax.training.objective import ObjectiveConfig
 from tests.data.test_held_out import TEXTS, corpus
 
 BLOCK = BlockConfig(mixer=AttentionConfig(num_heads=1), ffn=MlpConfig(hidden_dim=8))
-CONFIG = ModelConfig(embed_dim=8, stack=(Segment(pattern=(BLOCK,), repeats=1),), context_length=64, vocab_size=258)
+CONFIG = ModelConfig(
+    embed_dim=8, stack=(Segment(pattern=(BLOCK,), repeats=1),), context_length=64, vocab_size=258
+)
 DEFINITION = define(CONFIG)
 
 
@@ -65,12 +69,18 @@ def run(tmp_path: Path, data: DataConfig) -> Path:
 def loaded(run: Path) -> Loaded:
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), DEFINITION.params)
     return Loaded(
-        config=CONFIG, model=DEFINITION.merge(params, {}), own_tokenizer=ByteTokenizer().build(()), definition=DEFINITION, params=params,
-        buffers={}, path=run, step=1,
-    )  # fmt: skip
+        config=CONFIG,
+        model=DEFINITION.merge(params, {}),
+        own_tokenizer=ByteTokenizer().build(()),
+        definition=DEFINITION,
+        params=params,
+        buffers={},
+        path=run,
+        step=1,
+    )
 
 
-# --- Evaluation ------------------------------------------------------------------------------------------------------------------
+# Evaluation -------------------------------------------------------------------------------------------------
 
 
 def test_evaluation_names_a_changed_source(loaded: Loaded, data: DataConfig, tmp_path: Path) -> None:
@@ -81,9 +91,13 @@ def test_evaluation_names_a_changed_source(loaded: Loaded, data: DataConfig, tmp
     with pytest.raises(ValueError) as refused:
         evaluate(loaded, log=lines.append)
     for words in (
-        "corpus.jsonl had 54 documents", "and 6 (", "has 55 documents", "no document that was trained on is held out now",
-        "--changed-data allow", "recorded",
-    ):  # fmt: skip
+        "corpus.jsonl had 54 documents",
+        "and 6 (",
+        "has 55 documents",
+        "no document that was trained on is held out now",
+        "--changed-data allow",
+        "recorded",
+    ):
         assert words in str(refused.value)
     with pytest.raises(ValueError, match="corpus.jsonl had 54 documents"):  # the loss check of verify-export
         text_windows(loaded, None, max_tokens=8, length=8, log=lines.append)
@@ -95,7 +109,9 @@ def test_evaluation_names_a_changed_source(loaded: Loaded, data: DataConfig, tmp
     assert recorded.directory == whole.directory != allowed.directory
 
 
-def test_a_source_that_is_gone_is_evaluated_from_the_cache(loaded: Loaded, data: DataConfig, tmp_path: Path) -> None:
+def test_a_source_that_is_gone_is_evaluated_from_the_cache(
+    loaded: Loaded, data: DataConfig, tmp_path: Path
+) -> None:
     lines: list[str] = []
     (expected,) = documents_of(loaded, data, log=lines.append)
     Path(str(data.path)).unlink()
@@ -122,7 +138,9 @@ def test_another_way_to_encode_the_same_text_is_no_change_of_it(loaded: Loaded, 
     lines: list[str] = []
     model = dataclasses.replace(loaded, path=write_run(tmp_path / "named", data))
     (spelled,) = documents_of(model, data, log=lines.append)
-    (encoded,) = documents_of(model, dataclasses.replace(data, special_tokens=SpecialNames.ENCODE), log=lines.append)
+    (encoded,) = documents_of(
+        model, dataclasses.replace(data, special_tokens=SpecialNames.ENCODE), log=lines.append
+    )
     assert len(encoded) == len(spelled) and encoded.lengths.sum() < spelled.lengths.sum()
     assert not any("trained on" in line for line in lines), "what is held out is the same"
 
@@ -154,7 +172,7 @@ def test_settings_of_unknown_classes_do_not_stop_another_evaluation(loaded: Load
     assert "its settings cannot be read" in lines[-1] and "SourceOfTheUser" in lines[-1]
 
 
-# --- Records ---------------------------------------------------------------------------------------------------------------------
+# Records ----------------------------------------------------------------------------------------------------
 
 
 def test_what_changed_is_said(data: DataConfig, tmp_path: Path) -> None:
@@ -173,10 +191,16 @@ def test_what_changed_is_said(data: DataConfig, tmp_path: Path) -> None:
 
 
 def test_records_of_earlier_versions(data: DataConfig, tmp_path: Path) -> None:
-    older = [{key: entry[key] for key in ("source", "weight", "documents", "bytes", "tokens", "hash")} for entry in now(data)]
+    older = [
+        {key: entry[key] for key in ("source", "weight", "documents", "bytes", "tokens", "hash")}
+        for entry in now(data)
+    ]
     assert provenance.differences(older, now(data)) == []
     older[0]["hash"] = "0"
-    assert "an earlier version of slmjax encoded the same text otherwise" in provenance.differences(older, now(data))[0]
+    assert (
+        "an earlier version of slmjax encoded the same text otherwise"
+        in provenance.differences(older, now(data))[0]
+    )
     assert provenance.recorded_heldout(older, data) is None
 
 
@@ -188,16 +212,22 @@ def test_records_of_earlier_versions(data: DataConfig, tmp_path: Path) -> None:
         ({"split": Split.TAIL}, "tail of an edited document begins elsewhere"),
     ],
 )
-def test_going_on_with_a_changed_source(data: DataConfig, tmp_path: Path, changes: dict[str, object], expected: str) -> None:
+def test_going_on_with_a_changed_source(
+    data: DataConfig, tmp_path: Path, changes: dict[str, object], expected: str
+) -> None:
     data = dataclasses.replace(data, **changes)  # type: ignore[arg-type]
     run = write_run(tmp_path / "run", data)
     assert provenance.changes_on_resume(run, data, now(data)) == []
     corpus(tmp_path / "corpus.jsonl", ["One more line", *TEXTS])
     (sentence,) = provenance.changes_on_resume(run, data, now(data))
-    assert "corpus.jsonl had" in sentence and "goes on with the text as it is now" in sentence and expected in sentence
+    assert (
+        "corpus.jsonl had" in sentence
+        and "goes on with the text as it is now" in sentence
+        and expected in sentence
+    )
 
 
-# --- Teachers and first parameters -----------------------------------------------------------------------------------------------
+# Teachers and first parameters ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -233,7 +263,9 @@ def test_a_changed_file_overlaps_only_where_places_decide(data: DataConfig, tmp_
     assert provenance.overlap(runs[0], other, now(dataclasses.replace(other, heldout_fraction=0))) == []
 
 
-def test_text_in_a_file_of_another_name_is_known_by_its_sizes(run: Path, data: DataConfig, tmp_path: Path) -> None:
+def test_text_in_a_file_of_another_name_is_known_by_its_sizes(
+    run: Path, data: DataConfig, tmp_path: Path
+) -> None:
     whole = dataclasses.replace(data, path=str(tmp_path / "renamed.jsonl"), heldout_fraction=0.0)
     (tmp_path / "renamed.jsonl").write_bytes((tmp_path / "corpus.jsonl").read_bytes())
     (sentence,) = provenance.overlap(run, whole, now(whole))
@@ -247,10 +279,13 @@ def test_a_new_run_names_models_that_were_trained_on_what_it_holds_out(
 ) -> None:
     fractions = {"first": 0.0, "teacher": 0.05, "honest": 0.1}
     first, teacher, honest = (
-        write_run(tmp_path / name, dataclasses.replace(data, heldout_fraction=fraction)) for name, fraction in fractions.items()
+        write_run(tmp_path / name, dataclasses.replace(data, heldout_fraction=fraction))
+        for name, fraction in fractions.items()
     )
     distill = DistillConfig(teachers=tuple(TeacherConfig(path=str(path)) for path in (teacher, honest)))
-    asked = Experiment(model=CONFIG, data=data, init=FromModel(path=str(first)), objective=ObjectiveConfig(distill=distill))
+    asked = Experiment(
+        model=CONFIG, data=data, init=FromModel(path=str(first)), objective=ObjectiveConfig(distill=distill)
+    )
     session._warn_of_overlap(asked, prepare(data, ByteTokenizer(), log=lambda _: None))
     assert [str(tmp_path / name) in caplog.text for name in fractions] == [True, True, False]
 
@@ -258,7 +293,10 @@ def test_a_new_run_names_models_that_were_trained_on_what_it_holds_out(
 def test_options_of_an_evaluation_default_to_the_run_s_and_not_to_its_teacher_s(
     data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    teacher, run = (write_run(tmp_path / str(length), dataclasses.replace(data, sequence_length=length)) for length in (48, 57))
+    teacher, run = (
+        write_run(tmp_path / str(length), dataclasses.replace(data, sequence_length=length))
+        for length in (48, 57)
+    )
     with pytest.raises(SystemExit):
         cli.main(["eval", "--teacher", str(teacher), str(run), "--help"])
     shown = capsys.readouterr().out

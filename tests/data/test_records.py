@@ -1,4 +1,6 @@
-"""Files of records: every layout and compression gives the same documents, and what cannot be read is an error that names the file."""
+"""Files of records: every layout and compression gives the same documents, and what cannot be read is an
+error that names the file.
+"""
 
 import bz2
 import csv
@@ -33,7 +35,10 @@ def cells(records: Sequence[Mapping[str, Any]]) -> bytes:
     return stream.getvalue().encode()
 
 
-RECORDS = [{"prompt": f'Question {i}, "quoted",\nsecond line\ttab é?', "completion": f"yes {i}\u2028 🙂"} for i in range(20)]
+RECORDS = [
+    {"prompt": f'Question {i}, "quoted",\nsecond line\ttab é?', "completion": f"yes {i}\u2028 🙂"}
+    for i in range(20)
+]
 
 
 def lines(records: Sequence[Mapping[str, Any]] = RECORDS) -> bytes:
@@ -79,7 +84,9 @@ FILES: dict[str, Callable[[], bytes]] = {
     "x.PARQUET": parquet,
     "no_suffix": parquet,
     "x.jsonl.gz": lambda: gzip.compress(lines()),
-    "x.JSONL.GZ": lambda: gzip.compress(lines()[:500]) + gzip.compress(lines()[500:]),  # two members, as `cat a.gz b.gz` makes them
+    "x.JSONL.GZ": lambda: (
+        gzip.compress(lines()[:500]) + gzip.compress(lines()[500:])
+    ),  # two members, as `cat a.gz b.gz` makes them
     "gzip_by_another_name.jsonl": lambda: gzip.compress(lines()),
     "x.json.gz": lambda: gzip.compress(json.dumps(RECORDS).encode()),
     "x.csv.bz2": lambda: bz2.compress(table(",")),
@@ -97,8 +104,12 @@ def write(path: Path, content: bytes | str) -> Path:
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_layout_gives_the_same_documents(tmp_path: Path, name: str) -> None:
-    source = TextSource(path=str(write(tmp_path / name, FILES[name]())), prompt_field="prompt", completion_field="completion")
-    assert [(one.prompt, one.text) for one in source.documents()] == [(one["prompt"], one["completion"]) for one in RECORDS]
+    source = TextSource(
+        path=str(write(tmp_path / name, FILES[name]())), prompt_field="prompt", completion_field="completion"
+    )
+    assert [(one.prompt, one.text) for one in source.documents()] == [
+        (one["prompt"], one["completion"]) for one in RECORDS
+    ]
     assert len({one.id for one in source.documents()}) == 20
 
 
@@ -110,14 +121,17 @@ def test_one_object_in_each_file_of_a_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "compress"), [("a.txt.gz", gzip.compress), ("a.md.ZST", zstd), ("a.py.bz2", bz2.compress), ("a", lzma.compress)]
+    ("name", "compress"),
+    [("a.txt.gz", gzip.compress), ("a.md.ZST", zstd), ("a.py.bz2", bz2.compress), ("a", lzma.compress)],
 )
-def test_compressed_text_is_one_document(tmp_path: Path, name: str, compress: Callable[[bytes], bytes]) -> None:
+def test_compressed_text_is_one_document(
+    tmp_path: Path, name: str, compress: Callable[[bytes], bytes]
+) -> None:
     (document,) = TextSource(path=str(write(tmp_path / name, compress("one\r\ntwo é".encode())))).documents()
     assert (document.id, document.text) == (name, "one\r\ntwo é")
 
 
-# --- What cannot be read ---------------------------------------------------------------------------------------------------------
+# What cannot be read ----------------------------------------------------------------------------------------
 
 
 def zip_archive() -> bytes:
@@ -147,18 +161,33 @@ TAR = b"x.jsonl".ljust(257, b"\0") + b"ustar"
         ("x.json", json.dumps(RECORDS)[:-1], "x.json is cut short"),
         ("x.json", json.dumps(RECORDS) + "{}", "goes on after its array"),
         ("x.json", "[" * 100_000, "record 1: broken JSON"),
-        ("x.csv", "prompt,completion\na,b\nc,\"d\ne,f\n", "x.csv, line 3: broken CSV"),
-        ("x.csv", "a question,an answer\nc,d\n", "no field 'completion', but 'a question', 'an answer'.*first row must name"),
-        ("x.txt", "plain", "no file of records, so that prompt_field='prompt' does nothing.*leave prompt_field and completion_field out"),
+        ("x.csv", 'prompt,completion\na,b\nc,"d\ne,f\n', "x.csv, line 3: broken CSV"),
+        (
+            "x.csv",
+            "a question,an answer\nc,d\n",
+            "no field 'completion', but 'a question', 'an answer'.*first row must name",
+        ),
+        (
+            "x.txt",
+            "plain",
+            (
+                "no file of records, so that prompt_field='prompt' does nothing.*leave prompt_field and "
+                "completion_field out"
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes | str, message: str) -> None:
-    source = TextSource(path=str(write(tmp_path / name, content)), prompt_field="prompt", completion_field="completion")
+    source = TextSource(
+        path=str(write(tmp_path / name, content)), prompt_field="prompt", completion_field="completion"
+    )
     with pytest.raises(ValueError, match=message):
         list(source.documents())
 
 
-@pytest.mark.parametrize(("content", "what"), [(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "binary"), ("two".encode("utf-16"), "UTF-16")])
+@pytest.mark.parametrize(
+    ("content", "what"), [(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "binary"), ("two".encode("utf-16"), "UTF-16")]
+)
 def test_files_that_are_no_text_are_bad_documents(tmp_path: Path, content: bytes, what: str) -> None:
     write(tmp_path / "a.txt", "text")
     write(tmp_path / "b.png", content)
@@ -176,14 +205,21 @@ def test_zstd_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytes
 
 def test_a_broken_record_does_not_take_the_others_with_it(tmp_path: Path) -> None:
     path = write(tmp_path / "x.json", '{"text": "a"}\n{"text": \n["b"]\n{"text": "c"}\n')
-    assert [None if one.values is None else one.values["text"] for one in read_records(path)] == ["a", None, None, "c"]
+    assert [None if one.values is None else one.values["text"] for one in read_records(path)] == [
+        "a",
+        None,
+        None,
+        "c",
+    ]
     path = write(tmp_path / "x.csv", "text,more\na,1\nb\nc,3\n\n")
     found = list(read_records(path))
     assert [None if one.values is None else one.values["text"] for one in found] == ["a", None, "c"]
-    assert found[1].where.endswith("x.csv, line 3") and "1 fields, and the first row names 2" in found[1].detail
+    assert (
+        found[1].where.endswith("x.csv, line 3") and "1 fields, and the first row names 2" in found[1].detail
+    )
 
 
-# --- Memory ----------------------------------------------------------------------------------------------------------------------
+# Memory -----------------------------------------------------------------------------------------------------
 
 
 class Counted(io.StringIO):
@@ -220,7 +256,7 @@ def test_broken_json_is_found_before_the_rest_is_read() -> None:
     assert stream.read_so_far < 200_000
 
 
-# --- Other readers of records ----------------------------------------------------------------------------------------------------
+# Other readers of records -----------------------------------------------------------------------------------
 
 
 def test_fields_without_a_path_are_an_error(tmp_path: Path) -> None:
@@ -245,12 +281,18 @@ def test_questions_of_a_file(tmp_path: Path, name: str) -> None:
         "q.csv": cells([{**one, "choices": json.dumps(one["choices"])} for one in questions]),
     }
     found = read_questions(write(tmp_path / name, content[name]))
-    assert [(one.prompt, one.choices, one.answer) for one in found] == [("0+1=", ("1", "2"), 0), ("1+1=", ("1", "2"), 1)]
+    assert [(one.prompt, one.choices, one.answer) for one in found] == [
+        ("0+1=", ("1", "2"), 0),
+        ("1+1=", ("1", "2"), 1),
+    ]
 
 
 def test_conversations_and_seeds_in_the_cells_of_a_table(tmp_path: Path) -> None:
     asked = [{"role": "user", "content": "12"}]
-    records = [{"prompt": "12", "messages": "", "seed": 3}, {"prompt": "", "messages": json.dumps(asked), "seed": ""}]
+    records = [
+        {"prompt": "12", "messages": "", "seed": 3},
+        {"prompt": "", "messages": json.dumps(asked), "seed": ""},
+    ]
     found = _in_file(write(tmp_path / "x.csv", cells(records)))
     assert found == [Request("12", 3), Request(None, messages=asked)]
     with pytest.raises(ValueError, match="line 2: seed is 'three'"):

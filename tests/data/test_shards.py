@@ -1,4 +1,6 @@
-"""Shards give back what was written, notice every kind of damage, and may be shared by threads and processes."""
+"""Shards give back what was written, notice every kind of damage, and may be shared by threads and
+processes.
+"""
 
 import concurrent.futures
 import json
@@ -23,11 +25,15 @@ def documents(lengths: tuple[int, ...] = LENGTHS, *, vocab_size: int = VOCAB) ->
     return [rng.integers(0, vocab_size, length) for length in lengths]
 
 
-def write(directory: Path, contents: list[np.ndarray], *, vocab_size: int = VOCAB, **options: object) -> TokenShards:
+def write(
+    directory: Path, contents: list[np.ndarray], *, vocab_size: int = VOCAB, **options: object
+) -> TokenShards:
     with ShardWriter(directory, tokenizer_hash="hash of the tokenizer", vocab_size=vocab_size) as writer:
         for i, tokens in enumerate(contents):
             scored = np.arange(len(tokens)) >= i if i else None  # a prompt of i tokens, BOS included
-            writer.add(tokens, num_bytes=10 * i, scored=scored, scored_bytes=9 * i, text=b"<%d>" % i, **options)
+            writer.add(
+                tokens, num_bytes=10 * i, scored=scored, scored_bytes=9 * i, text=b"<%d>" % i, **options
+            )
         writer.close()
     return TokenShards.open(directory)
 
@@ -63,7 +69,8 @@ def test_any_window(written: TokenShards, data: st.DataObject) -> None:
     assert np.array_equal(written.tokens(document, start=start, stop=stop), documents()[document][start:stop])
 
 
-# By hand: plain text, a pair, a conversation of two turns, what BOS is said to be, a last token without a score, nothing scored.
+# By hand: plain text, a pair, a conversation of two turns, what BOS is said to be, a last token without a
+# score, nothing scored.
 FLAGS = ["0111", "0001", "00110011", "1110", "010", "000", "01", "0"]
 
 
@@ -113,7 +120,9 @@ def test_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(np.array_equal(shards.tokens(i), tokens) for i, tokens in enumerate(documents()))
 
 
-def test_hash_is_of_the_content(tmp_path: Path, written: TokenShards, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hash_is_of_the_content(
+    tmp_path: Path, written: TokenShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shards_module, "SHARD_FILE_BYTES", 3 * RECORD_TOKENS)
     assert write(tmp_path / "other files", documents()).hash == written.hash
     changed = documents()
@@ -139,12 +148,15 @@ def test_threads_and_pickles(written: TokenShards) -> None:
 
 @pytest.mark.parametrize("tokens", [[], [0, VOCAB], [0, -1]])
 def test_bad_ids_are_not_written(tmp_path: Path, tokens: list[int]) -> None:
-    with ShardWriter(tmp_path, tokenizer_hash="t", vocab_size=VOCAB) as writer, pytest.raises(ValueError, match="outside 0..299"):
+    with (
+        ShardWriter(tmp_path, tokenizer_hash="t", vocab_size=VOCAB) as writer,
+        pytest.raises(ValueError, match="outside 0..299"),
+    ):
         writer.add(np.asarray(tokens, int), num_bytes=1)
     assert not (tmp_path / "manifest.json").exists()
 
 
-# --- Damage ----------------------------------------------------------------------------------------------------------------------
+# Damage -----------------------------------------------------------------------------------------------------
 
 FILES = ["tokens-00000.array_record", "index.npz", "text.bin", "manifest.json"]
 TRY_AGAIN = "Delete the directory and run `slmjax data prepare`"
@@ -230,7 +242,11 @@ def test_other_version_and_other_tokenizer(damaged: Path, written: TokenShards) 
 
 def test_files_are_verified_once(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed = []
-    monkeypatch.setattr(shards_module, "file_sha256", lambda path, real=shards_module.file_sha256: (hashed.append(path), real(path))[1])
+    monkeypatch.setattr(
+        shards_module,
+        "file_sha256",
+        lambda path, real=shards_module.file_sha256: (hashed.append(path), real(path))[1],
+    )
     TokenShards.open(damaged)
     TokenShards.open(damaged)
     assert len(hashed) == 3

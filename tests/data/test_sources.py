@@ -26,7 +26,7 @@ def texts(source: TextSource) -> list[tuple[str, str]]:
     return [(document.id, document.text) for document in source.documents()]
 
 
-# --- The standard library --------------------------------------------------------------------------------------------------------
+# The standard library ---------------------------------------------------------------------------------------
 
 
 def test_stdlib_is_the_running_pythons_own() -> None:
@@ -48,7 +48,7 @@ def test_stdlib_is_deterministic() -> None:
     assert StdlibSource().fingerprint() == StdlibSource().fingerprint()
 
 
-# --- Local text ------------------------------------------------------------------------------------------------------------------
+# Local text -------------------------------------------------------------------------------------------------
 
 
 def test_a_text_file_is_one_document_kept_byte_for_byte(tmp_path: Path) -> None:
@@ -119,7 +119,9 @@ def bad_lines(tmp_path: Path) -> TextSource:
 def test_json_lines_as_found(bad_lines: TextSource) -> None:
     documents = {int(document.id.split(":")[1]): document for document in bad_lines.documents()}
     assert sorted(documents) == [1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]  # the blank line is none
-    assert {number: document.problem for number, document in documents.items() if document.problem} == PROBLEMS
+    assert {
+        number: document.problem for number, document in documents.items() if document.problem
+    } == PROBLEMS
     assert documents[1].text == "first"
     assert documents[12].text == "\U0001f600 \0 <|eos|>"
     assert documents[6].where.endswith("bad.jsonl, line 6") and "Did you mean 'txt'" in documents[6].detail
@@ -150,9 +152,19 @@ def test_parquet(tmp_path: Path) -> None:
     assert [document.text for document in documents] == ["one", "", "drei \u00e9"]
     assert [document.problem for document in documents] == [None, Problem.MISSING_FIELD, None]
     assert documents[1].where.endswith("table.parquet, row 1")
-    assert [document.text for document in TextSource(path=path, text_field="raw").documents()] == ["one", "\udcff", ""]
-    assert [document.text for document in TextSource(path=path, text_field="kind").documents()] == ["a", "a", "b"]
-    assert {document.problem for document in TextSource(path=path, text_field="number").documents()} == {Problem.MISSING_FIELD}
+    assert [document.text for document in TextSource(path=path, text_field="raw").documents()] == [
+        "one",
+        "\udcff",
+        "",
+    ]
+    assert [document.text for document in TextSource(path=path, text_field="kind").documents()] == [
+        "a",
+        "a",
+        "b",
+    ]
+    assert {document.problem for document in TextSource(path=path, text_field="number").documents()} == {
+        Problem.MISSING_FIELD
+    }
     with pytest.raises(ValueError, match="no field 'txt'.*Did you mean 'text'"):
         list(TextSource(path=path, text_field="txt").documents())
     write(tmp_path / "table.parquet", b"PAR1 not really")
@@ -168,7 +180,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
         list(TextSource(path=str(path)).documents())
 
 
-# --- Bad documents ---------------------------------------------------------------------------------------------------------------
+# Bad documents ----------------------------------------------------------------------------------------------
 
 
 def admitted(source: TextSource, policy: OnBadDocument) -> tuple[list[str], BadCounts]:
@@ -182,13 +194,18 @@ def test_skip_leaves_bad_documents_out_and_counts_them(bad_lines: TextSource) ->
     assert found == ["first", "\U0001f600 \0 <|eos|>"]
     assert counts == BadCounts(documents=11, invalid_utf8=2, empty=1, missing_field=3, broken_record=3)
     assert counts.bad == 9
-    assert "9 of 11 documents are bad (2 invalid_utf8, 1 empty, 3 missing_field, 3 broken_record" in counts.describe()
+    assert (
+        "9 of 11 documents are bad (2 invalid_utf8, 1 empty, 3 missing_field, 3 broken_record"
+        in counts.describe()
+    )
 
 
 def test_replace_mends_what_it_can(bad_lines: TextSource) -> None:
     found, counts = admitted(bad_lines, OnBadDocument.REPLACE)
     assert found == ["first", "sec\ufffdond", "half \ufffd", "\U0001f600 \0 <|eos|>"]
-    assert counts == BadCounts(documents=11, invalid_utf8=2, empty=1, missing_field=3, broken_record=3, replaced=2)
+    assert counts == BadCounts(
+        documents=11, invalid_utf8=2, empty=1, missing_field=3, broken_record=3, replaced=2
+    )
 
 
 @pytest.mark.parametrize("number", [3, 4, 5, 6, 9])
@@ -204,7 +221,9 @@ def test_too_many_bad_documents_are_an_error() -> None:
         gate.admit(Document(id=str(i), where=f"place {i}", text=text))
     gate.check("source")  # a quarter is not more than a quarter
     gate.admit(Document(id="4", where="place 4", text="\udcff"))
-    with pytest.raises(ValueError, match=r"2 of 5 documents are bad \(1 invalid_utf8, 1 empty.*The first: place 3"):
+    with pytest.raises(
+        ValueError, match=r"2 of 5 documents are bad \(1 invalid_utf8, 1 empty.*The first: place 3"
+    ):
         gate.check("source")
 
 
@@ -214,7 +233,7 @@ def test_bad_prompts_are_bad_documents() -> None:
     assert mended is not None and (mended.prompt, mended.text) == ("\ufffdq", "a")
 
 
-# --- Datasets by name ------------------------------------------------------------------------------------------------------------
+# Datasets by name -------------------------------------------------------------------------------------------
 
 BUILD = """
 import sys

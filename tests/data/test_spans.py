@@ -1,4 +1,6 @@
-"""Text in pieces has the ids of the joined text: pairs, likelihoods, and documents that are encoded in windows."""
+"""Text in pieces has the ids of the joined text: pairs, likelihoods, and documents that are encoded in
+windows.
+"""
 
 import dataclasses
 import json
@@ -24,15 +26,35 @@ BLANK = "\u2581"
 
 def prepending(kind: str) -> tokenizers.Tokenizer:
     """BPE that puts a blank before a text: as Llama 2 has it, with byte fallback, or by Metaspace."""
-    names = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *f"{BLANK}Q:yesno", f"{BLANK}Q", "ye", "yes", f"{BLANK}yes"]
+    names = [
+        *SPECIAL,
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *f"{BLANK}Q:yesno",
+        f"{BLANK}Q",
+        "ye",
+        "yes",
+        f"{BLANK}yes",
+    ]
     merges = [(BLANK, "Q"), ("y", "e"), ("ye", "s"), (BLANK, "yes")]
-    model = models.BPE(vocab={name: id for id, name in enumerate(names)}, merges=merges, byte_fallback=True, unk_token="<unk>")
+    model = models.BPE(
+        vocab={name: id for id, name in enumerate(names)},
+        merges=merges,
+        byte_fallback=True,
+        unk_token="<unk>",
+    )
     backend = tokenizers.Tokenizer(model)
     if kind == "llama":
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend(BLANK), normalizers.Replace(" ", BLANK)])
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend(BLANK), normalizers.Replace(" ", BLANK)]
+        )
     else:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
-    parts = [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    parts = [
+        decoders.Replace(BLANK, " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     backend.decoder = decoders.Sequence(parts)
     backend.add_special_tokens(SPECIAL)
     return backend
@@ -44,7 +66,9 @@ def saved(backend: tokenizers.Tokenizer, path: Path) -> FileTokenizer:
     return FileTokenizer(path=str(path), bos="<s>", eos="</s>")
 
 
-def shards_of(records: list[dict[str, str]], tokenizer: FileTokenizer | BpeTokenizer, path: Path, **changes: object) -> TokenShards:
+def shards_of(
+    records: list[dict[str, str]], tokenizer: FileTokenizer | BpeTokenizer, path: Path, **changes: object
+) -> TokenShards:
     (path / "data.jsonl").write_text("\n".join(json.dumps(record) for record in records))
     data = DataConfig(path=str(path / "data.jsonl"), cache_dir=str(path / "cache"), heldout_fraction=0.0)
     return prepare(dataclasses.replace(data, **changes), tokenizer, log=lambda line: None).train[0][0]
@@ -56,13 +80,16 @@ def test_a_pair_has_the_ids_of_its_joined_text(kind: str, tmp_path: Path) -> Non
     name = backend.id_to_token
     pairs = [("Q:", "yes"), ("Q: ", "yes"), ("Q:", " yes"), ("Q:é", "éno"), ("Qy", "es")]
     records = [{"q": prompt, "a": completion} for prompt, completion in pairs]
-    shards = shards_of(records, saved(backend, tmp_path / "tokenizer"), tmp_path, prompt_field="q", completion_field="a")
+    shards = shards_of(
+        records, saved(backend, tmp_path / "tokenizer"), tmp_path, prompt_field="q", completion_field="a"
+    )
     for document, (prompt, completion) in enumerate(pairs):
         expected = backend.encode(prompt + completion, add_special_tokens=False).ids
         assert shards.tokens(document).tolist() == [1, *expected, 2]
     scored = [[name(id) for id in shards.tokens(i)[shards.scored(i)]] for i in range(len(pairs))]
     assert [name(id) for id in shards.tokens(0)] == ["<s>", f"{BLANK}Q", ":", "yes", "</s>"]
-    # A token that begins in the prompt and ends in the completion is scored; so are all the bytes it stands for.
+    # A token that begins in the prompt and ends in the completion is scored; so are all the bytes it stands
+    # for.
     assert scored == [
         ["yes", "</s>"],
         [f"{BLANK}yes", "</s>"],
@@ -75,7 +102,15 @@ def test_a_pair_has_the_ids_of_its_joined_text(kind: str, tmp_path: Path) -> Non
 
 def test_likelihoods_have_the_ids_of_the_joined_text(tmp_path: Path) -> None:
     tokenizer = Tokenizer(prepending("llama"), bos="<s>", eos="</s>")
-    for context, continuation in [("Q:", "yes"), ("Q: ", "yes"), ("Q:", " yes"), ("Qy", "es"), ("", "yes"), (" ", "yes"), ("Q:é", "é")]:
+    for context, continuation in [
+        ("Q:", "yes"),
+        ("Q: ", "yes"),
+        ("Q:", " yes"),
+        ("Qy", "es"),
+        ("", "yes"),
+        (" ", "yes"),
+        ("Q:é", "é"),
+    ]:
         before, after = pair_tokens(tokenizer, context, continuation)
         assert before[0] == 1 and [*before[1:], *after] == tokenizer.encode(context + continuation)
     assert pair_tokens(tokenizer, "Q:", "yes")[1] == tokenizer.encode("Q:yes")[-1:]
@@ -89,27 +124,41 @@ class TestWindows:
         windows = windows_of(raw, max_bytes)
         assert windows[0][0] == 0 and windows[-1][1] == len(raw)
         assert all(len(raw[start:end].decode().encode()) <= max_bytes for start, end in windows)
-        assert all(start < end_before < end for (_, end_before), (start, end) in zip(windows, windows[1:], strict=False))
-        assert character_places(text).tolist() == [len(text[:place].encode()) for place in range(len(text) + 1)]
+        assert all(
+            start < end_before < end
+            for (_, end_before), (start, end) in zip(windows, windows[1:], strict=False)
+        )
+        assert character_places(text).tolist() == [
+            len(text[:place].encode()) for place in range(len(text) + 1)
+        ]
 
     @pytest.mark.parametrize("kind", ["llama", "always", "first", "byte-level", "digits"])
     def test_have_the_ids_of_the_whole(self, kind: str, tmp_path: Path) -> None:
-        words = np.random.default_rng(0).choice(["yes", "no", "Q:yes", " ", "\n\n", "grüße", "数", "1234567", "yyyyyyy"], 3000)
+        words = np.random.default_rng(0).choice(
+            ["yes", "no", "Q:yes", " ", "\n\n", "grüße", "数", "1234567", "yyyyyyy"], 3000
+        )
         text = " ".join(words)
         if kind in ("llama", "always", "first"):
             backend = prepending(kind)
         else:
-            split = pre_tokenizers.Split(tokenizers.Regex(r"\p{N}{1,3}(?=(?:\p{N}{3})*(?:\P{N}|$))|\p{L}+|\s+"), "isolated")
+            split = pre_tokenizers.Split(
+                tokenizers.Regex(r"\p{N}{1,3}(?=(?:\p{N}{3})*(?:\P{N}|$))|\p{L}+|\s+"), "isolated"
+            )
             backend = tokenizers.Tokenizer(models.BPE())
             steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "byte-level")]
             backend.pre_tokenizer = pre_tokenizers.Sequence([split, *steps] if kind == "digits" else steps)
             backend.decoder = decoders.ByteLevel()
             trainer = trainers.BpeTrainer(
-                vocab_size=400, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+                vocab_size=400,
+                special_tokens=SPECIAL,
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                show_progress=False,
             )
             backend.train_from_iterator([text], trainer)
         assert len(text) > 12 * 1024
-        shards = shards_of([{"text": text}], saved(backend, tmp_path / "tokenizer"), tmp_path, max_document_bytes=1024)
+        shards = shards_of(
+            [{"text": text}], saved(backend, tmp_path / "tokenizer"), tmp_path, max_document_bytes=1024
+        )
         assert shards.tokens(0).tolist() == [1, *backend.encode(text, add_special_tokens=False).ids, 2]
 
     def test_that_disagree_are_encoded_as_one(self, tmp_path: Path) -> None:
@@ -125,7 +174,9 @@ def test_windows_do_not_cut_the_marks_of_special_tokens() -> None:
     text = tokenizer.marked_vocabulary.mark("abc de<|end|>\n" * 100)
     windows = windows_of(text.encode(), 256, marked=True)
     parts = [text.encode()[start:stop].decode() for start, stop in windows]
-    tokens = tokenizer.encode_spans(parts, marked=True)  # half a mark is text, which this vocabulary cannot express
+    tokens = tokenizer.encode_spans(
+        parts, marked=True
+    )  # half a mark is text, which this vocabulary cannot express
     joined = join_windows(tokens, windows)
     assert len(windows) > 10 and joined is not None
     assert joined.ids.tolist() == tokenizer.encode_spans([text], marked=True)[0].ids.tolist()

@@ -1,4 +1,6 @@
-"""Every tokenizer round-trips text, keeps special-token text as text, and says what bytes its tokens stand for."""
+"""Every tokenizer round-trips text, keeps special-token text as text, and says what bytes its tokens stand
+for.
+"""
 
 import json
 from pathlib import Path
@@ -35,7 +37,11 @@ def test_training_is_deterministic_whatever_the_order(bpe: Tokenizer) -> None:
 def test_training_reads_a_bounded_sample_whatever_the_order() -> None:
     documents = [f"document {i} {chr(97 + i) * 40}" for i in range(20)]
     config = BpeTokenizer(vocab_size=270, training_bytes=200)
-    assert config.build(documents).hash == config.build(documents[::-1]).hash == config.build(documents[7:] + documents[:7]).hash
+    assert (
+        config.build(documents).hash
+        == config.build(documents[::-1]).hash
+        == config.build(documents[7:] + documents[:7]).hash
+    )
     assert config.build(documents).hash != BpeTokenizer(vocab_size=270).build(documents).hash
 
 
@@ -99,16 +105,23 @@ def test_save_and_load(bpe: Tokenizer, tmp_path: Path) -> None:
 def test_exported_vocabulary_adds_no_blank(bpe: Tokenizer, tmp_path: Path) -> None:
     bpe.save(tmp_path)
     specification = json.loads((tmp_path / "tokenizer.json").read_text())
-    assert specification["pre_tokenizer"] == {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    assert specification["pre_tokenizer"] == {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
     assert [token["content"] for token in specification["added_tokens"]] == ["<|bos|>", "<|eos|>"]
 
 
-# --- Tokenizers of others --------------------------------------------------------------------------------------------------------
+# Tokenizers of others ---------------------------------------------------------------------------------------
 
 
 def foreign(tmp_path: Path, *, special: list[str], **parts: object) -> Path:
     """A byte-level tokenizer.json with these special tokens; `parts` are set on it."""
-    backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(special)
@@ -126,7 +139,9 @@ def test_bos_and_eos_are_found(tmp_path: Path) -> None:
     assert (found.bos_id, found.eos_id) == (257, 258)
     named = FileTokenizer(path=str(path / "tokenizer.json"), bos="<|endoftext|>", eos="<pad>").build([])
     assert (named.bos_id, named.eos_id) == (259, 256)
-    (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "eos_token": {"content": "<|endoftext|>"}}))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": None, "eos_token": {"content": "<|endoftext|>"}})
+    )
     configured = FileTokenizer(path=str(path)).build([])
     assert (configured.bos_id, configured.eos_id) == (259, 259), "no <s>: the file says that there is no BOS"
 
@@ -138,9 +153,13 @@ def test_nothing_is_cut_or_padded(tmp_path: Path) -> None:
 
 def test_missing_bos_lists_the_candidates(tmp_path: Path) -> None:
     path = str(foreign(tmp_path, special=["<start>", "<stop>"]))
-    with pytest.raises(ValueError, match=r"no EOS token under a usual name.*--tokenizer\.eos: \['<start>', '<stop>'\]"):
+    with pytest.raises(
+        ValueError, match=r"no EOS token under a usual name.*--tokenizer\.eos: \['<start>', '<stop>'\]"
+    ):
         FileTokenizer(path=path).build([])
-    with pytest.raises(ValueError, match=r"no BOS token under a usual name.*--tokenizer\.bos: \['<start>', '<stop>'\]"):
+    with pytest.raises(
+        ValueError, match=r"no BOS token under a usual name.*--tokenizer\.bos: \['<start>', '<stop>'\]"
+    ):
         FileTokenizer(path=path, eos="<stop>").build([])
     with pytest.raises(ValueError, match="no token '<strat>' for bos. Did you mean '<start>'"):
         FileTokenizer(path=path, bos="<strat>", eos="<stop>").build([])
@@ -165,7 +184,10 @@ def test_bytes_are_exact_or_not_given(tmp_path: Path) -> None:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    assert FileTokenizer(path=str(foreign(tmp_path, special=special, pre_tokenizer=split))).build([]).token_bytes is not None
+    assert (
+        FileTokenizer(path=str(foreign(tmp_path, special=special, pre_tokenizer=split))).build([]).token_bytes
+        is not None
+    )
     changes = {
         "normalizer": normalizers.NFC(),  # changes the text
         "pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True),  # adds a blank
@@ -187,11 +209,15 @@ def test_bytes_are_exact_or_not_given(tmp_path: Path) -> None:
 def test_a_continuation_keeps_the_space_before_its_first_word(bpe: Tokenizer, tmp_path: Path) -> None:
     vocabulary = {"<s>": 0, "</s>": 1, "\u2581Hello": 2, "\u2581world": 3}
     words = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
-    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    words.decoder = decoders.Metaspace()
     words.add_special_tokens(["<s>", "</s>"])
     words.save(str(tmp_path / "tokenizer.json"))
     loaded = Tokenizer.load(tmp_path, bos="<s>", eos="</s>")
     assert loaded.decode([3]) == "world"
-    assert loaded.decode_continuation([0, 2], [3, 3, 1]) == " world world" and loaded.decode_continuation([0], [3]) == "world"
+    assert (
+        loaded.decode_continuation([0, 2], [3, 3, 1]) == " world world"
+        and loaded.decode_continuation([0], [3]) == "world"
+    )
     ids = bpe.encode("the quick")
     assert bpe.decode_continuation(ids[:2], ids[2:]) == bpe.decode(ids[2:])

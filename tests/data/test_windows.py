@@ -33,7 +33,13 @@ def test_windows_by_hand():
     assert second.segment_ids.tolist() == [[1, 1, 2, 2], [1, 0, 0, 0]]
     assert second.num_bytes.tolist() == [3, 0]  # 2001; EOS has no byte
     assert np.concatenate([first.row_ids, second.row_ids]).tolist() == [0, 1, 2, 3]
-    assert (len(batches), batches.num_rows, batches.num_documents, batches.num_targets, batches.num_bytes) == (2, 4, 3, 11, 24)
+    assert (
+        len(batches),
+        batches.num_rows,
+        batches.num_documents,
+        batches.num_targets,
+        batches.num_bytes,
+    ) == (2, 4, 3, 11, 24)
 
 
 @settings(max_examples=50, deadline=None)
@@ -45,7 +51,9 @@ def test_every_target_and_every_byte_counts_once(sources, sequence_length, data)
     for place, shards in enumerate(shards_list):  # ids that tell the source too
         for document in shards.documents:
             document[1:] += 100_000 * place
-    batches = evaluation_batches(shards_list, sequence_length=sequence_length, batch_size=batch_size, overlap=overlap)
+    batches = evaluation_batches(
+        shards_list, sequence_length=sequence_length, batch_size=batch_size, overlap=overlap
+    )
     made = list(batches)
     assert len(made) == len(batches)
     scored: dict[int, list[int]] = {}
@@ -54,16 +62,26 @@ def test_every_target_and_every_byte_counts_once(sources, sequence_length, data)
         for token in batch.targets[batch.loss_mask == 1].tolist():
             scored.setdefault(token // 1000, []).append(token)
         check_context(batch, overlap)
-    documents = [document[1:].tolist() for shards in shards_list for document in shards.documents if len(document) > 1]
+    documents = [
+        document[1:].tolist() for shards in shards_list for document in shards.documents if len(document) > 1
+    ]
     assert sorted(scored.values()) == sorted(documents)  # each list in the document's own order
-    assert sum(int(batch.num_bytes.sum()) for batch in made) == batches.num_bytes == sum(int(s.num_bytes.sum()) for s in shards_list)
-    assert sum(int(batch.loss_mask.sum()) for batch in made) == batches.num_targets == sum(map(len, documents))
+    assert (
+        sum(int(batch.num_bytes.sum()) for batch in made)
+        == batches.num_bytes
+        == sum(int(s.num_bytes.sum()) for s in shards_list)
+    )
+    assert (
+        sum(int(batch.loss_mask.sum()) for batch in made) == batches.num_targets == sum(map(len, documents))
+    )
     rows = list(itertools.chain(*(batch.row_ids.tolist() for batch in made)))
     assert rows == [*range(batches.num_rows), *[NO_ROW] * (len(rows) - batches.num_rows)]
 
 
 def check_context(batch: Batch, overlap: int) -> None:
-    """A segment either starts with BOS and is scored throughout, or starts with `overlap` inputs that are not scored."""
+    """A segment either starts with BOS and is scored throughout, or starts with `overlap` inputs that are not
+    scored.
+    """
     for row in range(len(batch.row_ids)):
         for segment in range(1, batch.segment_ids[row].max() + 1):
             inside = batch.segment_ids[row] == segment
@@ -77,8 +95,8 @@ def test_long_documents_see_the_overlap_and_short_ones_share_rows():
     lengths = [400, *[8] * 50]
     wide = evaluation_batches([numbered(lengths)], sequence_length=64, batch_size=4, overlap=32)
     none = evaluation_batches([numbered(lengths)], sequence_length=64, batch_size=4, overlap=0)
-    # A window, and one more for each 32 (or 64) of the other 335 targets. The last has room for 2 (or 7) of the 50 short
-    # documents of 7 targets; the others go 9 to a row.
+    # A window, and one more for each 32 (or 64) of the other 335 targets. The last has room for 2 (or 7) of
+    # the 50 short documents of 7 targets; the others go 9 to a row.
     assert wide.num_rows == 1 + 11 + 6
     assert none.num_rows == 1 + 6 + 5
 
@@ -97,14 +115,26 @@ def test_any_number_of_processes_sees_the_same_global_batches(rows):
 def test_the_first_documents_are_taken_whole():
     shards_list = [numbered([9, 3]), numbered([20, 5, 7])]
     for wanted, expected in ((1, [9]), (2, [9, 3]), (3, [9, 3, 20]), (9, [9, 3, 20, 5, 7])):
-        batches = evaluation_batches(shards_list, sequence_length=4, batch_size=2, overlap=1, max_documents=wanted)
+        batches = evaluation_batches(
+            shards_list, sequence_length=4, batch_size=2, overlap=1, max_documents=wanted
+        )
         assert batches.num_documents == len(expected)
-        assert batches.num_targets == sum(int(batch.loss_mask.sum()) for batch in batches) == sum(expected) - len(expected)
-        assert batches.num_bytes == sum(int(batch.num_bytes.sum()) for batch in batches) == 3 * (sum(expected) - 2 * len(expected))
+        assert (
+            batches.num_targets
+            == sum(int(batch.loss_mask.sum()) for batch in batches)
+            == sum(expected) - len(expected)
+        )
+        assert (
+            batches.num_bytes
+            == sum(int(batch.num_bytes.sum()) for batch in batches)
+            == 3 * (sum(expected) - 2 * len(expected))
+        )
 
 
 def test_what_training_scores_is_scored_or_all_of_it():
-    pairs = numbered([6, 20, 4, 9], prompt_lengths=[3, 14, 4, 0])  # the third has nothing to score, the last no prompt
+    pairs = numbered(
+        [6, 20, 4, 9], prompt_lengths=[3, 14, 4, 0]
+    )  # the third has nothing to score, the last no prompt
     options = {"sequence_length": 8, "batch_size": 1, "overlap": 2}
     batches = evaluation_batches([pairs], **options)
     scored = sorted(itertools.chain(*(batch.targets[batch.loss_mask == 1].tolist() for batch in batches)))
@@ -112,7 +142,11 @@ def test_what_training_scores_is_scored_or_all_of_it():
     assert (batches.num_targets, batches.num_tokens, batches.num_bytes) == (17, 35, 3 * (2 + 5 + 7))
     assert sum(int(batch.num_bytes.sum()) for batch in batches) == batches.num_bytes
     everything = evaluation_batches([pairs], **options, text=ScoredText.ALL)
-    assert (everything.num_targets, everything.num_tokens, everything.num_bytes) == (35, 35, 3 * (4 + 18 + 2 + 7))
+    assert (everything.num_targets, everything.num_tokens, everything.num_bytes) == (
+        35,
+        35,
+        3 * (4 + 18 + 2 + 7),
+    )
     assert sum(int(batch.loss_mask.sum()) for batch in everything) == 35
     with pytest.raises(ValueError, match="none of the 1 documents has a scored token.*--score all"):
         evaluation_batches([numbered([4], prompt_lengths=[4])], **options)
@@ -128,7 +162,10 @@ def test_bytes_that_do_not_divide_among_the_tokens_still_add_up():
 
 
 def test_windows_of_real_shards(tmp_path):
-    documents = [np.array([BOS, *np.random.default_rng(seed).integers(2, 70_000, size=3000 * seed), EOS]) for seed in range(1, 9)]
+    documents = [
+        np.array([BOS, *np.random.default_rng(seed).integers(2, 70_000, size=3000 * seed), EOS])
+        for seed in range(1, 9)
+    ]
     with ShardWriter(tmp_path, tokenizer_hash="t", vocab_size=70_000) as writer:
         for document in documents:
             writer.add(document, num_bytes=2 * (len(document) - 2))

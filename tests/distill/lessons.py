@@ -1,4 +1,6 @@
-"""Teachers that nobody trained, in directories as of imported models, and the compiled step of a student beside them."""
+"""Teachers that nobody trained, in directories as of imported models, and the compiled step of a student
+beside them.
+"""
 
 import dataclasses
 import functools
@@ -32,19 +34,36 @@ from slmjax.training.state import TrainState
 from tests.training import test_step
 from tests.untrained import untrained
 
-VOCAB, LENGTH, ROWS, TOTAL_STEPS = 61, 16, 8, 100
+VOCAB = 61
+LENGTH = 16
+ROWS = 8
+TOTAL_STEPS = 100
 BYTES = ByteTokenizer().build(())
-# Adam divides by the size of the gradient; this eps keeps differences of rounding from growing where it is tiny.
+# Adam divides by the size of the gradient; this eps keeps differences of rounding from growing where it is
+# tiny.
 OPTIM = OptimConfig(lr=2e-2, warmup_steps=2, eps=1e-4, grad_clip=0.5)
 BLOCK = BlockConfig(mixer=AttentionConfig(num_heads=4, num_kv_heads=2), ffn=MlpConfig(hidden_dim=24))
-STUDENT = ModelConfig(embed_dim=16, context_length=LENGTH, vocab_size=VOCAB, vocab_multiple=8, stack=(Segment(pattern=(BLOCK,)),))
+STUDENT = ModelConfig(
+    embed_dim=16,
+    context_length=LENGTH,
+    vocab_size=VOCAB,
+    vocab_multiple=8,
+    stack=(Segment(pattern=(BLOCK,)),),
+)
 TEACHER = dataclasses.replace(STUDENT, embed_dim=24, vocab_multiple=1)
 
 
 def write_teacher(
-    path: Path, config: ModelConfig = TEACHER, *, tokenizer: Tokenizer | None = BYTES, scale: float = 0.4, embed: float = 1.0
+    path: Path,
+    config: ModelConfig = TEACHER,
+    *,
+    tokenizer: Tokenizer | None = BYTES,
+    scale: float = 0.4,
+    embed: float = 1.0,
 ) -> Path:
-    """The directory of a model with these settings; another scale makes it another model, and a large `embed` one that repeats tokens."""
+    """The directory of a model with these settings; another scale makes it another model, and a large `embed`
+    one that repeats tokens.
+    """
     loaded = untrained(config, tokenizer=BYTES, path=path, scale=scale)
     table = {"embed/table": embed * loaded.params["embed/table"]}
     write_parameters(path, config, loaded.params | loaded.buffers | table)
@@ -78,22 +97,34 @@ class Lesson:
     experiment: Experiment
 
     def start(self) -> TrainState:
-        """A first state, the same on every mesh; made by numpy, because compiling the initialisation takes longer."""
-        model, distill = untrained(self.experiment.model, tokenizer=BYTES, path=Path(), scale=0.2), self.experiment.objective.distill
+        """A first state, the same on every mesh; made by numpy, because compiling the initialisation takes
+        longer.
+        """
+        model = untrained(self.experiment.model, tokenizer=BYTES, path=Path(), scale=0.2)
+        distill = self.experiment.objective.distill
         return TrainState(
-            trainable=model.params, frozen=model.buffers, optimizer=self.optimizer.init(model.params), ema=None,
-            objective={} if distill is None else distill.divergence.initial_state(), rng=jax.random.key_data(jax.random.key(0)),
-            tokens=jnp.zeros((2,), jnp.int32), **{name: jnp.zeros((), jnp.int32) for name in ("step", "skipped", "skipped_in_a_row")},
-        )  # fmt: skip
+            trainable=model.params,
+            frozen=model.buffers,
+            optimizer=self.optimizer.init(model.params),
+            ema=None,
+            objective={} if distill is None else distill.divergence.initial_state(),
+            rng=jax.random.key_data(jax.random.key(0)),
+            tokens=jnp.zeros((2,), jnp.int32),
+            **{name: jnp.zeros((), jnp.int32) for name in ("step", "skipped", "skipped_in_a_row")},
+        )
 
     def place(self, batch: Batch) -> Batch:
         """The batch on the student's mesh."""
         return place_batch(batch, self.mesh)
 
     def run(self, *batches: Batch, state: TrainState | None = None) -> tuple[TrainState, dict[str, Any]]:
-        """The state after these batches and the metrics of the last; the state that is given is left alone."""
+        """The state after these batches and the metrics of the last; the state that is given is left
+        alone.
+        """
         places = jax.tree.map(lambda leaf: leaf.sharding, self.programs.shapes)
-        new: TrainState = jax.device_put(jax.tree.map(jnp.copy, self.start() if state is None else state), places)
+        new: TrainState = jax.device_put(
+            jax.tree.map(jnp.copy, self.start() if state is None else state), places
+        )
         metrics: dict[str, Any] = {}
         with jax.set_mesh(self.mesh):
             for batch in map(self.place, batches):
@@ -113,16 +144,23 @@ def build(
 ) -> Lesson:
     """As `session.set_up` makes it, without data; `num_devices` of all, or those that the teachers leave."""
     experiment = Experiment(
-        model=student, data=DataConfig(sequence_length=LENGTH, batch_size=ROWS), objective=ObjectiveConfig(distill=distill), mesh=mesh,
-        optim=dataclasses.replace(OPTIM, accumulation_steps=num_parts), run=RunConfig(steps=TOTAL_STEPS),
-    )  # fmt: skip
+        model=student,
+        data=DataConfig(sequence_length=LENGTH, batch_size=ROWS),
+        objective=ObjectiveConfig(distill=distill),
+        mesh=mesh,
+        optim=dataclasses.replace(OPTIM, accumulation_steps=num_parts),
+        run=RunConfig(steps=TOTAL_STEPS),
+    )
     own = make_mesh(mesh, divided_devices(distill, jax.devices())[0][:num_devices])
     programs = make_programs(experiment, vocab_size=VOCAB, mesh=own)
     plans = teacher_plans(experiment, student, mesh=own)
     return Lesson(
-        mesh=own, programs=programs, teachers=Teachers(plans, num_parts=num_parts) if plans else None, experiment=experiment,
+        mesh=own,
+        programs=programs,
+        teachers=Teachers(plans, num_parts=num_parts) if plans else None,
+        experiment=experiment,
         optimizer=make_optimizer(experiment.optim, programs.definition.params, total_steps=TOTAL_STEPS),
-    )  # fmt: skip
+    )
 
 
 def dense_logits(model: Any, batch: Batch) -> np.ndarray:
@@ -136,7 +174,7 @@ def dense_logits(model: Any, batch: Batch) -> np.ndarray:
     return np.asarray(jax.jit(run)(model, *rows))
 
 
-# Dense formulas -------------------------------------------------------------------------------------------------------
+# Dense formulas ---------------------------------------------------------------------------------------------
 def log_softmax(logits: Any) -> np.ndarray:
     """In float64."""
     wide = np.asarray(logits, np.float64)
@@ -146,7 +184,9 @@ def log_softmax(logits: Any) -> np.ndarray:
 
 def forward_kl(teacher: Any, student: Any, *, temperature: float = 1.0) -> np.ndarray:
     """KL(teacher || student) of logits, per token, in float64."""
-    log_p, log_q = (log_softmax(np.asarray(logits, np.float64) / temperature) for logits in (teacher, student))
+    log_p, log_q = (
+        log_softmax(np.asarray(logits, np.float64) / temperature) for logits in (teacher, student)
+    )
     return (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
 
 

@@ -1,4 +1,6 @@
-"""Runs in distillation: their logs, their evaluations, what is resumed, and teachers that are called only where they are used."""
+"""Runs in distillation: their logs, their evaluations, what is resumed, and teachers that are called only
+where they are used.
+"""
 
 import dataclasses
 import io
@@ -44,22 +46,30 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_teacher(tmp_path_factory.mktemp("runs") / "teacher", config, scale=0.2, embed=4.0)
 
 
-def taught(workplace: Path, directory: Path, teacher: Path, *, num_steps: int = NUM_STEPS, **distill: Any) -> Experiment:
-    """Some steps of a student of one layer, without dropout; checkpoints at 2 and 4, one evaluation at the end."""
+def taught(
+    workplace: Path, directory: Path, teacher: Path, *, num_steps: int = NUM_STEPS, **distill: Any
+) -> Experiment:
+    """Some steps of a student of one layer, without dropout; checkpoints at 2 and 4, one evaluation at the
+    end.
+    """
     experiment = one_layer(workplace, directory, steps=num_steps)
     settings = DistillConfig(teachers=(TeacherConfig(path=str(teacher)),), **distill)
     data = dataclasses.replace(experiment.data, heldout_fraction=0.02)
     return dataclasses.replace(
-        experiment, data=data, objective=ObjectiveConfig(distill=settings), checkpoint=CheckpointConfig(every=2),
-        model=dataclasses.replace(experiment.model, dropout=0.0), eval=EvalConfig(every=100, overlap=8),
-    )  # fmt: skip
+        experiment,
+        data=data,
+        objective=ObjectiveConfig(distill=settings),
+        checkpoint=CheckpointConfig(every=2),
+        model=dataclasses.replace(experiment.model, dropout=0.0),
+        eval=EvalConfig(every=100, overlap=8),
+    )
 
 
 def records(run_dir: str | Path, kind: str = "train") -> list[dict[str, Any]]:
     return read_log(Path(run_dir) / "log.jsonl", kind=kind)
 
 
-# A run whose every amount changes -------------------------------------------------------------------------------------
+# A run whose every amount changes ---------------------------------------------------------------------------
 RAMPS = {
     "divergence": Taid(start=0.3, rate=0.2, momentum=0.5),
     "weight": Ramp(start=0.8, end=0.2, steps=3),
@@ -69,56 +79,83 @@ RAMPS = {
 
 
 @pytest.fixture(scope="module")
-def straight(workplace: Path, tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> tuple[Experiment, Result]:
+def straight(
+    workplace: Path, tmp_path_factory: pytest.TempPathFactory, teacher: Path
+) -> tuple[Experiment, Result]:
     experiment = taught(workplace, tmp_path_factory.mktemp("straight"), teacher, **RAMPS)
     return experiment, train(experiment)
 
 
 def test_the_log_has_the_amounts(straight: tuple[Experiment, Result]) -> None:
     found = records(straight[1].run_dir)
-    wanted = {"soft_weight": (0.8, 0.6, 0.4, 0.2), "hard_weight": (0.1, 0.2, 0.3, 0.4), "temperature": (1.0, 2.0, 3.0, 3.0)}
+    wanted = {
+        "soft_weight": (0.8, 0.6, 0.4, 0.2),
+        "hard_weight": (0.1, 0.2, 0.3, 0.4),
+        "temperature": (1.0, 2.0, 3.0, 3.0),
+    }
     for name, values in wanted.items():
         assert [record[name] for record in found] == pytest.approx(values, rel=1e-6), name
     for record in found:
-        assert record["objective"] == pytest.approx(record["soft_weight"] * record["divergence"] + record["hard_weight"] * record["loss"])
+        assert record["objective"] == pytest.approx(
+            record["soft_weight"] * record["divergence"] + record["hard_weight"] * record["loss"]
+        )
     shares = [record["divergence_share"] for record in found]
     assert shares[:2] == pytest.approx([0.3, 0.3]) and shares[1] < shares[2] < shares[3]
 
 
 def test_resumed_bit_for_bit(straight: tuple[Experiment, Result], tmp_path: Path) -> None:
-    """From the checkpoint of step 2, without that of step 4: the same steps 3 and 4, and the same state of TAID with them."""
+    """From the checkpoint of step 2, without that of step 4: the same steps 3 and 4, and the same state of
+    TAID with them.
+    """
     experiment, result = straight
     run_dir = Path(shutil.copytree(result.run_dir, tmp_path / "again"))
     shutil.rmtree(run_dir / "checkpoints" / "4")
     (run_dir / "result.json").unlink()
     again = train(experiment, resume=run_dir)
     assert (again.step, again.loss, again.bits_per_byte) == (result.step, result.loss, result.bits_per_byte)
-    first, log = records(result.run_dir), records(run_dir)
+    first = records(result.run_dir)
+    log = records(run_dir)
     assert [record["step"] for record in log] == [1, 2, 3, 4, 3, 4]
     timed = {"time", "tokens_per_second", "mfu", "data_wait_share"}
     assert [{name: one[name] for name in one.keys() - timed} for one in log[4:]] == [
         {name: one[name] for name in one.keys() - timed} for one in first[2:]
     ]
     for item in ("model", "optimizer", "ema", "objective", "progress"):
-        found, expected = (ocp.StandardCheckpointer().restore(run / "checkpoints" / "4" / item) for run in (run_dir, Path(result.run_dir)))
+        found, expected = (
+            ocp.StandardCheckpointer().restore(run / "checkpoints" / "4" / item)
+            for run in (run_dir, Path(result.run_dir))
+        )
         assert found.keys() == expected.keys() and found
         for name, value in expected.items():
-            np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(value), err_msg=f"{item} {name}")
+            np.testing.assert_array_equal(
+                np.asarray(found[name]), np.asarray(value), err_msg=f"{item} {name}"
+            )
     state = ocp.StandardCheckpointer().restore(run_dir / "checkpoints" / "2" / "objective")
-    assert state.keys() == {"share", "momentum", "previous"} and float(state["share"]) == pytest.approx(log[2]["divergence_share"])
+    assert state.keys() == {"share", "momentum", "previous"} and float(state["share"]) == pytest.approx(
+        log[2]["divergence_share"]
+    )
 
 
 @pytest.mark.parametrize("other", [ForwardKl(), None])
-def test_another_divergence_does_not_resume(straight: tuple[Experiment, Result], other: Divergence | None) -> None:
+def test_another_divergence_does_not_resume(
+    straight: tuple[Experiment, Result], other: Divergence | None
+) -> None:
     experiment, result = straight
     distill = experiment.objective.distill
     assert distill is not None
-    objective = ObjectiveConfig(distill=None if other is None else dataclasses.replace(distill, divergence=other))
-    with pytest.raises(ValueError, match="keeps momentum, previous, share of its objective from step to step, and this experiment nothing"):
+    objective = ObjectiveConfig(
+        distill=None if other is None else dataclasses.replace(distill, divergence=other)
+    )
+    with pytest.raises(
+        ValueError,
+        match=(
+            "keeps momentum, previous, share of its objective from step to step, and this experiment nothing"
+        ),
+    ):
         train(dataclasses.replace(experiment, objective=objective), resume=result.run_dir)
 
 
-# Teachers that are not used -------------------------------------------------------------------------------------------
+# Teachers that are not used ---------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Calls:
     """How often teachers were loaded, called with a training batch, and called with held-out text."""
@@ -130,7 +167,9 @@ class Calls:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    counted, load, call = Calls(), Teachers.__init__, Teachers.__call__
+    counted = Calls()
+    load = Teachers.__init__
+    call = Teachers.__call__
 
     def counted_load(self: Teachers, *args: Any, **kwargs: Any) -> None:
         counted.loaded += 1
@@ -147,32 +186,56 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 def test_a_weight_that_reaches_zero(workplace: Path, tmp_path: Path, calls: Calls) -> None:
-    """The teacher is called while it counts and no longer; the student then learns from the text alone, and needs no teacher ever after."""
-    moved = write_teacher(tmp_path / "teacher", dataclasses.replace(STUDENT, vocab_size=258, context_length=64))
-    experiment = taught(workplace, tmp_path, moved, weight=Ramp(end=0.0, steps=2), hard_weight=Ramp(start=0.5), divergence=ReverseKl())
+    """The teacher is called while it counts and no longer; the student then learns from the text alone, and
+    needs no teacher ever after.
+    """
+    moved = write_teacher(
+        tmp_path / "teacher", dataclasses.replace(STUDENT, vocab_size=258, context_length=64)
+    )
+    experiment = taught(
+        workplace,
+        tmp_path,
+        moved,
+        weight=Ramp(end=0.0, steps=2),
+        hard_weight=Ramp(start=0.5),
+        divergence=ReverseKl(),
+    )
     result = train(experiment)
     assert (calls.loaded, calls.training) == (1, 2) and calls.evaluation > 1
     found = records(result.run_dir)
     assert [record["soft_weight"] for record in found] == pytest.approx([1.0, 0.5, 0.0, 0.0])
     assert ["divergence" in record for record in found] == [True, True, False, False]
-    assert [record["objective"] for record in found[2:]] == pytest.approx([0.5 * record["loss"] for record in found[2:]])
+    assert [record["objective"] for record in found[2:]] == pytest.approx(
+        [0.5 * record["loss"] for record in found[2:]]
+    )
     assert found[3]["loss"] < found[0]["loss"] and result.skipped == 0
     (evaluated,) = records(result.run_dir, "eval")
     shutil.rmtree(moved)
     alone = slmjax.evaluate(slmjax.load_model(result.run_dir))
-    assert alone.bits_per_byte == pytest.approx(evaluated["bits_per_byte"], rel=1e-6) and alone.teacher_kl is None
+    assert (
+        alone.bits_per_byte == pytest.approx(evaluated["bits_per_byte"], rel=1e-6)
+        and alone.teacher_kl is None
+    )
     assert "teacher" not in alone.text() and not {name for name in alone.figures() if "teacher" in name}
 
 
-def test_a_teacher_without_weight_is_not_even_looked_for(workplace: Path, tmp_path: Path, calls: Calls) -> None:
-    experiment = taught(workplace, tmp_path, tmp_path / "nowhere", num_steps=2, weight=Ramp(start=0.0), hard_weight=Ramp())
+def test_a_teacher_without_weight_is_not_even_looked_for(
+    workplace: Path, tmp_path: Path, calls: Calls
+) -> None:
+    experiment = taught(
+        workplace, tmp_path, tmp_path / "nowhere", num_steps=2, weight=Ramp(start=0.0), hard_weight=Ramp()
+    )
     result = train(experiment)
     assert calls == Calls() and result.status == "finished"
     for record in records(result.run_dir):
-        assert record["objective"] == record["loss"] and record["soft_weight"] == 0.0 and "divergence" not in record
+        assert (
+            record["objective"] == record["loss"]
+            and record["soft_weight"] == 0.0
+            and "divergence" not in record
+        )
 
 
-# Evaluation -----------------------------------------------------------------------------------------------------------
+# Evaluation -------------------------------------------------------------------------------------------------
 def set_up(experiment: Experiment) -> tuple[session.Setup, Any]:
     """What is fixed before the first step, and the first state."""
     mesh = make_mesh(experiment.mesh)
@@ -181,10 +244,16 @@ def set_up(experiment: Experiment) -> tuple[session.Setup, Any]:
         return session.with_teachers(setup), fresh_state(setup)
 
 
-def test_an_evaluation_beside_the_teacher_is_the_dense_one(straight: tuple[Experiment, Result], teacher: Path, tmp_path: Path) -> None:
-    """Of a student that nobody trained, which like its teacher often repeats a token: every figure anew in float64, from all logits."""
+def test_an_evaluation_beside_the_teacher_is_the_dense_one(
+    straight: tuple[Experiment, Result], teacher: Path, tmp_path: Path
+) -> None:
+    """Of a student that nobody trained, which like its teacher often repeats a token: every figure anew in
+    float64, from all logits.
+    """
     experiment, result = straight
-    student = slmjax.load_model(write_teacher(tmp_path, dataclasses.replace(experiment.model, vocab_size=258), scale=0.2, embed=3.0))
+    student = slmjax.load_model(
+        write_teacher(tmp_path, dataclasses.replace(experiment.model, vocab_size=258), scale=0.2, embed=3.0)
+    )
     setup, state = set_up(dataclasses.replace(experiment, init=FromModel(path=str(tmp_path))))
     batches = setup.heldout(None)
     assert batches is not None
@@ -194,37 +263,60 @@ def test_an_evaluation_beside_the_teacher_is_the_dense_one(straight: tuple[Exper
     figures = found.figures()
     (record,) = records(result.run_dir, "eval")
     assert figures.keys() <= record.keys() and len(figures) == 8
-    ours, theirs, targets = [], [], []
+    ours = []
+    theirs = []
+    targets = []
     for batch in batches:
         is_scored = batch.loss_mask > 0
         for model, logits in ((student.model, ours), (slmjax.load_model(teacher).model, theirs)):
             logits.append(dense_logits(model, batch)[is_scored])
         targets.append(batch.targets[is_scored])
-    log_q, log_p, target = log_softmax(np.concatenate(ours)), log_softmax(np.concatenate(theirs)), np.concatenate(targets)
-    nll, teacher_nll = (-np.take_along_axis(values, target[:, None], axis=-1).sum() for values in (log_q, log_p))
+    log_q = log_softmax(np.concatenate(ours))
+    log_p = log_softmax(np.concatenate(theirs))
+    target = np.concatenate(targets)
+    nll, teacher_nll = (
+        -np.take_along_axis(values, target[:, None], axis=-1).sum() for values in (log_q, log_p)
+    )
     best = log_q.argmax(axis=-1)
-    confidence, is_right = np.exp(log_q.max(axis=-1)), best == target
+    confidence = np.exp(log_q.max(axis=-1))
+    is_right = best == target
     bins = np.minimum((confidence * 15).astype(int), 14)
     gaps = [abs((is_right[bins == index] - confidence[bins == index]).sum()) for index in range(15)]
     expected = {
-        "loss": nll / len(target), "bits_per_byte": nll / math.log(2) / batches.num_bytes,
-        "teacher_bits_per_byte": teacher_nll / math.log(2) / batches.num_bytes, "teacher_kl": forward_kl(log_p, log_q).mean(),
-        "teacher_agreement": (best == log_p.argmax(axis=-1)).mean(), "calibration_error": sum(gaps) / len(target),
-        "tokens": len(target), "total_tokens": len(target),
-    }  # fmt: skip
-    assert len(target) > 500 and 0.05 < expected["teacher_agreement"] < 0.95 and sum(np.bincount(bins) > 0) > 5
+        "loss": nll / len(target),
+        "bits_per_byte": nll / math.log(2) / batches.num_bytes,
+        "teacher_bits_per_byte": teacher_nll / math.log(2) / batches.num_bytes,
+        "teacher_kl": forward_kl(log_p, log_q).mean(),
+        "teacher_agreement": (best == log_p.argmax(axis=-1)).mean(),
+        "calibration_error": sum(gaps) / len(target),
+        "tokens": len(target),
+        "total_tokens": len(target),
+    }
+    assert (
+        len(target) > 500 and 0.05 < expected["teacher_agreement"] < 0.95 and sum(np.bincount(bins) > 0) > 5
+    )
     assert figures == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_student_that_is_its_own_teacher(straight: tuple[Experiment, Result], capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing is between them, whether an evaluation of training compares them or the command line's; both are the averages."""
+def test_a_student_that_is_its_own_teacher(
+    straight: tuple[Experiment, Result], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is between them, whether an evaluation of training compares them or the command line's; both
+    are the averages.
+    """
     experiment, result = straight
     own = DistillConfig(teachers=(TeacherConfig(path=result.run_dir),))
-    setup, state = set_up(dataclasses.replace(experiment, init=FromModel(path=result.run_dir), objective=ObjectiveConfig(distill=own)))
+    setup, state = set_up(
+        dataclasses.replace(
+            experiment, init=FromModel(path=result.run_dir), objective=ObjectiveConfig(distill=own)
+        )
+    )
     with jax.set_mesh(setup.mesh):
         found = setup.evaluate(state, None)
     assert found is not None and found.teacher_kl is not None and 0 <= found.teacher_kl < 1e-6
-    assert found.teacher_agreement == pytest.approx(1.0) and found.teacher_bits_per_byte == pytest.approx(found.bits_per_byte, rel=1e-6)
+    assert found.teacher_agreement == pytest.approx(1.0) and found.teacher_bits_per_byte == pytest.approx(
+        found.bits_per_byte, rel=1e-6
+    )
     assert "same first choice 100.0%" in found.text() and all(map(math.isfinite, found.figures().values()))
     with pytest.raises(SystemExit) as stopped:
         cli.main(["eval", result.run_dir, "--teacher", result.run_dir, "--json"])

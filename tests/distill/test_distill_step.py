@@ -1,4 +1,6 @@
-"""A step of distillation: what may not change it (masks, padding, accumulation, meshes), and what it comes to, densely computed."""
+"""A step of distillation: what may not change it (masks, padding, accumulation, meshes), and what it comes
+to, densely computed.
+"""
 
 import dataclasses
 import functools
@@ -17,10 +19,23 @@ from slmjax.losses import ForwardKl, Sampled, Taid
 from slmjax.models.architecture import Precision
 from slmjax.parallel.mesh import MeshConfig
 from tests.data.in_memory import InMemoryDocuments
-from tests.distill.lessons import LENGTH, ROWS, Lesson, build, dense_logits, forward_kl, log_softmax, make_batch, mean_over, write_teacher
+from tests.distill.lessons import (
+    LENGTH,
+    ROWS,
+    Lesson,
+    build,
+    dense_logits,
+    forward_kl,
+    log_softmax,
+    make_batch,
+    mean_over,
+    write_teacher,
+)
 from tests.training.test_step import MIXED, assert_bits_equal
 
-TEMPERATURE, WEIGHT, HARD_WEIGHT = 2.0, 0.7, 0.5
+TEMPERATURE = 2.0
+WEIGHT = 0.7
+HARD_WEIGHT = 0.5
 
 
 @functools.cache
@@ -28,11 +43,14 @@ def settings(path: str, **changes: Any) -> DistillConfig:
     """Forward KL at temperature 2 beside the cross entropy, all of it constant."""
     return dataclasses.replace(
         DistillConfig(
-            teachers=(TeacherConfig(path=path),), divergence=ForwardKl(), weight=Ramp(start=WEIGHT), hard_weight=Ramp(start=HARD_WEIGHT),
+            teachers=(TeacherConfig(path=path),),
+            divergence=ForwardKl(),
+            weight=Ramp(start=WEIGHT),
+            hard_weight=Ramp(start=HARD_WEIGHT),
             temperature=Ramp(start=TEMPERATURE),
         ),
         **changes,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,22 +69,33 @@ def result(lesson: Lesson) -> tuple[Any, dict[str, Any]]:
 
 def assert_same_training(found: Lesson, expected: Lesson, *, rtol: float = 2e-4, atol: float = 2e-6) -> None:
     """To the rounding of another order of summation."""
-    (state, metrics), (wanted_state, wanted_metrics) = result(found), result(expected)
-    assert metrics.keys() == wanted_metrics.keys() and jax.tree.structure(state) == jax.tree.structure(wanted_state)
+    (state, metrics) = result(found)
+    (wanted_state, wanted_metrics) = result(expected)
+    assert metrics.keys() == wanted_metrics.keys() and jax.tree.structure(state) == jax.tree.structure(
+        wanted_state
+    )
     for name, value in wanted_metrics.items():
-        np.testing.assert_allclose(jax.tree.leaves(metrics[name]), jax.tree.leaves(value), rtol=rtol, atol=1e-6, err_msg=name)
-    for (path, value), wanted in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(wanted_state), strict=True):
+        np.testing.assert_allclose(
+            jax.tree.leaves(metrics[name]), jax.tree.leaves(value), rtol=rtol, atol=1e-6, err_msg=name
+        )
+    for (path, value), wanted in zip(
+        jax.tree.leaves_with_path(state), jax.tree.leaves(wanted_state), strict=True
+    ):
         np.testing.assert_allclose(value, wanted, rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 
-# Meshes and microbatches ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("num_parts", [pytest.param(2, marks=pytest.mark.nightly), 4])  # further tests have 2 parts
+# Meshes and microbatches ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "num_parts", [pytest.param(2, marks=pytest.mark.nightly), 4]
+)  # further tests have 2 parts
 def test_accumulation_changes_nothing(teacher: str, num_parts: int) -> None:
     distill = settings(teacher)
     assert_same_training(build(distill, num_parts=num_parts), build(distill))
 
 
-@pytest.mark.parametrize("num_devices", [2, pytest.param(8, marks=pytest.mark.nightly)])  # further tests have 4 and 8 devices
+@pytest.mark.parametrize(
+    "num_devices", [2, pytest.param(8, marks=pytest.mark.nightly)]
+)  # further tests have 4 and 8 devices
 def test_devices_change_nothing(teacher: str, num_devices: int) -> None:
     distill = settings(teacher)
     assert_same_training(build(distill, num_devices=num_devices), build(distill))
@@ -94,14 +123,17 @@ def test_a_teacher_with_devices_of_its_own(teacher: str) -> None:
     shapes = plan.output_shapes(ROWS, LENGTH)
     for found, wanted in zip(jax.tree.leaves(said), jax.tree.leaves(shapes), strict=True):
         assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
-        assert found.sharding.is_equivalent_to(wanted.sharding, found.ndim) and {device.id for device in found.devices()} <= {0, 1, 2, 3}
+        assert found.sharding.is_equivalent_to(wanted.sharding, found.ndim) and {
+            device.id for device in found.devices()
+        } <= {0, 1, 2, 3}
     assert_same_training(lesson, build(settings(teacher)))
 
 
 def test_what_is_drawn_does_not_depend_on_how_a_batch_is_divided(teacher: str) -> None:
     """Three draws a token: other ones would be another loss altogether."""
     distill = settings(teacher, divergence=Sampled(draws=3))
-    lesson, divided = build(distill), build(distill, mesh=MeshConfig(data=1, fsdp=4, tensor=2), num_devices=8, num_parts=2)
+    lesson = build(distill)
+    divided = build(distill, mesh=MeshConfig(data=1, fsdp=4, tensor=2), num_devices=8, num_parts=2)
     assert_same_training(divided, lesson)
     renamed = make_batch(0)
     renamed.row_ids[:] += 1
@@ -114,15 +146,19 @@ def in_half_precision(teacher: str, **changes: Any) -> DistillConfig:
 
 
 def test_experts_accumulation_and_every_axis_at_once(teacher: str) -> None:
-    """Mixtures of experts learn from a teacher in bfloat16, with a mesh of its own: its sums, in one order, round alike."""
+    """Mixtures of experts learn from a teacher in bfloat16, with a mesh of its own: its sums, in one order,
+    round alike.
+    """
     distill = in_half_precision(teacher, mesh=MeshConfig(data=8))
-    lesson = build(distill, MIXED, mesh=MeshConfig(data=1, fsdp=2, expert=2, tensor=2), num_devices=8, num_parts=2)
+    lesson = build(
+        distill, MIXED, mesh=MeshConfig(data=1, fsdp=2, expert=2, tensor=2), num_devices=8, num_parts=2
+    )
     assert_same_training(lesson, build(in_half_precision(teacher), MIXED))
     _, metrics = result(lesson)
     assert metrics["dropped"] > 0 and metrics["divergence"] > 0.1 and metrics["objective"] > 0.5
 
 
-# Masks and padding ----------------------------------------------------------------------------------------------------
+# Masks and padding ------------------------------------------------------------------------------------------
 def changed(batch: Batch, where: np.ndarray, *names: str) -> Batch:
     """The batch with other ids in these places."""
     fields = {name: np.where(where, (getattr(batch, name) + 17) % 61, getattr(batch, name)) for name in names}
@@ -130,10 +166,14 @@ def changed(batch: Batch, where: np.ndarray, *names: str) -> Batch:
 
 
 def test_masked_targets_and_padding_change_nothing(teacher: str) -> None:
-    """Bit for bit: loss, gradient norms, the new parameters, what experts are told; what is scored and read does matter."""
-    lesson, batch = build(in_half_precision(teacher), MIXED), make_batch(0)
+    """Bit for bit: loss, gradient norms, the new parameters, what experts are told; what is scored and read
+    does matter.
+    """
+    lesson = build(in_half_precision(teacher), MIXED)
+    batch = make_batch(0)
     expected = lesson.run(batch)
-    is_padding, is_scored = batch.segment_ids == 0, batch.loss_mask > 0
+    is_padding = batch.segment_ids == 0
+    is_scored = batch.loss_mask > 0
     assert (~is_scored & ~is_padding).sum() > 10 and is_padding.sum() > 10 and is_scored.sum() > 10
     assert_bits_equal(lesson.run(changed(batch, ~is_scored, "targets")), expected)
     assert_bits_equal(lesson.run(changed(batch, is_padding, "tokens", "targets")), expected)
@@ -142,7 +182,9 @@ def test_masked_targets_and_padding_change_nothing(teacher: str) -> None:
 
 
 def test_the_end_of_a_text_counts_where_it_has_the_id_of_padding(teacher: str) -> None:
-    """Token 0 fills rows up and here ends documents too: only the mask tells them apart, and all is as in the dense formula."""
+    """Token 0 fills rows up and here ends documents too: only the mask tells them apart, and all is as in the
+    dense formula.
+    """
     draws = np.random.default_rng(5)
     documents = [[1, *draws.integers(2, 61, size=size), 0] for size in (3, 9, 30, 1, 6)]
     data = InMemoryDocuments(documents, num_bytes=[len(document) - 2 for document in documents])
@@ -155,13 +197,19 @@ def test_the_end_of_a_text_counts_where_it_has_the_id_of_padding(teacher: str) -
 
     student = lesson.programs.definition.merge(start.trainable, start.frozen)
     ours, theirs = (dense_logits(model, batch) for model in (student, slmjax.load_model(teacher).model))
-    divergence = mean_over(TEMPERATURE**2 * forward_kl(theirs, ours, temperature=TEMPERATURE), batch.loss_mask)
-    nll = mean_over(-np.take_along_axis(log_softmax(ours), batch.targets[..., None], axis=-1)[..., 0], batch.loss_mask)
-    assert metrics["divergence"] == pytest.approx(divergence, rel=1e-5) and metrics["loss"] == pytest.approx(nll, rel=1e-5)
+    divergence = mean_over(
+        TEMPERATURE**2 * forward_kl(theirs, ours, temperature=TEMPERATURE), batch.loss_mask
+    )
+    nll = mean_over(
+        -np.take_along_axis(log_softmax(ours), batch.targets[..., None], axis=-1)[..., 0], batch.loss_mask
+    )
+    assert metrics["divergence"] == pytest.approx(divergence, rel=1e-5) and metrics["loss"] == pytest.approx(
+        nll, rel=1e-5
+    )
     assert metrics["objective"] == pytest.approx(WEIGHT * divergence + HARD_WEIGHT * nll, rel=1e-5)
 
 
-# What is remembered ---------------------------------------------------------------------------------------------------
+# What is remembered -----------------------------------------------------------------------------------------
 def test_a_step_that_is_undone_leaves_what_the_divergence_remembers(teacher: str) -> None:
     lesson = build(settings(teacher, divergence=Taid(start=0.3, rate=0.1, momentum=0.5)))
     first, _ = lesson.run(make_batch(0))
@@ -171,11 +219,20 @@ def test_a_step_that_is_undone_leaves_what_the_divergence_remembers(teacher: str
     bad = make_batch(2)
     bad.loss_mask[2, 1] = np.nan
     after, metrics = lesson.run(bad, state=before)
-    assert metrics["skipped"] == 1 and metrics["divergence_share"] == pytest.approx(float(before.objective["share"]))
+    assert metrics["skipped"] == 1 and metrics["divergence_share"] == pytest.approx(
+        float(before.objective["share"])
+    )
     assert_bits_equal(after.objective, before.objective)
     assert_bits_equal(after.trainable, before.trainable)
     nothing = dataclasses.replace(make_batch(2), loss_mask=np.zeros((ROWS, LENGTH), np.float32))
-    assert_bits_equal(lesson.run(nothing, state=before)[0].objective, before.objective)  # a mean of nothing is no value
-    recovered, at_once = lesson.run(make_batch(3), state=after)[0], lesson.run(make_batch(3), state=before)[0]
-    assert float(recovered.objective["previous"]) == float(at_once.objective["previous"]) != float(before.objective["previous"])
+    assert_bits_equal(
+        lesson.run(nothing, state=before)[0].objective, before.objective
+    )  # a mean of nothing is no value
+    recovered = lesson.run(make_batch(3), state=after)[0]
+    at_once = lesson.run(make_batch(3), state=before)[0]
+    assert (
+        float(recovered.objective["previous"])
+        == float(at_once.objective["previous"])
+        != float(before.objective["previous"])
+    )
     assert all(bool(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(recovered.objective))

@@ -1,4 +1,6 @@
-"""One step of an imported student with an imported teacher, beside the dense one of PyTorch and transformers. Needs the oracle extra."""
+"""One step of an imported student with an imported teacher, beside the dense one of PyTorch and transformers.
+Needs the oracle extra.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -24,7 +26,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
-TEMPERATURE, HARD_WEIGHT = 2.0, 0.5
+TEMPERATURE = 2.0
+HARD_WEIGHT = 0.5
 GRAD_CLIP = OPTIM.grad_clip or 1.0
 
 
@@ -32,19 +35,27 @@ def imported(case: str, directory: Path) -> tuple[Path, Path]:
     """A model of this family as transformers has it, and as we import it."""
     found = read_golden(case)
     write_model(directory / f"{case}-theirs", found["config"], found["shapes"])
-    import_model(directory / f"{case}-theirs", directory / f"{case}-ours", tokenizer=tiny_tokenizer(directory), vocab_multiple=8)
+    import_model(
+        directory / f"{case}-theirs",
+        directory / f"{case}-ours",
+        tokenizer=tiny_tokenizer(directory),
+        vocab_multiple=8,
+    )
     return directory / f"{case}-theirs", directory / f"{case}-ours"
 
 
 def one_document_a_row() -> Batch:
     """Of different lengths, with padding after them and some targets that are not scored."""
-    draws, batch = np.random.default_rng(4), empty_batch(ROWS, LENGTH)
+    draws = np.random.default_rng(4)
+    batch = empty_batch(ROWS, LENGTH)
     for row in range(ROWS):
         length = LENGTH - row
         ids = draws.integers(0, VOCAB_SIZE, size=length + 1)
-        batch.tokens[row, :length], batch.targets[row, :length] = ids[:-1], ids[1:]
+        batch.tokens[row, :length] = ids[:-1]
+        batch.targets[row, :length] = ids[1:]
         batch.loss_mask[row, :length] = draws.random(length) < 0.7
-        batch.segment_ids[row, :length], batch.positions[row, :length] = 1, np.arange(length)
+        batch.segment_ids[row, :length] = 1
+        batch.positions[row, :length] = np.arange(length)
         batch.row_ids[row] = row
     return batch
 
@@ -55,9 +66,12 @@ def dense_step(student: Path, teacher: Path, batch: Batch) -> tuple[dict[str, fl
     import transformers
 
     def load(path: Path) -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32).eval()
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            path, attn_implementation="eager", dtype=torch.float32
+        ).eval()
 
-    ids, mask = torch.from_numpy(batch.tokens.astype(np.int64)), torch.from_numpy(batch.loss_mask)
+    ids = torch.from_numpy(batch.tokens.astype(np.int64))
+    mask = torch.from_numpy(batch.loss_mask)
     given = {"input_ids": ids, "attention_mask": torch.from_numpy((batch.segment_ids > 0).astype(np.int64))}
     model = load(student)
     with torch.no_grad():
@@ -65,14 +79,21 @@ def dense_step(student: Path, teacher: Path, batch: Batch) -> tuple[dict[str, fl
     ours = model(**given).logits
     log_p, log_q = (torch.log_softmax(logits / TEMPERATURE, dim=-1) for logits in (theirs, ours))
     divergence = TEMPERATURE**2 * (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-    nll = torch.nn.functional.cross_entropy(ours.transpose(1, 2), torch.from_numpy(batch.targets.astype(np.int64)), reduction="none")
+    nll = torch.nn.functional.cross_entropy(
+        ours.transpose(1, 2), torch.from_numpy(batch.targets.astype(np.int64)), reduction="none"
+    )
     means = [(values * mask).sum() / mask.sum() for values in (divergence, nll)]
     loss = means[0] + HARD_WEIGHT * means[1]
     loss.backward()
-    decayed = [value for name, value in model.named_parameters() if value.ndim > 1 and "embed_tokens" not in name]
+    decayed = [
+        value for name, value in model.named_parameters() if value.ndim > 1 and "embed_tokens" not in name
+    ]
     others = [value for name, value in model.named_parameters() if value.ndim == 1 or "embed_tokens" in name]
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
-    groups = [{"params": decayed, "weight_decay": OPTIM.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": OPTIM.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     rate = float(learning_rate(OPTIM, 0, total_steps=TOTAL_STEPS))
     torch.optim.AdamW(groups, lr=rate, betas=OPTIM.betas, eps=OPTIM.eps).step()
     with torch.no_grad():
@@ -83,15 +104,24 @@ def dense_step(student: Path, teacher: Path, batch: Batch) -> tuple[dict[str, fl
 
 @pytest.mark.parametrize(("student", "teacher"), [("llama", "qwen3"), ("qwen3", "gemma3")])
 def test_a_step_is_that_of_pytorch(student: str, teacher: str, tmp_path: Path) -> None:
-    """Forward KL at temperature 2 and half the cross entropy: loss to 1e-5; gradient norm, and logits after a step of AdamW, to 1e-4."""
-    (their_student, our_student), (their_teacher, our_teacher) = (imported(case, tmp_path) for case in (student, teacher))
-    batch, loaded = one_document_a_row(), slmjax.load_model(our_student)
+    """Forward KL at temperature 2 and half the cross entropy: loss to 1e-5; gradient norm, and logits after a
+    step of AdamW, to 1e-4.
+    """
+    (their_student, our_student), (their_teacher, our_teacher) = (
+        imported(case, tmp_path) for case in (student, teacher)
+    )
+    batch = one_document_a_row()
+    loaded = slmjax.load_model(our_student)
     expected, logits_after = dense_step(their_student, their_teacher, batch)
     distill = DistillConfig(
-        teachers=(TeacherConfig(path=str(our_teacher)),), temperature=Ramp(start=TEMPERATURE), hard_weight=Ramp(start=HARD_WEIGHT)
+        teachers=(TeacherConfig(path=str(our_teacher)),),
+        temperature=Ramp(start=TEMPERATURE),
+        hard_weight=Ramp(start=HARD_WEIGHT),
     )
     lesson = build(distill, loaded.config)
-    start = dataclasses.replace(lesson.start(), trainable=loaded.params, optimizer=lesson.optimizer.init(loaded.params))
+    start = dataclasses.replace(
+        lesson.start(), trainable=loaded.params, optimizer=lesson.optimizer.init(loaded.params)
+    )
     state, metrics = lesson.run(batch, state=start)
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, rel=1e-4 if name == "grad_norm" else 1e-5), name

@@ -55,21 +55,26 @@ def padded_logits(model: Decoder, ids: jax.Array) -> jax.Array:
 
 def log_probabilities(loaded: Loaded, ids: list[int]) -> np.ndarray:
     """[T V] of the full forward pass, of a sequence up to the context."""
-    return np.asarray(padded_logits(loaded.model, jnp.zeros((1, 64), jnp.int32).at[0, : len(ids)].set(jnp.asarray(ids))))[0, : len(ids)]
+    return np.asarray(
+        padded_logits(loaded.model, jnp.zeros((1, 64), jnp.int32).at[0, : len(ids)].set(jnp.asarray(ids)))
+    )[0, : len(ids)]
 
 
-# Likelihood -----------------------------------------------------------------------------------------------------------
+# Likelihood -------------------------------------------------------------------------------------------------
 def test_likelihoods_are_those_of_the_full_forward(loaded: Loaded) -> None:
     """Pairs of all lengths, one longer than the context, in batches that do not divide them."""
     draws = np.random.default_rng(0)
     pairs = [
-        (draws.integers(2, 258, a).tolist(), draws.integers(2, 258, b).tolist()) for a, b in ((1, 1), (5, 30), (40, 3), (70, 9), (2, 2))
+        (draws.integers(2, 258, a).tolist(), draws.integers(2, 258, b).tolist())
+        for a, b in ((1, 1), (5, 30), (40, 3), (70, 9), (2, 2))
     ]
     found = evaluation.log_likelihoods(loaded, pairs, batch_size=2)
     for (context, continuation), one in zip(pairs, found, strict=True):
         cut = max(len(context) + len(continuation) - 65, 0)
         rows = log_probabilities(loaded, [*context[cut:], *continuation][:-1])[-len(continuation) :]
-        assert one.logprob == pytest.approx(float(np.sum(rows[np.arange(len(continuation)), continuation])), rel=1e-4)
+        assert one.logprob == pytest.approx(
+            float(np.sum(rows[np.arange(len(continuation)), continuation])), rel=1e-4
+        )
         assert (one.num_tokens, one.truncated) == (len(continuation), cut)
         assert one.is_greedy == (np.argmax(rows, axis=-1).tolist() == continuation)
     best = [int(np.argmax(log_probabilities(loaded, [0, 70])[-1]))]
@@ -93,20 +98,29 @@ def test_a_boundary_within_a_token_belongs_to_the_continuation() -> None:
     assert spaced == evaluation.pair_tokens(tokenizer, "the", " theme")
 
 
-# Multiple choice ------------------------------------------------------------------------------------------------------
+# Multiple choice --------------------------------------------------------------------------------------------
 def test_answers_follow_the_likelihoods(loaded: Loaded, file: Path) -> None:
-    right, right_per_byte = [], []
+    right = []
+    right_per_byte = []
     for question in read_questions(file):
         space = "" if not question.prompt or question.prompt.endswith(" ") else " "
-        pairs = [evaluation.pair_tokens(loaded.tokenizer, question.prompt, space + choice) for choice in question.choices]
+        pairs = [
+            evaluation.pair_tokens(loaded.tokenizer, question.prompt, space + choice)
+            for choice in question.choices
+        ]
         logprobs = [one.logprob for one in evaluation.log_likelihoods(loaded, pairs)]
         per_byte = [logprob / len(choice) for logprob, choice in zip(logprobs, question.choices, strict=True)]
         right.append(logprobs.index(max(logprobs)) == question.answer)
         right_per_byte.append(per_byte.index(max(per_byte)) == question.answer)
     found = evaluation.answer_questions(loaded, file)
-    assert found.accuracy == pytest.approx(np.mean(right)) and found.accuracy_per_byte == pytest.approx(np.mean(right_per_byte))
+    assert found.accuracy == pytest.approx(np.mean(right)) and found.accuracy_per_byte == pytest.approx(
+        np.mean(right_per_byte)
+    )
     assert found.accuracy_stderr == pytest.approx(np.std(right, ddof=1) / 2)
-    assert found.chance == pytest.approx((1 / 3 + 1 / 2 + 1 / 2 + 1 / 4) / 4) and (found.questions, found.truncated) == (4, 0)
+    assert found.chance == pytest.approx((1 / 3 + 1 / 2 + 1 / 2 + 1 / 4) / 4) and (
+        found.questions,
+        found.truncated,
+    ) == (4, 0)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +155,10 @@ def test_one_question_has_no_error_bar_and_a_long_prompt_is_counted(loaded: Load
         ('{"text": "a"}', 'line 2 has no text in "prompt"'),
         ('{"prompt": "a", "choices": ["b"], "answer": 0}', "two or more texts"),
         ('{"prompt": "a", "choices": ["b", ""], "answer": 0}', "not empty"),
-        ('{"prompt": "a", "choices": ["b", "c"], "answer": 2}', '"answer" is 2, and must be an index from 0 to 1'),
+        (
+            '{"prompt": "a", "choices": ["b", "c"], "answer": 2}',
+            '"answer" is 2, and must be an index from 0 to 1',
+        ),
         ('{"prompt": "a", "choices": ["b", "c"]}', '"answer" is None'),
         ('{"prompt": "a", "choices": ["b", "b"], "answer": "b"}', "\"answer\" is 'b'"),
         ('{"prompt": "a", "choices": ["b", "' + "c" * 80 + '"], "answer": 0}', "context_length=64"),
@@ -158,7 +175,9 @@ def test_an_answer_is_not_chosen_by_nan(loaded: Loaded, file: Path, monkeypatch:
     scores = itertools.count()
 
     def of_pairs(loaded: Loaded, pairs: Sequence[Any], *, batch_size: int) -> list[Likelihood]:
-        values = [math.nan if next(scores) == 4 else -math.inf for _ in pairs]  # the second choice of the second question
+        values = [
+            math.nan if next(scores) == 4 else -math.inf for _ in pairs
+        ]  # the second choice of the second question
         return [Likelihood(logprob=value, is_greedy=False, num_tokens=1, truncated=0) for value in values]
 
     monkeypatch.setattr(multiple_choice, "log_likelihoods", of_pairs)
@@ -166,7 +185,7 @@ def test_an_answer_is_not_chosen_by_nan(loaded: Loaded, file: Path, monkeypatch:
         evaluation.answer_questions(loaded, file)
 
 
-# lm-eval --------------------------------------------------------------------------------------------------------------
+# lm-eval ----------------------------------------------------------------------------------------------------
 CHOICE_TASK = """
 task: local_choice
 dataset_path: json
@@ -211,7 +230,10 @@ def test_lm_eval_agrees_on_a_local_task(
     from slmjax.evaluation.lm_eval_adapter import run_tasks
 
     words = [f"word{i} of the statement {'x' * (i % 7)}" for i in range(12)]
-    records = [{"prompt": words[i] * (1 + i % 4), "choices": [words[-i], "the", "is a list"], "answer": i % 3} for i in range(12)]
+    records = [
+        {"prompt": words[i] * (1 + i % 4), "choices": [words[-i], "the", "is a list"], "answer": i % 3}
+        for i in range(12)
+    ]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     tasks = {"local_choice": CHOICE_TASK, "local_text": TEXT_TASK, "local_writing": WRITING_TASK}
@@ -221,14 +243,17 @@ def test_lm_eval_agrees_on_a_local_task(
     ours = evaluation.answer_questions(loaded, data)
     assert found["local_choice"]["acc"] == pytest.approx(ours.accuracy)
     assert found["local_choice"]["acc_norm"] == pytest.approx(ours.accuracy_per_byte)
-    # Texts of up to 130 tokens in a context of 64: each token once, BOS too, in windows that begin with a token of the last one.
+    # Texts of up to 130 tokens in a context of 64: each token once, BOS too, in windows that begin with a
+    # token of the last one.
     total = 0.0
     for record in records:
         bos = loaded.tokenizer.bos_id
         ids = [bos, bos, *loaded.tokenizer.encode(record["prompt"])]
         for start in range(1, len(ids), 64):
             end = min(start + 64, len(ids))
-            rows = log_probabilities(loaded, ids[max(end - 65, 1 if start > 1 else 0) : end - 1])[start - end :]
+            rows = log_probabilities(loaded, ids[max(end - 65, 1 if start > 1 else 0) : end - 1])[
+                start - end :
+            ]
             total += float(rows[np.arange(end - start), ids[start:end]].sum())
     num_bytes = sum(len(record["prompt"].encode()) for record in records)
     assert found["local_text"]["bits_per_byte"] == pytest.approx(-total / math.log(2) / num_bytes, rel=1e-4)
@@ -239,13 +264,19 @@ def test_lm_eval_agrees_on_a_local_task(
 
 @pytest.fixture(scope="module")
 def chaotic(loaded: Loaded) -> Loaded:
-    """The same with random weights: where the trained model writes spaces, each letter here depends on all before it.
+    """The same with random weights: where the trained model writes spaces, each letter here depends on all
+    before it.
 
-    Bytes that are no printable ASCII have small rows in the embedding, which are the head's too, and are never the likeliest.
+    Bytes that are no printable ASCII have small rows in the embedding, which are the head's too, and are
+    never the likeliest.
     """
     draws = np.random.default_rng(0)
     params = {path: np.asarray(leaf) for path, leaf in loaded.params.items()}
-    params |= {path: draws.normal(0, 0.3, leaf.shape).astype(np.float32) for path, leaf in params.items() if not path.endswith("/scale")}
+    params |= {
+        path: draws.normal(0, 0.3, leaf.shape).astype(np.float32)
+        for path, leaf in params.items()
+        if not path.endswith("/scale")
+    }
     printable = loaded.tokenizer.encode("".join(map(chr, range(32, 127))))
     params["embed/table"][np.setdiff1d(np.arange(258), printable)] *= 0.01
     return dataclasses.replace(loaded, params={path: jnp.asarray(leaf) for path, leaf in params.items()})
@@ -257,12 +288,24 @@ def test_lm_eval_continues_as_generate_does(chaotic: Loaded) -> None:
     from slmjax.evaluation.lm_eval_adapter import SlmjaxLM
 
     def continued(context: str | list[int], max_tokens: int, *, temperature: float = 0.0) -> str:
-        return slmjax.generate(chaotic, [context], config=SamplingConfig(max_tokens=max_tokens, temperature=temperature))[0].text
+        return slmjax.generate(
+            chaotic, [context], config=SamplingConfig(max_tokens=max_tokens, temperature=temperature)
+        )[0].text
 
-    free, drawn = continued("The ", 32), continued("The ", 32, temperature=0.9)
-    stop, late, long = free[9:11], free[20:23], "The object is 1234567. " * 4
-    kept = continued(chaotic.tokenizer.encode(long)[-52:], 12)  # of a context of 64 tokens: BOS goes with the beginning
-    assert len(free) == 32 and 0 < free.index(stop) < free.index(late) and drawn != free and kept != continued(long[:51], 12)
+    free = continued("The ", 32)
+    drawn = continued("The ", 32, temperature=0.9)
+    stop = free[9:11]
+    late = free[20:23]
+    long = "The object is 1234567. " * 4
+    kept = continued(
+        chaotic.tokenizer.encode(long)[-52:], 12
+    )  # of a context of 64 tokens: BOS goes with the beginning
+    assert (
+        len(free) == 32
+        and 0 < free.index(stop) < free.index(late)
+        and drawn != free
+        and kept != continued(long[:51], 12)
+    )
     asked: list[tuple[str, dict[str, Any], str]] = [
         ("The ", {}, free),  # half of the context, where a task asks for more than that, or does not say
         ("The ", {"until": None, "max_gen_toks": 500}, free),
@@ -275,22 +318,36 @@ def test_lm_eval_continues_as_generate_does(chaotic: Loaded) -> None:
         ("The ", {"do_sample": True, "temperature": 0.9}, drawn),
         ("The ", {"temperature": 0.9}, drawn),
         (long, {"max_gen_toks": 12}, kept),
-        ("a<|bos|>b", {"max_gen_toks": 6}, continued([0, 99, 0, 100], 6)),  # the name of a special token is the token
+        (
+            "a<|bos|>b",
+            {"max_gen_toks": 6},
+            continued([0, 99, 0, 100], 6),
+        ),  # the name of a special token is the token
         ("<|bos|>ab", {"max_gen_toks": 6}, continued("ab", 6)),
-    ]  # fmt: skip
-    requests = [Instance(request_type="generate_until", doc={}, arguments=one[:2], idx=index) for index, one in enumerate(asked)]
+    ]
+    requests = [
+        Instance(request_type="generate_until", doc={}, arguments=one[:2], idx=index)
+        for index, one in enumerate(asked)
+    ]
     assert SlmjaxLM(chaotic).generate_until(requests) == [one[2] for one in asked]
 
 
-# Efficiency and the command -------------------------------------------------------------------------------------------
-@pytest.mark.filterwarnings("ignore")  # codecarbon catches all that goes wrong in it, a warning made an error too, and then says nothing
+# Efficiency and the command ---------------------------------------------------------------------------------
+@pytest.mark.filterwarnings(
+    "ignore"
+)  # codecarbon catches all that goes wrong in it, a warning made an error too, and then says nothing
 def test_efficiency(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(efficiency, "ENERGY_SECONDS", 1.5)
     found = evaluation.measure_efficiency(loaded, energy=True)
     assert found.parameters == sum(leaf.size for leaf in loaded.params.values()) > found.active_parameters
     assert found.bytes_by_dtype == {"float32": 4 * found.parameters}
-    # Two window layers of 16 slots with 2 heads of 8, two full ones with 4 heads of 8; keys and values in float32.
-    assert found.cache_bytes == 2 * (2 * 16 * 2 * 8 * 4) + 2 * (2 * 64 * 4 * 8 * 4) == found.cache_bytes_per_token * 64
+    # Two window layers of 16 slots with 2 heads of 8, two full ones with 4 heads of 8; keys and values in
+    # float32.
+    assert (
+        found.cache_bytes
+        == 2 * (2 * 16 * 2 * 8 * 4) + 2 * (2 * 64 * 4 * 8 * 4)
+        == found.cache_bytes_per_token * 64
+    )
     assert found.training_flops_per_token == 3 * found.forward_flops_per_token
     assert found.time_to_first_token > 0 and found.decode_tokens_per_second > 1 and found.prompt_tokens == 32
     assert found.peak_memory_bytes > 1e8 and 0 < (found.energy_joules_per_token or 0) < 1e4
@@ -299,13 +356,17 @@ def test_efficiency(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FakeMachine:
-    """A clock, and a `sample` of which each token of a prompt takes 10 ms and each new one after the first 2 ms, at 36 watts.
+    """A clock, and a `sample` of which each token of a prompt takes 10 ms and each new one after the first 2
+    ms, at 36 watts.
 
-    The first call of a kind takes far longer, as compilation does; of the next five the fastest and the mean are not the median.
+    The first call of a kind takes far longer, as compilation does; of the next five the fastest and the mean
+    are not the median.
     """
 
     def __init__(self) -> None:
-        self.now, self.calls, self.consumed = 1000.0, Counter(), 0.0
+        self.now = 1000.0
+        self.calls = Counter()
+        self.consumed = 0.0
 
     def sample(
         self,
@@ -320,7 +381,11 @@ class FakeMachine:
         assert config.temperature == 0.0 and eos_id is None, "not always the same number of tokens"
         [prompt] = prompts
         kind = len(prompt), config.max_tokens
-        off = [100.0, -0.05, 0.0, 4.0, 0.0, -0.05][self.calls[kind]] if len(prompt) > 1 or not self.calls[kind] else 0.0
+        off = (
+            [100.0, -0.05, 0.0, 4.0, 0.0, -0.05][self.calls[kind]]
+            if len(prompt) > 1 or not self.calls[kind]
+            else 0.0
+        )
         self.calls[kind] += 1
         self.now += 0.01 * len(prompt) + 0.002 * (config.max_tokens - 1) + off
         return [Continuation(tokens=[5] * config.max_tokens, logprobs=[0.0] * config.max_tokens)]
@@ -351,7 +416,11 @@ def test_efficiency_by_a_clock_of_ours(
     assert found.decode_tokens_per_second == pytest.approx(500.0)
     seconds = 0.01 + 0.002 * (new_tokens - 1)  # after a prompt of one token, again and again for ten seconds
     assert found.energy_joules_per_token == pytest.approx(36 * seconds / new_tokens)
-    assert machine.calls == {(length, 1): 6, (length, new_tokens): 6, (1, new_tokens): 1 + math.ceil(10 / seconds)}
+    assert machine.calls == {
+        (length, 1): 6,
+        (length, new_tokens): 6,
+        (1, new_tokens): 1 + math.ceil(10 / seconds),
+    }
     assert evaluation.measure_efficiency(loaded, prompt_tokens=20).energy_joules_per_token is None
 
 
@@ -361,24 +430,49 @@ def test_energy_without_its_package(loaded: Loaded, monkeypatch: pytest.MonkeyPa
         evaluation.measure_efficiency(loaded, energy=True)
 
 
-def test_one_table_and_json(loaded: Loaded, file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_table_and_json(
+    loaded: Loaded, file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(efficiency, "ROUNDS", 1)
     monkeypatch.setenv("COLUMNS", "140")
 
     def output(*words: str) -> str:
         with pytest.raises(SystemExit) as stopped:
-            main(["eval", "--multiple-choice", str(file), "--efficiency", *words, "--step", str(loaded.step), str(loaded.path)])
+            main(
+                [
+                    "eval",
+                    "--multiple-choice",
+                    str(file),
+                    "--efficiency",
+                    *words,
+                    "--step",
+                    str(loaded.step),
+                    str(loaded.path),
+                ]
+            )
         assert not stopped.value.code
         return capsys.readouterr().out
 
     found = json.loads(output("--json"))
-    assert found.keys() == {"run_dir", "step", "multiple_choice", "efficiency"} and found["multiple_choice"][0]["questions"] == 4
+    assert (
+        found.keys() == {"run_dir", "step", "multiple_choice", "efficiency"}
+        and found["multiple_choice"][0]["questions"] == 4
+    )
     shown = output("--text")
-    for part in ("bits per byte", "questions.jsonl: accuracy", "4 questions, chance 0.396", "cache per token", "tokens/s", "peak memory"):
+    for part in (
+        "bits per byte",
+        "questions.jsonl: accuracy",
+        "4 questions, chance 0.396",
+        "cache per token",
+        "tokens/s",
+        "peak memory",
+    ):
         assert part in shown, shown
 
 
-def test_lm_eval_without_its_package(loaded: Loaded, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lm_eval_without_its_package(
+    loaded: Loaded, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     monkeypatch.delitem(sys.modules, "slmjax.evaluation.lm_eval_adapter", raising=False)
     with pytest.raises(SystemExit):

@@ -1,8 +1,9 @@
-"""What other packages make of the same numbers: `python -m tests.formats.make_golden [PACKAGE ...]` writes golden/PACKAGE.npz.
+"""What other packages make of the same numbers: `python -m tests.formats.make_golden [PACKAGE ...]` writes
+golden/PACKAGE.npz.
 
-With --check nothing is written: what the installed packages make is compared with the files, and differences are printed. A file holds
-the codes and scales of each preset ("q4_0/codes", "q4_0/scale", ...), and the versions that made it. The numbers that are encoded are in
-numbers.npz. The extra `oracle` has the packages.
+With --check nothing is written: what the installed packages make is compared with the files, and differences
+are printed. A file holds the codes and scales of each preset ("q4_0/codes", "q4_0/scale", ...), and the
+versions that made it. The numbers that are encoded are in numbers.npz. The extra `oracle` has the packages.
 """
 
 import importlib.metadata
@@ -36,22 +37,33 @@ def numbers() -> np.ndarray:
     normal[6, 128:] *= -1
     normal[7] = 0
     # Numbers that lie so near to halfway between two codes that how they are divided by the scale decides.
-    rows = [[(7.5, 32), (7.0, 32), (8.0, 32), (127.0, 32)] * 2, [(7.5, 128), (7.0, 128)], [(127.5, 256)], [(127.0, 256)], [(7.0, 256)]]
+    rows = [
+        [(7.5, 32), (7.0, 32), (8.0, 32), (127.0, 32)] * 2,
+        [(7.5, 128), (7.0, 128)],
+        [(127.5, 256)],
+        [(127.0, 256)],
+        [(7.0, 256)],
+    ]
     near = [np.concatenate([_near_ties(rng, *group) for group in row]) for row in rows]
     near.append(np.concatenate([_near_ties(rng, 7.0, size, short=True) for size in (32, 32, 64, 128)]))
-    lowest, highest = np.float32(-0.05), np.float32(0.07)  # of an asymmetric format
+    lowest = np.float32(-0.05)
+    highest = np.float32(0.07)  # of an asymmetric format
     near.append(((rng.integers(-100, 140, WIDTH) + 0.5) * (float(highest - lowest) / 255)).astype(np.float32))
     near[-1][:2] = lowest, highest
     return np.concatenate([normal, near])
 
 
 def of_one_size(x: np.ndarray) -> np.ndarray:
-    """`numbers` without the row of large ones, beside which the others would be nothing under a scale for the tensor."""
+    """`numbers` without the row of large ones, beside which the others would be nothing under a scale for the
+    tensor.
+    """
     return np.delete(x, 5, axis=0)
 
 
 def _ties() -> np.ndarray:
-    """Groups of 32: zeros, then those whose numbers lie halfway between codes, each on the scale of another format."""
+    """Groups of 32: zeros, then those whose numbers lie halfway between codes, each on the scale of another
+    format.
+    """
     halves = np.arange(-16, 16, dtype=np.float32) + np.float32(0.5)
     groups = [np.zeros(32), halves % 8 - 4]  # a largest magnitude of 3.5, negative first
     for largest in (-8.0, 7.5, 7.0, 127.0, 127.5, 6.0):
@@ -64,7 +76,11 @@ def _ties() -> np.ndarray:
 def _near_ties(rng: np.random.Generator, divisor: float, size: int, short: bool = False) -> np.ndarray:
     """A group whose scale is its largest magnitude over `divisor`, or that with `short` in bfloat16."""
     largest = np.float32(rng.uniform(0.05, 0.1))
-    scale = float((largest / np.float32(divisor)).astype(ml_dtypes.bfloat16)) if short else float(largest) / divisor
+    scale = (
+        float((largest / np.float32(divisor)).astype(ml_dtypes.bfloat16))
+        if short
+        else float(largest) / divisor
+    )
     codes = rng.integers(-int(divisor) + 1, int(divisor) - 1, size)
     group = ((codes + 0.5) * scale).astype(np.float32)
     group[rng.integers(size)] = -largest
@@ -81,12 +97,16 @@ def gguf_blocks(x: np.ndarray) -> Arrays:
         # A largest magnitude of zero has no logarithm.
         with np.errstate(divide="ignore", invalid="ignore"):
             made[f"{name}/blocks"] = gguf.quants.quantize(x, gguf.GGMLQuantizationType[kind])
-        made[f"{name}/decoded"] = gguf.quants.dequantize(made[f"{name}/blocks"], gguf.GGMLQuantizationType[kind])
+        made[f"{name}/decoded"] = gguf.quants.dequantize(
+            made[f"{name}/blocks"], gguf.GGMLQuantizationType[kind]
+        )
     return made
 
 
 def torchao_tensors(x: np.ndarray) -> Arrays:
-    """The tensors that torchao's 8da4w, microscaling and NVFP4 recipes make; ParetoQ's and BitNet's training quantizers."""
+    """The tensors that torchao's 8da4w, microscaling and NVFP4 recipes make; ParetoQ's and BitNet's training
+    quantizers.
+    """
     import torch
     from torchao.prototype.mx_formats.kernels import unpack_uint4
     from torchao.prototype.mx_formats.mx_tensor import to_mx
@@ -100,19 +120,31 @@ def torchao_tensors(x: np.ndarray) -> Arrays:
         ("torchao_int8_token", MappingType.ASYMMETRIC, (1, WIDTH), -128, 127),
     ):
         bounds: dict[str, Any] = {"quant_min": low, "quant_max": high}
-        scale, zero = choose_qparams_affine(weight, mapping, block, target_dtype=torch.int8, zero_point_dtype=torch.int8, **bounds)
+        scale, zero = choose_qparams_affine(
+            weight, mapping, block, target_dtype=torch.int8, zero_point_dtype=torch.int8, **bounds
+        )
         codes = quantize_affine(weight, block, scale, zero, output_dtype=torch.int8, **bounds)
         made |= {f"{name}/codes": codes.numpy(), f"{name}/scale": scale.reshape(len(x), -1).numpy()}
         if mapping is MappingType.ASYMMETRIC:
             made[f"{name}/zero"] = zero.reshape(len(x), -1).numpy()
-    for name, kind in (("mxfp4", torch.float4_e2m1fn_x2), ("mxfp8_e4m3", torch.float8_e4m3fn), ("mxfp8_e5m2", torch.float8_e5m2)):
+    for name, kind in (
+        ("mxfp4", torch.float4_e2m1fn_x2),
+        ("mxfp8_e4m3", torch.float8_e4m3fn),
+        ("mxfp8_e5m2", torch.float8_e5m2),
+    ):
         scale, data = to_mx(weight, kind, 32)
         patterns = unpack_uint4(data) if name == "mxfp4" else data.view(torch.uint8)
-        made |= {f"{name}/codes": patterns.numpy().view(np.int8).reshape(x.shape), f"{name}/scale": _powers_of_two(scale)}
+        made |= {
+            f"{name}/codes": patterns.numpy().view(np.int8).reshape(x.shape),
+            f"{name}/scale": _powers_of_two(scale),
+        }
     weight = torch.from_numpy(of_one_size(x))
     tensor_scale = per_tensor_amax_to_scale(weight.abs().max())
     scale, data = nvfp4_quantize(weight, per_tensor_scale=tensor_scale)
-    made |= {"nvfp4/codes": unpack_uint4(data).numpy().view(np.int8).reshape(weight.shape), "nvfp4/scale": scale.float().numpy()}
+    made |= {
+        "nvfp4/codes": unpack_uint4(data).numpy().view(np.int8).reshape(weight.shape),
+        "nvfp4/scale": scale.float().numpy(),
+    }
     return made | {"nvfp4/tensor_scale": tensor_scale.numpy()} | _torchao_training(weight)
 
 
@@ -133,9 +165,15 @@ def _torchao_training(weight: Any) -> Arrays:
     made: Arrays = {}
     for name, bits, divisor in (("stretched2_g32", 2, 4.0), ("stretched_ternary_row", 0, 1.5)):
         values = StretchedElasticQuant.apply(weight, alpha, bits, False)
-        made |= {f"{name}/given_codes": (values / alpha * divisor).round().char().numpy(), f"{name}/given_scale": (alpha / divisor).numpy()}
+        made |= {
+            f"{name}/given_codes": (values / alpha * divisor).round().char().numpy(),
+            f"{name}/given_scale": (alpha / divisor).numpy(),
+        }
     scale = get_bitnet_scale(weight)
-    return made | {"ternary_row/given_codes": quantize_bitnet_weight(weight, scale).numpy(), "ternary_row/given_scale": scale.numpy()}
+    return made | {
+        "ternary_row/given_codes": quantize_bitnet_weight(weight, scale).numpy(),
+        "ternary_row/given_scale": scale.numpy(),
+    }
 
 
 def compressed_tensors_arguments(x: np.ndarray) -> Arrays:
@@ -161,9 +199,11 @@ def onnxruntime_blocks(x: np.ndarray) -> Arrays:
     """The kernel behind MatMulNBits' default quantizer; weights are [in, out] there."""
     from onnxruntime.capi._pybind_state import quantize_matmul_4bits
 
-    rows, blocks = len(x), WIDTH // 32
+    rows = len(x)
+    blocks = WIDTH // 32
     packed = np.zeros((rows, blocks, 16), np.uint8)
-    scale, zeros = np.zeros((rows, blocks), np.float32), np.zeros((rows, blocks // 2), np.uint8)
+    scale = np.zeros((rows, blocks), np.float32)
+    zeros = np.zeros((rows, blocks // 2), np.uint8)
     quantize_matmul_4bits(packed, np.ascontiguousarray(x.T), scale, zeros, 32, rows, WIDTH, True)
     codes = np.stack([packed & 15, packed >> 4], axis=-1).astype(np.int8).reshape(x.shape) - 8
     return {"onnx_int4_b32/codes": codes, "onnx_int4_b32/scale": scale}
@@ -179,9 +219,16 @@ def ai_edge_quantizer_tensors(x: np.ndarray) -> Arrays:
     for name, bits, size in rows + [(f"litert_int4_b{size}", 4, size) for size in (32, 64, 128, 256)]:
         groups = x.reshape(len(x), -1, size or WIDTH)
         granularity = QuantGranularity.CHANNELWISE if size is None else QuantGranularity[f"BLOCKWISE_{size}"]
-        zero, scale = uniform.tensor_zp_scale_from_min_max(groups.min(-1), groups.max(-1), bits, True, granularity)
+        zero, scale = uniform.tensor_zp_scale_from_min_max(
+            groups.min(-1), groups.max(-1), bits, True, granularity
+        )
         parameters = UniformQuantParams(
-            num_bits=bits, quantized_dimension=0 if size is None else 1, scale=scale, zero_point=zero, symmetric=True, block_size=size or 0
+            num_bits=bits,
+            quantized_dimension=0 if size is None else 1,
+            scale=scale,
+            zero_point=zero,
+            symmetric=True,
+            block_size=size or 0,
         )
         # Blocks whose scale is too small for float16 are divided by zero there.
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -218,14 +265,22 @@ def main(arguments: list[str]) -> int:
             continue
         with np.load(path) as file:
             kept = {name: file[name] for name in file.files if name != "made_by"}
-            wrong = sorted(name for name in kept.keys() | made.keys() if not _same(kept.get(name), made.get(name)))
+            wrong = sorted(
+                name for name in kept.keys() | made.keys() if not _same(kept.get(name), made.get(name))
+            )
             print(f"{package}: {len(wrong)} differences between {file['made_by']} and {versions}", *wrong)
         differences += len(wrong)
     return differences
 
 
 def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
-    return a is not None and b is not None and a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    return (
+        a is not None
+        and b is not None
+        and a.dtype == b.dtype
+        and a.shape == b.shape
+        and a.tobytes() == b.tobytes()
+    )
 
 
 if __name__ == "__main__":

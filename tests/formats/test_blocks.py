@@ -47,7 +47,10 @@ def test_the_package_decodes_what_is_packed(container: str) -> None:
         unpacked = unpack(raw, container)
         np.testing.assert_array_equal(unpacked.codes, encoded.codes)
         blocks_of_a_group = group_size // CONTAINERS[container].size
-        np.testing.assert_array_equal(unpacked.scale.view(np.uint32), np.repeat(encoded.scale, blocks_of_a_group, axis=-1).view(np.uint32))
+        np.testing.assert_array_equal(
+            unpacked.scale.view(np.uint32),
+            np.repeat(encoded.scale, blocks_of_a_group, axis=-1).view(np.uint32),
+        )
         np.testing.assert_array_equal(pack(unpacked, container), raw)
 
 
@@ -65,9 +68,13 @@ def test_a_stack_of_weights() -> None:
     encoded, shared = jax.jit(lambda x: (encode(x, PRESETS["q8_0"]), encode(x, spec)))(x)
     raw = pack(encoded, "Q8_0")
     assert raw.shape == (2, 3, 68)
-    np.testing.assert_array_equal(raw[1, 2], pack(Encoded(codes=encoded.codes[1, 2], scale=encoded.scale[1, 2]), "Q8_0"))
+    np.testing.assert_array_equal(
+        raw[1, 2], pack(Encoded(codes=encoded.codes[1, 2], scale=encoded.scale[1, 2]), "Q8_0")
+    )
     assert shared.scale.shape == (1, 1, 1)
-    np.testing.assert_array_equal(unpack(pack(shared, "Q4_0"), "Q4_0").scale, np.broadcast_to(shared.scale, (2, 3, 2)))
+    np.testing.assert_array_equal(
+        unpack(pack(shared, "Q4_0"), "Q4_0").scale, np.broadcast_to(shared.scale, (2, 3, 2))
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,7 +106,11 @@ def test_the_smallest_container(name: str, width: int | None, container: str) ->
         (PRESETS["ternary_row"], 40, "shares scales among 40 numbers"),
         (PRESETS["mxfp8_e4m3"], None, "mxfp8_e4m3 has e4m3 numbers under e8m0 scales"),
         (PRESETS["nvfp4"], None, "nvfp4 shares scales among 16 numbers"),
-        (dataclasses.replace(PRESETS["mxfp4"], scale_type=ScaleType.FLOAT16), None, "e2m1 numbers under float16 scales"),
+        (
+            dataclasses.replace(PRESETS["mxfp4"], scale_type=ScaleType.FLOAT16),
+            None,
+            "e2m1 numbers under float16 scales",
+        ),
     ],
 )
 def test_no_container(spec: QuantSpec, width: int | None, message: str) -> None:
@@ -127,7 +138,11 @@ def of(codes: int, scale: float, *, groups: int = 1, width: int = 32) -> Encoded
         (of(1, 1.0, width=48), "Q4_0", "rows of 48 numbers in groups of 48 do not fit Q4_0"),
         (of(1, 1.0, groups=2, width=32), "Q4_0", "rows of 32 numbers in groups of 16"),
         (of(1, 1.0, width=576), "TQ2_0", "rows of 576 numbers"),
-        (dataclasses.replace(of(1, 1.0), zero=np.zeros((1, 1), np.int32)), "Q4_0", "neither zero points nor a second scale"),
+        (
+            dataclasses.replace(of(1, 1.0), zero=np.zeros((1, 1), np.int32)),
+            "Q4_0",
+            "neither zero points nor a second scale",
+        ),
         (of(1, 1.0), "Q4_K", "there is no container 'Q4_K'"),
     ],
 )
@@ -144,10 +159,16 @@ def test_a_torn_row_is_refused() -> None:
 def test_every_integer_format_of_presets_packs() -> None:
     """With float16 scales, whatever rule chose them."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 256)), jnp.float32)
-    chosen = {name: s for name, s in PRESETS.items() if s.scale_type is ScaleType.FLOAT16 and s.grid in (Grid.INTEGER, Grid.ODD)}
+    chosen = {
+        name: s
+        for name, s in PRESETS.items()
+        if s.scale_type is ScaleType.FLOAT16 and s.grid in (Grid.INTEGER, Grid.ODD)
+    }
     assert len(chosen) > 10
     for name, encoded in jax.jit(lambda x: {key: encode(x, spec) for key, spec in chosen.items()})(x).items():
         container = container_for(chosen[name], width=256)
-        np.testing.assert_array_equal(unpack(pack(encoded, container), container).codes, encoded.codes, err_msg=name)
+        np.testing.assert_array_equal(
+            unpack(pack(encoded, container), container).codes, encoded.codes, err_msg=name
+        )
     full = QuantSpec(bits=8, codes=Codes.FULL, group_size=32, divisor=128.0, scale_type=ScaleType.FLOAT16)
     assert container_for(full) == "Q8_0"

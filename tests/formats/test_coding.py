@@ -20,10 +20,21 @@ from tests.formats.make_golden import GOLDEN
 
 with np.load(GOLDEN / "numbers.npz") as _file:
     NUMBERS = _file["x"]
-# Formats whose own rule finds the same scale again in what it has made. The others widen or narrow it: absmax / 7.5 of codes that end
-# at 7, a mean magnitude of numbers that have been rounded, a second scale.
+# Formats whose own rule finds the same scale again in what it has made. The others widen or narrow it: absmax
+# / 7.5 of codes that end at 7, a mean magnitude of numbers that have been rounded, a second scale.
 IDEMPOTENT = (
-    *("q4_0", "q8_0", "tq2_0", "onnx_int4_b32", "mxfp4", "mxfp4_gguf", "mxfp8_e4m3", "mxfp8_e5m2", "binary_g32", "binary_row"),
+    *(
+        "q4_0",
+        "q8_0",
+        "tq2_0",
+        "onnx_int4_b32",
+        "mxfp4",
+        "mxfp4_gguf",
+        "mxfp8_e4m3",
+        "mxfp8_e5m2",
+        "binary_g32",
+        "binary_row",
+    ),
     *(f"int{bits}_g32" for bits in range(2, 9)),
     *(f"litert_int4_b{size}" for size in (32, 64, 128, 256)),
 )
@@ -40,10 +51,14 @@ def codes(name: str, *values: float, size: int = 32) -> tuple[list[int], float]:
     return [int(code) for code in encoded.codes[: len(values)]], float(encoded.scale[0])
 
 
-FLOATS = {Grid.E2M1: ml_dtypes.float4_e2m1fn, Grid.E4M3: ml_dtypes.float8_e4m3fn, Grid.E5M2: ml_dtypes.float8_e5m2}
+FLOATS = {
+    Grid.E2M1: ml_dtypes.float4_e2m1fn,
+    Grid.E4M3: ml_dtypes.float8_e4m3fn,
+    Grid.E5M2: ml_dtypes.float8_e5m2,
+}
 
 
-# --- By hand ---------------------------------------------------------------------------------------------------------------------
+# By hand ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -95,7 +110,9 @@ def test_zero_points() -> None:
 
 
 def test_two_levels() -> None:
-    """The largest of all is 2688 = 6 * 448: the tensor's scale is 1, its block's 448; a block up to 6 has a scale of 1."""
+    """The largest of all is 2688 = 6 * 448: the tensor's scale is 1, its block's 448; a block up to 6 has a
+    scale of 1.
+    """
     x = jnp.concatenate([group(2688.0, 448.0, size=16), group(6.0, 0.5, size=16), jnp.zeros(16)])
     encoded, doubled = jax.jit(lambda x: (encode(x, PRESETS["nvfp4"]), scale_of(2 * x, PRESETS["nvfp4"])))(x)
     assert encoded.tensor_scale == 1.0
@@ -154,27 +171,46 @@ def test_no_float16_is_missed() -> None:
     """Every float16 is its own scale; and what lies between two goes where NumPy's conversion has it."""
     own = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
     middle = (own[1:] + own[:-1]) / 2
-    given_scales = np.concatenate([own, middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(1e6))])
+    given_scales = np.concatenate(
+        [own, middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(1e6))]
+    )
     spec = QuantSpec(bits=8, share=Share.ROW, scale_type=ScaleType.FLOAT16)
-    encoded = jax.jit(lambda scale: encode(jnp.zeros((scale.size, 1)), spec, scale=scale))(given_scales[:, None])
+    encoded = jax.jit(lambda scale: encode(jnp.zeros((scale.size, 1)), spec, scale=scale))(
+        given_scales[:, None]
+    )
     np.testing.assert_array_equal(encoded.scale[:, 0], given_scales.astype(np.float16).astype(np.float32))
 
 
-# --- What holds for every format -------------------------------------------------------------------------------------------------
+# What holds for every format --------------------------------------------------------------------------------
 
 
 # One of each rule, where the group's size or the number of bits makes no difference.
 KINDS = (
-    *("q4_0", "q8_0", "torchao_int8_token", "w4a16_g128", "litert_int8_row", "litert_int4_b32", "onnx_int4_b32", "mxfp4_gguf"),
+    *(
+        "q4_0",
+        "q8_0",
+        "torchao_int8_token",
+        "w4a16_g128",
+        "litert_int8_row",
+        "litert_int4_b32",
+        "onnx_int4_b32",
+        "mxfp4_gguf",
+    ),
     *("mxfp8_e4m3", "nvfp4", "int3_g32", "ternary_row", "stretched2_g32", "binary_g32"),
 )
 
 
-def results_of(x: jax.Array, axis: int, names: Iterable[str]) -> dict[str, tuple[Encoded, jax.Array, jax.Array]]:
+def results_of(
+    x: jax.Array, axis: int, names: Iterable[str]
+) -> dict[str, tuple[Encoded, jax.Array, jax.Array]]:
     """Codes and scales, decoded numbers, and those without codes between."""
     specs = {name: PRESETS[name] for name in names}
     return {
-        name: (encoded := encode(x, spec, axis=axis), decode(encoded, spec, axis=axis), fake_quant(x, spec, axis=axis))
+        name: (
+            encoded := encode(x, spec, axis=axis),
+            decode(encoded, spec, axis=axis),
+            fake_quant(x, spec, axis=axis),
+        )
         for name, spec in specs.items()
     }
 
@@ -198,7 +234,9 @@ def plainly_decoded(encoded: Encoded, spec: QuantSpec) -> np.ndarray:
 
 
 def test_codes_mean_levels(found: dict[str, tuple[Encoded, jax.Array, jax.Array]]) -> None:
-    """What is decoded is a level of the grid times the scale; codes are int8; without codes between, the same comes out."""
+    """What is decoded is a level of the grid times the scale; codes are int8; without codes between, the same
+    comes out.
+    """
     scales = jax.jit(lambda x: {name: scale_of(x, spec) for name, spec in PRESETS.items()})(NUMBERS)
     for name, (encoded, decoded, direct) in found.items():
         spec = PRESETS[name]
@@ -217,30 +255,44 @@ def test_own_scale_gives_the_codes_again(found: dict[str, tuple[Encoded, jax.Arr
     """Decoded numbers, encoded on their own scales, are the same codes, where the scale is not zero."""
     scales = jax.jit(lambda x: {name: scale_of(x, PRESETS[name]) for name in KINDS})(NUMBERS)
     inputs = {name: (found[name][1], scales[name], found[name][0].tensor_scale) for name in KINDS}
-    again = jax.jit(lambda inputs: {n: encode(x, PRESETS[n], scale=s, tensor_scale=t) for n, (x, s, t) in inputs.items()})(inputs)
+    again = jax.jit(
+        lambda inputs: {n: encode(x, PRESETS[n], scale=s, tensor_scale=t) for n, (x, s, t) in inputs.items()}
+    )(inputs)
     for name, encoded in again.items():
         first = found[name][0]
         np.testing.assert_array_equal(encoded.scale, first.scale, err_msg=name)
         has_scale = np.repeat(np.abs(first.scale) >= 2.0**-126, 256 // first.scale.shape[-1], axis=-1)
         if PRESETS[name].grid is Grid.E2M1:
             has_scale &= np.asarray(first.codes) != 8  # -0 is decoded, and then 0 or -0
-        np.testing.assert_array_equal(np.where(has_scale, encoded.codes, 0), np.where(has_scale, first.codes, 0), err_msg=name)
+        np.testing.assert_array_equal(
+            np.where(has_scale, encoded.codes, 0), np.where(has_scale, first.codes, 0), err_msg=name
+        )
 
 
 def test_idempotent(found: dict[str, tuple[Encoded, jax.Array, jax.Array]]) -> None:
-    again = jax.jit(lambda inputs: {name: fake_quant(x, PRESETS[name]) for name, x in inputs.items()})({n: found[n][2] for n in IDEMPOTENT})
+    again = jax.jit(lambda inputs: {name: fake_quant(x, PRESETS[name]) for name, x in inputs.items()})(
+        {n: found[n][2] for n in IDEMPOTENT}
+    )
     for name, x in again.items():
         # A scale below the normal float16s is too coarse for the largest number to have the largest code.
         scale = np.repeat(np.abs(found[name][0].scale), 256 // found[name][0].scale.shape[-1], axis=-1)
         is_normal = (scale >= 2.0**-14) | (scale == 0) | (PRESETS[name].scale_type is ScaleType.E8M0)
-        np.testing.assert_array_equal(np.where(is_normal, x, 0), np.where(is_normal, found[name][2], 0), err_msg=name)
+        np.testing.assert_array_equal(
+            np.where(is_normal, x, 0), np.where(is_normal, found[name][2], 0), err_msg=name
+        )
 
 
 def test_any_axis(found: dict[str, tuple[Encoded, jax.Array, jax.Array]]) -> None:
     """Groups along another axis, below leading dims, are those of the transposed array."""
     stacked = jnp.stack([jnp.asarray(NUMBERS).T] * 2)  # experts, in, out
-    for name, (encoded, decoded, direct) in jax.jit(jax.vmap(lambda x: results_of(x, -2, KINDS)))(stacked).items():
-        for ours, expected in ((encoded.codes, found[name][0].codes), (encoded.scale, found[name][0].scale), (decoded, found[name][1])):
+    for name, (encoded, decoded, direct) in jax.jit(jax.vmap(lambda x: results_of(x, -2, KINDS)))(
+        stacked
+    ).items():
+        for ours, expected in (
+            (encoded.codes, found[name][0].codes),
+            (encoded.scale, found[name][0].scale),
+            (decoded, found[name][1]),
+        ):
             np.testing.assert_array_equal(ours[1], expected.T, err_msg=name)
         np.testing.assert_array_equal(direct[0], decoded[0], err_msg=name)
     leading = jax.jit(lambda x: encode(x, PRESETS["q4_0"], axis=1))(stacked)
@@ -269,7 +321,9 @@ def test_divided_over_devices(places: PartitionSpec) -> None:
 
 
 def test_zeros_stay(found: dict[str, tuple[Encoded, jax.Array, jax.Array]]) -> None:
-    """The eighth row is zero, and so is it in every format that has a zero; one without has a scale of zero."""
+    """The eighth row is zero, and so is it in every format that has a zero; one without has a scale of
+    zero.
+    """
     for name, (_, decoded, _) in found.items():
         np.testing.assert_array_equal(decoded[7], 0, err_msg=name)
 
@@ -298,36 +352,47 @@ def test_under_a_given_scale_nan_stays_alone() -> None:
 
 
 def test_a_width_is_refused_by_the_formats_name() -> None:
-    with pytest.raises(ValueError, match=r"axis 1 of an array of shape \(2, 576\) is 576 wide, which tq2_0 cannot hold"):
+    with pytest.raises(
+        ValueError, match=r"axis 1 of an array of shape \(2, 576\) is 576 wide, which tq2_0 cannot hold"
+    ):
         encode(jnp.ones((2, 576)), PRESETS["tq2_0"])
 
 
 def test_what_is_not_finite_is_seen() -> None:
-    """A group that holds NaN or an infinity decodes to no finite number, and leaves its neighbours as they were."""
+    """A group that holds NaN or an infinity decodes to no finite number, and leaves its neighbours as they
+    were.
+    """
     x = np.tile(NUMBERS[0], 2)
     rows = np.tile(x, (4, 1))
     rows[1:, 37] = np.nan, np.inf, -np.inf
     specs = {name: PRESETS[name] for name in KINDS if not PRESETS[name].is_two_level}
     by_rule = jax.jit(lambda x: {name: decode(encode(x, spec), spec) for name, spec in specs.items()})(rows)
     ones = jnp.ones((4, 512))
-    by_scale = jax.jit(lambda x: {name: decode(encode(x, s, scale=scale_of(ones, s)), s) for name, s in specs.items()})(rows)
+    by_scale = jax.jit(
+        lambda x: {name: decode(encode(x, s, scale=scale_of(ones, s)), s) for name, s in specs.items()}
+    )(rows)
     for results in (by_rule, by_scale):
         for name, decoded in results.items():
             size = specs[name].group_size or 512
             its_own = np.arange(512) // size == 37 // size
             assert not np.isfinite(np.asarray(decoded)[1:, its_own]).any(), name
-            np.testing.assert_array_equal(decoded[1:, ~its_own], np.tile(decoded[0, ~its_own], (3, 1)), err_msg=name)
+            np.testing.assert_array_equal(
+                decoded[1:, ~its_own], np.tile(decoded[0, ~its_own], (3, 1)), err_msg=name
+            )
             assert np.isfinite(decoded[0]).all(), name
     # The second scale is that of all.
     assert not np.isfinite(jax.jit(lambda x: fake_quant(x, PRESETS["nvfp4"]))(rows)).any()
 
 
 def test_no_gradient_but_to_a_given_scale() -> None:
-    x, scale = jnp.asarray(NUMBERS[0]), jnp.array([0.01])
+    x = jnp.asarray(NUMBERS[0])
+    scale = jnp.array([0.01])
     loss = lambda x, s: jnp.sum(fake_quant(x, PRESETS["litert_int4_row"], scale=s))  # noqa: E731
     by_x, by_scale = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, scale)
     np.testing.assert_array_equal(by_x, 0)
-    np.testing.assert_allclose(by_scale, np.clip(np.round(NUMBERS[0] / np.float32(0.01)), -8, 7).sum(), rtol=1e-6)
+    np.testing.assert_allclose(
+        by_scale, np.clip(np.round(NUMBERS[0] / np.float32(0.01)), -8, 7).sum(), rtol=1e-6
+    )
 
 
 def test_a_second_scale_is_refused_where_there_is_none() -> None:
@@ -335,15 +400,20 @@ def test_a_second_scale_is_refused_where_there_is_none() -> None:
         encode(group(), preset("q4_0"), tensor_scale=jnp.float32(1))
 
 
-# --- Any numbers -----------------------------------------------------------------------------------------------------------------
+# Any numbers ------------------------------------------------------------------------------------------------
 
 FINITE = st.floats(-1000, 1000, width=32).filter(lambda x: x == 0 or abs(x) > 1e-30)
-PROPERTY_SPECS = {name: PRESETS[name] for name in ("q4_0", "q8_0", "w4a16_g32", "int3_g32", "stretched2_g32", "mxfp4", "onnx_int4_b32")}
+PROPERTY_SPECS = {
+    name: PRESETS[name]
+    for name in ("q4_0", "q8_0", "w4a16_g32", "int3_g32", "stretched2_g32", "mxfp4", "onnx_int4_b32")
+}
 
 
 @jax.jit
 def encoded_and_decoded(x: jax.Array) -> dict[str, tuple[Encoded, jax.Array]]:
-    return {name: (encoded := encode(x, spec), decode(encoded, spec)) for name, spec in PROPERTY_SPECS.items()}
+    return {
+        name: (encoded := encode(x, spec), decode(encoded, spec)) for name, spec in PROPERTY_SPECS.items()
+    }
 
 
 @settings(max_examples=25, deadline=None)
@@ -365,7 +435,8 @@ def test_no_level_is_nearer(x: np.ndarray) -> None:
 def test_powers_of_two_only_move_the_scale(x: np.ndarray, exponent: int) -> None:
     """Formats with float32 or power-of-two scales know no absolute size."""
     factor = np.float32(2.0**exponent)
-    first, second = encoded_and_decoded(x), encoded_and_decoded(x * factor)
+    first = encoded_and_decoded(x)
+    second = encoded_and_decoded(x * factor)
     for name in ("onnx_int4_b32", "mxfp4"):
         np.testing.assert_array_equal(first[name][0].codes, second[name][0].codes)
         np.testing.assert_array_equal(first[name][1] * factor, second[name][1])

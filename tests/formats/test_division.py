@@ -1,4 +1,6 @@
-"""Division rounded once, whatever the device's own does: from quotients that are off by as much as is allowed for."""
+"""Division rounded once, whatever the device's own does: from quotients that are off by as much as is allowed
+for.
+"""
 
 import jax
 import numpy as np
@@ -36,11 +38,17 @@ def test_it_is_the_nearest_number(kind: str) -> None:
         exact = x / divisor
     is_normal = np.isfinite(exact) & np.isfinite(divisor) & (np.abs([x, divisor, exact]) >= SMALLEST).all(0)
     assert is_normal.mean() > 0.5
-    x, divisor, exact = x[is_normal], divisor[is_normal], exact[is_normal]
+    x = x[is_normal]
+    divisor = divisor[is_normal]
+    exact = exact[is_normal]
     run = jax.jit(corrected)
     for ulp in range(-2, 3):
-        guess = np.clip((exact.view(np.int32) + ulp).view(np.float32), -np.finfo(np.float32).max, np.finfo(np.float32).max)
-        np.testing.assert_array_equal(run(np.where(np.isfinite(guess), guess, exact), x, divisor), exact, err_msg=str(ulp))
+        guess = np.clip(
+            (exact.view(np.int32) + ulp).view(np.float32), -np.finfo(np.float32).max, np.finfo(np.float32).max
+        )
+        np.testing.assert_array_equal(
+            run(np.where(np.isfinite(guess), guess, exact), x, divisor), exact, err_msg=str(ulp)
+        )
     np.testing.assert_array_equal(jax.jit(divided)(x, divisor), exact)
     divisor = divisor[np.abs(divisor) <= 1 / SMALLEST]
     np.testing.assert_array_equal(jax.jit(reciprocal)(divisor), np.float32(1) / divisor)

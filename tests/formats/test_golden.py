@@ -1,4 +1,6 @@
-"""Presets against the packages whose formats they are: every code and scale equal, whether the compiler optimises or not."""
+"""Presets against the packages whose formats they are: every code and scale equal, whether the compiler
+optimises or not.
+"""
 
 import dataclasses
 import importlib.util
@@ -43,7 +45,11 @@ def names(package: str, ending: str) -> list[str]:
 
 def compiled(fn: Any, *arguments: Any, level: int) -> Any:
     arguments = jax.tree.map(jnp.asarray, arguments)
-    return jax.jit(fn).lower(*arguments).compile(compiler_options={"xla_backend_optimization_level": level})(*arguments)
+    return (
+        jax.jit(fn)
+        .lower(*arguments)
+        .compile(compiler_options={"xla_backend_optimization_level": level})(*arguments)
+    )
 
 
 def input_of(name: str) -> np.ndarray:
@@ -72,9 +78,12 @@ def test_codes_and_scales(package: str, level: int) -> None:
             np.testing.assert_array_equal(encoded.zero, kept[f"{name}/zero"], err_msg=name)
         if PRESETS[name].is_two_level:
             assert encoded.tensor_scale == kept[f"{name}/tensor_scale"], name
-        # Divided by a scale that has become zero, ai-edge-quantizer's codes are the ends of the range; all of them stand for zero.
+        # Divided by a scale that has become zero, ai-edge-quantizer's codes are the ends of the range; all of
+        # them stand for zero.
         has_scale = np.repeat(kept[f"{name}/scale"] != 0, 256 // encoded.scale.shape[-1], axis=-1)
-        np.testing.assert_array_equal(np.where(has_scale, encoded.codes, 0), np.where(has_scale, kept[f"{name}/codes"], 0), err_msg=name)
+        np.testing.assert_array_equal(
+            np.where(has_scale, encoded.codes, 0), np.where(has_scale, kept[f"{name}/codes"], 0), err_msg=name
+        )
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -103,9 +112,24 @@ def test_codes_on_the_scale_of_a_row() -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_inside_a_program(level: int) -> None:
-    """In a loop over layers, with a product after it and its gradient taken, the numbers are those of codes and scales."""
-    chosen = {name: PRESETS[name] for name in ("q4_0", "q8_0", "torchao_int4", "torchao_int8_token", "w4a16_g32", "int8_row", "mxfp4_gguf")}
-    stacked = jnp.asarray(NUMBERS[[0, 3, 8, 9, 10, 11, 13, 14]].reshape(2, 4, 256)).swapaxes(-1, -2)  # layers, in, out
+    """In a loop over layers, with a product after it and its gradient taken, the numbers are those of codes
+    and scales.
+    """
+    chosen = {
+        name: PRESETS[name]
+        for name in (
+            "q4_0",
+            "q8_0",
+            "torchao_int4",
+            "torchao_int8_token",
+            "w4a16_g32",
+            "int8_row",
+            "mxfp4_gguf",
+        )
+    }
+    stacked = jnp.asarray(NUMBERS[[0, 3, 8, 9, 10, 11, 13, 14]].reshape(2, 4, 256)).swapaxes(
+        -1, -2
+    )  # layers, in, out
     inputs = jnp.asarray(NUMBERS[:2])
 
     def loss(weights: Any, spec: Any) -> Any:
@@ -117,10 +141,14 @@ def test_inside_a_program(level: int) -> None:
         return jax.lax.scan(layer, jnp.float32(0), weights)
 
     def program(weights: Any) -> Any:
-        return {name: jax.value_and_grad(loss, has_aux=True)(weights, spec)[0][1] for name, spec in chosen.items()}
+        return {
+            name: jax.value_and_grad(loss, has_aux=True)(weights, spec)[0][1] for name, spec in chosen.items()
+        }
 
     found = compiled(program, stacked, level=level)
-    encoded = compiled(lambda x: {name: encode(x, spec, axis=-2) for name, spec in chosen.items()}, stacked, level=level)
+    encoded = compiled(
+        lambda x: {name: encode(x, spec, axis=-2) for name, spec in chosen.items()}, stacked, level=level
+    )
     for name, spec in chosen.items():
         np.testing.assert_array_equal(found[name], decode(encoded[name], spec, axis=-2), err_msg=name)
     for package in ("torchao", "compressed-tensors"):
@@ -131,10 +159,23 @@ def test_inside_a_program(level: int) -> None:
 
 def test_goldens_tell_reciprocals_from_divisions() -> None:
     """A format that took the other way would be noticed: near-ties go elsewhere."""
-    chosen = ("q4_0", "q8_0", "torchao_int4", "torchao_int8_token", "w4a16_g32", "int8_row", "litert_int8_row", "litert_int4_b32")
+    chosen = (
+        "q4_0",
+        "q8_0",
+        "torchao_int4",
+        "torchao_int8_token",
+        "w4a16_g32",
+        "int8_row",
+        "litert_int8_row",
+        "litert_int4_b32",
+    )
     other = {Scaling.RECIPROCAL: Scaling.DIVISION, Scaling.DIVISION: Scaling.RECIPROCAL}
-    flipped = {name: dataclasses.replace(PRESETS[name], scaling=other[PRESETS[name].scaling]) for name in chosen}
-    found = jax.jit(lambda x: {name: (encode(x, PRESETS[name]).codes, encode(x, flipped[name]).codes) for name in chosen})(NUMBERS)
+    flipped = {
+        name: dataclasses.replace(PRESETS[name], scaling=other[PRESETS[name].scaling]) for name in chosen
+    }
+    found = jax.jit(
+        lambda x: {name: (encode(x, PRESETS[name]).codes, encode(x, flipped[name]).codes) for name in chosen}
+    )(NUMBERS)
     for name, (ours, others) in found.items():
         assert np.sum(ours != others) > 3, name
 
@@ -143,7 +184,9 @@ def test_goldens_tell_reciprocals_from_divisions() -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_packages_still_make_the_same(package: str) -> None:
     if importlib.util.find_spec(package.replace("-", "_")) is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{package} is not installed: it comes with the extra `oracle`")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(
+            f"{package} is not installed: it comes with the extra `oracle`"
+        )
     command = [sys.executable, "-m", "tests.formats.make_golden", "--check", package]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -7,7 +7,18 @@ import pytest
 
 from slmjax.config import ConfigError, from_json, to_json
 from slmjax.formats.presets import PRESETS, name_of, preset
-from slmjax.formats.spec import Codes, Grid, QuantSpec, ScaleType, Share, Statistic, bits_per_number, check_width, levels, stored_bytes
+from slmjax.formats.spec import (
+    Codes,
+    Grid,
+    QuantSpec,
+    ScaleType,
+    Share,
+    Statistic,
+    bits_per_number,
+    check_width,
+    levels,
+    stored_bytes,
+)
 
 
 @pytest.mark.parametrize(
@@ -41,8 +52,20 @@ def test_levels_of_eight_bit_floats() -> None:
 @pytest.mark.parametrize(
     ("name", "bits"),
     [
-        *(("q4_0", 4.5), ("q8_0", 8.5), ("tq2_0", 2.0625), ("mxfp4", 4.25), ("nvfp4", 4.5), ("w4a16_g128", 4.25)),
-        *(("int3_g32", 3.5), ("int8_row", 8 + 32 / 512), ("torchao_int8_token", 8 + 40 / 512), ("binary_g32", 1.5)),
+        *(
+            ("q4_0", 4.5),
+            ("q8_0", 8.5),
+            ("tq2_0", 2.0625),
+            ("mxfp4", 4.25),
+            ("nvfp4", 4.5),
+            ("w4a16_g128", 4.25),
+        ),
+        *(
+            ("int3_g32", 3.5),
+            ("int8_row", 8 + 32 / 512),
+            ("torchao_int8_token", 8 + 40 / 512),
+            ("binary_g32", 1.5),
+        ),
     ],
 )
 def test_bits(name: str, bits: float) -> None:
@@ -62,10 +85,16 @@ def test_bytes_of_a_tensor() -> None:
 
 @pytest.mark.parametrize(
     ("name", "width", "way_out"),
-    [("tq2_0", 576, "a format in groups of 64 or one scale per row"), ("q4_0", 50, "a format with one scale per row"), ("nvfp4", 0, "row")],
+    [
+        ("tq2_0", 576, "a format in groups of 64 or one scale per row"),
+        ("q4_0", 50, "a format with one scale per row"),
+        ("nvfp4", 0, "row"),
+    ],
 )
 def test_widths_are_refused_by_name(name: str, width: int, way_out: str) -> None:
-    with pytest.raises(ValueError, match=f"blocks.up.kernel is {width} wide, which {name} cannot hold.*{way_out}"):
+    with pytest.raises(
+        ValueError, match=f"blocks.up.kernel is {width} wide, which {name} cannot hold.*{way_out}"
+    ):
         check_width(PRESETS[name], width, what="blocks.up.kernel", name=name)
     check_width(PRESETS[name], 512, what="blocks.up.kernel")
     check_width(PRESETS["int8_row"], 577, what="blocks.up.kernel")
@@ -83,8 +112,14 @@ def test_widths_are_refused_by_name(name: str, width: int, way_out: str) -> None
         ({"bits": 1, "group_size": 32}, "give grid ODD"),
         ({"bits": 8, "group_size": 32, "grid": Grid.ODD}, "bits is 8 with grid ODD"),
         ({"bits": 8, "group_size": 32, "grid": Grid.E2M1}, "e2m1 has 4 bits"),
-        ({"bits": 4, "group_size": 32, "codes": Codes.SYMMETRIC, "statistic": Statistic.MIN_MAX}, "a zero point is for an INTEGER grid"),
-        ({"bits": 4, "group_size": 32, "scale_type": ScaleType.E4M3}, "scales in e4m3 are under one for the tensor"),
+        (
+            {"bits": 4, "group_size": 32, "codes": Codes.SYMMETRIC, "statistic": Statistic.MIN_MAX},
+            "a zero point is for an INTEGER grid",
+        ),
+        (
+            {"bits": 4, "group_size": 32, "scale_type": ScaleType.E4M3},
+            "scales in e4m3 are under one for the tensor",
+        ),
     ],
 )
 def test_impossible_formats(settings: dict[str, object], message: str) -> None:

@@ -1,4 +1,6 @@
-"""Fused attention equals the reference: TPU kernels interpreted, and compiled for TPUs that are not here; cuDNN's case by its twin."""
+"""Fused attention equals the reference: TPU kernels interpreted, and compiled for TPUs that are not here;
+cuDNN's case by its twin.
+"""
 
 import functools
 import os
@@ -16,7 +18,10 @@ from slmjax.parallel.mesh import MeshConfig, make_mesh
 def inputs(length, *, heads=4, kv_heads=2, head_dim=64, rows=2, dtype=jnp.float32):
     """Random q, k, v and the segments of packed documents that end in padding."""
     draw = np.random.default_rng(length)
-    arrays = tuple(jnp.asarray(draw.normal(size=(rows, length, count, head_dim)), dtype) for count in (heads, kv_heads, kv_heads))
+    arrays = tuple(
+        jnp.asarray(draw.normal(size=(rows, length, count, head_dim)), dtype)
+        for count in (heads, kv_heads, kv_heads)
+    )
     cuts = draw.integers(5, length - 20, (rows, 1))
     place = np.arange(length)[None, :]
     segments = np.where(place >= length - 9, 0, 1 + (place >= cuts)).astype(np.int32)
@@ -32,7 +37,9 @@ def in_reference(q, k, v, segments, **settings):
 def value_and_gradients(fn, *arrays):
     def run(*arrays):
         value, vjp = jax.vjp(fn, *arrays)
-        return value, vjp(((jnp.arange(value.size) * 5 % 17 - 8) / 8).astype(value.dtype).reshape(value.shape))
+        return value, vjp(
+            ((jnp.arange(value.size) * 5 % 17 - 8) / 8).astype(value.dtype).reshape(value.shape)
+        )
 
     return jax.jit(run)(*arrays)
 
@@ -48,7 +55,7 @@ def as_tpu(monkeypatch):
     monkeypatch.setattr(tpu, "attend", functools.partial(tpu.attend, interpret=True))
 
 
-# TPU ------------------------------------------------------------------------------------------------------------------
+# TPU --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("length", "window", "softcap", "head_dim"),
     [(300, None, None, 64), (300, 70, None, 64), (256, 130, 5.0, 48)],
@@ -63,10 +70,13 @@ def test_splash_attention_equals_reference(as_tpu, length, window, softcap, head
 
 
 @pytest.mark.parametrize(
-    ("window", "axes"), [(None, {"context": 4, "tensor": 2}), (200, {"context": 4, "tensor": 2}), (70, {"context": 2})]
+    ("window", "axes"),
+    [(None, {"context": 4, "tensor": 2}), (200, {"context": 4, "tensor": 2}), (70, {"context": 2})],
 )
 def test_splash_attention_of_divided_sequences_equals_reference(as_tpu, window, axes):
-    """Keys gathered, the halo of two devices, and that of one; with 2 tensor devices and 3 key-value heads the odd heads too."""
+    """Keys gathered, the halo of two devices, and that of one; with 2 tensor devices and 3 key-value heads
+    the odd heads too.
+    """
     arrays, segments = inputs(512, heads=6, kv_heads=3, rows=2, head_dim=16)
     mesh = make_mesh(MeshConfig(**{"data": 1, **axes}), jax.devices()[: int(np.prod(list(axes.values())))])
     settings = {"window": window, "scale": 0.2}
@@ -79,7 +89,10 @@ def test_splash_attention_of_divided_sequences_equals_reference(as_tpu, window, 
 SINKS = jnp.asarray([-1.0, 0.5, 1.0, 2.0])
 
 
-@pytest.mark.parametrize(("length", "window", "softcap", "axes"), [(300, 70, 5.0, {}), (512, None, None, {"context": 4, "tensor": 2})])
+@pytest.mark.parametrize(
+    ("length", "window", "softcap", "axes"),
+    [(300, 70, 5.0, {}), (512, None, None, {"context": 4, "tensor": 2})],
+)
 def test_splash_attention_with_sinks_equals_reference(as_tpu, length, window, softcap, axes):
     arrays, segments = inputs(length, head_dim=16)
     settings = {"window": window, "scale": 0.2, "softcap": softcap}
@@ -111,16 +124,28 @@ def tpu_mesh(topology, **axes):
 
 
 @pytest.mark.usefixtures("libtpu")
-@pytest.mark.parametrize(("window", "softcap", "head_dim"), [(None, None, 64), (1024, 30.0, 64), (None, None, 128)])
+@pytest.mark.parametrize(
+    ("window", "softcap", "head_dim"), [(None, None, 64), (1024, 30.0, 64), (None, None, 128)]
+)
 def test_attention_compiles_for_tpu_with_its_gradient(window, softcap, head_dim):
     mesh = tpu_mesh("v5e:2x2", context=2, tensor=2)
     dims = jax.sharding.NamedSharding(mesh, jax.P(None, "context", "tensor"))
-    shapes = [jax.ShapeDtypeStruct((1, 4096, count, head_dim), jnp.bfloat16, sharding=dims) for count in (8, 2, 2)]
-    segments = jax.ShapeDtypeStruct((1, 4096), jnp.int32, sharding=jax.sharding.NamedSharding(mesh, jax.P(None, "context")))
-    sinks = None if softcap is None else jax.ShapeDtypeStruct((8,), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, jax.P()))
+    shapes = [
+        jax.ShapeDtypeStruct((1, 4096, count, head_dim), jnp.bfloat16, sharding=dims) for count in (8, 2, 2)
+    ]
+    segments = jax.ShapeDtypeStruct(
+        (1, 4096), jnp.int32, sharding=jax.sharding.NamedSharding(mesh, jax.P(None, "context"))
+    )
+    sinks = (
+        None
+        if softcap is None
+        else jax.ShapeDtypeStruct((8,), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, jax.P()))
+    )
 
     def loss(q, k, v, sinks, segments):
-        out = kernels.self_attention(q, k, v, segment_ids=segments, window=window, scale=0.125, softcap=softcap, sinks=sinks)
+        out = kernels.self_attention(
+            q, k, v, segment_ids=segments, window=window, scale=0.125, softcap=softcap, sinks=sinks
+        )
         return jnp.sum(out.astype(jnp.float32) ** 2)
 
     with jax.set_mesh(mesh):
@@ -134,17 +159,25 @@ def test_attention_compiles_for_tpu_with_its_gradient(window, softcap, head_dim)
 def test_grouped_products_compile_for_tpu_with_their_gradient():
     mesh = tpu_mesh("v5e:2x2", data=4)
     whole = jax.sharding.NamedSharding(mesh, jax.P())
-    x, weights = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=whole) for shape in ((2048, 256), (8, 256, 512)))
+    x, weights = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=whole) for shape in ((2048, 256), (8, 256, 512))
+    )
     sizes = jax.ShapeDtypeStruct((8,), jnp.int32, sharding=whole)
 
     def loss(x, weights, sizes):
         return jnp.sum(kernels.grouped_matmul(x, weights, sizes).astype(jnp.float32) ** 2)
 
     with jax.set_mesh(mesh):
-        assert jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, weights, sizes).compile().cost_analysis()["flops"] > 0
+        assert (
+            jax.jit(jax.grad(loss, argnums=(0, 1)))
+            .lower(x, weights, sizes)
+            .compile()
+            .cost_analysis()["flops"]
+            > 0
+        )
 
 
-# GPU ------------------------------------------------------------------------------------------------------------------
+# GPU --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("length", "window"), [(96, None), (96, 20), (1200, 100)])
 def test_what_cudnn_is_asked_equals_reference(monkeypatch, length, window):
     """The same call, computed by the twin of the kernel that runs anywhere."""
@@ -155,7 +188,9 @@ def test_what_cudnn_is_asked_equals_reference(monkeypatch, length, window):
     settings = {"window": window, "scale": 0.3}
     wide = tuple(x.astype(jnp.float32) for x in arrays)
     expected = value_and_gradients(functools.partial(in_reference, segments=segments, **settings), *wide)
-    actual = value_and_gradients(functools.partial(kernels.self_attention, segment_ids=segments, **settings), *arrays)
+    actual = value_and_gradients(
+        functools.partial(kernels.self_attention, segment_ids=segments, **settings), *arrays
+    )
     for found, exact in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(found.astype(jnp.float32) - exact) < 0.01 * np.linalg.norm(exact)
     assert not np.any(actual[0][:, -9:])  # padding
@@ -166,9 +201,18 @@ def test_the_choice_is_logged_with_its_reason(caplog, monkeypatch):
     half = {"window": None, "platform": "gpu", "dtype": jnp.bfloat16}
     with caplog.at_level("INFO", logger="slmjax.kernels"):
         assert attention.choose_attention(2048, **half).keywords["attend"] is attention._gpu_attention
-        assert attention.choose_attention(2048, **half, softcap=30.0).keywords["attend"] is kernels.reference_attention
-        assert attention.choose_attention(2048, **half, has_sinks=True).keywords["attend"] is kernels.reference_attention
-        assert attention.choose_attention(2048, window=None, platform="gpu").keywords["attend"] is kernels.reference_attention
+        assert (
+            attention.choose_attention(2048, **half, softcap=30.0).keywords["attend"]
+            is kernels.reference_attention
+        )
+        assert (
+            attention.choose_attention(2048, **half, has_sinks=True).keywords["attend"]
+            is kernels.reference_attention
+        )
+        assert (
+            attention.choose_attention(2048, window=None, platform="gpu").keywords["attend"]
+            is kernels.reference_attention
+        )
         assert attention.choose_attention(2048, window=512, platform="tpu") is tpu.attend
         assert attention.choose_attention(64, window=None, platform="tpu") is not tpu.attend
         monkeypatch.setenv("SLMJAX_FUSED", "off")

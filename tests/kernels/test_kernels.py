@@ -15,17 +15,27 @@ from slmjax.parallel.mesh import MeshConfig, make_mesh
 def attention_inputs(length: int, *, heads: int = 4, kv_heads: int = 2, rows: int = 2):
     """Random q, k, v and rows of packed documents, different in each row, that end in padding."""
     rng = np.random.default_rng(length)
-    q, k, v = (jnp.asarray(rng.normal(size=(rows, length, count, 8)), jnp.float32) for count in (heads, kv_heads, kv_heads))
-    segment_ids, positions = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(rows, length, count, 8)), jnp.float32)
+        for count in (heads, kv_heads, kv_heads)
+    )
+    segment_ids = np.zeros((rows, length), np.int32)
+    positions = np.zeros((rows, length), np.int32)
     for row in range(rows):
         cuts = [0, length // (3 + row), length // 2 + row, length - length // 8]
         for document, (start, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
-            segment_ids[row, start:end], positions[row, start:end] = document + 1, np.arange(end - start)
+            segment_ids[row, start:end] = document + 1
+            positions[row, start:end] = np.arange(end - start)
     return (q, k, v), {"segment_ids": jnp.asarray(segment_ids), "positions": jnp.asarray(positions)}
 
 
 def as_reference(q, k, v, *, segment_ids, positions, **settings):
-    ids = {"q_segments": segment_ids, "k_segments": segment_ids, "q_positions": positions, "k_positions": positions}
+    ids = {
+        "q_segments": segment_ids,
+        "k_segments": segment_ids,
+        "q_positions": positions,
+        "k_positions": positions,
+    }
     return kernels.reference_attention(q, k, v, **ids, **settings)
 
 
@@ -60,8 +70,12 @@ def test_attention_by_hand():
     # One head of width 1, no scale: the second token weighs values 1 and 3 by exp(0) : exp(log 3) = 1 : 3.
     q, k, v = (jnp.asarray(x, jnp.float32).reshape(1, 2, 1, 1) for x in ([1, 1], [0, np.log(3)], [1, 3]))
     ids = {"segment_ids": jnp.ones((1, 2), int), "positions": jnp.arange(2)[None]}
-    np.testing.assert_allclose(as_reference(q, k, v, **ids, window=None, scale=1.0).ravel(), [1.0, 2.5], rtol=1e-6)
-    np.testing.assert_allclose(as_reference(q, k, v, **ids, window=1, scale=1.0).ravel(), [1.0, 3.0], rtol=1e-6)
+    np.testing.assert_allclose(
+        as_reference(q, k, v, **ids, window=None, scale=1.0).ravel(), [1.0, 2.5], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        as_reference(q, k, v, **ids, window=1, scale=1.0).ravel(), [1.0, 3.0], rtol=1e-6
+    )
     capped = as_reference(q, k, v, **ids, window=None, scale=1.0, softcap=0.5).ravel()[1]
     odds = np.exp(0.5 * np.tanh(np.log(3) / 0.5))
     np.testing.assert_allclose(capped, (1 + 3 * odds) / (1 + odds), rtol=1e-6)
@@ -71,10 +85,16 @@ def test_attention_by_hand():
 def test_attention_equals_a_loop_over_queries(kv_heads, window):
     (q, k, v), ids = attention_inputs(24, kv_heads=kv_heads)
     out = as_reference(q, k, v, **ids, window=window, scale=0.3)
-    segments, positions = np.asarray(ids["segment_ids"]), np.asarray(ids["positions"])
+    segments = np.asarray(ids["segment_ids"])
+    positions = np.asarray(ids["positions"])
     for row, t, head in np.ndindex(2, 24, 4):
         distance = positions[row, t] - positions[row]
-        seen = (segments[row] == segments[row, t]) & (segments[row, t] != 0) & (distance >= 0) & (distance < (window or 99))
+        seen = (
+            (segments[row] == segments[row, t])
+            & (segments[row, t] != 0)
+            & (distance >= 0)
+            & (distance < (window or 99))
+        )
         keys, values = (np.asarray(x)[row, seen, head // (4 // kv_heads)] for x in (k, v))
         weights = np.exp(0.3 * keys @ np.asarray(q)[row, t, head])
         expected = weights @ values / weights.sum() if seen.any() else np.zeros(8)
@@ -85,16 +105,30 @@ def test_a_sink_is_a_key_that_has_this_score_and_no_value():
     """A key more for each head, whose products with all queries are the sink; numpy, float64."""
     (q, k, v), ids = attention_inputs(16)
     sinks = np.array([-1.0, 0.5, 2.0, 40.0])  # the last takes nearly all
-    out = as_reference(q, k, v, **ids, window=6, scale=0.3, softcap=2.0, sinks=jnp.asarray(sinks, jnp.float32))
-    mask = np.asarray(kernels.attention_mask(
-        q_segments=ids["segment_ids"], k_segments=ids["segment_ids"], q_positions=ids["positions"], k_positions=ids["positions"], window=6
-    ))  # fmt: skip
+    out = as_reference(
+        q, k, v, **ids, window=6, scale=0.3, softcap=2.0, sinks=jnp.asarray(sinks, jnp.float32)
+    )
+    mask = np.asarray(
+        kernels.attention_mask(
+            q_segments=ids["segment_ids"],
+            k_segments=ids["segment_ids"],
+            q_positions=ids["positions"],
+            k_positions=ids["positions"],
+            window=6,
+        )
+    )
     for head in range(4):
-        queries, keys, values = (np.asarray(x, np.float64)[:, :, i] for x, i in ((q, head), (k, head // 2), (v, head // 2)))
+        queries, keys, values = (
+            np.asarray(x, np.float64)[:, :, i] for x, i in ((q, head), (k, head // 2), (v, head // 2))
+        )
         scores = 2.0 * np.tanh(0.3 * queries @ keys.transpose(0, 2, 1) / 2.0)
-        powers = np.exp(np.concatenate([np.where(mask, scores, -np.inf), np.full((2, 16, 1), sinks[head])], axis=2))
+        powers = np.exp(
+            np.concatenate([np.where(mask, scores, -np.inf), np.full((2, 16, 1), sinks[head])], axis=2)
+        )
         values = np.concatenate([values, np.zeros((2, 1, 8))], axis=1)
-        np.testing.assert_allclose(out[:, :, head], powers / powers.sum(axis=2, keepdims=True) @ values, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            out[:, :, head], powers / powers.sum(axis=2, keepdims=True) @ values, rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize(
@@ -140,13 +174,17 @@ def test_sinks_of_divided_heads_and_sequences(axes, window):
 
     expected = value_and_gradients(functools.partial(attend, as_reference), arrays)
     with jax.set_mesh(make_mesh(MeshConfig(**{"data": 1, **axes}))):
-        assert_trees_close(value_and_gradients(functools.partial(attend, in_self_attention), arrays), expected)
+        assert_trees_close(
+            value_and_gradients(functools.partial(attend, in_self_attention), arrays), expected
+        )
 
 
 def test_padding_gives_zeros_and_finite_gradients():
     arrays, ids = attention_inputs(16)
     ids = {**ids, "segment_ids": ids["segment_ids"].at[0].set(0)}
-    out, gradients = value_and_gradients(functools.partial(in_self_attention, **ids, window=None, scale=1.0), arrays)
+    out, gradients = value_and_gradients(
+        functools.partial(in_self_attention, **ids, window=None, scale=1.0), arrays
+    )
     assert not np.any(out[0]) and not np.any(out[1, -2:]) and np.all(out[1, :-2])
     for gradient in gradients:
         assert not np.any(gradient[0]) and np.all(np.isfinite(gradient)) and np.any(gradient[1])
@@ -186,12 +224,14 @@ def test_attention_in_bfloat16():
     narrow = tuple(x.astype(jnp.bfloat16) for x in arrays)
     attend = functools.partial(in_self_attention, **ids, window=None, scale=0.3)
     expected = value_and_gradients(attend, tuple(x.astype(jnp.float32) for x in narrow))
-    for out, exact in zip(jax.tree.leaves(value_and_gradients(attend, narrow)), jax.tree.leaves(expected), strict=True):
+    for out, exact in zip(
+        jax.tree.leaves(value_and_gradients(attend, narrow)), jax.tree.leaves(expected), strict=True
+    ):
         assert out.dtype == jnp.bfloat16
         assert np.linalg.norm(out.astype(jnp.float32) - exact) < 0.01 * np.linalg.norm(exact)
 
 
-# Products -------------------------------------------------------------------------------------------------------------
+# Products ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape", [(48, 96), (3, 2, 32, 128), (5, 24)])
 def test_transposition_is_exact(shape):
     x = jax.random.normal(jax.random.key(0), shape).astype(jnp.bfloat16) * 1e3
@@ -205,7 +245,14 @@ def test_materialised_changes_nothing():
 
 @pytest.mark.parametrize(
     ("platform", "repeats", "blocks", "at_a_time"),
-    [("cpu", 8, 1, 8), ("cpu", 3, 3, 1), ("gpu", 32, 1, 32), ("gpu", 16, 2, 16), ("gpu", 17, 2, 1), ("tpu", 2, 1, 1)],
+    [
+        ("cpu", 8, 1, 8),
+        ("cpu", 3, 3, 1),
+        ("gpu", 32, 1, 32),
+        ("gpu", 16, 2, 16),
+        ("gpu", 17, 2, 1),
+        ("tpu", 2, 1, 1),
+    ],
 )
 def test_shallow_stacks_are_spelled_out_where_loops_copy(monkeypatch, platform, repeats, blocks, at_a_time):
     monkeypatch.setattr(mesh, "platform", lambda: platform)
@@ -214,22 +261,30 @@ def test_shallow_stacks_are_spelled_out_where_loops_copy(monkeypatch, platform, 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_products_equal_plain_ones(dtype):
-    x, weight = jax.random.normal(jax.random.key(0), (40, 64)).astype(dtype), jax.random.normal(jax.random.key(1), (64, 32))
+    x = jax.random.normal(jax.random.key(0), (40, 64)).astype(dtype)
+    weight = jax.random.normal(jax.random.key(1), (64, 32))
     y, (dx, dweight) = value_and_gradients(kernels.matmul, (x, weight))
     assert (y.dtype, dx.dtype, dweight.dtype) == (dtype, dtype, jnp.float32)
-    wide, narrow = np.asarray(x, np.float64), np.asarray(weight.astype(dtype), np.float64)
+    wide = np.asarray(x, np.float64)
+    narrow = np.asarray(weight.astype(dtype), np.float64)
     dy = np.asarray(cotangent_like(y), np.float64)
-    tolerance = 1e-5 if dtype == jnp.float32 else 2**-8  # half a unit in the last place, relative, where the result is bfloat16
+    tolerance = (
+        1e-5 if dtype == jnp.float32 else 2**-8
+    )  # half a unit in the last place, relative, where the result is bfloat16
     for actual, expected in ((y, wide @ narrow), (dx, dy @ narrow.T)):
         np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=tolerance, atol=1e-4)
     np.testing.assert_allclose(dweight, wide.T @ dy, rtol=1e-4, atol=1e-3)  # never rounded to bfloat16
-    np.testing.assert_allclose(kernels.outer_sum(x, y), wide.T @ np.asarray(y, np.float64), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(
+        kernels.outer_sum(x, y), wide.T @ np.asarray(y, np.float64), rtol=1e-4, atol=1e-3
+    )
 
 
-# Grouped products -----------------------------------------------------------------------------------------------------
+# Grouped products -------------------------------------------------------------------------------------------
 def loop_over_groups(x, weights, group_sizes, dy):
     """What grouped_matmul means, and its gradients, written out with numpy."""
-    y, dx, dweights = np.zeros_like(dy), np.zeros_like(x), np.zeros_like(weights)
+    y = np.zeros_like(dy)
+    dx = np.zeros_like(x)
+    dweights = np.zeros_like(weights)
     ends = np.cumsum(group_sizes)
     for group, rows in enumerate(slice(end - size, end) for end, size in zip(ends, group_sizes, strict=True)):
         y[rows] = x[rows] @ weights[group]
@@ -241,24 +296,33 @@ def loop_over_groups(x, weights, group_sizes, dy):
 @functools.cache
 def compiled_grouped_matmul(platform):
     def run(x, weights, group_sizes, dy):
-        y, vjp = jax.vjp(lambda x, weights: kernels.choose_grouped_matmul(platform)(x, weights, group_sizes), x, weights)
+        y, vjp = jax.vjp(
+            lambda x, weights: kernels.choose_grouped_matmul(platform)(x, weights, group_sizes), x, weights
+        )
         return y, vjp(dy)
 
     return jax.jit(run)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
-@pytest.mark.parametrize("group_sizes", [(0, 150, 0, 33, 17), (40, 40, 40, 40, 40), (0, 0, 0, 0, 0), (0, 0, 0, 0, 210)])
+@pytest.mark.parametrize(
+    "group_sizes", [(0, 150, 0, 33, 17), (40, 40, 40, 40, 40), (0, 0, 0, 0, 0), (0, 0, 0, 0, 210)]
+)
 def test_grouped_matmul_equals_a_loop_over_groups(platform, group_sizes):
     rng = np.random.default_rng(0)
-    x, weights = rng.normal(size=(210, 6)).astype(np.float32), rng.normal(size=(5, 6, 4)).astype(np.float32)
-    sizes, dy = np.asarray(group_sizes, np.int32), rng.normal(size=(210, 4)).astype(np.float32)
-    assert_trees_close(compiled_grouped_matmul(platform)(x, weights, sizes, dy), loop_over_groups(x, weights, sizes, dy))
+    x = rng.normal(size=(210, 6)).astype(np.float32)
+    weights = rng.normal(size=(5, 6, 4)).astype(np.float32)
+    sizes = np.asarray(group_sizes, np.int32)
+    dy = rng.normal(size=(210, 4)).astype(np.float32)
+    assert_trees_close(
+        compiled_grouped_matmul(platform)(x, weights, sizes, dy), loop_over_groups(x, weights, sizes, dy)
+    )
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_grouped_matmul_does_not_let_unused_rows_in(platform):
-    x, weights = np.ones((210, 6), np.float32), np.ones((5, 6, 4), np.float32)
+    x = np.ones((210, 6), np.float32)
+    weights = np.ones((5, 6, 4), np.float32)
     x[12:] = np.nan
     sizes = np.asarray([5, 0, 0, 0, 7], np.int32)
     y, (dx, dweights) = compiled_grouped_matmul(platform)(x, weights, sizes, np.ones((210, 4), np.float32))
@@ -268,7 +332,8 @@ def test_grouped_matmul_does_not_let_unused_rows_in(platform):
 
 def test_grouped_matmul_sums_weight_gradients_in_float32():
     # Blocks that each add a quarter to 128: a sum in bfloat16 would stay at 128.
-    x, weights = jnp.ones((2048, 1), jnp.bfloat16), jnp.ones((1, 1, 1), jnp.bfloat16)
+    x = jnp.ones((2048, 1), jnp.bfloat16)
+    weights = jnp.ones((1, 1, 1), jnp.bfloat16)
     dy = jnp.full((2048, 1), 1 / 512, jnp.bfloat16).at[0].set(128)
     _, (_, dweights) = compiled_grouped_matmul("cpu")(x, weights, jnp.asarray([2048], jnp.int32), dy)
     assert dweights.item() == 132

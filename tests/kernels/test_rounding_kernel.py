@@ -1,4 +1,6 @@
-"""Rounding of inputs in one pass on TPU: the kernel, interpreted and compiled, gives what the format's definition does."""
+"""Rounding of inputs in one pass on TPU: the kernel, interpreted and compiled, gives what the format's
+definition does.
+"""
 
 import dataclasses
 import functools
@@ -20,8 +22,13 @@ from slmjax.quantization.assignment import Numbers
 from slmjax.quantization.estimators import LearnedClip, StraightThrough
 from tests.kernels.test_fused_attention import tpu_mesh
 
-KINDS = tuple(name for name, spec in PRESETS.items() if kernels.can_round_groups(spec, width=256, platform="tpu", dtype=jnp.bfloat16))
-# A width that blocks of lanes divide, and one that they do not; more rows than a block, and fewer than are turned around at a time.
+KINDS = tuple(
+    name
+    for name, spec in PRESETS.items()
+    if kernels.can_round_groups(spec, width=256, platform="tpu", dtype=jnp.bfloat16)
+)
+# A width that blocks of lanes divide, and one that they do not; more rows than a block, and fewer than are
+# turned around at a time.
 SHAPES = ((2200, 256), (70, 192))
 
 
@@ -39,32 +46,44 @@ def drawn(*shape, dtype=jnp.bfloat16):
     """Numbers of all sizes, a row of zeros, and two that are not finite."""
     draw = np.random.default_rng(0)
     x = draw.normal(size=shape) * 2.0 ** draw.integers(-20, 10, shape[:-1])[..., None]
-    x[..., 1, :], x[..., 2, 0], x[..., 3, 5] = 0, np.inf, np.nan
+    x[..., 1, :] = 0
+    x[..., 2, 0] = np.inf
+    x[..., 3, 5] = np.nan
     return jnp.asarray(x, dtype)
 
 
 def test_the_formats_it_is_for():
     assert {"q8_0", "mxfp8_e4m3", "mxfp4", "int4_g32"} <= set(KINDS)
-    assert not {"q4_0", "nvfp4", "torchao_int8_token", "tq2_0"} & set(KINDS)  # another statistic, two scales, a row's scale, wide groups
+    assert not {"q4_0", "nvfp4", "torchao_int8_token", "tq2_0"} & set(
+        KINDS
+    )  # another statistic, two scales, a row's scale, wide groups
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_it_is_the_definition(shape):
     x = drawn(*shape, dtype=jnp.float32 if shape[0] < 100 else jnp.bfloat16)
     names = [name for name in KINDS if shape[-1] % PRESETS[name].group_size == 0]
-    run = jax.jit(lambda x: ({name: kernels.round_groups(x, PRESETS[name], interpret=True) for name in names},
-                             {name: fake_quant(x, PRESETS[name]).astype(x.dtype) for name in names}))  # fmt: skip
+    run = jax.jit(
+        lambda x: (
+            {name: kernels.round_groups(x, PRESETS[name], interpret=True) for name in names},
+            {name: fake_quant(x, PRESETS[name]).astype(x.dtype) for name in names},
+        )
+    )
     found, expected = run(x)
     for name in names:
         assert found[name].dtype == x.dtype
-        np.testing.assert_array_equal(np.asarray(found[name], np.float32), np.asarray(expected[name], np.float32), err_msg=name)
+        np.testing.assert_array_equal(
+            np.asarray(found[name], np.float32), np.asarray(expected[name], np.float32), err_msg=name
+        )
 
 
 @pytest.mark.parametrize("dim", [None, "ffn"])
 def test_on_a_mesh_it_gives_what_one_device_does_with_the_gradient_of_the_identity(as_tpu, monkeypatch, dim):
-    calls, kernel = [], kernels.round_groups
+    calls = []
+    kernel = kernels.round_groups
     monkeypatch.setattr(kernels, "round_groups", lambda x, spec: calls.append(x.shape) or kernel(x, spec))
-    x, rounding_of = drawn(4, 16, 256), activations.RoundedInput(numbers_of("q8_0"), dim=dim)
+    x = drawn(4, 16, 256)
+    rounding_of = activations.RoundedInput(numbers_of("q8_0"), dim=dim)
     mesh = make_mesh(MeshConfig(data=2, context=2, tensor=2))
     with jax.set_mesh(mesh):
         y, pull = jax.vjp(jax.jit(lambda x: rounding_of(x)), x)
@@ -75,13 +94,19 @@ def test_on_a_mesh_it_gives_what_one_device_does_with_the_gradient_of_the_identi
 
 
 @pytest.mark.parametrize(
-    ("width", "group", "tensor", "is_used"), [(256, 32, 4, True), (96, 32, 2, False), (100, 4, 8, True)], ids=["divided", "split", "whole"]
+    ("width", "group", "tensor", "is_used"),
+    [(256, 32, 4, True), (96, 32, 2, False), (100, 4, 8, True)],
+    ids=["divided", "split", "whole"],
 )
-def test_it_is_left_out_where_devices_would_hold_parts_of_groups(as_tpu, monkeypatch, width, group, tensor, is_used):
+def test_it_is_left_out_where_devices_would_hold_parts_of_groups(
+    as_tpu, monkeypatch, width, group, tensor, is_used
+):
     """Half of 96 is no multiple of 32; 100 does not divide over 8 devices, which hold it whole then."""
     calls = []
     monkeypatch.setattr(kernels, "round_groups", lambda x, spec: calls.append(x.shape) or x)
-    numbers = Numbers(spec=dataclasses.replace(preset("q8_0"), group_size=group), estimator=StraightThrough(), axis=-1)
+    numbers = Numbers(
+        spec=dataclasses.replace(preset("q8_0"), group_size=group), estimator=StraightThrough(), axis=-1
+    )
     with jax.set_mesh(make_mesh(MeshConfig(data=1, tensor=tensor), jax.devices()[:tensor])):
         y = activations.RoundedInput(numbers, dim="ffn")(drawn(2, 8, width))
     assert y.shape == (2, 8, width) and bool(calls) == is_used
@@ -106,7 +131,10 @@ def test_it_compiles_for_tpu_and_reads_its_input_once():
     shape = jax.ShapeDtypeStruct((4, 1024, 512), jnp.bfloat16, sharding=place)
 
     def program(x):
-        return [activations.RoundedInput(numbers_of(name), dim="ffn")(x) for name in ("q8_0", "mxfp8_e4m3", "mxfp4")]
+        return [
+            activations.RoundedInput(numbers_of(name), dim="ffn")(x)
+            for name in ("q8_0", "mxfp8_e4m3", "mxfp4")
+        ]
 
     with jax.set_mesh(mesh):
         compiled = jax.jit(program).lower(shape).compile()
@@ -121,15 +149,30 @@ def test_the_hidden_layer_of_experts_compiles_with_its_gradient(capacity):
     """Inside of what devices do apart, where the compiler is told which arrays differ between them."""
     mesh = tpu_mesh("v5e:2x2", fsdp=2, tensor=2)
     whole = jax.sharding.NamedSharding(mesh, jax.P())
-    shapes = [((4, 8, 128), jnp.bfloat16), ((4, 8, 2), jnp.float32), ((4, 8, 2), jnp.int32), ((4, 128, 256), jnp.bfloat16),
-              ((4, 128, 256), jnp.bfloat16), ((4, 256, 128), jnp.bfloat16)]  # fmt: skip
+    shapes = [
+        ((4, 8, 128), jnp.bfloat16),
+        ((4, 8, 2), jnp.float32),
+        ((4, 8, 2), jnp.int32),
+        ((4, 128, 256), jnp.bfloat16),
+        ((4, 128, 256), jnp.bfloat16),
+        ((4, 256, 128), jnp.bfloat16),
+    ]
     given = [jax.ShapeDtypeStruct(shape, dtype, sharding=whole) for shape, dtype in shapes]
 
     def loss(x, weights, experts, gate, up, down):
-        routing = moe.Routing(weights=weights, experts=experts, probabilities=jnp.ones((*experts.shape[:2], 4)))
+        routing = moe.Routing(
+            weights=weights, experts=experts, probabilities=jnp.ones((*experts.shape[:2], 4))
+        )
         hidden_input = activations.RoundedInput(numbers_of("q8_0"))
         y = moe.apply_experts(
-            x, routing, gate=gate, up=up, down=down, activation=Activation.SILU, capacity=capacity, hidden_input=hidden_input
+            x,
+            routing,
+            gate=gate,
+            up=up,
+            down=down,
+            activation=Activation.SILU,
+            capacity=capacity,
+            hidden_input=hidden_input,
         )
         return jnp.sum(y.astype(jnp.float32) ** 2)
 

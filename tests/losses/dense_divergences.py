@@ -1,4 +1,6 @@
-"""Divergences as one writes them first: all logits at once, log-softmax, the formula, its derivative by jax. Meant for float64."""
+"""Divergences as one writes them first: all logits at once, log-softmax, the formula, its derivative by jax.
+Meant for float64.
+"""
 
 import math
 
@@ -34,9 +36,12 @@ def mixture(log_a: jax.Array, log_b: jax.Array, share: float) -> jax.Array:
     return jnp.logaddexp(math.log(1 - share) + log_a, math.log(share) + log_b)
 
 
-def dense_values(divergence: Divergence, log_p: jax.Array, log_q: jax.Array, *, taid_share: float = 0.4) -> jax.Array:
+def dense_values(
+    divergence: Divergence, log_p: jax.Array, log_q: jax.Array, *, taid_share: float = 0.4
+) -> jax.Array:
     """Of each row of log-probabilities."""
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    p = jnp.exp(log_p)
+    q = jnp.exp(log_q)
     match divergence:
         case ForwardKl() | Jsd(beta=0.0):
             return kl(log_p, log_q)
@@ -58,8 +63,11 @@ def dense_values(divergence: Divergence, log_p: jax.Array, log_q: jax.Array, *, 
             return -jnp.sum(between * log_q, axis=-1)
         case TopK(k=k):
             order = jnp.argsort(-log_p, axis=-1)
-            p, q = jnp.take_along_axis(p, order, axis=-1), jnp.take_along_axis(q, order, axis=-1)
-            buckets = (jnp.concatenate([x[..., :k], x[..., k:].sum(-1, keepdims=True)], axis=-1) for x in (p, q))
+            p = jnp.take_along_axis(p, order, axis=-1)
+            q = jnp.take_along_axis(q, order, axis=-1)
+            buckets = (
+                jnp.concatenate([x[..., :k], x[..., k:].sum(-1, keepdims=True)], axis=-1) for x in (p, q)
+            )
             return kl(*map(jnp.log, buckets))
     raise AssertionError(divergence)
 
@@ -74,9 +82,13 @@ def dense_logits(hidden: jax.Array, head: Head) -> jax.Array:
     return x if head.softcap is None else head.softcap * jnp.tanh(x / head.softcap)
 
 
-def dense_teachers(matching: Matching, teachers: tuple[TeacherOutput, ...], *, columns: int, temperature: float) -> jax.Array:
+def dense_teachers(
+    matching: Matching, teachers: tuple[TeacherOutput, ...], *, columns: int, temperature: float
+) -> jax.Array:
     shares = matching.weights or (1.0,) * len(teachers)
-    logits = jnp.stack([dense_logits(teacher.hidden, teacher.head)[:, :columns] / temperature for teacher in teachers])
+    logits = jnp.stack(
+        [dense_logits(teacher.hidden, teacher.head)[:, :columns] / temperature for teacher in teachers]
+    )
     weights = jnp.array(shares)[:, None, None] / sum(shares)
     if matching.mean is TeacherMean.LOGITS:
         return jax.nn.log_softmax(jnp.sum(weights * logits, axis=0))
@@ -84,19 +96,35 @@ def dense_teachers(matching: Matching, teachers: tuple[TeacherOutput, ...], *, c
 
 
 def dense_token_values(
-    hidden: jax.Array, head: Head, teachers: tuple[TeacherOutput, ...], matching: Matching, *, temperature: float = 1.0
+    hidden: jax.Array,
+    head: Head,
+    teachers: tuple[TeacherOutput, ...],
+    matching: Matching,
+    *,
+    temperature: float = 1.0,
 ) -> jax.Array:
     """The divergence of each token, temperature squared included where it is asked for."""
     columns = min(head.vocab_size, *(teacher.head.vocab_size for teacher in teachers))
     log_p = dense_teachers(matching, teachers, columns=columns, temperature=temperature)
     log_q = jax.nn.log_softmax(dense_logits(hidden, head)[:, :columns] / temperature)
-    return dense_values(matching.divergence, log_p, log_q) * (temperature**2 if matching.scales_by_square else 1.0)
+    return dense_values(matching.divergence, log_p, log_q) * (
+        temperature**2 if matching.scales_by_square else 1.0
+    )
 
 
 def dense_sum(
-    hidden: jax.Array, head: Head, teachers: tuple[TeacherOutput, ...], matching: Matching, targets: jax.Array, weights: jax.Array, *,
-    soft: float = 1.0, hard: float = 0.0, z_loss: float = 0.0, temperature: float = 1.0,
-) -> jax.Array:  # fmt: skip
+    hidden: jax.Array,
+    head: Head,
+    teachers: tuple[TeacherOutput, ...],
+    matching: Matching,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    soft: float = 1.0,
+    hard: float = 0.0,
+    z_loss: float = 0.0,
+    temperature: float = 1.0,
+) -> jax.Array:
     """The weighted sum over tokens of the divergence and of the cross entropy on the targets."""
     x = dense_logits(hidden, head)
     nll = -jnp.take_along_axis(jax.nn.log_softmax(x), targets[:, None], axis=-1)[:, 0]

@@ -1,4 +1,6 @@
-"""Divergences where p equals q, where a distribution is all on one column, and where columns are masked: against float64 in NumPy."""
+"""Divergences where p equals q, where a distribution is all on one column, and where columns are masked:
+against float64 in NumPy.
+"""
 
 import functools
 import math
@@ -35,9 +37,18 @@ from slmjax.parallel.mesh import MeshConfig, make_mesh
 
 INF = math.inf
 KINDS: tuple[Divergence, ...] = (
-    ForwardKl(), ReverseKl(), Jsd(), Jsd(beta=0.1), SkewKl(), SkewReverseKl(), TotalVariation(), SoftCrossEntropy(), Taid(), TopK(k=1),
+    ForwardKl(),
+    ReverseKl(),
+    Jsd(),
+    Jsd(beta=0.1),
+    SkewKl(),
+    SkewReverseKl(),
+    TotalVariation(),
+    SoftCrossEntropy(),
+    Taid(),
+    TopK(k=1),
     TopK(k=3),
-)  # fmt: skip
+)
 PLAIN = [0.3, -1.2, 2.0, 0.7, -0.4, 1.1]
 # Teacher's and student's logits.
 CORNERS: dict[str, tuple[list[float], list[float]]] = {
@@ -75,7 +86,8 @@ def log_mixture(log_p: np.ndarray, log_q: np.ndarray, share: float) -> np.ndarra
 
 def reference(divergence: Divergence, log_p: np.ndarray, log_q: np.ndarray) -> tuple[float, np.ndarray]:
     """The value, and its derivative by each log q, up to a multiple of q."""
-    p, q = np.exp(log_p), np.exp(log_q)
+    p = np.exp(log_p)
+    q = np.exp(log_q)
     match divergence:
         case ForwardKl():
             return kl(log_p, log_q), -p
@@ -100,7 +112,8 @@ def reference(divergence: Divergence, log_p: np.ndarray, log_q: np.ndarray) -> t
             return float(-(between * log_q).sum()), -between
         case TopK(k=k):
             order = np.argsort(-log_p, kind="stable")
-            top, tail = order[:k], order[k:]
+            top = order[:k]
+            tail = order[k:]
             log_p_tail, log_q_tail = (np.logaddexp.reduce(x[tail]) for x in (log_p, log_q))
             slope = -p
             slope[tail] = -np.exp(log_p_tail + log_q[tail] - log_q_tail)
@@ -113,13 +126,15 @@ HEAD = Head(weight=jnp.eye(6), vocab_size=6)
 
 
 def on_logits(fn: Any) -> Any:
-    """A loss of logits of -inf: hidden states cannot be infinite, so that the mask is a bias of each token's own."""
+    """A loss of logits of -inf: hidden states cannot be infinite, so that the mask is a bias of each token's
+    own.
+    """
 
     def of_row(student: jax.Array, teacher: jax.Array) -> jax.Array:
         heads = [
             Head(weight=jnp.eye(6), bias=jnp.where(jnp.isinf(x), x, 0.0), vocab_size=6)
             for x in (student, teacher)
-        ]  # fmt: skip
+        ]
         states = [jnp.where(jnp.isinf(x), 0.0, x)[None] for x in (student, teacher)]
         return fn(states[0], heads[0], (TeacherOutput(hidden=states[1], head=heads[1]),))[0]
 
@@ -134,7 +149,9 @@ def found() -> list[tuple[np.ndarray, np.ndarray]]:
         own = on_logits(lambda hidden, head, teachers: token_divergence(hidden, head, teachers, divergence))
         return jax.vmap(jax.value_and_grad(own))
 
-    return jax.device_get(jax.jit(lambda s, t: [of_kind(divergence)(s, t) for divergence in KINDS])(STUDENTS, TEACHERS))
+    return jax.device_get(
+        jax.jit(lambda s, t: [of_kind(divergence)(s, t) for divergence in KINDS])(STUDENTS, TEACHERS)
+    )
 
 
 @pytest.mark.parametrize("index", range(len(KINDS)), ids=[str(kind) for kind in KINDS])
@@ -142,18 +159,24 @@ def test_corners(index: int) -> None:
     values, gradients = found()[index]
     for (name, (teacher, student)), value, gradient in zip(CORNERS.items(), values, gradients, strict=True):
         assert np.isfinite(value) and np.all(np.isfinite(gradient)), name
-        log_p, log_q = log_softmax(teacher), log_softmax(student)
+        log_p = log_softmax(teacher)
+        log_q = log_softmax(student)
         expected, slope = reference(KINDS[index], log_p, log_q)
         if expected > 1e3:  # without end
             assert value > 1e25, name
             continue
         np.testing.assert_allclose(value, expected, rtol=2e-5, atol=2e-6, err_msg=name)
-        np.testing.assert_allclose(gradient, slope - np.exp(log_q) * slope.sum(), rtol=2e-5, atol=3e-6, err_msg=name)
+        np.testing.assert_allclose(
+            gradient, slope - np.exp(log_q) * slope.sum(), rtol=2e-5, atol=3e-6, err_msg=name
+        )
 
 
 def test_the_tail_of_a_peaked_student_over_a_divided_vocabulary() -> None:
-    """0.584 and not the 0.514 of a tail that ends at the smallest float32; in chunks, on one device and on eight."""
-    teacher, student = jnp.asarray([[2.0, 0, 0, 0, 0, 0]]), jnp.asarray([[30.0, 0, 0, 0, 0, 0]])
+    """0.584 and not the 0.514 of a tail that ends at the smallest float32; in chunks, on one device and on
+    eight.
+    """
+    teacher = jnp.asarray([[2.0, 0, 0, 0, 0, 0]])
+    student = jnp.asarray([[30.0, 0, 0, 0, 0, 0]])
     matching = Matching(divergence=TopK(k=1), temperature=0.3, scales_by_square=False)
     head = Head(weight=jnp.pad(jnp.eye(6), ((0, 2), (0, 0))), vocab_size=6)
 
@@ -161,7 +184,9 @@ def test_the_tail_of_a_peaked_student_over_a_divided_vocabulary() -> None:
         teachers = (TeacherOutput(hidden=teacher, head=head),)
         zeros = jnp.zeros(student.shape[:-1], jnp.int32)
         one = linear_divergence if sharded is None else sharded_divergence
-        return one(student, head, teachers, matching, zeros, jnp.ones(zeros.shape), chunk_size=1)[0] / zeros.size
+        return (
+            one(student, head, teachers, matching, zeros, jnp.ones(zeros.shape), chunk_size=1)[0] / zeros.size
+        )
 
     p = np.exp(log_softmax([2 / 0.3, 0, 0, 0, 0, 0]))
     expected = p[0] * np.log(p[0]) + p[1:].sum() * (np.log(p[1]) + 100)
@@ -183,9 +208,14 @@ def test_a_masked_token_counts_nothing_whatever_its_target() -> None:
     """Its target's logit is -inf: sums, metrics and gradients are those of the other tokens alone."""
     draws = np.random.default_rng(0)
     hidden, other = jnp.asarray(draws.normal(size=(2, 3, 4)), jnp.float32)
-    head = Head(weight=jnp.asarray(draws.normal(size=(6, 4)), jnp.float32), bias=jnp.zeros(6).at[0].set(-INF), vocab_size=6)
+    head = Head(
+        weight=jnp.asarray(draws.normal(size=(6, 4)), jnp.float32),
+        bias=jnp.zeros(6).at[0].set(-INF),
+        vocab_size=6,
+    )
     teachers = (TeacherOutput(hidden=other, head=head),)
-    weights, ids = jnp.asarray([1.0, 0.0, 0.5]), jnp.arange(6, dtype=jnp.uint32).reshape(3, 2)
+    weights = jnp.asarray([1.0, 0.0, 0.5])
+    ids = jnp.arange(6, dtype=jnp.uint32).reshape(3, 2)
     key = jax.random.key_data(jax.random.key(0))
 
     @jax.jit
@@ -195,7 +225,9 @@ def test_a_masked_token_counts_nothing_whatever_its_target() -> None:
 
         def soft(hidden: jax.Array, head: Head, divergence: Divergence) -> Any:
             settings: dict[str, Any] = {"draws": ids, "key": key} if divergence.draws_at_random else {}
-            return linear_divergence(hidden, head, teachers, divergence, targets, weights, hard=0.3, **settings)
+            return linear_divergence(
+                hidden, head, teachers, divergence, targets, weights, hard=0.3, **settings
+            )
 
         fns = [hard, *(functools.partial(soft, divergence=divergence) for divergence in MASKED)]
         rows = jax.tree.map(lambda x: x[None], (hidden, targets, weights))

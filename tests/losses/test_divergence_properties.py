@@ -1,4 +1,6 @@
-"""What holds of divergences whatever the distributions: signs, bounds, symmetry; masked columns; draws at random."""
+"""What holds of divergences whatever the distributions: signs, bounds, symmetry; masked columns; draws at
+random.
+"""
 
 import functools
 import math
@@ -35,15 +37,27 @@ from tests.losses.dense_divergences import dense_values
 
 WHOLE = communication.Shards()
 KLS: tuple[Divergence, ...] = (
-    ForwardKl(), ReverseKl(), Jsd(), Jsd(beta=0.1), Jsd(beta=0.9), SkewKl(), SkewReverseKl(), SkewKl(share=1.0), SkewReverseKl(share=1.0),
-    TopK(k=64), TotalVariation(),
-)  # fmt: skip
+    ForwardKl(),
+    ReverseKl(),
+    Jsd(),
+    Jsd(beta=0.1),
+    Jsd(beta=0.9),
+    SkewKl(),
+    SkewReverseKl(),
+    SkewKl(share=1.0),
+    SkewReverseKl(share=1.0),
+    TopK(k=64),
+    TotalVariation(),
+)
 NUM_COLUMNS = 11
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def values_of(p_logits: jax.Array, q_logits: jax.Array, divergences: tuple[Divergence, ...]) -> list[jax.Array]:
-    log_p, log_q = log_softmax(p_logits, WHOLE), log_softmax(q_logits, WHOLE)
+def values_of(
+    p_logits: jax.Array, q_logits: jax.Array, divergences: tuple[Divergence, ...]
+) -> list[jax.Array]:
+    log_p = log_softmax(p_logits, WHOLE)
+    log_q = log_softmax(q_logits, WHOLE)
     own = Pass(shards=WHOLE, state={}, draws=None, key=None)
     return [divergence.value_and_slope(log_p, log_q, own)[0] for divergence in divergences]
 
@@ -54,10 +68,14 @@ def test_never_below_zero_and_nothing_of_nothing(noise: float) -> None:
     found = values_of(logits, logits + noise * other, KLS)
     for divergence, values in zip(KLS, found, strict=True):
         assert jnp.all(values >= 0), divergence
-        assert jnp.all(values <= noise * (3.0 if divergence == TotalVariation() else 10.0 * noise)), divergence
+        assert jnp.all(values <= noise * (3.0 if divergence == TotalVariation() else 10.0 * noise)), (
+            divergence
+        )
         assert noise or not jnp.any(values), divergence
     # What is looked for can be found: the formula as one writes it is negative for some.
-    naive = jax.jit(lambda p, q: dense_values(Jsd(), jax.nn.log_softmax(p), jax.nn.log_softmax(q)))(logits, logits + noise * other)
+    naive = jax.jit(lambda p, q: dense_values(Jsd(), jax.nn.log_softmax(p), jax.nn.log_softmax(q)))(
+        logits, logits + noise * other
+    )
     assert noise > 1e-6 or jnp.any(naive < 0)
 
 
@@ -90,20 +108,35 @@ def test_bounds_and_symmetry(logits: np.ndarray) -> None:
 
 
 MASKABLE: tuple[Divergence, ...] = (
-    ForwardKl(), ReverseKl(), Jsd(), Jsd(beta=0.1), SkewKl(), SkewReverseKl(), TotalVariation(), SoftCrossEntropy(), Taid(), TopK(k=2),
-    TopK(k=9), Sampled(draws=20),
-)  # fmt: skip
+    ForwardKl(),
+    ReverseKl(),
+    Jsd(),
+    Jsd(beta=0.1),
+    SkewKl(),
+    SkewReverseKl(),
+    TotalVariation(),
+    SoftCrossEntropy(),
+    Taid(),
+    TopK(k=2),
+    TopK(k=9),
+    Sampled(draws=20),
+)
 
 
 @jax.jit
 def with_biases(own_bias: jax.Array, other_bias: jax.Array) -> list[tuple[jax.Array, tuple[jax.Array, Head]]]:
-    """Of each of `MASKABLE`, values and gradients by hidden states and head, where biases may mask columns."""
+    """Of each of `MASKABLE`, values and gradients by hidden states and head, where biases may mask
+    columns.
+    """
     keys = jax.random.split(jax.random.key(0), 4)
     hidden, other = jax.random.normal(keys[0], (2, 3, 5))
     weight, other_weight = jax.random.normal(keys[1], (2, NUM_COLUMNS + 1, 5))
     head = Head(weight=weight, bias=own_bias, vocab_size=NUM_COLUMNS)
-    teachers = (TeacherOutput(hidden=other, head=Head(weight=other_weight, bias=other_bias, vocab_size=NUM_COLUMNS)),)
-    draws, key = jnp.arange(6, dtype=jnp.uint32).reshape(3, 2), jax.random.key_data(keys[2])
+    teachers = (
+        TeacherOutput(hidden=other, head=Head(weight=other_weight, bias=other_bias, vocab_size=NUM_COLUMNS)),
+    )
+    draws = jnp.arange(6, dtype=jnp.uint32).reshape(3, 2)
+    key = jax.random.key_data(keys[2])
     results = []
     for divergence in MASKABLE:
 
@@ -120,7 +153,9 @@ def test_a_column_masked_on_both_sides_counts_nothing(mask: float) -> None:
     bias = jnp.zeros(NUM_COLUMNS + 1).at[jnp.array([0, 4])].set(mask)
     # As good as masked: nothing that is added to a float32 sum of ordinary size.
     nearly = jnp.zeros(NUM_COLUMNS + 1).at[jnp.array([0, 4])].set(-100.0)
-    for divergence, found, expected in zip(MASKABLE, with_biases(bias, bias), with_biases(nearly, nearly), strict=True):
+    for divergence, found, expected in zip(
+        MASKABLE, with_biases(bias, bias), with_biases(nearly, nearly), strict=True
+    ):
         for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6, err_msg=str(divergence))
         for gradient in (found[1][1].weight, found[1][1].bias):
@@ -129,26 +164,35 @@ def test_a_column_masked_on_both_sides_counts_nothing(mask: float) -> None:
 
 @pytest.mark.parametrize("mask", [PADDING_LOGIT, -math.inf])
 def test_a_column_that_one_side_masks(mask: float) -> None:
-    none, bias = jnp.zeros(NUM_COLUMNS + 1), jnp.zeros(NUM_COLUMNS + 1).at[4].set(mask)
+    none = jnp.zeros(NUM_COLUMNS + 1)
+    bias = jnp.zeros(NUM_COLUMNS + 1).at[4].set(mask)
     nearly = none.at[4].set(-100.0)
     for own, other in ((none, bias), (bias, none)):
         approximate = with_biases(*(jnp.where(x == 0, x, nearly) for x in (own, other)))
         for divergence, found, expected in zip(MASKABLE, with_biases(own, other), approximate, strict=True):
             assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(found)), divergence
-            # Where the divergence is infinite it is very large; elsewhere it is that of a column next to nothing.
+            # Where the divergence is infinite it is very large; elsewhere it is that of a column next to
+            # nothing.
             if float(jnp.max(found[0])) < 1e20:
-                np.testing.assert_allclose(found[0], expected[0], rtol=1e-5, atol=1e-6, err_msg=str(divergence))
+                np.testing.assert_allclose(
+                    found[0], expected[0], rtol=1e-5, atol=1e-6, err_msg=str(divergence)
+                )
     teacher_only = dict(zip(MASKABLE, with_biases(none, bias), strict=True))
     for divergence in (ForwardKl(), Jsd(), SkewKl(), SkewReverseKl(), TotalVariation(), TopK(k=2)):
         assert jnp.max(teacher_only[divergence][0]) < 100, divergence
 
 
-# Draws ----------------------------------------------------------------------------------------------------------------
+# Draws ------------------------------------------------------------------------------------------------------
 def test_draws_are_unbiased_and_those_asked_for() -> None:
-    num_draws, num_keys, logits = 30, 3000, jnp.array([[2.0, 1.0, PADDING_LOGIT, 0.1, -1.0, -3.0, PADDING_LOGIT]])
-    p, ids = jax.nn.softmax(logits), jnp.array([[3, 5]], jnp.uint32)
+    num_draws = 30
+    num_keys = 3000
+    logits = jnp.array([[2.0, 1.0, PADDING_LOGIT, 0.1, -1.0, -3.0, PADDING_LOGIT]])
+    p = jax.nn.softmax(logits)
+    ids = jnp.array([[3, 5]], jnp.uint32)
     keys = jax.vmap(lambda seed: jax.random.key_data(jax.random.key(seed)))(jnp.arange(num_keys))
-    counts = jax.jit(jax.vmap(lambda key: draw_counts(p, num_draws, Pass(shards=WHOLE, state={}, draws=ids, key=key))))(keys)[:, 0]
+    counts = jax.jit(
+        jax.vmap(lambda key: draw_counts(p, num_draws, Pass(shards=WHOLE, state={}, draws=ids, key=key)))
+    )(keys)[:, 0]
     np.testing.assert_array_equal(counts.sum(axis=-1), np.full(num_keys, num_draws))
     assert not jnp.any(counts[:, jnp.array([2, 6])])
     # Each draw is one of n * keys independent ones: five standard deviations.
@@ -173,13 +217,16 @@ def test_draws_are_unbiased_and_those_asked_for() -> None:
 def test_draws_of_a_token_are_the_same_wherever_it_stands() -> None:
     hidden = jax.random.normal(jax.random.key(0), (10, 5))
     head = Head(weight=jax.random.normal(jax.random.key(1), (12, 5)), vocab_size=NUM_COLUMNS)
-    ids, key = jnp.stack([jnp.arange(10), jnp.arange(10) % 3], axis=-1).astype(jnp.uint32), jax.random.key_data(jax.random.key(2))
+    ids = jnp.stack([jnp.arange(10), jnp.arange(10) % 3], axis=-1).astype(jnp.uint32)
+    key = jax.random.key_data(jax.random.key(2))
 
     @functools.partial(jax.jit, static_argnames="chunk_size")
     def values(order: jax.Array, key: jax.Array = key, chunk_size: int | None = None) -> jax.Array:
         teachers = (TeacherOutput(hidden=hidden[order] + 1.0, head=head),)
         own = hidden[order]
-        return token_divergence(own, head, teachers, Sampled(draws=20), draws=ids[order], key=key, chunk_size=chunk_size)
+        return token_divergence(
+            own, head, teachers, Sampled(draws=20), draws=ids[order], key=key, chunk_size=chunk_size
+        )
 
     order = jax.random.permutation(jax.random.key(3), 10)
     first = values(jnp.arange(10))
@@ -187,31 +234,43 @@ def test_draws_of_a_token_are_the_same_wherever_it_stands() -> None:
     np.testing.assert_allclose(values(order, chunk_size=3), first[order], rtol=1e-6)
     assert not np.allclose(values(order, jax.random.key_data(jax.random.key(9))), first[order])
     flat = 0.1 * hidden[:1].repeat(2, 0)
-    same = token_divergence(flat, head, (TeacherOutput(hidden=flat, head=head),), Sampled(draws=20), draws=ids[:2], key=key)
+    same = token_divergence(
+        flat, head, (TeacherOutput(hidden=flat, head=head),), Sampled(draws=20), draws=ids[:2], key=key
+    )
     assert same[0] != same[1]  # the same distributions, drawn from twice
 
 
 @pytest.mark.parametrize("num_shards", [2, 8])
 def test_draws_over_a_divided_vocabulary(num_shards: int) -> None:
-    p = jax.nn.softmax(3 * jax.random.normal(jax.random.key(0), (6, 16))).at[:, 8:10].set(0.0)  # one of eight shards has nothing
-    ids, key = jnp.arange(12, dtype=jnp.uint32).reshape(6, 2), jax.random.key_data(jax.random.key(1))
+    p = (
+        jax.nn.softmax(3 * jax.random.normal(jax.random.key(0), (6, 16))).at[:, 8:10].set(0.0)
+    )  # one of eight shards has nothing
+    ids = jnp.arange(12, dtype=jnp.uint32).reshape(6, 2)
+    key = jax.random.key_data(jax.random.key(1))
     whole = draw_counts(p, 500, Pass(shards=WHOLE, state={}, draws=ids, key=key))
     np.testing.assert_array_equal(whole.sum(axis=-1), np.full(6, 500))
 
     def of_shard(p: jax.Array) -> jax.Array:
-        return draw_counts(p, 500, Pass(shards=communication.shards_of("vocab"), state={}, draws=ids, key=key))
+        return draw_counts(
+            p, 500, Pass(shards=communication.shards_of("vocab"), state={}, draws=ids, key=key)
+        )
 
     mesh = make_mesh(MeshConfig(data=1, tensor=num_shards), jax.devices()[:num_shards])
     with jax.set_mesh(mesh):
-        divided = jax.jit(communication.local(of_shard, in_dims=((None, "vocab"),), out_dims=(None, "vocab")))(p)
+        divided = jax.jit(
+            communication.local(of_shard, in_dims=((None, "vocab"),), out_dims=(None, "vocab"))
+        )(p)
     np.testing.assert_array_equal(divided, whole)
 
 
 def test_taid_without_a_share_of_the_teacher_has_no_gradient() -> None:
-    head, hidden = Head(weight=jnp.eye(4), vocab_size=4), jnp.array([[1.0, 1.5, 0.0, 0.5]])
+    head = Head(weight=jnp.eye(4), vocab_size=4)
+    hidden = jnp.array([[1.0, 1.5, 0.0, 0.5]])
     teachers = (TeacherOutput(hidden=2 * hidden, head=head),)
     taid = Taid(start=0.2)
     state = {name: jnp.zeros_like(x) if name == "share" else x for name, x in taid.initial_state().items()}
     gradient = jax.grad(lambda x, state: token_divergence(x, head, teachers, taid, state=state)[0])
     np.testing.assert_allclose(gradient(hidden, state), np.zeros((1, 4)), atol=1e-7)
-    assert np.any(np.abs(gradient(hidden, dict(taid.initial_state()))) > 1e-2)  # the state that is given counts
+    assert np.any(
+        np.abs(gradient(hidden, dict(taid.initial_state()))) > 1e-2
+    )  # the state that is given counts

@@ -1,4 +1,6 @@
-"""Divergences against numbers worked out elsewhere: four columns, three tokens, of which the first two are looked at."""
+"""Divergences against numbers worked out elsewhere: four columns, three tokens, of which the first two are
+looked at.
+"""
 
 import functools
 
@@ -62,8 +64,14 @@ VALUES: dict[str, tuple[Divergence, float, bool, tuple[float, ...]]] = {
 }
 # Means of the two at temperature 2, without its square.
 MEANS_AT_2 = {
-    0.0: 0.1227864678, 0.1: 0.0109406727, 0.25: 0.0225344997, 0.5: 0.0297239731, 0.75: 0.0222587655, 0.9: 0.0107210474, 1.0: 0.1196252603
-}  # fmt: skip
+    0.0: 0.1227864678,
+    0.1: 0.0109406727,
+    0.25: 0.0225344997,
+    0.5: 0.0297239731,
+    0.75: 0.0222587655,
+    0.9: 0.0107210474,
+    1.0: 0.1196252603,
+}
 MEANS_AT_1 = {0.5: 0.0967365615, 1.0: 0.3966042568}
 LIMITS: dict[str, tuple[Divergence, float, bool]] = {
     "beta near 0": (Jsd(beta=1e-6), 1.0, True),
@@ -93,7 +101,8 @@ def found(dtype: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     cases |= {f"at 2: {beta}": (Jsd(beta=beta), 2.0, False) for beta in MEANS_AT_2}
 
     def compute(student: jax.Array, teacher: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
-        head, results = identity_head(dtype), {}
+        head = identity_head(dtype)
+        results = {}
         for name, (divergence, temperature, squared) in cases.items():
             matching = Matching(divergence=divergence, scales_by_square=squared, temperature=temperature)
             teachers = (TeacherOutput(hidden=teacher, head=head),)
@@ -108,15 +117,29 @@ def found(dtype: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_values_and_gradients(dtype: str) -> None:
     for name, (*_, expected) in VALUES.items():
-        np.testing.assert_allclose(found(dtype)[name][0][: len(expected)], expected, atol=TOLERANCES[dtype], rtol=0, err_msg=name)
+        np.testing.assert_allclose(
+            found(dtype)[name][0][: len(expected)], expected, atol=TOLERANCES[dtype], rtol=0, err_msg=name
+        )
     for name, expected in GRADIENTS.items():  # the table has them to seven or ten places
-        np.testing.assert_allclose(found(dtype)[name][1][0], expected, atol=1e-6 if dtype == "float32" else 6e-8, rtol=0, err_msg=name)
+        np.testing.assert_allclose(
+            found(dtype)[name][1][0],
+            expected,
+            atol=1e-6 if dtype == "float32" else 6e-8,
+            rtol=0,
+            err_msg=name,
+        )
     assert found(dtype)["T 2"][0].dtype == dtype
-    np.testing.assert_allclose(found(dtype)["TAID 0"][1], np.zeros((3, 4)), atol=1e-6 if dtype == "float32" else 1e-15)
+    np.testing.assert_allclose(
+        found(dtype)["TAID 0"][1], np.zeros((3, 4)), atol=1e-6 if dtype == "float32" else 1e-15
+    )
     kl_and_entropy = found(dtype)["forward KL"][0][:2] + ENTROPY
-    np.testing.assert_allclose(found(dtype)["soft cross entropy"][0][:2], kl_and_entropy, atol=TOLERANCES[dtype])
+    np.testing.assert_allclose(
+        found(dtype)["soft cross entropy"][0][:2], kl_and_entropy, atol=TOLERANCES[dtype]
+    )
     for beta, expected in MEANS_AT_2.items():
-        np.testing.assert_allclose(found(dtype)[f"at 2: {beta}"][0][:2].mean(), expected, atol=TOLERANCES[dtype], err_msg=str(beta))
+        np.testing.assert_allclose(
+            found(dtype)[f"at 2: {beta}"][0][:2].mean(), expected, atol=TOLERANCES[dtype], err_msg=str(beta)
+        )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -125,25 +148,36 @@ def test_limits(dtype: str) -> None:
     np.testing.assert_allclose(values["beta near 0"].mean(), 4.4e-7, rtol=0.02)
     for near, limit in (("beta near 0", "forward KL"), ("beta near 1", "reverse KL")):
         # In float32 a beta of 1 - 1e-6 is itself known to 3% of its distance from 1.
-        np.testing.assert_allclose(values[near] / 1e-6, values[limit], rtol=1e-4 if dtype == "float64" else 0.05)
-    np.testing.assert_allclose(values["T without end"], [0.4134375, 0.625], rtol=1e-3 if dtype == "float64" else 0.05)
+        np.testing.assert_allclose(
+            values[near] / 1e-6, values[limit], rtol=1e-4 if dtype == "float64" else 0.05
+        )
+    np.testing.assert_allclose(
+        values["T without end"], [0.4134375, 0.625], rtol=1e-3 if dtype == "float64" else 0.05
+    )
 
 
 def test_sums_are_weighted_and_masked_tokens_count_nothing() -> None:
     head = identity_head("float32")
     teachers = (TeacherOutput(hidden=jnp.array(TEACHER), head=head),)
-    targets, weights = jnp.array([1, 2, 0]), jnp.array([1.0, 1.0, 0.0])
+    targets = jnp.array([1, 2, 0])
+    weights = jnp.array([1.0, 1.0, 0.0])
     for beta in (0.5, 1.0):
-        total, metrics = linear_divergence(jnp.array(STUDENT), head, teachers, Jsd(beta=beta), targets, weights)
+        total, metrics = linear_divergence(
+            jnp.array(STUDENT), head, teachers, Jsd(beta=beta), targets, weights
+        )
         np.testing.assert_allclose(total, 2 * MEANS_AT_1[beta], atol=1e-6)
         np.testing.assert_allclose(metrics["divergence"], total)
 
 
 def test_taid_grows_as_its_loss_falls() -> None:
     with jax.enable_x64(True):
-        taid, shares, momenta = Taid(), [], []
+        taid = Taid()
+        shares = []
+        momenta = []
         state = taid.initial_state()
-        assert not any(x.weak_type for x in state.values())  # it would turn strong in the first step, and that be compiled anew
+        assert not any(
+            x.weak_type for x in state.values()
+        )  # it would turn strong in the first step, and that be compiled anew
         for step, loss in enumerate((2.0, 1.9, 1.8, 1.85)):
             state = taid.updated_state(state, value=jnp.array(loss), progress=jnp.array(step / 100_000))
             shares.append(float(state["share"]))
@@ -166,7 +200,9 @@ def test_taid_grows_as_its_loss_falls() -> None:
 )
 def test_two_teachers(mean: TeacherMean, expected: list[float]) -> None:
     head = identity_head("float32")
-    teachers = tuple(TeacherOutput(hidden=jnp.array([logits]), head=head) for logits in (TEACHER[0], [-1, 0, 2, 0.5]))
+    teachers = tuple(
+        TeacherOutput(hidden=jnp.array([logits]), head=head) for logits in (TEACHER[0], [-1, 0, 2, 0.5])
+    )
     student = jnp.array([STUDENT[0]])
 
     def gradient(weights: tuple[float, ...] = ()) -> jax.Array:
@@ -180,15 +216,22 @@ def test_two_teachers(mean: TeacherMean, expected: list[float]) -> None:
 
 
 def test_columns_that_only_one_model_has_are_cut() -> None:
-    student, teacher = jnp.array([[1, 1.5, 0, 0]]), jnp.array([[2, 1, 0.1, -30]])
-    wide, narrow = identity_head("float32"), identity_head("float32", rows=3, vocab_size=3)
+    student = jnp.array([[1, 1.5, 0, 0]])
+    teacher = jnp.array([[2, 1, 0.1, -30]])
+    wide = identity_head("float32")
+    narrow = identity_head("float32", rows=3, vocab_size=3)
     padded = fit_rows(narrow, 4)
     assert padded.weight.shape == (4, 4) and padded.vocab_size == 3
     assert fit_rows(wide, 3).vocab_size == 3 and fit_rows(wide, 6).vocab_size == 4
     for own, other in ((narrow, fit_rows(wide, 3)), (padded, wide), (wide, padded)):
         value = token_divergence(student, own, (TeacherOutput(hidden=teacher, head=other),), ForwardKl())
-        np.testing.assert_allclose(value, [0.2347418], atol=1e-6)  # and not the .3498115 of a student padded with zeros
-    for divergence_of in (token_divergence, functools.partial(linear_divergence, targets=jnp.array([0]), weights=jnp.ones(1))):
+        np.testing.assert_allclose(
+            value, [0.2347418], atol=1e-6
+        )  # and not the .3498115 of a student padded with zeros
+    for divergence_of in (
+        token_divergence,
+        functools.partial(linear_divergence, targets=jnp.array([0]), weights=jnp.ones(1)),
+    ):
         with pytest.raises(ValueError, match=r"tables of \[3, 4\] rows"):
             divergence_of(student, narrow, (TeacherOutput(hidden=teacher, head=wide),), ForwardKl())
 
@@ -196,7 +239,12 @@ def test_columns_that_only_one_model_has_are_cut() -> None:
 def test_settings_that_make_no_sense_are_refused() -> None:
     head = identity_head("float32")
     teachers = (TeacherOutput(hidden=jnp.array(TEACHER), head=head),)
-    for make in (lambda: Jsd(beta=1.5), lambda: SkewKl(share=-0.1), lambda: SkewReverseKl(share=float("nan")), lambda: Taid(momentum=2.0)):
+    for make in (
+        lambda: Jsd(beta=1.5),
+        lambda: SkewKl(share=-0.1),
+        lambda: SkewReverseKl(share=float("nan")),
+        lambda: Taid(momentum=2.0),
+    ):
         with pytest.raises(ValueError, match="between 0 and 1"):
             make()
     with pytest.raises(ValueError, match="start=0.5 up to end=0.4"):
@@ -207,4 +255,6 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         with pytest.raises(ValueError, match="temperature is"):
             token_divergence(jnp.array(STUDENT), head, teachers, ForwardKl(), temperature=temperature)
     with pytest.raises(ValueError, match="give each one"):
-        token_divergence(jnp.array(STUDENT), head, teachers, Matching(divergence=ForwardKl(), weights=(1.0, 1.0)))
+        token_divergence(
+            jnp.array(STUDENT), head, teachers, Matching(divergence=ForwardKl(), weights=(1.0, 1.0))
+        )

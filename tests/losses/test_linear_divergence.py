@@ -1,4 +1,6 @@
-"""`linear_divergence` equals a dense float64 computation in value and gradient, in chunks and on any mesh, and holds no [N, V] array."""
+"""`linear_divergence` equals a dense float64 computation in value and gradient, in chunks and on any mesh,
+and holds no [N, V] array.
+"""
 
 import dataclasses
 import functools
@@ -36,28 +38,38 @@ from slmjax.parallel import communication
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 from tests.losses.dense_divergences import dense_sum, dense_token_values
 
-ROWS, WIDTH, NUM_TOKENS = 16, 6, 22
+ROWS = 16
+WIDTH = 6
+NUM_TOKENS = 22
 DRAWS = jnp.arange(2 * NUM_TOKENS, dtype=jnp.uint32).reshape(NUM_TOKENS, 2)
 
 
 def make_inputs(dtype=jnp.float32, *, num_teachers: int = 1):
-    """A student of 14 tokens and teachers of 13, 12: of other widths, with padding, biases, multipliers and soft-caps."""
+    """A student of 14 tokens and teachers of 13, 12: of other widths, with padding, biases, multipliers and
+    soft-caps.
+    """
     keys = jax.random.split(jax.random.key(0), 12)
     hidden = jax.random.normal(keys[0], (NUM_TOKENS, WIDTH), dtype)
     head = Head(
         weight=jax.random.normal(keys[1], (ROWS, WIDTH), jnp.promote_types(dtype, jnp.float32)),
-        bias=jax.random.normal(keys[2], (ROWS,)), softcap=3.0, scale=0.7, vocab_size=14,
-    )  # fmt: skip
+        bias=jax.random.normal(keys[2], (ROWS,)),
+        softcap=3.0,
+        scale=0.7,
+        vocab_size=14,
+    )
     teachers = tuple(
         TeacherOutput(
             hidden=jax.random.normal(keys[3 + i], (NUM_TOKENS, WIDTH + 1 + i), dtype),
             head=Head(
-                weight=jax.random.normal(keys[5 + i], (ROWS, WIDTH + 1 + i)), bias=None if i else jax.random.normal(keys[7], (ROWS,)),
-                softcap=4.0 if i else None, scale=0.8, vocab_size=13 - i,
+                weight=jax.random.normal(keys[5 + i], (ROWS, WIDTH + 1 + i)),
+                bias=None if i else jax.random.normal(keys[7], (ROWS,)),
+                softcap=4.0 if i else None,
+                scale=0.8,
+                vocab_size=13 - i,
             ),
         )
         for i in range(num_teachers)
-    )  # fmt: skip
+    )
     targets = jax.random.randint(keys[8], (NUM_TOKENS,), 0, 12)
     weights = jax.random.uniform(keys[9], (NUM_TOKENS,)) * (jnp.arange(NUM_TOKENS) % 4 != 1)
     return hidden, head, teachers, targets, weights
@@ -80,7 +92,9 @@ def dense_with_gradients(hidden, head, teachers, targets, weights, matching, **o
         if hidden.dtype == jnp.bfloat16:  # operands of the products are rounded; nothing else is
             rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim == 2 else x, (head, teachers))
             inputs = hidden, *rounded, targets, weights
-        wide = jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.inexact) else x, inputs)
+        wide = jax.tree.map(
+            lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.inexact) else x, inputs
+        )
 
         def fn(hidden, head, teachers, targets, weights):
             return dense_sum(hidden, head, teachers, matching, targets, weights, **options)
@@ -89,7 +103,11 @@ def dense_with_gradients(hidden, head, teachers, targets, weights, matching, **o
 
 
 def assert_trees_close(actual, expected, *, rtol, atol) -> None:
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(np.asarray(x, np.float64), y, rtol=rtol, atol=atol), actual, expected)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(np.asarray(x, np.float64), y, rtol=rtol, atol=atol),
+        actual,
+        expected,
+    )
 
 
 CASES: tuple[tuple[Matching, dict[str, float], int | None], ...] = (
@@ -106,7 +124,11 @@ CASES: tuple[tuple[Matching, dict[str, float], int | None], ...] = (
     (Matching(divergence=TopK(k=3)), {"temperature": 1.3}, 5),
     (Matching(divergence=TopK(k=1)), {}, 11),
     (Matching(divergence=ForwardKl(), weights=(3.0, 1.0)), {"temperature": 2.0}, 8),
-    (Matching(divergence=Jsd(), mean=TeacherMean.PROBABILITIES, weights=(1.0, 2.0)), {"temperature": 2.0}, 11),
+    (
+        Matching(divergence=Jsd(), mean=TeacherMean.PROBABILITIES, weights=(1.0, 2.0)),
+        {"temperature": 2.0},
+        11,
+    ),
 )
 DISTINCT = [f"{type(case[0].divergence).__name__} {number}" for number, case in enumerate(CASES)]
 
@@ -115,15 +137,20 @@ DISTINCT = [f"{type(case[0].divergence).__name__} {number}" for number, case in 
 def test_equals_dense(matching: Matching, amounts: dict[str, Any], chunk_size: int | None) -> None:
     hidden, head, teachers, targets, weights = make_inputs(num_teachers=max(1, len(matching.weights)))
     # Half of the cases have their amounts compiled in, the others as arrays.
-    given: dict[str, Any] = {name: jnp.float32(x) for name, x in amounts.items()} if chunk_size == 8 else amounts
+    given: dict[str, Any] = (
+        {name: jnp.float32(x) for name, x in amounts.items()} if chunk_size == 8 else amounts
+    )
 
     def fn(hidden, head, teachers, targets, weights):
-        return linear_divergence(hidden, head, teachers, matching, targets, weights, chunk_size=chunk_size, **given)
+        return linear_divergence(
+            hidden, head, teachers, matching, targets, weights, chunk_size=chunk_size, **given
+        )
 
     value, gradients = with_gradients(fn, hidden, head, teachers, targets, weights)
     expected = dense_with_gradients(hidden, head, teachers, targets, weights, matching, **amounts)
     assert_trees_close((value, gradients), expected, rtol=1e-5, atol=1e-5)
-    # Rows of padding, and what only the student has where no hard target is, get no gradient; tokens without weight neither.
+    # Rows of padding, and what only the student has where no hard target is, get no gradient; tokens without
+    # weight neither.
     shared = min(teacher.head.vocab_size for teacher in teachers)
     nothing = gradients[1].weight[head.vocab_size if "hard" in amounts else shared :]
     assert not np.any(nothing) and not np.any(gradients[0][1::4])
@@ -133,33 +160,52 @@ def test_equals_dense(matching: Matching, amounts: dict[str, Any], chunk_size: i
 def test_equals_dense_tightly_in_float64(divergence: Divergence) -> None:
     matching = Matching(divergence=divergence)
     with jax.enable_x64(True):
-        inputs = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, make_inputs(jnp.float64))
+        inputs = jax.tree.map(
+            lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, make_inputs(jnp.float64)
+        )
 
         def fn(hidden, head, teachers, targets, weights):
-            return linear_divergence(hidden, head, teachers, matching, targets, weights, chunk_size=8, temperature=2.0, hard=0.5)
+            return linear_divergence(
+                hidden, head, teachers, matching, targets, weights, chunk_size=8, temperature=2.0, hard=0.5
+            )
 
         ours = jax.device_get(with_gradients(fn, *inputs))
     assert ours[1][0].dtype == jnp.float64
     # The series of small exponents is exact to 5e-11 of its terms.
-    assert_trees_close(ours, dense_with_gradients(*inputs, matching=matching, temperature=2.0, hard=0.5), rtol=1e-10, atol=1e-11)
+    assert_trees_close(
+        ours,
+        dense_with_gradients(*inputs, matching=matching, temperature=2.0, hard=0.5),
+        rtol=1e-10,
+        atol=1e-11,
+    )
 
 
 def test_bfloat16_hidden_states() -> None:
-    inputs, matching = make_inputs(jnp.bfloat16), Matching(divergence=Jsd())
+    inputs = make_inputs(jnp.bfloat16)
+    matching = Matching(divergence=Jsd())
 
     def fn(hidden, head, teachers, targets, weights):
         return linear_divergence(hidden, head, teachers, matching, targets, weights, chunk_size=8, hard=0.5)
 
     value, gradients = with_gradients(fn, *inputs)
     expected = dense_with_gradients(*inputs, matching=matching, hard=0.5)
-    assert value.dtype == jnp.float32 and gradients[0].dtype == jnp.bfloat16 and gradients[1].weight.dtype == jnp.float32
-    # Products of bfloat16 numbers are exact in float32, so that values agree; the gradient of the logits is rounded to 8 bits.
+    assert (
+        value.dtype == jnp.float32
+        and gradients[0].dtype == jnp.bfloat16
+        and gradients[1].weight.dtype == jnp.float32
+    )
+    # Products of bfloat16 numbers are exact in float32, so that values agree; the gradient of the logits is
+    # rounded to 8 bits.
     assert_trees_close(value, expected[0], rtol=1e-5, atol=1e-5)
     assert_trees_close(gradients, expected[1], rtol=2**-6, atol=2**-6)
 
 
-@pytest.mark.parametrize(("divergence", "chunk_size"), [(ReverseKl(), 8), (Jsd(beta=0.3), 11), (TopK(k=3), None)])
-def test_each_token_has_the_gradient_that_is_asked_of_it(divergence: Divergence, chunk_size: int | None) -> None:
+@pytest.mark.parametrize(
+    ("divergence", "chunk_size"), [(ReverseKl(), 8), (Jsd(beta=0.3), 11), (TopK(k=3), None)]
+)
+def test_each_token_has_the_gradient_that_is_asked_of_it(
+    divergence: Divergence, chunk_size: int | None
+) -> None:
     hidden, head, teachers, _, weights = make_inputs()
     matching = Matching(divergence=divergence)
     cotangent = jax.random.normal(jax.random.key(5), (NUM_TOKENS,))
@@ -178,18 +224,26 @@ def test_each_token_has_the_gradient_that_is_asked_of_it(divergence: Divergence,
 
         @jax.jit
         def pulled_from_dense(hidden, head, teachers):
-            values, pull = jax.vjp(lambda hidden, head: dense_token_values(hidden, head, teachers, matching, temperature=2.0), hidden, head)
+            values, pull = jax.vjp(
+                lambda hidden, head: dense_token_values(hidden, head, teachers, matching, temperature=2.0),
+                hidden,
+                head,
+            )
             return values, pull(cotangent.astype(jnp.float64))
 
         expected = jax.device_get(pulled_from_dense(*wide))
     assert_trees_close((values, tuple(gradients)), expected, rtol=1e-5, atol=1e-5)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(of_teachers))
-    total, _ = linear_divergence(hidden, head, teachers, matching, jnp.zeros(NUM_TOKENS, jnp.int32), weights, temperature=2.0)
+    total, _ = linear_divergence(
+        hidden, head, teachers, matching, jnp.zeros(NUM_TOKENS, jnp.int32), weights, temperature=2.0
+    )
     np.testing.assert_allclose(jnp.sum(weights * values), total, rtol=1e-6)
 
 
-# Those that look beyond one column of the vocabulary, and the most used of the others. Where a device has all columns, two will do.
-ACROSS, WITHIN = (Jsd(beta=0.3), TopK(k=3), Taid(), Sampled(draws=20)), (Jsd(beta=0.3), Sampled(draws=20))
+# Those that look beyond one column of the vocabulary, and the most used of the others. Where a device has all
+# columns, two will do.
+ACROSS = (Jsd(beta=0.3), TopK(k=3), Taid(), Sampled(draws=20))
+WITHIN = (Jsd(beta=0.3), Sampled(draws=20))
 
 
 def on_the_mesh(divergences: tuple[Divergence, ...], num_times: int, *, vocabulary: Vocabulary | None = None):
@@ -197,27 +251,45 @@ def on_the_mesh(divergences: tuple[Divergence, ...], num_times: int, *, vocabula
     keys = jax.random.split(jax.random.key(1), 4)
     _, head, (teacher,), _, _ = make_inputs()
     shape = (4, num_times)
-    hidden, other = (jax.random.normal(key, (*shape, width)) for key, width in ((keys[0], WIDTH), (keys[1], WIDTH + 1)))
-    targets, weights = jax.random.randint(keys[2], shape, 0, 12), jax.random.uniform(keys[3], shape)
-    draws = jnp.stack(jnp.meshgrid(jnp.arange(4), jnp.arange(num_times), indexing="ij"), axis=-1).astype(jnp.uint32)
+    hidden, other = (
+        jax.random.normal(key, (*shape, width)) for key, width in ((keys[0], WIDTH), (keys[1], WIDTH + 1))
+    )
+    targets = jax.random.randint(keys[2], shape, 0, 12)
+    weights = jax.random.uniform(keys[3], shape)
+    draws = jnp.stack(jnp.meshgrid(jnp.arange(4), jnp.arange(num_times), indexing="ij"), axis=-1).astype(
+        jnp.uint32
+    )
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
 
         def place(head):
             return dataclasses.replace(
-                head, weight=communication.constrain(head.weight, ("vocab_rows", None)), bias=communication.constrain(head.bias, (None,))
+                head,
+                weight=communication.constrain(head.weight, ("vocab_rows", None)),
+                bias=communication.constrain(head.bias, (None,)),
             )
 
-        head, teacher = place(head), dataclasses.replace(teacher, head=place(teacher.head))
+        head = place(head)
+        teacher = dataclasses.replace(teacher, head=place(teacher.head))
 
     def loss(hidden: jax.Array, head: Head):
         found = [
             sharded_divergence(
-                hidden, head, (TeacherOutput(hidden=other, head=teacher.head),), divergence, targets, weights, draws=draws, hard=0.3,
-                key=jax.random.key_data(jax.random.key(3)), temperature=jnp.float32(1.5), chunk_size=3, vocabulary=vocabulary,
+                hidden,
+                head,
+                (TeacherOutput(hidden=other, head=teacher.head),),
+                divergence,
+                targets,
+                weights,
+                draws=draws,
+                hard=0.3,
+                key=jax.random.key_data(jax.random.key(3)),
+                temperature=jnp.float32(1.5),
+                chunk_size=3,
+                vocabulary=vocabulary,
             )
             for divergence in divergences
-        ]  # fmt: skip
+        ]
         return sum(((1.0 + 0.7 * i) * value for i, (value, _) in enumerate(found)), jnp.zeros(())), found
 
     return jax.device_get(jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(hidden, head))
@@ -258,9 +330,18 @@ def test_masked_tokens_change_nothing() -> None:
 
             def fn(hidden, head, d=divergence):
                 return linear_divergence(
-                            hidden, head, (dataclasses.replace(teachers[0], hidden=other),), d, targets, weights, chunk_size=8, hard=0.5,
-                            z_loss=0.01, draws=DRAWS, key=jax.random.key_data(jax.random.key(0)),
-                        )  # fmt: skip
+                    hidden,
+                    head,
+                    (dataclasses.replace(teachers[0], hidden=other),),
+                    d,
+                    targets,
+                    weights,
+                    chunk_size=8,
+                    hard=0.5,
+                    z_loss=0.01,
+                    draws=DRAWS,
+                    key=jax.random.key_data(jax.random.key(0)),
+                )
 
             results.append(jax.value_and_grad(fn, argnums=(0, 1), has_aux=True)(hidden, head))
         return results
@@ -270,7 +351,9 @@ def test_masked_tokens_change_nothing() -> None:
     def huge(x):
         return jnp.where(masked[:, None], 1e15 * x, x)
 
-    other = run(huge(hidden), huge(teachers[0].hidden), jnp.where(masked, (targets + 1) % 12, targets), weights)
+    other = run(
+        huge(hidden), huge(teachers[0].hidden), jnp.where(masked, (targets + 1) % 12, targets), weights
+    )
     jax.tree.map(np.testing.assert_array_equal, one, other)
     nothing = run(1e4 * hidden, 1e4 * teachers[0].hidden, targets, jnp.zeros_like(weights))
     for leaf in jax.tree.leaves(nothing):
@@ -284,21 +367,32 @@ def largest_array(jaxpr) -> int:
 
 @pytest.mark.parametrize("divergence", [ForwardKl(), Jsd(), TopK(k=3), Sampled(draws=5)])
 def test_no_array_of_all_logits_exists(divergence: Divergence) -> None:
-    num_tokens, rows = 64, 24
-    hidden, head = jnp.ones((num_tokens, WIDTH)), Head(weight=jnp.ones((rows, WIDTH)), vocab_size=rows)
+    num_tokens = 64
+    rows = 24
+    hidden = jnp.ones((num_tokens, WIDTH))
+    head = Head(weight=jnp.ones((rows, WIDTH)), vocab_size=rows)
     teachers = (TeacherOutput(hidden=hidden, head=head),)
-    targets, weights = jnp.zeros(num_tokens, jnp.int32), jnp.ones(num_tokens)
-    options: dict[str, Any] = {"draws": jnp.zeros((num_tokens, 2), jnp.uint32), "key": jax.random.key_data(jax.random.key(0))}
+    targets = jnp.zeros(num_tokens, jnp.int32)
+    weights = jnp.ones(num_tokens)
+    options: dict[str, Any] = {
+        "draws": jnp.zeros((num_tokens, 2), jnp.uint32),
+        "key": jax.random.key_data(jax.random.key(0)),
+    }
 
     def of_sum(hidden: jax.Array, head: Head, chunk_size: int) -> jax.Array:
-        return linear_divergence(hidden, head, teachers, divergence, targets, weights, chunk_size=chunk_size, **options)[0]
+        return linear_divergence(
+            hidden, head, teachers, divergence, targets, weights, chunk_size=chunk_size, **options
+        )[0]
 
     def of_tokens(hidden: jax.Array, head: Head, chunk_size: int) -> jax.Array:
         return jnp.sum(token_divergence(hidden, head, teachers, divergence, chunk_size=chunk_size, **options))
 
     for fn in (of_sum, of_tokens):
         gradients = jax.value_and_grad(fn, argnums=(0, 1))
-        largest = {size: largest_array(jax.make_jaxpr(functools.partial(gradients, chunk_size=size))(hidden, head)) for size in (16, 64)}
+        largest = {
+            size: largest_array(jax.make_jaxpr(functools.partial(gradients, chunk_size=size))(hidden, head))
+            for size in (16, 64)
+        }
         assert largest[16] < num_tokens * rows <= largest[64]  # in one chunk, what is looked for is found
 
 

@@ -1,4 +1,6 @@
-"""Cross entropy in chunks: equal to the dense one, on one device and on eight, and no [N, V] array on the way."""
+"""Cross entropy in chunks: equal to the dense one, on one device and on eight, and no [N, V] array on the
+way.
+"""
 
 import contextlib
 import dataclasses
@@ -17,7 +19,10 @@ from slmjax.losses import Head, Vocabulary, choose_vocabulary, cross_entropy, sh
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 from slmjax.parallel.rules import parameter_shardings
 
-NUM_TOKENS, WIDTH, ROWS, VOCAB = 22, 6, 16, 13
+NUM_TOKENS = 22
+WIDTH = 6
+ROWS = 16
+VOCAB = 13
 
 
 def make_inputs(*, dtype=jnp.float32, head_dtype=jnp.float32, bias=True, softcap=3.0, scale=0.5, rows=ROWS):
@@ -31,7 +36,9 @@ def make_inputs(*, dtype=jnp.float32, head_dtype=jnp.float32, bias=True, softcap
         vocab_size=VOCAB,
     )
     targets = jax.random.randint(keys[3], (NUM_TOKENS,), 0, VOCAB)
-    weights = jax.random.uniform(keys[4], (NUM_TOKENS,), dtype=jnp.float32) * (jnp.arange(NUM_TOKENS) % 4 != 1)
+    weights = jax.random.uniform(keys[4], (NUM_TOKENS,), dtype=jnp.float32) * (
+        jnp.arange(NUM_TOKENS) % 4 != 1
+    )
     return hidden, head, targets, weights
 
 
@@ -94,7 +101,8 @@ def test_equals_dense(chunk_size):
     chunked = value_and_gradients(cross_entropy, *make_inputs(), z_loss=0.01, chunk_size=chunk_size)
     assert_trees_close(chunked, dense_results(), rtol=1e-5, atol=1e-5)
     # Padding rows of the table get no gradient at all, tokens without weight neither.
-    head_gradient, hidden_gradient = chunked[1][1], chunked[1][0]
+    head_gradient = chunked[1][1]
+    hidden_gradient = chunked[1][0]
     assert not np.any(head_gradient.weight[VOCAB:]) and not np.any(head_gradient.bias[VOCAB:])
     assert not np.any(hidden_gradient[1::4])
 
@@ -124,12 +132,16 @@ def test_equals_optax_without_extras():
 @pytest.mark.parametrize("head_dtype", [jnp.float32, jnp.bfloat16], ids=["float32 head", "bfloat16 head"])
 def test_bfloat16_products(head_dtype):
     hidden, head, targets, weights = make_inputs(dtype=jnp.bfloat16, head_dtype=head_dtype)
-    (loss, metrics), gradients = value_and_gradients(cross_entropy, hidden, head, targets, weights, z_loss=0.01, chunk_size=8)
+    (loss, metrics), gradients = value_and_gradients(
+        cross_entropy, hidden, head, targets, weights, z_loss=0.01, chunk_size=8
+    )
     dense = value_and_gradients(dense_cross_entropy, hidden, head, targets, weights, z_loss=0.01)
-    # Operands are rounded alike on both sides, and products of bfloat16 are exact in float32: the sums agree closely.
+    # Operands are rounded alike on both sides, and products of bfloat16 are exact in float32: the sums agree
+    # closely.
     assert loss.dtype == jnp.float32
     assert_trees_close((loss, metrics), dense[0], rtol=1e-5, atol=1e-5)
-    # The gradient of the logits is rounded to bfloat16 (8 bits), and so is a gradient that leaves in bfloat16.
+    # The gradient of the logits is rounded to bfloat16 (8 bits), and so is a gradient that leaves in
+    # bfloat16.
     assert gradients[0].dtype == jnp.bfloat16 and gradients[1].weight.dtype == head_dtype
     gradients, expected = jax.tree.map(lambda x: x.astype(jnp.float32), (gradients, dense[1]))
     assert_trees_close(gradients, expected, rtol=2**-6, atol=2**-6)
@@ -140,7 +152,8 @@ def test_bfloat16_head_gradient_is_summed_in_float32():
     num_tokens = 512
     hidden = jnp.ones((num_tokens, 1), jnp.bfloat16)
     head = Head(weight=jnp.zeros((2, 1), jnp.bfloat16), vocab_size=2)
-    targets, weights = jnp.zeros(num_tokens, jnp.int32), jnp.ones(num_tokens)
+    targets = jnp.zeros(num_tokens, jnp.int32)
+    weights = jnp.ones(num_tokens)
     gradient = jax.grad(lambda head: cross_entropy(hidden, head, targets, weights, chunk_size=1)[0])(head)
     np.testing.assert_array_equal(gradient.weight.astype(jnp.float32), [[-256.0], [256.0]])
 
@@ -161,7 +174,9 @@ def test_masked_tokens_change_nothing():
     other_hidden = jnp.where(masked[:, None], 50.0, hidden)
     other_targets = jnp.where(masked, (targets + 1) % VOCAB, targets)
     one = value_and_gradients(cross_entropy, hidden, head, targets, weights, z_loss=0.01, chunk_size=8)
-    other = value_and_gradients(cross_entropy, other_hidden, head, other_targets, weights, z_loss=0.01, chunk_size=8)
+    other = value_and_gradients(
+        cross_entropy, other_hidden, head, other_targets, weights, z_loss=0.01, chunk_size=8
+    )
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
@@ -179,12 +194,17 @@ def largest_array(jaxpr):
 
 
 def test_no_array_of_all_logits_exists():
-    num_tokens, rows = 64, 24
-    hidden, head = jnp.ones((num_tokens, WIDTH)), Head(weight=jnp.ones((rows, WIDTH)), vocab_size=rows)
-    targets, weights = jnp.zeros(num_tokens, jnp.int32), jnp.ones(num_tokens)
+    num_tokens = 64
+    rows = 24
+    hidden = jnp.ones((num_tokens, WIDTH))
+    head = Head(weight=jnp.ones((rows, WIDTH)), vocab_size=rows)
+    targets = jnp.zeros(num_tokens, jnp.int32)
+    weights = jnp.ones(num_tokens)
 
     def largest(loss_fn, **options):
-        gradients = jax.grad(lambda hidden, head: loss_fn(hidden, head, targets, weights, **options)[0], argnums=(0, 1))
+        gradients = jax.grad(
+            lambda hidden, head: loss_fn(hidden, head, targets, weights, **options)[0], argnums=(0, 1)
+        )
         return largest_array(jax.make_jaxpr(gradients)(hidden, head))
 
     assert largest(dense_cross_entropy, z_loss=0.0) >= num_tokens * rows  # what is looked for can be found
@@ -238,9 +258,18 @@ def test_a_batch_on_any_mesh_equals_dense(num_times, axes, vocabulary):
         context = jax.set_mesh(mesh)
     with context:
         values, (hidden_gradient, head_gradient) = value_and_gradients(
-            sharded_cross_entropy, hidden, head, targets, weights, z_loss=0.01, chunk_size=3, vocabulary=vocabulary
+            sharded_cross_entropy,
+            hidden,
+            head,
+            targets,
+            weights,
+            z_loss=0.01,
+            chunk_size=3,
+            vocabulary=vocabulary,
         )
-    assert_trees_close((values, (hidden_gradient.reshape(-1, WIDTH), head_gradient)), expected, rtol=1e-5, atol=1e-5)
+    assert_trees_close(
+        (values, (hidden_gradient.reshape(-1, WIDTH), head_gradient)), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_what_is_sent_less_decides_how_the_tensor_axis_shares_the_work():
@@ -254,19 +283,31 @@ def test_what_is_sent_less_decides_how_the_tensor_axis_shares_the_work():
 @pytest.mark.parametrize("vocabulary", list(Vocabulary))
 def test_the_head_is_gathered_and_its_gradient_reduced_once_outside_the_loop(vocabulary):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    targets, weights = jnp.zeros((8, 8), jnp.int32), jnp.ones((8, 8))
+    targets = jnp.zeros((8, 8), jnp.int32)
+    weights = jnp.ones((8, 8))
 
     def loss(hidden, weight):
-        return sharded_cross_entropy(hidden, Head(weight=weight, vocab_size=ROWS), targets, weights, chunk_size=2, vocabulary=vocabulary)[0]
+        return sharded_cross_entropy(
+            hidden,
+            Head(weight=weight, vocab_size=ROWS),
+            targets,
+            weights,
+            chunk_size=2,
+            vocabulary=vocabulary,
+        )[0]
 
     with jax.set_mesh(mesh):
-        hidden = jax.device_put(jnp.ones((8, 8, 4)), jax.NamedSharding(mesh, jax.P(("data", "fsdp"), "tensor")))
+        hidden = jax.device_put(
+            jnp.ones((8, 8, 4)), jax.NamedSharding(mesh, jax.P(("data", "fsdp"), "tensor"))
+        )
         weight = jax.device_put(jnp.ones((ROWS, 4)), jax.NamedSharding(mesh, jax.P(("tensor", "fsdp"), None)))
         program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, weight).compile().as_text()
     assert " while(" in program
     collective = r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
     _, entry = program.split("\nENTRY ")
-    assert len(re.findall(collective, entry)) <= 5  # of the gradient one over fsdp, which scatters, and one over data
+    assert (
+        len(re.findall(collective, entry)) <= 5
+    )  # of the gradient one over fsdp, which scatters, and one over data
     # Within the loop: one number per token of the chunk, and only where each device has a part of its logits.
     inside = re.findall(r"= (\S+)" + collective, program.replace(entry, ""))
     assert {shape for shape, *_ in inside} == ({"f32[2]{0}"} if vocabulary is Vocabulary.DIVIDED else set())

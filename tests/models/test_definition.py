@@ -1,4 +1,6 @@
-"""Parameters from outside: paths, and that neither what is stored nor what is computed depends on how layers are grouped."""
+"""Parameters from outside: paths, and that neither what is stored nor what is computed depends on how layers
+are grouped.
+"""
 
 import functools
 
@@ -17,7 +19,9 @@ from slmjax.models.mixers.attention import AttentionConfig, Biases
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 from slmjax.parallel.rules import parameter_shardings
 
-ONE = BlockConfig(mixer=AttentionConfig(num_heads=2, window=3, biases=Biases.ALL), ffn=MlpConfig(hidden_dim=12, gated=False))
+ONE = BlockConfig(
+    mixer=AttentionConfig(num_heads=2, window=3, biases=Biases.ALL), ffn=MlpConfig(hidden_dim=12, gated=False)
+)
 OTHER = BlockConfig(mixer=AttentionConfig(num_heads=2, num_kv_heads=1), ffn=None)
 GROUPINGS = {
     "scanned": (Segment(pattern=(ONE, OTHER), repeats=4),),
@@ -58,7 +62,9 @@ def test_paths_and_shapes_of_a_stack():
 )
 def test_layers_behind_a_stack(grouping, path, layers):
     assert paths.layer_indices(config_of(grouping), path) == layers
-    assert paths.logical_paths(config_of(grouping), path) == [f"layers/{layer}/mixer/query/weight" for layer in layers]
+    assert paths.logical_paths(config_of(grouping), path) == [
+        f"layers/{layer}/mixer/query/weight" for layer in layers
+    ]
 
 
 def test_parameters_outside_the_layers_are_their_own_logical_path():
@@ -114,7 +120,9 @@ def test_restack_undoes_unstack_for_a_training_state():
 
 def test_a_state_moves_to_another_grouping():
     def state_of(grouping, fill):
-        params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, fill, leaf.dtype), define(config_of(grouping)).params)
+        params = jax.tree.map(
+            lambda leaf: jnp.full(leaf.shape, fill, leaf.dtype), define(config_of(grouping)).params
+        )
         return optax.adam(1e-3).init(params)
 
     flat = unstack(config_of("scanned"), state_of("scanned", 1.0))
@@ -145,7 +153,10 @@ def test_stored_shapes_keep_the_placement_without_the_layer_dim():
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     params = define(config).params
     shardings = parameter_shardings(params, mesh)
-    placed = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path]) for path, leaf in params.items()}
+    placed = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path])
+        for path, leaf in params.items()
+    }
     stored = stored_shapes(config, placed)
     assert stored["layers/6/ffn/up/weight"].sharding == NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
     assert stored["embed/table"].sharding == shardings["embed/table"]

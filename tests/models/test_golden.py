@@ -1,11 +1,12 @@
-"""Every parameter of every named architecture, as lists under tests/models/golden: what a change does to them shows as a diff.
+"""Every parameter of every named architecture, as lists under tests/models/golden: what a change does to them
+shows as a diff.
 
 After a change that is meant, write the lists anew and look at the diff:
 
     python -m tests.models.test_golden
 
-One line per parameter: stack path, shape (layers first), initialisation, optimizer where Muon is asked for, weight decay,
-and the PartitionSpec on a mesh of fsdp=2, tensor=2.
+One line per parameter: stack path, shape (layers first), initialisation, optimizer where Muon is asked for,
+weight decay, and the PartitionSpec on a mesh of fsdp=2, tensor=2.
 """
 
 from collections.abc import Iterator
@@ -32,15 +33,25 @@ WRITE_ANEW = "if the change is meant, run `python -m tests.models.test_golden` a
 def golden_text(config: ModelConfig) -> str:
     definition = define(config)
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
-    initial, groups = initialisations(definition), parameter_groups(OPTIM, definition.params)
+    initial = initialisations(definition)
+    groups = parameter_groups(OPTIM, definition.params)
     rows = [("# path", "shape", "init", "optimizer", "decay", "fsdp=2 tensor=2")]
     for path, leaf in sorted({**definition.params, **definition.buffers}.items()):
-        optimizer, decay = ("none", "") if path in definition.buffers else (groups[path].optimizer.value, f"{groups[path].weight_decay:g}")
-        axes = (axis if axis is None or isinstance(axis, str) else "+".join(axis) for axis in partition_spec(path, leaf.shape, mesh))
+        optimizer, decay = (
+            ("none", "")
+            if path in definition.buffers
+            else (groups[path].optimizer.value, f"{groups[path].weight_decay:g}")
+        )
+        axes = (
+            axis if axis is None or isinstance(axis, str) else "+".join(axis)
+            for axis in partition_spec(path, leaf.shape, mesh)
+        )
         spec = ", ".join(map(str, axes))
         rows.append((path, str(list(leaf.shape)), initial[path], optimizer, decay, spec))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
     return "\n".join([*layer_lines(config), *lines, ""])
 
 
@@ -53,11 +64,15 @@ def layer_lines(config: ModelConfig) -> Iterator[str]:
 
 
 def initialisations(definition: Definition) -> dict[str, str]:
-    """How each parameter starts, read off the initialisation itself: draws replaced by a constant, nothing allocated."""
+    """How each parameter starts, read off the initialisation itself: draws replaced by a constant, nothing
+    allocated.
+    """
 
     @jax.jit
     def first_elements(draw: jax.Array) -> dict[str, jax.Array]:
-        def constant(key: jax.Array, lower: float, upper: float, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        def constant(
+            key: jax.Array, lower: float, upper: float, shape: tuple[int, ...], dtype: jnp.dtype
+        ) -> jax.Array:
             return jnp.full(shape, draw, dtype)
 
         with mock.patch.object(jax.random, "truncated_normal", constant):
@@ -65,19 +80,25 @@ def initialisations(definition: Definition) -> dict[str, str]:
         return {path: leaf[(0,) * leaf.ndim] for path, leaf in {**params, **buffers}.items()}
 
     zero, one = jax.device_get((first_elements(0.0), first_elements(1.0)))
-    return {path: f"constant {zero[path]:g}" if zero[path] == one[path] else f"normal {one[path]:.4g}" for path in one}
+    return {
+        path: f"constant {zero[path]:g}" if zero[path] == one[path] else f"normal {one[path]:.4g}"
+        for path in one
+    }
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_parameters_are_as_listed(name: str) -> None:
     path = GOLDEN / f"{name}.txt"
     assert path.is_file(), f"there is no {path}: run `python -m tests.models.test_golden`"
-    found, listed = golden_text(ARCHITECTURES[name]()).splitlines(), path.read_text().splitlines()
+    found = golden_text(ARCHITECTURES[name]()).splitlines()
+    listed = path.read_text().splitlines()
     assert found == listed, f"{name}: {WRITE_ANEW}"
 
 
 def test_no_list_is_left_over() -> None:
-    assert {path.stem for path in GOLDEN.glob("*")} == set(ARCHITECTURES), f"{GOLDEN} has other lists than the zoo has architectures"
+    assert {path.stem for path in GOLDEN.glob("*")} == set(ARCHITECTURES), (
+        f"{GOLDEN} has other lists than the zoo has architectures"
+    )
 
 
 def write_all() -> None:

@@ -53,8 +53,11 @@ def test_layer_norm_of_one_two_and_six():
 
 
 def test_layer_norm_equals_flax_and_keeps_the_dtype():
-    x = jnp.asarray(100 + 5 * draw(2, 3, 16))  # far from zero: the variance is that of what is left without the mean
-    theirs, ours = nnx.LayerNorm(16, epsilon=1e-3, use_fast_variance=False, rngs=nnx.Rngs(0)), LayerNorm(16, eps=1e-3)
+    x = jnp.asarray(
+        100 + 5 * draw(2, 3, 16)
+    )  # far from zero: the variance is that of what is left without the mean
+    theirs = nnx.LayerNorm(16, epsilon=1e-3, use_fast_variance=False, rngs=nnx.Rngs(0))
+    ours = LayerNorm(16, eps=1e-3)
     ours.scale[...] = theirs.scale[...] = jnp.asarray(draw(16))
     ours.bias[...] = theirs.bias[...] = jnp.asarray(draw(16)[::-1])
     np.testing.assert_allclose(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
@@ -62,15 +65,19 @@ def test_layer_norm_equals_flax_and_keeps_the_dtype():
 
 
 def test_a_centered_scale_starts_at_zero_and_counts_from_one():
-    norm, plain, x = CenteredRmsNorm(4, eps=1e-6), RmsNorm(4, eps=1e-6), jnp.asarray(draw(3, 4))
+    norm = CenteredRmsNorm(4, eps=1e-6)
+    plain = RmsNorm(4, eps=1e-6)
+    x = jnp.asarray(draw(3, 4))
     assert not np.any(norm.scale[...])
     np.testing.assert_array_equal(norm(x), plain(x))
-    norm.scale[...], plain.scale[...] = jnp.array([0.5, 0.0, -1.0, 2.0]), jnp.array([1.5, 1.0, 0.0, 3.0])
+    norm.scale[...] = jnp.array([0.5, 0.0, -1.0, 2.0])
+    plain.scale[...] = jnp.array([1.5, 1.0, 0.0, 3.0])
     np.testing.assert_array_equal(norm(x), plain(x))
 
 
 @pytest.mark.parametrize(
-    ("kind", "names"), [(NormKind.RMS, {"scale"}), (NormKind.CENTERED_RMS, {"scale"}), (NormKind.LAYER, {"scale", "bias"})]
+    ("kind", "names"),
+    [(NormKind.RMS, {"scale"}), (NormKind.CENTERED_RMS, {"scale"}), (NormKind.LAYER, {"scale", "bias"})],
 )
 def test_norms_of_a_model_are_of_its_kind(kind, names):
     norm = dataclasses.replace(SHAPE, norm_kind=kind).norm(6)
@@ -102,7 +109,8 @@ def test_outputs_into_the_residual_stream_start_smaller_by_depth():
 def test_linear_adds_its_bias_and_computes_in_the_input_dtype():
     linear = Linear(2, 2, std=1.0, bias=True, rngs=nnx.Rngs(params=0))
     assert np.all(linear.bias[...] == 0)
-    linear.weight[...], linear.bias[...] = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([10.0, 20.0])
+    linear.weight[...] = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    linear.bias[...] = jnp.array([10.0, 20.0])
     np.testing.assert_array_equal(linear(jnp.array([[1.0, -1.0]])), [[8.0, 18.0]])
     assert linear(jnp.ones((3, 2), jnp.bfloat16)).dtype == jnp.bfloat16
     assert linear.weight[...].dtype == linear.bias[...].dtype == jnp.float32
@@ -119,7 +127,11 @@ def test_linear_adds_its_bias_and_computes_in_the_input_dtype():
         (Activation.GELU_EXACT, True, 2 * (normal_below(1.0) * 6) + 2 * (-2 * normal_below(-2.0) * 2)),
         (Activation.RELU, True, 2 * (1.0 * 6) + 0.0),
         # Both halves are bounded to 7 in size (here neither is), and one more than the other half is taken.
-        (Activation.CLAMPED_SILU, True, 2 * (1 / (1 + math.exp(-1.702)) * 7) + 2 * (-2 / (1 + math.exp(2 * 1.702)) * 3)),
+        (
+            Activation.CLAMPED_SILU,
+            True,
+            2 * (1 / (1 + math.exp(-1.702)) * 7) + 2 * (-2 / (1 + math.exp(2 * 1.702)) * 3),
+        ),
         (Activation.SILU, False, 2 * silu(6.0) + 2 * silu(2.0)),
         (Activation.GELU_EXACT, False, 2 * 6 * normal_below(6.0) + 2 * 2 * normal_below(2.0)),
         (Activation.RELU2, False, 2 * 36.0 + 2 * 4.0),
@@ -129,7 +141,8 @@ def test_mlp_by_hand(activation, gated, expected):
     shape = Shape(embed_dim=1, num_layers=1, norm_eps=1e-6, init_std=0.02, dtype=jnp.float32)
     mlp = MlpConfig(hidden_dim=2, activation=activation, gated=gated).build(shape, rngs=nnx.Rngs(params=0))
     # On x = 2 the gate gives (1, -2), the other projection (6, 2), and the output is twice the sum.
-    mlp.up.weight[...], mlp.down.weight[...] = jnp.array([[3.0, 1.0]]), jnp.array([[2.0], [2.0]])
+    mlp.up.weight[...] = jnp.array([[3.0, 1.0]])
+    mlp.down.weight[...] = jnp.array([[2.0], [2.0]])
     if gated:
         mlp.gate.weight[...] = jnp.array([[0.5, -1.0]])
     y, aux = mlp(jnp.full((1, 1, 1), 2.0), segment_ids=jnp.ones((1, 1), jnp.int32))
@@ -139,7 +152,8 @@ def test_mlp_by_hand(activation, gated, expected):
 
 
 def test_clamped_halves():
-    gate, up = jnp.array([9.0, 9.0, -9.0]), jnp.array([9.0, -9.0, 1.0])
+    gate = jnp.array([9.0, 9.0, -9.0])
+    up = jnp.array([9.0, -9.0, 1.0])
     seven = 7 / (1 + math.exp(-7 * 1.702))
     expected = [seven * 8, seven * -6, -9 / (1 + math.exp(9 * 1.702)) * 2]  # the gate has no bound below
     np.testing.assert_allclose(gated(Activation.CLAMPED_SILU, gate, up), expected, rtol=1e-5)
@@ -168,7 +182,8 @@ def test_embedding_gradient_of_a_frequent_token_is_exact_in_bfloat16():
 
 
 def test_dropout_keeps_the_expectation_at_the_asked_rate():
-    x, key = jnp.full((1000, 100), 3.0), jax.random.key(0)
+    x = jnp.full((1000, 100), 3.0)
+    key = jax.random.key(0)
     y = np.asarray(layers.dropout(x, key, rate=0.2))
     dropped = y == 0
     np.testing.assert_allclose(dropped.mean(), 0.2, atol=0.005)  # four deviations of a mean of 100,000 draws

@@ -1,4 +1,6 @@
-"""LongRoPE selects its divisors by a sequence's own length: what is beside it, rounding, padding and windows change nothing."""
+"""LongRoPE selects its divisors by a sequence's own length: what is beside it, rounding, padding and windows
+change nothing.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,9 @@ from slmjax.sampling.decoding import Continuation
 
 Logprobs = Callable[[list[int]], np.ndarray]
 
-ORIGINAL_CONTEXT, NEW_TOKENS, VOCAB = 40, 25, 257
+ORIGINAL_CONTEXT = 40
+NEW_TOKENS = 25
+VOCAB = 257
 SCALING = LongScaling(short_factors=(1.0,) * 8, long_factors=(4.0,) * 8, original_context=ORIGINAL_CONTEXT)
 MIXERS = (
     AttentionConfig(num_heads=2, head_dim=16, rope_scaling=SCALING),
@@ -28,8 +32,9 @@ MIXERS = (
     LatentAttentionConfig(
         num_heads=2, latent_dim=16, plain_dim=4, rope_dim=16, value_dim=16, rope_scaling=SCALING
     ),
-)  # fmt: skip
-# 10 + 25 tokens stay within the original context, 60 + 25 and 90 + 25 do not. Caches are rounded up to 64 and 128 slots.
+)
+# 10 + 25 tokens stay within the original context, 60 + 25 and 90 + 25 do not. Caches are rounded up to 64 and
+# 128 slots.
 PROMPTS = [np.random.default_rng(length).integers(0, 256, length).tolist() for length in (10, 90, 60)]
 
 
@@ -38,16 +43,23 @@ def loaded() -> Loaded:
     """Weights are large, so that a wrong angle changes the logits by whole nats."""
     stack = (Segment(pattern=tuple(BlockConfig(mixer=mixer, ffn=None) for mixer in MIXERS)),)
     config = ModelConfig(embed_dim=32, stack=stack, context_length=128, vocab_size=VOCAB, vocab_multiple=1)
-    definition, draws = define(config), np.random.default_rng(0)
+    definition = define(config)
+    draws = np.random.default_rng(0)
 
     def draw(path: str, shape: tuple[int, ...]) -> jax.Array:
         return jnp.asarray(path.endswith("scale") + 0.4 * draws.normal(size=shape), jnp.float32)
 
     params = {path: draw(path, leaf.shape) for path, leaf in definition.params.items()}
     return Loaded(
-        config=config, model=definition.merge(params, {}), definition=definition, params=params, buffers={}, path=Path(),
-        step=0, own_tokenizer=None,
-    )  # fmt: skip
+        config=config,
+        model=definition.merge(params, {}),
+        definition=definition,
+        params=params,
+        buffers={},
+        path=Path(),
+        step=0,
+        own_tokenizer=None,
+    )
 
 
 def greedy(loaded: Loaded, prompts: list[list[int]], *, max_tokens: int = NEW_TOKENS) -> list[Continuation]:
@@ -62,7 +74,9 @@ def together(loaded: Loaded) -> list[Continuation]:
 
 @pytest.fixture(scope="module")
 def whole_logprobs(loaded: Loaded) -> Logprobs:
-    """Log-probabilities [T, V] of one sequence without a cache, its document beside another one and padding in a row of 128."""
+    """Log-probabilities [T, V] of one sequence without a cache, its document beside another one and padding
+    in a row of 128.
+    """
 
     @jax.jit
     def compute(tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
@@ -70,21 +84,28 @@ def whole_logprobs(loaded: Loaded) -> Logprobs:
         return jax.nn.log_softmax(losses.logits(output.hidden, output.head)[..., :VOCAB], axis=-1)[0]
 
     def of(sequence: list[int]) -> np.ndarray:
-        length, places = len(sequence), np.arange(128)[None]
+        length = len(sequence)
+        places = np.arange(128)[None]
         tokens = np.pad(sequence, (0, 128 - length))[None]
         segment_ids = np.where(places < length, 1, np.where(places < length + 10, 2, 0))
-        return np.asarray(compute(tokens, segment_ids, places - np.where(segment_ids == 2, length, 0)))[:length]
+        return np.asarray(compute(tokens, segment_ids, places - np.where(segment_ids == 2, length, 0)))[
+            :length
+        ]
 
     return of
 
 
-def test_the_text_of_a_row_does_not_depend_on_the_other_rows(loaded: Loaded, together: list[Continuation]) -> None:
+def test_the_text_of_a_row_does_not_depend_on_the_other_rows(
+    loaded: Loaded, together: list[Continuation]
+) -> None:
     [alone] = greedy(loaded, PROMPTS[:1], max_tokens=20)  # a cache of 32 slots, and of 128 beside the others
     assert alone.tokens == together[0].tokens[:20]
     np.testing.assert_allclose(alone.logprobs, together[0].logprobs[:20], atol=1e-3)
 
 
-def test_cached_logprobs_equal_those_of_the_pass_without_a_cache(together: list[Continuation], whole_logprobs: Logprobs) -> None:
+def test_cached_logprobs_equal_those_of_the_pass_without_a_cache(
+    together: list[Continuation], whole_logprobs: Logprobs
+) -> None:
     for prompt, continued in zip(PROMPTS, together, strict=True):
         rows = whole_logprobs([*prompt, *continued.tokens])[len(prompt) - 1 : -1]
         assert continued.tokens == np.argmax(rows, axis=-1).tolist()
@@ -94,7 +115,8 @@ def test_cached_logprobs_equal_those_of_the_pass_without_a_cache(together: list[
 
 def test_likelihoods_do_not_depend_on_padding(loaded: Loaded, whole_logprobs: Logprobs) -> None:
     """A sequence of 35 tokens is padded to 64."""
-    context, continuation = PROMPTS[1][:7], PROMPTS[1][7:36]
+    context = PROMPTS[1][:7]
+    continuation = PROMPTS[1][7:36]
     rows = whole_logprobs([*context, *continuation])[6:-1]
     [found] = evaluation.log_likelihoods(loaded, [(context, continuation)], batch_size=1)
     np.testing.assert_allclose(found.logprob, rows[np.arange(29), continuation].sum(), rtol=1e-4)

@@ -1,4 +1,6 @@
-"""Released models have as many parameters as were published, and as Hugging Face's classes count for the same config.json."""
+"""Released models have as many parameters as were published, and as Hugging Face's classes count for the same
+config.json.
+"""
 
 from typing import Any
 
@@ -13,7 +15,8 @@ from slmjax.models.canonical_form import canonical
 from slmjax.models.mixers.attention import AttentionConfig
 from slmjax.models.zoo import RELEASED, describe
 
-# Parameters as transformers counts them, tied tables once (`test_transformers_agrees`), and the rounded number of page or paper.
+# Parameters as transformers counts them, tied tables once (`test_transformers_agrees`), and the rounded
+# number of page or paper.
 COUNTS = {
     "gpt2_124m": (124_439_808, "124M"),
     "gpt2_355m": (354_823_168, "355M"),
@@ -46,7 +49,13 @@ COUNTS = {
     "granite4_micro": (3_402_836_480, "3.4B"),
 }
 # What pages say of parameters beside the tables.
-NON_EMBEDDING = {"qwen2_5_0_5b": 0.36e9, "qwen2_5_1_5b": 1.31e9, "qwen2_5_3b": 2.77e9, "qwen3_0_6b": 0.44e9, "gemma3_270m": 100e6}
+NON_EMBEDDING = {
+    "qwen2_5_0_5b": 0.36e9,
+    "qwen2_5_1_5b": 1.31e9,
+    "qwen2_5_3b": 2.77e9,
+    "qwen3_0_6b": 0.44e9,
+    "gemma3_270m": 100e6,
+}
 
 
 def test_every_released_model_is_counted() -> None:
@@ -55,9 +64,11 @@ def test_every_released_model_is_counted() -> None:
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_published_parameter_counts(name: str) -> None:
-    summary, (exact, rounded) = describe(RELEASED[name]()), COUNTS[name]
+    summary = describe(RELEASED[name]())
+    (exact, rounded) = COUNTS[name]
     assert summary.parameters == exact
-    unit, places = {"M": 1e6, "B": 1e9}[rounded[-1]], len(rounded[:-1].partition(".")[2])
+    unit = {"M": 1e6, "B": 1e9}[rounded[-1]]
+    places = len(rounded[:-1].partition(".")[2])
     # Papers cut off as often as they round.
     assert abs(exact / unit - float(rounded[:-1])) < 10**-places
     assert (summary.active_parameters == exact) == (name != "olmoe_1b_7b")
@@ -81,19 +92,44 @@ def windows(name: str) -> list[int | None]:
 def test_patterns_of_layers() -> None:
     assert windows("gemma3_1b") == ([512] * 5 + [None]) * 4 + [512] * 2
     assert windows("gemma2_2b") == [4096, None] * 13
-    assert [(len(segment.pattern), segment.repeats) for segment in RELEASED["gemma3_1b"]().stack] == [(6, 4), (1, 2)]
+    assert [(len(segment.pattern), segment.repeats) for segment in RELEASED["gemma3_1b"]().stack] == [
+        (6, 4),
+        (1, 2),
+    ]
     assert [mixer.rope_base for mixer in mixers("smollm3_3b")] == [5e6, 5e6, 5e6, None] * 9
 
 
 # What config.json of the released OLMoE-1B-7B says, written down by hand.
 OLMOE: dict[str, Any] = {
-    "architectures": ["OlmoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None, "eos_token_id": 50_279,
-    "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 1024, "max_position_embeddings": 4096,
-    "model_type": "olmoe", "norm_topk_prob": False, "num_attention_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
-    "num_hidden_layers": 16, "num_key_value_heads": 16, "output_router_logits": False, "pad_token_id": 1, "rms_norm_eps": 1e-5,
-    "rope_scaling": None, "rope_theta": 10_000.0, "router_aux_loss_coef": 0.01, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-    "transformers_version": "4.43.0.dev0", "use_cache": True, "vocab_size": 50_304,
-}  # fmt: skip
+    "architectures": ["OlmoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "clip_qkv": None,
+    "eos_token_id": 50_279,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 1024,
+    "max_position_embeddings": 4096,
+    "model_type": "olmoe",
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 16,
+    "output_router_logits": False,
+    "pad_token_id": 1,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": None,
+    "rope_theta": 10_000.0,
+    "router_aux_loss_coef": 0.01,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.0.dev0",
+    "use_cache": True,
+    "vocab_size": 50_304,
+}
 
 
 def read_olmoe(keys: dict[str, Any]) -> ModelConfig:
@@ -107,23 +143,39 @@ def test_a_released_configuration_is_the_model_of_that_name() -> None:
     """With all keys, and with those alone that say what is not the default of the library."""
     wanted = canonical(RELEASED["olmoe_1b_7b"]())
     assert canonical(read_olmoe(OLMOE)) == wanted
-    said = ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "vocab_size")
+    said = (
+        "hidden_size",
+        "intermediate_size",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "vocab_size",
+    )
     assert canonical(read_olmoe({name: OLMOE[name] for name in said})) == wanted
 
 
 def test_what_olmoe_cannot_say_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"clip_qkv is 8.0, which would change the result: only absent is understood"):
+    with pytest.raises(
+        ConfigError, match=r"clip_qkv is 8.0, which would change the result: only absent is understood"
+    ):
         read_olmoe(OLMOE | {"clip_qkv": 8.0})
-    with pytest.raises(Inexpressible, match=r"its width, 2048, has to be that of its 16 heads together, 1024"):
+    with pytest.raises(
+        Inexpressible, match=r"its width, 2048, has to be that of its 16 heads together, 1024"
+    ):
         olmoe.HF.write(read_olmoe(OLMOE | {"head_dim": 64}))
 
 
-# Against transformers ---------------------------------------------------------------------------------------------------
+# Against transformers ---------------------------------------------------------------------------------------
 LLAMA = {"model_type": "llama", "tie_word_embeddings": True}
 MOBILELLM = {**LLAMA, "vocab_size": 32_000}  # a class of its own, alike but for the names
 QWEN = {"vocab_size": 151_936, "tie_word_embeddings": True}
 GEMMA3 = {"model_type": "gemma3_text", "head_dim": 256, "vocab_size": 262_144}
-GRANITE = {"num_hidden_layers": 40, "intermediate_size": 8192, "num_key_value_heads": 8, "tie_word_embeddings": True}
+GRANITE = {
+    "num_hidden_layers": 40,
+    "intermediate_size": 8192,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": True,
+}
 
 
 def sizes(layers: int, width: int, heads: int, kv_heads: int, hidden: int) -> dict[str, int]:
@@ -142,7 +194,12 @@ CONFIGS = {
     "smollm2_135m": {**LLAMA, "vocab_size": 49_152, **sizes(30, 576, 9, 3, 1536)},
     "smollm2_360m": {**LLAMA, "vocab_size": 49_152, **sizes(32, 960, 15, 5, 2560)},
     "smollm2_1_7b": {**LLAMA, "vocab_size": 49_152, **sizes(24, 2048, 32, 32, 8192)},
-    "smollm3_3b": {"model_type": "smollm3", "vocab_size": 128_256, "tie_word_embeddings": True, **sizes(36, 2048, 16, 4, 11_008)},
+    "smollm3_3b": {
+        "model_type": "smollm3",
+        "vocab_size": 128_256,
+        "tie_word_embeddings": True,
+        **sizes(36, 2048, 16, 4, 11_008),
+    },
     "mobilellm_125m": {**MOBILELLM, **sizes(30, 576, 9, 3, 1536)},
     "mobilellm_350m": {**MOBILELLM, **sizes(32, 960, 15, 5, 2560)},
     "mobilellm_600m": {**MOBILELLM, **sizes(40, 1152, 18, 6, 3072)},
@@ -156,16 +213,43 @@ CONFIGS = {
     "qwen3_0_6b": {"model_type": "qwen3", **QWEN, **sizes(28, 1024, 16, 8, 3072)},
     "qwen3_1_7b": {"model_type": "qwen3", **QWEN, **sizes(28, 2048, 16, 8, 6144)},
     "qwen3_4b": {"model_type": "qwen3", **QWEN, **sizes(36, 2560, 32, 8, 9728)},
-    "gemma2_2b": {"model_type": "gemma2", "vocab_size": 256_000, "head_dim": 256, **sizes(26, 2304, 8, 4, 9216)},
+    "gemma2_2b": {
+        "model_type": "gemma2",
+        "vocab_size": 256_000,
+        "head_dim": 256,
+        **sizes(26, 2304, 8, 4, 9216),
+    },
     "gemma3_270m": {**GEMMA3, **sizes(18, 640, 4, 1, 2048), "sliding_window": 512},
     "gemma3_1b": {**GEMMA3, **sizes(26, 1152, 4, 1, 6912), "sliding_window": 512},
     "gemma3_4b": {**GEMMA3, "vocab_size": 262_208, **sizes(34, 2560, 8, 4, 10_240), "sliding_window": 1024},
     "olmo2_1b": {"model_type": "olmo2", "vocab_size": 100_352, **sizes(16, 2048, 16, 16, 8192)},
-    "olmoe_1b_7b": {"model_type": "olmoe", "vocab_size": 50_304, "num_experts": 64, **sizes(16, 2048, 16, 16, 1024)},
+    "olmoe_1b_7b": {
+        "model_type": "olmoe",
+        "vocab_size": 50_304,
+        "num_experts": 64,
+        **sizes(16, 2048, 16, 16, 1024),
+    },
     "phi3_mini": {"model_type": "phi3", "sliding_window": 2047},
-    "phi4_mini": {"model_type": "phi3", "vocab_size": 200_064, "tie_word_embeddings": True, **sizes(32, 3072, 24, 8, 8192)},
-    "granite3_3_2b": {"model_type": "granite", "vocab_size": 49_159, **GRANITE, "hidden_size": 2048, "num_attention_heads": 32},
-    "granite4_micro": {"model_type": "granite", "vocab_size": 100_352, **GRANITE, "hidden_size": 2560, "num_attention_heads": 40},
+    "phi4_mini": {
+        "model_type": "phi3",
+        "vocab_size": 200_064,
+        "tie_word_embeddings": True,
+        **sizes(32, 3072, 24, 8, 8192),
+    },
+    "granite3_3_2b": {
+        "model_type": "granite",
+        "vocab_size": 49_159,
+        **GRANITE,
+        "hidden_size": 2048,
+        "num_attention_heads": 32,
+    },
+    "granite4_micro": {
+        "model_type": "granite",
+        "vocab_size": 100_352,
+        **GRANITE,
+        "hidden_size": 2560,
+        "num_attention_heads": 40,
+    },
 }
 
 
@@ -184,17 +268,28 @@ def test_transformers_agrees(name: str) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == COUNTS[name][0]
     # Where the class knows which layers have windows or no positions, they are the same ones.
     if theirs.model_type.startswith("gemma") or name == "phi3_mini":
-        full = [kind == "full_attention" for kind in getattr(theirs, "layer_types", ["sliding"] * len(mixers(name)))]
+        full = [
+            kind == "full_attention"
+            for kind in getattr(theirs, "layer_types", ["sliding"] * len(mixers(name)))
+        ]
         assert windows(name) == [None if sees_all else theirs.sliding_window for sees_all in full]
     if name == "smollm3_3b":
         assert [int(mixer.rope_base is not None) for mixer in mixers(name)] == theirs.no_rope_layers
 
 
 ARCHITECTURES = {
-    "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "smollm3": "SmolLM3ForCausalLM", "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM", "olmo2": "Olmo2ForCausalLM",
-    "olmoe": "OlmoeForCausalLM", "phi3": "Phi3ForCausalLM", "granite": "GraniteForCausalLM",
-}  # fmt: skip
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+}
 
 
 @pytest.mark.nightly
@@ -219,19 +314,33 @@ def test_llama_scaling_and_longrope_are_those_of_transformers() -> None:
 
     llama3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     long = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": list(PHI4_MINI_FACTORS)}
-    shared: dict[str, Any] = {"hidden_size": 3072, "num_attention_heads": 24, "max_position_embeddings": 131_072}
+    shared: dict[str, Any] = {
+        "hidden_size": 3072,
+        "num_attention_heads": 24,
+        "max_position_embeddings": 131_072,
+    }
     cases = {
-        "llama3_2_3b": LlamaConfig(**shared, rope_parameters={**llama3, "rope_theta": 5e5, "original_max_position_embeddings": 8192}),
+        "llama3_2_3b": LlamaConfig(
+            **shared, rope_parameters={**llama3, "rope_theta": 5e5, "original_max_position_embeddings": 8192}
+        ),
         "phi4_mini": Phi3Config(
             **shared,
             original_max_position_embeddings=4096,
-            rope_parameters={**long, "rope_theta": 1e4, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 4096},
+            rope_parameters={
+                **long,
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.75,
+                "original_max_position_embeddings": 4096,
+            },
         ),
     }
     for name, config in cases.items():
-        mixer, rotated = mixers(name)[0], 96 if name == "phi4_mini" else 128
+        mixer = mixers(name)[0]
+        rotated = 96 if name == "phi4_mini" else 128
         assert mixer.rope_base is not None and mixer.rope_scaling is not None
-        expected, magnitude = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, torch.device("cpu"), seq_len=131_072)
+        expected, magnitude = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](
+            config, torch.device("cpu"), seq_len=131_072
+        )
         plain = mixer.rope_base ** (-jnp.arange(0, rotated, 2) / rotated)
         found = mixer.rope_scaling.scaled(plain, mixer.rope_base, jnp.full((1, 1), 5000))
         np.testing.assert_allclose(found[0, 0, 0], expected, rtol=1e-5)

@@ -1,4 +1,6 @@
-"""Rotary positions against angles worked by hand, and their scalings against the formulas of the papers, dim by dim."""
+"""Rotary positions against angles worked by hand, and their scalings against the formulas of the papers, dim
+by dim.
+"""
 
 import math
 
@@ -8,7 +10,14 @@ import numpy as np
 import pytest
 
 from slmjax.models import rope
-from slmjax.models.rope import LinearScaling, Llama3Scaling, LongScaling, YarnScaling, document_lengths, sequence_lengths
+from slmjax.models.rope import (
+    LinearScaling,
+    Llama3Scaling,
+    LongScaling,
+    YarnScaling,
+    document_lengths,
+    sequence_lengths,
+)
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 
 rotary = jax.jit(rope.rotary, static_argnames=("base", "rotary_dim", "scaling"))
@@ -22,8 +31,14 @@ def test_rotary_turns_pairs_by_known_angles():
     # Base 100 over 4 dims: pair (0, 2) turns by 1 radian per position, pair (1, 3) by a tenth of one.
     x = np.array([1.0, 2.0, 3.0, 4.0], np.float32).reshape(1, 1, 1, 4)
     y = rotary(x, np.array([[2]]), base=100.0)
-    cos, sin = [math.cos(2.0), math.cos(0.2)], [math.sin(2.0), math.sin(0.2)]
-    expected = [1 * cos[0] - 3 * sin[0], 2 * cos[1] - 4 * sin[1], 3 * cos[0] + 1 * sin[0], 4 * cos[1] + 2 * sin[1]]
+    cos = [math.cos(2.0), math.cos(0.2)]
+    sin = [math.sin(2.0), math.sin(0.2)]
+    expected = [
+        1 * cos[0] - 3 * sin[0],
+        2 * cos[1] - 4 * sin[1],
+        3 * cos[0] + 1 * sin[0],
+        4 * cos[1] + 2 * sin[1],
+    ]
     np.testing.assert_allclose(y.ravel(), expected, rtol=1e-6)
 
 
@@ -33,7 +48,8 @@ def test_rotary_at_position_zero_is_the_identity():
 
 
 def test_partial_rotary_turns_the_first_dims_alone():
-    x, positions = draw(2, 5, 3, 8), np.array([range(5), range(5)])
+    x = draw(2, 5, 3, 8)
+    positions = np.array([range(5), range(5)])
     y = np.asarray(rotary(x, positions, base=50.0, rotary_dim=4))
     np.testing.assert_array_equal(y[..., 4:], x[..., 4:])
     np.testing.assert_allclose(y[..., :4], rotary(x[..., :4], positions, base=50.0), rtol=1e-6)
@@ -43,7 +59,10 @@ def test_rotary_products_depend_on_distance_alone():
     query, key = draw(2, 1, 1, 1, 16)
 
     def product(query_position, key_position):
-        turned = (np.asarray(rotary(x, np.array([[p]]), base=1e4)) for x, p in ((query, query_position), (key, key_position)))
+        turned = (
+            np.asarray(rotary(x, np.array([[p]]), base=1e4))
+            for x, p in ((query, query_position), (key, key_position))
+        )
         return np.sum(next(turned) * next(turned))
 
     np.testing.assert_allclose(product(5, 2), product(105, 102), rtol=1e-4)
@@ -59,10 +78,14 @@ def test_rotary_angles_are_float32_for_bfloat16_inputs():
     np.testing.assert_allclose(y.astype(jnp.float32).ravel(), expected, rtol=2**-8)
 
 
-# Scalings -------------------------------------------------------------------------------------------------------------
+# Scalings ---------------------------------------------------------------------------------------------------
 def frequencies(scaling, *, base, num_rotated, length=1):
-    """The frequency of each pair and the magnitude, as position 1 of a sequence shows them on unit vectors."""
-    x = jnp.concatenate([jnp.ones((1, 1, 1, num_rotated // 2)), jnp.zeros((1, 1, 1, num_rotated // 2))], axis=-1)
+    """The frequency of each pair and the magnitude, as position 1 of a sequence shows them on unit
+    vectors.
+    """
+    x = jnp.concatenate(
+        [jnp.ones((1, 1, 1, num_rotated // 2)), jnp.zeros((1, 1, 1, num_rotated // 2))], axis=-1
+    )
     lengths = jnp.full((1, 1), length)
     y = np.asarray(rotary(x, jnp.ones((1, 1), int), base=base, scaling=scaling, lengths=lengths)).ravel()
     cos, sin = np.split(y, 2)
@@ -76,18 +99,33 @@ def test_linear_scaling_divides_all_angles():
 
 
 def test_llama3_scaling_keeps_short_waves_and_divides_long_ones():
-    # In 200 tokens, a wave of frequency f makes 200 f / 2 pi turns: 31.8, 10.1, 3.18, 1.01, 0.32 for base 10 ** 2.5 over 10 dims.
-    scaling = Llama3Scaling(factor=4.0, original_context=200, low_frequency_factor=1.0, high_frequency_factor=4.0)
+    # In 200 tokens, a wave of frequency f makes 200 f / 2 pi turns: 31.8, 10.1, 3.18, 1.01, 0.32 for base 10
+    # ** 2.5 over 10 dims.
+    scaling = Llama3Scaling(
+        factor=4.0, original_context=200, low_frequency_factor=1.0, high_frequency_factor=4.0
+    )
     found, _ = frequencies(scaling, base=10**2.5, num_rotated=10, length=2)
     plain = 10 ** -np.arange(0, 2.5, 0.5)
     share = (200 * plain / (2 * math.pi) - 1) / 3
-    expected = [1.0, plain[1], *(plain[i] / 4 * (1 - share[i]) + plain[i] * share[i] for i in (2, 3)), plain[4] / 4]
+    expected = [
+        1.0,
+        plain[1],
+        *(plain[i] / 4 * (1 - share[i]) + plain[i] * share[i] for i in (2, 3)),
+        plain[4] / 4,
+    ]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("whole", "first", "last"), [(True, 1, 4), (False, None, None)])
 def test_yarn_scaling_passes_linearly_between_dims(whole, first, last):
-    scaling = YarnScaling(factor=10.0, original_context=628, fast_turns=32.0, slow_turns=1.0, whole_dims=whole, attention_factor=1.5)
+    scaling = YarnScaling(
+        factor=10.0,
+        original_context=628,
+        fast_turns=32.0,
+        slow_turns=1.0,
+        whole_dims=whole,
+        attention_factor=1.5,
+    )
     found, magnitude = frequencies(scaling, base=100.0, num_rotated=8, length=2)
     plain = 100.0 ** (-np.arange(4) / 4)
 
@@ -101,7 +139,9 @@ def test_yarn_scaling_passes_linearly_between_dims(whole, first, last):
 
 
 def test_long_scaling_goes_by_the_length_of_each_document():
-    scaling = LongScaling(short_factors=(1.0, 2.0), long_factors=(3.0, 40.0), original_context=4, attention_factor=1.25)
+    scaling = LongScaling(
+        short_factors=(1.0, 2.0), long_factors=(3.0, 40.0), original_context=4, attention_factor=1.25
+    )
     short, magnitude = frequencies(scaling, base=100.0, num_rotated=4, length=4)
     long, _ = frequencies(scaling, base=100.0, num_rotated=4, length=5)
     np.testing.assert_allclose(short, [1.0, 0.05], rtol=1e-5)

@@ -1,4 +1,6 @@
-"""Rotated dims are a whole number: of files of earlier versions, of transformers' share of a head and of GGUF's count."""
+"""Rotated dims are a whole number: of files of earlier versions, of transformers' share of a head and of
+GGUF's count.
+"""
 
 import functools
 import json
@@ -39,7 +41,7 @@ def first_mixer(config: ModelConfig) -> AttentionConfig:
     return mixer
 
 
-# Files of earlier versions --------------------------------------------------------------------------------------------
+# Files of earlier versions ----------------------------------------------------------------------------------
 def older(config: ModelConfig, fraction: Any) -> str:
     """model.json as it was written when configs had a `rope_fraction`."""
     data = to_json(config)
@@ -51,10 +53,20 @@ def older(config: ModelConfig, fraction: Any) -> str:
 
 @pytest.mark.parametrize(
     ("head_dim", "fraction", "expected"),
-    [(None, 1.0, None), (None, 0.5, 10), (None, 0.35, 6), (20, 0.75, 14), (8, 0.25, 2), (10, 0.5, 4), (7, 1.0, None)],
+    [
+        (None, 1.0, None),
+        (None, 0.5, 10),
+        (None, 0.35, 6),
+        (20, 0.75, 14),
+        (8, 0.25, 2),
+        (10, 0.5, 4),
+        (7, 1.0, None),
+    ],
 )
 def test_a_share_of_earlier_versions_means_what_it_meant(head_dim, fraction, expected, caplog) -> None:
-    """They rotated 2 * int(head_dim * rope_fraction / 2) dims; heads are 40 / 2 wide where `head_dim` does not say."""
+    """They rotated 2 * int(head_dim * rope_fraction / 2) dims; heads are 40 / 2 wide where `head_dim` does
+    not say.
+    """
     with caplog.at_level(logging.INFO, logger="slmjax"):
         mixer = first_mixer(loads(ModelConfig, older(model(head_dim=head_dim), fraction)))
     assert mixer.rotary_dim == expected
@@ -64,19 +76,30 @@ def test_a_share_of_earlier_versions_means_what_it_meant(head_dim, fraction, exp
 
 
 def test_a_share_that_cannot_be_read_is_refused() -> None:
-    alone = {name: value for name, value in to_json(AttentionConfig(num_heads=2)).items() if name != "rotary_dim"}
+    alone = {
+        name: value for name, value in to_json(AttentionConfig(num_heads=2)).items() if name != "rotary_dim"
+    }
     assert from_json(AttentionConfig, {**alone, "rope_fraction": 0.5, "head_dim": 8}).rotary_dim == 4
     assert from_json(AttentionConfig, {**alone, "rope_fraction": 0.5, "rope_base": None}).rotary_dim is None
     with pytest.raises(ConfigError, match="needs head_dim: set rotary_dim instead"):
         from_json(AttentionConfig, {**alone, "rope_fraction": 0.5})
     with pytest.raises(ConfigError, match=r"mixer: rope_fraction must lie between 0 and 1, got 1.5"):
-        from_json(BlockConfig, {**to_json(BlockConfig(mixer=AttentionConfig(num_heads=2), ffn=None)),
-                                "mixer": {**alone, "rope_fraction": 1.5}})  # fmt: skip
+        from_json(
+            BlockConfig,
+            {
+                **to_json(BlockConfig(mixer=AttentionConfig(num_heads=2), ffn=None)),
+                "mixer": {**alone, "rope_fraction": 1.5},
+            },
+        )
 
 
 def test_fingerprints_are_those_of_earlier_versions() -> None:
     """So that a study goes on with the members that were trained before."""
-    before = {name: value for name, value in to_json(AttentionConfig(num_heads=2, head_dim=8)).items() if name != "rotary_dim"}
+    before = {
+        name: value
+        for name, value in to_json(AttentionConfig(num_heads=2, head_dim=8)).items()
+        if name != "rotary_dim"
+    }
     for rotated, fraction in ((None, 1.0), (4, 0.5)):
         found = fingerprint(AttentionConfig(num_heads=2, head_dim=8, rotary_dim=rotated))
         assert found == fingerprint({**before, "rope_fraction": fraction})
@@ -85,20 +108,34 @@ def test_fingerprints_are_those_of_earlier_versions() -> None:
     assert fingerprint(config) == fingerprint(json.loads(older(config, 0.5)))
 
 
-# Hugging Face ---------------------------------------------------------------------------------------------------------
+# Hugging Face -----------------------------------------------------------------------------------------------
 def phi3(**keys: Any) -> dict[str, Any]:
-    sizes = {"vocab_size": 32, "hidden_size": 40, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": 32,
+        "hidden_size": 40,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     return {**sizes, "num_key_value_heads": 2, **keys}
 
 
 def test_an_odd_number_of_dims_is_rotated_as_in_transformers() -> None:
-    """int(20 * 0.35) = 7 dims have the frequencies 10000 ** (-2i / 7) for i = 0, 1, 2, 3, of 8 dims in pairs i and i + 4."""
+    """int(20 * 0.35) = 7 dims have the frequencies 10000 ** (-2i / 7) for i = 0, 1, 2, 3, of 8 dims in pairs
+    i and i + 4.
+    """
     mixer = first_mixer(read_settings(PHI3, phi3(partial_rotary_factor=0.35), where="config.json"))
     assert mixer.rotary_dim == 8 and mixer.rope_base == pytest.approx(10_000.0 ** (8 / 7))
-    x, position = np.random.default_rng(0).normal(size=(1, 1, 1, 20)).astype(np.float32), 5
-    angles = position * np.array([1.0, 7.1969e-02, 5.1795e-03, 3.7276e-04])  # inv_freq as transformers prints it
+    x = np.random.default_rng(0).normal(size=(1, 1, 1, 20)).astype(np.float32)
+    position = 5
+    angles = position * np.array(
+        [1.0, 7.1969e-02, 5.1795e-03, 3.7276e-04]
+    )  # inv_freq as transformers prints it
     first, second, kept = np.split(x.ravel(), [4, 8])
-    turned = [first * np.cos(angles) - second * np.sin(angles), second * np.cos(angles) + first * np.sin(angles)]
+    turned = [
+        first * np.cos(angles) - second * np.sin(angles),
+        second * np.cos(angles) + first * np.sin(angles),
+    ]
     settings = {"base": mixer.rope_base, "rotary_dim": mixer.rotary_dim}
     found = jax.jit(functools.partial(rotary, **settings))(x, np.array([[position]]))
     np.testing.assert_allclose(np.ravel(found), np.concatenate([*turned, kept]), atol=2e-4)
@@ -115,7 +152,10 @@ def test_an_odd_number_of_dims_is_rotated_as_in_transformers() -> None:
                 "partial_rotary_factor": 0.35,
                 "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
             },
-            r"rotates 7, an odd number, which transformers does not compute with scaled frequencies \(LongScaling\)",
+            (
+                r"rotates 7, an odd number, which transformers does not compute with scaled frequencies "
+                r"\(LongScaling\)"
+            ),
         ),
         (
             {
@@ -139,16 +179,22 @@ def test_every_number_of_dims_survives_the_share_that_is_written() -> None:
     assert int(44 * (30 / 44)) == 29 and hf_settings.rotary_factor(30, 44) == math.nextafter(30 / 44, 1.0)
 
 
-# GGUF -----------------------------------------------------------------------------------------------------------------
+# GGUF -------------------------------------------------------------------------------------------------------
 def gguf_rope(head_dim: int, count: Any) -> dict[str, Any]:
-    return gguf_settings.read_rope(Settings({"rope.dimension_count": count, "context_length": 64}, where="file"), head_dim=head_dim)
+    return gguf_settings.read_rope(
+        Settings({"rope.dimension_count": count, "context_length": 64}, where="file"), head_dim=head_dim
+    )
 
 
 def test_every_dimension_count_is_read_as_it_stands() -> None:
-    """Heads of 44 with a count of 30 were read as 28: 30 / 44 * 44 / 2 is below 15 in float64, as in 1,087 pairs up to 512."""
+    """Heads of 44 with a count of 30 were read as 28: 30 / 44 * 44 / 2 is below 15 in float64, as in 1,087
+    pairs up to 512.
+    """
     assert gguf_rope(44, 30)["rotary_dim"] == 30
     pairs = [(head_dim, count) for head_dim in range(2, 513, 2) for count in range(2, head_dim, 2)]
-    lost = [(head_dim, count) for head_dim, count in pairs if 2 * int(head_dim * (count / head_dim) / 2) != count]
+    lost = [
+        (head_dim, count) for head_dim, count in pairs if 2 * int(head_dim * (count / head_dim) / 2) != count
+    ]
     assert len(lost) == 1087
     for head_dim, count in lost:
         assert gguf_rope(head_dim, count)["rotary_dim"] == count
@@ -157,7 +203,9 @@ def test_every_dimension_count_is_read_as_it_stands() -> None:
 
 @pytest.mark.parametrize("count", [29, 0, 46, 30.0, -2])
 def test_counts_that_cannot_be_computed_are_refused_on_reading(count) -> None:
-    with pytest.raises(ConfigError, match=r"rope.dimension_count is .*even, at least 2 and at most the dims of a head, 44"):
+    with pytest.raises(
+        ConfigError, match=r"rope.dimension_count is .*even, at least 2 and at most the dims of a head, 44"
+    ):
         gguf_rope(44, count)
 
 
@@ -177,9 +225,11 @@ def test_rotated_dims_are_written_as_they_are() -> None:
         first_mixer(model(rope_scaling=scaling)).resolved_rotary_dim(model().layer_shape())
 
 
-# Students of wider models ---------------------------------------------------------------------------------------------
+# Students of wider models -----------------------------------------------------------------------------------
 def test_a_default_and_its_value_are_the_same_setting(caplog: pytest.LogCaptureFixture) -> None:
-    plain, written, other = (define(model(**more)) for more in ({}, {"rotary_dim": 20, "scale": 20**-0.5}, {"rotary_dim": 4}))
+    plain, written, other = (
+        define(model(**more)) for more in ({}, {"rotary_dim": 20, "scale": 20**-0.5}, {"rotary_dim": 4})
+    )
     with caplog.at_level(logging.WARNING):
         student_cuts(plain, written, chosen=(0,))
         student_cuts(written, plain, chosen=(0,))

@@ -15,11 +15,14 @@ from slmjax.models.zoo import ARCHITECTURES, Summary, describe
 
 def test_sizes_of_our_own() -> None:
     nano, moe, window = (describe(ARCHITECTURES[name]()) for name in ("nano", "nano_moe", "nano_window"))
-    # 2048 x 256; four layers of 2 x 256 x 256 + 2 x 256 x 128 attention, 3 x 256 x 640 MLP, 2 x 256 + 2 x 64 norms; a final norm.
+    # 2048 x 256; four layers of 2 x 256 x 256 + 2 x 256 x 128 attention, 3 x 256 x 640 MLP, 2 x 256 + 2 x 64
+    # norms; a final norm.
     layer = 2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 640 + 2 * 256 + 2 * 64
     assert nano.parameters == 2048 * 256 + 4 * layer + 256 == 3_279_616
     assert window == dataclasses.replace(
-        nano, training_flops_per_token=window.training_flops_per_token, cache_bytes_per_token=window.cache_bytes_per_token
+        nano,
+        training_flops_per_token=window.training_flops_per_token,
+        cache_bytes_per_token=window.cache_bytes_per_token,
     )
     assert window.cache_bytes_per_token == nano.cache_bytes_per_token * (1 + 3 * 64 / 256) / 4
     # Two of eight experts are as wide as nano's layer: a router is all that a token uses besides.
@@ -31,21 +34,36 @@ def test_sizes_of_our_own() -> None:
 
 
 def test_costs_by_hand() -> None:
-    """Width 8; a full layer run twice, then a window layer with 4 experts of which each token uses one; two repeats of both."""
-    full = BlockConfig(mixer=AttentionConfig(num_heads=2, num_kv_heads=1, qk_norm=QkNorm.PER_HEAD), ffn=MlpConfig(hidden_dim=6), passes=2)
-    experts = MoeConfig(num_experts=4, num_selected=1, normalize_weights=False, hidden_dim=5, shared_hidden_dim=3)
+    """Width 8; a full layer run twice, then a window layer with 4 experts of which each token uses one; two
+    repeats of both.
+    """
+    full = BlockConfig(
+        mixer=AttentionConfig(num_heads=2, num_kv_heads=1, qk_norm=QkNorm.PER_HEAD),
+        ffn=MlpConfig(hidden_dim=6),
+        passes=2,
+    )
+    experts = MoeConfig(
+        num_experts=4, num_selected=1, normalize_weights=False, hidden_dim=5, shared_hidden_dim=3
+    )
     window = BlockConfig(mixer=AttentionConfig(num_heads=1, head_dim=6, window=2), ffn=experts)
     config = ModelConfig(
-        embed_dim=8, stack=(Segment(pattern=(full, window), repeats=2),), context_length=4, vocab_size=10, vocab_multiple=8,
+        embed_dim=8,
+        stack=(Segment(pattern=(full, window), repeats=2),),
+        context_length=4,
+        vocab_size=10,
+        vocab_multiple=8,
         head=HeadKind.FREE,
-    )  # fmt: skip
+    )
     tables = 2 * 16 * 8
     full_matrices = 2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 6  # query, output; key, value; gate, up, down
     window_matrices = 4 * 8 * 6 + 8 * 4 + 3 * 8 * 3  # attention; router; shared expert
     one_expert = 3 * 8 * 5
-    norms = 8 + 2 * (2 * 8 + 2 * 4 + 2 * 8)  # final; per repeat two for each layer, and for queries and keys of the first
+    norms = 8 + 2 * (
+        2 * 8 + 2 * 4 + 2 * 8
+    )  # final; per repeat two for each layer, and for queries and keys of the first
     multiplied = 16 * 8 + 2 * (2 * full_matrices + window_matrices + one_expert)
-    # Over four tokens a full layer sees 2.5 on average and a window of two 1.75; two products of 2 FLOPs per head and dim.
+    # Over four tokens a full layer sees 2.5 on average and a window of two 1.75; two products of 2 FLOPs per
+    # head and dim.
     mixing = 2 * (2 * 4 * 2.5 * 2 * 4 + 4 * 1.75 * 1 * 6)
     assert describe(config) == Summary(
         parameters=tables + 2 * (full_matrices + window_matrices + 4 * one_expert) + norms,
@@ -53,13 +71,16 @@ def test_costs_by_hand() -> None:
         embedding_parameters=tables,
         training_flops_per_token=6 * multiplied + 3 * mixing,
         bytes_bf16=2 * (tables + 2 * (full_matrices + window_matrices + 4 * one_expert) + norms),
-        cache_bytes_per_token=2 * (2 * 2 * 4 * 1 * 4 * 2 + 2 * 2 * 1 * 6 * 2) / 4,  # keys and values; slots, heads, dims, bytes
+        cache_bytes_per_token=2
+        * (2 * 2 * 4 * 1 * 4 * 2 + 2 * 2 * 1 * 6 * 2)
+        / 4,  # keys and values; slots, heads, dims, bytes
     )
 
 
 def test_a_tied_head_costs_flops_and_no_parameters() -> None:
     config = ARCHITECTURES["nano"]()
-    tied, free = describe(config), describe(dataclasses.replace(config, head=HeadKind.FREE))
+    tied = describe(config)
+    free = describe(dataclasses.replace(config, head=HeadKind.FREE))
     assert free.parameters == tied.parameters + 2048 * 256
     assert free.training_flops_per_token == tied.training_flops_per_token
 
@@ -71,14 +92,23 @@ def test_the_tokenizer_decides_where_nothing_is_said() -> None:
 
 
 def test_biases_of_experts_and_learned_positions_are_not_multiplied() -> None:
-    """One layer of width 8 with two experts of width 5, both used; a table of 4 positions; biases everywhere."""
+    """One layer of width 8 with two experts of width 5, both used; a table of 4 positions; biases
+    everywhere.
+    """
     experts = MoeConfig(num_experts=2, num_selected=2, hidden_dim=5, bias=True)
     block = BlockConfig(mixer=AttentionConfig(num_heads=1, rope_base=None, sinks=True), ffn=experts)
     config = ModelConfig(
-        embed_dim=8, stack=(Segment(pattern=(block,)),), context_length=4, vocab_size=10, learned_positions=4, norm_kind=NormKind.LAYER
+        embed_dim=8,
+        stack=(Segment(pattern=(block,)),),
+        context_length=4,
+        vocab_size=10,
+        learned_positions=4,
+        norm_kind=NormKind.LAYER,
     )
     matrices = 4 * 8 * 8 + 8 * 2 + 2 * 3 * 8 * 5
-    vectors = 1 + 2 + 2 * (5 + 5 + 8) + 3 * 2 * 8  # sink; biases of router and experts; scales and biases of norms
+    vectors = (
+        1 + 2 + 2 * (5 + 5 + 8) + 3 * 2 * 8
+    )  # sink; biases of router and experts; scales and biases of norms
     found = describe(config)
     assert found.parameters == 10 * 8 + 4 * 8 + matrices + vectors and found.embedding_parameters == 10 * 8
     assert found.training_flops_per_token == 6 * (10 * 8 + matrices) + 3 * 4 * 2.5 * 8

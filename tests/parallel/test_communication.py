@@ -26,7 +26,7 @@ def mixed_mesh():
     return make_mesh(MIXED)
 
 
-# Mesh -----------------------------------------------------------------------------------------------------------------
+# Mesh -------------------------------------------------------------------------------------------------------
 def test_one_axis_takes_the_rest_of_the_devices():
     assert MeshConfig().sizes(8) == {"data": 8, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}
     assert MeshConfig(data=2, fsdp=-1, tensor=2).sizes(8)["fsdp"] == 2
@@ -52,7 +52,7 @@ def test_bad_meshes_say_what_to_change(settings, message):
         make_mesh(MeshConfig(**settings))
 
 
-# Rules ----------------------------------------------------------------------------------------------------------------
+# Rules ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("path", "shape", "spec"),
     [
@@ -92,23 +92,34 @@ def test_an_axis_of_one_device_is_not_named():
 def test_a_matrix_without_a_rule_is_divided_over_fsdp_along_its_largest_dim():
     mesh = mixed_mesh()
     assert partition_spec("layers/0/mixer/convolution", (4, 16), mesh) == PartitionSpec(None, "fsdp")
-    assert partition_spec("segments/0/blocks/0/mixer/convolution", (64, 16, 4), mesh) == PartitionSpec(None, "fsdp", None)
+    assert partition_spec("segments/0/blocks/0/mixer/convolution", (64, 16, 4), mesh) == PartitionSpec(
+        None, "fsdp", None
+    )
     assert partition_spec("layers/0/mixer/convolution", (4, 15), mesh) == PartitionSpec(None, None)
     # A known name with another number of dims is no known weight.
-    assert partition_spec("layers/0/mixer/query/weight", (16, 4, 2), mesh) == PartitionSpec("fsdp", None, None)
+    assert partition_spec("layers/0/mixer/query/weight", (16, 4, 2), mesh) == PartitionSpec(
+        "fsdp", None, None
+    )
 
 
 def test_optimizer_state_lies_where_its_parameters_lie():
-    params = {"embed/table": jax.ShapeDtypeStruct((32, 16), jnp.float32), "final_norm/scale": jax.ShapeDtypeStruct((16,), jnp.float32)}
+    params = {
+        "embed/table": jax.ShapeDtypeStruct((32, 16), jnp.float32),
+        "final_norm/scale": jax.ShapeDtypeStruct((16,), jnp.float32),
+    }
     state = jax.eval_shape(optax.adam(1e-3).init, params)
     state = (state, {"embed/table": {"row_means": jax.ShapeDtypeStruct((32,), jnp.float32)}})
     adam, factored = like_parameters(state, params, mixed_mesh())
-    assert adam[0].mu["embed/table"].spec == adam[0].nu["embed/table"].spec == PartitionSpec(("tensor", "fsdp"), None)
+    assert (
+        adam[0].mu["embed/table"].spec
+        == adam[0].nu["embed/table"].spec
+        == PartitionSpec(("tensor", "fsdp"), None)
+    )
     assert adam[0].mu["final_norm/scale"].spec == PartitionSpec(None)
     assert adam[0].count.spec == factored["embed/table"]["row_means"].spec == PartitionSpec()
 
 
-# Batches --------------------------------------------------------------------------------------------------------------
+# Batches ----------------------------------------------------------------------------------------------------
 def test_rows_of_a_batch_are_divided_over_the_batch_axes():
     rows = np.arange(24, dtype=np.int32).reshape(8, 3)
     placed = place_batch({"tokens": rows, "row_ids": rows[:, 0]}, mixed_mesh())
@@ -123,9 +134,11 @@ def test_rows_that_do_not_divide_are_whole_on_every_device():
     assert placed.sharding.is_fully_replicated
 
 
-# Inside the program ---------------------------------------------------------------------------------------------------
+# Inside the program -----------------------------------------------------------------------------------------
 def collect(x, w):
-    """On each device: a sum over all, the column sums of the batch, a part of a product, and which shard this is."""
+    """On each device: a sum over all, the column sums of the batch, a part of a product, and which shard this
+    is.
+    """
     total = communication.sum_over(jnp.sum(x), "batch", "heads")
     whole = communication.gather(x, "batch", axis=0)
     partial = x @ w  # a partial sum: the contracted dim is divided over heads
@@ -136,9 +149,12 @@ def collect(x, w):
 
 
 def run_collect(x, w):
-    batch, heads = "batch", "heads"
+    batch = "batch"
+    heads = "heads"
     out_dims = ((), (batch, heads), (batch, heads), (batch, None), (None,))
-    return jax.jit(communication.local(collect, in_dims=((batch, heads), (heads, None)), out_dims=out_dims))(x, w)
+    return jax.jit(communication.local(collect, in_dims=((batch, heads), (heads, None)), out_dims=out_dims))(
+        x, w
+    )
 
 
 def operands(rows=8, inner=6):
@@ -146,7 +162,9 @@ def operands(rows=8, inner=6):
     return draw.normal(size=(rows, inner)).astype(np.float32), draw.normal(size=(inner, 4)).astype(np.float32)
 
 
-@pytest.mark.parametrize(("rows", "inner", "divided"), [(8, 6, (True, True)), (6, 6, (False, True)), (8, 5, (True, False))])
+@pytest.mark.parametrize(
+    ("rows", "inner", "divided"), [(8, 6, (True, True)), (6, 6, (False, True)), (8, 5, (True, False))]
+)
 def test_collectives_equal_numpy_on_eight_devices(rows, inner, divided):
     x, w = operands(rows, inner)
     with jax.set_mesh(mixed_mesh()):
@@ -177,7 +195,9 @@ def test_the_gradient_of_a_gathered_weight_is_summed_once():
 
     def loss(x, w):
         def on_device(x, w):
-            return communication.sum_over(jnp.sum(jnp.square(x @ communication.gather(w, "embed", axis=0))), "batch")
+            return communication.sum_over(
+                jnp.sum(jnp.square(x @ communication.gather(w, "embed", axis=0))), "batch"
+            )
 
         return communication.local(on_device, in_dims=(("batch", None), ("embed", None)), out_dims=())(x, w)
 
@@ -199,7 +219,9 @@ def test_constrain_divides_by_logical_dims():
 
 @pytest.mark.parametrize("size", [0, 1, 3, 4, 6, 20])
 def test_a_halo_is_what_lies_before(size):
-    """Of shards of 4 entries: nothing, a part of the neighbour, all of it, more than it, more than there is."""
+    """Of shards of 4 entries: nothing, a part of the neighbour, all of it, more than it, more than there
+    is.
+    """
     x = np.arange(2 * 16 * 3, dtype=np.float32).reshape(2, 16, 3)
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, context=4))
 
@@ -212,7 +234,9 @@ def test_a_halo_is_what_lies_before(size):
         return communication.local(on_device, in_dims=(rows,), out_dims=(rows, rows))(x)
 
     added = min(size, 12)
-    expected = [np.pad(x, [(0, 0), (added, 0), (0, 0)])[:, start : start + added + 4] for start in (0, 4, 8, 12)]
+    expected = [
+        np.pad(x, [(0, 0), (added, 0), (0, 0)])[:, start : start + added + 4] for start in (0, 4, 8, 12)
+    ]
     with jax.set_mesh(mesh):
         extended, before = jax.jit(run)(x)
         gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(run(x)[0]))))(x)
@@ -223,10 +247,12 @@ def test_a_halo_is_what_lies_before(size):
     np.testing.assert_array_equal(gradient, 2 * x * np.asarray(uses, np.float32)[None, :, None])
 
 
-# Parameters ----------------------------------------------------------------------------------------------------------
+# Parameters -------------------------------------------------------------------------------------------------
 def test_parameters_are_initialised_where_they_live_and_alike_on_any_mesh():
     block = BlockConfig(mixer=AttentionConfig(num_heads=4), ffn=None)
-    definition = define(ModelConfig(embed_dim=16, stack=(Segment(pattern=(block,), repeats=2),), vocab_size=32))
+    definition = define(
+        ModelConfig(embed_dim=16, stack=(Segment(pattern=(block,), repeats=2),), vocab_size=32)
+    )
     expected, _ = jax.jit(definition.init)(jax.random.key(0))
     shardings = parameter_shardings(definition.params, mixed_mesh())
     params, _ = jax.jit(definition.init, out_shardings=(shardings, {}))(jax.random.key(0))

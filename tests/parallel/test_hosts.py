@@ -1,4 +1,6 @@
-"""How processes find each other, which rows each reads, and the checksum that shows that they trained on the same ones."""
+"""How processes find each other, which rows each reads, and the checksum that shows that they trained on the
+same ones.
+"""
 
 import subprocess
 import sys
@@ -22,15 +24,20 @@ from slmjax.training.metrics import data_checksum, named_metrics
 
 THREE = {"COORDINATOR": "node0:4321", "RANK": "1", "WORLD": "2"}
 TASK = {
-    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[0-1]", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[0-1]",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
     "SLURM_STEP_NUM_TASKS": "4",
-}  # fmt: skip
+}
 
 
-# How to join ----------------------------------------------------------------------------------------------------------
+# How to join ------------------------------------------------------------------------------------------------
 def variables(**changes) -> Join:
     return Join(
-        meeting=Meeting.VARIABLES, **{"seconds": 300, "coordinator": "node0:4321", "process_index": 1, "process_count": 2} | changes
+        meeting=Meeting.VARIABLES,
+        **{"seconds": 300, "coordinator": "node0:4321", "process_index": 1, "process_count": 2} | changes,
     )
 
 
@@ -40,7 +47,11 @@ def variables(**changes) -> Join:
         ({}, False, None),
         (THREE, False, variables()),
         (THREE | {"LOCAL_RANK": "3"}, False, variables(local_device=3)),
-        (THREE | {"COORDINATOR": "[fd00::1]:80", "SLMJAX_JOIN_SECONDS": "20"}, True, variables(coordinator="[fd00::1]:80", seconds=20)),
+        (
+            THREE | {"COORDINATOR": "[fd00::1]:80", "SLMJAX_JOIN_SECONDS": "20"},
+            True,
+            variables(coordinator="[fd00::1]:80", seconds=20),
+        ),
         (THREE | {"RANK": "0", "WORLD": "1"}, False, variables(process_index=0, process_count=1)),
         (THREE | TASK, False, variables()),  # the user's word counts
         (THREE | {"SLMJAX_DISTRIBUTED": "auto"}, False, variables()),
@@ -51,9 +62,17 @@ def variables(**changes) -> Join:
         (TASK, False, Join(meeting=Meeting.SLURM, seconds=300)),
         (TASK, True, Join(meeting=Meeting.SLURM, seconds=300)),
         (TASK | {"SLURM_STEP_NUM_TASKS": "1"}, False, None),  # srun --pty bash
-        ({name: value for name, value in TASK.items() if "STEP" not in name}, False, None),  # the script of sbatch
+        (
+            {name: value for name, value in TASK.items() if "STEP" not in name},
+            False,
+            None,
+        ),  # the script of sbatch
         ({}, True, Join(meeting=Meeting.TPU, seconds=300)),
-        ({"JAX_PLATFORMS": "tpu,cpu", "SLMJAX_JOIN_SECONDS": "60"}, True, Join(meeting=Meeting.TPU, seconds=60)),
+        (
+            {"JAX_PLATFORMS": "tpu,cpu", "SLMJAX_JOIN_SECONDS": "60"},
+            True,
+            Join(meeting=Meeting.TPU, seconds=60),
+        ),
         ({"JAX_PLATFORMS": "cpu"}, True, None),
     ],
 )
@@ -96,14 +115,20 @@ def test_slurm_that_does_not_say_where_the_others_are() -> None:
         (
             THREE | {"LOCAL_RANK": "1"},
             {
-                "coordinator_address": "node0:4321", "num_processes": 2, "process_id": 1, "local_device_ids": 1,
-                "cluster_detection_method": "deactivate", "initialization_timeout": 330,
+                "coordinator_address": "node0:4321",
+                "num_processes": 2,
+                "process_id": 1,
+                "local_device_ids": 1,
+                "cluster_detection_method": "deactivate",
+                "initialization_timeout": 330,
             },
         ),
         (TASK, {"cluster_detection_method": "slurm", "initialization_timeout": 330}),
     ],
-)  # fmt: skip
-def test_what_jax_is_told(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], expected: dict[str, object]) -> None:
+)
+def test_what_jax_is_told(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], expected: dict[str, object]
+) -> None:
     told = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: told.append(arguments))
     monkeypatch.setattr(hosts, "joined", None)
@@ -118,7 +143,11 @@ def test_what_jax_refuses_is_said_with_what_to_check(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
     with pytest.raises(
-        ValueError, match=r"process 1 of 2 did not meet .*COORDINATOR=node0:4321 \(UNKNOWN: Failed to start RPC server\)\. Chec"
+        ValueError,
+        match=(
+            r"process 1 of 2 did not meet .*COORDINATOR=node0:4321 \(UNKNOWN: Failed to start RPC "
+            r"server\)\. Chec"
+        ),
     ):
         hosts.join(THREE)
     with pytest.raises(ValueError, match="not found through Slurm .*SLMJAX_DISTRIBUTED=off"):
@@ -127,26 +156,37 @@ def test_what_jax_refuses_is_said_with_what_to_check(monkeypatch: pytest.MonkeyP
 
 def test_a_coordinator_that_does_not_answer(user_environment: dict[str, str]) -> None:
     """On a port that no program may listen on by chance: the lowest."""
-    environment = user_environment | {"COORDINATOR": "127.0.0.1:1", "RANK": "1", "WORLD": "2", "SLMJAX_JOIN_SECONDS": "1"}
+    environment = user_environment | {
+        "COORDINATOR": "127.0.0.1:1",
+        "RANK": "1",
+        "WORLD": "2",
+        "SLMJAX_JOIN_SECONDS": "1",
+    }
     command = [sys.executable, "-m", "slmjax", "train", "nano"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: process 1 of 2 did not meet the others at COORDINATOR=127.0.0.1:1 ("), done.stderr
+    assert done.stderr.startswith(
+        "error: process 1 of 2 did not meet the others at COORDINATOR=127.0.0.1:1 ("
+    ), done.stderr
     assert "refused" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_a_run_directory_that_this_host_does_not_see(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(launch, "broadcast_text", lambda _: str(tmp_path / "elsewhere"))
-    with pytest.raises(ValueError, match=r"process 1 does not see .*elsewhere, which process 0 made: give --run\.directory"):
+    with pytest.raises(
+        ValueError, match=r"process 1 does not see .*elsewhere, which process 0 made: give --run\.directory"
+    ):
         launch.new_run(recipes.load_experiment("nano"))
 
 
-# Rows -----------------------------------------------------------------------------------------------------------------
+# Rows -------------------------------------------------------------------------------------------------------
 def fake_mesh(order: list[int], processes_of: int, **sizes: int) -> SimpleNamespace:
     """A mesh of devices in this order, `processes_of` of them to a process."""
     shape = [sizes.get(axis, 1) for axis in AXES]
-    devices = np.array([SimpleNamespace(process_index=number // processes_of) for number in order], dtype=object).reshape(shape)
+    devices = np.array(
+        [SimpleNamespace(process_index=number // processes_of) for number in order], dtype=object
+    ).reshape(shape)
     return SimpleNamespace(devices=devices, axis_names=AXES)
 
 
@@ -155,14 +195,31 @@ def fake_mesh(order: list[int], processes_of: int, **sizes: int) -> SimpleNamesp
     [
         ({"data": 4}, range(4), 2, [[0, 1, 2, 3], [4, 5, 6, 7]]),
         ({"data": 2, "fsdp": 2, "tensor": 2}, range(8), 2, [[0, 1], [2, 3], [4, 5], [6, 7]]),
-        ({"data": 2, "tensor": 2}, range(4), 1, [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7]]),  # tensor spans processes
-        ({"expert": 2, "context": 2, "tensor": 2}, range(8), 2, [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7]]),
+        (
+            {"data": 2, "tensor": 2},
+            range(4),
+            1,
+            [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7]],
+        ),  # tensor spans processes
+        (
+            {"expert": 2, "context": 2, "tensor": 2},
+            range(8),
+            2,
+            [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7]],
+        ),
         ({"context": 4}, range(4), 2, [[*range(8)], [*range(8)]]),
-        ({"data": 4}, [0, 2, 1, 3], 2, [[0, 1, 4, 5], [2, 3, 6, 7]]),  # devices in another order than processes
+        (
+            {"data": 4},
+            [0, 2, 1, 3],
+            2,
+            [[0, 1, 4, 5], [2, 3, 6, 7]],
+        ),  # devices in another order than processes
         ({"data": 3}, range(3), 1, [[*range(8)]] * 3),  # what does not divide is whole everywhere
     ],
 )
-def test_each_process_reads_the_rows_that_its_devices_hold(monkeypatch, sizes, order, per_process, expected) -> None:
+def test_each_process_reads_the_rows_that_its_devices_hold(
+    monkeypatch, sizes, order, per_process, expected
+) -> None:
     mesh = fake_mesh(list(order), per_process, **sizes)
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
     found = [_rows_of(process, owners, mesh.axis_names, 8).tolist() for process in range(len(expected))]
@@ -179,15 +236,24 @@ def test_rows_are_those_that_jax_gives_each_device() -> None:
 
 
 @pytest.mark.parametrize("held", [(0, 1, 2, 3), (1, 3), (2,)])
-def test_shards_are_cut_out_of_the_rows_that_are_here(monkeypatch: pytest.MonkeyPatch, held: tuple[int, ...]) -> None:
-    """As in a process whose devices are those of some shards: rows of the global batch, and columns of the context axis."""
+def test_shards_are_cut_out_of_the_rows_that_are_here(
+    monkeypatch: pytest.MonkeyPatch, held: tuple[int, ...]
+) -> None:
+    """As in a process whose devices are those of some shards: rows of the global batch, and columns of the
+    context axis.
+    """
     mesh = make_mesh(MeshConfig(data=4, context=2))
     rows = np.concatenate([np.arange(8).reshape(4, 2)[shard] for shard in held])
-    whole = {"tokens": np.arange(8 * 6, dtype=np.int32).reshape(8, 6), "row_ids": np.arange(8, dtype=np.int32)}
+    whole = {
+        "tokens": np.arange(8 * 6, dtype=np.int32).reshape(8, 6),
+        "row_ids": np.arange(8, dtype=np.int32),
+    }
     shards: dict[tuple[int, ...], list[np.ndarray]] = {}
 
     def only_here(shape, place, shard) -> jax.Array:
-        own = [index for index in place.devices_indices_map(shape).values() if (index[0].start or 0) // 2 in held]
+        own = [
+            index for index in place.devices_indices_map(shape).values() if (index[0].start or 0) // 2 in held
+        ]
         shards[shape] = [shard(index) for index in own]
         for found, index in zip(shards[shape], own, strict=True):
             np.testing.assert_array_equal(found, whole["tokens" if len(shape) == 2 else "row_ids"][index])
@@ -196,12 +262,14 @@ def test_shards_are_cut_out_of_the_rows_that_are_here(monkeypatch: pytest.Monkey
     monkeypatch.setattr(batches, "rows_here", lambda _, num_rows: rows)
     monkeypatch.setattr(jax, "make_array_from_callback", only_here)
     place_batch({name: array[rows] for name, array in whole.items()}, mesh, num_rows=8)
-    assert [found.shape for found in shards[8, 6]] == [(2, 3)] * (2 * len(held)) and len(shards[(8,)]) == 2 * len(held)
+    assert [found.shape for found in shards[8, 6]] == [(2, 3)] * (2 * len(held)) and len(
+        shards[(8,)]
+    ) == 2 * len(held)
     with pytest.raises(AssertionError, match="3 rows were made"):
         place_batch(np.zeros(3, np.int32), mesh, num_rows=8)
 
 
-# The checksum ---------------------------------------------------------------------------------------------------------
+# The checksum -----------------------------------------------------------------------------------------------
 def checksum_of(row_ids: np.ndarray) -> int:
     """The same, in Python's integers."""
     total = 0
@@ -221,12 +289,22 @@ def test_the_checksum_is_exact_on_any_mesh_and_tells_orders_apart() -> None:
         mesh = make_mesh(MeshConfig(**sizes))
         with jax.set_mesh(mesh):
             assert int(jax.jit(data_checksum)(place_batch(row_ids, mesh))) == expected
-    others = [np.roll(row_ids, 1), np.sort(row_ids), row_ids[:-1], row_ids + 1, np.where(np.arange(16) == 3, 7, row_ids)]
+    others = [
+        np.roll(row_ids, 1),
+        np.sort(row_ids),
+        row_ids[:-1],
+        row_ids + 1,
+        np.where(np.arange(16) == 3, 7, row_ids),
+    ]
     assert len({expected, *(int(data_checksum(jnp.asarray(other))) for other in others)}) == 6
 
 
 def test_the_checksum_is_written_as_the_integer_it_is() -> None:
-    metrics = {"data_checksum": np.uint32(4_000_000_001), "loss": np.float32(1.5), "grad_norms": np.ones(6, np.float32)}
+    metrics = {
+        "data_checksum": np.uint32(4_000_000_001),
+        "loss": np.float32(1.5),
+        "grad_norms": np.ones(6, np.float32),
+    }
     named = named_metrics(zoo.nano(), metrics)
     assert named["data_checksum"] == 4_000_000_001 and isinstance(named["data_checksum"], int)
     assert isinstance(named["loss"], float)

@@ -1,4 +1,6 @@
-"""Whole models on eight devices against one: loss and gradient on meshes of several axes. The rest is what the axes send."""
+"""Whole models on eight devices against one: loss and gradient on meshes of several axes. The rest is what
+the axes send.
+"""
 
 import pytest
 
@@ -18,7 +20,9 @@ def assert_equal_to_one_device(kind, axes):
     assert loss < 1e-6 and gradient < 1e-5, (kind, axes)
 
 
-@pytest.mark.parametrize(("kind", "axes"), [("experts", MIXED), ("dense", CONTEXT), ("experts", EXPERTS), ("latent", LATENT)])
+@pytest.mark.parametrize(
+    ("kind", "axes"), [("experts", MIXED), ("dense", CONTEXT), ("experts", EXPERTS), ("latent", LATENT)]
+)
 def test_a_mesh_of_several_axes_equals_one_device(kind, axes):
     assert_equal_to_one_device(kind, axes)
 
@@ -39,7 +43,9 @@ def test_four_axes_at_once_equal_one_device(kind):
 def test_each_axis_divides_what_it_should():
     params, _ = mesh_equality.parameters("experts")
     mesh = make_mesh(MeshConfig(data=1, **MIXED))
-    shares = {path: leaf.shard_shape(params[path].shape) for path, leaf in parameter_shardings(params, mesh).items()}
+    shares = {
+        path: leaf.shard_shape(params[path].shape) for path, leaf in parameter_shardings(params, mesh).items()
+    }
     assert shares["embed/table"] == (96 // 4, 32)
     assert shares["segments/0/blocks/0/mixer/query/weight"] == (2, 32 // 2, 32 // 2)
     assert shares["segments/0/blocks/0/ffn/experts/up"] == (2, 8 // 2, 32 // 2, 16 // 2)
@@ -50,8 +56,14 @@ def test_each_axis_divides_what_it_should():
 def test_latent_attention_is_divided_by_heads_and_its_latents_are_whole():
     params, _ = mesh_equality.parameters("latent")
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    shares = {path: leaf.shard_shape(params[path].shape) for path, leaf in parameter_shardings(params, mesh).items()}
-    mixer = {path.removeprefix("segments/0/blocks/0/mixer/"): share[1:] for path, share in shares.items() if "/mixer/" in path}
+    shares = {
+        path: leaf.shard_shape(params[path].shape) for path, leaf in parameter_shardings(params, mesh).items()
+    }
+    mixer = {
+        path.removeprefix("segments/0/blocks/0/mixer/"): share[1:]
+        for path, share in shares.items()
+        if "/mixer/" in path
+    }
     assert mixer["query_down/weight"] == (32 // 4, 16) and mixer["query_up/weight"] == (16 // 4, 40 // 2)
     assert mixer["latent_down/weight"] == (32 // 4, 16) and mixer["latent_up/weight"] == (12 // 4, 56 // 2)
     assert mixer["output/weight"] == (32 // 8, 32) and mixer["latent_down/bias"] == (16,)

@@ -1,6 +1,8 @@
-"""Several processes on this machine, as several hosts: one model, stopped, killed, and taken up by others on another mesh.
+"""Several processes on this machine, as several hosts: one model, stopped, killed, and taken up by others on
+another mesh.
 
-They are started as a user starts them, with COORDINATOR, RANK and WORLD. Whatever trains, every step sees the same rows.
+They are started as a user starts them, with COORDINATOR, RANK and WORLD. Whatever trains, every step sees the
+same rows.
 """
 
 import json
@@ -32,7 +34,8 @@ class Hosts:
     """Starts `slmjax train` in one or several processes and waits for them; their output goes to files."""
 
     def __init__(self, directory: Path, environment: dict[str, str]) -> None:
-        self.directory, self.environment = directory, environment
+        self.directory = directory
+        self.environment = environment
 
     def start(self, arguments: str, *, num_processes: int, num_devices: int) -> Processes:
         flags = f"{self.environment['XLA_FLAGS']} --xla_force_host_platform_device_count={num_devices}"
@@ -44,7 +47,16 @@ class Hosts:
         for rank in range(num_processes):
             with self.output_path(rank).open("w") as output:
                 own = environment | ({"RANK": str(rank)} if num_processes > 1 else {})
-                processes.append(subprocess.Popen(command, cwd=self.directory, env=own, stdout=output, stderr=subprocess.STDOUT, text=True))
+                processes.append(
+                    subprocess.Popen(
+                        command,
+                        cwd=self.directory,
+                        env=own,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        text=True,
+                    )
+                )
         return processes
 
     def run(self, arguments: str, *, num_processes: int, num_devices: int) -> list[int]:
@@ -91,18 +103,28 @@ def kill(processes: Processes) -> None:
 
 
 def assert_the_same_training(run: Path, trained: subprocess.CompletedProcess[str], workplace: Path) -> None:
-    """Every step, those that were done twice included, took the rows that one uninterrupted process took, and came to the same loss."""
+    """Every step, those that were done twice included, took the rows that one uninterrupted process took, and
+    came to the same loss.
+    """
     alone = json.loads(trained.stdout)
-    expected = {record["step"]: record for record in read_log(workplace / alone["run_dir"] / "log.jsonl", kind="train")}
+    expected = {
+        record["step"]: record
+        for record in read_log(workplace / alone["run_dir"] / "log.jsonl", kind="train")
+    }
     records = read_log(run / "log.jsonl", kind="train")
     assert {record["step"] for record in records} == set(expected) == set(range(1, 61))
     checksums = {step: record["data_checksum"] for step, record in expected.items()}
-    assert all(isinstance(checksum, int) for checksum in checksums.values()) and len(set(checksums.values())) > 50
+    assert (
+        all(isinstance(checksum, int) for checksum in checksums.values())
+        and len(set(checksums.values())) > 50
+    )
     for record in records:
         assert record["data_checksum"] == checksums[record["step"]], record["step"]
         assert record["tokens"] == expected[record["step"]]["tokens"]
         # Sums over devices are taken in another order, and 60 steps of training carry the difference along.
-        np.testing.assert_allclose(record["loss"], expected[record["step"]]["loss"], rtol=2e-3, err_msg=str(record["step"]))
+        np.testing.assert_allclose(
+            record["loss"], expected[record["step"]]["loss"], rtol=2e-3, err_msg=str(record["step"])
+        )
     result: dict[str, Any] = json.loads((run / "result.json").read_text())
     assert result["tokens"] == alone["tokens"]
     np.testing.assert_allclose(result["bits_per_byte"], alone["bits_per_byte"], rtol=2e-3)
@@ -112,7 +134,9 @@ def test_two_processes_stop_together_are_killed_and_one_goes_on(
     hosts: Hosts, workplace: Path, trained: subprocess.CompletedProcess[str]
 ) -> None:
     """Data order and losses are those of one process, through three meshes."""
-    processes = hosts.start("tiny.py --run.directory together --mesh.data 2 --mesh.fsdp 2", num_processes=2, num_devices=2)
+    processes = hosts.start(
+        "tiny.py --run.directory together --mesh.data 2 --mesh.fsdp 2", num_processes=2, num_devices=2
+    )
     hosts.after_checkpoint(processes, "together/*", 10)
     processes[1].send_signal(signal.SIGTERM)  # to one of them
     assert hosts.finish(processes) == [INTERRUPTED_STATUS] * 2, hosts.output()
@@ -127,7 +151,9 @@ def test_two_processes_stop_together_are_killed_and_one_goes_on(
     assert sum(text.startswith("process 1 of 2, coordinator 127.0.0.1:") for text in texts) == 1
 
     # The tensor axis spans the processes: both read every row.
-    processes = hosts.start(f"--resume {run} --mesh.data 1 --mesh.fsdp 1 --mesh.tensor 4", num_processes=2, num_devices=2)
+    processes = hosts.start(
+        f"--resume {run} --mesh.data 1 --mesh.fsdp 1 --mesh.tensor 4", num_processes=2, num_devices=2
+    )
     at = (stopped["step"] // 10 + 1) * 10
     hosts.after_checkpoint(processes, str(run.relative_to(workplace)), at)
     kill(processes)
@@ -140,8 +166,12 @@ def test_two_processes_stop_together_are_killed_and_one_goes_on(
 
 
 @pytest.mark.nightly
-def test_four_processes_are_killed_and_two_go_on(hosts: Hosts, workplace: Path, trained: subprocess.CompletedProcess[str]) -> None:
-    processes = hosts.start("tiny.py --run.directory four --mesh.data 2 --mesh.tensor 2", num_processes=4, num_devices=1)
+def test_four_processes_are_killed_and_two_go_on(
+    hosts: Hosts, workplace: Path, trained: subprocess.CompletedProcess[str]
+) -> None:
+    processes = hosts.start(
+        "tiny.py --run.directory four --mesh.data 2 --mesh.tensor 2", num_processes=4, num_devices=1
+    )
     hosts.after_checkpoint(processes, "four/*", 20)
     kill(processes)
     (run,) = workplace.glob("four/*")
@@ -152,7 +182,9 @@ def test_four_processes_are_killed_and_two_go_on(hosts: Hosts, workplace: Path, 
 
 
 @pytest.mark.nightly
-def test_two_processes_learn_from_a_teacher(hosts: Hosts, workplace: Path, trained: subprocess.CompletedProcess[str]) -> None:
+def test_two_processes_learn_from_a_teacher(
+    hosts: Hosts, workplace: Path, trained: subprocess.CompletedProcess[str]
+) -> None:
     """The teacher is divided over both, and every step is that of one process."""
     teacher = json.loads(trained.stdout)["run_dir"]
     losses = []
@@ -160,6 +192,8 @@ def test_two_processes_learn_from_a_teacher(hosts: Hosts, workplace: Path, train
         arguments = f"tiny.py --teacher {teacher} --run.directory taught-{number} --run.steps 20 {mesh}"
         assert hosts.run(arguments, num_processes=number, num_devices=number) == [0] * number, hosts.output()
         (run,) = workplace.glob(f"taught-{number}/*")
-        losses.append([(record["loss"], record["divergence"]) for record in read_log(run / "log.jsonl", kind="train")])
+        losses.append(
+            [(record["loss"], record["divergence"]) for record in read_log(run / "log.jsonl", kind="train")]
+        )
     assert losses[0]
     np.testing.assert_allclose(losses[0], losses[1], rtol=2e-3)

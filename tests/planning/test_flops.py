@@ -16,8 +16,16 @@ def shape(*dims: int) -> jax.ShapeDtypeStruct:
 
 def test_products() -> None:
     assert flops.count(lambda x, w: x @ w, shape(3, 5), shape(5, 7)) == 2 * 3 * 5 * 7
-    assert flops.count(lambda x, w: jnp.einsum("bij,bjk->bik", x, w), shape(2, 3, 5), shape(2, 5, 7)) == 2 * 2 * 3 * 5 * 7
-    assert flops.count(lambda x, w, g: jax.lax.ragged_dot(x, w, g), shape(6, 5), shape(3, 5, 7), jnp.zeros(3, jnp.int32)) == 2 * 6 * 5 * 7
+    assert (
+        flops.count(lambda x, w: jnp.einsum("bij,bjk->bik", x, w), shape(2, 3, 5), shape(2, 5, 7))
+        == 2 * 2 * 3 * 5 * 7
+    )
+    assert (
+        flops.count(
+            lambda x, w, g: jax.lax.ragged_dot(x, w, g), shape(6, 5), shape(3, 5, 7), jnp.zeros(3, jnp.int32)
+        )
+        == 2 * 6 * 5 * 7
+    )
     kernel = shape(4, 3, 2, 2)  # out, in, height, width
     convolution = flops.count(lambda x, k: jax.lax.conv(x, k, (1, 1), "VALID"), shape(1, 3, 6, 6), kernel)
     assert convolution == 2 * (4 * 5 * 5) * (3 * 2 * 2)
@@ -32,7 +40,10 @@ def test_loops_count_as_often_as_they_run() -> None:
     nested = lambda x: jax.lax.scan(lambda y, _: (jax.lax.scan(body, y, length=3)[0], None), x, length=5)[0]  # noqa: E731
     assert flops.count(nested, shape(4, 4)) == 15 * once
     assert flops.count(jax.jit(lambda x: jax.checkpoint(lambda y: y @ y)(x)), shape(4, 4)) == once
-    assert flops.count(lambda x: jax.lax.cond(x[0, 0] > 0, lambda y: y @ y @ y, lambda y: y @ y, x), shape(4, 4)) == 2 * once
+    assert (
+        flops.count(lambda x: jax.lax.cond(x[0, 0] > 0, lambda y: y @ y @ y, lambda y: y @ y, x), shape(4, 4))
+        == 2 * once
+    )
     with pytest.raises(ValueError, match="while loop"):
         flops.count(lambda x: jax.lax.while_loop(lambda y: y[0, 0] < 3, lambda y: y @ y, x), shape(4, 4))
 
@@ -54,9 +65,12 @@ def test_a_window_is_linear_and_full_attention_quadratic() -> None:
         return flops.count(mixed, shape(1, length, 2, 16))
 
     windowed = [attention(length, 512) / length for length in (1024, 2048, 4096, 8192)]
-    # At 1024 most tokens have fewer than 512 before them, and blocks of queries see no more than what is there.
+    # At 1024 most tokens have fewer than 512 before them, and blocks of queries see no more than what is
+    # there.
     assert windowed[0] < windowed[1] and windowed[1:] == pytest.approx([windowed[1]] * 3, rel=0.02)
-    assert windowed[3] < 1.3 * 4 * 512 * 2 * 16, "a block sees little beside its window: two products, two heads of 16"
+    assert windowed[3] < 1.3 * 4 * 512 * 2 * 16, (
+        "a block sees little beside its window: two products, two heads of 16"
+    )
     full = [attention(length, None) for length in (1024, 2048, 4096)]
     assert full[2] / full[1] > 3.5, full
 
@@ -72,5 +86,6 @@ def test_a_model_costs_what_its_config_says() -> None:
         return losses.logits(output.hidden, output.head)
 
     found = flops.count(forward, definition.params, tokens) / (2 * config.context_length)
-    # Blocks of queries see some keys that the mask then hides; the config's figure counts only those that are seen.
+    # Blocks of queries see some keys that the mask then hides; the config's figure counts only those that are
+    # seen.
     assert 1.0 < found / (zoo.describe(config).training_flops_per_token / 3) < 1.1

@@ -1,4 +1,6 @@
-"""What programs send, against counts by hand; and that window layers of divided sequences send their halo alone."""
+"""What programs send, against counts by hand; and that window layers of divided sequences send their halo
+alone.
+"""
 
 import functools
 
@@ -43,14 +45,17 @@ def test_loops_count_as_often_as_they_run_and_one_device_sends_nothing():
     def on_device(x):
         def body(x, _):
             return jnp.sin(
-                communication.halo(x, "time", size=2, axis=1)[:, 2:] * communication.halo(x, "time", size=2, axis=1)[:, :-2]
+                communication.halo(x, "time", size=2, axis=1)[:, 2:]
+                * communication.halo(x, "time", size=2, axis=1)[:, :-2]
             ), None
 
         return jax.lax.scan(body, x, length=5)[0]
 
     rows = ("batch", "time", None)
     with jax.set_mesh(mesh):
-        (one,) = sent(communication.local(on_device, in_dims=(rows,), out_dims=rows), np.ones((4, 16, 3), np.float32))
+        (one,) = sent(
+            communication.local(on_device, in_dims=(rows,), out_dims=rows), np.ones((4, 16, 3), np.float32)
+        )
     assert (one.kind, one.times, one.sent_bytes) == ("collective-permute", 5, 5 * 2 * 2 * 3 * 4)
     assert sent(lambda x: x @ x, np.ones((4, 4), np.float32)) == []
 
@@ -59,16 +64,24 @@ def test_a_loop_without_a_known_end_is_refused():
     mesh = make_mesh(MeshConfig(data=8))
 
     def on_device(x):
-        return jax.lax.while_loop(lambda x: communication.sum_over(jnp.sum(x), "batch") < 100.0, lambda x: x * 2, x)
+        return jax.lax.while_loop(
+            lambda x: communication.sum_over(jnp.sum(x), "batch") < 100.0, lambda x: x * 2, x
+        )
 
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="how often its loop runs is not known"):
-        sent(communication.local(on_device, in_dims=(("batch",),), out_dims=("batch",)), np.ones(8, np.float32))
+        sent(
+            communication.local(on_device, in_dims=(("batch",),), out_dims=("batch",)), np.ones(8, np.float32)
+        )
 
 
 @pytest.mark.parametrize(("window", "length", "halo"), [(9, 64, 8), (21, 64, 20), (None, 64, None)])
 def test_a_window_layer_exchanges_its_halo_and_nothing_else(window, length, halo):
-    """Over shards of 16 tokens: a part of the neighbour's, more than the neighbour's, and all keys where there is no window."""
-    heads, head_dim, layers = 2, 8, 3
+    """Over shards of 16 tokens: a part of the neighbour's, more than the neighbour's, and all keys where
+    there is no window.
+    """
+    heads = 2
+    head_dim = 8
+    layers = 3
     attention = AttentionConfig(num_heads=4, num_kv_heads=heads, head_dim=head_dim, window=window)
     stack = (Segment(pattern=(BlockConfig(mixer=attention, ffn=None),), repeats=layers),)
     definition = define(ModelConfig(embed_dim=16, vocab_size=32, stack=stack))
@@ -76,10 +89,13 @@ def test_a_window_layer_exchanges_its_halo_and_nothing_else(window, length, halo
     tokens = np.ones((1, length), np.int32)
 
     def hidden(params, tokens):
-        return definition.merge(params, {})(tokens, segment_ids=tokens, positions=jnp.cumsum(tokens, axis=1) - 1).hidden
+        return definition.merge(params, {})(
+            tokens, segment_ids=tokens, positions=jnp.cumsum(tokens, axis=1) - 1
+        ).hidden
 
     params = jax.device_put(
-        {path: np.zeros(leaf.shape, np.float32) for path, leaf in definition.params.items()}, jax.sharding.NamedSharding(mesh, jax.P())
+        {path: np.zeros(leaf.shape, np.float32) for path, leaf in definition.params.items()},
+        jax.sharding.NamedSharding(mesh, jax.P()),
     )
     with jax.set_mesh(mesh):
         found = sent(functools.partial(hidden), params, place_batch(tokens, mesh))

@@ -11,7 +11,9 @@ from slmjax.quantization.flips import CodeFlips
 
 def test_codes_that_differ_are_counted():
     """In a table of 2 x 32 and a stack of which one layer of two has a format: 64 + 128 codes."""
-    table, stacked = (Numbers(spec=preset("q8_0"), estimator=StraightThrough(), axis=axis) for axis in (-1, -2))
+    table, stacked = (
+        Numbers(spec=preset("q8_0"), estimator=StraightThrough(), axis=axis) for axis in (-1, -2)
+    )
     flips = CodeFlips({"embed/table": (table,), "segments/0/blocks/0/ffn/up/weight": (None, stacked)})
     numbers = np.linspace(-1, 1, 32, dtype=np.float32)
     first = {
@@ -22,6 +24,9 @@ def test_codes_that_differ_are_counted():
     table_moved = first["embed/table"].at[0, 4].add(2 / 127).at[1, 7].add(0.1 / 127).at[1, 9].add(-5 / 127)
     stack_moved = first["segments/0/blocks/0/ffn/up/weight"].at[0].multiply(-1).at[1, 5, 2].add(1 / 127)
     second = {"embed/table": table_moved, "segments/0/blocks/0/ffn/up/weight": stack_moved}
-    assert flips.count(second, step=5) == {"flipped_codes": np.float32(3) / np.float32(192), "flipped_since": 3}
+    assert flips.count(second, step=5) == {
+        "flipped_codes": np.float32(3) / np.float32(192),
+        "flipped_since": 3,
+    }
     assert flips.count(second, step=7) == {"flipped_codes": 0.0, "flipped_since": 5}
     assert flips.count(first, step=8)["flipped_codes"] == np.float32(3) / np.float32(192)

@@ -1,4 +1,6 @@
-"""Models under rules of quantization: who may not notice it (earlier tokens, other models, the mesh, the loop over layers)."""
+"""Models under rules of quantization: who may not notice it (earlier tokens, other models, the mesh, the loop
+over layers).
+"""
 
 import dataclasses
 import functools
@@ -29,27 +31,42 @@ from slmjax.training.objective import ObjectiveConfig
 from slmjax.training.optim import OptimConfig, Optimizer, make_optimizer
 from slmjax.training.state import init_state, state_shapes
 
-Q8, TENSOR = preset("q8_0"), dataclasses.replace(preset("int8_g32"), share=Share.TENSOR, group_size=None)
+Q8 = preset("q8_0")
+TENSOR = dataclasses.replace(preset("int8_g32"), share=Share.TENSOR, group_size=None)
 WINDOW = BlockConfig(
-    mixer=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=32, window=6, qk_norm=QkNorm.PER_HEAD), ffn=MlpConfig(hidden_dim=96)
+    mixer=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=32, window=6, qk_norm=QkNorm.PER_HEAD),
+    ffn=MlpConfig(hidden_dim=96),
 )
 EXPERTS = BlockConfig(
     mixer=LatentAttentionConfig(num_heads=2, latent_dim=64, plain_dim=32, rope_dim=32, value_dim=32),
     ffn=MoeConfig(num_experts=4, hidden_dim=64, shared_hidden_dim=32, balance=Balance.BIAS),
 )
-PLAIN = ModelConfig(embed_dim=64, stack=(Segment(pattern=(WINDOW, EXPERTS)),), context_length=16, vocab_size=61, vocab_multiple=8)
+PLAIN = ModelConfig(
+    embed_dim=64,
+    stack=(Segment(pattern=(WINDOW, EXPERTS)),),
+    context_length=16,
+    vocab_size=61,
+    vocab_multiple=8,
+)
 SMALL = dataclasses.replace(PLAIN, stack=(Segment(pattern=(WINDOW,), repeats=2),))
-# Every weight, input and cache; 4 bits with computed and with learned scales, 3 with learned ones, inputs with learned and with measured
-# scales.
+# Every weight, input and cache; 4 bits with computed and with learned scales, 3 with learned ones, inputs
+# with learned and with measured scales.
 RULES = (
     QuantRule(paths="cache$", cache=Q8),
     QuantRule(paths="mixer/output", weight=preset("int3_g32"), input=TENSOR, input_estimator=LearnedClip()),
-    QuantRule(paths="ffn/down", weight=preset("q4_0"), estimator=LearnedScale(), input=TENSOR, input_estimator=Calibrated()),
+    QuantRule(
+        paths="ffn/down",
+        weight=preset("q4_0"),
+        estimator=LearnedScale(),
+        input=TENSOR,
+        input_estimator=Calibrated(),
+    ),
     QuantRule(paths="layers/1/.*experts", weight=preset("mxfp4"), input=Q8),
     QuantRule(paths=".", weight=preset("q4_0"), input=Q8),
 )
 MODEL = dataclasses.replace(PLAIN, quant=(QuantPhase(rules=RULES),))
-ROWS, LENGTH = 4, 16
+ROWS = 4
+LENGTH = 16
 
 
 @functools.cache
@@ -71,7 +88,9 @@ def hidden_of(config=MODEL):
 
     def run(params, buffers, tokens):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        return definition.merge(params, buffers)(tokens, segment_ids=jnp.ones_like(tokens), positions=positions).hidden
+        return definition.merge(params, buffers)(
+            tokens, segment_ids=jnp.ones_like(tokens), positions=positions
+        ).hidden
 
     return jax.jit(run)
 
@@ -80,7 +99,8 @@ TOKENS = jax.random.randint(jax.random.key(1), (ROWS, LENGTH), 2, 61)
 
 
 def test_the_last_token_changes_nothing_before_it():
-    run, (params, buffers) = hidden_of(), parameters()
+    run = hidden_of()
+    (params, buffers) = parameters()
     found = run(params, buffers, TOKENS)
     changed = run(params, buffers, TOKENS.at[:, -1].set(TOKENS[:, -1] % 59 + 2))
     np.testing.assert_array_equal(found[:, :-1], changed[:, :-1])
@@ -89,7 +109,10 @@ def test_the_last_token_changes_nothing_before_it():
 
 def test_models_and_formats_in_one_process_do_not_notice_each_other():
     params, buffers = jax.jit(define(PLAIN).init)(jax.random.key(0))
-    runs = {name: hidden_of(dataclasses.replace(PLAIN, quant=quant_of(name).phases if name else ())) for name in ("", "q8_0", "int4_g32")}
+    runs = {
+        name: hidden_of(dataclasses.replace(PLAIN, quant=quant_of(name).phases if name else ()))
+        for name in ("", "q8_0", "int4_g32")
+    }
     first = {name: run(params, buffers, TOKENS) for name, run in runs.items()}
     errors = {name: float(jnp.abs(first[name] - first[""]).mean()) for name in runs}
     assert errors[""] == 0 and 0 < 5 * errors["q8_0"] < errors["int4_g32"]
@@ -99,18 +122,25 @@ def test_models_and_formats_in_one_process_do_not_notice_each_other():
 
 @pytest.mark.smoke
 def test_every_matrix_that_is_multiplied_with_is_one_of_the_format():
-    definition, (params, _) = define(MODEL), parameters()
+    definition = define(MODEL)
+    (params, _) = parameters()
     decoded = jax.jit(definition.effective)(params)
     coded = jax.jit(lambda params: weights.coded(params, definition.formats))(params)
     assert set(coded) == {
-        path for path in decoded if path.split("/")[-1] in ("table", "weight", "gate", "up", "down") and "router" not in path
+        path
+        for path in decoded
+        if path.split("/")[-1] in ("table", "weight", "gate", "up", "down") and "router" not in path
     }
     for path, layers in coded.items():
         for layer, (numbers, encoded) in enumerate(zip(definition.formats[path], layers, strict=True)):
             matrix = decoded[path][layer] if path.startswith("segments/") else decoded[path]
-            np.testing.assert_array_equal(weights.decode_matrices(encoded, numbers.spec, axis=numbers.axis), matrix)
+            np.testing.assert_array_equal(
+                weights.decode_matrices(encoded, numbers.spec, axis=numbers.axis), matrix
+            )
     again = define(dataclasses.replace(PLAIN, quant=quant_of("q4_0").phases))
-    once = jax.jit(again.effective)({path: leaf for path, leaf in params.items() if not weights.is_beside_a_weight(path)})
+    once = jax.jit(again.effective)(
+        {path: leaf for path, leaf in params.items() if not weights.is_beside_a_weight(path)}
+    )
     for path, leaf in jax.jit(again.effective)(once).items():
         np.testing.assert_array_equal(leaf, once[path])
 
@@ -121,16 +151,23 @@ def test_layers_stay_in_one_loop():
         shapes = definition.params, definition.buffers, jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
         return str(jax.make_jaxpr(hidden_of(config))(*shapes)).count(" = ")
 
-    deep = [dataclasses.replace(MODEL, stack=(dataclasses.replace(MODEL.stack[0], repeats=repeats),)) for repeats in (6, 12)]
+    deep = [
+        dataclasses.replace(MODEL, stack=(dataclasses.replace(MODEL.stack[0], repeats=repeats),))
+        for repeats in (6, 12)
+    ]
     rules = tuple(rule for rule in RULES if "layers/" not in rule.paths)
-    short, long = (equations(dataclasses.replace(config, quant=(QuantPhase(rules=rules),))) for config in deep)
+    short, long = (
+        equations(dataclasses.replace(config, quant=(QuantPhase(rules=rules),))) for config in deep
+    )
     assert abs(long - short) < 20
 
 
 def test_decoding_from_a_rounded_cache_equals_the_whole_sequence():
-    # Inputs of products stay whole here: where sums in another order move one of their codes, many codes after it follow.
+    # Inputs of products stay whole here: where sums in another order move one of their codes, many codes
+    # after it follow.
     config = dataclasses.replace(PLAIN, quant=quant_of("q4_0+none+q8_0").phases)
-    definition, (params, buffers) = define(config), parameters(config)
+    definition = define(config)
+    (params, buffers) = parameters(config)
 
     @jax.jit
     def decoded(params):
@@ -138,7 +175,10 @@ def test_decoding_from_a_rounded_cache_equals_the_whole_sequence():
 
         def one(state, token_and_position):
             token, position = token_and_position
-            given = {"segment_ids": jnp.ones((ROWS, 1), jnp.int32), "positions": jnp.full((ROWS, 1), position)}
+            given = {
+                "segment_ids": jnp.ones((ROWS, 1), jnp.int32),
+                "positions": jnp.full((ROWS, 1), position),
+            }
             output = model(token[:, None], **given, state=state)
             return output.state, output.hidden[:, 0]
 
@@ -150,7 +190,7 @@ def test_decoding_from_a_rounded_cache_equals_the_whole_sequence():
     assert np.abs(uncached - whole).mean() > 1e-3
 
 
-# Training -------------------------------------------------------------------------------------------------------------
+# Training ---------------------------------------------------------------------------------------------------
 OPTIM = OptimConfig(kind=Optimizer.MUON, lr=1e-3, warmup_steps=2, eps=1e-4, ema_decay=0.5)
 
 
@@ -172,7 +212,13 @@ def trained(config, *, optim=OPTIM, mesh=None, easing: Easing | None = None, num
     optimizer = make_optimizer(optim, definition.params, total_steps=10)
     shapes = state_shapes(definition, optimizer, with_ema=True, mesh=mesh)
     train_step = step.make_train_step(
-        definition, optimizer, objective=ObjectiveConfig(), optim=optim, shapes=shapes, total_steps=10, easing=easing
+        definition,
+        optimizer,
+        objective=ObjectiveConfig(),
+        optim=optim,
+        shapes=shapes,
+        total_steps=10,
+        easing=easing,
     )
     with jax.set_mesh(mesh):
         state = init_state(definition, optimizer, shapes=shapes, seed=0)
@@ -191,26 +237,39 @@ def alone():
     return trained(MODEL, given=parameters())
 
 
-MESHES = {"fsdp-tensor-expert": (MeshConfig(data=1, fsdp=2, tensor=2, expert=2), 2), "context": (MeshConfig(data=2, context=2, fsdp=2), 1)}
+MESHES = {
+    "fsdp-tensor-expert": (MeshConfig(data=1, fsdp=2, tensor=2, expert=2), 2),
+    "context": (MeshConfig(data=2, context=2, fsdp=2), 1),
+}
 
 
 @pytest.mark.parametrize(
-    ("mesh", "parts"), [MESHES["fsdp-tensor-expert"], pytest.param(*MESHES["context"], marks=pytest.mark.nightly)], ids=MESHES
+    ("mesh", "parts"),
+    [MESHES["fsdp-tensor-expert"], pytest.param(*MESHES["context"], marks=pytest.mark.nightly)],
+    ids=MESHES,
 )
 def test_a_mesh_and_accumulation_equal_one_device(mesh, parts):
     _, expected, figures = alone()
-    _, found, metrics = trained(MODEL, mesh=mesh, optim=dataclasses.replace(OPTIM, accumulation_steps=parts), given=parameters())
-    # Sums in another order move codes of 8-bit inputs, and each that moves changes the rest a little: without inputs 1e-5 would do.
+    _, found, metrics = trained(
+        MODEL, mesh=mesh, optim=dataclasses.replace(OPTIM, accumulation_steps=parts), given=parameters()
+    )
+    # Sums in another order move codes of 8-bit inputs, and each that moves changes the rest a little: without
+    # inputs 1e-5 would do.
     np.testing.assert_allclose(metrics["loss"], figures["loss"], rtol=1e-3)
-    np.testing.assert_allclose(metrics["grad_norm"], figures["grad_norm"], rtol=0.02)  # a code that flips moves it
+    np.testing.assert_allclose(
+        metrics["grad_norm"], figures["grad_norm"], rtol=0.02
+    )  # a code that flips moves it
     for path, leaf in expected.trainable.items():
         difference = np.abs(found.trainable[path] - leaf)
         assert np.mean(difference) < 3e-4 and np.quantile(difference, 0.9) < 2e-3, path
 
 
 def test_sums_of_codes_tell_of_any_change_and_not_of_the_mesh():
-    """Experts, learned scales and an 8-bit float format among them; divided over 8 devices they are the same numbers."""
-    definition, (params, _) = define(MODEL), parameters()
+    """Experts, learned scales and an 8-bit float format among them; divided over 8 devices they are the same
+    numbers.
+    """
+    definition = define(MODEL)
+    (params, _) = parameters()
     sums = jax.jit(functools.partial(weights.code_sums, formats_of=definition.formats))
     expected = jax.device_get(sums(params))
     assert set(expected) == set(definition.formats)
@@ -221,14 +280,21 @@ def test_sums_of_codes_tell_of_any_change_and_not_of_the_mesh():
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
     path = "segments/0/blocks/0/ffn/down/weight"
     changed = jax.device_get(sums(params | {path: params[path].at[0, 5, 7].multiply(-1)}))
-    assert {name: int(np.sum(changed[name] != one)) for name, one in expected.items() if np.any(changed[name] != one)} == {path: 1}
+    assert {
+        name: int(np.sum(changed[name] != one))
+        for name, one in expected.items()
+        if np.any(changed[name] != one)
+    } == {path: 1}
 
 
 def test_what_is_learned_moves_and_what_is_measured_does_not():
     start, end, _ = alone()
     moved = {path: float(np.abs(end.trainable[path] - leaf).max()) for path, leaf in start.trainable.items()}
     assert all((value > 0) is not weights.is_sign(path) for path, value in moved.items()), moved
-    assert sum(path.endswith("log_scale") for path in moved) == 2 * 2 + 1 and sum(map(weights.is_sign, moved)) == 1
+    assert (
+        sum(path.endswith("log_scale") for path in moved) == 2 * 2 + 1
+        and sum(map(weights.is_sign, moved)) == 1
+    )
     signs = next(leaf for path, leaf in end.trainable.items() if weights.is_sign(path))
     assert 0.3 < np.mean(signs < 0) < 0.7
     measured = [path for path in end.frozen if weights.is_of_input(path)]
@@ -241,10 +307,17 @@ def test_easing_in():
     assert [float(easing.share(jnp.int32(at))) for at in (0, 2, 3, 5, 9)] == [0, 0.25, 0.5, 1, 1]
     config = dataclasses.replace(SMALL, quant=settings.phases)
     updates = {path: jnp.ones(leaf.shape) for path, leaf in define(config).params.items()}
-    held = {at: easing.held(updates, jnp.int32(at), config=config, paths=define(config).formats) for at in (5, 7, 8, 9)}
+    held = {
+        at: easing.held(updates, jnp.int32(at), config=config, paths=define(config).formats)
+        for at in (5, 7, 8, 9)
+    }
     query = "segments/0/blocks/0/mixer/query/weight"
     assert [held[at][query][:, 0, 0].tolist() for at in held] == [[1, 1], [0, 1], [0, 0], [0, 0]]
-    assert np.all(held[9]["embed/table"] == 1) and np.all(held[9]["final_norm/scale"] == 1) and np.all(held[9][query + "/log_scale"] == 0)
+    assert (
+        np.all(held[9]["embed/table"] == 1)
+        and np.all(held[9]["final_norm/scale"] == 1)
+        and np.all(held[9][query + "/log_scale"] == 0)
+    )
     assert np.all(held[9]["segments/0/blocks/0/ffn_norm/scale"] == 1)
 
 
@@ -253,7 +326,12 @@ def test_a_small_share_of_the_error_is_nearly_none():
     eased = Easing(first_step=0, warmup_steps=10**6, damping=0.5, freeze_from=None, last_step=10)
     given = jax.jit(define(config).init)(jax.random.key(0))
     whole, nearly, plain = (
-        trained(model, easing=easing, num_steps=1, given=({p: v for p, v in given[0].items() if p in define(model).params}, given[1]))[2]
+        trained(
+            model,
+            easing=easing,
+            num_steps=1,
+            given=({p: v for p, v in given[0].items() if p in define(model).params}, given[1]),
+        )[2]
         for model, easing in ((config, None), (config, eased), (SMALL, None))
     )
     assert abs(nearly["loss"] - plain["loss"]) < 1e-5 < abs(whole["loss"] - plain["loss"])
@@ -267,12 +345,18 @@ def test_rounding_by_chance_is_new_in_every_step_and_none_in_evaluation():
     definition = define(dataclasses.replace(PLAIN, quant=(QuantPhase(rules=rules),)))
     params, _ = jax.jit(definition.init)(jax.random.key(0))
     draw = jax.jit(lambda key: definition.effective(params, key=key))
-    first, same, other = draw(jax.random.key(1)), draw(jax.random.key(1)), draw(jax.random.key(2))
+    first = draw(jax.random.key(1))
+    same = draw(jax.random.key(1))
+    other = draw(jax.random.key(2))
     path = "segments/0/blocks/1/ffn/experts/up"
     np.testing.assert_array_equal(first[path], same[path])
-    assert np.any(first[path] != other[path]) and np.any(first[path][0, 0] - params[path][0, 0] != first[path][1, 1] - params[path][1, 1])
+    assert np.any(first[path] != other[path]) and np.any(
+        first[path][0, 0] - params[path][0, 0] != first[path][1, 1] - params[path][1, 1]
+    )
     nearest = define(dataclasses.replace(PLAIN, quant=quant_of("int4_g32").phases))
-    np.testing.assert_array_equal(jax.jit(definition.effective)(params)[path], jax.jit(nearest.effective)(params)[path])
+    np.testing.assert_array_equal(
+        jax.jit(definition.effective)(params)[path], jax.jit(nearest.effective)(params)[path]
+    )
 
 
 def test_learned_inputs_train_on_average():
@@ -280,4 +364,6 @@ def test_learned_inputs_train_on_average():
     start, end, metrics = trained(dataclasses.replace(SMALL, quant=(QuantPhase(rules=rules),)), num_steps=2)
     learned = [path for path in start.trainable if weights.is_of_input(path)]
     assert len(learned) == 8 and np.isfinite(metrics["loss"])
-    assert all(np.all(end.trainable[path] != start.trainable[path]) for path in learned if "experts" not in path)
+    assert all(
+        np.all(end.trainable[path] != start.trainable[path]) for path in learned if "experts" not in path
+    )

@@ -1,4 +1,6 @@
-"""What a run's figures are of: runs that were extended, killed or cut short say so, and nothing that was written is lost."""
+"""What a run's figures are of: runs that were extended, killed or cut short say so, and nothing that was
+written is lost.
+"""
 
 import dataclasses
 import io
@@ -20,7 +22,9 @@ from tests.one_layer import one_layer
 
 @pytest.fixture(scope="module")
 def experiment(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> slmjax.Experiment:
-    """The tiny experiment with one layer, which compiles in a moment, and its evaluations on part of the held-out text."""
+    """The tiny experiment with one layer, which compiles in a moment, and its evaluations on part of the
+    held-out text.
+    """
     found = one_layer(workplace, tmp_path_factory.mktemp("results"), steps=4)
     return dataclasses.replace(found, eval=dataclasses.replace(found.eval, every=2, max_documents=1))
 
@@ -33,8 +37,12 @@ def lengthened(experiment: slmjax.Experiment, steps: int) -> slmjax.Experiment:
     return dataclasses.replace(experiment, run=dataclasses.replace(experiment.run, steps=steps))
 
 
-def test_a_run_that_was_extended_and_killed_before_its_result(experiment: slmjax.Experiment, tmp_path: Path) -> None:
-    experiment = dataclasses.replace(experiment, run=dataclasses.replace(experiment.run, directory=str(tmp_path)))
+def test_a_run_that_was_extended_and_killed_before_its_result(
+    experiment: slmjax.Experiment, tmp_path: Path
+) -> None:
+    experiment = dataclasses.replace(
+        experiment, run=dataclasses.replace(experiment.run, directory=str(tmp_path))
+    )
     first = train(experiment)
     path = Path(first.run_dir)
     shutil.copyfile(path / "result.json", tmp_path / "first.json")
@@ -51,11 +59,19 @@ def test_a_run_that_was_extended_and_killed_before_its_result(experiment: slmjax
         train(longer, resume=path)
 
 
-@pytest.mark.parametrize(("every", "measured_on"), [(2, "part of the held-out text"), (100, "the last training batch")])
+@pytest.mark.parametrize(
+    ("every", "measured_on"), [(2, "part of the held-out text"), (100, "the last training batch")]
+)
 def test_a_run_cut_short_says_what_it_measured(
-    experiment: slmjax.Experiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, every: int, measured_on: str
+    experiment: slmjax.Experiment,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    every: int,
+    measured_on: str,
 ) -> None:
-    monkeypatch.setattr(trainer.StopSignals, "requested", lambda _, step: signal.SIGTERM if step == 3 else None)
+    monkeypatch.setattr(
+        trainer.StopSignals, "requested", lambda _, step: signal.SIGTERM if step == 3 else None
+    )
     changed = dataclasses.replace(
         experiment,
         eval=dataclasses.replace(experiment.eval, every=every),
@@ -69,11 +85,24 @@ def test_a_run_cut_short_says_what_it_measured(
     assert listed.loss == (result.loss if every == 2 else None) and not listed.complete
 
 
-def test_prompts_that_are_refused_cost_no_file(experiment: slmjax.Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompts_that_are_refused_cost_no_file(
+    experiment: slmjax.Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir = train(experiment).run_dir
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a\u2028b"}\n' + json.dumps({"prompt": "x" * 100}) + "\n", encoding="utf-8")
+    (tmp_path / "prompts.jsonl").write_text(
+        '{"prompt": "a\u2028b"}\n' + json.dumps({"prompt": "x" * 100}) + "\n", encoding="utf-8"
+    )
     (tmp_path / "out.jsonl").write_text("what was there")
-    words = ["generate", run_dir, "--file", str(tmp_path / "prompts.jsonl"), "--output", str(tmp_path / "out.jsonl"), "--format", "jsonl"]
+    words = [
+        "generate",
+        run_dir,
+        "--file",
+        str(tmp_path / "prompts.jsonl"),
+        "--output",
+        str(tmp_path / "out.jsonl"),
+        "--format",
+        "jsonl",
+    ]
     with pytest.raises(SystemExit) as stopped:
         main([*words, "--batch-size", "1"])
     assert stopped.value.code == 2 and "101 tokens" in capsys.readouterr().err
@@ -82,4 +111,6 @@ def test_prompts_that_are_refused_cost_no_file(experiment: slmjax.Experiment, tm
     with pytest.raises(SystemExit) as stopped:
         main([*words, "--max-tokens", "2"])
     assert not stopped.value.code, capsys.readouterr().err
-    assert [json.loads(line)["prompt"] for line in (tmp_path / "out.jsonl").read_text().split("\n")[:-1]] == ["a\u2028b"]
+    assert [json.loads(line)["prompt"] for line in (tmp_path / "out.jsonl").read_text().split("\n")[:-1]] == [
+        "a\u2028b"
+    ]

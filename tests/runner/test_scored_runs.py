@@ -1,4 +1,6 @@
-"""A run on pairs of prompt and completion whose prompts do not fit a row: no step is empty, and what it tells is of the completions."""
+"""A run on pairs of prompt and completion whose prompts do not fit a row: no step is empty, and what it tells
+is of the completions.
+"""
 
 import dataclasses
 import json
@@ -19,19 +21,31 @@ from tests.one_layer import one_layer
 
 
 @pytest.mark.nightly
-def test_pairs_whose_prompts_do_not_fit_a_row(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pairs_whose_prompts_do_not_fit_a_row(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A prompt of 300 bytes, the completion "yes", rows of 64; one row on each of 8 devices."""
     records = [{"prompt": f"{i:03d}" + "abcdefghij" * 30, "completion": "yes"} for i in range(24)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({**one, "prompt": one["prompt"][:300]}) + "\n" for one in records))
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps({**one, "prompt": one["prompt"][:300]}) + "\n" for one in records)
+    )
     base = one_layer(workplace, tmp_path, steps=4)
     data = DataConfig(
-        path=str(tmp_path / "pairs.jsonl"), prompt_field="prompt", completion_field="completion", sequence_length=64, batch_size=8,
-        heldout_fraction=0.3, cache_dir=str(tmp_path / "cache"),
-    )  # fmt: skip
+        path=str(tmp_path / "pairs.jsonl"),
+        prompt_field="prompt",
+        completion_field="completion",
+        sequence_length=64,
+        batch_size=8,
+        heldout_fraction=0.3,
+        cache_dir=str(tmp_path / "cache"),
+    )
     experiment = dataclasses.replace(
-        base, data=data, eval=EvalConfig(every=2, sample=False), checkpoint=CheckpointConfig(every=2),
+        base,
+        data=data,
+        eval=EvalConfig(every=2, sample=False),
+        checkpoint=CheckpointConfig(every=2),
         run=dataclasses.replace(base.run, log_every=1),
-    )  # fmt: skip
+    )
     result = slmjax.train(experiment)
     train = list(read_log(Path(result.run_dir) / "log.jsonl", kind="train"))
     assert [record["targets"] for record in train] == [8 * 4] * 4  # y, e, s and EOS of each row
@@ -40,10 +54,15 @@ def test_pairs_whose_prompts_do_not_fit_a_row(workplace: Path, tmp_path: Path, c
     assert "rows have 64 tokens" in sentence and "document 0, which begins '0" in sentence
 
     on_the_way, at_end = read_log(Path(result.run_dir) / "log.jsonl", kind="eval")
-    assert on_the_way["tokens"] == at_end["tokens"] == 4 * at_end["documents"] and at_end["total_tokens"] == 304 * at_end["documents"]
+    assert (
+        on_the_way["tokens"] == at_end["tokens"] == 4 * at_end["documents"]
+        and at_end["total_tokens"] == 304 * at_end["documents"]
+    )
     assert result.measured_on == "the completions of held-out text"
     assert result.compressors == {}  # gzip and xz would be of the prompts too
-    assert result.loss == pytest.approx(at_end["loss"]) and result.best_loss == min(on_the_way["loss"], at_end["loss"])
+    assert result.loss == pytest.approx(at_end["loss"]) and result.best_loss == min(
+        on_the_way["loss"], at_end["loss"]
+    )
 
     # Another choice of what is scored is another figure: the best so far does not compare, and is found anew.
     longer = dataclasses.replace(
@@ -61,12 +80,18 @@ def test_pairs_whose_prompts_do_not_fit_a_row(workplace: Path, tmp_path: Path, c
     [
         ({"tokens": 8, "total_tokens": 18}, ScoredText.COMPLETIONS, False),
         ({"tokens": 8, "total_tokens": 18}, ScoredText.ALL, True),
-        ({"tokens": 8, "total_tokens": 28}, ScoredText.COMPLETIONS, True),  # held-out text was added or removed
+        (
+            {"tokens": 8, "total_tokens": 28},
+            ScoredText.COMPLETIONS,
+            True,
+        ),  # held-out text was added or removed
         ({}, ScoredText.ALL, False),  # by an earlier version, which scored all
         ({}, ScoredText.COMPLETIONS, True),
     ],
 )
-def test_the_best_of_other_tokens_is_found_anew(record: dict[str, int], scored: ScoredText, expected: bool, tmp_path: Path) -> None:
+def test_the_best_of_other_tokens_is_found_anew(
+    record: dict[str, int], scored: ScoredText, expected: bool, tmp_path: Path
+) -> None:
     log = tmp_path / "log.jsonl"
     log.write_text(json.dumps({"kind": "eval", "step": 20, "loss": 1.0, **record}) + "\n")
     documents = numbered([10, 10], prompt_lengths=[6, 6])  # of 10 tokens, BOS and EOS included, 4 are scored

@@ -1,4 +1,6 @@
-"""A run as a whole: stopped in every way and resumed, damaged, diverged, copied elsewhere; always the same numbers."""
+"""A run as a whole: stopped in every way and resumed, damaged, diverged, copied elsewhere; always the same
+numbers.
+"""
 
 import dataclasses
 import io
@@ -57,9 +59,13 @@ class Session:
 
     def __init__(self, *arguments, cwd, environment):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "slmjax", "train", *arguments], cwd=cwd, env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            [sys.executable, "-m", "slmjax", "train", *arguments],
+            cwd=cwd,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     def stop(self, number, *, when):
         try:
@@ -84,7 +90,9 @@ def straight(trained, workplace):
 
 @dataclasses.dataclass(frozen=True)
 class Story:
-    """What happened to the run that was disturbed in every way, session by session: exit status and output."""
+    """What happened to the run that was disturbed in every way, session by session: exit status and
+    output.
+    """
 
     run_dir: Path
     terminated: tuple[int, str]
@@ -97,7 +105,9 @@ class Story:
 
 @pytest.fixture(scope="module")
 def story(workplace, user_environment):
-    """SIGTERM; resumed, then kill -9; its newest checkpoint damaged; resumed, then Ctrl-C; resumed to the end."""
+    """SIGTERM; resumed, then kill -9; its newest checkpoint damaged; resumed, then Ctrl-C; resumed to the
+    end.
+    """
     root = workplace / "disturbed"
 
     def session(*arguments):
@@ -116,19 +126,26 @@ def story(workplace, user_environment):
     resume = ("--resume", str(run_dir))
     killed = session(*resume).stop(signal.SIGKILL, when=lambda: newest_whole() >= 20 and reached(24)())
     damaged_step = max(int(path.name) for path in (run_dir / "checkpoints").iterdir() if path.name.isdigit())
-    data = max((run_dir / "checkpoints" / str(damaged_step) / "optimizer").rglob("*"), key=lambda path: path.stat().st_size)
+    data = max(
+        (run_dir / "checkpoints" / str(damaged_step) / "optimizer").rglob("*"),
+        key=lambda path: path.stat().st_size,
+    )
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
     steps_before = len(logged_steps(run_dir))
-    interrupted = session(*resume).stop(signal.SIGINT, when=lambda: len(logged_steps(run_dir)) > steps_before + 2)
+    interrupted = session(*resume).stop(
+        signal.SIGINT, when=lambda: len(logged_steps(run_dir)) > steps_before + 2
+    )
     finished = session(*resume).end()
     return Story(run_dir, terminated, killed, interrupted, finished, damaged_step, first_result)
 
 
-# Stopped and resumed --------------------------------------------------------------------------------------------------
+# Stopped and resumed ----------------------------------------------------------------------------------------
 def test_the_story_went_as_planned(story):
-    assert story.terminated[0] == story.interrupted[0] == INTERRUPTED_STATUS == 75, story.terminated[1] + story.interrupted[1]
+    assert story.terminated[0] == story.interrupted[0] == INTERRUPTED_STATUS == 75, (
+        story.terminated[1] + story.interrupted[1]
+    )
     assert story.killed[0] == -signal.SIGKILL, story.killed[1]
     assert story.finished[0] == 0, story.finished[1]
     assert "Traceback" not in story.terminated[1] + story.interrupted[1] + story.finished[1]
@@ -139,17 +156,24 @@ def test_the_story_went_as_planned(story):
 def test_a_signal_saves_and_says_how_to_resume(story):
     for (_, output), name in ((story.terminated, "SIGTERM"), (story.interrupted, "SIGINT")):
         assert re.search(rf"^{name} received after step \d+: saving$", output, flags=re.MULTILINE)
-        assert f"go on with: slmjax train --resume {story.run_dir} --code {story.run_dir}/experiment.py\n" in output
+        assert (
+            f"go on with: slmjax train --resume {story.run_dir} --code {story.run_dir}/experiment.py\n"
+            in output
+        )
         assert output.splitlines()[-1] == f"run directory: {story.run_dir}"
     assert f"resuming after step {story.first_result['step']}\n" in story.killed[1]
 
 
 def test_a_damaged_checkpoint_is_set_aside(story):
-    assert f"checkpoint {story.damaged_step} in" in story.interrupted[1] and "is damaged" in story.interrupted[1]
+    assert (
+        f"checkpoint {story.damaged_step} in" in story.interrupted[1] and "is damaged" in story.interrupted[1]
+    )
     resumed = int(re.search(r"resuming after step (\d+)", story.interrupted[1])[1])
     assert resumed < story.damaged_step
     assert (story.run_dir / "checkpoints" / f"{story.damaged_step}.bad").is_dir()
-    assert any("is damaged" in record["text"] for record in read_log(story.run_dir / "log.jsonl", kind="message"))
+    assert any(
+        "is damaged" in record["text"] for record in read_log(story.run_dir / "log.jsonl", kind="message")
+    )
 
 
 def test_every_loss_is_the_same_bit_for_bit(story, straight):
@@ -172,64 +196,120 @@ def test_every_loss_is_the_same_bit_for_bit(story, straight):
     records = read_log(story.run_dir / "log.jsonl", kind="train")
     assert {record["step"] for record in records} == set(expected) and len(records) > NUM_STEPS
     for record in records:
-        assert {name: record[name] for name in fields} == {name: expected[record["step"]][name] for name in fields}, record["step"]
+        assert {name: record[name] for name in fields} == {
+            name: expected[record["step"]][name] for name in fields
+        }, record["step"]
     assert expected[NUM_STEPS]["loss"] < expected[1]["loss"] - 1.0
 
 
 def test_the_final_state_is_the_same_bit_for_bit(story, straight):
     for item in ("model", "optimizer", "ema", "progress"):
         found, expected = (
-            ocp.StandardCheckpointer().restore(run / "checkpoints" / str(NUM_STEPS) / item) for run in (story.run_dir, straight)
+            ocp.StandardCheckpointer().restore(run / "checkpoints" / str(NUM_STEPS) / item)
+            for run in (story.run_dir, straight)
         )
         assert found.keys() == expected.keys() and found
         for name, value in expected.items():
-            np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(value), err_msg=f"{item} {name}")
+            np.testing.assert_array_equal(
+                np.asarray(found[name]), np.asarray(value), err_msg=f"{item} {name}"
+            )
 
 
 def test_the_results_are_the_same(story, straight):
-    found, expected = result_of(story.run_dir), result_of(straight)
-    for name in ("loss", "bits_per_byte", "perplexity", "best_loss", "tokens", "step", "parameters", "compressors", "samples", "skipped"):
+    found = result_of(story.run_dir)
+    expected = result_of(straight)
+    for name in (
+        "loss",
+        "bits_per_byte",
+        "perplexity",
+        "best_loss",
+        "tokens",
+        "step",
+        "parameters",
+        "compressors",
+        "samples",
+        "skipped",
+    ):
         assert found[name] == expected[name], name
 
 
-# What a run leaves ----------------------------------------------------------------------------------------------------
+# What a run leaves ------------------------------------------------------------------------------------------
 def test_the_log_says_all(straight):
     records = read_log(straight / "log.jsonl")
-    by_kind = {kind: [record for record in records if record["kind"] == kind] for kind in ("train", "eval", "sample", "message", "result")}
+    by_kind = {
+        kind: [record for record in records if record["kind"] == kind]
+        for kind in ("train", "eval", "sample", "message", "result")
+    }
     assert len(records) == sum(map(len, by_kind.values()))
     wanted = {
-        "kind", "time", "step", "loss", "objective", "bits_per_byte", "tokens_per_second", "data_wait_share", "grad_norm",
-        "learning_rate", "accuracy", "nll", "targets", "tokens", "skipped", "skipped_in_a_row", "expert_imbalance", "dropped",
-        "mfu", "grad_norms", "expert_loads", "data_checksum",
-    }  # fmt: skip
+        "kind",
+        "time",
+        "step",
+        "loss",
+        "objective",
+        "bits_per_byte",
+        "tokens_per_second",
+        "data_wait_share",
+        "grad_norm",
+        "learning_rate",
+        "accuracy",
+        "nll",
+        "targets",
+        "tokens",
+        "skipped",
+        "skipped_in_a_row",
+        "expert_imbalance",
+        "dropped",
+        "mfu",
+        "grad_norms",
+        "expert_loads",
+        "data_checksum",
+    }
     assert all(record.keys() == wanted for record in by_kind["train"])
     assert [record["step"] for record in by_kind["eval"]] == [20, 40, NUM_STEPS]
     assert by_kind["eval"][-1]["complete"] and by_kind["result"][0]["status"] == "finished"
     assert [record["time"] for record in records] == sorted(record["time"] for record in records)
-    assert [(record["step"], record["prompt"]) for record in by_kind["sample"]] == [(20, "The "), (40, "The "), (NUM_STEPS, "The ")]
+    assert [(record["step"], record["prompt"]) for record in by_kind["sample"]] == [
+        (20, "The "),
+        (40, "The "),
+        (NUM_STEPS, "The "),
+    ]
     assert by_kind["sample"][-1]["text"] == result_of(straight)["samples"][0]
     last = by_kind["train"][-1]
     assert set(last["grad_norms"]) == {"embed", "final_norm", *(f"layers/{layer}" for layer in range(4))}
     assert set(last["expert_loads"]) == {"layers/1", "layers/3"}
-    assert all(len(shares) == 4 and sum(shares) == pytest.approx(1.0) for shares in last["expert_loads"].values())
+    assert all(
+        len(shares) == 4 and sum(shares) == pytest.approx(1.0) for shares in last["expert_loads"].values()
+    )
     assert 0 < last["mfu"] < 1
     assert last["loss"] == pytest.approx(last["nll"] / last["targets"], rel=1e-6)
-    assert last["bits_per_byte"] == pytest.approx(last["loss"] / math.log(2), rel=0.05)  # bytes are tokens here, but for EOS
+    assert last["bits_per_byte"] == pytest.approx(
+        last["loss"] / math.log(2), rel=0.05
+    )  # bytes are tokens here, but for EOS
 
 
 def test_the_best_checkpoint_stays_beside_the_newest(straight):
     best = json.loads((straight / "checkpoints" / "best.json").read_text())
-    # All of the held-out text is evaluated each time here, so that the last evaluation counts like the others.
+    # All of the held-out text is evaluated each time here, so that the last evaluation counts like the
+    # others.
     evaluated = {record["step"]: record["loss"] for record in read_log(straight / "log.jsonl", kind="eval")}
     assert best == {"step": min(evaluated, key=evaluated.get), "loss": min(evaluated.values())}
-    assert (result_of(straight)["best_step"], result_of(straight)["best_loss"]) == (best["step"], best["loss"])
+    assert (result_of(straight)["best_step"], result_of(straight)["best_loss"]) == (
+        best["step"],
+        best["loss"],
+    )
     kept = {int(path.name) for path in (straight / "checkpoints").iterdir() if path.is_dir()}
     assert {50, NUM_STEPS, best["step"]} <= kept <= {50, NUM_STEPS, *evaluated}
     assert slmjax.load_model(straight, step=best["step"]).step == best["step"]
 
 
 def test_the_run_directory_holds_all_that_is_needed(story, straight, tmp_path, monkeypatch):
-    names = set("config.json model.json data.json environment.json log.jsonl tokenizer checkpoints result.json report.html plots".split())
+    names = set(
+        (
+            "config.json model.json data.json environment.json log.jsonl tokenizer checkpoints result.json "
+            "report.html plots"
+        ).split()
+    )
     assert {path.name for path in straight.iterdir()} == names | {"experiment.py"}
     assert {path.name for path in story.run_dir.iterdir()} == names | {"experiment.py"}
     assert (straight / "experiment.py").read_text() == (Path(__file__).parents[1] / "tiny.py").read_text()
@@ -255,7 +335,7 @@ def test_the_run_directory_holds_all_that_is_needed(story, straight, tmp_path, m
     assert int(jnp.argmax(found[0, -1])) == generation.tokens[0]
 
 
-# The Python surface ---------------------------------------------------------------------------------------------------
+# The Python surface -----------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def finished(workplace, tmp_path_factory):
     """An experiment and its result, trained from Python."""
@@ -292,13 +372,21 @@ def test_what_cannot_be_resumed_is_left_as_it_is(finished):
 
 
 def test_starting_from_a_model(finished, workplace, tmp_path):
-    """The first state holds what `load_model` gives, which are the averages where there are any; its table has rows of padding besides."""
+    """The first state holds what `load_model` gives, which are the averages where there are any; its table
+    has rows of padding besides.
+    """
     result = finished[1]
-    experiment = dataclasses.replace(one_layer(workplace, tmp_path, steps=6), init=FromModel(path=result.run_dir))
-    experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, vocab_multiple=64))
+    experiment = dataclasses.replace(
+        one_layer(workplace, tmp_path, steps=6), init=FromModel(path=result.run_dir)
+    )
+    experiment = dataclasses.replace(
+        experiment, model=dataclasses.replace(experiment.model, vocab_multiple=64)
+    )
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
-        state = fresh_state(session.set_up(experiment, tokenizer=experiment.tokenizer, mesh=mesh, report=print))
+        state = fresh_state(
+            session.set_up(experiment, tokenizer=experiment.tokenizer, mesh=mesh, report=print)
+        )
     loaded = slmjax.load_model(result.run_dir)
     assert int(state.step) == 0 and loaded.step == 6 and state.trainable.keys() == loaded.params.keys()
     for path, value in loaded.params.items():
@@ -314,13 +402,18 @@ def test_starting_from_a_model(finished, workplace, tmp_path):
 
 def test_a_run_that_diverges_ends_cleanly(workplace, tmp_path):
     """One update throws the parameters so far off that no later loss is finite."""
-    experiment = one_layer(workplace, tmp_path, steps=50, lr=1e30, grad_clip=None, max_consecutive_skips=4, ema_decay=None)
+    experiment = one_layer(
+        workplace, tmp_path, steps=50, lr=1e30, grad_clip=None, max_consecutive_skips=4, ema_decay=None
+    )
     result = slmjax.train(experiment, console=quiet())
     assert (result.status, result.step, result.skipped) == ("diverged", 5, 4)
     run_dir = Path(result.run_dir)
     assert result_of(run_dir)["status"] == "diverged"
     messages = [record["text"] for record in read_log(run_dir / "log.jsonl", kind="message")]
-    assert "1 of steps 5 to 5 undone, their loss or gradient is not finite or no token is scored: 4 in all, 4 in a row" in messages
+    assert (
+        "1 of steps 5 to 5 undone, their loss or gradient is not finite or no token is scored: 4 in all, 4 "
+        "in a row"
+    ) in messages
     assert slmjax.load_model(run_dir).step == 5
     stored = ocp.StandardCheckpointer().restore(run_dir / "checkpoints" / "5" / "optimizer")
     assert all(np.isfinite(np.asarray(value)).all() for value in stored.values())
@@ -371,11 +464,16 @@ def test_a_signal_after_the_last_step_loses_nothing(finished, workplace, tmp_pat
 def test_going_on_with_other_rows_is_said(finished, tmp_path):
     experiment, result = finished
     other = dataclasses.replace(
-        experiment, data=dataclasses.replace(experiment.data, seed=1), run=dataclasses.replace(experiment.run, steps=7)
+        experiment,
+        data=dataclasses.replace(experiment.data, seed=1),
+        run=dataclasses.replace(experiment.run, steps=7),
     )
     console = quiet()
     assert slmjax.train(other, resume=copy_of(result, tmp_path), console=console).step == 7
-    assert "goes on with another data.seed: some of its text comes twice, some not at all" in console.file.getvalue()
+    assert (
+        "goes on with another data.seed: some of its text comes twice, some not at all"
+        in console.file.getvalue()
+    )
     assert "optim.lr at step 7, the next one, is" in console.file.getvalue()
 
 

@@ -1,4 +1,6 @@
-"""Whole runs on meshes of three axes, with accumulation, averages, dropout and experts: as on one device, and resumed to the bit."""
+"""Whole runs on meshes of three axes, with accumulation, averages, dropout and experts: as on one device, and
+resumed to the bit.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -20,17 +22,27 @@ MESHES = {
 
 
 def losses(result):
-    return {record["step"]: record["loss"] for record in read_log(Path(result.run_dir) / "log.jsonl", kind="train")}
+    return {
+        record["step"]: record["loss"]
+        for record in read_log(Path(result.run_dir) / "log.jsonl", kind="train")
+    }
 
 
 @pytest.fixture(scope="module", params=MESHES)
 def experiment(request, workplace, tmp_path_factory):
-    """Of the tiny experiment, one repeat, for six steps; and the model of `composed.py` in its place, for two."""
+    """Of the tiny experiment, one repeat, for six steps; and the model of `composed.py` in its place, for
+    two.
+    """
     tiny = slmjax.load_experiment(str(workplace / "tiny.py"))
     (segment,) = tiny.model.stack
     whole = request.param == "tiny"
-    model = dataclasses.replace(tiny.model, stack=(dataclasses.replace(segment, repeats=1),)) if whole else composed_model(dropout=0.1)
-    steps, directory = (6 if whole else 2), tmp_path_factory.mktemp("mesh") / "runs"
+    model = (
+        dataclasses.replace(tiny.model, stack=(dataclasses.replace(segment, repeats=1),))
+        if whole
+        else composed_model(dropout=0.1)
+    )
+    steps = 6 if whole else 2
+    directory = tmp_path_factory.mktemp("mesh") / "runs"
     return dataclasses.replace(
         tiny,
         model=model,
@@ -48,7 +60,9 @@ def test_a_run_on_a_mesh_equals_one_device_and_resumes_to_the_bit(experiment, mo
     whole = slmjax.train(experiment, console=quiet)
 
     def stops_halfway(loop, *arguments):
-        loop.setup = dataclasses.replace(loop.setup, experiment=dataclasses.replace(experiment, run=half_a_run))
+        loop.setup = dataclasses.replace(
+            loop.setup, experiment=dataclasses.replace(experiment, run=half_a_run)
+        )
         return run(loop, *arguments)
 
     half_a_run = dataclasses.replace(experiment.run, steps=experiment.run.steps // 2)

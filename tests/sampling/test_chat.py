@@ -60,25 +60,34 @@ TOOLS = """{%- macro show(tool) -%}{{ tool | tojson }}{%- endmacro -%}
 {{- '%s-%03d' % ('x', 7) }}{{ 'ab' * 2 }}{{ [1] + [2] }}{{ 7 // 2 ** 1 }}{{ strftime_now('%Y') }}"""
 
 PLAIN = [{"role": "user", "content": "Hi <b>there</b> "}]
-TURN_BY_TURN = [*PLAIN, {"role": "assistant", "content": "<think>\nwell</think>\n\nHello."}, {"role": "user", "content": "naïve 'q'?\n"}]
+TURN_BY_TURN = [
+    *PLAIN,
+    {"role": "assistant", "content": "<think>\nwell</think>\n\nHello."},
+    {"role": "user", "content": "naïve 'q'?\n"},
+]
 WITH_SYSTEM = [{"role": "system", "content": "Be kind."}, *TURN_BY_TURN]
 WITH_NONE = [*PLAIN, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]
 TOOL = {"type": "function", "function": {"name": "f", "description": "größer <&> 'x'"}}
 
 
 def test_conversations_by_hand() -> None:
-    system, start = "<|im_start|>system\nBe brief.<|im_end|>\n", "<|im_start|>assistant\n"
+    system = "<|im_start|>system\nBe brief.<|im_end|>\n"
+    start = "<|im_start|>assistant\n"
     assert render_chat(CHATML, PLAIN) == system + "<|im_start|>user\nHi <b>there</b><|im_end|>\n" + start
     assert render_chat(CHATML, WITH_SYSTEM[:2], add_generation_prompt=False) == (
         "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi <b>there</b><|im_end|>\n"
     )
     header = "<|start_header_id|>{}<|end_header_id|>\n\n".format
     assert render_chat(HEADERS, WITH_SYSTEM[:2], bos_token="<s>") == (
-        f"<s>{header('system')}Be kind.<|eot_id|>{header('user')}Hi <b>there</b><|eot_id|>{header('assistant')}"
+        f"<s>{header('system')}Be kind.<|eot_id|>{header('user')}Hi "
+        f"<b>there</b><|eot_id|>{header('assistant')}"
     )
-    assert render_chat(TURNS, [*PLAIN, {"role": "assistant", "content": "Yes"}], bos_token="<bos>", add_generation_prompt=False) == (
-        "<bos><start_of_turn>user\nHi <b>there</b><end_of_turn>\n<start_of_turn>model\nYes<end_of_turn>\n"
-    )
+    assert render_chat(
+        TURNS,
+        [*PLAIN, {"role": "assistant", "content": "Yes"}],
+        bos_token="<bos>",
+        add_generation_prompt=False,
+    ) == ("<bos><start_of_turn>user\nHi <b>there</b><end_of_turn>\n<start_of_turn>model\nYes<end_of_turn>\n")
     assert render_chat("{{ tools is none }}{{ x }}{{ bos_token }}{{ missing }}", PLAIN, x=3) == "True3"
     assert render_chat("{{ strftime_now('%Y-%m') }}", PLAIN) == f"{datetime.datetime.now():%Y-%m}"
 
@@ -114,11 +123,23 @@ def test_what_a_template_refuses_is_said() -> None:
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ messages.role.x }}", "has no attribute 'role'"),
         ("{{ range(1000000) }}", "Range too big"),
-        ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "more than 100,000 steps"),
-        ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}", "more than 100,000 steps"),
+        (
+            "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+            "more than 100,000 steps",
+        ),
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+            "more than 100,000 steps",
+        ),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
-        ("{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "parts"),
-        ("{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}", "parts"),
+        (
+            "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+            "parts",
+        ),
+        (
+            "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+            "parts",
+        ),
         ("{% for i in range(99) %}{{ 'ab' * 1000000 }}{% endfor %}", "more than 10,000,000 characters"),
         ("{{ 'a' * 10000000000 }}", "repeats something 10,000,000,000 times"),
         ("{{ 10000000000 * [1] }}", "repeats something"),
@@ -153,9 +174,13 @@ def chatty(template: str | None) -> Tokenizer:
 
 
 def test_a_conversation_as_tokens() -> None:
-    tokenizer = chatty(HEADERS.replace("<|start_header_id|>", "<|im_start|>").replace("<|eot_id|>", "<|im_end|>"))
+    tokenizer = chatty(
+        HEADERS.replace("<|start_header_id|>", "<|im_start|>").replace("<|eot_id|>", "<|im_end|>")
+    )
     ids = encode_chat(tokenizer, [{"role": "user", "content": "a"}])
-    assert ids[:2] == [0, 258] and ids.count(258) == 2 and ids.count(259) == 1  # BOS once: the template writes it
+    assert (
+        ids[:2] == [0, 258] and ids.count(258) == 2 and ids.count(259) == 1
+    )  # BOS once: the template writes it
     assert tokenizer.decode(ids) == "user<|end_header_id|>\n\naassistant<|end_header_id|>\n\n"
     assert tokenizer.end_ids == (259, 1)
     assert encode_chat(chatty(""), PLAIN) == [0]
@@ -164,9 +189,11 @@ def test_a_conversation_as_tokens() -> None:
         encode_chat(chatty(None), PLAIN)
 
 
-# As transformers has it -----------------------------------------------------------------------------------------------
+# As transformers has it -------------------------------------------------------------------------------------
 @pytest.mark.nightly
-@pytest.mark.parametrize("template", [CHATML, HEADERS, TURNS, TOOLS], ids=["chatml", "headers", "turns", "tools"])
+@pytest.mark.parametrize(
+    "template", [CHATML, HEADERS, TURNS, TOOLS], ids=["chatml", "headers", "turns", "tools"]
+)
 def test_transformers_makes_the_same(template: str, tmp_path) -> None:
     from transformers import AutoTokenizer
 
@@ -179,13 +206,27 @@ def test_transformers_makes_the_same(template: str, tmp_path) -> None:
             for extra in ({}, {"tools": [TOOL, TOOL]}):
                 names = {"bos_token": "<|bos|>", "eos_token": "<|im_end|>"}
                 try:
-                    expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, **extra)
+                    expected = theirs.apply_chat_template(
+                        messages, tokenize=False, add_generation_prompt=add_generation_prompt, **extra
+                    )
                 except Exception:  # of jinja2
                     with pytest.raises(ValueError, match="fails on this conversation"):
-                        render_chat(template, messages, **names, add_generation_prompt=add_generation_prompt, **extra)
+                        render_chat(
+                            template, messages, **names, add_generation_prompt=add_generation_prompt, **extra
+                        )
                     continue
-                assert render_chat(template, messages, **names, add_generation_prompt=add_generation_prompt, **extra) == expected
-                ids = theirs.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **extra)["input_ids"]
-                assert encode_chat(tokenizer, messages, add_generation_prompt=add_generation_prompt, **extra) == ids
+                assert (
+                    render_chat(
+                        template, messages, **names, add_generation_prompt=add_generation_prompt, **extra
+                    )
+                    == expected
+                )
+                ids = theirs.apply_chat_template(
+                    messages, add_generation_prompt=add_generation_prompt, **extra
+                )["input_ids"]
+                assert (
+                    encode_chat(tokenizer, messages, add_generation_prompt=add_generation_prompt, **extra)
+                    == ids
+                )
                 compared += 1
     assert compared >= 8

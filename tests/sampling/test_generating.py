@@ -1,4 +1,6 @@
-"""`slmjax generate`: where prompts come from, where continuations go, and what is said of what does not fit."""
+"""`slmjax generate`: where prompts come from, where continuations go, and what is said of what does not
+fit.
+"""
 
 import io
 import json
@@ -32,12 +34,18 @@ def generate(run_dir: str, capsys: pytest.CaptureFixture[str]):
     return call
 
 
-def test_every_source_of_prompts_gives_the_same(generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_source_of_prompts_gives_the_same(
+    generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts = ["The ", "def"]
     records = json.loads(generate("--json", "--prompt", *prompts))
     assert [one["prompt"] for one in records] == prompts and [one["seed"] for one in records] == [0, 1]
-    assert all(len(one["tokens"]) <= 6 and one["reason"] in ("eos", "length") and "logprobs" not in one for one in records)
-    lines, objects = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    assert all(
+        len(one["tokens"]) <= 6 and one["reason"] in ("eos", "length") and "logprobs" not in one
+        for one in records
+    )
+    lines = tmp_path / "prompts.txt"
+    objects = tmp_path / "prompts.jsonl"
     lines.write_text("\n".join(["The ", "", "def"]))
     objects.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     for file in (lines, objects):
@@ -45,11 +53,15 @@ def test_every_source_of_prompts_gives_the_same(generate, tmp_path: Path, monkey
     monkeypatch.setattr("sys.stdin", io.StringIO("The \ndef\n"))
     assert json.loads(generate("--format", "json", "-")) == records
     # One at a time is the same: a draw depends on the prompt and its seed alone.
-    assert [json.loads(line) for line in generate("--format", "jsonl", "--batch-size", "1", "--prompt", *prompts).splitlines()] == records
+    assert [
+        json.loads(line)
+        for line in generate("--format", "jsonl", "--batch-size", "1", "--prompt", *prompts).splitlines()
+    ] == records
 
 
 def test_text_is_streamed_or_written_whole(generate, tmp_path: Path) -> None:
-    streamed, whole = generate("--prompt", "The "), generate("--no-stream", "--prompt", "The ")
+    streamed = generate("--prompt", "The ")
+    whole = generate("--no-stream", "--prompt", "The ")
     assert streamed == whole and streamed.startswith("The ") and streamed.endswith("\n")
     two = generate("--prompt", "The ", "def")
     assert two.startswith(whole[:-1] + "\n\ndef")
@@ -102,7 +114,11 @@ def test_logprobs_and_seeds_of_ones_own(generate, tmp_path: Path) -> None:
         (("--file", "absent.txt"), None, ("absent.txt", "one prompt on each line")),
         (("--file", "prompts.txt"), b"\n \n", ("prompts.txt", "holds no prompt")),
         (("--file", "prompts.txt"), b"\xff\xfe", ("prompts.txt", "no UTF-8")),
-        (("--file", "prompts.jsonl"), b'{"prompt": "a"}\n{"text": "b"}\n', ("prompts.jsonl, line 2", '"prompt"')),
+        (
+            ("--file", "prompts.jsonl"),
+            b'{"prompt": "a"}\n{"text": "b"}\n',
+            ("prompts.jsonl, line 2", '"prompt"'),
+        ),
         (("--file", "prompts.jsonl"), b"{prompt\n", ("prompts.jsonl, line 1", "not JSON")),
         (("--file", "prompts.jsonl"), b'{"prompt": "a", "seed": -1}\n', ("seed is -1", "2**32")),
         (("--top-p", "1.5"), None, ("top_p", "1.5")),
@@ -112,9 +128,14 @@ def test_logprobs_and_seeds_of_ones_own(generate, tmp_path: Path) -> None:
     ],
 )
 def test_what_does_not_fit_is_named(
-    words: tuple[str, ...], content: bytes | None, expected: tuple[str, ...], run_dir: str, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    words: tuple[str, ...],
+    content: bytes | None,
+    expected: tuple[str, ...],
+    run_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     if content is not None:
         (tmp_path / words[1]).write_bytes(content)
@@ -125,7 +146,7 @@ def test_what_does_not_fit_is_named(
     assert all(part in " ".join(said.err.split()) for part in expected), said.err
 
 
-# Chats ----------------------------------------------------------------------------------------------------------------
+# Chats ------------------------------------------------------------------------------------------------------
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}a:"
 
 
@@ -159,12 +180,23 @@ def test_a_chat_gives_the_answer_alone(generate, chat, tmp_path: Path) -> None:
     lines = [{"prompt": "Hello"}, {"messages": messages}, {"messages": messages[1:], "seed": 1}]
     conversations.write_text("".join(json.dumps(line) + "\n" for line in lines))
     first, second, third = json.loads(chat("--json", "--chat", "--file", str(conversations)))
-    assert first == record and second == {**{k: v for k, v in plain[1].items() if k != "prompt"}, "messages": messages}
+    assert first == record and second == {
+        **{k: v for k, v in plain[1].items() if k != "prompt"},
+        "messages": messages,
+    }
     assert third["messages"] == messages[1:] and third["prompt_tokens"] != second["prompt_tokens"]
     # A system message for those that have none of their own.
-    first, second, third = json.loads(chat("--json", "--chat", "--system", "Be brief", "--file", str(conversations)))
-    assert third["tokens"] == second["tokens"] and third["messages"] == messages[1:] and first["tokens"] != record["tokens"]
-    assert chat("--chat", "--prompt", "Hello", "Hello", "--batch-size", "1").startswith(plain[0]["text"] + "\n\n")
+    first, second, third = json.loads(
+        chat("--json", "--chat", "--system", "Be brief", "--file", str(conversations))
+    )
+    assert (
+        third["tokens"] == second["tokens"]
+        and third["messages"] == messages[1:]
+        and first["tokens"] != record["tokens"]
+    )
+    assert chat("--chat", "--prompt", "Hello", "Hello", "--batch-size", "1").startswith(
+        plain[0]["text"] + "\n\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,15 +205,24 @@ def test_a_chat_gives_the_answer_alone(generate, chat, tmp_path: Path) -> None:
         (("--chat", "Hello"), None, ("no chat template", "chat_template.jinja")),
         (("--chat",), None, ("--chat needs a message",)),
         (("--system", "Be brief", "Hello"), None, ("add --chat",)),
-        (("--file", "c.jsonl"), '{"messages": [{"role": "user", "content": "a"}]}', ("c.jsonl", "add --chat")),
+        (
+            ("--file", "c.jsonl"),
+            '{"messages": [{"role": "user", "content": "a"}]}',
+            ("c.jsonl", "add --chat"),
+        ),
         (("--chat", "--file", "c.jsonl"), '{"messages": []}', ("c.jsonl, line 1", "not empty")),
         (("--chat", "--file", "c.jsonl"), '{"messages": ["a"]}', ("c.jsonl, line 1", '"role": "user"')),
     ],
 )
 def test_what_is_no_chat_is_named(
-    words: tuple[str, ...], line: str | None, expected: tuple[str, ...], run_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    line: str | None,
+    expected: tuple[str, ...],
+    run_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     if line is not None:
         (tmp_path / "c.jsonl").write_text(line)

@@ -1,4 +1,6 @@
-"""Sampling: decoding with a cache equals the full forward pass, and draws follow the distribution they should."""
+"""Sampling: decoding with a cache equals the full forward pass, and draws follow the distribution they
+should.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -23,7 +25,8 @@ from slmjax.parallel.rules import parameter_shardings
 from slmjax.sampling import FinishReason, SamplingConfig, decoding, generate, penalised
 from slmjax.sampling import sample as continuations
 
-CONTEXT, VOCAB = 16, 13
+CONTEXT = 16
+VOCAB = 13
 BOS = 0
 PROMPTS = [[BOS], [BOS, 5, 3, 8, 2, 11, 7], [BOS, 4, 4], [BOS, 9, 1, 12, 6]]
 ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8)
@@ -32,42 +35,58 @@ MLP = MlpConfig(hidden_dim=24)
 
 def model_config(*blocks: BlockConfig, **settings) -> ModelConfig:
     stack = (Segment(pattern=blocks, repeats=2),)
-    return ModelConfig(embed_dim=16, stack=stack, context_length=CONTEXT, vocab_size=VOCAB, vocab_multiple=8, **settings)
+    return ModelConfig(
+        embed_dim=16, stack=stack, context_length=CONTEXT, vocab_size=VOCAB, vocab_multiple=8, **settings
+    )
 
 
 def block(*, ffn=MLP, passes: int = 1, norm: NormPlacement = NormPlacement.PRE, **attention) -> BlockConfig:
     return BlockConfig(mixer=dataclasses.replace(ATTENTION, **attention), ffn=ffn, passes=passes, norm=norm)
 
 
-# Partial rotation; no positions, a block run twice, experts; a ring of 4 slots, which the prompt of 7 tokens wraps round.
+# Partial rotation; no positions, a block run twice, experts; a ring of 4 slots, which the prompt of 7 tokens
+# wraps round.
 MIXED = model_config(
     block(rotary_dim=4, qk_norm=QkNorm.PER_HEAD),
     block(
-        rope_base=None, softcap=20.0, passes=2, norm=NormPlacement.SANDWICH,
+        rope_base=None,
+        softcap=20.0,
+        passes=2,
+        norm=NormPlacement.SANDWICH,
         ffn=MoeConfig(num_experts=4, hidden_dim=12, shared_hidden_dim=8, balance=Balance.BIAS),
     ),
     block(window=4, rope_base=500.0),
-    logit_softcap=15.0, embed_multiplier=2.0, residual_multiplier=0.7,
-)  # fmt: skip
+    logit_softcap=15.0,
+    embed_multiplier=2.0,
+    residual_multiplier=0.7,
+)
 SMALL = model_config(block(window=4))
 
 Model = tuple[Definition, dict[str, jax.Array], dict[str, jax.Array]]
 
 
 def build(config: ModelConfig) -> Model:
-    """Weights are large, so that what a token sees changes its logits. Made by numpy: compiling the initialisation takes longer."""
-    definition, draws = define(config), np.random.default_rng(3)
+    """Weights are large, so that what a token sees changes its logits. Made by numpy: compiling the
+    initialisation takes longer.
+    """
+    definition = define(config)
+    draws = np.random.default_rng(3)
 
     def fill(shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         normal = {path: 0.4 * draws.normal(size=leaf.shape) for path, leaf in shapes.items()}
-        return {path: jnp.asarray(1 + x if path.endswith("scale") else x, jnp.float32) for path, x in normal.items()}
+        return {
+            path: jnp.asarray(1 + x if path.endswith("scale") else x, jnp.float32)
+            for path, x in normal.items()
+        }
 
     return definition, fill(definition.params), fill(definition.buffers)
 
 
 @pytest.fixture(scope="module")
 def small() -> Model:
-    """All tests sample from it four prompts at a time, in 16 tokens: one compilation for each kind of draw."""
+    """All tests sample from it four prompts at a time, in 16 tokens: one compilation for each kind of
+    draw.
+    """
     return build(SMALL)
 
 
@@ -75,13 +94,19 @@ def sample(*arguments, **settings) -> list[list[int]]:
     return [one.tokens for one in continuations(*arguments, **settings)]
 
 
-def greedily(model: Model, prompts: list[list[int]], *, max_tokens: int = 8, eos_id: int | None = None) -> list[list[int]]:
-    return sample(*model, prompts, config=SamplingConfig(temperature=0.0, max_tokens=max_tokens), eos_id=eos_id)
+def greedily(
+    model: Model, prompts: list[list[int]], *, max_tokens: int = 8, eos_id: int | None = None
+) -> list[list[int]]:
+    return sample(
+        *model, prompts, config=SamplingConfig(temperature=0.0, max_tokens=max_tokens), eos_id=eos_id
+    )
 
 
 @jax.jit
 def cached_logits(model: Decoder, tokens: jax.Array, prompt_lengths: jax.Array) -> jax.Array:
-    """Logits at every position from a prefill of the prompts, then one token at a time, each row at its own position."""
+    """Logits at every position from a prefill of the prompts, then one token at a time, each row at its own
+    position.
+    """
     num_rows, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length)[None, :], tokens.shape)
     segment_ids = (positions < prompt_lengths[:, None]).astype(jnp.int32)
@@ -95,7 +120,9 @@ def cached_logits(model: Decoder, tokens: jax.Array, prompt_lengths: jax.Array) 
         newest = jnp.take_along_axis(tokens, place, axis=1)
         output = model(newest, segment_ids=real[:, None].astype(jnp.int32), positions=place, state=state)
         row_logits = losses.logits(output.hidden, output.head)[:, 0]
-        collected = collected.at[jnp.arange(num_rows), jnp.where(real, at, length)].set(row_logits, mode="drop")
+        collected = collected.at[jnp.arange(num_rows), jnp.where(real, at, length)].set(
+            row_logits, mode="drop"
+        )
         return (output.state, at + 1, collected), None
 
     first = losses.logits(prefilled.hidden, prefilled.head)
@@ -103,22 +130,30 @@ def cached_logits(model: Decoder, tokens: jax.Array, prompt_lengths: jax.Array) 
     return collected[..., :VOCAB]
 
 
-# Caches ---------------------------------------------------------------------------------------------------------------
+# Caches -----------------------------------------------------------------------------------------------------
 @pytest.mark.smoke
 def test_decode_equals_full_forward_at_every_position() -> None:
     definition, params, buffers = build(MIXED)
     model = definition.merge(params, buffers)
     tokens = jax.random.randint(jax.random.key(1), (4, 12), 0, VOCAB)
     full_logits = jax.jit(logits)(model, tokens)
-    assert float(jnp.std(full_logits)) > 0.3  # logits that differ: equal ones would pass whatever the cache holds
+    assert (
+        float(jnp.std(full_logits)) > 0.3
+    )  # logits that differ: equal ones would pass whatever the cache holds
     cached = cached_logits(model, tokens, jnp.asarray([1, 7, 3, 5]))
     np.testing.assert_allclose(cached, full_logits, atol=1e-4, rtol=1e-4)
 
 
 def test_experts_with_a_capacity_drop_nothing_when_asked() -> None:
-    """What `sample` runs, layers taken apart, on all there is: greedy tokens are those of the full forward, alone as together."""
-    narrow = [dataclasses.replace(one, ffn=dataclasses.replace(one.ffn, capacity_factor=0.3)) if isinstance(one.ffn, MoeConfig) else one
-              for one in MIXED.stack[0].pattern]  # fmt: skip
+    """What `sample` runs, layers taken apart, on all there is: greedy tokens are those of the full forward,
+    alone as together.
+    """
+    narrow = [
+        dataclasses.replace(one, ffn=dataclasses.replace(one.ffn, capacity_factor=0.3))
+        if isinstance(one.ffn, MoeConfig)
+        else one
+        for one in MIXED.stack[0].pattern
+    ]
     trained = dataclasses.replace(MIXED, stack=(Segment(pattern=tuple(narrow), repeats=2),))
     definition, params, buffers = build(trained)
     inference = define_for_inference(trained)
@@ -136,7 +171,8 @@ def test_experts_with_a_capacity_drop_nothing_when_asked() -> None:
 
 
 def test_greedy_is_the_argmax_of_the_full_forward(small: Model) -> None:
-    model, forward = small[0].merge(small[1], small[2]), jax.jit(logits)
+    model = small[0].merge(small[1], small[2])
+    forward = jax.jit(logits)
     for prompt, continued in zip(PROMPTS, greedily(small, PROMPTS), strict=True):
         sequence = list(prompt)
         for token in continued:
@@ -169,7 +205,9 @@ def test_draws_do_not_depend_on_the_neighbours(small: Model) -> None:
 
 def test_seeds_reproduce_and_differ(small: Model) -> None:
     def draw(seed: int) -> list[list[int]]:
-        return sample(*small, [[BOS]] * 4, config=SamplingConfig(temperature=2.0, max_tokens=8, seed=seed), eos_id=None)
+        return sample(
+            *small, [[BOS]] * 4, config=SamplingConfig(temperature=2.0, max_tokens=8, seed=seed), eos_id=None
+        )
 
     first = draw(7)
     assert first == draw(7)
@@ -197,15 +235,23 @@ def speaking(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     """A model of bytes: what it says is no text, and mostly torn."""
     definition, params, buffers = build(dataclasses.replace(SMALL, vocab_size=258, context_length=64))
     return Loaded(
-        config=definition.config, model=definition.merge(params, buffers), own_tokenizer=ByteTokenizer().build(()), definition=definition,
-        params=params, buffers=buffers, path=tmp_path_factory.mktemp("speaking"), step=1,
-    )  # fmt: skip
+        config=definition.config,
+        model=definition.merge(params, buffers),
+        own_tokenizer=ByteTokenizer().build(()),
+        definition=definition,
+        params=params,
+        buffers=buffers,
+        path=tmp_path_factory.mktemp("speaking"),
+        step=1,
+    )
 
 
 def test_streamed_pieces_make_up_the_text(speaking: Loaded) -> None:
     pieces: dict[int, list[str]] = {0: [], 1: []}
     config = SamplingConfig(temperature=1.5, max_tokens=30)
-    found = generate(speaking, ["a", "b"], config=config, on_text=lambda index, text: pieces[index].append(text))
+    found = generate(
+        speaking, ["a", "b"], config=config, on_text=lambda index, text: pieces[index].append(text)
+    )
     assert found == generate(speaking, ["a", "b"], config=config)
     for index, one in enumerate(found):
         assert "".join(pieces[index]) == one.text and len(pieces[index]) > 3
@@ -219,17 +265,29 @@ def test_a_stop_text_ends_a_continuation_and_is_left_out(speaking: Loaded) -> No
     stopping = dataclasses.replace(config, stop=("never said", stop))
     found = generate(speaking, ["a"], config=stopping, on_text=lambda _, text: pieces.append(text))[0]
     assert found.text == whole[: whole.index(stop)] == "".join(pieces)
-    assert found.reason is FinishReason.STOP and len(found.tokens) < 30 and len(found.logprobs) == len(found.tokens)
-    assert stop in speaking.tokenizer.decode(found.tokens) and stop not in speaking.tokenizer.decode(found.tokens[:-1])
+    assert (
+        found.reason is FinishReason.STOP
+        and len(found.tokens) < 30
+        and len(found.logprobs) == len(found.tokens)
+    )
+    assert stop in speaking.tokenizer.decode(found.tokens) and stop not in speaking.tokenizer.decode(
+        found.tokens[:-1]
+    )
 
 
 def test_generate_goes_from_text_to_text(tmp_path: Path) -> None:
     definition, params, buffers = build(dataclasses.replace(SMALL, vocab_size=258))
     tokenizer = ByteTokenizer().build(())
     loaded = Loaded(
-        config=definition.config, model=definition.merge(params, buffers), own_tokenizer=tokenizer, definition=definition, params=params,
-        buffers=buffers, path=tmp_path, step=1,
-    )  # fmt: skip
+        config=definition.config,
+        model=definition.merge(params, buffers),
+        own_tokenizer=tokenizer,
+        definition=definition,
+        params=params,
+        buffers=buffers,
+        path=tmp_path,
+        step=1,
+    )
     config = SamplingConfig(temperature=1.0, max_tokens=8)
     prompts = ["", "naïve", "def"]
     expected_prompts = [(tokenizer.bos_id, *tokenizer.encode(prompt)) for prompt in prompts]
@@ -238,32 +296,47 @@ def test_generate_goes_from_text_to_text(tmp_path: Path) -> None:
     assert [one.prompt_tokens for one in found] == expected_prompts
     assert [list(one.tokens) for one in found] == expected
     assert [one.text for one in found] == [tokenizer.decode(tokens) for tokens in expected]
-    assert [one.reason is FinishReason.EOS for one in found] == [tokens[-1] == tokenizer.eos_id for tokens in expected]
-    assert [one.seed for one in found] == [0, 1, 2] and all(len(one.logprobs) == len(one.tokens) for one in found)
+    assert [one.reason is FinishReason.EOS for one in found] == [
+        tokens[-1] == tokenizer.eos_id for tokens in expected
+    ]
+    assert [one.seed for one in found] == [0, 1, 2] and all(
+        len(one.logprobs) == len(one.tokens) for one in found
+    )
     assert generate(loaded, []) == []
     assert generate(loaded, [expected_prompts[0], "naïve", list(expected_prompts[2])], config=config) == found
     with pytest.raises(ValueError, match="give a list of texts"):
         generate(loaded, "def")
 
 
-# Probabilities, seeds, penalties -----------------------------------------------------------------------------------------
+# Probabilities, seeds, penalties ----------------------------------------------------------------------------
 def test_logprobs_are_those_of_the_full_forward(small: Model) -> None:
-    """Whatever is drawn from: here a distribution that a penalty, a temperature and two filters have changed."""
+    """Whatever is drawn from: here a distribution that a penalty, a temperature and two filters have
+    changed.
+    """
     config = SamplingConfig(temperature=1.7, top_k=9, min_p=0.01, repetition_penalty=1.3, max_tokens=8)
     model = small[0].merge(small[1], small[2])
-    for prompt, found in zip(PROMPTS, continuations(*small, PROMPTS, config=config, eos_id=None), strict=True):
-        sequence = jnp.zeros((1, 16), jnp.int32).at[0, : len(prompt) + 8].set(jnp.asarray([*prompt, *found.tokens]))
+    for prompt, found in zip(
+        PROMPTS, continuations(*small, PROMPTS, config=config, eos_id=None), strict=True
+    ):
+        sequence = (
+            jnp.zeros((1, 16), jnp.int32).at[0, : len(prompt) + 8].set(jnp.asarray([*prompt, *found.tokens]))
+        )
         chances = jax.nn.log_softmax(jax.jit(logits)(model, sequence))[0, len(prompt) - 1 : len(prompt) + 7]
-        np.testing.assert_allclose(found.logprobs, chances[jnp.arange(8), jnp.asarray(found.tokens)], atol=2e-4)
+        np.testing.assert_allclose(
+            found.logprobs, chances[jnp.arange(8), jnp.asarray(found.tokens)], atol=2e-4
+        )
 
 
 def test_what_a_penalty_counts_is_the_prompt_and_what_came(small: Model) -> None:
     """Greedy, each token is the argmax of the full forward's logits after the penalty of all before it."""
-    model, config = small[0].merge(small[1], small[2]), SamplingConfig(temperature=0.0, repetition_penalty=3.0, max_tokens=8)
+    model = small[0].merge(small[1], small[2])
+    config = SamplingConfig(temperature=0.0, repetition_penalty=3.0, max_tokens=8)
     found = sample(*small, PROMPTS, config=config, eos_id=None)
     assert found != greedily(small, PROMPTS)
     for prompt, continued in zip(PROMPTS, found, strict=True):
-        sequence = jnp.zeros((1, 16), jnp.int32).at[0, : len(prompt) + 8].set(jnp.asarray([*prompt, *continued]))
+        sequence = (
+            jnp.zeros((1, 16), jnp.int32).at[0, : len(prompt) + 8].set(jnp.asarray([*prompt, *continued]))
+        )
         rows = jax.jit(logits)(model, sequence)[0]
         for index, token in enumerate(continued):
             before = [*prompt, *continued[:index]]
@@ -281,8 +354,20 @@ def test_seeds_are_checked(small: Model) -> None:
 def test_a_watcher_ends_a_prompt_and_no_other(small: Model) -> None:
     free = greedily(small, PROMPTS)
     config = SamplingConfig(temperature=0.0, max_tokens=8)
-    watched = sample(*small, PROMPTS, config=config, eos_id=None, steps_per_call=2, watch=lambda i, tokens: i == 1 and len(tokens) >= 3)
-    assert watched[0] == free[0] and watched[2:] == free[2:] and watched[1] == free[1][: len(watched[1])] and 3 <= len(watched[1]) <= 4
+    watched = sample(
+        *small,
+        PROMPTS,
+        config=config,
+        eos_id=None,
+        steps_per_call=2,
+        watch=lambda i, tokens: i == 1 and len(tokens) >= 3,
+    )
+    assert (
+        watched[0] == free[0]
+        and watched[2:] == free[2:]
+        and watched[1] == free[1][: len(watched[1])]
+        and 3 <= len(watched[1]) <= 4
+    )
 
 
 def test_a_long_prompt_is_taken_in_parts(small: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,11 +385,12 @@ def test_a_window_layer_keeps_a_window() -> None:
     model = jax.eval_shape(lambda: Decoder(definition.config, rngs=nnx.Rngs(params=jax.random.key(0))))
     state = jax.eval_shape(lambda: model.init_state(1, max_length=4096))
     sizes = [sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one)) for one in state[0]]
-    keys_and_values, marks = 2 * 2 * 8 * 4, 2 * 4  # 2 heads of 8 dims in float32; position and segment
+    keys_and_values = 2 * 2 * 8 * 4
+    marks = 2 * 4  # 2 heads of 8 dims in float32; position and segment
     assert sizes == [2 * 4 * (keys_and_values + marks), 2 * 4096 * (keys_and_values + marks)]
 
 
-# Ends and limits ------------------------------------------------------------------------------------------------------
+# Ends and limits --------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def uniform(small: Model) -> Model:
     """All parameters zero: every token is as likely as any other."""
@@ -337,7 +423,8 @@ def test_the_context_limit_is_exact_and_named(uniform: Model) -> None:
         greedily(uniform, prompts, max_tokens=7)
     with pytest.raises(ValueError, match="16 tokens .*shorten it to 15"):
         sample(*uniform, [[BOS] * CONTEXT], eos_id=None)
-    # Unless told, as much as there is room for after each: what one prompt gives does not depend on the others.
+    # Unless told, as much as there is room for after each: what one prompt gives does not depend on the
+    # others.
     assert [len(tokens) for tokens in sample(*uniform, prompts, eos_id=None)] == [15, 6, 15, 15]
 
 

@@ -1,4 +1,6 @@
-"""What a study reports: whole pairs, one family of tests, budgets, and a note on everything that is not as it should be."""
+"""What a study reports: whole pairs, one family of tests, budgets, and a note on everything that is not as it
+should be.
+"""
 
 import dataclasses
 import functools
@@ -13,7 +15,18 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from slmjax.studies import Arm, Budget, Findings, Study, Verdict, analyze, findings_markdown, findings_table, run_study, write_findings
+from slmjax.studies import (
+    Arm,
+    Budget,
+    Findings,
+    Study,
+    Verdict,
+    analyze,
+    findings_markdown,
+    findings_table,
+    run_study,
+    write_findings,
+)
 from slmjax.training import recipes
 from tests.studies.stub import StubTrainer, experiment, study
 
@@ -30,18 +43,28 @@ def test_an_arm_whose_tokenizer_loses_text_has_no_verdict(tmp_path: Path) -> Non
     asked = three_arms()
     bits = {(LR[name], seed): value for name, values in BITS.items() for seed, value in enumerate(values)}
     members = run_study(asked, tmp_path, train=StubTrainer(bits=bits))
-    losing = [dataclasses.replace(one, result={**one.result, "lost_text": 0.92}) if one.arm == "fast & loose" else one for one in members]
+    losing = [
+        dataclasses.replace(one, result={**one.result, "lost_text": 0.92})
+        if one.arm == "fast & loose"
+        else one
+        for one in members
+    ]
     findings = analyze(asked, losing)
     assert [one.verdict for one in findings.comparisons] == [Verdict.NOT_RESOLVED] * 2
     assert analyze(asked, members).comparisons[0].verdict is Verdict.BETTER
     (note,) = (note for note in findings.notes if "loses" in note)
     assert note.startswith("fast & loose: the tokenizer loses 92.00% of the text's bytes: not comparable")
-    everywhere = analyze(asked, [dataclasses.replace(one, result={**one.result, "lost_text": 0.92}) for one in members])
+    everywhere = analyze(
+        asked, [dataclasses.replace(one, result={**one.result, "lost_text": 0.92}) for one in members]
+    )
     assert everywhere.comparisons[0].verdict is Verdict.BETTER, "all arms lose the same"
 
 
 def found(directory: Path, asked: Study, *, further=(), **outcomes: Any) -> Findings:
-    outcomes.setdefault("bits", {(LR[name], seed): value for name, values in BITS.items() for seed, value in enumerate(values)})
+    outcomes.setdefault(
+        "bits",
+        {(LR[name], seed): value for name, values in BITS.items() for seed, value in enumerate(values)},
+    )
     members = run_study(asked, directory, train=StubTrainer(**outcomes))
     return analyze(asked, members, further=further)
 
@@ -51,12 +74,20 @@ def test_comparisons_are_paired_by_seed_and_one_family(tmp_path: Path) -> None:
     pairs = [("fast & loose", "slow"), ("third", "slow"), ("fast & loose", "third")]
     assert [(one.arm, one.against) for one in findings.comparisons] == pairs
     expected = [float(stats.ttest_rel(BITS[arm], BITS[against]).pvalue) for arm, against in pairs]
-    np.testing.assert_allclose([one.difference.p_value for one in findings.comparisons if one.difference], expected)
+    np.testing.assert_allclose(
+        [one.difference.p_value for one in findings.comparisons if one.difference], expected
+    )
     order = np.argsort(expected)
     assert list(order) == [0, 2, 1]
     adjusted = [one.adjusted_p for one in findings.comparisons]
-    assert adjusted == pytest.approx([3 * expected[0], max(expected[1], 2 * expected[2]), max(3 * expected[0], 2 * expected[2])])
-    assert [one.verdict for one in findings.comparisons] == [Verdict.BETTER, Verdict.NOT_RESOLVED, Verdict.BETTER]
+    assert adjusted == pytest.approx(
+        [3 * expected[0], max(expected[1], 2 * expected[2]), max(3 * expected[0], 2 * expected[2])]
+    )
+    assert [one.verdict for one in findings.comparisons] == [
+        Verdict.BETTER,
+        Verdict.NOT_RESOLVED,
+        Verdict.BETTER,
+    ]
     slow = findings.arms[0].metric
     assert slow is not None and slow.mean == pytest.approx(np.mean(BITS["slow"])) and slow.num_values == 3
 
@@ -69,11 +100,16 @@ def test_higher_can_be_better(tmp_path: Path) -> None:
 
 def test_a_member_that_did_not_finish_is_left_out_of_its_pairs_aloud(tmp_path: Path) -> None:
     findings = found(
-        tmp_path, three_arms(), statuses={(LR["third"], 1): "diverged"}, errors={(LR["fast & loose"], 2): ValueError("too wide")}
-    )  # fmt: skip
+        tmp_path,
+        three_arms(),
+        statuses={(LR["third"], 1): "diverged"},
+        errors={(LR["fast & loose"], 2): ValueError("too wide")},
+    )
     fast, third = findings.comparisons
     assert (fast.seeds, third.seeds) == ((0, 1), (0, 2))
-    assert fast.difference is not None and fast.difference.mean == pytest.approx((1.40 - 1.50 + 1.43 - 1.52) / 2)
+    assert fast.difference is not None and fast.difference.mean == pytest.approx(
+        (1.40 - 1.50 + 1.43 - 1.52) / 2
+    )
     assert [len(one.seeds) for one in findings.arms] == [3, 2, 2]
     assert "third, seed 1: diverged after 10 steps, and left out of its pairs." in findings.notes
     assert "fast & loose, seed 2: failed (ValueError: too wide), and left out of its pairs." in findings.notes
@@ -102,7 +138,9 @@ def test_a_study_under_way(tmp_path: Path) -> None:
 
 def test_unequal_budgets_are_said(tmp_path: Path) -> None:
     matched = found(tmp_path / "matched", three_arms())
-    assert matched.is_matched and "Budget: matched, 1,064,778 tokens a run on average." in findings_markdown(matched)
+    assert matched.is_matched and "Budget: matched, 1,064,778 tokens a run on average." in findings_markdown(
+        matched
+    )
     unequal = {"tokens": {LR["third"]: 1_064_779}}
     findings = found(tmp_path / "apart", three_arms(), **unequal)
     assert findings.is_matched is False
@@ -120,7 +158,9 @@ def test_further_figures_have_no_verdict(tmp_path: Path) -> None:
     text = findings_markdown(findings)
     assert "| arm | calibration error | difference | parameters | difference |" in text
     assert "| slow | 0.001000100 ± 0.000000100 |  | 1.0000 ± 0.0000 |  |" in text
-    with pytest.raises(ValueError, match="no run of the study has a figure 'calibration'. Did you mean 'calibration_error'"):
+    with pytest.raises(
+        ValueError, match="no run of the study has a figure 'calibration'. Did you mean 'calibration_error'"
+    ):
         found(tmp_path, three_arms(figures=("calibration",)))
     with pytest.raises(ValueError, match="no run of the study has a figure 'bits'"):
         found(tmp_path, three_arms(metric="bits"))
@@ -143,13 +183,27 @@ def test_no_noise_is_no_evidence(tmp_path: Path) -> None:
     bits = {(lr, seed): 1 + lr for lr in LR.values() for seed in range(3)}
     findings = found(tmp_path, three_arms(), bits=bits)
     assert all(one.verdict is Verdict.NOT_RESOLVED for one in findings.comparisons)
-    assert any(note.startswith("fast & loose and slow differ by the same bits_per_byte with every seed") for note in findings.notes)
-    assert "| fast & loose | 3 | 1.0020 ± 0.0000 | +0.0010000 | — | — | 1.000 | not resolved |" in findings_markdown(findings)
+    assert any(
+        note.startswith("fast & loose and slow differ by the same bits_per_byte with every seed")
+        for note in findings.notes
+    )
+    assert (
+        "| fast & loose | 3 | 1.0020 ± 0.0000 | +0.0010000 | — | — | 1.000 | not resolved |"
+        in findings_markdown(findings)
+    )
 
 
 def test_members_with_other_text_are_named(tmp_path: Path) -> None:
     members = list(run_study(three_arms(), tmp_path, train=StubTrainer()))
-    entry = {"source": "corpus.jsonl", "documents": 55, "bytes": 900, "hash": "a", "heldout": None, "tokenizer": "t", "fingerprint": "f"}
+    entry = {
+        "source": "corpus.jsonl",
+        "documents": 55,
+        "bytes": 900,
+        "hash": "a",
+        "heldout": None,
+        "tokenizer": "t",
+        "fingerprint": "f",
+    }
     for i, member in enumerate(members):
         run_dir = tmp_path / str(i)
         run_dir.mkdir()
@@ -157,16 +211,24 @@ def test_members_with_other_text_are_named(tmp_path: Path) -> None:
         (run_dir / "data.json").write_text(json.dumps([entry | changed]))
         members[i] = dataclasses.replace(member, result=member.result | {"run_dir": str(run_dir)})
     notes = [note for note in analyze(three_arms(), members).notes if "other text" in note]
-    assert len(notes) == 1 and notes[0].startswith(f"{members[4].arm}, seed {members[4].seed} has other text than")
-    assert "corpus.jsonl had 55 documents (900 bytes) to train on, and has 56 documents (910 bytes) to train on" in notes[0]
+    assert len(notes) == 1 and notes[0].startswith(
+        f"{members[4].arm}, seed {members[4].seed} has other text than"
+    )
+    assert (
+        "corpus.jsonl had 55 documents (900 bytes) to train on, and has 56 documents (910 bytes) to train on"
+        in notes[0]
+    )
 
 
 def test_what_weakens_a_comparison_is_noted(tmp_path: Path) -> None:
-    arms, third = three_arms().arms, experiment(LR["third"])
+    arms = three_arms().arms
+    third = experiment(LR["third"])
     longer = dataclasses.replace(third.data, sequence_length=128)
     arms = (*arms[:2], Arm(name="third", experiment=dataclasses.replace(third, data=longer)))
     members = run_study(study(arms=arms), tmp_path, train=StubTrainer())
-    first = dataclasses.replace(members[0], result=members[0].result | {"commit": "f" * 40, "measured_on": "the last training batch"})
+    first = dataclasses.replace(
+        members[0], result=members[0].result | {"commit": "f" * 40, "measured_on": "the last training batch"}
+    )
     notes = "\n".join(analyze(study(arms=arms), (first, *members[1:])).notes)
     assert "Data or tokenizer differ between slow, fast & loose | third" in notes
     assert "slow: loss and bits per byte were measured on the last training batch" in notes
@@ -181,10 +243,13 @@ def test_findings_for_people_and_programs(tmp_path: Path) -> None:
     text = findings_markdown(findings)
     difference = findings.comparisons[0].difference
     assert difference is not None
-    # Standard errors of the difference and of the quietest mean are 0.0029 and 0.0088: two digits of them are four decimals.
+    # Standard errors of the difference and of the quietest mean are 0.0029 and 0.0088: two digits of them are
+    # four decimals.
     assert math.floor(math.log10(difference.standard_error)) == -3
     low, high = difference.t_interval
-    row = f"| fast & loose | 3 | 1.4083 ± 0.0189 | −0.0950 | [−{-low:.4f}, −{-high:.4f}] | [−0.1000, −0.0900] |"
+    row = (
+        f"| fast & loose | 3 | 1.4083 ± 0.0189 | −0.0950 | [−{-low:.4f}, −{-high:.4f}] | [−0.1000, −0.0900] |"
+    )
     assert row in text and "| slow | 3 | 1.5033 ± 0.0153 | baseline |" in text
     assert "| fast & loose − third | 3 | " in text and text.count("better |") == 2
     console = Console(width=200, record=True, file=(tmp_path / "shown.txt").open("w"))
@@ -198,7 +263,9 @@ def test_findings_for_people_and_programs(tmp_path: Path) -> None:
     assert (tmp_path / "study.md").read_text() == text
 
 
-def test_the_study_file_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_study_file_of_the_documentation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = (Path(__file__).parents[2] / "docs" / "studies.md").read_text()
     (tmp_path / "warm_up.py").write_text(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[0])
     file = recipes.run_file(tmp_path / "warm_up.py")
@@ -214,8 +281,14 @@ def test_the_study_file_of_the_documentation(tmp_path: Path, monkeypatch: pytest
 
 def test_completions_are_not_compared_with_all_text(tmp_path: Path) -> None:
     members = run_study(three_arms(), tmp_path, train=StubTrainer())
-    completions = [dataclasses.replace(one, result=one.result | {"measured_on": "the completions of held-out text"}) for one in members]
+    completions = [
+        dataclasses.replace(one, result=one.result | {"measured_on": "the completions of held-out text"})
+        for one in members
+    ]
     for others, num_notes in ((members, 0), (completions, 0), ([*completions[:2], *members[2:]], 1)):
         notes = analyze(three_arms(), others).notes
-        assert sum("and those of others of its completions: they do not compare" in note for note in notes) == num_notes
+        assert (
+            sum("and those of others of its completions: they do not compare" in note for note in notes)
+            == num_notes
+        )
         assert not any("not on all held-out text" in note for note in notes)

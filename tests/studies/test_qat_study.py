@@ -1,4 +1,6 @@
-"""experiments/qat_study.py: what its members are, and, on a model of one narrow layer and a few steps, the study from end to end."""
+"""experiments/qat_study.py: what its members are, and, on a model of one narrow layer and a few steps, the
+study from end to end.
+"""
 
 import dataclasses
 import json
@@ -44,11 +46,17 @@ def test_members_differ_in_what_is_asked_alone(study: ModuleType) -> None:
 
 
 def test_fewer_bits_are_fewer_bytes(study: ModuleType) -> None:
-    sizes = [stored_size(resolved_model(study.trained_for(study.experiment(), spec), vocab_size=2048)) for spec in study.FORMATS.values()]
+    sizes = [
+        stored_size(resolved_model(study.trained_for(study.experiment(), spec), vocab_size=2048))
+        for spec in study.FORMATS.values()
+    ]
     total, numbers = stored_size(resolved_model(study.experiment(), vocab_size=2048))
     assert total == 4 * numbers
-    assert [total for total, _ in sizes] == sorted((total for total, _ in sizes), reverse=True) and {each for _, each in sizes} == {numbers}
-    # By hand: 2,048 x 128 and, in each of 2 layers, 3 x 128 x 320, 128 x (128 + 64 + 64) and 128 x 128 in 18 bytes a block of 32.
+    assert [total for total, _ in sizes] == sorted((total for total, _ in sizes), reverse=True) and {
+        each for _, each in sizes
+    } == {numbers}
+    # By hand: 2,048 x 128 and, in each of 2 layers, 3 x 128 x 320, 128 x (128 + 64 + 64) and 128 x 128 in 18
+    # bytes a block of 32.
     rounded = 2048 * 128 + 2 * (3 * 128 * 320 + 2 * 128 * 128 + 2 * 128 * 64)
     assert sizes[1][0] == rounded * 18 // 32 + 4 * (numbers - rounded)
 
@@ -59,7 +67,9 @@ def test_a_report_without_a_model_to_go_on_with(study: ModuleType, tmp_path: Pat
 
 
 @pytest.mark.nightly
-def test_the_study_from_end_to_end(study: ModuleType, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_study_from_end_to_end(
+    study: ModuleType, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two formats, two seeds, every kind of arm, and a sweep over two learning rates."""
     monkeypatch.setattr("slmjax.runner.trainer._write_page", lambda run: None)
     tiny = one_layer(workplace, tmp_path, steps=4, ema_decay=None)
@@ -76,7 +86,9 @@ def test_the_study_from_end_to_end(study: ModuleType, workplace: Path, tmp_path:
     }
     for name, value in changes.items():
         monkeypatch.setattr(study, name, value)
-    monkeypatch.setattr("sys.argv", ["qat_study.py", "--directory", str(tmp_path), "--sweep", "--seeds", "3", "4"])
+    monkeypatch.setattr(
+        "sys.argv", ["qat_study.py", "--directory", str(tmp_path), "--sweep", "--seeds", "3", "4"]
+    )
     study.main()
     asked = {recovery.directory: recovery for recovery in study.recoveries(tmp_path, (3, 4))}
     found = {name: read_members(recovery.study, tmp_path / name) for name, recovery in asked.items()}
@@ -84,18 +96,39 @@ def test_the_study_from_end_to_end(study: ModuleType, workplace: Path, tmp_path:
     bits = {(one.arm, one.seed): one.result["bits_per_byte"] for one in found["what"]}
     report = json.loads((tmp_path / "recovery.json").read_text())["reports"][0]
     arms = {one["arm"]: one for one in report["arms"]}
-    own, full, rounded = ([bits[name, seed] for seed in (3, 4)] for name in ("QAT, 1.58 bits", "full precision", "rounded, 1.58 bits"))
-    assert arms["QAT, 1.58 bits"]["recoveries"][0]["recovered"]["share"] == recovered_share(own, full=full, rounded=rounded).share
-    assert arms["rounded, 1.58 bits"]["kl"]["mean"] > arms["rounded, q4_0"]["kl"]["mean"] > 0 == arms["full precision"]["kl"]["mean"]
-    assert [one["rounded"] for one in arms["QAT, 1.58 bits"]["recoveries"]] == ["rounded, 1.58 bits", "rounded with clip search, 1.58 bits"]
+    own, full, rounded = (
+        [bits[name, seed] for seed in (3, 4)]
+        for name in ("QAT, 1.58 bits", "full precision", "rounded, 1.58 bits")
+    )
+    assert (
+        arms["QAT, 1.58 bits"]["recoveries"][0]["recovered"]["share"]
+        == recovered_share(own, full=full, rounded=rounded).share
+    )
+    assert (
+        arms["rounded, 1.58 bits"]["kl"]["mean"]
+        > arms["rounded, q4_0"]["kl"]["mean"]
+        > 0
+        == arms["full precision"]["kl"]["mean"]
+    )
+    assert [one["rounded"] for one in arms["QAT, 1.58 bits"]["recoveries"]] == [
+        "rounded, 1.58 bits",
+        "rounded with clip search, 1.58 bits",
+    ]
     rates = {name: one["rate"]["rate"] for name, one in arms.items() if one["rate"] is not None}
     assert arms["QAT, 1.58 bits"]["unrounded"] is not None and arms["rounded, 1.58 bits"]["unrounded"] is None
     assert len(rates) == 6 and set(rates.values()) <= {tiny.optim.lr / 2, tiny.optim.lr}
     assert member_experiment(asked["what"].study, "QAD, q4_0", 3).optim.lr == rates["QAD, q4_0"]
     assert arms["QAT, q4_0"]["stored_bytes"] == arms["rounded, q4_0"]["stored_bytes"]
-    # Another grid's numbers do not survive q4_0, though both have 4 bits, groups of 32 and float16 scales; q4_0's own do.
-    models = {one.arm: load_model(one.result["run_dir"]) for one in found["what"] if one.seed == 3 and "other grid" in one.arm}
-    before, after = (models[name].params["embed/table"] for name in ("QAT, other grid", "QAT, other grid, then q4_0"))
+    # Another grid's numbers do not survive q4_0, though both have 4 bits, groups of 32 and float16 scales;
+    # q4_0's own do.
+    models = {
+        one.arm: load_model(one.result["run_dir"])
+        for one in found["what"]
+        if one.seed == 3 and "other grid" in one.arm
+    }
+    before, after = (
+        models[name].params["embed/table"] for name in ("QAT, other grid", "QAT, other grid, then q4_0")
+    )
     rows = min(len(before), len(after))  # what is written of a table has no padding
     assert np.mean(np.asarray(before)[:rows] != np.asarray(after)[:rows]) > 0.5
     assert bits["QAT, other grid", 3] != bits["QAT, other grid, then q4_0", 3]

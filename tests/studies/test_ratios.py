@@ -1,4 +1,6 @@
-"""The share that is recovered: numbers worked by hand, Fieller's interval against the t tests that it stands for, scipy's bootstrap."""
+"""The share that is recovered: numbers worked by hand, Fieller's interval against the t tests that it stands
+for, scipy's bootstrap.
+"""
 
 import itertools
 import math
@@ -12,11 +14,17 @@ from slmjax.studies.ratios import fieller_interval
 
 
 def figures(num: int, *, share: float = 0.6, seed: int = 0) -> tuple[list[float], list[float], list[float]]:
-    """An arm, full precision and rounded, which share the noise of their seeds and have a little of their own."""
+    """An arm, full precision and rounded, which share the noise of their seeds and have a little of their
+    own.
+    """
     draws = np.random.default_rng(seed)
     full = 1.4 + 0.03 * draws.normal(size=num)
     rounded = full + 0.1 + 0.01 * draws.normal(size=num)
-    return (full + (1 - share) * 0.1 + 0.01 * draws.normal(size=num)).tolist(), full.tolist(), rounded.tolist()
+    return (
+        (full + (1 - share) * 0.1 + 0.01 * draws.normal(size=num)).tolist(),
+        full.tolist(),
+        rounded.tolist(),
+    )
 
 
 def p_value_of_zero(values: np.ndarray) -> float:
@@ -25,7 +33,8 @@ def p_value_of_zero(values: np.ndarray) -> float:
 
 
 def test_a_recovery_by_hand() -> None:
-    """Distances from full precision: the arm's 1, 2, 3, rounding's 4, 4, 8. Ratio of means 6 / 16, so that 5/8 is recovered.
+    """Distances from full precision: the arm's 1, 2, 3, rounding's 4, 4, 8. Ratio of means 6 / 16, so that
+    5/8 is recovered.
 
     Residuals x - 3/8 y are -1/2, 1/2, 0: deviation 1/2, and the standard error 1/2 / sqrt(3) / (16 / 3).
     """
@@ -33,25 +42,38 @@ def test_a_recovery_by_hand() -> None:
     assert found.share == pytest.approx(5 / 8)
     assert found.standard_error == pytest.approx(0.5 / math.sqrt(3) / (16 / 3))
     assert found.cost.mean == pytest.approx(16 / 3) and found.gain.mean == pytest.approx(2 - 16 / 3)
-    # Variances of the means: of x 1/3, of y 16/9, covariance 2/3. With t = 4.3027, r solves r^2 a - 2 r b + c = 0.
+    # Variances of the means: of x 1/3, of y 16/9, covariance 2/3. With t = 4.3027, r solves r^2 a - 2 r b + c
+    # = 0.
     t2 = 4.302652730**2
-    a, b, c = (16 / 3) ** 2 - t2 * 16 / 9, 32 / 3 - t2 * 2 / 3, 4 - t2 / 3
-    assert a < 0 and found.fieller_interval is None and not found.is_above_zero  # rounding's cost, 5.3 +- 1.3, is not told from zero
-    weaker = recovered_share([11.0, 22.0, 33.0], full=[10.0, 20.0, 30.0], rounded=[14.0, 24.0, 38.0], confidence=0.8)
+    a = (16 / 3) ** 2 - t2 * 16 / 9
+    b = 32 / 3 - t2 * 2 / 3
+    c = 4 - t2 / 3
+    assert (
+        a < 0 and found.fieller_interval is None and not found.is_above_zero
+    )  # rounding's cost, 5.3 +- 1.3, is not told from zero
+    weaker = recovered_share(
+        [11.0, 22.0, 33.0], full=[10.0, 20.0, 30.0], rounded=[14.0, 24.0, 38.0], confidence=0.8
+    )
     t2 = 1.885618083**2
-    a, b, c = (16 / 3) ** 2 - t2 * 16 / 9, 32 / 3 - t2 * 2 / 3, 4 - t2 / 3
+    a = (16 / 3) ** 2 - t2 * 16 / 9
+    b = 32 / 3 - t2 * 2 / 3
+    c = 4 - t2 / 3
     root = math.sqrt(b**2 - a * c)
     assert weaker.fieller_interval == pytest.approx((1 - (b + root) / a, 1 - (b - root) / a))
-    # The 27 resamples' ratios of means; 2.5% of them is the smallest: all three seeds the second, or all the first.
+    # The 27 resamples' ratios of means; 2.5% of them is the smallest: all three seeds the second, or all the
+    # first.
     assert found.bootstrap_interval == pytest.approx((1 - 2 / 4, 1 - 1 / 4))
 
 
 @pytest.mark.parametrize("num", [3, 5, 12])
 @pytest.mark.parametrize("confidence", [0.95, 0.8])
 def test_fiellers_interval_is_that_of_the_paired_t_tests(num: int, confidence: float) -> None:
-    """At each of its ends the t test of x - r y gives exactly the level, inside a larger p, outside a smaller one."""
+    """At each of its ends the t test of x - r y gives exactly the level, inside a larger p, outside a smaller
+    one.
+    """
     arm, full, rounded = figures(num)
-    x, y = np.subtract(arm, full), np.subtract(rounded, full)
+    x = np.subtract(arm, full)
+    y = np.subtract(rounded, full)
     ends = fieller_interval(x, y, confidence=confidence)
     assert ends is not None
 
@@ -71,58 +93,88 @@ def test_the_delta_method_is_the_limit_of_fiellers_interval() -> None:
     found = recovered_share(arm, full=full, rounded=rounded)
     assert found.fieller_interval is not None and found.standard_error is not None and found.share is not None
     np.testing.assert_allclose(
-        np.subtract(found.fieller_interval, found.share), [-1.96 * found.standard_error, 1.96 * found.standard_error], rtol=5e-3
+        np.subtract(found.fieller_interval, found.share),
+        [-1.96 * found.standard_error, 1.96 * found.standard_error],
+        rtol=5e-3,
     )
     assert abs(found.share - 0.6) < 4 * found.standard_error
 
 
 def test_the_bootstrap_draws_whole_seeds() -> None:
     arm, full, rounded = figures(4)
-    x, y = np.subtract(arm, full), np.subtract(rounded, full)
-    shares = sorted(1 - x[list(chosen)].mean() / y[list(chosen)].mean() for chosen in itertools.product(range(4), repeat=4))
+    x = np.subtract(arm, full)
+    y = np.subtract(rounded, full)
+    shares = sorted(
+        1 - x[list(chosen)].mean() / y[list(chosen)].mean()
+        for chosen in itertools.product(range(4), repeat=4)
+    )
     found = recovered_share(arm, full=full, rounded=rounded).bootstrap_interval
     assert found == pytest.approx((shares[math.ceil(0.025 * 256) - 1], shares[-math.ceil(0.025 * 256)]))
     arm, full, rounded = figures(12)
     expected = stats.bootstrap(
-        (np.array(arm), np.array(full), np.array(rounded)), lambda a, f, r, axis: 1 - (a - f).mean(axis) / (r - f).mean(axis),
-        n_resamples=30_000, paired=True, method="percentile", rng=np.random.default_rng(1),
-    )  # fmt: skip
+        (np.array(arm), np.array(full), np.array(rounded)),
+        lambda a, f, r, axis: 1 - (a - f).mean(axis) / (r - f).mean(axis),
+        n_resamples=30_000,
+        paired=True,
+        method="percentile",
+        rng=np.random.default_rng(1),
+    )
     found = recovered_share(arm, full=full, rounded=rounded)
     assert found.standard_error is not None and found.bootstrap_interval is not None
-    np.testing.assert_allclose(found.bootstrap_interval, expected.confidence_interval, atol=0.1 * found.standard_error)
+    np.testing.assert_allclose(
+        found.bootstrap_interval, expected.confidence_interval, atol=0.1 * found.standard_error
+    )
 
 
 def test_fiellers_interval_holds_the_truth_as_often_as_it_says() -> None:
     """3 seeds, 2000 studies: the percentile bootstrap holds it far less often, as its documentation warns."""
-    held, resampled = 0, 0
+    held = 0
+    resampled = 0
     for seed in range(2000):
         arm, full, rounded = figures(3, seed=seed)
         found = recovered_share(arm, full=full, rounded=rounded)
-        # The set without two ends, where rounding's cost is not told from zero, is counted as it is: by the test at the truth.
-        x, y = np.subtract(arm, full), np.subtract(rounded, full)
+        # The set without two ends, where rounding's cost is not told from zero, is counted as it is: by the
+        # test at the truth.
+        x = np.subtract(arm, full)
+        y = np.subtract(rounded, full)
         held += (
             p_value_of_zero(x - 0.4 * y) > 0.05
             if found.fieller_interval is None
             else (found.fieller_interval[0] < 0.6 < found.fieller_interval[1])
         )
-        resampled += found.bootstrap_interval is not None and found.bootstrap_interval[0] < 0.6 < found.bootstrap_interval[1]
+        resampled += (
+            found.bootstrap_interval is not None
+            and found.bootstrap_interval[0] < 0.6 < found.bootstrap_interval[1]
+        )
     assert abs(held / 2000 - 0.95) < 0.015 and resampled / 2000 < 0.85
 
 
 def test_where_there_is_nothing_to_recover() -> None:
-    arm, full, rounded = [1.4, 1.42, 1.41], [1.5, 1.51, 1.52], [1.5, 1.5, 1.51]
+    arm = [1.4, 1.42, 1.41]
+    full = [1.5, 1.51, 1.52]
+    rounded = [1.5, 1.5, 1.51]
     found = recovered_share(arm, full=full, rounded=rounded)
-    assert found.share is None and found.fieller_interval is None and found.bootstrap_interval is None and not found.is_above_zero
+    assert (
+        found.share is None
+        and found.fieller_interval is None
+        and found.bootstrap_interval is None
+        and not found.is_above_zero
+    )
     assert recovered_share(arm, full=full, rounded=rounded, lower_is_better=False).share is not None
 
 
 def test_higher_can_be_better() -> None:
     arm, full, rounded = figures(5)
     turned = recovered_share(
-        [-value for value in arm], full=[-value for value in full], rounded=[-value for value in rounded], lower_is_better=False
+        [-value for value in arm],
+        full=[-value for value in full],
+        rounded=[-value for value in rounded],
+        lower_is_better=False,
     )
     found = recovered_share(arm, full=full, rounded=rounded)
-    assert turned.share == pytest.approx(found.share) and turned.fieller_interval == pytest.approx(found.fieller_interval)
+    assert turned.share == pytest.approx(found.share) and turned.fieller_interval == pytest.approx(
+        found.fieller_interval
+    )
 
 
 def test_worse_than_rounding_is_below_zero() -> None:
@@ -133,7 +185,11 @@ def test_worse_than_rounding_is_below_zero() -> None:
 
 def test_no_noise_is_no_evidence() -> None:
     found = recovered_share([1.1, 1.3, 1.7], full=[1.0, 1.2, 1.6], rounded=[1.3, 1.5, 1.9])
-    assert found.share == pytest.approx(2 / 3) and found.standard_error is None and found.fieller_interval is None
+    assert (
+        found.share == pytest.approx(2 / 3)
+        and found.standard_error is None
+        and found.fieller_interval is None
+    )
     assert not found.is_above_zero
 
 

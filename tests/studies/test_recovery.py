@@ -1,4 +1,6 @@
-"""Members that are made of others, and the report on what training for a format recovers of what rounding to it costs."""
+"""Members that are made of others, and the report on what training for a format recovers of what rounding to
+it costs.
+"""
 
 import dataclasses
 import json
@@ -42,7 +44,8 @@ from slmjax.training.experiment import Experiment
 from tests.one_layer import one_layer
 from tests.studies.stub import StubTrainer, experiment
 
-FULL, QAT = (1.400, 1.431, 1.392), (1.411, 1.440, 1.405)
+FULL = (1.400, 1.431, 1.392)
+QAT = (1.411, 1.440, 1.405)
 COST = (0.031, 0.029, 0.034)
 
 
@@ -75,39 +78,59 @@ def recovery(study: Study | None = None) -> Recovery:
 
 
 def trainer(**outcomes: Any) -> StubTrainer:
-    bits = {(1e-3, seed): value for seed, value in enumerate(FULL)} | {(2e-3, seed): value for seed, value in enumerate(QAT)}
+    bits = {(1e-3, seed): value for seed, value in enumerate(FULL)} | {
+        (2e-3, seed): value for seed, value in enumerate(QAT)
+    }
     return StubTrainer(bits=bits, **outcomes)
 
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, Path]]:
-    """Of what, and where members were made; models are not evaluated, their figures follow from their source's."""
+    """Of what, and where members were made; models are not evaluated, their figures follow from their
+    source's.
+    """
     calls: list[tuple[Path, Path]] = []
 
     def evaluated(model: tuple[Path, Path], experiment: Experiment) -> EvalResult:
         calls.append(model)
         bits = FULL[experiment.run.seed] + COST[experiment.run.seed]
         return EvalResult(
-            loss=bits, perplexity=1.0, bits_per_byte=bits, calibration_error=0.5, tokens=1, total_tokens=1, bytes=1, documents=3,
-            sequence_length=8, overlap=0, seconds=0.0,
-        )  # fmt: skip
+            loss=bits,
+            perplexity=1.0,
+            bits_per_byte=bits,
+            calibration_error=0.5,
+            tokens=1,
+            total_tokens=1,
+            bytes=1,
+            documents=3,
+            sequence_length=8,
+            overlap=0,
+            seconds=0.0,
+        )
 
-    monkeypatch.setattr(derived, "load_model", lambda out: (Path(json.loads((out / "made.json").read_text())["of"]), out))
+    monkeypatch.setattr(
+        derived, "load_model", lambda out: (Path(json.loads((out / "made.json").read_text())["of"]), out)
+    )
     monkeypatch.setattr(derived, "evaluate_member", evaluated)
     return calls
 
 
-# Members that are made ------------------------------------------------------------------------------------------------
+# Members that are made --------------------------------------------------------------------------------------
 def test_members_are_made_of_finished_ones_of_their_seed(tmp_path: Path, made: list) -> None:
     members = run_study(asked(), tmp_path, train=trainer())
-    assert [(one.arm, one.seed) for one in members] == [(arm, seed) for seed in range(3) for arm in ("full", "rounded", "QAT")]
+    assert [(one.arm, one.seed) for one in members] == [
+        (arm, seed) for seed in range(3) for arm in ("full", "rounded", "QAT")
+    ]
     assert [(source.parent.name, out) for source, out in made] == [
         (f"seed-{seed}", tmp_path / "rounded" / f"seed-{seed}" / "model") for seed in range(3)
     ]
     for seed in range(3):
         full, rounded, _ = members[3 * seed : 3 * seed + 3]
         assert rounded.figure("bits_per_byte") == pytest.approx(FULL[seed] + COST[seed])
-        assert json.loads((Path(rounded.result["run_dir"]) / "made.json").read_text())["of"] == full.result["run_dir"]
+        assert (
+            json.loads((Path(rounded.result["run_dir"]) / "made.json").read_text())["of"]
+            == full.result["run_dir"]
+        )
         assert member_experiment(asked(), "full", seed).optim.weight_decay == pytest.approx(0.01 * (seed + 1))
     train = trainer()
     assert run_study(asked(), tmp_path, train=train) == members and not train.asked and len(made) == 3
@@ -135,13 +158,17 @@ def test_of_what_did_not_finish_nothing_is_made(tmp_path: Path, made: list) -> N
     assert "full, seed 1: diverged, and left out." in report.notes
 
 
-def test_a_failure_in_the_making_is_recorded(tmp_path: Path, made: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_the_making_is_recorded(
+    tmp_path: Path, made: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(self: Rounded, model: Path, out: Path) -> None:
         raise ValueError("groups of 32 do not fit")
 
     monkeypatch.setattr(Rounded, "make", fail)
     members = run_study(asked((0, 1)), tmp_path, train=trainer())
-    assert [one.error for one in members if one.arm == "rounded"] == ["ValueError: groups of 32 do not fit"] * 2
+    assert [one.error for one in members if one.arm == "rounded"] == [
+        "ValueError: groups of 32 do not fit"
+    ] * 2
 
 
 def test_what_is_made_of_nothing_is_refused() -> None:
@@ -153,13 +180,19 @@ def test_what_is_made_of_nothing_is_refused() -> None:
         Derived(name="--", source="full", recipe=Rounded())
 
 
-# The report -----------------------------------------------------------------------------------------------------------
+# The report -------------------------------------------------------------------------------------------------
 def members() -> list[Member]:
     found = []
     for seed in range(3):
         for arm, bits in (("full", FULL[seed]), ("rounded", FULL[seed] + COST[seed]), ("QAT", QAT[seed])):
-            result = {"bits_per_byte": bits, "run_dir": "", **({"tokens_per_second": 1000.0} if arm != "rounded" else {})}
-            found.append(Member(arm=arm, seed=seed, fingerprint="", status="finished", result=result, evaluation={}))
+            result = {
+                "bits_per_byte": bits,
+                "run_dir": "",
+                **({"tokens_per_second": 1000.0} if arm != "rounded" else {}),
+            }
+            found.append(
+                Member(arm=arm, seed=seed, fingerprint="", status="finished", result=result, evaluation={})
+            )
     return found
 
 
@@ -167,11 +200,18 @@ def measurements() -> list[Measurement]:
     sizes = {"full": 4_000_000.0, "rounded": 600_000.0, "QAT": 600_000.0}
     return [
         Measurement(
-            arm=one.arm, seed=one.seed, fingerprint="",
-            figures={"kl": 0.0 if one.arm == "full" else 0.01, "agreement": 0.9, "bytes": sizes[one.arm], "bits_per_number": 4.5},
+            arm=one.arm,
+            seed=one.seed,
+            fingerprint="",
+            figures={
+                "kl": 0.0 if one.arm == "full" else 0.01,
+                "agreement": 0.9,
+                "bytes": sizes[one.arm],
+                "bits_per_number": 4.5,
+            },
         )
         for one in members()
-    ]  # fmt: skip
+    ]
 
 
 def test_recovery_is_that_of_the_arms_of_each_seed() -> None:
@@ -184,9 +224,17 @@ def test_recovery_is_that_of_the_arms_of_each_seed() -> None:
         and over.recovered == expected
         and expected.share == pytest.approx(1 - (0.011 + 0.009 + 0.013) / sum(COST))
     )
-    assert over.verdict is Recovered.ABOVE_ZERO and over.adjusted_p == expected.gain.p_value and over.pairs == (0, 1, 2)
+    assert (
+        over.verdict is Recovered.ABOVE_ZERO
+        and over.adjusted_p == expected.gain.p_value
+        and over.pairs == (0, 1, 2)
+    )
     assert full.recoveries == rounded.recoveries == () and not report.notes and qat.unrounded is None
-    assert rounded.tokens_per_second is None and qat.tokens_per_second is not None and qat.tokens_per_second.mean == 1000
+    assert (
+        rounded.tokens_per_second is None
+        and qat.tokens_per_second is not None
+        and qat.tokens_per_second.mean == 1000
+    )
     assert qat.stored_bytes is not None and qat.stored_bytes.mean == 600_000 and qat.kl is not None
 
 
@@ -194,18 +242,33 @@ def test_the_report_for_people_and_programs(tmp_path: Path) -> None:
     report = report_recovery(recovery(), members(), measurements())
     text = recovery_markdown(report)
     found = report.arms[2].recoveries[0].recovered
-    assert found is not None and found.share is not None and found.standard_error is not None and found.fieller_interval is not None
+    assert (
+        found is not None
+        and found.share is not None
+        and found.standard_error is not None
+        and found.fieller_interval is not None
+    )
     assert "| full | 3 | 1.408 ± 0.021 |  | 0.000000 ± 0.000000 | 90.0% | 4,000,000 | 4.50 | 1,000 |" in text
     assert "| rounded | 3 | 1.439 ± 0.018 | +0.0313 ± 0.0015 |" in text and "| 4.50 | — |" in text
     row = next(line for line in text.splitlines() if line.startswith("| QAT | rounded | 3 |"))
-    assert "+0.0313 ± 0.0015" in row and f"| {100 * found.share:.1f}% ± {100 * found.standard_error:.1f} |" in row
-    assert f"[+{100 * found.fieller_interval[0]:.1f}, +{100 * found.fieller_interval[1]:.1f}]%" in row and row.endswith("above zero |")
+    assert (
+        "+0.0313 ± 0.0015" in row
+        and f"| {100 * found.share:.1f}% ± {100 * found.standard_error:.1f} |" in row
+    )
+    assert (
+        f"[+{100 * found.fieller_interval[0]:.1f}, +{100 * found.fieller_interval[1]:.1f}]%" in row
+        and row.endswith("above zero |")
+    )
     console = Console(width=220, record=True, file=(tmp_path / "shown.txt").open("w"))
     console.print(recovery_table(report))
     assert "above zero" in console.export_text()
     console.file.close()
     page = write_recovery([report], tmp_path)
-    assert page.name == "recovery.html" and "above zero" in page.read_text() and (tmp_path / "quality-0.png").is_file()
+    assert (
+        page.name == "recovery.html"
+        and "above zero" in page.read_text()
+        and (tmp_path / "quality-0.png").is_file()
+    )
     read = json.loads((tmp_path / "recovery.json").read_text())["reports"][0]
     assert read["arms"][2]["recoveries"][0]["recovered"]["share"] == found.share
     assert read["arms"][2]["recoveries"][0]["verdict"] == "above zero"
@@ -217,16 +280,23 @@ def test_the_chart_shows_quality_against_bytes() -> None:
     assert chart is not None
     rows = chart.spec["data"]["values"]
     assert [(row["label"], row["series"], row["x"]) for row in rows] == [
-        ("full", "reference", 4e6), ("rounded", "rounded", 6e5), ("QAT", "trained", 6e5),
-    ]  # fmt: skip
+        ("full", "reference", 4e6),
+        ("rounded", "rounded", 6e5),
+        ("QAT", "trained", 6e5),
+    ]
     assert rows[0]["y"] == pytest.approx(np.mean(FULL))
-    assert [row["high"] - row["y"] for row in rows[:2]] == pytest.approx([0.0, np.std(COST, ddof=1) / np.sqrt(3)])
+    assert [row["high"] - row["y"] for row in rows[:2]] == pytest.approx(
+        [0.0, np.std(COST, ddof=1) / np.sqrt(3)]
+    )
     assert quality_chart(report_recovery(recovery(), members())) is None  # nothing was measured
 
 
 def test_what_weakens_a_report_is_noted() -> None:
     two = [one for one in members() if one.seed < 2]
-    assert any("2 seeds with all that its recovery needs are too few" in note for note in report_recovery(recovery(), two).notes)
+    assert any(
+        "2 seeds with all that its recovery needs are too few" in note
+        for note in report_recovery(recovery(), two).notes
+    )
     one = report_recovery(recovery(), [each for each in two if each.seed == 0])
     assert (
         one.arms[2].recoveries[0].recovered is None
@@ -236,13 +306,18 @@ def test_what_weakens_a_report_is_noted() -> None:
     by_arm = {"full": FULL, "rounded": [1.390, 1.433, 1.395], "QAT": QAT}
 
     def with_bits(figures: dict[str, Any]) -> list[Member]:
-        return [dataclasses.replace(each, result={"bits_per_byte": figures[each.arm][each.seed]}) for each in members()]
+        return [
+            dataclasses.replace(each, result={"bits_per_byte": figures[each.arm][each.seed]})
+            for each in members()
+        ]
 
     (note,) = report_recovery(recovery(), with_bits(by_arm)).notes
     assert note == "QAT: rounded is no worse than full, so that there is nothing to recover."
     (note,) = report_recovery(recovery(), with_bits({**by_arm, "rounded": [1.410, 1.433, 1.395]})).notes
     assert note.startswith("QAT: what rounded costs is not told from zero with these seeds")
-    (note,) = report_recovery(recovery(), with_bits({**by_arm, "rounded": np.add(FULL, 0.1), "QAT": np.add(FULL, 0.05)})).notes
+    (note,) = report_recovery(
+        recovery(), with_bits({**by_arm, "rounded": np.add(FULL, 0.1), "QAT": np.add(FULL, 0.05)})
+    ).notes
     assert "the noise is unknown" in note
 
 
@@ -250,19 +325,30 @@ def test_several_recoveries_are_one_family() -> None:
     """Alone its interval lies above zero; among five, the test is no longer resolved, and a note says so."""
     names = [f"QAT {i}" for i in range(5)]
     study = Study(
-        name="s", seeds=(0, 1, 2), baseline="full",
+        name="s",
+        seeds=(0, 1, 2),
+        baseline="full",
         arms=(*asked().arms[:2], *(Arm(name=name, experiment=experiment()) for name in names)),
-    )  # fmt: skip
-    found = [*members(), *(dataclasses.replace(one, arm=name) for one in members() if one.arm == "QAT" for name in names)]
-    report = report_recovery(Recovery(study=study, reference="full", rounded=dict.fromkeys(names, "rounded")), found)
+    )
+    found = [
+        *members(),
+        *(dataclasses.replace(one, arm=name) for one in members() if one.arm == "QAT" for name in names),
+    ]
+    report = report_recovery(
+        Recovery(study=study, reference="full", rounded=dict.fromkeys(names, "rounded")), found
+    )
     alone = recovered_share(QAT, full=FULL, rounded=list(np.add(FULL, COST))).gain.p_value
     found = [over for one in report.arms[2:] for over in one.recoveries]
-    assert all(one.adjusted_p == pytest.approx(5 * alone) and one.verdict is Recovered.ABOVE_ZERO for one in found)
+    assert all(
+        one.adjusted_p == pytest.approx(5 * alone) and one.verdict is Recovered.ABOVE_ZERO for one in found
+    )
     assert (5 * alone > 0.05) == any("corrected for all 5 comparisons" in note for note in report.notes)
 
 
 def test_an_arm_is_measured_against_each_way_of_rounding() -> None:
-    """Rounding with searched scales costs less, so that the same arm recovers a smaller share of it; the family is both."""
+    """Rounding with searched scales costs less, so that the same arm recovers a smaller share of it; the
+    family is both.
+    """
     study = asked()
     searched = Derived(name="searched", source="full", recipe=Rounded(bits=4))
     study = dataclasses.replace(study, arms=(*study.arms, searched))
@@ -270,20 +356,34 @@ def test_an_arm_is_measured_against_each_way_of_rounding() -> None:
     found = [*members()]
     for one in members():
         if one.arm == "rounded":
-            found.append(dataclasses.replace(one, arm="searched", result={"bits_per_byte": float(lower[one.seed])}))
+            found.append(
+                dataclasses.replace(one, arm="searched", result={"bits_per_byte": float(lower[one.seed])})
+            )
     found = [
-        dataclasses.replace(one, evaluation={"unrounded_bits_per_byte": FULL[one.seed] + 0.005}) if one.arm == "QAT" else one
+        dataclasses.replace(one, evaluation={"unrounded_bits_per_byte": FULL[one.seed] + 0.005})
+        if one.arm == "QAT"
+        else one
         for one in found
     ]
-    report = report_recovery(Recovery(study=study, reference="full", rounded={"QAT": ("rounded", "searched")}), found)
+    report = report_recovery(
+        Recovery(study=study, reference="full", rounded={"QAT": ("rounded", "searched")}), found
+    )
     plain, best = report.arms[2].recoveries
     expected = recovered_share(QAT, full=FULL, rounded=list(lower))
     assert (plain.rounded, best.rounded) == ("rounded", "searched") and best.recovered == expected
     assert best.adjusted_p == pytest.approx(2 * expected.gain.p_value) or best.adjusted_p == plain.adjusted_p
     unrounded = report.arms[2].unrounded
-    assert unrounded is not None and unrounded.mean == pytest.approx(np.mean(FULL) + 0.005) and report.arms[0].unrounded is None
+    assert (
+        unrounded is not None
+        and unrounded.mean == pytest.approx(np.mean(FULL) + 0.005)
+        and report.arms[0].unrounded is None
+    )
     text = recovery_markdown(report)
-    assert "| bits per byte before rounding |" in text and "| QAT | searched | 3 |" in text and "| QAT | rounded | 3 |" in text
+    assert (
+        "| bits per byte before rounding |" in text
+        and "| QAT | searched | 3 |" in text
+        and "| QAT | rounded | 3 |" in text
+    )
 
 
 def test_each_arm_is_trained_at_its_own_best_rate(tmp_path: Path) -> None:
@@ -292,26 +392,47 @@ def test_each_arm_is_trained_at_its_own_best_rate(tmp_path: Path) -> None:
     bits = {(rate, 9): value for rate, value in ((5e-4, 1.5), (1e-3, 1.4), (2e-3, 1.45))}
     ran = run_study(sweep.study(), tmp_path, train=StubTrainer(bits=bits))
     chosen = best_rates(sweep, ran)
-    assert {name: one.rate for name, one in chosen.items()} == {"full": 1e-3, "QAT": 1e-3} and not chosen["QAT"].is_highest
+    assert {name: one.rate for name, one in chosen.items()} == {"full": 1e-3, "QAT": 1e-3} and not chosen[
+        "QAT"
+    ].is_highest
     worse = [dataclasses.replace(one, status="diverged") if one.arm == "QAT at 0.001" else one for one in ran]
     chosen = best_rates(sweep, worse)
-    assert (chosen["full"].rate, chosen["QAT"].rate) == (1e-3, 2e-3) and chosen["QAT"].tried[1] == (1e-3, None)
+    assert (chosen["full"].rate, chosen["QAT"].rate) == (1e-3, 2e-3) and chosen["QAT"].tried[1] == (
+        1e-3,
+        None,
+    )
     swept = at_rates((arms[0], Derived(name="rounded", source="full", recipe=Rounded()), arms[1]), chosen)
     study = dataclasses.replace(asked(), arms=swept)
     optim = member_experiment(study, "QAT", 1).optim
     assert optim.lr == 2e-3 and optim.muon_lr == pytest.approx(2 * experiment().optim.muon_lr)
-    report = report_recovery(Recovery(study=study, reference="full", rounded={"QAT": "rounded"}, rates=chosen), members())
+    report = report_recovery(
+        Recovery(study=study, reference="full", rounded={"QAT": "rounded"}, rates=chosen), members()
+    )
     tried = "0.0005 (1.5000), 0.001 (did not finish), 0.002 (1.4500)"
     assert report.notes[1:] == (
         f"QAT: learning rate 0.002, the best bits_per_byte with seed 9 of {tried}.",
-        "QAT: its best learning rate, 0.002, is the highest that was tried: a higher one may be better still.",
+        (
+            "QAT: its best learning rate, 0.002, is the highest that was tried: a higher one may be better "
+            "still."
+        ),
     )
     text = recovery_markdown(report)
     assert "| best learning rate |" in text and "| 0.002 |" in text
-    with pytest.raises(ValueError, match="'full' is trained at optim.lr=0.001, and 0.002 was chosen for it: give the study at_rates"):
+    with pytest.raises(
+        ValueError,
+        match="'full' is trained at optim.lr=0.001, and 0.002 was chosen for it: give the study at_rates",
+    ):
         Recovery(study=study, reference="full", rounded={}, rates={"full": chosen["QAT"]})
-    with pytest.raises(ValueError, match="seed 1 chose the learning rate of 'QAT' and is one of the study's: sweep with another seed"):
-        Recovery(study=study, reference="full", rounded={}, rates={"QAT": dataclasses.replace(chosen["QAT"], seed=1)})
+    with pytest.raises(
+        ValueError,
+        match="seed 1 chose the learning rate of 'QAT' and is one of the study's: sweep with another seed",
+    ):
+        Recovery(
+            study=study,
+            reference="full",
+            rounded={},
+            rates={"QAT": dataclasses.replace(chosen["QAT"], seed=1)},
+        )
     with pytest.raises(ValueError, match="QAT: no run finished at any of the rates 0.002, 0.0005, 0.001"):
         best_rates(sweep, [one for one in ran if "full" in one.arm])
 
@@ -330,7 +451,7 @@ def test_recipes_are_told_apart_by_their_fields() -> None:
     assert config.fingerprint(Rounded(bits=4)) != config.fingerprint(Rounded(bits=3))
 
 
-# A study that is trained ----------------------------------------------------------------------------------------------
+# A study that is trained ------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Copied(Recipe):
     def make(self, model: Path, out: Path) -> None:
@@ -340,7 +461,11 @@ class Copied(Recipe):
 def toy(workplace: Path) -> Recovery:
     """One seed, two trainings of two steps, and a copy of the first."""
     fast, slow = (one_layer(workplace, workplace, steps=2, lr=lr) for lr in (1e-2, 1e-3))
-    arms = (Arm(name="full", experiment=fast), Derived(name="copied", source="full", recipe=Copied()), Arm(name="slow", experiment=slow))
+    arms = (
+        Arm(name="full", experiment=fast),
+        Derived(name="copied", source="full", recipe=Copied()),
+        Arm(name="slow", experiment=slow),
+    )
     study = Study(name="toy", arms=arms, seeds=(3,), baseline="full")
     return Recovery(study=study, reference="full", rounded={"slow": "copied"}, directory="within")
 
@@ -354,21 +479,31 @@ def test_a_study_from_training_to_its_page(
     for name in ("bits_per_byte", "loss", "calibration_error", "tokens", "parameters"):
         assert copied.figure(name) == pytest.approx(full.figure(name), rel=1e-5)
     assert copied.figure("bits_per_byte") != pytest.approx(slow.figure("bits_per_byte"), rel=1e-5)
-    assert copied.figure("tokens_per_second") is None and copied.evaluation["documents"] == full.evaluation["documents"]
+    assert (
+        copied.figure("tokens_per_second") is None
+        and copied.evaluation["documents"] == full.evaluation["documents"]
+    )
     capsys.readouterr()
     file = tmp_path / "toy_study.py"
     file.write_text(
-        f"from tests.studies.test_recovery import Path, toy\n\n\ndef recoveries(directory):\n    return (toy(Path({str(workplace)!r})),)\n"
+        "from tests.studies.test_recovery import Path, toy\n\n\ndef recoveries(directory):\n    return "
+        f"(toy(Path({str(workplace)!r})),)\n"
     )
     with pytest.raises(SystemExit) as ended:
         cli.main(["quant", "report", str(file), str(tmp_path), "--json", "--no-page"])
     out, err = capsys.readouterr()
     assert ended.value.code == 0, err
     arms = {one["arm"]: one for one in json.loads(out)["reports"][0]["arms"]}
-    assert arms["copied"]["kl"]["mean"] == pytest.approx(0, abs=1e-6) and arms["copied"]["agreement"]["mean"] == 1
+    assert (
+        arms["copied"]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
+        and arms["copied"]["agreement"]["mean"] == 1
+    )
     assert arms["slow"]["kl"]["mean"] > 1e-4 and arms["slow"]["recoveries"][0]["verdict"] == "not resolved"
     params = load_model(full.result["run_dir"]).params
-    assert arms["full"]["stored_bytes"]["mean"] == 4 * sum(leaf.size for leaf in params.values()) and arms["full"]["kl"]["mean"] == 0
+    assert (
+        arms["full"]["stored_bytes"]["mean"] == 4 * sum(leaf.size for leaf in params.values())
+        and arms["full"]["kl"]["mean"] == 0
+    )
     assert (tmp_path / "recovery.md").is_file() and "comparing slow, seed 3, with full" in err
     # What was measured is not measured again.
     with pytest.raises(SystemExit):
@@ -377,10 +512,14 @@ def test_a_study_from_training_to_its_page(
     assert "comparing" not in err and "not resolved" in out and "too few" in out
 
 
-def test_a_report_that_cannot_be_made(tmp_path: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file, none = tmp_path / "toy_study.py", tmp_path / "none.py"
+def test_a_report_that_cannot_be_made(
+    tmp_path: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "toy_study.py"
+    none = tmp_path / "none.py"
     file.write_text(
-        f"from tests.studies.test_recovery import Path, toy\n\n\ndef recoveries(directory):\n    return (toy(Path({str(workplace)!r})),)\n"
+        "from tests.studies.test_recovery import Path, toy\n\n\ndef recoveries(directory):\n    return "
+        f"(toy(Path({str(workplace)!r})),)\n"
     )
     none.write_text("")
     for words, message in (

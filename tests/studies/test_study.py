@@ -1,4 +1,6 @@
-"""A study trains what is missing, in pairs, and nothing twice: killed, interrupted, failed, changed, extended."""
+"""A study trains what is missing, in pairs, and nothing twice: killed, interrupted, failed, changed,
+extended.
+"""
 
 import dataclasses
 import io
@@ -13,7 +15,19 @@ from rich.console import Console
 
 from slmjax import config
 from slmjax.runner import trainer
-from slmjax.studies import Arm, Budget, Interrupted, Member, OnChange, Study, Verdict, analyze, member_experiment, read_members, run_study
+from slmjax.studies import (
+    Arm,
+    Budget,
+    Interrupted,
+    Member,
+    OnChange,
+    Study,
+    Verdict,
+    analyze,
+    member_experiment,
+    read_members,
+    run_study,
+)
 from slmjax.telemetry.run_directory import read_log
 from slmjax.training.experiment import read_experiment
 from tests.one_layer import one_layer
@@ -38,15 +52,28 @@ def test_members_are_trained_seed_by_seed_with_both_seeds_set(tmp_path: Path) ->
     assert keys(train.asked) == all_keys()
     assert all(one.data.seed == one.run.seed for one in train.asked)
     assert train.resumed == [None] * 9
-    assert [(member.arm, member.seed) for member in members[:4]] == [("slow", 0), ("fast & loose", 0), ("third", 0), ("slow", 1)]
+    assert [(member.arm, member.seed) for member in members[:4]] == [
+        ("slow", 0),
+        ("fast & loose", 0),
+        ("third", 0),
+        ("slow", 1),
+    ]
     assert Path(train.asked[4].run.directory) == tmp_path / "fast-loose" / "seed-1"
-    assert {path.parent.parent.name for path in tmp_path.glob("*/seed-*/stub-*")} == {"slow", "fast-loose", "third"}
-    assert len(records(tmp_path)) == 9 and records(tmp_path)[4]["result"]["bits_per_byte"] == members[4].figure("bits_per_byte")
+    assert {path.parent.parent.name for path in tmp_path.glob("*/seed-*/stub-*")} == {
+        "slow",
+        "fast-loose",
+        "third",
+    }
+    assert len(records(tmp_path)) == 9 and records(tmp_path)[4]["result"]["bits_per_byte"] == members[
+        4
+    ].figure("bits_per_byte")
 
 
 def test_figures_come_from_the_result_and_the_last_evaluation(tmp_path: Path) -> None:
     slow, fast, _ = run_study(study(seeds=(1,)), tmp_path, train=StubTrainer())
-    assert slow.figure("bits_per_byte") == pytest.approx(2 - 0.1 + 0.1 + 0.003)  # not the 9.0 of an evaluation on the way
+    assert slow.figure("bits_per_byte") == pytest.approx(
+        2 - 0.1 + 0.1 + 0.003
+    )  # not the 9.0 of an evaluation on the way
     assert fast.figure("calibration_error") == pytest.approx(2.0002e-3)
     assert slow.figure("tokens") == 1_064_778 and slow.figure("documents") == 3
     for name in ("status", "samples", "complete", "best_loss", "nothing"):  # no numbers
@@ -103,10 +130,14 @@ def test_a_result_that_was_not_recorded_is_not_trained_again(tmp_path: Path) -> 
 def test_a_changed_experiment_is_refused_or_done_again(tmp_path: Path) -> None:
     run_study(study(), tmp_path, train=StubTrainer())
     changed = study()
-    changed = dataclasses.replace(changed, arms=(changed.arms[0], dataclasses.replace(changed.arms[1], experiment=experiment(4e-3))))
+    changed = dataclasses.replace(
+        changed, arms=(changed.arms[0], dataclasses.replace(changed.arms[1], experiment=experiment(4e-3)))
+    )
     train = StubTrainer()
     for call in (lambda: run_study(changed, tmp_path, train=train), lambda: read_members(changed, tmp_path)):
-        with pytest.raises(ValueError, match="members of fast & loose were trained with another experiment.*OnChange.REDO"):
+        with pytest.raises(
+            ValueError, match="members of fast & loose were trained with another experiment.*OnChange.REDO"
+        ):
             call()
     assert not train.asked
     assert [member.arm for member in read_members(changed, tmp_path, on_change=OnChange.REDO)] == ["slow"] * 3
@@ -124,13 +155,20 @@ def test_the_place_of_a_study_is_no_part_of_it(tmp_path: Path) -> None:
 
 
 def test_failed_and_diverged_members_are_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The rest is trained. What failed is tried again, for its cause may be mended; what diverged would diverge again."""
+    """The rest is trained. What failed is tried again, for its cause may be mended; what diverged would
+    diverge again.
+    """
     train = StubTrainer(statuses={(1e-3, 1): "diverged"}, errors={(2e-3, 0): RuntimeError("no room")})
     members = {(member.arm, member.seed): member for member in run_study(study(), tmp_path, train=train)}
     assert keys(train.asked) == all_keys()
-    failed, diverged = members["fast & loose", 0], members["slow", 1]
+    failed = members["fast & loose", 0]
+    diverged = members["slow", 1]
     assert (failed.status, failed.error, failed.result) == ("failed", "RuntimeError: no room", {})
-    assert (diverged.status, diverged.result["bits_per_byte"], diverged.figure("bits_per_byte")) == ("diverged", "nan", None)
+    assert (diverged.status, diverged.result["bits_per_byte"], diverged.figure("bits_per_byte")) == (
+        "diverged",
+        "nan",
+        None,
+    )
     assert diverged.figure("tokens") is None
     assert "arm fast & loose, seed 0 failed" in caplog.text
     again = StubTrainer()
@@ -160,24 +198,32 @@ def test_what_makes_no_study_is_refused() -> None:
         study().arm("thrid")
 
 
-# Real training --------------------------------------------------------------------------------------------------------
+# Real training ----------------------------------------------------------------------------------------------
 def trained(workplace: Path, directory: Path, **rates: float) -> tuple[Study, tuple[Member, ...]]:
     """Arms of these learning rates and two seeds, trained for six steps."""
-    arms = tuple(Arm(name=name, experiment=one_layer(workplace, directory, steps=6, lr=lr, ema_decay=None)) for name, lr in rates.items())
+    arms = tuple(
+        Arm(name=name, experiment=one_layer(workplace, directory, steps=6, lr=lr, ema_decay=None))
+        for name, lr in rates.items()
+    )
     real = Study(name="rates", arms=arms, seeds=(3, 4), baseline=arms[0].name)
     members = run_study(real, directory, console=Console(file=io.StringIO()))
     assert [(member.arm, member.seed, member.status) for member in members] == [
         (arm, seed, "finished") for seed in (3, 4) for arm in rates
-    ]  # fmt: skip
+    ]
     return real, members
 
 
 def checksums(member: Member) -> list[int]:
-    return [record["data_checksum"] for record in read_log(Path(member.result["run_dir"]) / "log.jsonl", kind="train")]
+    return [
+        record["data_checksum"]
+        for record in read_log(Path(member.result["run_dir"]) / "log.jsonl", kind="train")
+    ]
 
 
 def test_an_arm_against_itself(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one seed both arms have the same batches, and so, to the last bit, the same figures: nothing is resolved."""
+    """Of one seed both arms have the same batches, and so, to the last bit, the same figures: nothing is
+    resolved.
+    """
     monkeypatch.setattr(trainer, "_write_page", lambda run: None)  # takes as long as the steps
     real, members = trained(workplace, tmp_path, one=1e-2, same=1e-2)
     for member in members:
@@ -186,7 +232,9 @@ def test_an_arm_against_itself(workplace: Path, tmp_path: Path, monkeypatch: pyt
         assert run.parent == tmp_path / member.arm / f"seed-{member.seed}"
         assert (kept.run.seed, kept.data.seed) == (member.seed, member.seed)
         assert config.fingerprint(member_experiment(real, member.arm, member.seed)) == member.fingerprint
-        assert member.evaluation["bits_per_byte"] == member.result["bits_per_byte"] and math.isfinite(member.result["bits_per_byte"])
+        assert member.evaluation["bits_per_byte"] == member.result["bits_per_byte"] and math.isfinite(
+            member.result["bits_per_byte"]
+        )
     first, paired, other, _ = members
     assert len(checksums(first)) == 6 and checksums(first) == checksums(paired) != checksums(other)
     assert first.figure("loss") == paired.figure("loss") != other.figure("loss")
@@ -202,13 +250,19 @@ def test_a_real_difference(workplace: Path, tmp_path: Path) -> None:
     bits = [member.result["bits_per_byte"] for member in members]
     findings = analyze(real, members)
     difference = findings.comparisons[0].difference
-    assert difference is not None and difference.mean == pytest.approx((bits[1] - bits[0] + bits[3] - bits[2]) / 2)
+    assert difference is not None and difference.mean == pytest.approx(
+        (bits[1] - bits[0] + bits[3] - bits[2]) / 2
+    )
     assert difference.mean < -0.1 and findings.is_matched
 
 
 @pytest.mark.nightly
-def test_a_real_study_that_is_stopped_goes_on(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM in the third step of the first member: the same call again comes to what it would have come to at once."""
+def test_a_real_study_that_is_stopped_goes_on(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM in the third step of the first member: the same call again comes to what it would have come to
+    at once.
+    """
     _, expected = trained(workplace, tmp_path / "whole", only=1e-2)
     step = trainer.Loop._step
 
@@ -223,4 +277,6 @@ def test_a_real_study_that_is_stopped_goes_on(workplace: Path, tmp_path: Path, m
     _, members = trained(workplace, tmp_path / "stopped", only=1e-2)
     assert len(list((tmp_path / "stopped" / "only" / "seed-3").iterdir())) == 1
     assert [member.figure("loss") for member in members] == [member.figure("loss") for member in expected]
-    assert [record["step"] for record in read_log(Path(members[0].result["run_dir"]) / "log.jsonl", kind="train")] == [1, 2, 3, 4, 5, 6]
+    assert [
+        record["step"] for record in read_log(Path(members[0].result["run_dir"]) / "log.jsonl", kind="train")
+    ] == [1, 2, 3, 4, 5, 6]

@@ -1,4 +1,6 @@
-"""slmjax.telemetry.meter and slmjax.planning.device_peaks: pace and utilisation, against figures worked out by hand."""
+"""slmjax.telemetry.meter and slmjax.planning.device_peaks: pace and utilisation, against figures worked out
+by hand.
+"""
 
 import math
 from types import SimpleNamespace
@@ -30,8 +32,12 @@ def test_figures_of_a_stretch_and_of_all() -> None:
     assert figures.tokens_per_second == pytest.approx(100.0) and figures.data_wait_share == pytest.approx(0.1)
     assert figures.mfu == pytest.approx(100 * 2e6 / 1e9) and figures.bits_per_byte == pytest.approx(2.0)
     clock.now = 205.0
-    assert meter.measure(tokens=2150, waiting=4.0, nll=1.0, num_bytes=1.0).tokens_per_second == pytest.approx(1000 / 30)
-    assert meter.tokens_per_second == pytest.approx(2000 / 40) and meter.data_wait_share == pytest.approx(1 / 40)
+    assert meter.measure(tokens=2150, waiting=4.0, nll=1.0, num_bytes=1.0).tokens_per_second == pytest.approx(
+        1000 / 30
+    )
+    assert meter.tokens_per_second == pytest.approx(2000 / 40) and meter.data_wait_share == pytest.approx(
+        1 / 40
+    )
 
 
 def test_a_stretch_without_tokens_and_a_device_without_a_peak() -> None:

@@ -37,7 +37,9 @@ def traced_steps(result: slmjax.Result, first: int) -> list[int]:
     data = jax.profiler.ProfileData.from_file(str(path))
     events = [event for plane in data.planes for line in plane.lines for event in line.events]
     names = {event.name for event in events}
-    assert "data" in names and any("train_step" in name for name in names), "the work of the step is not in it"
+    assert "data" in names and any("train_step" in name for name in names), (
+        "the work of the step is not in it"
+    )
     steps = sorted((event for event in events if event.name == "train"), key=lambda event: event.start_ns)
     return [dict(event.stats)["step_num"] for event in steps]
 
@@ -86,7 +88,10 @@ def test_a_signal_ends_the_trace(experiment: Experiment, monkeypatch: pytest.Mon
 
 def test_a_trace_that_fails_leaves_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Another trace is being taken, as of the program that this run is a part of."""
-    with jax.profiler.trace(tmp_path / "other"), Profile(tmp_path, first_step=0, last_step=9, num_steps=2, report=print) as profile:
+    with (
+        jax.profiler.trace(tmp_path / "other"),
+        Profile(tmp_path, first_step=0, last_step=9, num_steps=2, report=print) as profile,
+    ):
         profile.turn()
         with profile.annotated(3):
             pass

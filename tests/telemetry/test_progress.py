@@ -24,11 +24,15 @@ class FakeClock:
         return self.now
 
 
-FIGURES = {"loss": 3.25, "figures": Figures(bits_per_byte=4.5, tokens_per_second=12345.6, mfu=0.412, data_wait_share=0.03)}
+FIGURES = {
+    "loss": 3.25,
+    "figures": Figures(bits_per_byte=4.5, tokens_per_second=12345.6, mfu=0.412, data_wait_share=0.03),
+}
 
 
 def test_plain_lines() -> None:
-    (console, stream), clock = make_console(is_terminal=False), FakeClock()
+    (console, stream) = make_console(is_terminal=False)
+    clock = FakeClock()
     with Progress(num_steps=200, console=console, clock=clock) as progress:
         clock.now = 60  # compilation is not part of the pace
         progress.update(1, **FIGURES)
@@ -48,7 +52,11 @@ def test_plain_lines() -> None:
 def test_the_first_step_of_a_session_shows_no_pace() -> None:
     console, stream = make_console(is_terminal=False)
     with Progress(num_steps=20, console=console) as progress:
-        progress.update(1, loss=3.25, figures=Figures(bits_per_byte=4.5, tokens_per_second=math.nan, mfu=math.nan, data_wait_share=0.0))
+        progress.update(
+            1,
+            loss=3.25,
+            figures=Figures(bits_per_byte=4.5, tokens_per_second=math.nan, mfu=math.nan, data_wait_share=0.0),
+        )
     assert stream.getvalue() == "step  1/20  loss 3.2500  4.500 bits/byte  ? left\n"
 
 

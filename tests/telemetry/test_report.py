@@ -1,4 +1,6 @@
-"""Pages of runs: what they hold, what they must not hold, and, in a browser without a window, how they look."""
+"""Pages of runs: what they hold, what they must not hold, and, in a browser without a window, how they
+look.
+"""
 
 import dataclasses
 import json
@@ -15,7 +17,14 @@ import numpy as np
 import pytest
 
 from slmjax.cli import main
-from slmjax.telemetry.report import RunRecords, config_differences, list_runs, read_run, write_comparison, write_report
+from slmjax.telemetry.report import (
+    RunRecords,
+    config_differences,
+    list_runs,
+    read_run,
+    write_comparison,
+    write_report,
+)
 from slmjax.telemetry.report.charts import COLOURS, DARK_COLOURS, POINTS, Chart, lines, run_charts
 from slmjax.telemetry.report.comparison import results
 
@@ -25,44 +34,108 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 # The charts of lines and the fields of the log that they show; two of them show the evaluations as well.
 LINES = {
-    "loss": "loss", "bits-per-byte": "bits_per_byte", "learning-rate": "learning_rate", "gradient-norm": "grad_norm",
-    "throughput": "tokens_per_second", "utilisation": "mfu", "data-wait": "data_wait_share", "expert-imbalance": "expert_imbalance",
+    "loss": "loss",
+    "bits-per-byte": "bits_per_byte",
+    "learning-rate": "learning_rate",
+    "gradient-norm": "grad_norm",
+    "throughput": "tokens_per_second",
+    "utilisation": "mfu",
+    "data-wait": "data_wait_share",
+    "expert-imbalance": "expert_imbalance",
     "dropped": "dropped",
-}  # fmt: skip
+}
 OF_EXPERTS = {"expert-imbalance", "dropped", "experts-layers-1"}
 HEATS = {"gradient-norm-by-layer", "experts-layers-1"}
 
 
 def write_run(
-    path: Path, *, steps: int = 40, moe: bool = True, finished: bool = True, lr: float = 1e-3, peak: bool = True, dropped: float = 2.0
+    path: Path,
+    *,
+    steps: int = 40,
+    moe: bool = True,
+    finished: bool = True,
+    lr: float = 1e-3,
+    peak: bool = True,
+    dropped: float = 2.0,
 ) -> Path:
-    """A run directory as training leaves it: resumed once after step 20, so that steps 11 to 20 are there twice.
+    """A run directory as training leaves it: resumed once after step 20, so that steps 11 to 20 are there
+    twice.
 
     It logs everything, unless there are no experts, they drop nothing, or the device's peak is not known.
     """
     path.mkdir(parents=True)
-    config = {"run": {"name": path.name, "steps": steps}, "optim": {"lr": lr}, "model": {"stack": [{"repeats": 2}], "note": EVIL}}
+    config = {
+        "run": {"name": path.name, "steps": steps},
+        "optim": {"lr": lr},
+        "model": {"stack": [{"repeats": 2}], "note": EVIL},
+    }
     (path / "config.json").write_text(json.dumps(config))
-    (path / "environment.json").write_text(json.dumps({"python": "3.11", "packages": {"jax": "0.10"}, "command": ["slmjax", "train"]}))
+    (path / "environment.json").write_text(
+        json.dumps({"python": "3.11", "packages": {"jax": "0.10"}, "command": ["slmjax", "train"]})
+    )
     (path / "data.json").write_text(json.dumps([{"source": "a.txt", "weight": 1.0, "bytes": 12345}]))
     records = [{"kind": "message", "time": 0.5, "level": "WARNING", "text": f"beware {EVIL}"}]
     for step in [*range(1, 21), *range(11, steps + 1)]:
-        late = 1.0 if len(records) >= 21 else 100.0  # what the first session found in the steps that were done again
+        late = (
+            1.0 if len(records) >= 21 else 100.0
+        )  # what the first session found in the steps that were done again
         record = {
-            "kind": "train", "time": float(step), "step": step, "loss": late * 5 / step, "bits_per_byte": 3 / step, "learning_rate": lr,
-            "grad_norm": "nan" if step == 5 else 1 / step, "tokens_per_second": 1e3, "data_wait_share": 0.01 + step / 1000,
+            "kind": "train",
+            "time": float(step),
+            "step": step,
+            "loss": late * 5 / step,
+            "bits_per_byte": 3 / step,
+            "learning_rate": lr,
+            "grad_norm": "nan" if step == 5 else 1 / step,
+            "tokens_per_second": 1e3,
+            "data_wait_share": 0.01 + step / 1000,
             "mfu": 0.3 + step / 1000 if peak and step > 2 else None,
             "grad_norms": {"layers/0": 0.1, "layers/1": 0.2, "embed": 0.3},
-        }  # fmt: skip
-        records.append(record | ({"expert_loads": {"layers/1": [0.75, 0.25]}, "dropped": dropped, "expert_imbalance": 1.5} if moe else {}))
+        }
+        records.append(
+            record
+            | (
+                {"expert_loads": {"layers/1": [0.75, 0.25]}, "dropped": dropped, "expert_imbalance": 1.5}
+                if moe
+                else {}
+            )
+        )
     for step in (20, steps):
-        records.append({"kind": "eval", "time": 50.0, "step": step, "loss": 6 / step, "bits_per_byte": 4 / step, "documents": 2})
-        records.append({"kind": "sample", "time": 50.0, "step": step, "prompt": "def <x>", "text": f"def <x> at {step} {EVIL}"})
+        records.append(
+            {
+                "kind": "eval",
+                "time": 50.0,
+                "step": step,
+                "loss": 6 / step,
+                "bits_per_byte": 4 / step,
+                "documents": 2,
+            }
+        )
+        records.append(
+            {
+                "kind": "sample",
+                "time": 50.0,
+                "step": step,
+                "prompt": "def <x>",
+                "text": f"def <x> at {step} {EVIL}",
+            }
+        )
     (path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if finished:
-        result = {"status": "finished", "loss": 0.15, "bits_per_byte": 0.1, "compressors": {"xz -9": 1.5}, "parameters": 1234567,
-                  "tokens": 5000, "seconds": 61.0, "tokens_per_second": 1000.0, "step": steps, "samples": [EVIL],
-                  "seconds_by_category": {"step": 60.0}, "commit": "a" * 40}  # fmt: skip
+        result = {
+            "status": "finished",
+            "loss": 0.15,
+            "bits_per_byte": 0.1,
+            "compressors": {"xz -9": 1.5},
+            "parameters": 1234567,
+            "tokens": 5000,
+            "seconds": 61.0,
+            "tokens_per_second": 1000.0,
+            "step": steps,
+            "samples": [EVIL],
+            "seconds_by_category": {"step": 60.0},
+            "commit": "a" * 40,
+        }
         (path / "result.json").write_text(json.dumps(result))
     return path
 
@@ -77,11 +150,13 @@ def page(run_dir: Path) -> Path:
     return write_report(run_dir)
 
 
-# What is read ---------------------------------------------------------------------------------------------------------
+# What is read -----------------------------------------------------------------------------------------------
 def test_of_steps_done_twice_the_later_counts(run_dir: Path) -> None:
     run = read_run(run_dir)
     assert [record["step"] for record in run.train] == list(range(1, 41))
-    assert [record["loss"] * record["step"] for record in run.train] == pytest.approx([500.0] * 10 + [5.0] * 30)
+    assert [record["loss"] * record["step"] for record in run.train] == pytest.approx(
+        [500.0] * 10 + [5.0] * 30
+    )
     assert [record["step"] for record in run.evals] == [20, 40] and run.status == "finished"
 
 
@@ -107,16 +182,26 @@ def without_scripts(text: str) -> str:
     return re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
 
 
-# What a page holds ----------------------------------------------------------------------------------------------------
+# What a page holds ------------------------------------------------------------------------------------------
 def test_a_page_holds_all_that_it_needs(page: Path) -> None:
     text = page.read_text()
     assert not re.search(r"<[^>]*(?:src|href)\s*=", without_scripts(text))
     assert "default-src 'none'" in text and len(text) < 3_000_000
-    for part in ("Loss", "Gradient norm by layer", "Load of experts, layers/1", "Samples", "Settings", "Environment", "Warnings"):
+    for part in (
+        "Loss",
+        "Gradient norm by layer",
+        "Load of experts, layers/1",
+        "Samples",
+        "Settings",
+        "Environment",
+        "Warnings",
+    ):
         assert part in text, part
     assert "step 40 of 40" in text and "1,234,567" in text and "xz -9 1.500" in text and "1m01s" in text
     for step in (20, 40):  # each sample once, under its step
-        assert re.findall(rf"<summary>step {step}</summary><pre><mark>def &lt;x&gt;</mark>( at \d+)", text) == [f" at {step}"]
+        assert re.findall(
+            rf"<summary>step {step}</summary><pre><mark>def &lt;x&gt;</mark>( at \d+)", text
+        ) == [f" at {step}"]
 
 
 def test_texts_of_a_run_stay_texts(page: Path) -> None:
@@ -130,17 +215,29 @@ def charts_of(run: Path) -> dict[str, Chart]:
 
 
 def test_all_that_was_logged_is_charted_point_by_point(run_dir: Path) -> None:
-    charts, run = charts_of(run_dir), read_run(run_dir)
+    charts = charts_of(run_dir)
+    run = read_run(run_dir)
     assert charts.keys() == LINES.keys() | HEATS
     for name, field in LINES.items():
         shown = [(row["series"], row["step"], row["value"]) for row in charts[name].spec["data"]["values"]]
-        expected = [("training", one["step"], one[field]) for one in run.train if one[field] not in (None, "nan")]
+        expected = [
+            ("training", one["step"], one[field]) for one in run.train if one[field] not in (None, "nan")
+        ]
         assert len(expected) >= 38, name
-        evaluated = [("held out", one["step"], one[field]) for one in run.evals] if name in ("loss", "bits-per-byte") else []
+        evaluated = (
+            [("held out", one["step"], one[field]) for one in run.evals]
+            if name in ("loss", "bits-per-byte")
+            else []
+        )
         assert shown == expected + evaluated, name
-    cells = {name: [(row["step"], row["row"], row["value"]) for row in charts[name].spec["data"]["values"]] for name in HEATS}
+    cells = {
+        name: [(row["step"], row["row"], row["value"]) for row in charts[name].spec["data"]["values"]]
+        for name in HEATS
+    }
     steps = range(1, 41)
-    assert cells["gradient-norm-by-layer"] == [(step, *each) for step in steps for each in (("0", 0.1), ("1", 0.2), ("embed", 0.3))]
+    assert cells["gradient-norm-by-layer"] == [
+        (step, *each) for step in steps for each in (("0", 0.1), ("1", 0.2), ("embed", 0.3))
+    ]
     # Of two experts one has three quarters of the tokens: one and a half times its even share.
     assert cells["experts-layers-1"] == [(step, *each) for step in steps for each in (("0", 1.5), ("1", 0.5))]
 
@@ -181,7 +278,11 @@ def test_images_are_drawn(run_dir: Path, page: Path) -> None:
     assert names == {f"{chart.name}.png" for chart in run_charts(read_run(run_dir))}
     for path in (run_dir / "plots").iterdir():
         content = path.read_bytes()
-        assert content.startswith(b"\x89PNG") and int.from_bytes(content[16:20], "big") > 1000 and len(content) > 5000
+        assert (
+            content.startswith(b"\x89PNG")
+            and int.from_bytes(content[16:20], "big") > 1000
+            and len(content) > 5000
+        )
 
 
 def test_differences_are_of_settings_that_differ(run_dir: Path, tmp_path: Path) -> None:
@@ -192,7 +293,7 @@ def test_differences_are_of_settings_that_differ(run_dir: Path, tmp_path: Path) 
     assert "optim.lr" in text and "Held-out loss" in text and "Comparison of moe-run and other" in text
 
 
-# The commands ---------------------------------------------------------------------------------------------------------
+# The commands -----------------------------------------------------------------------------------------------
 def output(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     with pytest.raises(SystemExit) as stopped:
         main(words)
@@ -203,15 +304,26 @@ def output(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_commands(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = write_run(tmp_path / "runs" / "other", finished=False, lr=3e-3)
     page = tmp_path / "pages" / "page.html"
-    assert output(capsys, "report", str(other), "--output", str(page), "--no-images").strip() == str(page) and page.is_file()
+    assert (
+        output(capsys, "report", str(other), "--output", str(page), "--no-images").strip() == str(page)
+        and page.is_file()
+    )
     shown = output(capsys, "runs", str(tmp_path / "runs"))
     assert "other" in shown and "unfinished" in shown and "40/40" in shown and "0.100" in shown
     [record] = json.loads(output(capsys, "runs", "--json", str(tmp_path / "runs")))
     assert record["name"] == "other" and record["bits_per_byte"] == 0.1
     compared = tmp_path / "compared.html"
-    assert "optim.lr" in output(capsys, "compare", str(run_dir), str(other), "--output", str(compared)) and compared.is_file()
-    found = json.loads(output(capsys, "compare", str(run_dir), str(other), "--output", str(compared), "--json"))
-    assert found["settings"]["optim.lr"] == {"moe-run": 0.001, "other": 0.003} and found["results"]["status"]["other"] == "unfinished"
+    assert (
+        "optim.lr" in output(capsys, "compare", str(run_dir), str(other), "--output", str(compared))
+        and compared.is_file()
+    )
+    found = json.loads(
+        output(capsys, "compare", str(run_dir), str(other), "--output", str(compared), "--json")
+    )
+    assert (
+        found["settings"]["optim.lr"] == {"moe-run": 0.001, "other": 0.003}
+        and found["results"]["status"]["other"] == "unfinished"
+    )
 
 
 def test_a_comparison_shows_what_each_run_was_evaluated_on(run_dir: Path) -> None:
@@ -227,14 +339,20 @@ def test_text_that_a_tokenizer_loses_is_told_beside_bits_per_byte(
     log = losing / "log.jsonl"
     log.write_text(log.read_text().replace('"documents": 2', '"documents": 2, "lost_text": 0.92'))
     shown = " ".join(output(capsys, "runs", str(tmp_path / "runs")).split())
-    assert "0.100!" in shown and "! losing: the tokenizer loses 92.00% of the text's bytes: not comparable across tokenizers" in shown
+    assert (
+        "0.100!" in shown
+        and "! losing: the tokenizer loses 92.00% of the text's bytes: not comparable across tokenizers"
+        in shown
+    )
     assert ("lost_text", None, 0.92) in results([read_run(run_dir), read_run(losing)])
     page = write_comparison([run_dir, losing], tmp_path / "page.html").read_text()
     assert "not comparable, for the tokenizer of losing loses text" in page
     assert "92.00%" in write_report(losing, with_images=False).read_text()
 
 
-def test_without_the_extra(run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     from slmjax.telemetry.report.charts import drawing_code
 
@@ -251,7 +369,7 @@ def test_training_writes_the_page(trained, workplace: Path) -> None:
     assert (run.path / "plots" / "loss.png").is_file()
 
 
-# In a browser ---------------------------------------------------------------------------------------------------------
+# In a browser -----------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def browser() -> str:
     found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
@@ -262,7 +380,8 @@ def browser() -> str:
     return found
 
 
-# A page in a frame, as Chromium's windows are at least 500 pixels wide. What is found there stands in attributes of the outer page.
+# A page in a frame, as Chromium's windows are at least 500 pixels wide. What is found there stands in
+# attributes of the outer page.
 FRAME = """<!doctype html>
 <style>body {{ margin: 0 }} iframe {{ border: 0; display: block; width: {width}px; height: {height}px }}</style>
 <iframe src="{page}#theme={theme}"></iframe>
@@ -284,28 +403,46 @@ const timer = setInterval(() => {{
 
 
 def look(browser: str, page: Path, *options: str) -> str:
-    """The document as it is once it is drawn. What the page complains of, its policy's refusals too, fails the test."""
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=10000",
-               "--enable-logging=stderr", "--dump-dom", *options, page.as_uri()]  # fmt: skip
+    """The document as it is once it is drawn. What the page complains of, its policy's refusals too, fails
+    the test.
+    """
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--virtual-time-budget=10000",
+        "--enable-logging=stderr",
+        "--dump-dom",
+        *options,
+        page.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert not complaints and done.returncode == 0, complaints or done.stderr
     return done.stdout
 
 
-def look_in_frame(browser: str, page: Path, directory: Path, *, theme: str, width: int, height: int) -> tuple[dict[str, str], np.ndarray]:
+def look_in_frame(
+    browser: str, page: Path, directory: Path, *, theme: str, width: int, height: int
+) -> tuple[dict[str, str], np.ndarray]:
     """What the frame tells of itself, and its pixels [H W 3]."""
-    frame, image = directory / "frame.html", directory / "page.png"
+    frame = directory / "frame.html"
+    image = directory / "page.png"
     frame.write_text(FRAME.format(page=page.as_uri(), theme=theme, width=width, height=height))
     size = f"--window-size={max(width, 500)},{height}"
-    dom = look(browser, frame, size, "--allow-file-access-from-files", f"--screenshot={image}")  # the frame is another file
+    dom = look(
+        browser, frame, size, "--allow-file-access-from-files", f"--screenshot={image}"
+    )  # the frame is another file
     root = re.search(r"<html[^>]*>", dom)
     assert root is not None, dom
     return dict(re.findall(r'data-(\w+)="([^"]*)"', root[0])), pixels(image)[:, :width]
 
 
 @pytest.mark.parametrize(
-    ("theme", "width", "height"), [("light", 1400, 2700), ("dark", 1400, 2700), ("light", 390, 4700), ("dark", 390, 4700)]
+    ("theme", "width", "height"),
+    [("light", 1400, 2700), ("dark", 1400, 2700), ("light", 390, 4700), ("dark", 390, 4700)],
 )
 def test_in_a_browser(browser: str, page: Path, tmp_path: Path, theme: str, width: int, height: int) -> None:
     found, image = look_in_frame(browser, page, tmp_path, theme=theme, width=width, height=height)
@@ -316,9 +453,12 @@ def test_in_a_browser(browser: str, page: Path, tmp_path: Path, theme: str, widt
         assert corner.max() < 60 if theme == "dark" else corner.min() > 200, corner
     names = list(charts_of(page.parent))
     for name, (left, top, right, bottom) in zip(names, json.loads(found["canvases"]), strict=True):
-        assert 0 <= left < right <= width and right - left > 300 and 0 <= top < bottom <= height, "the picture does not hold this chart"
+        assert 0 <= left < right <= width and right - left > 300 and 0 <= top < bottom <= height, (
+            "the picture does not hold this chart"
+        )
         chart = image[top:bottom, left:right].astype(np.int32)
-        # Axes and texts are greys. Lines and cells have colours from end to end; the colours of a legend alone are narrower.
+        # Axes and texts are greys. Lines and cells have colours from end to end; the colours of a legend
+        # alone are narrower.
         coloured = np.ptp(chart, axis=-1) > 60
         assert coloured.any(axis=0).mean() > 0.6, name
         if name == "loss":
@@ -333,12 +473,16 @@ def holds(chart: np.ndarray, colour: str) -> bool:
 
 def pixels(image: Path) -> np.ndarray:
     """[H W 3] of a PNG as Chromium writes it: eight bits each of red, green and blue, not interlaced."""
-    content, place, packed = image.read_bytes(), 8, b""
+    content = image.read_bytes()
+    place = 8
+    packed = b""
     while place < len(content):
-        length, kind = int.from_bytes(content[place : place + 4], "big"), content[place + 4 : place + 8]
+        length = int.from_bytes(content[place : place + 4], "big")
+        kind = content[place + 4 : place + 8]
         packed += content[place + 8 : place + 8 + length] if kind == b"IDAT" else b""
         place += 12 + length
-    width, height = int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+    width = int.from_bytes(content[16:20], "big")
+    height = int.from_bytes(content[20:24], "big")
     assert content[24:29] == bytes([8, 2, 0, 0, 0])
     rows = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(height, 1 + 3 * width)
     found = np.zeros((height + 1, 3 * width), np.uint8)  # the row above the first is black
@@ -348,28 +492,43 @@ def pixels(image: Path) -> np.ndarray:
 
 
 def unfiltered(kind: int, row: np.ndarray, above: np.ndarray) -> np.ndarray:
-    """A row of a PNG, of which the differences to a guess are stored: nothing, the left pixel, that above, their mean, or Paeth's guess."""
+    """A row of a PNG, of which the differences to a guess are stored: nothing, the left pixel, that above,
+    their mean, or Paeth's guess.
+    """
     if kind == 0:
         return row
     if kind == 1:
         return np.cumsum(row.reshape(-1, 3), axis=0, dtype=np.uint8).reshape(-1)
     if kind == 2:
         return row + above
-    values, above_values = bytearray(3) + row.tobytes(), bytes(3) + above.tobytes()
+    values = bytearray(3) + row.tobytes()
+    above_values = bytes(3) + above.tobytes()
     for i in range(3, len(values)):
-        left, up, corner = values[i - 3], above_values[i], above_values[i - 3]
+        left = values[i - 3]
+        up = above_values[i]
+        corner = above_values[i - 3]
         if kind == 3:
             guess = (left + up) // 2
         else:
-            from_left, from_up, from_corner = abs(up - corner), abs(left - corner), abs(left + up - 2 * corner)
-            guess = left if from_left <= from_up and from_left <= from_corner else up if from_up <= from_corner else corner
+            from_left = abs(up - corner)
+            from_up = abs(left - corner)
+            from_corner = abs(left + up - 2 * corner)
+            guess = (
+                left
+                if from_left <= from_up and from_left <= from_corner
+                else up
+                if from_up <= from_corner
+                else corner
+            )
         values[i] = (values[i] + guess) & 255
     return np.frombuffer(values, np.uint8)[3:]
 
 
 def test_a_comparison_in_a_browser(browser: str, run_dir: Path, tmp_path: Path) -> None:
     """In a narrow frame, and by itself in a window, as people open it."""
-    page = write_comparison([run_dir, write_run(tmp_path / "other", lr=3e-3, finished=False)], tmp_path / "page.html")
+    page = write_comparison(
+        [run_dir, write_run(tmp_path / "other", lr=3e-3, finished=False)], tmp_path / "page.html"
+    )
     found, _ = look_in_frame(browser, page, tmp_path, theme="light", width=390, height=1000)
     assert (found["width"], found["svgs"], found["overflow"]) == ("390", "7", "0")
     dom = without_scripts(look(browser, page, "--window-size=1400,1000"))

@@ -1,4 +1,6 @@
-"""slmjax.telemetry.run_directory: nothing overwritten, nothing half-written, no secrets, seconds that add up."""
+"""slmjax.telemetry.run_directory: nothing overwritten, nothing half-written, no secrets, seconds that add
+up.
+"""
 
 import json
 import os
@@ -16,7 +18,9 @@ from slmjax.telemetry.run_directory import REDACTED, Category, Ledger, Log, RunD
 
 
 def test_names_are_unique_and_tell_the_experiment(tmp_path: Path) -> None:
-    runs = [RunDirectory.create_in(tmp_path, name="a/../b c", fingerprint="0123456789abcdef") for _ in range(3)]
+    runs = [
+        RunDirectory.create_in(tmp_path, name="a/../b c", fingerprint="0123456789abcdef") for _ in range(3)
+    ]
     assert len({run.path for run in runs}) == 3
     for run in runs:
         assert run.path.parent == tmp_path
@@ -32,7 +36,11 @@ def test_a_file_is_no_place_for_runs(tmp_path: Path) -> None:
 
 def test_paths_of_processes(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path, process_index=0)
-    assert (run.log_path.name, run.checkpoints.name, run.tokenizer.name) == ("log.jsonl", "checkpoints", "tokenizer")
+    assert (run.log_path.name, run.checkpoints.name, run.tokenizer.name) == (
+        "log.jsonl",
+        "checkpoints",
+        "tokenizer",
+    )
     assert RunDirectory(tmp_path, process_index=3).log_path.name == "log-3.jsonl"
 
 
@@ -76,7 +84,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 def test_readers_see_whole_files_while_one_is_rewritten(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     path = run.write_json("result.json", {"value": 0, "filler": "x" * 100_000})
-    writer = threading.Thread(target=lambda: [run.write_json("result.json", {"value": i, "filler": "x" * 100_000}) for i in range(50)])
+    writer = threading.Thread(
+        target=lambda: [
+            run.write_json("result.json", {"value": i, "filler": "x" * 100_000}) for i in range(50)
+        ]
+    )
     writer.start()
     while writer.is_alive():
         assert len(json.loads(path.read_text())["filler"]) == 100_000
@@ -91,13 +103,19 @@ def test_log_round_trip(tmp_path: Path) -> None:
         log.write("eval", step=1, text="line\nbreak \u2028 é", loss=float("nan"))
     with Log(path) as log:
         log.write("train", step=2)
-    assert [(record["kind"], record["step"]) for record in read_log(path)] == [("train", 1), ("eval", 1), ("train", 2)]
+    assert [(record["kind"], record["step"]) for record in read_log(path)] == [
+        ("train", 1),
+        ("eval", 1),
+        ("train", 2),
+    ]
     assert [record["step"] for record in read_log(path, kind="train")] == [1, 2]
     assert read_log(path, kind="eval")[0]["text"] == "line\nbreak \u2028 é"
     assert read_log(path)[0]["time"] > 1.7e9
 
 
-@pytest.mark.parametrize("torn", ['{"kind": "train", "st', '{"kind": "train"}', '{"kind": "\u00e9'.encode()[:-1]])
+@pytest.mark.parametrize(
+    "torn", ['{"kind": "train", "st', '{"kind": "train"}', '{"kind": "\u00e9'.encode()[:-1]]
+)
 def test_a_torn_last_line_is_passed_over_and_then_cut(tmp_path: Path, torn: str | bytes) -> None:
     path = tmp_path / "log.jsonl"
     with Log(path) as log:
@@ -149,13 +167,31 @@ def test_environment_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name in names:
         monkeypatch.setenv(name, "canary")
     monkeypatch.setenv("JAX_ENABLE_X64", "0")
-    monkeypatch.setattr(sys, "argv", ["slmjax", "train", "--track.api-key", "canary", "--hf-token=canary", "--tokenizer.vocab-size", "512"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "slmjax",
+            "train",
+            "--track.api-key",
+            "canary",
+            "--hf-token=canary",
+            "--tokenizer.vocab-size",
+            "512",
+        ],
+    )
     shown = run_directory.environment()
     text = RunDirectory(tmp_path).write_json("environment.json", shown).read_text()
     assert "canary" not in text
     assert shown["variables"]["JAX_API_KEY"] == shown["variables"]["TPU_TOKEN"] == REDACTED
     assert shown["variables"]["JAX_ENABLE_X64"] == "0"
-    assert shown["command"][2:] == ["--track.api-key", REDACTED, f"--hf-token={REDACTED}", "--tokenizer.vocab-size", "512"]
+    assert shown["command"][2:] == [
+        "--track.api-key",
+        REDACTED,
+        f"--hf-token={REDACTED}",
+        "--tokenizer.vocab-size",
+        "512",
+    ]
 
 
 def test_environment_names_what_a_result_depends_on() -> None:
@@ -167,7 +203,16 @@ def test_environment_names_what_a_result_depends_on() -> None:
 
 
 def git(directory: Path, *arguments: str) -> None:
-    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", "-c", "core.hooksPath=/dev/null"]
+    identity = [
+        "-c",
+        "user.name=a",
+        "-c",
+        "user.email=a@b",
+        "-c",
+        "commit.gpgsign=false",
+        "-c",
+        "core.hooksPath=/dev/null",
+    ]
     subprocess.run(["git", "-C", str(directory), *identity, *arguments], check=True, capture_output=True)
 
 
@@ -215,5 +260,13 @@ def test_ledger_counts_every_second_once() -> None:
         clock.now += 2
         assert ledger.seconds()["step"] == 10, "an open category counts up to now"
     clock.now += 5
-    assert ledger.seconds() == {"init": 0, "compile": 20, "data": 0, "step": 10, "eval": 4, "checkpoint": 0, "other": 6}
+    assert ledger.seconds() == {
+        "init": 0,
+        "compile": 20,
+        "data": 0,
+        "step": 10,
+        "eval": 4,
+        "checkpoint": 0,
+        "other": 6,
+    }
     assert sum(ledger.seconds().values()) == clock.now - 100

@@ -31,8 +31,11 @@ def test_tensorboard_keeps_numbers_and_texts(tmp_path: Path) -> None:
             trackers.write("sample", step=step, prompt="a", text="abc")
     found = {}
     for path in (tmp_path / "tensorboard").iterdir():
-        content, place = path.read_bytes(), 0
-        while place < len(content):  # a record: its length (8 bytes), a checksum (4), the event, a checksum (4)
+        content = path.read_bytes()
+        place = 0
+        while place < len(
+            content
+        ):  # a record: its length (8 bytes), a checksum (4), the event, a checksum (4)
             length = int.from_bytes(content[place : place + 8], "little")
             event = Event.FromString(content[place + 12 : place + 12 + length])
             found |= {(event.step, value.tag): value for value in event.summary.value}
@@ -54,7 +57,9 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert b"train/grad_norms/layers/0" in kept.read_bytes()
 
 
-def test_a_tracker_that_fails_is_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_fails_is_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import tensorboardX
 
     def full(*_: object) -> None:

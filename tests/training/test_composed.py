@@ -1,4 +1,6 @@
-"""The model of `composed.py`: learned positions and all else together, in documents, in decoding, and to optimizer and log."""
+"""The model of `composed.py`: learned positions and all else together, in documents, in decoding, and to
+optimizer and log.
+"""
 
 import dataclasses
 import functools
@@ -27,17 +29,23 @@ CONFIG = composed_model(vocab_size=40, vocab_multiple=8)
 @functools.cache
 def random_model():
     """Every parameter and buffer at random, large enough to matter."""
-    definition, draw = define(composed_model(repeats=1, vocab_size=40, vocab_multiple=8)), np.random.default_rng(0)
+    definition = define(composed_model(repeats=1, vocab_size=40, vocab_multiple=8))
+    draw = np.random.default_rng(0)
 
     def fill(shapes):
-        return {path: jnp.asarray(draw.normal(path.endswith("scale"), 0.3, leaf.shape), jnp.float32) for path, leaf in shapes.items()}
+        return {
+            path: jnp.asarray(draw.normal(path.endswith("scale"), 0.3, leaf.shape), jnp.float32)
+            for path, leaf in shapes.items()
+        }
 
     return definition, fill(definition.params), fill(definition.buffers)
 
 
 @jax.jit
 def compiled(params, buffers, tokens, segment_ids, positions, state):
-    output = random_model()[0].merge(params, buffers)(tokens, segment_ids=segment_ids, positions=positions, state=state)
+    output = random_model()[0].merge(params, buffers)(
+        tokens, segment_ids=segment_ids, positions=positions, state=state
+    )
     return output.hidden, output.state
 
 
@@ -52,19 +60,27 @@ def document(length, seed):
 def alone(tokens):
     """A document in a row of its own, padded to the length of all, so that there is one shape to compile."""
     length = tokens.shape[1]
-    row, places = jnp.pad(tokens, ((0, 0), (0, LENGTH - length))), jnp.arange(LENGTH)[None]
-    return forward(row, (places < length).astype(int), jnp.where(places < length, places, 0), None)[0][:, :length]
+    row = jnp.pad(tokens, ((0, 0), (0, LENGTH - length)))
+    places = jnp.arange(LENGTH)[None]
+    return forward(row, (places < length).astype(int), jnp.where(places < length, places, 0), None)[0][
+        :, :length
+    ]
 
 
 def test_positions_are_counted_in_each_document():
-    first, second = document(8, 0), document(8, 1)
+    first = document(8, 0)
+    second = document(8, 1)
     tokens = jnp.concatenate([first, second], axis=1)
     packed, _ = forward(tokens, 1 + jnp.arange(LENGTH)[None] // 8, jnp.arange(LENGTH)[None] % 8, None)
-    np.testing.assert_allclose(packed, np.concatenate([alone(first), alone(second)], axis=1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        packed, np.concatenate([alone(first), alone(second)], axis=1), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_row_of_a_position_is_added_to_its_token():
-    """The model with a table of zeros, and each token's row of the other table in the table of tokens instead."""
+    """The model with a table of zeros, and each token's row of the other table in the table of tokens
+    instead.
+    """
     _, params, buffers = random_model()
     tokens = jnp.arange(LENGTH)[None]
     moved = dict(params, **{"positions/weight": jnp.zeros_like(params["positions/weight"])})
@@ -77,25 +93,39 @@ def test_the_row_of_a_position_is_added_to_its_token():
 def test_decoding_equals_the_whole_sequence():
     definition, params, buffers = random_model()
     state = definition.merge(params, buffers).init_state(1, max_length=LENGTH)
-    tokens, outputs, start = document(LENGTH, 2), [], 0
+    tokens = document(LENGTH, 2)
+    outputs = []
+    start = 0
     for size in (8, *(1,) * 8):
         part = slice(start, start + size)
-        hidden, state = forward(tokens[:, part], jnp.ones((1, size), int), jnp.arange(start, start + size)[None], state)
+        hidden, state = forward(
+            tokens[:, part], jnp.ones((1, size), int), jnp.arange(start, start + size)[None], state
+        )
         outputs.append(hidden)
         start += size
     np.testing.assert_allclose(np.concatenate(outputs, axis=1), alone(tokens), rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_not_a_matrix_of_a_layer_is_not_for_muon_and_what_is_looked_up_does_not_decay():
-    """Biases, scales, sinks and both tables do not decay, as GPT-2 was trained; of experts and routers the matrices do."""
+    """Biases, scales, sinks and both tables do not decay, as GPT-2 was trained; of experts and routers the
+    matrices do.
+    """
     groups = parameter_groups(OptimConfig(kind=Optimizer.MUON), define(CONFIG).params)
     names = {path.split("/", 4)[4] if path.startswith("segments/") else path: path for path in groups}
     decaying = {name for name, path in names.items() if groups[path].weight_decay}
     matrices = {f"mixer/{name}/weight" for name in ("query", "key", "value", "output")}
-    matrices |= {f"ffn/{name}/weight" for name in ("up", "down")} | {f"ffn/experts/{name}" for name in ("gate", "up", "down")}
+    matrices |= {f"ffn/{name}/weight" for name in ("up", "down")} | {
+        f"ffn/experts/{name}" for name in ("gate", "up", "down")
+    }
     assert decaying == matrices | {"ffn/router/weight"}
     assert {name for name, path in names.items() if groups[path].optimizer is Optimizer.MUON} == matrices
-    assert set(names) > {"positions/weight", "mixer/sinks", "mixer/query_norm/bias", "ffn/experts/down_bias", "ffn/router/bias"}
+    assert set(names) > {
+        "positions/weight",
+        "mixer/sinks",
+        "mixer/query_norm/bias",
+        "ffn/experts/down_bias",
+        "ffn/router/bias",
+    }
 
 
 def test_positions_lie_as_the_table_of_tokens_does():
@@ -107,24 +137,40 @@ def test_positions_lie_as_the_table_of_tokens_does():
 
 def test_gradients_of_positions_are_told_apart():
     assert gradient_groups(CONFIG) == [*(f"layers/{i}" for i in range(4)), "embed", "final_norm", "positions"]
-    grads = {"positions/weight": jnp.full((64, 32), 0.5), "segments/0/blocks/1/mixer/sinks": jnp.asarray([[3.0] * 4, [1.0] * 4])}
+    grads = {
+        "positions/weight": jnp.full((64, 32), 0.5),
+        "segments/0/blocks/1/mixer/sinks": jnp.asarray([[3.0] * 4, [1.0] * 4]),
+    }
     squares = dict(zip(gradient_groups(CONFIG), squares_by_layer(CONFIG, grads).tolist(), strict=True))
-    assert {name: square for name, square in squares.items() if square} == {"layers/1": 36.0, "layers/3": 4.0, "positions": 512.0}
+    assert {name: square for name, square in squares.items() if square} == {
+        "layers/1": 36.0,
+        "layers/3": 4.0,
+        "positions": 512.0,
+    }
 
 
 def test_training_on_a_mesh_equals_one_device_and_resumes_to_the_bit(tmp_path):
     """Two steps of two parts each; experts, heads and rows divided."""
     config = composed_model(repeats=1, vocab_size=61, vocab_multiple=8)
     optim = dataclasses.replace(OPTIM, accumulation_steps=2, ema_decay=None)
-    alone, divided = build(config, optim=optim), build(config, optim=optim, mesh=MESH, num_devices=8)
-    batches, start = [make_batch(0), make_batch(1)], alone.start()
+    alone = build(config, optim=optim)
+    divided = build(config, optim=optim, mesh=MESH, num_devices=8)
+    batches = [make_batch(0), make_batch(1)]
+    start = alone.start()
     expected, expected_metrics = alone.run(start, *batches)
     whole, metrics = divided.run(start, *batches)
     named = ("loss", "grad_norm", "grad_norms", "accuracy", "tokens", "expert_loads")
     assert metrics["skipped"] == 0 and metrics["grad_norms"]["positions"] > 0
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), *({n: m[n] for n in named} for m in (metrics, expected_metrics)))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4),
+        *({n: m[n] for n in named} for m in (metrics, expected_metrics)),
+    )
     # The updates of two steps of this rate are of its size.
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-2 * optim.lr), whole.items(), expected.items())
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-2 * optim.lr),
+        whole.items(),
+        expected.items(),
+    )
 
     halfway, _ = divided.run(start, batches[0])
     checkpointer = Checkpointer(tmp_path / "checkpoints", model=config, config=CheckpointConfig())

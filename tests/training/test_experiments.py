@@ -26,21 +26,32 @@ from slmjax.training.step import make_train_step
 
 FILES = sorted((Path(__file__).parents[2] / "experiments").glob("*.py"))
 NAMES = [*recipes.BUILT_IN, *map(str, FILES)]
-LENGTH, ROWS, VOCAB = 32, 2, 64
+LENGTH = 32
+ROWS = 2
+VOCAB = 64
 
 
 def reduced_block(block: BlockConfig) -> BlockConfig:
     """The same parts, a few dims wide."""
-    mixer, ffn = block.mixer, block.ffn
+    mixer = block.mixer
+    ffn = block.ffn
     assert isinstance(mixer, AttentionConfig) and isinstance(ffn, MlpConfig | MoeConfig)
     window = None if mixer.window is None else 8
-    mixer = dataclasses.replace(mixer, num_heads=2, num_kv_heads=1 if mixer.kv_heads < mixer.num_heads else None, head_dim=8, window=window)
+    mixer = dataclasses.replace(
+        mixer,
+        num_heads=2,
+        num_kv_heads=1 if mixer.kv_heads < mixer.num_heads else None,
+        head_dim=8,
+        window=window,
+    )
     return dataclasses.replace(block, mixer=mixer, ffn=dataclasses.replace(ffn, hidden_dim=16))
 
 
 def reduced(model: ModelConfig) -> ModelConfig:
     stack = tuple(
-        dataclasses.replace(segment, pattern=tuple(map(reduced_block, segment.pattern)), repeats=min(segment.repeats, 2))
+        dataclasses.replace(
+            segment, pattern=tuple(map(reduced_block, segment.pattern)), repeats=min(segment.repeats, 2)
+        )
         for segment in model.stack
     )
     return dataclasses.replace(model, embed_dim=16, stack=stack, vocab_size=VOCAB, context_length=LENGTH)
@@ -65,18 +76,27 @@ def test_the_config_of_an_older_version_is_read() -> None:
 @pytest.mark.parametrize("name", NAMES, ids=[Path(name).stem for name in NAMES])
 def test_an_experiment_takes_a_step(name: str) -> None:
     experiment = recipes.load_experiment(name)
-    optim = dataclasses.replace(experiment.optim, accumulation_steps=min(experiment.optim.accumulation_steps, 2), warmup_steps=1)
+    optim = dataclasses.replace(
+        experiment.optim, accumulation_steps=min(experiment.optim.accumulation_steps, 2), warmup_steps=1
+    )
     definition = define(reduced(experiment.model))
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(optim, definition.params, total_steps=10)
         shapes = state_shapes(definition, optimizer, with_ema=optim.ema_decay is not None, mesh=mesh)
         objective = dataclasses.replace(experiment.objective, distill=None)  # there is no teacher here
-        settings: dict[str, Any] = {"objective": objective, "optim": optim, "shapes": shapes, "total_steps": 10}
+        settings: dict[str, Any] = {
+            "objective": objective,
+            "optim": optim,
+            "shapes": shapes,
+            "total_steps": 10,
+        }
         step = make_train_step(definition, optimizer, **settings)
         batch = empty_batch(ROWS, LENGTH)
         batch.tokens[:] = np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH))
-        batch.targets[:], batch.loss_mask[:], batch.segment_ids[:] = np.roll(batch.tokens, -1, axis=1), 1, 1
+        batch.targets[:] = np.roll(batch.tokens, -1, axis=1)
+        batch.loss_mask[:] = 1
+        batch.segment_ids[:] = 1
         batch.positions[:] = np.arange(LENGTH)
         state = init_state(definition, optimizer, shapes=shapes, seed=experiment.run.seed)
         before = {path: np.asarray(leaf) for path, leaf in state.trainable.items()}
@@ -84,7 +104,9 @@ def test_an_experiment_takes_a_step(name: str) -> None:
     # Freshly initialised weights know nothing: every token is about as likely as any other.
     assert abs(float(metrics["loss"]) - math.log(VOCAB)) < 0.1
     assert int(state.step) == 1 and int(state.skipped) == 0
-    unmoved = [path for path, leaf in state.trainable.items() if np.array_equal(before[path], np.asarray(leaf))]
+    unmoved = [
+        path for path, leaf in state.trainable.items() if np.array_equal(before[path], np.asarray(leaf))
+    ]
     assert not unmoved, f"these parameters did not change: {unmoved}"
 
 

@@ -9,7 +9,16 @@ import numpy as np
 import optax
 import pytest
 
-from slmjax.training.optim import Group, OptimConfig, Optimizer, Schedule, learning_rate, make_optimizer, parameter_groups, restarted
+from slmjax.training.optim import (
+    Group,
+    OptimConfig,
+    Optimizer,
+    Schedule,
+    learning_rate,
+    make_optimizer,
+    parameter_groups,
+    restarted,
+)
 
 BLOCK = "blocks/0"
 # Unstacked shapes; the matrices are wide enough (128) for Adafactor to factor them, the experts too narrow.
@@ -31,7 +40,10 @@ def per_layer_tree(seed, *, scale=1.0):
         return factor * scale * rng.standard_normal(shape).astype(np.float32)
 
     # Layers of very different size: statistics that mix them would show.
-    layers = [{path: draw(shape, 10.0**layer) for path, shape in LAYER_SHAPES.items()} for layer in range(NUM_LAYERS)]
+    layers = [
+        {path: draw(shape, 10.0**layer) for path, shape in LAYER_SHAPES.items()}
+        for layer in range(NUM_LAYERS)
+    ]
     return layers, {path: draw(shape, 1.0) for path, shape in OTHER_SHAPES.items()}
 
 
@@ -58,7 +70,9 @@ def per_layer(tree, sizes):
             continue
         _, index, own_path = path.split("/", 2)
         for layer in range(sizes[int(index)]):
-            result[f"layers/{starts[int(index)] + layer}/{own_path}"] = jax.tree.map(lambda x, layer=layer: x[layer], leaf)
+            result[f"layers/{starts[int(index)] + layer}/{own_path}"] = jax.tree.map(
+                lambda x, layer=layer: x[layer], leaf
+            )
     return result
 
 
@@ -75,7 +89,9 @@ def updated(params, gradients, optimizer):
 
 
 def gradients_of_steps(layout):
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *[layout(per_layer_tree(seed, scale=0.1)) for seed in (1, 2, 3)])
+    return jax.tree.map(
+        lambda *xs: jnp.stack(xs), *[layout(per_layer_tree(seed, scale=0.1)) for seed in (1, 2, 3)]
+    )
 
 
 def run(config, sizes):
@@ -90,16 +106,30 @@ def optax_reference(config):
 
     def separate(tree):
         layers, others = tree
-        flat = {f"{layer}/{path}": array for layer, own in enumerate(layers) for path, array in own.items()} | others
-        experts = {f"{path}/{e}": array[e] for path, array in flat.items() if "experts" in path for e in range(len(array))}
-        return {path: jnp.asarray(array) for path, array in (flat | experts).items() if path in experts or "experts" not in path}
+        flat = {
+            f"{layer}/{path}": array for layer, own in enumerate(layers) for path, array in own.items()
+        } | others
+        experts = {
+            f"{path}/{e}": array[e]
+            for path, array in flat.items()
+            if "experts" in path
+            for e in range(len(array))
+        }
+        return {
+            path: jnp.asarray(array)
+            for path, array in (flat | experts).items()
+            if path in experts or "experts" not in path
+        }
 
     def is_muon(path):
         return not any(name in path for name in ("scale", "bias", "embed", "head", "router"))
 
     schedule = functools.partial(learning_rate, config, total_steps=10)
     params = separate(per_layer_tree(0))
-    masked = {path: config.weight_decay > 0 and "scale" not in path and "bias" not in path and "embed" not in path for path in params}
+    masked = {
+        path: config.weight_decay > 0 and "scale" not in path and "bias" not in path and "embed" not in path
+        for path in params
+    }
     adamw = optax.adamw(schedule, 0.9, 0.95, weight_decay=config.weight_decay, mask=masked)
     optimizer = {
         Optimizer.ADAMW: adamw,
@@ -107,9 +137,15 @@ def optax_reference(config):
         Optimizer.ADAFACTOR: optax.adafactor(schedule),
         Optimizer.MUON: optax.partition(
             {
-                True: optax.contrib.muon(lambda step: schedule(step) * config.muon_lr / config.lr, weight_decay=config.weight_decay),
+                True: optax.contrib.muon(
+                    lambda step: schedule(step) * config.muon_lr / config.lr, weight_decay=config.weight_decay
+                ),
                 False: optax.adamw(
-                    schedule, 0.9, 0.95, weight_decay=config.weight_decay, mask=lambda tree: {path: masked[path] for path in tree}
+                    schedule,
+                    0.9,
+                    0.95,
+                    weight_decay=config.weight_decay,
+                    mask=lambda tree: {path: masked[path] for path in tree},
                 ),
             },
             {path: is_muon(path) for path in params},
@@ -120,14 +156,27 @@ def optax_reference(config):
 
 @pytest.mark.parametrize("kind", Optimizer, ids=lambda kind: kind.value)
 def test_stacks_are_updated_as_separate_layers(kind):
-    weight_decay = 0.0 if kind is Optimizer.ADAFACTOR else 0.1  # optax's Adafactor does not scale the decay by the rate
-    config = OptimConfig(kind=kind, lr=0.01, warmup_steps=2, weight_decay=weight_decay, grad_clip=None, muon_bias_correction=True)
+    weight_decay = (
+        0.0 if kind is Optimizer.ADAFACTOR else 0.1
+    )  # optax's Adafactor does not scale the decay by the rate
+    config = OptimConfig(
+        kind=kind,
+        lr=0.01,
+        warmup_steps=2,
+        weight_decay=weight_decay,
+        grad_clip=None,
+        muon_bias_correction=True,
+    )
     params, state = run(config, (2,))
     other_params, other_state = run(config, (1, 1))
     assert params.keys() == other_params.keys() and state.keys() == other_state.keys()
     # Batched and single products are summed in another order, which five Newton-Schulz iterations carry on.
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if kind is Optimizer.MUON else {"rtol": 1e-5, "atol": 1e-6}
-    jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), (params, state), (other_params, other_state))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, **tolerance),
+        (params, state),
+        (other_params, other_state),
+    )
     for path, expected in optax_reference(config).items():
         path, _, expert = path.partition("/experts/up/")
         path = path if path in OTHER_SHAPES else f"layers/{path}"
@@ -147,13 +196,17 @@ def test_state_of_a_stack_is_found_by_path_and_has_the_layers_first(kind):
         if owners and owners[0].startswith("segments/"):
             num_found += 1
             assert leaf.shape[0] == 2, f"{jax.tree_util.keystr(keys)} is {leaf.shape}"
-        assert not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype == jnp.float32, jax.tree_util.keystr(keys)
+        assert not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype == jnp.float32, (
+            jax.tree_util.keystr(keys)
+        )
     assert num_found >= 6
 
 
 def test_adafactor_keeps_factored_moments():
     params = jax.eval_shape(lambda: segmented(per_layer_tree(0), (2,)))
-    state = jax.eval_shape(make_optimizer(OptimConfig(kind=Optimizer.ADAFACTOR), params, total_steps=1000).init, params)
+    state = jax.eval_shape(
+        make_optimizer(OptimConfig(kind=Optimizer.ADAFACTOR), params, total_steps=1000).init, params
+    )
     shapes = {leaf.shape for leaf in jax.tree.leaves(state[1]["segments/0/blocks/0/mixer/query/weight"])}
     assert {(2, 130), (2, 128)} <= shapes and (2, 130, 128) not in shapes
 
@@ -179,14 +232,22 @@ def test_groups():
 @pytest.mark.parametrize("kind", Optimizer, ids=lambda kind: kind.value)
 def test_weight_decay_shrinks_the_decayed_parameters_alone(kind):
     # Without a gradient, decoupled decay is all that moves a parameter: by its learning rate times the decay.
-    config = OptimConfig(kind=kind, lr=0.1, muon_lr=0.5, warmup_steps=0, schedule=Schedule.CONSTANT, weight_decay=0.2)
-    params = {"segments/0/ffn/up/weight": jnp.ones((2, 4, 6)), "segments/0/norm/scale": jnp.ones((2, 4)), "head/weight": jnp.ones((6, 4))}
+    config = OptimConfig(
+        kind=kind, lr=0.1, muon_lr=0.5, warmup_steps=0, schedule=Schedule.CONSTANT, weight_decay=0.2
+    )
+    params = {
+        "segments/0/ffn/up/weight": jnp.ones((2, 4, 6)),
+        "segments/0/norm/scale": jnp.ones((2, 4)),
+        "head/weight": jnp.ones((6, 4)),
+    }
     gradients = jax.tree.map(lambda x: jnp.zeros_like(x)[None], params)
     after, _ = updated(params, gradients, make_optimizer(config, params, total_steps=10))
     for path, group in parameter_groups(config, params).items():
         assert group.weight_decay == (0.0 if "scale" in path else 0.2)
         rate = 0.5 if group.optimizer is Optimizer.MUON else 0.1
-        np.testing.assert_allclose(after[path], (1 - rate * group.weight_decay) * params[path], rtol=1e-5, err_msg=path)
+        np.testing.assert_allclose(
+            after[path], (1 - rate * group.weight_decay) * params[path], rtol=1e-5, err_msg=path
+        )
 
 
 @pytest.mark.smoke
@@ -196,20 +257,31 @@ def test_schedules_by_hand(schedule):
     expected = {0: 0.4, 1: 0.8, 3: 1.6, 4: 2.0}  # (step + 1) / 5 of the peak
     expected |= {
         # 16 steps remain: a quarter, half and three quarters of the way, the end, and after it.
-        Schedule.COSINE: {8: 0.2 + 1.8 * 0.8535533906, 12: 1.1, 16: 0.2 + 1.8 * 0.1464466094, 20: 0.2, 25: 0.2},
+        Schedule.COSINE: {
+            8: 0.2 + 1.8 * 0.8535533906,
+            12: 1.1,
+            16: 0.2 + 1.8 * 0.1464466094,
+            20: 0.2,
+            25: 0.2,
+        },
         Schedule.LINEAR: {8: 1.55, 12: 1.1, 16: 0.65, 20: 0.2, 25: 0.2},
         Schedule.CONSTANT: {8: 2.0, 20: 2.0, 25: 2.0},
         Schedule.WSD: {11: 2.0, 12: 2.0, 13: 1.775, 16: 1.1, 19: 0.425, 20: 0.2, 25: 0.2},
     }[schedule]
     traced = jax.jit(lambda step: learning_rate(config, step, total_steps=20))
     for step, value in expected.items():
-        np.testing.assert_allclose(learning_rate(config, step, total_steps=20), value, rtol=1e-6, err_msg=str(step))
+        np.testing.assert_allclose(
+            learning_rate(config, step, total_steps=20), value, rtol=1e-6, err_msg=str(step)
+        )
         np.testing.assert_allclose(traced(step), value, rtol=1e-6, err_msg=str(step))
 
 
 def published_muon(gradients, weight, *, lr, weight_decay, momentum=0.95, iterations=5):
-    """https://github.com/KellerJordan/Muon, its weights [outputs, inputs], in float64: the weight after each gradient."""
-    buffer, weights = np.zeros_like(weight), []
+    """https://github.com/KellerJordan/Muon, its weights [outputs, inputs], in float64: the weight after each
+    gradient.
+    """
+    buffer = np.zeros_like(weight)
+    weights = []
     for gradient in gradients:
         buffer = momentum * buffer + (1 - momentum) * gradient
         update = (1 - momentum) * gradient + momentum * buffer
@@ -226,10 +298,20 @@ def published_muon(gradients, weight, *, lr, weight_decay, momentum=0.95, iterat
 
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
 def test_muon_is_the_published_one(shape):
-    """Alone and in a stack; with optax's bias correction the second update is another one by a tenth, the tenth by less."""
+    """Alone and in a stack; with optax's bias correction the second update is another one by a tenth, the
+    tenth by less.
+    """
     draws = np.random.default_rng(0)
-    weight, gradients = draws.normal(size=shape), 1e-3 * draws.normal(size=(10, *shape))
-    config = OptimConfig(kind=Optimizer.MUON, muon_lr=0.02, warmup_steps=0, schedule=Schedule.CONSTANT, weight_decay=0.1, grad_clip=None)
+    weight = draws.normal(size=shape)
+    gradients = 1e-3 * draws.normal(size=(10, *shape))
+    config = OptimConfig(
+        kind=Optimizer.MUON,
+        muon_lr=0.02,
+        warmup_steps=0,
+        schedule=Schedule.CONSTANT,
+        weight_decay=0.1,
+        grad_clip=None,
+    )
     expected = published_muon([g.T for g in gradients], weight.T, lr=0.02, weight_decay=0.1)
 
     def weights_by(config, num_layers):
@@ -242,7 +324,9 @@ def test_muon_is_the_published_one(shape):
             params = optax.apply_updates(carry[0], updates)
             return (params, state), params["segments/0/w"][-1]
 
-        return np.asarray(jax.jit(lambda: jax.lax.scan(step, (params, optimizer.init(params)), gradient)[1])())
+        return np.asarray(
+            jax.jit(lambda: jax.lax.scan(step, (params, optimizer.init(params)), gradient)[1])()
+        )
 
     found = weights_by(config, 2)
     for step, (one, wanted) in enumerate(zip(found, expected, strict=True)):
@@ -258,10 +342,18 @@ def test_no_warmup_starts_at_the_peak():
 
 
 def test_updates_follow_the_schedule_and_the_clip():
-    config = OptimConfig(kind=Optimizer.LION, lr=1.0, schedule=Schedule.LINEAR, min_lr_ratio=0.0, warmup_steps=0, weight_decay=0.0)
+    config = OptimConfig(
+        kind=Optimizer.LION,
+        lr=1.0,
+        schedule=Schedule.LINEAR,
+        min_lr_ratio=0.0,
+        warmup_steps=0,
+        weight_decay=0.0,
+    )
     params = {"w": jnp.zeros((1, 2))}
     optimizer = make_optimizer(config, params, total_steps=4)
-    state, rates = optimizer.init(params), []
+    state = optimizer.init(params)
+    rates = []
     for _ in range(4):
         updates, state = optimizer.update({"w": jnp.ones((1, 2))}, state, params)
         rates.append(-float(updates["w"][0, 0]))  # Lion's direction is a sign
@@ -291,7 +383,9 @@ def test_every_optimizer_solves_a_quadratic(kind):
         return (optax.apply_updates(params, updates), state), loss
 
     start = jax.tree.map(lambda x: jnp.full_like(x, 0.1), target)
-    (params, _), losses = jax.jit(lambda carry: jax.lax.scan(step, carry, length=200))((start, optimizer.init(start)))
+    (params, _), losses = jax.jit(lambda carry: jax.lax.scan(step, carry, length=200))(
+        (start, optimizer.init(start))
+    )
     assert losses[0] > 0.3 and loss_fn(params) < 1e-3
 
 
@@ -335,10 +429,19 @@ def test_config_stays_small():
 @pytest.mark.parametrize("kind", [Optimizer.ADAMW, pytest.param(Optimizer.MUON, marks=pytest.mark.nightly)])
 def test_learned_scales_have_a_rate_of_their_own_and_signs_none(kind):
     name = "segments/0/blocks/0/ffn/up/weight"
-    params = {name: jnp.ones((1, 4, 3)), f"{name}/log_scale": jnp.full((1, 2, 3), -5.0), f"{name}/sign": -jnp.ones((1, 2, 3))}
-    grads = {path: jnp.full(leaf.shape, 0.1) for path, leaf in params.items()} | {f"{name}/sign": jnp.zeros((1, 2, 3))}
+    params = {
+        name: jnp.ones((1, 4, 3)),
+        f"{name}/log_scale": jnp.full((1, 2, 3), -5.0),
+        f"{name}/sign": -jnp.ones((1, 2, 3)),
+    }
+    grads = {path: jnp.full(leaf.shape, 0.1) for path, leaf in params.items()} | {
+        f"{name}/sign": jnp.zeros((1, 2, 3))
+    }
     common = OptimConfig(kind=kind, lr=0.01, warmup_steps=2, weight_decay=0.2)
-    optimizers = {rate: make_optimizer(dataclasses.replace(common, scale_lr=rate), params, total_steps=10) for rate in (None, 0.01, 0.04)}
+    optimizers = {
+        rate: make_optimizer(dataclasses.replace(common, scale_lr=rate), params, total_steps=10)
+        for rate in (None, 0.01, 0.04)
+    }
 
     @jax.jit
     def results():
@@ -353,7 +456,10 @@ def test_learned_scales_have_a_rate_of_their_own_and_signs_none(kind):
     assert np.all(updates[f"{name}/log_scale"] != 0)
     np.testing.assert_allclose(faster[name], updates[name], rtol=1e-6)
     assert np.all(updates[f"{name}/sign"] == 0) and not jax.tree.leaves(states[0][1][f"{name}/sign"])
-    # The moments begin again, and the schedule goes on: the second update is the first one at the second rate.
+    # The moments begin again, and the schedule goes on: the second update is the first one at the second
+    # rate.
     np.testing.assert_allclose(again[f"{name}/log_scale"], 2 * faster[f"{name}/log_scale"], rtol=1e-6)
-    with pytest.raises(ValueError, match=r"optim.scale_lr is 0.0: it must be greater than 0; none stands for optim.lr"):
+    with pytest.raises(
+        ValueError, match=r"optim.scale_lr is 0.0: it must be greater than 0; none stands for optim.lr"
+    ):
         OptimConfig(scale_lr=0.0)

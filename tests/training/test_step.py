@@ -1,4 +1,6 @@
-"""The one train step: what may not change it (accumulation, mesh, padding, rematerialisation), and what happens when it goes wrong."""
+"""The one train step: what may not change it (accumulation, mesh, padding, rematerialisation), and what
+happens when it goes wrong.
+"""
 
 import dataclasses
 import functools
@@ -25,21 +27,33 @@ from slmjax.training.objective import ObjectiveConfig, terms
 from slmjax.training.optim import OptimConfig, learning_rate, make_optimizer
 from slmjax.training.state import MILLION, TrainState, init_state, state_shapes, tokens_seen
 
-# Capacity with every auxiliary loss, and dropless with bias balancing and a shared (dense) expert, in one model.
+# Capacity with every auxiliary loss, and dropless with bias balancing and a shared (dense) expert, in one
+# model.
 ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2)
 CAPACITY = BlockConfig(
     mixer=dataclasses.replace(ATTENTION, window=5),
     ffn=MoeConfig(num_experts=4, hidden_dim=16, capacity_factor=0.8, balance_weight=0.1, z_weight=0.01),
 )
 DROPLESS = BlockConfig(
-    mixer=ATTENTION, ffn=MoeConfig(num_experts=4, hidden_dim=16, shared_hidden_dim=8, balance=Balance.BIAS, bias_rate=0.01)
+    mixer=ATTENTION,
+    ffn=MoeConfig(num_experts=4, hidden_dim=16, shared_hidden_dim=8, balance=Balance.BIAS, bias_rate=0.01),
 )
-MIXED = ModelConfig(embed_dim=16, context_length=16, vocab_size=61, vocab_multiple=8, stack=(Segment(pattern=(CAPACITY, DROPLESS)),))
-DENSE = dataclasses.replace(MIXED, stack=(Segment(pattern=(BlockConfig(mixer=ATTENTION, ffn=MlpConfig(hidden_dim=24)),)),))
-# Adam divides by the size of the gradient; this eps keeps differences of rounding from growing where it is tiny.
+MIXED = ModelConfig(
+    embed_dim=16,
+    context_length=16,
+    vocab_size=61,
+    vocab_multiple=8,
+    stack=(Segment(pattern=(CAPACITY, DROPLESS)),),
+)
+DENSE = dataclasses.replace(
+    MIXED, stack=(Segment(pattern=(BlockConfig(mixer=ATTENTION, ffn=MlpConfig(hidden_dim=24)),)),)
+)
+# Adam divides by the size of the gradient; this eps keeps differences of rounding from growing where it is
+# tiny.
 OPTIM = OptimConfig(lr=2e-2, warmup_steps=2, eps=1e-4, ema_decay=0.5, grad_clip=0.5)
 TOTAL_STEPS = 100
-ROWS, LENGTH = 8, 16
+ROWS = 8
+LENGTH = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +71,9 @@ class Compiled:
             return init_state(self.definition, self.optimizer, shapes=self.shapes, seed=0)
 
     def run(self, state, *batches):
-        """The state after these batches and the metrics of the last; `state` is left alone, and may be from another mesh."""
+        """The state after these batches and the metrics of the last; `state` is left alone, and may be from
+        another mesh.
+        """
         places = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
         state = jax.device_put(jax.tree.map(jnp.copy, state), places)
         with jax.set_mesh(self.mesh):
@@ -73,9 +89,16 @@ def build(config=MIXED, *, optim=OPTIM, mesh=MeshConfig(), num_devices=1) -> Com
     optimizer = make_optimizer(optim, definition.params, total_steps=TOTAL_STEPS)
     shapes = state_shapes(definition, optimizer, with_ema=optim.ema_decay is not None, mesh=mesh)
     train_step = step.make_train_step(
-        definition, optimizer, objective=ObjectiveConfig(), optim=optim, shapes=shapes, total_steps=TOTAL_STEPS
+        definition,
+        optimizer,
+        objective=ObjectiveConfig(),
+        optim=optim,
+        shapes=shapes,
+        total_steps=TOTAL_STEPS,
     )
-    return Compiled(mesh=mesh, definition=definition, shapes=shapes, train_step=train_step, optimizer=optimizer)
+    return Compiled(
+        mesh=mesh, definition=definition, shapes=shapes, train_step=train_step, optimizer=optimizer
+    )
 
 
 def make_batch(seed=0, *, num_rows=ROWS) -> Batch:
@@ -112,20 +135,29 @@ def assert_same_training(found, *, rtol=2e-4, atol=2e-6):
     assert metrics.keys() == expected_metrics.keys()
     for name, value in expected_metrics.items():
         assert jax.tree.structure(metrics[name]) == jax.tree.structure(value), name
-        np.testing.assert_allclose(jax.tree.leaves(metrics[name]), jax.tree.leaves(value), rtol=rtol, atol=1e-6, err_msg=name)
-    for (path, value), expected in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(expected_state), strict=True):
+        np.testing.assert_allclose(
+            jax.tree.leaves(metrics[name]), jax.tree.leaves(value), rtol=rtol, atol=1e-6, err_msg=name
+        )
+    for (path, value), expected in zip(
+        jax.tree.leaves_with_path(state), jax.tree.leaves(expected_state), strict=True
+    ):
         np.testing.assert_allclose(value, expected, rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 
 def assert_bits_equal(found, expected):
-    for (path, value), wanted in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(np.asarray(value), np.asarray(wanted), err_msg=jax.tree_util.keystr(path))
+    for (path, value), wanted in zip(
+        jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_array_equal(
+            np.asarray(value), np.asarray(wanted), err_msg=jax.tree_util.keystr(path)
+        )
 
 
-# What may not change it -----------------------------------------------------------------------------------------------
+# What may not change it -------------------------------------------------------------------------------------
 @pytest.mark.smoke
 def test_a_step_is_deterministic_and_gives_its_input_away():
-    compiled, state = build(), jax.tree.map(jnp.copy, first_state())
+    compiled = build()
+    state = jax.tree.map(jnp.copy, first_state())
     assert_bits_equal(compiled.run(state, make_batch(0), make_batch(1)), reference())
     with jax.set_mesh(compiled.mesh):
         compiled.train_step(state, place_batch(make_batch(0), compiled.mesh))
@@ -139,7 +171,9 @@ def test_accumulation_changes_nothing(num_parts):
 
 
 def test_the_batch_tells_rows_with_routes_apart():
-    """The comparisons of this file mean something: tokens are dropped, biases move, rows are filled unevenly."""
+    """The comparisons of this file mean something: tokens are dropped, biases move, rows are filled
+    unevenly.
+    """
     metrics = reference()[1]
     assert metrics["dropped"] > 0 and metrics["expert_imbalance"] > 1.05
     assert metrics["objective"] > metrics["loss"] + 0.01
@@ -147,7 +181,10 @@ def test_the_batch_tells_rows_with_routes_apart():
     assert all(sum(shares) == pytest.approx(1.0) for shares in metrics["expert_loads"].values())
     # Of the whole gradient every parameter is told of once.
     assert math.hypot(*metrics["grad_norms"].values()) == pytest.approx(metrics["grad_norm"], rel=1e-5)
-    assert list(metrics["grad_norms"]) == ["layers/0", "layers/1", "embed", "final_norm"] and min(metrics["grad_norms"].values()) > 0
+    assert (
+        list(metrics["grad_norms"]) == ["layers/0", "layers/1", "embed", "final_norm"]
+        and min(metrics["grad_norms"].values()) > 0
+    )
     frozen = build().run(first_state(), make_batch(0))[0].frozen
     assert frozen
     for path, bias in frozen.items():
@@ -159,15 +196,21 @@ def test_the_batch_tells_rows_with_routes_apart():
 def test_one_mesh_of_four_axes_changes_nothing():
     compiled = build(mesh=MeshConfig(data=1, fsdp=2, expert=2, tensor=2), num_devices=8)
     state, metrics = compiled.run(compiled.start(), make_batch(0), make_batch(1))
-    for (path, leaf), wanted in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(compiled.shapes), strict=True):
+    for (path, leaf), wanted in zip(
+        jax.tree.leaves_with_path(state), jax.tree.leaves(compiled.shapes), strict=True
+    ):
         assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim), jax.tree_util.keystr(path)
     experts = state.trainable["segments/0/blocks/0/ffn/experts/gate"]
-    assert experts.addressable_shards[0].data.size == experts.size // 8  # experts, embedding and width are each halved
+    assert (
+        experts.addressable_shards[0].data.size == experts.size // 8
+    )  # experts, embedding and width are each halved
     assert_same_training((state, metrics))
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("axes", list(itertools.combinations(("data", "fsdp", "expert", "tensor"), 2)), ids="-".join)
+@pytest.mark.parametrize(
+    "axes", list(itertools.combinations(("data", "fsdp", "expert", "tensor"), 2)), ids="-".join
+)
 def test_every_pair_of_axes_changes_nothing(axes):
     for sizes in ((2, 2), (4, 2), (2, 4)):
         mesh = MeshConfig(**{"data": 1} | dict(zip(axes, sizes, strict=True)))
@@ -176,8 +219,12 @@ def test_every_pair_of_axes_changes_nothing(axes):
 
 
 def test_rows_add_up_whatever_padding_is_beside_them():
-    """Halves of a batch, each filled up with rows of padding and in another order, come to what the whole does."""
-    compiled, whole, empty = build(), make_batch(0), empty_batch(ROWS, LENGTH)
+    """Halves of a batch, each filled up with rows of padding and in another order, come to what the whole
+    does.
+    """
+    compiled = build()
+    whole = make_batch(0)
+    empty = empty_batch(ROWS, LENGTH)
 
     def half(rows):
         return jax.tree.map(lambda leaf, none: np.concatenate([none[4:], leaf[rows]]), whole, empty)
@@ -187,7 +234,9 @@ def test_rows_add_up_whatever_padding_is_beside_them():
     for name in ("nll", "targets", "tokens", "bytes", "dropped"):
         np.testing.assert_allclose(found[0][name] + found[1][name], expected[name], rtol=1e-6, err_msg=name)
     weights = np.asarray([metrics["targets"] for metrics in found]) / expected["targets"]
-    np.testing.assert_allclose(np.dot(weights, [metrics["loss"] for metrics in found]), expected["loss"], rtol=1e-6)
+    np.testing.assert_allclose(
+        np.dot(weights, [metrics["loss"] for metrics in found]), expected["loss"], rtol=1e-6
+    )
 
 
 @pytest.mark.nightly
@@ -197,7 +246,7 @@ def test_rematerialisation_changes_nothing(remat):
     assert_same_training(compiled.run(first_state(), make_batch(0), make_batch(1)))
 
 
-# Steps that go wrong --------------------------------------------------------------------------------------------------
+# Steps that go wrong ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_a_step_that_is_not_finite_is_undone_and_counted(value):
     bad = make_batch(7)
@@ -220,7 +269,11 @@ def test_a_step_that_is_not_finite_is_undone_and_counted(value):
     for name in ("trainable", "frozen", "optimizer", "ema", "tokens"):
         assert_bits_equal(getattr(recovered, name), getattr(expected, name))
     assert (int(recovered.step), int(recovered.skipped), int(recovered.skipped_in_a_row)) == (4, 2, 0)
-    assert metrics["learning_rate"] == expected_metrics["learning_rate"] == float(learning_rate(OPTIM, 1, total_steps=TOTAL_STEPS))
+    assert (
+        metrics["learning_rate"]
+        == expected_metrics["learning_rate"]
+        == float(learning_rate(OPTIM, 1, total_steps=TOTAL_STEPS))
+    )
 
 
 def without_targets(batch: Batch, rows=slice(None)) -> Batch:
@@ -245,7 +298,13 @@ def test_a_step_without_a_target_changes_nothing_and_is_counted():
     before = compiled.run(first_state(), make_batch(0))[0]
     recovered = compiled.run(assert_changes_nothing(compiled, before), make_batch(1))[0]
     expected = reference()[0]
-    for name in ("trainable", "frozen", "optimizer", "ema", "tokens"):  # learning rate and averages go on as if it had not been
+    for name in (
+        "trainable",
+        "frozen",
+        "optimizer",
+        "ema",
+        "tokens",
+    ):  # learning rate and averages go on as if it had not been
         assert_bits_equal(getattr(recovered, name), getattr(expected, name))
     # It is not a step that failed: those in a row are what they were.
     bad = make_batch(7)
@@ -255,8 +314,11 @@ def test_a_step_without_a_target_changes_nothing_and_is_counted():
 
 
 def test_targets_are_counted_over_all_microbatches_and_devices():
-    """With 4 microbatches, of which one or two have no target, a step is what it is in one piece; and with none at all, no step."""
-    compiled, part = build(optim=dataclasses.replace(OPTIM, accumulation_steps=4)), [0, 1, 4]
+    """With 4 microbatches, of which one or two have no target, a step is what it is in one piece; and with
+    none at all, no step.
+    """
+    compiled = build(optim=dataclasses.replace(OPTIM, accumulation_steps=4))
+    part = [0, 1, 4]
     found, _ = compiled.run(first_state(), without_targets(make_batch(0), part))
     expected, _ = build().run(first_state(), without_targets(make_batch(0), part))
     assert int(found.skipped) == 0
@@ -267,7 +329,7 @@ def test_targets_are_counted_over_all_microbatches_and_devices():
     assert_changes_nothing(meshed, meshed.run(meshed.start(), make_batch(0))[0])
 
 
-# The parts of it ------------------------------------------------------------------------------------------------------
+# The parts of it --------------------------------------------------------------------------------------------
 def test_the_average_follows_the_parameters():
     compiled = build()
     start = first_state()
@@ -278,8 +340,12 @@ def test_the_average_follows_the_parameters():
         np.testing.assert_array_equal(start.ema[path], value)
         after_one = value + 0.9 * (first.trainable[path] - value)
         np.testing.assert_allclose(first.ema[path], after_one, rtol=1e-5, atol=1e-7)
-        np.testing.assert_allclose(second.ema[path], after_one + 9 / 11 * (second.trainable[path] - after_one), rtol=1e-5, atol=1e-7)
-    assert second.evaluated is second.ema and dataclasses.replace(second, ema=None).evaluated is second.trainable
+        np.testing.assert_allclose(
+            second.ema[path], after_one + 9 / 11 * (second.trainable[path] - after_one), rtol=1e-5, atol=1e-7
+        )
+    assert (
+        second.evaluated is second.ema and dataclasses.replace(second, ema=None).evaluated is second.trainable
+    )
 
 
 def test_tokens_are_counted_across_the_million():
@@ -308,7 +374,9 @@ def test_metrics_agree_with_the_batch():
 
 
 def test_dropout_in_bfloat16():
-    """It is new in every step, the same when a step is repeated, and lets the loss fall; parameters and moments stay float32."""
+    """It is new in every step, the same when a step is repeated, and lets the loss fall; parameters and
+    moments stay float32.
+    """
     config = dataclasses.replace(DENSE, dropout=0.2, precision=Precision.BFLOAT16)
     compiled = build(config, optim=dataclasses.replace(OPTIM, ema_decay=None))
     start = compiled.start()
@@ -317,21 +385,31 @@ def test_dropout_in_bfloat16():
     assert loss == compiled.run(start, make_batch(0))[1]["loss"] != later
     state, metrics = compiled.run(start, *[make_batch(0)] * 20)
     assert metrics["loss"] < 0.8 * loss
-    assert {leaf.dtype for leaf in jax.tree.leaves((state.trainable, state.optimizer))} == {jnp.dtype("float32"), jnp.dtype("int32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.trainable, state.optimizer))} == {
+        jnp.dtype("float32"),
+        jnp.dtype("int32"),
+    }
 
 
 def test_z_loss_is_the_squared_log_normaliser():
-    definition, batch = define(DENSE), jax.tree.map(jnp.asarray, make_batch(0))
+    definition = define(DENSE)
+    batch = jax.tree.map(jnp.asarray, make_batch(0))
     params, buffers = jax.jit(definition.init)(jax.random.key(0))
-    params = {path: 3.0 * value for path, value in params.items()}  # far from log-normalisers that are all alike
+    params = {
+        path: 3.0 * value for path, value in params.items()
+    }  # far from log-normalisers that are all alike
 
     @jax.jit
     def found_and_expected(params):
         with_z, without = (
-            terms(definition, ObjectiveConfig(z_loss=weight), params, buffers, batch, key=None)[0]["cross_entropy"][0]
+            terms(definition, ObjectiveConfig(z_loss=weight), params, buffers, batch, key=None)[0][
+                "cross_entropy"
+            ][0]
             for weight in (0.5, 0.0)
         )
-        output = definition.merge(params, buffers)(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions)
+        output = definition.merge(params, buffers)(
+            batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions
+        )
         normalisers = jax.nn.logsumexp(losses.logits(output.hidden, output.head), axis=-1)
         return with_z - without, 0.5 * jnp.sum(jnp.square(normalisers) * batch.loss_mask)
 

@@ -49,8 +49,8 @@ HF_FAMILIES: tuple[Family, ...] = (
     minicpm3.HF,
 )
 
-# What llama.cpp calls them, in the same order but for Qwen2, which "llama" could say too. Mistral and Mixtral are "llama" there, OLMo 3
-# is "olmo2".
+# What llama.cpp calls them, in the same order but for Qwen2, which "llama" could say too. Mistral and Mixtral
+# are "llama" there, OLMo 3 is "olmo2".
 GGUF_FAMILIES: tuple[Family, ...] = (
     qwen2.GGUF,
     llama.GGUF,
@@ -66,7 +66,8 @@ GGUF_FAMILIES: tuple[Family, ...] = (
     gpt2.GGUF,
 )
 
-# What an imported model is exported as, if that can say what it has become; by its own name in the other format.
+# What an imported model is exported as, if that can say what it has become; by its own name in the other
+# format.
 GGUF_NAMES: Mapping[str, str] = {
     one.HF.architecture: one.GGUF.architecture
     for one in (llama, qwen3, qwen2, qwen3_moe, gemma2, gemma3, olmo2, phi3, smollm3, granite, gpt_oss, gpt2)

@@ -1,10 +1,19 @@
-"""DeepSeek-V2 and V2-Lite: latent attention; experts beside one that all tokens use, after some dense layers."""
+"""DeepSeek-V2 and V2-Lite: latent attention; experts beside one that all tokens use, after some dense
+layers.
+"""
 
 from typing import Any
 
 from slmjax.convert.family import Family, Inexpressible, Table, expect_kind, linear, paired
 from slmjax.convert.hf.latent_settings import TENSORS, read_latent_attention, write_latent_attention
-from slmjax.convert.hf.settings import check_width, read_activation, read_decoder, read_mlp, write_activation, write_decoder
+from slmjax.convert.hf.settings import (
+    check_width,
+    read_activation,
+    read_decoder,
+    read_mlp,
+    write_activation,
+    write_decoder,
+)
 from slmjax.convert.hf.tensors import EMBEDDING, GATED_MLP, MOE, PRE_NORMS
 from slmjax.convert.settings import Settings
 from slmjax.models.architecture import BlockConfig, ModelConfig
@@ -14,30 +23,61 @@ from slmjax.models.mixers.latent import LatentAttentionConfig
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {
-    "vocab_size": 102_400, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "first_k_dense_replace": 0,
-    "kv_lora_rank": 512, "q_lora_rank": 1536, "n_routed_experts": 64, "n_shared_experts": 2,
-    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "routed_scaling_factor": 1.0, "topk_method": "greedy",
-    "norm_topk_prob": False, "v_head_dim": 128, "moe_intermediate_size": 1407, "rope_theta": 10_000.0,
-}  # fmt: skip
+    "vocab_size": 102_400,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "first_k_dense_replace": 0,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "routed_scaling_factor": 1.0,
+    "topk_method": "greedy",
+    "norm_topk_prob": False,
+    "v_head_dim": 128,
+    "moe_intermediate_size": 1407,
+    "rope_theta": 10_000.0,
+}
 
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
-    for key, value in {"topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False, "moe_layer_freq": 1}.items():
+    for key, value in {
+        "topk_method": "greedy",
+        "scoring_func": "softmax",
+        "norm_topk_prob": False,
+        "moe_layer_freq": 1,
+    }.items():
         settings.expect(key, value)
     settings.ignore("n_group", "topk_group", "ep_size", "aux_loss_alpha", "seq_aux")
     settings.expect("mlp_bias", False)
     width = settings.positive("moe_intermediate_size")
     moe = MoeConfig(
-        num_experts=settings.take("n_routed_experts"), num_selected=settings.take("num_experts_per_tok"), hidden_dim=width,
-        activation=read_activation(settings), normalize_weights=False, routed_scale=float(settings.take("routed_scaling_factor")),
+        num_experts=settings.take("n_routed_experts"),
+        num_selected=settings.take("num_experts_per_tok"),
+        hidden_dim=width,
+        activation=read_activation(settings),
+        normalize_weights=False,
+        routed_scale=float(settings.take("routed_scaling_factor")),
         shared_hidden_dim=width * settings.take("n_shared_experts"),
-    )  # fmt: skip
-    dense, mixer = read_mlp(settings), read_latent_attention(settings)
+    )
+    dense = read_mlp(settings)
+    mixer = read_latent_attention(settings)
     num_dense = settings.take("first_k_dense_replace")
-    blocks = [BlockConfig(mixer=mixer, ffn=dense if layer < num_dense else moe) for layer in range(settings.take("num_hidden_layers"))]
+    blocks = [
+        BlockConfig(mixer=mixer, ffn=dense if layer < num_dense else moe)
+        for layer in range(settings.take("num_hidden_layers"))
+    ]
     return read_decoder(settings, blocks)
 
 
@@ -51,20 +91,32 @@ def write(model: ModelConfig) -> dict[str, Any]:
     if moe is None or moe.shared_hidden_dim % moe.hidden_dim:
         raise Inexpressible("it has experts, and beside them one as wide as some of them together")
     experts = {
-        "n_routed_experts": moe.num_experts, "num_experts_per_tok": moe.num_selected, "moe_intermediate_size": moe.hidden_dim,
-        "n_shared_experts": moe.shared_hidden_dim // moe.hidden_dim, "routed_scaling_factor": moe.routed_scale, "norm_topk_prob": False,
-        "topk_method": "greedy", "first_k_dense_replace": len(dense), "hidden_act": write_activation(moe.activation),
+        "n_routed_experts": moe.num_experts,
+        "num_experts_per_tok": moe.num_selected,
+        "moe_intermediate_size": moe.hidden_dim,
+        "n_shared_experts": moe.shared_hidden_dim // moe.hidden_dim,
+        "routed_scaling_factor": moe.routed_scale,
+        "norm_topk_prob": False,
+        "topk_method": "greedy",
+        "first_k_dense_replace": len(dense),
+        "hidden_act": write_activation(moe.activation),
         "intermediate_size": dense[0].hidden_dim if dense else moe.hidden_dim,
-    }  # fmt: skip
+    }
     return {"model_type": "deepseek_v2", **write_decoder(model), **write_latent_attention(mixer), **experts}
 
 
 def table(model: ModelConfig) -> Table:
     """The tensors of a model with this many heads."""
     mixer = expect_kind(next(model.blocks()).mixer, LatentAttentionConfig, "layer 0's mixer")
-    of_heads, of_one = {"num_heads": mixer.num_heads, "rope_dim": mixer.rope_dim}, {"num_heads": 1, "rope_dim": mixer.rope_dim}
+    of_heads = {"num_heads": mixer.num_heads, "rope_dim": mixer.rope_dim}
+    of_one = {"num_heads": 1, "rope_dim": mixer.rope_dim}
     turned = (
-        *(paired(rule, **of_heads) for name in ("query", "query_up") for rule in TENSORS if rule.ours[0].startswith(f"mixer/{name}/")),
+        *(
+            paired(rule, **of_heads)
+            for name in ("query", "query_up")
+            for rule in TENSORS
+            if rule.ours[0].startswith(f"mixer/{name}/")
+        ),
         *(paired(rule, **of_one) for rule in TENSORS if rule.ours[0].startswith("mixer/latent_down/")),
     )
     shared = (

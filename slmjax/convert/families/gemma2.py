@@ -1,4 +1,6 @@
-"""Gemma 2: norms around each sublayer, centered scales, every other layer in a window, soft-caps on scores and logits."""
+"""Gemma 2: norms around each sublayer, centered scales, every other layer in a window, soft-caps on scores
+and logits.
+"""
 
 from typing import Any
 
@@ -27,13 +29,24 @@ from slmjax.models.mixers.attention import AttentionConfig, Biases
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {
-    "vocab_size": 256_000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 8192, "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True, "attention_bias": False, "query_pre_attn_scalar": 256,
-    "sliding_window": 4096, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
+    "vocab_size": 256_000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "final_logit_softcapping": 30.0,
+    "attn_logit_softcapping": 50.0,
     "rope_theta": 10_000.0,
-}  # fmt: skip
+}
 
 
 def read(settings: Settings) -> ModelConfig:
@@ -41,50 +54,71 @@ def read(settings: Settings) -> ModelConfig:
     settings.expect("use_bidirectional_attention", False)
     num_layers = settings.take("num_hidden_layers")
     attention = read_attention(
-        settings, scale=settings.positive("query_pre_attn_scalar") ** -0.5, softcap=settings.optional("attn_logit_softcapping"),
+        settings,
+        scale=settings.positive("query_pre_attn_scalar") ** -0.5,
+        softcap=settings.optional("attn_logit_softcapping"),
         biases=read_biases(settings),
-    )  # fmt: skip
+    )
     settings.ignore("hidden_act")  # the older name of hidden_activation, which wins
     ffn = read_mlp(settings, activation="hidden_activation")
     windows = read_windows(
-        settings, num_layers=num_layers, window=settings.optional("sliding_window"), default=[i % 2 == 0 for i in range(num_layers)]
+        settings,
+        num_layers=num_layers,
+        window=settings.optional("sliding_window"),
+        default=[i % 2 == 0 for i in range(num_layers)],
     )
     blocks = with_windows(attention, ffn, windows, norm=NormPlacement.SANDWICH)
     return read_decoder(
-        settings, blocks, norm_kind=NormKind.CENTERED_RMS, embed_multiplier=settings.take("hidden_size") ** 0.5,
+        settings,
+        blocks,
+        norm_kind=NormKind.CENTERED_RMS,
+        embed_multiplier=settings.take("hidden_size") ** 0.5,
         logit_softcap=settings.optional("final_logit_softcapping"),
-    )  # fmt: skip
+    )
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     attention, ffn = first_block(model)
     check_width(model, attention.num_heads)
-    keys = {**write_decoder(model), **write_attention(attention), **write_mlp(ffn, activation="hidden_activation")}
+    keys = {
+        **write_decoder(model),
+        **write_attention(attention),
+        **write_mlp(ffn, activation="hidden_activation"),
+    }
     return {"model_type": "gemma2", **keys, **write_windows(model), **write_scores(model, attention)}
 
 
 def write_scores(model: ModelConfig, attention: AttentionConfig) -> dict[str, Any]:
-    """The keys of scores and logits, which Gemma 3 has too. Scores are divided by the root of a number, as short as it was written."""
+    """The keys of scores and logits, which Gemma 3 has too. Scores are divided by the root of a number, as
+    short as it was written.
+    """
     scalar = float(f"{(attention.scale or 1.0) ** -2:.12g}")
     return {
-        "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar, "attn_logit_softcapping": attention.softcap,
-        "final_logit_softcapping": model.logit_softcap, **write_biases(attention),
-    }  # fmt: skip
+        "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,
+        "attn_logit_softcapping": attention.softcap,
+        "final_logit_softcapping": model.logit_softcap,
+        **write_biases(attention),
+    }
 
 
 HF = Family(
-    architecture="Gemma2ForCausalLM", read=read, write=write, defaults=DEFAULTS,
+    architecture="Gemma2ForCausalLM",
+    read=read,
+    write=write,
+    defaults=DEFAULTS,
     table=Table(around=EMBEDDING, layer=(*SANDWICH_NORMS, *ATTENTION, *GATED_MLP)),
-)  # fmt: skip
+)
 
 
-# GGUF -----------------------------------------------------------------------------------------------------------------
+# GGUF -------------------------------------------------------------------------------------------------------
 LARGEST = gguf_settings.NamedSize(name="Gemma 2 27B", num_layers=46)
 
 
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig: llama.cpp has the pattern of windows, the scale of scores and that there are soft-caps in its code."""
+    """GGUF metadata -> ModelConfig: llama.cpp has the pattern of windows, the scale of scores and that there
+    are soft-caps in its code.
+    """
     settings.expect("attention.sliding_window_pattern", 2)
     num_layers = settings.take("block_count")
     attention = gguf_settings.read_attention(
@@ -92,12 +126,17 @@ def read_gguf(settings: Settings) -> ModelConfig:
         softcap=float(settings.take("attn_logit_softcapping", 50.0)) or None,
         scale=gguf_settings.read_named_scale(settings, LARGEST),
     )
-    windows = gguf_settings.pattern_windows(num_layers, settings.positive("attention.sliding_window", 4096), 2)
+    windows = gguf_settings.pattern_windows(
+        num_layers, settings.positive("attention.sliding_window", 4096), 2
+    )
     ffn = gguf_settings.read_mlp(settings, Activation.GELU)
     return gguf_settings.read_decoder(
-        settings, with_windows(attention, ffn, windows, norm=NormPlacement.SANDWICH), norm_kind=NormKind.CENTERED_RMS,
-        embed_multiplier=settings.take("embedding_length") ** 0.5, logit_softcap=float(settings.nonzero("final_logit_softcapping", 30.0)),
-    )  # fmt: skip
+        settings,
+        with_windows(attention, ffn, windows, norm=NormPlacement.SANDWICH),
+        norm_kind=NormKind.CENTERED_RMS,
+        embed_multiplier=settings.take("embedding_length") ** 0.5,
+        logit_softcap=float(settings.nonzero("final_logit_softcapping", 30.0)),
+    )
 
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
@@ -109,10 +148,17 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     caps = {"attn_logit_softcapping": attention.softcap, "final_logit_softcapping": model.logit_softcap}
     window = {"attention.sliding_window": gguf_settings.common_window(model)}
     return {
-        **gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_mlp(ffn), **caps, **window
-    }  # fmt: skip
+        **gguf_settings.write_decoder(model),
+        **gguf_settings.write_attention(attention),
+        **gguf_settings.write_mlp(ffn),
+        **caps,
+        **window,
+    }
 
 
 GGUF_RULES = (*gguf_tensors.PRE_NORMS, *gguf_tensors.POST_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP)
-GGUF_TABLE = gguf_tensors.table(*gguf_tensors.with_centered_norms(GGUF_RULES), around=gguf_tensors.with_centered_norms(gguf_tensors.AROUND))
+GGUF_TABLE = gguf_tensors.table(
+    *gguf_tensors.with_centered_norms(GGUF_RULES),
+    around=gguf_tensors.with_centered_norms(gguf_tensors.AROUND),
+)
 GGUF = Family(architecture="gemma2", read=read_gguf, write=write_gguf, table=GGUF_TABLE)

@@ -1,4 +1,5 @@
-"""Gemma 3, text: norms around each sublayer, five layers in a window to each full one, an angle base for either kind.
+"""Gemma 3, text: norms around each sublayer, five layers in a window to each full one, an angle base for
+either kind.
 
 The larger ones come with a vision tower, which is left out: what is read is their language model.
 """
@@ -7,7 +8,15 @@ import dataclasses
 from typing import Any
 
 from slmjax.convert.families import gemma2
-from slmjax.convert.family import Family, Inexpressible, Rule, Table, attentions, check_whole_rotation, first_block
+from slmjax.convert.family import (
+    Family,
+    Inexpressible,
+    Rule,
+    Table,
+    attentions,
+    check_whole_rotation,
+    first_block,
+)
 from slmjax.convert.gguf import settings as gguf_settings
 from slmjax.convert.hf.settings import (
     IGNORED,
@@ -33,13 +42,24 @@ from slmjax.models.mixers.attention import Biases, QkNorm
 
 # What the family's configuration means where it leaves a key out, as those of the larger models do.
 DEFAULTS = {
-    "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True, "attention_bias": False, "query_pre_attn_scalar": 256,
-    "sliding_window": 4096, "use_bidirectional_attention": False, "rope_theta": 1e6,
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "use_bidirectional_attention": False,
+    "rope_theta": 1e6,
     "rope_local_base_freq": 10_000.0,
-}  # fmt: skip
+}
 
 
 def read(settings: Settings) -> ModelConfig:
@@ -48,9 +68,13 @@ def read(settings: Settings) -> ModelConfig:
     num_layers = settings.take("num_hidden_layers")
     biases = read_biases(settings)
     attention = read_attention(
-        settings, rope_base=None, biases=biases, scale=settings.positive("query_pre_attn_scalar") ** -0.5, qk_norm=QkNorm.PER_HEAD,
+        settings,
+        rope_base=None,
+        biases=biases,
+        scale=settings.positive("query_pre_attn_scalar") ** -0.5,
+        qk_norm=QkNorm.PER_HEAD,
         softcap=settings.optional("attn_logit_softcapping"),
-    )  # fmt: skip
+    )
     ropes = read_ropes_by_kind(settings, local="rope_local_base_freq")
     period = settings.positive("sliding_window_pattern", 6)
     if settings.has("layer_types"):
@@ -58,16 +82,22 @@ def read(settings: Settings) -> ModelConfig:
     else:
         settings.expect("_sliding_window_pattern", period)  # what transformers writes, and does not read
     windows = read_windows(
-        settings, num_layers=num_layers, window=settings.optional("sliding_window"),
+        settings,
+        num_layers=num_layers,
+        window=settings.optional("sliding_window"),
         default=[(layer + 1) % period != 0 for layer in range(num_layers)],
-    )  # fmt: skip
+    )
     ffn = read_mlp(settings, activation="hidden_activation")
-    mixers = [dataclasses.replace(attention, window=window, **ropes[window is not None]) for window in windows]
+    mixers = [
+        dataclasses.replace(attention, window=window, **ropes[window is not None]) for window in windows
+    ]
     return read_decoder(
-        settings, [BlockConfig(mixer=mixer, ffn=ffn, norm=NormPlacement.SANDWICH) for mixer in mixers],
-        norm_kind=NormKind.CENTERED_RMS, embed_multiplier=settings.take("hidden_size") ** 0.5,
+        settings,
+        [BlockConfig(mixer=mixer, ffn=ffn, norm=NormPlacement.SANDWICH) for mixer in mixers],
+        norm_kind=NormKind.CENTERED_RMS,
+        embed_multiplier=settings.take("hidden_size") ** 0.5,
         logit_softcap=settings.optional("final_logit_softcapping"),
-    )  # fmt: skip
+    )
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
@@ -82,21 +112,35 @@ def write(model: ModelConfig) -> dict[str, Any]:
     if local is not None and local.rope_scaling is not None:
         raise Inexpressible("layers in a window have plain angles")
     ropes = {
-        "rope_theta": 1e6 if full is None else full.rope_base, "rope_local_base_freq": 1e4 if local is None else local.rope_base,
+        "rope_theta": 1e6 if full is None else full.rope_base,
+        "rope_local_base_freq": 1e4 if local is None else local.rope_base,
         "rope_scaling": None if full is None else write_scaling(full.rope_scaling),
-    }  # fmt: skip
-    keys = {**write_decoder(model), **write_attention(attention), **write_mlp(ffn, activation="hidden_activation")}
-    return {"model_type": "gemma3_text", **keys, **write_windows(model), **gemma2.write_scores(model, attention), **ropes}
+    }
+    keys = {
+        **write_decoder(model),
+        **write_attention(attention),
+        **write_mlp(ffn, activation="hidden_activation"),
+    }
+    return {
+        "model_type": "gemma3_text",
+        **keys,
+        **write_windows(model),
+        **gemma2.write_scores(model, attention),
+        **ropes,
+    }
 
 
 LAYER = (*SANDWICH_NORMS, *ATTENTION, *GATED_MLP)
 HF = Family(
-    architecture="Gemma3ForCausalLM", read=read, write=write, defaults=DEFAULTS,
+    architecture="Gemma3ForCausalLM",
+    read=read,
+    write=write,
+    defaults=DEFAULTS,
     table=Table(around=EMBEDDING, layer=LAYER),
-)  # fmt: skip
+)
 
 
-# With a vision tower --------------------------------------------------------------------------------------------------
+# With a vision tower ----------------------------------------------------------------------------------------
 def read_text_part(settings: Settings) -> ModelConfig:
     """config.json of a model with a vision tower -> ModelConfig of its language model."""
     inner = settings.inner("text_config", defaults=DEFAULTS)
@@ -116,36 +160,58 @@ def _below(rule: Rule, prefix: str) -> Rule:
 
 
 VISION_KEYS = (
-    "vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index", "boi_token_id", "eoi_token_id",
-    "image_token_id", "tie_word_embeddings",
-)  # fmt: skip
+    "vision_config",
+    "mm_tokens_per_image",
+    "boi_token_index",
+    "eoi_token_index",
+    "image_token_index",
+    "boi_token_id",
+    "eoi_token_id",
+    "image_token_id",
+    "tie_word_embeddings",
+)
 HF_WITH_VISION = Family(
-    architecture="Gemma3ForConditionalGeneration", read=read_text_part, write=refuse,
+    architecture="Gemma3ForConditionalGeneration",
+    read=read_text_part,
+    write=refuse,
     table=Table(
-        around=tuple(_below(rule, "language_model.") for rule in EMBEDDING), layer=LAYER,
-        prefix="language_model.model.layers.{i}.", ignored=(r"vision_tower\..*", r"multi_modal_projector\..*"),
+        around=tuple(_below(rule, "language_model.") for rule in EMBEDDING),
+        layer=LAYER,
+        prefix="language_model.model.layers.{i}.",
+        ignored=(r"vision_tower\..*", r"multi_modal_projector\..*"),
     ),
-)  # fmt: skip
+)
 
 
-# GGUF -----------------------------------------------------------------------------------------------------------------
+# GGUF -------------------------------------------------------------------------------------------------------
 LARGEST = gguf_settings.NamedSize(name="Gemma 3 27B", num_layers=62)
 
 
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig: in llama.cpp's code, every sixth layer is full, and angles in a window are plain."""
+    """GGUF metadata -> ModelConfig: in llama.cpp's code, every sixth layer is full, and angles in a window
+    are plain.
+    """
     settings.expect("attention.sliding_window_pattern", 6)
-    num_layers, softcap = settings.take("block_count"), settings.take("final_logit_softcapping", 0.0)
-    attention = gguf_settings.read_attention(settings, qk_norm=QkNorm.PER_HEAD, scale=gguf_settings.read_named_scale(settings, LARGEST))
-    local = dataclasses.replace(attention, rope_base=float(settings.take("rope.freq_base_swa", 10_000.0)), rope_scaling=None)
+    num_layers = settings.take("block_count")
+    softcap = settings.take("final_logit_softcapping", 0.0)
+    attention = gguf_settings.read_attention(
+        settings, qk_norm=QkNorm.PER_HEAD, scale=gguf_settings.read_named_scale(settings, LARGEST)
+    )
+    local = dataclasses.replace(
+        attention, rope_base=float(settings.take("rope.freq_base_swa", 10_000.0)), rope_scaling=None
+    )
     windows = gguf_settings.pattern_windows(num_layers, settings.take("attention.sliding_window", None), 6)
     ffn = gguf_settings.read_mlp(settings, Activation.GELU)
-    mixers = [attention if window is None else dataclasses.replace(local, window=window) for window in windows]
+    mixers = [
+        attention if window is None else dataclasses.replace(local, window=window) for window in windows
+    ]
     return gguf_settings.read_decoder(
-        settings, [BlockConfig(mixer=mixer, ffn=ffn, norm=NormPlacement.SANDWICH) for mixer in mixers],
-        norm_kind=NormKind.CENTERED_RMS, embed_multiplier=settings.take("embedding_length") ** 0.5,
+        settings,
+        [BlockConfig(mixer=mixer, ffn=ffn, norm=NormPlacement.SANDWICH) for mixer in mixers],
+        norm_kind=NormKind.CENTERED_RMS,
+        embed_multiplier=settings.take("embedding_length") ** 0.5,
         logit_softcap=float(softcap) if softcap else None,
-    )  # fmt: skip
+    )
 
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
@@ -157,10 +223,17 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     local = next((mixer for mixer in mixers if mixer.window is not None), None)
     full = next((mixer for mixer in mixers if mixer.window is None), local)
     assert full is not None, "a model has layers"
-    extra: dict[str, Any] = {} if model.logit_softcap is None else {"final_logit_softcapping": model.logit_softcap}
+    extra: dict[str, Any] = (
+        {} if model.logit_softcap is None else {"final_logit_softcapping": model.logit_softcap}
+    )
     if local is not None:
         extra |= {"attention.sliding_window": local.window, "rope.freq_base_swa": local.rope_base}
-    return {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(full), **gguf_settings.write_mlp(ffn), **extra}
+    return {
+        **gguf_settings.write_decoder(model),
+        **gguf_settings.write_attention(full),
+        **gguf_settings.write_mlp(ffn),
+        **extra,
+    }
 
 
 GGUF = Family(architecture="gemma3", read=read_gguf, write=write_gguf, table=gemma2.GGUF_TABLE)

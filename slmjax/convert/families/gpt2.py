@@ -4,7 +4,19 @@ from typing import Any
 
 import numpy as np
 
-from slmjax.convert.family import Arrays, Family, Inexpressible, Rule, Shapes, Table, expect_kind, first_block, linear, norm, same
+from slmjax.convert.family import (
+    Arrays,
+    Family,
+    Inexpressible,
+    Rule,
+    Shapes,
+    Table,
+    expect_kind,
+    first_block,
+    linear,
+    norm,
+    same,
+)
 from slmjax.convert.gguf import settings as gguf_settings
 from slmjax.convert.gguf import tensors as gguf_tensors
 from slmjax.convert.hf.settings import IGNORED, check_width, read_activation, write_activation
@@ -16,27 +28,54 @@ from slmjax.models.mixers.attention import AttentionConfig, Biases
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {
-    "vocab_size": 50_257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12,
-    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True,
-}  # fmt: skip
+    "vocab_size": 50_257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
 
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
-    settings.ignore(*IGNORED, *SUMMARY_KEYS, "attn_pdrop", "n_ctx", "reorder_and_upcast_attn", "task_specific_params", *OLD_KEYS)
+    settings.ignore(
+        *IGNORED,
+        *SUMMARY_KEYS,
+        "attn_pdrop",
+        "n_ctx",
+        "reorder_and_upcast_attn",
+        "task_specific_params",
+        *OLD_KEYS,
+    )
     settings.expect("scale_attn_weights", True)
     settings.expect("scale_attn_by_inverse_layer_idx", False)
     settings.expect("add_cross_attention", False)
-    width, context = settings.positive("n_embd"), settings.positive("n_positions")
+    width = settings.positive("n_embd")
+    context = settings.positive("n_positions")
     activation = read_activation(settings, "activation_function")
-    ffn = MlpConfig(hidden_dim=settings.take("n_inner", 4 * width), activation=activation, gated=False, bias=True)
-    block = BlockConfig(mixer=AttentionConfig(num_heads=settings.positive("n_head"), rope_base=None, biases=Biases.ALL), ffn=ffn)
+    ffn = MlpConfig(
+        hidden_dim=settings.take("n_inner", 4 * width), activation=activation, gated=False, bias=True
+    )
+    block = BlockConfig(
+        mixer=AttentionConfig(num_heads=settings.positive("n_head"), rope_base=None, biases=Biases.ALL),
+        ffn=ffn,
+    )
     return ModelConfig(
-        embed_dim=width, stack=stack_of([block] * settings.take("n_layer")), context_length=context, learned_positions=context,
-        vocab_size=settings.take("vocab_size"), norm_kind=NormKind.LAYER, norm_eps=settings.take("layer_norm_epsilon"),
+        embed_dim=width,
+        stack=stack_of([block] * settings.take("n_layer")),
+        context_length=context,
+        learned_positions=context,
+        vocab_size=settings.take("vocab_size"),
+        norm_kind=NormKind.LAYER,
+        norm_eps=settings.take("layer_norm_epsilon"),
         head=HeadKind.TIED if settings.take("tie_word_embeddings") else HeadKind.FREE,
-    )  # fmt: skip
+    )
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
@@ -47,11 +86,17 @@ def write(model: ModelConfig) -> dict[str, Any]:
     if model.learned_positions != model.context_length:
         raise Inexpressible("positions are learned, one row for each of the context")
     return {
-        "model_type": "gpt2", "n_embd": model.embed_dim, "n_layer": model.num_layers, "n_head": attention.num_heads,
-        "n_positions": model.context_length, "n_inner": mlp.hidden_dim, "activation_function": write_activation(mlp.activation),
-        "vocab_size": model.known_vocab_size, "layer_norm_epsilon": model.norm_eps,
+        "model_type": "gpt2",
+        "n_embd": model.embed_dim,
+        "n_layer": model.num_layers,
+        "n_head": attention.num_heads,
+        "n_positions": model.context_length,
+        "n_inner": mlp.hidden_dim,
+        "activation_function": write_activation(mlp.activation),
+        "vocab_size": model.known_vocab_size,
+        "layer_norm_epsilon": model.norm_eps,
         "tie_word_embeddings": model.head is HeadKind.TIED,
-    }  # fmt: skip
+    }
 
 
 def side_by_side(ours: tuple[str, ...], theirs: str) -> Rule:
@@ -60,7 +105,9 @@ def side_by_side(ours: tuple[str, ...], theirs: str) -> Rule:
     def read_parts(arrays: Arrays, shapes: Shapes) -> Arrays:
         return np.split(arrays[0], np.cumsum([shape[-1] for shape in shapes])[:-1], axis=-1)
 
-    return Rule(ours=ours, theirs=(theirs,), read=read_parts, write=lambda arrays: [np.concatenate(arrays, axis=-1)])
+    return Rule(
+        ours=ours, theirs=(theirs,), read=read_parts, write=lambda arrays: [np.concatenate(arrays, axis=-1)]
+    )
 
 
 def as_it_is(ours: str, theirs: str) -> tuple[Rule, Rule]:
@@ -69,7 +116,13 @@ def as_it_is(ours: str, theirs: str) -> tuple[Rule, Rule]:
 
 
 OLD_KEYS = ("n_special", "predict_special_tokens", "output_past", "_num_labels")
-SUMMARY_KEYS = ("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout")
+SUMMARY_KEYS = (
+    "summary_type",
+    "summary_use_proj",
+    "summary_activation",
+    "summary_proj_to_labels",
+    "summary_first_dropout",
+)
 AROUND = (
     same("embed/table", "transformer.wte.weight"),
     same("positions/weight", "transformer.wpe.weight"),
@@ -86,22 +139,32 @@ LAYER = (
     *as_it_is("ffn/down", "mlp.c_proj"),
 )
 HF = Family(
-    architecture="GPT2LMHeadModel", read=read, write=write, defaults=DEFAULTS,
+    architecture="GPT2LMHeadModel",
+    read=read,
+    write=write,
+    defaults=DEFAULTS,
     table=Table(
-        around=AROUND, layer=LAYER, prefix="transformer.h.{i}.", base="transformer.", ignored=(r"(.*\.)?attn\.(bias|masked_bias)",)
+        around=AROUND,
+        layer=LAYER,
+        prefix="transformer.h.{i}.",
+        base="transformer.",
+        ignored=(r"(.*\.)?attn\.(bias|masked_bias)",),
     ),
-)  # fmt: skip
+)
 
 
-# GGUF -----------------------------------------------------------------------------------------------------------------
+# GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
     """GGUF metadata -> ModelConfig."""
     attention = gguf_settings.read_attention(settings, rope_base=None, biases=Biases.ALL)
     ffn = gguf_settings.read_mlp(settings, Activation.GELU, gated=False, bias=True)
     return gguf_settings.read_decoder(
-        settings, [BlockConfig(mixer=attention, ffn=ffn)] * settings.take("block_count"), norm_kind=NormKind.LAYER,
-        norm_eps=gguf_settings.shortest(settings.take("attention.layer_norm_epsilon")), learned_positions=settings.take("context_length"),
-    )  # fmt: skip
+        settings,
+        [BlockConfig(mixer=attention, ffn=ffn)] * settings.take("block_count"),
+        norm_kind=NormKind.LAYER,
+        norm_eps=gguf_settings.shortest(settings.take("attention.layer_norm_epsilon")),
+        learned_positions=settings.take("context_length"),
+    )
 
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
@@ -110,7 +173,11 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     gguf_settings.check_biases(attention, Biases.ALL)
     gguf_settings.check_square(model, attention)
     gguf_settings.check_plain_scale(attention)
-    keys = {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_mlp(ffn, has_bias=True)}
+    keys = {
+        **gguf_settings.write_decoder(model),
+        **gguf_settings.write_attention(attention),
+        **gguf_settings.write_mlp(ffn, has_bias=True),
+    }
     eps = keys.pop("attention.layer_norm_rms_epsilon")
     return {**keys, "attention.layer_norm_epsilon": eps}
 
@@ -122,4 +189,9 @@ GGUF_LAYER = (
     *linear("ffn/down", "ffn_down"),
 )
 GGUF_AROUND = (*gguf_tensors.AROUND, same("positions/weight", "position_embd.weight"))
-GGUF = Family(architecture="gpt2", read=read_gguf, write=write_gguf, table=gguf_tensors.table(*GGUF_LAYER, around=GGUF_AROUND))
+GGUF = Family(
+    architecture="gpt2",
+    read=read_gguf,
+    write=write_gguf,
+    table=gguf_tensors.table(*GGUF_LAYER, around=GGUF_AROUND),
+)

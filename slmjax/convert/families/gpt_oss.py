@@ -1,4 +1,6 @@
-"""GPT-OSS: attention sinks, biases everywhere, every other layer in a window, experts with a clamped activation of their own."""
+"""GPT-OSS: attention sinks, biases everywhere, every other layer in a window, experts with a clamped
+activation of their own.
+"""
 
 from typing import Any
 
@@ -38,17 +40,34 @@ from slmjax.models.mixers.attention import Biases
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {
-    "num_hidden_layers": 36, "num_local_experts": 128, "vocab_size": 201_088, "hidden_size": 2880,
-    "intermediate_size": 2880, "head_dim": 64, "num_attention_heads": 64, "num_key_value_heads": 8,
-    "sliding_window": 128, "tie_word_embeddings": False, "hidden_act": "silu",
-    "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5, "num_experts_per_tok": 4, "swiglu_alpha": 1.702,
-    "swiglu_limit": 7.0, "attention_bias": True, "rope_theta": 150_000.0,
-}  # fmt: skip
+    "num_hidden_layers": 36,
+    "num_local_experts": 128,
+    "vocab_size": 201_088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "head_dim": 64,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "sliding_window": 128,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "num_experts_per_tok": 4,
+    "swiglu_alpha": 1.702,
+    "swiglu_limit": 7.0,
+    "attention_bias": True,
+    "rope_theta": 150_000.0,
+}
 # Rotary positions where nothing is said of them.
 ANGLES = {
-    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
     "original_max_position_embeddings": 4096,
-}  # fmt: skip
+}
 
 
 def read(settings: Settings) -> ModelConfig:
@@ -58,15 +77,22 @@ def read(settings: Settings) -> ModelConfig:
     settings.expect("swiglu_limit", CLAMP)
     settings.expect("swiglu_alpha", STEEPNESS)
     settings.ignore("initial_context_length")  # repeats what the scaling of angles says
-    num_layers, selected = settings.take("num_hidden_layers"), settings.take("num_experts_per_tok")
+    num_layers = settings.take("num_hidden_layers")
+    selected = settings.take("num_experts_per_tok")
     settings.expect("experts_per_token", selected)  # the release's own name, beside that of transformers
     attention = read_attention(settings, biases=Biases.ALL, sinks=True, **read_rope(settings, default=ANGLES))
     ffn = MoeConfig(
-        num_experts=settings.take("num_local_experts"), num_selected=selected,
-        hidden_dim=settings.take("intermediate_size"), activation=Activation.CLAMPED_SILU, bias=True,
-    )  # fmt: skip
+        num_experts=settings.take("num_local_experts"),
+        num_selected=selected,
+        hidden_dim=settings.take("intermediate_size"),
+        activation=Activation.CLAMPED_SILU,
+        bias=True,
+    )
     windows = read_windows(
-        settings, num_layers=num_layers, window=settings.optional("sliding_window"), default=[i % 2 == 0 for i in range(num_layers)]
+        settings,
+        num_layers=num_layers,
+        window=settings.optional("sliding_window"),
+        default=[i % 2 == 0 for i in range(num_layers)],
     )
     blocks = with_windows(attention, ffn, windows)
     return read_decoder(settings, blocks)
@@ -79,10 +105,20 @@ def write(model: ModelConfig) -> dict[str, Any]:
     if moe.activation is not Activation.CLAMPED_SILU:
         raise Inexpressible(f"the activation is {moe.activation.value}, and has to be clamped_silu")
     sizes = {
-        "num_local_experts": moe.num_experts, "num_experts_per_tok": moe.num_selected, "intermediate_size": moe.hidden_dim,
-        "hidden_act": "silu", "attention_bias": True, "swiglu_limit": CLAMP,
-    }  # fmt: skip
-    keys = {"model_type": "gpt_oss", **write_decoder(model), **write_attention(attention), **sizes, **write_windows(model)}
+        "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.num_selected,
+        "intermediate_size": moe.hidden_dim,
+        "hidden_act": "silu",
+        "attention_bias": True,
+        "swiglu_limit": CLAMP,
+    }
+    keys = {
+        "model_type": "gpt_oss",
+        **write_decoder(model),
+        **write_attention(attention),
+        **sizes,
+        **write_windows(model),
+    }
     return keys if keys["rope_scaling"] else {**keys, "rope_scaling": {"rope_type": "default"}}
 
 
@@ -108,15 +144,25 @@ LAYER = (
     same("ffn/experts/down", "mlp.experts.down_proj"),
     same("ffn/experts/down_bias", "mlp.experts.down_proj_bias"),
 )
-HF = Family(architecture="GptOssForCausalLM", read=read, write=write, defaults=DEFAULTS, table=Table(around=EMBEDDING, layer=LAYER))
+HF = Family(
+    architecture="GptOssForCausalLM",
+    read=read,
+    write=write,
+    defaults=DEFAULTS,
+    table=Table(around=EMBEDDING, layer=LAYER),
+)
 
 
-# GGUF -----------------------------------------------------------------------------------------------------------------
+# GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig: in llama.cpp's code, every other layer has a window, and experts their activation."""
+    """GGUF metadata -> ModelConfig: in llama.cpp's code, every other layer has a window, and experts their
+    activation.
+    """
     settings.expect("attention.sliding_window_pattern", 2)
     attention = gguf_settings.read_attention(settings, biases=Biases.ALL, sinks=True)
-    windows = gguf_settings.pattern_windows(settings.take("block_count"), settings.positive("attention.sliding_window"), 2)
+    windows = gguf_settings.pattern_windows(
+        settings.take("block_count"), settings.positive("attention.sliding_window"), 2
+    )
     ffn = gguf_settings.read_moe(settings, activation=Activation.CLAMPED_SILU, bias=True)
     return gguf_settings.read_decoder(settings, with_windows(attention, ffn, windows))
 
@@ -127,7 +173,11 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     gguf_settings.check_biases(attention, Biases.ALL)
     gguf_settings.check_head(model, HeadKind.FREE)
     gguf_settings.check_plain_scale(attention)
-    keys = {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_moe(ffn)}
+    keys = {
+        **gguf_settings.write_decoder(model),
+        **gguf_settings.write_attention(attention),
+        **gguf_settings.write_moe(ffn),
+    }
     window = gguf_settings.common_window(model)
     if window is None:
         raise Inexpressible("every other layer has a window")

@@ -1,4 +1,6 @@
-"""Granite 3: a Llama with multipliers on embeddings, scores, residual updates and logits. And Granite 4 without its recurrent layers."""
+"""Granite 3: a Llama with multipliers on embeddings, scores, residual updates and logits. And Granite 4
+without its recurrent layers.
+"""
 
 import dataclasses
 from typing import Any
@@ -27,11 +29,23 @@ from slmjax.models.rope import RopeScaling
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {
-    "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "embedding_multiplier": 1.0,
-    "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0, "rope_theta": 10_000.0,
-}  # fmt: skip
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "embedding_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "rope_theta": 10_000.0,
+}
 
 
 def read(settings: Settings) -> ModelConfig:
@@ -48,30 +62,41 @@ def _read_attention(settings: Settings, **more: Any) -> AttentionConfig:
 
 def _read_decoder(settings: Settings, block: BlockConfig) -> ModelConfig:
     return read_decoder(
-        settings, [block] * settings.take("num_hidden_layers"), logit_multiplier=1.0 / settings.nonzero("logits_scaling"),
+        settings,
+        [block] * settings.take("num_hidden_layers"),
+        logit_multiplier=1.0 / settings.nonzero("logits_scaling"),
         embed_multiplier=float(settings.take("embedding_multiplier")),
         residual_multiplier=float(settings.take("residual_multiplier")),
-    )  # fmt: skip
+    )
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     attention, ffn = first_block(model)
     return {
-        "model_type": "granite", **_write_decoder(model, attention), **write_mlp(ffn), "mlp_bias": getattr(ffn, "bias", False)
-    }  # fmt: skip
+        "model_type": "granite",
+        **_write_decoder(model, attention),
+        **write_mlp(ffn),
+        "mlp_bias": getattr(ffn, "bias", False),
+    }
 
 
 def _write_decoder(model: ModelConfig, attention: AttentionConfig) -> dict[str, Any]:
     return {
-        **write_decoder(model), **write_attention(attention), **write_biases(attention),
-        "embedding_multiplier": model.embed_multiplier, "residual_multiplier": model.residual_multiplier,
-        "attention_multiplier": attention.scale, "logits_scaling": divisor_of(model),
-    }  # fmt: skip
+        **write_decoder(model),
+        **write_attention(attention),
+        **write_biases(attention),
+        "embedding_multiplier": model.embed_multiplier,
+        "residual_multiplier": model.residual_multiplier,
+        "attention_multiplier": attention.scale,
+        "logits_scaling": divisor_of(model),
+    }
 
 
 def divisor_of(model: ModelConfig) -> float:
-    """The number that logits are divided by, as short as it was written. Raises Inexpressible where no number does that."""
+    """The number that logits are divided by, as short as it was written. Raises Inexpressible where no number
+    does that.
+    """
     if model.logit_multiplier == 0.0:
         raise Inexpressible("logits are divided by a number, and logit_multiplier is 0")
     return float(f"{1 / model.logit_multiplier:.12g}")
@@ -86,29 +111,52 @@ HF = Family(
 )
 
 
-# Granite 4 ------------------------------------------------------------------------------------------------------------
+# Granite 4 --------------------------------------------------------------------------------------------------
 # The same of Granite 4.
 HYBRID_DEFAULTS = {
-    "vocab_size": 32_000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-    "attention_bias": False, "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0,
-    "attention_multiplier": 1.0, "num_local_experts": 8, "shared_intermediate_size": 1024,
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "embedding_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "num_local_experts": 8,
+    "shared_intermediate_size": 1024,
     "rope_theta": 10_000.0,
-}  # fmt: skip
+}
 
 
 def read_hybrid(settings: Settings) -> ModelConfig:
     """config.json of a Granite 4 that has attention alone, as the dense micro has -> ModelConfig."""
     settings.expect("num_local_experts", 0)
-    settings.ignore(*MAMBA_KEYS, "num_experts_per_tok", "intermediate_size", "normalization_function", "init_method", "num_experts")
+    settings.ignore(
+        *MAMBA_KEYS,
+        "num_experts_per_tok",
+        "intermediate_size",
+        "normalization_function",
+        "init_method",
+        "num_experts",
+    )
     kinds = set(settings.take("layer_types", ["mamba"]))
     if not kinds <= {"attention", "full_attention"}:
-        raise ConfigError(f"config.json: layer_types has {sorted(kinds)[-1]!r}: of Granite 4, models of attention layers alone are read")
+        raise ConfigError(
+            f"config.json: layer_types has {sorted(kinds)[-1]!r}: of Granite 4, models of attention layers "
+            "alone are read"
+        )
     has_rope = settings.take("position_embedding_type", "nope") == "rope"
     attention = _read_attention(settings, **({} if has_rope else {"rope_base": None}))
     if not has_rope:
         settings.ignore("rope_theta", "rope_scaling", "rope_parameters")
-    return _read_decoder(settings, BlockConfig(mixer=attention, ffn=read_mlp(settings, width="shared_intermediate_size")))
+    return _read_decoder(
+        settings, BlockConfig(mixer=attention, ffn=read_mlp(settings, width="shared_intermediate_size"))
+    )
 
 
 def write_hybrid(model: ModelConfig) -> dict[str, Any]:
@@ -117,18 +165,32 @@ def write_hybrid(model: ModelConfig) -> dict[str, Any]:
     if 2 * model.embed_dim % 128:
         raise Inexpressible(f"its width, {model.embed_dim}, has to be a multiple of 64")
     kinds = {
-        "num_local_experts": 0, "num_experts_per_tok": 0, "layer_types": ["attention"] * model.num_layers,
-        "position_embedding_type": "nope" if attention.rope_base is None else "rope", "mamba_n_heads": 128,
-    }  # fmt: skip
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "layer_types": ["attention"] * model.num_layers,
+        "position_embedding_type": "nope" if attention.rope_base is None else "rope",
+        "mamba_n_heads": 128,
+    }
     sizes = write_mlp(ffn, width="shared_intermediate_size")
     sizes["intermediate_size"] = sizes["shared_intermediate_size"]
     return {"model_type": "granitemoehybrid", **_write_decoder(model, attention), **sizes, **kinds}
 
 
 MAMBA_KEYS = (
-    "mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_head", "mamba_d_conv", "mamba_expand", "mamba_chunk_size",
-    "mamba_conv_bias", "mamba_proj_bias", "time_step_limit", "time_step_min", "time_step_max", "time_step_floor",
-)  # fmt: skip
+    "mamba_n_heads",
+    "mamba_n_groups",
+    "mamba_d_state",
+    "mamba_d_head",
+    "mamba_d_conv",
+    "mamba_expand",
+    "mamba_chunk_size",
+    "mamba_conv_bias",
+    "mamba_proj_bias",
+    "time_step_limit",
+    "time_step_min",
+    "time_step_max",
+    "time_step_floor",
+)
 HYBRID_LAYER = (
     *PRE_NORMS,
     *ATTENTION,
@@ -144,13 +206,15 @@ HF_HYBRID = Family(
 )
 
 
-# GGUF -----------------------------------------------------------------------------------------------------------------
+# GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
     """GGUF metadata -> ModelConfig."""
     # A multiplier of 0 is one that is not there.
     scale = gguf_settings.shortest(settings.take("attention.scale", 0.0)) or None
     attention = gguf_settings.read_attention(settings, scale=scale)
-    if not settings.take("rope.scaling.finetuned", True):  # what says in this architecture that there are no positions
+    if not settings.take(
+        "rope.scaling.finetuned", True
+    ):  # what says in this architecture that there are no positions
         attention = dataclasses.replace(attention, rope_base=None)
     block = BlockConfig(mixer=attention, ffn=gguf_settings.read_mlp(settings))
     return gguf_settings.read_decoder(
@@ -173,16 +237,25 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     }
     for name, multiplier in multipliers.items():
         if np.float32(multiplier) == 0.0:
-            raise Inexpressible(f"llama.cpp takes a multiplier of 0 for one that is not there, and {name} is {multiplier}")
+            raise Inexpressible(
+                f"llama.cpp takes a multiplier of 0 for one that is not there, and {name} is {multiplier}"
+            )
     if attention.rope_base is None:
         multipliers["rope.scaling.finetuned"] = False
     heads = gguf_settings.write_attention(attention, scalings=(RopeScaling,))
-    return {**gguf_settings.write_decoder(model), **heads, **gguf_settings.write_mlp(ffn, has_bias=True), **multipliers}
+    return {
+        **gguf_settings.write_decoder(model),
+        **heads,
+        **gguf_settings.write_mlp(ffn, has_bias=True),
+        **multipliers,
+    }
 
 
 def gguf_table(model: ModelConfig) -> Table:
     """The tensors of a model with this many heads."""
-    return gguf_tensors.paired_table(model, *gguf_tensors.PRE_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP)
+    return gguf_tensors.paired_table(
+        model, *gguf_tensors.PRE_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP
+    )
 
 
 GGUF = Family(architecture="granite", read=read_gguf, write=write_gguf, table=gguf_table)

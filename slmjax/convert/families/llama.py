@@ -25,16 +25,27 @@ from slmjax.models.rope import RopeScaling
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {
-    "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "rope_theta": 10_000.0,
-}  # fmt: skip
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rope_theta": 10_000.0,
+}
 
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
     biases = read_biases(settings)
-    block = BlockConfig(mixer=read_attention(settings, biases=biases), ffn=read_mlp(settings, bias=settings.take("mlp_bias")))
+    block = BlockConfig(
+        mixer=read_attention(settings, biases=biases), ffn=read_mlp(settings, bias=settings.take("mlp_bias"))
+    )
     return read_decoder(settings, [block] * settings.take("num_hidden_layers"))
 
 
@@ -43,7 +54,13 @@ def write(model: ModelConfig) -> dict[str, Any]:
     attention, ffn = first_block(model)
     check_width(model, attention.num_heads)
     biases = {**write_biases(attention), "mlp_bias": getattr(ffn, "bias", False)}
-    return {"model_type": "llama", **write_decoder(model), **write_attention(attention), **write_mlp(ffn), **biases}
+    return {
+        "model_type": "llama",
+        **write_decoder(model),
+        **write_attention(attention),
+        **write_mlp(ffn),
+        **biases,
+    }
 
 
 HF = Family(
@@ -55,7 +72,7 @@ HF = Family(
 )
 
 
-# MobileLLM ------------------------------------------------------------------------------------------------------------
+# MobileLLM --------------------------------------------------------------------------------------------------
 def read_mobile(settings: Settings) -> ModelConfig:
     """config.json of a MobileLLM, which its own code calls by another name -> ModelConfig."""
     settings.expect("layer_sharing", False)
@@ -69,20 +86,32 @@ def refuse_mobile(model: ModelConfig) -> dict[str, Any]:
     raise Inexpressible("it is written as LlamaForCausalLM")
 
 
-HF_MOBILE = Family(architecture="MobileLLMForCausalLM", read=read_mobile, write=refuse_mobile, defaults=DEFAULTS, table=HF.table)
+HF_MOBILE = Family(
+    architecture="MobileLLMForCausalLM",
+    read=read_mobile,
+    write=refuse_mobile,
+    defaults=DEFAULTS,
+    table=HF.table,
+)
 
 
-# GGUF -----------------------------------------------------------------------------------------------------------------
+# GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
     """GGUF metadata -> ModelConfig; of Mistral and Mixtral too, which go by the same name there."""
     has_experts = settings.take("expert_count", 0) > 0
     settings.ignore("expert_used_count")  # 0 in files of models without
-    ffn = gguf_settings.read_moe(settings, width="feed_forward_length") if has_experts else gguf_settings.read_mlp(settings)
+    ffn = (
+        gguf_settings.read_moe(settings, width="feed_forward_length")
+        if has_experts
+        else gguf_settings.read_mlp(settings)
+    )
     if settings.has("attention.scale"):
         settings.ignore("attention.scale")
         settings.notes.append("attention.scale is left out, as llama.cpp does for this architecture")
     attention = gguf_settings.read_attention(settings)
-    return gguf_settings.read_decoder(settings, [BlockConfig(mixer=attention, ffn=ffn)] * settings.take("block_count"))
+    return gguf_settings.read_decoder(
+        settings, [BlockConfig(mixer=attention, ffn=ffn)] * settings.take("block_count")
+    )
 
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
@@ -91,8 +120,16 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     gguf_settings.check_plain_scale(attention)
     if attention.rope_base is None:
         raise Inexpressible("all dims of all heads are rotated")
-    sizes = gguf_settings.write_moe(ffn) if isinstance(ffn, MoeConfig) else gguf_settings.write_mlp(ffn, has_bias=True)
-    return {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention, scalings=(RopeScaling,)), **sizes}
+    sizes = (
+        gguf_settings.write_moe(ffn)
+        if isinstance(ffn, MoeConfig)
+        else gguf_settings.write_mlp(ffn, has_bias=True)
+    )
+    return {
+        **gguf_settings.write_decoder(model),
+        **gguf_settings.write_attention(attention, scalings=(RopeScaling,)),
+        **sizes,
+    }
 
 
 def gguf_table(model: ModelConfig) -> Table:

@@ -1,4 +1,6 @@
-"""MiniCPM3: latent attention; embeddings, residual updates and logits multiplied by numbers that depend on depth and width."""
+"""MiniCPM3: latent attention; embeddings, residual updates and logits multiplied by numbers that depend on
+depth and width.
+"""
 
 import math
 from typing import Any
@@ -13,19 +15,35 @@ from slmjax.models.mixers.latent import LatentAttentionConfig
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {
-    "vocab_size": 73_448, "hidden_size": 2560, "intermediate_size": 6400, "num_hidden_layers": 62,
-    "num_attention_heads": 40, "num_key_value_heads": 40, "hidden_act": "silu",
-    "max_position_embeddings": 32_768, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-    "attention_bias": False, "mlp_bias": False, "kv_lora_rank": 256, "q_lora_rank": 768,
-    "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "scale_emb": 12, "scale_depth": 1.4,
-    "dim_model_base": 256, "rope_theta": 10_000.0,
-}  # fmt: skip
+    "vocab_size": 73_448,
+    "hidden_size": 2560,
+    "intermediate_size": 6400,
+    "num_hidden_layers": 62,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "kv_lora_rank": 256,
+    "q_lora_rank": 768,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "scale_emb": 12,
+    "scale_depth": 1.4,
+    "dim_model_base": 256,
+    "rope_theta": 10_000.0,
+}
 
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
     num_layers = settings.take("num_hidden_layers")
-    block = BlockConfig(mixer=read_latent_attention(settings), ffn=read_mlp(settings, bias=settings.take("mlp_bias")))
+    block = BlockConfig(
+        mixer=read_latent_attention(settings), ffn=read_mlp(settings, bias=settings.take("mlp_bias"))
+    )
     width = settings.positive("hidden_size")
     return read_decoder(
         settings,
@@ -43,10 +61,18 @@ def write(model: ModelConfig) -> dict[str, Any]:
     check_width(model, mixer.num_heads)
     base = model.logit_multiplier * model.embed_dim
     multipliers = {
-        "scale_emb": model.embed_multiplier, "scale_depth": float(f"{model.residual_multiplier * math.sqrt(model.num_layers):.12g}"),
-        "dim_model_base": round(base), "mlp_bias": getattr(block.ffn, "bias", False),
-    }  # fmt: skip
-    return {"model_type": "minicpm3", **write_decoder(model), **write_latent_attention(mixer), **write_mlp(block.ffn), **multipliers}
+        "scale_emb": model.embed_multiplier,
+        "scale_depth": float(f"{model.residual_multiplier * math.sqrt(model.num_layers):.12g}"),
+        "dim_model_base": round(base),
+        "mlp_bias": getattr(block.ffn, "bias", False),
+    }
+    return {
+        "model_type": "minicpm3",
+        **write_decoder(model),
+        **write_latent_attention(mixer),
+        **write_mlp(block.ffn),
+        **multipliers,
+    }
 
 
 HF = Family(

@@ -3,23 +3,40 @@
 from typing import Any
 
 from slmjax.convert.family import Family, Table, first_block
-from slmjax.convert.hf.settings import read_attention, read_decoder, read_mlp, write_attention, write_decoder, write_mlp
+from slmjax.convert.hf.settings import (
+    read_attention,
+    read_decoder,
+    read_mlp,
+    write_attention,
+    write_decoder,
+    write_mlp,
+)
 from slmjax.convert.hf.tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
 from slmjax.convert.settings import Settings
 from slmjax.models.architecture import BlockConfig, ModelConfig
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {
-    "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_act": "silu",
-    "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-    "sliding_window": 4096, "rope_theta": 10_000.0,
-}  # fmt: skip
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "sliding_window": 4096,
+    "rope_theta": 10_000.0,
+}
 
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
-    block = BlockConfig(mixer=read_attention(settings, window=settings.optional("sliding_window")), ffn=read_mlp(settings))
+    block = BlockConfig(
+        mixer=read_attention(settings, window=settings.optional("sliding_window")), ffn=read_mlp(settings)
+    )
     return read_decoder(settings, [block] * settings.take("num_hidden_layers"))
 
 

@@ -18,19 +18,30 @@ from slmjax.models.ffn.moe import MoeConfig
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {
-    "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_act": "silu",
-    "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-    "num_experts_per_tok": 2, "num_local_experts": 8, "rope_theta": 1e6,
-}  # fmt: skip
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+    "rope_theta": 1e6,
+}
 
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
     ffn = MoeConfig(
-        num_experts=settings.take("num_local_experts"), num_selected=settings.take("num_experts_per_tok"),
-        hidden_dim=settings.take("intermediate_size"), activation=read_activation(settings),
-    )  # fmt: skip
+        num_experts=settings.take("num_local_experts"),
+        num_selected=settings.take("num_experts_per_tok"),
+        hidden_dim=settings.take("intermediate_size"),
+        activation=read_activation(settings),
+    )
     attention = read_attention(settings, window=settings.optional("sliding_window"))
     block = BlockConfig(mixer=attention, ffn=ffn)
     return read_decoder(settings, [block] * settings.take("num_hidden_layers"))
@@ -41,9 +52,12 @@ def write(model: ModelConfig) -> dict[str, Any]:
     attention, ffn = first_block(model)
     moe = expect_kind(ffn, MoeConfig, "a feed-forward layer")
     sizes = {
-        "num_local_experts": moe.num_experts, "num_experts_per_tok": moe.num_selected, "intermediate_size": moe.hidden_dim,
-        "hidden_act": write_activation(moe.activation), "sliding_window": attention.window,
-    }  # fmt: skip
+        "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.num_selected,
+        "intermediate_size": moe.hidden_dim,
+        "hidden_act": write_activation(moe.activation),
+        "sliding_window": attention.window,
+    }
     return {"model_type": "mixtral", **write_decoder(model), **write_attention(attention), **sizes}
 
 

@@ -23,10 +23,18 @@ from slmjax.models.mixers.attention import Biases, QkNorm
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {
-    "vocab_size": 50_304, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "hidden_act": "silu", "max_position_embeddings": 2048,
-    "tie_word_embeddings": False, "attention_bias": False, "rms_norm_eps": 1e-5, "rope_theta": 10_000.0,
-}  # fmt: skip
+    "vocab_size": 50_304,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10_000.0,
+}
 
 
 def read(settings: Settings) -> ModelConfig:
@@ -41,22 +49,37 @@ def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     attention, ffn = first_block(model)
     biases = write_biases(attention)
-    return {"model_type": "olmo2", **write_decoder(model), **write_attention(attention), **write_mlp(ffn), **biases}
+    return {
+        "model_type": "olmo2",
+        **write_decoder(model),
+        **write_attention(attention),
+        **write_mlp(ffn),
+        **biases,
+    }
 
 
 TABLE = Table(around=EMBEDDING, layer=(*POST_NORMS, *ATTENTION, *GATED_MLP))
 HF = Family(architecture="Olmo2ForCausalLM", read=read, write=write, defaults=DEFAULTS, table=TABLE)
 
 
-# GGUF -----------------------------------------------------------------------------------------------------------------
+# GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig, of OLMo 3 too: with a window, every fourth layer is full, and angles in a window are plain."""
+    """GGUF metadata -> ModelConfig, of OLMo 3 too: with a window, every fourth layer is full, and angles in a
+    window are plain.
+    """
     settings.expect("attention.sliding_window_pattern", 4)
     attention = gguf_settings.read_attention(settings, qk_norm=QkNorm.ALL_HEADS)
-    windows = gguf_settings.pattern_windows(settings.take("block_count"), settings.take("attention.sliding_window", None), 4)
-    local, ffn = dataclasses.replace(attention, rope_scaling=None), gguf_settings.read_mlp(settings)
-    mixers = [attention if window is None else dataclasses.replace(local, window=window) for window in windows]
-    return gguf_settings.read_decoder(settings, [BlockConfig(mixer=mixer, ffn=ffn, norm=NormPlacement.POST) for mixer in mixers])
+    windows = gguf_settings.pattern_windows(
+        settings.take("block_count"), settings.take("attention.sliding_window", None), 4
+    )
+    local = dataclasses.replace(attention, rope_scaling=None)
+    ffn = gguf_settings.read_mlp(settings)
+    mixers = [
+        attention if window is None else dataclasses.replace(local, window=window) for window in windows
+    ]
+    return gguf_settings.read_decoder(
+        settings, [BlockConfig(mixer=mixer, ffn=ffn, norm=NormPlacement.POST) for mixer in mixers]
+    )
 
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
@@ -69,11 +92,17 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     mixers = attentions(model)
     full = next((mixer for mixer in mixers if mixer.window is None), mixers[0])
     window = gguf_settings.common_window(model)
-    keys = {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(full), **gguf_settings.write_mlp(ffn)}
+    keys = {
+        **gguf_settings.write_decoder(model),
+        **gguf_settings.write_attention(full),
+        **gguf_settings.write_mlp(ffn),
+    }
     return keys if window is None else {**keys, "attention.sliding_window": window}
 
 
 GGUF = Family(
-    architecture="olmo2", read=read_gguf, write=write_gguf,
+    architecture="olmo2",
+    read=read_gguf,
+    write=write_gguf,
     table=gguf_tensors.table(*gguf_tensors.POST_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP),
-)  # fmt: skip
+)

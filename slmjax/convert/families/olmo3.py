@@ -1,4 +1,6 @@
-"""OLMo 3: OLMo 2 with three layers in a window to each full one; only the full ones have their angles scaled."""
+"""OLMo 3: OLMo 2 with three layers in a window to each full one; only the full ones have their angles
+scaled.
+"""
 
 import dataclasses
 from typing import Any
@@ -25,11 +27,19 @@ from slmjax.models.mixers.attention import QkNorm
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {
-    "vocab_size": 50_304, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "hidden_act": "silu", "max_position_embeddings": 2048,
-    "tie_word_embeddings": False, "attention_bias": False, "rms_norm_eps": 1e-5, "sliding_window": 4096,
+    "vocab_size": 50_304,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": 4096,
     "rope_theta": 500_000.0,
-}  # fmt: skip
+}
 
 
 def read(settings: Settings) -> ModelConfig:
@@ -39,11 +49,15 @@ def read(settings: Settings) -> ModelConfig:
     attention = read_attention(settings, rope_base=None, qk_norm=QkNorm.ALL_HEADS, biases=biases)
     ropes = read_ropes_by_kind(settings, local=None)
     windows = read_windows(
-        settings, num_layers=num_layers, window=settings.optional("sliding_window"),
+        settings,
+        num_layers=num_layers,
+        window=settings.optional("sliding_window"),
         default=[(layer + 1) % 4 != 0 for layer in range(num_layers)],
-    )  # fmt: skip
+    )
     ffn = read_mlp(settings)
-    mixers = [dataclasses.replace(attention, window=window, **ropes[window is not None]) for window in windows]
+    mixers = [
+        dataclasses.replace(attention, window=window, **ropes[window is not None]) for window in windows
+    ]
     blocks = [BlockConfig(mixer=mixer, ffn=ffn, norm=NormPlacement.POST) for mixer in mixers]
     return read_decoder(settings, blocks)
 
@@ -57,7 +71,11 @@ def write(model: ModelConfig) -> dict[str, Any]:
         if mixer.rope_base is None:
             raise Inexpressible("every layer has positions")
         kind = "full_attention" if mixer.window is None else "sliding_attention"
-        ropes[kind] = {"rope_theta": mixer.rope_base, "rope_type": "default", **(write_scaling(mixer.rope_scaling) or {})}
+        ropes[kind] = {
+            "rope_theta": mixer.rope_base,
+            "rope_type": "default",
+            **(write_scaling(mixer.rope_scaling) or {}),
+        }
     keys = {**write_decoder(model), **write_attention(attention), **write_mlp(ffn), **write_windows(model)}
     for name in ("rope_theta", "rope_scaling"):
         keys.pop(name, None)

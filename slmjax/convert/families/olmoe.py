@@ -1,4 +1,6 @@
-"""OLMoE: experts in all layers, whose weights need not sum to one; queries and keys normed over all heads together."""
+"""OLMoE: experts in all layers, whose weights need not sum to one; queries and keys normed over all heads
+together.
+"""
 
 from typing import Any
 
@@ -21,11 +23,21 @@ from slmjax.models.mixers.attention import QkNorm
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {
-    "vocab_size": 50_304, "hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 16,
-    "num_attention_heads": 16, "hidden_act": "silu", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False, "attention_bias": False, "num_experts_per_tok": 8, "num_experts": 64,
-    "norm_topk_prob": False, "rope_theta": 10_000.0,
-}  # fmt: skip
+    "vocab_size": 50_304,
+    "hidden_size": 2048,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "num_experts_per_tok": 8,
+    "num_experts": 64,
+    "norm_topk_prob": False,
+    "rope_theta": 10_000.0,
+}
 
 
 def read(settings: Settings) -> ModelConfig:
@@ -34,10 +46,12 @@ def read(settings: Settings) -> ModelConfig:
     biases = read_biases(settings)
     attention = read_attention(settings, qk_norm=QkNorm.ALL_HEADS, biases=biases)
     moe = MoeConfig(
-        num_experts=settings.take("num_experts"), num_selected=settings.take("num_experts_per_tok"),
-        hidden_dim=settings.positive("intermediate_size"), activation=read_activation(settings),
+        num_experts=settings.take("num_experts"),
+        num_selected=settings.take("num_experts_per_tok"),
+        hidden_dim=settings.positive("intermediate_size"),
+        activation=read_activation(settings),
         normalize_weights=settings.take("norm_topk_prob"),
-    )  # fmt: skip
+    )
     blocks = [BlockConfig(mixer=attention, ffn=moe)] * settings.take("num_hidden_layers")
     return read_decoder(settings, blocks)
 
@@ -45,14 +59,20 @@ def read(settings: Settings) -> ModelConfig:
 def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     attention, ffn = first_block(model)
-    heads, head_dim = attention.num_heads, attention.head_dim or 0
+    heads = attention.num_heads
+    head_dim = attention.head_dim or 0
     if heads * head_dim != model.embed_dim:  # its norm of queries is as long as the model is wide
-        raise Inexpressible(f"its width, {model.embed_dim}, has to be that of its {heads} heads together, {heads * head_dim}")
+        raise Inexpressible(
+            f"its width, {model.embed_dim}, has to be that of its {heads} heads together, {heads * head_dim}"
+        )
     moe = expect_kind(ffn, MoeConfig, "a feed-forward layer")
     experts = {
-        "num_experts": moe.num_experts, "num_experts_per_tok": moe.num_selected, "intermediate_size": moe.hidden_dim,
-        "norm_topk_prob": moe.normalize_weights, "hidden_act": write_activation(moe.activation),
-    }  # fmt: skip
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.num_selected,
+        "intermediate_size": moe.hidden_dim,
+        "norm_topk_prob": moe.normalize_weights,
+        "hidden_act": write_activation(moe.activation),
+    }
     biases = write_biases(attention)
     return {"model_type": "olmoe", **write_decoder(model), **write_attention(attention), **experts, **biases}
 

@@ -23,16 +23,29 @@ from slmjax.models.rope import LongScaling
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {
-    "vocab_size": 32_064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "hidden_act": "silu", "max_position_embeddings": 4096,
-    "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+    "vocab_size": 32_064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
     "rope_theta": 10_000.0,
-}  # fmt: skip
+}
 
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
-    neutral = {"attention_bias": False, "lm_head_bias": False, "mlp_bias": False, "full_attn_mod": 1, "interpolate_factor": 1}
+    neutral = {
+        "attention_bias": False,
+        "lm_head_bias": False,
+        "mlp_bias": False,
+        "full_attn_mod": 1,
+        "interpolate_factor": 1,
+    }
     for key, value in neutral.items():
         settings.expect(key, value)
     # Its first releases said "yarn" for what is LongRoPE.
@@ -45,7 +58,8 @@ def read(settings: Settings) -> ModelConfig:
 def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     attention, ffn = first_block(model)
-    scaling, original = attention.rope_scaling, model.context_length
+    scaling = attention.rope_scaling
+    original = model.context_length
     if scaling is not None and not isinstance(scaling, LongScaling):
         raise Inexpressible(f"its angles are plain or scaled by LongRoPE, not by {type(scaling).__name__}")
     if scaling is not None:
@@ -53,7 +67,13 @@ def write(model: ModelConfig) -> dict[str, Any]:
         if attention.num_heads * (attention.head_dim or 0) != model.embed_dim:
             raise Inexpressible("with LongRoPE, the dims of a head have to be its width over its heads")
     more = {"sliding_window": attention.window, "original_max_position_embeddings": original}
-    return {"model_type": "phi3", **write_decoder(model), **write_attention(attention), **write_mlp(ffn), **more}
+    return {
+        "model_type": "phi3",
+        **write_decoder(model),
+        **write_attention(attention),
+        **write_mlp(ffn),
+        **more,
+    }
 
 
 LAYER = (
@@ -63,16 +83,25 @@ LAYER = (
     joined(("ffn/gate/weight", "ffn/up/weight"), "mlp.gate_up_proj.weight"),
     *linear("ffn/down", "mlp.down_proj"),
 )
-HF = Family(architecture="Phi3ForCausalLM", read=read, write=write, defaults=DEFAULTS, table=Table(around=EMBEDDING, layer=LAYER))
+HF = Family(
+    architecture="Phi3ForCausalLM",
+    read=read,
+    write=write,
+    defaults=DEFAULTS,
+    table=Table(around=EMBEDDING, layer=LAYER),
+)
 
 
-# GGUF -----------------------------------------------------------------------------------------------------------------
+# GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
     """GGUF metadata -> ModelConfig, with the window that is told, which llama.cpp itself leaves out.
 
-    It takes the long factors wherever its context is longer than the original one; here a document's length decides.
+    It takes the long factors wherever its context is longer than the original one; here a document's length
+    decides.
     """
-    attention = gguf_settings.read_attention(settings, window=settings.take("attention.sliding_window", 0) or None)
+    attention = gguf_settings.read_attention(
+        settings, window=settings.take("attention.sliding_window", 0) or None
+    )
     block = BlockConfig(mixer=attention, ffn=gguf_settings.read_mlp(settings))
     return gguf_settings.read_decoder(settings, [block] * settings.take("block_count"))
 
@@ -84,7 +113,9 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     gguf_settings.check_plain_scale(attention)
     gguf_settings.check_square(model, attention)
     gguf_settings.check_idle_window(model)
-    heads = gguf_settings.write_attention(attention, scalings=(*gguf_settings.PLAIN_SCALINGS, LongScaling), is_partial=True)
+    heads = gguf_settings.write_attention(
+        attention, scalings=(*gguf_settings.PLAIN_SCALINGS, LongScaling), is_partial=True
+    )
     keys = {**gguf_settings.write_decoder(model), **heads, **gguf_settings.write_mlp(ffn)}
     return {**keys, "attention.sliding_window": attention.window or 0}
 

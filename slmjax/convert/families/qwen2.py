@@ -1,4 +1,6 @@
-"""Qwen2 and Qwen2.5: biases of query, key and value; some layers in windows where the configuration says so."""
+"""Qwen2 and Qwen2.5: biases of query, key and value; some layers in windows where the configuration says
+so.
+"""
 
 from typing import Any
 
@@ -6,7 +8,14 @@ from slmjax.convert.families.qwen3 import qwen_windows, write_qwen_windows
 from slmjax.convert.family import Family, Table, first_block, with_windows
 from slmjax.convert.gguf import settings as gguf_settings
 from slmjax.convert.gguf import tensors as gguf_tensors
-from slmjax.convert.hf.settings import read_attention, read_decoder, read_mlp, write_attention, write_decoder, write_mlp
+from slmjax.convert.hf.settings import (
+    read_attention,
+    read_decoder,
+    read_mlp,
+    write_attention,
+    write_decoder,
+    write_mlp,
+)
 from slmjax.convert.hf.tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
 from slmjax.convert.settings import Settings
 from slmjax.models.architecture import BlockConfig, ModelConfig
@@ -14,24 +23,40 @@ from slmjax.models.mixers.attention import Biases
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {
-    "vocab_size": 151_936, "hidden_size": 4096, "intermediate_size": 22_016, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "hidden_act": "silu",
-    "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-    "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "rope_theta": 10_000.0,
-}  # fmt: skip
+    "vocab_size": 151_936,
+    "hidden_size": 4096,
+    "intermediate_size": 22_016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "rope_theta": 10_000.0,
+}
 
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
     settings.expect("use_mrope", False)
-    attention, ffn = read_attention(settings, biases=Biases.QKV), read_mlp(settings)
+    attention = read_attention(settings, biases=Biases.QKV)
+    ffn = read_mlp(settings)
     return read_decoder(settings, with_windows(attention, ffn, qwen_windows(settings)))
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     attention, ffn = first_block(model)
-    keys = {**write_decoder(model), **write_attention(attention), **write_mlp(ffn), **write_qwen_windows(model)}
+    keys = {
+        **write_decoder(model),
+        **write_attention(attention),
+        **write_mlp(ffn),
+        **write_qwen_windows(model),
+    }
     return {"model_type": "qwen2", **keys}
 
 
@@ -44,10 +69,12 @@ HF = Family(
 )
 
 
-# GGUF -----------------------------------------------------------------------------------------------------------------
+# GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
     """GGUF metadata -> ModelConfig."""
-    block = BlockConfig(mixer=gguf_settings.read_attention(settings, biases=Biases.QKV), ffn=gguf_settings.read_mlp(settings))
+    block = BlockConfig(
+        mixer=gguf_settings.read_attention(settings, biases=Biases.QKV), ffn=gguf_settings.read_mlp(settings)
+    )
     return gguf_settings.read_decoder(settings, [block] * settings.take("block_count"))
 
 
@@ -57,10 +84,16 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     gguf_settings.check_biases(attention, Biases.QKV)
     gguf_settings.check_plain_scale(attention)
     gguf_settings.check_square(model, attention)
-    return {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_mlp(ffn)}
+    return {
+        **gguf_settings.write_decoder(model),
+        **gguf_settings.write_attention(attention),
+        **gguf_settings.write_mlp(ffn),
+    }
 
 
 GGUF = Family(
-    architecture="qwen2", read=read_gguf, write=write_gguf,
+    architecture="qwen2",
+    read=read_gguf,
+    write=write_gguf,
     table=gguf_tensors.table(*gguf_tensors.PRE_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP),
-)  # fmt: skip
+)

@@ -24,35 +24,55 @@ from slmjax.models.mixers.attention import Biases, QkNorm
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {
-    "vocab_size": 151_936, "hidden_size": 4096, "intermediate_size": 22_016, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "hidden_act": "silu",
-    "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-    "attention_bias": False, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28,
+    "vocab_size": 151_936,
+    "hidden_size": 4096,
+    "intermediate_size": 22_016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
     "rope_theta": 10_000.0,
-}  # fmt: skip
+}
 
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
     biases = read_biases(settings)
-    attention, ffn = read_attention(settings, qk_norm=QkNorm.PER_HEAD, biases=biases), read_mlp(settings)
+    attention = read_attention(settings, qk_norm=QkNorm.PER_HEAD, biases=biases)
+    ffn = read_mlp(settings)
     return read_decoder(settings, with_windows(attention, ffn, qwen_windows(settings)))
 
 
 def qwen_windows(settings: Settings) -> list[int | None]:
     """The window of each layer: those from `max_window_layers` on, where windows are in use at all."""
-    num_layers, window = settings.take("num_hidden_layers"), settings.optional("sliding_window")
-    in_use, first = settings.take("use_sliding_window"), settings.take("max_window_layers")
+    num_layers = settings.take("num_hidden_layers")
+    window = settings.optional("sliding_window")
+    in_use = settings.take("use_sliding_window")
+    first = settings.take("max_window_layers")
     window = window if in_use else None
     return read_windows(
-        settings, num_layers=num_layers, window=window, default=[window is not None and layer >= first for layer in range(num_layers)]
+        settings,
+        num_layers=num_layers,
+        window=window,
+        default=[window is not None and layer >= first for layer in range(num_layers)],
     )
 
 
 def write_qwen_windows(model: ModelConfig) -> dict[str, Any]:
     """The keys that `qwen_windows` takes."""
     windows = write_windows(model)
-    first = next((layer for layer, kind in enumerate(windows["layer_types"]) if kind == "sliding_attention"), model.num_layers)
+    first = next(
+        (layer for layer, kind in enumerate(windows["layer_types"]) if kind == "sliding_attention"),
+        model.num_layers,
+    )
     return {**windows, "use_sliding_window": first < model.num_layers, "max_window_layers": first}
 
 
@@ -61,7 +81,14 @@ def write(model: ModelConfig) -> dict[str, Any]:
     attention, ffn = first_block(model)
     windows = write_qwen_windows(model)
     biases = write_biases(attention)
-    return {"model_type": "qwen3", **write_decoder(model), **write_attention(attention), **write_mlp(ffn), **windows, **biases}
+    return {
+        "model_type": "qwen3",
+        **write_decoder(model),
+        **write_attention(attention),
+        **write_mlp(ffn),
+        **windows,
+        **biases,
+    }
 
 
 HF = Family(
@@ -73,7 +100,7 @@ HF = Family(
 )
 
 
-# GGUF -----------------------------------------------------------------------------------------------------------------
+# GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
     """GGUF metadata -> ModelConfig."""
     attention = gguf_settings.read_attention(settings, qk_norm=QkNorm.PER_HEAD)
@@ -86,10 +113,16 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.NONE)
     gguf_settings.check_plain_scale(attention)
-    return {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_mlp(ffn)}
+    return {
+        **gguf_settings.write_decoder(model),
+        **gguf_settings.write_attention(attention),
+        **gguf_settings.write_mlp(ffn),
+    }
 
 
 GGUF = Family(
-    architecture="qwen3", read=read_gguf, write=write_gguf,
+    architecture="qwen3",
+    read=read_gguf,
+    write=write_gguf,
     table=gguf_tensors.table(*gguf_tensors.PRE_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP),
-)  # fmt: skip
+)

@@ -1,4 +1,6 @@
-"""Qwen3-MoE: Qwen3 with experts in all layers, or in those that `decoder_sparse_step` and `mlp_only_layers` leave."""
+"""Qwen3-MoE: Qwen3 with experts in all layers, or in those that `decoder_sparse_step` and `mlp_only_layers`
+leave.
+"""
 
 from typing import Any
 
@@ -25,13 +27,26 @@ from slmjax.models.mixers.attention import Biases, QkNorm
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {
-    "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24,
-    "num_attention_heads": 32, "num_key_value_heads": 4, "hidden_act": "silu",
-    "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-    "attention_bias": False, "use_sliding_window": False, "sliding_window": 4096, "decoder_sparse_step": 1,
-    "moe_intermediate_size": 768, "num_experts_per_tok": 8, "num_experts": 128, "norm_topk_prob": False,
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "decoder_sparse_step": 1,
+    "moe_intermediate_size": 768,
+    "num_experts_per_tok": 8,
+    "num_experts": 128,
+    "norm_topk_prob": False,
     "rope_theta": 10_000.0,
-}  # fmt: skip
+}
 
 
 def read(settings: Settings) -> ModelConfig:
@@ -41,17 +56,28 @@ def read(settings: Settings) -> ModelConfig:
     settings.ignore("sliding_window", "max_window_layers")
     attention = read_attention(settings, qk_norm=QkNorm.PER_HEAD, biases=biases, window=window)
     num_experts = settings.take("num_experts")
-    if settings.has("num_local_experts") and not settings.has("num_experts"):  # what transformers calls them since its release 5
+    if settings.has("num_local_experts") and not settings.has(
+        "num_experts"
+    ):  # what transformers calls them since its release 5
         num_experts = settings.take("num_local_experts")
     settings.expect("num_local_experts", num_experts)
     dense = read_mlp(settings)
     experts = MoeConfig(
-        num_experts=num_experts, num_selected=settings.take("num_experts_per_tok"), hidden_dim=settings.positive("moe_intermediate_size"),
-        activation=read_activation(settings), normalize_weights=settings.take("norm_topk_prob"),
-    )  # fmt: skip
-    step, dense_layers = settings.positive("decoder_sparse_step"), settings.take("mlp_only_layers", [])
-    is_sparse = [(layer + 1) % step == 0 and layer not in dense_layers for layer in range(settings.take("num_hidden_layers"))]
-    return read_decoder(settings, [BlockConfig(mixer=attention, ffn=experts if sparse else dense) for sparse in is_sparse])
+        num_experts=num_experts,
+        num_selected=settings.take("num_experts_per_tok"),
+        hidden_dim=settings.positive("moe_intermediate_size"),
+        activation=read_activation(settings),
+        normalize_weights=settings.take("norm_topk_prob"),
+    )
+    step = settings.positive("decoder_sparse_step")
+    dense_layers = settings.take("mlp_only_layers", [])
+    is_sparse = [
+        (layer + 1) % step == 0 and layer not in dense_layers
+        for layer in range(settings.take("num_hidden_layers"))
+    ]
+    return read_decoder(
+        settings, [BlockConfig(mixer=attention, ffn=experts if sparse else dense) for sparse in is_sparse]
+    )
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
@@ -63,25 +89,41 @@ def write(model: ModelConfig) -> dict[str, Any]:
         raise Inexpressible("no layer has experts")
     mlp = next((ffn for ffn in layers if isinstance(ffn, MlpConfig)), None)
     experts = {
-        "num_experts": moe.num_experts, "num_experts_per_tok": moe.num_selected, "moe_intermediate_size": moe.hidden_dim,
-        "norm_topk_prob": moe.normalize_weights, "hidden_act": write_activation(moe.activation), "decoder_sparse_step": 1,
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.num_selected,
+        "moe_intermediate_size": moe.hidden_dim,
+        "norm_topk_prob": moe.normalize_weights,
+        "hidden_act": write_activation(moe.activation),
+        "decoder_sparse_step": 1,
         "mlp_only_layers": [layer for layer, ffn in enumerate(layers) if isinstance(ffn, MlpConfig)],
         "intermediate_size": moe.hidden_dim if mlp is None else mlp.hidden_dim,
-    }  # fmt: skip
+    }
     windows = {"use_sliding_window": attention.window is not None, "sliding_window": attention.window}
     biases = write_biases(attention)
-    return {"model_type": "qwen3_moe", **write_decoder(model), **write_attention(attention), **experts, **windows, **biases}
+    return {
+        "model_type": "qwen3_moe",
+        **write_decoder(model),
+        **write_attention(attention),
+        **experts,
+        **windows,
+        **biases,
+    }
 
 
 HF = Family(
-    architecture="Qwen3MoeForCausalLM", read=read, write=write, defaults=DEFAULTS,
+    architecture="Qwen3MoeForCausalLM",
+    read=read,
+    write=write,
+    defaults=DEFAULTS,
     table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *MOE, *GATED_MLP)),
-)  # fmt: skip
+)
 
 
-# GGUF -----------------------------------------------------------------------------------------------------------------
+# GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig: all layers have experts, whose weights sum to one whatever the file says."""
+    """GGUF metadata -> ModelConfig: all layers have experts, whose weights sum to one whatever the file
+    says.
+    """
     settings.ignore("expert_weights_norm")
     attention = gguf_settings.read_attention(settings, qk_norm=QkNorm.PER_HEAD)
     block = BlockConfig(mixer=attention, ffn=gguf_settings.read_moe(settings))
@@ -93,10 +135,16 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.NONE)
     gguf_settings.check_plain_scale(attention)
-    return {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_moe(ffn)}
+    return {
+        **gguf_settings.write_decoder(model),
+        **gguf_settings.write_attention(attention),
+        **gguf_settings.write_moe(ffn),
+    }
 
 
 GGUF = Family(
-    architecture="qwen3moe", read=read_gguf, write=write_gguf,
+    architecture="qwen3moe",
+    read=read_gguf,
+    write=write_gguf,
     table=gguf_tensors.table(*gguf_tensors.PRE_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MOE),
-)  # fmt: skip
+)

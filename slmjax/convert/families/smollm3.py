@@ -26,28 +26,47 @@ from slmjax.models.mixers.attention import Biases
 
 # What the family's configuration means where it leaves a key out.
 DEFAULTS = {
-    "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36,
-    "num_attention_heads": 16, "num_key_value_heads": 4, "hidden_act": "silu",
-    "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, "use_sliding_window": False,
-    "no_rope_layer_interval": 4, "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True,
+    "vocab_size": 128_256,
+    "hidden_size": 2048,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-6,
+    "use_sliding_window": False,
+    "no_rope_layer_interval": 4,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
     "rope_theta": 2e6,
-}  # fmt: skip
+}
 
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
-    num_layers, every = settings.take("num_hidden_layers"), settings.positive("no_rope_layer_interval")
-    rotated = settings.take("no_rope_layers", [int((layer + 1) % every != 0) for layer in range(num_layers)])  # 1 where there is a rotation
+    num_layers = settings.take("num_hidden_layers")
+    every = settings.positive("no_rope_layer_interval")
+    rotated = settings.take(
+        "no_rope_layers", [int((layer + 1) % every != 0) for layer in range(num_layers)]
+    )  # 1 where there is a rotation
     window = settings.optional("sliding_window") if settings.take("use_sliding_window") else None
     settings.ignore("sliding_window", "max_window_layers")
     windows = read_windows(
-        settings, num_layers=num_layers, window=window, default=[window is not None and not has_rope for has_rope in rotated]
+        settings,
+        num_layers=num_layers,
+        window=window,
+        default=[window is not None and not has_rope for has_rope in rotated],
     )
     biases = read_biases(settings)
     plain = read_attention(settings, rope_base=None, biases=biases)
     turned = dataclasses.replace(plain, **read_rope(settings))
     ffn = read_mlp(settings, bias=settings.take("mlp_bias"))
-    mixers = [dataclasses.replace(turned if has_rope else plain, window=size) for has_rope, size in zip(rotated, windows, strict=True)]
+    mixers = [
+        dataclasses.replace(turned if has_rope else plain, window=size)
+        for has_rope, size in zip(rotated, windows, strict=True)
+    ]
     return read_decoder(settings, [BlockConfig(mixer=mixer, ffn=ffn) for mixer in mixers])
 
 
@@ -76,11 +95,12 @@ HF = Family(
 )
 
 
-# GGUF -----------------------------------------------------------------------------------------------------------------
+# GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
     """GGUF metadata -> ModelConfig: in llama.cpp's code, every fourth layer has no positions."""
     turned = gguf_settings.read_attention(settings)
-    plain, ffn = dataclasses.replace(turned, rope_base=None), gguf_settings.read_mlp(settings)
+    plain = dataclasses.replace(turned, rope_base=None)
+    ffn = gguf_settings.read_mlp(settings)
     mixers = [plain if layer % 4 == 3 else turned for layer in range(settings.take("block_count"))]
     return gguf_settings.read_decoder(settings, [BlockConfig(mixer=mixer, ffn=ffn) for mixer in mixers])
 
@@ -90,12 +110,18 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.NONE)
     gguf_settings.check_plain_scale(attention)
-    return {**gguf_settings.write_decoder(model), **gguf_settings.write_attention(attention), **gguf_settings.write_mlp(ffn)}
+    return {
+        **gguf_settings.write_decoder(model),
+        **gguf_settings.write_attention(attention),
+        **gguf_settings.write_mlp(ffn),
+    }
 
 
 def gguf_table(model: ModelConfig) -> Table:
     """The tensors of a model with this many heads."""
-    return gguf_tensors.paired_table(model, *gguf_tensors.PRE_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP)
+    return gguf_tensors.paired_table(
+        model, *gguf_tensors.PRE_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP
+    )
 
 
 GGUF = Family(architecture="smollm3", read=read_gguf, write=write_gguf, table=gguf_table)

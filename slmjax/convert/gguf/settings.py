@@ -1,8 +1,9 @@
-"""The vocabulary of GGUF metadata, in both directions; a reader says what llama.cpp computes from it, constants of its own included.
+"""The vocabulary of GGUF metadata, in both directions; a reader says what llama.cpp computes from it,
+constants of its own included.
 
-Keys are without the name of the architecture. Some are not in the metadata but in the tensors, and are handed over as if they were:
-`vocab_size` and `has_output` from the tables, `qkv_bias`, `output_bias` and `ffn_bias`, and divisors of frequencies, the arrays
-`rope_freqs`, `rope_factors_long` and `rope_factors_short`.
+Keys are without the name of the architecture. Some are not in the metadata but in the tensors, and are handed
+over as if they were: `vocab_size` and `has_output` from the tables, `qkv_bias`, `output_bias` and `ffn_bias`,
+and divisors of frequencies, the arrays `rope_freqs`, `rope_factors_long` and `rope_factors_short`.
 """
 
 import dataclasses
@@ -24,19 +25,28 @@ from slmjax.models.rope import LinearScaling, Llama3Scaling, LongScaling, RopeSc
 IGNORED = ("rope.scaling.finetuned", "attention.causal", "feed_forward_length", "expert_feed_forward_length")
 PLAIN_SCALINGS = (LinearScaling, YarnScaling)  # those that are in the metadata; the others are tensors
 SCALINGS = ("none", "linear", "yarn", "longrope")  # rope.scaling.type
-FAST_TURNS, SLOW_TURNS = 32.0, 1.0  # of YaRN, where the file does not say
+FAST_TURNS = 32.0
+SLOW_TURNS = 1.0  # of YaRN, where the file does not say
 
 
-# Models ---------------------------------------------------------------------------------------------------------------
+# Models -----------------------------------------------------------------------------------------------------
 def read_decoder(settings: Settings, blocks: Sequence[BlockConfig], **more: Any) -> ModelConfig:
     """The model around its layers; `more` are fields of the `ModelConfig` that this family sets."""
     settings.ignore(*IGNORED)
-    eps = {} if "norm_eps" in more else {"norm_eps": shortest(settings.take("attention.layer_norm_rms_epsilon"))}
+    eps = (
+        {}
+        if "norm_eps" in more
+        else {"norm_eps": shortest(settings.take("attention.layer_norm_rms_epsilon"))}
+    )
     return ModelConfig(
-        embed_dim=settings.take("embedding_length"), stack=stack_of(blocks), vocab_size=settings.take("vocab_size"),
-        head=HeadKind.FREE if settings.take("has_output", False) else HeadKind.TIED, context_length=settings.take("context_length"),
-        **eps, **more,
-    )  # fmt: skip
+        embed_dim=settings.take("embedding_length"),
+        stack=stack_of(blocks),
+        vocab_size=settings.take("vocab_size"),
+        head=HeadKind.FREE if settings.take("has_output", False) else HeadKind.TIED,
+        context_length=settings.take("context_length"),
+        **eps,
+        **more,
+    )
 
 
 def write_decoder(model: ModelConfig) -> dict[str, Any]:
@@ -56,29 +66,38 @@ def shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-# Attention ------------------------------------------------------------------------------------------------------------
+# Attention --------------------------------------------------------------------------------------------------
 def read_attention(settings: Settings, **more: Any) -> AttentionConfig:
     """Heads and rotary positions; `more` are fields of the `AttentionConfig` that this family sets."""
-    heads, kv_heads = settings.take("attention.head_count"), settings.take("attention.head_count_kv", settings.take("attention.head_count"))
+    heads = settings.take("attention.head_count")
+    kv_heads = settings.take("attention.head_count_kv", settings.take("attention.head_count"))
     if isinstance(heads, list) or isinstance(kv_heads, list):
         raise ConfigError("attention.head_count differs between layers, which is not understood")
     head_dim = settings.take("attention.key_length", settings.take("embedding_length") // heads)
     settings.expect("attention.value_length", head_dim)
-    has_biases, of_all = settings.take("qkv_bias", False), settings.take("output_bias", False)
-    fields: dict[str, Any] = {"biases": Biases.ALL if of_all else Biases.QKV if has_biases else Biases.NONE} | more
+    has_biases = settings.take("qkv_bias", False)
+    of_all = settings.take("output_bias", False)
+    fields: dict[str, Any] = {
+        "biases": Biases.ALL if of_all else Biases.QKV if has_biases else Biases.NONE
+    } | more
     if "rope_base" not in more:
         fields = read_rope(settings, head_dim=head_dim) | fields
     return AttentionConfig(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, **fields)
 
 
 def write_attention(
-    attention: AttentionConfig, *, scalings: tuple[type[RopeScaling], ...] = PLAIN_SCALINGS, is_partial: bool = False
+    attention: AttentionConfig,
+    *,
+    scalings: tuple[type[RopeScaling], ...] = PLAIN_SCALINGS,
+    is_partial: bool = False,
 ) -> dict[str, Any]:
     """The keys that `read_attention` takes.
 
     Args:
-      scalings: of rotary positions, those that llama.cpp has for this family: it looks for tensors of divisors in few.
-      is_partial: llama.cpp can rotate a part of each head's dims in this family; in others it ends with an assertion.
+      scalings: of rotary positions, those that llama.cpp has for this family: it looks for tensors of
+        divisors in few.
+      is_partial: llama.cpp can rotate a part of each head's dims in this family; in others it ends with an
+        assertion.
 
     Raises:
       Inexpressible: the angles are made otherwise.
@@ -88,32 +107,51 @@ def write_attention(
             check_whole_rotation(attention)
         if attention.rope_scaling is not None and not isinstance(attention.rope_scaling, scalings):
             names = ", ".join(scaling.__name__ for scaling in scalings)
-            raise Inexpressible(f"rope_scaling is {type(attention.rope_scaling).__name__}, and llama.cpp has {names} for this architecture")
+            raise Inexpressible(
+                f"rope_scaling is {type(attention.rope_scaling).__name__}, and llama.cpp has {names} for "
+                "this architecture"
+            )
     return {
-        "attention.head_count": attention.num_heads, "attention.head_count_kv": attention.kv_heads,
-        "attention.key_length": attention.head_dim, "attention.value_length": attention.head_dim,
-        "qkv_bias": attention.biases is not Biases.NONE, "output_bias": attention.biases is Biases.ALL, **write_rope(attention),
-    }  # fmt: skip
+        "attention.head_count": attention.num_heads,
+        "attention.head_count_kv": attention.kv_heads,
+        "attention.key_length": attention.head_dim,
+        "attention.value_length": attention.head_dim,
+        "qkv_bias": attention.biases is not Biases.NONE,
+        "output_bias": attention.biases is Biases.ALL,
+        **write_rope(attention),
+    }
 
 
 def check_square(model: ModelConfig, attention: AttentionConfig) -> None:
-    """Raises Inexpressible where heads are not as wide together as the model: some of llama.cpp's architectures have one size for both."""
+    """Raises Inexpressible where heads are not as wide together as the model: some of llama.cpp's
+    architectures have one size for both.
+    """
     if attention.num_heads * (attention.head_dim or 0) != model.embed_dim:
-        raise Inexpressible(f"{attention.num_heads} heads of {attention.head_dim} dims have to be as wide as the model, {model.embed_dim}")
+        raise Inexpressible(
+            f"{attention.num_heads} heads of {attention.head_dim} dims have to be as wide as the model, "
+            f"{model.embed_dim}"
+        )
 
 
 def check_head(model: ModelConfig, wanted: HeadKind) -> None:
-    """Raises Inexpressible where llama.cpp would look for a head that is not there, or has no place for one that is."""
+    """Raises Inexpressible where llama.cpp would look for a head that is not there, or has no place for one
+    that is.
+    """
     if model.head is not wanted:
         raise Inexpressible(f"the head is {wanted.value!r}, not {model.head.value!r}")
 
 
 def check_idle_window(model: ModelConfig) -> None:
-    """Raises Inexpressible for a window that is shorter than the context, where llama.cpp has none for this architecture."""
+    """Raises Inexpressible for a window that is shorter than the context, where llama.cpp has none for this
+    architecture.
+    """
     for layer, attention in enumerate(attentions(model)):
         window = attention.window
         if window is not None and window < model.context_length:
-            raise Inexpressible(f"llama.cpp has no windows for it, and that of layer {layer}, {window}, is shorter than the context")
+            raise Inexpressible(
+                f"llama.cpp has no windows for it, and that of layer {layer}, {window}, is shorter than the "
+                "context"
+            )
 
 
 def pattern_windows(num_layers: int, window: int | None, period: int) -> list[int | None]:
@@ -126,17 +164,19 @@ def common_window(model: ModelConfig) -> int | None:
     return next((attention.window for attention in attentions(model) if attention.window is not None), None)
 
 
-# Rotary positions -----------------------------------------------------------------------------------------------------
+# Rotary positions -------------------------------------------------------------------------------------------
 def read_rope(settings: Settings, *, head_dim: int) -> dict[str, Any]:
     """Return `rope_base`, `rotary_dim` and `rope_scaling`.
 
     Raises:
       ConfigError: no even number from 2 to `head_dim` is rotated.
     """
-    rotated, base = settings.take("rope.dimension_count", head_dim), float(settings.take("rope.freq_base", 10_000.0))
+    rotated = settings.take("rope.dimension_count", head_dim)
+    base = float(settings.take("rope.freq_base", 10_000.0))
     if type(rotated) is not int or rotated % 2 or not 2 <= rotated <= head_dim:
         raise ConfigError(
-            f"rope.dimension_count is {rotated!r}: dims are rotated in pairs, so that it must be even, at least 2 and "
+            f"rope.dimension_count is {rotated!r}: dims are rotated in pairs, so that it must be even, at "
+            "least 2 and "
             f"at most the dims of a head, {head_dim}"
         )
     scaling = _read_scaling(settings, base, rotated)
@@ -145,31 +185,51 @@ def read_rope(settings: Settings, *, head_dim: int) -> dict[str, Any]:
 
 
 def _read_scaling(settings: Settings, base: float, rotated: int) -> RopeScaling | None:
-    """llama.cpp takes a factor for linear where no type is named, and applies divisors and the magnitude whatever the type."""
-    kind, context = settings.take("rope.scaling.type", "linear"), settings.take("context_length")
-    original = settings.take("rope.scaling.original_context_length", context) or context  # 0, and a factor of 0, say nothing
+    """llama.cpp takes a factor for linear where no type is named, and applies divisors and the magnitude
+    whatever the type.
+    """
+    kind = settings.take("rope.scaling.type", "linear")
+    context = settings.take("context_length")
+    original = (
+        settings.take("rope.scaling.original_context_length", context) or context
+    )  # 0, and a factor of 0, say nothing
     factor = shortest(settings.take("rope.scaling.factor", 1.0)) or 1.0
     magnitude = shortest(settings.positive("rope.scaling.attn_factor", 1.0))
     if kind not in SCALINGS:
         raise ConfigError(f"rope.scaling.type is {kind!r}: {', '.join(SCALINGS)} are understood")
     has_divisors = settings.has("rope_factors_short") or settings.has("rope_freqs")
     if has_divisors and (kind == "yarn" or factor != 1.0):
-        raise ConfigError(f"divisors of frequencies together with rope.scaling {kind!r} of factor {factor:g} are not understood")
+        raise ConfigError(
+            f"divisors of frequencies together with rope.scaling {kind!r} of factor {factor:g} are not "
+            "understood"
+        )
     if settings.has("rope_factors_short"):
-        short, long = (tuple(shortest(float(x)) for x in settings.take(f"rope_factors_{name}")) for name in ("short", "long"))
-        return LongScaling(short_factors=short, long_factors=long, original_context=original, attention_factor=magnitude)
+        short, long = (
+            tuple(shortest(float(x)) for x in settings.take(f"rope_factors_{name}"))
+            for name in ("short", "long")
+        )
+        return LongScaling(
+            short_factors=short, long_factors=long, original_context=original, attention_factor=magnitude
+        )
     if kind == "yarn":
         return YarnScaling(
-            factor=factor, original_context=original, fast_turns=shortest(settings.take("rope.scaling.yarn_beta_fast", FAST_TURNS)),
+            factor=factor,
+            original_context=original,
+            fast_turns=shortest(settings.take("rope.scaling.yarn_beta_fast", FAST_TURNS)),
             slow_turns=shortest(settings.take("rope.scaling.yarn_beta_slow", SLOW_TURNS)),
             attention_factor=yarn_attention_factor(factor, magnitude),
-        )  # fmt: skip
+        )
     if magnitude != 1.0:
-        raise ConfigError(f"rope.scaling.attn_factor = {magnitude:g} without YaRN or LongRoPE is not understood")
+        raise ConfigError(
+            f"rope.scaling.attn_factor = {magnitude:g} without YaRN or LongRoPE is not understood"
+        )
     if settings.has("rope_freqs"):
         return _named_factors(np.asarray(settings.take("rope_freqs")), base, rotated, context)
     if kind == "longrope":
-        raise ConfigError("rope.scaling.type is 'longrope', and the file has no tensors rope_factors_short and rope_factors_long")
+        raise ConfigError(
+            "rope.scaling.type is 'longrope', and the file has no tensors rope_factors_short and "
+            "rope_factors_long"
+        )
     return None if kind == "none" or factor == 1.0 else LinearScaling(factor=factor)
 
 
@@ -192,7 +252,12 @@ def frequency_divisors(scaling: Llama3Scaling, base: float, rotated: int) -> np.
     """What a scaling divides each frequency by, float32."""
     frequencies = np.float64(base) ** (-np.arange(0, rotated, 2) / rotated)
     turns = scaling.original_context * frequencies / (2 * math.pi)
-    kept = np.clip((turns - scaling.low_frequency_factor) / (scaling.high_frequency_factor - scaling.low_frequency_factor), 0, 1)
+    kept = np.clip(
+        (turns - scaling.low_frequency_factor)
+        / (scaling.high_frequency_factor - scaling.low_frequency_factor),
+        0,
+        1,
+    )
     return (1.0 / ((1 - kept) / scaling.factor + kept)).astype(np.float32)
 
 
@@ -214,40 +279,53 @@ def write_rope(attention: AttentionConfig) -> dict[str, Any]:
         keys |= {"rope.scaling.original_context_length": scaling.original_context}
     elif isinstance(scaling, YarnScaling):
         keys |= {
-            "rope.scaling.type": "yarn", "rope.scaling.factor": scaling.factor,
-            "rope.scaling.original_context_length": scaling.original_context, "rope.scaling.yarn_beta_fast": scaling.fast_turns,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": scaling.factor,
+            "rope.scaling.original_context_length": scaling.original_context,
+            "rope.scaling.yarn_beta_fast": scaling.fast_turns,
             "rope.scaling.yarn_beta_slow": scaling.slow_turns,
             "rope.scaling.attn_factor": scaling.attention_factor / yarn_attention_factor(scaling.factor, 1.0),
-        }  # fmt: skip
+        }
     elif scaling is not None:
         raise Inexpressible(f"rope_scaling is {type(scaling).__name__}, which GGUF has no name for")
     return keys
 
 
 def check_plain_scale(attention: AttentionConfig) -> None:
-    """Raises Inexpressible where scores are multiplied by anything but one over the root of the dims of a head."""
+    """Raises Inexpressible where scores are multiplied by anything but one over the root of the dims of a
+    head.
+    """
     usual = (attention.head_dim or 1) ** -0.5
     if attention.scale is not None and not math.isclose(attention.scale, usual, rel_tol=1e-6):
-        raise Inexpressible(f"scores are multiplied by {usual:g}, one over the root of the dims of a head, not by {attention.scale:g}")
+        raise Inexpressible(
+            f"scores are multiplied by {usual:g}, one over the root of the dims of a head, not by "
+            f"{attention.scale:g}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NamedSize:
-    """A released size that llama.cpp recognises by its number of layers, and whose scores it scales by width over heads."""
+    """A released size that llama.cpp recognises by its number of layers, and whose scores it scales by width
+    over heads.
+    """
 
     name: str
     num_layers: int
 
 
 def read_named_scale(settings: Settings, size: NamedSize) -> float | None:
-    """Return the score scale that llama.cpp uses for a model of this size; None for the usual one, by the dims of a head."""
+    """Return the score scale that llama.cpp uses for a model of this size; None for the usual one, by the
+    dims of a head.
+    """
     if settings.take("block_count") != size.num_layers:
         return None
     return _named_scale(settings.take("embedding_length"), settings.take("attention.head_count"))
 
 
 def check_named_scale(model: ModelConfig, attention: AttentionConfig, size: NamedSize) -> None:
-    """Raise Inexpressible where llama.cpp would scale scores otherwise, because of the number of layers or in general."""
+    """Raise Inexpressible where llama.cpp would scale scores otherwise, because of the number of layers or in
+    general.
+    """
     if model.num_layers != size.num_layers:
         check_plain_scale(attention)
         return
@@ -255,8 +333,10 @@ def check_named_scale(model: ModelConfig, attention: AttentionConfig, size: Name
     theirs = _named_scale(model.embed_dim, attention.num_heads)
     if not math.isclose(scale, theirs, rel_tol=1e-6):
         raise Inexpressible(
-            f"llama.cpp takes every model of {size.num_layers} layers for {size.name} and multiplies its scores by {theirs:g}, one over "
-            f"the root of width over heads ({model.embed_dim} // {attention.num_heads}), where this model has {scale:g}. Export it as hf, "
+            f"llama.cpp takes every model of {size.num_layers} layers for {size.name} and multiplies its "
+            f"scores by {theirs:g}, one over "
+            f"the root of width over heads ({model.embed_dim} // {attention.num_heads}), where this model "
+            f"has {scale:g}. Export it as hf, "
             f"or train it with another number of layers or with the scale {theirs:g}"
         )
 
@@ -265,7 +345,7 @@ def _named_scale(width: int, num_heads: int) -> float:
     return (width // num_heads) ** -0.5
 
 
-# Feed-forward layers --------------------------------------------------------------------------------------------------
+# Feed-forward layers ----------------------------------------------------------------------------------------
 def read_mlp(settings: Settings, activation: Activation = Activation.SILU, **more: Any) -> MlpConfig:
     """A gated MLP with the activation that llama.cpp has for this family."""
     fields = {"bias": settings.take("ffn_bias", False)} | more
@@ -273,7 +353,9 @@ def read_mlp(settings: Settings, activation: Activation = Activation.SILU, **mor
 
 
 def write_mlp(ffn: Any, *, has_bias: bool = False) -> dict[str, Any]:
-    """The keys that `read_mlp` takes. Raises Inexpressible for biases where llama.cpp does not look for them (`has_bias`: it does)."""
+    """The keys that `read_mlp` takes. Raises Inexpressible for biases where llama.cpp does not look for them
+    (`has_bias`: it does).
+    """
     mlp = expect_kind(ffn, MlpConfig, "a feed-forward layer")
     if mlp.bias and not has_bias:
         raise Inexpressible("feed-forward layers have no biases")
@@ -281,7 +363,9 @@ def write_mlp(ffn: Any, *, has_bias: bool = False) -> dict[str, Any]:
 
 
 def check_biases(attention: AttentionConfig, wanted: Biases) -> None:
-    """Raises Inexpressible where llama.cpp would look for biases that are not there, or has no place for those that are."""
+    """Raises Inexpressible where llama.cpp would look for biases that are not there, or has no place for
+    those that are.
+    """
     if attention.biases is not wanted:
         raise Inexpressible(f"biases of attention are {wanted.value!r}, not {attention.biases.value!r}")
 
@@ -289,7 +373,10 @@ def check_biases(attention: AttentionConfig, wanted: Biases) -> None:
 def read_moe(settings: Settings, *, width: str = "expert_feed_forward_length", **more: Any) -> MoeConfig:
     """Experts with weights that sum to one."""
     return MoeConfig(
-        num_experts=settings.take("expert_count"), num_selected=settings.take("expert_used_count"), hidden_dim=settings.take(width), **more
+        num_experts=settings.take("expert_count"),
+        num_selected=settings.take("expert_used_count"),
+        hidden_dim=settings.take(width),
+        **more,
     )
 
 
@@ -297,6 +384,8 @@ def write_moe(ffn: Any) -> dict[str, Any]:
     """The keys that `read_moe` takes, with the width under either name."""
     moe = expect_kind(ffn, MoeConfig, "a feed-forward layer")
     return {
-        "expert_count": moe.num_experts, "expert_used_count": moe.num_selected, "expert_feed_forward_length": moe.hidden_dim,
+        "expert_count": moe.num_experts,
+        "expert_used_count": moe.num_selected,
+        "expert_feed_forward_length": moe.hidden_dim,
         "feed_forward_length": moe.hidden_dim,
-    }  # fmt: skip
+    }

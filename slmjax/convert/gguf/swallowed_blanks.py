@@ -1,7 +1,9 @@
-"""Blanks that a special token swallows beside it: tokenizer.json marks such tokens, llama.cpp goes by the name of the model.
+"""Blanks that a special token swallows beside it: tokenizer.json marks such tokens, llama.cpp goes by the
+name of the model.
 
-Where `general.name` has "phi-3" or "phi3" in it, in any case, blanks after every special token but three are part of the
-token. Where it has "modern-bert", so are those before [MASK]. A name is therefore written for this rule alone.
+Where `general.name` has "phi-3" or "phi3" in it, in any case, blanks after every special token but three are
+part of the token. Where it has "modern-bert", so are those before [MASK]. A name is therefore written for
+this rule alone.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -11,7 +13,8 @@ NAME = "phi-3"
 NAMES = (NAME, "phi3")
 KEEPERS = ("<unk>", "<s>", "<|endoftext|>")  # special tokens that swallow nothing, all the same
 NEEDED = (*KEEPERS, "</s>")  # llama.cpp does not load a file of such a name without them
-MASK, MASK_NAME = "[MASK]", "modern-bert"
+MASK = "[MASK]"
+MASK_NAME = "modern-bert"
 
 
 def _name(metadata: Mapping[str, Any]) -> str:
@@ -23,7 +26,9 @@ def _follows_phi3(metadata: Mapping[str, Any]) -> bool:
 
 
 def swallows_after(metadata: Mapping[str, Any], token: str, tokens: Collection[str]) -> bool:
-    """Return whether llama.cpp makes blanks after a special token part of it, in a file with this metadata and these tokens."""
+    """Return whether llama.cpp makes blanks after a special token part of it, in a file with this metadata
+    and these tokens.
+    """
     return _follows_phi3(metadata) and token not in KEEPERS and all(name in tokens for name in NEEDED)
 
 
@@ -39,12 +44,19 @@ def name_notes(metadata: Mapping[str, Any]) -> list[str]:
     tokens = metadata.get("tokenizer.ggml.tokens") or []
     called = f"general.name is {metadata['general.name']!r}"
     if missing := [name for name in NEEDED if name not in tokens]:
-        return [f"{called}: llama.cpp takes it for a Phi-3, and does not load it without a token {missing[0]}. It is read by its metadata"]
+        return [
+            (
+                f"{called}: llama.cpp takes it for a Phi-3, and does not load it without a token "
+                f"{missing[0]}. "
+                "It is read by its metadata"
+            )
+        ]
     return [f"{called}: as in llama.cpp, blanks after its special tokens are part of them"]
 
 
 def name_for(added: Sequence[Mapping[str, Any]], tokens: Collection[str]) -> str | None:
-    """Return the `general.name` with which llama.cpp swallows the blanks that these added tokens do; None where there is none.
+    """Return the `general.name` with which llama.cpp swallows the blanks that these added tokens do; None
+    where there is none.
 
     Args:
       added: `added_tokens` of a tokenizer.json.
@@ -52,7 +64,9 @@ def name_for(added: Sequence[Mapping[str, Any]], tokens: Collection[str]) -> str
     """
     if not swallowing(added) or not all(name in tokens for name in NEEDED):
         return None
-    return NAME if all(_swallows(token) == (token["content"] not in KEEPERS, False) for token in added) else None
+    return (
+        NAME if all(_swallows(token) == (token["content"] not in KEEPERS, False) for token in added) else None
+    )
 
 
 def swallowing(added: Sequence[Mapping[str, Any]]) -> list[str]:

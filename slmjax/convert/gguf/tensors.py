@@ -2,7 +2,17 @@
 
 import dataclasses
 
-from slmjax.convert.family import Rule, Table, expect_kind, joined, linear, norm, paired, same, stacked_experts
+from slmjax.convert.family import (
+    Rule,
+    Table,
+    expect_kind,
+    joined,
+    linear,
+    norm,
+    paired,
+    same,
+    stacked_experts,
+)
 from slmjax.models.architecture import ModelConfig
 from slmjax.models.mixers.attention import AttentionConfig
 
@@ -24,7 +34,11 @@ JOINED_ATTENTION: tuple[Rule, ...] = (
     joined(("mixer/query/bias", "mixer/key/bias", "mixer/value/bias"), "attn_qkv.bias"),
     *linear("mixer/output", "attn_output"),
 )
-MLP: tuple[Rule, ...] = (*linear("ffn/gate", "ffn_gate"), *linear("ffn/up", "ffn_up"), *linear("ffn/down", "ffn_down"))
+MLP: tuple[Rule, ...] = (
+    *linear("ffn/gate", "ffn_gate"),
+    *linear("ffn/up", "ffn_up"),
+    *linear("ffn/down", "ffn_down"),
+)
 MOE: tuple[Rule, ...] = (
     *linear("ffn/router", "ffn_gate_inp"),
     stacked_experts("ffn/experts/gate", "ffn_gate_exps.weight"),
@@ -35,16 +49,27 @@ MOE: tuple[Rule, ...] = (
     same("ffn/experts/down_bias", "ffn_down_exps.bias"),
 )
 PRE_NORMS: tuple[Rule, ...] = (*norm("mixer_norm", "attn_norm"), *norm("ffn_norm", "ffn_norm"))
-POST_NORMS: tuple[Rule, ...] = (*norm("mixer_post_norm", "post_attention_norm"), *norm("ffn_post_norm", "post_ffw_norm"))
+POST_NORMS: tuple[Rule, ...] = (
+    *norm("mixer_post_norm", "post_attention_norm"),
+    *norm("ffn_post_norm", "post_ffw_norm"),
+)
 
 
 def table(*layer: Rule, around: tuple[Rule, ...] = AROUND) -> Table:
     """The table of a family, with the rules of a layer."""
-    return Table(around=around, layer=layer, prefix="blk.{i}.", base="", ignored=(r"rope_(freqs|factors_long|factors_short)\.weight",))
+    return Table(
+        around=around,
+        layer=layer,
+        prefix="blk.{i}.",
+        base="",
+        ignored=(r"rope_(freqs|factors_long|factors_short)\.weight",),
+    )
 
 
 def paired_table(model: ModelConfig, *layer: Rule) -> Table:
-    """The table of a family whose rotated dims come in pairs side by side, as llama.cpp has it for Llama and its kin."""
+    """The table of a family whose rotated dims come in pairs side by side, as llama.cpp has it for Llama and
+    its kin.
+    """
     attention = expect_kind(next(model.blocks()).mixer, AttentionConfig, "layer 0's mixer")
     heads = {"mixer/query/": attention.num_heads, "mixer/key/": attention.kv_heads}
     turned = tuple(
@@ -58,7 +83,9 @@ def paired_table(model: ModelConfig, *layer: Rule) -> Table:
 
 def centered(rule: Rule) -> Rule:
     """A norm's scale, of which ours is the difference from one."""
-    return dataclasses.replace(rule, read=lambda arrays, _: [arrays[0] - 1], write=lambda arrays: [arrays[0] + 1])
+    return dataclasses.replace(
+        rule, read=lambda arrays, _: [arrays[0] - 1], write=lambda arrays: [arrays[0] + 1]
+    )
 
 
 def with_centered_norms(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:

@@ -1,10 +1,12 @@
 """Tokenizers in GGUF files: from the keys `tokenizer.*` to a tokenizer.json, and back.
 
-llama.cpp knows two kinds that small language models use. "gpt2" is byte-level BPE: tokens, merges, and a name for how text is cut first
-(pre_tokenizers.py). "llama" is SentencePiece's BPE: tokens with scores, where the pair whose join has the highest score is merged
-next, blanks are "▁", and a character without a token becomes its bytes. tokenizer.json has merges for both.
+llama.cpp knows two kinds that small language models use. "gpt2" is byte-level BPE: tokens, merges, and a name
+for how text is cut first (pre_tokenizers.py). "llama" is SentencePiece's BPE: tokens with scores, where the
+pair whose join has the highest score is merged next, blanks are "▁", and a character without a token becomes
+its bytes. tokenizer.json has merges for both.
 
-Each token has a type: normal, control (special: never found in plain text), user-defined (found before anything is cut), byte, unused.
+Each token has a type: normal, control (special: never found in plain text), user-defined (found before
+anything is cut), byte, unused.
 """
 
 import collections
@@ -20,21 +22,34 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from slmjax.convert.gguf.pre_tokenizers import byte_level_steps, cuts_name, cuts_of
 from slmjax.convert.gguf.swallowed_blanks import name_for, swallowing, swallows_after, swallows_before
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
+NORMAL = 1
+UNKNOWN = 2
+CONTROL = 3
+USER_DEFINED = 4
+UNUSED = 5
+BYTE = 6  # tokenizer.ggml.token_type
 _BLANK = "▁"
-# llama.cpp wants a list of merges, and the writer of GGUF knows no empty one: these two bytes stand in no UTF-8 text.
+# llama.cpp wants a list of merges, and the writer of GGUF knows no empty one: these two bytes stand in no
+# UTF-8 text.
 _NO_MERGES = ["ÿ ÿ"]
 _BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))  # what SentencePiece calls them
 # Tokens that end a turn, by the names that llama.cpp looks for too, where the file names none.
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<EOT>", "<end_of_utterance>")
-_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # tokenizer_config.json's names, and GGUF's
+_ROLES = {
+    "bos": "bos",
+    "eos": "eos",
+    "unk": "unknown",
+    "pad": "padding",
+}  # tokenizer_config.json's names, and GGUF's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GgufTokenizer:
     """A vocabulary and its conventions. The backend neither adds BOS nor EOS."""
 
-    backend: tokenizers.Tokenizer  # ids are rows of the embedding table; some rows may be padding without a use
+    backend: (
+        tokenizers.Tokenizer
+    )  # ids are rows of the embedding table; some rows may be padding without a use
     bos: str | None  # begins a text
     eos: str | None  # ends a text
     unk: str | None  # stands for what has no token
@@ -46,12 +61,15 @@ class GgufTokenizer:
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> GgufTokenizer:
-    """The tokenizer of a file's metadata. Raises ValueError for kinds and cuts not known here, and for keys that do not fit together."""
+    """The tokenizer of a file's metadata. Raises ValueError for kinds and cuts not known here, and for keys
+    that do not fit together.
+    """
     kind = metadata.get("tokenizer.ggml.model")
     kinds = {"gpt2": _byte_level, "llama": _sentence_piece}
     if kind not in kinds:
         raise ValueError(
-            f"tokenizer.ggml.model is {kind!r}, can be read where it is {' or '.join(map(repr, kinds))}: take the tokenizer.json of"
+            f"tokenizer.ggml.model is {kind!r}, can be read where it is {' or '.join(map(repr, kinds))}: "
+            "take the tokenizer.json of"
             " the model's Hugging Face directory"
         )
     tokens, types = _tokens_and_types(metadata)
@@ -77,17 +95,26 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> GgufTokenizer:
 
 
 def tokenizer_metadata(directory: Path, *, adds_bos: bool, num_rows: int) -> dict[str, Any]:
-    """The keys `tokenizer.*` for a directory with tokenizer.json and tokenizer_config.json, for an embedding table of `num_rows`.
+    """The keys `tokenizer.*` for a directory with tokenizer.json and tokenizer_config.json, for an embedding
+    table of `num_rows`.
 
-    Rows beyond the vocabulary get unused tokens: llama.cpp wants one for each. Blanks that special tokens swallow beside them have a
-    place in GGUF only where all of Phi-3's tokens do it: then `general.name` is among the keys, which llama.cpp goes by, and otherwise
-    such blanks are kept as text. Raises ValueError for a vocabulary that llama.cpp cannot express.
+    Rows beyond the vocabulary get unused tokens: llama.cpp wants one for each. Blanks that special tokens
+    swallow beside them have a place in GGUF only where all of Phi-3's tokens do it: then `general.name` is
+    among the keys, which llama.cpp goes by, and otherwise such blanks are kept as text. Raises ValueError for
+    a vocabulary that llama.cpp cannot express.
     """
     specification, config = _read_directory(directory)
-    model, pre_tokenizer, decoder = specification["model"], specification["pre_tokenizer"], specification["decoder"]
+    model = specification["model"]
+    pre_tokenizer = specification["pre_tokenizer"]
+    decoder = specification["decoder"]
     if model["type"] != "BPE":
-        raise ValueError(f"{directory} has a vocabulary of the type {model['type']}: only BPE, bytes and characters can be written to GGUF")
-    characters = pre_tokenizer is None and not model["merges"] and decoder is not None and decoder["type"] == "Fuse"
+        raise ValueError(
+            f"{directory} has a vocabulary of the type {model['type']}: only BPE, bytes and characters can "
+            "be written to GGUF"
+        )
+    characters = (
+        pre_tokenizer is None and not model["merges"] and decoder is not None and decoder["type"] == "Fuse"
+    )
     if model["byte_fallback"] or characters:
         kind = _sentence_piece_keys(specification)
     else:
@@ -95,37 +122,57 @@ def tokenizer_metadata(directory: Path, *, adds_bos: bool, num_rows: int) -> dic
     ids = {**model["vocab"], **{token["content"]: token["id"] for token in specification["added_tokens"]}}
     if max(ids.values()) >= num_rows:
         raise ValueError(
-            f"{directory} has ids up to {max(ids.values())}, and the embedding table {num_rows} rows: they do not belong together"
+            f"{directory} has ids up to {max(ids.values())}, and the embedding table {num_rows} rows: they "
+            "do not belong together"
         )
     name = name_for(specification["added_tokens"], ids.keys())
     tokens, types = _listed(
-        specification, ids, num_rows, unk=config["unk_token"], sentence_piece="scores" in kind, swallows=name is not None
+        specification,
+        ids,
+        num_rows,
+        unk=config["unk_token"],
+        sentence_piece="scores" in kind,
+        swallows=name is not None,
     )
     scores = kind.pop("scores", None)
     lists = {"tokens": tokens, "token_type": types}
     if scores is not None:
-        lists["tokens"] = [token.replace(" ", _BLANK) if type == NORMAL else token for token, type in zip(tokens, types, strict=True)]
+        lists["tokens"] = [
+            token.replace(" ", _BLANK) if type == NORMAL else token
+            for token, type in zip(tokens, types, strict=True)
+        ]
         lists["scores"] = [float(scores.get(token, -len(scores) - 1)) for token in tokens]
     if twice := [token for token, count in collections.Counter(lists["tokens"]).items() if count > 1]:
-        raise ValueError(f"{directory} has several tokens that are {twice[0]!r} to llama.cpp, which wants them to differ: rename one")
+        raise ValueError(
+            f"{directory} has several tokens that are {twice[0]!r} to llama.cpp, which wants them to differ: "
+            "rename one"
+        )
     special = _special_ids(directory, config, ids, adds_bos)
     flags = {"add_bos_token": adds_bos, "add_eos_token": bool(config.get("add_eos_token", False))}
     found = {f"tokenizer.ggml.{key}": value for key, value in {**kind, **lists, **special, **flags}.items()}
     found |= {} if name is None else {"general.name": name}
-    return found if config["chat_template"] is None else {**found, "tokenizer.chat_template": config["chat_template"]}
+    return (
+        found
+        if config["chat_template"] is None
+        else {**found, "tokenizer.chat_template": config["chat_template"]}
+    )
 
 
-# --- From GGUF -------------------------------------------------------------------------------------------------------------------
+# From GGUF --------------------------------------------------------------------------------------------------
 
 
 def _tokens_and_types(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
-        raise ValueError("the file has no tokenizer.ggml.tokens: it holds no vocabulary, so take the tokenizer from elsewhere")
+        raise ValueError(
+            "the file has no tokenizer.ggml.tokens: it holds no vocabulary, so take the tokenizer from "
+            "elsewhere"
+        )
     types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise ValueError(
-            f"tokenizer.ggml.tokens has {len(tokens)} entries, {len(set(tokens))} of them different, and token_type {len(types)}:"
+            f"tokenizer.ggml.tokens has {len(tokens)} entries, {len(set(tokens))} of them different, and "
+            f"token_type {len(types)}:"
             " the file is broken, convert the model again"
         )
     return tokens, types
@@ -134,17 +181,25 @@ def _tokens_and_types(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]
 def _named(metadata: Mapping[str, Any], tokens: list[str], types: list[int], role: str) -> str | None:
     """The token of a role. Raises ValueError for an id that does not exist."""
     key = f"tokenizer.ggml.{role}_token_id"
-    # The ids that llama.cpp takes where "llama" names none; for "gpt2" it takes 11, which is one model's, and not followed here.
+    # The ids that llama.cpp takes where "llama" names none; for "gpt2" it takes 11, which is one model's, and
+    # not followed here.
     default, type = {"unknown": (0, UNKNOWN), "bos": (1, CONTROL), "eos": (2, CONTROL)}.get(role, (0, 0))
     if key not in metadata:
-        applies = metadata["tokenizer.ggml.model"] == "llama" and default < len(tokens) and types[default] == type
+        applies = (
+            metadata["tokenizer.ggml.model"] == "llama" and default < len(tokens) and types[default] == type
+        )
         return tokens[default] if applies else None
     if metadata[key] >= len(tokens):
-        raise ValueError(f"{key} is {metadata[key]}, and there are {len(tokens)} tokens: the file is broken, convert the model again")
+        raise ValueError(
+            f"{key} is {metadata[key]}, and there are {len(tokens)} tokens: the file is broken, convert the "
+            "model again"
+        )
     return tokens[metadata[key]]
 
 
-def _added(metadata: Mapping[str, Any], tokens: list[str], types: list[int], kinds: set[int]) -> list[AddedToken]:
+def _added(
+    metadata: Mapping[str, Any], tokens: list[str], types: list[int], kinds: set[int]
+) -> list[AddedToken]:
     known = set(tokens)
     return [
         AddedToken(
@@ -163,7 +218,10 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
     cuts = cuts_of(metadata.get("tokenizer.ggml.pre") or "default")
     lines = metadata.get("tokenizer.ggml.merges", [])
     # A merge is two tokens with a blank between; the first may begin with one.
-    pairs = [(line[: line.find(" ", 1)], line[line.find(" ", 1) + 1 :]) for line in ([] if lines == _NO_MERGES else lines)]
+    pairs = [
+        (line[: line.find(" ", 1)], line[line.find(" ", 1) + 1 :])
+        for line in ([] if lines == _NO_MERGES else lines)
+    ]
     backend = tokenizers.Tokenizer(_bpe(_vocabulary(tokens), pairs, ignore_merges=cuts.takes_whole))
     backend.pre_tokenizer = byte_level_steps(cuts)
     backend.decoder = decoders.ByteLevel()
@@ -174,14 +232,20 @@ def _sentence_piece(metadata: Mapping[str, Any], tokens: list[str], types: list[
     scores = metadata.get("tokenizer.ggml.scores", [])
     if len(scores) != len(tokens):
         raise ValueError(
-            f"tokenizer.ggml.scores has {len(scores)} entries for {len(tokens)} tokens, which 'llama' merges by: convert again"
+            f"tokenizer.ggml.scores has {len(scores)} entries for {len(tokens)} tokens, which 'llama' merges "
+            "by: convert again"
         )
-    # SentencePiece merges normal tokens alone. llama.cpp also builds control tokens out of plain text, which lets text forge them.
-    mergeable = {token: score for token, score, type in zip(tokens, scores, types, strict=True) if type == NORMAL}
+    # SentencePiece merges normal tokens alone. llama.cpp also builds control tokens out of plain text, which
+    # lets text forge them.
+    mergeable = {
+        token: score for token, score, type in zip(tokens, scores, types, strict=True) if type == NORMAL
+    }
     if BYTE not in types and all(len(token) == 1 for token in mergeable):
         return _characters(tokens, types)
     unk = _named(metadata, tokens, types, "unknown")
-    backend = tokenizers.Tokenizer(_bpe(_vocabulary(tokens), _merges(mergeable), unk_token=unk, fuse_unk=True, byte_fallback=True))
+    backend = tokenizers.Tokenizer(
+        _bpe(_vocabulary(tokens), _merges(mergeable), unk_token=unk, fuse_unk=True, byte_fallback=True)
+    )
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     replace = normalizers.Replace(" ", _BLANK)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(_BLANK), replace]) if prefix else replace
@@ -191,8 +255,13 @@ def _sentence_piece(metadata: Mapping[str, Any], tokens: list[str], types: list[
 
 
 def _characters(tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
-    """Normal tokens of one character each, and no bytes: what data/tokenizers.py makes of a text's characters."""
-    names = [token.replace(_BLANK, " ") if type == NORMAL else token for token, type in zip(tokens, types, strict=True)]
+    """Normal tokens of one character each, and no bytes: what data/tokenizers.py makes of a text's
+    characters.
+    """
+    names = [
+        token.replace(_BLANK, " ") if type == NORMAL else token
+        for token, type in zip(tokens, types, strict=True)
+    ]
     backend = tokenizers.Tokenizer(_bpe(_vocabulary(names), []))
     backend.decoder = decoders.Fuse()
     return backend
@@ -207,7 +276,9 @@ def _bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]], **options: A
     try:
         return models.BPE(vocab=vocabulary, merges=merges, **options)
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"tokenizer.ggml.merges does not fit tokenizer.ggml.tokens ({error}): convert the model again") from error
+        raise ValueError(
+            f"tokenizer.ggml.merges does not fit tokenizer.ggml.tokens ({error}): convert the model again"
+        ) from error
 
 
 def _splits(token: str, parts: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -218,23 +289,31 @@ def _splits(token: str, parts: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     """Merges in the order in which SentencePiece prefers them: by the score of what comes out."""
-    ordered = sorted(scores, key=lambda token: -scores[token])  # stable: equal scores stay in the order of ids
+    ordered = sorted(
+        scores, key=lambda token: -scores[token]
+    )  # stable: equal scores stay in the order of ids
     return [pair for token in ordered for pair in _splits(token, scores)]
 
 
-# --- To GGUF ---------------------------------------------------------------------------------------------------------------------
+# To GGUF ----------------------------------------------------------------------------------------------------
 
 
 def _read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """tokenizer.json as the library writes it today, and tokenizer_config.json with plain names and one chat template or None."""
-    file, config_file, template_file = (directory / name for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
+    """tokenizer.json as the library writes it today, and tokenizer_config.json with plain names and one chat
+    template or None.
+    """
+    file, config_file, template_file = (
+        directory / name for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    )
     if not file.is_file():
         raise ValueError(f"there is no {file}: a tokenizer.json is what can be written to GGUF")
     try:
         specification = json.loads(tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8")).to_str())
         config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{directory} holds a broken tokenizer.json or tokenizer_config.json: {error}") from error
+        raise ValueError(
+            f"{directory} holds a broken tokenizer.json or tokenizer_config.json: {error}"
+        ) from error
     names = {f"{role}_token": config.get(f"{role}_token") for role in _ROLES}
     plain = {key: value["content"] if isinstance(value, dict) else value for key, value in names.items()}
     plain["unk_token"] = plain["unk_token"] or specification["model"].get("unk_token")
@@ -247,12 +326,20 @@ def _read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _byte_level_keys(specification: dict[str, Any]) -> dict[str, Any]:
-    model, pre_tokenizer = specification["model"], specification["pre_tokenizer"]
-    # Qwen and others bring text to NFC first, which llama.cpp leaves out: text that is not in NFC gets other ids there.
+    model = specification["model"]
+    pre_tokenizer = specification["pre_tokenizer"]
+    # Qwen and others bring text to NFC first, which llama.cpp leaves out: text that is not in NFC gets other
+    # ids there.
     if specification["normalizer"] not in (None, {"type": "NFC"}):
-        raise ValueError(f"this tokenizer.json changes text first ({specification['normalizer']}), which llama.cpp does not do for BPE")
+        raise ValueError(
+            f"this tokenizer.json changes text first ({specification['normalizer']}), which llama.cpp does "
+            "not do for BPE"
+        )
     if pre_tokenizer is None or (specification["decoder"] or {}).get("type") != "ByteLevel":
-        raise ValueError("this tokenizer.json is neither byte-level nor has it bytes to fall back on: llama.cpp does not know its kind")
+        raise ValueError(
+            "this tokenizer.json is neither byte-level nor has it bytes to fall back on: llama.cpp does not "
+            "know its kind"
+        )
     merges = [" ".join(pair) for pair in model["merges"]] or _NO_MERGES
     name = cuts_name(pre_tokenizer, takes_whole=bool(model.get("ignore_merges")))
     return {"model": "gpt2", "pre": name, "merges": merges, "add_space_prefix": False}
@@ -261,59 +348,118 @@ def _byte_level_keys(specification: dict[str, Any]) -> dict[str, Any]:
 def _sentence_piece_keys(specification: dict[str, Any]) -> dict[str, Any]:
     """Kind, whether a blank begins a text, and the score of every token that merges make, by token."""
     added = {token["content"] for token in specification["added_tokens"]}
-    normal = {token: id for token, id in specification["model"]["vocab"].items() if token not in added and token not in _BYTES}
-    if specification["normalizer"] is None and specification["pre_tokenizer"] is None and {" ", _BLANK} <= normal.keys():
-        raise ValueError(f"the vocabulary has both a blank and {_BLANK!r}, which are one character to llama.cpp")
+    normal = {
+        token: id
+        for token, id in specification["model"]["vocab"].items()
+        if token not in added and token not in _BYTES
+    }
+    if (
+        specification["normalizer"] is None
+        and specification["pre_tokenizer"] is None
+        and {" ", _BLANK} <= normal.keys()
+    ):
+        raise ValueError(
+            f"the vocabulary has both a blank and {_BLANK!r}, which are one character to llama.cpp"
+        )
     scores: dict[str, int] = {}
     merges = [(left, right) for left, right in specification["model"]["merges"] if left + right in normal]
     last = None
     for left, right in merges:
         if left + right != last and left + right in scores:
-            raise ValueError(f"the merges that make {left + right!r} are not in one place, so that no score says when to make it")
+            raise ValueError(
+                f"the merges that make {left + right!r} are not in one place, so that no score says when to "
+                "make it"
+            )
         last = left + right
         scores.setdefault(last, -len(scores))
     done = set(merges)
     for token in normal:
         if missing := [pair for pair in _splits(token, normal) if pair not in done]:
             raise ValueError(
-                f"the merges lack {missing[0]}, and llama.cpp would make {token!r} of the two: this vocabulary merges in an order"
+                f"the merges lack {missing[0]}, and llama.cpp would make {token!r} of the two: this "
+                "vocabulary merges in an order"
                 " that scores do not express, so it cannot be written to GGUF"
             )
-    if specification["model"]["byte_fallback"] and (lacking := sorted(_BYTES - specification["model"]["vocab"].keys())):
-        raise ValueError(f"the vocabulary lacks {lacking[0]}, and llama.cpp stops at characters without a token unless it has every byte")
-    return {"model": "llama", "pre": "default", "add_space_prefix": _has_space_prefix(specification), "scores": scores}
+    if specification["model"]["byte_fallback"] and (
+        lacking := sorted(_BYTES - specification["model"]["vocab"].keys())
+    ):
+        raise ValueError(
+            f"the vocabulary lacks {lacking[0]}, and llama.cpp stops at characters without a token unless it "
+            "has every byte"
+        )
+    return {
+        "model": "llama",
+        "pre": "default",
+        "add_space_prefix": _has_space_prefix(specification),
+        "scores": scores,
+    }
 
 
 def _has_space_prefix(specification: dict[str, Any]) -> bool:
-    """Whether a blank is put before a text, in the ways that Hugging Face's Llama, Mistral and Gemma tokenizers say so."""
-    normalizer, pre_tokenizer = specification["normalizer"], specification["pre_tokenizer"]
-    steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer] if normalizer else []
-    replace, prepend = ({"type": "Replace", "pattern": {"String": " "}, "content": _BLANK}, {"type": "Prepend", "prepend": _BLANK})
+    """Whether a blank is put before a text, in the ways that Hugging Face's Llama, Mistral and Gemma
+    tokenizers say so.
+    """
+    normalizer = specification["normalizer"]
+    pre_tokenizer = specification["pre_tokenizer"]
+    steps = (
+        normalizer["normalizers"]
+        if normalizer and normalizer["type"] == "Sequence"
+        else [normalizer]
+        if normalizer
+        else []
+    )
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _BLANK}
+    prepend = {"type": "Prepend", "prepend": _BLANK}
     if not steps and pre_tokenizer is None:
         return False  # a vocabulary of characters
-    if not steps and pre_tokenizer["type"] == "Metaspace" and pre_tokenizer["replacement"] == _BLANK and not pre_tokenizer["split"]:
-        # llama.cpp puts a blank first like SentencePiece: after special tokens too, and where the text begins with one already.
-        # Metaspace leaves out the latter, and as "first" the former, so that there, and only there, the ids differ.
+    if (
+        not steps
+        and pre_tokenizer["type"] == "Metaspace"
+        and pre_tokenizer["replacement"] == _BLANK
+        and not pre_tokenizer["split"]
+    ):
+        # llama.cpp puts a blank first like SentencePiece: after special tokens too, and where the text begins
+        # with one already. Metaspace leaves out the latter, and as "first" the former, so that there, and
+        # only there, the ids differ.
         return pre_tokenizer["prepend_scheme"] != "never"
     # Gemma cuts at blanks, of which there are none any more.
-    idle = pre_tokenizer is None or (pre_tokenizer["type"], pre_tokenizer.get("pattern")) == ("Split", {"String": " "})
+    idle = pre_tokenizer is None or (pre_tokenizer["type"], pre_tokenizer.get("pattern")) == (
+        "Split",
+        {"String": " "},
+    )
     if not idle or steps not in ([replace], [prepend, replace]):
-        raise ValueError(f"this tokenizer.json prepares text in a way that llama.cpp does not have: {normalizer}, {pre_tokenizer}")
+        raise ValueError(
+            f"this tokenizer.json prepares text in a way that llama.cpp does not have: {normalizer}, "
+            f"{pre_tokenizer}"
+        )
     return steps[0] == prepend
 
 
 def _listed(
-    specification: dict[str, Any], ids: Mapping[str, int], num_rows: int, *, unk: str | None, sentence_piece: bool, swallows: bool
+    specification: dict[str, Any],
+    ids: Mapping[str, int],
+    num_rows: int,
+    *,
+    unk: str | None,
+    sentence_piece: bool,
+    swallows: bool,
 ) -> tuple[list[str], list[int]]:
-    """A token and a type for every row. Tokens of plain text may swallow blanks where `swallows` says that llama.cpp knows."""
+    """A token and a type for every row. Tokens of plain text may swallow blanks where `swallows` says that
+    llama.cpp knows.
+    """
     names: dict[int, str] = {id: token for token, id in ids.items()}
     added = {token["id"]: token for token in specification["added_tokens"]}
     for token in added.values():
         if not token["special"] and ((swallowing([token]) and not swallows) or token["single_word"]):
-            raise ValueError(f"the token {token['content']!r} swallows blanks or wants to be a word of its own, which GGUF does not say")
-    tokens, types = [], []
+            raise ValueError(
+                f"the token {token['content']!r} swallows blanks or wants to be a word of its own, which "
+                "GGUF does not say"
+            )
+    tokens = []
+    types = []
     for id in range(num_rows):
-        token, is_added = names.get(id, f"[PAD{id}]"), id in added
+        token = names.get(id, f"[PAD{id}]")
+        is_added = id in added
         if id not in names:
             type = UNUSED
         elif is_added and added[id]["special"]:
@@ -322,23 +468,36 @@ def _listed(
             type = USER_DEFINED
         else:
             type = BYTE if sentence_piece and token in _BYTES else NORMAL
-        # Found in text that has been prepared already, this token has the sign for blanks in it; llama.cpp looks for it before.
-        tokens.append(token.replace(_BLANK, " ") if type == USER_DEFINED and sentence_piece and added[id]["normalized"] else token)
+        # Found in text that has been prepared already, this token has the sign for blanks in it; llama.cpp
+        # looks for it before.
+        tokens.append(
+            token.replace(_BLANK, " ")
+            if type == USER_DEFINED and sentence_piece and added[id]["normalized"]
+            else token
+        )
         types.append(type)
     return tokens, types
 
 
-def _special_ids(directory: Path, config: dict[str, Any], ids: Mapping[str, int], adds_bos: bool) -> dict[str, int]:
+def _special_ids(
+    directory: Path, config: dict[str, Any], ids: Mapping[str, int], adds_bos: bool
+) -> dict[str, int]:
     """Ids of the tokens with a role, under GGUF's names."""
-    roles: dict[str, str] = {_ROLES[role]: name for role in _ROLES if (name := config.get(f"{role}_token")) is not None}
+    roles: dict[str, str] = {
+        _ROLES[role]: name for role in _ROLES if (name := config.get(f"{role}_token")) is not None
+    }
     # data/tokenizers.py keeps there what ends a text or a turn.
     ends: Iterable[str] = config.get("end_tokens") or []
     if turn_end := next((name for name in ends if name != roles.get("eos")), None):
         roles["eot"] = turn_end
     if "eos" not in roles or (adds_bos and "bos" not in roles):
         raise ValueError(
-            f"{directory / 'tokenizer_config.json'} names no {'bos' if 'eos' in roles else 'eos'}_token: add it, since GGUF needs its id"
+            f"{directory / 'tokenizer_config.json'} names no {'bos' if 'eos' in roles else 'eos'}_token: add "
+            "it, since GGUF needs its id"
         )
     if unknown := sorted(set(roles.values()) - ids.keys()):
-        raise ValueError(f"{directory / 'tokenizer_config.json'} names {unknown}, which tokenizer.json does not have: repair either")
+        raise ValueError(
+            f"{directory / 'tokenizer_config.json'} names {unknown}, which tokenizer.json does not have: "
+            "repair either"
+        )
     return {f"{role}_token_id": ids[name] for role, name in roles.items()}

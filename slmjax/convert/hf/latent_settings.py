@@ -25,36 +25,55 @@ TENSORS: tuple[Rule, ...] = (
 def read_latent_attention(settings: Settings) -> LatentAttentionConfig:
     """config.json -> the mixer. With YaRN, scores are also multiplied by the square of its magnitude."""
     settings.ignore("num_key_value_heads", "head_dim", "qk_head_dim")  # of latent attention, they say nothing
-    plain, rotated = settings.take("qk_nope_head_dim"), settings.positive("qk_rope_head_dim")
+    plain = settings.take("qk_nope_head_dim")
+    rotated = settings.positive("qk_rope_head_dim")
     heads = settings.positive("num_attention_heads")
     value_dim = settings.positive("v_head_dim", settings.positive("hidden_size") // heads)
     rope = read_rope(settings)
     scale = (plain + rotated) ** -0.5
     if isinstance(rope["rope_scaling"], YarnScaling):
-        scale *= yarn_magnitude(rope["rope_scaling"].factor, rope_table(settings).take("mscale_all_dim", 0.0)) ** 2
+        scale *= (
+            yarn_magnitude(rope["rope_scaling"].factor, rope_table(settings).take("mscale_all_dim", 0.0)) ** 2
+        )
     return LatentAttentionConfig(
-        num_heads=heads, latent_dim=settings.positive("kv_lora_rank"), plain_dim=plain, rope_dim=rotated,
-        value_dim=value_dim, query_rank=settings.optional("q_lora_rank"), rope_base=rope["rope_base"],
-        rope_scaling=rope["rope_scaling"], scale=scale, bias=settings.take("attention_bias"), latent_norm_eps=LATENT_NORM_EPS,
-    )  # fmt: skip
+        num_heads=heads,
+        latent_dim=settings.positive("kv_lora_rank"),
+        plain_dim=plain,
+        rope_dim=rotated,
+        value_dim=value_dim,
+        query_rank=settings.optional("q_lora_rank"),
+        rope_base=rope["rope_base"],
+        rope_scaling=rope["rope_scaling"],
+        scale=scale,
+        bias=settings.take("attention_bias"),
+        latent_norm_eps=LATENT_NORM_EPS,
+    )
 
 
 def write_latent_attention(mixer: LatentAttentionConfig) -> dict[str, Any]:
     """The keys that `read_latent_attention` takes."""
     scaling = write_scaling(mixer.rope_scaling)
     if isinstance(mixer.rope_scaling, YarnScaling) and scaling is not None:
-        # The magnitude m of scores shows in their scale as m ** 2, m = 0.1 weight ln(factor) + 1; that of angles is a quotient of two.
+        # The magnitude m of scores shows in their scale as m ** 2, m = 0.1 weight ln(factor) + 1; that of
+        # angles is a quotient of two.
         times = math.sqrt((mixer.scale or 1.0) * mixer.key_dim**0.5)
         scaling["mscale_all_dim"] = _weight(times, mixer.rope_scaling.factor)
         scaling["mscale"] = _weight(times * mixer.rope_scaling.attention_factor, mixer.rope_scaling.factor)
         if scaling["mscale"] and scaling["mscale_all_dim"]:
             del scaling["attention_factor"]
     return {
-        "num_attention_heads": mixer.num_heads, "num_key_value_heads": mixer.num_heads, "head_dim": mixer.rope_dim,
-        "kv_lora_rank": mixer.latent_dim, "q_lora_rank": mixer.query_rank, "qk_nope_head_dim": mixer.plain_dim,
-        "qk_rope_head_dim": mixer.rope_dim, "v_head_dim": mixer.value_dim, "attention_bias": mixer.bias, "rope_theta": mixer.rope_base,
+        "num_attention_heads": mixer.num_heads,
+        "num_key_value_heads": mixer.num_heads,
+        "head_dim": mixer.rope_dim,
+        "kv_lora_rank": mixer.latent_dim,
+        "q_lora_rank": mixer.query_rank,
+        "qk_nope_head_dim": mixer.plain_dim,
+        "qk_rope_head_dim": mixer.rope_dim,
+        "v_head_dim": mixer.value_dim,
+        "attention_bias": mixer.bias,
+        "rope_theta": mixer.rope_base,
         "rope_scaling": scaling,
-    }  # fmt: skip
+    }
 
 
 def _weight(magnitude: float, factor: float) -> float:

@@ -1,7 +1,8 @@
-"""The vocabulary that most config.json files share, in both directions: heads, rotary positions, windows, norms, tables.
+"""The vocabulary that most config.json files share, in both directions: heads, rotary positions, windows,
+norms, tables.
 
-Readers take keys from `Settings` and give configs of ours; writers give keys. What a writer cannot say it may leave out: the
-exporter reads back what was written, and refuses what is not the same.
+Readers take keys from `Settings` and give configs of ours; writers give keys. What a writer cannot say it may
+leave out: the exporter reads back what was written, and refuses what is not the same.
 """
 
 import math
@@ -20,23 +21,61 @@ from slmjax.models.rope import LinearScaling, Llama3Scaling, LongScaling, RopeSc
 
 # Keys that say how a model was trained or is to be run, not what it computes.
 IGNORED = (
-    "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id", "cache_implementation", "chunk_size_feed_forward",
-    "dtype", "embd_pdrop", "eos_token_id", "hidden_dropout", "hidden_dropout_prob", "id2label", "initializer_range", "is_decoder",
-    "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
-    "pretraining_tp", "problem_type", "resid_pdrop", "return_dict", "router_aux_loss_coef", "router_jitter_noise", "torch_dtype",
-    "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache", "attn_implementation",
-    "_attn_implementation", "_attn_implementation_autoset", "is_llama_config", "sep_token_id", "unk_token_id",
-)  # fmt: skip
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",
+    "auto_map",
+    "bos_token_id",
+    "cache_implementation",
+    "chunk_size_feed_forward",
+    "dtype",
+    "embd_pdrop",
+    "eos_token_id",
+    "hidden_dropout",
+    "hidden_dropout_prob",
+    "id2label",
+    "initializer_range",
+    "is_decoder",
+    "is_encoder_decoder",
+    "label2id",
+    "model_type",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "pad_token_id",
+    "pretraining_tp",
+    "problem_type",
+    "resid_pdrop",
+    "return_dict",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
+    "torch_dtype",
+    "transformers.js_config",
+    "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_cache",
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "is_llama_config",
+    "sep_token_id",
+    "unk_token_id",
+)
 
 LONG_TYPES = ("longrope", "su")  # what LongRoPE is called
 ACTIVATIONS: Mapping[str, Activation] = {
-    "silu": Activation.SILU, "gelu_pytorch_tanh": Activation.GELU, "gelu_new": Activation.GELU, "gelu": Activation.GELU_EXACT,
-    "relu": Activation.RELU, "relu2": Activation.RELU2,
-}  # fmt: skip
+    "silu": Activation.SILU,
+    "gelu_pytorch_tanh": Activation.GELU,
+    "gelu_new": Activation.GELU,
+    "gelu": Activation.GELU_EXACT,
+    "relu": Activation.RELU,
+    "relu2": Activation.RELU2,
+}
 ACTIVATION_NAMES = {value: name for name, value in reversed(ACTIVATIONS.items())}
 
 
-# Models ---------------------------------------------------------------------------------------------------------------
+# Models -----------------------------------------------------------------------------------------------------
 def read_decoder(settings: Settings, blocks: Sequence[BlockConfig], **more: Any) -> ModelConfig:
     """The model around its layers; `more` are fields of the `ModelConfig` that this family sets."""
     settings.ignore(*IGNORED)
@@ -66,12 +105,14 @@ def write_decoder(model: ModelConfig) -> dict[str, Any]:
 
 
 def check_width(model: ModelConfig, num_heads: int) -> None:
-    """Raises Inexpressible for what some families' libraries refuse to load: a width that heads do not divide."""
+    """Raises Inexpressible for what some families' libraries refuse to load: a width that heads do not
+    divide.
+    """
     if model.embed_dim % num_heads:
         raise Inexpressible(f"its width, {model.embed_dim}, has to be a multiple of its heads, {num_heads}")
 
 
-# Attention ------------------------------------------------------------------------------------------------------------
+# Attention --------------------------------------------------------------------------------------------------
 def read_attention(settings: Settings, *, is_partial: bool = False, **more: Any) -> AttentionConfig:
     """Heads and rotary positions; `more` are fields of the `AttentionConfig` that this family sets.
 
@@ -107,20 +148,30 @@ def write_attention(attention: AttentionConfig) -> dict[str, Any]:
     }
 
 
-def read_windows(settings: Settings, *, num_layers: int, window: int | None, default: Sequence[bool]) -> list[int | None]:
-    """The window of each layer, by `layer_types` where it is given, else by `default`, which says which layers have one."""
+def read_windows(
+    settings: Settings, *, num_layers: int, window: int | None, default: Sequence[bool]
+) -> list[int | None]:
+    """The window of each layer, by `layer_types` where it is given, else by `default`, which says which
+    layers have one.
+    """
     kinds = settings.take("layer_types", None)
     local = list(default) if kinds is None else [_is_local(kind) for kind in kinds]
     if len(local) != num_layers:
-        raise ConfigError(f"config.json: layer_types names {len(local)} layers, and num_hidden_layers is {num_layers}")
+        raise ConfigError(
+            f"config.json: layer_types names {len(local)} layers, and num_hidden_layers is {num_layers}"
+        )
     if any(local) and window is None:
-        raise ConfigError("config.json: layer_types has layers of sliding_attention, and there is no sliding_window")
+        raise ConfigError(
+            "config.json: layer_types has layers of sliding_attention, and there is no sliding_window"
+        )
     return [window if is_local else None for is_local in local]
 
 
 def _is_local(kind: str) -> bool:
     if kind not in ("sliding_attention", "full_attention"):
-        raise ConfigError(f"config.json: layer_types has {kind!r}: sliding_attention and full_attention are understood")
+        raise ConfigError(
+            f"config.json: layer_types has {kind!r}: sliding_attention and full_attention are understood"
+        )
     return kind == "sliding_attention"
 
 
@@ -129,21 +180,30 @@ def write_windows(model: ModelConfig) -> dict[str, Any]:
     windows = [attention.window for attention in attentions(model)]
     kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
     # Where no layer has one, some libraries want a number all the same.
-    return {"sliding_window": next((window for window in windows if window), model.context_length), "layer_types": kinds}
+    return {
+        "sliding_window": next((window for window in windows if window), model.context_length),
+        "layer_types": kinds,
+    }
 
 
-# Rotary positions -----------------------------------------------------------------------------------------------------
+# Rotary positions -------------------------------------------------------------------------------------------
 def rope_table(settings: Settings, *, default: Mapping[str, Any] | None = None) -> Settings:
-    """Return the keys of rotary positions, from either name; as in transformers, `rope_scaling` replaces `rope_parameters` whole.
+    """Return the keys of rotary positions, from either name; as in transformers, `rope_scaling` replaces
+    `rope_parameters` whole.
 
     Args:
       default: the keys where neither is there.
     """
-    scaling, parameters = settings.take("rope_scaling", None), settings.take("rope_parameters", None)
+    scaling = settings.take("rope_scaling", None)
+    parameters = settings.take("rope_parameters", None)
     if not scaling:
         return settings.nested("rope_parameters", (default or {}) if parameters is None else parameters)
     table = settings.nested("rope_scaling", scaling)
-    used = {name: scaling.get(name, settings.take(name, None)) for name in parameters or {} if name not in ("rope_type", "type")}
+    used = {
+        name: scaling.get(name, settings.take(name, None))
+        for name in parameters or {}
+        if name not in ("rope_type", "type")
+    }
     lost = [name for name, value in used.items() if value != parameters[name]]
     if lost:
         settings.notes.append(
@@ -154,7 +214,11 @@ def rope_table(settings: Settings, *, default: Mapping[str, Any] | None = None) 
 
 
 def read_rope(
-    settings: Settings, *, is_partial: bool = False, default: Mapping[str, Any] | None = None, long_types: Sequence[str] = LONG_TYPES
+    settings: Settings,
+    *,
+    is_partial: bool = False,
+    default: Mapping[str, Any] | None = None,
+    long_types: Sequence[str] = LONG_TYPES,
 ) -> dict[str, Any]:
     """Return `rope_base` and `rope_scaling`, from keys beside the others or in a table of their own.
 
@@ -174,30 +238,41 @@ def read_rope(
     inner = rope_table(settings, default=default)
     if not is_partial:
         inner.expect("partial_rotary_factor", 1.0)
-    fields = rope_fields(inner, base=base, fraction=fraction, context=context, original=original, long_types=long_types)
+    fields = rope_fields(
+        inner, base=base, fraction=fraction, context=context, original=original, long_types=long_types
+    )
     inner.finish()
     return fields
 
 
 def read_ropes_by_kind(settings: Settings, *, local: str | None) -> dict[bool, dict[str, Any]]:
-    """The same for models whose full layers (False) and layers in a window (True) differ, from either spelling.
+    """The same for models whose full layers (False) and layers in a window (True) differ, from either
+    spelling.
 
-    As in transformers, `rope_scaling` is added to the keys of full layers, and wins over those that are there.
+    As in transformers, `rope_scaling` is added to the keys of full layers, and wins over those that are
+    there.
 
     Args:
-      local: the key beside the others with the base of layers in a window; None where they have that of full layers.
+      local: the key beside the others with the base of layers in a window; None where they have that of full
+        layers.
     """
-    context, base = settings.positive("max_position_embeddings"), settings.positive("rope_theta")
+    context = settings.positive("max_position_embeddings")
+    base = settings.positive("rope_theta")
     both = settings.inner("rope_parameters")
     tables = {False: dict(both.take("full_attention", {})), True: dict(both.take("sliding_attention", {}))}
     both.finish()
     scaling = settings.take("rope_scaling", None)
     if scaling:
         if "rope_type" not in scaling and scaling.get("type", "default") != "default":
-            settings.refuse("rope_scaling", "releases of transformers differ in whether `type` counts here; call it `rope_type`")
+            settings.refuse(
+                "rope_scaling",
+                "releases of transformers differ in whether `type` counts here; call it `rope_type`",
+            )
         tables[False].update(scaling)
     if local is None and settings.has("rope_theta") and tables[True].get("rope_theta") is None:
-        settings.expect("rope_theta", settings.published("rope_theta"))  # transformers 4 has it in all layers, 5 in full ones alone
+        settings.expect(
+            "rope_theta", settings.published("rope_theta")
+        )  # transformers 4 has it in all layers, 5 in full ones alone
     bases = {False: base, True: base if local is None else settings.positive(local)}
     fields = {}
     for kind, table in tables.items():
@@ -227,7 +302,8 @@ def rope_fields(
       original: tokens it was first trained with, where that is said outside.
       long_types: what the family calls LongRoPE.
     """
-    base, fraction = inner.positive("rope_theta", base), inner.take("partial_rotary_factor", fraction)
+    base = inner.positive("rope_theta", base)
+    fraction = inner.take("partial_rotary_factor", fraction)
     scaling = _read_scaling(inner, context=context, original=original, long_types=long_types)
     part = {} if fraction == 1.0 else {"partial_rotary_factor": fraction}
     return {"rope_base": float(base), "rope_scaling": scaling, **part}
@@ -236,8 +312,8 @@ def rope_fields(
 def rotated_part(head_dim: int, factor: float, *, base: float, scaling: RopeScaling | None) -> dict[str, Any]:
     """Return `rotary_dim` and `rope_base` for a `partial_rotary_factor`, as transformers rotates.
 
-    It makes R = int(head_dim * factor), and a frequency `base ** (-2i / R)` for each even 2i below R. Of an odd R
-    these are (R + 1) / 2 pairs, which is what R + 1 dims and the base `base ** ((R + 1) / R)` give.
+    It makes R = int(head_dim * factor), and a frequency `base ** (-2i / R)` for each even 2i below R. Of an
+    odd R these are (R + 1) / 2 pairs, which is what R + 1 dims and the base `base ** ((R + 1) / R)` give.
 
     Raises:
       ConfigError: an odd number with scaled frequencies, which transformers refuses.
@@ -247,7 +323,8 @@ def rotated_part(head_dim: int, factor: float, *, base: float, scaling: RopeScal
         return {"rotary_dim": rotated, "rope_base": base}
     if scaling is not None:
         raise ConfigError(
-            f"config.json: partial_rotary_factor {factor} of heads of {head_dim} dims rotates {rotated}, an odd number, "
+            f"config.json: partial_rotary_factor {factor} of heads of {head_dim} dims rotates {rotated}, an "
+            "odd number, "
             f"which transformers does not compute with scaled frequencies ({type(scaling).__name__})"
         )
     of_pairs = np.float32(base ** ((rotated + 1) / rotated))  # angles are float32
@@ -255,15 +332,21 @@ def rotated_part(head_dim: int, factor: float, *, base: float, scaling: RopeScal
 
 
 def rotary_factor(rotary_dim: int, head_dim: int) -> float:
-    """Return a `partial_rotary_factor` f with `int(head_dim * f) == rotary_dim`: the quotient, or the next float."""
+    """Return a `partial_rotary_factor` f with `int(head_dim * f) == rotary_dim`: the quotient, or the next
+    float.
+    """
     factor = rotary_dim / head_dim
     return factor if int(head_dim * factor) == rotary_dim else math.nextafter(factor, math.inf)
 
 
-def _read_scaling(inner: Settings, *, context: int, original: int | None, long_types: Sequence[str]) -> RopeScaling | None:
+def _read_scaling(
+    inner: Settings, *, context: int, original: int | None, long_types: Sequence[str]
+) -> RopeScaling | None:
     kind = inner.take("type", "default")
     kind = inner.take("rope_type", kind)
-    first_trained = int(inner.positive("original_max_position_embeddings", context) if original is None else original)
+    first_trained = int(
+        inner.positive("original_max_position_embeddings", context) if original is None else original
+    )
     inner.ignore("original_max_position_embeddings")
     if kind == "default":
         return None
@@ -271,30 +354,47 @@ def _read_scaling(inner: Settings, *, context: int, original: int | None, long_t
         return LinearScaling(factor=float(inner.positive("factor")))
     if kind == "llama3":
         return Llama3Scaling(
-            factor=float(inner.positive("factor")), original_context=first_trained,
-            low_frequency_factor=float(inner.take("low_freq_factor")), high_frequency_factor=float(inner.take("high_freq_factor")),
-        )  # fmt: skip
+            factor=float(inner.positive("factor")),
+            original_context=first_trained,
+            low_frequency_factor=float(inner.take("low_freq_factor")),
+            high_frequency_factor=float(inner.take("high_freq_factor")),
+        )
     if kind == "yarn" and kind not in long_types:
         return _read_yarn(inner, context=context, original=first_trained)
     if kind in long_types:
         factor = float(inner.positive("factor", context / first_trained))
         magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(first_trained))
         return LongScaling(
-            short_factors=tuple(map(float, inner.take("short_factor"))), long_factors=tuple(map(float, inner.take("long_factor"))),
-            original_context=first_trained, attention_factor=float(inner.take("attention_factor", magnitude)),
-        )  # fmt: skip
-    raise ConfigError(f"config.json: rotary positions of type {kind!r} are not understood: default, linear, llama3, yarn and longrope are")
+            short_factors=tuple(map(float, inner.take("short_factor"))),
+            long_factors=tuple(map(float, inner.take("long_factor"))),
+            original_context=first_trained,
+            attention_factor=float(inner.take("attention_factor", magnitude)),
+        )
+    raise ConfigError(
+        f"config.json: rotary positions of type {kind!r} are not understood: default, linear, llama3, yarn "
+        "and longrope are"
+    )
 
 
 def _read_yarn(inner: Settings, *, context: int, original: int) -> YarnScaling:
     factor = float(inner.positive("factor", context / original))
-    numerator, denominator = inner.take("mscale", 0), inner.take("mscale_all_dim", 0)
-    magnitude = yarn_magnitude(factor, numerator) / yarn_magnitude(factor, denominator) if numerator and denominator else None
+    numerator = inner.take("mscale", 0)
+    denominator = inner.take("mscale_all_dim", 0)
+    magnitude = (
+        yarn_magnitude(factor, numerator) / yarn_magnitude(factor, denominator)
+        if numerator and denominator
+        else None
+    )
     return YarnScaling(
-        factor=factor, original_context=original, fast_turns=float(inner.take("beta_fast", 32) or 32),
-        slow_turns=float(inner.take("beta_slow", 1) or 1), whole_dims=bool(inner.take("truncate", True)),
-        attention_factor=float(inner.take("attention_factor", yarn_magnitude(factor) if magnitude is None else magnitude)),
-    )  # fmt: skip
+        factor=factor,
+        original_context=original,
+        fast_turns=float(inner.take("beta_fast", 32) or 32),
+        slow_turns=float(inner.take("beta_slow", 1) or 1),
+        whole_dims=bool(inner.take("truncate", True)),
+        attention_factor=float(
+            inner.take("attention_factor", yarn_magnitude(factor) if magnitude is None else magnitude)
+        ),
+    )
 
 
 def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
@@ -318,30 +418,48 @@ def write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
         return {"rope_type": "linear", "factor": scaling.factor}
     if isinstance(scaling, Llama3Scaling):
         return {
-            "rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low_frequency_factor,
-            "high_freq_factor": scaling.high_frequency_factor, "original_max_position_embeddings": scaling.original_context,
-        }  # fmt: skip
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_frequency_factor,
+            "high_freq_factor": scaling.high_frequency_factor,
+            "original_max_position_embeddings": scaling.original_context,
+        }
     if isinstance(scaling, YarnScaling):
         return {
-            "rope_type": "yarn", "factor": scaling.factor, "beta_fast": scaling.fast_turns, "beta_slow": scaling.slow_turns,
-            "truncate": scaling.whole_dims, "attention_factor": scaling.attention_factor,
+            "rope_type": "yarn",
+            "factor": scaling.factor,
+            "beta_fast": scaling.fast_turns,
+            "beta_slow": scaling.slow_turns,
+            "truncate": scaling.whole_dims,
+            "attention_factor": scaling.attention_factor,
             "original_max_position_embeddings": scaling.original_context,
-        }  # fmt: skip
+        }
     if isinstance(scaling, LongScaling):
         return {
-            "rope_type": "longrope", "short_factor": list(scaling.short_factors), "long_factor": list(scaling.long_factors),
-            "attention_factor": scaling.attention_factor, "original_max_position_embeddings": scaling.original_context,
-        }  # fmt: skip
+            "rope_type": "longrope",
+            "short_factor": list(scaling.short_factors),
+            "long_factor": list(scaling.long_factors),
+            "attention_factor": scaling.attention_factor,
+            "original_max_position_embeddings": scaling.original_context,
+        }
     raise Inexpressible(f"rope_scaling is {type(scaling).__name__}, which has no name elsewhere")
 
 
-# Feed-forward layers --------------------------------------------------------------------------------------------------
-def read_mlp(settings: Settings, *, width: str = "intermediate_size", activation: str = "hidden_act", **more: Any) -> MlpConfig:
-    """A gated MLP; the arguments are names of keys, `more` fields of the `MlpConfig` that this family sets."""
-    return MlpConfig(hidden_dim=settings.positive(width), activation=read_activation(settings, activation), **more)
+# Feed-forward layers ----------------------------------------------------------------------------------------
+def read_mlp(
+    settings: Settings, *, width: str = "intermediate_size", activation: str = "hidden_act", **more: Any
+) -> MlpConfig:
+    """A gated MLP; the arguments are names of keys, `more` fields of the `MlpConfig` that this family
+    sets.
+    """
+    return MlpConfig(
+        hidden_dim=settings.positive(width), activation=read_activation(settings, activation), **more
+    )
 
 
-def write_mlp(ffn: Any, *, width: str = "intermediate_size", activation: str = "hidden_act") -> dict[str, Any]:
+def write_mlp(
+    ffn: Any, *, width: str = "intermediate_size", activation: str = "hidden_act"
+) -> dict[str, Any]:
     """The keys that `read_mlp` takes."""
     mlp = expect_kind(ffn, MlpConfig, "a feed-forward layer")
     return {width: mlp.hidden_dim, activation: write_activation(mlp.activation)}

@@ -20,7 +20,10 @@ GATED_MLP: tuple[Rule, ...] = (
     *linear("ffn/up", "mlp.up_proj"),
     *linear("ffn/down", "mlp.down_proj"),
 )
-PRE_NORMS: tuple[Rule, ...] = (*norm("mixer_norm", "input_layernorm"), *norm("ffn_norm", "post_attention_layernorm"))
+PRE_NORMS: tuple[Rule, ...] = (
+    *norm("mixer_norm", "input_layernorm"),
+    *norm("ffn_norm", "post_attention_layernorm"),
+)
 POST_NORMS: tuple[Rule, ...] = (
     *norm("mixer_post_norm", "post_attention_layernorm"),
     *norm("ffn_post_norm", "post_feedforward_layernorm"),

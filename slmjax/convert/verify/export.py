@@ -1,15 +1,17 @@
-"""Whether an exported file is the model that was trained: bytes, matrix products, loss and tokenizer, in the engine that will run it.
+"""Whether an exported file is the model that was trained: bytes, matrix products, loss and tokenizer, in the
+engine that will run it.
 
     found = verify_export("runs/nano", "nano.gguf")
     found.holds, found.loss.difference, found.loss.floor
 
-Four levels. Bytes: every tensor of the file decodes to exactly the numbers that the model multiplies with. Products: with the engine's
-own kernels, each matrix gives what ours gives, but for sums in another order, where inputs have the same codes; and it is counted how
-many of those codes differ. Loss: over the same tokens both find the same mean negative log-likelihood, as far as that can be told.
-Rounding inputs to 8 bits turns a difference in the last bit of a sum into one of a whole code, here and there, and so a network that does
-it answers to the smallest noise: what noise of 1e-6 on the embeddings does to our own loss is measured, and is the floor below which
-nothing can be told. Tokenizer: the file has the vocabulary, the special tokens and the chat template of the model, and the engine gives
-the ids that the model was trained on.
+Four levels. Bytes: every tensor of the file decodes to exactly the numbers that the model multiplies with.
+Products: with the engine's own kernels, each matrix gives what ours gives, but for sums in another order,
+where inputs have the same codes; and it is counted how many of those codes differ. Loss: over the same tokens
+both find the same mean negative log-likelihood, as far as that can be told. Rounding inputs to 8 bits turns a
+difference in the last bit of a sum into one of a whole code, here and there, and so a network that does it
+answers to the smallest noise: what noise of 1e-6 on the embeddings does to our own loss is measured, and is
+the floor below which nothing can be told. Tokenizer: the file has the vocabulary, the special tokens and the
+chat template of the model, and the engine gives the ids that the model was trained on.
 
 Dims: T tokens of a window, V vocabulary, R rows of inputs, I inputs of a matrix, O its outputs.
 """
@@ -40,7 +42,8 @@ from slmjax.data.provenance import ChangedData
 from slmjax.formats.spec import QuantSpec
 from slmjax.models.canonical_form import canonical, differences
 
-DEFAULT_TOKENS, DEFAULT_WINDOW = 512, 64
+DEFAULT_TOKENS = 512
+DEFAULT_WINDOW = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,13 +53,17 @@ class Verification:
     file: str
     run: str
     step: int | None  # of the run
-    changed_rows: tuple[int, int] | None  # of codes, and all rows: those that differ on the devices that it was trained on, where known
+    changed_rows: (
+        tuple[int, int] | None
+    )  # of codes, and all rows: those that differ on the devices that it was trained on, where known
     engine: str  # and its version
     settings: tuple[str, ...]  # that the file has otherwise than the model
     extra: tuple[str, ...]  # tensors of the file that the model has no place for
     tensors: tuple[TensorCheck, ...]
     products: tuple[ProductCheck, ...]
-    loss: LossCheck | None  # None: the file is of another model, or has a vocabulary of another kind, and was not run
+    loss: (
+        LossCheck | None
+    )  # None: the file is of another model, or has a vocabulary of another kind, and was not run
     tokenizer: TokenizerCheck
 
     @property
@@ -72,7 +79,13 @@ class Verification:
     @property
     def holds(self) -> bool:
         """All four levels."""
-        return self.bytes_hold and self.products_hold and self.loss is not None and self.loss.holds and self.tokenizer.holds
+        return (
+            self.bytes_hold
+            and self.products_hold
+            and self.loss is not None
+            and self.loss.holds
+            and self.tokenizer.holds
+        )
 
 
 def verify_export(
@@ -91,7 +104,8 @@ def verify_export(
     Args:
       run: the run directory, or that of an imported or quantized model.
       file: what `export` wrote.
-      data: the text for the losses: its held-out part, or all of it where nothing is held out. None: the held-out text of the run.
+      data: the text for the losses: its held-out part, or all of it where nothing is held out. None: the
+        held-out text of the run.
       max_tokens: of the text, the first so many.
       window: tokens that are scored in one go, each seeing those before it.
       step: of a run, the checkpoint; None for the newest.
@@ -101,11 +115,15 @@ def verify_export(
     Raises:
       ValueError: one of the two cannot be read, the run's text has changed, or there is no text or no engine.
     """
-    run, file = Path(run), Path(file)
+    run = Path(run)
+    file = Path(file)
     engine = llama_cpp.import_engine()
-    own, content = open_own(run, step=step), read_gguf(file)
+    own = open_own(run, step=step)
+    content = read_gguf(file)
     loaded = loading.load_model(run, step=own.step)
-    windows = text_windows(loaded, data, max_tokens=max_tokens, length=window, changed_data=changed_data, log=log)
+    windows = text_windows(
+        loaded, data, max_tokens=max_tokens, length=window, changed_data=changed_data, log=log
+    )
     wanted = canonical(own.config)
     family, found = described(file, content)
     bound = bind(family.table_of(wanted), wanted)
@@ -114,16 +132,26 @@ def verify_export(
     extra = tuple(sorted(set(content.tensors) - known))
     tensors = tuple(check_tensor(one, own, content.tensors.get(one.theirs[0])) for one in bound)
     is_other = bool(settings or extra) or any(one.is_missing for one in tensors)
-    words = compare_metadata(content.metadata, own.path / "tokenizer", loaded.tokenizer, num_rows=wanted.known_vocab_size)
+    words = compare_metadata(
+        content.metadata, own.path / "tokenizer", loaded.tokenizer, num_rows=wanted.known_vocab_size
+    )
     loss = None
     if not is_other and words.can_load:
         loss = check_loss(loaded, file, windows, input_specs=_input_specs(bound, own, content))
         words = compare_ids(words, file, loaded.tokenizer, context=engine_context(windows))
     return Verification(
-        file=str(file), run=str(run), step=own.step, changed_rows=own.changed_rows,
-        engine=f"llama.cpp in xllamacpp {engine.__version__}", settings=settings, extra=extra, tensors=tensors,
-        products=() if is_other else tuple(check_products(bound, own, content.tensors)), loss=loss, tokenizer=words,
-    )  # fmt: skip
+        file=str(file),
+        run=str(run),
+        step=own.step,
+        changed_rows=own.changed_rows,
+        engine=f"llama.cpp in xllamacpp {engine.__version__}",
+        settings=settings,
+        extra=extra,
+        tensors=tensors,
+        products=() if is_other else tuple(check_products(bound, own, content.tensors)),
+        loss=loss,
+        tokenizer=words,
+    )
 
 
 def _input_specs(bound: list[Bound], own: Own, content: GgufFile) -> dict[str, QuantSpec]:
@@ -131,7 +159,11 @@ def _input_specs(bound: list[Bound], own: Own, content: GgufFile) -> dict[str, Q
     found: dict[str, QuantSpec] = {}
     for one in bound:
         tensor = content.tensors.get(one.theirs[0])
-        if tensor is None or len(tensor.shape) < 2 or not is_multiplied_with(tensor.name, tuple(content.tensors)):
+        if (
+            tensor is None
+            or len(tensor.shape) < 2
+            or not is_multiplied_with(tensor.name, tuple(content.tensors))
+        ):
             continue
         if (spec := INPUT_SPECS.get(input_type(tensor.type))) is not None:
             found |= dict.fromkeys(one.ours, spec)

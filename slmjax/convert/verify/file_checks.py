@@ -1,4 +1,5 @@
-"""Bytes and matrix products of a GGUF file against the model that it was made of: levels one and two of `verification`.
+"""Bytes and matrix products of a GGUF file against the model that it was made of: levels one and two of
+`verification`.
 
 Dims: R rows of inputs, I inputs of a matrix, O its outputs.
 """
@@ -23,9 +24,12 @@ from slmjax.formats.coding import Encoded, decode, encode
 from slmjax.formats.presets import preset
 from slmjax.formats.spec import QuantSpec, Rounding, Statistic
 
-INPUT_ROWS, MOST_OUTPUTS = 4, 2048  # of a product: of more outputs, so many that lie evenly among them
+INPUT_ROWS = 4
+MOST_OUTPUTS = 2048  # of a product: of more outputs, so many that lie evenly among them
 # How llama.cpp rounds the inputs of matrices in blocks of 256: the number of largest magnitude becomes -127.
-Q8_K = QuantSpec(bits=8, group_size=256, statistic=Statistic.SIGNED_MAX, divisor=127.0, rounding=Rounding.HALF_EVEN)
+Q8_K = QuantSpec(
+    bits=8, group_size=256, statistic=Statistic.SIGNED_MAX, divisor=127.0, rounding=Rounding.HALF_EVEN
+)
 INPUT_SPECS = {"Q8_0": preset("q8_0"), "Q8_K": Q8_K}
 EPSILON = 2.0**-24  # half a step of float32: what one of its sums or products may be wrong by, as a share
 
@@ -61,7 +65,8 @@ class ProductCheck:
     type: str
     input_type: str  # what the engine turns inputs into: "F32", "Q8_0", ...
     outputs: int  # that were computed, of each of the inputs' rows
-    error: float  # largest difference on the same codes of inputs, over the sum of magnitudes of what is added up
+    # largest difference on the same codes of inputs, over the sum of magnitudes of what is added up
+    error: float
     bound: float  # what float32 sums in different orders may differ by
     input_codes: int  # of the inputs; 0 where they stay in floating point
     flipped_codes: int  # of these, that ours has otherwise than the engine
@@ -72,22 +77,31 @@ class ProductCheck:
         return self.error <= self.bound
 
 
-# Bytes ----------------------------------------------------------------------------------------------------------------
+# Bytes ------------------------------------------------------------------------------------------------------
 def check_tensor(one: Bound, own: Own, tensor: GgufTensor | None) -> TensorCheck:
     """One tensor; None for one that the file does not have."""
     (name,) = one.theirs
     wanted = written(one, own)
     if tensor is None or tensor.shape != wanted.shape:
         return TensorCheck(
-            name=name, parameters=tuple(one.ours), type="", numbers=wanted.size, differing=wanted.size, differing_codes=None,
+            name=name,
+            parameters=tuple(one.ours),
+            type="",
+            numbers=wanted.size,
+            differing=wanted.size,
+            differing_codes=None,
             differing_scales=None,
-        )  # fmt: skip
+        )
     codes, scales = _differing_codes(one, own, tensor)
     return TensorCheck(
-        name=name, parameters=tuple(one.ours), type=tensor.type, numbers=wanted.size,
-        differing=int(np.count_nonzero(tensor.read().astype(np.float32) != wanted.astype(np.float32))), differing_codes=codes,
+        name=name,
+        parameters=tuple(one.ours),
+        type=tensor.type,
+        numbers=wanted.size,
+        differing=int(np.count_nonzero(tensor.read().astype(np.float32) != wanted.astype(np.float32))),
+        differing_codes=codes,
         differing_scales=scales,
-    )  # fmt: skip
+    )
 
 
 def written(one: Bound, own: Own) -> np.ndarray:
@@ -111,10 +125,14 @@ def _differing(one: Array | np.ndarray, other: Array | np.ndarray) -> int:
     return int(np.count_nonzero(np.asarray(one) != np.asarray(other)))
 
 
-# Products -------------------------------------------------------------------------------------------------------------
+# Products ---------------------------------------------------------------------------------------------------
 def is_multiplied_with(name: str, names: Sequence[str]) -> bool:
-    """Whether a tensor is a matrix that inputs are multiplied with, and no vector or table that is only looked up in."""
-    looked_up = name.startswith("position_embd") or (name.startswith("token_embd") and "output.weight" in names)
+    """Whether a tensor is a matrix that inputs are multiplied with, and no vector or table that is only
+    looked up in.
+    """
+    looked_up = name.startswith("position_embd") or (
+        name.startswith("token_embd") and "output.weight" in names
+    )
     return name.endswith(".weight") and not looked_up
 
 
@@ -128,7 +146,8 @@ _product = functools.lru_cache(maxsize=16)(Product)
 
 def check_product(one: Bound, own: Own, tensor: GgufTensor) -> ProductCheck:
     """One matrix, with inputs that depend on its name alone."""
-    product, width = _product(tensor.type), tensor.shape[-1]
+    product = _product(tensor.type)
+    width = tensor.shape[-1]
     rows = tensor.raw.reshape(int(np.prod(tensor.shape[:-1])), -1)
     chosen = np.linspace(0, len(rows) - 1, min(len(rows), MOST_OUTPUTS)).astype(np.int64)
     weight = written(one, own).astype(np.float32).reshape(len(rows), width)[chosen]
@@ -140,9 +159,15 @@ def check_product(one: Bound, own: Own, tensor: GgufTensor) -> ProductCheck:
     size = np.abs(inputs).astype(np.float64) @ np.abs(weight).astype(np.float64).T
     error = np.abs(ours.astype(np.float64) - theirs) / np.where(size == 0, 1.0, size)
     return ProductCheck(
-        name=tensor.name, type=tensor.type, input_type=product.input_type, outputs=len(chosen), error=float(np.max(error)),
-        bound=2 * width * EPSILON, input_codes=codes, flipped_codes=flipped,
-    )  # fmt: skip
+        name=tensor.name,
+        type=tensor.type,
+        input_type=product.input_type,
+        outputs=len(chosen),
+        error=float(np.max(error)),
+        bound=2 * width * EPSILON,
+        input_codes=codes,
+        flipped_codes=flipped,
+    )
 
 
 @jax.jit
@@ -153,17 +178,26 @@ def _times(x: Float[Array, "R I"], weight: Float[Array, "O I"]) -> Float[Array, 
 def _inputs(name: str, width: int) -> Float[np.ndarray, "R I"]:
     """Draws as a norm leaves them, each row of another size."""
     generator = np.random.default_rng(zlib.crc32(name.encode()))
-    return (generator.normal(size=(INPUT_ROWS, width)) * np.exp(generator.normal(size=(INPUT_ROWS, 1)))).astype(np.float32)
+    return (
+        generator.normal(size=(INPUT_ROWS, width)) * np.exp(generator.normal(size=(INPUT_ROWS, 1)))
+    ).astype(np.float32)
 
 
-def _compared_inputs(x: Float[np.ndarray, "R I"], coded: UInt8[np.ndarray, "R bytes"], type: str) -> tuple[np.ndarray, int, int]:
-    """Inputs as the engine has them after coding, in float32; how many of its codes ours has otherwise, and how many there are."""
+def _compared_inputs(
+    x: Float[np.ndarray, "R I"], coded: UInt8[np.ndarray, "R bytes"], type: str
+) -> tuple[np.ndarray, int, int]:
+    """Inputs as the engine has them after coding, in float32; how many of its codes ours has otherwise, and
+    how many there are.
+    """
     if type == "F32":
         return x, 0, 0
     if type not in INPUT_SPECS:
         half = {"F16": np.float16, "BF16": jnp.bfloat16}.get(type)
         if half is None:
-            raise ValueError(f"llama.cpp turns inputs into {type} here, which is not known to slmjax: tell of it in INPUT_SPECS")
+            raise ValueError(
+                f"llama.cpp turns inputs into {type} here, which is not known to slmjax: tell of it in "
+                "INPUT_SPECS"
+            )
         return coded.view(half).astype(np.float32), 0, 0
     spec = INPUT_SPECS[type]
     theirs = _read_q8_k(coded) if type == "Q8_K" else unpack(coded, type)
@@ -171,18 +205,23 @@ def _compared_inputs(x: Float[np.ndarray, "R I"], coded: UInt8[np.ndarray, "R by
     return np.asarray(_decoded(theirs, spec)), _differing(ours.codes, theirs.codes), x.size
 
 
-_coded, _decoded = jax.jit(encode, static_argnums=1), jax.jit(decode, static_argnums=1)
+_coded = jax.jit(encode, static_argnums=1)
+_decoded = jax.jit(decode, static_argnums=1)
 
 
 def _read_q8_k(coded: UInt8[np.ndarray, "R bytes"]) -> Encoded:
-    """Blocks of 256: a float32 scale, the codes, and 16 sums of them as int16, which llama.cpp keeps for later."""
+    """Blocks of 256: a float32 scale, the codes, and 16 sums of them as int16, which llama.cpp keeps for
+    later.
+    """
     blocks = coded.reshape(coded.shape[0], -1, 4 + 256 + 32)
     codes: Int8[np.ndarray, "R G 256"] = np.ascontiguousarray(blocks[..., 4:260]).view(np.int8)
     scale = np.ascontiguousarray(blocks[..., :4]).view(np.float32)[..., 0]
     return Encoded(codes=codes.reshape(coded.shape[0], -1), scale=scale)
 
 
-def check_products(bound: Sequence[Bound], own: Own, tensors: dict[str, GgufTensor]) -> Iterator[ProductCheck]:
+def check_products(
+    bound: Sequence[Bound], own: Own, tensors: dict[str, GgufTensor]
+) -> Iterator[ProductCheck]:
     """Every matrix that inputs are multiplied with."""
     for one in bound:
         tensor = tensors.get(one.theirs[0])

@@ -1,6 +1,7 @@
 """The loss of an exported file in llama.cpp and in ours, over the same tokens: level three of `verification`.
 
-The tokens are those that the run's evaluation scores: of pairs of prompt and completion the completions, unless eval.score says all.
+The tokens are those that the run's evaluation scores: of pairs of prompt and completion the completions,
+unless eval.score says all.
 
 Dims: W windows, T tokens of a window, V vocabulary.
 """
@@ -27,7 +28,8 @@ from slmjax.models.decoder import Decoder, logits
 from slmjax.models.definition import Definition, define_for_inference, restack, unstack
 from slmjax.quantization.rules import QuantPhase, QuantRule
 
-NOISE, NOISE_DRAWS = 1e-6, 4  # relative, on every number of the embedding table
+NOISE = 1e-6
+NOISE_DRAWS = 4  # relative, on every number of the embedding table
 SMALLEST_TOLERANCE = 1e-6  # of the loss itself: float32 sums in another order
 
 
@@ -68,26 +70,37 @@ def engine_context(windows: list[Window]) -> int:
     return max(len(window.tokens) for window in windows) + 8
 
 
-def check_loss(loaded: Loaded, file: Path, windows: list[Window], *, input_specs: Mapping[str, QuantSpec]) -> LossCheck:
+def check_loss(
+    loaded: Loaded, file: Path, windows: list[Window], *, input_specs: Mapping[str, QuantSpec]
+) -> LossCheck:
     """Both losses over the windows.
 
     Args:
       input_specs: by logical path of a weight, how the engine rounds what it is multiplied with.
     """
-    vocab_size, context = loaded.config.known_vocab_size, engine_context(windows)
+    vocab_size = loaded.config.known_vocab_size
+    context = engine_context(windows)
     engine = np.array([_engine_nll(file, window, vocab_size, context) for window in windows])
     definition, params, buffers = with_inputs(loaded, input_specs)
     ours = _own_nll(definition.merge_effective(params, buffers), windows)
     trained = _own_nll(loaded.model, windows)
-    moved = [_own_nll(definition.merge_effective(_noisy(params, draw), buffers), windows) for draw in range(NOISE_DRAWS)]
+    moved = [
+        _own_nll(definition.merge_effective(_noisy(params, draw), buffers), windows)
+        for draw in range(NOISE_DRAWS)
+    ]
     counts = np.array([window.scored.sum() for window in windows])
     tokens = int(counts.sum())
     difference, error = paired(engine - ours, counts)
     return LossCheck(
-        tokens=tokens, windows=len(windows), engine=float(engine.sum() / tokens), ours=float(ours.sum() / tokens),
-        as_trained=float(trained.sum() / tokens), difference=difference, standard_error=error,
+        tokens=tokens,
+        windows=len(windows),
+        engine=float(engine.sum() / tokens),
+        ours=float(ours.sum() / tokens),
+        as_trained=float(trained.sum() / tokens),
+        difference=difference,
+        standard_error=error,
         floor=max(abs(float((one - ours).sum() / tokens)) for one in moved),
-    )  # fmt: skip
+    )
 
 
 def paired(differences: Float[np.ndarray, " W"], counts: np.ndarray) -> tuple[float, float]:
@@ -125,13 +138,21 @@ def _own_nll(model: Decoder, windows: list[Window]) -> Float[np.ndarray, " W"]:
 _logits = jax.jit(logits)
 
 
-def with_inputs(loaded: Loaded, input_specs: Mapping[str, QuantSpec]) -> tuple[Definition, dict[str, jax.Array], dict[str, jax.Array]]:
-    """The same weights in float32 arithmetic, with other formats of inputs, and caches in floating point; parameters and buffers."""
+def with_inputs(
+    loaded: Loaded, input_specs: Mapping[str, QuantSpec]
+) -> tuple[Definition, dict[str, jax.Array], dict[str, jax.Array]]:
+    """The same weights in float32 arithmetic, with other formats of inputs, and caches in floating point;
+    parameters and buffers.
+    """
     rules = tuple(QuantRule(paths=f"^{re.escape(path)}$", input=spec) for path, spec in input_specs.items())
     quant = (QuantPhase(rules=rules),) if rules else ()
-    definition = define_for_inference(dataclasses.replace(loaded.config, quant=quant, precision=Precision.FLOAT32))
+    definition = define_for_inference(
+        dataclasses.replace(loaded.config, quant=quant, precision=Precision.FLOAT32)
+    )
     flat = unstack(loaded.definition.config, {**loaded.params, **loaded.buffers})
-    params, buffers = (restack(definition.config, flat, like=like) for like in (definition.params, definition.buffers))
+    params, buffers = (
+        restack(definition.config, flat, like=like) for like in (definition.params, definition.buffers)
+    )
     return definition, params, buffers
 
 
@@ -141,7 +162,7 @@ def _noisy(params: Mapping[str, jax.Array], draw: int) -> dict[str, jax.Array]:
     return {**params, "embed/table": jax.numpy.asarray(table * (1 + np.float32(NOISE) * noise))}
 
 
-# The text -------------------------------------------------------------------------------------------------------------
+# The text ---------------------------------------------------------------------------------------------------
 def text_windows(
     loaded: Loaded,
     data: DataConfig | None,
@@ -151,14 +172,16 @@ def text_windows(
     changed_data: ChangedData = ChangedData.REFUSE,
     log: Callable[[str], None],
 ) -> list[Window]:
-    """The first held-out documents, cut into windows, with `max_tokens` scored tokens in all; the first of a document is not scored.
+    """The first held-out documents, cut into windows, with `max_tokens` scored tokens in all; the first of a
+    document is not scored.
 
     Raises:
       ValueError: there is no such text, no token to score in it, or the run's text has changed.
     """
     if max_tokens < 1 or length < 1:
         raise ValueError(f"max_tokens={max_tokens} and window={length} must be at least 1")
-    length, text = min(length, loaded.config.context_length - 1), scored_text(loaded)
+    length = min(length, loaded.config.context_length - 1)
+    text = scored_text(loaded)
     found: list[Window] = []
     left = max_tokens
     for shards in documents_of(loaded, data_or_own(loaded, data), changed_data=changed_data, log=log):
@@ -175,7 +198,9 @@ def text_windows(
 
 
 def _windows(shards: TokenizedDocuments, *, length: int, text: ScoredText) -> Iterator[Window]:
-    """Those of all documents that have a scored token. What is not scored throughout is cut as it is in training."""
+    """Those of all documents that have a scored token. What is not scored throughout is cut as it is in
+    training.
+    """
     for document in range(len(shards)):
         tokens = shards.tokens(document)
         scored = np.arange(len(tokens)) > 0 if text is ScoredText.ALL else shards.scored(document)

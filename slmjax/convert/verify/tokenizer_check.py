@@ -1,11 +1,11 @@
 """The tokenizer of an exported file against the model's own: level four of `verification`.
 
-Two comparisons. The keys `tokenizer.*` of the file (vocabulary, token types, scores, merges, special ids, pre-tokenizer,
-chat template) must be those that `export` writes. The engine must give the ids that our tokenizer gives, for texts on which
-tokenizers disagree.
+Two comparisons. The keys `tokenizer.*` of the file (vocabulary, token types, scores, merges, special ids,
+pre-tokenizer, chat template) must be those that `export` writes. The engine must give the ids that our
+tokenizer gives, for texts on which tokenizers disagree.
 
-llama.cpp is known to give other ids for some texts, whatever the file says. Such a text is reported with the reason, and is
-no fault of the file.
+llama.cpp is known to give other ids for some texts, whatever the file says. Such a text is reported with the
+reason, and is no fault of the file.
 """
 
 import dataclasses
@@ -28,13 +28,27 @@ MOST_TOKENS = 512  # of the vocabulary, whose text is encoded again
 _SHOWN = 60  # characters of a value in a message
 _WORDS = "Straße naïve Привет мир"
 TEXTS = (
-    "", " ", "   ", "\n", " leading", "  two blanks first", "trailing ", "trailing  \n", " " * 200,
-    "Two  blanks   three    four\ttab\t\ttabs \n new\n\nlines", "a\r\nb\r\n\r\n \n c",
-    "1 12 123 1234 12345678 3.14159 1,000,000 x2y33 ½ Ⅷ ٣٤٥", "It's we'LL don't 'tis CamelCaseHTTPServer a_b-c/d\\e|f",
-    'x = 1 if y != 1e-5 else f("q")  # comment\n\t\treturn [i for i in range(10)]\n', _WORDS,
-    "中文字符,混排abc 日本語テキスト 한국어", "e\u0301 a\u0308 हिन्दी ไทย", "😀👩‍👩‍👧‍👦🏳️‍🌈 ©™ \u00a0nbsp\u2003em\u200bzero",
-    "supercalifragilistic" * 40, "</s> <s> <|eos|> <|endoftext|> [CLS]",
-)  # fmt: skip
+    "",
+    " ",
+    "   ",
+    "\n",
+    " leading",
+    "  two blanks first",
+    "trailing ",
+    "trailing  \n",
+    " " * 200,
+    "Two  blanks   three    four\ttab\t\ttabs \n new\n\nlines",
+    "a\r\nb\r\n\r\n \n c",
+    "1 12 123 1234 12345678 3.14159 1,000,000 x2y33 ½ Ⅷ ٣٤٥",
+    "It's we'LL don't 'tis CamelCaseHTTPServer a_b-c/d\\e|f",
+    'x = 1 if y != 1e-5 else f("q")  # comment\n\t\treturn [i for i in range(10)]\n',
+    _WORDS,
+    "中文字符,混排abc 日本語テキスト 한국어",
+    "e\u0301 a\u0308 हिन्दी ไทย",
+    "😀👩‍👩‍👧‍👦🏳️‍🌈 ©™ \u00a0nbsp\u2003em\u200bzero",
+    "supercalifragilistic" * 40,
+    "</s> <s> <|eos|> <|endoftext|> [CLS]",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,8 +77,11 @@ class TokenizerCheck:
         return not self.differences and all(one.reason is not None for one in self.differing_texts)
 
 
-def compare_metadata(metadata: Mapping[str, Any], directory: Path, tokenizer: Tokenizer, *, num_rows: int) -> TokenizerCheck:
-    """Compare the keys `tokenizer.*` of a file with those that `export` writes for the tokenizer in `directory`.
+def compare_metadata(
+    metadata: Mapping[str, Any], directory: Path, tokenizer: Tokenizer, *, num_rows: int
+) -> TokenizerCheck:
+    """Compare the keys `tokenizer.*` of a file with those that `export` writes for the tokenizer in
+    `directory`.
 
     Args:
       metadata: of the file.
@@ -76,11 +93,17 @@ def compare_metadata(metadata: Mapping[str, Any], directory: Path, tokenizer: To
     wanted = tokenizer_metadata(directory, adds_bos=tokenizer.adds_bos, num_rows=num_rows)
     found = {key: value for key, value in metadata.items() if key.startswith(PREFIX)}
     keys = sorted(wanted.keys() | found.keys())
-    differences = tuple(f"{key}: {text}" for key in keys if (text := _difference(found.get(key), wanted.get(key))) is not None)
+    differences = tuple(
+        f"{key}: {text}" for key in keys if (text := _difference(found.get(key), wanted.get(key))) is not None
+    )
     lists = {key: value for key, value in wanted.items() if isinstance(value, list)}
-    lengths_fit = all(isinstance(found.get(key), list) and len(found[key]) == len(value) for key, value in lists.items())
+    lengths_fit = all(
+        isinstance(found.get(key), list) and len(found[key]) == len(value) for key, value in lists.items()
+    )
     can_load = lengths_fit and all(found.get(key) == wanted.get(key) for key in KIND_KEYS)
-    return TokenizerCheck(keys=len(keys), differences=differences, can_load=can_load, texts=0, differing_texts=())
+    return TokenizerCheck(
+        keys=len(keys), differences=differences, can_load=can_load, texts=0, differing_texts=()
+    )
 
 
 def compare_ids(check: TokenizerCheck, file: Path, tokenizer: Tokenizer, *, context: int) -> TokenizerCheck:
@@ -93,7 +116,9 @@ def compare_ids(check: TokenizerCheck, file: Path, tokenizer: Tokenizer, *, cont
     texts = [*TEXTS, *vocabulary_texts(tokenizer), "".join(tokenizer.special_ids)]
     # (text, our ids, whether the engine adds BOS and EOS, whether it finds special tokens in the text)
     cases = [(text, ids, False, False) for text in texts if (ids := _encoded(tokenizer, text)) is not None]
-    cases += [(text, tokenizer.with_bos(ids), True, False) for text, ids, *_ in cases if text in (_WORDS, "a")]
+    cases += [
+        (text, tokenizer.with_bos(ids), True, False) for text, ids, *_ in cases if text in (_WORDS, "a")
+    ]
     special = "".join(tokenizer.special_ids)
     cases.append((special, tokenizer.encode_with_special(special), False, True))
     differing = []
@@ -107,7 +132,9 @@ def compare_ids(check: TokenizerCheck, file: Path, tokenizer: Tokenizer, *, cont
 
 def vocabulary_texts(tokenizer: Tokenizer) -> list[str]:
     """Texts made of tokens of the vocabulary, spread evenly over it: 16 tokens each."""
-    chosen = np.unique(np.linspace(0, tokenizer.vocab_size - 1, min(tokenizer.vocab_size, MOST_TOKENS)).astype(int))
+    chosen = np.unique(
+        np.linspace(0, tokenizer.vocab_size - 1, min(tokenizer.vocab_size, MOST_TOKENS)).astype(int)
+    )
     texts = [tokenizer.decode(chosen[start : start + 16].tolist()) for start in range(0, len(chosen), 16)]
     return ["a", *(text for text in texts if "\ufffd" not in text and "\0" not in text)]
 
@@ -115,7 +142,8 @@ def vocabulary_texts(tokenizer: Tokenizer) -> list[str]:
 def known_limit(tokenizer: Tokenizer, text: str, engine: Sequence[int]) -> str | None:
     """The limit of llama.cpp that explains other ids for a text; None where none is known."""
     specification = tokenizer.specification
-    normalizer, pre_tokenizer = json.dumps(specification["normalizer"]), specification["pre_tokenizer"] or {}
+    normalizer = json.dumps(specification["normalizer"])
+    pre_tokenizer = specification["pre_tokenizer"] or {}
     if '"NFC"' in normalizer and unicodedata.normalize("NFC", text) != text:
         return "llama.cpp does not bring text to NFC first"
     if set(engine) & set(tokenizer.special_ids.values()):

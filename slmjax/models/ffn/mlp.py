@@ -24,7 +24,8 @@ class Activation(enum.Enum):
     GELU_EXACT = "gelu_exact"  # by the error function
     RELU = "relu"
     RELU2 = "relu2"
-    CLAMPED_SILU = "clamped_silu"  # of gated layers alone: bounded inputs, a steeper sigmoid, one more than the other half (GPT-OSS)
+    # of gated layers alone: bounded inputs, a steeper sigmoid, one more than the other half (GPT-OSS)
+    CLAMPED_SILU = "clamped_silu"
 
 
 ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
@@ -34,14 +35,18 @@ ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
     Activation.RELU: jax.nn.relu,
     Activation.RELU2: lambda x: jnp.square(jax.nn.relu(x)),
 }
-CLAMP, STEEPNESS = 7.0, 1.702  # of CLAMPED_SILU
+CLAMP = 7.0
+STEEPNESS = 1.702  # of CLAMPED_SILU
 
 
-def gated(activation: Activation, gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+def gated(
+    activation: Activation, gate: Float[Array, "*B F"], up: Float[Array, "*B F"]
+) -> Float[Array, "*B F"]:
     """The hidden layer of a gated feed-forward layer, from its two halves."""
     if activation is not Activation.CLAMPED_SILU:
         return ACTIVATIONS[activation](gate) * up
-    gate, up = jnp.minimum(gate, CLAMP), jnp.clip(up, -CLAMP, CLAMP)
+    gate = jnp.minimum(gate, CLAMP)
+    up = jnp.clip(up, -CLAMP, CLAMP)
     return gate * jax.nn.sigmoid(STEEPNESS * gate) * (up + 1.0)
 
 
@@ -58,7 +63,10 @@ class MlpConfig(FfnConfig):
         if self.hidden_dim < 1:
             raise ValueError(f"ffn.hidden_dim must be at least 1, got {self.hidden_dim}")
         if self.activation is Activation.CLAMPED_SILU and not self.gated:
-            raise ValueError("ffn.activation=clamped_silu is made of two halves: set ffn.gated, or choose another activation")
+            raise ValueError(
+                "ffn.activation=clamped_silu is made of two halves: set ffn.gated, or choose another "
+                "activation"
+            )
 
     def build(self, shape: Shape, *, rngs: nnx.Rngs) -> "Mlp":
         """The module, with freshly initialised parameters."""
@@ -81,9 +89,17 @@ class Mlp(Ffn):
         wide = {"std": shape.init_std, "bias": config.bias, "rngs": rngs}
         self.gate = Linear(shape.embed_dim, config.hidden_dim, **wide) if config.gated else None
         self.up = Linear(shape.embed_dim, config.hidden_dim, **wide)
-        self.down = Linear(config.hidden_dim, shape.embed_dim, std=shape.output_std, bias=config.bias, rngs=rngs)
+        self.down = Linear(
+            config.hidden_dim, shape.embed_dim, std=shape.output_std, bias=config.bias, rngs=rngs
+        )
 
-    def __call__(self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"]) -> tuple[Float[Array, "B T D"], FfnAux]:
+    def __call__(
+        self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], FfnAux]:
         activation = self.config.activation
-        hidden = ACTIVATIONS[activation](self.up(x)) if self.gate is None else gated(activation, self.gate(x), self.up(x))
+        hidden = (
+            ACTIVATIONS[activation](self.up(x))
+            if self.gate is None
+            else gated(activation, self.gate(x), self.up(x))
+        )
         return self.down(hidden), FfnAux(losses={}, metrics={})

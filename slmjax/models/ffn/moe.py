@@ -1,13 +1,15 @@
-"""Mixture of experts: a router sends each token to a few of many gated MLPs, and adds their outputs by its weights.
+"""Mixture of experts: a router sends each token to a few of many gated MLPs, and adds their outputs by its
+weights.
 
-Tokens are dispatched without drops (rows sorted by expert, one grouped product) or with a capacity per row of the batch
-and expert, beyond which the later tokens are dropped. Experts may be divided over devices: each computes its own experts
-for the tokens of all, and the sums go back to where the tokens live. Load is balanced by an auxiliary loss or by a bias
-on the scores that the trainer moves once per optimizer step. Everything here is per token or per row of the batch, so
-that neither gradient accumulation nor which rows share a batch changes anything.
+Tokens are dispatched without drops (rows sorted by expert, one grouped product) or with a capacity per row of
+the batch and expert, beyond which the later tokens are dropped. Experts may be divided over devices: each
+computes its own experts for the tokens of all, and the sums go back to where the tokens live. Load is
+balanced by an auxiliary loss or by a bias on the scores that the trainer moves once per optimizer step.
+Everything here is per token or per row of the batch, so that neither gradient accumulation nor which rows
+share a batch changes anything.
 
-Dims: B batch, T time, D model, E experts, K selected, F hidden of an expert; M tokens (B T); R slots, the rows that the
-experts compute; C capacity.
+Dims: B batch, T time, D model, E experts, K selected, F hidden of an expert; M tokens (B T); R slots, the
+rows that the experts compute; C capacity.
 """
 
 import dataclasses
@@ -57,23 +59,36 @@ class MoeConfig(FfnConfig):
     normalize_weights: bool = True  # the weights of a token's selected experts sum to one
     routed_scale: float = 1.0  # multiplies the weights of the selected experts
     shared_hidden_dim: int = 0  # width of a gated MLP that every token uses beside its experts; 0 for none
-    balance: Balance = Balance.AUX_LOSS  # what keeps the load even: a loss, a bias on the scores (DeepSeek-V3), or nothing
+    balance: Balance = (
+        Balance.AUX_LOSS
+    )  # what keeps the load even: a loss, a bias on the scores (DeepSeek-V3), or nothing
     balance_weight: float = 0.01  # coefficient of the balance loss
     bias_rate: float = 0.001  # how far a bias moves in an optimizer step
     z_weight: float = 0.0  # coefficient of the squared log-sum-exp of router logits
-    capacity_factor: float | None = None  # room per expert and row, as a multiple of an even share; None drops nothing
+    capacity_factor: float | None = (
+        None  # room per expert and row, as a multiple of an even share; None drops nothing
+    )
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_selected <= self.num_experts:
-            raise ValueError(f"ffn.num_selected is {self.num_selected}: set it between 1 and ffn.num_experts, {self.num_experts}")
+            raise ValueError(
+                f"ffn.num_selected is {self.num_selected}: set it between 1 and ffn.num_experts, "
+                f"{self.num_experts}"
+            )
         if self.hidden_dim < 1:
             raise ValueError(f"ffn.hidden_dim must be at least 1, got {self.hidden_dim}")
         if self.shared_hidden_dim < 0:
-            raise ValueError(f"ffn.shared_hidden_dim is {self.shared_hidden_dim}: set a width, or 0 for no shared expert")
-        if negative := [name for name in ("balance_weight", "bias_rate", "z_weight") if getattr(self, name) < 0]:
+            raise ValueError(
+                f"ffn.shared_hidden_dim is {self.shared_hidden_dim}: set a width, or 0 for no shared expert"
+            )
+        if negative := [
+            name for name in ("balance_weight", "bias_rate", "z_weight") if getattr(self, name) < 0
+        ]:
             raise ValueError(f"ffn.{negative[0]} must not be negative: 0 turns it off")
         if self.capacity_factor is not None and self.capacity_factor <= 0:
-            raise ValueError(f"ffn.capacity_factor is {self.capacity_factor}: 1.25 is usual, and None drops no tokens")
+            raise ValueError(
+                f"ffn.capacity_factor is {self.capacity_factor}: 1.25 is usual, and None drops no tokens"
+            )
 
     def build(self, shape: Shape, *, rngs: nnx.Rngs) -> "Moe":
         """The module, with freshly initialised parameters."""
@@ -87,16 +102,22 @@ class MoeConfig(FfnConfig):
         """Return what a user must know who trains this layer; None if there is nothing."""
         if self.num_selected > 1 or not self.normalize_weights:
             return None
-        terms = {"balance_weight": self.balance_weight if self.balance is Balance.AUX_LOSS else 0.0, "z_weight": self.z_weight}
+        terms = {
+            "balance_weight": self.balance_weight if self.balance is Balance.AUX_LOSS else 0.0,
+            "z_weight": self.z_weight,
+        }
         trained_by = " and ".join(f"ffn.{name}={weight:g}" for name, weight in terms.items() if weight)
         trained = f"only {trained_by} trains it" if trained_by else "nothing trains it"
         return (
-            "with ffn.num_selected=1 and ffn.normalize_weights every token's expert has the weight 1: the loss gives the router no "
+            "with ffn.num_selected=1 and ffn.normalize_weights every token's expert has the weight 1: the "
+            "loss gives the router no "
             f"gradient, and {trained}. For a router that learns from the loss set ffn.normalize_weights=False"
         )
 
     def for_inference(self) -> "MoeConfig":
-        """Without a capacity: which tokens an expert has no room for depends on the others, and on how many are asked at a time."""
+        """Without a capacity: which tokens an expert has no room for depends on the others, and on how many
+        are asked at a time.
+        """
         return dataclasses.replace(self, capacity_factor=None)
 
     def capacity(self, length: int) -> int:
@@ -105,7 +126,7 @@ class MoeConfig(FfnConfig):
         return min(length, math.ceil(even_share * (self.capacity_factor or 1.0)))
 
 
-# Routing --------------------------------------------------------------------------------------------------------------
+# Routing ----------------------------------------------------------------------------------------------------
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Routing:
@@ -116,12 +137,19 @@ class Routing:
     probabilities: Float[Array, "B T E"]  # scores that sum to one over experts, for the balance loss
 
 
-def route(logits: Float[Array, "B T E"], real: Bool[Array, "B T"], bias: Float[Array, " E"] | None, *, config: MoeConfig) -> Routing:
+def route(
+    logits: Float[Array, "B T E"],
+    real: Bool[Array, "B T"],
+    bias: Float[Array, " E"] | None,
+    *,
+    config: MoeConfig,
+) -> Routing:
     """Scores, selects and weighs experts, in float32.
 
     Args:
       real: False for padding.
-      bias: added to the scores for the selection, not for the weights (auxiliary-loss-free balancing, Wang et al. 2024).
+      bias: added to the scores for the selection, not for the weights (auxiliary-loss-free balancing, Wang et
+        al. 2024).
     """
     if config.score is RouterScore.SOFTMAX:
         scores = probabilities = jax.nn.softmax(logits, axis=-1)
@@ -132,7 +160,9 @@ def route(logits: Float[Array, "B T E"], real: Bool[Array, "B T"], bias: Float[A
     _, experts = jax.lax.top_k(jax.lax.stop_gradient(preference), config.num_selected)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if config.normalize_weights and config.num_selected == 1:
-        weights = jnp.ones_like(weights)  # what a score over itself is, without the rounding that would pass for its gradient
+        weights = jnp.ones_like(
+            weights
+        )  # what a score over itself is, without the rounding that would pass for its gradient
     elif config.normalize_weights:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
     return Routing(
@@ -149,12 +179,15 @@ def row_expert_counts(experts: Int[Array, "B T K"], num_experts: int) -> Float[A
 
 
 def balance_loss(routing: Routing, real: Bool[Array, "B T"]) -> Float[Array, ""]:
-    """`E * sum_e f_e p_e` of each row, times its number of real tokens, summed over rows (Fedus et al. 2021, by row).
+    """`E * sum_e f_e p_e` of each row, times its number of real tokens, summed over rows (Fedus et al. 2021,
+    by row).
 
-    f is the share of the row's selections that went to an expert and p its mean probability over the row's real tokens, so
-    that an even load gives 1 per real token. Divided by the global count of real tokens it is a mean over tokens.
+    f is the share of the row's selections that went to an expert and p its mean probability over the row's
+    real tokens, so that an even load gives 1 per real token. Divided by the global count of real tokens it is
+    a mean over tokens.
     """
-    num_experts, num_selected = routing.probabilities.shape[-1], routing.experts.shape[-1]
+    num_experts = routing.probabilities.shape[-1]
+    num_selected = routing.experts.shape[-1]
     num_real = jnp.maximum(jnp.sum(real, axis=1, dtype=jnp.float32), 1.0)
     share = row_expert_counts(routing.experts, num_experts) / (num_selected * num_real[:, None])
     # Not divided by the number of real tokens: that makes it the mean times the weight of the row.
@@ -163,12 +196,17 @@ def balance_loss(routing: Routing, real: Bool[Array, "B T"]) -> Float[Array, ""]
 
 
 def z_loss(logits: Float[Array, "B T E"], real: Bool[Array, "B T"]) -> Float[Array, ""]:
-    """Squared log-sum-exp of the router logits, summed over real tokens (Zoph et al. 2022): keeps logits small."""
+    """Squared log-sum-exp of the router logits, summed over real tokens (Zoph et al. 2022): keeps logits
+    small.
+    """
     return jnp.sum(jnp.where(real, jnp.square(jax.nn.logsumexp(logits, axis=-1)), 0.0))
 
 
-def updated_bias(bias: Float[Array, "*R E"], counts: Float[Array, "*R E"], rate: float) -> Float[Array, "*R E"]:
-    """Selection biases after an optimizer step: up by `rate` for experts with less than the mean load, down for more.
+def updated_bias(
+    bias: Float[Array, "*R E"], counts: Float[Array, "*R E"], rate: float
+) -> Float[Array, "*R E"]:
+    """Selection biases after an optimizer step: up by `rate` for experts with less than the mean load, down
+    for more.
 
     Args:
       counts: tokens that selected each expert, over the global batch of the step.
@@ -176,11 +214,13 @@ def updated_bias(bias: Float[Array, "*R E"], counts: Float[Array, "*R E"], rate:
     return bias + rate * jnp.sign(jnp.mean(counts, axis=-1, keepdims=True) - counts)
 
 
-# Dispatch -------------------------------------------------------------------------------------------------------------
+# Dispatch ---------------------------------------------------------------------------------------------------
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slots:
-    """The rows that the experts compute, each of one selection (token m, choice j), which has the number m * K + j."""
+    """The rows that the experts compute, each of one selection (token m, choice j), which has the number m *
+    K + j.
+    """
 
     selection: Int[Array, " R"]  # whose row it is; M * K where a slot is empty
     slot: Int[Array, "M K"]  # where a selection is computed; R where it is not computed here
@@ -188,7 +228,9 @@ class Slots:
 
 
 def sorted_slots(experts: Int[Array, "M K"], num_experts: int) -> Slots:
-    """A slot for every selection of the experts 0 to `num_experts` - 1, in the order of experts; nothing is dropped."""
+    """A slot for every selection of the experts 0 to `num_experts` - 1, in the order of experts; nothing is
+    dropped.
+    """
     num_tokens, num_selected = experts.shape
     num_slots = num_tokens * min(num_selected, num_experts)  # a token selects an expert once
     order = jnp.argsort(experts.reshape(-1), stable=True)
@@ -203,24 +245,32 @@ def sorted_slots(experts: Int[Array, "M K"], num_experts: int) -> Slots:
 
 
 def capacity_slots(experts: Int[Array, "B T K"], num_experts: int, *, capacity: int) -> Slots:
-    """Slots for every expert and row, [E, B, C] flattened: `capacity` of them, of which the earlier tokens come first.
+    """Slots for every expert and row, [E, B, C] flattened: `capacity` of them, of which the earlier tokens
+    come first.
 
-    Under `sharding.local` a row may be a part of one: earlier tokens that other devices hold have used up their share.
+    Under `sharding.local` a row may be a part of one: earlier tokens that other devices hold have used up
+    their share.
     """
     num_rows, length, num_selected = experts.shape
     by_row = experts.reshape(num_rows, length * num_selected)
     counts = jnp.sum(by_row[:, :, None] == jnp.arange(num_experts)[None, None, :], axis=1, dtype=jnp.int32)
     kept = jnp.clip(capacity - communication.sum_before(counts, "time"), 0, counts)  # [B, E]
     capacity = min(capacity, length)  # a token selects an expert once
-    num_slots, per_row = num_experts * num_rows * capacity, length * num_selected
-    row, room = jnp.arange(num_rows)[:, None], jnp.arange(capacity)[None, None, :]
+    num_slots = num_experts * num_rows * capacity
+    per_row = length * num_selected
+    row = jnp.arange(num_rows)[:, None]
+    room = jnp.arange(capacity)[None, None, :]
     order = jnp.argsort(by_row, axis=1, stable=True)
-    starts, expert = jnp.cumsum(counts, axis=1) - counts, jnp.minimum(by_row, num_experts - 1)
+    starts = jnp.cumsum(counts, axis=1) - counts
+    expert = jnp.minimum(by_row, num_experts - 1)
     rank = jnp.argsort(order, axis=1) - jnp.take_along_axis(starts, expert, axis=1)
     has_slot = (by_row < num_experts) & (rank < jnp.take_along_axis(kept, expert, axis=1))
     slot = jnp.where(has_slot, (by_row * num_rows + row) * capacity + rank, num_slots)
     place = jnp.minimum(starts[:, :, None] + room, per_row - 1)  # [B, E, C], into the sorted row
-    selection = jnp.take_along_axis(order, place.reshape(num_rows, -1), axis=1).reshape(place.shape) + per_row * row[:, :, None]
+    selection = (
+        jnp.take_along_axis(order, place.reshape(num_rows, -1), axis=1).reshape(place.shape)
+        + per_row * row[:, :, None]
+    )
     selection = jnp.where(room < kept[:, :, None], selection, experts.size)
     return Slots(
         selection=jnp.swapaxes(selection, 0, 1).reshape(-1),
@@ -229,11 +279,15 @@ def capacity_slots(experts: Int[Array, "B T K"], num_experts: int, *, capacity: 
     )
 
 
-def take_rows(x: Float[Array, "M D"], index: Int[Array, "..."], inverse: Int[Array, "M J"]) -> Float[Array, "... D"]:
-    """`x[index]`, zeros where `index` is M. The gradient gathers too: it is deterministic, and faster than a scatter.
+def take_rows(
+    x: Float[Array, "M D"], index: Int[Array, "..."], inverse: Int[Array, "M J"]
+) -> Float[Array, "... D"]:
+    """`x[index]`, zeros where `index` is M. The gradient gathers too: it is deterministic, and faster than a
+    scatter.
 
     Args:
-      inverse: for each row of `x` the places in the flattened result that hold it; the number of places for none.
+      inverse: for each row of `x` the places in the flattened result that hold it; the number of places for
+        none.
     """
     return _take_rows(*communication.alike(x, index, inverse))
 
@@ -267,21 +321,32 @@ def apply_experts(
 
     Args:
       biases: of gate, up and down, where the experts have any.
-      hidden_input: rounds the hidden layer before it is multiplied with `down`, where rules of quantization say so.
+      hidden_input: rounds the hidden layer before it is multiplied with `down`, where rules of quantization
+        say so.
       capacity: tokens that an expert takes from a row, the earlier ones; None for all.
     """
-    rows, matrices_in, matrices_out = ("batch", "time", None), ("expert", None, "ffn"), ("expert", "ffn", None)
+    rows = ("batch", "time", None)
+    matrices_in = ("expert", None, "ffn")
+    matrices_out = ("expert", "ffn", None)
 
     def on_shard(x: Array, weights: Array, experts: Array, *matrices: Array) -> Array:
         rows_divided = communication.is_divided("batch")
         if rows_divided:  # the devices that share out the experts hold different rows: each needs all of them
-            x, weights, experts = (communication.gather(part, "expert", axis=0) for part in (x, weights, experts))
+            x, weights, experts = (
+                communication.gather(part, "expert", axis=0) for part in (x, weights, experts)
+            )
         num_experts = matrices[0].shape[0]
         mine = experts - communication.index_along("expert") * num_experts
         mine = jnp.where((mine >= 0) & (mine < num_experts), mine, num_experts)
-        added = _compute_slots(x, weights, mine, matrices, activation=activation, capacity=capacity, hidden_input=hidden_input)
+        added = _compute_slots(
+            x, weights, mine, matrices, activation=activation, capacity=capacity, hidden_input=hidden_input
+        )
         y = communication.sum_over(added, "ffn")
-        return communication.scatter_sum(y, "expert", axis=0) if rows_divided else communication.sum_over(y, "expert")
+        return (
+            communication.scatter_sum(y, "expert", axis=0)
+            if rows_divided
+            else communication.sum_over(y, "expert")
+        )
 
     in_dims = (rows, rows, rows, matrices_in, matrices_in, matrices_out)
     if biases is not None:
@@ -300,9 +365,12 @@ def _compute_slots(
     capacity: int | None,
     hidden_input: RoundedInput | None,
 ) -> Array:
-    """What the experts whose gate, up and down matrices (and biases) are given add to the tokens of `x`, [B, T, D]."""
+    """What the experts whose gate, up and down matrices (and biases) are given add to the tokens of `x`, [B,
+    T, D].
+    """
     gate, up, down, *biases = matrices
-    num_experts, num_selected = gate.shape[0], experts.shape[-1]
+    num_experts = gate.shape[0]
+    num_selected = experts.shape[-1]
     if capacity is None:
         slots = sorted_slots(experts.reshape(-1, num_selected), num_experts)
         multiply = functools.partial(kernels.grouped_matmul, group_sizes=slots.group_sizes)
@@ -310,14 +378,19 @@ def _compute_slots(
         slots = capacity_slots(experts, num_experts, capacity=capacity)
         multiply = _even_groups
     rows = take_rows(x.reshape(-1, x.shape[-1]), slots.selection // num_selected, slots.slot)
-    by_slot = [jnp.repeat(bias, slots.group_sizes, axis=0, total_repeat_length=rows.shape[0]) for bias in biases]
+    by_slot = [
+        jnp.repeat(bias, slots.group_sizes, axis=0, total_repeat_length=rows.shape[0]) for bias in biases
+    ]
     gate_bias, up_bias, down_bias = by_slot or (0, 0, 0)
     hidden = gated(activation, multiply(rows, gate) + gate_bias, multiply(rows, up) + up_bias)
     hidden = hidden if hidden_input is None else rounded_part(hidden, hidden_input, "ffn")
-    # Where the hidden dim is divided over devices, what they add is summed: the bias of the output comes in as many parts.
+    # Where the hidden dim is divided over devices, what they add is summed: the bias of the output comes in
+    # as many parts.
     outputs = multiply(hidden, down) + down_bias / communication.num_shards("ffn")
     selected = take_rows(outputs, slots.slot, slots.selection[:, None])
-    y = jnp.einsum("mkd,mk->md", selected, weights.reshape(-1, num_selected), preferred_element_type=jnp.float32)
+    y = jnp.einsum(
+        "mkd,mk->md", selected, weights.reshape(-1, num_selected), preferred_element_type=jnp.float32
+    )
     return y.reshape(x.shape).astype(x.dtype)
 
 
@@ -327,7 +400,7 @@ def _even_groups(x: Array, weights: Array) -> Array:
     return jnp.einsum("erd,edf->erf", grouped, weights).reshape(x.shape[0], -1)
 
 
-# Modules --------------------------------------------------------------------------------------------------------------
+# Modules ----------------------------------------------------------------------------------------------------
 class RouterBias(nnx.Variable[Any]):
     """Selection biases: state that the trainer updates from expert counts, not trained by gradients."""
 
@@ -354,17 +427,32 @@ class Moe(Ffn):
 
     def __init__(self, config: MoeConfig, shape: Shape, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.router = Linear(shape.embed_dim, config.num_experts, std=shape.init_std, bias=config.bias, rngs=rngs)
-        self.router_bias = RouterBias(jnp.zeros((config.num_experts,), jnp.float32)) if config.balance is Balance.BIAS else None
+        self.router = Linear(
+            shape.embed_dim, config.num_experts, std=shape.init_std, bias=config.bias, rngs=rngs
+        )
+        self.router_bias = (
+            RouterBias(jnp.zeros((config.num_experts,), jnp.float32))
+            if config.balance is Balance.BIAS
+            else None
+        )
         self.experts = Experts(config, shape, rngs=rngs)
-        shared = MlpConfig(hidden_dim=config.shared_hidden_dim, activation=config.activation) if config.shared_hidden_dim else None
+        shared = (
+            MlpConfig(hidden_dim=config.shared_hidden_dim, activation=config.activation)
+            if config.shared_hidden_dim
+            else None
+        )
         self.shared = None if shared is None else shared.build(shape, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"]) -> tuple[Float[Array, "B T D"], FfnAux]:
-        config, real = self.config, segment_ids != 0
+    def __call__(
+        self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], FfnAux]:
+        config = self.config
+        real = segment_ids != 0
         with jax.default_matmul_precision("float32"):
             logits = self.router(x.astype(jnp.float32))
-        routing = route(logits, real, None if self.router_bias is None else self.router_bias[...], config=config)
+        routing = route(
+            logits, real, None if self.router_bias is None else self.router_bias[...], config=config
+        )
         capacity = None if config.capacity_factor is None else config.capacity(x.shape[1])
         y = apply_experts(
             x if self.experts.input is None else self.experts.input(x),
@@ -385,11 +473,20 @@ class Moe(Ffn):
         experts = self.experts
         if experts.gate_bias is None or experts.up_bias is None or experts.down_bias is None:
             return None
-        return experts.gate_bias[...].astype(dtype), experts.up_bias[...].astype(dtype), experts.down_bias[...].astype(dtype)
+        return (
+            experts.gate_bias[...].astype(dtype),
+            experts.up_bias[...].astype(dtype),
+            experts.down_bias[...].astype(dtype),
+        )
 
     def _report(self, logits: Array, routing: Routing, real: Array, capacity: int | None) -> FfnAux:
         balance_weight = self.config.balance_weight if self.config.balance is Balance.AUX_LOSS else 0.0
-        losses = {"moe_balance": balance_weight * balance_loss(routing, real), "moe_z": self.config.z_weight * z_loss(logits, real)}
+        losses = {
+            "moe_balance": balance_weight * balance_loss(routing, real),
+            "moe_z": self.config.z_weight * z_loss(logits, real),
+        }
         counts = row_expert_counts(routing.experts, self.config.num_experts)
-        dropped = jnp.zeros((), jnp.float32) if capacity is None else jnp.sum(jnp.maximum(counts - capacity, 0.0))
+        dropped = (
+            jnp.zeros((), jnp.float32) if capacity is None else jnp.sum(jnp.maximum(counts - capacity, 0.0))
+        )
         return FfnAux(losses=losses, metrics={"expert_counts": jnp.sum(counts, axis=0), "dropped": dropped})

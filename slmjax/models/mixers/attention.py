@@ -1,7 +1,9 @@
-"""Softmax attention: grouped-query, full or sliding-window, rotary or without positions, with its decoding cache.
+"""Softmax attention: grouped-query, full or sliding-window, rotary or without positions, with its decoding
+cache.
 
-One rule says who sees whom, in training as in decoding: a key is visible when it belongs to the same document, does not
-lie ahead, and is nearer than the window. Documents packed in one row therefore never see each other.
+One rule says who sees whom, in training as in decoding: a key is visible when it belongs to the same
+document, does not lie ahead, and is nearer than the window. Documents packed in one row therefore never see
+each other.
 
 Dims: B batch, T time, S cache slots, D model, N query heads, K key-value heads, H head dim.
 """
@@ -51,17 +53,24 @@ class AttentionConfig(MixerConfig):
     head_dim: int | None = None  # dims per head, H (none: embed_dim / num_heads)
     window: int | None = None  # how many tokens, itself included, a token sees (none: all before it)
     rope_base: float | None = 10_000.0  # base of the rotary angles (none: no position information)
-    rotary_dim: int | None = None  # dims of each head that are rotated, the first ones (none: all, or all but an odd one)
+    rotary_dim: int | None = (
+        None  # dims of each head that are rotated, the first ones (none: all, or all but an odd one)
+    )
     rope_scaling: RopeScaling | None = None  # how the angles differ from plain ones (none: they do not)
     qk_norm: QkNorm = QkNorm.NONE  # normalise queries and keys
     biases: Biases = Biases.NONE  # biases of the projections
     scale: float | None = None  # multiplies the scores (none: one over the root of head_dim)
     softcap: float | None = None  # scores are bounded to this by a tanh
-    sinks: bool = False  # a learned score for each head that takes its share of the softmax and gives nothing (GPT-OSS)
+    sinks: bool = (
+        False  # a learned score for each head that takes its share of the softmax and gives nothing (GPT-OSS)
+    )
 
     def __post_init__(self) -> None:
         if self.num_heads < 1 or self.kv_heads < 1 or self.num_heads % self.kv_heads:
-            raise ValueError(f"num_heads={self.num_heads} and num_kv_heads={self.num_kv_heads}: need the second to divide the first")
+            raise ValueError(
+                f"num_heads={self.num_heads} and num_kv_heads={self.num_kv_heads}: need the second to divide "
+                "the first"
+            )
         if self.head_dim is not None and self.head_dim < 1:
             raise ValueError(f"head_dim must be at least 1 or none, got {self.head_dim}")
         if self.window is not None and self.window < 1:
@@ -72,7 +81,8 @@ class AttentionConfig(MixerConfig):
             raise ValueError(f"rope_base must be positive, or none for no positions, got {self.rope_base}")
         if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
             raise ValueError(
-                f"rotary_dim={self.rotary_dim}: dims are rotated in pairs, so that it must be even and at least 2; "
+                f"rotary_dim={self.rotary_dim}: dims are rotated in pairs, so that it must be even and at "
+                "least 2; "
                 "none rotates all of a head, and rope_base none rotates nothing"
             )
 
@@ -86,7 +96,10 @@ class AttentionConfig(MixerConfig):
         if self.head_dim is not None:
             return self.head_dim
         if shape.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim={shape.embed_dim} does not divide by num_heads={self.num_heads}: change one, or set head_dim")
+            raise ValueError(
+                f"embed_dim={shape.embed_dim} does not divide by num_heads={self.num_heads}: change one, or "
+                "set head_dim"
+            )
         return shape.embed_dim // self.num_heads
 
     def resolved_rotary_dim(self, shape: Shape) -> int:
@@ -108,7 +121,9 @@ class AttentionConfig(MixerConfig):
 
     @classmethod
     def upgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Read `rope_fraction`, which `rotary_dim` replaced, where `head_dim` is given or all dims are rotated."""
+        """Read `rope_fraction`, which `rotary_dim` replaced, where `head_dim` is given or all dims are
+        rotated.
+        """
         return with_rotary_dim(fields, embed_dim=None)
 
     @classmethod
@@ -133,7 +148,8 @@ class AttentionConfig(MixerConfig):
 
 
 def with_rotary_dim(fields: dict[str, Any], *, embed_dim: Any) -> dict[str, Any]:
-    """Return JSON fields of an `AttentionConfig` with `rotary_dim` instead of the `rope_fraction` of earlier versions.
+    """Return JSON fields of an `AttentionConfig` with `rotary_dim` instead of the `rope_fraction` of earlier
+    versions.
 
     They rotated `2 * int(head_dim * rope_fraction / 2)` dims.
 
@@ -148,12 +164,18 @@ def with_rotary_dim(fields: dict[str, Any], *, embed_dim: Any) -> dict[str, Any]
     fields, fraction = {"rotary_dim": None, **fields}, fields["rope_fraction"]
     del fields["rope_fraction"]
     if type(fraction) not in (int, float) or not 0 <= fraction <= 1:
-        raise ConfigError(f"rope_fraction must lie between 0 and 1, got {fraction!r}: set rotary_dim instead, a number of dims")
+        raise ConfigError(
+            f"rope_fraction must lie between 0 and 1, got {fraction!r}: set rotary_dim instead, a number of "
+            "dims"
+        )
     if fraction == 1 or fields.get("rope_base") is None:
         return fields
     head_dim = _head_dim_of(fields, embed_dim)
     if head_dim is None:
-        raise ConfigError(f"rope_fraction={fraction} of an earlier version needs head_dim: set rotary_dim instead, a number of dims")
+        raise ConfigError(
+            f"rope_fraction={fraction} of an earlier version needs head_dim: set rotary_dim instead, a "
+            "number of dims"
+        )
     fields["rotary_dim"] = 2 * int(head_dim * fraction / 2)
     note = "rope_fraction=%s of an earlier version is read as rotary_dim=%d, of heads of %d dims"
     log.info(note, fraction, fields["rotary_dim"], head_dim)
@@ -161,10 +183,13 @@ def with_rotary_dim(fields: dict[str, Any], *, embed_dim: Any) -> dict[str, Any]
 
 
 def with_rope_fraction(fields: dict[str, Any], *, embed_dim: Any) -> dict[str, Any]:
-    """Return JSON fields with the `rope_fraction` that `with_rotary_dim` reads; as they are where the width is not known."""
+    """Return JSON fields with the `rope_fraction` that `with_rotary_dim` reads; as they are where the width
+    is not known.
+    """
     if "rotary_dim" not in fields:
         return fields
-    rotated, head_dim = fields["rotary_dim"], _head_dim_of(fields, embed_dim)
+    rotated = fields["rotary_dim"]
+    head_dim = _head_dim_of(fields, embed_dim)
     if rotated is not None and head_dim is None:
         return fields
     others = {name: value for name, value in fields.items() if name != "rotary_dim"}
@@ -173,7 +198,8 @@ def with_rope_fraction(fields: dict[str, Any], *, embed_dim: Any) -> dict[str, A
 
 def _head_dim_of(fields: dict[str, Any], embed_dim: Any) -> int | None:
     """The width of a head by JSON fields of any kind, None where they do not say."""
-    head_dim, num_heads = fields.get("head_dim"), fields.get("num_heads")
+    head_dim = fields.get("head_dim")
+    num_heads = fields.get("num_heads")
     if head_dim is None and isinstance(embed_dim, int) and isinstance(num_heads, int) and num_heads > 0:
         head_dim = embed_dim // num_heads
     return head_dim if isinstance(head_dim, int) and head_dim > 0 else None
@@ -182,10 +208,11 @@ def _head_dim_of(fields: dict[str, Any], embed_dim: Any) -> int | None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KvCache:
-    """Keys and values already seen. The token at position p lives in slot p % S; segment id 0 marks an empty slot.
+    """Keys and values already seen. The token at position p lives in slot p % S; segment id 0 marks an empty
+    slot.
 
-    Heads come before slots: the products of attention then read a cache as it lies, instead of a copy for every token.
-    The fields are typed `Any` because a cache is a pytree: it may hold shapes or shardings.
+    Heads come before slots: the products of attention then read a cache as it lies, instead of a copy for
+    every token. The fields are typed `Any` because a cache is a pytree: it may hold shapes or shardings.
     """
 
     keys: Any  # Float[Array, "B K S H"]
@@ -194,11 +221,14 @@ class KvCache:
     segment_ids: Any  # Int[Array, "B S"]
 
 
-def ring_slots(num_slots: int, *, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """The slot of a cache that each token is written to; `num_slots`, which is none, for tokens that are not kept.
+def ring_slots(
+    num_slots: int, *, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
+) -> Int[Array, "B T"]:
+    """The slot of a cache that each token is written to; `num_slots`, which is none, for tokens that are not
+    kept.
 
-    Kept are those of the last document where there are several (segment ids count up). Padding is left out, and so is what a ring of
-    so many slots would overwrite at once.
+    Kept are those of the last document where there are several (segment ids count up). Padding is left out,
+    and so is what a ring of so many slots would overwrite at once.
     """
     real = (segment_ids > 0) & (segment_ids == jnp.max(segment_ids, axis=1, keepdims=True))
     last = jnp.max(jnp.where(real, positions, -1), axis=1, keepdims=True)
@@ -226,8 +256,12 @@ def write_cache(
 
 
 def join(cache: Any, new: Any) -> Any:
-    """The slots of two caches of a kind, one after the other: the middle dim of each array, the last of two."""
-    return jax.tree.map(lambda old, late: jnp.concatenate([old, late.astype(old.dtype)], axis=old.ndim // 2), cache, new)
+    """The slots of two caches of a kind, one after the other: the middle dim of each array, the last of
+    two.
+    """
+    return jax.tree.map(
+        lambda old, late: jnp.concatenate([old, late.astype(old.dtype)], axis=old.ndim // 2), cache, new
+    )
 
 
 class Attention(CachingMixer):
@@ -235,7 +269,9 @@ class Attention(CachingMixer):
 
     def __init__(self, config: AttentionConfig, shape: Shape, *, rngs: nnx.Rngs) -> None:
         head_dim = config.resolved_head_dim(shape)
-        self.config, self.head_dim, self.dtype = config, head_dim, shape.dtype
+        self.config = config
+        self.head_dim = head_dim
+        self.dtype = shape.dtype
         self.rotary_dim = config.resolved_rotary_dim(shape)
         self.scale = head_dim**-0.5 if config.scale is None else config.scale
         wide = {"std": shape.init_std, "bias": config.biases is not Biases.NONE, "rngs": rngs}
@@ -243,9 +279,14 @@ class Attention(CachingMixer):
         self.key = Linear(shape.embed_dim, config.kv_heads * head_dim, **wide)
         self.value = Linear(shape.embed_dim, config.kv_heads * head_dim, **wide)
         self.output = Linear(
-            config.num_heads * head_dim, shape.embed_dim, std=shape.output_std, bias=config.biases is Biases.ALL, rngs=rngs
+            config.num_heads * head_dim,
+            shape.embed_dim,
+            std=shape.output_std,
+            bias=config.biases is Biases.ALL,
+            rngs=rngs,
         )
-        self.query_norm, self.key_norm = self._norm(shape, config.num_heads), self._norm(shape, config.kv_heads)
+        self.query_norm = self._norm(shape, config.num_heads)
+        self.key_norm = self._norm(shape, config.kv_heads)
         self.sinks = nnx.Param(jnp.zeros((config.num_heads,), jnp.float32)) if config.sinks else None
         self.cache: RoundedInput | None = nnx.data(None)
 
@@ -264,21 +305,34 @@ class Attention(CachingMixer):
         keys = self._heads(self.key(x), self.key_norm, positions, lengths)
         values = self._split(self.value(x))
         if self.cache is not None:
-            keys, values = self.cache(keys), self.cache(values)
+            keys = self.cache(keys)
+            values = self.cache(values)
         sinks = None if self.sinks is None else self.sinks[...]
-        how: dict[str, Any] = {"window": self.config.window, "scale": self.scale, "softcap": self.config.softcap, "sinks": sinks}
+        how: dict[str, Any] = {
+            "window": self.config.window,
+            "scale": self.scale,
+            "softcap": self.config.softcap,
+            "sinks": sinks,
+        }
         if state is None:
             mixed = kernels.self_attention(queries, keys, values, segment_ids=segment_ids, **how)
         else:
             as_cached = {"keys": jnp.swapaxes(keys, 1, 2), "values": jnp.swapaxes(values, 1, 2)}
             new = KvCache(**as_cached, positions=positions, segment_ids=segment_ids)
             written = write_cache(state, keys, values, positions=positions, segment_ids=segment_ids)
-            # One token finds all it may see in the cache; several may need slots that a ring has just given away.
+            # One token finds all it may see in the cache; several may need slots that a ring has just given
+            # away.
             seen = written if x.shape[1] == 1 else join(state, new)
             mixed = kernels.reference_attention(
-                queries, jnp.swapaxes(seen.keys, 1, 2), jnp.swapaxes(seen.values, 1, 2), q_segments=segment_ids,
-                k_segments=seen.segment_ids, q_positions=positions, k_positions=seen.positions, **how,
-            )  # fmt: skip
+                queries,
+                jnp.swapaxes(seen.keys, 1, 2),
+                jnp.swapaxes(seen.values, 1, 2),
+                q_segments=segment_ids,
+                k_segments=seen.segment_ids,
+                q_positions=positions,
+                k_positions=seen.positions,
+                **how,
+            )
             state = written
         batch, length = positions.shape
         return self.output(mixed.reshape(batch, length, -1)), state
@@ -288,7 +342,12 @@ class Attention(CachingMixer):
         num_slots = max_length if self.config.window is None else min(self.config.window, max_length)
         shape = (batch_size, self.config.kv_heads, num_slots, self.head_dim)
         marks = jnp.zeros((batch_size, num_slots), jnp.int32)
-        return KvCache(keys=jnp.zeros(shape, self.dtype), values=jnp.zeros(shape, self.dtype), positions=marks, segment_ids=marks)
+        return KvCache(
+            keys=jnp.zeros(shape, self.dtype),
+            values=jnp.zeros(shape, self.dtype),
+            positions=marks,
+            segment_ids=marks,
+        )
 
     def cached_shape(self) -> tuple[int, ...]:
         """Keys and values: [2, K, H]."""

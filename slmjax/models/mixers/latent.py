@@ -1,11 +1,14 @@
-"""Multi-head latent attention (DeepSeek-V2, 2024): keys and values of all heads are made from one small vector per token.
+"""Multi-head latent attention (DeepSeek-V2, 2024): keys and values of all heads are made from one small
+vector per token.
 
-A token is brought down to a latent, from which each head's values and the plain part of its keys are brought up again; the part that is
-rotated has a projection of its own, which all heads share. Training expands everything. Decoding keeps latents and rotated keys alone:
-what brings a latent up to a key is multiplied into the queries instead, and what brings it up to a value comes after the weighted sum.
+A token is brought down to a latent, from which each head's values and the plain part of its keys are brought
+up again; the part that is rotated has a projection of its own, which all heads share. Training expands
+everything. Decoding keeps latents and rotated keys alone: what brings a latent up to a key is multiplied into
+the queries instead, and what brings it up to a value comes after the weighted sum.
 
-Dims: B batch, T time, S cache slots, D model, N heads, L latent, P plain and R rotated dims of queries and keys (H = P + R), V value dims,
-C what is cached of a token (L + R), U what a latent is brought up to per head (P + V).
+Dims: B batch, T time, S cache slots, D model, N heads, L latent, P plain and R rotated dims of queries and
+keys (H = P + R), V value dims, C what is cached of a token (L + R), U what a latent is brought up to per head
+(P + V).
 """
 
 import dataclasses
@@ -31,29 +34,42 @@ class LatentAttentionConfig(MixerConfig):
     num_heads: int  # heads, N
     latent_dim: int  # width of what keys and values are made from, L
     plain_dim: int  # dims of a head's queries and keys that are not rotated, P
-    rope_dim: int  # dims of a head's queries that are rotated, and of the one key for them that all heads share, R
+    rope_dim: (
+        int  # dims of a head's queries that are rotated, and of the one key for them that all heads share, R
+    )
     value_dim: int  # dims of a head's values, V
-    query_rank: int | None = None  # width of what queries are made from (none: from the residual stream itself)
+    query_rank: int | None = (
+        None  # width of what queries are made from (none: from the residual stream itself)
+    )
     rope_base: float | None = 10_000.0  # base of the rotary angles (none: no position information)
     rope_scaling: RopeScaling | None = None  # how the angles differ from plain ones (none: they do not)
     scale: float | None = None  # multiplies the scores (none: one over the root of plain_dim + rope_dim)
     bias: bool = False  # biases of the two projections down and of the output
-    latent_norm_eps: float | None = None  # of the norms after the projections down (none: the model's norm_eps)
+    latent_norm_eps: float | None = (
+        None  # of the norms after the projections down (none: the model's norm_eps)
+    )
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "latent_dim", "plain_dim", "value_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.rope_dim < 2 or self.rope_dim % 2:
-            raise ValueError(f"rope_dim must be even and at least 2 (dims are rotated in pairs), got {self.rope_dim}")
+            raise ValueError(
+                f"rope_dim must be even and at least 2 (dims are rotated in pairs), got {self.rope_dim}"
+            )
         if isinstance(self.rope_scaling, LongScaling):
             self.rope_scaling.check_pairs(self.rope_dim // 2)
         if self.query_rank is not None and self.query_rank < 1:
-            raise ValueError(f"query_rank must be at least 1, or none for queries without a projection down, got {self.query_rank}")
+            raise ValueError(
+                "query_rank must be at least 1, or none for queries without a projection down, got "
+                f"{self.query_rank}"
+            )
         if self.rope_base is not None and self.rope_base <= 0:
             raise ValueError(f"rope_base must be positive, or none for no positions, got {self.rope_base}")
         if self.latent_norm_eps is not None and self.latent_norm_eps <= 0:
-            raise ValueError(f"latent_norm_eps must be positive, or none for the model's, got {self.latent_norm_eps}")
+            raise ValueError(
+                f"latent_norm_eps must be positive, or none for the model's, got {self.latent_norm_eps}"
+            )
 
     @property
     def key_dim(self) -> int:
@@ -70,7 +86,9 @@ class LatentAttentionConfig(MixerConfig):
         return LatentAttention(self, shape, rngs=rngs)
 
     def mixing_flops(self, shape: Shape, *, length: int) -> float:
-        """FLOPs of scores and weighted sum per token, averaged over a causal sequence of `length` tokens, as they are in training."""
+        """FLOPs of scores and weighted sum per token, averaged over a causal sequence of `length` tokens, as
+        they are in training.
+        """
         mean_visible = (length + 1) / 2
         return 2 * mean_visible * self.num_heads * (self.key_dim + self.value_dim)
 
@@ -82,7 +100,8 @@ class LatentAttentionConfig(MixerConfig):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentCache:
-    """What is kept of tokens already seen: the normed latent, then the rotated key. Slots are as in `attention.KvCache`.
+    """What is kept of tokens already seen: the normed latent, then the rotated key. Slots are as in
+    `attention.KvCache`.
 
     The fields are typed `Any` because a cache is a pytree: it may hold shapes or shardings.
     """
@@ -96,7 +115,9 @@ def write_entries(cache: LatentCache, new: LatentCache) -> LatentCache:
     """The cache with the tokens of another added; which ones, and where, `attention.ring_slots` says."""
     slots = ring_slots(cache.positions.shape[1], positions=new.positions, segment_ids=new.segment_ids)
     rows = jnp.arange(slots.shape[0])[:, None]
-    return jax.tree.map(lambda old, late: old.at[rows, slots].set(late.astype(old.dtype), mode="drop"), cache, new)
+    return jax.tree.map(
+        lambda old, late: old.at[rows, slots].set(late.astype(old.dtype), mode="drop"), cache, new
+    )
 
 
 def expanded_attention(
@@ -108,13 +129,19 @@ def expanded_attention(
     segment_ids: Int[Array, "B T"],
     scale: float,
 ) -> Float[Array, "B T N V"]:
-    """Attention of a sequence over itself, each head with its own keys, which end in the rotated ones that all heads share."""
+    """Attention of a sequence over itself, each head with its own keys, which end in the rotated ones that
+    all heads share.
+    """
     shared_BTNR = jnp.broadcast_to(shared_keys[:, :, None, :], (*plain_keys.shape[:3], shared_keys.shape[-1]))
     keys = jnp.concatenate([plain_keys, shared_BTNR], axis=-1)
     # Fused kernels take queries, keys and values of one width. Zeros add nothing to a product.
     width = max(keys.shape[-1], values.shape[-1])
-    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1]))) for x in (queries, keys, values))
-    return kernels.self_attention(q, k, v, segment_ids=segment_ids, window=None, scale=scale)[..., : values.shape[-1]]
+    q, k, v = (
+        jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1]))) for x in (queries, keys, values)
+    )
+    return kernels.self_attention(q, k, v, segment_ids=segment_ids, window=None, scale=scale)[
+        ..., : values.shape[-1]
+    ]
 
 
 def absorbed_attention(
@@ -127,15 +154,24 @@ def absorbed_attention(
     segment_ids: Int[Array, "B T"],
     scale: float,
 ) -> Float[Array, "B T N V"]:
-    """The same over cached entries, without expanding them: to attention these are one head's keys and values, for all query heads."""
+    """The same over cached entries, without expanding them: to attention these are one head's keys and
+    values, for all query heads.
+    """
     key_up, value_up = jnp.split(up, [plain_dim], axis=-1)
     plain, rotated = jnp.split(queries, [plain_dim], axis=-1)
     q_BTNC = jnp.concatenate([jnp.einsum("btnp,lnp->btnl", plain, key_up), rotated], axis=-1)
     entries_BS1C = seen.entries[:, :, None, :]
     mixed = kernels.reference_attention(
-        q_BTNC, entries_BS1C, entries_BS1C, q_segments=segment_ids, k_segments=seen.segment_ids, q_positions=positions,
-        k_positions=seen.positions, window=None, scale=scale,
-    )  # fmt: skip
+        q_BTNC,
+        entries_BS1C,
+        entries_BS1C,
+        q_segments=segment_ids,
+        k_segments=seen.segment_ids,
+        q_positions=positions,
+        k_positions=seen.positions,
+        window=None,
+        scale=scale,
+    )
     return jnp.einsum("btnl,lnv->btnv", mixed[..., : up.shape[0]], value_up)
 
 
@@ -143,19 +179,34 @@ class LatentAttention(CachingMixer):
     """Multi-head latent attention."""
 
     def __init__(self, config: LatentAttentionConfig, shape: Shape, *, rngs: nnx.Rngs) -> None:
-        self.config, self.dtype = config, shape.dtype
+        self.config = config
+        self.dtype = shape.dtype
         self.scale = config.key_dim**-0.5 if config.scale is None else config.scale
-        normed = shape if config.latent_norm_eps is None else dataclasses.replace(shape, norm_eps=config.latent_norm_eps)
-        query_dims, rank = config.num_heads * config.key_dim, config.query_rank
-        plain, down = {"std": shape.init_std, "rngs": rngs}, {"std": shape.init_std, "bias": config.bias, "rngs": rngs}
+        normed = (
+            shape
+            if config.latent_norm_eps is None
+            else dataclasses.replace(shape, norm_eps=config.latent_norm_eps)
+        )
+        query_dims = config.num_heads * config.key_dim
+        rank = config.query_rank
+        plain = {"std": shape.init_std, "rngs": rngs}
+        down = {"std": shape.init_std, "bias": config.bias, "rngs": rngs}
         self.query = Linear(shape.embed_dim, query_dims, **plain) if rank is None else None
         self.query_down = None if rank is None else Linear(shape.embed_dim, rank, **down)
         self.query_norm = None if rank is None else normed.norm(rank)
         self.query_up = None if rank is None else Linear(rank, query_dims, **plain)
         self.latent_down = Linear(shape.embed_dim, config.cached_dim, **down)
         self.latent_norm = normed.norm(config.latent_dim)
-        self.latent_up = Linear(config.latent_dim, config.num_heads * (config.plain_dim + config.value_dim), **plain)
-        self.output = Linear(config.num_heads * config.value_dim, shape.embed_dim, std=shape.output_std, bias=config.bias, rngs=rngs)
+        self.latent_up = Linear(
+            config.latent_dim, config.num_heads * (config.plain_dim + config.value_dim), **plain
+        )
+        self.output = Linear(
+            config.num_heads * config.value_dim,
+            shape.embed_dim,
+            std=shape.output_std,
+            bias=config.bias,
+            rngs=rngs,
+        )
         self.cache: RoundedInput | None = nnx.data(None)
 
     def __call__(
@@ -177,19 +228,30 @@ class LatentAttention(CachingMixer):
             kept = self.cache(jnp.concatenate([latents, shared_keys], axis=-1))
             latents, shared_keys = jnp.split(kept, [self.config.latent_dim], axis=-1)
         if state is None:
-            plain_keys, values = jnp.split(self._by_head(self.latent_up(latents)), [self.config.plain_dim], axis=-1)
-            mixed = expanded_attention(queries, plain_keys, shared_keys, values, segment_ids=segment_ids, scale=self.scale)
+            plain_keys, values = jnp.split(
+                self._by_head(self.latent_up(latents)), [self.config.plain_dim], axis=-1
+            )
+            mixed = expanded_attention(
+                queries, plain_keys, shared_keys, values, segment_ids=segment_ids, scale=self.scale
+            )
         else:
             if (rounding := self.latent_up.input) is not None:
                 latents = rounding(latents)  # as it is where they are brought up
             entries = jnp.concatenate([latents, shared_keys], axis=-1)
             new = LatentCache(entries=entries, positions=positions, segment_ids=segment_ids)
             written = write_entries(state, new)
-            # One token finds all it may see in the cache; of several documents in a call, the cache keeps the last alone.
+            # One token finds all it may see in the cache; of several documents in a call, the cache keeps the
+            # last alone.
             seen = written if x.shape[1] == 1 else join(state, new)
             up = self._by_head(effective_weight(self.latent_up.weight[...], x.dtype))
             mixed = absorbed_attention(
-                queries, seen, up, plain_dim=self.config.plain_dim, positions=positions, segment_ids=segment_ids, scale=self.scale
+                queries,
+                seen,
+                up,
+                plain_dim=self.config.plain_dim,
+                positions=positions,
+                segment_ids=segment_ids,
+                scale=self.scale,
             )
             state = written
         return self.output(mixed.reshape(*positions.shape, -1)), state

@@ -1,7 +1,7 @@
 """Named architectures, and what any architecture costs.
 
-    zoo.nano()                                   # -> ModelConfig; the tokenizer decides the size of the vocabulary
-    zoo.ARCHITECTURES["qwen3_0_6b"]()            # -> ModelConfig, complete
+    zoo.nano()                                   # -> ModelConfig; the tokenizer decides the size of the
+    vocabulary zoo.ARCHITECTURES["qwen3_0_6b"]()            # -> ModelConfig, complete
     zoo.describe(zoo.ARCHITECTURES["nano"]())    # -> Summary: parameters, FLOPs, bytes
 
 Small ones of our own are in `ours.py`, released models at their released sizes in `released.py`.
@@ -58,9 +58,43 @@ ARCHITECTURES: Mapping[str, Callable[[], ModelConfig]] = {
 }
 
 __all__ = [
-    "ARCHITECTURES", "RELEASED", "Summary", "describe", "gemma2_2b", "gemma3_1b", "gemma3_4b", "gemma3_270m", "gpt2_124m", "gpt2_355m",
-    "granite3_3_2b", "granite4_micro", "llama3_2_1b", "llama3_2_3b", "mobilellm_1b", "mobilellm_125m", "mobilellm_350m",
-    "mobilellm_600m", "nano", "nano_moe", "nano_window", "olmo2_1b", "olmoe_1b_7b", "phi3_mini", "phi4_mini", "qwen2_5_0_5b",
-    "qwen2_5_1_5b", "qwen2_5_3b", "qwen3_0_6b", "qwen3_1_7b", "qwen3_4b", "shakespeare_char", "slm_12m", "slm_124m", "smollm2_1_7b",
-    "smollm2_135m", "smollm2_360m", "smollm3_3b", "tinyllama_1_1b",
-]  # fmt: skip
+    "ARCHITECTURES",
+    "RELEASED",
+    "Summary",
+    "describe",
+    "gemma2_2b",
+    "gemma3_1b",
+    "gemma3_4b",
+    "gemma3_270m",
+    "gpt2_124m",
+    "gpt2_355m",
+    "granite3_3_2b",
+    "granite4_micro",
+    "llama3_2_1b",
+    "llama3_2_3b",
+    "mobilellm_1b",
+    "mobilellm_125m",
+    "mobilellm_350m",
+    "mobilellm_600m",
+    "nano",
+    "nano_moe",
+    "nano_window",
+    "olmo2_1b",
+    "olmoe_1b_7b",
+    "phi3_mini",
+    "phi4_mini",
+    "qwen2_5_0_5b",
+    "qwen2_5_1_5b",
+    "qwen2_5_3b",
+    "qwen3_0_6b",
+    "qwen3_1_7b",
+    "qwen3_4b",
+    "shakespeare_char",
+    "slm_12m",
+    "slm_124m",
+    "smollm2_1_7b",
+    "smollm2_135m",
+    "smollm2_360m",
+    "smollm3_3b",
+    "tinyllama_1_1b",
+]

@@ -23,20 +23,22 @@ class Summary:
 def describe(config: ModelConfig) -> Summary:
     """Sizes and costs of an architecture. Nothing is computed or allocated.
 
-    Training costs 6 FLOPs per token for each parameter that a token is multiplied with (2 forward, 4 backward: once per
-    pass of a block; the head counts also where it is tied, the lookup in the table does not) and 3 times what mixers
-    compute beside their weights, averaged over a sequence of the context length. Recomputation by a rematerialisation policy
-    is not counted.
+    Training costs 6 FLOPs per token for each parameter that a token is multiplied with (2 forward, 4
+    backward: once per pass of a block; the head counts also where it is tied, the lookup in the table does
+    not) and 3 times what mixers compute beside their weights, averaged over a sequence of the context length.
+    Recomputation by a rematerialisation policy is not counted.
 
     Raises:
       ValueError: the config leaves the size of the vocabulary open.
     """
-    shape, length = config.layer_shape(), config.context_length
+    shape = config.layer_shape()
+    length = config.context_length
     # What is learned beside weights of some format is no parameter of the architecture.
     shapes = {path: leaf.shape for path, leaf in define(dataclasses.replace(config, quant=())).params.items()}
     sizes = {path: math.prod(dims) for path, dims in shapes.items()}
     tables = sum(size for path, size in sizes.items() if path in ("embed/table", "head/weight"))
-    active, multiplied = 0.0, float(config.table_rows * config.embed_dim)
+    active = 0.0
+    multiplied = float(config.table_rows * config.embed_dim)
     for path, dims in shapes.items():
         used = sizes[path] * _active_share(config, path)
         active += used
@@ -48,9 +50,11 @@ def describe(config: ModelConfig) -> Summary:
         parameters=sum(sizes.values()),
         active_parameters=round(active),
         embedding_parameters=tables,
-        training_flops_per_token=6 * multiplied + 3 * sum(mixer.mixing_flops(shape, length=length) for mixer in passes),
+        training_flops_per_token=6 * multiplied
+        + 3 * sum(mixer.mixing_flops(shape, length=length) for mixer in passes),
         bytes_bf16=2 * sum(sizes.values()),
-        cache_bytes_per_token=sum(mixer.state_bytes(shape, length=length, itemsize=2) for mixer in passes) / length,
+        cache_bytes_per_token=sum(mixer.state_bytes(shape, length=length, itemsize=2) for mixer in passes)
+        / length,
     )
 
 

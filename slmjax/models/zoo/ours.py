@@ -13,7 +13,9 @@ from slmjax.models.protocols import FfnConfig
 
 
 def nano(*, vocab_size: int | None = None) -> ModelConfig:
-    """3.8M parameters with 4096 tokens, for minutes on a CPU: a Qwen3 in every detail, so that it exports as one."""
+    """3.8M parameters with 4096 tokens, for minutes on a CPU: a Qwen3 in every detail, so that it exports as
+    one.
+    """
     return _nano((BlockConfig(mixer=_NANO_ATTENTION, ffn=MlpConfig(hidden_dim=640)),), vocab_size=vocab_size)
 
 
@@ -26,7 +28,10 @@ def nano_moe(*, vocab_size: int | None = None) -> ModelConfig:
 def nano_window(*, vocab_size: int | None = None) -> ModelConfig:
     """`nano` with three layers that see 64 tokens before the one that sees all."""
     mixers = (*(dataclasses.replace(_NANO_ATTENTION, window=64),) * 3, _NANO_ATTENTION)
-    return _nano(tuple(BlockConfig(mixer=mixer, ffn=MlpConfig(hidden_dim=640)) for mixer in mixers), vocab_size=vocab_size)
+    return _nano(
+        tuple(BlockConfig(mixer=mixer, ffn=MlpConfig(hidden_dim=640)) for mixer in mixers),
+        vocab_size=vocab_size,
+    )
 
 
 _NANO_ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=64, qk_norm=QkNorm.PER_HEAD)
@@ -38,33 +43,61 @@ def _nano(pattern: tuple[BlockConfig, ...], *, vocab_size: int | None) -> ModelC
 
 
 def shakespeare_char(*, vocab_size: int | None = None) -> ModelConfig:
-    """nanoGPT's character model for a CPU: 4 layers of 4 heads, width 128, context 64, plain GELU layers of four times the width."""
+    """nanoGPT's character model for a CPU: 4 layers of 4 heads, width 128, context 64, plain GELU layers of
+    four times the width.
+    """
     return _uniform(
-        layers=4, embed_dim=128, attention=AttentionConfig(num_heads=4),
-        ffn=MlpConfig(hidden_dim=512, activation=Activation.GELU, gated=False), context_length=64, vocab_size=vocab_size,
-    )  # fmt: skip
+        layers=4,
+        embed_dim=128,
+        attention=AttentionConfig(num_heads=4),
+        ffn=MlpConfig(hidden_dim=512, activation=Activation.GELU, gated=False),
+        context_length=64,
+        vocab_size=vocab_size,
+    )
 
 
 def slm_12m(*, vocab_size: int | None = 4096) -> ModelConfig:
     """A decoder that a laptop trains overnight: 6 layers of width 384. What the benchmarks on CPUs time."""
     return _uniform(
-        layers=6, embed_dim=384, attention=AttentionConfig(num_heads=6), ffn=MlpConfig(hidden_dim=1024), context_length=512,
+        layers=6,
+        embed_dim=384,
+        attention=AttentionConfig(num_heads=6),
+        ffn=MlpConfig(hidden_dim=1024),
+        context_length=512,
         vocab_size=vocab_size,
-    )  # fmt: skip
+    )
 
 
 def slm_124m(*, vocab_size: int | None = 50_257) -> ModelConfig:
-    """The size of GPT-2 small, with rotary positions, RMSNorm and SwiGLU; the table is padded to 50,304 rows."""
+    """The size of GPT-2 small, with rotary positions, RMSNorm and SwiGLU; the table is padded to 50,304
+    rows.
+    """
     config = _uniform(
-        layers=12, embed_dim=768, attention=AttentionConfig(num_heads=12), ffn=MlpConfig(hidden_dim=2048), context_length=1024,
+        layers=12,
+        embed_dim=768,
+        attention=AttentionConfig(num_heads=12),
+        ffn=MlpConfig(hidden_dim=2048),
+        context_length=1024,
         vocab_size=vocab_size,
-    )  # fmt: skip
+    )
     return dataclasses.replace(config, vocab_multiple=128)
 
 
 def _uniform(
-    *, layers: int, embed_dim: int, attention: AttentionConfig, ffn: FfnConfig, context_length: int, vocab_size: int | None
+    *,
+    layers: int,
+    embed_dim: int,
+    attention: AttentionConfig,
+    ffn: FfnConfig,
+    context_length: int,
+    vocab_size: int | None,
 ) -> ModelConfig:
     """All layers alike, embeddings tied, RMSNorm before each sublayer."""
     stack = (Segment(pattern=(BlockConfig(mixer=attention, ffn=ffn),), repeats=layers),)
-    return ModelConfig(embed_dim=embed_dim, stack=stack, context_length=context_length, vocab_size=vocab_size, head=HeadKind.TIED)
+    return ModelConfig(
+        embed_dim=embed_dim,
+        stack=stack,
+        context_length=context_length,
+        vocab_size=vocab_size,
+        head=HeadKind.TIED,
+    )

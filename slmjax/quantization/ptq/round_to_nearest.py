@@ -1,12 +1,14 @@
 """Round to nearest: every matrix of a trained model in a number format, without any further training.
 
-    quantize_model("runs/nano", "nano_q4", rules=(QuantRule(paths=".", weight=preset("q4_0")),), clip=Clip.SEARCH)
+    quantize_model("runs/nano", "nano_q4", rules=(QuantRule(paths=".", weight=preset("q4_0")),),
+    clip=Clip.SEARCH)
 
-What is written is a directory like that of an imported model, with codes and scales as they are: every command takes it, and none of
-them rounds again. The best clip is searched for each group by itself: of the scales around the format's own, that with the smallest
-squared error.
+What is written is a directory like that of an imported model, with codes and scales as they are: every
+command takes it, and none of them rounds again. The best clip is searched for each group by itself: of the
+scales around the format's own, that with the smallest squared error.
 
-Dims of a matrix: I inputs, O outputs; those of a table [V, D] the other way around. Experts have a dim in front, mapped over.
+Dims of a matrix: I inputs, O outputs; those of a table [V, D] the other way around. Experts have a dim in
+front, mapped over.
 """
 
 import dataclasses
@@ -85,12 +87,18 @@ def _share(matrices: Sequence[RoundedMatrix], name: str) -> float:
 
 
 def quantize_model(
-    source: str | Path, out: str | Path, *, rules: Sequence[QuantRule], clip: Clip = Clip.NONE, step: int | None = None
+    source: str | Path,
+    out: str | Path,
+    *,
+    rules: Sequence[QuantRule],
+    clip: Clip = Clip.NONE,
+    step: int | None = None,
 ) -> Quantized:
     """Writes a run's or an imported model with its matrices in number formats.
 
     Args:
-      source: a run directory or an imported model's. What it multiplies with is rounded: of a quantized one, the decoded numbers.
+      source: a run directory or an imported model's. What it multiplies with is rounded: of a quantized one,
+        the decoded numbers.
       out: the directory to write, which is not there yet.
       rules: the formats; the first whose expression is found in a path counts.
       clip: how scales are chosen.
@@ -100,10 +108,15 @@ def quantize_model(
       ValueError: a rule names nothing, a format cannot hold a parameter's width, or `out` is there already.
     """
     _refuse_learned(rules)
-    source, out = Path(source), Path(out)
+    source = Path(source)
+    out = Path(out)
     own = open_own(source, step=step)
     model = dataclasses.replace(own.config, quant=(QuantPhase(rules=tuple(rules)),), vocab_multiple=1)
-    entries = {path: entry for path, entry in entries_of(model, shapes_of(model))[0].items() if not path.endswith(CACHE)}
+    entries = {
+        path: entry
+        for path, entry in entries_of(model, shapes_of(model))[0].items()
+        if not path.endswith(CACHE)
+    }
     matrices: list[RoundedMatrix] = []
     sizes: list[tuple[int, int]] = []
 
@@ -122,45 +135,68 @@ def quantize_model(
     with safetensors_files.whole_directory(out) as directory:
         safetensors_files.write_tensors(directory / safetensors_files.DIRECTORY, tensors())
         coded = {name: entry.weight for name, entry in entries.items() if entry.weight is not None}
-        safetensors_files.write_formats(directory, {name: StoredFormat(spec=one.spec, axis=one.axis) for name, one in coded.items()})
+        safetensors_files.write_formats(
+            directory, {name: StoredFormat(spec=one.spec, axis=one.axis) for name, one in coded.items()}
+        )
         (directory / "model.json").write_text(config_io.dumps(model), encoding="utf-8")
         if (source / "tokenizer").is_dir():
             Tokenizer.load(source / "tokenizer").save(directory / "tokenizer")
         write_json(directory / "origin.json", _origin(own, matrices, clip))
     return Quantized(
-        path=str(out), parameters=sum(numbers for numbers, _ in sizes), bytes=sum(size for _, size in sizes), matrices=tuple(matrices)
-    )  # fmt: skip
+        path=str(out),
+        parameters=sum(numbers for numbers, _ in sizes),
+        bytes=sum(size for _, size in sizes),
+        matrices=tuple(matrices),
+    )
 
 
 def _refuse_learned(rules: Sequence[QuantRule]) -> None:
     """Refuses scales that only training finds."""
     if learned := [rule for rule in rules if isinstance(rule.input_estimator, LEARNED_INPUTS)]:
         raise ValueError(
-            f"the rule for {learned[0].paths!r} has inputs whose scale is learned or measured, which takes training: leave input_estimator "
+            f"the rule for {learned[0].paths!r} has inputs whose scale is learned or measured, which takes "
+            "training: leave input_estimator "
             "out, or train with it (`slmjax train --init-from`)"
         )
 
 
 def _origin(own: Own, matrices: Sequence[RoundedMatrix], clip: Clip) -> dict[str, Any]:
     """Where the numbers come from, and what text the run held out."""
-    before, file = read_origin(own.path), own.path / "config.json"
-    experiment = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else before.get("experiment", {})
+    before = read_origin(own.path)
+    file = own.path / "config.json"
+    experiment = (
+        json.loads(file.read_text(encoding="utf-8")) if file.is_file() else before.get("experiment", {})
+    )
     return {
-        "format": "slmjax", "family": own.family, "source": str(own.path.absolute()), "step": own.step, "license": before.get("license"),
-        "quantized": {"method": "rtn", "clip": clip.value, "formats": {one.path: one.format for one in matrices}},
+        "format": "slmjax",
+        "family": own.family,
+        "source": str(own.path.absolute()),
+        "step": own.step,
+        "license": before.get("license"),
+        "quantized": {
+            "method": "rtn",
+            "clip": clip.value,
+            "formats": {one.path: one.format for one in matrices},
+        },
         "experiment": {name: experiment[name] for name in ("data", "eval") if name in experiment},
         "data": read_record(own.path),
-    }  # fmt: skip
+    }
 
 
 def _rounded(entry: Entry, array: np.ndarray, clip: Clip) -> tuple[Encoded, RoundedMatrix]:
     assert entry.weight is not None
-    spec, axis = entry.weight.spec, entry.weight.axis
+    spec = entry.weight.spec
+    axis = entry.weight.axis
     encoded, nearest_error, error = jax.device_get(_coded(array, spec, axis, clip))
     return encoded, RoundedMatrix(
-        path=entry.path, format=name_of(spec), numbers=array.size, bytes=stored_bytes(spec, array.shape, axis=axis),
-        nearest_error=float(np.mean(nearest_error)), error=float(np.mean(error)), power=float(np.mean(np.square(array, dtype=np.float64))),
-    )  # fmt: skip
+        path=entry.path,
+        format=name_of(spec),
+        numbers=array.size,
+        bytes=stored_bytes(spec, array.shape, axis=axis),
+        nearest_error=float(np.mean(nearest_error)),
+        error=float(np.mean(error)),
+        power=float(np.mean(np.square(array, dtype=np.float64))),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -173,29 +209,39 @@ def _coded(array: Array, spec: QuantSpec, axis: int, clip: Clip) -> tuple[Encode
     return by_matrix(one, array.ndim)(array)
 
 
-def nearest(x: Float[Array, "I O"], spec: QuantSpec, axis: int) -> tuple[Encoded, Float[Array, ""], Float[Array, ""]]:
+def nearest(
+    x: Float[Array, "I O"], spec: QuantSpec, axis: int
+) -> tuple[Encoded, Float[Array, ""], Float[Array, ""]]:
     """Codes on the format's own scales, and the mean squared error, twice."""
     encoded = encode(x, spec, axis=axis)
     error = jnp.mean(jnp.square(decode(encoded, spec, axis=axis) - x))
     return encoded, error, error
 
 
-def with_best_clip(x: Float[Array, "I O"], spec: QuantSpec, axis: int) -> tuple[Encoded, Float[Array, ""], Float[Array, ""]]:
-    """Codes on scales of which each has the smallest squared error of those tried, and the mean squared error before and after.
+def with_best_clip(
+    x: Float[Array, "I O"], spec: QuantSpec, axis: int
+) -> tuple[Encoded, Float[Array, ""], Float[Array, ""]]:
+    """Codes on scales of which each has the smallest squared error of those tried, and the mean squared error
+    before and after.
 
     The format's own codes are among what is tried, so that no group is worse than without the search.
     """
     plain = encode(x, spec, axis=axis)
     before = squared_error(x, plain, spec, axis=axis)
     scale, error = best_scale(x, spec, axis=axis)
-    searched, is_better = encode(x, spec, axis=axis, scale=scale), error < before
+    searched = encode(x, spec, axis=axis, scale=scale)
+    is_better = error < before
 
     def chosen(new: Array | None, old: Array | None) -> Array | None:
         return None if new is None or old is None else jnp.where(is_better, new, old)
 
-    better_codes = jnp.broadcast_to(expanded(is_better.astype(jnp.float32), x.shape[axis], axis=axis), x.shape) > 0
+    better_codes = (
+        jnp.broadcast_to(expanded(is_better.astype(jnp.float32), x.shape[axis], axis=axis), x.shape) > 0
+    )
     encoded = dataclasses.replace(
-        plain, codes=jnp.where(better_codes, searched.codes, plain.codes), scale=chosen(searched.scale, plain.scale),
+        plain,
+        codes=jnp.where(better_codes, searched.codes, plain.codes),
+        scale=chosen(searched.scale, plain.scale),
         zero=chosen(searched.zero, plain.zero),
-    )  # fmt: skip
+    )
     return encoded, jnp.sum(before) / x.size, jnp.sum(jnp.minimum(error, before)) / x.size

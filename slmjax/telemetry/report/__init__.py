@@ -11,4 +11,12 @@ from slmjax.telemetry.report.comparison import config_differences, write_compari
 from slmjax.telemetry.report.page import write_report
 from slmjax.telemetry.report.reading import RunRecords, RunSummary, list_runs, read_run
 
-__all__ = ["RunRecords", "RunSummary", "config_differences", "list_runs", "read_run", "write_comparison", "write_report"]
+__all__ = [
+    "RunRecords",
+    "RunSummary",
+    "config_differences",
+    "list_runs",
+    "read_run",
+    "write_comparison",
+    "write_report",
+]

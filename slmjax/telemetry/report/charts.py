@@ -3,7 +3,8 @@
     charts = run_charts(records)              # -> [Chart(name="loss", title="Loss", ...)]
     png(chart)                                # -> bytes
 
-Long runs are thinned: what a chart shows is at most a thousand records of the log, the last always among them.
+Long runs are thinned: what a chart shows is at most a thousand records of the log, the last always among
+them.
 """
 
 import dataclasses
@@ -15,7 +16,8 @@ from slmjax.telemetry.report.reading import RunRecords, number
 
 POINTS = 1000  # of a line
 COLUMNS = 120  # of a heat map
-# Okabe and Ito's colours, which people tell apart whatever their sight; the first two are for training and held-out text.
+# Okabe and Ito's colours, which people tell apart whatever their sight; the first two are for training and
+# held-out text.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
 DARK_COLOURS = ("#56B4E9", "#E69F00", "#2BC79A", "#E7A3C6", "#F0E442", "#4C9BD6", "#A6A6A6")
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
@@ -38,17 +40,37 @@ def theme(*, dark: bool) -> Spec:
     """What all charts share: the config of Vega-Lite."""
     ink, soft, rule = ("#e8e6e3", "#a8a6a2", "#3a3c40") if dark else ("#1c1d1f", "#62656a", "#e3e4e6")
     axis = {
-        "labelColor": soft, "titleColor": soft, "gridColor": rule, "domainColor": rule, "tickColor": rule, "labelFontSize": 11,
-        "titleFontSize": 11, "titleFontWeight": "normal", "titlePadding": 8, "labelFont": FONT, "titleFont": FONT,
-    }  # fmt: skip
+        "labelColor": soft,
+        "titleColor": soft,
+        "gridColor": rule,
+        "domainColor": rule,
+        "tickColor": rule,
+        "labelFontSize": 11,
+        "titleFontSize": 11,
+        "titleFontWeight": "normal",
+        "titlePadding": 8,
+        "labelFont": FONT,
+        "titleFont": FONT,
+    }
     legend = {
-        "labelColor": ink, "titleColor": soft, "labelFont": FONT, "orient": "top", "labelLimit": 320, "title": None, "symbolStrokeWidth": 3,
-    }  # fmt: skip
+        "labelColor": ink,
+        "titleColor": soft,
+        "labelFont": FONT,
+        "orient": "top",
+        "labelLimit": 320,
+        "title": None,
+        "symbolStrokeWidth": 3,
+    }
     return {
-        "background": "white", "font": FONT, "view": {"stroke": None}, "axis": axis, "legend": legend,
-        "range": {"category": list(DARK_COLOURS if dark else COLOURS)}, "line": {"strokeWidth": 1.6, "strokeJoin": "round"},
+        "background": "white",
+        "font": FONT,
+        "view": {"stroke": None},
+        "axis": axis,
+        "legend": legend,
+        "range": {"category": list(DARK_COLOURS if dark else COLOURS)},
+        "line": {"strokeWidth": 1.6, "strokeJoin": "round"},
         "title": {"font": FONT, "subtitleFont": FONT},
-    }  # fmt: skip
+    }
 
 
 def run_charts(run: RunRecords) -> list[Chart]:
@@ -59,27 +81,80 @@ def run_charts(run: RunRecords) -> list[Chart]:
     steady = {"training": run.train}
     charts = [
         lines("loss", "Loss", "nats per token", series, "loss", marked=tuple(series)[1:]),
-        lines("bits-per-byte", "Bits per byte", "of UTF-8 text", series, "bits_per_byte", marked=tuple(series)[1:]),
+        lines(
+            "bits-per-byte",
+            "Bits per byte",
+            "of UTF-8 text",
+            series,
+            "bits_per_byte",
+            marked=tuple(series)[1:],
+        ),
         lines("learning-rate", "Learning rate", "", steady, "learning_rate", digits=".2~e"),
-        lines("gradient-norm", "Gradient norm", "of all parameters, before clipping; logarithmic", steady, "grad_norm", log=True),
+        lines(
+            "gradient-norm",
+            "Gradient norm",
+            "of all parameters, before clipping; logarithmic",
+            steady,
+            "grad_norm",
+            log=True,
+        ),
         heat("gradient-norm-by-layer", "Gradient norm by layer", "logarithmic", run.train, "grad_norms"),
-        lines("divergence", "Divergence from the teacher", "nats per token, as it is minimised", steady, "divergence"),
-        lines("teacher-kl", "KL from the teacher", "nats per token, temperature 1", {"held out": run.on_the_way}, "teacher_kl"),
+        lines(
+            "divergence",
+            "Divergence from the teacher",
+            "nats per token, as it is minimised",
+            steady,
+            "divergence",
+        ),
+        lines(
+            "teacher-kl",
+            "KL from the teacher",
+            "nats per token, temperature 1",
+            {"held out": run.on_the_way},
+            "teacher_kl",
+        ),
         lines("temperature", "Temperature", "of the divergence", steady, "temperature"),
         lines("soft-weight", "Weight of the divergence", "in the objective", steady, "soft_weight"),
-        lines("loss-before-rounding", "Loss of weights before rounding", "nats per token", {"held out": run.on_the_way}, "unrounded_loss"),
-        lines("flipped-codes", "Codes that changed", "share, since the line before", steady, "flipped_codes", digits=".2%"),
+        lines(
+            "loss-before-rounding",
+            "Loss of weights before rounding",
+            "nats per token",
+            {"held out": run.on_the_way},
+            "unrounded_loss",
+        ),
+        lines(
+            "flipped-codes",
+            "Codes that changed",
+            "share, since the line before",
+            steady,
+            "flipped_codes",
+            digits=".2%",
+        ),
         lines("throughput", "Throughput", "tokens per second", steady, "tokens_per_second", digits="~s"),
         lines("utilisation", "Model FLOPs utilisation", "of the device's peak", steady, "mfu", digits=".0%"),
         lines("data-wait", "Waiting for data", "share of the time", steady, "data_wait_share", digits=".1%"),
-        lines("expert-imbalance", "Expert imbalance", "busiest expert over the mean", steady, "expert_imbalance"),
+        lines(
+            "expert-imbalance", "Expert imbalance", "busiest expert over the mean", steady, "expert_imbalance"
+        ),
         lines("dropped", "Dropped tokens", "by experts that were full, per step", steady, "dropped"),
     ]
     layers = dict.fromkeys(layer for record in run.train for layer in record.get("expert_loads") or {})
     for layer in layers:
-        loads = [{"step": one["step"], "load": _relative((one.get("expert_loads") or {}).get(layer))} for one in run.train]
+        loads = [
+            {"step": one["step"], "load": _relative((one.get("expert_loads") or {}).get(layer))}
+            for one in run.train
+        ]
         about = "share of tokens, over an even share"
-        charts.append(heat(f"experts-{layer.replace('/', '-')}", f"Load of experts, {layer}", about, loads, "load", middle=1.0))
+        charts.append(
+            heat(
+                f"experts-{layer.replace('/', '-')}",
+                f"Load of experts, {layer}",
+                about,
+                loads,
+                "load",
+                middle=1.0,
+            )
+        )
     return [chart for chart in charts if chart is not None]
 
 
@@ -87,7 +162,7 @@ def _relative(shares: Any) -> dict[str, float]:
     return {str(expert): share * len(shares) for expert, share in enumerate(shares or ())}
 
 
-# Kinds of charts ------------------------------------------------------------------------------------------------------
+# Kinds of charts --------------------------------------------------------------------------------------------
 def lines(
     name: str,
     title: str,
@@ -99,7 +174,9 @@ def lines(
     digits: str = ".4~g",
     marked: Sequence[str] = (),
 ) -> Chart | None:
-    """One line for each series over the steps; None if there is nothing to draw. Series that are marked show their points."""
+    """One line for each series over the steps; None if there is nothing to draw. Series that are marked show
+    their points.
+    """
     rows = [
         {"step": record["step"], "value": value, "series": label, "marked": label in marked}
         for label, records in series.items()
@@ -112,8 +189,17 @@ def lines(
     colour: Spec = {"field": "series", "type": "nominal", "sort": labels, "scale": {"domain": labels}}
     if len(labels) == 1:
         colour["legend"] = None
-    y: Spec = {"field": "value", "type": "quantitative", "title": None, "axis": {"format": digits, "tickCount": 5}}
-    y["scale"] = {"type": "log", "nice": False} if log else {"zero": field in ("mfu", "data_wait_share", "tokens_per_second"), "nice": True}
+    y: Spec = {
+        "field": "value",
+        "type": "quantitative",
+        "title": None,
+        "axis": {"format": digits, "tickCount": 5},
+    }
+    y["scale"] = (
+        {"type": "log", "nice": False}
+        if log
+        else {"zero": field in ("mfu", "data_wait_share", "tokens_per_second"), "nice": True}
+    )
     tooltip = [
         {"field": "series", "title": "of"},
         {"field": "step", "format": ","},
@@ -122,13 +208,27 @@ def lines(
     encoding = {"x": _steps(), "y": y, "color": colour, "tooltip": tooltip}
     layers: list[Spec] = [{"mark": {"type": "line", "clip": True}}]
     if any(row["marked"] for row in rows):
-        layers.append({"mark": {"type": "point", "filled": True, "size": 30}, "transform": [{"filter": "datum.marked"}]})
+        layers.append(
+            {"mark": {"type": "point", "filled": True, "size": 30}, "transform": [{"filter": "datum.marked"}]}
+        )
     layers.append({"mark": {"type": "point", "size": 120, "opacity": 0}})  # something to point at
-    return Chart(name=name, title=title, subtitle=subtitle, spec=_spec(rows, {"encoding": encoding, "layer": layers}))
+    return Chart(
+        name=name, title=title, subtitle=subtitle, spec=_spec(rows, {"encoding": encoding, "layer": layers})
+    )
 
 
-def heat(name: str, title: str, subtitle: str, records: Sequence[Record], field: str, *, middle: float | None = None) -> Chart | None:
-    """A row for each name of a record's mapping, a column for each step, logarithmic colours, or two on both sides of `middle`."""
+def heat(
+    name: str,
+    title: str,
+    subtitle: str,
+    records: Sequence[Record],
+    field: str,
+    *,
+    middle: float | None = None,
+) -> Chart | None:
+    """A row for each name of a record's mapping, a column for each step, logarithmic colours, or two on both
+    sides of `middle`.
+    """
     rows = [
         {"step": record["step"], "row": _short(label), "value": value}
         for record in _thinned(records, COLUMNS)
@@ -148,12 +248,22 @@ def heat(name: str, title: str, subtitle: str, records: Sequence[Record], field:
         scale = {"scheme": "blueorange", "domain": [0, 2 * middle], "clamp": True}
     legend = {"orient": "right", "format": ".2~g", "gradientLength": 140}
     encoding = {
-        "x": {**_steps(), "scale": {"nice": False, "zero": False}}, "x2": {"field": "end"},
+        "x": {**_steps(), "scale": {"nice": False, "zero": False}},
+        "x2": {"field": "end"},
         "y": {"field": "row", "type": "nominal", "sort": order, "title": None},
         "color": {"field": "value", "type": "quantitative", "scale": scale, "legend": legend},
-        "tooltip": [{"field": "row", "title": "of"}, {"field": "step", "format": ","}, {"field": "value", "format": ".4~g"}],
-    }  # fmt: skip
-    return Chart(name=name, title=title, subtitle=subtitle, spec=_spec(rows, {"mark": {"type": "rect"}, "encoding": encoding}))
+        "tooltip": [
+            {"field": "row", "title": "of"},
+            {"field": "step", "format": ","},
+            {"field": "value", "format": ".4~g"},
+        ],
+    }
+    return Chart(
+        name=name,
+        title=title,
+        subtitle=subtitle,
+        spec=_spec(rows, {"mark": {"type": "rect"}, "encoding": encoding}),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,7 +280,9 @@ class Point:
 LABEL_WIDTH = 1.25  # how far most labels reach on the logarithmic axis, as a factor
 
 
-def points(name: str, title: str, subtitle: str, shown: Sequence[Point], *, x_title: str, y_title: str) -> Chart | None:
+def points(
+    name: str, title: str, subtitle: str, shown: Sequence[Point], *, x_title: str, y_title: str
+) -> Chart | None:
     """A point with its error bar for each thing that is compared, x logarithmic; None if there are none."""
     if not shown:
         return None
@@ -179,7 +291,12 @@ def points(name: str, title: str, subtitle: str, shown: Sequence[Point], *, x_ti
         row["label_y"] = place
     labels = list(dict.fromkeys(one.series for one in shown))
     quantitative: Spec = {"type": "quantitative", "scale": {"zero": False, "nice": True}}
-    x = {**quantitative, "field": "x", "title": x_title, "scale": {"type": "log", "nice": False, "padding": 60}}
+    x = {
+        **quantitative,
+        "field": "x",
+        "title": x_title,
+        "scale": {"type": "log", "nice": False, "padding": 60},
+    }
     y = {**quantitative, "title": y_title, "axis": {"format": ".4~g", "tickCount": 5}}
     tooltip = [
         {"field": "label", "title": "of"},
@@ -187,10 +304,17 @@ def points(name: str, title: str, subtitle: str, shown: Sequence[Point], *, x_ti
         {"field": "y", "format": ".5~g", "title": y_title},
     ]
     colour = {"field": "series", "type": "nominal", "sort": labels, "scale": {"domain": labels}}
-    encoding = {"x": {**x, "axis": {"format": "~s", "grid": False, "tickCount": 6}}, "color": colour, "tooltip": tooltip}
+    encoding = {
+        "x": {**x, "axis": {"format": "~s", "grid": False, "tickCount": 6}},
+        "color": colour,
+        "tooltip": tooltip,
+    }
     layers: list[Spec] = [
         {"mark": {"type": "rule"}, "encoding": {"y": {**y, "field": "low"}, "y2": {"field": "high"}}},
-        {"mark": {"type": "point", "filled": True, "size": 60, "opacity": 1}, "encoding": {"y": {**y, "field": "y"}}},
+        {
+            "mark": {"type": "point", "filled": True, "size": 60, "opacity": 1},
+            "encoding": {"y": {**y, "field": "y"}},
+        },
         {
             "mark": {"type": "text", "align": "left", "dx": 7, "fontSize": 10.5, "font": FONT},
             "encoding": {"y": {**y, "field": "label_y"}, "text": {"field": "label"}},
@@ -201,11 +325,14 @@ def points(name: str, title: str, subtitle: str, shown: Sequence[Point], *, x_ti
 
 
 def _labels_apart(shown: Sequence[Point]) -> list[float]:
-    """Where along y each point's label stands: at the point, or above the labels that would lie beneath it."""
+    """Where along y each point's label stands: at the point, or above the labels that would lie beneath
+    it.
+    """
     gap = 0.045 * (max(one.y for one in shown) - min(one.y for one in shown))
     placed: dict[int, float] = {}
     for index in sorted(range(len(shown)), key=lambda index: shown[index].y):
-        place, x = shown[index].y, shown[index].x
+        place = shown[index].y
+        x = shown[index].x
         near = sorted(placed[other] for other in placed if 1 / LABEL_WIDTH < shown[other].x / x < LABEL_WIDTH)
         for taken in near:
             if abs(place - taken) < gap:
@@ -219,7 +346,12 @@ def _short(label: str) -> str:
 
 
 def _steps() -> Spec:
-    return {"field": "step", "type": "quantitative", "title": "step", "axis": {"format": "~s", "grid": False, "tickCount": 6}}
+    return {
+        "field": "step",
+        "type": "quantitative",
+        "title": "step",
+        "axis": {"format": "~s", "grid": False, "tickCount": 6},
+    }
 
 
 def _spec(rows: Sequence[Record], drawn: Spec) -> Spec:
@@ -240,7 +372,7 @@ def _thinned(records: Sequence[Record], most: int) -> Sequence[Record]:
     return kept if kept[-1] is records[-1] else [*kept, records[-1]]
 
 
-# Drawing --------------------------------------------------------------------------------------------------------------
+# Drawing ----------------------------------------------------------------------------------------------------
 def converter() -> Any:
     """The package that draws.
 
@@ -250,18 +382,26 @@ def converter() -> Any:
     try:
         import vl_convert
     except ImportError as error:
-        raise ValueError(f"reports need vl-convert-python, which is not installed ({error}): pip install 'slmjax[plot]'") from error
+        raise ValueError(
+            f"reports need vl-convert-python, which is not installed ({error}): pip install 'slmjax[plot]'"
+        ) from error
     return vl_convert
 
 
 def png(chart: Chart) -> bytes:
     """The chart as an image on white, 1280 pixels wide."""
-    spec = {**chart.spec, "width": 560, "title": {"text": chart.title, "subtitle": chart.subtitle, "anchor": "start", "offset": 12}}
+    spec = {
+        **chart.spec,
+        "width": 560,
+        "title": {"text": chart.title, "subtitle": chart.subtitle, "anchor": "start", "offset": 12},
+    }
     return converter().vegalite_to_png(spec, config=theme(dark=False), scale=2)
 
 
 @functools.cache
 def drawing_code(snippet: str) -> str:
-    """JavaScript that draws in the page: Vega, Vega-Lite and vega-embed in one piece, with `snippet` after them."""
+    """JavaScript that draws in the page: Vega, Vega-Lite and vega-embed in one piece, with `snippet` after
+    them.
+    """
     make: Callable[[str], str] = converter().javascript_bundle
     return make(snippet)

@@ -68,7 +68,8 @@ show(asked || (wanted.matches ? "dark" : "light")).then(() => {
 
 
 def write_report(path: str | Path, *, output: str | Path | None = None, with_images: bool = True) -> Path:
-    """Writes the page of a run (report.html in its directory, unless `output` names a file) and its charts as plots/*.png.
+    """Writes the page of a run (report.html in its directory, unless `output` names a file) and its charts as
+    plots/*.png.
 
     Raises:
       ValueError: this is no run directory, or the `plot` extra is not installed.
@@ -110,7 +111,7 @@ def _script_code(code: str) -> str:
     return code.replace("</script", "<\\/script")
 
 
-# Parts of a page ------------------------------------------------------------------------------------------------------
+# Parts of a page --------------------------------------------------------------------------------------------
 def heading(title: str, about: str) -> str:
     """The head of a page, with the button that changes its theme."""
     return (
@@ -133,7 +134,12 @@ def table(rows: Iterable[Sequence[Any]], *, head: Sequence[str] = ()) -> str:
     """Rows of cells; the first cell of a row names it."""
     top = f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>" if head else ""
     body = "".join(
-        "<tr>" + "".join(f"<td{' class=name' if i == 0 else ''}>{html.escape(str(cell))}</td>" for i, cell in enumerate(row)) + "</tr>"
+        "<tr>"
+        + "".join(
+            f"<td{' class=name' if i == 0 else ''}>{html.escape(str(cell))}</td>"
+            for i, cell in enumerate(row)
+        )
+        + "</tr>"
         for row in rows
     )
     return f'<div class="box"><table>{top}{body}</table></div>'
@@ -151,18 +157,28 @@ def shown(value: Any) -> str:
 
 
 def _body(run: RunRecords, charts: Sequence[Chart]) -> str:
-    began = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.train[0]["time"])) if run.train else "no step logged yet"
-    about = f"{run.status} · step {run.last_step:,} of {run.config.get('run', {}).get('steps', '?')} · {began}"
+    began = (
+        time.strftime("%Y-%m-%d %H:%M", time.localtime(run.train[0]["time"]))
+        if run.train
+        else "no step logged yet"
+    )
+    about = (
+        f"{run.status} · step {run.last_step:,} of {run.config.get('run', {}).get('steps', '?')} · {began}"
+    )
     parts = [heading(run.name, about), _figures(run)]
     if charts:
         parts.append(f"<h2>Curves</h2>{chart_grid(charts)}")
     else:
-        parts.append('<h2>Curves</h2><p class="soft">Nothing is logged yet: write the report again once the run has made a few steps.</p>')
+        parts.append(
+            '<h2>Curves</h2><p class="soft">Nothing is logged yet: write the report again once the run has '
+            "made a few steps.</p>"
+        )
     parts += [_samples(run), _result(run), _warnings(run)]
     parts.append(f'<h2>Settings</h2><div class="box">{_nested("experiment", run.config, is_open=True)}</div>')
     if run.data:
         parts.append(
-            f'<h2>Data</h2><div class="box">{_nested("sources", {str(i): one for i, one in enumerate(run.data)}, is_open=True)}</div>'
+            "<h2>Data</h2><div "
+            f'class="box">{_nested("sources", {str(i): one for i, one in enumerate(run.data)}, is_open=True)}</div>'
         )
     if run.environment:
         parts.append(f'<h2>Environment</h2><div class="box">{_nested("environment", run.environment)}</div>')
@@ -173,13 +189,30 @@ def _figures(run: RunRecords) -> str:
     result = run.result or {}
     evaluated = run.held_out
     rivals = ", ".join(f"{name} {bits:.3f}" for name, bits in (result.get("compressors") or {}).items())
-    tokens, total = number(evaluated.get("tokens")), number(evaluated.get("total_tokens"))
-    part = "" if tokens is None or total is None or tokens == total else f", of {tokens:,.0f} of {total:,.0f} tokens, the completions"
+    tokens = number(evaluated.get("tokens"))
+    total = number(evaluated.get("total_tokens"))
+    part = (
+        ""
+        if tokens is None or total is None or tokens == total
+        else f", of {tokens:,.0f} of {total:,.0f} tokens, the completions"
+    )
     pairs = [
-        (number(evaluated.get("bits_per_byte")), ".3f", f"bits per byte{', beside ' + rivals if rivals else ''}"),
-        (number(evaluated.get("lost_text")), ".2%", "of the text's bytes are lost by the tokenizer: its bits per byte are not comparable"),
+        (
+            number(evaluated.get("bits_per_byte")),
+            ".3f",
+            f"bits per byte{', beside ' + rivals if rivals else ''}",
+        ),
+        (
+            number(evaluated.get("lost_text")),
+            ".2%",
+            "of the text's bytes are lost by the tokenizer: its bits per byte are not comparable",
+        ),
         (number(evaluated.get("loss")), ".4f", f"loss, nats per token{part}"),
-        (number(evaluated.get("unrounded_bits_per_byte")), ".3f", "bits per byte with weights before rounding"),
+        (
+            number(evaluated.get("unrounded_bits_per_byte")),
+            ".3f",
+            "bits per byte with weights before rounding",
+        ),
         (number(evaluated.get("teacher_bits_per_byte")), ".3f", "bits per byte of the teacher"),
         (number(evaluated.get("teacher_kl")), ".4f", "KL from the teacher, nats per token"),
         (number(evaluated.get("teacher_agreement")), ".1%", "same likeliest token as the teacher"),
@@ -189,10 +222,15 @@ def _figures(run: RunRecords) -> str:
         (number(result.get("tokens_per_second")), ",.0f", "tokens per second"),
     ]
     tiles = [
-        f"<div class=figure><b>{value:{how}}</b><span>{html.escape(label)}</span></div>" for value, how, label in pairs if value is not None
+        f"<div class=figure><b>{value:{how}}</b><span>{html.escape(label)}</span></div>"
+        for value, how, label in pairs
+        if value is not None
     ]
     if (seconds := number(result.get("seconds"))) is not None:
-        tiles.append(f"<div class=figure><b>{format_seconds(seconds)}</b><span>wall time of the last session</span></div>")
+        tiles.append(
+            f"<div class=figure><b>{format_seconds(seconds)}</b><span>wall time of the last "
+            "session</span></div>"
+        )
     return f'<div class="figures">{"".join(tiles)}</div>'
 
 
@@ -202,8 +240,13 @@ def _samples(run: RunRecords) -> str:
     steps = sorted({sample["step"] for sample in run.samples})
     parts = []
     for step in reversed(steps):
-        texts = "".join(_sample(str(one["prompt"]), str(one["text"])) for one in run.samples if one["step"] == step)
-        parts.append(f"<details{' open' if step == steps[-1] else ''}><summary>step {step:,}</summary>{texts}</details>")
+        texts = "".join(
+            _sample(str(one["prompt"]), str(one["text"])) for one in run.samples if one["step"] == step
+        )
+        parts.append(
+            f"<details{' open' if step == steps[-1] else ''}><summary>step "
+            f"{step:,}</summary>{texts}</details>"
+        )
     return f'<h2>Samples</h2><div class="box">{"".join(parts)}</div>'
 
 
@@ -216,14 +259,24 @@ def _result(run: RunRecords) -> str:
     if run.result is None:
         return ""
     left_out = ("samples", "compressors", "seconds_by_category")
-    rows: list[tuple[str, Any]] = [(name.replace("_", " "), shown(value)) for name, value in run.result.items() if name not in left_out]
-    rows += [(f"{name}, bits per byte", shown(value)) for name, value in (run.result.get("compressors") or {}).items()]
-    rows += [(f"seconds: {name}", f"{value:.1f}") for name, value in (run.result.get("seconds_by_category") or {}).items()]
+    rows: list[tuple[str, Any]] = [
+        (name.replace("_", " "), shown(value)) for name, value in run.result.items() if name not in left_out
+    ]
+    rows += [
+        (f"{name}, bits per byte", shown(value))
+        for name, value in (run.result.get("compressors") or {}).items()
+    ]
+    rows += [
+        (f"seconds: {name}", f"{value:.1f}")
+        for name, value in (run.result.get("seconds_by_category") or {}).items()
+    ]
     return f"<h2>Result</h2>{table(rows)}"
 
 
 def _warnings(run: RunRecords) -> str:
-    found = dict.fromkeys(str(one["text"]) for one in run.messages if one.get("level") in ("WARNING", "ERROR", "CRITICAL"))
+    found = dict.fromkeys(
+        str(one["text"]) for one in run.messages if one.get("level") in ("WARNING", "ERROR", "CRITICAL")
+    )
     return f"<h2>Warnings</h2>{table([(text,) for text in found])}" if found else ""
 
 
@@ -234,14 +287,19 @@ def _nested(name: str, value: Any, *, is_open: bool = False) -> str:
     if not isinstance(value, dict):
         raise TypeError(f"{name} has no parts")
     plain = {key: item for key, item in value.items() if not _has_parts(item)}
-    rows = "".join(f"<tr><td class=name>{html.escape(key)}</td><td>{html.escape(_leaf(item))}</td></tr>" for key, item in plain.items())
+    rows = "".join(
+        f"<tr><td class=name>{html.escape(key)}</td><td>{html.escape(_leaf(item))}</td></tr>"
+        for key, item in plain.items()
+    )
     inner = f"<table>{rows}</table>" if rows else ""
     inner += "".join(_nested(key, item) for key, item in value.items() if key not in plain)
     return f"<details{' open' if is_open else ''}><summary>{html.escape(name)}</summary>{inner}</details>"
 
 
 def _has_parts(value: Any) -> bool:
-    return (isinstance(value, dict) and bool(value)) or (isinstance(value, list) and any(isinstance(item, dict | list) for item in value))
+    return (isinstance(value, dict) and bool(value)) or (
+        isinstance(value, list) and any(isinstance(item, dict | list) for item in value)
+    )
 
 
 def _leaf(value: Any) -> str:

@@ -1,4 +1,6 @@
-"""Run directories as data: what a run was, what it logged, what it came to. Works on runs that are unfinished, killed or going on."""
+"""Run directories as data: what a run was, what it logged, what it came to. Works on runs that are
+unfinished, killed or going on.
+"""
 
 import dataclasses
 import json
@@ -36,12 +38,16 @@ class RunRecords:
 
     @property
     def held_out(self) -> dict[str, Any]:
-        """The last evaluation on held-out text: of all of it where the run came to its end; empty where there is none."""
+        """The last evaluation on held-out text: of all of it where the run came to its end; empty where there
+        is none.
+        """
         return self.evals[-1] if self.evals else {}
 
     @property
     def on_the_way(self) -> list[dict[str, Any]]:
-        """The evaluations that one curve may show: one of all held-out text does not go on where those of a part of it ended."""
+        """The evaluations that one curve may show: one of all held-out text does not go on where those of a
+        part of it ended.
+        """
         parts = [one for one in self.evals if not one.get("complete")]
         same = {one.get("documents") for one in self.evals}
         return self.evals if len(same) == 1 or not parts else parts
@@ -60,23 +66,35 @@ def read_run(path: str | Path) -> RunRecords:
     """
     path = Path(path)
     if (path / "origin.json").is_file():  # no import of what reads models: that takes seconds
-        raise ValueError(f"{path} is an imported model, which was not trained here: there is nothing to report. `slmjax eval` measures it")
+        raise ValueError(
+            f"{path} is an imported model, which was not trained here: there is nothing to report. `slmjax "
+            "eval` measures it"
+        )
     if not (path / "config.json").is_file():
-        raise ValueError(f"{path} is not a run directory: it has no config.json. `slmjax runs` lists those there are")
+        raise ValueError(
+            f"{path} is not a run directory: it has no config.json. `slmjax runs` lists those there are"
+        )
     log = read_log(path / "log.jsonl") if (path / "log.jsonl").is_file() else []
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for record in log:
         by_kind.setdefault(str(record["kind"]), []).append(record)
-    environment, data = _json(path / "environment.json"), _json(path / "data.json")
-    train, result = _latest(by_kind.get("train", ()), ("step",)), _json(path / "result.json")
+    environment = _json(path / "environment.json")
+    data = _json(path / "data.json")
+    train = _latest(by_kind.get("train", ()), ("step",))
+    result = _json(path / "result.json")
     if result is not None and train and train[-1]["step"] > result.get("step", 0):
         result = None  # of an earlier session: the run was extended, and goes on or was killed
     return RunRecords(
-        path=path, config=_json(path / "config.json") or {}, environment=environment or {}, data=data or [],
-        result=result, train=train,
-        evals=_latest(by_kind.get("eval", ()), ("step",)), samples=_latest(by_kind.get("sample", ()), ("step", "prompt")),
+        path=path,
+        config=_json(path / "config.json") or {},
+        environment=environment or {},
+        data=data or [],
+        result=result,
+        train=train,
+        evals=_latest(by_kind.get("eval", ()), ("step",)),
+        samples=_latest(by_kind.get("sample", ()), ("step", "prompt")),
         messages=by_kind.get("message", []),
-    )  # fmt: skip
+    )
 
 
 def _json(path: Path) -> Any:
@@ -85,7 +103,9 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged, it is no JSON ({error}): restore it, or delete the run") from error
+        raise ValueError(
+            f"{path} is damaged, it is no JSON ({error}): restore it, or delete the run"
+        ) from error
 
 
 def _latest(records: Iterable[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -100,7 +120,7 @@ def number(value: Any) -> float | None:
     return float(value)
 
 
-# The list of runs -----------------------------------------------------------------------------------------------------
+# The list of runs -------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSummary:
     """One line of `slmjax runs`."""
@@ -128,10 +148,16 @@ def list_runs(directory: str | Path) -> list[RunSummary]:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise ValueError(f"there is no directory {directory}: name the one that runs are in (`slmjax train` makes them in runs)")
+        raise ValueError(
+            f"there is no directory {directory}: name the one that runs are in (`slmjax train` makes them in "
+            "runs)"
+        )
     found = [_summary(path.parent) for path in directory.glob("*/config.json")]
     if not found:
-        raise ValueError(f"{directory} holds no run: name the directory that runs are in (`slmjax train` makes them in runs)")
+        raise ValueError(
+            f"{directory} holds no run: name the directory that runs are in (`slmjax train` makes them in "
+            "runs)"
+        )
     return sorted(found, key=lambda one: one.started)
 
 
@@ -142,12 +168,30 @@ def _summary(path: Path) -> RunSummary:
         steps = int(run.config["run"]["steps"])
     except (ValueError, KeyError):
         empty = dict.fromkeys(("loss", "bits_per_byte", "lost_text", "parameters", "tokens", "seconds"))
-        return RunSummary(name=path.name, path=str(path), status="damaged", step=0, steps=0, complete=False, started=started, **empty)
-    result, last = run.result or {}, run.held_out
+        return RunSummary(
+            name=path.name,
+            path=str(path),
+            status="damaged",
+            step=0,
+            steps=0,
+            complete=False,
+            started=started,
+            **empty,
+        )
+    result = run.result or {}
+    last = run.held_out
     return RunSummary(
-        name=run.name, path=str(path), status=run.status, step=int(result.get("step", run.last_step)), steps=steps,
-        loss=number(last.get("loss")), bits_per_byte=number(last.get("bits_per_byte")), lost_text=number(last.get("lost_text")),
+        name=run.name,
+        path=str(path),
+        status=run.status,
+        step=int(result.get("step", run.last_step)),
+        steps=steps,
+        loss=number(last.get("loss")),
+        bits_per_byte=number(last.get("bits_per_byte")),
+        lost_text=number(last.get("lost_text")),
         complete=bool(last.get("complete")),
-        parameters=result.get("parameters"), tokens=result.get("tokens"), seconds=result.get("seconds"),
+        parameters=result.get("parameters"),
+        tokens=result.get("tokens"),
+        seconds=result.get("seconds"),
         started=run.train[0]["time"] if run.train else started,
-    )  # fmt: skip
+    )

@@ -1,4 +1,6 @@
-"""Small models that nobody trained, in directories as imported ones have, wide enough for blocks of 32 or 256."""
+"""Small models that nobody trained, in directories as imported ones have, wide enough for blocks of 32 or
+256.
+"""
 
 import dataclasses
 import functools
@@ -20,10 +22,14 @@ from slmjax.models.mixers.attention import AttentionConfig, QkNorm
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 4
 
 
-def model(block: BlockConfig, *, width: int = 64, layers: int = 1, head: HeadKind = HeadKind.TIED) -> ModelConfig:
+def model(
+    block: BlockConfig, *, width: int = 64, layers: int = 1, head: HeadKind = HeadKind.TIED
+) -> ModelConfig:
     words = ByteTokenizer().build([])
     stack = (Segment(pattern=(block,), repeats=layers),)
-    return ModelConfig(embed_dim=width, stack=stack, vocab_size=words.vocab_size, context_length=128, head=head)
+    return ModelConfig(
+        embed_dim=width, stack=stack, vocab_size=words.vocab_size, context_length=128, head=head
+    )
 
 
 ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32)
@@ -32,7 +38,12 @@ NORMED = dataclasses.replace(ATTENTION, qk_norm=QkNorm.PER_HEAD)
 LLAMA = model(BlockConfig(mixer=ATTENTION, ffn=MlpConfig(hidden_dim=96)), layers=2, head=HeadKind.FREE)
 QWEN = model(BlockConfig(mixer=NORMED, ffn=MlpConfig(hidden_dim=96)))
 MOE = model(BlockConfig(mixer=NORMED, ffn=MoeConfig(num_experts=4, num_selected=2, hidden_dim=32)))
-WIDE = model(BlockConfig(mixer=dataclasses.replace(NORMED, num_heads=8, num_kv_heads=8), ffn=MlpConfig(hidden_dim=256)), width=256)
+WIDE = model(
+    BlockConfig(
+        mixer=dataclasses.replace(NORMED, num_heads=8, num_kv_heads=8), ffn=MlpConfig(hidden_dim=256)
+    ),
+    width=256,
+)
 
 
 def write_untrained(path: Path, config: ModelConfig) -> Path:
@@ -41,7 +52,9 @@ def write_untrained(path: Path, config: ModelConfig) -> Path:
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for name, shape in logical_shapes(config).items():
-            draws = generator.normal(size=shape) * (0.1 if len(shape) == 1 else 1.5 / np.sqrt(shape[-1 if "embed" in name else -2]))
+            draws = generator.normal(size=shape) * (
+                0.1 if len(shape) == 1 else 1.5 / np.sqrt(shape[-1 if "embed" in name else -2])
+            )
             yield name, (draws + name.endswith("scale")).astype(np.float32)
 
     safetensors_files.write_tensors(path / safetensors_files.DIRECTORY, tensors())

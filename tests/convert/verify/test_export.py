@@ -24,7 +24,9 @@ from tests.convert.verify.models import LLAMA, MOE, QWEN, TEXT, WIDE, write_untr
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT + "Zoë's naïve façade: 3 €. " + TEXT, encoding="utf-8")  # a window ends inside a character
+    path.write_text(
+        TEXT + "Zoë's naïve façade: 3 €. " + TEXT, encoding="utf-8"
+    )  # a window ends inside a character
     return str(path)
 
 
@@ -59,14 +61,22 @@ def test_what_was_exported_is_what_the_engine_computes(
     found = verified(*made(tmp_path, config, *pairs), text)
     assert found.holds and found.bytes_hold and found.products_hold
     assert all(one.differing == 0 and not one.differing_codes for one in found.tensors)
-    assert sum(one.differing_codes is not None for one in found.tensors) == sum(one.type != "F32" for one in found.tensors) > 5
+    assert (
+        sum(one.differing_codes is not None for one in found.tensors)
+        == sum(one.type != "F32" for one in found.tensors)
+        > 5
+    )
     assert {one.input_type for one in found.products} == inputs
     assert sum(one.input_codes for one in found.products) > 0
-    assert sum(one.flipped_codes for one in found.products) <= 1e-3 * sum(one.input_codes for one in found.products)
+    assert sum(one.flipped_codes for one in found.products) <= 1e-3 * sum(
+        one.input_codes for one in found.products
+    )
     assert all(one.error < 1e-6 for one in found.products), "looser bounds are what any order of sums keeps"
     loss = found.loss
     assert loss is not None and loss.tokens == 96 and loss.windows == 4
-    assert abs(loss.difference) < 2e-3 < abs(loss.engine - loss.as_trained) + 2e-3, "the engine rounds inputs, as ours does beside it"
+    assert abs(loss.difference) < 2e-3 < abs(loss.engine - loss.as_trained) + 2e-3, (
+        "the engine rounds inputs, as ours does beside it"
+    )
     assert abs(loss.difference) < 0.2 * abs(loss.engine - loss.as_trained)
     assert loss.standard_error > 0 and loss.tolerance >= 2 * loss.floor >= 0
 
@@ -75,15 +85,19 @@ def test_full_precision_is_equal_to_a_millionth(tmp_path: Path, text: str) -> No
     model, file = made(tmp_path, QWEN)
     found = verified(model, file, text, max_tokens=60)
     assert found.holds and found.loss is not None
-    assert abs(found.loss.difference) < 1e-6 * found.loss.ours and found.loss.as_trained == pytest.approx(found.loss.ours, rel=1e-6)
+    assert abs(found.loss.difference) < 1e-6 * found.loss.ours and found.loss.as_trained == pytest.approx(
+        found.loss.ours, rel=1e-6
+    )
     export_model(model, tmp_path / "half.gguf", to=Target.GGUF, dtype=WeightType.F16)
     half = verified(model, tmp_path / "half.gguf", text, max_tokens=4)
     assert not half.bytes_hold and not half.holds
     assert {one.type for one in half.tensors if not one.holds} == {"F16"}
 
 
-# What was changed ---------------------------------------------------------------------------------------------------------------
-def tampered(file: Path, out: Path, change: dict[str, Any], *, metadata: dict[str, Any] | None = None) -> Path:
+# What was changed -------------------------------------------------------------------------------------------
+def tampered(
+    file: Path, out: Path, change: dict[str, Any], *, metadata: dict[str, Any] | None = None
+) -> Path:
     """The file with other bytes of some tensors; None leaves a tensor out."""
     content: GgufFile = read_gguf(file)
     pending = []
@@ -93,9 +107,17 @@ def tampered(file: Path, out: Path, change: dict[str, Any], *, metadata: dict[st
             if change[name] is None:
                 continue
             change[name](raw)
-        values = raw.view(np.float32).reshape(tensor.shape) if tensor.type == "F32" else raw.reshape(*tensor.shape[:-1], -1)
+        values = (
+            raw.view(np.float32).reshape(tensor.shape)
+            if tensor.type == "F32"
+            else raw.reshape(*tensor.shape[:-1], -1)
+        )
         dtype = np.dtype(np.float32) if tensor.type == "F32" else tensor.type
-        pending.append(PendingTensor(name=name, shape=tensor.shape, dtype=dtype, read=functools.partial(np.asarray, values)))
+        pending.append(
+            PendingTensor(
+                name=name, shape=tensor.shape, dtype=dtype, read=functools.partial(np.asarray, values)
+            )
+        )
     keys = {**content.metadata, **(metadata or {})}
     write_gguf(out, architecture=keys.pop("general.architecture"), metadata=keys, tensors=pending)
     return out
@@ -118,20 +140,34 @@ def test_a_changed_code_is_named_and_the_status_is_1(
     options = [str(model), str(other), "--data", text, "--max-tokens", "8", "--window", "8"]
     assert verify_export_command(options) == 1
     told = capsys.readouterr().out
-    assert "1 bytes     FAILS" in told and "blk.0.ffn_down.weight (Q4_0): 1 of 6,144 numbers differ (1 codes, 0 scales)" in told
+    assert (
+        "1 bytes     FAILS" in told
+        and "blk.0.ffn_down.weight (Q4_0): 1 of 6,144 numbers differ (1 codes, 0 scales)" in told
+    )
     assert "2 products  FAILS" in told and told.count("blk.0.ffn_down.weight") == 2 and "attn_q" not in told
     assert verify_export_command([str(model), str(file), *options[2:], "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["holds"] and report["bytes_hold"] and report["tokenizer_holds"] and report["loss"]["tokens"] == 8
+    assert (
+        report["holds"]
+        and report["bytes_hold"]
+        and report["tokenizer_holds"]
+        and report["loss"]["tokens"] == 8
+    )
     tokens = list(read_gguf(file).metadata["tokenizer.ggml.tokens"])
     tokens[70], tokens[71] = tokens[71], tokens[70]
     swapped = tampered(file, tmp_path / "swapped.gguf", {}, metadata={"tokenizer.ggml.tokens": tokens})
     assert verify_export_command([str(model), str(swapped), *options[2:]]) == 1
     told = capsys.readouterr().out
-    assert "3 loss      holds" in told and "4 tokenizer FAILS: 1 of" in told and "tokenizer.ggml.tokens: 2 of 258 entries differ" in told
+    assert (
+        "3 loss      holds" in told
+        and "4 tokenizer FAILS: 1 of" in told
+        and "tokenizer.ggml.tokens: 2 of 258 entries differ" in told
+    )
 
 
-def test_scales_vectors_and_settings_are_compared(quantized: tuple[Path, Path], tmp_path: Path, text: str) -> None:
+def test_scales_vectors_and_settings_are_compared(
+    quantized: tuple[Path, Path], tmp_path: Path, text: str
+) -> None:
     model, file = quantized
     change = {
         "blk.0.attn_k.weight": lambda raw: raw.__setitem__(0, raw[0] ^ 1),
@@ -143,7 +179,11 @@ def test_scales_vectors_and_settings_are_compared(quantized: tuple[Path, Path], 
     assert (bad["blk.0.attn_k.weight"].differing_codes, bad["blk.0.attn_k.weight"].differing_scales) == (0, 1)
 
     missing = verified(model, tampered(file, tmp_path / "missing.gguf", {"blk.0.attn_k.weight": None}), text)
-    assert [one.name for one in missing.tensors if one.is_missing] == ["blk.0.attn_k.weight"] and missing.loss is None and not missing.holds
+    assert (
+        [one.name for one in missing.tensors if one.is_missing] == ["blk.0.attn_k.weight"]
+        and missing.loss is None
+        and not missing.holds
+    )
     key = "qwen3.attention.layer_norm_rms_epsilon"
     settings = verified(model, tampered(file, tmp_path / "settings.gguf", {}, metadata={key: 0.5}), text)
     assert "norm_eps" in settings.settings[0] and settings.loss is None and not settings.bytes_hold
@@ -155,7 +195,9 @@ def test_text_is_needed(quantized: tuple[Path, Path]) -> None:
 
 
 def test_the_standard_error_is_that_of_windows() -> None:
-    """Of windows of 10 tokens each, that of their means: 0.1, 0.3, 0.2 have 0.1/sqrt(3); and longer windows count for more."""
+    """Of windows of 10 tokens each, that of their means: 0.1, 0.3, 0.2 have 0.1/sqrt(3); and longer windows
+    count for more.
+    """
     mean, error = paired(np.array([1.0, 3.0, 2.0]), np.array([10, 10, 10]))
     assert (mean, error) == (pytest.approx(0.2), pytest.approx(0.1 / np.sqrt(3)))
     # 30 tokens of 0.1 and 10 of 0.5: 0.2; deviations -3 and 3 of the sums, over 40 tokens.

@@ -1,4 +1,6 @@
-"""The tokenizer of an exported file is compared with the model's, key by key and by the ids that llama.cpp gives."""
+"""The tokenizer of an exported file is compared with the model's, key by key and by the ids that llama.cpp
+gives.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -9,7 +11,14 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from slmjax.convert.gguf.tokenizer import tokenizer_metadata
-from slmjax.convert.verify.tokenizer_check import TEXTS, TokenizerCheck, compare_ids, compare_metadata, known_limit, vocabulary_texts
+from slmjax.convert.verify.tokenizer_check import (
+    TEXTS,
+    TokenizerCheck,
+    compare_ids,
+    compare_metadata,
+    known_limit,
+    vocabulary_texts,
+)
 from slmjax.data.tokenizers import BpeTokenizer, Tokenizer
 from tests.convert.llama_cpp import write_tiny_llama
 
@@ -20,7 +29,9 @@ ROWS = 330  # of the embedding table, which is padded
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     made = (
-        BpeTokenizer(vocab_size=300).build([*TEXTS, "the quick brown fox, the quicker fox " * 5]).add_tokens(["<|im_end|>"], special=True)
+        BpeTokenizer(vocab_size=300)
+        .build([*TEXTS, "the quick brown fox, the quicker fox " * 5])
+        .add_tokens(["<|im_end|>"], special=True)
     )
     return Tokenizer(made._backend, bos=made.bos, eos=made.eos, ends=["<|im_end|>"], chat_template=TEMPLATE)
 
@@ -32,7 +43,9 @@ def directory(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def checked(tokenizer: Tokenizer, directory: Path, file: Path, **change: Any) -> TokenizerCheck:
-    """The check of a file of one layer, whose metadata are changed; with the engine, where it may load the file."""
+    """The check of a file of one layer, whose metadata are changed; with the engine, where it may load the
+    file.
+    """
     written = {
         **tokenizer_metadata(directory, adds_bos=True, num_rows=ROWS),
         **{f"tokenizer.{key}": value for key, value in change.items()},
@@ -51,20 +64,31 @@ def test_what_is_written_holds(tokenizer: Tokenizer, directory: Path, tmp_path: 
     assert check.keys > 8 and check.texts == len(TEXTS) + len(vocabulary_texts(tokenizer)) + 4 > 30
 
 
-def test_swapped_tokens_and_another_bos_are_named(tokenizer: Tokenizer, directory: Path, tmp_path: Path) -> None:
+def test_swapped_tokens_and_another_bos_are_named(
+    tokenizer: Tokenizer, directory: Path, tmp_path: Path
+) -> None:
     tokens = list(tokenizer_metadata(directory, adds_bos=True, num_rows=ROWS)["tokenizer.ggml.tokens"])
-    a, b = tokens.index("a"), tokens.index("b")
+    a = tokens.index("a")
+    b = tokens.index("b")
     tokens[a], tokens[b] = tokens[b], tokens[a]
     swapped = checked(tokenizer, directory, tmp_path / "swapped.gguf", **{"ggml.tokens": tokens})
     first = f"entry {min(a, b)} is {tokens[min(a, b)]!r} in the file"
-    assert not swapped.holds and len(swapped.differences) == 1 and "2 of 330 entries differ" in swapped.differences[0]
+    assert (
+        not swapped.holds
+        and len(swapped.differences) == 1
+        and "2 of 330 entries differ" in swapped.differences[0]
+    )
     assert first in swapped.differences[0]
     one = next(one for one in swapped.differing_texts if one.text == "a")
     assert (one.ours, one.engine, one.reason) == ((a,), (b,), None), "the engine says so too"
 
     other = checked(tokenizer, directory, tmp_path / "bos.gguf", **{"ggml.bos_token_id": 5})
-    assert not other.holds and other.differences == ("tokenizer.ggml.bos_token_id: 5 in the file, 0 in the model",)
-    assert [(one.engine[0], one.ours[0]) for one in other.differing_texts] == [(5, 0)] * 2, "the texts to which the engine adds BOS"
+    assert not other.holds and other.differences == (
+        "tokenizer.ggml.bos_token_id: 5 in the file, 0 in the model",
+    )
+    assert [(one.engine[0], one.ours[0]) for one in other.differing_texts] == [(5, 0)] * 2, (
+        "the texts to which the engine adds BOS"
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,14 +100,20 @@ def test_swapped_tokens_and_another_bos_are_named(tokenizer: Tokenizer, director
         ("ggml.pre", "qwen2", "pre: 'qwen2' in the file, 'gpt-2' in the model"),
         ("ggml.model", "llama", "model: 'llama' in the file, 'gpt2' in the model"),
         ("ggml.merges", [], "merges: 0 entries in the file, 42 in the model"),
-        ("ggml.token_type", [1] * ROWS, "token_type: 32 of 330 entries differ; entry 0 is 1 in the file, 3 in the model"),
+        (
+            "ggml.token_type",
+            [1] * ROWS,
+            "token_type: 32 of 330 entries differ; entry 0 is 1 in the file, 3 in the model",
+        ),
         ("chat_template", "{{ 1 }}", "chat_template: '{{ 1 }}' in the file"),
         ("ggml.fim_pre_token_id", 7, "fim_pre_token_id: 7 in the file, absent in the model"),
     ],
 )
 def test_each_key_is_compared(tokenizer: Tokenizer, directory: Path, key: str, value: Any, said: str) -> None:
     metadata = {**tokenizer_metadata(directory, adds_bos=True, num_rows=ROWS), f"tokenizer.{key}": value}
-    check = compare_metadata({name: one for name, one in metadata.items() if one is not None}, directory, tokenizer, num_rows=ROWS)
+    check = compare_metadata(
+        {name: one for name, one in metadata.items() if one is not None}, directory, tokenizer, num_rows=ROWS
+    )
     assert not check.holds and len(check.differences) == 1 and said in check.differences[0]
     assert check.can_load == (key not in ("ggml.pre", "ggml.model", "ggml.merges"))
 

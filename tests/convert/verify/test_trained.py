@@ -1,4 +1,6 @@
-"""A run that was trained quantized: its codes, learned scales among them, are what is exported and what the engine computes with."""
+"""A run that was trained quantized: its codes, learned scales among them, are what is exported and what the
+engine computes with.
+"""
 
 import dataclasses
 import io
@@ -30,11 +32,21 @@ def run(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """4-bit weights, 2-bit ones with learned scales in the feed-forward layer, tables padded."""
     rules = (QuantRule(paths="ffn", weight=preset("int2_g32"), input=preset("q8_0")), *_w4a8())
     experiment = slmjax.Experiment(
-        model=dataclasses.replace(QWEN, vocab_size=None, vocab_multiple=64), quant=QuantConfig(phases=(QuantPhase(rules=rules),)),
-        data=DataConfig(path=str(workplace / "text.txt"), split=Split.TAIL, heldout_fraction=0.1, sequence_length=32, batch_size=8),
-        tokenizer=ByteTokenizer(), optim=OptimConfig(lr=1e-2, warmup_steps=2),
-        run=RunConfig(name="coded", directory=str(tmp_path_factory.mktemp("runs")), steps=6, sample_prompts=()),
-    )  # fmt: skip
+        model=dataclasses.replace(QWEN, vocab_size=None, vocab_multiple=64),
+        quant=QuantConfig(phases=(QuantPhase(rules=rules),)),
+        data=DataConfig(
+            path=str(workplace / "text.txt"),
+            split=Split.TAIL,
+            heldout_fraction=0.1,
+            sequence_length=32,
+            batch_size=8,
+        ),
+        tokenizer=ByteTokenizer(),
+        optim=OptimConfig(lr=1e-2, warmup_steps=2),
+        run=RunConfig(
+            name="coded", directory=str(tmp_path_factory.mktemp("runs")), steps=6, sample_prompts=()
+        ),
+    )
     return Path(slmjax.train(experiment, console=Console(file=io.StringIO())).run_dir)
 
 
@@ -51,7 +63,9 @@ def test_what_was_trained_is_what_the_engine_computes(run: Path, tmp_path: Path)
     assert numbers.spec == preset("int2_g32") and set(np.unique(encoded.codes)) <= {-1, 0, 1}
     found = verify_export(run, tmp_path / "run.gguf", max_tokens=96, window=24, log=lambda _: None)
     assert found.holds and found.step == 6 and found.loss is not None
-    assert found.loss.as_trained == pytest.approx(found.loss.ours, rel=1e-5), "it is trained with inputs as llama.cpp rounds them"
+    assert found.loss.as_trained == pytest.approx(found.loss.ours, rel=1e-5), (
+        "it is trained with inputs as llama.cpp rounds them"
+    )
     assert abs(found.loss.difference) < 1e-4
 
 
@@ -61,16 +75,23 @@ def test_the_ordinary_way_loses_the_codes(run: Path, tmp_path: Path) -> None:
     export_model(tmp_path / "again", tmp_path / "again.gguf", to=Target.GGUF)
     found = verify_export(run, tmp_path / "again.gguf", max_tokens=24, window=24, log=lambda _: None)
     assert not found.bytes_hold and not found.holds
-    assert [one.name for one in found.tensors if not one.holds] == [f"blk.0.ffn_{name}.weight" for name in ("gate", "up", "down")]
+    assert [one.name for one in found.tensors if not one.holds] == [
+        f"blk.0.ffn_{name}.weight" for name in ("gate", "up", "down")
+    ]
 
 
 def test_codes_are_compared_with_those_of_training(run: Path) -> None:
-    """A checkpoint keeps a sum for each row: one code, one scale and one table's row that differ are found as three rows."""
+    """A checkpoint keeps a sum for each row: one code, one scale and one table's row that differ are found as
+    three rows.
+    """
     loaded, coded = load_with_codes(run)
     rows = sum(encoded.codes.size // encoded.codes.shape[numbers.axis] for numbers, encoded in coded.values())
     assert changed_rows(loaded, coded) == (0, rows)
-    for name, part, place in (("layers/0/ffn/up/weight", "codes", (3, 1)), ("layers/0/mixer/key/weight", "scale", (0, 2)),
-                              ("embed/table", "codes", (7, 5))):  # fmt: skip
+    for name, part, place in (
+        ("layers/0/ffn/up/weight", "codes", (3, 1)),
+        ("layers/0/mixer/key/weight", "scale", (0, 2)),
+        ("embed/table", "codes", (7, 5)),
+    ):
         numbers, encoded = coded[name]
         array = np.array(getattr(encoded, part))
         array[place] = array[place] + 1 if part == "codes" else np.nextafter(array[place], np.float32(1))
@@ -84,12 +105,20 @@ def test_another_platform_is_told_of(run: Path, tmp_path: Path, monkeypatch: pyt
     try:
         environment.write_text(json.dumps({**json.loads(before), "devices": ["TPU v6 lite"]}))
         written = export_model(run, tmp_path / "same.gguf", to=Target.GGUF)
-        assert "codes were computed on cpu and are those of training on TPU v6 lite: sums of" in written.notes[1]
+        assert (
+            "codes were computed on cpu and are those of training on TPU v6 lite: sums of" in written.notes[1]
+        )
         monkeypatch.setattr(loading, "changed_rows", lambda loaded, coded: (3, 1200))
         written = export_model(run, tmp_path / "others.gguf", to=Target.GGUF)
-        assert "codes or scales of 3 of 1,200 rows are not those of training: they were computed on cpu" in written.notes[1]
+        assert (
+            "codes or scales of 3 of 1,200 rows are not those of training: they were computed on cpu"
+            in written.notes[1]
+        )
         monkeypatch.setattr(loading, "changed_rows", lambda loaded, coded: None)
         written = export_model(run, tmp_path / "unknown.gguf", to=Target.GGUF)
-        assert "codes were computed on cpu, and the run was trained on TPU v6 lite: its checkpoint does not tell" in written.notes[1]
+        assert (
+            "codes were computed on cpu, and the run was trained on TPU v6 lite: its checkpoint does not tell"
+            in written.notes[1]
+        )
     finally:
         environment.write_text(before)

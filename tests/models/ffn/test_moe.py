@@ -1,4 +1,6 @@
-"""Routing by hand; dispatch against a loop over tokens; invariance to batch composition; sharded against one device."""
+"""Routing by hand; dispatch against a loop over tokens; invariance to batch composition; sharded against one
+device.
+"""
 
 import dataclasses
 import functools
@@ -20,7 +22,8 @@ from slmjax.parallel.rules import partition_spec
 SHAPE = Shape(embed_dim=8, num_layers=2, norm_eps=1e-6, init_std=0.3, dtype=jnp.float32)
 DROPLESS = MoeConfig(num_experts=4, num_selected=2, hidden_dim=6, z_weight=0.5)
 CAPACITY = dataclasses.replace(DROPLESS, capacity_factor=0.75)
-# What the other two leave out: sigmoid scores, a selection bias, a shared expert, a scale, weights as they are.
+# What the other two leave out: sigmoid scores, a selection bias, a shared expert, a scale, weights as they
+# are.
 DEEPSEEK = MoeConfig(
     num_experts=4,
     num_selected=2,
@@ -58,7 +61,11 @@ def built(config: MoeConfig):
 
     def with_bias(path, leaf):
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        return jnp.asarray(draw.normal(size=leaf.shape), leaf.dtype) if names[-1].endswith("bias") and names[0] != "router_bias" else leaf
+        return (
+            jnp.asarray(draw.normal(size=leaf.shape), leaf.dtype)
+            if names[-1].endswith("bias") and names[0] != "router_bias"
+            else leaf
+        )
 
     return graph, jax.tree_util.tree_map_with_path(with_bias, state)
 
@@ -90,21 +97,31 @@ def assert_trees_close(actual, expected, *, rtol=2e-5, atol=2e-5):
 
 
 def name_of(config):
-    names = {"deepseek": config.balance is Balance.BIAS, "biased": config.bias, "capacity": config.capacity_factor is not None}
+    names = {
+        "deepseek": config.balance is Balance.BIAS,
+        "biased": config.bias,
+        "capacity": config.capacity_factor is not None,
+    }
     return " ".join(name for name, holds in names.items() if holds) or "dropless"
 
 
-# Dispatch -------------------------------------------------------------------------------------------------------------
+# Dispatch ---------------------------------------------------------------------------------------------------
 def scores_of(layer, x):
-    logits = jnp.dot(x, layer.router.weight[...]) + (layer.router.bias[...][None, None] if layer.config.bias else 0)
-    return logits, jax.nn.softmax(logits) if layer.config.score is RouterScore.SOFTMAX else jax.nn.sigmoid(logits)
+    logits = jnp.dot(x, layer.router.weight[...]) + (
+        layer.router.bias[...][None, None] if layer.config.bias else 0
+    )
+    return logits, jax.nn.softmax(logits) if layer.config.score is RouterScore.SOFTMAX else jax.nn.sigmoid(
+        logits
+    )
 
 
 def selected_and_kept(layer, x, segment_ids):
     """[B, T, E] of 0 and 1: what each token selects, and what of it is not dropped, found token by token."""
-    config, scores = layer.config, np.asarray(scores_of(layer, x)[1])
+    config = layer.config
+    scores = np.asarray(scores_of(layer, x)[1])
     bias = 0.0 if layer.router_bias is None else np.asarray(layer.router_bias[...])
-    selected, kept = np.zeros(scores.shape, np.float32), np.zeros(scores.shape, np.float32)
+    selected = np.zeros(scores.shape, np.float32)
+    kept = np.zeros(scores.shape, np.float32)
     for row, t in np.ndindex(scores.shape[:2]):
         if segment_ids[row, t] != 0:
             best = np.argsort(-(scores[row, t] + bias))[: config.num_selected]
@@ -116,12 +133,16 @@ def selected_and_kept(layer, x, segment_ids):
 
 def dense_loss(layer, x, segment_ids, selected, kept):
     """The layer with every expert computed for every token."""
-    config, real = layer.config, (np.asarray(segment_ids) != 0).astype(np.float32)
+    config = layer.config
+    real = (np.asarray(segment_ids) != 0).astype(np.float32)
     gate, up, down = (getattr(layer.experts, name)[...] for name in ("gate", "up", "down"))
     gate_bias, up_bias, down_bias = (
-        getattr(layer.experts, f"{name}_bias")[...][None, None] if config.bias else jnp.zeros(()) for name in ("gate", "up", "down")
+        getattr(layer.experts, f"{name}_bias")[...][None, None] if config.bias else jnp.zeros(())
+        for name in ("gate", "up", "down")
     )
-    gate, up = (jnp.einsum("btd,edf->btef", x, matrix) + bias for matrix, bias in ((gate, gate_bias), (up, up_bias)))
+    gate, up = (
+        jnp.einsum("btd,edf->btef", x, matrix) + bias for matrix, bias in ((gate, gate_bias), (up, up_bias))
+    )
     hidden = jax.nn.silu(gate) * up
     if config.activation is Activation.CLAMPED_SILU:  # by hand: none of these is above 7 in size
         hidden = gate / (1 + jnp.exp(-1.702 * gate)) * (up + 1)
@@ -206,10 +227,13 @@ def test_sharded_equals_one_device(config, mesh_config, rows):
 
 
 def test_slots_of_capacity_by_hand():
-    # Two rows of three tokens that choose one of two experts; 2 means not here. Room for one token per expert and row.
+    # Two rows of three tokens that choose one of two experts; 2 means not here. Room for one token per expert
+    # and row.
     experts = jnp.asarray([[1, 0, 1], [2, 1, 1]])[:, :, None]
     slots = moe.capacity_slots(experts, 2, capacity=1)
-    np.testing.assert_array_equal(slots.selection, [1, 6, 0, 4])  # expert 0: row 0, row 1; expert 1: row 0, row 1
+    np.testing.assert_array_equal(
+        slots.selection, [1, 6, 0, 4]
+    )  # expert 0: row 0, row 1; expert 1: row 0, row 1
     np.testing.assert_array_equal(slots.slot[:, 0], [2, 0, 4, 4, 3, 4])
 
 
@@ -220,7 +244,7 @@ def test_sorted_slots_by_hand():
     np.testing.assert_array_equal(slots.group_sizes, [2, 2])
 
 
-# Routing --------------------------------------------------------------------------------------------------------------
+# Routing ----------------------------------------------------------------------------------------------------
 LOGITS = jnp.log(jnp.asarray([[[1.0, 2.0, 3.0, 4.0], [6.0, 1.0, 2.0, 1.0]]]))
 REAL = jnp.ones((1, 2), bool)
 
@@ -239,8 +263,11 @@ ONE = dataclasses.replace(DROPLESS, num_selected=1)
 
 @pytest.mark.parametrize("score", RouterScore)
 def test_one_expert_with_normalized_weights(score):
-    """Its weight is 1 and has no gradient, exactly, however small its score; the auxiliary losses have one."""
-    config, logits = dataclasses.replace(ONE, score=score, routed_scale=2.5), LOGITS - 43.0
+    """Its weight is 1 and has no gradient, exactly, however small its score; the auxiliary losses have
+    one.
+    """
+    config = dataclasses.replace(ONE, score=score, routed_scale=2.5)
+    logits = LOGITS - 43.0
     routing = moe.route(logits, REAL, None, config=config)
     np.testing.assert_array_equal(routing.experts, [[[3], [0]]])
     np.testing.assert_array_equal(routing.weights, [[[2.5], [2.5]]])
@@ -252,7 +279,9 @@ def test_one_expert_with_normalized_weights(score):
 
 
 def test_the_router_of_one_expert_learns_from_auxiliary_losses_alone():
-    """With a capacity, on a mesh that divides experts: as on one device, and without them the router's gradient is exactly 0."""
+    """With a capacity, on a mesh that divides experts: as on one device, and without them the router's
+    gradient is exactly 0.
+    """
     quiet = dataclasses.replace(ONE, balance=Balance.NONE, z_weight=0.0, capacity_factor=0.75)
     x, segment_ids = inputs()
     graph, state = built(quiet)
@@ -266,14 +295,19 @@ def test_the_router_of_one_expert_learns_from_auxiliary_losses_alone():
     assert not np.any(of_layer.router.weight[...]) and np.any(of_layer.experts.up[...]) and np.any(of_x)
     assert quiet.training_note() is not None and "nothing trains it" in quiet.training_note()
     assert "only ffn.balance_weight=0.01 and ffn.z_weight=0.5 trains it" in str(ONE.training_note())
-    assert DROPLESS.training_note() is None and dataclasses.replace(ONE, normalize_weights=False).training_note() is None
+    assert (
+        DROPLESS.training_note() is None
+        and dataclasses.replace(ONE, normalize_weights=False).training_note() is None
+    )
 
 
 def test_bias_changes_the_selection_and_not_the_weights():
     routing = moe.route(LOGITS, REAL, jnp.asarray([0.0, 9.0, 0.0, 0.0]), config=DEEPSEEK)
     np.testing.assert_array_equal(routing.experts, [[[1, 3], [1, 0]]])
     # Sigmoid of log(n) is n / (n + 1).
-    np.testing.assert_allclose(routing.weights, 2.5 * np.asarray([[[2 / 3, 4 / 5], [1 / 2, 6 / 7]]]), rtol=1e-6)
+    np.testing.assert_allclose(
+        routing.weights, 2.5 * np.asarray([[[2 / 3, 4 / 5], [1 / 2, 6 / 7]]]), rtol=1e-6
+    )
 
 
 def test_padding_is_routed_nowhere():
@@ -283,12 +317,15 @@ def test_padding_is_routed_nowhere():
 
 
 def test_balance_loss_is_one_per_token_of_an_even_load_and_more_of_an_uneven_one():
-    real, chosen = jnp.asarray([[True, True], [True, False]]), jnp.asarray([[[0, 1], [2, 3]], [[0, 1], [4, 4]]])
+    real = jnp.asarray([[True, True], [True, False]])
+    chosen = jnp.asarray([[[0, 1], [2, 3]], [[0, 1], [4, 4]]])
     even = moe.Routing(weights=jnp.zeros((2, 2, 2)), experts=chosen, probabilities=jnp.full((2, 2, 4), 0.25))
     np.testing.assert_allclose(moe.balance_loss(even, real), 3.0, rtol=1e-6)
     # By hand: one expert has half of the selections and all of the probability: 4 * 0.5 * 1 for both tokens.
     peaked = jnp.zeros((1, 2, 4)).at[:, :, 0].set(1.0)
-    uneven = moe.Routing(weights=jnp.zeros((1, 2, 2)), experts=jnp.asarray([[[0, 1], [0, 3]]]), probabilities=peaked)
+    uneven = moe.Routing(
+        weights=jnp.zeros((1, 2, 2)), experts=jnp.asarray([[[0, 1], [0, 3]]]), probabilities=peaked
+    )
     np.testing.assert_allclose(moe.balance_loss(uneven, jnp.ones((1, 2), bool)), 4.0, rtol=1e-6)
 
 
@@ -299,11 +336,13 @@ def test_z_loss_by_hand():
 
 def test_biases_move_towards_an_even_load():
     counts = jnp.asarray([[3.0, 1.0, 2.0], [0.0, 9.0, 0.0]])
-    np.testing.assert_allclose(moe.updated_bias(jnp.zeros((2, 3)), counts, 0.1), [[-0.1, 0.1, 0.0], [0.1, -0.1, 0.1]], rtol=1e-6)
+    np.testing.assert_allclose(
+        moe.updated_bias(jnp.zeros((2, 3)), counts, 0.1), [[-0.1, 0.1, 0.0], [0.1, -0.1, 0.1]], rtol=1e-6
+    )
     np.testing.assert_allclose(moe.updated_bias(jnp.ones(3), counts[0], 0.1), [0.9, 1.1, 1.0], rtol=1e-6)
 
 
-# Config and module ----------------------------------------------------------------------------------------------------
+# Config and module ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -344,7 +383,9 @@ def test_parameters_of_the_layer():
 def test_bfloat16_layer_stays_close():
     x, segment_ids = inputs()
     graph, state = built(DROPLESS)
-    y, aux = jax.jit(lambda state, x: nnx.merge(graph, state)(x, segment_ids=segment_ids))(state, x.astype(jnp.bfloat16))
+    y, aux = jax.jit(lambda state, x: nnx.merge(graph, state)(x, segment_ids=segment_ids))(
+        state, x.astype(jnp.bfloat16)
+    )
     assert y.dtype == jnp.bfloat16 and aux.losses["moe_balance"].dtype == jnp.float32
     exact = run_layer(DROPLESS, x.astype(jnp.bfloat16).astype(jnp.float32), segment_ids)[1]
     np.testing.assert_allclose(y.astype(jnp.float32), exact, atol=0.05 * float(jnp.max(jnp.abs(exact))))

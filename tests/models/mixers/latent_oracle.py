@@ -4,7 +4,8 @@ Needs the extra `oracle`. After a change that is meant, write the file anew and 
 
     python -m tests.models.mixers.latent_oracle
 
-Weights are drawn in the layout of the reference, so that what an importer has to do to them is part of the comparison.
+Weights are drawn in the layout of the reference, so that what an importer has to do to them is part of the
+comparison.
 """
 
 import dataclasses
@@ -20,7 +21,8 @@ from slmjax.models.mixers.latent import LatentAttentionConfig
 from slmjax.models.rope import LongScaling, YarnScaling
 
 GOLDEN = Path(__file__).with_name("latent_golden.json")
-WIDTH, LENGTH = 16, 6
+WIDTH = 16
+LENGTH = 6
 
 
 def yarn_magnitude(factor: float, share: float) -> float:
@@ -39,19 +41,36 @@ class Case:
 
 
 CASES = {
-    # Queries through a rank, biases, YaRN with different magnitudes of angles and scores; values narrower than keys.
+    # Queries through a rank, biases, YaRN with different magnitudes of angles and scores; values narrower
+    # than keys.
     "deepseek_v2": Case(
         family="DeepseekV2",
         mixer=LatentAttentionConfig(
-            num_heads=2, query_rank=6, latent_dim=8, plain_dim=6, rope_dim=8, value_dim=5, bias=True, latent_norm_eps=1e-6, rope_base=100.0,
+            num_heads=2,
+            query_rank=6,
+            latent_dim=8,
+            plain_dim=6,
+            rope_dim=8,
+            value_dim=5,
+            bias=True,
+            latent_norm_eps=1e-6,
+            rope_base=100.0,
             rope_scaling=YarnScaling(
-                factor=4.0, original_context=64, attention_factor=yarn_magnitude(4.0, 1.0) / yarn_magnitude(4.0, 0.5)
+                factor=4.0,
+                original_context=64,
+                attention_factor=yarn_magnitude(4.0, 1.0) / yarn_magnitude(4.0, 0.5),
             ),
             scale=14**-0.5 * yarn_magnitude(4.0, 0.5) ** 2,
         ),
         rope={
-            "rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 1.0,
-            "mscale_all_dim": 0.5, "beta_fast": 32, "beta_slow": 1,
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+            "beta_fast": 32,
+            "beta_slow": 1,
         },
         interleaved=True,
         context=256,
@@ -59,7 +78,9 @@ CASES = {
     # Queries from the residual stream, values wider than keys.
     "deepseek_v2_lite": Case(
         family="DeepseekV2",
-        mixer=LatentAttentionConfig(num_heads=4, latent_dim=8, plain_dim=4, rope_dim=4, value_dim=10, latent_norm_eps=1e-6),
+        mixer=LatentAttentionConfig(
+            num_heads=4, latent_dim=8, plain_dim=4, rope_dim=4, value_dim=10, latent_norm_eps=1e-6
+        ),
         rope={"rope_type": "default", "rope_theta": 10_000.0},
         interleaved=True,
     ),
@@ -67,21 +88,36 @@ CASES = {
     "minicpm3": Case(
         family="MiniCPM3",
         mixer=LatentAttentionConfig(
-            num_heads=2, query_rank=6, latent_dim=8, plain_dim=6, rope_dim=4, value_dim=8, latent_norm_eps=1e-6,
-            rope_scaling=LongScaling(short_factors=(1.0, 2.0), long_factors=(1.5, 3.0), original_context=4, attention_factor=1.25),
+            num_heads=2,
+            query_rank=6,
+            latent_dim=8,
+            plain_dim=6,
+            rope_dim=4,
+            value_dim=8,
+            latent_norm_eps=1e-6,
+            rope_scaling=LongScaling(
+                short_factors=(1.0, 2.0), long_factors=(1.5, 3.0), original_context=4, attention_factor=1.25
+            ),
         ),
         rope={
-            "rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0, 2.0], "long_factor": [1.5, 3.0], "factor": 8.0,
-            "original_max_position_embeddings": 4, "attention_factor": 1.25,
+            "rope_type": "longrope",
+            "rope_theta": 10_000.0,
+            "short_factor": [1.0, 2.0],
+            "long_factor": [1.5, 3.0],
+            "factor": 8.0,
+            "original_max_position_embeddings": 4,
+            "attention_factor": 1.25,
         },
         interleaved=False,
     ),
-}  # fmt: skip
+}
 
 
 def reference_weights(config: LatentAttentionConfig) -> dict[str, np.ndarray]:
     """Random weights under the reference's names, matrices [out, in]."""
-    queries, rank, outputs = config.num_heads * config.key_dim, config.query_rank, config.num_heads * config.value_dim
+    queries = config.num_heads * config.key_dim
+    rank = config.query_rank
+    outputs = config.num_heads * config.value_dim
     shapes: dict[str, tuple[int, ...]] = {
         "kv_a_proj_with_mqa.weight": (config.cached_dim, WIDTH),
         "kv_a_layernorm.weight": (config.latent_dim,),
@@ -91,7 +127,11 @@ def reference_weights(config: LatentAttentionConfig) -> dict[str, np.ndarray]:
     if rank is None:
         shapes["q_proj.weight"] = (queries, WIDTH)
     else:
-        shapes |= {"q_a_proj.weight": (rank, WIDTH), "q_a_layernorm.weight": (rank,), "q_b_proj.weight": (queries, rank)}
+        shapes |= {
+            "q_a_proj.weight": (rank, WIDTH),
+            "q_a_layernorm.weight": (rank,),
+            "q_b_proj.weight": (queries, rank),
+        }
     if config.bias:
         shapes |= {"kv_a_proj_with_mqa.bias": (config.cached_dim,), "o_proj.bias": (WIDTH,)}
         shapes |= {} if rank is None else {"q_a_proj.bias": (rank,)}
@@ -104,9 +144,15 @@ def inputs() -> np.ndarray:
 
 
 NAMES = {
-    "q_proj": "query", "q_a_proj": "query_down", "q_a_layernorm": "query_norm", "q_b_proj": "query_up",
-    "kv_a_proj_with_mqa": "latent_down", "kv_a_layernorm": "latent_norm", "kv_b_proj": "latent_up", "o_proj": "output",
-}  # fmt: skip
+    "q_proj": "query",
+    "q_a_proj": "query_down",
+    "q_a_layernorm": "query_norm",
+    "q_b_proj": "query_up",
+    "kv_a_proj_with_mqa": "latent_down",
+    "kv_a_layernorm": "latent_norm",
+    "kv_b_proj": "latent_up",
+    "o_proj": "output",
+}
 
 
 def imported_weights(case: Case) -> dict[str, np.ndarray]:
@@ -115,7 +161,11 @@ def imported_weights(case: Case) -> dict[str, np.ndarray]:
     for name, value in reference_weights(case.mixer).items():
         module, _, kind = name.partition(".")
         if case.interleaved and module in ("q_proj", "q_b_proj", "kv_a_proj_with_mqa"):
-            value = half_split(value, heads=1 if module.startswith("kv") else case.mixer.num_heads, rope_dim=case.mixer.rope_dim)
+            value = half_split(
+                value,
+                heads=1 if module.startswith("kv") else case.mixer.num_heads,
+                rope_dim=case.mixer.rope_dim,
+            )
         leaf = "scale" if module.endswith("layernorm") else kind
         found[f"{NAMES[module]}/{leaf}"] = value.T if value.ndim == 2 else value
     return found
@@ -139,15 +189,26 @@ def reference_output(case: Case) -> np.ndarray:
     module = {"DeepseekV2": modeling_deepseek_v2, "MiniCPM3": modeling_minicpm3}[case.family]
     mixer = case.mixer
     settings: Mapping[str, Any] = {
-        "hidden_size": WIDTH, "num_attention_heads": mixer.num_heads, "num_key_value_heads": mixer.num_heads,
-        "q_lora_rank": mixer.query_rank, "kv_lora_rank": mixer.latent_dim, "qk_nope_head_dim": mixer.plain_dim,
-        "qk_rope_head_dim": mixer.rope_dim, "v_head_dim": mixer.value_dim, "attention_bias": mixer.bias, "rope_parameters": dict(case.rope),
-        "max_position_embeddings": case.context, "attn_implementation": "eager",
-    }  # fmt: skip
+        "hidden_size": WIDTH,
+        "num_attention_heads": mixer.num_heads,
+        "num_key_value_heads": mixer.num_heads,
+        "q_lora_rank": mixer.query_rank,
+        "kv_lora_rank": mixer.latent_dim,
+        "qk_nope_head_dim": mixer.plain_dim,
+        "qk_rope_head_dim": mixer.rope_dim,
+        "v_head_dim": mixer.value_dim,
+        "attention_bias": mixer.bias,
+        "rope_parameters": dict(case.rope),
+        "max_position_embeddings": case.context,
+        "attn_implementation": "eager",
+    }
     config = getattr(transformers, f"{case.family}Config")(**settings)
     attention = getattr(module, f"{case.family}Attention")(config, layer_idx=0).eval()
-    attention.load_state_dict({name: torch.from_numpy(value) for name, value in reference_weights(mixer).items()})
-    x, positions = torch.from_numpy(inputs()), torch.arange(LENGTH)[None]
+    attention.load_state_dict(
+        {name: torch.from_numpy(value) for name, value in reference_weights(mixer).items()}
+    )
+    x = torch.from_numpy(inputs())
+    positions = torch.arange(LENGTH)[None]
     angles = getattr(module, f"{case.family}RotaryEmbedding")(config)(x, positions)
     hidden = torch.full((LENGTH, LENGTH), -torch.inf).triu(1)[None, None]
     with torch.no_grad():
@@ -158,7 +219,9 @@ def write_golden() -> None:
     """The outputs of all cases, a line for each token."""
     lines = []
     for name, case in CASES.items():
-        rows = ",\n".join(json.dumps([round(float(value), 6) for value in row]) for row in reference_output(case)[0])
+        rows = ",\n".join(
+            json.dumps([round(float(value), 6) for value in row]) for row in reference_output(case)[0]
+        )
         lines.append(f'"{name}": [\n{rows}\n]')
     GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 

@@ -1,4 +1,6 @@
-"""The attention mixer against `jax.nn.dot_product_attention`, its reach, and decoding with a cache against whole sequences."""
+"""The attention mixer against `jax.nn.dot_product_attention`, its reach, and decoding with a cache against
+whole sequences.
+"""
 
 import dataclasses
 import functools
@@ -15,20 +17,30 @@ from slmjax.models.mixers.attention import AttentionConfig, Biases, QkNorm
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 from slmjax.parallel.rules import partition_spec
 
-BATCH, LENGTH, WIDTH = 2, 12, 8
+BATCH = 2
+LENGTH = 12
+WIDTH = 8
 SHAPE = Shape(embed_dim=WIDTH, num_layers=2, norm_eps=1e-6, init_std=0.5, dtype=jnp.float32)
 
 
 def build(**settings):
     """The mixer with every parameter drawn at random, biases and norm scales too."""
-    config, draw = AttentionConfig(**settings), np.random.default_rng(0)
+    config = AttentionConfig(**settings)
+    draw = np.random.default_rng(0)
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: config.build(SHAPE, rngs=nnx.Rngs(params=0))))
-    return nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0.3, 0.5, leaf.shape), leaf.dtype), shapes))
+    return nnx.merge(
+        graphdef,
+        jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0.3, 0.5, leaf.shape), leaf.dtype), shapes),
+    )
 
 
 def inputs():
     x = np.random.default_rng(1).normal(size=(BATCH, LENGTH, WIDTH)).astype(np.float32)
-    return x, np.ones((BATCH, LENGTH), np.int32), np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (BATCH, LENGTH))
+    return (
+        x,
+        np.ones((BATCH, LENGTH), np.int32),
+        np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (BATCH, LENGTH)),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -63,9 +75,12 @@ def test_equals_the_attention_of_jax(settings, options):
         together = y.reshape(BATCH, LENGTH, -1) if all_heads else y
         scale = np.asarray(norm.scale[...])
         assert scale.shape == together.shape[-1:]
-        return (together / np.sqrt(np.mean(together**2, axis=-1, keepdims=True) + 1e-6) * scale).reshape(y.shape)
+        return (together / np.sqrt(np.mean(together**2, axis=-1, keepdims=True) + 1e-6) * scale).reshape(
+            y.shape
+        )
 
-    query, key = normed(project(attention.query), attention.query_norm), normed(project(attention.key), attention.key_norm)
+    query = normed(project(attention.query), attention.query_norm)
+    key = normed(project(attention.key), attention.key_norm)
     oracle = jax.jit(functools.partial(jax.nn.dot_product_attention, is_causal=True, **options))
     mixed = np.asarray(oracle(query, key, project(attention.value))).reshape(BATCH, LENGTH, -1)
     expected = mixed @ np.asarray(attention.output.weight[...]) + np.asarray(attention.output.bias[...])
@@ -75,7 +90,9 @@ def test_equals_the_attention_of_jax(settings, options):
 def test_two_tokens_by_hand_with_scale_and_softcap():
     # One head of one dim, all weights 1: queries, keys and values are the inputs themselves, 1 and 2.
     shape = Shape(embed_dim=1, num_layers=1, norm_eps=1e-6, init_std=0.5, dtype=jnp.float32)
-    attention = AttentionConfig(num_heads=1, rope_base=None, scale=0.5, softcap=1.5).build(shape, rngs=nnx.Rngs(params=0))
+    attention = AttentionConfig(num_heads=1, rope_base=None, scale=0.5, softcap=1.5).build(
+        shape, rngs=nnx.Rngs(params=0)
+    )
     for linear in (attention.query, attention.key, attention.value, attention.output):
         linear.weight[...] = jnp.ones((1, 1))
     y = attend(attention, jnp.array([[[1.0], [2.0]]]), jnp.ones((1, 2), jnp.int32), jnp.array([[0, 1]]))
@@ -89,7 +106,12 @@ def test_a_token_sees_exactly_its_window(window):
     x, segment_ids, positions = inputs()
 
     def influence(t):
-        return jnp.abs(jax.grad(lambda x: jnp.sum(attend(attention, x, segment_ids, positions)[:, t] ** 2))(x)).sum((0, 2)) > 0
+        return (
+            jnp.abs(
+                jax.grad(lambda x: jnp.sum(attend(attention, x, segment_ids, positions)[:, t] ** 2))(x)
+            ).sum((0, 2))
+            > 0
+        )
 
     reach = LENGTH if window is None else window
     t = np.arange(LENGTH)
@@ -114,14 +136,22 @@ def test_depth_scaled_output_and_plain_inputs_at_the_start():
     shape = Shape(embed_dim=256, num_layers=8, norm_eps=1e-6, init_std=0.02, dtype=jnp.float32)
     config = AttentionConfig(num_heads=4, biases=Biases.QKV)
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: config.build(shape, rngs=nnx.Rngs(params=0))))
-    attention = nnx.merge(graphdef, jax.jit(lambda: nnx.state(config.build(shape, rngs=nnx.Rngs(params=0))))())
-    for linear, std in ((attention.query, 0.02), (attention.key, 0.02), (attention.value, 0.02), (attention.output, 0.005)):
+    attention = nnx.merge(
+        graphdef, jax.jit(lambda: nnx.state(config.build(shape, rngs=nnx.Rngs(params=0))))()
+    )
+    for linear, std in (
+        (attention.query, 0.02),
+        (attention.key, 0.02),
+        (attention.value, 0.02),
+        (attention.output, 0.005),
+    ):
         np.testing.assert_allclose(np.std(np.asarray(linear.weight[...])), 0.98658 * std, rtol=1e-2)
     assert attention.query.bias is not None and attention.output.bias is None
 
 
 def test_a_sink_takes_its_share_and_learns():
-    attention, plain = build(num_heads=2, sinks=True), build(num_heads=2)
+    attention = build(num_heads=2, sinks=True)
+    plain = build(num_heads=2)
     assert attention.sinks[...].shape == (2,) and plain.sinks is None
     fresh = AttentionConfig(num_heads=2, sinks=True).build(SHAPE, rngs=nnx.Rngs(params=0))
     assert not np.any(fresh.sinks[...])
@@ -134,7 +164,9 @@ def test_a_sink_takes_its_share_and_learns():
 
 
 def test_a_norm_of_all_heads_where_heads_are_divided():
-    """Means over what several devices hold: values and gradients are those of one device, with 2 key-value heads over 4 devices too."""
+    """Means over what several devices hold: values and gradients are those of one device, with 2 key-value
+    heads over 4 devices too.
+    """
     config = AttentionConfig(num_heads=4, num_kv_heads=2, qk_norm=QkNorm.ALL_HEADS, sinks=True)
     shape = dataclasses.replace(SHAPE, norm_kind=NormKind.LAYER)
     graphdef, state = nnx.split(config.build(shape, rngs=nnx.Rngs(params=0)))
@@ -152,11 +184,13 @@ def test_a_norm_of_all_heads_where_heads_are_divided():
 
     expected = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(state, *inputs())
     with jax.set_mesh(mesh):
-        found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(jax.tree_util.tree_map_with_path(place, state), *inputs())
+        found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(
+            jax.tree_util.tree_map_with_path(place, state), *inputs()
+        )
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
 
 
-# Decoding -------------------------------------------------------------------------------------------------------------
+# Decoding ---------------------------------------------------------------------------------------------------
 ODD = {
     "full": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "rotary_dim": 2, "qk_norm": QkNorm.PER_HEAD},
     "window": {"num_heads": 2, "window": 4, "softcap": 2.0, "sinks": True},
@@ -177,7 +211,9 @@ def decoder(kind):
 
 def decode(kind, x, segment_ids, positions, *, chunks):
     attention, step = decoder(kind)
-    state, outputs, start = attention.init_state(x.shape[0], max_length=LENGTH), [], 0
+    state = attention.init_state(x.shape[0], max_length=LENGTH)
+    outputs = []
+    start = 0
     for size in chunks:
         part = slice(start, start + size)
         y, state = step(x[:, part], segment_ids[:, part], positions[:, part], state)
@@ -191,7 +227,9 @@ def decode(kind, x, segment_ids, positions, *, chunks):
 def test_decoding_equals_the_whole_sequence(kind, chunks):
     x, segment_ids, positions = inputs()
     whole = attend(decoder(kind)[0], x, segment_ids, positions)
-    np.testing.assert_allclose(decode(kind, x, segment_ids, positions, chunks=chunks), whole, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        decode(kind, x, segment_ids, positions, chunks=chunks), whole, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", ODD)
@@ -211,9 +249,16 @@ def test_prompts_of_different_lengths_decode_as_alone(kind):
     x, _, _ = inputs()
     whole = attend(decoder(kind)[0], *inputs())
     attention, step = decoder(kind)
-    lengths, rows, t = np.array([6, 4], np.int32), np.arange(BATCH), np.arange(6, dtype=np.int32)
+    lengths = np.array([6, 4], np.int32)
+    rows = np.arange(BATCH)
+    t = np.arange(6, dtype=np.int32)
     prompt = t < lengths[:, None]
-    _, state = step(x[:, :6], prompt.astype(np.int32), np.where(prompt, t, 0), attention.init_state(BATCH, max_length=LENGTH))
+    _, state = step(
+        x[:, :6],
+        prompt.astype(np.int32),
+        np.where(prompt, t, 0),
+        attention.init_state(BATCH, max_length=LENGTH),
+    )
     for index in range(6):
         at = lengths + np.int32(index)
         y, state = step(x[rows, at][:, None], np.ones((BATCH, 1), np.int32), at[:, None], state)
@@ -222,12 +267,18 @@ def test_prompts_of_different_lengths_decode_as_alone(kind):
 
 @pytest.mark.parametrize("kind", ODD)
 def test_costs_are_those_of_the_arrays(kind):
-    attention, config = decoder(kind)[0], AttentionConfig(**ODD[kind])
+    attention = decoder(kind)[0]
+    config = AttentionConfig(**ODD[kind])
     state = jax.eval_shape(lambda: attention.init_state(3, max_length=LENGTH))
-    assert config.state_bytes(SHAPE, length=LENGTH, itemsize=4) == (4 * state.keys.size + 4 * state.values.size) // 3
+    assert (
+        config.state_bytes(SHAPE, length=LENGTH, itemsize=4)
+        == (4 * state.keys.size + 4 * state.values.size) // 3
+    )
     visible = sum(min(t + 1, config.window or LENGTH) for t in range(LENGTH)) / LENGTH
     # Scores and weighted sum: a multiplication and an addition each, per visible token, head and dim.
-    assert config.mixing_flops(SHAPE, length=LENGTH) == pytest.approx(4 * visible * config.num_heads * attention.head_dim)
+    assert config.mixing_flops(SHAPE, length=LENGTH) == pytest.approx(
+        4 * visible * config.num_heads * attention.head_dim
+    )
 
 
 @pytest.mark.parametrize(

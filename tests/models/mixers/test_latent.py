@@ -1,4 +1,6 @@
-"""Latent attention against transformers' numbers, its reach, its small cache against whole sequences, and a model of it in training."""
+"""Latent attention against transformers' numbers, its reach, its small cache against whole sequences, and a
+model of it in training.
+"""
 
 import dataclasses
 import functools
@@ -32,7 +34,9 @@ from slmjax.training.state import init_state, state_shapes
 from tests.models.mixers import latent_oracle as oracle
 from tests.one_layer import one_layer
 
-BATCH, LENGTH, WIDTH = 2, 12, oracle.WIDTH
+BATCH = 2
+LENGTH = 12
+WIDTH = oracle.WIDTH
 # The references fix the eps of their latent norms; here the model's is another.
 SHAPE = Shape(embed_dim=WIDTH, num_layers=2, norm_eps=0.1, init_std=0.5, dtype=jnp.float32)
 
@@ -40,10 +44,16 @@ SHAPE = Shape(embed_dim=WIDTH, num_layers=2, norm_eps=0.1, init_std=0.5, dtype=j
 def build(name: str, dtype=jnp.float32):
     """The mixer of a case, with the reference's weights."""
     case = oracle.CASES[name]
-    module = nnx.eval_shape(lambda: case.mixer.build(dataclasses.replace(SHAPE, dtype=dtype), rngs=nnx.Rngs(params=0)))
-    weights: dict[Any, jax.Array] = {tuple(path.split("/")): jnp.asarray(value) for path, value in oracle.imported_weights(case).items()}
+    module = nnx.eval_shape(
+        lambda: case.mixer.build(dataclasses.replace(SHAPE, dtype=dtype), rngs=nnx.Rngs(params=0))
+    )
+    weights: dict[Any, jax.Array] = {
+        tuple(path.split("/")): jnp.asarray(value) for path, value in oracle.imported_weights(case).items()
+    }
     graphdef, params = nnx.split(module)
-    assert {path: leaf.shape for path, leaf in nnx.to_flat_state(params)} == {path: value.shape for path, value in weights.items()}
+    assert {path: leaf.shape for path, leaf in nnx.to_flat_state(params)} == {
+        path: value.shape for path, value in weights.items()
+    }
     return nnx.merge(graphdef, nnx.from_flat_state(weights))
 
 
@@ -62,14 +72,18 @@ def compiled(name: str, dtype=jnp.float32):
 
 def inputs(batch=BATCH, length=LENGTH):
     x = np.random.default_rng(1).normal(size=(batch, length, WIDTH)).astype(np.float32)
-    return x, np.ones((batch, length), np.int32), np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length))
+    return (
+        x,
+        np.ones((batch, length), np.int32),
+        np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length)),
+    )
 
 
 def whole(name: str, *given, dtype=jnp.float32):
     return np.asarray(compiled(name, dtype)[1](*given)[0])
 
 
-# The reference --------------------------------------------------------------------------------------------------------
+# The reference ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", oracle.CASES)
 def test_equals_transformers(name):
     _, segment_ids, positions = inputs(1, oracle.LENGTH)
@@ -85,7 +99,7 @@ def test_the_golden_numbers_are_those_of_transformers(name):
     np.testing.assert_allclose(json.loads(oracle.GOLDEN.read_text())[name], expected, rtol=1e-5, atol=1e-5)
 
 
-# Who sees whom --------------------------------------------------------------------------------------------------------
+# Who sees whom ----------------------------------------------------------------------------------------------
 def test_a_token_sees_what_its_document_has_before_it_and_padding_sees_nothing():
     x, _, _ = inputs(1)
     segment_ids = np.array([[1] * 4 + [2] * 6 + [0] * 2], np.int32)
@@ -93,7 +107,10 @@ def test_a_token_sees_what_its_document_has_before_it_and_padding_sees_nothing()
     _, call = compiled("deepseek_v2")
 
     def influence(t):
-        return jnp.abs(jax.grad(lambda x: jnp.sum(call(x, segment_ids, positions)[0][:, t] ** 2))(x)).sum((0, 2)) > 0
+        return (
+            jnp.abs(jax.grad(lambda x: jnp.sum(call(x, segment_ids, positions)[0][:, t] ** 2))(x)).sum((0, 2))
+            > 0
+        )
 
     t = np.arange(LENGTH)
     same = (segment_ids[0][:, None] == segment_ids[0][None, :]) & (segment_ids[0] > 0)
@@ -102,21 +119,30 @@ def test_a_token_sees_what_its_document_has_before_it_and_padding_sees_nothing()
 
 def test_a_packed_document_gives_what_it_gives_alone():
     x, segment_ids, positions = inputs()
-    packed = whole("deepseek_v2", x, np.where(positions < 5, 1, 2), np.where(positions < 5, positions, positions - 5))
+    packed = whole(
+        "deepseek_v2", x, np.where(positions < 5, 1, 2), np.where(positions < 5, positions, positions - 5)
+    )
     alone = whole("deepseek_v2", np.roll(x, -5, axis=1), segment_ids, positions)
-    np.testing.assert_allclose(packed[:, :5], whole("deepseek_v2", x, segment_ids, positions)[:, :5], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        packed[:, :5], whole("deepseek_v2", x, segment_ids, positions)[:, :5], rtol=1e-4, atol=1e-5
+    )
     np.testing.assert_allclose(packed[:, 5:], alone[:, :7], rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_are_finite_where_a_row_is_padding():
     x, segment_ids, positions = map(jnp.asarray, inputs())
-    x, segment_ids = x.at[1].set(0.0), segment_ids.at[1].set(0)
+    x = x.at[1].set(0.0)
+    segment_ids = segment_ids.at[1].set(0)
     graphdef, params = nnx.split(build("deepseek_v2"))
 
     @jax.jit
     @jax.grad
     def gradient(params):
-        return jnp.sum(jnp.square(nnx.merge(graphdef, params)(x, segment_ids=segment_ids, positions=positions, state=None)[0]))
+        return jnp.sum(
+            jnp.square(
+                nnx.merge(graphdef, params)(x, segment_ids=segment_ids, positions=positions, state=None)[0]
+            )
+        )
 
     found = jax.tree.leaves(gradient(params))
     assert len(found) == 10 and all(np.all(np.isfinite(leaf)) and np.any(leaf != 0) for leaf in found)
@@ -130,20 +156,26 @@ def test_without_a_base_the_order_of_the_past_does_not_matter():
     def change(base):
         mixer = dataclasses.replace(config, rope_base=base).build(SHAPE, rngs=nnx.Rngs(params=0))
         graphdef, params = nnx.split(mixer)
-        call = jax.jit(lambda x: nnx.merge(graphdef, params)(x, segment_ids=segment_ids, positions=positions, state=None)[0][:, -1])
+        call = jax.jit(
+            lambda x: nnx.merge(graphdef, params)(
+                x, segment_ids=segment_ids, positions=positions, state=None
+            )[0][:, -1]
+        )
         return np.max(np.abs(np.asarray(call(x) - call(reversed_past))))
 
     assert change(None) < 1e-5
     assert change(10.0) > 1e-3
 
 
-# Decoding -------------------------------------------------------------------------------------------------------------
+# Decoding ---------------------------------------------------------------------------------------------------
 KINDS = ("deepseek_v2", "deepseek_v2_lite")
 
 
 def decode(name, x, segment_ids, positions, *, chunks, dtype=jnp.float32):
     mixer, call = compiled(name, dtype)
-    state, outputs, start = mixer.init_state(x.shape[0], max_length=LENGTH), [], 0
+    state = mixer.init_state(x.shape[0], max_length=LENGTH)
+    outputs = []
+    start = 0
     for size in chunks:
         part = slice(start, start + size)
         y, state = call(x[:, part], segment_ids[:, part], positions[:, part], state)
@@ -173,9 +205,13 @@ def test_prompts_of_different_lengths_decode_as_alone():
     x, segment_ids, positions = inputs()
     expected = whole("deepseek_v2", x, segment_ids, positions)
     mixer, call = compiled("deepseek_v2")
-    lengths, rows, t = np.array([6, 4], np.int32), np.arange(BATCH), np.arange(6, dtype=np.int32)
+    lengths = np.array([6, 4], np.int32)
+    rows = np.arange(BATCH)
+    t = np.arange(6, dtype=np.int32)
     prompt = t < lengths[:, None]
-    _, state = call(x[:, :6], prompt.astype(np.int32), np.where(prompt, t, 0), mixer.init_state(BATCH, max_length=LENGTH))
+    _, state = call(
+        x[:, :6], prompt.astype(np.int32), np.where(prompt, t, 0), mixer.init_state(BATCH, max_length=LENGTH)
+    )
     for index in range(6):
         at = lengths + np.int32(index)
         y, state = call(x[rows, at][:, None], np.ones((BATCH, 1), np.int32), at[:, None], state)
@@ -187,7 +223,9 @@ def test_bfloat16_differs_by_rounding_alone():
     rounded = jnp.asarray(x, jnp.bfloat16)
     expected = whole("deepseek_v2", np.asarray(rounded, np.float32), segment_ids, positions)
     found = whole("deepseek_v2", rounded, segment_ids, positions, dtype=jnp.bfloat16)
-    decoded = decode("deepseek_v2", rounded, segment_ids, positions, chunks=(6, 1, 1, 1, 1, 1, 1), dtype=jnp.bfloat16)
+    decoded = decode(
+        "deepseek_v2", rounded, segment_ids, positions, chunks=(6, 1, 1, 1, 1, 1, 1), dtype=jnp.bfloat16
+    )
     assert found.dtype == decoded.dtype == jnp.bfloat16
     assert build("deepseek_v2", jnp.bfloat16).init_state(1, max_length=4).entries.dtype == jnp.bfloat16
     for result in (found, decoded):
@@ -195,11 +233,15 @@ def test_bfloat16_differs_by_rounding_alone():
         assert error < 0.02, error  # eight bits, 0.004, in each of several products one after the other
 
 
-# Costs and settings ---------------------------------------------------------------------------------------------------
+# Costs and settings -----------------------------------------------------------------------------------------
 def test_costs_are_those_of_the_arrays():
     config = oracle.CASES["deepseek_v2"].mixer  # 2 heads, latents of 8, keys of 6 + 8, values of 5
     state = jax.eval_shape(lambda: build("deepseek_v2").init_state(3, max_length=LENGTH))
-    assert config.state_bytes(SHAPE, length=LENGTH, itemsize=4) == 4 * state.entries.size // 3 == LENGTH * (8 + 8) * 4
+    assert (
+        config.state_bytes(SHAPE, length=LENGTH, itemsize=4)
+        == 4 * state.entries.size // 3
+        == LENGTH * (8 + 8) * 4
+    )
     # A multiplication and an addition each, per visible token and head, for each dim of keys and of values.
     visible = sum(t + 1 for t in range(LENGTH)) / LENGTH
     assert config.mixing_flops(SHAPE, length=LENGTH) == 2 * visible * 2 * (14 + 5)
@@ -207,7 +249,9 @@ def test_costs_are_those_of_the_arrays():
 
 def test_depth_scaled_output_and_plain_inputs_at_the_start():
     shape = Shape(embed_dim=256, num_layers=8, norm_eps=1e-6, init_std=0.02, dtype=jnp.float32)
-    config = LatentAttentionConfig(num_heads=4, query_rank=128, latent_dim=128, plain_dim=32, rope_dim=32, value_dim=64)
+    config = LatentAttentionConfig(
+        num_heads=4, query_rank=128, latent_dim=128, plain_dim=32, rope_dim=32, value_dim=64
+    )
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: config.build(shape, rngs=nnx.Rngs(params=0))))
     mixer = nnx.merge(graphdef, jax.jit(lambda: nnx.state(config.build(shape, rngs=nnx.Rngs(params=0))))())
     linears = (mixer.query_down, mixer.query_up, mixer.latent_down, mixer.latent_up, mixer.output)
@@ -235,10 +279,11 @@ def test_bad_settings_say_what_to_change(settings, message):
         LatentAttentionConfig(**{**good, **settings})
 
 
-# A model of it --------------------------------------------------------------------------------------------------------
+# A model of it ----------------------------------------------------------------------------------------------
 def losses_of_steps(model: ModelConfig, optim: OptimConfig, *, steps: int) -> list[float]:
     """The loss of each of these steps on one and the same batch, on one device."""
-    mesh, definition = make_mesh(MeshConfig(), jax.devices()[:1]), define(model)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    definition = define(model)
     optimizer = make_optimizer(optim, definition.params, total_steps=steps)
     shapes = state_shapes(definition, optimizer, with_ema=False, mesh=mesh)
     settings = {"objective": ObjectiveConfig(), "optim": optim, "shapes": shapes, "total_steps": steps}
@@ -255,7 +300,8 @@ def losses_of_steps(model: ModelConfig, optim: OptimConfig, *, steps: int) -> li
 
 def test_precision_rematerialisation_and_accumulation_change_training_by_rounding_alone():
     """Layers are scanned, rows hold two documents and padding; one batch is learned by heart."""
-    plain, optim = mesh_equality.MODELS["latent"], OptimConfig(lr=1e-2, warmup_steps=0, schedule=Schedule.CONSTANT)
+    plain = mesh_equality.MODELS["latent"]
+    optim = OptimConfig(lr=1e-2, warmup_steps=0, schedule=Schedule.CONSTANT)
     lean = dataclasses.replace(plain, precision=Precision.BFLOAT16, remat=Remat.FULL)
     expected = losses_of_steps(plain, optim, steps=6)
     found = losses_of_steps(lean, dataclasses.replace(optim, accumulation_steps=2), steps=6)
@@ -267,18 +313,26 @@ def test_precision_rematerialisation_and_accumulation_change_training_by_roundin
 def test_a_run_on_a_mesh_is_read_back_and_decodes_from_latents(workplace: Path, tmp_path: Path) -> None:
     tiny = one_layer(workplace, tmp_path, steps=8, accumulation_steps=2)
     (block,) = tiny.model.stack[0].pattern
-    mixer = LatentAttentionConfig(num_heads=4, query_rank=16, latent_dim=16, plain_dim=4, rope_dim=4, value_dim=8)
+    mixer = LatentAttentionConfig(
+        num_heads=4, query_rank=16, latent_dim=16, plain_dim=4, rope_dim=4, value_dim=8
+    )
     stack = (Segment(pattern=(dataclasses.replace(block, mixer=mixer),), repeats=2),)
     experiment = dataclasses.replace(
-        tiny, mesh=MeshConfig(fsdp=2, tensor=2), model=dataclasses.replace(tiny.model, precision=Precision.BFLOAT16, stack=stack)
+        tiny,
+        mesh=MeshConfig(fsdp=2, tensor=2),
+        model=dataclasses.replace(tiny.model, precision=Precision.BFLOAT16, stack=stack),
     )
     result = slmjax.train(experiment, console=Console(file=io.StringIO()))
-    losses = [record["loss"] for record in read_log(Path(result.run_dir) / "log.jsonl") if record["kind"] == "train"]
+    losses = [
+        record["loss"] for record in read_log(Path(result.run_dir) / "log.jsonl") if record["kind"] == "train"
+    ]
     assert len(losses) == 8 and losses[-1] < losses[0] - 0.5, losses
     loaded = slmjax.load_model(result.run_dir)
     assert loaded.config.stack[0].pattern[0].mixer == mixer
     (sample,) = slmjax.generate(loaded, ["The "], config=SamplingConfig(max_tokens=4, temperature=0.0))
     tokens = [*sample.prompt_tokens, *sample.tokens]
-    logprobs = jax.nn.log_softmax(jax.jit(slmjax.logits)(loaded.model, jnp.asarray([tokens])))[0, len(sample.prompt_tokens) - 1 : -1]
+    logprobs = jax.nn.log_softmax(jax.jit(slmjax.logits)(loaded.model, jnp.asarray([tokens])))[
+        0, len(sample.prompt_tokens) - 1 : -1
+    ]
     expected = logprobs[np.arange(len(sample.tokens)), np.asarray(sample.tokens)]
     np.testing.assert_allclose(sample.logprobs, expected, atol=0.03)  # bfloat16, in another order
