@@ -26,7 +26,7 @@ from jax.sharding import Mesh  # noqa: E402
 
 from slmjax.data.batch import empty_batch  # noqa: E402
 from slmjax.models import zoo  # noqa: E402
-from slmjax.models.architecture import ModelConfig, Precision, Remat, Segment  # noqa: E402
+from slmjax.models.architecture import LayerGroup, ModelConfig, Precision, Remat  # noqa: E402
 from slmjax.models.definition import define  # noqa: E402
 from slmjax.models.protocols import MixerConfig  # noqa: E402
 from slmjax.parallel.batches import batch_shapes  # noqa: E402
@@ -124,7 +124,7 @@ def halo(window: int, length: int) -> None:
     model = dataclasses.replace(
         base,
         remat=Remat.FULL,
-        stack=(Segment(pattern=(dataclasses.replace(block, mixer=mixer),), repeats=segment.repeats),),
+        stack=(LayerGroup(pattern=(dataclasses.replace(block, mixer=mixer),), repeats=segment.repeats),),
     )
     found = [
         one for one in sent_by_step(model, mesh, rows=1, length=length) if one.kind == "collective-permute"

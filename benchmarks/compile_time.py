@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from slmjax import losses
-from slmjax.models.architecture import BlockConfig, ModelConfig, Precision, Remat, Segment
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig, Precision, Remat
 from slmjax.models.definition import define
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.mixers.attention import AttentionConfig
@@ -27,7 +27,7 @@ def model_of(num_layers: int, *, remat: Remat) -> ModelConfig:
     block = BlockConfig(
         mixer=AttentionConfig(num_heads=9, num_kv_heads=3, head_dim=64), ffn=MlpConfig(hidden_dim=1536)
     )
-    stack = (Segment(pattern=(block,), repeats=num_layers),)
+    stack = (LayerGroup(pattern=(block,), repeats=num_layers),)
     return ModelConfig(
         embed_dim=576, stack=stack, vocab_size=49_152, precision=Precision.BFLOAT16, remat=remat
     )

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slmjax.data.batch import Batch
-from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.definition import define
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import Balance, MoeConfig, RouterScore
@@ -62,7 +62,7 @@ LATENT = LatentAttentionConfig(
 
 def model(*blocks: BlockConfig) -> ModelConfig:
     """A tiny model of these blocks, twice."""
-    stack = (Segment(pattern=blocks, repeats=2),)
+    stack = (LayerGroup(pattern=blocks, repeats=2),)
     return ModelConfig(
         embed_dim=32, vocab_size=VOCAB, vocab_multiple=8, init_std=0.2, context_length=LENGTH, stack=stack
     )

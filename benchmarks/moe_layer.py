@@ -23,7 +23,8 @@ from flax import nnx  # noqa: E402
 
 from slmjax.models.ffn.mlp import MlpConfig  # noqa: E402
 from slmjax.models.ffn.moe import MoeConfig  # noqa: E402
-from slmjax.models.protocols import FfnConfig, Shape  # noqa: E402
+from slmjax.models.layers import ModelDims  # noqa: E402
+from slmjax.models.protocols import FfnConfig  # noqa: E402
 
 ROWS = 8
 LENGTH = 256
@@ -32,7 +33,7 @@ SIZES = {"width 384, 1024 active": (384, 1024), "width 192, 512 active": (192, 5
 
 def step_of(config: FfnConfig, dim: int, dtype: str) -> Callable[[], object]:
     """One value and gradient of a layer, of its input and its weights."""
-    shape = Shape(embed_dim=dim, num_layers=6, norm_eps=1e-6, init_std=0.02, dtype=jnp.dtype(dtype))
+    shape = ModelDims(embed_dim=dim, num_layers=6, norm_eps=1e-6, init_std=0.02, dtype=jnp.dtype(dtype))
     graphdef, params = nnx.split(config.build(shape, rngs=nnx.Rngs(0)))
     x = jax.random.normal(jax.random.key(1), (ROWS, LENGTH, dim), shape.dtype)
     segment_ids = jnp.ones((ROWS, LENGTH), jnp.int32)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from slmjax.data.tokenizers import FileTokenizer
 from slmjax.distill.config import DistillConfig, Ramp, TeacherConfig
-from slmjax.models.architecture import Segment
+from slmjax.models.architecture import LayerGroup
 from slmjax.training import recipes
 from slmjax.training.experiment import Experiment, FromTeacherLayers
 
@@ -31,7 +31,7 @@ def experiment() -> Experiment:
     distill = DistillConfig(teachers=(TeacherConfig(path=str(teacher)),), temperature=Ramp(start=2.0))
     return dataclasses.replace(
         nano,
-        model=dataclasses.replace(nano.model, stack=(Segment(pattern=segment.pattern, repeats=2),)),
+        model=dataclasses.replace(nano.model, stack=(LayerGroup(pattern=segment.pattern, repeats=2),)),
         init=FromTeacherLayers(path=str(teacher)),
         tokenizer=FileTokenizer(path=str(teacher / "tokenizer")),
         objective=dataclasses.replace(nano.objective, distill=distill),

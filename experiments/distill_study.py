@@ -18,7 +18,7 @@ from rich.console import Console
 from slmjax.data.tokenizers import BpeTokenizer
 from slmjax.distill.config import DistillConfig, Ramp, TeacherConfig
 from slmjax.losses import Divergence, ForwardKl, Jsd, ReverseKl, Taid
-from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.mixers.attention import AttentionConfig, QkNorm
 from slmjax.studies import Arm, Study, analyze, findings_table, read_members, run_study, write_findings
@@ -37,7 +37,7 @@ def model(num_layers: int) -> ModelConfig:
     attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32, qk_norm=QkNorm.PER_HEAD)
     block = BlockConfig(mixer=attention, ffn=MlpConfig(hidden_dim=320))
     return ModelConfig(
-        embed_dim=128, stack=(Segment(pattern=(block,), repeats=num_layers),), context_length=256
+        embed_dim=128, stack=(LayerGroup(pattern=(block,), repeats=num_layers),), context_length=256
     )
 
 

@@ -33,7 +33,7 @@ from slmjax.data.tokenizers import BpeTokenizer, FileTokenizer
 from slmjax.distill.config import DistillConfig, Ramp, TeacherConfig
 from slmjax.formats.presets import preset
 from slmjax.formats.spec import QuantSpec, ScaleType
-from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.mixers.attention import AttentionConfig, QkNorm
 from slmjax.quantization.ptq.round_to_nearest import Clip
@@ -91,7 +91,9 @@ def experiment() -> Experiment:
     block = BlockConfig(mixer=attention, ffn=MlpConfig(hidden_dim=320))
     return dataclasses.replace(
         nano,
-        model=ModelConfig(embed_dim=128, stack=(Segment(pattern=(block,), repeats=2),), context_length=256),
+        model=ModelConfig(
+            embed_dim=128, stack=(LayerGroup(pattern=(block,), repeats=2),), context_length=256
+        ),
         tokenizer=BpeTokenizer(vocab_size=2048),
         eval=dataclasses.replace(nano.eval, every=STEPS, sample=False, unrounded=True),
         run=dataclasses.replace(nano.run, name="qat", steps=STEPS, sample_prompts=(), log_flips=True),

@@ -2,7 +2,7 @@
 positions, and so on.
 """
 
-from slmjax.models.architecture import BlockConfig, ModelConfig, NormPlacement, Segment
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig, NormPlacement
 from slmjax.models.ffn.mlp import Activation, MlpConfig
 from slmjax.models.ffn.moe import Balance, MoeConfig
 from slmjax.models.layers import NormKind
@@ -42,7 +42,7 @@ def composed_model(*, repeats: int = 2, **settings) -> ModelConfig:
     )
     return ModelConfig(
         embed_dim=32,
-        stack=(Segment(pattern=(window, full), repeats=repeats),),
+        stack=(LayerGroup(pattern=(window, full), repeats=repeats),),
         context_length=64,
         learned_positions=64,
         norm_kind=NormKind.LAYER,

@@ -179,7 +179,7 @@ def gated() -> Definition:
         mixer=example.GatedConvolutionConfig(width=3), ffn=MlpConfig(hidden_dim=24)
     )
     attention = zoo.nano().stack[0].pattern[0]
-    stack = (architecture.Segment(pattern=(convolution, attention), repeats=2),)
+    stack = (architecture.LayerGroup(pattern=(convolution, attention), repeats=2),)
     return define(architecture.ModelConfig(embed_dim=16, stack=stack, context_length=16, vocab_size=29))
 
 

@@ -7,7 +7,7 @@ weights. It reads text.txt in the current directory and writes to runs/.
 from slmjax.checkpoints.run_checkpoints import CheckpointConfig
 from slmjax.data.config import DataConfig, Split
 from slmjax.data.tokenizers import ByteTokenizer
-from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import Balance, MoeConfig
 from slmjax.models.mixers.attention import AttentionConfig, QkNorm
@@ -30,7 +30,7 @@ def experiment() -> Experiment:
         model=ModelConfig(
             embed_dim=32,
             context_length=64,
-            stack=(Segment(pattern=(window, experts), repeats=2),),
+            stack=(LayerGroup(pattern=(window, experts), repeats=2),),
             dropout=0.1,
         ),
         data=DataConfig(

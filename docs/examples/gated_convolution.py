@@ -11,9 +11,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 import slmjax
-from slmjax.models.architecture import BlockConfig, Segment
+from slmjax.models.architecture import BlockConfig, LayerGroup
 from slmjax.models.ffn.mlp import MlpConfig
-from slmjax.models.layers import Linear, Shape, truncated_normal
+from slmjax.models.layers import Linear, ModelDims, truncated_normal
 from slmjax.models.protocols import Mixer, MixerConfig
 
 
@@ -52,14 +52,14 @@ class GatedConvolutionConfig(MixerConfig):
         if self.width < 2:
             raise ValueError(f"width must be at least 2 for tokens to see each other, got {self.width}")
 
-    def build(self, shape: Shape, *, rngs: nnx.Rngs) -> "GatedConvolution":
-        return GatedConvolution(self, shape, rngs=rngs)
+    def build(self, dims: ModelDims, *, rngs: nnx.Rngs) -> "GatedConvolution":
+        return GatedConvolution(self, dims, rngs=rngs)
 
-    def mixing_flops(self, shape: Shape, *, length: int) -> float:
-        return (2 * self.width + 1) * shape.embed_dim
+    def mixing_flops(self, dims: ModelDims, *, length: int) -> float:
+        return (2 * self.width + 1) * dims.embed_dim
 
-    def state_bytes(self, shape: Shape, *, length: int, itemsize: int) -> int:
-        return (self.width - 1) * shape.embed_dim * itemsize
+    def state_bytes(self, dims: ModelDims, *, length: int, itemsize: int) -> int:
+        return (self.width - 1) * dims.embed_dim * itemsize
 
 
 # --8<-- [end:config]
@@ -69,14 +69,14 @@ class GatedConvolutionConfig(MixerConfig):
 class GatedConvolution(Mixer):
     """`output(silu(gate(x)) * convolution(value(x)))`; the decoding state is the last W - 1 values."""
 
-    def __init__(self, config: GatedConvolutionConfig, shape: Shape, *, rngs: nnx.Rngs) -> None:
-        dim = shape.embed_dim
+    def __init__(self, config: GatedConvolutionConfig, dims: ModelDims, *, rngs: nnx.Rngs) -> None:
+        dim = dims.embed_dim
         self.width = config.width
         self.dim = dim
-        self.dtype = shape.dtype
-        self.value = Linear(dim, dim, std=shape.init_std, rngs=rngs)
-        self.gate = Linear(dim, dim, std=shape.init_std, rngs=rngs)
-        self.output = Linear(dim, dim, std=shape.output_std, rngs=rngs)
+        self.dtype = dims.dtype
+        self.value = Linear(dim, dim, std=dims.init_std, rngs=rngs)
+        self.gate = Linear(dim, dim, std=dims.init_std, rngs=rngs)
+        self.output = Linear(dim, dim, std=dims.output_std, rngs=rngs)
         self.taps = nnx.Param(truncated_normal(rngs.params(), (config.width, dim), config.width**-0.5))
 
     def __call__(
@@ -116,7 +116,7 @@ def experiment() -> slmjax.Experiment:
     nano = slmjax.load_experiment("nano")
     attention = nano.model.stack[0].pattern[0]
     convolution = BlockConfig(mixer=GatedConvolutionConfig(width=4), ffn=MlpConfig(hidden_dim=512))
-    stack = (Segment(pattern=(convolution, convolution, attention), repeats=2),)
+    stack = (LayerGroup(pattern=(convolution, convolution, attention), repeats=2),)
     model = dataclasses.replace(nano.model, stack=stack)
     return dataclasses.replace(nano, model=model, run=dataclasses.replace(nano.run, name="gated-convolution"))
 

@@ -26,12 +26,12 @@ from slmjax.models.definition import Definition, define, define_for_inference, s
 from slmjax.models.paths import logical_paths
 from slmjax.parallel.rules import partition_spec
 from slmjax.quantization import weights as numeric_weights
-from slmjax.quantization.assignment import TABLES, Numbers
+from slmjax.quantization.assignment import TABLES, TensorQuant
 from slmjax.quantization.rules import phase_at
 
 log = logging.getLogger(__name__)
 
-Codes = dict[str, tuple[Numbers, Encoded]]  # by logical path, as NumPy arrays
+Codes = dict[str, tuple[TensorQuant, Encoded]]  # by logical path, as NumPy arrays
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,9 @@ def load_unrounded(path: str | Path, *, step: int | None = None) -> Loaded:
             "step after they began"
         )
     params = {
-        name: leaf for name, leaf in stored.params.items() if not numeric_weights.is_beside_a_weight(name)
+        name: leaf
+        for name, leaf in stored.params.items()
+        if not numeric_weights.is_weight_quantizer_param(name)
     }
     return _loaded(stored, params, definition.decoded())
 

@@ -18,7 +18,7 @@ ROWS_PER_TOKEN = ("embed/table", "head/weight")  # tables that may be padded bey
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Own:
+class LocalModel:
     """A model of ours: of a run directory, or one that was imported."""
 
     path: Path
@@ -38,12 +38,12 @@ class Own:
     changed_rows: tuple[int, int] | None = None
 
 
-def open_own(path: Path, *, step: int | None = None) -> Own:
+def open_local_model(path: Path, *, step: int | None = None) -> LocalModel:
     """A model of ours, to be exported. Raises ValueError as `load_model` does."""
     if safetensors_files.is_imported(path):
         model = loading.read_config(path)
         files = safetensors_files.ModelFiles(path)
-        return Own(
+        return LocalModel(
             path=path,
             config=model,
             read=lambda name: _unpadded(name, files.read(name), model),
@@ -68,7 +68,7 @@ def open_own(path: Path, *, step: int | None = None) -> Own:
             name, np.asarray(arrays[stacked] if index is None else arrays[stacked][index]), loaded.config
         )
 
-    return Own(
+    return LocalModel(
         path=path,
         config=loaded.config,
         read=read,

@@ -30,7 +30,7 @@ def quant_command(words: Sequence[str]) -> int:
 
 
 def _table(words: Sequence[str]) -> int:
-    from slmjax.models.quantized_modules import covered_lines
+    from slmjax.models.quantized_modules import assignment_lines
     from slmjax.quantization.rules import quant_of
     from slmjax.training import experiment as experiments
     from slmjax.training import recipes
@@ -55,7 +55,7 @@ def _table(words: Sequence[str]) -> int:
     given = parse(
         Arguments, options, default=Arguments(), command="quant table", description=quant_command.__doc__
     )
-    lines = covered_lines(resolved_model(given.experiment, vocab_size=given.vocab_size))
+    lines = assignment_lines(resolved_model(given.experiment, vocab_size=given.vocab_size))
     if given.json:
         print_json([{**dataclasses.asdict(line), "bits": line.bits} for line in lines])
         return 0

@@ -4,7 +4,7 @@ A rule goes between some of our parameters and some of their tensors, both ways.
 most of theirs are [out, in]. Names in a table of a layer are relative to it; `{e}` stands for the number of
 an expert.
 
-    TABLE = Table(
+    TABLE = TensorMap(
         around=(same("embed/table", "model.embed_tokens.weight"), ...),
         layer=(matrix("mixer/query/weight", "self_attn.q_proj.weight"), ...),
     )
@@ -46,7 +46,7 @@ class Rule:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Table:
+class TensorMap:
     """All tensors of a family. A rule holds where the model has its parameters; the first of several for one
     parameter holds.
     """
@@ -72,15 +72,15 @@ class Family:
         [ModelConfig], dict[str, Any]
     ]  # what it cannot say may be left out: what is read back is compared
     table: (
-        Table | Callable[[ModelConfig], Table]
+        TensorMap | Callable[[ModelConfig], TensorMap]
     )  # the table, or what makes it where rules depend on the numbers of heads
     defaults: Mapping[str, Any] = dataclasses.field(
         default_factory=dict
     )  # values of keys that a configuration leaves out
 
-    def table_of(self, model: ModelConfig) -> Table:
+    def table_of(self, model: ModelConfig) -> TensorMap:
         """The table for a model of this family."""
-        return self.table if isinstance(self.table, Table) else self.table(model)
+        return self.table if isinstance(self.table, TensorMap) else self.table(model)
 
     def settings(self, values: Mapping[str, Any], *, where: str) -> Settings:
         """A configuration to read, with the family's defaults."""
@@ -171,7 +171,7 @@ def paired(rule: Rule, *, num_heads: int, rope_dim: int) -> Rule:
 
 # The rules of a model ---------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Bound:
+class BoundRule:
     """A rule with the full names of what it goes between."""
 
     rule: Rule
@@ -187,7 +187,7 @@ def logical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in stored.items()}
 
 
-def bind(table: Table, config: ModelConfig) -> list[Bound]:
+def bind(table: TensorMap, config: ModelConfig) -> list[BoundRule]:
     """The rules that make up a model, each of its parameters in one of them.
 
     Raises:
@@ -208,7 +208,7 @@ def bind(table: Table, config: ModelConfig) -> list[Bound]:
             theirs = [
                 their_prefix + name for pattern in rule.theirs for name in _numbered(pattern, own[0][0])
             ]
-            bound.append(Bound(rule=rule, ours=ours, theirs=theirs, shapes=own))
+            bound.append(BoundRule(rule=rule, ours=ours, theirs=theirs, shapes=own))
     if left:
         raise Inexpressible(f"it has no tensor for {next(iter(left))}")
     return bound
@@ -222,7 +222,7 @@ def _numbered(pattern: str, num_experts: int) -> Iterator[str]:
         yield pattern.replace("{e}", str(expert))
 
 
-def misnamed(table: Table, bound: Sequence[Bound], found: set[str]) -> tuple[list[str], list[str]]:
+def misnamed(table: TensorMap, bound: Sequence[BoundRule], found: set[str]) -> tuple[list[str], list[str]]:
     """Of the tensors that were found, those that are missing and those that have no place, sorted."""
     wanted = {name for one in bound for name in one.theirs}
     extra = (
@@ -231,7 +231,9 @@ def misnamed(table: Table, bound: Sequence[Bound], found: set[str]) -> tuple[lis
     return sorted(wanted - found), sorted(extra)
 
 
-def ours_from(bound: Sequence[Bound], read: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+def ours_from(
+    bound: Sequence[BoundRule], read: Callable[[str], np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
     """Our parameters by logical path, one rule at a time.
 
     Raises:
@@ -256,7 +258,7 @@ def ours_from(bound: Sequence[Bound], read: Callable[[str], np.ndarray]) -> Iter
 
 
 def theirs_from(
-    bound: Sequence[Bound], read: Callable[[str], np.ndarray]
+    bound: Sequence[BoundRule], read: Callable[[str], np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Their tensors by name, one rule at a time."""
     for one in bound:

@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from slmjax.checkpoints.stored_model import Own, read_origin
+from slmjax.checkpoints.stored_model import LocalModel, read_origin
 from slmjax.config import ConfigError, near_names
 from slmjax.convert.families import GGUF_FAMILIES, GGUF_NAMES
-from slmjax.convert.family import Bound, Family, bind, misnamed, ours_from, read_settings, rounded
+from slmjax.convert.family import BoundRule, Family, bind, misnamed, ours_from, read_settings, rounded
 from slmjax.convert.gguf.container import GgufFile, PendingTensor, num_bytes, read_gguf, type_of, write_gguf
 from slmjax.convert.gguf.swallowed_blanks import name_notes, swallowing
 from slmjax.convert.gguf.tensor_codes import blocks_of, container_of
 from slmjax.convert.gguf.tokenizer import tokenizer_from_gguf, tokenizer_metadata
-from slmjax.convert.source import Found, Written, code_notes, express
+from slmjax.convert.source import ForeignModel, Written, code_notes, express
 from slmjax.data import conventions
 from slmjax.data.shards import file_sha256
 from slmjax.data.tokenizers import Tokenizer
@@ -53,7 +53,7 @@ BLOCKS_VERSION = 2  # general.quantization_version: of how blocks are laid out
 
 
 # Reading ----------------------------------------------------------------------------------------------------
-def open_file(path: Path) -> Found:
+def open_file(path: Path) -> ForeignModel:
     """The model of a GGUF file.
 
     Raises:
@@ -66,7 +66,7 @@ def open_file(path: Path) -> Found:
     architecture = family.architecture
     bound = bind(table, model)
     _check_names(path, architecture, *misnamed(table, bound, set(file.tensors)))
-    return Found(
+    return ForeignModel(
         config=model,
         family=architecture,
         parameters=lambda: ours_from(bound, lambda name: file.tensors[name].read()),
@@ -170,7 +170,7 @@ def _tokenizer(path: Path, file: GgufFile) -> Tokenizer | None:
 
 
 # Writing ----------------------------------------------------------------------------------------------------
-def write_model(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtype | None) -> Written:
+def write_model(own: LocalModel, tokenizer: Tokenizer, out: Path, *, dtype: np.dtype | None) -> Written:
     """Writes a model of ours as a GGUF file. Quantized parameters go into blocks, codes and scales as they
     are.
 
@@ -256,7 +256,7 @@ def _main_type(tensors: list[PendingTensor]) -> str:
     )
 
 
-def _notes(settings: Mapping[str, Any], own: Own, sizes: Sizes, *, in_codes: bool) -> Iterator[str]:
+def _notes(settings: Mapping[str, Any], own: LocalModel, sizes: Sizes, *, in_codes: bool) -> Iterator[str]:
     """What was written, and what llama.cpp does otherwise, depending on how it is started."""
     if in_codes:
         types = (
@@ -304,7 +304,9 @@ def tokenizer_notes(directory: Path, words: Mapping[str, Any], *, num_layers: in
         )
 
 
-def _pending(bound: list[Bound], own: Own, stored: np.dtype, *, in_codes: bool) -> Iterator[PendingTensor]:
+def _pending(
+    bound: list[BoundRule], own: LocalModel, stored: np.dtype, *, in_codes: bool
+) -> Iterator[PendingTensor]:
     """The tensors, one for each rule, made when it is its turn."""
     for one in bound:
         (name,) = one.theirs
@@ -314,7 +316,7 @@ def _pending(bound: list[Bound], own: Own, stored: np.dtype, *, in_codes: bool) 
         dtype = np.dtype(np.float32) if is_vector else stored
 
         def read(
-            one: Bound = one, name: str = name, dtype: np.dtype = dtype, container: str | None = container
+            one: BoundRule = one, name: str = name, dtype: np.dtype = dtype, container: str | None = container
         ) -> np.ndarray:
             if container is not None:
                 return blocks_of(one, own, container)

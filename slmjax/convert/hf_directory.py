@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from slmjax.checkpoints import safetensors_files
-from slmjax.checkpoints.stored_model import Own
+from slmjax.checkpoints.stored_model import LocalModel
 from slmjax.config import ConfigError, near_names
 from slmjax.convert.families import HF_FAMILIES, HF_NAMES
 from slmjax.convert.family import (
-    Bound,
+    BoundRule,
     Family,
-    Table,
+    TensorMap,
     bind,
     misnamed,
     ours_from,
@@ -28,7 +28,7 @@ from slmjax.convert.family import (
     rounded,
     theirs_from,
 )
-from slmjax.convert.source import Expressed, Found, express
+from slmjax.convert.source import FamilyExport, ForeignModel, express
 from slmjax.data.shards import file_sha256
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.telemetry.run_directory import write_json
@@ -37,7 +37,7 @@ LARGEST_FILE = 2**30  # bytes
 
 
 # Reading ----------------------------------------------------------------------------------------------------
-def open_directory(directory: Path) -> Found:
+def open_directory(directory: Path) -> ForeignModel:
     """The model of a Hugging Face directory.
 
     Raises:
@@ -63,7 +63,7 @@ def open_directory(directory: Path) -> Found:
     table = family.table_of(model)
     bound = _as_saved(bind(table, model), table, set(tensors.names))
     _check_names(family.architecture, table, bound, tensors)
-    return Found(
+    return ForeignModel(
         config=model,
         family=family.architecture,
         parameters=lambda: ours_from(bound, tensors.read),
@@ -103,7 +103,7 @@ def _family_of(values: dict[str, Any], path: Path) -> Family:
     )
 
 
-def _as_saved(bound: list[Bound], table: Table, found: set[str]) -> list[Bound]:
+def _as_saved(bound: list[BoundRule], table: TensorMap, found: set[str]) -> list[BoundRule]:
     """The rules with the names of a model that was saved without its head, and so without what stands before
     the names below it.
     """
@@ -116,7 +116,7 @@ def _as_saved(bound: list[Bound], table: Table, found: set[str]) -> list[Bound]:
 
 
 def _check_names(
-    architecture: str, table: Table, bound: list[Bound], tensors: safetensors_files.TensorFiles
+    architecture: str, table: TensorMap, bound: list[BoundRule], tensors: safetensors_files.TensorFiles
 ) -> None:
     missing, extra = misnamed(table, bound, set(tensors.names))
     if missing:
@@ -179,7 +179,9 @@ def _license(directory: Path) -> str | None:
 
 
 # Writing ----------------------------------------------------------------------------------------------------
-def write_directory(own: Own, tokenizer: Tokenizer, out: Path, *, dtype: np.dtype | None) -> Expressed:
+def write_directory(
+    own: LocalModel, tokenizer: Tokenizer, out: Path, *, dtype: np.dtype | None
+) -> FamilyExport:
     """Writes a model of ours as a Hugging Face directory, and says as which family.
 
     Args:

@@ -17,10 +17,10 @@ import numpy as np
 
 from slmjax import config as config_io
 from slmjax.checkpoints import safetensors_files
-from slmjax.checkpoints.stored_model import ROWS_PER_TOKEN, open_own
+from slmjax.checkpoints.stored_model import ROWS_PER_TOKEN, open_local_model
 from slmjax.convert import gguf_model, hf_directory
 from slmjax.convert.model_card import write_card
-from slmjax.convert.source import Found, Written
+from slmjax.convert.source import ForeignModel, Written
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.models.architecture import ModelConfig
 from slmjax.telemetry.run_directory import write_json
@@ -109,7 +109,7 @@ def import_model(
     return Written(path=str(out), family=found.family, notes=tuple(notes), **sizes)
 
 
-def _open(source: Path) -> Found:
+def _open(source: Path) -> ForeignModel:
     if source.is_dir():
         return hf_directory.open_directory(source)
     if not source.is_file():
@@ -125,7 +125,7 @@ class _Rows:
     end_new: int
 
 
-def _resized(found: Found, model: ModelConfig, rows: _Rows) -> Iterator[tuple[str, np.ndarray]]:
+def _resized(found: ForeignModel, model: ModelConfig, rows: _Rows) -> Iterator[tuple[str, np.ndarray]]:
     """The parameters, tables as long as they are to be."""
     for name, array in found.parameters():
         if name in ROWS_PER_TOKEN and (rows.end_new > rows.first_new or model.table_rows > array.shape[0]):
@@ -169,7 +169,7 @@ def export_model(
     """
     source = Path(source)
     out = Path(out)
-    own = open_own(source, step=step)
+    own = open_local_model(source, step=step)
     if not (source / "tokenizer").is_dir():
         raise ValueError(
             f"{source} has no tokenizer, without which no engine takes it: import it again with --tokenizer "

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slmjax.checkpoints.stored_model import Own, read_origin
+from slmjax.checkpoints.stored_model import LocalModel, read_origin
 from slmjax.data.lost_text import lost_note
 from slmjax.formats.presets import name_of
 from slmjax.models import zoo
@@ -16,14 +16,14 @@ from slmjax.models import zoo
 TO_FILL_IN = "to be filled in"
 
 
-def write_card(own: Own, path: Path, *, title: str, family: str) -> None:
+def write_card(own: LocalModel, path: Path, *, title: str, family: str) -> None:
     """Writes the card of a run's or an imported model. Figures that nobody measured are said to be
     missing.
     """
     path.write_text("\n".join(_lines(own, title=title, family=family)) + "\n", encoding="utf-8")
 
 
-def _lines(own: Own, *, title: str, family: str) -> Iterator[str]:
+def _lines(own: LocalModel, *, title: str, family: str) -> Iterator[str]:
     origin = read_origin(own.path)
     base = _json(own.path / "config.json").get("init", {}).get("path")  # what a run started from
     before = read_origin(Path(base)) if base else {}
@@ -62,7 +62,7 @@ def _table(heading: str, rows: list[tuple[str, str]]) -> Iterator[str]:
     yield ""
 
 
-def _model_rows(own: Own, family: str) -> list[tuple[str, str]]:
+def _model_rows(own: LocalModel, family: str) -> list[tuple[str, str]]:
     summary = zoo.describe(own.config)
     config = own.config
     formats = collections.Counter(name_of(stored.spec) for stored in own.formats.values())
@@ -96,7 +96,7 @@ def _origin_rows(origin: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _training_rows(own: Own) -> list[tuple[str, str]]:
+def _training_rows(own: LocalModel) -> list[tuple[str, str]]:
     result, environment, experiment = (
         _json(own.path / f"{name}.json") for name in ("result", "environment", "config")
     )

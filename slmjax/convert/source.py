@@ -8,15 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from slmjax.checkpoints.stored_model import Own
-from slmjax.convert.family import Bound, Family, Inexpressible, bind
+from slmjax.checkpoints.stored_model import LocalModel
+from slmjax.convert.family import BoundRule, Family, Inexpressible, bind
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.models.architecture import ModelConfig
 from slmjax.models.canonical_form import canonical, differences
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Found:
+class ForeignModel:
     """A model from elsewhere. Nothing is read but headers until its parameters are asked for."""
 
     config: ModelConfig
@@ -40,7 +40,7 @@ class Written:
     notes: tuple[str, ...]  # what its user should know
 
 
-def code_notes(own: Own) -> Iterator[str]:
+def code_notes(own: LocalModel) -> Iterator[str]:
     """Whether codes that are computed here are those of the devices that a run was trained on."""
     file = own.path / "environment.json"
     trained = json.loads(file.read_text(encoding="utf-8")).get("devices", []) if file.is_file() else []
@@ -67,13 +67,13 @@ def code_notes(own: Own) -> Iterator[str]:
 
 # Which family can say it ------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Expressed:
+class FamilyExport:
     """A model in the words of a family."""
 
     family: Family
     config: ModelConfig  # in canonical form
     settings: dict[str, Any]
-    bound: list[Bound]  # what its tensors are made of
+    bound: list[BoundRule]  # what its tensors are made of
 
 
 def express(
@@ -83,7 +83,7 @@ def express(
     format_name: str,
     preferred: str | None,
     tolerance: float = 0.0,
-) -> Expressed:
+) -> FamilyExport:
     """The first family whose configuration reads back as the very same model and that has a tensor for each
     parameter.
 
@@ -103,7 +103,7 @@ def express(
             found = canonical(family.read(reader))
             reader.finish()
             if not (lost := differences(wanted, found, tolerance=tolerance)):
-                return Expressed(
+                return FamilyExport(
                     family=family,
                     config=wanted,
                     settings=settings,

@@ -32,7 +32,7 @@ from slmjax.data.shards import FORMAT_VERSION, TokenShards
 from slmjax.data.sources import changed_fields, combined_hash
 from slmjax.data.tokenizers import Reads, Tokenizer, TokenizerConfig
 
-Log = Callable[[str], None]
+Report = Callable[[str], None]
 _STALE_SECONDS = 24 * 3600
 _SAMPLE_TOKENS = 100
 
@@ -58,7 +58,7 @@ class Prepared:
         return b"".join(shards.text() for shards in self.heldout)
 
 
-def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, log: Log = print) -> Prepared:
+def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, log: Report = print) -> Prepared:
     """Opens the prepared data of this mixture, preparing what is missing. Raises ValueError for unusable
     sources or data.
     """
@@ -93,7 +93,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, log: Log = print) -
 
 
 def inspect(
-    data: DataConfig, tokenizer: TokenizerConfig, *, num_samples: int = 3, log: Log = print
+    data: DataConfig, tokenizer: TokenizerConfig, *, num_samples: int = 3, log: Report = print
 ) -> dict[str, Any]:
     """Statistics of the prepared data and decoded samples of the training text, as JSON can hold them."""
     prepared = prepare(data, tokenizer, log=log)
@@ -150,7 +150,7 @@ def _samples(shards: TokenShards, tokenizer: Tokenizer, *, seed: int, count: int
 
 
 def _tokenizer(
-    data: DataConfig, config: TokenizerConfig, *, hashes: list[str], bar: "_Bar", log: Log
+    data: DataConfig, config: TokenizerConfig, *, hashes: list[str], bar: "_Bar", log: Report
 ) -> Tokenizer:
     if config.reads is Reads.NOTHING:
         return config.build(())
@@ -201,7 +201,7 @@ def _shard_directory(
     source_hash: str,
     tokenizer: Tokenizer,
     bar: "_Bar",
-    log: Log,
+    log: Report,
 ) -> Path:
     """The directory of one source's shards, written if it is not there."""
     settings = (

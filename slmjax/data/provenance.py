@@ -22,7 +22,7 @@ from typing import Any
 from slmjax.config import ConfigError, from_json
 from slmjax.data.config import DataConfig, HeldOutBy, Split, TextSource
 from slmjax.data.encoding import HELDOUT
-from slmjax.data.preparation import Log, Prepared, prepare
+from slmjax.data.preparation import Prepared, Report, prepare
 from slmjax.data.shards import TokenShards
 from slmjax.data.tokenizers import TokenizerConfig
 
@@ -183,7 +183,7 @@ def changes_on_resume(run: Path, data: DataConfig, now: Record) -> list[str]:
 
 # What is evaluated ------------------------------------------------------------------------------------------
 def documents_to_evaluate(
-    directory: Path, data: DataConfig, tokenizer: TokenizerConfig, *, changed_data: ChangedData, log: Log
+    directory: Path, data: DataConfig, tokenizer: TokenizerConfig, *, changed_data: ChangedData, log: Report
 ) -> tuple[TokenShards, ...]:
     """The held-out documents of `data`, or all of them where nothing is held out.
 

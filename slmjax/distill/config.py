@@ -15,10 +15,10 @@ import jax.numpy as jnp
 
 from slmjax.config import near_names
 from slmjax.losses import (
+    DistillLossConfig,
     Divergence,
     ForwardKl,
     Jsd,
-    Matching,
     ReverseKl,
     Sampled,
     SkewKl,
@@ -173,9 +173,9 @@ class DistillConfig:
             )
 
     @property
-    def matching(self) -> Matching:
+    def matching(self) -> DistillLossConfig:
         """What of it is compiled into the loss."""
-        return Matching(
+        return DistillLossConfig(
             divergence=self.divergence,
             mean=self.mean,
             weights=tuple(teacher.weight for teacher in self.teachers),

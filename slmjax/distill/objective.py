@@ -20,7 +20,7 @@ from slmjax.distill.config import DistillConfig
 DRAWS = 0x5EED
 
 
-def amounts_at(
+def distill_weights_at(
     distill: DistillConfig | None, step: Array, *, total_steps: int, state: Mapping[str, Array], key: Array
 ) -> dict[str, Any] | None:
     """Weights, temperature, state and randomness of a step, in distillation; what is a number never changes,

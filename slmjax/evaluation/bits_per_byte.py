@@ -37,7 +37,7 @@ from slmjax.data.scored import ScoredText
 from slmjax.data.shards import TokenShards
 from slmjax.data.tokenizers import FileTokenizer, Tokenizer
 from slmjax.data.windows import EvaluationBatches, default_overlap, evaluation_batches
-from slmjax.losses import Matching, TeacherOutput, evaluation_sums, expected_calibration_error
+from slmjax.losses import DistillLossConfig, TeacherOutput, evaluation_sums, expected_calibration_error
 from slmjax.models.decoder import Decoder
 from slmjax.models.definition import Definition
 from slmjax.parallel.batches import place_batch
@@ -127,7 +127,7 @@ class EvalResult:
 
 
 def make_eval_step(
-    definition: Definition, *, matching: Matching | None = None, unrounded: bool = False
+    definition: Definition, *, matching: DistillLossConfig | None = None, unrounded: bool = False
 ) -> EvalStep:
     """The compiled `(params, buffers, batch, teachers) -> sums` over the global batch
     (`losses.evaluation_sums`).

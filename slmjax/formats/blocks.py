@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 
 from slmjax.formats.coding import Encoded
 from slmjax.formats.presets import name_of
-from slmjax.formats.spec import Grid, QuantSpec, ScaleType, Share
+from slmjax.formats.spec import CodeGrid, Granularity, QuantSpec, ScaleType
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,15 +57,15 @@ def container_for(spec: QuantSpec, *, width: int | None = None) -> str:
         raise ValueError(
             f"{name} has zero points, which GGUF's {', '.join(CONTAINERS)} have not: give a symmetric format"
         )
-    run = spec.group_size if spec.share is Share.GROUP else width
+    run = spec.group_size if spec.share is Granularity.GROUP else width
     if run is not None and run % 32:
         raise ValueError(
             f"{name} shares scales among {run} numbers, GGUF among 32 or 256: give groups that are a "
             "multiple of 32"
         )
-    if spec.grid is Grid.E2M1 and spec.scale_type is ScaleType.E8M0:
+    if spec.grid is CodeGrid.E2M1 and spec.scale_type is ScaleType.E8M0:
         return "MXFP4"
-    if spec.grid not in (Grid.INTEGER, Grid.ODD):
+    if spec.grid not in (CodeGrid.INTEGER, CodeGrid.ODD):
         raise ValueError(
             f"{name} has {spec.grid.value} numbers under {spec.scale_type.value} scales: GGUF has e2m1 under "
             "e8m0 only"

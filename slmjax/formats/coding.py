@@ -25,7 +25,7 @@ from slmjax.formats.division import divided, reciprocal
 from slmjax.formats.presets import name_of
 from slmjax.formats.rounding import codes_of, nearest, nearest_to_zero_point, values_of
 from slmjax.formats.scales import computed_scale, stored_scale, tensor_scale_of, zero_of
-from slmjax.formats.spec import CodesFrom, QuantSpec, Scaling, Share, check_width
+from slmjax.formats.spec import CodesFrom, Granularity, QuantSpec, Scaling, check_width
 
 
 @jax.tree_util.register_dataclass
@@ -145,7 +145,7 @@ def _grouped(x: Array, spec: QuantSpec, axis: int) -> tuple[Array, tuple[int, ..
     groups = x.reshape(*x.shape[:axis], num_groups, width // num_groups, *x.shape[axis + 1 :])
     if jnp.issubdtype(x.dtype, jnp.floating):
         groups = jax.lax.stop_gradient(groups.astype(jnp.float32))
-    if spec.share is not Share.TENSOR:
+    if spec.share is not Granularity.TENSOR:
         return groups, (axis + 1,)
     return groups, (*(i for i in range(groups.ndim) if i != axis + 1), axis + 1)
 

@@ -12,14 +12,14 @@ import numpy as np
 from slmjax.config import ConfigError, near_names
 from slmjax.formats.spec import (
     TERNARY_BITS,
+    CodeGrid,
     Codes,
     CodesFrom,
-    Grid,
+    Granularity,
     QuantSpec,
     Rounding,
     ScaleType,
     Scaling,
-    Share,
     Statistic,
 )
 
@@ -48,23 +48,25 @@ _TQ2_0 = dataclasses.replace(
 # torchao, 8-bit dynamic activations and 4-bit weights: a product with the reciprocal, and a smallest scale.
 _TORCHAO = QuantSpec(bits=4, group_size=32, divisor=7.5, smallest_scale=2.0**-126, scaling=Scaling.RECIPROCAL)
 _TORCHAO_TOKEN = dataclasses.replace(
-    _TORCHAO, bits=8, share=Share.ROW, group_size=None, statistic=Statistic.MIN_MAX, divisor=1.0
+    _TORCHAO, bits=8, share=Granularity.ROW, group_size=None, statistic=Statistic.MIN_MAX, divisor=1.0
 )
 
 # compressed-tensors: a quotient; float32's epsilon is the scale of zeros.
 _COMPRESSED = QuantSpec(bits=4, group_size=32, divisor=7.5, scale_of_zeros=2.0**-23)
-_COMPRESSED_ROW = dataclasses.replace(_COMPRESSED, bits=8, share=Share.ROW, group_size=None, divisor=127.5)
+_COMPRESSED_ROW = dataclasses.replace(
+    _COMPRESSED, bits=8, share=Granularity.ROW, group_size=None, divisor=127.5
+)
 
 # ai-edge-quantizer, for LiteRT: without the lowest code in 8 bits; scales of blocks are rounded to bfloat16;
 # the largest magnitude counts as at least 1e-9.
 _LITERT_ROW = QuantSpec(
-    bits=8, codes=Codes.SYMMETRIC, share=Share.ROW, divisor=127.0, smallest_scale=_quotient(1e-9, 127)
+    bits=8, codes=Codes.SYMMETRIC, share=Granularity.ROW, divisor=127.0, smallest_scale=_quotient(1e-9, 127)
 )
 _LITERT_ROW4 = dataclasses.replace(
     _LITERT_ROW, bits=4, codes=Codes.FULL, divisor=7.0, smallest_scale=_quotient(1e-9, 7)
 )
 _LITERT_BLOCK = dataclasses.replace(
-    _LITERT_ROW4, share=Share.GROUP, group_size=32, scale_type=ScaleType.BFLOAT16_IN_FLOAT16
+    _LITERT_ROW4, share=Granularity.GROUP, group_size=32, scale_type=ScaleType.BFLOAT16_IN_FLOAT16
 )
 
 # ONNX Runtime's MatMulNBits: Q4_0's codes, except where two numbers of other signs are the largest.
@@ -72,9 +74,9 @@ _ONNX = dataclasses.replace(_Q4_0, statistic=Statistic.FAR_END, scale_type=Scale
 
 # The OCP's microscaling formats: scales are powers of two, the largest magnitude's rounded down, over that of
 # the grid's largest number.
-_MXFP4 = QuantSpec(bits=4, grid=Grid.E2M1, group_size=32, divisor=4.0, scale_type=ScaleType.E8M0)
-_MXFP8_E4M3 = dataclasses.replace(_MXFP4, bits=8, grid=Grid.E4M3, divisor=256.0)
-_MXFP8_E5M2 = dataclasses.replace(_MXFP4, bits=8, grid=Grid.E5M2, divisor=32768.0)
+_MXFP4 = QuantSpec(bits=4, grid=CodeGrid.E2M1, group_size=32, divisor=4.0, scale_type=ScaleType.E8M0)
+_MXFP8_E4M3 = dataclasses.replace(_MXFP4, bits=8, grid=CodeGrid.E4M3, divisor=256.0)
+_MXFP8_E5M2 = dataclasses.replace(_MXFP4, bits=8, grid=CodeGrid.E5M2, divisor=32768.0)
 # gguf-py takes the smaller of two numbers that are equally near, and has no -0. Where the largest magnitude
 # is within about five float32 steps below a power of two, its logarithm rounds up and its scale is twice as
 # large: not done here.
@@ -83,7 +85,7 @@ _MXFP4_GGUF = dataclasses.replace(_MXFP4, rounding=Rounding.HALF_DOWN)
 # tensor.
 _NVFP4 = QuantSpec(
     bits=4,
-    grid=Grid.E2M1,
+    grid=CodeGrid.E2M1,
     group_size=16,
     divisor=6.0,
     scale_type=ScaleType.E4M3,
@@ -109,10 +111,10 @@ _TERNARY = QuantSpec(
 )
 # ParetoQ's stretched elastic quantizer (arXiv 2502.02631): 2 bits without zero, and three levels, both up to
 # three quarters or two thirds of the largest magnitude; one bit in units of the mean magnitude.
-_STRETCHED_2 = QuantSpec(bits=2, grid=Grid.ODD, group_size=32, divisor=4.0, scale_type=ScaleType.FLOAT16)
+_STRETCHED_2 = QuantSpec(bits=2, grid=CodeGrid.ODD, group_size=32, divisor=4.0, scale_type=ScaleType.FLOAT16)
 _STRETCHED_TERNARY = QuantSpec(bits=TERNARY_BITS, group_size=256, divisor=1.5, scale_type=ScaleType.FLOAT16)
 _BINARY = QuantSpec(
-    bits=1, grid=Grid.ODD, group_size=32, statistic=Statistic.ABSMEAN, scale_type=ScaleType.FLOAT16
+    bits=1, grid=CodeGrid.ODD, group_size=32, statistic=Statistic.ABSMEAN, scale_type=ScaleType.FLOAT16
 )
 
 PRESETS: Mapping[str, QuantSpec] = MappingProxyType(
@@ -139,12 +141,14 @@ PRESETS: Mapping[str, QuantSpec] = MappingProxyType(
         "nvfp4": _NVFP4,
         **{f"int{bits}_g32": _integers(bits) for bits in range(2, 9)},
         "ternary_g256": _TERNARY,
-        "ternary_row": dataclasses.replace(_TERNARY, share=Share.ROW, group_size=None),
+        "ternary_row": dataclasses.replace(_TERNARY, share=Granularity.ROW, group_size=None),
         "stretched2_g32": _STRETCHED_2,
         "stretched_ternary_g256": _STRETCHED_TERNARY,
-        "stretched_ternary_row": dataclasses.replace(_STRETCHED_TERNARY, share=Share.ROW, group_size=None),
+        "stretched_ternary_row": dataclasses.replace(
+            _STRETCHED_TERNARY, share=Granularity.ROW, group_size=None
+        ),
         "binary_g32": _BINARY,
-        "binary_row": dataclasses.replace(_BINARY, share=Share.ROW, group_size=None),
+        "binary_row": dataclasses.replace(_BINARY, share=Granularity.ROW, group_size=None),
     }
 )
 
@@ -165,6 +169,10 @@ def name_of(spec: QuantSpec) -> str:
     for name, known in PRESETS.items():
         if known == spec:
             return name
-    grid = "" if spec.grid is Grid.INTEGER else f" {spec.grid.value}"
-    share = f"groups of {spec.group_size}" if spec.share is Share.GROUP else f"one scale a {spec.share.value}"
+    grid = "" if spec.grid is CodeGrid.INTEGER else f" {spec.grid.value}"
+    share = (
+        f"groups of {spec.group_size}"
+        if spec.share is Granularity.GROUP
+        else f"one scale a {spec.share.value}"
+    )
     return f"{spec.bits:g} bits{grid} {spec.statistic.value}/{spec.divisor:g}, {share}, {spec.scale_type.value} scales"

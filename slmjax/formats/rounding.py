@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from slmjax.formats.bits import as_bits, from_bits
-from slmjax.formats.spec import LARGEST, Grid, QuantSpec, Rounding
+from slmjax.formats.spec import LARGEST, CodeGrid, QuantSpec, Rounding
 
 # Exponents and mantissas of the float grids: mantissa bits, and the smallest normal number.
-_FLOATS = {Grid.E2M1: (1, 1.0), Grid.E4M3: (3, 2.0**-6), Grid.E5M2: (2, 2.0**-14)}
-_FLOAT8 = {Grid.E4M3: jnp.float8_e4m3fn, Grid.E5M2: jnp.float8_e5m2}
+_FLOATS = {CodeGrid.E2M1: (1, 1.0), CodeGrid.E4M3: (3, 2.0**-6), CodeGrid.E5M2: (2, 2.0**-14)}
+_FLOAT8 = {CodeGrid.E4M3: jnp.float8_e4m3fn, CodeGrid.E5M2: jnp.float8_e5m2}
 _EXPONENT = 0x7F800000  # the exponent's place in a float32
 _ONE_OVER = 0x7F000000  # the bits of 2**-e are these less those of 2**e
 
@@ -22,9 +22,9 @@ def nearest(scaled: Float[Array, "..."], spec: QuantSpec) -> Float[Array, "..."]
     """The grid's number nearest to each, as float32: of `scaled`, which is x over its scale, without a zero
     point.
     """
-    if spec.grid is Grid.INTEGER:
+    if spec.grid is CodeGrid.INTEGER:
         return _nearest_integer(scaled, spec)
-    if spec.grid is Grid.ODD:
+    if spec.grid is CodeGrid.ODD:
         low = float(spec.lowest_code)
         high = float(spec.highest_code)
         if spec.bits == 1:
@@ -59,7 +59,7 @@ def nearest_to_zero_point(
 
 
 def nearest_float(
-    scaled: Float[Array, "..."], grid: Grid, rounding: Rounding = Rounding.HALF_EVEN
+    scaled: Float[Array, "..."], grid: CodeGrid, rounding: Rounding = Rounding.HALF_EVEN
 ) -> Float[Array, "..."]:
     """The nearest number of a float grid, the largest of it for what is larger; HALF_EVEN or HALF_DOWN, where
     -0 becomes 0.
@@ -89,11 +89,11 @@ def with_mantissa(x: Float[Array, "..."], bits: int) -> Float[Array, "..."]:
     return jnp.where(jnp.isnan(x), x, from_bits(kept))
 
 
-def codes_of(values: Float[Array, "..."], grid: Grid) -> Int[Array, "..."]:
+def codes_of(values: Float[Array, "..."], grid: CodeGrid) -> Int[Array, "..."]:
     """int8 codes of numbers that the grid has: whole numbers themselves, and the bit patterns of floats."""
     if grid in _FLOAT8:
         return jax.lax.bitcast_convert_type(values.astype(_FLOAT8[grid]), jnp.int8)
-    if grid is not Grid.E2M1:
+    if grid is not CodeGrid.E2M1:
         return values.astype(jnp.int8)
     magnitude = jnp.abs(values)
     # From 1 on the last exponent bits and the first of the mantissa count up as the codes do.
@@ -101,11 +101,11 @@ def codes_of(values: Float[Array, "..."], grid: Grid) -> Int[Array, "..."]:
     return jnp.where(jnp.signbit(values), code + 8, code).astype(jnp.int8)
 
 
-def values_of(codes: Int[Array, "..."], grid: Grid) -> Float[Array, "..."]:
+def values_of(codes: Int[Array, "..."], grid: CodeGrid) -> Float[Array, "..."]:
     """The inverse of `codes_of`: float32."""
     if grid in _FLOAT8:
         return jax.lax.bitcast_convert_type(codes, _FLOAT8[grid]).astype(jnp.float32)
-    if grid is not Grid.E2M1:
+    if grid is not CodeGrid.E2M1:
         return codes.astype(jnp.float32)
     code = codes.astype(jnp.int32)
     place = code & 7

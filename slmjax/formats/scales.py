@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from slmjax.formats.bits import as_bits, from_bits, magnitude_bits
 from slmjax.formats.division import divided
 from slmjax.formats.rounding import nearest_float, with_mantissa
-from slmjax.formats.spec import LARGEST, Grid, QuantSpec, ScaleType, Statistic
+from slmjax.formats.spec import LARGEST, CodeGrid, QuantSpec, ScaleType, Statistic
 
 _PAIRED_ROUNDS = 4
 _LARGEST_FLOAT16 = 65504.0
@@ -117,7 +117,7 @@ def stored_scale(
     """
     if tensor_scale is not None:
         over = divided(scale, jnp.where(tensor_scale == 0, 1.0, tensor_scale))
-        scale = nearest_float(jnp.maximum(over, spec.smallest_block_scale), Grid.E4M3)
+        scale = nearest_float(jnp.maximum(over, spec.smallest_block_scale), CodeGrid.E4M3)
     if spec.scale_type in (ScaleType.BFLOAT16, ScaleType.BFLOAT16_IN_FLOAT16):
         scale = with_mantissa(scale, 7)
     if spec.scale_type in (ScaleType.FLOAT16, ScaleType.BFLOAT16_IN_FLOAT16):
@@ -139,5 +139,5 @@ def tensor_scale_of(x: Float[Array, "..."], spec: QuantSpec) -> Float[Array, ""]
     """The second scale of a two-level format: the largest block scale is then the largest 8-bit float."""
     x = x.astype(jnp.float32)
     return divided(
-        _largest_magnitude(x, tuple(range(x.ndim))).reshape(()), LARGEST[Grid.E4M3] * LARGEST[spec.grid]
+        _largest_magnitude(x, tuple(range(x.ndim))).reshape(()), LARGEST[CodeGrid.E4M3] * LARGEST[spec.grid]
     )

@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 
-class Grid(enum.Enum):
+class CodeGrid(enum.Enum):
     """What the codes are, before they are multiplied with the scale."""
 
     INTEGER = "integer"  # integers without gaps
@@ -40,7 +40,7 @@ class Statistic(enum.Enum):
     MIN_MAX = "min_max"  # from the smallest number, or 0, to the largest, or 0: codes have a zero point
 
 
-class Share(enum.Enum):
+class Granularity(enum.Enum):
     """Which numbers share a scale."""
 
     GROUP = "group"  # `group_size` neighbours along the axis
@@ -91,8 +91,8 @@ class Codes(enum.Enum):
     SYMMETRIC = "symmetric"  # without the lowest: -7 to 7
 
 
-FLOAT_GRIDS = (Grid.E2M1, Grid.E4M3, Grid.E5M2)
-LARGEST = {Grid.E2M1: 6.0, Grid.E4M3: 448.0, Grid.E5M2: 57344.0}
+FLOAT_GRIDS = (CodeGrid.E2M1, CodeGrid.E4M3, CodeGrid.E5M2)
+LARGEST = {CodeGrid.E2M1: 6.0, CodeGrid.E4M3: 448.0, CodeGrid.E5M2: 57344.0}
 BITS = (1, 1.58, 2, 3, 4, 5, 6, 7, 8)
 TERNARY_BITS = 1.58
 _SCALE_BITS = {
@@ -112,11 +112,11 @@ class QuantSpec:
     # bits of a code; 1.58 is three levels, which take 2 bits where they are stored
     bits: float
     # what the codes are
-    grid: Grid = Grid.INTEGER
+    grid: CodeGrid = CodeGrid.INTEGER
     # which integers, in an INTEGER grid
     codes: Codes = Codes.FULL
     # which numbers share a scale
-    share: Share = Share.GROUP
+    share: Granularity = Granularity.GROUP
     # numbers of a group; None unless `share` is GROUP
     group_size: int | None = None
     # what the scale is computed from
@@ -141,7 +141,7 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ValueError(f"bits is {self.bits}: give one of {', '.join(map(str, BITS))}")
-        if (self.share is Share.GROUP) != (self.group_size is not None):
+        if (self.share is Granularity.GROUP) != (self.group_size is not None):
             raise ValueError(
                 f"group_size is {self.group_size} with share {self.share.value!r}: give a size for groups, "
                 "and for nothing else"
@@ -150,21 +150,21 @@ class QuantSpec:
             raise ValueError(f"group_size is {self.group_size}: give at least 1")
         if not (self.divisor > 0 and math.isfinite(self.divisor)):
             raise ValueError(f"divisor is {self.divisor}: give a positive number")
-        if self.grid is Grid.INTEGER and self.bits == 1:
+        if self.grid is CodeGrid.INTEGER and self.bits == 1:
             raise ValueError("one bit is -1 and 1: give grid ODD")
-        if self.grid is Grid.ODD and self.bits not in (1, 2, 3, 4):
+        if self.grid is CodeGrid.ODD and self.bits not in (1, 2, 3, 4):
             raise ValueError(f"bits is {self.bits} with grid ODD: give 1, 2, 3 or 4")
-        if self.grid in FLOAT_GRIDS and self.bits != (4 if self.grid is Grid.E2M1 else 8):
+        if self.grid in FLOAT_GRIDS and self.bits != (4 if self.grid is CodeGrid.E2M1 else 8):
             raise ValueError(
                 f"bits is {self.bits} with grid {self.grid.value!r}: e2m1 has 4 bits, e4m3 and e5m2 have 8"
             )
-        if self.is_two_level and (self.grid not in FLOAT_GRIDS or self.share is not Share.GROUP):
+        if self.is_two_level and (self.grid not in FLOAT_GRIDS or self.share is not Granularity.GROUP):
             raise ValueError(
                 "scales in e4m3 are under one for the tensor: give a float grid in groups, or another "
                 "scale_type"
             )
         if self.statistic is Statistic.MIN_MAX and (
-            self.grid is not Grid.INTEGER or self.codes is Codes.SYMMETRIC
+            self.grid is not CodeGrid.INTEGER or self.codes is Codes.SYMMETRIC
         ):
             raise ValueError(
                 "a zero point is for an INTEGER grid with its FULL codes: give statistic ABSMAX, or such a "
@@ -192,9 +192,9 @@ class QuantSpec:
     @property
     def lowest_code(self) -> int:
         """Of an INTEGER or ODD grid."""
-        if self.grid is Grid.ODD:
+        if self.grid is CodeGrid.ODD:
             return 1 - 2 ** int(self.bits)
-        if self.grid is not Grid.INTEGER:
+        if self.grid is not CodeGrid.INTEGER:
             raise ValueError(f"the codes of {self.grid.value} are bit patterns: they have no lowest one")
         if self.bits == TERNARY_BITS:
             return -1
@@ -203,9 +203,9 @@ class QuantSpec:
     @property
     def highest_code(self) -> int:
         """Of an INTEGER or ODD grid."""
-        if self.grid is Grid.ODD:
+        if self.grid is CodeGrid.ODD:
             return 2 ** int(self.bits) - 1
-        if self.grid is not Grid.INTEGER:
+        if self.grid is not CodeGrid.INTEGER:
             raise ValueError(f"the codes of {self.grid.value} are bit patterns: they have no highest one")
         return 1 if self.bits == TERNARY_BITS else 2 ** (int(self.bits) - 1) - 1
 
@@ -240,11 +240,13 @@ def check_width(spec: QuantSpec, width: int, *, what: str, name: str | None = No
 
 def levels(spec: QuantSpec) -> np.ndarray:
     """The numbers that a group whose scale is 1 (and whose zero point is 0) can hold, ascending, float32."""
-    if spec.grid is Grid.INTEGER:
+    if spec.grid is CodeGrid.INTEGER:
         return np.arange(spec.lowest_code, spec.highest_code + 1, dtype=np.float32)
-    if spec.grid is Grid.ODD:
+    if spec.grid is CodeGrid.ODD:
         return np.arange(spec.lowest_code, spec.highest_code + 1, 2, dtype=np.float32)
-    exponent_bits, mantissa_bits = {Grid.E2M1: (2, 1), Grid.E4M3: (4, 3), Grid.E5M2: (5, 2)}[spec.grid]
+    exponent_bits, mantissa_bits = {CodeGrid.E2M1: (2, 1), CodeGrid.E4M3: (4, 3), CodeGrid.E5M2: (5, 2)}[
+        spec.grid
+    ]
     smallest = 2.0 ** (2 - 2 ** (exponent_bits - 1))
     fractions = np.arange(2**mantissa_bits) / 2**mantissa_bits
     normal = [(1 + fractions) * smallest * 2.0**e for e in range(2**exponent_bits)]
@@ -263,7 +265,7 @@ def bits_per_number(spec: QuantSpec, width: int) -> float:
     check_width(spec, width, what="an axis")
     shared = (
         0
-        if spec.share is Share.TENSOR
+        if spec.share is Granularity.TENSOR
         else _SCALE_BITS[spec.scale_type] + (math.ceil(spec.bits) if spec.is_asymmetric else 0)
     )
     return math.ceil(spec.bits) + shared * spec.groups(width) / width
@@ -279,7 +281,7 @@ def stored_bytes(spec: QuantSpec, shape: tuple[int, ...], *, axis: int = -1) -> 
         return 0
     of_tensor = (
         32 + (8 if spec.is_asymmetric else 0)
-        if spec.share is Share.TENSOR
+        if spec.share is Granularity.TENSOR
         else 32
         if spec.is_two_level
         else 0

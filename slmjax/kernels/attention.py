@@ -114,7 +114,7 @@ def self_attention(
     num_heads = q.shape[2]
 
     def on_device(q: Array, k: Array, v: Array, segments: Array, *sinks: Array) -> Array:
-        if communication.is_divided("heads") and not communication.is_divided("kv_heads"):
+        if communication.is_sharded("heads") and not communication.is_sharded("kv_heads"):
             # These query heads need not be those of whole groups: each gets a key-value head of its own.
             here = communication.index_along("heads") * q.shape[2] + jnp.arange(q.shape[2])
             k, v = (jnp.take(x, here // (num_heads // k.shape[2]), axis=2) for x in (k, v))
@@ -152,7 +152,9 @@ def self_attention(
     if sinks is not None:
         in_dims = (*in_dims, ("heads",))
         arrays = (*arrays, sinks)
-    return communication.local(on_device, in_dims=in_dims, out_dims=queries, checked=target == "cpu")(*arrays)
+    return communication.shard_mapped(on_device, in_dims=in_dims, out_dims=queries, checked=target == "cpu")(
+        *arrays
+    )
 
 
 def choose_attention(

@@ -47,7 +47,7 @@ def transposed(x: Float[Array, "*B M D"]) -> Float[Array, "*B D M"]:
 
 def matmul(x: Float[Array, "M D"], weight: Float[Array, "D F"]) -> Float[Array, "M F"]:
     """`x @ weight` in the dtype of `x` with float32 sums; the gradient of the weight stays float32."""
-    return _matmul(*communication.alike(x, weight))
+    return _matmul(*communication.match_varying(x, weight))
 
 
 @jax.custom_vjp
@@ -87,7 +87,7 @@ def attend(
     rows = q_BKGTH.reshape(batch, -1, groups * length, head_dim)
     seen = jnp.tile(mask, (1, groups, 1))[:, None]
     out: Array = _attend(
-        *communication.alike(rows, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)), seen, scale
+        *communication.match_varying(rows, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)), seen, scale
     )
     return out.reshape(batch, -1, groups, length, head_dim).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 

@@ -26,7 +26,7 @@ def grouped_matmul(
     # Both forms have gradients of their own: under `sharding.local` all arguments must enter as equally
     # divided.
     return choose_grouped_matmul(mesh.platform())(
-        *communication.alike(x, weights.astype(x.dtype), group_sizes)
+        *communication.match_varying(x, weights.astype(x.dtype), group_sizes)
     )
 
 
@@ -106,7 +106,9 @@ def _block_products(x: Array, weights: Array, group_sizes: Array, *, contracted:
             out, jnp.where(offset < count[index], product, 0), first[index], axis=0
         )
 
-    start, _ = communication.alike(jnp.zeros((num_rows + block, weights.shape[2 - contracted]), x.dtype), x)
+    start, _ = communication.match_varying(
+        jnp.zeros((num_rows + block, weights.shape[2 - contracted]), x.dtype), x
+    )
     return jax.lax.fori_loop(0, num_blocks, multiply, start)[:num_rows]
 
 
@@ -129,5 +131,7 @@ def _block_outer_products(x: Array, dy: Array, group_sizes: Array) -> Array:
         before = jax.lax.dynamic_index_in_dim(total, group[index], keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(total, before + product, group[index], axis=0)
 
-    start, _ = communication.alike(jnp.zeros((group_sizes.shape[0], x.shape[1], dy.shape[1]), jnp.float32), x)
+    start, _ = communication.match_varying(
+        jnp.zeros((group_sizes.shape[0], x.shape[1], dy.shape[1]), jnp.float32), x
+    )
     return jax.lax.fori_loop(0, num_blocks, accumulate, start)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from slmjax.formats.coding import fake_quant
-from slmjax.formats.spec import QuantSpec, Share, Statistic
+from slmjax.formats.spec import Granularity, QuantSpec, Statistic
 from slmjax.kernels.choice import allows_fused, announce
 
 _LANES = 128
@@ -29,7 +29,7 @@ def can_round_groups(spec: QuantSpec, *, width: int, platform: str, dtype: Any) 
     the largest magnitude.
     """
     is_grouped = (
-        spec.share is Share.GROUP
+        spec.share is Granularity.GROUP
         and width % (spec.group_size or 1) == 0
         and _LANES % (spec.group_size or 1) == 0
     )

@@ -29,7 +29,7 @@ from slmjax.losses.heads import PADDING_LOGIT, Head, logits
 from slmjax.losses.held_out import evaluation_sums, expected_calibration_error
 from slmjax.losses.sharded import Vocabulary, choose_vocabulary
 from slmjax.losses.soft_targets import (
-    Matching,
+    DistillLossConfig,
     TeacherMean,
     TeacherOutput,
     fit_rows,
@@ -47,7 +47,7 @@ __all__ = [
     "ForwardKl",
     "Head",
     "Jsd",
-    "Matching",
+    "DistillLossConfig",
     "Metrics",
     "ReverseKl",
     "Sampled",

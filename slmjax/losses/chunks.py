@@ -81,7 +81,7 @@ def chunked_sum(
     # then one sum over devices, after the loop, and so is that of hidden states which several devices
     # multiply with parts of a head.
     parts, structure = jax.tree.flatten(params)
-    hidden, *parts = communication.alike(hidden, *parts)
+    hidden, *parts = communication.match_varying(hidden, *parts)
     return _chunked_sum(fn, chunk_size, hidden, jax.tree.unflatten(structure, parts), tokens, constants)
 
 
@@ -108,7 +108,7 @@ def _chunked_sum_forward(
         sums, (hidden_gradient, gradient) = value_and_grad(chunk[0], wide, chunk[1], constants)
         return jax.tree.map(jnp.add, params_gradient, gradient), (sums, hidden_gradient)
 
-    zeros = jax.tree.map(lambda p: communication.alike(jnp.zeros_like(p), p)[0], wide)
+    zeros = jax.tree.map(lambda p: communication.match_varying(jnp.zeros_like(p), p)[0], wide)
     params_gradient, (sums, hidden_gradient) = over_chunks(step, zeros, (hidden, tokens), chunk_size)
     hidden_gradient = hidden_gradient.reshape(-1, *hidden.shape[1:])[: hidden.shape[0]]
     # Scalars of the right dtype stand for params, whose dtypes the backward pass needs and whose values it

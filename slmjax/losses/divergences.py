@@ -39,7 +39,7 @@ SMALL = 0.1  # exponents whose excess is summed as a series
 
 
 @dataclasses.dataclass(frozen=True)
-class Pass:
+class DivergenceContext:
     """What a divergence may need beside the distributions."""
 
     shards: communication.Shards  # of the vocabulary
@@ -56,7 +56,7 @@ class Divergence(abc.ABC):
 
     @abc.abstractmethod
     def value_and_slope(
-        self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass
+        self, log_p: LogProbabilities, log_q: LogProbabilities, context: DivergenceContext
     ) -> tuple[Float[Array, "C"], LogProbabilities]:
         """Per token the divergence, and its derivative by each log q (up to a multiple of q, which the
         softmax takes away).
@@ -91,9 +91,9 @@ class ForwardKl(Divergence):
     """
 
     def value_and_slope(
-        self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass
+        self, log_p: LogProbabilities, log_q: LogProbabilities, context: DivergenceContext
     ) -> tuple[Float[Array, "C"], LogProbabilities]:
-        return _total(excess(log_p, log_q), given), -jnp.exp(log_p)
+        return _total(excess(log_p, log_q), context), -jnp.exp(log_p)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,9 +103,9 @@ class ReverseKl(Divergence):
     """
 
     def value_and_slope(
-        self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass
+        self, log_p: LogProbabilities, log_q: LogProbabilities, context: DivergenceContext
     ) -> tuple[Float[Array, "C"], LogProbabilities]:
-        return _total(excess(log_q, log_p), given), jnp.exp(log_q) * (log_q - log_p)
+        return _total(excess(log_q, log_p), context), jnp.exp(log_q) * (log_q - log_p)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,13 +123,13 @@ class Jsd(Divergence):
         _check_share("beta", self.beta)
 
     def value_and_slope(
-        self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass
+        self, log_p: LogProbabilities, log_q: LogProbabilities, context: DivergenceContext
     ) -> tuple[Float[Array, "C"], LogProbabilities]:
         if self.beta in (0.0, 1.0):
-            return (ForwardKl() if self.beta == 0.0 else ReverseKl()).value_and_slope(log_p, log_q, given)
+            return (ForwardKl() if self.beta == 0.0 else ReverseKl()).value_and_slope(log_p, log_q, context)
         log_m, over_p, over_q = log_mixture(log_p, log_q, share=1.0 - self.beta)
         values = self.beta * excess(log_p, log_m, over_p) + (1.0 - self.beta) * excess(log_q, log_m, over_q)
-        return _total(values, given), -(1.0 - self.beta) * jnp.exp(log_q) * over_q
+        return _total(values, context), -(1.0 - self.beta) * jnp.exp(log_q) * over_q
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,13 +144,13 @@ class SkewKl(Divergence):
         _check_share("share", self.share)
 
     def value_and_slope(
-        self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass
+        self, log_p: LogProbabilities, log_q: LogProbabilities, context: DivergenceContext
     ) -> tuple[Float[Array, "C"], LogProbabilities]:
         if self.share == 0.0:
-            return ForwardKl().value_and_slope(log_p, log_q, given)
+            return ForwardKl().value_and_slope(log_p, log_q, context)
         log_m, over_p, over_q = log_mixture(log_p, log_q, share=1.0 - self.share)
         # p q / m as p times q / m, which is at most 1 / (1 - share).
-        return _total(excess(log_p, log_m, over_p), given), -(1.0 - self.share) * jnp.exp(log_p - over_q)
+        return _total(excess(log_p, log_m, over_p), context), -(1.0 - self.share) * jnp.exp(log_p - over_q)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,12 +163,12 @@ class SkewReverseKl(Divergence):
         _check_share("share", self.share)
 
     def value_and_slope(
-        self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass
+        self, log_p: LogProbabilities, log_q: LogProbabilities, context: DivergenceContext
     ) -> tuple[Float[Array, "C"], LogProbabilities]:
         if self.share == 0.0:
-            return ReverseKl().value_and_slope(log_p, log_q, given)
+            return ReverseKl().value_and_slope(log_p, log_q, context)
         log_m, _, over_q = log_mixture(log_p, log_q, share=self.share)
-        return _total(excess(log_q, log_m, over_q), given), jnp.exp(log_q) * (
+        return _total(excess(log_q, log_m, over_q), context), jnp.exp(log_q) * (
             -over_q - self.share * jnp.exp(-over_q)
         )
 
@@ -184,13 +184,13 @@ class TotalVariation(Divergence):
     """
 
     def value_and_slope(
-        self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass
+        self, log_p: LogProbabilities, log_q: LogProbabilities, context: DivergenceContext
     ) -> tuple[Float[Array, "C"], LogProbabilities]:
         q = jnp.exp(log_q)
         difference = q - jnp.exp(log_p)
         rounding = 32 * jnp.finfo(log_q.dtype).eps * (1.0 - jnp.minimum(log_p, log_q))
         sign = jnp.where(jnp.abs(log_q - log_p) <= rounding, 0.0, jnp.sign(difference))
-        return 0.5 * _total(jnp.abs(difference), given), 0.5 * sign * q
+        return 0.5 * _total(jnp.abs(difference), context), 0.5 * sign * q
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,10 +198,10 @@ class SoftCrossEntropy(Divergence):
     """-sum p log q: the forward KL and the teacher's entropy, which has no gradient."""
 
     def value_and_slope(
-        self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass
+        self, log_p: LogProbabilities, log_q: LogProbabilities, context: DivergenceContext
     ) -> tuple[Float[Array, "C"], LogProbabilities]:
         p = jnp.exp(log_p)
-        return _total(-p * log_q, given), -p
+        return _total(-p * log_q, context), -p
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -256,11 +256,11 @@ class Taid(Divergence):
         }
 
     def value_and_slope(
-        self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass
+        self, log_p: LogProbabilities, log_q: LogProbabilities, context: DivergenceContext
     ) -> tuple[Float[Array, "C"], LogProbabilities]:
-        share = given.state["share"].astype(log_q.dtype)
-        between = jnp.exp(log_softmax((1.0 - share) * log_q + share * log_p, given.shards))
-        return _total(-between * log_q, given), -between
+        share = context.state["share"].astype(log_q.dtype)
+        between = jnp.exp(log_softmax((1.0 - share) * log_q + share * log_p, context.shards))
+        return _total(-between * log_q, context), -between
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -279,11 +279,11 @@ class TopK(Divergence):
             raise ValueError(f"k must be at least 1, got {self.k}")
 
     def value_and_slope(
-        self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass
+        self, log_p: LogProbabilities, log_q: LogProbabilities, context: DivergenceContext
     ) -> tuple[Float[Array, "C"], LogProbabilities]:
-        kept = top_columns(log_p, self.k, given.shards)
-        tail_p, tail_q = (_log_total(jnp.where(kept, PADDING_LOGIT, x), given) for x in (log_p, log_q))
-        values = _total(jnp.where(kept, excess(log_p, log_q), 0.0), given) + excess(tail_p, tail_q)
+        kept = top_columns(log_p, self.k, context.shards)
+        tail_p, tail_q = (_log_total(jnp.where(kept, PADDING_LOGIT, x), context) for x in (log_p, log_q))
+        values = _total(jnp.where(kept, excess(log_p, log_q), 0.0), context) + excess(tail_p, tail_q)
         # Of the tail's probability p each of its columns has a share q_v / q: in logarithms, as q may be less
         # than float32 can hold.
         tail_slope = jnp.exp(tail_p[:, None] + jnp.minimum(log_q - tail_q[:, None], 0.0))
@@ -310,10 +310,10 @@ class Sampled(Divergence):
         return True
 
     def value_and_slope(
-        self, log_p: LogProbabilities, log_q: LogProbabilities, given: Pass
+        self, log_p: LogProbabilities, log_q: LogProbabilities, context: DivergenceContext
     ) -> tuple[Float[Array, "C"], LogProbabilities]:
-        target = draw_counts(jnp.exp(log_p), self.draws, given).astype(log_q.dtype) / self.draws
-        return _total(-target * log_q, given), -target
+        target = draw_counts(jnp.exp(log_p), self.draws, context).astype(log_q.dtype) / self.draws
+        return _total(-target * log_q, context), -target
 
 
 # Over the vocabulary ----------------------------------------------------------------------------------------
@@ -399,21 +399,21 @@ def _kth_smallest(
     return jax.lax.fori_loop(0, num_bits, step, 0 * shards.max(jnp.max(values, axis=-1)))
 
 
-def draw_counts(p: Float[Array, "C v"], num_draws: int, given: Pass) -> Int[Array, "C v"]:
+def draw_counts(p: Float[Array, "C v"], num_draws: int, context: DivergenceContext) -> Int[Array, "C v"]:
     """How often each column is drawn: the columns in which uniform numbers fall, laid over the cumulated
     probabilities.
     """
     cumulated = jnp.cumsum(p, axis=-1)
-    ends = jnp.cumsum(given.shards.gather(cumulated[:, -1:], axis=-1), axis=-1)
-    end = jax.lax.dynamic_slice_in_dim(ends, given.shards.index(), 1, axis=-1)
+    ends = jnp.cumsum(context.shards.gather(cumulated[:, -1:], axis=-1), axis=-1)
+    end = jax.lax.dynamic_slice_in_dim(ends, context.shards.index(), 1, axis=-1)
     start = end - cumulated[:, -1:]
-    before = jnp.where(jnp.arange(ends.shape[-1]) < given.shards.index(), ends, 0.0).max(
+    before = jnp.where(jnp.arange(ends.shape[-1]) < context.shards.index(), ends, 0.0).max(
         axis=-1, keepdims=True
     )
     below = jnp.nextafter(
         ends[:, -1:], jnp.zeros((), ends.dtype)
     )  # a number that rounds up to the end of all would fall nowhere
-    numbers = jnp.minimum(_uniform(given.key, given.draws, num_draws, p.dtype) * ends[:, -1:], below)
+    numbers = jnp.minimum(_uniform(context.key, context.draws, num_draws, p.dtype) * ends[:, -1:], below)
     mine = (numbers >= before) & (numbers < end)
     find = jax.vmap(lambda sums, values: jnp.searchsorted(sums, values, side="right"))
     # The last column with a probability, where rounding would lead to one of padding behind it.
@@ -433,18 +433,18 @@ def _uniform(
     return jax.vmap(of_token)(ids)
 
 
-def _total(values: Float[Array, "C v"], given: Pass) -> Float[Array, "C"]:
-    return given.shards.sum(jnp.sum(values, axis=-1))
+def _total(values: Float[Array, "C v"], context: DivergenceContext) -> Float[Array, "C"]:
+    return context.shards.sum(jnp.sum(values, axis=-1))
 
 
-def _log_total(logs: LogProbabilities, given: Pass) -> Float[Array, "C"]:
+def _log_total(logs: LogProbabilities, context: DivergenceContext) -> Float[Array, "C"]:
     """The logarithm of the sum over the vocabulary of what `logs` are the logarithms of.
 
     It is at least half of PADDING_LOGIT, so that two sums of nothing are equal, whatever the rounding of
     numbers of that size.
     """
-    largest = given.shards.max(jnp.max(logs, axis=-1))
-    total = given.shards.sum(jnp.sum(jnp.exp(logs - largest[:, None]), axis=-1))
+    largest = context.shards.max(jnp.max(logs, axis=-1))
+    total = context.shards.sum(jnp.sum(jnp.exp(logs - largest[:, None]), axis=-1))
     return jnp.maximum(largest + jnp.log(total), 0.5 * PADDING_LOGIT)
 
 

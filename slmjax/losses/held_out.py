@@ -16,7 +16,7 @@ from slmjax.losses.divergences import ForwardKl, excess, log_softmax
 from slmjax.losses.hard_targets import HardValues, hard_values
 from slmjax.losses.heads import PADDING_LOGIT, Head, columns, local_logits
 from slmjax.losses.sharded import sharded_sum
-from slmjax.losses.soft_targets import Matching, TeacherOutput, teacher_log_probabilities
+from slmjax.losses.soft_targets import DistillLossConfig, TeacherOutput, teacher_log_probabilities
 from slmjax.parallel import communication
 
 NUM_BINS = 15  # of confidence, of equal width
@@ -29,7 +29,7 @@ def evaluation_sums(
     weights: Float[Array, "B T"],
     *,
     teachers: Sequence[TeacherOutput] = (),
-    matching: Matching | None = None,
+    matching: DistillLossConfig | None = None,
 ) -> dict[str, Array]:
     """Weighted sums over the global batch, in nats and tokens, at temperature 1; nothing has a gradient.
 
@@ -43,7 +43,7 @@ def evaluation_sums(
       (teacher || student), `agreement` (whether both find the same token the likeliest).
     """
     _, sums = sharded_sum(
-        functools.partial(_terms, matching or Matching(divergence=ForwardKl())),
+        functools.partial(_terms, matching or DistillLossConfig(divergence=ForwardKl())),
         hidden,
         head,
         tokens=(targets, weights),
@@ -60,7 +60,7 @@ def expected_calibration_error(bin_weight: Any, bin_confidence: Any, bin_correct
 
 
 @functools.cache
-def _terms(matching: Matching, shards: communication.Shards) -> ChunkFn:
+def _terms(matching: DistillLossConfig, shards: communication.Shards) -> ChunkFn:
     def terms(
         hidden: Array, head: Head, tokens: Any, constants: Any
     ) -> tuple[Float[Array, ""], dict[str, Array]]:

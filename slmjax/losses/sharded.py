@@ -102,7 +102,7 @@ def sharded_sum(
     per_model = tuple(zip(*((states, one.weight, one.bias) for states, one in models), strict=True))
     table_dims = _table_dims(num_rows, batch_size=batch_size, length=length, is_whole=is_whole)
     in_dims = (("batch", token_dim, None), table_dims, (bias_rows,), ("batch", token_dim), ())
-    return communication.local(on_device, in_dims=in_dims, out_dims=())(*per_model, tokens, constants)
+    return communication.shard_mapped(on_device, in_dims=in_dims, out_dims=())(*per_model, tokens, constants)
 
 
 def _table_dims(num_rows: int, *, batch_size: int, length: int, is_whole: bool) -> Dims:

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from slmjax.losses.chunks import ChunkFn, chosen_chunk_size, chunked_sum, over_chunks, weighted_sum
-from slmjax.losses.divergences import Divergence, Pass, State, log_softmax
+from slmjax.losses.divergences import Divergence, DivergenceContext, State, log_softmax
 from slmjax.losses.hard_targets import Metrics, hard_terms
 from slmjax.losses.heads import PADDING_LOGIT, Head, accumulation_dtype, check_rows, columns, local_logits
 from slmjax.losses.sharded import Vocabulary, sharded_sum
@@ -58,7 +58,7 @@ class TeacherOutput:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Matching:
+class DistillLossConfig:
     """How a student is compared with its teachers: all that is known before the program is compiled."""
 
     divergence: Divergence
@@ -84,7 +84,7 @@ class Matching:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Amounts:
+class DistillWeights:
     """What may change from step to step, as scalars of one dtype; `state` and `key` for those divergences
     that use them.
     """
@@ -119,7 +119,7 @@ def linear_divergence(
     hidden: Float[Array, "N D"],
     head: Head,
     teachers: Sequence[TeacherOutput],
-    matching: Divergence | Matching,
+    matching: Divergence | DistillLossConfig,
     targets: Int[Array, "N"],
     weights: Float[Array, "N"],
     *,
@@ -139,7 +139,7 @@ def linear_divergence(
       weights: the loss mask, or any weights; no gradient goes through them.
       draws: two numbers that are different for every token, where the divergence draws at random.
       chunk_size: tokens per chunk; None gives about 256 MB of logits (of each model).
-      **amounts: fields of `Amounts`: `soft` (1 by default), `hard` (0), `z_loss` (0), `temperature` (that of
+      **amounts: fields of `DistillWeights`: `soft` (1 by default), `hard` (0), `z_loss` (0), `temperature` (that of
       `matching`), `state`, `key`.
 
     Returns:
@@ -165,7 +165,7 @@ def sharded_divergence(
     hidden: Float[Array, "B T D"],
     head: Head,
     teachers: Sequence[TeacherOutput],
-    matching: Divergence | Matching,
+    matching: Divergence | DistillLossConfig,
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     *,
@@ -194,7 +194,7 @@ def token_divergence(
     hidden: Float[Array, "N D"],
     head: Head,
     teachers: Sequence[TeacherOutput],
-    matching: Divergence | Matching,
+    matching: Divergence | DistillLossConfig,
     *,
     draws: UInt32[Array, "N 2"] | None = None,
     chunk_size: int | None = None,
@@ -223,10 +223,10 @@ def token_divergence(
 
 
 def _checked(
-    matching: Divergence | Matching, dtype: Any, amounts: dict[str, Any]
-) -> tuple[Matching, Amounts]:
+    matching: Divergence | DistillLossConfig, dtype: Any, amounts: dict[str, Any]
+) -> tuple[DistillLossConfig, DistillWeights]:
     if isinstance(matching, Divergence):
-        matching = Matching(divergence=matching)
+        matching = DistillLossConfig(divergence=matching)
     given = {"soft": 1.0, "hard": 0.0, "z_loss": 0.0} | amounts
     state = given.pop("state", None) or matching.divergence.initial_state()
     key = given.pop("key", None)
@@ -238,13 +238,13 @@ def _checked(
     if isinstance(given.get("temperature"), int | float):
         matching = dataclasses.replace(matching, temperature=float(given.pop("temperature")))
     wide = accumulation_dtype(dtype)
-    return matching, Amounts(
+    return matching, DistillWeights(
         state=state, key=key, **{name: jnp.asarray(x, wide) for name, x in given.items()}
     )
 
 
 @functools.cache
-def _terms(matching: Matching, shards: communication.Shards) -> ChunkFn:
+def _terms(matching: DistillLossConfig, shards: communication.Shards) -> ChunkFn:
     """The terms of `linear_divergence` over tables that are divided into these shards; of each there is one
     function.
     """
@@ -262,13 +262,13 @@ def _terms(matching: Matching, shards: communication.Shards) -> ChunkFn:
 
 
 def _divergences(
-    matching: Matching,
+    matching: DistillLossConfig,
     shards: communication.Shards,
     logits: Float[Array, "C v"],
     vocab_size: int,
     states: Sequence[Array],
     heads: Sequence[Head],
-    given: Amounts,
+    given: DistillWeights,
     draws: Array | None,
 ) -> Float[Array, "C"]:
     """The divergence of each token of a chunk from its teachers, from the student's logits."""
@@ -286,7 +286,7 @@ def _divergences(
 
 
 def teacher_log_probabilities(
-    matching: Matching,
+    matching: DistillLossConfig,
     states: Sequence[Float[Array, "C _"]],  # each as wide as its teacher
     heads: Sequence[Head],
     shards: communication.Shards,
@@ -328,7 +328,7 @@ def _divergence_forward(
     state, draws, key = given
     log_q = log_softmax(logits, shards)
     values, slope = divergence.value_and_slope(
-        log_p, log_q, Pass(shards=shards, state=state, draws=draws, key=key)
+        log_p, log_q, DivergenceContext(shards=shards, state=state, draws=draws, key=key)
     )
     return values, slope - jnp.exp(log_q) * shards.sum(jnp.sum(slope, axis=-1))[:, None]
 

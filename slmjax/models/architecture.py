@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
-from slmjax.models.layers import NormKind, Shape
+from slmjax.models.layers import ModelDims, NormKind
 from slmjax.models.mixers.attention import AttentionConfig, with_rope_fraction, with_rotary_dim
 from slmjax.models.mixers.latent import LatentAttentionConfig
 from slmjax.models.protocols import FfnConfig, MixerConfig
@@ -72,7 +72,7 @@ class BlockConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Segment:
+class LayerGroup:
     """A pattern of blocks, repeated."""
 
     pattern: tuple[BlockConfig, ...]  # the blocks of one repeat, in order
@@ -90,7 +90,7 @@ class ModelConfig:
     """A decoder-only language model."""
 
     embed_dim: int  # width of the residual stream, D
-    stack: tuple[Segment, ...]  # the layers
+    stack: tuple[LayerGroup, ...]  # the layers
     context_length: int = 1024  # longest sequence the model is meant for, in tokens
     vocab_size: int | None = None  # tokens of the vocabulary (none: the tokenizer's)
     vocab_multiple: int = 1  # the table is padded to a multiple of this many rows
@@ -173,11 +173,11 @@ class ModelConfig:
         """Rows of the embedding table, padding included."""
         return -(-self.known_vocab_size // self.vocab_multiple) * self.vocab_multiple
 
-    def layer_shape(self) -> Shape:
+    def layer_shape(self) -> ModelDims:
         """What every layer shares."""
         depth = sum(block.passes for block in self.blocks())
         dtype = jnp.bfloat16 if self.precision is Precision.BFLOAT16 else jnp.float32
-        return Shape(
+        return ModelDims(
             embed_dim=self.embed_dim,
             num_layers=depth,
             norm_kind=self.norm_kind,
@@ -201,7 +201,7 @@ def _with_attention(value: Any, change: Callable[[dict[str, Any]], dict[str, Any
 LONGEST_PATTERN = 12  # blocks: longer ones are compiled block by block anyway
 
 
-def stack_of(blocks: Sequence[BlockConfig]) -> tuple[Segment, ...]:
+def stack_of(blocks: Sequence[BlockConfig]) -> tuple[LayerGroup, ...]:
     """The fewest segments that hold these layers in order, with patterns as short as that allows.
 
     Fewest counted in blocks that are compiled: 26 layers of which every sixth is full become 4 repeats of 6
@@ -213,7 +213,7 @@ def stack_of(blocks: Sequence[BlockConfig]) -> tuple[Segment, ...]:
     row = [kinds[block] for block in blocks]  # compared in place of blocks, which takes long
     # cheapest[n]: how the first n layers are held by the fewest blocks in patterns, and then by the fewest
     # segments.
-    cheapest: list[tuple[int, int, tuple[Segment, ...]]] = [(0, 0, ())]
+    cheapest: list[tuple[int, int, tuple[LayerGroup, ...]]] = [(0, 0, ())]
     for end in range(1, len(blocks) + 1):
         options = []
         for size in range(1, min(LONGEST_PATTERN, end) + 1):
@@ -221,7 +221,7 @@ def stack_of(blocks: Sequence[BlockConfig]) -> tuple[Segment, ...]:
             start = end - size
             while True:
                 cost, count, before = cheapest[start]
-                segment = Segment(pattern=tuple(blocks[end - size : end]), repeats=(end - start) // size)
+                segment = LayerGroup(pattern=tuple(blocks[end - size : end]), repeats=(end - start) // size)
                 options.append((cost + size, count + 1, (*before, segment)))
                 start -= size
                 if start < 0 or row[start : start + size] != pattern:

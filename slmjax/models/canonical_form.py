@@ -8,7 +8,7 @@ from typing import Any
 
 from slmjax.models.architecture import BlockConfig, ModelConfig, Precision, Remat, stack_of
 from slmjax.models.ffn.moe import Balance, MoeConfig
-from slmjax.models.layers import Shape
+from slmjax.models.layers import ModelDims
 from slmjax.models.mixers.attention import AttentionConfig
 from slmjax.models.mixers.latent import LatentAttentionConfig
 
@@ -31,13 +31,13 @@ def canonical(config: ModelConfig) -> ModelConfig:
     )
 
 
-def _canonical_block(block: BlockConfig, shape: Shape) -> BlockConfig:
+def _canonical_block(block: BlockConfig, dims: ModelDims) -> BlockConfig:
     mixer = block.mixer
     ffn = block.ffn
     if isinstance(mixer, AttentionConfig):
-        head_dim = mixer.resolved_head_dim(shape)
+        head_dim = mixer.resolved_head_dim(dims)
         scale = head_dim**-0.5 if mixer.scale is None else mixer.scale
-        rotated = mixer.resolved_rotary_dim(shape)
+        rotated = mixer.resolved_rotary_dim(dims)
         mixer = dataclasses.replace(
             mixer, num_kv_heads=mixer.kv_heads, head_dim=head_dim, rotary_dim=rotated or None, scale=scale
         )
@@ -46,7 +46,7 @@ def _canonical_block(block: BlockConfig, shape: Shape) -> BlockConfig:
     if isinstance(mixer, LatentAttentionConfig):
         scale = mixer.key_dim**-0.5 if mixer.scale is None else mixer.scale
         mixer = dataclasses.replace(
-            mixer, scale=scale, latent_norm_eps=mixer.latent_norm_eps or shape.norm_eps
+            mixer, scale=scale, latent_norm_eps=mixer.latent_norm_eps or dims.norm_eps
         )
     if isinstance(ffn, MoeConfig):
         balance = (

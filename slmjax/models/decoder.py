@@ -16,11 +16,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from slmjax import kernels, losses
-from slmjax.models.architecture import BlockConfig, HeadKind, ModelConfig, NormPlacement, Remat, Segment
+from slmjax.models.architecture import BlockConfig, HeadKind, LayerGroup, ModelConfig, NormPlacement, Remat
 from slmjax.models.layers import Embedding, Norm, dropout, effective_weight, lookup, truncated_normal
 from slmjax.models.protocols import CachingMixer, FfnAux
 from slmjax.parallel import communication
-from slmjax.quantization.activations import RoundedInput
+from slmjax.quantization.activations import ActivationQuantizer
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +42,7 @@ class Output:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pass:
+class LayerInputs:
     """What every layer of one forward pass is given beside the residual stream."""
 
     segment_ids: Int[Array, "B T"]
@@ -76,13 +76,13 @@ class Block(nnx.Module):
         self.ffn_post_norm = norm(after and config.ffn is not None)
 
     def __call__(
-        self, x: Float[Array, "B T D"], *, given: Pass, state: Any, key: Array | None
+        self, x: Float[Array, "B T D"], *, inputs: LayerInputs, state: Any, key: Array | None
     ) -> tuple[Array, Any, FfnAux, dict[str, Array]]:
-        lengths = {"max_lengths": given.max_lengths} if isinstance(self.mixer, CachingMixer) else {}
+        lengths = {"max_lengths": inputs.max_lengths} if isinstance(self.mixer, CachingMixer) else {}
         mixed, state = self.mixer(
             _maybe(self.mixer_norm, x),
-            segment_ids=given.segment_ids,
-            positions=given.positions,
+            segment_ids=inputs.segment_ids,
+            positions=inputs.positions,
             state=state,
             **lengths,
         )
@@ -90,7 +90,7 @@ class Block(nnx.Module):
         values = {"mixer_output": mixed}
         aux = FfnAux(losses={}, metrics={})
         if self.ffn is not None:
-            fed, aux = self.ffn(_maybe(self.ffn_norm, x), segment_ids=given.segment_ids)
+            fed, aux = self.ffn(_maybe(self.ffn_norm, x), segment_ids=inputs.segment_ids)
             x = self._add(x, _maybe(self.ffn_post_norm, fed), key, 1)
             values["ffn_output"] = fed
         values["block_output"] = x = communication.constrain(x, ("batch", "time", None))
@@ -98,7 +98,7 @@ class Block(nnx.Module):
             x,
             state,
             aux,
-            {name: reduce(values[name]) for name, reduce in given.capture.items() if name in values},
+            {name: reduce(values[name]) for name, reduce in inputs.capture.items() if name in values},
         )
 
     def _add(
@@ -116,7 +116,7 @@ def _maybe(norm: Norm | None, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]
 class SegmentStack(nnx.Module):
     """The blocks of one segment, parameters stacked over its repeats and run by a scan."""
 
-    def __init__(self, config: Segment, model: ModelConfig, *, first_layer: int, key: Array) -> None:
+    def __init__(self, config: LayerGroup, model: ModelConfig, *, first_layer: int, key: Array) -> None:
         self.config = config
         self.remat = model.remat
         self.first_layer = first_layer
@@ -138,7 +138,7 @@ class SegmentStack(nnx.Module):
         self.blocks = nnx.List(blocks)
 
     def __call__(
-        self, x: Float[Array, "B T D"], *, given: Pass, states: Any, key: Array | None
+        self, x: Float[Array, "B T D"], *, inputs: LayerInputs, states: Any, key: Array | None
     ) -> tuple[Array, Any, list[FfnAux], list]:
         """Runs all repeats. States, aux and captures come and go with a leading dim of repeats, one entry per
         block.
@@ -156,7 +156,7 @@ class SegmentStack(nnx.Module):
                 block_key = None if key is None else jax.random.fold_in(key, layer)
                 block_state = None if states is None else states[offset]
                 x, state, aux, captured = _run_passes(
-                    block, x, given=given, states=block_state, key=block_key
+                    block, x, inputs=inputs, states=block_state, key=block_key
                 )
                 new_states.append(state)
                 reports.append(aux)
@@ -175,7 +175,7 @@ class SegmentStack(nnx.Module):
 
 
 def _run_passes(
-    block: Block, x: Array, *, given: Pass, states: Any, key: Array | None
+    block: Block, x: Array, *, inputs: LayerInputs, states: Any, key: Array | None
 ) -> tuple[Array, Any, FfnAux, dict]:
     """A block as often as it repeats itself; each pass has a decoding state of its own, reports are
     summed.
@@ -186,7 +186,7 @@ def _run_passes(
     for index in range(block.config.passes):
         pass_key = None if key is None else jax.random.fold_in(key, index)
         x, state, aux, captured = block(
-            x, given=given, state=None if states is None else states[index], key=pass_key
+            x, inputs=inputs, state=None if states is None else states[index], key=pass_key
         )
         new_states.append(state)
         reports.append(aux)
@@ -214,7 +214,9 @@ class Decoder(nnx.Module):
         rows = config.learned_positions
         position_key = jax.random.fold_in(embed_key, 1)
         self.positions = (
-            None if rows is None else Table(rows, config.embed_dim, std=config.init_std, key=position_key)
+            None
+            if rows is None
+            else VocabTable(rows, config.embed_dim, std=config.init_std, key=position_key)
         )
         segments = []
         first_layer = 0
@@ -225,9 +227,11 @@ class Decoder(nnx.Module):
         self.final_norm = config.layer_shape().norm(config.embed_dim)
         free = config.head is HeadKind.FREE
         self.head = (
-            Table(config.table_rows, config.embed_dim, std=config.init_std, key=head_key) if free else None
+            VocabTable(config.table_rows, config.embed_dim, std=config.init_std, key=head_key)
+            if free
+            else None
         )
-        self.head_input: RoundedInput | None = nnx.data(None)
+        self.head_input: ActivationQuantizer | None = nnx.data(None)
 
     def __call__(
         self,
@@ -255,7 +259,7 @@ class Decoder(nnx.Module):
             with the function that reduces it on the way.
         """
         rows = {"segment_ids": segment_ids, "positions": positions, "max_lengths": max_lengths}
-        given = Pass(**rows, capture=_known(capture or {}))
+        inputs = LayerInputs(**rows, capture=_known(capture or {}))
         dtype = self.config.layer_shape().dtype
         x = self.embed(tokens, dtype=dtype) * jnp.asarray(self.config.embed_multiplier, dtype)
         if self.positions is not None:
@@ -270,7 +274,7 @@ class Decoder(nnx.Module):
         first_layer = 0
         for index, segment in enumerate(self.segments):
             x, segment_state, reports, captures = segment(
-                x, given=given, states=None if state is None else state[index], key=key
+                x, inputs=inputs, states=None if state is None else state[index], key=key
             )
             new_states.append(segment_state)
             for offset, (aux, kept) in enumerate(zip(reports, captures, strict=True)):
@@ -323,7 +327,7 @@ class Decoder(nnx.Module):
         ]
 
 
-class Table(nnx.Module):
+class VocabTable(nnx.Module):
     """A table of its own: the rows [V, D] that make logits, or those [P, D] of positions."""
 
     def __init__(self, num_rows: int, dim: int, *, std: float, key: Array) -> None:

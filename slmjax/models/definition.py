@@ -68,7 +68,7 @@ class Definition:
         """Return the module that computes with weights before they are rounded; inputs and caches are rounded
         as in this phase.
         """
-        kept = {path: leaf for path, leaf in params.items() if not numbers.is_beside_a_weight(path)}
+        kept = {path: leaf for path, leaf in params.items() if not numbers.is_weight_quantizer_param(path)}
         return self.decoded().merge_effective(kept, buffers)
 
     def init(self, key: Array) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -104,7 +104,9 @@ class Definition:
         """
         if not self.config.quant:
             return self
-        params = {path: leaf for path, leaf in self.params.items() if not numbers.is_beside_a_weight(path)}
+        params = {
+            path: leaf for path, leaf in self.params.items() if not numbers.is_weight_quantizer_param(path)
+        }
         config = dataclasses.replace(self.config, quant=() if self.phase is None else (self.phase.decoded(),))
         return dataclasses.replace(
             self,

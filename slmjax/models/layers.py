@@ -1,7 +1,7 @@
 """Norms, linear maps, embeddings and the gated MLP: typed pure functions, then thin NNX modules.
 
 Math is a free function of arrays; a module holds parameters and calls it. Parameters are float32; a module
-computes in `Shape.dtype` (float32 or bfloat16), with norms, angles and softmax in float32. This file also
+computes in `ModelDims.dtype` (float32 or bfloat16), with norms, angles and softmax in float32. This file also
 states the two protocols a block is made of: token mixers (`MixerConfig`, `Mixer`) and feed-forward layers
 (`FfnConfig`, `Ffn`).
 
@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from slmjax import kernels
 from slmjax.parallel import communication
-from slmjax.quantization.activations import RoundedInput
+from slmjax.quantization.activations import ActivationQuantizer
 
 
 class NormKind(enum.Enum):
@@ -34,7 +34,7 @@ class NormKind(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shape:
+class ModelDims:
     """What every layer of a model shares; the model derives it from its config."""
 
     embed_dim: int  # D
@@ -98,7 +98,7 @@ def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, dtype: Any)
         return shards.sum(jnp.where(is_here[:, :, None], taken, 0.0).astype(dtype))
 
     dims = communication.table_dims(table.shape[0], batch_size=tokens.shape[0])
-    return communication.local(
+    return communication.shard_mapped(
         on_device, in_dims=(dims, ("batch", "time")), out_dims=("batch", "time", None)
     )(table, tokens)
 
@@ -190,7 +190,7 @@ class Linear(nnx.Module):
     def __init__(self, in_dim: int, out_dim: int, *, std: float, bias: bool = False, rngs: nnx.Rngs) -> None:
         self.weight = nnx.Param(truncated_normal(rngs.params(), (in_dim, out_dim), std))
         self.bias = nnx.Param(jnp.zeros((out_dim,), jnp.float32)) if bias else None
-        self.input: RoundedInput | None = nnx.data(None)
+        self.input: ActivationQuantizer | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         x = x if self.input is None else self.input(x)

@@ -12,8 +12,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from slmjax.models.layers import Shape
-from slmjax.quantization.activations import RoundedInput
+from slmjax.models.layers import ModelDims
+from slmjax.quantization.activations import ActivationQuantizer
 
 
 @jax.tree_util.register_dataclass
@@ -58,7 +58,7 @@ class CachingMixer(Mixer):
     arguments of every mixer.
     """
 
-    cache: RoundedInput | None
+    cache: ActivationQuantizer | None
 
     @abc.abstractmethod
     def __call__(
@@ -82,17 +82,17 @@ class MixerConfig(abc.ABC):
     """Settings of a token mixer."""
 
     @abc.abstractmethod
-    def build(self, shape: Shape, *, rngs: nnx.Rngs) -> Mixer:
+    def build(self, dims: ModelDims, *, rngs: nnx.Rngs) -> Mixer:
         """The module, with freshly initialised parameters."""
 
     @abc.abstractmethod
-    def mixing_flops(self, shape: Shape, *, length: int) -> float:
+    def mixing_flops(self, dims: ModelDims, *, length: int) -> float:
         """Forward FLOPs per token beside the weights' own, averaged over a causal sequence of `length`
         tokens.
         """
 
     @abc.abstractmethod
-    def state_bytes(self, shape: Shape, *, length: int, itemsize: int) -> int:
+    def state_bytes(self, dims: ModelDims, *, length: int, itemsize: int) -> int:
         """Bytes of decoding state of one sequence of `length` tokens."""
 
 
@@ -110,7 +110,7 @@ class FfnConfig(abc.ABC):
     """Settings of a feed-forward layer."""
 
     @abc.abstractmethod
-    def build(self, shape: Shape, *, rngs: nnx.Rngs) -> Ffn:
+    def build(self, dims: ModelDims, *, rngs: nnx.Rngs) -> Ffn:
         """The module, with freshly initialised parameters."""
 
     @abc.abstractmethod

@@ -18,19 +18,19 @@ from flax import nnx
 
 from slmjax.formats.presets import name_of
 from slmjax.formats.spec import stored_bytes
-from slmjax.models.architecture import HeadKind, ModelConfig, Segment
+from slmjax.models.architecture import HeadKind, LayerGroup, ModelConfig
 from slmjax.models.decoder import Decoder
 from slmjax.models.ffn.moe import Experts
 from slmjax.models.layers import Linear
 from slmjax.models.paths import layer_indices, logical_paths
 from slmjax.models.protocols import CachingMixer
 from slmjax.parallel.rules import input_dim
-from slmjax.quantization.activations import RoundedInput, initial
-from slmjax.quantization.assignment import CACHE, LEARNED_INPUTS, Entry, Numbers, cover
+from slmjax.quantization.activations import ActivationQuantizer, initial
+from slmjax.quantization.assignment import CACHE, LEARNED_INPUTS, Assignment, TensorQuant, assign_formats
 from slmjax.quantization.rules import phase_at
 from slmjax.quantization.weights import Formats
 
-Entries = Mapping[str, Entry]  # by logical path
+Assignments = Mapping[str, Assignment]  # by logical path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,9 @@ class Plan:
     formats: Formats  # of weights, by stack path; empty in full precision
     learning: Formats  # of weights beside which anything is learned in some phase
     inputs: dict[
-        str, tuple[Numbers | None, Numbers | None]
+        str, tuple[TensorQuant | None, TensorQuant | None]
     ]  # by stack path: now, and what learns in some phase
-    caches: dict[str, Numbers | None]  # by the stack path of a mixer
+    caches: dict[str, TensorQuant | None]  # by the stack path of a mixer
 
 
 def stack_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
@@ -78,10 +78,10 @@ def logical_shapes(config: ModelConfig, stacked: Mapping[str, tuple[int, ...]]) 
     }
 
 
-def entries_of(config: ModelConfig, stacked: Mapping[str, tuple[int, ...]]) -> list[dict[str, Entry]]:
-    """What the rules of each phase say of every path. Raises ValueError as `cover` does."""
+def entries_of(config: ModelConfig, stacked: Mapping[str, tuple[int, ...]]) -> list[dict[str, Assignment]]:
+    """What the rules of each phase say of every path. Raises ValueError as `assign_formats` does."""
     shapes = logical_shapes(config, stacked)
-    return [cover(phase.rules, shapes) for phase in config.quant]
+    return [assign_formats(phase.rules, shapes) for phase in config.quant]
 
 
 def plan_quantization(
@@ -94,11 +94,11 @@ def plan_quantization(
       step: which phase; None for the last.
 
     Raises:
-      ValueError: as `cover`; or scales that are learned would change their shapes between phases.
+      ValueError: as `assign_formats`; or scales that are learned would change their shapes between phases.
     """
     phases = entries_of(config, stacked)
     current = phase_at(config.quant, step)
-    now: Entries = {} if current is None else phases[config.quant.index(current)]
+    now: Assignments = {} if current is None else phases[config.quant.index(current)]
     divided = dataclasses.replace(
         config, stack=tuple(part for parts in _divided_segments(config, phases) for part in parts)
     )
@@ -123,11 +123,11 @@ def plan_quantization(
     return Plan(config=divided, formats=formats, learning=learning, inputs=inputs, caches=caches)
 
 
-def _learns(numbers: Numbers | None) -> Numbers | None:
+def _learns(numbers: TensorQuant | None) -> TensorQuant | None:
     return numbers if numbers is not None and isinstance(numbers.estimator, LEARNED_INPUTS) else None
 
 
-def _learner(phases: Sequence[Entries], now: Entries, path: str, part: str) -> Numbers | None:
+def _learner(phases: Sequence[Assignments], now: Assignments, path: str, part: str) -> TensorQuant | None:
     """The format beside which something is learned of a weight or its input: that of the phase, else of the
     first phase that has one.
     """
@@ -145,11 +145,11 @@ def _learner(phases: Sequence[Entries], now: Entries, path: str, part: str) -> N
     return dataclasses.replace(learner, keeps_sign=True) if learner is not None and has_sign else learner
 
 
-def _layout(numbers: Numbers) -> tuple[Any, ...]:
+def _layout(numbers: TensorQuant) -> tuple[Any, ...]:
     return type(numbers.estimator), numbers.spec.share, numbers.spec.group_size, numbers.axis
 
 
-def _divided_segments(config: ModelConfig, phases: Sequence[Entries]) -> list[list[Segment]]:
+def _divided_segments(config: ModelConfig, phases: Sequence[Assignments]) -> list[list[LayerGroup]]:
     """Each segment as runs of repeats whose layers have the same inputs, caches and learned scales in all
     phases.
     """
@@ -166,7 +166,7 @@ def _divided_segments(config: ModelConfig, phases: Sequence[Entries]) -> list[li
     first = 0
     for segment in config.stack:
         size = len(segment.pattern)
-        parts: list[Segment] = []
+        parts: list[LayerGroup] = []
         for repeat in range(segment.repeats):
             start = first + repeat * size
             if repeat and [by_layer.get(layer - size) for layer in range(start, start + size)] == [
@@ -174,7 +174,7 @@ def _divided_segments(config: ModelConfig, phases: Sequence[Entries]) -> list[li
             ]:
                 parts[-1] = dataclasses.replace(parts[-1], repeats=parts[-1].repeats + 1)
             else:
-                parts.append(Segment(pattern=segment.pattern))
+                parts.append(LayerGroup(pattern=segment.pattern))
         divided.append(parts)
         first += size * segment.repeats
     return divided
@@ -208,7 +208,7 @@ def set_inputs(model: Decoder, plan: Plan, *, is_observed: bool = False) -> None
     for path, numbers in plan.caches.items():
         mixer = _module(model, path)
         assert isinstance(mixer, CachingMixer), path
-        mixer.cache = None if numbers is None else RoundedInput(numbers)
+        mixer.cache = None if numbers is None else ActivationQuantizer(numbers)
     set_by: dict[tuple[str, str], Any] = {}
     for path, (numbers, learner) in plan.inputs.items():
         owner, name = _owner(model, path)
@@ -226,7 +226,7 @@ def set_inputs(model: Decoder, plan: Plan, *, is_observed: bool = False) -> None
         setattr(
             owner,
             name,
-            RoundedInput(numbers, dim=dim, learner=learner, learned=learned, is_observed=is_observed),
+            ActivationQuantizer(numbers, dim=dim, learner=learner, learned=learned, is_observed=is_observed),
         )
 
 
@@ -274,7 +274,7 @@ class Line:
         return 8 * self.bytes / max(math.prod(self.shape), 1)
 
 
-def covered_lines(config: ModelConfig) -> list[Line]:
+def assignment_lines(config: ModelConfig) -> list[Line]:
     """A line for every parameter and every cache of a model, as its last phase has them.
 
     Raises:
@@ -282,13 +282,13 @@ def covered_lines(config: ModelConfig) -> list[Line]:
     """
     shapes = logical_shapes(config, shapes_of(config))
     rules = config.quant[-1].rules if config.quant else ()
-    entries = cover(rules, shapes)
+    entries = assign_formats(rules, shapes)
     if config.head is HeadKind.FREE:  # then nothing is multiplied with the embedding
         entries["embed/table"] = dataclasses.replace(entries["embed/table"], input=None)
     return [_line(entry) for entry in entries.values()]
 
 
-def _line(entry: Entry) -> Line:
+def _line(entry: Assignment) -> Line:
     weight = entry.weight
     numbers = math.prod(entry.shape)
     size = 4 * numbers if weight is None else stored_bytes(weight.spec, entry.shape, axis=weight.axis)

@@ -2,7 +2,7 @@
 
 Modules name logical dims ("batch", "heads", "ffn", ...); only this file knows mesh axes. `make_mesh` builds a
 mesh with compiler-managed (Auto) axes and is entered with `jax.set_mesh(mesh)`; inside it `constrain`,
-`local` and the collectives work by logical dims, and without a mesh they are the identity, so the same code
+`shard_mapped` and the collectives work by logical dims, and without a mesh they are the identity, so the same code
 runs on one device.
 
 Logical dims: batch B, time T, tokens (time divided further, inside losses), embed D, heads N, kv_heads K, ffn
@@ -48,7 +48,7 @@ def joined_rows(parts: Array) -> Array:
     return constrain(rows, ("batch", "time")[: rows.ndim] + (None,) * (rows.ndim - 2))
 
 
-def local(
+def shard_mapped(
     fn: Callable[..., Any], *, in_dims: tuple[Dims, ...], out_dims: Any, checked: bool = True
 ) -> Callable[..., Any]:
     """`fn` run by every device on its own shard: the one way into `jax.shard_map`.
@@ -106,12 +106,12 @@ def _divided_axes(dims: Sequence[str]) -> tuple[str, ...]:
 
 
 def sum_over(x: Any, *dims: str) -> Any:
-    """Inside `local`: the sum over the devices that these logical dims are divided over."""
+    """Inside `shard_mapped`: the sum over the devices that these logical dims are divided over."""
     return jax.lax.psum(x, axes) if (axes := _divided_axes(dims)) else x
 
 
 def gather(x: Array, dim: str, *, axis: int) -> Array:
-    """Inside `local`: the shards that the devices of a logical dim hold, joined along an array axis.
+    """Inside `shard_mapped`: the shards that the devices of a logical dim hold, joined along an array axis.
 
     It counts as differing between devices, so that it may not be returned as it is in a dim that is not
     divided.
@@ -120,7 +120,7 @@ def gather(x: Array, dim: str, *, axis: int) -> Array:
 
 
 def scatter_sum(x: Array, dim: str, *, axis: int) -> Array:
-    """Inside `local`: the sum over a logical dim's devices, each keeping its part of an array axis."""
+    """Inside `shard_mapped`: the sum over a logical dim's devices, each keeping its part of an array axis."""
     return (
         jax.lax.psum_scatter(x, axes, scatter_dimension=axis, tiled=True)
         if (axes := _divided_axes((dim,)))
@@ -129,23 +129,23 @@ def scatter_sum(x: Array, dim: str, *, axis: int) -> Array:
 
 
 def index_along(dim: str) -> Array | int:
-    """Inside `local`: which shard of a logical dim this device holds (0 where the dim is whole)."""
+    """Inside `shard_mapped`: which shard of a logical dim this device holds (0 where the dim is whole)."""
     return shards_of(dim).index()
 
 
 def num_shards(dim: str) -> int:
-    """Inside `local`: how many shards a logical dim is divided into (1 where it is whole)."""
+    """Inside `shard_mapped`: how many shards a logical dim is divided into (1 where it is whole)."""
     return math.prod(current_axis_sizes()[axis] for axis in _divided_axes((dim,)))
 
 
-def is_divided(dim: str) -> bool:
-    """Inside `local`: whether this logical dim really was divided."""
+def is_sharded(dim: str) -> bool:
+    """Inside `shard_mapped`: whether this logical dim really was divided."""
     return dim in _divided_dims.get()
 
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """The devices that a logical dim is divided over, for code that is traced later than `local` runs: rules
+    """The devices that a logical dim is divided over, for code that is traced later than `shard_mapped` runs: rules
     of custom gradients.
     """
 
@@ -175,12 +175,12 @@ class Shards:
 
 
 def shards_of(dim: str) -> Shards:
-    """Inside `local`: the devices that a logical dim is divided over."""
+    """Inside `shard_mapped`: the devices that a logical dim is divided over."""
     return Shards(_divided_axes((dim,)), num_shards(dim))
 
 
 def table_dims(num_rows: int, *, batch_size: int) -> Dims:
-    """How a table [V, D] is to enter `local`, for `gathered_table`, beside a batch of so many rows.
+    """How a table [V, D] is to enter `shard_mapped`, for `gathered_table`, beside a batch of so many rows.
 
     By its rows, if they divide: the sum that is the gradient of the gathered table is then scattered by rows,
     which TPUs do piece by piece, while of columns narrower than their lanes they would send all to everyone.
@@ -194,7 +194,7 @@ def table_dims(num_rows: int, *, batch_size: int) -> Dims:
 
 
 def gathered_table(table: Array, *, whole: bool = False) -> tuple[Array, Shards]:
-    """Inside `local`: a table with all its columns, and its rows over the vocabulary's devices, or all of
+    """Inside `shard_mapped`: a table with all its columns, and its rows over the vocabulary's devices, or all of
     them if `whole`.
     """
     by_rows = shards_of("vocab_rows")
@@ -205,7 +205,7 @@ def gathered_table(table: Array, *, whole: bool = False) -> tuple[Array, Shards]
 
 
 def halo(x: Array, dim: str, *, size: int, axis: int) -> Array:
-    """Inside `local`: `x` with the `size` entries before it along a divided array axis, from the devices that
+    """Inside `shard_mapped`: `x` with the `size` entries before it along a divided array axis, from the devices that
     hold them.
 
     The first shards have fewer entries before them, and zeros in their place. Only these entries are sent:
@@ -226,18 +226,18 @@ def halo(x: Array, dim: str, *, size: int, axis: int) -> Array:
 
 
 def sum_before(x: Array, dim: str) -> Array:
-    """Inside `local`: the sum of `x` over the shards of a logical dim that come before this one; zeros where
+    """Inside `shard_mapped`: the sum of `x` over the shards of a logical dim that come before this one; zeros where
     the dim is whole.
     """
-    if not is_divided(dim):
+    if not is_sharded(dim):
         return jnp.zeros_like(x)
     all_shards = gather(x[None], dim, axis=0)
     earlier = jnp.arange(all_shards.shape[0]) < index_along(dim)
     return jnp.sum(jnp.where(earlier.reshape(-1, *(1,) * x.ndim), all_shards, 0), axis=0, dtype=x.dtype)
 
 
-def alike(*arrays: Array) -> tuple[Array, ...]:
-    """Inside `local`: the arrays, marked as differing between devices wherever one of them does; elsewhere
+def match_varying(*arrays: Array) -> tuple[Array, ...]:
+    """Inside `shard_mapped`: the arrays, marked as differing between devices wherever one of them does; elsewhere
     the identity.
 
     Needed where the tracer cannot see it by itself: at the door of a custom gradient, and for the zeros a

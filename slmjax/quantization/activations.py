@@ -13,28 +13,28 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from slmjax import kernels
-from slmjax.formats.spec import QuantSpec, Share
+from slmjax.formats.spec import Granularity, QuantSpec
 from slmjax.parallel import communication, mesh
 from slmjax.parallel.mesh import Dims
-from slmjax.quantization.assignment import LEARNED_INPUTS, Numbers
+from slmjax.quantization.assignment import LEARNED_INPUTS, TensorQuant
 from slmjax.quantization.estimators import SIGN, Calibrated, Learned, StraightThrough, clips
 
 
-class Measured(nnx.Variable[Any]):
+class CalibratedScale(nnx.Variable[Any]):
     """What calibration measured: it is no parameter."""
 
 
-class RoundedInput(nnx.Module):
+class ActivationQuantizer(nnx.Module):
     """Rounds what comes to a product; without a format, as before the phase that begins with one, it changes
     nothing.
     """
 
     def __init__(
         self,
-        numbers: Numbers | None,
+        numbers: TensorQuant | None,
         *,
         dim: str | None = None,
-        learner: Numbers | None = None,
+        learner: TensorQuant | None = None,
         learned: Learned | None = None,
         is_observed: bool = False,
     ) -> None:
@@ -49,9 +49,14 @@ class RoundedInput(nnx.Module):
         self.numbers = numbers
         self.dim = dim
         self.is_observed = is_observed
-        kind = Measured if learner is not None and isinstance(learner.estimator, Calibrated) else nnx.Param
+        kind = (
+            CalibratedScale
+            if learner is not None and isinstance(learner.estimator, Calibrated)
+            else nnx.Param
+        )
         kept = {
-            name: Measured(value) if name == SIGN else kind(value) for name, value in (learned or {}).items()
+            name: CalibratedScale(value) if name == SIGN else kind(value)
+            for name, value in (learned or {}).items()
         }
         self.log_scale = kept.get("log_scale")
         self.sign = kept.get(SIGN)
@@ -75,7 +80,7 @@ class RoundedInput(nnx.Module):
         return rounded(x, self.numbers, learned)
 
 
-def rounded(x: Float[Array, "*B D"], numbers: Numbers, learned: Learned) -> Float[Array, "*B D"]:
+def rounded(x: Float[Array, "*B D"], numbers: TensorQuant, learned: Learned) -> Float[Array, "*B D"]:
     """`x` in a format, computed in float32 and returned in its dtype."""
     wide = x.astype(jnp.float32)
     broadcast = {name: value.reshape((1,) * x.ndim) for name, value in learned.items()}
@@ -83,13 +88,13 @@ def rounded(x: Float[Array, "*B D"], numbers: Numbers, learned: Learned) -> Floa
     return y.astype(x.dtype)
 
 
-def rounded_part(x: Float[Array, "*B d"], rounding: RoundedInput, dim: str) -> Float[Array, "*B d"]:
+def rounded_part(x: Float[Array, "*B d"], rounding: ActivationQuantizer, dim: str) -> Float[Array, "*B d"]:
     """Inside `sharding.local`: the same where the last dim may be divided, as the whole is rounded."""
     if rounding.numbers is None:
         return x
     count = communication.num_shards(dim)
     spec = rounding.numbers.spec
-    if count == 1 or (spec.share is Share.GROUP and x.shape[-1] % (spec.group_size or 1) == 0):
+    if count == 1 or (spec.share is Granularity.GROUP and x.shape[-1] % (spec.group_size or 1) == 0):
         is_in_one_pass = _in_one_pass(x, rounding.numbers, width=x.shape[-1])
         return _round_groups(x, spec, None) if is_in_one_pass else rounded(x, rounding.numbers, {})
     whole = rounded(communication.gather(x, dim, axis=x.ndim - 1), rounding.numbers, {})
@@ -98,7 +103,7 @@ def rounded_part(x: Float[Array, "*B d"], rounding: RoundedInput, dim: str) -> F
     )
 
 
-def _in_one_pass(x: Array, numbers: Numbers, *, width: int) -> bool:
+def _in_one_pass(x: Array, numbers: TensorQuant, *, width: int) -> bool:
     """Whether rounding has a kernel here, for devices that hold so much of the last dim.
 
     Its gradient is that of the identity: beside a scale by the largest magnitude, no number is out of reach.
@@ -119,7 +124,7 @@ def _round_groups(x: Float[Array, "*B D"], spec: QuantSpec, dims: Dims | None) -
     return (
         on_device(x)
         if dims is None
-        else communication.local(on_device, in_dims=(dims,), out_dims=dims, checked=False)(x)
+        else communication.shard_mapped(on_device, in_dims=(dims,), out_dims=dims, checked=False)(x)
     )
 
 
@@ -129,12 +134,14 @@ _round_groups.defvjp(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _observed(x: Array, learned: Learned, numbers: Numbers) -> Array:
+def _observed(x: Array, learned: Learned, numbers: TensorQuant) -> Array:
     """`x`; the "gradient" of what is learned is what it should begin as for these inputs."""
     return x
 
 
-def _observed_backward(numbers: Numbers, saved: tuple[Array, Learned], dy: Array) -> tuple[Array, Learned]:
+def _observed_backward(
+    numbers: TensorQuant, saved: tuple[Array, Learned], dy: Array
+) -> tuple[Array, Learned]:
     x, learned = saved
     found = {SIGN: jnp.ones(()), **numbers.learned(x.astype(jnp.float32))}
     return dy, {name: found[name].reshape(value.shape) for name, value in learned.items()}
@@ -143,7 +150,7 @@ def _observed_backward(numbers: Numbers, saved: tuple[Array, Learned], dy: Array
 _observed.defvjp(lambda x, learned, numbers: (x, (x, learned)), _observed_backward)
 
 
-def initial(numbers: Numbers | None, *, num_layers: int | None) -> dict[str, Float[Array, "..."]]:
+def initial(numbers: TensorQuant | None, *, num_layers: int | None) -> dict[str, Float[Array, "..."]]:
     """What a module learns of its inputs until calibration has seen any; with the layer dim of a stack."""
     if numbers is None:
         return {}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from slmjax.formats.presets import name_of
-from slmjax.formats.spec import QuantSpec, Share, check_width
+from slmjax.formats.spec import Granularity, QuantSpec, check_width
 from slmjax.quantization.estimators import (
     SIGN,
     Calibrated,
@@ -33,7 +33,7 @@ LEARNED_INPUTS = (Calibrated, LearnedClip, LearnedScale, LearnedScaleAndOffset)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Numbers:
+class TensorQuant:
     """A format, and how it is trained."""
 
     spec: QuantSpec
@@ -49,13 +49,13 @@ class Numbers:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Entry:
+class Assignment:
     """What the rules say of one path."""
 
     path: str  # logical
     shape: tuple[int, ...]  # of the parameter; of a cache the numbers that it keeps of a token
-    weight: Numbers | None = None  # the format of the parameter, or of what the cache keeps
-    input: Numbers | None = None  # the format of what the parameter is multiplied with
+    weight: TensorQuant | None = None  # the format of the parameter, or of what the cache keeps
+    input: TensorQuant | None = None  # the format of what the parameter is multiplied with
     reason: str = ""  # why it stays in floating point; empty where it does not
 
 
@@ -66,7 +66,9 @@ def axis_of(path: str) -> int:
     return -1 if path in TABLES else -2
 
 
-def cover(rules: Sequence[QuantRule], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Entry]:
+def assign_formats(
+    rules: Sequence[QuantRule], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Assignment]:
     """An entry for every path.
 
     Args:
@@ -107,9 +109,9 @@ def _kind(path: str) -> str | None:
 
 def _entry(
     rules: Sequence[QuantRule], path: str, shape: tuple[int, ...], used: set[tuple[int, bool]]
-) -> Entry:
+) -> Assignment:
     if reason := _kind(path):
-        return Entry(path=path, shape=shape, reason=reason)
+        return Assignment(path=path, shape=shape, reason=reason)
     is_cache = path.endswith(CACHE)
     found = next(
         (
@@ -120,19 +122,19 @@ def _entry(
         None,
     )
     if found is None:
-        return Entry(path=path, shape=shape, reason="no rule names it")
+        return Assignment(path=path, shape=shape, reason="no rule names it")
     used.add((found, is_cache))
     rule = rules[found]
     if is_cache:
         assert rule.cache is not None
         check_width(rule.cache, shape[-1], what=path, name=name_of(rule.cache))
         _check_tokens_apart(rule.cache, path)
-        return Entry(
-            path=path, shape=shape, weight=Numbers(spec=rule.cache, estimator=StraightThrough(), axis=-1)
+        return Assignment(
+            path=path, shape=shape, weight=TensorQuant(spec=rule.cache, estimator=StraightThrough(), axis=-1)
         )
     weight = _weight(rule, path, shape)
     reason = "" if weight is not None else f"the rule for {rule.paths!r} leaves it so"
-    return Entry(path=path, shape=shape, weight=weight, input=_input(rule, path, shape), reason=reason)
+    return Assignment(path=path, shape=shape, weight=weight, input=_input(rule, path, shape), reason=reason)
 
 
 def _concerns(rule: QuantRule, *, is_cache: bool) -> bool:
@@ -143,7 +145,7 @@ def _concerns(rule: QuantRule, *, is_cache: bool) -> bool:
     )
 
 
-def _weight(rule: QuantRule, path: str, shape: tuple[int, ...]) -> Numbers | None:
+def _weight(rule: QuantRule, path: str, shape: tuple[int, ...]) -> TensorQuant | None:
     if rule.weight is None:
         return None
     axis = axis_of(path)
@@ -155,19 +157,19 @@ def _weight(rule: QuantRule, path: str, shape: tuple[int, ...]) -> Numbers | Non
             raise
         spec = rule.fallback
         check_width(spec, shape[axis], what=path, name=name_of(spec))
-    return Numbers(spec=spec, estimator=rule.for_weight(spec), axis=axis)
+    return TensorQuant(spec=spec, estimator=rule.for_weight(spec), axis=axis)
 
 
-def _input(rule: QuantRule, path: str, shape: tuple[int, ...]) -> Numbers | None:
+def _input(rule: QuantRule, path: str, shape: tuple[int, ...]) -> TensorQuant | None:
     if rule.input is None:
         return None
     check_width(rule.input, shape[axis_of(path)], what=f"the input of {path}", name=name_of(rule.input))
     estimator = rule.input_estimator or StraightThrough()
-    if isinstance(estimator, LEARNED_INPUTS) and rule.input.share is not Share.TENSOR:
+    if isinstance(estimator, LEARNED_INPUTS) and rule.input.share is not Granularity.TENSOR:
         raise ValueError(
             f"the input of {path}: {type(estimator).__name__} keeps one scale for all tokens, and "
             f"{name_of(rule.input)} has one for "
-            "each: take a format with share=Share.TENSOR, or leave input_estimator out"
+            "each: take a format with share=Granularity.TENSOR, or leave input_estimator out"
         )
     if not isinstance(estimator, LEARNED_INPUTS):
         _check_tokens_apart(rule.input, f"the input of {path}")
@@ -177,16 +179,16 @@ def _input(rule: QuantRule, path: str, shape: tuple[int, ...]) -> Numbers | None
             "leave input_estimator out, and "
             "its scales are computed for each token"
         )
-    return Numbers(spec=rule.input, estimator=estimator, axis=-1)
+    return TensorQuant(spec=rule.input, estimator=estimator, axis=-1)
 
 
 def _check_tokens_apart(spec: QuantSpec, what: str) -> None:
     """Refuses a computed scale that all tokens share: a later one would change what an earlier one is rounded
     to.
     """
-    if spec.share is Share.TENSOR or spec.is_two_level:
+    if spec.share is Granularity.TENSOR or spec.is_two_level:
         raise ValueError(
             f"{what}: {name_of(spec)} computes a scale from all tokens, so that a token would see later "
             "ones: take a format with groups or "
-            "rows of a token, or for inputs one with share=Share.TENSOR and input_estimator=Calibrated()"
+            "rows of a token, or for inputs one with share=Granularity.TENSOR and input_estimator=Calibrated()"
         )

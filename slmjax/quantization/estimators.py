@@ -25,7 +25,7 @@ from slmjax.config import added_field
 from slmjax.formats.coding import Encoded, decode, encode, expanded, fake_quant, scale_of, stored_scale
 from slmjax.formats.division import divided
 from slmjax.formats.presets import name_of
-from slmjax.formats.spec import FLOAT_GRIDS, TERNARY_BITS, Grid, QuantSpec, Share, Statistic, levels
+from slmjax.formats.spec import FLOAT_GRIDS, TERNARY_BITS, CodeGrid, Granularity, QuantSpec, Statistic, levels
 
 Learned = dict[str, Array]
 SIGN = "sign"  # of a scale: 1 or -1, fixed while the logarithm is learned
@@ -90,7 +90,7 @@ class StochasticRounding(Estimator):
 
     def check(self, spec: QuantSpec) -> None:
         """Raises ValueError for formats whose levels are not evenly spaced."""
-        if spec.grid is not Grid.INTEGER or spec.is_asymmetric:
+        if spec.grid is not CodeGrid.INTEGER or spec.is_asymmetric:
             raise ValueError(
                 f"stochastic rounding is between neighbouring integers about zero, and {name_of(spec)} has "
                 "none"
@@ -146,7 +146,7 @@ class LearnedScale(Estimator):
         that is not stretched.
         """
         _check_integers(spec, "a learned scale")
-        is_stretched = spec.bits == TERNARY_BITS or (spec.grid is Grid.ODD and spec.bits > 1)
+        is_stretched = spec.bits == TERNARY_BITS or (spec.grid is CodeGrid.ODD and spec.bits > 1)
         if self.clipped_from is ClippedFrom.RANGE and not is_stretched:
             raise ValueError(
                 "clipped_from=RANGE is for three levels, or for odd ones of 2 bits and more, and "
@@ -326,7 +326,7 @@ def _straight_forward(x: Array, spec: QuantSpec, axis: int) -> tuple[Array, Arra
     y = fake_quant(x, spec, axis=axis)
     if not clips(spec):
         return y, None
-    step = 2.0 if spec.grid is Grid.ODD else 1.0
+    step = 2.0 if spec.grid is CodeGrid.ODD else 1.0
     return y, jnp.abs(y - x) <= 0.501 * step * jnp.abs(_wide(scale_of(x, spec, axis=axis), x, axis))
 
 
@@ -363,7 +363,7 @@ def _learned_backward(
     wide = _wide(scale, x, axis)
     low, high = _reach(spec)
     if clipped_from is ClippedFrom.RANGE:
-        half_step = 1.0 if spec.grid is Grid.ODD else 0.5
+        half_step = 1.0 if spec.grid is CodeGrid.ODD else 0.5
         low = 0.99 * (low - half_step)
         high = 0.99 * (high + half_step)
     steps = x / wide
@@ -385,7 +385,7 @@ def clips(spec: QuantSpec) -> bool:
     ):  # a scale by the mean size means to leave large numbers out: they are trained on all the same
         return False
     return spec.statistic is Statistic.SIGNED_MAX or spec.divisor > _reach(spec)[1] + 0.5 * (
-        2.0 if spec.grid is Grid.ODD else 1.0
+        2.0 if spec.grid is CodeGrid.ODD else 1.0
     )
 
 
@@ -404,9 +404,11 @@ def sum_groups(x: Float[Array, "..."], scale: Float[Array, "..."], *, axis: int)
 
 
 def _gradient_share(x: Array, spec: QuantSpec, *, axis: int) -> float:
-    sharing = {Share.GROUP: spec.group_size, Share.ROW: x.shape[axis], Share.TENSOR: x.shape[axis]}[
-        spec.share
-    ]
+    sharing = {
+        Granularity.GROUP: spec.group_size,
+        Granularity.ROW: x.shape[axis],
+        Granularity.TENSOR: x.shape[axis],
+    }[spec.share]
     return 1.0 / math.sqrt((sharing or 1) * max(_reach(spec)[1], 1e-3))
 
 

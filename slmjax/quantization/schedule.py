@@ -17,7 +17,7 @@ from slmjax.quantization.rules import QuantConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Easing:
+class QuantSchedule:
     """What of `QuantConfig` changes from step to step, with the steps at which it does."""
 
     first_step: int  # of quantization
@@ -62,10 +62,10 @@ class Easing:
         return result
 
 
-def easing_of(config: QuantConfig, *, first_step: int, total_steps: int) -> Easing:
+def quant_schedule_of(config: QuantConfig, *, first_step: int, total_steps: int) -> QuantSchedule:
     """The easing of a run of so many steps whose quantization begins at a step."""
     freeze_from = None if config.freeze_steps is None else max(first_step, total_steps - config.freeze_steps)
-    return Easing(
+    return QuantSchedule(
         first_step=first_step,
         warmup_steps=config.warmup_steps,
         damping=config.damping,

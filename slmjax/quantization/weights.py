@@ -19,12 +19,12 @@ from jaxtyping import Array, Float, Int8, UInt32
 from slmjax.formats.bits import as_bits
 from slmjax.formats.coding import Encoded, decode
 from slmjax.formats.spec import QuantSpec
-from slmjax.quantization.assignment import Numbers
+from slmjax.quantization.assignment import TensorQuant
 from slmjax.quantization.estimators import SIGN, Learned
 
 Params = Mapping[str, Array]
 Formats = Mapping[
-    str, Sequence[Numbers | None]
+    str, Sequence[TensorQuant | None]
 ]  # by stack path: of each layer of a stacked parameter, of any other the one
 LEARNED = ("log_scale", SIGN, "offset")
 
@@ -34,12 +34,12 @@ def learned_of(params: Params, path: str) -> Learned:
     return {name: params[f"{path}/{name}"] for name in LEARNED if f"{path}/{name}" in params}
 
 
-def is_beside_a_weight(path: str) -> bool:
+def is_weight_quantizer_param(path: str) -> bool:
     """Whether this is something that is learned beside a weight, and no parameter of a module."""
-    return path.rpartition("/")[2] in LEARNED and not is_of_input(path)
+    return path.rpartition("/")[2] in LEARNED and not is_activation_quantizer_param(path)
 
 
-def is_of_input(path: str) -> bool:
+def is_activation_quantizer_param(path: str) -> bool:
     """Whether this is the scale or offset of what comes to a product, which a module holds."""
     parent, _, name = path.rpartition("/")
     return name in LEARNED and parent.endswith("input")
@@ -49,7 +49,7 @@ def is_learned(path: str) -> bool:
     """Return whether this is a scale or an offset of a number format, of a weight or of an input, and no
     parameter of the model.
     """
-    return is_beside_a_weight(path) or is_of_input(path)
+    return is_weight_quantizer_param(path) or is_activation_quantizer_param(path)
 
 
 def is_sign(path: str) -> bool:
@@ -76,7 +76,7 @@ def learned(params: Params, formats_of: Formats) -> dict[str, Array]:
     return found
 
 
-def _begun(weight: Array, numbers: Numbers) -> Learned:
+def _begun(weight: Array, numbers: TensorQuant) -> Learned:
     def one(matrix: Array) -> Learned:
         return numbers.learned(matrix)
 
@@ -90,7 +90,7 @@ def effective(params: Params, formats_of: Formats, *, key: Array | None = None) 
     Args:
       key: randomness of estimators that round by chance; None in evaluation.
     """
-    result = {path: value for path, value in params.items() if not is_beside_a_weight(path)}
+    result = {path: value for path, value in params.items() if not is_weight_quantizer_param(path)}
     for index, (path, numbers) in enumerate(formats_of.items()):
         own_key = None if key is None else jax.random.fold_in(key, index)
         result[path] = _by_layer(params, path, numbers, key=own_key)
@@ -112,8 +112,10 @@ def eased(
     return {path: one(path, value) for path, value in decoded.items()}
 
 
-def _by_layer(params: Params, path: str, numbers: Sequence[Numbers | None], *, key: Array | None) -> Array:
-    def one(weight: Array, beside: Learned, numbers: Numbers | None, layer: int | None) -> Array:
+def _by_layer(
+    params: Params, path: str, numbers: Sequence[TensorQuant | None], *, key: Array | None
+) -> Array:
+    def one(weight: Array, beside: Learned, numbers: TensorQuant | None, layer: int | None) -> Array:
         return _rounded(
             weight, beside, numbers, key if key is None or layer is None else jax.random.fold_in(key, layer)
         )
@@ -122,7 +124,7 @@ def _by_layer(params: Params, path: str, numbers: Sequence[Numbers | None], *, k
 
 
 def _over_layers(
-    one: Callable[..., Array], params: Params, path: str, numbers: Sequence[Numbers | None]
+    one: Callable[..., Array], params: Params, path: str, numbers: Sequence[TensorQuant | None]
 ) -> Array:
     """`one` of a weight, of what is learned beside it, of its format and of the layer: of a stack at once
     (None) where layers are alike.
@@ -138,7 +140,7 @@ def _over_layers(
     return jnp.stack(rows)
 
 
-def _rounded(weight: Array, beside: Learned, numbers: Numbers | None, key: Array | None) -> Array:
+def _rounded(weight: Array, beside: Learned, numbers: TensorQuant | None, key: Array | None) -> Array:
     if numbers is None:
         return weight
     keys = None if key is None else jax.random.split(key, weight.shape[:-2])
@@ -167,7 +169,7 @@ def coded(params: Params, formats_of: Formats) -> dict[str, list[Encoded | None]
     return found
 
 
-def _coded(weight: Array, beside: Learned, numbers: Numbers | None) -> Encoded | None:
+def _coded(weight: Array, beside: Learned, numbers: TensorQuant | None) -> Encoded | None:
     if numbers is None:
         return None
 
@@ -180,7 +182,7 @@ def _coded(weight: Array, beside: Learned, numbers: Numbers | None) -> Encoded |
 def codes(params: Params, formats_of: Formats) -> dict[str, Int8[Array, "..."]]:
     """Return the codes of every weight that has a format, by stack path; 0 in layers of it that have none."""
 
-    def one(weight: Array, beside: Learned, numbers: Numbers | None, layer: int | None) -> Array:
+    def one(weight: Array, beside: Learned, numbers: TensorQuant | None, layer: int | None) -> Array:
         encoded = _coded(weight, beside, numbers)
         return jnp.zeros(weight.shape, jnp.int8) if encoded is None else encoded.codes
 
@@ -199,7 +201,7 @@ def code_sums(params: Params, formats_of: Formats) -> dict[str, UInt32[Array, ".
 
 
 def _row_sums(
-    weight: Array, beside: Learned, numbers: Numbers | None, layer: int | None, *, axis: int
+    weight: Array, beside: Learned, numbers: TensorQuant | None, layer: int | None, *, axis: int
 ) -> Array:
     del layer
     encoded = _coded(weight, beside, numbers)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from slmjax.losses import Taid
 from slmjax.quantization.rules import QuantConfig
-from slmjax.quantization.schedule import easing_of
+from slmjax.quantization.schedule import quant_schedule_of
 from slmjax.telemetry.run_directory import RunDirectory
 from slmjax.training.experiment import Experiment, read_experiment
 from slmjax.training.optim import OptimConfig, Optimizer, cooldown_step, learning_rate
@@ -99,7 +99,7 @@ def _quantization(quant: QuantConfig, experiment: Experiment, step: int) -> dict
     phases = quant.timed(
         cooldown_step=cooldown_step(experiment.optim, total_steps=total_steps), total_steps=total_steps
     )
-    easing = easing_of(quant, first_step=phases[0].step, total_steps=total_steps)
+    easing = quant_schedule_of(quant, first_step=phases[0].step, total_steps=total_steps)
     num_begun = sum(phase.step <= step for phase in phases)
     share = easing.share(jnp.asarray(step)) if num_begun else 0.0
     num_stopped = (

@@ -19,7 +19,7 @@ from slmjax.data.pipeline import BatchSource
 from slmjax.models.definition import Definition
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.parallel.processes import broadcast_text
-from slmjax.quantization.weights import is_beside_a_weight, is_of_input
+from slmjax.quantization.weights import is_activation_quantizer_param, is_weight_quantizer_param
 from slmjax.runner.session import Setup
 from slmjax.telemetry.progress import Progress
 from slmjax.telemetry.run_directory import RunDirectory, environment
@@ -71,7 +71,7 @@ def open_trackers(run: RunDirectory, experiment: Experiment) -> Trackers:
 
 def num_parameters(definition: Definition) -> int:
     """Parameters that are trained, without what is learned of their formats."""
-    beside = (is_beside_a_weight, is_of_input)
+    beside = (is_weight_quantizer_param, is_activation_quantizer_param)
     return sum(
         math.prod(leaf.shape)
         for path, leaf in definition.params.items()

@@ -20,7 +20,7 @@ from slmjax.data.batch import Batch
 from slmjax.models.definition import define
 from slmjax.models.paths import block_at
 from slmjax.quantization.rules import phase_at
-from slmjax.quantization.weights import is_beside_a_weight, is_of_input
+from slmjax.quantization.weights import is_activation_quantizer_param, is_weight_quantizer_param
 from slmjax.runner.session import Setup
 from slmjax.training.optim import make_optimizer, restarted
 from slmjax.training.programs import make_programs
@@ -29,14 +29,14 @@ from slmjax.training.state import TrainState
 log = logging.getLogger(__name__)
 
 
-def begins_anew(setup: Setup, step: int) -> bool:
+def starts_phase(setup: Setup, step: int) -> bool:
     """Whether the training step after `step` is in another phase than the one that `setup` is of."""
     return phase_at(setup.definition.config.quant, step) != setup.definition.phase
 
 
 def at_step(setup: Setup, step: int) -> Setup:
     """The setup with the programs of the phase that the training step after `step` is in."""
-    if not begins_anew(setup, step):
+    if not starts_phase(setup, step):
         return setup
     programs = make_programs(
         setup.experiment, vocab_size=setup.definition.config.known_vocab_size, mesh=setup.mesh, step=step
@@ -88,7 +88,9 @@ def _begun(setup: Setup, state: TrainState, batch: Batch) -> TrainState:
     ema = state.ema
     if ema is not None:  # what is averaged of what only begins now is what it begins as
         ema = {
-            path: jnp.copy(params[path]) if is_of_input(path) or is_beside_a_weight(path) else leaf
+            path: jnp.copy(params[path])
+            if is_activation_quantizer_param(path) or is_weight_quantizer_param(path)
+            else leaf
             for path, leaf in ema.items()
         }
     optimizer = _restarted(setup, state.optimizer, params) if phase.restart_optimizer else state.optimizer
@@ -109,7 +111,7 @@ def _measured(setup: Setup, state: TrainState, batch: Batch) -> tuple[dict[str, 
     observed = define(config, step=int(state.step), is_observed=True)
     params = state.trainable
     buffers = state.frozen
-    wanted = {path for path in (*params, *buffers) if is_of_input(path)}
+    wanted = {path for path in (*params, *buffers) if is_activation_quantizer_param(path)}
     if not wanted:
         return params, buffers
 

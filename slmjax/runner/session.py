@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from slmjax import sampling
 from slmjax.data import provenance
 from slmjax.data.batch import Batch
-from slmjax.data.preparation import Log, Prepared, prepare
+from slmjax.data.preparation import Prepared, Report, prepare
 from slmjax.data.tokenizers import Tokenizer, TokenizerConfig
 from slmjax.data.windows import EvaluationBatches, evaluation_batches
 from slmjax.distill.teachers import TeacherPlan, Teachers
@@ -27,7 +27,7 @@ from slmjax.models.definition import Definition
 from slmjax.parallel.batches import rows_here
 from slmjax.parallel.processes import process_zero_first
 from slmjax.quantization.flips import CodeFlips
-from slmjax.quantization.schedule import Easing
+from slmjax.quantization.schedule import QuantSchedule
 from slmjax.training.experiment import Experiment
 from slmjax.training.optim import learning_rate
 from slmjax.training.programs import CodeSums, check_rows, make_programs, teacher_plans
@@ -52,7 +52,7 @@ class Setup:
     code_sums: CodeSums
     flips: CodeFlips  # counts codes that change, where the log tells of them
     prompts: tuple[tuple[int, ...], ...]  # tokens of the texts that the trained model continues at the end
-    easing: Easing | None = None  # of a run that is quantized
+    easing: QuantSchedule | None = None  # of a run that is quantized
     plans: tuple[TeacherPlan, ...] = ()  # in distillation, where teachers are used at all
     teachers: Teachers | None = None  # once they are loaded (`with_teachers`)
 
@@ -120,7 +120,7 @@ class Setup:
         return (self.teachers(batch),)
 
 
-def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh, report: Log) -> Setup:
+def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh, report: Report) -> Setup:
     """Prepares data and resolves the model; nothing is compiled yet. Raises ValueError for settings that do
     not fit.
     """

@@ -53,7 +53,7 @@ from slmjax.telemetry.meter import Meter
 from slmjax.telemetry.profiling import Profile
 from slmjax.telemetry.progress import LogRecords, Progress
 from slmjax.telemetry.report import write_report
-from slmjax.telemetry.run_directory import Category, Ledger, Log, RunDirectory, commit
+from slmjax.telemetry.run_directory import Category, Ledger, RunDirectory, RunLog, commit
 from slmjax.telemetry.trackers import Trackers
 from slmjax.training.experiment import Experiment, with_absolute_paths
 from slmjax.training.metrics import named_metrics
@@ -243,7 +243,7 @@ class Loop:
         run: RunDirectory,
         checkpointer: Checkpointer,
         ledger: Ledger,
-        log: Log,
+        log: RunLog,
         trackers: Trackers,
         progress: Progress,
         meter: Meter,
@@ -316,7 +316,7 @@ class Loop:
         """The next batch, and the step with it; of the first of a session or a phase, which compiles, all is
         waited for.
         """
-        begins = self.step == self.first_step or quant_phases.begins_anew(self.setup, self.step)
+        begins = self.step == self.first_step or quant_phases.starts_phase(self.setup, self.step)
         batch_size = self.setup.experiment.data.batch_size
         with self.ledger.timed(Category.DATA), jax.profiler.TraceAnnotation("data"):
             batch = next(self.batches)

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from slmjax import losses
-from slmjax.models.architecture import Segment
+from slmjax.models.architecture import LayerGroup
 from slmjax.models.decoder import Decoder, Output
 from slmjax.models.definition import Definition, define, restack, unstack
 from slmjax.parallel import communication
@@ -162,7 +162,7 @@ def _for_decoding(
 def _apart(config: Any) -> Definition:
     """The same model with every repeat as a segment of its own."""
     stack = tuple(
-        Segment(pattern=segment.pattern) for segment in config.stack for _ in range(segment.repeats)
+        LayerGroup(pattern=segment.pattern) for segment in config.stack for _ in range(segment.repeats)
     )
     return define(dataclasses.replace(config, stack=stack))
 

@@ -11,7 +11,7 @@ recovery = Recovery(study=study, reference="full precision", rounded={"QAT": "ro
 write_recovery([report_recovery(recovery, members, measure(recovery, members, "studies/..."))], "studies/...")
 """
 
-from slmjax.studies.arms import Arm, Derived, Recipe
+from slmjax.studies.arms import Arm, Derivation, Derived
 from slmjax.studies.derived import RoundToNearest
 from slmjax.studies.findings import ArmSummary, Comparison, Findings, analyze
 from slmjax.studies.layout import findings_json, findings_markdown, findings_table, write_findings
@@ -64,7 +64,7 @@ __all__ = [
     "OnChange",
     "PairedDifference",
     "RateSweep",
-    "Recipe",
+    "Derivation",
     "Recovered",
     "RecoveredShare",
     "Recovery",

@@ -43,7 +43,7 @@ class Arm:
         return self.experiment if isinstance(self.experiment, Experiment) else self.experiment(seed)
 
 
-class Recipe(abc.ABC):
+class Derivation(abc.ABC):
     """How a model is made of a trained one: subclasses are frozen dataclasses, by whose fields a study knows
     whether it has changed.
     """
@@ -63,7 +63,7 @@ class Derived:
 
     name: str  # as an arm's
     source: str  # the arm that they are made of, which stands before this one
-    recipe: Recipe  # how
+    recipe: Derivation  # how
 
     def __post_init__(self) -> None:
         directory_name(self.name)

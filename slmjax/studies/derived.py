@@ -13,7 +13,7 @@ from slmjax.evaluation import EvalResult, evaluate
 from slmjax.quantization.ptq.round_to_nearest import Clip, quantize_model
 from slmjax.quantization.rules import QuantRule
 from slmjax.runner import trainer
-from slmjax.studies.arms import Recipe
+from slmjax.studies.arms import Derivation
 from slmjax.training.experiment import Experiment
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ INHERITED = ("tokens", "step", "parameters", "commit")
 
 
 def derive(
-    recipe: Recipe, source: dict[str, Any], experiment: Experiment, *, out: Path
+    recipe: Derivation, source: dict[str, Any], experiment: Experiment, *, out: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Makes a model of a finished member's and evaluates it on all held-out text; what was in `out` before is
     replaced.
@@ -74,7 +74,7 @@ def evaluate_member(loaded: Loaded, experiment: Experiment, **further: Any) -> E
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RoundToNearest(Recipe):
+class RoundToNearest(Derivation):
     """Matrices rounded to formats, as `slmjax quantize` does it. Of a model that is quantized already the
     decoded numbers are rounded anew, as a converter does that knows nothing of its codes."""
 

@@ -18,7 +18,7 @@ SIGNIFICANT = 5  # digits of a figure whose noise is not known
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Grid:
+class TextTable:
     """A table of text, whatever it is then written as."""
 
     title: str
@@ -26,7 +26,7 @@ class Grid:
     rows: tuple[tuple[str, ...], ...]
 
 
-def grids_table(grids: Sequence[Grid], notes: Sequence[str]) -> Group:
+def grids_table(grids: Sequence[TextTable], notes: Sequence[str]) -> Group:
     """Tables and what is to be said beside them, for a terminal."""
     shown: list[Table | Text] = []
     for grid in grids:
@@ -39,7 +39,7 @@ def grids_table(grids: Sequence[Grid], notes: Sequence[str]) -> Group:
     return Group(*shown, *map(Text, notes))
 
 
-def grids_markdown(grids: Sequence[Grid], notes: Sequence[str]) -> str:
+def grids_markdown(grids: Sequence[TextTable], notes: Sequence[str]) -> str:
     """The same as Markdown."""
     parts = []
     for grid in grids:

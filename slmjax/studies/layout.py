@@ -8,7 +8,7 @@ from rich.console import Group
 from slmjax.studies.findings import Comparison, Findings, amount
 from slmjax.studies.grids import (
     ABSENT,
-    Grid,
+    TextTable,
     grids_markdown,
     grids_table,
     in_words,
@@ -54,7 +54,7 @@ def budget_line(findings: Findings) -> str:
 
 
 # Tables -----------------------------------------------------------------------------------------------------
-def _grids(findings: Findings) -> list[Grid]:
+def _grids(findings: Findings) -> list[TextTable]:
     with_baseline = [one for one in findings.comparisons if one.against == findings.baseline]
     grids = [_arms_grid(findings, with_baseline)]
     if others := [one for one in findings.comparisons if one.against != findings.baseline]:
@@ -62,7 +62,7 @@ def _grids(findings: Findings) -> list[Grid]:
             (f"{one.arm} − {one.against}", str(len(one.seeds)), *_comparison_cells(one)) for one in others
         )
         grids.append(
-            Grid(
+            TextTable(
                 title="Further comparisons",
                 head=("arms", "pairs", "difference", *_comparison_head(findings)),
                 rows=rows,
@@ -75,7 +75,7 @@ def _grids(findings: Findings) -> list[Grid]:
         columns = [column for name in names for column in _figure_columns(findings, with_baseline, name)]
         rows = tuple(zip([one.arm for one in findings.arms], *columns, strict=True))
         grids.append(
-            Grid(
+            TextTable(
                 title=f"Further figures, without a verdict: mean ± standard deviation; {about}",
                 head=head,
                 rows=rows,
@@ -84,7 +84,7 @@ def _grids(findings: Findings) -> list[Grid]:
     return grids
 
 
-def _arms_grid(findings: Findings, comparisons: list[Comparison]) -> Grid:
+def _arms_grid(findings: Findings, comparisons: list[Comparison]) -> TextTable:
     by_arm = {one.arm: one for one in comparisons}
     rows = []
     for one, mean in zip(findings.arms, with_deviation([one.metric for one in findings.arms]), strict=True):
@@ -96,7 +96,7 @@ def _arms_grid(findings: Findings, comparisons: list[Comparison]) -> Grid:
     way = "lower" if findings.lower_is_better else "higher"
     title = f"{findings.study}: {metric}, {way} is better; mean ± standard deviation over seeds {listed(findings.seeds)}"
     head = ("arm", "seeds", metric, f"difference to {findings.baseline}", *_comparison_head(findings))
-    return Grid(title=title, head=head, rows=tuple(rows))
+    return TextTable(title=title, head=head, rows=tuple(rows))
 
 
 def _comparison_head(findings: Findings) -> tuple[str, ...]:

@@ -21,14 +21,14 @@ from slmjax.checkpoints.loading import load_model
 from slmjax.config import fingerprint, near_names
 from slmjax.distill.teachers import beside
 from slmjax.models.architecture import ModelConfig
-from slmjax.models.quantized_modules import covered_lines
+from slmjax.models.quantized_modules import assignment_lines
 from slmjax.quantization.assignment import CACHE
 from slmjax.studies.derived import evaluate_member
 from slmjax.studies.ratios import RecoveredShare, recovered_share
 from slmjax.studies.statistics import PairedDifference, Summary, holm, paired_difference, summarize
 from slmjax.studies.study import FINISHED, Member, Study, member_experiment
 from slmjax.studies.sweeps import ChosenRate, check_chosen
-from slmjax.telemetry.run_directory import Log, read_log
+from slmjax.telemetry.run_directory import RunLog, read_log
 
 MEASUREMENTS = "measurements.jsonl"
 FEW_SEEDS = 3  # below, a report says that it has too few
@@ -108,7 +108,7 @@ def measure(
     }
     finished = {(member.arm, member.seed): member for member in members if member.status == FINISHED}
     found = []
-    with Log(path) as records:
+    with RunLog(path) as records:
         for (arm, seed), member in finished.items():
             if (reference := finished.get((recovery.reference, seed))) is None:
                 continue
@@ -141,7 +141,7 @@ def stored_size(config: ModelConfig) -> tuple[int, int]:
 
     A weight with a format counts as its codes, packed without gaps, and its scales; all else as float32.
     """
-    stored = [line for line in covered_lines(config) if not line.path.endswith(CACHE)]
+    stored = [line for line in assignment_lines(config) if not line.path.endswith(CACHE)]
     return sum(line.bytes for line in stored), sum(math.prod(line.shape) for line in stored)
 
 

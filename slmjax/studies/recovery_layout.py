@@ -11,7 +11,7 @@ from rich.console import Group
 
 from slmjax.studies.grids import (
     ABSENT,
-    Grid,
+    TextTable,
     grids_markdown,
     grids_table,
     in_words,
@@ -45,7 +45,7 @@ def recovery_json(report: RecoveryReport) -> dict:
 
 
 # Tables -----------------------------------------------------------------------------------------------------
-def recovery_grids(report: RecoveryReport) -> list[Grid]:
+def recovery_grids(report: RecoveryReport) -> list[TextTable]:
     """What each arm came to, and what those recover that are measured against a rounded one."""
     way = "lower" if report.lower_is_better else "higher"
     columns = [
@@ -81,7 +81,7 @@ def recovery_grids(report: RecoveryReport) -> list[Grid]:
     if any(one.rate is not None for one in report.arms):
         columns.append([ABSENT if one.rate is None else f"{one.rate.rate:g}" for one in report.arms])
         head += ("best learning rate",)
-    grids = [Grid(title=title, head=head, rows=tuple(zip(*columns, strict=True)))]
+    grids = [TextTable(title=title, head=head, rows=tuple(zip(*columns, strict=True)))]
     if rows := tuple(_recovery_row(one.arm, over) for one in report.arms for over in one.recoveries):
         share = f"{100 * report.confidence:g}%"
         head = (
@@ -96,7 +96,7 @@ def recovery_grids(report: RecoveryReport) -> list[Grid]:
             "interval",
         )
         title = "Recovery, 1 − (arm − reference) / (rounded − reference): 0 as rounded, 100% as the reference; ± standard error (delta method)"
-        grids.append(Grid(title=title, head=head, rows=rows))
+        grids.append(TextTable(title=title, head=head, rows=rows))
     return grids
 
 

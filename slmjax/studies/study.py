@@ -30,7 +30,7 @@ from slmjax.config import fingerprint, near_names
 from slmjax.runner import trainer
 from slmjax.studies.arms import Arm, Derived
 from slmjax.studies.derived import derive
-from slmjax.telemetry.run_directory import Log, plain, read_log
+from slmjax.telemetry.run_directory import RunLog, plain, read_log
 from slmjax.training.experiment import Experiment, read_experiment, with_absolute_paths
 
 log = logging.getLogger(__name__)
@@ -235,7 +235,7 @@ def run_study(
     done = {
         (member.arm, member.seed): member for member in read_members(study, directory, on_change=on_change)
     }
-    with Log(directory / MEMBERS) as records:
+    with RunLog(directory / MEMBERS) as records:
         for seed in study.seeds:
             for arm in study.arms:
                 if (arm.name, seed) in done and done[arm.name, seed].status != FAILED:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Figures:
+class Throughput:
     """What was measured since the last line."""
 
     bits_per_byte: float  # of the step itself; NaN where its scored tokens stand for no text
@@ -54,7 +54,7 @@ class Meter:
         """Seconds since the last line that were spent on something else."""
         self._since += seconds
 
-    def measure(self, *, tokens: int, waiting: float, nll: float, num_bytes: float) -> Figures:
+    def measure(self, *, tokens: int, waiting: float, nll: float, num_bytes: float) -> Throughput:
         """Figures since the last line; `nll` (nats) and `num_bytes` are those of the step itself."""
         now = self._clock()
         seconds = max(now - self._since, 1e-9)
@@ -67,7 +67,7 @@ class Meter:
         self._tokens_then = tokens
         self._waiting_then = waiting
         rate = added / seconds if added > 0 else math.nan
-        return Figures(
+        return Throughput(
             bits_per_byte=nll / math.log(2) / num_bytes if num_bytes > 0 else math.nan,
             tokens_per_second=rate,
             mfu=None if self._peak is None else rate * self._flops_per_token / self._peak,

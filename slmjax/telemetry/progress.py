@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from slmjax.telemetry.meter import Figures
-from slmjax.telemetry.run_directory import Log
+from slmjax.telemetry.meter import Throughput
+from slmjax.telemetry.run_directory import RunLog
 
 BAR_WIDTH = 16
 
@@ -56,7 +56,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
-    def update(self, step: int, *, loss: float, figures: Figures) -> None:
+    def update(self, step: int, *, loss: float, figures: Throughput) -> None:
         """Shows the figures of `step` and the time that is left at the mean pace since the first update.
 
         Where the terminal is too narrow for all of them, the last go first; the time that is left stays.
@@ -129,10 +129,10 @@ class LogRecords(logging.Handler):
         super().__init__(logging.INFO)
         self._progress = progress
         self._logger = logging.getLogger("slmjax")
-        self._log: Log | None = None
+        self._log: RunLog | None = None
         self._early: list[logging.LogRecord] = []
 
-    def write_to(self, log: Log) -> None:
+    def write_to(self, log: RunLog) -> None:
         """From here on, records are written to this log; first those that came earlier."""
         self._log = log
         for record in self._early:
@@ -144,7 +144,7 @@ class LogRecords(logging.Handler):
         self._progress.print(prefix + record.getMessage())
         self._early.append(record) if self._log is None else self._write(record, self._log)
 
-    def _write(self, record: logging.LogRecord, log: Log) -> None:
+    def _write(self, record: logging.LogRecord, log: RunLog) -> None:
         log.write("message", level=record.levelname, text=record.getMessage())
 
     def __enter__(self) -> "LogRecords":

@@ -79,9 +79,9 @@ class RunDirectory:
         """The log of this process."""
         return self.path / ("log.jsonl" if self.process_index == 0 else f"log-{self.process_index}.jsonl")
 
-    def open_log(self) -> "Log":
+    def open_log(self) -> "RunLog":
         """The log of this process, to be added to."""
-        return Log(self.log_path)
+        return RunLog(self.log_path)
 
     def write_json(self, name: str, value: Any) -> Path:
         """Writes JSON whole or not at all; NaN and infinities become the strings "nan", "inf" and "-inf"."""
@@ -128,7 +128,7 @@ def plain(value: Any) -> Any:
 # The log ----------------------------------------------------------------------------------------------------
 
 
-class Log:
+class RunLog:
     """An append-only file of one JSON object per line, flushed line by line: a kill loses at most the line
     being written.
     """
@@ -147,7 +147,7 @@ class Log:
         """Closes the file; nothing is pending."""
         self._stream.close()
 
-    def __enter__(self) -> "Log":
+    def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(

@@ -77,7 +77,7 @@ def squares_by_layer(config: ModelConfig, grads: Params) -> Float[Array, " G"]:
     return squares
 
 
-def batch_figures(sums: Mapping[str, Array], total: Mapping[str, Array]) -> dict[str, Any]:
+def batch_metrics(sums: Mapping[str, Array], total: Mapping[str, Array]) -> dict[str, Any]:
     """Means over the batch's scored targets, NaN where there is none, and loads of experts, from the sums and
     counts of a step.
     """

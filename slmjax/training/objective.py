@@ -71,7 +71,7 @@ def terms(
       params: as modules compute with them (`Definition.effective`).
       key: randomness of dropout; None where there is none.
       teachers: what they say of this batch; none where the divergence has no weight.
-      amounts: of distillation, where there is any (`distill.objective.amounts_at`).
+      amounts: of distillation, where there is any (`distill.objective.distill_weights_at`).
     """
     model = definition.merge_effective(params, buffers)
     output = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, key=key)

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from optax import contrib
 
 from slmjax.config import added_field
-from slmjax.quantization.weights import is_learned, is_of_input, is_sign
+from slmjax.quantization.weights import is_activation_quantizer_param, is_learned, is_sign
 
 
 class Optimizer(enum.Enum):
@@ -207,7 +207,7 @@ def _num_stacked_dims(path: str) -> int:
     """Leading dims that count parameters rather than being dims of one: layers of a segment, experts of a
     layer.
     """
-    return path.startswith("segments/") + ("/experts/" in path and not is_of_input(path))
+    return path.startswith("segments/") + ("/experts/" in path and not is_activation_quantizer_param(path))
 
 
 # The chain --------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from slmjax.models.definition import Definition, define, define_for_inference
 from slmjax.parallel.mesh import batch_divisor, make_mesh
 from slmjax.quantization import weights as numeric_weights
 from slmjax.quantization.flips import CodeFlips
-from slmjax.quantization.schedule import Easing, easing_of
+from slmjax.quantization.schedule import QuantSchedule, quant_schedule_of
 from slmjax.training.experiment import Experiment
 from slmjax.training.optim import cooldown_step, make_optimizer
 from slmjax.training.state import TrainState, state_shapes
@@ -60,7 +60,7 @@ class Programs:
     eval_step: EvalStep
     code_sums: CodeSums  # what a checkpoint keeps of the codes that its parameters have on these devices
     flips: CodeFlips
-    easing: Easing | None = None
+    easing: QuantSchedule | None = None
 
 
 def make_programs(
@@ -78,7 +78,9 @@ def make_programs(
     inference = define_for_inference(model, step=step)
     quant = experiment.quant
     steps = experiment.run.steps
-    easing = None if quant is None else easing_of(quant, first_step=model.quant[0].step, total_steps=steps)
+    easing = (
+        None if quant is None else quant_schedule_of(quant, first_step=model.quant[0].step, total_steps=steps)
+    )
     optimizer = make_optimizer(experiment.optim, definition.params, total_steps=steps)
     with_ema = experiment.optim.ema_decay is not None
     objective = experiment.objective

@@ -26,9 +26,9 @@ from slmjax.models.definition import Definition, Params
 from slmjax.models.ffn import moe
 from slmjax.models.paths import block_at
 from slmjax.parallel import communication
-from slmjax.quantization.schedule import Easing
+from slmjax.quantization.schedule import QuantSchedule
 from slmjax.quantization.weights import damping, eased
-from slmjax.training.metrics import batch_figures, data_checksum, squares_by_layer
+from slmjax.training.metrics import batch_metrics, data_checksum, squares_by_layer
 from slmjax.training.objective import ObjectiveConfig, counts, terms
 from slmjax.training.optim import OptimConfig, learning_rate
 from slmjax.training.state import MILLION, TrainState, Tree
@@ -53,7 +53,7 @@ def make_train_step(
     optim: OptimConfig,
     shapes: TrainState,
     total_steps: int,
-    easing: Easing | None = None,
+    easing: QuantSchedule | None = None,
 ) -> TrainStep:
     """The compiled step `(state, batch, teachers) -> (state, metrics)`; the state it is given is donated.
     Call it under the mesh.
@@ -77,7 +77,7 @@ def make_train_step(
     ) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         total = counts(batch)
-        amounts = distillation.amounts_at(
+        amounts = distillation.distill_weights_at(
             objective.distill, state.step, total_steps=total_steps, state=state.objective, key=key
         )
         effective, pull = _effective(definition, easing, state, key)  # once, before the batch is taken apart
@@ -110,7 +110,7 @@ def make_train_step(
             "skipped_in_a_row": new_state.skipped_in_a_row,
             "data_checksum": data_checksum(batch.row_ids),
         }
-        return new_state, metrics | distillation.reported(amounts) | total | batch_figures(sums, total)
+        return new_state, metrics | distillation.reported(amounts) | total | batch_metrics(sums, total)
 
     places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(places, places.step))
@@ -131,7 +131,7 @@ def _remembered(
 
 
 def _effective(
-    definition: Definition, easing: Easing | None, state: TrainState, key: Array
+    definition: Definition, easing: QuantSchedule | None, state: TrainState, key: Array
 ) -> tuple[Params, Callable[[Params], tuple[Params, Array]]]:
     """The parameters that the model computes with, and what makes of their gradient that of the trained ones.
 

@@ -20,7 +20,7 @@ from slmjax.checkpoints.loading import load_model
 from slmjax.checkpoints.run_checkpoints import MANIFEST, CheckpointConfig, Checkpointer, CheckpointError
 from slmjax.data.tokenizers import ByteTokenizer
 from slmjax.formats.presets import preset
-from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.definition import define, unstack
 from slmjax.models.mixers.attention import AttentionConfig
 from slmjax.parallel.mesh import MeshConfig, make_mesh
@@ -29,9 +29,9 @@ from slmjax.quantization.estimators import LearnedScale
 from slmjax.quantization.rules import QuantPhase, QuantRule
 
 BLOCK = BlockConfig(mixer=AttentionConfig(num_heads=2), ffn=None)
-MODEL = ModelConfig(embed_dim=8, stack=(Segment(pattern=(BLOCK,), repeats=3),), vocab_size=258)
+MODEL = ModelConfig(embed_dim=8, stack=(LayerGroup(pattern=(BLOCK,), repeats=3),), vocab_size=258)
 REGROUPED = dataclasses.replace(
-    MODEL, stack=(Segment(pattern=(BLOCK,)), Segment(pattern=(BLOCK,), repeats=2))
+    MODEL, stack=(LayerGroup(pattern=(BLOCK,)), LayerGroup(pattern=(BLOCK,), repeats=2))
 )
 
 
@@ -270,11 +270,11 @@ def test_a_step_that_was_not_saved_names_those_that_were(saved, opened):
             ),
         ),
         (
-            {"stack": (Segment(pattern=(BLOCK,), repeats=4),)},
+            {"stack": (LayerGroup(pattern=(BLOCK,), repeats=4),)},
             r"params/layers/3/mixer/key/weight is absent in the checkpoint",
         ),
         (
-            {"stack": (Segment(pattern=(BLOCK,), repeats=2),)},
+            {"stack": (LayerGroup(pattern=(BLOCK,), repeats=2),)},
             r"params/layers/2/mixer/key/weight is float32.* and absent in the model",
         ),
     ],
@@ -436,7 +436,10 @@ def test_learned_scales_of_an_older_version_are_read_as_the_positive_ones_that_t
     block = dataclasses.replace(BLOCK, mixer=AttentionConfig(num_heads=2, head_dim=32))
     rule = QuantRule(paths="query", weight=preset("q4_0"), estimator=LearnedScale())
     model = dataclasses.replace(
-        MODEL, embed_dim=32, stack=(Segment(pattern=(block,), repeats=2),), quant=(QuantPhase(rules=(rule,)),)
+        MODEL,
+        embed_dim=32,
+        stack=(LayerGroup(pattern=(block,), repeats=2),),
+        quant=(QuantPhase(rules=(rule,)),),
     )
     checkpointer = opened(tmp_path, model=model)
     shapes = define(model).params

@@ -16,7 +16,7 @@ from slmjax.checkpoints.run_checkpoints import CheckpointConfig, Checkpointer
 from slmjax.checkpoints.selection import best_of, is_better
 from slmjax.evaluation.bits_per_byte import EvalResult
 from slmjax.runner import session, trainer
-from slmjax.telemetry.run_directory import Log
+from slmjax.telemetry.run_directory import RunLog
 from tests.checkpoints.test_run_checkpoints import MODEL, state_at
 from tests.one_layer import one_layer
 
@@ -58,7 +58,7 @@ def test_a_loss_that_is_not_finite_is_never_the_best(loss, tmp_path, caplog):
     # As versions before this one left it: repaired from the log, in which the evaluations of lost checkpoints
     # stand too.
     losses = {1: 2.0, 2: math.nan, 7: 0.5}
-    with Log(tmp_path / "log.jsonl") as log:
+    with RunLog(tmp_path / "log.jsonl") as log:
         for step, value in losses.items():
             log.write("eval", step=step, loss=value)
         log.write("eval", step=2, loss=0.1, complete=True)  # on other text

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from slmjax.checkpoints.safetensors_files import ModelFiles, StoredFormat
-from slmjax.checkpoints.stored_model import Own, open_own
+from slmjax.checkpoints.stored_model import LocalModel, open_local_model
 from slmjax.convert.families import GGUF_FAMILIES, phi3
-from slmjax.convert.family import Bound, Rule, bind
+from slmjax.convert.family import BoundRule, Rule, bind
 from slmjax.convert.gguf.container import GgufFile, read_gguf
 from slmjax.convert.gguf.tensor_codes import blocks_of, container_of
 from slmjax.convert.import_export import Target, WeightType, export_model, import_model
@@ -45,7 +45,7 @@ def exported(
     return directory / "quantized", read_gguf(directory / "model.gguf"), written
 
 
-def bound_of(config: ModelConfig) -> list[Bound]:
+def bound_of(config: ModelConfig) -> list[BoundRule]:
     return express(config, GGUF_FAMILIES, format_name="GGUF", preferred=None, tolerance=5e-7).bound
 
 
@@ -63,8 +63,8 @@ def test_blocks_are_what_the_gguf_package_packs(tmp_path: Path, case: str) -> No
     """
     config, pairs, file_type = CASES[case]
     quantized, file, written = exported(tmp_path, config, *pairs)
-    plain = open_own(tmp_path / "source")
-    coded = open_own(quantized)
+    plain = open_local_model(tmp_path / "source")
+    coded = open_local_model(quantized)
     types = set()
     for one in bound_of(config):
         tensor = file.tensors[one.theirs[0]]
@@ -134,7 +134,7 @@ def test_decoded_numbers_where_they_are_asked_for(tmp_path: Path) -> None:
 
 
 # Blocks that tensors made of several parameters need --------------------------------------------------------
-def phi_own(**names: str | None) -> tuple[Bound, Own]:
+def phi_own(**names: str | None) -> tuple[BoundRule, LocalModel]:
     """Queries, keys and values that Phi-3 joins, in formats of their own, and the rule that joins them."""
     shapes = {"query": (64, 32), "key": (64, 16), "value": (64, 16)}
     arrays = {
@@ -149,7 +149,7 @@ def phi_own(**names: str | None) -> tuple[Bound, Own]:
     def read(name: str) -> np.ndarray:
         return np.asarray(decode(encoded(name), specs[name], axis=-2))
 
-    own = Own(
+    own = LocalModel(
         path=Path("."),
         config=QWEN,
         read=read,
@@ -160,7 +160,7 @@ def phi_own(**names: str | None) -> tuple[Bound, Own]:
         formats={name: StoredFormat(spec=spec, axis=-2) for name, spec in specs.items()},
     )
     rule = next(rule for rule in phi3.GGUF_LAYER if "mixer/query/weight" in rule.ours)
-    return Bound(
+    return BoundRule(
         rule=rule,
         ours=list(rule.ours),
         theirs=["attn_qkv.weight"],
@@ -218,7 +218,7 @@ def test_a_rule_that_computes_with_numbers_is_found_out() -> None:
     moved = Rule(
         ours=("up",), theirs=("up",), read=lambda arrays, _: arrays, write=lambda arrays: [arrays[0].T]
     )
-    one = Bound(rule=moved, ours=["up"], theirs=["ffn_up.weight"], shapes=[(64, 32)])
+    one = BoundRule(rule=moved, ours=["up"], theirs=["ffn_up.weight"], shapes=[(64, 32)])
     assert blocks_of(one, own, "Q4_0").shape == (32, 36)
     centered = dataclasses.replace(moved, write=lambda arrays: [arrays[0].T + 1])
     with pytest.raises(ValueError, match=r"ffn_up.weight|up does not go into Q4_0"):

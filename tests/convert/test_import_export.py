@@ -18,7 +18,7 @@ from slmjax.checkpoints import loading, safetensors_files
 from slmjax.convert.families import HF_FAMILIES
 from slmjax.convert.import_export import Target, export_model, import_model
 from slmjax.convert.source import express
-from slmjax.models.architecture import BlockConfig, HeadKind, ModelConfig, Segment, stack_of
+from slmjax.models.architecture import BlockConfig, HeadKind, LayerGroup, ModelConfig, stack_of
 from slmjax.models.ffn.mlp import Activation, MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.mixers.attention import AttentionConfig, QkNorm
@@ -232,7 +232,7 @@ BLOCK = BlockConfig(mixer=AttentionConfig(num_heads=2, head_dim=8), ffn=MlpConfi
 
 def odd(block: BlockConfig = BLOCK, **fields: Any) -> ModelConfig:
     return ModelConfig(
-        **{"embed_dim": 16, "stack": (Segment(pattern=(block,)),), "vocab_size": 31, "context_length": 32}
+        **{"embed_dim": 16, "stack": (LayerGroup(pattern=(block,)),), "vocab_size": 31, "context_length": 32}
         | fields
     )
 

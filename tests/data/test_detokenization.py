@@ -12,7 +12,7 @@ from tokenizers import decoders, models, normalizers
 
 from slmjax.checkpoints.loading import Loaded
 from slmjax.data.tokenizers import ByteTokenizer, Tokenizer
-from slmjax.models.decoder import BlockConfig, ModelConfig, Segment
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.mixers.attention import AttentionConfig
 from slmjax.sampling import FinishReason, Generation, SamplingConfig, generate, text
@@ -112,7 +112,9 @@ TOKENIZERS = {
 @pytest.fixture(scope="module")
 def speaking(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     block = BlockConfig(mixer=AttentionConfig(num_heads=1), ffn=MlpConfig(hidden_dim=4))
-    config = ModelConfig(embed_dim=4, stack=(Segment(pattern=(block,)),), context_length=64, vocab_size=280)
+    config = ModelConfig(
+        embed_dim=4, stack=(LayerGroup(pattern=(block,)),), context_length=64, vocab_size=280
+    )
     return untrained(config, tokenizer=BYTE_FALLBACK, path=tmp_path_factory.mktemp("speaking"))
 
 

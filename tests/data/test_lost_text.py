@@ -23,7 +23,7 @@ from slmjax.data.lost_text import (
 from slmjax.data.preparation import prepare
 from slmjax.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 from slmjax.evaluation import evaluate
-from slmjax.models.decoder import BlockConfig, ModelConfig, Segment
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.mixers.attention import AttentionConfig
 from tests.untrained import untrained
@@ -114,7 +114,7 @@ def test_a_tokenizer_that_loses_text_is_refused_or_marked(tmp_path: Path) -> Non
     assert shards.manifest.lost_text.share == LOST
 
     block = BlockConfig(mixer=AttentionConfig(num_heads=1), ffn=MlpConfig(hidden_dim=4))
-    config = ModelConfig(embed_dim=4, stack=(Segment(pattern=(block,)),), context_length=8, vocab_size=4)
+    config = ModelConfig(embed_dim=4, stack=(LayerGroup(pattern=(block,)),), context_length=8, vocab_size=4)
     built = tokenizer.build(())
     built.save(tmp_path / "tokenizer")
     loaded = untrained(config, tokenizer=built, path=tmp_path)

@@ -13,7 +13,7 @@ import pytest
 
 from slmjax import cli
 from slmjax.checkpoints.loading import Loaded
-from slmjax.checkpoints.stored_model import Own
+from slmjax.checkpoints.stored_model import LocalModel
 from slmjax.config import to_json
 from slmjax.convert.verify.loss_check import text_windows
 from slmjax.data import provenance
@@ -24,7 +24,7 @@ from slmjax.data.tokenizers import ByteTokenizer
 from slmjax.distill.config import DistillConfig, TeacherConfig
 from slmjax.evaluation import evaluate
 from slmjax.evaluation.bits_per_byte import documents_of
-from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.definition import define
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.mixers.attention import AttentionConfig
@@ -36,7 +36,7 @@ from tests.data.test_held_out import TEXTS, corpus
 
 BLOCK = BlockConfig(mixer=AttentionConfig(num_heads=1), ffn=MlpConfig(hidden_dim=8))
 CONFIG = ModelConfig(
-    embed_dim=8, stack=(Segment(pattern=(BLOCK,), repeats=1),), context_length=64, vocab_size=258
+    embed_dim=8, stack=(LayerGroup(pattern=(BLOCK,), repeats=1),), context_length=64, vocab_size=258
 )
 DEFINITION = define(CONFIG)
 
@@ -147,7 +147,7 @@ def test_another_way_to_encode_the_same_text_is_no_change_of_it(loaded: Loaded, 
 
 def test_a_model_made_of_a_run_has_its_record(run: Path, data: DataConfig, tmp_path: Path) -> None:
     unread = {name: lambda _: pytest.fail("no weight is read") for name in ("read", "dtype", "encoded")}
-    own = Own(path=run, config=CONFIG, formats={}, family=None, step=1, **unread)
+    own = LocalModel(path=run, config=CONFIG, formats={}, family=None, step=1, **unread)
     origin = _origin(own, (), Clip.NONE)
     model = tmp_path / "model"
     model.mkdir()

@@ -19,7 +19,7 @@ from slmjax.data.config import DataConfig
 from slmjax.data.tokenizers import ByteTokenizer, Tokenizer
 from slmjax.distill.config import DistillConfig
 from slmjax.distill.teachers import Teachers, divided_devices
-from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.definition import unstack
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.mixers.attention import AttentionConfig
@@ -48,7 +48,7 @@ STUDENT = ModelConfig(
     context_length=LENGTH,
     vocab_size=VOCAB,
     vocab_multiple=8,
-    stack=(Segment(pattern=(BLOCK,)),),
+    stack=(LayerGroup(pattern=(BLOCK,)),),
 )
 TEACHER = dataclasses.replace(STUDENT, embed_dim=24, vocab_multiple=1)
 

@@ -23,7 +23,7 @@ from slmjax.convert.import_export import import_model
 from slmjax.data.tokenizers import ByteTokenizer, CharTokenizer
 from slmjax.distill.layers import chosen_layers, shared_rows, student_parameters
 from slmjax.distill.slices import student_cuts
-from slmjax.models.architecture import BlockConfig, HeadKind, ModelConfig, NormPlacement, Segment, stack_of
+from slmjax.models.architecture import BlockConfig, HeadKind, LayerGroup, ModelConfig, NormPlacement, stack_of
 from slmjax.models.definition import define, restack, stored_shapes, unstack
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import Balance, MoeConfig
@@ -52,7 +52,7 @@ EXPERTS = BlockConfig(
 )
 TEACHER = ModelConfig(
     embed_dim=32,
-    stack=(Segment(pattern=(DENSE, EXPERTS), repeats=2),),
+    stack=(LayerGroup(pattern=(DENSE, EXPERTS), repeats=2),),
     vocab_size=258,
     vocab_multiple=8,
     head=HeadKind.FREE,
@@ -152,7 +152,9 @@ def test_one_way_of_choosing() -> None:
 def test_all_layers_are_the_teacher(teacher: Loaded) -> None:
     """Also where the student groups its layers otherwise."""
     blocks = tuple(TEACHER.blocks())
-    config = dataclasses.replace(TEACHER, stack=(Segment(pattern=blocks[:1]), Segment(pattern=blocks[1:])))
+    config = dataclasses.replace(
+        TEACHER, stack=(LayerGroup(pattern=blocks[:1]), LayerGroup(pattern=blocks[1:]))
+    )
     _, params, buffers, _ = start(teacher, config, (0, 1, 2, 3))
     mine = layers_of(config, params, buffers)
     for name, value in layers_of(TEACHER, teacher.params, teacher.buffers).items():

@@ -20,7 +20,7 @@ from slmjax.distill import objective as distillation
 from slmjax.distill.config import DistillConfig, Ramp, ShortContext, TeacherConfig
 from slmjax.distill.teachers import TeacherPlan, Teachers, divided_devices, plan_teachers
 from slmjax.losses import ForwardKl, Head, ReverseKl, Taid, TeacherMean, TeacherOutput, sharded_divergence
-from slmjax.models.architecture import BlockConfig, HeadKind, ModelConfig, Precision, Segment
+from slmjax.models.architecture import BlockConfig, HeadKind, LayerGroup, ModelConfig, Precision
 from slmjax.models.definition import Definition, define
 from slmjax.models.ffn.moe import Balance, MoeConfig
 from slmjax.models.mixers.attention import AttentionConfig, Biases, QkNorm
@@ -83,7 +83,7 @@ def student() -> tuple[Definition, dict[str, jax.Array], Any]:
 
 def soft_mean(distill: DistillConfig, said: Any, head: Head) -> tuple[Any, Any]:
     """The objective's mean over scored tokens, and its gradient by the table of the student's head."""
-    amounts = distillation.amounts_at(
+    amounts = distillation.distill_weights_at(
         distill, jnp.zeros((), jnp.int32), total_steps=10, state={}, key=jax.random.key(0)
     )
     assert amounts is not None
@@ -105,7 +105,7 @@ ODD = dataclasses.replace(
     embed_dim=16,
     learned_positions=LENGTH,
     stack=(
-        Segment(
+        LayerGroup(
             pattern=(
                 dataclasses.replace(
                     BLOCK,
@@ -187,7 +187,7 @@ def test_a_teacher_is_the_same_after_training(teacher: Path) -> None:
     )
 
     definition, params, _ = student()
-    amounts = distillation.amounts_at(
+    amounts = distillation.distill_weights_at(
         distill, jnp.zeros((), jnp.int32), total_steps=10, state={}, key=jax.random.key(0)
     )
 

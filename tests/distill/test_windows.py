@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from slmjax.distill.windows import num_windows, windowed
-from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.definition import define
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.mixers.attention import AttentionConfig
@@ -38,7 +38,7 @@ def model():
     """A model of one layer as a function of a batch."""
     block = BlockConfig(mixer=AttentionConfig(num_heads=2), ffn=MlpConfig(hidden_dim=16))
     definition = define(
-        ModelConfig(embed_dim=16, stack=(Segment(pattern=(block,)),), context_length=64, vocab_size=40)
+        ModelConfig(embed_dim=16, stack=(LayerGroup(pattern=(block,)),), context_length=64, vocab_size=40)
     )
     draws = np.random.default_rng(1)
     params = {

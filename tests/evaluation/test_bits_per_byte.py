@@ -28,7 +28,7 @@ from slmjax.evaluation.bits_per_byte import (
     scored_text,
 )
 from slmjax.losses import TeacherOutput
-from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.decoder import logits
 from slmjax.models.definition import Definition, define
 from slmjax.models.ffn.mlp import MlpConfig
@@ -49,7 +49,7 @@ def model_config(window: int | None) -> ModelConfig:
     block = BlockConfig(mixer=AttentionConfig(num_heads=2, window=window), ffn=MlpConfig(hidden_dim=24))
     return ModelConfig(
         embed_dim=16,
-        stack=(Segment(pattern=(block,), repeats=2),),
+        stack=(LayerGroup(pattern=(block,), repeats=2),),
         context_length=32,
         vocab_size=VOCAB,
         vocab_multiple=8,

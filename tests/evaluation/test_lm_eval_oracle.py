@@ -16,7 +16,7 @@ from slmjax.checkpoints import safetensors_files
 from slmjax.checkpoints.loading import Loaded
 from slmjax.convert.import_export import Target, export_model
 from slmjax.data.tokenizers import BpeTokenizer, Tokenizer
-from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.definition import unstack
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.mixers.attention import AttentionConfig, QkNorm
@@ -74,7 +74,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     made = tokenizer(adds_bos=True)
     small = ModelConfig(
         embed_dim=32,
-        stack=(Segment(pattern=(block,), repeats=LAYERS),),
+        stack=(LayerGroup(pattern=(block,), repeats=LAYERS),),
         context_length=CONTEXT,
         vocab_size=made.vocab_size,
     )

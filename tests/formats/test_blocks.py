@@ -10,7 +10,7 @@ import pytest
 from slmjax.formats.blocks import CONTAINERS, container_for, pack, unpack
 from slmjax.formats.coding import Encoded, encode
 from slmjax.formats.presets import PRESETS
-from slmjax.formats.spec import Codes, Grid, QuantSpec, ScaleType, Share
+from slmjax.formats.spec import CodeGrid, Codes, Granularity, QuantSpec, ScaleType
 
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
@@ -64,7 +64,7 @@ def test_one_block_by_hand() -> None:
 def test_a_stack_of_weights() -> None:
     """Leading dims stay; one scale for all is that of every block."""
     x = jnp.linspace(-1, 1, 2 * 3 * 64).reshape(2, 3, 64)
-    spec = QuantSpec(bits=4, share=Share.TENSOR, divisor=7.0, scale_type=ScaleType.FLOAT16)
+    spec = QuantSpec(bits=4, share=Granularity.TENSOR, divisor=7.0, scale_type=ScaleType.FLOAT16)
     encoded, shared = jax.jit(lambda x: (encode(x, PRESETS["q8_0"]), encode(x, spec)))(x)
     raw = pack(encoded, "Q8_0")
     assert raw.shape == (2, 3, 68)
@@ -162,7 +162,7 @@ def test_every_integer_format_of_presets_packs() -> None:
     chosen = {
         name: s
         for name, s in PRESETS.items()
-        if s.scale_type is ScaleType.FLOAT16 and s.grid in (Grid.INTEGER, Grid.ODD)
+        if s.scale_type is ScaleType.FLOAT16 and s.grid in (CodeGrid.INTEGER, CodeGrid.ODD)
     }
     assert len(chosen) > 10
     for name, encoded in jax.jit(lambda x: {key: encode(x, spec) for key, spec in chosen.items()})(x).items():

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from slmjax.formats.coding import Encoded, decode, encode, expanded, fake_quant, scale_of
 from slmjax.formats.presets import PRESETS, preset
-from slmjax.formats.spec import Grid, QuantSpec, ScaleType, Share, Statistic, levels
+from slmjax.formats.spec import CodeGrid, Granularity, QuantSpec, ScaleType, Statistic, levels
 from tests.formats.make_golden import GOLDEN
 
 with np.load(GOLDEN / "numbers.npz") as _file:
@@ -52,9 +52,9 @@ def codes(name: str, *values: float, size: int = 32) -> tuple[list[int], float]:
 
 
 FLOATS = {
-    Grid.E2M1: ml_dtypes.float4_e2m1fn,
-    Grid.E4M3: ml_dtypes.float8_e4m3fn,
-    Grid.E5M2: ml_dtypes.float8_e5m2,
+    CodeGrid.E2M1: ml_dtypes.float4_e2m1fn,
+    CodeGrid.E4M3: ml_dtypes.float8_e4m3fn,
+    CodeGrid.E5M2: ml_dtypes.float8_e5m2,
 }
 
 
@@ -122,7 +122,7 @@ def test_two_levels() -> None:
 
 
 def test_of_a_tensor() -> None:
-    spec = QuantSpec(bits=4, share=Share.TENSOR, divisor=7.0)
+    spec = QuantSpec(bits=4, share=Granularity.TENSOR, divisor=7.0)
     encoded = encode(jnp.array([[7.0, 1.0], [-2.6, 0.0]]), spec)
     np.testing.assert_array_equal(encoded.codes, [[7, 1], [-3, 0]])
     np.testing.assert_array_equal(encoded.scale, [[1.0]])
@@ -174,7 +174,7 @@ def test_no_float16_is_missed() -> None:
     given_scales = np.concatenate(
         [own, middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(1e6))]
     )
-    spec = QuantSpec(bits=8, share=Share.ROW, scale_type=ScaleType.FLOAT16)
+    spec = QuantSpec(bits=8, share=Granularity.ROW, scale_type=ScaleType.FLOAT16)
     encoded = jax.jit(lambda scale: encode(jnp.zeros((scale.size, 1)), spec, scale=scale))(
         given_scales[:, None]
     )
@@ -262,7 +262,7 @@ def test_own_scale_gives_the_codes_again(found: dict[str, tuple[Encoded, jax.Arr
         first = found[name][0]
         np.testing.assert_array_equal(encoded.scale, first.scale, err_msg=name)
         has_scale = np.repeat(np.abs(first.scale) >= 2.0**-126, 256 // first.scale.shape[-1], axis=-1)
-        if PRESETS[name].grid is Grid.E2M1:
+        if PRESETS[name].grid is CodeGrid.E2M1:
             has_scale &= np.asarray(first.codes) != 8  # -0 is decoded, and then 0 or -0
         np.testing.assert_array_equal(
             np.where(has_scale, encoded.codes, 0), np.where(has_scale, first.codes, 0), err_msg=name

@@ -18,7 +18,7 @@ import pytest
 from slmjax.formats import blocks
 from slmjax.formats.coding import Encoded, decode, encode, fake_quant
 from slmjax.formats.presets import PRESETS
-from slmjax.formats.spec import ScaleType, Scaling, Share
+from slmjax.formats.spec import Granularity, ScaleType, Scaling
 from tests.formats.make_golden import GOLDEN, PACKAGES, of_one_size
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -104,7 +104,7 @@ def test_codes_on_the_scale_of_a_row() -> None:
     kept = FILES["torchao"]
     for name in names("torchao", "/given_codes"):
         scale = kept[f"{name}/given_scale"]
-        share = Share.ROW if scale.ndim else Share.TENSOR
+        share = Granularity.ROW if scale.ndim else Granularity.TENSOR
         spec = dataclasses.replace(PRESETS[name], share=share, group_size=None, scale_type=ScaleType.FLOAT32)
         codes = encode(jnp.asarray(NUMBERS[:4]), spec, scale=jnp.asarray(scale.reshape(-1, 1))).codes
         np.testing.assert_array_equal(codes, kept[f"{name}/given_codes"], err_msg=name)

@@ -8,11 +8,11 @@ import pytest
 from slmjax.config import ConfigError, from_json, to_json
 from slmjax.formats.presets import PRESETS, name_of, preset
 from slmjax.formats.spec import (
+    CodeGrid,
     Codes,
-    Grid,
+    Granularity,
     QuantSpec,
     ScaleType,
-    Share,
     Statistic,
     bits_per_number,
     check_width,
@@ -27,14 +27,14 @@ from slmjax.formats.spec import (
         (QuantSpec(bits=4, group_size=32), range(-8, 8)),
         (QuantSpec(bits=4, group_size=32, codes=Codes.SYMMETRIC), range(-7, 8)),
         (QuantSpec(bits=1.58, group_size=32), [-1, 0, 1]),
-        (QuantSpec(bits=2, group_size=32, grid=Grid.ODD), [-3, -1, 1, 3]),
-        (QuantSpec(bits=1, group_size=32, grid=Grid.ODD), [-1, 1]),
+        (QuantSpec(bits=2, group_size=32, grid=CodeGrid.ODD), [-3, -1, 1, 3]),
+        (QuantSpec(bits=1, group_size=32, grid=CodeGrid.ODD), [-1, 1]),
         (PRESETS["mxfp4"], [-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6]),
     ],
 )
 def test_levels(spec: QuantSpec, expected: object) -> None:
     np.testing.assert_array_equal(levels(spec), list(expected))  # type: ignore[call-overload]
-    if spec.grid in (Grid.INTEGER, Grid.ODD):
+    if spec.grid in (CodeGrid.INTEGER, CodeGrid.ODD):
         assert (spec.lowest_code, spec.highest_code) == (levels(spec)[0], levels(spec)[-1])
 
 
@@ -77,10 +77,13 @@ def test_bits(name: str, bits: float) -> None:
 
 def test_bytes_of_a_tensor() -> None:
     """One float32 scale for all of it, in an asymmetric format with a zero point."""
-    assert stored_bytes(QuantSpec(bits=4, share=Share.TENSOR), (3, 5)) == 12  # 60 bits and 32
-    assert stored_bytes(QuantSpec(bits=8, share=Share.TENSOR, statistic=Statistic.MIN_MAX), (3, 5)) == 15 + 5
+    assert stored_bytes(QuantSpec(bits=4, share=Granularity.TENSOR), (3, 5)) == 12  # 60 bits and 32
+    assert (
+        stored_bytes(QuantSpec(bits=8, share=Granularity.TENSOR, statistic=Statistic.MIN_MAX), (3, 5))
+        == 15 + 5
+    )
     assert stored_bytes(PRESETS["q4_0"], (0, 32)) == 0
-    assert bits_per_number(QuantSpec(bits=4, share=Share.TENSOR), 7) == 4
+    assert bits_per_number(QuantSpec(bits=4, share=Granularity.TENSOR), 7) == 4
 
 
 @pytest.mark.parametrize(
@@ -105,13 +108,13 @@ def test_widths_are_refused_by_name(name: str, width: int, way_out: str) -> None
     [
         ({"bits": 9, "group_size": 32}, "bits is 9"),
         ({"bits": 4}, "group_size is None with share 'group'"),
-        ({"bits": 4, "group_size": 32, "share": Share.ROW}, "group_size is 32 with share 'row'"),
+        ({"bits": 4, "group_size": 32, "share": Granularity.ROW}, "group_size is 32 with share 'row'"),
         ({"bits": 4, "group_size": 0}, "group_size is 0"),
         ({"bits": 4, "group_size": 32, "divisor": 0.0}, "divisor is 0.0"),
         ({"bits": 4, "group_size": 32, "divisor": float("nan")}, "divisor is nan"),
         ({"bits": 1, "group_size": 32}, "give grid ODD"),
-        ({"bits": 8, "group_size": 32, "grid": Grid.ODD}, "bits is 8 with grid ODD"),
-        ({"bits": 8, "group_size": 32, "grid": Grid.E2M1}, "e2m1 has 4 bits"),
+        ({"bits": 8, "group_size": 32, "grid": CodeGrid.ODD}, "bits is 8 with grid ODD"),
+        ({"bits": 8, "group_size": 32, "grid": CodeGrid.E2M1}, "e2m1 has 4 bits"),
         (
             {"bits": 4, "group_size": 32, "codes": Codes.SYMMETRIC, "statistic": Statistic.MIN_MAX},
             "a zero point is for an INTEGER grid",
@@ -140,4 +143,4 @@ def test_other_names() -> None:
     spec = dataclasses.replace(PRESETS["int5_g32"], group_size=64)
     assert name_of(spec) == "5 bits absmax/15, groups of 64, float16 scales"
     assert "e2m1" in name_of(dataclasses.replace(PRESETS["mxfp4"], group_size=64))
-    assert "one scale a tensor" in name_of(QuantSpec(bits=8, share=Share.TENSOR))
+    assert "one scale a tensor" in name_of(QuantSpec(bits=8, share=Granularity.TENSOR))

@@ -18,7 +18,7 @@ from slmjax.models.ffn import moe
 from slmjax.models.ffn.mlp import Activation
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 from slmjax.quantization import activations
-from slmjax.quantization.assignment import Numbers
+from slmjax.quantization.assignment import TensorQuant
 from slmjax.quantization.estimators import LearnedClip, StraightThrough
 from tests.kernels.test_fused_attention import tpu_mesh
 
@@ -39,7 +39,7 @@ def as_tpu(monkeypatch):
 
 
 def numbers_of(name, estimator=None):
-    return Numbers(spec=preset(name), estimator=estimator or StraightThrough(), axis=-1)
+    return TensorQuant(spec=preset(name), estimator=estimator or StraightThrough(), axis=-1)
 
 
 def drawn(*shape, dtype=jnp.bfloat16):
@@ -83,7 +83,7 @@ def test_on_a_mesh_it_gives_what_one_device_does_with_the_gradient_of_the_identi
     kernel = kernels.round_groups
     monkeypatch.setattr(kernels, "round_groups", lambda x, spec: calls.append(x.shape) or kernel(x, spec))
     x = drawn(4, 16, 256)
-    rounding_of = activations.RoundedInput(numbers_of("q8_0"), dim=dim)
+    rounding_of = activations.ActivationQuantizer(numbers_of("q8_0"), dim=dim)
     mesh = make_mesh(MeshConfig(data=2, context=2, tensor=2))
     with jax.set_mesh(mesh):
         y, pull = jax.vjp(jax.jit(lambda x: rounding_of(x)), x)
@@ -104,24 +104,24 @@ def test_it_is_left_out_where_devices_would_hold_parts_of_groups(
     """Half of 96 is no multiple of 32; 100 does not divide over 8 devices, which hold it whole then."""
     calls = []
     monkeypatch.setattr(kernels, "round_groups", lambda x, spec: calls.append(x.shape) or x)
-    numbers = Numbers(
+    numbers = TensorQuant(
         spec=dataclasses.replace(preset("q8_0"), group_size=group), estimator=StraightThrough(), axis=-1
     )
     with jax.set_mesh(make_mesh(MeshConfig(data=1, tensor=tensor), jax.devices()[:tensor])):
-        y = activations.RoundedInput(numbers, dim="ffn")(drawn(2, 8, width))
+        y = activations.ActivationQuantizer(numbers, dim="ffn")(drawn(2, 8, width))
     assert y.shape == (2, 8, width) and bool(calls) == is_used
 
 
 def test_it_is_for_straight_through_alone_and_can_be_turned_off(as_tpu, monkeypatch):
     monkeypatch.setattr(kernels, "round_groups", lambda x, spec: pytest.fail("used"))
     x = drawn(2, 8, 64)
-    activations.RoundedInput(numbers_of("torchao_int8_token"))(x)
+    activations.ActivationQuantizer(numbers_of("torchao_int8_token"))(x)
     learned = {"log_scale": jnp.float32(-3.0)}
     tensor_wide = dataclasses.replace(preset("int8_g32"), share=preset("int8_row").share, group_size=None)
-    learner = Numbers(spec=tensor_wide, estimator=LearnedClip(), axis=-1)
-    activations.RoundedInput(learner, learner=learner, learned=learned)(x)
+    learner = TensorQuant(spec=tensor_wide, estimator=LearnedClip(), axis=-1)
+    activations.ActivationQuantizer(learner, learner=learner, learned=learned)(x)
     monkeypatch.setenv("SLMJAX_FUSED", "off")
-    activations.RoundedInput(numbers_of("q8_0"))(x)
+    activations.ActivationQuantizer(numbers_of("q8_0"))(x)
 
 
 @pytest.mark.usefixtures("libtpu")
@@ -132,7 +132,7 @@ def test_it_compiles_for_tpu_and_reads_its_input_once():
 
     def program(x):
         return [
-            activations.RoundedInput(numbers_of(name), dim="ffn")(x)
+            activations.ActivationQuantizer(numbers_of(name), dim="ffn")(x)
             for name in ("q8_0", "mxfp8_e4m3", "mxfp4")
         ]
 
@@ -163,7 +163,7 @@ def test_the_hidden_layer_of_experts_compiles_with_its_gradient(capacity):
         routing = moe.Routing(
             weights=weights, experts=experts, probabilities=jnp.ones((*experts.shape[:2], 4))
         )
-        hidden_input = activations.RoundedInput(numbers_of("q8_0"))
+        hidden_input = activations.ActivationQuantizer(numbers_of("q8_0"))
         y = moe.apply_experts(
             x,
             routing,

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from slmjax.losses import (
+    DistillLossConfig,
     Divergence,
     ForwardKl,
     Head,
     Jsd,
-    Matching,
     ReverseKl,
     SkewKl,
     SkewReverseKl,
@@ -83,7 +83,7 @@ def dense_logits(hidden: jax.Array, head: Head) -> jax.Array:
 
 
 def dense_teachers(
-    matching: Matching, teachers: tuple[TeacherOutput, ...], *, columns: int, temperature: float
+    matching: DistillLossConfig, teachers: tuple[TeacherOutput, ...], *, columns: int, temperature: float
 ) -> jax.Array:
     shares = matching.weights or (1.0,) * len(teachers)
     logits = jnp.stack(
@@ -99,7 +99,7 @@ def dense_token_values(
     hidden: jax.Array,
     head: Head,
     teachers: tuple[TeacherOutput, ...],
-    matching: Matching,
+    matching: DistillLossConfig,
     *,
     temperature: float = 1.0,
 ) -> jax.Array:
@@ -116,7 +116,7 @@ def dense_sum(
     hidden: jax.Array,
     head: Head,
     teachers: tuple[TeacherOutput, ...],
-    matching: Matching,
+    matching: DistillLossConfig,
     targets: jax.Array,
     weights: jax.Array,
     *,

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from slmjax.losses import (
+    DistillLossConfig,
     Divergence,
     ForwardKl,
     Head,
     Jsd,
-    Matching,
     ReverseKl,
     Sampled,
     SkewKl,
@@ -177,7 +177,7 @@ def test_the_tail_of_a_peaked_student_over_a_divided_vocabulary() -> None:
     """
     teacher = jnp.asarray([[2.0, 0, 0, 0, 0, 0]])
     student = jnp.asarray([[30.0, 0, 0, 0, 0, 0]])
-    matching = Matching(divergence=TopK(k=1), temperature=0.3, scales_by_square=False)
+    matching = DistillLossConfig(divergence=TopK(k=1), temperature=0.3, scales_by_square=False)
     head = Head(weight=jnp.pad(jnp.eye(6), ((0, 2), (0, 0))), vocab_size=6)
 
     def fn(sharded: Any, student: jax.Array, teacher: jax.Array) -> Any:
@@ -248,5 +248,5 @@ def test_a_teacher_of_no_weight_says_nothing() -> None:
     student = jnp.asarray([[1.0, 0, 0, 0, 0, 2.0]])
     alone = token_divergence(student, HEAD, teachers[:1], ForwardKl())
     for mean in TeacherMean:
-        matching = Matching(divergence=ForwardKl(), mean=mean, weights=(1.0, 0.0))
+        matching = DistillLossConfig(divergence=ForwardKl(), mean=mean, weights=(1.0, 0.0))
         np.testing.assert_allclose(token_divergence(student, HEAD, teachers, matching), alone, rtol=1e-6)

@@ -30,7 +30,7 @@ from slmjax.losses import (
     TotalVariation,
     token_divergence,
 )
-from slmjax.losses.divergences import Pass, draw_counts, log_softmax
+from slmjax.losses.divergences import DivergenceContext, draw_counts, log_softmax
 from slmjax.parallel import communication
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 from tests.losses.dense_divergences import dense_values
@@ -58,7 +58,7 @@ def values_of(
 ) -> list[jax.Array]:
     log_p = log_softmax(p_logits, WHOLE)
     log_q = log_softmax(q_logits, WHOLE)
-    own = Pass(shards=WHOLE, state={}, draws=None, key=None)
+    own = DivergenceContext(shards=WHOLE, state={}, draws=None, key=None)
     return [divergence.value_and_slope(log_p, log_q, own)[0] for divergence in divergences]
 
 
@@ -191,7 +191,11 @@ def test_draws_are_unbiased_and_those_asked_for() -> None:
     ids = jnp.array([[3, 5]], jnp.uint32)
     keys = jax.vmap(lambda seed: jax.random.key_data(jax.random.key(seed)))(jnp.arange(num_keys))
     counts = jax.jit(
-        jax.vmap(lambda key: draw_counts(p, num_draws, Pass(shards=WHOLE, state={}, draws=ids, key=key)))
+        jax.vmap(
+            lambda key: draw_counts(
+                p, num_draws, DivergenceContext(shards=WHOLE, state={}, draws=ids, key=key)
+            )
+        )
     )(keys)[:, 0]
     np.testing.assert_array_equal(counts.sum(axis=-1), np.full(num_keys, num_draws))
     assert not jnp.any(counts[:, jnp.array([2, 6])])
@@ -247,18 +251,18 @@ def test_draws_over_a_divided_vocabulary(num_shards: int) -> None:
     )  # one of eight shards has nothing
     ids = jnp.arange(12, dtype=jnp.uint32).reshape(6, 2)
     key = jax.random.key_data(jax.random.key(1))
-    whole = draw_counts(p, 500, Pass(shards=WHOLE, state={}, draws=ids, key=key))
+    whole = draw_counts(p, 500, DivergenceContext(shards=WHOLE, state={}, draws=ids, key=key))
     np.testing.assert_array_equal(whole.sum(axis=-1), np.full(6, 500))
 
     def of_shard(p: jax.Array) -> jax.Array:
         return draw_counts(
-            p, 500, Pass(shards=communication.shards_of("vocab"), state={}, draws=ids, key=key)
+            p, 500, DivergenceContext(shards=communication.shards_of("vocab"), state={}, draws=ids, key=key)
         )
 
     mesh = make_mesh(MeshConfig(data=1, tensor=num_shards), jax.devices()[:num_shards])
     with jax.set_mesh(mesh):
         divided = jax.jit(
-            communication.local(of_shard, in_dims=((None, "vocab"),), out_dims=(None, "vocab"))
+            communication.shard_mapped(of_shard, in_dims=((None, "vocab"),), out_dims=(None, "vocab"))
         )(p)
     np.testing.assert_array_equal(divided, whole)
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from slmjax.losses import (
+    DistillLossConfig,
     Divergence,
     ForwardKl,
     Head,
     Jsd,
-    Matching,
     ReverseKl,
     SkewKl,
     SkewReverseKl,
@@ -104,7 +104,9 @@ def found(dtype: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         head = identity_head(dtype)
         results = {}
         for name, (divergence, temperature, squared) in cases.items():
-            matching = Matching(divergence=divergence, scales_by_square=squared, temperature=temperature)
+            matching = DistillLossConfig(
+                divergence=divergence, scales_by_square=squared, temperature=temperature
+            )
             teachers = (TeacherOutput(hidden=teacher, head=head),)
             values, pull = jax.vjp(lambda x, m=matching, t=teachers: token_divergence(x, head, t, m), student)
             results[name] = values, pull(jnp.ones_like(values))[0]
@@ -206,7 +208,7 @@ def test_two_teachers(mean: TeacherMean, expected: list[float]) -> None:
     student = jnp.array([STUDENT[0]])
 
     def gradient(weights: tuple[float, ...] = ()) -> jax.Array:
-        matching = Matching(divergence=ForwardKl(), mean=mean, weights=weights)
+        matching = DistillLossConfig(divergence=ForwardKl(), mean=mean, weights=weights)
         return jax.grad(lambda x: token_divergence(x, head, teachers, matching)[0])(student)[0]
 
     # The gradient of the forward KL is q - p.
@@ -256,5 +258,5 @@ def test_settings_that_make_no_sense_are_refused() -> None:
             token_divergence(jnp.array(STUDENT), head, teachers, ForwardKl(), temperature=temperature)
     with pytest.raises(ValueError, match="give each one"):
         token_divergence(
-            jnp.array(STUDENT), head, teachers, Matching(divergence=ForwardKl(), weights=(1.0, 1.0))
+            jnp.array(STUDENT), head, teachers, DistillLossConfig(divergence=ForwardKl(), weights=(1.0, 1.0))
         )

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from slmjax.losses import (
+    DistillLossConfig,
     Divergence,
     ForwardKl,
     Head,
     Jsd,
-    Matching,
     ReverseKl,
     Sampled,
     SkewKl,
@@ -110,22 +110,26 @@ def assert_trees_close(actual, expected, *, rtol, atol) -> None:
     )
 
 
-CASES: tuple[tuple[Matching, dict[str, float], int | None], ...] = (
-    (Matching(divergence=ForwardKl()), {}, None),
-    (Matching(divergence=ForwardKl()), {"temperature": 2.0, "hard": 0.3, "soft": 0.7, "z_loss": 0.01}, 8),
-    (Matching(divergence=ReverseKl(), scales_by_square=False), {"temperature": 1.5}, 11),
-    (Matching(divergence=Jsd()), {"temperature": 0.7, "hard": 0.5}, 8),
-    (Matching(divergence=Jsd(beta=0.1)), {}, 11),
-    (Matching(divergence=SkewKl(share=0.2)), {"hard": 1.0}, 8),
-    (Matching(divergence=SkewReverseKl(share=0.3)), {"temperature": 3.0}, 11),
-    (Matching(divergence=TotalVariation()), {"soft": 2.0}, 8),
-    (Matching(divergence=SoftCrossEntropy()), {"temperature": 2.0}, 7),
-    (Matching(divergence=Taid()), {"hard": 0.1}, 11),
-    (Matching(divergence=TopK(k=3)), {"temperature": 1.3}, 5),
-    (Matching(divergence=TopK(k=1)), {}, 11),
-    (Matching(divergence=ForwardKl(), weights=(3.0, 1.0)), {"temperature": 2.0}, 8),
+CASES: tuple[tuple[DistillLossConfig, dict[str, float], int | None], ...] = (
+    (DistillLossConfig(divergence=ForwardKl()), {}, None),
     (
-        Matching(divergence=Jsd(), mean=TeacherMean.PROBABILITIES, weights=(1.0, 2.0)),
+        DistillLossConfig(divergence=ForwardKl()),
+        {"temperature": 2.0, "hard": 0.3, "soft": 0.7, "z_loss": 0.01},
+        8,
+    ),
+    (DistillLossConfig(divergence=ReverseKl(), scales_by_square=False), {"temperature": 1.5}, 11),
+    (DistillLossConfig(divergence=Jsd()), {"temperature": 0.7, "hard": 0.5}, 8),
+    (DistillLossConfig(divergence=Jsd(beta=0.1)), {}, 11),
+    (DistillLossConfig(divergence=SkewKl(share=0.2)), {"hard": 1.0}, 8),
+    (DistillLossConfig(divergence=SkewReverseKl(share=0.3)), {"temperature": 3.0}, 11),
+    (DistillLossConfig(divergence=TotalVariation()), {"soft": 2.0}, 8),
+    (DistillLossConfig(divergence=SoftCrossEntropy()), {"temperature": 2.0}, 7),
+    (DistillLossConfig(divergence=Taid()), {"hard": 0.1}, 11),
+    (DistillLossConfig(divergence=TopK(k=3)), {"temperature": 1.3}, 5),
+    (DistillLossConfig(divergence=TopK(k=1)), {}, 11),
+    (DistillLossConfig(divergence=ForwardKl(), weights=(3.0, 1.0)), {"temperature": 2.0}, 8),
+    (
+        DistillLossConfig(divergence=Jsd(), mean=TeacherMean.PROBABILITIES, weights=(1.0, 2.0)),
         {"temperature": 2.0},
         11,
     ),
@@ -134,7 +138,7 @@ DISTINCT = [f"{type(case[0].divergence).__name__} {number}" for number, case in 
 
 
 @pytest.mark.parametrize(("matching", "amounts", "chunk_size"), CASES, ids=DISTINCT)
-def test_equals_dense(matching: Matching, amounts: dict[str, Any], chunk_size: int | None) -> None:
+def test_equals_dense(matching: DistillLossConfig, amounts: dict[str, Any], chunk_size: int | None) -> None:
     hidden, head, teachers, targets, weights = make_inputs(num_teachers=max(1, len(matching.weights)))
     # Half of the cases have their amounts compiled in, the others as arrays.
     given: dict[str, Any] = (
@@ -158,7 +162,7 @@ def test_equals_dense(matching: Matching, amounts: dict[str, Any], chunk_size: i
 
 @pytest.mark.parametrize("divergence", [Jsd(beta=0.3), TopK(k=3)])
 def test_equals_dense_tightly_in_float64(divergence: Divergence) -> None:
-    matching = Matching(divergence=divergence)
+    matching = DistillLossConfig(divergence=divergence)
     with jax.enable_x64(True):
         inputs = jax.tree.map(
             lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, make_inputs(jnp.float64)
@@ -182,7 +186,7 @@ def test_equals_dense_tightly_in_float64(divergence: Divergence) -> None:
 
 def test_bfloat16_hidden_states() -> None:
     inputs = make_inputs(jnp.bfloat16)
-    matching = Matching(divergence=Jsd())
+    matching = DistillLossConfig(divergence=Jsd())
 
     def fn(hidden, head, teachers, targets, weights):
         return linear_divergence(hidden, head, teachers, matching, targets, weights, chunk_size=8, hard=0.5)
@@ -207,7 +211,7 @@ def test_each_token_has_the_gradient_that_is_asked_of_it(
     divergence: Divergence, chunk_size: int | None
 ) -> None:
     hidden, head, teachers, _, weights = make_inputs()
-    matching = Matching(divergence=divergence)
+    matching = DistillLossConfig(divergence=divergence)
     cotangent = jax.random.normal(jax.random.key(5), (NUM_TOKENS,))
 
     @jax.jit

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from slmjax.models.architecture import BlockConfig, ModelConfig, Segment, stack_of
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig, stack_of
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.mixers.attention import AttentionConfig
 
@@ -32,4 +32,4 @@ def test_stacks_are_the_shortest(blocks, expected):
 def test_a_stack_needs_a_layer():
     with pytest.raises(ValueError, match="at least one layer"):
         stack_of([])
-    assert stack_of([FULL]) == (Segment(pattern=(FULL,)),)
+    assert stack_of([FULL]) == (LayerGroup(pattern=(FULL,)),)

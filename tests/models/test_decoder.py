@@ -16,13 +16,13 @@ from slmjax import losses
 from slmjax.models.architecture import (
     BlockConfig,
     HeadKind,
+    LayerGroup,
     ModelConfig,
     NormPlacement,
     Precision,
     Remat,
-    Segment,
 )
-from slmjax.models.decoder import Block, Pass, logits
+from slmjax.models.decoder import Block, LayerInputs, logits
 from slmjax.models.definition import define
 from slmjax.models.ffn.mlp import Activation, MlpConfig
 from slmjax.models.mixers.attention import AttentionConfig, Biases, QkNorm
@@ -53,7 +53,7 @@ TWICE = BlockConfig(
 MIXER_ALONE = BlockConfig(mixer=AttentionConfig(num_heads=2, head_dim=4, window=3), ffn=None)
 ODD = ModelConfig(
     embed_dim=16,
-    stack=(Segment(pattern=(WINDOW, FULL), repeats=2), Segment(pattern=(TWICE, MIXER_ALONE))),
+    stack=(LayerGroup(pattern=(WINDOW, FULL), repeats=2), LayerGroup(pattern=(TWICE, MIXER_ALONE))),
     context_length=20,
     vocab_size=29,
     vocab_multiple=8,
@@ -197,7 +197,7 @@ def test_padding_is_finite_and_leaves_no_trace():
 def test_window_layers_reach_as_far_as_their_windows_together():
     # Two layers of window 4: a token sees itself and 2 * 3 tokens before it.
     block = dataclasses.replace(WINDOW, ffn=None)
-    config = ModelConfig(embed_dim=16, stack=(Segment(pattern=(block,), repeats=2),), vocab_size=29)
+    config = ModelConfig(embed_dim=16, stack=(LayerGroup(pattern=(block,), repeats=2),), vocab_size=29)
     (document,) = documents(LENGTH)
     changed = document.copy()
     changed[5] = (changed[5] + 3) % 29
@@ -230,12 +230,12 @@ def test_scan_equals_a_plain_loop_over_layers():
             "segment_ids": jnp.asarray(batch["segment_ids"]),
             "positions": jnp.asarray(batch["positions"]),
         }
-        given = Pass(**rows, max_lengths=None, capture={})
+        inputs = LayerInputs(**rows, max_lengths=None, capture={})
         x = 2.0 * params["embed/table"][batch["tokens"]]
         for place in ((0, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 0), (1, 1, 0)):
             block, passes = block_of(*place)
             for _ in range(passes):
-                x, *_ = block(x, given=given, state=None, key=None)
+                x, *_ = block(x, inputs=inputs, state=None, key=None)
         return (
             x
             / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
@@ -246,7 +246,9 @@ def test_scan_equals_a_plain_loop_over_layers():
 
 
 SMALL = ModelConfig(
-    embed_dim=16, stack=(Segment(pattern=(dataclasses.replace(FULL, passes=2),), repeats=2),), vocab_size=29
+    embed_dim=16,
+    stack=(LayerGroup(pattern=(dataclasses.replace(FULL, passes=2),), repeats=2),),
+    vocab_size=29,
 )
 
 
@@ -343,7 +345,7 @@ def test_unknown_activation_names_those_there_are():
 
 
 def test_logits_are_those_of_the_real_vocabulary():
-    config = dataclasses.replace(ODD, stack=(Segment(pattern=(MIXER_ALONE,)),))
+    config = dataclasses.replace(ODD, stack=(LayerGroup(pattern=(MIXER_ALONE,)),))
     decoder = define(config).merge(random_params(config), {})
     batch = jax.tree.map(jnp.asarray, pack(*([document] for document in documents(20, 20, 20, 20))))
 
@@ -370,7 +372,7 @@ def test_a_tied_head_is_the_embedding_table():
 def dropped_outputs():
     """Two layers that add a vector of ones, on an embedding of ones: what is left shows what was dropped."""
     block = BlockConfig(mixer=AttentionConfig(num_heads=2, biases=Biases.ALL), ffn=None)
-    stack = (Segment(pattern=(block,), repeats=2),)
+    stack = (LayerGroup(pattern=(block,), repeats=2),)
     config = ModelConfig(embed_dim=64, stack=stack, vocab_size=29, dropout=0.25, residual_multiplier=3.0)
     params = {path: jnp.zeros(leaf.shape) for path, leaf in define(config).params.items()}
     params |= {"embed/table": jnp.ones((29, 64)), "segments/0/blocks/0/mixer/output/bias": jnp.ones((2, 64))}
@@ -410,8 +412,8 @@ def test_dropout_respects_its_rate_and_keeps_the_expectation():
 # Settings ---------------------------------------------------------------------------------------------------
 def test_initial_parameters_have_the_stated_spread():
     stack = (
-        Segment(pattern=(dataclasses.replace(FULL, passes=2),), repeats=3),
-        Segment(pattern=(MIXER_ALONE,)),
+        LayerGroup(pattern=(dataclasses.replace(FULL, passes=2),), repeats=3),
+        LayerGroup(pattern=(MIXER_ALONE,)),
     )
     config = dataclasses.replace(ODD, stack=stack, init_std=0.05)
     definition = define(config)
@@ -464,9 +466,9 @@ def test_bad_model_settings_say_what_to_change(settings, message):
 
 def test_bad_stacks_say_what_to_change():
     with pytest.raises(ValueError, match="repeats=0"):
-        Segment(pattern=(WINDOW,), repeats=0)
+        LayerGroup(pattern=(WINDOW,), repeats=0)
     with pytest.raises(ValueError, match="a segment needs a pattern of blocks"):
-        Segment(pattern=())
+        LayerGroup(pattern=())
     with pytest.raises(ValueError, match="passes must be at least 1"):
         dataclasses.replace(WINDOW, passes=0)
     with pytest.raises(ValueError, match="set head_dim"):

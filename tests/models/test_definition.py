@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from slmjax.models import paths
-from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.definition import define, flat_params, restack, stored_shapes, unstack
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.mixers.attention import AttentionConfig, Biases
@@ -24,9 +24,9 @@ ONE = BlockConfig(
 )
 OTHER = BlockConfig(mixer=AttentionConfig(num_heads=2, num_kv_heads=1), ffn=None)
 GROUPINGS = {
-    "scanned": (Segment(pattern=(ONE, OTHER), repeats=4),),
-    "cut": (Segment(pattern=(ONE, OTHER)), Segment(pattern=(ONE, OTHER), repeats=3)),
-    "doubled": (Segment(pattern=(ONE, OTHER) * 2, repeats=2),),
+    "scanned": (LayerGroup(pattern=(ONE, OTHER), repeats=4),),
+    "cut": (LayerGroup(pattern=(ONE, OTHER)), LayerGroup(pattern=(ONE, OTHER), repeats=3)),
+    "doubled": (LayerGroup(pattern=(ONE, OTHER) * 2, repeats=2),),
 }
 
 
@@ -171,7 +171,9 @@ def test_merge_and_flat_params_are_inverse():
 
 def test_a_definition_of_real_size_computes_nothing():
     block = BlockConfig(mixer=AttentionConfig(num_heads=32), ffn=MlpConfig(hidden_dim=16384))
-    config = ModelConfig(embed_dim=4096, stack=(Segment(pattern=(block,), repeats=48),), vocab_size=128_000)
+    config = ModelConfig(
+        embed_dim=4096, stack=(LayerGroup(pattern=(block,), repeats=48),), vocab_size=128_000
+    )
     params = define(config).params
     per_layer = 4 * 4096**2 + 3 * 4096 * 16384 + 2 * 4096
     assert sum(leaf.size for leaf in params.values()) == 48 * per_layer + 128_000 * 4096 + 4096

@@ -11,9 +11,9 @@ from flax import nnx
 
 from slmjax.models import layers
 from slmjax.models.ffn.mlp import Activation, MlpConfig, gated
-from slmjax.models.layers import CenteredRmsNorm, Embedding, LayerNorm, Linear, NormKind, RmsNorm, Shape
+from slmjax.models.layers import CenteredRmsNorm, Embedding, LayerNorm, Linear, ModelDims, NormKind, RmsNorm
 
-SHAPE = Shape(embed_dim=4, num_layers=8, norm_eps=1e-6, init_std=0.02, dtype=jnp.float32)
+SHAPE = ModelDims(embed_dim=4, num_layers=8, norm_eps=1e-6, init_std=0.02, dtype=jnp.float32)
 
 
 def draw(*shape):
@@ -100,7 +100,7 @@ def test_truncated_normal_has_the_stated_spread():
 
 def test_outputs_into_the_residual_stream_start_smaller_by_depth():
     np.testing.assert_allclose(SHAPE.output_std, 0.02 / 4, rtol=1e-12)
-    wide = Shape(embed_dim=256, num_layers=8, norm_eps=1e-6, init_std=0.02, dtype=jnp.float32)
+    wide = ModelDims(embed_dim=256, num_layers=8, norm_eps=1e-6, init_std=0.02, dtype=jnp.float32)
     mlp = MlpConfig(hidden_dim=256).build(wide, rngs=nnx.Rngs(params=0))
     for linear, std in ((mlp.gate, 0.02), (mlp.up, 0.02), (mlp.down, 0.005)):
         np.testing.assert_allclose(np.std(np.asarray(linear.weight[...])), 0.98658 * std, rtol=1e-2)
@@ -138,8 +138,8 @@ def test_linear_adds_its_bias_and_computes_in_the_input_dtype():
     ],
 )
 def test_mlp_by_hand(activation, gated, expected):
-    shape = Shape(embed_dim=1, num_layers=1, norm_eps=1e-6, init_std=0.02, dtype=jnp.float32)
-    mlp = MlpConfig(hidden_dim=2, activation=activation, gated=gated).build(shape, rngs=nnx.Rngs(params=0))
+    dims = ModelDims(embed_dim=1, num_layers=1, norm_eps=1e-6, init_std=0.02, dtype=jnp.float32)
+    mlp = MlpConfig(hidden_dim=2, activation=activation, gated=gated).build(dims, rngs=nnx.Rngs(params=0))
     # On x = 2 the gate gives (1, -2), the other projection (6, 2), and the output is twice the sum.
     mlp.up.weight[...] = jnp.array([[3.0, 1.0]])
     mlp.down.weight[...] = jnp.array([[2.0], [2.0]])

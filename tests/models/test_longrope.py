@@ -12,7 +12,7 @@ import pytest
 
 from slmjax import evaluation, losses
 from slmjax.checkpoints.loading import Loaded
-from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.definition import define
 from slmjax.models.mixers.attention import AttentionConfig
 from slmjax.models.mixers.latent import LatentAttentionConfig
@@ -41,7 +41,7 @@ PROMPTS = [np.random.default_rng(length).integers(0, 256, length).tolist() for l
 @pytest.fixture(scope="module")
 def loaded() -> Loaded:
     """Weights are large, so that a wrong angle changes the logits by whole nats."""
-    stack = (Segment(pattern=tuple(BlockConfig(mixer=mixer, ffn=None) for mixer in MIXERS)),)
+    stack = (LayerGroup(pattern=tuple(BlockConfig(mixer=mixer, ffn=None) for mixer in MIXERS)),)
     config = ModelConfig(embed_dim=32, stack=stack, context_length=128, vocab_size=VOCAB, vocab_multiple=1)
     definition = define(config)
     draws = np.random.default_rng(0)

@@ -20,7 +20,7 @@ from slmjax.convert.hf import settings as hf_settings
 from slmjax.convert.settings import Settings
 from slmjax.convert.source import express
 from slmjax.distill.slices import student_cuts
-from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.definition import define
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.mixers.attention import AttentionConfig
@@ -32,7 +32,7 @@ PHI3_GGUF = next(family for family in GGUF_FAMILIES if family.architecture == "p
 
 def model(**attention: Any) -> ModelConfig:
     block = BlockConfig(mixer=AttentionConfig(num_heads=2, **attention), ffn=MlpConfig(hidden_dim=16))
-    return ModelConfig(embed_dim=40, stack=(Segment(pattern=(block,)),), vocab_size=32, norm_eps=1e-5)
+    return ModelConfig(embed_dim=40, stack=(LayerGroup(pattern=(block,)),), vocab_size=32, norm_eps=1e-5)
 
 
 def first_mixer(config: ModelConfig) -> AttentionConfig:

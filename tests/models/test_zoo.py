@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from slmjax.models import zoo
-from slmjax.models.architecture import BlockConfig, HeadKind, ModelConfig, Segment
+from slmjax.models.architecture import BlockConfig, HeadKind, LayerGroup, ModelConfig
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.layers import NormKind
@@ -48,7 +48,7 @@ def test_costs_by_hand() -> None:
     window = BlockConfig(mixer=AttentionConfig(num_heads=1, head_dim=6, window=2), ffn=experts)
     config = ModelConfig(
         embed_dim=8,
-        stack=(Segment(pattern=(full, window), repeats=2),),
+        stack=(LayerGroup(pattern=(full, window), repeats=2),),
         context_length=4,
         vocab_size=10,
         vocab_multiple=8,
@@ -99,7 +99,7 @@ def test_biases_of_experts_and_learned_positions_are_not_multiplied() -> None:
     block = BlockConfig(mixer=AttentionConfig(num_heads=1, rope_base=None, sinks=True), ffn=experts)
     config = ModelConfig(
         embed_dim=8,
-        stack=(Segment(pattern=(block,)),),
+        stack=(LayerGroup(pattern=(block,)),),
         context_length=4,
         vocab_size=10,
         learned_positions=4,

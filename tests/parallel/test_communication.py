@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.definition import define
 from slmjax.models.mixers.attention import AttentionConfig
 from slmjax.parallel import communication
@@ -144,7 +144,7 @@ def collect(x, w):
     partial = x @ w  # a partial sum: the contracted dim is divided over heads
     index = jnp.full((x.shape[0], 1), communication.index_along("batch"), jnp.int32)
     scattered = communication.scatter_sum(partial, "heads", axis=1)
-    flags = jnp.asarray([communication.is_divided(dim) for dim in ("batch", "heads", "vocab")])
+    flags = jnp.asarray([communication.is_sharded(dim) for dim in ("batch", "heads", "vocab")])
     return total, jnp.sum(whole, axis=0, keepdims=True), scattered, index, flags
 
 
@@ -152,9 +152,9 @@ def run_collect(x, w):
     batch = "batch"
     heads = "heads"
     out_dims = ((), (batch, heads), (batch, heads), (batch, None), (None,))
-    return jax.jit(communication.local(collect, in_dims=((batch, heads), (heads, None)), out_dims=out_dims))(
-        x, w
-    )
+    return jax.jit(
+        communication.shard_mapped(collect, in_dims=((batch, heads), (heads, None)), out_dims=out_dims)
+    )(x, w)
 
 
 def operands(rows=8, inner=6):
@@ -199,7 +199,9 @@ def test_the_gradient_of_a_gathered_weight_is_summed_once():
                 jnp.sum(jnp.square(x @ communication.gather(w, "embed", axis=0))), "batch"
             )
 
-        return communication.local(on_device, in_dims=(("batch", None), ("embed", None)), out_dims=())(x, w)
+        return communication.shard_mapped(on_device, in_dims=(("batch", None), ("embed", None)), out_dims=())(
+            x, w
+        )
 
     with jax.set_mesh(mixed_mesh()):
         value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, w)
@@ -231,7 +233,7 @@ def test_a_halo_is_what_lies_before(size):
             return extended, communication.sum_before(jnp.sum(x, axis=1), "time")[:, None]
 
         rows = ("batch", "time", None)
-        return communication.local(on_device, in_dims=(rows,), out_dims=(rows, rows))(x)
+        return communication.shard_mapped(on_device, in_dims=(rows,), out_dims=(rows, rows))(x)
 
     added = min(size, 12)
     expected = [
@@ -251,7 +253,7 @@ def test_a_halo_is_what_lies_before(size):
 def test_parameters_are_initialised_where_they_live_and_alike_on_any_mesh():
     block = BlockConfig(mixer=AttentionConfig(num_heads=4), ffn=None)
     definition = define(
-        ModelConfig(embed_dim=16, stack=(Segment(pattern=(block,), repeats=2),), vocab_size=32)
+        ModelConfig(embed_dim=16, stack=(LayerGroup(pattern=(block,), repeats=2),), vocab_size=32)
     )
     expected, _ = jax.jit(definition.init)(jax.random.key(0))
     shardings = parameter_shardings(definition.params, mixed_mesh())

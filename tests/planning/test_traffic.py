@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.definition import define
 from slmjax.models.mixers.attention import AttentionConfig
 from slmjax.parallel import communication
@@ -32,7 +32,9 @@ def test_each_kind_by_hand():
         return jnp.cos(parts), communication.sum_over(jnp.sum(x), "batch", "heads")
 
     with jax.set_mesh(mesh):
-        run = communication.local(on_device, in_dims=(("batch", "heads"),), out_dims=(("batch", "heads"), ()))
+        run = communication.shard_mapped(
+            on_device, in_dims=(("batch", "heads"),), out_dims=(("batch", "heads"), ())
+        )
         found = {one.kind: one for one in sent(run, x)}
     assert (found["all-gather"].sent_bytes, found["all-gather"].group_size) == (3 * 48, 4)
     assert (found["reduce-scatter"].sent_bytes, found["reduce-scatter"].group_size) == (3 * 48, 4)
@@ -54,7 +56,8 @@ def test_loops_count_as_often_as_they_run_and_one_device_sends_nothing():
     rows = ("batch", "time", None)
     with jax.set_mesh(mesh):
         (one,) = sent(
-            communication.local(on_device, in_dims=(rows,), out_dims=rows), np.ones((4, 16, 3), np.float32)
+            communication.shard_mapped(on_device, in_dims=(rows,), out_dims=rows),
+            np.ones((4, 16, 3), np.float32),
         )
     assert (one.kind, one.times, one.sent_bytes) == ("collective-permute", 5, 5 * 2 * 2 * 3 * 4)
     assert sent(lambda x: x @ x, np.ones((4, 4), np.float32)) == []
@@ -70,7 +73,8 @@ def test_a_loop_without_a_known_end_is_refused():
 
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="how often its loop runs is not known"):
         sent(
-            communication.local(on_device, in_dims=(("batch",),), out_dims=("batch",)), np.ones(8, np.float32)
+            communication.shard_mapped(on_device, in_dims=(("batch",),), out_dims=("batch",)),
+            np.ones(8, np.float32),
         )
 
 
@@ -83,7 +87,7 @@ def test_a_window_layer_exchanges_its_halo_and_nothing_else(window, length, halo
     head_dim = 8
     layers = 3
     attention = AttentionConfig(num_heads=4, num_kv_heads=heads, head_dim=head_dim, window=window)
-    stack = (Segment(pattern=(BlockConfig(mixer=attention, ffn=None),), repeats=layers),)
+    stack = (LayerGroup(pattern=(BlockConfig(mixer=attention, ffn=None),), repeats=layers),)
     definition = define(ModelConfig(embed_dim=16, vocab_size=32, stack=stack))
     mesh = make_mesh(MeshConfig(data=1, context=4), jax.devices()[:4])
     tokens = np.ones((1, length), np.int32)

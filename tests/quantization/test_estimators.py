@@ -11,7 +11,7 @@ import pytest
 
 from slmjax.formats.coding import decode, encode, fake_quant, scale_of
 from slmjax.formats.presets import PRESETS, preset
-from slmjax.formats.spec import ScaleType, Share, levels
+from slmjax.formats.spec import Granularity, ScaleType, levels
 from slmjax.quantization.estimators import (
     Calibrated,
     ClippedFrom,
@@ -27,7 +27,7 @@ from slmjax.quantization.estimators import (
 INT3 = preset("int3_g32")
 Q4 = preset("q4_0")
 Q8 = preset("q8_0")
-PER_TENSOR = dataclasses.replace(preset("int4_g32"), share=Share.TENSOR, group_size=None)
+PER_TENSOR = dataclasses.replace(preset("int4_g32"), share=Granularity.TENSOR, group_size=None)
 ASYMMETRIC = dataclasses.replace(preset("torchao_int8_token"), bits=4)
 X = jnp.asarray(np.random.default_rng(0).normal(size=(3, 64)), jnp.float32)
 DY = np.random.default_rng(1).normal(size=(3, 64)).astype(np.float32)
@@ -105,7 +105,9 @@ def test_a_learned_scale_has_the_gradient_of_the_paper():
 )
 def test_a_stretched_grid_has_the_gradient_of_its_paper(name, num_levels, shift):
     """ParetoQ's StretchedElasticQuant in NumPy: values on a range alpha, a mask that ends at 0.99 of it."""
-    spec = dataclasses.replace(preset(name), scale_type=ScaleType.FLOAT32, share=Share.ROW, group_size=None)
+    spec = dataclasses.replace(
+        preset(name), scale_type=ScaleType.FLOAT32, share=Granularity.ROW, group_size=None
+    )
     alpha = 1.5
     steps = np.asarray(X) / alpha
     values = (np.round(np.clip(steps, -0.99, 0.99) * num_levels - shift) + shift) / num_levels

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slmjax.formats.presets import preset
-from slmjax.quantization.assignment import Numbers
+from slmjax.quantization.assignment import TensorQuant
 from slmjax.quantization.estimators import StraightThrough
 from slmjax.quantization.flips import CodeFlips
 
@@ -12,7 +12,7 @@ from slmjax.quantization.flips import CodeFlips
 def test_codes_that_differ_are_counted():
     """In a table of 2 x 32 and a stack of which one layer of two has a format: 64 + 128 codes."""
     table, stacked = (
-        Numbers(spec=preset("q8_0"), estimator=StraightThrough(), axis=axis) for axis in (-1, -2)
+        TensorQuant(spec=preset("q8_0"), estimator=StraightThrough(), axis=axis) for axis in (-1, -2)
     )
     flips = CodeFlips({"embed/table": (table,), "segments/0/blocks/0/ffn/up/weight": (None, stacked)})
     numbers = np.linspace(-1, 1, 32, dtype=np.float32)

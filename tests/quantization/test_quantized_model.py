@@ -12,8 +12,8 @@ import pytest
 
 from slmjax.data.batch import Batch, empty_batch
 from slmjax.formats.presets import preset
-from slmjax.formats.spec import Share
-from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.formats.spec import Granularity
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.definition import define
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import Balance, MoeConfig
@@ -25,14 +25,14 @@ from slmjax.parallel.rules import parameter_shardings
 from slmjax.quantization import weights
 from slmjax.quantization.estimators import Calibrated, LearnedClip, LearnedScale, StochasticRounding
 from slmjax.quantization.rules import QuantPhase, QuantRule, quant_of
-from slmjax.quantization.schedule import Easing, easing_of
+from slmjax.quantization.schedule import QuantSchedule, quant_schedule_of
 from slmjax.training import step
 from slmjax.training.objective import ObjectiveConfig
 from slmjax.training.optim import OptimConfig, Optimizer, make_optimizer
 from slmjax.training.state import init_state, state_shapes
 
 Q8 = preset("q8_0")
-TENSOR = dataclasses.replace(preset("int8_g32"), share=Share.TENSOR, group_size=None)
+TENSOR = dataclasses.replace(preset("int8_g32"), share=Granularity.TENSOR, group_size=None)
 WINDOW = BlockConfig(
     mixer=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=32, window=6, qk_norm=QkNorm.PER_HEAD),
     ffn=MlpConfig(hidden_dim=96),
@@ -43,12 +43,12 @@ EXPERTS = BlockConfig(
 )
 PLAIN = ModelConfig(
     embed_dim=64,
-    stack=(Segment(pattern=(WINDOW, EXPERTS)),),
+    stack=(LayerGroup(pattern=(WINDOW, EXPERTS)),),
     context_length=16,
     vocab_size=61,
     vocab_multiple=8,
 )
-SMALL = dataclasses.replace(PLAIN, stack=(Segment(pattern=(WINDOW,), repeats=2),))
+SMALL = dataclasses.replace(PLAIN, stack=(LayerGroup(pattern=(WINDOW,), repeats=2),))
 # Every weight, input and cache; 4 bits with computed and with learned scales, 3 with learned ones, inputs
 # with learned and with measured scales.
 RULES = (
@@ -75,7 +75,7 @@ def parameters(config=MODEL):
     definition = define(config)
     params, buffers = jax.jit(definition.init)(jax.random.key(0))
     wide = {path: 3 * leaf if "scale" not in path else leaf for path, leaf in params.items()}
-    of_inputs = [path for path in (*params, *buffers) if weights.is_of_input(path)]
+    of_inputs = [path for path in (*params, *buffers) if weights.is_activation_quantizer_param(path)]
     set_by_hand = {path: jnp.full_like({**params, **buffers}[path], -7.0) for path in of_inputs}
     return (
         {path: set_by_hand.get(path, leaf) for path, leaf in wide.items()},
@@ -139,7 +139,7 @@ def test_every_matrix_that_is_multiplied_with_is_one_of_the_format():
             )
     again = define(dataclasses.replace(PLAIN, quant=quant_of("q4_0").phases))
     once = jax.jit(again.effective)(
-        {path: leaf for path, leaf in params.items() if not weights.is_beside_a_weight(path)}
+        {path: leaf for path, leaf in params.items() if not weights.is_weight_quantizer_param(path)}
     )
     for path, leaf in jax.jit(again.effective)(once).items():
         np.testing.assert_array_equal(leaf, once[path])
@@ -205,7 +205,7 @@ def make_batch(seed: int) -> Batch:
     return batch
 
 
-def trained(config, *, optim=OPTIM, mesh=None, easing: Easing | None = None, num_steps=2, given=None):
+def trained(config, *, optim=OPTIM, mesh=None, easing: QuantSchedule | None = None, num_steps=2, given=None):
     """The state and the metrics after some batches."""
     mesh = make_mesh(mesh or MeshConfig(), jax.devices()[: 8 if mesh else 1])
     definition = define(config)
@@ -297,13 +297,13 @@ def test_what_is_learned_moves_and_what_is_measured_does_not():
     )
     signs = next(leaf for path, leaf in end.trainable.items() if weights.is_sign(path))
     assert 0.3 < np.mean(signs < 0) < 0.7
-    measured = [path for path in end.frozen if weights.is_of_input(path)]
+    measured = [path for path in end.frozen if weights.is_activation_quantizer_param(path)]
     assert measured and all(np.array_equal(end.frozen[path], start.frozen[path]) for path in measured)
 
 
 def test_easing_in():
     settings = dataclasses.replace(quant_of("int2_g32"), warmup_steps=3, damping=0.1, freeze_steps=4)
-    easing = easing_of(settings, first_step=2, total_steps=10)
+    easing = quant_schedule_of(settings, first_step=2, total_steps=10)
     assert [float(easing.share(jnp.int32(at))) for at in (0, 2, 3, 5, 9)] == [0, 0.25, 0.5, 1, 1]
     config = dataclasses.replace(SMALL, quant=settings.phases)
     updates = {path: jnp.ones(leaf.shape) for path, leaf in define(config).params.items()}
@@ -323,7 +323,7 @@ def test_easing_in():
 
 def test_a_small_share_of_the_error_is_nearly_none():
     config = dataclasses.replace(SMALL, quant=quant_of("int4_g32").phases)
-    eased = Easing(first_step=0, warmup_steps=10**6, damping=0.5, freeze_from=None, last_step=10)
+    eased = QuantSchedule(first_step=0, warmup_steps=10**6, damping=0.5, freeze_from=None, last_step=10)
     given = jax.jit(define(config).init)(jax.random.key(0))
     whole, nearly, plain = (
         trained(
@@ -362,7 +362,7 @@ def test_rounding_by_chance_is_new_in_every_step_and_none_in_evaluation():
 def test_learned_inputs_train_on_average():
     rules = (QuantRule(paths=".", weight=Q8, input=TENSOR, input_estimator=LearnedScale()),)
     start, end, metrics = trained(dataclasses.replace(SMALL, quant=(QuantPhase(rules=rules),)), num_steps=2)
-    learned = [path for path in start.trainable if weights.is_of_input(path)]
+    learned = [path for path in start.trainable if weights.is_activation_quantizer_param(path)]
     assert len(learned) == 8 and np.isfinite(metrics["loss"])
     assert all(
         np.all(end.trainable[path] != start.trainable[path]) for path in learned if "experts" not in path

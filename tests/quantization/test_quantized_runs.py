@@ -18,7 +18,7 @@ from slmjax.checkpoints.run_checkpoints import CheckpointConfig, Checkpointer
 from slmjax.distill.config import DistillConfig, TeacherConfig
 from slmjax.formats.coding import decode
 from slmjax.formats.presets import preset
-from slmjax.formats.spec import Share
+from slmjax.formats.spec import Granularity
 from slmjax.quantization.estimators import Calibrated, LearnedScale
 from slmjax.quantization.rules import QuantConfig, QuantPhase, QuantRule, quant_of
 from slmjax.runner.trainer import Result
@@ -27,7 +27,7 @@ from slmjax.training.experiment import EvalConfig, Experiment, FromModel, FromTe
 from slmjax.training.objective import ObjectiveConfig
 from tests.one_layer import one_layer
 
-TENSOR = dataclasses.replace(preset("int8_g32"), share=Share.TENSOR, group_size=None)
+TENSOR = dataclasses.replace(preset("int8_g32"), share=Granularity.TENSOR, group_size=None)
 # In full precision at first; then 8 bits; then 3 bits, and 4 with a sign, both learned, whose inputs have a
 # measured scale; the optimizer begins again with them.
 INPUT = {"input": TENSOR, "input_estimator": Calibrated()}

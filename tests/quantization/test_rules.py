@@ -9,16 +9,16 @@ import pytest
 from flax import nnx
 
 from slmjax.formats.presets import preset
-from slmjax.formats.spec import Share
-from slmjax.models.architecture import BlockConfig, HeadKind, ModelConfig, Segment
+from slmjax.formats.spec import Granularity
+from slmjax.models.architecture import BlockConfig, HeadKind, LayerGroup, ModelConfig
 from slmjax.models.definition import define
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.mixers.attention import AttentionConfig
 from slmjax.models.mixers.latent import LatentAttentionConfig
-from slmjax.models.quantized_modules import covered_lines, plan_quantization, shapes_of
-from slmjax.quantization.activations import RoundedInput, initial
-from slmjax.quantization.assignment import Numbers
+from slmjax.models.quantized_modules import assignment_lines, plan_quantization, shapes_of
+from slmjax.quantization.activations import ActivationQuantizer, initial
+from slmjax.quantization.assignment import TensorQuant
 from slmjax.quantization.estimators import (
     Calibrated,
     LearnedScale,
@@ -31,7 +31,7 @@ from slmjax.quantization.rules import QuantConfig, QuantPhase, QuantRule, phase_
 Q4 = preset("q4_0")
 Q8 = preset("q8_0")
 INT3 = preset("int3_g32")
-TENSOR = dataclasses.replace(preset("int8_g32"), share=Share.TENSOR, group_size=None)
+TENSOR = dataclasses.replace(preset("int8_g32"), share=Granularity.TENSOR, group_size=None)
 DENSE = BlockConfig(mixer=AttentionConfig(num_heads=2, head_dim=32), ffn=MlpConfig(hidden_dim=96))
 EXPERTS = BlockConfig(
     mixer=LatentAttentionConfig(num_heads=2, latent_dim=32, plain_dim=16, rope_dim=32, value_dim=32),
@@ -39,7 +39,7 @@ EXPERTS = BlockConfig(
 )
 MODEL = ModelConfig(
     embed_dim=64,
-    stack=(Segment(pattern=(DENSE, EXPERTS), repeats=2),),
+    stack=(LayerGroup(pattern=(DENSE, EXPERTS), repeats=2),),
     context_length=32,
     vocab_size=40,
     learned_positions=32,
@@ -50,7 +50,7 @@ MODEL = ModelConfig(
 def covered(*rules: QuantRule, model=MODEL):
     return {
         line.path: line
-        for line in covered_lines(dataclasses.replace(model, quant=(QuantPhase(rules=rules),)))
+        for line in assignment_lines(dataclasses.replace(model, quant=(QuantPhase(rules=rules),)))
     }
 
 
@@ -84,7 +84,7 @@ def test_every_parameter_and_cache_has_a_format_or_a_reason():
 
 
 def test_without_rules_everything_stays():
-    assert all(line.format is None and line.reason for line in covered_lines(MODEL))
+    assert all(line.format is None and line.reason for line in assignment_lines(MODEL))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_rules_that_do_not_fit_are_refused(rules, message):
 
 def test_a_width_that_does_not_fit_falls_back_where_a_rule_says_so():
     wide = dataclasses.replace(
-        MODEL, stack=(Segment(pattern=(dataclasses.replace(DENSE, ffn=MlpConfig(hidden_dim=256)),)),)
+        MODEL, stack=(LayerGroup(pattern=(dataclasses.replace(DENSE, ffn=MlpConfig(hidden_dim=256)),)),)
     )
     lines = covered(QuantRule(paths=".", weight=preset("tq2_0"), fallback=Q4), model=wide)
     assert (
@@ -233,7 +233,7 @@ def test_layers_that_differ_in_what_modules_hold_are_in_segments_of_their_own():
 
 
 def test_what_is_learned_keeps_its_shape_over_phases():
-    tensor = dataclasses.replace(INT3, share=Share.TENSOR, group_size=None)
+    tensor = dataclasses.replace(INT3, share=Granularity.TENSOR, group_size=None)
     phases = (
         QuantPhase(rules=(QuantRule(paths="down", weight=INT3),)),
         QuantPhase(rules=(QuantRule(paths="down", weight=tensor),), step=3),
@@ -255,7 +255,7 @@ def test_what_is_learned_begins_for_the_phase_that_it_is_in():
     four = QuantRule(paths="down", weight=preset("int4_g32"), estimator=LearnedScale())
     two = QuantRule(paths="down", weight=preset("int2_g32"))
     phases = (QuantPhase(rules=(four,)), QuantPhase(rules=(two, QuantRule(paths="up", weight=INT3)), step=3))
-    config = dataclasses.replace(MODEL, stack=(Segment(pattern=(DENSE,)),), quant=phases)
+    config = dataclasses.replace(MODEL, stack=(LayerGroup(pattern=(DENSE,)),), quant=phases)
     down, up = (f"segments/0/blocks/0/ffn/{name}/weight" for name in ("down", "up"))
     params = {
         path: jax.random.normal(jax.random.key(0), leaf.shape)
@@ -284,7 +284,7 @@ def test_a_sign_is_kept_where_any_phase_has_one():
         QuantRule(paths="layers/0/ffn/up", weight=Q4, estimator=learned),
         QuantRule(paths="up", weight=INT3),
     )
-    config = dataclasses.replace(MODEL, stack=(Segment(pattern=(DENSE,), repeats=2),))
+    config = dataclasses.replace(MODEL, stack=(LayerGroup(pattern=(DENSE,), repeats=2),))
     config = dataclasses.replace(
         config, quant=(QuantPhase(rules=(plain, *up)), QuantPhase(rules=(signed, *up), step=3))
     )
@@ -306,19 +306,21 @@ def test_a_sign_is_kept_where_any_phase_has_one():
 
 def test_a_measured_scale_of_inputs_keeps_its_sign():
     """The number farthest from zero, 3, has the lowest code, -8: a scale of -3/8."""
-    numbers = Numbers(
-        spec=dataclasses.replace(preset("onnx_int4_b32"), share=Share.TENSOR, group_size=None),
+    numbers = TensorQuant(
+        spec=dataclasses.replace(preset("onnx_int4_b32"), share=Granularity.TENSOR, group_size=None),
         estimator=Calibrated(),
         axis=-1,
     )
     x = jnp.asarray([[3.0, -1.0, 2.0, 0.5]])
     begun = initial(numbers, num_layers=None)
-    graph, state = nnx.split(RoundedInput(numbers, learner=numbers, learned=begun, is_observed=True))
+    graph, state = nnx.split(ActivationQuantizer(numbers, learner=numbers, learned=begun, is_observed=True))
     measured = nnx.to_pure_dict(jax.grad(lambda state: jnp.sum(nnx.merge(graph, state)(x)))(state))
     assert set(measured) == set(begun) == {"log_scale", "sign"} and measured["sign"] == -1
     assert float(measured["log_scale"]) == pytest.approx(np.log2(3 / 8))
     np.testing.assert_allclose(
-        RoundedInput(numbers, learner=numbers, learned=measured)(x), [[3.0, -1.125, 1.875, 0.375]], rtol=1e-6
+        ActivationQuantizer(numbers, learner=numbers, learned=measured)(x),
+        [[3.0, -1.125, 1.875, 0.375]],
+        rtol=1e-6,
     )
 
 

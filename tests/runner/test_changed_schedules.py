@@ -12,7 +12,7 @@ from slmjax import config
 from slmjax.distill.config import DistillConfig, Ramp, TeacherConfig
 from slmjax.formats.presets import preset
 from slmjax.losses import Taid
-from slmjax.models.architecture import BlockConfig, ModelConfig, Segment
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.mixers.attention import AttentionConfig
 from slmjax.quantization.rules import QuantConfig, QuantPhase, QuantRule
 from slmjax.runner.changed_schedules import schedule_changes, warn_of_changed_schedules
@@ -22,7 +22,7 @@ from slmjax.training.objective import ObjectiveConfig
 from slmjax.training.optim import OptimConfig, Optimizer, Schedule
 
 MODEL = ModelConfig(
-    embed_dim=8, stack=(Segment(pattern=(BlockConfig(mixer=AttentionConfig(num_heads=2), ffn=None),)),)
+    embed_dim=8, stack=(LayerGroup(pattern=(BlockConfig(mixer=AttentionConfig(num_heads=2), ffn=None),)),)
 )
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from slmjax.checkpoints.loading import Loaded
 from slmjax.data.tokenizers import ByteTokenizer, Tokenizer
-from slmjax.models.decoder import BlockConfig, ModelConfig, Segment
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.mixers.attention import AttentionConfig
 from slmjax.sampling import FinishReason, SamplingConfig, encode_prompts, generate
@@ -16,7 +16,9 @@ from tests.untrained import untrained
 @pytest.fixture(scope="module")
 def speaking(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     block = BlockConfig(mixer=AttentionConfig(num_heads=2), ffn=MlpConfig(hidden_dim=24))
-    config = ModelConfig(embed_dim=16, stack=(Segment(pattern=(block,)),), context_length=64, vocab_size=258)
+    config = ModelConfig(
+        embed_dim=16, stack=(LayerGroup(pattern=(block,)),), context_length=64, vocab_size=258
+    )
     return untrained(config, tokenizer=ByteTokenizer().build(()), path=tmp_path_factory.mktemp("speaking"))
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from slmjax import losses
 from slmjax.checkpoints.loading import Loaded
 from slmjax.data.tokenizers import ByteTokenizer
-from slmjax.models.architecture import BlockConfig, ModelConfig, NormPlacement, Segment
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig, NormPlacement
 from slmjax.models.decoder import Decoder, logits
 from slmjax.models.definition import Definition, define, define_for_inference
 from slmjax.models.ffn.mlp import MlpConfig
@@ -34,7 +34,7 @@ MLP = MlpConfig(hidden_dim=24)
 
 
 def model_config(*blocks: BlockConfig, **settings) -> ModelConfig:
-    stack = (Segment(pattern=blocks, repeats=2),)
+    stack = (LayerGroup(pattern=blocks, repeats=2),)
     return ModelConfig(
         embed_dim=16, stack=stack, context_length=CONTEXT, vocab_size=VOCAB, vocab_multiple=8, **settings
     )
@@ -154,7 +154,7 @@ def test_experts_with_a_capacity_drop_nothing_when_asked() -> None:
         else one
         for one in MIXED.stack[0].pattern
     ]
-    trained = dataclasses.replace(MIXED, stack=(Segment(pattern=tuple(narrow), repeats=2),))
+    trained = dataclasses.replace(MIXED, stack=(LayerGroup(pattern=tuple(narrow), repeats=2),))
     definition, params, buffers = build(trained)
     inference = define_for_inference(trained)
     assert inference.params == definition.params and inference.config == MIXED

@@ -17,11 +17,11 @@ from slmjax.checkpoints.loading import load_model
 from slmjax.evaluation import EvalResult
 from slmjax.studies import (
     Arm,
+    Derivation,
     Derived,
     Member,
     OnChange,
     RateSweep,
-    Recipe,
     Recovered,
     Recovery,
     Study,
@@ -50,7 +50,7 @@ COST = (0.031, 0.029, 0.034)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rounded(Recipe):
+class Rounded(Derivation):
     bits: int = 4
 
     def make(self, model: Path, out: Path) -> None:
@@ -453,7 +453,7 @@ def test_recipes_are_told_apart_by_their_fields() -> None:
 
 # A study that is trained ------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Copied(Recipe):
+class Copied(Derivation):
     def make(self, model: Path, out: Path) -> None:
         shutil.copytree(model, out)
 

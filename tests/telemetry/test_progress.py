@@ -7,7 +7,7 @@ import math
 import pytest
 from rich.console import Console
 
-from slmjax.telemetry.meter import Figures
+from slmjax.telemetry.meter import Throughput
 from slmjax.telemetry.progress import Progress, format_seconds
 
 
@@ -26,7 +26,7 @@ class FakeClock:
 
 FIGURES = {
     "loss": 3.25,
-    "figures": Figures(bits_per_byte=4.5, tokens_per_second=12345.6, mfu=0.412, data_wait_share=0.03),
+    "figures": Throughput(bits_per_byte=4.5, tokens_per_second=12345.6, mfu=0.412, data_wait_share=0.03),
 }
 
 
@@ -55,7 +55,9 @@ def test_the_first_step_of_a_session_shows_no_pace() -> None:
         progress.update(
             1,
             loss=3.25,
-            figures=Figures(bits_per_byte=4.5, tokens_per_second=math.nan, mfu=math.nan, data_wait_share=0.0),
+            figures=Throughput(
+                bits_per_byte=4.5, tokens_per_second=math.nan, mfu=math.nan, data_wait_share=0.0
+            ),
         )
     assert stream.getvalue() == "step  1/20  loss 3.2500  4.500 bits/byte  ? left\n"
 

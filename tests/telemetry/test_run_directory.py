@@ -14,7 +14,7 @@ import pytest
 
 from slmjax.config import ConfigError
 from slmjax.telemetry import run_directory
-from slmjax.telemetry.run_directory import REDACTED, Category, Ledger, Log, RunDirectory, read_log
+from slmjax.telemetry.run_directory import REDACTED, Category, Ledger, RunDirectory, RunLog, read_log
 
 
 def test_names_are_unique_and_tell_the_experiment(tmp_path: Path) -> None:
@@ -97,11 +97,11 @@ def test_readers_see_whole_files_while_one_is_rewritten(tmp_path: Path) -> None:
 
 def test_log_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
-    with Log(path) as log:
+    with RunLog(path) as log:
         log.write("train", step=1, loss=np.float32(0.25))
         assert read_log(path)[0]["loss"] == 0.25, "flushed at once"
         log.write("eval", step=1, text="line\nbreak \u2028 é", loss=float("nan"))
-    with Log(path) as log:
+    with RunLog(path) as log:
         log.write("train", step=2)
     assert [(record["kind"], record["step"]) for record in read_log(path)] == [
         ("train", 1),
@@ -118,12 +118,12 @@ def test_log_round_trip(tmp_path: Path) -> None:
 )
 def test_a_torn_last_line_is_passed_over_and_then_cut(tmp_path: Path, torn: str | bytes) -> None:
     path = tmp_path / "log.jsonl"
-    with Log(path) as log:
+    with RunLog(path) as log:
         log.write("train", step=1)
     with path.open("ab") as stream:
         stream.write(torn if isinstance(torn, bytes) else torn.encode())
     assert [record["step"] for record in read_log(path)] == [1]
-    with Log(path) as log:
+    with RunLog(path) as log:
         log.write("train", step=2)
     assert [record["step"] for record in read_log(path)] == [1, 2]
 

@@ -14,7 +14,7 @@ import pytest
 
 from slmjax import losses
 from slmjax.data.batch import Batch, empty_batch
-from slmjax.models.architecture import BlockConfig, ModelConfig, Precision, Remat, Segment
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig, Precision, Remat
 from slmjax.models.definition import define
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import Balance, MoeConfig
@@ -43,10 +43,10 @@ MIXED = ModelConfig(
     context_length=16,
     vocab_size=61,
     vocab_multiple=8,
-    stack=(Segment(pattern=(CAPACITY, DROPLESS)),),
+    stack=(LayerGroup(pattern=(CAPACITY, DROPLESS)),),
 )
 DENSE = dataclasses.replace(
-    MIXED, stack=(Segment(pattern=(BlockConfig(mixer=ATTENTION, ffn=MlpConfig(hidden_dim=24)),)),)
+    MIXED, stack=(LayerGroup(pattern=(BlockConfig(mixer=ATTENTION, ffn=MlpConfig(hidden_dim=24)),)),)
 )
 # Adam divides by the size of the gradient; this eps keeps differences of rounding from growing where it is
 # tiny.

@@ -4,7 +4,7 @@ layers.
 
 from typing import Any
 
-from slmjax.convert.family import Family, Inexpressible, Table, expect_kind, linear, paired
+from slmjax.convert.family import Family, Inexpressible, TensorMap, expect_kind, linear, paired
 from slmjax.convert.hf.latent_settings import TENSORS, read_latent_attention, write_latent_attention
 from slmjax.convert.hf.settings import (
     check_width,
@@ -105,7 +105,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     return {"model_type": "deepseek_v2", **write_decoder(model), **write_latent_attention(mixer), **experts}
 
 
-def table(model: ModelConfig) -> Table:
+def table(model: ModelConfig) -> TensorMap:
     """The tensors of a model with this many heads."""
     mixer = expect_kind(next(model.blocks()).mixer, LatentAttentionConfig, "layer 0's mixer")
     of_heads = {"num_heads": mixer.num_heads, "rope_dim": mixer.rope_dim}
@@ -124,7 +124,7 @@ def table(model: ModelConfig) -> Table:
         *linear("ffn/shared/up", "mlp.shared_experts.up_proj"),
         *linear("ffn/shared/down", "mlp.shared_experts.down_proj"),
     )
-    return Table(around=EMBEDDING, layer=(*PRE_NORMS, *turned, *TENSORS, *MOE, *shared, *GATED_MLP))
+    return TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *turned, *TENSORS, *MOE, *shared, *GATED_MLP))
 
 
 HF = Family(architecture="DeepseekV2ForCausalLM", read=read, write=write, defaults=DEFAULTS, table=table)

@@ -12,7 +12,7 @@ from slmjax.convert.family import (
     Family,
     Inexpressible,
     Rule,
-    Table,
+    TensorMap,
     attentions,
     check_whole_rotation,
     first_block,
@@ -136,7 +136,7 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=Table(around=EMBEDDING, layer=LAYER),
+    table=TensorMap(around=EMBEDDING, layer=LAYER),
 )
 
 
@@ -174,7 +174,7 @@ HF_WITH_VISION = Family(
     architecture="Gemma3ForConditionalGeneration",
     read=read_text_part,
     write=refuse,
-    table=Table(
+    table=TensorMap(
         around=tuple(_below(rule, "language_model.") for rule in EMBEDDING),
         layer=LAYER,
         prefix="language_model.model.layers.{i}.",

@@ -10,7 +10,7 @@ from slmjax.convert.family import (
     Inexpressible,
     Rule,
     Shapes,
-    Table,
+    TensorMap,
     expect_kind,
     first_block,
     linear,
@@ -143,7 +143,7 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=Table(
+    table=TensorMap(
         around=AROUND,
         layer=LAYER,
         prefix="transformer.h.{i}.",

@@ -12,7 +12,7 @@ from slmjax.convert.family import (
     Inexpressible,
     Rule,
     Shapes,
-    Table,
+    TensorMap,
     expect_kind,
     first_block,
     linear,
@@ -149,7 +149,7 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=Table(around=EMBEDDING, layer=LAYER),
+    table=TensorMap(around=EMBEDDING, layer=LAYER),
 )
 
 

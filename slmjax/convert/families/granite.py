@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from slmjax.config import ConfigError
-from slmjax.convert.family import Family, Inexpressible, Table, first_block, joined, linear
+from slmjax.convert.family import Family, Inexpressible, TensorMap, first_block, joined, linear
 from slmjax.convert.gguf import settings as gguf_settings
 from slmjax.convert.gguf import tensors as gguf_tensors
 from slmjax.convert.hf.settings import (
@@ -107,7 +107,7 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
+    table=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
 )
 
 
@@ -202,7 +202,7 @@ HF_HYBRID = Family(
     read=read_hybrid,
     write=write_hybrid,
     defaults=HYBRID_DEFAULTS,
-    table=Table(around=EMBEDDING, layer=HYBRID_LAYER),
+    table=TensorMap(around=EMBEDDING, layer=HYBRID_LAYER),
 )
 
 
@@ -251,7 +251,7 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def gguf_table(model: ModelConfig) -> Table:
+def gguf_table(model: ModelConfig) -> TensorMap:
     """The tensors of a model with this many heads."""
     return gguf_tensors.paired_table(
         model, *gguf_tensors.PRE_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from slmjax.convert.family import Family, Inexpressible, Table, first_block
+from slmjax.convert.family import Family, Inexpressible, TensorMap, first_block
 from slmjax.convert.gguf import settings as gguf_settings
 from slmjax.convert.gguf import tensors as gguf_tensors
 from slmjax.convert.hf.settings import (
@@ -68,7 +68,7 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
+    table=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
 )
 
 
@@ -132,7 +132,7 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def gguf_table(model: ModelConfig) -> Table:
+def gguf_table(model: ModelConfig) -> TensorMap:
     """The tensors of a model with this many heads."""
     rules = (*gguf_tensors.PRE_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP, *gguf_tensors.MOE)
     return gguf_tensors.paired_table(model, *rules)

@@ -5,7 +5,7 @@ depth and width.
 import math
 from typing import Any
 
-from slmjax.convert.family import Family, Table, expect_kind
+from slmjax.convert.family import Family, TensorMap, expect_kind
 from slmjax.convert.hf.latent_settings import TENSORS, read_latent_attention, write_latent_attention
 from slmjax.convert.hf.settings import check_width, read_decoder, read_mlp, write_decoder, write_mlp
 from slmjax.convert.hf.tensors import EMBEDDING, GATED_MLP, PRE_NORMS
@@ -80,5 +80,5 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *TENSORS, *GATED_MLP)),
+    table=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *TENSORS, *GATED_MLP)),
 )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from slmjax.convert.family import Family, Table, first_block
+from slmjax.convert.family import Family, TensorMap, first_block
 from slmjax.convert.hf.settings import (
     read_attention,
     read_decoder,
@@ -52,5 +52,5 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
+    table=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
 )

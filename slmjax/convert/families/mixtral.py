@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from slmjax.convert.family import Family, Table, expect_kind, experts, first_block, matrix
+from slmjax.convert.family import Family, TensorMap, expect_kind, experts, first_block, matrix
 from slmjax.convert.hf.settings import (
     read_activation,
     read_attention,
@@ -72,5 +72,5 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *EXPERTS)),
+    table=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *EXPERTS)),
 )

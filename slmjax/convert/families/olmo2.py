@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from slmjax.convert.family import Family, Table, attentions, first_block
+from slmjax.convert.family import Family, TensorMap, attentions, first_block
 from slmjax.convert.gguf import settings as gguf_settings
 from slmjax.convert.gguf import tensors as gguf_tensors
 from slmjax.convert.hf.settings import (
@@ -58,7 +58,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-TABLE = Table(around=EMBEDDING, layer=(*POST_NORMS, *ATTENTION, *GATED_MLP))
+TABLE = TensorMap(around=EMBEDDING, layer=(*POST_NORMS, *ATTENTION, *GATED_MLP))
 HF = Family(architecture="Olmo2ForCausalLM", read=read, write=write, defaults=DEFAULTS, table=TABLE)
 
 

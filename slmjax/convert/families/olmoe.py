@@ -4,7 +4,7 @@ together.
 
 from typing import Any
 
-from slmjax.convert.family import Family, Inexpressible, Table, expect_kind, first_block
+from slmjax.convert.family import Family, Inexpressible, TensorMap, expect_kind, first_block
 from slmjax.convert.hf.settings import (
     read_activation,
     read_attention,
@@ -82,5 +82,5 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *MOE)),
+    table=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *MOE)),
 )

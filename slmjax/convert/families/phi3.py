@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from slmjax.convert.family import Family, Inexpressible, Table, first_block, joined, linear
+from slmjax.convert.family import Family, Inexpressible, TensorMap, first_block, joined, linear
 from slmjax.convert.gguf import settings as gguf_settings
 from slmjax.convert.gguf import tensors as gguf_tensors
 from slmjax.convert.hf.settings import (
@@ -88,7 +88,7 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=Table(around=EMBEDDING, layer=LAYER),
+    table=TensorMap(around=EMBEDDING, layer=LAYER),
 )
 
 

@@ -5,7 +5,7 @@ so.
 from typing import Any
 
 from slmjax.convert.families.qwen3 import qwen_windows, write_qwen_windows
-from slmjax.convert.family import Family, Table, first_block, with_windows
+from slmjax.convert.family import Family, TensorMap, first_block, with_windows
 from slmjax.convert.gguf import settings as gguf_settings
 from slmjax.convert.gguf import tensors as gguf_tensors
 from slmjax.convert.hf.settings import (
@@ -65,7 +65,7 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
+    table=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
 )
 
 

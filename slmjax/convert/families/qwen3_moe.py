@@ -4,7 +4,7 @@ leave.
 
 from typing import Any
 
-from slmjax.convert.family import Family, Inexpressible, Table, first_block
+from slmjax.convert.family import Family, Inexpressible, TensorMap, first_block
 from slmjax.convert.gguf import settings as gguf_settings
 from slmjax.convert.gguf import tensors as gguf_tensors
 from slmjax.convert.hf.settings import (
@@ -115,7 +115,7 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=Table(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *MOE, *GATED_MLP)),
+    table=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *MOE, *GATED_MLP)),
 )
 
 

@@ -10,8 +10,8 @@ a rule that computed with them would be found out.
 import numpy as np
 from jaxtyping import UInt8
 
-from slmjax.checkpoints.stored_model import Own
-from slmjax.convert.family import Bound
+from slmjax.checkpoints.stored_model import LocalModel
+from slmjax.convert.family import BoundRule
 from slmjax.convert.gguf.container import block_size, decoded_blocks
 from slmjax.formats.blocks import container_for, pack
 from slmjax.formats.coding import Encoded
@@ -21,7 +21,7 @@ WAYS_OUT = "export with --dtype f32, which writes the numbers that codes stand f
 WIDEST = {"TQ2_0": 0, "Q4_0": 1, "Q8_0": 2}  # a container holds the integer codes of those before it
 
 
-def container_of(one: Bound, own: Own) -> str | None:
+def container_of(one: BoundRule, own: LocalModel) -> str | None:
     """GGUF's name of the blocks that a tensor's codes go into; None where its parameters are in floating
     point.
 
@@ -55,7 +55,7 @@ def _container(name: str, spec: QuantSpec, width: int) -> str:
         raise ValueError(f"{name} goes into no block of GGUF: {error}; or {WAYS_OUT}") from error
 
 
-def blocks_of(one: Bound, own: Own, container: str) -> UInt8[np.ndarray, "..."]:
+def blocks_of(one: BoundRule, own: LocalModel, container: str) -> UInt8[np.ndarray, "..."]:
     """The bytes [..., bytes of a row] of a tensor whose codes `container` holds.
 
     Raises:

@@ -4,7 +4,7 @@ import dataclasses
 
 from slmjax.convert.family import (
     Rule,
-    Table,
+    TensorMap,
     expect_kind,
     joined,
     linear,
@@ -55,9 +55,9 @@ POST_NORMS: tuple[Rule, ...] = (
 )
 
 
-def table(*layer: Rule, around: tuple[Rule, ...] = AROUND) -> Table:
+def table(*layer: Rule, around: tuple[Rule, ...] = AROUND) -> TensorMap:
     """The table of a family, with the rules of a layer."""
-    return Table(
+    return TensorMap(
         around=around,
         layer=layer,
         prefix="blk.{i}.",
@@ -66,7 +66,7 @@ def table(*layer: Rule, around: tuple[Rule, ...] = AROUND) -> Table:
     )
 
 
-def paired_table(model: ModelConfig, *layer: Rule) -> Table:
+def paired_table(model: ModelConfig, *layer: Rule) -> TensorMap:
     """The table of a family whose rotated dims come in pairs side by side, as llama.cpp has it for Llama and
     its kin.
     """

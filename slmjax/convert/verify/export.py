@@ -21,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from slmjax.checkpoints import loading
-from slmjax.checkpoints.stored_model import Own, open_own
-from slmjax.convert.family import Bound, bind
+from slmjax.checkpoints.stored_model import LocalModel, open_local_model
+from slmjax.convert.family import BoundRule, bind
 from slmjax.convert.gguf import llama_cpp
 from slmjax.convert.gguf.container import GgufFile, read_gguf
 from slmjax.convert.gguf_model import EXTRA_TENSORS, TOLERANCE, described
@@ -118,7 +118,7 @@ def verify_export(
     run = Path(run)
     file = Path(file)
     engine = llama_cpp.import_engine()
-    own = open_own(run, step=step)
+    own = open_local_model(run, step=step)
     content = read_gguf(file)
     loaded = loading.load_model(run, step=own.step)
     windows = text_windows(
@@ -154,7 +154,7 @@ def verify_export(
     )
 
 
-def _input_specs(bound: list[Bound], own: Own, content: GgufFile) -> dict[str, QuantSpec]:
+def _input_specs(bound: list[BoundRule], own: LocalModel, content: GgufFile) -> dict[str, QuantSpec]:
     """By logical path of a weight, how the engine rounds what it is multiplied with."""
     found: dict[str, QuantSpec] = {}
     for one in bound:

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int8, UInt8
 
-from slmjax.checkpoints.stored_model import Own
-from slmjax.convert.family import Bound
+from slmjax.checkpoints.stored_model import LocalModel
+from slmjax.convert.family import BoundRule
 from slmjax.convert.gguf.container import GgufTensor
 from slmjax.convert.gguf.llama_cpp import Product
 from slmjax.convert.gguf.tensor_codes import blocks_of
@@ -78,7 +78,7 @@ class ProductCheck:
 
 
 # Bytes ------------------------------------------------------------------------------------------------------
-def check_tensor(one: Bound, own: Own, tensor: GgufTensor | None) -> TensorCheck:
+def check_tensor(one: BoundRule, own: LocalModel, tensor: GgufTensor | None) -> TensorCheck:
     """One tensor; None for one that the file does not have."""
     (name,) = one.theirs
     wanted = written(one, own)
@@ -104,12 +104,12 @@ def check_tensor(one: Bound, own: Own, tensor: GgufTensor | None) -> TensorCheck
     )
 
 
-def written(one: Bound, own: Own) -> np.ndarray:
+def written(one: BoundRule, own: LocalModel) -> np.ndarray:
     """The tensor that a rule makes of what the model multiplies with."""
     return one.rule.write([own.read(path) for path in one.ours])[0]
 
 
-def _differing_codes(one: Bound, own: Own, tensor: GgufTensor) -> tuple[int | None, int | None]:
+def _differing_codes(one: BoundRule, own: LocalModel, tensor: GgufTensor) -> tuple[int | None, int | None]:
     """Codes and scales of the file that are not the trained ones; None where there is nothing to compare."""
     if not all(path in own.formats for path in one.ours):
         return None, None
@@ -144,7 +144,7 @@ def input_type(type: str) -> str:
 _product = functools.lru_cache(maxsize=16)(Product)
 
 
-def check_product(one: Bound, own: Own, tensor: GgufTensor) -> ProductCheck:
+def check_product(one: BoundRule, own: LocalModel, tensor: GgufTensor) -> ProductCheck:
     """One matrix, with inputs that depend on its name alone."""
     product = _product(tensor.type)
     width = tensor.shape[-1]
@@ -220,7 +220,7 @@ def _read_q8_k(coded: UInt8[np.ndarray, "R bytes"]) -> Encoded:
 
 
 def check_products(
-    bound: Sequence[Bound], own: Own, tensors: dict[str, GgufTensor]
+    bound: Sequence[BoundRule], own: LocalModel, tensors: dict[str, GgufTensor]
 ) -> Iterator[ProductCheck]:
     """Every matrix that inputs are multiplied with."""
     for one in bound:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from slmjax.models.layers import Linear, Shape
+from slmjax.models.layers import Linear, ModelDims
 from slmjax.models.protocols import Ffn, FfnAux, FfnConfig
 
 
@@ -68,9 +68,9 @@ class MlpConfig(FfnConfig):
                 "activation"
             )
 
-    def build(self, shape: Shape, *, rngs: nnx.Rngs) -> "Mlp":
+    def build(self, dims: ModelDims, *, rngs: nnx.Rngs) -> "Mlp":
         """The module, with freshly initialised parameters."""
-        return Mlp(self, shape, rngs=rngs)
+        return Mlp(self, dims, rngs=rngs)
 
     def active_share(self) -> float:
         """A dense layer has no experts; every parameter is used."""
@@ -84,13 +84,13 @@ class MlpConfig(FfnConfig):
 class Mlp(Ffn):
     """Gated or plain two-layer MLP."""
 
-    def __init__(self, config: MlpConfig, shape: Shape, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: MlpConfig, dims: ModelDims, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        wide = {"std": shape.init_std, "bias": config.bias, "rngs": rngs}
-        self.gate = Linear(shape.embed_dim, config.hidden_dim, **wide) if config.gated else None
-        self.up = Linear(shape.embed_dim, config.hidden_dim, **wide)
+        wide = {"std": dims.init_std, "bias": config.bias, "rngs": rngs}
+        self.gate = Linear(dims.embed_dim, config.hidden_dim, **wide) if config.gated else None
+        self.up = Linear(dims.embed_dim, config.hidden_dim, **wide)
         self.down = Linear(
-            config.hidden_dim, shape.embed_dim, std=shape.output_std, bias=config.bias, rngs=rngs
+            config.hidden_dim, dims.embed_dim, std=dims.output_std, bias=config.bias, rngs=rngs
         )
 
     def __call__(

@@ -25,10 +25,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from slmjax import kernels
 from slmjax.models.ffn.mlp import Activation, MlpConfig, gated
-from slmjax.models.layers import Linear, Shape, effective_weight, truncated_normal
+from slmjax.models.layers import Linear, ModelDims, effective_weight, truncated_normal
 from slmjax.models.protocols import Ffn, FfnAux, FfnConfig
 from slmjax.parallel import communication
-from slmjax.quantization.activations import RoundedInput, rounded_part
+from slmjax.quantization.activations import ActivationQuantizer, rounded_part
 
 
 class RouterScore(enum.Enum):
@@ -90,9 +90,9 @@ class MoeConfig(FfnConfig):
                 f"ffn.capacity_factor is {self.capacity_factor}: 1.25 is usual, and None drops no tokens"
             )
 
-    def build(self, shape: Shape, *, rngs: nnx.Rngs) -> "Moe":
+    def build(self, dims: ModelDims, *, rngs: nnx.Rngs) -> "Moe":
         """The module, with freshly initialised parameters."""
-        return Moe(self, shape, rngs=rngs)
+        return Moe(self, dims, rngs=rngs)
 
     def active_share(self) -> float:
         """Share of the experts that one token uses."""
@@ -289,7 +289,7 @@ def take_rows(
       inverse: for each row of `x` the places in the flattened result that hold it; the number of places for
         none.
     """
-    return _take_rows(*communication.alike(x, index, inverse))
+    return _take_rows(*communication.match_varying(x, index, inverse))
 
 
 @jax.custom_vjp
@@ -315,7 +315,7 @@ def apply_experts(
     biases: tuple[Float[Array, "E F"], Float[Array, "E F"], Float[Array, "E D"]] | None = None,
     activation: Activation,
     capacity: int | None,
-    hidden_input: RoundedInput | None = None,
+    hidden_input: ActivationQuantizer | None = None,
 ) -> Float[Array, "B T D"]:
     """The weighted sum of the outputs of each token's experts, divided over the mesh where there is one.
 
@@ -330,7 +330,7 @@ def apply_experts(
     matrices_out = ("expert", "ffn", None)
 
     def on_shard(x: Array, weights: Array, experts: Array, *matrices: Array) -> Array:
-        rows_divided = communication.is_divided("batch")
+        rows_divided = communication.is_sharded("batch")
         if rows_divided:  # the devices that share out the experts hold different rows: each needs all of them
             x, weights, experts = (
                 communication.gather(part, "expert", axis=0) for part in (x, weights, experts)
@@ -352,7 +352,7 @@ def apply_experts(
     if biases is not None:
         in_dims = (*in_dims, ("expert", "ffn"), ("expert", "ffn"), ("expert", None))
     arrays = (x, routing.weights, routing.experts, gate, up, down, *(biases or ()))
-    return communication.local(on_shard, in_dims=in_dims, out_dims=rows)(*arrays)
+    return communication.shard_mapped(on_shard, in_dims=in_dims, out_dims=rows)(*arrays)
 
 
 def _compute_slots(
@@ -363,7 +363,7 @@ def _compute_slots(
     *,
     activation: Activation,
     capacity: int | None,
-    hidden_input: RoundedInput | None,
+    hidden_input: ActivationQuantizer | None,
 ) -> Array:
     """What the experts whose gate, up and down matrices (and biases) are given add to the tokens of `x`, [B,
     T, D].
@@ -408,40 +408,40 @@ class RouterBias(nnx.Variable[Any]):
 class Experts(nnx.Module):
     """The weights of all experts, stacked."""
 
-    def __init__(self, config: MoeConfig, shape: Shape, *, rngs: nnx.Rngs) -> None:
-        wide = (config.num_experts, shape.embed_dim, config.hidden_dim)
-        narrow = (config.num_experts, config.hidden_dim, shape.embed_dim)
-        self.gate = nnx.Param(truncated_normal(rngs.params(), wide, shape.init_std))
-        self.up = nnx.Param(truncated_normal(rngs.params(), wide, shape.init_std))
-        self.down = nnx.Param(truncated_normal(rngs.params(), narrow, shape.output_std))
+    def __init__(self, config: MoeConfig, dims: ModelDims, *, rngs: nnx.Rngs) -> None:
+        wide = (config.num_experts, dims.embed_dim, config.hidden_dim)
+        narrow = (config.num_experts, config.hidden_dim, dims.embed_dim)
+        self.gate = nnx.Param(truncated_normal(rngs.params(), wide, dims.init_std))
+        self.up = nnx.Param(truncated_normal(rngs.params(), wide, dims.init_std))
+        self.down = nnx.Param(truncated_normal(rngs.params(), narrow, dims.output_std))
         self.gate_bias, self.up_bias, self.down_bias = (
             nnx.Param(jnp.zeros((config.num_experts, dim), jnp.float32)) if config.bias else None
-            for dim in (config.hidden_dim, config.hidden_dim, shape.embed_dim)
+            for dim in (config.hidden_dim, config.hidden_dim, dims.embed_dim)
         )
-        self.input: RoundedInput | None = nnx.data(None)
-        self.hidden_input: RoundedInput | None = nnx.data(None)
+        self.input: ActivationQuantizer | None = nnx.data(None)
+        self.hidden_input: ActivationQuantizer | None = nnx.data(None)
 
 
 class Moe(Ffn):
     """Router, experts, and the shared expert if there is one."""
 
-    def __init__(self, config: MoeConfig, shape: Shape, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: MoeConfig, dims: ModelDims, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.router = Linear(
-            shape.embed_dim, config.num_experts, std=shape.init_std, bias=config.bias, rngs=rngs
+            dims.embed_dim, config.num_experts, std=dims.init_std, bias=config.bias, rngs=rngs
         )
         self.router_bias = (
             RouterBias(jnp.zeros((config.num_experts,), jnp.float32))
             if config.balance is Balance.BIAS
             else None
         )
-        self.experts = Experts(config, shape, rngs=rngs)
+        self.experts = Experts(config, dims, rngs=rngs)
         shared = (
             MlpConfig(hidden_dim=config.shared_hidden_dim, activation=config.activation)
             if config.shared_hidden_dim
             else None
         )
-        self.shared = None if shared is None else shared.build(shape, rngs=rngs)
+        self.shared = None if shared is None else shared.build(dims, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"]

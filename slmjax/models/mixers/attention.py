@@ -20,10 +20,10 @@ from jaxtyping import Array, Float, Int
 
 from slmjax import kernels
 from slmjax.config import ConfigError
-from slmjax.models.layers import Linear, Norm, Shape
+from slmjax.models.layers import Linear, ModelDims, Norm
 from slmjax.models.protocols import CachingMixer, MixerConfig
 from slmjax.models.rope import LongScaling, RopeScaling, rotary, sequence_lengths
-from slmjax.quantization.activations import RoundedInput
+from slmjax.quantization.activations import ActivationQuantizer
 
 log = logging.getLogger(__name__)
 
@@ -91,18 +91,18 @@ class AttentionConfig(MixerConfig):
         """Number of key-value heads."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
-    def resolved_head_dim(self, shape: Shape) -> int:
+    def resolved_head_dim(self, dims: ModelDims) -> int:
         """Dims per head. Raises ValueError where the model's width does not divide by the heads."""
         if self.head_dim is not None:
             return self.head_dim
-        if shape.embed_dim % self.num_heads:
+        if dims.embed_dim % self.num_heads:
             raise ValueError(
-                f"embed_dim={shape.embed_dim} does not divide by num_heads={self.num_heads}: change one, or "
+                f"embed_dim={dims.embed_dim} does not divide by num_heads={self.num_heads}: change one, or "
                 "set head_dim"
             )
-        return shape.embed_dim // self.num_heads
+        return dims.embed_dim // self.num_heads
 
-    def resolved_rotary_dim(self, shape: Shape) -> int:
+    def resolved_rotary_dim(self, dims: ModelDims) -> int:
         """Return how many dims of a head are rotated, 0 without positions.
 
         Raises:
@@ -110,7 +110,7 @@ class AttentionConfig(MixerConfig):
         """
         if self.rope_base is None:
             return 0
-        head_dim = self.resolved_head_dim(shape)
+        head_dim = self.resolved_head_dim(dims)
         rotated = head_dim - head_dim % 2 if self.rotary_dim is None else self.rotary_dim
         if not 2 <= rotated <= head_dim:
             way_out = "set rotary_dim to an even number of them, or rope_base to none to rotate nothing"
@@ -131,20 +131,20 @@ class AttentionConfig(MixerConfig):
         """Return the fields with `rope_fraction` in the place of a `rotary_dim` that it can stand for."""
         return with_rope_fraction(fields, embed_dim=None)
 
-    def build(self, shape: Shape, *, rngs: nnx.Rngs) -> "Attention":
+    def build(self, dims: ModelDims, *, rngs: nnx.Rngs) -> "Attention":
         """The module, with freshly initialised parameters."""
-        return Attention(self, shape, rngs=rngs)
+        return Attention(self, dims, rngs=rngs)
 
-    def mixing_flops(self, shape: Shape, *, length: int) -> float:
+    def mixing_flops(self, dims: ModelDims, *, length: int) -> float:
         """FLOPs of scores and weighted sum per token, averaged over a causal sequence of `length` tokens."""
         window = length if self.window is None else min(self.window, length)
         mean_visible = (window * (window + 1) / 2 + (length - window) * window) / length
-        return 4 * mean_visible * self.num_heads * self.resolved_head_dim(shape)
+        return 4 * mean_visible * self.num_heads * self.resolved_head_dim(dims)
 
-    def state_bytes(self, shape: Shape, *, length: int, itemsize: int) -> int:
+    def state_bytes(self, dims: ModelDims, *, length: int, itemsize: int) -> int:
         """Bytes of cached keys and values of one sequence: a window layer holds no more than its window."""
         slots = length if self.window is None else min(self.window, length)
-        return 2 * slots * self.kv_heads * self.resolved_head_dim(shape) * itemsize
+        return 2 * slots * self.kv_heads * self.resolved_head_dim(dims) * itemsize
 
 
 def with_rotary_dim(fields: dict[str, Any], *, embed_dim: Any) -> dict[str, Any]:
@@ -267,28 +267,28 @@ def join(cache: Any, new: Any) -> Any:
 class Attention(CachingMixer):
     """Grouped-query softmax attention."""
 
-    def __init__(self, config: AttentionConfig, shape: Shape, *, rngs: nnx.Rngs) -> None:
-        head_dim = config.resolved_head_dim(shape)
+    def __init__(self, config: AttentionConfig, dims: ModelDims, *, rngs: nnx.Rngs) -> None:
+        head_dim = config.resolved_head_dim(dims)
         self.config = config
         self.head_dim = head_dim
-        self.dtype = shape.dtype
-        self.rotary_dim = config.resolved_rotary_dim(shape)
+        self.dtype = dims.dtype
+        self.rotary_dim = config.resolved_rotary_dim(dims)
         self.scale = head_dim**-0.5 if config.scale is None else config.scale
-        wide = {"std": shape.init_std, "bias": config.biases is not Biases.NONE, "rngs": rngs}
-        self.query = Linear(shape.embed_dim, config.num_heads * head_dim, **wide)
-        self.key = Linear(shape.embed_dim, config.kv_heads * head_dim, **wide)
-        self.value = Linear(shape.embed_dim, config.kv_heads * head_dim, **wide)
+        wide = {"std": dims.init_std, "bias": config.biases is not Biases.NONE, "rngs": rngs}
+        self.query = Linear(dims.embed_dim, config.num_heads * head_dim, **wide)
+        self.key = Linear(dims.embed_dim, config.kv_heads * head_dim, **wide)
+        self.value = Linear(dims.embed_dim, config.kv_heads * head_dim, **wide)
         self.output = Linear(
             config.num_heads * head_dim,
-            shape.embed_dim,
-            std=shape.output_std,
+            dims.embed_dim,
+            std=dims.output_std,
             bias=config.biases is Biases.ALL,
             rngs=rngs,
         )
-        self.query_norm = self._norm(shape, config.num_heads)
-        self.key_norm = self._norm(shape, config.kv_heads)
+        self.query_norm = self._norm(dims, config.num_heads)
+        self.key_norm = self._norm(dims, config.kv_heads)
         self.sinks = nnx.Param(jnp.zeros((config.num_heads,), jnp.float32)) if config.sinks else None
-        self.cache: RoundedInput | None = nnx.data(None)
+        self.cache: ActivationQuantizer | None = nnx.data(None)
 
     def __call__(
         self,
@@ -353,9 +353,9 @@ class Attention(CachingMixer):
         """Keys and values: [2, K, H]."""
         return 2, self.config.kv_heads, self.head_dim
 
-    def _norm(self, shape: Shape, num_heads: int) -> Norm | None:
+    def _norm(self, dims: ModelDims, num_heads: int) -> Norm | None:
         num_normed = {QkNorm.NONE: 0, QkNorm.PER_HEAD: 1, QkNorm.ALL_HEADS: num_heads}[self.config.qk_norm]
-        return shape.norm(num_normed * self.head_dim) if num_normed else None
+        return dims.norm(num_normed * self.head_dim) if num_normed else None
 
     def _split(self, x: Float[Array, "B T NH"]) -> Float[Array, "B T N H"]:
         return x.reshape(*x.shape[:2], -1, self.head_dim)

@@ -20,11 +20,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from slmjax import kernels
-from slmjax.models.layers import Linear, Shape, effective_weight
+from slmjax.models.layers import Linear, ModelDims, effective_weight
 from slmjax.models.mixers.attention import join, ring_slots
 from slmjax.models.protocols import CachingMixer, MixerConfig
 from slmjax.models.rope import LongScaling, RopeScaling, rotary, sequence_lengths
-from slmjax.quantization.activations import RoundedInput
+from slmjax.quantization.activations import ActivationQuantizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,18 +81,18 @@ class LatentAttentionConfig(MixerConfig):
         """Numbers that decoding keeps of a token, C."""
         return self.latent_dim + self.rope_dim
 
-    def build(self, shape: Shape, *, rngs: nnx.Rngs) -> "LatentAttention":
+    def build(self, dims: ModelDims, *, rngs: nnx.Rngs) -> "LatentAttention":
         """The module, with freshly initialised parameters."""
-        return LatentAttention(self, shape, rngs=rngs)
+        return LatentAttention(self, dims, rngs=rngs)
 
-    def mixing_flops(self, shape: Shape, *, length: int) -> float:
+    def mixing_flops(self, dims: ModelDims, *, length: int) -> float:
         """FLOPs of scores and weighted sum per token, averaged over a causal sequence of `length` tokens, as
         they are in training.
         """
         mean_visible = (length + 1) / 2
         return 2 * mean_visible * self.num_heads * (self.key_dim + self.value_dim)
 
-    def state_bytes(self, shape: Shape, *, length: int, itemsize: int) -> int:
+    def state_bytes(self, dims: ModelDims, *, length: int, itemsize: int) -> int:
         """Bytes of the latents and rotated keys of one sequence, however many heads there are."""
         return length * self.cached_dim * itemsize
 
@@ -178,36 +178,36 @@ def absorbed_attention(
 class LatentAttention(CachingMixer):
     """Multi-head latent attention."""
 
-    def __init__(self, config: LatentAttentionConfig, shape: Shape, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: LatentAttentionConfig, dims: ModelDims, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.dtype = shape.dtype
+        self.dtype = dims.dtype
         self.scale = config.key_dim**-0.5 if config.scale is None else config.scale
         normed = (
-            shape
+            dims
             if config.latent_norm_eps is None
-            else dataclasses.replace(shape, norm_eps=config.latent_norm_eps)
+            else dataclasses.replace(dims, norm_eps=config.latent_norm_eps)
         )
         query_dims = config.num_heads * config.key_dim
         rank = config.query_rank
-        plain = {"std": shape.init_std, "rngs": rngs}
-        down = {"std": shape.init_std, "bias": config.bias, "rngs": rngs}
-        self.query = Linear(shape.embed_dim, query_dims, **plain) if rank is None else None
-        self.query_down = None if rank is None else Linear(shape.embed_dim, rank, **down)
+        plain = {"std": dims.init_std, "rngs": rngs}
+        down = {"std": dims.init_std, "bias": config.bias, "rngs": rngs}
+        self.query = Linear(dims.embed_dim, query_dims, **plain) if rank is None else None
+        self.query_down = None if rank is None else Linear(dims.embed_dim, rank, **down)
         self.query_norm = None if rank is None else normed.norm(rank)
         self.query_up = None if rank is None else Linear(rank, query_dims, **plain)
-        self.latent_down = Linear(shape.embed_dim, config.cached_dim, **down)
+        self.latent_down = Linear(dims.embed_dim, config.cached_dim, **down)
         self.latent_norm = normed.norm(config.latent_dim)
         self.latent_up = Linear(
             config.latent_dim, config.num_heads * (config.plain_dim + config.value_dim), **plain
         )
         self.output = Linear(
             config.num_heads * config.value_dim,
-            shape.embed_dim,
-            std=shape.output_std,
+            dims.embed_dim,
+            std=dims.output_std,
             bias=config.bias,
             rngs=rngs,
         )
-        self.cache: RoundedInput | None = nnx.data(None)
+        self.cache: ActivationQuantizer | None = nnx.data(None)
 
     def __call__(
         self,

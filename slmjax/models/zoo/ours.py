@@ -5,7 +5,7 @@ Where the size of the vocabulary is left open, the tokenizer of the experiment d
 
 import dataclasses
 
-from slmjax.models.architecture import BlockConfig, HeadKind, ModelConfig, Segment
+from slmjax.models.architecture import BlockConfig, HeadKind, LayerGroup, ModelConfig
 from slmjax.models.ffn.mlp import Activation, MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.mixers.attention import AttentionConfig, QkNorm
@@ -38,7 +38,7 @@ _NANO_ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=64, qk_n
 
 
 def _nano(pattern: tuple[BlockConfig, ...], *, vocab_size: int | None) -> ModelConfig:
-    stack = (Segment(pattern=pattern, repeats=4 // len(pattern)),)
+    stack = (LayerGroup(pattern=pattern, repeats=4 // len(pattern)),)
     return ModelConfig(embed_dim=256, stack=stack, context_length=256, vocab_size=vocab_size)
 
 
@@ -93,7 +93,7 @@ def _uniform(
     vocab_size: int | None,
 ) -> ModelConfig:
     """All layers alike, embeddings tied, RMSNorm before each sublayer."""
-    stack = (Segment(pattern=(BlockConfig(mixer=attention, ffn=ffn),), repeats=layers),)
+    stack = (LayerGroup(pattern=(BlockConfig(mixer=attention, ffn=ffn),), repeats=layers),)
     return ModelConfig(
         embed_dim=embed_dim,
         stack=stack,

@@ -27,14 +27,14 @@ from jaxtyping import Array, Float
 from slmjax import config as config_io
 from slmjax.checkpoints import safetensors_files
 from slmjax.checkpoints.safetensors_files import StoredFormat
-from slmjax.checkpoints.stored_model import Own, open_own, read_origin
+from slmjax.checkpoints.stored_model import LocalModel, open_local_model, read_origin
 from slmjax.data.provenance import read_record
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.formats.coding import Encoded, decode, encode, expanded
 from slmjax.formats.presets import name_of
 from slmjax.formats.spec import QuantSpec, stored_bytes
 from slmjax.models.quantized_modules import entries_of, shapes_of
-from slmjax.quantization.assignment import CACHE, LEARNED_INPUTS, Entry
+from slmjax.quantization.assignment import CACHE, LEARNED_INPUTS, Assignment
 from slmjax.quantization.estimators import best_scale, squared_error
 from slmjax.quantization.rules import QuantPhase, QuantRule
 from slmjax.quantization.weights import by_matrix
@@ -110,7 +110,7 @@ def quantize_model(
     _refuse_learned(rules)
     source = Path(source)
     out = Path(out)
-    own = open_own(source, step=step)
+    own = open_local_model(source, step=step)
     model = dataclasses.replace(own.config, quant=(QuantPhase(rules=tuple(rules)),), vocab_multiple=1)
     entries = {
         path: entry
@@ -160,7 +160,7 @@ def _refuse_learned(rules: Sequence[QuantRule]) -> None:
         )
 
 
-def _origin(own: Own, matrices: Sequence[RoundedMatrix], clip: Clip) -> dict[str, Any]:
+def _origin(own: LocalModel, matrices: Sequence[RoundedMatrix], clip: Clip) -> dict[str, Any]:
     """Where the numbers come from, and what text the run held out."""
     before = read_origin(own.path)
     file = own.path / "config.json"
@@ -183,7 +183,7 @@ def _origin(own: Own, matrices: Sequence[RoundedMatrix], clip: Clip) -> dict[str
     }
 
 
-def _rounded(entry: Entry, array: np.ndarray, clip: Clip) -> tuple[Encoded, RoundedMatrix]:
+def _rounded(entry: Assignment, array: np.ndarray, clip: Clip) -> tuple[Encoded, RoundedMatrix]:
     assert entry.weight is not None
     spec = entry.weight.spec
     axis = entry.weight.axis

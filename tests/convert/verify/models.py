@@ -14,7 +14,7 @@ from slmjax import config as config_io
 from slmjax.checkpoints import safetensors_files
 from slmjax.convert.family import logical_shapes
 from slmjax.data.tokenizers import ByteTokenizer
-from slmjax.models.architecture import BlockConfig, HeadKind, ModelConfig, Segment
+from slmjax.models.architecture import BlockConfig, HeadKind, LayerGroup, ModelConfig
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.mixers.attention import AttentionConfig, QkNorm
@@ -26,7 +26,7 @@ def model(
     block: BlockConfig, *, width: int = 64, layers: int = 1, head: HeadKind = HeadKind.TIED
 ) -> ModelConfig:
     words = ByteTokenizer().build([])
-    stack = (Segment(pattern=(block,), repeats=layers),)
+    stack = (LayerGroup(pattern=(block,), repeats=layers),)
     return ModelConfig(
         embed_dim=width, stack=stack, vocab_size=words.vocab_size, context_length=128, head=head
     )

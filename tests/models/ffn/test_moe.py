@@ -14,12 +14,12 @@ from flax import nnx
 from slmjax.models.ffn import moe
 from slmjax.models.ffn.mlp import Activation
 from slmjax.models.ffn.moe import Balance, MoeConfig, RouterScore
-from slmjax.models.layers import Shape
+from slmjax.models.layers import ModelDims
 from slmjax.parallel.batches import place_batch
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 from slmjax.parallel.rules import partition_spec
 
-SHAPE = Shape(embed_dim=8, num_layers=2, norm_eps=1e-6, init_std=0.3, dtype=jnp.float32)
+SHAPE = ModelDims(embed_dim=8, num_layers=2, norm_eps=1e-6, init_std=0.3, dtype=jnp.float32)
 DROPLESS = MoeConfig(num_experts=4, num_selected=2, hidden_dim=6, z_weight=0.5)
 CAPACITY = dataclasses.replace(DROPLESS, capacity_factor=0.75)
 # What the other two leave out: sigmoid scores, a selection bias, a shared expert, a scale, weights as they

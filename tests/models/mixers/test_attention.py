@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from slmjax.models.layers import NormKind, Shape
+from slmjax.models.layers import ModelDims, NormKind
 from slmjax.models.mixers.attention import AttentionConfig, Biases, QkNorm
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 from slmjax.parallel.rules import partition_spec
@@ -20,7 +20,7 @@ from slmjax.parallel.rules import partition_spec
 BATCH = 2
 LENGTH = 12
 WIDTH = 8
-SHAPE = Shape(embed_dim=WIDTH, num_layers=2, norm_eps=1e-6, init_std=0.5, dtype=jnp.float32)
+SHAPE = ModelDims(embed_dim=WIDTH, num_layers=2, norm_eps=1e-6, init_std=0.5, dtype=jnp.float32)
 
 
 def build(**settings):
@@ -89,9 +89,9 @@ def test_equals_the_attention_of_jax(settings, options):
 
 def test_two_tokens_by_hand_with_scale_and_softcap():
     # One head of one dim, all weights 1: queries, keys and values are the inputs themselves, 1 and 2.
-    shape = Shape(embed_dim=1, num_layers=1, norm_eps=1e-6, init_std=0.5, dtype=jnp.float32)
+    dims = ModelDims(embed_dim=1, num_layers=1, norm_eps=1e-6, init_std=0.5, dtype=jnp.float32)
     attention = AttentionConfig(num_heads=1, rope_base=None, scale=0.5, softcap=1.5).build(
-        shape, rngs=nnx.Rngs(params=0)
+        dims, rngs=nnx.Rngs(params=0)
     )
     for linear in (attention.query, attention.key, attention.value, attention.output):
         linear.weight[...] = jnp.ones((1, 1))
@@ -133,12 +133,10 @@ def test_positions_matter_only_with_rotary():
 
 
 def test_depth_scaled_output_and_plain_inputs_at_the_start():
-    shape = Shape(embed_dim=256, num_layers=8, norm_eps=1e-6, init_std=0.02, dtype=jnp.float32)
+    dims = ModelDims(embed_dim=256, num_layers=8, norm_eps=1e-6, init_std=0.02, dtype=jnp.float32)
     config = AttentionConfig(num_heads=4, biases=Biases.QKV)
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: config.build(shape, rngs=nnx.Rngs(params=0))))
-    attention = nnx.merge(
-        graphdef, jax.jit(lambda: nnx.state(config.build(shape, rngs=nnx.Rngs(params=0))))()
-    )
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: config.build(dims, rngs=nnx.Rngs(params=0))))
+    attention = nnx.merge(graphdef, jax.jit(lambda: nnx.state(config.build(dims, rngs=nnx.Rngs(params=0))))())
     for linear, std in (
         (attention.query, 0.02),
         (attention.key, 0.02),

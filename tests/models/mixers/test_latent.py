@@ -18,9 +18,9 @@ from rich.console import Console
 
 import slmjax
 from benchmarks import mesh_equality
-from slmjax.models.architecture import ModelConfig, Precision, Remat, Segment
+from slmjax.models.architecture import LayerGroup, ModelConfig, Precision, Remat
 from slmjax.models.definition import define
-from slmjax.models.layers import Shape
+from slmjax.models.layers import ModelDims
 from slmjax.models.mixers.latent import LatentAttentionConfig
 from slmjax.parallel.batches import place_batch
 from slmjax.parallel.mesh import MeshConfig, make_mesh
@@ -38,7 +38,7 @@ BATCH = 2
 LENGTH = 12
 WIDTH = oracle.WIDTH
 # The references fix the eps of their latent norms; here the model's is another.
-SHAPE = Shape(embed_dim=WIDTH, num_layers=2, norm_eps=0.1, init_std=0.5, dtype=jnp.float32)
+SHAPE = ModelDims(embed_dim=WIDTH, num_layers=2, norm_eps=0.1, init_std=0.5, dtype=jnp.float32)
 
 
 def build(name: str, dtype=jnp.float32):
@@ -248,12 +248,12 @@ def test_costs_are_those_of_the_arrays():
 
 
 def test_depth_scaled_output_and_plain_inputs_at_the_start():
-    shape = Shape(embed_dim=256, num_layers=8, norm_eps=1e-6, init_std=0.02, dtype=jnp.float32)
+    dims = ModelDims(embed_dim=256, num_layers=8, norm_eps=1e-6, init_std=0.02, dtype=jnp.float32)
     config = LatentAttentionConfig(
         num_heads=4, query_rank=128, latent_dim=128, plain_dim=32, rope_dim=32, value_dim=64
     )
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: config.build(shape, rngs=nnx.Rngs(params=0))))
-    mixer = nnx.merge(graphdef, jax.jit(lambda: nnx.state(config.build(shape, rngs=nnx.Rngs(params=0))))())
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: config.build(dims, rngs=nnx.Rngs(params=0))))
+    mixer = nnx.merge(graphdef, jax.jit(lambda: nnx.state(config.build(dims, rngs=nnx.Rngs(params=0))))())
     linears = (mixer.query_down, mixer.query_up, mixer.latent_down, mixer.latent_up, mixer.output)
     for linear, std in zip(linears, (0.02, 0.02, 0.02, 0.02, 0.005), strict=True):
         np.testing.assert_allclose(np.std(np.asarray(linear.weight[...])), 0.98658 * std, rtol=2e-2)
@@ -316,7 +316,7 @@ def test_a_run_on_a_mesh_is_read_back_and_decodes_from_latents(workplace: Path, 
     mixer = LatentAttentionConfig(
         num_heads=4, query_rank=16, latent_dim=16, plain_dim=4, rope_dim=4, value_dim=8
     )
-    stack = (Segment(pattern=(dataclasses.replace(block, mixer=mixer),), repeats=2),)
+    stack = (LayerGroup(pattern=(dataclasses.replace(block, mixer=mixer),), repeats=2),)
     experiment = dataclasses.replace(
         tiny,
         mesh=MeshConfig(fsdp=2, tensor=2),
