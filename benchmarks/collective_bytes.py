@@ -83,9 +83,8 @@ def weak_scaling(sizes: list[int], families: list[dict[str, int]]) -> None:
             for one in sent_by_step(model, mesh, rows=rows_each * num_devices, length=length):
                 sent[one.kind] += one.sent_bytes
             data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
-            matrices = (
-                (6 * (parameters - table) + 10 * table) / tensor * (fsdp - 1) / fsdp
-            )  # bfloat16: gathered twice, reduced once
+            # bfloat16: gathered twice, reduced once
+            matrices = (6 * (parameters - table) + 10 * table) / tensor * (fsdp - 1) / fsdp
             matrices += 2 * (2 * parameters + 4 * table) / tensor / fsdp * (data - 1) / data
             activations = (
                 6

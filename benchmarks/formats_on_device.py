@@ -52,9 +52,8 @@ def main() -> None:
                 )
             else:
                 scale = kept[f"{name}/scale"]
-                has_scale = np.repeat(
-                    scale != 0, x.shape[-1] // scale.shape[-1], axis=-1
-                )  # without one, packages divide by zero
+                # without one, packages divide by zero
+                has_scale = np.repeat(scale != 0, x.shape[-1] // scale.shape[-1], axis=-1)
                 row = (
                     differing(encoded.scale, scale),
                     int(np.sum(has_scale & (np.asarray(encoded.codes) != kept[f"{name}/codes"]))),

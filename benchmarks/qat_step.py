@@ -117,9 +117,8 @@ def compile_steps(given: Any) -> None:
         kernels.unrolled_repeats = lambda num_repeats, num_blocks: num_repeats
     found = {}
     for name in ("", *given.quant):
-        _, shapes, made = train_step_of(
-            model_of(given.model, name, given), mesh
-        )  # under the mesh it would compute there
+        # under the mesh it would compute there
+        _, shapes, made = train_step_of(model_of(given.model, name, given), mesh)
         with jax.set_mesh(mesh):
             compiled = made.lower(
                 shapes, batch_shapes(empty_batch(4 * given.rows, given.length), mesh)

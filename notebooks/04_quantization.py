@@ -61,9 +61,8 @@ def further(experiment: Experiment) -> Experiment:
     )
 
 
-rules = (
-    QuantRule(paths=".", weight=preset("int3_g32")),
-)  # every matrix, the embedding among them; vectors stay as they are
+# every matrix, the embedding among them; vectors stay as they are
+rules = (QuantRule(paths=".", weight=preset("int3_g32")),)
 longer = slmjax.train(further(full))
 aware = slmjax.train(dataclasses.replace(further(full), quant=QuantConfig(phases=(QuantPhase(rules=rules),))))
 

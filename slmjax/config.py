@@ -18,10 +18,11 @@ import functools
 import hashlib
 import inspect
 import json
+import logging
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -32,7 +33,11 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the field and says what to change."""
 
 
-_BEFORE = "slmjax.before"  # the key of a field's metadata
+log = logging.getLogger(__name__)
+
+# Keys of a field's metadata.
+_BEFORE = "slmjax.before"
+_FORMER_NAME = "slmjax.former_name"
 
 
 def added_field(default: Any, *, before: Any) -> Any:
@@ -44,6 +49,42 @@ def added_field(default: Any, *, before: Any) -> Any:
         tree with this value keeps the fingerprint that it had before the field was added.
     """
     return dataclasses.field(default=default, metadata={_BEFORE: before})
+
+
+def renamed_field(default: Any = dataclasses.MISSING, *, was: str) -> Any:
+    """Return a dataclass field that had another name: `num_loops: int = renamed_field(1, was="passes")`.
+
+    Older files are read with a note in the log, and a tree keeps the fingerprint that it had under the former
+    name.
+
+    Args:
+      default: the default value; without one the field is required.
+      was: the former name.
+    """
+    return dataclasses.field(default=default, metadata={_FORMER_NAME: was})
+
+
+E = TypeVar("E", bound=type[enum.Enum])
+
+
+def renamed_values(**former: str) -> Callable[[E], E]:
+    """Return a decorator for an enum whose members had other values: `@renamed_values(free="untied")`.
+
+    Older files are read with a note in the log, and a tree keeps the fingerprint that it had with the former
+    values.
+
+    Args:
+      former: the former value of each renamed member, with its present value.
+    """
+
+    def register(cls: E) -> E:
+        _FORMER_VALUES[cls] = {was: cls(now) for was, now in former.items()}
+        return cls
+
+    return register
+
+
+_FORMER_VALUES: dict[type, dict[str, enum.Enum]] = {}
 
 
 @typing.runtime_checkable
@@ -240,11 +281,15 @@ def _encode(value: Any, hint: Any, path: str, *, is_short: bool) -> Any:
             name: _encode(getattr(value, name), declared, _join(path, name), is_short=is_short)
             for name, declared in declared_types.items()
         }
-        if is_short and (upgrades := _upgrades(cls)):
-            fields = upgrades.downgraded(fields)
+        if is_short:
+            former = _former_names(cls)
+            fields = {former.get(name, name): item for name, item in fields.items()}
+            if upgrades := _upgrades(cls):
+                fields = upgrades.downgraded(fields)
         return {"type": cls.__name__, **fields} if _is_open(hint, cls) else fields
     if isinstance(value, enum.Enum):
-        return value.value
+        former_values = _FORMER_VALUES.get(type(value), {}) if is_short else {}
+        return next((was for was, member in former_values.items() if member is value), value.value)
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, tuple | list):
@@ -335,6 +380,9 @@ def _decode_value(data: Any, hint: Any, path: str) -> tuple[bool, Any]:
         return False, None
     if issubclass(hint, enum.Enum):
         matches = [item for item in hint if item.value == data and type(item.value) is type(data)]
+        if not matches and isinstance(data, str) and data in (former := _FORMER_VALUES.get(hint, {})):
+            log.info("%s: %r is now called %r", _at(path), data, former[data].value)
+            return True, former[data]
         return bool(matches), matches[0] if matches else None
     if issubclass(hint, Path) and isinstance(data, str):
         return True, hint(data)
@@ -363,7 +411,7 @@ def _decode_tuple(data: list[Any], hint: Any, path: str) -> tuple[bool, Any]:
 def _decode_dataclass(data: dict[str, Any], hints: list[Any], path: str) -> Any:
     cls = _chosen_class(data, hints, path)
     declared = _field_types(cls)
-    given = {key: item for key, item in data.items() if key != "type"}
+    given = _with_present_names(cls, {key: item for key, item in data.items() if key != "type"}, path)
     if upgrades := _upgrades(cls):
         try:
             given = upgrades.upgraded(given)
@@ -395,6 +443,23 @@ def _decode_dataclass(data: dict[str, Any], hints: list[Any], path: str) -> Any:
         return cls(**values)
     except ValueError as error:  # from __post_init__
         raise ConfigError(f"{_at(path)}: {error}") from error
+
+
+def _former_names(cls: type) -> dict[str, str]:
+    """The former name of each field that has one, by its present name."""
+    return {
+        field.name: field.metadata[_FORMER_NAME]
+        for field in dataclasses.fields(cls)
+        if _FORMER_NAME in field.metadata
+    }
+
+
+def _with_present_names(cls: type, fields: dict[str, Any], path: str) -> dict[str, Any]:
+    """JSON fields of any version under the names of this one."""
+    present = {was: now for now, was in _former_names(cls).items() if was in fields and now not in fields}
+    for was, now in present.items():
+        log.info("%s is now called %s", _join(path, was), _join(path, now))
+    return {present.get(name, name): item for name, item in fields.items()}
 
 
 def _chosen_class(data: dict[str, Any], hints: list[Any], path: str) -> type:

@@ -14,7 +14,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slmjax.config import ConfigError, added_field, dumps, fingerprint, from_json, loads, near_names, to_json
+from slmjax.config import (
+    ConfigError,
+    added_field,
+    dumps,
+    fingerprint,
+    from_json,
+    loads,
+    near_names,
+    renamed_field,
+    renamed_values,
+    to_json,
+)
 
 
 class Norm(enum.Enum):
@@ -232,6 +243,32 @@ def test_a_field_added_later_has_its_former_meaning_in_older_files() -> None:
         from_json(Extended, {"new": "post"})
     before = hashlib.sha256(b'{"old":2}').hexdigest()[:16]
     assert fingerprint(Extended(old=2, new=Norm.PRE)) == before != fingerprint(Extended(old=2))
+
+
+@renamed_values(free="untied")
+class Head(enum.Enum):
+    TIED = "tied"
+    UNTIED = "untied"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Renamed:
+    num_loops: int = renamed_field(1, was="passes")
+    head: Head = Head.TIED
+
+
+def test_former_names_are_read_with_a_note_and_keep_their_fingerprint(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level("INFO", logger="slmjax.config"):
+        assert from_json(Renamed, {"passes": 2, "head": "free"}) == Renamed(num_loops=2, head=Head.UNTIED)
+    assert "passes is now called num_loops" in caplog.text
+    assert "head: 'free' is now called 'untied'" in caplog.text
+    assert to_json(Renamed(num_loops=2, head=Head.UNTIED)) == {"num_loops": 2, "head": "untied"}
+    former = hashlib.sha256(b'{"head":"free","passes":2}').hexdigest()[:16]
+    assert fingerprint(Renamed(num_loops=2, head=Head.UNTIED)) == former
+    with pytest.raises(ConfigError, match="no field 'passes'"):
+        from_json(Renamed, {"passes": 2, "num_loops": 2, "head": "tied"})
 
 
 def test_missing_fields() -> None:

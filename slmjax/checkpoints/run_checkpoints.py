@@ -40,9 +40,8 @@ MANIFEST = "MANIFEST.json"
 class CheckpointConfig:
     """When checkpoints are written and how many stay."""
 
-    every: int = (
-        500  # steps between checkpoints; one is also written at the end and when a run is interrupted
-    )
+    # steps between checkpoints; one is also written at the end and when a run is interrupted
+    every: int = 500
     keep: int = 2  # how many of the newest stay; the best by validation loss stays beside them
 
     def __post_init__(self) -> None:

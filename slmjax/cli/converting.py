@@ -49,9 +49,8 @@ def export_command(words: Sequence[str]) -> int:
         to: Target  # the format
         dtype: WeightType | None = None  # dtype of the weights (none: the one they are stored in)
         step: int | None = None  # checkpoint of the run (none: the newest)
-        code: str | None = (
-            None  # Python file that defines the classes of your own which the run's settings name
-        )
+        # Python file that defines the classes of your own which the run's settings name
+        code: str | None = None
         json: bool = False  # print what was written as JSON
 
     given = parse(Arguments, words, command="export", description=export_command.__doc__)

@@ -28,9 +28,8 @@ def eval_command(words: Sequence[str]) -> int:
     )
     of_run = next(filter(None, map(own_data, map(Path, paths))), DataConfig())
     if option(words, "--data.path") is not None:
-        of_run = dataclasses.replace(
-            of_run, heldout_fraction=0.0
-        )  # another text is evaluated whole, unless a fraction is given
+        # another text is evaluated whole, unless a fraction is given
+        of_run = dataclasses.replace(of_run, heldout_fraction=0.0)
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
@@ -61,12 +60,10 @@ def eval_command(words: Sequence[str]) -> int:
         batch_size: int = 16  # rows at a time, of multiple choice and lm-eval
         step: int | None = None  # checkpoint to evaluate (none: the newest)
         unrounded: bool = False  # of a quantized run: the text's loss with weights before rounding as well
-        teacher: str | None = (
-            None  # run or imported model to compare the text's predictions with, token by token
-        )
-        code: str | None = (
-            None  # Python file that defines the classes of your own which the run's settings name
-        )
+        # run or imported model to compare the text's predictions with, token by token
+        teacher: str | None = None
+        # Python file that defines the classes of your own which the run's settings name
+        code: str | None = None
         json: bool = False  # print the results as JSON
         data: DataConfig = of_run
 

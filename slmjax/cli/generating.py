@@ -73,9 +73,8 @@ def generate_command(words: Sequence[str]) -> int:
         stream: bool = True  # show the text of a single prompt as it comes
         batch_size: int = 16  # prompts at a time
         step: int | None = None  # checkpoint to sample from (none: the newest)
-        code: str | None = (
-            None  # Python file that defines the classes of your own which the run's settings name
-        )
+        # Python file that defines the classes of your own which the run's settings name
+        code: str | None = None
         settings: Annotated[SamplingConfig, without_prefix()] = SamplingConfig()
 
     given = parse(Arguments, words, command="generate", description=generate_command.__doc__)

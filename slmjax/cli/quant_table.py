@@ -44,9 +44,8 @@ def _table(words: Sequence[str]) -> int:
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
-        quant: str | None = (
-            None  # formats WEIGHTS[+INPUTS[+CACHE]] in place of the experiment's own, such as q4_0+q8_0
-        )
+        # formats WEIGHTS[+INPUTS[+CACHE]] in place of the experiment's own, such as q4_0+q8_0
+        quant: str | None = None
         vocab_size: int = 4096  # of a tokenizer that is yet to be trained
         code: str | None = None  # Python file that defines the classes of your own which the experiment names
         json: bool = False  # print every path as JSON, layers not gathered

@@ -38,13 +38,11 @@ def quantize_command(words: Sequence[str]) -> int:
         # REGEX=WEIGHTS[+INPUTS] for paths that the expression is found in, or REGEX=none; given again for
         # each; the first that fits counts
         rule: Annotated[tuple[str, ...], repeated()] = ()
-        clip: Clip = (
-            Clip.NONE
-        )  # scales as the format computes them, or of each group the one with the smallest squared error
+        # scales as the format computes them, or of each group the one with the smallest squared error
+        clip: Clip = Clip.NONE
         step: int | None = None  # checkpoint of the run (none: the newest)
-        code: str | None = (
-            None  # Python file that defines the classes of your own which the run's settings name
-        )
+        # Python file that defines the classes of your own which the run's settings name
+        code: str | None = None
         json: bool = False  # print what was written as JSON
 
     given = parse(Arguments, words, command="quantize", description=quantize_command.__doc__)
@@ -120,9 +118,8 @@ def verify_export_command(words: Sequence[str]) -> int:
         max_tokens: int = DEFAULT_TOKENS  # tokens of the text
         window: int = DEFAULT_WINDOW  # tokens that are scored in one go
         step: int | None = None  # checkpoint of the run (none: the newest)
-        code: str | None = (
-            None  # Python file that defines the classes of your own which the run's settings name
-        )
+        # Python file that defines the classes of your own which the run's settings name
+        code: str | None = None
         json: bool = False  # print the comparison as JSON
 
     given = parse(Arguments, words, command="verify-export", description=verify_export_command.__doc__)

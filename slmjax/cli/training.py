@@ -42,20 +42,17 @@ def train_command(words: Sequence[str]) -> int:
             # run or imported model to learn from: --objective.distill.* says how; its tokenizer is taken
             None
         )
-        divergence: str | None = (
-            None  # from the teacher: forward_kl, reverse_kl, jsd, taid, top_k, sampled, ... (none: as set)
-        )
+        # from the teacher: forward_kl, reverse_kl, jsd, taid, top_k, sampled, ... (none: as set)
+        divergence: str | None = None
         quant: str | None = (
             # train in these formats: WEIGHTS[+INPUTS[+CACHE]], such as q4_0 or q4_0+q8_0;
             # --quant.start-step 500 when
             None
         )
-        profile: int | None = (
-            None  # trace so many steps, after the first two of this session, into RUN_DIR/profile
-        )
-        code: str | None = (
-            None  # Python file that defines the classes of your own which the run's settings name
-        )
+        # trace so many steps, after the first two of this session, into RUN_DIR/profile
+        profile: int | None = None
+        # Python file that defines the classes of your own which the run's settings name
+        code: str | None = None
         json: bool = False  # print the result as JSON, and progress on standard error
         experiment: Annotated[experiments.Experiment, without_prefix()] = start
 

@@ -54,12 +54,10 @@ class TensorMap:
     around: tuple[Rule, ...]  # outside the layers
     layer: tuple[Rule, ...]  # of each layer, after the prefix
     prefix: str = "model.layers.{i}."
-    base: str = (
-        "model."  # begins the names of what is below the head, and is left out where that was saved alone
-    )
-    ignored: tuple[str, ...] = (
-        r".*rotary_emb\.inv_freq",
-    )  # patterns of tensors that hold nothing of the model
+    # begins the names of what is below the head, and is left out where that was saved alone
+    base: str = "model."
+    # patterns of tensors that hold nothing of the model
+    ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,9 +72,8 @@ class Family:
     table: (
         TensorMap | Callable[[ModelConfig], TensorMap]
     )  # the table, or what makes it where rules depend on the numbers of heads
-    defaults: Mapping[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # values of keys that a configuration leaves out
+    # values of keys that a configuration leaves out
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def table_of(self, model: ModelConfig) -> TensorMap:
         """The table for a model of this family."""

@@ -65,16 +65,13 @@ class DataConfig:
     sources: tuple[WeightedSource, ...] = (WeightedSource(source=StdlibSource()),)  # the mixture
     path: str | None = None  # local text (a file, a directory or a glob): replaces the sources
     text_field: str = "text"  # with path: the field of a record that holds the text
-    prompt_field: str | None = (
-        None  # with path: the field of a prompt, which is not trained on; goes with completion_field
-    )
+    # with path: the field of a prompt, which is not trained on; goes with completion_field
+    prompt_field: str | None = None
     completion_field: str | None = None  # with path: the field that is trained on after prompt_field
-    messages_field: str | None = added_field(
-        None, before=None
-    )  # with path: the field of a conversation's messages, often "messages"
-    scored_turns: ScoredTurns = added_field(
-        ScoredTurns.ALL, before=ScoredTurns.ALL
-    )  # the answers of a conversation that are trained on
+    # with path: the field of a conversation's messages, often "messages"
+    messages_field: str | None = added_field(None, before=None)
+    # the answers of a conversation that are trained on
+    scored_turns: ScoredTurns = added_field(ScoredTurns.ALL, before=ScoredTurns.ALL)
     # names of special tokens in a document: text like any other, or encode (they stand for the tokens)
     special_tokens: SpecialNames = added_field(SpecialNames.TEXT, before=SpecialNames.TEXT)
     split: Split = Split.DOCUMENTS  # hold out whole documents, or the tail of each
@@ -92,9 +89,8 @@ class DataConfig:
     # stop if the tokenizer loses more than this share of the text's bytes, which decoding its ids does not
     # give back
     max_lost_text: float = added_field(0.001, before=1.0)
-    max_document_bytes: int = (
-        1_000_000  # longer documents are tokenized in windows of this size, to the same tokens
-    )
+    # longer documents are tokenized in windows of this size, to the same tokens
+    max_document_bytes: int = 1_000_000
     cache_dir: str | None = None  # prepared data; default: $SLMJAX_CACHE, else ~/.cache/slmjax
     read_threads: int = 2  # threads that read rows ahead of the step
     prefetch: int = 8  # batches kept ready ahead of the step

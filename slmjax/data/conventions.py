@@ -84,12 +84,10 @@ class Conventions:
     ends: tuple[str, ...] = ()  # other tokens that end a text or a turn
     has_bos: bool = True  # False where the file says that the model has no BOS token
     has_eos: bool = True  # False where the file says that the model has no EOS token
-    begins: str | None = (
-        None  # begins a document where the model has no BOS; None where the file does not say
-    )
-    sources: Mapping[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # why the tokens "bos" and "eos" are these, where it is known
+    # begins a document where the model has no BOS; None where the file does not say
+    begins: str | None = None
+    # why the tokens "bos" and "eos" are these, where it is known
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
     adds_bos: bool | None = None  # whether a text begins with BOS; None where the file does not say
     chat_template: str | None = None  # Jinja source
 

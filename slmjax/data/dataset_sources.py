@@ -71,9 +71,8 @@ class HuggingFaceSource(SourceConfig):
     subset: str | None = None  # the dataset's configuration, where it has several
     split: str = "train"  # a split or a slice of one, e.g. "train[:10%]"
     text_field: str = "text"  # the column that holds the text
-    messages_field: str | None = added_field(
-        None, before=None
-    )  # the column of conversations: the messages, {"role", "content"} each
+    # the column of conversations: the messages, {"role", "content"} each
+    messages_field: str | None = added_field(None, before=None)
 
     def documents(self) -> Iterator[Document]:
         make = record_document if self.messages_field is None else conversation_document

@@ -62,9 +62,8 @@ class Document:
     problem: Problem | None = None  # set by the source when there is no text to judge
     detail: str = ""  # what the source has to say about the problem
     is_conversation: bool = False  # the text is JSON, a list of messages
-    is_record: bool = (
-        False  # a record of a file or dataset, whose id is a place (a line, a row); else the id is a name
-    )
+    # a record of a file or dataset, whose id is a place (a line, a row); else the id is a name
+    is_record: bool = False
 
     def held_out_key(self, heldout_by: HeldOutBy) -> str:
         """The text whose hash decides whether the document is held out."""
@@ -83,12 +82,10 @@ class BadCounts:
     missing_field: int = 0  # a record without the field, or with something that is not text in it
     broken_record: int = 0  # a line that is no JSON object, a row of a table with other fields than the first
     binary: int = added_field(0, before=0)  # a file that is not text
-    bad_conversation: int = added_field(
-        0, before=0
-    )  # messages that are none, or that the chat template cannot put into text
-    special_names: int = added_field(
-        0, before=0
-    )  # good ones that hold several names of special tokens as text
+    # messages that are none, or that the chat template cannot put into text
+    bad_conversation: int = added_field(0, before=0)
+    # good ones that hold several names of special tokens as text
+    special_names: int = added_field(0, before=0)
     replaced: int = 0  # those of the bad ones that were mended with U+FFFD and used
 
     @property

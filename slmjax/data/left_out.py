@@ -32,9 +32,8 @@ def find_left_out(plan: RowPlan, shards: TokenizedDocuments) -> LeftOut:
     starts = plan.starts[order].astype(np.int64)
     ends = starts + plan.lengths[order]
     is_further = np.concatenate([[False], documents[1:] == documents[:-1]])
-    before = np.where(
-        is_further, np.concatenate([[0], ends[:-1]]), 0
-    )  # where the document's piece before ends
+    # where the document's piece before ends
+    before = np.where(is_further, np.concatenate([[0], ends[:-1]]), 0)
     num_inputs = np.zeros(len(shards), np.int64)
     np.add.at(num_inputs, documents, ends - np.maximum(starts, before))
     return LeftOut(

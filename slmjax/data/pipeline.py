@@ -139,9 +139,8 @@ class BatchSource:
         batch = empty_batch(len(self.rows), self._data.sequence_length)
         for index, row_of_batch in enumerate(self.rows):
             source, place = self._mixture[step * self._data.batch_size + row_of_batch]
-            row = cast(
-                int, self._orders[source][place]
-            )  # grain's None stands for what a filter dropped: there is no filter
+            # grain's None stands for what a filter dropped: there is no filter
+            row = cast(int, self._orders[source][place])
             shards = self._shards[source]
             write_row(
                 batch,

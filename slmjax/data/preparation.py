@@ -210,9 +210,8 @@ def _shard_directory(
         data.scored_turns.value,
         data.special_tokens.value,
     )
-    chat = repr(
-        (tokenizer.chat_template, tokenizer.has_bos, tokenizer.unk, tokenizer.pad)
-    )  # what the text of conversations depends on
+    # what the text of conversations depends on
+    chat = repr((tokenizer.chat_template, tokenizer.has_bos, tokenizer.unk, tokenizer.pad))
     key = combined_hash("shards", str(FORMAT_VERSION), source_hash, tokenizer.hash, chat, *settings)[:32]
     final = data.cache_path / "shards" / key
     files = [f"{side}/manifest.json" for side in ([TRAIN, HELDOUT] if data.heldout_fraction > 0 else [TRAIN])]

@@ -24,9 +24,8 @@ from slmjax.config import near_names
 from slmjax.data.files import READABLE, FileKind, Layout, decode, file_kind, open_bytes, open_text
 
 _CHUNK = 1 << 16  # characters read at a time from a JSON array
-_LONGEST_TOKEN = (
-    16  # characters that a JSON token which is no string may have behind the place that an error names
-)
+# characters that a JSON token which is no string may have behind the place that an error names
+_LONGEST_TOKEN = 16
 _LONGEST_FIELD = 2**31 - 1  # characters of a CSV field
 _PARQUET_ROWS = 256  # in memory at a time
 _BOM = b"\xef\xbb\xbf"

@@ -221,9 +221,8 @@ class ShardWriter:
 
     def _start_file(self) -> None:
         self._path = self._directory / f"tokens-{len(self._files):05d}.array_record"
-        self._writer = ArrayRecordWriter(
-            str(self._path), "group_size:1,zstd:1"
-        )  # group_size 1: records are read one by one
+        # group_size 1: records are read one by one
+        self._writer = ArrayRecordWriter(str(self._path), "group_size:1,zstd:1")
         self._in_file = {"num_records": 0, "min_id": self._vocab_size, "max_id": 0}
         self._file_bytes = 0
 

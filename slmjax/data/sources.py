@@ -25,9 +25,8 @@ from slmjax.data.records import read_records
 
 _HASHED_WHOLE = 64 << 20  # larger files are fingerprinted by size, modification time and their two ends
 _ENDS = 1 << 20
-_READING = (
-    "text, version 2"  # part of the fingerprint: raise it when the same files are read as other documents
-)
+# part of the fingerprint: raise it when the same files are read as other documents
+_READING = "text, version 2"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,13 +56,11 @@ class TextSource(SourceConfig):
 
     path: str  # a file, a directory (read recursively) or a glob
     text_field: str = "text"  # the field of a record that holds the text
-    prompt_field: str | None = (
-        None  # with completion_field: records are pairs, and the prompt is not trained on
-    )
+    # with completion_field: records are pairs, and the prompt is not trained on
+    prompt_field: str | None = None
     completion_field: str | None = None  # the field that is trained on after prompt_field
-    messages_field: str | None = added_field(
-        None, before=None
-    )  # the field of a conversation's messages, {"role", "content"} each
+    # the field of a conversation's messages, {"role", "content"} each
+    messages_field: str | None = added_field(None, before=None)
 
     def __post_init__(self) -> None:
         if self.messages_field is not None and (self.prompt_field is not None or self.text_field != "text"):

@@ -26,9 +26,8 @@ _OVERLAP = 4096  # bytes of text that two windows share
 MARK_BEGINS = "\ufdd0"
 MARK_ENDS = "\ufdd1"  # around the number of a special token, see marks.py: characters that are none
 _LONGEST_MARK = 64  # bytes
-_SHARED_PART = (
-    4  # windows agree if their tokens are the same in the overlap, without this part of it at either end
-)
+# windows agree if their tokens are the same in the overlap, without this part of it at either end
+_SHARED_PART = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,9 +51,8 @@ class TextTokens:
         if not spans:
             return np.zeros(len(self.ids), bool)
         starts, ends = np.asarray(spans, np.int32).T
-        place = np.searchsorted(
-            ends, self.starts, side="right"
-        )  # the first span that ends after the token's first byte
+        # the first span that ends after the token's first byte
+        place = np.searchsorted(ends, self.starts, side="right")
         is_before_end = place < len(spans)
         return is_before_end & (
             starts[np.minimum(place, len(spans) - 1)] < np.maximum(self.ends, self.starts + 1)

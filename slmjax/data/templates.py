@@ -27,16 +27,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 MAX_STEPS = 100_000
-MAX_CHARACTERS = (
-    10_000_000  # of a text on the way, and of the whole; no function is called with a larger number
-)
+# of a text on the way, and of the whole; no function is called with a larger number
+MAX_CHARACTERS = 10_000_000
 MAX_BITS = 4096  # of a number
 _WIDTH = re.compile(r"\d{6}")  # in a format: pads to any width
 
 
-ANSWER_BEGINS, ANSWER_ENDS = (
-    f"{mark}{secrets.token_hex(8)}{mark}" for mark in "\ufdd2\ufdd3"
-)  # no text has them
+# no text has them
+ANSWER_BEGINS, ANSWER_ENDS = (f"{mark}{secrets.token_hex(8)}{mark}" for mark in "\ufdd2\ufdd3")
 _ANSWER_BLOCK = re.compile(r"\{%[-+]?\s*generation\b")
 
 

@@ -125,9 +125,8 @@ class Tokenizer:
         self._added = [
             token.content for token in added.values() if not token.special and token.content not in reserved
         ]
-        self._plain = plain_text_backend(
-            specification, reserved=reserved
-        )  # encodes documents; None: the backend itself does
+        # encodes documents; None: the backend itself does
+        self._plain = plain_text_backend(specification, reserved=reserved)
         self._reserved_names = {id: name for name, id in reserved.items()}
         canonical = json.dumps([specification, bos, eos], sort_keys=True, separators=(",", ":"))
         self.hash = hashlib.sha256(canonical.encode()).hexdigest()
@@ -437,9 +436,8 @@ class BpeTokenizer(TokenizerConfig):
     """Byte-level BPE with the pre-tokenizer of GPT-2, trained on the training text."""
 
     vocab_size: int = 4096  # with BOS, EOS and the 256 bytes
-    training_bytes: int = (
-        100_000_000  # at most this much text is learned from: the documents of the smallest hashes
-    )
+    # at most this much text is learned from: the documents of the smallest hashes
+    training_bytes: int = 100_000_000
 
     def __post_init__(self) -> None:
         if self.vocab_size < _NUM_SPECIAL + NUM_BYTES:
@@ -510,12 +508,10 @@ class FileTokenizer(TokenizerConfig):
     """An existing tokenizer.json."""
 
     path: str  # the file, or a directory that holds tokenizer.json
-    bos: str | None = (
-        None  # token that begins a document; by default the configured one, else one of the usual names
-    )
-    eos: str | None = (
-        None  # token that ends a document; by default the configured one, else one of the usual names
-    )
+    # token that begins a document; by default the configured one, else one of the usual names
+    bos: str | None = None
+    # token that ends a document; by default the configured one, else one of the usual names
+    eos: str | None = None
 
     @property
     def reads(self) -> Reads:

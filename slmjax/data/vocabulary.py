@@ -48,9 +48,8 @@ def sample_of(texts: Iterable[str], max_bytes: int) -> list[str]:
         while total > max_bytes and len(heap) > 1:
             rank, dropped = heapq.heappop(heap)
             total -= len(dropped.encode())
-            limit = (
-                -rank
-            )  # what came earlier may have been dropped from here on, so what comes later must be too
+            # what came earlier may have been dropped from here on, so what comes later must be too
+            limit = -rank
     return [text for _, text in sorted(heap, reverse=True)]
 
 

@@ -121,9 +121,8 @@ class TeacherConfig:
     path: str  # run directory, or directory of an imported model
     weight: float = 1.0  # its share in the mean of several teachers
     step: int | None = None  # checkpoint of a run (none: the newest)
-    precision: Precision | None = (
-        None  # in what it computes and keeps its matrices (none: as the student computes)
-    )
+    # in what it computes and keeps its matrices (none: as the student computes)
+    precision: Precision | None = None
 
     def __post_init__(self) -> None:
         if not (self.weight > 0 and math.isfinite(self.weight)):
@@ -141,18 +140,15 @@ class DistillConfig:
     weight: Ramp = Ramp()  # multiplies the divergence
     hard_weight: Ramp = Ramp(start=0.0)  # multiplies the cross entropy on the text
     temperature: Ramp = Ramp()  # divides the logits of both sides in the divergence
-    scales_by_square: bool = (
-        True  # multiply the divergence by the squared temperature, so that its gradient keeps its size
-    )
+    # multiply the divergence by the squared temperature, so that its gradient keeps its size
+    scales_by_square: bool = True
     mean: TeacherMean = TeacherMean.LOGITS  # what is averaged over several teachers
     short_context: ShortContext = ShortContext.REFUSE  # for teachers whose context is shorter than the rows
-    overlap: int | None = (
-        None  # tokens of context that their further windows repeat (none: a quarter window, at most 64)
-    )
+    # tokens of context that their further windows repeat (none: a quarter window, at most 64)
+    overlap: int | None = None
     mesh: MeshConfig | None = None  # of the teachers (none: the student's)
-    devices: int | None = (
-        None  # so many devices, the last ones, are the teachers' alone (none: all devices are shared)
-    )
+    # so many devices, the last ones, are the teachers' alone (none: all devices are shared)
+    devices: int | None = None
 
     def __post_init__(self) -> None:
         if not self.teachers:

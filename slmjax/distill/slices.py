@@ -240,7 +240,7 @@ def _warn_of_settings(pairs: Sequence[_Pair], teacher: ModelConfig, student: Mod
         theirs_block = blocks[0][pair.source]
         our_block = blocks[1][pair.index]
         parts = [(theirs_block.mixer, our_block.mixer), (theirs_block.ffn, our_block.ffn)]
-        found = [("passes", theirs_block.passes, our_block.passes)] + [
+        found = [("passes", theirs_block.num_loops, our_block.num_loops)] + [
             (field.name, getattr(theirs, field.name), getattr(ours, field.name))
             for theirs, ours in parts
             if theirs is not None
@@ -309,9 +309,8 @@ def _unusual_dims(pair: _Pair) -> dict[str, tuple[int, Dim]]:
             .reshape(-1)
         )
         head_dim = theirs.resolved_head_dim(pair.widths[0].layer_shape())
-        queries = (heads[:, None] * head_dim + np.arange(head_dim)).reshape(
-            -1
-        )  # [D, K * G * H], cut as [D, K, G, H]
+        # [D, K * G * H], cut as [D, K, G, H]
+        queries = (heads[:, None] * head_dim + np.arange(head_dim)).reshape(-1)
         normed = {
             f"mixer/query_norm/{name}": (0, queries)
             for name in ("scale", "bias")

@@ -57,9 +57,8 @@ class EvalResult:
     loss: float  # nats per scored token
     perplexity: float
     bits_per_byte: float
-    calibration_error: (
-        float  # mean gap between the model's confidence in its likeliest token and how often that is right
-    )
+    # mean gap between the model's confidence in its likeliest token and how often that is right
+    calibration_error: float
     tokens: int  # that were scored
     total_tokens: int  # of the documents but BOS: more than `tokens` where prompts were not scored
     bytes: int  # of the scored text
@@ -67,12 +66,10 @@ class EvalResult:
     sequence_length: int  # tokens of a window
     overlap: int  # tokens of context that a further window of a long document repeats
     seconds: float
-    teacher_kl: float | None = (
-        None  # KL(teacher || model) in nats per scored token, at temperature 1; None: compared with none
-    )
-    teacher_agreement: float | None = (
-        None  # share of scored tokens before which both find the same token the likeliest
-    )
+    # KL(teacher || model) in nats per scored token, at temperature 1; None: compared with none
+    teacher_kl: float | None = None
+    # share of scored tokens before which both find the same token the likeliest
+    teacher_agreement: float | None = None
     teacher_bits_per_byte: float | None = None  # of the teachers themselves
     # share of the text's bytes that the tokenizer loses: above 0, bits per byte are too low to be compared
     lost_text: float = 0.0

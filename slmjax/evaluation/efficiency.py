@@ -36,9 +36,8 @@ class Efficiency:
     bytes_by_dtype: dict[str, int]  # of the parameters as they are loaded
     forward_flops_per_token: float  # at the context length
     training_flops_per_token: float  # forward and backward
-    cache_bytes_per_token: (
-        float  # decoding state of a full context, divided by its length, in the dtype of the computation
-    )
+    # decoding state of a full context, divided by its length, in the dtype of the computation
+    cache_bytes_per_token: float
     cache_bytes: int  # decoding state of a full context
     prompt_tokens: int  # of the prompt that is timed
     time_to_first_token: float  # seconds, median
@@ -84,7 +83,7 @@ def measure_efficiency(
     whole = statistics.median(decode(new_tokens) for _ in range(ROUNDS))
     costs = zoo.describe(config)
     shape = config.layer_shape()
-    mixers = [block.mixer for block in config.blocks() for _ in range(block.passes)]
+    mixers = [block.mixer for block in config.blocks() for _ in range(block.num_loops)]
     itemsize = np.dtype(shape.dtype).itemsize
     cache = sum(mixer.state_bytes(shape, length=config.context_length, itemsize=itemsize) for mixer in mixers)
     sizes: dict[str, int] = {}

@@ -187,9 +187,8 @@ class SlmjaxLM(LM):
         )
         tokenizer = self.loaded.tokenizer
         room = self.loaded.config.context_length
-        new_tokens = (
-            asked if 0 < asked < room else max(room // 2, 1)
-        )  # lm-eval's class fails where a task asks for too many
+        # lm-eval's class fails where a task asks for too many
+        new_tokens = asked if 0 < asked < room else max(room // 2, 1)
         prompts = [(self._ids(context) or [self._prefix_id])[-(room - new_tokens) :] for context in contexts]
         temperature = float(settings.get("temperature") or 0.0)
         config = SamplingConfig(

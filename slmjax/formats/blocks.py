@@ -57,7 +57,7 @@ def container_for(spec: QuantSpec, *, width: int | None = None) -> str:
         raise ValueError(
             f"{name} has zero points, which GGUF's {', '.join(CONTAINERS)} have not: give a symmetric format"
         )
-    run = spec.group_size if spec.share is Granularity.GROUP else width
+    run = spec.group_size if spec.granularity is Granularity.PER_GROUP else width
     if run is not None and run % 32:
         raise ValueError(
             f"{name} shares scales among {run} numbers, GGUF among 32 or 256: give groups that are a "

@@ -145,7 +145,7 @@ def _grouped(x: Array, spec: QuantSpec, axis: int) -> tuple[Array, tuple[int, ..
     groups = x.reshape(*x.shape[:axis], num_groups, width // num_groups, *x.shape[axis + 1 :])
     if jnp.issubdtype(x.dtype, jnp.floating):
         groups = jax.lax.stop_gradient(groups.astype(jnp.float32))
-    if spec.share is not Granularity.TENSOR:
+    if spec.granularity is not Granularity.PER_TENSOR:
         return groups, (axis + 1,)
     return groups, (*(i for i in range(groups.ndim) if i != axis + 1), axis + 1)
 

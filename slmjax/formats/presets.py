@@ -48,25 +48,34 @@ _TQ2_0 = dataclasses.replace(
 # torchao, 8-bit dynamic activations and 4-bit weights: a product with the reciprocal, and a smallest scale.
 _TORCHAO = QuantSpec(bits=4, group_size=32, divisor=7.5, smallest_scale=2.0**-126, scaling=Scaling.RECIPROCAL)
 _TORCHAO_TOKEN = dataclasses.replace(
-    _TORCHAO, bits=8, share=Granularity.ROW, group_size=None, statistic=Statistic.MIN_MAX, divisor=1.0
+    _TORCHAO,
+    bits=8,
+    granularity=Granularity.PER_CHANNEL,
+    group_size=None,
+    statistic=Statistic.MIN_MAX,
+    divisor=1.0,
 )
 
 # compressed-tensors: a quotient; float32's epsilon is the scale of zeros.
 _COMPRESSED = QuantSpec(bits=4, group_size=32, divisor=7.5, scale_of_zeros=2.0**-23)
 _COMPRESSED_ROW = dataclasses.replace(
-    _COMPRESSED, bits=8, share=Granularity.ROW, group_size=None, divisor=127.5
+    _COMPRESSED, bits=8, granularity=Granularity.PER_CHANNEL, group_size=None, divisor=127.5
 )
 
 # ai-edge-quantizer, for LiteRT: without the lowest code in 8 bits; scales of blocks are rounded to bfloat16;
 # the largest magnitude counts as at least 1e-9.
 _LITERT_ROW = QuantSpec(
-    bits=8, codes=Codes.SYMMETRIC, share=Granularity.ROW, divisor=127.0, smallest_scale=_quotient(1e-9, 127)
+    bits=8,
+    codes=Codes.SYMMETRIC,
+    granularity=Granularity.PER_CHANNEL,
+    divisor=127.0,
+    smallest_scale=_quotient(1e-9, 127),
 )
 _LITERT_ROW4 = dataclasses.replace(
     _LITERT_ROW, bits=4, codes=Codes.FULL, divisor=7.0, smallest_scale=_quotient(1e-9, 7)
 )
 _LITERT_BLOCK = dataclasses.replace(
-    _LITERT_ROW4, share=Granularity.GROUP, group_size=32, scale_type=ScaleType.BFLOAT16_IN_FLOAT16
+    _LITERT_ROW4, granularity=Granularity.PER_GROUP, group_size=32, scale_type=ScaleType.BFLOAT16_IN_FLOAT16
 )
 
 # ONNX Runtime's MatMulNBits: Q4_0's codes, except where two numbers of other signs are the largest.
@@ -141,14 +150,14 @@ PRESETS: Mapping[str, QuantSpec] = MappingProxyType(
         "nvfp4": _NVFP4,
         **{f"int{bits}_g32": _integers(bits) for bits in range(2, 9)},
         "ternary_g256": _TERNARY,
-        "ternary_row": dataclasses.replace(_TERNARY, share=Granularity.ROW, group_size=None),
+        "ternary_row": dataclasses.replace(_TERNARY, granularity=Granularity.PER_CHANNEL, group_size=None),
         "stretched2_g32": _STRETCHED_2,
         "stretched_ternary_g256": _STRETCHED_TERNARY,
         "stretched_ternary_row": dataclasses.replace(
-            _STRETCHED_TERNARY, share=Granularity.ROW, group_size=None
+            _STRETCHED_TERNARY, granularity=Granularity.PER_CHANNEL, group_size=None
         ),
         "binary_g32": _BINARY,
-        "binary_row": dataclasses.replace(_BINARY, share=Granularity.ROW, group_size=None),
+        "binary_row": dataclasses.replace(_BINARY, granularity=Granularity.PER_CHANNEL, group_size=None),
     }
 )
 
@@ -170,9 +179,9 @@ def name_of(spec: QuantSpec) -> str:
         if known == spec:
             return name
     grid = "" if spec.grid is CodeGrid.INTEGER else f" {spec.grid.value}"
-    share = (
+    scales = (
         f"groups of {spec.group_size}"
-        if spec.share is Granularity.GROUP
-        else f"one scale a {spec.share.value}"
+        if spec.granularity is Granularity.PER_GROUP
+        else f"one scale {spec.granularity.value.replace('_', ' ')}"
     )
-    return f"{spec.bits:g} bits{grid} {spec.statistic.value}/{spec.divisor:g}, {share}, {spec.scale_type.value} scales"
+    return f"{spec.bits:g} bits{grid} {spec.statistic.value}/{spec.divisor:g}, {scales}, {spec.scale_type.value} scales"

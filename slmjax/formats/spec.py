@@ -12,17 +12,17 @@ import math
 
 import numpy as np
 
+from slmjax.config import renamed_field, renamed_values
+
 
 class CodeGrid(enum.Enum):
     """What the codes are, before they are multiplied with the scale."""
 
     INTEGER = "integer"  # integers without gaps
-    ODD = (
-        "odd"  # odd integers, so that no level is wasted on zero: one bit is -1, 1; two bits are -3, -1, 1, 3
-    )
-    E2M1 = (
-        "e2m1"  # 4-bit floats: 0, 0.5, 1, 1.5, 2, 3, 4, 6 with a sign; the code is the bit pattern, 0 to 15
-    )
+    # odd integers, so that no level is wasted on zero: one bit is -1, 1; two bits are -3, -1, 1, 3
+    ODD = "odd"
+    # 4-bit floats: 0, 0.5, 1, 1.5, 2, 3, 4, 6 with a sign; the code is the bit pattern, 0 to 15
+    E2M1 = "e2m1"
     E4M3 = "e4m3"  # 8-bit floats up to 448; the code is the bit pattern as an int8
     E5M2 = "e5m2"  # 8-bit floats up to 57344
 
@@ -32,20 +32,20 @@ class Statistic(enum.Enum):
 
     # the number of largest magnitude, the first of such, with its sign turned: it has the lowest code
     SIGNED_MAX = "signed_max"
-    FAR_END = (
-        "far_end"  # the same of the smallest or the largest number; of two as far from zero, the smallest
-    )
+    # the same of the smallest or the largest number; of two as far from zero, the smallest
+    FAR_END = "far_end"
     ABSMAX = "absmax"  # the largest magnitude
     ABSMEAN = "absmean"  # the mean magnitude
     MIN_MAX = "min_max"  # from the smallest number, or 0, to the largest, or 0: codes have a zero point
 
 
+@renamed_values(group="per_group", row="per_channel", tensor="per_tensor")
 class Granularity(enum.Enum):
     """Which numbers share a scale."""
 
-    GROUP = "group"  # `group_size` neighbours along the axis
-    ROW = "row"  # all along the axis: an output channel of a weight, a token of an activation
-    TENSOR = "tensor"  # all
+    PER_GROUP = "per_group"  # `group_size` neighbours along the axis
+    PER_CHANNEL = "per_channel"  # all along the axis: an output channel of a weight, a token of an activation
+    PER_TENSOR = "per_tensor"  # all
 
 
 class ScaleType(enum.Enum):
@@ -55,9 +55,8 @@ class ScaleType(enum.Enum):
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
     BFLOAT16_IN_FLOAT16 = "bfloat16_in_float16"  # rounded to bfloat16, then kept as float16
-    E8M0 = (
-        "e8m0"  # powers of two: that of the statistic, rounded down, over that of the grid's largest number
-    )
+    # powers of two: that of the statistic, rounded down, over that of the grid's largest number
+    E8M0 = "e8m0"
     E4M3 = "e4m3"  # 8-bit floats, under a second scale for the whole tensor
 
 
@@ -116,8 +115,8 @@ class QuantSpec:
     # which integers, in an INTEGER grid
     codes: Codes = Codes.FULL
     # which numbers share a scale
-    share: Granularity = Granularity.GROUP
-    # numbers of a group; None unless `share` is GROUP
+    granularity: Granularity = renamed_field(Granularity.PER_GROUP, was="share")
+    # numbers of a group; None unless `granularity` is PER_GROUP
     group_size: int | None = None
     # what the scale is computed from
     statistic: Statistic = Statistic.ABSMAX
@@ -141,9 +140,10 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ValueError(f"bits is {self.bits}: give one of {', '.join(map(str, BITS))}")
-        if (self.share is Granularity.GROUP) != (self.group_size is not None):
+        if (self.granularity is Granularity.PER_GROUP) != (self.group_size is not None):
             raise ValueError(
-                f"group_size is {self.group_size} with share {self.share.value!r}: give a size for groups, "
+                f"group_size is {self.group_size} with granularity {self.granularity.value!r}: give a size "
+                "for groups, "
                 "and for nothing else"
             )
         if self.group_size is not None and self.group_size < 1:
@@ -158,7 +158,9 @@ class QuantSpec:
             raise ValueError(
                 f"bits is {self.bits} with grid {self.grid.value!r}: e2m1 has 4 bits, e4m3 and e5m2 have 8"
             )
-        if self.is_two_level and (self.grid not in FLOAT_GRIDS or self.share is not Granularity.GROUP):
+        if self.is_two_level and (
+            self.grid not in FLOAT_GRIDS or self.granularity is not Granularity.PER_GROUP
+        ):
             raise ValueError(
                 "scales in e4m3 are under one for the tensor: give a float grid in groups, or another "
                 "scale_type"
@@ -265,7 +267,7 @@ def bits_per_number(spec: QuantSpec, width: int) -> float:
     check_width(spec, width, what="an axis")
     shared = (
         0
-        if spec.share is Granularity.TENSOR
+        if spec.granularity is Granularity.PER_TENSOR
         else _SCALE_BITS[spec.scale_type] + (math.ceil(spec.bits) if spec.is_asymmetric else 0)
     )
     return math.ceil(spec.bits) + shared * spec.groups(width) / width
@@ -281,7 +283,7 @@ def stored_bytes(spec: QuantSpec, shape: tuple[int, ...], *, axis: int = -1) -> 
         return 0
     of_tensor = (
         32 + (8 if spec.is_asymmetric else 0)
-        if spec.share is Granularity.TENSOR
+        if spec.granularity is Granularity.PER_TENSOR
         else 32
         if spec.is_two_level
         else 0

@@ -78,9 +78,8 @@ def _block_layout(group_sizes: Array, num_rows: int) -> tuple[int, Array, Array,
     in use.
     """
     num_groups = group_sizes.shape[0]
-    block = min(
-        256, max(8, -(-(num_rows // num_groups) // 16) * 8)
-    )  # half of an even share: few rows of padding, few rounds
+    # half of an even share: few rows of padding, few rounds
+    block = min(256, max(8, -(-(num_rows // num_groups) // 16) * 8))
     blocks = -(-group_sizes // block)
     ends = jnp.cumsum(blocks)
     index = jnp.arange(-(-num_rows // block) + num_groups)
@@ -115,9 +114,8 @@ def _block_products(x: Array, weights: Array, group_sizes: Array, *, contracted:
 def _block_outer_products(x: Array, dy: Array, group_sizes: Array) -> Array:
     """For each group the sum over its rows of the outer product of `x` and `dy`, in float32: [E, D, F]."""
     block, group, first, count, num_blocks = _block_layout(group_sizes, x.shape[0])
-    grouped = jnp.where(
-        (jnp.arange(x.shape[0]) < jnp.sum(group_sizes))[:, None], x, 0
-    )  # what else there is may not be finite
+    # what else there is may not be finite
+    grouped = jnp.where((jnp.arange(x.shape[0]) < jnp.sum(group_sizes))[:, None], x, 0)
     columns = cpu.transposed(jnp.pad(grouped, [(0, block), (0, 0)]))
     padded_dy = jnp.pad(dy, [(0, block), (0, 0)])
     offset = jnp.arange(block)[:, None]

@@ -29,7 +29,7 @@ def can_round_groups(spec: QuantSpec, *, width: int, platform: str, dtype: Any) 
     the largest magnitude.
     """
     is_grouped = (
-        spec.share is Granularity.GROUP
+        spec.granularity is Granularity.PER_GROUP
         and width % (spec.group_size or 1) == 0
         and _LANES % (spec.group_size or 1) == 0
     )
@@ -63,9 +63,8 @@ def round_groups(x: Float[Array, "N D"], spec: QuantSpec, *, interpret: bool = F
     # sides.
     block = pl.BlockSpec((rows, _LANES), lambda row, column: (row, column))
     grid = pl.cdiv(num_rows, rows), pl.cdiv(width, _LANES)
-    shape = jax.ShapeDtypeStruct(
-        x.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type
-    )  # it differs between devices as `x` does
+    # it differs between devices as `x` does
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
     kernel = functools.partial(_round_block, spec=spec)
     return pl.pallas_call(
         kernel, grid=grid, in_specs=[block], out_specs=block, out_shape=shape, interpret=interpret

@@ -44,9 +44,8 @@ class DivergenceContext:
 
     shards: communication.Shards  # of the vocabulary
     state: State  # of the objective
-    draws: (
-        Any  # UInt32[Array, "C 2"]: what is different for every token of a step; None where nothing is drawn
-    )
+    # UInt32[Array, "C 2"]: what is different for every token of a step; None where nothing is drawn
+    draws: Any
     key: Any  # UInt32[Array, "2"]: key data of the step; None where nothing is drawn
 
 
@@ -348,9 +347,8 @@ def log_mixture(
     x = log_q - log_p
     # From the smaller side, so that e^x - 1 is exact near 0 and finite everywhere; m is no less than the
     # smaller one, also once rounded.
-    log_larger = jnp.log1p(
-        jnp.where(x <= 0, share, 1.0 - share) * jnp.expm1(-jnp.abs(x))
-    )  # log(m / max(p, q))
+    # log(m / max(p, q))
+    log_larger = jnp.log1p(jnp.where(x <= 0, share, 1.0 - share) * jnp.expm1(-jnp.abs(x)))
     log_larger = jnp.maximum(log_larger, -jnp.abs(x))
     return (
         jnp.maximum(log_p, log_q) + log_larger,
@@ -410,9 +408,8 @@ def draw_counts(p: Float[Array, "C v"], num_draws: int, context: DivergenceConte
     before = jnp.where(jnp.arange(ends.shape[-1]) < context.shards.index(), ends, 0.0).max(
         axis=-1, keepdims=True
     )
-    below = jnp.nextafter(
-        ends[:, -1:], jnp.zeros((), ends.dtype)
-    )  # a number that rounds up to the end of all would fall nowhere
+    # a number that rounds up to the end of all would fall nowhere
+    below = jnp.nextafter(ends[:, -1:], jnp.zeros((), ends.dtype))
     numbers = jnp.minimum(_uniform(context.key, context.draws, num_draws, p.dtype) * ends[:, -1:], below)
     mine = (numbers >= before) & (numbers < end)
     find = jax.vmap(lambda sums, values: jnp.searchsorted(sums, values, side="right"))

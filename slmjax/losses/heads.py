@@ -35,9 +35,8 @@ class Head:
     bias: Any = None  # Float[Array, "V"] or None
     softcap: float | None = dataclasses.field(default=None, metadata={"static": True})  # cap * tanh(x / cap)
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
-    vocab_size: int = dataclasses.field(
-        metadata={"static": True}
-    )  # real rows of the table; those after them are padding
+    # real rows of the table; those after them are padding
+    vocab_size: int = dataclasses.field(metadata={"static": True})
 
 
 def logits(hidden: Float[Array, "*B D"], head: Head) -> Float[Array, "*B V"]:

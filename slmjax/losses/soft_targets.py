@@ -139,8 +139,8 @@ def linear_divergence(
       weights: the loss mask, or any weights; no gradient goes through them.
       draws: two numbers that are different for every token, where the divergence draws at random.
       chunk_size: tokens per chunk; None gives about 256 MB of logits (of each model).
-      **amounts: fields of `DistillWeights`: `soft` (1 by default), `hard` (0), `z_loss` (0), `temperature` (that of
-      `matching`), `state`, `key`.
+      **amounts: fields of `DistillWeights`: `soft` (1 by default), `hard` (0), `z_loss` (0), `temperature`
+      (that of `matching`), `state`, `key`.
 
     Returns:
       The sum, and weighted sums without a gradient: `divergence`, and the `nll`, `z` and `correct` of

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from slmjax.config import renamed_field, renamed_values
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.layers import ModelDims, NormKind
@@ -50,11 +51,12 @@ class Remat(enum.Enum):
     FULL = "full"  # keeps only the input of each repeat of a pattern
 
 
+@renamed_values(free="untied")
 class HeadKind(enum.Enum):
     """Where the output projection comes from."""
 
     TIED = "tied"  # the embedding table
-    FREE = "free"  # a table of its own
+    UNTIED = "untied"  # a table of its own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,11 +66,13 @@ class BlockConfig:
     mixer: MixerConfig  # token mixer
     ffn: FfnConfig | None  # feed-forward layer (none: the mixer alone)
     norm: NormPlacement = NormPlacement.PRE  # where the block normalises
-    passes: int = 1  # how many times in a row the block runs with the same weights
+    num_loops: int = renamed_field(
+        1, was="passes"
+    )  # how many times in a row the block runs with the same weights
 
     def __post_init__(self) -> None:
-        if self.passes < 1:
-            raise ValueError(f"passes must be at least 1, got {self.passes}")
+        if self.num_loops < 1:
+            raise ValueError(f"num_loops must be at least 1, got {self.num_loops}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +85,7 @@ class LayerGroup:
     def __post_init__(self) -> None:
         if self.repeats < 1 or not self.pattern:
             raise ValueError(
-                f"a segment needs a pattern of blocks and at least one repeat, got repeats={self.repeats}"
+                f"a layer group needs a pattern of blocks and at least one repeat, got repeats={self.repeats}"
             )
 
 
@@ -98,9 +102,8 @@ class ModelConfig:
     norm_kind: NormKind = NormKind.RMS  # what every norm computes
     norm_eps: float = 1e-6  # added to the mean square in every norm
     init_std: float = 0.02  # deviation of initial weights (truncated normal)
-    learned_positions: int | None = (
-        None  # rows of a table whose row for a token's position is added to it (none: no such table)
-    )
+    # rows of a table whose row for a token's position is added to it (none: no such table)
+    learned_positions: int | None = None
     embed_multiplier: float = 1.0  # multiplies the embedded tokens
     residual_multiplier: float = 1.0  # multiplies what a block adds to the residual stream
     logit_multiplier: float = 1.0  # multiplies the logits
@@ -175,7 +178,7 @@ class ModelConfig:
 
     def layer_shape(self) -> ModelDims:
         """What every layer shares."""
-        depth = sum(block.passes for block in self.blocks())
+        depth = sum(block.num_loops for block in self.blocks())
         dtype = jnp.bfloat16 if self.precision is Precision.BFLOAT16 else jnp.float32
         return ModelDims(
             embed_dim=self.embed_dim,

@@ -49,9 +49,8 @@ def _canonical_block(block: BlockConfig, dims: ModelDims) -> BlockConfig:
             mixer, scale=scale, latent_norm_eps=mixer.latent_norm_eps or dims.norm_eps
         )
     if isinstance(ffn, MoeConfig):
-        balance = (
-            Balance.BIAS if ffn.balance is Balance.BIAS else Balance.NONE
-        )  # the one that is part of the model
+        # the one that is part of the model
+        balance = Balance.BIAS if ffn.balance is Balance.BIAS else Balance.NONE
         ffn = dataclasses.replace(
             ffn, balance=balance, balance_weight=0.0, bias_rate=0.0, z_weight=0.0, capacity_factor=None
         )

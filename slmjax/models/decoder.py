@@ -183,7 +183,7 @@ def _run_passes(
     new_states = []
     reports = []
     captured = {}
-    for index in range(block.config.passes):
+    for index in range(block.config.num_loops):
         pass_key = None if key is None else jax.random.fold_in(key, index)
         x, state, aux, captured = block(
             x, inputs=inputs, state=None if states is None else states[index], key=pass_key
@@ -225,7 +225,7 @@ class Decoder(nnx.Module):
             first_layer += len(segment.pattern) * segment.repeats
         self.segments = nnx.List(segments)
         self.final_norm = config.layer_shape().norm(config.embed_dim)
-        free = config.head is HeadKind.FREE
+        free = config.head is HeadKind.UNTIED
         self.head = (
             VocabTable(config.table_rows, config.embed_dim, std=config.init_std, key=head_key)
             if free
@@ -319,7 +319,7 @@ class Decoder(nnx.Module):
             one = block.mixer.init_state(batch_size, max_length=max_length)
             return [
                 jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (repeats, *leaf.shape)), one)
-                for _ in range(block.config.passes)
+                for _ in range(block.config.num_loops)
             ]
 
         return [

@@ -38,15 +38,12 @@ class Definition:
     graphdef: Any
     params: dict[str, jax.ShapeDtypeStruct]  # trained by the optimizer
     buffers: dict[str, jax.ShapeDtypeStruct]  # state that the optimizer does not touch (router biases)
-    formats: numbers.Formats = dataclasses.field(
-        default_factory=dict
-    )  # of weights, by stack path; empty in full precision
-    learning: numbers.Formats = dataclasses.field(
-        default_factory=dict
-    )  # of weights beside which anything is learned in some phase
-    inputs: Mapping[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # formats of what is multiplied with, by stack path of the weight
+    # of weights, by stack path; empty in full precision
+    formats: numbers.Formats = dataclasses.field(default_factory=dict)
+    # of weights beside which anything is learned in some phase
+    learning: numbers.Formats = dataclasses.field(default_factory=dict)
+    # formats of what is multiplied with, by stack path of the weight
+    inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     phase: QuantPhase | None = None  # of the config's, the one that this is of; None in full precision
 
     def effective(self, params: Mapping[str, Array], *, key: Array | None = None) -> dict[str, Array]:

@@ -146,7 +146,7 @@ def _learner(phases: Sequence[Assignments], now: Assignments, path: str, part: s
 
 
 def _layout(numbers: TensorQuant) -> tuple[Any, ...]:
-    return type(numbers.estimator), numbers.spec.share, numbers.spec.group_size, numbers.axis
+    return type(numbers.estimator), numbers.spec.granularity, numbers.spec.group_size, numbers.axis
 
 
 def _divided_segments(config: ModelConfig, phases: Sequence[Assignments]) -> list[list[LayerGroup]]:
@@ -283,7 +283,7 @@ def assignment_lines(config: ModelConfig) -> list[Line]:
     shapes = logical_shapes(config, shapes_of(config))
     rules = config.quant[-1].rules if config.quant else ()
     entries = assign_formats(rules, shapes)
-    if config.head is HeadKind.FREE:  # then nothing is multiplied with the embedding
+    if config.head is HeadKind.UNTIED:  # then nothing is multiplied with the embedding
         entries["embed/table"] = dataclasses.replace(entries["embed/table"], input=None)
     return [_line(entry) for entry in entries.values()]
 

@@ -67,9 +67,8 @@ class Llama3Scaling(RopeScaling):
 
     factor: float  # how many times the original context
     original_context: int  # tokens the model was first trained with
-    low_frequency_factor: float = (
-        1.0  # waves longer than original_context over this are divided by the factor
-    )
+    # waves longer than original_context over this are divided by the factor
+    low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0  # waves shorter than original_context over this are kept
 
     def __post_init__(self) -> None:

@@ -61,9 +61,8 @@ def place_batch(batch: Any, mesh: Mesh, *, num_rows: int | None = None) -> Any:
 
         def shard(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(count)
-            first = int(
-                np.searchsorted(here, start)
-            )  # a shard's rows follow each other here as they do in the whole
+            # a shard's rows follow each other here as they do in the whole
+            first = int(np.searchsorted(here, start))
             return local[first : first + stop - start, *index[1:]]
 
         return jax.make_array_from_callback(global_shape, _batch_sharding(global_shape, mesh), shard)

@@ -2,8 +2,8 @@
 
 Modules name logical dims ("batch", "heads", "ffn", ...); only this file knows mesh axes. `make_mesh` builds a
 mesh with compiler-managed (Auto) axes and is entered with `jax.set_mesh(mesh)`; inside it `constrain`,
-`shard_mapped` and the collectives work by logical dims, and without a mesh they are the identity, so the same code
-runs on one device.
+`shard_mapped` and the collectives work by logical dims, and without a mesh they are the identity, so the same
+code runs on one device.
 
 Logical dims: batch B, time T, tokens (time divided further, inside losses), embed D, heads N, kv_heads K, ffn
 F, vocab V, expert E.
@@ -145,8 +145,8 @@ def is_sharded(dim: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """The devices that a logical dim is divided over, for code that is traced later than `shard_mapped` runs: rules
-    of custom gradients.
+    """The devices that a logical dim is divided over, for code that is traced later than `shard_mapped` runs:
+    rules of custom gradients.
     """
 
     axes: tuple[str, ...] = ()  # none where the dim is whole
@@ -194,8 +194,8 @@ def table_dims(num_rows: int, *, batch_size: int) -> Dims:
 
 
 def gathered_table(table: Array, *, whole: bool = False) -> tuple[Array, Shards]:
-    """Inside `shard_mapped`: a table with all its columns, and its rows over the vocabulary's devices, or all of
-    them if `whole`.
+    """Inside `shard_mapped`: a table with all its columns, and its rows over the vocabulary's devices, or all
+    of them if `whole`.
     """
     by_rows = shards_of("vocab_rows")
     vocab = shards_of("vocab")
@@ -205,8 +205,8 @@ def gathered_table(table: Array, *, whole: bool = False) -> tuple[Array, Shards]
 
 
 def halo(x: Array, dim: str, *, size: int, axis: int) -> Array:
-    """Inside `shard_mapped`: `x` with the `size` entries before it along a divided array axis, from the devices that
-    hold them.
+    """Inside `shard_mapped`: `x` with the `size` entries before it along a divided array axis, from the
+    devices that hold them.
 
     The first shards have fewer entries before them, and zeros in their place. Only these entries are sent:
     from the neighbour, and where a shard is shorter than the halo from as many further devices as it takes.
@@ -226,8 +226,8 @@ def halo(x: Array, dim: str, *, size: int, axis: int) -> Array:
 
 
 def sum_before(x: Array, dim: str) -> Array:
-    """Inside `shard_mapped`: the sum of `x` over the shards of a logical dim that come before this one; zeros where
-    the dim is whole.
+    """Inside `shard_mapped`: the sum of `x` over the shards of a logical dim that come before this one; zeros
+    where the dim is whole.
     """
     if not is_sharded(dim):
         return jnp.zeros_like(x)
@@ -237,8 +237,8 @@ def sum_before(x: Array, dim: str) -> Array:
 
 
 def match_varying(*arrays: Array) -> tuple[Array, ...]:
-    """Inside `shard_mapped`: the arrays, marked as differing between devices wherever one of them does; elsewhere
-    the identity.
+    """Inside `shard_mapped`: the arrays, marked as differing between devices wherever one of them does;
+    elsewhere the identity.
 
     Needed where the tracer cannot see it by itself: at the door of a custom gradient, and for the zeros a
     loop starts from. The gradient of what was equal on all devices is then summed over them.

@@ -94,7 +94,9 @@ def rounded_part(x: Float[Array, "*B d"], rounding: ActivationQuantizer, dim: st
         return x
     count = communication.num_shards(dim)
     spec = rounding.numbers.spec
-    if count == 1 or (spec.share is Granularity.GROUP and x.shape[-1] % (spec.group_size or 1) == 0):
+    if count == 1 or (
+        spec.granularity is Granularity.PER_GROUP and x.shape[-1] % (spec.group_size or 1) == 0
+    ):
         is_in_one_pass = _in_one_pass(x, rounding.numbers, width=x.shape[-1])
         return _round_groups(x, spec, None) if is_in_one_pass else rounded(x, rounding.numbers, {})
     whole = rounded(communication.gather(x, dim, axis=x.ndim - 1), rounding.numbers, {})

@@ -165,11 +165,11 @@ def _input(rule: QuantRule, path: str, shape: tuple[int, ...]) -> TensorQuant | 
         return None
     check_width(rule.input, shape[axis_of(path)], what=f"the input of {path}", name=name_of(rule.input))
     estimator = rule.input_estimator or StraightThrough()
-    if isinstance(estimator, LEARNED_INPUTS) and rule.input.share is not Granularity.TENSOR:
+    if isinstance(estimator, LEARNED_INPUTS) and rule.input.granularity is not Granularity.PER_TENSOR:
         raise ValueError(
             f"the input of {path}: {type(estimator).__name__} keeps one scale for all tokens, and "
             f"{name_of(rule.input)} has one for "
-            "each: take a format with share=Granularity.TENSOR, or leave input_estimator out"
+            "each: take a format with granularity=Granularity.PER_TENSOR, or leave input_estimator out"
         )
     if not isinstance(estimator, LEARNED_INPUTS):
         _check_tokens_apart(rule.input, f"the input of {path}")
@@ -186,9 +186,10 @@ def _check_tokens_apart(spec: QuantSpec, what: str) -> None:
     """Refuses a computed scale that all tokens share: a later one would change what an earlier one is rounded
     to.
     """
-    if spec.share is Granularity.TENSOR or spec.is_two_level:
+    if spec.granularity is Granularity.PER_TENSOR or spec.is_two_level:
         raise ValueError(
             f"{what}: {name_of(spec)} computes a scale from all tokens, so that a token would see later "
             "ones: take a format with groups or "
-            "rows of a token, or for inputs one with share=Granularity.TENSOR and input_estimator=Calibrated()"
+            "rows of a token, or for inputs one with granularity=Granularity.PER_TENSOR and "
+            "input_estimator=Calibrated()"
         )

@@ -137,9 +137,8 @@ class LearnedScale(Estimator):
     by the root of the numbers of a group instead of those of the whole matrix.
     """
 
-    clipped_from: ClippedFrom = added_field(
-        ClippedFrom.LAST_LEVEL, before=ClippedFrom.LAST_LEVEL
-    )  # numbers beyond get no gradient
+    # numbers beyond get no gradient
+    clipped_from: ClippedFrom = added_field(ClippedFrom.LAST_LEVEL, before=ClippedFrom.LAST_LEVEL)
 
     def check(self, spec: QuantSpec) -> None:
         """Raise ValueError for formats with a zero point or floating-point codes, and for RANGE with a grid
@@ -405,10 +404,10 @@ def sum_groups(x: Float[Array, "..."], scale: Float[Array, "..."], *, axis: int)
 
 def _gradient_share(x: Array, spec: QuantSpec, *, axis: int) -> float:
     sharing = {
-        Granularity.GROUP: spec.group_size,
-        Granularity.ROW: x.shape[axis],
-        Granularity.TENSOR: x.shape[axis],
-    }[spec.share]
+        Granularity.PER_GROUP: spec.group_size,
+        Granularity.PER_CHANNEL: x.shape[axis],
+        Granularity.PER_TENSOR: x.shape[axis],
+    }[spec.granularity]
     return 1.0 / math.sqrt((sharing or 1) * max(_reach(spec)[1], 1e-3))
 
 
@@ -438,9 +437,8 @@ def _scale(learned: Learned) -> Array:
 
 
 # Scales -----------------------------------------------------------------------------------------------------
-FACTORS = tuple(
-    round(1.1 - 0.02 * step, 2) for step in range(36)
-)  # of the format's own scale: from a tenth more down to four tenths
+# of the format's own scale: from a tenth more down to four tenths
+FACTORS = tuple(round(1.1 - 0.02 * step, 2) for step in range(36))
 
 
 def best_scale(

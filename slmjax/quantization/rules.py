@@ -28,19 +28,15 @@ class QuantRule:
 
     paths: str  # regular expression, searched for in logical paths; "." is in all of them
     weight: QuantSpec | None = None  # format of the parameter (none: it stays in floating point)
-    fallback: QuantSpec | None = (
-        None  # format of parameters whose width `weight` cannot hold (none: these are refused)
-    )
-    estimator: Estimator | None = (
-        None  # how the parameter gets a gradient, and its scale (none: what suits its format)
-    )
+    # format of parameters whose width `weight` cannot hold (none: these are refused)
+    fallback: QuantSpec | None = None
+    # how the parameter gets a gradient, and its scale (none: what suits its format)
+    estimator: Estimator | None = None
     input: QuantSpec | None = None  # format of what the parameter is multiplied with (none: floating point)
-    input_estimator: Estimator | None = (
-        None  # how that gets a gradient, and its scale (none: dynamic, straight through)
-    )
-    cache: QuantSpec | None = (
-        None  # format of keys and values, for paths that end in `mixer/cache` (none: floating point)
-    )
+    # how that gets a gradient, and its scale (none: dynamic, straight through)
+    input_estimator: Estimator | None = None
+    # format of keys and values, for paths that end in `mixer/cache` (none: floating point)
+    cache: QuantSpec | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -75,9 +71,8 @@ class QuantPhase:
 
     rules: tuple[QuantRule, ...]  # the first that names a path counts
     step: int = 0  # the first training step with them
-    restart_optimizer: bool = added_field(
-        False, before=False
-    )  # forget the optimizer's moments when it begins; the schedule goes on
+    # forget the optimizer's moments when it begins; the schedule goes on
+    restart_optimizer: bool = added_field(False, before=False)
 
     def __post_init__(self) -> None:
         if self.step < 0:
@@ -107,9 +102,8 @@ class QuantConfig:
     phases: tuple[
         QuantPhase, ...
     ]  # by step; before the first all is in full precision, and the last is what is deployed
-    start_step: int | None = (
-        0  # added to the steps of all phases (none: where the learning rate of wsd begins to fall)
-    )
+    # added to the steps of all phases (none: where the learning rate of wsd begins to fall)
+    start_step: int | None = 0
     warmup_steps: int = 0  # steps in which the rounding error of weights grows from none to all of it
     # weight of the squared distance of each weight to what it is rounded to, summed (holds back
     # oscillation)

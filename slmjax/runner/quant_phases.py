@@ -128,7 +128,7 @@ def _measured(setup: Setup, state: TrainState, batch: Batch) -> tuple[dict[str, 
     places = {path: leaf.sharding for path, leaf in some.items()}
     found = jax.jit(jax.grad(total), out_shardings=places)(some, rest)
     found = {
-        path: leaf / block_at(config, path).passes if path.startswith("segments/") else leaf
+        path: leaf / block_at(config, path).num_loops if path.startswith("segments/") else leaf
         for path, leaf in found.items()
     }
     return {path: found.get(path, leaf) for path, leaf in params.items()}, {

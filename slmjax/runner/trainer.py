@@ -89,9 +89,8 @@ class Result:
     commit: str | None
     seconds_by_category: dict[str, float]
     samples: list[str]
-    lost_text: float = (
-        0.0  # share of the held-out text's bytes that the tokenizer loses: above 0, bits per byte are too low
-    )
+    # share of the held-out text's bytes that the tokenizer loses: above 0, bits per byte are too low
+    lost_text: float = 0.0
 
 
 def train(

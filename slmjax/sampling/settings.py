@@ -11,20 +11,16 @@ LARGEST_SEED = 2**32 - 1
 class SamplingConfig:
     """How the next token is chosen: penalty, temperature, top-k, top-p, min-p, in this order."""
 
-    max_tokens: int | None = (
-        None  # new tokens per prompt at most (none: 128, or fewer where the context is full)
-    )
+    # new tokens per prompt at most (none: 128, or fewer where the context is full)
+    max_tokens: int | None = None
     temperature: float = 0.8  # divides the logits; 0 takes the most likely token
     top_k: int | None = None  # only the k most likely tokens are drawn (none: all)
-    top_p: float | None = (
-        None  # only the fewest tokens that together reach this probability are drawn (none: all)
-    )
-    min_p: float | None = (
-        None  # only tokens at least this many times as likely as the likeliest are drawn (none: all)
-    )
-    repetition_penalty: float | None = (
-        None  # tokens that were there before: positive logits divided by it, others multiplied (none: 1)
-    )
+    # only the fewest tokens that together reach this probability are drawn (none: all)
+    top_p: float | None = None
+    # only tokens at least this many times as likely as the likeliest are drawn (none: all)
+    min_p: float | None = None
+    # tokens that were there before: positive logits divided by it, others multiplied (none: 1)
+    repetition_penalty: float | None = None
     seed: int = 0  # of the first prompt's draws; the next prompt's is one more, and so on
     stop: tuple[str, ...] = ()  # texts that end a continuation, and are left out of it
 

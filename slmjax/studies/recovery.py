@@ -45,9 +45,8 @@ class Recovery:
     rounded: Mapping[
         str, str | tuple[str, ...]
     ]  # for each arm that may recover something: the reference rounded to its format, in ways
-    rates: Mapping[str, ChosenRate] = dataclasses.field(
-        default_factory=dict
-    )  # of arms that were swept over learning rates (`sweeps.best_rates`)
+    # of arms that were swept over learning rates (`sweeps.best_rates`)
+    rates: Mapping[str, ChosenRate] = dataclasses.field(default_factory=dict)
     directory: str = "."  # of the study, within that of the report
 
     def __post_init__(self) -> None:

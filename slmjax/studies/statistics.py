@@ -21,9 +21,8 @@ from scipy import stats
 
 MAX_ENUMERATED = 50_000  # resamples: up to 6 pairs, 6**6 = 46,656
 NUM_DRAWS = 10_000
-ROUNDING = 16 * float(
-    np.finfo(np.float64).eps
-)  # relative to the figures: differences that agree to this are equal
+# relative to the figures: differences that agree to this are equal
+ROUNDING = 16 * float(np.finfo(np.float64).eps)
 
 Interval = tuple[float, float]
 

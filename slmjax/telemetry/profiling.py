@@ -72,9 +72,8 @@ class Profile:
 
     def _start(self) -> None:
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = (
-            0  # each call of a Python function would slow down the host that is to be watched
-        )
+        # each call of a Python function would slow down the host that is to be watched
+        options.python_tracer_level = 0
         options.session_id = f"from-step-{self._begin + 1}"
         with self._no_reason_to_fail():
             jax.profiler.start_trace(self._directory, create_perfetto_trace=True, profiler_options=options)

@@ -70,9 +70,8 @@ class Progress:
             shown += [f"data wait {figures.data_wait_share:.0%}"]
         eta = f"{self._time_left(step)} left"
         if self._bar is not None:
-            room = (
-                self._console.width - BAR_WIDTH - 2 * len(str(self._num_steps)) - 3
-            )  # the count, and spaces between
+            # the count, and spaces between
+            room = self._console.width - BAR_WIDTH - 2 * len(str(self._num_steps)) - 3
             while len(shown) > 1 and len("  ".join([*shown, eta])) > room:
                 shown.pop()
             self._bar.update(self._task, completed=step, description="  ".join([*shown, eta]))
@@ -151,9 +150,8 @@ class LogRecords(logging.Handler):
         self._before = self._logger.level, self._logger.propagate
         self._logger.addHandler(self)
         self._logger.setLevel(logging.INFO)
-        self._logger.propagate = (
-            False  # imported libraries give the root logger handlers that would show all twice
-        )
+        # imported libraries give the root logger handlers that would show all twice
+        self._logger.propagate = False
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -63,9 +63,8 @@ class FromTeacherLayers(InitConfig):
     """
 
     path: str  # run directory of the teacher, or directory of an imported model
-    layers: tuple[int, ...] | None = (
-        None  # the teacher's layer for each of the student's (none: every, or spread evenly, ends included)
-    )
+    # the teacher's layer for each of the student's (none: every, or spread evenly, ends included)
+    layers: tuple[int, ...] | None = None
     every: int | None = (
         # take the teacher's layers 0, every, 2 every, ... (none: layers, or spread evenly, ends included)
         None
@@ -92,9 +91,8 @@ class EvalConfig:
     every: int = 250  # steps between evaluations; one more, on all held-out text, ends the run
     max_documents: int | None = 64  # held-out documents of the evaluations on the way (none: all)
     batch_size: int | None = None  # rows at a time (none: as in training)
-    sample: bool = (
-        True  # continue run.sample_prompts each time, so that the log shows what the model has learnt to say
-    )
+    # continue run.sample_prompts each time, so that the log shows what the model has learnt to say
+    sample: bool = True
     overlap: int | None = (
         # tokens that each further window of a long document repeats (none: a quarter window, at most 64)
         None
@@ -102,9 +100,8 @@ class EvalConfig:
     # the text that is scored: completions, which is what training scores (of plain text everything), or all,
     # prompts too
     score: ScoredText = config_io.added_field(ScoredText.COMPLETIONS, before=ScoredText.COMPLETIONS)
-    unrounded: bool = config_io.added_field(
-        False, before=False
-    )  # of a quantized run: the loss of its weights before rounding as well
+    # of a quantized run: the loss of its weights before rounding as well
+    unrounded: bool = config_io.added_field(False, before=False)
 
     def __post_init__(self) -> None:
         for name in ("every", "max_documents", "batch_size"):
@@ -130,9 +127,8 @@ class RunConfig:
     # devices)
     log_flips: bool = config_io.added_field(False, before=False)
     directory: str = "runs"  # where run directories are made
-    sample_prompts: tuple[str, ...] = (
-        "",
-    )  # texts that the trained model continues at every evaluation and at the end
+    # texts that the trained model continues at every evaluation and at the end
+    sample_prompts: tuple[str, ...] = ("",)
     sample: SamplingConfig = SamplingConfig(temperature=0.8, top_k=40)  # how it does
     trackers: tuple[Tracker, ...] = ()  # where the log's figures go as well: tensorboard, wandb
 
@@ -153,9 +149,8 @@ class Experiment:
     tokenizer: TokenizerConfig = BpeTokenizer(vocab_size=2048)
     optim: OptimConfig = OptimConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
-    quant: QuantConfig | None = (
-        None  # formats of weights, inputs and caches in training and after it (none: floating point)
-    )
+    # formats of weights, inputs and caches in training and after it (none: floating point)
+    quant: QuantConfig | None = None
     mesh: MeshConfig = MeshConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

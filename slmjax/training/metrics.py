@@ -55,7 +55,7 @@ def named_metrics(config: ModelConfig, metrics: Mapping[str, Any]) -> dict[str, 
 
 def gradient_groups(config: ModelConfig) -> list[str]:
     """What gradient norms are told of: every layer, and the modules around them."""
-    around = ["embed", "final_norm"] + (["head"] if config.head is HeadKind.FREE else [])
+    around = ["embed", "final_norm"] + (["head"] if config.head is HeadKind.UNTIED else [])
     around += [] if config.learned_positions is None else ["positions"]
     return [f"layers/{layer}" for layer in range(config.num_layers)] + around
 

@@ -19,12 +19,10 @@ class ObjectiveConfig:
     """What is minimised."""
 
     z_loss: float = 0.0  # coefficient of the squared log-normaliser of the logits (1e-4 keeps it near zero)
-    chunk_size: int | None = (
-        None  # tokens whose logits exist at once on a device (none: about 256 MB of them)
-    )
-    distill: DistillConfig | None = (
-        None  # what is learned from teachers (none: cross entropy on the text alone)
-    )
+    # tokens whose logits exist at once on a device (none: about 256 MB of them)
+    chunk_size: int | None = None
+    # what is learned from teachers (none: cross entropy on the text alone)
+    distill: DistillConfig | None = None
 
     def __post_init__(self) -> None:
         if self.z_loss < 0:

@@ -81,15 +81,12 @@ class OptimConfig:
     # peak learning rate of learned scales, clips and zero points of number formats, on the same schedule
     # (none: lr)
     scale_lr: float | None = added_field(None, before=None)
-    accumulation_steps: int = (
-        1  # the batch is cut into this many parts, whose gradients are added up before an update
-    )
-    ema_decay: float | None = (
-        None  # keep an exponential moving average of the weights and evaluate it; None: do not
-    )
-    max_consecutive_skips: int = (
-        20  # end the run when a log line finds this many updates in a row undone as non-finite
-    )
+    # the batch is cut into this many parts, whose gradients are added up before an update
+    accumulation_steps: int = 1
+    # keep an exponential moving average of the weights and evaluate it; None: do not
+    ema_decay: float | None = None
+    # end the run when a log line finds this many updates in a row undone as non-finite
+    max_consecutive_skips: int = 20
 
     def __post_init__(self) -> None:
         positive = ("lr", "muon_lr", "muon_iterations", "accumulation_steps", "max_consecutive_skips", "eps")

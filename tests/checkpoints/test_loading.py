@@ -15,7 +15,7 @@ from slmjax.parallel.mesh import MeshConfig, make_mesh
 from slmjax.parallel.rules import parameter_shardings, placed_shapes
 from tests.distill.lessons import STUDENT, VOCAB, write_teacher
 
-FREE = dataclasses.replace(STUDENT, head=HeadKind.FREE, vocab_multiple=8)  # 61 tokens, 64 rows
+FREE = dataclasses.replace(STUDENT, head=HeadKind.UNTIED, vocab_multiple=8)  # 61 tokens, 64 rows
 
 
 @pytest.fixture(scope="module")

@@ -37,9 +37,8 @@ def angles(case: str, changes: dict[str, Any]) -> dict[str, Any]:
     """
     import transformers
 
-    config = copy.deepcopy(
-        config_with(read_golden(case)["config"], changes)
-    )  # transformers adds keys to the tables that it is given
+    # transformers adds keys to the tables that it is given
+    config = copy.deepcopy(config_with(read_golden(case)["config"], changes))
     model_class = getattr(transformers, config["architectures"][0])
     model = model_class(model_class.config_class(**config))
     rotary = model.model.rotary_emb

@@ -130,9 +130,8 @@ def test_a_scale_that_llama_cpp_would_replace_is_refused(family: Family, case: s
         "layer_types": None,
         "query_pre_attn_scalar": 8,
     }
-    model = read_settings(
-        hf, config, where=case
-    )  # 1 over the root of 8, the dims of a head, as at other depths
+    # 1 over the root of 8, the dims of a head, as at other depths
+    model = read_settings(hf, config, where=case)
     with pytest.raises(
         ValueError,
         match=rf"every model of {num_layers} layers for Gemma . 27B.*0.408248.*\(24 // 4\).*has 0.353553",

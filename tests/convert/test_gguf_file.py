@@ -150,9 +150,8 @@ def blocks_of_a_hand() -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Each format's block of 32 numbers, and the numbers worked out from the format's definition."""
     lows = np.arange(16) % 16
     highs = (np.arange(16) * 3 + 1) % 16
-    nibbles = (
-        (lows | highs << 4).astype(np.uint8).tobytes()
-    )  # the first half of the block in the low four bits
+    # the first half of the block in the low four bits
+    nibbles = (lows | highs << 4).astype(np.uint8).tobytes()
     codes = np.concatenate([lows, highs])
     signed = np.arange(-16, 16, dtype=np.int8)
     return [
@@ -182,9 +181,8 @@ def test_a_block_worked_by_hand(name: str, raw: np.ndarray, wanted: np.ndarray, 
 def test_blocks_against_the_gguf_package(name: str) -> None:
     format = gguf.GGMLQuantizationType[name]
     _, num_bytes = gguf.GGML_QUANT_SIZES[format]
-    raw = np.random.default_rng(0).integers(
-        0, 40, size=(3, 2 * num_bytes), dtype=np.uint8
-    )  # small bytes: no scale is infinite
+    # small bytes: no scale is infinite
+    raw = np.random.default_rng(0).integers(0, 40, size=(3, 2 * num_bytes), dtype=np.uint8)
     wanted = gguf.quants.dequantize(raw, format)
     tensor = GgufTensor(name="w", shape=wanted.shape, type=name, raw=raw.reshape(-1))
     np.testing.assert_array_equal(tensor.read(), wanted)

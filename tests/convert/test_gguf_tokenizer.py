@@ -98,9 +98,8 @@ def test_text_does_not_forge_control_tokens(tmp_path: Path) -> None:
 def test_vocabularies_made_here(config: Any, tmp_path: Path) -> None:
     own = config.build([BLANKS, topics["for"], topics["if"]])
     own.save(tmp_path)
-    metadata = tokenizer_metadata(
-        tmp_path, adds_bos=True, num_rows=own.vocab_size + 3
-    )  # three rows without a token
+    # three rows without a token
+    metadata = tokenizer_metadata(tmp_path, adds_bos=True, num_rows=own.vocab_size + 3)
     assert metadata["tokenizer.ggml.token_type"][-4:] == [NORMAL, UNUSED, UNUSED, UNUSED]
     path = tmp_path / "x.gguf"
     write_tiny_llama(path, metadata)

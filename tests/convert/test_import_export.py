@@ -248,7 +248,7 @@ def ffn(**fields: Any) -> BlockConfig:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (odd(dataclasses.replace(BLOCK, passes=2)), r"layer 0.passes = 2 \(read back as 1\)"),
+        (odd(dataclasses.replace(BLOCK, num_loops=2)), r"layer 0.num_loops = 2 \(read back as 1\)"),
         (odd(dataclasses.replace(BLOCK, ffn=None)), r"a feed-forward layer is NoneType"),
         (odd(logit_softcap=9.0), r"logit_softcap = 9.0"),
         (odd(mixer(head_dim=7, qk_norm=QkNorm.PER_HEAD)), r"it would lose layer 0.mixer.qk_norm"),
@@ -278,7 +278,7 @@ def test_what_no_family_can_say_is_refused_with_the_reason(model: ModelConfig, m
         (odd(mixer(head_dim=7)), "Phi3ForCausalLM"),  # 6 of 7 dims are rotated
         (odd(mixer(qk_norm=QkNorm.PER_HEAD)), "Qwen3ForCausalLM"),
         (odd(mixer(window=5)), "MistralForCausalLM"),
-        (odd(mixer(qk_norm=QkNorm.PER_HEAD), vocab_multiple=64, head=HeadKind.FREE), "Qwen3ForCausalLM"),
+        (odd(mixer(qk_norm=QkNorm.PER_HEAD), vocab_multiple=64, head=HeadKind.UNTIED), "Qwen3ForCausalLM"),
         (odd(mixer(rope_scaling=LinearScaling(factor=3.0)), embed_multiplier=3.0), "GraniteForCausalLM"),
         (odd(stack=stack_of([BLOCK, mixer(rope_base=None), BLOCK])), "SmolLM3ForCausalLM"),
     ],

@@ -174,9 +174,8 @@ def test_windows_do_not_cut_the_marks_of_special_tokens() -> None:
     text = tokenizer.marked_vocabulary.mark("abc de<|end|>\n" * 100)
     windows = windows_of(text.encode(), 256, marked=True)
     parts = [text.encode()[start:stop].decode() for start, stop in windows]
-    tokens = tokenizer.encode_spans(
-        parts, marked=True
-    )  # half a mark is text, which this vocabulary cannot express
+    # half a mark is text, which this vocabulary cannot express
+    tokens = tokenizer.encode_spans(parts, marked=True)
     joined = join_windows(tokens, windows)
     assert len(windows) > 10 and joined is not None
     assert joined.ids.tolist() == tokenizer.encode_spans([text], marked=True)[0].ids.tolist()

@@ -132,9 +132,8 @@ def test_the_first_documents_are_taken_whole():
 
 
 def test_what_training_scores_is_scored_or_all_of_it():
-    pairs = numbered(
-        [6, 20, 4, 9], prompt_lengths=[3, 14, 4, 0]
-    )  # the third has nothing to score, the last no prompt
+    # the third has nothing to score, the last no prompt
+    pairs = numbered([6, 20, 4, 9], prompt_lengths=[3, 14, 4, 0])
     options = {"sequence_length": 8, "batch_size": 1, "overlap": 2}
     batches = evaluation_batches([pairs], **options)
     scored = sorted(itertools.chain(*(batch.targets[batch.loss_mask == 1].tolist() for batch in batches)))

@@ -55,7 +55,7 @@ TEACHER = ModelConfig(
     stack=(LayerGroup(pattern=(DENSE, EXPERTS), repeats=2),),
     vocab_size=258,
     vocab_multiple=8,
-    head=HeadKind.FREE,
+    head=HeadKind.UNTIED,
 )
 WORDS = ByteTokenizer().build(())
 
@@ -158,9 +158,8 @@ def test_all_layers_are_the_teacher(teacher: Loaded) -> None:
     _, params, buffers, _ = start(teacher, config, (0, 1, 2, 3))
     mine = layers_of(config, params, buffers)
     for name, value in layers_of(TEACHER, teacher.params, teacher.buffers).items():
-        rows = (
-            slice(0, 258) if name in ("embed/table", "head/weight") else slice(None)
-        )  # padding means nothing
+        # padding means nothing
+        rows = slice(0, 258) if name in ("embed/table", "head/weight") else slice(None)
         np.testing.assert_array_equal(mine[name][rows], value[rows], err_msg=name)
     tokens = jnp.arange(12)[None] * 7
     restacked = tuple(
@@ -249,9 +248,8 @@ def test_a_narrower_student(teacher: Loaded, kv_heads: int, group: int) -> None:
     assert mine.keys() == expected.keys() | outside
     for name, value in expected.items():
         full = theirs[name.replace("layers/0", "layers/3")]
-        scale = (
-            (full.shape[-2] / value.shape[-2]) ** 0.5 if value.ndim > 1 else 1.0
-        )  # each output is the sum of fewer numbers
+        # each output is the sum of fewer numbers
+        scale = (full.shape[-2] / value.shape[-2]) ** 0.5 if value.ndim > 1 else 1.0
         np.testing.assert_allclose(mine[name], value * scale, rtol=1e-6, err_msg=name)
     assert (
         student_cuts(teacher.definition, define(config), chosen=(3,))["layers/0/ffn/experts/up"].scale
@@ -278,18 +276,20 @@ def test_a_narrower_latent_attention() -> None:
         student_cuts(definitions[0], wide, chosen=(0,))
 
 
-@pytest.mark.parametrize(("head", "source"), [(HeadKind.FREE, "head/weight"), (HeadKind.TIED, "embed/table")])
+@pytest.mark.parametrize(
+    ("head", "source"), [(HeadKind.UNTIED, "head/weight"), (HeadKind.TIED, "embed/table")]
+)
 def test_rows_of_tables(teacher: Loaded, head: HeadKind, source: str) -> None:
     """A token that the teacher has not keeps its fresh row, and so does padding."""
     config = of_blocks(DENSE, vocab_size=300, head=head)
     _, params, _, fresh = start(teacher, config, (2,), num_rows=250)
-    name = source if head is HeadKind.FREE else "embed/table"
+    name = source if head is HeadKind.UNTIED else "embed/table"
     np.testing.assert_array_equal(params[name][:250], teacher.params[source][:250])
     np.testing.assert_array_equal(params[name][250:], fresh.params[name][250:])
 
 
 def test_a_free_head_begins_as_the_embedding_it_was_tied_to() -> None:
-    tied, free = (define(of_blocks(DENSE, head=head)) for head in (HeadKind.TIED, HeadKind.FREE))
+    tied, free = (define(of_blocks(DENSE, head=head)) for head in (HeadKind.TIED, HeadKind.UNTIED))
     assert student_cuts(tied, free, chosen=(0,))["head/weight"].source == "embed/table"
     assert student_cuts(free, free, chosen=(0,))["head/weight"].source == "head/weight"
 

@@ -101,7 +101,7 @@ def soft_mean(distill: DistillConfig, said: Any, head: Head) -> tuple[Any, Any]:
 # One teacher ------------------------------------------------------------------------------------------------
 ODD = dataclasses.replace(
     TEACHER,
-    head=HeadKind.FREE,
+    head=HeadKind.UNTIED,
     embed_dim=16,
     learned_positions=LENGTH,
     stack=(

@@ -300,9 +300,8 @@ def test_calibration_and_teachers_are_of_the_scored_tokens(random_run: Loaded, t
     assert found.teacher_kl == pytest.approx(0.0, abs=1e-6) and found.teacher_agreement == 1.0
     assert found.teacher_bits_per_byte == pytest.approx(found.bits_per_byte, rel=1e-5)
     # One bin of 15 of every token's confidence, over the scored tokens, by hand.
-    rows = np.asarray(
-        logits(random_run.model, jnp.asarray(batch.tokens)), np.float64
-    )  # a pair is a row by itself
+    # a pair is a row by itself
+    rows = np.asarray(logits(random_run.model, jnp.asarray(batch.tokens)), np.float64)
     probabilities = np.exp(rows) / np.exp(rows).sum(-1, keepdims=True)
     confidence = probabilities.max(-1)
     right = rows.argmax(-1) == batch.targets

@@ -297,9 +297,8 @@ def test_lm_eval_continues_as_generate_does(chaotic: Loaded) -> None:
     stop = free[9:11]
     late = free[20:23]
     long = "The object is 1234567. " * 4
-    kept = continued(
-        chaotic.tokenizer.encode(long)[-52:], 12
-    )  # of a context of 64 tokens: BOS goes with the beginning
+    # of a context of 64 tokens: BOS goes with the beginning
+    kept = continued(chaotic.tokenizer.encode(long)[-52:], 12)
     assert (
         len(free) == 32
         and 0 < free.index(stop) < free.index(late)

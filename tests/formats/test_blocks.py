@@ -64,7 +64,7 @@ def test_one_block_by_hand() -> None:
 def test_a_stack_of_weights() -> None:
     """Leading dims stay; one scale for all is that of every block."""
     x = jnp.linspace(-1, 1, 2 * 3 * 64).reshape(2, 3, 64)
-    spec = QuantSpec(bits=4, share=Granularity.TENSOR, divisor=7.0, scale_type=ScaleType.FLOAT16)
+    spec = QuantSpec(bits=4, granularity=Granularity.PER_TENSOR, divisor=7.0, scale_type=ScaleType.FLOAT16)
     encoded, shared = jax.jit(lambda x: (encode(x, PRESETS["q8_0"]), encode(x, spec)))(x)
     raw = pack(encoded, "Q8_0")
     assert raw.shape == (2, 3, 68)

@@ -122,7 +122,7 @@ def test_two_levels() -> None:
 
 
 def test_of_a_tensor() -> None:
-    spec = QuantSpec(bits=4, share=Granularity.TENSOR, divisor=7.0)
+    spec = QuantSpec(bits=4, granularity=Granularity.PER_TENSOR, divisor=7.0)
     encoded = encode(jnp.array([[7.0, 1.0], [-2.6, 0.0]]), spec)
     np.testing.assert_array_equal(encoded.codes, [[7, 1], [-3, 0]])
     np.testing.assert_array_equal(encoded.scale, [[1.0]])
@@ -174,7 +174,7 @@ def test_no_float16_is_missed() -> None:
     given_scales = np.concatenate(
         [own, middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(1e6))]
     )
-    spec = QuantSpec(bits=8, share=Granularity.ROW, scale_type=ScaleType.FLOAT16)
+    spec = QuantSpec(bits=8, granularity=Granularity.PER_CHANNEL, scale_type=ScaleType.FLOAT16)
     encoded = jax.jit(lambda scale: encode(jnp.zeros((scale.size, 1)), spec, scale=scale))(
         given_scales[:, None]
     )

@@ -104,8 +104,10 @@ def test_codes_on_the_scale_of_a_row() -> None:
     kept = FILES["torchao"]
     for name in names("torchao", "/given_codes"):
         scale = kept[f"{name}/given_scale"]
-        share = Granularity.ROW if scale.ndim else Granularity.TENSOR
-        spec = dataclasses.replace(PRESETS[name], share=share, group_size=None, scale_type=ScaleType.FLOAT32)
+        granularity = Granularity.PER_CHANNEL if scale.ndim else Granularity.PER_TENSOR
+        spec = dataclasses.replace(
+            PRESETS[name], granularity=granularity, group_size=None, scale_type=ScaleType.FLOAT32
+        )
         codes = encode(jnp.asarray(NUMBERS[:4]), spec, scale=jnp.asarray(scale.reshape(-1, 1))).codes
         np.testing.assert_array_equal(codes, kept[f"{name}/given_codes"], err_msg=name)
 
@@ -127,9 +129,8 @@ def test_inside_a_program(level: int) -> None:
             "mxfp4_gguf",
         )
     }
-    stacked = jnp.asarray(NUMBERS[[0, 3, 8, 9, 10, 11, 13, 14]].reshape(2, 4, 256)).swapaxes(
-        -1, -2
-    )  # layers, in, out
+    # layers, in, out
+    stacked = jnp.asarray(NUMBERS[[0, 3, 8, 9, 10, 11, 13, 14]].reshape(2, 4, 256)).swapaxes(-1, -2)
     inputs = jnp.asarray(NUMBERS[:2])
 
     def loss(weights: Any, spec: Any) -> Any:

@@ -77,13 +77,15 @@ def test_bits(name: str, bits: float) -> None:
 
 def test_bytes_of_a_tensor() -> None:
     """One float32 scale for all of it, in an asymmetric format with a zero point."""
-    assert stored_bytes(QuantSpec(bits=4, share=Granularity.TENSOR), (3, 5)) == 12  # 60 bits and 32
+    assert stored_bytes(QuantSpec(bits=4, granularity=Granularity.PER_TENSOR), (3, 5)) == 12  # 60 bits and 32
     assert (
-        stored_bytes(QuantSpec(bits=8, share=Granularity.TENSOR, statistic=Statistic.MIN_MAX), (3, 5))
+        stored_bytes(
+            QuantSpec(bits=8, granularity=Granularity.PER_TENSOR, statistic=Statistic.MIN_MAX), (3, 5)
+        )
         == 15 + 5
     )
     assert stored_bytes(PRESETS["q4_0"], (0, 32)) == 0
-    assert bits_per_number(QuantSpec(bits=4, share=Granularity.TENSOR), 7) == 4
+    assert bits_per_number(QuantSpec(bits=4, granularity=Granularity.PER_TENSOR), 7) == 4
 
 
 @pytest.mark.parametrize(
@@ -107,8 +109,11 @@ def test_widths_are_refused_by_name(name: str, width: int, way_out: str) -> None
     ("settings", "message"),
     [
         ({"bits": 9, "group_size": 32}, "bits is 9"),
-        ({"bits": 4}, "group_size is None with share 'group'"),
-        ({"bits": 4, "group_size": 32, "share": Granularity.ROW}, "group_size is 32 with share 'row'"),
+        ({"bits": 4}, "group_size is None with granularity 'per_group'"),
+        (
+            {"bits": 4, "group_size": 32, "granularity": Granularity.PER_CHANNEL},
+            "group_size is 32 with granularity 'per_channel'",
+        ),
         ({"bits": 4, "group_size": 0}, "group_size is 0"),
         ({"bits": 4, "group_size": 32, "divisor": 0.0}, "divisor is 0.0"),
         ({"bits": 4, "group_size": 32, "divisor": float("nan")}, "divisor is nan"),
@@ -143,4 +148,4 @@ def test_other_names() -> None:
     spec = dataclasses.replace(PRESETS["int5_g32"], group_size=64)
     assert name_of(spec) == "5 bits absmax/15, groups of 64, float16 scales"
     assert "e2m1" in name_of(dataclasses.replace(PRESETS["mxfp4"], group_size=64))
-    assert "one scale a tensor" in name_of(QuantSpec(bits=8, share=Granularity.TENSOR))
+    assert "one scale per tensor" in name_of(QuantSpec(bits=8, granularity=Granularity.PER_TENSOR))

@@ -268,9 +268,8 @@ def test_products_equal_plain_ones(dtype):
     wide = np.asarray(x, np.float64)
     narrow = np.asarray(weight.astype(dtype), np.float64)
     dy = np.asarray(cotangent_like(y), np.float64)
-    tolerance = (
-        1e-5 if dtype == jnp.float32 else 2**-8
-    )  # half a unit in the last place, relative, where the result is bfloat16
+    # half a unit in the last place, relative, where the result is bfloat16
+    tolerance = 1e-5 if dtype == jnp.float32 else 2**-8
     for actual, expected in ((y, wide @ narrow), (dx, dy @ narrow.T)):
         np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=tolerance, atol=1e-4)
     np.testing.assert_allclose(dweight, wide.T @ dy, rtol=1e-4, atol=1e-3)  # never rounded to bfloat16

@@ -117,7 +117,9 @@ def test_it_is_for_straight_through_alone_and_can_be_turned_off(as_tpu, monkeypa
     x = drawn(2, 8, 64)
     activations.ActivationQuantizer(numbers_of("torchao_int8_token"))(x)
     learned = {"log_scale": jnp.float32(-3.0)}
-    tensor_wide = dataclasses.replace(preset("int8_g32"), share=preset("int8_row").share, group_size=None)
+    tensor_wide = dataclasses.replace(
+        preset("int8_g32"), granularity=preset("int8_row").granularity, group_size=None
+    )
     learner = TensorQuant(spec=tensor_wide, estimator=LearnedClip(), axis=-1)
     activations.ActivationQuantizer(learner, learner=learner, learned=learned)(x)
     monkeypatch.setenv("SLMJAX_FUSED", "off")

@@ -246,9 +246,8 @@ def test_draws_of_a_token_are_the_same_wherever_it_stands() -> None:
 
 @pytest.mark.parametrize("num_shards", [2, 8])
 def test_draws_over_a_divided_vocabulary(num_shards: int) -> None:
-    p = (
-        jax.nn.softmax(3 * jax.random.normal(jax.random.key(0), (6, 16))).at[:, 8:10].set(0.0)
-    )  # one of eight shards has nothing
+    # one of eight shards has nothing
+    p = jax.nn.softmax(3 * jax.random.normal(jax.random.key(0), (6, 16))).at[:, 8:10].set(0.0)
     ids = jnp.arange(12, dtype=jnp.uint32).reshape(6, 2)
     key = jax.random.key_data(jax.random.key(1))
     whole = draw_counts(p, 500, DivergenceContext(shards=WHOLE, state={}, draws=ids, key=key))

@@ -48,7 +48,7 @@ FULL = BlockConfig(
 TWICE = BlockConfig(
     mixer=AttentionConfig(num_heads=2, rope_base=100.0, scale=0.2),
     ffn=MlpConfig(hidden_dim=20, activation=Activation.RELU2, gated=False),
-    passes=2,
+    num_loops=2,
 )
 MIXER_ALONE = BlockConfig(mixer=AttentionConfig(num_heads=2, head_dim=4, window=3), ffn=None)
 ODD = ModelConfig(
@@ -57,7 +57,7 @@ ODD = ModelConfig(
     context_length=20,
     vocab_size=29,
     vocab_multiple=8,
-    head=HeadKind.FREE,
+    head=HeadKind.UNTIED,
     embed_multiplier=2.0,
     residual_multiplier=0.7,
     logit_multiplier=0.5,
@@ -222,7 +222,7 @@ def test_scan_equals_a_plain_loop_over_layers():
             for p, leaf in params.items()
             if p.startswith(prefix)
         }
-        return nnx.merge(graphdef, nnx.from_flat_state(flat)), config.passes
+        return nnx.merge(graphdef, nnx.from_flat_state(flat)), config.num_loops
 
     @jax.jit
     def plain():
@@ -234,7 +234,7 @@ def test_scan_equals_a_plain_loop_over_layers():
         x = 2.0 * params["embed/table"][batch["tokens"]]
         for place in ((0, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 0), (1, 1, 0)):
             block, passes = block_of(*place)
-            for _ in range(passes):
+            for _ in range(num_loops):
                 x, *_ = block(x, inputs=inputs, state=None, key=None)
         return (
             x
@@ -247,7 +247,7 @@ def test_scan_equals_a_plain_loop_over_layers():
 
 SMALL = ModelConfig(
     embed_dim=16,
-    stack=(LayerGroup(pattern=(dataclasses.replace(FULL, passes=2),), repeats=2),),
+    stack=(LayerGroup(pattern=(dataclasses.replace(FULL, num_loops=2),), repeats=2),),
     vocab_size=29,
 )
 
@@ -412,7 +412,7 @@ def test_dropout_respects_its_rate_and_keeps_the_expectation():
 # Settings ---------------------------------------------------------------------------------------------------
 def test_initial_parameters_have_the_stated_spread():
     stack = (
-        LayerGroup(pattern=(dataclasses.replace(FULL, passes=2),), repeats=3),
+        LayerGroup(pattern=(dataclasses.replace(FULL, num_loops=2),), repeats=3),
         LayerGroup(pattern=(MIXER_ALONE,)),
     )
     config = dataclasses.replace(ODD, stack=stack, init_std=0.05)
@@ -470,7 +470,7 @@ def test_bad_stacks_say_what_to_change():
     with pytest.raises(ValueError, match="a segment needs a pattern of blocks"):
         LayerGroup(pattern=())
     with pytest.raises(ValueError, match="passes must be at least 1"):
-        dataclasses.replace(WINDOW, passes=0)
+        dataclasses.replace(WINDOW, num_loops=0)
     with pytest.raises(ValueError, match="set head_dim"):
         define(dataclasses.replace(ODD, embed_dim=15))
     with pytest.raises(ValueError, match="model.vocab_size is not set: give it"):

@@ -53,9 +53,8 @@ def test_layer_norm_of_one_two_and_six():
 
 
 def test_layer_norm_equals_flax_and_keeps_the_dtype():
-    x = jnp.asarray(
-        100 + 5 * draw(2, 3, 16)
-    )  # far from zero: the variance is that of what is left without the mean
+    # far from zero: the variance is that of what is left without the mean
+    x = jnp.asarray(100 + 5 * draw(2, 3, 16))
     theirs = nnx.LayerNorm(16, epsilon=1e-3, use_fast_variance=False, rngs=nnx.Rngs(0))
     ours = LayerNorm(16, eps=1e-3)
     ours.scale[...] = theirs.scale[...] = jnp.asarray(draw(16))

@@ -128,9 +128,8 @@ def test_an_odd_number_of_dims_is_rotated_as_in_transformers() -> None:
     assert mixer.rotary_dim == 8 and mixer.rope_base == pytest.approx(10_000.0 ** (8 / 7))
     x = np.random.default_rng(0).normal(size=(1, 1, 1, 20)).astype(np.float32)
     position = 5
-    angles = position * np.array(
-        [1.0, 7.1969e-02, 5.1795e-03, 3.7276e-04]
-    )  # inv_freq as transformers prints it
+    # inv_freq as transformers prints it
+    angles = position * np.array([1.0, 7.1969e-02, 5.1795e-03, 3.7276e-04])
     first, second, kept = np.split(x.ravel(), [4, 8])
     turned = [
         first * np.cos(angles) - second * np.sin(angles),

@@ -40,7 +40,7 @@ def test_costs_by_hand() -> None:
     full = BlockConfig(
         mixer=AttentionConfig(num_heads=2, num_kv_heads=1, qk_norm=QkNorm.PER_HEAD),
         ffn=MlpConfig(hidden_dim=6),
-        passes=2,
+        num_loops=2,
     )
     experts = MoeConfig(
         num_experts=4, num_selected=1, normalize_weights=False, hidden_dim=5, shared_hidden_dim=3
@@ -52,15 +52,14 @@ def test_costs_by_hand() -> None:
         context_length=4,
         vocab_size=10,
         vocab_multiple=8,
-        head=HeadKind.FREE,
+        head=HeadKind.UNTIED,
     )
     tables = 2 * 16 * 8
     full_matrices = 2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 6  # query, output; key, value; gate, up, down
     window_matrices = 4 * 8 * 6 + 8 * 4 + 3 * 8 * 3  # attention; router; shared expert
     one_expert = 3 * 8 * 5
-    norms = 8 + 2 * (
-        2 * 8 + 2 * 4 + 2 * 8
-    )  # final; per repeat two for each layer, and for queries and keys of the first
+    # final; per repeat two for each layer, and for queries and keys of the first
+    norms = 8 + 2 * (2 * 8 + 2 * 4 + 2 * 8)
     multiplied = 16 * 8 + 2 * (2 * full_matrices + window_matrices + one_expert)
     # Over four tokens a full layer sees 2.5 on average and a window of two 1.75; two products of 2 FLOPs per
     # head and dim.
@@ -80,7 +79,7 @@ def test_costs_by_hand() -> None:
 def test_a_tied_head_costs_flops_and_no_parameters() -> None:
     config = ARCHITECTURES["nano"]()
     tied = describe(config)
-    free = describe(dataclasses.replace(config, head=HeadKind.FREE))
+    free = describe(dataclasses.replace(config, head=HeadKind.UNTIED))
     assert free.parameters == tied.parameters + 2048 * 256
     assert free.training_flops_per_token == tied.training_flops_per_token
 
@@ -106,9 +105,8 @@ def test_biases_of_experts_and_learned_positions_are_not_multiplied() -> None:
         norm_kind=NormKind.LAYER,
     )
     matrices = 4 * 8 * 8 + 8 * 2 + 2 * 3 * 8 * 5
-    vectors = (
-        1 + 2 + 2 * (5 + 5 + 8) + 3 * 2 * 8
-    )  # sink; biases of router and experts; scales and biases of norms
+    # sink; biases of router and experts; scales and biases of norms
+    vectors = 1 + 2 + 2 * (5 + 5 + 8) + 3 * 2 * 8
     found = describe(config)
     assert found.parameters == 10 * 8 + 4 * 8 + matrices + vectors and found.embedding_parameters == 10 * 8
     assert found.training_flops_per_token == 6 * (10 * 8 + matrices) + 3 * 4 * 2.5 * 8

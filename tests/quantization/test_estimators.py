@@ -27,7 +27,7 @@ from slmjax.quantization.estimators import (
 INT3 = preset("int3_g32")
 Q4 = preset("q4_0")
 Q8 = preset("q8_0")
-PER_TENSOR = dataclasses.replace(preset("int4_g32"), share=Granularity.TENSOR, group_size=None)
+PER_TENSOR = dataclasses.replace(preset("int4_g32"), granularity=Granularity.PER_TENSOR, group_size=None)
 ASYMMETRIC = dataclasses.replace(preset("torchao_int8_token"), bits=4)
 X = jnp.asarray(np.random.default_rng(0).normal(size=(3, 64)), jnp.float32)
 DY = np.random.default_rng(1).normal(size=(3, 64)).astype(np.float32)
@@ -106,7 +106,7 @@ def test_a_learned_scale_has_the_gradient_of_the_paper():
 def test_a_stretched_grid_has_the_gradient_of_its_paper(name, num_levels, shift):
     """ParetoQ's StretchedElasticQuant in NumPy: values on a range alpha, a mask that ends at 0.99 of it."""
     spec = dataclasses.replace(
-        preset(name), scale_type=ScaleType.FLOAT32, share=Granularity.ROW, group_size=None
+        preset(name), scale_type=ScaleType.FLOAT32, granularity=Granularity.PER_CHANNEL, group_size=None
     )
     alpha = 1.5
     steps = np.asarray(X) / alpha
@@ -186,9 +186,8 @@ def test_stochastic_rounding_is_right_on_average():
 
 
 def test_the_best_scale_has_the_smallest_error():
-    x = (
-        X * jnp.where(jnp.arange(64) % 16 == 0, 5, 1)[None, :]
-    )  # outliers, which a whole scale would reach for
+    # outliers, which a whole scale would reach for
+    x = X * jnp.where(jnp.arange(64) % 16 == 0, 5, 1)[None, :]
     spec = dataclasses.replace(INT3, bits=4)
     whole = scale_of(x, spec, axis=-1)
     (best, least) = best_scale(x, spec, axis=-1)

@@ -32,7 +32,7 @@ from slmjax.training.optim import OptimConfig, Optimizer, make_optimizer
 from slmjax.training.state import init_state, state_shapes
 
 Q8 = preset("q8_0")
-TENSOR = dataclasses.replace(preset("int8_g32"), share=Granularity.TENSOR, group_size=None)
+TENSOR = dataclasses.replace(preset("int8_g32"), granularity=Granularity.PER_TENSOR, group_size=None)
 WINDOW = BlockConfig(
     mixer=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=32, window=6, qk_norm=QkNorm.PER_HEAD),
     ffn=MlpConfig(hidden_dim=96),

@@ -27,7 +27,7 @@ from slmjax.training.experiment import EvalConfig, Experiment, FromModel, FromTe
 from slmjax.training.objective import ObjectiveConfig
 from tests.one_layer import one_layer
 
-TENSOR = dataclasses.replace(preset("int8_g32"), share=Granularity.TENSOR, group_size=None)
+TENSOR = dataclasses.replace(preset("int8_g32"), granularity=Granularity.PER_TENSOR, group_size=None)
 # In full precision at first; then 8 bits; then 3 bits, and 4 with a sign, both learned, whose inputs have a
 # measured scale; the optimizer begins again with them.
 INPUT = {"input": TENSOR, "input_estimator": Calibrated()}

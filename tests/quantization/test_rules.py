@@ -31,7 +31,7 @@ from slmjax.quantization.rules import QuantConfig, QuantPhase, QuantRule, phase_
 Q4 = preset("q4_0")
 Q8 = preset("q8_0")
 INT3 = preset("int3_g32")
-TENSOR = dataclasses.replace(preset("int8_g32"), share=Granularity.TENSOR, group_size=None)
+TENSOR = dataclasses.replace(preset("int8_g32"), granularity=Granularity.PER_TENSOR, group_size=None)
 DENSE = BlockConfig(mixer=AttentionConfig(num_heads=2, head_dim=32), ffn=MlpConfig(hidden_dim=96))
 EXPERTS = BlockConfig(
     mixer=LatentAttentionConfig(num_heads=2, latent_dim=32, plain_dim=16, rope_dim=32, value_dim=32),
@@ -43,7 +43,7 @@ MODEL = ModelConfig(
     context_length=32,
     vocab_size=40,
     learned_positions=32,
-    head=HeadKind.FREE,
+    head=HeadKind.UNTIED,
 )
 
 
@@ -233,7 +233,7 @@ def test_layers_that_differ_in_what_modules_hold_are_in_segments_of_their_own():
 
 
 def test_what_is_learned_keeps_its_shape_over_phases():
-    tensor = dataclasses.replace(INT3, share=Granularity.TENSOR, group_size=None)
+    tensor = dataclasses.replace(INT3, granularity=Granularity.PER_TENSOR, group_size=None)
     phases = (
         QuantPhase(rules=(QuantRule(paths="down", weight=INT3),)),
         QuantPhase(rules=(QuantRule(paths="down", weight=tensor),), step=3),
@@ -307,7 +307,9 @@ def test_a_sign_is_kept_where_any_phase_has_one():
 def test_a_measured_scale_of_inputs_keeps_its_sign():
     """The number farthest from zero, 3, has the lowest code, -8: a scale of -3/8."""
     numbers = TensorQuant(
-        spec=dataclasses.replace(preset("onnx_int4_b32"), share=Granularity.TENSOR, group_size=None),
+        spec=dataclasses.replace(
+            preset("onnx_int4_b32"), granularity=Granularity.PER_TENSOR, group_size=None
+        ),
         estimator=Calibrated(),
         axis=-1,
     )

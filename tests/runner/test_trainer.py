@@ -283,9 +283,8 @@ def test_the_log_says_all(straight):
     )
     assert 0 < last["mfu"] < 1
     assert last["loss"] == pytest.approx(last["nll"] / last["targets"], rel=1e-6)
-    assert last["bits_per_byte"] == pytest.approx(
-        last["loss"] / math.log(2), rel=0.05
-    )  # bytes are tokens here, but for EOS
+    # bytes are tokens here, but for EOS
+    assert last["bits_per_byte"] == pytest.approx(last["loss"] / math.log(2), rel=0.05)
 
 
 def test_the_best_checkpoint_stays_beside_the_newest(straight):

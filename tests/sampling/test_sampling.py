@@ -40,8 +40,12 @@ def model_config(*blocks: BlockConfig, **settings) -> ModelConfig:
     )
 
 
-def block(*, ffn=MLP, passes: int = 1, norm: NormPlacement = NormPlacement.PRE, **attention) -> BlockConfig:
-    return BlockConfig(mixer=dataclasses.replace(ATTENTION, **attention), ffn=ffn, passes=passes, norm=norm)
+def block(
+    *, ffn=MLP, num_loops: int = 1, norm: NormPlacement = NormPlacement.PRE, **attention
+) -> BlockConfig:
+    return BlockConfig(
+        mixer=dataclasses.replace(ATTENTION, **attention), ffn=ffn, num_loops=num_loops, norm=norm
+    )
 
 
 # Partial rotation; no positions, a block run twice, experts; a ring of 4 slots, which the prompt of 7 tokens
@@ -51,7 +55,7 @@ MIXED = model_config(
     block(
         rope_base=None,
         softcap=20.0,
-        passes=2,
+        num_loops=2,
         norm=NormPlacement.SANDWICH,
         ffn=MoeConfig(num_experts=4, hidden_dim=12, shared_hidden_dim=8, balance=Balance.BIAS),
     ),

@@ -153,9 +153,8 @@ def test_summaries() -> None:
 
 # Several tests ----------------------------------------------------------------------------------------------
 def test_holm_by_hand() -> None:
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx(
-        [0.03, 0.06, 0.06, 0.02]
-    )  # 0.04 x 1 is raised to 0.03 x 2
+    # 0.04 x 1 is raised to 0.03 x 2
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.6]) == (1, 1)  # 2 x 0.5, and not below it
     assert holm([0.6, 0.9, 0.7]) == (1, 1, 1)
     assert holm([0.02]) == (0.02,)

@@ -71,9 +71,8 @@ def test_members_are_trained_seed_by_seed_with_both_seeds_set(tmp_path: Path) ->
 
 def test_figures_come_from_the_result_and_the_last_evaluation(tmp_path: Path) -> None:
     slow, fast, _ = run_study(study(seeds=(1,)), tmp_path, train=StubTrainer())
-    assert slow.figure("bits_per_byte") == pytest.approx(
-        2 - 0.1 + 0.1 + 0.003
-    )  # not the 9.0 of an evaluation on the way
+    # not the 9.0 of an evaluation on the way
+    assert slow.figure("bits_per_byte") == pytest.approx(2 - 0.1 + 0.1 + 0.003)
     assert fast.figure("calibration_error") == pytest.approx(2.0002e-3)
     assert slow.figure("tokens") == 1_064_778 and slow.figure("documents") == 3
     for name in ("status", "samples", "complete", "best_loss", "nothing"):  # no numbers

@@ -76,9 +76,8 @@ def write_run(
     (path / "data.json").write_text(json.dumps([{"source": "a.txt", "weight": 1.0, "bytes": 12345}]))
     records = [{"kind": "message", "time": 0.5, "level": "WARNING", "text": f"beware {EVIL}"}]
     for step in [*range(1, 21), *range(11, steps + 1)]:
-        late = (
-            1.0 if len(records) >= 21 else 100.0
-        )  # what the first session found in the steps that were done again
+        # what the first session found in the steps that were done again
+        late = 1.0 if len(records) >= 21 else 100.0
         record = {
             "kind": "train",
             "time": float(step),
@@ -432,9 +431,8 @@ def look_in_frame(
     image = directory / "page.png"
     frame.write_text(FRAME.format(page=page.as_uri(), theme=theme, width=width, height=height))
     size = f"--window-size={max(width, 500)},{height}"
-    dom = look(
-        browser, frame, size, "--allow-file-access-from-files", f"--screenshot={image}"
-    )  # the frame is another file
+    # the frame is another file
+    dom = look(browser, frame, size, "--allow-file-access-from-files", f"--screenshot={image}")
     root = re.search(r"<html[^>]*>", dom)
     assert root is not None, dom
     return dict(re.findall(r'data-(\w+)="([^"]*)"', root[0])), pixels(image)[:, :width]

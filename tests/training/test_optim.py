@@ -156,9 +156,8 @@ def optax_reference(config):
 
 @pytest.mark.parametrize("kind", Optimizer, ids=lambda kind: kind.value)
 def test_stacks_are_updated_as_separate_layers(kind):
-    weight_decay = (
-        0.0 if kind is Optimizer.ADAFACTOR else 0.1
-    )  # optax's Adafactor does not scale the decay by the rate
+    # optax's Adafactor does not scale the decay by the rate
+    weight_decay = 0.0 if kind is Optimizer.ADAFACTOR else 0.1
     config = OptimConfig(
         kind=kind,
         lr=0.01,

@@ -74,7 +74,7 @@ def read(settings: Settings) -> ModelConfig:
         vocab_size=settings.take("vocab_size"),
         norm_kind=NormKind.LAYER,
         norm_eps=settings.take("layer_norm_epsilon"),
-        head=HeadKind.TIED if settings.take("tie_word_embeddings") else HeadKind.FREE,
+        head=HeadKind.TIED if settings.take("tie_word_embeddings") else HeadKind.UNTIED,
     )
 
 

@@ -171,7 +171,7 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> GGUF metadata."""
     attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.ALL)
-    gguf_settings.check_head(model, HeadKind.FREE)
+    gguf_settings.check_head(model, HeadKind.UNTIED)
     gguf_settings.check_plain_scale(attention)
     keys = {
         **gguf_settings.write_decoder(model),

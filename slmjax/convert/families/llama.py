@@ -78,7 +78,7 @@ def read_mobile(settings: Settings) -> ModelConfig:
     settings.expect("layer_sharing", False)
     settings.expect("use_flash_attn", True, False)
     is_tied = settings.take("share_embedding", True)
-    return dataclasses.replace(read(settings), head=HeadKind.TIED if is_tied else HeadKind.FREE)
+    return dataclasses.replace(read(settings), head=HeadKind.TIED if is_tied else HeadKind.UNTIED)
 
 
 def refuse_mobile(model: ModelConfig) -> dict[str, Any]:

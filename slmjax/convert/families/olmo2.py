@@ -88,7 +88,7 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     gguf_settings.check_biases(attention, Biases.NONE)
     gguf_settings.check_plain_scale(attention)
     gguf_settings.check_square(model, attention)
-    gguf_settings.check_head(model, HeadKind.FREE)
+    gguf_settings.check_head(model, HeadKind.UNTIED)
     mixers = attentions(model)
     full = next((mixer for mixer in mixers if mixer.window is None), mixers[0])
     window = gguf_settings.common_window(model)

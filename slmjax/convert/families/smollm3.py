@@ -48,9 +48,8 @@ def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
     num_layers = settings.take("num_hidden_layers")
     every = settings.positive("no_rope_layer_interval")
-    rotated = settings.take(
-        "no_rope_layers", [int((layer + 1) % every != 0) for layer in range(num_layers)]
-    )  # 1 where there is a rotation
+    # 1 where there is a rotation
+    rotated = settings.take("no_rope_layers", [int((layer + 1) % every != 0) for layer in range(num_layers)])
     window = settings.optional("sliding_window") if settings.take("use_sliding_window") else None
     settings.ignore("sliding_window", "max_window_layers")
     windows = read_windows(

@@ -31,9 +31,8 @@ from slmjax.convert.gguf.container import read_gguf
 NORMAL_TOKEN = 1  # in tokenizer.ggml.token_type
 FORCED = 1000.0  # added to the logit of a token that is to be chosen
 LARGE_FILE = 2**28
-MOST_THREADS = (
-    8  # threads wait for each other after every operation: with a small model, and busy cores, for long
-)
+# threads wait for each other after every operation: with a small model, and busy cores, for long
+MOST_THREADS = 8
 
 
 def import_engine() -> Any:

@@ -47,9 +47,8 @@ class Cuts:
     """One way to cut, and what else llama.cpp takes its name to mean."""
 
     steps: tuple[str, ...]  # regular expressions, each of which isolates what it matches
-    takes_whole: bool = (
-        False  # a piece that is a token is taken whole, whatever the merges: the library's ignore_merges
-    )
+    # a piece that is a token is taken whole, whatever the merges: the library's ignore_merges
+    takes_whole: bool = False
     adds_bos: bool = False  # where the file does not say whether BOS begins a text
 
 

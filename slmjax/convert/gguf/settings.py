@@ -42,7 +42,7 @@ def read_decoder(settings: Settings, blocks: Sequence[BlockConfig], **more: Any)
         embed_dim=settings.take("embedding_length"),
         stack=stack_of(blocks),
         vocab_size=settings.take("vocab_size"),
-        head=HeadKind.FREE if settings.take("has_output", False) else HeadKind.TIED,
+        head=HeadKind.UNTIED if settings.take("has_output", False) else HeadKind.TIED,
         context_length=settings.take("context_length"),
         **eps,
         **more,
@@ -57,7 +57,7 @@ def write_decoder(model: ModelConfig) -> dict[str, Any]:
         "embedding_length": model.embed_dim,
         "attention.layer_norm_rms_epsilon": float(np.float32(model.norm_eps)),
         "vocab_size": model.known_vocab_size,
-        "has_output": model.head is HeadKind.FREE,
+        "has_output": model.head is HeadKind.UNTIED,
     }
 
 
@@ -190,9 +190,8 @@ def _read_scaling(settings: Settings, base: float, rotated: int) -> RopeScaling 
     """
     kind = settings.take("rope.scaling.type", "linear")
     context = settings.take("context_length")
-    original = (
-        settings.take("rope.scaling.original_context_length", context) or context
-    )  # 0, and a factor of 0, say nothing
+    # 0, and a factor of 0, say nothing
+    original = settings.take("rope.scaling.original_context_length", context) or context
     factor = shortest(settings.take("rope.scaling.factor", 1.0)) or 1.0
     magnitude = shortest(settings.positive("rope.scaling.attn_factor", 1.0))
     if kind not in SCALINGS:

@@ -289,9 +289,8 @@ def _splits(token: str, parts: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     """Merges in the order in which SentencePiece prefers them: by the score of what comes out."""
-    ordered = sorted(
-        scores, key=lambda token: -scores[token]
-    )  # stable: equal scores stay in the order of ids
+    # stable: equal scores stay in the order of ids
+    ordered = sorted(scores, key=lambda token: -scores[token])
     return [pair for token in ordered for pair in _splits(token, scores)]
 
 

@@ -80,7 +80,7 @@ def read_decoder(settings: Settings, blocks: Sequence[BlockConfig], **more: Any)
     """The model around its layers; `more` are fields of the `ModelConfig` that this family sets."""
     settings.ignore(*IGNORED)
     settings.expect("rope_interleaved", False)
-    head = HeadKind.TIED if settings.take("tie_word_embeddings") else HeadKind.FREE
+    head = HeadKind.TIED if settings.take("tie_word_embeddings") else HeadKind.UNTIED
     return ModelConfig(
         embed_dim=settings.positive("hidden_size"),
         stack=stack_of(blocks),

@@ -59,15 +59,13 @@ class MoeConfig(FfnConfig):
     normalize_weights: bool = True  # the weights of a token's selected experts sum to one
     routed_scale: float = 1.0  # multiplies the weights of the selected experts
     shared_hidden_dim: int = 0  # width of a gated MLP that every token uses beside its experts; 0 for none
-    balance: Balance = (
-        Balance.AUX_LOSS
-    )  # what keeps the load even: a loss, a bias on the scores (DeepSeek-V3), or nothing
+    # what keeps the load even: a loss, a bias on the scores (DeepSeek-V3), or nothing
+    balance: Balance = Balance.AUX_LOSS
     balance_weight: float = 0.01  # coefficient of the balance loss
     bias_rate: float = 0.001  # how far a bias moves in an optimizer step
     z_weight: float = 0.0  # coefficient of the squared log-sum-exp of router logits
-    capacity_factor: float | None = (
-        None  # room per expert and row, as a multiple of an even share; None drops nothing
-    )
+    # room per expert and row, as a multiple of an even share; None drops nothing
+    capacity_factor: float | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_selected <= self.num_experts:
@@ -160,9 +158,8 @@ def route(
     _, experts = jax.lax.top_k(jax.lax.stop_gradient(preference), config.num_selected)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if config.normalize_weights and config.num_selected == 1:
-        weights = jnp.ones_like(
-            weights
-        )  # what a score over itself is, without the rounding that would pass for its gradient
+        # what a score over itself is, without the rounding that would pass for its gradient
+        weights = jnp.ones_like(weights)
     elif config.normalize_weights:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
     return Routing(

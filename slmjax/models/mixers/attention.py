@@ -53,17 +53,15 @@ class AttentionConfig(MixerConfig):
     head_dim: int | None = None  # dims per head, H (none: embed_dim / num_heads)
     window: int | None = None  # how many tokens, itself included, a token sees (none: all before it)
     rope_base: float | None = 10_000.0  # base of the rotary angles (none: no position information)
-    rotary_dim: int | None = (
-        None  # dims of each head that are rotated, the first ones (none: all, or all but an odd one)
-    )
+    # dims of each head that are rotated, the first ones (none: all, or all but an odd one)
+    rotary_dim: int | None = None
     rope_scaling: RopeScaling | None = None  # how the angles differ from plain ones (none: they do not)
     qk_norm: QkNorm = QkNorm.NONE  # normalise queries and keys
     biases: Biases = Biases.NONE  # biases of the projections
     scale: float | None = None  # multiplies the scores (none: one over the root of head_dim)
     softcap: float | None = None  # scores are bounded to this by a tanh
-    sinks: bool = (
-        False  # a learned score for each head that takes its share of the softmax and gives nothing (GPT-OSS)
-    )
+    # a learned score for each head that takes its share of the softmax and gives nothing (GPT-OSS)
+    sinks: bool = False
 
     def __post_init__(self) -> None:
         if self.num_heads < 1 or self.kv_heads < 1 or self.num_heads % self.kv_heads:

@@ -34,20 +34,17 @@ class LatentAttentionConfig(MixerConfig):
     num_heads: int  # heads, N
     latent_dim: int  # width of what keys and values are made from, L
     plain_dim: int  # dims of a head's queries and keys that are not rotated, P
-    rope_dim: (
-        int  # dims of a head's queries that are rotated, and of the one key for them that all heads share, R
-    )
+    # dims of a head's queries that are rotated, and of the one key for them that all heads share, R
+    rope_dim: int
     value_dim: int  # dims of a head's values, V
-    query_rank: int | None = (
-        None  # width of what queries are made from (none: from the residual stream itself)
-    )
+    # width of what queries are made from (none: from the residual stream itself)
+    query_rank: int | None = None
     rope_base: float | None = 10_000.0  # base of the rotary angles (none: no position information)
     rope_scaling: RopeScaling | None = None  # how the angles differ from plain ones (none: they do not)
     scale: float | None = None  # multiplies the scores (none: one over the root of plain_dim + rope_dim)
     bias: bool = False  # biases of the two projections down and of the output
-    latent_norm_eps: float | None = (
-        None  # of the norms after the projections down (none: the model's norm_eps)
-    )
+    # of the norms after the projections down (none: the model's norm_eps)
+    latent_norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "latent_dim", "plain_dim", "value_dim"):

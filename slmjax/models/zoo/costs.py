@@ -44,8 +44,8 @@ def describe(config: ModelConfig) -> Summary:
         active += used
         # A matrix, beside the layer dim; biases of experts have as many dims.
         if path.startswith("segments/") and len(dims) > 2 and not path.endswith("bias"):
-            multiplied += used * block_at(config, path).passes
-    passes = [block.mixer for block in config.blocks() for _ in range(block.passes)]
+            multiplied += used * block_at(config, path).num_loops
+    passes = [block.mixer for block in config.blocks() for _ in range(block.num_loops)]
     return Summary(
         parameters=sum(sizes.values()),
         active_parameters=round(active),

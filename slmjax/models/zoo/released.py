@@ -98,7 +98,7 @@ def tinyllama_1_1b() -> ModelConfig:
         hidden_dim=5632,
         vocab_size=32_000,
         context_length=2048,
-        head=HeadKind.FREE,
+        head=HeadKind.UNTIED,
     )
 
 
@@ -292,7 +292,7 @@ def olmo2_1b() -> ModelConfig:
         qk_norm=QkNorm.ALL_HEADS,
         norm=NormPlacement.POST,
         norm_eps=1e-6,
-        head=HeadKind.FREE,
+        head=HeadKind.UNTIED,
     )
 
 
@@ -308,7 +308,7 @@ def olmoe_1b_7b() -> ModelConfig:
         context_length=4096,
         vocab_size=50_304,
         norm_eps=1e-5,
-        head=HeadKind.FREE,
+        head=HeadKind.UNTIED,
     )
 
 
@@ -323,7 +323,7 @@ def phi3_mini() -> ModelConfig:
         vocab_size=32_064,
         context_length=4096,
         window=2047,
-        head=HeadKind.FREE,
+        head=HeadKind.UNTIED,
     )
 
 

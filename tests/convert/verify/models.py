@@ -35,7 +35,7 @@ def model(
 ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32)
 NORMED = dataclasses.replace(ATTENTION, qk_norm=QkNorm.PER_HEAD)
 # llama.cpp keeps the rotated dims of a Llama side by side: the rows of its queries and keys are reordered.
-LLAMA = model(BlockConfig(mixer=ATTENTION, ffn=MlpConfig(hidden_dim=96)), layers=2, head=HeadKind.FREE)
+LLAMA = model(BlockConfig(mixer=ATTENTION, ffn=MlpConfig(hidden_dim=96)), layers=2, head=HeadKind.UNTIED)
 QWEN = model(BlockConfig(mixer=NORMED, ffn=MlpConfig(hidden_dim=96)))
 MOE = model(BlockConfig(mixer=NORMED, ffn=MoeConfig(num_experts=4, num_selected=2, hidden_dim=32)))
 WIDE = model(
