@@ -84,7 +84,7 @@ def renamed_values(**former: str) -> Callable[[E], E]:
     return register
 
 
-_FORMER_VALUES: dict[type, dict[str, enum.Enum]] = {}
+_FORMER_VALUES: dict[type, Mapping[str, enum.Enum]] = {}
 
 
 @typing.runtime_checkable
