@@ -64,10 +64,10 @@ def renamed_field(default: Any = dataclasses.MISSING, *, was: str) -> Any:
     return dataclasses.field(default=default, metadata={_FORMER_NAME: was})
 
 
-E = TypeVar("E", bound=type[enum.Enum])
+E = TypeVar("E", bound=enum.Enum)
 
 
-def renamed_values(**former: str) -> Callable[[E], E]:
+def renamed_values(**former: str) -> Callable[[type[E]], type[E]]:
     """Return a decorator for an enum whose members had other values: `@renamed_values(free="untied")`.
 
     Older files are read with a note in the log, and a tree keeps the fingerprint that it had with the former
@@ -77,7 +77,7 @@ def renamed_values(**former: str) -> Callable[[E], E]:
       former: the former value of each renamed member, with its present value.
     """
 
-    def register(cls: E) -> E:
+    def register(cls: type[E]) -> type[E]:
         _FORMER_VALUES[cls] = {was: cls(now) for was, now in former.items()}
         return cls
 

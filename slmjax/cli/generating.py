@@ -163,10 +163,9 @@ def _lines(text: str, where: str) -> list[Request]:
 def _record(record: Mapping[str, Any], where: str) -> Request:
     from slmjax.data.records import value_in_cell
 
-    prompt, messages, seed = (
-        record.get("prompt"),
-        *(value_in_cell(record.get(name)) for name in ("messages", "seed")),
-    )
+    prompt = record.get("prompt")
+    messages = value_in_cell(record.get("messages"))
+    seed = value_in_cell(record.get("seed"))
     if messages is not None:
         _check_messages(messages, where)
         prompt = None
