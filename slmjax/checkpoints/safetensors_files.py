@@ -12,11 +12,8 @@ makes of them the stacked float32 parameters of a model, each device reading onl
 is stored in codes is decoded, and nothing is quantized again.
 """
 
-import contextlib
 import dataclasses
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -347,26 +344,3 @@ def _read_one(files: ModelFiles, names: list[str], leaf: jax.ShapeDtypeStruct, *
 
     placement = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.make_array_from_callback(leaf.shape, placement, part)
-
-
-@contextlib.contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes `path` when all is written: what fails half way leaves nothing
-    behind.
-
-    Raises:
-      ValueError: `path` is there already, and not empty.
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} is there already: name a new directory, or delete it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    begun = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    begun.chmod(0o755)  # which it was not, being temporary
-    try:
-        yield begun
-        if path.exists():
-            path.rmdir()
-        begun.rename(path)
-    except BaseException:
-        shutil.rmtree(begun, ignore_errors=True)
-        raise

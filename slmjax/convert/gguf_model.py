@@ -183,7 +183,7 @@ def write_model(own: LocalModel, tokenizer: Tokenizer, out: Path, *, dtype: np.d
         already.
     """
     if out.exists():
-        raise ValueError(f"{out} is there already: name a new file, or delete it first")
+        raise ValueError(f"{out} exists already: give the name of a new file, or delete it first")
     expressed = express(
         own.config,
         GGUF_FAMILIES,

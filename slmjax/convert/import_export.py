@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slmjax import config as config_io
+from slmjax.atomic_files import atomic_directory
 from slmjax.checkpoints import safetensors_files
 from slmjax.checkpoints.stored_model import ROWS_PER_TOKEN, open_local_model
 from slmjax.convert import gguf_model, hf_directory
@@ -67,7 +68,7 @@ def import_model(
         padding.
 
     Raises:
-      ValueError: the source is not understood, or `out` is there already.
+      ValueError: the source is not understood, or `out` exists already.
     """
     source = Path(source)
     out = Path(out)
@@ -98,7 +99,7 @@ def import_model(
         found.config, vocab_size=max(num_rows, rows.end_new), vocab_multiple=vocab_multiple
     )
     sizes = {"parameters": 0, "bytes": 0}
-    with safetensors_files.whole_directory(out) as directory:
+    with atomic_directory(out) as directory:
         safetensors_files.write_tensors(
             directory / safetensors_files.DIRECTORY, _counted(_resized(found, model, rows), sizes)
         )
@@ -165,7 +166,7 @@ def export_model(
       step: of a run, the checkpoint; None for the newest.
 
     Raises:
-      ValueError: the format cannot say what the model is (the message tells why), or `out` is there already.
+      ValueError: the format cannot say what the model is (the message tells why), or `out` exists already.
     """
     source = Path(source)
     out = Path(out)
@@ -181,7 +182,7 @@ def export_model(
         written = gguf_model.write_model(own, words, out, dtype=kind)
         write_card(own, out.with_suffix(".model_card.md"), title=out.stem, family=written.family)
         return written
-    with safetensors_files.whole_directory(out) as directory:
+    with atomic_directory(out) as directory:
         expressed = hf_directory.write_directory(own, words, directory, dtype=kind)
         write_card(own, directory / "model_card.md", title=out.name, family=expressed.family.architecture)
         tensors = safetensors_files.TensorFiles(directory)

@@ -25,8 +25,6 @@ import bisect
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +34,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, Integer
 
+from slmjax.atomic_files import atomic_file
 from slmjax.data.batch import Batch
 from slmjax.data.config import Packing
 from slmjax.data.scored import ScoredText, Spans, is_all_scored, pieces_around, spans_in
@@ -392,18 +391,8 @@ _SAVED = ("row_starts", "documents", "starts", "lengths", "contexts")
 
 
 def _save(plan: RowPlan, path: Path) -> None:
-    """Through a file of another name, so that a plan is there whole or not at all, whoever else writes it or
-    is killed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
-        try:
-            np.savez(file, allow_pickle=False, **{name: getattr(plan, name) for name in _SAVED})
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **{name: getattr(plan, name) for name in _SAVED})
 
 
 def _load(path: Path, *, sequence_length: int) -> RowPlan | None:

@@ -11,17 +11,16 @@ one wins.
 
 import contextlib
 import dataclasses
-import os
 import shutil
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from slmjax.atomic_files import atomic_directory
 from slmjax.config import fingerprint, to_json
 from slmjax.data.config import DataConfig, WeightedSource
 from slmjax.data.documents import Gatekeeper, check_bad_fraction
@@ -159,9 +158,9 @@ def _tokenizer(
     )[:32]
     final = data.cache_path / "tokenizers" / key
     files = ("tokenizer.json", "tokenizer_config.json", "hash")
-    if not _is_whole(final, files):
+    if not _is_complete(final, files):
         started = time.monotonic()
-        with _written_whole(final, files=files) as temporary:
+        with _cached_directory(final, files=files) as temporary:
             built = config.build(_texts(data, config.reads, bar=bar))
             built.save(temporary)
             (temporary / "hash").write_text(built.hash)
@@ -215,12 +214,12 @@ def _shard_directory(
     key = combined_hash("shards", str(FORMAT_VERSION), source_hash, tokenizer.hash, chat, *settings)[:32]
     final = data.cache_path / "shards" / key
     files = [f"{side}/manifest.json" for side in ([TRAIN, HELDOUT] if data.heldout_fraction > 0 else [TRAIN])]
-    if _is_whole(final, files):
+    if _is_complete(final, files):
         return final
     started = time.monotonic()
     name = weighted.source.describe()
     bar.start(name, weighted.source.size_hint())
-    with _written_whole(final, files=files) as temporary:
+    with _cached_directory(final, files=files) as temporary:
         counts = write_source(
             weighted.source,
             temporary,
@@ -240,33 +239,28 @@ def _split_settings(data: DataConfig) -> tuple[str, ...]:
     return data.split.value, data.heldout_by.value, repr(data.heldout_fraction), data.on_bad_document.value
 
 
-def _is_whole(directory: Path, files: Sequence[str]) -> bool:
+def _is_complete(directory: Path, files: Sequence[str]) -> bool:
     return all((directory / name).exists() for name in files)
 
 
 @contextlib.contextmanager
-def _written_whole(final: Path, *, files: Sequence[str]) -> Iterator[Path]:
-    """A temporary directory beside `final` that takes its place when the block ends well, unless another
-    process was first.
-    """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for other in final.parent.glob(".*"):  # of processes that were killed
+def _cached_directory(final: Path, *, files: Sequence[str]) -> Iterator[Path]:
+    """Yield a temporary directory, which is renamed to `final` unless another process was first."""
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{final.parent} cannot be created ({error}): give another directory with --data.cache-dir"
+        ) from error
+    # Directories of processes that were killed.
+    for other in final.parent.glob(".*"):
         if time.time() - other.stat().st_mtime > _STALE_SECONDS:
             shutil.rmtree(other, ignore_errors=True)
-    if final.exists() and not _is_whole(
-        final, files
-    ):  # a person deleted part of it: directories only ever appear whole
+    # A directory appears complete, so a person has deleted a part of this one.
+    if final.exists() and not _is_complete(final, files):
         shutil.rmtree(final, ignore_errors=True)
-    temporary = final.parent / f".{final.name}-{uuid.uuid4().hex[:12]}"
-    temporary.mkdir()
-    try:
+    with atomic_directory(final, keep_existing=True) as temporary:
         yield temporary
-        with contextlib.suppress(OSError):  # another process was first, and wrote the same
-            os.replace(temporary, final)
-        if not final.exists():
-            raise ValueError(f"{final} cannot be written: name a directory that can with --data.cache-dir")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class _Bar:

@@ -32,6 +32,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from slmjax.atomic_files import write_text
 from slmjax.config import ConfigError
 
 # The directory ----------------------------------------------------------------------------------------------
@@ -84,27 +85,13 @@ class RunDirectory:
         return RunLog(self.log_path)
 
     def write_json(self, name: str, value: Any) -> Path:
-        """Writes JSON whole or not at all; NaN and infinities become the strings "nan", "inf" and "-inf"."""
+        """Write a JSON file of the run, as `write_json` does."""
         return write_json(self.path / name, value)
 
 
 def write_json(path: Path, value: Any) -> Path:
-    """Writes JSON whole or not at all; NaN and infinities become the strings "nan", "inf" and "-inf"."""
-    return _write_atomically(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
-
-
-def _write_atomically(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    """Write a JSON file atomically. NaN and infinities become the strings "nan", "inf" and "-inf"."""
+    return write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
 
 
 def plain(value: Any) -> Any:

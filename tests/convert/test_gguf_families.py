@@ -185,7 +185,7 @@ def test_half_precision_is_read_by_both(ours: Path, tmp_path: Path, dtype: Weigh
         found, log_probabilities(loaded, ids), atol=0.15
     )  # its products round their inputs too
     assert (tmp_path / f"{dtype.value}.model_card.md").is_file()
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="exists already"):
         export_model(ours, written.path, to=Target.GGUF)
 
 

@@ -146,7 +146,7 @@ def test_integer_weights_are_refused_by_name(theirs: Path, tmp_path: Path) -> No
 def test_nothing_is_written_over(theirs: Path, tmp_path: Path) -> None:
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match=r"is there already"):
+    with pytest.raises(ValueError, match=r"exists already"):
         import_model(theirs, tmp_path / "ours")
     assert (tmp_path / "ours" / "thesis.txt").read_text() == "years of work"
     with pytest.raises(ValueError, match=r"there is no .*nowhere"):

@@ -138,8 +138,8 @@ def test_damage_before_the_last_line_is_an_error(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from slmjax.telemetry.run_directory import Log
-log = Log(Path(sys.argv[1]))
+from slmjax.telemetry.run_directory import RunLog
+log = RunLog(Path(sys.argv[1]))
 for step in range(100):
     log.write("train", step=step)
 os.kill(os.getpid(), signal.SIGKILL)

@@ -9,9 +9,9 @@ tensor. Shapes are NumPy's, rows first. The layout of the file is that of the GG
 and 3, little-endian; block formats, and the writing, are the gguf package's (the extra `gguf`).
 """
 
+import contextlib
 import dataclasses
 import math
-import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,6 +19,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from slmjax.atomic_files import atomic_file
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -163,7 +165,7 @@ def read_gguf(path: Path) -> GgufFile:
 def write_gguf(
     path: Path, *, architecture: str, metadata: Mapping[str, Any], tensors: Iterable[PendingTensor]
 ) -> None:
-    """Writes a file that appears under its name when it is whole.
+    """Write a file atomically.
 
     A Python int becomes an unsigned 32-bit number, a float one of 32 bits, a list of ints one of signed
     32-bit numbers; `GgufValue` asks for something else. Raises ValueError for metadata that GGUF cannot hold.
@@ -171,9 +173,10 @@ def write_gguf(
     gguf = _import_gguf()
     values = {key: _typed(gguf, key, value) for key, value in metadata.items()}
     pending = list(tensors)
-    partial = path.with_name(path.name + ".partial")
-    writer = gguf.GGUFWriter(partial, architecture)
-    try:
+    with (
+        atomic_file(path) as temporary,
+        contextlib.closing(gguf.GGUFWriter(temporary, architecture)) as writer,
+    ):
         for key, (value, value_type, item_type) in values.items():
             writer.add_key_value(key, value, value_type, item_type)
         for tensor in pending:
@@ -192,11 +195,6 @@ def write_gguf(
         writer.write_ti_data_to_file()
         for tensor in pending:
             writer.write_tensor_data(_checked_numbers(gguf, tensor))
-        writer.close()
-        os.replace(partial, path)
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)
 
 
 class _Cursor:

@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from slmjax import config as config_io
+from slmjax.atomic_files import atomic_directory
 from slmjax.checkpoints import safetensors_files
 from slmjax.checkpoints.safetensors_files import StoredFormat
 from slmjax.checkpoints.stored_model import LocalModel, open_local_model, read_origin
@@ -105,7 +106,7 @@ def quantize_model(
       step: of a run, the checkpoint; None for the newest.
 
     Raises:
-      ValueError: a rule names nothing, a format cannot hold a parameter's width, or `out` is there already.
+      ValueError: a rule names nothing, a format cannot hold a parameter's width, or `out` exists already.
     """
     _refuse_learned(rules)
     source = Path(source)
@@ -132,7 +133,7 @@ def quantize_model(
             sizes.append((report.numbers, report.bytes))
             yield from safetensors_files.in_codes(name, encoded)
 
-    with safetensors_files.whole_directory(out) as directory:
+    with atomic_directory(out) as directory:
         safetensors_files.write_tensors(directory / safetensors_files.DIRECTORY, tensors())
         coded = {name: entry.weight for name, entry in entries.items() if entry.weight is not None}
         safetensors_files.write_formats(

@@ -1,0 +1,79 @@
+"""Write files and directories atomically: a reader sees the old content or all of the new.
+
+    write_text(path, text)
+    with atomic_file(path) as temporary:            # a path in the same directory
+        np.save(temporary, array)                   # renamed to `path` when the block ends
+    with atomic_directory(path) as temporary:       # an empty directory next to `path`
+        (temporary / "model.json").write_text(text)
+
+When a block raises, what it wrote is deleted and the old content stays. A process that is killed leaves
+a temporary file or directory behind. Its name begins with a dot, and no reader opens it.
+"""
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Replace the content of a file with UTF-8 text, and return the path."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write a file to, which is renamed to `path` when the block ends.
+
+    An existing file is replaced. Missing parent directories are created.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_path(path)
+    try:
+        yield temporary
+        # Without this, a power failure soon after the rename can leave an empty file: the file system may
+        # store the new name before the content.
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
+    """Yield an empty directory to fill, which is renamed to `path` when the block ends.
+
+    Args:
+      path: the final directory; missing parents are created.
+      keep_existing: if another process creates `path` first, keep that directory and drop this one.
+        For caches, where all processes write the same content.
+
+    Raises:
+      ValueError: `path` exists and is not empty, unless `keep_existing`.
+      OSError: the directory cannot be created or renamed.
+    """
+    if not keep_existing and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists already: give the name of a new directory, or delete it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_path(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        try:
+            temporary.replace(path)  # an empty directory may be replaced, any other may not
+        except OSError:
+            if not (keep_existing and path.is_dir()):
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary_path(path: Path) -> Path:
+    # In the same directory, since a rename is atomic only within one file system. The random part keeps apart
+    # threads and processes (of several hosts, too) that write the same file.
+    return path.with_name(f".{path.name}-{uuid.uuid4().hex[:12]}.tmp")
