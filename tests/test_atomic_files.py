@@ -39,7 +39,7 @@ def test_two_writers_of_one_file_do_not_share_a_temporary_file(tmp_path: Path) -
 def test_files_can_be_read_by_others(tmp_path: Path) -> None:
     ordinary = tmp_path / "ordinary"
     ordinary.mkdir()
-    with atomic_directory(tmp_path / "directory") as temporary:
+    with atomic_directory(tmp_path / "directory"):
         pass
     assert (tmp_path / "directory").stat().st_mode == ordinary.stat().st_mode
 
