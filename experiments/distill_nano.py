@@ -11,11 +11,9 @@ It begins as two of the teacher's layers and has half as many steps.
 import dataclasses
 from pathlib import Path
 
-from slmjax.data.tokenizers import FileTokenizer
-from slmjax.distill.config import DistillConfig, Ramp, TeacherConfig
-from slmjax.models.architecture import LayerGroup
-from slmjax.training import recipes
-from slmjax.training.experiment import Experiment, FromTeacherLayers
+import slmjax
+from slmjax.models import LayerGroup
+from slmjax.training import DistillConfig, Experiment, FileTokenizer, FromTeacherLayers, Ramp, TeacherConfig
 
 
 def newest_teacher() -> Path:
@@ -25,7 +23,7 @@ def newest_teacher() -> Path:
 
 
 def experiment() -> Experiment:
-    nano = recipes.nano()
+    nano = slmjax.load_experiment("nano")
     teacher = newest_teacher()
     (segment,) = nano.model.stack
     distill = DistillConfig(teachers=(TeacherConfig(path=str(teacher)),), temperature=Ramp(start=2.0))

@@ -15,15 +15,22 @@ from pathlib import Path
 
 from rich.console import Console
 
-from slmjax.data.tokenizers import BpeTokenizer
-from slmjax.distill.config import DistillConfig, Ramp, TeacherConfig
-from slmjax.losses import Divergence, ForwardKl, Jsd, ReverseKl, Taid
-from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
-from slmjax.models.ffn.mlp import MlpConfig
-from slmjax.models.mixers.attention import AttentionConfig, QkNorm
+import slmjax
+from slmjax.models import AttentionConfig, BlockConfig, LayerGroup, MlpConfig, ModelConfig, QkNorm
 from slmjax.studies import Arm, Study, analyze, findings_table, read_members, run_study, write_findings
-from slmjax.training import recipes
-from slmjax.training.experiment import Experiment, FromTeacherLayers
+from slmjax.training import (
+    BpeTokenizer,
+    DistillConfig,
+    Divergence,
+    Experiment,
+    ForwardKl,
+    FromTeacherLayers,
+    Jsd,
+    Ramp,
+    ReverseKl,
+    Taid,
+    TeacherConfig,
+)
 
 TEACHER_LAYERS = 8
 STUDENT_LAYERS = 2
@@ -43,7 +50,7 @@ def model(num_layers: int) -> ModelConfig:
 
 def of_depth(num_layers: int, *, name: str, steps: int) -> Experiment:
     """An experiment on the text alone."""
-    nano = recipes.nano()
+    nano = slmjax.load_experiment("nano")
     return dataclasses.replace(
         nano,
         model=model(num_layers),

@@ -6,12 +6,12 @@ slmjax train experiments/nano_moe.py
 
 import dataclasses
 
+import slmjax
 from slmjax.models import zoo
-from slmjax.training import recipes
-from slmjax.training.experiment import Experiment
+from slmjax.training import Experiment
 
 
 def experiment() -> Experiment:
     """nano with its feed-forward layers replaced by experts."""
-    nano = recipes.nano()
+    nano = slmjax.load_experiment("nano")
     return dataclasses.replace(nano, model=zoo.nano_moe(), run=dataclasses.replace(nano.run, name="nano-moe"))

@@ -7,10 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import slmjax
-from slmjax.data.config import WeightedSource
-from slmjax.data.documents import Document
-from slmjax.data.encoding import is_held_out
-from slmjax.data.stdlib_corpus import StdlibSource
+from slmjax.training import Document, StdlibSource, WeightedSource, is_held_out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,14 +5,14 @@ slmjax train experiments/nano_window.py
 
 import dataclasses
 
+import slmjax
 from slmjax.models import zoo
-from slmjax.training import recipes
-from slmjax.training.experiment import Experiment
+from slmjax.training import Experiment
 
 
 def experiment() -> Experiment:
     """nano with windows in most of its layers."""
-    nano = recipes.nano()
+    nano = slmjax.load_experiment("nano")
     return dataclasses.replace(
         nano, model=zoo.nano_window(), run=dataclasses.replace(nano.run, name="nano-window")
     )

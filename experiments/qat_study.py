@@ -29,18 +29,13 @@ from types import MappingProxyType
 
 from rich.console import Console
 
-from slmjax.data.tokenizers import BpeTokenizer, FileTokenizer
-from slmjax.distill.config import DistillConfig, Ramp, TeacherConfig
-from slmjax.formats.presets import preset
-from slmjax.formats.spec import QuantSpec, ScaleType
-from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
-from slmjax.models.ffn.mlp import MlpConfig
-from slmjax.models.mixers.attention import AttentionConfig, QkNorm
-from slmjax.quantization.ptq.round_to_nearest import Clip
-from slmjax.quantization.rules import QuantConfig, QuantPhase, QuantRule
+import slmjax
+from slmjax.models import AttentionConfig, BlockConfig, LayerGroup, MlpConfig, ModelConfig, QkNorm
 from slmjax.studies import (
+    MEMBERS,
     Arm,
     ChosenRate,
+    Clip,
     Derived,
     RateSweep,
     Recovery,
@@ -58,9 +53,21 @@ from slmjax.studies import (
     write_findings,
     write_recovery,
 )
-from slmjax.studies.study import MEMBERS
-from slmjax.training import recipes
-from slmjax.training.experiment import Experiment, FromModel
+from slmjax.training import (
+    BpeTokenizer,
+    DistillConfig,
+    Experiment,
+    FileTokenizer,
+    FromModel,
+    QuantConfig,
+    QuantPhase,
+    QuantRule,
+    QuantSpec,
+    Ramp,
+    ScaleType,
+    TeacherConfig,
+    preset,
+)
 
 STEPS = 300
 FURTHER_STEPS = 120
@@ -86,7 +93,7 @@ OTHER_GRID = dataclasses.replace(preset("torchao_int4"), scale_type=ScaleType.FL
 
 def experiment() -> Experiment:
     """The model in full precision."""
-    nano = recipes.nano()
+    nano = slmjax.load_experiment("nano")
     attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32, qk_norm=QkNorm.PER_HEAD)
     block = BlockConfig(mixer=attention, ffn=MlpConfig(hidden_dim=320))
     return dataclasses.replace(

@@ -7,12 +7,8 @@ Not measured on an accelerator yet: steps, batch and learning rate are the usual
 
 import dataclasses
 
-from slmjax.data.config import DataConfig
-from slmjax.data.tokenizers import BpeTokenizer
-from slmjax.models import zoo
-from slmjax.models.architecture import Precision, Remat
-from slmjax.training.experiment import EvalConfig, Experiment, RunConfig
-from slmjax.training.optim import OptimConfig, Schedule
+from slmjax.models import Precision, Remat, zoo
+from slmjax.training import BpeTokenizer, DataConfig, EvalConfig, Experiment, OptimConfig, RunConfig, Schedule
 
 
 def experiment() -> Experiment:

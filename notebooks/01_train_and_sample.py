@@ -13,10 +13,8 @@ import os
 from pathlib import Path
 
 import slmjax
-from slmjax.models import zoo
-from slmjax.models.ffn.mlp import MlpConfig
-from slmjax.sampling import SamplingConfig
-from slmjax.telemetry.report import read_run, write_report
+from slmjax.models import MlpConfig, zoo
+from slmjax.training import SamplingConfig
 
 STEPS = int(os.environ.get("SLMJAX_NOTEBOOK_STEPS", "200"))
 
@@ -61,8 +59,8 @@ print(f"{result.bits_per_byte:.3f} bits per byte on held-out text; {result.compr
 # `report.html` needs no network and no server. The figures behind it are the lines of `log.jsonl`.
 
 # %%
-page = write_report(result.run_dir)
-records = read_run(result.run_dir)
+page = slmjax.write_report(result.run_dir)
+records = slmjax.read_run(result.run_dir)
 for record in records.train[:: max(len(records.train) // 8, 1)]:
     print(f"step {record['step']:4}  loss {record['loss']:.3f}  gradient norm {record['grad_norm']:.2f}")
 print("open", page.resolve())

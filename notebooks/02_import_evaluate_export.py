@@ -15,10 +15,8 @@ import os
 from pathlib import Path
 
 import slmjax
-from slmjax.data.config import DataConfig
 from slmjax.models import zoo
-from slmjax.sampling import SamplingConfig
-from slmjax.telemetry.report import write_report
+from slmjax.training import DataConfig, SamplingConfig
 
 STEPS = int(os.environ.get("SLMJAX_NOTEBOOK_STEPS", "100"))
 SOURCE = os.environ.get("SLMJAX_NOTEBOOK_MODEL")
@@ -45,7 +43,7 @@ if SOURCE is None:
         run=dataclasses.replace(nano.run, name="notebook", steps=STEPS),
     )
     result = slmjax.train(experiment)
-    write_report(result.run_dir)
+    slmjax.write_report(result.run_dir)
     exported = slmjax.export_model(result.run_dir, work / "released", to=slmjax.Target.HF)
     print(f"{exported.family}: {exported.parameters:,} parameters, {exported.bytes / 1e6:.1f} MB")
     print(json.dumps(json.loads((work / "released" / "config.json").read_text()), indent=1)[:400], "...")

@@ -11,11 +11,7 @@ import os
 from pathlib import Path
 
 import slmjax
-from slmjax.distill.config import DistillConfig, Ramp, TeacherConfig
-from slmjax.distill.teachers import beside
-from slmjax.losses import ForwardKl
-from slmjax.telemetry.report import write_report
-from slmjax.training.experiment import Experiment, FromTeacherLayers
+from slmjax.training import DistillConfig, Experiment, ForwardKl, FromTeacherLayers, Ramp, TeacherConfig
 
 STEPS = int(os.environ.get("SLMJAX_NOTEBOOK_STEPS", "100"))
 
@@ -81,7 +77,10 @@ for name, result in results.items():
 # %%
 loaded = slmjax.load_model(results["text alone"].run_dir)
 found = slmjax.evaluate(
-    loaded, max_documents=2, teachers=beside(Path(teacher.run_dir), loaded), log=lambda text: None
+    loaded,
+    max_documents=2,
+    teachers=slmjax.load_teacher(Path(teacher.run_dir), loaded),
+    log=lambda text: None,
 )
 print(found.text())
 
@@ -89,4 +88,4 @@ print(found.text())
 # The page of a run shows the divergence, its weight and temperature, and the KL on held-out text.
 
 # %%
-print(write_report(results["forward KL"].run_dir))
+print(slmjax.write_report(results["forward KL"].run_dir))

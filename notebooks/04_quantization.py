@@ -11,12 +11,7 @@ import os
 from pathlib import Path
 
 import slmjax
-from slmjax.data.tokenizers import FileTokenizer
-from slmjax.formats.presets import preset
-from slmjax.quantization.ptq.round_to_nearest import quantize_model
-from slmjax.quantization.rules import QuantConfig, QuantPhase, QuantRule
-from slmjax.telemetry.report import write_report
-from slmjax.training.experiment import Experiment, FromModel
+from slmjax.training import Experiment, FileTokenizer, FromModel, QuantConfig, QuantPhase, QuantRule, preset
 
 STEPS = int(os.environ.get("SLMJAX_NOTEBOOK_STEPS", "100"))
 
@@ -70,7 +65,7 @@ aware = slmjax.train(dataclasses.replace(further(full), quant=QuantConfig(phases
 # ## Rounded afterwards
 
 # %%
-written = quantize_model(longer.run_dir, Path(longer.run_dir) / "rounded", rules=rules)
+written = slmjax.quantize_model(longer.run_dir, Path(longer.run_dir) / "rounded", rules=rules)
 rounded = slmjax.evaluate(slmjax.load_model(written.path), data=full.data, log=lambda text: None)
 print(f"as stored: {written.bytes:,} bytes for {written.parameters:,} numbers")
 for name, bits in (
@@ -100,4 +95,4 @@ print(f"{target.name}: {target.stat().st_size:,} bytes")
 # `verify` extra installs.
 
 # %%
-print(write_report(aware.run_dir))
+print(slmjax.write_report(aware.run_dir))

@@ -5,8 +5,15 @@
     loaded = slmjax.load_model(result.run_dir)       # -> Loaded(config, model, tokenizer)
     slmjax.generate(loaded, ["def main("])
     slmjax.evaluate(loaded)
-    slmjax.import_model("SmolLM2-135M", "smollm2")   # a Hugging Face directory or a GGUF file; then
-    load_model("smollm2") slmjax.export_model(result.run_dir, "exported", to=slmjax.Target.HF)
+    slmjax.export_model(result.run_dir, "exported", to=slmjax.Target.HF)
+    slmjax.import_model("SmolLM2-135M", "smollm2")   # a Hugging Face directory or a GGUF file
+    loaded = slmjax.load_model("smollm2")
+
+Classes for experiment files come from three modules:
+
+- `slmjax.models`: architectures (`ModelConfig`, `AttentionConfig`, `MlpConfig`, `zoo`, ...), bases of layers.
+- `slmjax.training`: all other settings (`Experiment`, `DataConfig`, `OptimConfig`, `QuantConfig`, ...).
+- `slmjax.studies`: arms, seeds and verdicts (`Study`, `Arm`, `analyze`, ...).
 
 `import slmjax` takes milliseconds: a public name is imported when it is first used.
 """
@@ -21,19 +28,25 @@ __version__ = "0.1.0"
 _startup.without_tpu()  # here, as any of the modules may be the first to import jax
 
 if TYPE_CHECKING:
+    from slmjax import models, studies, training
     from slmjax.checkpoints.loading import Loaded, load_model
     from slmjax.convert.import_export import Target, WeightType, export_model, import_model
+    from slmjax.distill.teachers import load_teacher
     from slmjax.evaluation import evaluate
     from slmjax.models.decoder import logits
+    from slmjax.quantization.ptq.round_to_nearest import Clip, quantize_model
     from slmjax.runner.trainer import Result, train
-    from slmjax.sampling import generate
+    from slmjax.sampling import SamplingConfig, generate
+    from slmjax.telemetry.report import read_run, write_report
     from slmjax.training.experiment import Experiment
     from slmjax.training.recipes import load_experiment
 
 _MODULE_OF = {
+    "Clip": "slmjax.quantization.ptq.round_to_nearest",
     "Experiment": "slmjax.training.experiment",
     "Loaded": "slmjax.checkpoints.loading",
     "Result": "slmjax.runner.trainer",
+    "SamplingConfig": "slmjax.sampling",
     "Target": "slmjax.convert.import_export",
     "WeightType": "slmjax.convert.import_export",
     "evaluate": "slmjax.evaluation",
@@ -42,14 +55,21 @@ _MODULE_OF = {
     "import_model": "slmjax.convert.import_export",
     "load_experiment": "slmjax.training.recipes",
     "load_model": "slmjax.checkpoints.loading",
+    "load_teacher": "slmjax.distill.teachers",
     "logits": "slmjax.models.decoder",
+    "quantize_model": "slmjax.quantization.ptq.round_to_nearest",
+    "read_run": "slmjax.telemetry.report",
     "train": "slmjax.runner.trainer",
+    "write_report": "slmjax.telemetry.report",
 }
+_MODULES = ("models", "studies", "training")
 
 __all__ = [
+    "Clip",
     "Experiment",
     "Loaded",
     "Result",
+    "SamplingConfig",
     "Target",
     "WeightType",
     "__version__",
@@ -59,12 +79,21 @@ __all__ = [
     "import_model",
     "load_experiment",
     "load_model",
+    "load_teacher",
     "logits",
+    "models",
+    "quantize_model",
+    "read_run",
+    "studies",
     "train",
+    "training",
+    "write_report",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"slmjax.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'slmjax' has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULE_OF[name]), name)

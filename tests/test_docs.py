@@ -2,13 +2,16 @@
 works.
 """
 
+import ast
 import functools
 import html
+import importlib
 import importlib.util
 import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -130,6 +133,38 @@ def test_every_field_that_is_met_has_a_comment() -> None:
     spec.loader.exec_module(hooks)
     rows = [line for line in hooks.configuration().splitlines() if line.startswith("| `")]
     assert len(rows) > 100 and not [row for row in rows if re.search(r"\|\s*\|$", row)]
+
+
+PUBLIC_MODULES = ("slmjax", "slmjax.models", "slmjax.studies", "slmjax.training")
+
+
+def python_blocks(page: Path) -> list[str]:
+    """The Python code of a page: fenced blocks, without those that a snippet fills."""
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    return [textwrap.dedent(block) for block in blocks if "--8<--" not in block]
+
+
+def test_users_import_from_four_modules() -> None:
+    """Experiments, notebooks and pages show the public surface only."""
+    files = [*ROOT.glob("experiments/*.py"), *ROOT.glob("notebooks/*.py"), *DOCS.glob("examples/*.py")]
+    texts = {str(path.relative_to(ROOT)): path.read_text() for path in files}
+    for page in [*DOCS.glob("*.md"), ROOT / "README.md"]:
+        texts |= {f"{page.name}, block {i}": block for i, block in enumerate(python_blocks(page))}
+    imports = [
+        (name, node)
+        for name, text in texts.items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    assert len(imports) > 50
+    for name, node in imports:
+        if isinstance(node, ast.Import):
+            own = [alias.name for alias in node.names if alias.name.split(".")[0] == "slmjax"]
+            assert set(own) <= set(PUBLIC_MODULES), f"{name} imports {own}"
+        elif node.module is not None and node.module.split(".")[0] == "slmjax":
+            assert node.module in PUBLIC_MODULES, f"{name} imports from {node.module}"
+            missing = {alias.name for alias in node.names} - set(importlib.import_module(node.module).__all__)
+            assert not missing, f"{name} imports {missing} from {node.module}"
 
 
 def shell_lines() -> list[list[str]]:

@@ -501,7 +501,7 @@ def test_import_is_fast_and_light() -> None:
 def test_public_names() -> None:
     import slmjax
 
-    assert set(slmjax.__all__) == {*slmjax._MODULE_OF, "__version__"}
+    assert set(slmjax.__all__) == {*slmjax._MODULE_OF, *slmjax._MODULES, "__version__"}
     assert set(slmjax.__all__) <= set(dir(slmjax))
     for name, module in slmjax._MODULE_OF.items():
         if importlib.util.find_spec(module) is not None:

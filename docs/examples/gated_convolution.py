@@ -11,10 +11,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 import slmjax
-from slmjax.models.architecture import BlockConfig, LayerGroup
-from slmjax.models.ffn.mlp import MlpConfig
-from slmjax.models.layers import Linear, ModelDims, truncated_normal
-from slmjax.models.protocols import Mixer, MixerConfig
+from slmjax.models import (
+    BlockConfig,
+    LayerGroup,
+    Linear,
+    Mixer,
+    MixerConfig,
+    MlpConfig,
+    ModelDims,
+    truncated_normal,
+)
 
 
 # --8<-- [start:mathematics]

@@ -82,12 +82,12 @@ def _evaluations(loaded: Any, given: Any, data: Any) -> dict[str, Any]:
     """What was asked for, by the name of the evaluation."""
     from slmjax import evaluation
     from slmjax.checkpoints import loading
-    from slmjax.distill.teachers import beside
+    from slmjax.distill.teachers import load_teacher
 
     others = given.multiple_choice or given.lm_eval or given.efficiency or given.energy
     found: dict[str, Any] = {}
     if given.text or given.teacher or given.unrounded or data is not None or not others:
-        teachers = None if given.teacher is None else beside(Path(given.teacher), loaded)
+        teachers = None if given.teacher is None else load_teacher(Path(given.teacher), loaded)
         evaluated = functools.partial(
             evaluation.evaluate,
             data=data,

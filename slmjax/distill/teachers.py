@@ -260,7 +260,7 @@ class Teachers:
         return tuple(found)
 
 
-def beside(path: Path, student: Loaded) -> Teachers:
+def load_teacher(path: Path, student: Loaded) -> Teachers:
     """A teacher to compare a trained model with, on one device; in windows, if its context is the shorter.
 
     Warns where the teacher was trained on text that the student holds out. Raises what `plan_teachers` does.

@@ -1,3 +1,71 @@
-"""Definitions of decoders: protocols, layers, mixers, feed-forward layers, the architecture's config and the
-named models.
+"""Decoders: what an experiment file describes a model with, and what a layer of one's own is written with.
+
+    attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32, qk_norm=QkNorm.PER_HEAD)
+    block = BlockConfig(mixer=attention, ffn=MlpConfig(hidden_dim=320))
+    config = ModelConfig(embed_dim=128, stack=(LayerGroup(pattern=(block,), repeats=2),), context_length=256)
+    config = zoo.nano()  # or a named architecture
+
+These names are public: `from slmjax.models import AttentionConfig`.
 """
+
+from slmjax.models import zoo
+from slmjax.models.architecture import (
+    BlockConfig,
+    HeadKind,
+    LayerGroup,
+    ModelConfig,
+    NormPlacement,
+    Precision,
+    Remat,
+    stack_of,
+)
+from slmjax.models.ffn.mlp import Activation, MlpConfig
+from slmjax.models.ffn.moe import Balance, MoeConfig, RouterScore
+from slmjax.models.layers import Linear, ModelDims, NormKind, truncated_normal
+from slmjax.models.mixers.attention import AttentionConfig, Biases, QkNorm
+from slmjax.models.mixers.latent import LatentAttentionConfig
+from slmjax.models.protocols import CachingMixer, Ffn, FfnConfig, Mixer, MixerConfig
+from slmjax.models.rope import (
+    LinearScaling,
+    Llama3Scaling,
+    LongScaling,
+    RopeScaling,
+    YarnScaling,
+    sequence_lengths,
+)
+
+__all__ = [
+    "Activation",
+    "AttentionConfig",
+    "Balance",
+    "Biases",
+    "BlockConfig",
+    "CachingMixer",
+    "Ffn",
+    "FfnConfig",
+    "HeadKind",
+    "LatentAttentionConfig",
+    "LayerGroup",
+    "Linear",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongScaling",
+    "Mixer",
+    "MixerConfig",
+    "MlpConfig",
+    "ModelConfig",
+    "ModelDims",
+    "MoeConfig",
+    "NormKind",
+    "NormPlacement",
+    "Precision",
+    "QkNorm",
+    "Remat",
+    "RopeScaling",
+    "RouterScore",
+    "YarnScaling",
+    "sequence_lengths",
+    "stack_of",
+    "truncated_normal",
+    "zoo",
+]

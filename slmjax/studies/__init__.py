@@ -11,6 +11,7 @@ recovery = Recovery(study=study, reference="full precision", rounded={"QAT": "ro
 write_recovery([report_recovery(recovery, members, measure(recovery, members, "studies/..."))], "studies/...")
 """
 
+from slmjax.quantization.ptq.round_to_nearest import Clip
 from slmjax.studies.arms import Arm, Derivation, Derived
 from slmjax.studies.derived import RoundToNearest
 from slmjax.studies.findings import ArmSummary, Comparison, Findings, analyze
@@ -38,6 +39,7 @@ from slmjax.studies.statistics import (
     summarize,
 )
 from slmjax.studies.study import (
+    MEMBERS,
     Budget,
     Interrupted,
     Member,
@@ -55,11 +57,13 @@ __all__ = [
     "ArmSummary",
     "Budget",
     "ChosenRate",
+    "Clip",
     "Comparison",
     "Derived",
     "Findings",
     "Interrupted",
     "Measurement",
+    "MEMBERS",
     "Member",
     "OnChange",
     "PairedDifference",

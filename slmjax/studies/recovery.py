@@ -19,7 +19,7 @@ from pathlib import Path
 
 from slmjax.checkpoints.loading import load_model
 from slmjax.config import fingerprint, near_names
-from slmjax.distill.teachers import beside
+from slmjax.distill.teachers import load_teacher
 from slmjax.models.architecture import ModelConfig
 from slmjax.models.quantized_modules import assignment_lines
 from slmjax.quantization.assignment import CACHE
@@ -128,7 +128,7 @@ def _figures(recovery: Recovery, member: Member, reference: Member) -> Measured:
     if member.arm != reference.arm:
         experiment = member_experiment(recovery.study, member.arm, member.seed)
         found = evaluate_member(
-            loaded, experiment, teachers=beside(Path(reference.result["run_dir"]), loaded)
+            loaded, experiment, teachers=load_teacher(Path(reference.result["run_dir"]), loaded)
         )
         assert found.teacher_kl is not None and found.teacher_agreement is not None
         figures |= {"kl": found.teacher_kl, "agreement": found.teacher_agreement}

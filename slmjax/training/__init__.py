@@ -1,1 +1,149 @@
-"""An experiment and its compiled train step. Nothing here reads or writes files."""
+"""An experiment and its compiled train step. Nothing here reads or writes files.
+
+An experiment file imports the settings of everything but the model from here:
+
+    from slmjax.training import Experiment, OptimConfig, QuantConfig, QuantPhase, QuantRule, preset
+
+    optim = OptimConfig(lr=3e-4)
+    rules = (QuantRule(paths=".", weight=preset("q4_0")),)
+    quant = QuantConfig(phases=(QuantPhase(rules=rules),))
+"""
+
+from slmjax.checkpoints.run_checkpoints import CheckpointConfig
+from slmjax.data.config import DataConfig, Packing, Split, WeightedSource
+from slmjax.data.conversations import ScoredTurns
+from slmjax.data.dataset_sources import HuggingFaceSource, TfdsSource
+from slmjax.data.documents import Document, HeldOutBy, OnBadDocument
+from slmjax.data.encoding import is_held_out
+from slmjax.data.marks import SpecialNames
+from slmjax.data.scored import ScoredText
+from slmjax.data.sources import SourceConfig, TextSource
+from slmjax.data.stdlib_corpus import StdlibSource
+from slmjax.data.tokenizers import BpeTokenizer, ByteTokenizer, CharTokenizer, FileTokenizer, TokenizerConfig
+from slmjax.distill.config import DistillConfig, Ramp, RampShape, ShortContext, TeacherConfig
+from slmjax.formats.presets import preset
+from slmjax.formats.spec import (
+    CodeGrid,
+    Codes,
+    CodesFrom,
+    Granularity,
+    QuantSpec,
+    Rounding,
+    ScaleType,
+    Scaling,
+    Statistic,
+)
+from slmjax.losses import (
+    Divergence,
+    ForwardKl,
+    Jsd,
+    ReverseKl,
+    Sampled,
+    SkewKl,
+    SkewReverseKl,
+    SoftCrossEntropy,
+    Taid,
+    TopK,
+    TotalVariation,
+)
+from slmjax.parallel.mesh import MeshConfig
+from slmjax.quantization.estimators import (
+    Calibrated,
+    ClippedFrom,
+    Estimator,
+    LearnedClip,
+    LearnedScale,
+    LearnedScaleAndOffset,
+    StochasticRounding,
+    StraightThrough,
+)
+from slmjax.quantization.rules import QuantConfig, QuantPhase, QuantRule
+from slmjax.sampling.settings import SamplingConfig
+from slmjax.telemetry.trackers import Tracker
+from slmjax.training.experiment import (
+    EvalConfig,
+    Experiment,
+    FromModel,
+    FromTeacherLayers,
+    InitConfig,
+    RunConfig,
+    Scratch,
+)
+from slmjax.training.objective import ObjectiveConfig
+from slmjax.training.optim import OptimConfig, Optimizer, Schedule
+
+__all__ = [
+    "BpeTokenizer",
+    "ByteTokenizer",
+    "Calibrated",
+    "CharTokenizer",
+    "CheckpointConfig",
+    "ClippedFrom",
+    "CodeGrid",
+    "Codes",
+    "CodesFrom",
+    "DataConfig",
+    "DistillConfig",
+    "Divergence",
+    "Document",
+    "Estimator",
+    "EvalConfig",
+    "Experiment",
+    "FileTokenizer",
+    "ForwardKl",
+    "FromModel",
+    "FromTeacherLayers",
+    "Granularity",
+    "HeldOutBy",
+    "HuggingFaceSource",
+    "InitConfig",
+    "Jsd",
+    "LearnedClip",
+    "LearnedScale",
+    "LearnedScaleAndOffset",
+    "MeshConfig",
+    "ObjectiveConfig",
+    "OnBadDocument",
+    "OptimConfig",
+    "Optimizer",
+    "Packing",
+    "QuantConfig",
+    "QuantPhase",
+    "QuantRule",
+    "QuantSpec",
+    "Ramp",
+    "RampShape",
+    "ReverseKl",
+    "Rounding",
+    "RunConfig",
+    "Sampled",
+    "SamplingConfig",
+    "ScaleType",
+    "Scaling",
+    "Schedule",
+    "ScoredText",
+    "ScoredTurns",
+    "Scratch",
+    "ShortContext",
+    "SkewKl",
+    "SkewReverseKl",
+    "SoftCrossEntropy",
+    "SourceConfig",
+    "SpecialNames",
+    "Split",
+    "Statistic",
+    "StdlibSource",
+    "StochasticRounding",
+    "StraightThrough",
+    "Taid",
+    "TeacherConfig",
+    "TextSource",
+    "TfdsSource",
+    "TokenizerConfig",
+    "TopK",
+    "TotalVariation",
+    "Tracker",
+    "WeightedSource",
+    "is_held_out",
+    "preset",
+]
