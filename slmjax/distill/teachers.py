@@ -37,7 +37,7 @@ from slmjax.models.architecture import ModelConfig
 from slmjax.models.definition import Definition
 from slmjax.parallel import communication
 from slmjax.parallel.mesh import MeshConfig, make_mesh, named_sharding
-from slmjax.parallel.rules import parameter_shardings, partition_spec, placed_shapes
+from slmjax.parallel.rules import parameter_shardings, partition_spec, shapes_with_shardings
 
 log = logging.getLogger(__name__)
 Params = dict[str, Any]
@@ -96,7 +96,7 @@ class TeacherPlan:
     def kept_shapes(self) -> Params:
         """Shapes, dtypes and shardings of its parameters as they are kept."""
         kept = jax.eval_shape(self.kept, self.definition.params)
-        return placed_shapes(kept, parameter_shardings(kept, self.mesh))
+        return shapes_with_shardings(kept, parameter_shardings(kept, self.mesh))
 
     def output_shapes(self, batch_size: int, length: int) -> losses.TeacherOutput:
         """What it hands over for a batch: shapes, dtypes and shardings."""
@@ -105,7 +105,7 @@ class TeacherPlan:
         head = jax.eval_shape(
             self.head, jax.eval_shape(self.kept, self.definition.params), self.definition.buffers
         )
-        head = placed_shapes(head, _head_places(head, self.student_mesh))
+        head = shapes_with_shardings(head, _head_places(head, self.student_mesh))
         return losses.TeacherOutput(hidden=jax.ShapeDtypeStruct(shape, self.dtype, sharding=place), head=head)
 
 
@@ -288,7 +288,7 @@ def _load(plan: TeacherPlan) -> tuple[tuple[Params, Params], losses.Head]:
     mesh = plan.mesh
 
     like = [
-        placed_shapes(tree, parameter_shardings(tree, mesh))
+        shapes_with_shardings(tree, parameter_shardings(tree, mesh))
         for tree in (definition.params, definition.buffers)
     ]
     with jax.set_mesh(mesh):
@@ -331,5 +331,7 @@ def _in_parts(
 ) -> Float[Array, "B T E"]:
     if num_parts == 1:
         return communication.constrain(plan.hidden(params, buffers, *rows), HIDDEN)
-    parts = tuple(communication.split_rows(array, num_parts=num_parts) for array in rows)
-    return communication.joined_rows(jax.lax.map(lambda part: plan.hidden(params, buffers, *part), parts))
+    parts = tuple(communication.split_microbatches(array, num_microbatches=num_parts) for array in rows)
+    return communication.join_microbatches(
+        jax.lax.map(lambda part: plan.hidden(params, buffers, *part), parts)
+    )

@@ -172,7 +172,7 @@ def evaluate_batches(
     for batch in batches:
         # The device works on this batch while the host reads the sums of the one before and makes the next.
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            placed = batch if mesh is None else place_batch(batch, mesh, num_rows=batches.batch_size)
+            placed = batch if mesh is None else place_batch(batch, mesh, batch_size=batches.batch_size)
             running = eval_step(params, buffers, placed, *(() if teachers is None else (teachers(placed),)))
         _add(totals, pending)
         pending = running

@@ -85,7 +85,7 @@ def sharded_sum(
         tokens: Any,
         constants: Any,
     ) -> Any:
-        gathered = [communication.gathered_table(table, whole=is_whole) for table in tables]
+        gathered = [communication.gathered_table(table, replicated=is_whole) for table in tables]
         heads = tuple(
             dataclasses.replace(one, weight=table, bias=bias)
             for (_, one), (table, _), bias in zip(models, gathered, biases, strict=True)

@@ -1,3 +1,1 @@
-"""The device mesh, rules that place arrays on it, communication inside `shard_map`, and processes on several
-hosts.
-"""
+"""Device mesh, parameter sharding rules, communication inside `shard_map`, and runs of several processes."""

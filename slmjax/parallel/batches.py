@@ -1,7 +1,6 @@
-"""Rows of a batch: which of them this process reads, and how they become arrays that are divided over the
-mesh.
+"""Global batches: which sequences this process reads, and how they become arrays sharded over the mesh.
 
-Dims: B rows of the global batch, T time.
+Dims: B sequences of the global batch, T time.
 """
 
 import functools
@@ -17,52 +16,54 @@ from jax.sharding import Mesh, NamedSharding
 from slmjax.parallel.mesh import LOGICAL_DIMS, named_sharding
 
 
-@functools.lru_cache(maxsize=16)  # asked at every step
-def rows_here(mesh: Mesh, num_rows: int) -> np.ndarray:
-    """Numbers of the rows of a global batch that this process's devices hold, in ascending order: those that
-    it has to read.
+# Cached because every step asks for the same mesh and batch size.
+@functools.lru_cache(maxsize=16)
+def local_sequences(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Indices into the global batch of the sequences that this process has to read, ascending.
 
-    Where the axes of the batch do not divide the rows, and where others (context, tensor) span processes,
-    several hold a row.
+    These are the sequences whose shards its devices hold. Several processes read the same sequence where the
+    batch axes do not divide the batch size, and where other axes (context, tensor) span processes.
     """
     owners = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
-    rows = _rows_of(jax.process_index(), owners, mesh.axis_names, num_rows)
-    rows.flags.writeable = False
-    return rows
+    indices = _sequences_of(jax.process_index(), owners, mesh.axis_names, batch_size)
+    # The cached array is shared by all callers.
+    indices.flags.writeable = False
+    return indices
 
 
-def _rows_of(process: int, owners: np.ndarray, axis_names: Sequence[str], num_rows: int) -> np.ndarray:
-    """The rows of one process, given each device's process, an array over the mesh."""
+def _sequences_of(process: int, owners: np.ndarray, axis_names: Sequence[str], batch_size: int) -> np.ndarray:
+    """Return the sequences of one process; `owners` holds the process index of each device of the mesh."""
     axes = [axis_names.index(axis) for axis in LOGICAL_DIMS["batch"]]
     by_shard = np.moveaxis(owners, axes, range(len(axes)))
     by_shard = by_shard.reshape(math.prod(by_shard.shape[: len(axes)]), -1)
-    rows = np.arange(num_rows)
-    if num_rows % len(by_shard):
-        return rows
-    return rows.reshape(len(by_shard), -1)[(by_shard == process).any(axis=1)].reshape(-1)
+    indices = np.arange(batch_size)
+    # A batch that does not divide is replicated, so that every process reads all of it.
+    if batch_size % len(by_shard):
+        return indices
+    return indices.reshape(len(by_shard), -1)[(by_shard == process).any(axis=1)].reshape(-1)
 
 
-def place_batch(batch: Any, mesh: Mesh, *, num_rows: int | None = None) -> Any:
-    """Host arrays [B ...] or [B T ...] to global arrays divided over rows and time.
+def place_batch(batch: Any, mesh: Mesh, *, batch_size: int | None = None) -> Any:
+    """Turn host arrays [B ...] or [B T ...] into global arrays sharded over sequences and time.
 
     Args:
-      batch: a tree of arrays, whose rows are `rows_here` of the global batch.
-      mesh: where they go.
-      num_rows: of the global batch; None: the arrays hold all of them.
+      batch: a tree of arrays that hold the `local_sequences` of the global batch.
+      mesh: the devices to place them on.
+      batch_size: sequences of the global batch; None if the arrays hold all of them.
     """
 
     def place(local: np.ndarray) -> Array:
-        count = local.shape[0] if num_rows is None else num_rows
-        here = np.arange(count) if num_rows is None else rows_here(mesh, count)
-        assert len(here) == local.shape[0], (
-            f"{local.shape[0]} rows were made, and this process holds {len(here)} of {count}"
+        count = local.shape[0] if batch_size is None else batch_size
+        indices = np.arange(count) if batch_size is None else local_sequences(mesh, count)
+        assert len(indices) == local.shape[0], (
+            f"got {local.shape[0]} sequences, but this process holds {len(indices)} of {count}"
         )
         global_shape = (count, *local.shape[1:])
 
         def shard(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(count)
-            # a shard's rows follow each other here as they do in the whole
-            first = int(np.searchsorted(here, start))
+            # A shard's sequences are contiguous in the local array, as they are in the global batch.
+            first = int(np.searchsorted(indices, start))
             return local[first : first + stop - start, *index[1:]]
 
         return jax.make_array_from_callback(global_shape, _batch_sharding(global_shape, mesh), shard)
@@ -71,12 +72,9 @@ def place_batch(batch: Any, mesh: Mesh, *, num_rows: int | None = None) -> Any:
 
 
 def batch_shapes(batch: Any, mesh: Mesh) -> Any:
-    """Shapes, dtypes and shardings of a global batch, given as host arrays [B ...] or [B T ...], once it is
-    placed.
-    """
+    """Shapes, dtypes and shardings that `place_batch` would give to host arrays [B ...] or [B T ...]."""
     return jax.tree.map(
-        lambda rows: jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=_batch_sharding(rows.shape, mesh)),
-        batch,
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_batch_sharding(x.shape, mesh)), batch
     )
 
 

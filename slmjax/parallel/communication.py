@@ -1,12 +1,7 @@
-"""The device mesh, the rules that place parameters on it, and the one `shard_map` entry point.
+"""Sharding constraints, the one entry point to `jax.shard_map`, and the collectives used inside it.
 
-Modules name logical dims ("batch", "heads", "ffn", ...); only this file knows mesh axes. `make_mesh` builds a
-mesh with compiler-managed (Auto) axes and is entered with `jax.set_mesh(mesh)`; inside it `constrain`,
-`shard_mapped` and the collectives work by logical dims, and without a mesh they are the identity, so the same
-code runs on one device.
-
-Logical dims: batch B, time T, tokens (time divided further, inside losses), embed D, heads N, kv_heads K, ffn
-F, vocab V, expert E.
+All of them take logical dims (see mesh.py). Without a mesh, or on one of a single device, they are the
+identity, so that the same code runs on one device.
 """
 
 import contextvars
@@ -22,48 +17,60 @@ from jax.sharding import PartitionSpec
 
 from slmjax.parallel.mesh import LOGICAL_DIMS, Dims, current_axis_sizes, mesh_spec, num_devices
 
-# Inside the compiled program --------------------------------------------------------------------------------
-_divided_dims: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
-    "divided_dims", default=frozenset()
+# Logical dims that the enclosing `shard_mapped` really sharded. Set while the function is traced, so that the
+# collectives below need no argument for it; a ContextVar because programs are traced in several threads.
+_sharded_dims: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
+    "sharded_dims", default=frozenset()
 )
 
 
+# In the program that the compiler partitions ----------------------------------------------------------------
+
+
 def constrain(x: Array, dims: Dims) -> Array:
-    """`x` with its sharding pinned to these logical dims; the identity without a mesh."""
+    """Pin the sharding of `x` to these logical dims; the identity without a mesh."""
     sizes = current_axis_sizes()
     if math.prod(sizes.values()) == 1:
         return x
     return jax.lax.with_sharding_constraint(x, mesh_spec(dims, x.shape, sizes))
 
 
-def split_rows(rows: Array, *, num_parts: int) -> Array:
-    """[B, ...] to [A, B/A, ...]: part a takes every A-th row, so that each device's rows stay on it."""
-    parts = jnp.swapaxes(rows.reshape(rows.shape[0] // num_parts, num_parts, *rows.shape[1:]), 0, 1)
-    return constrain(parts, (None, "batch", "time")[: rows.ndim + 1] + (None,) * (rows.ndim - 2))
+def split_microbatches(batch: Array, *, num_microbatches: int) -> Array:
+    """Split [B, ...] into [A, B/A, ...], A microbatches.
+
+    Microbatch a takes every A-th sequence: each device then keeps its sequences, where contiguous slices
+    would have to be sent between devices.
+    """
+    size = batch.shape[0] // num_microbatches
+    parts = jnp.swapaxes(batch.reshape(size, num_microbatches, *batch.shape[1:]), 0, 1)
+    return constrain(parts, (None, "batch", "time")[: batch.ndim + 1] + (None,) * (batch.ndim - 2))
 
 
-def joined_rows(parts: Array) -> Array:
-    """The inverse of `split_rows`: [A, B/A, ...] to [B, ...]."""
-    rows = jnp.swapaxes(parts, 0, 1).reshape(-1, *parts.shape[2:])
-    return constrain(rows, ("batch", "time")[: rows.ndim] + (None,) * (rows.ndim - 2))
+def join_microbatches(parts: Array) -> Array:
+    """Join [A, B/A, ...] into [B, ...]: the inverse of `split_microbatches`."""
+    batch = jnp.swapaxes(parts, 0, 1).reshape(-1, *parts.shape[2:])
+    return constrain(batch, ("batch", "time")[: batch.ndim] + (None,) * (batch.ndim - 2))
+
+
+# Inside shard_map -------------------------------------------------------------------------------------------
 
 
 def shard_mapped(
     fn: Callable[..., Any], *, in_dims: tuple[Dims, ...], out_dims: Any, checked: bool = True
 ) -> Callable[..., Any]:
-    """`fn` run by every device on its own shard: the one way into `jax.shard_map`.
+    """Return `fn` run by every device on its own shard: the package's only call of `jax.shard_map`.
 
-    A logical dim is divided when it divides evenly in every argument that has it; otherwise all devices see
-    it whole, and `sum_over`, `gather` and `scatter_sum` over it do nothing.
+    A logical dim is sharded if its size divides evenly in every argument that has it. Otherwise it is
+    replicated, and `sum_over`, `gather` and `scatter_sum` over it are the identity.
 
     Args:
       fn: takes arrays, one per entry of `in_dims`; an argument may be a pytree whose leaves all have the same
-        dims, or these and further ones that are not divided.
+        dims, or these and further ones that are replicated.
       in_dims: logical dims per argument.
       out_dims: logical dims of the result, or a tuple of them for a tuple of results; () for a scalar (a
         pytree of scalars too).
-      checked: the tracer proves that what is returned whole is the same on all devices. It cannot look into
-        fused kernels: where there are any, False.
+      checked: have the tracer prove that results declared as replicated are the same on all devices. It
+        cannot look into fused kernels: pass False where there are any.
     """
     sizes = current_axis_sizes()
     if math.prod(sizes.values()) == 1:
@@ -76,18 +83,20 @@ def shard_mapped(
             for leaf in jax.tree.leaves(arg)
         ]
         named = [(dim, size) for shape, dims in leaves for dim, size in zip(dims, shape, strict=False) if dim]
-        whole = {dim for dim, size in named if size % math.prod(sizes[axis] for axis in LOGICAL_DIMS[dim])}
-        divided = frozenset(dim for dim, _ in named) - whole
+        replicated = {
+            dim for dim, size in named if size % math.prod(sizes[axis] for axis in LOGICAL_DIMS[dim])
+        }
+        sharded = frozenset(dim for dim, _ in named) - replicated
 
         def spec(dims: Dims) -> PartitionSpec:
-            return PartitionSpec(*(LOGICAL_DIMS[dim] if dim in divided else None for dim in dims))
+            return PartitionSpec(*(LOGICAL_DIMS[dim] if dim in sharded else None for dim in dims))
 
         def shard_fn(*shards: Any) -> Any:
-            token = _divided_dims.set(divided)
+            token = _sharded_dims.set(sharded)
             try:
                 return fn(*shards)
             finally:
-                _divided_dims.reset(token)
+                _sharded_dims.reset(token)
 
         out_specs = jax.tree.map(spec, out_dims, is_leaf=_is_dims)
         in_specs = tuple(spec(dims) for dims in in_dims)
@@ -100,135 +109,138 @@ def _is_dims(value: Any) -> bool:
     return isinstance(value, tuple) and all(item is None or isinstance(item, str) for item in value)
 
 
-def _divided_axes(dims: Sequence[str]) -> tuple[str, ...]:
-    divided = _divided_dims.get()
-    return tuple(axis for dim in dims if dim in divided for axis in LOGICAL_DIMS[dim])
+def _sharded_axes(dims: Sequence[str]) -> tuple[str, ...]:
+    sharded = _sharded_dims.get()
+    return tuple(axis for dim in dims if dim in sharded for axis in LOGICAL_DIMS[dim])
 
 
 def sum_over(x: Any, *dims: str) -> Any:
-    """Inside `shard_mapped`: the sum over the devices that these logical dims are divided over."""
-    return jax.lax.psum(x, axes) if (axes := _divided_axes(dims)) else x
+    """Inside `shard_mapped`: return the sum over the devices that these logical dims are sharded over."""
+    return jax.lax.psum(x, axes) if (axes := _sharded_axes(dims)) else x
 
 
 def gather(x: Array, dim: str, *, axis: int) -> Array:
-    """Inside `shard_mapped`: the shards that the devices of a logical dim hold, joined along an array axis.
+    """Inside `shard_mapped`: return all shards of a logical dim, joined along an array axis.
 
-    It counts as differing between devices, so that it may not be returned as it is in a dim that is not
-    divided.
+    JAX tracks the result as varying between devices, so it cannot be returned in a dim declared replicated.
     """
     return shards_of(dim).gather(x, axis=axis)
 
 
 def scatter_sum(x: Array, dim: str, *, axis: int) -> Array:
-    """Inside `shard_mapped`: the sum over a logical dim's devices, each keeping its part of an array axis."""
+    """Inside `shard_mapped`: sum over a logical dim's devices; each keeps its shard of an array axis."""
     return (
         jax.lax.psum_scatter(x, axes, scatter_dimension=axis, tiled=True)
-        if (axes := _divided_axes((dim,)))
+        if (axes := _sharded_axes((dim,)))
         else x
     )
 
 
 def index_along(dim: str) -> Array | int:
-    """Inside `shard_mapped`: which shard of a logical dim this device holds (0 where the dim is whole)."""
+    """Inside `shard_mapped`: return the index of this device's shard of a logical dim; 0 if replicated."""
     return shards_of(dim).index()
 
 
 def num_shards(dim: str) -> int:
-    """Inside `shard_mapped`: how many shards a logical dim is divided into (1 where it is whole)."""
-    return math.prod(current_axis_sizes()[axis] for axis in _divided_axes((dim,)))
+    """Inside `shard_mapped`: return the number of shards of a logical dim; 1 if it is replicated."""
+    return math.prod(current_axis_sizes()[axis] for axis in _sharded_axes((dim,)))
 
 
 def is_sharded(dim: str) -> bool:
-    """Inside `shard_mapped`: whether this logical dim really was divided."""
-    return dim in _divided_dims.get()
+    """Inside `shard_mapped`: return whether this logical dim is sharded here; its size may not divide."""
+    return dim in _sharded_dims.get()
 
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """The devices that a logical dim is divided over, for code that is traced later than `shard_mapped` runs:
-    rules of custom gradients.
+    """Devices that a logical dim is sharded over.
+
+    The functions above ask the enclosing `shard_mapped`. This is for code traced after that has returned,
+    such as the backward rules of custom gradients.
     """
 
-    axes: tuple[str, ...] = ()  # none where the dim is whole
+    axes: tuple[str, ...] = ()  # none if the dim is replicated
     count: int = 1
 
     def index(self) -> Array | int:
-        """Which shard this device holds."""
+        """Return the index of this device's shard."""
         return jax.lax.axis_index(self.axes) if self.axes else 0
 
     def sum(self, x: Array) -> Array:
-        """The sum over the devices."""
+        """Return the sum over the devices."""
         return jax.lax.psum(x, self.axes) if self.axes else x
 
     def gather(self, x: Array, *, axis: int) -> Array:
-        """The shards of all of them, joined along an array axis."""
+        """Return the shards of all the devices, joined along an array axis."""
         return jax.lax.all_gather(x, self.axes, axis=axis, tiled=True) if self.axes else x
 
     def within(self, dim: str) -> "Shards":
-        """The division over those devices alone that another logical dim may be divided over."""
+        """Return the shards over only those mesh axes that another logical dim may be sharded over."""
         axes = tuple(axis for axis in self.axes if axis in LOGICAL_DIMS[dim])
         return Shards(axes, math.prod(current_axis_sizes()[axis] for axis in axes))
 
     def max(self, x: Array) -> Array:
-        """The largest on any of the devices; it has no gradient."""
+        """Return the maximum over the devices, without a gradient (`pmax` has none)."""
         return jax.lax.pmax(jax.lax.stop_gradient(x), self.axes) if self.axes else jax.lax.stop_gradient(x)
 
 
 def shards_of(dim: str) -> Shards:
-    """Inside `shard_mapped`: the devices that a logical dim is divided over."""
-    return Shards(_divided_axes((dim,)), num_shards(dim))
+    """Inside `shard_mapped`: return the devices that a logical dim is sharded over."""
+    return Shards(_sharded_axes((dim,)), num_shards(dim))
 
 
 def table_dims(num_rows: int, *, batch_size: int) -> Dims:
-    """How a table [V, D] is to enter `shard_mapped`, for `gathered_table`, beside a batch of so many rows.
+    """Return the logical dims with which a table [V, D] enters `shard_mapped`, for `gathered_table`.
 
-    By its rows, if they divide: the sum that is the gradient of the gathered table is then scattered by rows,
-    which TPUs do piece by piece, while of columns narrower than their lanes they would send all to everyone.
-    The rules place a table so too.
+    The table is sharded by rows if they divide, as the parameter rules do. The gradient of the gathered table
+    is then a sum scattered by rows, which TPUs reduce piece by piece; scattered by columns narrower than
+    their lanes, all of it would be sent to every device.
+
+    Args:
+      num_rows: V.
+      batch_size: sequences of the batch that enters with the table.
     """
-    if batch_size % num_devices(
-        "batch"
-    ):  # all have the same rows of the batch, and what they gather would count as different
+    # A batch that does not divide is the same on all devices, but a table gathered over them would be tracked
+    # as varying, and so would the result.
+    if batch_size % num_devices("batch"):
         return ("vocab", None)
     return ("vocab_rows", None) if num_rows % num_devices("vocab_rows") == 0 else ("vocab", "embed")
 
 
-def gathered_table(table: Array, *, whole: bool = False) -> tuple[Array, Shards]:
-    """Inside `shard_mapped`: a table with all its columns, and its rows over the vocabulary's devices, or all
-    of them if `whole`.
+def gathered_table(table: Array, *, replicated: bool = False) -> tuple[Array, Shards]:
+    """Inside `shard_mapped`: return a table with all its columns, and the devices that shard its rows.
+
+    Its rows stay sharded over the vocabulary's devices, or are gathered too if `replicated`.
     """
     by_rows = shards_of("vocab_rows")
     vocab = shards_of("vocab")
     table = by_rows.within("embed").gather(shards_of("embed").gather(table, axis=1), axis=0)
     vocab = by_rows.within("vocab") if by_rows.axes else vocab
-    return (vocab.gather(table, axis=0), Shards()) if whole else (table, vocab)
+    return (vocab.gather(table, axis=0), Shards()) if replicated else (table, vocab)
 
 
 def halo(x: Array, dim: str, *, size: int, axis: int) -> Array:
-    """Inside `shard_mapped`: `x` with the `size` entries before it along a divided array axis, from the
-    devices that hold them.
+    """Inside `shard_mapped`: extend `x` by the `size` entries before it along a sharded array axis.
 
-    The first shards have fewer entries before them, and zeros in their place. Only these entries are sent:
-    from the neighbour, and where a shard is shorter than the halo from as many further devices as it takes.
-    No more than all other shards hold is added; the identity where the dim is whole.
+    Only these entries are sent: by the neighbour and, where the halo is longer than a shard, by as many
+    further devices as it takes. The first shards have fewer entries before them, and zeros in their place. At
+    most the entries of all other shards are added. The identity if the dim is replicated.
     """
-    axes = _divided_axes((dim,))
+    axes = _sharded_axes((dim,))
     length = x.shape[axis]
     others = num_shards(dim) - 1
     parts = [x]
     for hop in range(1, min(-(-size // length), others) + 1):
         count = min(length, size - (hop - 1) * length)
         tail = jax.lax.slice_in_dim(x, length - count, length, axis=axis)
-        parts.insert(
-            0, jax.lax.ppermute(tail, axes, [(source, source + hop) for source in range(others + 1 - hop)])
-        )
+        # A device that no pair names as a target receives zeros: segment 0, which attention masks.
+        pairs = [(source, source + hop) for source in range(others + 1 - hop)]
+        parts.insert(0, jax.lax.ppermute(tail, axes, pairs))
     return jnp.concatenate(parts, axis=axis) if len(parts) > 1 else x
 
 
 def sum_before(x: Array, dim: str) -> Array:
-    """Inside `shard_mapped`: the sum of `x` over the shards of a logical dim that come before this one; zeros
-    where the dim is whole.
-    """
+    """Inside `shard_mapped`: sum `x` over the shards of a logical dim before this one; zeros if replicated."""
     if not is_sharded(dim):
         return jnp.zeros_like(x)
     all_shards = gather(x[None], dim, axis=0)
@@ -237,15 +249,15 @@ def sum_before(x: Array, dim: str) -> Array:
 
 
 def match_varying(*arrays: Array) -> tuple[Array, ...]:
-    """Inside `shard_mapped`: the arrays, marked as differing between devices wherever one of them does;
-    elsewhere the identity.
+    """Inside `shard_mapped`: mark all arrays as varying over each mesh axis that one of them varies over.
 
-    Needed where the tracer cannot see it by itself: at the door of a custom gradient, and for the zeros a
-    loop starts from. The gradient of what was equal on all devices is then summed over them.
+    Needed where the tracer cannot infer it: at the entry of a custom gradient, and for the zeros that a loop
+    starts from. The gradient of an array that was equal on all devices is then summed over them. Outside
+    `shard_mapped` this is the identity.
     """
-    axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
-    union = frozenset().union(*axes)
+    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    union = frozenset().union(*varying)
     return tuple(
-        jax.lax.pcast(x, tuple(sorted(union - own)), to="varying")
-        for x, own in zip(arrays, axes, strict=True)
+        jax.lax.pcast(x, tuple(sorted(union - axes)), to="varying")
+        for x, axes in zip(arrays, varying, strict=True)
     )

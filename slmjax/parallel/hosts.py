@@ -1,12 +1,11 @@
-"""How the processes of a run find each other: from COORDINATOR, RANK and WORLD, from Slurm, or as the hosts
-of a TPU pod.
+"""Join the processes of a run: by COORDINATOR, RANK and WORLD, by Slurm, or as the hosts of a TPU pod.
 
     COORDINATOR=node0:4321 RANK=1 WORLD=2 slmjax train ...        # on each host, with a RANK of its own
     srun --ntasks-per-node 8 slmjax train ...                     # nothing to set
 
-`how_to_join` decides from the environment alone; `join` does it, and must come before jax is asked for a
-device. Afterwards `jax.devices()` are those of all processes. CPU devices of several processes talk through
-gloo, jax's default.
+`how_to_join` decides from the environment alone. `join` acts on it, and must run before jax is asked for a
+device; afterwards `jax.devices()` lists the devices of all processes. CPU devices of several processes
+communicate through gloo, the default of jax.
 """
 
 import contextlib
@@ -25,19 +24,21 @@ from typing import Any
 import jax
 
 _VARIABLES = ("COORDINATOR", "RANK", "WORLD")
+# The variables that jax reads in a Slurm task.
 _SLURM_VARIABLES = (
     "SLURM_JOB_ID",
     "SLURM_STEP_NODELIST",
     "SLURM_NTASKS",
     "SLURM_PROCID",
     "SLURM_LOCALID",
-)  # that jax reads
+)
 _GOOGLE = "0x1ae0"  # vendor of a TPU on the PCI bus
-_MARGIN_SECONDS = 30  # by which jax is more patient than the time limit
+# Our own time limit must end first: its message says what to check, that of jax is a stack trace.
+_MARGIN_SECONDS = 30
 
 
 class Meeting(enum.Enum):
-    """Where processes learn of each other."""
+    """Where processes get each other's addresses from."""
 
     VARIABLES = "COORDINATOR, RANK and WORLD"
     SLURM = "Slurm"
@@ -46,7 +47,7 @@ class Meeting(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Join:
-    """How this process joins the others. Slurm and TPUs tell jax all but the time limit themselves."""
+    """How this process joins the others. With Slurm and on TPUs jax finds all but the time limit itself."""
 
     meeting: Meeting
     seconds: int  # to wait for the others
@@ -65,11 +66,11 @@ joined: Join | None = None  # what `join` did in this process
 
 
 def join(environ: Mapping[str, str] = os.environ) -> Join | None:
-    """Joins the other processes of the run, where the environment says that there are some.
+    """Join the other processes of the run, if the environment names any.
 
     Raises:
-      ValueError: the environment contradicts itself, or the others were not found, with what to check. Where
-        they did not come in time, the process ends with the same message.
+      ValueError: the environment contradicts itself, or the others were not found; the message lists what to
+        check. If they do not connect in time, the process exits with the same message.
     """
     global joined
     how = how_to_join(environ, has_tpu=_has_tpu())
@@ -77,8 +78,7 @@ def join(environ: Mapping[str, str] = os.environ) -> Join | None:
         return None
     arguments: dict[str, Any] = {"cluster_detection_method": "slurm"} if how.meeting is Meeting.SLURM else {}
     if how.meeting is Meeting.VARIABLES:
-        # Deactivated: what a scheduler says of its own processes must not be mixed with what the user said of
-        # these.
+        # Cluster detection is off, so that a scheduler's variables are not mixed with those the user has set.
         arguments = {
             "coordinator_address": how.coordinator,
             "num_processes": how.process_count,
@@ -98,24 +98,23 @@ def join(environ: Mapping[str, str] = os.environ) -> Join | None:
 
 
 def how_to_join(environ: Mapping[str, str], *, has_tpu: bool = False) -> Join | None:
-    """What the environment says of other processes; None where this one is alone.
+    """Read from the environment how to join other processes; None if this one is alone.
 
-    Only COORDINATOR tells that RANK and WORLD are meant: other tools leave a RANK behind. A Slurm batch
-    script has no tasks beside it until it calls srun, and waits for nobody.
+    RANK and WORLD count only with COORDINATOR, because other tools leave a RANK behind. A Slurm batch script
+    has no other tasks until it calls srun, and waits for none.
 
     Args:
       environ: environment variables.
       has_tpu: whether this host has TPU devices.
 
     Raises:
-      ValueError: a variable is missing or makes no sense.
+      ValueError: a variable is missing or invalid.
     """
     switch = environ.get("SLMJAX_DISTRIBUTED", "").lower()
     if switch not in ("", "auto", "off"):
         raise ValueError(
-            f"SLMJAX_DISTRIBUTED={environ['SLMJAX_DISTRIBUTED']} is not known: off has this process train "
-            "alone; auto, or nothing, "
-            "has it join the others that the environment tells of"
+            f"SLMJAX_DISTRIBUTED={environ['SLMJAX_DISTRIBUTED']} is not known: set it to off to train in this "
+            "process alone, or to auto (the default) to join the processes that the environment names"
         )
     if switch == "off":
         return None
@@ -129,9 +128,9 @@ def how_to_join(environ: Mapping[str, str], *, has_tpu: bool = False) -> Join | 
     ):
         if missing := [name for name in _SLURM_VARIABLES if name not in environ]:
             raise ValueError(
-                f"this is one of {environ['SLURM_STEP_NUM_TASKS']} tasks of srun, but {missing[0]} is not "
-                "set, which tells where the "
-                "others are: set COORDINATOR, RANK and WORLD, or SLMJAX_DISTRIBUTED=off to train alone"
+                f"this is one of {environ['SLURM_STEP_NUM_TASKS']} tasks of srun, but {missing[0]}, which is "
+                "needed to find the others, is not set: set COORDINATOR, RANK and WORLD, or "
+                "SLMJAX_DISTRIBUTED=off to train alone"
             )
         return Join(meeting=Meeting.SLURM, seconds=seconds)
     platforms = environ.get("JAX_PLATFORMS", "")
@@ -144,15 +143,14 @@ def _from_variables(environ: Mapping[str, str], seconds: int) -> Join:
     coordinator = environ["COORDINATOR"]
     if missing := [name for name in _VARIABLES if not environ.get(name)]:
         raise ValueError(
-            f"COORDINATOR={coordinator} is set, but {' and '.join(missing)} not: set all three (RANK is this "
-            "process's number from 0, "
-            "WORLD how many processes there are), or none to train alone"
+            f"COORDINATOR={coordinator} is set, but {' and '.join(missing)} not: set all three (RANK is the "
+            "index of this process from 0, WORLD the number of processes), or none to train alone"
         )
     host, _, port = coordinator.rpartition(":")
     if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
         raise ValueError(
-            f"COORDINATOR={coordinator} must be HOST:PORT: the host of process 0, and a port that is free "
-            "there (1 to 65535)"
+            f"COORDINATOR={coordinator} must be HOST:PORT: the host of process 0, and a free port on it "
+            "(1 to 65535)"
         )
     rank = _whole(environ, "RANK", least=0)
     world = _whole(environ, "WORLD", least=1)
@@ -179,11 +177,10 @@ def _whole(environ: Mapping[str, str], name: str, *, least: int) -> int:
 
 
 def _has_tpu() -> bool:
-    """Whether libtpu is installed, a numbered device of the kinds that TPUs have is there, and so is hardware
-    of Google's.
+    """Return whether libtpu is installed, a device node of the TPU kinds exists, and so does Google hardware.
 
-    Any one alone is found elsewhere: libtpu compiles for TPUs on any machine, and virtual machines have
-    devices in /dev/vfio.
+    None of these is enough alone: libtpu compiles for TPUs on any machine, and virtual machines have devices
+    in /dev/vfio.
     """
     if importlib.util.find_spec("libtpu") is None or not glob.glob("/dev/accel[0-9]*") + glob.glob(
         "/dev/vfio/[0-9]*"
@@ -196,15 +193,14 @@ def _has_tpu() -> bool:
 
 @contextlib.contextmanager
 def _time_limit(how: Join) -> Iterator[None]:
-    """Ends the process with what to check when the others are not met in time: jax itself would abort it,
-    with a stack trace.
-    """
+    """Exit with a message of what to check if the others do not connect in time."""
 
-    def give_up() -> None:
-        print(f"error: {_failure(how, _what_is_missing(how))}", file=sys.stderr, flush=True)
+    def exit_with_message() -> None:
+        print(f"error: {_failure(how, _coordinator_problem(how))}", file=sys.stderr, flush=True)
+        # The main thread is blocked inside jax, where no exception reaches it.
         os._exit(2)
 
-    timer = threading.Timer(how.seconds, give_up)
+    timer = threading.Timer(how.seconds, exit_with_message)
     timer.daemon = True
     timer.start()
     try:
@@ -213,30 +209,28 @@ def _time_limit(how: Join) -> Iterator[None]:
         timer.cancel()
 
 
-def _what_is_missing(how: Join) -> str:
-    """What a look at the coordinator's address tells."""
+def _coordinator_problem(how: Join) -> str:
+    """Connect to the coordinator's address and describe what is missing."""
     if how.coordinator is None or how.process_index == 0:
-        return "not all of them came"
+        return "not all of them connected"
     host, _, port = how.coordinator.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
     except OSError as error:
         return str(error)
-    return "it answers, and not all of them came"
+    return "it answers, but not all of them connected"
 
 
 def _failure(how: Join, problem: str) -> str:
     if how.meeting is not Meeting.VARIABLES:
         return (
             f"the other processes were not found through {how.meeting.value} ({problem}): start all of them "
-            "within "
-            f"SLMJAX_JOIN_SECONDS={how.seconds}; set COORDINATOR, RANK and WORLD yourself; or "
+            f"within SLMJAX_JOIN_SECONDS={how.seconds}; set COORDINATOR, RANK and WORLD yourself; or "
             "SLMJAX_DISTRIBUTED=off to train alone"
         )
     return (
         f"process {how.process_index} of {how.process_count} did not meet the others at "
-        f"COORDINATOR={how.coordinator} ({problem}). Check "
-        "that process 0 runs on that host, that no firewall closes the port and no other program has it, "
-        f"that all {how.process_count} "
-        f"processes were started, each with its own RANK, within SLMJAX_JOIN_SECONDS={how.seconds}"
+        f"COORDINATOR={how.coordinator} ({problem}). Check that process 0 runs on that host, that no firewall "
+        f"closes the port and no other program has it, and that all {how.process_count} processes were "
+        f"started, each with its own RANK, within SLMJAX_JOIN_SECONDS={how.seconds}"
     )

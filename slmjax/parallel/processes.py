@@ -1,7 +1,7 @@
-"""What the processes of a run agree on, and how a run is asked to stop.
+"""Coordination between the processes of a run: who goes first, shared text, and requests to stop.
 
-A run has one process per host; all of these functions are called by every process and do nothing special when
-there is only one.
+A run has one process per host, unless it was started with one per device. Every process calls each of these
+functions; with a single process they do nothing special.
 """
 
 import signal
@@ -19,9 +19,9 @@ _TEXT_BYTES = 1024
 
 
 def process_zero_first(action: Callable[[], T]) -> T:
-    """`action()` in the first process, then in the others, which find on disk what the first one made.
+    """Run `action()` in process 0, then in the others, which find on disk what process 0 made.
 
-    An error in the first process does not leave the others waiting: they try for themselves, and fail alike.
+    An error in process 0 does not leave the others waiting: they run the action, and fail in the same way.
     """
     if jax.process_count() == 1:
         return action()
@@ -35,20 +35,21 @@ def process_zero_first(action: Callable[[], T]) -> T:
 
 
 def broadcast_text(text: str) -> str:
-    """The first process's text (at most 1024 bytes), in every process."""
+    """Return the text of process 0 (at most 1024 bytes) in every process."""
     if jax.process_count() == 1:
         return text
     encoded = text.encode()
-    assert len(encoded) <= _TEXT_BYTES, f"{len(encoded)} bytes are too many: {text}"
+    assert len(encoded) <= _TEXT_BYTES, f"{len(encoded)} bytes are more than {_TEXT_BYTES}: {text}"
+    # Collectives need the same shape in every process, and only process 0 knows the length.
     padded = np.frombuffer(encoded.ljust(_TEXT_BYTES, b"\0"), np.uint8)
     return bytes(multihost_utils.broadcast_one_to_all(padded)).rstrip(b"\0").decode(errors="replace")
 
 
 class StopSignals:
-    """While entered, Ctrl-C and SIGTERM only ask the run to stop; a second one stops it at once.
+    """Context in which Ctrl-C and SIGTERM only ask the run to stop; a second signal stops it at once.
 
-    With several processes JAX's own preemption service takes SIGTERM and makes all of them stop after the
-    same step.
+    With several processes JAX's preemption service handles SIGTERM and makes all of them stop after the same
+    step.
     """
 
     def __init__(self) -> None:
@@ -57,20 +58,17 @@ class StopSignals:
 
     @property
     def received(self) -> bool:
-        """Whether this process was asked to stop by a signal of its own."""
+        """Return whether this process itself received a signal."""
         return self._received is not None
 
     def requested(self, step: int) -> signal.Signals | None:
-        """The signal that asks the run to stop after `step`, if there was one; the same answer in every
-        process.
-        """
+        """Return the signal that asks the run to stop after `step`, if any: the same in every process."""
         if jax.process_count() > 1:
             return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
         return self._received
 
     def __enter__(self) -> "StopSignals":
-        # Only the main thread may install handlers: a run inside a thread of a larger program is stopped by
-        # that program.
+        # Only the main thread may install handlers: a larger program stops a run in one of its threads itself.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._receive)

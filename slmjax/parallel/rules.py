@@ -1,4 +1,7 @@
-"""Rules that map a parameter's path and shape to a PartitionSpec."""
+"""Rules that map a parameter's path and shape to a PartitionSpec.
+
+Sharding is decided here, by name, and not in the modules: a new mixer is sharded before it has a rule.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,10 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from slmjax.parallel.mesh import Dims, divides, mesh_spec
 
-# Rules ------------------------------------------------------------------------------------------------------
-# (pattern of the logical path, logical dims of the unstacked parameter); the first match with dims that
-# divide wins, or the last. Rows are preferred to columns for fsdp: a part of them is then long enough for
-# TPUs' lanes however many devices there are.
+# (pattern of the logical path, logical dims of the unstacked parameter). The first match whose dims all divide
+# is taken, otherwise the last match. fsdp shards rows rather than columns where it can: a shard of rows keeps
+# full columns, which fill the 128 lanes of a TPU however many devices there are.
 RULES: tuple[tuple[str, Dims], ...] = (
     (r"embed/table|head/weight|positions/weight", ("vocab_rows", None)),
     (r"embed/table|head/weight|positions/weight", ("vocab", "embed")),
@@ -35,29 +37,30 @@ RULES: tuple[tuple[str, Dims], ...] = (
 
 
 def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """Where a parameter lives: its logical path (or stacked path) and shape to a PartitionSpec.
+    """Return the PartitionSpec of a parameter, given its logical path (or stacked path) and shape.
 
-    A parameter under `segments/` carries a leading layer dim, which is never divided. Vectors (norm scales,
+    A parameter under `segments/` carries a leading layer dim, which is never sharded. Vectors (norm scales,
     biases) are replicated. A dim that its axes do not divide is replicated as well. A matrix that no rule
-    names is divided over fsdp along its largest dim, so that a new mixer is sharded before anyone writes a
-    rule for it.
+    names is sharded over fsdp along its largest dim.
     """
     stacked = path.startswith("segments/")
-    own = tuple(shape[1:] if stacked else shape)
+    layer_shape = tuple(shape[1:] if stacked else shape)
     sizes = dict(mesh.shape)
-    rules = [dims for pattern, dims in RULES if re.fullmatch(pattern, path) and len(dims) == len(own)]
-    dims = next((dims for dims in rules if divides(dims, own, sizes)), rules[-1] if rules else None)
+    matches = [
+        dims for pattern, dims in RULES if re.fullmatch(pattern, path) and len(dims) == len(layer_shape)
+    ]
+    dims = next(
+        (dims for dims in matches if divides(dims, layer_shape, sizes)), matches[-1] if matches else None
+    )
     if dims is None:
-        largest = int(np.argmax(own)) if len(own) > 1 else -1
-        dims = tuple("embed" if index == largest else None for index in range(len(own)))
-    spec = mesh_spec(dims, own, sizes)
+        largest = int(np.argmax(layer_shape)) if len(layer_shape) > 1 else -1
+        dims = tuple("embed" if index == largest else None for index in range(len(layer_shape)))
+    spec = mesh_spec(dims, layer_shape, sizes)
     return PartitionSpec(None, *spec) if stacked else spec
 
 
 def input_dim(path: str) -> str | None:
-    """The logical name of the last dim of what a weight is multiplied with, by its path, where that may be
-    divided in a computation.
-    """
+    """Logical name of the last dim of a weight's input, if that dim may be sharded; else None."""
     dims = next(
         (dims for pattern, dims in RULES if re.fullmatch(pattern, path) and dims[-2] in ("heads", "ffn")),
         None,
@@ -66,38 +69,39 @@ def input_dim(path: str) -> str | None:
 
 
 def parameter_shardings(shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Shardings of a flat dict of parameters (or anything with `.shape`) by the rules."""
+    """Return the shardings of a flat dict of parameters (or anything with `.shape`) by the rules."""
     return {
         path: NamedSharding(mesh, partition_spec(path, leaf.shape, mesh)) for path, leaf in shapes.items()
     }
 
 
-def placed_shapes(shapes: Any, places: Any) -> Any:
-    """A tree of arrays or shapes as shapes and dtypes with the shardings of a tree like it."""
+def shapes_with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Turn a tree of arrays or shapes, and a tree of shardings like it, into shapes that carry shardings."""
     return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
     )
 
 
 def like_parameters(tree: Any, params: Mapping[str, Any], mesh: Mesh) -> Any:
-    """Shardings of optimizer state: a leaf that belongs to a parameter and has its shape is placed as it is.
+    """Return the shardings of optimizer state: a leaf with the shape of its parameter is sharded like it.
 
     A leaf belongs to the parameter whose path is one of its tree keys. All else (counters, factored moments)
     is replicated.
     """
 
-    def place(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def sharding(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
         path = parameter_of(keys, params)
-        same = path is not None and tuple(leaf.shape) == tuple(params[path].shape)
-        return NamedSharding(
-            mesh, partition_spec(path, leaf.shape, mesh) if same and path else PartitionSpec()
-        )
+        if path is None or tuple(leaf.shape) != tuple(params[path].shape):
+            return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, partition_spec(path, leaf.shape, mesh))
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
 def parameter_of(keys: tuple[Any, ...], params: Mapping[str, Any]) -> str | None:
-    """The parameter path among the keys of a tree path, if there is one."""
+    """Return the parameter path among the keys of a tree path, if there is one."""
     return next(
         (str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey) and key.key in params), None
     )

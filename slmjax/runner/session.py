@@ -24,7 +24,7 @@ from slmjax.distill.teachers import TeacherPlan, Teachers
 from slmjax.evaluation.bits_per_byte import EvalResult, EvalStep, evaluate_batches
 from slmjax.losses import TeacherOutput
 from slmjax.models.definition import Definition
-from slmjax.parallel.batches import rows_here
+from slmjax.parallel.batches import local_sequences
 from slmjax.parallel.processes import process_zero_first
 from slmjax.quantization.flips import CodeFlips
 from slmjax.quantization.schedule import QuantSchedule
@@ -69,7 +69,7 @@ class Setup:
             batch_size=batch_size,
             overlap=settings.windows_overlap(data.sequence_length),
             max_documents=max_documents,
-            rows=rows_here(self.mesh, batch_size),
+            rows=local_sequences(self.mesh, batch_size),
             text=settings.score,
         )
 

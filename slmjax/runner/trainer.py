@@ -31,7 +31,7 @@ from slmjax.evaluation.bits_per_byte import EvalResult
 from slmjax.evaluation.compressors import compressed_bits_per_byte
 from slmjax.models.zoo import describe
 from slmjax.parallel import hosts
-from slmjax.parallel.batches import place_batch, rows_here
+from slmjax.parallel.batches import local_sequences, place_batch
 from slmjax.parallel.mesh import make_mesh
 from slmjax.parallel.processes import StopSignals
 from slmjax.planning import device_peaks
@@ -148,7 +148,7 @@ def train(
                 setup.prepared.train,
                 experiment.data,
                 token_bytes=setup.prepared.tokenizer.token_bytes,
-                rows=rows_here(mesh, experiment.data.batch_size),
+                rows=local_sequences(mesh, experiment.data.batch_size),
             )
             try:
                 fresh = fresh_state(setup) if run is None else None
@@ -321,7 +321,7 @@ class Loop:
             batch = next(self.batches)
         self._fed += int(np.count_nonzero(batch.segment_ids)) * batch_size // len(batch.segment_ids)
         with self.ledger.timed(Category.COMPILE if begins else Category.STEP):
-            placed = place_batch(batch, self.setup.mesh, num_rows=batch_size)
+            placed = place_batch(batch, self.setup.mesh, batch_size=batch_size)
             if begins:
                 state = self._begin_phase(state, placed)
             state, metrics = self.setup.train_step(state, placed, *self.setup.said(placed, self.step))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from slmjax.models.definition import Definition, Params
-from slmjax.parallel.rules import like_parameters, parameter_shardings, placed_shapes
+from slmjax.parallel.rules import like_parameters, parameter_shardings, shapes_with_shardings
 from slmjax.training.objective import CROSS_ENTROPY, ObjectiveConfig
 
 # Of the type in the comment, not checked: trees that jax makes of a TrainState hold shapes, shardings or
@@ -89,7 +89,7 @@ def state_shapes(
         optimizer=like_parameters(shapes.optimizer, params, mesh),
         ema=parameter_shardings(params, mesh) if with_ema else None,
     )
-    return placed_shapes(shapes, shardings)
+    return shapes_with_shardings(shapes, shardings)
 
 
 def init_state(

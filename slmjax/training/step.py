@@ -215,7 +215,9 @@ def _gradients(
         (value, reported), grads = value_and_grad(params, part, jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, carry, (value, reported, grads)), None
 
-    parts = jax.tree.map(functools.partial(communication.split_rows, num_parts=num_microbatches), rows)
+    parts = jax.tree.map(
+        functools.partial(communication.split_microbatches, num_microbatches=num_microbatches), rows
+    )
     first = jax.tree.map(lambda leaf: leaf[0], parts)
     shapes = jax.eval_shape(value_and_grad, params, first, key)
     zeros = jax.tree.map(

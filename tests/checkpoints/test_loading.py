@@ -12,7 +12,7 @@ from slmjax.checkpoints.loading import load_model, read_fitted
 from slmjax.models.architecture import HeadKind, ModelConfig
 from slmjax.models.definition import define
 from slmjax.parallel.mesh import MeshConfig, make_mesh
-from slmjax.parallel.rules import parameter_shardings, placed_shapes
+from slmjax.parallel.rules import parameter_shardings, shapes_with_shardings
 from tests.distill.lessons import STUDENT, VOCAB, write_teacher
 
 FREE = dataclasses.replace(STUDENT, head=HeadKind.UNTIED, vocab_multiple=8)  # 61 tokens, 64 rows
@@ -27,7 +27,7 @@ def read(source: Path, config: ModelConfig) -> dict[str, jax.Array]:
     """Its parameters for another model, on a mesh of eight devices."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     params = define(config).params
-    like = placed_shapes(params, parameter_shardings(params, mesh))
+    like = shapes_with_shardings(params, parameter_shardings(params, mesh))
     _, found, _ = read_fitted(source, config, like, {})
     assert all(leaf.sharding == like[name].sharding for name, leaf in found.items())
     return found

@@ -47,7 +47,7 @@ def test_one_axis_takes_the_rest_of_the_devices():
         ({"tensor": 3}, r"set --mesh.\* so that the product is 8"),
     ],
 )
-def test_bad_meshes_say_what_to_change(settings, message):
+def test_errors_of_bad_meshes_name_what_to_change(settings, message):
     with pytest.raises(ValueError, match=message):
         make_mesh(MeshConfig(**settings))
 
@@ -75,7 +75,7 @@ def test_rules_name_every_weight(path, shape, spec):
     assert partition_spec(path, shape, mixed_mesh()) == PartitionSpec(*spec)
 
 
-def test_vectors_are_whole_and_so_are_dims_that_do_not_divide():
+def test_vectors_and_dims_that_do_not_divide_are_replicated():
     mesh = mixed_mesh()
     assert partition_spec("final_norm/scale", (16,), mesh) == PartitionSpec(None)
     assert partition_spec("segments/0/blocks/0/mixer/query/bias", (4, 8), mesh) == PartitionSpec(None, None)
@@ -89,7 +89,7 @@ def test_an_axis_of_one_device_is_not_named():
     assert partition_spec("layers/0/ffn/up/weight", (16, 24), mesh) == PartitionSpec("fsdp", None)
 
 
-def test_a_matrix_without_a_rule_is_divided_over_fsdp_along_its_largest_dim():
+def test_a_matrix_without_a_rule_is_sharded_over_fsdp_along_its_largest_dim():
     mesh = mixed_mesh()
     assert partition_spec("layers/0/mixer/convolution", (4, 16), mesh) == PartitionSpec(None, "fsdp")
     assert partition_spec("segments/0/blocks/0/mixer/convolution", (64, 16, 4), mesh) == PartitionSpec(
@@ -102,7 +102,7 @@ def test_a_matrix_without_a_rule_is_divided_over_fsdp_along_its_largest_dim():
     )
 
 
-def test_optimizer_state_lies_where_its_parameters_lie():
+def test_optimizer_state_is_sharded_like_its_parameters():
     params = {
         "embed/table": jax.ShapeDtypeStruct((32, 16), jnp.float32),
         "final_norm/scale": jax.ShapeDtypeStruct((16,), jnp.float32),
@@ -120,7 +120,7 @@ def test_optimizer_state_lies_where_its_parameters_lie():
 
 
 # Batches ----------------------------------------------------------------------------------------------------
-def test_rows_of_a_batch_are_divided_over_the_batch_axes():
+def test_sequences_are_sharded_over_the_batch_axes():
     rows = np.arange(24, dtype=np.int32).reshape(8, 3)
     placed = place_batch({"tokens": rows, "row_ids": rows[:, 0]}, mixed_mesh())
     assert {shard.data.shape for shard in placed["tokens"].addressable_shards} == {(2, 3)}
@@ -129,23 +129,21 @@ def test_rows_of_a_batch_are_divided_over_the_batch_axes():
     np.testing.assert_array_equal(placed["tokens"], rows)
 
 
-def test_rows_that_do_not_divide_are_whole_on_every_device():
+def test_a_batch_that_does_not_divide_is_replicated():
     placed = place_batch(np.zeros((3, 2), np.float32), mixed_mesh())
     assert placed.sharding.is_fully_replicated
 
 
 # Inside the program -----------------------------------------------------------------------------------------
 def collect(x, w):
-    """On each device: a sum over all, the column sums of the batch, a part of a product, and which shard this
-    is.
-    """
+    """On each device: a sum over all, column sums of the batch, a shard of a product, the shard's index."""
     total = communication.sum_over(jnp.sum(x), "batch", "heads")
-    whole = communication.gather(x, "batch", axis=0)
-    partial = x @ w  # a partial sum: the contracted dim is divided over heads
+    gathered = communication.gather(x, "batch", axis=0)
+    partial = x @ w  # a partial sum: the contracted dim is sharded over heads
     index = jnp.full((x.shape[0], 1), communication.index_along("batch"), jnp.int32)
     scattered = communication.scatter_sum(partial, "heads", axis=1)
     flags = jnp.asarray([communication.is_sharded(dim) for dim in ("batch", "heads", "vocab")])
-    return total, jnp.sum(whole, axis=0, keepdims=True), scattered, index, flags
+    return total, jnp.sum(gathered, axis=0, keepdims=True), scattered, index, flags
 
 
 def run_collect(x, w):
@@ -163,19 +161,19 @@ def operands(rows=8, inner=6):
 
 
 @pytest.mark.parametrize(
-    ("rows", "inner", "divided"), [(8, 6, (True, True)), (6, 6, (False, True)), (8, 5, (True, False))]
+    ("rows", "inner", "sharded"), [(8, 6, (True, True)), (6, 6, (False, True)), (8, 5, (True, False))]
 )
-def test_collectives_equal_numpy_on_eight_devices(rows, inner, divided):
+def test_collectives_equal_numpy_on_eight_devices(rows, inner, sharded):
     x, w = operands(rows, inner)
     with jax.set_mesh(mixed_mesh()):
         total, column_sums, product, index, flags = (np.asarray(value) for value in run_collect(x, w))
     np.testing.assert_allclose(total, x.sum(), rtol=1e-5, atol=1e-5)
-    assert len(column_sums) == (4 if divided[0] else 1)  # one from each device that holds rows
+    assert len(column_sums) == (4 if sharded[0] else 1)  # one from each device that holds rows
     for sums in column_sums:
         np.testing.assert_allclose(sums, x.sum(0), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(product, x @ w, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(index[:, 0], np.arange(rows) // 2 if divided[0] else np.zeros(rows))
-    assert tuple(flags) == (*divided, False)
+    np.testing.assert_array_equal(index[:, 0], np.arange(rows) // 2 if sharded[0] else np.zeros(rows))
+    assert tuple(flags) == (*sharded, False)
 
 
 def test_without_a_mesh_collectives_are_the_identity():
@@ -210,7 +208,7 @@ def test_the_gradient_of_a_gathered_weight_is_summed_once():
     np.testing.assert_allclose(gradients[1], 2 * x.T @ x @ w, rtol=1e-4, atol=1e-4)
 
 
-def test_constrain_divides_by_logical_dims():
+def test_constrain_shards_by_logical_dims():
     x = np.zeros((8, 3, 4), np.float32)
     with jax.set_mesh(mixed_mesh()):
         y = jax.jit(lambda x: communication.constrain(x, ("batch", None, "heads")))(x)
@@ -220,10 +218,8 @@ def test_constrain_divides_by_logical_dims():
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 4, 6, 20])
-def test_a_halo_is_what_lies_before(size):
-    """Of shards of 4 entries: nothing, a part of the neighbour, all of it, more than it, more than there
-    is.
-    """
+def test_a_halo_is_the_entries_before(size):
+    """Halos of shards of 4: none, a part of the neighbour, all of it, more than it, more than exists."""
     x = np.arange(2 * 16 * 3, dtype=np.float32).reshape(2, 16, 3)
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, context=4))
 
@@ -250,7 +246,7 @@ def test_a_halo_is_what_lies_before(size):
 
 
 # Parameters -------------------------------------------------------------------------------------------------
-def test_parameters_are_initialised_where_they_live_and_alike_on_any_mesh():
+def test_parameters_are_initialised_sharded_and_equal_on_any_mesh():
     block = BlockConfig(mixer=AttentionConfig(num_heads=4), ffn=None)
     definition = define(
         ModelConfig(embed_dim=16, stack=(LayerGroup(pattern=(block,), repeats=2),), vocab_size=32)

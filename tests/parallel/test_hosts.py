@@ -1,6 +1,4 @@
-"""How processes find each other, which rows each reads, and the checksum that shows that they trained on the
-same ones.
-"""
+"""Joining processes, the sequences each of them reads, and the checksum that shows they saw the same data."""
 
 import subprocess
 import sys
@@ -15,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from slmjax.models import zoo
 from slmjax.parallel import hosts
-from slmjax.parallel.batches import _rows_of, place_batch, rows_here
+from slmjax.parallel.batches import _sequences_of, local_sequences, place_batch
 from slmjax.parallel.hosts import Join, Meeting, how_to_join
 from slmjax.parallel.mesh import AXES, LOGICAL_DIMS, MeshConfig, make_mesh
 from slmjax.runner import launch
@@ -53,7 +51,7 @@ def variables(**changes) -> Join:
             variables(coordinator="[fd00::1]:80", seconds=20),
         ),
         (THREE | {"RANK": "0", "WORLD": "1"}, False, variables(process_index=0, process_count=1)),
-        (THREE | TASK, False, variables()),  # the user's word counts
+        (THREE | TASK, False, variables()),  # the user's variables go first
         (THREE | {"SLMJAX_DISTRIBUTED": "auto"}, False, variables()),
         (THREE | TASK | {"SLMJAX_DISTRIBUTED": "off"}, True, None),
         # What torchrun and others leave behind.
@@ -62,11 +60,8 @@ def variables(**changes) -> Join:
         (TASK, False, Join(meeting=Meeting.SLURM, seconds=300)),
         (TASK, True, Join(meeting=Meeting.SLURM, seconds=300)),
         (TASK | {"SLURM_STEP_NUM_TASKS": "1"}, False, None),  # srun --pty bash
-        (
-            {name: value for name, value in TASK.items() if "STEP" not in name},
-            False,
-            None,
-        ),  # the script of sbatch
+        # The script of sbatch.
+        ({name: value for name, value in TASK.items() if "STEP" not in name}, False, None),
         ({}, True, Join(meeting=Meeting.TPU, seconds=300)),
         (
             {"JAX_PLATFORMS": "tpu,cpu", "SLMJAX_JOIN_SECONDS": "60"},
@@ -76,7 +71,9 @@ def variables(**changes) -> Join:
         ({"JAX_PLATFORMS": "cpu"}, True, None),
     ],
 )
-def test_what_the_environment_says(environ: dict[str, str], has_tpu: bool, expected: Join | None) -> None:
+def test_how_to_join_follows_the_environment(
+    environ: dict[str, str], has_tpu: bool, expected: Join | None
+) -> None:
     assert how_to_join(environ, has_tpu=has_tpu) == expected
 
 
@@ -99,13 +96,13 @@ def test_what_the_environment_says(environ: dict[str, str], has_tpu: bool, expec
         ({"SLMJAX_JOIN_SECONDS": "0"}, "SLMJAX_JOIN_SECONDS=0 must be a whole number, at least 1"),
     ],
 )
-def test_what_makes_no_sense_is_refused(changes: dict[str, str], message: str) -> None:
+def test_invalid_variables_are_refused(changes: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         how_to_join(THREE | changes)
 
 
-def test_slurm_that_does_not_say_where_the_others_are() -> None:
-    with pytest.raises(ValueError, match="one of 4 tasks of srun, but SLURM_STEP_NODELIST is not set"):
+def test_slurm_without_the_addresses_of_the_others_is_refused() -> None:
+    with pytest.raises(ValueError, match="one of 4 tasks of srun, but SLURM_STEP_NODELIST, which is needed"):
         how_to_join({name: value for name, value in TASK.items() if name != "SLURM_STEP_NODELIST"})
 
 
@@ -126,28 +123,25 @@ def test_slurm_that_does_not_say_where_the_others_are() -> None:
         (TASK, {"cluster_detection_method": "slurm", "initialization_timeout": 330}),
     ],
 )
-def test_what_jax_is_told(
+def test_arguments_of_jax_distributed_initialize(
     monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], expected: dict[str, object]
 ) -> None:
-    told = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: told.append(arguments))
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
     monkeypatch.setattr(hosts, "joined", None)
     assert hosts.join(environ) == hosts.joined == how_to_join(environ)
-    assert told == [expected]
-    assert hosts.join({}) is None and len(told) == 1
+    assert calls == [expected]
+    assert hosts.join({}) is None and len(calls) == 1
 
 
-def test_what_jax_refuses_is_said_with_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_jax_is_reported_with_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**_: object) -> None:
         raise RuntimeError("UNKNOWN: Failed to start RPC server\nand more")
 
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
     with pytest.raises(
         ValueError,
-        match=(
-            r"process 1 of 2 did not meet .*COORDINATOR=node0:4321 \(UNKNOWN: Failed to start RPC "
-            r"server\)\. Chec"
-        ),
+        match=r"1 of 2 did not meet .*COORDINATOR=node0:4321 \(UNKNOWN: Failed to start RPC server\)\. Chec",
     ):
         hosts.join(THREE)
     with pytest.raises(ValueError, match="not found through Slurm .*SLMJAX_DISTRIBUTED=off"):
@@ -180,7 +174,7 @@ def test_a_run_directory_that_this_host_does_not_see(monkeypatch: pytest.MonkeyP
         launch.new_run(recipes.load_experiment("nano"))
 
 
-# Rows -------------------------------------------------------------------------------------------------------
+# Sequences --------------------------------------------------------------------------------------------------
 def fake_mesh(order: list[int], processes_of: int, **sizes: int) -> SimpleNamespace:
     """A mesh of devices in this order, `processes_of` of them to a process."""
     shape = [sizes.get(axis, 1) for axis in AXES]
@@ -195,12 +189,13 @@ def fake_mesh(order: list[int], processes_of: int, **sizes: int) -> SimpleNamesp
     [
         ({"data": 4}, range(4), 2, [[0, 1, 2, 3], [4, 5, 6, 7]]),
         ({"data": 2, "fsdp": 2, "tensor": 2}, range(8), 2, [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        # The tensor axis spans processes.
         (
             {"data": 2, "tensor": 2},
             range(4),
             1,
             [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7]],
-        ),  # tensor spans processes
+        ),
         (
             {"expert": 2, "context": 2, "tensor": 2},
             range(8),
@@ -208,65 +203,62 @@ def fake_mesh(order: list[int], processes_of: int, **sizes: int) -> SimpleNamesp
             [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7]],
         ),
         ({"context": 4}, range(4), 2, [[*range(8)], [*range(8)]]),
-        (
-            {"data": 4},
-            [0, 2, 1, 3],
-            2,
-            [[0, 1, 4, 5], [2, 3, 6, 7]],
-        ),  # devices in another order than processes
-        ({"data": 3}, range(3), 1, [[*range(8)]] * 3),  # what does not divide is whole everywhere
+        # Devices in another order than processes.
+        ({"data": 4}, [0, 2, 1, 3], 2, [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        # A batch that does not divide is replicated.
+        ({"data": 3}, range(3), 1, [[*range(8)]] * 3),
     ],
 )
-def test_each_process_reads_the_rows_that_its_devices_hold(
+def test_each_process_reads_the_sequences_that_its_devices_hold(
     monkeypatch, sizes, order, per_process, expected
 ) -> None:
     mesh = fake_mesh(list(order), per_process, **sizes)
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
-    found = [_rows_of(process, owners, mesh.axis_names, 8).tolist() for process in range(len(expected))]
-    assert found == expected
+    read = [_sequences_of(process, owners, mesh.axis_names, 8).tolist() for process in range(len(expected))]
+    assert read == expected
 
 
-def test_rows_are_those_that_jax_gives_each_device() -> None:
+def test_sequences_are_those_that_jax_gives_each_device() -> None:
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
-    placed = NamedSharding(mesh, PartitionSpec(LOGICAL_DIMS["batch"]))
+    sharding = NamedSharding(mesh, PartitionSpec(LOGICAL_DIMS["batch"]))
     owners = np.vectorize(lambda device: device.id)(mesh.devices)  # as if each device were a process
-    for device, (rows,) in placed.devices_indices_map((12,)).items():
-        assert _rows_of(device.id, owners, mesh.axis_names, 12).tolist() == list(range(12))[rows]
-    assert rows_here(mesh, 12).tolist() == list(range(12))
+    for device, (rows,) in sharding.devices_indices_map((12,)).items():
+        assert _sequences_of(device.id, owners, mesh.axis_names, 12).tolist() == list(range(12))[rows]
+    assert local_sequences(mesh, 12).tolist() == list(range(12))
 
 
-@pytest.mark.parametrize("held", [(0, 1, 2, 3), (1, 3), (2,)])
-def test_shards_are_cut_out_of_the_rows_that_are_here(
-    monkeypatch: pytest.MonkeyPatch, held: tuple[int, ...]
+@pytest.mark.parametrize("local_shards", [(0, 1, 2, 3), (1, 3), (2,)])
+def test_shards_are_cut_out_of_the_local_sequences(
+    monkeypatch: pytest.MonkeyPatch, local_shards: tuple[int, ...]
 ) -> None:
-    """As in a process whose devices are those of some shards: rows of the global batch, and columns of the
-    context axis.
-    """
+    """A process holds some shards of the batch: sequences of the global batch, cut by the context axis."""
     mesh = make_mesh(MeshConfig(data=4, context=2))
-    rows = np.concatenate([np.arange(8).reshape(4, 2)[shard] for shard in held])
-    whole = {
+    rows = np.concatenate([np.arange(8).reshape(4, 2)[shard] for shard in local_shards])
+    global_batch = {
         "tokens": np.arange(8 * 6, dtype=np.int32).reshape(8, 6),
         "row_ids": np.arange(8, dtype=np.int32),
     }
     shards: dict[tuple[int, ...], list[np.ndarray]] = {}
 
-    def only_here(shape, place, shard) -> jax.Array:
-        own = [
-            index for index in place.devices_indices_map(shape).values() if (index[0].start or 0) // 2 in held
+    def local_only(shape, sharding, shard) -> jax.Array:
+        indices = [
+            index
+            for index in sharding.devices_indices_map(shape).values()
+            if (index[0].start or 0) // 2 in local_shards
         ]
-        shards[shape] = [shard(index) for index in own]
-        for found, index in zip(shards[shape], own, strict=True):
-            np.testing.assert_array_equal(found, whole["tokens" if len(shape) == 2 else "row_ids"][index])
+        shards[shape] = [shard(index) for index in indices]
+        expected = global_batch["tokens" if len(shape) == 2 else "row_ids"]
+        for part, index in zip(shards[shape], indices, strict=True):
+            np.testing.assert_array_equal(part, expected[index])
         return jnp.zeros(())
 
-    monkeypatch.setattr(batches, "rows_here", lambda _, num_rows: rows)
-    monkeypatch.setattr(jax, "make_array_from_callback", only_here)
-    place_batch({name: array[rows] for name, array in whole.items()}, mesh, num_rows=8)
-    assert [found.shape for found in shards[8, 6]] == [(2, 3)] * (2 * len(held)) and len(
-        shards[(8,)]
-    ) == 2 * len(held)
-    with pytest.raises(AssertionError, match="3 rows were made"):
-        place_batch(np.zeros(3, np.int32), mesh, num_rows=8)
+    monkeypatch.setattr(batches, "local_sequences", lambda _, batch_size: rows)
+    monkeypatch.setattr(jax, "make_array_from_callback", local_only)
+    place_batch({name: array[rows] for name, array in global_batch.items()}, mesh, batch_size=8)
+    assert [part.shape for part in shards[8, 6]] == [(2, 3)] * (2 * len(local_shards))
+    assert len(shards[(8,)]) == 2 * len(local_shards)
+    with pytest.raises(AssertionError, match="got 3 sequences, but this process holds"):
+        place_batch(np.zeros(3, np.int32), mesh, batch_size=8)
 
 
 # The checksum -----------------------------------------------------------------------------------------------
@@ -281,7 +273,7 @@ def checksum_of(row_ids: np.ndarray) -> int:
     return total % 2**32
 
 
-def test_the_checksum_is_exact_on_any_mesh_and_tells_orders_apart() -> None:
+def test_the_checksum_is_exact_on_any_mesh_and_depends_on_the_order() -> None:
     row_ids = np.random.default_rng(0).permutation(100_000)[:16].astype(np.int32)
     row_ids[5] = -1  # padding
     expected = checksum_of(row_ids)

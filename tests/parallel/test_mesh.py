@@ -1,6 +1,4 @@
-"""Whole models on eight devices against one: loss and gradient on meshes of several axes. The rest is what
-the axes send.
-"""
+"""Loss and gradient of complete models on eight devices against one, and what each axis shards."""
 
 import pytest
 
@@ -40,28 +38,28 @@ def test_four_axes_at_once_equal_one_device(kind):
     assert_equal_to_one_device(kind, {"fsdp": 2, "context": 2, "tensor": 2})
 
 
-def test_each_axis_divides_what_it_should():
+def test_each_axis_shards_what_it_should():
     params, _ = mesh_equality.parameters("experts")
     mesh = make_mesh(MeshConfig(data=1, **MIXED))
-    shares = {
+    shapes = {
         path: leaf.shard_shape(params[path].shape) for path, leaf in parameter_shardings(params, mesh).items()
     }
-    assert shares["embed/table"] == (96 // 4, 32)
-    assert shares["segments/0/blocks/0/mixer/query/weight"] == (2, 32 // 2, 32 // 2)
-    assert shares["segments/0/blocks/0/ffn/experts/up"] == (2, 8 // 2, 32 // 2, 16 // 2)
-    assert shares["segments/0/blocks/0/ffn/experts/down"] == (2, 8 // 2, 16 // 4, 32)
-    assert shares["final_norm/scale"] == (32,)
+    assert shapes["embed/table"] == (96 // 4, 32)
+    assert shapes["segments/0/blocks/0/mixer/query/weight"] == (2, 32 // 2, 32 // 2)
+    assert shapes["segments/0/blocks/0/ffn/experts/up"] == (2, 8 // 2, 32 // 2, 16 // 2)
+    assert shapes["segments/0/blocks/0/ffn/experts/down"] == (2, 8 // 2, 16 // 4, 32)
+    assert shapes["final_norm/scale"] == (32,)
 
 
-def test_latent_attention_is_divided_by_heads_and_its_latents_are_whole():
+def test_latent_attention_is_sharded_by_heads_with_replicated_latents():
     params, _ = mesh_equality.parameters("latent")
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    shares = {
+    shapes = {
         path: leaf.shard_shape(params[path].shape) for path, leaf in parameter_shardings(params, mesh).items()
     }
     mixer = {
-        path.removeprefix("segments/0/blocks/0/mixer/"): share[1:]
-        for path, share in shares.items()
+        path.removeprefix("segments/0/blocks/0/mixer/"): shape[1:]
+        for path, shape in shapes.items()
         if "/mixer/" in path
     }
     assert mixer["query_down/weight"] == (32 // 4, 16) and mixer["query_up/weight"] == (16 // 4, 40 // 2)

@@ -1,8 +1,7 @@
-"""Several processes on this machine, as several hosts: one model, stopped, killed, and taken up by others on
-another mesh.
+"""Several processes, standing for several hosts: a run is stopped, killed, and resumed on other meshes.
 
-They are started as a user starts them, with COORDINATOR, RANK and WORLD. Whatever trains, every step sees the
-same rows.
+They are started as a user starts them, with COORDINATOR, RANK and WORLD. On every mesh, each step must see the
+same sequences.
 """
 
 import json
@@ -46,12 +45,12 @@ class Hosts:
         processes = []
         for rank in range(num_processes):
             with self.output_path(rank).open("w") as output:
-                own = environment | ({"RANK": str(rank)} if num_processes > 1 else {})
+                variables = environment | ({"RANK": str(rank)} if num_processes > 1 else {})
                 processes.append(
                     subprocess.Popen(
                         command,
                         cwd=self.directory,
-                        env=own,
+                        env=variables,
                         stdout=output,
                         stderr=subprocess.STDOUT,
                         text=True,
@@ -71,9 +70,9 @@ class Hosts:
             for process in processes:
                 process.kill()
 
-    def after_checkpoint(self, processes: Processes, place: str, step: int) -> None:
-        """Waits until the checkpoint of `step` is complete in a run directory like `place`."""
-        while not any(self.directory.glob(f"{place}/checkpoints/{step}/meta")):
+    def after_checkpoint(self, processes: Processes, run_pattern: str, step: int) -> None:
+        """Wait until the checkpoint of `step` is complete in a run directory that matches the pattern."""
+        while not any(self.directory.glob(f"{run_pattern}/checkpoints/{step}/meta")):
             assert all(process.poll() is None for process in processes), self.output(0)
             time.sleep(0.05)
 
@@ -84,10 +83,10 @@ class Hosts:
         return self.output_path(rank).read_text()
 
     def resumed_after(self) -> int:
-        """The step that the last command went on from."""
-        found = re.search(r"resuming after step (\d+)", self.output())
-        assert found is not None, self.output()
-        return int(found[1])
+        """Return the step that the last command resumed after."""
+        match = re.search(r"resuming after step (\d+)", self.output())
+        assert match is not None, self.output()
+        return int(match[1])
 
 
 @pytest.fixture
@@ -103,9 +102,7 @@ def kill(processes: Processes) -> None:
 
 
 def assert_the_same_training(run: Path, trained: subprocess.CompletedProcess[str], workplace: Path) -> None:
-    """Every step, those that were done twice included, took the rows that one uninterrupted process took, and
-    came to the same loss.
-    """
+    """Compare data and loss of every step, repeated ones included, with one uninterrupted process."""
     alone = json.loads(trained.stdout)
     expected = {
         record["step"]: record
@@ -130,7 +127,7 @@ def assert_the_same_training(run: Path, trained: subprocess.CompletedProcess[str
     np.testing.assert_allclose(result["bits_per_byte"], alone["bits_per_byte"], rtol=2e-3)
 
 
-def test_two_processes_stop_together_are_killed_and_one_goes_on(
+def test_two_processes_stop_together_are_killed_and_one_resumes(
     hosts: Hosts, workplace: Path, trained: subprocess.CompletedProcess[str]
 ) -> None:
     """Data order and losses are those of one process, through three meshes."""
@@ -166,7 +163,7 @@ def test_two_processes_stop_together_are_killed_and_one_goes_on(
 
 
 @pytest.mark.nightly
-def test_four_processes_are_killed_and_two_go_on(
+def test_four_processes_are_killed_and_two_resume(
     hosts: Hosts, workplace: Path, trained: subprocess.CompletedProcess[str]
 ) -> None:
     processes = hosts.start(
@@ -185,7 +182,7 @@ def test_four_processes_are_killed_and_two_go_on(
 def test_two_processes_learn_from_a_teacher(
     hosts: Hosts, workplace: Path, trained: subprocess.CompletedProcess[str]
 ) -> None:
-    """The teacher is divided over both, and every step is that of one process."""
+    """The teacher is sharded over both, and every step equals that of one process."""
     teacher = json.loads(trained.stdout)["run_dir"]
     losses = []
     for number, mesh in ((1, "--mesh.data 1"), (2, "--mesh.data 1 --mesh.fsdp 2 --mesh.tensor 2")):
