@@ -240,7 +240,7 @@ def halo(x: Array, dim: str, *, size: int, axis: int) -> Array:
 
 
 def sum_before(x: Array, dim: str) -> Array:
-    """Inside `shard_mapped`: sum `x` over the shards of a logical dim before this one; zeros if replicated."""
+    """Inside `shard_mapped`: sum `x` over the shards before this one; zeros if the dim is replicated."""
     if not is_sharded(dim):
         return jnp.zeros_like(x)
     all_shards = gather(x[None], dim, axis=0)

@@ -113,8 +113,8 @@ def how_to_join(environ: Mapping[str, str], *, has_tpu: bool = False) -> Join | 
     switch = environ.get("SLMJAX_DISTRIBUTED", "").lower()
     if switch not in ("", "auto", "off"):
         raise ValueError(
-            f"SLMJAX_DISTRIBUTED={environ['SLMJAX_DISTRIBUTED']} is not known: set it to off to train in this "
-            "process alone, or to auto (the default) to join the processes that the environment names"
+            f"SLMJAX_DISTRIBUTED={environ['SLMJAX_DISTRIBUTED']} is not known: set it to off to train in "
+            "this process alone, or to auto (the default) to join the processes that the environment names"
         )
     if switch == "off":
         return None
@@ -177,7 +177,7 @@ def _whole(environ: Mapping[str, str], name: str, *, least: int) -> int:
 
 
 def _has_tpu() -> bool:
-    """Return whether libtpu is installed, a device node of the TPU kinds exists, and so does Google hardware.
+    """Return whether libtpu is installed, and a device node and PCI hardware of a TPU exist.
 
     None of these is enough alone: libtpu compiles for TPUs on any machine, and virtual machines have devices
     in /dev/vfio.
@@ -230,7 +230,7 @@ def _failure(how: Join, problem: str) -> str:
         )
     return (
         f"process {how.process_index} of {how.process_count} did not meet the others at "
-        f"COORDINATOR={how.coordinator} ({problem}). Check that process 0 runs on that host, that no firewall "
-        f"closes the port and no other program has it, and that all {how.process_count} processes were "
+        f"COORDINATOR={how.coordinator} ({problem}). Check that process 0 runs on that host, that no "
+        f"firewall closes the port and no other program has it, and that all {how.process_count} processes were "
         f"started, each with its own RANK, within SLMJAX_JOIN_SECONDS={how.seconds}"
     )

@@ -62,13 +62,13 @@ class StopSignals:
         return self._received is not None
 
     def requested(self, step: int) -> signal.Signals | None:
-        """Return the signal that asks the run to stop after `step`, if any: the same in every process."""
+        """Return the signal to stop after `step`, if any: the same answer in every process."""
         if jax.process_count() > 1:
             return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
         return self._received
 
     def __enter__(self) -> "StopSignals":
-        # Only the main thread may install handlers: a larger program stops a run in one of its threads itself.
+        # Only the main thread may install handlers. A run in another thread is stopped by its program.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._receive)

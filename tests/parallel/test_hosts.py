@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from slmjax.models import zoo
-from slmjax.parallel import hosts
+from slmjax.parallel import batches, hosts
 from slmjax.parallel.batches import _sequences_of, local_sequences, place_batch
 from slmjax.parallel.hosts import Join, Meeting, how_to_join
 from slmjax.parallel.mesh import AXES, LOGICAL_DIMS, MeshConfig, make_mesh

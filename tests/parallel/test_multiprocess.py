@@ -1,7 +1,7 @@
 """Several processes, standing for several hosts: a run is stopped, killed, and resumed on other meshes.
 
-They are started as a user starts them, with COORDINATOR, RANK and WORLD. On every mesh, each step must see the
-same sequences.
+They are started as a user starts them, with COORDINATOR, RANK and WORLD. On every mesh, each step must see
+the same sequences.
 """
 
 import json
