@@ -57,6 +57,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.composes("experts", "quantization", "import or export")
 def test_blocks_are_what_the_gguf_package_packs(tmp_path: Path, case: str) -> None:
     """Rounding to nearest in a preset is GGUF's own quantizer, so that its bytes of the plain weights are
     ours of the codes.

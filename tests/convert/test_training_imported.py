@@ -30,6 +30,7 @@ def losses(result: slmjax.Result) -> dict[int, float]:
     }
 
 
+@pytest.mark.composes("mesh", "experts", "accumulation", "resume", "import or export")
 def test_training_an_imported_model(tmp_path: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     golden = read_golden("gpt_oss")
     words = ByteTokenizer().build(())

@@ -103,6 +103,7 @@ def test_the_log_has_the_amounts(straight: tuple[Experiment, Result]) -> None:
     assert shares[:2] == pytest.approx([0.3, 0.3]) and shares[1] < shares[2] < shares[3]
 
 
+@pytest.mark.composes("distillation", "resume")
 def test_resumed_bit_for_bit(straight: tuple[Experiment, Result], tmp_path: Path) -> None:
     """From the checkpoint of step 2, without that of step 4: the same steps 3 and 4, and the same state of
     TAID with them.

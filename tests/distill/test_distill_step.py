@@ -145,6 +145,7 @@ def in_half_precision(teacher: str, **changes: Any) -> DistillConfig:
     return settings(teacher, teachers=(TeacherConfig(path=teacher, precision=Precision.BFLOAT16),), **changes)
 
 
+@pytest.mark.composes("mesh", "experts", "accumulation", "distillation")
 def test_experts_accumulation_and_every_axis_at_once(teacher: str) -> None:
     """Mixtures of experts learn from a teacher in bfloat16, with a mesh of its own: its sums, in one order,
     round alike.

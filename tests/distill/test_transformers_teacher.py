@@ -103,6 +103,7 @@ def dense_step(student: Path, teacher: Path, batch: Batch) -> tuple[dict[str, fl
 
 
 @pytest.mark.parametrize(("student", "teacher"), [("llama", "qwen3"), ("qwen3", "gemma3")])
+@pytest.mark.composes("distillation", "import or export")
 def test_a_step_is_that_of_pytorch(student: str, teacher: str, tmp_path: Path) -> None:
     """Forward KL at temperature 2 and half the cross entropy: loss to 1e-5; gradient norm, and logits after a
     step of AdamW, to 1e-4.

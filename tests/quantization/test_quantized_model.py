@@ -248,6 +248,7 @@ MESHES = {
     [MESHES["fsdp-tensor-expert"], pytest.param(*MESHES["context"], marks=pytest.mark.nightly)],
     ids=MESHES,
 )
+@pytest.mark.composes("mesh", "experts", "accumulation", "quantization")
 def test_a_mesh_and_accumulation_equal_one_device(mesh, parts):
     _, expected, figures = alone()
     _, found, metrics = trained(

@@ -177,6 +177,7 @@ def test_scales_of_inputs_were_measured(run: tuple[Experiment, Result]):
 
 
 @pytest.mark.parametrize("step", [2, 3, 4])
+@pytest.mark.composes("quantization", "resume")
 def test_resumed_bit_for_bit(run: tuple[Experiment, Result], tmp_path: Path, step: int):
     """From before a phase, within one and at the end of one."""
     experiment, result = run
@@ -209,6 +210,7 @@ def test_a_resumed_run_keeps_its_formats(run: tuple[Experiment, Result]):
         train(other, resume=run[1].run_dir)
 
 
+@pytest.mark.composes("accumulation", "distillation", "quantization")
 def test_it_begins_from_a_model_and_learns_from_it(
     run: tuple[Experiment, Result], workplace: Path, tmp_path: Path
 ):

@@ -55,6 +55,7 @@ def experiment(request, workplace, tmp_path_factory):
     )
 
 
+@pytest.mark.composes("mesh", "experts", "accumulation", "resume")
 def test_a_run_on_a_mesh_equals_one_device_and_resumes_to_the_bit(experiment, monkeypatch):
     quiet = Console(quiet=True)
     whole = slmjax.train(experiment, console=quiet)

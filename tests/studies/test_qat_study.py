@@ -67,6 +67,7 @@ def test_a_report_without_a_model_to_go_on_with(study: ModuleType, tmp_path: Pat
 
 
 @pytest.mark.nightly
+@pytest.mark.composes("distillation", "quantization", "studies")
 def test_the_study_from_end_to_end(
     study: ModuleType, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

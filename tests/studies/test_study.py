@@ -256,6 +256,7 @@ def test_a_real_difference(workplace: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.composes("resume", "studies")
 def test_a_real_study_that_is_stopped_goes_on(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

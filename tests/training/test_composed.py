@@ -149,6 +149,7 @@ def test_gradients_of_positions_are_told_apart():
     }
 
 
+@pytest.mark.composes("mesh", "experts", "accumulation", "resume")
 def test_training_on_a_mesh_equals_one_device_and_resumes_to_the_bit(tmp_path):
     """Two steps of two parts each; experts, heads and rows divided."""
     config = composed_model(repeats=1, vocab_size=61, vocab_multiple=8)
