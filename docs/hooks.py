@@ -36,26 +36,36 @@ def commands() -> str:
 
 
 def _command(name: str, function: Callable[..., int]) -> str:
-    about, _, usage = (function.__doc__ or "").partition(": ")
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == "Arguments"]
-    source = inspect.getsource(function).splitlines()
+    about, _, usage = inspect.cleandoc(function.__doc__ or "").partition("\n\n")
+    module = inspect.getmodule(function)
+    assert module is not None
+    lines = inspect.getsource(module).splitlines()
+    # The options of a command are the class Arguments in NAME_command, or in _NAME_arguments.
+    homes = (function.__name__, f"_{name.replace('-', '_')}_arguments")
+    functions = (node for node in ast.parse("\n".join(lines)).body if isinstance(node, ast.FunctionDef))
+    classes = [
+        node
+        for home in functions
+        if home.name in homes
+        for node in ast.walk(home)
+        if isinstance(node, ast.ClassDef)
+    ]
     rows = []
     trees = []
     for node in (node for one in classes for node in one.body if isinstance(node, ast.AnnAssign)):
         field = ast.unparse(node.target)
-        comment = _comment(source[(node.end_lineno or 1) - 1])
+        comment = _comment_above(lines, node.lineno)
         annotation = ast.unparse(node.annotation)
         default = "" if node.value is None else ast.unparse(node.value)
         if "Config" in annotation or "Experiment" in annotation or field in ("data", "tokenizer"):
             found = re.search(r"([A-Za-z]*(?:Config|Experiment))", annotation)
             trees.append(f"`{found[1] if found else annotation}`")
             continue
-        shown = re.findall(r"by_place\('(.*?)'\)", annotation)
-        kind = re.sub(r"Annotated\[(.*), \*by_place.*", r"\1", annotation)
+        shown = re.findall(r"positional\('(.*?)'\)", annotation)
+        kind = re.sub(r"Annotated\[(.*), (\*positional|repeated).*", r"\1", annotation)
         option = shown[0] if shown else f"--{field.replace('_', '-')}"
         rows.append(f"| `{option}` | {_cell(kind)} | {_cell(default)} | {html.escape(comment)} |")
-    parts = [f"## {name}", f"{about[:1].upper()}{about[1:]}.", f"```\n{usage or f'slmjax {name}'}\n```"]
+    parts = [f"## {name}", about, f"```\n{usage}\n```"]
     if trees:
         parts.append(
             f"Fields of {' and '.join(trees)} are options too: see [configuration](configuration.md)."
@@ -63,6 +73,16 @@ def _command(name: str, function: Callable[..., int]) -> str:
     if rows:
         parts.append("\n".join(["| option | type | default | |", "|---|---|---|---|", *rows]))
     return "\n\n".join(parts)
+
+
+def _comment_above(lines: list[str], lineno: int) -> str:
+    """The full-line comments that end above a line (counted from 1), joined."""
+    comments: list[str] = []
+    for line in reversed(lines[: lineno - 1]):
+        if not line.lstrip().startswith("# "):
+            break
+        comments.insert(0, line.strip().removeprefix("# "))
+    return " ".join(comments)
 
 
 # Configuration ----------------------------------------------------------------------------------------------
@@ -156,8 +176,8 @@ def _comments(cls: type) -> dict[str, str]:
         for node in ast.walk(ast.parse(textwrap.dedent("\n".join(lines)))):
             if isinstance(node, ast.AnnAssign):
                 beside = [_comment(line) for line in lines[node.lineno - 1 : node.end_lineno]]
-                above = lines[node.lineno - 2] if lines[node.lineno - 2].lstrip().startswith("# ") else ""
-                found[ast.unparse(node.target)] = next(filter(None, [*beside, _comment(above)]), "")
+                above = _comment_above(lines, node.lineno)
+                found[ast.unparse(node.target)] = next(filter(None, [*beside, above]), "")
     return found
 
 

@@ -3,7 +3,7 @@
     python experiments/qat_study.py                          # trains all members with 3 seeds; goes on where
     it was stopped python experiments/qat_study.py --sweep                  # as well: each arm of `what` at
     its own best learning rate python experiments/qat_study.py --directory runs/qat-study --report     # what
-    has been found so far slmjax quant report experiments/qat_study.py             # the recovery report
+    has been found so far slmjax formats report experiments/qat_study.py             # the recovery report
     alone, with its page slmjax train experiments/qat_study.py                    # the model in full
     precision that all begin as
 

@@ -32,8 +32,6 @@ ORDER = (
 LONGEST_FILE = 600
 LONGEST_FUNCTION = 59
 LONG_FOR_NOW = {
-    "cli.evaluating.eval_command",
-    "cli.training.train_command",
     "runner.trainer.train",
     "telemetry.report.charts.run_charts",
 }

@@ -1,7 +1,7 @@
-"""The `slmjax` command: one thin function per command word over the package's Python surface.
+"""The `slmjax` command: a thin function for each command over the package's Python API.
 
-The word is looked up before anything heavy is imported, so that `slmjax --help` answers at once. Options are
-the fields of dataclasses, parsed and documented by tyro.
+The command is looked up before anything heavy is imported, so that `slmjax --help` is fast. Options are the
+fields of dataclasses, parsed and documented by tyro.
 """
 
 import os
@@ -11,84 +11,91 @@ from collections.abc import Callable, Sequence
 from slmjax import startup
 from slmjax.cli.converting import export_command, import_command
 from slmjax.cli.evaluating import eval_command
+from slmjax.cli.format_table import formats_command
 from slmjax.cli.generating import generate_command
 from slmjax.cli.inspecting import data_command, models_command
-from slmjax.cli.quant_table import quant_command
+from slmjax.cli.options import print_stderr
 from slmjax.cli.quantizing import quantize_command, verify_export_command
 from slmjax.cli.reporting import compare_command, report_command, runs_command
 from slmjax.cli.training import INTERRUPTED_STATUS, train_command
 
-__all__ = ["COMMANDS", "INTERRUPTED_STATUS", "main"]
+__all__ = ["COMMANDS", "COMMAND_GROUPS", "INTERRUPTED_STATUS", "main"]
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "train": train_command,
-    "eval": eval_command,
-    "generate": generate_command,
-    "import": import_command,
-    "export": export_command,
-    "quant": quant_command,
-    "quantize": quantize_command,
-    "verify-export": verify_export_command,
-    "report": report_command,
-    "runs": runs_command,
-    "compare": compare_command,
-    "models": models_command,
-    "data": data_command,
+Command = Callable[[Sequence[str]], int]
+
+COMMAND_GROUPS: dict[str, dict[str, Command]] = {
+    "Train": {"train": train_command, "data": data_command},
+    "Evaluate and sample": {"eval": eval_command, "generate": generate_command},
+    "Import, export and quantize": {
+        "import": import_command,
+        "export": export_command,
+        "quantize": quantize_command,
+        "verify-export": verify_export_command,
+    },
+    "Inspect and compare": {
+        "runs": runs_command,
+        "report": report_command,
+        "compare": compare_command,
+        "models": models_command,
+        "formats": formats_command,
+    },
 }
 
+COMMANDS: dict[str, Command] = {
+    name: function for group in COMMAND_GROUPS.values() for name, function in group.items()
+}
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the `slmjax` command; exits with a status."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
+# Commands that were renamed: the old name still works, with a note.
+FORMER_COMMANDS = {"quant": "formats"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the `slmjax` command and exit with its status."""
+    name, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
         print(_overview())
         sys.exit(0)
-    if words[0] == "--version":
+    if name == "--version":
         from slmjax import __version__
 
         print(__version__)
         sys.exit(0)
-    if words[0] not in COMMANDS:
+    if name in FORMER_COMMANDS:
+        print_stderr(f"note: `slmjax {name}` was renamed to `slmjax {FORMER_COMMANDS[name]}`")
+        name = FORMER_COMMANDS[name]
+    if name not in COMMANDS:
         from slmjax.config import near_names
 
-        print(
-            f"error: there is no command {words[0]!r}.{near_names(words[0], COMMANDS)}\n\n{_overview()}",
-            file=sys.stderr,
-        )
+        print_stderr(f"error: there is no command {name!r}.{near_names(name, COMMANDS)}\n\n{_overview()}")
         sys.exit(2)
     startup.keep_memory()
     startup.keep_compiled()
     try:
-        sys.exit(COMMANDS[words[0]](words[1:]))
+        sys.exit(COMMANDS[name](arguments))
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
-        message = _message_for_people(error)
+        message = _user_message(error)
         if message is None or os.environ.get("SLMJAX_TRACEBACK"):
             raise
-        print(f"error: {message}\n(SLMJAX_TRACEBACK=1 shows where it arose)", file=sys.stderr)
+        print_stderr(f"error: {message}\n(set SLMJAX_TRACEBACK=1 for the traceback)")
         sys.exit(2)
     except KeyboardInterrupt:
-        print(
-            (
-                "stopped at once: of a run, what was saved before is in its directory (slmjax train --resume "
-                "RUN_DIR)"
-            ),
-            file=sys.stderr,
+        print_stderr(
+            "interrupted: a run keeps what it had saved before. Resume it with slmjax train --resume RUN_DIR"
         )
         sys.exit(130)
 
 
 _OUT_OF_MEMORY = (
-    "out of memory ({error}).\nWhat takes less, in training: the same batch in parts "
-    "(--optim.accumulation-steps), recomputing "
-    "activations (--model.remat full), shorter rows (--data.sequence-length), fewer rows "
-    "(--data.batch-size), parameters divided over "
-    "devices (--mesh.fsdp). In `generate`, and in multiple choice and lm-eval: --batch-size; in `eval` of "
-    "text: --data.batch-size"
+    "out of memory ({error}).\n"
+    "To use less in training: split the batch into microbatches (--optim.accumulation-steps), recompute "
+    "activations (--model.remat full), shorten the sequences (--data.sequence-length), use fewer of them "
+    "(--data.batch-size), or shard the parameters over devices (--mesh.fsdp).\n"
+    "In `generate`, multiple choice and lm-eval, lower --batch-size; in `eval` of text, --data.batch-size"
 )
 
 
-def _message_for_people(error: Exception) -> str | None:
-    """What to say instead of a traceback; None for an error of ours, which needs one."""
+def _user_message(error: Exception) -> str | None:
+    """Return the message to print instead of a traceback; None for an internal error, which needs one."""
     text = str(error)
     if not isinstance(error, RuntimeError | MemoryError):
         return text
@@ -96,21 +103,21 @@ def _message_for_people(error: Exception) -> str | None:
 
     if isinstance(error, memory.OutOfMemory):
         return text
-    return (
-        _OUT_OF_MEMORY.format(error=(text.splitlines() or ["the machine's is used up"])[0])
-        if memory.is_exhausted(error)
-        else None
-    )
+    if not memory.is_exhausted(error):
+        return None
+    # A MemoryError has no text of its own.
+    return _OUT_OF_MEMORY.format(error=(text.splitlines() or ["the host has none left"])[0])
 
 
 def _overview() -> str:
     lines = [
         "usage: slmjax COMMAND [OPTIONS]",
         "",
-        "Train, evaluate, sample, import and export small language models.",
-        "",
+        "Train, evaluate, sample, import, quantize and export small language models.",
     ]
-    lines += [
-        f"  {name:<15}{(function.__doc__ or '').splitlines()[0]}" for name, function in COMMANDS.items()
-    ]
-    return "\n".join([*lines, "", "slmjax COMMAND --help tells the options of a command."])
+    for title, commands in COMMAND_GROUPS.items():
+        lines += ["", f"{title}:"]
+        for name, function in commands.items():
+            summary = (function.__doc__ or "").splitlines()[0].removesuffix(".")
+            lines.append(f"  {name:<15}{summary}")
+    return "\n".join([*lines, "", "Run slmjax COMMAND --help for the options of a command."])

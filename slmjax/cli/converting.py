@@ -4,64 +4,76 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from slmjax.cli.options import by_place, load_code, parse, print_json
+from slmjax.cli.options import load_code, parse, positional, print_json
 
 
-def import_command(words: Sequence[str]) -> int:
-    """read a released model: slmjax import DIR_OR_GGUF OUT_DIR"""
+def import_command(argv: Sequence[str]) -> int:
+    """Import a model from a Hugging Face directory or GGUF file.
+
+    slmjax import DIR_OR_GGUF OUT_DIR
+    """
     from slmjax.convert.import_export import import_model
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
-        source: Annotated[str, *by_place("DIR_OR_GGUF")]  # Hugging Face directory or GGUF file
-        out: Annotated[str, *by_place("OUT_DIR")]  # directory to write
-        tokenizer: str | None = None  # tokenizer.json, or a directory with one, in place of the model's own
-        add_token: tuple[
-            str, ...
-        ] = ()  # special tokens to add to the vocabulary; their embeddings begin as the mean of the others
-        vocab_multiple: int = 1  # pad the tables to a multiple of this many rows
-        json: bool = False  # print what was written as JSON
+        # Hugging Face directory or GGUF file
+        source: Annotated[str, *positional("DIR_OR_GGUF")]
+        # directory to write
+        out: Annotated[str, *positional("OUT_DIR")]
+        # tokenizer.json, or a directory with one, to use instead of the model's own
+        tokenizer: str | None = None
+        # special tokens to add to the vocabulary; their embeddings start as the mean of the others
+        add_token: tuple[str, ...] = ()
+        # pad the embedding and the head to a multiple of this many rows
+        vocab_multiple: int = 1
+        # print a summary of what was written as JSON
+        json: bool = False
 
-    given = parse(Arguments, words, command="import", description=import_command.__doc__)
-    written = import_model(
-        given.source,
-        given.out,
-        tokenizer=given.tokenizer,
-        add_tokens=given.add_token,
-        vocab_multiple=given.vocab_multiple,
+    args = parse(Arguments, argv, command="import", description=import_command.__doc__)
+    imported = import_model(
+        args.source,
+        args.out,
+        tokenizer=args.tokenizer,
+        add_tokens=args.add_token,
+        vocab_multiple=args.vocab_multiple,
     )
-    _tell(written, is_json=given.json, then=f'slmjax generate {given.out} "Once upon a time"')
+    _print_written(imported, is_json=args.json, next_command=f'slmjax generate {args.out} "Once upon a time"')
     return 0
 
 
-def export_command(words: Sequence[str]) -> int:
-    """write a model for other engines: slmjax export RUN_OR_MODEL_DIR OUT --to hf|gguf"""
+def export_command(argv: Sequence[str]) -> int:
+    """Export a model for Hugging Face libraries or llama.cpp.
+
+    slmjax export RUN_OR_MODEL_DIR OUT --to hf|gguf
+    """
     from slmjax.convert.import_export import Target, WeightType, export_model
 
-    load_code(words)
+    load_code(argv)
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
-        source: Annotated[
-            str, *by_place("RUN_OR_MODEL_DIR")
-        ]  # run directory, or directory of an imported model
-        out: Annotated[str, *by_place("OUT")]  # what to write: a directory for hf, a file for gguf
-        to: Target  # the format
-        dtype: WeightType | None = None  # dtype of the weights (none: the one they are stored in)
-        step: int | None = None  # checkpoint of the run (none: the newest)
-        # Python file that defines the classes of your own which the run's settings name
+        # run directory, or directory of an imported model
+        source: Annotated[str, *positional("RUN_OR_MODEL_DIR")]
+        # output: a directory for hf, a file for gguf
+        out: Annotated[str, *positional("OUT")]
+        # format of the output
+        to: Target
+        # dtype of the weights (none: the stored dtype)
+        dtype: WeightType | None = None
+        # checkpoint of the run (none: the newest)
+        step: int | None = None
+        # Python file that defines your own classes, if the run's config names any
         code: str | None = None
-        json: bool = False  # print what was written as JSON
+        # print a summary of what was written as JSON
+        json: bool = False
 
-    given = parse(Arguments, words, command="export", description=export_command.__doc__)
-    _tell(
-        export_model(given.source, given.out, to=given.to, dtype=given.dtype, step=given.step),
-        is_json=given.json,
-    )
+    args = parse(Arguments, argv, command="export", description=export_command.__doc__)
+    exported = export_model(args.source, args.out, to=args.to, dtype=args.dtype, step=args.step)
+    _print_written(exported, is_json=args.json)
     return 0
 
 
-def _tell(written: Any, *, is_json: bool, then: str | None = None) -> None:
+def _print_written(written: Any, *, is_json: bool, next_command: str | None = None) -> None:
     if is_json:
         print_json(dataclasses.asdict(written))
         return
@@ -71,5 +83,5 @@ def _tell(written: Any, *, is_json: bool, then: str | None = None) -> None:
     )
     for note in written.notes:
         print(f"note: {note}")
-    if then is not None:
-        print(f"try: {then}")
+    if next_command is not None:
+        print(f"try: {next_command}")

@@ -7,117 +7,142 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from slmjax.cli.options import by_place, load_code, option, parse, print_aside, print_json
+from slmjax.cli.options import load_code, parse, peek_option, positional, print_json, print_stderr
 
 
-def eval_command(words: Sequence[str]) -> int:
-    """evaluate a model: slmjax eval RUN_DIR [--data.path FILE] [--multiple-choice FILE] [--lm-eval TASK]
-    [--efficiency]
+def eval_command(argv: Sequence[str]) -> int:
+    """Measure loss, bits per byte, benchmark accuracy or efficiency.
+
+    slmjax eval RUN_DIR [--data.path FILE] [--multiple-choice FILE]
+    slmjax eval RUN_DIR [--lm-eval TASK] [--efficiency]
     """
     from slmjax.checkpoints import loading
-    from slmjax.data.config import DataConfig
-    from slmjax.data.provenance import ChangedData, own_data
-    from slmjax.data.scored import ScoredText
 
-    load_code(words)
-    # The run is found before tyro parses the words, for the defaults of --data.*: a teacher may be a run too.
-    paths = (
-        word
-        for before, word in itertools.pairwise(["", *words])
-        if not word.startswith("-") and before != "--teacher"
-    )
-    of_run = next(filter(None, map(own_data, map(Path, paths))), DataConfig())
-    if option(words, "--data.path") is not None:
-        # another text is evaluated whole, unless a fraction is given
-        of_run = dataclasses.replace(of_run, heldout_fraction=0.0)
-
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Arguments:
-        run_dir: Annotated[str, *by_place("RUN_DIR")]  # run directory with the model
-        # loss and bits per byte of text beside another evaluation: alone, it is what is done anyway
-        text: bool = False
-        max_documents: int | None = None  # evaluate the first held-out documents only (none: all)
-        overlap: int | None = (
-            # tokens of context that each further window of a long document repeats (none: as in the run)
-            None
-        )
-        # if the run's text has changed: refuse it, allow it as it is now, or take the recorded text that the
-        # cache has
-        changed_data: ChangedData = ChangedData.REFUSE
-        score: ScoredText | None = (
-            # text that is scored: completions (what training scores) or all, prompts too (none: as in the
-            # run)
-            None
-        )
-        multiple_choice: tuple[
-            str, ...
-        ] = ()  # files of questions (JSONL, JSON, CSV, Parquet): prompt, choices, answer
-        lm_eval: tuple[str, ...] = ()  # tasks of lm-eval (the eval extra)
-        lm_eval_path: str | None = None  # directory with lm-eval tasks of your own
-        lm_eval_limit: int | None = None  # examples of each task (none: all)
-        efficiency: bool = False  # sizes, FLOPs, cache, speed and memory
-        energy: bool = False  # energy per token as well (the energy extra)
-        batch_size: int = 16  # rows at a time, of multiple choice and lm-eval
-        step: int | None = None  # checkpoint to evaluate (none: the newest)
-        unrounded: bool = False  # of a quantized run: the text's loss with weights before rounding as well
-        # run or imported model to compare the text's predictions with, token by token
-        teacher: str | None = None
-        # Python file that defines the classes of your own which the run's settings name
-        code: str | None = None
-        json: bool = False  # print the results as JSON
-        data: DataConfig = of_run
-
-    given = parse(Arguments, words, command="eval", description=eval_command.__doc__)
-    if given.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {given.batch_size}")
-    loaded = loading.load_model(Path(given.run_dir), step=given.step)
+    load_code(argv)
+    args = parse(_eval_arguments(_default_data(argv)), argv, command="eval", description=eval_command.__doc__)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+    loaded = loading.load_model(Path(args.run_dir), step=args.step)
     # None: the held-out text of the run, and an error if it has none.
-    data = given.data if any(word.startswith("--data.") for word in words) else None
-    results = {"run_dir": given.run_dir, "step": loaded.step, **_evaluations(loaded, given, data)}
-    print_json(results) if given.json else _show(results)
+    data = args.data if any(argument.startswith("--data.") for argument in argv) else None
+    results = {"run_dir": args.run_dir, "step": loaded.step, **_evaluations(loaded, args, data)}
+    print_json(results) if args.json else _print_results(results)
     return 0
 
 
-def _evaluations(loaded: Any, given: Any, data: Any) -> dict[str, Any]:
-    """What was asked for, by the name of the evaluation."""
+def _default_data(argv: Sequence[str]) -> Any:
+    """Return the defaults of `--data.*`: the data settings of the run that is evaluated."""
+    from slmjax.data.config import DataConfig
+    from slmjax.data.provenance import own_data
+
+    # The run is looked for before tyro parses the command line. A teacher may be a run too, but not this one.
+    paths = (
+        argument
+        for before, argument in itertools.pairwise(["", *argv])
+        if not argument.startswith("-") and before != "--teacher"
+    )
+    data = next(filter(None, map(own_data, map(Path, paths))), DataConfig())
+    if peek_option(argv, "--data.path") is None:
+        return data
+    # Other text is evaluated in full, unless a fraction is given.
+    return dataclasses.replace(data, heldout_fraction=0.0)
+
+
+def _eval_arguments(run_data: Any) -> type:
+    from slmjax.data.config import DataConfig
+    from slmjax.data.provenance import ChangedData
+    from slmjax.data.scored import ScoredText
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        # run directory, or directory of an imported or quantized model
+        run_dir: Annotated[str, *positional("RUN_DIR")]
+        # measure loss and bits per byte in addition to the other evaluations (alone: always measured)
+        text: bool = False
+        # evaluate only the first held-out documents (none: all)
+        max_documents: int | None = None
+        # context tokens that each later window of a long document repeats (none: as in the run)
+        overlap: int | None = None
+        # if the run's text has changed: refuse it, allow the current text, or use the recorded text from the
+        # cache
+        changed_data: ChangedData = ChangedData.REFUSE
+        # tokens to score: completions (as training does) or all, prompts included (none: as in the run)
+        score: ScoredText | None = None
+        # files of questions (JSONL, JSON, CSV, Parquet) with the fields prompt, choices and answer
+        multiple_choice: tuple[str, ...] = ()
+        # tasks of lm-eval (needs the eval extra)
+        lm_eval: tuple[str, ...] = ()
+        # directory with your own lm-eval tasks
+        lm_eval_path: str | None = None
+        # examples of each lm-eval task (none: all)
+        lm_eval_limit: int | None = None
+        # measure sizes, FLOPs, cache, speed and memory
+        efficiency: bool = False
+        # also measure energy per token (needs the energy extra)
+        energy: bool = False
+        # sequences per batch, for multiple choice and lm-eval
+        batch_size: int = 16
+        # checkpoint to evaluate (none: the newest)
+        step: int | None = None
+        # for a quantized run: also measure the loss with the weights before rounding
+        unrounded: bool = False
+        # run or imported model whose predictions on the text are compared with the model's
+        teacher: str | None = None
+        # Python file that defines your own classes, if the run's config names any
+        code: str | None = None
+        # print the results as JSON
+        json: bool = False
+        data: DataConfig = run_data
+
+    return Arguments
+
+
+def _evaluations(loaded: Any, args: Any, data: Any) -> dict[str, Any]:
+    """Run the requested evaluations and return their results by name."""
+    from slmjax import evaluation
+
+    others = args.multiple_choice or args.lm_eval or args.efficiency or args.energy
+    results: dict[str, Any] = {}
+    if args.text or args.teacher or args.unrounded or data is not None or not others:
+        results["text"] = dataclasses.asdict(_evaluate_text(loaded, args, data))
+    if args.multiple_choice:
+        accuracies = (
+            evaluation.answer_questions(loaded, path, batch_size=args.batch_size)
+            for path in args.multiple_choice
+        )
+        results["multiple_choice"] = [dataclasses.asdict(accuracy) for accuracy in accuracies]
+    if args.lm_eval:
+        results["lm_eval"] = _lm_eval(loaded, args)
+    if args.efficiency or args.energy:
+        results["efficiency"] = dataclasses.asdict(evaluation.measure_efficiency(loaded, energy=args.energy))
+    return results
+
+
+def _evaluate_text(loaded: Any, args: Any, data: Any) -> Any:
     from slmjax import evaluation
     from slmjax.checkpoints import loading
     from slmjax.distill.teachers import load_teacher
 
-    others = given.multiple_choice or given.lm_eval or given.efficiency or given.energy
-    found: dict[str, Any] = {}
-    if given.text or given.teacher or given.unrounded or data is not None or not others:
-        teachers = None if given.teacher is None else load_teacher(Path(given.teacher), loaded)
-        evaluated = functools.partial(
-            evaluation.evaluate,
-            data=data,
-            max_documents=given.max_documents,
-            overlap=given.overlap,
-            score=given.score,
-            changed_data=given.changed_data,
-            log=print_aside,
-        )
-        result = evaluated(loaded, teachers=teachers)
-        if given.unrounded:
-            before = evaluated(loading.load_unrounded(Path(given.run_dir), step=given.step))
-            result = dataclasses.replace(
-                result, unrounded_loss=before.loss, unrounded_bits_per_byte=before.bits_per_byte
-            )
-        found["text"] = dataclasses.asdict(result)
-    if given.multiple_choice:
-        answers = (
-            evaluation.answer_questions(loaded, path, batch_size=given.batch_size)
-            for path in given.multiple_choice
-        )
-        found["multiple_choice"] = [dataclasses.asdict(one) for one in answers]
-    if given.lm_eval:
-        found["lm_eval"] = _lm_eval(loaded, given)
-    if given.efficiency or given.energy:
-        found["efficiency"] = dataclasses.asdict(evaluation.measure_efficiency(loaded, energy=given.energy))
-    return found
+    teachers = None if args.teacher is None else load_teacher(Path(args.teacher), loaded)
+    evaluate = functools.partial(
+        evaluation.evaluate,
+        data=data,
+        max_documents=args.max_documents,
+        overlap=args.overlap,
+        score=args.score,
+        changed_data=args.changed_data,
+        log=print_stderr,
+    )
+    result = evaluate(loaded, teachers=teachers)
+    if not args.unrounded:
+        return result
+    unrounded = evaluate(loading.load_unrounded(Path(args.run_dir), step=args.step))
+    return dataclasses.replace(
+        result, unrounded_loss=unrounded.loss, unrounded_bits_per_byte=unrounded.bits_per_byte
+    )
 
 
-def _lm_eval(loaded: Any, given: Any) -> dict[str, Any]:
+def _lm_eval(loaded: Any, args: Any) -> dict[str, Any]:
     try:
         from slmjax.evaluation.lm_eval_adapter import run_tasks
     except ImportError as error:
@@ -126,24 +151,25 @@ def _lm_eval(loaded: Any, given: Any) -> dict[str, Any]:
         ) from error
     return run_tasks(
         loaded,
-        given.lm_eval,
-        include_path=given.lm_eval_path,
-        limit=given.lm_eval_limit,
-        batch_size=given.batch_size,
+        args.lm_eval,
+        include_path=args.lm_eval_path,
+        limit=args.lm_eval_limit,
+        batch_size=args.batch_size,
     )
 
 
-# The table --------------------------------------------------------------------------------------------------
+# Table of results -------------------------------------------------------------------------------------------
+# name, value, explanation
 Row = tuple[str, str, str]
 
 
-def _show(results: Mapping[str, Any]) -> None:
+def _print_results(results: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    step = f", step {results['step']:,}" if results["step"] else ""  # an imported model has none
+    step = f", step {results['step']:,}" if results["step"] else ""  # none for an imported model
     table = Table()
-    table.add_column("what", overflow="fold")
+    table.add_column("metric", overflow="fold")
     table.add_column("value", justify="right")
     table.add_column("")
     for rows in (
@@ -156,55 +182,57 @@ def _show(results: Mapping[str, Any]) -> None:
             table.add_row(*row)
         table.add_section()
     console = Console(highlight=False)
-    console.print(f"{results['run_dir']}{step}", soft_wrap=True)  # a path is not broken
+    console.print(f"{results['run_dir']}{step}", soft_wrap=True)  # do not break the path
     console.print(table)
 
 
 def _text_rows(results: Mapping[str, Any]) -> Iterator[Row]:
-    if (found := results.get("text")) is not None:
-        scored = f"{found['tokens']:,} tokens of {found['documents']:,} documents"
-        if found["tokens"] < found["total_tokens"]:
-            scored = f"{found['tokens']:,} of {found['total_tokens']:,} tokens of {found['documents']:,} documents: the completions"
-        yield "loss", f"{found['loss']:.4f}", f"nats per token, {scored}"
-        yield "perplexity", f"{found['perplexity']:.2f}", ""
-        yield (
-            "bits per byte",
-            f"{found['bits_per_byte']:.4f}",
-            f"{found['bytes']:,} bytes, in {found['seconds']:.1f} s",
+    if (text := results.get("text")) is None:
+        return
+    scored = f"{text['tokens']:,} tokens of {text['documents']:,} documents"
+    if text["tokens"] < text["total_tokens"]:
+        scored = (
+            f"{text['tokens']:,} of {text['total_tokens']:,} tokens of {text['documents']:,} documents: "
+            "the completions"
         )
-        if found["lost_text"]:
-            yield (
-                "  not comparable",
-                f"{found['lost_text']:.2%}",
-                "of the text's bytes are lost by the tokenizer: bits per byte are too low",
-            )
-        for kind, role in (("bos", "documents begin with"), ("eos", "documents end with")):
-            if (token := found[kind]) is not None:
-                yield role, repr(token["name"]), f"id {token['id']}, {token['source']}"
+    yield "loss", f"{text['loss']:.4f}", f"nats per token, {scored}"
+    yield "perplexity", f"{text['perplexity']:.2f}", ""
+    timing = f"{text['bytes']:,} bytes, in {text['seconds']:.1f} s"
+    yield "bits per byte", f"{text['bits_per_byte']:.4f}", timing
+    if text["lost_text"]:
         yield (
-            "calibration error",
-            f"{found['calibration_error']:.4f}",
-            "mean gap between confidence and accuracy",
+            "  not comparable",
+            f"{text['lost_text']:.2%}",
+            "of the text's bytes are lost by the tokenizer: bits per byte are too low",
         )
-        if found["unrounded_loss"] is not None:
-            on = f"loss {found['unrounded_loss']:.4f} with weights before rounding"
-            yield "  before rounding", f"{found['unrounded_bits_per_byte']:.4f}", on
-        if found["teacher_kl"] is not None:
-            yield "teacher: bits per byte", f"{found['teacher_bits_per_byte']:.4f}", "on the same tokens"
-            yield "  KL(teacher, model)", f"{found['teacher_kl']:.4f}", "nats per token, temperature 1"
-            yield "  agreement", f"{found['teacher_agreement']:.1%}", "same likeliest token"
+    for kind, role in (("bos", "documents begin with"), ("eos", "documents end with")):
+        if (token := text[kind]) is not None:
+            yield role, repr(token["name"]), f"id {token['id']}, {token['source']}"
+    calibration = "mean gap between confidence and accuracy"
+    yield "calibration error", f"{text['calibration_error']:.4f}", calibration
+    if text["unrounded_loss"] is not None:
+        loss = f"loss {text['unrounded_loss']:.4f} with the weights before rounding"
+        yield "  before rounding", f"{text['unrounded_bits_per_byte']:.4f}", loss
+    if text["teacher_kl"] is not None:
+        yield "teacher: bits per byte", f"{text['teacher_bits_per_byte']:.4f}", "on the same tokens"
+        yield "  KL(teacher, model)", f"{text['teacher_kl']:.4f}", "nats per token, temperature 1"
+        yield "  agreement", f"{text['teacher_agreement']:.1%}", "same most likely token"
 
 
 def _choice_rows(results: Mapping[str, Any]) -> Iterator[Row]:
-    for found in results.get("multiple_choice", ()):
-        cut = f", {found['truncated']:,} prompts truncated" if found["truncated"] else ""
-        on = f"{found['questions']:,} questions, chance {found['chance']:.3f}{cut}"
+    for result in results.get("multiple_choice", ()):
+        cut = f", {result['truncated']:,} prompts truncated" if result["truncated"] else ""
+        on = f"{result['questions']:,} questions, chance {result['chance']:.3f}{cut}"
         yield (
-            f"{Path(found['file']).name}: accuracy",
-            f"{found['accuracy']:.3f}",
-            f"± {found['accuracy_stderr']:.3f}, {on}",
+            f"{Path(result['file']).name}: accuracy",
+            f"{result['accuracy']:.3f}",
+            f"± {result['accuracy_stderr']:.3f}, {on}",
         )
-        yield "  per byte", f"{found['accuracy_per_byte']:.3f}", f"± {found['accuracy_per_byte_stderr']:.3f}"
+        yield (
+            "  per byte",
+            f"{result['accuracy_per_byte']:.3f}",
+            f"± {result['accuracy_per_byte_stderr']:.3f}",
+        )
 
 
 def _lm_eval_rows(results: Mapping[str, Any]) -> Iterator[Row]:
@@ -216,27 +244,27 @@ def _lm_eval_rows(results: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def _efficiency_rows(results: Mapping[str, Any]) -> Iterator[Row]:
-    if (found := results.get("efficiency")) is None:
+    if (result := results.get("efficiency")) is None:
         return
-    yield "parameters", f"{found['parameters']:,}", f"{found['active_parameters']:,} active"
-    for dtype, size in found["bytes_by_dtype"].items():
+    yield "parameters", f"{result['parameters']:,}", f"{result['active_parameters']:,} active"
+    for dtype, size in result["bytes_by_dtype"].items():
         yield f"  in {dtype}", f"{size / 1e6:,.1f} MB", ""
     yield (
         "FLOPs per token",
-        f"{found['forward_flops_per_token']:.3g}",
-        f"forward; {found['training_flops_per_token']:.3g} in training",
+        f"{result['forward_flops_per_token']:.3g}",
+        f"forward; {result['training_flops_per_token']:.3g} in training",
     )
     yield (
         "cache per token",
-        f"{found['cache_bytes_per_token']:,.0f} B",
-        f"{found['cache_bytes'] / 1e6:,.2f} MB for a full context",
+        f"{result['cache_bytes_per_token']:,.0f} B",
+        f"{result['cache_bytes'] / 1e6:,.2f} MB for a full context",
     )
     yield (
         "time to first token",
-        f"{1e3 * found['time_to_first_token']:,.1f} ms",
-        f"prompt of {found['prompt_tokens']:,} tokens",
+        f"{1e3 * result['time_to_first_token']:,.1f} ms",
+        f"prompt of {result['prompt_tokens']:,} tokens",
     )
-    yield "decoding", f"{found['decode_tokens_per_second']:,.0f} tokens/s", "one sequence"
-    yield "peak memory", f"{found['peak_memory_bytes'] / 1e6:,.0f} MB", ""
-    if (energy := found["energy_joules_per_token"]) is not None:
-        yield "energy", f"{energy:.3g} J/token", "by codecarbon, which estimates what it cannot read"
+    yield "decoding", f"{result['decode_tokens_per_second']:,.0f} tokens/s", "one sequence"
+    yield "peak memory", f"{result['peak_memory_bytes'] / 1e6:,.0f} MB", ""
+    if (energy := result["energy_joules_per_token"]) is not None:
+        yield "energy", f"{energy:.3g} J/token", "from codecarbon, which estimates what it cannot measure"

@@ -1,72 +1,77 @@
-"""`slmjax models` and `slmjax data`: what there is to train, and on what."""
+"""`slmjax models` and `slmjax data`."""
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
-from slmjax.cli.options import experiment_name, parse, positional, print_aside, print_json
+from slmjax.cli.options import parse, print_json, print_stderr, split_experiment, split_positional
 
 
-def models_command(words: Sequence[str]) -> int:
-    """list the named architectures with their sizes and costs"""
+def models_command(argv: Sequence[str]) -> int:
+    """List the named architectures with their sizes and costs.
+
+    slmjax models
+    """
     from slmjax.models import zoo
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
-        json: bool = False  # print the table as JSON
+        # print the table as JSON
+        json: bool = False
 
-    given = parse(Arguments, words, default=Arguments(), command="models", description=models_command.__doc__)
+    args = parse(Arguments, argv, default=Arguments(), command="models", description=models_command.__doc__)
     summaries = {name: zoo.describe(build()) for name, build in zoo.ARCHITECTURES.items()}
-    if given.json:
+    if args.json:
         print_json({name: dataclasses.asdict(summary) for name, summary in summaries.items()})
         return 0
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for heading in (
-        "name",
-        "parameters",
-        "active",
-        "embedding",
-        "FLOPs/token",
-        "bf16 bytes",
-        "cache B/token",
-    ):
+    headings = ("name", "parameters", "active", "embedding", "FLOPs/token", "bf16 bytes", "cache B/token")
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "name" else "right")
-    for name, one in summaries.items():
-        figures = (one.parameters, one.active_parameters, one.embedding_parameters)
+    for name, summary in summaries.items():
         table.add_row(
             name,
-            *(f"{n:,}" for n in figures),
-            f"{one.training_flops_per_token:.3g}",
-            f"{one.bytes_bf16:,}",
-            f"{one.cache_bytes_per_token:,.0f}",
+            f"{summary.parameters:,}",
+            f"{summary.active_parameters:,}",
+            f"{summary.embedding_parameters:,}",
+            f"{summary.training_flops_per_token:.3g}",
+            f"{summary.bytes_bf16:,}",
+            f"{summary.cache_bytes_per_token:,.0f}",
         )
+    # Wider than a narrow terminal if need be: a folded table of numbers cannot be read.
     Console(width=max(120, Console().width), highlight=False).print(table)
     return 0
 
 
-def data_command(words: Sequence[str]) -> int:
-    """prepare or look at data: slmjax data prepare|inspect [EXPERIMENT] [--data.path FILE ...]"""
+def data_command(argv: Sequence[str]) -> int:
+    """Prepare the data of an experiment, or inspect it.
+
+    slmjax data prepare [EXPERIMENT] [--data.path FILE ...]
+    slmjax data inspect [EXPERIMENT] [--data.path FILE ...]
+    """
     from slmjax.data.config import DataConfig
-    from slmjax.data.preparation import inspect, prepare
     from slmjax.data.tokenizers import TokenizerConfig
     from slmjax.training import recipes
 
-    action, rest = positional(words)
-    if action not in ("prepare", "inspect") and not {"-h", "--help"} & set(words):
-        raise ValueError(f"{action or 'data'}: say `slmjax data prepare` or `slmjax data inspect`")
-    name, options = experiment_name(rest)
+    action, rest = split_positional(argv)
+    if action not in ("prepare", "inspect") and not {"-h", "--help"} & set(argv):
+        raise ValueError(f"{action or 'data'}: use `slmjax data prepare` or `slmjax data inspect`")
+    name, options = split_experiment(rest)
     start = recipes.load_experiment(name or "nano")
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
-        samples: int = 3  # decoded samples that `inspect` shows
-        json: bool = False  # print statistics as JSON
+        # decoded samples that `inspect` shows
+        samples: int = 3
+        # print the statistics as JSON
+        json: bool = False
         data: DataConfig = start.data
         tokenizer: TokenizerConfig = start.tokenizer
 
-    given = parse(
+    args = parse(
         Arguments,
         options,
         default=Arguments(),
@@ -74,24 +79,39 @@ def data_command(words: Sequence[str]) -> int:
         description=data_command.__doc__,
     )
     if action == "prepare":
-        prepared = prepare(given.data, given.tokenizer, log=print_aside)
-        every = [("train", shards) for shards, _ in prepared.train] + [
-            ("heldout", shards) for shards in prepared.heldout
-        ]
-        if given.json:
-            print_json([dataclasses.asdict(shards.manifest) for _, shards in every])
-            return 0
-        for side, shards in every:
-            counts = f"{shards.manifest.num_documents:,} documents, {shards.manifest.num_bytes:,} bytes, {shards.manifest.num_tokens:,} tokens"
-            print(f"{shards.manifest.source_name}, {side}: {counts}, in {shards.directory}")
-        return 0
-    found = inspect(given.data, given.tokenizer, num_samples=given.samples, log=print_aside)
-    if given.json:
-        print_json(found)
-        return 0
-    for key, value in found.items():
+        _prepare(args)
+    else:
+        _inspect(args)
+    return 0
+
+
+def _prepare(args: Any) -> None:
+    from slmjax.data.preparation import prepare
+
+    prepared = prepare(args.data, args.tokenizer, log=print_stderr)
+    sides = [("train", shards) for shards, _ in prepared.train]
+    sides += [("heldout", shards) for shards in prepared.heldout]
+    if args.json:
+        print_json([dataclasses.asdict(shards.manifest) for _, shards in sides])
+        return
+    for side, shards in sides:
+        manifest = shards.manifest
+        counts = (
+            f"{manifest.num_documents:,} documents, {manifest.num_bytes:,} bytes, "
+            f"{manifest.num_tokens:,} tokens"
+        )
+        print(f"{manifest.source_name}, {side}: {counts}, in {shards.directory}")
+
+
+def _inspect(args: Any) -> None:
+    from slmjax.data.preparation import inspect
+
+    statistics = inspect(args.data, args.tokenizer, num_samples=args.samples, log=print_stderr)
+    if args.json:
+        print_json(statistics)
+        return
+    for key, value in statistics.items():
         if key != "samples":
             print(f"{key}: {value}")
-    for sample in found["samples"]:
+    for sample in statistics["samples"]:
         print(f"--- {sample}")
-    return 0

@@ -1,4 +1,8 @@
-"""How every command reads its words and prints its results."""
+"""Shared parsing and printing of the commands.
+
+`argv` is what follows `slmjax COMMAND`; a command parses it into `args`, an instance of its dataclass of
+options. Comments above the fields of these dataclasses are the help texts.
+"""
 
 import json
 import sys
@@ -8,95 +12,110 @@ from typing import Any
 
 
 def parse(
-    arguments_class: type, words: Sequence[str], *, default: Any = None, command: str, description: str | None
+    arguments_class: type, argv: Sequence[str], *, default: Any = None, command: str, description: str | None
 ) -> Any:
-    """The options of a command, parsed and documented by tyro from the fields of a dataclass; `default` is an
-    instance, if there is one.
+    """Parse the options of a command into a dataclass, whose fields and comments also make its help.
+
+    Args:
+      arguments_class: the dataclass.
+      argv: the command line after the command's name.
+      default: an instance of the dataclass whose fields are the defaults, if there is one.
+      command: name of the command, shown in usage and errors.
+      description: docstring of the command: a summary and, after a blank line, usage lines.
     """
+    import inspect
+    import textwrap
+
     import tyro
 
+    summary, _, usage = inspect.cleandoc(description or "").partition("\n\n")
+    # tyro joins lines that are not indented.
+    text = f"{summary}\n\n{textwrap.indent(usage, '  ')}"
     return tyro.cli(
         arguments_class,
-        args=list(words),
+        args=list(argv),
         prog=f"slmjax {command}",
-        description=description,
+        description=text if usage else summary,
         config=(tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues),
         **({} if default is None else {"default": default}),
     )
 
 
-def by_place(metavar: str) -> tuple[Any, ...]:
-    """For a field that is given by its place, not by its name: options may come before or after it."""
+def positional(metavar: str) -> tuple[Any, ...]:
+    """Annotations of a positional field; options may come before or after it."""
     import tyro
 
     return tyro.conf.Positional, tyro.conf.arg(metavar=metavar)
 
 
 def repeated() -> Any:
-    """For a tuple whose option is given once for each of its items."""
+    """Annotation of a tuple whose option is repeated, once for each item."""
     import tyro
 
     return tyro.conf.UseAppendAction
 
 
 def without_prefix() -> Any:
-    """For a field whose own fields are options without its name before them."""
+    """Annotation of a nested dataclass whose fields are options without the name of the field before them."""
     import tyro
 
     return tyro.conf.arg(name="")
 
 
-def positional(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """A leading word that is no option, and the rest."""
-    return (words[0], list(words[1:])) if words and not words[0].startswith("-") else (None, list(words))
+def split_positional(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return a leading positional argument (None if there is none) and the rest."""
+    return (argv[0], list(argv[1:])) if argv and not argv[0].startswith("-") else (None, list(argv))
 
 
-def experiment_name(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The experiment that a command line names, wherever it stands among the options, and the other words.
+def split_experiment(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the experiment named anywhere on a command line (None if there is none) and the other arguments.
 
-    The first word is one if it is no option; further on, only what looks like one is: a built-in name or a
-    Python file which is not the value of an option.
+    The first argument is an experiment if it is not an option. Later ones are only if they look like it: a
+    built-in name or a Python file that is not the value of an option.
     """
     from slmjax.training.recipes import BUILT_IN
 
-    for index, word in enumerate(words):
-        if word.startswith("-"):
+    for index, argument in enumerate(argv):
+        if argument.startswith("-"):
             continue
-        before = words[index - 1] if index else ""
+        before = argv[index - 1] if index else ""
+        # Boolean flags take no value. --json is the only one that users put before an experiment.
         is_value = before.startswith("-") and "=" not in before and before not in ("--json", "--no-json")
-        if index == 0 or (not is_value and (word in BUILT_IN or word.endswith(".py"))):
-            return word, [*words[:index], *words[index + 1 :]]
-    return None, list(words)
+        if index == 0 or (not is_value and (argument in BUILT_IN or argument.endswith(".py"))):
+            return argument, [*argv[:index], *argv[index + 1 :]]
+    return None, list(argv)
 
 
-def option(words: Sequence[str], name: str) -> str | None:
-    """The value of an option that decides what the others default to, before tyro parses them all."""
-    found = None
-    for index, word in enumerate(words):
-        name_given, equals, value = word.partition("=")
-        if name_given.replace("_", "-") == name:  # tyro takes either, and of several the last
-            follows = (
-                words[index + 1] if index + 1 < len(words) and not words[index + 1].startswith("--") else None
-            )
-            found = value if equals else follows
-    return found
+def peek_option(argv: Sequence[str], name: str) -> str | None:
+    """Return the value of an option before tyro parses the command line, or None.
+
+    For options that decide the defaults of others, such as `--resume`.
+    """
+    last = None
+    for index, argument in enumerate(argv):
+        option, equals, value = argument.partition("=")
+        # As tyro does, accept underscores for dashes, and take the last of several.
+        if option.replace("_", "-") == name:
+            next_argument = argv[index + 1] if index + 1 < len(argv) else "--"
+            last = value if equals else None if next_argument.startswith("--") else next_argument
+    return last
 
 
-def load_code(options: Sequence[str]) -> None:
-    """Runs the file that `--code` names, so that JSON may name the classes it defines."""
-    if (path := option(options, "--code")) is not None:
+def load_code(argv: Sequence[str]) -> None:
+    """Run the file named by `--code`, so that a stored config can name the classes it defines."""
+    if (path := peek_option(argv, "--code")) is not None:
         from slmjax.training.recipes import run_file
 
         run_file(Path(path))
 
 
-def print_aside(text: str) -> None:
-    """To standard error: standard output is for results."""
+def print_stderr(text: str) -> None:
+    """Print progress or a note to standard error; standard output is for results."""
     print(text, file=sys.stderr)
 
 
 def print_json(value: Any) -> None:
-    """To standard output, as strict JSON."""
+    """Print a value to standard output as strict JSON."""
     from slmjax.telemetry.run_directory import plain
 
     print(json.dumps(plain(value), indent=2))

@@ -6,62 +6,66 @@ import itertools
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from slmjax.cli.options import by_place, load_code, parse, print_aside, print_json, repeated
+from slmjax.cli.options import load_code, parse, positional, print_json, print_stderr, repeated
 
 
 class Method(enum.Enum):
-    """How a trained model is quantized."""
+    """Methods of post-training quantization."""
 
-    RTN = "rtn"  # each number to the nearest level
+    RTN = "rtn"  # round each weight to the nearest level
 
 
-def quantize_command(words: Sequence[str]) -> int:
-    """round a model to number formats: slmjax quantize RUN_OR_MODEL_DIR OUT_DIR --format q4_0 [--clip
-    search]
+def quantize_command(argv: Sequence[str]) -> int:
+    """Quantize a trained or imported model, without training.
+
+    slmjax quantize RUN_OR_MODEL_DIR OUT_DIR --format q4_0 [--clip search]
     """
     from slmjax.quantization.ptq.round_to_nearest import Clip, quantize_model
     from slmjax.quantization.rules import quant_of
 
-    load_code(words)
+    load_code(argv)
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
-        source: Annotated[
-            str, *by_place("RUN_OR_MODEL_DIR")
-        ]  # run directory, or directory of an imported model
-        out: Annotated[str, *by_place("OUT_DIR")]  # directory to write
-        method: Method = Method.RTN  # how numbers are rounded
-        format: str | None = (
-            # formats WEIGHTS[+INPUTS[+CACHE]] of all matrices that no --rule names (none: floating point)
-            None
-        )
-        # REGEX=WEIGHTS[+INPUTS] for paths that the expression is found in, or REGEX=none; given again for
-        # each; the first that fits counts
+        # run directory, or directory of an imported model
+        source: Annotated[str, *positional("RUN_OR_MODEL_DIR")]
+        # directory to write
+        out: Annotated[str, *positional("OUT_DIR")]
+        # method of quantization
+        method: Method = Method.RTN
+        # formats WEIGHTS[+INPUTS[+CACHE]] of all matrices without a --rule (none: floating point)
+        format: str | None = None
+        # REGEX=WEIGHTS[+INPUTS] for the paths that the expression matches, or REGEX=none; may be repeated,
+        # the first match counts
         rule: Annotated[tuple[str, ...], repeated()] = ()
-        # scales as the format computes them, or of each group the one with the smallest squared error
+        # none: scales as the format computes them; search: for each group the scale with the smallest
+        # squared error
         clip: Clip = Clip.NONE
-        step: int | None = None  # checkpoint of the run (none: the newest)
-        # Python file that defines the classes of your own which the run's settings name
+        # checkpoint of the run (none: the newest)
+        step: int | None = None
+        # Python file that defines your own classes, if the run's config names any
         code: str | None = None
-        json: bool = False  # print what was written as JSON
+        # print a summary of what was written as JSON
+        json: bool = False
 
-    given = parse(Arguments, words, command="quantize", description=quantize_command.__doc__)
-    rules = [_rule(text) for text in given.rule] + (
-        [] if given.format is None else list(quant_of(given.format).phases[0].rules)
-    )
+    args = parse(Arguments, argv, command="quantize", description=quantize_command.__doc__)
+    rules = [_parse_rule(text) for text in args.rule]
+    if args.format is not None:
+        rules += quant_of(args.format).phases[0].rules
     if not rules:
         raise ValueError(
-            "say which number format: --format q4_0, or --rule REGEX=FORMAT for some of the matrices"
+            "no number format given: use --format q4_0, or --rule REGEX=FORMAT for some of the matrices"
         )
-    found = quantize_model(given.source, given.out, rules=rules, clip=given.clip, step=given.step)
-    _tell_quantized(found, is_json=given.json)
+    quantized = quantize_model(args.source, args.out, rules=rules, clip=args.clip, step=args.step)
+    _print_quantized(quantized, is_json=args.json)
     return 0
 
 
-def _rule(text: str) -> Any:
-    """The rule that REGEX=FORMAT stands for; an expression may have an = in it, a format has none."""
+def _parse_rule(text: str) -> Any:
+    """Return the rule for REGEX=FORMAT."""
     from slmjax.quantization.rules import NOTHING, QuantRule, quant_of
 
+    # The expression may contain "=", a format does not: split at the last one.
     paths, _, name = text.rpartition("=")
     if not paths or not name:
         raise ValueError(f"--rule is REGEX=FORMAT, as in --rule 'head=q8_0', got {text!r}")
@@ -75,190 +79,197 @@ def _rule(text: str) -> Any:
     return dataclasses.replace(rule, paths=paths)
 
 
-def _tell_quantized(found: Any, *, is_json: bool) -> None:
-    figures = {"nearest_error": found.nearest_error, "error": found.error}
+def _print_quantized(quantized: Any, *, is_json: bool) -> None:
+    errors = {"nearest_error": quantized.nearest_error, "error": quantized.error}
     if is_json:
-        print_json({**dataclasses.asdict(found), **figures})
+        print_json({**dataclasses.asdict(quantized), **errors})
         return
     formats: dict[str, tuple[int, int, int]] = {}
-    for one in found.matrices:
-        count, numbers, size = formats.get(one.format, (0, 0, 0))
-        formats[one.format] = count + 1, numbers + one.numbers, size + one.bytes
-    print(f"{found.path}: {found.parameters:,} parameters, {found.bytes / 1e6:,.2f} MB with codes packed")
+    for matrix in quantized.matrices:
+        count, numbers, size = formats.get(matrix.format, (0, 0, 0))
+        formats[matrix.format] = count + 1, numbers + matrix.numbers, size + matrix.bytes
+    print(
+        f"{quantized.path}: {quantized.parameters:,} parameters, {quantized.bytes / 1e6:,.2f} MB with packed "
+        "codes"
+    )
     for name, (count, numbers, size) in formats.items():
         print(
-            f"  {name}: {count} matrices, {numbers:,} numbers, {size / 1e6:,.2f} MB, "
-            f"{8 * size / numbers:.2f} bits a number"
+            f"  {name}: {count} matrices, {numbers:,} weights, {size / 1e6:,.2f} MB, "
+            f"{8 * size / numbers:.2f} bits per weight"
         )
-    searched = f", {found.error:.4%} with the best clips" if found.error != found.nearest_error else ""
-    print(f"squared error over squares: {found.nearest_error:.4%} with the formats' own scales{searched}")
-    print(f"try: slmjax export {found.path} {found.path}.gguf --to gguf")
+    searched = ""
+    if quantized.error != quantized.nearest_error:
+        searched = f", {quantized.error:.4%} with the best clipping"
+    print(f"relative squared error: {quantized.nearest_error:.4%} with the formats' own scales{searched}")
+    print(f"try: slmjax export {quantized.path} {quantized.path}.gguf --to gguf")
 
 
-def verify_export_command(words: Sequence[str]) -> int:
-    """compare an exported file with the model, in the engine that runs it: slmjax verify-export
-    RUN_OR_MODEL_DIR FILE.gguf
+def verify_export_command(argv: Sequence[str]) -> int:
+    """Compare an exported GGUF file with the model, in llama.cpp.
+
+    slmjax verify-export RUN_OR_MODEL_DIR FILE.gguf
     """
     from slmjax.convert.verify.export import DEFAULT_TOKENS, DEFAULT_WINDOW, verify_export
     from slmjax.data.config import DataConfig
     from slmjax.data.provenance import ChangedData
 
-    load_code(words)
+    load_code(argv)
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
-        source: Annotated[
-            str, *by_place("RUN_OR_MODEL_DIR")
-        ]  # run directory, or directory of an imported or quantized model
-        file: Annotated[str, *by_place("FILE.gguf")]  # what was exported
-        data: str | None = None  # text to compare losses on (none: the held-out text of the run)
-        # if the run's text has changed: refuse it, allow it as it is now, or take the recorded text that the
-        # cache has
+        # run directory, or directory of an imported or quantized model
+        source: Annotated[str, *positional("RUN_OR_MODEL_DIR")]
+        # the exported file
+        file: Annotated[str, *positional("FILE.gguf")]
+        # text on which losses are compared (none: the held-out text of the run)
+        data: str | None = None
+        # if the run's text has changed: refuse it, allow the current text, or use the recorded text from the
+        # cache
         changed_data: ChangedData = ChangedData.REFUSE
-        max_tokens: int = DEFAULT_TOKENS  # tokens of the text
-        window: int = DEFAULT_WINDOW  # tokens that are scored in one go
-        step: int | None = None  # checkpoint of the run (none: the newest)
-        # Python file that defines the classes of your own which the run's settings name
+        # tokens of the text to score
+        max_tokens: int = DEFAULT_TOKENS
+        # tokens per window; each is scored on its own
+        window: int = DEFAULT_WINDOW
+        # checkpoint of the run (none: the newest)
+        step: int | None = None
+        # Python file that defines your own classes, if the run's config names any
         code: str | None = None
-        json: bool = False  # print the comparison as JSON
+        # print the comparison as JSON
+        json: bool = False
 
-    given = parse(Arguments, words, command="verify-export", description=verify_export_command.__doc__)
-    data = None if given.data is None else DataConfig(path=given.data, heldout_fraction=0.0)
-    found = verify_export(
-        given.source,
-        given.file,
-        data=data,
-        max_tokens=given.max_tokens,
-        window=given.window,
-        step=given.step,
-        changed_data=given.changed_data,
-        log=print_aside,
+    args = parse(Arguments, argv, command="verify-export", description=verify_export_command.__doc__)
+    verification = verify_export(
+        args.source,
+        args.file,
+        data=None if args.data is None else DataConfig(path=args.data, heldout_fraction=0.0),
+        max_tokens=args.max_tokens,
+        window=args.window,
+        step=args.step,
+        changed_data=args.changed_data,
+        log=print_stderr,
     )
-    if given.json:
-        print_json({**dataclasses.asdict(found), **_verdicts(found)})
+    if args.json:
+        print_json({**dataclasses.asdict(verification), **_verdicts(verification)})
     else:
-        _show(found)
-    return 0 if found.holds else 1
+        _print_verification(verification)
+    return 0 if verification.holds else 1
 
 
-def _verdicts(found: Any) -> dict[str, Any]:
-    loss = (
-        {} if found.loss is None else {"loss_tolerance": found.loss.tolerance, "loss_holds": found.loss.holds}
-    )
-    held = {
-        "bytes_hold": found.bytes_hold,
-        "products_hold": found.products_hold,
-        **loss,
-        "tokenizer_holds": found.tokenizer.holds,
+def _verdicts(verification: Any) -> dict[str, Any]:
+    """Return the computed properties, which asdict leaves out."""
+    loss = verification.loss
+    return {
+        "bytes_hold": verification.bytes_hold,
+        "products_hold": verification.products_hold,
+        **({} if loss is None else {"loss_tolerance": loss.tolerance, "loss_holds": loss.holds}),
+        "tokenizer_holds": verification.tokenizer.holds,
+        "holds": verification.holds,
     }
-    return {**held, "holds": found.holds}
 
 
-def _show(found: Any) -> None:
-    """In words; what does not hold is named."""
-    types: dict[str, int] = {}
-    for one in found.tensors:
-        types[one.type or "missing"] = types.get(one.type or "missing", 0) + 1
-    print(f"{found.file} against {found.run}, by {found.engine}")
-    kinds = ", ".join(f"{count} {name}" for name, count in types.items())
-    print(
-        f"1 bytes     {_word(found.bytes_hold)}: {len(found.tensors)} tensors ({kinds}) decode to what the "
-        "model multiplies with"
-    )
-    if found.changed_rows is not None and found.changed_rows[0]:
-        changed, rows = found.changed_rows
-        print(
-            f"    codes or scales of {changed:,} of {rows:,} rows are others than on the devices that it was "
-            "trained on"
-        )
-    for text in found.settings:
-        print(f"    the file's settings differ: {text}")
-    for name in found.extra:
-        print(f"    {name}: the model has no place for it")
-    for one in found.tensors:
-        if not one.holds:
-            print(f"    {_tensor_text(one)}")
-    if found.products:
-        _show_products(found)
+# Printing a verification ------------------------------------------------------------------------------------
+def _print_verification(verification: Any) -> None:
+    """Print one line for each of the four levels, and one for each difference."""
+    print(f"{verification.file} against {verification.run}, by {verification.engine}")
+    _print_tensors(verification)
+    if verification.products:
+        _print_products(verification.products, holds=verification.products_hold)
     else:
-        print("2 products  not compared: the file is of another model")
-    if found.loss is None:
+        print("2 products  not compared: the file holds another model")
+    if verification.loss is None:
         print("3 loss      not compared: the engine cannot load the file as this model")
     else:
-        _show_loss(found.loss)
-    _show_tokenizer(found.tokenizer)
+        _print_loss(verification.loss)
+    _print_tokenizer(verification.tokenizer)
 
 
-def _show_products(found: Any) -> None:
-    worst = max((one.error for one in found.products), default=0.0)
-    coded, flipped = (
-        sum(getattr(one, name) for one in found.products) for name in ("input_codes", "flipped_codes")
-    )
-    inputs = f", of {coded:,} codes of inputs {flipped:,} differ" if coded else ""
+def _print_tensors(verification: Any) -> None:
+    types: dict[str, int] = {}
+    for tensor in verification.tensors:
+        types[tensor.type or "missing"] = types.get(tensor.type or "missing", 0) + 1
+    kinds = ", ".join(f"{count} {name}" for name, count in types.items())
     print(
-        f"2 products  {_word(found.products_hold)}: {len(found.products)} matrices, largest difference "
-        f"{worst:.1e} of the sums{inputs}"
+        f"1 bytes     {_verdict(verification.bytes_hold)}: {len(verification.tensors)} tensors ({kinds}) "
+        "dequantize to the model's weights"
     )
-    for one in found.products:
-        if not one.holds:
+    if verification.changed_rows is not None and verification.changed_rows[0]:
+        changed, rows = verification.changed_rows
+        print(
+            f"    {changed:,} of {rows:,} rows have codes or scales that differ from those on the devices of "
+            "the training"
+        )
+    for text in verification.settings:
+        print(f"    the file's settings differ: {text}")
+    for name in verification.extra:
+        print(f"    {name}: not a tensor of the model")
+    for tensor in verification.tensors:
+        if not tensor.holds:
+            print(f"    {_tensor_text(tensor)}")
+
+
+def _print_products(products: Sequence[Any], *, holds: bool) -> None:
+    worst = max(product.error for product in products)
+    num_codes = sum(product.input_codes for product in products)
+    num_flipped = sum(product.flipped_codes for product in products)
+    inputs = f"; {num_flipped:,} of {num_codes:,} input codes differ" if num_codes else ""
+    print(
+        f"2 products  {_verdict(holds)}: {len(products)} matrices, largest difference {worst:.1e} relative "
+        f"to the sums{inputs}"
+    )
+    for product in products:
+        if not product.holds:
             print(
-                f"    {one.name}: {one.error:.1e}, where sums in another order differ by {one.bound:.1e} at "
-                "the most"
+                f"    {product.name}: {product.error:.1e}, but the order of summation explains at most "
+                f"{product.bound:.1e}"
             )
 
 
-def _show_loss(loss: Any) -> None:
+def _print_loss(loss: Any) -> None:
     print(
-        f"3 loss      {_word(loss.holds)}: {loss.engine:.6f} nats per token in the engine, {loss.ours:.6f} "
-        f"in ours ({loss.tokens:,} tokens)"
+        f"3 loss      {_verdict(loss.holds)}: {loss.engine:.6f} nats per token in the engine, "
+        f"{loss.ours:.6f} in slmjax ({loss.tokens:,} tokens)"
     )
     print(
-        f"    difference {loss.difference:+.1e} ± {loss.standard_error:.1e}; noise of 1e-6 moves ours by "
-        f"{loss.floor:.1e}; "
-        f"may be {loss.tolerance:.1e}"
+        f"    difference {loss.difference:+.1e} ± {loss.standard_error:.1e}, tolerance {loss.tolerance:.1e}; "
+        f"noise of 1e-6 changes the loss in slmjax by {loss.floor:.1e}"
     )
     if loss.as_trained != loss.ours:
         print(
-            f"    with inputs as in training, ours is {loss.as_trained:.6f}: there inputs are rounded "
-            "otherwise, or in bfloat16"
+            f"    with activations as in training, the loss in slmjax is {loss.as_trained:.6f}: training "
+            "quantizes them differently, or computes in bfloat16"
         )
 
 
-def _show_tokenizer(check: Any) -> None:
-    engine = (
-        f"the engine gives other ids for {len(check.differing_texts):,} of {check.texts:,} texts"
-        if check.texts
-        else "no text encoded"
-    )
+def _print_tokenizer(check: Any) -> None:
+    engine = "no text encoded"
+    if check.texts:
+        engine = f"the engine's ids differ for {len(check.differing_texts):,} of {check.texts:,} texts"
     print(
-        f"4 tokenizer {_word(check.holds)}: {len(check.differences):,} of {check.keys:,} keys differ, "
+        f"4 tokenizer {_verdict(check.holds)}: {len(check.differences):,} of {check.keys:,} keys differ, "
         f"{engine}"
     )
     for text in check.differences:
         print(f"    {text}")
-    for one in check.differing_texts:
-        print(f"    {one.text[:40]!r}: {one.reason or _ids_text(one.ours, one.engine)}")
+    for text in check.differing_texts:
+        print(f"    {text.text[:40]!r}: {text.reason or _ids_text(text.ours, text.engine)}")
 
 
 def _ids_text(ours: Sequence[int], engine: Sequence[int]) -> str:
-    """The first ids at which two lists differ, in words."""
-    shared = sum(
-        1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, engine, strict=False))
-    )
-    shown = slice(shared, shared + 6)
-    return f"ids from {shared} on are {list(engine[shown])} in the engine, {list(ours[shown])} in the model"
+    """Describe the first ids in which two lists differ."""
+    pairs = zip(ours, engine, strict=False)
+    first = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    shown = slice(first, first + 6)
+    return f"ids from {first} on are {list(engine[shown])} in the engine, {list(ours[shown])} in the model"
 
 
-def _tensor_text(one: Any) -> str:
-    if one.is_missing:
-        return f"{one.name}: the file has none of this shape"
-    codes = (
-        ""
-        if one.differing_codes is None
-        else f" ({one.differing_codes:,} codes, {one.differing_scales:,} scales)"
-    )
-    return f"{one.name} ({one.type}): {one.differing:,} of {one.numbers:,} numbers differ{codes}"
+def _tensor_text(tensor: Any) -> str:
+    if tensor.is_missing:
+        return f"{tensor.name}: missing in the file, or of another shape"
+    codes = ""
+    if tensor.differing_codes is not None:
+        codes = f" ({tensor.differing_codes:,} codes, {tensor.differing_scales:,} scales)"
+    return f"{tensor.name} ({tensor.type}): {tensor.differing:,} of {tensor.numbers:,} values differ{codes}"
 
 
-def _word(holds: bool) -> str:
+def _verdict(holds: bool) -> str:
     return "holds" if holds else "FAILS"

@@ -4,108 +4,130 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from slmjax.cli.options import by_place, parse, print_json
+from slmjax.cli.options import parse, positional, print_json
 
 
-def report_command(words: Sequence[str]) -> int:
-    """write a run's page: slmjax report RUN_DIR"""
+def report_command(argv: Sequence[str]) -> int:
+    """Write the HTML report of a run.
+
+    slmjax report RUN_DIR
+    """
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
-        run_dir: Annotated[str, *by_place("RUN_DIR")]  # run directory, finished or not
-        output: str | None = None  # file of the page (none: report.html in the run directory)
-        images: bool = True  # write the charts as PNG files too, to plots/ in the run directory
-        json: bool = False  # print the page's path as JSON
+        # run directory, finished or not
+        run_dir: Annotated[str, *positional("RUN_DIR")]
+        # file to write (none: report.html in the run directory)
+        output: str | None = None
+        # also write the charts as PNG files, to plots/ in the run directory
+        images: bool = True
+        # print the path of the report as JSON
+        json: bool = False
 
-    given = parse(Arguments, words, command="report", description=report_command.__doc__)
+    args = parse(Arguments, argv, command="report", description=report_command.__doc__)
     from slmjax.telemetry.report import write_report
 
-    page = write_report(given.run_dir, output=given.output, with_images=given.images)
-    print_json({"page": str(page)}) if given.json else print(page)
+    page = write_report(args.run_dir, output=args.output, with_images=args.images)
+    print_json({"page": str(page)}) if args.json else print(page)
     return 0
 
 
-def runs_command(words: Sequence[str]) -> int:
-    """list runs with their results: slmjax runs [DIR]"""
+def runs_command(argv: Sequence[str]) -> int:
+    """List runs with their results.
+
+    slmjax runs [DIR]
+    """
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
-        directory: Annotated[str, *by_place("[DIR]")] = "runs"  # where run directories are
-        json: bool = False  # print the list as JSON
+        # directory that contains the run directories
+        directory: Annotated[str, *positional("[DIR]")] = "runs"
+        # print the list as JSON
+        json: bool = False
 
-    given = parse(Arguments, words, command="runs", description=runs_command.__doc__)
+    args = parse(Arguments, argv, command="runs", description=runs_command.__doc__)
     from slmjax.telemetry.report import list_runs
 
-    found = list_runs(given.directory)
-    print_json([dataclasses.asdict(one) for one in found]) if given.json else _show_runs(found)
+    runs = list_runs(args.directory)
+    print_json([dataclasses.asdict(run) for run in runs]) if args.json else _print_runs(runs)
     return 0
 
 
-def _show_runs(found: Sequence[Any]) -> None:
+def _print_runs(runs: Sequence[Any]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     from slmjax.data.lost_text import lost_note
-    from slmjax.telemetry.progress import format_seconds
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("run", no_wrap=True)
     table.add_column("state")
     for name in ("step", "loss", "bits/byte", "params", "time"):
         table.add_column(name, justify="right")
-    for one in found:
-        partly = "" if one.complete else "~"
-        table.add_row(
-            one.name,
-            one.status,
-            f"{one.step:,}/{one.steps:,}",
-            "" if one.loss is None else f"{partly}{one.loss:.4f}",
-            ""
-            if one.bits_per_byte is None
-            else f"{partly}{one.bits_per_byte:.3f}{'!' if one.lost_text else ''}",
-            "" if one.parameters is None else f"{one.parameters / 1e6:.1f}M",
-            "" if one.seconds is None else format_seconds(one.seconds),
-        )
+    for run in runs:
+        table.add_row(*_run_cells(run))
     console = Console(highlight=False)
     console.print(table)
-    if any(one.loss is not None and not one.complete for one in found):
-        console.print("~ on a part of the held-out text, by the last evaluation on the way")
-    for one in found:
-        if one.lost_text:
-            console.print(f"! {one.name}: {lost_note(one.lost_text)}")
+    if any(run.loss is not None and not run.complete for run in runs):
+        console.print("~ on part of the held-out text, from the last evaluation during training")
+    for run in runs:
+        if run.lost_text:
+            console.print(f"! {run.name}: {lost_note(run.lost_text)}")
 
 
-def compare_command(words: Sequence[str]) -> int:
-    """put runs side by side in one page: slmjax compare RUN_DIR RUN_DIR ..."""
+def _run_cells(run: Any) -> tuple[str, ...]:
+    from slmjax.telemetry.progress import format_seconds
+
+    partial = "" if run.complete else "~"
+    lossy = "!" if run.lost_text else ""
+    return (
+        run.name,
+        run.status,
+        f"{run.step:,}/{run.steps:,}",
+        "" if run.loss is None else f"{partial}{run.loss:.4f}",
+        "" if run.bits_per_byte is None else f"{partial}{run.bits_per_byte:.3f}{lossy}",
+        "" if run.parameters is None else f"{run.parameters / 1e6:.1f}M",
+        "" if run.seconds is None else format_seconds(run.seconds),
+    )
+
+
+def compare_command(argv: Sequence[str]) -> int:
+    """Compare the results and settings of runs, in one HTML page.
+
+    slmjax compare RUN_DIR RUN_DIR ...
+    """
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
-        run_dirs: Annotated[tuple[str, ...], *by_place("RUN_DIR ...")]  # run directories
-        output: str = "comparison.html"  # file of the page
-        json: bool = False  # print results and differing settings as JSON
+        # run directories, two or more
+        run_dirs: Annotated[tuple[str, ...], *positional("RUN_DIR ...")]
+        # file to write
+        output: str = "comparison.html"
+        # print the results and the settings that differ as JSON
+        json: bool = False
 
-    given = parse(Arguments, words, command="compare", description=compare_command.__doc__)
+    args = parse(Arguments, argv, command="compare", description=compare_command.__doc__)
     from slmjax.telemetry.report import comparison, write_comparison
 
-    page = write_comparison(given.run_dirs, given.output)
-    runs = comparison.read_runs(given.run_dirs)
+    page = write_comparison(args.run_dirs, args.output)
+    runs = comparison.read_runs(args.run_dirs)
     names = comparison.short_names(runs)
-    if given.json:
+    if args.json:
         tables = {"results": comparison.results(runs), "settings": comparison.config_differences(runs)}
-        rows = {
-            title: {name: dict(zip(names, cells, strict=True)) for name, *cells in part}
-            for title, part in tables.items()
+        by_run = {
+            title: {row: dict(zip(names, cells, strict=True)) for row, *cells in rows}
+            for title, rows in tables.items()
         }
-        print_json({"page": str(page), **rows})
+        print_json({"page": str(page), **by_run})
         return 0
-    _show_rows("results", names, comparison.shown_results(runs))
-    _show_rows("settings that differ", names, comparison.shown_differences(runs))
+    _print_rows("results", names, comparison.shown_results(runs))
+    _print_rows("settings that differ", names, comparison.shown_differences(runs))
     print(page)
     return 0
 
 
-def _show_rows(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _print_rows(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 

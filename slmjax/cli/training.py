@@ -5,75 +5,79 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from slmjax.cli.options import experiment_name, load_code, option, parse, print_json, without_prefix
+from slmjax.cli.options import load_code, parse, peek_option, print_json, split_experiment, without_prefix
 
-INTERRUPTED_STATUS = 75  # "try again later": a supervisor tells it from success and from failure
+INTERRUPTED_STATUS = 75  # EX_TEMPFAIL, "try again later": distinct from success and failure for supervisors
+
+# Options that decide the defaults of the experiment's fields.
+START_OPTIONS = ("resume", "init_from", "teacher", "divergence", "quant")
 
 
-def train_command(words: Sequence[str]) -> int:
-    """train a model: slmjax train [EXPERIMENT] [--optim.lr 3e-4 ...], --resume RUN_DIR, --init-from DIR,
-    --teacher DIR
+def train_command(argv: Sequence[str]) -> int:
+    """Train a model, or resume a run.
+
+    slmjax train [EXPERIMENT] [--optim.lr 3e-4 ...]
+    slmjax train [EXPERIMENT] [--init-from DIR] [--teacher DIR]
+    slmjax train --resume RUN_DIR
     """
     import jax
     from rich.console import Console
 
     from slmjax.parallel import hosts
     from slmjax.runner import trainer
-    from slmjax.training import experiment as experiments
 
-    if not {"-h", "--help"} & set(words):
+    if not {"-h", "--help"} & set(argv):
         hosts.join()  # before an experiment file, or anything else, can ask jax for a device
-    name, options = experiment_name(words)
+    name, options = split_experiment(argv)
     load_code(options)
-    chosen = {
-        key: option(options, f"--{key.replace('_', '-')}")
-        for key in ("resume", "init_from", "teacher", "divergence", "quant")
-    }
-    start = _start(name, **chosen)
-
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Arguments:
-        resume: str | None = None  # run directory to go on with, from its newest intact checkpoint
-        init_from: str | None = (
-            # run or imported model to start from: its parameters and tokenizer; of a run, its experiment
-            None
-        )
-        teacher: str | None = (
-            # run or imported model to learn from: --objective.distill.* says how; its tokenizer is taken
-            None
-        )
-        # from the teacher: forward_kl, reverse_kl, jsd, taid, top_k, sampled, ... (none: as set)
-        divergence: str | None = None
-        quant: str | None = (
-            # train in these formats: WEIGHTS[+INPUTS[+CACHE]], such as q4_0 or q4_0+q8_0;
-            # --quant.start-step 500 when
-            None
-        )
-        # trace so many steps, after the first two of this session, into RUN_DIR/profile
-        profile: int | None = None
-        # Python file that defines the classes of your own which the run's settings name
-        code: str | None = None
-        json: bool = False  # print the result as JSON, and progress on standard error
-        experiment: Annotated[experiments.Experiment, without_prefix()] = start
-
-    given = parse(
-        Arguments,
+    start_options = {key: peek_option(options, f"--{key.replace('_', '-')}") for key in START_OPTIONS}
+    arguments_class = _train_arguments(_start(name, **start_options))
+    args = parse(
+        arguments_class,
         options,
-        default=Arguments(),
+        default=arguments_class(),
         command=f"train {name or ''}".strip(),
         description=train_command.__doc__,
     )
-    assert all(getattr(given, key) == value for key, value in chosen.items()), (
-        "what the defaults were chosen by is what was parsed"
-    )
-    code = name if name is not None and name.endswith(".py") else given.code
-    console = Console(stderr=given.json, highlight=False)
+    # The defaults came from peek_option: tyro must have parsed the same values.
+    assert all(getattr(args, key) == value for key, value in start_options.items())
+    code = name if name is not None and name.endswith(".py") else args.code
+    console = Console(stderr=args.json, highlight=False)
     result = trainer.train(
-        given.experiment, resume=given.resume, code=code, profile=given.profile, console=console
+        args.experiment, resume=args.resume, code=code, profile=args.profile, console=console
     )
+    # Every process trains; one reports.
     if jax.process_index() == 0:
-        print_json(dataclasses.asdict(result)) if given.json else _show_result(result)
+        print_json(dataclasses.asdict(result)) if args.json else _print_result(result)
     return {"finished": 0, "interrupted": INTERRUPTED_STATUS}.get(result.status, 1)
+
+
+def _train_arguments(start: Any) -> type:
+    from slmjax.training import experiment as experiments
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        # run directory to resume, from its newest intact checkpoint
+        resume: str | None = None
+        # run or imported model to start from: its parameters and tokenizer, and a run's experiment
+        init_from: str | None = None
+        # run or imported model to distill from, as --objective.distill.* describes; its tokenizer is used
+        teacher: str | None = None
+        # divergence from the teacher: forward_kl, reverse_kl, jsd, taid, top_k, sampled, ... (none: the
+        # experiment's)
+        divergence: str | None = None
+        # number formats to train in, from the step --quant.start-step on: WEIGHTS[+INPUTS[+CACHE]], such as
+        # q4_0 or q4_0+q8_0
+        quant: str | None = None
+        # steps to profile, after the first two of this session, into RUN_DIR/profile
+        profile: int | None = None
+        # Python file that defines your own classes, if the run's config names any
+        code: str | None = None
+        # print the result as JSON, and progress to standard error
+        json: bool = False
+        experiment: Annotated[experiments.Experiment, without_prefix()] = start
+
+    return Arguments
 
 
 def _start(
@@ -85,16 +89,17 @@ def _start(
     divergence: str | None,
     quant: str | None,
 ) -> Any:
-    """The experiment whose fields the other options change."""
+    """Return the experiment that the remaining options change."""
     from slmjax.distill.config import divergence_of
     from slmjax.quantization.rules import quant_of
     from slmjax.training import experiment as experiments
     from slmjax.training import recipes
 
     if resume is not None:
-        given = {"--init-from": init_from, "--teacher": teacher, "--divergence": divergence, "--quant": quant}
-        if other := name or next((option for option, value in given.items() if value), None):
-            raise ValueError(f"--resume {resume} goes on with that run's own experiment: leave out {other}")
+        options = {"--init-from": init_from, "--teacher": teacher, "--divergence": divergence}
+        options["--quant"] = quant
+        if other := name or next((option for option, value in options.items() if value), None):
+            raise ValueError(f"--resume {resume} continues that run's own experiment: leave out {other}")
         return experiments.read_experiment(Path(resume))
     if init_from is not None:
         start = experiments.starting_from(Path(init_from), recipes.load_experiment(name) if name else None)
@@ -107,7 +112,7 @@ def _start(
     return start if quant is None else dataclasses.replace(start, quant=quant_of(quant))
 
 
-def _show_result(result: Any) -> None:
+def _print_result(result: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -116,11 +121,9 @@ def _show_result(result: Any) -> None:
         console.print("\n[bold]sample[/bold]")
         for sample in result.samples:
             console.print(sample, markup=False)
-    speed = (
-        f"{result.tokens_per_second:,.0f} tokens/s"
-        if result.tokens_per_second
-        else "speed not measured in so few steps"
-    )
+    speed = "speed not measured in so few steps"
+    if result.tokens_per_second:
+        speed = f"{result.tokens_per_second:,.0f} tokens/s"
     table = Table(title=f"{result.status} after step {result.step:,}", title_justify="left")
     table.add_column(f"on {result.measured_on}" if not result.compressors else result.measured_on)
     table.add_column("bits per byte", justify="right")
@@ -129,17 +132,16 @@ def _show_result(result: Any) -> None:
         table.add_row(name, f"{bits:.3f}")
     console.print()
     console.print(table)
+    skipped = f", {result.skipped:,} steps skipped" if result.skipped else ""
     console.print(
         f"loss {result.loss:.4f}, {result.tokens:,} tokens, {result.seconds:,.0f} s, {speed}, "
         f"{result.parameters:,} parameters, {result.data_wait_share:.1%} of the training time spent waiting "
-        "for data" + (f", {result.skipped:,} steps undone" if result.skipped else "")
+        f"for data{skipped}"
     )
     if result.status == "interrupted":
         code = Path(result.run_dir) / "experiment.py"
-        console.print(
-            f"go on with: slmjax train --resume {result.run_dir}"
-            + (f" --code {code}" if code.exists() else "")
-        )
+        option = f" --code {code}" if code.exists() else ""
+        console.print(f"resume with: slmjax train --resume {result.run_dir}{option}")
     if result.status == "diverged":
         console.print(
             "too many steps in a row were not finite: lower --optim.lr (and --optim.muon-lr, with muon), or "

@@ -5,6 +5,6 @@ run.
     export_model("runs/nano-1", "exported", to=Target.HF)
 
 `hf.py` and `gguf.py` know the two formats; a file under `families/` says of one family how its configuration
-and its tensors are called there; `family.py` is what such a file is written with. docs/add_a_family.md walks
+and its tensors are called there; `family.py` is what such a file is written with. docs/add-a-family.md walks
 through one.
 """

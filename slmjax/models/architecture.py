@@ -66,9 +66,8 @@ class BlockConfig:
     mixer: MixerConfig  # token mixer
     ffn: FfnConfig | None  # feed-forward layer (none: the mixer alone)
     norm: NormPlacement = NormPlacement.PRE  # where the block normalises
-    num_loops: int = renamed_field(
-        1, was="passes"
-    )  # how many times in a row the block runs with the same weights
+    # how many times in a row the block runs with the same weights
+    num_loops: int = renamed_field(1, was="passes")
 
     def __post_init__(self) -> None:
         if self.num_loops < 1:

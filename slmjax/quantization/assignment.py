@@ -90,7 +90,7 @@ def assign_formats(
             raise ValueError(
                 f"quant: the rule for {rule.paths!r} names no {what} that an earlier rule does not name "
                 "already. Paths are such as "
-                f"{', '.join(examples)}; `slmjax quant table` lists all. Correct the rule, move it up or "
+                f"{', '.join(examples)}; `slmjax formats table` lists all. Correct the rule, move it up or "
                 "leave it out"
             )
     return entries

@@ -60,10 +60,8 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)  # adamw, lion: decay of the moments
     eps: float = 1e-8  # adamw: added to the root of the second moment
     weight_decay: float = 0.1  # decoupled, multiplied by the learning rate
-    no_decay: tuple[str, ...] = (
-        r"(scale|/offset|bias)$",
-        r"^(embed|positions)/",
-    )  # no weight decay: paths like these; vectors never
+    # no weight decay for paths that match one of these, nor for vectors
+    no_decay: tuple[str, ...] = (r"(scale|/offset|bias)$", r"^(embed|positions)/")
     grad_clip: float | None = 1.0  # largest global norm of the gradient; None: no clipping
     muon_lr: float = 0.02  # muon: peak learning rate of its matrices, on the same schedule
     muon_momentum: float = 0.95  # muon: decay of the momentum

@@ -53,13 +53,21 @@ def help_of(command, capsys):
 # Help -------------------------------------------------------------------------------------------------------
 @pytest.mark.smoke
 def test_help_takes_no_time(user_environment):
-    program = "import sys; sys.argv = ['slmjax', '--help']; import runpy; runpy.run_module('slmjax', run_name='__main__')"
-    check = f"try:\n    {program}\nfinally:\n    print('jax' in sys.modules, 'numpy' in sys.modules, file=sys.stderr)"
+    check = """
+import runpy, sys
+sys.argv = ["slmjax", "--help"]
+try:
+    runpy.run_module("slmjax", run_name="__main__")
+finally:
+    print("jax" in sys.modules, "numpy" in sys.modules, file=sys.stderr)
+"""
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", check], env=user_environment, capture_output=True, text=True)
     assert time.perf_counter() - started < 3.0  # about 0.1 s where the machine is free
     assert done.returncode == 0 and done.stderr == "False False\n", done.stderr
     assert all(f"\n  {command} " in done.stdout for command in cli.COMMANDS)
+    assert all(f"\n{title}:\n" in done.stdout for title in cli.COMMAND_GROUPS)
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 def test_version(run_command, tmp_path):
@@ -69,12 +77,21 @@ def test_version(run_command, tmp_path):
     assert (done.returncode, done.stdout) == (0, f"{slmjax.__version__}\n")
 
 
+def test_a_renamed_command_runs_with_a_note(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["quant", "table", "--quant", "q4_0", "--json"])
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, err) == (0, "note: `slmjax quant` was renamed to `slmjax formats`\n")
+    assert {line["path"]: line["format"] for line in json.loads(out)}["embed/table"] == "q4_0"
+
+
 def test_an_unknown_command(refused):
     assert refused("trian").startswith("error: there is no command 'trian'. Did you mean 'train'?")
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "train nano", "eval", "generate", "models", "data", "data prepare", "data inspect"]
+    "command",
+    [*cli.COMMANDS, "train nano", "data prepare", "data inspect", "formats table", "formats report"],
 )
 def test_every_option_has_help(command, capsys, monkeypatch):
     """An option's text is more than its type and its default."""
@@ -86,14 +103,14 @@ def test_every_option_has_help(command, capsys, monkeypatch):
 
 
 def options_without_help(shown):
-    """Options with nothing beside or below them but their type and their default."""
+    """Options with nothing next to or below them but their type and their default."""
     lines = [re.sub(r"[│╭╮╰╯]", "", line).rstrip() for line in shown.splitlines()]
     bare = []
     for line, below in itertools.pairwise([*lines, ""]):
-        if found := re.match(r"\s+((?:-h, )?--\w[\w.-]*)(?: [^ ]+)*\s*(.*)", line):
-            text = re.sub(r"\((default|optional|required).*", "", found[2] or below.strip())
+        if option := re.match(r"\s+((?:-h, )?--\w[\w.-]*)(?: [^ ]+)*\s*(.*)", line):
+            text = re.sub(r"\((default|optional|required).*", "", option[2] or below.strip())
             if len(text.strip()) < 8:
-                bare.append(found[1])
+                bare.append(option[1])
     return bare
 
 
@@ -138,9 +155,9 @@ def test_eval_finds_what_training_found(trained, workplace, run_command):
     result = json.loads(trained.stdout)
     done = run_command("eval", result["run_dir"], "--json", cwd=workplace)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)["text"]
-    assert found["bits_per_byte"] == pytest.approx(result["bits_per_byte"], rel=1e-6)
-    assert found["loss"] == pytest.approx(result["loss"], rel=1e-6)
+    evaluated = json.loads(done.stdout)["text"]
+    assert evaluated["bits_per_byte"] == pytest.approx(result["bits_per_byte"], rel=1e-6)
+    assert evaluated["loss"] == pytest.approx(result["loss"], rel=1e-6)
 
 
 def test_eval_of_another_text(trained, workplace, run_command, tmp_path):
@@ -172,9 +189,7 @@ def test_generate(trained, workplace, run_command):
 
 
 def test_train_from_a_model_with_other_settings(trained, workplace, run_command):
-    """It begins with that model's loss, and its directory says what was overridden; the last line names the
-    directory.
-    """
+    """It starts at that model's loss, config.json has the overrides, the last line names the directory."""
     result = json.loads(trained.stdout)
     # What is overridden is not compiled in: this takes a moment.
     overrides = ["--run.name", "more", "--data.seed", "5", "--eval.max-documents", "1", "--checkpoint.keep=1"]
@@ -220,9 +235,9 @@ def test_data(printed, workplace):
     train, heldout = json.loads(printed("data", "prepare", "tiny.py", "--json"))
     assert (train["num_documents"], heldout["num_documents"]) == (1, 1) and train["vocab_size"] == 258
     assert train["num_bytes"] + heldout["num_bytes"] == (workplace / "text.txt").stat().st_size
-    found = json.loads(printed("data", "inspect", "tiny.py", "--samples", "1", "--json"))
-    assert found["sources"][0]["train"]["tokens"] == train["num_tokens"]
-    assert (workplace / "text.txt").read_text().startswith(found["samples"][0]["text"])
+    statistics = json.loads(printed("data", "inspect", "tiny.py", "--samples", "1", "--json"))
+    assert statistics["sources"][0]["train"]["tokens"] == train["num_tokens"]
+    assert (workplace / "text.txt").read_text().startswith(statistics["samples"][0]["text"])
 
 
 def test_data_for_people(printed):
@@ -280,10 +295,10 @@ def test_an_experiment_file_that_is_wrong(refused, tmp_path, code, message, monk
 
 
 def test_an_unknown_option(refused):
-    found = refused("train", "tiny.py", "--optim.learning-rate", "3")
-    assert "--optim.learning-rate" in found and "Unrecognized" in found
-    found = refused("train", "tiny.py", "--optim.warmup-step", "3")
-    assert "--optim.warmup-steps" in found
+    message = refused("train", "tiny.py", "--optim.learning-rate", "3")
+    assert "--optim.learning-rate" in message and "Unrecognized" in message
+    message = refused("train", "tiny.py", "--optim.warmup-step", "3")
+    assert "--optim.warmup-steps" in message
     assert "optim.lr" in refused("train", "tiny.py", "--optim.lr", "fast")
     assert "unrecognized" in refused("models", "all").lower()
 
@@ -328,7 +343,7 @@ def test_a_model_that_is_not_there(refused):
     assert "nowhere is neither a run directory nor an imported model" in refused(
         "generate", "nowhere", "--prompt", "x"
     )
-    assert "say `slmjax data prepare` or `slmjax data inspect`" in refused("data", "prepar")
+    assert "use `slmjax data prepare` or `slmjax data inspect`" in refused("data", "prepar")
 
 
 def test_a_step_that_is_not_there_and_a_prompt_that_is_too_long(refused, trained, workplace):

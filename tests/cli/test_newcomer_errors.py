@@ -1,6 +1,4 @@
-"""The mistakes that people make first: each ends in one message, which names the value and the way out, and
-loses nothing.
-"""
+"""Mistakes of new users: each ends in one message that names the value and the way out, and loses nothing."""
 
 import dataclasses
 import json
@@ -21,24 +19,22 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
-    """`refused("train", "tiny.py")`: what is said of these words, in a directory with tiny.py and
-    text.txt.
-    """
+    """`refused("train", "tiny.py")`: the error of the command, in a directory with tiny.py and text.txt."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "text.txt").write_text(TEXT)
     shutil.copyfile((Path(__file__).parents[1] / "tiny.py"), tmp_path / "tiny.py")
 
-    def call(*words: str) -> str:
+    def call(*argv: str) -> str:
         before = contents(tmp_path)
         with pytest.raises(SystemExit) as stopped:
-            main(words)
-        said = capsys.readouterr()
-        assert stopped.value.code == 2, said.err
-        assert "Traceback (most recent" not in said.err, said.err
+            main(argv)
+        printed = capsys.readouterr()
+        assert stopped.value.code == 2, printed.err
+        assert "Traceback (most recent" not in printed.err, printed.err
         after = contents(tmp_path)
-        assert {name: after.get(name) for name in before} == before, "what was there is not as it was"
-        return " ".join(said.err.replace("│", " ").split())
+        assert {name: after.get(name) for name in before} == before, "a file was changed"
+        return " ".join(printed.err.replace("│", " ").split())
 
     return call
 
@@ -60,10 +56,13 @@ def run_dir(trained, workplace: Path, tmp_path: Path) -> Path:
     return copy
 
 
-GROUPS = "from slmjax.models.mixers.attention import AttentionConfig\nAttentionConfig(num_heads=4, num_kv_heads=3)\n"
+GROUPS = """
+from slmjax.models.mixers.attention import AttentionConfig
+AttentionConfig(num_heads=4, num_kv_heads=3)
+"""
 
-# The words after `slmjax`, a file made before (name, content), and parts of the message: what is wrong, and
-# what to do.
+# The command line after `slmjax`, a file written before (name, content), and parts of the message: what is
+# wrong, and what to do.
 MISTAKES: dict[str, tuple[str, tuple[str, bytes] | None, tuple[str, ...]]] = {
     "command": ("trian", None, ("'trian'", "Did you mean 'train'")),
     "no run named": ("eval", None, ("RUN_DIR", "slmjax eval --help")),
@@ -92,7 +91,7 @@ MISTAKES: dict[str, tuple[str, tuple[str, bytes] | None, tuple[str, ...]]] = {
         None,
         ("embed_dim=30", "num_heads=4", "head_dim"),
     ),
-    "rows longer than the context": (
+    "sequences longer than the context": (
         "train tiny.py --data.sequence-length 128",
         None,
         ("128", "context_length=64", "shorten"),
@@ -100,7 +99,7 @@ MISTAKES: dict[str, tuple[str, tuple[str, bytes] | None, tuple[str, ...]]] = {
     "vocabulary": ("train tiny.py --model.vocab-size 100", None, ("vocab_size=100", "258", "raise it")),
     "tokenizer": ("train nano --data.path text.txt --tokenizer.vocab-size 100", None, ("100", "vocab_size")),
     "mesh too large": ("train tiny.py --mesh.fsdp 16", None, ("16", "8 device")),
-    "mesh and rows": ("train tiny.py --data.batch-size 12", None, ("batch_size=12", "multiple of 8")),
+    "mesh and batch": ("train tiny.py --data.batch-size 12", None, ("batch_size=12", "multiple of 8")),
     "accumulation": (
         "train tiny.py --optim.accumulation-steps 3",
         None,
@@ -109,7 +108,11 @@ MISTAKES: dict[str, tuple[str, tuple[str, bytes] | None, tuple[str, ...]]] = {
     "steps": ("train tiny.py --run.steps -5", None, ("run.steps", "at least 1", "-5")),
     "warm-up": ("train tiny.py --optim.warmup-steps 60", None, ("warmup_steps is 60", "60 step", "below")),
     "learning rate": ("train tiny.py --optim.lr 0", None, ("optim.lr is 0", "greater than 0")),
-    "share": ("train tiny.py --data.heldout-fraction 5", None, ("heldout_fraction is 5", "between 0 and 1")),
+    "fraction": (
+        "train tiny.py --data.heldout-fraction 5",
+        None,
+        ("heldout_fraction is 5", "between 0 and 1"),
+    ),
     "no text": ("train tiny.py --data.path nowhere.txt", None, ("nowhere.txt",)),
     "empty text": ("train tiny.py --data.path empty.txt", ("empty.txt", b""), ("empty",)),
     "text in another encoding": (
@@ -145,16 +148,16 @@ MISTAKES: dict[str, tuple[str, tuple[str, bytes] | None, tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_named_with_the_way_out(refused: Refused, tmp_path: Path, name: str) -> None:
-    words, file, expected = MISTAKES[name]
+    command, file, expected = MISTAKES[name]
     if file is not None:
         (tmp_path / file[0]).write_bytes(file[1])
-    said = refused(*words.split())
-    assert all(part in said for part in expected), said
+    message = refused(*command.split())
+    assert all(part in message for part in expected), message
 
 
 # Mistakes with a run ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("command", "expected"),
     [
         ("train --resume {run}", ("at step 60 of 60 already", "--run.steps")),
         ("train --resume {run} --run.steps 70 --model.embed-dim 64", ("another model", "--init-from")),
@@ -171,33 +174,34 @@ def test_a_mistake_is_named_with_the_way_out(refused: Refused, tmp_path: Path, n
         ("compare {run} {run}", ("named twice", "different runs")),
     ],
 )
-def test_a_mistake_with_a_run(refused: Refused, run_dir: Path, words: str, expected: tuple[str, ...]) -> None:
-    said = refused(*words.format(run=run_dir).split())
-    assert all(part in said for part in expected), said
+def test_a_mistake_with_a_run(
+    refused: Refused, run_dir: Path, command: str, expected: tuple[str, ...]
+) -> None:
+    message = refused(*command.format(run=run_dir).split())
+    assert all(part in message for part in expected), message
 
 
 def test_damaged_files_are_named(refused: Refused, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = (run_dir / "config.json").read_text()
     (run_dir / "config.json").write_text(config[: len(config) // 2])
-    for words in (("train", "--resume", str(run_dir)), ("eval", str(run_dir)), ("report", str(run_dir))):
-        assert "config.json" in refused(*words)
+    for argv in (("train", "--resume", str(run_dir)), ("eval", str(run_dir)), ("report", str(run_dir))):
+        assert "config.json" in refused(*argv)
     (run_dir / "config.json").write_text(config.replace('"lr"', '"lrr"'))
     assert all(part in refused("train", "--resume", str(run_dir)) for part in ("config.json", "optim", "lrr"))
     (run_dir / "config.json").write_text(config)
     for path in (run_dir / "checkpoints").rglob("*"):
         if path.is_file():
             path.write_bytes(b"not what it was")
-    with pytest.raises(
-        SystemExit
-    ) as stopped:  # damaged checkpoints are renamed, so that none is mistaken for a good one
+    # Not `refused`, which forbids changed files: damaged checkpoints are renamed.
+    with pytest.raises(SystemExit) as stopped:
         main(["generate", str(run_dir), "hello"])
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and "checkpoint" in said and str(run_dir) in said
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and "checkpoint" in message and str(run_dir) in message
 
 
 # What the machine lacks -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("module", "words", "extra"),
+    ("module", "command", "extra"),
     [
         ("pyarrow", "train tiny.py --data.path a.parquet", "parquet"),
         ("datasets", "train hub.py", "hf"),
@@ -214,7 +218,7 @@ def test_a_missing_extra_is_named(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     module: str,
-    words: str,
+    command: str,
     extra: str,
 ) -> None:
     from slmjax.telemetry.report.charts import drawing_code
@@ -222,20 +226,20 @@ def test_a_missing_extra_is_named(
     drawing_code.cache_clear()
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     hub = "HuggingFaceSource(name='a/b')"
-    replaced = f"data=dataclasses.replace(found.data, path=None, sources=(WeightedSource(source={hub}),))"
+    replaced = f"data=dataclasses.replace(base.data, path=None, sources=(WeightedSource(source={hub}),))"
     code = f"""import dataclasses
 from slmjax.data.config import WeightedSource
 from slmjax.data.dataset_sources import HuggingFaceSource
 from slmjax.training import recipes
 def experiment():
-    found = recipes.load_experiment("tiny.py")
-    return dataclasses.replace(found, {replaced})
+    base = recipes.load_experiment("tiny.py")
+    return dataclasses.replace(base, {replaced})
 """
     (tmp_path / "hub.py").write_text(code)
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "slmjax.evaluation.lm_eval_adapter", raising=False)
-    said = refused(*words.format(run=run_dir).split())
-    assert f"pip install 'slmjax[{extra}]'" in said, said
+    message = refused(*command.format(run=run_dir).split())
+    assert f"pip install 'slmjax[{extra}]'" in message, message
 
 
 @pytest.mark.parametrize(
@@ -246,9 +250,9 @@ def test_too_little_memory(refused: Refused, monkeypatch: pytest.MonkeyPatch, er
         raise error
 
     monkeypatch.setattr(trainer, "train", fail)
-    said = refused("train", "tiny.py")
+    message = refused("train", "tiny.py")
     assert all(
-        part in said
+        part in message
         for part in ("out of memory", "--optim.accumulation-steps", "--model.remat full", "--data.batch-size")
     )
 
@@ -283,10 +287,10 @@ def test_ctrl_c_before_anything(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_the_experiment_may_stand_anywhere(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = []
+    experiments = []
 
     def keep(experiment: object, **_: object) -> trainer.Result:
-        found.append(experiment)
+        experiments.append(experiment)
         fields: dict = dict.fromkeys((field.name for field in dataclasses.fields(trainer.Result)), 0)
         return trainer.Result(
             **fields
@@ -304,12 +308,14 @@ def test_the_experiment_may_stand_anywhere(
         )
 
     monkeypatch.setattr(trainer, "train", keep)
-    for words in (
+    for command in (
         "shakespeare_char --optim.lr 0.5",
         "--optim.lr 0.5 shakespeare_char",
         "--optim.lr=0.5 --json shakespeare_char",
     ):
         with pytest.raises(SystemExit) as stopped:
-            main(["train", *words.split()])
+            main(["train", *command.split()])
         assert stopped.value.code == 0, capsys.readouterr().err
-    assert [(one.run.name, one.optim.lr) for one in found] == [("shakespeare-char", 0.5)] * 3
+    assert [(experiment.run.name, experiment.optim.lr) for experiment in experiments] == [
+        ("shakespeare-char", 0.5)
+    ] * 3

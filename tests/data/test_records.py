@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from slmjax.cli.generating import Request, _in_file
+from slmjax.cli.generating import Request, _read_requests
 from slmjax.data.config import DataConfig
 from slmjax.data.documents import Problem
 from slmjax.data.files import file_kind
@@ -267,7 +267,7 @@ def test_fields_without_a_path_are_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x.JSONL", "array.json", "x.jsonl.gz", "x.csv", "x.parquet"])
 def test_prompts_of_a_file(tmp_path: Path, name: str) -> None:
-    requests = _in_file(write(tmp_path / name, FILES[name]()))
+    requests = _read_requests(write(tmp_path / name, FILES[name]()))
     assert [one.prompt for one in requests] == [one["prompt"] for one in RECORDS]
 
 
@@ -293,7 +293,7 @@ def test_conversations_and_seeds_in_the_cells_of_a_table(tmp_path: Path) -> None
         {"prompt": "12", "messages": "", "seed": 3},
         {"prompt": "", "messages": json.dumps(asked), "seed": ""},
     ]
-    found = _in_file(write(tmp_path / "x.csv", cells(records)))
+    found = _read_requests(write(tmp_path / "x.csv", cells(records)))
     assert found == [Request("12", 3), Request(None, messages=asked)]
     with pytest.raises(ValueError, match="line 2: seed is 'three'"):
-        _in_file(write(tmp_path / "x.csv", cells([{"prompt": "12", "seed": "three"}])))
+        _read_requests(write(tmp_path / "x.csv", cells([{"prompt": "12", "seed": "three"}])))

@@ -157,7 +157,7 @@ def test_a_signal_saves_and_says_how_to_resume(story):
     for (_, output), name in ((story.terminated, "SIGTERM"), (story.interrupted, "SIGINT")):
         assert re.search(rf"^{name} received after step \d+: saving$", output, flags=re.MULTILINE)
         assert (
-            f"go on with: slmjax train --resume {story.run_dir} --code {story.run_dir}/experiment.py\n"
+            f"resume with: slmjax train --resume {story.run_dir} --code {story.run_dir}/experiment.py\n"
             in output
         )
         assert output.splitlines()[-1] == f"run directory: {story.run_dir}"

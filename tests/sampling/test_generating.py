@@ -111,9 +111,9 @@ def test_logprobs_and_seeds_of_ones_own(generate, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "content", "expected"),
     [
-        (("--file", "absent.txt"), None, ("absent.txt", "one prompt on each line")),
-        (("--file", "prompts.txt"), b"\n \n", ("prompts.txt", "holds no prompt")),
-        (("--file", "prompts.txt"), b"\xff\xfe", ("prompts.txt", "no UTF-8")),
+        (("--file", "absent.txt"), None, ("absent.txt", "one prompt per line")),
+        (("--file", "prompts.txt"), b"\n \n", ("prompts.txt", "has no prompts")),
+        (("--file", "prompts.txt"), b"\xff\xfe", ("prompts.txt", "not UTF-8")),
         (
             ("--file", "prompts.jsonl"),
             b'{"prompt": "a"}\n{"text": "b"}\n',

@@ -490,7 +490,7 @@ def test_a_study_from_training_to_its_page(
         f"(toy(Path({str(workplace)!r})),)\n"
     )
     with pytest.raises(SystemExit) as ended:
-        cli.main(["quant", "report", str(file), str(tmp_path), "--json", "--no-page"])
+        cli.main(["formats", "report", str(file), str(tmp_path), "--json", "--no-page"])
     out, err = capsys.readouterr()
     assert ended.value.code == 0, err
     arms = {one["arm"]: one for one in json.loads(out)["reports"][0]["arms"]}
@@ -507,7 +507,7 @@ def test_a_study_from_training_to_its_page(
     assert (tmp_path / "recovery.md").is_file() and "comparing slow, seed 3, with full" in err
     # What was measured is not measured again.
     with pytest.raises(SystemExit):
-        cli.main(["quant", "report", str(file), str(tmp_path), "--no-page"])
+        cli.main(["formats", "report", str(file), str(tmp_path), "--no-page"])
     out, err = capsys.readouterr()
     assert "comparing" not in err and "not resolved" in out and "too few" in out
 
@@ -522,11 +522,11 @@ def test_a_report_that_cannot_be_made(
         f"(toy(Path({str(workplace)!r})),)\n"
     )
     none.write_text("")
-    for words, message in (
+    for argv, message in (
         (("report", str(none)), "needs a function `def recoveries(directory: Path)"),
-        (("report", str(file), str(tmp_path / "nowhere")), "holds no member of the study toy"),
-        (("reprot",), "say `slmjax quant table` or `slmjax quant report`"),
+        (("report", str(file), str(tmp_path / "nowhere")), "has no member of the study toy"),
+        (("reprot",), "use `slmjax formats table` or `slmjax formats report`"),
     ):
         with pytest.raises(SystemExit) as ended:
-            cli.main(["quant", *words])
+            cli.main(["formats", *argv])
         assert ended.value.code == 2 and message in capsys.readouterr().err

@@ -142,7 +142,7 @@ def test_a_changed_code_is_named_and_the_status_is_1(
     told = capsys.readouterr().out
     assert (
         "1 bytes     FAILS" in told
-        and "blk.0.ffn_down.weight (Q4_0): 1 of 6,144 numbers differ (1 codes, 0 scales)" in told
+        and "blk.0.ffn_down.weight (Q4_0): 1 of 6,144 values differ (1 codes, 0 scales)" in told
     )
     assert "2 products  FAILS" in told and told.count("blk.0.ffn_down.weight") == 2 and "attn_q" not in told
     assert verify_export_command([str(model), str(file), *options[2:], "--json"]) == 0
