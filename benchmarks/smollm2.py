@@ -86,7 +86,7 @@ def windows(model: Path, text: Path) -> tuple[list[Window], int]:
     from slmjax.data.windows import evaluation_batches
 
     words = FileTokenizer(path=str(model / "tokenizer" / "tokenizer.json"))
-    prepared = prepare(evaluation(text), words, log=lambda _: None)
+    prepared = prepare(evaluation(text), words)
     shards = tuple(shards for shards, _ in prepared.train)
     batches = evaluation_batches(shards, sequence_length=WINDOW, batch_size=1, overlap=OVERLAP)
     found = []
@@ -111,9 +111,7 @@ def ours(model: Path, text: Path) -> dict[str, Any]:
     [answer] = slmjax.generate(
         loaded, [PROMPT], config=SamplingConfig(temperature=0.0, max_tokens=NEW_TOKENS)
     )
-    evaluated = slmjax.evaluate(
-        loaded, data=evaluation(text), overlap=OVERLAP, batch_size=1, log=lambda _: None
-    )
+    evaluated = slmjax.evaluate(loaded, data=evaluation(text), overlap=OVERLAP, batch_size=1)
     return {
         "answer": answer.text,
         "bits_per_byte": evaluated.bits_per_byte,

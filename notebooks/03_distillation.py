@@ -80,7 +80,6 @@ found = slmjax.evaluate(
     loaded,
     max_documents=2,
     teachers=slmjax.load_teacher(Path(teacher.run_dir), loaded),
-    log=lambda text: None,
 )
 print(found.text())
 

@@ -66,7 +66,7 @@ aware = slmjax.train(dataclasses.replace(further(full), quant=QuantConfig(phases
 
 # %%
 written = slmjax.quantize_model(longer.run_dir, Path(longer.run_dir) / "rounded", rules=rules)
-rounded = slmjax.evaluate(slmjax.load_model(written.path), data=full.data, log=lambda text: None)
+rounded = slmjax.evaluate(slmjax.load_model(written.path), data=full.data)
 print(f"as stored: {written.bytes:,} bytes for {written.parameters:,} numbers")
 for name, bits in (
     ("full precision", longer.bits_per_byte),

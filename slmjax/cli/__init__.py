@@ -18,6 +18,7 @@ from slmjax.cli.options import print_stderr
 from slmjax.cli.quantizing import quantize_command, verify_export_command
 from slmjax.cli.reporting import compare_command, report_command, runs_command
 from slmjax.cli.training import INTERRUPTED_STATUS, train_command
+from slmjax.telemetry.messages import MessageHandler
 
 __all__ = ["COMMANDS", "COMMAND_GROUPS", "INTERRUPTED_STATUS", "main"]
 
@@ -71,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     startup.keep_memory()
     startup.keep_compiled()
     try:
-        sys.exit(COMMANDS[name](arguments))
+        with MessageHandler(print_stderr):
+            sys.exit(COMMANDS[name](arguments))
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         message = _user_message(error)
         if message is None or os.environ.get("SLMJAX_TRACEBACK"):

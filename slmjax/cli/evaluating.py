@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from slmjax.cli.options import load_code, parse, peek_option, positional, print_json, print_stderr
+from slmjax.cli.options import load_code, parse, peek_option, positional, print_json
 
 
 def eval_command(argv: Sequence[str]) -> int:
@@ -131,7 +131,6 @@ def _evaluate_text(loaded: Any, args: Any, data: Any) -> Any:
         overlap=args.overlap,
         score=args.score,
         changed_data=args.changed_data,
-        log=print_stderr,
     )
     result = evaluate(loaded, teachers=teachers)
     if not args.unrounded:

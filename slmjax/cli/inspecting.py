@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from slmjax.cli.options import parse, print_json, print_stderr, split_experiment, split_positional
+from slmjax.cli.options import parse, print_json, split_experiment, split_positional
 
 
 def models_command(argv: Sequence[str]) -> int:
@@ -88,7 +88,7 @@ def data_command(argv: Sequence[str]) -> int:
 def _prepare(args: Any) -> None:
     from slmjax.data.preparation import prepare
 
-    prepared = prepare(args.data, args.tokenizer, log=print_stderr)
+    prepared = prepare(args.data, args.tokenizer)
     sides = [("train", shards) for shards, _ in prepared.train]
     sides += [("heldout", shards) for shards in prepared.heldout]
     if args.json:
@@ -106,7 +106,7 @@ def _prepare(args: Any) -> None:
 def _inspect(args: Any) -> None:
     from slmjax.data.preparation import inspect
 
-    statistics = inspect(args.data, args.tokenizer, num_samples=args.samples, log=print_stderr)
+    statistics = inspect(args.data, args.tokenizer, num_samples=args.samples)
     if args.json:
         print_json(statistics)
         return

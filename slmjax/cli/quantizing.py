@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from slmjax.cli.options import load_code, parse, positional, print_json, print_stderr, repeated
+from slmjax.cli.options import load_code, parse, positional, print_json, repeated
 
 
 class Method(enum.Enum):
@@ -146,7 +146,6 @@ def verify_export_command(argv: Sequence[str]) -> int:
         window=args.window,
         step=args.step,
         changed_data=args.changed_data,
-        log=print_stderr,
     )
     if args.json:
         print_json({**dataclasses.asdict(verification), **_verdicts(verification)})

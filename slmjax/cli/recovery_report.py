@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from slmjax.cli.options import parse, positional, print_json, print_stderr
+from slmjax.cli.options import parse, positional, print_json
 
 
 def recovery_command(argv: Sequence[str]) -> int:
@@ -65,6 +65,6 @@ def _reports(path: Path, directory: Path) -> list[Any]:
                 f"{study_dir} has no member of the study {recovery.study.name}: give the directory in which "
                 f"{path} was run"
             )
-        measurements = measure(recovery, members, study_dir, log=print_stderr)
+        measurements = measure(recovery, members, study_dir)
         reports.append(report_recovery(recovery, members, measurements))
     return reports

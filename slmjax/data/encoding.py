@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from slmjax.data.marks import SpecialNames
 from slmjax.data.shards import ShardWriter
 from slmjax.data.spans import Span, TextTokens, join_windows, windows_of
 from slmjax.data.tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
 
 TRAIN = "train"
 HELDOUT = "heldout"
@@ -63,7 +66,6 @@ def write_source(
     tokenizer: Tokenizer,
     data: DataConfig,
     advance: Callable[[int], None],
-    log: Callable[[str], None] = print,
 ) -> BadCounts:
     """Writes directory/train and, where something is held out, directory/heldout. `advance` is told the bytes
     done.
@@ -95,7 +97,7 @@ def write_source(
         gate.check(source.describe())
         _require_both_sides(source.describe(), written, data)
         for warning in gate.warnings():
-            log(f"{source.describe()}: {warning}")
+            log.warning("%s: %s", source.describe(), warning)
         for side, writer in writers.items():
             writer.close(gate.counts, lost_text=meters[side].found())
     finally:

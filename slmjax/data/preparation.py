@@ -11,10 +11,11 @@ one wins.
 
 import contextlib
 import dataclasses
+import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from slmjax.data.shards import FORMAT_VERSION, TokenShards
 from slmjax.data.sources import changed_fields, combined_hash
 from slmjax.data.tokenizers import Reads, Tokenizer, TokenizerConfig
 
-Report = Callable[[str], None]
+log = logging.getLogger(__name__)
+
 _STALE_SECONDS = 24 * 3600
 _SAMPLE_TOKENS = 100
 
@@ -57,7 +59,7 @@ class Prepared:
         return b"".join(shards.text() for shards in self.heldout)
 
 
-def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, log: Report = print) -> Prepared:
+def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Prepared:
     """Opens the prepared data of this mixture, preparing what is missing. Raises ValueError for unusable
     sources or data.
     """
@@ -68,9 +70,9 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, log: Report = print
         )
     hashes = [weighted.source.fingerprint() for weighted in data.mixture]
     with _progress() as bar:
-        built = _tokenizer(data, tokenizer, hashes=hashes, bar=bar, log=log)
+        built = _tokenizer(data, tokenizer, hashes=hashes, bar=bar)
         directories = [
-            _shard_directory(weighted, data, source_hash=source_hash, tokenizer=built, bar=bar, log=log)
+            _shard_directory(weighted, data, source_hash=source_hash, tokenizer=built, bar=bar)
             for weighted, source_hash in zip(data.mixture, hashes, strict=True)
         ]
     train = [TokenShards.open(directory / TRAIN, tokenizer_hash=built.hash) for directory in directories]
@@ -91,11 +93,9 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, log: Report = print
     return Prepared(tokenizer=built, train=tuple(zip(train, weights, strict=True)), heldout=tuple(heldout))
 
 
-def inspect(
-    data: DataConfig, tokenizer: TokenizerConfig, *, num_samples: int = 3, log: Report = print
-) -> dict[str, Any]:
+def inspect(data: DataConfig, tokenizer: TokenizerConfig, *, num_samples: int = 3) -> dict[str, Any]:
     """Statistics of the prepared data and decoded samples of the training text, as JSON can hold them."""
-    prepared = prepare(data, tokenizer, log=log)
+    prepared = prepare(data, tokenizer)
     sources = []
     for i, (shards, weight) in enumerate(prepared.train):
         heldout = {HELDOUT: _statistics(prepared.heldout[i])} if prepared.heldout else {}
@@ -148,9 +148,7 @@ def _samples(shards: TokenShards, tokenizer: Tokenizer, *, seed: int, count: int
     return samples
 
 
-def _tokenizer(
-    data: DataConfig, config: TokenizerConfig, *, hashes: list[str], bar: "_Bar", log: Report
-) -> Tokenizer:
+def _tokenizer(data: DataConfig, config: TokenizerConfig, *, hashes: list[str], bar: "_Bar") -> Tokenizer:
     if config.reads is Reads.NOTHING:
         return config.build(())
     key = combined_hash(
@@ -164,7 +162,8 @@ def _tokenizer(
             built = config.build(_texts(data, config.reads, bar=bar))
             built.save(temporary)
             (temporary / "hash").write_text(built.hash)
-        log(f"tokenizer: {built.vocab_size} tokens, made in {time.monotonic() - started:.1f} s")
+        seconds = time.monotonic() - started
+        log.info("tokenizer: %d tokens, made in %.1f s", built.vocab_size, seconds)
     try:
         loaded = Tokenizer.load(final)
     except ValueError as error:
@@ -200,7 +199,6 @@ def _shard_directory(
     source_hash: str,
     tokenizer: Tokenizer,
     bar: "_Bar",
-    log: Report,
 ) -> Path:
     """The directory of one source's shards, written if it is not there."""
     settings = (
@@ -227,11 +225,11 @@ def _shard_directory(
             tokenizer=tokenizer,
             data=data,
             advance=bar.advance,
-            log=log,
         )
-    log(f"prepared {name}: {counts.documents} documents in {time.monotonic() - started:.1f} s, in {final}")
+    seconds = time.monotonic() - started
+    log.info("prepared %s: %d documents in %.1f s, in %s", name, counts.documents, seconds, final)
     if counts.bad:
-        log(f"{name}: {counts.describe()}")
+        log.warning("%s: %s", name, counts.describe())
     return final
 
 

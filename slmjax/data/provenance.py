@@ -15,6 +15,7 @@ figures are then of other text.
 import dataclasses
 import enum
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from typing import Any
 from slmjax.config import ConfigError, from_json
 from slmjax.data.config import DataConfig, HeldOutBy, Split, TextSource
 from slmjax.data.encoding import HELDOUT
-from slmjax.data.preparation import Prepared, Report, prepare
+from slmjax.data.preparation import Prepared, prepare
 from slmjax.data.shards import TokenShards
 from slmjax.data.tokenizers import TokenizerConfig
+
+log = logging.getLogger(__name__)
 
 RECORD_FILE = "data.json"
 Record = list[dict[str, Any]]  # one entry per source of the mixture
@@ -183,14 +186,14 @@ def changes_on_resume(run: Path, data: DataConfig, now: Record) -> list[str]:
 
 # What is evaluated ------------------------------------------------------------------------------------------
 def documents_to_evaluate(
-    directory: Path, data: DataConfig, tokenizer: TokenizerConfig, *, changed_data: ChangedData, log: Report
+    directory: Path, data: DataConfig, tokenizer: TokenizerConfig, *, changed_data: ChangedData
 ) -> tuple[TokenShards, ...]:
     """The held-out documents of `data`, or all of them where nothing is held out.
 
     Where `data` is what the model in `directory` was trained on, it is compared with the model's record.
     Where its sources cannot be read any more, the text that was prepared for training is evaluated, if the
-    cache has it. Where `data` divides the same text otherwise, `log` is told which held-out text the model
-    was trained on.
+    cache has it. Where `data` divides the same text otherwise, the log names the held-out text that the
+    model was trained on.
 
     Raises:
       ValueError: the text has changed and `changed_data` is REFUSE; it is RECORDED and the cache does not
@@ -199,16 +202,16 @@ def documents_to_evaluate(
     own = _readable_own_data(directory)
     record = read_record(directory)
     if own is None or _divided(own) != _divided(data):
-        prepared = prepare(data, tokenizer, log=log)
+        prepared = prepare(data, tokenizer)
         for sentence in overlap(directory, data, describe(prepared, data)):
-            log(f"{sentence}.")
+            log.warning("%s.", sentence)
         return _documents(prepared)
     if record is None:
-        log(
-            f"{directory} has no record of its data: it is not known whether its text is still what it was "
-            "trained on."
+        log.warning(
+            "%s has no record of its data: it is not known whether its text is still what it was trained on.",
+            directory,
         )
-        return _documents(prepare(data, tokenizer, log=log))
+        return _documents(prepare(data, tokenizer))
     recorded = recorded_heldout(record, data)
     if changed_data is ChangedData.RECORDED:
         if recorded is None:
@@ -218,20 +221,21 @@ def documents_to_evaluate(
             )
         return recorded
     try:
-        prepared = prepare(data, tokenizer, log=log)
+        prepared = prepare(data, tokenizer)
     except ValueError as error:
         if recorded is None:
             raise
-        log(
-            f"{error} What is evaluated is the held-out text as it was prepared for training, in "
-            f"{data.cache_path}."
+        log.warning(
+            "%s The held-out text is evaluated as it was prepared for training, in %s.",
+            error,
+            data.cache_path,
         )
         return recorded
     if changed := differences(record, describe(prepared, data)):
         message = f"the data of {directory} changed since it was trained: {'; '.join(changed)}. {held_out_after_change(data)}"
         if changed_data is ChangedData.REFUSE:
             raise ValueError(f"{message} {_way_out(recorded is not None)}")
-        log(message)
+        log.warning("%s", message)
     return _documents(prepared)
 
 

@@ -15,6 +15,7 @@ Dims: B rows of the global batch, T positions of a row.
 
 import contextlib
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,8 @@ from slmjax.losses import DistillLossConfig, TeacherOutput, evaluation_sums, exp
 from slmjax.models.decoder import Decoder
 from slmjax.models.definition import Definition
 from slmjax.parallel.batches import place_batch
+
+log = logging.getLogger(__name__)
 
 Params = Mapping[str, Array]
 EvalStep = Callable[
@@ -233,7 +236,6 @@ def evaluate(
     score: ScoredText | None = None,
     teachers: TeacherCall | None = None,
     changed_data: ChangedData = ChangedData.REFUSE,
-    log: Callable[[str], None] = print,
 ) -> EvalResult:
     """Loss and bits per byte of a trained model on held-out text, with the model's own tokenizer, on one
     device.
@@ -250,7 +252,6 @@ def evaluate(
         eval.score says otherwise.
       teachers: whom it is compared with (`distill.teachers.beside`).
       changed_data: what to do where the text that the model was trained on has changed since.
-      log: called with what the preparation of data reports.
 
     Raises:
       ValueError: the run's text has changed, and `changed_data` does not allow it; or `data` is None, and the
@@ -263,7 +264,7 @@ def evaluate(
     if overlap is None:
         of_run = experiment.get("eval", {}).get("overlap")
         overlap = default_overlap(length) if of_run is None else min(int(of_run), length - 1)
-    documents = documents_of(loaded, data, changed_data=changed_data, log=log)
+    documents = documents_of(loaded, data, changed_data=changed_data)
     batches = evaluation_batches(
         documents,
         text=score,
@@ -273,7 +274,7 @@ def evaluate(
         max_documents=max_documents,
     )
     if max_documents is None and score is not ScoredText.ALL:
-        _log_left_out(batches, documents, decode=loaded.tokenizer.decode, log=log)
+        _log_left_out(batches, documents, decode=loaded.tokenizer.decode)
     found = evaluate_batches(
         make_eval_step(loaded.definition), loaded.params, loaded.buffers, batches, teachers=teachers
     )
@@ -285,12 +286,11 @@ def _log_left_out(
     documents: Sequence[TokenShards],
     *,
     decode: Callable[[list[int]], str],
-    log: Callable[[str], None],
 ) -> None:
     names = {id(shards): shards.manifest.source_name for shards in documents}
     for shards, plan in batches.plans:
         for sentence in describe_left_out(plan, shards, name=names[id(shards)], decode=decode):
-            log(sentence)
+            log.warning("%s", sentence)
 
 
 def data_or_own(loaded: Loaded, data: DataConfig | None) -> DataConfig:
@@ -326,7 +326,6 @@ def documents_of(
     data: DataConfig,
     *,
     changed_data: ChangedData = ChangedData.REFUSE,
-    log: Callable[[str], None],
 ) -> tuple[TokenShards, ...]:
     """The held-out documents of `data` in tokens of the model, or all of them where nothing is held out.
 
@@ -335,7 +334,7 @@ def documents_of(
         (`provenance.documents_to_evaluate`).
     """
     tokenizer = FileTokenizer(path=str(loaded.path / "tokenizer" / "tokenizer.json"))
-    return documents_to_evaluate(loaded.path, data, tokenizer, changed_data=changed_data, log=log)
+    return documents_to_evaluate(loaded.path, data, tokenizer, changed_data=changed_data)
 
 
 def _experiment_of(loaded: Loaded) -> dict[str, Any]:

@@ -29,7 +29,6 @@ def explained(
     setup: Setup,
     *,
     doing: str,
-    report: Callable[[str], None],
     step: int = 0,
     is_resumed: bool = False,
     record: Callable[..., None] | None = None,
@@ -42,13 +41,12 @@ def explained(
 
     Args:
       doing: "training", "evaluation", or what else went on when it came.
-      report: told that compiling begins.
       record: called with the kind and the values of a record for the log.
     """
     if not is_exhausted(error):
         return None
     values = {"step": step, "doing": doing, "said": first_line(error)}
-    found = _advice(error, setup, doing=doing, is_resumed=is_resumed, report=report)
+    found = _advice(error, setup, doing=doing, is_resumed=is_resumed)
     available = (setup.mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
     if record is not None:
         record("out_of_memory", **values, available=available, **({} if found is None else found.record()))
@@ -60,16 +58,14 @@ def explained(
     )
 
 
-def _advice(
-    error: BaseException, setup: Setup, *, doing: str, is_resumed: bool, report: Callable[[str], None]
-) -> Advice | None:
+def _advice(error: BaseException, setup: Setup, *, doing: str, is_resumed: bool) -> Advice | None:
     is_machine = isinstance(error, MemoryError) and jax.default_backend() != "cpu"
     is_shared = jax.process_count() > 1 and (jax.process_index() > 0 or jax.default_backend() == "gpu")
     if is_machine or is_shared:
         return None
     _release(error)
-    report(
-        f"out of memory in {doing}: compiling what would need less, for up to about {ADVICE_SECONDS:.0f} s"
+    log.info(
+        "out of memory in %s: compiling what would need less, for up to about %.0f s", doing, ADVICE_SECONDS
     )
     measure, changes = (
         (evaluation_memory, evaluation_changes) if doing == "evaluation" else (step_memory, training_changes)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from slmjax import sampling
 from slmjax.data import provenance
 from slmjax.data.batch import Batch
-from slmjax.data.preparation import Prepared, Report, prepare
+from slmjax.data.preparation import Prepared, prepare
 from slmjax.data.tokenizers import Tokenizer, TokenizerConfig
 from slmjax.data.windows import EvaluationBatches, evaluation_batches
 from slmjax.distill.teachers import TeacherPlan, Teachers
@@ -120,7 +120,7 @@ class Setup:
         return (self.teachers(batch),)
 
 
-def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh, report: Report) -> Setup:
+def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh) -> Setup:
     """Prepares data and resolves the model; nothing is compiled yet. Raises ValueError for settings that do
     not fit.
     """
@@ -128,7 +128,7 @@ def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh, re
     learning_rate(
         experiment.optim, 0, total_steps=experiment.run.steps
     )  # a schedule that does not fit is refused before data is read
-    prepared = process_zero_first(lambda: prepare(experiment.data, tokenizer, log=report))
+    prepared = process_zero_first(lambda: prepare(experiment.data, tokenizer))
     _warn_of_overlap(experiment, prepared)
     vocab_size = prepared.tokenizer.vocab_size
     if experiment.model.vocab_size is not None and experiment.model.vocab_size < vocab_size:

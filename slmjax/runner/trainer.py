@@ -49,9 +49,10 @@ from slmjax.runner.launch import (
 from slmjax.runner.out_of_memory import explained
 from slmjax.runner.resume import is_complete, run_to_resume, tokenizer_of, warn_of_other_data
 from slmjax.runner.session import Setup, set_up, with_teachers
+from slmjax.telemetry.messages import MessageHandler
 from slmjax.telemetry.meter import Meter
 from slmjax.telemetry.profiling import Profile
-from slmjax.telemetry.progress import LogRecords, Progress
+from slmjax.telemetry.progress import Progress
 from slmjax.telemetry.report import write_report
 from slmjax.telemetry.run_directory import Category, Ledger, RunDirectory, RunLog, commit
 from slmjax.telemetry.trackers import Trackers
@@ -131,7 +132,7 @@ def train(
         progress = Progress(
             num_steps=experiment.run.steps, process_index=jax.process_index(), console=console
         )
-        records = stack.enter_context(LogRecords(progress))
+        records = stack.enter_context(MessageHandler(progress.print))
         programs = stack.enter_context(CompiledPrograms())
         stack.enter_context(jax.set_mesh(mesh))
         if jax.process_count() > 1:
@@ -143,7 +144,7 @@ def train(
             )
         with ledger.timed(Category.INIT):
             tokenizer = experiment.tokenizer if run is None else tokenizer_of(run, experiment)
-            setup = set_up(experiment, tokenizer=tokenizer, mesh=mesh, report=progress.print)
+            setup = set_up(experiment, tokenizer=tokenizer, mesh=mesh)
             source = BatchSource(
                 setup.prepared.train,
                 experiment.data,
@@ -154,11 +155,7 @@ def train(
                 fresh = fresh_state(setup) if run is None else None
                 setup = with_teachers(setup)
             except (RuntimeError, MemoryError) as error:
-                if (
-                    out_of_memory := explained(
-                        error, setup, doing="making the first state", report=progress.print
-                    )
-                ) is None:
+                if (out_of_memory := explained(error, setup, doing="making the first state")) is None:
                     raise
                 raise out_of_memory from error
             run = run or new_run(experiment)
@@ -191,7 +188,6 @@ def train(
             first_step=int(state.step),
             last_step=experiment.run.steps,
             num_steps=profile,
-            report=progress.print,
         )
         loop = Loop(
             setup,
@@ -219,7 +215,6 @@ def train(
                 doing=loop.doing,
                 step=loop.step,
                 is_resumed=resume is not None,
-                report=progress.print,
                 record=run_log.write,
             )
             if out_of_memory is None:

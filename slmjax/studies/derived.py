@@ -68,9 +68,7 @@ def evaluate_member(loaded: Loaded, experiment: Experiment, **further: Any) -> E
     settings = experiment.eval
     overlap = settings.windows_overlap(data.sequence_length)
     rows = settings.batch_size or data.batch_size
-    return evaluate(
-        loaded, data=data, overlap=overlap, batch_size=rows, score=settings.score, log=log.debug, **further
-    )
+    return evaluate(loaded, data=data, overlap=overlap, batch_size=rows, score=settings.score, **further)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,9 @@ one seed, over which `ratios.py` then goes.
 
 import dataclasses
 import enum
+import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from slmjax.checkpoints.loading import load_model
@@ -29,6 +30,8 @@ from slmjax.studies.statistics import PairedDifference, Summary, holm, paired_di
 from slmjax.studies.study import FINISHED, Member, Study, member_experiment
 from slmjax.studies.sweeps import ChosenRate, check_chosen
 from slmjax.telemetry.run_directory import RunLog, read_log
+
+log = logging.getLogger(__name__)
 
 MEASUREMENTS = "measurements.jsonl"
 FEW_SEEDS = 3  # below, a report says that it has too few
@@ -90,8 +93,6 @@ def measure(
     recovery: Recovery,
     members: Sequence[Member],
     directory: str | Path,
-    *,
-    log: Callable[[str], None] = print,
 ) -> tuple[Measurement, ...]:
     """Compares each finished member with the reference of its seed, on all held-out text, and reads what it
     takes to store.
@@ -114,7 +115,9 @@ def measure(
             places = [one.result["run_dir"] for one in (member, reference)]
             key = fingerprint({"members": [member.fingerprint, reference.fingerprint], "places": places})
             if key not in before:
-                log(f"{recovery.study.name}: comparing {arm}, seed {seed}, with {recovery.reference}")
+                log.info(
+                    "%s: comparing %s, seed %d, with %s", recovery.study.name, arm, seed, recovery.reference
+                )
                 before[key] = _figures(recovery, member, reference)
                 records.write("measurement", arm=arm, seed=seed, fingerprint=key, figures=before[key])
             found.append(Measurement(arm=arm, seed=seed, fingerprint=key, figures=before[key]))

@@ -1,6 +1,6 @@
 """A profiler trace of a few steps of a run: what the devices and the host did, and when.
 
-with Profile(directory, first_step=0, last_step=1000, num_steps=5, report=print) as profile:
+with Profile(directory, first_step=0, last_step=1000, num_steps=5) as profile:
     for step in range(1, 1001):
         with profile.annotated(step):
             ...                             # the step
@@ -11,7 +11,7 @@ with Profile(directory, first_step=0, last_step=1000, num_steps=5, report=print)
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,10 +38,8 @@ class Profile:
         first_step: int,
         last_step: int,
         num_steps: int | None,
-        report: Callable[[str], None],
     ) -> None:
         self._directory = directory
-        self._report = report
         self._begin = first_step + LEFT_OUT  # the step after which the trace begins
         self._end = min(self._begin + (num_steps or 0), last_step)
         self._last = self._begin  # the last step that was traced
@@ -84,9 +82,11 @@ class Profile:
         with self._no_reason_to_fail():
             jax.profiler.stop_trace()
             log.info("profile of steps %d to %d in %s", self._begin + 1, self._last, self._directory)
-            self._report(
-                f"to look at it: `xprof --port 8791 {self._directory}` (pip install xprof), or open "
-                f"{self._directory}/plugins/profile/*/perfetto_trace.json.gz in Perfetto (ui.perfetto.dev)"
+            log.info(
+                "to look at it: `xprof --port 8791 %s` (pip install xprof), or open "
+                "%s/plugins/profile/*/perfetto_trace.json.gz in Perfetto (ui.perfetto.dev)",
+                self._directory,
+                self._directory,
             )
 
     @contextlib.contextmanager

@@ -6,7 +6,6 @@ with Progress(num_steps=2000) as progress:
     progress.print("checkpoint saved at step 10")
 """
 
-import logging
 import math
 import time
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from slmjax.telemetry.meter import Throughput
-from slmjax.telemetry.run_directory import RunLog
 
 BAR_WIDTH = 16
 
@@ -119,42 +117,3 @@ def format_seconds(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes % 60:02d}m"
     return f"{minutes}m{total % 60:02d}s" if minutes else f"{total}s"
-
-
-class LogRecords(logging.Handler):
-    """While entered, what slmjax's modules log is shown, and kept in the log of the run once there is one."""
-
-    def __init__(self, progress: Progress) -> None:
-        super().__init__(logging.INFO)
-        self._progress = progress
-        self._logger = logging.getLogger("slmjax")
-        self._log: RunLog | None = None
-        self._early: list[logging.LogRecord] = []
-
-    def write_to(self, log: RunLog) -> None:
-        """From here on, records are written to this log; first those that came earlier."""
-        self._log = log
-        for record in self._early:
-            self._write(record, log)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Called by the logging module."""
-        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname}: "
-        self._progress.print(prefix + record.getMessage())
-        self._early.append(record) if self._log is None else self._write(record, self._log)
-
-    def _write(self, record: logging.LogRecord, log: RunLog) -> None:
-        log.write("message", level=record.levelname, text=record.getMessage())
-
-    def __enter__(self) -> "LogRecords":
-        self._before = self._logger.level, self._logger.propagate
-        self._logger.addHandler(self)
-        self._logger.setLevel(logging.INFO)
-        # imported libraries give the root logger handlers that would show all twice
-        self._logger.propagate = False
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._logger.removeHandler(self)
-        level, self._logger.propagate = self._before
-        self._logger.setLevel(level)

@@ -4,6 +4,7 @@ a special token.
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,11 @@ TURNS: Messages = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def logged_from_info(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="slmjax")
+
+
 def tokenizer_of(path: Path, template: str | None, *, ends: Sequence[str] = (END,)) -> FileTokenizer:
     """A tokenizer with the tokens of ChatML."""
     texts = ["user assistant system Hi there Hello you And? 42\n" * 20]
@@ -72,7 +78,7 @@ def data_of(path: Path, conversations: Sequence[Any], **changes: Any) -> DataCon
 
 def prepared(path: Path, messages: Messages, template: str, **changes: Any) -> tuple[TokenShards, Tokenizer]:
     data = data_of(path, [messages], **changes)
-    made = prepare(data, tokenizer_of(path / "tokenizer", template), log=lambda line: None)
+    made = prepare(data, tokenizer_of(path / "tokenizer", template))
     return made.train[0][0], made.tokenizer
 
 
@@ -187,7 +193,7 @@ def test_what_cannot_be_rendered_follows_the_policy(
     with pytest.raises(ValueError, match=f"line {len(good) + 1}: .*({reason})"):
         prepare(dataclasses.replace(data, on_bad_document=OnBadDocument.ERROR), tokenizer)
     if good:
-        shards = prepare(data, tokenizer, log=lambda line: None).train[0][0]
+        shards = prepare(data, tokenizer).train[0][0]
         assert (len(shards), shards.manifest.bad_documents.bad_conversation) == (3, 1)
 
 
@@ -201,10 +207,8 @@ def test_messages_are_read_from_tables_too(tmp_path: Path) -> None:
         data = dataclasses.replace(
             data_of(tmp_path, [ASKED, TURNS]), path=str(tmp_path / name), messages_field="chat"
         )
-        hashes.add(prepare(data, config, log=lambda line: None).train[0][0].hash)
-    assert hashes == {
-        prepare(data_of(tmp_path, [ASKED, TURNS]), config, log=lambda line: None).train[0][0].hash
-    }
+        hashes.add(prepare(data, config).train[0][0].hash)
+    assert hashes == {prepare(data_of(tmp_path, [ASKED, TURNS]), config).train[0][0].hash}
 
 
 def test_a_template_is_needed(tmp_path: Path) -> None:
@@ -217,17 +221,16 @@ def test_a_template_is_needed(tmp_path: Path) -> None:
         data_of(tmp_path, [ASKED], text_field="body")
 
 
-def test_an_end_that_the_tokenizer_does_not_know_is_warned_of(tmp_path: Path) -> None:
-    logged: list[str] = []
-    prepare(
-        data_of(tmp_path, [ASKED]), tokenizer_of(tmp_path / "tokenizer", CHATML, ends=()), log=logged.append
-    )
-    assert any(f"answers end with {END!r}" in line and "end_tokens" in line for line in logged)
+def test_an_end_that_the_tokenizer_does_not_know_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare(data_of(tmp_path, [ASKED]), tokenizer_of(tmp_path / "tokenizer", CHATML, ends=()))
+    assert any(f"answers end with {END!r}" in line and "end_tokens" in line for line in caplog.messages)
 
 
 def test_conversations_are_packed_apart_and_cut_like_other_documents(tmp_path: Path) -> None:
     data = data_of(tmp_path, [ASKED, TURNS, ASKED])
-    made = prepare(data, tokenizer_of(tmp_path / "tokenizer", CHATML), log=lambda line: None)
+    made = prepare(data, tokenizer_of(tmp_path / "tokenizer", CHATML))
     shards = made.train[0][0]
     plan = best_fit_rows(shards.lengths, sequence_length=32, window=8)
     batch = empty_batch(len(plan), 32)
@@ -267,9 +270,7 @@ def test_blanks_around_special_tokens_are_neither_lost_text_nor_answers(
     template = f"{{% for m in messages %}}{START}{{{{ m.content }}}}</s>\n{{% endfor %}}{{% if add_generation_prompt %}}{START}{{% endif %}}"
     Tokenizer(backend, bos="<s>", eos="</s>", chat_template=template).save(tmp_path / "tokenizer")
     asked = [{"role": "user", "content": "o k"}, {"role": "assistant", "content": "\nk"}]
-    made = prepare(
-        data_of(tmp_path, [asked]), FileTokenizer(path=str(tmp_path / "tokenizer")), log=lambda line: None
-    )
+    made = prepare(data_of(tmp_path, [asked]), FileTokenizer(path=str(tmp_path / "tokenizer")))
     shards = made.train[0][0]
     tokenizer = made.tokenizer
     # Hand count: "o k" "\n" "\nk" "\n", where tokens that take the white space behind them leave "o k" and
@@ -286,9 +287,7 @@ def test_blanks_around_special_tokens_are_neither_lost_text_nor_answers(
         path=str(tmp_path / "texts.jsonl"), cache_dir=str(tmp_path / "cache"), heldout_fraction=0.0
     )
     texts = dataclasses.replace(texts, special_tokens=SpecialNames.ENCODE)
-    ((shards, _),) = prepare(
-        texts, FileTokenizer(path=str(tmp_path / "tokenizer")), log=lambda line: None
-    ).train
+    ((shards, _),) = prepare(texts, FileTokenizer(path=str(tmp_path / "tokenizer"))).train
     assert (
         shards.manifest.lost_text == LostText(measured=4)
         and (shards.tokens(0) == tokenizer.bos_id).sum() == 2
@@ -298,28 +297,30 @@ def test_blanks_around_special_tokens_are_neither_lost_text_nor_answers(
 # Text that a template made beforehand -----------------------------------------------------------------------
 
 
-def test_rendered_text_is_warned_of_and_can_be_encoded_as_tokens(tmp_path: Path) -> None:
+def test_rendered_text_is_warned_of_and_can_be_encoded_as_tokens(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     text = f"{START}user\nHi there{END}\n{START}assistant\nHello you{END}"
     config = tokenizer_of(tmp_path / "tokenizer", CHATML)
     (tmp_path / "rendered.jsonl").write_text("\n".join(json.dumps({"text": one}) for one in [text, "plain"]))
     data = DataConfig(
         path=str(tmp_path / "rendered.jsonl"), cache_dir=str(tmp_path / "cache"), heldout_fraction=0.0
     )
-    logged: list[str] = []
-    spelled = prepare(data, config, log=logged.append)
+    spelled = prepare(data, config)
     assert any(
-        "1 of 2 documents hold names" in line and START in line and "line 1" in line for line in logged
+        "1 of 2 documents hold names" in line and START in line and "line 1" in line
+        for line in caplog.messages
     )
     assert spelled.train[0][0].manifest.bad_documents.special_names == 1
-    logged.clear()
-    made = prepare(dataclasses.replace(data, special_tokens=SpecialNames.ENCODE), config, log=logged.append)
+    caplog.clear()
+    made = prepare(dataclasses.replace(data, special_tokens=SpecialNames.ENCODE), config)
     tokenizer = made.tokenizer
     shards = made.train[0][0]
     expected = encode_chat(tokenizer, ASKED, add_generation_prompt=False)[
         :-1
     ]  # the template writes a line end
     assert shards.tokens(0).tolist() == [tokenizer.bos_id, *expected, tokenizer.eos_id]
-    assert not any("hold names" in line for line in logged)
+    assert not any("hold names" in line for line in caplog.messages)
     assert spelled.train[0][0].lengths[0] > len(expected) + 20
     assert shards.num_bytes[0] == len("user\nHi there\nassistant\nHello you")
     assert shards.tokens(1).tolist() == spelled.train[0][0].tokens(1).tolist()
@@ -334,7 +335,7 @@ def test_completions_of_rendered_pairs_end_their_turn(tmp_path: Path) -> None:
     data = dataclasses.replace(
         data, prompt_field="q", completion_field="a", special_tokens=SpecialNames.ENCODE
     )
-    made = prepare(data, tokenizer_of(tmp_path / "tokenizer", CHATML), log=lambda line: None)
+    made = prepare(data, tokenizer_of(tmp_path / "tokenizer", CHATML))
     assert scored_text(made.train[0][0], made.tokenizer) == [f"Hello{END}<|eos|>"]
     assert made.train[0][0].scored_bytes.tolist() == [5]
 

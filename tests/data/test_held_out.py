@@ -37,15 +37,13 @@ def sides(prepared: Prepared) -> tuple[list[str], list[str]]:
 
 def test_a_line_at_the_top_of_a_file_moves_no_other_document(tmp_path: Path) -> None:
     data = corpus(tmp_path / "corpus.jsonl")
-    train, heldout = sides(prepare(data, ByteTokenizer(), log=lambda _: None))
+    train, heldout = sides(prepare(data, ByteTokenizer()))
     assert len(train) + len(heldout) == 60 and len(heldout) > 2
     corpus(tmp_path / "corpus.jsonl", ["One more line", *TEXTS])
-    new_train, new_heldout = sides(prepare(data, ByteTokenizer(), log=lambda _: None))
+    new_train, new_heldout = sides(prepare(data, ByteTokenizer()))
     assert {*new_train, *new_heldout} - {*train, *heldout} == {"One more line"}
     assert not set(new_heldout) & set(train) and not set(new_train) & set(heldout)
-    as_table = sides(
-        prepare(corpus(tmp_path / "other.csv", TEXTS[::-1]), ByteTokenizer(), log=lambda _: None)
-    )
+    as_table = sides(prepare(corpus(tmp_path / "other.csv", TEXTS[::-1]), ByteTokenizer()))
     assert [set(side) for side in as_table] == [set(train), set(heldout)]  # neither order nor layout matters
 
 
@@ -60,7 +58,7 @@ def test_pairs_differ_by_their_prompts(tmp_path: Path) -> None:
         cache_dir=str(tmp_path),
         heldout_fraction=0.5,
     )
-    train, heldout = sides(prepare(data, ByteTokenizer(), log=lambda _: None))
+    train, heldout = sides(prepare(data, ByteTokenizer()))
     assert len(train) > 15 and len(heldout) > 15
 
 
@@ -76,6 +74,6 @@ def test_configs_of_before_hold_out_by_line(tmp_path: Path) -> None:
     older = {name: value for name, value in to_json(data).items() if name != "heldout_by"}
     read = from_json(DataConfig, older)
     assert read == dataclasses.replace(data, heldout_by=HeldOutBy.ID)
-    _, heldout = sides(prepare(read, ByteTokenizer(), log=lambda _: None))
+    _, heldout = sides(prepare(read, ByteTokenizer()))
     # By sha256(b"corpus.jsonl:LINE")[:8] / 2**64 < 0.1.
     assert [TEXTS.index(text) + 1 for text in heldout] == [8, 10, 33, 46, 55]

@@ -108,9 +108,9 @@ def test_a_tokenizer_that_loses_text_is_refused_or_marked(tmp_path: Path) -> Non
     with pytest.raises(
         ValueError, match=rf"loses {LOST:.1%} of the bytes.*first of all 'é'.*--data.max-lost-text 1"
     ):
-        prepare(DataConfig(**options), tokenizer, log=lambda _: None)
+        prepare(DataConfig(**options), tokenizer)
     data = DataConfig(**options, max_lost_text=1.0)
-    ((shards, _),) = prepare(data, tokenizer, log=lambda _: None).train
+    ((shards, _),) = prepare(data, tokenizer).train
     assert shards.manifest.lost_text.share == LOST
 
     block = BlockConfig(mixer=AttentionConfig(num_heads=1), ffn=MlpConfig(hidden_dim=4))
@@ -118,7 +118,7 @@ def test_a_tokenizer_that_loses_text_is_refused_or_marked(tmp_path: Path) -> Non
     built = tokenizer.build(())
     built.save(tmp_path / "tokenizer")
     loaded = untrained(config, tokenizer=built, path=tmp_path)
-    found = evaluate(loaded, data=data, log=lambda _: None)
+    found = evaluate(loaded, data=data)
     assert found.lost_text == LOST and found.tokens == 5
     # The issue's fault: five tokens' bits over all bytes of the text look like a very good model.
     assert (

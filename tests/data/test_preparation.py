@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -26,6 +27,11 @@ BYTES = ByteTokenizer()
 DOCUMENTS = [f"Document {i} says <|eos|> and {'äöü ' * i}\n" for i in range(60)]
 
 
+@pytest.fixture(autouse=True)
+def logged_from_info(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="slmjax")
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> DataConfig:
     lines = [json.dumps({"text": text}) for text in DOCUMENTS]
@@ -42,11 +48,6 @@ def decoded(shards: TokenShards, tokenizer: Tokenizer) -> list[str]:
 def of_path(data: DataConfig, path: Path, content: str | bytes) -> DataConfig:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return dataclasses.replace(data, path=str(path))
-
-
-@pytest.fixture
-def logged() -> list[str]:
-    return []
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, CharTokenizer(), BpeTokenizer(vocab_size=270)])
@@ -163,7 +164,7 @@ def test_many_batches_of_text_keep_their_order(data: DataConfig, monkeypatch: py
 
 
 def test_bad_documents_are_counted_in_the_manifest_and_capped(
-    data: DataConfig, tmp_path: Path, logged: list[str]
+    data: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lines = [json.dumps({"text": text}).encode() for text in DOCUMENTS] + [b'{"text": "bad \xff"}', b"{"]
     bad = of_path(data, tmp_path / "bad.jsonl", b"\n".join(lines))
@@ -176,10 +177,10 @@ def test_bad_documents_are_counted_in_the_manifest_and_capped(
     with pytest.raises(ValueError, match=r"bad\.jsonl, line 61: invalid UTF-8"):
         prepare(dataclasses.replace(bad, on_bad_document=OnBadDocument.ERROR), BYTES)
     allowed = dataclasses.replace(bad, max_bad_fraction=0.1, on_bad_document=OnBadDocument.REPLACE)
-    prepared = prepare(allowed, BYTES, log=logged.append)
+    prepared = prepare(allowed, BYTES)
     counts = prepared.train[0][0].manifest.bad_documents
     assert (counts.documents, counts.bad, counts.replaced) == (62, 2, 1)
-    assert "1 mended, 1 skipped" in logged[-1]
+    assert "1 mended, 1 skipped" in caplog.messages[-1]
     both_sides = decoded(prepared.train[0][0], prepared.tokenizer) + decoded(
         prepared.heldout[0], prepared.tokenizer
     )
@@ -211,22 +212,24 @@ def test_config_refuses_what_makes_no_sense(change: dict[str, object]) -> None:
 # Reuse ------------------------------------------------------------------------------------------------------
 
 
-def test_prepared_once_and_found_again(data: DataConfig, tmp_path: Path, logged: list[str]) -> None:
+def test_prepared_once_and_found_again(
+    data: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = BpeTokenizer(vocab_size=270)
-    first = prepare(data, config, log=logged.append)
-    assert len(logged) == 2
-    again = prepare(dataclasses.replace(data, seed=1, batch_size=4), config, log=logged.append)
-    assert len(logged) == 2
+    first = prepare(data, config)
+    assert len(caplog.messages) == 2
+    again = prepare(dataclasses.replace(data, seed=1, batch_size=4), config)
+    assert len(caplog.messages) == 2
     assert (
         again.train[0][0].directory == first.train[0][0].directory
         and again.tokenizer.hash == first.tokenizer.hash
     )
-    prepare(dataclasses.replace(data, heldout_fraction=0.3), config, log=logged.append)
-    assert len(logged) == 4  # another split: another vocabulary, other shards
+    prepare(dataclasses.replace(data, heldout_fraction=0.3), config)
+    assert len(caplog.messages) == 4  # another split: another vocabulary, other shards
     with Path(str(data.path)).open("a") as stream:
         stream.write('\n{"text": "one more"}')
-    prepare(data, config, log=logged.append)
-    assert len(logged) == 6
+    prepare(data, config)
+    assert len(caplog.messages) == 6
 
 
 def test_progress_is_shown_on_a_terminal_alone(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +243,6 @@ def test_progress_is_shown_on_a_terminal_alone(data: DataConfig, monkeypatch: py
         prepare(
             dataclasses.replace(data, cache_dir=f"{data.cache_dir}-{type(stream).__name__}"),
             BYTES,
-            log=lambda line: None,
         )
         assert ("corpus.jsonl" in stream.getvalue()) is stream.isatty()
 
@@ -280,7 +282,7 @@ from slmjax.data.tokenizers import BpeTokenizer
 
 data = DataConfig(path=sys.argv[1], cache_dir=sys.argv[2], heldout_fraction=0.2)
 print("started", flush=True)
-print(prepare(data, BpeTokenizer(vocab_size=300), log=lambda line: None).train[0][0].hash)
+print(prepare(data, BpeTokenizer(vocab_size=300)).train[0][0].hash)
 """
 
 

@@ -4,6 +4,7 @@ too.
 
 import dataclasses
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -41,9 +42,14 @@ CONFIG = ModelConfig(
 DEFINITION = define(CONFIG)
 
 
+@pytest.fixture(autouse=True)
+def logged_from_info(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="slmjax")
+
+
 def write_run(directory: Path, data: DataConfig, *, has_record: bool = True) -> Path:
     """A run directory, as far as its data goes."""
-    prepared = prepare(data, ByteTokenizer(), log=lambda _: None)
+    prepared = prepare(data, ByteTokenizer())
     prepared.tokenizer.save(directory / "tokenizer")
     (directory / "config.json").write_text(json.dumps({"data": to_json(data)}))
     if has_record:
@@ -52,7 +58,7 @@ def write_run(directory: Path, data: DataConfig, *, has_record: bool = True) -> 
 
 
 def now(data: DataConfig) -> provenance.Record:
-    return provenance.describe(prepare(data, ByteTokenizer(), log=lambda _: None), data)
+    return provenance.describe(prepare(data, ByteTokenizer()), data)
 
 
 @pytest.fixture
@@ -83,13 +89,14 @@ def loaded(run: Path) -> Loaded:
 # Evaluation -------------------------------------------------------------------------------------------------
 
 
-def test_evaluation_names_a_changed_source(loaded: Loaded, data: DataConfig, tmp_path: Path) -> None:
-    lines: list[str] = []
-    (whole,) = documents_of(loaded, data, log=lines.append)
-    assert len(whole) == 6 and lines == []
+def test_evaluation_names_a_changed_source(
+    loaded: Loaded, data: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (whole,) = documents_of(loaded, data)
+    assert len(whole) == 6 and not caplog.messages
     corpus(tmp_path / "corpus.jsonl", ["One more line", *TEXTS])
     with pytest.raises(ValueError) as refused:
-        evaluate(loaded, log=lines.append)
+        evaluate(loaded)
     for words in (
         "corpus.jsonl had 54 documents",
         "and 6 (",
@@ -100,49 +107,48 @@ def test_evaluation_names_a_changed_source(loaded: Loaded, data: DataConfig, tmp
     ):
         assert words in str(refused.value)
     with pytest.raises(ValueError, match="corpus.jsonl had 54 documents"):  # the loss check of verify-export
-        text_windows(loaded, None, max_tokens=8, length=8, log=lines.append)
+        text_windows(loaded, None, max_tokens=8, length=8)
     with pytest.raises(ValueError, match="corpus.jsonl had 54 documents"):  # the run's data, with other rows
-        evaluate(loaded, data=dataclasses.replace(data, sequence_length=32), log=lines.append)
-    (allowed,) = documents_of(loaded, data, changed_data=ChangedData.ALLOW, log=lines.append)
-    assert allowed.text() == whole.text() and "had 54 documents" in lines[-1]
-    (recorded,) = documents_of(loaded, data, changed_data=ChangedData.RECORDED, log=lines.append)
+        evaluate(loaded, data=dataclasses.replace(data, sequence_length=32))
+    (allowed,) = documents_of(loaded, data, changed_data=ChangedData.ALLOW)
+    assert allowed.text() == whole.text() and "had 54 documents" in caplog.messages[-1]
+    (recorded,) = documents_of(loaded, data, changed_data=ChangedData.RECORDED)
     assert recorded.directory == whole.directory != allowed.directory
 
 
 def test_a_source_that_is_gone_is_evaluated_from_the_cache(
-    loaded: Loaded, data: DataConfig, tmp_path: Path
+    loaded: Loaded, data: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lines: list[str] = []
-    (expected,) = documents_of(loaded, data, log=lines.append)
+    (expected,) = documents_of(loaded, data)
     Path(str(data.path)).unlink()
-    (found,) = documents_of(loaded, data, log=lines.append)
+    (found,) = documents_of(loaded, data)
     assert found.directory == expected.directory
-    assert "does not exist" in lines[0] and "as it was prepared for training" in lines[0]
+    assert "does not exist" in caplog.messages[0] and "as it was prepared for training" in caplog.messages[0]
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(ValueError, match="does not exist"):
-        documents_of(loaded, data, log=lines.append)
+        documents_of(loaded, data)
     with pytest.raises(ValueError, match="does not have the text that was prepared"):
-        documents_of(loaded, data, changed_data=ChangedData.RECORDED, log=lines.append)
+        documents_of(loaded, data, changed_data=ChangedData.RECORDED)
 
 
-def test_the_run_s_text_divided_otherwise_is_said(loaded: Loaded, data: DataConfig) -> None:
-    lines: list[str] = []
-    documents_of(loaded, dataclasses.replace(data, heldout_fraction=0.05), log=lines.append)
-    assert lines == [] or all("prepared" in line for line in lines)  # held out then too
-    documents_of(loaded, dataclasses.replace(data, heldout_fraction=0.5), log=lines.append)
-    assert "some of what is evaluated here may have been trained on" in lines[-1]
+def test_the_run_s_text_divided_otherwise_is_said(
+    loaded: Loaded, data: DataConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    documents_of(loaded, dataclasses.replace(data, heldout_fraction=0.05))
+    assert not caplog.messages or all("prepared" in line for line in caplog.messages)  # held out then too
+    documents_of(loaded, dataclasses.replace(data, heldout_fraction=0.5))
+    assert "some of what is evaluated here may have been trained on" in caplog.messages[-1]
 
 
-def test_another_way_to_encode_the_same_text_is_no_change_of_it(loaded: Loaded, tmp_path: Path) -> None:
+def test_another_way_to_encode_the_same_text_is_no_change_of_it(
+    loaded: Loaded, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     data = corpus(tmp_path / "names.jsonl", [f"{i} <|eos|> {text}" for i, text in enumerate(TEXTS)])
-    lines: list[str] = []
     model = dataclasses.replace(loaded, path=write_run(tmp_path / "named", data))
-    (spelled,) = documents_of(model, data, log=lines.append)
-    (encoded,) = documents_of(
-        model, dataclasses.replace(data, special_tokens=SpecialNames.ENCODE), log=lines.append
-    )
+    (spelled,) = documents_of(model, data)
+    (encoded,) = documents_of(model, dataclasses.replace(data, special_tokens=SpecialNames.ENCODE))
     assert len(encoded) == len(spelled) and encoded.lengths.sum() < spelled.lengths.sum()
-    assert not any("trained on" in line for line in lines), "what is held out is the same"
+    assert not any("trained on" in line for line in caplog.messages), "what is held out is the same"
 
 
 def test_a_model_made_of_a_run_has_its_record(run: Path, data: DataConfig, tmp_path: Path) -> None:
@@ -156,20 +162,25 @@ def test_a_model_made_of_a_run_has_its_record(run: Path, data: DataConfig, tmp_p
     assert provenance.read_settings(model)["data"] == to_json(data)
 
 
-def test_a_run_without_a_record_says_so(loaded: Loaded, data: DataConfig) -> None:
+def test_a_run_without_a_record_says_so(
+    loaded: Loaded, data: DataConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     (loaded.path / "data.json").unlink()
-    lines: list[str] = []
-    documents_of(loaded, data, log=lines.append)
-    assert "it is not known whether its text is still what it was trained on" in lines[0] and len(lines) == 1
+    documents_of(loaded, data)
+    assert (
+        "it is not known whether its text is still what it was trained on" in caplog.messages[0]
+        and len(caplog.messages) == 1
+    )
 
 
-def test_settings_of_unknown_classes_do_not_stop_another_evaluation(loaded: Loaded, data: DataConfig) -> None:
+def test_settings_of_unknown_classes_do_not_stop_another_evaluation(
+    loaded: Loaded, data: DataConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     settings = to_json(dataclasses.replace(data, path=None))
     settings["sources"][0]["source"]["type"] = "SourceOfTheUser"
     (loaded.path / "config.json").write_text(json.dumps({"data": settings}))
-    lines: list[str] = []
-    assert documents_of(loaded, data, log=lines.append)
-    assert "its settings cannot be read" in lines[-1] and "SourceOfTheUser" in lines[-1]
+    assert documents_of(loaded, data)
+    assert "its settings cannot be read" in caplog.messages[-1] and "SourceOfTheUser" in caplog.messages[-1]
 
 
 # Records ----------------------------------------------------------------------------------------------------
@@ -286,7 +297,7 @@ def test_a_new_run_names_models_that_were_trained_on_what_it_holds_out(
     asked = Experiment(
         model=CONFIG, data=data, init=FromModel(path=str(first)), objective=ObjectiveConfig(distill=distill)
     )
-    session._warn_of_overlap(asked, prepare(data, ByteTokenizer(), log=lambda _: None))
+    session._warn_of_overlap(asked, prepare(data, ByteTokenizer()))
     assert [str(tmp_path / name) in caplog.text for name in fractions] == [True, True, False]
 
 

@@ -71,7 +71,7 @@ def shards_of(
 ) -> TokenShards:
     (path / "data.jsonl").write_text("\n".join(json.dumps(record) for record in records))
     data = DataConfig(path=str(path / "data.jsonl"), cache_dir=str(path / "cache"), heldout_fraction=0.0)
-    return prepare(dataclasses.replace(data, **changes), tokenizer, log=lambda line: None).train[0][0]
+    return prepare(dataclasses.replace(data, **changes), tokenizer).train[0][0]
 
 
 @pytest.mark.parametrize("kind", ["llama", "always", "first"])

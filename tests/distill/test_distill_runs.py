@@ -241,7 +241,7 @@ def set_up(experiment: Experiment) -> tuple[session.Setup, Any]:
     """What is fixed before the first step, and the first state."""
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
-        setup = session.set_up(experiment, tokenizer=experiment.tokenizer, mesh=mesh, report=lambda _: None)
+        setup = session.set_up(experiment, tokenizer=experiment.tokenizer, mesh=mesh)
         return session.with_teachers(setup), fresh_state(setup)
 
 

@@ -496,9 +496,7 @@ def losses(result: slmjax.Result) -> dict[int, float]:
 def first_state(experiment: slmjax.Experiment) -> Any:
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
-        return fresh_state(
-            session.set_up(experiment, tokenizer=experiment.tokenizer, mesh=mesh, report=print)
-        )
+        return fresh_state(session.set_up(experiment, tokenizer=experiment.tokenizer, mesh=mesh))
 
 
 def test_runs(tmp_path: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,7 +179,7 @@ def uniform_run(tmp_path: Path) -> Loaded:
 
 
 def test_evaluate_reads_the_run(uniform_run: Loaded) -> None:
-    result = evaluate(uniform_run, log=lambda line: None)
+    result = evaluate(uniform_run)
     num_bytes = 3 * 36  # three of thirty lines; "ï" has two bytes
     assert (result.tokens, result.bytes, result.documents) == (num_bytes + 1, num_bytes, 1)
     assert result.bits_per_byte == pytest.approx(math.log2(258) * (num_bytes + 1) / num_bytes, rel=1e-6)
@@ -191,7 +191,7 @@ def test_evaluate_on_other_text(uniform_run: Loaded, tmp_path: Path) -> None:
         (tmp_path / "other").mkdir(exist_ok=True)
         (tmp_path / "other" / name).write_text("word " * 10)
     data = DataConfig(path=str(tmp_path / "other"), heldout_fraction=0.0, sequence_length=1000, batch_size=4)
-    result = evaluate(uniform_run, data=data, max_documents=1, overlap=5, batch_size=2, log=lambda line: None)
+    result = evaluate(uniform_run, data=data, max_documents=1, overlap=5, batch_size=2)
     assert (result.tokens, result.bytes, result.documents) == (51, 50, 1)
     assert (result.sequence_length, result.overlap) == (32, 5)  # no longer than the model's context
     (uniform_run.path / "config.json").write_text(json.dumps({"data": to_json(data)}))
@@ -251,7 +251,7 @@ def nll_by_place(run: Loaded, prompts: list[str]) -> np.ndarray:
 def test_evaluation_scores_the_completions_as_training_does(random_run: Loaded, tmp_path: Path) -> None:
     data, prompts = pairs_in(tmp_path)
     nll = nll_by_place(random_run, prompts)
-    found = evaluate(random_run, data=data, log=lambda line: None)
+    found = evaluate(random_run, data=data)
     assert found.loss == pytest.approx(nll[:, 40:].mean(), rel=1e-5)  # y, e, s and EOS
     assert found.bits_per_byte == pytest.approx(nll[:, 40:].sum() / math.log(2) / (200 * 3), rel=1e-5)
     assert (found.tokens, found.total_tokens, found.bytes, found.is_all) == (
@@ -262,7 +262,7 @@ def test_evaluation_scores_the_completions_as_training_does(random_run: Loaded, 
     )
     assert found.text().endswith("on 800 of 8,800 tokens, the completions")
     assert found.measured_on("held-out text") == "the completions of held-out text"
-    everything = evaluate(random_run, data=data, score=ScoredText.ALL, log=lambda line: None)
+    everything = evaluate(random_run, data=data, score=ScoredText.ALL)
     assert (
         everything.loss == pytest.approx(nll.mean(), rel=1e-5)
         and abs(everything.loss / found.loss - 1) > 0.005
@@ -285,7 +285,7 @@ def test_calibration_and_teachers_are_of_the_scored_tokens(random_run: Loaded, t
     agree.
     """
     data, prompts = pairs_in(tmp_path)
-    prepared = documents_of(random_run, data, log=lambda line: None)
+    prepared = documents_of(random_run, data)
     batches = evaluation_batches(prepared, sequence_length=64, batch_size=8, overlap=0, max_documents=8)
     (batch, *_) = batches
     output = random_run.model(
@@ -313,10 +313,10 @@ def test_calibration_and_teachers_are_of_the_scored_tokens(random_run: Loaded, t
 
 def test_the_loss_of_an_exported_file_is_of_the_same_tokens(random_run: Loaded, tmp_path: Path) -> None:
     data, _ = pairs_in(tmp_path)
-    windows = text_windows(random_run, data, max_tokens=6, length=64, log=lambda line: None)
+    windows = text_windows(random_run, data, max_tokens=6, length=64)
     texts = [random_run.tokenizer.decode(window.tokens[1:][window.scored].tolist()) for window in windows]
     assert texts == ["yes", "ye"] and [int(window.scored.sum()) for window in windows] == [4, 2]
-    short = text_windows(random_run, data, max_tokens=4, length=8, log=lambda line: None)
+    short = text_windows(random_run, data, max_tokens=4, length=8)
     assert [(len(window.tokens), window.scored.tolist()) for window in short] == [
         (9, [False] * 4 + [True] * 4)
     ]
@@ -328,9 +328,7 @@ def test_the_trainers_evaluation_scores_the_completions(tmp_path: Path) -> None:
     experiment = Experiment(
         model=dataclasses.replace(DEFINITION.config, context_length=64), data=data, tokenizer=ByteTokenizer()
     )
-    setup = set_up(
-        experiment, tokenizer=ByteTokenizer(), mesh=make_mesh(MeshConfig(), jax.devices()[:1]), report=str
-    )
+    setup = set_up(experiment, tokenizer=ByteTokenizer(), mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
     batches = setup.heldout(None)
     assert (
         batches is not None

@@ -383,9 +383,7 @@ def test_starting_from_a_model(finished, workplace, tmp_path):
     )
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
-        state = fresh_state(
-            session.set_up(experiment, tokenizer=experiment.tokenizer, mesh=mesh, report=print)
-        )
+        state = fresh_state(session.set_up(experiment, tokenizer=experiment.tokenizer, mesh=mesh))
     loaded = slmjax.load_model(result.run_dir)
     assert int(state.step) == 0 and loaded.step == 6 and state.trainable.keys() == loaded.params.keys()
     for path, value in loaded.params.items():

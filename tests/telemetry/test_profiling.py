@@ -61,7 +61,7 @@ def test_the_steps_after_the_first_two_are_traced(experiment: Experiment) -> Non
 
 def test_fewer_steps_than_asked_for_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def turns(num_steps: int, last_step: int) -> list[int]:
-        profile = Profile(tmp_path, first_step=10, last_step=last_step, num_steps=num_steps, report=print)
+        profile = Profile(tmp_path, first_step=10, last_step=last_step, num_steps=num_steps)
         return [step for step in range(11, last_step + 1) if profile.turns_after(step)]
 
     assert turns(4, 16) == [12, 16] and not caplog.messages
@@ -90,7 +90,7 @@ def test_a_trace_that_fails_leaves_the_run(tmp_path: Path, caplog: pytest.LogCap
     """Another trace is being taken, as of the program that this run is a part of."""
     with (
         jax.profiler.trace(tmp_path / "other"),
-        Profile(tmp_path, first_step=0, last_step=9, num_steps=2, report=print) as profile,
+        Profile(tmp_path, first_step=0, last_step=9, num_steps=2) as profile,
     ):
         profile.turn()
         with profile.annotated(3):

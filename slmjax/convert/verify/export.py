@@ -17,7 +17,6 @@ Dims: T tokens of a window, V vocabulary, R rows of inputs, I inputs of a matrix
 """
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 from slmjax.checkpoints import loading
@@ -97,7 +96,6 @@ def verify_export(
     window: int = DEFAULT_WINDOW,
     step: int | None = None,
     changed_data: ChangedData = ChangedData.REFUSE,
-    log: Callable[[str], None] = print,
 ) -> Verification:
     """Compares a GGUF file with the model that it was made of, in llama.cpp.
 
@@ -110,7 +108,6 @@ def verify_export(
       window: tokens that are scored in one go, each seeing those before it.
       step: of a run, the checkpoint; None for the newest.
       changed_data: what to do where the run's text has changed since training.
-      log: called with what the preparation of data reports.
 
     Raises:
       ValueError: one of the two cannot be read, the run's text has changed, or there is no text or no engine.
@@ -121,9 +118,7 @@ def verify_export(
     own = open_local_model(run, step=step)
     content = read_gguf(file)
     loaded = loading.load_model(run, step=own.step)
-    windows = text_windows(
-        loaded, data, max_tokens=max_tokens, length=window, changed_data=changed_data, log=log
-    )
+    windows = text_windows(loaded, data, max_tokens=max_tokens, length=window, changed_data=changed_data)
     wanted = canonical(own.config)
     family, found = described(file, content)
     bound = bind(family.table_of(wanted), wanted)

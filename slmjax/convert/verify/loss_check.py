@@ -8,7 +8,7 @@ Dims: W windows, T tokens of a window, V vocabulary.
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -170,7 +170,6 @@ def text_windows(
     max_tokens: int,
     length: int,
     changed_data: ChangedData = ChangedData.REFUSE,
-    log: Callable[[str], None],
 ) -> list[Window]:
     """The first held-out documents, cut into windows, with `max_tokens` scored tokens in all; the first of a
     document is not scored.
@@ -184,7 +183,7 @@ def text_windows(
     text = scored_text(loaded)
     found: list[Window] = []
     left = max_tokens
-    for shards in documents_of(loaded, data_or_own(loaded, data), changed_data=changed_data, log=log):
+    for shards in documents_of(loaded, data_or_own(loaded, data), changed_data=changed_data):
         for window in _windows(shards, length=length, text=text):
             places = np.flatnonzero(window.scored)[:left]
             stop = int(places[-1]) + 1 if len(places) == left else len(window.scored)

@@ -43,7 +43,7 @@ def made(directory: Path, config: ModelConfig, *pairs: tuple[str, str], **option
 
 def verified(model: Path, file: Path, text: str, *, max_tokens: int = 96) -> Verification:
     data = DataConfig(path=text, heldout_fraction=0.0)
-    return verify_export(model, file, data=data, max_tokens=max_tokens, window=24, log=lambda _: None)
+    return verify_export(model, file, data=data, max_tokens=max_tokens, window=24)
 
 
 @pytest.mark.parametrize(

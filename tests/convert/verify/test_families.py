@@ -62,9 +62,7 @@ def test_a_family_in_blocks(case: str, tmp_path: Path) -> None:
     written = export_model(tmp_path / "model", tmp_path / "model.gguf", to=Target.GGUF)
     (tmp_path / "text.txt").write_text(TEXT)
     data = DataConfig(path=str(tmp_path / "text.txt"), heldout_fraction=0.0)
-    found = verify_export(
-        tmp_path / "model", written.path, data=data, max_tokens=48, window=24, log=lambda _: None
-    )
+    found = verify_export(tmp_path / "model", written.path, data=data, max_tokens=48, window=24)
     assert found.bytes_hold, [one for one in found.tensors if not one.holds]
     assert {one.type for one in found.tensors} == {"Q4_0", "Q8_0", "F32"}
     assert found.products_hold, [one for one in found.products if not one.holds]

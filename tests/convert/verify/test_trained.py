@@ -61,7 +61,7 @@ def test_what_was_trained_is_what_the_engine_computes(run: Path, tmp_path: Path)
     assert tensors["token_embd.weight"].shape == (258, 64), "padding is left out, of codes too"
     numbers, encoded = load_with_codes(run)[1]["layers/0/ffn/up/weight"]
     assert numbers.spec == preset("int2_g32") and set(np.unique(encoded.codes)) <= {-1, 0, 1}
-    found = verify_export(run, tmp_path / "run.gguf", max_tokens=96, window=24, log=lambda _: None)
+    found = verify_export(run, tmp_path / "run.gguf", max_tokens=96, window=24)
     assert found.holds and found.step == 6 and found.loss is not None
     assert found.loss.as_trained == pytest.approx(found.loss.ours, rel=1e-5), (
         "it is trained with inputs as llama.cpp rounds them"
@@ -73,7 +73,7 @@ def test_the_ordinary_way_loses_the_codes(run: Path, tmp_path: Path) -> None:
     """Decoded and rounded again on another grid, the 2-bit layer is another model, and is found to be."""
     quantize_model(run, tmp_path / "again", rules=_w4a8())
     export_model(tmp_path / "again", tmp_path / "again.gguf", to=Target.GGUF)
-    found = verify_export(run, tmp_path / "again.gguf", max_tokens=24, window=24, log=lambda _: None)
+    found = verify_export(run, tmp_path / "again.gguf", max_tokens=24, window=24)
     assert not found.bytes_hold and not found.holds
     assert [one.name for one in found.tensors if not one.holds] == [
         f"blk.0.ffn_{name}.weight" for name in ("gate", "up", "down")

@@ -1,0 +1,70 @@
+"""The messages of slmjax's modules: from `logging` to the terminal and to the log of a run.
+
+    log = logging.getLogger(__name__)                       # in every module
+    log.info("prepared %s", name)
+    with MessageHandler(progress.print) as messages:        # in a program: shows each message as a line
+        ...
+        messages.write_to(run_log)                          # and keeps it in log.jsonl
+
+A program enters one handler: a training run one that prints above its progress bar, every other command
+one that prints to standard error. Without a handler Python shows warnings alone.
+"""
+
+import logging
+from collections.abc import Callable
+
+from slmjax.telemetry.run_directory import RunLog
+
+
+class MessageHandler(logging.Handler):
+    """Shows what slmjax's modules log, from INFO, while it is entered; an inner handler replaces an outer one."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        """Create a handler.
+
+        Args:
+          show: prints a line.
+        """
+        super().__init__(logging.INFO)
+        self._show = show
+        self._logger = logging.getLogger("slmjax")
+        self._run_log: RunLog | None = None
+        self._early: list[logging.LogRecord] = []
+
+    def write_to(self, run_log: RunLog) -> None:
+        """Write messages to the log of a run from now on, beginning with the earlier ones."""
+        self._run_log = run_log
+        for record in self._early:
+            _write(record, run_log)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show a record, and write it to the log of the run (called by the logging module)."""
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname}: "
+        self._show(prefix + record.getMessage())
+        if self._run_log is None:
+            self._early.append(record)
+        else:
+            _write(record, self._run_log)
+
+    def __enter__(self) -> "MessageHandler":
+        self._level_before = self._logger.level
+        self._propagate_before = self._logger.propagate
+        self._replaced = [handler for handler in self._logger.handlers if isinstance(handler, MessageHandler)]
+        for handler in self._replaced:
+            self._logger.removeHandler(handler)
+        self._logger.addHandler(self)
+        self._logger.setLevel(logging.INFO)
+        # Imported libraries give the root logger handlers that would show every message a second time.
+        self._logger.propagate = False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.removeHandler(self)
+        for handler in self._replaced:
+            self._logger.addHandler(handler)
+        self._logger.propagate = self._propagate_before
+        self._logger.setLevel(self._level_before)
+
+
+def _write(record: logging.LogRecord, run_log: RunLog) -> None:
+    run_log.write("message", level=record.levelname, text=record.getMessage())
