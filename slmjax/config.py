@@ -1,11 +1,10 @@
-"""Trees of frozen dataclasses as JSON: written, read back strictly, fingerprinted. There are no settings
-here.
+"""Read, write and fingerprint trees of frozen dataclasses as JSON. There are no settings here.
 
 A config is a frozen, keyword-only dataclass whose fields hold bool, int, float, str, Path, Enum, None, other
-configs, tuples and `dict[str, X]` of these, and unions of these. It is read back by its declared types alone:
-a field of an unknown, missing or ill-typed value is a `ConfigError` that names the dotted path, and a class
-is looked up only among the imported subclasses of the declared one. No dotted import path is ever resolved,
-so a config file cannot name code to run.
+configs, tuples and `dict[str, X]` of these, and unions of these. It is read back by its declared types alone.
+An unknown field, a missing one or a value of another type raises a `ConfigError` that names the dotted path.
+A class is looked up only among the imported subclasses of the declared one: no dotted import path is ever
+resolved, so a config file cannot name code to run.
 
     text = dumps(experiment);  experiment == loads(Experiment, text)
 """
@@ -98,7 +97,7 @@ class Upgrades(typing.Protocol):
 
     @classmethod
     def downgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Return the JSON fields of the earliest version that can say the same, for the fingerprint."""
+        """Return the JSON fields of the earliest version that can express the same, for the fingerprint."""
         ...
 
 
@@ -107,41 +106,45 @@ def _upgrades(cls: type) -> type[Upgrades] | None:
 
 
 def near_names(name: str, options: Iterable[str]) -> str:
-    """A hint to append to an error: "" or " Did you mean 'x' or 'y'?"."""
+    """Return a hint to append to an error message: "" or " Did you mean 'x' or 'y'?"."""
     near = difflib.get_close_matches(str(name), [str(option) for option in options], n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(option) for option in near)}?" if near else ""
 
 
 def to_json(tree: Any) -> Any:
-    """What JSON can hold of `tree`: an Enum as its value, a tuple as a list, a Path as a str.
+    """Return a tree as values that JSON can hold: an Enum as its value, a tuple as a list, a Path as a str.
 
-    "type": ClassName is added to a dataclass where the declared type leaves the class open: it is abstract, a
-    union of dataclasses, or a base of the value's class. A dataclass at the root has it if it derives from
-    another dataclass or an ABC.
+    A dataclass has the key "type" with its class name where the declared type leaves the class open: it is
+    abstract, a union of dataclasses, or a base of the value's class. A dataclass at the root has the key if
+    it derives from another dataclass or an ABC.
 
     Raises:
-        ConfigError: a NaN, an infinity, or a value of a kind that no config holds.
+        ConfigError: a NaN, an infinity, or a value of a type that no config holds.
     """
     return _encode(tree, Any, "", is_short=False)
 
 
 def from_json(cls: type[T], data: Any) -> T:
-    """The strict inverse of `to_json`: `cls` is a dataclass, concrete or the abstract base of imported ones.
+    """Return the config that `to_json` gave these values for.
+
+    Args:
+        cls: a dataclass, concrete or the abstract base of imported ones.
+        data: the JSON values.
 
     Raises:
-        ConfigError: an unknown, missing or ill-typed field, by its dotted path and near names, or what a
-          `__post_init__` refused.
+        ConfigError: a field is unknown, missing or of another type (the message has its dotted path and near
+          names), or a `__post_init__` refused it.
     """
     return cast(T, _decode(data, cls, ""))
 
 
 def dumps(tree: Any) -> str:
-    """`to_json` as text, to be read by people and by `loads`."""
+    """Return `to_json` as indented text."""
     return json.dumps(to_json(tree), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def loads(cls: type[T], text: str) -> T:
-    """`from_json` of text, in which a key given twice or a NaN is refused too."""
+    """Return `from_json` of a text. A duplicate key and a NaN raise ConfigError, too."""
     try:
         data = json.loads(text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
@@ -152,11 +155,12 @@ def loads(cls: type[T], text: str) -> T:
 
 
 def fingerprint(tree: Any) -> str:
-    """16 hex digits of the SHA-256 of canonical JSON: equal trees agree, in any process and on any Python.
+    """Return 16 hex digits of the SHA-256 of canonical JSON, the same in any process and on any Python.
 
-    A field that was added later and has its former value is left out, so that a study goes on with members
-    trained before.
+    A field that was added later and has its former value is left out, so that a study resumes with members
+    that were trained before.
     """
+    # Former names and values, so that a rename does not make trained members look like other ones.
     short = _encode(tree, Any, "", is_short=True)
     canonical = json.dumps(short, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
@@ -166,7 +170,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise ConfigError(f"the key {key!r} is given twice in one object: remove one")
+            raise ConfigError(f"the key {key!r} appears twice in one object: remove one")
         result[key] = value
     return result
 
@@ -175,12 +179,13 @@ def _refuse_constant(name: str) -> Any:
     raise ConfigError(f"{name} is not a value that a config can hold: give a finite number")
 
 
-# What the declared types say --------------------------------------------------------------------------------
+# Declared types -----------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def _field_types(cls: type) -> dict[str, Any]:
-    """Field name -> declared type, for the fields that a caller gives; Annotated is stripped."""
+    """Return the declared type of each field of the constructor, without Annotated."""
+    # Cached: resolving type hints costs more than all the rest of reading a config.
     hints = typing.get_type_hints(cls)
     types_by_name = {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
     if "type" in types_by_name:
@@ -196,7 +201,7 @@ def _is_dataclass(hint: Any) -> bool:
 
 
 def _is_config(hint: Any) -> bool:
-    """A dataclass, or an abstract base of some that has no fields of its own."""
+    """Return whether a type is a dataclass, or an abstract base without fields of its own."""
     return _is_dataclass(hint) or (isinstance(hint, type) and _is_abstract(hint))
 
 
@@ -205,12 +210,12 @@ def _is_abstract(cls: type) -> bool:
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
-    """The members of a union; a type that is none is its own only member."""
+    """Return the members of a union; any other type is its own only member."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _is_open(hint: Any, cls: type) -> bool:
-    """Whether a value of class `cls`, declared as `hint`, must be written with its class name."""
+    """Return whether a value of class `cls`, declared as `hint`, must be written with its class name."""
     if hint is Any:
         return any(_is_config(base) for base in cls.__mro__[1:] if base is not abc.ABC)
     configs = [member for member in _members(hint) if _is_config(member)]
@@ -218,15 +223,15 @@ def _is_open(hint: Any, cls: type) -> bool:
 
 
 def _concrete_classes(hints: Iterable[Any]) -> dict[str, type]:
-    """Class name -> class, for every imported dataclass that a field declared as one of `hints` can hold."""
-    found: dict[str, type] = {}
+    """Return the imported dataclasses, by name, that a field declared as one of `hints` can hold."""
+    classes: dict[str, type] = {}
     pending = [hint for hint in hints if _is_config(hint)]
     while pending:
         cls = pending.pop(0)
         pending += cls.__subclasses__()
         if _is_abstract(cls) or not _is_dataclass(cls):
             continue
-        other = found.get(cls.__name__)
+        other = classes.get(cls.__name__)
         # An experiment file that was loaded twice defines its classes twice; the later one counts.
         if (
             other is not None
@@ -236,8 +241,8 @@ def _concrete_classes(hints: Iterable[Any]) -> dict[str, type]:
             raise ConfigError(
                 f"two classes are named {cls.__name__} ({other.__module__} and {cls.__module__}): rename one"
             )
-        found[cls.__name__] = cls
-    return found
+        classes[cls.__name__] = cls
+    return classes
 
 
 def _type_name(hint: Any) -> str:
@@ -263,10 +268,11 @@ def _join(path: str, name: str) -> str:
 
 
 def _encode(value: Any, hint: Any, path: str, *, is_short: bool) -> Any:
-    """The JSON form of a value; with `is_short`, without the added fields that have their former value."""
+    """Return a value as JSON; with `is_short`, without the added fields that have their former value."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         cls = type(value)
         declared_types = _field_types(cls)
+        # A config without the fields that were added since has the fingerprint it had then.
         if is_short:
             before = {
                 field.name: field.metadata[_BEFORE]
@@ -318,7 +324,7 @@ def _encode(value: Any, hint: Any, path: str, *, is_short: bool) -> Any:
 
 
 def _element_types(hint: Any, length: int) -> tuple[Any, ...]:
-    """The declared type of each element of a tuple of `length`, Any where none is declared."""
+    """Return the declared type of each element of a tuple of `length`, Any where none is declared."""
     args = next(
         (typing.get_args(member) for member in _members(hint) if typing.get_origin(member) in (tuple, list)),
         (),
@@ -339,10 +345,11 @@ def _decode(data: Any, hint: Any, path: str) -> Any:
     if configs and isinstance(data, dict):
         return _decode_dataclass(data, configs, path)
     others = [member for member in members if member not in configs and member is not type(None)]
-    exact = [member for member in others if type(data) is member]  # so that int | float keeps 1 an int
+    # Exact types first, so that `int | float` keeps 1 an int.
+    exact = [member for member in others if type(data) is member]
     for member in exact + others:
-        found, value = _decode_value(data, member, path)
-        if found:
+        is_match, value = _decode_value(data, member, path)
+        if is_match:
             return value
     raise ConfigError(f"{_at(path)}: {_mismatch(data, hint, others)}")
 
@@ -355,20 +362,18 @@ def _mismatch(data: Any, hint: Any, members: list[Any]) -> str:
         for item in member
     ]
     allowed = f" ({', '.join(map(repr, options))})" if options else ""
-    found = (
-        "null"
-        if data is None
-        else type(data).__name__
-        if isinstance(data, dict | list)
-        else f"{type(data).__name__} {data!r}"
-    )
-    return f"expected {_type_name(hint)}{allowed}, found {found}.{near_names(data, options) if isinstance(data, str) else ''}"
+    if data is None:
+        actual = "null"
+    elif isinstance(data, dict | list):
+        actual = type(data).__name__
+    else:
+        actual = f"{type(data).__name__} {data!r}"
+    hint_text = near_names(data, options) if isinstance(data, str) else ""
+    return f"expected {_type_name(hint)}{allowed}, found {actual}.{hint_text}"
 
 
 def _decode_value(data: Any, hint: Any, path: str) -> tuple[bool, Any]:
-    """(True, the value) if `data` has the form of `hint`, which is no union and no config; else (False,
-    None).
-    """
+    """Return (True, value) if `data` fits `hint`, no union and no config; else (False, None)."""
     origin = typing.get_origin(hint)
     if origin is tuple and isinstance(data, list):
         return _decode_tuple(data, hint, path)
@@ -411,22 +416,22 @@ def _decode_tuple(data: list[Any], hint: Any, path: str) -> tuple[bool, Any]:
 def _decode_dataclass(data: dict[str, Any], hints: list[Any], path: str) -> Any:
     cls = _chosen_class(data, hints, path)
     declared = _field_types(cls)
-    given = _with_present_names(cls, {key: item for key, item in data.items() if key != "type"}, path)
+    fields = _with_present_names(cls, {key: item for key, item in data.items() if key != "type"}, path)
     if upgrades := _upgrades(cls):
         try:
-            given = upgrades.upgraded(given)
+            fields = upgrades.upgraded(fields)
         except ValueError as error:
             raise ConfigError(f"{_at(path)}: {error}") from error
     added = {
         field.name: field.metadata[_BEFORE] for field in dataclasses.fields(cls) if _BEFORE in field.metadata
     }
-    for key in given:
+    for key in fields:
         if key not in declared:
             raise ConfigError(
                 f"{_join(path, key)}: {cls.__name__} has no field {key!r}.{near_names(key, declared)}"
             )
     for field in dataclasses.fields(cls):
-        if field.init and field.name not in given and field.name not in added:
+        if field.init and field.name not in fields and field.name not in added:
             default = (
                 ""
                 if field.default is dataclasses.MISSING
@@ -434,11 +439,12 @@ def _decode_dataclass(data: dict[str, Any], hints: list[Any], path: str) -> Any:
             )
             raise ConfigError(f"{_join(path, field.name)}: missing; {cls.__name__} needs it{default}")
     values = {
-        name: _decode(given[name], hint, _join(path, name))
+        name: _decode(fields[name], hint, _join(path, name))
         for name, hint in declared.items()
-        if name in given
+        if name in fields
     }
     values = {**added, **values}
+    # The constructor runs last: the checks of `__post_init__` see decoded values.
     try:
         return cls(**values)
     except ValueError as error:  # from __post_init__
@@ -446,7 +452,7 @@ def _decode_dataclass(data: dict[str, Any], hints: list[Any], path: str) -> Any:
 
 
 def _former_names(cls: type) -> dict[str, str]:
-    """The former name of each field that has one, by its present name."""
+    """Return the former name of each renamed field, by its present name."""
     return {
         field.name: field.metadata[_FORMER_NAME]
         for field in dataclasses.fields(cls)
@@ -455,7 +461,7 @@ def _former_names(cls: type) -> dict[str, str]:
 
 
 def _with_present_names(cls: type, fields: dict[str, Any], path: str) -> dict[str, Any]:
-    """JSON fields of any version under the names of this one."""
+    """Return JSON fields of any version under the names of this version."""
     present = {was: now for now, was in _former_names(cls).items() if was in fields and now not in fields}
     for was, now in present.items():
         log.info("%s is now called %s", _join(path, was), _join(path, now))
@@ -463,7 +469,8 @@ def _with_present_names(cls: type, fields: dict[str, Any], path: str) -> dict[st
 
 
 def _chosen_class(data: dict[str, Any], hints: list[Any], path: str) -> type:
-    """The class that "type" names among those allowed, or the only one that is declared."""
+    """Return the class that "type" names among the allowed ones, or the only declared one."""
+    # Only imported classes are candidates, so that a file cannot make the program import code.
     options = _concrete_classes(hints)
     name = data.get("type")
     if len(hints) == 1 and not _is_abstract(hints[0]) and name is None:
@@ -474,7 +481,7 @@ def _chosen_class(data: dict[str, Any], hints: list[Any], path: str) -> type:
         hint = near_names(name, options) if isinstance(name, str) else ""
         known = ", ".join(sorted(options))
         raise ConfigError(
-            f"{_join(path, 'type')}: {name!r} is none of {known}.{hint} "
+            f"{_join(path, 'type')}: {name!r} is not one of {known}.{hint} "
             "A class of your own is known once its file is named with --code FILE."
         )
     return options[name]

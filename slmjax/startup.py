@@ -1,16 +1,14 @@
-"""What has to happen in a process before jax is imported: the one place for it, called by the package and the
-command line.
+"""Process settings that must be made before jax is imported; called by the package and the command line.
 
-XLA's CPU client takes its large buffers anew at every step, and glibc by default gives each back to the
-kernel and faults it in again, page by page. `keep_memory` makes glibc keep what it once had: steps on CPU are
-spared the faults, and the process stays as large as its largest moment (`benchmarks/keep_memory.py` measures
-what it is worth).
+`keep_memory` tells glibc to keep freed memory. XLA's CPU client allocates its large buffers at every step,
+and by default glibc returns each to the kernel and faults it in again, page by page. With the setting, steps
+on CPU avoid the faults, and the process stays as large as its peak (`benchmarks/keep_memory.py` measures the
+gain).
 
-`keep_compiled` has programs that were compiled once kept on disk for the next process
-(`benchmarks/first_step.py`).
+`keep_compiled` turns on jax's compilation cache on disk (`benchmarks/first_step.py`).
 
-`without_tpu` spares machines that have libtpu for its compiler alone the complaints of its runtime;
-`compile_for_tpu` is for programs that compile for TPUs which are not there.
+`without_tpu` silences the runtime of libtpu on machines that have libtpu for its compiler alone;
+`compile_for_tpu` is for programs that compile for TPUs which are not present.
 """
 
 import ctypes
@@ -27,38 +25,42 @@ _M_TOP_PAD = -2
 _M_MMAP_MAX = -4
 _M_ARENA_MAX = -8
 
-CACHED_BYTES = 4 * 2**30  # of compiled programs: the least recently used go first
+CACHED_BYTES = 4 * 2**30  # size of the compilation cache; the least recently used programs are deleted
 
 
 def keep_memory() -> bool:
-    """Tells glibc to keep freed memory; True if it did. Elsewhere (macOS, musl) nothing happens."""
+    """Tell glibc to keep freed memory; return True if it does. No effect elsewhere (macOS, musl)."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         return False
+    # No mmap for large buffers, no trimming of the heap, growth in large pieces, one arena for all threads.
     settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 256 * 2**20, _M_ARENA_MAX: 1}
     return all(mallopt(name, value) for name, value in settings.items())
 
 
 def cache_directory() -> Path:
-    """Where prepared data and compiled programs are kept: $SLMJAX_CACHE, else ~/.cache/slmjax."""
+    """Return the directory of prepared data and compiled programs: $SLMJAX_CACHE, else ~/.cache/slmjax."""
     return Path(os.environ.get("SLMJAX_CACHE") or "~/.cache/slmjax").expanduser()
 
 
 def keep_compiled() -> None:
-    """Has jax keep what it compiles, unless the environment says where already (empty: nowhere). A machine's
-    name is part of
-    the place: programs are compiled for its processor, and a home directory may be shared."""
+    """Turn on jax's compilation cache, unless JAX_COMPILATION_CACHE_DIR is set (empty: off).
+
+    The directory has the name of the machine: programs are compiled for its processor, and several machines
+    may share a home directory.
+    """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
         cache_directory() / "compiled" / (platform.node() or "machine")
     )
-    if importlib.util.find_spec("filelock") is not None:  # which jax needs to keep to a size
+    # jax needs filelock to limit the size of its cache, and fails without it.
+    if importlib.util.find_spec("filelock") is not None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(CACHED_BYTES))
 
 
-# libtpu asks its surroundings what slice of a pod it is on, and says on standard error that nothing answered.
-# These are the answers it looks for first; no topology that is compiled for depends on them.
+# libtpu queries a metadata server for its slice of a pod and complains on standard error when there is none.
+# These variables are read first. No topology to compile for depends on them.
 _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -67,25 +69,22 @@ _NO_TPU = {
 
 
 def without_tpu() -> None:
-    """Where libtpu is installed and no TPU is there, keeps it from looking for one; what the environment says
-    already stays.
-    """
+    """Keep libtpu from looking for a TPU where there is none; variables that are already set stay."""
     if _is_installed("libtpu") and not _has_tpu():
         for name, value in _NO_TPU.items():
             os.environ.setdefault(name, value)
 
 
 def compile_for_tpu() -> None:
-    """For a program that compiles for TPUs which need not be there, before it imports jax: it runs on the
-    CPU, and several may at once.
+    """Prepare a program, before it imports jax, to compile for TPUs that need not be present.
 
+    It runs on the CPU, and several such programs may run at a time.
     `jax.experimental.topologies.get_topology_desc("v5e:2x2", "tpu")` then gives the devices to compile for.
     """
     without_tpu()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault(
-        "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
-    )  # else libtpu lets one process in, as if it had the TPU to itself
+    # By default libtpu admits one process, as if it had the TPU to itself.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
 def _has_tpu() -> bool:
@@ -95,5 +94,5 @@ def _has_tpu() -> bool:
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # what a finder may also say
+    except ModuleNotFoundError:  # some import finders raise it instead of returning None
         return False
