@@ -33,7 +33,6 @@ LONGEST_FILE = 600
 LONGEST_FUNCTION = 59
 LONG_FOR_NOW = {
     "runner.trainer.train",
-    "telemetry.report.charts.run_charts",
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

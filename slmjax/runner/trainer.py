@@ -389,7 +389,7 @@ class Loop:
             **values,
             **self.setup.flips.count(state.trainable, self.step),
         )
-        self.progress.update(self.step, loss=values["loss"], figures=figures)
+        self.progress.update(self.step, loss=values["loss"], metrics=figures)
         if undone := int(values["skipped"]) - self._skipped:
             log.warning(
                 (

@@ -17,7 +17,7 @@ from slmjax.telemetry.run_directory import RunLog
 
 
 class MessageHandler(logging.Handler):
-    """Shows what slmjax's modules log, from INFO, while it is entered; an inner handler replaces an outer one."""
+    """Shows what slmjax's modules log, from INFO, while entered; an inner handler replaces an outer one."""
 
     def __init__(self, show: Callable[[str], None]) -> None:
         """Create a handler.

@@ -1,9 +1,10 @@
-"""What a run's steps come to between two lines of its log: pace, utilisation, waiting, bits per byte.
+"""Metrics of training between two lines of the log: tokens per second, utilisation, waiting, bits per byte.
 
     meter = Meter(flops_per_token=flops, peak_flops=peak, tokens=0, waiting=0.0)
-    figures = meter.measure(tokens=5120, waiting=0.1, nll=1.7e4, num_bytes=9e3)
+    metrics = meter.measure(tokens=5120, waiting=0.1, nll=1.7e4, num_bytes=9e3)
 
-`tokens` and `waiting` are totals so far; what is measured is what was added since the last line.
+`tokens` and `waiting` are totals since the session began; the metrics are of what was added since the last
+line.
 """
 
 import dataclasses
@@ -14,18 +15,16 @@ from collections.abc import Callable
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Throughput:
-    """What was measured since the last line."""
+    """Metrics since the last line of the log."""
 
-    bits_per_byte: float  # of the step itself; NaN where its scored tokens stand for no text
-    tokens_per_second: float  # fed, padding left out; NaN where there is nothing to measure by yet
-    mfu: float | None  # model FLOPs utilisation, 0 to 1; None where the device's peak is not known
-    data_wait_share: float  # of the time, spent waiting for data
+    bits_per_byte: float  # of the last step; NaN if none of its scored tokens is text
+    tokens_per_second: float  # without padding; NaN before the first full interval
+    mfu: float | None  # model FLOPs utilisation, 0 to 1; None if the peak of the device is unknown
+    data_wait_share: float  # fraction of the time that was spent waiting for data
 
 
 class Meter:
-    """Seconds and tokens of training: compilation, evaluation and saving are left out by those who do it
-    (`leave_out`).
-    """
+    """Counts seconds and tokens of training, without compilation, evaluation and saving (see `leave_out`)."""
 
     def __init__(
         self,
@@ -41,21 +40,21 @@ class Meter:
         self._clock = clock
         self.tokens = 0
         self.seconds = 0.0
-        self.waited = 0.0  # of all that was measured
+        self.waited = 0.0  # seconds, over the session
         self.restart(tokens=tokens, waiting=waiting)
 
     def restart(self, *, tokens: int, waiting: float) -> None:
-        """What went before says nothing about the pace."""
+        """Begin a new interval, since the time before does not show the pace of training."""
         self._since = self._clock()
         self._tokens_then = tokens
         self._waiting_then = waiting
 
     def leave_out(self, seconds: float) -> None:
-        """Seconds since the last line that were spent on something else."""
+        """Leave out seconds of this interval that were spent on something else."""
         self._since += seconds
 
     def measure(self, *, tokens: int, waiting: float, nll: float, num_bytes: float) -> Throughput:
-        """Figures since the last line; `nll` (nats) and `num_bytes` are those of the step itself."""
+        """Return the metrics since the last line; `nll` (nats) and `num_bytes` are those of the last step."""
         now = self._clock()
         seconds = max(now - self._since, 1e-9)
         added = tokens - self._tokens_then
@@ -66,6 +65,7 @@ class Meter:
         self._since = now
         self._tokens_then = tokens
         self._waiting_then = waiting
+        # The first interval of a session adds no tokens: its step compiles, and says nothing about the pace.
         rate = added / seconds if added > 0 else math.nan
         return Throughput(
             bits_per_byte=nll / math.log(2) / num_bytes if num_bytes > 0 else math.nan,
@@ -76,10 +76,10 @@ class Meter:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all that was measured; 0 if nothing was."""
+        """Tokens per second of training over the session; 0 if nothing was measured."""
         return self.tokens / max(self.seconds, 1e-9)
 
     @property
     def data_wait_share(self) -> float:
-        """Over all that was measured."""
+        """Fraction of the training time that was spent waiting for data, over the session."""
         return self.waited / max(self.seconds, 1e-9)

@@ -1,4 +1,4 @@
-"""A profiler trace of a few steps of a run: what the devices and the host did, and when.
+"""A profiler trace of a few steps of a run, on the devices and on the host.
 
 with Profile(directory, first_step=0, last_step=1000, num_steps=5) as profile:
     for step in range(1, 1001):
@@ -6,7 +6,7 @@ with Profile(directory, first_step=0, last_step=1000, num_steps=5) as profile:
             ...                             # the step
         if profile.turns_after(step):
             ...                             # wait for the devices
-            profile.turn()                  # begins after the second step, ends `num_steps` later
+            profile.turn()                  # starts after the second step, stops `num_steps` later
 """
 
 import contextlib
@@ -20,15 +20,14 @@ import jax
 
 log = logging.getLogger(__name__)
 
-# steps of a session before the trace: the first compiles, the second may still wait for what it set going
+# Steps of a session before the trace: the first compiles, the second may wait for work of the first.
 LEFT_OUT = 2
 
 
 class Profile:
-    """The trace of steps `first_step` + 3 and on, `num_steps` of them or as many as there are; none where
-    `num_steps` is None.
+    """Traces up to `num_steps` steps from step `first_step` + 3 on; none if `num_steps` is None.
 
-    Each process writes into a directory of its own. To leave the context ends a trace that is going on.
+    Each process writes into its own directory. Leaving the context stops a running trace.
     """
 
     def __init__(
@@ -47,22 +46,22 @@ class Profile:
         if num_steps is not None and last_step - self._begin < num_steps:
             left = max(last_step - self._begin, 0)
             log.warning(
-                "profile: of the %d steps asked for %d can be traced: the first %d are left out",
-                num_steps,
+                "profile: only %d of %d steps can be traced, the first %d of a session are left out",
                 left,
+                num_steps,
                 LEFT_OUT,
             )
 
     def turns_after(self, step: int) -> bool:
-        """Whether the trace begins or ends once this step is done."""
+        """Return whether the trace starts or stops after this step."""
         return self._begin < self._end and step in (self._begin, self._end)
 
     def turn(self) -> None:
-        """Begins or ends the trace; the devices must have done all steps so far."""
+        """Start or stop the trace. The devices must have finished all steps so far."""
         self._stop() if self.is_running else self._start()
 
     def annotated(self, step: int) -> contextlib.AbstractContextManager[Any]:
-        """What a step runs in, so that a viewer shows its number."""
+        """Return the context of a step, which gives the trace its number."""
         if not self.is_running:
             return contextlib.nullcontext()
         self._last = step
@@ -70,28 +69,28 @@ class Profile:
 
     def _start(self) -> None:
         options = jax.profiler.ProfileOptions()
-        # each call of a Python function would slow down the host that is to be watched
+        # Tracing every Python call would slow down the host whose time is measured.
         options.python_tracer_level = 0
         options.session_id = f"from-step-{self._begin + 1}"
-        with self._no_reason_to_fail():
+        with self._tolerating_errors():
             jax.profiler.start_trace(self._directory, create_perfetto_trace=True, profiler_options=options)
             self.is_running = True
 
     def _stop(self) -> None:
         self.is_running = False
-        with self._no_reason_to_fail():
+        with self._tolerating_errors():
             jax.profiler.stop_trace()
             log.info("profile of steps %d to %d in %s", self._begin + 1, self._last, self._directory)
             log.info(
-                "to look at it: `xprof --port 8791 %s` (pip install xprof), or open "
+                "to view it: `xprof --port 8791 %s` (pip install xprof), or open "
                 "%s/plugins/profile/*/perfetto_trace.json.gz in Perfetto (ui.perfetto.dev)",
                 self._directory,
                 self._directory,
             )
 
     @contextlib.contextmanager
-    def _no_reason_to_fail(self) -> Iterator[None]:
-        """A full disk, or another profiler at work, takes the trace and leaves the run."""
+    def _tolerating_errors(self) -> Iterator[None]:
+        """Warn about an error instead of raising it: a failed trace must not end the run."""
         try:
             yield
         except Exception as error:

@@ -1,8 +1,8 @@
-"""What a run shows while it runs: a live bar on a terminal, plain lines in a file or a pipe.
+"""The display of a run in progress: a live bar on a terminal, plain lines in a file or a pipe.
 
 with Progress(num_steps=2000) as progress:
-    progress.advance(9)                                                              # every step: moves the
-    bar progress.update(10, loss=3.2, figures=meter.measure(...))                         # every log interval
+    progress.advance(9)                                     # every step: moves the bar
+    progress.update(10, loss=3.2, metrics=meter.measure(...))   # every log interval
     progress.print("checkpoint saved at step 10")
 """
 
@@ -23,7 +23,7 @@ BAR_WIDTH = 16
 class Progress:
     """Shows the steps of a run up to `num_steps`; only process 0 prints.
 
-    A live bar is drawn where `console` (standard output unless given) is a terminal; else each update is one
+    If `console` (standard output by default) is a terminal, a live bar is drawn, else each update is one
     line.
     """
 
@@ -50,36 +50,35 @@ class Progress:
         self._bar = bar if self._console.is_terminal and not self._is_silent else None
 
     def advance(self, step: int) -> None:
-        """Moves the bar to `step`; costs nothing and says nothing without a terminal."""
+        """Move the bar to `step`. Without a terminal this does nothing."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
-    def update(self, step: int, *, loss: float, figures: Throughput) -> None:
-        """Shows the figures of `step` and the time that is left at the mean pace since the first update.
+    def update(self, step: int, *, loss: float, metrics: Throughput) -> None:
+        """Show the metrics of `step`, and the time left at the mean pace since the first update.
 
-        Where the terminal is too narrow for all of them, the last go first; the time that is left stays.
+        If the terminal is too narrow, metrics are dropped from the last to the first; the time left stays.
         """
-        shown = [f"loss {loss:.4f}", f"{figures.bits_per_byte:.3f} bits/byte"]
-        if not math.isnan(
-            figures.tokens_per_second
-        ):  # the first step of a session compiles: it says nothing about the pace
-            shown += [f"{figures.tokens_per_second:,.0f} tokens/s"]
-            shown += [] if figures.mfu is None else [f"MFU {figures.mfu:.0%}"]
-            shown += [f"data wait {figures.data_wait_share:.0%}"]
+        parts = [f"loss {loss:.4f}", f"{metrics.bits_per_byte:.3f} bits/byte"]
+        # The first step of a session compiles, so its pace is unknown.
+        if not math.isnan(metrics.tokens_per_second):
+            parts += [f"{metrics.tokens_per_second:,.0f} tokens/s"]
+            parts += [] if metrics.mfu is None else [f"MFU {metrics.mfu:.0%}"]
+            parts += [f"data wait {metrics.data_wait_share:.0%}"]
         eta = f"{self._time_left(step)} left"
         if self._bar is not None:
-            # the count, and spaces between
-            room = self._console.width - BAR_WIDTH - 2 * len(str(self._num_steps)) - 3
-            while len(shown) > 1 and len("  ".join([*shown, eta])) > room:
-                shown.pop()
-            self._bar.update(self._task, completed=step, description="  ".join([*shown, eta]))
+            # Without the bar, the count of steps, and the spaces between columns.
+            width = self._console.width - BAR_WIDTH - 2 * len(str(self._num_steps)) - 3
+            while len(parts) > 1 and len("  ".join([*parts, eta])) > width:
+                parts.pop()
+            self._bar.update(self._task, completed=step, description="  ".join([*parts, eta]))
         else:
             self.print(
-                f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {'  '.join([*shown, eta])}"
+                f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {'  '.join([*parts, eta])}"
             )
 
     def print(self, text: str) -> None:
-        """Prints a line, above the bar where there is one."""
+        """Print a line, above the bar if there is one."""
         if self._is_silent:
             return
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -88,7 +87,7 @@ class Progress:
     def _time_left(self, step: int) -> str:
         now = self._clock()
         if self._first_update is None or step <= self._first_update[0]:
-            # Compilation comes before the first update and says nothing about the pace.
+            # The time before the first update is compilation, which does not show the pace.
             self._first_update = (step, now)
             return "0s" if step >= self._num_steps else "?"
         first_step, first_time = self._first_update
@@ -107,7 +106,7 @@ class Progress:
 
 
 def format_seconds(seconds: float) -> str:
-    """Two units at the most, for people: 42s, 3m05s, 2h07m, 3d04h."""
+    """Return a duration in at most two units, for people: 42s, 3m05s, 2h07m, 3d04h."""
     total = max(round(seconds), 0)
     minutes = total // 60
     hours = total // 3600

@@ -1,4 +1,4 @@
-"""The run directory: what a run writes beside its weights, and where its seconds went.
+"""The run directory: the files of a run besides its weights, and the seconds it spent on each activity.
 
     run = RunDirectory.create_in(Path("runs"), name="nano", fingerprint=fingerprint(experiment))
     run.write_json("environment.json", environment())
@@ -10,8 +10,8 @@
     run.write_json("result.json", {"seconds": ledger.seconds()})
 
 Files of a run: config.json, model.json, data.json, environment.json, experiment.py (of a run from a file),
-log.jsonl (log-{i}.jsonl of process i > 0), tokenizer/, checkpoints/, result.json, profile/ where steps were
-traced. A run has one process per host. jax is imported where it is asked about devices, no sooner.
+log.jsonl (log-{i}.jsonl of process i > 0), tokenizer/, checkpoints/, result.json, and profile/ if steps were
+traced. jax is imported only where devices are queried.
 """
 
 import contextlib
@@ -40,16 +40,14 @@ from slmjax.config import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class RunDirectory:
-    """A run directory that exists. Process 0 creates it; another process is given its path."""
+    """An existing run directory. Process 0 creates it, and other processes receive its path."""
 
     path: Path
     process_index: int = 0
 
     @classmethod
     def create_in(cls, root: Path, *, name: str, fingerprint: str) -> "RunDirectory":
-        """Makes a new directory in `root`, named for the experiment, the time and the fingerprint of its
-        config.
-        """
+        """Create a directory in `root`, named after the experiment, the time and the config's fingerprint."""
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
         base = f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}-{fingerprint[:6]}"
         if root.is_file():
@@ -67,21 +65,21 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints are kept."""
+        """The directory of checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def tokenizer(self) -> Path:
-        """Where the tokenizer is kept."""
+        """The directory of the tokenizer."""
         return self.path / "tokenizer"
 
     @property
     def log_path(self) -> Path:
-        """The log of this process."""
+        """The log file of this process."""
         return self.path / ("log.jsonl" if self.process_index == 0 else f"log-{self.process_index}.jsonl")
 
     def open_log(self) -> "RunLog":
-        """The log of this process, to be added to."""
+        """Open the log of this process for appending."""
         return RunLog(self.log_path)
 
     def write_json(self, name: str, value: Any) -> Path:
@@ -95,7 +93,7 @@ def write_json(path: Path, value: Any) -> Path:
 
 
 def plain(value: Any) -> Any:
-    """What strict JSON can hold of `value`; scalars of numpy and jax become Python's."""
+    """Return a value as strict JSON can hold it; scalars of numpy and jax become Python's."""
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, Mapping):
@@ -108,6 +106,7 @@ def plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, numbers.Integral):
         return int(value)
+    # Strict JSON has no NaN or infinity, and other programs refuse files that have them.
     number = float(value)
     return number if math.isfinite(number) else str(number)
 
@@ -116,22 +115,20 @@ def plain(value: Any) -> Any:
 
 
 class RunLog:
-    """An append-only file of one JSON object per line, flushed line by line: a kill loses at most the line
-    being written.
-    """
+    """An append-only file of one JSON object per line, flushed after each: a kill loses at most one line."""
 
     def __init__(self, path: Path) -> None:
         _cut_torn_line(path)
         self._stream = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, **values: Any) -> None:
-        """Adds a record: its kind ("train", "eval", ...), the time in seconds since 1970, and `values`."""
+        """Append a record: its kind ("train", "eval", ...), the seconds since 1970, and `values`."""
         record = {"kind": kind, "time": round(time.time(), 3), **values}
         self._stream.write(json.dumps(plain(record), allow_nan=False) + "\n")
         self._stream.flush()
 
     def close(self) -> None:
-        """Closes the file; nothing is pending."""
+        """Close the file; nothing is pending."""
         self._stream.close()
 
     def __enter__(self) -> "RunLog":
@@ -144,7 +141,7 @@ class RunLog:
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Removes what a kill left of an unfinished last line, which the next record would else be glued to."""
+    """Remove an unfinished last line, to which the next record would otherwise be appended."""
     if not path.exists():
         return
     with path.open("rb+") as stream:
@@ -153,21 +150,22 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def read_log(path: Path, *, kind: str | None = None) -> list[dict[str, Any]]:
-    """The records of a log in the order written, of one kind or all; a torn last line is passed over.
+    """Return the records of a log in order, of one kind or all; an unfinished last line is ignored.
 
-    Steps that were run again after a resume are there twice.
+    Steps that were run again after a resume appear twice.
 
     Raises:
-        ValueError: a line before the last is not a record.
+        ValueError: another line is not a record.
     """
     lines = path.read_bytes().split(b"\n")
     records = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is torn or empty
+    # What follows the last newline is empty or unfinished.
+    for number, line in enumerate(lines[:-1], start=1):
         try:
             record = json.loads(line)
         except ValueError as error:
             raise ValueError(
-                f"{path}, line {number}: not a record, the file was damaged ({error}); remove the line to "
+                f"{path}, line {number}: not a record, the file is damaged ({error}): remove the line to "
                 "read the rest"
             ) from error
         if kind is None or record["kind"] == kind:
@@ -178,7 +176,7 @@ def read_log(path: Path, *, kind: str | None = None) -> list[dict[str, Any]]:
 # The environment --------------------------------------------------------------------------------------------
 
 _PACKAGES = ("slmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
-# Only variables that may change what a run computes are kept, so that a secret of any name stays out.
+# Only variables that can change the computation are recorded, so that a secret of any name stays out.
 _VARIABLES = re.compile(
     r"(JAX|XLA|SLMJAX|TPU|LIBTPU|CUDA|NVIDIA|NCCL|TF|OMP|MKL|OPENBLAS|MALLOC|GLIBC|PYTHON)(_|$)|PYTHON"
 )
@@ -188,8 +186,9 @@ REDACTED = "<redacted>"
 
 
 def environment() -> dict[str, Any]:
-    """What a result depends on beside its config: versions, devices, machine, commit, command line, without
-    secrets.
+    """Return what a result depends on besides its config, without secrets.
+
+    These are versions, devices, the machine, the commit, the command line and environment variables.
     """
     import jax
 
@@ -216,13 +215,10 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> dict[str, Any]:
-    """The commit of the checkout that slmjax is imported from and whether files differ from it; None outside
-    of one.
-    """
+    """Return the commit of slmjax's checkout and whether files differ from it; None outside of a checkout."""
     here = Path(__file__).resolve()
-    if (
-        _git(here.parent, "ls-files", "--error-unmatch", here.name) is None
-    ):  # in site-packages of another project, say
+    # An installed copy may be inside the checkout of another project, for example in its virtual environment.
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
         return {"commit": None, "dirty": None}
     status = _git(here.parent, "status", "--porcelain", "--untracked-files=no")
     return {"commit": _git(here.parent, "rev-parse", "HEAD"), "dirty": status != ""}
@@ -239,14 +235,15 @@ def _git(directory: Path, *arguments: str) -> str | None:
 
 
 def redact_variables(variables: Mapping[str, str]) -> dict[str, str]:
-    """The variables that bear on a run, sorted; the value of one whose name speaks of a secret is hidden."""
-    kept = sorted(name for name in variables if _VARIABLES.match(name))
-    return {name: REDACTED if _SECRET.search(name) else variables[name] for name in kept}
+    """Return the variables that affect a run, sorted, with the values of secrets hidden."""
+    names = sorted(name for name in variables if _VARIABLES.match(name))
+    return {name: REDACTED if _SECRET.search(name) else variables[name] for name in names}
 
 
 def redact_command(arguments: list[str]) -> list[str]:
-    """A command line, in which the value of an option whose name ends in key, token, secret or password is
-    hidden.
+    """Return a command line in which the values of secret options are hidden.
+
+    Those are options whose name ends in key, token, secret, password or credentials.
     """
     shown: list[str] = []
     hide = False
@@ -258,11 +255,11 @@ def redact_command(arguments: list[str]) -> list[str]:
     return shown
 
 
-# Where the seconds went -------------------------------------------------------------------------------------
+# Time -------------------------------------------------------------------------------------------------------
 
 
 class Category(enum.Enum):
-    """What a second of a run was spent on."""
+    """An activity of a run."""
 
     INIT = "init"
     COMPILE = "compile"
@@ -274,8 +271,9 @@ class Category(enum.Enum):
 
 
 class Ledger:
-    """Seconds by category. Every moment counts in exactly one, the innermost that is open, so that the sum is
-    the wall time.
+    """Seconds of a run by category.
+
+    Every moment counts for exactly one category, the innermost open one, so that the sum is the wall time.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -286,7 +284,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def timed(self, category: Category) -> Iterator[None]:
-        """Counts what happens inside for `category`; the category outside pauses meanwhile."""
+        """Count the time of the block for `category`; the category outside pauses meanwhile."""
         outer = self._switch(category)
         try:
             yield
@@ -302,6 +300,6 @@ class Ledger:
         return previous
 
     def seconds(self) -> dict[str, float]:
-        """Category -> seconds up to now."""
+        """Return the seconds of each category up to now."""
         self._switch(self._current)
         return {category.value: spent for category, spent in self._seconds.items()}

@@ -1,10 +1,11 @@
-"""Where a run's figures go beside its log: TensorBoard and Weights & Biases, the `track` extra.
+"""Metrics of a run in other programs: TensorBoard and Weights & Biases (the `track` extra).
 
     with Trackers(run.trackers, directory=path, name=path.name, config=settings) as trackers:
-        trackers.write("train", step=10, loss=3.2, grad_norms={"embed": 0.1})      # train/loss,
-        train/grad_norms/embed trackers.write("sample", step=10, prompt="def ", text="main(")
+        trackers.write("train", step=10, loss=3.2, grad_norms={"embed": 0.1})
+        # train/loss, train/grad_norms/embed
+        trackers.write("sample", step=10, prompt="def ", text="main(")
 
-What a tracker does wrong is warned of once, and it is told no more: training goes on. Process 0 alone writes.
+A tracker that fails is disabled with a warning, and training continues. Only process 0 writes.
 """
 
 import abc
@@ -25,31 +26,31 @@ class Tracker(enum.Enum):
     """A program that shows curves of many runs."""
 
     TENSORBOARD = "tensorboard"  # event files in the run's directory, by tensorboardX
-    WANDB = "wandb"  # Weights & Biases; WANDB_MODE=offline keeps all on this machine
+    WANDB = "wandb"  # Weights & Biases; nothing leaves this machine with WANDB_MODE=offline
 
 
 class Sink(abc.ABC):
-    """What takes a run's figures."""
+    """A receiver of metrics."""
 
     @abc.abstractmethod
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        """Figures of a step, by name."""
+        """Write numbers of a step, by name."""
 
     @abc.abstractmethod
     def text(self, step: int, name: str, text: str) -> None:
-        """A text of a step."""
+        """Write a text of a step."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Writes what is pending."""
+        """Write what is pending."""
 
 
 class _TensorBoard(Sink):
     def __init__(self, *, directory: Path, name: str, config: Mapping[str, Any]) -> None:
-        del name, config  # the directory says both
+        del name, config  # both are in the run directory
         from tensorboardX import SummaryWriter
 
-        # A name of its own for each session: two that begin within a second would write to one file.
+        # A suffix for each session: two sessions that begin within a second would write to one file.
         self._writer = SummaryWriter(
             str(directory / "tensorboard"), flush_secs=10, filename_suffix=f".{time.time_ns()}"
         )
@@ -69,7 +70,7 @@ class _Wandb(Sink):
     def __init__(self, *, directory: Path, name: str, config: Mapping[str, Any]) -> None:
         import wandb
 
-        # The directory's name is the run's id: a resumed run goes on with its curves.
+        # The id is the name of the directory, so that a resumed run continues its curves.
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "slmjax"),
             dir=str(directory),
@@ -96,35 +97,34 @@ class Trackers:
     """The trackers of a run."""
 
     def __init__(
-        self, wanted: Iterable[Tracker], *, directory: Path, name: str, config: Mapping[str, Any]
+        self, trackers: Iterable[Tracker], *, directory: Path, name: str, config: Mapping[str, Any]
     ) -> None:
-        """Opens the trackers.
+        """Open the trackers.
 
         Args:
-          wanted: which.
-          directory: the run's.
-          name: of the run, its id where a tracker wants one.
-          config: the run's settings, as they are written to config.json.
+          trackers: the kinds of trackers.
+          directory: the run directory.
+          name: the name of the run, which is its id where a tracker needs one.
+          config: the settings of the run, as in config.json.
 
         Raises:
-          ValueError: a tracker's package is not installed.
+          ValueError: the package of a tracker is not installed.
         """
         self._sinks: dict[Tracker, Sink] = {}
-        for tracker in wanted:
+        for tracker in trackers:
             try:
                 self._sinks[tracker] = _SINKS[tracker](directory=directory, name=name, config=config)
             except ImportError as error:
                 raise ValueError(
-                    f"run.trackers asks for {tracker.value}, which needs a package that is not installed "
-                    f"({error}): "
-                    "pip install 'slmjax[track]', or leave it out"
+                    f"run.trackers has {tracker.value}, which needs a package that is not installed "
+                    f"({error}): pip install 'slmjax[track]', or leave it out"
                 ) from error
             except Exception as error:  # no network, no login, a full disk
                 _warn(tracker, error)
 
     def write(self, kind: str, *, step: int, **values: Any) -> None:
-        """A record of the log: numbers, texts, and mappings and sequences of numbers, by name."""
-        # What is not finite has no place in a curve; log.jsonl says that it was not.
+        """Write a record of the log: numbers and texts, and mappings and sequences of them, by name."""
+        # Curves cannot show values that are not finite. log.jsonl has them.
         numbers = {
             name: float(value)
             for name, value in _flat(kind, values)
@@ -138,19 +138,19 @@ class Trackers:
             for name, text in texts.items():
                 sink.text(step, name, text)
 
-        self._tell(send)
+        self._for_each(send)
 
-    def _tell(self, call: Callable[[Sink], None]) -> None:
+    def _for_each(self, call: Callable[[Sink], None]) -> None:
         for tracker, sink in list(self._sinks.items()):
             try:
                 call(sink)
-            except Exception as error:  # whatever it is, it is no reason to lose a run
+            except Exception as error:  # no error of a tracker may end the run
                 del self._sinks[tracker]
                 _warn(tracker, error)
 
     def close(self) -> None:
-        """Closes all of them."""
-        self._tell(lambda sink: sink.close())
+        """Close all trackers."""
+        self._for_each(lambda sink: sink.close())
         self._sinks = {}
 
     def __enter__(self) -> "Trackers":
@@ -164,7 +164,7 @@ class Trackers:
 
 def _warn(tracker: Tracker, error: Exception) -> None:
     log.warning(
-        "%s failed and is told no more, log.jsonl holds all: %s: %s",
+        "%s failed and is disabled for this run; log.jsonl still has every record: %s: %s",
         tracker.value,
         type(error).__name__,
         error,

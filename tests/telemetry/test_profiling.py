@@ -59,7 +59,7 @@ def test_the_steps_after_the_first_two_are_traced(experiment: Experiment) -> Non
     assert f"xprof --port 8791 {directory}" in said and "perfetto_trace.json.gz in Perfetto" in said
 
 
-def test_fewer_steps_than_asked_for_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_fewer_steps_than_requested_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def turns(num_steps: int, last_step: int) -> list[int]:
         profile = Profile(tmp_path, first_step=10, last_step=last_step, num_steps=num_steps)
         return [step for step in range(11, last_step + 1) if profile.turns_after(step)]
@@ -67,8 +67,8 @@ def test_fewer_steps_than_asked_for_are_said(tmp_path: Path, caplog: pytest.LogC
     assert turns(4, 16) == [12, 16] and not caplog.messages
     assert turns(9, 16) == [12, 16]
     assert turns(1, 12) == []
-    said = "profile: of the {} steps asked for {} can be traced: the first 2 are left out"
-    assert caplog.messages == [said.format(9, 4), said.format(1, 0)]
+    expected = "profile: only {} of {} steps can be traced, the first 2 of a session are left out"
+    assert caplog.messages == [expected.format(4, 9), expected.format(0, 1)]
 
 
 def test_a_signal_ends_the_trace(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_no_steps_are_refused_before_a_run_begins(experiment: Experiment, tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
-def test_programs_that_are_not_kept_are_said() -> None:
+def test_a_compilation_cache_that_is_off_is_reported() -> None:
     directory = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     try:

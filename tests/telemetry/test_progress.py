@@ -24,9 +24,9 @@ class FakeClock:
         return self.now
 
 
-FIGURES = {
+METRICS = {
     "loss": 3.25,
-    "figures": Throughput(bits_per_byte=4.5, tokens_per_second=12345.6, mfu=0.412, data_wait_share=0.03),
+    "metrics": Throughput(bits_per_byte=4.5, tokens_per_second=12345.6, mfu=0.412, data_wait_share=0.03),
 }
 
 
@@ -35,12 +35,12 @@ def test_plain_lines() -> None:
     clock = FakeClock()
     with Progress(num_steps=200, console=console, clock=clock) as progress:
         clock.now = 60  # compilation is not part of the pace
-        progress.update(1, **FIGURES)
+        progress.update(1, **METRICS)
         progress.advance(2)
         clock.now = 70
-        progress.update(11, **FIGURES)
+        progress.update(11, **METRICS)
         progress.print("saved [bold] step 11 " + "x" * 200)
-        progress.update(200, **FIGURES)
+        progress.update(200, **METRICS)
     assert stream.getvalue().splitlines() == [
         "step   1/200  loss 3.2500  4.500 bits/byte  12,346 tokens/s  MFU 41%  data wait 3%  ? left",
         "step  11/200  loss 3.2500  4.500 bits/byte  12,346 tokens/s  MFU 41%  data wait 3%  3m09s left",
@@ -55,7 +55,7 @@ def test_the_first_step_of_a_session_shows_no_pace() -> None:
         progress.update(
             1,
             loss=3.25,
-            figures=Throughput(
+            metrics=Throughput(
                 bits_per_byte=4.5, tokens_per_second=math.nan, mfu=math.nan, data_wait_share=0.0
             ),
         )
@@ -67,7 +67,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     console, stream = make_console(is_terminal=True)
     with Progress(num_steps=20, console=console) as progress:
-        progress.update(10, **FIGURES)
+        progress.update(10, **METRICS)
         progress.print("saved [bold] step 10")
     shown = stream.getvalue()
     assert "10/20" in shown and "loss 3.2500" in shown and "12,346 tokens/s" in shown
@@ -80,7 +80,7 @@ def test_a_narrow_terminal_keeps_what_matters(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("NO_COLOR", raising=False)
     console, stream = make_console(is_terminal=True, width=70)
     with Progress(num_steps=20, console=console) as progress:
-        progress.update(10, **FIGURES)
+        progress.update(10, **METRICS)
     shown = stream.getvalue()
     assert "loss 3.2500" in shown and "left" in shown and "tokens/s" not in shown and "\u2026" not in shown
 
@@ -88,7 +88,7 @@ def test_a_narrow_terminal_keeps_what_matters(monkeypatch: pytest.MonkeyPatch) -
 def test_where_the_peak_is_not_known_nothing_is_said_of_it() -> None:
     console, stream = make_console(is_terminal=False)
     with Progress(num_steps=20, console=console) as progress:
-        progress.update(10, loss=3.0, figures=dataclasses.replace(FIGURES["figures"], mfu=None))
+        progress.update(10, loss=3.0, metrics=dataclasses.replace(METRICS["metrics"], mfu=None))
     assert "MFU" not in stream.getvalue() and "data wait 3%" in stream.getvalue()
 
 
@@ -97,7 +97,7 @@ def test_other_processes_are_silent(is_terminal: bool) -> None:
     console, stream = make_console(is_terminal=is_terminal)
     with Progress(num_steps=20, process_index=1, console=console) as progress:
         progress.advance(1)
-        progress.update(2, **FIGURES)
+        progress.update(2, **METRICS)
         progress.print("saved")
     assert stream.getvalue() == ""
 

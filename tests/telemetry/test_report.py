@@ -164,7 +164,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, run_dir: Path) -> None:
         read_run(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="named twice"):
         write_comparison([run_dir, run_dir.parent / "." / run_dir.name], tmp_path / "page.html")
-    with pytest.raises(ValueError, match="two runs or more, and 1 is named"):
+    with pytest.raises(ValueError, match="two runs or more, got 1"):
         write_comparison([run_dir], tmp_path / "page.html")
     with pytest.raises(ValueError, match="holds no run"):
         list_runs(tmp_path)
@@ -331,7 +331,7 @@ def test_a_comparison_shows_what_each_run_was_evaluated_on(run_dir: Path) -> Non
     assert ("held_out_text", "6 documents of 01234567, 1,254 bytes", None) in results(runs)
 
 
-def test_text_that_a_tokenizer_loses_is_told_beside_bits_per_byte(
+def test_text_that_a_tokenizer_loses_is_shown_with_bits_per_byte(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     losing = write_run(tmp_path / "runs" / "losing")

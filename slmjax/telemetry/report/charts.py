@@ -3,8 +3,7 @@
     charts = run_charts(records)              # -> [Chart(name="loss", title="Loss", ...)]
     png(chart)                                # -> bytes
 
-Long runs are thinned: what a chart shows is at most a thousand records of the log, the last always among
-them.
+Long runs are thinned: a chart shows at most a thousand records of the log, always including the last.
 """
 
 import dataclasses
@@ -14,9 +13,9 @@ from typing import Any
 
 from slmjax.telemetry.report.reading import RunRecords, number
 
-POINTS = 1000  # of a line
-COLUMNS = 120  # of a heat map
-# Okabe and Ito's colours, which people tell apart whatever their sight; the first two are for training and
+POINTS = 1000  # most points of a line
+COLUMNS = 120  # most columns of a heat map
+# The colours of Okabe and Ito, which colour-blind readers can distinguish; the first two are for training and
 # held-out text.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
 DARK_COLOURS = ("#56B4E9", "#E69F00", "#2BC79A", "#E7A3C6", "#F0E442", "#4C9BD6", "#A6A6A6")
@@ -28,7 +27,7 @@ Spec = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A chart and what is written above it."""
+    """A chart with its title."""
 
     name: str  # of its file
     title: str
@@ -37,7 +36,7 @@ class Chart:
 
 
 def theme(*, dark: bool) -> Spec:
-    """What all charts share: the config of Vega-Lite."""
+    """Return the Vega-Lite config of all charts."""
     ink, soft, rule = ("#e8e6e3", "#a8a6a2", "#3a3c40") if dark else ("#1c1d1f", "#62656a", "#e3e4e6")
     axis = {
         "labelColor": soft,
@@ -74,92 +73,97 @@ def theme(*, dark: bool) -> Spec:
 
 
 def run_charts(run: RunRecords) -> list[Chart]:
-    """The charts of one run; what was not logged has none."""
+    """Return the charts of one run, without those of values that were not logged."""
+    charts = [
+        *_loss_charts(run),
+        *_optimizer_charts(run),
+        *_distillation_charts(run),
+        *_quantization_charts(run),
+        *_speed_charts(run),
+        *_expert_charts(run),
+    ]
+    return [chart for chart in charts if chart is not None]
+
+
+def _loss_charts(run: RunRecords) -> list[Chart | None]:
     series = {"training": run.train, "held out": run.on_the_way}
+    # The last evaluation, on all held-out text, does not continue the curve of those on a part of it.
     if len(run.on_the_way) < len(run.evals):
         series["all held out"] = run.evals[-1:]
-    steady = {"training": run.train}
-    charts = [
-        lines("loss", "Loss", "nats per token", series, "loss", marked=tuple(series)[1:]),
-        lines(
-            "bits-per-byte",
-            "Bits per byte",
-            "of UTF-8 text",
-            series,
-            "bits_per_byte",
-            marked=tuple(series)[1:],
-        ),
-        lines("learning-rate", "Learning rate", "", steady, "learning_rate", digits=".2~e"),
-        lines(
-            "gradient-norm",
-            "Gradient norm",
-            "of all parameters, before clipping; logarithmic",
-            steady,
-            "grad_norm",
-            log=True,
-        ),
+    marked = tuple(series)[1:]
+    return [
+        lines("loss", "Loss", "nats per token", series, "loss", marked=marked),
+        lines("bits-per-byte", "Bits per byte", "of UTF-8 text", series, "bits_per_byte", marked=marked),
+    ]
+
+
+def _optimizer_charts(run: RunRecords) -> list[Chart | None]:
+    training = {"training": run.train}
+    about = "of all parameters, before clipping; logarithmic"
+    return [
+        lines("learning-rate", "Learning rate", "", training, "learning_rate", digits=".2~e"),
+        lines("gradient-norm", "Gradient norm", about, training, "grad_norm", log=True),
         heat("gradient-norm-by-layer", "Gradient norm by layer", "logarithmic", run.train, "grad_norms"),
+    ]
+
+
+def _distillation_charts(run: RunRecords) -> list[Chart | None]:
+    training = {"training": run.train}
+    held_out = {"held out": run.on_the_way}
+    minimised = "nats per token, as it is minimised"
+    return [
+        lines("divergence", "Divergence from the teacher", minimised, training, "divergence"),
+        lines("teacher-kl", "KL from the teacher", "nats per token, temperature 1", held_out, "teacher_kl"),
+        lines("temperature", "Temperature", "of the divergence", training, "temperature"),
+        lines("soft-weight", "Weight of the divergence", "in the objective", training, "soft_weight"),
+    ]
+
+
+def _quantization_charts(run: RunRecords) -> list[Chart | None]:
+    training = {"training": run.train}
+    held_out = {"held out": run.on_the_way}
+    before = "Loss of weights before rounding"
+    since = "fraction, since the line before"
+    return [
+        lines("loss-before-rounding", before, "nats per token", held_out, "unrounded_loss"),
+        lines("flipped-codes", "Codes that changed", since, training, "flipped_codes", digits=".2%"),
+    ]
+
+
+def _speed_charts(run: RunRecords) -> list[Chart | None]:
+    training = {"training": run.train}
+    waiting = "fraction of the time"
+    return [
+        lines("throughput", "Throughput", "tokens per second", training, "tokens_per_second", digits="~s"),
         lines(
-            "divergence",
-            "Divergence from the teacher",
-            "nats per token, as it is minimised",
-            steady,
-            "divergence",
+            "utilisation", "Model FLOPs utilisation", "of the device's peak", training, "mfu", digits=".0%"
         ),
-        lines(
-            "teacher-kl",
-            "KL from the teacher",
-            "nats per token, temperature 1",
-            {"held out": run.on_the_way},
-            "teacher_kl",
-        ),
-        lines("temperature", "Temperature", "of the divergence", steady, "temperature"),
-        lines("soft-weight", "Weight of the divergence", "in the objective", steady, "soft_weight"),
-        lines(
-            "loss-before-rounding",
-            "Loss of weights before rounding",
-            "nats per token",
-            {"held out": run.on_the_way},
-            "unrounded_loss",
-        ),
-        lines(
-            "flipped-codes",
-            "Codes that changed",
-            "share, since the line before",
-            steady,
-            "flipped_codes",
-            digits=".2%",
-        ),
-        lines("throughput", "Throughput", "tokens per second", steady, "tokens_per_second", digits="~s"),
-        lines("utilisation", "Model FLOPs utilisation", "of the device's peak", steady, "mfu", digits=".0%"),
-        lines("data-wait", "Waiting for data", "share of the time", steady, "data_wait_share", digits=".1%"),
-        lines(
-            "expert-imbalance", "Expert imbalance", "busiest expert over the mean", steady, "expert_imbalance"
-        ),
-        lines("dropped", "Dropped tokens", "by experts that were full, per step", steady, "dropped"),
+        lines("data-wait", "Waiting for data", waiting, training, "data_wait_share", digits=".1%"),
+    ]
+
+
+def _expert_charts(run: RunRecords) -> list[Chart | None]:
+    training = {"training": run.train}
+    busiest = "busiest expert over the mean"
+    dropped = "by experts that were full, per step"
+    charts = [
+        lines("expert-imbalance", "Expert imbalance", busiest, training, "expert_imbalance"),
+        lines("dropped", "Dropped tokens", dropped, training, "dropped"),
     ]
     layers = dict.fromkeys(layer for record in run.train for layer in record.get("expert_loads") or {})
     for layer in layers:
         loads = [
-            {"step": one["step"], "load": _relative((one.get("expert_loads") or {}).get(layer))}
-            for one in run.train
+            {"step": record["step"], "load": _relative_loads((record.get("expert_loads") or {}).get(layer))}
+            for record in run.train
         ]
-        about = "share of tokens, over an even share"
-        charts.append(
-            heat(
-                f"experts-{layer.replace('/', '-')}",
-                f"Load of experts, {layer}",
-                about,
-                loads,
-                "load",
-                middle=1.0,
-            )
-        )
-    return [chart for chart in charts if chart is not None]
+        name = f"experts-{layer.replace('/', '-')}"
+        about = "fraction of tokens, over an even fraction"
+        charts.append(heat(name, f"Load of experts, {layer}", about, loads, "load", middle=1.0))
+    return charts
 
 
-def _relative(shares: Any) -> dict[str, float]:
-    return {str(expert): share * len(shares) for expert, share in enumerate(shares or ())}
+def _relative_loads(loads: Any) -> dict[str, float]:
+    return {str(expert): load * len(loads) for expert, load in enumerate(loads or ())}
 
 
 # Kinds of charts --------------------------------------------------------------------------------------------
@@ -174,8 +178,17 @@ def lines(
     digits: str = ".4~g",
     marked: Sequence[str] = (),
 ) -> Chart | None:
-    """One line for each series over the steps; None if there is nothing to draw. Series that are marked show
-    their points.
+    """Return a chart with one line for each series over the steps; None if there is nothing to draw.
+
+    Args:
+      name: name of the file.
+      title: title of the chart.
+      subtitle: the unit, or what is measured.
+      series: records by label.
+      field: the field of a record to draw.
+      log: logarithmic axis, without values that are not positive.
+      digits: format of the axis.
+      marked: labels of series that show their points.
     """
     rows = [
         {"step": record["step"], "value": value, "series": label, "marked": label in marked}
@@ -183,7 +196,8 @@ def lines(
         for record in _thinned(records, POINTS)
         if (value := number(record.get(field))) is not None and (value > 0 or not log)
     ]
-    if not rows or (field in ("dropped",) and not any(row["value"] for row in rows)):
+    # A run whose experts never dropped a token needs no chart of zeros.
+    if not rows or (field == "dropped" and not any(row["value"] for row in rows)):
         return None
     labels = [label for label in series if any(row["series"] == label for row in rows)]
     colour: Spec = {"field": "series", "type": "nominal", "sort": labels, "scale": {"domain": labels}}
@@ -211,7 +225,8 @@ def lines(
         layers.append(
             {"mark": {"type": "point", "filled": True, "size": 30}, "transform": [{"filter": "datum.marked"}]}
         )
-    layers.append({"mark": {"type": "point", "size": 120, "opacity": 0}})  # something to point at
+    # Invisible points, which show their tooltip.
+    layers.append({"mark": {"type": "point", "size": 120, "opacity": 0}})
     return Chart(
         name=name, title=title, subtitle=subtitle, spec=_spec(rows, {"encoding": encoding, "layer": layers})
     )
@@ -226,8 +241,9 @@ def heat(
     *,
     middle: float | None = None,
 ) -> Chart | None:
-    """A row for each name of a record's mapping, a column for each step, logarithmic colours, or two on both
-    sides of `middle`.
+    """Return a heat map with a row for each name in a mapping and a column for each step; None if empty.
+
+    Colours are logarithmic, or diverge on both sides of `middle`.
     """
     rows = [
         {"step": record["step"], "row": _short(label), "value": value}
@@ -240,7 +256,8 @@ def heat(
     order = list(dict.fromkeys(row["row"] for row in rows))
     steps = sorted({row["step"] for row in rows})
     after_last = 2 * steps[-1] - steps[-2] if len(steps) > 1 else steps[-1] + 1
-    ends = dict(zip(steps, [*steps[1:], after_last], strict=True))  # a column reaches to the next one
+    # Each column ends where the next one begins, since steps need not be evenly spaced.
+    ends = dict(zip(steps, [*steps[1:], after_last], strict=True))
     for row in rows:
         row["end"] = ends[row["step"]]
     scale: Spec = {"type": "log", "scheme": "viridis"}
@@ -270,26 +287,29 @@ def heat(
 class Point:
     """One point of a chart of points."""
 
-    label: str  # beside it
-    series: str  # by which it is coloured
+    label: str
+    series: str  # decides the colour
     x: float
     y: float
-    error: float = 0.0  # of y, to each side
+    error: float = 0.0  # half the length of the error bar
 
 
-LABEL_WIDTH = 1.25  # how far most labels reach on the logarithmic axis, as a factor
+LABEL_WIDTH = 1.25  # width of most labels on the logarithmic axis, as a factor
 
 
 def points(
     name: str, title: str, subtitle: str, shown: Sequence[Point], *, x_title: str, y_title: str
 ) -> Chart | None:
-    """A point with its error bar for each thing that is compared, x logarithmic; None if there are none."""
+    """Return a chart of points with error bars, x logarithmic; None if there are none."""
     if not shown:
         return None
-    rows = [{**dataclasses.asdict(one), "low": one.y - one.error, "high": one.y + one.error} for one in shown]
-    for row, place in zip(rows, _labels_apart(shown), strict=True):
-        row["label_y"] = place
-    labels = list(dict.fromkeys(one.series for one in shown))
+    rows = [
+        {**dataclasses.asdict(point), "low": point.y - point.error, "high": point.y + point.error}
+        for point in shown
+    ]
+    for row, label_y in zip(rows, _labels_apart(shown), strict=True):
+        row["label_y"] = label_y
+    labels = list(dict.fromkeys(point.series for point in shown))
     quantitative: Spec = {"type": "quantitative", "scale": {"zero": False, "nice": True}}
     x = {
         **quantitative,
@@ -325,20 +345,21 @@ def points(
 
 
 def _labels_apart(shown: Sequence[Point]) -> list[float]:
-    """Where along y each point's label stands: at the point, or above the labels that would lie beneath
-    it.
-    """
-    gap = 0.045 * (max(one.y for one in shown) - min(one.y for one in shown))
-    placed: dict[int, float] = {}
+    """Return the y of each point's label: that of the point, or above the labels it would overlap."""
+    gap = 0.045 * (max(point.y for point in shown) - min(point.y for point in shown))
+    label_y: dict[int, float] = {}
+    # From bottom to top, so that a label only has to avoid those below it.
     for index in sorted(range(len(shown)), key=lambda index: shown[index].y):
-        place = shown[index].y
+        y = shown[index].y
         x = shown[index].x
-        near = sorted(placed[other] for other in placed if 1 / LABEL_WIDTH < shown[other].x / x < LABEL_WIDTH)
-        for taken in near:
-            if abs(place - taken) < gap:
-                place = taken + gap
-        placed[index] = place
-    return [placed[index] for index in range(len(shown))]
+        near = sorted(
+            label_y[other] for other in label_y if 1 / LABEL_WIDTH < shown[other].x / x < LABEL_WIDTH
+        )
+        for other_y in near:
+            if abs(y - other_y) < gap:
+                y = other_y + gap
+        label_y[index] = y
+    return [label_y[index] for index in range(len(shown))]
 
 
 def _short(label: str) -> str:
@@ -368,13 +389,13 @@ def _thinned(records: Sequence[Record], most: int) -> Sequence[Record]:
     stride = -(-len(records) // most)
     if stride <= 1:
         return records
-    kept = list(records[::stride])
-    return kept if kept[-1] is records[-1] else [*kept, records[-1]]
+    thinned = list(records[::stride])
+    return thinned if thinned[-1] is records[-1] else [*thinned, records[-1]]
 
 
 # Drawing ----------------------------------------------------------------------------------------------------
 def converter() -> Any:
-    """The package that draws.
+    """Return the package that draws charts.
 
     Raises:
       ValueError: it is not installed.
@@ -389,7 +410,7 @@ def converter() -> Any:
 
 
 def png(chart: Chart) -> bytes:
-    """The chart as an image on white, 1280 pixels wide."""
+    """Return the chart as an image on white, 1280 pixels wide."""
     spec = {
         **chart.spec,
         "width": 560,
@@ -400,8 +421,6 @@ def png(chart: Chart) -> bytes:
 
 @functools.cache
 def drawing_code(snippet: str) -> str:
-    """JavaScript that draws in the page: Vega, Vega-Lite and vega-embed in one piece, with `snippet` after
-    them.
-    """
+    """Return the JavaScript that draws charts in a page: Vega, Vega-Lite, vega-embed and `snippet`."""
     make: Callable[[str], str] = converter().javascript_bundle
     return make(snippet)

@@ -1,4 +1,4 @@
-"""Runs side by side: curves in the same charts, results in one table, and of the settings what differs."""
+"""A page that compares runs: curves in the same charts, results in one table, and settings that differ."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from slmjax.telemetry.report.charts import lines
 from slmjax.telemetry.report.page import chart_grid, document, heading, shown, table
 from slmjax.telemetry.report.reading import RunRecords, number, read_run
 
-FIGURES = (
+METRICS = (
     "status",
     "step",
     "measured_on",
@@ -29,10 +29,10 @@ ABSENT = "—"
 
 
 def write_comparison(paths: Sequence[str | Path], output: str | Path) -> Path:
-    """Writes one page that compares runs.
+    """Write one page that compares runs, and return its path.
 
     Raises:
-      ValueError: fewer than two runs, one named twice, one that is none, or the `plot` extra is not
+      ValueError: fewer than two runs, a run given twice, a path that is not a run, or the `plot` extra is not
         installed.
     """
     runs = read_runs(paths)
@@ -41,7 +41,7 @@ def write_comparison(paths: Sequence[str | Path], output: str | Path) -> Path:
     evals = {label: run.on_the_way for label, run in zip(labels, runs, strict=True)}
     losing = [label for label, run in zip(labels, runs, strict=True) if run.held_out.get("lost_text")]
     comparable = (
-        f"not comparable, for the tokenizer of {', '.join(losing)} loses text"
+        f"not comparable, the tokenizer of {', '.join(losing)} loses text"
         if losing
         else "comparable across tokenizers"
     )
@@ -56,7 +56,7 @@ def write_comparison(paths: Sequence[str | Path], output: str | Path) -> Path:
         lines("utilisation", "Model FLOPs utilisation", "of the device's peak", train, "mfu", digits=".0%"),
     ]
     drawn = [chart for chart in charts if chart is not None]
-    figures = table(shown_results(runs), head=("", *labels))
+    metrics = table(shown_results(runs), head=("", *labels))
     differences = shown_differences(runs)
     settings = (
         table(differences, head=("", *labels))
@@ -65,7 +65,7 @@ def write_comparison(paths: Sequence[str | Path], output: str | Path) -> Path:
     )
     title = " and ".join(labels) if len(labels) == 2 else f"{len(labels)} runs"
     body = heading(f"Comparison of {title}", " · ".join(str(run.path) for run in runs)) + (
-        f"<h2>Results</h2>{figures}<h2>Curves</h2>{chart_grid(drawn)}<h2>Settings that differ</h2>{settings}"
+        f"<h2>Results</h2>{metrics}<h2>Curves</h2>{chart_grid(drawn)}<h2>Settings that differ</h2>{settings}"
     )
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -74,22 +74,21 @@ def write_comparison(paths: Sequence[str | Path], output: str | Path) -> Path:
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[RunRecords]:
-    """The runs to compare. Raises ValueError as `write_comparison` does."""
+    """Return the runs to compare. Raises ValueError as `write_comparison` does."""
     if len(paths) < 2:
         raise ValueError(
-            f"a comparison takes two runs or more, and {len(paths)} is named: `slmjax runs` lists those "
-            "there are"
+            f"a comparison needs two runs or more, got {len(paths)}: `slmjax runs` lists the run directories"
         )
     seen: dict[Path, str | Path] = {}
     for path in paths:
-        if (place := Path(path).resolve()) in seen:
-            raise ValueError(f"{path} is named twice: compare different runs")
-        seen[place] = path
+        if (resolved := Path(path).resolve()) in seen:
+            raise ValueError(f"{path} is given twice: compare different runs")
+        seen[resolved] = path
     return [read_run(path) for path in paths]
 
 
 def short_names(runs: Sequence[RunRecords]) -> list[str]:
-    """Names of the directories; paths where names are equal."""
+    """Return the names of the directories, or their paths if names are equal."""
     names = [run.name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
@@ -98,12 +97,12 @@ Row = tuple[Any, ...]
 
 
 def results(runs: Sequence[RunRecords]) -> list[Row]:
-    """A row for each figure: its name, and what each run has of it, None where it has none."""
-    rows = [(name, *(_figure(run, name) for run in runs)) for name in FIGURES]
+    """Return a row for each metric: its name, and the value of each run, None if it has none."""
+    rows = [(name, *(_metric(run, name) for run in runs)) for name in METRICS]
     return [row for row in rows if any(value is not None for value in row[1:])]
 
 
-def _figure(run: RunRecords, name: str) -> Any:
+def _metric(run: RunRecords, name: str) -> Any:
     if name == "status":
         return run.status
     if name == "held_out_text":
@@ -116,9 +115,7 @@ def _figure(run: RunRecords, name: str) -> Any:
 
 
 def _held_out_text(run: RunRecords) -> str | None:
-    """The held-out text of a run, in words: runs with other text do not compare. None where its record does
-    not say.
-    """
+    """Describe the held-out text of a run, since runs with other text do not compare; None if unknown."""
     parts = [
         (
             f"{entry['heldout']['documents']:,} documents of {entry['fingerprint'][:8]}, "
@@ -131,17 +128,15 @@ def _held_out_text(run: RunRecords) -> str | None:
 
 
 def config_differences(runs: Sequence[RunRecords]) -> list[Row]:
-    """A row for each setting that is not the same in all runs: its path, and each run's value, None where it
-    has no such setting.
-    """
+    """Return a row for each setting that differs: its path, and the value of each run, None if absent."""
     flat = [dict(_flat("", run.config)) for run in runs]
-    paths = dict.fromkeys(path for one in flat for path in one)
-    rows = ((path, *(one.get(path) for one in flat)) for path in paths)
+    paths = dict.fromkeys(path for settings in flat for path in settings)
+    rows = ((path, *(settings.get(path) for settings in flat)) for path in paths)
     return [row for row in rows if any(repr(value) != repr(row[1]) for value in row[2:])]
 
 
 def shown_results(runs: Sequence[RunRecords]) -> list[tuple[str, ...]]:
-    """`results` for people."""
+    """Return `results` as text."""
     short = {"commit": lambda value: str(value)[:12]}
     return [
         (name.replace("_", " "), *(ABSENT if v is None else short.get(name, shown)(v) for v in values))
@@ -150,7 +145,7 @@ def shown_results(runs: Sequence[RunRecords]) -> list[tuple[str, ...]]:
 
 
 def shown_differences(runs: Sequence[RunRecords]) -> list[tuple[str, ...]]:
-    """`config_differences` for people, to the last digit: what differs must look different."""
+    """Return `config_differences` as text, with all digits: values that differ must look different."""
     return [
         (path, *(repr(v) if isinstance(v, float) else shown(v) for v in values))
         for path, *values in config_differences(runs)

@@ -1,4 +1,4 @@
-"""The page of a run: one HTML file that needs nothing else."""
+"""The report page of a run: one HTML file that loads nothing else."""
 
 import html
 import json
@@ -27,10 +27,10 @@ h2 { font-size: 16px; margin: 36px 0 12px; }
 .soft { color: var(--soft); } .about { color: var(--soft); margin: 4px 0 0; }
 button { font: inherit; font-size: 13px; color: var(--soft); background: var(--card); border: 1px solid var(--rule); border-radius: 6px; padding: 4px 10px; cursor: pointer; white-space: nowrap; }
 button:hover { color: var(--ink); }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(148px, 1fr)); gap: 12px; margin-top: 20px; }
-.figure, .chart, .box { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; }
-.figure { padding: 12px 14px; } .figure b { display: block; font-size: 22px; font-weight: 600; line-height: 1.3; font-variant-numeric: tabular-nums; }
-.figure span { color: var(--soft); font-size: 13px; }
+.metrics { display: grid; grid-template-columns: repeat(auto-fit, minmax(148px, 1fr)); gap: 12px; margin-top: 20px; }
+.metric, .chart, .box { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; }
+.metric { padding: 12px 14px; } .metric b { display: block; font-size: 22px; font-weight: 600; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.metric span { color: var(--soft); font-size: 13px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 14px; }
 .chart { padding: 14px 16px 8px; min-width: 0; } .chart h3 { margin: 0; font-size: 14px; } .chart p { margin: 0 0 6px; color: var(--soft); font-size: 12.5px; min-height: 1.5em; }
 .canvas { width: 100%; } .canvas .vega-embed { width: 100%; padding: 0; }
@@ -41,26 +41,27 @@ tr:first-child > * { border-top: 0; } th { font-weight: 500; color: var(--soft);
 pre { background: var(--code); border-radius: 8px; padding: 12px 14px; margin: 8px 0 14px; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre mark { background: none; color: var(--accent); font-weight: 600; }
 summary { cursor: pointer; padding: 8px 0; } details details { margin-left: 16px; }
-@media (max-width: 560px) { main { padding: 18px 12px 40px; } .figure b { font-size: 19px; } header { flex-direction: column-reverse; } td { padding-right: 10px; } }
+@media (max-width: 560px) { main { padding: 18px 12px 40px; } .metric b { font-size: 19px; } header { flex-direction: column-reverse; } td { padding-right: 10px; } }
 @media print { button { display: none; } .chart { break-inside: avoid; } }
 """.replace("FONT", chart_module.FONT)  # noqa: E501  # a style sheet
 
 SCRIPT = """
 const charts = JSON.parse(document.getElementById("charts").textContent);
 const themes = JSON.parse(document.getElementById("themes").textContent);
-const root = document.documentElement, wanted = window.matchMedia("(prefers-color-scheme: dark)");
+const root = document.documentElement, preference = window.matchMedia("(prefers-color-scheme: dark)");
 const button = document.getElementById("theme");
 function show(name) {
   root.dataset.theme = name;
   button.textContent = name === "dark" ? "light" : "dark";
   const config = {...themes[name], background: "transparent"};
   return Promise.all(charts.map((spec, i) =>
-    vegaEmbed(document.getElementById("chart-" + i), spec, {actions: false, renderer: "svg", config, tooltip: {theme: name}})));
+    vegaEmbed(document.getElementById("chart-" + i), spec,
+              {actions: false, renderer: "svg", config, tooltip: {theme: name}})));
 }
-const asked = new URLSearchParams(location.hash.slice(1)).get("theme");
+const requested = new URLSearchParams(location.hash.slice(1)).get("theme");
 button.onclick = () => show(root.dataset.theme === "dark" ? "light" : "dark");
-wanted.addEventListener("change", event => show(event.matches ? "dark" : "light"));
-show(asked || (wanted.matches ? "dark" : "light")).then(() => {
+preference.addEventListener("change", event => show(event.matches ? "dark" : "light"));
+show(requested || (preference.matches ? "dark" : "light")).then(() => {
   root.dataset.drawn = charts.length;
   root.dataset.overflow = root.scrollWidth - root.clientWidth;
 });
@@ -68,11 +69,15 @@ show(asked || (wanted.matches ? "dark" : "light")).then(() => {
 
 
 def write_report(path: str | Path, *, output: str | Path | None = None, with_images: bool = True) -> Path:
-    """Writes the page of a run (report.html in its directory, unless `output` names a file) and its charts as
-    plots/*.png.
+    """Write the page of a run and its charts as plots/*.png, and return the path of the page.
+
+    Args:
+      path: the run directory.
+      output: the page; None for report.html in the run directory.
+      with_images: also write the charts as PNG.
 
     Raises:
-      ValueError: this is no run directory, or the `plot` extra is not installed.
+      ValueError: the path is not a run directory, or the `plot` extra is not installed.
     """
     run = read_run(path)
     charts = run_charts(run)
@@ -88,22 +93,29 @@ def write_report(path: str | Path, *, output: str | Path | None = None, with_ima
 
 
 def document(*, title: str, body: str, charts: Sequence[Chart]) -> str:
-    """A whole page. Its policy forbids what would come over a network, whoever put it there."""
-    policy = "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data:"
+    """Return a complete page. Its security policy forbids any access to a network."""
+    # vega compiles its expressions, which needs 'unsafe-eval'; nothing may be loaded, whatever a run's text holds.
+    policy = (
+        "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; "
+        "img-src data:"
+    )
+    specs = _script_json([chart.spec for chart in charts])
+    themes = _script_json({"light": theme(dark=False), "dark": theme(dark=True)})
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{html.escape(title)}</title><style>{STYLE}</style></head>
 <body><main>{body}</main>
-<script type="application/json" id="charts">{_script_json([chart.spec for chart in charts])}</script>
-<script type="application/json" id="themes">{_script_json({"light": theme(dark=False), "dark": theme(dark=True)})}</script>
+<script type="application/json" id="charts">{specs}</script>
+<script type="application/json" id="themes">{themes}</script>
 <script type="module">{_script_code(chart_module.drawing_code(SCRIPT))}</script>
 </body></html>
 """
 
 
 def _script_json(value: Any) -> str:
-    """JSON that cannot end the script it stands in, whatever text it holds."""
+    """Return JSON that cannot end the script element around it, whatever text it has."""
     return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
 
 
@@ -113,7 +125,7 @@ def _script_code(code: str) -> str:
 
 # Parts of a page --------------------------------------------------------------------------------------------
 def heading(title: str, about: str) -> str:
-    """The head of a page, with the button that changes its theme."""
+    """Return the head of a page, with the button that changes its theme."""
     return (
         f'<header><div><h1>{html.escape(title)}</h1><p class="about">{html.escape(about)}</p></div>'
         '<button id="theme" type="button">dark</button></header>'
@@ -121,7 +133,7 @@ def heading(title: str, about: str) -> str:
 
 
 def chart_grid(charts: Sequence[Chart], first: int = 0) -> str:
-    """Places for charts, which the script fills."""
+    """Return placeholders for charts, which the script fills."""
     cards = (
         f'<div class="chart"><h3>{html.escape(chart.title)}</h3><p>{html.escape(chart.subtitle)}</p>'
         f'<div class="canvas" id="chart-{index}"></div></div>'
@@ -131,7 +143,7 @@ def chart_grid(charts: Sequence[Chart], first: int = 0) -> str:
 
 
 def table(rows: Iterable[Sequence[Any]], *, head: Sequence[str] = ()) -> str:
-    """Rows of cells; the first cell of a row names it."""
+    """Return rows of cells as a table; the first cell of a row is its name."""
     top = f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>" if head else ""
     body = "".join(
         "<tr>"
@@ -146,7 +158,7 @@ def table(rows: Iterable[Sequence[Any]], *, head: Sequence[str] = ()) -> str:
 
 
 def shown(value: Any) -> str:
-    """A figure for people."""
+    """Return a value as text for people."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "—"}[value]
     if isinstance(value, int):
@@ -165,32 +177,30 @@ def _body(run: RunRecords, charts: Sequence[Chart]) -> str:
     about = (
         f"{run.status} · step {run.last_step:,} of {run.config.get('run', {}).get('steps', '?')} · {began}"
     )
-    parts = [heading(run.name, about), _figures(run)]
+    parts = [heading(run.name, about), _metrics(run)]
     if charts:
         parts.append(f"<h2>Curves</h2>{chart_grid(charts)}")
     else:
         parts.append(
-            '<h2>Curves</h2><p class="soft">Nothing is logged yet: write the report again once the run has '
-            "made a few steps.</p>"
+            '<h2>Curves</h2><p class="soft">Nothing is logged yet: write the report again after a few '
+            "steps.</p>"
         )
     parts += [_samples(run), _result(run), _warnings(run)]
     parts.append(f'<h2>Settings</h2><div class="box">{_nested("experiment", run.config, is_open=True)}</div>')
     if run.data:
-        parts.append(
-            "<h2>Data</h2><div "
-            f'class="box">{_nested("sources", {str(i): one for i, one in enumerate(run.data)}, is_open=True)}</div>'
-        )
+        sources = {str(index): source for index, source in enumerate(run.data)}
+        parts.append(f'<h2>Data</h2><div class="box">{_nested("sources", sources, is_open=True)}</div>')
     if run.environment:
         parts.append(f'<h2>Environment</h2><div class="box">{_nested("environment", run.environment)}</div>')
     return "".join(parts)
 
 
-def _figures(run: RunRecords) -> str:
+def _metrics(run: RunRecords) -> str:
     result = run.result or {}
-    evaluated = run.held_out
+    evaluation = run.held_out
     rivals = ", ".join(f"{name} {bits:.3f}" for name, bits in (result.get("compressors") or {}).items())
-    tokens = number(evaluated.get("tokens"))
-    total = number(evaluated.get("total_tokens"))
+    tokens = number(evaluation.get("tokens"))
+    total = number(evaluation.get("total_tokens"))
     part = (
         ""
         if tokens is None or total is None or tokens == total
@@ -198,40 +208,40 @@ def _figures(run: RunRecords) -> str:
     )
     pairs = [
         (
-            number(evaluated.get("bits_per_byte")),
+            number(evaluation.get("bits_per_byte")),
             ".3f",
-            f"bits per byte{', beside ' + rivals if rivals else ''}",
+            f"bits per byte{', compressors: ' + rivals if rivals else ''}",
         ),
         (
-            number(evaluated.get("lost_text")),
+            number(evaluation.get("lost_text")),
             ".2%",
-            "of the text's bytes are lost by the tokenizer: its bits per byte are not comparable",
+            "of the text's bytes are lost by the tokenizer: bits per byte are not comparable",
         ),
-        (number(evaluated.get("loss")), ".4f", f"loss, nats per token{part}"),
+        (number(evaluation.get("loss")), ".4f", f"loss, nats per token{part}"),
         (
-            number(evaluated.get("unrounded_bits_per_byte")),
+            number(evaluation.get("unrounded_bits_per_byte")),
             ".3f",
             "bits per byte with weights before rounding",
         ),
-        (number(evaluated.get("teacher_bits_per_byte")), ".3f", "bits per byte of the teacher"),
-        (number(evaluated.get("teacher_kl")), ".4f", "KL from the teacher, nats per token"),
-        (number(evaluated.get("teacher_agreement")), ".1%", "same likeliest token as the teacher"),
-        (number(evaluated.get("calibration_error")), ".3f", "calibration error"),
+        (number(evaluation.get("teacher_bits_per_byte")), ".3f", "bits per byte of the teacher"),
+        (number(evaluation.get("teacher_kl")), ".4f", "KL from the teacher, nats per token"),
+        (number(evaluation.get("teacher_agreement")), ".1%", "same most likely token as the teacher"),
+        (number(evaluation.get("calibration_error")), ".3f", "calibration error"),
         (number(result.get("parameters")), ",.0f", "parameters"),
         (number(result.get("tokens")), ",.0f", "tokens trained on"),
         (number(result.get("tokens_per_second")), ",.0f", "tokens per second"),
     ]
     tiles = [
-        f"<div class=figure><b>{value:{how}}</b><span>{html.escape(label)}</span></div>"
-        for value, how, label in pairs
+        f"<div class=metric><b>{value:{format}}</b><span>{html.escape(label)}</span></div>"
+        for value, format, label in pairs
         if value is not None
     ]
     if (seconds := number(result.get("seconds"))) is not None:
         tiles.append(
-            f"<div class=figure><b>{format_seconds(seconds)}</b><span>wall time of the last "
+            f"<div class=metric><b>{format_seconds(seconds)}</b><span>wall time of the last "
             "session</span></div>"
         )
-    return f'<div class="figures">{"".join(tiles)}</div>'
+    return f'<div class="metrics">{"".join(tiles)}</div>'
 
 
 def _samples(run: RunRecords) -> str:
@@ -241,7 +251,9 @@ def _samples(run: RunRecords) -> str:
     parts = []
     for step in reversed(steps):
         texts = "".join(
-            _sample(str(one["prompt"]), str(one["text"])) for one in run.samples if one["step"] == step
+            _sample(str(sample["prompt"]), str(sample["text"]))
+            for sample in run.samples
+            if sample["step"] == step
         )
         parts.append(
             f"<details{' open' if step == steps[-1] else ''}><summary>step "
@@ -274,18 +286,20 @@ def _result(run: RunRecords) -> str:
 
 
 def _warnings(run: RunRecords) -> str:
-    found = dict.fromkeys(
-        str(one["text"]) for one in run.messages if one.get("level") in ("WARNING", "ERROR", "CRITICAL")
+    texts = dict.fromkeys(
+        str(message["text"])
+        for message in run.messages
+        if message.get("level") in ("WARNING", "ERROR", "CRITICAL")
     )
-    return f"<h2>Warnings</h2>{table([(text,) for text in found])}" if found else ""
+    return f"<h2>Warnings</h2>{table([(text,) for text in texts])}" if texts else ""
 
 
 def _nested(name: str, value: Any, *, is_open: bool = False) -> str:
-    """Settings as they nest: what has parts folds."""
+    """Return nested settings as foldable sections."""
     if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
         value = {str(index): item for index, item in enumerate(value)}
     if not isinstance(value, dict):
-        raise TypeError(f"{name} has no parts")
+        raise TypeError(f"{name} is not a mapping or a list of mappings")
     plain = {key: item for key, item in value.items() if not _has_parts(item)}
     rows = "".join(
         f"<tr><td class=name>{html.escape(key)}</td><td>{html.escape(_leaf(item))}</td></tr>"

@@ -1,6 +1,4 @@
-"""Run directories as data: what a run was, what it logged, what it came to. Works on runs that are
-unfinished, killed or going on.
-"""
+"""Run directories as data: settings, log and result of a run, also of one that is killed or in progress."""
 
 import dataclasses
 import json
@@ -14,13 +12,13 @@ from slmjax.telemetry.run_directory import read_log
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunRecords:
-    """A run directory, read. Of steps that were done twice, after a resume, the later record counts."""
+    """The files of a run directory. Of a step that was run twice, after a resume, the later record counts."""
 
     path: Path
     config: dict[str, Any]
     environment: dict[str, Any]
     data: list[dict[str, Any]]
-    result: dict[str, Any] | None  # None while the run goes on, or if it was killed
+    result: dict[str, Any] | None  # None while the run is in progress, or if it was killed
     train: list[dict[str, Any]]  # by step
     evals: list[dict[str, Any]]
     samples: list[dict[str, Any]]
@@ -28,51 +26,48 @@ class RunRecords:
 
     @property
     def name(self) -> str:
-        """Name of the directory."""
+        """The name of the directory."""
         return self.path.resolve().name
 
     @property
     def status(self) -> str:
-        """How it ended, as far as the directory tells."""
+        """The outcome of the run, as far as the directory shows it."""
         return "unfinished" if self.result is None else str(self.result.get("status", "finished"))
 
     @property
     def held_out(self) -> dict[str, Any]:
-        """The last evaluation on held-out text: of all of it where the run came to its end; empty where there
-        is none.
-        """
+        """The last evaluation on held-out text: on all of it if the run has finished; empty if there is none."""
         return self.evals[-1] if self.evals else {}
 
     @property
     def on_the_way(self) -> list[dict[str, Any]]:
-        """The evaluations that one curve may show: one of all held-out text does not go on where those of a
-        part of it ended.
-        """
-        parts = [one for one in self.evals if not one.get("complete")]
-        same = {one.get("documents") for one in self.evals}
-        return self.evals if len(same) == 1 or not parts else parts
+        """The evaluations for one curve: those on a part of the held-out text, if there are any."""
+        # Losses on other documents do not continue the curve of those on a part.
+        parts = [record for record in self.evals if not record.get("complete")]
+        numbers_of_documents = {record.get("documents") for record in self.evals}
+        return self.evals if len(numbers_of_documents) == 1 or not parts else parts
 
     @property
     def last_step(self) -> int:
-        """The last step that was logged."""
+        """The last step in the log."""
         return max((record["step"] for record in self.train), default=0)
 
 
 def read_run(path: str | Path) -> RunRecords:
-    """The records of a run directory.
+    """Return the records of a run directory.
 
     Raises:
-      ValueError: this is none.
+        ValueError: the path is not a run directory.
     """
     path = Path(path)
-    if (path / "origin.json").is_file():  # no import of what reads models: that takes seconds
+    if (path / "origin.json").is_file():
         raise ValueError(
             f"{path} is an imported model, which was not trained here: there is nothing to report. `slmjax "
             "eval` measures it"
         )
     if not (path / "config.json").is_file():
         raise ValueError(
-            f"{path} is not a run directory: it has no config.json. `slmjax runs` lists those there are"
+            f"{path} is not a run directory: it has no config.json. `slmjax runs` lists the run directories"
         )
     log = read_log(path / "log.jsonl") if (path / "log.jsonl").is_file() else []
     by_kind: dict[str, list[dict[str, Any]]] = {}
@@ -83,7 +78,7 @@ def read_run(path: str | Path) -> RunRecords:
     train = _latest(by_kind.get("train", ()), ("step",))
     result = _json(path / "result.json")
     if result is not None and train and train[-1]["step"] > result.get("step", 0):
-        result = None  # of an earlier session: the run was extended, and goes on or was killed
+        result = None  # of an earlier session: the run was extended and has not finished since
     return RunRecords(
         path=path,
         config=_json(path / "config.json") or {},
@@ -109,12 +104,13 @@ def _json(path: Path) -> Any:
 
 
 def _latest(records: Iterable[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[str, Any]]:
-    kept = {tuple(record[key] for key in keys): record for record in records}
-    return sorted(kept.values(), key=lambda record: record["step"])
+    # A later record of the same step replaces an earlier one.
+    latest = {tuple(record[key] for key in keys): record for record in records}
+    return sorted(latest.values(), key=lambda record: record["step"])
 
 
 def number(value: Any) -> float | None:
-    """A figure of the log: None for what is not there and what is not finite, which the log keeps as text."""
+    """Return a number of the log; None if it is missing or not finite (the log has those as text)."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
@@ -127,13 +123,13 @@ class RunSummary:
 
     name: str
     path: str
-    status: str  # finished, interrupted, diverged, or unfinished: going on, or killed
+    status: str  # finished, interrupted, diverged, or unfinished (in progress or killed)
     step: int
-    steps: int  # that were asked for
+    steps: int  # of the settings
     loss: float | None  # on held-out text, by the last evaluation
     bits_per_byte: float | None
-    lost_text: float | None  # share of the held-out text's bytes that the tokenizer loses; None: none
-    complete: bool  # whether that was on all held-out text
+    lost_text: float | None  # fraction of the held-out text's bytes that the tokenizer loses; None for 0
+    complete: bool  # the last evaluation was on all held-out text
     parameters: int | None
     tokens: int | None
     seconds: float | None
@@ -141,10 +137,10 @@ class RunSummary:
 
 
 def list_runs(directory: str | Path) -> list[RunSummary]:
-    """The runs in a directory, oldest first. A run whose files are damaged is listed as such.
+    """Return the runs in a directory, oldest first. A run with damaged files has the status "damaged".
 
     Raises:
-      ValueError: there is no such directory, or no run in it.
+        ValueError: there is no such directory, or it has no run.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -152,13 +148,13 @@ def list_runs(directory: str | Path) -> list[RunSummary]:
             f"there is no directory {directory}: name the one that runs are in (`slmjax train` makes them in "
             "runs)"
         )
-    found = [_summary(path.parent) for path in directory.glob("*/config.json")]
-    if not found:
+    runs = [_summary(path.parent) for path in directory.glob("*/config.json")]
+    if not runs:
         raise ValueError(
             f"{directory} holds no run: name the directory that runs are in (`slmjax train` makes them in "
             "runs)"
         )
-    return sorted(found, key=lambda one: one.started)
+    return sorted(runs, key=lambda run: run.started)
 
 
 def _summary(path: Path) -> RunSummary:
