@@ -1,13 +1,12 @@
-"""Sampling: text that a model continues, prompts of different lengths together.
+"""Sampling: continuations of prompts of different lengths, in batches.
 
-    sample(definition, params, buffers, [[bos, 17, 4]], config=SamplingConfig(), eos_id=1)   # token ids to
-    token ids generate(loaded, ["def main("])                                                         # text
-    to text generate(loaded, [encode_chat(loaded.tokenizer, [{"role": "user", "content": "Hello"}])])   # a
-    conversation to its answer
+    sample(definition, params, buffers, [[bos, 17, 4]], config=SamplingConfig(), eos_id=1)   # ids to ids
+    generate(loaded, ["def main("])                                                          # text to text
+    conversation = [{"role": "user", "content": "Hello"}]
+    generate(loaded, [encode_chat(loaded.tokenizer, conversation)])                          # to its answer
 
-`settings.py` says how tokens are chosen and checks what is asked, `choice.py` chooses, `decoding.py` runs the
-model, `text.py` goes from text to text. Prompts of conversations, by a model's template, are made in
-`data/chat.py`.
+In order: `settings.py` checks the settings, `choice.py` chooses the next token, `decoding.py` runs the model,
+`text.py` goes from text to text. `data/chat.py` makes the prompts of conversations.
 """
 
 from slmjax.data.chat import encode_chat, render_chat

@@ -21,20 +21,22 @@ def next_tokens(
     top_p: Number | None = None,
     min_p: Number | None = None,
 ) -> Int[Array, " B"]:
-    """One token for each row of logits, drawn with the key of the row; the most likely one where temperature
-    is None.
+    """Return one token for each row of logits, drawn with the key of the row.
+
+    Without a temperature it is the most likely token.
     """
     if temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    kept = filtered_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+    filtered = filtered_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    return jax.vmap(jax.random.categorical)(keys, filtered).astype(jnp.int32)
 
 
 def penalised(
     logits: Float[Array, "B V"], seen: Bool[Array, "B V"], *, penalty: Number
 ) -> Float[Array, "B V"]:
-    """Logits with tokens that were seen made less likely by a factor (https://arxiv.org/abs/1909.05858,
-    section 4.1).
+    """Return logits with tokens of the text so far made less likely by a factor.
+
+    Source: https://arxiv.org/abs/1909.05858, section 4.1.
     """
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
@@ -47,28 +49,28 @@ def filtered_logits(
     top_p: Number | None = None,
     min_p: Number | None = None,
 ) -> Float[Array, "B V"]:
-    """Logits of the distribution that is drawn from: divided by the temperature, -inf for tokens that are
-    never drawn.
+    """Return logits divided by the temperature, with -inf for tokens that are never drawn.
 
-    Of equal logits the lower id counts as the more likely, as `argmax` has it, so that exactly k remain.
-    Top-p (https://arxiv.org/abs/1904.09751) looks at the probabilities that top-k has left, and keeps at
-    least one token. Min-p (https://arxiv.org/abs/2407.01082) compares with the likeliest token, which both
-    leave in place.
+    Of equal logits the lower id counts as the more likely, as in `argmax`, so that exactly k remain. Top-p
+    (https://arxiv.org/abs/1904.09751) uses the probabilities that top-k has left, and keeps at least one
+    token. Min-p (https://arxiv.org/abs/2407.01082) compares with the most likely token, which both keep.
     """
-    scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature  # no overflow, however cold
-    # The likeliest has the scaled logit 0: probabilities relative to it need no sum.
+    # Subtracting the maximum first keeps a low temperature from overflowing.
+    scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
+    # The most likely token has the scaled logit 0: probabilities relative to it need no sum.
     if min_p is not None:
         logits = jnp.where(scaled >= jnp.log(min_p), scaled, -jnp.inf)
     else:
         logits = scaled
     if top_k is None and top_p is None:
         return logits
+    # A stable sort, so that ties go to the lower id.
     order = jnp.argsort(scaled, axis=-1, descending=True, stable=True)
     ranks = jnp.argsort(order, axis=-1)
-    kept = ranks < (scaled.shape[-1] if top_k is None else top_k)
+    is_kept = ranks < (scaled.shape[-1] if top_k is None else top_k)
     if top_p is not None:
-        probabilities = jax.nn.softmax(jnp.where(kept, scaled, -jnp.inf), axis=-1)
+        probabilities = jax.nn.softmax(jnp.where(is_kept, scaled, -jnp.inf), axis=-1)
         by_rank = jnp.take_along_axis(probabilities, order, axis=-1)
         before = jnp.cumsum(by_rank, axis=-1) - by_rank
-        kept &= jnp.take_along_axis(before, ranks, axis=-1) < top_p
-    return jnp.where(kept, logits, -jnp.inf)
+        is_kept &= jnp.take_along_axis(before, ranks, axis=-1) < top_p
+    return jnp.where(is_kept, logits, -jnp.inf)

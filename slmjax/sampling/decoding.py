@@ -1,10 +1,10 @@
-"""Token ids to token ids: the model run on prompts, then token by token, a few dozen to a compiled call.
+"""Token ids to token ids: run the model on prompts, then token by token, several tokens per compiled call.
 
 Prompts are padded on the right to a power of two and run through the model (prefill), which fills the
-decoding state; then each call feeds one token per prompt and step, until every prompt has reached an end or
-its limit, or the call's number of steps. The decoding state is whatever the mixers made it: it is only handed
-on. Lengths are rounded up, and temperature, probabilities, seeds and limits are arguments, so that few
-combinations compile.
+decoding state. Then each call feeds one token per prompt and step, until every prompt has reached an end or
+its limit, or the call has made its number of steps. The decoding state belongs to the mixers and is only
+passed on. Lengths are rounded up, and temperature, probabilities, seeds and limits are arguments, so that few
+programs are compiled.
 
 Dims: B prompts, E tokens that end a continuation, S tokens of prompt and continuation together (a power of
 two), P tokens of the prefill, D model, V vocabulary.
@@ -28,21 +28,20 @@ from slmjax.parallel import communication
 from slmjax.sampling.choice import next_tokens, penalised
 from slmjax.sampling.settings import DEFAULT, SamplingConfig, check_prompts, length_limits, resolved_seeds
 
-SMALLEST_LENGTH = 16  # shorter sequences are padded to it
-PREFILL_CHUNK = 512  # prompt tokens that see the cache at once: bounds the memory of their scores
-STEPS_PER_CALL = 64  # tokens between two looks at what has come
+SMALLEST_LENGTH = 16  # shorter sequences are padded to this length
+PREFILL_CHUNK = 512  # prompt tokens that attend to the cache at a time: bounds the memory of their scores
+STEPS_PER_CALL = 64  # tokens per compiled call
 NO_TOKEN = -1  # an end that no token equals
-UNROLLED_LAYERS = 16  # up to so many layers decode without a loop over them
+UNROLLED_LAYERS = 16  # models of up to this many layers are unrolled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Continuation:
-    """What followed a prompt."""
+    """The new tokens of a prompt."""
 
-    tokens: list[int]  # new tokens; the last is EOS where it was reached
-    logprobs: list[
-        float
-    ]  # of each new token, under the model's own distribution: no penalty, temperature or filter
+    tokens: list[int]  # new tokens; the last is EOS if it was reached
+    # of each new token, under the model's distribution before penalty, temperature and filters
+    logprobs: list[float]
 
 
 def sample(
@@ -57,22 +56,26 @@ def sample(
     watch: Callable[[int, list[int]], bool] | None = None,
     steps_per_call: int = STEPS_PER_CALL,
 ) -> list[Continuation]:
-    """New tokens for each prompt, EOS included where it was reached; `config.stop` is for `generate`, which
-    knows text.
+    """Return new tokens for each prompt, with EOS if it was reached.
 
-    A draw depends on the prompt, its seed and the position, not on the other prompts. With parameters on a
-    mesh, call it under `jax.set_mesh`, on every process alike.
+    `config.stop` is for `generate`, which works on text. A draw depends on the prompt, its seed and the
+    position, not on the other prompts. With parameters on a mesh, call this under `jax.set_mesh`, on every
+    process.
 
     Args:
-      prompts: token ids, each beginning with BOS where the model wants it.
-      eos_id: ends a continuation, or each of several does; None for none.
+      definition: the model.
+      params: its parameters.
+      buffers: its buffers.
+      prompts: token ids, each with BOS first if the model expects it.
+      config: choice of tokens.
+      eos_id: a token that ends a continuation, or several; None for none.
       seeds: one for each prompt (none: config.seed, config.seed + 1, ...).
-      watch: told the index of each unfinished prompt and its new tokens after every few steps; True ends it.
-      steps_per_call: tokens per prompt between two such looks.
+      watch: called every few steps with the index of each unfinished prompt and its new tokens; True ends it.
+      steps_per_call: tokens per prompt between two calls of `watch`.
 
     Raises:
-      ValueError: a prompt is empty, or holds an id that is none, or leaves no room for `max_tokens` in the
-        context.
+      ValueError: a prompt is empty, has an id outside the vocabulary, or the context is too short for
+        `max_tokens`.
     """
     if not prompts:
         return []
@@ -90,19 +93,22 @@ def sample(
     )
     tokens = _padded(prompts, _power_of_two(max(limits)))
     model = _for_decoding(definition, params, buffers)
-    progress, seen = _prefill(model, rule, tokens, starts, prefill_length=_power_of_two(int(starts.max())))
+    progress, readable = _prefill(
+        model, rule, tokens, starts, prefill_length=_power_of_two(int(starts.max()))
+    )
     while True:
-        filled, logprobs, ends, done = jax.device_get(seen)
-        found = [
-            Continuation(tokens=row[start:end].tolist(), logprobs=chances[start:end].tolist())
-            for row, chances, start, end in zip(filled, logprobs, starts, ends, strict=True)
+        filled, logprobs, ends, done = jax.device_get(readable)
+        continuations = [
+            Continuation(tokens=row[start:end].tolist(), logprobs=row_logprobs[start:end].tolist())
+            for row, row_logprobs, start, end in zip(filled, logprobs, starts, ends, strict=True)
         ]
         stopped = [
-            bool(over) or (watch is not None and watch(i, found[i].tokens)) for i, over in enumerate(done)
+            bool(is_done) or (watch is not None and watch(i, continuations[i].tokens))
+            for i, is_done in enumerate(done)
         ]
         if all(stopped):
-            return found
-        progress, seen = _continue(model, rule, progress, np.asarray(stopped), np.int32(steps_per_call))
+            return continuations
+        progress, readable = _continue(model, rule, progress, np.asarray(stopped), np.int32(steps_per_call))
 
 
 def _padded(prompts: Sequence[Sequence[int]], length: int) -> np.ndarray:
@@ -120,7 +126,7 @@ def _rule(
     eos_id: int | Sequence[int] | None,
     vocab_size: int,
 ) -> "Rule":
-    def asked(value: float | None) -> np.float32 | None:
+    def unless_neutral(value: float | None) -> np.float32 | None:
         return None if value in (None, 1.0) else np.float32(value)
 
     ends = [eos_id] if isinstance(eos_id, int) else eos_id
@@ -129,9 +135,9 @@ def _rule(
         limits=limits,
         end_ids=np.asarray(ends or [NO_TOKEN], np.int32),
         temperature=np.float32(config.temperature) if config.temperature > 0 else None,
-        top_p=asked(config.top_p),
+        top_p=unless_neutral(config.top_p),
         min_p=None if config.min_p is None else np.float32(config.min_p),
-        penalty=asked(config.repetition_penalty),
+        penalty=unless_neutral(config.repetition_penalty),
         top_k=None if config.top_k is None or config.top_k >= vocab_size else config.top_k,
     )
 
@@ -144,23 +150,23 @@ def _power_of_two(length: int) -> int:
 def _for_decoding(
     definition: Definition, params: Mapping[str, Array], buffers: Mapping[str, Array]
 ) -> Decoder:
-    """The model, its layers taken apart where they are few.
+    """Return the model, with its layers unstacked if they are few.
 
-    In a stack every token would copy the caches of all layers: they go into the loop over layers as one array
-    and come out of it as another. Weights that have formats are decoded once.
+    With stacked layers every token would copy the caches of all layers: they enter the loop over layers as
+    one array and leave it as another. Weights with formats are dequantized once.
     """
     params, definition = definition.decode(params)
     if definition.config.num_layers > UNROLLED_LAYERS or all(
         segment.repeats == 1 for segment in definition.config.stack
     ):
         return definition.merge(params, buffers)
-    apart = _apart(definition.config)
-    return apart.merge(*_taken_apart(definition.config, dict(params), dict(buffers)))
+    unstacked = _unstacked_definition(definition.config)
+    return unstacked.merge(*_unstacked(definition.config, dict(params), dict(buffers)))
 
 
 @functools.cache
-def _apart(config: Any) -> Definition:
-    """The same model with every repeat as a segment of its own."""
+def _unstacked_definition(config: Any) -> Definition:
+    """Return the definition of the same model with every repeat in its own layer group."""
     stack = tuple(
         LayerGroup(pattern=segment.pattern) for segment in config.stack for _ in range(segment.repeats)
     )
@@ -168,15 +174,15 @@ def _apart(config: Any) -> Definition:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _taken_apart(
+def _unstacked(
     config: Any, params: dict[str, Array], buffers: dict[str, Array]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    apart = _apart(config)
+    unstacked = _unstacked_definition(config)
 
     def move(tree: dict[str, Array], like: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
-        return restack(apart.config, unstack(config, tree), like=like)
+        return restack(unstacked.config, unstack(config, tree), like=like)
 
-    return move(params, apart.params), move(buffers, apart.buffers)
+    return move(params, unstacked.params), move(buffers, unstacked.buffers)
 
 
 # Inside the compiled program --------------------------------------------------------------------------------
@@ -187,14 +193,13 @@ def _taken_apart(
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """How tokens are chosen and where a continuation ends: the config's settings as arguments of a compiled
-    function.
+    """The settings of sampling as arguments of a compiled function.
 
-    The fields are typed `Any` because this is a pytree; None stands for what is not asked for.
+    The fields are typed `Any` because this is a pytree; None leaves a setting out.
     """
 
     seeds: Any  # UInt32[Array, " B"]
-    limits: Any  # Int32[Array, " B"]: tokens that each row may reach, its prompt included
+    limits: Any  # Int32[Array, " B"]: largest number of tokens of each row, its prompt included
     end_ids: Any  # Int32[Array, " E"]: each of these tokens ends a continuation
     temperature: Any  # Float32[Array, ""], None for the most likely token
     top_p: Any  # Float32[Array, ""] | None
@@ -206,21 +211,21 @@ class Rule:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What changes from one token to the next. The fields are typed `Any` because this is a pytree."""
+    """The state that changes with every token. The fields are typed `Any` because this is a pytree."""
 
-    tokens: Any  # Int32[Array, "B S"]: prompts, and what has been added to them
-    logprobs: Any  # Float32[Array, "B S"]: of what has been added
+    tokens: Any  # Int32[Array, "B S"]: prompts with their new tokens
+    logprobs: Any  # Float32[Array, "B S"]: of the new tokens
     lengths: Any  # Int32[Array, " B"]: tokens so far
     done: Any  # Bool[Array, " B"]
-    state: Any  # the model's decoding state, of all tokens but the newest
-    used: Any  # Bool[Array, "B V"] | None: tokens that are there already, where they are penalised
+    state: Any  # decoding state of the model, for all tokens but the newest
+    used: Any  # Bool[Array, "B V"] | None: tokens of the text so far, if they are penalised
 
 
-Seen = tuple[Array, Array, Array, Array]
+Readable = tuple[Array, Array, Array, Array]
 
 
-def _seen(progress: Progress) -> Seen:
-    """Tokens, log-probabilities, lengths and ends, whole on every process, so that each can read them."""
+def _readable(progress: Progress) -> Readable:
+    """Return tokens, log-probabilities, lengths and ends, replicated, so that every process can read them."""
     rows = (None, None)
     row = (None,)
     return (
@@ -232,25 +237,29 @@ def _seen(progress: Progress) -> Seen:
 
 
 def _extended(progress: Progress, rule: Rule, output: Output, hidden: Float[Array, "B D"]) -> Progress:
-    """Adds to each prompt that is not done the token that follows its last hidden state."""
+    """Append to each unfinished prompt the token that follows its last hidden state."""
     num_prompts, capacity = progress.tokens.shape
     rows = jnp.arange(num_prompts)
     logits = losses.logits(hidden, output.head)[:, : output.head.vocab_size]
-    wanted = logits if progress.used is None else penalised(logits, progress.used, penalty=rule.penalty)
+    adjusted = logits if progress.used is None else penalised(logits, progress.used, penalty=rule.penalty)
+    # A key per prompt and position, so that a draw does not depend on the other prompts or on the call.
     keys = jax.vmap(lambda seed, length: jax.random.fold_in(jax.random.key(seed), length))(
         rule.seeds, progress.lengths
     )
     new = next_tokens(
-        wanted, keys, temperature=rule.temperature, top_k=rule.top_k, top_p=rule.top_p, min_p=rule.min_p
+        adjusted, keys, temperature=rule.temperature, top_k=rule.top_k, top_p=rule.top_p, min_p=rule.min_p
     )
     logprobs = jnp.take_along_axis(logits, new[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
-    places = jnp.where(progress.done, capacity, progress.lengths)  # out of range for what is done: dropped
-    grown = jnp.where(progress.done, progress.lengths, progress.lengths + 1)
+    # An index out of range drops the token of a finished prompt.
+    indices = jnp.where(progress.done, capacity, progress.lengths)
+    lengths = jnp.where(progress.done, progress.lengths, progress.lengths + 1)
     return Progress(
-        tokens=progress.tokens.at[rows, places].set(new, mode="drop"),
-        logprobs=progress.logprobs.at[rows, places].set(logprobs, mode="drop"),
-        lengths=grown,
-        done=progress.done | jnp.any(new[:, None] == rule.end_ids[None, :], axis=1) | (grown >= rule.limits),
+        tokens=progress.tokens.at[rows, indices].set(new, mode="drop"),
+        logprobs=progress.logprobs.at[rows, indices].set(logprobs, mode="drop"),
+        lengths=lengths,
+        done=progress.done
+        | jnp.any(new[:, None] == rule.end_ids[None, :], axis=1)
+        | (lengths >= rule.limits),
         state=output.state,
         used=None if progress.used is None else progress.used.at[rows, new].set(True),
     )
@@ -259,8 +268,8 @@ def _extended(progress: Progress, rule: Rule, output: Output, hidden: Float[Arra
 @functools.partial(jax.jit, static_argnames="prefill_length")
 def _prefill(
     model: Decoder, rule: Rule, tokens: Int[Array, "B S"], lengths: Int[Array, " B"], *, prefill_length: int
-) -> tuple[Progress, Seen]:
-    """The prompts run through the model, and the first new token of each."""
+) -> tuple[Progress, Readable]:
+    """Run the prompts through the model, and return the state with the first new token of each."""
     num_prompts, capacity = tokens.shape
     state = model.init_state(num_prompts, max_length=capacity)
     hidden = None
@@ -269,9 +278,10 @@ def _prefill(
         part = tokens[:, first : min(first + PREFILL_CHUNK, prefill_length)]
         positions = jnp.broadcast_to(first + jnp.arange(part.shape[1])[None, :], part.shape)
         segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
-        rows = {"segment_ids": segment_ids, "positions": positions, "max_lengths": rule.limits}
-        output = model(part, **rows, state=state)
+        row_inputs = {"segment_ids": segment_ids, "positions": positions, "max_lengths": rule.limits}
+        output = model(part, **row_inputs, state=state)
         state = output.state
+        # The last token of each prompt is in one of the chunks.
         index = lengths - 1 - first
         last = jnp.take_along_axis(
             output.hidden, jnp.clip(index, 0, part.shape[1] - 1)[:, None, None], axis=1
@@ -294,27 +304,27 @@ def _prefill(
         used=used,
     )
     progress = _extended(progress, rule, output, hidden)
-    return progress, _seen(progress)
+    return progress, _readable(progress)
 
 
 @functools.partial(jax.jit, donate_argnames="progress")
 def _continue(
     model: Decoder, rule: Rule, progress: Progress, stopped: Bool[Array, " B"], num_steps: Int[Array, ""]
-) -> tuple[Progress, Seen]:
-    """At most so many more tokens for each prompt that is not done."""
+) -> tuple[Progress, Readable]:
+    """Generate up to `num_steps` more tokens for each unfinished prompt."""
 
     def step(carry: tuple[Progress, Array]) -> tuple[Progress, Array]:
         progress, count = carry
         positions = progress.lengths[:, None] - 1
         newest = jnp.take_along_axis(progress.tokens, positions, axis=1)
-        segment_ids = jnp.where(progress.done, 0, 1)[:, None]  # what is done is padding
-        rows = {"segment_ids": segment_ids, "positions": positions, "max_lengths": rule.limits}
-        output = model(newest, **rows, state=progress.state)
+        segment_ids = jnp.where(progress.done, 0, 1)[:, None]  # a finished prompt feeds padding
+        row_inputs = {"segment_ids": segment_ids, "positions": positions, "max_lengths": rule.limits}
+        output = model(newest, **row_inputs, state=progress.state)
         return _extended(progress, rule, output, output.hidden[:, 0]), count + 1
 
-    def goes_on(carry: tuple[Progress, Array]) -> Bool[Array, ""]:
+    def is_unfinished(carry: tuple[Progress, Array]) -> Bool[Array, ""]:
         return (carry[1] < num_steps) & ~jnp.all(carry[0].done)
 
     progress = dataclasses.replace(progress, done=progress.done | stopped)
-    progress, _ = jax.lax.while_loop(goes_on, step, (progress, jnp.int32(0)))
-    return progress, _seen(progress)
+    progress, _ = jax.lax.while_loop(is_unfinished, step, (progress, jnp.int32(0)))
+    return progress, _readable(progress)

@@ -1,4 +1,4 @@
-"""How tokens are chosen, and what can be asked of a model."""
+"""Settings of sampling, and the checks of prompts."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,20 +9,20 @@ LARGEST_SEED = 2**32 - 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How the next token is chosen: penalty, temperature, top-k, top-p, min-p, in this order."""
+    """Choice of the next token: penalty, temperature, top-k, top-p, min-p, in this order."""
 
-    # new tokens per prompt at most (none: 128, or fewer where the context is full)
+    # largest number of new tokens per prompt (none: 128, or fewer if the context is full)
     max_tokens: int | None = None
     temperature: float = 0.8  # divides the logits; 0 takes the most likely token
-    top_k: int | None = None  # only the k most likely tokens are drawn (none: all)
-    # only the fewest tokens that together reach this probability are drawn (none: all)
+    top_k: int | None = None  # draw only from the k most likely tokens (none: all)
+    # draw only from the fewest tokens that together have this probability (none: all)
     top_p: float | None = None
-    # only tokens at least this many times as likely as the likeliest are drawn (none: all)
+    # draw only from tokens at least this many times as likely as the most likely one (none: all)
     min_p: float | None = None
-    # tokens that were there before: positive logits divided by it, others multiplied (none: 1)
+    # for tokens of the text so far: positive logits are divided by it, others multiplied (none: 1)
     repetition_penalty: float | None = None
-    seed: int = 0  # of the first prompt's draws; the next prompt's is one more, and so on
-    stop: tuple[str, ...] = ()  # texts that end a continuation, and are left out of it
+    seed: int = 0  # random seed of the first prompt; that of the next prompt is one more, and so on
+    stop: tuple[str, ...] = ()  # texts that end a continuation, which does not include them
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -44,21 +44,23 @@ class SamplingConfig:
         if not 0 <= self.seed <= LARGEST_SEED:
             raise ValueError(f"seed must lie between 0 and 2**32 - 1, got {self.seed}")
         if "" in self.stop:
-            raise ValueError("stop holds an empty text, which is everywhere: leave it out")
+            raise ValueError("stop has an empty text, which every text contains: leave it out")
 
 
 DEFAULT = SamplingConfig()
 
 
 def resolved_seeds(config: SamplingConfig, seeds: Sequence[int] | None, *, num_prompts: int) -> list[int]:
-    """The seed of each prompt. Raises ValueError where there are not as many seeds as prompts, or one is
-    none.
+    """Return the seed of each prompt.
+
+    Raises:
+        ValueError: the number of seeds is not that of the prompts, or a seed is out of range.
     """
     if seeds is None:
         return [(config.seed + index) % (LARGEST_SEED + 1) for index in range(num_prompts)]
     if len(seeds) != num_prompts:
         raise ValueError(
-            f"there are {len(seeds)} seeds for {num_prompts} prompts: give one for each, or none at all"
+            f"got {len(seeds)} seeds for {num_prompts} prompts: give one for each prompt, or none"
         )
     for seed in seeds:
         if not 0 <= seed <= LARGEST_SEED:
@@ -67,10 +69,10 @@ def resolved_seeds(config: SamplingConfig, seeds: Sequence[int] | None, *, num_p
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], *, vocab_size: int) -> None:
-    """Raises ValueError for a prompt that is empty or holds an id that is none."""
+    """Raise ValueError for a prompt that is empty or has an id outside the vocabulary."""
     for index, prompt in enumerate(prompts):
         if not len(prompt):
-            raise ValueError(f"prompt {index} has no token: begin it with BOS")
+            raise ValueError(f"prompt {index} has no tokens: begin it with BOS")
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise ValueError(
                 f"prompt {index} has token ids from {min(prompt)} to {max(prompt)}, and the vocabulary has "
@@ -81,16 +83,21 @@ def check_prompts(prompts: Sequence[Sequence[int]], *, vocab_size: int) -> None:
 def length_limits(
     prompts: Sequence[Sequence[int]], *, max_tokens: int | None, context_length: int
 ) -> list[int]:
-    """The length that each prompt may grow to. Raises ValueError where the context has no room for what is
-    asked.
+    """Return the greatest length of each prompt with its continuation.
+
+    Raises:
+        ValueError: the context is too short for a prompt and its new tokens.
     """
     longest = max(map(len, prompts))
-    room = context_length - longest
-    if room < (max_tokens or 1):
-        way_out = f"ask for at most {room}" if room > 0 else f"shorten it to {context_length - 1} or fewer"
+    available = context_length - longest
+    if available < (max_tokens or 1):
+        way_out = (
+            f"ask for at most {available}"
+            if available > 0
+            else f"shorten it to {context_length - 1} or fewer"
+        )
         raise ValueError(
             f"a prompt of {longest} tokens (BOS included) and max_tokens={max_tokens or 1} are more than the "
-            "model's "
-            f"context_length={context_length}: {way_out}"
+            f"model's context_length={context_length}: {way_out}"
         )
     return [min(len(prompt) + (max_tokens or DEFAULT_MAX_TOKENS), context_length) for prompt in prompts]

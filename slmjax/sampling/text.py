@@ -1,4 +1,4 @@
-"""Text to text: prompts encoded, continuations decoded as they come, cut where a stop text begins."""
+"""Text to text: encode prompts, decode continuations as they grow, and cut them where a stop text begins."""
 
 import dataclasses
 import enum
@@ -10,31 +10,28 @@ from slmjax.data.tokenizers import Tokenizer
 from slmjax.sampling.decoding import STEPS_PER_CALL, sample
 from slmjax.sampling.settings import DEFAULT, SamplingConfig, check_prompts, length_limits, resolved_seeds
 
-STREAMED_STEPS = 4  # tokens between two pieces of text that are shown
+STREAMED_STEPS = 4  # tokens between two pieces of streamed text
 
 
 class FinishReason(enum.Enum):
-    """Why a continuation ended."""
+    """The reason why a continuation ended."""
 
     EOS = "eos"  # the model ended the document or its turn
-    STOP = "stop"  # a stop text came
-    LENGTH = "length"  # max_tokens, or the context is full
+    STOP = "stop"  # a stop text was generated
+    LENGTH = "length"  # max_tokens was reached, or the context is full
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
     """The continuation of one prompt."""
 
-    text: str  # of the new tokens alone, without special tokens, up to a stop text
-    tokens: tuple[
-        int, ...
-    ]  # new tokens; the last is an end where one was reached, or belongs to the stop text
-    logprobs: tuple[
-        float, ...
-    ]  # nats, of each new token under the model's own distribution, whatever was drawn from
-    prompt_tokens: tuple[int, ...]  # BOS first where the model wants it
-    reason: FinishReason  # why it ended
-    seed: int  # with which this prompt alone gives the same
+    text: str  # of the new tokens, without special tokens, up to a stop text
+    tokens: tuple[int, ...]  # new tokens; the last may be an end token, or belong to the stop text
+    # of each new token, in nats, under the model's distribution before temperature, penalty and filters
+    logprobs: tuple[float, ...]
+    prompt_tokens: tuple[int, ...]  # with BOS first if the model expects it
+    reason: FinishReason
+    seed: int  # reproduces this continuation from its prompt alone
 
 
 def generate(
@@ -45,24 +42,23 @@ def generate(
     seeds: Sequence[int] | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Generation]:
-    """Continues each text; an empty one starts a document.
+    """Continue each text; an empty one starts a document.
 
     Args:
       loaded: the model, from `load_model`.
-      prompts: texts, or token ids, which are taken as they are: those of a conversation, from `encode_chat`.
-      config: how tokens are chosen, and where a continuation stops: at any end that the tokenizer knows, and
-        at texts. A stop text that is the name of a special token stands for that token.
+      prompts: texts, or token ids, which are used unchanged: those of a conversation, from `encode_chat`.
+      config: choice of tokens, and stop texts. A continuation ends at any end token of the tokenizer and at
+        any stop text. A stop text that is the name of a special token stands for that token.
       seeds: one for each prompt (none: config.seed, config.seed + 1, ...).
-      on_text: told the index of a prompt and each piece of its continuation as it comes. The pieces make up
-        `text`: none is torn within a character, and nothing that may belong to a stop text is told before it
-        is known not to.
+      on_text: called with the index of a prompt and each new piece of its continuation. The pieces add up to
+        `text`: no character is split, and text that may be part of a stop text is withheld until it is known.
 
     Raises:
-      ValueError: a prompt that the vocabulary cannot express, or that leaves no room for `max_tokens` in the
-        context.
+      ValueError: the vocabulary cannot express a prompt, or the context is too short for `max_tokens`.
     """
+    # All checks come before the model is compiled.
     encoded = encode_prompts(loaded, prompts, config=config)
-    drawn_by = resolved_seeds(config, seeds, num_prompts=len(prompts))
+    resolved = resolved_seeds(config, seeds, num_prompts=len(prompts))
     tokenizer = loaded.tokenizer
     stop_ids = [
         id
@@ -70,7 +66,7 @@ def generate(
         if (id := tokenizer.special_ids.get(stop)) is not None and id not in tokenizer.end_ids
     ]
     ends = (*tokenizer.end_ids, *stop_ids)
-    listener = _Listener(tokenizer, encoded, config.stop, ends, on_text)
+    stream = _TextStream(tokenizer, encoded, config.stop, ends, on_text)
     continued = sample(
         loaded.definition,
         loaded.params,
@@ -78,32 +74,32 @@ def generate(
         encoded,
         config=config,
         eos_id=ends,
-        seeds=drawn_by,
-        watch=listener.watch if config.stop or on_text else None,
+        seeds=resolved,
+        watch=stream.watch if config.stop or on_text else None,
         steps_per_call=STREAMED_STEPS if on_text else STEPS_PER_CALL,
     )
-    found = []
-    for index, (prompt, one) in enumerate(zip(encoded, continued, strict=True)):
-        tokens, text, reason = _finished(prompt, one.tokens, tokenizer, config.stop, ends)
-        listener.tell(index, text)
-        logprobs = tuple(one.logprobs[: len(tokens)])
-        found.append(
+    generations = []
+    for index, (prompt, continuation) in enumerate(zip(encoded, continued, strict=True)):
+        tokens, text, reason = _finished(prompt, continuation.tokens, tokenizer, config.stop, ends)
+        stream.emit(index, text)
+        logprobs = tuple(continuation.logprobs[: len(tokens)])
+        generations.append(
             Generation(
                 text=text,
                 tokens=tuple(tokens),
                 logprobs=logprobs,
                 prompt_tokens=tuple(prompt),
                 reason=reason,
-                seed=drawn_by[index],
+                seed=resolved[index],
             )
         )
-    return found
+    return generations
 
 
 def encode_prompts(
     loaded: Loaded, prompts: Sequence[str | Sequence[int]], *, config: SamplingConfig = DEFAULT
 ) -> list[list[int]]:
-    """The tokens of prompts, BOS first where the model wants it; ids stay as they are.
+    """Return the tokens of prompts, with BOS first if the model expects it; ids are unchanged.
 
     Raises ValueError as `generate` does, before anything is computed.
     """
@@ -117,8 +113,8 @@ def encode_prompts(
     return encoded
 
 
-class _Listener:
-    """Follows the continuations while they grow: tells their text, and sees stop texts."""
+class _TextStream:
+    """Follows growing continuations: passes on their text, and finds stop texts."""
 
     def __init__(
         self,
@@ -133,33 +129,34 @@ class _Listener:
         self._stops = stops
         self._ends = ends
         self._on_text = on_text
-        self._told: dict[int, int] = {}  # characters of each continuation
+        self._num_emitted: dict[int, int] = {}  # characters of each continuation that were passed on
 
     def watch(self, index: int, tokens: list[int]) -> bool:
-        """Whether this continuation has come to a stop text."""
+        """Return whether this continuation has reached a stop text."""
         text = _stable_text(self._tokenizer, self._prompts[index], _before_end(tokens, self._ends))
-        cut = _stop_place(text, self._stops)
+        cut = _stop_index(text, self._stops)
+        # Later tokens may change earlier text of other detokenizers, so their text is passed on at the end.
         if self._tokenizer.detokenizer.is_incremental:
-            self.tell(index, _certain(text, self._stops) if cut is None else text[:cut])
+            self.emit(index, _certain(text, self._stops) if cut is None else text[:cut])
         return cut is not None
 
-    def tell(self, index: int, text: str) -> None:
-        """Tells what of this text was not told yet."""
-        told = self._told.get(index, 0)
-        if self._on_text is not None and len(text) > told:
-            self._on_text(index, text[told:])
-            self._told[index] = len(text)
+    def emit(self, index: int, text: str) -> None:
+        """Pass on the part of this text that was not passed on yet."""
+        num_emitted = self._num_emitted.get(index, 0)
+        if self._on_text is not None and len(text) > num_emitted:
+            self._on_text(index, text[num_emitted:])
+            self._num_emitted[index] = len(text)
 
 
 def _before_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    """The tokens that are text: an end need not be a special token."""
+    """Return the tokens that are text, since an end token need not be a special token."""
     return tokens[:-1] if tokens and tokens[-1] in ends else tokens
 
 
 def _finished(
     prompt: list[int], tokens: list[int], tokenizer: Tokenizer, stops: Sequence[str], ends: Sequence[int]
 ) -> tuple[list[int], str, FinishReason]:
-    """Tokens, text and end of a continuation: tokens past the one that completed a stop text are dropped."""
+    """Return tokens, text and finish reason of a continuation, without tokens after a stop text."""
 
     def text_of(count: int) -> str:
         ids = _before_end(tokens[:count], ends)
@@ -170,23 +167,24 @@ def _finished(
         )
 
     text = text_of(len(tokens))
-    if _stop_place(text, stops) is not None or (stops and not tokenizer.detokenizer.is_incremental):
+    # The model is run several tokens at a time, so the stop text need not be at the end.
+    if _stop_index(text, stops) is not None or (stops and not tokenizer.detokenizer.is_incremental):
         for count in range(1, len(tokens) + 1):
-            if (cut := _stop_place(text_of(count), stops)) is not None:
+            if (cut := _stop_index(text_of(count), stops)) is not None:
                 return tokens[:count], text_of(count)[:cut], FinishReason.STOP
     if not tokens or tokens[-1] not in ends:
         return tokens, text, FinishReason.LENGTH
     return tokens, text, FinishReason.EOS if tokens[-1] in tokenizer.end_ids else FinishReason.STOP
 
 
-def _stop_place(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first stop text begins."""
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return min(places) if places else None
+def _stop_index(text: str, stops: Sequence[str]) -> int | None:
+    """Return the index at which the first stop text begins; None if there is none."""
+    indices = [index for stop in stops if (index := text.find(stop)) >= 0]
+    return min(indices) if indices else None
 
 
 def _stable_text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
-    """The text that ids add to a prompt, without the U+FFFD of a character that further ids may complete."""
+    """Return the text that ids add to a prompt, without the U+FFFD of an incomplete last character."""
     text = tokenizer.decode_continuation(prompt, ids)
     return (
         text[:-1]
@@ -196,8 +194,11 @@ def _stable_text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]
 
 
 def _certain(text: str, stops: Sequence[str]) -> str:
-    """The part of a stable text that more tokens will not change: without the beginning of a stop text at its
-    end.
+    """Return the part of a stable text that more tokens cannot change.
+
+    That is the text without the beginning of a stop text at its end.
     """
-    held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-    return text[: len(text) - held]
+    num_withheld = max(
+        (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
+    )
+    return text[: len(text) - num_withheld]

@@ -94,7 +94,7 @@ def write_report(path: str | Path, *, output: str | Path | None = None, with_ima
 
 def document(*, title: str, body: str, charts: Sequence[Chart]) -> str:
     """Return a complete page. Its security policy forbids any access to a network."""
-    # vega compiles its expressions, which needs 'unsafe-eval'; nothing may be loaded, whatever a run's text holds.
+    # Vega compiles its expressions, which needs 'unsafe-eval'. Nothing may be loaded over a network.
     policy = (
         "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; "
         "img-src data:"
