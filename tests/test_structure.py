@@ -26,7 +26,8 @@ PACKAGE = ROOT / "slmjax"
 # of its own.
 ORDER = (
     "startup config atomic_files parallel formats data telemetry kernels losses quantization models "
-    "quantization.schedule checkpoints quantization.ptq distill prune sampling evaluation convert training planning runner studies cli __main__"
+    "quantization.schedule checkpoints quantization.ptq distill prune sampling evaluation convert training "
+    "planning runner studies cli __main__"
 ).split()
 
 LONGEST_FILE = 600

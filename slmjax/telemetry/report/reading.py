@@ -36,7 +36,7 @@ class RunRecords:
 
     @property
     def held_out(self) -> dict[str, Any]:
-        """The last evaluation on held-out text, of all of it after the end of a run; empty if there is none."""
+        """The last evaluation on held-out text, on all of it after a run; empty if there is none."""
         return self.evals[-1] if self.evals else {}
 
     @property
