@@ -60,10 +60,10 @@ def main() -> None:
         vocab_size=options.vocab_size,
     )
     arguments = (
-        jax.ShapeDtypeStruct((options.tokens, options.width), options.dtype),
+        jax.ShapeDtypeStruct((1, options.tokens, options.width), options.dtype),
         head,
-        jax.ShapeDtypeStruct((options.tokens,), jnp.int32),
-        jax.ShapeDtypeStruct((options.tokens,), jnp.float32),
+        jax.ShapeDtypeStruct((1, options.tokens), jnp.int32),
+        jax.ShapeDtypeStruct((1, options.tokens), jnp.float32),
     )
     chunked = temporary_bytes(cross_entropy, arguments)
     dense = temporary_bytes(dense_cross_entropy, arguments)

@@ -30,13 +30,14 @@ import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from slmjax.losses import (
+    DistillLossConfig,
     Divergence,
     ForwardKl,
     Head,
     Jsd,
     TeacherOutput,
     default_chunk_size,
-    linear_divergence,
+    distill_loss,
     logits,
 )  # noqa: E402
 
@@ -55,9 +56,8 @@ def chunked(chunk_size: int) -> Loss:
         targets: jax.Array,
         weights: jax.Array,
     ) -> jax.Array:
-        return linear_divergence(
-            hidden, head, (teacher,), divergence, targets, weights, chunk_size=chunk_size
-        )[0]
+        config = DistillLossConfig(divergence=divergence)
+        return distill_loss(hidden, head, (teacher,), config, targets, weights, chunk_size=chunk_size)[0]
 
     return loss
 
@@ -91,15 +91,15 @@ def shapes(*, tokens: int, vocab_size: int, width: int, teacher_width: int) -> t
 
     def states_and_head(width: int) -> tuple[jax.ShapeDtypeStruct, Head]:
         head = Head(weight=jax.ShapeDtypeStruct((vocab_size, width), jnp.float32), vocab_size=vocab_size)
-        return jax.ShapeDtypeStruct((tokens, width), jnp.bfloat16), head
+        return jax.ShapeDtypeStruct((1, tokens, width), jnp.bfloat16), head
 
     teacher_hidden, teacher_head = states_and_head(teacher_width)
     teacher = TeacherOutput(hidden=teacher_hidden, head=teacher_head)
     return (
         *states_and_head(width),
         teacher,
-        jax.ShapeDtypeStruct((tokens,), jnp.int32),
-        jax.ShapeDtypeStruct((tokens,), jnp.float32),
+        jax.ShapeDtypeStruct((1, tokens), jnp.int32),
+        jax.ShapeDtypeStruct((1, tokens), jnp.float32),
     )
 
 

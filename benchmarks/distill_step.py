@@ -119,9 +119,7 @@ def main() -> None:
         @jax.jit
         def with_logits(params: Any, buffers: Any, batch: Any) -> Any:
             hidden = plan.hidden(params, buffers, batch.tokens, batch.segment_ids, batch.positions)
-            return losses.sharded_cross_entropy(
-                hidden, plan.head(params, buffers), batch.targets, batch.loss_mask
-            )
+            return losses.cross_entropy(hidden, plan.head(params, buffers), batch.targets, batch.loss_mask)
 
         def teacher_alone() -> None:
             jax.block_until_ready(with_logits(params, buffers, placed))

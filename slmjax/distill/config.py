@@ -169,12 +169,12 @@ class DistillConfig:
             )
 
     @property
-    def matching(self) -> DistillLossConfig:
-        """What of it is compiled into the loss."""
+    def loss_config(self) -> DistillLossConfig:
+        """Return the settings that are compiled into the loss."""
         return DistillLossConfig(
             divergence=self.divergence,
             mean=self.mean,
-            weights=tuple(teacher.weight for teacher in self.teachers),
+            teacher_weights=tuple(teacher.weight for teacher in self.teachers),
             scales_by_square=self.scales_by_square,
         )
 

@@ -1,5 +1,4 @@
-"""What distillation adds to a train step: its amounts at a step, its term of the loss, and its state from
-step to step.
+"""Distillation within a train step: loss weights of the step, the loss, and the state of the divergence.
 
 Dims: B rows, T time.
 """
@@ -15,66 +14,74 @@ from slmjax import losses
 from slmjax.data.batch import Batch
 from slmjax.distill.config import DistillConfig
 
-# folded into a step's key, for what divergences draw at random: dropout's keys are folded from small
-# numbers
+# Folded into a step's key for divergences that draw tokens; the keys of dropout are folded from small
+# numbers.
 DRAWS = 0x5EED
 
 
 def distill_weights_at(
-    distill: DistillConfig | None, step: Array, *, total_steps: int, state: Mapping[str, Array], key: Array
-) -> dict[str, Any] | None:
-    """Weights, temperature, state and randomness of a step, in distillation; what is a number never changes,
-    and is compiled in.
+    distill: DistillConfig | None,
+    step: Array,
+    *,
+    total_steps: int,
+    state: Mapping[str, Array],
+    key: Array,
+    z_loss: float = 0.0,
+) -> losses.DistillWeights | None:
+    """Return the loss weights and the temperature of a step; None without distillation.
+
+    A weight that never changes is a float, which is compiled in.
 
     Args:
-      step: steps that came before.
-      state: of the divergence.
-      key: the step's.
+      distill: the schedules.
+      step: number of steps before this one.
+      total_steps: steps of the run.
+      state: state of the divergence before the step.
+      key: random key of the step.
+      z_loss: coefficient of the squared log-normaliser, within the cross entropy.
     """
     if distill is None:
         return None
-    ramps = {"soft": distill.weight, "hard": distill.hard_weight, "temperature": distill.temperature}
-    found: dict[str, Any] = {name: ramp.at(step, total_steps=total_steps) for name, ramp in ramps.items()}
-    drawn = (
-        jax.random.key_data(jax.random.fold_in(key, DRAWS)) if distill.divergence.draws_at_random else None
+    needs_key = distill.divergence.draws_at_random
+    return losses.DistillWeights(
+        soft=distill.weight.at(step, total_steps=total_steps),
+        hard=distill.hard_weight.at(step, total_steps=total_steps),
+        z_loss=z_loss,
+        temperature=distill.temperature.at(step, total_steps=total_steps),
+        state=state,
+        key=jax.random.key_data(jax.random.fold_in(key, DRAWS)) if needs_key else None,
     )
-    return found | {"state": state, "key": drawn}
 
 
-def soft_term(
+def batch_loss(
     distill: DistillConfig,
     hidden: Float[Array, "B T D"],
     head: losses.Head,
     batch: Batch,
     teachers: Sequence[losses.TeacherOutput],
     *,
-    amounts: Mapping[str, Any],
-    z_loss: float,
+    weights: losses.DistillWeights,
     chunk_size: int | None,
 ) -> tuple[Float[Array, ""], losses.Metrics]:
-    """The sum over scored targets that the student minimises, divergence and cross entropy weighted, and what
-    is reported beside it.
-    """
-    draws = token_numbers(batch) if distill.divergence.draws_at_random else None
-    return losses.sharded_divergence(
+    """Return the distillation loss summed over the scored targets of a batch, and sums for the log."""
+    return losses.distill_loss(
         hidden,
         head,
         teachers,
-        distill.matching,
+        distill.loss_config,
         batch.targets,
         batch.loss_mask,
-        draws=draws,
+        weights=weights,
+        draws=token_numbers(batch) if distill.divergence.draws_at_random else None,
         chunk_size=chunk_size,
-        z_loss=z_loss,
-        **amounts,
     )
 
 
 def token_numbers(batch: Batch) -> UInt32[Array, "B T 2"]:
-    """Two numbers that no other token of the data has: its row of the dataset and its place in that row."""
+    """Return two numbers that no other token of the data has: its row of the dataset, its position there."""
     rows = jnp.broadcast_to(batch.row_ids[:, None], batch.tokens.shape)
-    places = jax.lax.broadcasted_iota(jnp.int32, batch.tokens.shape, 1)
-    return jnp.stack([rows, places], axis=-1).astype(jnp.uint32)
+    positions = jax.lax.broadcasted_iota(jnp.int32, batch.tokens.shape, 1)
+    return jnp.stack([rows, positions], axis=-1).astype(jnp.uint32)
 
 
 def updated_state(
@@ -85,23 +92,30 @@ def updated_state(
     num_targets: Array,
     progress: Array,
 ) -> dict[str, Array]:
-    """What the divergence remembers after a step, from its sum over the global batch; as before where there
-    was nothing to compare.
+    """Return the state of the divergence after a step; unchanged where no teacher was compared.
+
+    Args:
+      distill: the divergence.
+      state: the state before the step.
+      sums: metrics of `batch_loss` over the global batch.
+      num_targets: scored targets of the global batch.
+      progress: fraction of the run's steps that come before this one.
     """
     if distill is None or "divergence" not in sums:
         return dict(state)
-    new = distill.divergence.updated_state(
-        state, value=sums["divergence"] / jnp.maximum(num_targets, 1.0), progress=progress
-    )
-    return {
-        name: jnp.where(num_targets > 0, value, state[name]) for name, value in new.items()
-    }  # 0 would pass for a perfect student
+    mean = sums["divergence"] / jnp.maximum(num_targets, 1.0)
+    new = distill.divergence.updated_state(state, value=mean, progress=progress)
+    # Without a scored target the mean is 0, which would look like a perfect student.
+    return {name: jnp.where(num_targets > 0, value, state[name]) for name, value in new.items()}
 
 
-def reported(amounts: Mapping[str, Any] | None) -> dict[str, Array]:
-    """The amounts of a step as the log has them; none without distillation."""
-    if amounts is None:
+def weight_metrics(weights: losses.DistillWeights | None) -> dict[str, Any]:
+    """Return the loss weights of a step and the state of the divergence under their names in the log."""
+    if weights is None:
         return {}
-    names = {"soft": "soft_weight", "hard": "hard_weight", "temperature": "temperature"}
-    found = {name: jnp.asarray(amounts[key], jnp.float32) for key, name in names.items()}
-    return found | {f"divergence_{name}": value for name, value in amounts["state"].items()}
+    metrics = {
+        "soft_weight": jnp.asarray(weights.soft, jnp.float32),
+        "hard_weight": jnp.asarray(weights.hard, jnp.float32),
+        "temperature": jnp.asarray(weights.temperature, jnp.float32),
+    }
+    return metrics | {f"divergence_{name}": value for name, value in weights.state.items()}

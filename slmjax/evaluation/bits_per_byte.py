@@ -127,13 +127,13 @@ class EvalResult:
 
 
 def make_eval_step(
-    definition: Definition, *, matching: DistillLossConfig | None = None, unrounded: bool = False
+    definition: Definition, *, loss_config: DistillLossConfig | None = None, unrounded: bool = False
 ) -> EvalStep:
     """The compiled `(params, buffers, batch, teachers) -> sums` over the global batch
     (`losses.evaluation_sums`).
 
     Args:
-      matching: how several teachers are one, where the step is given any.
+      loss_config: how several teachers are averaged, if the step is given any.
       unrounded: whether weights that have a format are also evaluated before they are rounded (sum
         "unrounded_nll").
     """
@@ -146,7 +146,7 @@ def make_eval_step(
             output = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions)
             return evaluation_sums(output.hidden, output.head, batch.targets, batch.loss_mask, **compared)
 
-        found = sums(definition.merge(params, buffers), teachers=teachers, matching=matching)
+        found = sums(definition.merge(params, buffers), teachers=teachers, config=loss_config)
         if unrounded and definition.formats:
             found["unrounded_nll"] = sums(definition.merge_unrounded(params, buffers))["nll"]
         return found

@@ -1,21 +1,27 @@
-"""Divergences between a teacher's distribution p and a student's q: value and gradient in one pass, float32,
-sharded over the vocabulary.
+"""Divergences between a teacher's distribution p and a student's q: value and gradient in one pass.
 
-Each class is a setting of an experiment and holds its formula. Values are per token, in nats, and never below
-zero where the formula is not: what is summed over the vocabulary is `excess`, of which every term is
-non-negative, instead of p log(p / q), whose terms cancel.
+Each class is a setting of an experiment and holds its formula. Values are per token, in nats, in float32.
 
-    forward KL            KL(p || q) = sum p log(p / q)
-    reverse KL            KL(q || p)
-    JSD, beta             beta KL(p || m) + (1 - beta) KL(q || m),  m = beta p + (1 - beta) q;  beta 0 and 1:
-    the forward and reverse KL skew KL, share        KL(p || share p + (1 - share) q) skew reverse KL
-    KL(q || (1 - share) p + share q) total variation       1/2 sum |p - q| soft cross entropy    -sum p log q
-    TAID                  -sum r log q,  r = softmax((1 - t) log q + t log p) without a gradient; t grows by
-    itself top-k with tail       forward KL of k + 1 buckets: the k likeliest of p, and all others together
-    sampled               -sum c / n log q,  c counts n draws from p: an unbiased soft cross entropy
+    forward KL               KL(p || q) = sum p log(p / q)
+    reverse KL               KL(q || p)
+    JSD, beta                beta KL(p || m) + (1 - beta) KL(q || m),  m = beta p + (1 - beta) q;
+                             the forward and the reverse KL for beta 0 and 1
+    skew KL, alpha           KL(p || alpha p + (1 - alpha) q)
+    skew reverse KL, alpha   KL(q || (1 - alpha) p + alpha q)
+    total variation          1/2 sum |p - q|
+    soft cross entropy       -sum p log q
+    TAID                     -sum r log q,  r = softmax((1 - t) log q + t log p) without a gradient; t grows
+                             over the run
+    top-k with tail          forward KL of k + 1 buckets: the k likeliest tokens of p, and all others together
+    sampled                  -sum c / n log q,  c counts n draws from p: an unbiased soft cross entropy
 
-The gradient is that by the logits z of q = softmax(z): with g_v the derivative of the value by log q_v, it is
+Values are never negative where the formula is not: the sum over the vocabulary is one of `excess`, whose
+terms are all non-negative, instead of p log(p / q), whose terms cancel.
+
+Let g_v be the derivative of the value by log q_v. The gradient by the logits z of q = softmax(z) is then
 g_v - q_v sum g.
+
+Each device may hold a part of the vocabulary: sums and maxima over it go through `Shards`.
 
 Dims: C tokens, v columns of the vocabulary that a device holds, n draws.
 """
@@ -30,54 +36,57 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt, UInt32
 
-from slmjax.losses.heads import PADDING_LOGIT, columns
+from slmjax.config import renamed_field
+from slmjax.losses.heads import PADDING_LOGIT, UNSHARDED, column_ids
 from slmjax.parallel import communication
 
 LogProbabilities = Float[Array, "C v"]
 State = Mapping[str, Array]
-SMALL = 0.1  # exponents whose excess is summed as a series
+SMALL = 0.1  # `excess` of smaller exponents is summed as a series
 
 
 @dataclasses.dataclass(frozen=True)
 class DivergenceContext:
-    """What a divergence may need beside the distributions."""
+    """Inputs of a divergence in addition to the two distributions."""
 
-    shards: communication.Shards  # of the vocabulary
-    state: State  # of the objective
-    # UInt32[Array, "C 2"]: what is different for every token of a step; None where nothing is drawn
-    draws: Any
-    key: Any  # UInt32[Array, "2"]: key data of the step; None where nothing is drawn
+    shards: communication.Shards = UNSHARDED  # of the vocabulary
+    state: State = dataclasses.field(default_factory=dict)  # of the divergence, from step to step
+    # UInt32[Array, "C 2"]: different for every token of a step; None for divergences that draw nothing
+    draws: Any = None
+    key: Any = None  # UInt32[Array, "2"]: key data of the step; None for divergences that draw nothing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Divergence(abc.ABC):
-    """How far a student's distribution is from its teacher's."""
+    """Difference between a student's distribution and its teacher's."""
 
     @abc.abstractmethod
     def value_and_slope(
         self, log_p: LogProbabilities, log_q: LogProbabilities, context: DivergenceContext
     ) -> tuple[Float[Array, "C"], LogProbabilities]:
-        """Per token the divergence, and its derivative by each log q (up to a multiple of q, which the
-        softmax takes away).
+        """Return the divergence of each token, and its derivative by each log q.
+
+        The derivative may be off by a multiple of q, which the gradient of the softmax cancels.
         """
 
     @property
     def draws_at_random(self) -> bool:
-        """Whether it needs randomness."""
+        """Return True if the divergence draws tokens, and needs `key` and `draws` of the context."""
         return False
 
     def initial_state(self) -> dict[str, Array]:
-        """What it remembers from step to step: scalars, kept in the checkpoint."""
+        """Return the state before the first step: scalars, saved in checkpoints."""
         return {}
 
     def updated_state(
         self, state: State, *, value: Float[Array, ""], progress: Float[Array, ""]
     ) -> dict[str, Array]:
-        """What it remembers after a step.
+        """Return the state after a step.
 
         Args:
+          state: the state before the step.
           value: the step's mean over all scored tokens.
-          progress: the share of the run's steps that come before it.
+          progress: fraction of the run's steps that come before this one.
         """
         del value, progress
         return dict(state)
@@ -85,8 +94,9 @@ class Divergence(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForwardKl(Divergence):
-    """KL(p || q): the student covers all that the teacher finds likely. Its gradient is q - p, that of the
-    soft cross entropy.
+    """KL(p || q): the student must cover every token that the teacher finds likely.
+
+    Its gradient is q - p, the same as that of the soft cross entropy.
     """
 
     def value_and_slope(
@@ -97,8 +107,9 @@ class ForwardKl(Divergence):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReverseKl(Divergence):
-    """KL(q || p): the student keeps to what the teacher finds likely (MiniLLM,
-    https://arxiv.org/abs/2306.08543).
+    """KL(q || p): the student prefers tokens that the teacher finds likely.
+
+    Source: MiniLLM, https://arxiv.org/abs/2306.08543.
     """
 
     def value_and_slope(
@@ -109,77 +120,81 @@ class ReverseKl(Divergence):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Jsd(Divergence):
-    """Generalised Jensen-Shannon divergence (GKD, https://arxiv.org/abs/2306.13649), at most the entropy of a
-    coin that falls so.
+    """Generalised Jensen-Shannon divergence, at most the entropy of a coin with probability beta.
 
-    As beta goes to 0 it goes to 0 itself, as beta times the forward KL; at 0 it is the forward KL, at 1 the
-    reverse KL, by definition.
+    It is the forward KL for beta 0 and the reverse KL for beta 1, by definition: as beta goes to 0, the
+    formula itself goes to 0, like beta times the forward KL.
+
+    Source: GKD, https://arxiv.org/abs/2306.13649.
     """
 
     beta: float = 0.5  # weight of the teacher in the mixture: 0 is the forward KL, 1 the reverse KL
 
     def __post_init__(self) -> None:
-        _check_share("beta", self.beta)
+        _check_fraction("beta", self.beta)
 
     def value_and_slope(
         self, log_p: LogProbabilities, log_q: LogProbabilities, context: DivergenceContext
     ) -> tuple[Float[Array, "C"], LogProbabilities]:
         if self.beta in (0.0, 1.0):
             return (ForwardKl() if self.beta == 0.0 else ReverseKl()).value_and_slope(log_p, log_q, context)
-        log_m, over_p, over_q = log_mixture(log_p, log_q, share=1.0 - self.beta)
-        values = self.beta * excess(log_p, log_m, over_p) + (1.0 - self.beta) * excess(log_q, log_m, over_q)
-        return _total(values, context), -(1.0 - self.beta) * jnp.exp(log_q) * over_q
+        log_m, log_m_over_p, log_m_over_q = log_mixture(log_p, log_q, q_weight=1.0 - self.beta)
+        of_p = self.beta * excess(log_p, log_m, log_m_over_p)
+        of_q = (1.0 - self.beta) * excess(log_q, log_m, log_m_over_q)
+        return _total(of_p + of_q, context), -(1.0 - self.beta) * jnp.exp(log_q) * log_m_over_q
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SkewKl(Divergence):
-    """KL(p || share p + (1 - share) q): a forward KL that stays finite where q is zero (DistiLLM,
-    https://arxiv.org/abs/2402.03898).
+    """KL(p || alpha p + (1 - alpha) q): a forward KL that stays finite where q is zero.
+
+    Source: DistiLLM, https://arxiv.org/abs/2402.03898.
     """
 
-    share: float = 0.1  # of the teacher in what it is compared with: 0 is the forward KL, 1 gives zero
+    # skew coefficient, the teacher's weight in the mixture: 0 is the forward KL, 1 gives zero
+    alpha: float = renamed_field(0.1, was="share")
 
     def __post_init__(self) -> None:
-        _check_share("share", self.share)
+        _check_fraction("alpha", self.alpha)
 
     def value_and_slope(
         self, log_p: LogProbabilities, log_q: LogProbabilities, context: DivergenceContext
     ) -> tuple[Float[Array, "C"], LogProbabilities]:
-        if self.share == 0.0:
+        if self.alpha == 0.0:
             return ForwardKl().value_and_slope(log_p, log_q, context)
-        log_m, over_p, over_q = log_mixture(log_p, log_q, share=1.0 - self.share)
-        # p q / m as p times q / m, which is at most 1 / (1 - share).
-        return _total(excess(log_p, log_m, over_p), context), -(1.0 - self.share) * jnp.exp(log_p - over_q)
+        log_m, log_m_over_p, log_m_over_q = log_mixture(log_p, log_q, q_weight=1.0 - self.alpha)
+        # p q / m as p times q / m, which is at most 1 / (1 - alpha).
+        slope = -(1.0 - self.alpha) * jnp.exp(log_p - log_m_over_q)
+        return _total(excess(log_p, log_m, log_m_over_p), context), slope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SkewReverseKl(Divergence):
-    """KL(q || (1 - share) p + share q): a reverse KL that stays finite where p is zero (DistiLLM)."""
+    """KL(q || (1 - alpha) p + alpha q): a reverse KL that stays finite where p is zero (DistiLLM)."""
 
-    share: float = 0.1  # of the student in what it is compared with: 0 is the reverse KL, 1 gives zero
+    # skew coefficient, the student's weight in the mixture: 0 is the reverse KL, 1 gives zero
+    alpha: float = renamed_field(0.1, was="share")
 
     def __post_init__(self) -> None:
-        _check_share("share", self.share)
+        _check_fraction("alpha", self.alpha)
 
     def value_and_slope(
         self, log_p: LogProbabilities, log_q: LogProbabilities, context: DivergenceContext
     ) -> tuple[Float[Array, "C"], LogProbabilities]:
-        if self.share == 0.0:
+        if self.alpha == 0.0:
             return ReverseKl().value_and_slope(log_p, log_q, context)
-        log_m, _, over_q = log_mixture(log_p, log_q, share=self.share)
-        return _total(excess(log_q, log_m, over_q), context), jnp.exp(log_q) * (
-            -over_q - self.share * jnp.exp(-over_q)
-        )
+        log_m, _, log_m_over_q = log_mixture(log_p, log_q, q_weight=self.alpha)
+        slope = jnp.exp(log_q) * (-log_m_over_q - self.alpha * jnp.exp(-log_m_over_q))
+        return _total(excess(log_q, log_m, log_m_over_q), context), slope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TotalVariation(Divergence):
     """1/2 sum |p - q|, between 0 and 1.
 
-    It has a corner where a p equals its q. The sign that is its gradient there is 0, also where the two
-    differ by no more than the
-    rounding of their logarithms: which sign rounding has is chance, and would move a student that agrees with
-    its teacher.
+    Its gradient jumps where a p equals its q. There it is 0, also where the two differ by no more than the
+    rounding of their logarithms: the sign of a rounding error would move a student that agrees with its
+    teacher.
     """
 
     def value_and_slope(
@@ -194,7 +209,7 @@ class TotalVariation(Divergence):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoftCrossEntropy(Divergence):
-    """-sum p log q: the forward KL and the teacher's entropy, which has no gradient."""
+    """-sum p log q: the forward KL plus the teacher's entropy, which has no gradient."""
 
     def value_and_slope(
         self, log_p: LogProbabilities, log_q: LogProbabilities, context: DivergenceContext
@@ -205,33 +220,33 @@ class SoftCrossEntropy(Divergence):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Taid(Divergence):
-    """Soft cross entropy with a distribution between the student and its teacher
-    (https://arxiv.org/abs/2501.16937).
+    """Soft cross entropy with a distribution between the student and its teacher.
 
-    The share t of the teacher grows by itself: faster while the loss falls (the momentum of its relative
-    change decides), and never slower than a straight line from `start` to `end` over the run.
+    The teacher's weight t in the mixture of logits grows over the run: faster while the loss falls (the
+    momentum of its relative change decides), and never slower than a straight line from `start` to `end`.
+
+    Source: TAID, https://arxiv.org/abs/2501.16937.
     """
 
-    start: float = 0.4  # the teacher's share in the first step
-    end: float = 1.0  # the teacher's share in the end
-    rate: float = 5e-4  # largest part of what is left of the way that one step goes
+    start: float = 0.4  # the teacher's weight in the first step
+    end: float = 1.0  # the teacher's weight at the end of the run
+    rate: float = 5e-4  # largest fraction of the remaining way that one step goes
     momentum: float = 0.99  # of the relative change of the loss
 
     def __post_init__(self) -> None:
         for name in ("start", "end", "momentum"):
-            _check_share(name, getattr(self, name))
+            _check_fraction(name, getattr(self, name))
         if self.start > self.end or self.rate < 0:
             raise ValueError(
                 f"TAID goes from start={self.start} up to end={self.end} at a rate of at least 0, got "
                 f"{self.rate}"
             )
 
-    def least_share(self, progress: Any) -> Any:  # a float of a float, an array of an array
-        """Return the share on the straight line: `progress` is the part of the run's steps that were
-        trained.
-        """
+    def min_teacher_weight(self, progress: Any) -> Any:  # a float of a float, an array of an array
+        """Return the teacher's weight on the straight line after this fraction of the run's steps."""
         return self.start + (self.end - self.start) * progress
 
+    # The keys are those of checkpoints and of the log: "share" is the teacher's weight.
     def initial_state(self) -> dict[str, Array]:
         return {
             "share": jnp.full((), self.start, float),
@@ -243,13 +258,14 @@ class Taid(Divergence):
         self, state: State, *, value: Float[Array, ""], progress: Float[Array, ""]
     ) -> dict[str, Array]:
         previous = state["previous"]
-        is_first = state["previous"] < 0.0
+        is_first = previous < 0.0
         change = (previous - value) / (previous + 1e-15)
         momentum = self.momentum * state["momentum"] + (1.0 - self.momentum) * change
         adaptive = state["share"] + self.rate * jax.nn.sigmoid(momentum) * (1.0 - state["share"])
-        share = jnp.minimum(self.end, jnp.maximum(self.least_share(progress), adaptive))
+        weight = jnp.minimum(self.end, jnp.maximum(self.min_teacher_weight(progress), adaptive))
+        # The first step has no loss to compare with: it only remembers its own.
         return {
-            "share": jnp.where(is_first, state["share"], share),
+            "share": jnp.where(is_first, state["share"], weight),
             "momentum": jnp.where(is_first, state["momentum"], momentum),
             "previous": value.astype(previous.dtype),
         }
@@ -257,21 +273,20 @@ class Taid(Divergence):
     def value_and_slope(
         self, log_p: LogProbabilities, log_q: LogProbabilities, context: DivergenceContext
     ) -> tuple[Float[Array, "C"], LogProbabilities]:
-        share = context.state["share"].astype(log_q.dtype)
-        between = jnp.exp(log_softmax((1.0 - share) * log_q + share * log_p, context.shards))
+        weight = context.state["share"].astype(log_q.dtype)
+        between = jnp.exp(log_softmax((1.0 - weight) * log_q + weight * log_p, context.shards))
         return _total(-between * log_q, context), -between
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TopK(Divergence):
-    """Forward KL of the teacher's k likeliest tokens and one bucket of all others: a lower bound of the
-    forward KL.
+    """Forward KL of the teacher's k likeliest tokens and one bucket of all others.
 
-    Both sides keep their full normalisers: a token outside the k has a gradient too, that of the bucket, and
-    k = 1 is not trivial.
+    It is a lower bound of the forward KL. Both sides keep their full normalisers: a token outside the k has a
+    gradient too, that of the bucket, and k = 1 is not trivial.
     """
 
-    k: int = 64  # tokens that are kept
+    k: int = 64  # tokens with a bucket of their own
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -280,22 +295,23 @@ class TopK(Divergence):
     def value_and_slope(
         self, log_p: LogProbabilities, log_q: LogProbabilities, context: DivergenceContext
     ) -> tuple[Float[Array, "C"], LogProbabilities]:
-        kept = top_columns(log_p, self.k, context.shards)
-        tail_p, tail_q = (_log_total(jnp.where(kept, PADDING_LOGIT, x), context) for x in (log_p, log_q))
-        values = _total(jnp.where(kept, excess(log_p, log_q), 0.0), context) + excess(tail_p, tail_q)
-        # Of the tail's probability p each of its columns has a share q_v / q: in logarithms, as q may be less
-        # than float32 can hold.
+        is_top = top_columns(log_p, self.k, context.shards)
+        tail_p, tail_q = (_log_total(jnp.where(is_top, PADDING_LOGIT, x), context) for x in (log_p, log_q))
+        values = _total(jnp.where(is_top, excess(log_p, log_q), 0.0), context) + excess(tail_p, tail_q)
+        # Each column of the tail gets the fraction q_v / q of the tail's probability p: in logarithms, as q
+        # may be smaller than float32 can represent.
         tail_slope = jnp.exp(tail_p[:, None] + jnp.minimum(log_q - tail_q[:, None], 0.0))
-        return values, -jnp.where(kept, jnp.exp(log_p), tail_slope)
+        return values, -jnp.where(is_top, jnp.exp(log_p), tail_slope)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampled(Divergence):
-    """Cross entropy with tokens drawn from the teacher, with replacement (https://arxiv.org/abs/2503.16870):
-    unbiased, unlike top-k.
+    """Cross entropy with tokens drawn from the teacher, with replacement: unbiased, unlike top-k.
 
-    What is drawn for a token depends on the step and on the token's place in the data, not on how a batch is
-    divided.
+    The draws of a token depend on the step and on the token's position in the data, not on how a batch is
+    sharded or cut into microbatches.
+
+    Source: https://arxiv.org/abs/2503.16870.
     """
 
     draws: int = 50  # tokens drawn for each position
@@ -317,23 +333,22 @@ class Sampled(Divergence):
 
 # Over the vocabulary ----------------------------------------------------------------------------------------
 def log_softmax(x: Float[Array, "C v"], shards: communication.Shards) -> LogProbabilities:
-    """Log-probabilities over the whole vocabulary, of which each of some devices holds a part. They are
-    finite, also of logits of -inf.
-    """
+    """Return log-probabilities over the full vocabulary; they are finite, also for logits of -inf."""
     x = jnp.maximum(x, PADDING_LOGIT)
     x = x - shards.max(jnp.max(x, axis=-1))[:, None]
     return x - jnp.log(shards.sum(jnp.sum(jnp.exp(x), axis=-1)))[:, None]
 
 
 def excess(log_a: Array, log_b: Array, log_ratio: Array | None = None) -> Array:
-    """b - a - a log(b / a), never negative; it sums to KL(a || b) where a and b sum to the same.
+    """Return b - a - a log(b / a), never negative; it sums to KL(a || b) where a and b sum to the same.
 
     Args:
-      log_a: a's logarithms.
-      log_b: b's.
-      log_ratio: log(b / a), where it is known better than by their difference.
+      log_a: logarithms of a.
+      log_b: logarithms of b.
+      log_ratio: log(b / a), if it is known more precisely than from their difference.
     """
     exponent = log_b - log_a if log_ratio is None else log_ratio
+    # Near 0 the three terms cancel: the Taylor series of e^x - 1 - x has the digits that the difference lost.
     x = jnp.clip(exponent, -SMALL, SMALL)
     series = x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x / 5040)))))
     a = jnp.exp(log_a)
@@ -341,40 +356,40 @@ def excess(log_a: Array, log_b: Array, log_ratio: Array | None = None) -> Array:
 
 
 def log_mixture(
-    log_p: LogProbabilities, log_q: LogProbabilities, *, share: float
+    log_p: LogProbabilities, log_q: LogProbabilities, *, q_weight: float
 ) -> tuple[LogProbabilities, LogProbabilities, LogProbabilities]:
-    """log m, log(m / p) and log(m / q) of the mixture m = (1 - share) p + share q."""
+    """Return log m, log(m / p) and log(m / q) of the mixture m = (1 - q_weight) p + q_weight q."""
     x = log_q - log_p
-    # From the smaller side, so that e^x - 1 is exact near 0 and finite everywhere; m is no less than the
-    # smaller one, also once rounded.
-    # log(m / max(p, q))
-    log_larger = jnp.log1p(jnp.where(x <= 0, share, 1.0 - share) * jnp.expm1(-jnp.abs(x)))
-    log_larger = jnp.maximum(log_larger, -jnp.abs(x))
+    # log(m / max(p, q)), from the smaller side: e^x - 1 is then exact near 0 and finite everywhere.
+    smaller_weight = jnp.where(x <= 0, q_weight, 1.0 - q_weight)
+    log_m_over_larger = jnp.log1p(smaller_weight * jnp.expm1(-jnp.abs(x)))
+    # m is no less than the smaller one, also after rounding.
+    log_m_over_larger = jnp.maximum(log_m_over_larger, -jnp.abs(x))
     return (
-        jnp.maximum(log_p, log_q) + log_larger,
-        log_larger + jnp.maximum(x, 0.0),
-        log_larger - jnp.minimum(x, 0.0),
+        jnp.maximum(log_p, log_q) + log_m_over_larger,
+        log_m_over_larger + jnp.maximum(x, 0.0),
+        log_m_over_larger - jnp.minimum(x, 0.0),
     )
 
 
 def top_columns(log_p: LogProbabilities, k: int, shards: communication.Shards) -> Bool[Array, "C v"]:
-    """Which columns are the k largest of the whole vocabulary; of equal ones those of the smaller ids.
+    """Return a mask of the k largest columns of the full vocabulary; among equal ones, smaller ids first.
 
-    By counting, bit by bit, not by sorting: each pass is a sum over the vocabulary, which may be divided.
+    The threshold is found bit by bit, by counting: each pass is a sum over the vocabulary, which works on
+    shards, while a sort would gather them.
     """
     k = min(k, log_p.shape[-1] * shards.count)
-    # Of numbers that are not negative, the bits are in the order of the numbers.
+    # The bit patterns of non-negative floats are ordered as the floats are; log p is negative, so that its
+    # largest values have the smallest patterns.
     bits = jax.lax.bitcast_convert_type(jnp.abs(log_p), {4: jnp.uint32, 8: jnp.uint64}[log_p.dtype.itemsize])
-    last = _kth_smallest(bits, k, shards)
-    num_before = shards.sum(jnp.sum(bits < last[:, None], axis=-1))
-    # Columns that are equal to the last one, by their ids; all others come after them.
-    ids = jnp.where(bits == last[:, None], columns(log_p, shards), jnp.iinfo(jnp.int32).max).astype(
-        jnp.uint32
-    )
+    threshold = _kth_smallest(bits, k, shards)[:, None]
+    is_before = bits < threshold
+    # Ties: of the columns equal to the k-th, those of the smallest ids fill the remaining places.
+    num_before = shards.sum(jnp.sum(is_before, axis=-1))
+    ids = jnp.where(bits == threshold, column_ids(log_p, shards), jnp.iinfo(jnp.int32).max).astype(jnp.uint32)
     num_bits = (log_p.shape[-1] * shards.count).bit_length()
-    return (bits < last[:, None]) | (
-        ids <= _kth_smallest(ids, k - num_before, shards, num_bits=num_bits)[:, None]
-    )
+    last_id = _kth_smallest(ids, k - num_before, shards, num_bits=num_bits)[:, None]
+    return is_before | (ids <= last_id)
 
 
 def _kth_smallest(
@@ -384,48 +399,56 @@ def _kth_smallest(
     *,
     num_bits: int | None = None,
 ) -> UInt[Array, "C"]:
-    """The k-th smallest of each row, below 2**num_bits: the largest number that has fewer than k below it,
-    from its highest bit on.
+    """Return the k-th smallest of each token's values, which are below 2**num_bits.
+
+    It is the largest number with fewer than k values below it, built from its highest bit down.
     """
     num_bits = 8 * values.dtype.itemsize if num_bits is None else num_bits
 
-    def step(index: Array, found: Array) -> Array:
-        trial = found | (jnp.ones((), values.dtype) << (num_bits - 1 - index).astype(values.dtype))
+    def step(index: Array, threshold: Array) -> Array:
+        trial = threshold | (jnp.ones((), values.dtype) << (num_bits - 1 - index).astype(values.dtype))
         num_below = shards.sum(jnp.sum(values < trial[:, None], axis=-1))
-        return jnp.where(num_below < k, trial, found)
+        return jnp.where(num_below < k, trial, threshold)
 
-    return jax.lax.fori_loop(0, num_bits, step, 0 * shards.max(jnp.max(values, axis=-1)))
+    # Zeros that vary over the same mesh axes as the sums do, as the loop's carry must.
+    zeros = 0 * shards.max(jnp.max(values, axis=-1))
+    return jax.lax.fori_loop(0, num_bits, step, zeros)
 
 
 def draw_counts(p: Float[Array, "C v"], num_draws: int, context: DivergenceContext) -> Int[Array, "C v"]:
-    """How often each column is drawn: the columns in which uniform numbers fall, laid over the cumulated
-    probabilities.
+    """Return how often each column is drawn from p, [C, v].
+
+    Uniform numbers are drawn over the cumulative sum of the full vocabulary, the same on every device; each
+    device counts those that fall into its own columns.
     """
-    cumulated = jnp.cumsum(p, axis=-1)
-    ends = jnp.cumsum(context.shards.gather(cumulated[:, -1:], axis=-1), axis=-1)
-    end = jax.lax.dynamic_slice_in_dim(ends, context.shards.index(), 1, axis=-1)
-    start = end - cumulated[:, -1:]
-    before = jnp.where(jnp.arange(ends.shape[-1]) < context.shards.index(), ends, 0.0).max(
-        axis=-1, keepdims=True
-    )
-    # a number that rounds up to the end of all would fall nowhere
-    below = jnp.nextafter(ends[:, -1:], jnp.zeros((), ends.dtype))
-    numbers = jnp.minimum(_uniform(context.key, context.draws, num_draws, p.dtype) * ends[:, -1:], below)
-    mine = (numbers >= before) & (numbers < end)
+    shards = context.shards
+    cumulative = jnp.cumsum(p, axis=-1)
+    ends = jnp.cumsum(shards.gather(cumulative[:, -1:], axis=-1), axis=-1)
+    end = jax.lax.dynamic_slice_in_dim(ends, shards.index(), 1, axis=-1)
+    start = end - cumulative[:, -1:]
+    is_earlier = jnp.arange(ends.shape[-1]) < shards.index()
+    # The end of the shard before, and not `start`, which is rounded: shards must neither overlap nor leave
+    # gaps.
+    previous_end = jnp.where(is_earlier, ends, 0.0).max(axis=-1, keepdims=True)
+    # A number that rounds up to the last end would fall nowhere.
+    below_last_end = jnp.nextafter(ends[:, -1:], jnp.zeros((), ends.dtype))
+    uniform = _uniform(context.key, context.draws, num_draws, p.dtype)
+    numbers = jnp.minimum(uniform * ends[:, -1:], below_last_end)
+    is_mine = (numbers >= previous_end) & (numbers < end)
     find = jax.vmap(lambda sums, values: jnp.searchsorted(sums, values, side="right"))
-    # The last column with a probability, where rounding would lead to one of padding behind it.
-    last = jax.vmap(lambda sums: jnp.searchsorted(sums, sums[-1]))(cumulated)[:, None]
-    places = jnp.minimum(find(cumulated, numbers - start), last)
-    rows = jnp.arange(p.shape[0])[:, None]
-    return jnp.zeros(p.shape, jnp.int32).at[rows, places].add(mine.astype(jnp.int32))
+    # The last column with a probability, in case rounding leads to a padding column after it.
+    last = jax.vmap(lambda sums: jnp.searchsorted(sums, sums[-1]))(cumulative)[:, None]
+    drawn = jnp.minimum(find(cumulative, numbers - start), last)
+    token_index = jnp.arange(p.shape[0])[:, None]
+    return jnp.zeros(p.shape, jnp.int32).at[token_index, drawn].add(is_mine.astype(jnp.int32))
 
 
 def _uniform(
     key: UInt32[Array, "2"], ids: UInt32[Array, "C 2"], count: int, dtype: Any
 ) -> Float[Array, "C n"]:
     def of_token(id: UInt32[Array, "2"]) -> Array:
-        own = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), id[0]), id[1])
-        return jax.random.uniform(own, (count,), dtype)
+        token_key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), id[0]), id[1])
+        return jax.random.uniform(token_key, (count,), dtype)
 
     return jax.vmap(of_token)(ids)
 
@@ -435,16 +458,15 @@ def _total(values: Float[Array, "C v"], context: DivergenceContext) -> Float[Arr
 
 
 def _log_total(logs: LogProbabilities, context: DivergenceContext) -> Float[Array, "C"]:
-    """The logarithm of the sum over the vocabulary of what `logs` are the logarithms of.
+    """Return the logsumexp over the full vocabulary, at least half of PADDING_LOGIT.
 
-    It is at least half of PADDING_LOGIT, so that two sums of nothing are equal, whatever the rounding of
-    numbers of that size.
+    The bound makes two sums over masked columns alone equal, whatever the rounding at that magnitude.
     """
     largest = context.shards.max(jnp.max(logs, axis=-1))
     total = context.shards.sum(jnp.sum(jnp.exp(logs - largest[:, None]), axis=-1))
     return jnp.maximum(largest + jnp.log(total), 0.5 * PADDING_LOGIT)
 
 
-def _check_share(name: str, value: float) -> None:
+def _check_fraction(name: str, value: float) -> None:
     if not 0.0 <= value <= 1.0 or math.isnan(value):
-        raise ValueError(f"{name} is a share between 0 and 1, got {value}")
+        raise ValueError(f"{name} is a fraction between 0 and 1, got {value}")

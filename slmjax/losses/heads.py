@@ -1,13 +1,12 @@
-"""`Head`: what turns hidden states into logits, and how it does.
+"""`Head`: turns hidden states into logits.
 
 Matrix products run in the dtype of the hidden states and give float32 (float64 for float64); multiplier, bias
 and soft-cap are float32.
 
-Dims: D model, V rows of the table (padding included); `*B` any leading dims.
+Dims: D model, V rows of the table (padding included), v rows that a device holds; `*B` any leading dims.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -20,15 +19,15 @@ from slmjax.parallel import communication
 # Logits of the padding columns: finite, so that no product with a zero probability is NaN.
 PADDING_LOGIT = -1e30
 
+UNSHARDED = communication.Shards()  # of a vocabulary that every device has in full
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Head:
-    """What turns hidden states into logits: `softcap(scale * (hidden @ weight.T + bias))` on the first
-    `vocab_size` rows.
+    """Output layer: `softcap(scale * (hidden @ weight.T + bias))` on the first `vocab_size` rows.
 
-    The arrays are typed `Any` because a Head is a pytree: it may hold shapes, shardings or gradients of
-    another form.
+    The arrays are typed `Any` because a Head is a pytree: it may hold shapes, shardings or gradients instead.
     """
 
     weight: Any  # Float[Array, "V D"]
@@ -39,17 +38,13 @@ class Head:
     vocab_size: int = dataclasses.field(metadata={"static": True})
 
 
-def logits(hidden: Float[Array, "*B D"], head: Head) -> Float[Array, "*B V"]:
-    """Logits in float32 over every row of the table; padding columns are `PADDING_LOGIT`, and no gradient
-    goes there.
-    """
-    return local_logits(hidden, head, communication.Shards())
-
-
-def local_logits(
-    hidden: Float[Array, "*B D"], head: Head, shards: communication.Shards
+def logits(
+    hidden: Float[Array, "*B D"], head: Head, shards: communication.Shards = UNSHARDED
 ) -> Float[Array, "*B v"]:
-    """Logits over the shard of the table that a device holds."""
+    """Return logits in float32 over the rows of the table that this device holds: all, without `shards`.
+
+    Padding columns are `PADDING_LOGIT`, and no gradient goes there.
+    """
     num_rows = head.weight.shape[0] * shards.count
     assert 0 < head.vocab_size <= num_rows, f"a head of {num_rows} rows has no {head.vocab_size} real ones"
     x = _project(hidden, head.weight)
@@ -59,35 +54,24 @@ def local_logits(
         x = x * head.scale
     if head.softcap is not None:
         x = head.softcap * jnp.tanh(x / head.softcap)
-    return (
-        jnp.where(columns(x, shards) < head.vocab_size, x, PADDING_LOGIT) if head.vocab_size < num_rows else x
-    )
+    if head.vocab_size < num_rows:
+        x = jnp.where(column_ids(x, shards) < head.vocab_size, x, PADDING_LOGIT)
+    return x
 
 
-def columns(x: Float[Array, "*B v"], shards: communication.Shards) -> Int[Array, "*B v"]:
-    """The row of the whole table that each logit belongs to."""
+def column_ids(x: Float[Array, "*B v"], shards: communication.Shards = UNSHARDED) -> Int[Array, "*B v"]:
+    """Return the token id of each logit: its row in the full table."""
     return jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) + shards.index() * x.shape[-1]
 
 
 def accumulation_dtype(dtype: Any) -> Any:
-    """The dtype of sums of products in `dtype`."""
+    """Return the dtype in which products of `dtype` are summed."""
     return jnp.promote_types(dtype, jnp.float32)
-
-
-def check_rows(*heads: Head) -> None:
-    """Refuse heads of models that are compared unless their tables have as many rows: `soft_targets.fit_rows`
-    makes it so.
-    """
-    if len({head.weight.shape[0] for head in heads}) > 1:
-        raise ValueError(
-            f"tables of {[head.weight.shape[0] for head in heads]} rows: all must have as many, see "
-            "losses.fit_rows"
-        )
 
 
 @jax.custom_vjp
 def _project(hidden: Array, weight: Array) -> Array:
-    """hidden [*B, D] times weight [V, D] transposed, in the dtype of `hidden` with float32 sums and result.
+    """Return hidden [*B, D] times weight [V, D] transposed: operands in the dtype of `hidden`, float32 sums.
 
     The gradient is written out because the derived one multiplies a float32 cotangent with bfloat16 operands,
     that is, in float32, and rounds the gradient of the table to bfloat16 in every chunk.
@@ -105,9 +89,11 @@ def _project_forward(hidden: Array, weight: Array) -> tuple[Array, tuple[Array, 
 def _project_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     hidden, weight = saved
     cotangent = cotangent.astype(hidden.dtype)
-    product = functools.partial(jax.lax.dot_general, preferred_element_type=accumulation_dtype(hidden.dtype))
-    hidden_gradient = product(
-        cotangent, weight.astype(hidden.dtype), (((cotangent.ndim - 1,), (0,)), ((), ()))
+    hidden_gradient = jax.lax.dot_general(
+        cotangent,
+        weight.astype(hidden.dtype),
+        (((cotangent.ndim - 1,), (0,)), ((), ())),
+        preferred_element_type=accumulation_dtype(hidden.dtype),
     )
     weight_gradient = kernels.outer_sum(
         cotangent.reshape(-1, cotangent.shape[-1]), hidden.reshape(-1, hidden.shape[-1])

@@ -87,7 +87,9 @@ def _values(experiment: Experiment, step: int) -> dict[str, float]:
             for name, ramp in ramps.items()
         }
         if isinstance(distill.divergence, Taid):
-            values[_TAID] = min(distill.divergence.end, distill.divergence.least_share(step / total_steps))
+            values[_TAID] = min(
+                distill.divergence.end, distill.divergence.min_teacher_weight(step / total_steps)
+            )
     if experiment.quant is not None:
         values |= _quantization(experiment.quant, experiment, step)
     return values

@@ -1,8 +1,7 @@
 """What is minimised: counts from the batch alone, and named sums that are divided by them."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -61,7 +60,7 @@ def terms(
     *,
     key: Array | None,
     teachers: Sequence[losses.TeacherOutput] = (),
-    amounts: Mapping[str, Any] | None = None,
+    weights: losses.DistillWeights | None = None,
 ) -> tuple[dict[str, tuple[Float[Array, ""], str]], dict[str, Array]]:
     """Sums that make up the loss, each with the name of its count, and sums that are only reported.
 
@@ -69,27 +68,26 @@ def terms(
       params: as modules compute with them (`Definition.effective`).
       key: randomness of dropout; None where there is none.
       teachers: what they say of this batch; none where the divergence has no weight.
-      amounts: of distillation, where there is any (`distill.objective.distill_weights_at`).
+      weights: loss weights of distillation (`distill.objective.distill_weights_at`); None without it.
     """
     model = definition.merge_effective(params, buffers)
     output = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, key=key)
     given = (output.hidden, output.head)
-    if objective.distill is not None and teachers and amounts is not None:
-        value, metrics = distillation.soft_term(
+    if objective.distill is not None and teachers and weights is not None:
+        value, metrics = distillation.batch_loss(
             objective.distill,
             *given,
             batch,
             teachers,
-            amounts=amounts,
-            z_loss=objective.z_loss,
+            weights=weights,
             chunk_size=objective.chunk_size,
         )
         sums = {"distillation": (value, "targets")}
     else:
-        value, metrics = losses.sharded_cross_entropy(
+        value, metrics = losses.cross_entropy(
             *given, batch.targets, batch.loss_mask, z_loss=objective.z_loss, chunk_size=objective.chunk_size
         )
-        sums = {"cross_entropy": (value if amounts is None else value * amounts["hard"], "targets")}
+        sums = {"cross_entropy": (value if weights is None else value * weights.hard, "targets")}
     return sums | {name: (auxiliary, "tokens") for name, auxiliary in output.losses.items()}, {
         **metrics,
         **output.metrics,

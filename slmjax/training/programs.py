@@ -94,13 +94,13 @@ def make_programs(
         total_steps=steps,
         easing=None if definition.phase is None else easing,
     )
-    matching = None if objective.distill is None else objective.distill.matching
+    loss_config = None if objective.distill is None else objective.distill.loss_config
     return Programs(
         definition=definition,
         inference=inference,
         shapes=shapes,
         train_step=train_step,
-        eval_step=make_eval_step(inference, matching=matching, unrounded=experiment.eval.unrounded),
+        eval_step=make_eval_step(inference, loss_config=loss_config, unrounded=experiment.eval.unrounded),
         easing=easing,
         flips=CodeFlips(definition.formats if experiment.run.log_flips else {}),
         code_sums=jax.jit(functools.partial(numeric_weights.code_sums, formats_of=definition.formats)),

@@ -65,7 +65,7 @@ def make_train_step(
     `objective` (with auxiliary terms), `grad_norm` (before clipping), `learning_rate`, `accuracy`, `nll`,
     `targets`, `bytes`, `tokens`, `skipped` (so far), `skipped_in_a_row`, and for mixtures of experts
     `dropped` and `expert_imbalance` (the busiest expert's load over the mean, averaged over layers), in
-    distillation the mean `divergence` and its amounts; `data_checksum` is an integer; `grad_norms` and
+    distillation the mean `divergence` and its loss weights; `data_checksum` is an integer; `grad_norms` and
     `expert_loads` are trees of arrays, which `named_metrics` puts into words. Every process can read them:
     they are whole everywhere.
     """
@@ -77,11 +77,16 @@ def make_train_step(
     ) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         total = counts(batch)
-        amounts = distillation.distill_weights_at(
-            objective.distill, state.step, total_steps=total_steps, state=state.objective, key=key
+        weights = distillation.distill_weights_at(
+            objective.distill,
+            state.step,
+            total_steps=total_steps,
+            state=state.objective,
+            key=key,
+            z_loss=objective.z_loss,
         )
         effective, pull = _effective(definition, easing, state, key)  # once, before the batch is taken apart
-        value, sums, grads = grads_of(effective, state.frozen, batch, total, key, teachers, amounts)
+        value, sums, grads = grads_of(effective, state.frozen, batch, total, key, teachers, weights)
         grads, distance = pull(grads)
         grad_norm = optax.tree.norm(grads)
         num_updates = state.step - state.skipped  # what schedules go by: a step that was undone is no update
@@ -110,7 +115,7 @@ def make_train_step(
             "skipped_in_a_row": new_state.skipped_in_a_row,
             "data_checksum": data_checksum(batch.row_ids),
         }
-        return new_state, metrics | distillation.reported(amounts) | total | batch_metrics(sums, total)
+        return new_state, metrics | distillation.weight_metrics(weights) | total | batch_metrics(sums, total)
 
     places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(places, places.step))
@@ -187,7 +192,7 @@ def _gradients(
     total: dict[str, Array],
     key: Array,
     teachers: tuple[losses.TeacherOutput, ...],
-    amounts: Mapping[str, Any] | None,
+    weights: losses.DistillWeights | None,
 ) -> tuple[Array, dict[str, Array], Params]:
     """Loss, reported sums and gradient of the global batch, accumulated over microbatches."""
 
@@ -199,7 +204,7 @@ def _gradients(
         )
         dropout_key = part_key if definition.config.dropout > 0 else None
         sums, reported = terms(
-            definition, objective, params, buffers, part, key=dropout_key, teachers=said, amounts=amounts
+            definition, objective, params, buffers, part, key=dropout_key, teachers=said, weights=weights
         )
         parts = [value / jnp.maximum(total[count], 1.0) for value, count in sums.values()]
         return jnp.sum(jnp.stack(parts)), reported

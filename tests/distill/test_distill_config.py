@@ -13,7 +13,7 @@ import pytest
 from slmjax import cli, config
 from slmjax.data.tokenizers import FileTokenizer
 from slmjax.distill.config import DistillConfig, Ramp, RampShape, ShortContext, TeacherConfig, divergence_of
-from slmjax.losses import ForwardKl, Jsd, TeacherMean
+from slmjax.losses import ForwardKl, Jsd, SkewKl, SkewReverseKl, TeacherMean
 from slmjax.models.architecture import Precision
 from slmjax.parallel.mesh import MeshConfig
 from slmjax.runner import trainer
@@ -46,7 +46,17 @@ def test_through_json() -> None:
         load_experiment("nano"), objective=ObjectiveConfig(distill=FULL, z_loss=1e-4)
     )
     assert config.loads(Experiment, config.dumps(experiment)) == experiment
-    assert FULL.matching.weights == (2.0, 1.0) and FULL.matching.shares(2) == pytest.approx((2 / 3, 1 / 3))
+    assert FULL.loss_config.teacher_weights == (2.0, 1.0)
+    assert FULL.loss_config.normalised_weights(2) == pytest.approx((2 / 3, 1 / 3))
+
+
+@pytest.mark.parametrize("kind", [SkewKl, SkewReverseKl])
+def test_the_skew_coefficient_is_read_under_its_former_name(kind: type[SkewKl]) -> None:
+    distill = DistillConfig(teachers=TEACHERS, divergence=kind(alpha=0.25))
+    fields = config.to_json(distill)
+    former = {name: value for name, value in fields["divergence"].items() if name != "alpha"}
+    fields["divergence"] = former | {"share": 0.25}
+    assert config.from_json(DistillConfig, fields) == distill
 
 
 @pytest.fixture

@@ -19,7 +19,16 @@ from slmjax.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 from slmjax.distill import objective as distillation
 from slmjax.distill.config import DistillConfig, Ramp, ShortContext, TeacherConfig
 from slmjax.distill.teachers import TeacherPlan, Teachers, divided_devices, plan_teachers
-from slmjax.losses import ForwardKl, Head, ReverseKl, Taid, TeacherMean, TeacherOutput, sharded_divergence
+from slmjax.losses import (
+    DistillLossConfig,
+    ForwardKl,
+    Head,
+    ReverseKl,
+    Taid,
+    TeacherMean,
+    TeacherOutput,
+    distill_loss,
+)
 from slmjax.models.architecture import BlockConfig, HeadKind, LayerGroup, ModelConfig, Precision
 from slmjax.models.definition import Definition, define
 from slmjax.models.ffn.moe import Balance, MoeConfig
@@ -83,15 +92,15 @@ def student() -> tuple[Definition, dict[str, jax.Array], Any]:
 
 def soft_mean(distill: DistillConfig, said: Any, head: Head) -> tuple[Any, Any]:
     """The objective's mean over scored tokens, and its gradient by the table of the student's head."""
-    amounts = distillation.distill_weights_at(
+    weights = distillation.distill_weights_at(
         distill, jnp.zeros((), jnp.int32), total_steps=10, state={}, key=jax.random.key(0)
     )
-    assert amounts is not None
+    assert weights is not None
 
     def mean(table: jax.Array) -> jax.Array:
         own = dataclasses.replace(head, weight=table)
-        value, _ = distillation.soft_term(
-            distill, student()[2], own, BATCH, said, amounts=amounts, z_loss=0.0, chunk_size=None
+        value, _ = distillation.batch_loss(
+            distill, student()[2], own, BATCH, said, weights=weights, chunk_size=None
         )
         return value / BATCH.loss_mask.sum()
 
@@ -187,7 +196,7 @@ def test_a_teacher_is_the_same_after_training(teacher: Path) -> None:
     )
 
     definition, params, _ = student()
-    amounts = distillation.distill_weights_at(
+    weights = distillation.distill_weights_at(
         distill, jnp.zeros((), jnp.int32), total_steps=10, state={}, key=jax.random.key(0)
     )
 
@@ -200,7 +209,7 @@ def test_a_teacher_is_the_same_after_training(teacher: Path) -> None:
             BATCH,
             key=None,
             teachers=said,
-            amounts=amounts,
+            weights=weights,
         )[0]["distillation"][0]
 
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(lesson.teachers(BATCH))))
@@ -344,7 +353,9 @@ def test_a_head_with_other_rows_than_its_table_is_divided_as_the_loss_wants_it(
         def loss(states: jax.Array, targets: jax.Array, weights: jax.Array, head: Head) -> Any:
             states = communication.constrain(states, ("batch", "time", None))
             said = (TeacherOutput(hidden=2.0 * states, head=head),)
-            return sharded_divergence(states, head, said, ForwardKl(), targets, weights)[0]
+            return distill_loss(
+                states, head, said, DistillLossConfig(divergence=ForwardKl()), targets, weights
+            )[0]
 
         rows = jnp.zeros((8, LENGTH, 24)), jnp.zeros((8, LENGTH), jnp.int32), jnp.zeros((8, LENGTH))
         text = loss.lower(*rows, head).compile().as_text()

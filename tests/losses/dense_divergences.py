@@ -1,6 +1,4 @@
-"""Divergences as one writes them first: all logits at once, log-softmax, the formula, its derivative by jax.
-Meant for float64.
-"""
+"""Divergences from all logits at once: log-softmax, the formula, its derivative by jax; for float64."""
 
 import math
 
@@ -29,17 +27,17 @@ def kl(log_a: jax.Array, log_b: jax.Array) -> jax.Array:
     return jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)
 
 
-def mixture(log_a: jax.Array, log_b: jax.Array, share: float) -> jax.Array:
-    """log((1 - share) a + share b)."""
-    if share in (0.0, 1.0):
-        return log_b if share else log_a
-    return jnp.logaddexp(math.log(1 - share) + log_a, math.log(share) + log_b)
+def mixture(log_a: jax.Array, log_b: jax.Array, b_weight: float) -> jax.Array:
+    """Return log((1 - b_weight) a + b_weight b)."""
+    if b_weight in (0.0, 1.0):
+        return log_b if b_weight else log_a
+    return jnp.logaddexp(math.log(1 - b_weight) + log_a, math.log(b_weight) + log_b)
 
 
 def dense_values(
-    divergence: Divergence, log_p: jax.Array, log_q: jax.Array, *, taid_share: float = 0.4
+    divergence: Divergence, log_p: jax.Array, log_q: jax.Array, *, taid_weight: float = 0.4
 ) -> jax.Array:
-    """Of each row of log-probabilities."""
+    """Return the divergence of each row of log-probabilities."""
     p = jnp.exp(log_p)
     q = jnp.exp(log_q)
     match divergence:
@@ -50,16 +48,16 @@ def dense_values(
         case Jsd(beta=beta):
             log_m = mixture(log_q, log_p, beta)
             return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
-        case SkewKl(share=share):
-            return kl(log_p, mixture(log_q, log_p, share))
-        case SkewReverseKl(share=share):
-            return kl(log_q, mixture(log_p, log_q, share))
+        case SkewKl(alpha=alpha):
+            return kl(log_p, mixture(log_q, log_p, alpha))
+        case SkewReverseKl(alpha=alpha):
+            return kl(log_q, mixture(log_p, log_q, alpha))
         case TotalVariation():
             return jnp.sum(jnp.abs(p - q), axis=-1) / 2
         case SoftCrossEntropy():
             return -jnp.sum(p * log_q, axis=-1)
         case Taid():
-            between = jax.nn.softmax((1 - taid_share) * jax.lax.stop_gradient(log_q) + taid_share * log_p)
+            between = jax.nn.softmax((1 - taid_weight) * jax.lax.stop_gradient(log_q) + taid_weight * log_p)
             return -jnp.sum(between * log_q, axis=-1)
         case TopK(k=k):
             order = jnp.argsort(-log_p, axis=-1)
@@ -73,7 +71,7 @@ def dense_values(
 
 
 def dense_logits(hidden: jax.Array, head: Head) -> jax.Array:
-    """Of the real rows of the table, operands rounded to the dtype of the hidden states."""
+    """Return logits of the real rows of the table; operands are rounded to the dtype of the hidden states."""
     weight = head.weight.astype(hidden.dtype).astype(jnp.float64)[: head.vocab_size]
     x = jnp.matmul(hidden.astype(jnp.float64), weight.T, precision="highest")
     if head.bias is not None:
@@ -83,14 +81,14 @@ def dense_logits(hidden: jax.Array, head: Head) -> jax.Array:
 
 
 def dense_teachers(
-    matching: DistillLossConfig, teachers: tuple[TeacherOutput, ...], *, columns: int, temperature: float
+    config: DistillLossConfig, teachers: tuple[TeacherOutput, ...], *, columns: int, temperature: float
 ) -> jax.Array:
-    shares = matching.weights or (1.0,) * len(teachers)
+    teacher_weights = config.teacher_weights or (1.0,) * len(teachers)
     logits = jnp.stack(
         [dense_logits(teacher.hidden, teacher.head)[:, :columns] / temperature for teacher in teachers]
     )
-    weights = jnp.array(shares)[:, None, None] / sum(shares)
-    if matching.mean is TeacherMean.LOGITS:
+    weights = jnp.array(teacher_weights)[:, None, None] / sum(teacher_weights)
+    if config.mean is TeacherMean.LOGITS:
         return jax.nn.log_softmax(jnp.sum(weights * logits, axis=0))
     return jnp.log(jnp.sum(weights * jax.nn.softmax(logits), axis=0))
 
@@ -99,16 +97,16 @@ def dense_token_values(
     hidden: jax.Array,
     head: Head,
     teachers: tuple[TeacherOutput, ...],
-    matching: DistillLossConfig,
+    config: DistillLossConfig,
     *,
     temperature: float = 1.0,
 ) -> jax.Array:
-    """The divergence of each token, temperature squared included where it is asked for."""
+    """Return the divergence of each token, times the temperature squared if the config asks for it."""
     columns = min(head.vocab_size, *(teacher.head.vocab_size for teacher in teachers))
-    log_p = dense_teachers(matching, teachers, columns=columns, temperature=temperature)
+    log_p = dense_teachers(config, teachers, columns=columns, temperature=temperature)
     log_q = jax.nn.log_softmax(dense_logits(hidden, head)[:, :columns] / temperature)
-    return dense_values(matching.divergence, log_p, log_q) * (
-        temperature**2 if matching.scales_by_square else 1.0
+    return dense_values(config.divergence, log_p, log_q) * (
+        temperature**2 if config.scales_by_square else 1.0
     )
 
 
@@ -116,7 +114,7 @@ def dense_sum(
     hidden: jax.Array,
     head: Head,
     teachers: tuple[TeacherOutput, ...],
-    matching: DistillLossConfig,
+    config: DistillLossConfig,
     targets: jax.Array,
     weights: jax.Array,
     *,
@@ -125,9 +123,9 @@ def dense_sum(
     z_loss: float = 0.0,
     temperature: float = 1.0,
 ) -> jax.Array:
-    """The weighted sum over tokens of the divergence and of the cross entropy on the targets."""
+    """Return the weighted sum over tokens of the divergence and of the cross entropy on the targets."""
     x = dense_logits(hidden, head)
     nll = -jnp.take_along_axis(jax.nn.log_softmax(x), targets[:, None], axis=-1)[:, 0]
     hard_values = nll + z_loss * jax.nn.logsumexp(x, axis=-1) ** 2
-    values = dense_token_values(hidden, head, teachers, matching, temperature=temperature)
+    values = dense_token_values(hidden, head, teachers, config, temperature=temperature)
     return jnp.sum(weights.astype(jnp.float64) * (soft * values + hard * hard_values))

@@ -1,6 +1,4 @@
-"""Divergences where p equals q, where a distribution is all on one column, and where columns are masked:
-against float64 in NumPy.
-"""
+"""Divergences of equal, one-hot and masked distributions, against float64 in NumPy."""
 
 import functools
 import math
@@ -13,6 +11,7 @@ import pytest
 
 from slmjax.losses import (
     DistillLossConfig,
+    DistillWeights,
     Divergence,
     ForwardKl,
     Head,
@@ -27,13 +26,11 @@ from slmjax.losses import (
     TeacherOutput,
     TopK,
     TotalVariation,
-    cross_entropy,
+    distill_loss,
     evaluation_sums,
-    linear_divergence,
-    sharded_divergence,
-    token_divergence,
 )
 from slmjax.parallel.mesh import MeshConfig, make_mesh
+from tests.losses.flat import divergence_of_tokens, flat_cross_entropy, flat_distill_loss
 
 INF = math.inf
 KINDS: tuple[Divergence, ...] = (
@@ -70,18 +67,18 @@ NEVER = -1e5  # the logarithm of a probability of 0
 
 
 def log_softmax(x: Any) -> np.ndarray:
-    wide = np.asarray(x, np.float64)
-    wide = wide - wide.max()
-    return np.maximum(wide - np.log(np.exp(wide).sum()), NEVER)
+    x64 = np.asarray(x, np.float64)
+    x64 = x64 - x64.max()
+    return np.maximum(x64 - np.log(np.exp(x64).sum()), NEVER)
 
 
 def kl(log_a: np.ndarray, log_b: np.ndarray) -> float:
     return float((np.exp(log_a) * (log_a - log_b)).sum())
 
 
-def log_mixture(log_p: np.ndarray, log_q: np.ndarray, share: float) -> np.ndarray:
-    """log(share p + (1 - share) q)."""
-    return np.logaddexp(math.log(share) + log_p, math.log1p(-share) + log_q)
+def log_mixture(log_p: np.ndarray, log_q: np.ndarray, p_weight: float) -> np.ndarray:
+    """Return log(p_weight p + (1 - p_weight) q)."""
+    return np.logaddexp(math.log(p_weight) + log_p, math.log1p(-p_weight) + log_q)
 
 
 def reference(divergence: Divergence, log_p: np.ndarray, log_q: np.ndarray) -> tuple[float, np.ndarray]:
@@ -96,12 +93,12 @@ def reference(divergence: Divergence, log_p: np.ndarray, log_q: np.ndarray) -> t
         case Jsd(beta=beta):
             log_m = log_mixture(log_p, log_q, beta)
             return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m), (1 - beta) * q * (log_q - log_m)
-        case SkewKl(share=share):
-            log_m = log_mixture(log_p, log_q, share)
-            return kl(log_p, log_m), -(1 - share) * np.exp(log_p + log_q - log_m)
-        case SkewReverseKl(share=share):
-            log_m = log_mixture(log_q, log_p, share)
-            return kl(log_q, log_m), q * (log_q - log_m) - share * np.exp(2 * log_q - log_m)
+        case SkewKl(alpha=alpha):
+            log_m = log_mixture(log_p, log_q, alpha)
+            return kl(log_p, log_m), -(1 - alpha) * np.exp(log_p + log_q - log_m)
+        case SkewReverseKl(alpha=alpha):
+            log_m = log_mixture(log_q, log_p, alpha)
+            return kl(log_q, log_m), q * (log_q - log_m) - alpha * np.exp(2 * log_q - log_m)
         case TotalVariation():
             sign = np.where(np.abs(log_q - log_p) < 1e-12, 0.0, np.sign(q - p))
             return float(np.abs(q - p).sum() / 2), sign * q / 2
@@ -142,11 +139,13 @@ def on_logits(fn: Any) -> Any:
 
 
 @functools.cache
-def found() -> list[tuple[np.ndarray, np.ndarray]]:
+def results() -> list[tuple[np.ndarray, np.ndarray]]:
     """Of each of `KINDS` values and gradients by the student's logits, at all corners."""
 
     def of_kind(divergence: Divergence) -> Any:
-        own = on_logits(lambda hidden, head, teachers: token_divergence(hidden, head, teachers, divergence))
+        own = on_logits(
+            lambda hidden, head, teachers: divergence_of_tokens(hidden, head, teachers, divergence)
+        )
         return jax.vmap(jax.value_and_grad(own))
 
     return jax.device_get(
@@ -156,7 +155,7 @@ def found() -> list[tuple[np.ndarray, np.ndarray]]:
 
 @pytest.mark.parametrize("index", range(len(KINDS)), ids=[str(kind) for kind in KINDS])
 def test_corners(index: int) -> None:
-    values, gradients = found()[index]
+    values, gradients = results()[index]
     for (name, (teacher, student)), value, gradient in zip(CORNERS.items(), values, gradients, strict=True):
         assert np.isfinite(value) and np.all(np.isfinite(gradient)), name
         log_p = log_softmax(teacher)
@@ -171,33 +170,38 @@ def test_corners(index: int) -> None:
         )
 
 
-def test_the_tail_of_a_peaked_student_over_a_divided_vocabulary() -> None:
+def test_the_tail_of_a_peaked_student_over_a_sharded_vocabulary() -> None:
     """0.584 and not the 0.514 of a tail that ends at the smallest float32; in chunks, on one device and on
     eight.
     """
     teacher = jnp.asarray([[2.0, 0, 0, 0, 0, 0]])
     student = jnp.asarray([[30.0, 0, 0, 0, 0, 0]])
-    matching = DistillLossConfig(divergence=TopK(k=1), temperature=0.3, scales_by_square=False)
+    config = DistillLossConfig(divergence=TopK(k=1), scales_by_square=False)
     head = Head(weight=jnp.pad(jnp.eye(6), ((0, 2), (0, 0))), vocab_size=6)
 
-    def fn(sharded: Any, student: jax.Array, teacher: jax.Array) -> Any:
+    def fn(student: jax.Array, teacher: jax.Array) -> Any:
         teachers = (TeacherOutput(hidden=teacher, head=head),)
         zeros = jnp.zeros(student.shape[:-1], jnp.int32)
-        one = linear_divergence if sharded is None else sharded_divergence
-        return (
-            one(student, head, teachers, matching, zeros, jnp.ones(zeros.shape), chunk_size=1)[0] / zeros.size
+        token_weights = jnp.ones(zeros.shape)
+        weights = DistillWeights(temperature=0.3)
+        total, _ = distill_loss(
+            student, head, teachers, config, zeros, token_weights, weights=weights, chunk_size=1
         )
+        return total / zeros.size
 
     p = np.exp(log_softmax([2 / 0.3, 0, 0, 0, 0, 0]))
     expected = p[0] * np.log(p[0]) + p[1:].sum() * (np.log(p[1]) + 100)
     assert expected == pytest.approx(0.5837, abs=1e-4)
-    whole = jax.jit(jax.value_and_grad(functools.partial(fn, None)))(student, teacher)
-    rows = [jnp.broadcast_to(x[None], (4, 2, 6)) for x in (student, teacher)]
+    on_one_device, gradient_on_one_device = jax.jit(jax.value_and_grad(fn))(student[None], teacher[None])
+    batch = [jnp.broadcast_to(x[None], (4, 2, 6)) for x in (student, teacher)]
     with jax.set_mesh(make_mesh(MeshConfig(data=4, tensor=2))):
-        divided = jax.jit(jax.value_and_grad(functools.partial(fn, True)))(*rows)
-    for value, gradient in (whole, (divided[0], divided[1].sum((0, 1))[None])):
+        on_mesh, gradient_on_mesh = jax.jit(jax.value_and_grad(fn))(*batch)
+    for value, gradient in (
+        (on_one_device, gradient_on_one_device[0]),
+        (on_mesh, gradient_on_mesh.sum((0, 1))[None]),
+    ):
         np.testing.assert_allclose(value, expected, rtol=1e-5)
-        # Of the tail each column has the share that it has of q's; the first has what is left.
+        # Each column of the tail has the same fraction of it as in q; the first column has the rest.
         np.testing.assert_allclose(gradient[0] * 0.3, [p[1:].sum(), *[-p[1:].sum() / 5] * 5], rtol=3e-5)
 
 
@@ -221,32 +225,32 @@ def test_a_masked_token_counts_nothing_whatever_its_target() -> None:
     @jax.jit
     def everything(targets: jax.Array) -> Any:
         def hard(hidden: jax.Array, head: Head) -> Any:
-            return cross_entropy(hidden, head, targets, weights, z_loss=0.1)
+            return flat_cross_entropy(hidden, head, targets, weights, z_loss=0.1)
 
         def soft(hidden: jax.Array, head: Head, divergence: Divergence) -> Any:
             settings: dict[str, Any] = {"draws": ids, "key": key} if divergence.draws_at_random else {}
-            return linear_divergence(
+            return flat_distill_loss(
                 hidden, head, teachers, divergence, targets, weights, hard=0.3, **settings
             )
 
         fns = [hard, *(functools.partial(soft, divergence=divergence) for divergence in MASKED)]
         rows = jax.tree.map(lambda x: x[None], (hidden, targets, weights))
-        said = (TeacherOutput(hidden=other[None], head=head),)
-        sums = evaluation_sums(rows[0], head, *rows[1:], teachers=said)
+        teacher_outputs = (TeacherOutput(hidden=other[None], head=head),)
+        sums = evaluation_sums(rows[0], head, *rows[1:], teachers=teacher_outputs)
         return [jax.value_and_grad(fn, argnums=(0, 1), has_aux=True)(hidden, head) for fn in fns], sums
 
     masked, plain = (jax.device_get(everything(jnp.asarray([2, target, 4]))) for target in (0, 3))
-    for one, wanted in zip(jax.tree.leaves(masked), jax.tree.leaves(plain), strict=True):
-        np.testing.assert_array_equal(one, wanted)
-        assert np.all(np.isfinite(one))
+    for actual, expected in zip(jax.tree.leaves(masked), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+        assert np.all(np.isfinite(actual))
     assert all(not np.any(gradients[0][1]) for _, gradients in masked[0])
 
 
-def test_a_teacher_of_no_weight_says_nothing() -> None:
+def test_a_teacher_of_weight_zero_is_ignored() -> None:
     heads = [Head(weight=jnp.eye(6), bias=jnp.zeros(6).at[1].set(mask), vocab_size=6) for mask in (0.0, -INF)]
     teachers = tuple(TeacherOutput(hidden=jnp.asarray([PLAIN]), head=head) for head in heads)
     student = jnp.asarray([[1.0, 0, 0, 0, 0, 2.0]])
-    alone = token_divergence(student, HEAD, teachers[:1], ForwardKl())
+    alone = divergence_of_tokens(student, HEAD, teachers[:1], ForwardKl())
     for mean in TeacherMean:
-        matching = DistillLossConfig(divergence=ForwardKl(), mean=mean, weights=(1.0, 0.0))
-        np.testing.assert_allclose(token_divergence(student, HEAD, teachers, matching), alone, rtol=1e-6)
+        config = DistillLossConfig(divergence=ForwardKl(), mean=mean, teacher_weights=(1.0, 0.0))
+        np.testing.assert_allclose(divergence_of_tokens(student, HEAD, teachers, config), alone, rtol=1e-6)

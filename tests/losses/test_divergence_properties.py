@@ -1,6 +1,4 @@
-"""What holds of divergences whatever the distributions: signs, bounds, symmetry; masked columns; draws at
-random.
-"""
+"""Properties of divergences for any distribution: sign, bounds, symmetry, masked columns, random draws."""
 
 import functools
 import math
@@ -28,14 +26,14 @@ from slmjax.losses import (
     TeacherOutput,
     TopK,
     TotalVariation,
-    token_divergence,
 )
 from slmjax.losses.divergences import DivergenceContext, draw_counts, log_softmax
 from slmjax.parallel import communication
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 from tests.losses.dense_divergences import dense_values
+from tests.losses.flat import divergence_of_tokens, flat_distill_loss
 
-WHOLE = communication.Shards()
+UNSHARDED = communication.Shards()
 KLS: tuple[Divergence, ...] = (
     ForwardKl(),
     ReverseKl(),
@@ -44,8 +42,8 @@ KLS: tuple[Divergence, ...] = (
     Jsd(beta=0.9),
     SkewKl(),
     SkewReverseKl(),
-    SkewKl(share=1.0),
-    SkewReverseKl(share=1.0),
+    SkewKl(alpha=1.0),
+    SkewReverseKl(alpha=1.0),
     TopK(k=64),
     TotalVariation(),
 )
@@ -56,9 +54,9 @@ NUM_COLUMNS = 11
 def values_of(
     p_logits: jax.Array, q_logits: jax.Array, divergences: tuple[Divergence, ...]
 ) -> list[jax.Array]:
-    log_p = log_softmax(p_logits, WHOLE)
-    log_q = log_softmax(q_logits, WHOLE)
-    own = DivergenceContext(shards=WHOLE, state={}, draws=None, key=None)
+    log_p = log_softmax(p_logits, UNSHARDED)
+    log_q = log_softmax(q_logits, UNSHARDED)
+    own = DivergenceContext()
     return [divergence.value_and_slope(log_p, log_q, own)[0] for divergence in divergences]
 
 
@@ -141,10 +139,10 @@ def with_biases(own_bias: jax.Array, other_bias: jax.Array) -> list[tuple[jax.Ar
     for divergence in MASKABLE:
 
         def fn(hidden, head, d=divergence):
-            return token_divergence(hidden, head, teachers, d, draws=draws, key=key)
+            return divergence_of_tokens(hidden, head, teachers, d, draws=draws, key=key)
 
-        values, pull = jax.vjp(fn, hidden, head)
-        results.append((values, pull(jnp.ones_like(values))))
+        values, vjp_fn = jax.vjp(fn, hidden, head)
+        results.append((values, vjp_fn(jnp.ones_like(values))))
     return results
 
 
@@ -190,13 +188,9 @@ def test_draws_are_unbiased_and_those_asked_for() -> None:
     p = jax.nn.softmax(logits)
     ids = jnp.array([[3, 5]], jnp.uint32)
     keys = jax.vmap(lambda seed: jax.random.key_data(jax.random.key(seed)))(jnp.arange(num_keys))
-    counts = jax.jit(
-        jax.vmap(
-            lambda key: draw_counts(
-                p, num_draws, DivergenceContext(shards=WHOLE, state={}, draws=ids, key=key)
-            )
-        )
-    )(keys)[:, 0]
+    counts = jax.jit(jax.vmap(lambda key: draw_counts(p, num_draws, DivergenceContext(draws=ids, key=key))))(
+        keys
+    )[:, 0]
     np.testing.assert_array_equal(counts.sum(axis=-1), np.full(num_keys, num_draws))
     assert not jnp.any(counts[:, jnp.array([2, 6])])
     # Each draw is one of n * keys independent ones: five standard deviations.
@@ -209,7 +203,7 @@ def test_draws_are_unbiased_and_those_asked_for() -> None:
         teachers = (TeacherOutput(hidden=logits, head=head),)
 
         def fn(x):
-            return token_divergence(x, head, teachers, Sampled(draws=num_draws), draws=ids, key=key)[0]
+            return divergence_of_tokens(x, head, teachers, Sampled(draws=num_draws), draws=ids, key=key)[0]
 
         return jax.grad(fn)(jnp.array([[1.0, 1.5, PADDING_LOGIT, 0.0, 0.5, -1.0, PADDING_LOGIT]]))[0]
 
@@ -218,61 +212,80 @@ def test_draws_are_unbiased_and_those_asked_for() -> None:
     np.testing.assert_array_less(np.abs(mean - (q - p[0])), 5 * deviation + 1e-6)
 
 
-def test_draws_of_a_token_are_the_same_wherever_it_stands() -> None:
+def test_draws_of_a_token_do_not_depend_on_its_place_in_the_batch() -> None:
     hidden = jax.random.normal(jax.random.key(0), (10, 5))
     head = Head(weight=jax.random.normal(jax.random.key(1), (12, 5)), vocab_size=NUM_COLUMNS)
     ids = jnp.stack([jnp.arange(10), jnp.arange(10) % 3], axis=-1).astype(jnp.uint32)
     key = jax.random.key_data(jax.random.key(2))
 
-    @functools.partial(jax.jit, static_argnames="chunk_size")
-    def values(order: jax.Array, key: jax.Array = key, chunk_size: int | None = None) -> jax.Array:
+    @jax.jit
+    def values(order: jax.Array, key: jax.Array = key) -> jax.Array:
         teachers = (TeacherOutput(hidden=hidden[order] + 1.0, head=head),)
-        own = hidden[order]
-        return token_divergence(
-            own, head, teachers, Sampled(draws=20), draws=ids[order], key=key, chunk_size=chunk_size
+        return divergence_of_tokens(
+            hidden[order], head, teachers, Sampled(draws=20), draws=ids[order], key=key
         )
+
+    @jax.jit
+    def values_from_chunks(order: jax.Array) -> jax.Array:
+        """The same, in chunks: one chunked sum for each token, which alone has a weight."""
+        teachers = (TeacherOutput(hidden=hidden[order] + 1.0, head=head),)
+
+        def chunked(token_weights: jax.Array) -> jax.Array:
+            return flat_distill_loss(
+                hidden[order],
+                head,
+                teachers,
+                Sampled(draws=20),
+                jnp.zeros(10, jnp.int32),
+                token_weights,
+                draws=ids[order],
+                key=key,
+                chunk_size=3,
+            )[0]
+
+        return jax.lax.map(chunked, jnp.eye(10))
 
     order = jax.random.permutation(jax.random.key(3), 10)
     first = values(jnp.arange(10))
     np.testing.assert_allclose(values(order), first[order], rtol=1e-6)
-    np.testing.assert_allclose(values(order, chunk_size=3), first[order], rtol=1e-6)
+    np.testing.assert_allclose(values_from_chunks(order), first[order], rtol=1e-6)
     assert not np.allclose(values(order, jax.random.key_data(jax.random.key(9))), first[order])
     flat = 0.1 * hidden[:1].repeat(2, 0)
-    same = token_divergence(
+    same = divergence_of_tokens(
         flat, head, (TeacherOutput(hidden=flat, head=head),), Sampled(draws=20), draws=ids[:2], key=key
     )
     assert same[0] != same[1]  # the same distributions, drawn from twice
 
 
 @pytest.mark.parametrize("num_shards", [2, 8])
-def test_draws_over_a_divided_vocabulary(num_shards: int) -> None:
+def test_draws_over_a_sharded_vocabulary(num_shards: int) -> None:
     # one of eight shards has nothing
     p = jax.nn.softmax(3 * jax.random.normal(jax.random.key(0), (6, 16))).at[:, 8:10].set(0.0)
     ids = jnp.arange(12, dtype=jnp.uint32).reshape(6, 2)
     key = jax.random.key_data(jax.random.key(1))
-    whole = draw_counts(p, 500, DivergenceContext(shards=WHOLE, state={}, draws=ids, key=key))
-    np.testing.assert_array_equal(whole.sum(axis=-1), np.full(6, 500))
+    unsharded = draw_counts(p, 500, DivergenceContext(draws=ids, key=key))
+    np.testing.assert_array_equal(unsharded.sum(axis=-1), np.full(6, 500))
 
     def of_shard(p: jax.Array) -> jax.Array:
         return draw_counts(
-            p, 500, DivergenceContext(shards=communication.shards_of("vocab"), state={}, draws=ids, key=key)
+            p, 500, DivergenceContext(shards=communication.shards_of("vocab"), draws=ids, key=key)
         )
 
     mesh = make_mesh(MeshConfig(data=1, tensor=num_shards), jax.devices()[:num_shards])
     with jax.set_mesh(mesh):
-        divided = jax.jit(
+        sharded = jax.jit(
             communication.shard_mapped(of_shard, in_dims=((None, "vocab"),), out_dims=(None, "vocab"))
         )(p)
-    np.testing.assert_array_equal(divided, whole)
+    np.testing.assert_array_equal(sharded, unsharded)
 
 
-def test_taid_without_a_share_of_the_teacher_has_no_gradient() -> None:
+def test_taid_with_a_teacher_weight_of_zero_has_no_gradient() -> None:
     head = Head(weight=jnp.eye(4), vocab_size=4)
     hidden = jnp.array([[1.0, 1.5, 0.0, 0.5]])
     teachers = (TeacherOutput(hidden=2 * hidden, head=head),)
     taid = Taid(start=0.2)
     state = {name: jnp.zeros_like(x) if name == "share" else x for name, x in taid.initial_state().items()}
-    gradient = jax.grad(lambda x, state: token_divergence(x, head, teachers, taid, state=state)[0])
+    gradient = jax.grad(lambda x, state: divergence_of_tokens(x, head, teachers, taid, state=state)[0])
     np.testing.assert_allclose(gradient(hidden, state), np.zeros((1, 4)), atol=1e-7)
     assert np.any(
         np.abs(gradient(hidden, dict(taid.initial_state()))) > 1e-2

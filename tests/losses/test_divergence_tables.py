@@ -1,6 +1,4 @@
-"""Divergences against numbers worked out elsewhere: four columns, three tokens, of which the first two are
-looked at.
-"""
+"""Divergences of four columns against independently computed numbers."""
 
 import functools
 
@@ -11,6 +9,7 @@ import pytest
 
 from slmjax.losses import (
     DistillLossConfig,
+    DistillWeights,
     Divergence,
     ForwardKl,
     Head,
@@ -25,9 +24,8 @@ from slmjax.losses import (
     TopK,
     TotalVariation,
     fit_rows,
-    linear_divergence,
-    token_divergence,
 )
+from tests.losses.flat import divergence_of_tokens, flat_distill_loss
 
 TEACHER = [[2, 1, 0.1, -1], [0, 0, 0, 0], [3, -1, 0.5, 0.2]]
 STUDENT = [[1, 1.5, 0, 0.5], [1, 2, 3, 4], [0, 0, 0, 9]]
@@ -52,11 +50,11 @@ VALUES: dict[str, tuple[Divergence, float, bool, tuple[float, ...]]] = {
     "top 9": (TopK(k=9), 1.0, True, (0.3206185649, 0.5538953374)),
     "total variation": (TotalVariation(), 1.0, True, (0.3620620064,)),
     "skew": (SkewKl(), 1.0, True, (0.2568784598,)),
-    "skew 0": (SkewKl(share=0.0), 1.0, True, (0.3206185649, 0.5538953374)),
-    "skew 1": (SkewKl(share=1.0), 1.0, True, (0.0, 0.0)),
+    "skew 0": (SkewKl(alpha=0.0), 1.0, True, (0.3206185649, 0.5538953374)),
+    "skew 1": (SkewKl(alpha=1.0), 1.0, True, (0.0, 0.0)),
     "skew reverse": (SkewReverseKl(), 1.0, True, (0.2695810870,)),
-    "skew reverse 0": (SkewReverseKl(share=0.0), 1.0, True, (0.3544511164, 0.4387573971)),
-    "skew reverse 1": (SkewReverseKl(share=1.0), 1.0, True, (0.0, 0.0)),
+    "skew reverse 0": (SkewReverseKl(alpha=0.0), 1.0, True, (0.3544511164, 0.4387573971)),
+    "skew reverse 1": (SkewReverseKl(alpha=1.0), 1.0, True, (0.0, 0.0)),
     "soft cross entropy": (SoftCrossEntropy(), 1.0, True, (1.2812913550, 1.9401896986)),
     "TAID 0": (Taid(start=0.0), 1.0, True, (1.2450504275,)),
     "TAID .4": (Taid(), 1.0, True, (1.2520321839,)),
@@ -95,7 +93,7 @@ def identity_head(dtype, rows: int = 4, vocab_size: int = 4) -> Head:
 
 
 @functools.cache
-def found(dtype: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def results_of(dtype: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Of everything above, values and gradients by the student's logits, from one program."""
     cases = {name: case[:3] for name, case in VALUES.items()} | LIMITS
     cases |= {f"at 2: {beta}": (Jsd(beta=beta), 2.0, False) for beta in MEANS_AT_2}
@@ -104,12 +102,15 @@ def found(dtype: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         head = identity_head(dtype)
         results = {}
         for name, (divergence, temperature, squared) in cases.items():
-            matching = DistillLossConfig(
-                divergence=divergence, scales_by_square=squared, temperature=temperature
+            fn = functools.partial(
+                divergence_of_tokens,
+                head=head,
+                teachers=(TeacherOutput(hidden=teacher, head=head),),
+                config=DistillLossConfig(divergence=divergence, scales_by_square=squared),
+                temperature=temperature,
             )
-            teachers = (TeacherOutput(hidden=teacher, head=head),)
-            values, pull = jax.vjp(lambda x, m=matching, t=teachers: token_divergence(x, head, t, m), student)
-            results[name] = values, pull(jnp.ones_like(values))[0]
+            values, vjp_fn = jax.vjp(fn, student)
+            results[name] = values, vjp_fn(jnp.ones_like(values))[0]
         return results
 
     with jax.enable_x64(dtype == "float64"):
@@ -120,33 +121,40 @@ def found(dtype: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def test_values_and_gradients(dtype: str) -> None:
     for name, (*_, expected) in VALUES.items():
         np.testing.assert_allclose(
-            found(dtype)[name][0][: len(expected)], expected, atol=TOLERANCES[dtype], rtol=0, err_msg=name
+            results_of(dtype)[name][0][: len(expected)],
+            expected,
+            atol=TOLERANCES[dtype],
+            rtol=0,
+            err_msg=name,
         )
     for name, expected in GRADIENTS.items():  # the table has them to seven or ten places
         np.testing.assert_allclose(
-            found(dtype)[name][1][0],
+            results_of(dtype)[name][1][0],
             expected,
             atol=1e-6 if dtype == "float32" else 6e-8,
             rtol=0,
             err_msg=name,
         )
-    assert found(dtype)["T 2"][0].dtype == dtype
+    assert results_of(dtype)["T 2"][0].dtype == dtype
     np.testing.assert_allclose(
-        found(dtype)["TAID 0"][1], np.zeros((3, 4)), atol=1e-6 if dtype == "float32" else 1e-15
+        results_of(dtype)["TAID 0"][1], np.zeros((3, 4)), atol=1e-6 if dtype == "float32" else 1e-15
     )
-    kl_and_entropy = found(dtype)["forward KL"][0][:2] + ENTROPY
+    kl_and_entropy = results_of(dtype)["forward KL"][0][:2] + ENTROPY
     np.testing.assert_allclose(
-        found(dtype)["soft cross entropy"][0][:2], kl_and_entropy, atol=TOLERANCES[dtype]
+        results_of(dtype)["soft cross entropy"][0][:2], kl_and_entropy, atol=TOLERANCES[dtype]
     )
     for beta, expected in MEANS_AT_2.items():
         np.testing.assert_allclose(
-            found(dtype)[f"at 2: {beta}"][0][:2].mean(), expected, atol=TOLERANCES[dtype], err_msg=str(beta)
+            results_of(dtype)[f"at 2: {beta}"][0][:2].mean(),
+            expected,
+            atol=TOLERANCES[dtype],
+            err_msg=str(beta),
         )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_limits(dtype: str) -> None:
-    values = {name: value[:2] for name, (value, _) in found(dtype).items()}
+    values = {name: value[:2] for name, (value, _) in results_of(dtype).items()}
     np.testing.assert_allclose(values["beta near 0"].mean(), 4.4e-7, rtol=0.02)
     for near, limit in (("beta near 0", "forward KL"), ("beta near 1", "reverse KL")):
         # In float32 a beta of 1 - 1e-6 is itself known to 3% of its distance from 1.
@@ -164,7 +172,7 @@ def test_sums_are_weighted_and_masked_tokens_count_nothing() -> None:
     targets = jnp.array([1, 2, 0])
     weights = jnp.array([1.0, 1.0, 0.0])
     for beta in (0.5, 1.0):
-        total, metrics = linear_divergence(
+        total, metrics = flat_distill_loss(
             jnp.array(STUDENT), head, teachers, Jsd(beta=beta), targets, weights
         )
         np.testing.assert_allclose(total, 2 * MEANS_AT_1[beta], atol=1e-6)
@@ -174,7 +182,7 @@ def test_sums_are_weighted_and_masked_tokens_count_nothing() -> None:
 def test_taid_grows_as_its_loss_falls() -> None:
     with jax.enable_x64(True):
         taid = Taid()
-        shares = []
+        teacher_weights = []
         momenta = []
         state = taid.initial_state()
         assert not any(
@@ -182,12 +190,12 @@ def test_taid_grows_as_its_loss_falls() -> None:
         )  # it would turn strong in the first step, and that be compiled anew
         for step, loss in enumerate((2.0, 1.9, 1.8, 1.85)):
             state = taid.updated_state(state, value=jnp.array(loss), progress=jnp.array(step / 100_000))
-            shares.append(float(state["share"]))
+            teacher_weights.append(float(state["share"]))
             momenta.append(float(state["momentum"]))
         # Never behind the straight line, and never past the end.
         late = taid.updated_state(state, value=jnp.array(1.0), progress=jnp.array(0.5))
         last = jax.device_get(taid.updated_state(late, value=jnp.array(0.1), progress=jnp.array(1.0)))
-    np.testing.assert_allclose(shares, [0.4, 0.4001500375, 0.4003000766, 0.4004500565], rtol=1e-9)
+    np.testing.assert_allclose(teacher_weights, [0.4, 0.4001500375, 0.4003000766, 0.4004500565], rtol=1e-9)
     np.testing.assert_allclose(momenta, [0, 5e-4, 1.0213158e-3, 7.333249e-4], rtol=1e-7)
     np.testing.assert_allclose(late["share"], 0.7)
     assert last["share"] == 1.0
@@ -208,8 +216,8 @@ def test_two_teachers(mean: TeacherMean, expected: list[float]) -> None:
     student = jnp.array([STUDENT[0]])
 
     def gradient(weights: tuple[float, ...] = ()) -> jax.Array:
-        matching = DistillLossConfig(divergence=ForwardKl(), mean=mean, weights=weights)
-        return jax.grad(lambda x: token_divergence(x, head, teachers, matching)[0])(student)[0]
+        config = DistillLossConfig(divergence=ForwardKl(), mean=mean, teacher_weights=weights)
+        return jax.grad(lambda x: divergence_of_tokens(x, head, teachers, config)[0])(student)[0]
 
     # The gradient of the forward KL is q - p.
     np.testing.assert_allclose(jax.nn.softmax(student)[0] - gradient(), expected, atol=1e-6)
@@ -226,25 +234,22 @@ def test_columns_that_only_one_model_has_are_cut() -> None:
     assert padded.weight.shape == (4, 4) and padded.vocab_size == 3
     assert fit_rows(wide, 3).vocab_size == 3 and fit_rows(wide, 6).vocab_size == 4
     for own, other in ((narrow, fit_rows(wide, 3)), (padded, wide), (wide, padded)):
-        value = token_divergence(student, own, (TeacherOutput(hidden=teacher, head=other),), ForwardKl())
+        value = divergence_of_tokens(student, own, (TeacherOutput(hidden=teacher, head=other),), ForwardKl())
         np.testing.assert_allclose(
             value, [0.2347418], atol=1e-6
         )  # and not the .3498115 of a student padded with zeros
-    for divergence_of in (
-        token_divergence,
-        functools.partial(linear_divergence, targets=jnp.array([0]), weights=jnp.ones(1)),
-    ):
-        with pytest.raises(ValueError, match=r"tables of \[3, 4\] rows"):
-            divergence_of(student, narrow, (TeacherOutput(hidden=teacher, head=wide),), ForwardKl())
+    teachers = (TeacherOutput(hidden=teacher, head=wide),)
+    with pytest.raises(ValueError, match=r"tables of \[3, 4\] rows"):
+        flat_distill_loss(student, narrow, teachers, ForwardKl(), jnp.array([0]), jnp.ones(1))
 
 
-def test_settings_that_make_no_sense_are_refused() -> None:
+def test_invalid_settings_are_refused() -> None:
     head = identity_head("float32")
     teachers = (TeacherOutput(hidden=jnp.array(TEACHER), head=head),)
     for make in (
         lambda: Jsd(beta=1.5),
-        lambda: SkewKl(share=-0.1),
-        lambda: SkewReverseKl(share=float("nan")),
+        lambda: SkewKl(alpha=-0.1),
+        lambda: SkewReverseKl(alpha=float("nan")),
         lambda: Taid(momentum=2.0),
     ):
         with pytest.raises(ValueError, match="between 0 and 1"):
@@ -255,8 +260,11 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         TopK(k=0)
     for temperature in (0, float("inf")):
         with pytest.raises(ValueError, match="temperature is"):
-            token_divergence(jnp.array(STUDENT), head, teachers, ForwardKl(), temperature=temperature)
+            DistillWeights(temperature=temperature)
     with pytest.raises(ValueError, match="give each one"):
-        token_divergence(
-            jnp.array(STUDENT), head, teachers, DistillLossConfig(divergence=ForwardKl(), weights=(1.0, 1.0))
+        divergence_of_tokens(
+            jnp.array(STUDENT),
+            head,
+            teachers,
+            DistillLossConfig(divergence=ForwardKl(), teacher_weights=(1.0, 1.0)),
         )

@@ -137,9 +137,7 @@ def loss_and_gradient_fn(config):
             batch["segment_ids"] == jnp.roll(batch["segment_ids"], -1, axis=1)
         )
         targets = jnp.roll(batch["tokens"], -1, axis=1)
-        return losses.sharded_cross_entropy(output.hidden, output.head, targets, scored.astype(jnp.float32))[
-            0
-        ]
+        return losses.cross_entropy(output.hidden, output.head, targets, scored.astype(jnp.float32))[0]
 
     return jax.jit(jax.value_and_grad(loss))
 

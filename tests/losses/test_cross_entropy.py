@@ -1,6 +1,4 @@
-"""Cross entropy in chunks: equal to the dense one, on one device and on eight, and no [N, V] array on the
-way.
-"""
+"""Cross entropy in chunks equals the dense one, on one device and on eight, without an [N, V] array."""
 
 import contextlib
 import dataclasses
@@ -15,9 +13,10 @@ import optax
 import pytest
 
 from slmjax import losses
-from slmjax.losses import Head, Vocabulary, choose_vocabulary, cross_entropy, sharded_cross_entropy
+from slmjax.losses import Head, Vocabulary, choose_vocabulary
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 from slmjax.parallel.rules import parameter_shardings
+from tests.losses.flat import flat_cross_entropy
 
 NUM_TOKENS = 22
 WIDTH = 6
@@ -44,11 +43,11 @@ def make_inputs(*, dtype=jnp.float32, head_dtype=jnp.float32, bias=True, softcap
 
 def dense_cross_entropy(hidden, head, targets, weights, *, z_loss):
     """The same sums from one array of logits, written out: real columns sliced, log-softmax, gather."""
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    weight = head.weight.astype(hidden.dtype).astype(wide)[: head.vocab_size]
-    x = jnp.matmul(hidden.astype(wide), weight.T, precision="highest")
+    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    weight = head.weight.astype(hidden.dtype).astype(dtype)[: head.vocab_size]
+    x = jnp.matmul(hidden.astype(dtype), weight.T, precision="highest")
     if head.bias is not None:
-        x = x + head.bias.astype(wide)[None, : head.vocab_size]
+        x = x + head.bias.astype(dtype)[None, : head.vocab_size]
     x = head.scale * x
     if head.softcap is not None:
         x = head.softcap * jnp.tanh(x / head.softcap)
@@ -85,7 +84,9 @@ def test_hand_worked_number():
     # One hidden state (1, 0) on rows (ln 2, .) and (0, .): logits (ln 2, 0), probabilities (2/3, 1/3).
     head = Head(weight=jnp.array([[math.log(2.0), 5.0], [0.0, -7.0]]), vocab_size=2)
     hidden = jnp.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
-    loss, metrics = cross_entropy(hidden, head, jnp.array([0, 1, 1]), jnp.array([1.0, 2.0, 0.0]), z_loss=0.1)
+    loss, metrics = flat_cross_entropy(
+        hidden, head, jnp.array([0, 1, 1]), jnp.array([1.0, 2.0, 0.0]), z_loss=0.1
+    )
     nll = math.log(1.5) + 2 * math.log(3.0)
     z = 3 * math.log(3.0) ** 2
     np.testing.assert_allclose(loss, nll + 0.1 * z, rtol=1e-6)
@@ -98,7 +99,7 @@ def test_hand_worked_number():
 @pytest.mark.smoke
 @pytest.mark.parametrize("chunk_size", [None, 8, 11], ids=["one chunk", "padded", "dividing"])
 def test_equals_dense(chunk_size):
-    chunked = value_and_gradients(cross_entropy, *make_inputs(), z_loss=0.01, chunk_size=chunk_size)
+    chunked = value_and_gradients(flat_cross_entropy, *make_inputs(), z_loss=0.01, chunk_size=chunk_size)
     assert_trees_close(chunked, dense_results(), rtol=1e-5, atol=1e-5)
     # Padding rows of the table get no gradient at all, tokens without weight neither.
     head_gradient = chunked[1][1]
@@ -111,7 +112,7 @@ def test_equals_dense_tightly_in_float64():
     with jax.enable_x64(True):
         hidden, head, targets, weights = make_inputs(dtype=jnp.float64, head_dtype=jnp.float64)
         inputs = (hidden, head, targets, weights.astype(jnp.float64))
-        chunked = value_and_gradients(cross_entropy, *inputs, z_loss=0.01, chunk_size=8)
+        chunked = value_and_gradients(flat_cross_entropy, *inputs, z_loss=0.01, chunk_size=8)
         dense = value_and_gradients(dense_cross_entropy, *inputs, z_loss=0.01)
         assert chunked[1][0].dtype == jnp.float64
         assert_trees_close(chunked, dense, rtol=1e-12, atol=1e-13)
@@ -124,7 +125,7 @@ def test_equals_optax_without_extras():
         nll = optax.softmax_cross_entropy_with_integer_labels(hidden @ head.weight.T, targets)
         return jnp.sum(weights * nll), None
 
-    ours = value_and_gradients(cross_entropy, hidden, head, targets, weights, chunk_size=5)
+    ours = value_and_gradients(flat_cross_entropy, hidden, head, targets, weights, chunk_size=5)
     theirs = value_and_gradients(from_optax, hidden, head, targets, weights)
     assert_trees_close((ours[0][0], ours[1]), (theirs[0][0], theirs[1]), rtol=1e-5, atol=1e-5)
 
@@ -133,7 +134,7 @@ def test_equals_optax_without_extras():
 def test_bfloat16_products(head_dtype):
     hidden, head, targets, weights = make_inputs(dtype=jnp.bfloat16, head_dtype=head_dtype)
     (loss, metrics), gradients = value_and_gradients(
-        cross_entropy, hidden, head, targets, weights, z_loss=0.01, chunk_size=8
+        flat_cross_entropy, hidden, head, targets, weights, z_loss=0.01, chunk_size=8
     )
     dense = value_and_gradients(dense_cross_entropy, hidden, head, targets, weights, z_loss=0.01)
     # Operands are rounded alike on both sides, and products of bfloat16 are exact in float32: the sums agree
@@ -154,7 +155,11 @@ def test_bfloat16_head_gradient_is_summed_in_float32():
     head = Head(weight=jnp.zeros((2, 1), jnp.bfloat16), vocab_size=2)
     targets = jnp.zeros(num_tokens, jnp.int32)
     weights = jnp.ones(num_tokens)
-    gradient = jax.grad(lambda head: cross_entropy(hidden, head, targets, weights, chunk_size=1)[0])(head)
+
+    def loss(head):
+        return flat_cross_entropy(hidden, head, targets, weights, chunk_size=1)[0]
+
+    gradient = jax.grad(loss)(head)
     np.testing.assert_array_equal(gradient.weight.astype(jnp.float32), [[-256.0], [256.0]])
 
 
@@ -162,7 +167,7 @@ def test_all_masked_is_zero_and_finite():
     hidden, head, targets, weights = make_inputs()
     hidden = 1e4 * hidden
     (loss, metrics), gradients = value_and_gradients(
-        cross_entropy, hidden, head, targets, jnp.zeros_like(weights), z_loss=0.01, chunk_size=8
+        flat_cross_entropy, hidden, head, targets, jnp.zeros_like(weights), z_loss=0.01, chunk_size=8
     )
     for leaf in jax.tree.leaves((loss, metrics, gradients)):
         np.testing.assert_array_equal(leaf, jnp.zeros_like(leaf))
@@ -173,9 +178,9 @@ def test_masked_tokens_change_nothing():
     masked = weights == 0
     other_hidden = jnp.where(masked[:, None], 50.0, hidden)
     other_targets = jnp.where(masked, (targets + 1) % VOCAB, targets)
-    one = value_and_gradients(cross_entropy, hidden, head, targets, weights, z_loss=0.01, chunk_size=8)
+    one = value_and_gradients(flat_cross_entropy, hidden, head, targets, weights, z_loss=0.01, chunk_size=8)
     other = value_and_gradients(
-        cross_entropy, other_hidden, head, other_targets, weights, z_loss=0.01, chunk_size=8
+        flat_cross_entropy, other_hidden, head, other_targets, weights, z_loss=0.01, chunk_size=8
     )
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
@@ -208,12 +213,14 @@ def test_no_array_of_all_logits_exists():
         return largest_array(jax.make_jaxpr(gradients)(hidden, head))
 
     assert largest(dense_cross_entropy, z_loss=0.0) >= num_tokens * rows  # what is looked for can be found
-    assert largest(cross_entropy, chunk_size=16) < num_tokens * rows
+    assert largest(flat_cross_entropy, chunk_size=16) < num_tokens * rows
 
 
 def test_value_alone_computes_no_gradient():
     hidden, head, targets, weights = make_inputs()
-    jaxpr = jax.make_jaxpr(functools.partial(cross_entropy, chunk_size=8))(hidden, head, targets, weights)
+    jaxpr = jax.make_jaxpr(functools.partial(flat_cross_entropy, chunk_size=8))(
+        hidden, head, targets, weights
+    )
     assert str(jaxpr).count("dot_general[") == 1
 
 
@@ -226,7 +233,7 @@ def test_default_chunks_are_even_and_fit():
 
 def test_bad_chunk_size_is_refused():
     with pytest.raises(ValueError, match="at least 1"):
-        cross_entropy(*make_inputs(), chunk_size=0)
+        flat_cross_entropy(*make_inputs(), chunk_size=0)
 
 
 @pytest.mark.parametrize(
@@ -235,12 +242,12 @@ def test_bad_chunk_size_is_refused():
         (8, None, None),
         (8, {"data": 2, "fsdp": 2, "tensor": 2}, Vocabulary.GATHERED),
         (7, {"data": 2, "fsdp": 2, "tensor": 2}, Vocabulary.GATHERED),  # a length that does not divide
-        (7, {"data": 2, "fsdp": 2, "tensor": 2}, Vocabulary.DIVIDED),
-        (8, {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}, Vocabulary.DIVIDED),
+        (7, {"data": 2, "fsdp": 2, "tensor": 2}, Vocabulary.SHARDED),
+        (8, {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}, Vocabulary.SHARDED),
         (8, {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}, None),
     ],
 )
-def test_a_batch_on_any_mesh_equals_dense(num_times, axes, vocabulary):
+def test_a_batch_on_any_mesh_equals_the_dense_loss(num_times, axes, vocabulary):
     _, head, _, _ = make_inputs(bias=num_times == 8)
     keys = jax.random.split(jax.random.key(1), 3)
     hidden = jax.random.normal(keys[0], (4, num_times, WIDTH))
@@ -258,7 +265,7 @@ def test_a_batch_on_any_mesh_equals_dense(num_times, axes, vocabulary):
         context = jax.set_mesh(mesh)
     with context:
         values, (hidden_gradient, head_gradient) = value_and_gradients(
-            sharded_cross_entropy,
+            losses.cross_entropy,
             hidden,
             head,
             targets,
@@ -272,10 +279,10 @@ def test_a_batch_on_any_mesh_equals_dense(num_times, axes, vocabulary):
     )
 
 
-def test_what_is_sent_less_decides_how_the_tensor_axis_shares_the_work():
+def test_the_vocabulary_is_sharded_where_that_sends_less():
     assert choose_vocabulary(10, 1024) is Vocabulary.GATHERED  # there is no mesh
     with jax.set_mesh(make_mesh(MeshConfig(data=4, tensor=2))):
-        assert choose_vocabulary(1023, 1024) is Vocabulary.DIVIDED
+        assert choose_vocabulary(1023, 1024) is Vocabulary.SHARDED
         assert choose_vocabulary(1024, 1024) is Vocabulary.GATHERED
         assert choose_vocabulary(10, 1023) is Vocabulary.GATHERED
 
@@ -287,7 +294,7 @@ def test_the_head_is_gathered_and_its_gradient_reduced_once_outside_the_loop(voc
     weights = jnp.ones((8, 8))
 
     def loss(hidden, weight):
-        return sharded_cross_entropy(
+        return losses.cross_entropy(
             hidden,
             Head(weight=weight, vocab_size=ROWS),
             targets,
@@ -310,4 +317,4 @@ def test_the_head_is_gathered_and_its_gradient_reduced_once_outside_the_loop(voc
     )  # of the gradient one over fsdp, which scatters, and one over data
     # Within the loop: one number per token of the chunk, and only where each device has a part of its logits.
     inside = re.findall(r"= (\S+)" + collective, program.replace(entry, ""))
-    assert {shape for shape, *_ in inside} == ({"f32[2]{0}"} if vocabulary is Vocabulary.DIVIDED else set())
+    assert {shape for shape, *_ in inside} == ({"f32[2]{0}"} if vocabulary is Vocabulary.SHARDED else set())

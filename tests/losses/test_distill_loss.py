@@ -1,6 +1,4 @@
-"""`linear_divergence` equals a dense float64 computation in value and gradient, in chunks and on any mesh,
-and holds no [N, V] array.
-"""
+"""`distill_loss` equals a dense float64 computation, in chunks and on any mesh, without an [N, V] array."""
 
 import dataclasses
 import functools
@@ -15,6 +13,7 @@ import pytest
 
 from slmjax.losses import (
     DistillLossConfig,
+    DistillWeights,
     Divergence,
     ForwardKl,
     Head,
@@ -30,13 +29,12 @@ from slmjax.losses import (
     TopK,
     TotalVariation,
     Vocabulary,
-    linear_divergence,
-    sharded_divergence,
-    token_divergence,
+    distill_loss,
 )
 from slmjax.parallel import communication
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 from tests.losses.dense_divergences import dense_sum, dense_token_values
+from tests.losses.flat import divergence_of_tokens, flat_distill_loss
 
 ROWS = 16
 WIDTH = 6
@@ -85,21 +83,21 @@ def with_gradients(loss_fn, hidden, head, *rest, **options):
     return jax.jit(jax.value_and_grad(scaled, argnums=(0, 1)))(hidden, head, *rest)
 
 
-def dense_with_gradients(hidden, head, teachers, targets, weights, matching, **options):
+def dense_with_gradients(hidden, head, teachers, targets, weights, config, **options):
     """The same from float64; the arrays are as they were."""
     inputs = hidden, head, teachers, targets, weights
     with jax.enable_x64(True):
         if hidden.dtype == jnp.bfloat16:  # operands of the products are rounded; nothing else is
             rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim == 2 else x, (head, teachers))
             inputs = hidden, *rounded, targets, weights
-        wide = jax.tree.map(
+        inputs64 = jax.tree.map(
             lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.inexact) else x, inputs
         )
 
         def fn(hidden, head, teachers, targets, weights):
-            return dense_sum(hidden, head, teachers, matching, targets, weights, **options)
+            return dense_sum(hidden, head, teachers, config, targets, weights, **options)
 
-        return jax.device_get(with_gradients(fn, *wide))
+        return jax.device_get(with_gradients(fn, *inputs64))
 
 
 def assert_trees_close(actual, expected, *, rtol, atol) -> None:
@@ -120,16 +118,16 @@ CASES: tuple[tuple[DistillLossConfig, dict[str, float], int | None], ...] = (
     (DistillLossConfig(divergence=ReverseKl(), scales_by_square=False), {"temperature": 1.5}, 11),
     (DistillLossConfig(divergence=Jsd()), {"temperature": 0.7, "hard": 0.5}, 8),
     (DistillLossConfig(divergence=Jsd(beta=0.1)), {}, 11),
-    (DistillLossConfig(divergence=SkewKl(share=0.2)), {"hard": 1.0}, 8),
-    (DistillLossConfig(divergence=SkewReverseKl(share=0.3)), {"temperature": 3.0}, 11),
+    (DistillLossConfig(divergence=SkewKl(alpha=0.2)), {"hard": 1.0}, 8),
+    (DistillLossConfig(divergence=SkewReverseKl(alpha=0.3)), {"temperature": 3.0}, 11),
     (DistillLossConfig(divergence=TotalVariation()), {"soft": 2.0}, 8),
     (DistillLossConfig(divergence=SoftCrossEntropy()), {"temperature": 2.0}, 7),
     (DistillLossConfig(divergence=Taid()), {"hard": 0.1}, 11),
     (DistillLossConfig(divergence=TopK(k=3)), {"temperature": 1.3}, 5),
     (DistillLossConfig(divergence=TopK(k=1)), {}, 11),
-    (DistillLossConfig(divergence=ForwardKl(), weights=(3.0, 1.0)), {"temperature": 2.0}, 8),
+    (DistillLossConfig(divergence=ForwardKl(), teacher_weights=(3.0, 1.0)), {"temperature": 2.0}, 8),
     (
-        DistillLossConfig(divergence=Jsd(), mean=TeacherMean.PROBABILITIES, weights=(1.0, 2.0)),
+        DistillLossConfig(divergence=Jsd(), mean=TeacherMean.PROBABILITIES, teacher_weights=(1.0, 2.0)),
         {"temperature": 2.0},
         11,
     ),
@@ -137,40 +135,41 @@ CASES: tuple[tuple[DistillLossConfig, dict[str, float], int | None], ...] = (
 DISTINCT = [f"{type(case[0].divergence).__name__} {number}" for number, case in enumerate(CASES)]
 
 
-@pytest.mark.parametrize(("matching", "amounts", "chunk_size"), CASES, ids=DISTINCT)
-def test_equals_dense(matching: DistillLossConfig, amounts: dict[str, Any], chunk_size: int | None) -> None:
-    hidden, head, teachers, targets, weights = make_inputs(num_teachers=max(1, len(matching.weights)))
-    # Half of the cases have their amounts compiled in, the others as arrays.
-    given: dict[str, Any] = (
-        {name: jnp.float32(x) for name, x in amounts.items()} if chunk_size == 8 else amounts
-    )
+@pytest.mark.parametrize(("config", "loss_weights", "chunk_size"), CASES, ids=DISTINCT)
+def test_equals_dense(
+    config: DistillLossConfig, loss_weights: dict[str, Any], chunk_size: int | None
+) -> None:
+    hidden, head, teachers, targets, weights = make_inputs(num_teachers=max(1, len(config.teacher_weights)))
+    # Half of the cases have their loss weights compiled in, the others as arrays.
+    as_arrays = {name: jnp.float32(x) for name, x in loss_weights.items()}
+    options: dict[str, Any] = as_arrays if chunk_size == 8 else loss_weights
 
     def fn(hidden, head, teachers, targets, weights):
-        return linear_divergence(
-            hidden, head, teachers, matching, targets, weights, chunk_size=chunk_size, **given
+        return flat_distill_loss(
+            hidden, head, teachers, config, targets, weights, chunk_size=chunk_size, **options
         )
 
     value, gradients = with_gradients(fn, hidden, head, teachers, targets, weights)
-    expected = dense_with_gradients(hidden, head, teachers, targets, weights, matching, **amounts)
+    expected = dense_with_gradients(hidden, head, teachers, targets, weights, config, **loss_weights)
     assert_trees_close((value, gradients), expected, rtol=1e-5, atol=1e-5)
     # Rows of padding, and what only the student has where no hard target is, get no gradient; tokens without
     # weight neither.
     shared = min(teacher.head.vocab_size for teacher in teachers)
-    nothing = gradients[1].weight[head.vocab_size if "hard" in amounts else shared :]
+    nothing = gradients[1].weight[head.vocab_size if "hard" in loss_weights else shared :]
     assert not np.any(nothing) and not np.any(gradients[0][1::4])
 
 
 @pytest.mark.parametrize("divergence", [Jsd(beta=0.3), TopK(k=3)])
 def test_equals_dense_tightly_in_float64(divergence: Divergence) -> None:
-    matching = DistillLossConfig(divergence=divergence)
+    config = DistillLossConfig(divergence=divergence)
     with jax.enable_x64(True):
         inputs = jax.tree.map(
             lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, make_inputs(jnp.float64)
         )
 
         def fn(hidden, head, teachers, targets, weights):
-            return linear_divergence(
-                hidden, head, teachers, matching, targets, weights, chunk_size=8, temperature=2.0, hard=0.5
+            return flat_distill_loss(
+                hidden, head, teachers, config, targets, weights, chunk_size=8, temperature=2.0, hard=0.5
             )
 
         ours = jax.device_get(with_gradients(fn, *inputs))
@@ -178,7 +177,7 @@ def test_equals_dense_tightly_in_float64(divergence: Divergence) -> None:
     # The series of small exponents is exact to 5e-11 of its terms.
     assert_trees_close(
         ours,
-        dense_with_gradients(*inputs, matching=matching, temperature=2.0, hard=0.5),
+        dense_with_gradients(*inputs, config=config, temperature=2.0, hard=0.5),
         rtol=1e-10,
         atol=1e-11,
     )
@@ -186,13 +185,13 @@ def test_equals_dense_tightly_in_float64(divergence: Divergence) -> None:
 
 def test_bfloat16_hidden_states() -> None:
     inputs = make_inputs(jnp.bfloat16)
-    matching = DistillLossConfig(divergence=Jsd())
+    config = DistillLossConfig(divergence=Jsd())
 
     def fn(hidden, head, teachers, targets, weights):
-        return linear_divergence(hidden, head, teachers, matching, targets, weights, chunk_size=8, hard=0.5)
+        return flat_distill_loss(hidden, head, teachers, config, targets, weights, chunk_size=8, hard=0.5)
 
     value, gradients = with_gradients(fn, *inputs)
-    expected = dense_with_gradients(*inputs, matching=matching, hard=0.5)
+    expected = dense_with_gradients(*inputs, config=config, hard=0.5)
     assert (
         value.dtype == jnp.float32
         and gradients[0].dtype == jnp.bfloat16
@@ -207,41 +206,48 @@ def test_bfloat16_hidden_states() -> None:
 @pytest.mark.parametrize(
     ("divergence", "chunk_size"), [(ReverseKl(), 8), (Jsd(beta=0.3), 11), (TopK(k=3), None)]
 )
-def test_each_token_has_the_gradient_that_is_asked_of_it(
+def test_each_token_has_the_gradient_of_its_own_weight(
     divergence: Divergence, chunk_size: int | None
 ) -> None:
-    hidden, head, teachers, _, weights = make_inputs()
-    matching = DistillLossConfig(divergence=divergence)
+    """Also of a negative weight: the sum is the vector-Jacobian product of the values of the tokens."""
+    hidden, head, teachers, targets, _ = make_inputs()
+    config = DistillLossConfig(divergence=divergence)
     cotangent = jax.random.normal(jax.random.key(5), (NUM_TOKENS,))
 
     @jax.jit
-    def pulled(hidden, head, teachers):
+    def in_chunks(hidden, head, teachers):
         def fn(hidden, head, teachers):
-            return token_divergence(hidden, head, teachers, matching, chunk_size=chunk_size, temperature=2.0)
+            return flat_distill_loss(
+                hidden,
+                head,
+                teachers,
+                config,
+                targets,
+                cotangent,
+                chunk_size=chunk_size,
+                temperature=2.0,
+            )[0]
 
-        values, pull = jax.vjp(fn, hidden, head, teachers)
-        return values, pull(cotangent)
+        values = divergence_of_tokens(hidden, head, teachers, config, temperature=2.0)
+        return values, jax.value_and_grad(fn, argnums=(0, 1, 2))(hidden, head, teachers)
 
-    values, (*gradients, of_teachers) = pulled(hidden, head, teachers)
+    values, (total, (*gradients, of_teachers)) = in_chunks(hidden, head, teachers)
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda x: x.astype(jnp.float64), (hidden, head, teachers))
+        inputs64 = jax.tree.map(lambda x: x.astype(jnp.float64), (hidden, head, teachers))
 
         @jax.jit
-        def pulled_from_dense(hidden, head, teachers):
-            values, pull = jax.vjp(
-                lambda hidden, head: dense_token_values(hidden, head, teachers, matching, temperature=2.0),
+        def from_dense(hidden, head, teachers):
+            values, vjp_fn = jax.vjp(
+                lambda hidden, head: dense_token_values(hidden, head, teachers, config, temperature=2.0),
                 hidden,
                 head,
             )
-            return values, pull(cotangent.astype(jnp.float64))
+            return values, vjp_fn(cotangent.astype(jnp.float64))
 
-        expected = jax.device_get(pulled_from_dense(*wide))
+        expected = jax.device_get(from_dense(*inputs64))
     assert_trees_close((values, tuple(gradients)), expected, rtol=1e-5, atol=1e-5)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(of_teachers))
-    total, _ = linear_divergence(
-        hidden, head, teachers, matching, jnp.zeros(NUM_TOKENS, jnp.int32), weights, temperature=2.0
-    )
-    np.testing.assert_allclose(jnp.sum(weights * values), total, rtol=1e-6)
+    np.testing.assert_allclose(jnp.sum(cotangent * values), total, rtol=1e-5, atol=1e-6)
 
 
 # Those that look beyond one column of the vocabulary, and the most used of the others. Where a device has all
@@ -277,24 +283,26 @@ def on_the_mesh(divergences: tuple[Divergence, ...], num_times: int, *, vocabula
         teacher = dataclasses.replace(teacher, head=place(teacher.head))
 
     def loss(hidden: jax.Array, head: Head):
-        found = [
-            sharded_divergence(
+        results = [
+            distill_loss(
                 hidden,
                 head,
                 (TeacherOutput(hidden=other, head=teacher.head),),
-                divergence,
+                DistillLossConfig(divergence=divergence),
                 targets,
                 weights,
+                weights=DistillWeights(
+                    hard=0.3,
+                    key=jax.random.key_data(jax.random.key(3)),
+                    temperature=jnp.float32(1.5),
+                ),
                 draws=draws,
-                hard=0.3,
-                key=jax.random.key_data(jax.random.key(3)),
-                temperature=jnp.float32(1.5),
                 chunk_size=3,
                 vocabulary=vocabulary,
             )
             for divergence in divergences
         ]
-        return sum(((1.0 + 0.7 * i) * value for i, (value, _) in enumerate(found)), jnp.zeros(())), found
+        return sum(((1.0 + 0.7 * i) * value for i, (value, _) in enumerate(results)), jnp.zeros(())), results
 
     return jax.device_get(jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(hidden, head))
 
@@ -307,9 +315,9 @@ def on_one_device(divergences: tuple[Divergence, ...], num_times: int):
 @pytest.mark.parametrize(
     ("axes", "num_times", "vocabulary", "divergences"),
     [
-        ({"tensor": 2}, 7, Vocabulary.DIVIDED, WITHIN),
+        ({"tensor": 2}, 7, Vocabulary.SHARDED, WITHIN),
         ({"fsdp": 2, "tensor": 2}, 7, Vocabulary.GATHERED, WITHIN),  # a length that does not divide
-        ({"fsdp": 2, "context": 2, "tensor": 2}, 8, Vocabulary.DIVIDED, ACROSS),
+        ({"fsdp": 2, "context": 2, "tensor": 2}, 8, Vocabulary.SHARDED, ACROSS),
         ({"fsdp": 2, "context": 2, "tensor": 2}, 8, Vocabulary.GATHERED, WITHIN),
     ],
 )
@@ -318,8 +326,8 @@ def test_a_batch_on_any_mesh_equals_one_device(
 ) -> None:
     devices = jax.devices()[: math.prod(axes.values())]
     with jax.set_mesh(make_mesh(MeshConfig(**{"data": 1, **axes}), devices)):
-        found = on_the_mesh(divergences, num_times, vocabulary=vocabulary)
-    assert_trees_close(found, on_one_device(divergences, num_times), rtol=1e-5, atol=1e-5)
+        results = on_the_mesh(divergences, num_times, vocabulary=vocabulary)
+    assert_trees_close(results, on_one_device(divergences, num_times), rtol=1e-5, atol=1e-5)
 
 
 def test_masked_tokens_change_nothing() -> None:
@@ -333,7 +341,7 @@ def test_masked_tokens_change_nothing() -> None:
         for divergence in (ForwardKl(), Jsd(), SkewReverseKl(), Taid(), TopK(k=3), Sampled(draws=20)):
 
             def fn(hidden, head, d=divergence):
-                return linear_divergence(
+                return flat_distill_loss(
                     hidden,
                     head,
                     (dataclasses.replace(teachers[0], hidden=other),),
@@ -383,24 +391,20 @@ def test_no_array_of_all_logits_exists(divergence: Divergence) -> None:
         "key": jax.random.key_data(jax.random.key(0)),
     }
 
-    def of_sum(hidden: jax.Array, head: Head, chunk_size: int) -> jax.Array:
-        return linear_divergence(
+    def loss(hidden: jax.Array, head: Head, chunk_size: int) -> jax.Array:
+        return flat_distill_loss(
             hidden, head, teachers, divergence, targets, weights, chunk_size=chunk_size, **options
         )[0]
 
-    def of_tokens(hidden: jax.Array, head: Head, chunk_size: int) -> jax.Array:
-        return jnp.sum(token_divergence(hidden, head, teachers, divergence, chunk_size=chunk_size, **options))
-
-    for fn in (of_sum, of_tokens):
-        gradients = jax.value_and_grad(fn, argnums=(0, 1))
-        largest = {
-            size: largest_array(jax.make_jaxpr(functools.partial(gradients, chunk_size=size))(hidden, head))
-            for size in (16, 64)
-        }
-        assert largest[16] < num_tokens * rows <= largest[64]  # in one chunk, what is looked for is found
+    gradients = jax.value_and_grad(loss, argnums=(0, 1))
+    largest = {
+        size: largest_array(jax.make_jaxpr(functools.partial(gradients, chunk_size=size))(hidden, head))
+        for size in (16, 64)
+    }
+    assert largest[16] < num_tokens * rows <= largest[64]  # in one chunk, such an array is found
 
 
 def test_divergences_that_draw_ask_for_a_key() -> None:
     hidden, head, teachers, targets, weights = make_inputs()
     with pytest.raises(ValueError, match="give a key"):
-        linear_divergence(hidden, head, teachers, Sampled(), targets, weights, draws=DRAWS)
+        flat_distill_loss(hidden, head, teachers, Sampled(), targets, weights, draws=DRAWS)
