@@ -1,3 +1,1 @@
-"""Number formats, one definition each: from numbers to codes and scales, and back; the presets; the bytes of
-GGUF's blocks.
-"""
+"""Number formats: their definition, encoding of arrays as codes and scales, presets, and GGUF blocks."""

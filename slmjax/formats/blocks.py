@@ -1,12 +1,13 @@
-"""The bytes of GGUF's blocks: codes and scales put into a container as they are, nothing quantized again.
+"""Bytes of GGUF blocks: codes and scales are packed into a container as they are, without quantizing again.
 
     container = container_for(spec)           # "Q4_0"
-    raw = pack(encoded, container)            # uint8 [..., bytes of a row]; encoded has its groups along the
-    last axis unpack(raw, container)                    # codes and scales again, a scale for each block
+    raw = pack(encoded, container)            # uint8 [..., bytes of a row]; groups run along the last axis
+    unpack(raw, container)                    # codes and scales again, one scale for each block
 
-A container holds more formats than the quantizer it is named for makes: Q4_0 holds all integers from -8 to 7
-under float16 scales, whatever rule chose them, and a group of several blocks repeats its scale. Layouts are
-those of ggml's block structures. NumPy, on the host. A float32 scale that is no float16 is refused.
+A container holds more formats than the quantizer of its name produces: Q4_0 holds all integers from -8 to 7
+with float16 scales, whichever rule chose them, and a group of several blocks repeats its scale. The layouts
+are those of ggml's block structures. This is NumPy code on the host. A float32 scale that float16 cannot hold
+is an error.
 """
 
 import dataclasses
@@ -23,13 +24,10 @@ from slmjax.formats.spec import CodeGrid, Granularity, QuantSpec, ScaleType
 class Container:
     """A type of GGUF tensor."""
 
-    # numbers of a block
-    size: int
-    # bytes of a block
-    num_bytes: int
-    # the codes it holds, both ends included; bit patterns of MXFP4
-    lowest: int
-    highest: int
+    size: int  # elements of a block
+    num_bytes: int  # bytes of a block
+    lowest: int  # the lowest code; codes of MXFP4 are bit patterns
+    highest: int  # the highest code, included
 
 
 CONTAINERS = {
@@ -39,36 +37,38 @@ CONTAINERS = {
     "MXFP4": Container(size=32, num_bytes=17, lowest=0, highest=15),
 }
 _INTEGER_CONTAINERS = ("TQ2_0", "Q4_0", "Q8_0")  # the smallest first
+# Positions of the four 2-bit codes in a byte of TQ2_0.
 _SHIFTS = np.array([0, 2, 4, 6], np.uint8)[:, None]
 
 
 def container_for(spec: QuantSpec, *, width: int | None = None) -> str:
-    """The smallest container that holds every array of this format exactly.
+    """Return the smallest container that holds every array of this format exactly.
 
     Args:
       spec: the format.
-      width: numbers of a row, for a format whose groups have no size of their own: a row of a multiple of 256
-        fits TQ2_0.
+      width: elements of a row, for a format without a group size: a multiple of 256 fits TQ2_0.
 
-    Raises ValueError that says why there is none. Scales that are no float16 are refused by `pack`.
+    Raises:
+      ValueError: no container holds the format, with the reason. Scales that float16 cannot hold are not
+        checked here, but by `pack`.
     """
     name = name_of(spec)
     if spec.is_asymmetric:
         raise ValueError(
-            f"{name} has zero points, which GGUF's {', '.join(CONTAINERS)} have not: give a symmetric format"
+            f"{name} has zero points, which GGUF's {', '.join(CONTAINERS)} do not: give a symmetric format"
         )
     run = spec.group_size if spec.granularity is Granularity.PER_GROUP else width
     if run is not None and run % 32:
         raise ValueError(
-            f"{name} shares scales among {run} numbers, GGUF among 32 or 256: give groups that are a "
+            f"{name} shares a scale among {run} elements, GGUF among 32 or 256: give groups that are a "
             "multiple of 32"
         )
     if spec.grid is CodeGrid.E2M1 and spec.scale_type is ScaleType.E8M0:
         return "MXFP4"
     if spec.grid not in (CodeGrid.INTEGER, CodeGrid.ODD):
         raise ValueError(
-            f"{name} has {spec.grid.value} numbers under {spec.scale_type.value} scales: GGUF has e2m1 under "
-            "e8m0 only"
+            f"{name} has {spec.grid.value} codes with {spec.scale_type.value} scales: the only float codes "
+            "of GGUF are e2m1 with e8m0 scales"
         )
     for container in _INTEGER_CONTAINERS:
         kind = CONTAINERS[container]
@@ -79,11 +79,12 @@ def container_for(spec: QuantSpec, *, width: int | None = None) -> str:
 
 
 def pack(encoded: Encoded, container: str) -> UInt8[np.ndarray, "..."]:
-    """The blocks of an array whose groups run along its last axis: [..., bytes of a row].
+    """Return the blocks of an array whose groups run along its last axis: [..., bytes of a row].
 
-    Raises ValueError where the container cannot hold codes or scales exactly: codes out of its range, a zero
-    point, a second scale, groups that are no multiple of its blocks, scales that float16 (of MXFP4: a power
-    of two) does not hold.
+    Raises:
+      ValueError: the container cannot hold codes or scales exactly: codes out of its range, a zero point, a
+        second scale, groups that are not a multiple of its blocks, or scales that float16 (in MXFP4: a power
+        of two) cannot hold.
     """
     kind = _kind(container)
     codes = np.asarray(encoded.codes)
@@ -96,9 +97,8 @@ def pack(encoded: Encoded, container: str) -> UInt8[np.ndarray, "..."]:
     num_groups = scale.shape[-1]
     if width % kind.size or (width // num_groups) % kind.size:
         raise ValueError(
-            f"rows of {width} numbers in groups of {width // num_groups} do not fit {container}, whose "
-            f"blocks are of {kind.size}:"
-            f" give groups that are a multiple of {kind.size}"
+            f"rows of {width} elements in groups of {width // num_groups} do not fit {container}, whose "
+            f"blocks have {kind.size}: give groups that are a multiple of {kind.size}"
         )
     if codes.size and (codes.min() < kind.lowest or codes.max() > kind.highest):
         raise ValueError(
@@ -106,7 +106,7 @@ def pack(encoded: Encoded, container: str) -> UInt8[np.ndarray, "..."]:
             f"{kind.highest}"
         )
     num_blocks = width // kind.size
-    # A group of several blocks gives each its scale, a TENSOR gives it to all.
+    # A group of several blocks repeats its scale in each, a PER_TENSOR scale in all.
     scale = np.broadcast_to(
         np.repeat(scale, num_blocks // num_groups, axis=-1), (*codes.shape[:-1], num_blocks)
     )
@@ -115,14 +115,16 @@ def pack(encoded: Encoded, container: str) -> UInt8[np.ndarray, "..."]:
 
 
 def unpack(raw: UInt8[np.ndarray, "..."], container: str) -> Encoded:
-    """Codes and scales of blocks [..., bytes of a row], a scale for each block, as NumPy arrays.
+    """Return the codes and scales of blocks [..., bytes of a row] as NumPy arrays, one scale for each block.
 
-    Raises ValueError for rows that are no whole number of blocks.
+    Raises:
+      ValueError: the rows are not a multiple of the block's bytes.
     """
     kind = _kind(container)
     if raw.shape[-1] % kind.num_bytes:
         raise ValueError(
-            f"a row of {raw.shape[-1]} bytes is no whole number of {container} blocks of {kind.num_bytes}"
+            f"a row of {raw.shape[-1]} bytes is not a multiple of {container}'s blocks of {kind.num_bytes}: "
+            "the file is damaged, or of another type"
         )
     num_blocks = raw.shape[-1] // kind.num_bytes
     codes, scale = _LAYOUTS[container][1](raw.reshape(*raw.shape[:-1], num_blocks, kind.num_bytes))
@@ -133,22 +135,21 @@ def unpack(raw: UInt8[np.ndarray, "..."], container: str) -> Encoded:
 
 def _kind(container: str) -> Container:
     if container not in CONTAINERS:
-        raise ValueError(f"there is no container {container!r}: give one of {', '.join(CONTAINERS)}")
+        raise ValueError(f"unknown container {container!r}: give one of {', '.join(CONTAINERS)}")
     return CONTAINERS[container]
 
 
 def _float16_bytes(scale: np.ndarray) -> np.ndarray:
-    """[..., blocks] to [..., blocks, 2]."""
+    """Convert scales [..., blocks] to bytes [..., blocks, 2]."""
     with np.errstate(over="ignore"):
-        narrow = scale.astype(np.float16)
-    wrong = (narrow.astype(np.float32) != scale) | ~np.isfinite(narrow)
+        scale16 = scale.astype(np.float16)
+    wrong = (scale16.astype(np.float32) != scale) | ~np.isfinite(scale16)
     if wrong.any():
         raise ValueError(
-            f"{wrong.sum()} of {scale.size} scales are no float16, which GGUF stores ({scale[wrong][0]!r} is "
-            "the first):"
-            " train in a format whose scales are float16"
+            f"{wrong.sum()} of {scale.size} scales are not float16 values, which GGUF stores (the first is "
+            f"{scale[wrong][0]!r}): train in a format whose scales are float16"
         )
-    return narrow.astype("<f2")[..., None].view(np.uint8)
+    return scale16.astype("<f2")[..., None].view(np.uint8)
 
 
 def _float16_scale(raw: np.ndarray) -> np.ndarray:
@@ -156,8 +157,9 @@ def _float16_scale(raw: np.ndarray) -> np.ndarray:
 
 
 def _nibbles(codes: np.ndarray) -> np.ndarray:
-    """Codes from 0 to 15, [..., 32], to bytes [..., 16]: the first half of a block below, the second
-    above.
+    """Pack codes from 0 to 15, [..., 32], into bytes [..., 16].
+
+    The first half of a block goes into the low nibbles, the second into the high ones.
     """
     low = codes[..., :16].astype(np.uint8)
     high = codes[..., 16:].astype(np.uint8)
@@ -185,7 +187,7 @@ def _unpack_q8_0(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pack_tq2_0(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    # A byte has the codes of four numbers that are 32 apart.
+    # A byte has the codes of four elements that are 32 apart.
     quarters = (codes + 1).astype(np.uint8).reshape(*codes.shape[:-1], 2, 4, 32)
     packed = np.bitwise_or.reduce(quarters << _SHIFTS, axis=-2)
     return np.concatenate([packed.reshape(*codes.shape[:-1], 64), _float16_bytes(scale)], axis=-1)
@@ -198,22 +200,21 @@ def _unpack_tq2_0(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _pack_mxfp4(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(scale).view(np.uint32)
-    # The smallest, 2**-127, is below the normal numbers.
+    # The smallest scale, 2**-127, is a subnormal float32.
     exponent = np.where(bits == 0x00400000, 0, bits >> 23)
     wrong = ((bits & 0x007FFFFF) != 0) & (bits != 0x00400000) | (exponent > 254) | (bits == 0)
     if wrong.any():
         raise ValueError(
-            f"{wrong.sum()} of {scale.size} scales are no power of two ({scale[wrong][0]!r} is the first): "
-            "give e8m0 scales"
+            f"{wrong.sum()} of {scale.size} scales are not powers of two (the first is {scale[wrong][0]!r}): "
+            "train in a format whose scales are e8m0"
         )
     return np.concatenate([exponent.astype(np.uint8)[..., None], _nibbles(codes)], axis=-1)
 
 
 def _unpack_mxfp4(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     exponent = raw[..., :1].astype(np.uint32)
-    return _from_nibbles(raw[..., 1:]), np.where(exponent == 0, np.uint32(0x00400000), exponent << 23).view(
-        np.float32
-    )
+    bits = np.where(exponent == 0, np.uint32(0x00400000), exponent << 23)
+    return _from_nibbles(raw[..., 1:]), bits.view(np.float32)
 
 
 _LAYOUTS = {

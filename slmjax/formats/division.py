@@ -1,9 +1,9 @@
-"""Division that gives the same bits everywhere: the float32 nearest to the quotient.
+"""Division that gives the same bits on every platform: the float32 nearest to the quotient.
 
-Compilers multiply with the reciprocal of a divisor that is one number, which rounds twice, and make one
-division of two: what is written here leaves them nothing to see that by. And on accelerators division itself
-may be off by an ulp or two, as it is on NVIDIA GPUs, which moves a number at a tie to another code. There the
-quotient is put right by what it leaves over, which is found exactly.
+Compilers replace the division by a scalar with a product with its reciprocal, which rounds twice, and merge
+two divisions into one; the code here hides from them that they could. On accelerators division itself may be
+off by an ulp or two, as on NVIDIA GPUs, which moves a value at a tie to another code. There the quotient is
+corrected by its remainder, which is computed exactly.
 """
 
 import jax
@@ -13,48 +13,50 @@ from jaxtyping import Array, Float
 from slmjax.formats.bits import as_bits, from_bits, magnitude_bits
 
 _LAST = 2.0**-23  # the last bit of a float32 in [1, 2)
-_SMALLEST = 2.0**-126  # of the normal numbers
+_SMALLEST = 2.0**-126  # the smallest normal float32
 _CORRECTIONS = 2  # of one ulp each
-_ONE = 0x3F800000  # as bits
+_ONE = 0x3F800000  # the bits of 1.0
 
 
-def divided(x: Float[Array, "..."], divisor: Array | float) -> Float[Array, "..."]:
-    """`x / divisor`, rounded once; shapes broadcast. Without a gradient: estimators state those."""
-    # Both depend on whether `x` is NaN, which changes no result.
-    unknown = jnp.isnan(x)
-    x, divisor = jnp.broadcast_arrays(x, jnp.where(unknown, jnp.nan, divisor))
-    return jnp.where(unknown, x, _quotient(x, divisor))
+def divide(x: Float[Array, "..."], divisor: Array | float) -> Float[Array, "..."]:
+    """Return `x / divisor`, rounded once; shapes broadcast. It has no gradient: estimators define theirs."""
+    # The divisor is made to depend on `x`, which changes no result: the compiler no longer sees a scalar.
+    is_nan = jnp.isnan(x)
+    x, divisor = jnp.broadcast_arrays(x, jnp.where(is_nan, jnp.nan, divisor))
+    return jnp.where(is_nan, x, _quotient(x, divisor))
 
 
 def reciprocal(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`1 / x`, rounded once; 0 of 0."""
+    """Return `1 / x`, rounded once, and 0 for 0: a group of zeros has the scale 0."""
     is_zero = x == 0
     return jnp.where(is_zero, 0.0, _quotient(jnp.ones_like(x), jnp.where(is_zero, 1.0, x)))
 
 
 def _quotient(x: Array, divisor: Array) -> Array:
     def exact(x: Array, divisor: Array) -> Array:
-        return corrected(x / divisor, x, divisor)
+        return corrected_quotient(x / divisor, x, divisor)
 
     return jax.lax.platform_dependent(x, divisor, cuda=exact, tpu=exact, default=jax.lax.div)
 
 
-def corrected(
+def corrected_quotient(
     quotient: Float[Array, "..."], x: Float[Array, "..."], divisor: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    """`x / divisor`, rounded once, from a quotient that is at most 2 ulp off.
+    """Return `x / divisor`, rounded once, from a quotient that is at most 2 ulp off.
 
-    Only where numbers and quotient are in the range of normal float32: elsewhere it is as given. Every
-    product here is of 12 by 12 bits and every difference is a float32, so it does not matter whether a
-    compiler fuses the two.
+    Where the operands or the quotient are not normal float32 values, the quotient is returned as it is. Every
+    product here is of 12 by 12 bits, and every difference is exactly a float32, so it does not matter whether
+    a compiler fuses them into one operation.
     """
+    # Reduce to mantissas m and n with a quotient q in [1, 2); powers of two are exact.
     m = _mantissa(x)
     n = _mantissa(divisor)
-    m = jnp.where(m < n, 2 * m, m)  # the quotient of the two is in [1, 2)
+    m = jnp.where(m < n, 2 * m, m)
     exponent = _exponent(x) - _exponent(divisor) - (_mantissa(x) < n)
     q = jnp.clip(from_bits(magnitude_bits(quotient) - (exponent << 23)), 1.0, 2.0 - _LAST)
-    (q_high, q_low) = _halves(q)
-    (n_high, n_low) = _halves(n)
+    # The remainder m - q * n, by halves whose products are exact (Dekker 1971).
+    q_high, q_low = _halves(q)
+    n_high, n_low = _halves(n)
     rest = ((m - q_high * n_high) - q_high * n_low - q_low * n_high) - q_low * n_low
     half_a_step = (0.5 * _LAST) * n
     for _ in range(_CORRECTIONS):
@@ -70,7 +72,7 @@ def corrected(
 
 
 def _mantissa(x: Array) -> Array:
-    """In [1, 2)."""
+    """Return the mantissa, in [1, 2)."""
     return from_bits((as_bits(x) & 0x7FFFFF) | _ONE)
 
 
@@ -79,6 +81,6 @@ def _exponent(x: Array) -> Array:
 
 
 def _halves(x: Array) -> tuple[Array, Array]:
-    """The first 12 bits and the last 12, whose sum is `x`."""
+    """Split into the first 12 bits of the mantissa and the last 12; the sum is `x`."""
     high = from_bits(as_bits(x) & ~0xFFF)
     return high, x - high

@@ -1,6 +1,6 @@
-"""Number formats by name: those of engines, and plain ones for research.
+"""Number formats by name: those of inference engines, and basic ones for research.
 
-`tests/formats/golden/` holds what the engines' own packages make of the same numbers.
+`tests/formats/golden/` holds the codes and scales that the engines' own packages compute for the same values.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ from slmjax.formats.spec import (
 
 
 def _quotient(x: float, divisor: int) -> float:
-    """As float32 has it."""
+    """Divide in float32."""
     return float(np.float32(x) / np.float32(divisor))
 
 
-# llama.cpp's blocks (gguf-py's quants): the scale is float16, codes are computed before it is.
+# llama.cpp's blocks (gguf-py's quants): a float16 scale; codes are computed before it is rounded.
 _GGUF = QuantSpec(
     bits=8,
     group_size=32,
@@ -45,7 +45,7 @@ _TQ2_0 = dataclasses.replace(
     _GGUF, bits=TERNARY_BITS, group_size=256, divisor=1.0, rounding=Rounding.HALF_AWAY
 )
 
-# torchao, 8-bit dynamic activations and 4-bit weights: a product with the reciprocal, and a smallest scale.
+# torchao, 8-bit dynamic activations and 4-bit weights: a product with the reciprocal, and a minimum scale.
 _TORCHAO = QuantSpec(bits=4, group_size=32, divisor=7.5, smallest_scale=2.0**-126, scaling=Scaling.RECIPROCAL)
 _TORCHAO_TOKEN = dataclasses.replace(
     _TORCHAO,
@@ -56,14 +56,14 @@ _TORCHAO_TOKEN = dataclasses.replace(
     divisor=1.0,
 )
 
-# compressed-tensors: a quotient; float32's epsilon is the scale of zeros.
+# compressed-tensors: a division; groups of zeros have float32's epsilon as their scale.
 _COMPRESSED = QuantSpec(bits=4, group_size=32, divisor=7.5, scale_of_zeros=2.0**-23)
 _COMPRESSED_ROW = dataclasses.replace(
     _COMPRESSED, bits=8, granularity=Granularity.PER_CHANNEL, group_size=None, divisor=127.5
 )
 
-# ai-edge-quantizer, for LiteRT: without the lowest code in 8 bits; scales of blocks are rounded to bfloat16;
-# the largest magnitude counts as at least 1e-9.
+# ai-edge-quantizer, for LiteRT: no lowest code in 8 bits; block scales are rounded to bfloat16; the largest
+# magnitude counts as at least 1e-9.
 _LITERT_ROW = QuantSpec(
     bits=8,
     codes=Codes.SYMMETRIC,
@@ -78,20 +78,18 @@ _LITERT_BLOCK = dataclasses.replace(
     _LITERT_ROW4, granularity=Granularity.PER_GROUP, group_size=32, scale_type=ScaleType.BFLOAT16_IN_FLOAT16
 )
 
-# ONNX Runtime's MatMulNBits: Q4_0's codes, except where two numbers of other signs are the largest.
+# ONNX Runtime's MatMulNBits: Q4_0's codes, except where two values of opposite sign are the largest.
 _ONNX = dataclasses.replace(_Q4_0, statistic=Statistic.FAR_END, scale_type=ScaleType.FLOAT32)
 
-# The OCP's microscaling formats: scales are powers of two, the largest magnitude's rounded down, over that of
-# the grid's largest number.
+# The OCP's microscaling formats (MX specification 1.0): scales are powers of two, that of the largest
+# magnitude, rounded down, over that of the grid's largest level.
 _MXFP4 = QuantSpec(bits=4, grid=CodeGrid.E2M1, group_size=32, divisor=4.0, scale_type=ScaleType.E8M0)
 _MXFP8_E4M3 = dataclasses.replace(_MXFP4, bits=8, grid=CodeGrid.E4M3, divisor=256.0)
 _MXFP8_E5M2 = dataclasses.replace(_MXFP4, bits=8, grid=CodeGrid.E5M2, divisor=32768.0)
-# gguf-py takes the smaller of two numbers that are equally near, and has no -0. Where the largest magnitude
-# is within about five float32 steps below a power of two, its logarithm rounds up and its scale is twice as
-# large: not done here.
+# gguf-py rounds ties towards zero, and has no -0. If the largest magnitude is within about five float32 steps
+# below a power of two, its logarithm rounds up and its scale doubles, which is not reproduced here.
 _MXFP4_GGUF = dataclasses.replace(_MXFP4, rounding=Rounding.HALF_DOWN)
-# torchao's NVFP4: 8-bit float scales of 16 numbers each, at least 2**-6, under one float32 scale for the
-# tensor.
+# torchao's NVFP4: 8-bit float scales for groups of 16, at least 2**-6, and a float32 scale for the tensor.
 _NVFP4 = QuantSpec(
     bits=4,
     grid=CodeGrid.E2M1,
@@ -107,19 +105,19 @@ def _group(spec: QuantSpec, size: int) -> QuantSpec:
 
 
 def _integers(bits: int) -> QuantSpec:
-    """Symmetric integers in groups of 32 under a float16 scale, which GGUF's blocks can hold."""
+    """Return symmetric integers in groups of 32 with a float16 scale, which GGUF's blocks can hold."""
     highest = 2 ** (bits - 1) - 1
     return QuantSpec(
         bits=bits, codes=Codes.SYMMETRIC, group_size=32, divisor=float(highest), scale_type=ScaleType.FLOAT16
     )
 
 
-# BitNet b1.58 (arXiv 2402.17764): to the nearest of -1, 0, 1 in units of the mean magnitude.
+# BitNet b1.58 (arXiv 2402.17764): the nearest of -1, 0, 1 in units of the mean magnitude.
 _TERNARY = QuantSpec(
     bits=TERNARY_BITS, statistic=Statistic.ABSMEAN, group_size=256, scale_type=ScaleType.FLOAT16
 )
-# ParetoQ's stretched elastic quantizer (arXiv 2502.02631): 2 bits without zero, and three levels, both up to
-# three quarters or two thirds of the largest magnitude; one bit in units of the mean magnitude.
+# ParetoQ's stretched elastic quantizer (arXiv 2502.02631): 2 bits without zero, up to three quarters of the
+# largest magnitude; three levels, up to two thirds of it; one bit in units of the mean magnitude.
 _STRETCHED_2 = QuantSpec(bits=2, grid=CodeGrid.ODD, group_size=32, divisor=4.0, scale_type=ScaleType.FLOAT16)
 _STRETCHED_TERNARY = QuantSpec(bits=TERNARY_BITS, group_size=256, divisor=1.5, scale_type=ScaleType.FLOAT16)
 _BINARY = QuantSpec(
@@ -163,7 +161,7 @@ PRESETS: Mapping[str, QuantSpec] = MappingProxyType(
 
 
 def preset(name: str) -> QuantSpec:
-    """The format of that name. Raises ConfigError, with near names, for a name that none has."""
+    """Return the format of this name. Raises ConfigError, with near names, for an unknown name."""
     if name not in PRESETS:
         raise ConfigError(
             f"there is no number format {name!r}.{near_names(name, PRESETS)} There are {', '.join(PRESETS)}"
@@ -172,11 +170,9 @@ def preset(name: str) -> QuantSpec:
 
 
 def name_of(spec: QuantSpec) -> str:
-    """The preset's name, or words that say what the format is: "5 bits absmax/15, groups of 64, float16
-    scales".
-    """
-    for name, known in PRESETS.items():
-        if known == spec:
+    """Return the preset's name, or a description: "5 bits absmax/15, groups of 64, float16 scales"."""
+    for name, preset_spec in PRESETS.items():
+        if preset_spec == spec:
             return name
     grid = "" if spec.grid is CodeGrid.INTEGER else f" {spec.grid.value}"
     scales = (
@@ -184,4 +180,5 @@ def name_of(spec: QuantSpec) -> str:
         if spec.granularity is Granularity.PER_GROUP
         else f"one scale {spec.granularity.value.replace('_', ' ')}"
     )
-    return f"{spec.bits:g} bits{grid} {spec.statistic.value}/{spec.divisor:g}, {scales}, {spec.scale_type.value} scales"
+    rule = f"{spec.bits:g} bits{grid} {spec.statistic.value}/{spec.divisor:g}"
+    return f"{rule}, {scales}, {spec.scale_type.value} scales"

@@ -1,8 +1,7 @@
-"""Which form of a computation runs where: attention, products, rounding, and the loop over layers.
+"""Computations with an implementation per platform: matrix products, attention, grouped products, rounding.
 
-Each function here is defined by a plain form and may run in another one that suits the platform, dtype and
-shape; every form equals the plain one, by test. What was picked is logged once. What is particular to CPUs is
-in `cpu.py`.
+Each function is defined by a reference implementation and may run another one that suits platform, dtype and
+shape. Tests compare every implementation with the reference. Each choice is logged once.
 """
 
 from slmjax.kernels.attention import attention_mask, choose_attention, reference_attention, self_attention

@@ -1,9 +1,8 @@
-"""Attention on NVIDIA GPUs: cuDNN's fused kernel through `jax.nn.dot_product_attention`, where it can express
-the case.
+"""Attention on NVIDIA GPUs: cuDNN's fused kernel, through `jax.nn.dot_product_attention`.
 
-It takes half precision, heads of at most 128 dims in multiples of 8, no soft-cap, and even lengths. Who sees
-whom is given to it as a mask, as documents are packed in a row; that they are causal and how far back they go
-it is told beside that, and skips the rest.
+The kernel takes half precision, heads of at most 128 dims in multiples of 8, no soft-cap, and even lengths.
+Visibility is passed as a mask, because a row holds several documents. That attention is causal, and how far
+back it reaches, is passed as well, so that the kernel skips what lies outside.
 
 Dims: B batch, T query time, S key time, N heads, K kv heads, H head dim.
 """
@@ -17,18 +16,19 @@ from jaxtyping import Array, Bool, Float
 MAX_HEAD_DIM = 128
 
 
-def is_expressible(*, dtype: Any, head_dim: int, length: int, num_keys: int, is_plain: bool) -> bool:
-    """Whether cuDNN's kernel has this case, its gradient included. Plain is a softmax without soft-cap and
-    sinks.
+def is_supported(*, dtype: Any, head_dim: int, length: int, num_keys: int, is_plain: bool) -> bool:
+    """Return whether cuDNN's kernel covers this case and its gradient.
+
+    Args:
+      is_plain: a softmax without a soft-cap and without sinks.
     """
-    is_half = dtype in (jnp.bfloat16, jnp.float16)
     return (
-        is_half
+        dtype in (jnp.bfloat16, jnp.float16)
         and is_plain
         and head_dim <= MAX_HEAD_DIM
-        and not head_dim % 8
-        and not length % 2
-        and not num_keys % 2
+        and head_dim % 8 == 0
+        and length % 2 == 0
+        and num_keys % 2 == 0
     )
 
 
@@ -45,11 +45,12 @@ def attend(
     """Softmax attention under a mask; a query that sees nothing gives 0.
 
     Args:
-      window: what the mask allows at most, where queries and keys are the same places.
-      implementation: "xla" computes the same without the kernel: for tests.
+      window: the window in the mask, if any. The kernel uses it where queries and keys are the same tokens.
+      implementation: "xla" computes the same without the kernel, for tests.
     """
+    # The kernel counts windows and causality from equal starts; with more keys than queries the mask decides.
     is_square = q.shape[1] == k.shape[1]
-    back = None if window is None or not is_square else (window - 1, 0)
+    local_window = None if window is None or not is_square else (window - 1, 0)
     mixed = jax.nn.dot_product_attention(
         q,
         k,
@@ -57,7 +58,7 @@ def attend(
         mask=mask[:, None],
         scale=scale,
         is_causal=is_square,
-        local_window_size=back,
+        local_window_size=local_window,
         implementation=implementation,
     )
     return jnp.where(jnp.any(mask, axis=2)[:, :, None, None], mixed, 0)

@@ -1,10 +1,9 @@
-"""Attention on TPU: JAX's splash attention kernel, with grouped heads, windows, soft-caps, packed documents
-and any head dim.
+"""Attention on TPU: JAX's splash attention kernel, on packed rows.
 
-The kernel goes by places in the row where the reference goes by positions: in contiguous documents the two
-say the same, with segment ids beside them. It computes blocks of 128 or more rows, so that lengths are
-rounded up, and skips the blocks that no query sees. Mosaic kernels are not partitioned by the compiler: this
-is called under `sharding.local`, on what a device holds.
+It supports grouped heads, windows, soft-caps, sinks and any head dim. The kernel compares indices in the row
+where the reference compares positions; for contiguous documents, and with segment ids, the results are equal.
+It computes blocks of 128 or more rows, so lengths are rounded up, and it skips blocks that no query sees. The
+compiler does not partition Mosaic kernels: call this inside `shard_mapped`, on the arrays of one device.
 
 Dims: B batch, T query time, S key time, N heads, K kv heads, H head dim.
 """
@@ -16,11 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-BLOCKS = (
-    512,
-    256,
-    128,
-)  # rows of queries or keys at a time, the largest that divides the length; lanes come in 128
+# Sizes of a block of queries or keys; the largest that divides the length is used. TPUs have 128 lanes.
+BLOCKS = (512, 256, 128)
 
 
 def attend(
@@ -37,14 +33,17 @@ def attend(
     shard: Array | int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """`reference_attention` of the last T of S places in a row, or of the places that one of S / T shards of
-    a row holds.
+    """Return `reference_attention` of T queries over S keys of the same rows.
 
     Args:
-      shard: which shard of the row the queries are; None for the last T places.
-      interpret: run the kernel without a TPU, slowly: for tests.
+      shard: the index of the queries' shard among the S / T shards of a row; None if the queries are the last
+        T tokens of the keys.
+      interpret: run the kernel without a TPU, slowly, for tests.
+
+    Raises:
+      ValueError: sharded queries are not a multiple of 128.
     """
-    # Imported here: it takes a while, and only TPUs need it.
+    # A slow import that only TPUs need.
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
     length = q.shape[1]
@@ -52,13 +51,15 @@ def attend(
     if shard is not None and length % BLOCKS[-1]:
         raise ValueError(
             f"sequences of {num_keys} tokens over {num_keys // length} devices leave {length} to each: on "
-            "TPU that must be a multiple of "
-            f"{BLOCKS[-1]} for layers without a window. Change data.sequence_length or mesh.context"
+            f"TPU that must be a multiple of {BLOCKS[-1]} for layers without a window. Change "
+            "data.sequence_length or mesh.context"
         )
-    # Padding comes before the keys, so that the last places stay last, and counts as padding does.
+    # Keys are padded at the start, so that the last queries still match the last keys. The added keys have
+    # segment id 0, which the mask treats as padding.
     more_queries = -length % BLOCKS[-1]
     more_keys = -(num_keys + -length % BLOCKS[-1]) % BLOCKS[-1]
     before, after = (0, 0) if shard is not None else (more_keys, more_queries)
+    # The kernel has no argument for the scale.
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)
     q, q_ids = (_padded(x, 0, after) for x in (q, q_segments))
     k, v, k_ids = (_padded(x, before, after) for x in (k, v, k_segments))
@@ -78,9 +79,8 @@ def attend(
         *heads_first, segment_ids=SegmentIds(q=q_ids, kv=k_ids)
     )
     mixed = jnp.swapaxes(mixed, 1, 2)[:, :length]
-    return jnp.where(
-        (q_segments != 0)[:, :, None, None], mixed, 0
-    )  # to the kernel, padding is a document like others
+    # To the kernel, segment 0 is a document like others.
+    return jnp.where((q_segments != 0)[:, :, None, None], mixed, 0)
 
 
 def _padded(x: Array, before: int, after: int) -> Array:
@@ -97,9 +97,7 @@ def _kernel(
     num_shards: int,
     interpret: bool,
 ) -> Any:
-    """The kernel for queries at the last places of the keys; which blocks it visits is worked out once per
-    shape, and remembered by it.
-    """
+    """Build the kernel for queries that are the last of the keys, with its tables of blocks to visit."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     offset = num_keys - num_queries
@@ -131,16 +129,15 @@ def _block(length: int) -> int:
 
 
 def _of_shard(kernel: Any, shard: Array | int, num_shards: int) -> Any:
-    """The kernel with the part of its tables that one shard of the queries needs."""
+    """Return the kernel with only the tables that one shard of the queries needs."""
 
-    def cut(table: Any, axis: int) -> Any:
+    def take(table: Any, axis: int) -> Any:
         size = 0 if table is None else table.shape[axis] // num_shards
         return None if table is None else jax.lax.dynamic_slice_in_dim(table, shard * size, size, axis)
 
-    def part(info: Any) -> Any:
-        by_block = {name: cut(getattr(info, name), 1) for name in ("data_next", "mask_next", "block_mask")}
-        return info._replace(q_sequence=cut(info.q_sequence, 0), **by_block)
+    def shard_info(info: Any) -> Any:
+        tables = {name: take(getattr(info, name), 1) for name in ("data_next", "mask_next", "block_mask")}
+        return info._replace(q_sequence=take(info.q_sequence, 0), **tables)
 
-    return type(kernel)(
-        part(kernel.fwd_mask_info), part(kernel.dq_mask_info), part(kernel.dkv_mask_info), **kernel.kwargs
-    )
+    mask_infos = (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info)
+    return type(kernel)(*(shard_info(info) for info in mask_infos), **kernel.kwargs)

@@ -1,5 +1,4 @@
-"""Rotary position embeddings: the rotation, and how released models stretch its angles to contexts longer
-than they began with.
+"""Rotary position embeddings, and the scalings with which released models extend their context.
 
     rotary(queries, positions, base=500_000.0, scaling=Llama3Scaling(factor=32.0, original_context=8192))
 
@@ -19,11 +18,11 @@ from slmjax import kernels
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling(abc.ABC):
-    """How the frequencies of a rotary embedding differ from the plain ones."""
+    """A change of the frequencies of a rotary embedding, for contexts longer than the original."""
 
     @property
     def magnitude(self) -> float:
-        """What the rotated dims are multiplied by."""
+        """Factor of the rotated dims."""
         return 1.0
 
     @abc.abstractmethod
@@ -33,15 +32,15 @@ class RopeScaling(abc.ABC):
         base: float,
         lengths: Int[Array, "B #T"] | None,
     ) -> Float[Array, "#B #T 1 F"]:
-        """The frequencies in use, in radians per position.
+        """Return the scaled frequencies, in radians per position.
 
         Args:
-          frequencies: the plain ones, highest first.
-          base: what they are powers of.
-          lengths: length of each token's sequence, from `sequence_lengths`; None where it is not known.
+          frequencies: the original frequencies, highest first.
+          base: the base of which the original frequencies are powers.
+          lengths: length of each token's sequence, from `sequence_lengths`; None if it is unknown.
 
         Raises:
-          ValueError: the scaling depends on the length and it is not known.
+          ValueError: the scaling depends on the length, which is unknown.
         """
 
 
@@ -57,26 +56,25 @@ class LinearScaling(RopeScaling):
         base: float,
         lengths: Int[Array, "B #T"] | None,
     ) -> Float[Array, "1 1 1 F"]:
-        """The plain frequencies over the factor."""
-        return _for_all(frequencies / self.factor)
+        """Return the frequencies divided by the factor."""
+        return frequencies[None, None, None, :] / self.factor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3Scaling(RopeScaling):
-    """Long waves divided by the factor, short ones kept, a linear passage between them (Llama 3.1)."""
+    """Low frequencies divided by the factor, high ones unchanged, a linear transition between (Llama 3.1)."""
 
     factor: float  # how many times the original context
     original_context: int  # tokens the model was first trained with
-    # waves longer than original_context over this are divided by the factor
+    # wavelengths above original_context over this are multiplied by the factor
     low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0  # waves shorter than original_context over this are kept
+    high_frequency_factor: float = 4.0  # wavelengths below original_context over this do not change
 
     def __post_init__(self) -> None:
         if self.high_frequency_factor <= self.low_frequency_factor:
             raise ValueError(
-                f"rope_scaling.high_frequency_factor={self.high_frequency_factor} must be above its "
-                "low_frequency_factor, "
-                f"{self.low_frequency_factor}"
+                f"rope_scaling.high_frequency_factor={self.high_frequency_factor} must be above "
+                f"low_frequency_factor={self.low_frequency_factor}"
             )
 
     def scaled(
@@ -85,26 +83,28 @@ class Llama3Scaling(RopeScaling):
         base: float,
         lengths: Int[Array, "B #T"] | None,
     ) -> Float[Array, "1 1 1 F"]:
-        """Each frequency between its plain and its divided value, by the turns that its wave makes in the
-        original context.
-        """
+        """Interpolate between divided and original frequencies, by the turns within the original context."""
         turns = self.original_context * frequencies / (2 * math.pi)
-        kept = (turns - self.low_frequency_factor) / (self.high_frequency_factor - self.low_frequency_factor)
-        return _for_all(_between(frequencies / self.factor, frequencies, jnp.clip(kept, 0.0, 1.0)))
+        weight = (turns - self.low_frequency_factor) / (
+            self.high_frequency_factor - self.low_frequency_factor
+        )
+        scaled = _interpolate(frequencies / self.factor, frequencies, jnp.clip(weight, 0.0, 1.0))
+        return scaled[None, None, None, :]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class YarnScaling(RopeScaling):
-    """YaRN (Peng et al. 2023): a passage between divided and plain frequencies that is linear in the dim, and
-    a magnitude.
+    """YaRN (Peng et al. 2023): a transition between divided and original frequencies that is linear in the dim.
+
+    It also scales rotated queries and keys by the attention factor.
     """
 
     factor: float  # how many times the original context
     original_context: int  # tokens the model was first trained with
-    fast_turns: float = 32.0  # dims that turn more often than this within the original context are kept
-    slow_turns: float = 1.0  # dims that turn less often than this are divided by the factor
-    whole_dims: bool = True  # the passage begins and ends at whole dims
-    attention_factor: float = 1.0  # multiplies rotated queries and keys; 0.1 ln(factor) + 1 in the paper
+    fast_turns: float = 32.0  # dims with more turns than this within the original context do not change
+    slow_turns: float = 1.0  # frequencies of dims with fewer turns than this are divided by the factor
+    whole_dims: bool = True  # the transition begins and ends at whole dims
+    attention_factor: float = 1.0  # factor of rotated queries and keys; 0.1 ln(factor) + 1 in the paper
 
     @property
     def magnitude(self) -> float:
@@ -117,13 +117,13 @@ class YarnScaling(RopeScaling):
         base: float,
         lengths: Int[Array, "B #T"] | None,
     ) -> Float[Array, "1 1 1 F"]:
-        """Each frequency between its plain and its divided value, by its place among the dims."""
+        """Interpolate between divided and original frequencies, by the index of the dim."""
         num_rotated = 2 * frequencies.shape[0]
 
         def dim_of(turns: float) -> float:
-            return (
-                num_rotated * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(base))
-            )
+            """Return the dim whose wave makes this many turns within the original context."""
+            wavelength = self.original_context / (turns * 2 * math.pi)
+            return num_rotated * math.log(wavelength) / (2 * math.log(base))
 
         first = dim_of(self.fast_turns)
         last = dim_of(self.slow_turns)
@@ -132,24 +132,24 @@ class YarnScaling(RopeScaling):
             last = math.ceil(last)
         first = max(first, 0)
         last = min(last, num_rotated - 1)
-        passage = (jnp.arange(frequencies.shape[0], dtype=jnp.float32) - first) / (last - first or 1e-3)
-        return _for_all(_between(frequencies / self.factor, frequencies, 1.0 - jnp.clip(passage, 0.0, 1.0)))
+        transition = (jnp.arange(frequencies.shape[0], dtype=jnp.float32) - first) / (last - first or 1e-3)
+        weight = 1.0 - jnp.clip(transition, 0.0, 1.0)
+        return _interpolate(frequencies / self.factor, frequencies, weight)[None, None, None, :]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LongScaling(RopeScaling):
-    """LongRoPE (Ding et al. 2024): divisors of the frequencies, one list for short sequences, another for
-    long ones.
+    """LongRoPE (Ding et al. 2024): frequency divisors, one list for short sequences and one for long ones.
 
-    The length of a token's own sequence selects the list. While a sequence is decoded with a cache, that is
-    the length which it may reach (prompt and new tokens together): cached keys are rotated once, and must not
-    change when the text grows past `original_context`.
+    The length of a token's own sequence selects the list. In decoding with a cache this is the maximum length
+    of the sequence (prompt and new tokens together), because cached keys are rotated once and must not change
+    when the text grows past `original_context`.
     """
 
     short_factors: tuple[float, ...]  # divisors in sequences of at most original_context tokens
     long_factors: tuple[float, ...]  # divisors in longer ones
     original_context: int  # tokens the model was first trained with
-    attention_factor: float = 1.0  # multiplies rotated queries and keys
+    attention_factor: float = 1.0  # factor of rotated queries and keys
 
     @property
     def magnitude(self) -> float:
@@ -157,12 +157,12 @@ class LongScaling(RopeScaling):
         return self.attention_factor
 
     def check_pairs(self, num_pairs: int) -> None:
-        """Raise ValueError unless there is a divisor for each pair of dims that is rotated."""
+        """Raise ValueError unless there is a divisor for each rotated pair of dims."""
         for name, factors in (("short", self.short_factors), ("long", self.long_factors)):
             if len(factors) != num_pairs:
                 raise ValueError(
-                    f"rope_scaling.{name}_factors has {len(factors)} numbers: {num_pairs} dim pairs are "
-                    "rotated"
+                    f"rope_scaling.{name}_factors has {len(factors)} values, but {num_pairs} pairs of dims "
+                    "are rotated: give one value for each pair"
                 )
 
     def scaled(
@@ -171,28 +171,22 @@ class LongScaling(RopeScaling):
         base: float,
         lengths: Int[Array, "B #T"] | None,
     ) -> Float[Array, "#B #T 1 F"]:
-        """Return the plain frequencies over the divisors of each token's sequence."""
+        """Return the frequencies divided by the list for each token's sequence."""
         self.check_pairs(frequencies.shape[0])
         short, long = (
-            _for_all(frequencies / jnp.asarray(factors, jnp.float32))
+            (frequencies / jnp.asarray(factors, jnp.float32))[None, None, None, :]
             for factors in (self.short_factors, self.long_factors)
         )
         if lengths is None:
             raise ValueError(
-                "LongScaling selects its divisors by the length of a sequence, which is not known while it "
-                "is "
-                "decoded: call the model with max_lengths, the tokens (prompt and new ones) that each row "
-                "may reach"
+                "LongScaling selects its divisors by the length of a sequence, which is unknown in decoding: "
+                "call the model with max_lengths, the maximum tokens (prompt and new ones) of each sequence"
             )
         return jnp.where((lengths > self.original_context)[:, :, None, None], long, short)
 
 
-def _for_all(frequencies: Float[Array, " F"]) -> Float[Array, "1 1 1 F"]:
-    return frequencies[None, None, None, :]
-
-
-def _between(start: Array, end: Array, share: Array) -> Array:
-    return start * (1.0 - share) + end * share
+def _interpolate(start: Array, end: Array, weight: Array) -> Array:
+    return start * (1.0 - weight) + end * weight
 
 
 # The rotation -----------------------------------------------------------------------------------------------
@@ -208,22 +202,26 @@ def rotary(
     """Rotary position embedding (Su et al. 2021), half-split pairing as in Hugging Face models.
 
     The first R dims of a head are rotated, pair (i, i + R/2) by the angle `position * base ** (-2i / R)`, or
-    by the frequency that `scaling` makes of it. Angles are float32.
+    by the frequency of `scaling`. Angles are float32: bfloat16 cannot even count positions above 256.
 
     Args:
-      rotary_dim: dims of a head that are rotated, R, an even number; None for all of them.
+      rotary_dim: R, the number of rotated dims of a head, even; None for all of them.
       lengths: length of each token's sequence, from `sequence_lengths`; LongRoPE needs it.
     """
     num_rotated = x.shape[-1] if rotary_dim is None else rotary_dim
     frequencies = base ** (-jnp.arange(0, num_rotated, 2, dtype=jnp.float32) / num_rotated)
-    frequencies = _for_all(frequencies) if scaling is None else scaling.scaled(frequencies, base, lengths)
+    if scaling is None:
+        frequencies = frequencies[None, None, None, :]
+    else:
+        frequencies = scaling.scaled(frequencies, base, lengths)
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
     magnitude = 1.0 if scaling is None else scaling.magnitude
+    # Without this the CPU compiler computes cosines and sines again for every head.
     cos, sin = (kernels.materialised(wave(angles) * magnitude) for wave in (jnp.cos, jnp.sin))
-    rotated, kept = jnp.split(x, [num_rotated], axis=-1)
+    rotated, unrotated = jnp.split(x, [num_rotated], axis=-1)
     first, second = jnp.split(rotated.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return jnp.concatenate([turned.astype(x.dtype), kept], axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([rotated.astype(x.dtype), unrotated], axis=-1)
 
 
 # Lengths of sequences ---------------------------------------------------------------------------------------
@@ -234,17 +232,17 @@ def sequence_lengths(
     max_lengths: Int[Array, " B"] | None,
     is_decoding: bool,
 ) -> Int[Array, "B #T"] | None:
-    """Return the length in tokens of the sequence that each token belongs to; None where nothing tells it.
+    """Return the length in tokens of the sequence that each token belongs to; None if it is unknown.
 
-    The shape of an array is never that length: rows hold several documents and padding, and caches are
-    rounded up or shorter than the sequence.
+    The shape of an array is never this length: packed rows hold several documents and padding, and caches are
+    rounded up, or shorter than the sequence.
 
     Args:
       positions: index of each token within its document.
       segment_ids: document of each token.
-      max_lengths: tokens that the one sequence of each row may reach, prompt and new tokens together; None
-        for whole documents.
-      is_decoding: the tokens continue those of a cache, so that the documents in the row are not whole.
+      max_lengths: maximum tokens of the one sequence in each row, prompt and new tokens together; None for
+        complete documents.
+      is_decoding: the tokens continue those of a cache, so that the row does not show the full sequence.
     """
     if max_lengths is not None:
         return max_lengths[:, None]
@@ -252,11 +250,10 @@ def sequence_lengths(
 
 
 def document_lengths(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Return the length of each token's document within its row: the position of its last token there, plus
-    one.
-    """
+    """Return the length of each token's document: the position of its last token in the row, plus one."""
     last_column = jnp.ones_like(segment_ids[:, :1], bool)
     is_last = jnp.concatenate([segment_ids[:, 1:] != segment_ids[:, :-1], last_column], axis=1)
     columns = jnp.broadcast_to(jnp.arange(positions.shape[1])[None], positions.shape)
+    # Documents are contiguous, so a token's document ends at the first end at or after the token.
     ends = jax.lax.cummin(jnp.where(is_last, columns, positions.shape[1]), axis=1, reverse=True)
     return jnp.take_along_axis(positions, ends, axis=1) + 1

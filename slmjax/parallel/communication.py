@@ -15,7 +15,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from slmjax.parallel.mesh import LOGICAL_DIMS, Dims, current_axis_sizes, mesh_spec, num_devices
+from slmjax.parallel.mesh import (
+    LOGICAL_DIMS,
+    Dims,
+    current_axis_sizes,
+    is_single_device,
+    mesh_spec,
+    num_devices,
+)
 
 # Logical dims that the enclosing `shard_mapped` really sharded. Set while the function is traced, so that the
 # collectives below need no argument for it; a ContextVar because programs are traced in several threads.
@@ -29,10 +36,9 @@ _sharded_dims: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
 
 def constrain(x: Array, dims: Dims) -> Array:
     """Pin the sharding of `x` to these logical dims; the identity without a mesh."""
-    sizes = current_axis_sizes()
-    if math.prod(sizes.values()) == 1:
+    if is_single_device():
         return x
-    return jax.lax.with_sharding_constraint(x, mesh_spec(dims, x.shape, sizes))
+    return jax.lax.with_sharding_constraint(x, mesh_spec(dims, x.shape, current_axis_sizes()))
 
 
 def split_microbatches(batch: Array, *, num_microbatches: int) -> Array:
@@ -72,9 +78,9 @@ def shard_mapped(
       checked: have the tracer prove that results declared as replicated are the same on all devices. It
         cannot look into fused kernels: pass False where there are any.
     """
-    sizes = current_axis_sizes()
-    if math.prod(sizes.values()) == 1:
+    if is_single_device():
         return fn
+    sizes = current_axis_sizes()
 
     def run(*args: Any) -> Any:
         leaves = [

@@ -231,6 +231,6 @@ def _failure(how: Join, problem: str) -> str:
     return (
         f"process {how.process_index} of {how.process_count} did not meet the others at "
         f"COORDINATOR={how.coordinator} ({problem}). Check that process 0 runs on that host, that no "
-        f"firewall closes the port and no other program has it, and that all {how.process_count} processes were "
-        f"started, each with its own RANK, within SLMJAX_JOIN_SECONDS={how.seconds}"
+        f"firewall closes the port and no other program has it, and that all {how.process_count} processes "
+        f"were started, each with its own RANK, within SLMJAX_JOIN_SECONDS={how.seconds}"
     )

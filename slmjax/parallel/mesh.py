@@ -118,6 +118,11 @@ def current_axis_sizes() -> dict[str, int]:
     return dict(jax.sharding.get_abstract_mesh().shape)
 
 
+def is_single_device() -> bool:
+    """Return whether there is no mesh, or one of a single device."""
+    return math.prod(current_axis_sizes().values()) == 1
+
+
 def platform() -> str:
     """Platform that the program is compiled for: "cpu", "gpu" or "tpu".
 

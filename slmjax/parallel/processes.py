@@ -85,5 +85,6 @@ class StopSignals:
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]  # what signal.signal itself returned
+            # The handler is what `signal.signal` itself returned.
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
         self._previous.clear()

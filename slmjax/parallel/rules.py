@@ -13,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from slmjax.parallel.mesh import Dims, divides, mesh_spec
 
-# (pattern of the logical path, logical dims of the unstacked parameter). The first match whose dims all divide
-# is taken, otherwise the last match. fsdp shards rows rather than columns where it can: a shard then keeps the
-# full last dim, which fills the 128 lanes of a TPU however many devices there are.
+# (pattern of the logical path, logical dims of the unstacked parameter). The first match whose dims all
+# divide is taken, otherwise the last match. fsdp shards rows rather than columns where it can: a shard then
+# keeps the full last dim, which fills the 128 lanes of a TPU however many devices there are.
 RULES: tuple[tuple[str, Dims], ...] = (
     (r"embed/table|head/weight|positions/weight", ("vocab_rows", None)),
     (r"embed/table|head/weight|positions/weight", ("vocab", "embed")),

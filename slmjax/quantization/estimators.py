@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from slmjax.config import added_field
 from slmjax.formats.coding import Encoded, decode, encode, expanded, fake_quant, scale_of, stored_scale
-from slmjax.formats.division import divided
+from slmjax.formats.division import divide
 from slmjax.formats.presets import name_of
 from slmjax.formats.spec import FLOAT_GRIDS, TERNARY_BITS, CodeGrid, Granularity, QuantSpec, Statistic, levels
 
@@ -190,7 +190,7 @@ class LearnedScaleAndOffset(Estimator):
         """On the learned scale and the learned zero point, which is rounded to a code."""
         scale = stored_scale(_scale(learned), spec)
         zero = jnp.clip(jnp.round(learned["offset"]), spec.lowest_code, spec.highest_code)
-        steps = jnp.round(divided(x, _wide(scale, x, axis))) + _wide(zero, x, axis)
+        steps = jnp.round(divide(x, _wide(scale, x, axis))) + _wide(zero, x, axis)
         codes = jnp.clip(steps, spec.lowest_code, spec.highest_code).astype(jnp.int8)
         return Encoded(codes=codes, scale=scale, zero=zero.astype(jnp.int32))
 

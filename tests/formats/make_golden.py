@@ -1,9 +1,9 @@
-"""What other packages make of the same numbers: `python -m tests.formats.make_golden [PACKAGE ...]` writes
-golden/PACKAGE.npz.
+"""Golden codes and scales of other packages for the same values.
 
-With --check nothing is written: what the installed packages make is compared with the files, and differences
-are printed. A file holds the codes and scales of each preset ("q4_0/codes", "q4_0/scale", ...), and the
-versions that made it. The numbers that are encoded are in numbers.npz. The extra `oracle` has the packages.
+`python -m tests.formats.make_golden [PACKAGE ...]` writes golden/PACKAGE.npz. With --check it writes nothing,
+but compares the results of the installed packages with the files and prints differences. A file holds the
+codes and scales of each preset ("q4_0/codes", "q4_0/scale", ...), and the versions that made it. The encoded
+values are in numbers.npz. The extra `oracle` has the packages.
 """
 
 import importlib.metadata
@@ -20,23 +20,23 @@ WIDTH = 256
 Arrays = dict[str, np.ndarray]
 
 
-def numbers() -> np.ndarray:
-    """float32 [15, 256]: rows of different kinds, described beside them."""
+def input_values() -> np.ndarray:
+    """Return float32 [15, 256]: rows of different kinds, described in comments."""
     rng = np.random.default_rng(7)
     normal = rng.standard_normal((8, WIDTH)).astype(np.float32)
     normal[0] *= np.float32(0.02)  # a weight
     normal[1, [3, 40]] = 30, -25  # outliers
     normal[2] = _ties()
-    # Numbers of 8 bits, with many ties, and with largest magnitudes of both signs.
+    # Values of 8 bits, with many ties, and with largest magnitudes of both signs.
     normal[3] = (normal[3] * 16).round() / 16
-    normal[4] *= np.float32(1e-6)  # scales below the normal float16s
+    normal[4] *= np.float32(1e-6)  # subnormal float16 scales
     normal[4, :32] *= np.float32(1e-3)  # and below all of them
     normal[5] *= np.float32(9e3)
     normal[5, 100] = 6e4
     normal[6] = abs(normal[6])
     normal[6, 128:] *= -1
     normal[7] = 0
-    # Numbers that lie so near to halfway between two codes that how they are divided by the scale decides.
+    # Values so close to a tie that the kind of division by the scale decides.
     rows = [
         [(7.5, 32), (7.0, 32), (8.0, 32), (127.0, 32)] * 2,
         [(7.5, 128), (7.0, 128)],
@@ -54,16 +54,12 @@ def numbers() -> np.ndarray:
 
 
 def of_one_size(x: np.ndarray) -> np.ndarray:
-    """`numbers` without the row of large ones, beside which the others would be nothing under a scale for the
-    tensor.
-    """
+    """Remove the row of large values, with which a scale for the tensor would round the others to zero."""
     return np.delete(x, 5, axis=0)
 
 
 def _ties() -> np.ndarray:
-    """Groups of 32: zeros, then those whose numbers lie halfway between codes, each on the scale of another
-    format.
-    """
+    """Return groups of 32: zeros, then groups of ties, each at the scale of another format."""
     halves = np.arange(-16, 16, dtype=np.float32) + np.float32(0.5)
     groups = [np.zeros(32), halves % 8 - 4]  # a largest magnitude of 3.5, negative first
     for largest in (-8.0, 7.5, 7.0, 127.0, 127.5, 6.0):
@@ -74,7 +70,7 @@ def _ties() -> np.ndarray:
 
 
 def _near_ties(rng: np.random.Generator, divisor: float, size: int, short: bool = False) -> np.ndarray:
-    """A group whose scale is its largest magnitude over `divisor`, or that with `short` in bfloat16."""
+    """Return a group whose scale is its largest magnitude over `divisor`, in bfloat16 if `short`."""
     largest = np.float32(rng.uniform(0.05, 0.1))
     scale = (
         float((largest / np.float32(divisor)).astype(ml_dtypes.bfloat16))
@@ -88,7 +84,7 @@ def _near_ties(rng: np.random.Generator, divisor: float, size: int, short: bool 
 
 
 def gguf_blocks(x: np.ndarray) -> Arrays:
-    """gguf-py's quantizers, their blocks as they are."""
+    """Return the blocks of gguf-py's quantizers."""
     import gguf
 
     types = {"q4_0": "Q4_0", "q8_0": "Q8_0", "tq2_0": "TQ2_0", "mxfp4_gguf": "MXFP4"}
@@ -104,9 +100,7 @@ def gguf_blocks(x: np.ndarray) -> Arrays:
 
 
 def torchao_tensors(x: np.ndarray) -> Arrays:
-    """The tensors that torchao's 8da4w, microscaling and NVFP4 recipes make; ParetoQ's and BitNet's training
-    quantizers.
-    """
+    """Return tensors of torchao's 8da4w, MX and NVFP4 recipes and of ParetoQ's and BitNet's quantizers."""
     import torch
     from torchao.prototype.mx_formats.kernels import unpack_uint4
     from torchao.prototype.mx_formats.mx_tensor import to_mx
@@ -156,7 +150,7 @@ def _powers_of_two(scale: Any) -> np.ndarray:
 
 
 def _torchao_training(weight: Any) -> Arrays:
-    """Codes on a given scale: of a row for the stretched grids, of the tensor for BitNet's."""
+    """Return codes for a scale from the caller: per row for the stretched grids, per tensor for BitNet."""
     from torchao.prototype.paretoq.models.utils_quant import StretchedElasticQuant
     from torchao.prototype.quantized_training.bitnet import get_bitnet_scale, quantize_bitnet_weight
 
@@ -177,7 +171,7 @@ def _torchao_training(weight: Any) -> Arrays:
 
 
 def compressed_tensors_arguments(x: np.ndarray) -> Arrays:
-    """compressed-tensors' scales from the extremes that an observer sees, and its codes."""
+    """Return compressed-tensors' scales from observed minima and maxima, and its codes."""
     import torch
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import quantize
@@ -196,7 +190,7 @@ def compressed_tensors_arguments(x: np.ndarray) -> Arrays:
 
 
 def onnxruntime_blocks(x: np.ndarray) -> Arrays:
-    """The kernel behind MatMulNBits' default quantizer; weights are [in, out] there."""
+    """Return the output of the kernel of MatMulNBits' default quantizer; its weights are [in, out]."""
     from onnxruntime.capi._pybind_state import quantize_matmul_4bits
 
     rows = len(x)
@@ -210,7 +204,7 @@ def onnxruntime_blocks(x: np.ndarray) -> Arrays:
 
 
 def ai_edge_quantizer_tensors(x: np.ndarray) -> Arrays:
-    """ai-edge-quantizer's min-max recipe for LiteRT."""
+    """Return the output of ai-edge-quantizer's min-max recipe for LiteRT."""
     from ai_edge_quantizer.algorithms.uniform_quantize import uniform_quantize_tensor as uniform
     from ai_edge_quantizer.qtyping import QuantGranularity, UniformQuantParams
 
@@ -247,12 +241,12 @@ PACKAGES: dict[str, tuple[Callable[[np.ndarray], Arrays], tuple[str, ...]]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the number of differences."""
+    """Return the number of differences."""
     chosen = [argument for argument in arguments if argument != "--check"] or list(PACKAGES)
     differences = 0
     if "--check" not in arguments:
         GOLDEN.mkdir(exist_ok=True)
-        np.savez_compressed(GOLDEN / "numbers.npz", x=numbers())
+        np.savez_compressed(GOLDEN / "numbers.npz", x=input_values())
     for package in chosen:
         make, distributions = PACKAGES[package]
         with np.load(GOLDEN / "numbers.npz") as file:
@@ -264,9 +258,9 @@ def main(arguments: list[str]) -> int:
             print(path.name, versions)
             continue
         with np.load(path) as file:
-            kept = {name: file[name] for name in file.files if name != "made_by"}
+            golden = {name: file[name] for name in file.files if name != "made_by"}
             wrong = sorted(
-                name for name in kept.keys() | made.keys() if not _same(kept.get(name), made.get(name))
+                name for name in golden.keys() | made.keys() if not _same(golden.get(name), made.get(name))
             )
             print(f"{package}: {len(wrong)} differences between {file['made_by']} and {versions}", *wrong)
         differences += len(wrong)

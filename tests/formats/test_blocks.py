@@ -1,4 +1,4 @@
-"""GGUF's blocks: what is packed, the gguf package decodes to the same numbers."""
+"""GGUF blocks: the gguf package decodes packed blocks to the same values."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
 def any_codes(container: str, *, group_size: int) -> Encoded:
-    """Every code of the container, in two rows of 512 numbers, under scales of both signs and many sizes."""
+    """Return all codes of the container in two rows of 512, with scales of both signs and all sizes."""
     rng = np.random.default_rng(3)
     kind = CONTAINERS[container]
     codes = rng.integers(kind.lowest, kind.highest + 1, (2, 512)).astype(np.int8)
@@ -31,7 +31,7 @@ def any_codes(container: str, *, group_size: int) -> Encoded:
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_the_package_decodes_what_is_packed(container: str) -> None:
+def test_the_package_decodes_packed_blocks(container: str) -> None:
     import gguf
 
     kind = gguf.GGMLQuantizationType[container]
@@ -55,14 +55,14 @@ def test_the_package_decodes_what_is_packed(container: str) -> None:
 
 
 def test_one_block_by_hand() -> None:
-    """Codes -8 to 7 twice at a scale of 1, 0x3C00: nibbles are the code plus 8, number 16 above number 0."""
+    """Codes -8 to 7 twice with scale 1, 0x3C00: nibbles are the code plus 8, element 16 above element 0."""
     codes = np.tile(np.arange(-8, 8, dtype=np.int8), 2)[None]
     raw = pack(Encoded(codes=codes, scale=np.ones((1, 1), np.float32)), "Q4_0")
     np.testing.assert_array_equal(raw, [[0x00, 0x3C, *(17 * i for i in range(16))]])
 
 
 def test_a_stack_of_weights() -> None:
-    """Leading dims stay; one scale for all is that of every block."""
+    """Leading dims stay; a scale for the tensor is repeated in every block."""
     x = jnp.linspace(-1, 1, 2 * 3 * 64).reshape(2, 3, 64)
     spec = QuantSpec(bits=4, granularity=Granularity.PER_TENSOR, divisor=7.0, scale_type=ScaleType.FLOAT16)
     encoded, shared = jax.jit(lambda x: (encode(x, PRESETS["q8_0"]), encode(x, spec)))(x)
@@ -102,14 +102,14 @@ def test_the_smallest_container(name: str, width: int | None, container: str) ->
     ("spec", "width", "message"),
     [
         (PRESETS["torchao_int8_token"], None, "torchao_int8_token has zero points"),
-        (dataclasses.replace(PRESETS["q4_0"], group_size=16), None, "shares scales among 16 numbers"),
-        (PRESETS["ternary_row"], 40, "shares scales among 40 numbers"),
-        (PRESETS["mxfp8_e4m3"], None, "mxfp8_e4m3 has e4m3 numbers under e8m0 scales"),
-        (PRESETS["nvfp4"], None, "nvfp4 shares scales among 16 numbers"),
+        (dataclasses.replace(PRESETS["q4_0"], group_size=16), None, "shares a scale among 16 elements"),
+        (PRESETS["ternary_row"], 40, "shares a scale among 40 elements"),
+        (PRESETS["mxfp8_e4m3"], None, "mxfp8_e4m3 has e4m3 codes with e8m0 scales"),
+        (PRESETS["nvfp4"], None, "nvfp4 shares a scale among 16 elements"),
         (
             dataclasses.replace(PRESETS["mxfp4"], scale_type=ScaleType.FLOAT16),
             None,
-            "e2m1 numbers under float16 scales",
+            "e2m1 codes with float16 scales",
         ),
     ],
 )
@@ -118,41 +118,41 @@ def test_no_container(spec: QuantSpec, width: int | None, message: str) -> None:
         container_for(spec, width=width)
 
 
-def of(codes: int, scale: float, *, groups: int = 1, width: int = 32) -> Encoded:
+def filled(codes: int, scale: float, *, groups: int = 1, width: int = 32) -> Encoded:
     return Encoded(codes=np.full((1, width), codes, np.int8), scale=np.full((1, groups), scale, np.float32))
 
 
 @pytest.mark.parametrize(
     ("encoded", "container", "message"),
     [
-        (of(1, 0.1), "Q4_0", r"1 of 1 scales are no float16.*0\.1"),
-        (of(1, np.inf), "Q8_0", "are no float16"),
-        (of(1, np.nan), "Q8_0", "are no float16"),
-        (of(1, 65536.0), "Q8_0", "are no float16"),
-        (of(8, 1.0), "Q4_0", "codes from 8 to 8 do not fit Q4_0, which has -8 to 7"),
-        (of(2, 1.0, width=256), "TQ2_0", "do not fit TQ2_0"),
-        (of(1, 3.0), "MXFP4", "are no power of two"),
-        (of(1, -2.0), "MXFP4", "are no power of two"),
-        (of(1, 0.0), "MXFP4", "are no power of two"),
-        (of(1, np.inf), "MXFP4", "are no power of two"),
-        (of(1, 1.0, width=48), "Q4_0", "rows of 48 numbers in groups of 48 do not fit Q4_0"),
-        (of(1, 1.0, groups=2, width=32), "Q4_0", "rows of 32 numbers in groups of 16"),
-        (of(1, 1.0, width=576), "TQ2_0", "rows of 576 numbers"),
+        (filled(1, 0.1), "Q4_0", r"1 of 1 scales are not float16 values.*0\.1"),
+        (filled(1, np.inf), "Q8_0", "are not float16 values"),
+        (filled(1, np.nan), "Q8_0", "are not float16 values"),
+        (filled(1, 65536.0), "Q8_0", "are not float16 values"),
+        (filled(8, 1.0), "Q4_0", "codes from 8 to 8 do not fit Q4_0, which has -8 to 7"),
+        (filled(2, 1.0, width=256), "TQ2_0", "do not fit TQ2_0"),
+        (filled(1, 3.0), "MXFP4", "are not powers of two"),
+        (filled(1, -2.0), "MXFP4", "are not powers of two"),
+        (filled(1, 0.0), "MXFP4", "are not powers of two"),
+        (filled(1, np.inf), "MXFP4", "are not powers of two"),
+        (filled(1, 1.0, width=48), "Q4_0", "rows of 48 elements in groups of 48 do not fit Q4_0"),
+        (filled(1, 1.0, groups=2, width=32), "Q4_0", "rows of 32 elements in groups of 16"),
+        (filled(1, 1.0, width=576), "TQ2_0", "rows of 576 elements"),
         (
-            dataclasses.replace(of(1, 1.0), zero=np.zeros((1, 1), np.int32)),
+            dataclasses.replace(filled(1, 1.0), zero=np.zeros((1, 1), np.int32)),
             "Q4_0",
             "neither zero points nor a second scale",
         ),
-        (of(1, 1.0), "Q4_K", "there is no container 'Q4_K'"),
+        (filled(1, 1.0), "Q4_K", "unknown container 'Q4_K'"),
     ],
 )
-def test_what_does_not_fit_is_refused(encoded: Encoded, container: str, message: str) -> None:
+def test_arrays_that_do_not_fit_are_refused(encoded: Encoded, container: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pack(encoded, container)
 
 
-def test_a_torn_row_is_refused() -> None:
-    with pytest.raises(ValueError, match="a row of 19 bytes is no whole number of Q4_0 blocks of 18"):
+def test_an_incomplete_row_is_refused() -> None:
+    with pytest.raises(ValueError, match="a row of 19 bytes is not a multiple of Q4_0's blocks of 18"):
         unpack(np.zeros((1, 19), np.uint8), "Q4_0")
 
 

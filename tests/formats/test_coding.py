@@ -1,4 +1,4 @@
-"""Codes and scales: numbers worked out by hand, and what must hold for every format."""
+"""Codes and scales: values worked out by hand, and properties of every format."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -19,34 +19,32 @@ from slmjax.formats.spec import CodeGrid, Granularity, QuantSpec, ScaleType, Sta
 from tests.formats.make_golden import GOLDEN
 
 with np.load(GOLDEN / "numbers.npz") as _file:
-    NUMBERS = _file["x"]
-# Formats whose own rule finds the same scale again in what it has made. The others widen or narrow it: absmax
-# / 7.5 of codes that end at 7, a mean magnitude of numbers that have been rounded, a second scale.
+    VALUES = _file["x"]
+# Formats whose rule computes the same scale again from its own output. The others change it: absmax / 7.5 of
+# codes that end at 7, a mean magnitude of rounded values, a second scale.
 IDEMPOTENT = (
-    *(
-        "q4_0",
-        "q8_0",
-        "tq2_0",
-        "onnx_int4_b32",
-        "mxfp4",
-        "mxfp4_gguf",
-        "mxfp8_e4m3",
-        "mxfp8_e5m2",
-        "binary_g32",
-        "binary_row",
-    ),
+    "q4_0",
+    "q8_0",
+    "tq2_0",
+    "onnx_int4_b32",
+    "mxfp4",
+    "mxfp4_gguf",
+    "mxfp8_e4m3",
+    "mxfp8_e5m2",
+    "binary_g32",
+    "binary_row",
     *(f"int{bits}_g32" for bits in range(2, 9)),
     *(f"litert_int4_b{size}" for size in (32, 64, 128, 256)),
 )
 
 
 def group(*values: float, size: int = 32) -> jax.Array:
-    """A group that begins with these numbers, and goes on with zeros."""
+    """Return a group that begins with these values and continues with zeros."""
     return jnp.zeros(size).at[: len(values)].set(jnp.array(values))
 
 
 def codes(name: str, *values: float, size: int = 32) -> tuple[list[int], float]:
-    """The codes of these numbers at the start of a group, and its scale."""
+    """Return the codes of these values at the start of a group, and the group's scale."""
     encoded = encode(group(*values, size=size), PRESETS[name])
     return [int(code) for code in encoded.codes[: len(values)]], float(encoded.scale[0])
 
@@ -59,12 +57,10 @@ FLOATS = {
 
 
 # By hand ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "values", "expected", "scale"),
     [
-        # The largest magnitude has code -8, whatever its sign; halves go up from the lowest code on.
+        # The largest magnitude has code -8, with either sign; ties go up from the lowest code on.
         ("q4_0", (-8, 7, 0.5, -0.5, 2.4), [-8, 7, 1, 0, 2], 1.0),
         ("q4_0", (8, -7, 0.5, -0.5, 2.4), [-8, 7, 0, 1, -2], -1.0),
         ("q4_0", (-4, 4), [-8, 7], 0.5),  # the first of two
@@ -90,7 +86,7 @@ def test_worked_codes(name: str, values: tuple[float, ...], expected: list[int],
 
 
 def test_means() -> None:
-    """Of magnitudes: 8 in all over 4 numbers is 2; a number belongs to zero below half of that."""
+    """Mean magnitudes: a sum of 8 over 4 values is 2; values below half of that are rounded to zero."""
     ternary = dataclasses.replace(PRESETS["ternary_g256"], group_size=4)
     encoded = encode(jnp.array([5.0, -1.1, 0.9, 1.0]), ternary)
     np.testing.assert_array_equal(encoded.codes, [1, -1, 0, 0])  # exactly half is even
@@ -101,7 +97,7 @@ def test_means() -> None:
 
 
 def test_zero_points() -> None:
-    """From -1 to 254 in 256 codes: steps of 1, and 0 is the code above the lowest."""
+    """The range from -1 to 254 in 256 codes has steps of 1, and 0 has the second-lowest code."""
     encoded = encode(jnp.array([-1.0, 254.0, 3.4, 0.0]), PRESETS["torchao_int8_token"])
     np.testing.assert_array_equal(encoded.codes, [-128, 127, -124, -127])
     assert encoded.zero is not None
@@ -110,9 +106,7 @@ def test_zero_points() -> None:
 
 
 def test_two_levels() -> None:
-    """The largest of all is 2688 = 6 * 448: the tensor's scale is 1, its block's 448; a block up to 6 has a
-    scale of 1.
-    """
+    """The largest value is 2688 = 6 * 448: the tensor scale is 1, block scales are 448, and 1 up to 6."""
     x = jnp.concatenate([group(2688.0, 448.0, size=16), group(6.0, 0.5, size=16), jnp.zeros(16)])
     encoded, doubled = jax.jit(lambda x: (encode(x, PRESETS["nvfp4"]), scale_of(2 * x, PRESETS["nvfp4"])))(x)
     assert encoded.tensor_scale == 1.0
@@ -121,12 +115,12 @@ def test_two_levels() -> None:
     np.testing.assert_array_equal(doubled, [896, 2, 2.0**-5])
 
 
-def test_of_a_tensor() -> None:
+def test_per_tensor() -> None:
     spec = QuantSpec(bits=4, granularity=Granularity.PER_TENSOR, divisor=7.0)
     encoded = encode(jnp.array([[7.0, 1.0], [-2.6, 0.0]]), spec)
     np.testing.assert_array_equal(encoded.codes, [[7, 1], [-3, 0]])
     np.testing.assert_array_equal(encoded.scale, [[1.0]])
-    with pytest.raises(ValueError, match="SIGNED_MAX is for groups and rows"):
+    with pytest.raises(ValueError, match="SIGNED_MAX is for groups and channels"):
         encode(jnp.ones((2, 2)), dataclasses.replace(spec, statistic=Statistic.SIGNED_MAX))
 
 
@@ -143,7 +137,7 @@ def test_expanded() -> None:
         (65519.0, 65504.0),
         (65520.0, np.inf),
         (2.0**-14, 2.0**-14),
-        (2.0**-15 + 2.0**-24, 2.0**-15 + 2.0**-24),  # below the normal numbers
+        (2.0**-15 + 2.0**-24, 2.0**-15 + 2.0**-24),  # below the normal values
         (3.3e-8, 2.0**-24),
         (2.9e-8, 0.0),
     ],
@@ -162,48 +156,47 @@ def test_other_scales() -> None:
         (ScaleType.E8M0, 0.0, 2.0**-127),
     ):
         spec = QuantSpec(bits=4, group_size=32, scale_type=kind)
-        # As bits: the last is below the normal numbers, which comparisons take for zero.
-        found = np.asarray(encode(group(), spec, scale=jnp.array([scale])).scale)
-        assert found.view(np.uint32) == np.float32(stored).view(np.uint32), (kind, scale)
+        # Compared by bits: the last is subnormal, and float comparisons flush it to zero.
+        result = np.asarray(encode(group(), spec, scale=jnp.array([scale])).scale)
+        assert result.view(np.uint32) == np.float32(stored).view(np.uint32), (kind, scale)
 
 
-def test_no_float16_is_missed() -> None:
-    """Every float16 is its own scale; and what lies between two goes where NumPy's conversion has it."""
-    own = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
-    middle = (own[1:] + own[:-1]) / 2
-    given_scales = np.concatenate(
-        [own, middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(1e6))]
+def test_all_float16_scales() -> None:
+    """Every float16 is stored exactly; values between two round as in NumPy's conversion."""
+    exact = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    middle = (exact[1:] + exact[:-1]) / 2
+    scales = np.concatenate(
+        [exact, middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(1e6))]
     )
     spec = QuantSpec(bits=8, granularity=Granularity.PER_CHANNEL, scale_type=ScaleType.FLOAT16)
-    encoded = jax.jit(lambda scale: encode(jnp.zeros((scale.size, 1)), spec, scale=scale))(
-        given_scales[:, None]
-    )
-    np.testing.assert_array_equal(encoded.scale[:, 0], given_scales.astype(np.float16).astype(np.float32))
+    encoded = jax.jit(lambda scale: encode(jnp.zeros((scale.size, 1)), spec, scale=scale))(scales[:, None])
+    np.testing.assert_array_equal(encoded.scale[:, 0], scales.astype(np.float16).astype(np.float32))
 
 
-# What holds for every format --------------------------------------------------------------------------------
-
-
-# One of each rule, where the group's size or the number of bits makes no difference.
+# Properties of every format ---------------------------------------------------------------------------------
+# One format of each rule, for tests where the group size and the number of bits make no difference.
 KINDS = (
-    *(
-        "q4_0",
-        "q8_0",
-        "torchao_int8_token",
-        "w4a16_g128",
-        "litert_int8_row",
-        "litert_int4_b32",
-        "onnx_int4_b32",
-        "mxfp4_gguf",
-    ),
-    *("mxfp8_e4m3", "nvfp4", "int3_g32", "ternary_row", "stretched2_g32", "binary_g32"),
+    "q4_0",
+    "q8_0",
+    "torchao_int8_token",
+    "w4a16_g128",
+    "litert_int8_row",
+    "litert_int4_b32",
+    "onnx_int4_b32",
+    "mxfp4_gguf",
+    "mxfp8_e4m3",
+    "nvfp4",
+    "int3_g32",
+    "ternary_row",
+    "stretched2_g32",
+    "binary_g32",
 )
 
 
 def results_of(
     x: jax.Array, axis: int, names: Iterable[str]
 ) -> dict[str, tuple[Encoded, jax.Array, jax.Array]]:
-    """Codes and scales, decoded numbers, and those without codes between."""
+    """Return codes and scales, decoded values, and the values of `fake_quant`."""
     specs = {name: PRESETS[name] for name in names}
     return {
         name: (
@@ -216,12 +209,12 @@ def results_of(
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, tuple[Encoded, jax.Array, jax.Array]]:
-    return jax.jit(lambda x: results_of(x, -1, PRESETS))(NUMBERS)
+def results() -> dict[str, tuple[Encoded, jax.Array, jax.Array]]:
+    return jax.jit(lambda x: results_of(x, -1, PRESETS))(VALUES)
 
 
-def plainly_decoded(encoded: Encoded, spec: QuantSpec) -> np.ndarray:
-    """By NumPy, and by ml_dtypes where codes are bit patterns."""
+def decoded_by_numpy(encoded: Encoded, spec: QuantSpec) -> np.ndarray:
+    """Decode with NumPy, and with ml_dtypes where codes are bit patterns."""
     values = np.asarray(encoded.codes)
     if spec.grid in FLOATS:
         values = values.view(FLOATS[spec.grid])
@@ -233,136 +226,132 @@ def plainly_decoded(encoded: Encoded, spec: QuantSpec) -> np.ndarray:
     return (values * scale[..., None]).reshape(encoded.codes.shape)
 
 
-def test_codes_mean_levels(found: dict[str, tuple[Encoded, jax.Array, jax.Array]]) -> None:
-    """What is decoded is a level of the grid times the scale; codes are int8; without codes between, the same
-    comes out.
-    """
-    scales = jax.jit(lambda x: {name: scale_of(x, spec) for name, spec in PRESETS.items()})(NUMBERS)
-    for name, (encoded, decoded, direct) in found.items():
+def test_codes_represent_levels(results: dict[str, tuple[Encoded, jax.Array, jax.Array]]) -> None:
+    """Decoded values are levels times scales, codes are int8, and `fake_quant` gives the same values."""
+    scales = jax.jit(lambda x: {name: scale_of(x, spec) for name, spec in PRESETS.items()})(VALUES)
+    for name, (encoded, decoded, direct) in results.items():
         spec = PRESETS[name]
         assert encoded.codes.dtype == jnp.int8, name
         assert encoded.scale.dtype == decoded.dtype == direct.dtype == jnp.float32, name
-        assert encoded.scale.shape == (*NUMBERS.shape[:-1], spec.groups(256)), name
+        assert encoded.scale.shape == (*VALUES.shape[:-1], spec.groups(256)), name
         np.testing.assert_array_equal(decoded, direct, err_msg=name)
         both = encoded.scale if encoded.tensor_scale is None else encoded.scale * encoded.tensor_scale
         np.testing.assert_array_equal(scales[name], both, err_msg=name)
-        np.testing.assert_array_equal(decoded, plainly_decoded(encoded, spec), err_msg=name)
+        np.testing.assert_array_equal(decoded, decoded_by_numpy(encoded, spec), err_msg=name)
         if spec.grid not in FLOATS:
             assert set(np.unique(encoded.codes)) <= set(levels(spec)), name
 
 
-def test_own_scale_gives_the_codes_again(found: dict[str, tuple[Encoded, jax.Array, jax.Array]]) -> None:
-    """Decoded numbers, encoded on their own scales, are the same codes, where the scale is not zero."""
-    scales = jax.jit(lambda x: {name: scale_of(x, PRESETS[name]) for name in KINDS})(NUMBERS)
-    inputs = {name: (found[name][1], scales[name], found[name][0].tensor_scale) for name in KINDS}
+def test_encoding_decoded_values_with_the_same_scale_gives_the_same_codes(
+    results: dict[str, tuple[Encoded, jax.Array, jax.Array]],
+) -> None:
+    """This holds where the scale is not zero."""
+    scales = jax.jit(lambda x: {name: scale_of(x, PRESETS[name]) for name in KINDS})(VALUES)
+    inputs = {name: (results[name][1], scales[name], results[name][0].tensor_scale) for name in KINDS}
     again = jax.jit(
         lambda inputs: {n: encode(x, PRESETS[n], scale=s, tensor_scale=t) for n, (x, s, t) in inputs.items()}
     )(inputs)
     for name, encoded in again.items():
-        first = found[name][0]
+        first = results[name][0]
         np.testing.assert_array_equal(encoded.scale, first.scale, err_msg=name)
         has_scale = np.repeat(np.abs(first.scale) >= 2.0**-126, 256 // first.scale.shape[-1], axis=-1)
         if PRESETS[name].grid is CodeGrid.E2M1:
-            has_scale &= np.asarray(first.codes) != 8  # -0 is decoded, and then 0 or -0
+            has_scale &= np.asarray(first.codes) != 8  # -0 decodes to -0, which encodes as 0 or -0
         np.testing.assert_array_equal(
             np.where(has_scale, encoded.codes, 0), np.where(has_scale, first.codes, 0), err_msg=name
         )
 
 
-def test_idempotent(found: dict[str, tuple[Encoded, jax.Array, jax.Array]]) -> None:
+def test_idempotent(results: dict[str, tuple[Encoded, jax.Array, jax.Array]]) -> None:
     again = jax.jit(lambda inputs: {name: fake_quant(x, PRESETS[name]) for name, x in inputs.items()})(
-        {n: found[n][2] for n in IDEMPOTENT}
+        {n: results[n][2] for n in IDEMPOTENT}
     )
     for name, x in again.items():
-        # A scale below the normal float16s is too coarse for the largest number to have the largest code.
-        scale = np.repeat(np.abs(found[name][0].scale), 256 // found[name][0].scale.shape[-1], axis=-1)
+        # A subnormal float16 scale is too coarse for the largest value to get the largest code.
+        scale = np.repeat(np.abs(results[name][0].scale), 256 // results[name][0].scale.shape[-1], axis=-1)
         is_normal = (scale >= 2.0**-14) | (scale == 0) | (PRESETS[name].scale_type is ScaleType.E8M0)
         np.testing.assert_array_equal(
-            np.where(is_normal, x, 0), np.where(is_normal, found[name][2], 0), err_msg=name
+            np.where(is_normal, x, 0), np.where(is_normal, results[name][2], 0), err_msg=name
         )
 
 
-def test_any_axis(found: dict[str, tuple[Encoded, jax.Array, jax.Array]]) -> None:
-    """Groups along another axis, below leading dims, are those of the transposed array."""
-    stacked = jnp.stack([jnp.asarray(NUMBERS).T] * 2)  # experts, in, out
+def test_any_axis(results: dict[str, tuple[Encoded, jax.Array, jax.Array]]) -> None:
+    """Groups along another axis, after leading dims, equal those of the transposed array."""
+    stacked = jnp.stack([jnp.asarray(VALUES).T] * 2)  # experts, in, out
     for name, (encoded, decoded, direct) in jax.jit(jax.vmap(lambda x: results_of(x, -2, KINDS)))(
         stacked
     ).items():
         for ours, expected in (
-            (encoded.codes, found[name][0].codes),
-            (encoded.scale, found[name][0].scale),
-            (decoded, found[name][1]),
+            (encoded.codes, results[name][0].codes),
+            (encoded.scale, results[name][0].scale),
+            (decoded, results[name][1]),
         ):
             np.testing.assert_array_equal(ours[1], expected.T, err_msg=name)
         np.testing.assert_array_equal(direct[0], decoded[0], err_msg=name)
     leading = jax.jit(lambda x: encode(x, PRESETS["q4_0"], axis=1))(stacked)
-    np.testing.assert_array_equal(leading.codes[1], found["q4_0"][0].codes.T)
+    np.testing.assert_array_equal(leading.codes[1], results["q4_0"][0].codes.T)
     with pytest.raises(ValueError, match="axis is 2, but the array has 2 dims"):
         encode(jnp.ones((32, 32)), PRESETS["q4_0"], axis=2)
 
 
-@pytest.mark.parametrize("places", [PartitionSpec("d"), PartitionSpec(None, "d")])
-def test_divided_over_devices(places: PartitionSpec) -> None:
-    """Rows or their groups on 8 devices: the same bits, and nothing gathered where no group is cut."""
+@pytest.mark.parametrize("spec", [PartitionSpec("d"), PartitionSpec(None, "d")])
+def test_sharded_over_devices(spec: PartitionSpec) -> None:
+    """Rows or groups sharded over 8 devices give the same bits, without communication between them."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
-    x = jnp.asarray(np.tile(NUMBERS[[0, 1, 2, 3, 4, 6, 8, 9]], 2))
-    divided = jax.device_put(x, NamedSharding(mesh, places))
+    x = jnp.asarray(np.tile(VALUES[[0, 1, 2, 3, 4, 6, 8, 9]], 2))
+    sharded = jax.device_put(x, NamedSharding(mesh, spec))
     program = jax.jit(lambda x: results_of(x, -1, KINDS))
     single = program(x)
-    for name, results in program(divided).items():
-        for ours, expected in zip(jax.tree.leaves(results), jax.tree.leaves(single[name]), strict=True):
-            if PRESETS[name].statistic is Statistic.ABSMEAN and places[0] is None:
-                # A sum of parts, which ends in another last bit.
+    for name, encoded in program(sharded).items():
+        for ours, expected in zip(jax.tree.leaves(encoded), jax.tree.leaves(single[name]), strict=True):
+            if PRESETS[name].statistic is Statistic.ABSMEAN and spec[0] is None:
+                # A sum of partial sums may differ in the last bit.
                 np.testing.assert_allclose(ours, expected, rtol=1e-6, err_msg=name)
             else:
                 np.testing.assert_array_equal(ours, expected, err_msg=name)
-    text = jax.jit(lambda x: fake_quant(x, PRESETS["q4_0"])).lower(divided).compile().as_text()
+    text = jax.jit(lambda x: fake_quant(x, PRESETS["q4_0"])).lower(sharded).compile().as_text()
     assert "all-gather" not in text and "all-to-all" not in text and "collective-permute" not in text
 
 
-def test_zeros_stay(found: dict[str, tuple[Encoded, jax.Array, jax.Array]]) -> None:
-    """The eighth row is zero, and so is it in every format that has a zero; one without has a scale of
-    zero.
-    """
-    for name, (_, decoded, _) in found.items():
+def test_zeros_stay(results: dict[str, tuple[Encoded, jax.Array, jax.Array]]) -> None:
+    """The eighth row is zero, and decodes to zero; formats without a zero level have a scale of zero."""
+    for name, (_, decoded, _) in results.items():
         np.testing.assert_array_equal(decoded[7], 0, err_msg=name)
 
 
-def test_numbers_too_small_for_float32() -> None:
-    """Those below its normal numbers count as zero, and never divide by zero."""
+def test_subnormal_values() -> None:
+    """They count as zero, and cause no division by zero."""
     rows = np.tile(np.array([[1e-38], [1e-39], [-1e-42]], np.float32), 512)
     for name, (_, decoded, direct) in jax.jit(lambda x: results_of(x, -1, KINDS))(rows).items():
         assert np.abs(decoded).max() < 1.2e-38, name
         np.testing.assert_array_equal(decoded, direct, err_msg=name)
 
 
-def test_other_dtypes(found: dict[str, tuple[Encoded, jax.Array, jax.Array]]) -> None:
-    """The fourth row's numbers have 8 bits; they are encoded in float32 whatever they come in."""
+def test_other_dtypes(results: dict[str, tuple[Encoded, jax.Array, jax.Array]]) -> None:
+    """The values of the fourth row fit 8 bits; every dtype is encoded in float32."""
     for dtype in (jnp.bfloat16, jnp.float16):
-        results = jax.jit(lambda x: results_of(x, -1, ("q4_0", "q8_0")))(jnp.asarray(NUMBERS[3], dtype))
-        for name, (encoded, _, direct) in results.items():
-            np.testing.assert_array_equal(encoded.codes, found[name][0].codes[3])
-            np.testing.assert_array_equal(direct, found[name][2][3])
+        row = jax.jit(lambda x: results_of(x, -1, ("q4_0", "q8_0")))(jnp.asarray(VALUES[3], dtype))
+        for name, (encoded, _, direct) in row.items():
+            np.testing.assert_array_equal(encoded.codes, results[name][0].codes[3])
+            np.testing.assert_array_equal(direct, results[name][2][3])
 
 
-def test_under_a_given_scale_nan_stays_alone() -> None:
+def test_with_a_scale_from_the_caller_nan_does_not_spread() -> None:
     x = jnp.array([1.0, jnp.nan, jnp.inf, -jnp.inf] + [0.0] * 28)
-    kept = jax.jit(lambda x: fake_quant(x, PRESETS["q4_0"], scale=jnp.ones(1)))(x)
-    np.testing.assert_array_equal(kept[:5], [1, np.nan, 7, -8, 0])
+    rounded = jax.jit(lambda x: fake_quant(x, PRESETS["q4_0"], scale=jnp.ones(1)))(x)
+    np.testing.assert_array_equal(rounded[:5], [1, np.nan, 7, -8, 0])
 
 
-def test_a_width_is_refused_by_the_formats_name() -> None:
+def test_errors_of_widths_name_the_format() -> None:
     with pytest.raises(
         ValueError, match=r"axis 1 of an array of shape \(2, 576\) is 576 wide, which tq2_0 cannot hold"
     ):
         encode(jnp.ones((2, 576)), PRESETS["tq2_0"])
 
 
-def test_what_is_not_finite_is_seen() -> None:
-    """A group that holds NaN or an infinity decodes to no finite number, and leaves its neighbours as they
-    were.
-    """
-    x = np.tile(NUMBERS[0], 2)
+def test_values_that_are_not_finite_are_not_hidden() -> None:
+    """A group with NaN or an infinity decodes to no finite value, and its neighbours do not change."""
+    x = np.tile(VALUES[0], 2)
     rows = np.tile(x, (4, 1))
     rows[1:, 37] = np.nan, np.inf, -np.inf
     specs = {name: PRESETS[name] for name in KINDS if not PRESETS[name].is_two_level}
@@ -371,36 +360,36 @@ def test_what_is_not_finite_is_seen() -> None:
     by_scale = jax.jit(
         lambda x: {name: decode(encode(x, s, scale=scale_of(ones, s)), s) for name, s in specs.items()}
     )(rows)
-    for results in (by_rule, by_scale):
-        for name, decoded in results.items():
+    for by_name in (by_rule, by_scale):
+        for name, decoded in by_name.items():
             size = specs[name].group_size or 512
-            its_own = np.arange(512) // size == 37 // size
-            assert not np.isfinite(np.asarray(decoded)[1:, its_own]).any(), name
+            same_group = np.arange(512) // size == 37 // size
+            assert not np.isfinite(np.asarray(decoded)[1:, same_group]).any(), name
             np.testing.assert_array_equal(
-                decoded[1:, ~its_own], np.tile(decoded[0, ~its_own], (3, 1)), err_msg=name
+                decoded[1:, ~same_group], np.tile(decoded[0, ~same_group], (3, 1)), err_msg=name
             )
             assert np.isfinite(decoded[0]).all(), name
-    # The second scale is that of all.
+    # The second scale belongs to the whole tensor.
     assert not np.isfinite(jax.jit(lambda x: fake_quant(x, PRESETS["nvfp4"]))(rows)).any()
 
 
-def test_no_gradient_but_to_a_given_scale() -> None:
-    x = jnp.asarray(NUMBERS[0])
+def test_only_a_scale_from_the_caller_has_a_gradient() -> None:
+    x = jnp.asarray(VALUES[0])
     scale = jnp.array([0.01])
     loss = lambda x, s: jnp.sum(fake_quant(x, PRESETS["litert_int4_row"], scale=s))  # noqa: E731
     by_x, by_scale = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, scale)
     np.testing.assert_array_equal(by_x, 0)
     np.testing.assert_allclose(
-        by_scale, np.clip(np.round(NUMBERS[0] / np.float32(0.01)), -8, 7).sum(), rtol=1e-6
+        by_scale, np.clip(np.round(VALUES[0] / np.float32(0.01)), -8, 7).sum(), rtol=1e-6
     )
 
 
-def test_a_second_scale_is_refused_where_there_is_none() -> None:
-    with pytest.raises(ValueError, match="no second scale"):
+def test_a_second_scale_is_refused_by_formats_without_one() -> None:
+    with pytest.raises(ValueError, match="a format that has no second scale"):
         encode(group(), preset("q4_0"), tensor_scale=jnp.float32(1))
 
 
-# Any numbers ------------------------------------------------------------------------------------------------
+# Any values -------------------------------------------------------------------------------------------------
 
 FINITE = st.floats(-1000, 1000, width=32).filter(lambda x: x == 0 or abs(x) > 1e-30)
 PROPERTY_SPECS = {
@@ -419,13 +408,13 @@ def encoded_and_decoded(x: jax.Array) -> dict[str, tuple[Encoded, jax.Array]]:
 @settings(max_examples=25, deadline=None)
 @given(arrays(np.float32, 32, elements=FINITE))
 def test_no_level_is_nearer(x: np.ndarray) -> None:
-    """Every number goes to a nearest level of its group, up to what float32 and a float16 scale lose."""
+    """Every value goes to a nearest level of its group, up to rounding of float32 and of a float16 scale."""
     for name, (encoded, decoded) in encoded_and_decoded(x).items():
         scale = float(encoded.scale[0])
         lattice = levels(PROPERTY_SPECS[name]).astype(np.float64) * scale
         best = np.abs(x[:, None].astype(np.float64) - lattice).min(-1)
         error = np.abs(x.astype(np.float64) - np.asarray(decoded))
-        # GGUF chooses codes on the scale before it is rounded.
+        # GGUF computes codes with the scale before it is rounded.
         slack = 2.0**-22 * abs(scale) + np.abs(x) * (2.0**-9 if name in ("q4_0", "q8_0") else 2.0**-22)
         assert (error <= best + slack).all(), name
 
@@ -433,7 +422,7 @@ def test_no_level_is_nearer(x: np.ndarray) -> None:
 @settings(max_examples=25, deadline=None)
 @given(arrays(np.float32, 32, elements=FINITE), st.integers(-8, 8))
 def test_powers_of_two_only_move_the_scale(x: np.ndarray, exponent: int) -> None:
-    """Formats with float32 or power-of-two scales know no absolute size."""
+    """Formats with float32 or power-of-two scales do not depend on the absolute magnitude."""
     factor = np.float32(2.0**exponent)
     first = encoded_and_decoded(x)
     second = encoded_and_decoded(x * factor)

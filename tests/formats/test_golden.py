@@ -1,6 +1,4 @@
-"""Presets against the packages whose formats they are: every code and scale equal, whether the compiler
-optimises or not.
-"""
+"""Presets equal the packages that define their formats, at any optimisation level of the compiler."""
 
 import dataclasses
 import importlib.util
@@ -22,7 +20,7 @@ from slmjax.formats.spec import Granularity, ScaleType, Scaling
 from tests.formats.make_golden import GOLDEN, PACKAGES, of_one_size
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# What a compiler does to arithmetic depends on whether it may optimise: users' programs are, tests' are not.
+# The compiler may change arithmetic only when it optimises; users' programs are optimised, tests' are not.
 LEVELS = (0, 3)
 NOT_MADE_BY_A_PACKAGE = {
     *(f"int{bits}_g32" for bits in range(2, 9)),
@@ -35,7 +33,7 @@ def load(name: str) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-NUMBERS = load("numbers")["x"]
+VALUES = load("numbers")["x"]
 FILES = {package: load(package) for package in PACKAGES}
 
 
@@ -53,7 +51,7 @@ def compiled(fn: Any, *arguments: Any, level: int) -> Any:
 
 
 def input_of(name: str) -> np.ndarray:
-    return of_one_size(NUMBERS) if PRESETS[name].is_two_level else NUMBERS
+    return of_one_size(VALUES) if PRESETS[name].is_two_level else VALUES
 
 
 def encode_all(inputs: dict[str, Any], axis: int) -> dict[str, Encoded]:
@@ -70,53 +68,53 @@ def test_every_preset_is_compared() -> None:
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("package", [package for package in PACKAGES if names(package, "/codes")])
 def test_codes_and_scales(package: str, level: int) -> None:
-    kept = FILES[package]
+    golden = FILES[package]
     inputs = {name: input_of(name) for name in names(package, "/codes")}
     for name, encoded in compiled(lambda x: encode_all(x, -1), inputs, level=level).items():
-        np.testing.assert_array_equal(encoded.scale, kept[f"{name}/scale"], err_msg=name)
+        np.testing.assert_array_equal(encoded.scale, golden[f"{name}/scale"], err_msg=name)
         if PRESETS[name].is_asymmetric:
-            np.testing.assert_array_equal(encoded.zero, kept[f"{name}/zero"], err_msg=name)
+            np.testing.assert_array_equal(encoded.zero, golden[f"{name}/zero"], err_msg=name)
         if PRESETS[name].is_two_level:
-            assert encoded.tensor_scale == kept[f"{name}/tensor_scale"], name
-        # Divided by a scale that has become zero, ai-edge-quantizer's codes are the ends of the range; all of
-        # them stand for zero.
-        has_scale = np.repeat(kept[f"{name}/scale"] != 0, 256 // encoded.scale.shape[-1], axis=-1)
+            assert encoded.tensor_scale == golden[f"{name}/tensor_scale"], name
+        # With a scale that was rounded to zero, ai-edge-quantizer's codes are the ends of the range; all of
+        # them represent zero.
+        has_scale = np.repeat(golden[f"{name}/scale"] != 0, 256 // encoded.scale.shape[-1], axis=-1)
         np.testing.assert_array_equal(
-            np.where(has_scale, encoded.codes, 0), np.where(has_scale, kept[f"{name}/codes"], 0), err_msg=name
+            np.where(has_scale, encoded.codes, 0),
+            np.where(has_scale, golden[f"{name}/codes"], 0),
+            err_msg=name,
         )
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_gguf_blocks(level: int) -> None:
-    kept = FILES["gguf"]
-    inputs = dict.fromkeys(names("gguf", "/blocks"), NUMBERS)
+    golden = FILES["gguf"]
+    inputs = dict.fromkeys(names("gguf", "/blocks"), VALUES)
     for name, encoded in compiled(lambda x: encode_all(x, -1), inputs, level=level).items():
         container = blocks.container_for(PRESETS[name])
-        np.testing.assert_array_equal(blocks.pack(encoded, container), kept[f"{name}/blocks"], err_msg=name)
-        np.testing.assert_array_equal(decode(encoded, PRESETS[name]), kept[f"{name}/decoded"], err_msg=name)
-        unpacked = blocks.unpack(kept[f"{name}/blocks"], container)
+        np.testing.assert_array_equal(blocks.pack(encoded, container), golden[f"{name}/blocks"], err_msg=name)
+        np.testing.assert_array_equal(decode(encoded, PRESETS[name]), golden[f"{name}/decoded"], err_msg=name)
+        unpacked = blocks.unpack(golden[f"{name}/blocks"], container)
         np.testing.assert_array_equal(unpacked.codes, encoded.codes, err_msg=name)
         np.testing.assert_array_equal(unpacked.scale, encoded.scale, err_msg=name)
 
 
-def test_codes_on_the_scale_of_a_row() -> None:
-    """ParetoQ's and BitNet's quantizers, which are given their scale."""
-    kept = FILES["torchao"]
+def test_codes_with_a_scale_from_the_caller() -> None:
+    """ParetoQ's and BitNet's quantizers take their scale as an argument."""
+    golden = FILES["torchao"]
     for name in names("torchao", "/given_codes"):
-        scale = kept[f"{name}/given_scale"]
+        scale = golden[f"{name}/given_scale"]
         granularity = Granularity.PER_CHANNEL if scale.ndim else Granularity.PER_TENSOR
         spec = dataclasses.replace(
             PRESETS[name], granularity=granularity, group_size=None, scale_type=ScaleType.FLOAT32
         )
-        codes = encode(jnp.asarray(NUMBERS[:4]), spec, scale=jnp.asarray(scale.reshape(-1, 1))).codes
-        np.testing.assert_array_equal(codes, kept[f"{name}/given_codes"], err_msg=name)
+        codes = encode(jnp.asarray(VALUES[:4]), spec, scale=jnp.asarray(scale.reshape(-1, 1))).codes
+        np.testing.assert_array_equal(codes, golden[f"{name}/given_codes"], err_msg=name)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_inside_a_program(level: int) -> None:
-    """In a loop over layers, with a product after it and its gradient taken, the numbers are those of codes
-    and scales.
-    """
+    """In a loop over layers with a product and its gradient, values equal those of codes and scales."""
     chosen = {
         name: PRESETS[name]
         for name in (
@@ -130,14 +128,14 @@ def test_inside_a_program(level: int) -> None:
         )
     }
     # layers, in, out
-    stacked = jnp.asarray(NUMBERS[[0, 3, 8, 9, 10, 11, 13, 14]].reshape(2, 4, 256)).swapaxes(-1, -2)
-    inputs = jnp.asarray(NUMBERS[:2])
+    stacked = jnp.asarray(VALUES[[0, 3, 8, 9, 10, 11, 13, 14]].reshape(2, 4, 256)).swapaxes(-1, -2)
+    inputs = jnp.asarray(VALUES[:2])
 
     def loss(weights: Any, spec: Any) -> Any:
         def layer(total: Any, weight: Any) -> Any:
-            kept = fake_quant(weight, spec, axis=-2)
-            through = weight + jax.lax.stop_gradient(kept - weight)
-            return total + jnp.sum(jnp.tanh(inputs @ through)), kept
+            rounded = fake_quant(weight, spec, axis=-2)
+            straight_through = weight + jax.lax.stop_gradient(rounded - weight)
+            return total + jnp.sum(jnp.tanh(inputs @ straight_through)), rounded
 
         return jax.lax.scan(layer, jnp.float32(0), weights)
 
@@ -146,20 +144,20 @@ def test_inside_a_program(level: int) -> None:
             name: jax.value_and_grad(loss, has_aux=True)(weights, spec)[0][1] for name, spec in chosen.items()
         }
 
-    found = compiled(program, stacked, level=level)
+    decoded = compiled(program, stacked, level=level)
     encoded = compiled(
         lambda x: {name: encode(x, spec, axis=-2) for name, spec in chosen.items()}, stacked, level=level
     )
     for name, spec in chosen.items():
-        np.testing.assert_array_equal(found[name], decode(encoded[name], spec, axis=-2), err_msg=name)
+        np.testing.assert_array_equal(decoded[name], decode(encoded[name], spec, axis=-2), err_msg=name)
     for package in ("torchao", "compressed-tensors"):
         for name in set(names(package, "/codes")) & set(chosen):
             codes = FILES[package][f"{name}/codes"][[0, 3, 8, 9, 10, 11, 13, 14]].reshape(2, 4, 256)
             np.testing.assert_array_equal(encoded[name].codes, codes.swapaxes(-1, -2), err_msg=name)
 
 
-def test_goldens_tell_reciprocals_from_divisions() -> None:
-    """A format that took the other way would be noticed: near-ties go elsewhere."""
+def test_goldens_distinguish_reciprocals_from_divisions() -> None:
+    """With the other operation some near-ties would go to another code."""
     chosen = (
         "q4_0",
         "q8_0",
@@ -174,10 +172,10 @@ def test_goldens_tell_reciprocals_from_divisions() -> None:
     flipped = {
         name: dataclasses.replace(PRESETS[name], scaling=other[PRESETS[name].scaling]) for name in chosen
     }
-    found = jax.jit(
+    results = jax.jit(
         lambda x: {name: (encode(x, PRESETS[name]).codes, encode(x, flipped[name]).codes) for name in chosen}
-    )(NUMBERS)
-    for name, (ours, others) in found.items():
+    )(VALUES)
+    for name, (ours, others) in results.items():
         assert np.sum(ours != others) > 3, name
 
 

@@ -1,4 +1,4 @@
-"""Formats as data: what they hold, what they take, and what is refused."""
+"""Formats as data: their levels, their sizes, and the settings that are refused."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from slmjax.formats.spec import (
     QuantSpec,
     ScaleType,
     Statistic,
-    bits_per_number,
+    bits_per_element,
     check_width,
     levels,
     stored_bytes,
@@ -43,8 +43,8 @@ def test_levels_of_eight_bit_floats() -> None:
     import ml_dtypes
 
     for name, kind in (("mxfp8_e4m3", ml_dtypes.float8_e4m3fn), ("mxfp8_e5m2", ml_dtypes.float8_e5m2)):
-        every = np.arange(256, dtype=np.uint8).view(kind).astype(np.float32)
-        np.testing.assert_array_equal(levels(PRESETS[name]), np.unique(every[np.isfinite(every)]))
+        all_values = np.arange(256, dtype=np.uint8).view(kind).astype(np.float32)
+        np.testing.assert_array_equal(levels(PRESETS[name]), np.unique(all_values[np.isfinite(all_values)]))
         with pytest.raises(ValueError, match="bit patterns"):
             PRESETS[name].lowest_code  # noqa: B018
 
@@ -52,40 +52,33 @@ def test_levels_of_eight_bit_floats() -> None:
 @pytest.mark.parametrize(
     ("name", "bits"),
     [
-        *(
-            ("q4_0", 4.5),
-            ("q8_0", 8.5),
-            ("tq2_0", 2.0625),
-            ("mxfp4", 4.25),
-            ("nvfp4", 4.5),
-            ("w4a16_g128", 4.25),
-        ),
-        *(
-            ("int3_g32", 3.5),
-            ("int8_row", 8 + 32 / 512),
-            ("torchao_int8_token", 8 + 40 / 512),
-            ("binary_g32", 1.5),
-        ),
+        ("q4_0", 4.5),
+        ("q8_0", 8.5),
+        ("tq2_0", 2.0625),
+        ("mxfp4", 4.25),
+        ("nvfp4", 4.5),
+        ("w4a16_g128", 4.25),
+        ("int3_g32", 3.5),
+        ("int8_row", 8 + 32 / 512),
+        ("torchao_int8_token", 8 + 40 / 512),
+        ("binary_g32", 1.5),
     ],
 )
 def test_bits(name: str, bits: float) -> None:
-    """The scale's and zero point's bits, shared by a group; 512 numbers in a row."""
-    assert bits_per_number(PRESETS[name], 512) == bits
+    """Scale and zero point are shared by a group; a row has 512 elements."""
+    assert bits_per_element(PRESETS[name], 512) == bits
     assert stored_bytes(PRESETS[name], (4, 512)) == 4 * 512 * bits / 8 + (4 if name == "nvfp4" else 0)
     assert stored_bytes(PRESETS[name], (512, 4), axis=0) == stored_bytes(PRESETS[name], (4, 512))
 
 
 def test_bytes_of_a_tensor() -> None:
-    """One float32 scale for all of it, in an asymmetric format with a zero point."""
-    assert stored_bytes(QuantSpec(bits=4, granularity=Granularity.PER_TENSOR), (3, 5)) == 12  # 60 bits and 32
-    assert (
-        stored_bytes(
-            QuantSpec(bits=8, granularity=Granularity.PER_TENSOR, statistic=Statistic.MIN_MAX), (3, 5)
-        )
-        == 15 + 5
-    )
+    """One float32 scale for the tensor, and in an asymmetric format a zero point."""
+    symmetric = QuantSpec(bits=4, granularity=Granularity.PER_TENSOR)
+    asymmetric = QuantSpec(bits=8, granularity=Granularity.PER_TENSOR, statistic=Statistic.MIN_MAX)
+    assert stored_bytes(symmetric, (3, 5)) == 12  # 60 bits and 32
+    assert stored_bytes(asymmetric, (3, 5)) == 15 + 5
     assert stored_bytes(PRESETS["q4_0"], (0, 32)) == 0
-    assert bits_per_number(QuantSpec(bits=4, granularity=Granularity.PER_TENSOR), 7) == 4
+    assert bits_per_element(QuantSpec(bits=4, granularity=Granularity.PER_TENSOR), 7) == 4
 
 
 @pytest.mark.parametrize(
@@ -122,11 +115,11 @@ def test_widths_are_refused_by_name(name: str, width: int, way_out: str) -> None
         ({"bits": 8, "group_size": 32, "grid": CodeGrid.E2M1}, "e2m1 has 4 bits"),
         (
             {"bits": 4, "group_size": 32, "codes": Codes.SYMMETRIC, "statistic": Statistic.MIN_MAX},
-            "a zero point is for an INTEGER grid",
+            "MIN_MAX has a zero point, which needs an INTEGER grid",
         ),
         (
             {"bits": 4, "group_size": 32, "scale_type": ScaleType.E4M3},
-            "scales in e4m3 are under one for the tensor",
+            "scale_type e4m3 needs a second scale for the tensor",
         ),
     ],
 )

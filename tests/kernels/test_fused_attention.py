@@ -1,5 +1,7 @@
-"""Fused attention equals the reference: TPU kernels interpreted, and compiled for TPUs that are not here;
-cuDNN's case by its twin.
+"""Fused attention equals the reference.
+
+TPU kernels run in interpret mode, and compile for TPUs that need not be attached. For cuDNN, the same call
+runs in its XLA implementation.
 """
 
 import functools
@@ -11,7 +13,8 @@ import numpy as np
 import pytest
 
 from slmjax import kernels
-from slmjax.kernels import attention, choice, gpu, tpu
+from slmjax.kernels import attention, gpu, products, tpu
+from slmjax.parallel import mesh as device_mesh
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 
 
@@ -23,14 +26,14 @@ def inputs(length, *, heads=4, kv_heads=2, head_dim=64, rows=2, dtype=jnp.float3
         for count in (heads, kv_heads, kv_heads)
     )
     cuts = draw.integers(5, length - 20, (rows, 1))
-    place = np.arange(length)[None, :]
-    segments = np.where(place >= length - 9, 0, 1 + (place >= cuts)).astype(np.int32)
+    index = np.arange(length)[None, :]
+    segments = np.where(index >= length - 9, 0, 1 + (index >= cuts)).astype(np.int32)
     return arrays, jnp.asarray(segments)
 
 
 def in_reference(q, k, v, segments, **settings):
-    places = jnp.broadcast_to(jnp.arange(q.shape[1])[None], segments.shape)
-    ids = {"q_segments": segments, "k_segments": segments, "q_positions": places, "k_positions": places}
+    index = jnp.broadcast_to(jnp.arange(q.shape[1])[None], segments.shape)
+    ids = {"q_segments": segments, "k_segments": segments, "q_positions": index, "k_positions": index}
     return kernels.reference_attention(q, k, v, **ids, **settings)
 
 
@@ -50,8 +53,8 @@ def assert_equal(actual, expected, *, atol=1e-5):
 
 @pytest.fixture
 def as_tpu(monkeypatch):
-    """The choices that are made on TPU, with the kernel interpreted."""
-    monkeypatch.setattr(mesh, "platform", lambda: "tpu")
+    """Make the choices for TPU, with the kernel in interpret mode."""
+    monkeypatch.setattr(device_mesh, "platform", lambda: "tpu")
     monkeypatch.setattr(tpu, "attend", functools.partial(tpu.attend, interpret=True))
 
 
@@ -73,9 +76,10 @@ def test_splash_attention_equals_reference(as_tpu, length, window, softcap, head
     ("window", "axes"),
     [(None, {"context": 4, "tensor": 2}), (200, {"context": 4, "tensor": 2}), (70, {"context": 2})],
 )
-def test_splash_attention_of_divided_sequences_equals_reference(as_tpu, window, axes):
-    """Keys gathered, the halo of two devices, and that of one; with 2 tensor devices and 3 key-value heads
-    the odd heads too.
+def test_splash_attention_of_sharded_sequences_equals_reference(as_tpu, window, axes):
+    """Gathered keys, and halos from two devices and from one.
+
+    With 2 tensor devices and 3 kv heads, heads do not divide either.
     """
     arrays, segments = inputs(512, heads=6, kv_heads=3, rows=2, head_dim=16)
     mesh = make_mesh(MeshConfig(**{"data": 1, **axes}), jax.devices()[: int(np.prod(list(axes.values())))])
@@ -97,8 +101,8 @@ def test_splash_attention_with_sinks_equals_reference(as_tpu, length, window, so
     arrays, segments = inputs(length, head_dim=16)
     settings = {"window": window, "scale": 0.2, "softcap": softcap}
 
-    def attend(form, q, k, v, sinks):
-        return form(q, k, v, sinks=sinks, **settings)
+    def attend(implementation, q, k, v, sinks):
+        return implementation(q, k, v, sinks=sinks, **settings)
 
     reference = functools.partial(attend, functools.partial(in_reference, segments=segments))
     fused = functools.partial(attend, functools.partial(kernels.self_attention, segment_ids=segments))
@@ -158,61 +162,49 @@ def test_attention_compiles_for_tpu_with_its_gradient(window, softcap, head_dim)
 @pytest.mark.usefixtures("libtpu")
 def test_grouped_products_compile_for_tpu_with_their_gradient():
     mesh = tpu_mesh("v5e:2x2", data=4)
-    whole = jax.sharding.NamedSharding(mesh, jax.P())
+    replicated = jax.sharding.NamedSharding(mesh, jax.P())
     x, weights = (
-        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=whole) for shape in ((2048, 256), (8, 256, 512))
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=replicated)
+        for shape in ((2048, 256), (8, 256, 512))
     )
-    sizes = jax.ShapeDtypeStruct((8,), jnp.int32, sharding=whole)
+    sizes = jax.ShapeDtypeStruct((8,), jnp.int32, sharding=replicated)
 
     def loss(x, weights, sizes):
         return jnp.sum(kernels.grouped_matmul(x, weights, sizes).astype(jnp.float32) ** 2)
 
     with jax.set_mesh(mesh):
-        assert (
-            jax.jit(jax.grad(loss, argnums=(0, 1)))
-            .lower(x, weights, sizes)
-            .compile()
-            .cost_analysis()["flops"]
-            > 0
-        )
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, weights, sizes).compile()
+    assert compiled.cost_analysis()["flops"] > 0
 
 
 # GPU --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("length", "window"), [(96, None), (96, 20), (1200, 100)])
-def test_what_cudnn_is_asked_equals_reference(monkeypatch, length, window):
-    """The same call, computed by the twin of the kernel that runs anywhere."""
-    monkeypatch.setattr(mesh, "platform", lambda: "gpu")
+def test_the_call_of_cudnn_equals_reference(monkeypatch, length, window):
+    """The same call, run by the XLA implementation."""
+    monkeypatch.setattr(device_mesh, "platform", lambda: "gpu")
     monkeypatch.setattr(gpu, "attend", functools.partial(gpu.attend, implementation="xla"))
-    choice.announce.cache_clear()
+    products.log_choice.cache_clear()
     arrays, segments = inputs(length, head_dim=8, rows=1, dtype=jnp.bfloat16)
     settings = {"window": window, "scale": 0.3}
-    wide = tuple(x.astype(jnp.float32) for x in arrays)
-    expected = value_and_gradients(functools.partial(in_reference, segments=segments, **settings), *wide)
+    arrays32 = tuple(x.astype(jnp.float32) for x in arrays)
+    expected = value_and_gradients(functools.partial(in_reference, segments=segments, **settings), *arrays32)
     actual = value_and_gradients(
         functools.partial(kernels.self_attention, segment_ids=segments, **settings), *arrays
     )
-    for found, exact in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert np.linalg.norm(found.astype(jnp.float32) - exact) < 0.01 * np.linalg.norm(exact)
+    for value, exact in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(value.astype(jnp.float32) - exact) < 0.01 * np.linalg.norm(exact)
     assert not np.any(actual[0][:, -9:])  # padding
 
 
 def test_the_choice_is_logged_with_its_reason(caplog, monkeypatch):
-    choice.announce.cache_clear()
+    products.log_choice.cache_clear()
     half = {"window": None, "platform": "gpu", "dtype": jnp.bfloat16}
     with caplog.at_level("INFO", logger="slmjax.kernels"):
-        assert attention.choose_attention(2048, **half).keywords["attend"] is attention._gpu_attention
-        assert (
-            attention.choose_attention(2048, **half, softcap=30.0).keywords["attend"]
-            is kernels.reference_attention
-        )
-        assert (
-            attention.choose_attention(2048, **half, has_sinks=True).keywords["attend"]
-            is kernels.reference_attention
-        )
-        assert (
-            attention.choose_attention(2048, window=None, platform="gpu").keywords["attend"]
-            is kernels.reference_attention
-        )
+        chosen = attention.choose_attention(2048, **half)
+        assert chosen.keywords["attend"] is attention._gpu_attention
+        for unsupported in ({"softcap": 30.0}, {"has_sinks": True}, {"dtype": jnp.float32}):
+            chosen = attention.choose_attention(2048, **half | unsupported)
+            assert chosen.keywords["attend"] is kernels.reference_attention
         assert attention.choose_attention(2048, window=512, platform="tpu") is tpu.attend
         assert attention.choose_attention(64, window=None, platform="tpu") is not tpu.attend
         monkeypatch.setenv("SLMJAX_FUSED", "off")

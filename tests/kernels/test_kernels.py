@@ -1,4 +1,4 @@
-"""Every form of attention and of grouped products equals its reference, in values and gradients."""
+"""Every implementation of attention and products equals its reference, in values and gradients."""
 
 import functools
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from slmjax import kernels
-from slmjax.kernels import choice, cpu
+from slmjax.kernels import products
+from slmjax.parallel import mesh
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 
 
@@ -43,13 +44,13 @@ def in_self_attention(q, k, v, *, segment_ids, positions, **settings):
     return kernels.self_attention(q, k, v, segment_ids=segment_ids, **settings)
 
 
-def with_more(form, q, k, v, more, **settings):
-    """A form of attention of which further arrays are to have gradients too."""
-    return form(q, k, v, **more, **settings)
+def with_more(implementation, q, k, v, more, **settings):
+    """Call an implementation of attention with further arrays that get gradients too."""
+    return implementation(q, k, v, **more, **settings)
 
 
 def cotangent_like(value):
-    """Values that every dtype holds exactly."""
+    """Return values that every dtype holds exactly."""
     return ((jnp.arange(value.size) * 5 % 17 - 8) / 8).astype(value.dtype).reshape(value.shape)
 
 
@@ -101,8 +102,8 @@ def test_attention_equals_a_loop_over_queries(kv_heads, window):
         np.testing.assert_allclose(out[row, t, head], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_sink_is_a_key_that_has_this_score_and_no_value():
-    """A key more for each head, whose products with all queries are the sink; numpy, float64."""
+def test_a_sink_is_a_key_with_this_score_and_no_value():
+    """Compare with an extra key for each head, whose score is the sink, in float64 with numpy."""
     (q, k, v), ids = attention_inputs(16)
     sinks = np.array([-1.0, 0.5, 2.0, 40.0])  # the last takes nearly all
     out = as_reference(
@@ -132,25 +133,27 @@ def test_a_sink_is_a_key_that_has_this_score_and_no_value():
 
 
 @pytest.mark.parametrize(
-    ("length", "window", "form"),
+    ("length", "window", "name"),
     [
-        (24, 5, "_whole"),
+        (24, 5, "_one_block"),
         (300, None, "_causal_blocks"),
         (300, 200, "_causal_blocks"),
         (260, 40, "_window_blocks"),
         (390, 66, "_window_blocks"),
     ],
 )
-def test_self_attention_equals_reference_in_every_form(length, window, form):
+def test_self_attention_equals_reference_in_every_implementation(length, window, name):
     chosen = kernels.choose_attention(length, window=window, platform="cpu")
-    assert chosen.func is getattr(kernels.attention, form)
+    assert chosen.func is getattr(kernels.attention, name)
     arrays, ids = attention_inputs(length)
     sinks = jnp.asarray([-1.0, 0.5, 1.0, 2.0])
-    # With the gradient written out, and with that of the reference.
+    # With the hand-written gradient, and with that of the reference.
     for softcap, more in ((None, {}), (5.0, {"sinks": sinks})):
         settings = {**ids, "window": window, "scale": 0.3, "softcap": softcap}
-        forms = [functools.partial(with_more, form, **settings) for form in (in_self_attention, as_reference)]
-        actual, expected = (value_and_gradients(form, (*arrays, more)) for form in forms)
+        actual, expected = (
+            value_and_gradients(functools.partial(with_more, implementation, **settings), (*arrays, more))
+            for implementation in (in_self_attention, as_reference)
+        )
         assert_trees_close(actual, expected)
         assert not more or np.all(np.abs(actual[1][3]["sinks"]) > 1e-3)
 
@@ -164,13 +167,13 @@ def test_self_attention_equals_reference_in_every_form(length, window, form):
         ({"tensor": 8}, 9),
     ],
 )
-def test_sinks_of_divided_heads_and_sequences(axes, window):
-    """Keys gathered, and a halo; heads divided, with 4 heads over 8 devices not at all."""
+def test_sinks_of_sharded_heads_and_sequences(axes, window):
+    """Gathered keys, and a halo; sharded heads, and 4 heads that 8 devices do not divide."""
     arrays, ids = attention_inputs(64)
     arrays = (*arrays, jnp.asarray([-1.0, 0.5, 1.0, 2.0]))
 
-    def attend(form, q, k, v, sinks):
-        return form(q, k, v, **ids, window=window, scale=0.3, sinks=sinks)
+    def attend(implementation, q, k, v, sinks):
+        return implementation(q, k, v, **ids, window=window, scale=0.3, sinks=sinks)
 
     expected = value_and_gradients(functools.partial(attend, as_reference), arrays)
     with jax.set_mesh(make_mesh(MeshConfig(**{"data": 1, **axes}))):
@@ -190,10 +193,10 @@ def test_padding_gives_zeros_and_finite_gradients():
         assert not np.any(gradient[0]) and np.all(np.isfinite(gradient)) and np.any(gradient[1])
 
 
-def test_decoding_with_a_cache_equals_the_whole_sequence():
+def test_decoding_with_a_cache_equals_the_full_sequence():
     (q, k, v), _ = attention_inputs(12, rows=1)
     ids = {"segment_ids": jnp.ones((1, 12), int), "positions": jnp.arange(12)[None]}
-    whole = in_self_attention(q, k, v, **ids, window=4, scale=0.3)
+    full = in_self_attention(q, k, v, **ids, window=4, scale=0.3)
     decode = jax.jit(functools.partial(kernels.reference_attention, window=4, scale=0.3))
     # A ring of the last 4 keys, out of order, one slot of it empty at first.
     for t in (2, 7, 11):
@@ -206,7 +209,7 @@ def test_decoding_with_a_cache_equals_the_whole_sequence():
             q_positions=jnp.full((1, 1), t),
             k_positions=ring,
         )
-        np.testing.assert_allclose(step[0, 0], whole[0, t], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(step[0, 0], full[0, t], rtol=1e-5, atol=1e-6)
 
 
 def test_windowed_attention_is_linear_in_length():
@@ -235,7 +238,7 @@ def test_attention_in_bfloat16():
 @pytest.mark.parametrize("shape", [(48, 96), (3, 2, 32, 128), (5, 24)])
 def test_transposition_is_exact(shape):
     x = jax.random.normal(jax.random.key(0), shape).astype(jnp.bfloat16) * 1e3
-    np.testing.assert_array_equal(cpu.transposed(x), jnp.swapaxes(x, -1, -2))
+    np.testing.assert_array_equal(products.transposed(x), jnp.swapaxes(x, -1, -2))
 
 
 def test_materialised_changes_nothing():
@@ -254,33 +257,33 @@ def test_materialised_changes_nothing():
         ("tpu", 2, 1, 1),
     ],
 )
-def test_shallow_stacks_are_spelled_out_where_loops_copy(monkeypatch, platform, repeats, blocks, at_a_time):
+def test_shallow_stacks_are_unrolled_where_loops_copy(monkeypatch, platform, repeats, blocks, at_a_time):
     monkeypatch.setattr(mesh, "platform", lambda: platform)
     assert kernels.unrolled_repeats(repeats, num_blocks=blocks) == at_a_time
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_products_equal_plain_ones(dtype):
+def test_products_equal_numpy(dtype):
     x = jax.random.normal(jax.random.key(0), (40, 64)).astype(dtype)
     weight = jax.random.normal(jax.random.key(1), (64, 32))
     y, (dx, dweight) = value_and_gradients(kernels.matmul, (x, weight))
     assert (y.dtype, dx.dtype, dweight.dtype) == (dtype, dtype, jnp.float32)
-    wide = np.asarray(x, np.float64)
-    narrow = np.asarray(weight.astype(dtype), np.float64)
+    x64 = np.asarray(x, np.float64)
+    weight64 = np.asarray(weight.astype(dtype), np.float64)
     dy = np.asarray(cotangent_like(y), np.float64)
-    # half a unit in the last place, relative, where the result is bfloat16
+    # In bfloat16, half a unit in the last place, relative.
     tolerance = 1e-5 if dtype == jnp.float32 else 2**-8
-    for actual, expected in ((y, wide @ narrow), (dx, dy @ narrow.T)):
+    for actual, expected in ((y, x64 @ weight64), (dx, dy @ weight64.T)):
         np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=tolerance, atol=1e-4)
-    np.testing.assert_allclose(dweight, wide.T @ dy, rtol=1e-4, atol=1e-3)  # never rounded to bfloat16
+    np.testing.assert_allclose(dweight, x64.T @ dy, rtol=1e-4, atol=1e-3)  # never rounded to bfloat16
     np.testing.assert_allclose(
-        kernels.outer_sum(x, y), wide.T @ np.asarray(y, np.float64), rtol=1e-4, atol=1e-3
+        kernels.outer_sum(x, y), x64.T @ np.asarray(y, np.float64), rtol=1e-4, atol=1e-3
     )
 
 
 # Grouped products -------------------------------------------------------------------------------------------
 def loop_over_groups(x, weights, group_sizes, dy):
-    """What grouped_matmul means, and its gradients, written out with numpy."""
+    """The definition of grouped_matmul and its gradients, in numpy."""
     y = np.zeros_like(dy)
     dx = np.zeros_like(x)
     dweights = np.zeros_like(weights)
@@ -319,7 +322,7 @@ def test_grouped_matmul_equals_a_loop_over_groups(platform, group_sizes):
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_grouped_matmul_does_not_let_unused_rows_in(platform):
+def test_grouped_matmul_ignores_unused_rows(platform):
     x = np.ones((210, 6), np.float32)
     weights = np.ones((5, 6, 4), np.float32)
     x[12:] = np.nan
@@ -339,7 +342,7 @@ def test_grouped_matmul_sums_weight_gradients_in_float32():
 
 
 def test_choices_are_logged_once(caplog):
-    choice.announce.cache_clear()
+    products.log_choice.cache_clear()
     with caplog.at_level("INFO", logger="slmjax.kernels"):
         for _ in range(2):
             kernels.choose_grouped_matmul("cpu")
