@@ -1,3 +1,1 @@
-"""Distillation: a student that learns from a teacher's predictions, and one that begins as a part of its
-teacher.
-"""
+"""Distillation: a student learns from a teacher's predictions, or starts from a subset of its parameters."""

@@ -1,8 +1,8 @@
 """Settings of distillation: `objective.distill`.
 
-DistillConfig(teachers=(TeacherConfig(path="runs/large"),))                             # forward KL alone,
-temperature 1 DistillConfig(teachers=(...), divergence=Jsd(beta=0.9), weight=Ramp(start=0.5),
-hard_weight=Ramp(start=0.5))
+teachers = (TeacherConfig(path="runs/large"),)
+DistillConfig(teachers=teachers)                    # forward KL alone, at temperature 1
+DistillConfig(teachers=teachers, divergence=Jsd(beta=0.9), hard_weight=Ramp(start=0.5))
 """
 
 import dataclasses
@@ -47,32 +47,35 @@ DIVERGENCES: Mapping[str, type[Divergence]] = {
 
 
 def divergence_of(name: str) -> Divergence:
-    """The divergence of that name, as its defaults have it. Raises ValueError for another name."""
-    if (found := DIVERGENCES.get(name.replace("-", "_"))) is None:
+    """Return the divergence of this name with its default settings. Raises ValueError for an unknown name."""
+    if (kind := DIVERGENCES.get(name.replace("-", "_"))) is None:
         raise ValueError(
             f"there is no divergence {name!r}.{near_names(name, DIVERGENCES)} There are "
             f"{', '.join(DIVERGENCES)}"
         )
-    return found()
+    return kind()
 
 
 class RampShape(enum.Enum):
-    """How a value goes from its start to its end."""
+    """Course of a value from its start to its end."""
 
     LINEAR = "linear"
-    COSINE = "cosine"  # slowly at first and at last
+    COSINE = "cosine"  # slow at the beginning and at the end
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ramp:
-    """A number that may change over the steps of a run; undone steps count, so that what a step needs is
-    known before it.
+    """A number that may change over the steps of a run.
+
+    Skipped steps count: the value of a step is known before it runs, and with it whether the step needs the
+    teachers.
     """
 
     start: float = 1.0  # value at the first step
-    end: float | None = None  # value at the end of the ramp and after it (none: it stays at `start`)
-    steps: int | None = None  # length of the ramp in steps (none: the whole run)
-    shape: RampShape = RampShape.LINEAR  # whether it goes evenly, or slowly at first and at last
+    end: float | None = None  # value at the end of the ramp and after it (none: the value stays at `start`)
+    steps: int | None = None  # length of the ramp in steps (none: all steps of the run)
+    # course of the value: at a constant rate, or slowly at the beginning and at the end
+    shape: RampShape = RampShape.LINEAR
 
     def __post_init__(self) -> None:
         if not all(math.isfinite(value) and value >= 0 for value in (self.start, self.last)):
@@ -82,46 +85,47 @@ class Ramp:
 
     @property
     def last(self) -> float:
-        """The value after the ramp."""
+        """Return the value after the ramp."""
         return self.start if self.end is None else self.end
 
     @property
     def is_constant(self) -> bool:
-        """Whether it never changes."""
+        """Return True if the value never changes."""
         return self.last == self.start
 
     @property
     def is_zero(self) -> bool:
-        """Whether it is 0 throughout."""
+        """Return True if the value is 0 at every step."""
         return self.start == self.last == 0.0
 
     def at(self, step: Any, *, total_steps: int) -> Any:
-        """The value at a step: a float of an int, an array of an array."""
+        """Return the value at a step: a float for an int, an array for an array."""
         if self.is_constant:
             return self.start
         length = self.steps or total_steps
-        share = min(step / length, 1.0) if isinstance(step, int) else jnp.minimum(step / length, 1.0)
+        progress = min(step / length, 1.0) if isinstance(step, int) else jnp.minimum(step / length, 1.0)
         if self.shape is RampShape.COSINE:
-            cosine = math.cos(math.pi * share) if isinstance(share, float) else jnp.cos(jnp.pi * share)
-            share = 0.5 - 0.5 * cosine
-        return self.start + (self.last - self.start) * share
+            is_float = isinstance(progress, float)
+            cosine = math.cos(math.pi * progress) if is_float else jnp.cos(jnp.pi * progress)
+            progress = 0.5 - 0.5 * cosine
+        return self.start + (self.last - self.start) * progress
 
 
 class ShortContext(enum.Enum):
-    """What is done with a teacher whose context is shorter than the rows of the data."""
+    """Handling of a teacher whose context is shorter than the sequences of the data."""
 
     REFUSE = "refuse"
-    WINDOW = "window"  # it reads them in windows that overlap
+    WINDOW = "window"  # it reads them in overlapping windows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """A trained model that a student learns from; it stays as it is."""
+    """A trained model that a student learns from; its parameters do not change."""
 
     path: str  # run directory, or directory of an imported model
-    weight: float = 1.0  # its share in the mean of several teachers
+    weight: float = 1.0  # weight in the mean of several teachers
     step: int | None = None  # checkpoint of a run (none: the newest)
-    # in what it computes and keeps its matrices (none: as the student computes)
+    # precision of its computation and of its stored matrices (none: the student's)
     precision: Precision | None = None
 
     def __post_init__(self) -> None:
@@ -131,23 +135,22 @@ class TeacherConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Distillation: the loss is `weight` times the divergence from the teachers, plus `hard_weight` times the
-    cross entropy.
-    """
+    """Distillation: loss = `weight` * divergence from the teachers + `hard_weight` * cross entropy."""
 
-    teachers: tuple[TeacherConfig, ...]  # whom the student learns from; they have its tokenizer
-    divergence: Divergence = ForwardKl()  # what is minimised of the teachers' and the student's distributions
+    teachers: tuple[TeacherConfig, ...]  # models to learn from; they must have the student's tokenizer
+    divergence: Divergence = ForwardKl()  # divergence between the teachers' and the student's distributions
     weight: Ramp = Ramp()  # multiplies the divergence
     hard_weight: Ramp = Ramp(start=0.0)  # multiplies the cross entropy on the text
     temperature: Ramp = Ramp()  # divides the logits of both sides in the divergence
-    # multiply the divergence by the squared temperature, so that its gradient keeps its size
+    # multiply the divergence by the squared temperature, so that the size of its gradient does not change
     scales_by_square: bool = True
     mean: TeacherMean = TeacherMean.LOGITS  # what is averaged over several teachers
-    short_context: ShortContext = ShortContext.REFUSE  # for teachers whose context is shorter than the rows
-    # tokens of context that their further windows repeat (none: a quarter window, at most 64)
+    # handling of teachers whose context is shorter than the sequences
+    short_context: ShortContext = ShortContext.REFUSE
+    # tokens of context that each further window repeats (none: a quarter of the window, at most 64)
     overlap: int | None = None
-    mesh: MeshConfig | None = None  # of the teachers (none: the student's)
-    # so many devices, the last ones, are the teachers' alone (none: all devices are shared)
+    mesh: MeshConfig | None = None  # mesh of the teachers (none: the student's)
+    # number of devices, the last ones, that only the teachers use (none: all devices are shared)
     devices: int | None = None
 
     def __post_init__(self) -> None:
@@ -157,15 +160,15 @@ class DistillConfig:
             )
         if self.weight.last == self.hard_weight.last == 0.0:
             raise ValueError(
-                "weight and hard_weight are both 0 in the end: there would be nothing to learn from. Keep "
-                "one of them above 0"
+                "weight and hard_weight are both 0 at the end of the run, so the loss would be 0: keep one "
+                "of them above 0"
             )
         if min(self.temperature.start, self.temperature.last) <= 0:
             raise ValueError(f"the temperature divides logits and must be above 0, got {self.temperature}")
         if self.devices is not None and (self.devices < 1 or self.mesh is None):
             raise ValueError(
-                f"devices={self.devices} is for teachers with a mesh of their own: give their mesh as well, "
-                "or leave it out"
+                f"devices={self.devices} is for teachers with a mesh of their own: set mesh as well, or "
+                "leave devices out"
             )
 
     @property
@@ -179,5 +182,5 @@ class DistillConfig:
         )
 
     def uses_teachers(self, step: int, *, total_steps: int) -> bool:
-        """Whether the step needs what the teachers say."""
+        """Return True if the loss of the step needs the teachers' outputs."""
         return self.weight.at(step, total_steps=total_steps) > 0.0

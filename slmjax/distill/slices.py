@@ -1,20 +1,17 @@
-"""Which part of a teacher each parameter of a smaller student is: told from the two definitions alone, before
-anything is read.
+"""The part of a teacher for each parameter of a smaller student, from the two definitions, without arrays.
 
     cuts = student_cuts(teacher, student, chosen=(0, 3))
-    cuts["layers/1/mixer/query/weight"]           # Cut(source="layers/3/mixer/query/weight", kept=(rows,
-    columns))
+    cuts["layers/1/mixer/query/weight"]   # Cut(source="layers/3/mixer/query/weight", indices=(rows, columns))
 
-Layers are named by logical path on both sides, so that it does not matter how either model groups them. A
+Layers are named by logical path on both sides, so the grouping of either model's layers does not matter. A
 narrower student takes the leading indices of every dim: of the width, of feed-forward layers, of experts, of
-heads. Query heads belong to the key-value head that they read with, so they are cut in groups: of each
-key-value head that stays, the first query heads stay. A head is taken whole, since its dims are pairs that
-turn by frequencies of their own. A matrix of a layer that keeps one row in r is multiplied by the root of r,
-since what it puts out is the sum of fewer numbers: the loss that a narrower student begins with is lower for
-it.
+heads. Query heads belong to the key-value head that they read, so they are cut in groups: of each key-value
+head that stays, the first query heads stay. The dims of a head are not cut, since they rotate in pairs, each
+with its own frequency. A matrix of a layer that keeps one row in r is multiplied by the root of r, since its
+outputs are sums of fewer numbers: this lowers the initial loss of a narrower student.
 
-A student with a free head takes it from the teacher's, or from the embedding of a teacher whose head is tied
-to it; one with a tied head takes the embedding alone, and the head of a teacher that has one is left behind.
+A student with an untied head takes the teacher's head, or the embedding of a teacher with a tied head. A
+student with a tied head takes the embedding, and drops the head of a teacher that has one.
 
 Dims: K key-value heads, G query heads of a key-value head, H head dim.
 """
@@ -22,7 +19,7 @@ Dims: K key-value heads, G query heads of a key-value head, H head dim.
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,8 +40,8 @@ HEAD = "head/weight"
 TABLES = (EMBEDDING, HEAD)  # a row for each token
 KNOWN_PARTS = (AttentionConfig, LatentAttentionConfig, MlpConfig, MoeConfig)  # whose inner dims may be cut
 
-# Settings in which a student may differ from its teacher without a word: sizes, which are cut, and what only
-# training reads.
+# Settings in which a student may differ from its teacher without a warning: sizes, which are cut, and those
+# that only training reads.
 _SIZES = (
     "num_heads",
     "num_kv_heads",
@@ -69,18 +66,17 @@ Dim = Int[np.ndarray, "..."]  # the teacher's indices that stay in a dim, ascend
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cut:
-    """The part of a parameter of the teacher that one of the student's begins as."""
+    """The part of a parameter of the teacher that initialises one of the student's."""
 
     source: str  # logical path in the teacher
-    kept: tuple[
-        Dim, ...
-    ]  # by dim; of a table the rows are all here, and the vocabularies say which are taken
-    scale: float = 1.0  # what the part is multiplied by
+    # for each dim; a table has all its rows here, and the vocabularies decide which are taken
+    indices: tuple[Dim, ...]
+    scale: float = 1.0  # factor of the part
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Pair:
-    """A layer of the student, and the one of the teacher that it begins as."""
+    """A layer of the student, and the layer of the teacher that initialises it."""
 
     index: int
     source: int
@@ -89,29 +85,29 @@ class _Pair:
     widths: tuple[ModelConfig, ModelConfig]  # of the teacher and of the student
 
     @property
-    def named(self) -> str:
-        return f"layer {self.index} of the student and layer {self.source} of the teacher, which it begins as"
+    def description(self) -> str:
+        return f"layer {self.index} of the student and layer {self.source} of the teacher, its source,"
 
 
 def student_cuts(teacher: Definition, student: Definition, *, chosen: Sequence[int]) -> dict[str, Cut]:
-    """What each parameter and buffer of the student is cut from, by logical path; a buffer that the teacher
-    has not is left out.
+    """Return the cut for each parameter and buffer of the student, by logical path.
 
-    Settings that change what the same parameters compute (a window, the base of the positions) are warned of
-    where they differ.
+    Buffers that the teacher does not have are left out. Logs a warning where settings differ that change what
+    the same parameters compute (a window, the base of the positions).
 
     Args:
+      teacher: definition of the teacher.
+      student: definition of the student.
       chosen: the teacher's layer for each of the student's.
 
     Raises:
-      ValueError: the student has what the teacher has not, lacks what it has, is wider, or is of another
-        kind.
+      ValueError: the student has a parameter that the teacher lacks, lacks one that it has, is wider, or has
+        another kind of layer.
     """
     if teacher.config.norm_kind is not student.config.norm_kind:
         raise ValueError(
-            f"model.norm_kind is {teacher.config.norm_kind.value} in the teacher, whose scales mean "
-            "something else to "
-            f"{student.config.norm_kind.value}: set it to the same"
+            f"model.norm_kind is {teacher.config.norm_kind.value} in the teacher, whose scales have another "
+            f"meaning for {student.config.norm_kind.value}: set it to the same"
         )
     blocks = list(teacher.config.blocks())
     pairs = [
@@ -127,24 +123,25 @@ def student_cuts(teacher: Definition, student: Definition, *, chosen: Sequence[i
     for pair in pairs:
         _check_kinds(pair)
     _warn_of_settings(pairs, teacher.config, student.config)
-    theirs = _shapes(teacher, teacher.params) | _shapes(teacher, teacher.buffers)
+    teacher_shapes = _shapes(teacher, teacher.params) | _shapes(teacher, teacher.buffers)
     buffers = _shapes(student, student.buffers)
     cuts = {}
     for name, shape in (_shapes(student, student.params) | buffers).items():
         pair = pairs[int(name.split("/")[1])] if name.startswith("layers/") else None
         source = name if pair is None else f"layers/{pair.source}/{_within(name)}"
-        source = EMBEDDING if name == HEAD and HEAD not in theirs else source
-        if source in theirs:
-            kept = _kept(name, source, theirs[source], shape, pair)
+        source = EMBEDDING if name == HEAD and HEAD not in teacher_shapes else source
+        if source in teacher_shapes:
             cuts[name] = Cut(
-                source=source, kept=kept, scale=1.0 if pair is None else _scale(theirs[source], shape)
+                source=source,
+                indices=_indices(name, source, teacher_shapes[source], shape, pair),
+                scale=1.0 if pair is None else _scale(teacher_shapes[source], shape),
             )
         elif name not in buffers:
             raise ValueError(
-                f"the student has {name}, and the teacher has no {source} to begin it as: leave it out of "
-                "the student's model"
+                f"the student has {name}, and the teacher has no {source} to initialise it from: leave it "
+                "out of the student's model"
             )
-    _refuse_losses(theirs, cuts, pairs)
+    _refuse_dropped(teacher_shapes, cuts, pairs)
     return cuts
 
 
@@ -153,31 +150,32 @@ def _shapes(definition: Definition, params: Mapping[str, Any]) -> dict[str, tupl
 
 
 def _within(name: str) -> str:
-    """layers/3/mixer/query/weight -> mixer/query/weight."""
+    """Return the path within the layer: layers/3/mixer/query/weight -> mixer/query/weight."""
     return name.split("/", 2)[2]
 
 
-def _refuse_losses(theirs: Mapping[str, Any], cuts: Mapping[str, Cut], pairs: Sequence[_Pair]) -> None:
-    """Without one of its parameters a layer computes something else. (A head in the place of which the
-    embedding is used is let go.)
+def _refuse_dropped(teacher_names: Iterable[str], cuts: Mapping[str, Cut], pairs: Sequence[_Pair]) -> None:
+    """Raise ValueError if a parameter of the teacher has no counterpart in the student.
+
+    Without one of its parameters a layer computes another function. The head is an exception: a student with
+    a tied head uses the embedding instead.
     """
-    for name in theirs:
+    for name in teacher_names:
         layer = int(name.split("/")[1]) if name.startswith("layers/") else None
-        students = (
-            [name]
-            if layer is None
-            else [f"layers/{pair.index}/{_within(name)}" for pair in pairs if pair.source == layer]
-        )
-        if lost := [own for own in students if own not in cuts and own != HEAD]:
+        if layer is None:
+            counterparts = [name]
+        else:
+            counterparts = [f"layers/{pair.index}/{_within(name)}" for pair in pairs if pair.source == layer]
+        if missing := [path for path in counterparts if path not in cuts and path != HEAD]:
             raise ValueError(
-                f"the teacher has {name}, without which it computes something else, and the student has no "
-                f"{lost[0]}: give its model one"
+                f"the teacher has {name}, without which it computes another function, and the student has no "
+                f"{missing[0]}: add it to the student's model"
             )
 
 
 # Kinds and settings -----------------------------------------------------------------------------------------
 def _check_kinds(pair: _Pair) -> None:
-    """Raises ValueError where the parameters of one layer mean nothing to the other."""
+    """Raise ValueError if the parameters of one layer have no meaning in the other."""
     theirs = pair.teacher
     ours = pair.student
     for part in ("mixer", "ffn"):
@@ -185,36 +183,34 @@ def _check_kinds(pair: _Pair) -> None:
         if kinds[0] is not kinds[1]:
             names = ["none" if kind is type(None) else kind.__name__ for kind in kinds]
             raise ValueError(
-                f"{pair.named}, differ in kind: {part} is {names[1]} here and {names[0]} there; choose other "
-                "layers, or another kind"
+                f"{pair.description} differ in kind: {part} is {names[1]} here and {names[0]} there; choose "
+                "other layers, or another kind"
             )
     for what, values in _same_settings(pair):
         if values[0] != values[1]:
             raise ValueError(
-                f"{pair.named}, differ in {what}: {_shown(values[1])} here and {_shown(values[0])} there. "
-                "Set it to the same"
+                f"{pair.description} differ in {what}: {_shown(values[1])} here and {_shown(values[0])} "
+                "there. Set it to the same"
             )
     if isinstance(theirs.mixer, AttentionConfig) and isinstance(ours.mixer, AttentionConfig):
         groups = [mixer.num_heads // mixer.kv_heads for mixer in (theirs.mixer, ours.mixer)]
         if groups[1] > groups[0]:
             raise ValueError(
                 f"layers/{pair.index}/mixer/query/weight has {groups[1]} query heads for each key-value head "
-                "in the student, and that of "
-                f"the teacher's layer {pair.source} has {groups[0]}: take as many key-value heads as the "
-                "teacher has, or fewer query heads"
+                f"in the student, and that of the teacher's layer {pair.source} has {groups[0]}: take as "
+                "many key-value heads as the teacher has, or fewer query heads"
             )
 
 
 def _same_settings(pair: _Pair) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Settings in which the layers must agree, with the teacher's and the student's."""
+    """Yield the settings in which the layers must agree, with the teacher's and the student's value."""
     theirs = pair.teacher.mixer
     ours = pair.student.mixer
     yield "the place of their norms", (pair.teacher.norm, pair.student.norm)
     if isinstance(theirs, AttentionConfig) and isinstance(ours, AttentionConfig):
         shapes = [config.layer_shape() for config in pair.widths]
         yield "qk_norm", (theirs.qk_norm, ours.qk_norm)
-        # The pairs of a head's dims turn by frequencies that depend on how many there are: none could be left
-        # out.
+        # The dims of a head rotate in pairs, by frequencies that depend on their number: none can be dropped.
         yield (
             "head_dim, which cannot be cut (rotary positions)",
             (theirs.resolved_head_dim(shapes[0]), ours.resolved_head_dim(shapes[1])),
@@ -229,8 +225,9 @@ def _shown(value: Any) -> Any:
 
 
 def _warn_of_settings(pairs: Sequence[_Pair], teacher: ModelConfig, student: ModelConfig) -> None:
-    """Warn of settings that differ and that no parameter shows. A default and its value written out are the
-    same.
+    """Log a warning for settings that differ and that no parameter shows.
+
+    An explicit default is no difference.
     """
     blocks = [list(canonical(config).blocks()) for config in (teacher, student)]
     differing: dict[tuple[str, Any, Any], list[str]] = {}
@@ -240,28 +237,29 @@ def _warn_of_settings(pairs: Sequence[_Pair], teacher: ModelConfig, student: Mod
         theirs_block = blocks[0][pair.source]
         our_block = blocks[1][pair.index]
         parts = [(theirs_block.mixer, our_block.mixer), (theirs_block.ffn, our_block.ffn)]
-        found = [("passes", theirs_block.num_loops, our_block.num_loops)] + [
+        settings = [("num_loops", theirs_block.num_loops, our_block.num_loops)] + [
             (field.name, getattr(theirs, field.name), getattr(ours, field.name))
             for theirs, ours in parts
             if theirs is not None
             for field in dataclasses.fields(theirs)
             if field.name not in (*_SIZES, *_OF_TRAINING)
         ]
-        for setting in found:
+        for setting in settings:
             differing.setdefault(setting, []).append(str(pair.index))
-    for (name, theirs, ours), places in differing.items():
+    for (name, theirs, ours), layers in differing.items():
         if theirs != ours:
-            where = f" of layer {', '.join(places)}" if places else ""
+            where = f" of layer {', '.join(layers)}" if layers else ""
             change = f"{name}{where} is {_shown(ours)}, and was {_shown(theirs)} in the teacher"
-            log.warning("init: %s: its parameters are not used to that", change)
+            log.warning("init: %s: its parameters were not trained for that", change)
 
 
 # Indices ----------------------------------------------------------------------------------------------------
-def _kept(
+def _indices(
     name: str, source: str, theirs: tuple[int, ...], ours: tuple[int, ...], pair: _Pair | None
 ) -> tuple[Dim, ...]:
-    """The teacher's indices that stay, dim by dim. Raises ValueError for a student that is wider, or cut
-    where nothing says how.
+    """Return the teacher's indices that stay, for each dim.
+
+    Raises ValueError for a student that is wider, or that is narrower inside a part of an unknown kind.
     """
     if name in TABLES:
         ours = (theirs[0], *ours[1:])
@@ -271,8 +269,8 @@ def _kept(
     if tuple(map(len, dims)) != ours:
         raise ValueError(
             f"{name} is {list(ours)} in the student, and {source} of the teacher is {list(theirs)}: a "
-            "student is cut out of its teacher, "
-            "and cannot be wider than it. Make it narrower, or begin with fresh parameters"
+            "student is cut out of its teacher, and cannot be wider than it. Make it narrower, or start from "
+            "fresh parameters"
         )
     if pair is not None:
         part = getattr(pair.student, _within(name).split("/")[0], None)
@@ -283,22 +281,21 @@ def _kept(
         if inner and part is not None and type(part) not in KNOWN_PARTS:
             raise ValueError(
                 f"{name} is {list(ours)} in the student, and {source} of the teacher is {list(theirs)}: how "
-                "the inside of "
-                f"{type(part).__name__} is cut is not known. Leave its own sizes as the teacher has them"
+                f"the inside of {type(part).__name__} is cut is not known. Leave its own sizes as the "
+                "teacher has them"
             )
     return tuple(dims)
 
 
 def _scale(theirs: tuple[int, ...], ours: tuple[int, ...]) -> float:
-    """The root of how many times fewer numbers an output of a matrix [.., in, out] is the sum of: its
-    variance stays about what it was.
-    """
+    """Return the factor that keeps the variance of outputs of a matrix [..., in, out] with fewer inputs."""
     return math.sqrt(theirs[-2] / ours[-2]) if len(ours) > 1 else 1.0
 
 
 def _unusual_dims(pair: _Pair) -> dict[str, tuple[int, Dim]]:
-    """Dims of a mixer's parameters that hold more than one thing, by the path in the layer: which dim, and
-    what stays of it.
+    """Return the dims of a mixer's parameters that are not cut by leading indices, by path in the layer.
+
+    The values are the number of the dim and the indices that stay.
     """
     theirs = pair.teacher.mixer
     ours = pair.student.mixer
@@ -316,12 +313,12 @@ def _unusual_dims(pair: _Pair) -> dict[str, tuple[int, Dim]]:
             for name in ("scale", "bias")
             if theirs.qk_norm is QkNorm.ALL_HEADS
         }
-        own = {
+        projections = {
             "mixer/query/weight": (1, queries),
             "mixer/query/bias": (0, queries),
             "mixer/output/weight": (0, queries),
         }
-        return own | normed | {"mixer/sinks": (0, heads)}
+        return projections | normed | {"mixer/sinks": (0, heads)}
     if isinstance(theirs, LatentAttentionConfig) and isinstance(ours, LatentAttentionConfig):
         # The latent, then the one rotated key.
         columns = np.concatenate(

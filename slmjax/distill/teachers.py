@@ -1,15 +1,16 @@
-"""Teachers beside a run: frozen models that read the student's batches and hand over hidden states and heads,
-not logits.
+"""Teachers of a run: frozen models that read the student's batches and return hidden states and heads.
 
-    plans = plan_teachers(distill, student, sequence_length=256, mesh=mesh, tokenizer=tokenizer)   # reads
-    settings alone teachers = Teachers(plans, num_parts=1)
-    # loads the arrays outputs = teachers(batch)
-    # jitted calls of their own
+    plans = plan_teachers(distill, student, sequence_length=256, ...)   # reads settings, no arrays
+    teachers = Teachers(plans, num_microbatches=1)                      # loads the arrays
+    outputs = teachers(batch)                                           # a jitted call for each teacher
 
-A teacher is in no optimizer, average or checkpoint, and has no gradient: it is no part of the train step,
-which is only given what it says. It has its own precision and, where asked for, a mesh of its own, over the
-same devices or over others; on others it reads the next batch while the student still learns from the last,
+A teacher is in no optimizer, average or checkpoint, and has no gradient: it is not part of the train step,
+which only receives its outputs. It has its own precision and, if set, its own mesh, over the same devices or
+over others. On other devices it reads the next batch while the student still learns from the last one,
 because calls are only queued.
+
+Hidden states are passed and not logits: they are smaller by the factor of the vocabulary over the width, and
+the loss computes logits in chunks.
 
 Dims: B rows, T time, E a teacher's width, V rows of the student's table.
 """
@@ -45,24 +46,25 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherPlan:
-    """All of a teacher but its arrays."""
+    """A teacher without its arrays."""
 
     settings: TeacherConfig
-    definition: Definition  # with its own formats, where it has any: `kept` decodes
+    definition: Definition  # with its number formats, if it has any: `stored` dequantizes
     mesh: Mesh  # where it computes
-    student_mesh: Mesh  # where what it says is wanted
+    student_mesh: Mesh  # where its outputs are used
     num_rows: int  # of the student's table
-    vocab_size: int  # tokens that both have: rows behind them are padding
-    overlap: int  # of its windows, where rows are longer than its context
+    vocab_size: int  # tokens that both have: rows after them are padding
+    overlap: int  # of its windows, where sequences are longer than its context
 
     @property
     def dtype(self) -> Any:
-        """In what it computes."""
+        """Return the dtype of its computation."""
         return self.definition.config.layer_shape().dtype
 
-    def kept(self, params: Params) -> Params:
-        """Its parameters as they are kept: matrices in the dtype of the computation, which rounds them
-        anyway.
+    def stored(self, params: Params) -> Params:
+        """Return its parameters for use in every step: matrices in the dtype of the computation.
+
+        The computation casts them to this dtype anyway, except those of a router, which stays in float32.
         """
 
         def cast(path: str, leaf: Array) -> Array:
@@ -79,7 +81,7 @@ class TeacherPlan:
         segment_ids: Int[Array, "B T"],
         positions: Int[Array, "B T"],
     ) -> Float[Array, "B T E"]:
-        """Its final hidden states of some rows."""
+        """Return its final hidden states, in windows if its context is shorter than the rows."""
         model = self.definition.merge_effective(params, buffers)
 
         def run(tokens: Array, segment_ids: Array, positions: Array) -> Array:
@@ -89,42 +91,41 @@ class TeacherPlan:
         return windowed(run, tokens, segment_ids, positions, context_length=length, overlap=self.overlap)
 
     def head(self, params: Params, buffers: Params) -> losses.Head:
-        """Its head, with as many rows as the student's table has."""
+        """Return its head, with as many rows as the student's table has."""
         head = losses.fit_rows(self.definition.merge_effective(params, buffers).make_head(), self.num_rows)
         return dataclasses.replace(head, vocab_size=self.vocab_size)
 
-    def kept_shapes(self) -> Params:
-        """Shapes, dtypes and shardings of its parameters as they are kept."""
-        kept = jax.eval_shape(self.kept, self.definition.params)
-        return shapes_with_shardings(kept, parameter_shardings(kept, self.mesh))
+    def stored_shapes(self) -> Params:
+        """Return shapes, dtypes and shardings of its stored parameters."""
+        stored = jax.eval_shape(self.stored, self.definition.params)
+        return shapes_with_shardings(stored, parameter_shardings(stored, self.mesh))
 
     def output_shapes(self, batch_size: int, length: int) -> losses.TeacherOutput:
-        """What it hands over for a batch: shapes, dtypes and shardings."""
+        """Return shapes, dtypes and shardings of its output for a batch."""
         shape = (batch_size, length, self.definition.config.embed_dim)
-        place = named_sharding(HIDDEN, shape, self.student_mesh)
-        head = jax.eval_shape(
-            self.head, jax.eval_shape(self.kept, self.definition.params), self.definition.buffers
-        )
-        head = shapes_with_shardings(head, _head_places(head, self.student_mesh))
-        return losses.TeacherOutput(hidden=jax.ShapeDtypeStruct(shape, self.dtype, sharding=place), head=head)
+        sharding = named_sharding(HIDDEN, shape, self.student_mesh)
+        hidden = jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharding)
+        stored = jax.eval_shape(self.stored, self.definition.params)
+        head = jax.eval_shape(self.head, stored, self.definition.buffers)
+        head = shapes_with_shardings(head, _head_shardings(head, self.student_mesh))
+        return losses.TeacherOutput(hidden=hidden, head=head)
 
 
-HIDDEN = ("batch", "time", None)
+HIDDEN = ("batch", "time", None)  # logical dims of hidden states
 
 
-def _head_places(head: losses.Head, mesh: Mesh) -> losses.Head:
+def _head_shardings(head: losses.Head, mesh: Mesh) -> losses.Head:
     return jax.tree.map(
         lambda leaf: NamedSharding(mesh, partition_spec("head/weight", leaf.shape, mesh)), head
     )
 
 
 # Before anything is loaded ----------------------------------------------------------------------------------
-def divided_devices(distill: DistillConfig | None, devices: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """The student's devices and the teachers': all of them for both, or those that the teachers have for
-    themselves.
+def split_devices(distill: DistillConfig | None, devices: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Return the student's and the teachers' devices: disjoint if `distill.devices` is set, else all for both.
 
     Raises:
-      ValueError: the teachers would leave the student none, or there are several hosts.
+      ValueError: no device would be left for the student, or there are several hosts.
     """
     count = None if distill is None or distill.weight.is_zero else distill.devices
     if count is None:
@@ -151,17 +152,18 @@ def plan_teachers(
     teacher_mesh: Mesh,
     tokenizer: Tokenizer | None,
 ) -> tuple[TeacherPlan, ...]:
-    """The teachers of a student, from their settings and vocabularies alone.
+    """Return plans for the teachers of a student, from their settings and vocabularies, without arrays.
 
     Args:
-      student: its config, with a vocabulary size.
+      distill: the teachers and how they are used.
+      student: config of the student, with a vocabulary size.
       sequence_length: tokens of a row.
-      mesh: the student's.
-      teacher_mesh: the teachers', which may be the same.
-      tokenizer: the student's; None: not compared, for plans without text.
+      mesh: mesh of the student.
+      teacher_mesh: mesh of the teachers, which may be the same.
+      tokenizer: tokenizer of the student; None: vocabularies are not compared, for plans without text.
 
     Raises:
-      ValueError: a teacher's directory, context or vocabulary does not fit, with the way out.
+      ValueError: a teacher's directory, context or vocabulary does not fit; the message says what to change.
     """
     if mesh is not teacher_mesh and jax.process_count() > 1:
         raise ValueError(
@@ -177,9 +179,8 @@ def plan_teachers(
         if length < sequence_length and distill.short_context is ShortContext.REFUSE:
             raise ValueError(
                 f"the teacher {path} reads {length} tokens at most, and rows have "
-                f"data.sequence_length={sequence_length}: shorten them, "
-                "or have it read them in windows with "
-                f"objective.distill.short-context={ShortContext.WINDOW.value}"
+                f"data.sequence_length={sequence_length}: reduce it, or let the teacher read rows in windows "
+                f"with objective.distill.short-context={ShortContext.WINDOW.value}"
             )
         vocab_size = min(student.known_vocab_size, config.known_vocab_size)
         if tokenizer is not None:
@@ -187,9 +188,8 @@ def plan_teachers(
             vocab_size = min(vocab_size, tokenizer.vocab_size)
         overlap = default_overlap(length) if distill.overlap is None else distill.overlap
         if length < sequence_length:
-            num_windows(
-                sequence_length, context_length=length, overlap=overlap
-            )  # or an error, before anything is read or written
+            # Raises for an overlap that does not fit, before anything is read or written.
+            num_windows(sequence_length, context_length=length, overlap=overlap)
         plans.append(
             TeacherPlan(
                 settings=settings,
@@ -205,9 +205,7 @@ def plan_teachers(
 
 
 def _check_vocabulary(tokenizer: Tokenizer, path: Path) -> None:
-    """Refuses a teacher that means other tokens by the same ids; how many rows of padding a model has is its
-    own affair.
-    """
+    """Raise ValueError for a teacher whose ids stand for other tokens; rows of padding may differ."""
     if not (path / "tokenizer").is_dir():
         raise ValueError(
             f"the teacher {path} has no tokenizer to compare with the student's: import it again with "
@@ -217,53 +215,59 @@ def _check_vocabulary(tokenizer: Tokenizer, path: Path) -> None:
     if (id := tokenizer.differs_at(other)) is not None:
         raise ValueError(
             f"token {id} is {tokenizer.name_of(id)!r} to the student and {other.name_of(id)!r} to the "
-            f"teacher {path}: they must have the "
-            f"same tokens. Give the experiment the teacher's, FileTokenizer(path='{path / 'tokenizer'}'), as "
-            "--teacher does"
+            f"teacher {path}: they must have the same tokens. Set the experiment's tokenizer to the "
+            f"teacher's, FileTokenizer(path='{path / 'tokenizer'}'), as --teacher does"
         )
 
 
 # The teachers -----------------------------------------------------------------------------------------------
 class Teachers:
-    """Loaded teachers: called with a batch, they give what they say of it."""
+    """Loaded teachers: called with a batch, they return their outputs for it."""
 
-    def __init__(self, plans: Sequence[TeacherPlan], *, num_parts: int) -> None:
-        """Loads their arrays. Batches are read in `num_parts` parts, one after the other, as the student
-        does.
-        """
+    def __init__(self, plans: Sequence[TeacherPlan], *, num_microbatches: int) -> None:
+        """Load the arrays. Training batches are read in as many microbatches as the student's."""
         self.plans = tuple(plans)
-        self._num_parts = num_parts
+        self._num_microbatches = num_microbatches
         loaded = [_load(plan) for plan in self.plans]
         self._arrays = [arrays for arrays, _ in loaded]
         self._heads = [head for _, head in loaded]
         self._calls = [
-            jax.jit(functools.partial(_in_parts, plan), static_argnames="num_parts") for plan in self.plans
+            jax.jit(functools.partial(_in_microbatches, plan), static_argnames="num_microbatches")
+            for plan in self.plans
         ]
 
-    def __call__(self, batch: Batch, *, in_parts: bool = True) -> tuple[losses.TeacherOutput, ...]:
-        """Hidden states of a placed batch, placed like it, and heads.
+    def __call__(self, batch: Batch, *, in_microbatches: bool = True) -> tuple[losses.TeacherOutput, ...]:
+        """Return hidden states, sharded as the batch is, and heads.
 
         Args:
-          in_parts: whether the batch is one of training, which is read in parts.
+          batch: a batch on the student's mesh.
+          in_microbatches: read the batch in microbatches, as training does; an evaluation reads it at once.
         """
-        rows = (batch.tokens, batch.segment_ids, batch.positions)
-        found = []
+        num_microbatches = self._num_microbatches if in_microbatches else 1
+        outputs = []
         for plan, arrays, head, call in zip(self.plans, self._arrays, self._heads, self._calls, strict=True):
-            given = rows
+            inputs = (batch.tokens, batch.segment_ids, batch.positions)
             if plan.mesh is not plan.student_mesh:
-                given = jax.device_put(rows, named_sharding(HIDDEN[:2], batch.tokens.shape, plan.mesh))
+                inputs = jax.device_put(inputs, named_sharding(HIDDEN[:2], batch.tokens.shape, plan.mesh))
             with jax.set_mesh(plan.mesh):
-                hidden = call(*arrays, *given, num_parts=self._num_parts if in_parts else 1)
+                hidden = call(*arrays, *inputs, num_microbatches=num_microbatches)
             if plan.mesh is not plan.student_mesh:
                 hidden = jax.device_put(hidden, named_sharding(HIDDEN, hidden.shape, plan.student_mesh))
-            found.append(losses.TeacherOutput(hidden=hidden, head=head))
-        return tuple(found)
+            outputs.append(losses.TeacherOutput(hidden=hidden, head=head))
+        return tuple(outputs)
 
 
 def load_teacher(path: Path, student: Loaded) -> Teachers:
-    """A teacher to compare a trained model with, on one device; in windows, if its context is the shorter.
+    """Return a teacher to compare a trained model with, on one device; in windows, if its context is shorter.
 
-    Warns where the teacher was trained on text that the student holds out. Raises what `plan_teachers` does.
+    Logs a warning if the teacher was trained on text that the student holds out.
+
+    Args:
+      path: run directory, or directory of an imported model.
+      student: the trained model.
+
+    Raises:
+      ValueError: the teacher does not fit the student (`plan_teachers`).
     """
     for sentence in overlap_with_own(path, student.path):
         log.warning(sentence)
@@ -279,14 +283,13 @@ def load_teacher(path: Path, student: Loaded) -> Teachers:
         teacher_mesh=mesh,
         tokenizer=student.tokenizer,
     )
-    return Teachers(plans, num_parts=1)
+    return Teachers(plans, num_microbatches=1)
 
 
 def _load(plan: TeacherPlan) -> tuple[tuple[Params, Params], losses.Head]:
-    """A teacher's arrays on its mesh, and its head on the student's."""
+    """Return a teacher's parameters and buffers on its mesh, and its head on the student's mesh."""
     definition = plan.definition
     mesh = plan.mesh
-
     like = [
         shapes_with_shardings(tree, parameter_shardings(tree, mesh))
         for tree in (definition.params, definition.buffers)
@@ -295,43 +298,43 @@ def _load(plan: TeacherPlan) -> tuple[tuple[Params, Params], losses.Head]:
         _, params, buffers = read_parameters(
             Path(plan.settings.path), definition.config, *like, step=plan.settings.step
         )
-        # No shardings are asked for: what does not change is then not copied, and what does stays where it
-        # is.
-        params = jax.jit(plan.kept)(params)
+        # Without out_shardings, arrays that do not change are not copied, and the others stay where they are.
+        params = jax.jit(plan.stored)(params)
         head = jax.jit(plan.head)(params, buffers)
         if mesh is plan.student_mesh:
-            head = _placed_head(head, mesh)
+            head = _resharded_head(head, mesh)
     if mesh is not plan.student_mesh:
-        return (params, buffers), jax.device_put(head, _head_places(head, plan.student_mesh))
-    # Hidden states need no free head: it is not kept a second time.
-    return (
-        {path: head.weight if path == "head/weight" else leaf for path, leaf in params.items()},
-        buffers,
-    ), head
+        return (params, buffers), jax.device_put(head, _head_shardings(head, plan.student_mesh))
+    # Hidden states do not need an untied head: the one that the loss uses stands in for it, so that its
+    # memory is not taken twice.
+    params = {path: head.weight if path == "head/weight" else leaf for path, leaf in params.items()}
+    return (params, buffers), head
 
 
-def _placed_head(head: losses.Head, mesh: Mesh) -> losses.Head:
-    """A head whose table may have other rows than the teacher's, and so another place: moved once, here, and
-    not in every step.
+def _resharded_head(head: losses.Head, mesh: Mesh) -> losses.Head:
+    """Return the head with the sharding that the loss needs, so that no step has to move it.
 
-    From columns to rows it goes by way of both, which devices do by exchanging parts; straight on, each would
-    hold the whole table.
+    Its table may have other rows than the teacher's, and so another sharding.
     """
-    places = _head_places(head, mesh)
-    if head.weight.sharding.is_equivalent_to(places.weight, head.weight.ndim):
+    shardings = _head_shardings(head, mesh)
+    if head.weight.sharding.is_equivalent_to(shardings.weight, head.weight.ndim):
         return head
-    move = jax.jit(
-        lambda table: communication.constrain(table, ("vocab", "embed")), out_shardings=places.weight
+    # From sharded columns to sharded rows by way of both: devices then exchange parts, while the direct way
+    # would replicate the table on each of them.
+    reshard = jax.jit(
+        lambda table: communication.constrain(table, ("vocab", "embed")), out_shardings=shardings.weight
     )
-    return dataclasses.replace(head, weight=move(head.weight))
+    return dataclasses.replace(head, weight=reshard(head.weight))
 
 
-def _in_parts(
-    plan: TeacherPlan, params: Params, buffers: Params, *rows: Array, num_parts: int
+def _in_microbatches(
+    plan: TeacherPlan, params: Params, buffers: Params, *rows: Array, num_microbatches: int
 ) -> Float[Array, "B T E"]:
-    if num_parts == 1:
+    if num_microbatches == 1:
         return communication.constrain(plan.hidden(params, buffers, *rows), HIDDEN)
-    parts = tuple(communication.split_microbatches(array, num_microbatches=num_parts) for array in rows)
+    parts = tuple(
+        communication.split_microbatches(array, num_microbatches=num_microbatches) for array in rows
+    )
     return communication.join_microbatches(
         jax.lax.map(lambda part: plan.hidden(params, buffers, *part), parts)
     )

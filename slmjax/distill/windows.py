@@ -1,20 +1,20 @@
-"""A teacher whose context is shorter than the rows: it reads them in overlapping windows, and its hidden
-states are put together again.
+"""Teachers with a short context: sequences are read in overlapping windows, whose hidden states are joined.
 
     hidden = windowed(run_teacher, tokens, segment_ids, positions, context_length=2048, overlap=512)
 
-With a context of 4 and an overlap of 2, a row of seven tokens is read in three windows (`.` is padding, and
-in brackets are the states that are kept):
+With a context of 4 and an overlap of 2, a row of seven tokens is read in three windows (`.` is padding; the
+hidden states in brackets are used):
 
     window 0   [t0 t1 t2 t3]
     window 1         t2 t3 [t4 t5]
     window 2               t4 t5 [t6 .]
 
-The first window is kept whole, and of each further one the part that no earlier window held: every state is
-the one with the most context that any window gives it, which is at least `overlap` tokens, or the whole of
-its document before it. It costs W / (W - overlap) times the tokens.
+All states of the first window are used, and of each further window those of the tokens that are new. Every
+state is then the one with the most context that any window gives it: at least `overlap` tokens, or all of its
+document before it. The cost is W / (W - overlap) times the tokens.
 
-Dims: B rows, T tokens of a row, N windows of a row, W the teacher's context, D width of the teacher.
+Dims: B rows, T tokens of a row, N windows of a row, W the teacher's context, M rows of windows, D width of
+the teacher.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 
 def num_windows(length: int, *, context_length: int, overlap: int) -> int:
-    """How many windows a row of `length` tokens is read in.
+    """Return the number of windows for a row of `length` tokens.
 
     Raises:
       ValueError: the overlap leaves no new token in a window.
@@ -34,8 +34,7 @@ def num_windows(length: int, *, context_length: int, overlap: int) -> int:
     if not 0 <= overlap < context_length:
         raise ValueError(
             f"an overlap of {overlap} tokens does not fit the teacher's context of {context_length}: choose "
-            "one from 0 to "
-            f"{context_length - 1}; a quarter of the context is usual"
+            f"one from 0 to {context_length - 1}; a quarter of the context is usual"
         )
     return 1 + max(0, -(-(length - context_length) // (context_length - overlap)))
 
@@ -49,14 +48,17 @@ def windowed(
     context_length: int,
     overlap: int,
 ) -> Float[Array, "B T D"]:
-    """The hidden states of rows by a model that is never given more than `context_length` tokens at a time.
+    """Return hidden states from a model that reads at most `context_length` tokens at a time.
 
-    Rows that fit are given to it as they are. Where they do not, positions begin at 0 with each piece of a
-    document in a window; what lies beyond the end of a row is token 0 of segment 0, padding.
+    Rows that fit are passed on unchanged. In longer ones, positions start at 0 with each piece of a document
+    in a window; beyond the end of a row there is padding, token 0 of segment 0.
 
     Args:
-      fn: tokens, segment ids and positions, [B * N, W] each, to hidden states [B * N, W, D].
-      context_length: of the model, W.
+      fn: maps tokens, segment ids and positions, [B * N, W] each, to hidden states [B * N, W, D].
+      tokens: ids.
+      segment_ids: number of the document of each token within its row; 0 is padding.
+      positions: position of each token in its document.
+      context_length: context of the model, W.
       overlap: tokens of context that each further window repeats, fewer than W.
 
     Raises:
@@ -69,18 +71,20 @@ def windowed(
     stride = context_length - overlap
     index = stride * np.arange(count)[:, None] + np.arange(context_length)  # [N, W], into the padded row
     padding = ((0, 0), (0, int(index[-1, -1]) + 1 - length))
-    parts = [
-        jnp.pad(rows, padding)[:, index].reshape(num_rows * count, context_length)
-        for rows in (tokens, segment_ids, positions)
-    ]
-    hidden = fn(parts[0], parts[1], restarted(parts[2], segment_ids=parts[1]))
+    window_tokens, window_segments, window_positions = (
+        jnp.pad(x, padding)[:, index].reshape(num_rows * count, context_length)
+        for x in (tokens, segment_ids, positions)
+    )
+    # The model knows positions up to its context length: those of a long document go beyond it.
+    window_positions = restarted(window_positions, segment_ids=window_segments)
+    hidden = fn(window_tokens, window_segments, window_positions)
     hidden = hidden.reshape(num_rows, count, context_length, hidden.shape[-1])
     rest = hidden[:, 1:, overlap:].reshape(num_rows, (count - 1) * stride, hidden.shape[-1])
     return jnp.concatenate([hidden[:, 0], rest], axis=1)[:, :length]
 
 
 def restarted(positions: Int[Array, "M W"], *, segment_ids: Int[Array, "M W"]) -> Int[Array, "M W"]:
-    """Positions that begin at 0 where a segment begins in its window, with the steps that they had."""
-    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    first = jax.lax.cummax(jnp.where(begins, jnp.arange(positions.shape[1])[None, :], 0), axis=1)
+    """Return positions that start at 0 with each segment of a window, with unchanged differences."""
+    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    first = jax.lax.cummax(jnp.where(starts, jnp.arange(positions.shape[1])[None, :], 0), axis=1)
     return positions - jnp.take_along_axis(positions, first, axis=1)

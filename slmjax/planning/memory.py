@@ -130,7 +130,7 @@ def _state_and(compiled: int, shapes: Any, plans: Sequence[TeacherPlan], *, held
         "average": _bytes_on_a_device(shapes.ema),
     }
     shared = [
-        plan.kept_shapes()
+        plan.stored_shapes()
         for plan in plans
         if set(plan.mesh.devices.flat) & set(plan.student_mesh.devices.flat)
     ]

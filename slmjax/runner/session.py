@@ -78,7 +78,7 @@ class Setup:
         batches = self.heldout(max_documents)
         if batches is None:
             return None
-        compared = None if self.teachers is None else functools.partial(self.teachers, in_parts=False)
+        compared = None if self.teachers is None else functools.partial(self.teachers, in_microbatches=False)
         found = evaluate_batches(
             self.eval_step, state.evaluated, state.frozen, batches, mesh=self.mesh, teachers=compared
         )
@@ -196,5 +196,7 @@ def with_teachers(setup: Setup) -> Setup:
     """The setup with its teachers' parameters on the devices."""
     parts = setup.experiment.optim.accumulation_steps
     return (
-        dataclasses.replace(setup, teachers=Teachers(setup.plans, num_parts=parts)) if setup.plans else setup
+        dataclasses.replace(setup, teachers=Teachers(setup.plans, num_microbatches=parts))
+        if setup.plans
+        else setup
     )

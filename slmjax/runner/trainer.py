@@ -26,7 +26,7 @@ from slmjax.checkpoints.run_checkpoints import Checkpointer
 from slmjax.checkpoints.selection import is_better
 from slmjax.data.batch import Batch
 from slmjax.data.pipeline import BatchSource, ReadAhead
-from slmjax.distill.teachers import divided_devices
+from slmjax.distill.teachers import split_devices
 from slmjax.evaluation.bits_per_byte import EvalResult
 from slmjax.evaluation.compressors import compressed_bits_per_byte
 from slmjax.models.zoo import describe
@@ -123,7 +123,7 @@ def train(
         startup.keep_memory()
     experiment = experiment if resume is not None else with_absolute_paths(experiment)
     run = None if resume is None else run_to_resume(Path(resume), experiment)
-    mesh = make_mesh(experiment.mesh, divided_devices(experiment.objective.distill, jax.devices())[0])
+    mesh = make_mesh(experiment.mesh, split_devices(experiment.objective.distill, jax.devices())[0])
     with ledger.timed(Category.INIT):
         peak = device_peaks.peak_flops(
             jax.devices()[0], experiment.model.layer_shape().dtype, num_devices=mesh.size

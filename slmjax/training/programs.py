@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from slmjax.data.tokenizers import Tokenizer
-from slmjax.distill.teachers import TeacherPlan, divided_devices, plan_teachers
+from slmjax.distill.teachers import TeacherPlan, plan_teachers, split_devices
 from slmjax.evaluation.bits_per_byte import EvalStep, make_eval_step
 from slmjax.models.architecture import ModelConfig
 from slmjax.models.definition import Definition, define, define_for_inference
@@ -38,7 +38,7 @@ def teacher_plans(
         return ()
     own = mesh
     if distill.mesh is not None:
-        own = make_mesh(distill.mesh, divided_devices(distill, jax.devices())[1])
+        own = make_mesh(distill.mesh, split_devices(distill, jax.devices())[1])
     return plan_teachers(
         distill,
         student,

@@ -18,7 +18,7 @@ from slmjax.data.batch import Batch
 from slmjax.data.config import DataConfig
 from slmjax.data.tokenizers import ByteTokenizer, Tokenizer
 from slmjax.distill.config import DistillConfig
-from slmjax.distill.teachers import Teachers, divided_devices
+from slmjax.distill.teachers import Teachers, split_devices
 from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.definition import unstack
 from slmjax.models.ffn.mlp import MlpConfig
@@ -140,7 +140,7 @@ def build(
     *,
     mesh: MeshConfig = MeshConfig(),  # noqa: B008  # it is frozen
     num_devices: int = 1,
-    num_parts: int = 1,
+    num_microbatches: int = 1,
 ) -> Lesson:
     """As `session.set_up` makes it, without data; `num_devices` of all, or those that the teachers leave."""
     experiment = Experiment(
@@ -148,16 +148,16 @@ def build(
         data=DataConfig(sequence_length=LENGTH, batch_size=ROWS),
         objective=ObjectiveConfig(distill=distill),
         mesh=mesh,
-        optim=dataclasses.replace(OPTIM, accumulation_steps=num_parts),
+        optim=dataclasses.replace(OPTIM, accumulation_steps=num_microbatches),
         run=RunConfig(steps=TOTAL_STEPS),
     )
-    own = make_mesh(mesh, divided_devices(distill, jax.devices())[0][:num_devices])
+    own = make_mesh(mesh, split_devices(distill, jax.devices())[0][:num_devices])
     programs = make_programs(experiment, vocab_size=VOCAB, mesh=own)
     plans = teacher_plans(experiment, student, mesh=own)
     return Lesson(
         mesh=own,
         programs=programs,
-        teachers=Teachers(plans, num_parts=num_parts) if plans else None,
+        teachers=Teachers(plans, num_microbatches=num_microbatches) if plans else None,
         experiment=experiment,
         optimizer=make_optimizer(experiment.optim, programs.definition.params, total_steps=TOTAL_STEPS),
     )

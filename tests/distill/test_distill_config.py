@@ -171,11 +171,11 @@ def test_ramps(ramp: Ramp, expected: tuple[float, ...]) -> None:
         (lambda: DistillConfig(teachers=()), "distillation needs a teacher"),
         (
             lambda: DistillConfig(teachers=TEACHERS, weight=Ramp(start=0.0)),
-            "weight and hard_weight are both 0 in the end",
+            "weight and hard_weight are both 0 at the end of the run",
         ),
         (
             lambda: DistillConfig(teachers=TEACHERS, weight=Ramp(end=0.0, steps=5)),
-            "both 0 in the end: .* Keep one of them above 0",
+            "both 0 at the end of the run.*: keep one of them above 0",
         ),
         (
             lambda: DistillConfig(teachers=TEACHERS, temperature=Ramp(start=1.0, end=0.0)),

@@ -179,7 +179,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     def counted_call(self: Teachers, batch: Any, *, in_parts: bool = True) -> Any:
         counted.training += in_parts
         counted.evaluation += not in_parts
-        return call(self, batch, in_parts=in_parts)
+        return call(self, batch, in_microbatches=in_parts)
 
     monkeypatch.setattr(Teachers, "__init__", counted_load)
     monkeypatch.setattr(Teachers, "__call__", counted_call)

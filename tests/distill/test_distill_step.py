@@ -86,11 +86,11 @@ def assert_same_training(found: Lesson, expected: Lesson, *, rtol: float = 2e-4,
 
 # Meshes and microbatches ------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "num_parts", [pytest.param(2, marks=pytest.mark.nightly), 4]
+    "num_microbatches", [pytest.param(2, marks=pytest.mark.nightly), 4]
 )  # further tests have 2 parts
-def test_accumulation_changes_nothing(teacher: str, num_parts: int) -> None:
+def test_accumulation_changes_nothing(teacher: str, num_microbatches: int) -> None:
     distill = settings(teacher)
-    assert_same_training(build(distill, num_parts=num_parts), build(distill))
+    assert_same_training(build(distill, num_microbatches=num_microbatches), build(distill))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_teacher_with_a_mesh_of_its_own(teacher: str) -> None:
 def test_a_teacher_with_devices_of_its_own(teacher: str) -> None:
     """The last four are the teacher's, the first four the student's, and nothing else is different."""
     distill = settings(teacher, mesh=MeshConfig(data=2, tensor=2), devices=4)
-    lesson = build(distill, mesh=MeshConfig(data=2, fsdp=2), num_devices=4, num_parts=2)
+    lesson = build(distill, mesh=MeshConfig(data=2, fsdp=2), num_devices=4, num_microbatches=2)
     assert lesson.teachers is not None
     (plan,) = lesson.teachers.plans
     places = [[device.id for device in mesh.devices.flat] for mesh in (plan.student_mesh, plan.mesh)]
@@ -133,7 +133,7 @@ def test_what_is_drawn_does_not_depend_on_how_a_batch_is_divided(teacher: str) -
     """Three draws a token: other ones would be another loss altogether."""
     distill = settings(teacher, divergence=Sampled(draws=3))
     lesson = build(distill)
-    divided = build(distill, mesh=MeshConfig(data=1, fsdp=4, tensor=2), num_devices=8, num_parts=2)
+    divided = build(distill, mesh=MeshConfig(data=1, fsdp=4, tensor=2), num_devices=8, num_microbatches=2)
     assert_same_training(divided, lesson)
     renamed = make_batch(0)
     renamed.row_ids[:] += 1
@@ -152,7 +152,7 @@ def test_experts_accumulation_and_every_axis_at_once(teacher: str) -> None:
     """
     distill = in_half_precision(teacher, mesh=MeshConfig(data=8))
     lesson = build(
-        distill, MIXED, mesh=MeshConfig(data=1, fsdp=2, expert=2, tensor=2), num_devices=8, num_parts=2
+        distill, MIXED, mesh=MeshConfig(data=1, fsdp=2, expert=2, tensor=2), num_devices=8, num_microbatches=2
     )
     assert_same_training(lesson, build(in_half_precision(teacher), MIXED))
     _, metrics = result(lesson)

@@ -267,10 +267,10 @@ def test_a_narrower_latent_attention() -> None:
     small = dataclasses.replace(mixer, num_heads=2, latent_dim=10, query_rank=6)
     definitions = [define(of_blocks(BlockConfig(mixer=one, ffn=None))) for one in (mixer, small)]
     cuts = student_cuts(*definitions, chosen=(0,))
-    rows, columns = cuts["layers/0/mixer/latent_down/weight"].kept
+    rows, columns = cuts["layers/0/mixer/latent_down/weight"].indices
     assert len(rows) == 32 and columns.tolist() == [*range(10), *range(16, 20)]
-    assert [len(kept) for kept in cuts["layers/0/mixer/latent_up/weight"].kept] == [10, 2 * (8 + 8)]
-    assert [len(kept) for kept in cuts["layers/0/mixer/query_up/weight"].kept] == [6, 2 * (8 + 4)]
+    assert [len(index) for index in cuts["layers/0/mixer/latent_up/weight"].indices] == [10, 2 * (8 + 8)]
+    assert [len(index) for index in cuts["layers/0/mixer/query_up/weight"].indices] == [6, 2 * (8 + 4)]
     wide = define(of_blocks(BlockConfig(mixer=dataclasses.replace(mixer, rope_dim=2), ffn=None)))
     with pytest.raises(ValueError, match=r"differ in rope_dim, which cannot be cut: 2 here and 4 there"):
         student_cuts(definitions[0], wide, chosen=(0,))
@@ -418,7 +418,7 @@ class Doubled(MlpConfig):
         (
             DENSE,
             {"norm_kind": NormKind.CENTERED_RMS},
-            r"model.norm_kind is rms in the teacher, .* to centered_rms",
+            r"model.norm_kind is rms in the teacher, .* for centered_rms",
         ),
         (
             DENSE,
@@ -449,11 +449,10 @@ def test_settings_that_no_parameter_shows_are_warned_of(
     with caplog.at_level(logging.WARNING):
         student_cuts(teacher.definition, define(config), chosen=(0, 2))
     assert [record.getMessage() for record in caplog.records] == [
-        "init: logit_softcap is 30.0, and was None in the teacher: its parameters are not used to that",
+        "init: logit_softcap is 30.0, and was None in the teacher: its parameters were not trained for that",
         (
-            "init: rope_base of layer 0 is 500000.0, and was 10000.0 in the teacher: its parameters are not "
-            "used "
-            "to that"
+            "init: rope_base of layer 0 is 500000.0, and was 10000.0 in the teacher: its parameters were not "
+            "trained for that"
         ),
     ]
 

@@ -18,7 +18,7 @@ from slmjax.checkpoints.loading import read_config
 from slmjax.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 from slmjax.distill import objective as distillation
 from slmjax.distill.config import DistillConfig, Ramp, ShortContext, TeacherConfig
-from slmjax.distill.teachers import TeacherPlan, Teachers, divided_devices, plan_teachers
+from slmjax.distill.teachers import TeacherPlan, Teachers, plan_teachers, split_devices
 from slmjax.losses import (
     DistillLossConfig,
     ForwardKl,
@@ -140,7 +140,7 @@ def test_matrices_are_kept_as_they_are_computed_with(tmp_path: Path) -> None:
     """
     (plan,) = plans_of(TeacherConfig(path=str(write_teacher(tmp_path, ODD)), precision=Precision.BFLOAT16))
     model = slmjax.load_model(tmp_path)
-    kept = plan.kept(model.params)
+    kept = plan.stored(model.params)
     narrow = {path for path, leaf in kept.items() if leaf.dtype == jnp.bfloat16}
     assert (
         kept.keys() - narrow
@@ -159,7 +159,7 @@ def test_matrices_are_kept_as_they_are_computed_with(tmp_path: Path) -> None:
     expected = run(model.params)
     assert hidden.dtype == head.weight.dtype == jnp.bfloat16
     assert_bits_equal((hidden, head), expected)
-    (said,) = Teachers((plan,), num_parts=2)(BATCH)
+    (said,) = Teachers((plan,), num_microbatches=2)(BATCH)
     assert_bits_equal(said, (hidden, head))
 
 
@@ -229,7 +229,7 @@ def test_two_teachers_with_weights(teacher: Path, tmp_path: Path) -> None:
         "weight": Ramp(start=0.8),
     }
     settings = [DistillConfig(mean=mean, **how) for mean in TeacherMean]
-    said = Teachers(plans_of(*named), num_parts=1)(BATCH)
+    said = Teachers(plans_of(*named), num_microbatches=1)(BATCH)
     definition, params, _ = student()
     model = definition.merge(params, {})
     head = model.make_head()
@@ -281,7 +281,7 @@ def test_padding_of_either_vocabulary_changes_nothing(tmp_path: Path) -> None:
             teachers[name], student=dataclasses.replace(STUDENT, vocab_multiple=own), tokenizer=tokenizer
         )
         head = Head(weight=padded(table, plans[0].num_rows), vocab_size=VOCAB)
-        said = Teachers(plans, num_parts=1)(BATCH)
+        said = Teachers(plans, num_microbatches=1)(BATCH)
         assert said[0].head.weight.shape[0] == plans[0].num_rows == -(-VOCAB // own) * own
         found[name, own] = jax.jit(
             functools.partial(soft_mean, DistillConfig(teachers=(plans[0].settings,)), head=head)
@@ -340,7 +340,7 @@ def test_a_head_with_other_rows_than_its_table_is_divided_as_the_loss_wants_it(
         teacher_mesh=mesh,
         tokenizer=None,
     )
-    head = Teachers([plan], num_parts=1)._heads[0]
+    head = Teachers([plan], num_microbatches=1)._heads[0]
     wanted = plan.output_shapes(8, LENGTH).head.weight
     assert head.weight.shape == (plan.num_rows, 24) and head.weight.sharding.is_equivalent_to(
         wanted.sharding, 2
@@ -382,7 +382,7 @@ def test_a_short_context(tmp_path: Path) -> None:
         segment_ids=jnp.ones((8, LENGTH), jnp.int32),
         positions=jnp.asarray(np.tile(np.arange(LENGTH), (8, 1)), jnp.int32),
     )
-    (said,) = Teachers(plans, num_parts=2)(batch)
+    (said,) = Teachers(plans, num_microbatches=2)(batch)
     model = slmjax.load_model(path).model
 
     def direct(start: int) -> jax.Array:
@@ -412,15 +412,15 @@ def test_what_is_no_teacher(tmp_path: Path, teacher: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere is neither a run directory nor an imported model"):
         plans_of(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"is an imported model, which has no step 7"):
-        Teachers(plans_of(TeacherConfig(path=str(teacher), step=7)), num_parts=1)
+        Teachers(plans_of(TeacherConfig(path=str(teacher), step=7)), num_microbatches=1)
     assert read_config(teacher) == TEACHER
 
 
 def test_devices_that_are_divided(teacher: Path) -> None:
     distill = DistillConfig(teachers=(TeacherConfig(path=str(teacher)),), mesh=MeshConfig(), devices=3)
-    assert divided_devices(distill, range(8)) == ([0, 1, 2, 3, 4], [5, 6, 7])
-    assert divided_devices(None, range(8)) == (list(range(8)), list(range(8)))
+    assert split_devices(distill, range(8)) == ([0, 1, 2, 3, 4], [5, 6, 7])
+    assert split_devices(None, range(8)) == (list(range(8)), list(range(8)))
     with pytest.raises(
         ValueError, match=r"objective.distill.devices=3 leaves the student none of the 3 device"
     ):
-        divided_devices(distill, range(3))
+        split_devices(distill, range(3))
