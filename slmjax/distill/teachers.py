@@ -122,7 +122,7 @@ def _head_shardings(head: losses.Head, mesh: Mesh) -> losses.Head:
 
 # Before anything is loaded ----------------------------------------------------------------------------------
 def split_devices(distill: DistillConfig | None, devices: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Return the student's and the teachers' devices: disjoint if `distill.devices` is set, else all for both.
+    """Return the student's and the teachers' devices: disjoint if `distill.devices` is set, else all.
 
     Raises:
       ValueError: no device would be left for the student, or there are several hosts.
