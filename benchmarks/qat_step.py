@@ -32,10 +32,11 @@ from jax.experimental import topologies  # noqa: E402
 from slmjax import kernels
 from slmjax.data.batch import empty_batch  # noqa: E402
 from slmjax.models import zoo  # noqa: E402
-from slmjax.models.architecture import ModelConfig, Precision, Remat  # noqa: E402
-from slmjax.models.definition import define  # noqa: E402
+from slmjax.models.architecture import Precision, Remat  # noqa: E402
+from slmjax.models.definition import Definition  # noqa: E402
 from slmjax.parallel.batches import batch_shapes, place_batch
 from slmjax.parallel.mesh import MeshConfig, make_mesh
+from slmjax.quantization.fake_quantization import define_quantized  # noqa: E402
 from slmjax.quantization.rules import quant_of  # noqa: E402
 from slmjax.training import step
 from slmjax.training.objective import ObjectiveConfig
@@ -47,17 +48,14 @@ MODELS = {"nano": lambda: zoo.nano(vocab_size=4096), "12m": zoo.slm_12m, "135m":
 STEPS = 1000
 
 
-def model_of(name: str, quant: str, given: Any) -> ModelConfig:
-    phases = quant_of(quant).phases if quant else ()
-    return dataclasses.replace(
-        MODELS[name](), precision=Precision(given.dtype), remat=Remat(given.remat), quant=phases
-    )
+def definition_of(name: str, quant: str, given: Any) -> Definition:
+    config = dataclasses.replace(MODELS[name](), precision=Precision(given.dtype), remat=Remat(given.remat))
+    return define_quantized(config, quant_of(quant).phases if quant else ())
 
 
-def train_step_of(model: ModelConfig, mesh: Any) -> tuple[Any, Any, Any]:
+def train_step_of(definition: Definition, mesh: Any) -> tuple[Any, Any, Any]:
     """Definition and optimizer, shapes of the state, and the step."""
     optim = nano().optim
-    definition = define(model)
     optimizer = make_optimizer(optim, definition.params, total_steps=STEPS)
     shapes = state_shapes(definition, optimizer, with_ema=False, mesh=mesh)
     made = step.make_train_step(
@@ -81,7 +79,7 @@ def time_steps(given: Any) -> None:
     with jax.set_mesh(mesh):
         placed = place_batch(batch, mesh)
         for name in ("", *given.quant):
-            made, shapes, steps[name] = train_step_of(model_of(given.model, name, given), mesh)
+            made, shapes, steps[name] = train_step_of(definition_of(given.model, name, given), mesh)
             states[name] = init_state(*made, shapes=shapes, seed=0)
 
         def run(name: str) -> float:
@@ -118,7 +116,7 @@ def compile_steps(given: Any) -> None:
     found = {}
     for name in ("", *given.quant):
         # under the mesh it would compute there
-        _, shapes, made = train_step_of(model_of(given.model, name, given), mesh)
+        _, shapes, made = train_step_of(definition_of(given.model, name, given), mesh)
         with jax.set_mesh(mesh):
             compiled = made.lower(
                 shapes, batch_shapes(empty_batch(4 * given.rows, given.length), mesh)

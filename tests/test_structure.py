@@ -25,8 +25,8 @@ PACKAGE = ROOT / "slmjax"
 # A folder (or a file beside them) imports only from those before it. A subfolder that is listed has a place
 # of its own.
 ORDER = (
-    "startup config atomic_files parallel formats data telemetry kernels losses quantization models "
-    "quantization.schedule checkpoints quantization.ptq distill prune sampling evaluation convert training "
+    "startup config atomic_files parallel formats data telemetry kernels losses models quantization "
+    "checkpoints quantization.ptq distill prune sampling evaluation convert training "
     "planning runner studies cli __main__"
 ).split()
 

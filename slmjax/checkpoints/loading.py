@@ -1,12 +1,13 @@
 """From a directory back to a model: `load_model`, and the parts of it that training and exports need.
 
-loaded = load_model("runs/nano-...")        # or an imported model's directory
+loaded = load_model("runs/nano-...")          # or an imported model's directory
 loaded, codes = load_with_codes("runs/...")   # and the codes and scales of the weights that have a format
 """
 
 import dataclasses
 import functools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +15,38 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from slmjax import config as config_io
 from slmjax import losses
 from slmjax.checkpoints import safetensors_files
+from slmjax.checkpoints.model_file import read_config, read_quant_phases
 from slmjax.checkpoints.run_checkpoints import CheckpointConfig, Checkpointer
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.formats.coding import Encoded
 from slmjax.models.architecture import ModelConfig
 from slmjax.models.decoder import Decoder
-from slmjax.models.definition import Definition, define, define_for_inference, stored_shapes
+from slmjax.models.definition import Definition, Params, define, inference_config, stored_shapes
 from slmjax.models.paths import logical_paths
 from slmjax.parallel.rules import partition_spec
-from slmjax.quantization import weights as numeric_weights
+from slmjax.quantization import weights
 from slmjax.quantization.assignment import TABLES, TensorQuant
-from slmjax.quantization.rules import phase_at
+from slmjax.quantization.fake_quantization import define_quantized, phase_of, weight_formats
+from slmjax.quantization.rules import QuantPhase, phase_at
 
 log = logging.getLogger(__name__)
 
 Codes = dict[str, tuple[TensorQuant, Encoded]]  # by logical path, as NumPy arrays
 
 
+# Models -----------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loaded:
     """A trained model, ready to evaluate or sample from."""
 
     config: ModelConfig
+    quant_phases: tuple[QuantPhase, ...] = ()  # of the run; empty for one in floating point
     model: Decoder
-    definition: Definition
-    params: dict[str, jax.Array]
-    buffers: dict[str, jax.Array]
+    definition: Definition  # for these parameters: weights that have a format are rounded already
+    params: Params
+    buffers: Params
     path: Path
     step: int  # 0 for a model that was imported
     own_tokenizer: Tokenizer | None  # None for a model that was imported without one
@@ -58,77 +62,57 @@ class Loaded:
         return self.own_tokenizer
 
 
-def read_config(path: Path) -> ModelConfig:
-    """The architecture that a run directory or an imported model's directory holds. Raises ValueError if it
-    is none.
-    """
-    if not (path / "model.json").is_file():
-        raise ValueError(
-            f"{path} is neither a run directory nor an imported model: it has no model.json. Name the "
-            "directory that the last line of "
-            "`slmjax train` printed, or one that `slmjax import` wrote"
-        )
-    try:
-        return config_io.loads(ModelConfig, (path / "model.json").read_text())
-    except ValueError as error:
-        raise ValueError(f"{path / 'model.json'} is damaged: {error}") from error
-
-
 def load_model(path: str | Path, *, step: int | None = None) -> Loaded:
-    """The model of a run directory: the newest checkpoint, or that of `step`; averaged weights where the run
-    kept them. Or an imported one.
+    """Return the model of a run directory or of an imported model.
 
-    Needs `model.json`, `tokenizer/` and `checkpoints/` (or `weights/`) only. Arrays are replicated over the
-    current mesh, or on one device where none is set.
+    Of a run it is the newest checkpoint, or that of `step`, with averaged weights where the run stored them. Needs
+    `model.json`, `tokenizer/` and `checkpoints/` (or `weights/`) only. Arrays are replicated over the current mesh,
+    or on one device where none is set.
 
     Raises:
       ValueError: this is no such directory, or holds no intact checkpoint.
     """
-    return _decoded(_opened(Path(path), step=step))
+    return _fake_quantized(_read(Path(path), step=step))
 
 
 def load_unrounded(path: str | Path, *, step: int | None = None) -> Loaded:
-    """Return the model of a quantized run with its weights before rounding; inputs and caches are rounded as
-    in the run.
+    """Return the model of a quantized run with its weights before rounding.
+
+    Inputs and caches are quantized as in the run.
 
     Raises:
       ValueError: as `load_model`; or the directory has no such weights.
     """
-    stored = _opened(Path(path), step=step)
-    definition = stored.definition
-    if not definition.formats:
+    stored = _read(Path(path), step=step)
+    if not weight_formats(stored.definition):
         raise ValueError(
             f"{path} has no weights before rounding: name a run that was trained in number formats, at a "
             "step after they began"
         )
-    params = {
-        name: leaf
-        for name, leaf in stored.params.items()
-        if not numeric_weights.is_weight_quantizer_param(name)
-    }
-    return _loaded(stored, params, definition.decoded())
+    definition = stored.definition.transformed()
+    params = {name: leaf for name, leaf in stored.params.items() if name in definition.params}
+    return _loaded(stored, params, definition)
 
 
 def load_with_codes(path: str | Path, *, step: int | None = None) -> tuple[Loaded, Codes]:
-    """The model of a run, and the codes and scales of its weights that have a format, as they are encoded on
-    the device that this runs on.
+    """Return the model of a run, and the codes and scales of its weights that have a format.
+
+    They are encoded here, on the device that this runs on.
 
     Raises:
       ValueError: as `load_model`.
     """
-    stored = _opened(Path(path), step=step)
-    definition = stored.definition
-    coded = jax.device_get(
-        jax.jit(lambda params: numeric_weights.coded(params, definition.formats))(stored.params)
-    )
-    found: Codes = {}
-    for name, numbers in definition.formats.items():
-        for logical, one, encoded in zip(
-            logical_paths(definition.config, name), numbers, coded[name], strict=True
-        ):
-            if one is not None and encoded is not None:
-                found[logical] = (one, encoded)
-    return _decoded(stored), found
+    stored = _read(Path(path), step=step)
+    formats = weight_formats(stored.definition)
+    encode = jax.jit(lambda params: weights.encode_weights(params, formats))
+    encoded_by_path = jax.device_get(encode(stored.params))
+    codes: Codes = {}
+    for stack_path, by_layer in formats.items():
+        logical = logical_paths(stored.definition.config, stack_path)
+        for name, tensor_quant, encoded in zip(logical, by_layer, encoded_by_path[stack_path], strict=True):
+            if tensor_quant is not None and encoded is not None:
+                codes[name] = (tensor_quant, encoded)
+    return _fake_quantized(stored), codes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,41 +121,48 @@ class _Stored:
 
     path: Path
     config: ModelConfig
+    quant_phases: tuple[QuantPhase, ...]
     definition: Definition
     step: int
-    params: dict[str, jax.Array]
-    buffers: dict[str, jax.Array]
+    params: Params
+    buffers: Params
 
 
-def _opened(path: Path, *, step: int | None) -> _Stored:
+def _read(path: Path, *, step: int | None) -> _Stored:
     config = read_config(path)
-    definition = inference_definition(path, config, step=step)
+    phases = read_quant_phases(path)
+    definition = inference_definition(path, config, phases, step=step)
     mesh = jax.sharding.get_mesh()
-    place = (
-        jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        if mesh.empty
-        else NamedSharding(mesh, PartitionSpec())
-    )
+    sharding = _one_device() if mesh.empty else NamedSharding(mesh, PartitionSpec())
     like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         (definition.params, definition.buffers),
     )
     step, params, buffers = read_parameters(path, definition.config, *like, step=step)
-    if phase_at(config.quant, max(step - 1, 0)) != definition.phase and not safetensors_files.is_imported(
-        path
-    ):  # an older checkpoint was intact
-        definition = inference_definition(path, config, step=step)
-    return _Stored(path=path, config=config, definition=definition, step=step, params=params, buffers=buffers)
+    # Where the newest checkpoint is damaged an older one is read, which may be of an earlier phase.
+    is_other_phase = phase_at(phases, max(step - 1, 0)) != phase_of(definition)
+    if is_other_phase and not safetensors_files.is_imported(path):
+        definition = inference_definition(path, config, phases, step=step)
+    return _Stored(
+        path=path,
+        config=config,
+        quant_phases=phases,
+        definition=definition,
+        step=step,
+        params=params,
+        buffers=buffers,
+    )
 
 
-def _decoded(stored: _Stored) -> Loaded:
-    return _loaded(stored, *stored.definition.decode(stored.params))
+def _fake_quantized(stored: _Stored) -> Loaded:
+    return _loaded(stored, *stored.definition.transform_once(stored.params))
 
 
-def _loaded(stored: _Stored, params: dict[str, jax.Array], definition: Definition) -> Loaded:
+def _loaded(stored: _Stored, params: Params, definition: Definition) -> Loaded:
     has_tokenizer = (stored.path / "tokenizer").is_dir() or not safetensors_files.is_imported(stored.path)
     return Loaded(
         config=stored.config,
+        quant_phases=stored.quant_phases,
         model=definition.merge(params, stored.buffers),
         definition=definition,
         params=params,
@@ -182,55 +173,70 @@ def _loaded(stored: _Stored, params: dict[str, jax.Array], definition: Definitio
     )
 
 
-def inference_definition(path: Path, config: ModelConfig, *, step: int | None) -> Definition:
-    """The definition of what a directory holds, in the phase of that checkpoint; an imported model's
-    parameters are decoded already.
+def inference_definition(
+    path: Path, config: ModelConfig, phases: Sequence[QuantPhase], *, step: int | None
+) -> Definition:
+    """Return the definition for the parameters of a directory, in the phase of a checkpoint (None: the newest).
+
+    Args:
+      config: the architecture, which may be computed in another precision.
+      phases: of quantization (`read_quant_phases`). An imported model's weights are rounded already.
     """
-    definition = define_for_inference(config, step=phase_step(path, step))
-    return definition.decoded() if safetensors_files.is_imported(path) else definition
+    definition = define_quantized(inference_config(config), phases, step=phase_step(path, step))
+    return definition.transformed() if safetensors_files.is_imported(path) else definition
 
 
 def phase_step(path: Path, step: int | None) -> int | None:
-    """The training step whose rules of quantization hold for a checkpoint (None: the newest); None for an
-    imported model.
+    """Return the training step whose phase of quantization a checkpoint has; None for an imported model.
 
-    A checkpoint of step n is what its last training step, the one after n - 1, made.
+    A checkpoint of step n is the result of its last training step, the one after n - 1.
+
+    Args:
+      step: of the checkpoint; None for the newest.
     """
-    known = (
-        []
-        if safetensors_files.is_imported(path)
-        else [int(entry.name) for entry in (path / "checkpoints").glob("*") if entry.name.isdigit()]
-    )
-    saved = max(known, default=None) if step is None else step
-    return None if saved is None or safetensors_files.is_imported(path) else max(saved - 1, 0)
+    if safetensors_files.is_imported(path):
+        return None
+    if step is None:
+        entries = (path / "checkpoints").glob("*")
+        step = max((int(entry.name) for entry in entries if entry.name.isdigit()), default=None)
+    return None if step is None else max(step - 1, 0)
 
 
-def changed_rows(loaded: Loaded, coded: Codes) -> tuple[int, int] | None:
-    """How many rows of codes and scales are not those of the devices that a run was trained on, and of how
-    many rows in all.
+def changed_rows(loaded: Loaded, codes: Codes) -> tuple[int, int] | None:
+    """Return how many rows of codes and scales differ from those on the training devices, and the number of rows.
 
-    Both arguments are what `load_with_codes` found. None where the checkpoint kept nothing to compare with.
+    None where the checkpoint has no checksums to compare with.
+
+    Args:
+      loaded: as `load_with_codes` returned it.
+      codes: likewise.
     """
     sums = jax.device_get(
         {
-            name: numeric_weights.sum_of_codes(encoded, axis=numbers.axis)
-            for name, (numbers, encoded) in coded.items()
+            name: weights.sum_of_codes(encoded, axis=tensor_quant.axis)
+            for name, (tensor_quant, encoded) in codes.items()
         }
     )
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = {name: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=place) for name, one in sums.items()}
+    like = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_one_device())
+        for name, leaf in sums.items()
+    }
     checkpointer = Checkpointer(loaded.path / "checkpoints", model=loaded.config, config=CheckpointConfig())
     try:
-        kept = checkpointer.read_some(loaded.step, "codes", wanted)
+        stored = checkpointer.read_some(loaded.step, "codes", like)
     finally:
         checkpointer.close()
-    if kept is None:
+    if stored is None:
         return None
-    return sum(int(np.sum(np.asarray(kept[name]) != one)) for name, one in sums.items()), sum(
-        one.size for one in sums.values()
-    )
+    num_changed = sum(int(np.sum(np.asarray(stored[name]) != leaf)) for name, leaf in sums.items())
+    return num_changed, sum(leaf.size for leaf in sums.values())
 
 
+def _one_device() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+# Parameters -------------------------------------------------------------------------------------------------
 def read_parameters(
     path: Path,
     config: ModelConfig,
@@ -239,15 +245,16 @@ def read_parameters(
     *,
     step: int | None = None,
     whole: bool = True,
-) -> tuple[int, dict[str, jax.Array], dict[str, jax.Array]]:
-    """The step, the parameters (averaged, where a run kept averages) and the buffers of a run's or an
-    imported model's directory.
+) -> tuple[int, Params, Params]:
+    """Return the step, the parameters and the buffers in a run's or an imported model's directory.
+
+    Parameters are averages where a run stored them.
 
     Args:
-      params: shapes, with the shardings in which they are wanted; so for `buffers`.
+      params: shapes of the parameters to read, with the shardings of the result; likewise `buffers`.
       step: of a run; None for the newest.
-      whole: False where only some are wanted, `params` and `buffers` by logical path; no others are read.
-        What a quantized run learned beside its weights is left out where it is not asked for.
+      whole: False to read only these; `params` and `buffers` are then by logical path. Quantizer parameters of a
+        quantized run are left out where they are not among them.
 
     Raises:
       ValueError: the directory holds no intact checkpoint, or other parameters.
@@ -261,13 +268,13 @@ def read_parameters(
             safetensors_files.read_stacked(path, config, buffers),
         )
     checkpointer = Checkpointer(path / "checkpoints", model=config, config=CheckpointConfig())
-    # A checkpoint is read whole, so that what is not wanted of it is named too.
-    beside = _beside(path, config, params, buffers) if whole else ({}, {})
-    params = {**params, **beside[0]}
-    buffers = {**buffers, **beside[1]}
+    # Orbax restores all of a checkpoint or names what differs: the quantizers' parameters are read and dropped.
+    more = _quantizer_shapes(path, config, params, buffers) if whole else ({}, {})
+    params = {**params, **more[0]}
+    buffers = {**buffers, **more[1]}
     like: dict[str, Any] = {"model": {"params": params, "buffers": buffers}}
     try:
-        # A run keeps averages from its first checkpoint on; any may be the damaged one.
+        # A run has averages in all its checkpoints or in none, but any of them may be the damaged one.
         if any(checkpointer.has(known, "ema") for known in checkpointer.steps()):
             like["ema"] = params
             if not whole:
@@ -275,88 +282,83 @@ def read_parameters(
         step, items = checkpointer.restore(like, step=step, whole=whole)
     finally:
         checkpointer.close()
-    found = items.get("ema", items["model"]["params"])
-    kept = items["model"]["buffers"]
+    read_params = items.get("ema", items["model"]["params"])
+    read_buffers = items["model"]["buffers"]
     return (
         step,
-        {name: found[name] for name in found if name not in beside[0]},
-        {name: kept[name] for name in kept if name not in beside[1]},
+        {name: leaf for name, leaf in read_params.items() if name not in more[0]},
+        {name: leaf for name, leaf in read_buffers.items() if name not in more[1]},
     )
 
 
 def read_fitted(
     path: Path, config: ModelConfig, params: dict[str, Any], buffers: dict[str, Any]
-) -> tuple[int, dict[str, jax.Array], dict[str, jax.Array]]:
-    """`read_parameters` of a model whose tables may have other rows of padding than this one's: they are
-    dropped, or added as zeros.
+) -> tuple[int, Params, Params]:
+    """Return `read_parameters` for a model whose tables may have another number of padding rows.
+
+    They are dropped, or added as zeros.
 
     Args:
-      config: of the model that takes them over, which has these `params` and `buffers`, and a row for each
-        token of both. What the directory's model has beyond its vocabulary stands for no token, and is
-        dropped too.
+      config: of the model that takes the parameters over, which has these `params` and `buffers`, and a row for each
+        token of both. Rows of the directory's model beyond its vocabulary are of no token, and are dropped too.
 
     Raises:
-      ValueError: as `read_parameters`; or this model's softmax is over rows that the directory's model has
-        not.
+      ValueError: as `read_parameters`; or this model's softmax includes rows that the directory's model lacks.
     """
     source = read_config(path)
     if source.known_vocab_size < config.known_vocab_size:
         raise ValueError(
             f"{path} has a vocabulary of {source.known_vocab_size} rows, and model.vocab_size is "
-            f"{config.known_vocab_size}: the rows "
-            "beyond would be real ones that were never trained. Set model.vocab_size to "
-            f"{source.known_vocab_size}; rows of padding come "
-            "from model.vocab_multiple"
+            f"{config.known_vocab_size}: the rows beyond would be real ones that were never trained. Set "
+            f"model.vocab_size to {source.known_vocab_size}; rows of padding come from model.vocab_multiple"
         )
-    if (lost := source.known_vocab_size - config.known_vocab_size) > 0:
-        log.info("%s: %d rows of its tables stand for no token, and are left out", path, lost)
+    if (num_dropped := source.known_vocab_size - config.known_vocab_size) > 0:
+        log.info("%s: %d rows of its tables stand for no token, and are left out", path, num_dropped)
     tables = [name for name in TABLES if name in params and params[name].shape[0] != source.table_rows]
     stored = {
         name: _with_rows(leaf, name, source.table_rows) if name in tables else leaf
         for name, leaf in params.items()
     }
-    step, found, kept = read_parameters(path, config, stored, buffers)
+    step, read_params, read_buffers = read_parameters(path, config, stored, buffers)
     for name in tables:
-        real = found[name][: config.known_vocab_size]
+        real = read_params[name][: config.known_vocab_size]
         fit = functools.partial(losses.fit_table, num_rows=params[name].shape[0])
-        found[name] = jax.jit(fit, out_shardings=params[name].sharding)(real)
-    return step, found, kept
+        read_params[name] = jax.jit(fit, out_shardings=params[name].sharding)(real)
+    return step, read_params, read_buffers
 
 
 def _with_rows(leaf: jax.ShapeDtypeStruct, name: str, num_rows: int) -> jax.ShapeDtypeStruct:
-    """The shape of a table with other rows, placed by the rules."""
+    """The shape of a table with another number of rows, sharded by the rules."""
     shape = (num_rows, *leaf.shape[1:])
-    place = leaf.sharding
-    if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh):
-        place = NamedSharding(place.mesh, partition_spec(name, shape, place.mesh))
-    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=place)
+    sharding = leaf.sharding
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        sharding = NamedSharding(sharding.mesh, partition_spec(name, shape, sharding.mesh))
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
 
-def _beside(
+def _quantizer_shapes(
     path: Path, config: ModelConfig, params: dict[str, Any], buffers: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a quantized run keeps beside its weights, by logical path, as far as `params` and `buffers` do not
-    name it.
-    """
-    own = read_config(path)
-    if not own.quant:
+    """Shapes of the quantizer parameters and buffers of a run that `params` and `buffers` lack, by stored name."""
+    phases = read_quant_phases(path)
+    if not phases:
         return {}, {}
-    definition = define(own)
+    run_config = read_config(path)
+    definition = define_quantized(run_config, phases)
+    plain = define(run_config)
 
-    def more(kept: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-        plain = define(dataclasses.replace(own, quant=()))
-        known = {*stored_shapes(config, wanted), *stored_shapes(own, {**plain.params, **plain.buffers})}
-        place = (
-            next(iter(wanted.values())).sharding
-            if wanted
-            else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        )
-        place = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
-        shapes = stored_shapes(own, kept).items()
+    def missing(stored: dict[str, Any], requested: dict[str, Any]) -> dict[str, Any]:
+        known = {
+            *stored_shapes(config, requested),
+            *stored_shapes(run_config, {**plain.params, **plain.buffers}),
+        }
+        sharding = next(iter(requested.values())).sharding if requested else _one_device()
+        if isinstance(sharding, NamedSharding):
+            sharding = NamedSharding(sharding.mesh, PartitionSpec())
         return {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-            for name, leaf in shapes
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            for name, leaf in stored_shapes(definition.config, stored).items()
             if name not in known
         }
 
-    return more(definition.params, params), more(definition.buffers, buffers or params)
+    return missing(definition.params, params), missing(definition.buffers, buffers or params)

@@ -29,7 +29,7 @@ from slmjax.checkpoints.selection import best_of, is_better
 from slmjax.data.shards import file_sha256
 from slmjax.models.architecture import ModelConfig
 from slmjax.models.definition import restack, stored_shapes, unstack
-from slmjax.quantization.weights import is_sign
+from slmjax.quantization.quantizer_params import is_sign
 from slmjax.telemetry.run_directory import read_log, write_json
 
 log = logging.getLogger(__name__)

@@ -32,11 +32,11 @@ def formats_command(argv: Sequence[str]) -> int:
 
 
 def _table_command(argv: Sequence[str], *, command: str) -> int:
-    from slmjax.models.quantized_modules import assignment_lines
+    from slmjax.quantization.plan import assignment_lines
     from slmjax.quantization.rules import quant_of
     from slmjax.training import experiment as experiments
     from slmjax.training import recipes
-    from slmjax.training.programs import resolved_model
+    from slmjax.training.programs import resolved_model, resolved_phases
 
     name, options = split_experiment(argv)
     load_code(options)
@@ -59,7 +59,8 @@ def _table_command(argv: Sequence[str], *, command: str) -> int:
     args = parse(
         Arguments, options, default=Arguments(), command=command, description=formats_command.__doc__
     )
-    lines = assignment_lines(resolved_model(args.experiment, vocab_size=args.vocab_size))
+    model = resolved_model(args.experiment, vocab_size=args.vocab_size)
+    lines = assignment_lines(model, resolved_phases(args.experiment))
     if args.json:
         print_json([{**dataclasses.asdict(line), "bits": line.bits} for line in lines])
     else:

@@ -15,9 +15,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from slmjax import config as config_io
 from slmjax.atomic_files import atomic_directory
 from slmjax.checkpoints import safetensors_files
+from slmjax.checkpoints.model_file import write_model_file
 from slmjax.checkpoints.stored_model import ROWS_PER_TOKEN, open_local_model
 from slmjax.convert import gguf_model, hf_directory
 from slmjax.convert.model_card import write_card
@@ -103,7 +103,7 @@ def import_model(
         safetensors_files.write_tensors(
             directory / safetensors_files.DIRECTORY, _counted(_resized(found, model, rows), sizes)
         )
-        (directory / "model.json").write_text(config_io.dumps(model), encoding="utf-8")
+        write_model_file(directory, model)
         if words is not None:
             words.save(directory / "tokenizer")
         write_json(directory / "origin.json", found.about)

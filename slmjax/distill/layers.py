@@ -9,7 +9,6 @@
 rows of tables for tokens that the teacher does not have, and for padding, keep their fresh initialisation.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -117,9 +116,9 @@ def student_parameters(
     Raises:
       ValueError: the two do not fit (`slices.student_cuts`), or the directory holds no intact model.
     """
-    teacher = define(dataclasses.replace(read_config(path), quant=()))
+    teacher = define(read_config(path))
     # Without quantizer parameters, which are initialised when their phase starts.
-    plain = define(dataclasses.replace(definition.config, quant=()))
+    plain = define(definition.config)
     cuts = student_cuts(teacher, plain, chosen=chosen)
     needed = {cut.source for cut in cuts.values()}
 

@@ -27,7 +27,13 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from slmjax import losses
-from slmjax.checkpoints.loading import Loaded, inference_definition, read_config, read_parameters
+from slmjax.checkpoints.loading import (
+    Loaded,
+    inference_definition,
+    read_config,
+    read_parameters,
+    read_quant_phases,
+)
 from slmjax.data.batch import Batch
 from slmjax.data.provenance import overlap_with_own
 from slmjax.data.tokenizers import Tokenizer
@@ -71,7 +77,7 @@ class TeacherPlan:
             dims = leaf.ndim - path.startswith("segments/")
             return leaf.astype(self.dtype) if dims > 1 and "/router/" not in path else leaf
 
-        return {path: cast(path, leaf) for path, leaf in self.definition.effective(params).items()}
+        return {path: cast(path, leaf) for path, leaf in self.definition.transform(params).items()}
 
     def hidden(
         self,
@@ -82,7 +88,7 @@ class TeacherPlan:
         positions: Int[Array, "B T"],
     ) -> Float[Array, "B T E"]:
         """Return its final hidden states, in windows if its context is shorter than the rows."""
-        model = self.definition.merge_effective(params, buffers)
+        model = self.definition.merge_transformed(params, buffers)
 
         def run(tokens: Array, segment_ids: Array, positions: Array) -> Array:
             return model(tokens, segment_ids=segment_ids, positions=positions).hidden
@@ -92,7 +98,7 @@ class TeacherPlan:
 
     def head(self, params: Params, buffers: Params) -> losses.Head:
         """Return its head, with as many rows as the student's table has."""
-        head = losses.fit_rows(self.definition.merge_effective(params, buffers).make_head(), self.num_rows)
+        head = losses.fit_rows(self.definition.merge_transformed(params, buffers).make_head(), self.num_rows)
         return dataclasses.replace(head, vocab_size=self.vocab_size)
 
     def stored_shapes(self) -> Params:
@@ -193,7 +199,7 @@ def plan_teachers(
         plans.append(
             TeacherPlan(
                 settings=settings,
-                definition=inference_definition(path, config, step=settings.step),
+                definition=inference_definition(path, config, read_quant_phases(path), step=settings.step),
                 mesh=teacher_mesh,
                 student_mesh=mesh,
                 num_rows=student.table_rows,

@@ -42,6 +42,7 @@ from slmjax.losses import DistillLossConfig, TeacherOutput, evaluation_sums, exp
 from slmjax.models.decoder import Decoder
 from slmjax.models.definition import Definition
 from slmjax.parallel.batches import place_batch
+from slmjax.quantization.fake_quantization import weight_formats
 
 log = logging.getLogger(__name__)
 
@@ -147,8 +148,8 @@ def make_eval_step(
             return evaluation_sums(output.hidden, output.head, batch.targets, batch.loss_mask, **compared)
 
         found = sums(definition.merge(params, buffers), teachers=teachers, config=loss_config)
-        if unrounded and definition.formats:
-            found["unrounded_nll"] = sums(definition.merge_unrounded(params, buffers))["nll"]
+        if unrounded and weight_formats(definition):
+            found["unrounded_nll"] = sums(definition.merge_untransformed(params, buffers))["nll"]
         return found
 
     return eval_step

@@ -21,7 +21,6 @@ from slmjax.models.layers import ModelDims, NormKind
 from slmjax.models.mixers.attention import AttentionConfig, with_rope_fraction, with_rotary_dim
 from slmjax.models.mixers.latent import LatentAttentionConfig
 from slmjax.models.protocols import FfnConfig, MixerConfig
-from slmjax.quantization.rules import QuantPhase, check_phases
 
 # A config read from JSON finds its class among those that have been imported: with the model, these always
 # are.
@@ -110,13 +109,8 @@ class ModelConfig:
     dropout: float = 0.0  # rate, on the embedded tokens and on what a block adds
     precision: Precision = Precision.FLOAT32  # dtype of the computation
     remat: Remat = Remat.NONE  # what the backward pass recomputes
-    quant: tuple[
-        QuantPhase, ...
-        # formats of weights, inputs and caches by training step (of an experiment, its own `quant` decides)
-    ] = ()
 
     def __post_init__(self) -> None:
-        check_phases(self.quant)
         if self.embed_dim < 1 or not self.stack:
             raise ValueError(
                 f"a model needs embed_dim >= 1 and at least one segment, got embed_dim={self.embed_dim}"
@@ -144,15 +138,21 @@ class ModelConfig:
 
     @classmethod
     def upgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Read mixers of files of earlier versions that need the width of the model."""
+        """Read files of earlier versions.
+
+        Phases of quantization, which stood here, are left out: `checkpoints.loading.read_quant_phases` reads them
+        from model.json, and an experiment has them in `quant`. Attention had a fraction of rotated dims.
+        """
+        fields = {name: value for name, value in fields.items() if name != "quant"}
         return _with_attention(fields, functools.partial(with_rotary_dim, embed_dim=fields.get("embed_dim")))
 
     @classmethod
     def downgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Return the fields with mixers as files of earlier versions had them."""
-        return _with_attention(
+        """Return the fields as files of earlier versions had them."""
+        fields = _with_attention(
             fields, functools.partial(with_rope_fraction, embed_dim=fields.get("embed_dim"))
         )
+        return {**fields, "quant": []}
 
     def blocks(self) -> Iterator[BlockConfig]:
         """The configuration of every layer, first to last."""

@@ -27,7 +27,6 @@ def canonical(config: ModelConfig) -> ModelConfig:
         init_std=0.02,
         precision=Precision.FLOAT32,
         remat=Remat.NONE,
-        quant=(),
     )
 
 

@@ -17,10 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from slmjax import kernels, losses
 from slmjax.models.architecture import BlockConfig, HeadKind, LayerGroup, ModelConfig, NormPlacement, Remat
-from slmjax.models.layers import Embedding, Norm, dropout, effective_weight, lookup, truncated_normal
+from slmjax.models.layers import ArrayFunction, Embedding, Norm, dropout, lookup, truncated_normal
 from slmjax.models.protocols import CachingMixer, FfnAux
 from slmjax.parallel import communication
-from slmjax.quantization.activations import ActivationQuantizer
 
 
 @jax.tree_util.register_dataclass
@@ -231,7 +230,7 @@ class Decoder(nnx.Module):
             if free
             else None
         )
-        self.head_input: ActivationQuantizer | None = nnx.data(None)
+        self.head_quantizer: ArrayFunction | None = nnx.data(None)
 
     def __call__(
         self,
@@ -263,7 +262,7 @@ class Decoder(nnx.Module):
         dtype = self.config.layer_shape().dtype
         x = self.embed(tokens, dtype=dtype) * jnp.asarray(self.config.embed_multiplier, dtype)
         if self.positions is not None:
-            x = x + lookup(effective_weight(self.positions.weight[...], jnp.float32), positions, dtype=dtype)
+            x = x + lookup(self.positions.weight[...], positions, dtype=dtype)
         x = communication.constrain(x, ("batch", "time", None))
         if key is not None:
             x = dropout(x, jax.random.fold_in(key, self.config.num_layers), rate=self.config.dropout)
@@ -292,7 +291,7 @@ class Decoder(nnx.Module):
             first_layer += segment.config.repeats * len(reports)
         hidden = self.final_norm(x)
         return Output(
-            hidden=hidden if self.head_input is None else self.head_input(hidden),
+            hidden=hidden if self.head_quantizer is None else self.head_quantizer(hidden),
             head=self.make_head(),
             losses=losses_by_name,
             metrics=metrics,
@@ -305,7 +304,7 @@ class Decoder(nnx.Module):
         config = self.config
         table = self.embed.table[...] if self.head is None else self.head.weight[...]
         return losses.Head(
-            weight=effective_weight(table, config.layer_shape().dtype),
+            weight=table.astype(config.layer_shape().dtype),
             bias=None,
             softcap=config.logit_softcap,
             scale=config.logit_multiplier,

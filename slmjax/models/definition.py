@@ -1,13 +1,22 @@
 """A model's parameters from outside: flat dicts by path, and the layers behind the stacks.
 
+    definition = define(config)                       # from shapes alone, nothing is computed
+    params, buffers = jax.jit(definition.init)(key)
+    model = definition.merge(params, buffers)
+
 Outside the modules all parameters are one flat dict keyed by stack path
-(`segments/0/blocks/1/mixer/query/weight`, layer dim first). Checkpoints, rules and golden lists speak of
-logical paths (`layers/3/mixer/query/weight`), so that nothing that is stored depends on how layers are
-grouped for the scan: `unstack` and `restack` go between the two.
+(`segments/0/blocks/1/mixer/query/weight`, layer dim first). Checkpoints, rules and golden lists use logical
+paths (`layers/3/mixer/query/weight`), so that nothing that is stored depends on how layers are grouped for the
+scan: `unstack` and `restack` convert between the two.
+
+Layers may multiply with something other than the trained parameters: adapters add to them, pruning masks them,
+quantization rounds them. Each is a `ParamTransform`, which a definition applies once a step, in this order.
 """
 
+import abc
 import dataclasses
-from collections.abc import Container, Mapping
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,157 +28,168 @@ from jaxtyping import Array
 from slmjax.models.architecture import BlockConfig, ModelConfig
 from slmjax.models.decoder import Decoder
 from slmjax.models.paths import logical_paths
-from slmjax.models.quantized_modules import Plan, plan_quantization, set_inputs, stack_shapes
-from slmjax.quantization import weights as numbers
-from slmjax.quantization.rules import QuantPhase, phase_at
 
 Params = dict[str, Array]  # by stack path
 
 
+# Transforms -------------------------------------------------------------------------------------------------
+class ParamTransform(abc.ABC):
+    """A pure function of the parameters that runs once a step, before layers multiply with them.
+
+    It may have parameters of its own, which are in the same flat dict, are trained with the others, and which no
+    layer has.
+    """
+
+    @property
+    @abc.abstractmethod
+    def is_identity(self) -> bool:
+        """Whether parameters stay as they are."""
+
+    @abc.abstractmethod
+    def __call__(self, params: Mapping[str, Array], *, key: Array | None) -> Params:
+        """Return the parameters of the layers.
+
+        Args:
+          params: the trained ones, with those of the transform.
+          key: randomness of training; None in evaluation.
+        """
+
+    @abc.abstractmethod
+    def init(self, params: Mapping[str, Array]) -> Params:
+        """Return `params` with the transform's own parameters at their initial values."""
+
+    @abc.abstractmethod
+    def strip(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return `params` without the transform's own."""
+
+    @abc.abstractmethod
+    def applied(self) -> "ParamTransform":
+        """Return the transform for parameters to which this one has been applied: an identity."""
+
+
+# Definitions ------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Definition:
-    """The model without its arrays: what turns flat dicts of parameters back into a `Decoder`.
-
-    Where weights have formats, `params` holds what is trained, and modules multiply with what `effective`
-    makes of it.
-    """
+    """The model without its arrays: converts flat dicts of parameters back into a `Decoder`."""
 
     config: ModelConfig
     graphdef: Any
     params: dict[str, jax.ShapeDtypeStruct]  # trained by the optimizer
     buffers: dict[str, jax.ShapeDtypeStruct]  # state that the optimizer does not touch (router biases)
-    # of weights, by stack path; empty in full precision
-    formats: numbers.Formats = dataclasses.field(default_factory=dict)
-    # of weights beside which anything is learned in some phase
-    learning: numbers.Formats = dataclasses.field(default_factory=dict)
-    # formats of what is multiplied with, by stack path of the weight
-    inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    phase: QuantPhase | None = None  # of the config's, the one that this is of; None in full precision
+    transforms: tuple[ParamTransform, ...] = ()  # in the order in which they are applied
 
-    def effective(self, params: Mapping[str, Array], *, key: Array | None = None) -> dict[str, Array]:
-        """The parameters that modules compute with (`numerics.weights.effective`)."""
-        if not self.formats and not self.learning:
-            return dict(params)
-        return numbers.effective(params, self.formats, key=key)
+    @property
+    def is_transformed(self) -> bool:
+        """Whether layers multiply with something other than the trained parameters."""
+        return not all(transform.is_identity for transform in self.transforms)
+
+    def transform(self, params: Mapping[str, Array], *, key: Array | None = None) -> Params:
+        """Return the parameters that layers multiply with.
+
+        Args:
+          key: randomness of training; None in evaluation.
+        """
+        for transform in self.transforms:
+            if not transform.is_identity:
+                params = transform(params, key=key)
+        return dict(params)
+
+    def transformed(self) -> "Definition":
+        """Return the definition for parameters that `transform` has returned."""
+        if not self.transforms:
+            return self
+        params = self.params
+        for transform in self.transforms:
+            params = transform.strip(params)
+        transforms = tuple(transform.applied() for transform in self.transforms)
+        return dataclasses.replace(self, params=params, transforms=transforms)
+
+    def transform_once(self, params: Mapping[str, Array]) -> tuple[Params, "Definition"]:
+        """Return the parameters that layers multiply with, computed now, and the definition for them."""
+        transform = jax.jit(self.transform) if self.is_transformed else self.transform
+        return transform(params), self.transformed()
 
     def merge(self, params: Mapping[str, Array], buffers: Mapping[str, Array]) -> Decoder:
-        """The module that computes with these arrays."""
-        return self.merge_effective(self.effective(params), buffers)
+        """Return the module for trained parameters."""
+        return self.merge_transformed(self.transform(params), buffers)
 
-    def merge_effective(self, params: Mapping[str, Array], buffers: Mapping[str, Array]) -> Decoder:
-        """The same from effective parameters."""
+    def merge_transformed(self, params: Mapping[str, Array], buffers: Mapping[str, Array]) -> Decoder:
+        """Return the module for parameters that `transform` has returned."""
         flat: dict[Any, Array] = {_keys(path): value for path, value in {**params, **buffers}.items()}
         return nnx.merge(self.graphdef, nnx.from_flat_state(flat))
 
-    def merge_unrounded(self, params: Mapping[str, Array], buffers: Mapping[str, Array]) -> Decoder:
-        """Return the module that computes with weights before they are rounded; inputs and caches are rounded
-        as in this phase.
-        """
-        kept = {path: leaf for path, leaf in params.items() if not numbers.is_weight_quantizer_param(path)}
-        return self.decoded().merge_effective(kept, buffers)
+    def merge_untransformed(self, params: Mapping[str, Array], buffers: Mapping[str, Array]) -> Decoder:
+        """Return the module that multiplies with trained parameters as they are, before any transform.
 
-    def init(self, key: Array) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Freshly initialised parameters and buffers; jit it to have them sharded."""
+        What layers do to their inputs and caches stays.
+        """
+        for transform in self.transforms:
+            params = transform.strip(params)
+        return self.merge_transformed(params, buffers)
+
+    def init(self, key: Array) -> tuple[Params, Params]:
+        """Return freshly initialised parameters and buffers; jit it to have them sharded."""
         params, buffers = flat_params(Decoder(self.config, rngs=nnx.Rngs(params=key)))
-        return self.with_learned(params), self.with_measured(buffers)
+        return self.with_own_params(params), self.with_missing_buffers(buffers)
 
-    def with_learned(self, params: Mapping[str, Array], *, kept: Container[str] = ()) -> dict[str, Array]:
-        """The parameters with what is learned beside them as it begins for these weights; but what is beside
-        the weights `kept` stays.
+    def with_own_params(self, params: Mapping[str, Array]) -> Params:
+        """Return the parameters of a plain model with those that transforms and quantizers add, at their initial
+        values.
         """
-        started = {
-            path: jnp.zeros(leaf.shape, leaf.dtype)
-            for path, leaf in self.params.items()
-            if path not in params
-        }
-        learning = {path: formats for path, formats in self.learning.items() if path not in kept}
-        return {**started, **params, **numbers.learned(params, learning)}
+        params = {**_zeros_of_missing(self.params, params), **params}
+        for transform in self.transforms:
+            params = transform.init(params)
+        return params
 
-    def with_measured(self, buffers: Mapping[str, Array]) -> dict[str, Array]:
-        """The buffers with those that calibration has not filled yet."""
-        return {
-            path: buffers.get(path, jnp.zeros(leaf.shape, leaf.dtype)) for path, leaf in self.buffers.items()
-        }
-
-    def decode(self, params: Mapping[str, Array]) -> tuple[dict[str, Array], "Definition"]:
-        """Effective parameters, computed once, and the definition that is for them."""
-        return jax.jit(self.effective)(params) if self.formats else self.effective(params), self.decoded()
-
-    def decoded(self) -> "Definition":
-        """The definition for effective parameters: weights are what they are, inputs and caches are rounded
-        as here.
-        """
-        if not self.config.quant:
-            return self
-        params = {
-            path: leaf for path, leaf in self.params.items() if not numbers.is_weight_quantizer_param(path)
-        }
-        config = dataclasses.replace(self.config, quant=() if self.phase is None else (self.phase.decoded(),))
-        return dataclasses.replace(
-            self,
-            config=config,
-            params=params,
-            formats={},
-            learning={},
-            phase=config.quant[0] if config.quant else None,
-        )
+    def with_missing_buffers(self, buffers: Mapping[str, Array]) -> Params:
+        """Return the buffers of a plain model with those that it lacks (scales to be calibrated), as zeros."""
+        return {**_zeros_of_missing(self.buffers, buffers), **buffers}
 
 
-def define(config: ModelConfig, *, step: int | None = None, is_observed: bool = False) -> Definition:
-    """The definition of a model, from shapes alone: nothing is computed.
+def _zeros_of_missing(shapes: Mapping[str, Any], arrays: Mapping[str, Any]) -> Params:
+    return {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in shapes.items() if path not in arrays}
 
-    Args:
-      step: of the training step before which rules of quantization are asked for; None for the last phase,
-        which is deployed.
-      is_observed: for calibration (`quantized.set_inputs`).
 
-    Raises:
-      ValueError: the rules of `config.quant` do not fit the model.
-    """
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=jax.random.key(0))))
-    plan = None
-    if config.quant:
-        plan = plan_quantization(config, stack_shapes(model), step=step)
-        config = plan.config
-        model = nnx.eval_shape(lambda: _rounding(config, plan, is_observed=is_observed))
+def define(config: ModelConfig) -> Definition:
+    """Return the definition of a model without transforms, from shapes alone: nothing is computed."""
+    return definition_of(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=jax.random.key(0)))))
+
+
+def definition_of(model: Decoder, *, transforms: tuple[ParamTransform, ...] = ()) -> Definition:
+    """Return the definition of a model of arrays or shapes."""
     params, buffers = flat_params(model)
-    if plan is not None:
-        params |= jax.eval_shape(lambda given: numbers.learned(given, plan.learning), params)
+    for transform in transforms:
+        params = jax.eval_shape(transform.init, params)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, buffers))
     return Definition(
-        config=config,
+        config=model.config,
         graphdef=nnx.graphdef(model),
         params=shapes[0],
         buffers=shapes[1],
-        formats={} if plan is None else plan.formats,
-        learning={} if plan is None else plan.learning,
-        phase=phase_at(config.quant, step),
-        inputs={} if plan is None else {path: now for path, (now, _) in plan.inputs.items()},
+        transforms=transforms,
     )
 
 
-def _rounding(config: ModelConfig, plan: Plan, *, is_observed: bool) -> Decoder:
-    model = Decoder(config, rngs=nnx.Rngs(params=jax.random.key(0)))
-    set_inputs(model, plan, is_observed=is_observed)
-    return model
+def inference_config(config: ModelConfig) -> ModelConfig:
+    """Return the model with the same parameters for evaluation and sampling: see `FfnConfig.for_inference`."""
 
-
-def define_for_inference(config: ModelConfig, *, step: int | None = None) -> Definition:
-    """The definition with the same parameters that evaluation and sampling use: see
-    `FfnConfig.for_inference`.
-    """
-
-    def block(one: BlockConfig) -> BlockConfig:
-        return one if one.ffn is None else dataclasses.replace(one, ffn=one.ffn.for_inference())
+    def for_inference(block: BlockConfig) -> BlockConfig:
+        return block if block.ffn is None else dataclasses.replace(block, ffn=block.ffn.for_inference())
 
     stack = tuple(
-        dataclasses.replace(segment, pattern=tuple(map(block, segment.pattern))) for segment in config.stack
+        dataclasses.replace(group, pattern=tuple(map(for_inference, group.pattern))) for group in config.stack
     )
-    return define(dataclasses.replace(config, stack=stack), step=step)
+    return dataclasses.replace(config, stack=stack)
 
 
+def define_for_inference(config: ModelConfig) -> Definition:
+    """Return `define` of the model for evaluation and sampling."""
+    return define(inference_config(config))
+
+
+# Stack paths and logical paths ------------------------------------------------------------------------------
 def flat_params(model: Decoder) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A model's parameters and its buffers, as flat dicts by stack path."""
+    """Return a model's parameters and its buffers, as flat dicts by stack path."""
     _, params, buffers = nnx.split(model, nnx.Param, ...)
     return _flat(params), _flat(buffers)
 
@@ -182,12 +202,11 @@ def _keys(path: str) -> tuple[str | int, ...]:
     return tuple(int(part) if part.isdigit() else part for part in path.split("/"))
 
 
-def unstack(config: ModelConfig, tree: Any) -> dict[str, Array]:
-    """A tree whose leaves belong to parameters, as a flat dict with one entry per layer (a pure function: jit
-    it).
+def unstack(config: ModelConfig, tree: Any) -> Params:
+    """Return a tree whose leaves belong to parameters as a flat dict with one entry per layer.
 
-    A leaf belongs to the parameter whose stack path is among the keys of its tree path; every layer's slice
-    is named by the tree path with the logical path in that place, joined by "/".
+    A leaf belongs to the parameter whose stack path is among the keys of its tree path. Every layer's slice is
+    named by the tree path with the logical path in place of the stack path, joined by "/". A pure function: jit it.
     """
     flat = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -195,7 +214,7 @@ def unstack(config: ModelConfig, tree: Any) -> dict[str, Array]:
         if not _is_stacked(keys):
             flat[names[0]] = leaf
             continue
-        # Indexing past the end would repeat the last slice without a word.
+        # Indexing past the end would silently repeat the last slice.
         assert leaf.shape[:1] == (len(names),), (
             f"{'/'.join(map(_name, keys))} of shape {leaf.shape} has no dim of {len(names)} layers"
         )
@@ -204,7 +223,7 @@ def unstack(config: ModelConfig, tree: Any) -> dict[str, Array]:
 
 
 def restack(config: ModelConfig, flat: Mapping[str, Array], *, like: Any) -> Any:
-    """The inverse of `unstack`: a tree built as `like`, its leaves taken from the flat dict."""
+    """Return the inverse of `unstack`: a tree built as `like`, its leaves taken from the flat dict."""
 
     def take(keys: tuple[Any, ...], _: Any) -> Array:
         names = _stored_names(config, keys)
@@ -214,9 +233,7 @@ def restack(config: ModelConfig, flat: Mapping[str, Array], *, like: Any) -> Any
 
 
 def stored_shapes(config: ModelConfig, like: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `unstack` would return for a tree of arrays or shapes: shapes, dtypes and shardings, without
-    computing.
-    """
+    """Return the shapes, dtypes and shardings that `unstack` would return for a tree of arrays or shapes."""
     flat = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(like)[0]:
         stacked = _is_stacked(keys)
@@ -238,12 +255,24 @@ def _stored_names(config: ModelConfig, keys: tuple[Any, ...]) -> list[str]:
     """The names under which the slices of a leaf are stored; a single one for a leaf that is not stacked."""
     names = [_name(key) for key in keys]
     stacked = next((name for name in names if name.startswith("segments/")), None)
-    if stacked is None:
-        return ["/".join(names)]
+    logical_of = {} if stacked is None else {stacked: logical_paths(config, stacked)}
+    num_slices = 1 if stacked is None else len(logical_of[stacked])
     return [
-        "/".join(logical if name == stacked else name for name in names)
-        for logical in logical_paths(config, stacked)
+        _FORMER_MODULE.sub(
+            lambda match: FORMER_MODULES[match.group()],
+            "/".join(logical_of[name][index] if name == stacked else name for name in names),
+        )
+        for index in range(num_slices)
     ]
+
+
+# Modules whose parameters are stored under the names that they had in the first checkpoints.
+FORMER_MODULES: Mapping[str, str] = {
+    "input_quantizer": "input",
+    "hidden_quantizer": "hidden_input",
+    "head_quantizer": "head_input",
+}
+_FORMER_MODULE = re.compile(rf"(?<![^/])({'|'.join(FORMER_MODULES)})(?=/)")
 
 
 def _name(key: Any) -> str:

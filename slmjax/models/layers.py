@@ -22,7 +22,9 @@ from jaxtyping import Array, Float, Int
 
 from slmjax import kernels
 from slmjax.parallel import communication
-from slmjax.quantization.activations import ActivationQuantizer
+
+# What a layer may apply to its inputs or its cache. Quantization sets such functions; layers know no more of it.
+ArrayFunction = Callable[[Array], Array]
 
 
 class NormKind(enum.Enum):
@@ -65,18 +67,11 @@ def along_last(vector: Float[Array, " D"], ndim: int) -> Float[Array, "..."]:
     return jnp.expand_dims(vector, tuple(range(ndim - 1)))
 
 
-def effective_weight(weight: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
-    """The weight a layer multiplies with: its float32 parameter, decoded already where it has a format, in
-    the dtype of the computation.
-    """
-    return weight.astype(dtype)
-
-
 def linear(
     x: Float[Array, "*B I"], weight: Float[Array, "I O"], bias: Float[Array, " O"] | None = None
 ) -> Float[Array, "*B O"]:
     """`x @ weight + bias` in the dtype of `x`; the weight is cast to it."""
-    y = kernels.matmul(x, effective_weight(weight, weight.dtype))
+    y = kernels.matmul(x, weight)
     return y if bias is None else y + along_last(bias.astype(x.dtype), y.ndim)
 
 
@@ -183,17 +178,15 @@ NORMS: Mapping[NormKind, Callable[..., Norm]] = {
 
 
 class Linear(nnx.Module):
-    """Linear map with weight [in, out] and an optional bias. What it multiplies is rounded first where rules
-    of quantization say so.
-    """
+    """Linear map with weight [in, out] and an optional bias; `input_quantizer`, if set, is applied to inputs."""
 
     def __init__(self, in_dim: int, out_dim: int, *, std: float, bias: bool = False, rngs: nnx.Rngs) -> None:
         self.weight = nnx.Param(truncated_normal(rngs.params(), (in_dim, out_dim), std))
         self.bias = nnx.Param(jnp.zeros((out_dim,), jnp.float32)) if bias else None
-        self.input: ActivationQuantizer | None = nnx.data(None)
+        self.input_quantizer: ArrayFunction | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        x = x if self.input is None else self.input(x)
+        x = x if self.input_quantizer is None else self.input_quantizer(x)
         return linear(x, self.weight[...], None if self.bias is None else self.bias[...])
 
 
@@ -204,4 +197,4 @@ class Embedding(nnx.Module):
         self.table = nnx.Param(truncated_normal(rngs.params(), (num_rows, dim), std))
 
     def __call__(self, tokens: Int[Array, "B T"], *, dtype: Any) -> Float[Array, "B T D"]:
-        return lookup(effective_weight(self.table[...], jnp.float32), tokens, dtype=dtype)
+        return lookup(self.table[...], tokens, dtype=dtype)

@@ -12,8 +12,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from slmjax.models.layers import ModelDims
-from slmjax.quantization.activations import ActivationQuantizer
+from slmjax.models.layers import ArrayFunction, ModelDims
 
 
 @jax.tree_util.register_dataclass
@@ -49,16 +48,14 @@ class Mixer(nnx.Module):
 
 
 class CachingMixer(Mixer):
-    """A mixer whose decoding state keeps numbers of every token, which rules of quantization can name as
-    `layers/{i}/mixer/cache`.
+    """A mixer whose decoding state keeps numbers of every token, its cache.
 
-    It rounds them by `self.cache` before it uses them, in training as in decoding. The attribute is None
-    until the model sets it. Cached numbers are computed once. Whatever in them depends on the length of the
+    It applies `cache_quantizer`, if set, to them before it uses them, in training as in decoding. Cached numbers are computed once. Whatever in them depends on the length of the
     sequence needs the length that it may reach, so that such a mixer is called with `max_lengths` beside the
     arguments of every mixer.
     """
 
-    cache: ActivationQuantizer | None
+    cache_quantizer: ArrayFunction | None
 
     @abc.abstractmethod
     def __call__(

@@ -1,6 +1,6 @@
-"""Rounding of what flows: inputs of matrix products, and what caches keep.
+"""Quantization of activations: the inputs of matrix products, and what caches store.
 
-Dims: `*B` any leading dims (rows, time, heads), D the dim that is summed over in the product.
+Dims: `*B` any leading dims (batch, time, heads), D the dim that the product sums over.
 """
 
 import dataclasses
@@ -16,118 +16,139 @@ from slmjax import kernels
 from slmjax.formats.spec import Granularity, QuantSpec
 from slmjax.parallel import communication, mesh
 from slmjax.parallel.mesh import Dims
-from slmjax.quantization.assignment import LEARNED_INPUTS, TensorQuant
-from slmjax.quantization.estimators import SIGN, Calibrated, Learned, StraightThrough, clips
+from slmjax.quantization.assignment import SCALE_ESTIMATORS, TensorQuant
+from slmjax.quantization.estimators import SIGN, Calibrated, QuantizerParams, StraightThrough, clips
 
 
 class CalibratedScale(nnx.Variable[Any]):
-    """What calibration measured: it is no parameter."""
+    """A scale that calibration has measured: a buffer, not a parameter."""
 
 
+# Modules ----------------------------------------------------------------------------------------------------
 class ActivationQuantizer(nnx.Module):
-    """Rounds what comes to a product; without a format, as before the phase that begins with one, it changes
-    nothing.
-    """
+    """Fake-quantizes activations; without a format, as before the phase that begins with one, the identity."""
 
     def __init__(
         self,
-        numbers: TensorQuant | None,
+        tensor_quant: TensorQuant | None,
         *,
         dim: str | None = None,
-        learner: TensorQuant | None = None,
-        learned: Learned | None = None,
-        is_observed: bool = False,
+        learned: TensorQuant | None = None,
+        params: QuantizerParams | None = None,
+        is_calibrating: bool = False,
     ) -> None:
-        """How inputs are rounded.
+        """Initialize the quantizer.
 
         Args:
-          numbers: the format now.
-          dim: the logical name of their last dim, where it may be divided.
-          learner: the format that learns in some phase, with what it learns.
-          is_observed: whether this is for calibration (`_observed`).
+          tensor_quant: the format in this phase.
+          dim: the logical name of the activations' last dim, where it may be sharded.
+          learned: the format in the phase that has quantizer parameters, with the estimator that they belong to.
+          params: the quantizer parameters, which are there in all phases.
+          is_calibrating: return activations as they are, with a "gradient" of the quantizer's parameters that is
+            their initial value for these activations (`_calibrate`).
         """
-        self.numbers = numbers
+        self.tensor_quant = tensor_quant
         self.dim = dim
-        self.is_observed = is_observed
-        kind = (
-            CalibratedScale
-            if learner is not None and isinstance(learner.estimator, Calibrated)
-            else nnx.Param
-        )
-        kept = {
-            name: CalibratedScale(value) if name == SIGN else kind(value)
-            for name, value in (learned or {}).items()
+        self.is_calibrating = is_calibrating
+        is_calibrated = learned is not None and isinstance(learned.estimator, Calibrated)
+        variables = {
+            # Signs are constants, also of scales that are trained.
+            name: CalibratedScale(value) if is_calibrated or name == SIGN else nnx.Param(value)
+            for name, value in (params or {}).items()
         }
-        self.log_scale = kept.get("log_scale")
-        self.sign = kept.get(SIGN)
-        self.offset = kept.get("offset")
+        self.log_scale = variables.get("log_scale")
+        self.sign = variables.get(SIGN)
+        self.offset = variables.get("offset")
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        if self.numbers is None:
+        if self.tensor_quant is None:
             return x
-        kept = {"log_scale": self.log_scale, SIGN: self.sign, "offset": self.offset}
-        learned = {name: value[...] for name, value in kept.items() if value is not None}
-        if self.is_observed:
-            return (
-                _observed(x, learned, self.numbers)
-                if isinstance(self.numbers.estimator, LEARNED_INPUTS)
-                else x
-            )
+        variables = {"log_scale": self.log_scale, SIGN: self.sign, "offset": self.offset}
+        params = {name: value[...] for name, value in variables.items() if value is not None}
+        if self.is_calibrating:
+            has_params = isinstance(self.tensor_quant.estimator, SCALE_ESTIMATORS)
+            return _calibrate(x, params, self.tensor_quant) if has_params else x
         shards = mesh.num_devices(self.dim) if self.dim else 1
         width = x.shape[-1] if x.shape[-1] % shards else x.shape[-1] // shards
-        if x.ndim == 3 and _in_one_pass(x, self.numbers, width=width):
-            return _round_groups(x, self.numbers.spec, ("batch", "time", self.dim))
-        return rounded(x, self.numbers, learned)
+        if x.ndim == 3 and _has_kernel(x, self.tensor_quant, width=width):
+            return _round_groups(x, self.tensor_quant.spec, ("batch", "time", self.dim))
+        return fake_quantize_activations(x, self.tensor_quant, params)
 
 
-def rounded(x: Float[Array, "*B D"], numbers: TensorQuant, learned: Learned) -> Float[Array, "*B D"]:
-    """`x` in a format, computed in float32 and returned in its dtype."""
-    wide = x.astype(jnp.float32)
-    broadcast = {name: value.reshape((1,) * x.ndim) for name, value in learned.items()}
-    y = numbers.estimator.rounded(wide, numbers.spec, axis=numbers.axis, learned=broadcast, key=None)
+class ShardActivationQuantizer(nnx.Module):
+    """Fake-quantizes one device's shard of activations, inside `shard_map`; the result is that of all shards."""
+
+    def __init__(self, tensor_quant: TensorQuant | None, *, dim: str) -> None:
+        """Initialize the quantizer; `dim` is the logical name of the last dim, which may be sharded."""
+        self.tensor_quant = tensor_quant
+        self.dim = dim
+
+    def __call__(self, x: Float[Array, "*B d"]) -> Float[Array, "*B d"]:
+        if self.tensor_quant is None:
+            return x
+        spec = self.tensor_quant.spec
+        has_whole_groups = (
+            spec.granularity is Granularity.PER_GROUP and x.shape[-1] % (spec.group_size or 1) == 0
+        )
+        if communication.num_shards(self.dim) == 1 or has_whole_groups:
+            if _has_kernel(x, self.tensor_quant, width=x.shape[-1]):
+                return _round_groups(x, spec, None)
+            return fake_quantize_activations(x, self.tensor_quant, {})
+        # A scale depends on numbers of several devices: round all of them and take this device's.
+        gathered = communication.gather(x, self.dim, axis=x.ndim - 1)
+        rounded = fake_quantize_activations(gathered, self.tensor_quant, {})
+        start = communication.shards_of(self.dim).index() * x.shape[-1]
+        return jax.lax.dynamic_slice_in_dim(rounded, start, x.shape[-1], axis=x.ndim - 1)
+
+
+def init_activation_params(
+    tensor_quant: TensorQuant | None, *, num_layers: int | None
+) -> dict[str, Float[Array, "..."]]:
+    """Return zeros for a quantizer's parameters, until calibration; with the layer dim of a stack, if any."""
+    if tensor_quant is None:
+        return {}
+    group_size = tensor_quant.spec.group_size or 1
+    shapes = jax.eval_shape(
+        lambda: dataclasses.replace(tensor_quant, axis=-1).init_params(jnp.zeros((1, group_size)))
+    )
+    return {name: jnp.zeros(() if num_layers is None else (num_layers,), jnp.float32) for name in shapes}
+
+
+# Functions --------------------------------------------------------------------------------------------------
+def fake_quantize_activations(
+    x: Float[Array, "*B D"], tensor_quant: TensorQuant, params: QuantizerParams
+) -> Float[Array, "*B D"]:
+    """Return `x` rounded to a format, computed in float32 and returned in its dtype."""
+    x32 = x.astype(jnp.float32)
+    broadcast = {name: value.reshape((1,) * x.ndim) for name, value in params.items()}
+    y = tensor_quant.estimator.fake_quantize(
+        x32, tensor_quant.spec, axis=tensor_quant.axis, params=broadcast, key=None
+    )
     return y.astype(x.dtype)
 
 
-def rounded_part(x: Float[Array, "*B d"], rounding: ActivationQuantizer, dim: str) -> Float[Array, "*B d"]:
-    """Inside `sharding.local`: the same where the last dim may be divided, as the whole is rounded."""
-    if rounding.numbers is None:
-        return x
-    count = communication.num_shards(dim)
-    spec = rounding.numbers.spec
-    if count == 1 or (
-        spec.granularity is Granularity.PER_GROUP and x.shape[-1] % (spec.group_size or 1) == 0
-    ):
-        is_in_one_pass = _in_one_pass(x, rounding.numbers, width=x.shape[-1])
-        return _round_groups(x, spec, None) if is_in_one_pass else rounded(x, rounding.numbers, {})
-    whole = rounded(communication.gather(x, dim, axis=x.ndim - 1), rounding.numbers, {})
-    return jax.lax.dynamic_slice_in_dim(
-        whole, communication.shards_of(dim).index() * x.shape[-1], x.shape[-1], axis=x.ndim - 1
+def _has_kernel(x: Array, tensor_quant: TensorQuant, *, width: int) -> bool:
+    """Whether a fused kernel rounds activations of which a device has `width` numbers of the last dim."""
+    # The kernel's gradient is that of the identity: it is right where the scale is computed from the largest
+    # magnitude, so that nothing is clipped.
+    has_identity_gradient = isinstance(tensor_quant.estimator, StraightThrough) and not clips(
+        tensor_quant.spec
     )
-
-
-def _in_one_pass(x: Array, numbers: TensorQuant, *, width: int) -> bool:
-    """Whether rounding has a kernel here, for devices that hold so much of the last dim.
-
-    Its gradient is that of the identity: beside a scale by the largest magnitude, no number is out of reach.
-    """
-    has_plain_gradient = isinstance(numbers.estimator, StraightThrough) and not clips(numbers.spec)
-    return has_plain_gradient and kernels.can_round_groups(
-        numbers.spec, width=width, platform=mesh.platform(), dtype=x.dtype
+    return has_identity_gradient and kernels.can_round_groups(
+        tensor_quant.spec, width=width, platform=mesh.platform(), dtype=x.dtype
     )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _round_groups(x: Float[Array, "*B D"], spec: QuantSpec, dims: Dims | None) -> Float[Array, "*B D"]:
-    """`rounded` by the kernel; without logical dims, of what a device holds."""
+    """Round by the kernel; without logical dims, a device's shard."""
 
     def on_device(x: Array) -> Array:
         return kernels.round_groups(x.reshape(-1, x.shape[-1]), spec).reshape(x.shape)
 
-    return (
-        on_device(x)
-        if dims is None
-        else communication.shard_mapped(on_device, in_dims=(dims,), out_dims=dims, checked=False)(x)
-    )
+    if dims is None:
+        return on_device(x)
+    return communication.shard_mapped(on_device, in_dims=(dims,), out_dims=dims, checked=False)(x)
 
 
 _round_groups.defvjp(
@@ -136,27 +157,20 @@ _round_groups.defvjp(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _observed(x: Array, learned: Learned, numbers: TensorQuant) -> Array:
-    """`x`; the "gradient" of what is learned is what it should begin as for these inputs."""
+def _calibrate(x: Array, params: QuantizerParams, tensor_quant: TensorQuant) -> Array:
+    """Return `x`; the "gradient" of the quantizer's parameters is their initial value for these activations.
+
+    So one backward pass measures every layer of a scanned stack, and nothing needs to be returned from layers.
+    """
     return x
 
 
-def _observed_backward(
-    numbers: TensorQuant, saved: tuple[Array, Learned], dy: Array
-) -> tuple[Array, Learned]:
-    x, learned = saved
-    found = {SIGN: jnp.ones(()), **numbers.learned(x.astype(jnp.float32))}
-    return dy, {name: found[name].reshape(value.shape) for name, value in learned.items()}
+def _calibrate_backward(
+    tensor_quant: TensorQuant, saved: tuple[Array, QuantizerParams], dy: Array
+) -> tuple[Array, QuantizerParams]:
+    x, params = saved
+    measured = {SIGN: jnp.ones(()), **tensor_quant.init_params(x.astype(jnp.float32))}
+    return dy, {name: measured[name].reshape(value.shape) for name, value in params.items()}
 
 
-_observed.defvjp(lambda x, learned, numbers: (x, (x, learned)), _observed_backward)
-
-
-def initial(numbers: TensorQuant | None, *, num_layers: int | None) -> dict[str, Float[Array, "..."]]:
-    """What a module learns of its inputs until calibration has seen any; with the layer dim of a stack."""
-    if numbers is None:
-        return {}
-    shapes = jax.eval_shape(
-        lambda: dataclasses.replace(numbers, axis=-1).learned(jnp.zeros((1, numbers.spec.group_size or 1)))
-    )
-    return {name: jnp.zeros(() if num_layers is None else (num_layers,), jnp.float32) for name in shapes}
+_calibrate.defvjp(lambda x, params, tensor_quant: (x, (x, params)), _calibrate_backward)

@@ -18,10 +18,10 @@ from slmjax.quantization.estimators import (
     SIGN,
     Calibrated,
     Estimator,
-    Learned,
     LearnedClip,
     LearnedScale,
     LearnedScaleAndOffset,
+    QuantizerParams,
     StraightThrough,
 )
 from slmjax.quantization.rules import QuantRule
@@ -29,7 +29,7 @@ from slmjax.quantization.rules import QuantRule
 TABLES = ("embed/table", "head/weight")
 CACHE = "/mixer/cache"  # ends the path of what a mixer remembers of tokens
 _WEIGHTS = re.compile(r"(^embed/table|(^|/)weight|/experts/(gate|up|down))$")
-LEARNED_INPUTS = (Calibrated, LearnedClip, LearnedScale, LearnedScaleAndOffset)
+SCALE_ESTIMATORS = (Calibrated, LearnedClip, LearnedScale, LearnedScaleAndOffset)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,9 @@ class TensorQuant:
     # whether a sign is kept beside each learned scale though this format has none: another phase's has
     keeps_sign: bool = False
 
-    def learned(self, x: Float[Array, "..."]) -> Learned:
+    def init_params(self, x: Float[Array, "..."]) -> QuantizerParams:
         """Return the initial values of what is learned beside `x`."""
-        found = self.estimator.learned(x, self.spec, axis=self.axis)
+        found = self.estimator.init_params(x, self.spec, axis=self.axis)
         return {SIGN: jnp.ones_like(found["log_scale"]), **found} if self.keeps_sign else found
 
 
@@ -165,13 +165,13 @@ def _input(rule: QuantRule, path: str, shape: tuple[int, ...]) -> TensorQuant | 
         return None
     check_width(rule.input, shape[axis_of(path)], what=f"the input of {path}", name=name_of(rule.input))
     estimator = rule.input_estimator or StraightThrough()
-    if isinstance(estimator, LEARNED_INPUTS) and rule.input.granularity is not Granularity.PER_TENSOR:
+    if isinstance(estimator, SCALE_ESTIMATORS) and rule.input.granularity is not Granularity.PER_TENSOR:
         raise ValueError(
             f"the input of {path}: {type(estimator).__name__} keeps one scale for all tokens, and "
             f"{name_of(rule.input)} has one for "
             "each: take a format with granularity=Granularity.PER_TENSOR, or leave input_estimator out"
         )
-    if not isinstance(estimator, LEARNED_INPUTS):
+    if not isinstance(estimator, SCALE_ESTIMATORS):
         _check_tokens_apart(rule.input, f"the input of {path}")
     elif path.endswith("/experts/down"):
         raise ValueError(

@@ -27,7 +27,7 @@ from slmjax.formats.division import divide
 from slmjax.formats.presets import name_of
 from slmjax.formats.spec import FLOAT_GRIDS, TERNARY_BITS, CodeGrid, Granularity, QuantSpec, Statistic, levels
 
-Learned = dict[str, Array]
+QuantizerParams = dict[str, Array]
 SIGN = "sign"  # of a scale: 1 or -1, fixed while the logarithm is learned
 SMALLEST_SCALE = -23.0  # as a power of two: a step of float16's subnormal numbers
 
@@ -40,16 +40,24 @@ class Estimator(abc.ABC):
         """Raises ValueError for a format that it does not suit."""
 
     @abc.abstractmethod
-    def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
+    def init_params(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> QuantizerParams:
         """What is learned beside `x`, as it begins; empty where nothing is."""
 
     @abc.abstractmethod
-    def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
+    def encode(
+        self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, params: QuantizerParams
+    ) -> Encoded:
         """`x` in the format: what is deployed."""
 
     @abc.abstractmethod
-    def rounded(
-        self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None
+    def fake_quantize(
+        self,
+        x: Float[Array, "..."],
+        spec: QuantSpec,
+        *,
+        axis: int,
+        params: QuantizerParams,
+        key: Array | None,
     ) -> Float[Array, "..."]:
         """The numbers that `coded` stands for, float32, with a gradient to `x` and to what is learned.
 
@@ -67,16 +75,24 @@ class StraightThrough(Estimator):
     def check(self, spec: QuantSpec) -> None:
         """It suits every format."""
 
-    def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
+    def init_params(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> QuantizerParams:
         """Nothing."""
         return {}
 
-    def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
+    def encode(
+        self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, params: QuantizerParams
+    ) -> Encoded:
         """`encode`."""
         return encode(x, spec, axis=axis)
 
-    def rounded(
-        self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None
+    def fake_quantize(
+        self,
+        x: Float[Array, "..."],
+        spec: QuantSpec,
+        *,
+        axis: int,
+        params: QuantizerParams,
+        key: Array | None,
     ) -> Float[Array, "..."]:
         """`fake_quant`."""
         return straight_through(x, spec, axis)
@@ -96,16 +112,24 @@ class StochasticRounding(Estimator):
                 "none"
             )
 
-    def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
+    def init_params(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> QuantizerParams:
         """Nothing."""
         return {}
 
-    def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
+    def encode(
+        self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, params: QuantizerParams
+    ) -> Encoded:
         """`encode`."""
         return encode(x, spec, axis=axis)
 
-    def rounded(
-        self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None
+    def fake_quantize(
+        self,
+        x: Float[Array, "..."],
+        spec: QuantSpec,
+        *,
+        axis: int,
+        params: QuantizerParams,
+        key: Array | None,
     ) -> Float[Array, "..."]:
         """Between the two neighbours by chance."""
         if key is None:
@@ -152,21 +176,29 @@ class LearnedScale(Estimator):
                 f"{name_of(spec)} has others: leave it out"
             )
 
-    def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
+    def init_params(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> QuantizerParams:
         """The logarithm of each scale, and its sign where the format has one."""
         return _magnitude_and_sign(best_scale(x, spec, axis=axis)[0], spec)
 
-    def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
+    def encode(
+        self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, params: QuantizerParams
+    ) -> Encoded:
         """On the learned scale, rounded as the format stores it."""
-        return encode(x, spec, axis=axis, scale=_scale(learned))
+        return encode(x, spec, axis=axis, scale=_scale(params))
 
-    def rounded(
-        self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None
+    def fake_quantize(
+        self,
+        x: Float[Array, "..."],
+        spec: QuantSpec,
+        *,
+        axis: int,
+        params: QuantizerParams,
+        key: Array | None,
     ) -> Float[Array, "..."]:
         """The gradient reaches `x` within the grid's reach, and the scale by how far each number was rounded,
         or by its clipped level.
         """
-        return learned_scale(x, _scale(learned), spec, axis, self.clipped_from)
+        return learned_scale(x, _scale(params), spec, axis, self.clipped_from)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,34 +213,42 @@ class LearnedScaleAndOffset(Estimator):
                 "LearnedScale"
             )
 
-    def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
+    def init_params(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> QuantizerParams:
         """The logarithm of each scale, and the zero point in codes, before it is rounded."""
         encoded = encode(x, spec, axis=axis)
         return {"log_scale": _logarithm(encoded.scale), "offset": encoded.zero.astype(jnp.float32)}
 
-    def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
+    def encode(
+        self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, params: QuantizerParams
+    ) -> Encoded:
         """On the learned scale and the learned zero point, which is rounded to a code."""
-        scale = stored_scale(_scale(learned), spec)
-        zero = jnp.clip(jnp.round(learned["offset"]), spec.lowest_code, spec.highest_code)
+        scale = stored_scale(_scale(params), spec)
+        zero = jnp.clip(jnp.round(params["offset"]), spec.lowest_code, spec.highest_code)
         steps = jnp.round(divide(x, _wide(scale, x, axis))) + _wide(zero, x, axis)
         codes = jnp.clip(steps, spec.lowest_code, spec.highest_code).astype(jnp.int8)
         return Encoded(codes=codes, scale=scale, zero=zero.astype(jnp.int32))
 
-    def rounded(
-        self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None
+    def fake_quantize(
+        self,
+        x: Float[Array, "..."],
+        spec: QuantSpec,
+        *,
+        axis: int,
+        params: QuantizerParams,
+        key: Array | None,
     ) -> Float[Array, "..."]:
         """As for a learned scale, about the zero point, which itself gets the gradient of numbers out of
         reach.
         """
-        scale = _wide(_scale(learned), x, axis)
-        limited = jnp.clip(learned["offset"], spec.lowest_code, spec.highest_code)
+        scale = _wide(_scale(params), x, axis)
+        limited = jnp.clip(params["offset"], spec.lowest_code, spec.highest_code)
         zero = _wide(limited + jax.lax.stop_gradient(jnp.round(limited) - limited), x, axis)
         share = _gradient_share(x, spec, axis=axis)
         scale = _with_gradient(scale, share)
         zero = _with_gradient(zero, share)
         steps = jnp.clip(x / scale + zero, spec.lowest_code, spec.highest_code)
         smooth = (steps + jax.lax.stop_gradient(jnp.round(steps) - steps) - zero) * scale
-        return _as_if(_value(self, x, spec, axis=axis, learned=learned), smooth)
+        return _as_if(_value(self, x, spec, axis=axis, params=params), smooth)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,25 +261,33 @@ class LearnedClip(Estimator):
         """Raises ValueError for formats that have a zero point or codes that are floating point."""
         _check_integers(spec, "a learned clip")
 
-    def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
+    def init_params(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> QuantizerParams:
         """The logarithm of each scale, which is the clip over the highest level, and its sign where the
         format has one.
         """
         return _magnitude_and_sign(scale_of(x, spec, axis=axis), spec)
 
-    def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
+    def encode(
+        self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, params: QuantizerParams
+    ) -> Encoded:
         """On the learned scale."""
-        return encode(x, spec, axis=axis, scale=_scale(learned))
+        return encode(x, spec, axis=axis, scale=_scale(params))
 
-    def rounded(
-        self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None
+    def fake_quantize(
+        self,
+        x: Float[Array, "..."],
+        spec: QuantSpec,
+        *,
+        axis: int,
+        params: QuantizerParams,
+        key: Array | None,
     ) -> Float[Array, "..."]:
         """The numbers that are cut off move the clip; those within reach do not."""
         low, high = _reach(spec)
-        scale = _wide(_scale(learned), x, axis)
+        scale = _wide(_scale(params), x, axis)
         ends = low * scale, high * scale  # the other way around where the scale is negative
         return _as_if(
-            _value(self, x, spec, axis=axis, learned=learned),
+            _value(self, x, spec, axis=axis, params=params),
             jnp.clip(x, jnp.minimum(*ends), jnp.maximum(*ends)),
         )
 
@@ -254,21 +302,29 @@ class Calibrated(Estimator):
         """
         _check_integers(spec, "a calibrated scale")
 
-    def learned(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> Learned:
+    def init_params(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> QuantizerParams:
         """The logarithm of each scale, and its sign where the format has one. They are no parameters: nothing
         trains them.
         """
-        return LearnedClip().learned(x, spec, axis=axis)
+        return LearnedClip().init_params(x, spec, axis=axis)
 
-    def coded(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned) -> Encoded:
+    def encode(
+        self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, params: QuantizerParams
+    ) -> Encoded:
         """On the measured scale."""
-        return encode(x, spec, axis=axis, scale=_scale(learned))
+        return encode(x, spec, axis=axis, scale=_scale(params))
 
-    def rounded(
-        self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int, learned: Learned, key: Array | None
+    def fake_quantize(
+        self,
+        x: Float[Array, "..."],
+        spec: QuantSpec,
+        *,
+        axis: int,
+        params: QuantizerParams,
+        key: Array | None,
     ) -> Float[Array, "..."]:
         """The gradient passes within the grid's reach."""
-        return learned_scale(x, jax.lax.stop_gradient(_scale(learned)), spec, axis, ClippedFrom.LAST_LEVEL)
+        return learned_scale(x, jax.lax.stop_gradient(_scale(params)), spec, axis, ClippedFrom.LAST_LEVEL)
 
 
 def default_estimator(spec: QuantSpec) -> Estimator:
@@ -307,10 +363,8 @@ def _as_if(value: Array, smooth: Array) -> Array:
 _as_if.defvjp(lambda value, smooth: (value, None), lambda _, dy: (jnp.zeros_like(dy), dy))
 
 
-def _value(estimator: Estimator, x: Array, spec: QuantSpec, *, axis: int, learned: Learned) -> Array:
-    return decode(
-        jax.lax.stop_gradient(estimator.coded(x, spec, axis=axis, learned=learned)), spec, axis=axis
-    )
+def _value(estimator: Estimator, x: Array, spec: QuantSpec, *, axis: int, params: QuantizerParams) -> Array:
+    return decode(jax.lax.stop_gradient(estimator.encode(x, spec, axis=axis, params=params)), spec, axis=axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -426,14 +480,14 @@ def _logarithm(scale: Array) -> Array:
     return jnp.log2(jnp.maximum(jnp.abs(scale), 2.0**SMALLEST_SCALE))
 
 
-def _magnitude_and_sign(scale: Array, spec: QuantSpec) -> Learned:
+def _magnitude_and_sign(scale: Array, spec: QuantSpec) -> QuantizerParams:
     magnitude = {"log_scale": _logarithm(scale)}
     return magnitude | {SIGN: jnp.where(scale < 0, -1.0, 1.0)} if spec.has_signed_scale else magnitude
 
 
-def _scale(learned: Learned) -> Array:
-    scale = jnp.exp2(jnp.maximum(learned["log_scale"], SMALLEST_SCALE))
-    return jnp.where(learned[SIGN] < 0, -scale, scale) if SIGN in learned else scale
+def _scale(params: QuantizerParams) -> Array:
+    scale = jnp.exp2(jnp.maximum(params["log_scale"], SMALLEST_SCALE))
+    return jnp.where(params[SIGN] < 0, -scale, scale) if SIGN in params else scale
 
 
 # Scales -----------------------------------------------------------------------------------------------------

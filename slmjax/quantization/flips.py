@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from slmjax.models.definition import Params
 from slmjax.quantization import weights
 from slmjax.quantization.weights import Formats
 
@@ -29,7 +30,7 @@ class CodeFlips:
     def __init__(self, formats_of: Formats) -> None:
         self._is_counting = bool(formats_of)
 
-        def compare(params: weights.Params, before: Codes) -> tuple[Codes, Array]:
+        def compare(params: Params, before: Codes) -> tuple[Codes, Array]:
             now = weights.codes(params, formats_of)
             return now, share_of_flips(before, now, formats_of)
 
@@ -38,12 +39,12 @@ class CodeFlips:
         self._before: Codes = {}
         self._step = 0
 
-    def begin(self, params: weights.Params, step: int) -> None:
+    def begin(self, params: Params, step: int) -> None:
         """Take the codes of `step`, from which the next count is made."""
         self._before = self._codes(params) if self._is_counting else {}
         self._step = step
 
-    def count(self, params: weights.Params, step: int) -> dict[str, Any]:
+    def count(self, params: Params, step: int) -> dict[str, Any]:
         """Return the share of codes that are not those of the last count, and the step of that count; this
         one is then the last.
         """

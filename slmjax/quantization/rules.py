@@ -80,7 +80,7 @@ class QuantPhase:
         if not self.rules:
             raise ValueError("a phase of quantization has no rule: give some, or leave quant out")
 
-    def decoded(self) -> "QuantPhase":
+    def without_weights(self) -> "QuantPhase":
         """The same for parameters that are decoded already: inputs and caches are rounded, weights are what
         they are.
         """
@@ -131,7 +131,7 @@ class QuantConfig:
                 f"{self.freeze_steps}"
             )
 
-    def timed(self, *, cooldown_step: int | None, total_steps: int) -> tuple[QuantPhase, ...]:
+    def resolved(self, *, cooldown_step: int | None, total_steps: int) -> tuple[QuantPhase, ...]:
         """The phases at the steps where they begin.
 
         Args:

@@ -1,5 +1,7 @@
-"""How training eases into its formats: the share of the rounding error, the pull to the codes, and layers
-that stop moving.
+"""What changes from step to step in quantization-aware training: warm-up, damping, frozen layers.
+
+Warm-up: the fraction of the rounding error that weights have. Damping: a loss on the difference of weights and
+their codes (Nagel et al. 2022). Frozen layers: the updates of one layer after another are masked out.
 
 Dims: R layers of a stack.
 """
@@ -18,52 +20,54 @@ from slmjax.quantization.rules import QuantConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantSchedule:
-    """What of `QuantConfig` changes from step to step, with the steps at which it does."""
+    """The settings of `QuantConfig` that depend on the step, with the steps at which they take effect."""
 
     first_step: int  # of quantization
     warmup_steps: int
-    damping: float
-    freeze_from: int | None  # the step after which the first layer stops; None where none does
+    damping: float  # weight of the damping loss
+    freeze_from: int | None  # the step after which the first layer is frozen; None where none is
     last_step: int
 
-    def share(self, step: Int[Array, ""]) -> Float[Array, ""] | None:
-        """How much of the rounding error there is in the step after `step`; None for all of it, always."""
+    def warmup_fraction(self, step: Int[Array, ""]) -> Float[Array, ""] | None:
+        """Return the fraction of the rounding error in the step after `step`; None for all of it, always."""
         if self.warmup_steps == 0:
             return None
         return jnp.clip((step - self.first_step + 1) / (self.warmup_steps + 1), 0.0, 1.0)
 
-    def num_stopped(self, step: Int[Array, ""], *, num_layers: int) -> Float[Array, ""]:
-        """Return how many layers, counted from the first, do not move in the step after `step`."""
+    def num_frozen(self, step: Int[Array, ""], *, num_layers: int) -> Float[Array, ""]:
+        """Return how many layers, counted from the first, are frozen in the step after `step`."""
         if self.freeze_from is None:
             return jnp.zeros(())
-        passed = (step - self.freeze_from) / max(self.last_step - self.freeze_from, 1)
-        return jnp.where(passed < 0, 0.0, jnp.floor(passed * num_layers) + 1)
+        progress = (step - self.freeze_from) / max(self.last_step - self.freeze_from, 1)
+        return jnp.where(progress < 0, 0.0, jnp.floor(progress * num_layers) + 1)
 
-    def held(
+    def freeze_updates(
         self, updates: Any, step: Int[Array, ""], *, config: ModelConfig, paths: Iterable[str]
     ) -> dict[str, Array]:
-        """Updates, by stack path, without those of weights, and of what is learned beside them, in layers
-        that have stopped.
+        """Return updates, by stack path, with those of quantized weights in frozen layers set to zero.
 
-        One layer after another stops, the first at once, at even distances; tables outside the layers move to
-        the end.
+        Updates of their quantizers' parameters are zero too. Layers are frozen one after another at even intervals,
+        the first at `freeze_from`; tables outside the layers are trained to the end.
+
+        Args:
+          paths: stack paths of the quantized weights.
         """
         if self.freeze_from is None:
             return dict(updates)
-        num_stopped = self.num_stopped(step, num_layers=config.num_layers)
+        num_frozen = self.num_frozen(step, num_layers=config.num_layers)
         result = dict(updates)
         for path in paths:
             if (layers := layer_indices(config, path)) is None:
                 continue
-            moves = (jnp.asarray(layers) >= num_stopped).astype(jnp.float32)
+            mask = (jnp.asarray(layers) >= num_frozen).astype(jnp.float32)
             for name in [name for name in updates if name == path or name.startswith(path + "/")]:
                 update = updates[name]
-                result[name] = update * moves.reshape(-1, *(1 for _ in update.shape[1:]))
+                result[name] = update * mask.reshape(-1, *(1 for _ in update.shape[1:]))
         return result
 
 
 def quant_schedule_of(config: QuantConfig, *, first_step: int, total_steps: int) -> QuantSchedule:
-    """The easing of a run of so many steps whose quantization begins at a step."""
+    """Return the schedule of a run of `total_steps` whose quantization begins at `first_step`."""
     freeze_from = None if config.freeze_steps is None else max(first_step, total_steps - config.freeze_steps)
     return QuantSchedule(
         first_step=first_step,

@@ -1,8 +1,8 @@
 """Weights in their formats, as pure functions of flat dicts of parameters by stack path.
 
-A stacked parameter [R, ...] has a format for each of its layers, an expert's matrix is coded by itself, and
-so every function here works on one matrix [in, out] (or table [V, D]) and is mapped over what comes before.
-What an estimator learns beside a weight stands in the same dict, under the weight's path:
+A stacked parameter [R, ...] has a format for each of its layers, and the matrix of each expert is encoded by
+itself. Every function here therefore works on one matrix [in, out] (or table [V, D]) and is mapped over the dims
+in front. The parameters of a weight's quantizer are in the same dict, below the weight's path:
 `segments/0/blocks/1/mixer/query/weight/log_scale`.
 
 Dims: R layers of a stack.
@@ -19,244 +19,253 @@ from jaxtyping import Array, Float, Int8, UInt32
 from slmjax.formats.bits import as_bits
 from slmjax.formats.coding import Encoded, decode
 from slmjax.formats.spec import QuantSpec
+from slmjax.models.definition import Params
 from slmjax.quantization.assignment import TensorQuant
-from slmjax.quantization.estimators import SIGN, Learned
+from slmjax.quantization.estimators import QuantizerParams
+from slmjax.quantization.quantizer_params import QUANTIZER_PARAMS, is_weight_quantizer_param
 
-Params = Mapping[str, Array]
-Formats = Mapping[
-    str, Sequence[TensorQuant | None]
-]  # by stack path: of each layer of a stacked parameter, of any other the one
-LEARNED = ("log_scale", SIGN, "offset")
+# By stack path: the format of each layer of a stacked parameter, the single format of any other.
+Formats = Mapping[str, Sequence[TensorQuant | None]]
 
 
-def learned_of(params: Params, path: str) -> Learned:
-    """What is learned beside a weight."""
-    return {name: params[f"{path}/{name}"] for name in LEARNED if f"{path}/{name}" in params}
+# Quantizer parameters ---------------------------------------------------------------------------------------
+def quantizer_params_of(params: Mapping[str, Array], path: str) -> QuantizerParams:
+    """Return the parameters of a weight's quantizer."""
+    return {name: params[f"{path}/{name}"] for name in QUANTIZER_PARAMS if f"{path}/{name}" in params}
 
 
-def is_weight_quantizer_param(path: str) -> bool:
-    """Whether this is something that is learned beside a weight, and no parameter of a module."""
-    return path.rpartition("/")[2] in LEARNED and not is_activation_quantizer_param(path)
-
-
-def is_activation_quantizer_param(path: str) -> bool:
-    """Whether this is the scale or offset of what comes to a product, which a module holds."""
-    parent, _, name = path.rpartition("/")
-    return name in LEARNED and parent.endswith("input")
-
-
-def is_learned(path: str) -> bool:
-    """Return whether this is a scale or an offset of a number format, of a weight or of an input, and no
-    parameter of the model.
-    """
-    return is_weight_quantizer_param(path) or is_activation_quantizer_param(path)
-
-
-def is_sign(path: str) -> bool:
-    """Return whether this is the sign of learned scales, which is fixed: no optimizer changes it. Checkpoints
-    written before it was kept lack it, and all their learned scales are positive."""
-    return path.endswith("/" + SIGN) and is_learned(path)
-
-
-def learned(params: Params, formats_of: Formats) -> dict[str, Array]:
-    """What estimators learn beside these weights, as it begins, by stack path."""
-    found: dict[str, Array] = {}
-    for path, numbers in formats_of.items():
-        # Of layers of one stack either all learn, in groups of one size, or none does: `quantized` divides
-        # stacks so.
-        chosen = [one for one in numbers if one is not None]
-        if not chosen:
+def init_quantizer_params(params: Mapping[str, Array], formats_of: Formats) -> Params:
+    """Return the initial quantizer parameters for these weights, by stack path."""
+    result: Params = {}
+    for path, by_layer in formats_of.items():
+        # Of the layers of one stack either all have quantizer parameters, of one shape, or none has: `plan`
+        # divides stacks accordingly.
+        formats = [tensor_quant for tensor_quant in by_layer if tensor_quant is not None]
+        if not formats:
             continue
-        if all(one == chosen[0] for one in chosen):
-            values = _begun(params[path], chosen[0])
+        if all(tensor_quant == formats[0] for tensor_quant in formats):
+            values = _init_matrices(params[path], formats[0])
         else:
-            by_layer = [_begun(weight, one) for weight, one in zip(params[path], chosen, strict=True)]
-            values = jax.tree.map(lambda *layers: jnp.stack(layers), *by_layer)
-        found |= {f"{path}/{name}": value for name, value in values.items()}
-    return found
-
-
-def _begun(weight: Array, numbers: TensorQuant) -> Learned:
-    def one(matrix: Array) -> Learned:
-        return numbers.learned(matrix)
-
-    return by_matrix(one, weight.ndim)(weight)
-
-
-def effective(params: Params, formats_of: Formats, *, key: Array | None = None) -> dict[str, Array]:
-    """The weights that layers multiply with: decoded numbers, float32, where there is a format; and all other
-    parameters as they are.
-
-    Args:
-      key: randomness of estimators that round by chance; None in evaluation.
-    """
-    result = {path: value for path, value in params.items() if not is_weight_quantizer_param(path)}
-    for index, (path, numbers) in enumerate(formats_of.items()):
-        own_key = None if key is None else jax.random.fold_in(key, index)
-        result[path] = _by_layer(params, path, numbers, key=own_key)
+            layers = [
+                _init_matrices(weight, tensor_quant)
+                for weight, tensor_quant in zip(params[path], formats, strict=True)
+            ]
+            values = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+        result |= {f"{path}/{name}": value for name, value in values.items()}
     return result
 
 
-def eased(
-    params: Params, decoded: Params, formats_of: Formats, *, share: Float[Array, ""]
-) -> dict[str, Array]:
-    """Parameters with a share of the rounding error of each weight, from 0 to 1; with all of it they are the
-    decoded ones.
-    """
+def _init_matrices(weight: Array, tensor_quant: TensorQuant) -> QuantizerParams:
+    return map_matrices(tensor_quant.init_params, weight.ndim)(weight)
 
-    def one(path: str, value: Array) -> Array:
+
+# Fake-quantization ------------------------------------------------------------------------------------------
+def fake_quantize(params: Mapping[str, Array], formats_of: Formats, *, key: Array | None = None) -> Params:
+    """Return the parameters that layers multiply with: weights rounded to their formats, in float32.
+
+    Parameters without a format stay as they are; those of weight quantizers are left out.
+
+    Args:
+      key: randomness of estimators that round stochastically; None in evaluation.
+    """
+    result = {path: value for path, value in params.items() if not is_weight_quantizer_param(path)}
+    for index, (path, formats) in enumerate(formats_of.items()):
+        weight_key = None if key is None else jax.random.fold_in(key, index)
+        result[path] = _fake_quantize_layers(params, path, formats, key=weight_key)
+    return result
+
+
+def blend_fake_quantized(
+    params: Mapping[str, Array], fake_quantized: Params, formats_of: Formats, *, fraction: Float[Array, ""]
+) -> Params:
+    """Return parameters with a fraction of the rounding error of each weight, from 0 to 1 (warm-up)."""
+
+    def blend(path: str, value: Array) -> Array:
         if path not in formats_of:
             return value
-        return jnp.where(share < 1, params[path] + share * (value - params[path]), value)
+        # `where` keeps the fully rounded value to the bit: params + (value - params) may differ from it.
+        return jnp.where(fraction < 1, params[path] + fraction * (value - params[path]), value)
 
-    return {path: one(path, value) for path, value in decoded.items()}
-
-
-def _by_layer(
-    params: Params, path: str, numbers: Sequence[TensorQuant | None], *, key: Array | None
-) -> Array:
-    def one(weight: Array, beside: Learned, numbers: TensorQuant | None, layer: int | None) -> Array:
-        return _rounded(
-            weight, beside, numbers, key if key is None or layer is None else jax.random.fold_in(key, layer)
-        )
-
-    return _over_layers(one, params, path, numbers)
+    return {path: blend(path, value) for path, value in fake_quantized.items()}
 
 
-def _over_layers(
-    one: Callable[..., Array], params: Params, path: str, numbers: Sequence[TensorQuant | None]
-) -> Array:
-    """`one` of a weight, of what is learned beside it, of its format and of the layer: of a stack at once
-    (None) where layers are alike.
+def damping_loss(
+    params: Mapping[str, Array], fake_quantized: Mapping[str, Array], formats_of: Formats
+) -> Float[Array, ""]:
+    """Sum of squared differences between weights and their rounded values (Nagel et al. 2022).
+
+    The rounded values count as constants, so that the gradient draws weights to the centres of their bins.
     """
-    weight = params[path]
-    beside = learned_of(params, path)
-    if all(other == numbers[0] for other in numbers):
-        return one(weight, beside, numbers[0], None)
-    rows = [
-        one(weight[layer], {name: value[layer] for name, value in beside.items()}, own, layer)
-        for layer, own in enumerate(numbers)
+    losses = [
+        jnp.sum(jnp.square(params[path] - jax.lax.stop_gradient(fake_quantized[path]))) for path in formats_of
     ]
-    return jnp.stack(rows)
+    return jnp.sum(jnp.stack(losses)) if losses else jnp.zeros(())
 
 
-def _rounded(weight: Array, beside: Learned, numbers: TensorQuant | None, key: Array | None) -> Array:
-    if numbers is None:
+def _fake_quantize_layers(
+    params: Mapping[str, Array], path: str, formats: Sequence[TensorQuant | None], *, key: Array | None
+) -> Array:
+    def fake_quantize_layer(
+        weight: Array, quantizer_params: QuantizerParams, tensor_quant: TensorQuant | None, layer: int | None
+    ) -> Array:
+        layer_key = key if key is None or layer is None else jax.random.fold_in(key, layer)
+        return _fake_quantize_matrices(weight, quantizer_params, tensor_quant, layer_key)
+
+    return _map_layers(fake_quantize_layer, params, path, formats)
+
+
+def _fake_quantize_matrices(
+    weight: Array, quantizer_params: QuantizerParams, tensor_quant: TensorQuant | None, key: Array | None
+) -> Array:
+    if tensor_quant is None:
         return weight
     keys = None if key is None else jax.random.split(key, weight.shape[:-2])
 
-    def one(matrix: Array, beside: Learned, key: Array | None) -> Array:
-        return numbers.estimator.rounded(matrix, numbers.spec, axis=numbers.axis, learned=beside, key=key)
+    def fake_quantize_matrix(matrix: Array, quantizer_params: QuantizerParams, key: Array | None) -> Array:
+        return tensor_quant.estimator.fake_quantize(
+            matrix, tensor_quant.spec, axis=tensor_quant.axis, params=quantizer_params, key=key
+        )
 
-    return by_matrix(one, weight.ndim)(weight, beside, keys)
+    return map_matrices(fake_quantize_matrix, weight.ndim)(weight, quantizer_params, keys)
 
 
-def coded(params: Params, formats_of: Formats) -> dict[str, list[Encoded | None]]:
-    """The codes and scales of every weight that has a format, layer by layer: what is deployed. A pure
-    function: jit it.
+# Codes ------------------------------------------------------------------------------------------------------
+def encode_weights(params: Mapping[str, Array], formats_of: Formats) -> dict[str, list[Encoded | None]]:
+    """Return the codes and scales of every weight that has a format, layer by layer: what is deployed.
+
+    A pure function: jit it.
     """
-    found: dict[str, list[Encoded | None]] = {}
-    for path, numbers in formats_of.items():
+    result: dict[str, list[Encoded | None]] = {}
+    for path, formats in formats_of.items():
         weight = params[path]
-        beside = learned_of(params, path)
+        quantizer_params = quantizer_params_of(params, path)
         if not path.startswith("segments/"):
-            found[path] = [_coded(weight, beside, numbers[0])]
+            result[path] = [_encode(weight, quantizer_params, formats[0])]
             continue
-        found[path] = [
-            _coded(weight[layer], {name: value[layer] for name, value in beside.items()}, one)
-            for layer, one in enumerate(numbers)
+        result[path] = [
+            _encode(
+                weight[layer], {name: value[layer] for name, value in quantizer_params.items()}, tensor_quant
+            )
+            for layer, tensor_quant in enumerate(formats)
         ]
-    return found
+    return result
 
 
-def _coded(weight: Array, beside: Learned, numbers: TensorQuant | None) -> Encoded | None:
-    if numbers is None:
+def _encode(
+    weight: Array, quantizer_params: QuantizerParams, tensor_quant: TensorQuant | None
+) -> Encoded | None:
+    if tensor_quant is None:
         return None
 
-    def one(matrix: Array, beside: Learned) -> Encoded:
-        return numbers.estimator.coded(matrix, numbers.spec, axis=numbers.axis, learned=beside)
+    def encode_matrix(matrix: Array, quantizer_params: QuantizerParams) -> Encoded:
+        return tensor_quant.estimator.encode(
+            matrix, tensor_quant.spec, axis=tensor_quant.axis, params=quantizer_params
+        )
 
-    return by_matrix(one, weight.ndim)(weight, beside)
+    return map_matrices(encode_matrix, weight.ndim)(weight, quantizer_params)
 
 
-def codes(params: Params, formats_of: Formats) -> dict[str, Int8[Array, "..."]]:
-    """Return the codes of every weight that has a format, by stack path; 0 in layers of it that have none."""
+def codes(params: Mapping[str, Array], formats_of: Formats) -> dict[str, Int8[Array, "..."]]:
+    """Return the codes of every weight that has a format, by stack path; 0 in its layers that have none."""
 
-    def one(weight: Array, beside: Learned, numbers: TensorQuant | None, layer: int | None) -> Array:
-        encoded = _coded(weight, beside, numbers)
+    def codes_of_layer(
+        weight: Array, quantizer_params: QuantizerParams, tensor_quant: TensorQuant | None, layer: int | None
+    ) -> Array:
+        del layer
+        encoded = _encode(weight, quantizer_params, tensor_quant)
         return jnp.zeros(weight.shape, jnp.int8) if encoded is None else encoded.codes
 
-    return {path: _over_layers(one, params, path, layers) for path, layers in formats_of.items()}
+    return {path: _map_layers(codes_of_layer, params, path, formats) for path, formats in formats_of.items()}
 
 
-def code_sums(params: Params, formats_of: Formats) -> dict[str, UInt32[Array, "..."]]:
-    """`sum_of_codes` of every weight that has a format, by stack path; 0 for layers of it that have none. A
-    pure function: jit it.
+def code_sums(params: Mapping[str, Array], formats_of: Formats) -> dict[str, UInt32[Array, "..."]]:
+    """Return `sum_of_codes` of every weight that has a format, by stack path; 0 for its layers that have none.
+
+    A pure function: jit it.
     """
-    found: dict[str, Array] = {}
-    for path, layers in formats_of.items():
-        if axes := [one.axis for one in layers if one is not None]:
-            found[path] = _over_layers(functools.partial(_row_sums, axis=axes[0]), params, path, layers)
-    return found
+    result: dict[str, Array] = {}
+    for path, formats in formats_of.items():
+        if axes := [tensor_quant.axis for tensor_quant in formats if tensor_quant is not None]:
+            sums_of_layer = functools.partial(_sums_of_layer, axis=axes[0])
+            result[path] = _map_layers(sums_of_layer, params, path, formats)
+    return result
 
 
-def _row_sums(
-    weight: Array, beside: Learned, numbers: TensorQuant | None, layer: int | None, *, axis: int
+def _sums_of_layer(
+    weight: Array,
+    quantizer_params: QuantizerParams,
+    tensor_quant: TensorQuant | None,
+    layer: int | None,
+    *,
+    axis: int,
 ) -> Array:
     del layer
-    encoded = _coded(weight, beside, numbers)
-    # A layer without a format has a row for each that others have.
-    return (
-        jnp.zeros_like(jnp.take(weight, 0, axis=axis), jnp.uint32)
-        if encoded is None
-        else sum_of_codes(encoded, axis=axis)
-    )
+    encoded = _encode(weight, quantizer_params, tensor_quant)
+    if encoded is None:  # as many sums as other layers of the stack have
+        return jnp.zeros_like(jnp.take(weight, 0, axis=axis), jnp.uint32)
+    return sum_of_codes(encoded, axis=axis)
 
 
 def sum_of_codes(encoded: Encoded, *, axis: int) -> UInt32[Array, "..."]:
-    """A number for each row of codes, which changes where any of the codes or scales does.
+    """Return a checksum for each row of codes, which changes when any of its codes or scales does.
 
-    The sum of both along the axis that groups run along, modulo 2**32, each weighted by its place. Weights
-    are odd: a change of one of them always shows, and that of several but by a chance of one in billions.
+    It is the sum of both along the axis of the groups, modulo 2**32, each weighted by its position. Weights are odd:
+    a change of one code always shows, and a change of several is missed with a probability of one in billions.
     """
 
-    def one(encoded: Encoded) -> Array:
-        total = _weighted_sum(encoded.codes, axis, start=1) + _weighted_sum(
-            as_bits(encoded.scale), axis, start=100_003
-        )
-        total = total if encoded.zero is None else total + _weighted_sum(encoded.zero, axis, start=200_003)
-        return (
-            total
-            if encoded.tensor_scale is None
-            else total + as_bits(encoded.tensor_scale).astype(jnp.uint32)
-        )
+    def sum_matrix(encoded: Encoded) -> Array:
+        total = _weighted_sum(encoded.codes, axis, start=1)
+        total += _weighted_sum(as_bits(encoded.scale), axis, start=100_003)
+        if encoded.zero is not None:
+            total += _weighted_sum(encoded.zero, axis, start=200_003)
+        if encoded.tensor_scale is not None:
+            total += as_bits(encoded.tensor_scale).astype(jnp.uint32)
+        return total
 
-    return by_matrix(one, encoded.codes.ndim)(jax.tree.map(jnp.asarray, encoded))
+    return map_matrices(sum_matrix, encoded.codes.ndim)(jax.tree.map(jnp.asarray, encoded))
 
 
-def _weighted_sum(numbers: Array, axis: int, *, start: int) -> Array:
-    numbers = numbers.astype(jnp.int32).astype(jnp.uint32)
-    weights = 2 * jax.lax.broadcasted_iota(jnp.uint32, numbers.shape, axis % numbers.ndim) + start
-    return jnp.sum(numbers * weights, axis=axis, dtype=jnp.uint32)
-
-
-def damping(params: Params, decoded: Params, formats_of: Formats) -> Float[Array, ""]:
-    """Sum of squared distances of weights to what they are rounded to, which counts as fixed (Nagel et al.
-    2022).
-    """
-    distances = [
-        jnp.sum(jnp.square(params[path] - jax.lax.stop_gradient(decoded[path]))) for path in formats_of
-    ]
-    return jnp.sum(jnp.stack(distances)) if distances else jnp.zeros(())
+def _weighted_sum(integers: Array, axis: int, *, start: int) -> Array:
+    integers = integers.astype(jnp.int32).astype(jnp.uint32)
+    weights = 2 * jax.lax.broadcasted_iota(jnp.uint32, integers.shape, axis % integers.ndim) + start
+    return jnp.sum(integers * weights, axis=axis, dtype=jnp.uint32)
 
 
 def decode_matrices(encoded: Encoded, spec: QuantSpec, *, axis: int) -> Float[Array, "..."]:
-    """The numbers that codes of a weight stand for."""
-    return by_matrix(lambda one: decode(one, spec, axis=axis), encoded.codes.ndim)(encoded)
+    """Return the float32 values of a weight's codes."""
+    return map_matrices(lambda matrix: decode(matrix, spec, axis=axis), encoded.codes.ndim)(encoded)
 
 
-def by_matrix(function: Callable[..., Any], ndim: int) -> Callable[..., Any]:
-    """A function of a matrix, for arrays of `ndim` dims, each of whose matrices is one by itself."""
+# Mapping ----------------------------------------------------------------------------------------------------
+def map_matrices(function: Callable[..., Any], ndim: int) -> Callable[..., Any]:
+    """Return a function of a matrix mapped over the leading dims of arrays of `ndim` dims."""
     for _ in range(ndim - 2):
         function = jax.vmap(function)
     return function
+
+
+def _map_layers(
+    function: Callable[..., Array],
+    params: Mapping[str, Array],
+    path: str,
+    formats: Sequence[TensorQuant | None],
+) -> Array:
+    """Call `function(weight, quantizer_params, format, layer)` for each layer of a stacked weight.
+
+    Where all layers have the same format it is called once, for the stack, with None as the layer: the program does
+    not grow with depth.
+    """
+    weight = params[path]
+    quantizer_params = quantizer_params_of(params, path)
+    if all(tensor_quant == formats[0] for tensor_quant in formats):
+        return function(weight, quantizer_params, formats[0], None)
+    layers = [
+        function(
+            weight[layer],
+            {name: value[layer] for name, value in quantizer_params.items()},
+            tensor_quant,
+            layer,
+        )
+        for layer, tensor_quant in enumerate(formats)
+    ]
+    return jnp.stack(layers)

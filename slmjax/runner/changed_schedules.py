@@ -98,14 +98,14 @@ def _values(experiment: Experiment, step: int) -> dict[str, float]:
 def _quantization(quant: QuantConfig, experiment: Experiment, step: int) -> dict[str, float]:
     """The phase of quantization, and how far training has eased into it."""
     total_steps = experiment.run.steps
-    phases = quant.timed(
+    phases = quant.resolved(
         cooldown_step=cooldown_step(experiment.optim, total_steps=total_steps), total_steps=total_steps
     )
     easing = quant_schedule_of(quant, first_step=phases[0].step, total_steps=total_steps)
     num_begun = sum(phase.step <= step for phase in phases)
-    share = easing.share(jnp.asarray(step)) if num_begun else 0.0
+    share = easing.warmup_fraction(jnp.asarray(step)) if num_begun else 0.0
     num_stopped = (
-        easing.num_stopped(jnp.asarray(step), num_layers=experiment.model.num_layers) if num_begun else 0.0
+        easing.num_frozen(jnp.asarray(step), num_layers=experiment.model.num_layers) if num_begun else 0.0
     )
     return {
         "the phase of quantization (0: full precision; quant.start_step, quant.phases)": float(num_begun),

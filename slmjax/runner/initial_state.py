@@ -55,9 +55,9 @@ def _model_of(source: Path, setup: Setup) -> tuple[dict[str, Any], dict[str, Any
         )
     definition = setup.definition
     shapes = setup.shapes
-    if not definition.config.quant:
+    if not definition.transforms:
         return read_fitted(source, definition.config, shapes.trainable, shapes.frozen)[1:]
-    plain = define(dataclasses.replace(definition.config, quant=()))
+    plain = define(definition.config)
     wanted = (
         {path: shapes.trainable[path] for path in plain.params},
         {path: shapes.frozen[path] for path in plain.buffers},
@@ -65,7 +65,7 @@ def _model_of(source: Path, setup: Setup) -> tuple[dict[str, Any], dict[str, Any
     _, params, buffers = read_fitted(source, definition.config, *wanted)
     places = jax.tree.map(lambda leaf: leaf.sharding, (shapes.trainable, shapes.frozen))
     return jax.jit(
-        lambda *trees: (definition.with_learned(trees[0]), definition.with_measured(trees[1])),
+        lambda *trees: (definition.with_own_params(trees[0]), definition.with_missing_buffers(trees[1])),
         out_shardings=places,
     )(params, buffers)
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from slmjax import config as config_io
+from slmjax.checkpoints.model_file import model_json
 from slmjax.data import provenance
 from slmjax.data.left_out import describe_left_out
 from slmjax.data.lost_text import lost_note
@@ -19,7 +20,8 @@ from slmjax.data.pipeline import BatchSource
 from slmjax.models.definition import Definition
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.parallel.processes import broadcast_text
-from slmjax.quantization.weights import is_activation_quantizer_param, is_weight_quantizer_param
+from slmjax.quantization.fake_quantization import phases_of
+from slmjax.quantization.quantizer_params import is_activation_quantizer_param, is_weight_quantizer_param
 from slmjax.runner.session import Setup
 from slmjax.telemetry.progress import Progress
 from slmjax.telemetry.run_directory import RunDirectory, environment
@@ -55,7 +57,7 @@ def write_description(setup: Setup, run: RunDirectory, code: str | Path | None) 
     if jax.process_index() != 0:
         return
     run.write_json("config.json", config_io.to_json(setup.experiment))
-    run.write_json("model.json", config_io.to_json(setup.definition.config))
+    run.write_json("model.json", model_json(setup.definition.config, phases=phases_of(setup.definition)))
     run.write_json(provenance.RECORD_FILE, provenance.describe(setup.prepared, setup.experiment.data))
     run.write_json("environment.json", environment())
     setup.prepared.tokenizer.save(run.tokenizer)

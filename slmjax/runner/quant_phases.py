@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from slmjax.data.batch import Batch
-from slmjax.models.definition import define
 from slmjax.models.paths import block_at
+from slmjax.quantization.fake_quantization import define_quantized, quantization_of
+from slmjax.quantization.quantizer_params import is_activation_quantizer_param, is_quantizer_param
 from slmjax.quantization.rules import phase_at
-from slmjax.quantization.weights import is_activation_quantizer_param, is_weight_quantizer_param
 from slmjax.runner.session import Setup
 from slmjax.training.optim import make_optimizer, restarted
 from slmjax.training.programs import make_programs
@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 
 def starts_phase(setup: Setup, step: int) -> bool:
     """Whether the training step after `step` is in another phase than the one that `setup` is of."""
-    return phase_at(setup.definition.config.quant, step) != setup.definition.phase
+    quantization = quantization_of(setup.definition)
+    return quantization is not None and phase_at(quantization.phases, step) != quantization.phase
 
 
 def at_step(setup: Setup, step: int) -> Setup:
@@ -69,29 +70,26 @@ def _begun(setup: Setup, state: TrainState, batch: Batch) -> TrainState:
       batch: the placed batch that is trained on next, on which inputs are measured.
     """
     definition = setup.definition
-    phase = definition.phase
-    if phase is None or phase.step != int(state.step):
+    quantization = quantization_of(definition)
+    if quantization is None or quantization.phase is None or quantization.phase.step != int(state.step):
         return state
+    phase = quantization.phase
     log.info("step %d: quantization begins, or goes on with other rules", phase.step)
-    before = define(definition.config, step=phase.step - 1)
+    before = quantization_of(define_quantized(definition.config, quantization.phases, step=phase.step - 1))
+    assert before is not None
     params, buffers = (
         (state.trainable, state.frozen)
-        if before.inputs == definition.inputs
+        if before.input_formats == quantization.input_formats
         else _measured(setup, state, batch)
     )
-    if definition.learning:
-        same = frozenset(
-            path for path, numbers in definition.formats.items() if before.formats.get(path) == numbers
-        )
+    if quantization.learned_formats:
         places = jax.tree.map(lambda leaf: leaf.sharding, setup.shapes.trainable)
-        params = jax.jit(functools.partial(definition.with_learned, kept=same), out_shardings=places)(params)
+        initialize = functools.partial(quantization.init_changed, before=before)
+        params = jax.jit(initialize, out_shardings=places)(params)
     ema = state.ema
     if ema is not None:  # what is averaged of what only begins now is what it begins as
         ema = {
-            path: jnp.copy(params[path])
-            if is_activation_quantizer_param(path) or is_weight_quantizer_param(path)
-            else leaf
-            for path, leaf in ema.items()
+            path: jnp.copy(params[path]) if is_quantizer_param(path) else leaf for path, leaf in ema.items()
         }
     optimizer = _restarted(setup, state.optimizer, params) if phase.restart_optimizer else state.optimizer
     return dataclasses.replace(state, trainable=params, frozen=buffers, ema=ema, optimizer=optimizer)
@@ -108,7 +106,9 @@ def _restarted(setup: Setup, optimizer_state: Any, params: dict[str, Array]) -> 
 def _measured(setup: Setup, state: TrainState, batch: Batch) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parameters and buffers with scales of inputs as they should begin for this batch."""
     config = setup.definition.config
-    observed = define(config, step=int(state.step), is_observed=True)
+    quantization = quantization_of(setup.definition)
+    assert quantization is not None
+    observed = define_quantized(config, quantization.phases, step=int(state.step), is_calibrating=True)
     params = state.trainable
     buffers = state.frozen
     wanted = {path for path in (*params, *buffers) if is_activation_quantizer_param(path)}
@@ -117,8 +117,9 @@ def _measured(setup: Setup, state: TrainState, batch: Batch) -> tuple[dict[str, 
 
     def total(some: dict[str, Array], rest: dict[str, Array]) -> Array:
         everything = {**rest, **some}
-        effective = observed.effective({path: everything[path] for path in params})
-        model = observed.merge_effective(effective, {path: everything[path] for path in buffers})
+        model = observed.merge(
+            {path: everything[path] for path in params}, {path: everything[path] for path in buffers}
+        )
         output = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions)
         return jnp.sum(output.hidden.astype(jnp.float32))
 

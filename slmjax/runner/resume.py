@@ -13,7 +13,7 @@ from slmjax.data.windows import EvaluationBatches
 from slmjax.runner.session import Setup, log
 from slmjax.telemetry.run_directory import RunDirectory, read_log
 from slmjax.training.experiment import Experiment, read_experiment
-from slmjax.training.programs import resolved_model
+from slmjax.training.programs import resolved_phases
 
 
 def check_best(setup: Setup, checkpointer: Checkpointer) -> None:
@@ -102,7 +102,7 @@ def run_to_resume(path: Path, experiment: Experiment) -> RunDirectory:
 
 
 def _phase_steps(experiment: Experiment) -> list[int]:
-    return [phase.step for phase in resolved_model(experiment, vocab_size=1).quant]
+    return [phase.step for phase in resolved_phases(experiment)]
 
 
 def _remembered(experiment: Experiment) -> str:

@@ -26,6 +26,7 @@ from slmjax.losses import TeacherOutput
 from slmjax.models.definition import Definition
 from slmjax.parallel.batches import local_sequences
 from slmjax.parallel.processes import process_zero_first
+from slmjax.quantization.fake_quantization import weight_formats
 from slmjax.quantization.flips import CodeFlips
 from slmjax.quantization.schedule import QuantSchedule
 from slmjax.training.experiment import Experiment
@@ -88,7 +89,9 @@ class Setup:
         """What a checkpoint keeps: the state, and of a quantized run sums of the codes that are deployed
         (`loading.changed_rows`).
         """
-        return state.items() | ({"codes": self.code_sums(state.evaluated)} if self.definition.formats else {})
+        return state.items() | (
+            {"codes": self.code_sums(state.evaluated)} if weight_formats(self.definition) else {}
+        )
 
     def sample(self, state: TrainState) -> list[str]:
         """Continuations of the experiment's prompts by the trained model; one process only."""

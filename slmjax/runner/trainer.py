@@ -35,6 +35,7 @@ from slmjax.parallel.batches import local_sequences, place_batch
 from slmjax.parallel.mesh import make_mesh
 from slmjax.parallel.processes import StopSignals
 from slmjax.planning import device_peaks
+from slmjax.quantization.fake_quantization import phase_of
 from slmjax.runner import quant_phases
 from slmjax.runner.changed_schedules import warn_of_changed_schedules
 from slmjax.runner.initial_state import fresh_state, restored_state
@@ -332,7 +333,7 @@ class Loop:
         with its own.
         """
         self.setup = quant_phases.at_step(self.setup, self.step)
-        phase = self.setup.definition.phase
+        phase = phase_of(self.setup.definition)
         if phase is not None and self.best is not None and self.best[0] <= phase.step:
             self.best = None
         return quant_phases.begin(self.setup, state, placed)

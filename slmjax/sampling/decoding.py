@@ -23,8 +23,9 @@ from jaxtyping import Array, Bool, Float, Int
 from slmjax import losses
 from slmjax.models.architecture import LayerGroup
 from slmjax.models.decoder import Decoder, Output
-from slmjax.models.definition import Definition, define, restack, unstack
+from slmjax.models.definition import Definition, restack, unstack
 from slmjax.parallel import communication
+from slmjax.quantization.fake_quantization import define_quantized, phases_of
 from slmjax.sampling.choice import next_tokens, penalised
 from slmjax.sampling.settings import DEFAULT, SamplingConfig, check_prompts, length_limits, resolved_seeds
 
@@ -155,29 +156,30 @@ def _for_decoding(
     With stacked layers every token would copy the caches of all layers: they enter the loop over layers as
     one array and leave it as another. Weights with formats are dequantized once.
     """
-    params, definition = definition.decode(params)
+    params, definition = definition.transform_once(params)
     if definition.config.num_layers > UNROLLED_LAYERS or all(
         segment.repeats == 1 for segment in definition.config.stack
     ):
         return definition.merge(params, buffers)
-    unstacked = _unstacked_definition(definition.config)
-    return unstacked.merge(*_unstacked(definition.config, dict(params), dict(buffers)))
+    phases = phases_of(definition)
+    unstacked = _unstacked_definition(definition.config, phases)
+    return unstacked.merge(*_unstacked(definition.config, phases, dict(params), dict(buffers)))
 
 
 @functools.cache
-def _unstacked_definition(config: Any) -> Definition:
+def _unstacked_definition(config: Any, phases: Any) -> Definition:
     """Return the definition of the same model with every repeat in its own layer group."""
     stack = tuple(
         LayerGroup(pattern=segment.pattern) for segment in config.stack for _ in range(segment.repeats)
     )
-    return define(dataclasses.replace(config, stack=stack))
+    return define_quantized(dataclasses.replace(config, stack=stack), phases)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _unstacked(
-    config: Any, params: dict[str, Array], buffers: dict[str, Array]
+    config: Any, phases: Any, params: dict[str, Array], buffers: dict[str, Array]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    unstacked = _unstacked_definition(config)
+    unstacked = _unstacked_definition(config, phases)
 
     def move(tree: dict[str, Array], like: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
         return restack(unstacked.config, unstack(config, tree), like=like)

@@ -22,8 +22,9 @@ from slmjax.checkpoints.loading import load_model
 from slmjax.config import fingerprint, near_names
 from slmjax.distill.teachers import load_teacher
 from slmjax.models.architecture import ModelConfig
-from slmjax.models.quantized_modules import assignment_lines
 from slmjax.quantization.assignment import CACHE
+from slmjax.quantization.plan import assignment_lines
+from slmjax.quantization.rules import QuantPhase
 from slmjax.studies.derived import evaluate_member
 from slmjax.studies.ratios import RecoveredShare, recovered_share
 from slmjax.studies.statistics import PairedDifference, Summary, holm, paired_difference, summarize
@@ -126,7 +127,7 @@ def measure(
 
 def _figures(recovery: Recovery, member: Member, reference: Member) -> Measured:
     loaded = load_model(member.result["run_dir"])
-    total, numbers = stored_size(loaded.config)
+    total, numbers = stored_size(loaded.config, loaded.quant_phases)
     figures = {"bytes": float(total), "bits_per_number": 8 * total / numbers, "kl": 0.0, "agreement": 1.0}
     if member.arm != reference.arm:
         experiment = member_experiment(recovery.study, member.arm, member.seed)
@@ -138,12 +139,12 @@ def _figures(recovery: Recovery, member: Member, reference: Member) -> Measured:
     return figures
 
 
-def stored_size(config: ModelConfig) -> tuple[int, int]:
+def stored_size(config: ModelConfig, phases: Sequence[QuantPhase]) -> tuple[int, int]:
     """Bytes of a model's parameters as they are deployed, and how many numbers they are.
 
     A weight with a format counts as its codes, packed without gaps, and its scales; all else as float32.
     """
-    stored = [line for line in assignment_lines(config) if not line.path.endswith(CACHE)]
+    stored = [line for line in assignment_lines(config, phases) if not line.path.endswith(CACHE)]
     return sum(line.bytes for line in stored), sum(math.prod(line.shape) for line in stored)
 
 

@@ -65,12 +65,12 @@ def terms(
     """Sums that make up the loss, each with the name of its count, and sums that are only reported.
 
     Args:
-      params: as modules compute with them (`Definition.effective`).
+      params: as modules compute with them (`Definition.transform`).
       key: randomness of dropout; None where there is none.
       teachers: what they say of this batch; none where the divergence has no weight.
       weights: loss weights of distillation (`distill.objective.distill_weights_at`); None without it.
     """
-    model = definition.merge_effective(params, buffers)
+    model = definition.merge_transformed(params, buffers)
     output = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, key=key)
     given = (output.hidden, output.head)
     if objective.distill is not None and teachers and weights is not None:

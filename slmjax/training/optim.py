@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from optax import contrib
 
 from slmjax.config import added_field
-from slmjax.quantization.weights import is_activation_quantizer_param, is_learned, is_sign
+from slmjax.quantization.quantizer_params import is_activation_quantizer_param, is_quantizer_param, is_sign
 
 
 class Optimizer(enum.Enum):
@@ -236,7 +236,7 @@ def make_optimizer(
         stacked = _stacked(_direction(config, group), num_dims=_num_stacked_dims(path))
         return (
             _times(stacked, config.scale_lr / config.lr)
-            if config.scale_lr is not None and is_learned(path)
+            if config.scale_lr is not None and is_quantizer_param(path)
             else stacked
         )
 

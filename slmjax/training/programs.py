@@ -14,10 +14,12 @@ from slmjax.data.tokenizers import Tokenizer
 from slmjax.distill.teachers import TeacherPlan, plan_teachers, split_devices
 from slmjax.evaluation.bits_per_byte import EvalStep, make_eval_step
 from slmjax.models.architecture import ModelConfig
-from slmjax.models.definition import Definition, define, define_for_inference
+from slmjax.models.definition import Definition, inference_config
 from slmjax.parallel.mesh import batch_divisor, make_mesh
 from slmjax.quantization import weights as numeric_weights
+from slmjax.quantization.fake_quantization import define_quantized, phase_of, weight_formats
 from slmjax.quantization.flips import CodeFlips
+from slmjax.quantization.rules import QuantPhase
 from slmjax.quantization.schedule import QuantSchedule, quant_schedule_of
 from slmjax.training.experiment import Experiment
 from slmjax.training.optim import cooldown_step, make_optimizer
@@ -74,13 +76,12 @@ def make_programs(
     """
     check_rows(experiment, mesh)
     model = resolved_model(experiment, vocab_size=vocab_size)
-    definition = define(model, step=step)
-    inference = define_for_inference(model, step=step)
+    phases = resolved_phases(experiment)
+    definition = define_quantized(model, phases, step=step)
+    inference = define_quantized(inference_config(model), phases, step=step)
     quant = experiment.quant
     steps = experiment.run.steps
-    easing = (
-        None if quant is None else quant_schedule_of(quant, first_step=model.quant[0].step, total_steps=steps)
-    )
+    easing = None if quant is None else quant_schedule_of(quant, first_step=phases[0].step, total_steps=steps)
     optimizer = make_optimizer(experiment.optim, definition.params, total_steps=steps)
     with_ema = experiment.optim.ema_decay is not None
     objective = experiment.objective
@@ -92,7 +93,7 @@ def make_programs(
         optim=experiment.optim,
         shapes=shapes,
         total_steps=steps,
-        easing=None if definition.phase is None else easing,
+        easing=None if phase_of(definition) is None else easing,
     )
     loss_config = None if objective.distill is None else objective.distill.loss_config
     return Programs(
@@ -102,24 +103,30 @@ def make_programs(
         train_step=train_step,
         eval_step=make_eval_step(inference, loss_config=loss_config, unrounded=experiment.eval.unrounded),
         easing=easing,
-        flips=CodeFlips(definition.formats if experiment.run.log_flips else {}),
-        code_sums=jax.jit(functools.partial(numeric_weights.code_sums, formats_of=definition.formats)),
+        flips=CodeFlips(weight_formats(definition) if experiment.run.log_flips else {}),
+        code_sums=jax.jit(
+            functools.partial(numeric_weights.code_sums, formats_of=weight_formats(definition))
+        ),
     )
 
 
 def resolved_model(experiment: Experiment, *, vocab_size: int) -> ModelConfig:
-    """The model of an experiment with a tokenizer of this size, and with the phases of its quantization at
-    their steps.
-    """
+    """Return the model of an experiment with a tokenizer of this size."""
     model = experiment.model
-    quant = experiment.quant
+    return dataclasses.replace(model, vocab_size=model.vocab_size or vocab_size)
+
+
+def resolved_phases(experiment: Experiment) -> tuple[QuantPhase, ...]:
+    """Return the phases of quantization at the steps where they begin; empty without quantization.
+
+    Raises:
+      ValueError: as `QuantConfig.resolved`.
+    """
     steps = experiment.run.steps
-    phases = (
-        ()
-        if quant is None
-        else quant.timed(cooldown_step=cooldown_step(experiment.optim, total_steps=steps), total_steps=steps)
-    )
-    return dataclasses.replace(model, vocab_size=model.vocab_size or vocab_size, quant=phases)
+    if experiment.quant is None:
+        return ()
+    cooldown = cooldown_step(experiment.optim, total_steps=steps)
+    return experiment.quant.resolved(cooldown_step=cooldown, total_steps=steps)
 
 
 def check_rows(experiment: Experiment, mesh: Mesh) -> None:

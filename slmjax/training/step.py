@@ -26,8 +26,8 @@ from slmjax.models.definition import Definition, Params
 from slmjax.models.ffn import moe
 from slmjax.models.paths import block_at
 from slmjax.parallel import communication
+from slmjax.quantization.fake_quantization import fake_quantize, weight_formats
 from slmjax.quantization.schedule import QuantSchedule
-from slmjax.quantization.weights import damping, eased
 from slmjax.training.metrics import batch_metrics, data_checksum, squares_by_layer
 from slmjax.training.objective import ObjectiveConfig, counts, terms
 from slmjax.training.optim import OptimConfig, learning_rate
@@ -69,7 +69,7 @@ def make_train_step(
     `expert_loads` are trees of arrays, which `named_metrics` puts into words. Every process can read them:
     they are whole everywhere.
     """
-    grads_of = functools.partial(_gradients, definition.decoded(), objective, optim.accumulation_steps)
+    grads_of = functools.partial(_gradients, definition.transformed(), objective, optim.accumulation_steps)
     remembered = functools.partial(_remembered, objective, total_steps)
 
     def train_step(
@@ -94,7 +94,9 @@ def make_train_step(
         held = (
             updates
             if easing is None
-            else easing.held(updates, state.step, config=definition.config, paths=definition.formats)
+            else easing.freeze_updates(
+                updates, state.step, config=definition.config, paths=weight_formats(definition)
+            )
         )
         trainable: Params = jax.tree.map(jnp.add, state.trainable, held)
         changed = {
@@ -143,19 +145,11 @@ def _effective(
     The second adds the gradient of the distance of weights to their codes, where that is damped, and gives
     its share of the loss.
     """
-    if not definition.formats and not definition.learning:
+    if not definition.is_transformed:
         return state.trainable, lambda grads: (grads, jnp.zeros(()))
-    share = None if easing is None else easing.share(state.step)
-
-    def decode(params: Params) -> tuple[Params, Array]:
-        decoded = definition.effective(params, key=key)
-        given = definition.formats
-        weight = 0.0 if easing is None else easing.damping
-        distance = weight * damping(params, decoded, given) if weight else jnp.zeros(())
-        return decoded if share is None else eased(params, decoded, given, share=share), distance
-
-    (decoded, distance), pull = jax.vjp(decode, state.trainable)
-    return decoded, lambda grads: (pull((grads, jnp.ones(())))[0], distance)
+    transform = functools.partial(fake_quantize, definition, schedule=easing, step=state.step, key=key)
+    (layer_params, damping_loss), vjp_fn = jax.vjp(transform, state.trainable)
+    return layer_params, lambda grads: (vjp_fn((grads, jnp.ones(())))[0], damping_loss)
 
 
 def _next_state(

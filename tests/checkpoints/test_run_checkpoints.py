@@ -26,6 +26,7 @@ from slmjax.models.mixers.attention import AttentionConfig
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 from slmjax.parallel.rules import like_parameters, parameter_shardings
 from slmjax.quantization.estimators import LearnedScale
+from slmjax.quantization.fake_quantization import define_quantized
 from slmjax.quantization.rules import QuantPhase, QuantRule
 
 BLOCK = BlockConfig(mixer=AttentionConfig(num_heads=2), ffn=None)
@@ -439,10 +440,9 @@ def test_learned_scales_of_an_older_version_are_read_as_the_positive_ones_that_t
         MODEL,
         embed_dim=32,
         stack=(LayerGroup(pattern=(block,), repeats=2),),
-        quant=(QuantPhase(rules=(rule,)),),
     )
     checkpointer = opened(tmp_path, model=model)
-    shapes = define(model).params
+    shapes = define_quantized(model, (QuantPhase(rules=(rule,)),)).params
     params = {path: jnp.full(leaf.shape, -2.0) for path, leaf in shapes.items()}
     sign = "segments/0/blocks/0/mixer/query/weight/sign"
     before = {path: leaf for path, leaf in params.items() if path != sign}

@@ -119,7 +119,7 @@ def test_it_is_for_straight_through_only_and_can_be_turned_off(as_tpu, monkeypat
         preset("int8_g32"), granularity=preset("int8_row").granularity, group_size=None
     )
     learner = TensorQuant(spec=tensor_wide, estimator=LearnedClip(), axis=-1)
-    activations.ActivationQuantizer(learner, learner=learner, learned=learned)(x)
+    activations.ActivationQuantizer(learner, learned=learner, params=learned)(x)
     monkeypatch.setenv("SLMJAX_FUSED", "off")
     activations.ActivationQuantizer(tensor_quant("q8_0"))(x)
 
@@ -163,7 +163,7 @@ def test_the_hidden_layer_of_experts_compiles_with_its_gradient(capacity):
         routing = moe.Routing(
             weights=weights, experts=experts, probabilities=jnp.ones((*experts.shape[:2], 4))
         )
-        hidden_input = activations.ActivationQuantizer(tensor_quant("q8_0"))
+        hidden_quantizer = activations.ShardActivationQuantizer(tensor_quant("q8_0"), dim="ffn")
         y = moe.apply_experts(
             x,
             routing,
@@ -172,7 +172,7 @@ def test_the_hidden_layer_of_experts_compiles_with_its_gradient(capacity):
             down=down,
             activation=Activation.SILU,
             capacity=capacity,
-            hidden_input=hidden_input,
+            hidden_quantizer=hidden_quantizer,
         )
         return jnp.sum(y.astype(jnp.float32) ** 2)
 

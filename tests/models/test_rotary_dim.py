@@ -43,8 +43,8 @@ def first_mixer(config: ModelConfig) -> AttentionConfig:
 
 # Files of earlier versions ----------------------------------------------------------------------------------
 def older(config: ModelConfig, fraction: Any) -> str:
-    """model.json as it was written when configs had a `rope_fraction`."""
-    data = to_json(config)
+    """model.json as it was written when configs had a `rope_fraction`, and phases of quantization."""
+    data = {**to_json(config), "quant": []}
     for block in data["stack"][0]["pattern"]:
         del block["mixer"]["rotary_dim"]
         block["mixer"]["rope_fraction"] = fraction

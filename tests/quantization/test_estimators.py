@@ -51,7 +51,8 @@ def gradients(estimator, spec, x, learned):
 
     def total(x, learned):
         return jnp.sum(
-            DY[: x.shape[0], : x.shape[1]] * estimator.rounded(x, spec, axis=-1, learned=learned, key=None)
+            DY[: x.shape[0], : x.shape[1]]
+            * estimator.fake_quantize(x, spec, axis=-1, params=learned, key=None)
         )
 
     return jax.jit(jax.grad(total, argnums=(0, 1)))(x, learned)
@@ -60,13 +61,13 @@ def gradients(estimator, spec, x, learned):
 @pytest.mark.parametrize(("estimator", "spec"), CASES)
 def test_what_is_computed_is_what_is_deployed(estimator, spec):
     x = jnp.asarray(np.resize(X, (2, 256))) * 0.1
-    learned = estimator.learned(x, spec, axis=-1)
+    learned = estimator.init_params(x, spec, axis=-1)
     learned = {name: value + 0.1 for name, value in learned.items()}
-    value = jax.jit(lambda x, learned: estimator.rounded(x, spec, axis=-1, learned=learned, key=None))(
+    value = jax.jit(lambda x, learned: estimator.fake_quantize(x, spec, axis=-1, params=learned, key=None))(
         x, learned
     )
     deployed = jax.jit(
-        lambda x, learned: decode(estimator.coded(x, spec, axis=-1, learned=learned), spec, axis=-1)
+        lambda x, learned: decode(estimator.encode(x, spec, axis=-1, params=learned), spec, axis=-1)
     )(x, learned)
     np.testing.assert_array_equal(value, deployed)
     assert len(np.unique(deployed)) > 2
@@ -118,7 +119,7 @@ def test_a_stretched_grid_has_the_gradient_of_its_paper(name, num_levels, shift)
     learned = {"log_scale": jnp.full((3, 1), np.log2(alpha / per_alpha), jnp.float32)}
     estimator = LearnedScale(clipped_from=ClippedFrom.RANGE)
     np.testing.assert_allclose(
-        estimator.rounded(X, spec, axis=-1, learned=learned, key=None), values * alpha, rtol=1e-5
+        estimator.fake_quantize(X, spec, axis=-1, params=learned, key=None), values * alpha, rtol=1e-5
     )
     dx, slopes = gradients(estimator, spec, X, learned)
     np.testing.assert_array_equal(dx, np.where(inside, DY, 0))
@@ -151,7 +152,7 @@ def test_a_learned_clip_moves_by_what_is_cut_off():
 def test_an_offset_is_learned_from_what_is_cut_off():
     estimator = LearnedScaleAndOffset()
     x = jnp.concatenate([X[:, :32] * 0.1 + 3, X[:, 32:] * 0.1 - 1], axis=1)
-    learned = estimator.learned(x, ASYMMETRIC, axis=-1)
+    learned = estimator.init_params(x, ASYMMETRIC, axis=-1)
     narrow = {"log_scale": learned["log_scale"] - 0.1, "offset": learned["offset"]}
     dx, slopes = gradients(estimator, ASYMMETRIC, x, narrow)
     assert (
@@ -170,9 +171,9 @@ def test_stochastic_rounding_is_right_on_average():
     x[0, 0] = 1.27  # steps of about 0.01, which float16 does not hold to the bit
     keys = jax.random.split(jax.random.key(0), 4000)
     x = jnp.asarray(x) * 0.997
-    drawn = jax.jit(jax.vmap(lambda key: StochasticRounding().rounded(x, Q8, axis=-1, learned={}, key=key)))(
-        keys
-    )
+    drawn = jax.jit(
+        jax.vmap(lambda key: StochasticRounding().fake_quantize(x, Q8, axis=-1, params={}, key=key))
+    )(keys)
     steps = 0.997 * 1.27 / 127
     assert (
         set(np.round(np.unique(drawn[:, 0, 1]) / steps)) == {25.0, 26.0}
@@ -180,7 +181,9 @@ def test_stochastic_rounding_is_right_on_average():
     )
     np.testing.assert_allclose(np.mean(drawn[:, 0, 1:]), 0.25 * 0.997, atol=2e-4)
     gradient = jax.grad(
-        lambda x: jnp.sum(DY[:1, :32] * StochasticRounding().rounded(x, Q8, axis=-1, learned={}, key=keys[0]))
+        lambda x: jnp.sum(
+            DY[:1, :32] * StochasticRounding().fake_quantize(x, Q8, axis=-1, params={}, key=keys[0])
+        )
     )(x)
     np.testing.assert_array_equal(gradient, DY[:1, :32])
 
@@ -234,8 +237,8 @@ def test_no_estimator_begins_with_a_larger_error_than_rounding_to_nearest(names)
         return True
 
     def error(estimator, spec):
-        learned = estimator.learned(x, spec, axis=0)
-        return jnp.mean(jnp.square(estimator.rounded(x, spec, axis=0, learned=learned, key=None) - x))
+        learned = estimator.init_params(x, spec, axis=0)
+        return jnp.mean(jnp.square(estimator.fake_quantize(x, spec, axis=0, params=learned, key=None) - x))
 
     def errors():
         return {
@@ -264,16 +267,16 @@ def test_a_learned_scale_keeps_the_sign_of_its_group(name):
     dy = jnp.asarray(np.random.default_rng(1).normal(size=(512, 4)), jnp.float32)
 
     def total(estimator, x, learned):
-        return jnp.sum(dy * estimator.rounded(x, spec, axis=0, learned=learned, key=None))
+        return jnp.sum(dy * estimator.fake_quantize(x, spec, axis=0, params=learned, key=None))
 
     @jax.jit
     def results():
-        learned = LearnedScale().learned(x, spec, axis=0)
+        learned = LearnedScale().init_params(x, spec, axis=0)
         both = [
-            jnp.mean(jnp.square(LearnedScale().rounded(x, spec, axis=0, learned=one, key=None) - x))
+            jnp.mean(jnp.square(LearnedScale().fake_quantize(x, spec, axis=0, params=one, key=None) - x))
             for one in (learned, {"log_scale": learned["log_scale"]})
         ]
-        begun = LearnedClip().learned(few, spec, axis=0)
+        begun = LearnedClip().init_params(few, spec, axis=0)
         clip = {**begun, "log_scale": begun["log_scale"] - 0.2}
         slopes = [
             jax.grad(total, argnums=(1, 2))(estimator, few, clip)
@@ -324,6 +327,6 @@ def test_what_nobody_could_have_rounded_stays_visible():
     x = X.at[1, 5].set(jnp.nan)
     for spec in (Q4, INT3):
         estimator = default_estimator(spec)
-        learned = estimator.learned(X, spec, axis=-1)
-        assert np.isnan(estimator.rounded(x, spec, axis=-1, learned=learned, key=None)).any()
+        learned = estimator.init_params(X, spec, axis=-1)
+        assert np.isnan(estimator.fake_quantize(x, spec, axis=-1, params=learned, key=None)).any()
     assert float(levels(INT3)[-1]) == 3 and np.all(np.isfinite(fake_quant(X, INT3)))

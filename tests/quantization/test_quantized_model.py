@@ -14,7 +14,6 @@ from slmjax.data.batch import Batch, empty_batch
 from slmjax.formats.presets import preset
 from slmjax.formats.spec import Granularity
 from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
-from slmjax.models.definition import define
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import Balance, MoeConfig
 from slmjax.models.mixers.attention import AttentionConfig, QkNorm
@@ -24,6 +23,12 @@ from slmjax.parallel.mesh import MeshConfig, make_mesh
 from slmjax.parallel.rules import parameter_shardings
 from slmjax.quantization import weights
 from slmjax.quantization.estimators import Calibrated, LearnedClip, LearnedScale, StochasticRounding
+from slmjax.quantization.fake_quantization import define_quantized, weight_formats
+from slmjax.quantization.quantizer_params import (
+    is_activation_quantizer_param,
+    is_sign,
+    is_weight_quantizer_param,
+)
 from slmjax.quantization.rules import QuantPhase, QuantRule, quant_of
 from slmjax.quantization.schedule import QuantSchedule, quant_schedule_of
 from slmjax.training import step
@@ -64,18 +69,18 @@ RULES = (
     QuantRule(paths="layers/1/.*experts", weight=preset("mxfp4"), input=Q8),
     QuantRule(paths=".", weight=preset("q4_0"), input=Q8),
 )
-MODEL = dataclasses.replace(PLAIN, quant=(QuantPhase(rules=RULES),))
+PHASES = (QuantPhase(rules=RULES),)
 ROWS = 4
 LENGTH = 16
 
 
 @functools.cache
-def parameters(config=MODEL):
-    """Of the plain model, with whatever is learned beside them; scales of inputs are set by hand."""
-    definition = define(config)
+def parameters(phases=PHASES):
+    """Parameters of the plain model and of its quantizers; scales of inputs are set by hand."""
+    definition = define_quantized(PLAIN, phases)
     params, buffers = jax.jit(definition.init)(jax.random.key(0))
     wide = {path: 3 * leaf if "scale" not in path else leaf for path, leaf in params.items()}
-    of_inputs = [path for path in (*params, *buffers) if weights.is_activation_quantizer_param(path)]
+    of_inputs = [path for path in (*params, *buffers) if is_activation_quantizer_param(path)]
     set_by_hand = {path: jnp.full_like({**params, **buffers}[path], -7.0) for path in of_inputs}
     return (
         {path: set_by_hand.get(path, leaf) for path, leaf in wide.items()},
@@ -83,8 +88,8 @@ def parameters(config=MODEL):
     )
 
 
-def hidden_of(config=MODEL):
-    definition = define(config)
+def hidden_of(phases=PHASES, config=PLAIN):
+    definition = define_quantized(config, phases)
 
     def run(params, buffers, tokens):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -108,11 +113,8 @@ def test_the_last_token_changes_nothing_before_it():
 
 
 def test_models_and_formats_in_one_process_do_not_notice_each_other():
-    params, buffers = jax.jit(define(PLAIN).init)(jax.random.key(0))
-    runs = {
-        name: hidden_of(dataclasses.replace(PLAIN, quant=quant_of(name).phases if name else ()))
-        for name in ("", "q8_0", "int4_g32")
-    }
+    params, buffers = jax.jit(define_quantized(PLAIN, ()).init)(jax.random.key(0))
+    runs = {name: hidden_of(quant_of(name).phases if name else ()) for name in ("", "q8_0", "int4_g32")}
     first = {name: run(params, buffers, TOKENS) for name, run in runs.items()}
     errors = {name: float(jnp.abs(first[name] - first[""]).mean()) for name in runs}
     assert errors[""] == 0 and 0 < 5 * errors["q8_0"] < errors["int4_g32"]
@@ -122,52 +124,51 @@ def test_models_and_formats_in_one_process_do_not_notice_each_other():
 
 @pytest.mark.smoke
 def test_every_matrix_that_is_multiplied_with_is_one_of_the_format():
-    definition = define(MODEL)
+    definition = define_quantized(PLAIN, PHASES)
     (params, _) = parameters()
-    decoded = jax.jit(definition.effective)(params)
-    coded = jax.jit(lambda params: weights.coded(params, definition.formats))(params)
-    assert set(coded) == {
+    rounded = jax.jit(definition.transform)(params)
+    formats = weight_formats(definition)
+    encoded_weights = jax.jit(lambda params: weights.encode_weights(params, formats))(params)
+    assert set(encoded_weights) == {
         path
-        for path in decoded
+        for path in rounded
         if path.split("/")[-1] in ("table", "weight", "gate", "up", "down") and "router" not in path
     }
-    for path, layers in coded.items():
-        for layer, (numbers, encoded) in enumerate(zip(definition.formats[path], layers, strict=True)):
-            matrix = decoded[path][layer] if path.startswith("segments/") else decoded[path]
+    for path, layers in encoded_weights.items():
+        for layer, (tensor_quant, encoded) in enumerate(zip(formats[path], layers, strict=True)):
+            matrix = rounded[path][layer] if path.startswith("segments/") else rounded[path]
             np.testing.assert_array_equal(
-                weights.decode_matrices(encoded, numbers.spec, axis=numbers.axis), matrix
+                weights.decode_matrices(encoded, tensor_quant.spec, axis=tensor_quant.axis), matrix
             )
-    again = define(dataclasses.replace(PLAIN, quant=quant_of("q4_0").phases))
-    once = jax.jit(again.effective)(
-        {path: leaf for path, leaf in params.items() if not weights.is_weight_quantizer_param(path)}
+    again = define_quantized(PLAIN, quant_of("q4_0").phases)
+    once = jax.jit(again.transform)(
+        {path: leaf for path, leaf in params.items() if not is_weight_quantizer_param(path)}
     )
-    for path, leaf in jax.jit(again.effective)(once).items():
+    for path, leaf in jax.jit(again.transform)(once).items():
         np.testing.assert_array_equal(leaf, once[path])
 
 
 def test_layers_stay_in_one_loop():
-    def equations(config):
-        definition = define(config)
+    def equations(config, phases):
+        definition = define_quantized(config, phases)
         shapes = definition.params, definition.buffers, jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
-        return str(jax.make_jaxpr(hidden_of(config))(*shapes)).count(" = ")
+        return str(jax.make_jaxpr(hidden_of(phases, config))(*shapes)).count(" = ")
 
     deep = [
-        dataclasses.replace(MODEL, stack=(dataclasses.replace(MODEL.stack[0], repeats=repeats),))
+        dataclasses.replace(PLAIN, stack=(dataclasses.replace(PLAIN.stack[0], repeats=repeats),))
         for repeats in (6, 12)
     ]
     rules = tuple(rule for rule in RULES if "layers/" not in rule.paths)
-    short, long = (
-        equations(dataclasses.replace(config, quant=(QuantPhase(rules=rules),))) for config in deep
-    )
+    short, long = (equations(config, (QuantPhase(rules=rules),)) for config in deep)
     assert abs(long - short) < 20
 
 
 def test_decoding_from_a_rounded_cache_equals_the_whole_sequence():
     # Inputs of products stay whole here: where sums in another order move one of their codes, many codes
     # after it follow.
-    config = dataclasses.replace(PLAIN, quant=quant_of("q4_0+none+q8_0").phases)
-    definition = define(config)
-    (params, buffers) = parameters(config)
+    phases = quant_of("q4_0+none+q8_0").phases
+    definition = define_quantized(PLAIN, phases)
+    (params, buffers) = parameters(phases)
 
     @jax.jit
     def decoded(params):
@@ -184,9 +185,9 @@ def test_decoding_from_a_rounded_cache_equals_the_whole_sequence():
 
         return jax.lax.scan(one, model.init_state(ROWS, max_length=LENGTH), (TOKENS.T, jnp.arange(LENGTH)))[1]
 
-    whole = hidden_of(config)(params, buffers, TOKENS)
+    whole = hidden_of(phases)(params, buffers, TOKENS)
     np.testing.assert_allclose(jnp.swapaxes(decoded(params), 0, 1), whole, atol=2e-5)
-    uncached = hidden_of(dataclasses.replace(PLAIN, quant=quant_of("q4_0").phases))(params, buffers, TOKENS)
+    uncached = hidden_of(quant_of("q4_0").phases)(params, buffers, TOKENS)
     assert np.abs(uncached - whole).mean() > 1e-3
 
 
@@ -205,10 +206,12 @@ def make_batch(seed: int) -> Batch:
     return batch
 
 
-def trained(config, *, optim=OPTIM, mesh=None, easing: QuantSchedule | None = None, num_steps=2, given=None):
+def trained(
+    config, phases, *, optim=OPTIM, mesh=None, easing: QuantSchedule | None = None, num_steps=2, given=None
+):
     """The state and the metrics after some batches."""
     mesh = make_mesh(mesh or MeshConfig(), jax.devices()[: 8 if mesh else 1])
-    definition = define(config)
+    definition = define_quantized(config, phases)
     optimizer = make_optimizer(optim, definition.params, total_steps=10)
     shapes = state_shapes(definition, optimizer, with_ema=True, mesh=mesh)
     train_step = step.make_train_step(
@@ -234,7 +237,7 @@ def trained(config, *, optim=OPTIM, mesh=None, easing: QuantSchedule | None = No
 
 @functools.cache
 def alone():
-    return trained(MODEL, given=parameters())
+    return trained(PLAIN, PHASES, given=parameters())
 
 
 MESHES = {
@@ -252,7 +255,11 @@ MESHES = {
 def test_a_mesh_and_accumulation_equal_one_device(mesh, parts):
     _, expected, figures = alone()
     _, found, metrics = trained(
-        MODEL, mesh=mesh, optim=dataclasses.replace(OPTIM, accumulation_steps=parts), given=parameters()
+        PLAIN,
+        PHASES,
+        mesh=mesh,
+        optim=dataclasses.replace(OPTIM, accumulation_steps=parts),
+        given=parameters(),
     )
     # Sums in another order move codes of 8-bit inputs, and each that moves changes the rest a little: without
     # inputs 1e-5 would do.
@@ -269,11 +276,11 @@ def test_sums_of_codes_tell_of_any_change_and_not_of_the_mesh():
     """Experts, learned scales and an 8-bit float format among them; divided over 8 devices they are the same
     numbers.
     """
-    definition = define(MODEL)
+    definition = define_quantized(PLAIN, PHASES)
     (params, _) = parameters()
-    sums = jax.jit(functools.partial(weights.code_sums, formats_of=definition.formats))
+    sums = jax.jit(functools.partial(weights.code_sums, formats_of=weight_formats(definition)))
     expected = jax.device_get(sums(params))
-    assert set(expected) == set(definition.formats)
+    assert set(expected) == set(weight_formats(definition))
     shape = params["segments/0/blocks/1/ffn/experts/down"].shape  # [R, E, F, D]
     assert expected["segments/0/blocks/1/ffn/experts/down"].shape == (*shape[:2], shape[3])
     mesh = make_mesh(MESHES["fsdp-tensor-expert"][0])
@@ -291,61 +298,65 @@ def test_sums_of_codes_tell_of_any_change_and_not_of_the_mesh():
 def test_what_is_learned_moves_and_what_is_measured_does_not():
     start, end, _ = alone()
     moved = {path: float(np.abs(end.trainable[path] - leaf).max()) for path, leaf in start.trainable.items()}
-    assert all((value > 0) is not weights.is_sign(path) for path, value in moved.items()), moved
-    assert (
-        sum(path.endswith("log_scale") for path in moved) == 2 * 2 + 1
-        and sum(map(weights.is_sign, moved)) == 1
-    )
-    signs = next(leaf for path, leaf in end.trainable.items() if weights.is_sign(path))
+    assert all((value > 0) is not is_sign(path) for path, value in moved.items()), moved
+    assert sum(path.endswith("log_scale") for path in moved) == 2 * 2 + 1 and sum(map(is_sign, moved)) == 1
+    signs = next(leaf for path, leaf in end.trainable.items() if is_sign(path))
     assert 0.3 < np.mean(signs < 0) < 0.7
-    measured = [path for path in end.frozen if weights.is_activation_quantizer_param(path)]
+    measured = [path for path in end.frozen if is_activation_quantizer_param(path)]
     assert measured and all(np.array_equal(end.frozen[path], start.frozen[path]) for path in measured)
 
 
-def test_easing_in():
+def test_a_schedule_warms_up_and_freezes_layers_one_after_another():
     settings = dataclasses.replace(quant_of("int2_g32"), warmup_steps=3, damping=0.1, freeze_steps=4)
-    easing = quant_schedule_of(settings, first_step=2, total_steps=10)
-    assert [float(easing.share(jnp.int32(at))) for at in (0, 2, 3, 5, 9)] == [0, 0.25, 0.5, 1, 1]
-    config = dataclasses.replace(SMALL, quant=settings.phases)
-    updates = {path: jnp.ones(leaf.shape) for path, leaf in define(config).params.items()}
-    held = {
-        at: easing.held(updates, jnp.int32(at), config=config, paths=define(config).formats)
+    schedule = quant_schedule_of(settings, first_step=2, total_steps=10)
+    assert [float(schedule.warmup_fraction(jnp.int32(at))) for at in (0, 2, 3, 5, 9)] == [0, 0.25, 0.5, 1, 1]
+    definition = define_quantized(SMALL, settings.phases)
+    updates = {path: jnp.ones(leaf.shape) for path, leaf in definition.params.items()}
+    frozen = {
+        at: schedule.freeze_updates(
+            updates, jnp.int32(at), config=definition.config, paths=weight_formats(definition)
+        )
         for at in (5, 7, 8, 9)
     }
     query = "segments/0/blocks/0/mixer/query/weight"
-    assert [held[at][query][:, 0, 0].tolist() for at in held] == [[1, 1], [0, 1], [0, 0], [0, 0]]
+    assert [frozen[at][query][:, 0, 0].tolist() for at in frozen] == [[1, 1], [0, 1], [0, 0], [0, 0]]
     assert (
-        np.all(held[9]["embed/table"] == 1)
-        and np.all(held[9]["final_norm/scale"] == 1)
-        and np.all(held[9][query + "/log_scale"] == 0)
+        np.all(frozen[9]["embed/table"] == 1)
+        and np.all(frozen[9]["final_norm/scale"] == 1)
+        and np.all(frozen[9][query + "/log_scale"] == 0)
     )
-    assert np.all(held[9]["segments/0/blocks/0/ffn_norm/scale"] == 1)
+    assert np.all(frozen[9]["segments/0/blocks/0/ffn_norm/scale"] == 1)
 
 
-def test_a_small_share_of_the_error_is_nearly_none():
-    config = dataclasses.replace(SMALL, quant=quant_of("int4_g32").phases)
-    eased = QuantSchedule(first_step=0, warmup_steps=10**6, damping=0.5, freeze_from=None, last_step=10)
-    given = jax.jit(define(config).init)(jax.random.key(0))
+def test_a_small_fraction_of_the_error_is_nearly_none():
+    phases = quant_of("int4_g32").phases
+    warming = QuantSchedule(first_step=0, warmup_steps=10**6, damping=0.5, freeze_from=None, last_step=10)
+    given = jax.jit(define_quantized(SMALL, phases).init)(jax.random.key(0))
     whole, nearly, plain = (
         trained(
-            model,
+            SMALL,
+            model_phases,
             easing=easing,
             num_steps=1,
-            given=({p: v for p, v in given[0].items() if p in define(model).params}, given[1]),
+            given=(
+                {p: v for p, v in given[0].items() if p in define_quantized(SMALL, model_phases).params},
+                given[1],
+            ),
         )[2]
-        for model, easing in ((config, None), (config, eased), (SMALL, None))
+        for model_phases, easing in ((phases, None), (phases, warming), ((), None))
     )
     assert abs(nearly["loss"] - plain["loss"]) < 1e-5 < abs(whole["loss"] - plain["loss"])
-    definition = define(config)
-    distance = weights.damping(given[0], jax.jit(definition.effective)(given[0]), definition.formats)
-    np.testing.assert_allclose(nearly["objective"] - nearly["loss"], 0.5 * float(distance), rtol=0.02)
+    definition = define_quantized(SMALL, phases)
+    rounded = jax.jit(definition.transform)(given[0])
+    damping_loss = weights.damping_loss(given[0], rounded, weight_formats(definition))
+    np.testing.assert_allclose(nearly["objective"] - nearly["loss"], 0.5 * float(damping_loss), rtol=0.02)
 
 
 def test_rounding_by_chance_is_new_in_every_step_and_none_in_evaluation():
     rules = (QuantRule(paths=".", weight=preset("int4_g32"), estimator=StochasticRounding()),)
-    definition = define(dataclasses.replace(PLAIN, quant=(QuantPhase(rules=rules),)))
+    definition = define_quantized(PLAIN, (QuantPhase(rules=rules),))
     params, _ = jax.jit(definition.init)(jax.random.key(0))
-    draw = jax.jit(lambda key: definition.effective(params, key=key))
+    draw = jax.jit(lambda key: definition.transform(params, key=key))
     first = draw(jax.random.key(1))
     same = draw(jax.random.key(1))
     other = draw(jax.random.key(2))
@@ -354,16 +365,16 @@ def test_rounding_by_chance_is_new_in_every_step_and_none_in_evaluation():
     assert np.any(first[path] != other[path]) and np.any(
         first[path][0, 0] - params[path][0, 0] != first[path][1, 1] - params[path][1, 1]
     )
-    nearest = define(dataclasses.replace(PLAIN, quant=quant_of("int4_g32").phases))
+    nearest = define_quantized(PLAIN, quant_of("int4_g32").phases)
     np.testing.assert_array_equal(
-        jax.jit(definition.effective)(params)[path], jax.jit(nearest.effective)(params)[path]
+        jax.jit(definition.transform)(params)[path], jax.jit(nearest.transform)(params)[path]
     )
 
 
 def test_learned_inputs_train_on_average():
     rules = (QuantRule(paths=".", weight=Q8, input=TENSOR, input_estimator=LearnedScale()),)
-    start, end, metrics = trained(dataclasses.replace(SMALL, quant=(QuantPhase(rules=rules),)), num_steps=2)
-    learned = [path for path in start.trainable if weights.is_activation_quantizer_param(path)]
+    start, end, metrics = trained(SMALL, (QuantPhase(rules=rules),), num_steps=2)
+    learned = [path for path in start.trainable if is_activation_quantizer_param(path)]
     assert len(learned) == 8 and np.isfinite(metrics["loss"])
     assert all(
         np.all(end.trainable[path] != start.trainable[path]) for path in learned if "experts" not in path

@@ -93,7 +93,7 @@ def test_a_checkpoint_opens_in_the_phase_that_made_it(run: tuple[Experiment, Res
     assert distinct[2] == 32 and 7 < distinct[4] and distinct[6] <= 7
     scales = load_with_codes(run[1].run_dir)[1]["layers/0/ffn/down/weight"][1].scale
     assert 0.2 < np.mean(scales < 0) < 0.8
-    assert load_model(run[1].run_dir).config.quant[-1].step == 4
+    assert load_model(run[1].run_dir).quant_phases[-1].step == 4
 
 
 def test_checkpoints_tell_codes_of_training_from_others(run: tuple[Experiment, Result]):

@@ -16,8 +16,7 @@ from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.mixers.attention import AttentionConfig
 from slmjax.models.mixers.latent import LatentAttentionConfig
-from slmjax.models.quantized_modules import assignment_lines, plan_quantization, shapes_of
-from slmjax.quantization.activations import ActivationQuantizer, initial
+from slmjax.quantization.activations import ActivationQuantizer, init_activation_params
 from slmjax.quantization.assignment import TensorQuant
 from slmjax.quantization.estimators import (
     Calibrated,
@@ -26,6 +25,8 @@ from slmjax.quantization.estimators import (
     StochasticRounding,
     StraightThrough,
 )
+from slmjax.quantization.fake_quantization import define_quantized, quantization_of
+from slmjax.quantization.plan import assignment_lines, plan_quantization, shapes_of
 from slmjax.quantization.rules import QuantConfig, QuantPhase, QuantRule, phase_at, quant_of
 
 Q4 = preset("q4_0")
@@ -48,10 +49,7 @@ MODEL = ModelConfig(
 
 
 def covered(*rules: QuantRule, model=MODEL):
-    return {
-        line.path: line
-        for line in assignment_lines(dataclasses.replace(model, quant=(QuantPhase(rules=rules),)))
-    }
+    return {line.path: line for line in assignment_lines(model, (QuantPhase(rules=rules),))}
 
 
 def test_every_parameter_and_cache_has_a_format_or_a_reason():
@@ -196,7 +194,7 @@ def test_names_stand_for_rules():
 def test_phases_are_found_by_their_steps():
     rules = (QuantRule(paths=".", weight=Q8),)
     config = QuantConfig(phases=(QuantPhase(rules=rules), QuantPhase(rules=rules, step=5)), start_step=10)
-    phases = config.timed(cooldown_step=None, total_steps=20)
+    phases = config.resolved(cooldown_step=None, total_steps=20)
     assert [phase.step for phase in phases] == [10, 15]
     assert [phase_at(phases, step) for step in (9, 10, 14, 15, None)] == [
         None,
@@ -208,18 +206,17 @@ def test_phases_are_found_by_their_steps():
     with pytest.raises(
         ValueError, match="last phase at step 15, and the run ends at 15: lower quant.start_step"
     ):
-        config.timed(cooldown_step=None, total_steps=15)
+        config.resolved(cooldown_step=None, total_steps=15)
     fused = dataclasses.replace(config, start_step=None)
-    assert [phase.step for phase in fused.timed(cooldown_step=12, total_steps=20)] == [12, 17]
+    assert [phase.step for phase in fused.resolved(cooldown_step=12, total_steps=20)] == [12, 17]
     with pytest.raises(ValueError, match="set optim.schedule to wsd"):
-        fused.timed(cooldown_step=None, total_steps=20)
+        fused.resolved(cooldown_step=None, total_steps=20)
 
 
 def test_layers_that_differ_in_what_modules_hold_are_in_segments_of_their_own():
     def repeats(*rules):
         return [
-            segment.repeats
-            for segment in define(dataclasses.replace(MODEL, quant=(QuantPhase(rules=rules),))).config.stack
+            segment.repeats for segment in define_quantized(MODEL, (QuantPhase(rules=rules),)).config.stack
         ]
 
     rest = QuantRule(paths=".", weight=Q4)
@@ -241,13 +238,12 @@ def test_what_is_learned_keeps_its_shape_over_phases():
     with pytest.raises(
         ValueError,
         match=(
-            r"learn scales of the weight of layers/0/ffn/down/weight in different ways or for groups of "
-            r"different sizes"
+            r"learn scales of the weight of layers/0/ffn/down/weight with different estimators or group sizes"
         ),
     ):
-        define(dataclasses.replace(MODEL, quant=phases))
+        define_quantized(MODEL, phases)
     straight = QuantRule(paths="down", weight=tensor, estimator=StraightThrough())
-    definition = define(dataclasses.replace(MODEL, quant=(phases[0], QuantPhase(rules=(straight,), step=3))))
+    definition = define_quantized(MODEL, (phases[0], QuantPhase(rules=(straight,), step=3)))
     assert definition.params["segments/0/blocks/0/ffn/down/weight/log_scale"].shape == (2, 3, 64)
 
 
@@ -255,20 +251,20 @@ def test_what_is_learned_begins_for_the_phase_that_it_is_in():
     four = QuantRule(paths="down", weight=preset("int4_g32"), estimator=LearnedScale())
     two = QuantRule(paths="down", weight=preset("int2_g32"))
     phases = (QuantPhase(rules=(four,)), QuantPhase(rules=(two, QuantRule(paths="up", weight=INT3)), step=3))
-    config = dataclasses.replace(MODEL, stack=(LayerGroup(pattern=(DENSE,)),), quant=phases)
+    config = dataclasses.replace(MODEL, stack=(LayerGroup(pattern=(DENSE,)),))
     down, up = (f"segments/0/blocks/0/ffn/{name}/weight" for name in ("down", "up"))
     params = {
-        path: jax.random.normal(jax.random.key(0), leaf.shape)
-        for path, leaf in define(config).params.items()
-        if "log_scale" not in path
+        path: jax.random.normal(jax.random.key(0), leaf.shape) for path, leaf in define(config).params.items()
     }
-    first, second = (define(config, step=step).with_learned(params) for step in (0, 3))
+    first, second = (define_quantized(config, phases, step=step).with_own_params(params) for step in (0, 3))
     assert (
         float(jnp.mean(second[f"{down}/log_scale"] - first[f"{down}/log_scale"])) > 1
     )  # 7 levels a side, and then 1
-    kept = define(config, step=3).with_learned(
-        {**params, f"{up}/log_scale": second[f"{up}/log_scale"] + 5}, kept={up}
+    same_up = QuantPhase(rules=(four, QuantRule(paths="up", weight=INT3)))
+    before, after = (
+        quantization_of(define_quantized(config, (same_up, phases[1]), step=step)) for step in (0, 3)
     )
+    kept = after.init_changed({**second, f"{up}/log_scale": second[f"{up}/log_scale"] + 5}, before=before)
     np.testing.assert_array_equal(kept[f"{up}/log_scale"], second[f"{up}/log_scale"] + 5)
     np.testing.assert_array_equal(kept[f"{down}/log_scale"], second[f"{down}/log_scale"])
 
@@ -285,22 +281,22 @@ def test_a_sign_is_kept_where_any_phase_has_one():
         QuantRule(paths="up", weight=INT3),
     )
     config = dataclasses.replace(MODEL, stack=(LayerGroup(pattern=(DENSE,), repeats=2),))
-    config = dataclasses.replace(
-        config, quant=(QuantPhase(rules=(plain, *up)), QuantPhase(rules=(signed, *up), step=3))
-    )
-    shapes = shapes_of(dataclasses.replace(config, quant=()))
-    first, second = (plan_quantization(config, shapes, step=step) for step in (0, 3))
+    phases = (QuantPhase(rules=(plain, *up)), QuantPhase(rules=(signed, *up), step=3))
+    first, second = (plan_quantization(config, phases, shapes_of(config), step=step) for step in (0, 3))
     assert [segment.repeats for segment in first.config.stack] == [1, 1]
     x = jax.random.normal(jax.random.key(0), (32, 8))
     names = [
-        {path: set(jax.eval_shape(one[0].learned, x)) for path, one in plan.learning.items()}
+        {path: set(jax.eval_shape(one[0].init_params, x)) for path, one in plan.learned_formats.items()}
         for plan in (first, second)
     ]
     assert names[0] == names[1]
     assert {path for path, learned in names[0].items() if "sign" in learned} == {
         f"segments/{i}/blocks/0/ffn/{name}/weight" for i, name in ((0, "down"), (1, "down"), (0, "up"))
     }
-    begun = [plan.learning["segments/0/blocks/0/ffn/down/weight"][0].learned(x) for plan in (first, second)]
+    begun = [
+        plan.learned_formats["segments/0/blocks/0/ffn/down/weight"][0].init_params(x)
+        for plan in (first, second)
+    ]
     assert np.all(begun[0]["sign"] == 1) and set(np.unique(begun[1]["sign"])) == {-1, 1}
 
 
@@ -314,22 +310,22 @@ def test_a_measured_scale_of_inputs_keeps_its_sign():
         axis=-1,
     )
     x = jnp.asarray([[3.0, -1.0, 2.0, 0.5]])
-    begun = initial(numbers, num_layers=None)
-    graph, state = nnx.split(ActivationQuantizer(numbers, learner=numbers, learned=begun, is_observed=True))
+    begun = init_activation_params(numbers, num_layers=None)
+    graph, state = nnx.split(ActivationQuantizer(numbers, learned=numbers, params=begun, is_calibrating=True))
     measured = nnx.to_pure_dict(jax.grad(lambda state: jnp.sum(nnx.merge(graph, state)(x)))(state))
     assert set(measured) == set(begun) == {"log_scale", "sign"} and measured["sign"] == -1
     assert float(measured["log_scale"]) == pytest.approx(np.log2(3 / 8))
     np.testing.assert_allclose(
-        ActivationQuantizer(numbers, learner=numbers, learned=measured)(x),
+        ActivationQuantizer(numbers, learned=numbers, params=measured)(x),
         [[3.0, -1.125, 1.875, 0.375]],
         rtol=1e-6,
     )
 
 
-def test_decoded_rules_name_what_they_named():
+def test_rules_for_rounded_weights_name_what_they_named():
     rules = (QuantRule(paths="mixer", weight=Q4, cache=Q8), QuantRule(paths=".", weight=Q4, input=Q8))
     before = covered(*rules)
-    after = covered(*QuantPhase(rules=rules).decoded().rules)
+    after = covered(*QuantPhase(rules=rules).without_weights().rules)
     assert {path: line.input for path, line in before.items()} == {
         path: line.input for path, line in after.items()
     }

@@ -16,7 +16,7 @@ from slmjax.studies import member_experiment, read_members, recovered_share
 from slmjax.studies.recovery import stored_size
 from slmjax.training import recipes
 from slmjax.training.experiment import Experiment, FromModel
-from slmjax.training.programs import resolved_model
+from slmjax.training.programs import resolved_model, resolved_phases
 from tests.one_layer import one_layer
 
 FILE = Path(__file__).parents[2] / "experiments" / "qat_study.py"
@@ -46,11 +46,11 @@ def test_members_differ_in_what_is_asked_alone(study: ModuleType) -> None:
 
 
 def test_fewer_bits_are_fewer_bytes(study: ModuleType) -> None:
-    sizes = [
-        stored_size(resolved_model(study.trained_for(study.experiment(), spec), vocab_size=2048))
-        for spec in study.FORMATS.values()
-    ]
-    total, numbers = stored_size(resolved_model(study.experiment(), vocab_size=2048))
+    def size_of(experiment: Experiment) -> tuple[int, int]:
+        return stored_size(resolved_model(experiment, vocab_size=2048), resolved_phases(experiment))
+
+    sizes = [size_of(study.trained_for(study.experiment(), spec)) for spec in study.FORMATS.values()]
+    total, numbers = size_of(study.experiment())
     assert total == 4 * numbers
     assert [total for total, _ in sizes] == sorted((total for total, _ in sizes), reverse=True) and {
         each for _, each in sizes

@@ -25,7 +25,8 @@ from slmjax.evaluation.bits_per_byte import data_or_own, documents_of, scored_te
 from slmjax.formats.spec import QuantSpec
 from slmjax.models.architecture import Precision
 from slmjax.models.decoder import Decoder, logits
-from slmjax.models.definition import Definition, define_for_inference, restack, unstack
+from slmjax.models.definition import Definition, inference_config, restack, unstack
+from slmjax.quantization.fake_quantization import define_quantized
 from slmjax.quantization.rules import QuantPhase, QuantRule
 
 NOISE = 1e-6
@@ -82,10 +83,10 @@ def check_loss(
     context = engine_context(windows)
     engine = np.array([_engine_nll(file, window, vocab_size, context) for window in windows])
     definition, params, buffers = with_inputs(loaded, input_specs)
-    ours = _own_nll(definition.merge_effective(params, buffers), windows)
+    ours = _own_nll(definition.merge_transformed(params, buffers), windows)
     trained = _own_nll(loaded.model, windows)
     moved = [
-        _own_nll(definition.merge_effective(_noisy(params, draw), buffers), windows)
+        _own_nll(definition.merge_transformed(_noisy(params, draw), buffers), windows)
         for draw in range(NOISE_DRAWS)
     ]
     counts = np.array([window.scored.sum() for window in windows])
@@ -146,9 +147,8 @@ def with_inputs(
     """
     rules = tuple(QuantRule(paths=f"^{re.escape(path)}$", input=spec) for path, spec in input_specs.items())
     quant = (QuantPhase(rules=rules),) if rules else ()
-    definition = define_for_inference(
-        dataclasses.replace(loaded.config, quant=quant, precision=Precision.FLOAT32)
-    )
+    config = inference_config(dataclasses.replace(loaded.config, precision=Precision.FLOAT32))
+    definition = define_quantized(config, quant)
     flat = unstack(loaded.definition.config, {**loaded.params, **loaded.buffers})
     params, buffers = (
         restack(definition.config, flat, like=like) for like in (definition.params, definition.buffers)

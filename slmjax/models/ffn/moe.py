@@ -25,10 +25,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from slmjax import kernels
 from slmjax.models.ffn.mlp import Activation, MlpConfig, gated
-from slmjax.models.layers import Linear, ModelDims, effective_weight, truncated_normal
+from slmjax.models.layers import ArrayFunction, Linear, ModelDims, truncated_normal
 from slmjax.models.protocols import Ffn, FfnAux, FfnConfig
 from slmjax.parallel import communication
-from slmjax.quantization.activations import ActivationQuantizer, rounded_part
 
 
 class RouterScore(enum.Enum):
@@ -312,14 +311,13 @@ def apply_experts(
     biases: tuple[Float[Array, "E F"], Float[Array, "E F"], Float[Array, "E D"]] | None = None,
     activation: Activation,
     capacity: int | None,
-    hidden_input: ActivationQuantizer | None = None,
+    hidden_quantizer: ArrayFunction | None = None,
 ) -> Float[Array, "B T D"]:
     """The weighted sum of the outputs of each token's experts, divided over the mesh where there is one.
 
     Args:
       biases: of gate, up and down, where the experts have any.
-      hidden_input: rounds the hidden layer before it is multiplied with `down`, where rules of quantization
-        say so.
+      hidden_quantizer: applied to a device's shard of the hidden layer before the product with `down`.
       capacity: tokens that an expert takes from a row, the earlier ones; None for all.
     """
     rows = ("batch", "time", None)
@@ -336,7 +334,13 @@ def apply_experts(
         mine = experts - communication.index_along("expert") * num_experts
         mine = jnp.where((mine >= 0) & (mine < num_experts), mine, num_experts)
         added = _compute_slots(
-            x, weights, mine, matrices, activation=activation, capacity=capacity, hidden_input=hidden_input
+            x,
+            weights,
+            mine,
+            matrices,
+            activation=activation,
+            capacity=capacity,
+            hidden_quantizer=hidden_quantizer,
         )
         y = communication.sum_over(added, "ffn")
         return (
@@ -360,7 +364,7 @@ def _compute_slots(
     *,
     activation: Activation,
     capacity: int | None,
-    hidden_input: ActivationQuantizer | None,
+    hidden_quantizer: ArrayFunction | None,
 ) -> Array:
     """What the experts whose gate, up and down matrices (and biases) are given add to the tokens of `x`, [B,
     T, D].
@@ -380,7 +384,7 @@ def _compute_slots(
     ]
     gate_bias, up_bias, down_bias = by_slot or (0, 0, 0)
     hidden = gated(activation, multiply(rows, gate) + gate_bias, multiply(rows, up) + up_bias)
-    hidden = hidden if hidden_input is None else rounded_part(hidden, hidden_input, "ffn")
+    hidden = hidden if hidden_quantizer is None else hidden_quantizer(hidden)
     # Where the hidden dim is divided over devices, what they add is summed: the bias of the output comes in
     # as many parts.
     outputs = multiply(hidden, down) + down_bias / communication.num_shards("ffn")
@@ -415,8 +419,8 @@ class Experts(nnx.Module):
             nnx.Param(jnp.zeros((config.num_experts, dim), jnp.float32)) if config.bias else None
             for dim in (config.hidden_dim, config.hidden_dim, dims.embed_dim)
         )
-        self.input: ActivationQuantizer | None = nnx.data(None)
-        self.hidden_input: ActivationQuantizer | None = nnx.data(None)
+        self.input_quantizer: ArrayFunction | None = nnx.data(None)
+        self.hidden_quantizer: ArrayFunction | None = nnx.data(None)
 
 
 class Moe(Ffn):
@@ -452,15 +456,15 @@ class Moe(Ffn):
         )
         capacity = None if config.capacity_factor is None else config.capacity(x.shape[1])
         y = apply_experts(
-            x if self.experts.input is None else self.experts.input(x),
+            x if self.experts.input_quantizer is None else self.experts.input_quantizer(x),
             routing,
-            gate=effective_weight(self.experts.gate[...], x.dtype),
-            up=effective_weight(self.experts.up[...], x.dtype),
-            down=effective_weight(self.experts.down[...], x.dtype),
+            gate=self.experts.gate[...].astype(x.dtype),
+            up=self.experts.up[...].astype(x.dtype),
+            down=self.experts.down[...].astype(x.dtype),
             biases=self._biases(x.dtype),
             activation=config.activation,
             capacity=capacity,
-            hidden_input=self.experts.hidden_input,
+            hidden_quantizer=self.experts.hidden_quantizer,
         )
         if self.shared is not None:
             y = y + jnp.where(real[:, :, None], self.shared(x, segment_ids=segment_ids)[0], 0)

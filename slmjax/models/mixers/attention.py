@@ -20,10 +20,9 @@ from jaxtyping import Array, Float, Int
 
 from slmjax import kernels
 from slmjax.config import ConfigError
-from slmjax.models.layers import Linear, ModelDims, Norm
+from slmjax.models.layers import ArrayFunction, Linear, ModelDims, Norm
 from slmjax.models.protocols import CachingMixer, MixerConfig
 from slmjax.models.rope import LongScaling, RopeScaling, rotary, sequence_lengths
-from slmjax.quantization.activations import ActivationQuantizer
 
 log = logging.getLogger(__name__)
 
@@ -286,7 +285,7 @@ class Attention(CachingMixer):
         self.query_norm = self._norm(dims, config.num_heads)
         self.key_norm = self._norm(dims, config.kv_heads)
         self.sinks = nnx.Param(jnp.zeros((config.num_heads,), jnp.float32)) if config.sinks else None
-        self.cache: ActivationQuantizer | None = nnx.data(None)
+        self.cache_quantizer: ArrayFunction | None = nnx.data(None)
 
     def __call__(
         self,
@@ -302,9 +301,9 @@ class Attention(CachingMixer):
         queries = self._heads(self.query(x), self.query_norm, positions, lengths)
         keys = self._heads(self.key(x), self.key_norm, positions, lengths)
         values = self._split(self.value(x))
-        if self.cache is not None:
-            keys = self.cache(keys)
-            values = self.cache(values)
+        if self.cache_quantizer is not None:
+            keys = self.cache_quantizer(keys)
+            values = self.cache_quantizer(values)
         sinks = None if self.sinks is None else self.sinks[...]
         how: dict[str, Any] = {
             "window": self.config.window,

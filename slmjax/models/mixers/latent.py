@@ -20,11 +20,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from slmjax import kernels
-from slmjax.models.layers import Linear, ModelDims, effective_weight
+from slmjax.models.layers import ArrayFunction, Linear, ModelDims
 from slmjax.models.mixers.attention import join, ring_slots
 from slmjax.models.protocols import CachingMixer, MixerConfig
 from slmjax.models.rope import LongScaling, RopeScaling, rotary, sequence_lengths
-from slmjax.quantization.activations import ActivationQuantizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,7 +203,7 @@ class LatentAttention(CachingMixer):
             bias=config.bias,
             rngs=rngs,
         )
-        self.cache: ActivationQuantizer | None = nnx.data(None)
+        self.cache_quantizer: ArrayFunction | None = nnx.data(None)
 
     def __call__(
         self,
@@ -221,8 +220,8 @@ class LatentAttention(CachingMixer):
         latents, shared_keys = jnp.split(self.latent_down(x), [self.config.latent_dim], axis=-1)
         latents = self.latent_norm(latents)
         shared_keys = self._rotated(shared_keys[:, :, None, :], positions, lengths)[:, :, 0, :]
-        if self.cache is not None:
-            kept = self.cache(jnp.concatenate([latents, shared_keys], axis=-1))
+        if self.cache_quantizer is not None:
+            kept = self.cache_quantizer(jnp.concatenate([latents, shared_keys], axis=-1))
             latents, shared_keys = jnp.split(kept, [self.config.latent_dim], axis=-1)
         if state is None:
             plain_keys, values = jnp.split(
@@ -232,7 +231,7 @@ class LatentAttention(CachingMixer):
                 queries, plain_keys, shared_keys, values, segment_ids=segment_ids, scale=self.scale
             )
         else:
-            if (rounding := self.latent_up.input) is not None:
+            if (rounding := self.latent_up.input_quantizer) is not None:
                 latents = rounding(latents)  # as it is where they are brought up
             entries = jnp.concatenate([latents, shared_keys], axis=-1)
             new = LatentCache(entries=entries, positions=positions, segment_ids=segment_ids)
@@ -240,7 +239,7 @@ class LatentAttention(CachingMixer):
             # One token finds all it may see in the cache; of several documents in a call, the cache keeps the
             # last alone.
             seen = written if x.shape[1] == 1 else join(state, new)
-            up = self._by_head(effective_weight(self.latent_up.weight[...], x.dtype))
+            up = self._by_head(self.latent_up.weight[...].astype(x.dtype))
             mixed = absorbed_attention(
                 queries,
                 seen,

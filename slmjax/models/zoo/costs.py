@@ -34,7 +34,7 @@ def describe(config: ModelConfig) -> Summary:
     shape = config.layer_shape()
     length = config.context_length
     # What is learned beside weights of some format is no parameter of the architecture.
-    shapes = {path: leaf.shape for path, leaf in define(dataclasses.replace(config, quant=())).params.items()}
+    shapes = {path: leaf.shape for path, leaf in define(config).params.items()}
     sizes = {path: math.prod(dims) for path, dims in shapes.items()}
     tables = sum(size for path, size in sizes.items() if path in ("embed/table", "head/weight"))
     active = 0.0

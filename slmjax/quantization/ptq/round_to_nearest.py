@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from slmjax import config as config_io
 from slmjax.atomic_files import atomic_directory
 from slmjax.checkpoints import safetensors_files
+from slmjax.checkpoints.model_file import write_model_file
 from slmjax.checkpoints.safetensors_files import StoredFormat
 from slmjax.checkpoints.stored_model import LocalModel, open_local_model, read_origin
 from slmjax.data.provenance import read_record
@@ -34,11 +34,11 @@ from slmjax.data.tokenizers import Tokenizer
 from slmjax.formats.coding import Encoded, decode, encode, expanded
 from slmjax.formats.presets import name_of
 from slmjax.formats.spec import QuantSpec, stored_bytes
-from slmjax.models.quantized_modules import entries_of, shapes_of
-from slmjax.quantization.assignment import CACHE, LEARNED_INPUTS, Assignment
+from slmjax.quantization.assignment import CACHE, SCALE_ESTIMATORS, Assignment
 from slmjax.quantization.estimators import best_scale, squared_error
+from slmjax.quantization.plan import assign_model_formats, shapes_of
 from slmjax.quantization.rules import QuantPhase, QuantRule
-from slmjax.quantization.weights import by_matrix
+from slmjax.quantization.weights import map_matrices
 from slmjax.telemetry.run_directory import write_json
 
 
@@ -112,10 +112,10 @@ def quantize_model(
     source = Path(source)
     out = Path(out)
     own = open_local_model(source, step=step)
-    model = dataclasses.replace(own.config, quant=(QuantPhase(rules=tuple(rules)),), vocab_multiple=1)
+    model = dataclasses.replace(own.config, vocab_multiple=1)
     entries = {
         path: entry
-        for path, entry in entries_of(model, shapes_of(model))[0].items()
+        for path, entry in assign_model_formats(rules, model, shapes_of(model)).items()
         if not path.endswith(CACHE)
     }
     matrices: list[RoundedMatrix] = []
@@ -139,7 +139,7 @@ def quantize_model(
         safetensors_files.write_formats(
             directory, {name: StoredFormat(spec=one.spec, axis=one.axis) for name, one in coded.items()}
         )
-        (directory / "model.json").write_text(config_io.dumps(model), encoding="utf-8")
+        write_model_file(directory, model, phases=(QuantPhase(rules=tuple(rules)),))
         if (source / "tokenizer").is_dir():
             Tokenizer.load(source / "tokenizer").save(directory / "tokenizer")
         write_json(directory / "origin.json", _origin(own, matrices, clip))
@@ -153,7 +153,7 @@ def quantize_model(
 
 def _refuse_learned(rules: Sequence[QuantRule]) -> None:
     """Refuses scales that only training finds."""
-    if learned := [rule for rule in rules if isinstance(rule.input_estimator, LEARNED_INPUTS)]:
+    if learned := [rule for rule in rules if isinstance(rule.input_estimator, SCALE_ESTIMATORS)]:
         raise ValueError(
             f"the rule for {learned[0].paths!r} has inputs whose scale is learned or measured, which takes "
             "training: leave input_estimator "
@@ -207,7 +207,7 @@ def _coded(array: Array, spec: QuantSpec, axis: int, clip: Clip) -> tuple[Encode
     def one(matrix: Array) -> tuple[Encoded, Array, Array]:
         return nearest(matrix, spec, axis) if clip is Clip.NONE else with_best_clip(matrix, spec, axis)
 
-    return by_matrix(one, array.ndim)(array)
+    return map_matrices(one, array.ndim)(array)
 
 
 def nearest(

@@ -17,8 +17,9 @@ from slmjax.checkpoints.safetensors_files import ModelFiles
 from slmjax.cli.quantizing import quantize_command
 from slmjax.formats.coding import decode, encode, scale_of
 from slmjax.formats.presets import preset
-from slmjax.models.definition import define_for_inference
+from slmjax.models.definition import define_for_inference, inference_config
 from slmjax.quantization.estimators import FACTORS
+from slmjax.quantization.fake_quantization import define_quantized, weight_formats
 from slmjax.quantization.ptq.round_to_nearest import Clip, nearest, quantize_model, with_best_clip
 from slmjax.quantization.rules import QuantPhase, QuantRule, quant_of
 from tests.convert.verify.models import MOE, QWEN, TEXT, words, write_untrained
@@ -44,18 +45,19 @@ def test_a_quantized_directory_computes_what_training_with_its_rules_does(
     quantize_model(source, tmp_path / "out", rules=rules)
     loaded = slmjax.load_model(tmp_path / "out")
     trained = define_for_inference(jax.tree.map(lambda x: x, MOE))
-    quantized = define_for_inference(slmjax.load_model(tmp_path / "out").config)
+    config = inference_config(loaded.config)
+    quantized = define_quantized(config, loaded.quant_phases)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         (trained.params, trained.buffers),
     )
     _, params, buffers = read_parameters(source, MOE, *like)
-    assert quantized.formats and loaded.config.quant == (QuantPhase(rules=rules),)
-    effective = jax.jit(quantized.effective)(params)
+    assert weight_formats(quantized) and loaded.quant_phases == (QuantPhase(rules=rules),)
+    rounded = jax.jit(quantized.transform)(params)
     for name, array in loaded.params.items():
-        np.testing.assert_array_equal(array, effective[name], err_msg=name)
-    model = quantized.merge_effective(effective, buffers)
+        np.testing.assert_array_equal(array, rounded[name], err_msg=name)
+    model = quantized.merge_transformed(rounded, buffers)
     wanted = np.asarray(jax.jit(slmjax.logits)(model, jnp.asarray([words().encode(TEXT[:24])])))
     np.testing.assert_array_equal(logits(loaded), wanted)
     assert np.abs(wanted - logits(slmjax.load_model(source))).max() > 1e-3, "it is rounded at all"
