@@ -48,6 +48,7 @@ def older(config: ModelConfig, fraction: Any) -> str:
     for block in data["stack"][0]["pattern"]:
         del block["mixer"]["rotary_dim"]
         block["mixer"]["rope_fraction"] = fraction
+        block["passes"] = block.pop("num_loops")
     return json.dumps(data)
 
 

@@ -167,7 +167,7 @@ def test_scales_of_inputs_were_measured(run: tuple[Experiment, Result]):
     measured = {
         path: float(np.asarray(leaf).reshape(-1)[0])
         for path, leaf in loaded.buffers.items()
-        if path.endswith("input/log_scale")
+        if path.endswith("_quantizer/log_scale")
     }
     assert (
         len(measured) == 8

@@ -82,7 +82,7 @@ def test_every_parameter_and_cache_has_a_format_or_a_reason():
 
 
 def test_without_rules_everything_stays():
-    assert all(line.format is None and line.reason for line in assignment_lines(MODEL))
+    assert all(line.format is None and line.reason for line in assignment_lines(MODEL, ()))
 
 
 @pytest.mark.parametrize(
