@@ -2,18 +2,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-# Files of tests that run at a time, each worker with a jax of its own (4 GB in the end); 0 for none but the process itself, as --pdb wants.
+# Number of test files that run at a time, each in a worker with its own jax (up to 4 GB); 0 runs all in one process, as --pdb needs.
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
-# A stamp is newer than pyproject.toml while what was installed is what it asks for.
+# Each stamp is newer than pyproject.toml while the installed packages are those that it lists.
 USER := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 ORACLE := $(VENV)/.installed-oracle
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all smoke lint types docs format clean
+.PHONY: help train test test-all smoke lint types docs wheel format clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,10 +24,10 @@ train: $(USER)  ## install, then train the default experiment (ARGS="nano --opti
 test: $(DEV)  ## install the dev extra, then run the tests (ARGS="tests/test_config.py" are passed on)
 	$(PYTEST) $(ARGS)
 
-test-all: $(ORACLE)  ## install what tests compare with as well, then run the tests and the nightly ones
+test-all: $(ORACLE)  ## install the oracle extra as well, then run all tests, the nightly ones included
 	$(PYTEST) -m "nightly or not nightly" $(ARGS)
 
-smoke: $(DEV)  ## the few tests that tell whether a Python version works
+smoke: $(DEV)  ## run the few tests that show whether a Python version works
 	$(PYTEST) -m "smoke and not nightly" $(ARGS)
 
 lint: $(DEV)  ## check format and lint
@@ -40,12 +40,15 @@ types: $(DEV)  ## check types
 docs: $(DEV)  ## build the site into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+wheel: $(DEV)  ## build the wheel into dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
 format: $(DEV)  ## rewrite files in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## delete the virtual environment and what tools left behind
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis site
+clean:  ## delete the virtual environment and the files of tools
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis site dist build
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
