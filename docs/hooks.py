@@ -1,10 +1,16 @@
-"""What the site says of commands and settings is read from the code each time it is built: mkdocs calls
-`on_page_markdown`.
+"""The generated parts of the site: mkdocs calls `on_page_markdown`, which replaces the markers of a page.
+
+- `<!-- readme -->`: the text of README.md, with its links as the site has them;
+- `<!-- commands -->`: every command with its options;
+- `<!-- configuration -->`: every dataclass that an experiment is made of;
+- `<!-- api -->`: the public names, with signatures and docstrings;
+- `<!-- source slmjax/FILE.py NAME -->`: the source of one function, class or constant.
 """
 
 import ast
 import dataclasses
 import enum
+import functools
 import html
 import importlib
 import inspect
@@ -16,15 +22,50 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-PACKAGE = Path(__file__).resolve().parent.parent / "slmjax"
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "slmjax"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replaces the markers of a page by what is generated."""
-    for marker, generate in {"<!-- commands -->": commands, "<!-- configuration -->": configuration}.items():
+    """Replace the markers of a page by what is generated."""
+    generators = {
+        "<!-- readme -->": readme,
+        "<!-- commands -->": commands,
+        "<!-- configuration -->": configuration,
+        "<!-- api -->": api,
+    }
+    for marker, generate in generators.items():
         if marker in markdown:
             markdown = markdown.replace(marker, generate())
-    return markdown
+    return re.sub(r"<!-- source (\S+) (\w+) -->", lambda match: source(match[1], match[2]), markdown)
+
+
+def source(path: str, name: str) -> str:
+    """Return the source of one name of a file as a block of code."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    for node in ast.parse(text).body:
+        names = [getattr(node, "name", "")]
+        if isinstance(node, ast.Assign):
+            names = [ast.unparse(target) for target in node.targets]
+        if name in names:
+            return f"```python\n{ast.get_source_segment(text, node)}\n```"
+    raise ValueError(f"{path} has no {name}")
+
+
+# README -----------------------------------------------------------------------------------------------------
+def readme() -> str:
+    """Return the text of README.md; a link to a file that the site does not have becomes the file's name."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    def link(match: re.Match[str]) -> str:
+        mark, label, target = match.groups()
+        if re.match(r"https?:", target):
+            return match[0]
+        if target.startswith("docs/") and target != "docs/":
+            return f"{mark}[{label}]({target.removeprefix('docs/')})"
+        return label if label == target.rstrip("/") else f"{label} (`{target}`)"
+
+    return re.sub(r"(!?)\[([^]]*)\]\(([^)]+)\)", link, text)
 
 
 # Commands ---------------------------------------------------------------------------------------------------
@@ -52,7 +93,7 @@ def _command(name: str, function: Callable[..., int]) -> str:
     ]
     rows = []
     trees = []
-    for node in (node for one in classes for node in one.body if isinstance(node, ast.AnnAssign)):
+    for node in (node for cls in classes for node in cls.body if isinstance(node, ast.AnnAssign)):
         field = ast.unparse(node.target)
         comment = _comment_above(lines, node.lineno)
         annotation = ast.unparse(node.annotation)
@@ -83,6 +124,76 @@ def _comment_above(lines: list[str], lineno: int) -> str:
             break
         comments.insert(0, line.strip().removeprefix("# "))
     return " ".join(comments)
+
+
+# Public names -----------------------------------------------------------------------------------------------
+def api() -> str:
+    """Return a section for each public module, with its functions, classes and enums."""
+    modules = [importlib.import_module(name) for name in PUBLIC_MODULES]
+    return "\n\n".join(_public_module(module) for module in modules)
+
+
+PUBLIC_MODULES = ("slmjax", "slmjax.models", "slmjax.training", "slmjax.studies")
+
+
+def _public_module(module: types.ModuleType) -> str:
+    parts = [f"## {module.__name__}", _markdown(module.__doc__ or "")]
+    for name in module.__all__:
+        value = getattr(module, name)
+        if inspect.isfunction(value) or inspect.isclass(value):
+            # A class has one place: the module with more of its kind, not `slmjax` itself.
+            parts.append(_public_name(module.__name__, name, value))
+    return "\n\n".join(parts)
+
+
+def _public_name(module: str, name: str, value: Any) -> str:
+    anchor = f"{module}.{name}".lower().replace(".", "-")
+    parts = [f"### {name} {{ #{anchor} }}"]
+    if inspect.isfunction(value):
+        parts.append(f"```python\n{_signature(name, value)}\n```")
+    elif dataclasses.is_dataclass(value):
+        fields = ", ".join(f"`{field.name}`" for field in dataclasses.fields(value))
+        if fields:
+            parts.append(f"Fields: {fields}.")
+    elif issubclass(value, enum.Enum):
+        parts.append("Values: " + ", ".join(f"`{member.name}`" for member in value) + ".")
+    text = value.__dict__.get("__doc__") if inspect.isclass(value) else value.__doc__
+    if text and not text.startswith(f"{name}("):  # the docstring that dataclass makes of the fields
+        parts.insert(1, _markdown(text))
+    return "\n\n".join(parts)
+
+
+def _signature(name: str, function: Callable[..., Any]) -> str:
+    """Return the signature as the source has it, on one line or one parameter a line."""
+    node = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body[0]
+    assert isinstance(node, ast.FunctionDef), name
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    line = f"{name}({ast.unparse(node.args)}){returns}"
+    if len(line) <= 90:
+        return line
+    arguments = ast.unparse(node.args)
+    parameters = re.split(r", (?![^\[(]*[\])])", arguments)
+    return f"{name}(\n    " + ",\n    ".join(parameters) + f",\n){returns}"
+
+
+def _markdown(docstring: str) -> str:
+    """Return a docstring as Markdown: sections such as `Raises:` as lists, a code block set off by blank lines."""
+    lines: list[str] = []
+    is_section = False
+    for line in inspect.cleandoc(docstring).splitlines():
+        if re.fullmatch(r"(Args|Raises|Returns|Yields):", line):
+            is_section = True
+            lines += ["", f"**{line[:-1]}**", ""]
+            continue
+        is_section = is_section and (line.startswith(" ") or not line)
+        if is_section:
+            entry = re.match(r"  ([\w.]+): (.*)", line)
+            lines.append(f"- `{entry[1]}`: {entry[2]}" if entry else line)
+            continue
+        if line.startswith("    ") and lines and lines[-1] and not lines[-1].startswith("    "):
+            lines.append("")
+        lines.append(line)
+    return "\n".join(lines)
 
 
 # Configuration ----------------------------------------------------------------------------------------------
@@ -165,20 +276,28 @@ def _about(comment: str, hint: Any) -> str:
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """Field -> the comment beside it or, where there is none, on the line above it; those of base classes
-    included.
-    """
-    found: dict[str, str] = {}
+    """Return field -> the comment on its lines or, where there is none, above them; inherited fields too."""
+    comments: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base):
             continue
-        lines = inspect.getsource(base).splitlines()
-        for node in ast.walk(ast.parse(textwrap.dedent("\n".join(lines)))):
+        file = inspect.getsourcefile(base)
+        assert file is not None, base
+        lines, definitions = _classes_of_file(file)
+        for node in ast.walk(definitions[base.__qualname__]):
             if isinstance(node, ast.AnnAssign):
-                beside = [_comment(line) for line in lines[node.lineno - 1 : node.end_lineno]]
-                above = _comment_above(lines, node.lineno)
-                found[ast.unparse(node.target)] = next(filter(None, [*beside, above]), "")
-    return found
+                own = filter(None, (_comment(line) for line in lines[node.lineno - 1 : node.end_lineno]))
+                comments[ast.unparse(node.target)] = " ".join(own) or _comment_above(lines, node.lineno)
+    return comments
+
+
+@functools.cache
+def _classes_of_file(path: str) -> tuple[list[str], dict[str, ast.ClassDef]]:
+    """Return the lines of a file and its classes by name."""
+    text = Path(path).read_text(encoding="utf-8")
+    return text.splitlines(), {
+        node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)
+    }
 
 
 def _comment(line: str) -> str:
@@ -199,7 +318,7 @@ def _type(hint: Any) -> str:
 
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default is dataclasses.MISSING:
-        return "" if field.default_factory is dataclasses.MISSING else "made anew"
+        return "" if field.default_factory is dataclasses.MISSING else "made for each"
     if isinstance(field.default, enum.Enum):
         return str(field.default.value)
     if dataclasses.is_dataclass(field.default):

@@ -1,4 +1,4 @@
-"""The table of README.md that says which features are tested together, made from `@pytest.mark.composes(...)`.
+"""The table of README.md of features that are tested together, made from `@pytest.mark.composes(...)`.
 
     python -m tests.composition     # rewrites the table
 

@@ -1,27 +1,35 @@
-"""The site builds without a warning, needs no network, tells of every command and setting, and its example
-works.
+"""The site builds without a warning, needs no network and covers every command and setting.
+
+What its pages, the README and docstrings state agrees with the code, and their examples work.
 """
 
 import ast
+import contextlib
+import dataclasses
 import functools
 import html
 import importlib
 import importlib.util
+import inspect
+import io
 import re
 import shlex
 import subprocess
 import sys
-import textwrap
+import typing
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slmjax import losses
+from benchmarks import study_picture
+from slmjax import cli, losses
 from slmjax.cli import COMMANDS
 from slmjax.formats.presets import PRESETS
 from slmjax.models import architecture, zoo
@@ -30,7 +38,8 @@ from slmjax.models.definition import Definition, define
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 from slmjax.parallel.rules import parameter_shardings
-from slmjax.training import recipes
+from slmjax.training import Experiment, recipes
+from tests import composition, examples
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -91,7 +100,7 @@ def test_pages_load_nothing_from_elsewhere_and_links_hold(site: Path) -> None:
             assert anchor in pages[target].anchors, f"{path} links to {address}"
 
 
-def test_the_reference_tells_of_everything(site: Path) -> None:
+def test_the_reference_covers_everything(site: Path) -> None:
     commands = (site / "commands" / "index.html").read_text()
     for name in COMMANDS:
         assert f'id="{name}"' in commands, name
@@ -121,11 +130,6 @@ def test_the_page_on_mixers_shows_the_example(site: Path) -> None:
     assert len(shown) > 8 and not [line for line in shown if line not in page]
 
 
-def test_the_page_on_quantization_names_every_format() -> None:
-    page = (DOCS / "quantization.md").read_text()
-    assert not [name for name in PRESETS if f"`{name}`" not in page]
-
-
 def test_every_field_that_is_met_has_a_comment() -> None:
     spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
     assert spec is not None and spec.loader is not None
@@ -135,21 +139,12 @@ def test_every_field_that_is_met_has_a_comment() -> None:
     assert len(rows) > 100 and not [row for row in rows if re.search(r"\|\s*\|$", row)]
 
 
-PUBLIC_MODULES = ("slmjax", "slmjax.models", "slmjax.studies", "slmjax.training")
-
-
-def python_blocks(page: Path) -> list[str]:
-    """The Python code of a page: fenced blocks, without those that a snippet fills."""
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    return [textwrap.dedent(block) for block in blocks if "--8<--" not in block]
-
-
 def test_users_import_from_four_modules() -> None:
     """Experiments, notebooks and pages show the public surface only."""
     files = [*ROOT.glob("experiments/*.py"), *ROOT.glob("notebooks/*.py"), *DOCS.glob("examples/*.py")]
     texts = {str(path.relative_to(ROOT)): path.read_text() for path in files}
     for page in [*DOCS.glob("*.md"), ROOT / "README.md"]:
-        texts |= {f"{page.name}, block {i}": block for i, block in enumerate(python_blocks(page))}
+        texts |= {f"{page.name}, block {i}": block for i, block in enumerate(examples.page_blocks(page))}
     imports = [
         (name, node)
         for name, text in texts.items()
@@ -160,50 +155,254 @@ def test_users_import_from_four_modules() -> None:
     for name, node in imports:
         if isinstance(node, ast.Import):
             own = [alias.name for alias in node.names if alias.name.split(".")[0] == "slmjax"]
-            assert set(own) <= set(PUBLIC_MODULES), f"{name} imports {own}"
+            assert set(own) <= set(examples.PUBLIC_MODULES), f"{name} imports {own}"
         elif node.module is not None and node.module.split(".")[0] == "slmjax":
-            assert node.module in PUBLIC_MODULES, f"{name} imports from {node.module}"
+            assert node.module in examples.PUBLIC_MODULES, f"{name} imports from {node.module}"
             missing = {alias.name for alias in node.names} - set(importlib.import_module(node.module).__all__)
             assert not missing, f"{name} imports {missing} from {node.module}"
 
 
+# Statements that code can check -----------------------------------------------------------------------------
+PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+# Words in backticks with these forms are checked, wherever a page or the README has them.
+SECTIONS = "model|init|data|tokenizer|optim|objective|quant|mesh|eval|checkpoint|run"
+FOLDERS = "slmjax|tests|docs|experiments|benchmarks|notebooks|tpu_scripts"
+
+
+def page_texts() -> dict[str, str]:
+    return {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+
+
+def in_backticks() -> Iterator[tuple[str, str]]:
+    """Page and text of everything that a page shows as code within a line."""
+    for name, text in page_texts().items():
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        for code in re.findall(r"`([^`\n]+)`", prose):
+            yield name, code
+
+
 def shell_lines() -> list[list[str]]:
-    found = []
-    for page in sorted(DOCS.glob("*.md")):
-        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
-            lines = (line.split("| ")[-1] for line in block.splitlines())
-            words = [
-                [word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)] for line in lines
-            ]
-            found += [line for line in words if line and line[0] == "slmjax"]
-    return found
+    """The words of each `slmjax` command line: of fenced and indented blocks, and in backticks."""
+    blocks: list[str] = []
+    for text in page_texts().values():
+        blocks += re.findall(r"```(?:bash)?\n(.*?)```", text, flags=re.DOTALL)
+        blocks += re.findall(r"^ {4}(.*)$", text, flags=re.MULTILINE)
+    blocks += [code for _, code in in_backticks()]
+    commands = []
+    for line in "\n".join(blocks).splitlines():
+        match = re.search(r"(?:^|\||/|\d )\s*(?:[A-Z_]+=\S+ )*(slmjax [a-z-]+.*)$", line.split("#")[0])
+        if match is None or "..." in match[1].split()[:2]:
+            continue
+        try:
+            commands.append(shlex.split(match[1].replace("`", "")))
+        except ValueError:
+            pytest.fail(f"not a command line: {line}")
+    return commands
 
 
 @functools.cache
-def help_of(command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "slmjax", *command.split(), "--help"], capture_output=True, text=True, cwd=ROOT
-    )
-    return done.stdout
+def help_of(*command: str) -> str:
+    """Return what `slmjax COMMAND --help` prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as ended:
+        cli.main([*command, "--help"])
+    assert ended.value.code == 0, command
+    return printed.getvalue()
+
+
+def subcommands(name: str) -> tuple[str, ...]:
+    """Return the words that follow a command which has several parts, such as `data prepare`."""
+    return {"data": ("prepare", "inspect")}.get(name, ())
 
 
 def test_commands_on_the_pages_are_commands() -> None:
     """Each word after slmjax is a command, each option one of its own."""
     lines = shell_lines()
-    assert len(lines) > 20 and {line[1] for line in lines} >= {
-        "train",
-        "eval",
-        "generate",
-        "report",
-        "runs",
-        "compare",
-        "data",
-    }
+    assert len(lines) > 60 and {line[1] for line in lines} >= {*COMMANDS}
     for line in lines:
         assert line[1] in COMMANDS, line
-        command = " ".join(line[1:3]) if line[1] in ("data", "quant") else line[1]
+        command = line[1:3] if len(line) > 2 and line[2] in subcommands(line[1]) else line[1:2]
         for option in (word.partition("=")[0] for word in line if word.startswith("--")):
-            assert option in help_of(command), line
+            assert option in ("--help", "--json") or option in help_of(*command), line
+
+
+def test_options_in_the_text_are_options() -> None:
+    """An option that is named alone belongs to some command; those of other programs are listed."""
+    others = {"--xla_force_host_platform_device_count", "--port"}  # of XLA and of xprof
+    texts = "".join(help_of(name) for name in COMMANDS if not subcommands(name))
+    texts += "".join(help_of(name, part) for name in COMMANDS for part in subcommands(name))
+    texts += "".join(path.read_text() for path in (ROOT / "tpu_scripts").rglob("*") if path.is_file())
+    for name, code in in_backticks():
+        for option in re.findall(r"(?<![\w-])--[a-z][\w.-]+", code):
+            known = option in texts or option in others or "slmjax" not in code and name == "tpu.md"
+            assert known, f"{name}: there is no option {option}"
+
+
+def has_field(cls: type, path: list[str]) -> bool:
+    """Whether a config or one of its kinds has a field of this path."""
+    if not path:
+        return True
+    kinds = [cls, *cls.__subclasses__()]
+    for kind in kinds:
+        if not dataclasses.is_dataclass(kind):
+            continue
+        hints = typing.get_type_hints(kind)
+        if path[0] in hints:
+            inner = [
+                leaf
+                for leaf in structure_classes(hints[path[0]])
+                if dataclasses.is_dataclass(leaf) or leaf.__subclasses__()
+            ]
+            if len(path) == 1 or any(has_field(leaf, path[1:]) for leaf in inner):
+                return True
+    return False
+
+
+def structure_classes(hint: object) -> Iterator[type]:
+    """The classes that a type names, anywhere inside."""
+    if isinstance(hint, type) and not typing.get_args(hint):
+        yield hint
+    for inner in typing.get_args(hint):
+        yield from structure_classes(inner)
+
+
+def test_settings_in_the_text_are_fields() -> None:
+    """`optim.lr` and `--optim.lr`: fields of an Experiment; `x.y=value` as well."""
+    number = 0
+    for name, code in in_backticks():
+        for path in re.findall(rf"(?<![\w./-])((?:{SECTIONS})\.[a-z_][a-z_.]*[a-z_])(?![\w(/*])", code):
+            if path.rpartition(".")[2] in ("json", "py", "md", "html", "sh", "jsonl", "gguf"):
+                continue
+            number += 1
+            assert has_field(Experiment, path.split(".")), f"{name}: an experiment has no {path}"
+        for option in re.findall(rf"--((?:{SECTIONS})\.[a-z][a-z.-]*)", code):
+            number += 1
+            assert has_field(Experiment, option.replace("-", "_").split(".")), f"{name}: no setting {option}"
+    assert number > 60
+
+
+def test_files_in_the_text_exist() -> None:
+    number = 0
+    for name, code in in_backticks():
+        for path in re.findall(rf"(?<![\w/.-])((?:{FOLDERS})/[\w./*-]*)", code):
+            if re.search(r"[A-Z]{3,}|\.\.\.", path.removesuffix("RESULTS.md").removesuffix("LOG.md")):
+                continue  # a placeholder, such as slmjax/models/mixers/NAME.py
+            number += 1
+            assert list(ROOT.glob(path.rstrip("/"))), f"{name}: there is no {path}"
+    assert number > 40
+
+
+def test_names_in_the_text_exist() -> None:
+    """Modules (`slmjax.models.zoo`) and classes (`QuantRule(...)`) are those of the package."""
+    for path in sorted((ROOT / "slmjax").rglob("*.py")):
+        if path.stem not in ("__main__", "lm_eval_adapter"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            importlib.import_module(".".join(part for part in parts if part != "__init__"))
+    own = [module for name, module in sys.modules.items() if name.split(".")[0] == "slmjax"]
+    classes = {key for module in own for key, value in vars(module).items() if isinstance(value, type)}
+    others = {"MatMulNBits", "ValueError"} | {f"{name}ForCausalLM" for name in ("Llama", "Mistral")}
+    for name, code in in_backticks():
+        for dotted in re.findall(r"(?<![\w./-])(slmjax(?:\.[A-Za-z_]+)+)", code):
+            if dotted.endswith((".py", ".md")):
+                continue
+            parts = dotted.split(".")
+            resolved: Any = importlib.import_module("slmjax")
+            for number, part in enumerate(parts[1:], start=2):
+                if ".".join(parts[:number]) in sys.modules and not hasattr(resolved, part):
+                    resolved = sys.modules[".".join(parts[:number])]
+                    continue
+                assert hasattr(resolved, part), f"{name}: there is no {dotted}"
+                resolved = getattr(resolved, part)
+        for word in re.findall(
+            r"(?<![\w./-])([A-Z][a-z]+[A-Za-z]*[A-Z][a-z][A-Za-z]*)(?=$|\(|\.[A-Z])", code
+        ):
+            assert word in classes | others, f"{name}: there is no class {word}"
+
+
+def test_formats_in_the_text_exist() -> None:
+    page = (DOCS / "quantization.md").read_text()
+    rows = re.findall(
+        r"^\| (`.*?) \|", page.partition("## Formats")[2].partition("## Rules")[0], flags=re.MULTILINE
+    )
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named == set(PRESETS)
+
+
+def test_the_fields_of_an_experiment_are_listed() -> None:
+    page = (DOCS / "concepts.md").read_text()
+    sentence = page.partition("tree of frozen dataclasses")[2].partition("\n\n")[0].partition(".")[0]
+    assert re.findall(r"`(\w+)`", sentence) == [field.name for field in dataclasses.fields(Experiment)]
+
+
+def test_code_on_the_pages_runs() -> None:
+    """The blocks of a page follow each other; what would train, import or export is looked at only."""
+    number = 0
+    for page in PAGES:
+        for code in ("\n".join(examples.page_blocks(page)),):
+            if code:
+                number += 1
+                problems = examples.check(examples.Example(where=page.name, code=code))
+                assert not problems, "\n".join(problems)
+    assert number > 5
+
+
+def test_examples_in_docstrings_fit_the_code() -> None:
+    found = examples.docstring_examples()
+    assert len(found) > 40
+    problems = [problem for example in found for problem in examples.check(example)]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        ("config = QuantConfig(phases=(), phase=1)", "unexpected keyword argument 'phase'"),
+        ("config = QuantConfigs(phases=())", "there is no QuantConfigs"),
+        ("model = zoo.nanoo()", "zoo.nanoo does not exist"),
+        ("from slmjax.training import Nothing", "slmjax.training has no Nothing"),
+        ("optim = OptimConfig(lr=-1.0)", "ValueError"),
+        ("loss = (", "was never closed"),
+    ],
+)
+def test_a_wrong_example_is_noticed(code: str, problem: str) -> None:
+    (found,) = examples.check(examples.Example(where="here", code=code + "\n"))
+    assert problem in found
+
+
+# README -----------------------------------------------------------------------------------------------------
+def test_the_readme_shows_what_was_recorded() -> None:
+    """Verdicts come from experiments/LOG.md, figures from benchmarks/RESULTS.md, the last table from the tests."""
+    text = (ROOT / "README.md").read_text()
+    assert study_picture.verdict_table(study_picture.recorded_arms()) in text
+    assert composition.replaced(text) == text
+    assert len(text.splitlines()) < 90 and text.index("docs/limits.md") < 500
+    results = re.sub(r"\s+", " ", (ROOT / "benchmarks" / "RESULTS.md").read_text()).replace(" %", "%")
+    measured = text.partition("## Measured")[2].partition("\n## ")[0]
+    rows = [
+        line.strip("|").split("|") for line in measured.splitlines() if re.search(r"\d{4}-\d\d-\d\d", line)
+    ]
+    assert len(rows) == 5
+    for what, figure, _, date in rows:
+        for number in re.findall(r"\d[\d,]*(?:\.\d+)?(?:e-\d+)?", figure):
+            assert number in results, f"{what}: {number} is not in RESULTS.md"
+        assert date.strip() in results
+
+
+def test_the_front_page_is_the_readme(site: Path) -> None:
+    page = html.unescape(re.sub(r"<[^>]+>", "", (site / "index.html").read_text()))
+    for line in (ROOT / "README.md").read_text().splitlines():
+        if line.startswith("## "):
+            assert line.removeprefix("## ") in page
+    assert "distillation-study.svg" in (site / "index.html").read_text()
+
+
+def test_public_names_are_in_the_reference(site: Path) -> None:
+    page = (site / "api" / "index.html").read_text()
+    for module in examples.PUBLIC_MODULES:
+        for name in importlib.import_module(module).__all__:
+            value = getattr(importlib.import_module(module), name)
+            if inspect.isclass(value) or inspect.isfunction(value):
+                assert f'id="{module}.{name}"'.lower().replace(".", "-") in page, f"{module}.{name}"
 
 
 # The example ------------------------------------------------------------------------------------------------

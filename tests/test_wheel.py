@@ -46,7 +46,7 @@ def test_the_installed_wheel_trains(
     install = ("install", "--quiet", "--no-deps", "--no-index")
     run(sys.executable, "-m", "pip", "--python", python, *install, wheel, cwd=tmp_path)
     paths = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path)
-    # Python does not read the .pth files of a directory that a .pth file adds: an editable slmjax stays hidden.
+    # Python ignores .pth files in a directory that a .pth file adds: an editable slmjax stays hidden.
     (Path(paths.strip()) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
     environment = {name: value for name, value in user_environment.items() if name != "PYTHONPATH"}

@@ -1,7 +1,7 @@
 """Coordination between the processes of a run: who goes first, shared text, and requests to stop.
 
-A run has one process per host, unless it was started with one per device. Every process calls each of these
-functions; with a single process they do nothing special.
+A run has one process per host on TPU pods and one per GPU under Slurm (docs/hosts.md). Every process calls
+each of these functions; with a single process they do nothing special.
 """
 
 import signal

@@ -11,7 +11,8 @@
 
 Files of a run: config.json, model.json, data.json, environment.json, experiment.py (of a run from a file),
 log.jsonl (log-{i}.jsonl of process i > 0), tokenizer/, checkpoints/, result.json, and profile/ if steps were
-traced. jax is imported only where devices are queried.
+traced. A run has one process per host on TPU pods and one per GPU under Slurm (docs/hosts.md). jax is
+imported only where devices are queried.
 """
 
 import contextlib
