@@ -212,7 +212,7 @@ def help_of(*command: str) -> str:
 
 def subcommands(name: str) -> tuple[str, ...]:
     """Return the words that follow a command which has several parts, such as `data prepare`."""
-    return {"data": ("prepare", "inspect")}.get(name, ())
+    return {"data": ("prepare", "inspect"), "formats": ("table", "report")}.get(name, ())
 
 
 def test_commands_on_the_pages_are_commands() -> None:
