@@ -177,7 +177,7 @@ def _signature(name: str, function: Callable[..., Any]) -> str:
 
 
 def _markdown(docstring: str) -> str:
-    """Return a docstring as Markdown: sections such as `Raises:` as lists, a code block set off by blank lines."""
+    """Return a docstring as Markdown: sections such as `Raises:` as lists, code between blank lines."""
     lines: list[str] = []
     is_section = False
     for line in inspect.cleandoc(docstring).splitlines():

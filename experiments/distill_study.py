@@ -1,11 +1,12 @@
 """Does a student learn more from a teacher than from the text alone, and from which divergence?
 
-    python experiments/distill_study.py                      # the teacher, then every arm with 3 seeds; goes
-    on where it was stopped python experiments/distill_study.py --directory runs/distill-study --report    #
-    what has been found so far slmjax train experiments/distill_study.py                # the teacher alone
+    python experiments/distill_study.py                                          # the teacher, then all arms
+    python experiments/distill_study.py --directory runs/distill-study --report  # a report; no training
+    slmjax train experiments/distill_study.py                                    # the teacher alone
 
-Python's own standard library, as `nano` reads it. The teacher has 8 layers of width 128, the students have 2,
-and all arms see the same batches of the same number of tokens with the same seed. Judged by bits per byte of
+The first command trains every arm with 3 seeds; started again, it resumes where it was stopped. The text is
+Python's standard library, as in `nano`. The teacher has 8 layers of width 128, the students have 2, and all
+arms see the same batches of the same number of tokens with the same seed. The metric is bits per byte of
 held-out documents.
 """
 
@@ -49,7 +50,7 @@ def model(num_layers: int) -> ModelConfig:
 
 
 def of_depth(num_layers: int, *, name: str, steps: int) -> Experiment:
-    """An experiment on the text alone."""
+    """Return an experiment that learns from the text alone."""
     nano = slmjax.load_experiment("nano")
     return dataclasses.replace(
         nano,
@@ -61,11 +62,11 @@ def of_depth(num_layers: int, *, name: str, steps: int) -> Experiment:
 
 
 def experiment() -> Experiment:
-    """The teacher."""
+    """Return the teacher."""
     return of_depth(TEACHER_LAYERS, name="teacher", steps=TEACHER_STEPS)
 
 
-def taught(
+def taught_student(
     teacher: Path,
     divergence: Divergence,
     *,
@@ -73,7 +74,7 @@ def taught(
     hard: float = 0.0,
     from_layers: bool = False,
 ) -> Experiment:
-    """A student that learns from the teacher, `hard` of it from the text."""
+    """Return a student that learns from the teacher, with weight `hard` for the text."""
     student = text_alone(teacher, from_layers=from_layers)
     distill = DistillConfig(
         teachers=(TeacherConfig(path=str(teacher)),),
@@ -86,34 +87,34 @@ def taught(
 
 
 def text_alone(teacher: Path, *, from_layers: bool = False) -> Experiment:
-    """A student that learns from the text, from scratch or beginning as layers of the teacher."""
+    """Return a student that learns from the text, from scratch or starting as layers of the teacher."""
     student = of_depth(STUDENT_LAYERS, name="student", steps=STUDENT_STEPS)
     return dataclasses.replace(student, init=FromTeacherLayers(path=str(teacher))) if from_layers else student
 
 
 def study(teacher: Path, seeds: tuple[int, ...] = SEEDS) -> Study:
-    """All arms."""
+    """Return the study with all arms."""
     arms = {
         "cross entropy": text_alone(teacher),
-        "forward KL": taught(teacher, ForwardKl()),
-        "reverse KL": taught(teacher, ReverseKl()),
-        "JSD": taught(teacher, Jsd()),
-        "TAID": taught(teacher, Taid()),
-        "forward KL, T=2": taught(teacher, ForwardKl(), temperature=2.0),
-        "half forward KL": taught(teacher, ForwardKl(), hard=0.5),
+        "forward KL": taught_student(teacher, ForwardKl()),
+        "reverse KL": taught_student(teacher, ReverseKl()),
+        "JSD": taught_student(teacher, Jsd()),
+        "TAID": taught_student(teacher, Taid()),
+        "forward KL, T=2": taught_student(teacher, ForwardKl(), temperature=2.0),
+        "half forward KL": taught_student(teacher, ForwardKl(), hard=0.5),
         "cross entropy, teacher's layers": text_alone(teacher, from_layers=True),
-        "forward KL, teacher's layers": taught(teacher, ForwardKl(), from_layers=True),
+        "forward KL, teacher's layers": taught_student(teacher, ForwardKl(), from_layers=True),
     }
     return Study(
         name="distillation",
-        arms=tuple(Arm(name=name, experiment=one) for name, one in arms.items()),
+        arms=tuple(Arm(name=name, experiment=arm) for name, arm in arms.items()),
         seeds=seeds,
         baseline="cross entropy",
         figures=("calibration_error", "teacher_kl", "teacher_agreement"),
     )
 
 
-# Differences that are asked for beside those from cross entropy: the first arm over the second.
+# Comparisons in addition to those with cross entropy: the first arm with the second.
 FURTHER = (
     ("forward KL, T=2", "forward KL"),
     ("forward KL, teacher's layers", "forward KL"),
@@ -123,13 +124,11 @@ FURTHER = (
 
 
 def trained_teacher(directory: Path, *, is_report: bool) -> Path:
-    """The teacher's run, a study of one arm: trained, or gone on with, unless a report is all that is asked
-    for.
-    """
-    one = Study(
+    """Return the teacher's run, a study of one arm; train or resume it, except for a report."""
+    teacher = Study(
         name="teacher", arms=(Arm(name="teacher", experiment=experiment()),), seeds=(0,), baseline="teacher"
     )
-    members = read_members(one, directory) if is_report else run_study(one, directory)
+    members = read_members(teacher, directory) if is_report else run_study(teacher, directory)
     if not members or members[0].status != "finished":
         raise SystemExit(f"there is no trained teacher in {directory}: run the study without --report")
     return Path(members[0].result["run_dir"])
@@ -139,18 +138,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, default=Path("runs/distill-study"))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument(
-        "--report", action="store_true", help="what has been found so far; nothing is trained"
-    )
+    parser.add_argument("--report", action="store_true", help="report on finished members; train nothing")
     arguments = parser.parse_args()
     teacher = trained_teacher(arguments.directory.absolute() / "teacher", is_report=arguments.report)
-    asked = study(teacher, tuple(arguments.seeds))
+    distillation = study(teacher, tuple(arguments.seeds))
     members = (
-        read_members(asked, arguments.directory)
+        read_members(distillation, arguments.directory)
         if arguments.report
-        else run_study(asked, arguments.directory)
+        else run_study(distillation, arguments.directory)
     )
-    findings = analyze(asked, members, further=FURTHER)
+    findings = analyze(distillation, members, further=FURTHER)
     write_findings(findings, arguments.directory)
     Console().print(findings_table(findings))
 

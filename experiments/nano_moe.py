@@ -1,5 +1,4 @@
-"""The mixture-of-experts sibling of `nano`: 8 experts of which a token uses 2, about the same active
-parameters.
+"""`nano` with a mixture of experts: 8 experts, 2 per token, about the same active parameters.
 
 slmjax train experiments/nano_moe.py
 """
@@ -12,6 +11,6 @@ from slmjax.training import Experiment
 
 
 def experiment() -> Experiment:
-    """nano with its feed-forward layers replaced by experts."""
+    """Return nano with its feed-forward layers replaced by experts."""
     nano = slmjax.load_experiment("nano")
     return dataclasses.replace(nano, model=zoo.nano_moe(), run=dataclasses.replace(nano.run, name="nano-moe"))

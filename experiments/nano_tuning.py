@@ -1,4 +1,4 @@
-"""`nano` without the text that it is judged by: for choosing its settings, other documents are held out.
+"""`nano` without its own held-out text: its settings are chosen on other held-out documents.
 
 slmjax train experiments/nano_tuning.py --optim.muon-lr 0.03
 """
@@ -12,9 +12,9 @@ from slmjax.training import Document, StdlibSource, WeightedSource, is_held_out
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TuningText(StdlibSource):
-    """The text that `nano` trains on, and nothing that it holds out."""
+    """The training text of `nano`, without its held-out documents."""
 
-    heldout_fraction: float = 0.03  # what `nano` holds out
+    heldout_fraction: float = 0.03  # the held-out fraction of `nano`
 
     def documents(self) -> Iterator[Document]:
         return (
@@ -28,6 +28,7 @@ class TuningText(StdlibSource):
 
 
 def experiment() -> slmjax.Experiment:
+    """Return nano on the text for tuning."""
     nano = slmjax.load_experiment("nano")
     data = dataclasses.replace(
         nano.data, sources=(WeightedSource(source=TuningText()),), heldout_fraction=0.06

@@ -1,4 +1,4 @@
-"""The sliding-window sibling of `nano`: of four layers, three see 64 tokens back and one sees all.
+"""`nano` with sliding windows: three of its four layers see the last 64 tokens, one sees all.
 
 slmjax train experiments/nano_window.py
 """
@@ -11,7 +11,7 @@ from slmjax.training import Experiment
 
 
 def experiment() -> Experiment:
-    """nano with windows in most of its layers."""
+    """Return nano with windows in most of its layers."""
     nano = slmjax.load_experiment("nano")
     return dataclasses.replace(
         nano, model=zoo.nano_window(), run=dataclasses.replace(nano.run, name="nano-window")

@@ -1,24 +1,22 @@
-"""How much of what rounding costs does training for the format recover, and when should it begin?
+"""How much of the cost of rounding does quantization-aware training recover, and when should it begin?
 
-    python experiments/qat_study.py                          # trains all members with 3 seeds; goes on where
-    it was stopped python experiments/qat_study.py --sweep                  # as well: each arm of `what` at
-    its own best learning rate python experiments/qat_study.py --directory runs/qat-study --report     # what
-    has been found so far slmjax formats report experiments/qat_study.py             # the recovery report
-    alone, with its page slmjax train experiments/qat_study.py                    # the model in full
-    precision that all begin as
+    python experiments/qat_study.py                                      # trains all members with 3 seeds
+    python experiments/qat_study.py --sweep                              # with a sweep of learning rates
+    python experiments/qat_study.py --directory runs/qat-study --report  # reports on finished members
+    slmjax formats report experiments/qat_study.py                       # the recovery report with its page
+    slmjax train experiments/qat_study.py                                # the model in full precision
 
-Python's own standard library, as `nano` reads it, and a model of 2 layers of width 128. Two studies, whose
-members of one seed all see the same batches:
+The text is Python's standard library, as in `nano`; the model has 2 layers of width 128. Started again, the
+first command resumes where it was stopped. With JAX_COMPILATION_CACHE_DIR set, seeds share compiled programs.
+All members of one seed see the same batches. There are two studies:
 
-Where JAX_COMPILATION_CACHE_DIR names a directory, what the seeds compile alike is compiled once.
+- when: from scratch, in full precision for a fraction of the steps and in q4_0 for the rest;
+- what: each seed's model in full precision from the first study continues for some more steps, in full
+  precision or in a format. The result in full precision is also rounded to each format without training, with
+  the format's own scales and with those that have the smallest squared error.
 
-- when: from scratch, in full precision for a share of the steps and in q4_0 for the rest of them;
-- what: each seed's model of the first study that was trained in full precision goes on for some more steps,
-  in full precision or for a format. What it comes to in full precision is also rounded to each format without
-  training, with the format's own scales and with those that have the smallest squared error.
-
-With --sweep each trained arm of `what` is first trained at the learning rates RATES with the seed SWEEP_SEED,
-and then goes on at its best one. `--report` finds a sweep in the directory.
+With --sweep, each trained arm of `what` first trains at the learning rates RATES with the seed SWEEP_SEED,
+and then at its best one. `--report` finds a sweep in the directory.
 """
 
 import argparse
@@ -73,13 +71,13 @@ STEPS = 300
 FURTHER_STEPS = 120
 SEEDS = (0, 1, 2)
 SWEEP_SEED = 1000  # chooses learning rates; none of SEEDS
-RATES = (0.25, 0.5, 1.0, 2.0)  # of the arms of `what`, as shares of the experiment's learning rate
-SHARES = (0.0, 0.5, 0.9)  # of the steps that are in full precision, before those in q4_0
+RATES = (0.25, 0.5, 1.0, 2.0)  # of the arms of `what`, as multiples of the experiment's learning rate
+FRACTIONS = (0.0, 0.5, 0.9)  # of the steps, in full precision before those in q4_0
 FULL = "full precision"
 Q4_0 = "q4_0"
 
-# The formats by what tables call them. Groups of 256 do not fit the model's widths: three levels have one
-# scale for each row.
+# The formats by their names in tables. Groups of 256 do not fit the model's widths, so the format of three
+# levels has one scale for each row.
 FORMATS = {
     "8 bits": preset("q8_0"),
     Q4_0: preset("q4_0"),
@@ -92,7 +90,7 @@ OTHER_GRID = dataclasses.replace(preset("torchao_int4"), scale_type=ScaleType.FL
 
 
 def experiment() -> Experiment:
-    """The model in full precision."""
+    """Return the model in full precision."""
     nano = slmjax.load_experiment("nano")
     attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32, qk_norm=QkNorm.PER_HEAD)
     block = BlockConfig(mixer=attention, ffn=MlpConfig(hidden_dim=320))
@@ -108,44 +106,45 @@ def experiment() -> Experiment:
 
 
 def everywhere(spec: QuantSpec) -> tuple[QuantRule, ...]:
-    """Every matrix in a format, the embedding, which is also the head, among them."""
+    """Return rules for every matrix, including the embedding, which is also the head."""
     return (QuantRule(paths=".", weight=spec),)
 
 
 def trained_for(base: Experiment, spec: QuantSpec, *, start_step: int = 0) -> Experiment:
-    """An experiment in a format from a step on."""
+    """Return an experiment that trains in a format from a step on."""
     return dataclasses.replace(
         base, quant=QuantConfig(phases=(QuantPhase(rules=everywhere(spec)),), start_step=start_step)
     )
 
 
 def rounded(name: str, spec: QuantSpec, *, source: str = FULL, clip: Clip = Clip.NONE) -> Derived:
-    """An arm's models rounded to nearest."""
+    """Return an arm: the models of another one, rounded to nearest."""
     return Derived(name=name, source=source, recipe=RoundToNearest(rules=everywhere(spec), clip=clip))
 
 
 def both_rounded(name: str, spec: QuantSpec) -> tuple[Derived, Derived]:
-    """The reference rounded to nearest, with the format's own scales and with searched ones."""
+    """Return the reference rounded to nearest, with the format's own scales and with searched ones."""
     plain, searched = rounded_names(name)
     return rounded(plain, spec), rounded(searched, spec, clip=Clip.SEARCH)
 
 
 def rounded_names(name: str) -> tuple[str, str]:
-    """The names of those two arms."""
+    """Return the names of the two rounded arms of a format."""
     return f"rounded, {name}", f"rounded with clip search, {name}"
 
 
 # When: the first study --------------------------------------------------------------------------------------
 def when(seeds: tuple[int, ...] = SEEDS) -> Study:
-    """QAT after a share of the steps, all from scratch and equally long."""
+    """Return the study of QAT after a fraction of the steps, all from scratch and equally long."""
     base = experiment()
     late = {
-        share: trained_for(base, FORMATS[Q4_0], start_step=round(share * base.run.steps)) for share in SHARES
+        fraction: trained_for(base, FORMATS[Q4_0], start_step=round(fraction * base.run.steps))
+        for fraction in FRACTIONS
     }
     arms = (
         Arm(name=FULL, experiment=base),
         *both_rounded(Q4_0, FORMATS[Q4_0]),
-        *(Arm(name=f"QAT after {share:.0%}", experiment=one) for share, one in late.items()),
+        *(Arm(name=f"QAT after {fraction:.0%}", experiment=arm) for fraction, arm in late.items()),
     )
     return Study(
         name="when QAT begins", arms=arms, seeds=seeds, baseline=FULL, figures=("calibration_error",)
@@ -154,47 +153,47 @@ def when(seeds: tuple[int, ...] = SEEDS) -> Study:
 
 # What: the second study -------------------------------------------------------------------------------------
 def bases(directory: Path, seeds: tuple[int, ...], *, study: Study | None = None) -> dict[int, Path]:
-    """The runs in full precision of a study (none: the first), by seed."""
-    found = {one.seed: one for one in read_members(study or when(seeds), directory) if one.arm == FULL}
-    if missing := [seed for seed in seeds if seed not in found or found[seed].status != "finished"]:
+    """Return the runs in full precision of a study (None: the first one), by seed."""
+    members = {
+        member.seed: member for member in read_members(study or when(seeds), directory) if member.arm == FULL
+    }
+    if missing := [seed for seed in seeds if seed not in members or members[seed].status != "finished"]:
         raise SystemExit(
             f"{directory} has no finished run in full precision of seeds {missing}: run the study without "
             "--report"
         )
-    return {seed: Path(one.result["run_dir"]) for seed, one in found.items()}
+    return {seed: Path(member.result["run_dir"]) for seed, member in members.items()}
 
 
 def further(base: Path) -> Experiment:
-    """Some more steps for a trained model, in full precision, from half of the learning rate down to
-    nothing.
-    """
-    one = experiment()
+    """Return further steps for a trained model, in full precision, from half of the learning rate to zero."""
+    start = experiment()
     return dataclasses.replace(
-        one,
+        start,
         init=FromModel(path=str(base)),
         tokenizer=FileTokenizer(path=str(base / "tokenizer")),
         optim=dataclasses.replace(
-            one.optim,
-            lr=one.optim.lr / 2,
-            muon_lr=one.optim.muon_lr / 2,
+            start.optim,
+            lr=start.optim.lr / 2,
+            muon_lr=start.optim.muon_lr / 2,
             warmup_steps=min(10, FURTHER_STEPS - 1),
         ),
-        eval=dataclasses.replace(one.eval, every=FURTHER_STEPS),
-        run=dataclasses.replace(one.run, name="further", steps=FURTHER_STEPS),
+        eval=dataclasses.replace(start.eval, every=FURTHER_STEPS),
+        run=dataclasses.replace(start.run, name="further", steps=FURTHER_STEPS),
     )
 
 
 def taught(base: Path) -> Experiment:
-    """For q4_0, from what the model in full precision says of the same tokens, not from the tokens."""
-    one = trained_for(further(base), FORMATS[Q4_0])
+    """Return training for q4_0 from the outputs of the model in full precision, not from the text."""
+    student = trained_for(further(base), FORMATS[Q4_0])
     distill = DistillConfig(
         teachers=(TeacherConfig(path=str(base)),), weight=Ramp(start=1.0), hard_weight=Ramp(start=0.0)
     )
-    return dataclasses.replace(one, objective=dataclasses.replace(one.objective, distill=distill))
+    return dataclasses.replace(student, objective=dataclasses.replace(student.objective, distill=distill))
 
 
 def trained_arms(base_of: dict[int, Path]) -> tuple[Arm, ...]:
-    """The arms of `what` that are trained, each from its seed's base."""
+    """Return the trained arms of `what`, each starting from the base of its seed."""
 
     def arm(name: str, make: Callable[[Path], Experiment]) -> Arm:
         return Arm(name=name, experiment=lambda seed: make(base_of[seed]))
@@ -219,13 +218,11 @@ def what(
     seeds: tuple[int, ...] = SEEDS,
     rates: Mapping[str, ChosenRate] = MappingProxyType({}),
 ) -> Study:
-    """Formats, each trained for and rounded to, and q4_0 in other ways; arms that have a rate of their own at
-    it.
-    """
+    """Return the study of formats, trained and rounded, and other ways to q4_0; `rates` by arm, if chosen."""
     reference, *others = at_rates(trained_arms(base_of), rates)
     arms = (
         reference,
-        *(one for name, spec in FORMATS.items() for one in both_rounded(name, spec)),
+        *(arm for name, spec in FORMATS.items() for arm in both_rounded(name, spec)),
         *others,
         rounded("QAT, other grid, then q4_0", FORMATS[Q4_0], source="QAT, other grid"),
     )
@@ -236,7 +233,7 @@ def what(
 
 # Learning rates of the second study -------------------------------------------------------------------------
 def sweep_base() -> Study:
-    """The model in full precision of the seed that chooses."""
+    """Return the study of the model in full precision with the seed of the sweep."""
     return Study(
         name="base of the sweep",
         arms=(Arm(name=FULL, experiment=experiment()),),
@@ -246,14 +243,14 @@ def sweep_base() -> Study:
 
 
 def sweep(directory: Path) -> RateSweep:
-    """Each trained arm of `what` at each of RATES."""
+    """Return the sweep of each trained arm of `what` at each of RATES."""
     base_of = bases(directory / "sweep-base", (SWEEP_SEED,), study=sweep_base())
-    rates = tuple(share * experiment().optim.lr for share in RATES)
+    rates = tuple(multiple * experiment().optim.lr for multiple in RATES)
     return RateSweep(name="learning rates", arms=trained_arms(base_of), rates=rates, seed=SWEEP_SEED)
 
 
 def run_sweep(directory: Path) -> None:
-    """Train what chooses the rates."""
+    """Train the members of the sweep."""
     run_study(sweep_base(), directory / "sweep-base")
     run_study(sweep(directory).study(), directory / "sweep")
 
@@ -266,7 +263,7 @@ def chosen_rates(directory: Path) -> dict[str, ChosenRate]:
     return best_rates(swept, read_members(swept.study(), directory / "sweep"))
 
 
-# Differences that are asked for beside those from full precision: the first arm over the second.
+# Comparisons in addition to those with full precision: the first arm with the second.
 FURTHER = (
     *((f"QAT, {name}", over) for name in FORMATS for over in rounded_names(name)),
     ("QAT, other grid, then q4_0", "rounded, q4_0"),
@@ -278,7 +275,7 @@ FURTHER = (
 
 
 def recoveries(directory: Path, seeds: tuple[int, ...] = SEEDS) -> tuple[Recovery, ...]:
-    """Which arm is the reference and which are rounded, in both studies."""
+    """Return the reference and the rounded arms of both studies."""
     first = when(seeds)
     over = rounded_names(Q4_0)
     of_first = {arm.name: over for arm in first.arms if arm.name.startswith("QAT")}
@@ -300,11 +297,11 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path("runs/qat-study"))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument(
-        "--sweep", action="store_true", help="each arm of the second study at its own best learning rate"
+        "--sweep",
+        action="store_true",
+        help="train each arm of the second study at its own best learning rate",
     )
-    parser.add_argument(
-        "--report", action="store_true", help="what has been found so far; nothing is trained"
-    )
+    parser.add_argument("--report", action="store_true", help="report on finished members; train nothing")
     arguments = parser.parse_args()
     seeds = tuple(arguments.seeds)
     directory = arguments.directory.absolute()
@@ -320,8 +317,8 @@ def main() -> None:
         findings = analyze(recovery.study, members, further=FURTHER if recovery.directory == "what" else ())
         write_findings(findings, place)
         reports.append(report_recovery(recovery, members, measure(recovery, members, place)))
-        for found in (findings_table(findings), recovery_table(reports[-1])):
-            Console(width=180).print(found)
+        for table in (findings_table(findings), recovery_table(reports[-1])):
+            Console(width=180).print(table)
     print(write_recovery(reports, directory))
 
 

@@ -2,7 +2,7 @@
 
     slmjax train experiments/slm_124m.py --data.path 'corpus/*.jsonl'
 
-Not measured on an accelerator yet: steps, batch and learning rate are the usual ones for this size.
+Not measured on an accelerator: steps, batch size and learning rate are the usual ones for this size.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from slmjax.training import BpeTokenizer, DataConfig, EvalConfig, Experiment, Op
 
 
 def experiment() -> Experiment:
-    """GPT-2 small's size with today's layers."""
+    """Return a model of the size of GPT-2 small, with current layers."""
     model = dataclasses.replace(zoo.slm_124m(), precision=Precision.BFLOAT16, remat=Remat.DOTS)
     return Experiment(
         model=model,

@@ -1,11 +1,11 @@
 # %% [markdown]
 # # Train a small language model and look at it
 #
-# A decoder of a few hundred thousand parameters learns Python's own standard library, on a laptop in about a
-# minute. Each cell does one thing; open this file in Jupyter (with jupytext) or in an editor that knows `#
-# %%`, or run it as it is.
+# A decoder with a few hundred thousand parameters learns Python's standard library on a laptop, in about a
+# minute. Open this file in Jupyter (with jupytext) or in an editor that supports `# %%` cells, or run it as a
+# script.
 #
-# `SLMJAX_NOTEBOOK_STEPS` makes it shorter, as the tests do.
+# `SLMJAX_NOTEBOOK_STEPS` sets another number of steps.
 
 # %%
 import dataclasses
@@ -21,16 +21,16 @@ STEPS = int(os.environ.get("SLMJAX_NOTEBOOK_STEPS", "200"))
 # %% [markdown]
 # ## An experiment is a tree of settings
 #
-# `nano` is the default one. Nothing of it is hidden: print it, and change what you like with
+# `nano` is the default experiment. Print it to see every setting, and change any of them with
 # `dataclasses.replace`. Here the model becomes smaller: two layers, each a block of attention and a
 # feed-forward layer.
 
 # %%
 nano = slmjax.load_experiment("nano")
-segment = nano.model.stack[0]
-block = dataclasses.replace(segment.pattern[0], ffn=MlpConfig(hidden_dim=256))
+group = nano.model.stack[0]
+block = dataclasses.replace(group.pattern[0], ffn=MlpConfig(hidden_dim=256))
 model = dataclasses.replace(
-    nano.model, embed_dim=128, stack=(dataclasses.replace(segment, pattern=(block,), repeats=2),)
+    nano.model, embed_dim=128, stack=(dataclasses.replace(group, pattern=(block,), repeats=2),)
 )
 experiment = dataclasses.replace(
     nano,
@@ -46,8 +46,7 @@ print(zoo.describe(dataclasses.replace(model, vocab_size=1024)))
 # %% [markdown]
 # ## Train
 #
-# Everything about the run is in its directory: settings, log, checkpoints, tokenizer, result, and a page to
-# look at.
+# The run directory holds everything: settings, log, checkpoints, tokenizer, result and a report.
 
 # %%
 result = slmjax.train(experiment)
@@ -56,7 +55,7 @@ print(f"{result.bits_per_byte:.3f} bits per byte on held-out text; {result.compr
 # %% [markdown]
 # ## Look at the curves
 #
-# `report.html` needs no network and no server. The figures behind it are the lines of `log.jsonl`.
+# `report.html` needs no network and no server. Its data are the lines of `log.jsonl`.
 
 # %%
 page = slmjax.write_report(result.run_dir)
@@ -68,21 +67,21 @@ print("open", page.resolve())
 # %% [markdown]
 # ## Sample
 #
-# A prompt and its seed decide what comes, whatever else is sampled beside it.
+# The output depends on the prompt and its seed only, not on the other prompts of the batch.
 
 # %%
 loaded = slmjax.load_model(result.run_dir)
-for one in slmjax.generate(
+for generation in slmjax.generate(
     loaded, ["def main(", "import "], config=SamplingConfig(max_tokens=48, temperature=0.7, top_p=0.95)
 ):
-    print(f"--- seed {one.seed}, {one.reason.value}, {sum(one.logprobs):.1f} nats")
-    print(one.text)
+    print(f"--- seed {generation.seed}, {generation.reason.value}, {sum(generation.logprobs):.1f} nats")
+    print(generation.text)
 
 # %% [markdown]
 # ## Evaluate
 #
-# Bits per byte compares models with different tokenizers, and compressors. The held-out text is never trained
-# on.
+# Bits per byte compares models with different tokenizers, and also compressors. The model never trains on the
+# held-out text.
 
 # %%
 evaluation = slmjax.evaluate(loaded, max_documents=2)
@@ -90,7 +89,7 @@ print(f"{evaluation.documents} documents, {evaluation.bits_per_byte:.3f} bits pe
 assert Path(result.run_dir, "report.html").is_file()
 
 # %% [markdown]
-# ## Where to go from here
+# ## Next steps
 #
 # The same from the command line: `slmjax train nano --optim.lr 3e-3`, `slmjax runs`, `slmjax compare RUN
 # RUN`. Your own text: `--data.path FILE`. Your own architecture: an experiment file, like those in

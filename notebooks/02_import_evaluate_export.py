@@ -1,11 +1,11 @@
 # %% [markdown]
-# # Bring a model in, look at it, take it out again
+# # Import a model, evaluate it, export it
 #
-# A released model is a directory of files: a configuration, weights, a tokenizer. slmjax reads such a
-# directory without running anything in it, and every command then takes the model as it takes a run. What
-# slmjax trains goes out the same way.
+# A released model is a directory of files: a configuration, weights, a tokenizer. slmjax imports such a
+# directory without running any of its code, and every command then accepts the model like a run. A model that
+# slmjax trained is exported in the same form.
 #
-# So that this needs no network, the model from elsewhere is one that was trained here and exported. Set
+# To need no network, this notebook trains and exports the model that it then imports. Set
 # `SLMJAX_NOTEBOOK_MODEL` to a Hugging Face directory or a GGUF file of a small model to use that instead.
 
 # %%
@@ -23,10 +23,9 @@ SOURCE = os.environ.get("SLMJAX_NOTEBOOK_MODEL")
 work = Path("notebook-models")
 
 # %% [markdown]
-# ## A model to begin with
+# ## A model to start with
 #
-# `nano` is a Qwen3 in every detail, only smaller: it needs no conversion of its own to be understood by other
-# engines.
+# `nano` is a small Qwen3, so other engines can run it without a special conversion.
 
 # %%
 if SOURCE is None:
@@ -51,8 +50,8 @@ if SOURCE is None:
 # %% [markdown]
 # ## Import
 #
-# The configuration becomes a `ModelConfig`; a key that is not understood would be an error that names it. The
-# weights stay as they are stored.
+# The configuration becomes a `ModelConfig`; an unknown key is an error that names it. The weights keep their
+# stored dtype.
 
 # %%
 imported = slmjax.import_model(SOURCE or work / "released", work / "imported")
@@ -66,7 +65,7 @@ print(zoo.describe(loaded.config))
 # %% [markdown]
 # ## Evaluate and sample
 #
-# Bits per byte compares it with any other model, whatever its tokenizer.
+# Bits per byte compares the model with any other one, whatever its tokenizer.
 
 # %%
 text = work / "text.txt"
@@ -75,14 +74,14 @@ evaluation = slmjax.evaluate(
     loaded, data=DataConfig(path=str(text), heldout_fraction=0.0, sequence_length=128)
 )
 print(f"{evaluation.bytes:,} bytes, {evaluation.bits_per_byte:.3f} bits per byte")
-for one in slmjax.generate(loaded, ["The "], config=SamplingConfig(max_tokens=24, temperature=0.0)):
-    print(one.text)
+for generation in slmjax.generate(loaded, ["The "], config=SamplingConfig(max_tokens=24, temperature=0.0)):
+    print(generation.text)
 
 # %% [markdown]
 # ## Export
 #
-# In half precision this time. What comes back is the same model, its weights rounded once; the model card
-# says what is known of it.
+# This time in half precision. Importing the result gives the same model with its weights rounded once. The
+# model card lists its origin, data and metrics.
 
 # %%
 half = slmjax.export_model(
@@ -100,8 +99,7 @@ print(
 print((work / "half" / "model_card.md").read_text())
 
 # %% [markdown]
-# ## Where to go from here
+# ## Next steps
 #
 # The same from the command line: `slmjax import DIR OUT`, `slmjax export OUT elsewhere --to gguf`, which
-# llama.cpp loads. `slmjax train nano --init-from OUT` goes on training it. docs/models-from-elsewhere.md has
-# the rest.
+# llama.cpp loads. `slmjax train nano --init-from OUT` trains it further. See docs/models-from-elsewhere.md.

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # A student and its teacher
 #
-# A model that has been trained knows more of each next token than the one token of the text: a whole
-# distribution. A student that learns from it needs fewer tokens. Here both are small enough for a CPU, and
-# the only figure that counts is measured on text that neither has seen.
+# The text has one next token; a trained model has a distribution over all of them. A student that learns
+# from this distribution needs fewer tokens. Here both models are small enough for a CPU, and the metric is
+# measured on text that neither has seen.
 
 # %%
 import dataclasses
@@ -18,7 +18,7 @@ STEPS = int(os.environ.get("SLMJAX_NOTEBOOK_STEPS", "100"))
 # %% [markdown]
 # ## The teacher
 #
-# Four narrow layers of `nano`, trained on the text alone for twice the steps that students have.
+# Four narrow layers of `nano`, trained on the text alone for twice as many steps as the students.
 
 
 # %%
@@ -43,8 +43,8 @@ print(f"teacher: {teacher.bits_per_byte:.3f} bits per byte")
 # %% [markdown]
 # ## Students
 #
-# All see the same batches. The first learns from the text alone, the second from what the teacher says of the
-# same tokens. The third does so too, and begins as two of the teacher's layers.
+# All see the same batches. The first learns from the text alone, the second from the teacher's outputs for
+# the same tokens. The third also learns from the teacher, and starts as two of its layers.
 
 # %%
 student = of_depth(2, STEPS)
@@ -64,27 +64,27 @@ arms = {
 results = {name: slmjax.train(experiment) for name, experiment in arms.items()}
 
 # %% [markdown]
-# One seed resolves nothing that is near: `experiments/distill_study.py` asks the same with three seeds, and
-# says how sure it is.
+# One seed does not resolve small differences: `experiments/distill_study.py` repeats this with three seeds
+# and reports intervals.
 
 # %%
 for name, result in results.items():
     print(f"{name:30} {result.bits_per_byte:.3f} bits per byte")
 
 # %% [markdown]
-# How near the first student came to the teacher without having been told anything:
+# The KL divergence from the teacher of the first student, which never saw the teacher's outputs:
 
 # %%
 loaded = slmjax.load_model(results["text alone"].run_dir)
-found = slmjax.evaluate(
+evaluation = slmjax.evaluate(
     loaded,
     max_documents=2,
     teachers=slmjax.load_teacher(Path(teacher.run_dir), loaded),
 )
-print(found.text())
+print(evaluation.text())
 
 # %% [markdown]
-# The page of a run shows the divergence, its weight and temperature, and the KL on held-out text.
+# The report of a run shows the divergence, its weight and temperature, and the KL on held-out text.
 
 # %%
 print(slmjax.write_report(results["forward KL"].run_dir))

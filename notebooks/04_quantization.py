@@ -1,9 +1,9 @@
 # %% [markdown]
-# # Trained for the format it will run in
+# # Quantization-aware training
 #
-# A model that is rounded after training is another model than the one that was trained. Here a small one
-# learns with its weights rounded to llama.cpp's Q4_0 all along, is compared with the same model rounded
-# afterwards, and is exported with the very codes that were trained.
+# A model that is rounded after training is not the model that was trained. Here a small model trains with its
+# weights fake-quantized to 3 bits, is compared with the same model rounded after training, and is exported
+# with the codes that were trained.
 
 # %%
 import dataclasses
@@ -39,9 +39,9 @@ print(f"full precision: {base.bits_per_byte:.3f} bits per byte")
 # %% [markdown]
 # ## Some more steps, in full precision and in 3 bits
 #
-# Both go on from there for as many steps. Without the first, what more training brings would be taken for
-# what quantization-aware training recovers. Three bits, because rounding to four costs a model as small as
-# this little.
+# Both continue from the same model for as many steps. Without the first, the effect of further training would
+# be mistaken for the effect of quantization-aware training. Three bits, because rounding to four costs a model
+# of this size little.
 
 
 # %%
@@ -56,13 +56,13 @@ def further(experiment: Experiment) -> Experiment:
     )
 
 
-# every matrix, the embedding among them; vectors stay as they are
+# every matrix, including the embedding; vectors stay in floating point
 rules = (QuantRule(paths=".", weight=preset("int3_g32")),)
 longer = slmjax.train(further(full))
 aware = slmjax.train(dataclasses.replace(further(full), quant=QuantConfig(phases=(QuantPhase(rules=rules),))))
 
 # %% [markdown]
-# ## Rounded afterwards
+# ## Rounded after training
 
 # %%
 written = slmjax.quantize_model(longer.run_dir, Path(longer.run_dir) / "rounded", rules=rules)
@@ -78,12 +78,12 @@ if (cost := rounded.bits_per_byte - longer.bits_per_byte) > 0:
     print(f"recovered: {1 - (aware.bits_per_byte - longer.bits_per_byte) / cost:.0%}")
 
 # %% [markdown]
-# One seed resolves nothing that is near: `experiments/qat_study.py` asks the same with three seeds and
-# several formats, and says how sure it is.
+# One seed does not resolve small differences: `experiments/qat_study.py` repeats this with three seeds and
+# several formats, and reports intervals.
 #
-# ## Exported with the codes that were trained
+# ## Export the codes that were trained
 #
-# llama.cpp's blocks of 4 bits hold these codes and their scales exactly.
+# llama.cpp's 4-bit blocks hold these codes and their scales exactly.
 
 # %%
 target = Path(aware.run_dir) / "exported.gguf"
@@ -91,8 +91,8 @@ slmjax.export_model(aware.run_dir, target, to=slmjax.Target.GGUF)
 print(f"{target.name}: {target.stat().st_size:,} bytes")
 
 # %% [markdown]
-# `slmjax verify-export RUN_DIR FILE` compares bytes, products and loss in llama.cpp itself, which the
-# `verify` extra installs.
+# `slmjax verify-export RUN_DIR FILE` compares bytes, products and loss in llama.cpp, which the `verify` extra
+# installs.
 
 # %%
 print(slmjax.write_report(aware.run_dir))

@@ -1,5 +1,4 @@
-"""A mixer of one's own, and an experiment that uses it: a gated short convolution between layers of
-attention.
+"""A mixer defined in an experiment file: a gated short convolution between layers of attention.
 
 slmjax train docs/examples/gated_convolution.py
 """

@@ -81,7 +81,7 @@ def test_the_study_from_end_to_end(
         "experiment": lambda: tiny,
         "FURTHER_STEPS": 2,
         "RATES": (0.5, 1.0),
-        "SHARES": (0.0, 0.5),
+        "FRACTIONS": (0.0, 0.5),
         "FORMATS": formats,
         "FURTHER": further,
     }
