@@ -1,9 +1,7 @@
-"""A batch of packed rows: what the model, the losses and the evaluators are given, and what the data pipeline
-makes.
+"""A batch of packed rows: the input of models, losses and evaluators, and the output of the data pipeline.
 
-A row holds one or more pieces of documents side by side. `segment_ids` tells them apart, `positions` restart
-with each, and padding fills what is left. Batches of training come from `pipeline.py`, those of evaluation
-from `windows.py`.
+A row holds one or more pieces of documents. `segment_ids` distinguishes them, `positions` restart with each,
+and the rest of the row is padding. `pipeline.py` makes batches for training, `windows.py` for evaluation.
 
 Legend: B rows of the batch, T positions of a row.
 """
@@ -14,13 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-# Int32, or Float32, with the shape in the comment beside each field. Not checked when a Batch is made,
-# because the trees that `jax.tree.map` makes of it hold shardings, specs, ShapeDtypeStructs, or arrays with
-# another leading dim.
+# Int32 or Float32, with the shape in the comment on each field. A Batch does not check them, because
+# `jax.tree.map` also makes Batches of shardings, specs, ShapeDtypeStructs and arrays with a further dim.
 ArrayLeaf = Any
 
 PADDING_SEGMENT = 0  # segment id of positions that hold no document
-NO_ROW = -1  # row id of a row that is padding throughout
+NO_ROW = -1  # row id of a row that is all padding
 
 
 @jax.tree_util.register_dataclass
@@ -33,31 +30,32 @@ class Batch:
     loss_mask: ArrayLeaf  # Float32 "B T": 1 where the target is scored, else 0
     segment_ids: ArrayLeaf  # Int32 "B T": 1.. for the pieces of a row, PADDING_SEGMENT for padding
     positions: ArrayLeaf  # Int32 "B T": 0.. within each piece
-    row_ids: ArrayLeaf  # Int32 "B": which row of its dataset this is, NO_ROW for a row of padding
+    row_ids: ArrayLeaf  # Int32 "B": index of the row in its dataset, NO_ROW for a row of padding
     num_bytes: ArrayLeaf  # Int32 "B": UTF-8 bytes of the row's scored targets
 
 
 def checked_rows(rows: np.ndarray | None, batch_size: int) -> tuple[int, ...]:
-    """Which rows of a global batch are made here: all of them where `rows` is None.
+    """Return the rows of a global batch that this process makes: all of them if `rows` is None.
 
     Raises:
-      ValueError: they are not row numbers of such a batch, in ascending order.
+      ValueError: these are not row numbers of such a batch, in ascending order.
     """
     if batch_size < 1:
-        raise ValueError(f"a batch of {batch_size} rows holds nothing: choose at least 1")
+        raise ValueError(f"a batch of {batch_size} rows is empty: choose at least 1")
     if rows is None:
         return tuple(range(batch_size))
-    found = tuple(int(row) for row in rows)
-    if not found or found != tuple(sorted(set(found))) or found[0] < 0 or found[-1] >= batch_size:
+    chosen = tuple(int(row) for row in rows)
+    is_ascending = chosen == tuple(sorted(set(chosen)))
+    if not chosen or not is_ascending or chosen[0] < 0 or chosen[-1] >= batch_size:
         raise ValueError(
-            f"rows {list(found)} are not rows of a batch of {batch_size}: give some of 0 to "
+            f"rows {list(chosen)} are not rows of a batch of {batch_size}: give some of 0 to "
             f"{batch_size - 1}, ascending"
         )
-    return found
+    return chosen
 
 
 def empty_batch(num_rows: int, sequence_length: int) -> Batch:
-    """A batch of numpy arrays that is padding throughout, to be written into."""
+    """Return a batch of numpy arrays to write into, all padding."""
     shape = (num_rows, sequence_length)
     return Batch(
         tokens=np.zeros(shape, np.int32),

@@ -2,10 +2,9 @@
 
     messages = [{"role": "user", "content": "Hello"}]
     render_chat(template, messages, bos_token="<s>", eos_token="</s>")     # -> text
-    encode_chat(loaded.tokenizer, messages)                                # -> ids, which `generate` takes as
-    a prompt
+    encode_chat(loaded.tokenizer, messages)                                # -> ids, a prompt for `generate`
 
-The model's own template makes the text. The special tokens that it writes become these tokens; their names in
+The model's own template makes the text. The special tokens that it writes become these tokens. Their names in
 a message are text, so that no message can end a turn or begin another one.
 """
 
@@ -31,20 +30,19 @@ def render_chat(
     answers_marked: bool = False,
     **extra: Any,
 ) -> str:
-    """The text of a conversation.
+    """Return the text of a conversation.
 
     Args:
-      template: Jinja source, as a model's tokenizer_config.json or chat_template.jinja holds it. It is not
-        trusted.
-      messages: with "role" and "content" each, plain data throughout.
-      bos_token: what the template may write before the conversation; none for a model without.
-      eos_token: what it may write after a turn.
-      add_generation_prompt: end with what comes before an answer.
-      answers_marked: put the marks of `templates` around what the template's `generation` blocks make.
-      extra: further variables of the template, such as `tools`, or a switch that it knows.
+      template: Jinja source, as in a model's tokenizer_config.json or chat_template.jinja. It is not trusted.
+      messages: each with "role" and "content", plain data throughout.
+      bos_token: the token that the template may write before the conversation; None for a model without one.
+      eos_token: the token that the template may write after a turn.
+      add_generation_prompt: end with the text that comes before an answer.
+      answers_marked: put the marks of `templates` around the text of the template's `generation` blocks.
+      extra: further variables of the template, such as `tools` or a switch that it knows.
 
     Raises:
-      ValueError: there is no message, one is no plain data, or the template fails or refuses the
+      ValueError: there are no messages, a message is not plain data, or the template fails or refuses the
         conversation.
     """
     from slmjax.data import templates  # jinja2, which only chats need
@@ -56,7 +54,7 @@ def render_chat(
         for name, token in (("bos_token", bos_token), ("eos_token", eos_token))
         if token is not None
     }
-    # A key without a value is as good as none to transformers, and templates count on it.
+    # transformers drops keys without a value, and templates rely on it.
     plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
     values = {
         "messages": plain,
@@ -67,12 +65,13 @@ def render_chat(
         **extra,
     }
     try:
-        values = json.loads(json.dumps(values))  # a template gets nothing that can do anything
+        # Plain data has no methods that a template could call.
+        values = json.loads(json.dumps(values))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"a conversation must be plain data, as JSON is: {error}") from error
+        raise ValueError(f"a conversation must be plain data, as in JSON: {error}") from error
     try:
         return templates.render(template, values, answers_marked=answers_marked)
-    except Exception as error:  # a template can go wrong in every way that a program can
+    except Exception as error:  # a template can fail in any way a program can
         reason = f"{type(error).__name__}: {error}" if type(error).__module__ == "builtins" else str(error)
         raise ValueError(f"the model's chat template fails on this conversation: {reason}") from error
 
@@ -80,7 +79,7 @@ def render_chat(
 def encode_chat(
     tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = True, **extra: Any
 ) -> list[int]:
-    """The ids of a conversation, BOS where the template writes it.
+    """Return the ids of a conversation, with BOS where the template writes it.
 
     Raises:
       ValueError: the tokenizer has no chat template, or as `render_chat`.
@@ -113,8 +112,7 @@ class ChatText:
         if tokenizer.chat_template is None:
             raise ValueError(
                 "this model has no chat template: it continues plain text. If it was trained on "
-                "conversations, put their template into "
-                "chat_template.jinja in its directory tokenizer/"
+                "conversations, put their template into chat_template.jinja in its directory tokenizer/"
             )
         self._template = tokenizer.chat_template
         tokens = {
@@ -148,8 +146,9 @@ class ChatText:
 
 
 class _HiddenNames:
-    """Digits in place of the names of special tokens in messages while a template renders them, since it may
-    change text in any way.
+    """Replaces the names of special tokens in messages by digits while a template renders them.
+
+    A template may change text in any way, but digits usually pass unchanged.
     """
 
     def __init__(self, vocabulary: MarkedVocabulary) -> None:

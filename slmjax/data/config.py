@@ -1,6 +1,4 @@
-"""DataConfig: what text is trained on, how it is divided, packed and batched, and where prepared data is
-kept.
-"""
+"""DataConfig: sources, split, packing and batches of training text, and the directory of prepared data."""
 
 import dataclasses
 import enum
@@ -35,14 +33,14 @@ __all__ = [
 class Split(enum.Enum):
     """How text is held out for evaluation."""
 
-    DOCUMENTS = "documents"  # whole documents, chosen by a hash (DataConfig.heldout_by)
+    DOCUMENTS = "documents"  # entire documents, chosen by a hash (DataConfig.heldout_by)
     TAIL = "tail"  # the last part of each document's text: for a corpus that is one or a few files
 
 
 class Packing(enum.Enum):
-    """How documents are laid into rows of sequence_length tokens."""
+    """How documents fill rows of sequence_length tokens."""
 
-    BEST_FIT = "best_fit"  # whole documents side by side, each attending to itself alone
+    BEST_FIT = "best_fit"  # complete documents in one row, each attending only to itself
     CONCATENATE = "concatenate"  # one stream of documents, cut into rows
 
 
@@ -51,7 +49,7 @@ class WeightedSource:
     """One source of a mixture."""
 
     source: SourceConfig  # where its text comes from
-    weight: float = 1.0  # its share of the rows, relative to the other weights
+    weight: float = 1.0  # its fraction of the rows, relative to the other weights
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
@@ -74,20 +72,20 @@ class DataConfig:
     scored_turns: ScoredTurns = added_field(ScoredTurns.ALL, before=ScoredTurns.ALL)
     # names of special tokens in a document: text like any other, or encode (they stand for the tokens)
     special_tokens: SpecialNames = added_field(SpecialNames.TEXT, before=SpecialNames.TEXT)
-    split: Split = Split.DOCUMENTS  # hold out whole documents, or the tail of each
-    # documents are held out by a hash: of a record its content, or its id (file and line); of a whole file
-    # its name
+    split: Split = Split.DOCUMENTS  # hold out entire documents, or the tail of each
+    # documents are held out by a hash of the content of a record, or of its id (file and line); of a text
+    # file, by a hash of its name
     heldout_by: HeldOutBy = added_field(HeldOutBy.CONTENT, before=HeldOutBy.ID)
-    heldout_fraction: float = 0.05  # share of the text that is never trained on; 0 holds out nothing
-    packing: Packing = Packing.BEST_FIT  # how documents fill the rows
+    heldout_fraction: float = 0.05  # fraction of the text that is never trained on; 0 holds out nothing
+    packing: Packing = Packing.BEST_FIT  # how documents fill rows
     packing_window: int = 4096  # documents that best-fit packing chooses among at a time
-    sequence_length: int = 256  # tokens of a row
-    batch_size: int = 32  # rows of the global batch, over all devices and hosts
-    seed: int = 0  # decides the order of the rows
+    sequence_length: int = 256  # tokens of a sequence (a packed row)
+    batch_size: int = 32  # sequences of the global batch, over all devices and hosts
+    seed: int = 0  # random seed of the order of sequences
     on_bad_document: OnBadDocument = OnBadDocument.SKIP  # invalid UTF-8, empty, field missing, broken record
-    max_bad_fraction: float = 0.01  # stop if more than this share of a source's documents is bad
-    # stop if the tokenizer loses more than this share of the text's bytes, which decoding its ids does not
-    # give back
+    max_bad_fraction: float = 0.01  # stop if more than this fraction of a source's documents is bad
+    # stop if the tokenizer loses more than this fraction of the text's bytes: those that decoding its ids
+    # does not return
     max_lost_text: float = added_field(0.001, before=1.0)
     # longer documents are tokenized in windows of this size, to the same tokens
     max_document_bytes: int = 1_000_000
@@ -99,7 +97,7 @@ class DataConfig:
         if not self.sources and self.path is None:
             raise ValueError("data.sources is empty: give at least one source, or data.path")
         if self.path is not None:
-            _ = self.mixture  # TextSource checks its fields: now rather than when the data is read
+            _ = self.mixture  # TextSource checks its fields, now rather than when the data is read
         for name in ("heldout_fraction", "max_bad_fraction", "max_lost_text"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}, must be between 0 and 1")
@@ -111,7 +109,7 @@ class DataConfig:
 
     @property
     def mixture(self) -> tuple[WeightedSource, ...]:
-        """The sources that are read: `sources`, or the one that `path` stands for."""
+        """The sources to read: `sources`, or the one that `path` describes."""
         if self.path is None:
             return self.sources
         names = ("text_field", "prompt_field", "completion_field", "messages_field")

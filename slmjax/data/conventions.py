@@ -1,24 +1,24 @@
-"""What a model expects around text, as the files beside a tokenizer.json say it: BOS, ends, a chat template.
+"""What a model expects around text, from the files next to a tokenizer.json: BOS, end tokens, template.
 
-    conventions = read_conventions(directory)                       # tokenizer_config.json and
-    chat_template.jinja bos = begin_token(option=None, conventions=conventions, model=None, eos=eos,
-    vocabulary=vocabulary, ...) post_processor_for(post_processor, bos="<s>", bos_id=1, adds_bos=True)     #
-    the form that Hugging Face's libraries go by
+    conventions = read_conventions(directory)       # tokenizer_config.json and chat_template.jinja
+    bos = begin_token(option=None, conventions=conventions, model=None, eos=eos, vocabulary=vocabulary, ...)
+    post_processor_for(post_processor, bos="<s>", bos_id=1, adds_bos=True)    # what Hugging Face libraries
+    use
 
-A tokenizer.json has its own way to say that a text begins with BOS, the post-processor; `add_bos_token` in
-tokenizer_config.json is another. Where both are there, the latter is meant.
+The post-processor of a tokenizer.json can add BOS to a text; `add_bos_token` in tokenizer_config.json is
+another way to specify it. If both are present, the latter counts.
 
-Which token is BOS, and which is EOS, is decided by the first of these that names one:
+BOS and EOS are each chosen by the first of these rules that names a token:
 1. the user's option (`--tokenizer.bos`, `--tokenizer.eos`);
 2. `bos_token` or `eos_token` of tokenizer_config.json. As in transformers, an explicit null means that there
-is none, and no
-   other token is taken for it because of its name;
+   is none, and no other token is chosen because of its name;
 3. `bos_token_id` or `eos_token_id` of the model's configuration;
-4. the first of the usual names that the vocabulary has, where tokenizer_config.json does not mention the
-token. Where there is no BOS, documents begin with EOS, which separates them (lm-eval does the same), and
-files say that there is none. Where there is no EOS, one must be named: documents end with it. Padding and
-unknown tokens are what tokenizer_config.json names (null: none), since nothing here needs them. Reports name
-the tokens that were used and which rule chose them (`SpecialToken`).
+4. the first of the usual names in the vocabulary, if tokenizer_config.json does not mention the token.
+
+Without BOS, documents begin with EOS, which separates them (as in lm-eval), and the files record that there
+is no BOS. Without EOS, one must be named: documents end with it. Padding and unknown tokens are those of
+tokenizer_config.json (null: none), since slmjax needs neither. Reports give the tokens and the rule that
+chose them (`SpecialToken`).
 """
 
 import dataclasses
@@ -32,11 +32,11 @@ from slmjax.config import near_names
 BOS = "<|bos|>"
 EOS = "<|eos|>"
 _BEGINS = "document_begin_token"
-_SOURCES = "special_token_sources"  # keys of tokenizer_config.json that slmjax alone reads
+_SOURCES = "special_token_sources"  # a key of tokenizer_config.json that slmjax alone reads
 _USUAL = ""  # stands for the first of the usual names
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
-# What vocabularies in use call them, tried in this order.
+# The names in common vocabularies, in the order in which they are tried.
 USUAL_NAMES = {
     "bos": (BOS, "<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "<|endoftext|>", "[CLS]"),
     "eos": (EOS, "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]", "<|im_end|>", "[SEP]"),
@@ -45,11 +45,11 @@ OPTION = "named by the user"
 USUAL_NAME = "first of the usual names in the vocabulary"
 OWN_NAME = "made by slmjax"
 STAND_IN = "EOS, since the tokenizer has no BOS"
-# All that slmjax wrote before it wrote down whether a text begins with BOS. What it trains always does.
+# The keys that slmjax wrote before it recorded whether a text begins with BOS. For models it trains, it does.
 _WRITTEN_BEFORE = {"bos_token", "eos_token", "clean_up_tokenization_spaces", "tokenizer_class"}
 
 
-# And before it wrote which token stands in for BOS: then that was the first of the usual names.
+# The keys before it recorded the token that replaces BOS: that was the first of the usual names.
 _WRITTEN_EARLIER = {
     *_WRITTEN_BEFORE,
     "unk_token",
@@ -62,38 +62,38 @@ _WRITTEN_EARLIER = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpecialToken:
-    """A token with a role, and why it is that one."""
+    """A token with a role, and the rule that chose it."""
 
     name: str
     id: int
-    source: str  # what named it, in words: one of the rules above
+    source: str  # the rule above that named it
 
     def text(self) -> str:
-        """In words: '<s>', id 1 (bos_token of tokenizer_config.json)."""
+        """Return a description: '<s>', id 1 (bos_token of tokenizer_config.json)."""
         return f"{self.name!r}, id {self.id} ({self.source})"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conventions:
-    """Names of tokens are as given: the vocabulary may not have them."""
+    """Special tokens and settings of a model's files. The vocabulary may not have these tokens."""
 
     bos: str | None = None  # begins a text
     eos: str | None = None  # ends one
     unk: str | None = None
     pad: str | None = None
-    ends: tuple[str, ...] = ()  # other tokens that end a text or a turn
-    has_bos: bool = True  # False where the file says that the model has no BOS token
-    has_eos: bool = True  # False where the file says that the model has no EOS token
-    # begins a document where the model has no BOS; None where the file does not say
+    ends: tuple[str, ...] = ()  # further tokens that end a text or a turn
+    has_bos: bool = True  # False if the file specifies that there is no BOS
+    has_eos: bool = True  # False if the file specifies that there is no EOS
+    # begins a document if the model has no BOS; None if the file does not specify it
     begins: str | None = None
-    # why the tokens "bos" and "eos" are these, where it is known
+    # the rules that chose "bos" and "eos", if known
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    adds_bos: bool | None = None  # whether a text begins with BOS; None where the file does not say
+    adds_bos: bool | None = None  # a text begins with BOS; None if the file does not specify it
     chat_template: str | None = None  # Jinja source
 
 
 def read_conventions(directory: Path) -> Conventions:
-    """What the files in a directory say; all defaults where there are none.
+    """Return the conventions in the files of a directory; the defaults if there are none.
 
     Raises:
       ValueError: tokenizer_config.json is damaged.
@@ -104,7 +104,7 @@ def read_conventions(directory: Path) -> Conventions:
     try:
         config = json.loads(text)
         if not isinstance(config, dict):
-            raise ValueError(f"it is {type(config).__name__}, and must be an object")
+            raise ValueError(f"it has a {type(config).__name__} instead of an object")
     except ValueError as error:
         raise ValueError(
             f"{path} is broken ({error}): repair it, or delete it and name bos and eos"
@@ -112,6 +112,7 @@ def read_conventions(directory: Path) -> Conventions:
     adds_bos = config.get("add_bos_token")
     ends = config.get("end_tokens")
     sources = config.get(_SOURCES)
+    written_before = config.keys() == _WRITTEN_BEFORE
     return Conventions(
         **{kind: _content(config.get(f"{kind}_token")) for kind in ("bos", "eos", "unk", "pad")},
         ends=tuple(
@@ -123,11 +124,7 @@ def read_conventions(directory: Path) -> Conventions:
         sources={kind: source for kind, source in sources.items() if isinstance(source, str)}
         if isinstance(sources, dict)
         else {},
-        adds_bos=adds_bos
-        if isinstance(adds_bos, bool)
-        else True
-        if config.keys() == _WRITTEN_BEFORE
-        else None,
+        adds_bos=adds_bos if isinstance(adds_bos, bool) else written_before or None,
         chat_template=template.read_text(encoding="utf-8")
         if template.is_file()
         else _template(config.get("chat_template")),
@@ -135,7 +132,7 @@ def read_conventions(directory: Path) -> Conventions:
 
 
 def write_conventions(directory: Path, conventions: Conventions) -> None:
-    """Writes tokenizer_config.json, which holds the chat template too."""
+    """Write tokenizer_config.json, with the chat template in it."""
     names = {
         f"{kind}_token": getattr(conventions, kind)
         for kind in ("unk", "pad")
@@ -154,23 +151,22 @@ def write_conventions(directory: Path, conventions: Conventions) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
-    (directory / TEMPLATE_FILE).unlink(
-        missing_ok=True
-    )  # of what was there before: it would win over the one just written
+    # A template file from before would override the template just written.
+    (directory / TEMPLATE_FILE).unlink(missing_ok=True)
 
 
 def _content(value: Any) -> str | None:
-    """The name of a token, which is a string or {"content": string}."""
+    """Return the name of a token, which is a string or {"content": string}."""
     name = value.get("content") if isinstance(value, dict) else value
     return name if isinstance(name, str) else None
 
 
 def _template(value: Any) -> str | None:
-    """A template, or the one named "default" in a list of {"name": ..., "template": ...}."""
+    """Return a template, or the one named "default" in a list of {"name": ..., "template": ...}."""
     if isinstance(value, list):
-        value = {one.get("name"): one.get("template") for one in value if isinstance(one, dict)}
-    found = value.get("default") if isinstance(value, dict) else value
-    return found if isinstance(found, str) else None
+        value = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+    template = value.get("default") if isinstance(value, dict) else value
+    return template if isinstance(template, str) else None
 
 
 def end_token(
@@ -182,19 +178,18 @@ def end_token(
     special: Sequence[str],
     file: Path,
 ) -> SpecialToken:
-    """EOS by the rules above.
+    """Return EOS by the rules above.
 
     Args:
-      option: a name that the user gives.
-      conventions: what the files beside the vocabulary say.
+      option: the name in the user's option.
+      conventions: from the files next to the vocabulary.
       model: the id in the model's configuration.
       vocabulary: ids by name.
-      special: names of special tokens, for the message.
-      file: the tokenizer.json, for the message.
+      special: names of special tokens, for error messages.
+      file: the tokenizer.json, for error messages.
 
     Raises:
-      ValueError: a name that is given is not in the vocabulary, or nothing names a token; it lists the
-        candidates.
+      ValueError: the option is not in the vocabulary, or no rule names a token; the message lists candidates.
     """
     _check_option("eos", option, vocabulary=vocabulary, special=special, file=file)
     chosen = _named("eos", option, conventions.eos, model, conventions=conventions, vocabulary=vocabulary)
@@ -220,8 +215,9 @@ def begin_token(
     special: Sequence[str],
     file: Path,
 ) -> SpecialToken:
-    """Return the first token of documents by the rules above: BOS or its stand-in. Arguments and errors as
-    `end_token`.
+    """Return the first token of documents by the rules above: BOS, or EOS in its place.
+
+    Arguments and errors are those of `end_token`.
     """
     _check_option("bos", option, vocabulary=vocabulary, special=special, file=file)
     chosen = _named("bos", option, conventions.bos, model, conventions=conventions, vocabulary=vocabulary)
@@ -249,7 +245,7 @@ def _named(
     conventions: Conventions,
     vocabulary: Mapping[str, int],
 ) -> SpecialToken | None:
-    """The token that an option, tokenizer_config.json or the model's configuration names."""
+    """Return the token that the option, tokenizer_config.json or the model's configuration names."""
     if option is not None:
         return SpecialToken(name=option, id=vocabulary[option], source=OPTION)
     if configured is not None and configured in vocabulary:
@@ -289,7 +285,7 @@ def _is_written_earlier(config: Mapping[str, Any]) -> bool:
 
 
 def begins_with_bos(post_processor: Mapping[str, Any] | None, *, bos: str) -> bool:
-    """Whether the post-processor of a tokenizer.json puts BOS before a text."""
+    """Return whether the post-processor of a tokenizer.json adds BOS to a text."""
     firsts = [
         step["single"][0]
         for step in _steps(post_processor)
@@ -299,16 +295,16 @@ def begins_with_bos(post_processor: Mapping[str, Any] | None, *, bos: str) -> bo
 
 
 def post_processor_for(
-    found: Mapping[str, Any] | None, *, bos: str, bos_id: int, adds_bos: bool
+    current: Mapping[str, Any] | None, *, bos: str, bos_id: int, adds_bos: bool
 ) -> Mapping[str, Any] | None:
-    """The post-processor that puts BOS before a text, or does not; `found` where it does as it should."""
-    if begins_with_bos(found, bos=bos) == adds_bos:
-        return found
-    steps = [step for step in _steps(found) if step["type"] != "TemplateProcessing"]
+    """Return a post-processor that adds BOS to a text or does not; `current` if it is right already."""
+    if begins_with_bos(current, bos=bos) == adds_bos:
+        return current
+    steps = [step for step in _steps(current) if step["type"] != "TemplateProcessing"]
     if adds_bos:
         first, second = (
-            [_piece("SpecialToken", bos, place), _piece("Sequence", name, place)]
-            for place, name in enumerate("AB")
+            [_piece("SpecialToken", bos, type_id), _piece("Sequence", name, type_id)]
+            for type_id, name in enumerate("AB")
         )
         tokens = {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}}
         steps.append(

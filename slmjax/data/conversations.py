@@ -1,15 +1,15 @@
-"""Conversations as training text: what the chat template makes of them, and which bytes of it are answers.
+"""Conversations as training text: the text of the chat template, and the bytes of it that are answers.
 
     rendered = render_conversation(tokenizer, messages)
-    tokenizer.encode_spans([rendered.text], marked=True)        # the ids of `generate --chat` for the same
-    messages rendered.answers                                            # bytes of each answer, with the
-    token that ends it
+    tokenizer.encode_spans([rendered.text], marked=True)        # the ids of `generate --chat` for these
+    messages rendered.answers                                            # bytes of each answer with the token
+    that ends it
 
-Where an answer stands is found by rendering beginnings of the conversation: up to the answer, with what asks
-for one, and through it. Each must be a beginning of the whole, for only then is an answer in training what
-the model would be asked for. A template that writes earlier turns otherwise once later ones follow (as those
-that drop the reasoning of all answers but the last) can be trained on the last answer alone. A template with
-`generation` blocks says itself which text is an answer, and is taken at its word.
+To find an answer, the beginnings of the conversation are rendered: up to the answer, with the prompt for it,
+and through it. Each must be a beginning of the complete text. Otherwise the answer in training is not the one
+that the model would be asked for. Some templates write earlier turns differently when later ones follow, for
+example without the reasoning of all answers but the last: with them one can train on the last answer alone. A
+template with `generation` blocks marks its answers itself.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ _ANSWERING = "assistant"
 class ScoredTurns(enum.Enum):
     """The answers of a conversation that are scored."""
 
-    ALL = "all"  # each
-    LAST = "last"  # the last one
+    ALL = "all"  # every answer
+    LAST = "last"  # the last answer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class RenderedConversation:
     text: str  # with the marks of special tokens
     answers: list[Span]  # bytes of the text that are scored
     ended_by: int | None  # id of the special token that ends the last answer
-    ends_open: bool  # none does, and nothing comes after the last answer
+    ends_open: bool  # no special token ends the last answer, and no text follows it
 
 
 def render_conversation(
@@ -51,21 +51,20 @@ def render_conversation(
 ) -> RenderedConversation:
     """Return the text of a conversation and its answers.
 
-    An answer ends with the special token behind it, without the line end that many templates write after
+    An answer ends with the special token after it, without the line break that many templates write after
     that.
 
     Raises:
-      ValueError: there is no answer, the template fails on the messages, or what it makes does not show where
-        answers stand.
+      ValueError: there is no answer, the template fails on the messages, or its text does not show where the
+        answers are.
     """
     from slmjax.data import templates
 
     check_messages(messages)
-    places = [place for place, message in enumerate(messages) if message["role"] == _ANSWERING]
-    if not places:
+    indices = [index for index, message in enumerate(messages) if message["role"] == _ANSWERING]
+    if not indices:
         raise ValueError(
-            f"the conversation has no message of the role {_ANSWERING!r}, so that nothing of it would be "
-            "trained on"
+            f"the conversation has no message of the role {_ANSWERING!r}: nothing of it would be trained on"
         )
     chat = ChatText(tokenizer, messages, names=names)
     if templates.marks_answers(tokenizer.chat_template or ""):
@@ -73,8 +72,8 @@ def render_conversation(
         answers = [(start, _through_end_of_turn(tokenizer, text, start, end)) for start, end in answers]
     else:
         text = chat.render(add_generation_prompt=False)
-        chosen = places if turns is ScoredTurns.ALL else places[-1:]
-        answers = [_answer(chat, text, place, num_messages=len(messages)) for place in chosen]
+        chosen = indices if turns is ScoredTurns.ALL else indices[-1:]
+        answers = [_answer(chat, text, index, num_messages=len(messages)) for index in chosen]
     answers = answers if turns is ScoredTurns.ALL else answers[-1:]
     lasts = [tokenizer.marked_vocabulary.last_mark(text[start:end]) for start, end in answers]
     ends = [
@@ -93,7 +92,7 @@ def render_conversation(
 
 
 def check_messages(messages: object) -> None:
-    """Raise ValueError for what is no conversation: a list of objects with a role, and not empty."""
+    """Raise ValueError unless these are messages: a list, not empty, of objects with a role."""
     well_formed = isinstance(messages, list | tuple) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
     )
@@ -103,30 +102,29 @@ def check_messages(messages: object) -> None:
         )
 
 
-def _answer(chat: ChatText, text: str, place: int, *, num_messages: int) -> Span:
-    """Characters of the answer that message `place` is."""
-    if place == 0:
+def _answer(chat: ChatText, text: str, index: int, *, num_messages: int) -> Span:
+    """Return the characters of the answer in message `index`."""
+    if index == 0:
         raise ValueError("the conversation begins with an answer: put the message that it answers before it")
-    before = chat.render(place, add_generation_prompt=True)
-    through = text if place + 1 == num_messages else chat.render(place + 1, add_generation_prompt=False)
+    # The text up to the answer, with the prompt for it, and the text through the answer.
+    before = chat.render(index, add_generation_prompt=True)
+    through = text if index + 1 == num_messages else chat.render(index + 1, add_generation_prompt=False)
     if text.startswith(before) and text.startswith(through) and len(through) >= len(before):
         return len(before), len(through)
-    if text.startswith(chat.render(place, add_generation_prompt=False)) and not text.startswith(before):
-        reason = f"begins the answer in message {place + 1} otherwise than it asks for one"
+    if text.startswith(chat.render(index, add_generation_prompt=False)) and not text.startswith(before):
         raise ValueError(
-            f"the chat template {reason}, so that training would not be on what is generated: give it "
-            "generation blocks"
+            f"the chat template begins the answer in message {index + 1} otherwise than its prompt for an "
+            "answer, so that training would differ from generation: give the template generation blocks"
         )
     raise ValueError(
-        f"the chat template writes the first {place + 1} of these {num_messages} messages otherwise when "
-        "others follow, so that an answer"
-        " of the whole is not what the model would be asked for: train on last answers alone with "
-        "--data.scored-turns last"
+        f"the chat template writes the first {index + 1} of these {num_messages} messages otherwise when "
+        "others follow, so that their answer is not what the model would be asked for: train on last "
+        "answers alone with --data.scored-turns last"
     )
 
 
 def _marked_answers(chat: ChatText) -> tuple[str, list[Span]]:
-    """The text, and the characters of the answers, which the template has put into `generation` blocks."""
+    """Return the text, and the characters of the answers in the template's `generation` blocks."""
     from slmjax.data.templates import ANSWER_BEGINS, ANSWER_ENDS
 
     parts = re.split(
@@ -134,19 +132,20 @@ def _marked_answers(chat: ChatText) -> tuple[str, list[Span]]:
     )
     if parts[1::2] != [ANSWER_BEGINS, ANSWER_ENDS] * (len(parts) // 4) or len(parts) < 5:
         raise ValueError(
-            "the chat template puts no answer of this conversation into a generation block, or one into "
+            "the chat template has no answer of this conversation in a generation block, or one block in "
             "another"
         )
     ends = [0]
     for part in parts[::2]:
         ends.append(ends[-1] + len(part))
-    # Of the texts 0, 1, 2, ... each odd one is an answer.
+    # The parts with odd numbers are the answers.
     return "".join(parts[::2]), [(ends[i], ends[i + 1]) for i in range(1, len(ends) - 1, 2)]
 
 
 def _through_end_of_turn(tokenizer: Tokenizer, text: str, start: int, end: int) -> int:
-    """The end of an answer with the special token behind it, if the answer has none at its end: the model has
-    to say it.
+    """Return the end of an answer, with the special token after it if it has none at its end.
+
+    The model must learn to generate that token.
     """
     vocabulary = tokenizer.marked_vocabulary
     is_ended = vocabulary.last_mark(text[start:end]) is not None

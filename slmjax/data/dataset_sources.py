@@ -21,12 +21,12 @@ from slmjax.data.sources import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TfdsSource(SourceConfig):
-    """A TensorFlow Datasets dataset; it is prepared in the array_record format if it is not there yet."""
+    """A TensorFlow Datasets dataset, which is prepared in the array_record format if necessary."""
 
     name: str  # e.g. "lm1b", "wiki40b/en", "my_dataset:1.0.0"
     split: str = "train"  # a split or a slice of one, e.g. "train[:10%]"
     text_field: str = "text"  # the feature that holds the text
-    data_dir: str | None = None  # where datasets are kept; TFDS's own default if not given
+    data_dir: str | None = None  # the directory of datasets (default: that of TFDS)
 
     def documents(self) -> Iterator[Document]:
         builder = self._builder()
@@ -56,16 +56,18 @@ class TfdsSource(SourceConfig):
         try:
             builder = tfds.builder(self.name, data_dir=self.data_dir, file_format="array_record")
         except DatasetNotFoundError as error:
-            known = tfds.list_builders(with_community_datasets=False)  # the community's need TensorFlow
-            raise ValueError(f"TFDS knows no dataset {self.name!r}.{near_names(self.name, known)}") from error
-        with contextlib.redirect_stdout(sys.stderr):  # it reports what it downloads on the standard output
+            # Listing community datasets needs TensorFlow.
+            known = tfds.list_builders(with_community_datasets=False)
+            raise ValueError(f"TFDS has no dataset {self.name!r}.{near_names(self.name, known)}") from error
+        # TFDS reports downloads on standard output, which is for the results of a command.
+        with contextlib.redirect_stdout(sys.stderr):
             builder.download_and_prepare()
         return builder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HuggingFaceSource(SourceConfig):
-    """A dataset of the Hugging Face Hub, or of a local directory in its form, through `datasets`."""
+    """A dataset of the Hugging Face Hub, or of a local directory in its format, through `datasets`."""
 
     name: str  # e.g. "roneneldan/TinyStories"
     subset: str | None = None  # the dataset's configuration, where it has several

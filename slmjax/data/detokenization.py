@@ -1,4 +1,4 @@
-"""From tokens to text where a token may be one byte of a character, and where a text grows token by token.
+"""Tokens to text, where a token may be one byte of a character, and a text may grow token by token.
 
     detokenizer = Detokenizer(backend, specification, pieces=None)
     detokenizer.decode([id of <0xE4>, <0xBD>, <0xA0>, <0xE5>])        # -> "你\\ufffd"
@@ -31,7 +31,7 @@ class Detokenizer:
     Args:
       backend: the vocabulary.
       specification: its tokenizer.json.
-      pieces: the bytes of each id, where those of a text's ids join to the text.
+      pieces: the bytes of each id, if the pieces of a text's ids join to the text; else None.
     """
 
     def __init__(
@@ -47,12 +47,11 @@ class Detokenizer:
         steps = _steps(specification["decoder"])
         self._has_byte_tokens = "ByteFallback" in steps
         self._is_byte_level = "ByteLevel" in steps
-        # All decoders of the library work token by token, but for a replacement in text that has been joined
-        # before.
+        # All decoders of the library work token by token, except a replacement in text that is joined.
         self.is_incremental = "Fuse" not in steps or "Replace" not in steps[steps.index("Fuse") :]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, special tokens left out."""
+        """Return the text of the ids, without special tokens."""
         if self._pieces is not None:
             return self.decode_bytes(ids).decode("utf-8", "replace")
         if not self._has_byte_tokens:
@@ -60,7 +59,7 @@ class Detokenizer:
         return self._backend.decoder.decode(replace_invalid_bytes(filter(None, map(self._name, ids))))
 
     def decode_continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
-        """The text that ids add to a prompt, with a character of which the prompt has the first bytes."""
+        """Return the text that ids add to a prompt, with a character that the prompt has begun."""
         if self._pieces is None:
             return _added(self.decode(prompt), self.decode([*prompt, *ids]))
         torn = self.torn_bytes(prompt)
@@ -69,28 +68,28 @@ class Detokenizer:
         )
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The bytes of the ids. Raises ValueError for a vocabulary whose ids have no bytes of their own."""
+        """Return the bytes of the ids. Raises ValueError if the vocabulary does not define them."""
         if self._pieces is None:
             raise ValueError(
-                "this vocabulary does not say which bytes a token stands for (its token_bytes is None): use "
-                "decode"
+                "this vocabulary does not define the bytes of a token (its token_bytes is None): use decode"
             )
-        # A released model may have rows beyond its tokens, and could draw one.
+        # A released model may have rows beyond its tokens, and could sample one.
         return b"".join(self._pieces[int(id)] for id in ids if id < len(self._pieces))
 
     def torn_bytes(self, ids: Sequence[int]) -> bytes:
-        """The bytes at the end of the ids that begin a character and may become one with further ids."""
+        """Return the bytes of an unfinished character at the end of the ids."""
         tail = b""
         for id in reversed(ids):
             tail = self._bytes(int(id)) + tail
             if len(tail) >= _LONGEST_TORN:
                 break
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        # The state of an incremental decoder is the bytes of a character that is not complete yet.
         decoder.decode(tail[-_LONGEST_TORN:])
         return decoder.getstate()[0]
 
     def _name(self, id: int) -> str | None:
-        """The token of an id; None for a special one, and where there is none."""
+        """Return the token of an id; None for a special token and for an unused id."""
         name = self._backend.id_to_token(int(id))
         return None if name in self._special else name
 
@@ -106,7 +105,7 @@ class Detokenizer:
 
 
 def replace_invalid_bytes(tokens: Iterable[str]) -> list[str]:
-    """The tokens, with one U+FFFD in place of those that are a maximal ill-formed subsequence of UTF-8."""
+    """Return the tokens with one U+FFFD for each maximal ill-formed subsequence of UTF-8."""
     replaced: list[str] = []
     run: list[str] = []  # of tokens that are bytes
     for token in tokens:
@@ -135,7 +134,7 @@ def _valid(run: Sequence[str]) -> list[str]:
 
 
 def _steps(decoder: Mapping[str, Any] | None) -> list[str]:
-    """The types of a tokenizer.json's decoder, in order."""
+    """Return the types of a tokenizer.json's decoder, in order."""
     if decoder is None:
         return []
     if decoder["type"] == "Sequence":
@@ -144,7 +143,5 @@ def _steps(decoder: Mapping[str, Any] | None) -> list[str]:
 
 
 def _added(before: str, after: str) -> str:
-    """The part of `after` that follows what it shares with `before`, whose last character may have been
-    torn.
-    """
+    """Return the part of `after` that follows its common prefix with `before`."""
     return after[len(os.path.commonprefix([before, after])) :]

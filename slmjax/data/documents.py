@@ -1,8 +1,7 @@
-"""A document as a source yields it, and the policy for documents that cannot be used as they are.
+"""A document as a source yields it, and the policy for bad documents.
 
-A source never decides: it yields `Document`s as it found them, with `problem` set where a record could not be
-read. `Gatekeeper.admit` applies the policy, counts what it did, and `Gatekeeper.check` enforces the cap at
-the end.
+A source does not decide: it yields every `Document`, with `problem` set if a record could not be read.
+`Gatekeeper.admit` applies the policy and counts, and `Gatekeeper.check` enforces the limit at the end.
 """
 
 import dataclasses
@@ -14,12 +13,12 @@ import re
 from slmjax.config import added_field
 
 _SEVERAL_NAMES = 2  # of special tokens in a text that a chat template may have made
-_MANY = 0.01  # share of the documents with such text that is warned of
+_MANY = 0.01  # fraction of documents with such text that causes a warning
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class OnBadDocument(enum.Enum):
-    """What becomes of a document that is not clean, non-empty text."""
+    """The treatment of a document that is not clean, non-empty text."""
 
     ERROR = "error"
     SKIP = "skip"
@@ -29,13 +28,13 @@ class OnBadDocument(enum.Enum):
 class HeldOutBy(enum.Enum):
     """The key whose hash decides which documents are held out."""
 
-    CONTENT = "content"  # of a record its content, wherever it stands; of a whole file its name
-    # of a record its file and line or row, of a whole file its name: the rule of runs before this option
+    CONTENT = "content"  # the content of a record, wherever it is; the name of a text file
+    # the file and line (or row) of a record; the name of a text file: the rule of runs before this option
     ID = "id"
 
 
 class Problem(enum.Enum):
-    """Kinds of bad documents; the values are the names of the fields of BadCounts."""
+    """Kinds of bad documents. The values are names of fields of BadCounts."""
 
     INVALID_UTF8 = "invalid_utf8"
     EMPTY = "empty"
@@ -49,24 +48,23 @@ class Problem(enum.Enum):
 class Document:
     """One text, one prompt with its completion, or one conversation.
 
-    Bytes that are not UTF-8 stand in `text` and `prompt` as lone surrogates (`errors="surrogateescape"`), as
-    do the
-    unpaired surrogates that JSON can express: neither can be encoded, and both are INVALID_UTF8 to the
+    Bytes that are not UTF-8 are lone surrogates in `text` and `prompt` (`errors="surrogateescape"`), as are
+    the unpaired surrogates that JSON can express. Neither can be encoded, and both are INVALID_UTF8 to the
     policy.
     """
 
     id: str  # stable name of the document within its source
     where: str  # file and line or record, for messages
     text: str = ""  # the text, the completion of a pair, or the messages of a conversation as JSON
-    prompt: str = ""  # what precedes the completion and is not scored; "" for plain text
-    problem: Problem | None = None  # set by the source when there is no text to judge
-    detail: str = ""  # what the source has to say about the problem
+    prompt: str = ""  # the text before the completion, which is not scored; "" for plain text
+    problem: Problem | None = None  # set by the source if there is no text to check
+    detail: str = ""  # the source's description of the problem
     is_conversation: bool = False  # the text is JSON, a list of messages
-    # a record of a file or dataset, whose id is a place (a line, a row); else the id is a name
+    # a record of a file or dataset, whose id is a line or row; else the id is a name
     is_record: bool = False
 
     def held_out_key(self, heldout_by: HeldOutBy) -> str:
-        """The text whose hash decides whether the document is held out."""
+        """Return the text whose hash decides whether the document is held out."""
         if heldout_by is HeldOutBy.ID or not self.is_record:
             return self.id
         return json.dumps([self.prompt, self.text])
@@ -74,39 +72,40 @@ class Document:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BadCounts:
-    """How many documents were read, and how many were bad, by kind."""
+    """The number of documents, and of bad ones by kind."""
 
     documents: int = 0  # every document read, good or bad
     invalid_utf8: int = 0  # bytes that are not UTF-8, or unpaired surrogates
     empty: int = 0  # no text at all
-    missing_field: int = 0  # a record without the field, or with something that is not text in it
-    broken_record: int = 0  # a line that is no JSON object, a row of a table with other fields than the first
+    missing_field: int = 0  # a record without the field, or with a field that is not text
+    broken_record: int = 0  # a line that is not a JSON object, a table row with other fields than the first
     binary: int = added_field(0, before=0)  # a file that is not text
-    # messages that are none, or that the chat template cannot put into text
+    # not a list of messages, or messages that the chat template cannot render
     bad_conversation: int = added_field(0, before=0)
-    # good ones that hold several names of special tokens as text
+    # good documents with several names of special tokens in their text
     special_names: int = added_field(0, before=0)
-    replaced: int = 0  # those of the bad ones that were mended with U+FFFD and used
+    replaced: int = 0  # bad documents that were repaired with U+FFFD and used
 
     @property
     def bad(self) -> int:
         return sum(getattr(self, problem.value) for problem in Problem)
 
     def describe(self) -> str:
-        """One clause for the log, e.g. "3 of 100 documents are bad (2 empty, 1 invalid_utf8; 1 mended, 2
-        skipped)".
+        """Return a clause for the log.
+
+        For example "3 of 100 documents are bad (2 empty, 1 invalid_utf8; 1 repaired, 2 skipped)".
         """
         kinds = [
             f"{getattr(self, problem.value)} {problem.value}"
             for problem in Problem
             if getattr(self, problem.value)
         ]
-        fate = f"{self.replaced} mended, {self.bad - self.replaced} skipped"
-        return f"{self.bad} of {self.documents} documents are bad ({', '.join(kinds) or 'none'}; {fate})"
+        outcome = f"{self.replaced} repaired, {self.bad - self.replaced} skipped"
+        return f"{self.bad} of {self.documents} documents are bad ({', '.join(kinds) or 'none'}; {outcome})"
 
 
 class Gatekeeper:
-    """Applies one policy to the documents of one source and keeps the counts."""
+    """Applies a policy to the documents of one source, and counts."""
 
     def __init__(self, policy: OnBadDocument, *, max_bad_fraction: float) -> None:
         self._policy = policy
@@ -121,7 +120,11 @@ class Gatekeeper:
         return BadCounts(**self._counts)
 
     def admit(self, document: Document) -> Document | None:
-        """The document, mended if the policy says so; None to skip it. Raises ValueError under `error`."""
+        """Return the document, repaired if the policy asks for it; None to skip it.
+
+        Raises:
+            ValueError: the document is bad, under `error`.
+        """
         self._count("documents")
         problem, detail = _judge(document)
         if problem is None:
@@ -129,6 +132,7 @@ class Gatekeeper:
         self.refuse(document, problem, detail)
         if self._policy is OnBadDocument.REPLACE and problem is Problem.INVALID_UTF8:
             self._count("replaced")
+            # Only invalid bytes can be repaired; other problems leave no text.
             text, prompt = (_LONE_SURROGATE.sub("\ufffd", part) for part in (document.text, document.prompt))
             return dataclasses.replace(document, text=text, prompt=prompt)
         return None
@@ -141,47 +145,43 @@ class Gatekeeper:
         if self._policy is OnBadDocument.ERROR:
             raise ValueError(
                 f"{message}. Repair it, or pass --data.on-bad-document skip (leave such documents out)"
-                " or replace (put U+FFFD where the bytes are invalid, leave out what cannot be mended)."
+                " or replace (put U+FFFD where the bytes are invalid, leave out what cannot be repaired)."
             )
 
     def look_for_names(self, document: Document, names: re.Pattern[str]) -> None:
-        """Count the document if its text holds several of the names, as that of a chat template does."""
-        found = list(itertools.islice(names.finditer(document.prompt + document.text), _SEVERAL_NAMES))
-        if len(found) == _SEVERAL_NAMES:
+        """Count the document if its text has several of the names, as the text of a chat template has."""
+        matches = list(itertools.islice(names.finditer(document.prompt + document.text), _SEVERAL_NAMES))
+        if len(matches) == _SEVERAL_NAMES:
             self._count("special_names")
             self._first_names = (
                 self._first_names
-                or f"{' and '.join(dict.fromkeys(repr(one[0]) for one in found))} in {document.where}"
+                or f"{' and '.join(dict.fromkeys(repr(match[0]) for match in matches))} in {document.where}"
             )
 
     def note_end(self, token: str) -> None:
-        """Remember that answers of a conversation end with this token, at which the tokenizer does not end a
-        turn.
-        """
+        """Record a token that ends answers of a conversation and is not an end token of the tokenizer."""
         self._ends.add(token)
 
     def warnings(self) -> list[str]:
-        """Warnings about good documents that may not be what the user meant."""
+        """Return warnings about good documents that may not be what the user intended."""
         counts = self.counts
         warnings = []
         if counts.special_names > _MANY * counts.documents:
             warnings.append(
                 f"{counts.special_names:,} of {counts.documents:,} documents hold names of special tokens "
-                f"({self._first_names}). They are"
-                " encoded as the text that they are. If a chat template made this text, "
-                "--data.special-tokens encode makes them those"
-                " tokens; conversations are better given as records of messages, with --data.messages-field"
+                f"({self._first_names}), which are encoded as text. If a chat template made this text, "
+                "--data.special-tokens encode makes them those tokens; conversations are better given as "
+                "records of messages, with --data.messages-field"
             )
         for token in sorted(self._ends):
             warnings.append(
-                f"answers end with {token!r}, which is no end of a turn to the tokenizer, so that generate "
-                "would go on after it: name it in"
-                ' "end_tokens" of tokenizer_config.json'
+                f"answers end with {token!r}, which is not an end token of the tokenizer, so that generate "
+                'would continue after it: add it to "end_tokens" of tokenizer_config.json'
             )
         return warnings
 
     def check(self, source_name: str) -> None:
-        """Raises ValueError when more than `max_bad_fraction` of the documents so far are bad."""
+        """Raise ValueError if more than `max_bad_fraction` of the documents so far are bad."""
         check_bad_fraction(
             self.counts, self._max_bad_fraction, source_name=source_name, first_bad=self._first_bad
         )
@@ -193,9 +193,7 @@ class Gatekeeper:
 def check_bad_fraction(
     counts: BadCounts, max_bad_fraction: float, *, source_name: str, first_bad: str = ""
 ) -> None:
-    """Raises ValueError when more than `max_bad_fraction` of the documents counted are bad and were not
-    mended.
-    """
+    """Raise ValueError if more than this fraction of the documents is bad and not repaired."""
     if counts.bad - counts.replaced > max_bad_fraction * counts.documents:
         example = f" The first: {first_bad.rstrip('.')}." if first_bad else ""
         raise ValueError(

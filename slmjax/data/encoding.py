@@ -1,7 +1,7 @@
-"""From the documents of one source to its shard directories: held out or trained on, encoded, written.
+"""The documents of one source, split into training and held-out text, encoded, and written as shards.
 
-The text of a document is encoded as one string: a prompt and its completion together, and a document of more
-than max_document_bytes, which is encoded in windows that overlap, to the ids of the whole text (`spans.py`).
+The text of a document is encoded as one string: a prompt and its completion together. A document of more than
+max_document_bytes is encoded in overlapping windows, to the ids of the complete text (`spans.py`).
 """
 
 import collections
@@ -27,13 +27,14 @@ log = logging.getLogger(__name__)
 
 TRAIN = "train"
 HELDOUT = "heldout"
-_BATCH_BYTES = 4 << 20  # text that is handed to the tokenizer's threads at a time
+_BATCH_BYTES = 4 << 20  # text that the tokenizer's threads encode at a time
 _MAX_BYTES = 2**31 - 1  # lengths are int32
 
 
 def is_held_out(key: str, fraction: float) -> bool:
-    """Return whether a hash of the key (`Document.held_out_key`), uniform in [0, 1), is below the
-    fraction.
+    """Return whether a hash of the key, uniform in [0, 1), is below the fraction.
+
+    The key is `Document.held_out_key`.
     """
     return (
         int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8])
@@ -41,8 +42,8 @@ def is_held_out(key: str, fraction: float) -> bool:
     )
 
 
-def divide(document: Document, data: DataConfig) -> Iterator[tuple[str, Document]]:
-    """(TRAIN or HELDOUT, document): the whole document on one side, or its head and its tail."""
+def split_document(document: Document, data: DataConfig) -> Iterator[tuple[str, Document]]:
+    """Yield (TRAIN or HELDOUT, document): the document on one side, or its head and its tail."""
     if data.split is Split.DOCUMENTS:
         yield (
             HELDOUT if is_held_out(document.held_out_key(data.heldout_by), data.heldout_fraction) else TRAIN,
@@ -51,7 +52,7 @@ def divide(document: Document, data: DataConfig) -> Iterator[tuple[str, Document
         return
     if document.prompt or document.is_conversation:
         kind = "a conversation" if document.is_conversation else "a pair of prompt and completion"
-        raise ValueError(f"{document.where}: {kind} cannot be cut in two: use --data.split documents")
+        raise ValueError(f"{document.where}: {kind} cannot be split: use --data.split documents")
     cut = int(len(document.text) * (1 - data.heldout_fraction))
     for side, text in ((TRAIN, document.text[:cut]), (HELDOUT, document.text[cut:])):
         if text:
@@ -67,10 +68,18 @@ def write_source(
     data: DataConfig,
     advance: Callable[[int], None],
 ) -> BadCounts:
-    """Writes directory/train and, where something is held out, directory/heldout. `advance` is told the bytes
-    done.
+    """Write directory/train and, if something is held out, directory/heldout; return the counts.
 
-    Raises ValueError for bad documents as the policy says, and when a side would be empty.
+    Args:
+      source: the documents.
+      directory: of the shards.
+      source_hash: the fingerprint of the source.
+      tokenizer: encodes the documents.
+      data: split, windows and the policy for bad documents.
+      advance: called with the number of bytes done.
+
+    Raises:
+      ValueError: bad documents, as the policy requires, or a side without documents.
     """
     gate = Gatekeeper(data.on_bad_document, max_bad_fraction=data.max_bad_fraction)
     sides = [TRAIN, HELDOUT] if data.heldout_fraction > 0 else [TRAIN]
@@ -99,7 +108,7 @@ def write_source(
         for warning in gate.warnings():
             log.warning("%s: %s", source.describe(), warning)
         for side, writer in writers.items():
-            writer.close(gate.counts, lost_text=meters[side].found())
+            writer.close(gate.counts, lost_text=meters[side].result())
     finally:
         for writer in writers.values():
             writer.abandon()
@@ -109,13 +118,12 @@ def write_source(
 def _require_both_sides(source_name: str, written: dict[str, int], data: DataConfig) -> None:
     empty = [side for side, count in written.items() if count == 0]
     if len(empty) == len(written):
-        raise ValueError(f"{source_name} holds no document with text in it: give another source")
+        raise ValueError(f"{source_name} has no document with text: give another source")
     if empty:
         raise ValueError(
-            f"{source_name}: of its {sum(written.values())} documents none falls to the {empty[0]} side at"
-            f" data.heldout_fraction={data.heldout_fraction:g}. Use --data.split tail, which cuts every "
-            "document in two,"
-            " or another --data.heldout-fraction (0 holds out nothing)."
+            f"{source_name}: none of its {sum(written.values())} documents is on the {empty[0]} side with "
+            f"data.heldout_fraction={data.heldout_fraction:g}. Use --data.split tail, which splits every "
+            "document, or another --data.heldout-fraction (0 holds out nothing)."
         )
 
 
@@ -125,7 +133,7 @@ class _EncodedDocument:
     scored: np.ndarray | None  # as in ShardWriter.add
     scored_bytes: int
     text: bytes  # without special tokens
-    marked: tuple[str, list[int]] | None  # with their marks, where it has any, and its ids
+    marked: tuple[str, list[int]] | None  # the text with marks of special tokens, if any, and its ids
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -136,11 +144,11 @@ class _Pending:
     document: Document
     text: bytes
     scored: list[Span] | None  # bytes of the text that are scored; None: all of them
-    windows: list[Span]  # one, but for a long text
+    windows: list[Span]  # several for a long text
     marked: bool = False  # marks in the text stand for special tokens
-    ends_open: bool = True  # EOS comes last, and is scored
+    ends_open: bool = True  # EOS is appended, and scored
     encoded: list[TextTokens] = dataclasses.field(default_factory=list)  # of windows
-    ids: list[int] | None = None  # of the whole, where spans are not needed, which take time
+    ids: list[int] | None = None  # of the text, if spans are not needed (they are slower)
 
     @property
     def needs_spans(self) -> bool:
@@ -151,7 +159,7 @@ class _Pending:
         return self.ids is not None or len(self.encoded) == len(self.windows)
 
     def finish(self, tokenizer: Tokenizer) -> _EncodedDocument:
-        tokens = None if self.ids is not None else self._whole(tokenizer)
+        tokens = None if self.ids is not None else self._all_tokens(tokenizer)
         ids = np.asarray(self.ids, np.int32) if tokens is None else tokens.ids
         text = self._plain_text(ids, tokenizer)
         if (sizes := tokenizer.token_bytes) is not None:
@@ -159,16 +167,17 @@ class _Pending:
         scored = None
         scored_bytes = len(text)
         if self.scored is not None and tokens is not None:
-            placed = tokenizer.marked_vocabulary.without_blanks(tokens, self.text) if self.marked else tokens
-            held = placed.held(self.scored)
+            trimmed = tokenizer.marked_vocabulary.without_blanks(tokens, self.text) if self.marked else tokens
+            is_scored = trimmed.overlap_mask(self.scored)
             is_text = ~np.isin(ids, list(tokenizer.special_ids.values()))
-            scored_bytes = int((tokens.num_bytes() if sizes is None else sizes[ids])[held & is_text].sum())
-            if (
-                self.ends_open
-            ):  # EOS follows what is scored, and so do the bytes at the end that the vocabulary drops
+            scored_bytes = int(
+                (tokens.num_bytes() if sizes is None else sizes[ids])[is_scored & is_text].sum()
+            )
+            # EOS follows the scored text, and so do bytes at the end that the vocabulary drops.
+            if self.ends_open:
                 scored_bytes += len(self.text) - int(tokens.ends.max(initial=0))
-            scored = held
-        # A conversation begins as its template has it.
+            scored = is_scored
+        # The template of a conversation decides whether it begins with BOS.
         begins = not self.document.is_conversation and not (
             self.marked and ids[:1].tolist() == [tokenizer.bos_id]
         )
@@ -183,18 +192,18 @@ class _Pending:
         )
 
     def _plain_text(self, ids: np.ndarray, tokenizer: Tokenizer) -> bytes:
-        """The text without special tokens."""
+        """Return the text without special tokens."""
         if not self.marked:
             return self.text
-        if tokenizer.token_bytes is not None:  # a special token may take the white space beside it with it
+        if tokenizer.token_bytes is not None:  # a special token may include white space next to it
             return tokenizer.decode_bytes(ids.tolist())
         return tokenizer.marked_vocabulary.text_of(self.text.decode()).encode()
 
-    def _whole(self, tokenizer: Tokenizer) -> TextTokens:
-        """The tokens of the whole text, from those of its windows."""
+    def _all_tokens(self, tokenizer: Tokenizer) -> TextTokens:
+        """Return the tokens of the complete text, from those of its windows."""
         joined = join_windows(self.encoded, self.windows)
-        # Windows disagree on such as a run of one character that is longer than their overlap: then nothing
-        # but the whole will do.
+        # Windows disagree, for example, on a run of one character that is longer than their overlap. Then the
+        # complete text must be encoded at once.
         return (
             joined
             if joined is not None
@@ -205,7 +214,7 @@ class _Pending:
 def _encoded(
     source: SourceConfig, *, gate: Gatekeeper, tokenizer: Tokenizer, data: DataConfig
 ) -> Iterator[tuple[str, _EncodedDocument]]:
-    """Admitted documents in order, encoded many at a time."""
+    """Yield admitted documents in order, encoded in batches."""
     waiting: collections.deque[_Pending] = collections.deque()
     queue: list[tuple[_Pending, str]] = []
     queued = 0
@@ -227,42 +236,42 @@ def _encoded(
 def _admitted(
     source: SourceConfig, *, gate: Gatekeeper, tokenizer: Tokenizer, data: DataConfig
 ) -> Iterator[_Pending]:
-    """The documents that the policy lets in, each with the text that is encoded."""
-    for found in source.documents():
-        document = gate.admit(found)
-        for side, half in divide(document, data) if document is not None else ():
+    """Yield the documents that the policy admits, each with the text to encode."""
+    for candidate in source.documents():
+        document = gate.admit(candidate)
+        for side, half in split_document(document, data) if document is not None else ():
             if not half.is_conversation:
                 if data.special_tokens is SpecialNames.TEXT:
                     gate.look_for_names(half, tokenizer.special_names)
-                yield _of_text(side, half, tokenizer=tokenizer, data=data)
+                yield _pending_text(side, half, tokenizer=tokenizer, data=data)
             elif (
-                pending := _of_conversation(side, half, gate=gate, tokenizer=tokenizer, data=data)
+                pending := _pending_conversation(side, half, gate=gate, tokenizer=tokenizer, data=data)
             ) is not None:
                 yield pending
 
 
-def _of_text(side: str, document: Document, *, tokenizer: Tokenizer, data: DataConfig) -> _Pending:
+def _pending_text(side: str, document: Document, *, tokenizer: Tokenizer, data: DataConfig) -> _Pending:
     prompt = document.prompt
     text = document.text
     marked = data.special_tokens is SpecialNames.ENCODE
     if marked:
         prompt, text = (tokenizer.marked_vocabulary.mark(part) for part in (prompt, text))
     begin = len(prompt.encode())
-    whole = (prompt + text).encode()
+    encoded = (prompt + text).encode()
     return _Pending(
         side=side,
         document=document,
-        text=whole,
-        scored=[(begin, len(whole))] if begin else None,
+        text=encoded,
+        scored=[(begin, len(encoded))] if begin else None,
         marked=marked,
-        windows=_windows(whole, document, data, marked=marked),
+        windows=_windows(encoded, document, data, marked=marked),
     )
 
 
-def _of_conversation(
+def _pending_conversation(
     side: str, document: Document, *, gate: Gatekeeper, tokenizer: Tokenizer, data: DataConfig
 ) -> _Pending | None:
-    """None for a conversation that the chat template cannot put into text."""
+    """Return the text to encode; None for a conversation that the chat template cannot render."""
     require_template(document, tokenizer.chat_template)
     try:
         messages = json.loads(document.text)
@@ -287,13 +296,12 @@ def _of_conversation(
 
 
 def require_template(document: Document, template: str | None) -> None:
-    """Raise ValueError for a conversation where there is no chat template."""
+    """Raise ValueError for a conversation if there is no chat template."""
     if document.is_conversation and template is None:
         raise ValueError(
-            f"{document.where}: the tokenizer has no chat template, which conversations need. Take one that "
-            "has (FileTokenizer), or put the"
-            " Jinja source into chat_template.jinja beside its tokenizer.json, and the special tokens that "
-            "it writes into tokenizer.json"
+            f"{document.where}: the tokenizer has no chat template, which conversations need. Use a tokenizer "
+            "with a template (FileTokenizer), or put the Jinja source into chat_template.jinja next to its "
+            "tokenizer.json, and the special tokens that it writes into tokenizer.json"
         )
 
 
@@ -307,11 +315,12 @@ def _windows(text: bytes, document: Document, data: DataConfig, *, marked: bool)
 
 
 def _encode(queue: list[tuple[_Pending, str]], tokenizer: Tokenizer) -> None:
-    """Encodes and empties the queue."""
+    """Encode and empty the queue."""
     plain = [(pending, text) for pending, text in queue if not pending.needs_spans]
     spanned = [(pending, text) for pending, text in queue if pending.needs_spans and not pending.marked]
     marked = [(pending, text) for pending, text in queue if pending.marked]
     try:
+        # Encoding without spans is faster, and most documents do not need spans.
         ids = tokenizer.encode_batch([text for _, text in plain])
         tokens = tokenizer.encode_spans([text for _, text in spanned])
         if marked:
@@ -323,8 +332,8 @@ def _encode(queue: list[tuple[_Pending, str]], tokenizer: Tokenizer) -> None:
             else queue[0][0].document.where
         )
         raise ValueError(f"{names}: {error}") from error
-    for (pending, _), of_text in zip(plain, ids, strict=True):
-        pending.ids = of_text
-    for (pending, _), of_window in zip([*spanned, *marked], tokens, strict=True):
-        pending.encoded.append(of_window)
+    for (pending, _), text_ids in zip(plain, ids, strict=True):
+        pending.ids = text_ids
+    for (pending, _), window_tokens in zip([*spanned, *marked], tokens, strict=True):
+        pending.encoded.append(window_tokens)
     queue.clear()

@@ -1,11 +1,12 @@
-"""Tell what a local file is, by its suffix (in any case) and its first bytes, and open it, decompressed.
+"""The kind of a local file, by its suffix (in any case) and its first bytes, and its decompressed content.
 
     kind = file_kind(path)      # FileKind(layout=CSV, compression=GZIP); refuses archives and the like
     with open_bytes(path, kind) as stream: ...
-    read_bytes(path, kind)      # of a file that is text
+    read_bytes(path, kind)      # of a text file
 
-By suffix: .jsonl and .ndjson are JSON lines, then .json, .csv, .tsv, .parquet; any other name is text. Behind
-these .gz, .bz2, .xz and .zst; compressed content and Parquet are recognised under any name.
+By suffix: .jsonl and .ndjson are JSON lines, then .json, .csv, .tsv, .parquet; any other name is text. A
+further suffix .gz, .bz2, .xz or .zst means compression. Compressed content and Parquet are recognised under
+any name.
 """
 
 import bz2
@@ -20,16 +21,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-_HEAD = 8192  # bytes at the start of a file that tell what it is
+_HEAD = 8192  # bytes at the start of a file by which its kind is recognised
 READABLE = (
     "slmjax reads UTF-8 text, JSON lines (.jsonl, .ndjson), JSON (.json), CSV (.csv), TSV (.tsv) and Parquet "
-    "(.parquet), and all but"
-    " Parquet also compressed (.gz, .bz2, .xz, .zst)"
+    "(.parquet), and all but Parquet also compressed (.gz, .bz2, .xz, .zst)"
 )
 
 
 class Layout(enum.Enum):
-    """How the documents of a file are laid out."""
+    """The layout of the documents of a file."""
 
     TEXT = "text"
     JSON_LINES = "JSON lines"
@@ -40,7 +40,7 @@ class Layout(enum.Enum):
 
 
 class Compression(enum.Enum):
-    """How a file is compressed."""
+    """The compression of a file."""
 
     GZIP = "gzip"
     BZIP2 = "bzip2"
@@ -54,7 +54,7 @@ class FileKind:
 
     layout: Layout
     compression: Compression | None = None
-    binary: str = ""  # what a file without text is, such as "UTF-16 text"; "" for one that can be read
+    binary: str = ""  # description of a file without text, such as "UTF-16 text"; "" for a readable file
 
     @property
     def has_records(self) -> bool:
@@ -123,6 +123,7 @@ def file_kind(path: Path) -> FileKind:
     if compression is not None:
         with open_bytes(path, FileKind(layout=layout, compression=compression)) as stream:
             head = stream.read(_HEAD)
+    # Parquet needs random access to its end, which a decompressed stream does not have.
     if head.startswith(b"PAR1"):
         layout = Layout.PARQUET
     if compression is not None and layout is Layout.PARQUET:
@@ -135,24 +136,24 @@ def file_kind(path: Path) -> FileKind:
 
 
 def _binary(head: bytes, path: Path) -> str:
-    """Name the kind of content without UTF-8 text; "" for text. Raises ValueError for archives and data
-    formats.
-    """
-    found = next((name for magic, name in _UNREADABLE.items() if head.startswith(magic)), "")
+    """Describe content that is not UTF-8 text; "" for text. ValueError for archives and data formats."""
+    refused = next((name for magic, name in _UNREADABLE.items() if head.startswith(magic)), "")
     if head[_TAR_OFFSET : _TAR_OFFSET + 5] == b"ustar":
-        found = "a tar archive"
+        refused = "a tar archive"
     if any(head.startswith(magic) for magic in _COMPRESSED):
-        found = "compressed twice"
-    if found:
-        raise ValueError(f"{path} is {found}. {READABLE}: unpack or convert it, or leave it out with a glob")
+        refused = "compressed twice"
+    if refused:
+        raise ValueError(
+            f"{path} is {refused}. {READABLE}: unpack or convert it, or leave it out with a glob"
+        )
     if head.startswith(_UTF16_MARKS):
-        return "UTF-16 text, and UTF-8 is read: convert it, for example with iconv -f UTF-16 -t UTF-8"
+        return "UTF-16 text, not UTF-8: convert it, for example with iconv -f UTF-16 -t UTF-8"
     return f"a binary file (it holds a NUL byte). {READABLE}" if b"\0" in head else ""
 
 
 @contextlib.contextmanager
 def open_bytes(path: Path, kind: FileKind) -> Iterator[io.BufferedIOBase]:
-    """The decompressed content as a stream. Raises ValueError for damaged compressed data."""
+    """Open the decompressed content as a stream. Raises ValueError for damaged compressed data."""
     if kind.compression is None:
         with path.open("rb") as stream:
             yield stream
@@ -168,9 +169,7 @@ def open_bytes(path: Path, kind: FileKind) -> Iterator[io.BufferedIOBase]:
 
 @contextlib.contextmanager
 def open_text(path: Path, kind: FileKind, *, newline: str | None = None) -> Iterator[io.TextIOBase]:
-    """The decompressed content as characters, without a byte order mark. Raises ValueError as
-    `open_bytes`.
-    """
+    """Open the decompressed content as characters, without a byte order mark. Raises as `open_bytes`."""
     with (
         open_bytes(path, kind) as stream,
         io.TextIOWrapper(
@@ -197,11 +196,11 @@ _OPENERS: dict[Compression, Callable[[Path], Any]] = {
 
 
 def decode(raw: bytes) -> str:
-    """UTF-8, in which each invalid byte becomes a lone surrogate that the policy will find."""
+    """Decode UTF-8; each invalid byte becomes a lone surrogate, which the policy detects."""
     return raw.decode("utf-8", "surrogateescape")
 
 
 def read_bytes(path: Path, kind: FileKind) -> bytes:
-    """The whole decompressed content. Raises ValueError for damaged compressed data."""
+    """Return the decompressed content. Raises ValueError for damaged compressed data."""
     with open_bytes(path, kind) as stream:
         return stream.read()

@@ -1,13 +1,13 @@
 """Special tokens written into a text in a way that no other text can imitate.
 
-A chat template writes special tokens by their names, and so may the messages that it is given; once both are
-one string, nothing tells them apart. So what is meant as a special token is written as its mark, a name drawn
-anew in each process, and a vocabulary that knows the tokens by their marks alone encodes the string as a
-whole. A name that stands in it is text.
+A chat template writes special tokens by their names, and the messages it renders may contain these names,
+too. Once both are one string, nothing distinguishes them. So an intended special token is written as its
+mark, a name that is random in each process, and a vocabulary that knows the tokens only by their marks
+encodes the string. A name in it is text.
 
     vocabulary = MarkedVocabulary(backend, {"<|im_end|>": 7})
     text = vocabulary.mark("user<|im_end|>")                # the name becomes the mark
-    vocabulary.encode_batch([text])                         # ... and that id 7
+    vocabulary.encode_batch([text])                         # ... and the mark becomes id 7
 """
 
 import enum
@@ -28,11 +28,11 @@ class SpecialNames(enum.Enum):
     """The meaning of a special token's name in a document."""
 
     TEXT = "text"  # text like any other
-    ENCODE = "encode"  # that token: for text that a chat template made beforehand
+    ENCODE = "encode"  # that token: for text that a chat template has made already
 
 
 def names_pattern(names: Iterable[str], *, alone: Collection[str] = ()) -> re.Pattern[str]:
-    """Return a pattern that matches these names, those in `alone` where they are words of their own."""
+    """Return a pattern that matches these names, those in `alone` only as separate words."""
     longest_first = sorted(names, key=len, reverse=True)
     patterns = [
         rf"(?<!\w){re.escape(name)}(?!\w)" if name in alone else re.escape(name) for name in longest_first
@@ -51,8 +51,8 @@ class MarkedVocabulary:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, special: Mapping[str, int]) -> None:
-        drawn = secrets.token_hex(8)
-        self.marks = {name: f"{MARK_BEGINS}{drawn}.{id}{MARK_ENDS}" for name, id in special.items()}
+        nonce = secrets.token_hex(8)
+        self.marks = {name: f"{MARK_BEGINS}{nonce}.{id}{MARK_ENDS}" for name, id in special.items()}
         specification = json.loads(backend.to_str())
         added = {token["content"]: token for token in specification["added_tokens"]}
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -61,10 +61,10 @@ class MarkedVocabulary:
         self.names = names_pattern(
             special, alone={name for name, token in added.items() if token["single_word"]}
         )
-        self._last_mark = re.compile(rf"{MARK_BEGINS}{drawn}\.(\d+){MARK_ENDS}\s*\Z")
-        self._marks = re.compile(rf"{MARK_BEGINS}{drawn}\.\d+{MARK_ENDS}")
+        self._last_mark = re.compile(rf"{MARK_BEGINS}{nonce}\.(\d+){MARK_ENDS}\s*\Z")
+        self._marks = re.compile(rf"{MARK_BEGINS}{nonce}\.\d+{MARK_ENDS}")
         self._marked_ids = {self.marks[name]: id for name, id in special.items()}
-        blanks = {True: r"\s*", False: ""}  # a token may take the white space beside it
+        blanks = {True: r"\s*", False: ""}  # a token may include the white space next to it
         self._with_blanks = re.compile(
             "|".join(
                 blanks[added[name]["lstrip"]] + mark + blanks[added[name]["rstrip"]]
@@ -75,12 +75,12 @@ class MarkedVocabulary:
         for name, mark in self.marks.items():
             added[name] |= {"content": mark, "single_word": False, "normalized": False, "special": True}
         model = without_names(specification["model"], self.marks)
-        # A post-processor may trim offsets.
+        # Without the post-processor, which may trim offsets.
         specification |= {"added_tokens": list(added.values()), "model": model, "post_processor": None}
         self._backend = tokenizers.Tokenizer.from_str(json.dumps(specification))
         self._ids = {self._backend.token_to_id(mark): special[name] for name, mark in self.marks.items()}
         for name, id in backend.get_vocab(with_added_tokens=True).items():
-            if name not in special:  # the library numbers added tokens anew
+            if name not in special:  # the library renumbers added tokens
                 self._ids[self._backend.token_to_id(name)] = id
 
     def mark(self, text: str) -> str:
@@ -92,55 +92,50 @@ class MarkedVocabulary:
         return self._marks.sub("", text)
 
     def text_of(self, text: str) -> str:
-        """Return what of the text is encoded as text: without marks, and without the white space that special
-        tokens take with them.
-        """
+        """Return the text without marks, and without the white space that special tokens include."""
         return self._with_blanks.sub("", text)
 
     def text_between(self, text: str, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
-        """Return the texts before, between and behind the marks of a text, each with its ids.
+        """Return the texts before, between and after the marks of a text, each with its ids.
 
         Args:
           text: with marks.
-          ids: of the whole text, those of special tokens included.
+          ids: of the text, those of special tokens included.
         """
         parts: list[tuple[str, list[int]]] = []
-        place = start = 0
-        for found in self._with_blanks.finditer(text):
-            stop = ids.index(self._marked_ids[found[0].strip()], start)
-            parts.append((text[place : found.start()], list(ids[start:stop])))
-            place = found.end()
+        begin = start = 0
+        for match in self._with_blanks.finditer(text):
+            stop = ids.index(self._marked_ids[match[0].strip()], start)
+            parts.append((text[begin : match.start()], list(ids[start:stop])))
+            begin = match.end()
             start = stop + 1
-        return [*parts, (text[place:], list(ids[start:]))]
+        return [*parts, (text[begin:], list(ids[start:]))]
 
     def without_blanks(self, tokens: TextTokens, text: bytes) -> TextTokens:
-        """Return the tokens of a text with marks, in which special tokens stand for their marks, without the
-        white space beside them.
-        """
+        """Return tokens of a text with marks, without the white space around marks."""
         starts = tokens.starts.copy()
         ends = tokens.ends.copy()
-        for place in np.flatnonzero(np.isin(tokens.ids, list(self._marked_ids.values()))).tolist():
-            taken = text[starts[place] : ends[place]].decode()
-            if self._marks.search(taken):
-                starts[place] += len(taken.encode()) - len(taken.lstrip().encode())
-                ends[place] -= len(taken.encode()) - len(taken.rstrip().encode())
+        for index in np.flatnonzero(np.isin(tokens.ids, list(self._marked_ids.values()))).tolist():
+            part = text[starts[index] : ends[index]].decode()
+            if self._marks.search(part):
+                starts[index] += len(part.encode()) - len(part.lstrip().encode())
+                ends[index] -= len(part.encode()) - len(part.rstrip().encode())
         return TextTokens(ids=tokens.ids, starts=starts, ends=ends)
 
-    def end_of_mark(self, text: str, place: int) -> int | None:
-        """Return the place behind the mark at a place of the text; None if there is none."""
-        return None if (found := self._marks.match(text, place)) is None else found.end()
+    def end_of_mark(self, text: str, index: int) -> int | None:
+        """Return the index after the mark at an index of the text; None if there is none."""
+        return None if (match := self._marks.match(text, index)) is None else match.end()
 
     def last_mark(self, text: str) -> tuple[int, int] | None:
-        """Return the id of the mark that ends the text but for white space, and the place behind it; None if
-        no mark does.
+        """Return the id of the mark at the end of the text, before white space, and the index after it.
+
+        None if there is no such mark.
         """
-        found = self._last_mark.search(text)
-        return None if found is None else (int(found[1]), found.end(1) + 1)
+        match = self._last_mark.search(text)
+        return None if match is None else (int(match[1]), match.end(1) + 1)
 
     def encode_batch(self, texts: Sequence[str]) -> list[TextTokens]:
-        """Return the tokens of each text, in which marks stand for special tokens. Their spans count the
-        bytes of marks.
-        """
+        """Return the tokens of each text; marks become special tokens. Spans count the bytes of marks."""
         encodings = checked_encodings(texts, self._backend.encode_batch, reserved={})
         return [
             spans.from_offsets([self._ids[id] for id in encoding.ids], encoding.offsets, text)

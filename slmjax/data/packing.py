@@ -1,18 +1,17 @@
-"""Which pieces of which documents make up each row: decided once for a set of token shards, saved,
-addressable by row.
+"""Packing: the pieces of documents that make up each row, decided once for a set of token shards, and saved.
 
 A piece is (document, start, length): inputs tokens[start : start + length], targets tokens[start + 1 : start
 + length + 1].
 
 `best_fit_rows` cuts a document of L tokens (BOS and EOS included) into pieces that score each of its L - 1
 targets once, and fills rows with them by best-fit decreasing within windows of consecutive documents.
-`concatenated_rows` cuts the stream of all documents every T tokens: rows are full but for the last, and a
-piece that ends its document has EOS as its last input, whose target would be the BOS of the next document: it
-is not scored. Both lose no target and repeat none.
+`concatenated_rows` cuts the stream of all documents every T tokens. All rows but the last are full. A piece
+that ends its document has EOS as its last input, whose target would be the BOS of the next document: it is
+not scored. Neither loses or repeats a target.
 
-Where not all text of a document is scored (`scored.py`), no row is fed that has no scored target. Best fit
-cuts a document that does not fit a row so that each piece has one (`pieces_around`); concatenation leaves out
-rows that have none.
+If only some text of a document is scored (`scored.py`), no row without a scored target is used. Best fit cuts
+a document that does not fit a row so that each piece has a scored target (`pieces_around`); concatenation
+leaves out rows that have none.
 
 A plan is a pure function of the document lengths, the scored tokens and the settings. It takes 16 bytes a
 piece and 8 a row in memory. Use: `plan = load_or_pack(shards, ...)`, then `write_row(batch, 0, plan=plan,
@@ -39,12 +38,12 @@ from slmjax.data.batch import Batch
 from slmjax.data.config import Packing
 from slmjax.data.scored import ScoredText, Spans, is_all_scored, pieces_around, spans_in
 
-_PLAN_VERSION = 2  # part of the name of a saved plan: raise it when the same settings would give other rows
+_PLAN_VERSION = 2  # part of the name of a saved plan: increase it when the same settings give other rows
 
 
 @runtime_checkable
 class TokenizedDocuments(Protocol):
-    """What packing needs of its documents. `TokenShards` is one; [BOS] tokens [EOS] each."""
+    """The documents that packing needs, each [BOS] tokens [EOS]. `TokenShards` implements it."""
 
     lengths: Int32[np.ndarray, "documents"]  # tokens with BOS and EOS
     num_bytes: Int32[np.ndarray, "documents"]  # of UTF-8 text
@@ -53,13 +52,13 @@ class TokenizedDocuments(Protocol):
 
     @property
     def hash(self) -> str:
-        """Differs where any of the documents differs."""
+        """A hash that differs if any document differs."""
         ...
 
     def __len__(self) -> int: ...
 
     def tokens(self, document: int, *, start: int = 0, stop: int | None = None) -> Int32[np.ndarray, "T"]:
-        """The token ids from `start` to `stop`."""
+        """Return the token ids from `start` to `stop`."""
         ...
 
     def scored(self, document: int, *, start: int = 0, stop: int | None = None) -> Bool[np.ndarray, "T"]:
@@ -69,28 +68,27 @@ class TokenizedDocuments(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class RowPlan:
-    """Rows of pieces, in compressed sparse row form: row r has pieces row_starts[r] to row_starts[r + 1]."""
+    """Rows of pieces in compressed sparse row form: row r has pieces row_starts[r] to row_starts[r + 1]."""
 
     sequence_length: int  # positions of a row
-    overlap: int  # inputs of the piece before that a further piece of running text repeats
+    overlap: int  # inputs of the previous piece that a further piece of running text repeats
     row_starts: Int64[np.ndarray, "rows_and_end"]
     documents: Int32[np.ndarray, "pieces"]
     starts: Int32[np.ndarray, "pieces"]
     lengths: Int32[np.ndarray, "pieces"]
-    contexts: Int32[
-        np.ndarray, "pieces"
-    ]  # leading targets of the piece that it does not score: prompt, or scored by an earlier piece
+    # leading targets of the piece that it does not score: prompt, or scored by an earlier piece
+    contexts: Int32[np.ndarray, "pieces"]
 
     def __len__(self) -> int:
         return len(self.row_starts) - 1
 
     @property
     def efficiency(self) -> float:
-        """Share of the positions that hold a token rather than padding."""
+        """The fraction of positions that hold a token rather than padding."""
         return float(self.lengths.sum(dtype=np.int64)) / (len(self) * self.sequence_length)
 
     def pieces(self, row: int) -> list[tuple[int, int, int]]:
-        """(document, start, length) of each piece of a row, in order."""
+        """Return (document, start, length) of each piece of a row, in order."""
         here = slice(int(self.row_starts[row]), int(self.row_starts[row + 1]))
         return list(
             zip(
@@ -110,27 +108,31 @@ def best_fit_rows(
     overlap: int = 0,
     spans: Mapping[int, Spans] = MappingProxyType({}),
 ) -> RowPlan:
-    """Packs `window` consecutive documents at a time; the pieces of one document are in order over the rows.
+    """Pack `window` consecutive documents at a time; the pieces of a document are in order over the rows.
 
     Args:
-      overlap: inputs of the piece before that each further piece of running text starts with.
-      spans: by document, what is scored of those that are not plain text and are longer than a row, or have
-        no scored token (`spans_of`).
+      document_lengths: tokens of each document.
+      sequence_length: positions of a row.
+      window: documents that are packed together.
+      overlap: inputs of the previous piece with which a further piece of running text starts.
+      spans: the scored spans, by document, of documents that are not plain text and either longer than a row
+        or without a scored token (`spans_of`).
 
     Raises:
-      ValueError: no row can be made.
+      ValueError: there are no rows.
     """
     _check_sequence_length(sequence_length)
     if window < 1:
-        raise ValueError(f"documents are packed {window} at a time: set the packing window to at least 1")
+        raise ValueError(f"the packing window is {window} documents: set it to at least 1")
     if not 0 <= overlap < sequence_length:
         raise ValueError(
-            f"an overlap of {overlap} leaves a row of {sequence_length} no new target: choose 0 to "
+            f"an overlap of {overlap} leaves no new target in a row of {sequence_length}: choose 0 to "
             f"{sequence_length - 1}"
         )
     documents, starts, lengths, contexts = _cut(
         document_lengths, sequence_length=sequence_length, overlap=overlap, spans=spans
     )
+    # Packing windows of documents keeps the memory and time of a large corpus bounded.
     rows = np.empty(len(documents), np.int64)
     num_rows = 0
     edges = np.searchsorted(documents, np.arange(0, len(document_lengths) + window, window))
@@ -138,18 +140,18 @@ def best_fit_rows(
         rows_in_window, num_rows_in_window = _best_fit_decreasing(lengths[begin:end], sequence_length)
         rows[begin:end] = num_rows + rows_in_window
         num_rows += num_rows_in_window
+    # Stable, so that the pieces of a document stay in order.
     order = np.argsort(rows, kind="stable")
     pieces = (values[order] for values in (rows, documents, starts, lengths, contexts))
     return _plan(*pieces, sequence_length=sequence_length, overlap=overlap)
 
 
 def concatenated_rows(document_lengths: Integer[np.ndarray, "documents"], *, sequence_length: int) -> RowPlan:
-    """Cuts the joined documents every `sequence_length` tokens. The last EOS, which predicts nothing, is left
-    out.
-    """
+    """Cut the joined documents every `sequence_length` tokens, without the last EOS (it predicts nothing)."""
     _check_sequence_length(sequence_length)
     offsets = np.concatenate([[0], np.cumsum(document_lengths, dtype=np.int64)])
     end = max(int(offsets[-1]) - 1, 0)
+    # A piece ends at the end of a document or of a row, whichever comes first.
     cuts = np.union1d(offsets[offsets < end], np.arange(0, end, sequence_length))
     documents = np.searchsorted(offsets, cuts, side="right") - 1
     lengths = np.diff(cuts, append=end)
@@ -167,7 +169,7 @@ def concatenated_rows(document_lengths: Integer[np.ndarray, "documents"], *, seq
 
 
 def with_targets(plan: RowPlan, shards: TokenizedDocuments) -> RowPlan:
-    """The rows of a plan that have a scored target. Raises ValueError where there is none."""
+    """Return the rows of a plan that have a scored target. Raises ValueError if there are none."""
     lengths = shards.lengths[plan.documents]
     num_scored = shards.num_scored[plan.documents]
     is_scored = (num_scored > 0) & (plan.starts + 1 < lengths)  # EOS alone predicts nothing
@@ -176,9 +178,9 @@ def with_targets(plan: RowPlan, shards: TokenizedDocuments) -> RowPlan:
         stop = min(start + int(plan.lengths[piece]) + 1, int(lengths[piece]))
         is_scored[piece] = shards.scored(int(plan.documents[piece]), start=start + 1, stop=stop).any()
     rows = np.repeat(np.arange(len(plan)), np.diff(plan.row_starts))
-    wanted = np.isin(rows, rows[is_scored])
-    pieces = (values[wanted] for values in (plan.documents, plan.starts, plan.lengths, plan.contexts))
-    new_rows = np.unique(rows[wanted], return_inverse=True)[1]
+    has_target = np.isin(rows, rows[is_scored])
+    pieces = (values[has_target] for values in (plan.documents, plan.starts, plan.lengths, plan.contexts))
+    new_rows = np.unique(rows[has_target], return_inverse=True)[1]
     return _plan(new_rows, *pieces, sequence_length=plan.sequence_length, overlap=plan.overlap)
 
 
@@ -188,16 +190,15 @@ def spans_of(
     """Return the scored spans that `best_fit_rows` needs, of the first `num_documents` (None: all)."""
     lengths = shards.lengths[:num_documents]
     num_scored = shards.num_scored[:num_documents]
-    concerned = ~is_all_scored(lengths, num_scored) & ((lengths - 1 > sequence_length) | (num_scored == 0))
-    return {document: spans_in(shards.scored(document)) for document in np.flatnonzero(concerned).tolist()}
+    needs_spans = ~is_all_scored(lengths, num_scored) & ((lengths - 1 > sequence_length) | (num_scored == 0))
+    return {document: spans_in(shards.scored(document)) for document in np.flatnonzero(needs_spans).tolist()}
 
 
 def load_or_pack(
     shards: TokenizedDocuments, *, packing: Packing, sequence_length: int, window: int, cache_dir: Path
 ) -> RowPlan:
-    """The plan of these shards under these settings, from `cache_dir` if it is there and sound, else made and
-    saved.
-    """
+    """Return the plan for these shards and settings, from `cache_dir` if it is valid, else made and saved."""
+    # All that decides the plan, so that an old plan is never used for other data or settings.
     settings = {
         "version": _PLAN_VERSION,
         "shards": shards.hash,
@@ -230,10 +231,10 @@ def write_row(
     text: ScoredText = ScoredText.COMPLETIONS,
     token_bytes: Integer[np.ndarray, "V"] | None = None,
 ) -> None:
-    """Writes row `row` of the plan into row `index` of an empty batch; the caller sets its row id.
+    """Write row `row` of the plan into row `index` of an empty batch; the caller sets its row id.
 
-    The row's bytes are exact with `token_bytes` (UTF-8 bytes of each token id); without, the scored bytes of
-    a document are spread evenly over its scored tokens, rounded so that its pieces add up to them.
+    The bytes of the row are exact with `token_bytes` (UTF-8 bytes of each token id). Without them, the scored
+    bytes of a document are spread evenly over its scored tokens, rounded so that its pieces add up to them.
     """
     column = 0
     num_bytes = 0
@@ -276,15 +277,14 @@ def _scored(
 def _spread_bytes(
     shards: TokenizedDocuments, document: int, *, start: int, num_scored: int, text: ScoredText
 ) -> int:
-    """Bytes of `num_scored` scored tokens from token `start` on: evenly many each, but for EOS, which has
-    none.
-    """
+    """Return the bytes of `num_scored` scored tokens from `start`: spread evenly, none for EOS."""
+    # Cumulative rounding: the bytes up to the last token minus those before the first.
     num_tokens = int(shards.lengths[document])
-    is_whole = text is ScoredText.ALL or bool(shards.num_scored[document] == num_tokens - 1)
+    is_all = text is ScoredText.ALL or bool(shards.num_scored[document] == num_tokens - 1)
     total = int(shards.num_bytes[document] if text is ScoredText.ALL else shards.scored_bytes[document])
-    before = start - 1 if is_whole else int(shards.scored(document, start=1, stop=start).sum())
-    num_all = num_tokens - 1 if is_whole else int(shards.num_scored[document])
-    num_ends = 1 if is_whole else int(shards.scored(document, start=num_tokens - 1)[0])
+    before = start - 1 if is_all else int(shards.scored(document, start=1, stop=start).sum())
+    num_all = num_tokens - 1 if is_all else int(shards.num_scored[document])
+    num_ends = 1 if is_all else int(shards.scored(document, start=num_tokens - 1)[0])
     text_tokens = max(num_all - num_ends, 1)
     return (
         total * min(before + num_scored, text_tokens) // text_tokens
@@ -300,23 +300,22 @@ def _check_sequence_length(sequence_length: int) -> None:
 def _cut(
     document_lengths: np.ndarray, *, sequence_length: int, overlap: int, spans: Mapping[int, Spans]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Pieces of at most `sequence_length` targets: documents, starts, lengths, contexts, in document
-    order.
-    """
+    """Return pieces of up to `sequence_length` targets: documents, starts, lengths, contexts, by document."""
     num_targets = np.maximum(document_lengths.astype(np.int64) - 1, 0)
-    num_targets[list(spans)] = 0  # cut apart from the others
+    num_targets[list(spans)] = 0  # these are cut by their spans, below
     stride = sequence_length - overlap
     further = np.maximum(-(-(num_targets - sequence_length) // stride), 0)
     num_pieces = np.where(num_targets > 0, 1 + further, 0)
     documents = np.repeat(np.arange(len(num_targets)), num_pieces)
-    place = np.arange(len(documents)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
-    starts = place * stride
+    # The number of each piece within its document.
+    piece = np.arange(len(documents)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
+    starts = piece * stride
     lengths = np.minimum(num_targets[documents] - starts, sequence_length)
     contexts = np.where(starts > 0, overlap, 0)
     cut = [
         (document, *piece)
-        for document, found in spans.items()
-        for piece in pieces_around(found, sequence_length=sequence_length, overlap=overlap)
+        for document, document_spans in spans.items()
+        for piece in pieces_around(document_spans, sequence_length=sequence_length, overlap=overlap)
     ]
     if not cut:
         return documents, starts, lengths, contexts
@@ -330,32 +329,32 @@ def _cut(
 
 
 def _best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
-    """The row of each piece, and the number of rows: longest first, each into the fullest row that has room
-    for it.
+    """Return the row of each piece, and the number of rows: longest first, each into the fullest row it fits.
 
-    Pieces of equal length keep their order. O(n log n), as rooms are at most `capacity` distinct numbers.
+    Pieces of equal length keep their order. O(n log n), since there are at most `capacity` different numbers
+    of free positions.
     """
     order = np.argsort(-lengths, kind="stable")
     rows = np.empty(len(lengths), np.int64)
-    rooms: list[int] = []  # sorted: each number of free positions that some row has
+    free: list[int] = []  # sorted: each number of free positions that some row has
     rows_with: dict[int, list[int]] = {}  # by the number of free positions
     num_rows = 0
     for piece, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        place = bisect.bisect_left(rooms, length)
-        if place < len(rooms):
-            room = rooms[place]
-            row = rows_with[room].pop()
-            if not rows_with[room]:
-                del rooms[place]
+        index = bisect.bisect_left(free, length)
+        if index < len(free):
+            num_free = free[index]
+            row = rows_with[num_free].pop()
+            if not rows_with[num_free]:
+                del free[index]
         else:
-            room = capacity
+            num_free = capacity
             row = num_rows
             num_rows += 1
         rows[piece] = row
-        if left := room - length:
-            same = rows_with.setdefault(left, [])
+        if num_left := num_free - length:
+            same = rows_with.setdefault(num_left, [])
             if not same:
-                bisect.insort(rooms, left)
+                bisect.insort(free, num_left)
             same.append(row)
     return rows, num_rows
 
@@ -370,11 +369,11 @@ def _plan(
     sequence_length: int,
     overlap: int,
 ) -> RowPlan:
-    """From pieces sorted by row, where every row from 0 on has one."""
+    """Return the plan of pieces that are sorted by row; every row from 0 on has a piece."""
     if not len(rows):
         raise ValueError(
-            "there are no documents to make rows of: the source, or this split of it, is empty, or none of "
-            "its text is scored"
+            "there are no documents to pack: the source, or this split of it, is empty, or none of its text "
+            "is scored"
         )
     return RowPlan(
         sequence_length=sequence_length,
@@ -396,7 +395,7 @@ def _save(plan: RowPlan, path: Path) -> None:
 
 
 def _load(path: Path, *, sequence_length: int) -> RowPlan | None:
-    """None where there is no such file, or its checksums (each array has one in the archive) do not match."""
+    """Return a saved plan; None if there is none or its checksums (one per array) do not match."""
     try:
         with path.open("rb") as file, np.load(file) as archive:
             return RowPlan(

@@ -1,10 +1,9 @@
-"""`batch(step)`: the batches of training, a pure function of the data, its seed and the step.
+"""`batch(step)`: training batches as a pure function of the data, its seed and the step.
 
-The rows of every source (`packing.py`) are shuffled anew for each of its epochs; a mixture interleaves the
-sources row by row in proportion to their weights. Which source row g of the whole run comes from, and which
-of its rows it is, are closed forms of g, so that resuming needs the step alone, and nothing is remembered.
-Batch `step` is rows step * B to (step + 1) * B - 1 of the run, whatever the number of processes and the mesh:
-each process makes the rows that its devices hold, and no others.
+The rows of every source (`packing.py`) are shuffled again in each of its epochs. A mixture interleaves the
+sources row by row in proportion to their weights. The source of row g of the run, and the index of its row,
+are closed forms of g, so that resuming needs only the step. Batch `step` is rows step * B to (step + 1) * B -
+1 of the run, whatever the number of processes and the mesh: each process makes only the rows of its devices.
 
     source = BatchSource(prepared.train, data, token_bytes=prepared.tokenizer.token_bytes)
     with source.iterate(start_step) as batches:     # reads ahead in the background
@@ -35,29 +34,30 @@ from slmjax.data.packing import TokenizedDocuments, load_or_pack, write_row
 class Mixture:
     """Interleaves infinite sources so that every prefix holds them in proportion to their weights.
 
-    `mixture[g]` is (source, how many rows of that source came before), a closed form. Sources are the leaves
-    of a binary tree, halved by weight; of the first k rows that reach a node, the nearest integer to k times
-    its share goes left. Of the first n rows, source i has n * weight_i / total, off by at most half a row
-    with two sources and by less than two with any number. (`grain.MapDataset.mix` rounds weights to
-    hundredths of the smallest, which drifts without bound.)
+    `mixture[g]` is (source, number of earlier rows of that source), a closed form. Sources are the leaves of
+    a binary tree, split by weight. Of the first k rows that reach a node, the integer nearest to k times its
+    fraction goes left. Of the first n rows, source i has n * weight_i / total, off by at most half a row with
+    two sources and by less than two with any number. (`grain.MapDataset.mix` rounds weights to hundredths of
+    the smallest, which drifts without bound.)
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        """Raises ValueError unless every weight is positive and finite."""
+        """Create a mixture. Raises ValueError unless every weight is positive and finite."""
         if not weights:
             raise ValueError("there is no source to train on: give data.sources at least one")
-        for place, weight in enumerate(weights):
+        for source, weight in enumerate(weights):
             if not (weight > 0 and math.isfinite(weight)):
                 raise ValueError(
-                    f"source {place} has weight {weight}: weights are positive numbers; leave a source out "
-                    "to not use it"
+                    f"source {source} has weight {weight}, which must be positive and finite: leave out a "
+                    "source that is not used"
                 )
         exact = [Fraction(weight) for weight in weights]
         unit = math.lcm(*(weight.denominator for weight in exact))
-        whole = [int(weight * unit) for weight in exact]
-        self.shares = tuple(weight / sum(whole) for weight in whole)  # of the rows, by source
-        self._by_weight = sorted(range(len(whole)), key=lambda source: -whole[source])
-        self._sums = [0, *itertools.accumulate(whole[source] for source in self._by_weight)]
+        # Integers in the ratio of the weights, so that the closed form is exact for any row number.
+        integers = [int(weight * unit) for weight in exact]
+        self.fractions = tuple(weight / sum(integers) for weight in integers)  # of the rows, by source
+        self._by_weight = sorted(range(len(integers)), key=lambda source: -integers[source])
+        self._sums = [0, *itertools.accumulate(integers[source] for source in self._by_weight)]
 
     def __getitem__(self, row: int) -> tuple[int, int]:
         low = 0
@@ -77,16 +77,15 @@ class Mixture:
         return self._by_weight[low], row
 
     def _split(self, low: int, high: int) -> int:
-        """Where to cut the sources low..high so that both sides weigh as nearly the same as they can."""
-        whole = self._sums[low] + self._sums[high]
-        return min(range(low + 1, high), key=lambda middle: abs(2 * self._sums[middle] - whole))
+        """Return the index that splits the sources low..high into two sides of similar weight."""
+        total = self._sums[low] + self._sums[high]
+        return min(range(low + 1, high), key=lambda middle: abs(2 * self._sums[middle] - total))
 
 
 class BatchSource:
-    """Training batches of token shards with their weights; weights are shares of the rows of the run,
-    relative to each other.
+    """Training batches of token shards with weights, which are relative fractions of the rows of the run.
 
-    A row's id is its index in the plan of its source, plus the number of rows of the sources before it.
+    The id of a row is its index in the plan of its source, plus the number of rows of the sources before it.
     """
 
     def __init__(
@@ -97,11 +96,16 @@ class BatchSource:
         token_bytes: Integer[np.ndarray, "V"] | None = None,
         rows: Integer[np.ndarray, "R"] | None = None,
     ) -> None:
-        """Packs what is not yet packed; `rows` of the global batch, ascending, are made here (None: all of
-        them).
+        """Pack what is not packed yet.
+
+        Args:
+          train: shards with their weights.
+          data: settings of packing and batches.
+          token_bytes: UTF-8 bytes of each token id, if known.
+          rows: rows of the global batch, ascending, that are made here (None: all of them).
 
         Raises:
-          ValueError: empty sources, weights and sizes that do not work.
+          ValueError: empty sources, or weights and sizes that cannot be used.
         """
         self._data = data
         self._shards = [shards for shards, _ in train]
@@ -125,22 +129,21 @@ class BatchSource:
 
     @property
     def packing_efficiency(self) -> float:
-        """Share of the trained positions that hold tokens rather than padding, the sources weighted as in the
-        mixture.
-        """
+        """The fraction of trained positions that hold tokens, the sources weighted as in the mixture."""
         return sum(
-            share * plan.efficiency for share, plan in zip(self._mixture.shares, self.plans, strict=True)
+            fraction * plan.efficiency
+            for fraction, plan in zip(self._mixture.fractions, self.plans, strict=True)
         )
 
     def batch(self, step: int) -> Batch:
-        """The rows of global batch `step` that are made here, as numpy arrays."""
+        """Return the rows of global batch `step` that are made here, as numpy arrays."""
         if step < 0:
-            raise ValueError(f"step is {step}, but steps count from 0")
+            raise ValueError(f"step is {step}: steps count from 0")
         batch = empty_batch(len(self.rows), self._data.sequence_length)
         for index, row_of_batch in enumerate(self.rows):
-            source, place = self._mixture[step * self._data.batch_size + row_of_batch]
-            # grain's None stands for what a filter dropped: there is no filter
-            row = cast(int, self._orders[source][place])
+            source, index_in_source = self._mixture[step * self._data.batch_size + row_of_batch]
+            # The type allows None, for elements that a filter dropped; there is no filter here.
+            row = cast(int, self._orders[source][index_in_source])
             shards = self._shards[source]
             write_row(
                 batch,
@@ -154,7 +157,7 @@ class BatchSource:
         return batch
 
     def iterate(self, start_step: int = 0) -> "ReadAhead":
-        """batch(start_step), batch(start_step + 1), ... without end, made ahead by `read_threads` threads."""
+        """Iterate over batch(start_step), batch(start_step + 1), ..., made ahead by threads."""
         return ReadAhead(
             self.batch,
             start_step=start_step,
@@ -164,19 +167,18 @@ class BatchSource:
 
 
 class ReadAhead:
-    """Iterates over batch(start_step), ...; up to `prefetch` batches are being made or are waiting at any
-    time.
+    """Iterates over batch(start_step), ...; up to `prefetch` batches are in progress or waiting at any time.
 
-    An error in making a batch is raised where that batch is asked for. Close it, or use it as a context:
-    afterwards none of its threads makes a batch; one that never got to make any may take a moment to end.
+    An error in making a batch is raised when that batch is requested. Close it, or use it as a context:
+    afterwards no thread makes a batch. A thread that has not begun one may take a moment to end.
     """
 
     def __init__(
         self, batch: Callable[[int], Batch], *, start_step: int, read_threads: int, prefetch: int
     ) -> None:
-        self.waiting_seconds = 0.0  # that the consumer has spent in next()
+        self.waiting_seconds = 0.0  # time that the consumer has spent in next()
         self._batch = batch
-        self._threads: set[threading.Thread] = set()  # those that make batches
+        self._threads: set[threading.Thread] = set()  # the threads that make batches
         self._lock = threading.Lock()
         self._closed = False
         steps = grain.MapDataset.range(start_step, sys.maxsize).map(self._make)
@@ -194,9 +196,9 @@ class ReadAhead:
             self.waiting_seconds += time.perf_counter() - started
 
     def close(self) -> None:
-        """Ends the reading; waits for the batch that each thread is at. Harmless to call again."""
+        """Stop reading, and wait for the batch that each thread is making. It may be called again."""
         with self._lock:
-            self._closed = True  # from here on no thread is added
+            self._closed = True  # from now on no thread is added
         self._iterator.close()
         for thread in self._threads:
             thread.join()
@@ -211,21 +213,23 @@ class ReadAhead:
         with self._lock:
             if self._closed:
                 return None
-            # Grain's executor ends its threads without waiting for them, so close() waits for those seen
-            # here.
+            # Grain's executor does not wait for its threads at the end, so close() does.
             self._threads.add(threading.current_thread())
         return self._batch(step)
 
 
 def _order(num_rows: int, *, seed: int) -> grain.MapDataset:
-    """order[i] is the i-th row to take: each run of `num_rows` is one epoch, a permutation of its own."""
+    """Return the order of rows: each run of `num_rows` indices is one epoch, with its own permutation."""
     order = grain.MapDataset.range(num_rows).shuffle(seed=seed).repeat()
-    order[0]  # grain sets up its statistics at the first access, which must not happen in two threads at once
+    # Grain creates its statistics at the first access, which must not happen in two threads at a time.
+    order[0]
     return order
 
 
 def _seed(seed: int, source: int) -> int:
-    """32 bits. Hashed, as grain adds the epoch to it: seeds 0 and 1 would share all permutations, an epoch
-    apart.
+    """Return 32 bits for a source.
+
+    They are hashed because grain adds the epoch to its seed: otherwise seeds 0 and 1 would share all
+    permutations, one epoch apart.
     """
     return int.from_bytes(hashlib.sha256(f"rows {seed} {source}".encode()).digest()[:4], "big")

@@ -1,13 +1,13 @@
-"""A tokenizer that cannot be made to produce special tokens by the text it encodes.
+"""A tokenizer that never produces special tokens for the text of a document.
 
     backend, forbidden = plain_text_backend(specification, reserved={"</s>": 2})
     backend.encode("a</s>b", add_special_tokens=False).ids      # without 2, whatever the model type
 
 `tokenizers` keeps special tokens out of a text only where it looks for added tokens. The model behind that
 (WordLevel, WordPiece, Unigram, BPE with a merge or a whole-word look-up) finds the same name in its own
-vocabulary and yields the id all the same, and an added token that is not marked special is always found. So
-documents are encoded with a copy in which each reserved token has a name that no text contains: ids stay, the
-merges that would build the name are gone, and the text is encoded with what is left.
+vocabulary and yields its id, and an added token that is not marked special is always found. So documents are
+encoded with a copy in which each reserved token has a name that no text contains. Ids stay the same, the
+merges that would build the name are gone, and the text is encoded with the rest of the vocabulary.
 """
 
 import json
@@ -16,11 +16,11 @@ from typing import Any
 
 import tokenizers
 
-_NONCHARACTER = "\U0010ffff"  # assigned to no character, ever
+_NONCHARACTER = "\U0010ffff"  # never assigned to a character
 
 
 def unknown_token(specification: Mapping[str, Any]) -> str | None:
-    """The name of the token that the model uses for text it cannot express; None where it has none."""
+    """Return the name of the model's unknown token; None if it has none."""
     model = specification["model"]
     if model["type"] != "Unigram":
         return model.get("unk_token")
@@ -30,9 +30,9 @@ def unknown_token(specification: Mapping[str, Any]) -> str | None:
 def reserved_tokens(
     specification: Mapping[str, Any], *, bos: str, eos: str, pad: str | None, ends: Iterable[str]
 ) -> set[str]:
-    """Names that no text may produce: special tokens, BOS, EOS, padding, and added tokens that end a turn.
+    """Return names that no text may produce: special tokens, BOS, EOS, padding, and added end tokens.
 
-    The model's unknown token is none of them, unless it is BOS or EOS too.
+    The model's unknown token is not among them, unless it is BOS or EOS.
     """
     added = {token["content"]: token["special"] for token in specification["added_tokens"]}
     names = {
@@ -46,13 +46,14 @@ def reserved_tokens(
 def plain_text_backend(
     specification: Mapping[str, Any], *, reserved: Mapping[str, int]
 ) -> tokenizers.Tokenizer | None:
-    """The tokenizer for documents; None where the one of the specification never yields a reserved id.
+    """Return the tokenizer for documents; None if that of the specification never yields a reserved id.
 
     Args:
       specification: a tokenizer.json.
-      reserved: ids of the tokens that no text may produce, by name. The model's unknown token keeps its use
-        but loses its name: its id comes out for text that cannot be expressed, not for text that spells it.
+      reserved: ids of the tokens that no text may produce, by name. The model's unknown token stays in use
+        but loses its name: its id comes out for text that cannot be expressed, not for text with its name.
     """
+    # The copy costs memory and a second vocabulary, so it is made only where it is needed.
     model = specification["model"]
     names = set(reserved)
     unreserved_added = any(
@@ -62,11 +63,11 @@ def plain_text_backend(
     if not unreserved_added and unknown not in names and not any(_can_produce(model, name) for name in names):
         return None
     renamed = {
-        name: f"{_NONCHARACTER}{place}{_NONCHARACTER}"
-        for place, name in enumerate(sorted(names | {unknown or ""} - {""}))
+        name: f"{_NONCHARACTER}{number}{_NONCHARACTER}"
+        for number, name in enumerate(sorted(names | {unknown or ""} - {""}))
     }
     added = [
-        # A special token is not looked for in text, see encode_special_tokens.
+        # Special tokens are not searched for in text, see encode_special_tokens.
         {
             **token,
             "content": renamed.get(token["content"], token["content"]),
@@ -88,9 +89,10 @@ def plain_text_backend(
 def checked_encodings(
     texts: Sequence[str], encode: Callable[..., list[tokenizers.Encoding]], *, reserved: Mapping[int, str]
 ) -> list[tokenizers.Encoding]:
-    """Return the encodings of texts, which must not have a reserved id.
+    """Return the encodings of texts, without reserved ids.
 
     Args:
+      texts: to encode.
       encode: `encode_batch` or `encode_batch_fast` of a backend for documents.
       reserved: names of the tokens that no text may produce, by id.
 
@@ -101,17 +103,16 @@ def checked_encodings(
         encodings = encode(list(texts), add_special_tokens=False)
     except Exception as error:  # the library raises bare Exception
         raise ValueError(
-            f"the vocabulary cannot express the text, and has no token for what is unknown ({error}): take a "
-            "tokenizer that falls back "
-            "on bytes, or one that has such a token"
+            f"the vocabulary cannot express the text, and has no unknown token ({error}): use a tokenizer that "
+            "falls back on bytes, or one with an unknown token"
         ) from error
     for text, encoding in zip(texts, encodings if reserved else (), strict=False):
         if not reserved.keys().isdisjoint(ids := encoding.ids):
             name = next(reserved[id] for id in ids if id in reserved)
             raise ValueError(
                 f"the vocabulary has {name!r} for text that it cannot express, and that token begins or ends "
-                "documents: name another "
-                f"BOS or EOS, or take a tokenizer that falls back on bytes. The text: {text[:80]!r}"
+                "documents: name another BOS or EOS, or use a tokenizer that falls back on bytes. The text: "
+                f"{text[:80]!r}"
             )
     return encodings
 
@@ -129,13 +130,12 @@ def _can_produce(model: Mapping[str, Any], name: str) -> bool:
         or model.get("end_of_word_suffix")
     ):
         return True
+    # BPE reaches a name only by a merge whose parts join to it.
     return len(name) == 1 or any(left + right == name for left, right in model["merges"])
 
 
 def without_names(model: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
-    """The model with other names for some of its tokens, and without the merges that take part in the old
-    ones.
-    """
+    """Return the model with other names for some tokens, and without the merges that use the old names."""
     if model["type"] == "Unigram":
         return {**model, "vocab": [[renamed.get(piece, piece), score] for piece, score in model["vocab"]]}
     changed = {**model, "vocab": {renamed.get(name, name): id for name, id in model["vocab"].items()}}

@@ -3,10 +3,10 @@
     prepared = prepare(DataConfig(), BpeTokenizer(vocab_size=4096))
     prepared.train[0][0].tokens(0);  prepared.tokenizer.decode(...);  prepared.heldout_text()
 
-Under the cache directory: tokenizers/KEY and shards/KEY/{train,heldout}, where KEY is a hash of everything
-that decides the content. A directory is written under a temporary name and renamed when it is complete: a
-killed process leaves nothing that would be taken for data, and of two processes that prepare the same thing,
-one wins.
+The cache directory has tokenizers/KEY and shards/KEY/{train,heldout}, where KEY is a hash of everything that
+decides the content. A directory is written under a temporary name and renamed when it is complete. A killed
+process leaves nothing that could be mistaken for data, and if two processes prepare the same data, the first
+wins.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from slmjax.atomic_files import atomic_directory
 from slmjax.config import fingerprint, to_json
 from slmjax.data.config import DataConfig, WeightedSource
 from slmjax.data.documents import Gatekeeper, check_bad_fraction
-from slmjax.data.encoding import HELDOUT, TRAIN, divide, require_template, write_source
-from slmjax.data.lost_text import check_lost_text, lost_share
+from slmjax.data.encoding import HELDOUT, TRAIN, require_template, split_document, write_source
+from slmjax.data.lost_text import check_lost_text, lost_fraction
 from slmjax.data.scored import is_all_scored
 from slmjax.data.shards import FORMAT_VERSION, TokenShards
 from slmjax.data.sources import changed_fields, combined_hash
@@ -40,7 +40,7 @@ _SAMPLE_TOKENS = 100
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What training and evaluation read."""
+    """The data of training and evaluation."""
 
     tokenizer: Tokenizer
     train: tuple[tuple[TokenShards, float], ...]  # one per source of the mixture, with its weight
@@ -48,26 +48,23 @@ class Prepared:
 
     @property
     def lost_text(self) -> float:
-        """Share of the bytes of the held-out text (or all text where nothing is held out) that the tokenizer
-        loses.
-        """
+        """The fraction of the held-out text (all text if none is held out) that the tokenizer loses."""
         shards = self.heldout or [shards for shards, _ in self.train]
-        return lost_share(one.manifest.lost_text for one in shards)
+        return lost_fraction(split.manifest.lost_text for split in shards)
 
     def heldout_text(self) -> bytes:
-        """The UTF-8 text of all held-out documents, joined: what a compressor is compared on."""
+        """Return the UTF-8 text of all held-out documents, joined, to compare with compressors."""
         return b"".join(shards.text() for shards in self.heldout)
 
 
 def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Prepared:
-    """Opens the prepared data of this mixture, preparing what is missing. Raises ValueError for unusable
-    sources or data.
-    """
+    """Open the prepared data of a mixture; prepare what is missing. ValueError for unusable sources."""
     if data.path is None and (fields := changed_fields(data)):
         raise ValueError(
-            f"data.{fields[0]}={getattr(data, fields[0])!r} does nothing without data.path: leave it out, or "
+            f"data.{fields[0]}={getattr(data, fields[0])!r} has no effect without data.path: leave it out, or "
             f"set {fields[0]} of the source"
         )
+    # Fingerprints are enough to find prepared data: documents are only read to prepare them.
     hashes = [weighted.source.fingerprint() for weighted in data.mixture]
     with _progress() as bar:
         built = _tokenizer(data, tokenizer, hashes=hashes, bar=bar)
@@ -94,7 +91,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Prepared:
 
 
 def inspect(data: DataConfig, tokenizer: TokenizerConfig, *, num_samples: int = 3) -> dict[str, Any]:
-    """Statistics of the prepared data and decoded samples of the training text, as JSON can hold them."""
+    """Return statistics of the prepared data and decoded samples of the training text, as for JSON."""
     prepared = prepare(data, tokenizer)
     sources = []
     for i, (shards, weight) in enumerate(prepared.train):
@@ -129,7 +126,7 @@ def _statistics(shards: TokenShards) -> dict[str, Any]:
         "documents_with_prompt": int(np.count_nonzero(~is_all_scored(shards.lengths, shards.num_scored))),
         "scored_tokens": manifest.num_scored,
         "scored_bytes": manifest.scored_bytes,
-        "lost_text": manifest.lost_text.share,
+        "lost_text": manifest.lost_text.fraction,
         "directory": str(shards.directory),
     }
 
@@ -167,25 +164,26 @@ def _tokenizer(data: DataConfig, config: TokenizerConfig, *, hashes: list[str], 
     try:
         loaded = Tokenizer.load(final)
     except ValueError as error:
-        raise ValueError(f"{final} is damaged ({error}): delete it, it is made anew") from error
+        raise ValueError(f"{final} is damaged ({error}): delete it, and it is made again") from error
     if loaded.hash != (final / "hash").read_text():
         raise ValueError(
-            f"{final} is damaged: the vocabulary is not the one that was written. Delete it, it is made anew"
+            f"{final} is damaged: the vocabulary is not the one that was written. Delete it, and it is made again"
         )
     return loaded
 
 
 def _texts(data: DataConfig, reads: Reads, *, bar: "_Bar") -> Iterator[str]:
-    """The text a vocabulary is made from: of all sources, of one side or both."""
+    """Yield the text for a vocabulary: of all sources, of one side or both."""
     for weighted in data.mixture:
         name = weighted.source.describe()
         gate = Gatekeeper(data.on_bad_document, max_bad_fraction=data.max_bad_fraction)
         bar.start(f"tokenizer: {name}", weighted.source.size_hint())
-        for found in weighted.source.documents():
-            document = gate.admit(found)
+        for candidate in weighted.source.documents():
+            document = gate.admit(candidate)
             if document is not None:
-                require_template(document, None)  # a vocabulary that is made here has none
-            for side, half in divide(document, data) if document is not None else ():
+                # A vocabulary that is made here has no chat template.
+                require_template(document, None)
+            for side, half in split_document(document, data) if document is not None else ():
                 if side == TRAIN or reads is Reads.ALL_TEXT:
                     yield half.prompt + half.text
                 bar.advance(len(half.text))
@@ -200,14 +198,14 @@ def _shard_directory(
     tokenizer: Tokenizer,
     bar: "_Bar",
 ) -> Path:
-    """The directory of one source's shards, written if it is not there."""
+    """Return the directory of one source's shards, written if it does not exist."""
     settings = (
         *_split_settings(data),
         str(data.max_document_bytes),
         data.scored_turns.value,
         data.special_tokens.value,
     )
-    # what the text of conversations depends on
+    # The text of conversations depends on these.
     chat = repr((tokenizer.chat_template, tokenizer.has_bos, tokenizer.unk, tokenizer.pad))
     key = combined_hash("shards", str(FORMAT_VERSION), source_hash, tokenizer.hash, chat, *settings)[:32]
     final = data.cache_path / "shards" / key
@@ -262,7 +260,7 @@ def _cached_directory(final: Path, *, files: Sequence[str]) -> Iterator[Path]:
 
 
 class _Bar:
-    """A progress bar in bytes of text, or nothing where there is no terminal."""
+    """A progress bar in bytes of text; nothing without a terminal."""
 
     def __init__(self, progress: Any) -> None:
         self._progress = progress

@@ -1,15 +1,16 @@
-"""The data record of a run: the text it was trained on and the text it held out, and whether that text is
-still the same.
+"""The data record of a run: the text it was trained on and held out, and whether that text is still the same.
 
-    record = read_record(run_dir)                # data.json of a run, or "data" in origin.json of a model
-    made of one now = describe(prepared, data) differences(record, now)                     # a sentence for
-    each changed source documents_to_evaluate(run_dir, data, ...)    # held-out documents, with the record
-    checked overlap(teacher_dir, data, now)              # a sentence for each source of which that model was
-    trained on held-out text
+    record = read_record(run_dir)                   # data.json of a run, or "data" in origin.json of a model
+    now = describe(prepared, data)
+    differences(record, now)                        # a sentence for each changed source
+    documents_to_evaluate(run_dir, data, ...)       # held-out documents, with the record checked
+    overlap(teacher_dir, data, now)                 # a sentence for each source whose held-out text that
+    model
+                                                    # was trained on
 
-Membership of the held-out set follows the content of a record and the name of a file
-(`DataConfig.heldout_by`), so a changed source does not by itself put training text into the held-out set; but
-figures are then of other text.
+Documents are held out by the content of a record or the name of a file (`DataConfig.heldout_by`), so that a
+changed source does not by itself move training text into the held-out set. But metrics are then of other
+text.
 """
 
 import dataclasses
@@ -34,20 +35,16 @@ Record = list[dict[str, Any]]  # one entry per source of the mixture
 
 
 class ChangedData(enum.Enum):
-    """The behaviour of an evaluation on a run's own held-out text whose sources have changed since
-    training.
-    """
+    """The behaviour of an evaluation on a run's held-out text if its sources have changed since training."""
 
     REFUSE = "refuse"  # an error that names the changed sources
     ALLOW = "allow"  # evaluate the text as it is now
-    RECORDED = "recorded"  # evaluate the text as it was prepared for training, as long as the cache has it
+    RECORDED = "recorded"  # evaluate the text as it was prepared for training, if the cache still has it
 
 
 # The record -------------------------------------------------------------------------------------------------
 def describe(prepared: Prepared, data: DataConfig) -> Record:
-    """The record of prepared data: per source its share, and sizes and hashes of what is trained on and what
-    is held out.
-    """
+    """Return the record of prepared data: per source its weight, and sizes and hashes of both sides."""
     record = []
     for i, (shards, weight) in enumerate(prepared.train):
         record.append(
@@ -75,9 +72,7 @@ def _sizes(shards: TokenShards) -> dict[str, Any]:
 
 
 def read_record(directory: Path) -> Record | None:
-    """The record of a run or of a model made of one; None if it has none. Raises ValueError if it is
-    damaged.
-    """
+    """Return the record of a run or of a model made from one; None without. ValueError if damaged."""
     if (directory / RECORD_FILE).is_file():
         return _read(directory / RECORD_FILE)
     origin = directory / "origin.json"
@@ -85,7 +80,7 @@ def read_record(directory: Path) -> Record | None:
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """The experiment, as JSON, of a run or of a model made of one; empty for a model of other people."""
+    """Return the experiment, as JSON, of a run or of a model made from one; empty for other models."""
     if (directory / "config.json").is_file():
         return _read(directory / "config.json")
     origin = directory / "origin.json"
@@ -96,29 +91,25 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged, it is no JSON ({error}): restore it") from error
+        raise ValueError(f"{path} is damaged, it is not JSON ({error}): restore it") from error
 
 
 # Then and now -----------------------------------------------------------------------------------------------
 def differences(before: Record, now: Record) -> list[str]:
-    """How the text that is there now differs from a record: a sentence for each changed source, without a
-    full stop.
-    """
+    """Describe how the present text differs from a record: a clause for each changed source."""
     if len(before) != len(now):
         names = [", ".join(entry["source"] for entry in entries) for entries in (before, now)]
         return [f"the mixture had {len(before)} source(s) ({names[0]}) and has {len(now)} ({names[1]})"]
-    found = []
+    changes = []
     for entry, other in zip(before, now, strict=True):
         if not _is_same(entry, other):
-            moved = "" if entry["source"] == other["source"] else f" (then {entry['source']})"
-            found.append(f"{other['source']}{moved} {_difference(entry, other)}")
-    return found
+            moved = "" if entry["source"] == other["source"] else f" (formerly {entry['source']})"
+            changes.append(f"{other['source']}{moved} {_difference(entry, other)}")
+    return changes
 
 
 def _is_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether all documents are the same; the records of earlier versions do not say what was held
-    out.
-    """
+    """Return whether all documents are the same. Records of early versions lack the held-out side."""
     return before["hash"] == now["hash"] and (HELDOUT not in before or before[HELDOUT] == now[HELDOUT])
 
 
@@ -133,7 +124,7 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         older = (
             ""
             if "fingerprint" in before
-            else ", or an earlier version of slmjax encoded the same text otherwise"
+            else ", or an earlier version of slmjax encoded the same text in another way"
         )
         return f"has other text in as many documents and bytes{older}: {was}"
     return counts
@@ -150,22 +141,25 @@ def _counted(entry: Mapping[str, Any]) -> str:
 
 
 def held_out_after_change(data: DataConfig) -> str:
-    """One sentence: what a changed source means for the held-out text of a run with these settings."""
+    """Return a sentence on the consequences of a changed source for the held-out text of a run."""
     if data.split is Split.TAIL:
-        return "The held-out tail of an edited document begins elsewhere, so that text that was trained on may be held out now."
+        return (
+            "The held-out tail of an edited document begins at another place, so that text that was trained on "
+            "may be held out now."
+        )
     if data.heldout_by is HeldOutBy.ID:
-        return "This run holds out records by file and line, so that records that moved may have been trained on and be held out now."
+        return (
+            "This run holds out records by file and line, so that records that moved may have been trained on "
+            "and be held out now."
+        )
     return (
         "Records are held out by their content and files by their name, so that no document that was trained "
-        "on is held out now, but"
-        " what is held out may be other text."
+        "on is held out now, but the held-out text may be other text."
     )
 
 
 def changes_on_resume(run: Path, data: DataConfig, now: Record) -> list[str]:
-    """Sentences about what a run goes on with: sources that changed since its record, or another division of
-    the same text.
-    """
+    """Return sentences about changed sources, or another split of the same text, for a run that resumes."""
     own = own_data(run)
     before = read_record(run)
     if own is not None and any(
@@ -175,9 +169,8 @@ def changes_on_resume(run: Path, data: DataConfig, now: Record) -> list[str]:
     changed = [] if before is None else differences(before, now)
     return (
         [
-            f"the data of {run} changed since it was trained: {'; '.join(changed)}. It goes on with the text "
-            "as it is now."
-            f" {held_out_after_change(data)}"
+            f"the data of {run} changed since it was trained: {'; '.join(changed)}. The run continues with the "
+            f"text as it is now. {held_out_after_change(data)}"
         ]
         if changed
         else []
@@ -188,12 +181,12 @@ def changes_on_resume(run: Path, data: DataConfig, now: Record) -> list[str]:
 def documents_to_evaluate(
     directory: Path, data: DataConfig, tokenizer: TokenizerConfig, *, changed_data: ChangedData
 ) -> tuple[TokenShards, ...]:
-    """The held-out documents of `data`, or all of them where nothing is held out.
+    """Return the held-out documents of `data`, or all of them if nothing is held out.
 
-    Where `data` is what the model in `directory` was trained on, it is compared with the model's record.
-    Where its sources cannot be read any more, the text that was prepared for training is evaluated, if the
-    cache has it. Where `data` divides the same text otherwise, the log names the held-out text that the
-    model was trained on.
+    If `data` is what the model in `directory` was trained on, it is compared with the model's record. If its
+    sources cannot be read any more, the text that was prepared for training is evaluated, if the cache has
+    it. If `data` splits the same text in another way, a warning names the sources on which the model may have
+    been trained.
 
     Raises:
       ValueError: the text has changed and `changed_data` is REFUSE; it is RECORDED and the cache does not
@@ -201,14 +194,14 @@ def documents_to_evaluate(
     """
     own = _readable_own_data(directory)
     record = read_record(directory)
-    if own is None or _divided(own) != _divided(data):
+    if own is None or _split_settings(own) != _split_settings(data):
         prepared = prepare(data, tokenizer)
         for sentence in overlap(directory, data, describe(prepared, data)):
             log.warning("%s.", sentence)
         return _documents(prepared)
     if record is None:
         log.warning(
-            "%s has no record of its data: it is not known whether its text is still what it was trained on.",
+            "%s has no record of its data: it is unknown whether its text is still what it was trained on.",
             directory,
         )
         return _documents(prepare(data, tokenizer))
@@ -232,7 +225,10 @@ def documents_to_evaluate(
         )
         return recorded
     if changed := differences(record, describe(prepared, data)):
-        message = f"the data of {directory} changed since it was trained: {'; '.join(changed)}. {held_out_after_change(data)}"
+        message = (
+            f"the data of {directory} changed since it was trained: {'; '.join(changed)}. "
+            f"{held_out_after_change(data)}"
+        )
         if changed_data is ChangedData.REFUSE:
             raise ValueError(f"{message} {_way_out(recorded is not None)}")
         log.warning("%s", message)
@@ -256,10 +252,8 @@ def _documents(prepared: Prepared) -> tuple[TokenShards, ...]:
 
 
 def recorded_heldout(record: Record, data: DataConfig) -> tuple[TokenShards, ...] | None:
-    """The held-out documents of a record, from the cache; None if it does not have all of them, as they
-    were.
-    """
-    found = []
+    """Return the held-out documents of a record from the cache; None if they are incomplete or changed."""
+    heldout = []
     for entry in record:
         held_out = entry.get(HELDOUT)
         if held_out is None:
@@ -268,74 +262,70 @@ def recorded_heldout(record: Record, data: DataConfig) -> tuple[TokenShards, ...
             shards = TokenShards.open(
                 data.cache_path / "shards" / entry["shards"] / HELDOUT, tokenizer_hash=entry["tokenizer"]
             )
-        except ValueError:  # gone, damaged or of another format
+        except ValueError:  # missing, damaged or of another format
             return None
         if shards.hash != held_out["hash"]:
             return None
-        found.append(shards)
-    return tuple(found)
+        heldout.append(shards)
+    return tuple(heldout)
 
 
 # Other models -----------------------------------------------------------------------------------------------
 def overlap(directory: Path, data: DataConfig, now: Record) -> list[str]:
-    """A sentence for each source of which the model in `directory` was, or may have been, trained on text
-    that `data` evaluates.
+    """Return a sentence for each source where the model in `directory` may be trained on evaluated text.
 
-    That is a source which is in its record too, by its name or its content, and is divided otherwise here.
+    That is a source which is in its record, too, by its name or its content, and is split in another way
+    here.
 
     Args:
-      directory: a run, or a model; nothing is known of a model of other people.
-      data: what is evaluated: its held-out part, or all of it where nothing is held out.
+      directory: a run, or a model; nothing is known of models that slmjax did not train.
+      data: the evaluated data: its held-out part, or all of it if nothing is held out.
       now: its record (`describe`).
     """
     try:
         own = own_data(directory)
     except ConfigError as error:
         return [
-            (
-                f"it is not known whether {directory} was trained on what is held out here: its settings "
-                "cannot "
-                f"be read ({error})"
-            )
+            f"it is unknown whether {directory} was trained on the text held out here: its settings cannot be "
+            f"read ({error})"
         ]
     if own is None:
         return []
     before = read_record(directory)
     if before is None:
         before = [{"source": weighted.source.describe()} for weighted in own.mixture]
-    found = []
+    sentences = []
     for entry in now:
-        same = [one for one in before if _is_same_source(one, entry)]
-        if same and not any(_holds_out_the_same(one, entry, own, data) for one in same):
-            found.append(
-                f"{directory} was trained on text of {entry['source']} too, and there {_in_words(own)}, here "
-                f"{_in_words(data)}: some of"
-                " what is evaluated here may have been trained on, so that its loss may be too low"
+        same = [other for other in before if _is_same_source(other, entry)]
+        if same and not any(_holds_out_the_same(other, entry, own, data) for other in same):
+            sentences.append(
+                f"{directory} was trained on text of {entry['source']} too, and there {_held_out_clause(own)}, "
+                f"here {_held_out_clause(data)}: some of the text evaluated here may have been trained on, so "
+                "that its loss may be too low"
             )
-    return found
+    return sentences
 
 
 def overlap_with_own(directory: Path, own: Path) -> list[str]:
-    """As `overlap`, with the text that the model in `own` holds out; nothing is said where it is not
-    known.
-    """
+    """Return `overlap` with the text that the model in `own` holds out; empty if that is unknown."""
     data = _readable_own_data(own)
     now = read_record(own)
     return [] if data is None or now is None or data.heldout_fraction == 0 else overlap(directory, data, now)
 
 
-def _is_same_source(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    has_same_content = "fingerprint" in one and one["fingerprint"] == other.get("fingerprint")
-    # Records that were moved to a file of another name are the same text; the fingerprint of a file has its
-    # name.
+def _is_same_source(before: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    has_same_content = "fingerprint" in before and before["fingerprint"] == other.get("fingerprint")
+    # Records in a file that was renamed are the same text, but the fingerprint includes the name.
     has_same_sizes = (
-        HELDOUT in one and one.get("tokenizer") == other["tokenizer"] and _total(one) == _total(other)
+        HELDOUT in before
+        and before.get("tokenizer") == other["tokenizer"]
+        and _total(before) == _total(other)
     )
-    return one["source"] == other["source"] or has_same_content or has_same_sizes
+    return before["source"] == other["source"] or has_same_content or has_same_sizes
 
 
 def _total(entry: Mapping[str, Any]) -> tuple[int, ...]:
-    """Documents, bytes and tokens of both sides of a source."""
+    """Return documents, bytes and tokens of both sides of a source."""
     sides = [entry, entry[HELDOUT]] if entry[HELDOUT] is not None else [entry]
     return tuple(sum(int(side[name]) for side in sides) for name in ("documents", "bytes", "tokens"))
 
@@ -343,7 +333,7 @@ def _total(entry: Mapping[str, Any]) -> tuple[int, ...]:
 def _holds_out_the_same(
     before: Mapping[str, Any], now: Mapping[str, Any], own: DataConfig, data: DataConfig
 ) -> bool:
-    """Return whether all that is evaluated was held out of the other training too."""
+    """Return whether all evaluated text was held out of the other training, too."""
     if (
         data.heldout_fraction > 0
         and before.get("hash") == now["hash"]
@@ -360,7 +350,7 @@ def _holds_out_the_same(
     )
 
 
-def _in_words(data: DataConfig) -> str:
+def _held_out_clause(data: DataConfig) -> str:
     if data.heldout_fraction == 0:
         return "nothing is held out"
     kind = (
@@ -372,10 +362,10 @@ def _in_words(data: DataConfig) -> str:
 
 
 def own_data(directory: Path) -> DataConfig | None:
-    """The data settings of a run, or of a model made of one; None for a model of other people.
+    """Return the data settings of a run, or of a model made from one; None for other models.
 
     Raises:
-      ConfigError: they name classes that are not known.
+      ConfigError: they have classes that are not known.
     """
     settings = read_settings(directory).get("data")
     try:
@@ -385,15 +375,15 @@ def own_data(directory: Path) -> DataConfig | None:
 
 
 def _readable_own_data(directory: Path) -> DataConfig | None:
-    """As `own_data`; None too for settings that cannot be read."""
+    """Return `own_data`, or None if the settings cannot be read."""
     try:
         return own_data(directory)
     except ConfigError:
         return None
 
 
-def _divided(data: DataConfig) -> tuple[Any, ...]:
-    """The settings that decide which documents are held out, and what they are."""
+def _split_settings(data: DataConfig) -> tuple[Any, ...]:
+    """Return the settings that decide the held-out documents and their text."""
     sources: list[Any] = []
     for weighted in data.mixture:
         source = weighted.source

@@ -3,11 +3,11 @@
     for record in read_records(path):
         record.values["prompt"]
 
-The layouts (`files.file_kind` tells which it is):
+The layouts (found by `files.file_kind`):
   JSON lines   one JSON object on each line; a broken line is one broken record
   JSON         one array of objects, objects one after another, or JSON lines
-  CSV, TSV     the first row names the fields; a field may be quoted (") and then hold line ends; values are
-  text Parquet      one record per row
+  CSV, TSV     the first row names the fields; quoted fields (") may contain line breaks; values are text
+  Parquet      one record per row
 
 Invalid UTF-8 becomes lone surrogates (`errors="surrogateescape"`), which the policy for bad documents finds.
 """
@@ -24,7 +24,7 @@ from slmjax.config import near_names
 from slmjax.data.files import READABLE, FileKind, Layout, decode, file_kind, open_bytes, open_text
 
 _CHUNK = 1 << 16  # characters read at a time from a JSON array
-# characters that a JSON token which is no string may have behind the place that an error names
+# most characters of a JSON token, other than a string, after the position of an error
 _LONGEST_TOKEN = 16
 _LONGEST_FIELD = 2**31 - 1  # characters of a CSV field
 _PARQUET_ROWS = 256  # in memory at a time
@@ -35,24 +35,25 @@ _BOM = b"\xef\xbb\xbf"
 class Record:
     """One record of a file."""
 
-    key: str  # its line, row or number within the file
+    key: str  # line, row or number within the file
     where: str  # the file and the key, for messages
     values: Mapping[str, Any] | None  # by field; None if the record is broken
-    detail: str = ""  # what is broken
+    detail: str = ""  # description of a broken record
 
 
 def read_records(
     path: Path, kind: FileKind | None = None, *, fields: Sequence[str] | None = None
 ) -> Iterator[Record]:
-    """The records of a file, in order.
+    """Return the records of a file, in order.
 
     Args:
-      kind: what `file_kind` said; None: it is asked.
-      fields: those that every record must have, where the file says once for all which there are (CSV, TSV,
-        Parquet); of Parquet no others are read. None: all.
+      path: the file.
+      kind: the result of `file_kind`; None to call it.
+      fields: the fields that every record must have, if the file defines them for all records (CSV, TSV,
+        Parquet); of Parquet only these are read. None: all.
 
     Raises:
-      ValueError: the file has no records, is damaged so that what follows cannot be read, or lacks one of
+      ValueError: the file has no records, is damaged so that the rest cannot be read, or lacks one of
         `fields`.
     """
     kind = file_kind(path) if kind is None else kind
@@ -68,41 +69,42 @@ def read_records(
 
 
 def read_objects(path: Path) -> list[Record]:
-    """All records of a file, each whole and of valid UTF-8: of a file of prompts or questions, where none may
-    be skipped.
+    """Return all records of a file, for prompts or questions that must not be skipped.
 
     Raises:
       ValueError: a record is broken or is not UTF-8, or as `read_records`.
     """
-    found = []
+    records = []
     for record in read_records(path):
         if record.values is None:
             raise ValueError(f"{record.where}: {record.detail}")
         try:
             json.dumps(record.values, ensure_ascii=False, default=str).encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"{record.where} is no UTF-8 text ({error}): convert it first") from error
-        found.append(record)
-    return found
+            raise ValueError(f"{record.where} is not UTF-8 text ({error}): convert it first") from error
+        records.append(record)
+    return records
 
 
 def value_in_cell(value: Any) -> Any:
-    """Return the list or whole number whose JSON a text is, as cells of CSV and TSV hold it; None for no
-    text; else the value itself.
+    """Return the value of a cell of a table, where CSV and TSV hold lists and integers as JSON.
+
+    Returns:
+      the list or integer of which a text is the JSON; None for blank text; else the value.
     """
     if not isinstance(value, str):
         return value
     if not value.strip():
         return None
     try:
-        found = json.loads(value)
+        decoded = json.loads(value)
     except (ValueError, RecursionError):
         return value
-    return found if isinstance(found, list) or type(found) is int else value
+    return decoded if isinstance(decoded, list) or type(decoded) is int else value
 
 
 def require_fields(fields: Iterable[str], known: Iterable[str], *, where: str, hint: str = "") -> None:
-    """Raise ValueError when a field is none of the known ones of a dataset or file."""
+    """Raise ValueError if a field is not among the known ones of a dataset or file."""
     known = list(known)
     for field in fields:
         if field not in known:
@@ -114,9 +116,7 @@ def require_fields(fields: Iterable[str], known: Iterable[str], *, where: str, h
 
 # JSON -------------------------------------------------------------------------------------------------------
 def _is_json_lines(path: Path, kind: FileKind) -> bool:
-    """Return whether each line is a value of its own, by the first line that is not blank and by the
-    suffix.
-    """
+    """Return whether each line is a value, by the first line that is not blank and by the suffix."""
     with open_bytes(path, kind) as stream:
         head = stream.read(_CHUNK).removeprefix(_BOM).lstrip()
         line, newline, rest = head.partition(b"\n")
@@ -154,7 +154,7 @@ def _json_record(value: Any, *, key: str, where: str) -> Record:
 
 
 def _json_values(path: Path, kind: FileKind) -> Iterator[Record]:
-    """The elements of one array, or values one after another."""
+    """Yield the elements of one array, or values one after another."""
     with open_text(path, kind) as text:
         values = JsonStream(text)
         is_array = values.take("[")
@@ -168,25 +168,25 @@ def _json_values(path: Path, kind: FileKind) -> Iterator[Record]:
                 value = values.value()
             except (ValueError, RecursionError) as error:
                 raise ValueError(
-                    f"{where}: broken JSON ({error}), so that what follows cannot be read: repair the file"
+                    f"{where}: broken JSON ({error}), so that the rest cannot be read: repair the file"
                 ) from error
             yield _json_record(value, key=str(number), where=where)
         if is_array and not (values.closed and values.at_end()):
             raise ValueError(
-                f"{path} is cut short, or goes on after its array (after record {number}): repair the file"
+                f"{path} is cut short, or has text after its array (after record {number}): repair the file"
             )
 
 
 class JsonStream:
-    """JSON values read from a text stream as they are asked for; the buffer holds one value and a chunk."""
+    """JSON values read from a text stream on demand; the buffer holds one value and a chunk."""
 
     def __init__(self, stream: io.TextIOBase) -> None:
         self._stream = stream
         self._decoder = json.JSONDecoder()
         self._buffer = ""
-        self._start = 0  # of what has not been read yet, within the buffer
-        self._is_whole = False  # whether the buffer goes to the end of the stream
-        self.closed = False  # whether "]" was taken
+        self._start = 0  # index in the buffer of the first character that was not read yet
+        self._is_complete = False  # the buffer reaches the end of the stream
+        self.closed = False  # "]" was taken
 
     def at_end(self) -> bool:
         """Return whether only white space is left."""
@@ -195,12 +195,12 @@ class JsonStream:
                 self._start += 1
             if self._start < len(self._buffer):
                 return False
-            if self._is_whole:
+            if self._is_complete:
                 return True
             self._read(_CHUNK)
 
     def take(self, character: str) -> bool:
-        """Return whether this character comes next; it is then passed over."""
+        """Return whether this character comes next, and skip it if so."""
         if self.at_end() or self._buffer[self._start] != character:
             return False
         self._start += 1
@@ -208,31 +208,33 @@ class JsonStream:
         return True
 
     def require(self, character: str) -> None:
-        """Pass over this character. Raises ValueError if another one comes next."""
+        """Skip this character. Raises ValueError if another one comes next."""
         if not self.take(character):
             raise ValueError(
                 f"expected {character!r}, found {self._buffer[self._start : self._start + 20]!r}"
             )
 
     def value(self) -> Any:
-        """The next value. Raises ValueError if it is broken or cut short."""
+        """Return the next value. Raises ValueError if it is broken or cut short."""
         size = _CHUNK
         while True:
             end_reached = self.at_end()
             try:
                 value, end = self._decoder.raw_decode(self._buffer, self._start)
             except ValueError as error:
-                if end_reached or self._is_whole or self._is_broken(error):
+                if end_reached or self._is_complete or self._is_broken(error):
                     raise
             else:
-                if end < len(self._buffer) or self._is_whole:  # else it may be a number that goes on
+                if (
+                    end < len(self._buffer) or self._is_complete
+                ):  # else it may be the beginning of a longer number
                     self._start = end
                     return value
             self._read(size)
             size *= 2
 
     def _is_broken(self, error: ValueError) -> bool:
-        """Return whether the error is not merely that the buffer ends inside the value."""
+        """Return whether the error is more than the end of the buffer inside a value."""
         assert isinstance(error, json.JSONDecodeError)
         return (
             not error.msg.startswith("Unterminated string") and error.pos < len(self._buffer) - _LONGEST_TOKEN
@@ -240,16 +242,15 @@ class JsonStream:
 
     def _read(self, size: int) -> None:
         chunk = self._stream.read(size)
-        self._is_whole = not chunk
+        self._is_complete = not chunk
         self._buffer = self._buffer[self._start :] + chunk
         self._start = 0
 
 
 # Tables -----------------------------------------------------------------------------------------------------
 def _csv(path: Path, kind: FileKind, fields: Sequence[str] | None) -> Iterator[Record]:
-    csv.field_size_limit(
-        max(csv.field_size_limit(), _LONGEST_FIELD)
-    )  # of the process: a document may be long
+    # The limit is that of the process. Its default of 128 KiB is too short for a document.
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
     delimiter = "\t" if kind.layout is Layout.TSV else ","
     with open_text(path, kind, newline="") as text:
         reader = csv.reader(text, delimiter=delimiter, strict=True)
@@ -260,8 +261,8 @@ def _csv(path: Path, kind: FileKind, fields: Sequence[str] | None) -> Iterator[R
                 row = next(reader, None)
             except csv.Error as error:
                 raise ValueError(
-                    f"{path}, line {line}: broken {kind.layout.value} ({error}), so that what follows cannot "
-                    "be read: check the quotes"
+                    f"{path}, line {line}: broken {kind.layout.value} ({error}), so that the rest cannot be "
+                    "read: check the quotes"
                 ) from error
             if row is None:
                 return
@@ -280,7 +281,7 @@ def _csv(path: Path, kind: FileKind, fields: Sequence[str] | None) -> Iterator[R
                     key=key,
                     where=where,
                     values=None,
-                    detail=f"{len(row)} fields, and the first row names {len(names)}",
+                    detail=f"{len(row)} fields instead of the {len(names)} that the first row names",
                 )
             else:
                 yield Record(key=key, where=where, values=dict(zip(names, row, strict=True)))
@@ -295,7 +296,7 @@ def _parquet(path: Path, fields: Sequence[str] | None) -> Iterator[Record]:
         file = parquet.ParquetFile(path)
     except ValueError as error:  # pyarrow.ArrowInvalid
         raise ValueError(
-            f"{path} is no readable Parquet file ({error}): replace it, or leave it out with a glob"
+            f"{path} is not a readable Parquet file ({error}): replace it, or leave it out with a glob"
         ) from error
     with file:
         names = list(file.schema_arrow.names)
@@ -313,7 +314,7 @@ def _parquet(path: Path, fields: Sequence[str] | None) -> Iterator[Record]:
 
 
 def _values_of(column: Any) -> list[Any]:
-    """Values of an Arrow column, text as bytes: Arrow does not check that it is UTF-8, the policy will."""
+    """Return the values of an Arrow column, text as bytes: Arrow does not check UTF-8, the policy does."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(column.type):

@@ -1,12 +1,11 @@
-"""Which tokens of a document are scored: stored as the places where that changes.
+"""The tokens of a document that are scored, stored as the indices where that changes.
 
 Token i is scored as a target, that is, where the model predicts it. BOS, token 0, is never predicted. In
 plain text every other token is scored, EOS included; in a pair of prompt and completion only the completion
 and EOS are.
 
-The edges of a document are the indices i >= 1 at which `scored[i] != scored[i - 1]`, where token 0 stands for
-"scored". So plain text has no edge, and a pair whose prompt takes the tokens 0 to p - 1 has the edges 1 and
-p.
+The edges of a document are the indices i >= 1 with `scored[i] != scored[i - 1]`, where token 0 counts as
+scored. So plain text has no edge, and a pair whose prompt takes the tokens 0 to p - 1 has the edges 1 and p.
 
 Legend: D documents, E edges of all documents, T tokens of a document.
 """
@@ -22,12 +21,12 @@ from jaxtyping import Bool, Int32, Int64, Integer
 class ScoredText(enum.Enum):
     """The text that is scored."""
 
-    COMPLETIONS = "completions"  # what follows a prompt; of documents without a prompt all of it
-    ALL = "all"  # prompts too
+    COMPLETIONS = "completions"  # the text after a prompt; all text of documents without a prompt
+    ALL = "all"  # prompts, too
 
 
 def edges_of(scored: Bool[np.ndarray, " T"]) -> Int32[np.ndarray, " edges"]:
-    """The edges of one document; what is said of token 0 does not matter."""
+    """Return the edges of one document; the flag of token 0 has no effect."""
     flags = np.concatenate([[True], scored[1:]])
     return (np.flatnonzero(flags[1:] != flags[:-1]) + 1).astype(np.int32)
 
@@ -41,10 +40,11 @@ class ScoredTokens:
     edges: Int32[np.ndarray, " E"]  # ascending within a document
 
     def of(self, document: int, *, start: int = 0, stop: int | None = None) -> Bool[np.ndarray, " T"]:
-        """One flag for each of the tokens `start` to `stop`."""
+        """Return a flag for each of the tokens `start` to `stop`."""
         stop = int(self.lengths[document]) if stop is None else stop
         first, last = np.searchsorted(self.documents, [document, document + 1])
         edges = self.edges[first:last]
+        # Between an odd number of edges and the next one, tokens are not scored.
         if len(edges):
             flags = np.searchsorted(edges, np.arange(start, stop), side="right") % 2 == 0
         else:
@@ -54,12 +54,12 @@ class ScoredTokens:
         return flags
 
     def counts(self) -> Int32[np.ndarray, " D"]:
-        """The number of scored tokens of each document."""
-        place = np.arange(len(self.edges)) - np.searchsorted(self.documents, self.documents)
-        # From each edge on to the end, tokens are taken away (even places) or added again (odd places).
+        """Return the number of scored tokens of each document."""
+        # Each edge removes the tokens from there to the end (even numbers) or adds them again (odd numbers).
+        number = np.arange(len(self.edges)) - np.searchsorted(self.documents, self.documents)
         after: Int64[np.ndarray, " E"] = self.lengths[self.documents].astype(np.int64) - self.edges
         changes = np.zeros(len(self.lengths), np.int64)
-        np.add.at(changes, self.documents, np.where(place % 2 == 0, -after, after))
+        np.add.at(changes, self.documents, np.where(number % 2 == 0, -after, after))
         return (np.maximum(self.lengths.astype(np.int64) - 1, 0) + changes).astype(np.int32)
 
 
@@ -74,39 +74,39 @@ Spans = list[tuple[int, int]]  # the scored tokens of a document: first, and one
 
 
 def spans_in(scored: Bool[np.ndarray, " T"]) -> Spans:
-    """The spans of one document."""
+    """Return the spans of one document."""
     changes = np.diff(scored.astype(np.int8), prepend=0, append=0)
     return list(zip(np.flatnonzero(changes > 0).tolist(), np.flatnonzero(changes < 0).tolist(), strict=True))
 
 
 def pieces_around(spans: Spans, *, sequence_length: int, overlap: int) -> list[tuple[int, int, int]]:
-    """Pieces (start, length, context) of a document that is longer than a row, which score each target of the
-    spans once.
+    """Return pieces (start, length, context) of a document longer than a row that score each target once.
 
-    A span is the text between two unscored ones: a completion, or a turn of a conversation. In this order:
+    A span is the scored text between two unscored ones: a completion, or a turn of a conversation. The first
+    of these rules that applies makes a piece:
 
     - A piece takes the next span, and those after it, that end within a row which begins half a row before
-      the first of them; the rest of the row then goes to more of the text before. So a pair is cut from the
-      left of its prompt.
-    - A span that does not end there but fits a row is a piece, with the text before it that the row has room
-      for.
-    - A longer span is cut as running text is, its first piece after half a row of the text before it.
+    the first
+      of them. The rest of the row is filled with more of the text before. So a pair is cut from the left of
+      its prompt.
+    - A span that does not end there but fits a row is a piece, with as much of the text before it as fits.
+    - A longer span is cut as running text is. Its first piece begins with half a row of the text before it.
     """
     pieces: list[tuple[int, int, int]] = []
     ends = [stop for _, stop in spans]
-    place = 0
-    scored_to = 0  # the next span, and one after the last target that is scored
-    while place < len(spans):
-        begin, stop = spans[place]
+    next_span = 0
+    scored_to = 0  # one after the last target that is scored
+    while next_span < len(spans):
+        begin, stop = spans[next_span]
         first = max(begin, scored_to)
-        goes_on = first > begin
-        start = first - 1 - overlap if goes_on else max(first - max(sequence_length // 2, 1), 0)
+        is_continued = first > begin
+        start = first - 1 - overlap if is_continued else max(first - max(sequence_length // 2, 1), 0)
         limit = start + sequence_length + 1  # one after the last target of a row that begins there
-        fitting = bisect.bisect_right(ends, limit) - place  # spans that end within that row
-        if fitting or (stop - first <= sequence_length and not goes_on):
-            place += max(fitting, 1)
-            scored_to = ends[place - 1]
-            start = start if goes_on else max(scored_to - 1 - sequence_length, 0)
+        fitting = bisect.bisect_right(ends, limit) - next_span  # spans that end within that row
+        if fitting or (stop - first <= sequence_length and not is_continued):
+            next_span += max(fitting, 1)
+            scored_to = ends[next_span - 1]
+            start = start if is_continued else max(scored_to - 1 - sequence_length, 0)
         else:
             scored_to = limit
         pieces.append((start, scored_to - 1 - start, first - 1 - start))

@@ -1,15 +1,15 @@
-"""Token shards: one directory of documents as token ids, checksummed, readable at random by many threads.
+"""Token shards: one directory of documents as token ids, with checksums, for random access by many threads.
 
-    manifest.json                 ShardManifest: counts, hashes, one ShardFile per file; itself under a
-    checksum index.npz                     lengths, num_bytes, scored_bytes: int32, one entry per document;
-                                  edge_documents, edges: int32, which tokens are scored (`scored.py`)
+    manifest.json                 ShardManifest: counts, hashes, one ShardFile per file; with its own checksum
+    index.npz                     lengths, num_bytes, scored_bytes: int32, one entry per document;
+                                  edge_documents, edges: int32, the scored tokens (`scored.py`)
     tokens-00000.array_record     the ids, little-endian uint16 (vocabularies up to 65,536) or uint32
-    text.bin                      only where the text was kept: the UTF-8 text of all documents, joined
+    text.bin                      only if the text is stored: the UTF-8 text of all documents, joined
 
 A document is [BOS] ids [EOS]. It is stored as consecutive records of `record_tokens` ids (the last one
 shorter), so that a window of a long document costs one or two small reads. `TokenShards.open` checks sizes,
-checksums (once per process) and the range of the ids; whatever is wrong raises a ValueError that says how to
-get out of it.
+checksums (once per process) and the range of the ids. Any fault raises a ValueError that says how to repair
+it.
 """
 
 import collections
@@ -35,47 +35,49 @@ FORMAT_VERSION = 2
 RECORD_TOKENS = 16_384
 SHARD_FILE_BYTES = 256 << 20  # of raw ids in one tokens-*.array_record
 _MAX_INT32 = 2**31 - 1
-_CACHED_RECORDS = 256  # at most 16 MiB of decoded ids held by one TokenShards
+_CACHED_RECORDS = 256  # up to 16 MiB of decoded ids in one TokenShards
 _INDEX = ("lengths", "num_bytes", "scored_bytes", "edge_documents", "edges")  # arrays of index.npz
-_WAY_OUT = "Delete the directory and run `slmjax data prepare` (or the training) again: it is written anew."
+_WAY_OUT = (
+    "Delete the directory and run `slmjax data prepare` (or the training) again, which writes it again."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardFile:
-    """Size and checksum of one file; for a file of ids also what is in it."""
+    """Size and checksum of one file; of a file of ids also its contents in numbers."""
 
     name: str  # within the directory
     num_bytes: int  # size on disk
-    sha256: str  # of the whole file
-    num_records: int = 0  # token files only
-    min_id: int = 0  # smallest token id in it
-    max_id: int = 0  # largest token id in it
+    sha256: str  # of the file
+    num_records: int = 0  # of a token file
+    min_id: int = 0  # smallest token id
+    max_id: int = 0  # largest token id
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardManifest:
-    """What a shard directory holds."""
+    """The contents of a shard directory."""
 
     version: int  # of this format
-    content_hash: str  # sha256 of ids, index and tokenizer: equal for equal data wherever it was written
+    content_hash: str  # sha256 of ids, index and tokenizer: equal for equal data on any machine
     tokenizer_hash: str  # Tokenizer.hash
     vocab_size: int  # every id is below it
-    source_name: str  # for people
+    source_name: str  # for messages
     source_hash: str  # SourceConfig.fingerprint()
     record_tokens: int  # ids per record
     num_documents: int
     num_tokens: int  # with BOS and EOS
     num_bytes: int  # UTF-8 bytes of the text, prompts included
     num_scored: int  # tokens that are scored as targets
-    scored_bytes: int  # UTF-8 bytes of the text that those stand for
-    bad_documents: BadCounts  # of the whole source, the other split included
+    scored_bytes: int  # UTF-8 bytes of the text of these tokens
+    bad_documents: BadCounts  # of the source, both sides of the split included
     lost_text: LostText = added_field(LostText(), before=LostText())  # by the tokenizer
     token_files: tuple[ShardFile, ...]
-    other_files: tuple[ShardFile, ...]  # index.npz, and text.bin where the text was kept
+    other_files: tuple[ShardFile, ...]  # index.npz, and text.bin if the text is stored
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
-    """Little-endian uint16 where every id fits it, else uint32."""
+    """Return little-endian uint16 if every id fits, else uint32."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
@@ -121,7 +123,7 @@ class ShardWriter:
         self.abandon()
 
     def abandon(self) -> None:
-        """Closes what is open; after `close` there is nothing left to do."""
+        """Close open files; after `close` there are none."""
         for stream in (self._writer, self._text):
             if stream is not None:
                 stream.close()
@@ -141,11 +143,9 @@ class ShardWriter:
         Args:
           tokens: its ids with BOS and EOS.
           num_bytes: UTF-8 bytes of its text.
-          scored: the tokens that are scored as targets; BOS never is, whatever is said of it. None: all of
-            them.
-          scored_bytes: UTF-8 bytes of the text that the scored tokens stand for, needed where `scored` is
-            given.
-          text: the text to keep, in UTF-8.
+          scored: the tokens that are scored as targets; BOS never is. None: all of them.
+          scored_bytes: UTF-8 bytes of the text of the scored tokens, required with `scored`.
+          text: the text to store, in UTF-8.
 
         Raises:
           ValueError: there are no ids, some are outside the vocabulary, or the document is too long.
@@ -173,6 +173,7 @@ class ShardWriter:
         stored = ids.astype(id_dtype(self._vocab_size))
         for start in range(0, stored.size, RECORD_TOKENS):
             self._write_record(stored[start : start + RECORD_TOKENS])
+        # The hash is of the ids, whatever the width in which they are stored.
         self._digest.update(ids.astype("<u4").tobytes())
         for name, value in (("lengths", ids.size), ("num_bytes", num_bytes), ("scored_bytes", scored_bytes)):
             self._index[name].append(value)
@@ -184,7 +185,7 @@ class ShardWriter:
     def close(
         self, bad_documents: BadCounts | None = None, *, lost_text: LostText | None = None
     ) -> ShardManifest:
-        """Finishes the files and writes the manifest last."""
+        """Finish the files and write the manifest last."""
         assert self._index["lengths"], f"{self._directory}: no document to write"
         self._finish_file()
         index = {name: np.asarray(values, np.int32) for name, values in self._index.items()}
@@ -214,6 +215,7 @@ class ShardWriter:
             **self._about,
         )
         body = to_json(manifest)
+        # The manifest comes last: a directory without it is not read.
         (self._directory / "manifest.json").write_text(
             json.dumps({"manifest": body, "sha256": _json_digest(body)}, indent=1)
         )
@@ -221,7 +223,7 @@ class ShardWriter:
 
     def _start_file(self) -> None:
         self._path = self._directory / f"tokens-{len(self._files):05d}.array_record"
-        # group_size 1: records are read one by one
+        # group_size 1, since records are read one at a time.
         self._writer = ArrayRecordWriter(str(self._path), "group_size:1,zstd:1")
         self._in_file = {"num_records": 0, "min_id": self._vocab_size, "max_id": 0}
         self._file_bytes = 0
@@ -246,8 +248,8 @@ class TokenShards:
     """The documents of one shard directory, read at random; may be shared by threads and pickled.
 
     lengths, num_bytes, num_scored, scored_bytes: int32 [documents]. Lengths count BOS and EOS. `num_scored`
-    counts the tokens that are scored as targets (`scored`), and `scored_bytes` the UTF-8 bytes that these
-    stand for; EOS stands for none.
+    counts the tokens that are scored as targets (`scored`), and `scored_bytes` the UTF-8 bytes of their text;
+    EOS has none.
     """
 
     def __init__(self, directory: Path, *, manifest: ShardManifest, index: dict[str, np.ndarray]) -> None:
@@ -270,9 +272,7 @@ class TokenShards:
 
     @classmethod
     def open(cls, directory: str | Path, *, tokenizer_hash: str | None = None) -> "TokenShards":
-        """Opens and verifies a directory. Raises ValueError if it is missing, damaged, or of another
-        tokenizer.
-        """
+        """Open and verify a directory. ValueError if it is missing, damaged, or of another tokenizer."""
         directory = Path(directory).absolute()
         manifest = _read_manifest(directory)
         if tokenizer_hash not in (None, manifest.tokenizer_hash):
@@ -301,9 +301,7 @@ class TokenShards:
         return len(self.lengths)
 
     def tokens(self, document: int, *, start: int = 0, stop: int | None = None) -> Int32[np.ndarray, " T"]:
-        """Ids `start` to `stop` of a document (BOS is token 0), a fresh array. Only the records needed are
-        read.
-        """
+        """Return ids `start` to `stop` of a document as a new array. Only the needed records are read."""
         length = int(self.lengths[document])
         stop = length if stop is None else stop
         assert 0 <= start <= stop <= length, (document, start, stop, length)
@@ -316,18 +314,14 @@ class TokenShards:
         return np.concatenate(parts or [np.zeros(0)]).astype(np.int32)
 
     def scored(self, document: int, *, start: int = 0, stop: int | None = None) -> Bool[np.ndarray, " T"]:
-        """Return whether each of the tokens `start` to `stop` of a document is scored as a target; BOS, token
-        0, never is.
-        """
+        """Return whether each of the tokens `start` to `stop` is scored as a target; BOS never is."""
         return self._scored.of(document, start=start, stop=stop)
 
     def text(self) -> bytes:
-        """The UTF-8 text of all documents, joined. Raises ValueError where it was not kept (only held-out
-        text is).
-        """
+        """Return the text of all documents, joined. ValueError if it was not stored (held-out text is)."""
         path = self.directory / "text.bin"
         if not path.exists():
-            raise ValueError(f"{self.directory} holds ids only, not the text")
+            raise ValueError(f"{self.directory} has no text, only ids")
         return path.read_bytes()
 
     def _record(self, record: int) -> np.ndarray:
@@ -350,7 +344,7 @@ class TokenShards:
         with self._lock:
             if file not in self._readers:
                 path = str(self.directory / self.manifest.token_files[file].name)
-                # No read-ahead: access is random. One reader serves all threads (its reads are thread-safe).
+                # No read-ahead, since access is random. Its reads are thread-safe: one reader serves all threads.
                 self._readers[file] = ArrayRecordReader(
                     path, "readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=32768
                 )
@@ -368,8 +362,9 @@ def _scored_tokens(index: dict[str, np.ndarray]) -> ScoredTokens:
 
 
 def _hashed_index(index: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """The arrays that the content hash is of. That of plain text is what it was in version 1, which runs have
-    in their data.json.
+    """Return the arrays that the content hash includes.
+
+    The hash of plain text is that of version 1, which runs have in their data.json.
     """
     of_version_1 = [index["lengths"], index["num_bytes"], np.zeros_like(index["lengths"])]
     is_plain = len(index["edges"]) == 0 and np.array_equal(index["num_bytes"], index["scored_bytes"])
@@ -380,7 +375,8 @@ def _hashed_index(index: dict[str, np.ndarray]) -> list[np.ndarray]:
     )
 
 
-_verified: dict[tuple[str, int, int], str] = {}  # (path, size, modification time) -> sha256, of this process
+# (path, size, modification time) -> sha256. A process verifies a file once, since hashing takes seconds per GB.
+_verified: dict[tuple[str, int, int], str] = {}
 
 
 def _verify_file(path: Path, expected: ShardFile) -> None:
@@ -402,7 +398,9 @@ def _verify_file(path: Path, expected: ShardFile) -> None:
 def _read_manifest(directory: Path) -> ShardManifest:
     path = directory / "manifest.json"
     if not path.exists():
-        raise ValueError(f"{directory} is no complete shard directory: manifest.json is missing. {_WAY_OUT}")
+        raise ValueError(
+            f"{directory} is not a complete shard directory: manifest.json is missing. {_WAY_OUT}"
+        )
     try:
         content = json.loads(path.read_bytes())
         body = content["manifest"]
@@ -426,7 +424,7 @@ def _check_range(min_id: int, max_id: int, vocab_size: int, path: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex digest of a file's content, read in pieces."""
+    """Return the hex digest of a file, which is read in pieces."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -1,12 +1,11 @@
-"""Where text comes from: the interface of a source, and local files.
+"""Sources of text: their interface, and local files.
 
-A source is a frozen dataclass whose `documents()` yields every document in a fixed order, as found: what
-becomes of the bad ones is decided elsewhere (documents.py). `fingerprint()` changes whenever what would be
-read changes.
+A source is a frozen dataclass whose `documents()` yields every document in a fixed order, good or bad: the
+policy for bad documents is elsewhere (documents.py). `fingerprint()` changes whenever the documents would.
 
 Local text: a file of records (JSON lines, JSON, CSV, TSV, Parquet: `files.py`, `records.py`) is one document
-per record, any other text file is one document; both may be compressed. A directory is all the files below it
-(hidden ones apart), sorted; a glob is what it matches, sorted.
+per record, any other text file is one document; both may be compressed. A directory stands for all files
+below it except hidden ones, sorted; a glob for its matches, sorted.
 """
 
 import abc
@@ -23,9 +22,9 @@ from slmjax.data.documents import Document, Problem
 from slmjax.data.files import READABLE, FileKind, decode, file_kind, read_bytes
 from slmjax.data.records import read_records
 
-_HASHED_WHOLE = 64 << 20  # larger files are fingerprinted by size, modification time and their two ends
+_FULLY_HASHED = 64 << 20  # larger files are fingerprinted by size, modification time and their two ends
 _ENDS = 1 << 20
-# part of the fingerprint: raise it when the same files are read as other documents
+# Part of the fingerprint: change it when the same files are read as other documents.
 _READING = "text, version 2"
 
 
@@ -35,19 +34,19 @@ class SourceConfig(abc.ABC):
 
     @abc.abstractmethod
     def documents(self) -> Iterator[Document]:
-        """Every document, in the same order each time. Raises ValueError if there is nothing to read."""
+        """Yield every document, in the same order each time. ValueError if there is nothing to read."""
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
-        """Hash of what `documents` would yield, without the place it is read from where possible."""
+        """Return a hash of the documents, independent of their location if possible."""
 
     @abc.abstractmethod
     def describe(self) -> str:
-        """A few words for people."""
+        """Return a short description for messages."""
 
     @abc.abstractmethod
     def size_hint(self) -> int | None:
-        """About how many bytes of text there are, for the progress bar; None if only reading would tell."""
+        """Return the approximate bytes of text, for the progress bar; None if they are unknown."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +64,7 @@ class TextSource(SourceConfig):
     def __post_init__(self) -> None:
         if self.messages_field is not None and (self.prompt_field is not None or self.text_field != "text"):
             raise ValueError(
-                "messages_field goes without text_field, prompt_field and completion_field: records are "
+                "messages_field excludes text_field, prompt_field and completion_field: records are "
                 "conversations"
             )
         if (self.prompt_field is None) != (self.completion_field is None):
@@ -77,9 +76,8 @@ class TextSource(SourceConfig):
         kinds = [(name, path, file_kind(path)) for name, path in self._files()]
         if (fields := changed_fields(self)) and not any(kind.has_records for _, _, kind in kinds):
             raise ValueError(
-                f"{self.path} has no file of records, so that {fields[0]}={getattr(self, fields[0])!r} does "
-                "nothing: leave"
-                f" {' and '.join(fields)} out to train on whole files, or give records. {READABLE}"
+                f"{self.path} has no file of records, so that {fields[0]}={getattr(self, fields[0])!r} has no "
+                f"effect: leave out {' and '.join(fields)} to train on text files, or give records. {READABLE}"
             )
         for name, path, kind in kinds:
             if kind.binary:
@@ -135,27 +133,27 @@ def changed_fields(config: Any) -> list[str]:
 
 
 def find_files(path: str) -> list[tuple[str, Path]]:
-    """(name below the given directory, path) of the files that `path`, a file, a directory or a glob, stands
-    for.
+    """Return (name below the directory, path) of the files of `path`: a file, a directory or a glob.
 
-    Raises ValueError when there are none.
+    Raises:
+        ValueError: there are none.
     """
     root = Path(path).expanduser()
     if root.is_file():
         return [(root.name, root)]
     if root.is_dir():
-        below = [found.relative_to(root) for found in root.rglob("*") if found.is_file()]
+        below = [file.relative_to(root) for file in root.rglob("*") if file.is_file()]
         names = sorted(
             name.as_posix() for name in below if not any(part.startswith(".") for part in name.parts)
         )
         if not names:
             raise ValueError(
-                f"{path} holds no files: put text or files of records there, or name another directory"
+                f"{path} has no files: put text or files of records there, or give another directory"
             )
         return [(name, root / name) for name in names]
     if glob.has_magic(path):
-        found = sorted(match for match in glob.glob(str(root), recursive=True) if Path(match).is_file())
-        if not found:
+        matches = sorted(match for match in glob.glob(str(root), recursive=True) if Path(match).is_file())
+        if not matches:
             raise ValueError(f"no file matches {path!r}: put quotes around a glob, and use ** for any depth")
         fixed = [part for part in root.parts if not glob.has_magic(part)]
         base = (
@@ -163,7 +161,7 @@ def find_files(path: str) -> list[tuple[str, Path]]:
             if fixed
             else Path()
         )
-        return [(Path(match).relative_to(base).as_posix(), Path(match)) for match in found]
+        return [(Path(match).relative_to(base).as_posix(), Path(match)) for match in matches]
     siblings = [entry.name for entry in root.parent.iterdir()] if root.parent.is_dir() else []
     raise ValueError(
         f"{path} does not exist (looked in {root.parent.absolute()}).{near_names(root.name, siblings)}"
@@ -171,20 +169,18 @@ def find_files(path: str) -> list[tuple[str, Path]]:
 
 
 def record_document(record: Mapping[str, Any], fields: tuple[str, ...], *, id: str, where: str) -> Document:
-    """A document of a record's fields (text,) or (completion, prompt), whose values are str or UTF-8
-    bytes.
-    """
+    """Return a document from a record's fields (text,) or (completion, prompt), str or UTF-8 bytes."""
     values = []
     for field in fields:
         value = record.get(field)
         if not isinstance(value, str | bytes):
-            known = f"the record has {', '.join(map(repr, list(record)[:12])) or 'none'}.{near_names(field, record)}"
-            found = (
+            names = ", ".join(map(repr, list(record)[:12])) or "none"
+            detail = (
                 f"field {field!r} holds {type(value).__name__}, not text"
                 if field in record
-                else f"no field {field!r}; {known}"
+                else f"no field {field!r}; the record has {names}.{near_names(field, record)}"
             )
-            return Document(id=id, where=where, problem=Problem.MISSING_FIELD, detail=found)
+            return Document(id=id, where=where, problem=Problem.MISSING_FIELD, detail=detail)
         values.append(decode(value) if isinstance(value, bytes) else value)
     return Document(
         id=id, where=where, text=values[0], prompt=values[1] if len(values) > 1 else "", is_record=True
@@ -194,9 +190,7 @@ def record_document(record: Mapping[str, Any], fields: tuple[str, ...], *, id: s
 def conversation_document(
     record: Mapping[str, Any], fields: tuple[str, ...], *, id: str, where: str
 ) -> Document:
-    """A document of a record's field of messages: a list of objects, or text that is the JSON of one (as a
-    table has it).
-    """
+    """Return a document from a record's field of messages: a list, or its JSON as text (in a table)."""
     (field,) = fields
     value = record.get(field)
     if value is None or isinstance(value, str | bytes):
@@ -209,21 +203,21 @@ def conversation_document(
             id=id,
             where=where,
             problem=Problem.BAD_CONVERSATION,
-            detail=f"field {field!r} holds no plain data ({error})",
+            detail=f"field {field!r} is not plain data ({error})",
         )
     return Document(id=id, where=where, text=text, is_conversation=True, is_record=True)
 
 
 def combined_hash(*parts: str) -> str:
-    """One hex digest of a list of strings."""
+    """Return one hex digest of several strings."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def file_fingerprint(path: Path) -> str:
-    """Size and content hash; of a large file, size, modification time and the hash of its two ends."""
+    """Return size and content hash; of a large file size, modification time and the hash of its ends."""
     status = path.stat()
     with path.open("rb") as stream:
-        if status.st_size <= _HASHED_WHOLE:
+        if status.st_size <= _FULLY_HASHED:
             return f"{status.st_size} {hashlib.file_digest(stream, 'sha256').hexdigest()}"
         digest = hashlib.sha256(stream.read(_ENDS))
         stream.seek(-_ENDS, 2)

@@ -1,11 +1,10 @@
-"""The embedded corpus: the text of the running Python's own standard library. Nothing is downloaded or
-shipped.
+"""The built-in corpus: the running Python's own standard library. Nothing is downloaded or distributed.
 
 Documents are the .py files (id: path below the library) and the help topics of `pydoc` (id:
 pydoc_data/topics/NAME). Tests, installed packages, caches and files that record how this Python was built are
-left out, so that the corpus depends on the Python version alone; and so are the character tables of
-`encodings`, which are near copies of each other: with some of them held out and the others trained on, the
-score would measure memory.
+excluded, so that the corpus depends only on the Python version. So are the character tables of `encodings`,
+which are near copies of each other: with some of them held out and others trained on, the loss would measure
+memory.
 """
 
 import dataclasses
@@ -61,23 +60,20 @@ class StdlibSource(SourceConfig):
 
 def _library_files() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
-    found = []
+    library_files = []
     for directory, subdirectories, files in os.walk(root):
-        subdirectories[:] = [
-            name for name in subdirectories if not _is_left_out(name)
-        ]  # these are not walked
+        # Changing the list in place keeps os.walk out of the other directories.
+        subdirectories[:] = [name for name in subdirectories if not _is_left_out(name)]
         paths = [Path(directory, name) for name in files if name.endswith(".py") and not _is_left_out(name)]
-        found += [
+        # Many __init__.py are empty, and an empty document counts as bad.
+        library_files += [
             (path.relative_to(root).as_posix(), path) for path in paths if path.stat().st_size > 0
-        ]  # many __init__.py are empty
-    if not found:
-        raise ValueError(
-            f"this Python keeps no library sources in {root}: give your own text with --data.path"
-        )
-    return sorted(found)
+        ]
+    if not library_files:
+        raise ValueError(f"this Python has no library sources in {root}: give your own text with --data.path")
+    return sorted(library_files)
 
 
 def _is_left_out(part: str) -> bool:
-    # _sysconfigdata_*.py and config-*/ hold the paths and compiler flags of the machine that built this
-    # Python.
+    # _sysconfigdata_*.py and config-*/ have the paths and compiler flags of the build machine.
     return part in _LEFT_OUT or part.startswith(("_sysconfigdata", "config-"))

@@ -1,14 +1,13 @@
-"""Chat templates of model directories, which nobody has read: Jinja source, run in a sandbox that gives up on
-what goes too far.
+"""Chat templates of model directories: untrusted Jinja source, run in a sandbox with limits.
 
-The dialect is that of Hugging Face's templates: blocks leave no blank lines behind, `break` and `continue`,
-`tojson` as plain JSON, `raise_exception`, `strftime_now`, and a block `generation`, which marks what the
-model says and changes no text.
+The dialect is that of Hugging Face's templates: blocks leave no blank lines, `break` and `continue`, `tojson`
+as plain JSON, `raise_exception`, `strftime_now`, and a block `generation`, which marks the model's text and
+does not change it.
 
-jinja2's immutable sandbox keeps a template from the interpreter's internals and from changing what it is
-given; there is no loader, so that it can include no file. What it may compute is limited here: steps (turns
-of loops, calls, operations) and the lengths of texts. What is left: a template can take seconds, and a single
-replacement or join can take much memory, before it is stopped.
+jinja2's immutable sandbox keeps a template from the interpreter's internals and from changing its input.
+There is no loader, so it cannot include files. Computation is limited here: steps (turns of loops, calls,
+operations) and the lengths of texts. What remains: a template can take seconds, and a single replacement or
+join can take much memory, before it is stopped.
 """
 
 import datetime
@@ -27,13 +26,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 MAX_STEPS = 100_000
-# of a text on the way, and of the whole; no function is called with a larger number
+# of any text; no function is called with a larger number
 MAX_CHARACTERS = 10_000_000
-MAX_BITS = 4096  # of a number
-_WIDTH = re.compile(r"\d{6}")  # in a format: pads to any width
+MAX_BITS = 4096  # of an integer
+_WIDTH = re.compile(r"\d{6}")  # a width in a format, which would pad to any length
 
 
-# no text has them
+# Random and between noncharacters, so that no text has them.
 ANSWER_BEGINS, ANSWER_ENDS = (f"{mark}{secrets.token_hex(8)}{mark}" for mark in "\ufdd2\ufdd3")
 _ANSWER_BLOCK = re.compile(r"\{%[-+]?\s*generation\b")
 
@@ -44,10 +43,10 @@ def marks_answers(template: str) -> bool:
 
 
 def render(template: str, values: Mapping[str, Any], *, answers_marked: bool = False) -> str:
-    """The text that a template makes of values, which must be plain data. Raises what goes wrong, of whatever
-    kind.
+    """Return the text of a template for values, which must be plain data.
 
-    With `answers_marked`, what a `generation` block makes stands between ANSWER_BEGINS and ANSWER_ENDS.
+    With `answers_marked`, the text of a `generation` block is between ANSWER_BEGINS and ANSWER_ENDS. Errors
+    of a template are raised unchanged, of any type.
     """
     environment, compiled = _compiled(template, answers_marked=answers_marked)
     environment.steps = environment.made = 0
@@ -78,7 +77,7 @@ class _GenerationBlock(Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Counts what a template does, and refuses what jinja2 would turn into nothing."""
+    """Counts the steps of a template, and refuses what jinja2 would replace by nothing."""
 
     intercepted_binops = frozenset(["+", "-", "*", "**", "%"])
 
@@ -91,6 +90,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             finalize=_refuse_large,
         )
         self.steps = self.made = 0
+        # `lipsum` makes text of any length; the filter `format` is not limited as the operator `%` is.
         del self.globals["lipsum"], self.filters["format"]
         self.globals |= {
             "raise_exception": _raise_exception,
@@ -102,10 +102,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         self._check(args, kwargs)
-        return self._weighed(super().call(context, obj, *args, **kwargs))
+        return self._measured(super().call(context, obj, *args, **kwargs))
 
     def wrap_str_format(self, value: Any) -> Any:
-        """`format` of a text, which jinja2 has wrapped so that it reads no internals."""
+        """Wrap `format` of a text, which jinja2 has wrapped so that it reads no internals."""
         if isinstance(template := getattr(value, "__self__", None), str) and getattr(
             value, "__name__", ""
         ).startswith("format"):
@@ -122,24 +122,25 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             times, repeated = (left, right) if isinstance(left, int) else (right, left)
             if isinstance(repeated, str | list | tuple) and times * len(repeated) > MAX_CHARACTERS:
                 raise SecurityError(f"it repeats something {times:,} times")
-        return self._weighed(super().call_binop(context, operator, left, right))
+        return self._measured(super().call_binop(context, operator, left, right))
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
-        """Refused at once: as an undefined value it would print as nothing."""
+        """Raise at once: an undefined value would print as nothing."""
         raise SecurityError(f"it reads {attribute!r} of a {type(obj).__name__}, which templates may not")
 
     def _limited(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter within the same limits as a call."""
+        """Return a filter with the limits of a call."""
 
-        @functools.wraps(function)  # with the marks by which jinja2 knows what else to pass
+        # `wraps` copies the attributes by which jinja2 knows the further arguments to pass.
+        @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             self._check(args, kwargs)
-            return self._weighed(function(*args, **kwargs))
+            return self._measured(function(*args, **kwargs))
 
         return call
 
-    def _weighed(self, value: Any) -> Any:
-        """A value that was made: what is made in all is bounded too."""
+    def _measured(self, value: Any) -> Any:
+        """Return a new value, after counting its size: the total is limited, too."""
         if isinstance(value, int) and value.bit_length() > MAX_BITS:
             raise SecurityError(f"it makes a number of {value.bit_length():,} bits")
         if isinstance(value, str | list | tuple):
@@ -156,9 +157,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
                 raise SecurityError(f"it calls a function with the number {value:,}")
 
     def _counted(self, items: Iterable[Any]) -> list[Any]:
-        found = list(items)
-        self._count(len(found))
-        return found
+        counted = list(items)
+        self._count(len(counted))
+        return counted
 
     def _count(self, steps: int) -> None:
         self.steps += steps
@@ -170,7 +171,7 @@ _COUNTED = "counted items"  # a filter that no template can name
 
 
 class _Limited(NodeTransformer):
-    """Loops over counted items, and `a ~ b` as an addition of texts, which the sandbox sees."""
+    """Makes loops iterate over counted items, and `a ~ b` an addition of texts that the sandbox sees."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
@@ -180,7 +181,7 @@ class _Limited(NodeTransformer):
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
         first, *rest = [
-            nodes.Filter(one, "string", [], [], None, None, lineno=node.lineno) for one in node.nodes
+            nodes.Filter(part, "string", [], [], None, None, lineno=node.lineno) for part in node.nodes
         ]
         joined: nodes.Expr = first
         for text in rest:
@@ -196,15 +197,15 @@ def _compiled(source: str, *, answers_marked: bool) -> tuple[_Sandbox, Template]
 
 
 def _refuse_large(value: Any) -> Any:
-    """The value of a container, if all that is in it, at any depth, can be told in a bounded time."""
+    """Return a value, unless it has too many parts, at any depth, to count them in a bounded time."""
     parts = 0
     waiting = [value] if isinstance(value, list | tuple | dict) else []
     while waiting:
-        one = waiting.pop()
-        parts += len(one)
+        container = waiting.pop()
+        parts += len(container)
         if parts > MAX_STEPS:
             raise SecurityError(f"it makes something of more than {MAX_STEPS:,} parts")
-        inner = one.values() if isinstance(one, dict) else one
+        inner = container.values() if isinstance(container, dict) else container
         waiting += [item for item in inner if isinstance(item, list | tuple | dict)]
     return value
 

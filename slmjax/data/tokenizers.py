@@ -2,12 +2,11 @@
 
 Every kind is a `tokenizers.Tokenizer` (so each one saves as tokenizer.json), wrapped in `Tokenizer`, which
 adds what training needs: BOS and EOS, ids of plain text only (the text "<|eos|>" in a document is encoded as
-text), the UTF-8 bytes that each id stands for, and a hash. Vocabularies made here have "<|bos|>" as id 0 and
-"<|eos|>" as id 1. What using a model takes is there too: whether a text begins with BOS, which ids end one,
-the chat template.
+text), the UTF-8 bytes of each id, and a hash. Vocabularies made here have "<|bos|>" as id 0 and "<|eos|>" as
+id 1. It also has what sampling needs: whether a text begins with BOS, the end tokens, the chat template.
 
     tokenizer = BpeTokenizer(vocab_size=4096).build(texts);  tokenizer.decode(tokenizer.encode(text)) == text
-    tokenizer.prompt_ids("def main(")       # what the model is given of a text
+    tokenizer.prompt_ids("def main(")       # the model's input for a text
 """
 
 import abc
@@ -44,7 +43,7 @@ _NUM_SPECIAL = 2
 
 
 class Reads(enum.Enum):
-    """Which text a vocabulary is made from."""
+    """The text from which a vocabulary is made."""
 
     NOTHING = "nothing"
     TRAINING_TEXT = "training_text"
@@ -52,19 +51,21 @@ class Reads(enum.Enum):
 
 
 class Tokenizer:
-    """One vocabulary. `token_bytes` int32 [V] (UTF-8 bytes per id, 0 for special tokens) is None where bytes
-    do not add up.
+    """One vocabulary, with the conventions of its model.
+
+    `token_bytes` int32 [V] (UTF-8 bytes per id, 0 for special tokens) is None if the bytes of a text's ids do
+    not add up to the text.
 
     Args:
-      backend: the vocabulary; settings of it are changed.
-      bos: the token that begins a document in training, and the empty text always.
+      backend: the vocabulary; its settings are changed.
+      bos: the token that begins a document in training, and an empty text always.
       eos: the token that ends a document.
       ends: further tokens that end a text or a turn.
-      adds_bos: whether the ids of any text begin with BOS.
-      has_bos: False where BOS is another token that stands in for one: files then name none.
-      chat_template: Jinja source that makes a text of messages.
-      unk, pad: other names that are kept for those who read the files.
-      sources: why "bos" and "eos" are these tokens, for reports.
+      adds_bos: the ids of any text begin with BOS.
+      has_bos: False if another token takes the place of BOS: files then name none.
+      chat_template: Jinja source of a text of messages.
+      unk, pad: further names, for programs that read the files.
+      sources: the rules that chose "bos" and "eos", for reports.
 
     Raises:
       ValueError: the vocabulary lacks one of these tokens.
@@ -84,7 +85,8 @@ class Tokenizer:
         pad: str | None = None,
         sources: Mapping[str, str] | None = None,
     ) -> None:
-        backend.no_truncation()  # a tokenizer.json may ask for either, and would cut documents short
+        # A tokenizer.json may ask for either, and would shorten documents.
+        backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # special tokens inside a text are text, see also _plain
         vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -100,15 +102,17 @@ class Tokenizer:
         self.unk = unk
         self.pad = pad
         self.ends = tuple(name for name in dict.fromkeys(ends) if name != eos)
-        own = {"bos": bos == BOS, "eos": eos == EOS}
+        is_default = {"bos": bos == BOS, "eos": eos == EOS}
         self._sources = {
-            kind: conventions.OWN_NAME if is_own else conventions.OPTION for kind, is_own in own.items()
+            kind: conventions.OWN_NAME if is_own else conventions.OPTION
+            for kind, is_own in is_default.items()
         } | dict(sources or {})
         self.adds_bos = adds_bos
         self.has_bos = has_bos or adds_bos
         self.chat_template = chat_template
         self.vocab_size = max(vocabulary.values()) + 1
-        if self.vocab_size > 2 * len(vocabulary) + 100_000:  # what is kept for each id would fill the memory
+        # Tables with an entry per id would fill the memory.
+        if self.vocab_size > 2 * len(vocabulary) + 100_000:
             raise ValueError(
                 f"the vocabulary has {len(vocabulary):,} tokens, and an id of {self.vocab_size - 1:,}: it is "
                 "damaged"
@@ -118,22 +122,22 @@ class Tokenizer:
         self.end_ids = (self.eos_id, *(vocabulary[name] for name in self.ends))  # each ends a text or a turn
         added = backend.get_added_tokens_decoder()
         self.special_ids = {token.content: id for id, token in added.items() if token.special}
-        # The hash is of what makes ids of a text: the post-processor only puts tokens around them.
+        # The hash excludes the post-processor, which adds tokens around a text but does not change its ids.
         specification = {**json.loads(backend.to_str()), "post_processor": None}
         names = reserved_tokens(specification, bos=bos, eos=eos, pad=pad, ends=self.ends)
         reserved = {name: vocabulary[name] for name in names}
         self._added = [
             token.content for token in added.values() if not token.special and token.content not in reserved
         ]
-        # encodes documents; None: the backend itself does
+        # Encodes documents; None: the backend itself does.
         self._plain = plain_text_backend(specification, reserved=reserved)
         self._reserved_names = {id: name for name, id in reserved.items()}
         canonical = json.dumps([specification, bos, eos], sort_keys=True, separators=(",", ":"))
         self.hash = hashlib.sha256(canonical.encode()).hexdigest()
         is_of_characters = is_character_vocabulary(specification)
-        spelled = reserved if self._plain is not None else ()  # no text may hold these
+        excluded = reserved if self._plain is not None else ()  # names that no text may contain
         self._alphabet = (
-            frozenset(set(specification["model"]["vocab"]) - set(spelled)) if is_of_characters else None
+            frozenset(set(specification["model"]["vocab"]) - set(excluded)) if is_of_characters else None
         )
         pieces = exact_pieces(specification, vocabulary, self.vocab_size)
         self.detokenizer = Detokenizer(backend, specification, pieces=pieces)
@@ -143,23 +147,23 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, without BOS or EOS and never with the id of a special token, whatever the text
-        spells.
+        """Return the ids of a text, without BOS, EOS or any special token, whatever names are in the text.
 
-        Raises ValueError for text the vocabulary cannot express.
+        Raises:
+            ValueError: the vocabulary cannot express the text.
         """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text as `encode`, by several threads."""
+        """Return the ids of each text as `encode` does, with several threads."""
         backend = self._plain or self._backend
         return [encoding.ids for encoding in self._encodings(texts, backend.encode_batch_fast)]
 
     def encode_spans(self, texts: Sequence[str], *, marked: bool = False) -> list[TextTokens]:
-        """Ids of each text as `encode`, and the bytes of it that each id stands for.
+        """Return the ids of each text as `encode` does, with the bytes of the text for each id.
 
-        With `marked`, the marks of `marked_vocabulary` in the texts stand for special tokens; spans then
-        count the bytes of marks.
+        With `marked`, the marks of `marked_vocabulary` in the texts become special tokens, and spans count
+        the bytes of marks.
         """
         if marked:
             for text in texts:
@@ -169,21 +173,22 @@ class Tokenizer:
             return [spans.from_sizes(ids, sizes) for ids in self.encode_batch(texts)]
         encodings = self._encodings(texts, (self._plain or self._untrimmed).encode_batch)
         return [
-            spans.from_offsets(one.ids, one.offsets, text) for one, text in zip(encodings, texts, strict=True)
+            spans.from_offsets(encoding.ids, encoding.offsets, text)
+            for encoding, text in zip(encodings, texts, strict=True)
         ]
 
     def encode_with_special(self, text: str) -> list[int]:
-        """Ids of a text in which the names of special tokens stand for them, wherever they come from."""
+        """Return the ids of a text in which all names of special tokens become these tokens."""
         return self.encode_spans([self.marked_vocabulary.mark(text)], marked=True)[0].ids.tolist()
 
     @property
     def specification(self) -> dict[str, Any]:
-        """The vocabulary as a tokenizer.json has it."""
+        """The vocabulary as the content of a tokenizer.json."""
         return json.loads(self._backend.to_str())
 
     @property
     def special_tokens(self) -> dict[str, SpecialToken]:
-        """BOS ("bos") and EOS ("eos") with the reason why they are these."""
+        """BOS ("bos") and EOS ("eos"), with the rules that chose them."""
         tokens = {"bos": (self.bos, self.bos_id), "eos": (self.eos, self.eos_id)}
         return {
             kind: SpecialToken(name=name, id=id, source=self._sources[kind])
@@ -191,13 +196,11 @@ class Tokenizer:
         }
 
     def name_of(self, id: int) -> str | None:
-        """The token that has this id; None where none has."""
+        """Return the token with this id; None if there is none."""
         return self._backend.id_to_token(id) if 0 <= id < self.vocab_size else None
 
     def differs_at(self, other: "Tokenizer") -> int | None:
-        """The first id that stands for another token, or for none, in the other vocabulary; None where all
-        are the same.
-        """
+        """Return the first id with another token, or none, in the other vocabulary; None if all are equal."""
         return next(
             (
                 id
@@ -208,56 +211,50 @@ class Tokenizer:
         )
 
     def with_bos(self, ids: Sequence[int]) -> list[int]:
-        """The ids of a text as the model wants them: BOS first where it does, or where there is nothing
-        else.
-        """
+        """Return the ids of a text with BOS first if the model expects it, or if the text is empty."""
         return [self.bos_id, *ids] if self.adds_bos or not len(ids) else list(ids)
 
     def prompt_ids(self, text: str) -> list[int]:
-        """What the model is given of a text: its ids, BOS first where the model wants it, and always for an
-        empty text.
-        """
+        """Return the model's input for a text: its ids, with BOS as in `with_bos`."""
         return self.with_bos(self.encode(text))
 
     def prompt_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """What the model is given of each text, as `prompt_ids`."""
+        """Return the model's input for each text, as `prompt_ids` does."""
         return [self.with_bos(ids) for ids in self.encode_batch(texts)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, special tokens left out; one U+FFFD for each maximal subsequence of bytes that
-        is no UTF-8.
-        """
+        """Return the text of the ids, without special tokens; one U+FFFD for each ill-formed subsequence."""
         return self.detokenizer.decode(ids)
 
     def decode_continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
-        """The text that ids add to a prompt, with a character of which the prompt has the first bytes.
+        """Return the text that ids add to a prompt, with a character that the prompt has begun.
 
-        Many vocabularies strip the space before the first word of what they decode, so that the text of the
-        ids alone is another one.
+        Many vocabularies strip the space before the first word when they decode, so that the text of the ids
+        alone differs.
         """
         return self.detokenizer.decode_continuation(prompt, ids)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Exactly the bytes of the ids. Raises ValueError for a vocabulary whose ids have no bytes of their
-        own.
-        """
+        """Return the exact bytes of the ids. ValueError if the vocabulary does not define them."""
         return self.detokenizer.decode_bytes(ids)
 
     def without_rows_from(self, num_rows: int) -> "Tokenizer":
-        """A tokenizer without the added tokens whose ids begin at `num_rows`. Raises ValueError if others
-        begin there.
+        """Return a tokenizer without the added tokens whose ids are `num_rows` or more.
+
+        Raises:
+            ValueError: other tokens have such ids, too.
         """
         specification = json.loads(self._backend.to_str())
-        kept = [token for token in specification["added_tokens"] if token["id"] < num_rows]
+        remaining = [token for token in specification["added_tokens"] if token["id"] < num_rows]
         dropped = {token["content"] for token in specification["added_tokens"]} - {
-            token["content"] for token in kept
+            token["content"] for token in remaining
         }
         if used := sorted(dropped & {self.bos, self.eos, *self.ends, *filter(None, (self.unk, self.pad))}):
             raise ValueError(
                 f"the tokenizer's {used[0]!r} has an id beyond the model's {num_rows:,} rows: they do not "
                 "belong together"
             )
-        backend = tokenizers.Tokenizer.from_str(json.dumps({**specification, "added_tokens": kept}))
+        backend = tokenizers.Tokenizer.from_str(json.dumps({**specification, "added_tokens": remaining}))
         smaller = self._with_backend(backend)
         if smaller.vocab_size > num_rows:
             raise ValueError(
@@ -267,16 +264,14 @@ class Tokenizer:
         return smaller
 
     def add_tokens(self, names: Sequence[str], *, special: bool) -> "Tokenizer":
-        """A tokenizer that also has these tokens, after its own; special ones are no part of a text."""
+        """Return a tokenizer with further tokens after its own; special ones are never part of a text."""
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         tokens = [tokenizers.AddedToken(name, special=special, normalized=False) for name in names]
         _ = backend.add_special_tokens(tokens) if special else backend.add_tokens(tokens)
         return self._with_backend(backend)
 
     def save(self, directory: Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, in the form that Hugging Face libraries read
-        too.
-        """
+        """Write tokenizer.json and tokenizer_config.json, which Hugging Face libraries can read."""
         directory.mkdir(parents=True, exist_ok=True)
         specification = json.loads(self._backend.to_str())
         specification["post_processor"] = conventions.post_processor_for(
@@ -309,52 +304,52 @@ class Tokenizer:
         adds_bos: bool | None = None,
         model_ids: Mapping[str, int | None] | None = None,
     ) -> "Tokenizer":
-        """Reads a tokenizer.json or the directory that holds one.
+        """Read a tokenizer.json or the directory of one.
 
-        BOS and EOS are found by the rules of `data/conventions.py`; `model_ids` are those that the model's
-        configuration has for "bos" and "eos". A text begins with BOS where tokenizer_config.json says so,
-        else where the post-processor puts it there or BOS is that of vocabularies made here.
+        BOS and EOS follow the rules of `data/conventions.py`; `model_ids` are the ids of "bos" and "eos" in
+        the model's configuration. A text begins with BOS if tokenizer_config.json specifies it, else if the
+        post-processor adds BOS or BOS is that of vocabularies made here.
 
         Raises:
-          ValueError: there is no such file, it is damaged, or no token would be BOS or EOS.
+          ValueError: there is no such file, it is damaged, or there is no BOS or EOS.
         """
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
-            raise ValueError(f"there is no {file}: name a tokenizer.json, or a directory that holds one")
+            raise ValueError(f"there is no {file}: give a tokenizer.json, or its directory")
         try:
             backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(
-                f"{file} is no tokenizer.json that the tokenizers library reads: {error}"
+                f"{file} is not a tokenizer.json that the tokenizers library can read: {error}"
             ) from error
-        found = conventions.read_conventions(file.parent)
+        configured = conventions.read_conventions(file.parent)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         special = sorted(token.content for token in backend.get_added_tokens_decoder().values())
-        known = {"vocabulary": vocabulary, "special": special, "file": file, "conventions": found}
+        known = {"vocabulary": vocabulary, "special": special, "file": file, "conventions": configured}
         end = conventions.end_token(option=eos, model=(model_ids or {}).get("eos"), **known)
         begin = conventions.begin_token(option=bos, model=(model_ids or {}).get("bos"), eos=end, **known)
         if adds_bos is None:
-            adds_bos = found.adds_bos
+            adds_bos = configured.adds_bos
             if adds_bos is None:
                 processor = json.loads(backend.to_str())["post_processor"]
                 adds_bos = conventions.begins_with_bos(processor, bos=begin.name) or begin.name == BOS
-        # A name that is configured and absent from the vocabulary means nothing to the model.
-        unk, pad = (name if name in vocabulary else None for name in (found.unk, found.pad))
+        # A configured name that is not in the vocabulary has no meaning for the model.
+        unk, pad = (name if name in vocabulary else None for name in (configured.unk, configured.pad))
         return cls(
             backend,
             bos=begin.name,
             eos=end.name,
             adds_bos=adds_bos,
-            has_bos=found.has_bos or bos is not None,
+            has_bos=configured.has_bos or bos is not None,
             unk=unk,
             pad=pad,
-            ends=tuple(name for name in found.ends if name in vocabulary) if ends is None else ends,
-            chat_template=found.chat_template,
+            ends=tuple(name for name in configured.ends if name in vocabulary) if ends is None else ends,
+            chat_template=configured.chat_template,
             sources={"bos": begin.source, "eos": end.source},
         )
 
     def _with_backend(self, backend: tokenizers.Tokenizer) -> "Tokenizer":
-        """A tokenizer with the same conventions."""
+        """Return a tokenizer with the same conventions."""
         return Tokenizer(
             backend,
             bos=self.bos,
@@ -375,14 +370,14 @@ class Tokenizer:
 
     @functools.cached_property
     def marked_vocabulary(self) -> MarkedVocabulary:
-        """The vocabulary that knows the tokens that no text may produce by their marks alone."""
+        """The vocabulary that knows special and reserved tokens only by their marks."""
         return MarkedVocabulary(
             self._backend, self.special_ids | {name: id for id, name in self._reserved_names.items()}
         )
 
     @functools.cached_property
     def _untrimmed(self) -> tokenizers.Tokenizer:
-        """The vocabulary without its post-processor, which may leave blanks out of offsets."""
+        """The vocabulary without its post-processor, which may exclude blanks from offsets."""
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         backend.post_processor = None
         backend.encode_special_tokens = True
@@ -411,24 +406,23 @@ class Tokenizer:
         if unknown := sorted(set(text) - self._alphabet):
             raise ValueError(
                 f"the character vocabulary has no {', '.join(map(repr, unknown[:8]))}, only the "
-                f"{len(self._alphabet) - _NUM_SPECIAL}"
-                " characters of the text it was made from. Remove them, or train with a byte or BPE "
-                "tokenizer, which express any text."
+                f"{len(self._alphabet) - _NUM_SPECIAL} characters of the text it was made from. Remove them, "
+                "or train with a byte or BPE tokenizer, which express any text."
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(abc.ABC):
-    """How text becomes ids."""
+    """The choice of a tokenizer."""
 
     @property
     @abc.abstractmethod
     def reads(self) -> Reads:
-        """Which text `build` needs."""
+        """The text that `build` needs."""
 
     @abc.abstractmethod
     def build(self, texts: Iterable[str]) -> Tokenizer:
-        """The tokenizer, made from the texts as far as it reads any; the same whatever their order."""
+        """Return the tokenizer, made from the texts if it needs any; their order has no effect."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -436,7 +430,7 @@ class BpeTokenizer(TokenizerConfig):
     """Byte-level BPE with the pre-tokenizer of GPT-2, trained on the training text."""
 
     vocab_size: int = 4096  # with BOS, EOS and the 256 bytes
-    # at most this much text is learned from: the documents of the smallest hashes
+    # most bytes of text to learn from: the documents with the smallest hashes
     training_bytes: int = 100_000_000
 
     def __post_init__(self) -> None:
@@ -482,8 +476,9 @@ class ByteTokenizer(TokenizerConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CharTokenizer(TokenizerConfig):
-    """The characters of the whole text, held-out part included, in code point order; any other is an error to
-    encode.
+    """The characters of the text, held-out part included, in code point order.
+
+    Other characters cannot be encoded.
     """
 
     @property
@@ -507,7 +502,7 @@ class CharTokenizer(TokenizerConfig):
 class FileTokenizer(TokenizerConfig):
     """An existing tokenizer.json."""
 
-    path: str  # the file, or a directory that holds tokenizer.json
+    path: str  # the file, or its directory
     # token that begins a document; by default the configured one, else one of the usual names
     bos: str | None = None
     # token that ends a document; by default the configured one, else one of the usual names
@@ -518,7 +513,7 @@ class FileTokenizer(TokenizerConfig):
         return Reads.NOTHING
 
     def build(self, texts: Iterable[str]) -> Tokenizer:
-        # Documents begin with BOS in training, whatever the model that the file came with expects.
+        # Documents begin with BOS in training, whatever the model of this file expects.
         return Tokenizer.load(Path(self.path).expanduser(), bos=self.bos, eos=self.eos, adds_bos=True)
 
 

@@ -1,8 +1,7 @@
-"""The bytes that the ids of a vocabulary stand for, read from a tokenizer.json; the text that one is learned
-from.
+"""The bytes of the ids of a vocabulary, read from a tokenizer.json; a sample of text to learn a vocabulary from.
 
-pieces = exact_pieces(json.loads(backend.to_str()), backend.get_vocab(), vocab_size)   # pieces[id] is bytes;
-None: unknown
+pieces = exact_pieces(json.loads(backend.to_str()), backend.get_vocab(), vocab_size)
+# pieces[id] is bytes; None if they are unknown
 """
 
 import hashlib
@@ -14,8 +13,9 @@ NUM_BYTES = 256
 
 
 def byte_characters() -> list[str]:
-    """The character that stands for each byte in byte-level vocabularies: printable ones for themselves,
-    others from U+0100.
+    """Return the character for each byte in byte-level vocabularies.
+
+    Printable characters stand for themselves, other bytes have characters from U+0100 on.
     """
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
@@ -23,7 +23,7 @@ def byte_characters() -> list[str]:
 
 
 def is_character_vocabulary(specification: dict[str, Any]) -> bool:
-    """Whether each character is an id of its own: a BPE without merges, normaliser and pre-tokenizer."""
+    """Return whether each character is an id: a BPE without merges, normaliser and pre-tokenizer."""
     model = specification["model"]
     decoder = specification["decoder"]
     plain = specification["normalizer"] is None and specification["pre_tokenizer"] is None
@@ -32,9 +32,8 @@ def is_character_vocabulary(specification: dict[str, Any]) -> bool:
 
 
 def sample_of(texts: Iterable[str], max_bytes: int) -> list[str]:
-    """The texts of the smallest hashes that fit in `max_bytes`, at least one: a sample that no order of
-    reading changes.
-    """
+    """Return the texts with the smallest hashes that fit `max_bytes`, at least one, whatever their order."""
+    # A heap of the texts with the smallest hashes, the largest of them on top.
     heap: list[tuple[int, str]] = []
     total = 0
     limit = 1 << 256
@@ -48,7 +47,7 @@ def sample_of(texts: Iterable[str], max_bytes: int) -> list[str]:
         while total > max_bytes and len(heap) > 1:
             rank, dropped = heapq.heappop(heap)
             total -= len(dropped.encode())
-            # what came earlier may have been dropped from here on, so what comes later must be too
+            # Earlier texts with larger hashes may have been dropped, so later ones must be, too.
             limit = -rank
     return [text for _, text in sorted(heap, reverse=True)]
 
@@ -56,13 +55,13 @@ def sample_of(texts: Iterable[str], max_bytes: int) -> list[str]:
 def exact_pieces(
     specification: dict[str, Any], vocabulary: dict[str, int], vocab_size: int
 ) -> list[bytes] | None:
-    """The bytes of each id, if those of a text's ids always join to the text; else None."""
+    """Return the bytes of each id, if those of a text's ids always join to the text; else None."""
     added = {token["id"]: token for token in specification["added_tokens"]}
     byte_level = _keeps_every_byte(specification)
     if not byte_level and not is_character_vocabulary(specification):
         return None
     if any(not token["special"] and (token["lstrip"] or token["rstrip"]) for token in added.values()):
-        return None  # such a token swallows the blanks beside it
+        return None  # such a token includes the blanks next to it
     byte_of = {character: byte for byte, character in enumerate(byte_characters())}
     if byte_level and not byte_of.keys() <= vocabulary.keys():
         return None
@@ -78,7 +77,7 @@ def exact_pieces(
 
 
 def _keeps_every_byte(specification: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json is byte-level and neither normalises, adds a blank, nor drops anything."""
+    """Return whether a tokenizer.json is byte-level and does not normalise, add a blank, or drop bytes."""
     steps = specification["pre_tokenizer"]
     decoder = specification["decoder"]
     if (
@@ -88,10 +87,12 @@ def _keeps_every_byte(specification: dict[str, Any]) -> bool:
     ):
         return False
     steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
-    kept = {
+    is_lossless = {
         "ByteLevel": lambda step: not step["add_prefix_space"],
         "Split": lambda step: step["behavior"] != "Removed",
         "Digits": lambda step: True,
     }
-    all_kept = all(step["type"] in kept and kept[step["type"]](step) for step in steps)
-    return all_kept and any(step["type"] == "ByteLevel" for step in steps) and decoder["type"] == "ByteLevel"
+    all_lossless = all(step["type"] in is_lossless and is_lossless[step["type"]](step) for step in steps)
+    return (
+        all_lossless and any(step["type"] == "ByteLevel" for step in steps) and decoder["type"] == "ByteLevel"
+    )

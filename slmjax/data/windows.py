@@ -1,14 +1,13 @@
-"""Batches for evaluation: every scored token of every document exactly once, and every UTF-8 byte that these
-stand for.
+"""Evaluation batches: every scored token of every document once, with every UTF-8 byte of their text.
 
-Scored is what training scores, or all text (`ScoredText`): of a pair of prompt and completion the completion
-and EOS, of plain text everything but BOS. Documents that are not plain text are cut by the rule of training
-(`scored.pieces_around`).
+The scored text is that of training, or all text (`ScoredText`): of a pair of prompt and completion the
+completion and EOS, of plain text everything but BOS. Documents that are not plain text are cut by the rule of
+training (`scored.pieces_around`).
 
-A document of L tokens is [BOS] text [EOS]: its L - 1 targets are scored, EOS included (which counts no byte),
+A document of L tokens is [BOS] text [EOS]. Its L - 1 targets are scored, EOS included (which has no bytes),
 BOS never. Up to `sequence_length` T targets fit one window. A longer document is cut at a stride of T -
-overlap: each further window starts with the last `overlap` inputs of the one before, whose targets are not
-scored again, so that a scored token sees at least `overlap` tokens before it, and the windows cost T / (T -
+overlap: each further window starts with the last `overlap` inputs of the previous one, whose targets are not
+scored again. So a scored token has a context of at least `overlap` tokens, and the windows cost T / (T -
 overlap) times the positions. With T = 4, overlap = 1 and 8 targets t1 .. t8 (inputs t0 .. t7; `.` marks a
 target that is not scored):
 
@@ -16,8 +15,8 @@ target that is not scored):
     window 1   inputs t3 t4 t5 t6   targets .  t5 t6 t7
     window 2   inputs t6 t7         targets .  t8
 
-Several windows share a row where they fit, told apart by segment ids. A document's scored bytes are spread
-evenly over its scored tokens and always add up to them; so the bytes of a row are exact unless it holds part
+Several windows share a row if they fit, distinguished by segment ids. A document's scored bytes are spread
+evenly over its scored tokens and always add up to them. So the bytes of a row are exact unless it has a part
 of a cut document, and the bytes of all batches are exact.
 
 Legend: B rows of the global batch, R of them made here, T positions of a row.
@@ -38,25 +37,23 @@ _PACKING_WINDOW = 4096  # documents that are packed into rows together
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class EvaluationBatches:
-    """Iterates over batches of one shape; may be iterated again. Made by `evaluation_batches`."""
+    """Iterates over batches of one shape, any number of times. Made by `evaluation_batches`."""
 
-    plans: tuple[
-        tuple[TokenizedDocuments, RowPlan], ...
-    ]  # the shards with documents to evaluate, and their rows
+    plans: tuple[tuple[TokenizedDocuments, RowPlan], ...]  # shards with documents to evaluate, and their rows
     batch_size: int  # rows of the global batch
-    rows: tuple[int, ...]  # those of each global batch that are made here, ascending
+    rows: tuple[int, ...]  # rows of each global batch that are made here, ascending
     num_documents: int
-    num_targets: int  # that are scored, over all batches and processes
-    num_tokens: int  # of the documents but BOS, scored or not
+    num_targets: int  # scored tokens, over all batches and processes
+    num_tokens: int  # of the documents without BOS, scored or not
     num_bytes: int  # of the scored text, over all batches and processes
-    text: ScoredText  # what is scored
+    text: ScoredText  # the text that is scored
 
     @property
     def num_rows(self) -> int:
         return sum(len(plan) for _, plan in self.plans)
 
     def __len__(self) -> int:
-        """Number of batches, the same for every process; the last one is filled up with rows of padding."""
+        """The number of batches, the same for every process; rows of padding fill the last one."""
         return -(-self.num_rows // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -72,9 +69,7 @@ class EvaluationBatches:
 
 
 def default_overlap(sequence_length: int) -> int:
-    """Tokens of context that further windows of a document repeat, where nobody says: a quarter window, at
-    most 64.
-    """
+    """Return the default overlap of windows: a quarter of a window, at most 64 tokens."""
     return min(64, sequence_length // 4)
 
 
@@ -88,11 +83,20 @@ def evaluation_batches(
     rows: Integer[np.ndarray, "R"] | None = None,
     text: ScoredText = ScoredText.COMPLETIONS,
 ) -> EvaluationBatches:
-    """Windows of the documents of all shards, in order, or of the first `max_documents` of them, whole.
+    """Return windows of the documents of all shards, in order, or of the first `max_documents`.
 
-    `batch_size` counts the rows of the global batch, of which `rows`, ascending, are made here (None: all of
-    them). Raises ValueError for an overlap that leaves no new target, no documents, no scored token, and rows
-    that are none of the batch.
+    Args:
+      shards_list: the documents.
+      sequence_length: positions of a row.
+      batch_size: rows of the global batch.
+      overlap: inputs that further windows of a document repeat.
+      max_documents: number of documents; None for all.
+      rows: rows of the global batch, ascending, that are made here; None for all.
+      text: the text that is scored.
+
+    Raises:
+      ValueError: the overlap leaves no new target, there are no documents or no scored tokens, or `rows` are
+        not rows of the batch.
     """
     made_here = checked_rows(rows, batch_size)
     if max_documents is not None and max_documents < 1:
@@ -100,21 +104,22 @@ def evaluation_batches(
     plans: list[tuple[TokenizedDocuments, RowPlan]] = []
     num_documents = num_targets = num_tokens = num_bytes = 0
     for shards in shards_list:
-        wanted = len(shards) if max_documents is None else min(len(shards), max_documents - num_documents)
-        if wanted == 0:
+        num_here = len(shards) if max_documents is None else min(len(shards), max_documents - num_documents)
+        if num_here == 0:
             continue
-        num_documents += wanted
-        tokens, targets, text_bytes = _counts(shards, wanted, text)
+        num_documents += num_here
+        tokens, targets, text_bytes = _counts(shards, num_here, text)
         num_tokens += tokens
+        # Shards without a scored token still count in num_tokens, but have no rows.
         if not targets:
             continue
         spans = (
             {}
             if text is ScoredText.ALL
-            else spans_of(shards, sequence_length=sequence_length, num_documents=wanted)
+            else spans_of(shards, sequence_length=sequence_length, num_documents=num_here)
         )
         plan = best_fit_rows(
-            shards.lengths[:wanted],
+            shards.lengths[:num_here],
             sequence_length=sequence_length,
             window=_PACKING_WINDOW,
             overlap=overlap,
@@ -130,7 +135,7 @@ def evaluation_batches(
         )
     if not plans:
         raise ValueError(
-            "there are no documents to evaluate on: the held-out split is empty; hold out a larger fraction "
+            "there are no documents to evaluate on, the held-out split is empty: hold out a larger fraction "
             "of the text"
         )
     return EvaluationBatches(
@@ -146,7 +151,7 @@ def evaluation_batches(
 
 
 def _counts(shards: TokenizedDocuments, num_documents: int, text: ScoredText) -> tuple[int, int, int]:
-    """Counts over the first documents: tokens but BOS, scored tokens, and bytes of the scored text."""
+    """Return counts of the first documents: tokens but BOS, scored tokens, and bytes of the scored text."""
     num_tokens = np.maximum(shards.lengths - 1, 0)
     scored, scored_bytes = (
         (num_tokens, shards.num_bytes) if text is ScoredText.ALL else (shards.num_scored, shards.scored_bytes)

@@ -32,7 +32,7 @@ from slmjax.data.batch import Batch
 from slmjax.data.config import DataConfig
 from slmjax.data.conventions import SpecialToken
 from slmjax.data.left_out import describe_left_out
-from slmjax.data.lost_text import lost_note, lost_share
+from slmjax.data.lost_text import lost_fraction, lost_note
 from slmjax.data.provenance import ChangedData, documents_to_evaluate, read_settings
 from slmjax.data.scored import ScoredText
 from slmjax.data.shards import TokenShards
@@ -108,7 +108,7 @@ class EvalResult:
         """The result with what is to be known of the tokenizer: its BOS and EOS, and what it loses of these
         documents.
         """
-        share = lost_share(shards.manifest.lost_text for shards in documents)
+        share = lost_fraction(shards.manifest.lost_text for shards in documents)
         return dataclasses.replace(self, lost_text=share, **tokenizer.special_tokens)
 
     def figures(self) -> dict[str, float]:

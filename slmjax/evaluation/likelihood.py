@@ -48,7 +48,7 @@ def pair_tokens(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     cut = len(context.rstrip())
     text = context + continuation
     tokens = tokenizer.encode_spans([text])[0]
-    belongs = tokens.held([(len(context[:cut].encode()), len(text.encode()))])
+    belongs = tokens.overlap_mask([(len(context[:cut].encode()), len(text.encode()))])
     return tokenizer.with_bos(tokens.ids[~belongs].tolist()), tokens.ids[belongs].tolist()
 
 

@@ -17,8 +17,8 @@ from slmjax.data.lost_text import (
     LostTextMeter,
     check_lost_text,
     lost_characters,
+    lost_fraction,
     lost_note,
-    lost_share,
 )
 from slmjax.data.preparation import prepare
 from slmjax.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
@@ -82,18 +82,18 @@ def test_what_normalizers_and_unknown_tokens_lose_is_counted(
         tokenizer = Tokenizer.load(path)
         meter = LostTextMeter(tokenizer, sample=False)
         meter.add(text.encode(), [0, *tokenizer.encode(text), 1])
-        assert meter.found() == expected, name
+        assert meter.result() == expected, name
     exact = LostTextMeter(ByteTokenizer().build(()), sample=False)
     exact.add(b"abc", [5])
-    assert exact.found() == LostText() and exact.found().share == 0, (
+    assert exact.result() == LostText() and exact.result().fraction == 0, (
         "a vocabulary that keeps every byte costs nothing"
     )
-    assert lost_share([LostText(measured=10, lost=5), LostText(measured=30, lost=1), LostText()]) == 6 / 40
+    assert lost_fraction([LostText(measured=10, lost=5), LostText(measured=30, lost=1), LostText()]) == 6 / 40
     sampled = LostTextMeter(Tokenizer.load(cases["kept"][0]), sample=True)
     monkeypatch.setattr(lost_text, "_SAMPLED_FIRST", 1000)
     for _ in range(40):
         sampled.add(b"ab" * 50, [2, 3] * 50)
-    assert sampled.found().measured == 1100, "all of the first bytes, then a sixteenth"
+    assert sampled.result().measured == 1100, "all of the first bytes, then a sixteenth"
 
 
 def test_a_tokenizer_that_loses_text_is_refused_or_marked(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_tokenizer_that_loses_text_is_refused_or_marked(tmp_path: Path) -> Non
         prepare(DataConfig(**options), tokenizer)
     data = DataConfig(**options, max_lost_text=1.0)
     ((shards, _),) = prepare(data, tokenizer).train
-    assert shards.manifest.lost_text.share == LOST
+    assert shards.manifest.lost_text.fraction == LOST
 
     block = BlockConfig(mixer=AttentionConfig(num_heads=1), ffn=MlpConfig(hidden_dim=4))
     config = ModelConfig(embed_dim=4, stack=(LayerGroup(pattern=(block,)),), context_length=8, vocab_size=4)

@@ -265,8 +265,8 @@ def test_every_row_has_a_target_and_every_scored_target_is_in_one(data, sequence
         for document, start, length in plan.pieces(row):
             inputs[document] |= set(range(start, start + length))
     partial = [d for d, of_document in enumerate(scored) if not all(of_document[1:])]
-    assert found.whole.tolist() == [d for d in partial if not inputs[d]]
-    assert found.part.tolist() == [d for d in partial if 0 < len(inputs[d]) < len(scored[d]) - 1]
+    assert found.entirely.tolist() == [d for d in partial if not inputs[d]]
+    assert found.partly.tolist() == [d for d in partial if 0 < len(inputs[d]) < len(scored[d]) - 1]
 
 
 def test_what_is_left_out_is_counted_and_named():

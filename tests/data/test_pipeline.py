@@ -180,7 +180,7 @@ def test_mixtures_do_not_drift():
             places[found] = place
         for index, weight in enumerate(weights):
             assert abs(places[index] - row * weight / sum(weights)) < 52
-    assert mixture.shares == pytest.approx(np.array(weights) / sum(weights))
+    assert mixture.fractions == pytest.approx(np.array(weights) / sum(weights))
 
 
 def test_mixtures_by_hand():

@@ -180,7 +180,7 @@ def test_bad_documents_are_counted_in_the_manifest_and_capped(
     prepared = prepare(allowed, BYTES)
     counts = prepared.train[0][0].manifest.bad_documents
     assert (counts.documents, counts.bad, counts.replaced) == (62, 2, 1)
-    assert "1 mended, 1 skipped" in caplog.messages[-1]
+    assert "1 repaired, 1 skipped" in caplog.messages[-1]
     both_sides = decoded(prepared.train[0][0], prepared.tokenizer) + decoded(
         prepared.heldout[0], prepared.tokenizer
     )

@@ -229,8 +229,8 @@ def test_too_many_bad_documents_are_an_error() -> None:
 
 def test_bad_prompts_are_bad_documents() -> None:
     gate = Gatekeeper(OnBadDocument.REPLACE, max_bad_fraction=1.0)
-    mended = gate.admit(Document(id="0", where="place", prompt="\udcffq", text="a"))
-    assert mended is not None and (mended.prompt, mended.text) == ("\ufffdq", "a")
+    repaired = gate.admit(Document(id="0", where="place", prompt="\udcffq", text="a"))
+    assert repaired is not None and (repaired.prompt, repaired.text) == ("\ufffdq", "a")
 
 
 # Datasets by name -------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from slmjax.data.config import DataConfig
 from slmjax.data.preparation import prepare
 from slmjax.data.shards import TokenShards
-from slmjax.data.spans import TextTokens, character_places, join_windows, windows_of
+from slmjax.data.spans import TextTokens, character_offsets, join_windows, windows_of
 from slmjax.data.tokenizers import BpeTokenizer, ByteTokenizer, CharTokenizer, FileTokenizer, Tokenizer
 from slmjax.evaluation import pair_tokens
 
@@ -128,7 +128,7 @@ class TestWindows:
             start < end_before < end
             for (_, end_before), (start, end) in zip(windows, windows[1:], strict=False)
         )
-        assert character_places(text).tolist() == [
+        assert character_offsets(text).tolist() == [
             len(text[:place].encode()) for place in range(len(text) + 1)
         ]
 
@@ -184,9 +184,13 @@ def test_windows_do_not_cut_the_marks_of_special_tokens() -> None:
 def test_tokens_and_their_bytes_by_hand() -> None:
     ids, starts, ends = np.asarray([[0, 1, 2, 3, 4], [0, 0, 2, 2, 6], [0, 2, 5, 5, 7]], np.int32)
     tokens = TextTokens(ids=ids, starts=starts, ends=ends)
-    assert tokens.held([(0, 2)]).tolist() == [True, True, False, False, False]
-    assert tokens.held([(1, 3), (6, 9)]).tolist() == [False, True, True, True, True]
-    assert tokens.held([(5, 6)]).tolist() == tokens.held([(3, 3)]).tolist() == [False] * 5
+    assert tokens.overlap_mask([(0, 2)]).tolist() == [True, True, False, False, False]
+    assert tokens.overlap_mask([(1, 3), (6, 9)]).tolist() == [False, True, True, True, True]
+    assert tokens.overlap_mask([(5, 6)]).tolist() == tokens.overlap_mask([(3, 3)]).tolist() == [False] * 5
     assert tokens.num_bytes().tolist() == [0, 2, 3, 0, 2]
     of_bytes = ByteTokenizer().build([]).encode_spans(["aé"])[0]
-    assert of_bytes.starts.tolist() == [0, 1, 2] and of_bytes.held([(1, 3)]).tolist() == [False, True, True]
+    assert of_bytes.starts.tolist() == [0, 1, 2] and of_bytes.overlap_mask([(1, 3)]).tolist() == [
+        False,
+        True,
+        True,
+    ]
