@@ -179,7 +179,7 @@ def _refuse_constant(name: str) -> Any:
     raise ConfigError(f"{name} is not a value that a config can hold: give a finite number")
 
 
-# Declared types -----------------------------------------------------------------------------------------------
+# Declared types -------------------------------------------------------------------------------------------
 
 
 @functools.cache

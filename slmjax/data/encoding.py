@@ -299,9 +299,9 @@ def require_template(document: Document, template: str | None) -> None:
     """Raise ValueError for a conversation if there is no chat template."""
     if document.is_conversation and template is None:
         raise ValueError(
-            f"{document.where}: the tokenizer has no chat template, which conversations need. Use a tokenizer "
-            "with a template (FileTokenizer), or put the Jinja source into chat_template.jinja next to its "
-            "tokenizer.json, and the special tokens that it writes into tokenizer.json"
+            f"{document.where}: the tokenizer has no chat template, which conversations need. Use a "
+            "tokenizer with a template (FileTokenizer), or put the Jinja source into chat_template.jinja "
+            "next to its tokenizer.json, and the special tokens that it writes into tokenizer.json"
         )
 
 

@@ -54,13 +54,13 @@ def describe_left_out(
     sentences = []
     if len(left_out.entirely):
         sentences.append(
-            f"{name}: {len(left_out.entirely)} of {len(shards)} documents have no token that is scored and are "
-            f"left out; {first(left_out.entirely)}"
+            f"{name}: {len(left_out.entirely)} of {len(shards)} documents have no token that is scored and "
+            f"are left out; {first(left_out.entirely)}"
         )
     if len(left_out.partly):
         sentences.append(
-            f"{name}: of {len(left_out.partly)} of {len(shards)} documents some text that is not scored, such "
-            f"as the beginning of a long prompt, is left out, since rows have {plan.sequence_length} tokens; "
-            f"{first(left_out.partly)}. A longer data.sequence_length keeps more of it"
+            f"{name}: of {len(left_out.partly)} of {len(shards)} documents some text that is not scored, "
+            f"such as the beginning of a long prompt, is left out, since rows have {plan.sequence_length} "
+            f"tokens; {first(left_out.partly)}. A longer data.sequence_length keeps more of it"
         )
     return sentences

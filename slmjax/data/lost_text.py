@@ -121,7 +121,7 @@ def check_lost_text(lost_text: LostText, max_fraction: float, *, source_name: st
         raise ValueError(
             f"{source_name}: the tokenizer loses {lost_text.fraction:.1%} of the bytes of the text (decoding "
             f"does not return them), more than data.max_lost_text={max_fraction:g}, most often "
-            f"{', '.join(map(repr, lost_text.characters))}. Use a tokenizer that falls back on bytes, or allow "
-            "it with --data.max-lost-text 1: bits per byte are then too low, and are marked wherever they are "
-            "shown"
+            f"{', '.join(map(repr, lost_text.characters))}. Use a tokenizer that falls back on bytes, or "
+            "allow it with --data.max-lost-text 1: bits per byte are then too low, and are marked wherever "
+            "they are shown"
         )

@@ -103,8 +103,8 @@ def checked_encodings(
         encodings = encode(list(texts), add_special_tokens=False)
     except Exception as error:  # the library raises bare Exception
         raise ValueError(
-            f"the vocabulary cannot express the text, and has no unknown token ({error}): use a tokenizer that "
-            "falls back on bytes, or one with an unknown token"
+            f"the vocabulary cannot express the text, and has no unknown token ({error}): use a tokenizer "
+            "that falls back on bytes, or one with an unknown token"
         ) from error
     for text, encoding in zip(texts, encodings if reserved else (), strict=False):
         if not reserved.keys().isdisjoint(ids := encoding.ids):

@@ -61,8 +61,8 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Prepared:
     """Open the prepared data of a mixture; prepare what is missing. ValueError for unusable sources."""
     if data.path is None and (fields := changed_fields(data)):
         raise ValueError(
-            f"data.{fields[0]}={getattr(data, fields[0])!r} has no effect without data.path: leave it out, or "
-            f"set {fields[0]} of the source"
+            f"data.{fields[0]}={getattr(data, fields[0])!r} has no effect without data.path: leave it out, "
+            f"or set {fields[0]} of the source"
         )
     # Fingerprints are enough to find prepared data: documents are only read to prepare them.
     hashes = [weighted.source.fingerprint() for weighted in data.mixture]
@@ -167,7 +167,8 @@ def _tokenizer(data: DataConfig, config: TokenizerConfig, *, hashes: list[str], 
         raise ValueError(f"{final} is damaged ({error}): delete it, and it is made again") from error
     if loaded.hash != (final / "hash").read_text():
         raise ValueError(
-            f"{final} is damaged: the vocabulary is not the one that was written. Delete it, and it is made again"
+            f"{final} is damaged: the vocabulary is not the one that was written. Delete it, and it is made "
+            "again"
         )
     return loaded
 

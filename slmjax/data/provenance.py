@@ -144,13 +144,13 @@ def held_out_after_change(data: DataConfig) -> str:
     """Return a sentence on the consequences of a changed source for the held-out text of a run."""
     if data.split is Split.TAIL:
         return (
-            "The held-out tail of an edited document begins at another place, so that text that was trained on "
-            "may be held out now."
+            "The held-out tail of an edited document begins at another place, so that text that was trained "
+            "on may be held out now."
         )
     if data.heldout_by is HeldOutBy.ID:
         return (
-            "This run holds out records by file and line, so that records that moved may have been trained on "
-            "and be held out now."
+            "This run holds out records by file and line, so that records that moved may have been trained "
+            "on and be held out now."
         )
     return (
         "Records are held out by their content and files by their name, so that no document that was trained "
@@ -169,8 +169,8 @@ def changes_on_resume(run: Path, data: DataConfig, now: Record) -> list[str]:
     changed = [] if before is None else differences(before, now)
     return (
         [
-            f"the data of {run} changed since it was trained: {'; '.join(changed)}. The run continues with the "
-            f"text as it is now. {held_out_after_change(data)}"
+            f"the data of {run} changed since it was trained: {'; '.join(changed)}. The run continues with "
+            f"the text as it is now. {held_out_after_change(data)}"
         ]
         if changed
         else []
@@ -286,8 +286,8 @@ def overlap(directory: Path, data: DataConfig, now: Record) -> list[str]:
         own = own_data(directory)
     except ConfigError as error:
         return [
-            f"it is unknown whether {directory} was trained on the text held out here: its settings cannot be "
-            f"read ({error})"
+            f"it is unknown whether {directory} was trained on the text held out here: its settings cannot "
+            f"be read ({error})"
         ]
     if own is None:
         return []
@@ -299,9 +299,9 @@ def overlap(directory: Path, data: DataConfig, now: Record) -> list[str]:
         same = [other for other in before if _is_same_source(other, entry)]
         if same and not any(_holds_out_the_same(other, entry, own, data) for other in same):
             sentences.append(
-                f"{directory} was trained on text of {entry['source']} too, and there {_held_out_clause(own)}, "
-                f"here {_held_out_clause(data)}: some of the text evaluated here may have been trained on, so "
-                "that its loss may be too low"
+                f"{directory} was trained on text of {entry['source']} too, and there "
+                f"{_held_out_clause(own)}, here {_held_out_clause(data)}: some of the text evaluated here "
+                "may have been trained on, so that its loss may be too low"
             )
     return sentences
 

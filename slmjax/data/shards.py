@@ -344,7 +344,8 @@ class TokenShards:
         with self._lock:
             if file not in self._readers:
                 path = str(self.directory / self.manifest.token_files[file].name)
-                # No read-ahead, since access is random. Its reads are thread-safe: one reader serves all threads.
+                # No read-ahead, since access is random. Its reads are thread-safe: one reader serves all
+                # threads.
                 self._readers[file] = ArrayRecordReader(
                     path, "readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=32768
                 )
@@ -375,7 +376,8 @@ def _hashed_index(index: dict[str, np.ndarray]) -> list[np.ndarray]:
     )
 
 
-# (path, size, modification time) -> sha256. A process verifies a file once, since hashing takes seconds per GB.
+# (path, size, modification time) -> sha256. A process verifies a file once, since hashing takes seconds per
+# GB.
 _verified: dict[tuple[str, int, int], str] = {}
 
 

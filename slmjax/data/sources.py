@@ -76,8 +76,9 @@ class TextSource(SourceConfig):
         kinds = [(name, path, file_kind(path)) for name, path in self._files()]
         if (fields := changed_fields(self)) and not any(kind.has_records for _, _, kind in kinds):
             raise ValueError(
-                f"{self.path} has no file of records, so that {fields[0]}={getattr(self, fields[0])!r} has no "
-                f"effect: leave out {' and '.join(fields)} to train on text files, or give records. {READABLE}"
+                f"{self.path} has no file of records, so that {fields[0]}={getattr(self, fields[0])!r} has "
+                f"no effect: leave out {' and '.join(fields)} to train on text files, or give records. "
+                f"{READABLE}"
             )
         for name, path, kind in kinds:
             if kind.binary:

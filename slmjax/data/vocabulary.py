@@ -1,4 +1,4 @@
-"""The bytes of the ids of a vocabulary, read from a tokenizer.json; a sample of text to learn a vocabulary from.
+"""The bytes of the ids of a vocabulary, read from a tokenizer.json, and a sample of text to learn one from.
 
 pieces = exact_pieces(json.loads(backend.to_str()), backend.get_vocab(), vocab_size)
 # pieces[id] is bytes; None if they are unknown

@@ -175,12 +175,12 @@ def test_messages_forge_no_special_token(tmp_path: Path) -> None:
         (
             CHATML.replace("assistant\\n", "assistant\\n<think>"),
             ASKED,
-            "begins the answer in message 2 otherwise than it asks for one",
+            "begins the answer in message 2 otherwise than its prompt for an answer",
         ),
         (
             GENERATION.replace("'assistant'", "'model'"),
             ASKED,
-            "puts no answer of this conversation into a generation block",
+            "has no answer of this conversation in a generation block",
         ),
     ],
 )
@@ -215,9 +215,9 @@ def test_a_template_is_needed(tmp_path: Path) -> None:
     for tokenizer in (tokenizer_of(tmp_path / "tokenizer", None), BpeTokenizer(vocab_size=300)):
         with pytest.raises(ValueError, match=r"no chat template.*chat_template\.jinja"):
             prepare(data_of(tmp_path, [ASKED]), tokenizer)
-    with pytest.raises(ValueError, match="a conversation cannot be cut in two"):
+    with pytest.raises(ValueError, match="a conversation cannot be split"):
         prepare(data_of(tmp_path, [ASKED], split=Split.TAIL), tokenizer_of(tmp_path / "tokenizer", CHATML))
-    with pytest.raises(ValueError, match="messages_field goes without"):
+    with pytest.raises(ValueError, match="messages_field excludes"):
         data_of(tmp_path, [ASKED], text_field="body")
 
 

@@ -355,9 +355,9 @@ def test_what_cannot_be_packed_is_refused():
         best_fit_rows(lengths, sequence_length=1, window=1)
     with pytest.raises(ValueError, match="sequence_length is 1: a row needs at least 2"):
         concatenated_rows(lengths, sequence_length=1)
-    with pytest.raises(ValueError, match="packing window to at least 1"):
+    with pytest.raises(ValueError, match="packing window is 0 documents: set it to at least 1"):
         best_fit_rows(lengths, sequence_length=4, window=0)
-    with pytest.raises(ValueError, match="overlap of 4 leaves a row of 4 no new target: choose 0 to 3"):
+    with pytest.raises(ValueError, match="overlap of 4 leaves no new target in a row of 4: choose 0 to 3"):
         best_fit_rows(lengths, sequence_length=4, window=1, overlap=4)
     for empty in (np.zeros(0, np.int64), np.ones(3, np.int64)):
         with pytest.raises(ValueError, match="no documents"):

@@ -87,7 +87,7 @@ def test_tail_split_of_one_file(data: DataConfig, tmp_path: Path) -> None:
     prepared = prepare(one_file, CharTokenizer())
     assert decoded(prepared.train[0][0], prepared.tokenizer) == [text[:90]]
     assert prepared.heldout_text() == text[90:].encode()  # the character vocabulary knows both sides
-    with pytest.raises(ValueError, match="none falls to the heldout side.*--data.split tail"):
+    with pytest.raises(ValueError, match="none of its .* is on the heldout side.*--data.split tail"):
         prepare(dataclasses.replace(one_file, split=Split.DOCUMENTS), BYTES)
     nothing_held_out = prepare(dataclasses.replace(one_file, heldout_fraction=0.0), BYTES)
     assert nothing_held_out.heldout == () and nothing_held_out.heldout_text() == b""
@@ -117,7 +117,7 @@ def test_prompts_are_marked(data: DataConfig, tmp_path: Path) -> None:
         assert {"q": prompt, "a": completion} in pairs
         assert shards.num_bytes[i] == len(prompt) + len(completion)
         assert shards.scored_bytes[i] == len(completion)
-    with pytest.raises(ValueError, match="cannot be cut in two: use --data.split documents"):
+    with pytest.raises(ValueError, match="cannot be split: use --data.split documents"):
         prepare(dataclasses.replace(config, split=Split.TAIL), BYTES)
     with pytest.raises(ValueError, match="go together"):
         dataclasses.replace(config, completion_field=None)

@@ -137,7 +137,7 @@ def test_the_run_s_text_divided_otherwise_is_said(
     documents_of(loaded, dataclasses.replace(data, heldout_fraction=0.05))
     assert not caplog.messages or all("prepared" in line for line in caplog.messages)  # held out then too
     documents_of(loaded, dataclasses.replace(data, heldout_fraction=0.5))
-    assert "some of what is evaluated here may have been trained on" in caplog.messages[-1]
+    assert "some of the text evaluated here may have been trained on" in caplog.messages[-1]
 
 
 def test_another_way_to_encode_the_same_text_is_no_change_of_it(
@@ -168,7 +168,7 @@ def test_a_run_without_a_record_says_so(
     (loaded.path / "data.json").unlink()
     documents_of(loaded, data)
     assert (
-        "it is not known whether its text is still what it was trained on" in caplog.messages[0]
+        "it is unknown whether its text is still what it was trained on" in caplog.messages[0]
         and len(caplog.messages) == 1
     )
 
@@ -233,7 +233,7 @@ def test_going_on_with_a_changed_source(
     (sentence,) = provenance.changes_on_resume(run, data, now(data))
     assert (
         "corpus.jsonl had" in sentence
-        and "goes on with the text as it is now" in sentence
+        and "continues with the text as it is now" in sentence
         and expected in sentence
     )
 

@@ -159,7 +159,7 @@ TAR = b"x.jsonl".ljust(257, b"\0") + b"ustar"
         ("x.csv.xz", lzma.compress(table(","))[:-20], "x.csv.xz is damaged"),
         ("x.json", json.dumps(RECORDS)[:-20], "record 20: broken JSON"),
         ("x.json", json.dumps(RECORDS)[:-1], "x.json is cut short"),
-        ("x.json", json.dumps(RECORDS) + "{}", "goes on after its array"),
+        ("x.json", json.dumps(RECORDS) + "{}", "has text after its array"),
         ("x.json", "[" * 100_000, "record 1: broken JSON"),
         ("x.csv", 'prompt,completion\na,b\nc,"d\ne,f\n', "x.csv, line 3: broken CSV"),
         (
@@ -171,8 +171,8 @@ TAR = b"x.jsonl".ljust(257, b"\0") + b"ustar"
             "x.txt",
             "plain",
             (
-                "no file of records, so that prompt_field='prompt' does nothing.*leave prompt_field and "
-                "completion_field out"
+                "no file of records, so that prompt_field='prompt' has no effect.*leave out prompt_field and "
+                "completion_field"
             ),
         ),
     ],
@@ -261,7 +261,7 @@ def test_broken_json_is_found_before_the_rest_is_read() -> None:
 
 def test_fields_without_a_path_are_an_error(tmp_path: Path) -> None:
     data = DataConfig(prompt_field="prompt", completion_field="completion", cache_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="data.prompt_field='prompt' does nothing without data.path"):
+    with pytest.raises(ValueError, match="data.prompt_field='prompt' has no effect without data.path"):
         prepare(data, ByteTokenizer())
 
 

@@ -256,5 +256,5 @@ def test_ids_without_text(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, tokenizer_hash="t", vocab_size=VOCAB) as writer:
         writer.add([0, 1], num_bytes=0)
         writer.close()
-    with pytest.raises(ValueError, match="holds ids only"):
+    with pytest.raises(ValueError, match="has no text, only ids"):
         TokenShards.open(tmp_path).text()

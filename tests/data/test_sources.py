@@ -71,7 +71,7 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="does not exist.*Did you mean 'corpus.txt'"):
         texts(TextSource(path=str(tmp_path / "corpsu.txt")))
-    with pytest.raises(ValueError, match="holds no files"):
+    with pytest.raises(ValueError, match="has no files"):
         texts(TextSource(path=str(tmp_path / "empty")))
     with pytest.raises(ValueError, match="no file matches"):
         texts(TextSource(path=str(tmp_path / "*.md")))
@@ -168,7 +168,7 @@ def test_parquet(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no field 'txt'.*Did you mean 'text'"):
         list(TextSource(path=path, text_field="txt").documents())
     write(tmp_path / "table.parquet", b"PAR1 not really")
-    with pytest.raises(ValueError, match="no readable Parquet file"):
+    with pytest.raises(ValueError, match="not a readable Parquet file"):
         list(TextSource(path=path).documents())
 
 

@@ -170,7 +170,7 @@ def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no .*tokenizer.json"):
         FileTokenizer(path=str(tmp_path)).build([])
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no tokenizer.json that the tokenizers library reads"):
+    with pytest.raises(ValueError, match="is not a tokenizer.json that the tokenizers library can read"):
         FileTokenizer(path=str(tmp_path)).build([])
 
 

@@ -181,7 +181,7 @@ def test_windows_of_real_shards(tmp_path):
     ("options", "message"),
     [
         ({"sequence_length": 1, "overlap": 0}, "sequence_length is 1"),
-        ({"overlap": 8}, "overlap of 8 leaves a row of 8 no new target"),
+        ({"overlap": 8}, "overlap of 8 leaves no new target in a row of 8"),
         ({"overlap": -1}, "overlap of -1"),
         ({"rows": np.array([2])}, r"rows \[2\] are not rows of a batch of 2"),
         ({"batch_size": 0}, "batch of 0 rows"),
@@ -196,5 +196,5 @@ def test_what_cannot_be_evaluated_is_refused(options, message):
 
 @pytest.mark.parametrize("shards_list", [[], [numbered([])]])
 def test_an_empty_split_is_refused(shards_list):
-    with pytest.raises(ValueError, match="no documents to evaluate on: the held-out split is empty"):
+    with pytest.raises(ValueError, match="no documents to evaluate on, the held-out split is empty"):
         evaluation_batches(shards_list, sequence_length=8, batch_size=2, overlap=0)

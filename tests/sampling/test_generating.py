@@ -210,7 +210,7 @@ def test_a_chat_gives_the_answer_alone(generate, chat, tmp_path: Path) -> None:
             '{"messages": [{"role": "user", "content": "a"}]}',
             ("c.jsonl", "add --chat"),
         ),
-        (("--chat", "--file", "c.jsonl"), '{"messages": []}', ("c.jsonl, line 1", "not empty")),
+        (("--chat", "--file", "c.jsonl"), '{"messages": []}', ("c.jsonl, line 1", "non-empty list")),
         (("--chat", "--file", "c.jsonl"), '{"messages": ["a"]}', ("c.jsonl, line 1", '"role": "user"')),
     ],
 )

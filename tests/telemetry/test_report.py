@@ -162,7 +162,7 @@ def test_of_steps_done_twice_the_later_counts(run_dir: Path) -> None:
 def test_what_is_no_run_is_refused(tmp_path: Path, run_dir: Path) -> None:
     with pytest.raises(ValueError, match="nowhere is not a run directory.*slmjax runs"):
         read_run(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="named twice"):
+    with pytest.raises(ValueError, match="given twice"):
         write_comparison([run_dir, run_dir.parent / "." / run_dir.name], tmp_path / "page.html")
     with pytest.raises(ValueError, match="two runs or more, got 1"):
         write_comparison([run_dir], tmp_path / "page.html")
@@ -345,7 +345,7 @@ def test_text_that_a_tokenizer_loses_is_shown_with_bits_per_byte(
     )
     assert ("lost_text", None, 0.92) in results([read_run(run_dir), read_run(losing)])
     page = write_comparison([run_dir, losing], tmp_path / "page.html").read_text()
-    assert "not comparable, for the tokenizer of losing loses text" in page
+    assert "not comparable, the tokenizer of losing loses text" in page
     assert "92.00%" in write_report(losing, with_images=False).read_text()
 
 

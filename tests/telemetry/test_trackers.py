@@ -75,5 +75,5 @@ def test_a_tracker_that_fails_is_warned_of_once(
 
 def test_a_missing_package_is_named_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ValueError, match=r"asks for tensorboard.*slmjax\[track\]"):
+    with pytest.raises(ValueError, match=r"has tensorboard.*slmjax\[track\]"):
         opened(tmp_path, Tracker.TENSORBOARD)
