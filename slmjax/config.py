@@ -107,6 +107,7 @@ def _upgrades(cls: type) -> type[Upgrades] | None:
 
 def near_names(name: str, options: Iterable[str]) -> str:
     """Return a hint to append to an error message: "" or " Did you mean 'x' or 'y'?"."""
+    # A cutoff of 0.5 finds transposed and missing letters without suggesting unrelated names.
     near = difflib.get_close_matches(str(name), [str(option) for option in options], n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(option) for option in near)}?" if near else ""
 
@@ -146,6 +147,7 @@ def dumps(tree: Any) -> str:
 def loads(cls: type[T], text: str) -> T:
     """Return `from_json` of a text. A duplicate key and a NaN raise ConfigError, too."""
     try:
+        # Python's json accepts NaN and duplicate keys by default.
         data = json.loads(text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         raise ConfigError(f"not JSON: {error}") from error
@@ -188,6 +190,7 @@ def _field_types(cls: type) -> dict[str, Any]:
     # Cached: resolving type hints costs more than all the rest of reading a config.
     hints = typing.get_type_hints(cls)
     types_by_name = {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+    # The key "type" is needed to write the class of a value.
     if "type" in types_by_name:
         raise ConfigError(
             f"{cls.__name__}.type: a config field cannot have this name, in JSON it holds the class: rename "
@@ -228,6 +231,7 @@ def _concrete_classes(hints: Iterable[Any]) -> dict[str, type]:
     pending = [hint for hint in hints if _is_config(hint)]
     while pending:
         cls = pending.pop(0)
+        # Subclasses of subclasses, too: any imported class may be meant.
         pending += cls.__subclasses__()
         if _is_abstract(cls) or not _is_dataclass(cls):
             continue
@@ -293,6 +297,7 @@ def _encode(value: Any, hint: Any, path: str, *, is_short: bool) -> Any:
             if upgrades := _upgrades(cls):
                 fields = upgrades.downgraded(fields)
         return {"type": cls.__name__, **fields} if _is_open(hint, cls) else fields
+    # Enums before str, since an Enum may derive from it.
     if isinstance(value, enum.Enum):
         former_values = _FORMER_VALUES.get(type(value), {}) if is_short else {}
         return next((was for was, member in former_values.items() if member is value), value.value)
@@ -313,6 +318,7 @@ def _encode(value: Any, hint: Any, path: str, *, is_short: bool) -> Any:
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int | float):
+        # JSON has no NaN or infinity, and a NaN would make a config differ from itself.
         if not math.isfinite(value):
             raise ConfigError(
                 f"{_at(path)}: {value} is not a value that a config can hold: give a finite number"
@@ -391,6 +397,7 @@ def _decode_value(data: Any, hint: Any, path: str) -> tuple[bool, Any]:
         return bool(matches), matches[0] if matches else None
     if issubclass(hint, Path) and isinstance(data, str):
         return True, hint(data)
+    # JSON does not distinguish 1 and 1.0.
     if hint is float and type(data) in (int, float):
         return _is_finite_float(data), float(data) if _is_finite_float(data) else None
     return hint in (bool, int, str) and type(data) is hint, data
@@ -425,6 +432,7 @@ def _decode_dataclass(data: dict[str, Any], hints: list[Any], path: str) -> Any:
     added = {
         field.name: field.metadata[_BEFORE] for field in dataclasses.fields(cls) if _BEFORE in field.metadata
     }
+    # Unknown fields first: a misspelled name also leaves a field missing, and this message is clearer.
     for key in fields:
         if key not in declared:
             raise ConfigError(
@@ -443,6 +451,7 @@ def _decode_dataclass(data: dict[str, Any], hints: list[Any], path: str) -> Any:
         for name, hint in declared.items()
         if name in fields
     }
+    # A field that the file lacks has the value of the time when it was written.
     values = {**added, **values}
     # The constructor runs last: the checks of `__post_init__` see decoded values.
     try:
@@ -473,6 +482,7 @@ def _chosen_class(data: dict[str, Any], hints: list[Any], path: str) -> type:
     # Only imported classes are candidates, so that a file cannot make the program import code.
     options = _concrete_classes(hints)
     name = data.get("type")
+    # One concrete class needs no "type", unless the file names a subclass.
     if len(hints) == 1 and not _is_abstract(hints[0]) and name is None:
         return hints[0]
     if name is None:

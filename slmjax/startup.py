@@ -30,6 +30,7 @@ CACHED_BYTES = 4 * 2**30  # size of the compilation cache; the least recently us
 
 def keep_memory() -> bool:
     """Tell glibc to keep freed memory; return True if it does. No effect elsewhere (macOS, musl)."""
+    # musl and macOS have no mallopt.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         return False
@@ -70,6 +71,7 @@ _NO_TPU = {
 
 def without_tpu() -> None:
     """Keep libtpu from looking for a TPU where there is none; variables that are already set stay."""
+    # On a machine with a TPU these variables would hide it.
     if _is_installed("libtpu") and not _has_tpu():
         for name, value in _NO_TPU.items():
             os.environ.setdefault(name, value)
@@ -88,6 +90,7 @@ def compile_for_tpu() -> None:
 
 
 def _has_tpu() -> bool:
+    # The devices of TPU VMs, of older and newer generations.
     return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
 
 

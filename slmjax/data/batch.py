@@ -42,6 +42,7 @@ def checked_rows(rows: np.ndarray | None, batch_size: int) -> tuple[int, ...]:
     """
     if batch_size < 1:
         raise ValueError(f"a batch of {batch_size} rows is empty: choose at least 1")
+    # A single process makes the complete batch.
     if rows is None:
         return tuple(range(batch_size))
     chosen = tuple(int(row) for row in rows)
@@ -57,6 +58,7 @@ def checked_rows(rows: np.ndarray | None, batch_size: int) -> tuple[int, ...]:
 def empty_batch(num_rows: int, sequence_length: int) -> Batch:
     """Return a batch of numpy arrays to write into, all padding."""
     shape = (num_rows, sequence_length)
+    # Zeros are padding in every field, so that a row only has to write its tokens.
     return Batch(
         tokens=np.zeros(shape, np.int32),
         targets=np.zeros(shape, np.int32),

@@ -45,6 +45,7 @@ def render_chat(
       ValueError: there are no messages, a message is not plain data, or the template fails or refuses the
         conversation.
     """
+    # Imported here because only chats need jinja2.
     from slmjax.data import templates  # jinja2, which only chats need
 
     if not messages:
@@ -85,6 +86,7 @@ def encode_chat(
       ValueError: the tokenizer has no chat template, or as `render_chat`.
     """
     text = ChatText(tokenizer, messages, extra=extra).render(add_generation_prompt=add_generation_prompt)
+    # An empty text stands for BOS, since a model needs at least one token.
     return tokenizer.encode_spans([text], marked=True)[0].ids.tolist() or [tokenizer.bos_id]
 
 
@@ -122,6 +124,8 @@ class ChatText:
             "pad": tokenizer.pad,
         }
         self._tokens = {f"{name}_token": token for name, token in tokens.items() if token is not None}
+        # Names are hidden before rendering and shown after marking, so that only the template's own names
+        # become marks.
         self._vocabulary = tokenizer.marked_vocabulary
         self._hidden = _HiddenNames(self._vocabulary)
         self._messages = list(messages)
@@ -153,6 +157,7 @@ class _HiddenNames:
 
     def __init__(self, vocabulary: MarkedVocabulary) -> None:
         self._vocabulary = vocabulary
+        # Random, so that no message can contain these digits by design.
         self._drawn = f"{secrets.randbelow(10**24):024d}"
         self._names: list[str] = []
 
@@ -167,6 +172,7 @@ class _HiddenNames:
     def show(self, text: str) -> str:
         """Return the text with the names again. Raises ValueError where the template has cut one in two."""
         shown = re.sub(rf"{self._drawn}(\d{{6}})", lambda match: self._names[int(match[1])], text)
+        # A part of the digits is left over if the template has cut, padded or repeated inside of them.
         if self._drawn[:12] in shown or self._drawn[12:] in shown:
             raise ValueError(
                 "the model's chat template cuts a message inside the name of a special token, "

@@ -193,6 +193,7 @@ def end_token(
     """
     _check_option("eos", option, vocabulary=vocabulary, special=special, file=file)
     chosen = _named("eos", option, conventions.eos, model, conventions=conventions, vocabulary=vocabulary)
+    # An explicit null rules out the usual names.
     if chosen is None and conventions.has_eos:
         chosen = _usual("eos", vocabulary)
     if chosen is None:
@@ -222,6 +223,7 @@ def begin_token(
     _check_option("bos", option, vocabulary=vocabulary, special=special, file=file)
     chosen = _named("bos", option, conventions.bos, model, conventions=conventions, vocabulary=vocabulary)
     if chosen is None and not conventions.has_bos:
+        # The file names the token that slmjax used in place of BOS when it saved the tokenizer.
         begins = conventions.begins
         if begins is not None and begins in vocabulary:
             source = conventions.sources.get("bos", f"{_BEGINS} of {CONFIG_FILE}")
@@ -276,6 +278,7 @@ def _check_option(
 
 def _is_written_earlier(config: Mapping[str, Any]) -> bool:
     """Return whether slmjax wrote the file, before it wrote which token stands in for BOS."""
+    # Recognised by its keys, because those versions wrote no version number.
     is_ours = (
         {"add_bos_token", "clean_up_tokenization_spaces", "tokenizer_class"}
         <= config.keys()
@@ -291,6 +294,7 @@ def begins_with_bos(post_processor: Mapping[str, Any] | None, *, bos: str) -> bo
         for step in _steps(post_processor)
         if step["type"] == "TemplateProcessing" and step["single"]
     ]
+    # A template for pairs begins as that for single texts does.
     return any("SpecialToken" in first and first["SpecialToken"]["id"] == bos for first in firsts)
 
 
@@ -300,6 +304,7 @@ def post_processor_for(
     """Return a post-processor that adds BOS to a text or does not; `current` if it is right already."""
     if begins_with_bos(current, bos=bos) == adds_bos:
         return current
+    # Only templates add tokens. Other steps, such as those for byte-level offsets, stay.
     steps = [step for step in _steps(current) if step["type"] != "TemplateProcessing"]
     if adds_bos:
         first, second = (

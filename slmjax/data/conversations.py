@@ -67,6 +67,7 @@ def render_conversation(
             f"the conversation has no message of the role {_ANSWERING!r}: nothing of it would be trained on"
         )
     chat = ChatText(tokenizer, messages, names=names)
+    # A template that marks its answers is believed, and needs no rendering of beginnings.
     if templates.marks_answers(tokenizer.chat_template or ""):
         text, answers = _marked_answers(chat)
         answers = [(start, _through_end_of_turn(tokenizer, text, start, end)) for start, end in answers]
@@ -77,8 +78,12 @@ def render_conversation(
     answers = answers if turns is ScoredTurns.ALL else answers[-1:]
     lasts = [tokenizer.marked_vocabulary.last_mark(text[start:end]) for start, end in answers]
     ends = [
-        end if last is None else start + last[1] for (start, end), last in zip(answers, lasts, strict=True)
+        # An answer ends after its last special token. The line break that many templates write after it
+        # belongs to the next turn.
+        end if last is None else start + last[1]
+        for (start, end), last in zip(answers, lasts, strict=True)
     ]
+    # EOS ends the conversation only if the template has no end token of its own there.
     ended_by = None if lasts[-1] is None else lasts[-1][0]
     return RenderedConversation(
         text=text,
@@ -109,6 +114,7 @@ def _answer(chat: ChatText, text: str, index: int, *, num_messages: int) -> Span
     # The text up to the answer, with the prompt for it, and the text through the answer.
     before = chat.render(index, add_generation_prompt=True)
     through = text if index + 1 == num_messages else chat.render(index + 1, add_generation_prompt=False)
+    # Both must be beginnings of the complete text, or training and generation see different prompts.
     if text.startswith(before) and text.startswith(through) and len(through) >= len(before):
         return len(before), len(through)
     if text.startswith(chat.render(index, add_generation_prompt=False)) and not text.startswith(before):

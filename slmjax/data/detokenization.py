@@ -54,6 +54,7 @@ class Detokenizer:
         """Return the text of the ids, without special tokens."""
         if self._pieces is not None:
             return self.decode_bytes(ids).decode("utf-8", "replace")
+        # Only byte fallback can produce invalid UTF-8 that the library would decode in another way.
         if not self._has_byte_tokens:
             return self._backend.decode([int(id) for id in ids], skip_special_tokens=True)
         return self._backend.decoder.decode(replace_invalid_bytes(filter(None, map(self._name, ids))))
@@ -61,6 +62,8 @@ class Detokenizer:
     def decode_continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
         """Return the text that ids add to a prompt, with a character that the prompt has begun."""
         if self._pieces is None:
+            # Decoders may treat the first token of a text specially, so the ids are decoded after their
+            # prompt.
             return _added(self.decode(prompt), self.decode([*prompt, *ids]))
         torn = self.torn_bytes(prompt)
         return _added(
@@ -79,6 +82,7 @@ class Detokenizer:
     def torn_bytes(self, ids: Sequence[int]) -> bytes:
         """Return the bytes of an unfinished character at the end of the ids."""
         tail = b""
+        # At most three bytes can begin a character that is not complete.
         for id in reversed(ids):
             tail = self._bytes(int(id)) + tail
             if len(tail) >= _LONGEST_TORN:

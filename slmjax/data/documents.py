@@ -67,6 +67,7 @@ class Document:
         """Return the text whose hash decides whether the document is held out."""
         if heldout_by is HeldOutBy.ID or not self.is_record:
             return self.id
+        # JSON keeps apart pairs whose joined texts are equal.
         return json.dumps([self.prompt, self.text])
 
 
@@ -126,6 +127,7 @@ class Gatekeeper:
             ValueError: the document is bad, under `error`.
         """
         self._count("documents")
+        # Every document counts, so that the fraction of bad ones is of all that were read.
         problem, detail = _judge(document)
         if problem is None:
             return document
@@ -141,6 +143,7 @@ class Gatekeeper:
         """Count a bad document. Raises ValueError under `error`."""
         self._count(problem.value)
         message = f"{document.where}: {detail}"
+        # One example is enough to find the cause.
         self._first_bad = self._first_bad or message
         if self._policy is OnBadDocument.ERROR:
             raise ValueError(
@@ -166,6 +169,7 @@ class Gatekeeper:
         """Return warnings about good documents that may not be what the user intended."""
         counts = self.counts
         warnings = []
+        # A few documents may quote such names, for example in text about chat templates.
         if counts.special_names > _MANY * counts.documents:
             warnings.append(
                 f"{counts.special_names:,} of {counts.documents:,} documents hold names of special tokens "

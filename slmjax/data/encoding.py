@@ -37,6 +37,8 @@ def is_held_out(key: str, fraction: float) -> bool:
     The key is `Document.held_out_key`.
     """
     return (
+        # The hash does not depend on other documents, so that adding text moves none of them to the other
+        # side.
         int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8])
         < fraction * 2.0**64
     )
@@ -53,6 +55,7 @@ def split_document(document: Document, data: DataConfig) -> Iterator[tuple[str, 
     if document.prompt or document.is_conversation:
         kind = "a conversation" if document.is_conversation else "a pair of prompt and completion"
         raise ValueError(f"{document.where}: {kind} cannot be split: use --data.split documents")
+    # The cut is by characters, so that neither side has a part of one.
     cut = int(len(document.text) * (1 - data.heldout_fraction))
     for side, text in ((TRAIN, document.text[:cut]), (HELDOUT, document.text[cut:])):
         if text:
@@ -89,6 +92,7 @@ def write_source(
         for side in sides
     }
     written = dict.fromkeys(sides, 0)
+    # All held-out text is measured, since its bits per byte are reported; of training text a sample.
     meters = {side: LostTextMeter(tokenizer, sample=side == TRAIN) for side in sides}
     try:
         for side, document in _encoded(source, gate=gate, tokenizer=tokenizer, data=data):
@@ -103,6 +107,7 @@ def write_source(
             meters[side].add(document.text, document.tokens.tolist(), marked=document.marked)
             written[side] += 1
             advance(num_bytes)
+        # Checked before the manifests are written: without them nothing can be read.
         gate.check(source.describe())
         _require_both_sides(source.describe(), written, data)
         for warning in gate.warnings():
@@ -163,12 +168,14 @@ class _Pending:
         ids = np.asarray(self.ids, np.int32) if tokens is None else tokens.ids
         text = self._plain_text(ids, tokenizer)
         if (sizes := tokenizer.token_bytes) is not None:
+            # The bytes of byte-level ids must add up to the text, or bits per byte would be wrong.
             assert int(sizes[ids].sum(dtype=np.int64)) == len(text), self.document.where
         scored = None
         scored_bytes = len(text)
         if self.scored is not None and tokens is not None:
             trimmed = tokenizer.marked_vocabulary.without_blanks(tokens, self.text) if self.marked else tokens
             is_scored = trimmed.overlap_mask(self.scored)
+            # Special tokens are scored but stand for no text.
             is_text = ~np.isin(ids, list(tokenizer.special_ids.values()))
             scored_bytes = int(
                 (tokens.num_bytes() if sizes is None else sizes[ids])[is_scored & is_text].sum()
@@ -226,6 +233,7 @@ def _encoded(
             if queued >= _BATCH_BYTES:
                 _encode(queue, tokenizer)
                 queued = 0
+        # Documents keep their order, whichever of them is encoded first.
         while waiting and waiting[0].is_encoded:
             yield waiting[0].side, waiting.popleft().finish(tokenizer)
     _encode(queue, tokenizer)
@@ -241,6 +249,7 @@ def _admitted(
         document = gate.admit(candidate)
         for side, half in split_document(document, data) if document is not None else ():
             if not half.is_conversation:
+                # With `encode` names are special tokens, and nothing needs to be reported.
                 if data.special_tokens is SpecialNames.TEXT:
                     gate.look_for_names(half, tokenizer.special_names)
                 yield _pending_text(side, half, tokenizer=tokenizer, data=data)

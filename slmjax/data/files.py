@@ -110,6 +110,7 @@ def file_kind(path: Path) -> FileKind:
       ValueError: an archive or a data format that is not read, or content that is not what the suffix says.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
+    # A suffix such as .csv.gz has the layout before the compression.
     named = _COMPRESSIONS.get(suffixes[-1]) if suffixes else None
     suffix = "".join(suffixes[-2:-1] if named else suffixes[-1:])
     layout = _LAYOUTS.get(suffix, Layout.TEXT)
@@ -146,6 +147,7 @@ def _binary(head: bytes, path: Path) -> str:
         raise ValueError(
             f"{path} is {refused}. {READABLE}: unpack or convert it, or leave it out with a glob"
         )
+    # UTF-16 has NUL bytes in most texts, so it is recognised before binary files.
     if head.startswith(_UTF16_MARKS):
         return "UTF-16 text, not UTF-8: convert it, for example with iconv -f UTF-16 -t UTF-8"
     return f"a binary file (it holds a NUL byte). {READABLE}" if b"\0" in head else ""
@@ -161,6 +163,7 @@ def open_bytes(path: Path, kind: FileKind) -> Iterator[io.BufferedIOBase]:
     try:
         with contextlib.closing(_OPENERS[kind.compression](path)) as stream:
             yield stream
+    # Each library raises its own errors for damaged data.
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(
             f"{path} is damaged: its {kind.compression.value} data cannot be read to the end ({error})"
@@ -184,6 +187,7 @@ def _open_zstd(path: Path) -> io.BufferedIOBase:
         import pyarrow
     except ImportError as error:
         raise ValueError(f"{path}: reading zstd needs pyarrow: pip install 'slmjax[parquet]'") from error
+    # pyarrow is an optional dependency that Parquet needs already; Python gets zstd only in 3.14.
     return io.BufferedReader(cast(Any, pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")))
 
 

@@ -26,6 +26,7 @@ class LeftOut:
 def find_left_out(plan: RowPlan, shards: TokenizedDocuments) -> LeftOut:
     """Return the documents with unscored text that the rows of a plan do not contain completely."""
     is_partial = ~is_all_scored(shards.lengths, shards.num_scored)
+    # Pieces in the order of their documents and starts, since rows mix documents.
     order = np.lexsort((plan.starts, plan.documents))
     documents = plan.documents[order]
     starts = plan.starts[order].astype(np.int64)
@@ -34,6 +35,7 @@ def find_left_out(plan: RowPlan, shards: TokenizedDocuments) -> LeftOut:
     # The end of the document's previous piece, since pieces of running text may overlap.
     before = np.where(is_further, np.concatenate([[0], ends[:-1]]), 0)
     num_inputs = np.zeros(len(shards), np.int64)
+    # `np.add.at` adds up repeated indices, which `+=` would not.
     np.add.at(num_inputs, documents, ends - np.maximum(starts, before))
     return LeftOut(
         entirely=np.flatnonzero(is_partial & (num_inputs == 0)),

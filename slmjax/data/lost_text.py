@@ -41,6 +41,7 @@ def lost_characters(text: str, decoded: str) -> collections.Counter[str]:
     """
     if text == decoded:
         return collections.Counter()
+    # Counts of characters, since normalisers may also reorder a text.
     before = collections.Counter(text)
     after = collections.Counter(decoded)
     return collections.Counter(
@@ -79,6 +80,7 @@ class LostTextMeter:
             Each part between two marks is compared by itself, since vocabularies that put a blank before a
             text also put one after each special token.
         """
+        # Byte-level vocabularies lose nothing.
         if self._is_exact:
             return
         self._bytes += len(text)

@@ -33,6 +33,7 @@ class SpecialNames(enum.Enum):
 
 def names_pattern(names: Iterable[str], *, alone: Collection[str] = ()) -> re.Pattern[str]:
     """Return a pattern that matches these names, those in `alone` only as separate words."""
+    # The longest name first, since a name may be the beginning of another.
     longest_first = sorted(names, key=len, reverse=True)
     patterns = [
         rf"(?<!\w){re.escape(name)}(?!\w)" if name in alone else re.escape(name) for name in longest_first
@@ -74,10 +75,12 @@ class MarkedVocabulary:
         )
         for name, mark in self.marks.items():
             added[name] |= {"content": mark, "single_word": False, "normalized": False, "special": True}
+        # The model itself must not find the names either.
         model = without_names(specification["model"], self.marks)
         # Without the post-processor, which may trim offsets.
         specification |= {"added_tokens": list(added.values()), "model": model, "post_processor": None}
         self._backend = tokenizers.Tokenizer.from_str(json.dumps(specification))
+        # The library numbers tokens again, so ids are translated back.
         self._ids = {self._backend.token_to_id(mark): special[name] for name, mark in self.marks.items()}
         for name, id in backend.get_vocab(with_added_tokens=True).items():
             if name not in special:  # the library renumbers added tokens

@@ -172,6 +172,7 @@ def with_targets(plan: RowPlan, shards: TokenizedDocuments) -> RowPlan:
     """Return the rows of a plan that have a scored target. Raises ValueError if there are none."""
     lengths = shards.lengths[plan.documents]
     num_scored = shards.num_scored[plan.documents]
+    # Plain text is decided by its lengths alone; only other documents need their flags.
     is_scored = (num_scored > 0) & (plan.starts + 1 < lengths)  # EOS alone predicts nothing
     for piece in np.flatnonzero(~is_all_scored(lengths, num_scored)).tolist():
         start = int(plan.starts[piece])
@@ -209,6 +210,7 @@ def load_or_pack(
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_dir / "packing" / f"{name}.npz"
     plan = _load(path, sequence_length=sequence_length)
+    # Packing a large corpus takes minutes, so a plan is saved.
     if plan is None:
         if packing is Packing.BEST_FIT:
             spans = spans_of(shards, sequence_length=sequence_length)
@@ -253,6 +255,7 @@ def write_row(
         first = start + 1 + context
         stop = start + 1 + num_targets
         if first < stop:
+            # Leading targets of the piece are context: prompt, or scored by an earlier piece.
             scored = _scored(shards, document, start=first, stop=stop, text=text)
             batch.loss_mask[index, column + context : column + num_targets] = scored
             if token_bytes is not None:
@@ -304,6 +307,7 @@ def _cut(
     num_targets = np.maximum(document_lengths.astype(np.int64) - 1, 0)
     num_targets[list(spans)] = 0  # these are cut by their spans, below
     stride = sequence_length - overlap
+    # Ceiling division: the pieces after the first, each with `stride` new targets.
     further = np.maximum(-(-(num_targets - sequence_length) // stride), 0)
     num_pieces = np.where(num_targets > 0, 1 + further, 0)
     documents = np.repeat(np.arange(len(num_targets)), num_pieces)
@@ -317,6 +321,7 @@ def _cut(
         for document, document_spans in spans.items()
         for piece in pieces_around(document_spans, sequence_length=sequence_length, overlap=overlap)
     ]
+    # Plain text alone needs no merging with pieces of spans.
     if not cut:
         return documents, starts, lengths, contexts
     of_spans = np.asarray(cut, np.int64).T
@@ -334,6 +339,7 @@ def _best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray
     Pieces of equal length keep their order. O(n log n), since there are at most `capacity` different numbers
     of free positions.
     """
+    # Stable, so that the plan does not depend on the sorting algorithm.
     order = np.argsort(-lengths, kind="stable")
     rows = np.empty(len(lengths), np.int64)
     free: list[int] = []  # sorted: each number of free positions that some row has

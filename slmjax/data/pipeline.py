@@ -61,6 +61,7 @@ class Mixture:
 
     def __getitem__(self, row: int) -> tuple[int, int]:
         low = 0
+        # Descend the tree: at each node the row goes to the side whose rounded count it increases.
         high = len(self._by_weight)
         while high - low > 1:
             middle = self._split(low, high)
@@ -79,6 +80,7 @@ class Mixture:
     def _split(self, low: int, high: int) -> int:
         """Return the index that splits the sources low..high into two sides of similar weight."""
         total = self._sums[low] + self._sums[high]
+        # Even splits keep the tree shallow, and the rounding error small.
         return min(range(low + 1, high), key=lambda middle: abs(2 * self._sums[middle] - total))
 
 
@@ -153,6 +155,7 @@ class BatchSource:
                 shards=shards,
                 token_bytes=self._token_bytes,
             )
+            # Row ids are unique over all sources.
             batch.row_ids[index] = self._first_row_id[source] + row
         return batch
 
@@ -181,6 +184,7 @@ class ReadAhead:
         self._threads: set[threading.Thread] = set()  # the threads that make batches
         self._lock = threading.Lock()
         self._closed = False
+        # The range has no end in practice: a run stops by its number of steps.
         steps = grain.MapDataset.range(start_step, sys.maxsize).map(self._make)
         options = grain.ReadOptions(num_threads=read_threads, prefetch_buffer_size=prefetch)
         self._iterator = iter(steps.to_iter_dataset(options))
@@ -200,6 +204,7 @@ class ReadAhead:
         with self._lock:
             self._closed = True  # from now on no thread is added
         self._iterator.close()
+        # A thread that still reads would use shards after their files are closed.
         for thread in self._threads:
             thread.join()
 

@@ -22,6 +22,7 @@ _NONCHARACTER = "\U0010ffff"  # never assigned to a character
 def unknown_token(specification: Mapping[str, Any]) -> str | None:
     """Return the name of the model's unknown token; None if it has none."""
     model = specification["model"]
+    # Unigram gives the index of its unknown token, the other models its name.
     if model["type"] != "Unigram":
         return model.get("unk_token")
     return None if model.get("unk_id") is None else model["vocab"][model["unk_id"]][0]
@@ -82,6 +83,7 @@ def plain_text_backend(
         "post_processor": None,
     }
     backend = tokenizers.Tokenizer.from_str(json.dumps(changed))
+    # Encode special tokens in a text as text instead of finding them.
     backend.encode_special_tokens = True
     return backend
 
@@ -142,6 +144,7 @@ def without_names(model: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[
     if "unk_token" in model:
         changed["unk_token"] = renamed.get(model["unk_token"], model["unk_token"])
     if model["type"] == "BPE":
+        # A continuing subword has a prefix that a merge drops from its right part.
         prefix = len(model.get("continuing_subword_prefix") or "")
         changed["merges"] = [
             [left, right]

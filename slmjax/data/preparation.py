@@ -78,6 +78,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Prepared:
         for directory in directories
         if data.heldout_fraction > 0
     ]
+    # Limits are checked for prepared data, too: they may have been lowered since.
     for shards in (*train, *heldout):
         check_lost_text(
             shards.manifest.lost_text, data.max_lost_text, source_name=shards.manifest.source_name
@@ -132,6 +133,7 @@ def _statistics(shards: TokenShards) -> dict[str, Any]:
 
 
 def _samples(shards: TokenShards, tokenizer: Tokenizer, *, seed: int, count: int) -> list[dict[str, Any]]:
+    # The seed of the data, so that repeated inspections show the same samples.
     chosen = np.random.default_rng(seed).choice(len(shards), size=min(count, len(shards)), replace=False)
     samples = []
     for document in sorted(chosen.tolist()):
@@ -165,6 +167,7 @@ def _tokenizer(data: DataConfig, config: TokenizerConfig, *, hashes: list[str], 
         loaded = Tokenizer.load(final)
     except ValueError as error:
         raise ValueError(f"{final} is damaged ({error}): delete it, and it is made again") from error
+    # The file could be valid JSON and still be another vocabulary.
     if loaded.hash != (final / "hash").read_text():
         raise ValueError(
             f"{final} is damaged: the vocabulary is not the one that was written. Delete it, and it is made "
@@ -208,6 +211,7 @@ def _shard_directory(
     )
     # The text of conversations depends on these.
     chat = repr((tokenizer.chat_template, tokenizer.has_bos, tokenizer.unk, tokenizer.pad))
+    # The key has everything that decides the content, so that changed settings never reuse old data.
     key = combined_hash("shards", str(FORMAT_VERSION), source_hash, tokenizer.hash, chat, *settings)[:32]
     final = data.cache_path / "shards" / key
     files = [f"{side}/manifest.json" for side in ([TRAIN, HELDOUT] if data.heldout_fraction > 0 else [TRAIN])]
@@ -278,6 +282,7 @@ class _Bar:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[_Bar]:
+    # A log file should not fill with progress bars.
     if not sys.stderr.isatty():
         yield _Bar(None)
         return

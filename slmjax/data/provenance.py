@@ -97,6 +97,7 @@ def _read(path: Path) -> Any:
 # Then and now -----------------------------------------------------------------------------------------------
 def differences(before: Record, now: Record) -> list[str]:
     """Describe how the present text differs from a record: a clause for each changed source."""
+    # Sources are compared in order, which needs equal numbers of them.
     if len(before) != len(now):
         names = [", ".join(entry["source"] for entry in entries) for entries in (before, now)]
         return [f"the mixture had {len(before)} source(s) ({names[0]}) and has {len(now)} ({names[1]})"]
@@ -118,6 +119,7 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         return "is encoded by another tokenizer"
     was = _counted(before)
     counts = f"had {was}, and has {_counted(now)}"
+    # Equal sources with other documents: the settings or the version have changed the preparation.
     if "fingerprint" in before and before["fingerprint"] == now["fingerprint"]:
         return f"is the same text, prepared with other settings or by another version of slmjax: it {counts}"
     if was == _counted(now if HELDOUT in before else {**now, HELDOUT: None}):
@@ -205,6 +207,7 @@ def documents_to_evaluate(
             directory,
         )
         return _documents(prepare(data, tokenizer))
+    # The cache may still have the text of training, even if its source has changed or is gone.
     recorded = recorded_heldout(record, data)
     if changed_data is ChangedData.RECORDED:
         if recorded is None:
@@ -296,6 +299,7 @@ def overlap(directory: Path, data: DataConfig, now: Record) -> list[str]:
         before = [{"source": weighted.source.describe()} for weighted in own.mixture]
     sentences = []
     for entry in now:
+        # A source may occur several times in a mixture.
         same = [other for other in before if _is_same_source(other, entry)]
         if same and not any(_holds_out_the_same(other, entry, own, data) for other in same):
             sentences.append(
@@ -340,6 +344,7 @@ def _holds_out_the_same(
         and before.get(HELDOUT, now.get(HELDOUT)) == now.get(HELDOUT)
     ):
         return True
+    # A smaller fraction under the same rule holds out a subset of the documents.
     is_within = 0 < data.heldout_fraction <= own.heldout_fraction and (own.split, own.heldout_by) == (
         data.split,
         data.heldout_by,

@@ -120,8 +120,10 @@ def _is_json_lines(path: Path, kind: FileKind) -> bool:
     with open_bytes(path, kind) as stream:
         head = stream.read(_CHUNK).removeprefix(_BOM).lstrip()
         line, newline, rest = head.partition(b"\n")
+        # The first line is longer than the chunk, so only its first character can decide.
         if not newline and len(head) > _CHUNK // 2:  # a line of more than a chunk
             return not head.startswith(b"[")
+        # One object alone is both JSON and JSON lines.
         is_last = not rest.strip() and not stream.read(_CHUNK).strip()
     try:
         is_object = isinstance(json.loads(line), dict)
@@ -231,12 +233,14 @@ class JsonStream:
                     self._start = end
                     return value
             self._read(size)
+            # Doubling keeps the total work linear in the size of a value.
             size *= 2
 
     def _is_broken(self, error: ValueError) -> bool:
         """Return whether the error is more than the end of the buffer inside a value."""
         assert isinstance(error, json.JSONDecodeError)
         return (
+            # An error near the end of the buffer may come from the cut, one far from it cannot.
             not error.msg.startswith("Unterminated string") and error.pos < len(self._buffer) - _LONGEST_TOKEN
         )
 
@@ -269,6 +273,7 @@ def _csv(path: Path, kind: FileKind, fields: Sequence[str] | None) -> Iterator[R
             where = f"{path}, line {line}"
             key = str(line)
             line = reader.line_num + 1
+            # Blank lines, for example at the end of the file, are not records.
             if not row:
                 continue
             if names is None:
@@ -317,6 +322,7 @@ def _values_of(column: Any) -> list[Any]:
     """Return the values of an Arrow column, text as bytes: Arrow does not check UTF-8, the policy does."""
     import pyarrow
 
+    # A column of repeated values may be stored as indices into a dictionary.
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):

@@ -124,6 +124,8 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Close open files; after `close` there are none."""
+        # Also after an error: open files would keep the temporary directory from being deleted on some
+        # systems.
         for stream in (self._writer, self._text):
             if stream is not None:
                 stream.close()
@@ -154,6 +156,7 @@ class ShardWriter:
         document = len(self._index["lengths"])
         if ids.size == 0 or ids.min() < 0 or ids.max() >= self._vocab_size:
             raise ValueError(f"document {document} is empty or has ids outside 0..{self._vocab_size - 1}")
+        # Lengths are stored as int32.
         if max(ids.size, num_bytes) > _MAX_INT32:
             raise ValueError(
                 f"a document of {num_bytes} bytes is too long: split it into several (files, or lines of a "
@@ -275,6 +278,7 @@ class TokenShards:
         """Open and verify a directory. ValueError if it is missing, damaged, or of another tokenizer."""
         directory = Path(directory).absolute()
         manifest = _read_manifest(directory)
+        # Ids of another tokenizer would be valid numbers with another meaning.
         if tokenizer_hash not in (None, manifest.tokenizer_hash):
             raise ValueError(
                 f"{directory} was written with tokenizer {manifest.tokenizer_hash[:16]}, not with this one"
@@ -288,6 +292,7 @@ class TokenShards:
         with np.load(directory / "index.npz", allow_pickle=False) as arrays:
             index = {name: arrays[name] for name in _INDEX}
         shards = cls(directory, manifest=manifest, index=index)
+        # Each file has a valid checksum, but the files may be of different writes.
         if shards._first_record[-1] != shards._first_of_file[-1] or len(shards) != manifest.num_documents:
             raise ValueError(f"{directory}: the index does not fit the token files. {_WAY_OUT}")
         return shards
@@ -333,8 +338,10 @@ class TokenShards:
         raw = self._reader(file).read([record - int(self._first_of_file[file])])[0]
         ids = np.frombuffer(raw, id_dtype(self.manifest.vocab_size))
         name = self.directory / self.manifest.token_files[file].name
+        # An id outside the vocabulary would index past the embedding without an error.
         _check_range(int(ids.min()), int(ids.max()), self.manifest.vocab_size, name)
         with self._lock:
+            # Windows of a long document read the same records one after another.
             self._cache[record] = ids
             if len(self._cache) > _CACHED_RECORDS:
                 self._cache.popitem(last=False)
@@ -352,6 +359,7 @@ class TokenShards:
             return self._readers[file]
 
     def __getstate__(self) -> dict[str, Any]:
+        # Readers and locks cannot be pickled; they are created again on demand.
         return {"directory": self.directory, "manifest": self.manifest, "index": self._index}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

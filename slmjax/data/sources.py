@@ -92,6 +92,7 @@ class TextSource(SourceConfig):
 
     def fingerprint(self) -> str:
         fields = (self.text_field, self.prompt_field, self.completion_field)
+        # Added only if used, so that older fingerprints stay.
         fields += () if self.messages_field is None else ("messages", self.messages_field)
         return combined_hash(
             _READING, *map(str, fields), *(f"{name} {file_fingerprint(path)}" for name, path in self._files())
@@ -102,6 +103,7 @@ class TextSource(SourceConfig):
 
     def size_hint(self) -> int | None:
         kinds = [(path, file_kind(path)) for _, path in self._files()]
+        # The size of compressed text is unknown before it is read.
         if any(kind.compression is not None for _, kind in kinds):
             return None
         return sum(path.stat().st_size for path, _ in kinds)
@@ -152,6 +154,8 @@ def find_files(path: str) -> list[tuple[str, Path]]:
                 f"{path} has no files: put text or files of records there, or give another directory"
             )
         return [(name, root / name) for name in names]
+    # Ids of documents are relative to the part of the pattern without wildcards, so that moving the data
+    # keeps them.
     if glob.has_magic(path):
         matches = sorted(match for match in glob.glob(str(root), recursive=True) if Path(match).is_file())
         if not matches:
@@ -220,6 +224,7 @@ def file_fingerprint(path: Path) -> str:
     with path.open("rb") as stream:
         if status.st_size <= _FULLY_HASHED:
             return f"{status.st_size} {hashlib.file_digest(stream, 'sha256').hexdigest()}"
+        # Hashing a large file would take longer than the rest of the start of a run.
         digest = hashlib.sha256(stream.read(_ENDS))
         stream.seek(-_ENDS, 2)
         digest.update(stream.read())

@@ -63,6 +63,7 @@ class TextTokens:
         Bytes that the vocabulary drops count for the token after them, those of a shared character for its
         first token.
         """
+        # The running maximum keeps a character that several tokens share from counting twice.
         return np.diff(np.maximum.accumulate(self.ends), prepend=np.int32(0))
 
 
@@ -88,6 +89,7 @@ def character_offsets(text: str) -> Int32[np.ndarray, " N1"]:
     """Return the offset of each character in the UTF-8 bytes of the text, and of its end; N1 is N + 1."""
     if text.isascii():
         return np.arange(len(text) + 1, dtype=np.int32)
+    # Code points in one array: UTF-8 takes 1 to 4 bytes by their value.
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     sizes = 1 + (points >= 0x80).astype(np.int32) + (points >= 0x800) + (points >= 0x10000)
     return np.pad(np.cumsum(sizes, dtype=np.int32), (1, 0))
@@ -136,6 +138,7 @@ def join_windows(encoded: Sequence[TextTokens], windows: Sequence[Span]) -> Text
 
 def _common_token(left: TextTokens, right: TextTokens, before: Span, here: Span) -> tuple[int, int] | None:
     """Return the indices of a common token in both windows, in the middle of the overlap; None without."""
+    # Tokens next to a cut may differ, so only the middle of the overlap is compared.
     margin = (before[1] - here[0]) // _IGNORED_PART
     begin = here[0] + margin
     end = before[1] - margin
@@ -149,6 +152,7 @@ def _common_token(left: TextTokens, right: TextTokens, before: Span, here: Span)
         and np.array_equal(left.starts[of_left], right.starts[of_right] + moved)
         and np.array_equal(left.ends[of_left], right.ends[of_right] + moved)
     )
+    # The token in the middle is as far as possible from both cuts.
     half = len(of_left) // 2
     return (int(of_left[half]), int(of_right[half])) if same else None
 

@@ -40,6 +40,7 @@ class StdlibSource(SourceConfig):
             if name != _TOPICS:
                 yield Document(id=name, where=str(path), text=decode(path.read_bytes()))
                 continue
+            # The topics are one large module; as documents they are about a page each.
             topics = importlib.import_module("pydoc_data.topics").topics
             for topic in sorted(topics):
                 yield Document(

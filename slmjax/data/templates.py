@@ -49,9 +49,11 @@ def render(template: str, values: Mapping[str, Any], *, answers_marked: bool = F
     of a template are raised unchanged, of any type.
     """
     environment, compiled = _compiled(template, answers_marked=answers_marked)
+    # Compiled templates are cached, and each rendering has its own limits.
     environment.steps = environment.made = 0
     pieces = []
     length = 0
+    # Generated piece by piece, so that an endless template is stopped early.
     for piece in compiled.generate(**values):
         pieces.append(piece)
         length += len(piece)
@@ -114,6 +116,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         self._count(1)
+        # `%` formats texts, and a width in the format can make them arbitrarily long.
         if operator == "%" and isinstance(left, str):
             _refuse_width(left)
         elif operator == "**" and not (abs(left) <= MAX_STEPS and abs(right) <= 64):
@@ -141,6 +144,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def _measured(self, value: Any) -> Any:
         """Return a new value, after counting its size: the total is limited, too."""
+        # Repeated squaring makes integers that fill the memory.
         if isinstance(value, int) and value.bit_length() > MAX_BITS:
             raise SecurityError(f"it makes a number of {value.bit_length():,} bits")
         if isinstance(value, str | list | tuple):

@@ -101,6 +101,7 @@ class Tokenizer:
         self.eos = eos
         self.unk = unk
         self.pad = pad
+        # EOS is an end token anyway, so it is listed once.
         self.ends = tuple(name for name in dict.fromkeys(ends) if name != eos)
         is_default = {"bos": bos == BOS, "eos": eos == EOS}
         self._sources = {
@@ -132,6 +133,7 @@ class Tokenizer:
         # Encodes documents; None: the backend itself does.
         self._plain = plain_text_backend(specification, reserved=reserved)
         self._reserved_names = {id: name for name, id in reserved.items()}
+        # Sorted keys, so that equal vocabularies have equal hashes.
         canonical = json.dumps([specification, bos, eos], sort_keys=True, separators=(",", ":"))
         self.hash = hashlib.sha256(canonical.encode()).hexdigest()
         is_of_characters = is_character_vocabulary(specification)
@@ -169,6 +171,7 @@ class Tokenizer:
             for text in texts:
                 self._check(self.marked_vocabulary.without_marks(text), recognised=self._added)
             return self.marked_vocabulary.encode_batch(texts)
+        # With exact bytes, spans follow from ids alone, which are faster to compute.
         if (sizes := self.token_bytes) is not None:
             return [spans.from_sizes(ids, sizes) for ids in self.encode_batch(texts)]
         encodings = self._encodings(texts, (self._plain or self._untrimmed).encode_batch)
@@ -401,6 +404,7 @@ class Tokenizer:
             ) from error
         if self._alphabet is None:
             return
+        # Added tokens are found before characters are looked up.
         for name in recognised:
             text = text.replace(name, "")
         if unknown := sorted(set(text) - self._alphabet):
@@ -444,12 +448,14 @@ class BpeTokenizer(TokenizerConfig):
         return Reads.TRAINING_TEXT
 
     def build(self, texts: Iterable[str]) -> Tokenizer:
+        # All 256 bytes are in the alphabet, so that every text can be encoded.
         trainer = trainers.BpeTrainer(
             vocab_size=self.vocab_size,
             special_tokens=[BOS, EOS],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
+        # The pre-tokenizer of GPT-2, which GGUF and Hugging Face formats can express.
         backend = _byte_level(models.BPE())
         backend.train_from_iterator(sample_of(texts, self.training_bytes), trainer)
         return Tokenizer(backend, bos=BOS, eos=EOS)

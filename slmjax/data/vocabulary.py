@@ -17,6 +17,7 @@ def byte_characters() -> list[str]:
 
     Printable characters stand for themselves, other bytes have characters from U+0100 on.
     """
+    # The table of GPT-2's byte-level BPE.
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(NUM_BYTES)]
@@ -63,6 +64,7 @@ def exact_pieces(
     if any(not token["special"] and (token["lstrip"] or token["rstrip"]) for token in added.values()):
         return None  # such a token includes the blanks next to it
     byte_of = {character: byte for byte, character in enumerate(byte_characters())}
+    # Without a token for each byte, some text would be lost.
     if byte_level and not byte_of.keys() <= vocabulary.keys():
         return None
     pieces = [b""] * vocab_size  # an id without a token stays empty

@@ -58,6 +58,7 @@ class EvaluationBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         rows = [(shards, plan, row) for shards, plan in self.plans for row in range(len(plan))]
+        # The number of batches is that of the global rows, so that all processes make equally many.
         for first in range(0, len(self) * self.batch_size, self.batch_size):
             batch = empty_batch(len(self.rows), self.plans[0][1].sequence_length)
             for index, number in enumerate(first + row for row in self.rows):
@@ -118,6 +119,7 @@ def evaluation_batches(
             if text is ScoredText.ALL
             else spans_of(shards, sequence_length=sequence_length, num_documents=num_here)
         )
+        # Short documents share a row, which saves computation on padding.
         plan = best_fit_rows(
             shards.lengths[:num_here],
             sequence_length=sequence_length,

@@ -25,6 +25,7 @@ def next_tokens(
 
     Without a temperature it is the most likely token.
     """
+    # Greedy decoding needs no random numbers.
     if temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     filtered = filtered_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
@@ -58,6 +59,7 @@ def filtered_logits(
     # Subtracting the maximum first keeps a low temperature from overflowing.
     scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
     # The most likely token has the scaled logit 0: probabilities relative to it need no sum.
+    # Min-p is independent of the sorting that top-k and top-p need.
     if min_p is not None:
         logits = jnp.where(scaled >= jnp.log(min_p), scaled, -jnp.inf)
     else:
@@ -71,6 +73,7 @@ def filtered_logits(
     if top_p is not None:
         probabilities = jax.nn.softmax(jnp.where(is_kept, scaled, -jnp.inf), axis=-1)
         by_rank = jnp.take_along_axis(probabilities, order, axis=-1)
+        # The probability before each token: the token that crosses the limit is kept.
         before = jnp.cumsum(by_rank, axis=-1) - by_rank
         is_kept &= jnp.take_along_axis(before, ranks, axis=-1) < top_p
     return jnp.where(is_kept, logits, -jnp.inf)

@@ -94,6 +94,7 @@ def sample(
     )
     tokens = _padded(prompts, _power_of_two(max(limits)))
     model = _for_decoding(definition, params, buffers)
+    # Prefill also yields the first new token of every prompt.
     progress, readable = _prefill(
         model, rule, tokens, starts, prefill_length=_power_of_two(int(starts.max()))
     )
@@ -130,6 +131,7 @@ def _rule(
     def unless_neutral(value: float | None) -> np.float32 | None:
         return None if value in (None, 1.0) else np.float32(value)
 
+    # A fixed number of end tokens per shape; a value that no token has stands for none.
     ends = [eos_id] if isinstance(eos_id, int) else eos_id
     return Rule(
         seeds=np.asarray(seeds, np.uint32),
@@ -157,6 +159,7 @@ def _for_decoding(
     one array and leave it as another. Weights with formats are dequantized once.
     """
     params, definition = definition.transform_once(params)
+    # Unrolling many layers would take long to compile.
     if definition.config.num_layers > UNROLLED_LAYERS or all(
         segment.repeats == 1 for segment in definition.config.stack
     ):
@@ -251,6 +254,7 @@ def _extended(progress: Progress, rule: Rule, output: Output, hidden: Float[Arra
     new = next_tokens(
         adjusted, keys, temperature=rule.temperature, top_k=rule.top_k, top_p=rule.top_p, min_p=rule.min_p
     )
+    # Log-probabilities are those of the model, whatever the filters.
     logprobs = jnp.take_along_axis(logits, new[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
     # An index out of range drops the token of a finished prompt.
     indices = jnp.where(progress.done, capacity, progress.lengths)
@@ -285,6 +289,7 @@ def _prefill(
         state = output.state
         # The last token of each prompt is in one of the chunks.
         index = lengths - 1 - first
+        # Prompts that end in another chunk read a wrong position here, which the next line discards.
         last = jnp.take_along_axis(
             output.hidden, jnp.clip(index, 0, part.shape[1] - 1)[:, None, None], axis=1
         )[:, 0]
@@ -293,6 +298,7 @@ def _prefill(
     used = None
     if rule.penalty is not None:
         used = jnp.zeros((num_prompts, output.head.vocab_size), bool)
+        # Padding is not part of the text, so it is not penalised.
         real = jnp.arange(capacity)[None, :] < lengths[:, None]
         used = used.at[jnp.arange(num_prompts)[:, None], jnp.where(real, tokens, output.head.vocab_size)].set(
             True, mode="drop"
@@ -327,6 +333,7 @@ def _continue(
     def is_unfinished(carry: tuple[Progress, Array]) -> Bool[Array, ""]:
         return (carry[1] < num_steps) & ~jnp.all(carry[0].done)
 
+    # Prompts that the caller stopped, for example at a stop text.
     progress = dataclasses.replace(progress, done=progress.done | stopped)
     progress, _ = jax.lax.while_loop(is_unfinished, step, (progress, jnp.int32(0)))
     return progress, _readable(progress)

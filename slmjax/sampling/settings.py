@@ -57,6 +57,7 @@ def resolved_seeds(config: SamplingConfig, seeds: Sequence[int] | None, *, num_p
         ValueError: the number of seeds is not that of the prompts, or a seed is out of range.
     """
     if seeds is None:
+        # Consecutive seeds wrap around at the largest one.
         return [(config.seed + index) % (LARGEST_SEED + 1) for index in range(num_prompts)]
     if len(seeds) != num_prompts:
         raise ValueError(
@@ -88,6 +89,7 @@ def length_limits(
     Raises:
         ValueError: the context is too short for a prompt and its new tokens.
     """
+    # The longest prompt decides, since all prompts of a call share max_tokens.
     longest = max(map(len, prompts))
     available = context_length - longest
     if available < (max_tokens or 1):

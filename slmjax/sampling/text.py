@@ -60,6 +60,7 @@ def generate(
     encoded = encode_prompts(loaded, prompts, config=config)
     resolved = resolved_seeds(config, seeds, num_prompts=len(prompts))
     tokenizer = loaded.tokenizer
+    # The name of a special token never appears in decoded text, so it is compared as an id.
     stop_ids = [
         id
         for stop in config.stop
@@ -103,6 +104,7 @@ def encode_prompts(
 
     Raises ValueError as `generate` does, before anything is computed.
     """
+    # A string is a sequence of strings, so it would pass as one prompt per character.
     if isinstance(prompts, str):
         raise ValueError(f"prompts is one text, {prompts[:40]!r}: give a list of texts")
     of_texts = iter(loaded.tokenizer.prompt_batch([prompt for prompt in prompts if isinstance(prompt, str)]))
@@ -169,6 +171,7 @@ def _finished(
     text = text_of(len(tokens))
     # The model is run several tokens at a time, so the stop text need not be at the end.
     if _stop_index(text, stops) is not None or (stops and not tokenizer.detokenizer.is_incremental):
+        # Find the token that completed the stop text.
         for count in range(1, len(tokens) + 1):
             if (cut := _stop_index(text_of(count), stops)) is not None:
                 return tokens[:count], text_of(count)[:cut], FinishReason.STOP

@@ -51,11 +51,13 @@ class Meter:
 
     def leave_out(self, seconds: float) -> None:
         """Leave out seconds of this interval that were spent on something else."""
+        # Moving the start of the interval leaves the seconds out of it.
         self._since += seconds
 
     def measure(self, *, tokens: int, waiting: float, nll: float, num_bytes: float) -> Throughput:
         """Return the metrics since the last line; `nll` (nats) and `num_bytes` are those of the last step."""
         now = self._clock()
+        # Clocks may return equal times for fast steps.
         seconds = max(now - self._since, 1e-9)
         added = tokens - self._tokens_then
         waited = waiting - self._waiting_then

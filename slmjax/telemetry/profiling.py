@@ -43,6 +43,7 @@ class Profile:
         self._end = min(self._begin + (num_steps or 0), last_step)
         self._last = self._begin  # the last step that was traced
         self.is_running = False
+        # A short run cannot have the first steps left out and the requested number traced.
         if num_steps is not None and last_step - self._begin < num_steps:
             left = max(last_step - self._begin, 0)
             log.warning(
@@ -65,12 +66,14 @@ class Profile:
         if not self.is_running:
             return contextlib.nullcontext()
         self._last = step
+        # The name "train" lets the trace viewer group events by step.
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def _start(self) -> None:
         options = jax.profiler.ProfileOptions()
         # Tracing every Python call would slow down the host whose time is measured.
         options.python_tracer_level = 0
+        # A name of its own, so that a resumed run does not overwrite an earlier trace.
         options.session_id = f"from-step-{self._begin + 1}"
         with self._tolerating_errors():
             jax.profiler.start_trace(self._directory, create_perfetto_trace=True, profiler_options=options)

@@ -47,6 +47,7 @@ class Progress:
         )
         bar = Bar(*columns, console=self._console, refresh_per_second=5)
         self._task = bar.add_task("compiling", total=num_steps)
+        # On other processes the bar exists but is never drawn.
         self._bar = bar if self._console.is_terminal and not self._is_silent else None
 
     def advance(self, step: int) -> None:
@@ -81,7 +82,9 @@ class Progress:
         """Print a line, above the bar if there is one."""
         if self._is_silent:
             return
+        # Text may contain brackets, which rich would read as markup, and paths, which must not be wrapped.
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        # A run in a pipe or a file should be visible line by line.
         self._console.file.flush()
 
     def _time_left(self, step: int) -> str:

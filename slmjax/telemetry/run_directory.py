@@ -49,8 +49,10 @@ class RunDirectory:
     @classmethod
     def create_in(cls, root: Path, *, name: str, fingerprint: str) -> "RunDirectory":
         """Create a directory in `root`, named after the experiment, the time and the config's fingerprint."""
+        # Only characters that are safe in a path and in a shell.
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
         base = f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}-{fingerprint[:6]}"
+        # Otherwise mkdir would raise an error that does not name the option.
         if root.is_file():
             raise ConfigError(f"{root} is a file: name a directory for runs with --run.directory")
         root.mkdir(parents=True, exist_ok=True)
@@ -105,6 +107,7 @@ def plain(value: Any) -> Any:
         return value.value
     if isinstance(value, Path):
         return str(value)
+    # Before floats, so that integers of numpy stay integers.
     if isinstance(value, numbers.Integral):
         return int(value)
     # Strict JSON has no NaN or infinity, and other programs refuse files that have them.
@@ -126,6 +129,8 @@ class RunLog:
         """Append a record: its kind ("train", "eval", ...), the seconds since 1970, and `values`."""
         record = {"kind": kind, "time": round(time.time(), 3), **values}
         self._stream.write(json.dumps(plain(record), allow_nan=False) + "\n")
+        # Flushed to the operating system, not to the disk: a killed process loses nothing, and training does
+        # not wait.
         self._stream.flush()
 
     def close(self) -> None:
@@ -146,6 +151,7 @@ def _cut_torn_line(path: Path) -> None:
     if not path.exists():
         return
     with path.open("rb+") as stream:
+        # Only what follows the last newline is cut, so that complete records stay.
         content = stream.read()
         stream.truncate(content.rfind(b"\n") + 1)
 
@@ -191,6 +197,7 @@ def environment() -> dict[str, Any]:
 
     These are versions, devices, the machine, the commit, the command line and environment variables.
     """
+    # Not at the top: commands that only read run directories start faster.
     import jax
 
     return {
@@ -221,6 +228,7 @@ def commit() -> dict[str, Any]:
     # An installed copy may be inside the checkout of another project, for example in its virtual environment.
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
         return {"commit": None, "dirty": None}
+    # Untracked files are ignored: runs and data are often in the checkout.
     status = _git(here.parent, "status", "--porcelain", "--untracked-files=no")
     return {"commit": _git(here.parent, "rev-parse", "HEAD"), "dirty": status != ""}
 
@@ -252,6 +260,7 @@ def redact_command(arguments: list[str]) -> list[str]:
         option, equals, _ = argument.partition("=")
         is_secret = _SECRET_OPTION.fullmatch(option) is not None
         shown.append(REDACTED if hide else f"{option}={REDACTED}" if is_secret and equals else argument)
+        # The value of an option is the next argument, unless it follows an equals sign.
         hide = is_secret and not equals
     return shown
 
@@ -302,5 +311,6 @@ class Ledger:
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of each category up to now."""
+        # Closes the open interval, so that the sum is the time up to now.
         self._switch(self._current)
         return {category.value: spent for category, spent in self._seconds.items()}

@@ -119,6 +119,7 @@ class Trackers:
                     f"run.trackers has {tracker.value}, which needs a package that is not installed "
                     f"({error}): pip install 'slmjax[track]', or leave it out"
                 ) from error
+            # Even opening a tracker must not keep a run from starting.
             except Exception as error:  # no network, no login, a full disk
                 _warn(tracker, error)
 
@@ -145,6 +146,7 @@ class Trackers:
             try:
                 call(sink)
             except Exception as error:  # no error of a tracker may end the run
+                # A tracker that failed once would probably fail at every step.
                 del self._sinks[tracker]
                 _warn(tracker, error)
 

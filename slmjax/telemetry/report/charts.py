@@ -37,6 +37,7 @@ class Chart:
 
 def theme(*, dark: bool) -> Spec:
     """Return the Vega-Lite config of all charts."""
+    # Dark pages need lighter lines for the same contrast.
     ink, soft, rule = ("#e8e6e3", "#a8a6a2", "#3a3c40") if dark else ("#1c1d1f", "#62656a", "#e3e4e6")
     axis = {
         "labelColor": soft,
@@ -209,6 +210,7 @@ def lines(
         "title": None,
         "axis": {"format": digits, "tickCount": 5},
     }
+    # Fractions and rates start at zero; losses would become flat lines.
     y["scale"] = (
         {"type": "log", "nice": False}
         if log
@@ -253,6 +255,7 @@ def heat(
     ]
     if not rows:
         return None
+    # Layers in the order of the model, not of the alphabet.
     order = list(dict.fromkeys(row["row"] for row in rows))
     steps = sorted({row["step"] for row in rows})
     after_last = 2 * steps[-1] - steps[-2] if len(steps) > 1 else steps[-1] + 1
@@ -261,6 +264,7 @@ def heat(
     for row in rows:
         row["end"] = ends[row["step"]]
     scale: Spec = {"type": "log", "scheme": "viridis"}
+    # Loads around an even distribution have a neutral middle; norms span orders of magnitude.
     if middle is not None:
         scale = {"scheme": "blueorange", "domain": [0, 2 * middle], "clamp": True}
     legend = {"orient": "right", "format": ".2~g", "gradientLength": 140}
@@ -386,6 +390,7 @@ def _spec(rows: Sequence[Record], drawn: Spec) -> Spec:
 
 
 def _thinned(records: Sequence[Record], most: int) -> Sequence[Record]:
+    # Thinned evenly, since a browser draws thousands of points slowly.
     stride = -(-len(records) // most)
     if stride <= 1:
         return records

@@ -39,6 +39,7 @@ def write_comparison(paths: Sequence[str | Path], output: str | Path) -> Path:
     labels = short_names(runs)
     train = {label: run.train for label, run in zip(labels, runs, strict=True)}
     evals = {label: run.on_the_way for label, run in zip(labels, runs, strict=True)}
+    # Bits per byte are comparable across tokenizers only if no text is lost.
     losing = [label for label, run in zip(labels, runs, strict=True) if run.held_out.get("lost_text")]
     comparable = (
         f"not comparable, the tokenizer of {', '.join(losing)} loses text"
@@ -132,6 +133,7 @@ def config_differences(runs: Sequence[RunRecords]) -> list[Row]:
     flat = [dict(_flat("", run.config)) for run in runs]
     paths = dict.fromkeys(path for settings in flat for path in settings)
     rows = ((path, *(settings.get(path) for settings in flat)) for path in paths)
+    # Compared by repr, since NaN differs from itself and 1 equals True.
     return [row for row in rows if any(repr(value) != repr(row[1]) for value in row[2:])]
 
 

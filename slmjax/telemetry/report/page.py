@@ -185,6 +185,7 @@ def _body(run: RunRecords, charts: Sequence[Chart]) -> str:
             '<h2>Curves</h2><p class="soft">Nothing is logged yet: write the report again after a few '
             "steps.</p>"
         )
+    # The order is that of a reader's questions: results first, settings last.
     parts += [_samples(run), _result(run), _warnings(run)]
     parts.append(f'<h2>Settings</h2><div class="box">{_nested("experiment", run.config, is_open=True)}</div>')
     if run.data:
@@ -249,6 +250,7 @@ def _samples(run: RunRecords) -> str:
         return ""
     steps = sorted({sample["step"] for sample in run.samples})
     parts = []
+    # The newest samples come first, and only they are open.
     for step in reversed(steps):
         texts = "".join(
             _sample(str(sample["prompt"]), str(sample["text"]))
@@ -263,6 +265,7 @@ def _samples(run: RunRecords) -> str:
 
 
 def _sample(prompt: str, text: str) -> str:
+    # The prompt is shown in another colour.
     rest = text.removeprefix(prompt)
     return f"<pre><mark>{html.escape(prompt)}</mark>{html.escape(rest)}</pre>"
 
@@ -270,6 +273,7 @@ def _sample(prompt: str, text: str) -> str:
 def _result(run: RunRecords) -> str:
     if run.result is None:
         return ""
+    # These have sections of their own.
     left_out = ("samples", "compressors", "seconds_by_category")
     rows: list[tuple[str, Any]] = [
         (name.replace("_", " "), shown(value)) for name, value in run.result.items() if name not in left_out

@@ -60,6 +60,7 @@ def read_run(path: str | Path) -> RunRecords:
         ValueError: the path is not a run directory.
     """
     path = Path(path)
+    # An imported model has a config.json, too.
     if (path / "origin.json").is_file():
         raise ValueError(
             f"{path} is an imported model, which was not trained here: there is nothing to report. `slmjax "
@@ -70,6 +71,7 @@ def read_run(path: str | Path) -> RunRecords:
             f"{path} is not a run directory: it has no config.json. `slmjax runs` lists the run directories"
         )
     log = read_log(path / "log.jsonl") if (path / "log.jsonl").is_file() else []
+    # One pass over the log, which may be long.
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for record in log:
         by_kind.setdefault(str(record["kind"]), []).append(record)
@@ -77,6 +79,7 @@ def read_run(path: str | Path) -> RunRecords:
     data = _json(path / "data.json")
     train = _latest(by_kind.get("train", ()), ("step",))
     result = _json(path / "result.json")
+    # A resumed run writes its result at the end, so an older result may be there.
     if result is not None and train and train[-1]["step"] > result.get("step", 0):
         result = None  # of an earlier session: the run was extended and has not finished since
     return RunRecords(
@@ -162,6 +165,7 @@ def _summary(path: Path) -> RunSummary:
     try:
         run = read_run(path)
         steps = int(run.config["run"]["steps"])
+    # One damaged run must not hide the others.
     except (ValueError, KeyError):
         empty = dict.fromkeys(("loss", "bits_per_byte", "lost_text", "parameters", "tokens", "seconds"))
         return RunSummary(
