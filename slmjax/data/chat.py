@@ -46,7 +46,7 @@ def render_chat(
         conversation.
     """
     # Imported here because only chats need jinja2.
-    from slmjax.data import templates  # jinja2, which only chats need
+    from slmjax.data import templates
 
     if not messages:
         raise ValueError("a conversation needs a message: give one with a role and a content")

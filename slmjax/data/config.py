@@ -97,7 +97,8 @@ class DataConfig:
         if not self.sources and self.path is None:
             raise ValueError("data.sources is empty: give at least one source, or data.path")
         if self.path is not None:
-            _ = self.mixture  # TextSource checks its fields, now rather than when the data is read
+            # TextSource checks its fields, now rather than when the data is read.
+            _ = self.mixture
         for name in ("heldout_fraction", "max_bad_fraction", "max_lost_text"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}, must be between 0 and 1")

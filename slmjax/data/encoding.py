@@ -202,7 +202,8 @@ class _Pending:
         """Return the text without special tokens."""
         if not self.marked:
             return self.text
-        if tokenizer.token_bytes is not None:  # a special token may include white space next to it
+        # A special token may include white space next to it.
+        if tokenizer.token_bytes is not None:
             return tokenizer.decode_bytes(ids.tolist())
         return tokenizer.marked_vocabulary.text_of(self.text.decode()).encode()
 

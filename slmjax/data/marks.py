@@ -65,7 +65,8 @@ class MarkedVocabulary:
         self._last_mark = re.compile(rf"{MARK_BEGINS}{nonce}\.(\d+){MARK_ENDS}\s*\Z")
         self._marks = re.compile(rf"{MARK_BEGINS}{nonce}\.\d+{MARK_ENDS}")
         self._marked_ids = {self.marks[name]: id for name, id in special.items()}
-        blanks = {True: r"\s*", False: ""}  # a token may include the white space next to it
+        # A token may include the white space next to it.
+        blanks = {True: r"\s*", False: ""}
         self._with_blanks = re.compile(
             "|".join(
                 blanks[added[name]["lstrip"]] + mark + blanks[added[name]["rstrip"]]
@@ -83,7 +84,8 @@ class MarkedVocabulary:
         # The library numbers tokens again, so ids are translated back.
         self._ids = {self._backend.token_to_id(mark): special[name] for name, mark in self.marks.items()}
         for name, id in backend.get_vocab(with_added_tokens=True).items():
-            if name not in special:  # the library renumbers added tokens
+            # The library renumbers added tokens.
+            if name not in special:
                 self._ids[self._backend.token_to_id(name)] = id
 
     def mark(self, text: str) -> str:

@@ -246,7 +246,8 @@ def write_row(
     ):
         num_tokens = int(shards.lengths[document])
         tokens = shards.tokens(document, start=start, stop=min(start + length + 1, num_tokens))
-        num_targets = len(tokens) - 1  # one less than `length` where the last input is EOS
+        # One less than `length` where the last input is EOS.
+        num_targets = len(tokens) - 1
         end = column + length
         batch.tokens[index, column:end] = tokens[:length]
         batch.targets[index, column : column + num_targets] = tokens[1:]
@@ -305,7 +306,8 @@ def _cut(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return pieces of up to `sequence_length` targets: documents, starts, lengths, contexts, by document."""
     num_targets = np.maximum(document_lengths.astype(np.int64) - 1, 0)
-    num_targets[list(spans)] = 0  # these are cut by their spans, below
+    # These are cut by their spans, below.
+    num_targets[list(spans)] = 0
     stride = sequence_length - overlap
     # Ceiling division: the pieces after the first, each with `stride` new targets.
     further = np.maximum(-(-(num_targets - sequence_length) // stride), 0)
@@ -342,8 +344,10 @@ def _best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray
     # Stable, so that the plan does not depend on the sorting algorithm.
     order = np.argsort(-lengths, kind="stable")
     rows = np.empty(len(lengths), np.int64)
-    free: list[int] = []  # sorted: each number of free positions that some row has
-    rows_with: dict[int, list[int]] = {}  # by the number of free positions
+    # Sorted: each number of free positions that some row has.
+    free: list[int] = []
+    # By the number of free positions.
+    rows_with: dict[int, list[int]] = {}
     num_rows = 0
     for piece, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         index = bisect.bisect_left(free, length)

@@ -179,9 +179,11 @@ class ReadAhead:
     def __init__(
         self, batch: Callable[[int], Batch], *, start_step: int, read_threads: int, prefetch: int
     ) -> None:
-        self.waiting_seconds = 0.0  # time that the consumer has spent in next()
+        # Time that the consumer has spent in next().
+        self.waiting_seconds = 0.0
         self._batch = batch
-        self._threads: set[threading.Thread] = set()  # the threads that make batches
+        # The threads that make batches.
+        self._threads: set[threading.Thread] = set()
         self._lock = threading.Lock()
         self._closed = False
         # The range has no end in practice: a run stops by its number of steps.
@@ -202,7 +204,8 @@ class ReadAhead:
     def close(self) -> None:
         """Stop reading, and wait for the batch that each thread is making. It may be called again."""
         with self._lock:
-            self._closed = True  # from now on no thread is added
+            # From now on no thread is added.
+            self._closed = True
         self._iterator.close()
         # A thread that still reads would use shards after their files are closed.
         for thread in self._threads:

@@ -186,8 +186,10 @@ class JsonStream:
         self._stream = stream
         self._decoder = json.JSONDecoder()
         self._buffer = ""
-        self._start = 0  # index in the buffer of the first character that was not read yet
-        self._is_complete = False  # the buffer reaches the end of the stream
+        # Index in the buffer of the first character that was not read yet.
+        self._start = 0
+        # The buffer reaches the end of the stream.
+        self._is_complete = False
         self.closed = False  # "]" was taken
 
     def at_end(self) -> bool:

@@ -95,14 +95,17 @@ def pieces_around(spans: Spans, *, sequence_length: int, overlap: int) -> list[t
     pieces: list[tuple[int, int, int]] = []
     ends = [stop for _, stop in spans]
     next_span = 0
-    scored_to = 0  # one after the last target that is scored
+    # One after the last target that is scored.
+    scored_to = 0
     while next_span < len(spans):
         begin, stop = spans[next_span]
         first = max(begin, scored_to)
         is_continued = first > begin
         start = first - 1 - overlap if is_continued else max(first - max(sequence_length // 2, 1), 0)
-        limit = start + sequence_length + 1  # one after the last target of a row that begins there
-        fitting = bisect.bisect_right(ends, limit) - next_span  # spans that end within that row
+        # One after the last target of a row that begins there.
+        limit = start + sequence_length + 1
+        # Spans that end within that row.
+        fitting = bisect.bisect_right(ends, limit) - next_span
         if fitting or (stop - first <= sequence_length and not is_continued):
             next_span += max(fitting, 1)
             scored_to = ends[next_span - 1]

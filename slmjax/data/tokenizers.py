@@ -88,7 +88,8 @@ class Tokenizer:
         # A tokenizer.json may ask for either, and would shorten documents.
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = True  # special tokens inside a text are text, see also _plain
+        # Special tokens inside a text are text, see also _plain.
+        backend.encode_special_tokens = True
         vocabulary = backend.get_vocab(with_added_tokens=True)
         if absent := [
             name for name in (bos, eos, *ends, unk, pad) if name is not None and name not in vocabulary
@@ -137,7 +138,8 @@ class Tokenizer:
         canonical = json.dumps([specification, bos, eos], sort_keys=True, separators=(",", ":"))
         self.hash = hashlib.sha256(canonical.encode()).hexdigest()
         is_of_characters = is_character_vocabulary(specification)
-        excluded = reserved if self._plain is not None else ()  # names that no text may contain
+        # Names that no text may contain.
+        excluded = reserved if self._plain is not None else ()
         self._alphabet = (
             frozenset(set(specification["model"]["vocab"]) - set(excluded)) if is_of_characters else None
         )

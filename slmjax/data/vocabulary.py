@@ -62,12 +62,14 @@ def exact_pieces(
     if not byte_level and not is_character_vocabulary(specification):
         return None
     if any(not token["special"] and (token["lstrip"] or token["rstrip"]) for token in added.values()):
-        return None  # such a token includes the blanks next to it
+        # Such a token includes the blanks next to it.
+        return None
     byte_of = {character: byte for byte, character in enumerate(byte_characters())}
     # Without a token for each byte, some text would be lost.
     if byte_level and not byte_of.keys() <= vocabulary.keys():
         return None
-    pieces = [b""] * vocab_size  # an id without a token stays empty
+    # An id without a token stays empty.
+    pieces = [b""] * vocab_size
     for name, id in vocabulary.items():
         if id in added:
             pieces[id] = b"" if added[id]["special"] else name.encode()

@@ -325,7 +325,8 @@ def _continue(
         progress, count = carry
         positions = progress.lengths[:, None] - 1
         newest = jnp.take_along_axis(progress.tokens, positions, axis=1)
-        segment_ids = jnp.where(progress.done, 0, 1)[:, None]  # a finished prompt feeds padding
+        # A finished prompt feeds padding.
+        segment_ids = jnp.where(progress.done, 0, 1)[:, None]
         row_inputs = {"segment_ids": segment_ids, "positions": positions, "max_lengths": rule.limits}
         output = model(newest, **row_inputs, state=progress.state)
         return _extended(progress, rule, output, output.hidden[:, 0]), count + 1

@@ -131,7 +131,8 @@ class _TextStream:
         self._stops = stops
         self._ends = ends
         self._on_text = on_text
-        self._num_emitted: dict[int, int] = {}  # characters of each continuation that were passed on
+        # Characters of each continuation that were passed on.
+        self._num_emitted: dict[int, int] = {}
 
     def watch(self, index: int, tokens: list[int]) -> bool:
         """Return whether this continuation has reached a stop text."""

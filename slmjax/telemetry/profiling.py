@@ -39,9 +39,11 @@ class Profile:
         num_steps: int | None,
     ) -> None:
         self._directory = directory
-        self._begin = first_step + LEFT_OUT  # the step after which the trace begins
+        # The step after which the trace begins.
+        self._begin = first_step + LEFT_OUT
         self._end = min(self._begin + (num_steps or 0), last_step)
-        self._last = self._begin  # the last step that was traced
+        # The last step that was traced.
+        self._last = self._begin
         self.is_running = False
         # A short run cannot have the first steps left out and the requested number traced.
         if num_steps is not None and last_step - self._begin < num_steps:

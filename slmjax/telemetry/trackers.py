@@ -47,7 +47,8 @@ class Sink(abc.ABC):
 
 class _TensorBoard(Sink):
     def __init__(self, *, directory: Path, name: str, config: Mapping[str, Any]) -> None:
-        del name, config  # both are in the run directory
+        # Both are in the run directory.
+        del name, config
         from tensorboardX import SummaryWriter
 
         # A suffix for each session: two sessions that begin within a second would write to one file.

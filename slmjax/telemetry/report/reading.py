@@ -81,7 +81,8 @@ def read_run(path: str | Path) -> RunRecords:
     result = _json(path / "result.json")
     # A resumed run writes its result at the end, so an older result may be there.
     if result is not None and train and train[-1]["step"] > result.get("step", 0):
-        result = None  # of an earlier session: the run was extended and has not finished since
+        # Of an earlier session: the run was extended and has not finished since.
+        result = None
     return RunRecords(
         path=path,
         config=_json(path / "config.json") or {},
