@@ -1,4 +1,4 @@
-"""slmjax.startup: what the environment is told before jax is imported."""
+"""slmjax.startup: the environment variables that are set before jax is imported."""
 
 import os
 import subprocess
@@ -47,7 +47,7 @@ def test_programs_for_tpus_run_on_the_cpu(untold: None) -> None:
     assert os.environ["JAX_PLATFORMS"] == "cpu" and os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] == "1"
 
 
-@pytest.mark.skipif(startup._has_tpu(), reason="with a TPU, its runtime may say what it likes")
+@pytest.mark.skipif(startup._has_tpu(), reason="with a TPU, its runtime may print messages")
 def test_jax_starts_in_silence() -> None:
     """As in a user's notebook: no platform is chosen, so that jax looks for a TPU wherever libtpu is
     installed.

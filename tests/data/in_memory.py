@@ -7,7 +7,7 @@ import numpy as np
 
 BOS = 0
 EOS = 1
-TOKENS_PER_DOCUMENT = 1000  # ids of `numbered` tell document and place
+TOKENS_PER_DOCUMENT = 1000  # ids of `numbered` encode document and position
 
 
 class InMemoryDocuments:

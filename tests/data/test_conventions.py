@@ -17,7 +17,7 @@ SPECIAL = ["<s>", "</s>", "<|eot_id|>", "<unk>"]
 
 
 def foreign(path: Path, *, config: dict[str, object] | None = None, post_processor: object = None) -> Path:
-    """A byte-level tokenizer.json as others write it, and the file beside it."""
+    """A byte-level tokenizer.json as others write it, and the file next to it."""
     backend = tokenizers.Tokenizer(
         models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
     )

@@ -108,7 +108,7 @@ def test_the_ids_are_those_of_the_chat_and_answers_alone_are_scored(tmp_path: Pa
     )
     assert not {tokenizer.bos_id, tokenizer.eos_id} & set(shards.tokens(0).tolist())
     assert len(encode_chat(tokenizer, ASKED)) < len(tokenizer.encode(f"{START}user\nHi there{END}\n")), (
-        "names are not spelled out"
+        "names are not encoded as text"
     )
 
 
@@ -306,12 +306,12 @@ def test_rendered_text_is_warned_of_and_can_be_encoded_as_tokens(
     data = DataConfig(
         path=str(tmp_path / "rendered.jsonl"), cache_dir=str(tmp_path / "cache"), heldout_fraction=0.0
     )
-    spelled = prepare(data, config)
+    as_text = prepare(data, config)
     assert any(
         "1 of 2 documents hold names" in line and START in line and "line 1" in line
         for line in caplog.messages
     )
-    assert spelled.train[0][0].manifest.bad_documents.special_names == 1
+    assert as_text.train[0][0].manifest.bad_documents.special_names == 1
     caplog.clear()
     made = prepare(dataclasses.replace(data, special_tokens=SpecialNames.ENCODE), config)
     tokenizer = made.tokenizer
@@ -321,9 +321,9 @@ def test_rendered_text_is_warned_of_and_can_be_encoded_as_tokens(
     ]  # the template writes a line end
     assert shards.tokens(0).tolist() == [tokenizer.bos_id, *expected, tokenizer.eos_id]
     assert not any("hold names" in line for line in caplog.messages)
-    assert spelled.train[0][0].lengths[0] > len(expected) + 20
+    assert as_text.train[0][0].lengths[0] > len(expected) + 20
     assert shards.num_bytes[0] == len("user\nHi there\nassistant\nHello you")
-    assert shards.tokens(1).tolist() == spelled.train[0][0].tokens(1).tolist()
+    assert shards.tokens(1).tolist() == as_text.train[0][0].tokens(1).tolist()
 
 
 def test_completions_of_rendered_pairs_end_their_turn(tmp_path: Path) -> None:

@@ -127,13 +127,13 @@ def streamed(
     monkeypatch: pytest.MonkeyPatch,
     stop: tuple[str, ...] = (),
 ) -> tuple[Generation, list[str]]:
-    """What `generate` makes of these tokens, which come so many at a time, and the pieces that it tells."""
+    """The result of `generate` for these tokens, a few at a time, and the pieces of text that it passes on."""
 
     def speak(*_: object, watch: object, **__: object) -> list[Continuation]:
         assert callable(watch)
         ends = [*range(steps, len(ids), steps), len(ids)]
-        said = next((ids[:end] for end in ends if watch(0, ids[:end])), ids)
-        return [Continuation(tokens=said, logprobs=[0.0] * len(said))]
+        generated = next((ids[:end] for end in ends if watch(0, ids[:end])), ids)
+        return [Continuation(tokens=generated, logprobs=[0.0] * len(generated))]
 
     pieces: list[str] = []
     with monkeypatch.context() as patch:

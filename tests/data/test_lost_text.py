@@ -1,4 +1,4 @@
-"""What a tokenizer loses of a text is measured, refused, and shown beside every figure that depends on it."""
+"""Text that a tokenizer loses is measured, refused, and shown with every metric that depends on it."""
 
 import math
 from pathlib import Path
@@ -54,7 +54,7 @@ def dropping(directory: Path, **parts: Any) -> Path:
             "a\n\nb c",
             "a b c",
             {"\n": 2, " ": 1},
-        ),  # a blank is there that was a newline: which one was in the text is not told
+        ),  # a newline became a blank: the decoded text does not show which blank it was
         ("ab c", "a b c", {" ": 1}),
         ("it's", "it ' s", {}),  # blanks that the text has none of
         ("e\u0301", "é", {"e": 1, "\u0301": 1}),

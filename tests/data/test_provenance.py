@@ -131,7 +131,7 @@ def test_a_source_that_is_gone_is_evaluated_from_the_cache(
         documents_of(loaded, data, changed_data=ChangedData.RECORDED)
 
 
-def test_the_run_s_text_divided_otherwise_is_said(
+def test_another_split_of_the_run_s_text_is_reported(
     loaded: Loaded, data: DataConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     documents_of(loaded, dataclasses.replace(data, heldout_fraction=0.05))
@@ -145,9 +145,9 @@ def test_another_way_to_encode_the_same_text_is_no_change_of_it(
 ) -> None:
     data = corpus(tmp_path / "names.jsonl", [f"{i} <|eos|> {text}" for i, text in enumerate(TEXTS)])
     model = dataclasses.replace(loaded, path=write_run(tmp_path / "named", data))
-    (spelled,) = documents_of(model, data)
+    (as_text,) = documents_of(model, data)
     (encoded,) = documents_of(model, dataclasses.replace(data, special_tokens=SpecialNames.ENCODE))
-    assert len(encoded) == len(spelled) and encoded.lengths.sum() < spelled.lengths.sum()
+    assert len(encoded) == len(as_text) and encoded.lengths.sum() < as_text.lengths.sum()
     assert not any("trained on" in line for line in caplog.messages), "what is held out is the same"
 
 
@@ -186,7 +186,7 @@ def test_settings_of_unknown_classes_do_not_stop_another_evaluation(
 # Records ----------------------------------------------------------------------------------------------------
 
 
-def test_what_changed_is_said(data: DataConfig, tmp_path: Path) -> None:
+def test_differences_are_described(data: DataConfig, tmp_path: Path) -> None:
     before = now(data)
     assert provenance.differences(before, now(data)) == []
     corpus(tmp_path / "corpus.jsonl", [TEXTS[0].replace("D", "d"), *TEXTS[1:]])
@@ -223,7 +223,7 @@ def test_records_of_earlier_versions(data: DataConfig, tmp_path: Path) -> None:
         ({"split": Split.TAIL}, "tail of an edited document begins elsewhere"),
     ],
 )
-def test_going_on_with_a_changed_source(
+def test_resuming_with_a_changed_source(
     data: DataConfig, tmp_path: Path, changes: dict[str, object], expected: str
 ) -> None:
     data = dataclasses.replace(data, **changes)  # type: ignore[arg-type]

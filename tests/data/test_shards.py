@@ -69,7 +69,7 @@ def test_any_window(written: TokenShards, data: st.DataObject) -> None:
     assert np.array_equal(written.tokens(document, start=start, stop=stop), documents()[document][start:stop])
 
 
-# By hand: plain text, a pair, a conversation of two turns, what BOS is said to be, a last token without a
+# By hand: plain text, a pair, a conversation of two turns, the flag of BOS, a last token without a
 # score, nothing scored.
 FLAGS = ["0111", "0001", "00110011", "1110", "010", "000", "01", "0"]
 
@@ -202,7 +202,7 @@ def test_changed_figures_in_the_manifest(damaged: Path) -> None:
 
 
 def rewrite_manifest(directory: Path, **changes: object) -> None:
-    """A manifest that is sound in itself, but says something else."""
+    """A manifest with a valid checksum, but other contents."""
     content = json.loads((directory / "manifest.json").read_text())
     content["manifest"].update(changes)
     content["sha256"] = shards_module._json_digest(content["manifest"])

@@ -1,4 +1,4 @@
-"""Every tokenizer round-trips text, keeps special-token text as text, and says what bytes its tokens stand
+"""Every tokenizer round-trips text, keeps special-token text as text, and knows the bytes that its tokens stand
 for.
 """
 
@@ -143,7 +143,9 @@ def test_bos_and_eos_are_found(tmp_path: Path) -> None:
         json.dumps({"bos_token": None, "eos_token": {"content": "<|endoftext|>"}})
     )
     configured = FileTokenizer(path=str(path)).build([])
-    assert (configured.bos_id, configured.eos_id) == (259, 259), "no <s>: the file says that there is no BOS"
+    assert (configured.bos_id, configured.eos_id) == (259, 259), (
+        "no <s>: the file specifies that there is no BOS"
+    )
 
 
 def test_nothing_is_cut_or_padded(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_every_target_and_every_byte_counts_once(sources, sequence_length, data)
     overlap = data.draw(st.integers(0, sequence_length - 1))
     batch_size = data.draw(st.integers(1, 5))
     shards_list = [numbered(lengths, bytes_per_token=data.draw(st.integers(1, 5))) for lengths in sources]
-    for place, shards in enumerate(shards_list):  # ids that tell the source too
+    for place, shards in enumerate(shards_list):  # the ids also identify the source
         for document in shards.documents:
             document[1:] += 100_000 * place
     batches = evaluation_batches(

@@ -92,7 +92,7 @@ def test_conversations_by_hand() -> None:
     assert render_chat("{{ strftime_now('%Y-%m') }}", PLAIN) == f"{datetime.datetime.now():%Y-%m}"
 
 
-def test_what_a_template_refuses_is_said() -> None:
+def test_the_error_of_a_template_is_reported() -> None:
     with pytest.raises(ValueError, match="chat template fails on this conversation: there is no system role"):
         render_chat(TURNS, WITH_SYSTEM, bos_token="<bos>")
     with pytest.raises(ValueError, match="fails .* roles must alternate"):

@@ -1,4 +1,4 @@
-"""`slmjax generate`: where prompts come from, where continuations go, and what is said of what does not
+"""`slmjax generate`: where prompts come from, where continuations go, and the errors for what does not
 fit.
 """
 
@@ -22,7 +22,7 @@ def run_dir(trained, workplace: Path) -> str:
 
 @pytest.fixture
 def generate(run_dir: str, capsys: pytest.CaptureFixture[str]):
-    """The output of the command with these words; SystemExit with another status than 0 goes on."""
+    """The output of the command with these arguments; SystemExit with a status other than 0 is raised."""
 
     def call(*words: str) -> str:
         with pytest.raises(SystemExit) as stopped:
@@ -70,7 +70,7 @@ def test_text_is_streamed_or_written_whole(generate, tmp_path: Path) -> None:
 
 
 def test_a_text_is_shown_while_it_grows(run_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A piece after the first token and after every few more, each flushed before the model goes on."""
+    """A piece after the first token and after every few more, each flushed before the model continues."""
     events: list[str] = []
     pieces: list[str] = []
     made = decoding._continue
@@ -95,8 +95,8 @@ def test_a_text_is_shown_while_it_grows(run_dir: str, monkeypatch: pytest.Monkey
         with pytest.raises(SystemExit) as stopped:
             main(["generate", run_dir, "--prompt", "The ", "--max-tokens", "12", "--temperature", "0.0"])
     assert not stopped.value.code
-    told = ["write", "flush"]
-    assert events == [*told, *(["decode", *told] * 3), *told]
+    shown = ["write", "flush"]
+    assert events == [*shown, *(["decode", *shown] * 3), *shown]
     assert [len(piece) for piece in pieces] == [len("The ") + 1, 4, 4, 3, 1] and pieces[-1] == "\n"
 
 
@@ -141,9 +141,9 @@ def test_what_does_not_fit_is_named(
         (tmp_path / words[1]).write_bytes(content)
     with pytest.raises(SystemExit) as stopped:
         main(["generate", run_dir, *words])
-    said = capsys.readouterr()
-    assert stopped.value.code == 2 and not said.out and "Traceback" not in said.err
-    assert all(part in " ".join(said.err.split()) for part in expected), said.err
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and not printed.out and "Traceback" not in printed.err
+    assert all(part in " ".join(printed.err.split()) for part in expected), printed.err
 
 
 # Chats ------------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role[0] }}: {{ m.content 
 
 @pytest.fixture(scope="module")
 def chat_dir(run_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The run, with a chat template beside its tokenizer."""
+    """The run, with a chat template next to its tokenizer."""
     path = tmp_path_factory.mktemp("chat") / "run"
     shutil.copytree(run_dir, path)
     (path / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
@@ -228,6 +228,6 @@ def test_what_is_no_chat_is_named(
         (tmp_path / "c.jsonl").write_text(line)
     with pytest.raises(SystemExit) as stopped:
         main(["generate", run_dir, *words])
-    said = capsys.readouterr()
-    assert stopped.value.code == 2 and not said.out and "Traceback" not in said.err
-    assert all(part in " ".join(said.err.split()) for part in expected), said.err
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and not printed.out and "Traceback" not in printed.err
+    assert all(part in " ".join(printed.err.split()) for part in expected), printed.err

@@ -236,7 +236,7 @@ def test_sampling_on_a_mesh_equals_one_device(small: Model) -> None:
 
 @pytest.fixture(scope="module")
 def speaking(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    """A model of bytes: what it says is no text, and mostly torn."""
+    """A model of bytes: its output is not text, and most characters are incomplete."""
     definition, params, buffers = build(dataclasses.replace(SMALL, vocab_size=258, context_length=64))
     return Loaded(
         config=definition.config,
@@ -266,7 +266,7 @@ def test_a_stop_text_ends_a_continuation_and_is_left_out(speaking: Loaded) -> No
     whole = generate(speaking, ["a", "b"], config=config)[0].text
     stop = whole[1:3]  # no U+FFFD: what may still become a character stops nothing
     pieces: list[str] = []
-    stopping = dataclasses.replace(config, stop=("never said", stop))
+    stopping = dataclasses.replace(config, stop=("never generated", stop))
     found = generate(speaking, ["a"], config=stopping, on_text=lambda _, text: pieces.append(text))[0]
     assert found.text == whole[: whole.index(stop)] == "".join(pieces)
     assert (
@@ -383,7 +383,7 @@ def test_a_long_prompt_is_taken_in_parts(small: Model, monkeypatch: pytest.Monke
 
 
 def test_a_window_layer_keeps_a_window() -> None:
-    """Bytes of the decoding state, of a context of 4096 tokens: a ring of 4 slots beside a full cache."""
+    """Bytes of the decoding state, of a context of 4096 tokens: a ring of 4 slots next to a full cache."""
     config = model_config(block(window=4), block())
     definition = define(dataclasses.replace(config, context_length=4096))
     model = jax.eval_shape(lambda: Decoder(definition.config, rngs=nnx.Rngs(params=jax.random.key(0))))
@@ -427,7 +427,7 @@ def test_the_context_limit_is_exact_and_named(uniform: Model) -> None:
         greedily(uniform, prompts, max_tokens=7)
     with pytest.raises(ValueError, match="16 tokens .*shorten it to 15"):
         sample(*uniform, [[BOS] * CONTEXT], eos_id=None)
-    # Unless told, as much as there is room for after each: what one prompt gives does not depend on the
+    # By default, as much as fits the context after each: what one prompt gives does not depend on the
     # others.
     assert [len(tokens) for tokens in sample(*uniform, prompts, eos_id=None)] == [15, 6, 15, 15]
 

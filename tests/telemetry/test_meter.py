@@ -1,4 +1,4 @@
-"""slmjax.telemetry.meter and slmjax.planning.device_peaks: pace and utilisation, against figures worked out
+"""slmjax.telemetry.meter and slmjax.planning.device_peaks: pace and utilisation, against numbers worked out
 by hand.
 """
 
@@ -28,9 +28,9 @@ def test_figures_of_a_stretch_and_of_all() -> None:
     meter.restart(tokens=150, waiting=3.0)
     clock.now = 175.0
     meter.leave_out(5.0)  # an evaluation
-    figures = meter.measure(tokens=1150, waiting=4.0, nll=80.0 * math.log(2), num_bytes=40.0)
-    assert figures.tokens_per_second == pytest.approx(100.0) and figures.data_wait_share == pytest.approx(0.1)
-    assert figures.mfu == pytest.approx(100 * 2e6 / 1e9) and figures.bits_per_byte == pytest.approx(2.0)
+    metrics = meter.measure(tokens=1150, waiting=4.0, nll=80.0 * math.log(2), num_bytes=40.0)
+    assert metrics.tokens_per_second == pytest.approx(100.0) and metrics.data_wait_share == pytest.approx(0.1)
+    assert metrics.mfu == pytest.approx(100 * 2e6 / 1e9) and metrics.bits_per_byte == pytest.approx(2.0)
     clock.now = 205.0
     assert meter.measure(tokens=2150, waiting=4.0, nll=1.0, num_bytes=1.0).tokens_per_second == pytest.approx(
         1000 / 30
@@ -45,8 +45,8 @@ def test_a_stretch_without_tokens_and_a_device_without_a_peak() -> None:
     meter = Meter(flops_per_token=2e6, peak_flops=None, tokens=0, waiting=0.0, clock=clock)
     assert meter.tokens_per_second == 0.0
     clock.now += 1.0
-    figures = meter.measure(tokens=0, waiting=0.0, nll=0.0, num_bytes=0.0)
-    assert math.isnan(figures.tokens_per_second) and figures.mfu is None and math.isnan(figures.bits_per_byte)
+    metrics = meter.measure(tokens=0, waiting=0.0, nll=0.0, num_bytes=0.0)
+    assert math.isnan(metrics.tokens_per_second) and metrics.mfu is None and math.isnan(metrics.bits_per_byte)
 
 
 @pytest.mark.parametrize(

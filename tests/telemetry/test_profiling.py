@@ -49,14 +49,14 @@ def messages(result: slmjax.Result) -> list[str]:
 
 
 def test_the_steps_after_the_first_two_are_traced(experiment: Experiment) -> None:
-    result, said = profiled(experiment, 2)
+    result, printed = profiled(experiment, 2)
     assert traced_steps(result, 3) == [3, 4]
     directory = Path(result.run_dir) / "profile"
-    said_in_log = messages(result)
-    assert f"profile of steps 3 to 4 in {directory}" in said_in_log
-    assert f"compiled programs are kept in {jax.config.jax_compilation_cache_dir}" in said_in_log
-    assert any(re.fullmatch(r"\d+ of [1-9]\d* programs were kept from before", text) for text in said_in_log)
-    assert f"xprof --port 8791 {directory}" in said and "perfetto_trace.json.gz in Perfetto" in said
+    logged = messages(result)
+    assert f"profile of steps 3 to 4 in {directory}" in logged
+    assert f"compiled programs are kept in {jax.config.jax_compilation_cache_dir}" in logged
+    assert any(re.fullmatch(r"\d+ of [1-9]\d* programs were kept from before", text) for text in logged)
+    assert f"xprof --port 8791 {directory}" in printed and "perfetto_trace.json.gz in Perfetto" in said
 
 
 def test_fewer_steps_than_requested_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

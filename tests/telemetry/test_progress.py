@@ -72,7 +72,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = stream.getvalue()
     assert "10/20" in shown and "loss 3.2500" in shown and "12,346 tokens/s" in shown
     assert "saved [bold] step 10" in shown
-    assert shown.count("step 10/20") == 0, "no plain lines beside the bar"
+    assert shown.count("step 10/20") == 0, "no plain lines next to the bar"
 
 
 def test_a_narrow_terminal_keeps_what_matters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_a_narrow_terminal_keeps_what_matters(monkeypatch: pytest.MonkeyPatch) -
     assert "loss 3.2500" in shown and "left" in shown and "tokens/s" not in shown and "\u2026" not in shown
 
 
-def test_where_the_peak_is_not_known_nothing_is_said_of_it() -> None:
+def test_an_unknown_peak_is_left_out() -> None:
     console, stream = make_console(is_terminal=False)
     with Progress(num_steps=20, console=console) as progress:
         progress.update(10, loss=3.0, metrics=dataclasses.replace(METRICS["metrics"], mfu=None))

@@ -426,7 +426,7 @@ def look(browser: str, page: Path, *options: str) -> str:
 def look_in_frame(
     browser: str, page: Path, directory: Path, *, theme: str, width: int, height: int
 ) -> tuple[dict[str, str], np.ndarray]:
-    """What the frame tells of itself, and its pixels [H W 3]."""
+    """The frame's own report, and its pixels [H W 3]."""
     frame = directory / "frame.html"
     image = directory / "page.png"
     frame.write_text(FRAME.format(page=page.as_uri(), theme=theme, width=width, height=height))
