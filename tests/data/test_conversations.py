@@ -66,7 +66,7 @@ def tokenizer_of(path: Path, template: str | None, *, ends: Sequence[str] = (END
 
 
 def data_of(path: Path, conversations: Sequence[Any], **changes: Any) -> DataConfig:
-    (path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": one}) for one in conversations))
+    (path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": item}) for item in conversations))
     config = DataConfig(
         path=str(path / "chats.jsonl"),
         cache_dir=str(path / "cache"),
@@ -200,7 +200,7 @@ def test_what_cannot_be_rendered_follows_the_policy(
 def test_messages_are_read_from_tables_too(tmp_path: Path) -> None:
     config = tokenizer_of(tmp_path / "tokenizer", CHATML)
     parquet.write_table(pyarrow.table({"chat": [ASKED, TURNS]}), tmp_path / "chats.parquet")
-    cells = [json.dumps(one).replace('"', '""') for one in (ASKED, TURNS)]
+    cells = [json.dumps(item).replace('"', '""') for item in (ASKED, TURNS)]
     (tmp_path / "chats.csv").write_text("chat\n" + "\n".join(f'"{cell}"' for cell in cells))
     hashes = set()
     for name in ("chats.parquet", "chats.csv"):
@@ -302,7 +302,9 @@ def test_rendered_text_is_warned_of_and_can_be_encoded_as_tokens(
 ) -> None:
     text = f"{START}user\nHi there{END}\n{START}assistant\nHello you{END}"
     config = tokenizer_of(tmp_path / "tokenizer", CHATML)
-    (tmp_path / "rendered.jsonl").write_text("\n".join(json.dumps({"text": one}) for one in [text, "plain"]))
+    (tmp_path / "rendered.jsonl").write_text(
+        "\n".join(json.dumps({"text": item}) for item in [text, "plain"])
+    )
     data = DataConfig(
         path=str(tmp_path / "rendered.jsonl"), cache_dir=str(tmp_path / "cache"), heldout_fraction=0.0
     )

@@ -138,13 +138,13 @@ def streamed(
     pieces: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr(text, "sample", speak)
-        found = generate(
+        result = generate(
             dataclasses.replace(loaded, own_tokenizer=tokenizer),
             [[0, 3]],
             config=SamplingConfig(max_tokens=40, stop=stop),
             on_text=lambda _, piece: pieces.append(piece),
         )[0]
-    return found, pieces
+    return result, pieces
 
 
 TOKENS = st.lists(st.one_of(st.integers(258, 257 + len(WORDS)), SEQUENCES.map(list)), max_size=6)
@@ -159,10 +159,10 @@ def test_pieces_make_up_the_text(speaking: Loaded, monkeypatch: pytest.MonkeyPat
             id for part in parts for id in ([part] if isinstance(part, int) else [2 + byte for byte in part])
         ]
         ids = [id for id in ids if id < tokenizer.vocab_size][:32] or [258 % tokenizer.vocab_size]
-        found, pieces = streamed(speaking, tokenizer, ids, steps=steps, monkeypatch=monkeypatch)
-        assert "".join(pieces) == found.text == tokenizer.decode_continuation([0, 3], ids), kind
-        if len(found.text) > 1:
-            stop = found.text[1:3]
+        result, pieces = streamed(speaking, tokenizer, ids, steps=steps, monkeypatch=monkeypatch)
+        assert "".join(pieces) == result.text == tokenizer.decode_continuation([0, 3], ids), kind
+        if len(result.text) > 1:
+            stop = result.text[1:3]
             stopped, pieces = streamed(
                 speaking, tokenizer, ids, steps=steps, monkeypatch=monkeypatch, stop=(stop,)
             )
@@ -179,8 +179,8 @@ def test_a_stop_text_is_found_before_a_torn_character(
     speaking: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = [2 + byte for byte in "a你".encode() + b"\xe5"]
-    found, pieces = streamed(speaking, BYTE_FALLBACK, ids, steps=1, monkeypatch=monkeypatch, stop=("你",))
-    assert (found.text, found.reason, found.tokens) == (
+    result, pieces = streamed(speaking, BYTE_FALLBACK, ids, steps=1, monkeypatch=monkeypatch, stop=("你",))
+    assert (result.text, result.reason, result.tokens) == (
         "a",
         FinishReason.STOP,
         tuple(ids[:4]),

@@ -65,7 +65,7 @@ def test_pairs_differ_by_their_prompts(tmp_path: Path) -> None:
 def test_files_are_held_out_by_name(tmp_path: Path) -> None:
     for i in range(20):
         (tmp_path / f"{i}.txt").write_text(f"file {i}")
-    keys = [one.held_out_key(HeldOutBy.CONTENT) for one in TextSource(path=str(tmp_path)).documents()]
+    keys = [item.held_out_key(HeldOutBy.CONTENT) for item in TextSource(path=str(tmp_path)).documents()]
     assert sorted(keys) == sorted(f"{i}.txt" for i in range(20))
 
 

@@ -118,15 +118,15 @@ def test_a_tokenizer_that_loses_text_is_refused_or_marked(tmp_path: Path) -> Non
     built = tokenizer.build(())
     built.save(tmp_path / "tokenizer")
     loaded = untrained(config, tokenizer=built, path=tmp_path)
-    found = evaluate(loaded, data=data)
-    assert found.lost_text == LOST and found.tokens == 5
+    actual = evaluate(loaded, data=data)
+    assert actual.lost_text == LOST and actual.tokens == 5
     # The issue's fault: five tokens' bits over all bytes of the text look like a very good model.
     assert (
-        found.bits_per_byte == pytest.approx(found.loss * 5 / math.log(2) / len(TEXT.encode()))
-        and found.bits_per_byte < 0.2
+        actual.bits_per_byte == pytest.approx(actual.loss * 5 / math.log(2) / len(TEXT.encode()))
+        and actual.bits_per_byte < 0.2
     )
-    assert lost_note(LOST) in found.text() and found.figures()["lost_text"] == LOST
-    rows = {row[0].strip(): row for row in _text_rows({"text": to_json(found)})}
+    assert lost_note(LOST) in actual.text() and actual.figures()["lost_text"] == LOST
+    rows = {row[0].strip(): row for row in _text_rows({"text": to_json(actual)})}
     assert rows["not comparable"][1] == f"{LOST:.2%}"
     assert rows["documents begin with"][1:] == ("'<s>'", "id 0, first of the usual names in the vocabulary")
     assert rows["documents end with"][1] == "'</s>'"

@@ -240,13 +240,13 @@ def test_every_row_has_a_target_and_every_scored_target_is_in_one(data, sequence
     ]
     overlap = data.draw(st.integers(0, sequence_length - 1)) if packing is Packing.BEST_FIT else 0
     documents = numbered([len(of_document) for of_document in scored], scored=scored)
-    wanted = [
+    expected = [
         1000 * (d + 1) + i
         for d, of_document in enumerate(scored)
         for i, flag in enumerate(of_document)
         if flag
     ]
-    assume(wanted)
+    assume(expected)
     if packing is Packing.BEST_FIT:
         spans = spans_of(documents, sequence_length=sequence_length)
         plan = best_fit_rows(
@@ -256,17 +256,17 @@ def test_every_row_has_a_target_and_every_scored_target_is_in_one(data, sequence
         plan = with_targets(concatenated_rows(documents.lengths, sequence_length=sequence_length), documents)
     batch = write_all(plan, documents)
     assert batch.loss_mask.any(axis=1).all()
-    assert sorted(batch.targets[batch.loss_mask == 1].tolist()) == wanted
+    assert sorted(batch.targets[batch.loss_mask == 1].tolist()) == expected
     assert batch.num_bytes.sum() == documents.scored_bytes[documents.num_scored > 0].sum()
     check_rows(plan, batch)
-    found = find_left_out(plan, documents)
+    result = find_left_out(plan, documents)
     inputs = [set() for _ in scored]
     for row in range(len(plan)):
         for document, start, length in plan.pieces(row):
             inputs[document] |= set(range(start, start + length))
     partial = [d for d, of_document in enumerate(scored) if not all(of_document[1:])]
-    assert found.entirely.tolist() == [d for d in partial if not inputs[d]]
-    assert found.partly.tolist() == [d for d in partial if 0 < len(inputs[d]) < len(scored[d]) - 1]
+    assert result.entirely.tolist() == [d for d in partial if not inputs[d]]
+    assert result.partly.tolist() == [d for d in partial if 0 < len(inputs[d]) < len(scored[d]) - 1]
 
 
 def test_what_is_left_out_is_counted_and_named():
@@ -306,9 +306,11 @@ def test_a_plan_is_made_once(tmp_path, monkeypatch):
     assert [path.suffix for path in (tmp_path / "packing").iterdir()] == [".npz"]
     with monkeypatch.context() as patch:
         patch.setattr(packing, "best_fit_rows", None)
-        found = load_or_pack(shards, cache_dir=tmp_path, **OPTIONS)
-    assert [found.pieces(row) for row in range(len(found))] == [made.pieces(row) for row in range(len(made))]
-    assert (found.documents.dtype, found.row_starts.dtype) == (np.int32, np.int64)
+        result = load_or_pack(shards, cache_dir=tmp_path, **OPTIONS)
+    assert [result.pieces(row) for row in range(len(result))] == [
+        made.pieces(row) for row in range(len(made))
+    ]
+    assert (result.documents.dtype, result.row_starts.dtype) == (np.int32, np.int64)
 
 
 def test_other_data_or_settings_have_a_plan_of_their_own(tmp_path):

@@ -176,8 +176,8 @@ def test_mixtures_do_not_drift():
     for row in (10**6, 10**9, 10**12):
         places = {}
         for near in range(row, row + 50):
-            found, place = mixture[near]
-            places[found] = place
+            result, place = mixture[near]
+            places[result] = place
         for index, weight in enumerate(weights):
             assert abs(places[index] - row * weight / sum(weights)) < 52
     assert mixture.fractions == pytest.approx(np.array(weights) / sum(weights))

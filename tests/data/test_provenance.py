@@ -121,8 +121,8 @@ def test_a_source_that_is_gone_is_evaluated_from_the_cache(
 ) -> None:
     (expected,) = documents_of(loaded, data)
     Path(str(data.path)).unlink()
-    (found,) = documents_of(loaded, data)
-    assert found.directory == expected.directory
+    (result,) = documents_of(loaded, data)
+    assert result.directory == expected.directory
     assert "does not exist" in caplog.messages[0] and "as it was prepared for training" in caplog.messages[0]
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(ValueError, match="does not exist"):
@@ -258,15 +258,15 @@ def test_a_model_that_was_trained_on_what_is_held_out(
 ) -> None:
     other = write_run(tmp_path / "other", dataclasses.replace(data, **theirs))  # type: ignore[arg-type]
     own = dataclasses.replace(data, **ours)  # type: ignore[arg-type]
-    found = provenance.overlap(other, own, now(own))
-    assert bool(found) is overlaps
-    assert all("corpus.jsonl" in one and str(other) in one for one in found)
-    assert provenance.overlap_with_own(other, write_run(tmp_path / "own", own)) == found
+    result = provenance.overlap(other, own, now(own))
+    assert bool(result) is overlaps
+    assert all("corpus.jsonl" in item and str(other) in item for item in result)
+    assert provenance.overlap_with_own(other, write_run(tmp_path / "own", own)) == result
 
 
 def test_a_changed_file_overlaps_only_where_places_decide(data: DataConfig, tmp_path: Path) -> None:
     by_id = dataclasses.replace(data, heldout_by=HeldOutBy.ID)
-    runs = [write_run(tmp_path / name, one) for name, one in (("content", data), ("id", by_id))]
+    runs = [write_run(tmp_path / name, item) for name, item in (("content", data), ("id", by_id))]
     corpus(tmp_path / "corpus.jsonl", ["One more line", *TEXTS])
     assert provenance.overlap(runs[0], data, now(data)) == []
     assert provenance.overlap(runs[1], by_id, now(by_id))

@@ -212,10 +212,11 @@ def test_a_broken_record_does_not_take_the_others_with_it(tmp_path: Path) -> Non
         "c",
     ]
     path = write(tmp_path / "x.csv", "text,more\na,1\nb\nc,3\n\n")
-    found = list(read_records(path))
-    assert [None if one.values is None else one.values["text"] for one in found] == ["a", None, "c"]
+    result = list(read_records(path))
+    assert [None if one.values is None else one.values["text"] for one in result] == ["a", None, "c"]
     assert (
-        found[1].where.endswith("x.csv, line 3") and "1 fields, and the first row names 2" in found[1].detail
+        result[1].where.endswith("x.csv, line 3")
+        and "1 fields, and the first row names 2" in result[1].detail
     )
 
 
@@ -280,8 +281,8 @@ def test_questions_of_a_file(tmp_path: Path, name: str) -> None:
         "q.jsonl.gz": gzip.compress(lines(questions)),
         "q.csv": cells([{**one, "choices": json.dumps(one["choices"])} for one in questions]),
     }
-    found = read_questions(write(tmp_path / name, content[name]))
-    assert [(one.prompt, one.choices, one.answer) for one in found] == [
+    result = read_questions(write(tmp_path / name, content[name]))
+    assert [(one.prompt, one.choices, one.answer) for one in result] == [
         ("0+1=", ("1", "2"), 0),
         ("1+1=", ("1", "2"), 1),
     ]
@@ -293,7 +294,7 @@ def test_conversations_and_seeds_in_the_cells_of_a_table(tmp_path: Path) -> None
         {"prompt": "12", "messages": "", "seed": 3},
         {"prompt": "", "messages": json.dumps(asked), "seed": ""},
     ]
-    found = _read_requests(write(tmp_path / "x.csv", cells(records)))
-    assert found == [Request("12", 3), Request(None, messages=asked)]
+    result = _read_requests(write(tmp_path / "x.csv", cells(records)))
+    assert result == [Request("12", 3), Request(None, messages=asked)]
     with pytest.raises(ValueError, match="line 2: seed is 'three'"):
         _read_requests(write(tmp_path / "x.csv", cells([{"prompt": "12", "seed": "three"}])))

@@ -178,8 +178,8 @@ def test_missing_file(damaged: Path, name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_truncated_and_empty_file(damaged: Path, name: str) -> None:
     raw = (damaged / name).read_bytes()
-    for kept in (len(raw) - 1, 0):
-        (damaged / name).write_bytes(raw[:kept])
+    for remaining in (len(raw) - 1, 0):
+        (damaged / name).write_bytes(raw[:remaining])
         with pytest.raises(ValueError, match=f"(cut short|damaged).*{TRY_AGAIN}"):
             TokenShards.open(damaged)
 

@@ -185,13 +185,13 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
 
 def admitted(source: TextSource, policy: OnBadDocument) -> tuple[list[str], BadCounts]:
     gate = Gatekeeper(policy, max_bad_fraction=1.0)
-    texts = [document.text for found in source.documents() if (document := gate.admit(found)) is not None]
+    texts = [document.text for result in source.documents() if (document := gate.admit(result)) is not None]
     return texts, gate.counts
 
 
 def test_skip_leaves_bad_documents_out_and_counts_them(bad_lines: TextSource) -> None:
-    found, counts = admitted(bad_lines, OnBadDocument.SKIP)
-    assert found == ["first", "\U0001f600 \0 <|eos|>"]
+    result, counts = admitted(bad_lines, OnBadDocument.SKIP)
+    assert result == ["first", "\U0001f600 \0 <|eos|>"]
     assert counts == BadCounts(documents=11, invalid_utf8=2, empty=1, missing_field=3, broken_record=3)
     assert counts.bad == 9
     assert (
@@ -201,8 +201,8 @@ def test_skip_leaves_bad_documents_out_and_counts_them(bad_lines: TextSource) ->
 
 
 def test_replace_mends_what_it_can(bad_lines: TextSource) -> None:
-    found, counts = admitted(bad_lines, OnBadDocument.REPLACE)
-    assert found == ["first", "sec\ufffdond", "half \ufffd", "\U0001f600 \0 <|eos|>"]
+    result, counts = admitted(bad_lines, OnBadDocument.REPLACE)
+    assert result == ["first", "sec\ufffdond", "half \ufffd", "\U0001f600 \0 <|eos|>"]
     assert counts == BadCounts(
         documents=11, invalid_utf8=2, empty=1, missing_field=3, broken_record=3, replaced=2
     )

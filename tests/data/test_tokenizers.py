@@ -135,8 +135,8 @@ def foreign(tmp_path: Path, *, special: list[str], **parts: object) -> Path:
 
 def test_bos_and_eos_are_found(tmp_path: Path) -> None:
     path = foreign(tmp_path, special=["<pad>", "<s>", "</s>", "<|endoftext|>"])
-    found = FileTokenizer(path=str(path)).build([])
-    assert (found.bos_id, found.eos_id) == (257, 258)
+    result = FileTokenizer(path=str(path)).build([])
+    assert (result.bos_id, result.eos_id) == (257, 258)
     named = FileTokenizer(path=str(path / "tokenizer.json"), bos="<|endoftext|>", eos="<pad>").build([])
     assert (named.bos_id, named.eos_id) == (259, 256)
     (path / "tokenizer_config.json").write_text(

@@ -107,16 +107,16 @@ def test_any_number_of_processes_sees_the_same_global_batches(rows):
     shards_list = [numbered([9, 3, 2, 30]), numbered([5, 17])]
     whole = list(evaluation_batches(shards_list, **options))
     part = list(evaluation_batches(shards_list, **options, rows=np.array(rows)))
-    for found, batch in zip(part, whole, strict=True):
+    for result, batch in zip(part, whole, strict=True):
         for name, array in vars(batch).items():
-            np.testing.assert_array_equal(vars(found)[name], array[rows], err_msg=name)
+            np.testing.assert_array_equal(vars(result)[name], array[rows], err_msg=name)
 
 
 def test_the_first_documents_are_taken_whole():
     shards_list = [numbered([9, 3]), numbered([20, 5, 7])]
-    for wanted, expected in ((1, [9]), (2, [9, 3]), (3, [9, 3, 20]), (9, [9, 3, 20, 5, 7])):
+    for required, expected in ((1, [9]), (2, [9, 3]), (3, [9, 3, 20]), (9, [9, 3, 20, 5, 7])):
         batches = evaluation_batches(
-            shards_list, sequence_length=4, batch_size=2, overlap=1, max_documents=wanted
+            shards_list, sequence_length=4, batch_size=2, overlap=1, max_documents=required
         )
         assert batches.num_documents == len(expected)
         assert (

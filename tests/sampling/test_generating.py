@@ -39,10 +39,10 @@ def test_every_source_of_prompts_gives_the_same(
 ) -> None:
     prompts = ["The ", "def"]
     records = json.loads(generate("--json", "--prompt", *prompts))
-    assert [one["prompt"] for one in records] == prompts and [one["seed"] for one in records] == [0, 1]
+    assert [item["prompt"] for item in records] == prompts and [item["seed"] for item in records] == [0, 1]
     assert all(
-        len(one["tokens"]) <= 6 and one["reason"] in ("eos", "length") and "logprobs" not in one
-        for one in records
+        len(item["tokens"]) <= 6 and item["reason"] in ("eos", "length") and "logprobs" not in item
+        for item in records
     )
     lines = tmp_path / "prompts.txt"
     objects = tmp_path / "prompts.jsonl"

@@ -95,7 +95,7 @@ def small() -> Model:
 
 
 def sample(*arguments, **settings) -> list[list[int]]:
-    return [one.tokens for one in continuations(*arguments, **settings)]
+    return [item.tokens for item in continuations(*arguments, **settings)]
 
 
 def greedily(
@@ -153,10 +153,10 @@ def test_experts_with_a_capacity_drop_nothing_when_asked() -> None:
     alone as together.
     """
     narrow = [
-        dataclasses.replace(one, ffn=dataclasses.replace(one.ffn, capacity_factor=0.3))
-        if isinstance(one.ffn, MoeConfig)
-        else one
-        for one in MIXED.stack[0].pattern
+        dataclasses.replace(item, ffn=dataclasses.replace(item.ffn, capacity_factor=0.3))
+        if isinstance(item.ffn, MoeConfig)
+        else item
+        for item in MIXED.stack[0].pattern
     ]
     trained = dataclasses.replace(MIXED, stack=(LayerGroup(pattern=tuple(narrow), repeats=2),))
     definition, params, buffers = build(trained)
@@ -253,12 +253,12 @@ def speaking(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 def test_streamed_pieces_make_up_the_text(speaking: Loaded) -> None:
     pieces: dict[int, list[str]] = {0: [], 1: []}
     config = SamplingConfig(temperature=1.5, max_tokens=30)
-    found = generate(
+    result = generate(
         speaking, ["a", "b"], config=config, on_text=lambda index, text: pieces[index].append(text)
     )
-    assert found == generate(speaking, ["a", "b"], config=config)
-    for index, one in enumerate(found):
-        assert "".join(pieces[index]) == one.text and len(pieces[index]) > 3
+    assert result == generate(speaking, ["a", "b"], config=config)
+    for index, item in enumerate(result):
+        assert "".join(pieces[index]) == item.text and len(pieces[index]) > 3
 
 
 def test_a_stop_text_ends_a_continuation_and_is_left_out(speaking: Loaded) -> None:
@@ -267,15 +267,15 @@ def test_a_stop_text_ends_a_continuation_and_is_left_out(speaking: Loaded) -> No
     stop = whole[1:3]  # no U+FFFD: what may still become a character stops nothing
     pieces: list[str] = []
     stopping = dataclasses.replace(config, stop=("never generated", stop))
-    found = generate(speaking, ["a"], config=stopping, on_text=lambda _, text: pieces.append(text))[0]
-    assert found.text == whole[: whole.index(stop)] == "".join(pieces)
+    result = generate(speaking, ["a"], config=stopping, on_text=lambda _, text: pieces.append(text))[0]
+    assert result.text == whole[: whole.index(stop)] == "".join(pieces)
     assert (
-        found.reason is FinishReason.STOP
-        and len(found.tokens) < 30
-        and len(found.logprobs) == len(found.tokens)
+        result.reason is FinishReason.STOP
+        and len(result.tokens) < 30
+        and len(result.logprobs) == len(result.tokens)
     )
-    assert stop in speaking.tokenizer.decode(found.tokens) and stop not in speaking.tokenizer.decode(
-        found.tokens[:-1]
+    assert stop in speaking.tokenizer.decode(result.tokens) and stop not in speaking.tokenizer.decode(
+        result.tokens[:-1]
     )
 
 
@@ -296,18 +296,20 @@ def test_generate_goes_from_text_to_text(tmp_path: Path) -> None:
     prompts = ["", "naïve", "def"]
     expected_prompts = [(tokenizer.bos_id, *tokenizer.encode(prompt)) for prompt in prompts]
     expected = sample(definition, params, buffers, expected_prompts, config=config, eos_id=tokenizer.eos_id)
-    found = generate(loaded, prompts, config=config)
-    assert [one.prompt_tokens for one in found] == expected_prompts
-    assert [list(one.tokens) for one in found] == expected
-    assert [one.text for one in found] == [tokenizer.decode(tokens) for tokens in expected]
-    assert [one.reason is FinishReason.EOS for one in found] == [
+    result = generate(loaded, prompts, config=config)
+    assert [item.prompt_tokens for item in result] == expected_prompts
+    assert [list(item.tokens) for item in result] == expected
+    assert [item.text for item in result] == [tokenizer.decode(tokens) for tokens in expected]
+    assert [item.reason is FinishReason.EOS for item in result] == [
         tokens[-1] == tokenizer.eos_id for tokens in expected
     ]
-    assert [one.seed for one in found] == [0, 1, 2] and all(
-        len(one.logprobs) == len(one.tokens) for one in found
+    assert [item.seed for item in result] == [0, 1, 2] and all(
+        len(item.logprobs) == len(item.tokens) for item in result
     )
     assert generate(loaded, []) == []
-    assert generate(loaded, [expected_prompts[0], "naïve", list(expected_prompts[2])], config=config) == found
+    assert (
+        generate(loaded, [expected_prompts[0], "naïve", list(expected_prompts[2])], config=config) == result
+    )
     with pytest.raises(ValueError, match="give a list of texts"):
         generate(loaded, "def")
 
@@ -319,15 +321,15 @@ def test_logprobs_are_those_of_the_full_forward(small: Model) -> None:
     """
     config = SamplingConfig(temperature=1.7, top_k=9, min_p=0.01, repetition_penalty=1.3, max_tokens=8)
     model = small[0].merge(small[1], small[2])
-    for prompt, found in zip(
+    for prompt, result in zip(
         PROMPTS, continuations(*small, PROMPTS, config=config, eos_id=None), strict=True
     ):
         sequence = (
-            jnp.zeros((1, 16), jnp.int32).at[0, : len(prompt) + 8].set(jnp.asarray([*prompt, *found.tokens]))
+            jnp.zeros((1, 16), jnp.int32).at[0, : len(prompt) + 8].set(jnp.asarray([*prompt, *result.tokens]))
         )
         chances = jax.nn.log_softmax(jax.jit(logits)(model, sequence))[0, len(prompt) - 1 : len(prompt) + 7]
         np.testing.assert_allclose(
-            found.logprobs, chances[jnp.arange(8), jnp.asarray(found.tokens)], atol=2e-4
+            result.logprobs, chances[jnp.arange(8), jnp.asarray(result.tokens)], atol=2e-4
         )
 
 
@@ -335,9 +337,9 @@ def test_what_a_penalty_counts_is_the_prompt_and_what_came(small: Model) -> None
     """Greedy, each token is the argmax of the full forward's logits after the penalty of all before it."""
     model = small[0].merge(small[1], small[2])
     config = SamplingConfig(temperature=0.0, repetition_penalty=3.0, max_tokens=8)
-    found = sample(*small, PROMPTS, config=config, eos_id=None)
-    assert found != greedily(small, PROMPTS)
-    for prompt, continued in zip(PROMPTS, found, strict=True):
+    result = sample(*small, PROMPTS, config=config, eos_id=None)
+    assert result != greedily(small, PROMPTS)
+    for prompt, continued in zip(PROMPTS, result, strict=True):
         sequence = (
             jnp.zeros((1, 16), jnp.int32).at[0, : len(prompt) + 8].set(jnp.asarray([*prompt, *continued]))
         )
@@ -388,7 +390,7 @@ def test_a_window_layer_keeps_a_window() -> None:
     definition = define(dataclasses.replace(config, context_length=4096))
     model = jax.eval_shape(lambda: Decoder(definition.config, rngs=nnx.Rngs(params=jax.random.key(0))))
     state = jax.eval_shape(lambda: model.init_state(1, max_length=4096))
-    sizes = [sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one)) for one in state[0]]
+    sizes = [sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(item)) for item in state[0]]
     keys_and_values = 2 * 2 * 8 * 4
     marks = 2 * 4  # 2 heads of 8 dims in float32; position and segment
     assert sizes == [2 * 4 * (keys_and_values + marks), 2 * 4096 * (keys_and_values + marks)]

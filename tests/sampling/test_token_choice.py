@@ -39,13 +39,13 @@ def test_filters_by_hand(settings: dict, expected: list[float]) -> None:
     if "temperature" in settings:
         squares = np.square(PROBABILITIES[0])
         expected = (squares / squares.sum()).tolist()
-    kept = filtered_logits(jnp.log(jnp.asarray(PROBABILITIES)), **{"temperature": 1.0, **settings})
-    np.testing.assert_allclose(jax.nn.softmax(kept)[0], expected, rtol=1e-5, atol=1e-7)
+    remaining = filtered_logits(jnp.log(jnp.asarray(PROBABILITIES)), **{"temperature": 1.0, **settings})
+    np.testing.assert_allclose(jax.nn.softmax(remaining)[0], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_temperature_comes_before_top_p() -> None:
-    kept = filtered_logits(jnp.log(jnp.asarray(PROBABILITIES)), temperature=0.5, top_p=0.9)
-    assert (jax.nn.softmax(kept)[0] > 0).tolist() == [
+    remaining = filtered_logits(jnp.log(jnp.asarray(PROBABILITIES)), temperature=0.5, top_p=0.9)
+    assert (jax.nn.softmax(remaining)[0] > 0).tolist() == [
         False,
         True,
         False,

@@ -76,6 +76,6 @@ def test_the_table_of_peaks(kind: str, dtype: jnp.dtype, expected: float | None)
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_cpu_is_measured_and_its_devices_share_it(dtype: jnp.dtype) -> None:
-    one = device_peaks.peak_flops(jax.devices()[0], dtype)
-    assert one is not None and 1e9 < one < 1e15
-    assert device_peaks.peak_flops(jax.devices()[0], dtype, num_devices=8) == one
+    peak = device_peaks.peak_flops(jax.devices()[0], dtype)
+    assert peak is not None and 1e9 < peak < 1e15
+    assert device_peaks.peak_flops(jax.devices()[0], dtype, num_devices=8) == peak

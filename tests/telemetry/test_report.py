@@ -174,7 +174,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, run_dir: Path) -> None:
     (damaged / "result.json").write_text("{")
     with pytest.raises(ValueError, match=r"result\.json is damaged"):
         read_run(damaged)
-    assert [one.status for one in list_runs(tmp_path)] == ["damaged"]
+    assert [item.status for item in list_runs(tmp_path)] == ["damaged"]
 
 
 def without_scripts(text: str) -> str:
@@ -220,11 +220,11 @@ def test_all_that_was_logged_is_charted_point_by_point(run_dir: Path) -> None:
     for name, field in LINES.items():
         shown = [(row["series"], row["step"], row["value"]) for row in charts[name].spec["data"]["values"]]
         expected = [
-            ("training", one["step"], one[field]) for one in run.train if one[field] not in (None, "nan")
+            ("training", item["step"], item[field]) for item in run.train if item[field] not in (None, "nan")
         ]
         assert len(expected) >= 38, name
         evaluated = (
-            [("held out", one["step"], one[field]) for one in run.evals]
+            [("held out", item["step"], item[field]) for item in run.evals]
             if name in ("loss", "bits-per-byte")
             else []
         )
@@ -316,12 +316,12 @@ def test_commands(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         "optim.lr" in output(capsys, "compare", str(run_dir), str(other), "--output", str(compared))
         and compared.is_file()
     )
-    found = json.loads(
+    actual = json.loads(
         output(capsys, "compare", str(run_dir), str(other), "--output", str(compared), "--json")
     )
     assert (
-        found["settings"]["optim.lr"] == {"moe-run": 0.001, "other": 0.003}
-        and found["results"]["status"]["other"] == "unfinished"
+        actual["settings"]["optim.lr"] == {"moe-run": 0.001, "other": 0.003}
+        and actual["results"]["status"]["other"] == "unfinished"
     )
 
 
@@ -371,12 +371,12 @@ def test_training_writes_the_page(trained, workplace: Path) -> None:
 # In a browser -----------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def browser() -> str:
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None and os.environ.get("CI"):
+    actual = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if actual is None and os.environ.get("CI"):
         pytest.fail(f"none of {', '.join(BROWSERS)} is installed, and CI has to look at the pages")
-    if found is None:
+    if actual is None:
         pytest.skip(f"none of {', '.join(BROWSERS)} is installed: how pages look is not tested here")
-    return found
+    return actual
 
 
 # A page in a frame, as Chromium's windows are at least 500 pixels wide. What is found there stands in
@@ -443,14 +443,14 @@ def look_in_frame(
     [("light", 1400, 2700), ("dark", 1400, 2700), ("light", 390, 4700), ("dark", 390, 4700)],
 )
 def test_in_a_browser(browser: str, page: Path, tmp_path: Path, theme: str, width: int, height: int) -> None:
-    found, image = look_in_frame(browser, page, tmp_path, theme=theme, width=width, height=height)
+    actual, image = look_in_frame(browser, page, tmp_path, theme=theme, width=width, height=height)
     num_charts = str(len(LINES) + len(HEATS))
     expected = {"theme": theme, "width": str(width), "drawn": num_charts, "svgs": num_charts, "overflow": "0"}
-    assert {name: found.get(name) for name in expected} == expected
+    assert {name: actual.get(name) for name in expected} == expected
     for corner in (image[0, 0], image[-1, -1]):
         assert corner.max() < 60 if theme == "dark" else corner.min() > 200, corner
     names = list(charts_of(page.parent))
-    for name, (left, top, right, bottom) in zip(names, json.loads(found["canvases"]), strict=True):
+    for name, (left, top, right, bottom) in zip(names, json.loads(actual["canvases"]), strict=True):
         assert 0 <= left < right <= width and right - left > 300 and 0 <= top < bottom <= height, (
             "the picture does not hold this chart"
         )
@@ -483,10 +483,10 @@ def pixels(image: Path) -> np.ndarray:
     height = int.from_bytes(content[20:24], "big")
     assert content[24:29] == bytes([8, 2, 0, 0, 0])
     rows = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(height, 1 + 3 * width)
-    found = np.zeros((height + 1, 3 * width), np.uint8)  # the row above the first is black
+    actual = np.zeros((height + 1, 3 * width), np.uint8)  # the row above the first is black
     for index, row in enumerate(rows):
-        found[index + 1] = unfiltered(row[0], row[1:], found[index])
-    return found[1:].reshape(height, width, 3)
+        actual[index + 1] = unfiltered(row[0], row[1:], actual[index])
+    return actual[1:].reshape(height, width, 3)
 
 
 def unfiltered(kind: int, row: np.ndarray, above: np.ndarray) -> np.ndarray:
@@ -527,7 +527,7 @@ def test_a_comparison_in_a_browser(browser: str, run_dir: Path, tmp_path: Path) 
     page = write_comparison(
         [run_dir, write_run(tmp_path / "other", lr=3e-3, finished=False)], tmp_path / "page.html"
     )
-    found, _ = look_in_frame(browser, page, tmp_path, theme="light", width=390, height=1000)
-    assert (found["width"], found["svgs"], found["overflow"]) == ("390", "7", "0")
+    actual, _ = look_in_frame(browser, page, tmp_path, theme="light", width=390, height=1000)
+    assert (actual["width"], actual["svgs"], actual["overflow"]) == ("390", "7", "0")
     dom = without_scripts(look(browser, page, "--window-size=1400,1000"))
     assert 'data-overflow="0"' in dom and dom.count("<svg") == 7

@@ -228,10 +228,10 @@ def test_commit_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.Monk
     assert run_directory.commit() == nowhere, "a package inside another project's folder is not that project"
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "--quiet", "-m", "first")
-    found = run_directory.commit()
-    assert len(found["commit"]) == 40 and found["dirty"] is False
+    result = run_directory.commit()
+    assert len(result["commit"]) == 40 and result["dirty"] is False
     module.write_text("changed")
-    assert run_directory.commit() == {"commit": found["commit"], "dirty": True}
+    assert run_directory.commit() == {"commit": result["commit"], "dirty": True}
     monkeypatch.setenv("PATH", str(tmp_path))
     assert run_directory.commit() == nowhere, "git is not installed"
 

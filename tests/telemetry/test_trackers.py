@@ -17,8 +17,8 @@ RECORD = {
 }
 
 
-def opened(directory: Path, *wanted: Tracker) -> Trackers:
-    return Trackers(wanted, directory=directory, name="run-1", config={"model": {"embed_dim": 8}})
+def opened(directory: Path, *expected: Tracker) -> Trackers:
+    return Trackers(expected, directory=directory, name="run-1", config={"model": {"embed_dim": 8}})
 
 
 def test_tensorboard_keeps_numbers_and_texts(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_tensorboard_keeps_numbers_and_texts(tmp_path: Path) -> None:
         with opened(tmp_path, Tracker.TENSORBOARD) as trackers:
             trackers.write("train", step=step, **RECORD)
             trackers.write("sample", step=step, prompt="a", text="abc")
-    found = {}
+    result = {}
     for path in (tmp_path / "tensorboard").iterdir():
         content = path.read_bytes()
         place = 0
@@ -38,13 +38,13 @@ def test_tensorboard_keeps_numbers_and_texts(tmp_path: Path) -> None:
         ):  # a record: its length (8 bytes), a checksum (4), the event, a checksum (4)
             length = int.from_bytes(content[place : place + 8], "little")
             event = Event.FromString(content[place + 12 : place + 12 + length])
-            found |= {(event.step, value.tag): value for value in event.summary.value}
+            result |= {(event.step, value.tag): value for value in event.summary.value}
             place += 16 + length
-    numbers = {key: value.simple_value for key, value in found.items() if key[1].startswith("train/")}
+    numbers = {key: value.simple_value for key, value in result.items() if key[1].startswith("train/")}
     for step in (10, 20):
         assert numbers[step, "train/loss"] == 3.5 and numbers[step, "train/grad_norms/layers/0"] == 0.25
         assert numbers[step, "train/expert_loads/layers/0/1"] == 0.25 and (step, "train/mfu") not in numbers
-        assert any(at == step and tag.startswith("sample/text") for at, tag in found)
+        assert any(at == step and tag.startswith("sample/text") for at, tag in result)
 
 
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,8 +53,8 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(tmp_path, Tracker.WANDB) as trackers:
         trackers.write("train", step=10, **RECORD)
         trackers.write("sample", step=10, prompt="a", text="abc")
-    [kept] = (tmp_path / "wandb").glob("offline-run-*/run-run-1.wandb")
-    assert b"train/grad_norms/layers/0" in kept.read_bytes()
+    [remaining] = (tmp_path / "wandb").glob("offline-run-*/run-run-1.wandb")
+    assert b"train/grad_norms/layers/0" in remaining.read_bytes()
 
 
 def test_a_tracker_that_fails_is_warned_of_once(
