@@ -212,12 +212,12 @@ def test_float_given_as_int() -> None:
         (
             ["stack", 0, 0, "mixer", "type"],
             "Atention",
-            r"^stack\[0\]\[0\]\.mixer\.type: 'Atention' is none of .* Did you mean 'Attention'",
+            r"^stack\[0\]\[0\]\.mixer\.type: 'Atention' is not one of .* Did you mean 'Attention'",
         ),
-        (["stack", 0, 0, "mixer", "type"], "Mixer", r"'Mixer' is none of Attention, Convolution"),
-        (["stack", 0, 0, "mixer", "type"], "Scratch", r"'Scratch' is none of Attention, Convolution"),
-        (["stack", 0, 0, "mixer", "type"], 3, r"3 is none of Attention"),
-        (["init", "type"], "Lines", r"^init\.type: 'Lines' is none of FromModel, Scratch"),
+        (["stack", 0, 0, "mixer", "type"], "Mixer", r"'Mixer' is not one of Attention, Convolution"),
+        (["stack", 0, 0, "mixer", "type"], "Scratch", r"'Scratch' is not one of Attention, Convolution"),
+        (["stack", 0, 0, "mixer", "type"], 3, r"3 is not one of Attention"),
+        (["init", "type"], "Lines", r"^init\.type: 'Lines' is not one of FromModel, Scratch"),
         (
             ["learning_rat"],
             3.0,
@@ -284,7 +284,7 @@ def test_missing_fields() -> None:
 
 def test_text_that_is_refused() -> None:
     text = dumps(Study())
-    with pytest.raises(ConfigError, match="'steps' is given twice"):
+    with pytest.raises(ConfigError, match="'steps' appears twice"):
         loads(Study, text.replace('"steps": 100', '"steps": 100, "steps": 100'))
     for constant in ("NaN", "Infinity", "-Infinity"):
         with pytest.raises(ConfigError, match=constant):
@@ -313,7 +313,7 @@ def test_import_paths_are_never_resolved() -> None:
         "slmjax.config.ConfigError",
         "builtins.dict",
     ):
-        with pytest.raises(ConfigError, match="is none of"):
+        with pytest.raises(ConfigError, match="is not one of"):
             from_json(
                 Study, changed(["stack", 0, 0, "mixer"], {"type": name, "_target_": name, "num_heads": 1})
             )

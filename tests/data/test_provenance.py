@@ -209,7 +209,7 @@ def test_records_of_earlier_versions(data: DataConfig, tmp_path: Path) -> None:
     assert provenance.differences(older, now(data)) == []
     older[0]["hash"] = "0"
     assert (
-        "an earlier version of slmjax encoded the same text otherwise"
+        "an earlier version of slmjax encoded the same text in another way"
         in provenance.differences(older, now(data))[0]
     )
     assert provenance.recorded_heldout(older, data) is None
@@ -220,7 +220,7 @@ def test_records_of_earlier_versions(data: DataConfig, tmp_path: Path) -> None:
     [
         ({}, "no document that was trained on is held out now"),
         ({"heldout_by": HeldOutBy.ID}, "records that moved may have been trained on"),
-        ({"split": Split.TAIL}, "tail of an edited document begins elsewhere"),
+        ({"split": Split.TAIL}, "tail of an edited document begins at another place"),
     ],
 )
 def test_resuming_with_a_changed_source(

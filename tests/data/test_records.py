@@ -216,7 +216,7 @@ def test_a_broken_record_does_not_take_the_others_with_it(tmp_path: Path) -> Non
     assert [None if one.values is None else one.values["text"] for one in result] == ["a", None, "c"]
     assert (
         result[1].where.endswith("x.csv, line 3")
-        and "1 fields, and the first row names 2" in result[1].detail
+        and "1 fields instead of the 2 that the first row names" in result[1].detail
     )
 
 
