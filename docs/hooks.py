@@ -99,8 +99,8 @@ def _command(name: str, function: Callable[..., int]) -> str:
         annotation = ast.unparse(node.annotation)
         default = "" if node.value is None else ast.unparse(node.value)
         if "Config" in annotation or "Experiment" in annotation or field in ("data", "tokenizer"):
-            found = re.search(r"([A-Za-z]*(?:Config|Experiment))", annotation)
-            trees.append(f"`{found[1] if found else annotation}`")
+            config = re.search(r"([A-Za-z]*(?:Config|Experiment))", annotation)
+            trees.append(f"`{config[1] if config else annotation}`")
             continue
         shown = re.findall(r"positional\('(.*?)'\)", annotation)
         kind = re.sub(r"Annotated\[(.*), (\*positional|repeated).*", r"\1", annotation)
@@ -141,7 +141,6 @@ def _public_module(module: types.ModuleType) -> str:
     for name in module.__all__:
         value = getattr(module, name)
         if inspect.isfunction(value) or inspect.isclass(value):
-            # A class has one place: the module with more of its kind, not `slmjax` itself.
             parts.append(_public_name(module.__name__, name, value))
     return "\n\n".join(parts)
 
@@ -210,16 +209,16 @@ def config_classes(root: type) -> list[type]:
         if "Config" in path.read_text() and path.stem not in ("__main__", "lm_eval_adapter"):
             parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
             importlib.import_module(".".join(part for part in parts if part != "__init__"))
-    found: dict[type, None] = {}
+    classes: dict[type, None] = {}
     waiting = [root]
     while waiting:
         cls = waiting.pop(0)
-        if cls in found or not dataclasses.is_dataclass(cls):
+        if cls in classes or not dataclasses.is_dataclass(cls):
             continue
-        found[cls] = None
+        classes[cls] = None
         waiting += [inner for hint in typing.get_type_hints(cls).values() for inner in _classes(hint)]
         waiting += [kind for kind in cls.__subclasses__() if kind.__module__.startswith("slmjax")]
-    return list(found)
+    return list(classes)
 
 
 def _classes(hint: Any) -> Iterator[type]:
@@ -267,9 +266,9 @@ def _about(comment: str, hint: Any) -> str:
         first = (inspect.getdoc(hint) or "").split("\n")[0]
         named = [hint] if dataclasses.is_dataclass(hint) else hint.__subclasses__()
         links = ", ".join(
-            f"[{one.__name__}](#{one.__name__.lower()})"
-            for one in named
-            if one.__module__.startswith("slmjax")
+            f"[{kind.__name__}](#{kind.__name__.lower()})"
+            for kind in named
+            if kind.__module__.startswith("slmjax")
         )
         return f"{html.escape(comment or first)} See {links}."
     return html.escape(comment)
@@ -301,17 +300,17 @@ def _classes_of_file(path: str) -> tuple[list[str], dict[str, ast.ClassDef]]:
 
 
 def _comment(line: str) -> str:
-    found = re.search(r"  # (.*)$", line)
-    return re.sub(r"\s*# (noqa|fmt|pyright).*", "", found[1]) if found else ""
+    comment = re.search(r"  # (.*)$", line)
+    return re.sub(r"\s*# (noqa|fmt|pyright).*", "", comment[1]) if comment else ""
 
 
 def _type(hint: Any) -> str:
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return " / ".join(str(one.value) for one in hint)
+        return " / ".join(str(member.value) for member in hint)
     if isinstance(hint, types.UnionType):
-        return " or ".join(_type(one) for one in typing.get_args(hint)).replace("NoneType", "none")
+        return " or ".join(_type(arg) for arg in typing.get_args(hint)).replace("NoneType", "none")
     if typing.get_args(hint):
-        inner = ", ".join("..." if one is Ellipsis else _type(one) for one in typing.get_args(hint))
+        inner = ", ".join("..." if arg is Ellipsis else _type(arg) for arg in typing.get_args(hint))
         return f"{getattr(hint, '__origin__', hint).__name__}[{inner}]"
     return getattr(hint, "__name__", str(hint))
 

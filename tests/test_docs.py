@@ -71,12 +71,12 @@ class Links(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = {name: value or "" for name, value in attrs}
-        self.anchors.add(given.get("id", ""))
+        attributes = {name: value or "" for name, value in attrs}
+        self.anchors.add(attributes.get("id", ""))
         if tag == "a":
-            self.links.append(given.get("href", ""))
-        elif "src" in given or (tag == "link" and given.get("rel") != "canonical"):
-            self.loaded.append(given.get("src", given.get("href", "")))
+            self.links.append(attributes.get("href", ""))
+        elif "src" in attributes or (tag == "link" and attributes.get("rel") != "canonical"):
+            self.loaded.append(attributes.get("src", attributes.get("href", "")))
 
 
 def test_pages_load_nothing_from_elsewhere_and_links_hold(site: Path) -> None:
@@ -347,9 +347,9 @@ def test_code_on_the_pages_runs() -> None:
 
 
 def test_examples_in_docstrings_fit_the_code() -> None:
-    found = examples.docstring_examples()
-    assert len(found) > 40
-    problems = [problem for example in found for problem in examples.check(example)]
+    shown = examples.docstring_examples()
+    assert len(shown) > 40
+    problems = [problem for example in shown for problem in examples.check(example)]
     assert not problems, "\n".join(problems)
 
 
@@ -365,8 +365,8 @@ def test_examples_in_docstrings_fit_the_code() -> None:
     ],
 )
 def test_a_wrong_example_is_noticed(code: str, problem: str) -> None:
-    (found,) = examples.check(examples.Example(where="here", code=code + "\n"))
-    assert problem in found
+    (message,) = examples.check(examples.Example(where="here", code=code + "\n"))
+    assert problem in message
 
 
 # README -----------------------------------------------------------------------------------------------------
@@ -468,9 +468,9 @@ def test_the_example_decodes_as_it_was_trained(gated, weights) -> None:
         at = jnp.minimum(lengths, 12)[:, None]
         output = step(jnp.take_along_axis(TOKENS, jnp.minimum(at, 11), axis=1), at, state)
         state = output.state
-        found = np.asarray(losses.logits(output.hidden, output.head))[:, 0]
+        logits_BV = np.asarray(losses.logits(output.hidden, output.head))[:, 0]
         for row in range(4):
-            np.testing.assert_allclose(found[row], whole[row, int(lengths[row])], atol=1e-3)
+            np.testing.assert_allclose(logits_BV[row], whole[row, int(lengths[row])], atol=1e-3)
         lengths += 1
 
 
@@ -479,8 +479,8 @@ def test_the_example_on_a_mesh(gated, weights) -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     placed = jax.device_put(weights[0], parameter_shardings(weights[0], mesh))
     with jax.set_mesh(mesh):
-        found = jax.jit(lambda params, tokens: logits_on(gated, params, weights[1], tokens))(placed, TOKENS)
-    np.testing.assert_allclose(found, expected, atol=1e-3)
+        sharded = jax.jit(lambda params, tokens: logits_on(gated, params, weights[1], tokens))(placed, TOKENS)
+    np.testing.assert_allclose(sharded, expected, atol=1e-3)
 
 
 def logits_on(gated, params, buffers, tokens):
