@@ -65,9 +65,9 @@ class Loaded:
 def load_model(path: str | Path, *, step: int | None = None) -> Loaded:
     """Return the model of a run directory or of an imported model.
 
-    Of a run it is the newest checkpoint, or that of `step`, with averaged weights where the run stored them. Needs
-    `model.json`, `tokenizer/` and `checkpoints/` (or `weights/`) only. Arrays are replicated over the current mesh,
-    or on one device where none is set.
+    Of a run it is the newest checkpoint, or that of `step`, with averaged weights where the run stored them.
+    Needs `model.json`, `tokenizer/` and `checkpoints/` (or `weights/`) only. Arrays are replicated over the
+    current mesh, or on one device where none is set.
 
     Raises:
       ValueError: this is no such directory, or holds no intact checkpoint.
@@ -90,6 +90,7 @@ def load_unrounded(path: str | Path, *, step: int | None = None) -> Loaded:
             "step after they began"
         )
     definition = stored.definition.transformed()
+    # Without the parameters of weight quantizers, which no layer has.
     params = {name: leaf for name, leaf in stored.params.items() if name in definition.params}
     return _loaded(stored, params, definition)
 
@@ -176,11 +177,12 @@ def _loaded(stored: _Stored, params: Params, definition: Definition) -> Loaded:
 def inference_definition(
     path: Path, config: ModelConfig, phases: Sequence[QuantPhase], *, step: int | None
 ) -> Definition:
-    """Return the definition for the parameters of a directory, in the phase of a checkpoint (None: the newest).
+    """Return the definition for the parameters in a directory.
 
     Args:
       config: the architecture, which may be computed in another precision.
-      phases: of quantization (`read_quant_phases`). An imported model's weights are rounded already.
+      phases: of quantization (`read_quant_phases`); the one that the checkpoint was trained in holds. An
+        imported model's weights are rounded already.
     """
     definition = define_quantized(inference_config(config), phases, step=phase_step(path, step))
     return definition.transformed() if safetensors_files.is_imported(path) else definition
@@ -203,7 +205,7 @@ def phase_step(path: Path, step: int | None) -> int | None:
 
 
 def changed_rows(loaded: Loaded, codes: Codes) -> tuple[int, int] | None:
-    """Return how many rows of codes and scales differ from those on the training devices, and the number of rows.
+    """Return how many rows of codes and scales differ from the training devices', and how many there are.
 
     None where the checkpoint has no checksums to compare with.
 
@@ -253,8 +255,8 @@ def read_parameters(
     Args:
       params: shapes of the parameters to read, with the shardings of the result; likewise `buffers`.
       step: of a run; None for the newest.
-      whole: False to read only these; `params` and `buffers` are then by logical path. Quantizer parameters of a
-        quantized run are left out where they are not among them.
+      whole: False to read only these; `params` and `buffers` are then by logical path. Quantizer parameters
+        of a quantized run are left out where they are not among them.
 
     Raises:
       ValueError: the directory holds no intact checkpoint, or other parameters.
@@ -268,7 +270,8 @@ def read_parameters(
             safetensors_files.read_stacked(path, config, buffers),
         )
     checkpointer = Checkpointer(path / "checkpoints", model=config, config=CheckpointConfig())
-    # Orbax restores all of a checkpoint or names what differs: the quantizers' parameters are read and dropped.
+    # Orbax restores all of a checkpoint or names what differs: the quantizers' parameters are read and
+    # dropped.
     more = _quantizer_shapes(path, config, params, buffers) if whole else ({}, {})
     params = {**params, **more[0]}
     buffers = {**buffers, **more[1]}
@@ -299,11 +302,13 @@ def read_fitted(
     They are dropped, or added as zeros.
 
     Args:
-      config: of the model that takes the parameters over, which has these `params` and `buffers`, and a row for each
-        token of both. Rows of the directory's model beyond its vocabulary are of no token, and are dropped too.
+      config: of the model that takes the parameters over, which has these `params` and `buffers`, and a row
+        for each token of both. Rows of the directory's model beyond its vocabulary are of no token, and are
+        dropped too.
 
     Raises:
-      ValueError: as `read_parameters`; or this model's softmax includes rows that the directory's model lacks.
+      ValueError: as `read_parameters`; or this model's softmax includes rows that the directory's model
+        lacks.
     """
     source = read_config(path)
     if source.known_vocab_size < config.known_vocab_size:
@@ -314,6 +319,7 @@ def read_fitted(
         )
     if (num_dropped := source.known_vocab_size - config.known_vocab_size) > 0:
         log.info("%s: %d rows of its tables stand for no token, and are left out", path, num_dropped)
+    # Read with the rows that are stored, then fitted to those of this model.
     tables = [name for name in TABLES if name in params and params[name].shape[0] != source.table_rows]
     stored = {
         name: _with_rows(leaf, name, source.table_rows) if name in tables else leaf
@@ -339,7 +345,7 @@ def _with_rows(leaf: jax.ShapeDtypeStruct, name: str, num_rows: int) -> jax.Shap
 def _quantizer_shapes(
     path: Path, config: ModelConfig, params: dict[str, Any], buffers: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Shapes of the quantizer parameters and buffers of a run that `params` and `buffers` lack, by stored name."""
+    """Shapes of a run's quantizer parameters and buffers, by stored name, without the requested ones."""
     phases = read_quant_phases(path)
     if not phases:
         return {}, {}

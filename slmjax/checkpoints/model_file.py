@@ -56,6 +56,7 @@ def read_quant_phases(path: Path) -> tuple[QuantPhase, ...]:
       ValueError: as `read_config`.
     """
     text = _text(path)
+    # The architecture is checked by `read_config`: here only the phases are read.
     try:
         fields = json.loads(text)
         return config_io.from_json(_Phases, {"quant": fields.get("quant", [])}).quant
@@ -66,7 +67,7 @@ def read_quant_phases(path: Path) -> tuple[QuantPhase, ...]:
 def _text(path: Path) -> str:
     if not (path / NAME).is_file():
         raise ValueError(
-            f"{path} is neither a run directory nor an imported model: it has no {NAME}. Name the directory that "
-            "the last line of `slmjax train` printed, or one that `slmjax import` wrote"
+            f"{path} is neither a run directory nor an imported model: it has no {NAME}. Name the directory "
+            "that the last line of `slmjax train` printed, or one that `slmjax import` wrote"
         )
     return (path / NAME).read_text(encoding="utf-8")

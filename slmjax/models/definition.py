@@ -6,11 +6,12 @@
 
 Outside the modules all parameters are one flat dict keyed by stack path
 (`segments/0/blocks/1/mixer/query/weight`, layer dim first). Checkpoints, rules and golden lists use logical
-paths (`layers/3/mixer/query/weight`), so that nothing that is stored depends on how layers are grouped for the
-scan: `unstack` and `restack` convert between the two.
+paths (`layers/3/mixer/query/weight`), so that nothing that is stored depends on how layers are grouped for
+the scan: `unstack` and `restack` convert between the two.
 
-Layers may multiply with something other than the trained parameters: adapters add to them, pruning masks them,
-quantization rounds them. Each is a `ParamTransform`, which a definition applies once a step, in this order.
+Layers may multiply with something other than the trained parameters: adapters add to them, pruning masks
+them, quantization rounds them. Each is a `ParamTransform`, which a definition applies once a step, in this
+order.
 """
 
 import abc
@@ -36,8 +37,8 @@ Params = dict[str, Array]  # by stack path
 class ParamTransform(abc.ABC):
     """A pure function of the parameters that runs once a step, before layers multiply with them.
 
-    It may have parameters of its own, which are in the same flat dict, are trained with the others, and which no
-    layer has.
+    It may have parameters of its own, which are in the same flat dict, are trained with the others, and which
+    no layer has.
     """
 
     @property
@@ -133,16 +134,14 @@ class Definition:
         return self.with_own_params(params), self.with_missing_buffers(buffers)
 
     def with_own_params(self, params: Mapping[str, Array]) -> Params:
-        """Return the parameters of a plain model with those that transforms and quantizers add, at their initial
-        values.
-        """
+        """Return the parameters of a plain model with the initial ones of transforms and quantizers."""
         params = {**_zeros_of_missing(self.params, params), **params}
         for transform in self.transforms:
             params = transform.init(params)
         return params
 
     def with_missing_buffers(self, buffers: Mapping[str, Array]) -> Params:
-        """Return the buffers of a plain model with those that it lacks (scales to be calibrated), as zeros."""
+        """Return the buffers of a plain model with those that it lacks (calibrated scales), as zeros."""
         return {**_zeros_of_missing(self.buffers, buffers), **buffers}
 
 
@@ -171,7 +170,7 @@ def definition_of(model: Decoder, *, transforms: tuple[ParamTransform, ...] = ()
 
 
 def inference_config(config: ModelConfig) -> ModelConfig:
-    """Return the model with the same parameters for evaluation and sampling: see `FfnConfig.for_inference`."""
+    """Return the model for evaluation and sampling, with the same parameters (`FfnConfig.for_inference`)."""
 
     def for_inference(block: BlockConfig) -> BlockConfig:
         return block if block.ffn is None else dataclasses.replace(block, ffn=block.ffn.for_inference())
@@ -205,8 +204,9 @@ def _keys(path: str) -> tuple[str | int, ...]:
 def unstack(config: ModelConfig, tree: Any) -> Params:
     """Return a tree whose leaves belong to parameters as a flat dict with one entry per layer.
 
-    A leaf belongs to the parameter whose stack path is among the keys of its tree path. Every layer's slice is
-    named by the tree path with the logical path in place of the stack path, joined by "/". A pure function: jit it.
+    A leaf belongs to the parameter whose stack path is among the keys of its tree path. Every layer's slice
+    is named by the tree path with the logical path in place of the stack path, joined by "/". A pure
+    function: jit it.
     """
     flat = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:

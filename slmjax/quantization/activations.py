@@ -26,7 +26,10 @@ class CalibratedScale(nnx.Variable[Any]):
 
 # Modules ----------------------------------------------------------------------------------------------------
 class ActivationQuantizer(nnx.Module):
-    """Fake-quantizes activations; without a format, as before the phase that begins with one, the identity."""
+    """Fake-quantizes activations: the inputs of a layer, or what a cache stores.
+
+    Without a format, as before the phase that begins with one, it is the identity.
+    """
 
     def __init__(
         self,
@@ -42,10 +45,11 @@ class ActivationQuantizer(nnx.Module):
         Args:
           tensor_quant: the format in this phase.
           dim: the logical name of the activations' last dim, where it may be sharded.
-          learned: the format in the phase that has quantizer parameters, with the estimator that they belong to.
+          learned: the format in the phase that has quantizer parameters, with the estimator that they belong
+            to.
           params: the quantizer parameters, which are there in all phases.
-          is_calibrating: return activations as they are, with a "gradient" of the quantizer's parameters that is
-            their initial value for these activations (`_calibrate`).
+          is_calibrating: return activations as they are, with a "gradient" of the quantizer's parameters that
+            is their initial value for these activations (`_calibrate`).
         """
         self.tensor_quant = tensor_quant
         self.dim = dim
@@ -68,6 +72,7 @@ class ActivationQuantizer(nnx.Module):
         if self.is_calibrating:
             has_params = isinstance(self.tensor_quant.estimator, SCALE_ESTIMATORS)
             return _calibrate(x, params, self.tensor_quant) if has_params else x
+        # Where the devices of a mesh do not divide the last dim, each of them has all of it.
         shards = mesh.num_devices(self.dim) if self.dim else 1
         width = x.shape[-1] if x.shape[-1] % shards else x.shape[-1] // shards
         if x.ndim == 3 and _has_kernel(x, self.tensor_quant, width=width):
@@ -76,7 +81,7 @@ class ActivationQuantizer(nnx.Module):
 
 
 class ShardActivationQuantizer(nnx.Module):
-    """Fake-quantizes one device's shard of activations, inside `shard_map`; the result is that of all shards."""
+    """Fake-quantizes a device's shard of activations inside `shard_map`, as one device would all of them."""
 
     def __init__(self, tensor_quant: TensorQuant | None, *, dim: str) -> None:
         """Initialize the quantizer; `dim` is the logical name of the last dim, which may be sharded."""
@@ -107,6 +112,7 @@ def init_activation_params(
     """Return zeros for a quantizer's parameters, until calibration; with the layer dim of a stack, if any."""
     if tensor_quant is None:
         return {}
+    # The estimator says which parameters it has: their shapes for any one group.
     group_size = tensor_quant.spec.group_size or 1
     shapes = jax.eval_shape(
         lambda: dataclasses.replace(tensor_quant, axis=-1).init_params(jnp.zeros((1, group_size)))
@@ -160,7 +166,8 @@ _round_groups.defvjp(
 def _calibrate(x: Array, params: QuantizerParams, tensor_quant: TensorQuant) -> Array:
     """Return `x`; the "gradient" of the quantizer's parameters is their initial value for these activations.
 
-    So one backward pass measures every layer of a scanned stack, and nothing needs to be returned from layers.
+    So one backward pass measures every layer of a scanned stack, and nothing needs to be returned from
+    layers.
     """
     return x
 

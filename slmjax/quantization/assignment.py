@@ -1,8 +1,7 @@
-"""What the rules of quantization come to: for every parameter and cache its format, or why it stays in
-floating point.
+"""Assignments: for every parameter and cache its number format, or why it stays in floating point.
 
-Dims of shapes are those of one layer. A weight has its groups along the dim that is contracted: the second to
-last of a matrix [in, out] or of experts [E, in, out], the last of a table [V, D].
+Dims of shapes are those of one layer. The groups of a weight lie along the dim that its product sums over:
+the second to last of a matrix [in, out] or of experts [E, in, out], the last of a table [V, D].
 """
 
 import dataclasses
@@ -27,65 +26,65 @@ from slmjax.quantization.estimators import (
 from slmjax.quantization.rules import QuantRule
 
 TABLES = ("embed/table", "head/weight")
-CACHE = "/mixer/cache"  # ends the path of what a mixer remembers of tokens
+CACHE = "/mixer/cache"  # the end of the path of a mixer's cache
 _WEIGHTS = re.compile(r"(^embed/table|(^|/)weight|/experts/(gate|up|down))$")
+# Estimators whose scales are parameters or buffers, not computed from the numbers.
 SCALE_ESTIMATORS = (Calibrated, LearnedClip, LearnedScale, LearnedScaleAndOffset)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorQuant:
-    """A format, and how it is trained."""
+    """How one tensor is quantized: format, estimator, and the axis of its groups."""
 
     spec: QuantSpec
     estimator: Estimator
-    axis: int  # along which groups lie, from the end
-    # whether a sign is kept beside each learned scale though this format has none: another phase's has
+    axis: int  # of the groups, from the end
+    # store a sign with each scale though this format has none: that of another phase has, and shapes stay the
+    # same
     keeps_sign: bool = False
 
     def init_params(self, x: Float[Array, "..."]) -> QuantizerParams:
-        """Return the initial values of what is learned beside `x`."""
-        found = self.estimator.init_params(x, self.spec, axis=self.axis)
-        return {SIGN: jnp.ones_like(found["log_scale"]), **found} if self.keeps_sign else found
+        """Return the initial quantizer parameters for `x`."""
+        params = self.estimator.init_params(x, self.spec, axis=self.axis)
+        return {SIGN: jnp.ones_like(params["log_scale"]), **params} if self.keeps_sign else params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """What the rules say of one path."""
+    """The formats of one path."""
 
     path: str  # logical
-    shape: tuple[int, ...]  # of the parameter; of a cache the numbers that it keeps of a token
-    weight: TensorQuant | None = None  # the format of the parameter, or of what the cache keeps
-    input: TensorQuant | None = None  # the format of what the parameter is multiplied with
+    shape: tuple[int, ...]  # of the parameter; of a cache what it stores of a token
+    weight: TensorQuant | None = None  # format of the parameter, or of the cache
+    input: TensorQuant | None = None  # format of the inputs that the parameter is multiplied with
     reason: str = ""  # why it stays in floating point; empty where it does not
 
 
 def axis_of(path: str) -> int:
-    """Along which dim, from the end, the groups of a weight lie: the one that is summed over in its
-    product.
-    """
+    """Return the axis of a weight's groups, from the end: the dim that its product sums over."""
     return -1 if path in TABLES else -2
 
 
 def assign_formats(
     rules: Sequence[QuantRule], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Assignment]:
-    """An entry for every path.
+    """Return the assignment of every path.
 
     Args:
-      rules: the first that names a path counts. Those that have a format for caches alone are passed over for
-        parameters, and those that have none are for caches.
+      rules: the first that matches a path applies. Rules that have a format for caches alone are skipped for
+        parameters, and rules that have none are skipped for caches.
       shapes: of every parameter, and of every cache under its path, which ends in `mixer/cache`.
 
     Raises:
-      ValueError: a rule is the first for no path, a format cannot hold a parameter's width, or an input's
-        estimator does not suit it.
+      ValueError: a rule is the first for no path, a format does not divide a parameter's width, or an
+        estimator does not suit the inputs.
     """
-    used: set[tuple[int, bool]] = set()  # rules, and whether for a cache
-    entries = {path: _entry(rules, path, shape, used) for path, shape in shapes.items()}
+    used: set[tuple[int, bool]] = set()  # indices of rules, and whether for a cache
+    assignments = {path: _assign(rules, path, shape, used) for path, shape in shapes.items()}
     for index, rule in enumerate(rules):
-        parts = [is_cache for is_cache in (False, True) if _concerns(rule, is_cache=is_cache)]
+        parts = [is_cache for is_cache in (False, True) if _is_for(rule, is_cache=is_cache)]
         if missing := [is_cache for is_cache in parts if (index, is_cache) not in used]:
-            examples = [path for path in shapes if _kind(path) is None][:3]
+            examples = [path for path in shapes if _reason_to_keep(path) is None][:3]
             what = "cache" if missing[0] else "parameter"
             raise ValueError(
                 f"quant: the rule for {rule.paths!r} names no {what} that an earlier rule does not name "
@@ -93,11 +92,11 @@ def assign_formats(
                 f"{', '.join(examples)}; `slmjax formats table` lists all. Correct the rule, move it up or "
                 "leave it out"
             )
-    return entries
+    return assignments
 
 
-def _kind(path: str) -> str | None:
-    """Why a parameter is never rounded; None for one that can be."""
+def _reason_to_keep(path: str) -> str | None:
+    """Why a parameter is never quantized; None for one that can be."""
     if path.endswith(CACHE):
         return None
     if "/router/" in path or path.endswith("router_bias"):
@@ -107,28 +106,23 @@ def _kind(path: str) -> str | None:
     return None if _WEIGHTS.search(path) else "no matrix that inputs are multiplied with"
 
 
-def _entry(
+def _assign(
     rules: Sequence[QuantRule], path: str, shape: tuple[int, ...], used: set[tuple[int, bool]]
 ) -> Assignment:
-    if reason := _kind(path):
+    if reason := _reason_to_keep(path):
         return Assignment(path=path, shape=shape, reason=reason)
     is_cache = path.endswith(CACHE)
-    found = next(
-        (
-            index
-            for index, rule in enumerate(rules)
-            if _concerns(rule, is_cache=is_cache) and rule.names(path)
-        ),
-        None,
+    matching = (
+        index for index, rule in enumerate(rules) if _is_for(rule, is_cache=is_cache) and rule.matches(path)
     )
-    if found is None:
+    if (index := next(matching, None)) is None:
         return Assignment(path=path, shape=shape, reason="no rule names it")
-    used.add((found, is_cache))
-    rule = rules[found]
+    used.add((index, is_cache))
+    rule = rules[index]
     if is_cache:
         assert rule.cache is not None
         check_width(rule.cache, shape[-1], what=path, name=name_of(rule.cache))
-        _check_tokens_apart(rule.cache, path)
+        _check_causal(rule.cache, path)
         return Assignment(
             path=path, shape=shape, weight=TensorQuant(spec=rule.cache, estimator=StraightThrough(), axis=-1)
         )
@@ -137,7 +131,7 @@ def _entry(
     return Assignment(path=path, shape=shape, weight=weight, input=_input(rule, path, shape), reason=reason)
 
 
-def _concerns(rule: QuantRule, *, is_cache: bool) -> bool:
+def _is_for(rule: QuantRule, *, is_cache: bool) -> bool:
     return (
         rule.cache is not None
         if is_cache
@@ -167,12 +161,12 @@ def _input(rule: QuantRule, path: str, shape: tuple[int, ...]) -> TensorQuant | 
     estimator = rule.input_estimator or StraightThrough()
     if isinstance(estimator, SCALE_ESTIMATORS) and rule.input.granularity is not Granularity.PER_TENSOR:
         raise ValueError(
-            f"the input of {path}: {type(estimator).__name__} keeps one scale for all tokens, and "
+            f"the input of {path}: {type(estimator).__name__} has one scale for all tokens, and "
             f"{name_of(rule.input)} has one for "
             "each: take a format with granularity=Granularity.PER_TENSOR, or leave input_estimator out"
         )
     if not isinstance(estimator, SCALE_ESTIMATORS):
-        _check_tokens_apart(rule.input, f"the input of {path}")
+        _check_causal(rule.input, f"the input of {path}")
     elif path.endswith("/experts/down"):
         raise ValueError(
             f"the input of {path}: {type(estimator).__name__} is not there for the hidden layer of experts: "
@@ -182,9 +176,10 @@ def _input(rule: QuantRule, path: str, shape: tuple[int, ...]) -> TensorQuant | 
     return TensorQuant(spec=rule.input, estimator=estimator, axis=-1)
 
 
-def _check_tokens_apart(spec: QuantSpec, what: str) -> None:
-    """Refuses a computed scale that all tokens share: a later one would change what an earlier one is rounded
-    to.
+def _check_causal(spec: QuantSpec, what: str) -> None:
+    """Raise ValueError for a computed scale that all tokens share.
+
+    A later token would change how an earlier one is rounded: the model would no longer be causal.
     """
     if spec.granularity is Granularity.PER_TENSOR or spec.is_two_level:
         raise ValueError(

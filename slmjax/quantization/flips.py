@@ -1,11 +1,11 @@
 """Codes of weights that change in training, from one line of the log to the next.
 
-    flips = CodeFlips(definition.formats)
+    flips = CodeFlips(weight_formats(definition))
     flips.begin(state.trainable, 100)
     flips.count(state.trainable, 110)      # {"flipped_codes": 0.0123, "flipped_since": 100}
 
-Weights that swing between two codes show as a share that does not fall with the learning rate (Nagel et al.
-2022).
+Weights that oscillate between two codes show as a fraction that does not fall with the learning rate (Nagel
+et al. 2022).
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,8 +23,9 @@ Codes = Mapping[str, Array]
 
 
 class CodeFlips:
-    """A counter that keeps the codes of the last count on the devices, a byte for each weight; without
-    formats it counts nothing.
+    """A counter that stores the codes of the last count on the devices, a byte for each weight.
+
+    Without formats it counts nothing.
     """
 
     def __init__(self, formats_of: Formats) -> None:
@@ -32,7 +33,7 @@ class CodeFlips:
 
         def compare(params: Params, before: Codes) -> tuple[Codes, Array]:
             now = weights.codes(params, formats_of)
-            return now, share_of_flips(before, now, formats_of)
+            return now, fraction_of_flips(before, now, formats_of)
 
         self._codes = jax.jit(lambda params: weights.codes(params, formats_of))
         self._compare = jax.jit(compare, donate_argnums=1)
@@ -40,31 +41,29 @@ class CodeFlips:
         self._step = 0
 
     def begin(self, params: Params, step: int) -> None:
-        """Take the codes of `step`, from which the next count is made."""
+        """Store the codes of `step`, from which the next count is made."""
         self._before = self._codes(params) if self._is_counting else {}
         self._step = step
 
     def count(self, params: Params, step: int) -> dict[str, Any]:
-        """Return the share of codes that are not those of the last count, and the step of that count; this
-        one is then the last.
-        """
+        """Return the fraction of codes that changed since the last count, and the step of that count."""
         if not self._is_counting:
             return {}
-        self._before, share = self._compare(params, self._before)
-        found = {"flipped_codes": float(share), "flipped_since": self._step}
+        self._before, fraction = self._compare(params, self._before)
+        metrics = {"flipped_codes": float(fraction), "flipped_since": self._step}
         self._step = step
-        return found
+        return metrics
 
 
-def share_of_flips(before: Codes, now: Codes, formats_of: Formats) -> Float[Array, ""]:
-    """Return how many codes differ, over all codes of weights that have a format."""
+def fraction_of_flips(before: Codes, now: Codes, formats_of: Formats) -> Float[Array, ""]:
+    """Return the number of codes that differ over the number of codes of all weights that have a format."""
     # Counts of rows are exact; a sum of them in int32 could overflow.
     changed = [
         jnp.sum(jnp.sum(now[path] != before[path], axis=-1).astype(jnp.float32)) for path in formats_of
     ]
-    number = sum(now[path].size * _share_with_format(layers) for path, layers in formats_of.items())
-    return jnp.sum(jnp.stack(changed)) / number
+    num_codes = sum(now[path].size * _fraction_with_format(layers) for path, layers in formats_of.items())
+    return jnp.sum(jnp.stack(changed)) / num_codes
 
 
-def _share_with_format(layers: Sequence[Any]) -> float:
-    return sum(numbers is not None for numbers in layers) / len(layers)
+def _fraction_with_format(layers: Sequence[Any]) -> float:
+    return sum(tensor_quant is not None for tensor_quant in layers) / len(layers)

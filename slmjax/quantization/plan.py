@@ -110,6 +110,7 @@ def plan_quantization(
     current: Assignments = {} if phase is None else by_phase[list(phases).index(phase)]
     parts = _divided_groups(config, by_phase)
     divided = dataclasses.replace(config, stack=tuple(group for groups in parts for group in groups))
+    # A phase without a format for a weight still has the parameters that another phase trains.
     formats = {}
     learned_formats = {}
     inputs = {}
@@ -145,7 +146,7 @@ def _with_scale_params(tensor_quant: TensorQuant | None) -> TensorQuant | None:
 def _learned_format(
     by_phase: Sequence[Assignments], current: Assignments, path: str, part: str
 ) -> TensorQuant | None:
-    """The format that has quantizer parameters: that of the current phase, else of the first phase with one."""
+    """The format with quantizer parameters: of the current phase, else of the first phase that has one."""
     formats = [
         tensor_quant
         for assignments in by_phase
@@ -153,8 +154,8 @@ def _learned_format(
     ]
     if len({_layout(tensor_quant) for tensor_quant in formats}) > 1:
         raise ValueError(
-            f"quant: the phases learn scales of the {part} of {path} with different estimators or group sizes, "
-            "and quantizer parameters keep their shapes: give all phases the same, or StraightThrough(), whose "
+            f"quant: the phases learn scales of the {part} of {path} with different estimators or group "
+            "sizes, and their shapes cannot change: give all phases the same, or StraightThrough(), whose "
             "scales are computed"
         )
     now = _with_scale_params(getattr(current[path], part)) if current else None
@@ -169,9 +170,10 @@ def _layout(tensor_quant: TensorQuant) -> tuple[Any, ...]:
 
 
 def _divided_groups(config: ModelConfig, by_phase: Sequence[Assignments]) -> list[list[LayerGroup]]:
-    """Each group as runs of repeats whose layers have the same inputs, caches and scale layouts in all phases.
+    """Each group as runs of repeats that need the same quantizers in all phases.
 
-    Those are static in a scanned stack, unlike the formats of weights, which are rounded outside the scan.
+    Formats of inputs and caches and the layout of scales are static in a scanned stack, unlike the formats of
+    weights, which are rounded outside the scan.
     """
     static_by_layer: dict[int, list[Any]] = {}
     for assignments in by_phase:
@@ -227,7 +229,8 @@ def set_quantizers(model: Decoder, plan: Plan, *, is_calibrating: bool = False) 
       is_calibrating: nothing is rounded, and the gradient of quantizer parameters is their initial value.
 
     Raises:
-      ValueError: weights with the same inputs have different formats for them, or a layer has no input quantizer.
+      ValueError: weights with the same inputs have different formats for them, or a layer has no input
+        quantizer.
     """
     for path, tensor_quant in plan.caches.items():
         mixer = _module(model, path)
@@ -238,12 +241,14 @@ def set_quantizers(model: Decoder, plan: Plan, *, is_calibrating: bool = False) 
         owner, name = _owner(model, path)
         if owner is None:
             continue
+        # Gate and up projections of experts share the quantizer of their inputs.
         key = (path.rpartition("/")[0] if name != "head_quantizer" else "", name)
         if formats_by_owner.setdefault(key, (tensor_quant, learned)) != (tensor_quant, learned):
             raise ValueError(
                 f"quant: {path} is multiplied with the same inputs as its neighbours, and has another format "
                 "for them: give them one"
             )
+        # Experts compute inside shard_map, so that their hidden layer is quantized a shard at a time.
         if name == "hidden_quantizer":
             owner.hidden_quantizer = ShardActivationQuantizer(tensor_quant, dim="ffn")
             continue

@@ -1,8 +1,8 @@
 """Paths of quantizer parameters: the only place that recognises them.
 
-A weight's quantizer has its parameters below the weight's path (`.../query/weight/log_scale`), that of a layer's
-inputs below its module's (`.../query/input_quantizer/log_scale`). Checkpoints call such a module `input`,
-`hidden_input` or `head_input` (`definition.FORMER_MODULES`); both names are recognised.
+A weight's quantizer has its parameters below the weight's path (`.../query/weight/log_scale`), that of a
+layer's inputs below its module's (`.../query/input_quantizer/log_scale`). Checkpoints call such a module
+`input`, `hidden_input` or `head_input` (`definition.FORMER_MODULES`); both names are recognised.
 """
 
 from slmjax.models.definition import FORMER_MODULES

@@ -1,13 +1,12 @@
-"""Rules that say which number format each part of a model is kept in: `quant` of an experiment, and what a
-model keeps of it.
+"""Rules that assign a number format to each part of a model: `quant` of an experiment, and phases of a run.
 
-    QuantConfig(phases=(QuantPhase(rules=(QuantRule(paths=".", weight=preset("q4_0")),)),))        # what
-    `--quant q4_0` stands for QuantConfig(phases=(QuantPhase(step=500, rules=rules),))
-    # full precision for 500 steps
+    rules = (QuantRule(paths=".", weight=preset("q4_0")),)       # every matrix in q4_0
+    QuantConfig(phases=(QuantPhase(rules=rules),))               # what `--quant q4_0` stands for
+    QuantConfig(phases=(QuantPhase(step=500, rules=rules),))     # in full precision for 500 steps
 
-A rule names logical paths (`embed/table`, `layers/3/mixer/query/weight`, `layers/3/mixer/cache`) by a regular
-expression, and of the rules whose expression is found in a path the first counts. `coverage.py` lists what
-became of every path.
+A rule selects logical paths (`embed/table`, `layers/3/mixer/query/weight`, `layers/3/mixer/cache`) by a
+regular expression; the first rule whose expression is found in a path applies to it. `assignment.py` lists
+the result for every path.
 """
 
 import dataclasses
@@ -22,18 +21,16 @@ from slmjax.quantization.estimators import Estimator, default_estimator
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantRule:
-    """The formats of the parameters, and of what they are multiplied with, whose paths an expression is found
-    in.
-    """
+    """The formats of parameters, inputs and caches whose paths a regular expression is found in."""
 
-    paths: str  # regular expression, searched for in logical paths; "." is in all of them
+    paths: str  # regular expression, searched for in logical paths; "." is found in all of them
     weight: QuantSpec | None = None  # format of the parameter (none: it stays in floating point)
     # format of parameters whose width `weight` cannot hold (none: these are refused)
     fallback: QuantSpec | None = None
-    # how the parameter gets a gradient, and its scale (none: what suits its format)
+    # gradient and scale of the parameter (none: what suits its format)
     estimator: Estimator | None = None
-    input: QuantSpec | None = None  # format of what the parameter is multiplied with (none: floating point)
-    # how that gets a gradient, and its scale (none: dynamic, straight through)
+    input: QuantSpec | None = None  # format of the inputs of the product (none: floating point)
+    # gradient and scale of the inputs (none: dynamic, straight through)
     input_estimator: Estimator | None = None
     # format of keys and values, for paths that end in `mixer/cache` (none: floating point)
     cache: QuantSpec | None = None
@@ -56,22 +53,22 @@ class QuantRule:
             if spec is not None and estimator is not None:
                 estimator.check(spec)
 
-    def names(self, path: str) -> bool:
-        """Whether the rule is for this path, if none before it is."""
+    def matches(self, path: str) -> bool:
+        """Return whether the expression is found in a path."""
         return re.search(self.paths, path) is not None
 
     def for_weight(self, spec: QuantSpec) -> Estimator:
-        """How a parameter in this format is trained."""
+        """Return the estimator of a parameter in this format."""
         return default_estimator(spec) if self.estimator is None else self.estimator
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantPhase:
-    """The rules that hold from a step on."""
+    """The rules that apply from a step on."""
 
-    rules: tuple[QuantRule, ...]  # the first that names a path counts
+    rules: tuple[QuantRule, ...]  # the first that matches a path applies
     step: int = 0  # the first training step with them
-    # forget the optimizer's moments when it begins; the schedule goes on
+    # reset the optimizer's moments when the phase begins; the learning rate schedule continues
     restart_optimizer: bool = added_field(False, before=False)
 
     def __post_init__(self) -> None:
@@ -81,38 +78,33 @@ class QuantPhase:
             raise ValueError("a phase of quantization has no rule: give some, or leave quant out")
 
     def without_weights(self) -> "QuantPhase":
-        """The same for parameters that are decoded already: inputs and caches are rounded, weights are what
-        they are.
-        """
-        found: list[QuantRule] = []
+        """Return the phase for weights that are rounded already: only inputs and caches are quantized."""
+        # The first matching rule applies: every rule stays, though it may have no format left.
+        rules: list[QuantRule] = []
         for rule in self.rules:
             if rule.cache is not None:
-                found.append(QuantRule(paths=rule.paths, cache=rule.cache))
+                rules.append(QuantRule(paths=rule.paths, cache=rule.cache))
             if rule.cache is None or rule.weight is not None or rule.input is not None:
-                found.append(
+                rules.append(
                     QuantRule(paths=rule.paths, input=rule.input, input_estimator=rule.input_estimator)
                 )
-        return QuantPhase(rules=tuple(found))
+        return QuantPhase(rules=tuple(rules))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """Quantization-aware training: the formats, from which step, and how it eases into them."""
+    """Quantization-aware training: formats by step, and the schedule (warm-up, damping, freezing)."""
 
-    phases: tuple[
-        QuantPhase, ...
-    ]  # by step; before the first all is in full precision, and the last is what is deployed
+    # by step; before the first everything is in full precision, and the last is what is deployed
+    phases: tuple[QuantPhase, ...]
     # added to the steps of all phases (none: where the learning rate of wsd begins to fall)
     start_step: int | None = 0
     warmup_steps: int = 0  # steps in which the rounding error of weights grows from none to all of it
-    # weight of the squared distance of each weight to what it is rounded to, summed (holds back
-    # oscillation)
+    # weight of the damping loss, the squared rounding errors of all weights, summed (against oscillation)
     damping: float = 0.0
-    freeze_steps: int | None = (
-        # last steps of the run, in which layers stop moving one after another, the first of them first
-        # (none: none stops)
-        None
-    )
+    # last steps of the run, in which one layer after another is frozen, beginning with the first (none: none
+    # is)
+    freeze_steps: int | None = None
 
     def __post_init__(self) -> None:
         check_phases(self.phases)
@@ -127,19 +119,17 @@ class QuantConfig:
             raise ValueError(f"quant.damping must not be negative, got {self.damping}")
         if self.freeze_steps is not None and self.freeze_steps < 1:
             raise ValueError(
-                "quant.freeze_steps must be at least 1, or none where no layer stops, got "
-                f"{self.freeze_steps}"
+                f"quant.freeze_steps must be at least 1, or none to freeze no layer, got {self.freeze_steps}"
             )
 
     def resolved(self, *, cooldown_step: int | None, total_steps: int) -> tuple[QuantPhase, ...]:
-        """The phases at the steps where they begin.
+        """Return the phases with the steps of the run at which they begin.
 
         Args:
-          cooldown_step: where the learning rate begins to fall, for a schedule that has such a step.
+          cooldown_step: where the learning rate begins to fall, for a schedule with such a step.
 
         Raises:
-          ValueError: a phase begins after the end of the run, or with a cooldown that the schedule does not
-            have.
+          ValueError: a phase begins after the end of the run, or with a cooldown that the schedule lacks.
         """
         start = cooldown_step if self.start_step is None else self.start_step
         if start is None:
@@ -157,7 +147,7 @@ class QuantConfig:
 
 
 def check_phases(phases: Sequence[QuantPhase]) -> None:
-    """Refuse phases that are not in the order of their steps."""
+    """Raise ValueError for phases that are not in the order of their steps."""
     steps = [phase.step for phase in phases]
     if any(later <= earlier for earlier, later in zip(steps, steps[1:], strict=False)):
         raise ValueError(
@@ -166,7 +156,7 @@ def check_phases(phases: Sequence[QuantPhase]) -> None:
 
 
 def phase_at(phases: Sequence[QuantPhase], step: int | None) -> QuantPhase | None:
-    """The phase that the training step after `step` is in; the last one for None. None in full precision."""
+    """Return the phase of the training step after `step`, None in full precision; for None the last phase."""
     begun = [phase for phase in phases if step is None or phase.step <= step]
     return begun[-1] if begun else None
 
@@ -176,11 +166,10 @@ NOTHING = "none"
 
 
 def quant_of(name: str) -> QuantConfig:
-    """The settings that a name stands for: `WEIGHTS`, `WEIGHTS+INPUTS` or `WEIGHTS+INPUTS+CACHE`, each a
-    format or `none`; or an alias.
+    """Return the settings of a name: `WEIGHTS`, `WEIGHTS+INPUTS` or `WEIGHTS+INPUTS+CACHE`, or an alias.
 
-    `q4_0+q8_0`, alias `w4a8`, is what llama.cpp computes on CPUs. All matrices are in the first format,
-    embedding and head included.
+    Each part is a format or `none`. `q4_0+q8_0`, alias `w4a8`, is what llama.cpp computes on CPUs. All
+    matrices are in the first format, embedding and head included.
 
     Raises:
       ValueError: there is no such format, or nothing would be quantized.
@@ -191,8 +180,9 @@ def quant_of(name: str) -> QuantConfig:
             f"quant {name!r} has {len(parts)} parts: give WEIGHTS, WEIGHTS+INPUTS or WEIGHTS+INPUTS+CACHE, "
             "such as q4_0+q8_0+q8_0"
         )
-    found = [None if part == NOTHING else preset(part) for part in parts] + [None] * (3 - len(parts))
-    weight, inputs, cache = found
+    formats = [None if part == NOTHING else preset(part) for part in parts] + [None] * (3 - len(parts))
+    weight, inputs, cache = formats
+    # The rule of caches is first; rules that have a format for caches alone are skipped for parameters.
     rules = [QuantRule(paths="cache$", cache=cache)] if cache is not None else []
     if weight is not None or inputs is not None:
         rules.append(QuantRule(paths=".", weight=weight, input=inputs))

@@ -1,7 +1,7 @@
 """What changes from step to step in quantization-aware training: warm-up, damping, frozen layers.
 
-Warm-up: the fraction of the rounding error that weights have. Damping: a loss on the difference of weights and
-their codes (Nagel et al. 2022). Frozen layers: the updates of one layer after another are masked out.
+Warm-up: the fraction of the rounding error that weights have. Damping: a loss on the difference of weights
+and their codes (Nagel et al. 2022). Frozen layers: the updates of one layer after another are masked out.
 
 Dims: R layers of a stack.
 """
@@ -46,8 +46,8 @@ class QuantSchedule:
     ) -> dict[str, Array]:
         """Return updates, by stack path, with those of quantized weights in frozen layers set to zero.
 
-        Updates of their quantizers' parameters are zero too. Layers are frozen one after another at even intervals,
-        the first at `freeze_from`; tables outside the layers are trained to the end.
+        Updates of their quantizers' parameters are zero too. Layers are frozen one after another at even
+        intervals, the first at `freeze_from`; tables outside the layers are trained to the end.
 
         Args:
           paths: stack paths of the quantized weights.

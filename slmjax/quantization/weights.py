@@ -1,8 +1,8 @@
 """Weights in their formats, as pure functions of flat dicts of parameters by stack path.
 
 A stacked parameter [R, ...] has a format for each of its layers, and the matrix of each expert is encoded by
-itself. Every function here therefore works on one matrix [in, out] (or table [V, D]) and is mapped over the dims
-in front. The parameters of a weight's quantizer are in the same dict, below the weight's path:
+itself. Every function here therefore works on one matrix [in, out] (or table [V, D]) and is mapped over the
+dims in front. The parameters of a weight's quantizer are in the same dict, below the weight's path:
 `segments/0/blocks/1/mixer/query/weight/log_scale`.
 
 Dims: R layers of a stack.
@@ -68,6 +68,7 @@ def fake_quantize(params: Mapping[str, Array], formats_of: Formats, *, key: Arra
     Args:
       key: randomness of estimators that round stochastically; None in evaluation.
     """
+    # Every weight and layer folds its own index into the key: none of them shares its random numbers.
     result = {path: value for path, value in params.items() if not is_weight_quantizer_param(path)}
     for index, (path, formats) in enumerate(formats_of.items()):
         weight_key = None if key is None else jax.random.fold_in(key, index)
@@ -179,9 +180,9 @@ def codes(params: Mapping[str, Array], formats_of: Formats) -> dict[str, Int8[Ar
 
 
 def code_sums(params: Mapping[str, Array], formats_of: Formats) -> dict[str, UInt32[Array, "..."]]:
-    """Return `sum_of_codes` of every weight that has a format, by stack path; 0 for its layers that have none.
+    """Return `sum_of_codes` of every weight that has a format, by stack path.
 
-    A pure function: jit it.
+    It is 0 for layers of the weight that have none. A pure function: jit it.
     """
     result: dict[str, Array] = {}
     for path, formats in formats_of.items():
@@ -209,8 +210,9 @@ def _sums_of_layer(
 def sum_of_codes(encoded: Encoded, *, axis: int) -> UInt32[Array, "..."]:
     """Return a checksum for each row of codes, which changes when any of its codes or scales does.
 
-    It is the sum of both along the axis of the groups, modulo 2**32, each weighted by its position. Weights are odd:
-    a change of one code always shows, and a change of several is missed with a probability of one in billions.
+    It is the sum of both along the axis of the groups, modulo 2**32, each weighted by its position. Weights
+    are odd: a change of one code always shows, and a change of several is missed with a probability of one in
+    billions.
     """
 
     def sum_matrix(encoded: Encoded) -> Array:
@@ -252,8 +254,8 @@ def _map_layers(
 ) -> Array:
     """Call `function(weight, quantizer_params, format, layer)` for each layer of a stacked weight.
 
-    Where all layers have the same format it is called once, for the stack, with None as the layer: the program does
-    not grow with depth.
+    Where all layers have the same format it is called once, for the stack, with None as the layer: the
+    program does not grow with depth.
     """
     weight = params[path]
     quantizer_params = quantizer_params_of(params, path)

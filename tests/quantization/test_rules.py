@@ -118,7 +118,7 @@ def test_without_rules_everything_stays():
         ),
         (
             [QuantRule(paths="down", input=Q8, input_estimator=Calibrated())],
-            r"Calibrated keeps one scale for all tokens, and q8_0",
+            r"Calibrated has one scale for all tokens, and q8_0",
         ),
     ],
 )
@@ -149,7 +149,7 @@ def test_a_width_that_does_not_fit_falls_back_where_a_rule_says_so():
         ),
         (
             lambda: QuantRule(paths=".", weight=Q4, estimator=LearnedScaleAndOffset()),
-            "q4_0 has none: take LearnedScale",
+            "q4_0 has none: use LearnedScale",
         ),
         (
             lambda: QuantRule(paths=".", input=preset("torchao_int8_token"), input_estimator=LearnedScale()),
