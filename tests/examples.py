@@ -59,6 +59,13 @@ def indented_blocks(text: str) -> Iterator[str]:
         block = []
 
 
+def unindented_examples(text: str) -> Iterator[str]:
+    """Lines of Python that stand in the text of a docstring, where they run into each other."""
+    for line in inspect.cleandoc(text).splitlines():
+        if re.match(r"\w+(?:, \w+)* = [\w.]+\(.*\)$", line):
+            yield line
+
+
 def is_python(block: str) -> bool:
     """Whether a block means to be Python: its first lines look so."""
     lines = [line for line in block.splitlines() if line.strip() and not line.startswith(("#", " "))]
@@ -76,6 +83,8 @@ def docstring_examples() -> list[Example]:
             text = ast.get_docstring(node) or ""
             text = re.sub(r"^(Args|Raises|Returns|Yields):\n(?:[ ]+.*\n?|\n)*", "", text, flags=re.MULTILINE)
             name = getattr(node, "name", "")
+            for line in unindented_examples(text):
+                raise ValueError(f"{module}.{name}: indent the example `{line}`")
             for block in indented_blocks(text):
                 if is_python(block):
                     examples.append(Example(where=f"{module}.{name}".rstrip("."), code=block, module=module))
@@ -97,7 +106,8 @@ class Checker:
 
     def __init__(self, example: Example) -> None:
         self.example = example
-        self.tree = ast.parse(example.code)
+        # `f(a, b=1, ...)` leaves further arguments to the reader.
+        self.tree = ast.parse(re.sub(r", \.\.\.\)", ", **further)", example.code))
         self.names: dict[str, Any] = {}
         self.inputs: set[str] = set()
         self.problems: list[str] = []
@@ -171,19 +181,20 @@ class Checker:
         raise Unresolved
 
     def check_call(self, node: ast.Call) -> None:
-        if any(isinstance(argument, ast.Starred) for argument in node.args) or any(
-            keyword.arg is None for keyword in node.keywords
-        ):
+        if any(isinstance(argument, ast.Starred) for argument in node.args):
             return
         if any(isinstance(argument, ast.Constant) and argument.value is ... for argument in node.args):
             return  # `Study(...)`: the arguments are left to the reader
+        keywords = {keyword.arg: None for keyword in node.keywords if keyword.arg is not None}
+        is_complete = len(keywords) == len(node.keywords)
         try:
             function = self.resolve(node.func)
             signature = inspect.signature(function)
         except (Unresolved, ValueError, TypeError):
             return
         try:
-            signature.bind(*node.args, **{str(keyword.arg): None for keyword in node.keywords})
+            bind = signature.bind if is_complete else signature.bind_partial
+            bind(*node.args, **keywords)
         except TypeError as error:
             self.problems.append(f"{ast.unparse(node)}: {error}")
 
@@ -216,7 +227,7 @@ def check(example: Example) -> list[str]:
     problems = checker.problems_found()
     if not problems and checker.is_made_of_configs():
         try:
-            exec(compile(example.code, example.where, "exec"), {**checker.names})  # noqa: S102
+            exec(compile(checker.tree, example.where, "exec"), {**checker.names})  # noqa: S102
         except Exception as error:
             problems = [f"{type(error).__name__}: {error}"]
     return [f"{example.where}: {problem}" for problem in problems]
