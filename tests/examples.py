@@ -1,8 +1,8 @@
 """Examples in docstrings and pages: their names are resolved and their calls compared with signatures.
 
-An example is an indented block of a docstring, or a fenced block of a page, that begins with a line of Python:
-an assignment, an import, a call. Its functions and classes must exist, and each call must fit the signature.
-Where it is made of configs alone, it is run.
+An example is an indented block of a docstring, or a fenced block of a page, that begins with a line of
+Python: an assignment, an import, a call. Its functions and classes must exist, and each call must fit the
+signature. If it is made of configs alone, it is run.
 """
 
 import ast
@@ -48,7 +48,7 @@ class Example:
 
 def indented_blocks(text: str) -> Iterator[str]:
     """The blocks of a docstring that are indented by four columns more than its text."""
-    lines = inspect.cleandoc(text).splitlines()
+    lines = text.splitlines()
     block: list[str] = []
     for line in [*lines, "end"]:
         if line.startswith("    ") or (block and not line.strip()):
@@ -59,11 +59,17 @@ def indented_blocks(text: str) -> Iterator[str]:
         block = []
 
 
-def unindented_examples(text: str) -> Iterator[str]:
-    """Lines of Python that stand in the text of a docstring, where they run into each other."""
-    for line in inspect.cleandoc(text).splitlines():
-        if re.match(r"\w+(?:, \w+)* = [\w.]+\(.*\)$", line):
-            yield line
+def docstring_of(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
+    """Return a docstring without the indentation of its definition; `cleandoc` may strip an example's too."""
+    text = ast.get_docstring(node, clean=False) or ""
+    return text.replace("\n" + " " * node.body[0].col_offset, "\n")
+
+
+def flush_blocks(text: str) -> Iterator[str]:
+    """Paragraphs that begin with a call: ruff unindents a docstring that has only code after its summary."""
+    for paragraph in re.split(r"\n\s*\n", text):
+        if re.match(r"(?:\w+(?:, \w+)* = )?[\w.]+\(.*\)(?:\s+#.*)?(?:\n|$)", paragraph):
+            yield paragraph.strip() + "\n"
 
 
 def is_python(block: str) -> bool:
@@ -80,11 +86,11 @@ def docstring_examples() -> list[Example]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 continue
-            text = ast.get_docstring(node) or ""
+            text = docstring_of(node)
             text = re.sub(r"^(Args|Raises|Returns|Yields):\n(?:[ ]+.*\n?|\n)*", "", text, flags=re.MULTILINE)
             name = getattr(node, "name", "")
-            for line in unindented_examples(text):
-                raise ValueError(f"{module}.{name}: indent the example `{line}`")
+            for block in flush_blocks(text):
+                examples.append(Example(where=f"{module}.{name}".rstrip("."), code=block, module=module))
             for block in indented_blocks(text):
                 if is_python(block):
                     examples.append(Example(where=f"{module}.{name}".rstrip("."), code=block, module=module))
@@ -106,8 +112,10 @@ class Checker:
 
     def __init__(self, example: Example) -> None:
         self.example = example
-        # `f(a, b=1, ...)` leaves further arguments to the reader.
-        self.tree = ast.parse(re.sub(r", \.\.\.\)", ", **further)", example.code))
+        try:
+            self.tree = ast.parse(example.code)
+        except SyntaxError:  # `f(a, b=1, ...)` leaves further arguments to the reader
+            self.tree = ast.parse(re.sub(r", \.\.\.\)", ", **further)", example.code))
         self.names: dict[str, Any] = {}
         self.inputs: set[str] = set()
         self.problems: list[str] = []

@@ -1,7 +1,7 @@
 """What a model is: `ModelConfig`, a stack of segments of blocks, and how a list of layers becomes one.
 
-    ModelConfig(embed_dim=256, stack=stack_of([local, local, full] * 4))   # -> one segment of three blocks,
-    repeated 4 times
+    stack = stack_of([local, local, full] * 4)        # one LayerGroup of three blocks, repeated 4 times
+    config = ModelConfig(embed_dim=256, stack=stack, ...)
 
 Dims: D model, V vocabulary.
 """

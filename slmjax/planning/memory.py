@@ -1,8 +1,8 @@
 """What a train step needs of each device's memory, and what would need less: for a run that had too little.
 
-    needed = step_memory(experiment, vocab_size=4096, mesh=mesh)       # StepMemory, in bytes per device
-    found = advise(experiment, vocab_size=4096, mesh=mesh)             # Advice: options to add, with what
-    each saves print(found.text())
+    memory = step_memory(experiment, vocab_size=4096, mesh=mesh)   # StepMemory, in bytes per device
+    advice = advise(experiment, vocab_size=4096, mesh=mesh)        # options to add, with what each saves
+    print(advice.text())
 
 The step is compiled for shapes and never run, so that nothing is allocated; the mesh's devices need not even
 be here.

@@ -1,14 +1,23 @@
-"""Studies: arms that differ in one thing, several seeds each, paired differences, and a verdict: better,
-worse or not resolved.
+"""Studies: arms that differ in one thing, several seeds each, paired differences and a verdict.
 
-study = Study(name="...", arms=(Arm(...), Arm(...)), seeds=(0, 1, 2), baseline="...")
-findings = analyze(study, run_study(study, "studies/..."))
-write_findings(findings, "studies/...")
+    study = Study(name="...", arms=(Arm(...), Arm(...)), seeds=(0, 1, 2), baseline="...")
+    members = run_study(study, "studies/...")
+    write_findings(analyze(study, members), "studies/...")
 
-What rounding costs, and how much of it training for it recovers:
+A recovery report compares quantization-aware training with the cost of rounding:
 
-recovery = Recovery(study=study, reference="full precision", rounded={"QAT": "rounded"})
-write_recovery([report_recovery(recovery, members, measure(recovery, members, "studies/..."))], "studies/...")
+    recovery = Recovery(study=study, reference="full precision", rounded={"QAT": "rounded"})
+    measurements = measure(recovery, members, "studies/...")
+    write_recovery([report_recovery(recovery, members, measurements)], "studies/...")
+
+Files in reading order:
+
+- arms.py: trained and derived arms; derived.py makes the models of derived ones.
+- study.py: a study and its members, run and resumed.
+- statistics.py, ratios.py: summaries, paired differences, Holm's correction, ratios with intervals.
+- findings.py: comparisons and verdicts; layout.py shows them; grids.py lays out their tables.
+- sweeps.py: each arm at its own best learning rate.
+- recovery.py: what quantization-aware training recovers; recovery_layout.py shows it.
 """
 
 from slmjax.quantization.ptq.round_to_nearest import Clip

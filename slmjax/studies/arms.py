@@ -1,8 +1,8 @@
-"""The arms of a study: an experiment that is trained, or a model that is made of another arm's without
-training.
+"""The arms of a study: an experiment to train, or models derived from those of another arm without training.
 
-Arm(name="full precision", experiment=continued)                      # continued(seed) -> Experiment, or one
-for all seeds Derived(name="rounded to q4_0", source="full precision", recipe=RoundToNearest(format="q4_0"))
+arm = Arm(name="full precision", experiment=continued)   # an Experiment, or a function of the seed
+rules = (QuantRule(paths=".", weight=preset("q4_0")),)
+derived = Derived(name="rounded", source="full precision", recipe=RoundToNearest(rules=rules))
 """
 
 import abc

@@ -1,9 +1,8 @@
-"""What a handful of seeds can tell: summaries, paired differences with intervals, Holm's correction,
-verdicts.
+"""Statistics of few seeds: summaries, paired differences with intervals, Holm's correction, verdicts.
 
-    difference = paired_difference([1.41, 1.43, 1.40], [1.45, 1.46, 1.45])     # seed by seed, this arm minus
-    the other (adjusted,) = holm([difference.p_value]) decide(difference.mean, adjusted)
-    # Verdict.BETTER
+    difference = paired_difference([1.41, 1.43, 1.40], [1.45, 1.46, 1.45])   # an arm minus the other
+    (adjusted,) = holm([difference.p_value])
+    verdict = decide(difference.mean, adjusted)                              # Verdict.BETTER
 
 Seeds are paired: both arms of a pair have had the same initial random key and the same order of the data, and
 what the pair shares drops out of the difference. All figures are float64; intervals are of one comparison, by

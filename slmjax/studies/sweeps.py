@@ -1,9 +1,8 @@
-"""Arms of a study at their own best learning rates: each is trained at several with one seed, and keeps the
-best for all seeds.
+"""Arms of a study at their own best learning rates, each chosen by a sweep with one seed.
 
     sweep = RateSweep(name="rates", arms=arms, rates=(5e-4, 1e-3, 2e-3), seed=1000)
-    rates = best_rates(sweep, run_study(sweep.study(), "studies/rates"))     # {"QAT": ChosenRate(rate=1e-3,
-    ...)} study = Study(arms=at_rates(arms, rates), seeds=(0, 1, 2), ...)          # none of whose seeds chose
+    rates = best_rates(sweep, run_study(sweep.study(), "studies/rates"))   # a ChosenRate for each arm
+    study = Study(arms=at_rates(arms, rates), seeds=(0, 1, 2), ...)        # seeds other than the sweep's
 
 An arm that is compared at another arm's rate may lose by its rate alone. The seed that chooses is none of the
 study's, so that the choice gives no arm an advantage in what is then measured.

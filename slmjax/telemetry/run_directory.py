@@ -1,6 +1,6 @@
 """The run directory: the files of a run besides its weights, and the seconds it spent on each activity.
 
-    run = RunDirectory.create_in(Path("runs"), name="nano", fingerprint=fingerprint(experiment))
+    run = RunDirectory.create_in(Path("runs"), name="nano", fingerprint="1a2b3c")
     run.write_json("environment.json", environment())
     ledger = Ledger()
     with run.open_log() as log:
