@@ -16,6 +16,30 @@ Classes for experiment files come from three modules:
 - `slmjax.studies`: arms, seeds and verdicts (`Study`, `Arm`, `analyze`, ...).
 
 `import slmjax` takes milliseconds: a public name is imported when it is first used.
+
+Folders and files in reading order:
+
+- startup.py: settings that must be made before jax is imported
+- config.py: read, write and fingerprint trees of frozen dataclasses
+- atomic_files.py: write files and directories atomically
+- parallel: the device mesh, sharding rules, communication, several processes
+- formats: number formats
+- data: from text to batches
+- telemetry: the run directory, log, metrics and reports
+- kernels: computations with an implementation per platform
+- losses: cross entropy and divergences, in chunks, on any mesh
+- models: layers, architectures and decoders
+- checkpoints: checkpoints of runs, and loading a model
+- quantization: assignment of formats, estimators, schedule, rounding after training
+- distill: teachers and the loss of distillation
+- sampling: from prompts to text
+- evaluation: bits per byte, multiple choice, lm-eval, costs
+- convert: Hugging Face directories and GGUF files
+- training: an experiment and its compiled train step
+- planning: memory, FLOPs and traffic of a step
+- runner: the training loop and its files
+- studies: arms, seeds, verdicts
+- cli: the `slmjax` command
 """
 
 import importlib

@@ -376,6 +376,35 @@ def test_a_wrong_example_is_noticed(code: str, problem: str) -> None:
     assert problem in message
 
 
+def test_folders_list_their_files() -> None:
+    """The docstring of each folder names its files and folders; a list of them is in the order of imports."""
+    for folder in sorted({path.parent for path in (ROOT / "slmjax").rglob("*.py")}):
+        text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+        names = {path.name for path in folder.glob("*.py")} - {"__init__.py", "__main__.py"}
+        names |= {path.parent.name for path in folder.glob("*/__init__.py")}
+        if folder.name == "families":
+            continue  # one file for each family, in the order of an export
+        missing = {name for name in names if not re.search(rf"(?<![\w/]){re.escape(name)}(?!\w)", text)}
+        assert not missing, f"{folder.name}/__init__.py does not list {sorted(missing)}"
+        listed = [
+            name for line in re.findall(r"^- ([\w., ]+):", text, re.MULTILINE) for name in line.split(", ")
+        ]
+        assert set(listed) <= names, f"{folder.name}/__init__.py lists {set(listed) - names}"
+        for number, name in enumerate(listed):
+            path = folder / name
+            if path.suffix != ".py":
+                continue
+            prefix = ".".join(folder.relative_to(ROOT).parts)
+            later = {f"{prefix}.{other.removesuffix('.py')}" for other in listed[number + 1 :]}
+            imported = {
+                module
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.ImportFrom) and node.module
+                for module in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+            }
+            assert not later & imported, f"{folder.name}/__init__.py: {name} imports from {later & imported}"
+
+
 # README -----------------------------------------------------------------------------------------------------
 def test_the_readme_shows_what_was_recorded() -> None:
     """Verdicts are those of the log, metrics are in RESULTS.md, the last table is that of the tests."""

@@ -1,1 +1,11 @@
-"""Checkpoints of runs, model directories in safetensors, and loading a model from either."""
+"""Checkpoints of runs, model directories in safetensors, and loading a model from either.
+
+Files in reading order:
+
+- model_file.py: `model.json`, the architecture and its phases of quantization
+- safetensors_files.py: weights in safetensors files
+- selection.py: the best of several metrics; one that is not finite never is
+- run_checkpoints.py: save, verify and restore the checkpoints of a run
+- loading.py: `load_model`, from a directory to a model
+- stored_model.py: a stored model, read for export
+"""

@@ -2,6 +2,19 @@
 
 The command is looked up before anything heavy is imported, so that `slmjax --help` is fast. Options are the
 fields of dataclasses, parsed and documented by tyro.
+
+Files in reading order:
+
+- options.py: parsing and printing that commands share
+- training.py: `slmjax train`
+- evaluating.py: `slmjax eval`
+- generating.py: `slmjax generate`
+- converting.py: `slmjax import` and `slmjax export`
+- quantizing.py: `slmjax quantize` and `slmjax verify-export`
+- recovery_report.py: `slmjax formats report`
+- format_table.py: `slmjax formats table`
+- reporting.py: `slmjax runs`, `slmjax report` and `slmjax compare`
+- inspecting.py: `slmjax models` and `slmjax data`
 """
 
 import os

@@ -1,10 +1,23 @@
 """Text to batches: sources, tokenizers, checksummed token shards, packing, training and evaluation batches.
 
-documents.py: a document, and the policy for bad ones. files.py: the kind of a local file; records.py: its
-records. sources.py, stdlib_corpus.py, dataset_sources.py: sources of text. config.py: DataConfig.
-tokenizers.py: text to ids, with vocabulary.py (bytes of ids) and conventions.py (BOS, end tokens and chat
-template of a model). shards.py: ids on disk; scored.py: which of them are scored. encoding.py and
-preparation.py write shards once and find them again by hash. packing.py and pipeline.py make `batch(step)` of
-them, batch.py is a batch, and windows.py cuts held-out text for evaluation. left_out.py reports text that is
-in no row.
+Files in reading order:
+
+- batch.py: a batch of packed rows
+- documents.py: a document, and the policy for bad ones
+- files.py, records.py: the kind of a local file, and its records
+- sources.py, dataset_sources.py, stdlib_corpus.py: sources of text
+- scored.py: the tokens of a document that are scored
+- spans.py: tokens with the bytes that they stand for
+- conventions.py: BOS, end tokens and chat template of a model
+- plain_text.py, marks.py: text that gives no special tokens, and special tokens that text cannot imitate
+- vocabulary.py, detokenization.py: bytes of ids, and ids to text
+- tokenizers.py: text to ids
+- templates.py, chat.py, conversations.py: chat templates and conversations
+- config.py: `DataConfig`
+- lost_text.py: the part of a text that a tokenizer loses
+- shards.py: ids on disk
+- encoding.py, preparation.py, provenance.py: shards are written once, found by hash, and recorded
+- packing.py, left_out.py: documents to rows, and documents in no row
+- pipeline.py: `batch(step)`
+- windows.py: held-out text for evaluation
 """

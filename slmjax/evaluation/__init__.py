@@ -1,5 +1,14 @@
 """Evaluation: what a model is worth, in figures that compare across tokenizers and engines, and what it
 costs.
+
+Files in reading order:
+
+- bits_per_byte.py: loss, perplexity and bits per byte of held-out text
+- compressors.py: gzip and xz on the same text
+- likelihood.py: log-likelihood of continuations
+- multiple_choice.py: multiple choice by likelihood
+- lm_eval_adapter.py: lm-eval on a slmjax model
+- efficiency.py: sizes, FLOPs, times, memory and energy
 """
 
 from slmjax.evaluation.bits_per_byte import EvalResult, evaluate

@@ -2,6 +2,15 @@
 
 Each function is defined by a reference implementation and may run another one that suits platform, dtype and
 shape. Tests compare every implementation with the reference. Each choice is logged once.
+
+Files in reading order:
+
+- products.py: matrix products and the loop over layers
+- gpu.py: cuDNN attention
+- tpu.py: splash attention
+- attention.py: the reference implementation of attention, and the choice of a kernel
+- grouped.py: grouped products for experts
+- rounding.py: rounding in groups on TPU
 """
 
 from slmjax.kernels.attention import attention_mask, choose_attention, reference_attention, self_attention

@@ -6,6 +6,20 @@
     config = zoo.nano()  # or a named architecture
 
 These names are public: `from slmjax.models import AttentionConfig`.
+
+Files in reading order:
+
+- layers.py: norms, linear maps, embeddings
+- protocols.py: interfaces of mixers and feed-forward layers
+- rope.py: rotary positions and their scalings
+- ffn: feed-forward layers
+- mixers: token mixers
+- architecture.py: `ModelConfig`, a stack of layer groups
+- canonical_form.py: one form for equal architectures
+- decoder.py: the decoder, scanned over repeats of each group
+- paths.py: paths of parameters, by stack and by layer
+- definition.py: a model as functions of flat dicts of parameters
+- zoo: named architectures and their costs
 """
 
 from slmjax.models import zoo

@@ -1,1 +1,9 @@
-"""What a step needs, and how fast it can be, on devices that need not be here."""
+"""What a step needs, and how fast it can be, on devices that need not be here.
+
+Files in reading order:
+
+- device_peaks.py: peak FLOP/s of devices
+- flops.py: FLOPs of a program
+- traffic.py: bytes that a compiled program sends
+- memory.py: memory of a step, and options that need less
+"""

@@ -1,1 +1,12 @@
-"""What a run records about itself: its directory, log, progress, throughput, profiles, trackers and pages."""
+"""What a run records about itself: its directory, log, progress, throughput, profiles, trackers and pages.
+
+Files in reading order:
+
+- run_directory.py: files, log and times of a run
+- messages.py: messages of modules, to the terminal and the log
+- meter.py: tokens per second, utilisation, waiting
+- progress.py: the progress bar
+- profiling.py: traces of a few steps
+- trackers.py: TensorBoard and Weights & Biases
+- report: pages for people
+"""

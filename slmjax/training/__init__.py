@@ -7,6 +7,17 @@ An experiment file imports the settings of everything but the model from here:
     optim = OptimConfig(lr=3e-4)
     rules = (QuantRule(paths=".", weight=preset("q4_0")),)
     quant = QuantConfig(phases=(QuantPhase(rules=rules),))
+
+Files in reading order:
+
+- optim.py: optimizers and learning-rate schedules
+- objective.py: the loss of a batch, as sums and counts
+- experiment.py: `Experiment`, the tree of settings
+- recipes.py: built-in experiments, and experiments from files
+- state.py: `TrainState`
+- metrics.py: metrics of a step
+- step.py: the train step
+- programs.py: the compiled programs of an experiment
 """
 
 from slmjax.checkpoints.run_checkpoints import CheckpointConfig

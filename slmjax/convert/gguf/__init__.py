@@ -1,1 +1,13 @@
-"""GGUF files: container, codes, settings, tensors and tokenizers."""
+"""GGUF files: container, codes, settings, tensors and tokenizers.
+
+Files in reading order:
+
+- container.py: the GGUF file, named metadata and named tensors
+- settings.py: metadata keys that families share
+- tensors.py: tensor names that families share
+- tensor_codes.py: codes and scales as GGUF blocks
+- pre_tokenizers.py: llama.cpp's rules that cut text before merges
+- swallowed_blanks.py: blanks that special tokens remove next to them
+- tokenizer.py: tokenizers in GGUF metadata
+- llama_cpp.py: llama.cpp inside this process, for comparisons
+"""

@@ -5,6 +5,13 @@
     list_runs("runs")                                  # what `slmjax runs` shows
 
 Only files of run directories are read. Pages hold all they need: no network, no server.
+
+Files in reading order:
+
+- reading.py: run directories as data
+- charts.py: charts of runs as Vega-Lite
+- page.py: the page of a run
+- comparison.py: a page that compares runs
 """
 
 from slmjax.telemetry.report.comparison import config_differences, write_comparison
