@@ -34,7 +34,7 @@ from slmjax.models.mixers.latent import LatentAttentionConfig
 from slmjax.parallel.batches import place_batch
 from slmjax.parallel.mesh import AXES, MeshConfig, make_mesh
 from slmjax.parallel.rules import parameter_shardings
-from slmjax.training.objective import ObjectiveConfig, counts, terms
+from slmjax.training.objective import ObjectiveConfig, count_targets, loss_terms
 
 ROWS = 8
 LENGTH = 64
@@ -96,10 +96,10 @@ def make_batch() -> Batch:
 def loss_and_gradient(kind: str, params: dict, buffers: dict, batch: Batch) -> tuple[jax.Array, dict]:
     """The objective of a train step, and its gradient."""
     definition = define(MODELS[kind])
-    totals = counts(batch)
+    totals = count_targets(batch)
 
     def loss(params: dict) -> jax.Array:
-        sums, _ = terms(definition, ObjectiveConfig(z_loss=1e-3), params, buffers, batch, key=None)
+        sums, _ = loss_terms(definition, ObjectiveConfig(z_loss=1e-3), params, buffers, batch, key=None)
         return sum((value / totals[count] for value, count in sums.values()), jnp.zeros(()))
 
     return jax.value_and_grad(loss)(params)

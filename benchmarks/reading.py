@@ -14,7 +14,7 @@ What is counted:
             lambdas, which are read with the function around them; methods that `dataclasses` generates, which
             have no file; and what handles log records.
   file      a file of the package with at least one such function.
-  inside    between the call and the return of the function `train_step` within `make_train_step`.
+  inside    between the call and the return of the function `train_step`.
   command   the files inside, and those of the functions that lead there: whatever is on the call stack from
             the entry point of the command when the step is called, and when what it is made of and given is
             made: `make_train_step`, `define`, `make_optimizer`, `init_state`.
@@ -40,7 +40,7 @@ import slmjax  # noqa: E402
 from slmjax.cli import main as command  # noqa: E402
 
 PACKAGE = Path(slmjax.__file__).parent
-STEP = "make_train_step.<locals>.train_step"
+STEPS = ("train_step", "make_train_step.<locals>.train_step")  # the second in older checkouts
 MAKERS = ("make_train_step", "define", "make_optimizer", "init_state")
 
 Functions = set[types.CodeType]
@@ -60,9 +60,9 @@ class Reader:
             self._step = None
         if event != "call" or not code.co_filename.startswith(f"{PACKAGE}/"):
             return
-        if code.co_qualname == STEP:
+        if code.co_qualname in STEPS:
             self._step = frame
-        if code.co_qualname in (STEP, *MAKERS):
+        if code.co_qualname in (*STEPS, *MAKERS):
             self.leading |= {caller for caller in callers(frame) if is_function(caller)}
         if self._step is not None and is_function(code) and not is_logging(frame):
             self.inside.add(code)

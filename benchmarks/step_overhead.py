@@ -49,7 +49,7 @@ def alternating(loop: trainer.Loop, state: Any, signals: Any) -> tuple[Any, str]
 
     def calls(state: Any, count: int) -> Any:
         for _ in range(count):
-            state, _ = loop.setup.train_step(state, placed)
+            state, _ = loop.setup.programs.train_step(state, placed, ())
         return jax.block_until_ready(state)
 
     placed = place_batch(next(loop.batches), loop.setup.mesh)

@@ -118,7 +118,7 @@ def _user_message(error: Exception) -> str | None:
 
     if isinstance(error, memory.OutOfMemory):
         return text
-    if not memory.is_exhausted(error):
+    if not memory.is_out_of_memory(error):
         return None
     # A MemoryError has no text of its own.
     return _OUT_OF_MEMORY.format(error=(text.splitlines() or ["the host has none left"])[0])

@@ -38,7 +38,7 @@ class OutOfMemory(RuntimeError):
     """A run needed more memory than there was; the message says how much, and what needs less."""
 
 
-def is_exhausted(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out: a device's, or the machine's."""
     said = str(error)
     is_about_memory = any(part in said for part in ("RESOURCE_EXHAUSTED", "Out of memory"))
@@ -96,8 +96,8 @@ def evaluation_memory(experiment: Experiment, *, vocab_size: int, mesh: Mesh) ->
     rows = experiment.eval.batch_size or experiment.data.batch_size
     plans = teacher_plans(experiment, programs.definition.config, mesh=mesh)
     given = (_batch_shapes(experiment, rows, mesh), *_said_shapes(plans, experiment, rows))
-    evaluated, held = (shapes.trainable, ()) if shapes.ema is None else (shapes.ema, shapes.trainable)
-    compiled = _compiled_bytes(programs.eval_step, (evaluated, shapes.frozen, *given), mesh)
+    evaluated, held = (shapes.params, ()) if shapes.ema is None else (shapes.ema, shapes.params)
+    compiled = _compiled_bytes(programs.eval_step, (evaluated, shapes.buffers, *given), mesh)
     return _state_and(compiled, shapes, plans, held=(shapes.optimizer, held))
 
 
@@ -125,7 +125,7 @@ def _compiled_bytes(step: Any, arguments: tuple[Any, ...], mesh: Mesh) -> int:
 def _state_and(compiled: int, shapes: Any, plans: Sequence[TeacherPlan], *, held: Any) -> StepMemory:
     """The bytes of a compiled step and of what is held beside it, by what they are for."""
     state = {
-        "parameters": _bytes_on_a_device((shapes.trainable, shapes.frozen)),
+        "parameters": _bytes_on_a_device((shapes.params, shapes.buffers)),
         "optimizer": _bytes_on_a_device(shapes.optimizer),
         "average": _bytes_on_a_device(shapes.ema),
     }
@@ -373,7 +373,7 @@ def _measured(measure: Measure, experiment: Experiment, *, vocab_size: int, mesh
     try:
         return measure(experiment, vocab_size=vocab_size, mesh=mesh)
     except jax.errors.JaxRuntimeError as error:
-        if not is_exhausted(error):
+        if not is_out_of_memory(error):
             raise
         return first_line(error)
 

@@ -1,8 +1,8 @@
 """Codes of weights that change in training, from one line of the log to the next.
 
     flips = CodeFlips(weight_formats(definition))
-    flips.begin(state.trainable, 100)
-    flips.count(state.trainable, 110)      # {"flipped_codes": 0.0123, "flipped_since": 100}
+    flips.begin(state.params, 100)
+    flips.count(state.params, 110)      # {"flipped_codes": 0.0123, "flipped_since": 100}
 
 Weights that oscillate between two codes show as a fraction that does not fall with the learning rate (Nagel
 et al. 2022).

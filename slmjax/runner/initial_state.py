@@ -1,6 +1,4 @@
-"""The state that a run starts from: fresh, from a model, from layers of a teacher, or restored from a
-checkpoint.
-"""
+"""The first state of a session: fresh, from a model, from layers of a teacher, or restored from a checkpoint."""
 
 import dataclasses
 from pathlib import Path
@@ -15,64 +13,69 @@ from slmjax.distill import layers
 from slmjax.models.definition import define
 from slmjax.parallel.processes import process_zero_first
 from slmjax.runner.resume import check_best
-from slmjax.runner.session import Setup, log
+from slmjax.runner.setup import Setup, log
+from slmjax.runner.token_count import TokenCount, read_count
 from slmjax.training.experiment import FromTeacherLayers
-from slmjax.training.optim import make_optimizer
 from slmjax.training.state import TrainState, init_state
 
 
 # The first state --------------------------------------------------------------------------------------------
 def fresh_state(setup: Setup) -> TrainState:
-    """The state before the first step: fresh parameters, or those of another model."""
+    """Return the state before the first step: fresh parameters, or those of another model."""
     experiment = setup.experiment
-    optimizer = make_optimizer(experiment.optim, setup.definition.params, total_steps=experiment.run.steps)
+    programs = setup.programs
     state = init_state(
-        setup.definition,
-        optimizer,
-        shapes=setup.shapes,
+        programs.definition,
+        programs.optimizer,
+        shapes=programs.shapes,
         seed=experiment.run.seed,
         objective=experiment.objective,
     )
     init = experiment.init
     if (source := init.source()) is None:
         return state
-    params, buffers = (
-        _layers_of(init, state, setup) if isinstance(init, FromTeacherLayers) else _model_of(source, setup)
-    )
+    if isinstance(init, FromTeacherLayers):
+        params, buffers = _layers_of(init, state, setup)
+    else:
+        params, buffers = _model_of(source, setup)
+    # A copy: the state is donated, and one buffer must not be donated twice.
     ema = None if state.ema is None else jax.tree.map(lambda leaf: leaf.copy(), params)
-    return dataclasses.replace(state, trainable=params, frozen=buffers, ema=ema)
+    return dataclasses.replace(state, params=params, buffers=buffers, ema=ema)
 
 
 def _model_of(source: Path, setup: Setup) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Another run's parameters (averaged, where it kept averages) and buffers, placed as this run's; of a
-    quantized run those it trains.
+    """Return parameters and buffers of another run or an imported model, with the shardings of this run.
+
+    Of a run with averages they are the averages; of a quantized run the parameters before rounding.
     """
     if _tokenizer_at(source).hash != setup.prepared.tokenizer.hash:
         raise ValueError(
-            f"init.path={source} was trained with another tokenizer, so its parameters mean nothing here: "
-            "give the experiment "
-            f"FileTokenizer(path='{source / 'tokenizer'}'), as `slmjax train --init-from {source}` does"
+            f"init.path={source} was trained with another tokenizer, so its parameters mean nothing here: give "
+            f"the experiment FileTokenizer(path='{source / 'tokenizer'}'), as `slmjax train --init-from "
+            f"{source}` does"
         )
-    definition = setup.definition
-    shapes = setup.shapes
+    definition = setup.programs.definition
+    shapes = setup.programs.shapes
     if not definition.transforms:
-        return read_fitted(source, definition.config, shapes.trainable, shapes.frozen)[1:]
+        return read_fitted(source, definition.config, shapes.params, shapes.buffers)[1:]
+    # The model has no quantizers of this run's: they are added as they begin.
     plain = define(definition.config)
-    wanted = (
-        {path: shapes.trainable[path] for path in plain.params},
-        {path: shapes.frozen[path] for path in plain.buffers},
+    _, params, buffers = read_fitted(
+        source,
+        definition.config,
+        {path: shapes.params[path] for path in plain.params},
+        {path: shapes.buffers[path] for path in plain.buffers},
     )
-    _, params, buffers = read_fitted(source, definition.config, *wanted)
-    places = jax.tree.map(lambda leaf: leaf.sharding, (shapes.trainable, shapes.frozen))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, (shapes.params, shapes.buffers))
     return jax.jit(
         lambda *trees: (definition.with_own_params(trees[0]), definition.with_missing_buffers(trees[1])),
-        out_shardings=places,
+        out_shardings=shardings,
     )(params, buffers)
 
 
 def _tokenizer_at(source: Path) -> Tokenizer:
-    """The tokenizer of the model that a run starts from."""
-    read_config(source)  # or an error that says what to name
+    """Return the tokenizer of the model that a run starts from."""
+    read_config(source)  # raises an error that says what to name
     if not (source / "tokenizer").is_dir():
         raise ValueError(f"init.path={source} has no tokenizer: import the model again with --tokenizer FILE")
     return Tokenizer.load(source / "tokenizer")
@@ -81,12 +84,13 @@ def _tokenizer_at(source: Path) -> Tokenizer:
 def _layers_of(
     init: FromTeacherLayers, state: TrainState, setup: Setup
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parameters and buffers that are cut out of a teacher's, placed as this run's."""
+    """Return parameters and buffers cut out of a teacher's, with the shardings of this run."""
     path = Path(init.path)
-    student = setup.definition.config
+    student = setup.programs.definition.config
     tokenizer = _tokenizer_at(path)
     teacher = read_config(path)
-    rows = layers.shared_rows(
+    # Of the tables of tokens only those rows are taken that mean the same in both.
+    num_rows = layers.shared_rows(
         tokenizer,
         setup.prepared.tokenizer,
         num_rows=min(teacher.known_vocab_size, student.known_vocab_size),
@@ -97,23 +101,25 @@ def _layers_of(
     )
     return layers.student_parameters(
         path,
-        definition=setup.definition,
+        definition=setup.programs.definition,
         chosen=chosen,
-        fresh=(state.trainable, state.frozen),
-        num_rows=rows,
+        fresh=(state.params, state.buffers),
+        num_rows=num_rows,
         mesh=setup.mesh,
     )
 
 
-def restored_state(setup: Setup, checkpointer: Checkpointer) -> TrainState:
-    """The state of a run's newest intact checkpoint; the first state where it was killed before its first
-    checkpoint.
+def restored_state(setup: Setup, checkpointer: Checkpointer) -> tuple[TrainState, TokenCount]:
+    """Return the state and the count of trained targets of a run's newest intact checkpoint.
+
+    A run that was killed before its first checkpoint begins again at step 0.
 
     Raises:
-      CheckpointError: there is none that is intact.
+      CheckpointError: there are checkpoints, and none is intact.
     """
     if not checkpointer.steps() and not any(checkpointer.directory.glob("*.bad*")):
         log.warning("%s has no checkpoint yet: beginning at step 0", checkpointer.directory)
-        return fresh_state(setup)
+        return fresh_state(setup), TokenCount(0)
     process_zero_first(lambda: check_best(setup, checkpointer))  # it may change what the others read
-    return TrainState.from_items(checkpointer.restore(setup.shapes.items())[1])
+    _, items = checkpointer.restore(setup.item_shapes())
+    return TrainState.from_items(items), read_count(items["progress"]["tokens"])

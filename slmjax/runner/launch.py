@@ -1,6 +1,4 @@
-"""How a session of a run begins: its directory, what is written there before the first step, and what is said
-of it.
-"""
+"""The beginning of a session: its directory, what is written there before the first step, and the banner."""
 
 import logging
 import math
@@ -21,8 +19,8 @@ from slmjax.models.definition import Definition
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.parallel.processes import broadcast_text
 from slmjax.quantization.fake_quantization import phases_of
-from slmjax.quantization.quantizer_params import is_activation_quantizer_param, is_weight_quantizer_param
-from slmjax.runner.session import Setup
+from slmjax.quantization.quantizer_params import is_quantizer_param
+from slmjax.runner.setup import Setup
 from slmjax.telemetry.progress import Progress
 from slmjax.telemetry.run_directory import RunDirectory, environment
 from slmjax.telemetry.trackers import Trackers
@@ -32,32 +30,34 @@ log = logging.getLogger(__name__)
 
 
 def new_run(experiment: Experiment) -> RunDirectory:
-    """A new run directory, made by the first process and known to all.
+    """Return a new run directory, made by the first process and known to all.
 
     Raises:
-      ValueError: this process cannot see it.
+      ValueError: this process cannot see the directory.
     """
-    made = None
+    created = ""
     if jax.process_index() == 0:
         fingerprint = config_io.fingerprint(experiment)
-        made = RunDirectory.create_in(
-            Path(experiment.run.directory), name=experiment.run.name, fingerprint=fingerprint
-        )
-    path = Path(broadcast_text(str(made.path) if made else ""))
+        directory = Path(experiment.run.directory)
+        run = RunDirectory.create_in(directory, name=experiment.run.name, fingerprint=fingerprint)
+        created = str(run.path)
+    # Its name holds the time, so only one process can choose it.
+    path = Path(broadcast_text(created))
     if not path.is_dir():
         raise ValueError(
-            f"process {jax.process_index()} does not see {path}, which process 0 made: give --run.directory "
-            "a place that all hosts share"
+            f"process {jax.process_index()} does not see {path}, which process 0 made: set --run.directory "
+            "to a directory that all hosts share"
         )
     return RunDirectory(path, process_index=jax.process_index())
 
 
 def write_description(setup: Setup, run: RunDirectory, code: str | Path | None) -> None:
-    """What makes the run directory self-contained. Written before the first step."""
+    """Write what makes the run directory self-contained: config, model, data, environment, tokenizer, code."""
     if jax.process_index() != 0:
         return
     run.write_json("config.json", config_io.to_json(setup.experiment))
-    run.write_json("model.json", model_json(setup.definition.config, phases=phases_of(setup.definition)))
+    definition = setup.programs.definition
+    run.write_json("model.json", model_json(definition.config, phases=phases_of(definition)))
     run.write_json(provenance.RECORD_FILE, provenance.describe(setup.prepared, setup.experiment.data))
     run.write_json("environment.json", environment())
     setup.prepared.tokenizer.save(run.tokenizer)
@@ -66,43 +66,39 @@ def write_description(setup: Setup, run: RunDirectory, code: str | Path | None) 
 
 
 def open_trackers(run: RunDirectory, experiment: Experiment) -> Trackers:
-    """The trackers that the experiment asks for; the first process alone writes to them."""
-    wanted = experiment.run.trackers if jax.process_index() == 0 else ()
-    return Trackers(wanted, directory=run.path, name=run.path.name, config=config_io.to_json(experiment))
+    """Return the trackers of the experiment; only the first process writes to them."""
+    trackers = experiment.run.trackers if jax.process_index() == 0 else ()
+    return Trackers(trackers, directory=run.path, name=run.path.name, config=config_io.to_json(experiment))
 
 
 def num_parameters(definition: Definition) -> int:
-    """Parameters that are trained, without what is learned of their formats."""
-    beside = (is_weight_quantizer_param, is_activation_quantizer_param)
+    """Return the number of trained parameters, without those of quantizers."""
     return sum(
-        math.prod(leaf.shape)
-        for path, leaf in definition.params.items()
-        if not any(learned(path) for learned in beside)
+        math.prod(leaf.shape) for path, leaf in definition.params.items() if not is_quantizer_param(path)
     )
 
 
-def announce(
+def print_banner(
     setup: Setup, run: RunDirectory, source: BatchSource, progress: Progress, first_step: int
 ) -> None:
-    """Says what is trained, on what, and from where."""
+    """Print what is trained, on what data, and from which step; log what may surprise about it."""
+    definition = setup.programs.definition
     sizes = {axis: size for axis, size in setup.mesh.shape.items() if size > 1}
     mesh = " x ".join(f"{axis}={size}" for axis, size in sizes.items()) or "1 device"
-    rows = sum(len(plan) for plan in source.plans)
+    num_rows = sum(len(plan) for plan in source.plans)
     data = setup.experiment.data
-    epochs = setup.experiment.run.steps * data.batch_size / max(rows, 1)
+    epochs = setup.experiment.run.steps * data.batch_size / max(num_rows, 1)
     progress.print(f"run directory {run.path}")
+    progress.print(f"{num_parameters(definition):,} parameters on {mesh} ({jax.devices()[0].device_kind})")
     progress.print(
-        f"{num_parameters(setup.definition):,} parameters on {mesh} ({jax.devices()[0].device_kind})"
-    )
-    progress.print(
-        f"{rows:,} rows of {data.sequence_length} tokens, {source.packing_efficiency:.1%} filled; "
+        f"{num_rows:,} rows of {data.sequence_length} tokens, {source.packing_efficiency:.1%} filled; "
         f"{setup.experiment.run.steps:,} steps of {data.batch_size} rows are {epochs:.2f} epochs"
     )
     tokens = setup.prepared.tokenizer.special_tokens
     log.info("documents begin with %s and end with %s", tokens["bos"].text(), tokens["eos"].text())
     if setup.prepared.lost_text:
         log.warning("bits per byte are too low: %s", lost_note(setup.prepared.lost_text))
-    ffns = (block.ffn for segment in setup.definition.config.stack for block in segment.pattern)
+    ffns = (block.ffn for segment in definition.config.stack for block in segment.pattern)
     notes = (ffn.training_note() for ffn in ffns if isinstance(ffn, MoeConfig))
     for note in dict.fromkeys(filter(None, notes)):
         log.warning("%s", note)
@@ -113,37 +109,39 @@ def announce(
             log.warning("%s", sentence)
     if first_step:
         progress.print(f"resuming after step {first_step}")
-    log.info(keeping_of_programs())
+    log.info(compilation_cache_note())
 
 
-def keeping_of_programs() -> str:
-    """Whether compiled programs are kept for the next process, and where."""
-    directory, is_on = (
-        getattr(jax.config, name) for name in ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
-    )
-    if directory and is_on:
-        return f"compiled programs are kept in {directory}"
-    return "compiled programs are not kept for the next process: JAX_COMPILATION_CACHE_DIR names no directory for them"
+# Compiled programs ------------------------------------------------------------------------------------------
+def compilation_cache_note() -> str:
+    """Return a sentence about JAX's compilation cache: its directory, or why it is off."""
+    # Not attributes that a type checker knows.
+    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
+    directory, is_enabled = (getattr(jax.config, name) for name in names)
+    if not directory:
+        return "compilation cache off: JAX_COMPILATION_CACHE_DIR is empty"
+    if not is_enabled:
+        return "compilation cache off: JAX_ENABLE_COMPILATION_CACHE is false"
+    return f"compilation cache: {directory}"
 
 
-class CompiledPrograms:
-    """While entered, counts the programs that jax asks for and those among them that were kept from
-    before.
-    """
+class CompilationCache:
+    """While entered, counts the programs that JAX compiles and those of them that the cache had."""
 
     def __init__(self) -> None:
-        self.asked = self.kept = 0
+        self.requests = 0
+        self.hits = 0
 
-    def say(self) -> None:
-        """How many there were so far, where programs are kept at all."""
-        if self.asked:
-            log.info("%d of %d programs were kept from before", self.kept, self.asked)
+    def report(self) -> None:
+        """Log the counts so far, unless the cache is off."""
+        if self.requests:
+            log.info("%d of %d programs came from the compilation cache", self.hits, self.requests)
 
     def _count(self, event: str, **_: Any) -> None:
-        self.asked += event == "/jax/compilation_cache/compile_requests_use_cache"
-        self.kept += event == "/jax/compilation_cache/cache_hits"
+        self.requests += event == "/jax/compilation_cache/compile_requests_use_cache"
+        self.hits += event == "/jax/compilation_cache/cache_hits"
 
-    def __enter__(self) -> "CompiledPrograms":
+    def __enter__(self) -> "CompilationCache":
         jax.monitoring.register_event_listener(self._count)
         return self
 

@@ -1,8 +1,13 @@
-"""An out-of-memory error with what was needed and what would need less."""
+"""Out-of-memory errors that say what was needed and which options need less.
+
+with explaining_out_of_memory(setup, activity=lambda: "training"):
+    ...
+"""
 
 import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import jax
 
@@ -14,73 +19,86 @@ from slmjax.planning.memory import (
     evaluation_changes,
     evaluation_memory,
     first_line,
-    is_exhausted,
+    is_out_of_memory,
     step_memory,
     training_changes,
 )
-from slmjax.runner.session import Setup
+from slmjax.runner.setup import Setup
 
 log = logging.getLogger(__name__)
 
 
-# The end of a run -------------------------------------------------------------------------------------------
-def explained(
-    error: BaseException,
+@contextmanager
+def explaining_out_of_memory(
     setup: Setup,
     *,
-    doing: str,
-    step: int = 0,
+    activity: Callable[[], str],
+    step: Callable[[], int] = lambda: 0,
     is_resumed: bool = False,
     record: Callable[..., None] | None = None,
-) -> OutOfMemory | None:
-    """What to raise where `error` says that memory ran out; None where it does not, or where no advice can be
-    had.
+) -> Iterator[None]:
+    """Raise `OutOfMemory` with advice in place of an error that says that memory ran out; let others pass.
 
-    With several processes the first one alone compiles; on GPUs compiling is an affair of all of them, which
-    may not all be here, and the machine's own memory is not what a step on another device is compiled for.
+    Whoever enters this should hold no arrays: on a GPU the compiler wants the memory.
 
     Args:
-      doing: "training", "evaluation", or what else went on when it came.
+      activity: returns "training", "evaluation", or what else the session is doing.
+      step: returns the number of steps done.
+      is_resumed: a resumed run keeps its model, so no change of it is advised.
       record: called with the kind and the values of a record for the log.
     """
-    if not is_exhausted(error):
-        return None
-    values = {"step": step, "doing": doing, "said": first_line(error)}
-    found = _advice(error, setup, doing=doing, is_resumed=is_resumed)
-    available = (setup.mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
-    if record is not None:
-        record("out_of_memory", **values, available=available, **({} if found is None else found.record()))
-    if found is None:
-        return None
-    return OutOfMemory(
-        f"out of memory in {doing}, after step {step} "
-        f"({first_line(error)})\n{found.text(available=available)}"
-    )
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        what = activity()
+        advice = _advise(error, setup, activity=what, is_resumed=is_resumed)
+        available = (setup.mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+        if record is not None:
+            values = {} if advice is None else advice.record()
+            record(
+                "out_of_memory",
+                step=step(),
+                doing=what,
+                error=first_line(error),
+                available=available,
+                **values,
+            )
+        if advice is None:
+            raise
+        raise OutOfMemory(
+            f"out of memory in {what}, after step {step()} ({first_line(error)})\n"
+            f"{advice.text(available=available)}"
+        ) from error
 
 
-def _advice(error: BaseException, setup: Setup, *, doing: str, is_resumed: bool) -> Advice | None:
-    is_machine = isinstance(error, MemoryError) and jax.default_backend() != "cpu"
+def _advise(error: BaseException, setup: Setup, *, activity: str, is_resumed: bool) -> Advice | None:
+    """Return what would need less memory; None where that cannot be found out here."""
+    # The memory of the host is not what a step on another device is compiled for.
+    is_of_host = isinstance(error, MemoryError) and jax.default_backend() != "cpu"
+    # One process is enough to compile; on GPUs all of them must, and they may not all have failed.
     is_shared = jax.process_count() > 1 and (jax.process_index() > 0 or jax.default_backend() == "gpu")
-    if is_machine or is_shared:
+    if is_of_host or is_shared:
         return None
     _release(error)
     log.info(
-        "out of memory in %s: compiling what would need less, for up to about %.0f s", doing, ADVICE_SECONDS
+        "out of memory in %s: compiling what would need less, for up to about %.0f s",
+        activity,
+        ADVICE_SECONDS,
     )
-    measure, changes = (
-        (evaluation_memory, evaluation_changes) if doing == "evaluation" else (step_memory, training_changes)
-    )
+    is_evaluation = activity == "evaluation"
+    changes = evaluation_changes if is_evaluation else training_changes
+    # Modules log how they compile, and these programs will not run.
     logger = logging.getLogger("slmjax")
     level = logger.level
-    logger.setLevel(
-        logging.WARNING
-    )  # what modules say of how they compile is said of programs that will not run
+    logger.setLevel(logging.WARNING)
     try:
         return advise(
             setup.experiment,
             vocab_size=setup.prepared.tokenizer.vocab_size,
             mesh=setup.mesh,
-            measure=measure,
+            measure=evaluation_memory if is_evaluation else step_memory,
             changes=changes(setup.experiment, setup.mesh, is_resumed=is_resumed),
             seconds=ADVICE_SECONDS,
         )
@@ -92,9 +110,7 @@ def _advice(error: BaseException, setup: Setup, *, doing: str, is_resumed: bool)
 
 
 def _release(error: BaseException | None) -> None:
-    """Lets go of the arrays that the frames of an error still name: on a GPU the compiler wants some of that
-    memory.
-    """
+    """Free the arrays that the frames of an error still name."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__

@@ -10,7 +10,7 @@ from slmjax.data import provenance
 from slmjax.data.preparation import Prepared
 from slmjax.data.tokenizers import FileTokenizer, TokenizerConfig
 from slmjax.data.windows import EvaluationBatches
-from slmjax.runner.session import Setup, log
+from slmjax.runner.setup import Setup, log
 from slmjax.telemetry.run_directory import RunDirectory, read_log
 from slmjax.training.experiment import Experiment, read_experiment
 from slmjax.training.programs import resolved_phases

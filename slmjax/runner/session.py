@@ -1,205 +1,222 @@
-"""What a run is before its first step: settings that fit together, data, model, compiled step, and the state
-to go on from.
+"""`open_session`: everything that a session of a run works with, opened before its first step and closed after it.
 
-All that can be wrong with an experiment is found here, before a run directory is made for a new run, and
-before anything is written to that of a run which goes on.
+    with open_session(experiment, resume=None) as session:
+        loop = Loop(session)
+
+A run has one session, and one more each time it is resumed.
 """
 
 import dataclasses
-import functools
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from rich.console import Console
 
-from slmjax import sampling
-from slmjax.data import provenance
-from slmjax.data.batch import Batch
-from slmjax.data.preparation import Prepared, prepare
-from slmjax.data.tokenizers import Tokenizer, TokenizerConfig
-from slmjax.data.windows import EvaluationBatches, evaluation_batches
-from slmjax.distill.teachers import TeacherPlan, Teachers
-from slmjax.evaluation.bits_per_byte import EvalResult, EvalStep, evaluate_batches
-from slmjax.losses import TeacherOutput
-from slmjax.models.definition import Definition
+from slmjax import startup
+from slmjax.checkpoints.run_checkpoints import Checkpointer
+from slmjax.data.pipeline import BatchSource, ReadAhead
+from slmjax.distill.teachers import split_devices
+from slmjax.models.zoo import describe
+from slmjax.parallel import hosts
 from slmjax.parallel.batches import local_sequences
-from slmjax.parallel.processes import process_zero_first
-from slmjax.quantization.fake_quantization import weight_formats
-from slmjax.quantization.flips import CodeFlips
-from slmjax.quantization.schedule import QuantSchedule
-from slmjax.training.experiment import Experiment
-from slmjax.training.optim import learning_rate
-from slmjax.training.programs import CodeSums, check_rows, make_programs, teacher_plans
+from slmjax.parallel.mesh import make_mesh
+from slmjax.planning import device_peaks
+from slmjax.runner.changed_schedules import warn_of_changed_schedules
+from slmjax.runner.initial_state import fresh_state, restored_state
+from slmjax.runner.launch import (
+    CompilationCache,
+    new_run,
+    open_trackers,
+    print_banner,
+    write_description,
+)
+from slmjax.runner.out_of_memory import explaining_out_of_memory
+from slmjax.runner.resume import is_complete, run_to_resume, tokenizer_of, warn_of_other_data
+from slmjax.runner.setup import Setup, set_up, with_teachers
+from slmjax.runner.token_count import TokenCount
+from slmjax.telemetry.messages import MessageHandler
+from slmjax.telemetry.meter import Meter
+from slmjax.telemetry.profiling import Profile
+from slmjax.telemetry.progress import Progress
+from slmjax.telemetry.run_directory import Category, Ledger, RunDirectory, RunLog
+from slmjax.telemetry.trackers import Trackers
+from slmjax.training.experiment import Experiment, with_absolute_paths
 from slmjax.training.state import TrainState
-from slmjax.training.step import TrainStep
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What is fixed before the first step."""
+class Telemetry:
+    """Where a session writes what happens, and what measures it."""
 
-    experiment: Experiment
-    prepared: Prepared
-    mesh: Mesh
-    definition: Definition
-    inference: Definition  # the same parameters, as evaluation and sampling use them
-    shapes: TrainState
-    train_step: TrainStep
-    eval_step: EvalStep
-    code_sums: CodeSums
-    flips: CodeFlips  # counts codes that change, where the log tells of them
-    prompts: tuple[tuple[int, ...], ...]  # tokens of the texts that the trained model continues at the end
-    easing: QuantSchedule | None = None  # of a run that is quantized
-    plans: tuple[TeacherPlan, ...] = ()  # in distillation, where teachers are used at all
-    teachers: Teachers | None = None  # once they are loaded (`with_teachers`)
+    run: RunDirectory
+    log: RunLog
+    trackers: Trackers
+    progress: Progress
+    ledger: Ledger
+    meter: Meter
+    profile: Profile
+    cache: CompilationCache
 
-    def heldout(self, max_documents: int | None) -> EvaluationBatches | None:
-        """Batches of the held-out text, or None where nothing is held out."""
-        data = self.experiment.data
-        settings = self.experiment.eval
-        if not sum(len(shards) for shards in self.prepared.heldout):
-            return None
-        batch_size = settings.batch_size or data.batch_size
-        return evaluation_batches(
-            self.prepared.heldout,
-            sequence_length=data.sequence_length,
-            batch_size=batch_size,
-            overlap=settings.windows_overlap(data.sequence_length),
-            max_documents=max_documents,
-            rows=local_sequences(self.mesh, batch_size),
-            text=settings.score,
+    def record(self, kind: str, *, step: int, **values: Any) -> None:
+        """Write a record to the log and to the trackers."""
+        self.log.write(kind, step=step, **values)
+        self.trackers.write(kind, step=step, **values)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Session:
+    """One session of a run, ready for its first step."""
+
+    setup: Setup
+    state: TrainState | None  # the first one, until it is taken
+    trained: TokenCount  # targets of earlier sessions
+    batches: ReadAhead
+    checkpointer: Checkpointer
+    telemetry: Telemetry
+    is_resumed: bool
+
+    def take_state(self) -> TrainState:
+        """Return the first state and let go of it: whoever holds it keeps its memory from being freed."""
+        state = self.state
+        assert state is not None, "the first state was taken already"
+        self.state = None
+        return state
+
+
+@contextmanager
+def open_session(
+    experiment: Experiment,
+    *,
+    resume: str | Path | None = None,
+    code: str | Path | None = None,
+    profile: int | None = None,
+    console: Console | None = None,
+) -> Iterator[Session]:
+    """Open a session of a new run, or of the run `resume`. The arguments are those of `trainer.train`."""
+    ledger = Ledger()
+    if jax.default_backend() == "cpu":
+        startup.keep_memory()
+    if resume is None:
+        experiment = with_absolute_paths(experiment)
+    run = None if resume is None else run_to_resume(Path(resume), experiment)
+    mesh = make_mesh(experiment.mesh, split_devices(experiment.objective.distill, jax.devices())[0])
+    # Outside the mesh: what is measured on a CPU runs on one device.
+    with ledger.timed(Category.INIT):
+        peak_flops = _peak_flops(experiment, mesh)
+    with ExitStack() as stack:
+        progress = Progress(
+            num_steps=experiment.run.steps, process_index=jax.process_index(), console=console
         )
-
-    def evaluate(self, state: TrainState, max_documents: int | None) -> EvalResult | None:
-        """Loss and bits per byte on held-out text."""
-        batches = self.heldout(max_documents)
-        if batches is None:
-            return None
-        compared = None if self.teachers is None else functools.partial(self.teachers, in_microbatches=False)
-        found = evaluate_batches(
-            self.eval_step, state.evaluated, state.frozen, batches, mesh=self.mesh, teachers=compared
+        records = stack.enter_context(MessageHandler(progress.print))
+        cache = stack.enter_context(CompilationCache())
+        stack.enter_context(jax.set_mesh(mesh))
+        _log_process()
+        with ledger.timed(Category.INIT):
+            tokenizer = experiment.tokenizer if run is None else tokenizer_of(run, experiment)
+            setup = set_up(experiment, tokenizer=tokenizer, mesh=mesh)
+            source = BatchSource(
+                setup.prepared.train,
+                experiment.data,
+                token_bytes=setup.prepared.tokenizer.token_bytes,
+                rows=local_sequences(mesh, experiment.data.batch_size),
+            )
+            with explaining_out_of_memory(setup, activity=lambda: "making the first state"):
+                first = None if run is not None else (fresh_state(setup), TokenCount(0))
+                setup = with_teachers(setup)
+            # A new run has a directory only once everything that can be refused has been accepted.
+            run = run or new_run(experiment)
+            run_log = stack.enter_context(run.open_log())
+            records.write_to(run_log)
+            checkpointer = _open_checkpointer(stack, run, setup)
+            state, trained = first or restored_state(setup, checkpointer)
+            first = None
+            first_step = int(state.step)
+            _check_resumption(run, setup, first_step)
+            write_description(setup, run, code)
+            trackers = stack.enter_context(open_trackers(run, experiment))
+        print_banner(setup, run, source, progress, first_step)
+        stack.enter_context(progress)
+        batches = stack.enter_context(source.iterate(first_step))
+        telemetry = Telemetry(
+            run=run,
+            log=run_log,
+            trackers=trackers,
+            progress=progress,
+            ledger=ledger,
+            meter=_meter(setup, peak_flops),
+            profile=_profile(run, setup, first_step=first_step, num_steps=profile),
+            cache=cache,
         )
-        return found.with_tokenizer(self.prepared.tokenizer, self.prepared.heldout)
-
-    def stored(self, state: TrainState) -> dict[str, Any]:
-        """What a checkpoint keeps: the state, and of a quantized run sums of the codes that are deployed
-        (`loading.changed_rows`).
-        """
-        return state.items() | (
-            {"codes": self.code_sums(state.evaluated)} if weight_formats(self.definition) else {}
+        session = Session(
+            setup=setup,
+            state=state,
+            trained=trained,
+            batches=batches,
+            checkpointer=checkpointer,
+            telemetry=telemetry,
+            is_resumed=resume is not None,
         )
-
-    def sample(self, state: TrainState) -> list[str]:
-        """Continuations of the experiment's prompts by the trained model; one process only."""
-        settings = self.experiment.run
-        tokenizer = self.prepared.tokenizer
-        if jax.process_count() > 1 or not self.prompts:
-            return []
-        params = state.evaluated
-        buffers = state.frozen
-        found = sampling.sample(
-            self.inference, params, buffers, self.prompts, config=settings.sample, eos_id=tokenizer.end_ids
-        )
-        return [
-            text + tokenizer.decode_continuation(prompt, one.tokens)
-            for text, prompt, one in zip(settings.sample_prompts, self.prompts, found, strict=True)
-        ]
-
-    def said(self, batch: Batch, step: int) -> tuple[tuple[TeacherOutput, ...], ...]:
-        """What the train step after `step` is given beside the state and the placed batch: what teachers say
-        of it, where they are used.
-        """
-        distill = self.experiment.objective.distill
-        if (
-            self.teachers is None
-            or distill is None
-            or not distill.uses_teachers(step, total_steps=self.experiment.run.steps)
-        ):
-            return ()
-        return (self.teachers(batch),)
+        del state  # the session alone holds it, until the loop takes it
+        yield session
 
 
-def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh) -> Setup:
-    """Prepares data and resolves the model; nothing is compiled yet. Raises ValueError for settings that do
-    not fit.
+def _log_process() -> None:
+    """Log which of several processes this is."""
+    if jax.process_count() > 1:
+        how = hosts.joined or "joined by the calling program"
+        log.info("process %d of %d, %s", jax.process_index(), jax.process_count(), how)
+
+
+def _peak_flops(experiment: Experiment, mesh: Mesh) -> float | None:
+    """Return FLOP/s that the mesh reaches at best in the dtype of the model."""
+    dtype = experiment.model.layer_shape().dtype
+    return device_peaks.peak_flops(jax.devices()[0], dtype, num_devices=mesh.size)
+
+
+def _open_checkpointer(stack: ExitStack, run: RunDirectory, setup: Setup) -> Checkpointer:
+    checkpointer = Checkpointer(
+        run.checkpoints, model=setup.programs.definition.config, config=setup.experiment.checkpoint
+    )
+    stack.callback(checkpointer.close)
+    return checkpointer
+
+
+def _check_resumption(run: RunDirectory, setup: Setup, step: int) -> None:
+    """Refuse a run that is complete, and warn of what is different from before.
+
+    Raises:
+      ValueError: the run has done all of its steps.
     """
-    check_rows(experiment, mesh)
-    learning_rate(
-        experiment.optim, 0, total_steps=experiment.run.steps
-    )  # a schedule that does not fit is refused before data is read
-    prepared = process_zero_first(lambda: prepare(experiment.data, tokenizer))
-    _warn_of_overlap(experiment, prepared)
-    vocab_size = prepared.tokenizer.vocab_size
-    if experiment.model.vocab_size is not None and experiment.model.vocab_size < vocab_size:
+    experiment = setup.experiment
+    if step >= experiment.run.steps and is_complete(run, step):
         raise ValueError(
-            f"model.vocab_size={experiment.model.vocab_size} is smaller than the tokenizer's {vocab_size}: "
-            "leave it out, or raise it"
+            f"{run.path} is at step {step} of {experiment.run.steps} already: give more --run.steps"
         )
-    prompts = _encoded_prompts(experiment, prepared.tokenizer)
-    programs = make_programs(experiment, vocab_size=vocab_size, mesh=mesh)
-    plans = teacher_plans(experiment, programs.definition.config, mesh=mesh, tokenizer=prepared.tokenizer)
-    return Setup(
-        experiment=experiment,
-        prepared=prepared,
-        mesh=mesh,
-        definition=programs.definition,
-        inference=programs.inference,
-        shapes=programs.shapes,
-        train_step=programs.train_step,
-        eval_step=programs.eval_step,
-        code_sums=programs.code_sums,
-        prompts=prompts,
-        plans=plans,
-        easing=programs.easing,
-        flips=programs.flips,
-    )
+    warn_of_other_data(run, experiment, setup.prepared)
+    warn_of_changed_schedules(run, experiment, step=step)
 
 
-def _warn_of_overlap(experiment: Experiment, prepared: Prepared) -> None:
-    """Warn if the model that a run starts from, or one of its teachers, was trained on text that the run
-    holds out.
-    """
-    distill = experiment.objective.distill
-    teachers = (
-        []
-        if distill is None or distill.weight.is_zero
-        else [Path(teacher.path) for teacher in distill.teachers]
-    )
-    source = experiment.init.source()
-    others = sorted(teachers if source is None else {source, *teachers})
-    if not others or experiment.data.heldout_fraction == 0:
-        return
-    now = provenance.describe(prepared, experiment.data)
-    for directory in others:
-        for sentence in provenance.overlap(directory, experiment.data, now):
-            log.warning(sentence)
+def _meter(setup: Setup, peak_flops: float | None) -> Meter:
+    """Return the meter of throughput, for the sequence length that is trained, not the longest there may be."""
+    sequence_length = setup.experiment.data.sequence_length
+    config = dataclasses.replace(setup.programs.definition.config, context_length=sequence_length)
+    flops_per_token = describe(config).training_flops_per_token
+    return Meter(flops_per_token=flops_per_token, peak_flops=peak_flops, tokens=0, waiting=0.0)
 
 
-def _encoded_prompts(experiment: Experiment, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """The tokens of the run's prompts: what cannot be sampled is said before training, not after it."""
-    settings = experiment.run
-    if not settings.sample_prompts:
-        return ()
-    try:
-        encoded = tuple(map(tuple, tokenizer.prompt_batch(settings.sample_prompts)))
-        sampling.check_prompts(encoded, vocab_size=tokenizer.vocab_size)
-        sampling.length_limits(
-            encoded, max_tokens=settings.sample.max_tokens, context_length=experiment.model.context_length
-        )
-    except ValueError as error:
-        raise ValueError(f"run.sample_prompts, run.sample: {error}") from error
-    return encoded
-
-
-def with_teachers(setup: Setup) -> Setup:
-    """The setup with its teachers' parameters on the devices."""
-    parts = setup.experiment.optim.accumulation_steps
-    return (
-        dataclasses.replace(setup, teachers=Teachers(setup.plans, num_microbatches=parts))
-        if setup.plans
-        else setup
+def _profile(run: RunDirectory, setup: Setup, *, first_step: int, num_steps: int | None) -> Profile:
+    """Return the profiler trace of this process, in a directory of its own."""
+    index = jax.process_index()
+    return Profile(
+        run.path / ("profile" if index == 0 else f"profile-{index}"),
+        first_step=first_step,
+        last_step=setup.experiment.run.steps,
+        num_steps=num_steps,
     )

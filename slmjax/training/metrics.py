@@ -1,98 +1,148 @@
-"""What a step tells of itself: figures of the batch, norms by layer, loads of experts, and the words that a
-log has for them.
+"""Metrics of a step: means of the batch, gradient norms by layer, loads of experts, and their names in the log.
 
-Dims: B rows of the global batch, G groups of parameters.
+Dims: B sequences of the global batch, G groups of parameters.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
+from slmjax.data.batch import Batch
 from slmjax.models.architecture import HeadKind, ModelConfig
 from slmjax.models.paths import layer_indices
+from slmjax.training.state import TrainState
 
 Params = Mapping[str, Array]
 
 
-def data_checksum(row_ids: Int[Array, " B"]) -> UInt32[Array, ""]:
-    """Which row stands at which place of the global batch, in 32 bits: the sum of a hash of each pair, modulo
-    2**32.
+# On the device ----------------------------------------------------------------------------------------------
+def step_metrics(
+    new_state: TrainState,
+    state: TrainState,
+    batch: Batch,
+    *,
+    sums: Mapping[str, Array],
+    totals: Mapping[str, Array],
+    objective: Float[Array, ""],
+    grad_norm: Float[Array, ""],
+    grad_norms: Float[Array, " G"],
+    learning_rate: Float[Array, ""],
+) -> dict[str, Any]:
+    """Return the metrics of a step: float32 scalars of the global batch unless said otherwise.
 
-    Integers add up to the same in any order, so that it does not depend on how the batch is divided. The hash
-    is the finaliser of MurmurHash3 (Appleby, public domain).
+    `loss` (nats per scored token, NaN without one), `objective` (with auxiliary terms), `grad_norm` (before
+    clipping), `learning_rate`, `accuracy`, `nll`, `targets`, `bytes`, `tokens`; `trained_targets` (0 in a skipped
+    step); `skipped` (so far, int32) and `skipped_in_a_row`; of mixtures of experts `dropped` and
+    `expert_imbalance` (the busiest expert's load over the mean, averaged over layers); in distillation the mean
+    `divergence`. `data_checksum` is an integer. `grad_norms` and `expert_loads` are arrays, which `named_metrics`
+    names.
     """
-    bits = row_ids.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + jnp.arange(
-        row_ids.shape[0], dtype=jnp.uint32
-    ) * jnp.uint32(0x85EBCA77)
+    num_targets = jnp.where(totals["targets"] == 0, jnp.nan, totals["targets"])
+    metrics: dict[str, Any] = {
+        "loss": sums["nll"] / num_targets,
+        "nll": sums["nll"],
+        "objective": objective,
+        "grad_norm": grad_norm,
+        "grad_norms": grad_norms,
+        "learning_rate": learning_rate,
+        "trained_targets": jnp.where(new_state.skipped == state.skipped, totals["targets"], 0.0),
+        "skipped": new_state.skipped,
+        "skipped_in_a_row": new_state.skipped_in_a_row,
+        "data_checksum": data_checksum(batch.row_ids),
+        **totals,
+    }
+    for name, key in {"accuracy": "correct", "divergence": "divergence"}.items():
+        if key in sums:
+            metrics[name] = sums[key] / num_targets
+    loads = {name: value for name, value in sums.items() if name.endswith("/expert_counts")}
+    if loads:
+        imbalances = [
+            jnp.mean(jnp.max(load, axis=-1) / jnp.maximum(jnp.mean(load, axis=-1), 1e-9))
+            for load in loads.values()
+        ]
+        dropped = [jnp.sum(value) for name, value in sums.items() if name.endswith("/dropped")]
+        metrics["expert_loads"] = loads
+        metrics["expert_imbalance"] = jnp.mean(jnp.stack(imbalances))
+        metrics["dropped"] = jnp.sum(jnp.stack(dropped))
+    return metrics
+
+
+def data_checksum(row_ids: Int[Array, " B"]) -> UInt32[Array, ""]:
+    """Return a checksum of which sequence has which position in the global batch.
+
+    It is the sum of a hash of each pair, modulo 2**32. Integers add up to the same in any order, so it does not
+    depend on how the batch is sharded. The hash is the finaliser of MurmurHash3 (Appleby, public domain).
+    """
+    positions = jnp.arange(row_ids.shape[0], dtype=jnp.uint32)
+    bits = row_ids.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + positions * jnp.uint32(0x85EBCA77)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
     return jnp.sum(bits ^ (bits >> 16), dtype=jnp.uint32)
 
 
-def named_metrics(config: ModelConfig, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics that came from the device as plain numbers, in the words of the log.
+@dataclasses.dataclass(frozen=True)
+class GradientGroups:
+    """Groups of parameters whose gradient norms are logged: every layer, and the modules around them."""
 
-    `grad_norms` become one per layer, of the embedding, of the final norm (their squares add up to that of
-    `grad_norm`); `expert_loads` become each layer's shares, which add up to 1.
+    names: tuple[str, ...]
+    # of each parameter by stack path: the group, or for a stacked one the group of each of its layers
+    indices: Mapping[str, int | tuple[int, ...]]
+
+
+def gradient_groups(config: ModelConfig, paths: Iterable[str]) -> GradientGroups:
+    """Return the groups of a model with these parameters, by stack path. Computed once, before the step."""
+    names = group_names(config)
+    indices: dict[str, int | tuple[int, ...]] = {}
+    for path in paths:
+        layers = layer_indices(config, path)
+        if layers is None:
+            name = path.split("/")[0]
+            # The activation quantizer of the head reads what the final norm gives.
+            indices[path] = names.index(name if name in names else "final_norm")
+        else:
+            indices[path] = tuple(layers)  # the first groups are the layers, in order
+    return GradientGroups(names=names, indices=indices)
+
+
+def group_names(config: ModelConfig) -> tuple[str, ...]:
+    """Return the names of the groups in the log."""
+    names = [f"layers/{layer}" for layer in range(config.num_layers)]
+    names += ["embed", "final_norm"]
+    names += ["head"] if config.head is HeadKind.UNTIED else []
+    names += [] if config.learned_positions is None else ["positions"]
+    return tuple(names)
+
+
+def gradient_norms(grads: Params, groups: GradientGroups) -> Float[Array, " G"]:
+    """Return the norm of the gradient in each group."""
+    squares = jnp.zeros((len(groups.names),))
+    for path, grad in grads.items():
+        index = jnp.asarray(groups.indices[path])
+        # A stacked parameter has the layer dim first, and one sum for each layer.
+        squares = squares.at[index].add(jnp.sum(jnp.square(grad), axis=range(index.ndim, grad.ndim)))
+    return jnp.sqrt(squares)
+
+
+# On the host ------------------------------------------------------------------------------------------------
+def named_metrics(config: ModelConfig, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metrics that came from the device as plain numbers, under their names in the log.
+
+    `grad_norms` become one per group (their squares add up to that of `grad_norm`); `expert_loads` become each
+    layer's fractions, which add up to 1.
     """
     named: dict[str, Any] = {
         name: value.item() for name, value in metrics.items() if name not in ("grad_norms", "expert_loads")
     }
-    named["grad_norms"] = dict(zip(gradient_groups(config), metrics["grad_norms"].tolist(), strict=True))
+    named["grad_norms"] = dict(zip(group_names(config), metrics["grad_norms"].tolist(), strict=True))
     if "expert_loads" in metrics:
         named["expert_loads"] = {}
         for path, loads in metrics["expert_loads"].items():
-            shares = loads / np.maximum(loads.sum(axis=-1, keepdims=True), 1.0)
-            named["expert_loads"] |= {
-                f"layers/{layer}": share
-                for layer, share in zip(layer_indices(config, path) or (), shares.tolist(), strict=True)
-            }
+            fractions = loads / np.maximum(loads.sum(axis=-1, keepdims=True), 1.0)
+            layers = layer_indices(config, path) or ()
+            for layer, fraction in zip(layers, fractions.tolist(), strict=True):
+                named["expert_loads"][f"layers/{layer}"] = fraction
     return named
-
-
-def gradient_groups(config: ModelConfig) -> list[str]:
-    """What gradient norms are told of: every layer, and the modules around them."""
-    around = ["embed", "final_norm"] + (["head"] if config.head is HeadKind.UNTIED else [])
-    around += [] if config.learned_positions is None else ["positions"]
-    return [f"layers/{layer}" for layer in range(config.num_layers)] + around
-
-
-def squares_by_layer(config: ModelConfig, grads: Params) -> Float[Array, " G"]:
-    """Sums of squares of the gradient, one for each of `gradient_groups`."""
-    groups = gradient_groups(config)
-    squares = jnp.zeros((len(groups),))
-    for path, grad in grads.items():
-        layers = layer_indices(config, path)
-        if layers is None:
-            name = path.split("/")[0]
-            # The learned scale of the head's inputs is that of what the final norm gives.
-            squares = squares.at[groups.index(name if name in groups else "final_norm")].add(
-                jnp.sum(jnp.square(grad))
-            )
-        else:  # the first groups are the layers, in order
-            squares = squares.at[jnp.asarray(layers)].add(jnp.sum(jnp.square(grad), axis=range(1, grad.ndim)))
-    return squares
-
-
-def batch_metrics(sums: Mapping[str, Array], total: Mapping[str, Array]) -> dict[str, Any]:
-    """Means over the batch's scored targets, NaN where there is none, and loads of experts, from the sums and
-    counts of a step.
-    """
-    num_targets = jnp.where(total["targets"] == 0, jnp.nan, total["targets"])
-    report: dict[str, Any] = {"loss": sums["nll"] / num_targets, "nll": sums["nll"]}
-    names = {"accuracy": "correct", "divergence": "divergence"}
-    report |= {name: sums[key] / num_targets for name, key in names.items() if key in sums}
-    loads = {name: value for name, value in sums.items() if name.endswith("/expert_counts")}
-    if loads:
-        report["expert_loads"] = loads
-        imbalances = [
-            jnp.mean(jnp.max(load, axis=-1) / jnp.maximum(jnp.mean(load, axis=-1), 1e-9))
-            for load in loads.values()
-        ]
-        report["expert_imbalance"] = jnp.mean(jnp.stack(imbalances))
-        dropped = [jnp.sum(value) for name, value in sums.items() if name.endswith("/dropped")]
-        report["dropped"] = jnp.sum(jnp.stack(dropped))
-    return report

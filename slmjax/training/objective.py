@@ -1,4 +1,4 @@
-"""What is minimised: counts from the batch alone, and named sums that are divided by them."""
+"""The objective: counts from the batch alone, and named sums that are divided by them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from slmjax.models.definition import Definition, Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What is minimised."""
+    """The loss: cross entropy, its regulariser, and distillation."""
 
     z_loss: float = 0.0  # coefficient of the squared log-normaliser of the logits (1e-4 keeps it near zero)
     # tokens whose logits exist at once on a device (none: about 256 MB of them)
     chunk_size: int | None = None
-    # what is learned from teachers (none: cross entropy on the text alone)
+    # distillation from teachers (none: cross entropy on the text alone)
     distill: DistillConfig | None = None
 
     def __post_init__(self) -> None:
@@ -32,9 +32,8 @@ class ObjectiveConfig:
             )
         if self.z_loss > 0 and self.distill is not None and self.distill.hard_weight.is_zero:
             raise ValueError(
-                f"objective.z_loss={self.z_loss} is part of the cross entropy, which has no weight here: set "
-                "it to 0, or give "
-                "objective.distill.hard-weight.start a weight"
+                f"objective.z_loss={self.z_loss} is part of the cross entropy, which has no weight here: "
+                "set it to 0, or give objective.distill.hard-weight.start a weight"
             )
 
 
@@ -42,8 +41,8 @@ CROSS_ENTROPY = ObjectiveConfig()
 
 
 # The objective ----------------------------------------------------------------------------------------------
-def counts(batch: Batch) -> dict[str, Float[Array, ""]]:
-    """Denominators, from the batch alone: scored targets, real tokens, UTF-8 bytes of the scored targets."""
+def count_targets(batch: Batch) -> dict[str, Float[Array, ""]]:
+    """Return the denominators of a batch: scored targets, real tokens, UTF-8 bytes of the scored targets."""
     return {
         "targets": jnp.sum(batch.loss_mask),
         "tokens": jnp.sum(batch.segment_ids > 0).astype(jnp.float32),
@@ -51,7 +50,7 @@ def counts(batch: Batch) -> dict[str, Float[Array, ""]]:
     }
 
 
-def terms(
+def loss_terms(
     definition: Definition,
     objective: ObjectiveConfig,
     params: Params,
@@ -59,36 +58,42 @@ def terms(
     batch: Batch,
     *,
     key: Array | None,
-    teachers: Sequence[losses.TeacherOutput] = (),
+    teacher_outputs: Sequence[losses.TeacherOutput] = (),
     weights: losses.DistillWeights | None = None,
 ) -> tuple[dict[str, tuple[Float[Array, ""], str]], dict[str, Array]]:
-    """Sums that make up the loss, each with the name of its count, and sums that are only reported.
+    """Return the sums that make up the loss, each with the name of its count, and sums that are only reported.
 
     Args:
       params: as modules compute with them (`Definition.transform`).
       key: randomness of dropout; None where there is none.
-      teachers: what they say of this batch; none where the divergence has no weight.
+      teacher_outputs: of this batch; none where the divergence has no weight.
       weights: loss weights of distillation (`distill.objective.distill_weights_at`); None without it.
     """
     model = definition.merge_transformed(params, buffers)
     output = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, key=key)
-    given = (output.hidden, output.head)
-    if objective.distill is not None and teachers and weights is not None:
-        value, metrics = distillation.batch_loss(
+    # Load balancing of experts, and whatever else layers add to the loss, is a mean over all tokens.
+    auxiliary = {name: (value, "tokens") for name, value in output.losses.items()}
+    if objective.distill is not None and teacher_outputs and weights is not None:
+        value, sums = distillation.batch_loss(
             objective.distill,
-            *given,
+            output.hidden,
+            output.head,
             batch,
-            teachers,
+            teacher_outputs,
             weights=weights,
             chunk_size=objective.chunk_size,
         )
-        sums = {"distillation": (value, "targets")}
+        terms = {"distillation": (value, "targets")}
     else:
-        value, metrics = losses.cross_entropy(
-            *given, batch.targets, batch.loss_mask, z_loss=objective.z_loss, chunk_size=objective.chunk_size
+        value, sums = losses.cross_entropy(
+            output.hidden,
+            output.head,
+            batch.targets,
+            batch.loss_mask,
+            z_loss=objective.z_loss,
+            chunk_size=objective.chunk_size,
         )
-        sums = {"cross_entropy": (value if weights is None else value * weights.hard, "targets")}
-    return sums | {name: (auxiliary, "tokens") for name, auxiliary in output.losses.items()}, {
-        **metrics,
-        **output.metrics,
-    }
+        if weights is not None:
+            value = value * weights.hard
+        terms = {"cross_entropy": (value, "targets")}
+    return terms | auxiliary, {**sums, **output.metrics}

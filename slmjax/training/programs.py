@@ -1,6 +1,4 @@
-"""The compiled programs of an experiment: the train step, the evaluation step, and the shapes of the
-state.
-"""
+"""The compiled programs of an experiment: the train step, the evaluation step, and the shapes of the state."""
 
 import dataclasses
 import functools
@@ -8,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 
 from slmjax.data.tokenizers import Tokenizer
@@ -16,11 +15,11 @@ from slmjax.evaluation.bits_per_byte import EvalStep, make_eval_step
 from slmjax.models.architecture import ModelConfig
 from slmjax.models.definition import Definition, inference_config
 from slmjax.parallel.mesh import batch_divisor, make_mesh
-from slmjax.quantization import weights as numeric_weights
+from slmjax.quantization import weights as quantized_weights
 from slmjax.quantization.fake_quantization import define_quantized, phase_of, weight_formats
 from slmjax.quantization.flips import CodeFlips
 from slmjax.quantization.rules import QuantPhase
-from slmjax.quantization.schedule import QuantSchedule, quant_schedule_of
+from slmjax.quantization.schedule import quant_schedule_of
 from slmjax.training.experiment import Experiment
 from slmjax.training.optim import cooldown_step, make_optimizer
 from slmjax.training.state import TrainState, state_shapes
@@ -32,47 +31,52 @@ CodeSums = Callable[[Mapping[str, Any]], dict[str, Any]]
 def teacher_plans(
     experiment: Experiment, student: ModelConfig, *, mesh: Mesh, tokenizer: Tokenizer | None = None
 ) -> tuple[TeacherPlan, ...]:
-    """The teachers of an experiment; none where nothing is learned from them. Raises ValueError for those
-    that do not fit.
+    """Return the teachers of an experiment; none where the divergence from them has no weight.
+
+    Raises:
+      ValueError: a teacher does not fit the student, its data or its mesh.
     """
     distill = experiment.objective.distill
     if distill is None or distill.weight.is_zero:
         return ()
-    own = mesh
+    teacher_mesh = mesh
     if distill.mesh is not None:
-        own = make_mesh(distill.mesh, split_devices(distill, jax.devices())[1])
+        teacher_mesh = make_mesh(distill.mesh, split_devices(distill, jax.devices())[1])
     return plan_teachers(
         distill,
         student,
         sequence_length=experiment.data.sequence_length,
         mesh=mesh,
-        teacher_mesh=own,
+        teacher_mesh=teacher_mesh,
         tokenizer=tokenizer,
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Programs:
-    """The model of an experiment and the steps that are compiled for it, without any array."""
+    """The model of an experiment, its optimizer and the steps that are compiled for it, without any array."""
 
     definition: Definition
-    inference: Definition
+    inference: Definition  # the same parameters, as evaluation and sampling use them
+    optimizer: optax.GradientTransformation
     shapes: TrainState
     train_step: TrainStep
     eval_step: EvalStep
-    code_sums: CodeSums  # what a checkpoint keeps of the codes that its parameters have on these devices
-    flips: CodeFlips
-    easing: QuantSchedule | None = None
+    code_sums: CodeSums  # checksums of the codes that parameters have on these devices, for a checkpoint
+    flips: CodeFlips  # counts codes that change, where the log has them
 
 
 def make_programs(
     experiment: Experiment, *, vocab_size: int, mesh: Mesh, step: int | None = None
 ) -> Programs:
-    """What the settings come to with a tokenizer of this size, if the model has none of its own. Raises
-    ValueError if they do not fit.
+    """Return the programs of an experiment. Nothing is compiled before it is called.
 
     Args:
-      step: before which training step, where quantization has phases; None for the last of them.
+      vocab_size: of the tokenizer, which the model takes unless it has a size of its own.
+      step: the training step that they are for, where quantization has phases; None for the last phase.
+
+    Raises:
+      ValueError: the settings do not fit each other or the mesh.
     """
     check_rows(experiment, mesh)
     model = resolved_model(experiment, vocab_size=vocab_size)
@@ -81,7 +85,9 @@ def make_programs(
     inference = define_quantized(inference_config(model), phases, step=step)
     quant = experiment.quant
     steps = experiment.run.steps
-    easing = None if quant is None else quant_schedule_of(quant, first_step=phases[0].step, total_steps=steps)
+    quant_schedule = None
+    if quant is not None and phase_of(definition) is not None:
+        quant_schedule = quant_schedule_of(quant, first_step=phases[0].step, total_steps=steps)
     optimizer = make_optimizer(experiment.optim, definition.params, total_steps=steps)
     with_ema = experiment.optim.ema_decay is not None
     objective = experiment.objective
@@ -93,19 +99,19 @@ def make_programs(
         optim=experiment.optim,
         shapes=shapes,
         total_steps=steps,
-        easing=None if phase_of(definition) is None else easing,
+        quant_schedule=quant_schedule,
     )
     loss_config = None if objective.distill is None else objective.distill.loss_config
     return Programs(
         definition=definition,
         inference=inference,
+        optimizer=optimizer,
         shapes=shapes,
         train_step=train_step,
         eval_step=make_eval_step(inference, loss_config=loss_config, unrounded=experiment.eval.unrounded),
-        easing=easing,
         flips=CodeFlips(weight_formats(definition) if experiment.run.log_flips else {}),
         code_sums=jax.jit(
-            functools.partial(numeric_weights.code_sums, formats_of=weight_formats(definition))
+            functools.partial(quantized_weights.code_sums, formats_of=weight_formats(definition))
         ),
     )
 
@@ -117,7 +123,7 @@ def resolved_model(experiment: Experiment, *, vocab_size: int) -> ModelConfig:
 
 
 def resolved_phases(experiment: Experiment) -> tuple[QuantPhase, ...]:
-    """Return the phases of quantization at the steps where they begin; empty without quantization.
+    """Return the quantization phases at the steps where they begin; empty without quantization.
 
     Raises:
       ValueError: as `QuantConfig.resolved`.
@@ -130,17 +136,17 @@ def resolved_phases(experiment: Experiment) -> tuple[QuantPhase, ...]:
 
 
 def check_rows(experiment: Experiment, mesh: Mesh) -> None:
-    """Raise ValueError where the sequences of a batch cannot be divided evenly."""
+    """Raise ValueError where the sequences of a batch cannot be split evenly over devices and microbatches."""
     divisor = batch_divisor(mesh)
     parts = divisor * experiment.optim.accumulation_steps
     if experiment.data.batch_size % parts:
         raise ValueError(
-            f"data.batch_size={experiment.data.batch_size} must be a multiple of {parts}: rows are divided "
-            "over "
-            f"{divisor} device(s) and {experiment.optim.accumulation_steps} accumulation step(s)"
+            f"data.batch_size={experiment.data.batch_size} must be a multiple of {parts}: sequences are sharded "
+            f"over {divisor} device(s) and split into {experiment.optim.accumulation_steps} microbatch(es)"
         )
-    rows = experiment.eval.batch_size
-    if rows is not None and rows % divisor:
+    batch_size = experiment.eval.batch_size
+    if batch_size is not None and batch_size % divisor:
         raise ValueError(
-            f"eval.batch_size={rows} must be a multiple of {divisor}, the devices that rows are divided over"
+            f"eval.batch_size={batch_size} must be a multiple of {divisor}, the devices that sequences are "
+            "sharded over"
         )

@@ -1,12 +1,12 @@
-"""The training state and the one train step: forward, loss, gradient, update, compiled as one function.
+"""The one train step: forward pass, loss, gradient and update, compiled as one function.
 
-Everything a batch contributes is a sum; counts come from the batch alone, and sums are divided by the counts
-of the whole global batch, so that accumulation, padding and the number of devices never change the loss. A
-step whose loss or gradient is not finite, or whose global batch has no scored target, is undone on the
-device: parameters, moments, averages and buffers keep their old values, by `where`, the schedule does not
-advance, and the skip is counted.
+Everything that a batch contributes is a sum. Counts come from the batch alone, and sums are divided by the counts
+of the whole global batch, so that accumulation, padding and the number of devices never change the loss. A step
+whose loss or gradient is not finite, or whose global batch has no scored target, is skipped on the device:
+parameters, moments, averages and buffers keep their old values, the learning rate schedule does not advance, and
+the skip is counted.
 
-Dims: A microbatches, T time.
+Dims: B batch, T time.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from slmjax import losses
 from slmjax.data.batch import Batch
@@ -28,21 +28,97 @@ from slmjax.models.paths import block_at
 from slmjax.parallel import communication
 from slmjax.quantization.fake_quantization import fake_quantize, weight_formats
 from slmjax.quantization.schedule import QuantSchedule
-from slmjax.training.metrics import batch_metrics, data_checksum, squares_by_layer
-from slmjax.training.objective import ObjectiveConfig, counts, terms
+from slmjax.training.metrics import GradientGroups, gradient_groups, gradient_norms, step_metrics
+from slmjax.training.objective import ObjectiveConfig, count_targets, loss_terms
 from slmjax.training.optim import OptimConfig, learning_rate
-from slmjax.training.state import MILLION, TrainState, Tree
+from slmjax.training.state import TrainState
+
+# (state, batch) or (state, batch, teacher outputs)
+TrainStep = Callable[..., tuple[TrainState, dict[str, Any]]]
+TeacherOutputs = tuple[losses.TeacherOutput, ...]
+# Of the global batch: examples, and each teacher's hidden states of them.
+Part = tuple[Batch, tuple[Array, ...]]
 
 
-def _counted(tokens: Array, more: Array) -> Array:
-    rest = tokens[1] + more.astype(jnp.int32)
-    return jnp.stack([tokens[0] + rest // MILLION, rest % MILLION])
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """Everything about a train step that is known before it is compiled."""
+
+    definition: Definition
+    optimizer: optax.GradientTransformation
+    objective: ObjectiveConfig
+    optim: OptimConfig
+    total_steps: int
+    quant_schedule: QuantSchedule | None  # None in floating point
+    gradient_groups: GradientGroups
+    is_quantized: bool  # the model computes with other parameters than those that are trained
+    forward: Definition  # for those parameters: it takes weights as they are
 
 
 # The step ---------------------------------------------------------------------------------------------------
-TrainStep = Callable[
-    ..., tuple[TrainState, dict[str, Any]]
-]  # (state, batch) or (state, batch, what the teachers say of it)
+def train_step(
+    settings: StepSettings, state: TrainState, batch: Batch, teacher_outputs: TeacherOutputs = ()
+) -> tuple[TrainState, dict[str, Any]]:
+    """Return the next state and the metrics of one optimizer step; branches are taken when it is compiled."""
+    # Folded from the step, so that a resumed run draws what an uninterrupted one would have drawn.
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    # The loss is a mean over the global batch, so its counts are taken before the batch is split.
+    totals = count_targets(batch)
+    weights = None
+    if settings.objective.distill is not None:
+        weights = distill_weights(settings, state, key)
+    value_and_grads = functools.partial(
+        loss_and_grads,
+        settings,
+        buffers=state.buffers,
+        batch=batch,
+        totals=totals,
+        key=key,
+        teacher_outputs=teacher_outputs,
+        weights=weights,
+    )
+    if settings.is_quantized:
+        # Once a step, outside the loop over microbatches: the weights are the same for all of them.
+        quantize = functools.partial(
+            fake_quantize, settings.definition, schedule=settings.quant_schedule, step=state.step, key=key
+        )
+        (params, damping_loss), vjp_fn = jax.vjp(quantize, state.params)
+        loss, sums, grads = value_and_grads(params)
+        # The optimizer updates the parameters before rounding, so the gradient goes back through it. That of the
+        # damping loss, which is not weighted any further, is added.
+        (grads,) = vjp_fn((grads, jnp.ones(())))
+        loss = loss + damping_loss
+    else:
+        # The plain case: the model computes with the parameters that are trained.
+        loss, sums, grads = value_and_grads(state.params)
+    # Before clipping, which would hide a spike.
+    grad_norm = optax.tree.norm(grads)
+    updated = apply_gradients(settings, state, grads)
+    if state.buffers:
+        # Router biases move by the loads of the global batch: once a step, whatever the accumulation.
+        updated = dataclasses.replace(updated, buffers=update_buffers(settings, state.buffers, sums))
+    if settings.objective.distill is not None:
+        # A divergence may go by its own value on the global batch, as TAID does.
+        updated = dataclasses.replace(updated, objective=update_objective(settings, state, sums, totals))
+    # The host waits for no step, so the device itself decides whether an update counts.
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    new_state = keep_if_finite(updated, state, is_finite=is_finite, num_targets=totals["targets"])
+    metrics = step_metrics(
+        new_state,
+        state,
+        batch,
+        sums=sums,
+        totals=totals,
+        objective=loss,
+        grad_norm=grad_norm,
+        grad_norms=gradient_norms(grads, settings.gradient_groups),
+        learning_rate=learning_rate(
+            settings.optim, state.step - state.skipped, total_steps=settings.total_steps
+        ),
+    )
+    if weights is not None:
+        metrics |= distillation.weight_metrics(weights)
+    return new_state, metrics
 
 
 def make_train_step(
@@ -53,199 +129,167 @@ def make_train_step(
     optim: OptimConfig,
     shapes: TrainState,
     total_steps: int,
-    easing: QuantSchedule | None = None,
+    quant_schedule: QuantSchedule | None = None,
 ) -> TrainStep:
-    """The compiled step `(state, batch, teachers) -> (state, metrics)`; the state it is given is donated.
-    Call it under the mesh.
+    """Return the compiled step `(state, batch, teacher_outputs) -> (state, metrics)`.
 
-    `teachers` is what they say of the batch; without it, which is a program of its own, there is no
-    divergence in the loss.
+    Call it under the mesh. The state is donated: its buffers are reused for the new one.
 
-    Metrics are float32 scalars of the whole batch: `loss` (nats per scored token, NaN without one),
-    `objective` (with auxiliary terms), `grad_norm` (before clipping), `learning_rate`, `accuracy`, `nll`,
-    `targets`, `bytes`, `tokens`, `skipped` (so far), `skipped_in_a_row`, and for mixtures of experts
-    `dropped` and `expert_imbalance` (the busiest expert's load over the mean, averaged over layers), in
-    distillation the mean `divergence` and its loss weights; `data_checksum` is an integer; `grad_norms` and
-    `expert_loads` are trees of arrays, which `named_metrics` puts into words. Every process can read them:
-    they are whole everywhere.
+    `teacher_outputs` are those of this batch. Without them, which is a program of its own, the loss has no
+    divergence. Metrics are described at `metrics.step_metrics`; every process can read them, since they are
+    replicated.
     """
-    grads_of = functools.partial(_gradients, definition.transformed(), objective, optim.accumulation_steps)
-    remembered = functools.partial(_remembered, objective, total_steps)
-
-    def train_step(
-        state: TrainState, batch: Batch, teachers: tuple[losses.TeacherOutput, ...] = ()
-    ) -> tuple[TrainState, dict[str, Any]]:
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        total = counts(batch)
-        weights = distillation.distill_weights_at(
-            objective.distill,
-            state.step,
-            total_steps=total_steps,
-            state=state.objective,
-            key=key,
-            z_loss=objective.z_loss,
-        )
-        effective, pull = _effective(definition, easing, state, key)  # once, before the batch is taken apart
-        value, sums, grads = grads_of(effective, state.frozen, batch, total, key, teachers, weights)
-        grads, distance = pull(grads)
-        grad_norm = optax.tree.norm(grads)
-        num_updates = state.step - state.skipped  # what schedules go by: a step that was undone is no update
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
-        held = (
-            updates
-            if easing is None
-            else easing.freeze_updates(
-                updates, state.step, config=definition.config, paths=weight_formats(definition)
-            )
-        )
-        trainable: Params = jax.tree.map(jnp.add, state.trainable, held)
-        changed = {
-            "trainable": trainable,
-            "frozen": _updated_buffers(definition, state.frozen, sums),
-            "objective": remembered(state, sums, total),
-            "optimizer": optimizer_state,
-            "ema": _averaged(state.ema, trainable, decay=optim.ema_decay, num_updates=num_updates),
-        }
-        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-        new_state = _next_state(state, changed, finite=finite, num_targets=total["targets"])
-        metrics = {
-            "objective": value + distance,
-            "grad_norm": grad_norm,
-            "grad_norms": jnp.sqrt(squares_by_layer(definition.config, grads)),
-            "learning_rate": jnp.asarray(learning_rate(optim, num_updates, total_steps=total_steps)),
-            "skipped": new_state.skipped,
-            "skipped_in_a_row": new_state.skipped_in_a_row,
-            "data_checksum": data_checksum(batch.row_ids),
-        }
-        return new_state, metrics | distillation.weight_metrics(weights) | total | batch_metrics(sums, total)
-
-    places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(places, places.step))
+    settings = StepSettings(
+        definition=definition,
+        optimizer=optimizer,
+        objective=objective,
+        optim=optim,
+        total_steps=total_steps,
+        quant_schedule=quant_schedule,
+        gradient_groups=gradient_groups(definition.config, definition.params),
+        is_quantized=definition.is_transformed,
+        forward=definition.transformed(),
+    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    step = functools.partial(train_step, settings)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
 
 
-def _remembered(
-    objective: ObjectiveConfig,
-    total_steps: int,
-    state: TrainState,
-    sums: Mapping[str, Array],
-    total: Mapping[str, Array],
-) -> Tree:
-    """What the divergence from teachers keeps for the next step."""
-    progress = state.step / total_steps
-    return distillation.updated_state(
-        objective.distill, state.objective, sums, num_targets=total["targets"], progress=progress
+# Its stages, in order ---------------------------------------------------------------------------------------
+def distill_weights(settings: StepSettings, state: TrainState, key: Array) -> losses.DistillWeights | None:
+    """Loss weights and temperature of distillation, which are schedules of the step."""
+    return distillation.distill_weights_at(
+        settings.objective.distill,
+        state.step,
+        total_steps=settings.total_steps,
+        state=state.objective,
+        key=key,
+        z_loss=settings.objective.z_loss,
     )
 
 
-def _effective(
-    definition: Definition, easing: QuantSchedule | None, state: TrainState, key: Array
-) -> tuple[Params, Callable[[Params], tuple[Params, Array]]]:
-    """The parameters that the model computes with, and what makes of their gradient that of the trained ones.
-
-    The second adds the gradient of the distance of weights to their codes, where that is damped, and gives
-    its share of the loss.
-    """
-    if not definition.is_transformed:
-        return state.trainable, lambda grads: (grads, jnp.zeros(()))
-    transform = functools.partial(fake_quantize, definition, schedule=easing, step=state.step, key=key)
-    (layer_params, damping_loss), vjp_fn = jax.vjp(transform, state.trainable)
-    return layer_params, lambda grads: (vjp_fn((grads, jnp.ones(())))[0], damping_loss)
-
-
-def _next_state(
-    state: TrainState, changed: Mapping[str, Any], *, finite: Array, num_targets: Array
-) -> TrainState:
-    """The state after a step: what it changed, or, where something was not finite or no target is scored,
-    what it was before.
-    """
-    is_empty = num_targets == 0
-    counts = finite & ~is_empty
-    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(counts, new, old))
-    kept = {name: keep(new, getattr(state, name)) for name, new in changed.items()}
-    in_a_row = jnp.where(finite, jnp.where(is_empty, state.skipped_in_a_row, 0), state.skipped_in_a_row + 1)
-    return dataclasses.replace(
-        state,
-        **kept,
-        step=state.step + 1,
-        tokens=_counted(state.tokens, jnp.where(counts, num_targets, 0.0)),
-        skipped=state.skipped + (1 - counts.astype(jnp.int32)),
-        skipped_in_a_row=in_a_row,
-    )
-
-
-Rows = tuple[Batch, tuple[Array, ...]]  # a batch, and the hidden states of each teacher
-
-
-def _gradients(
-    definition: Definition,
-    objective: ObjectiveConfig,
-    num_microbatches: int,
+def loss_and_grads(
+    settings: StepSettings,
     params: Params,
+    *,
     buffers: Params,
     batch: Batch,
-    total: dict[str, Array],
+    totals: Mapping[str, Array],
     key: Array,
-    teachers: tuple[losses.TeacherOutput, ...],
+    teacher_outputs: TeacherOutputs,
     weights: losses.DistillWeights | None,
 ) -> tuple[Array, dict[str, Array], Params]:
-    """Loss, reported sums and gradient of the global batch, accumulated over microbatches."""
+    """Loss, reported sums and gradient of the global batch, accumulated over microbatches.
 
-    def loss_of(params: Params, rows: Rows, part_key: Array) -> tuple[Array, dict[str, Array]]:
-        part, states = rows
-        said = tuple(
-            dataclasses.replace(teacher, hidden=hidden)
-            for teacher, hidden in zip(teachers, states, strict=True)
-        )
-        dropout_key = part_key if definition.config.dropout > 0 else None
-        sums, reported = terms(
-            definition, objective, params, buffers, part, key=dropout_key, teachers=said, weights=weights
-        )
-        parts = [value / jnp.maximum(total[count], 1.0) for value, count in sums.values()]
-        return jnp.sum(jnp.stack(parts)), reported
+    Args:
+      params: as modules compute with them: fake-quantized where they have formats.
+      totals: counts of the global batch, by which its sums are divided.
+      key: of the step. Each microbatch folds its number into it.
+      weights: of the losses in distillation, with the temperature.
+    """
+    num_microbatches = settings.optim.accumulation_steps
 
-    rows: Rows = batch, tuple(teacher.hidden for teacher in teachers)
-    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+    def loss_fn(params: Params, part: Part, part_key: Array) -> tuple[Array, dict[str, Array]]:
+        examples, hidden = part
+        teachers = tuple(
+            dataclasses.replace(teacher, hidden=states)
+            for teacher, states in zip(teacher_outputs, hidden, strict=True)
+        )
+        terms, sums = loss_terms(
+            settings.forward,
+            settings.objective,
+            params,
+            buffers,
+            examples,
+            key=part_key if settings.definition.config.dropout > 0 else None,
+            teacher_outputs=teachers,
+            weights=weights,
+        )
+        means = [value / jnp.maximum(totals[count], 1.0) for value, count in terms.values()]
+        return jnp.sum(jnp.stack(means)), sums
+
+    # Of teachers only the hidden states belong to sequences and are split; their heads are shared.
+    whole: Part = (batch, tuple(teacher.hidden for teacher in teacher_outputs))
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if num_microbatches == 1:
-        (value, reported), grads = value_and_grad(params, rows, key)
-        return value, reported, grads
+        (loss, sums), grads = value_and_grad(params, whole, key)
+        return loss, sums, grads
 
-    def accumulate(carry: Any, xs: tuple[Rows, Array]) -> tuple[Any, None]:
+    def accumulate(carry: Any, xs: tuple[Part, Array]) -> tuple[Any, None]:
         part, index = xs
-        (value, reported), grads = value_and_grad(params, part, jax.random.fold_in(key, index))
-        return jax.tree.map(jnp.add, carry, (value, reported, grads)), None
+        (loss, sums), grads = value_and_grad(params, part, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, carry, (loss, sums, grads)), None
 
-    parts = jax.tree.map(
-        functools.partial(communication.split_microbatches, num_microbatches=num_microbatches), rows
-    )
+    split = functools.partial(communication.split_microbatches, num_microbatches=num_microbatches)
+    parts = jax.tree.map(split, whole)
+    # The carry begins at zero, in the shapes of one microbatch's result.
     first = jax.tree.map(lambda leaf: leaf[0], parts)
-    shapes = jax.eval_shape(value_and_grad, params, first, key)
-    zeros = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[0][0], shapes[0][1], shapes[1])
-    )
+    (loss, sums), grads = jax.eval_shape(value_and_grad, params, first, key)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (loss, sums, grads))
     return jax.lax.scan(accumulate, zeros, (parts, jnp.arange(num_microbatches)))[0]
 
 
-def _averaged(
-    ema: Params | None, params: Params, *, decay: float | None, num_updates: Array
-) -> Params | None:
-    """The moving average; it forgets faster in the first updates, so that the initial weights do not linger
-    in it.
-    """
-    if ema is None or decay is None:
-        return None
-    rate = 1.0 - jnp.minimum(decay, (1.0 + num_updates) / (10.0 + num_updates))
-    return jax.tree.map(lambda old, new: old + rate * (new - old), ema, params)
+def apply_gradients(settings: StepSettings, state: TrainState, grads: Params) -> TrainState:
+    """Return the state with new parameters, moments and average."""
+    updates: Any
+    updates, moments = settings.optimizer.update(grads, state.optimizer, state.params)
+    schedule = settings.quant_schedule
+    if schedule is not None and schedule.freeze_from is not None:
+        definition = settings.definition
+        updates = schedule.freeze_updates(
+            updates, state.step, config=definition.config, paths=weight_formats(definition)
+        )
+    params = jax.tree.map(jnp.add, state.params, updates)
+    ema = None
+    if settings.optim.ema_decay is not None:
+        # Forgets faster in the first updates, so that the initial weights do not linger in the average.
+        num_updates = state.step - state.skipped
+        rate = 1.0 - jnp.minimum(settings.optim.ema_decay, (1.0 + num_updates) / (10.0 + num_updates))
+        ema = jax.tree.map(lambda old, new: old + rate * (new - old), state.ema, params)
+    return dataclasses.replace(state, params=params, optimizer=moments, ema=ema)
 
 
-def _updated_buffers(definition: Definition, buffers: Params, sums: Mapping[str, Array]) -> Params:
-    """Router biases after this step's global loads: moved once per optimizer step, whatever the
-    accumulation.
-    """
+def update_buffers(settings: StepSettings, buffers: Params, sums: Mapping[str, Array]) -> Params:
+    """Router biases after this step's loads; other buffers stay."""
     updated = dict(buffers)
     for path in buffers:
-        if path.endswith("/router_bias") and isinstance(
-            ffn := block_at(definition.config, path).ffn, moe.MoeConfig
-        ):
+        if not path.endswith("/router_bias"):
+            continue
+        ffn = block_at(settings.definition.config, path).ffn
+        if isinstance(ffn, moe.MoeConfig):
             load = sums[path.removesuffix("router_bias") + "expert_counts"]
             updated[path] = moe.updated_bias(buffers[path], load, rate=ffn.bias_rate)
     return updated
+
+
+def update_objective(
+    settings: StepSettings, state: TrainState, sums: Mapping[str, Array], totals: Mapping[str, Array]
+) -> dict[str, Array]:
+    """The state of the divergence after this step."""
+    return distillation.updated_state(
+        settings.objective.distill,
+        state.objective,
+        sums,
+        num_targets=totals["targets"],
+        progress=state.step / settings.total_steps,
+    )
+
+
+def keep_if_finite(
+    updated: TrainState, state: TrainState, *, is_finite: Bool[Array, ""], num_targets: Array
+) -> TrainState:
+    """Return the updated state, or the old one where the step is skipped, with the counters advanced.
+
+    A step is skipped where its loss or gradient is not finite, or where its batch has no target: the mean over
+    no target is no loss. Only the first kind counts for `skipped_in_a_row`, by which a run that diverges ends.
+    """
+    is_empty = num_targets == 0
+    is_kept = is_finite & ~is_empty
+    kept = jax.tree.map(lambda new, old: jnp.where(is_kept, new, old), updated, state)
+    failed_in_a_row = jnp.where(is_finite, 0, state.skipped_in_a_row + 1)
+    return dataclasses.replace(
+        kept,
+        step=state.step + 1,
+        skipped=state.skipped + (1 - is_kept.astype(jnp.int32)),
+        skipped_in_a_row=jnp.where(is_finite & is_empty, state.skipped_in_a_row, failed_in_a_row),
+    )

@@ -15,7 +15,8 @@ import slmjax
 from slmjax.checkpoints.run_checkpoints import CheckpointConfig, Checkpointer
 from slmjax.checkpoints.selection import best_of, is_better
 from slmjax.evaluation.bits_per_byte import EvalResult
-from slmjax.runner import session, trainer
+from slmjax.runner import trainer
+from slmjax.runner.setup import Setup
 from slmjax.telemetry.run_directory import RunLog
 from tests.checkpoints.test_run_checkpoints import MODEL, state_at
 from tests.one_layer import one_layer
@@ -96,7 +97,7 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best(workplace, tmp_path,
             seconds=0.0,
         )
 
-    monkeypatch.setattr(session.Setup, "evaluate", evaluation)
+    monkeypatch.setattr(Setup, "evaluate", evaluation)
     experiment = one_layer(workplace, tmp_path, steps=6)
     experiment = dataclasses.replace(
         experiment,

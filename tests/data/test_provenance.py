@@ -30,7 +30,7 @@ from slmjax.models.definition import define
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.mixers.attention import AttentionConfig
 from slmjax.quantization.ptq.round_to_nearest import Clip, _origin
-from slmjax.runner import session
+from slmjax.runner import setup as run_setup
 from slmjax.training.experiment import Experiment, FromModel
 from slmjax.training.objective import ObjectiveConfig
 from tests.data.test_held_out import TEXTS, corpus
@@ -297,7 +297,7 @@ def test_a_new_run_names_models_that_were_trained_on_what_it_holds_out(
     asked = Experiment(
         model=CONFIG, data=data, init=FromModel(path=str(first)), objective=ObjectiveConfig(distill=distill)
     )
-    session._warn_of_overlap(asked, prepare(data, ByteTokenizer()))
+    run_setup._warn_of_overlap(asked, prepare(data, ByteTokenizer()))
     assert [str(tmp_path / name) in caplog.text for name in fractions] == [True, True, False]
 
 

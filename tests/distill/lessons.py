@@ -103,13 +103,12 @@ class Lesson:
         model = untrained(self.experiment.model, tokenizer=BYTES, path=Path(), scale=0.2)
         distill = self.experiment.objective.distill
         return TrainState(
-            trainable=model.params,
-            frozen=model.buffers,
+            params=model.params,
+            buffers=model.buffers,
             optimizer=self.optimizer.init(model.params),
             ema=None,
             objective={} if distill is None else distill.divergence.initial_state(),
             rng=jax.random.key_data(jax.random.key(0)),
-            tokens=jnp.zeros((2,), jnp.int32),
             **{name: jnp.zeros((), jnp.int32) for name in ("step", "skipped", "skipped_in_a_row")},
         )
 
@@ -142,7 +141,7 @@ def build(
     num_devices: int = 1,
     num_microbatches: int = 1,
 ) -> Lesson:
-    """As `session.set_up` makes it, without data; `num_devices` of all, or those that the teachers leave."""
+    """As `setup.set_up` makes it, without data; `num_devices` of all, or those that the teachers leave."""
     experiment = Experiment(
         model=student,
         data=DataConfig(sequence_length=LENGTH, batch_size=ROWS),

@@ -23,7 +23,7 @@ from slmjax.distill.config import DistillConfig, Ramp, RampShape, TeacherConfig
 from slmjax.distill.teachers import Teachers
 from slmjax.losses import Divergence, ForwardKl, ReverseKl, Taid
 from slmjax.parallel.mesh import make_mesh
-from slmjax.runner import session
+from slmjax.runner import setup as run_setup
 from slmjax.runner.initial_state import fresh_state
 from slmjax.runner.trainer import Result
 from slmjax.telemetry.run_directory import read_log
@@ -237,12 +237,12 @@ def test_a_teacher_without_weight_is_not_even_looked_for(
 
 
 # Evaluation -------------------------------------------------------------------------------------------------
-def set_up(experiment: Experiment) -> tuple[session.Setup, Any]:
+def set_up(experiment: Experiment) -> tuple[run_setup.Setup, Any]:
     """What is fixed before the first step, and the first state."""
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
-        setup = session.set_up(experiment, tokenizer=experiment.tokenizer, mesh=mesh)
-        return session.with_teachers(setup), fresh_state(setup)
+        setup = run_setup.set_up(experiment, tokenizer=experiment.tokenizer, mesh=mesh)
+        return run_setup.with_teachers(setup), fresh_state(setup)
 
 
 def test_an_evaluation_beside_the_teacher_is_the_dense_one(

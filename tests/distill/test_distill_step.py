@@ -196,7 +196,7 @@ def test_the_end_of_a_text_counts_where_it_has_the_id_of_padding(teacher: str) -
     _, metrics = lesson.run(batch, state=start)
     assert metrics["targets"] == sum(map(len, documents)) - len(documents) == batch.loss_mask.sum()
 
-    student = lesson.programs.definition.merge(start.trainable, start.frozen)
+    student = lesson.programs.definition.merge(start.params, start.buffers)
     ours, theirs = (dense_logits(model, batch) for model in (student, slmjax.load_model(teacher).model))
     divergence = mean_over(
         TEMPERATURE**2 * forward_kl(theirs, ours, temperature=TEMPERATURE), batch.loss_mask
@@ -224,7 +224,7 @@ def test_a_step_that_is_undone_leaves_what_the_divergence_remembers(teacher: str
         float(before.objective["share"])
     )
     assert_bits_equal(after.objective, before.objective)
-    assert_bits_equal(after.trainable, before.trainable)
+    assert_bits_equal(after.params, before.params)
     nothing = dataclasses.replace(make_batch(2), loss_mask=np.zeros((ROWS, LENGTH), np.float32))
     assert_bits_equal(
         lesson.run(nothing, state=before)[0].objective, before.objective

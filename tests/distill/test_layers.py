@@ -32,8 +32,8 @@ from slmjax.models.mixers.attention import AttentionConfig, Biases, QkNorm
 from slmjax.models.mixers.latent import LatentAttentionConfig
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 from slmjax.parallel.rules import parameter_shardings
-from slmjax.runner import session
 from slmjax.runner.initial_state import fresh_state
+from slmjax.runner.setup import set_up
 from slmjax.telemetry.run_directory import read_log
 from slmjax.training.experiment import FromTeacherLayers
 from tests.convert.synthetic import VOCAB_SIZE, write_model
@@ -495,7 +495,7 @@ def losses(result: slmjax.Result) -> dict[int, float]:
 def first_state(experiment: slmjax.Experiment) -> Any:
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
-        return fresh_state(session.set_up(experiment, tokenizer=experiment.tokenizer, mesh=mesh))
+        return fresh_state(set_up(experiment, tokenizer=experiment.tokenizer, mesh=mesh))
 
 
 def test_runs(tmp_path: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ from slmjax.models.ffn.moe import Balance, MoeConfig
 from slmjax.models.mixers.attention import AttentionConfig, Biases, QkNorm
 from slmjax.parallel import communication
 from slmjax.parallel.mesh import MeshConfig, make_mesh
-from slmjax.training.objective import ObjectiveConfig, terms
+from slmjax.training.objective import ObjectiveConfig, loss_terms
 from tests.distill.lessons import (
     BLOCK,
     BYTES,
@@ -201,7 +201,7 @@ def test_a_teacher_is_the_same_after_training(teacher: Path) -> None:
     )
 
     def loss(said: Any) -> jax.Array:
-        return terms(
+        return loss_terms(
             definition,
             ObjectiveConfig(distill=distill),
             params,

@@ -121,14 +121,14 @@ def test_a_step_is_that_of_pytorch(student: str, teacher: str, tmp_path: Path) -
     )
     lesson = build(distill, loaded.config)
     start = dataclasses.replace(
-        lesson.start(), trainable=loaded.params, optimizer=lesson.optimizer.init(loaded.params)
+        lesson.start(), params=loaded.params, optimizer=lesson.optimizer.init(loaded.params)
     )
     state, metrics = lesson.run(batch, state=start)
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, rel=1e-4 if name == "grad_norm" else 1e-5), name
     assert expected["divergence"] > 0.1 and expected["grad_norm"] > GRAD_CLIP
     is_real = batch.segment_ids > 0
-    after = dense_logits(lesson.programs.definition.merge(state.trainable, state.frozen), batch)
+    after = dense_logits(lesson.programs.definition.merge(state.params, state.buffers), batch)
     before = dense_logits(loaded.model, batch)
     np.testing.assert_allclose(after[is_real], logits_after[is_real], atol=1e-4 * np.abs(logits_after).max())
     assert np.abs(after - before)[is_real].max() > 0.05

@@ -35,7 +35,7 @@ from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.mixers.attention import AttentionConfig
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 from slmjax.parallel.rules import parameter_shardings
-from slmjax.runner.session import set_up
+from slmjax.runner.setup import set_up
 from slmjax.training.experiment import EvalConfig, Experiment
 from tests.data.in_memory import BOS, EOS, InMemoryDocuments
 

@@ -19,7 +19,8 @@ from slmjax.parallel.batches import place_batch
 from slmjax.parallel.mesh import make_mesh
 from slmjax.planning import memory
 from slmjax.planning.memory import Change, StepMemory
-from slmjax.runner import out_of_memory, session, trainer
+from slmjax.runner import out_of_memory, session
+from slmjax.runner.setup import Setup
 from slmjax.telemetry.run_directory import read_log
 from slmjax.training.experiment import Experiment
 from slmjax.training.optim import make_optimizer
@@ -230,19 +231,20 @@ def exhausted(*_: object) -> None:
 @pytest.fixture
 def too_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """The third step finds no memory; of all that could be tried, what divides the parameters is."""
-    prepared = trainer.set_up
+    prepared = session.set_up
     divided = Change(settings={"mesh.data": 1, "mesh.fsdp": 8})
 
     def set_up(*arguments, **options):
         setup = prepared(*arguments, **options)
-        return dataclasses.replace(
-            setup,
-            train_step=lambda state, batch: (exhausted if state.step >= 2 else setup.train_step)(
-                state, batch
-            ),
-        )
+        train_step = setup.programs.train_step
 
-    monkeypatch.setattr(trainer, "set_up", set_up)
+        def third_step_fails(state, batch, teacher_outputs):
+            return (exhausted if state.step >= 2 else train_step)(state, batch, teacher_outputs)
+
+        programs = dataclasses.replace(setup.programs, train_step=third_step_fails)
+        return dataclasses.replace(setup, programs=programs)
+
+    monkeypatch.setattr(session, "set_up", set_up)
     monkeypatch.setattr(out_of_memory, "training_changes", lambda *_, **__: [divided])
 
 
@@ -303,9 +305,9 @@ def test_it_is_said_where_memory_ran_out(
 
     monkeypatch.setattr(out_of_memory, "advise", advise)
     if place == "evaluation":
-        monkeypatch.setattr(session.Setup, "evaluate", exhausted)
+        monkeypatch.setattr(Setup, "evaluate", exhausted)
     else:
-        monkeypatch.setattr(trainer, "fresh_state", exhausted)
+        monkeypatch.setattr(session, "fresh_state", exhausted)
     with pytest.raises(
         memory.OutOfMemory,
         match=f"out of memory in {place}, after step .*\n.*\n.*\n  --optim.accumulation-steps 2 ",
@@ -320,7 +322,7 @@ def test_another_error_stays_what_it_is(
     def fail(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(session.Setup, "evaluate", fail)
+    monkeypatch.setattr(Setup, "evaluate", fail)
     with pytest.raises(RuntimeError, match="^a bug$"):
         slmjax.train(one_layer(workplace, tmp_path, steps=2), console=Console(file=io.StringIO()))
 

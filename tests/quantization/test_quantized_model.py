@@ -221,14 +221,14 @@ def trained(
         optim=optim,
         shapes=shapes,
         total_steps=10,
-        easing=easing,
+        quant_schedule=easing,
     )
     with jax.set_mesh(mesh):
         state = init_state(definition, optimizer, shapes=shapes, seed=0)
         if given is not None:
-            places = jax.tree.map(lambda leaf: leaf.sharding, (shapes.trainable, shapes.frozen))
+            places = jax.tree.map(lambda leaf: leaf.sharding, (shapes.params, shapes.buffers))
             params, buffers = jax.device_put(jax.tree.map(jnp.copy, given), places)
-            state = dataclasses.replace(state, trainable=params, frozen=buffers)
+            state = dataclasses.replace(state, params=params, buffers=buffers)
         start = jax.device_get(state)
         for seed in range(num_steps):
             state, metrics = train_step(state, place_batch(make_batch(seed), mesh))
@@ -267,8 +267,8 @@ def test_a_mesh_and_accumulation_equal_one_device(mesh, parts):
     np.testing.assert_allclose(
         metrics["grad_norm"], figures["grad_norm"], rtol=0.02
     )  # a code that flips moves it
-    for path, leaf in expected.trainable.items():
-        difference = np.abs(found.trainable[path] - leaf)
+    for path, leaf in expected.params.items():
+        difference = np.abs(found.params[path] - leaf)
         assert np.mean(difference) < 3e-4 and np.quantile(difference, 0.9) < 2e-3, path
 
 
@@ -297,13 +297,13 @@ def test_sums_of_codes_tell_of_any_change_and_not_of_the_mesh():
 
 def test_what_is_learned_moves_and_what_is_measured_does_not():
     start, end, _ = alone()
-    moved = {path: float(np.abs(end.trainable[path] - leaf).max()) for path, leaf in start.trainable.items()}
+    moved = {path: float(np.abs(end.params[path] - leaf).max()) for path, leaf in start.params.items()}
     assert all((value > 0) is not is_sign(path) for path, value in moved.items()), moved
     assert sum(path.endswith("log_scale") for path in moved) == 2 * 2 + 1 and sum(map(is_sign, moved)) == 1
-    signs = next(leaf for path, leaf in end.trainable.items() if is_sign(path))
+    signs = next(leaf for path, leaf in end.params.items() if is_sign(path))
     assert 0.3 < np.mean(signs < 0) < 0.7
-    measured = [path for path in end.frozen if is_activation_quantizer_param(path)]
-    assert measured and all(np.array_equal(end.frozen[path], start.frozen[path]) for path in measured)
+    measured = [path for path in end.buffers if is_activation_quantizer_param(path)]
+    assert measured and all(np.array_equal(end.buffers[path], start.buffers[path]) for path in measured)
 
 
 def test_a_schedule_warms_up_and_freezes_layers_one_after_another():
@@ -374,8 +374,6 @@ def test_rounding_by_chance_is_new_in_every_step_and_none_in_evaluation():
 def test_learned_inputs_train_on_average():
     rules = (QuantRule(paths=".", weight=Q8, input=TENSOR, input_estimator=LearnedScale()),)
     start, end, metrics = trained(SMALL, (QuantPhase(rules=rules),), num_steps=2)
-    learned = [path for path in start.trainable if is_activation_quantizer_param(path)]
+    learned = [path for path in start.params if is_activation_quantizer_param(path)]
     assert len(learned) == 8 and np.isfinite(metrics["loss"])
-    assert all(
-        np.all(end.trainable[path] != start.trainable[path]) for path in learned if "experts" not in path
-    )
+    assert all(np.all(end.params[path] != start.params[path]) for path in learned if "experts" not in path)

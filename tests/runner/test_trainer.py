@@ -25,8 +25,8 @@ import slmjax
 from slmjax.cli import INTERRUPTED_STATUS
 from slmjax.data.tokenizers import CharTokenizer
 from slmjax.parallel.mesh import make_mesh
-from slmjax.runner import session
 from slmjax.runner.initial_state import fresh_state
+from slmjax.runner.setup import Setup, set_up
 from slmjax.sampling import FinishReason, SamplingConfig
 from slmjax.telemetry.run_directory import read_log
 from slmjax.training.experiment import EvalConfig, FromModel, read_experiment
@@ -383,12 +383,12 @@ def test_starting_from_a_model(finished, workplace, tmp_path):
     )
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
-        state = fresh_state(session.set_up(experiment, tokenizer=experiment.tokenizer, mesh=mesh))
+        state = fresh_state(set_up(experiment, tokenizer=experiment.tokenizer, mesh=mesh))
     loaded = slmjax.load_model(result.run_dir)
-    assert int(state.step) == 0 and loaded.step == 6 and state.trainable.keys() == loaded.params.keys()
+    assert int(state.step) == 0 and loaded.step == 6 and state.params.keys() == loaded.params.keys()
     for path, value in loaded.params.items():
         wanted = np.pad(value, ((0, 320 - 258), (0, 0))) if path == "embed/table" else value
-        np.testing.assert_array_equal(state.trainable[path], wanted, err_msg=path)
+        np.testing.assert_array_equal(state.params[path], wanted, err_msg=path)
         np.testing.assert_array_equal(state.ema[path], wanted, err_msg=path)
 
     other = dataclasses.replace(experiment, tokenizer=CharTokenizer())
@@ -449,7 +449,7 @@ def test_a_signal_after_the_last_step_loses_nothing(finished, workplace, tmp_pat
         signal.raise_signal(signals.pop())
 
     with monkeypatch.context() as patched:
-        patched.setattr(session.Setup, "evaluate", interrupted_evaluation)
+        patched.setattr(Setup, "evaluate", interrupted_evaluation)
         signals.append(signal.SIGTERM)
         stopped = slmjax.train(one_layer(workplace, tmp_path, steps=6), console=quiet())
     assert (stopped.status, stopped.step, stopped.samples) == ("interrupted", 6, [])

@@ -54,9 +54,11 @@ def test_the_steps_after_the_first_two_are_traced(experiment: Experiment) -> Non
     directory = Path(result.run_dir) / "profile"
     logged = messages(result)
     assert f"profile of steps 3 to 4 in {directory}" in logged
-    assert f"compiled programs are kept in {jax.config.jax_compilation_cache_dir}" in logged
-    assert any(re.fullmatch(r"\d+ of [1-9]\d* programs were kept from before", text) for text in logged)
-    assert f"xprof --port 8791 {directory}" in printed and "perfetto_trace.json.gz in Perfetto" in said
+    assert f"compilation cache: {jax.config.jax_compilation_cache_dir}" in logged
+    assert any(
+        re.fullmatch(r"\d+ of [1-9]\d* programs came from the compilation cache", text) for text in logged
+    )
+    assert f"xprof --port 8791 {directory}" in printed and "perfetto_trace.json.gz in Perfetto" in printed
 
 
 def test_fewer_steps_than_requested_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -100,7 +102,7 @@ def test_a_trace_that_fails_leaves_the_run(tmp_path: Path, caplog: pytest.LogCap
 
 
 def test_no_steps_are_refused_before_a_run_begins(experiment: Experiment, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="profile is 0: say how many steps"):
+    with pytest.raises(ValueError, match="profile is 0: give the number of steps to trace"):
         profiled(experiment, 0)
     assert not (tmp_path / "runs").exists()
 
@@ -109,6 +111,6 @@ def test_a_compilation_cache_that_is_off_is_reported() -> None:
     directory = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     try:
-        assert launch.keeping_of_programs().startswith("compiled programs are not kept for the next process")
+        assert launch.compilation_cache_note().startswith("compilation cache off: ")
     finally:
         jax.config.update("jax_compilation_cache_dir", directory)

@@ -15,7 +15,7 @@ from slmjax.models.architecture import ModelConfig
 from slmjax.models.definition import define
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 from slmjax.parallel.rules import parameter_shardings
-from slmjax.training.metrics import gradient_groups, squares_by_layer
+from slmjax.training.metrics import gradient_groups, gradient_norms
 from slmjax.training.optim import OptimConfig, Optimizer, parameter_groups
 from slmjax.training.state import TrainState
 from tests.composed import composed_model
@@ -135,17 +135,18 @@ def test_positions_lie_as_the_table_of_tokens_does():
     assert places["segments/0/blocks/0/ffn/experts/down_bias"].spec == jax.P(None, "expert", None)
 
 
-def test_gradients_of_positions_are_told_apart():
-    assert gradient_groups(CONFIG) == [*(f"layers/{i}" for i in range(4)), "embed", "final_norm", "positions"]
+def test_gradient_norms_are_by_layer_and_module():
     grads = {
         "positions/weight": jnp.full((64, 32), 0.5),
         "segments/0/blocks/1/mixer/sinks": jnp.asarray([[3.0] * 4, [1.0] * 4]),
     }
-    squares = dict(zip(gradient_groups(CONFIG), squares_by_layer(CONFIG, grads).tolist(), strict=True))
-    assert {name: square for name, square in squares.items() if square} == {
-        "layers/1": 36.0,
-        "layers/3": 4.0,
-        "positions": 512.0,
+    groups = gradient_groups(CONFIG, grads)
+    assert groups.names == (*(f"layers/{i}" for i in range(4)), "embed", "final_norm", "positions")
+    norms = dict(zip(groups.names, gradient_norms(grads, groups).tolist(), strict=True))
+    assert {name: norm for name, norm in norms.items() if norm} == {
+        "layers/1": 6.0,
+        "layers/3": 2.0,
+        "positions": pytest.approx(512.0**0.5),
     }
 
 

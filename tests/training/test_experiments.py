@@ -99,14 +99,12 @@ def test_an_experiment_takes_a_step(name: str) -> None:
         batch.segment_ids[:] = 1
         batch.positions[:] = np.arange(LENGTH)
         state = init_state(definition, optimizer, shapes=shapes, seed=experiment.run.seed)
-        before = {path: np.asarray(leaf) for path, leaf in state.trainable.items()}
+        before = {path: np.asarray(leaf) for path, leaf in state.params.items()}
         state, metrics = step(state, place_batch(batch, mesh))
     # Freshly initialised weights know nothing: every token is about as likely as any other.
     assert abs(float(metrics["loss"]) - math.log(VOCAB)) < 0.1
     assert int(state.step) == 1 and int(state.skipped) == 0
-    unmoved = [
-        path for path, leaf in state.trainable.items() if np.array_equal(before[path], np.asarray(leaf))
-    ]
+    unmoved = [path for path, leaf in state.params.items() if np.array_equal(before[path], np.asarray(leaf))]
     assert not unmoved, f"these parameters did not change: {unmoved}"
 
 

@@ -1,0 +1,207 @@
+"""`Setup`: what is fixed before the first step of a run. Settings that fit each other, data, model and compiled steps.
+
+    setup = set_up(experiment, tokenizer=experiment.tokenizer, mesh=mesh)
+    setup = with_teachers(setup)
+
+Errors in an experiment are found here, before a new run has a directory, and before anything is written to the
+directory of a resumed run.
+"""
+
+import dataclasses
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from slmjax import sampling
+from slmjax.data import provenance
+from slmjax.data.batch import Batch
+from slmjax.data.preparation import Prepared, prepare
+from slmjax.data.tokenizers import Tokenizer, TokenizerConfig
+from slmjax.data.windows import EvaluationBatches, evaluation_batches
+from slmjax.distill.teachers import TeacherPlan, Teachers
+from slmjax.evaluation.bits_per_byte import EvalResult, evaluate_batches
+from slmjax.losses import TeacherOutput
+from slmjax.parallel.batches import local_sequences
+from slmjax.parallel.processes import process_zero_first
+from slmjax.quantization.fake_quantization import weight_formats
+from slmjax.runner.token_count import TokenCount, stored_shape
+from slmjax.training.experiment import Experiment
+from slmjax.training.optim import learning_rate
+from slmjax.training.programs import Programs, check_rows, make_programs, teacher_plans
+from slmjax.training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Everything about a run that is fixed before its first step; `programs` change with the quantization phase."""
+
+    experiment: Experiment
+    prepared: Prepared
+    mesh: Mesh
+    programs: Programs
+    prompts: tuple[tuple[int, ...], ...]  # tokens of the texts that the trained model continues at the end
+    plans: tuple[TeacherPlan, ...] = ()  # in distillation, where teachers are used at all
+    teachers: Teachers | None = None  # once they are loaded (`with_teachers`)
+
+    def heldout(self, max_documents: int | None) -> EvaluationBatches | None:
+        """Return batches of the held-out text, or None where nothing is held out."""
+        data = self.experiment.data
+        settings = self.experiment.eval
+        if not sum(len(shards) for shards in self.prepared.heldout):
+            return None
+        batch_size = settings.batch_size or data.batch_size
+        return evaluation_batches(
+            self.prepared.heldout,
+            sequence_length=data.sequence_length,
+            batch_size=batch_size,
+            overlap=settings.windows_overlap(data.sequence_length),
+            max_documents=max_documents,
+            rows=local_sequences(self.mesh, batch_size),
+            text=settings.score,
+        )
+
+    def evaluate(self, state: TrainState, max_documents: int | None) -> EvalResult | None:
+        """Return loss and bits per byte on held-out text, or None where nothing is held out."""
+        batches = self.heldout(max_documents)
+        if batches is None:
+            return None
+        # A batch of evaluation is not split into microbatches, and neither are the outputs of teachers.
+        teachers = None if self.teachers is None else functools.partial(self.teachers, in_microbatches=False)
+        result = evaluate_batches(
+            self.programs.eval_step,
+            state.eval_params,
+            state.buffers,
+            batches,
+            mesh=self.mesh,
+            teachers=teachers,
+        )
+        return result.with_tokenizer(self.prepared.tokenizer, self.prepared.heldout)
+
+    def checkpoint_items(self, state: TrainState, trained: TokenCount) -> dict[str, Any]:
+        """Return what a checkpoint stores: the state, the count of targets, and checksums of deployed codes.
+
+        Of a quantized run, the checksums show on another machine whether its weights have the same codes
+        (`loading.changed_rows`).
+        """
+        items = state.items()
+        items["progress"]["tokens"] = trained.stored(state.step.sharding)
+        if weight_formats(self.programs.definition):
+            items["codes"] = self.programs.code_sums(state.eval_params)
+        return items
+
+    def item_shapes(self) -> dict[str, Any]:
+        """Return the shapes of what a checkpoint must hold to resume from it."""
+        shapes = self.programs.shapes
+        items = shapes.items()
+        items["progress"]["tokens"] = stored_shape(shapes.step.sharding)
+        return items
+
+    def sample(self, state: TrainState) -> list[str]:
+        """Return continuations of the experiment's prompts by the trained model; none with several processes."""
+        settings = self.experiment.run
+        tokenizer = self.prepared.tokenizer
+        if jax.process_count() > 1 or not self.prompts:
+            return []
+        continuations = sampling.sample(
+            self.programs.inference,
+            state.eval_params,
+            state.buffers,
+            self.prompts,
+            config=settings.sample,
+            eos_id=tokenizer.end_ids,
+        )
+        return [
+            text + tokenizer.decode_continuation(prompt, continuation.tokens)
+            for text, prompt, continuation in zip(
+                settings.sample_prompts, self.prompts, continuations, strict=True
+            )
+        ]
+
+    def teacher_outputs(self, batch: Batch, step: int) -> tuple[TeacherOutput, ...]:
+        """Return the outputs of the teachers for a placed batch, and none where the step after `step` uses none."""
+        distill = self.experiment.objective.distill
+        if (
+            self.teachers is None
+            or distill is None
+            or not distill.uses_teachers(step, total_steps=self.experiment.run.steps)
+        ):
+            return ()
+        return self.teachers(batch)
+
+
+def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh) -> Setup:
+    """Prepare data and resolve the model. Nothing is compiled yet.
+
+    Raises:
+      ValueError: settings that do not fit each other, the data or the mesh.
+    """
+    # Before data is read, which may take long: a batch or a schedule that does not fit.
+    check_rows(experiment, mesh)
+    learning_rate(experiment.optim, 0, total_steps=experiment.run.steps)
+    prepared = process_zero_first(lambda: prepare(experiment.data, tokenizer))
+    _warn_of_overlap(experiment, prepared)
+    vocab_size = prepared.tokenizer.vocab_size
+    if experiment.model.vocab_size is not None and experiment.model.vocab_size < vocab_size:
+        raise ValueError(
+            f"model.vocab_size={experiment.model.vocab_size} is smaller than the tokenizer's {vocab_size}: "
+            "leave it out, or raise it"
+        )
+    prompts = _encoded_prompts(experiment, prepared.tokenizer)
+    programs = make_programs(experiment, vocab_size=vocab_size, mesh=mesh)
+    plans = teacher_plans(experiment, programs.definition.config, mesh=mesh, tokenizer=prepared.tokenizer)
+    return Setup(
+        experiment=experiment,
+        prepared=prepared,
+        mesh=mesh,
+        programs=programs,
+        prompts=prompts,
+        plans=plans,
+    )
+
+
+def _warn_of_overlap(experiment: Experiment, prepared: Prepared) -> None:
+    """Warn if the initial model or a teacher of a run was trained on text that the run holds out."""
+    distill = experiment.objective.distill
+    teachers = (
+        []
+        if distill is None or distill.weight.is_zero
+        else [Path(teacher.path) for teacher in distill.teachers]
+    )
+    source = experiment.init.source()
+    others = sorted(teachers if source is None else {source, *teachers})
+    if not others or experiment.data.heldout_fraction == 0:
+        return
+    now = provenance.describe(prepared, experiment.data)
+    for directory in others:
+        for sentence in provenance.overlap(directory, experiment.data, now):
+            log.warning(sentence)
+
+
+def _encoded_prompts(experiment: Experiment, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Return the tokens of the run's prompts. Prompts that cannot be sampled raise before training, not after it."""
+    settings = experiment.run
+    if not settings.sample_prompts:
+        return ()
+    try:
+        encoded = tuple(map(tuple, tokenizer.prompt_batch(settings.sample_prompts)))
+        sampling.check_prompts(encoded, vocab_size=tokenizer.vocab_size)
+        sampling.length_limits(
+            encoded, max_tokens=settings.sample.max_tokens, context_length=experiment.model.context_length
+        )
+    except ValueError as error:
+        raise ValueError(f"run.sample_prompts, run.sample: {error}") from error
+    return encoded
+
+
+def with_teachers(setup: Setup) -> Setup:
+    """Return the setup with its teachers' parameters on the devices."""
+    if not setup.plans:
+        return setup
+    num_microbatches = setup.experiment.optim.accumulation_steps
+    return dataclasses.replace(setup, teachers=Teachers(setup.plans, num_microbatches=num_microbatches))
