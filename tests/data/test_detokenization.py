@@ -127,7 +127,7 @@ def streamed(
     monkeypatch: pytest.MonkeyPatch,
     stop: tuple[str, ...] = (),
 ) -> tuple[Generation, list[str]]:
-    """The result of `generate` for these tokens, a few at a time, and the pieces of text that it passes on."""
+    """The result of `generate` for these tokens, a few at a time, and the pieces that it passes on."""
 
     def speak(*_: object, watch: object, **__: object) -> list[Continuation]:
         assert callable(watch)

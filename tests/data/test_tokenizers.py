@@ -1,6 +1,4 @@
-"""Every tokenizer round-trips text, keeps special-token text as text, and knows the bytes that its tokens stand
-for.
-"""
+"""Every tokenizer round-trips text, keeps special-token text as text, and knows the bytes of its tokens."""
 
 import json
 from pathlib import Path
