@@ -235,6 +235,7 @@ def _concrete_classes(hints: Iterable[Any]) -> dict[str, type]:
         pending += cls.__subclasses__()
         if _is_abstract(cls) or not _is_dataclass(cls):
             continue
+        # A class name in a file must mean one class.
         other = classes.get(cls.__name__)
         # An experiment file that was loaded twice defines its classes twice; the later one counts.
         if (
@@ -416,6 +417,7 @@ def _decode_tuple(data: list[Any], hint: Any, path: str) -> tuple[bool, Any]:
         raise ConfigError(
             f"{_at(path)}: expected {len(args)} values for {_type_name(hint)}, found {len(data)}"
         )
+    # Each element of a tuple may have its own type.
     declared = _element_types(hint, len(data))
     return True, tuple(_decode(item, declared[i], f"{path}[{i}]") for i, item in enumerate(data))
 

@@ -141,6 +141,7 @@ def write_conventions(directory: Path, conventions: Conventions) -> None:
     config = {
         "bos_token": conventions.bos if conventions.has_bos else None,
         "eos_token": conventions.eos,
+        # The token in place of BOS is stored under a key that other libraries ignore.
         **({} if conventions.has_bos else {_BEGINS: conventions.bos}),
         _SOURCES: dict(conventions.sources),
         **names,
@@ -148,6 +149,7 @@ def write_conventions(directory: Path, conventions: Conventions) -> None:
         **({"end_tokens": list(conventions.ends)} if conventions.ends else {}),
         **({} if conventions.chat_template is None else {"chat_template": conventions.chat_template}),
         "clean_up_tokenization_spaces": False,
+        # The class of transformers that reads any tokenizer.json.
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")

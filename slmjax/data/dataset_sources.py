@@ -54,6 +54,7 @@ class TfdsSource(SourceConfig):
         from tensorflow_datasets.core.registered import DatasetNotFoundError
 
         try:
+            # array_record files can be read without TensorFlow.
             builder = tfds.builder(self.name, data_dir=self.data_dir, file_format="array_record")
         except DatasetNotFoundError as error:
             # Listing community datasets needs TensorFlow.
@@ -83,6 +84,7 @@ class HuggingFaceSource(SourceConfig):
 
     def fingerprint(self) -> str:
         dataset = self._dataset()
+        # Added only if used, so that older fingerprints stay.
         layout = () if self.messages_field is None else ("messages",)
         return combined_hash(
             "hf", self.name, str(self.subset), self.split, self._field, dataset._fingerprint, *layout

@@ -96,6 +96,7 @@ _UNREADABLE = {
     b"\x89HDF\r\n": "an HDF5 file",
     b"%PDF-": "a PDF file",
 }
+# The magic bytes of a tar archive are in the middle of its first header.
 _TAR_OFFSET = 257
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
@@ -117,6 +118,7 @@ def file_kind(path: Path) -> FileKind:
     with path.open("rb") as stream:
         head = stream.read(_HEAD)
     compression = next((kind for magic, kind in _COMPRESSED.items() if head.startswith(magic)), None)
+    # A renamed file would otherwise fail later, with an error of the decompressor.
     if named is not None and compression is not named and head:
         raise ValueError(
             f"{path} is named {suffixes[-1]} but is not {named.value} data: rename or replace it"
@@ -127,6 +129,7 @@ def file_kind(path: Path) -> FileKind:
     # Parquet needs random access to its end, which a decompressed stream does not have.
     if head.startswith(b"PAR1"):
         layout = Layout.PARQUET
+    # Parquet needs random access, and compresses its columns itself.
     if compression is not None and layout is Layout.PARQUET:
         raise ValueError(
             f"{path} is a compressed Parquet file, which cannot be read as a stream: decompress it first"

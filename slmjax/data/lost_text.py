@@ -66,6 +66,7 @@ class LostTextMeter:
         self._tokenizer = tokenizer
         self._sample = sample
         self._is_exact = tokenizer.token_bytes is not None
+        # BOS and EOS are not part of the text, whether or not they are special tokens.
         self._around = {tokenizer.bos_id, tokenizer.eos_id}
         self._bytes = self._measured = 0
         self._lost: collections.Counter[str] = collections.Counter()
@@ -84,6 +85,7 @@ class LostTextMeter:
         if self._is_exact:
             return
         self._bytes += len(text)
+        # The first bytes always count, so that small corpora are measured completely.
         if self._sample and self._measured > max(_SAMPLED_FIRST, self._bytes * _SAMPLED_FRACTION):
             return
         self._measured += len(text)

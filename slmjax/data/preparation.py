@@ -180,6 +180,7 @@ def _texts(data: DataConfig, reads: Reads, *, bar: "_Bar") -> Iterator[str]:
     """Yield the text for a vocabulary: of all sources, of one side or both."""
     for weighted in data.mixture:
         name = weighted.source.describe()
+        # The vocabulary is made from the text that is trained on, after the same policy.
         gate = Gatekeeper(data.on_bad_document, max_bad_fraction=data.max_bad_fraction)
         bar.start(f"tokenizer: {name}", weighted.source.size_hint())
         for candidate in weighted.source.documents():
@@ -231,6 +232,7 @@ def _shard_directory(
         )
     seconds = time.monotonic() - started
     log.info("prepared %s: %d documents in %.1f s, in %s", name, counts.documents, seconds, final)
+    # The log shows bad documents even if there are few enough.
     if counts.bad:
         log.warning("%s: %s", name, counts.describe())
     return final

@@ -196,6 +196,7 @@ def documents_to_evaluate(
     """
     own = _readable_own_data(directory)
     record = read_record(directory)
+    # Other data, or another split of it: the record says nothing about this text.
     if own is None or _split_settings(own) != _split_settings(data):
         prepared = prepare(data, tokenizer)
         for sentence in overlap(directory, data, describe(prepared, data)):
@@ -227,6 +228,7 @@ def documents_to_evaluate(
             data.cache_path,
         )
         return recorded
+    # Metrics of changed text would not compare with those of the run, so the user has to decide.
     if changed := differences(record, describe(prepared, data)):
         message = (
             f"the data of {directory} changed since it was trained: {'; '.join(changed)}. "
@@ -251,6 +253,7 @@ def _way_out(has_recorded: bool) -> str:
 
 
 def _documents(prepared: Prepared) -> tuple[TokenShards, ...]:
+    # Data that holds nothing out is evaluated completely, for example a separate test file.
     return prepared.heldout or tuple(shards for shards, _ in prepared.train)
 
 
@@ -296,6 +299,7 @@ def overlap(directory: Path, data: DataConfig, now: Record) -> list[str]:
         return []
     before = read_record(directory)
     if before is None:
+        # Runs of early versions have no record. Their sources are known by name alone.
         before = [{"source": weighted.source.describe()} for weighted in own.mixture]
     sentences = []
     for entry in now:
@@ -318,6 +322,7 @@ def overlap_with_own(directory: Path, own: Path) -> list[str]:
 
 
 def _is_same_source(before: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    # A renamed dataset is recognised by its content.
     has_same_content = "fingerprint" in before and before["fingerprint"] == other.get("fingerprint")
     # Records in a file that was renamed are the same text, but the fingerprint includes the name.
     has_same_sizes = (
@@ -393,6 +398,7 @@ def _split_settings(data: DataConfig) -> tuple[Any, ...]:
     for weighted in data.mixture:
         source = weighted.source
         if isinstance(source, TextSource):
+            # Paths may be written in several ways.
             source = dataclasses.replace(source, path=str(Path(source.path).expanduser().absolute()))
         sources.append(source)
     rules = data.split, data.heldout_by, data.heldout_fraction, data.on_bad_document, data.max_document_bytes

@@ -272,6 +272,7 @@ def _csv(path: Path, kind: FileKind, fields: Sequence[str] | None) -> Iterator[R
                 ) from error
             if row is None:
                 return
+            # The line on which the record begins: quoted fields may contain line breaks.
             where = f"{path}, line {line}"
             key = str(line)
             line = reader.line_num + 1
@@ -308,6 +309,7 @@ def _parquet(path: Path, fields: Sequence[str] | None) -> Iterator[Record]:
     with file:
         names = list(file.schema_arrow.names)
         require_fields(fields or (), names, where=str(path))
+        # Reading only the needed columns saves most of the time for wide tables.
         names = names if fields is None else list(fields)
         row = 0
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=names):

@@ -173,7 +173,9 @@ class ShardWriter:
         assert 0 <= scored_bytes <= num_bytes, (
             f"document {document}: {scored_bytes} scored bytes of {num_bytes}"
         )
+        # Two bytes per id halve the disk space for vocabularies up to 65,536.
         stored = ids.astype(id_dtype(self._vocab_size))
+        # Long documents are several records, so that a window reads only a part.
         for start in range(0, stored.size, RECORD_TOKENS):
             self._write_record(stored[start : start + RECORD_TOKENS])
         # The hash is of the ids, whatever the width in which they are stored.
@@ -291,6 +293,7 @@ class TokenShards:
             _check_range(file.min_id, file.max_id, manifest.vocab_size, directory / file.name)
         with np.load(directory / "index.npz", allow_pickle=False) as arrays:
             index = {name: arrays[name] for name in _INDEX}
+        # Everything is verified before the first batch, not in the middle of a run.
         shards = cls(directory, manifest=manifest, index=index)
         # Each file has a valid checksum, but the files may be of different writes.
         if shards._first_record[-1] != shards._first_of_file[-1] or len(shards) != manifest.num_documents:

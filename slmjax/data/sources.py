@@ -73,6 +73,7 @@ class TextSource(SourceConfig):
             )
 
     def documents(self) -> Iterator[Document]:
+        # All files are checked before the first document, so that an archive is reported at once.
         kinds = [(name, path, file_kind(path)) for name, path in self._files()]
         if (fields := changed_fields(self)) and not any(kind.has_records for _, _, kind in kinds):
             raise ValueError(
@@ -167,6 +168,7 @@ def find_files(path: str) -> list[tuple[str, Path]]:
             else Path()
         )
         return [(Path(match).relative_to(base).as_posix(), Path(match)) for match in matches]
+    # A typing error is the most likely reason.
     siblings = [entry.name for entry in root.parent.iterdir()] if root.parent.is_dir() else []
     raise ValueError(
         f"{path} does not exist (looked in {root.parent.absolute()}).{near_names(root.name, siblings)}"

@@ -108,6 +108,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def wrap_str_format(self, value: Any) -> Any:
         """Wrap `format` of a text, which jinja2 has wrapped so that it reads no internals."""
+        # `str.format` with a wide field pads to any length before the result can be measured.
         if isinstance(template := getattr(value, "__self__", None), str) and getattr(
             value, "__name__", ""
         ).startswith("format"):
@@ -196,6 +197,7 @@ class _Limited(NodeTransformer):
 @functools.lru_cache(maxsize=8)
 def _compiled(source: str, *, answers_marked: bool) -> tuple[_Sandbox, Template]:
     environment = _Sandbox(answers_marked=answers_marked)
+    # Limits are built into the compiled template, so it cannot avoid them.
     tree = _Limited().visit(environment.parse(source))
     return environment, environment.from_string(tree.set_environment(environment))
 

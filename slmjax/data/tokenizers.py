@@ -260,6 +260,7 @@ class Tokenizer:
                 "belong together"
             )
         backend = tokenizers.Tokenizer.from_str(json.dumps({**specification, "added_tokens": remaining}))
+        # The check comes after removing tokens, since added ids need not be at the end.
         smaller = self._with_backend(backend)
         if smaller.vocab_size > num_rows:
             raise ValueError(
@@ -279,6 +280,7 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, which Hugging Face libraries can read."""
         directory.mkdir(parents=True, exist_ok=True)
         specification = json.loads(self._backend.to_str())
+        # Libraries that read the file add BOS as this tokenizer does.
         specification["post_processor"] = conventions.post_processor_for(
             specification["post_processor"], bos=self.bos, bos_id=self.bos_id, adds_bos=self.adds_bos
         )
@@ -409,6 +411,7 @@ class Tokenizer:
         # Added tokens are found before characters are looked up.
         for name in recognised:
             text = text.replace(name, "")
+        # A character vocabulary has no unknown token, so the error comes here with the characters' names.
         if unknown := sorted(set(text) - self._alphabet):
             raise ValueError(
                 f"the character vocabulary has no {', '.join(map(repr, unknown[:8]))}, only the "

@@ -57,11 +57,13 @@ class EvaluationBatches:
         return -(-self.num_rows // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
+        # Rows of all sources in order, so that a row id is its index in this list.
         rows = [(shards, plan, row) for shards, plan in self.plans for row in range(len(plan))]
         # The number of batches is that of the global rows, so that all processes make equally many.
         for first in range(0, len(self) * self.batch_size, self.batch_size):
             batch = empty_batch(len(self.rows), self.plans[0][1].sequence_length)
             for index, number in enumerate(first + row for row in self.rows):
+                # The rest of the last batch stays padding.
                 if number < len(rows):
                     shards, plan, row = rows[number]
                     write_row(batch, index, plan=plan, row=row, shards=shards, text=self.text)
@@ -99,6 +101,7 @@ def evaluation_batches(
       ValueError: the overlap leaves no new target, there are no documents or no scored tokens, or `rows` are
         not rows of the batch.
     """
+    # Arguments are checked before any shards are read.
     made_here = checked_rows(rows, batch_size)
     if max_documents is not None and max_documents < 1:
         raise ValueError(f"max_documents is {max_documents}: give at least 1, or None for all documents")

@@ -92,6 +92,7 @@ def sample(
         eos_id=eos_id,
         vocab_size=definition.config.known_vocab_size,
     )
+    # Powers of two keep the number of compiled programs small.
     tokens = _padded(prompts, _power_of_two(max(limits)))
     model = _for_decoding(definition, params, buffers)
     # Prefill also yields the first new token of every prompt.
@@ -99,6 +100,7 @@ def sample(
         model, rule, tokens, starts, prefill_length=_power_of_two(int(starts.max()))
     )
     while True:
+        # One transfer per call: waiting for the device after every token would be slow.
         filled, logprobs, ends, done = jax.device_get(readable)
         continuations = [
             Continuation(tokens=row[start:end].tolist(), logprobs=row_logprobs[start:end].tolist())

@@ -83,6 +83,7 @@ def generate(
     for index, (prompt, continuation) in enumerate(zip(encoded, continued, strict=True)):
         tokens, text, reason = _finished(prompt, continuation.tokens, tokenizer, config.stop, ends)
         stream.emit(index, text)
+        # Tokens after a stop text are dropped, and so are their log-probabilities.
         logprobs = tuple(continuation.logprobs[: len(tokens)])
         generations.append(
             Generation(

@@ -25,10 +25,12 @@ class MessageHandler(logging.Handler):
         Args:
           show: prints a line.
         """
+        # DEBUG messages are for developers, who can add a handler of their own.
         super().__init__(logging.INFO)
         self._show = show
         self._logger = logging.getLogger("slmjax")
         self._run_log: RunLog | None = None
+        # Messages that come before the run directory exists, for example while data is prepared.
         self._early: list[logging.LogRecord] = []
 
     def write_to(self, run_log: RunLog) -> None:
@@ -39,6 +41,7 @@ class MessageHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show a record, and write it to the log of the run (called by the logging module)."""
+        # Information is shown as plain text; only the level of a warning or an error matters to a user.
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname}: "
         self._show(prefix + record.getMessage())
         if self._run_log is None:

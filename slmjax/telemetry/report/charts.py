@@ -202,6 +202,7 @@ def lines(
         return None
     labels = [label for label in series if any(row["series"] == label for row in rows)]
     colour: Spec = {"field": "series", "type": "nominal", "sort": labels, "scale": {"domain": labels}}
+    # A single line needs no legend.
     if len(labels) == 1:
         colour["legend"] = None
     y: Spec = {
@@ -314,6 +315,7 @@ def points(
     for row, label_y in zip(rows, _labels_apart(shown), strict=True):
         row["label_y"] = label_y
     labels = list(dict.fromkeys(point.series for point in shown))
+    # Axes of differences need not start at zero.
     quantitative: Spec = {"type": "quantitative", "scale": {"zero": False, "nice": True}}
     x = {
         **quantitative,
@@ -421,6 +423,7 @@ def png(chart: Chart) -> bytes:
         "width": 560,
         "title": {"text": chart.title, "subtitle": chart.subtitle, "anchor": "start", "offset": 12},
     }
+    # Twice the resolution, for screens with a high density.
     return converter().vegalite_to_png(spec, config=theme(dark=False), scale=2)
 
 

@@ -8,6 +8,7 @@ from slmjax.telemetry.report.charts import lines
 from slmjax.telemetry.report.page import chart_grid, document, heading, shown, table
 from slmjax.telemetry.report.reading import RunRecords, number, read_run
 
+# In the order of the table. A metric that no run has is left out.
 METRICS = (
     "status",
     "step",
@@ -64,6 +65,7 @@ def write_comparison(paths: Sequence[str | Path], output: str | Path) -> Path:
         if differences
         else '<p class="soft">The settings are the same.</p>'
     )
+    # The names of many runs would not fit a title.
     title = " and ".join(labels) if len(labels) == 2 else f"{len(labels)} runs"
     body = heading(f"Comparison of {title}", " · ".join(str(run.path) for run in runs)) + (
         f"<h2>Results</h2>{metrics}<h2>Curves</h2>{chart_grid(drawn)}<h2>Settings that differ</h2>{settings}"
@@ -91,6 +93,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[RunRecords]:
 def short_names(runs: Sequence[RunRecords]) -> list[str]:
     """Return the names of the directories, or their paths if names are equal."""
     names = [run.name for run in runs]
+    # Runs of different directories may have equal names.
     return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
 
@@ -108,6 +111,7 @@ def _metric(run: RunRecords, name: str) -> Any:
         return run.status
     if name == "held_out_text":
         return _held_out_text(run)
+    # From the last evaluation, since a run in progress has no result yet.
     if name in ("loss", "bits_per_byte", "lost_text"):
         return number(run.held_out.get(name))
     if run.result is not None and name in run.result:

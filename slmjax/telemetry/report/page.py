@@ -15,6 +15,7 @@ from slmjax.telemetry.report.reading import RunRecords, number, read_run
 
 log = logging.getLogger(__name__)
 
+# Colours are variables, so that the dark theme changes nothing else.
 STYLE = """
 :root { --paper: #f6f7f8; --card: #fff; --ink: #1c1d1f; --soft: #62656a; --rule: #e3e4e6; --accent: #0072B2; --code: #f1f2f4; }
 :root[data-theme=dark] { --paper: #131416; --card: #1c1e21; --ink: #e8e6e3; --soft: #a8a6a2; --rule: #33363a; --accent: #56B4E9; --code: #25282c; }
@@ -45,6 +46,7 @@ summary { cursor: pointer; padding: 8px 0; } details details { margin-left: 16px
 @media print { button { display: none; } .chart { break-inside: avoid; } }
 """.replace("FONT", chart_module.FONT)  # noqa: E501  # a style sheet
 
+# Charts are drawn again for each theme, since Vega writes colours into the SVG.
 SCRIPT = """
 const charts = JSON.parse(document.getElementById("charts").textContent);
 const themes = JSON.parse(document.getElementById("themes").textContent);
@@ -84,6 +86,7 @@ def write_report(path: str | Path, *, output: str | Path | None = None, with_ima
     target = Path(output) if output is not None else run.path / "report.html"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(document(title=run.name, body=_body(run, charts), charts=charts), encoding="utf-8")
+    # Images are for documents that cannot embed a page, and take a second each.
     if with_images:
         plots = run.path / "plots"
         plots.mkdir(exist_ok=True)
@@ -202,6 +205,7 @@ def _metrics(run: RunRecords) -> str:
     rivals = ", ".join(f"{name} {bits:.3f}" for name, bits in (result.get("compressors") or {}).items())
     tokens = number(evaluation.get("tokens"))
     total = number(evaluation.get("total_tokens"))
+    # Only completions may be scored, and then the loss is not that of all tokens.
     part = (
         ""
         if tokens is None or total is None or tokens == total
@@ -300,6 +304,7 @@ def _warnings(run: RunRecords) -> str:
 
 def _nested(name: str, value: Any, *, is_open: bool = False) -> str:
     """Return nested settings as foldable sections."""
+    # A list of mappings, such as the groups of a stack, is shown like a mapping of its indices.
     if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
         value = {str(index): item for index, item in enumerate(value)}
     if not isinstance(value, dict):

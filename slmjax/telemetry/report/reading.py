@@ -75,6 +75,7 @@ def read_run(path: str | Path) -> RunRecords:
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for record in log:
         by_kind.setdefault(str(record["kind"]), []).append(record)
+    # Any file may be missing while a run starts.
     environment = _json(path / "environment.json")
     data = _json(path / "data.json")
     train = _latest(by_kind.get("train", ()), ("step",))
