@@ -424,6 +424,12 @@ def test_the_readme_shows_what_was_recorded() -> None:
         assert date.strip() in results
 
 
+def test_the_citation_is_of_this_version() -> None:
+    text = (ROOT / "CITATION.cff").read_text()
+    version = importlib.import_module("slmjax").__version__
+    assert f"\nversion: {version}\n" in text and "\nlicense: Apache-2.0\n" in text
+
+
 def test_the_front_page_is_the_readme(site: Path) -> None:
     page = html.unescape(re.sub(r"<[^>]+>", "", (site / "index.html").read_text()))
     for line in (ROOT / "README.md").read_text().splitlines():
