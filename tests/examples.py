@@ -8,6 +8,7 @@ signature. If it is made of configs alone, it is run.
 import ast
 import builtins
 import dataclasses
+import functools
 import importlib
 import inspect
 import re
@@ -103,6 +104,18 @@ def page_blocks(page: Path) -> list[str]:
     return [textwrap.dedent(block) for block in blocks if "--8<--" not in block]
 
 
+@functools.cache
+def public_definitions() -> dict[str, str]:
+    """Return the module of each public function and class whose name only one module of the package has."""
+    modules: dict[str, list[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                modules.setdefault(node.name, []).append(module)
+    return {name: where[0] for name, where in modules.items() if len(where) == 1}
+
+
 class Unresolved(Exception):
     """A name that is not known here: an input of the example."""
 
@@ -128,6 +141,10 @@ class Checker:
                 self.names[name] = importlib.import_module(place)
             except ModuleNotFoundError:
                 self.names[name] = getattr(importlib.import_module(parent), attribute)
+        used = {node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name)}
+        for name, module in public_definitions().items():
+            if name in used and name not in self.names:
+                self.names[name] = getattr(importlib.import_module(module), name)
         self.names |= vars(importlib.import_module(example.module))
         for name in PUBLIC_MODULES[1:]:
             self.names[name.rpartition(".")[2]] = importlib.import_module(name)

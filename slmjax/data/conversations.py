@@ -1,9 +1,8 @@
 """Conversations as training text: the text of the chat template, and the bytes of it that are answers.
 
     rendered = render_conversation(tokenizer, messages)
-    tokenizer.encode_spans([rendered.text], marked=True)        # the ids of `generate --chat` for these
-    messages rendered.answers                                            # bytes of each answer with the token
-    that ends it
+    tokenizer.encode_spans([rendered.text], marked=True)   # the ids of `generate --chat` for these messages
+    rendered.answers                                       # bytes of each answer with the token that ends it
 
 To find an answer, the beginnings of the conversation are rendered: up to the answer, with the prompt for it,
 and through it. Each must be a beginning of the complete text. Otherwise the answer in training is not the one

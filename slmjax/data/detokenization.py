@@ -1,8 +1,8 @@
 """Tokens to text, where a token may be one byte of a character, and a text may grow token by token.
 
     detokenizer = Detokenizer(backend, specification, pieces=None)
-    detokenizer.decode([id of <0xE4>, <0xBD>, <0xA0>, <0xE5>])        # -> "你\\ufffd"
-    detokenizer.decode_continuation(prompt, ids)                      # the text that ids add
+    detokenizer.decode([101, 102, 103, 104])       # ids of <0xE4>, <0xBD>, <0xA0>, <0xE5> -> "你\\ufffd"
+    detokenizer.decode_continuation(prompt, ids)   # the text that ids add
 
 Bytes become text as in `bytes.decode("utf-8", "replace")`: one U+FFFD for each maximal ill-formed subsequence
 (Unicode 3.9, table 3-8). The decoder `ByteFallback` of the tokenizers library instead gives one for every
