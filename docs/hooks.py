@@ -63,7 +63,7 @@ def readme() -> str:
             return match[0]
         if target.startswith("docs/") and target != "docs/":
             return f"{mark}[{label}]({target.removeprefix('docs/')})"
-        return label if label == target.rstrip("/") else f"{label} (`{target}`)"
+        return label if label.rstrip("/") == target.rstrip("/") else f"{label} (`{target}`)"
 
     return re.sub(r"(!?)\[([^]]*)\]\(([^)]+)\)", link, text)
 
