@@ -187,7 +187,7 @@ def _refuse_constant(name: str) -> Any:
 @functools.cache
 def _field_types(cls: type) -> dict[str, Any]:
     """Return the declared type of each field of the constructor, without Annotated."""
-    # Cached: resolving type hints costs more than all the rest of reading a config.
+    # Cached, since resolving type hints is slow.
     hints = typing.get_type_hints(cls)
     types_by_name = {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
     # The key "type" is needed to write the class of a value.

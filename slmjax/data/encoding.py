@@ -37,8 +37,7 @@ def is_held_out(key: str, fraction: float) -> bool:
     The key is `Document.held_out_key`.
     """
     return (
-        # The hash does not depend on other documents, so that adding text moves none of them to the other
-        # side.
+        # Independent of other documents, so that adding text moves none of them to the other side.
         int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8])
         < fraction * 2.0**64
     )

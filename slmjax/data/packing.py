@@ -210,7 +210,7 @@ def load_or_pack(
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_dir / "packing" / f"{name}.npz"
     plan = _load(path, sequence_length=sequence_length)
-    # Packing a large corpus takes minutes, so a plan is saved.
+    # Packing a large corpus is slow, so a plan is saved.
     if plan is None:
         if packing is Packing.BEST_FIT:
             spans = spans_of(shards, sequence_length=sequence_length)

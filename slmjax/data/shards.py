@@ -387,8 +387,7 @@ def _hashed_index(index: dict[str, np.ndarray]) -> list[np.ndarray]:
     )
 
 
-# (path, size, modification time) -> sha256. A process verifies a file once, since hashing takes seconds per
-# GB.
+# (path, size, modification time) -> sha256. A process verifies a file once, since hashing reads all of it.
 _verified: dict[tuple[str, int, int], str] = {}
 
 

@@ -86,7 +86,7 @@ def write_report(path: str | Path, *, output: str | Path | None = None, with_ima
     target = Path(output) if output is not None else run.path / "report.html"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(document(title=run.name, body=_body(run, charts), charts=charts), encoding="utf-8")
-    # Images are for documents that cannot embed a page, and take a second each.
+    # Images are for documents that cannot embed a page.
     if with_images:
         plots = run.path / "plots"
         plots.mkdir(exist_ok=True)
