@@ -1,8 +1,11 @@
 """Settings of distillation: `objective.distill`.
 
-teachers = (TeacherConfig(path="runs/large"),)
-DistillConfig(teachers=teachers)                    # forward KL alone, at temperature 1
-DistillConfig(teachers=teachers, divergence=Jsd(beta=0.9), hard_weight=Ramp(start=0.5))
+    teachers = (TeacherConfig(path="runs/large"),)
+    DistillConfig(teachers=teachers)                    # forward KL alone, at temperature 1
+    DistillConfig(teachers=teachers, divergence=Jsd(beta=0.9), hard_weight=Ramp(start=0.5))
+
+Weights and the temperature are schedules over the steps of a run (`Ramp`); `distill/objective.py` evaluates
+them at a step.
 """
 
 import dataclasses

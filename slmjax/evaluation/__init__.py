@@ -1,5 +1,4 @@
-"""Evaluation: what a model is worth, in figures that compare across tokenizers and engines, and what it
-costs.
+"""Evaluation: quality, in metrics that compare across tokenizers and engines, and cost of a model.
 
 Files in reading order:
 

@@ -1,14 +1,15 @@
 """Loss, perplexity and bits per byte on held-out text, over the tokens that training scores.
 
-    evaluate(loaded)                                                          # the held-out text of the run
-    itself evaluate(loaded, data=DataConfig(path="book.txt", heldout_fraction=0.0))  # all of another text
-    evaluate(loaded, score=ScoredText.ALL)                                    # of pairs, the prompts too
+    evaluate(loaded)                                         # the run's own held-out text
+    data = DataConfig(path="book.txt", heldout_fraction=0.0)
+    evaluate(loaded, data=data)                              # all of another text
+    evaluate(loaded, score=ScoredText.ALL)                   # prompts of pairs as well
 
 Bits per byte is the total negative log-likelihood in bits over the UTF-8 bytes of the scored text. BOS is not
-scored, EOS is and counts no byte; documents that are longer than a row are cut into windows that overlap, and
-what they repeat is context, not scored again (`data/windows.py`). The sum therefore has one term per token
-whatever the batch size, packing or mesh; window length and overlap say how much context a token is given, so
-they are part of the result.
+scored; EOS is scored and counts no byte. Documents that are longer than a row are cut into overlapping
+windows; the repeated tokens are context, and are not scored again (`data/windows.py`). The sum therefore has
+one term per token whatever the batch size, packing or mesh. Window length and overlap determine how much
+context a token has, so they are part of the result.
 
 Dims: B rows of the global batch, T positions of a row.
 """
@@ -47,43 +48,42 @@ from slmjax.quantization.fake_quantization import weight_formats
 log = logging.getLogger(__name__)
 
 Params = Mapping[str, Array]
-EvalStep = Callable[
-    ..., dict[str, Array]
-]  # (params, buffers, batch) or (params, buffers, batch, what the teachers say of it)
+# (params, buffers, batch) or (params, buffers, batch, teacher_outputs)
+EvalStep = Callable[..., dict[str, Array]]
 Sums = dict[str, np.ndarray]
 TeacherCall = Callable[[Batch], tuple[TeacherOutput, ...]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """What an evaluation came to, and what it was measured on."""
+    """Metrics of an evaluation, and the text that they were measured on."""
 
     loss: float  # nats per scored token
     perplexity: float
     bits_per_byte: float
     # mean gap between the model's confidence in its likeliest token and how often that is right
     calibration_error: float
-    tokens: int  # that were scored
-    total_tokens: int  # of the documents but BOS: more than `tokens` where prompts were not scored
+    tokens: int  # scored tokens
+    total_tokens: int  # all tokens of the documents except BOS: more than `tokens` if prompts were not scored
     bytes: int  # of the scored text
     documents: int
     sequence_length: int  # tokens of a window
     overlap: int  # tokens of context that a further window of a long document repeats
     seconds: float
-    # KL(teacher || model) in nats per scored token, at temperature 1; None: compared with none
+    # KL(teacher || model) in nats per scored token, at temperature 1; None without a teacher
     teacher_kl: float | None = None
-    # share of scored tokens before which both find the same token the likeliest
+    # fraction of scored tokens for which both find the same token the likeliest
     teacher_agreement: float | None = None
     teacher_bits_per_byte: float | None = None  # of the teachers themselves
-    # share of the text's bytes that the tokenizer loses: above 0, bits per byte are too low to be compared
+    # fraction of the text's bytes that the tokenizer loses: above 0, bits per byte are too low to compare
     lost_text: float = 0.0
-    bos: SpecialToken | None = None  # what documents begin with, and what named it
-    eos: SpecialToken | None = None  # what they end with
+    bos: SpecialToken | None = None  # first token of a document, and where its name comes from
+    eos: SpecialToken | None = None  # last token of a document
     unrounded_loss: float | None = None  # of a quantized run's weights before rounding; None: not evaluated
     unrounded_bits_per_byte: float | None = None
 
     def text(self) -> str:
-        """In words, beside the teachers where there are any."""
+        """Return a one-line summary, with the comparison with the teachers if there are any."""
         own = f"loss {self.loss:.4f}, {self.bits_per_byte:.3f} bits/byte"
         if not self.is_all:
             own += f" on {self.tokens:,} of {self.total_tokens:,} tokens, the completions"
@@ -93,7 +93,10 @@ class EvalResult:
             own += f" ({self.unrounded_bits_per_byte:.3f} before rounding)"
         if self.teacher_bits_per_byte is None:
             return own
-        return f"{own} (teacher {self.teacher_bits_per_byte:.3f}, KL {self.teacher_kl:.4f}, same first choice {self.teacher_agreement:.1%})"
+        return (
+            f"{own} (teacher {self.teacher_bits_per_byte:.3f}, KL {self.teacher_kl:.4f}, "
+            f"same first choice {self.teacher_agreement:.1%})"
+        )
 
     @property
     def is_all(self) -> bool:
@@ -101,18 +104,16 @@ class EvalResult:
         return self.tokens == self.total_tokens
 
     def measured_on(self, text: str) -> str:
-        """In words, what part of this text was scored."""
+        """Return a description of the part of this text that was scored."""
         return text if self.is_all else f"the completions of {text}"
 
     def with_tokenizer(self, tokenizer: Tokenizer, documents: Sequence[TokenShards]) -> "EvalResult":
-        """The result with what is to be known of the tokenizer: its BOS and EOS, and what it loses of these
-        documents.
-        """
-        share = lost_fraction(shards.manifest.lost_text for shards in documents)
-        return dataclasses.replace(self, lost_text=share, **tokenizer.special_tokens)
+        """Return the result with the tokenizer's BOS and EOS, and the text it loses of these documents."""
+        lost_text = lost_fraction(shards.manifest.lost_text for shards in documents)
+        return dataclasses.replace(self, lost_text=lost_text, **tokenizer.special_tokens)
 
-    def figures(self) -> dict[str, float]:
-        """What a run's log tells; of the teachers only where there are any."""
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics for the log of a run; those of teachers only if there are any."""
         names = (
             "loss",
             "bits_per_byte",
@@ -121,36 +122,39 @@ class EvalResult:
             "teacher_agreement",
             "teacher_bits_per_byte",
             "tokens",
+            "total_tokens",
+            "unrounded_loss",
+            "unrounded_bits_per_byte",
         )
-        names += ("total_tokens", "unrounded_loss", "unrounded_bits_per_byte")
-        figures = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return figures | ({"lost_text": self.lost_text} if self.lost_text else {})
+        metrics = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return metrics | ({"lost_text": self.lost_text} if self.lost_text else {})
 
 
 def make_eval_step(
     definition: Definition, *, loss_config: DistillLossConfig | None = None, unrounded: bool = False
 ) -> EvalStep:
-    """The compiled `(params, buffers, batch, teachers) -> sums` over the global batch
-    (`losses.evaluation_sums`).
+    """Return the compiled `(params, buffers, batch, teacher_outputs) -> losses.evaluation_sums`.
 
     Args:
+      definition: the model.
       loss_config: how several teachers are averaged, if the step is given any.
-      unrounded: whether weights that have a format are also evaluated before they are rounded (sum
-        "unrounded_nll").
+      unrounded: also evaluate quantized weights before they are rounded (sum "unrounded_nll").
     """
 
     @jax.jit
     def eval_step(
-        params: Params, buffers: Params, batch: Batch, teachers: tuple[TeacherOutput, ...] = ()
+        params: Params, buffers: Params, batch: Batch, teacher_outputs: tuple[TeacherOutput, ...] = ()
     ) -> dict[str, Array]:
-        def sums(model: Decoder, **compared: Any) -> dict[str, Array]:
+        def sums_of(model: Decoder, **teacher_options: Any) -> dict[str, Array]:
             output = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions)
-            return evaluation_sums(output.hidden, output.head, batch.targets, batch.loss_mask, **compared)
+            return evaluation_sums(
+                output.hidden, output.head, batch.targets, batch.loss_mask, **teacher_options
+            )
 
-        found = sums(definition.merge(params, buffers), teachers=teachers, config=loss_config)
+        sums = sums_of(definition.merge(params, buffers), teachers=teacher_outputs, config=loss_config)
         if unrounded and weight_formats(definition):
-            found["unrounded_nll"] = sums(definition.merge_untransformed(params, buffers))["nll"]
-        return found
+            sums["unrounded_nll"] = sums_of(definition.merge_untransformed(params, buffers))["nll"]
+        return sums
 
     return eval_step
 
@@ -164,20 +168,25 @@ def evaluate_batches(
     mesh: Mesh | None = None,
     teachers: TeacherCall | None = None,
 ) -> EvalResult:
-    """Runs all batches; on a mesh the parameters must be on it, and every process passes the rows that it
-    holds.
+    """Evaluate all batches. On a mesh the parameters must be on it, and each process passes its own rows.
 
     Args:
-      teachers: whom the model is compared with, called with each placed batch.
+      eval_step: the compiled step of `make_eval_step`.
+      params: parameters of the model.
+      buffers: buffers of the model.
+      batches: batches of the evaluation.
+      mesh: the mesh; None for one device.
+      teachers: called with each batch on its devices; its outputs are compared with the model's.
     """
     started = time.monotonic()
     totals: Sums = {}
     pending: dict[str, Array] = {}
     for batch in batches:
-        # The device works on this batch while the host reads the sums of the one before and makes the next.
+        # The device works on this batch while the host reads the sums of the previous one and makes the next.
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
             placed = batch if mesh is None else place_batch(batch, mesh, batch_size=batches.batch_size)
-            running = eval_step(params, buffers, placed, *(() if teachers is None else (teachers(placed),)))
+            outputs = () if teachers is None else (teachers(placed),)
+            running = eval_step(params, buffers, placed, *outputs)
         _add(totals, pending)
         pending = running
     _add(totals, pending)
@@ -186,17 +195,17 @@ def evaluate_batches(
     )
     loss = float(totals["nll"]) / batches.num_targets
     plan = batches.plans[0][1]
-    compared: dict[str, Any] = {}
+    optional_metrics: dict[str, Any] = {}
     if "teacher_kl" in totals:
-        compared = {
+        optional_metrics = {
             name: float(totals[sum_name]) / batches.num_targets for name, sum_name in PER_TOKEN.items()
         }
-        compared["teacher_bits_per_byte"] = _bits_per_byte(totals["teacher_nll"], batches)
+        optional_metrics["teacher_bits_per_byte"] = _bits_per_byte(totals["teacher_nll"], batches)
     if "unrounded_nll" in totals:
-        compared["unrounded_loss"] = float(totals["unrounded_nll"]) / batches.num_targets
-        compared["unrounded_bits_per_byte"] = _bits_per_byte(totals["unrounded_nll"], batches)
+        optional_metrics["unrounded_loss"] = float(totals["unrounded_nll"]) / batches.num_targets
+        optional_metrics["unrounded_bits_per_byte"] = _bits_per_byte(totals["unrounded_nll"], batches)
     return EvalResult(
-        **compared,
+        **optional_metrics,
         loss=loss,
         perplexity=math.inf if loss >= 700 else math.exp(loss),
         bits_per_byte=_bits_per_byte(totals["nll"], batches),
@@ -214,15 +223,16 @@ def evaluate_batches(
 
 
 def _bits_per_byte(nll: np.ndarray, batches: EvaluationBatches) -> float:
-    """NaN where the scored text has no byte: only EOS was scored."""
+    """Return NaN if the scored text has no bytes: only EOS was scored."""
     return float(nll) / math.log(2) / batches.num_bytes if batches.num_bytes else math.nan
 
 
+# Metrics that are means over scored tokens, and the sums that they are computed from.
 PER_TOKEN = {"teacher_kl": "teacher_kl", "teacher_agreement": "agreement"}
 
 
 def _add(totals: Sums, sums: Mapping[str, Array]) -> None:
-    """Adds in float64: the sum over a corpus loses nothing to the float32 of one batch."""
+    """Add the sums of a batch to the totals, in float64: float32 would lose digits over a corpus."""
     for name, value in jax.device_get(sums).items():
         totals[name] = np.asarray(totals.get(name, 0.0) + np.asarray(value, np.float64))
 
@@ -238,21 +248,19 @@ def evaluate(
     teachers: TeacherCall | None = None,
     changed_data: ChangedData = ChangedData.REFUSE,
 ) -> EvalResult:
-    """Loss and bits per byte of a trained model on held-out text, with the model's own tokenizer, on one
-    device.
+    """Return loss and bits per byte of a trained model on held-out text, with its tokenizer, on one device.
 
     Args:
-      data: what to evaluate on: its held-out part, or all of it where nothing is held out (`heldout_fraction`
+      loaded: the model, from `load_model`.
+      data: text to evaluate on: its held-out part, or all of it if nothing is held out (`heldout_fraction`
         0), in windows of its sequence length (or the model's context, if that is shorter). None: the held-out
         text of the run itself.
-      max_documents: the first so many documents only.
-      overlap: tokens of context that a further window of a long document repeats; None: as the run was
-        evaluated.
+      max_documents: evaluate only this many documents, the first ones.
+      overlap: tokens of context that a further window of a long document repeats; None: the run's setting.
       batch_size: rows at a time; None: that of the data.
-      score: the text that is scored; None: as the run was evaluated, which is what training scores unless
-        eval.score says otherwise.
-      teachers: whom it is compared with (`distill.teachers.beside`).
-      changed_data: what to do where the text that the model was trained on has changed since.
+      score: the text that is scored; None: the run's setting, which is by default what training scores.
+      teachers: models to compare with (`distill.teachers.load_teacher`).
+      changed_data: what to do if the text that the model was trained on has changed since.
 
     Raises:
       ValueError: the run's text has changed, and `changed_data` does not allow it; or `data` is None, and the
@@ -263,8 +271,8 @@ def evaluate(
     data = data_or_own(loaded, data)
     length = min(data.sequence_length, loaded.config.context_length)
     if overlap is None:
-        of_run = experiment.get("eval", {}).get("overlap")
-        overlap = default_overlap(length) if of_run is None else min(int(of_run), length - 1)
+        run_overlap = experiment.get("eval", {}).get("overlap")
+        overlap = default_overlap(length) if run_overlap is None else min(int(run_overlap), length - 1)
     documents = documents_of(loaded, data, changed_data=changed_data)
     batches = evaluation_batches(
         documents,
@@ -276,10 +284,10 @@ def evaluate(
     )
     if max_documents is None and score is not ScoredText.ALL:
         _log_left_out(batches, documents, decode=loaded.tokenizer.decode)
-    found = evaluate_batches(
+    result = evaluate_batches(
         make_eval_step(loaded.definition), loaded.params, loaded.buffers, batches, teachers=teachers
     )
-    return found.with_tokenizer(loaded.tokenizer, documents)
+    return result.with_tokenizer(loaded.tokenizer, documents)
 
 
 def _log_left_out(
@@ -295,30 +303,29 @@ def _log_left_out(
 
 
 def data_or_own(loaded: Loaded, data: DataConfig | None) -> DataConfig:
-    """What to evaluate on; for None the data of the run. Raises ValueError where the run held nothing out, or
-    there is none.
+    """Return the data to evaluate on: `data`, or the run's own for None.
+
+    Raises:
+      ValueError: the run held nothing out, or the model has no run.
     """
     if data is not None:
         return data
     experiment = _experiment_of(loaded)
     if "data" not in experiment:
         raise ValueError(
-            f"{loaded.path} has no config.json that says what it was trained on: say what to evaluate on "
-            "with data"
+            f"{loaded.path} has no config.json with its training data: set data to the text to evaluate on"
         )
     own = config_io.from_json(DataConfig, experiment["data"])
     if own.heldout_fraction == 0:
         raise ValueError(
-            f"{loaded.path} was trained on all of its text and held nothing out: say what to evaluate on "
-            "with data"
+            f"{loaded.path} was trained on all of its text and held nothing out: set data to the text to "
+            "evaluate on"
         )
     return own
 
 
 def scored_text(loaded: Loaded) -> ScoredText:
-    """Return the text that evaluations of the model's own run score; without a run or a setting, what
-    training scores.
-    """
+    """Return the text that evaluations of the model's run score; the default is what training scores."""
     return ScoredText(_experiment_of(loaded).get("eval", {}).get("score", ScoredText.COMPLETIONS.value))
 
 
@@ -328,7 +335,7 @@ def documents_of(
     *,
     changed_data: ChangedData = ChangedData.REFUSE,
 ) -> tuple[TokenShards, ...]:
-    """The held-out documents of `data` in tokens of the model, or all of them where nothing is held out.
+    """Return the held-out documents of `data` in tokens of the model, or all if nothing is held out.
 
     Raises:
       ValueError: they are those of the model's own run, and have changed
@@ -339,7 +346,5 @@ def documents_of(
 
 
 def _experiment_of(loaded: Loaded) -> dict[str, Any]:
-    """The run's resolved experiment as JSON, or what a model made of a run keeps of it; empty for a model of
-    other people.
-    """
+    """Return the run's experiment as JSON, or the part that a derived model keeps; empty without a run."""
     return read_settings(loaded.path)

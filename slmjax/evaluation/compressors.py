@@ -1,4 +1,4 @@
-"""What general compressors make of a text: the first bar a language model has to clear."""
+"""General-purpose compressors on a text: the baseline that a language model has to beat."""
 
 import gzip
 import lzma
@@ -7,9 +7,7 @@ MOST_BYTES = 16 * 10**6  # xz is slow
 
 
 def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
-    """Bits per byte that `gzip -9` and `xz -9` need for the first 16 MB of a text; empty for an empty
-    text.
-    """
+    """Return bits per byte of `gzip -9` and `xz -9` for the first 16 MB of a text; empty for no text."""
     text = text[:MOST_BYTES]
     if not text:
         return {}

@@ -1,7 +1,8 @@
-"""What a model costs: sizes and FLOPs worked out from its config, and times, memory and energy measured on
-this machine.
+"""Cost of a model: sizes and FLOPs computed from its config; time, memory and energy measured here.
 
-efficiency(loaded).decode_tokens_per_second
+    measure_efficiency(loaded).decode_tokens_per_second
+
+FLOPs are those of `models/zoo/costs.py`; times are medians over rounds of greedy decoding.
 """
 
 import dataclasses
@@ -29,11 +30,11 @@ JOULES_PER_KWH = 3.6e6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """Costs of a model, one sequence at a time."""
+    """Costs of a model for one sequence at a time."""
 
     parameters: int
-    active_parameters: int  # that one token uses: of the experts, only the selected
-    bytes_by_dtype: dict[str, int]  # of the parameters as they are loaded
+    active_parameters: int  # parameters that one token uses: of the experts, only the selected ones
+    bytes_by_dtype: dict[str, int]  # of the loaded parameters
     forward_flops_per_token: float  # at the context length
     training_flops_per_token: float  # forward and backward
     # decoding state of a full context, divided by its length, in the dtype of the computation
@@ -43,29 +44,29 @@ class Efficiency:
     time_to_first_token: float  # seconds, median
     decode_tokens_per_second: float  # after the first, median
     peak_memory_bytes: int  # of the device; of the whole process on a CPU
-    energy_joules_per_token: float | None  # of decoding, by codecarbon; None where it was not asked for
+    energy_joules_per_token: float | None  # of decoding, by codecarbon; None if not measured
 
 
 def measure_efficiency(
     loaded: Loaded, *, energy: bool = False, prompt_tokens: int | None = None
 ) -> Efficiency:
-    """Measures a model on one device, greedily, on random tokens.
+    """Measure a model on one device, with greedy decoding after random tokens.
 
     Args:
       loaded: the model, from `load_model`.
-      energy: measure energy as well, for some ten seconds (the `energy` extra). What codecarbon cannot read
-        from the machine's counters it estimates from the processor's rated power.
+      energy: measure energy as well, for about ten seconds (the `energy` extra). Codecarbon estimates from
+        the processor's rated power what it cannot read from the machine's counters.
       prompt_tokens: length of the prompt (none: half of the context, at most 512).
 
     Raises:
-      ValueError: the prompt leaves no room in the context, or codecarbon is asked for and not installed.
+      ValueError: the prompt leaves no space in the context, or energy is measured without codecarbon.
     """
     config = loaded.config
-    tracker = _energy_tracker() if energy else None  # what is missing is said before minutes of measuring
+    tracker = _energy_tracker() if energy else None  # a missing package raises before the measurements
     length = min(config.context_length // 2, 512) if prompt_tokens is None else prompt_tokens
     if not 1 <= length < config.context_length - 1:
         raise ValueError(
-            f"prompt_tokens={length} must be from 1 to {config.context_length - 2}, to leave room in the "
+            f"prompt_tokens={length} must be from 1 to {config.context_length - 2}, to leave space in the "
             "context"
         )
     new_tokens = min(NEW_TOKENS, config.context_length - length)
@@ -80,12 +81,12 @@ def measure_efficiency(
     for count in (1, new_tokens):
         decode(count)  # compiles
     first = statistics.median(decode(1) for _ in range(ROUNDS))
-    whole = statistics.median(decode(new_tokens) for _ in range(ROUNDS))
+    total = statistics.median(decode(new_tokens) for _ in range(ROUNDS))
     costs = zoo.describe(config)
-    shape = config.layer_shape()
+    dims = config.layer_shape()
     mixers = [block.mixer for block in config.blocks() for _ in range(block.num_loops)]
-    itemsize = np.dtype(shape.dtype).itemsize
-    cache = sum(mixer.state_bytes(shape, length=config.context_length, itemsize=itemsize) for mixer in mixers)
+    itemsize = np.dtype(dims.dtype).itemsize
+    cache = sum(mixer.state_bytes(dims, length=config.context_length, itemsize=itemsize) for mixer in mixers)
     sizes: dict[str, int] = {}
     for leaf in loaded.params.values():
         sizes[leaf.dtype.name] = sizes.get(leaf.dtype.name, 0) + leaf.size * leaf.dtype.itemsize
@@ -99,7 +100,7 @@ def measure_efficiency(
         cache_bytes=cache,
         prompt_tokens=length,
         time_to_first_token=first,
-        decode_tokens_per_second=(new_tokens - 1) / max(whole - first, 1e-9) if new_tokens > 1 else math.nan,
+        decode_tokens_per_second=(new_tokens - 1) / max(total - first, 1e-9) if new_tokens > 1 else math.nan,
         peak_memory_bytes=_peak_memory(),
         energy_joules_per_token=None
         if tracker is None
@@ -124,10 +125,9 @@ def _energy_tracker() -> Any:
         raise ValueError(
             f"energy needs codecarbon, which is not installed ({error}): pip install 'slmjax[energy]'"
         ) from error
-    logging.getLogger("codecarbon").setLevel(
-        logging.ERROR
-    )  # it announces itself before it looks at log_level
-    # The country decides about grams of carbon, which are not asked for here, and has to be given.
+    # codecarbon logs messages before it reads its log_level.
+    logging.getLogger("codecarbon").setLevel(logging.ERROR)
+    # The country is required. It only changes grams of carbon, which are not reported here.
     return OfflineEmissionsTracker(
         country_iso_code="USA",
         save_to_file=False,
@@ -138,13 +138,13 @@ def _energy_tracker() -> Any:
 
 
 def _energy(tracker: Any, decode: Callable[[int], float], new_tokens: int) -> float:
-    """Joules per new token after a prompt of one, while this machine does nothing else of ours."""
-    made = 0
+    """Return joules per new token after a prompt of one token."""
+    num_decoded = 0
     decode(new_tokens)  # compiles
     tracker.start()
     started = time.perf_counter()
     while time.perf_counter() - started < ENERGY_SECONDS:
         decode(new_tokens)
-        made += new_tokens
+        num_decoded += new_tokens
     tracker.stop()
-    return float(tracker.final_emissions_data.energy_consumed) * JOULES_PER_KWH / made
+    return float(tracker.final_emissions_data.energy_consumed) * JOULES_PER_KWH / num_decoded

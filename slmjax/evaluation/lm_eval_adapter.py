@@ -1,16 +1,16 @@
 """lm-eval (https://github.com/EleutherAI/lm-evaluation-harness) on a slmjax model: the `eval` extra.
 
-    lm_eval.simple_evaluate(model=SlmjaxLM(load_model(run_dir)), tasks=["my_task"],
-    task_manager=TaskManager(include_path="tasks")) run_tasks(loaded, ["my_task"], include_path="tasks")
-    # the same, and only the figures
+    manager = TaskManager(include_path="tasks")
+    lm_eval.simple_evaluate(model=SlmjaxLM(load_model(run_dir)), tasks=["my_task"], task_manager=manager)
+    run_tasks(loaded, ["my_task"], include_path="tasks")   # the same, returns the metrics alone
 
-Figures of lm-eval are compared with published ones, so what a text becomes is as in lm-eval's own class for
-Hugging Face models (`hf`), also where slmjax would choose otherwise: names of special tokens in a text are
-these tokens; a context too long to continue loses its beginning and BOS with it; a text that is scored as a
-whole is cut into windows that see one token of the last, and a BOS that the tokenizer puts before it is
-scored too. `slmjax eval` has none of this.
+Results of lm-eval are compared with published ones. Texts are therefore tokenized as in lm-eval's own class
+for Hugging Face models (`hf`), also where slmjax would do otherwise: names of special tokens in a text are
+these tokens; a context that is too long is cut at its beginning, BOS included; a full text is scored in
+windows that share one token with the previous one, and a BOS that the tokenizer adds is scored too.
+`slmjax eval` does none of this.
 
-Its tasks mostly fetch their data from a hub; one whose files are local needs no network.
+Most tasks download their data from a hub; a task with local files needs no network.
 """
 
 import json
@@ -25,46 +25,41 @@ from slmjax.checkpoints.loading import Loaded
 from slmjax.evaluation.likelihood import DEFAULT_BATCH_SIZE, Pair, log_likelihoods, pair_tokens, refuse_nan
 from slmjax.sampling import SamplingConfig, generate, render_chat
 
-DEFAULT_NEW_TOKENS = 256  # of a task that does not say
-NAMES_OF_NEW_TOKENS = (
-    "max_gen_toks",
-    "max_new_tokens",
-    "max_tokens",
-    "max_completion_tokens",
-)  # the first that is given counts
+DEFAULT_NEW_TOKENS = 256  # for a task without a limit
+# Settings of a task that limit its new tokens: the first that is set counts.
+NAMES_OF_NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
-MARK = "\N{OBJECT REPLACEMENT CHARACTER} "  # where a message that is continued ends
+MARK = "\N{OBJECT REPLACEMENT CHARACTER} "  # marks the end of a message that is to be continued
 
 
 class SlmjaxLM(LM):
-    """A model as lm-eval asks it: likelihoods of continuations and of whole texts, and greedy or drawn
-    continuations.
-    """
+    """The interface of lm-eval: likelihoods of continuations and of full texts, and generation."""
 
     def __init__(self, loaded: Loaded, *, batch_size: int = DEFAULT_BATCH_SIZE) -> None:
         super().__init__()
         self.loaded = loaded
         self.batch_size = batch_size
         tokenizer = loaded.tokenizer
-        # What comes before a text without a context: EOS for a model that has no BOS.
+        # The token before a text without a context: EOS for a model without BOS.
         self._prefix, self._prefix_id = (
             (tokenizer.bos, tokenizer.bos_id) if tokenizer.has_bos else (tokenizer.eos, tokenizer.eos_id)
         )
 
     @property
     def tokenizer_name(self) -> str:
-        """What lm-eval's cache tells tokenizers apart by."""
+        """Return the name that identifies the tokenizer in lm-eval's cache."""
         return self.loaded.tokenizer.hash
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The model's template, where lm-eval is asked to use one."""
+        """Return the model's chat template if lm-eval uses one."""
         return self.loaded.tokenizer.chat_template if chat_template else None
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text of a conversation; without a generation prompt it ends where the last message does, so
-        that this is continued.
+        """Return the text of a conversation.
+
+        Without a generation prompt it ends where the last message ends, so that the model continues it.
         """
         tokenizer = self.loaded.tokenizer
         if tokenizer.chat_template is None:
@@ -80,87 +75,80 @@ class SlmjaxLM(LM):
             text = render_chat(
                 tokenizer.chat_template, marked, **names, add_generation_prompt=add_generation_prompt
             )
-        except ValueError:  # some templates refuse system messages: lm-eval then goes without
+        except ValueError:
+            # Some templates refuse system messages: lm-eval then drops them.
             others = [message for message in marked if message["role"] != "system"]
             text = render_chat(
                 tokenizer.chat_template, others, **names, add_generation_prompt=add_generation_prompt
             )
         if add_generation_prompt:
             return text
-        if (place := text.rfind(MARK[0])) < 0:
+        if (end := text.rfind(MARK[0])) < 0:
             raise ValueError(
                 "the model's chat template leaves out the last message, so that it cannot be continued"
             )
-        return (
-            text[:place] if text[place:].startswith(MARK) else text[:place].rstrip()
-        )  # a template that trims has trimmed the mark
+        # A template that trims messages has trimmed the blank of the mark.
+        return text[:end] if text[end:].startswith(MARK) else text[:end].rstrip()
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return the log-likelihood of each (context, continuation), and whether greedy decoding gives the
-        continuation.
+        """Return the log-likelihood of each (context, continuation), and whether it is the greedy one.
 
         Raises:
           ValueError: a log-likelihood is NaN, which lm-eval would take for the highest.
         """
         pairs = [self._pair(*_arguments(request)) for request in requests]
-        found = log_likelihoods(self.loaded, pairs, batch_size=self.batch_size)
-        for request, one in zip(requests, found, strict=True):
-            refuse_nan([one], where=f"the request that ends {_arguments(request)[0][-60:]!r}")
-        return [(one.logprob, one.is_greedy) for one in found]
+        likelihoods = log_likelihoods(self.loaded, pairs, batch_size=self.batch_size)
+        for request, likelihood in zip(requests, likelihoods, strict=True):
+            refuse_nan([likelihood], where=f"the request that ends {_arguments(request)[0][-60:]!r}")
+        return [(likelihood.logprob, likelihood.is_greedy) for likelihood in likelihoods]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of each text; one that is longer than the context in windows, no token scored
-        twice.
+        """Return the log-likelihood of each text, in windows if it is longer than the context.
+
+        No token is scored twice.
         """
+        context_length = self.loaded.config.context_length
         pairs = []
-        owners = []
+        request_of_pair = []
         for index, request in enumerate(requests):
-            windows = list(
-                _windows(
-                    self._ids(_arguments(request)[0]),
-                    prefix_id=self._prefix_id,
-                    room=self.loaded.config.context_length,
-                )
-            )
+            ids = self._ids(_arguments(request)[0])
+            windows = list(_windows(ids, prefix_id=self._prefix_id, context_length=context_length))
             pairs += windows
-            owners += [index] * len(windows)
+            request_of_pair += [index] * len(windows)
+        likelihoods = log_likelihoods(self.loaded, pairs, batch_size=self.batch_size)
         sums = [0.0] * len(requests)
-        for index, one in zip(
-            owners, log_likelihoods(self.loaded, pairs, batch_size=self.batch_size), strict=True
-        ):
-            sums[index] += one.logprob
+        for index, likelihood in zip(request_of_pair, likelihoods, strict=True):
+            sums[index] += likelihood.logprob
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The continuation of each context, up to its stop texts; those with the same settings go
-        together.
-        """
+        """Return the continuation of each context, up to its stop texts."""
+        # Requests with the same settings share batches.
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            groups.setdefault(json.dumps(_arguments(request)[1], sort_keys=True, default=str), []).append(
-                index
-            )
-        found = {}
+            settings = json.dumps(_arguments(request)[1], sort_keys=True, default=str)
+            groups.setdefault(settings, []).append(index)
+        continuations = {}
         for group in groups.values():
             for first in range(0, len(group), self.batch_size):
                 part = group[first : first + self.batch_size]
                 texts = self._continued(
                     [_arguments(requests[index])[0] for index in part], _arguments(requests[part[0]])[1]
                 )
-                found |= dict(zip(part, texts, strict=True))
-        return [found[index] for index in range(len(requests))]
+                continuations |= dict(zip(part, texts, strict=True))
+        return [continuations[index] for index in range(len(requests))]
 
     def _ids(self, text: str) -> list[int]:
-        """A text with BOS where the model wants it and the text does not begin with its name."""
+        """Return the tokens of a text, with BOS if the model uses it and the text does not start with it."""
         tokenizer = self.loaded.tokenizer
-        begins = [tokenizer.bos_id] if tokenizer.adds_bos and not text.startswith(self._prefix) else []
-        return [*begins, *tokenizer.encode_with_special(text)]
+        prefix = [tokenizer.bos_id] if tokenizer.adds_bos and not text.startswith(self._prefix) else []
+        return [*prefix, *tokenizer.encode_with_special(text)]
 
     def _pair(self, context: str, continuation: str) -> Pair:
-        """The tokens of the whole text after as many as the context has alone, which it is given.
+        """Return the tokens of the context alone, and those of the full text after as many.
 
-        `pair_tokens` differs where a token reaches over the boundary: it then gives the shorter context that
-        the text has.
+        `pair_tokens` differs if a token crosses the boundary: its context is then the shorter one that the
+        full text has.
         """
         tokenizer = self.loaded.tokenizer
         if not context:
@@ -168,53 +156,51 @@ class SlmjaxLM(LM):
             return (ids[:1], ids[1:]) if ids[:1] == [self._prefix_id] else ([self._prefix_id], ids)
         cut = len(context.rstrip())
         before = self._ids(context[:cut])
-        whole = self._ids(context + continuation)
-        # Where nothing would be left of either, lm-eval's class fails.
-        return (
-            (before, whole[len(before) :])
-            if 0 < len(before) < len(whole)
-            else pair_tokens(tokenizer, context, continuation)
-        )
+        full = self._ids(context + continuation)
+        # lm-eval's class fails if nothing is left of either.
+        if 0 < len(before) < len(full):
+            return before, full[len(before) :]
+        return pair_tokens(tokenizer, context, continuation)
 
     def _continued(self, contexts: Sequence[str], settings: dict[str, Any]) -> list[str]:
         until = settings.get("until") or []
         until = tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)
-        asked = int(
-            next(
-                (settings[name] for name in NAMES_OF_NEW_TOKENS if settings.get(name) is not None),
-                DEFAULT_NEW_TOKENS,
-            )
-        )
+        limits = (settings[name] for name in NAMES_OF_NEW_TOKENS if settings.get(name) is not None)
+        new_tokens = int(next(limits, DEFAULT_NEW_TOKENS))
         tokenizer = self.loaded.tokenizer
-        room = self.loaded.config.context_length
-        # lm-eval's class fails where a task asks for too many
-        new_tokens = asked if 0 < asked < room else max(room // 2, 1)
-        prompts = [(self._ids(context) or [self._prefix_id])[-(room - new_tokens) :] for context in contexts]
+        context_length = self.loaded.config.context_length
+        if not 0 < new_tokens < context_length:
+            # lm-eval's class fails if a task sets more new tokens than the context has.
+            new_tokens = max(context_length // 2, 1)
+        prompt_length = context_length - new_tokens
+        prompts = [(self._ids(context) or [self._prefix_id])[-prompt_length:] for context in contexts]
         temperature = float(settings.get("temperature") or 0.0)
         config = SamplingConfig(
             max_tokens=new_tokens,
             temperature=0.0 if settings.get("do_sample") is False else temperature,
             stop=until,
         )
-        found = generate(self.loaded, prompts, config=config, seeds=[config.seed] * len(prompts))
-        # Decoded alone, as lm-eval does it: some vocabularies then lose the space before the first word.
-        return [_cut(tokenizer.decode(one.tokens), until) for one in found]
+        results = generate(self.loaded, prompts, config=config, seeds=[config.seed] * len(prompts))
+        # Decoded without the prompt, as lm-eval does: some vocabularies then lose the space before the first
+        # word.
+        return [_cut(tokenizer.decode(result.tokens), until) for result in results]
 
 
 def _arguments(request: Instance) -> tuple[Any, ...]:
-    """What is asked: lm-eval's annotation says that there is nothing."""
+    """Return the arguments of a request, which lm-eval annotates as an empty tuple."""
     return request.args
 
 
-def _windows(ids: list[int], *, prefix_id: int, room: int) -> Iterator[Pair]:
-    """Contexts and what is scored after them: as much as there is room for, after one token that was scored
-    before.
+def _windows(ids: list[int], *, prefix_id: int, context_length: int) -> Iterator[Pair]:
+    """Yield pairs of a context and the tokens that are scored after it.
+
+    Each window is full: the last one repeats tokens of the one before as context.
     """
     if ids:
-        yield [prefix_id], ids[:room]
-    for start in range(room, len(ids), room):
-        end = min(start + room, len(ids))
-        yield ids[end - room - 1 : start], ids[start:end]
+        yield [prefix_id], ids[:context_length]
+    for start in range(context_length, len(ids), context_length):
+        end = min(start + context_length, len(ids))
+        yield ids[end - context_length - 1 : start], ids[start:end]
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
@@ -231,10 +217,17 @@ def run_tasks(
     limit: int | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
 ) -> dict[str, dict[str, float]]:
-    """Task -> metric -> value, as lm-eval names them.
+    """Return task -> metric -> value, under lm-eval's names.
+
+    Args:
+      loaded: the model, from `load_model`.
+      tasks: names of tasks.
+      include_path: directory of further tasks.
+      limit: examples of each task; None: all.
+      batch_size: sequences at a time.
 
     Raises:
-      ValueError: a task that lm-eval does not know.
+      ValueError: lm-eval has no such task.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -247,12 +240,12 @@ def run_tasks(
         )
     model = SlmjaxLM(loaded, batch_size=batch_size)
     run: Any = simple_evaluate  # its decorator hides its signature
-    found = run(model=model, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0)
+    output = run(model=model, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0)
     return {
         task: {
             name.removesuffix(",none"): float(value)
             for name, value in metrics.items()
             if isinstance(value, int | float)
         }
-        for task, metrics in found["results"].items()
+        for task, metrics in output["results"].items()
     }

@@ -2,11 +2,12 @@
 
     {"prompt": "The capital of France is", "choices": ["Rome", "Paris"], "answer": 1}
 
-A choice is scored as the continuation of its prompt. One blank stands between them, whether the choice begins
-with it, the prompt ends with it, or neither; after other white space, and in a choice that begins with other
-white space, none is added. The answer is the choice of the highest log-likelihood (`accuracy`), or of the
-highest per UTF-8 byte of the choice without that blank (`accuracy_per_byte`), so that long choices are not at
-a disadvantage. lm-eval's `acc` and `acc_norm` are the same, but that it counts characters.
+A choice is scored as the continuation of its prompt. There is one blank between them, whether the choice
+starts with it, the prompt ends with it, or neither; none is added after other white space, or before a choice
+that starts with other white space. The answer is the choice with the highest log-likelihood (`accuracy`), or
+with the highest one per UTF-8 byte of the choice without that blank (`accuracy_per_byte`), so that long
+choices are not at a disadvantage. lm-eval's `acc` and `acc_norm` are the same, except that it counts
+characters.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MultipleChoiceResult:
-    """What the answers came to."""
+    """Accuracy over the questions of a file."""
 
     file: str
     questions: int
@@ -45,7 +46,7 @@ class MultipleChoiceResult:
     accuracy_per_byte: float  # by log-likelihood per byte of the choice
     accuracy_per_byte_stderr: float
     chance: float  # accuracy of guessing
-    truncated: int  # questions of which a prompt lost its beginning, as the context had no room for it
+    truncated: int  # questions whose prompt was cut at its beginning, to fit the context
     seconds: float
 
 
@@ -55,67 +56,64 @@ def answer_questions(
     """Answer the questions of a file.
 
     Raises:
-      ValueError: the file is not there, a record of it is no question, a choice is longer than the context,
-        or a log-likelihood is NaN; file and line are named.
+      ValueError: the file does not exist, a record is not a question, a choice is longer than the context,
+        or a log-likelihood is NaN; the message has file and line.
     """
     started = time.monotonic()
     questions = read_questions(Path(path))
     pairs = []
-    for one in questions:
+    for question in questions:
         try:
-            pairs += [_pair(loaded, one.prompt, choice) for choice in one.choices]
+            pairs += [_pair(loaded, question.prompt, choice) for choice in question.choices]
         except ValueError as error:
-            raise ValueError(f"{one.where}: {error}") from error
-    scores = iter(log_likelihoods(loaded, pairs, batch_size=batch_size))
-    right = []
-    right_per_byte = []
+            raise ValueError(f"{question.where}: {error}") from error
+    # All choices of all questions at once: batches are then full, and few shapes are compiled.
+    all_likelihoods = iter(log_likelihoods(loaded, pairs, batch_size=batch_size))
+    is_right = []
+    is_right_per_byte = []
     truncated = 0
-    for one in questions:
-        found = [next(scores) for _ in one.choices]
-        refuse_nan(found, where=one.where)
-        logprobs = np.asarray([score.logprob for score in found])
-        per_byte = logprobs / np.asarray(
-            [len(_split_blank(one.prompt, choice)[1].encode()) for choice in one.choices]
-        )
-        right.append(int(np.argmax(logprobs)) == one.answer)
-        right_per_byte.append(int(np.argmax(per_byte)) == one.answer)
-        truncated += any(score.truncated for score in found)
+    for question in questions:
+        likelihoods = [next(all_likelihoods) for _ in question.choices]
+        refuse_nan(likelihoods, where=question.where)
+        logprobs = np.asarray([likelihood.logprob for likelihood in likelihoods])
+        num_bytes = [len(_split_blank(question.prompt, choice)[1].encode()) for choice in question.choices]
+        is_right.append(int(np.argmax(logprobs)) == question.answer)
+        is_right_per_byte.append(int(np.argmax(logprobs / np.asarray(num_bytes))) == question.answer)
+        truncated += any(likelihood.truncated for likelihood in likelihoods)
     return MultipleChoiceResult(
         file=str(path),
         questions=len(questions),
-        accuracy=float(np.mean(right)),
-        accuracy_stderr=_stderr(right),
-        accuracy_per_byte=float(np.mean(right_per_byte)),
-        accuracy_per_byte_stderr=_stderr(right_per_byte),
-        chance=float(np.mean([1 / len(one.choices) for one in questions])),
+        accuracy=float(np.mean(is_right)),
+        accuracy_stderr=_stderr(is_right),
+        accuracy_per_byte=float(np.mean(is_right_per_byte)),
+        accuracy_per_byte_stderr=_stderr(is_right_per_byte),
+        chance=float(np.mean([1 / len(question.choices) for question in questions])),
         truncated=truncated,
         seconds=time.monotonic() - started,
     )
 
 
 def _pair(loaded: Loaded, prompt: str, choice: str) -> Pair:
-    """A prompt and a choice as tokens. Raises ValueError for text that the vocabulary lacks, and a choice
-    longer than the context.
+    """Return the tokens of a prompt and a choice.
+
+    Raises ValueError for text that the vocabulary cannot encode, and for a choice longer than the context.
     """
     pair = pair_tokens(loaded.tokenizer, prompt, continuation_of(prompt, choice))
-    if len(pair[1]) > (room := loaded.config.context_length):
+    context_length = loaded.config.context_length
+    if len(pair[1]) > context_length:
         raise ValueError(
-            f"a choice has {len(pair[1])} tokens, more than the model's context_length={room}: shorten it"
+            f"a choice has {len(pair[1])} tokens, more than the model's {context_length=}: shorten it"
         )
     return pair
 
 
 def continuation_of(prompt: str, choice: str) -> str:
-    """Return the text that follows a prompt for a choice: one blank stands between them, as the module
-    says.
-    """
+    """Return the text that follows a prompt for a choice, with the blank between them (module docstring)."""
     return "".join(_split_blank(prompt, choice))
 
 
 def _split_blank(prompt: str, choice: str) -> tuple[str, str]:
-    """The blank to put after the prompt, or "", and the choice without a blank of its own that stands for
-    it.
-    """
+    """Return the blank to add after the prompt, or "", and the choice without a leading blank."""
     if not prompt:
         return "", choice
     if prompt[-1] == " ":
@@ -125,13 +123,13 @@ def _split_blank(prompt: str, choice: str) -> tuple[str, str]:
     return " ", choice.removeprefix(" ") or choice
 
 
-def _stderr(right: list[bool]) -> float:
-    """Of a mean, by the sample's own deviation; NaN for one question."""
-    return float(np.std(right, ddof=1) / math.sqrt(len(right))) if len(right) > 1 else math.nan
+def _stderr(is_right: list[bool]) -> float:
+    """Return the standard error of the mean, from the sample's deviation; NaN for one question."""
+    return float(np.std(is_right, ddof=1) / math.sqrt(len(is_right))) if len(is_right) > 1 else math.nan
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The questions of a file. Raises ValueError as `answer_questions` does."""
+    """Return the questions of a file. Raises ValueError as `answer_questions` does."""
     if not path.is_file():
         raise ValueError(
             f"there is no file {path}: multiple choice reads JSONL with prompt, choices and answer on each "
@@ -141,7 +139,7 @@ def read_questions(path: Path) -> list[Question]:
     questions = []
     for record in read_objects(path):
         values = dict(record.values or {})
-        if in_cells:  # a whole number is then an index, never the text of a choice
+        if in_cells:  # an integer is then an index, never the text of a choice
             values |= {name: value_in_cell(values[name]) for name in ("choices", "answer") if name in values}
         questions.append(_question(values, record.where))
     if not questions:
@@ -172,13 +170,13 @@ def _question(record: Mapping[str, Any], where: str) -> Question:
     )
 
 
-def _answer(given: Any, choices: list[str], where: str) -> int:
-    """An index, or the text of a choice, as an index."""
-    if isinstance(given, str) and choices.count(given) == 1:
-        return choices.index(given)
-    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < len(choices):
+def _answer(answer: Any, choices: list[str], where: str) -> int:
+    """Return the index of the right choice, from an index or the text of a choice."""
+    if isinstance(answer, str) and choices.count(answer) == 1:
+        return choices.index(answer)
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise ValueError(
-            f'{where}: "answer" is {given!r}, and must be an index from 0 to {len(choices) - 1}, or the text '
-            "of one choice"
+            f'{where}: "answer" is {answer!r}, and must be an index from 0 to {len(choices) - 1}, or the '
+            "text of one choice"
         )
-    return given
+    return answer

@@ -301,7 +301,7 @@ class Loop:
             "loss": result.loss,
             "bits_per_byte": result.bits_per_byte,
         }
-        self.record("eval", documents=result.documents, **result.figures())
+        self.record("eval", documents=result.documents, **result.metrics())
         self.telemetry.progress.print(f"step {self.step}: held-out {result.text()}")
         if self.is_best(result.loss):
             self.save(state, best_loss=result.loss)
@@ -349,7 +349,7 @@ def _finish(loop: Loop, state: TrainState, status: str, signals: StopSignals) ->
             "loss": evaluation.loss,
             "bits_per_byte": evaluation.bits_per_byte,
         }
-        loop.record("eval", documents=evaluation.documents, complete=True, **evaluation.figures())
+        loop.record("eval", documents=evaluation.documents, complete=True, **evaluation.metrics())
     result = _result(loop, state, status=status, metrics=metrics, compressors=compressors, samples=samples)
     if jax.process_index() == 0:
         telemetry.run.write_json("result.json", dataclasses.asdict(result))

@@ -53,7 +53,7 @@ def derive(
         "lost_text": found.lost_text,
     }
     return result, {
-        **found.figures(),
+        **found.metrics(),
         "step": source.get("step"),
         "complete": True,
         "documents": found.documents,

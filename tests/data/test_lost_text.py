@@ -125,7 +125,7 @@ def test_a_tokenizer_that_loses_text_is_refused_or_marked(tmp_path: Path) -> Non
         actual.bits_per_byte == pytest.approx(actual.loss * 5 / math.log(2) / len(TEXT.encode()))
         and actual.bits_per_byte < 0.2
     )
-    assert lost_note(LOST) in actual.text() and actual.figures()["lost_text"] == LOST
+    assert lost_note(LOST) in actual.text() and actual.metrics()["lost_text"] == LOST
     rows = {row[0].strip(): row for row in _text_rows({"text": to_json(actual)})}
     assert rows["not comparable"][1] == f"{LOST:.2%}"
     assert rows["documents begin with"][1:] == ("'<s>'", "id 0, first of the usual names in the vocabulary")

@@ -217,7 +217,7 @@ def test_a_weight_that_reaches_zero(workplace: Path, tmp_path: Path, calls: Call
         alone.bits_per_byte == pytest.approx(evaluated["bits_per_byte"], rel=1e-6)
         and alone.teacher_kl is None
     )
-    assert "teacher" not in alone.text() and not {name for name in alone.figures() if "teacher" in name}
+    assert "teacher" not in alone.text() and not {name for name in alone.metrics() if "teacher" in name}
 
 
 def test_a_teacher_without_weight_is_not_even_looked_for(
@@ -261,9 +261,9 @@ def test_an_evaluation_beside_the_teacher_is_the_dense_one(
     with jax.set_mesh(setup.mesh):
         found = setup.evaluate(state, None)
     assert found is not None
-    figures = found.figures()
+    metrics = found.metrics()
     (record,) = records(result.run_dir, "eval")
-    assert figures.keys() <= record.keys() and len(figures) == 8
+    assert metrics.keys() <= record.keys() and len(metrics) == 8
     ours = []
     theirs = []
     targets = []
@@ -318,7 +318,7 @@ def test_a_student_that_is_its_own_teacher(
     assert found.teacher_agreement == pytest.approx(1.0) and found.teacher_bits_per_byte == pytest.approx(
         found.bits_per_byte, rel=1e-6
     )
-    assert "same first choice 100.0%" in found.text() and all(map(math.isfinite, found.figures().values()))
+    assert "same first choice 100.0%" in found.text() and all(map(math.isfinite, found.metrics().values()))
     with pytest.raises(SystemExit) as stopped:
         cli.main(["eval", result.run_dir, "--teacher", result.run_dir, "--json"])
     assert stopped.value.code == 0

@@ -190,7 +190,7 @@ def test_scales_vectors_and_settings_are_compared(
 
 
 def test_text_is_needed(quantized: tuple[Path, Path]) -> None:
-    with pytest.raises(ValueError, match=r"has no config.json that says what it was trained on"):
+    with pytest.raises(ValueError, match=r"has no config.json with its training data"):
         verify_export(*quantized)
 
 
