@@ -1,6 +1,4 @@
-"""One spelling for each model, so that what an exported configuration would be read back as can be compared
-with the original.
-"""
+"""Canonical configurations, with which an exported configuration is compared with the original."""
 
 import dataclasses
 import math
@@ -14,11 +12,9 @@ from slmjax.models.mixers.latent import LatentAttentionConfig
 
 
 def canonical(config: ModelConfig) -> ModelConfig:
-    """The configuration with every default spelt out, without what only says how it is trained or
-    computed.
-    """
-    shape = config.layer_shape()
-    blocks = [_canonical_block(block, shape) for block in config.blocks()]
+    """Return the configuration with all defaults resolved, and without settings of training and precision."""
+    dims = config.layer_shape()
+    blocks = [_canonical_block(block, dims) for block in config.blocks()]
     return dataclasses.replace(
         config,
         stack=stack_of(blocks),
@@ -48,7 +44,7 @@ def _canonical_block(block: BlockConfig, dims: ModelDims) -> BlockConfig:
             mixer, scale=scale, latent_norm_eps=mixer.latent_norm_eps or dims.norm_eps
         )
     if isinstance(ffn, MoeConfig):
-        # the one that is part of the model
+        # Selection biases are part of the model; the other settings of balance affect training only.
         balance = Balance.BIAS if ffn.balance is Balance.BIAS else Balance.NONE
         ffn = dataclasses.replace(
             ffn, balance=balance, balance_weight=0.0, bias_rate=0.0, z_weight=0.0, capacity_factor=None
@@ -56,53 +52,55 @@ def _canonical_block(block: BlockConfig, dims: ModelDims) -> BlockConfig:
     return dataclasses.replace(block, mixer=mixer, ffn=ffn)
 
 
-def differences(wanted: ModelConfig, found: ModelConfig, *, tolerance: float = 0.0) -> list[str]:
-    """What is not the same in two canonical configurations, as "field = value (read back as other)"; layers
-    one by one.
+def differences(expected: ModelConfig, actual: ModelConfig, *, tolerance: float = 0.0) -> list[str]:
+    """List the differences between canonical configurations, as "field = value (read back as other)".
+
+    Layers are compared one by one.
 
     Args:
-      tolerance: numbers that differ by no more than this share of them are the same.
+      tolerance: floats that differ by at most this fraction are equal.
     """
-    found_text = []
-    for field in dataclasses.fields(wanted):
+    texts = []
+    for field in dataclasses.fields(expected):
         if field.name != "stack":
-            found_text += _differing(
-                field.name, getattr(wanted, field.name), getattr(found, field.name), tolerance
+            texts += _differing(
+                field.name, getattr(expected, field.name), getattr(actual, field.name), tolerance
             )
-    ours = list(wanted.blocks())
-    theirs = list(found.blocks())
-    if len(ours) != len(theirs):
-        return [*found_text, f"{len(ours)} layers (read back as {len(theirs)})"]
-    for layer, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-        found_text += _differing(f"layer {layer}", mine, other, tolerance)
-    return found_text
+    expected_blocks = list(expected.blocks())
+    actual_blocks = list(actual.blocks())
+    if len(expected_blocks) != len(actual_blocks):
+        return [*texts, f"{len(expected_blocks)} layers (read back as {len(actual_blocks)})"]
+    for layer, (block, other) in enumerate(zip(expected_blocks, actual_blocks, strict=True)):
+        texts += _differing(f"layer {layer}", block, other, tolerance)
+    return texts
 
 
-def _differing(where: str, wanted: Any, found: Any, tolerance: float) -> list[str]:
-    if wanted == found or _is_close(wanted, found, tolerance):
+def _differing(where: str, expected: Any, actual: Any, tolerance: float) -> list[str]:
+    if expected == actual or _is_close(expected, actual, tolerance):
         return []
-    if dataclasses.is_dataclass(wanted) and type(wanted) is type(found):
+    if dataclasses.is_dataclass(expected) and type(expected) is type(actual):
         return [
             text
-            for field in dataclasses.fields(wanted)
+            for field in dataclasses.fields(expected)
             for text in _differing(
-                f"{where}.{field.name}", getattr(wanted, field.name), getattr(found, field.name), tolerance
+                f"{where}.{field.name}", getattr(expected, field.name), getattr(actual, field.name), tolerance
             )
         ]
-    return [f"{where} = {_text(wanted)} (read back as {_text(found)})"]
+    return [f"{where} = {_text(expected)} (read back as {_text(actual)})"]
 
 
-def _is_close(wanted: Any, found: Any, tolerance: float) -> bool:
-    if isinstance(wanted, tuple) and isinstance(found, tuple):
-        return len(wanted) == len(found) and all(
-            _is_close(one, other, tolerance) for one, other in zip(wanted, found, strict=True)
+def _is_close(expected: Any, actual: Any, tolerance: float) -> bool:
+    if isinstance(expected, tuple) and isinstance(actual, tuple):
+        return len(expected) == len(actual) and all(
+            _is_close(item, other, tolerance) for item, other in zip(expected, actual, strict=True)
         )
     return (
-        isinstance(wanted, float)
-        and isinstance(found, float)
-        and math.isclose(wanted, found, rel_tol=tolerance)
+        isinstance(expected, float)
+        and isinstance(actual, float)
+        and math.isclose(expected, actual, rel_tol=tolerance)
     )
 
 
 def _text(value: Any) -> str:
+    """Return the value of an enum, the type's name of a dataclass, and any other value as it is."""
     return str(getattr(value, "value", type(value).__name__ if dataclasses.is_dataclass(value) else value))

@@ -94,7 +94,7 @@ class Llama3Scaling(RopeScaling):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class YarnScaling(RopeScaling):
-    """YaRN (Peng et al. 2023): a transition between divided and original frequencies that is linear in the dim.
+    """YaRN (Peng et al. 2023): a transition from original to divided frequencies, linear in the dim.
 
     It also scales rotated queries and keys by the attention factor.
     """

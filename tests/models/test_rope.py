@@ -168,7 +168,7 @@ def test_long_scaling_needs_a_length():
 
 
 def test_long_scaling_needs_a_divisor_for_each_pair():
-    with pytest.raises(ValueError, match="short_factors has 1 numbers: 2 dim pairs"):
+    with pytest.raises(ValueError, match="short_factors has 1 values, but 2 pairs of dims"):
         rotary(
             draw(1, 1, 1, 4),
             np.zeros((1, 1), np.int32),

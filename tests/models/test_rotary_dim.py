@@ -162,7 +162,7 @@ def test_an_odd_number_of_dims_is_rotated_as_in_transformers() -> None:
                 "partial_rotary_factor": 0.5,
                 "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
             },
-            r"short_factors has 4 numbers: 5 dim pairs are rotated",
+            r"short_factors has 4 values, but 5 pairs of dims are rotated",
         ),
     ],
 )
@@ -219,7 +219,7 @@ def test_rotated_dims_are_written_as_they_are() -> None:
     others = [family for family in HF_FAMILIES if family is not PHI3]
     with pytest.raises(ValueError, match="no family of HF"):
         express(model(rotary_dim=14), others, format_name="HF", preferred=None)
-    with pytest.raises(ValueError, match="short_factors has 1 numbers: 10 dim pairs"):
+    with pytest.raises(ValueError, match="short_factors has 1 values, but 10 pairs of dims"):
         scaling = LongScaling(short_factors=(1.0,), long_factors=(1.0,), original_context=4)
         model(rope_scaling=scaling, head_dim=20).layer_shape()
         first_mixer(model(rope_scaling=scaling)).resolved_rotary_dim(model().layer_shape())

@@ -1,1 +1,1 @@
-"""Feed-forward layers."""
+"""Feed-forward layers: dense MLPs and mixtures of experts."""

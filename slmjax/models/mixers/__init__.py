@@ -1,1 +1,1 @@
-"""Token mixers beside softmax attention with keys and values of its own, one file each."""
+"""Token mixers, one file each: softmax attention and latent attention."""

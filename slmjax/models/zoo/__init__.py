@@ -1,10 +1,10 @@
-"""Named architectures, and what any architecture costs.
+"""Named architectures, and the sizes and costs of any architecture.
 
-    zoo.nano()                                   # -> ModelConfig; the tokenizer decides the size of the
-    vocabulary zoo.ARCHITECTURES["qwen3_0_6b"]()            # -> ModelConfig, complete
+    zoo.nano()                                   # -> ModelConfig; the tokenizer sets the vocabulary size
+    zoo.ARCHITECTURES["qwen3_0_6b"]()            # -> ModelConfig, complete
     zoo.describe(zoo.ARCHITECTURES["nano"]())    # -> Summary: parameters, FLOPs, bytes
 
-Small ones of our own are in `ours.py`, released models at their released sizes in `released.py`.
+Small architectures of this project are in `ours.py`, released models at their sizes in `released.py`.
 """
 
 import functools
@@ -46,7 +46,7 @@ from slmjax.models.zoo.released import (
     tinyllama_1_1b,
 )
 
-# Complete, that is, with a vocabulary: ours with that of the experiment of the same name.
+# Complete configurations: ours have the vocabulary size of the experiment of the same name.
 ARCHITECTURES: Mapping[str, Callable[[], ModelConfig]] = {
     "nano": functools.partial(nano, vocab_size=2048),
     "nano_moe": functools.partial(nano_moe, vocab_size=2048),

@@ -1,6 +1,6 @@
-"""Small architectures of our own: minutes on a CPU to a day on an accelerator.
+"""Small architectures of this project: minutes on a CPU to a day on an accelerator.
 
-Where the size of the vocabulary is left open, the tokenizer of the experiment decides it.
+If the vocabulary size is None, the tokenizer of the experiment sets it.
 """
 
 import dataclasses
@@ -13,20 +13,21 @@ from slmjax.models.protocols import FfnConfig
 
 
 def nano(*, vocab_size: int | None = None) -> ModelConfig:
-    """3.8M parameters with 4096 tokens, for minutes on a CPU: a Qwen3 in every detail, so that it exports as
-    one.
+    """3.8M parameters with 4096 tokens, for minutes on a CPU.
+
+    It is a Qwen3 in every detail, so that it can be exported as one.
     """
     return _nano((BlockConfig(mixer=_NANO_ATTENTION, ffn=MlpConfig(hidden_dim=640)),), vocab_size=vocab_size)
 
 
 def nano_moe(*, vocab_size: int | None = None) -> ModelConfig:
-    """`nano` with 8 experts, of which 2 together are as wide as its feed-forward layer."""
+    """`nano` with 8 experts; the 2 that a token selects are together as wide as the dense layer."""
     ffn = MoeConfig(num_experts=8, num_selected=2, hidden_dim=320)
     return _nano((BlockConfig(mixer=_NANO_ATTENTION, ffn=ffn),), vocab_size=vocab_size)
 
 
 def nano_window(*, vocab_size: int | None = None) -> ModelConfig:
-    """`nano` with three layers that see 64 tokens before the one that sees all."""
+    """`nano` with three layers that have a window of 64 tokens, and a fourth that sees all."""
     mixers = (*(dataclasses.replace(_NANO_ATTENTION, window=64),) * 3, _NANO_ATTENTION)
     return _nano(
         tuple(BlockConfig(mixer=mixer, ffn=MlpConfig(hidden_dim=640)) for mixer in mixers),
@@ -43,9 +44,7 @@ def _nano(pattern: tuple[BlockConfig, ...], *, vocab_size: int | None) -> ModelC
 
 
 def shakespeare_char(*, vocab_size: int | None = None) -> ModelConfig:
-    """nanoGPT's character model for a CPU: 4 layers of 4 heads, width 128, context 64, plain GELU layers of
-    four times the width.
-    """
+    """nanoGPT's character model for a CPU: 4 layers of 4 heads, width 128, context 64, and ungated GELU."""
     return _uniform(
         layers=4,
         embed_dim=128,
@@ -57,7 +56,7 @@ def shakespeare_char(*, vocab_size: int | None = None) -> ModelConfig:
 
 
 def slm_12m(*, vocab_size: int | None = 4096) -> ModelConfig:
-    """A decoder that a laptop trains overnight: 6 layers of width 384. What the benchmarks on CPUs time."""
+    """A decoder that a laptop trains overnight: 6 layers of width 384. The CPU benchmarks time it."""
     return _uniform(
         layers=6,
         embed_dim=384,
@@ -69,9 +68,7 @@ def slm_12m(*, vocab_size: int | None = 4096) -> ModelConfig:
 
 
 def slm_124m(*, vocab_size: int | None = 50_257) -> ModelConfig:
-    """The size of GPT-2 small, with rotary positions, RMSNorm and SwiGLU; the table is padded to 50,304
-    rows.
-    """
+    """The size of GPT-2 small, with rotary positions, RMSNorm and SwiGLU; the table has 50,304 rows."""
     config = _uniform(
         layers=12,
         embed_dim=768,
@@ -92,7 +89,7 @@ def _uniform(
     context_length: int,
     vocab_size: int | None,
 ) -> ModelConfig:
-    """All layers alike, embeddings tied, RMSNorm before each sublayer."""
+    """Return a model of equal layers, with tied embeddings and RMSNorm before each sublayer."""
     stack = (LayerGroup(pattern=(BlockConfig(mixer=attention, ffn=ffn),), repeats=layers),)
     return ModelConfig(
         embed_dim=embed_dim,

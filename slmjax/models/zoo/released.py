@@ -1,8 +1,7 @@
-"""Released models at their released sizes: those that the layers here express exactly.
+"""Released models at their released sizes, those that these layers express exactly.
 
-Each function names the page whose config.json it follows: sizes, heads, the norm's eps, angles, windows,
-multipliers and bounds as they are there. They say what a model is, not how it was trained or what precision
-it runs in.
+Each function names the page whose config.json it follows, in sizes, heads, the norm's eps, rotary angles,
+windows, multipliers and soft-caps. The configurations do not describe training or precision.
 """
 
 import dataclasses
@@ -190,8 +189,9 @@ def _qwen3(*, layers: int, embed_dim: int, heads: int, hidden_dim: int) -> Model
 
 # Gemma ------------------------------------------------------------------------------------------------------
 def gemma2_2b() -> ModelConfig:
-    """Gemma 2 2B (https://huggingface.co/google/gemma-2-2b): every other layer has a window; scores and
-    logits are bounded.
+    """Gemma 2 2B (https://huggingface.co/google/gemma-2-2b).
+
+    Every other layer has a window; scores and logits have soft-caps.
     """
     full = AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=256, softcap=50.0)
     blocks = _gemma_blocks([dataclasses.replace(full, window=4096), full] * 13, hidden_dim=9216)
@@ -214,8 +214,9 @@ def gemma3_1b() -> ModelConfig:
 
 
 def gemma3_4b() -> ModelConfig:
-    """The text model of Gemma 3 4B (https://huggingface.co/google/gemma-3-4b-pt); its table has 64 rows for
-    images.
+    """The text model of Gemma 3 4B (https://huggingface.co/google/gemma-3-4b-pt).
+
+    Its table has 64 rows for images.
     """
     return _gemma3(
         layers=34,
@@ -242,9 +243,7 @@ def _gemma3(
     vocab_size: int = 262_144,
     rope_scaling: RopeScaling | None = None,
 ) -> ModelConfig:
-    """Every sixth layer sees all, with angles of base 1e6; the five before it see a window, with angles of
-    base 1e4.
-    """
+    """Every sixth layer sees all tokens, with rotary base 1e6; the others have a window and base 1e4."""
     local = AttentionConfig(
         num_heads=heads,
         num_kv_heads=kv_heads,
@@ -277,8 +276,9 @@ def _gemma(blocks: list[BlockConfig], *, embed_dim: int, context_length: int, vo
 
 # OLMo, Phi, Granite -----------------------------------------------------------------------------------------
 def olmo2_1b() -> ModelConfig:
-    """OLMo 2 1B (https://huggingface.co/allenai/OLMo-2-0425-1B): norms after each sublayer, and over all
-    heads together.
+    """OLMo 2 1B (https://huggingface.co/allenai/OLMo-2-0425-1B).
+
+    Norms follow each sublayer, and those of queries and keys span all heads.
     """
     return _llama(
         layers=16,
@@ -328,8 +328,9 @@ def phi3_mini() -> ModelConfig:
 
 
 def phi4_mini() -> ModelConfig:
-    """Phi-4-mini (https://huggingface.co/microsoft/Phi-4-mini-instruct): three quarters of a head are
-    rotated, by LongRoPE.
+    """Phi-4-mini (https://huggingface.co/microsoft/Phi-4-mini-instruct).
+
+    Three quarters of a head are rotated, by LongRoPE.
     """
     magnitude = math.sqrt(1 + math.log(131_072 / 4096) / math.log(4096))
     scaling = LongScaling(
@@ -351,7 +352,7 @@ def phi4_mini() -> ModelConfig:
     )
 
 
-# What the frequencies of each pair of dims are divided by in documents of more than 4096 tokens.
+# Divisors of the frequency of each pair of dims, in documents of more than 4096 tokens.
 PHI4_MINI_FACTORS = (
     1.0,
     1.118320672,
@@ -415,7 +416,7 @@ def granite4_micro() -> ModelConfig:
 
 
 def _granite(*, embed_dim: int, heads: int, vocab_size: int) -> ModelConfig:
-    """Logits are divided by a 256th of the width."""
+    """Return a Granite model, whose logits are divided by a 256th of the width."""
     config = _llama(
         layers=40,
         embed_dim=embed_dim,
@@ -457,7 +458,7 @@ def _gpt2(*, layers: int, embed_dim: int, heads: int) -> ModelConfig:
     )
 
 
-# What most have in common -----------------------------------------------------------------------------------
+# The common structure ---------------------------------------------------------------------------------------
 def _llama(
     *,
     layers: int,
@@ -473,8 +474,9 @@ def _llama(
     rope_base: float = 10_000.0,
     **attention,
 ) -> ModelConfig:
-    """Layers that are all alike: attention with rotary positions, a gated layer with SiLU, RMSNorm. More
-    settings are attention's.
+    """Return a model of equal layers: attention with rotary positions, gated SiLU layers, RMSNorm.
+
+    Further settings are those of `AttentionConfig`.
     """
     mixer = AttentionConfig(num_heads=heads, num_kv_heads=kv_heads, rope_base=rope_base, **attention)
     block = BlockConfig(mixer=mixer, ffn=MlpConfig(hidden_dim=hidden_dim), norm=norm)
@@ -488,7 +490,7 @@ def _llama(
     )
 
 
-# By name, families together, the small before the large.
+# By name, families together, small models before large ones.
 RELEASED: Mapping[str, Callable[[], ModelConfig]] = {
     build.__name__: build
     for build in (
