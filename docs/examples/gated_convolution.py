@@ -26,20 +26,19 @@ from slmjax.models import (
 def short_convolution(
     history: Float[Array, "B S D"], segments: Int[Array, "B S"], taps: Float[Array, "W D"]
 ) -> Float[Array, "B T D"]:
-    """Each token's weighted sum of itself and the W - 1 tokens before it, as far as they are of its document.
+    """Return each token's weighted sum of itself and the W - 1 tokens before it in its document.
 
-    `history` holds W - 1 tokens before the first that is asked for: S = W - 1 + T.
+    `history` begins with the W - 1 tokens before the first output: S = W - 1 + T.
     """
     width = taps.shape[0]
     length = history.shape[1] - taps.shape[0] + 1
-    own = segments[:, width - 1 :]
+    output_segments = segments[:, width - 1 :]
     total = jnp.zeros((history.shape[0], length, history.shape[2]), history.dtype)
     for back in range(width):
         start = width - 1 - back
-        same = segments[:, start : start + length] == own
-        total += jnp.where(same[..., None], history[:, start : start + length], 0) * taps[back][
-            None, None, :
-        ].astype(history.dtype)
+        in_document = segments[:, start : start + length] == output_segments
+        tokens = jnp.where(in_document[..., None], history[:, start : start + length], 0)
+        total += tokens * taps[back][None, None, :].astype(history.dtype)
     return total
 
 
@@ -49,7 +48,7 @@ def short_convolution(
 # --8<-- [start:config]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GatedConvolutionConfig(MixerConfig):
-    """A causal convolution over a few tokens, channel by channel, under a gate."""
+    """A causal convolution over a few tokens, channel by channel, with a gate."""
 
     width: int = 4  # tokens that a token sees, itself included
 
@@ -97,7 +96,7 @@ class GatedConvolution(Mixer):
         segments = jnp.concatenate([before["segments"], segment_ids], axis=1)
         mixed = nnx.silu(self.gate(x)) * short_convolution(values, segments, self.taps[...])
         if state is not None:
-            # What follows the real tokens is padding: the state keeps the last real ones.
+            # Padding follows the real tokens, and the state is of the last real ones.
             last = jnp.sum(segment_ids > 0, axis=1)[:, None] + jnp.arange(self.width - 1)[None, :]
             state = {
                 "values": jnp.take_along_axis(values, last[..., None], axis=1),

@@ -1,4 +1,4 @@
-"""How a list of layers becomes segments: the fewest blocks to compile, in the order of the list."""
+"""A list of layers becomes layer groups with the fewest blocks to compile, in the same order."""
 
 import dataclasses
 
@@ -23,9 +23,9 @@ DENSE = dataclasses.replace(FULL, ffn=MlpConfig(hidden_dim=16))
         ([FULL, LOCAL, DENSE], [(3, 1)]),
     ],
 )
-def test_stacks_are_the_shortest(blocks, expected):
+def test_stacks_have_the_fewest_blocks(blocks, expected):
     stack = stack_of(blocks)
-    assert [(len(segment.pattern), segment.repeats) for segment in stack] == expected
+    assert [(len(group.pattern), group.repeats) for group in stack] == expected
     assert list(ModelConfig(embed_dim=4, stack=stack).blocks()) == blocks
 
 

@@ -1,12 +1,11 @@
-"""Every parameter of every named architecture, as lists under tests/models/golden: what a change does to them
-shows as a diff.
+"""Lists of every parameter of every named architecture, in tests/models/golden: a change shows as a diff.
 
-After a change that is meant, write the lists anew and look at the diff:
+After an intended change, write the lists again and check the diff:
 
     python -m tests.models.test_golden
 
-One line per parameter: stack path, shape (layers first), initialisation, optimizer where Muon is asked for,
-weight decay, and the PartitionSpec on a mesh of fsdp=2, tensor=2.
+One line per parameter: stacked path, shape (layers first), initialisation, optimizer with Muon, weight decay,
+and the PartitionSpec on a mesh of fsdp=2, tensor=2.
 """
 
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from slmjax.training.optim import OptimConfig, Optimizer, parameter_groups
 
 GOLDEN = Path(__file__).parent / "golden"
 OPTIM = OptimConfig(kind=Optimizer.MUON)
-WRITE_ANEW = "if the change is meant, run `python -m tests.models.test_golden` and look at the diff"
+HOW_TO_UPDATE = "if the change is intended, run `python -m tests.models.test_golden` and check the diff"
 
 
 def golden_text(config: ModelConfig) -> str:
@@ -56,17 +55,15 @@ def golden_text(config: ModelConfig) -> str:
 
 
 def layer_lines(config: ModelConfig) -> Iterator[str]:
-    """Which layers the slices of a stacked parameter belong to."""
-    for index, segment in enumerate(config.stack):
-        for offset in range(len(segment.pattern)):
+    """Yield for each stacked block the layers that its slices belong to."""
+    for index, group in enumerate(config.stack):
+        for offset in range(len(group.pattern)):
             stack = f"segments/{index}/blocks/{offset}"
             yield f"# {stack}: layers {' '.join(map(str, paths.layer_indices(config, stack + '/any') or ()))}"
 
 
 def initialisations(definition: Definition) -> dict[str, str]:
-    """How each parameter starts, read off the initialisation itself: draws replaced by a constant, nothing
-    allocated.
-    """
+    """Describe the initialisation of each parameter, by running it with constants in place of draws."""
 
     @jax.jit
     def first_elements(draw: jax.Array) -> dict[str, jax.Array]:
@@ -87,22 +84,22 @@ def initialisations(definition: Definition) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_parameters_are_as_listed(name: str) -> None:
+def test_parameters_equal_the_golden_list(name: str) -> None:
     path = GOLDEN / f"{name}.txt"
     assert path.is_file(), f"there is no {path}: run `python -m tests.models.test_golden`"
-    found = golden_text(ARCHITECTURES[name]()).splitlines()
-    listed = path.read_text().splitlines()
-    assert found == listed, f"{name}: {WRITE_ANEW}"
+    actual = golden_text(ARCHITECTURES[name]()).splitlines()
+    expected = path.read_text().splitlines()
+    assert actual == expected, f"{name}: {HOW_TO_UPDATE}"
 
 
-def test_no_list_is_left_over() -> None:
+def test_every_list_is_of_an_architecture() -> None:
     assert {path.stem for path in GOLDEN.glob("*")} == set(ARCHITECTURES), (
         f"{GOLDEN} has other lists than the zoo has architectures"
     )
 
 
 def write_all() -> None:
-    """The lists of all architectures, and of no others."""
+    """Write the lists of all architectures, and delete others."""
     GOLDEN.mkdir(exist_ok=True)
     for path in GOLDEN.glob("*.txt"):
         path.unlink()

@@ -13,7 +13,7 @@ from slmjax.models import layers
 from slmjax.models.ffn.mlp import Activation, MlpConfig, gated
 from slmjax.models.layers import CenteredRmsNorm, Embedding, LayerNorm, Linear, ModelDims, NormKind, RmsNorm
 
-SHAPE = ModelDims(embed_dim=4, num_layers=8, norm_eps=1e-6, init_std=0.02, dtype=jnp.float32)
+DIMS = ModelDims(embed_dim=4, num_layers=8, norm_eps=1e-6, init_std=0.02, dtype=jnp.float32)
 
 
 def draw(*shape):
@@ -24,7 +24,7 @@ def silu(x):
     return x / (1 + math.exp(-x))
 
 
-def normal_below(x):
+def normal_cdf(x):
     return (1 + math.erf(x / math.sqrt(2))) / 2
 
 
@@ -53,7 +53,7 @@ def test_layer_norm_of_one_two_and_six():
 
 
 def test_layer_norm_equals_flax_and_keeps_the_dtype():
-    # far from zero: the variance is that of what is left without the mean
+    # Far from zero, where a variance computed as mean(x^2) - mean(x)^2 would lose its digits.
     x = jnp.asarray(100 + 5 * draw(2, 3, 16))
     theirs = nnx.LayerNorm(16, epsilon=1e-3, use_fast_variance=False, rngs=nnx.Rngs(0))
     ours = LayerNorm(16, eps=1e-3)
@@ -63,7 +63,7 @@ def test_layer_norm_equals_flax_and_keeps_the_dtype():
     assert ours(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-def test_a_centered_scale_starts_at_zero_and_counts_from_one():
+def test_a_centered_scale_starts_at_zero_and_adds_one():
     norm = CenteredRmsNorm(4, eps=1e-6)
     plain = RmsNorm(4, eps=1e-6)
     x = jnp.asarray(draw(3, 4))
@@ -79,9 +79,9 @@ def test_a_centered_scale_starts_at_zero_and_counts_from_one():
     [(NormKind.RMS, {"scale"}), (NormKind.CENTERED_RMS, {"scale"}), (NormKind.LAYER, {"scale", "bias"})],
 )
 def test_norms_of_a_model_are_of_its_kind(kind, names):
-    norm = dataclasses.replace(SHAPE, norm_kind=kind).norm(6)
+    norm = dataclasses.replace(DIMS, norm_kind=kind).norm(6)
     assert {path[0] for path, _ in nnx.to_flat_state(nnx.state(norm))} == names
-    assert norm.eps == SHAPE.norm_eps and norm.scale[...].shape == (6,)
+    assert norm.eps == DIMS.norm_eps and norm.scale[...].shape == (6,)
 
 
 def test_rms_norm_of_zeros_has_a_finite_gradient():
@@ -98,9 +98,9 @@ def test_truncated_normal_has_the_stated_spread():
 
 
 def test_outputs_into_the_residual_stream_start_smaller_by_depth():
-    np.testing.assert_allclose(SHAPE.output_std, 0.02 / 4, rtol=1e-12)
-    wide = ModelDims(embed_dim=256, num_layers=8, norm_eps=1e-6, init_std=0.02, dtype=jnp.float32)
-    mlp = MlpConfig(hidden_dim=256).build(wide, rngs=nnx.Rngs(params=0))
+    np.testing.assert_allclose(DIMS.output_std, 0.02 / 4, rtol=1e-12)
+    dims = ModelDims(embed_dim=256, num_layers=8, norm_eps=1e-6, init_std=0.02, dtype=jnp.float32)
+    mlp = MlpConfig(hidden_dim=256).build(dims, rngs=nnx.Rngs(params=0))
     for linear, std in ((mlp.gate, 0.02), (mlp.up, 0.02), (mlp.down, 0.005)):
         np.testing.assert_allclose(np.std(np.asarray(linear.weight[...])), 0.98658 * std, rtol=1e-2)
 
@@ -119,20 +119,20 @@ def test_linear_adds_its_bias_and_computes_in_the_input_dtype():
     ("activation", "gated", "expected"),
     [
         (Activation.SILU, True, 2 * (silu(1.0) * 6) + 2 * (silu(-2.0) * 2)),
-        # GELU by its tanh form: gelu(1) = 0.841192, gelu(-2) = -0.045402.
+        # GELU by its tanh approximation: gelu(1) = 0.841192, gelu(-2) = -0.045402.
         (Activation.GELU, True, 2 * (0.841192 * 6) + 2 * (-0.045402 * 2)),
         (Activation.RELU2, True, 2 * (1.0 * 6) + 0.0),
-        # By the error function gelu(x) is x times the share of a normal below x.
-        (Activation.GELU_EXACT, True, 2 * (normal_below(1.0) * 6) + 2 * (-2 * normal_below(-2.0) * 2)),
+        # With the error function gelu(x) is x times the normal distribution function.
+        (Activation.GELU_EXACT, True, 2 * (normal_cdf(1.0) * 6) + 2 * (-2 * normal_cdf(-2.0) * 2)),
         (Activation.RELU, True, 2 * (1.0 * 6) + 0.0),
-        # Both halves are bounded to 7 in size (here neither is), and one more than the other half is taken.
+        # Both halves are clipped to 7 (neither is above that here), and one is added to the other half.
         (
             Activation.CLAMPED_SILU,
             True,
             2 * (1 / (1 + math.exp(-1.702)) * 7) + 2 * (-2 / (1 + math.exp(2 * 1.702)) * 3),
         ),
         (Activation.SILU, False, 2 * silu(6.0) + 2 * silu(2.0)),
-        (Activation.GELU_EXACT, False, 2 * 6 * normal_below(6.0) + 2 * 2 * normal_below(2.0)),
+        (Activation.GELU_EXACT, False, 2 * 6 * normal_cdf(6.0) + 2 * 2 * normal_cdf(2.0)),
         (Activation.RELU2, False, 2 * 36.0 + 2 * 4.0),
     ],
 )
@@ -154,14 +154,14 @@ def test_clamped_halves():
     gate = jnp.array([9.0, 9.0, -9.0])
     up = jnp.array([9.0, -9.0, 1.0])
     seven = 7 / (1 + math.exp(-7 * 1.702))
-    expected = [seven * 8, seven * -6, -9 / (1 + math.exp(9 * 1.702)) * 2]  # the gate has no bound below
+    expected = [seven * 8, seven * -6, -9 / (1 + math.exp(9 * 1.702)) * 2]  # the gate has no lower bound
     np.testing.assert_allclose(gated(Activation.CLAMPED_SILU, gate, up), expected, rtol=1e-5)
-    with pytest.raises(ValueError, match="made of two halves: set ffn.gated"):
+    with pytest.raises(ValueError, match="needs two projections: set ffn.gated"):
         MlpConfig(hidden_dim=2, activation=Activation.CLAMPED_SILU, gated=False)
 
 
 def test_mlp_biases_and_bad_width():
-    mlp = MlpConfig(hidden_dim=3, bias=True).build(SHAPE, rngs=nnx.Rngs(params=0))
+    mlp = MlpConfig(hidden_dim=3, bias=True).build(DIMS, rngs=nnx.Rngs(params=0))
     assert all(linear.bias is not None for linear in (mlp.gate, mlp.up, mlp.down))
     with pytest.raises(ValueError, match="hidden_dim must be at least 1"):
         MlpConfig(hidden_dim=0)
@@ -180,7 +180,7 @@ def test_embedding_gradient_of_a_frequent_token_is_exact_in_bfloat16():
     np.testing.assert_array_equal(gradient, [[0.0, 0.0], [2000.0, 2000.0], [0.0, 0.0]])
 
 
-def test_dropout_keeps_the_expectation_at_the_asked_rate():
+def test_dropout_keeps_the_expectation_at_the_given_rate():
     x = jnp.full((1000, 100), 3.0)
     key = jax.random.key(0)
     y = np.asarray(layers.dropout(x, key, rate=0.2))

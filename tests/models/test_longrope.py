@@ -1,5 +1,6 @@
-"""LongRoPE selects its divisors by a sequence's own length: what is beside it, rounding, padding and windows
-change nothing.
+"""LongRoPE selects its divisors by the length of the sequence alone.
+
+Other sequences of the batch, rounded cache lengths, padding and windows must change nothing.
 """
 
 from collections.abc import Callable
@@ -40,7 +41,7 @@ PROMPTS = [np.random.default_rng(length).integers(0, 256, length).tolist() for l
 
 @pytest.fixture(scope="module")
 def loaded() -> Loaded:
-    """Weights are large, so that a wrong angle changes the logits by whole nats."""
+    """Return a model with large weights, so that a wrong angle changes the logits by several nats."""
     stack = (LayerGroup(pattern=tuple(BlockConfig(mixer=mixer, ffn=None) for mixer in MIXERS)),)
     config = ModelConfig(embed_dim=32, stack=stack, context_length=128, vocab_size=VOCAB, vocab_multiple=1)
     definition = define(config)
@@ -73,9 +74,10 @@ def together(loaded: Loaded) -> list[Continuation]:
 
 
 @pytest.fixture(scope="module")
-def whole_logprobs(loaded: Loaded) -> Logprobs:
-    """Log-probabilities [T, V] of one sequence without a cache, its document beside another one and padding
-    in a row of 128.
+def uncached_logprobs(loaded: Loaded) -> Logprobs:
+    """Return a function that computes log-probabilities [T, V] of one sequence without a cache.
+
+    The row of 128 tokens holds another document and padding too.
     """
 
     @jax.jit
@@ -85,38 +87,36 @@ def whole_logprobs(loaded: Loaded) -> Logprobs:
 
     def of(sequence: list[int]) -> np.ndarray:
         length = len(sequence)
-        places = np.arange(128)[None]
+        index = np.arange(128)[None]
         tokens = np.pad(sequence, (0, 128 - length))[None]
-        segment_ids = np.where(places < length, 1, np.where(places < length + 10, 2, 0))
-        return np.asarray(compute(tokens, segment_ids, places - np.where(segment_ids == 2, length, 0)))[
-            :length
-        ]
+        segment_ids = np.where(index < length, 1, np.where(index < length + 10, 2, 0))
+        positions = index - np.where(segment_ids == 2, length, 0)
+        return np.asarray(compute(tokens, segment_ids, positions))[:length]
 
     return of
 
 
-def test_the_text_of_a_row_does_not_depend_on_the_other_rows(
-    loaded: Loaded, together: list[Continuation]
-) -> None:
-    [alone] = greedy(loaded, PROMPTS[:1], max_tokens=20)  # a cache of 32 slots, and of 128 beside the others
+def test_a_sequence_does_not_depend_on_the_others(loaded: Loaded, together: list[Continuation]) -> None:
+    # A cache of 32 slots; with the other sequences it has 128.
+    [alone] = greedy(loaded, PROMPTS[:1], max_tokens=20)
     assert alone.tokens == together[0].tokens[:20]
     np.testing.assert_allclose(alone.logprobs, together[0].logprobs[:20], atol=1e-3)
 
 
-def test_cached_logprobs_equal_those_of_the_pass_without_a_cache(
-    together: list[Continuation], whole_logprobs: Logprobs
+def test_cached_logprobs_equal_those_without_a_cache(
+    together: list[Continuation], uncached_logprobs: Logprobs
 ) -> None:
     for prompt, continued in zip(PROMPTS, together, strict=True):
-        rows = whole_logprobs([*prompt, *continued.tokens])[len(prompt) - 1 : -1]
+        rows = uncached_logprobs([*prompt, *continued.tokens])[len(prompt) - 1 : -1]
         assert continued.tokens == np.argmax(rows, axis=-1).tolist()
         expected = np.take_along_axis(rows, np.array(continued.tokens)[:, None], axis=-1)[:, 0]
         np.testing.assert_allclose(continued.logprobs, expected, atol=1e-3)
 
 
-def test_likelihoods_do_not_depend_on_padding(loaded: Loaded, whole_logprobs: Logprobs) -> None:
+def test_likelihoods_do_not_depend_on_padding(loaded: Loaded, uncached_logprobs: Logprobs) -> None:
     """A sequence of 35 tokens is padded to 64."""
     context = PROMPTS[1][:7]
     continuation = PROMPTS[1][7:36]
-    rows = whole_logprobs([*context, *continuation])[6:-1]
-    [found] = evaluation.log_likelihoods(loaded, [(context, continuation)], batch_size=1)
-    np.testing.assert_allclose(found.logprob, rows[np.arange(29), continuation].sum(), rtol=1e-4)
+    rows = uncached_logprobs([*context, *continuation])[6:-1]
+    [scored] = evaluation.log_likelihoods(loaded, [(context, continuation)], batch_size=1)
+    np.testing.assert_allclose(scored.logprob, rows[np.arange(29), continuation].sum(), rtol=1e-4)

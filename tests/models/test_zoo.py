@@ -1,4 +1,4 @@
-"""What architectures cost comes out by hand."""
+"""Sizes and costs of architectures, worked out by hand."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from slmjax.models.mixers.attention import AttentionConfig, QkNorm
 from slmjax.models.zoo import ARCHITECTURES, Summary, describe
 
 
-def test_sizes_of_our_own() -> None:
+def test_sizes_of_our_architectures() -> None:
     nano, moe, window = (describe(ARCHITECTURES[name]()) for name in ("nano", "nano_moe", "nano_window"))
     # 2048 x 256; four layers of 2 x 256 x 256 + 2 x 256 x 128 attention, 3 x 256 x 640 MLP, 2 x 256 + 2 x 64
     # norms; a final norm.
@@ -25,7 +25,7 @@ def test_sizes_of_our_own() -> None:
         cache_bytes_per_token=window.cache_bytes_per_token,
     )
     assert window.cache_bytes_per_token == nano.cache_bytes_per_token * (1 + 3 * 64 / 256) / 4
-    # Two of eight experts are as wide as nano's layer: a router is all that a token uses besides.
+    # Two of eight experts are as wide as nano's layer; a token uses only the router in addition.
     assert moe.active_parameters == nano.parameters + 4 * 256 * 8
     assert moe.parameters == moe.active_parameters + 4 * 6 * 3 * 256 * 320
     gpt2 = describe(zoo.slm_124m())
@@ -34,9 +34,7 @@ def test_sizes_of_our_own() -> None:
 
 
 def test_costs_by_hand() -> None:
-    """Width 8; a full layer run twice, then a window layer with 4 experts of which each token uses one; two
-    repeats of both.
-    """
+    """Width 8; a full layer that loops twice and a window layer with 4 experts, 1 selected; two repeats."""
     full = BlockConfig(
         mixer=AttentionConfig(num_heads=2, num_kv_heads=1, qk_norm=QkNorm.PER_HEAD),
         ffn=MlpConfig(hidden_dim=6),
@@ -70,30 +68,27 @@ def test_costs_by_hand() -> None:
         embedding_parameters=tables,
         training_flops_per_token=6 * multiplied + 3 * mixing,
         bytes_bf16=2 * (tables + 2 * (full_matrices + window_matrices + 4 * one_expert) + norms),
-        cache_bytes_per_token=2
-        * (2 * 2 * 4 * 1 * 4 * 2 + 2 * 2 * 1 * 6 * 2)
-        / 4,  # keys and values; slots, heads, dims, bytes
+        # Keys and values; slots, heads, dims, bytes.
+        cache_bytes_per_token=2 * (2 * 2 * 4 * 1 * 4 * 2 + 2 * 2 * 1 * 6 * 2) / 4,
     )
 
 
 def test_a_tied_head_costs_flops_and_no_parameters() -> None:
     config = ARCHITECTURES["nano"]()
     tied = describe(config)
-    free = describe(dataclasses.replace(config, head=HeadKind.UNTIED))
-    assert free.parameters == tied.parameters + 2048 * 256
-    assert free.training_flops_per_token == tied.training_flops_per_token
+    untied = describe(dataclasses.replace(config, head=HeadKind.UNTIED))
+    assert untied.parameters == tied.parameters + 2048 * 256
+    assert untied.training_flops_per_token == tied.training_flops_per_token
 
 
-def test_the_tokenizer_decides_where_nothing_is_said() -> None:
+def test_costs_need_a_vocabulary_size() -> None:
     assert zoo.nano().vocab_size is None
     with pytest.raises(ValueError, match="vocab_size is not set"):
         describe(zoo.nano())
 
 
 def test_biases_of_experts_and_learned_positions_are_not_multiplied() -> None:
-    """One layer of width 8 with two experts of width 5, both used; a table of 4 positions; biases
-    everywhere.
-    """
+    """One layer of width 8; two experts of width 5, both selected; a table of 4 positions; all biases."""
     experts = MoeConfig(num_experts=2, num_selected=2, hidden_dim=5, bias=True)
     block = BlockConfig(mixer=AttentionConfig(num_heads=1, rope_base=None, sinks=True), ffn=experts)
     config = ModelConfig(
@@ -107,9 +102,9 @@ def test_biases_of_experts_and_learned_positions_are_not_multiplied() -> None:
     matrices = 4 * 8 * 8 + 8 * 2 + 2 * 3 * 8 * 5
     # sink; biases of router and experts; scales and biases of norms
     vectors = 1 + 2 + 2 * (5 + 5 + 8) + 3 * 2 * 8
-    found = describe(config)
-    assert found.parameters == 10 * 8 + 4 * 8 + matrices + vectors and found.embedding_parameters == 10 * 8
-    assert found.training_flops_per_token == 6 * (10 * 8 + matrices) + 3 * 4 * 2.5 * 8
+    costs = describe(config)
+    assert costs.parameters == 10 * 8 + 4 * 8 + matrices + vectors and costs.embedding_parameters == 10 * 8
+    assert costs.training_flops_per_token == 6 * (10 * 8 + matrices) + 3 * 4 * 2.5 * 8
 
 
 def test_each_name_is_that_of_its_function() -> None:

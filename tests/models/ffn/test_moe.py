@@ -1,6 +1,4 @@
-"""Routing by hand; dispatch against a loop over tokens; invariance to batch composition; sharded against one
-device.
-"""
+"""Routing by hand, dispatch against a loop over tokens, invariance to the batch, and sharding."""
 
 import dataclasses
 import functools
@@ -19,11 +17,11 @@ from slmjax.parallel.batches import place_batch
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 from slmjax.parallel.rules import partition_spec
 
-SHAPE = ModelDims(embed_dim=8, num_layers=2, norm_eps=1e-6, init_std=0.3, dtype=jnp.float32)
+DIMS = ModelDims(embed_dim=8, num_layers=2, norm_eps=1e-6, init_std=0.3, dtype=jnp.float32)
 DROPLESS = MoeConfig(num_experts=4, num_selected=2, hidden_dim=6, z_weight=0.5)
 CAPACITY = dataclasses.replace(DROPLESS, capacity_factor=0.75)
-# What the other two leave out: sigmoid scores, a selection bias, a shared expert, a scale, weights as they
-# are.
+# The settings that the other two leave at their defaults: sigmoid scores, a selection bias, a shared expert,
+# a scale, and weights that are not normalised.
 DEEPSEEK = MoeConfig(
     num_experts=4,
     num_selected=2,
@@ -43,16 +41,16 @@ LENGTH = 12
 
 
 def inputs(rows: int = 8):
-    """Rows of different numbers of real tokens, one of them empty; padding in the middle is padding too."""
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(rows, LENGTH, SHAPE.embed_dim)), jnp.float32)
+    """Return rows of different numbers of real tokens, one empty, one with padding in the middle."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(rows, LENGTH, DIMS.embed_dim)), jnp.float32)
     patterns = [[1] * 8 + [2] * 4, [1] * 5 + [0] * 7, [0] * 12, [1] * 3 + [0] + [2] * 8]
     return x, jnp.asarray((patterns * 2)[:rows], jnp.int32)
 
 
 @functools.cache
 def built(config: MoeConfig):
-    """Graph and state of a layer whose experts are unevenly loaded."""
-    layer = config.build(SHAPE, rngs=nnx.Rngs(0))
+    """Return graph and state of a layer whose experts are unevenly loaded."""
+    layer = config.build(DIMS, rngs=nnx.Rngs(0))
     layer.router.weight[...] = layer.router.weight[...] + jnp.asarray([0.4, 0.2, 0.0, 0.0])[None]
     if layer.router_bias is not None:
         layer.router_bias[...] = jnp.asarray([0.3, -0.2, 0.1, 0.0])
@@ -85,7 +83,7 @@ def compiled(config: MoeConfig):
 
 
 def run_layer(config: MoeConfig, x, segment_ids):
-    """The loss, `(y, aux)`, and the gradients of the parameters and of `x`."""
+    """Return the loss, y, aux, and the gradients of the parameters and of `x`."""
     (loss, (y, aux)), gradients = compiled(config)(built(config)[1], x, segment_ids)
     return loss, y, aux, gradients
 
@@ -115,24 +113,24 @@ def scores_of(layer, x):
     )
 
 
-def selected_and_kept(layer, x, segment_ids):
-    """[B, T, E] of 0 and 1: what each token selects, and what of it is not dropped, found token by token."""
+def selected_and_computed(layer, x, segment_ids):
+    """Return [B, T, E] of 0 and 1, token by token: selected experts, and those that do not drop the token."""
     config = layer.config
     scores = np.asarray(scores_of(layer, x)[1])
     bias = 0.0 if layer.router_bias is None else np.asarray(layer.router_bias[...])
     selected = np.zeros(scores.shape, np.float32)
-    kept = np.zeros(scores.shape, np.float32)
+    computed = np.zeros(scores.shape, np.float32)
     for row, t in np.ndindex(scores.shape[:2]):
         if segment_ids[row, t] != 0:
             best = np.argsort(-(scores[row, t] + bias))[: config.num_selected]
-            room = np.inf if config.capacity_factor is None else config.capacity(scores.shape[1])
-            kept[row, t, best] = selected[row, :t, best].sum(axis=1) < room
+            capacity = np.inf if config.capacity_factor is None else config.capacity(scores.shape[1])
+            computed[row, t, best] = selected[row, :t, best].sum(axis=1) < capacity
             selected[row, t, best] = 1
-    return selected, kept
+    return selected, computed
 
 
-def dense_loss(layer, x, segment_ids, selected, kept):
-    """The layer with every expert computed for every token."""
+def dense_loss(layer, x, segment_ids, selected, computed):
+    """Compute the layer with every expert for every token."""
     config = layer.config
     real = (np.asarray(segment_ids) != 0).astype(np.float32)
     gate, up, down = (getattr(layer.experts, name)[...] for name in ("gate", "up", "down"))
@@ -144,14 +142,14 @@ def dense_loss(layer, x, segment_ids, selected, kept):
         jnp.einsum("btd,edf->btef", x, matrix) + bias for matrix, bias in ((gate, gate_bias), (up, up_bias))
     )
     hidden = jax.nn.silu(gate) * up
-    if config.activation is Activation.CLAMPED_SILU:  # by hand: none of these is above 7 in size
+    if config.activation is Activation.CLAMPED_SILU:  # none of the values is above 7 in magnitude
         hidden = gate / (1 + jnp.exp(-1.702 * gate)) * (up + 1)
     logits, scores = scores_of(layer, x)
     weights = scores * selected
     if config.normalize_weights:
         weights = weights / jnp.where(real[:, :, None] > 0, jnp.sum(weights, axis=-1, keepdims=True), 1.0)
     outputs = jnp.einsum("btef,efd->bted", hidden, down) + down_bias
-    y = config.routed_scale * jnp.einsum("bte,bted->btd", weights * kept, outputs)
+    y = config.routed_scale * jnp.einsum("bte,bted->btd", weights * computed, outputs)
     if layer.shared is not None:
         hidden = jax.nn.silu(x @ layer.shared.gate.weight[...]) * (x @ layer.shared.up.weight[...])
         y = y + jnp.dot(hidden, layer.shared.down.weight[...]) * real[:, :, None]
@@ -168,29 +166,29 @@ def dense_loss(layer, x, segment_ids, selected, kept):
 def test_layer_equals_a_dense_loop(config):
     x, segment_ids = inputs()
     graph, state = built(config)
-    selected, kept = selected_and_kept(nnx.merge(graph, state), x, segment_ids)
+    selected, computed = selected_and_computed(nnx.merge(graph, state), x, segment_ids)
 
     @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
     def dense(state, x):
-        return dense_loss(nnx.merge(graph, state), x, segment_ids, selected, kept)
+        return dense_loss(nnx.merge(graph, state), x, segment_ids, selected, computed)
 
     (expected_loss, expected_y), expected_gradients = jax.jit(dense)(state, x)
     loss, y, aux, gradients = run_layer(config, x, segment_ids)
     assert_trees_close((loss, y, gradients), (expected_loss, expected_y, expected_gradients))
     np.testing.assert_array_equal(aux.metrics["expert_counts"], selected.sum(axis=(0, 1)))
-    assert aux.metrics["dropped"] == (selected - kept).sum()
+    assert aux.metrics["dropped"] == (selected - computed).sum()
     assert (aux.metrics["dropped"] > 0) == (config.capacity_factor is not None)
     assert not np.any(np.asarray(y)[np.asarray(segment_ids) == 0])
 
 
 @pytest.mark.parametrize("config", [DROPLESS, CAPACITY], ids=["dropless", "capacity"])
-def test_a_row_does_not_depend_on_the_other_rows(config):
+def test_a_sequence_does_not_depend_on_the_others(config):
     x, segment_ids = inputs()
-    whole_loss, whole_y, whole_aux, whole_gradients = run_layer(config, x, segment_ids)
+    expected = run_layer(config, x, segment_ids)
     first = (jnp.arange(8) < 3)[:, None]
-    parts = [run_layer(config, x, jnp.where(mine, segment_ids, 0)) for mine in (first, ~first)]
+    parts = [run_layer(config, x, jnp.where(rows, segment_ids, 0)) for rows in (first, ~first)]
     summed = jax.tree.map(lambda a, b: a + b, *parts)
-    assert_trees_close(summed, (whole_loss, whole_y, whole_aux, whole_gradients))
+    assert_trees_close(summed, expected)
 
 
 DATA_EXPERT_TENSOR = MeshConfig(data=2, expert=2, tensor=2)
@@ -202,7 +200,7 @@ FSDP_EXPERT = MeshConfig(fsdp=2, expert=4, data=1)
     [
         (DROPLESS, DATA_EXPERT_TENSOR, 8),
         (DROPLESS, FSDP_EXPERT, 8),
-        (DROPLESS, DATA_EXPERT_TENSOR, 3),  # rows that cannot be divided: every device has all of them
+        (DROPLESS, DATA_EXPERT_TENSOR, 3),  # a batch that does not divide is replicated
         (CAPACITY, DATA_EXPERT_TENSOR, 8),
         (CAPACITY, FSDP_EXPERT, 8),
         (BIASED, DATA_EXPERT_TENSOR, 8),
@@ -226,14 +224,13 @@ def test_sharded_equals_one_device(config, mesh_config, rows):
     assert_trees_close((loss, y, aux, gradients), expected)
 
 
-def test_slots_of_capacity_by_hand():
-    # Two rows of three tokens that choose one of two experts; 2 means not here. Room for one token per expert
-    # and row.
+def test_capacity_slots_by_hand():
+    # Two sequences of three tokens that select one of two experts; 2 is on another device. The capacity is
+    # one token per expert and sequence.
     experts = jnp.asarray([[1, 0, 1], [2, 1, 1]])[:, :, None]
     slots = moe.capacity_slots(experts, 2, capacity=1)
-    np.testing.assert_array_equal(
-        slots.selection, [1, 6, 0, 4]
-    )  # expert 0: row 0, row 1; expert 1: row 0, row 1
+    # Expert 0: sequence 0, sequence 1; expert 1: sequence 0, sequence 1.
+    np.testing.assert_array_equal(slots.selection, [1, 6, 0, 4])
     np.testing.assert_array_equal(slots.slot[:, 0], [2, 0, 4, 4, 3, 4])
 
 
@@ -263,36 +260,37 @@ ONE = dataclasses.replace(DROPLESS, num_selected=1)
 
 @pytest.mark.parametrize("score", RouterScore)
 def test_one_expert_with_normalized_weights(score):
-    """Its weight is 1 and has no gradient, exactly, however small its score; the auxiliary losses have
-    one.
-    """
+    """Its weight is exactly 1 and has no gradient, even for tiny scores; auxiliary losses have gradients."""
     config = dataclasses.replace(ONE, score=score, routed_scale=2.5)
     logits = LOGITS - 43.0
     routing = moe.route(logits, REAL, None, config=config)
     np.testing.assert_array_equal(routing.experts, [[[3], [0]]])
     np.testing.assert_array_equal(routing.weights, [[[2.5], [2.5]]])
-    of_loss = jax.grad(lambda x: jnp.sum(jnp.sin(moe.route(x, REAL, None, config=config).weights)))(logits)
-    of_balance = jax.grad(lambda x: moe.balance_loss(moe.route(x, REAL, None, config=config), REAL))(LOGITS)
-    assert not np.any(of_loss) and np.abs(of_balance).max() > 0.01
+    loss_gradient = jax.grad(lambda x: jnp.sum(jnp.sin(moe.route(x, REAL, None, config=config).weights)))(
+        logits
+    )
+    balance_gradient = jax.grad(lambda x: moe.balance_loss(moe.route(x, REAL, None, config=config), REAL))(
+        LOGITS
+    )
+    assert not np.any(loss_gradient) and np.abs(balance_gradient).max() > 0.01
     padding = moe.route(logits, jnp.asarray([[False, True]]), None, config=config)
     assert not np.any(padding.weights[0, 0]) and padding.experts[0, 0, 0] == 4
 
 
-def test_the_router_of_one_expert_learns_from_auxiliary_losses_alone():
-    """With a capacity, on a mesh that divides experts: as on one device, and without them the router's
-    gradient is exactly 0.
-    """
+def test_the_router_of_one_expert_learns_only_from_auxiliary_losses():
+    """Without them the router's gradient is exactly 0, here with a capacity and sharded experts."""
     quiet = dataclasses.replace(ONE, balance=Balance.NONE, z_weight=0.0, capacity_factor=0.75)
     x, segment_ids = inputs()
     graph, state = built(quiet)
     layer = nnx.merge(graph, state)
-    expected_y = dense_loss(layer, x, segment_ids, *selected_and_kept(layer, x, segment_ids))[1]
+    expected_y = dense_loss(layer, x, segment_ids, *selected_and_computed(layer, x, segment_ids))[1]
     mesh = make_mesh(DATA_EXPERT_TENSOR)
     with jax.set_mesh(mesh):
         batch = place_batch((np.asarray(x), np.asarray(segment_ids)), mesh)
-        (_, (y, _)), (of_layer, of_x) = compiled(quiet)(state, *batch)
+        (_, (y, _)), (layer_gradient, x_gradient) = compiled(quiet)(state, *batch)
     assert_trees_close(y, expected_y)
-    assert not np.any(of_layer.router.weight[...]) and np.any(of_layer.experts.up[...]) and np.any(of_x)
+    assert not np.any(layer_gradient.router.weight[...])
+    assert np.any(layer_gradient.experts.up[...]) and np.any(x_gradient)
     assert quiet.training_note() is not None and "nothing trains it" in quiet.training_note()
     assert "only ffn.balance_weight=0.01 and ffn.z_weight=0.5 trains it" in str(ONE.training_note())
     assert (
@@ -310,7 +308,7 @@ def test_bias_changes_the_selection_and_not_the_weights():
     )
 
 
-def test_padding_is_routed_nowhere():
+def test_padding_has_no_expert():
     routing = moe.route(LOGITS, jnp.asarray([[False, True]]), None, config=DROPLESS)
     assert not np.any(routing.weights[0, 0]) and np.all(routing.experts[0, 0] == 4)
     np.testing.assert_array_equal(moe.row_expert_counts(routing.experts, 4), [[1, 0, 1, 0]])
@@ -318,8 +316,8 @@ def test_padding_is_routed_nowhere():
 
 def test_balance_loss_is_one_per_token_of_an_even_load_and_more_of_an_uneven_one():
     real = jnp.asarray([[True, True], [True, False]])
-    chosen = jnp.asarray([[[0, 1], [2, 3]], [[0, 1], [4, 4]]])
-    even = moe.Routing(weights=jnp.zeros((2, 2, 2)), experts=chosen, probabilities=jnp.full((2, 2, 4), 0.25))
+    experts = jnp.asarray([[[0, 1], [2, 3]], [[0, 1], [4, 4]]])
+    even = moe.Routing(weights=jnp.zeros((2, 2, 2)), experts=experts, probabilities=jnp.full((2, 2, 4), 0.25))
     np.testing.assert_allclose(moe.balance_loss(even, real), 3.0, rtol=1e-6)
     # By hand: one expert has half of the selections and all of the probability: 4 * 0.5 * 1 for both tokens.
     peaked = jnp.zeros((1, 2, 4)).at[:, :, 0].set(1.0)
@@ -353,20 +351,20 @@ def test_biases_move_towards_an_even_load():
         ({"capacity_factor": 0.0}, "None drops no tokens"),
     ],
 )
-def test_config_says_what_to_change(settings, message):
+def test_errors_of_bad_settings_name_what_to_change(settings, message):
     with pytest.raises(ValueError, match=message):
         MoeConfig(**{"hidden_dim": 4, **settings})
 
 
-def test_capacity_is_a_rounded_up_share_of_the_row():
+def test_capacity_is_a_rounded_up_fraction_of_the_sequence():
     assert CAPACITY.capacity(12) == 5  # 12 tokens x 2 / 4 experts x 0.75 = 4.5
     assert CAPACITY.capacity(1) == 1
     assert dataclasses.replace(CAPACITY, capacity_factor=100.0).capacity(12) == 12
-    assert CAPACITY.active_share() == 0.5
+    assert CAPACITY.active_fraction() == 0.5
 
 
 def test_parameters_of_the_layer():
-    layer = DEEPSEEK.build(SHAPE, rngs=nnx.Rngs(0))
+    layer = DEEPSEEK.build(DIMS, rngs=nnx.Rngs(0))
     _, params, biases = nnx.split(layer, nnx.Param, moe.RouterBias)
     shapes = {"/".join(path): tuple(leaf[...].shape) for path, leaf in nnx.to_flat_state(params)}
     assert shapes == {
@@ -377,7 +375,7 @@ def test_parameters_of_the_layer():
         "shared/down/weight": (10, 8),
     }
     assert [path for path, _ in nnx.to_flat_state(biases)] == [("router_bias",)]
-    assert DROPLESS.build(SHAPE, rngs=nnx.Rngs(0)).router_bias is None
+    assert DROPLESS.build(DIMS, rngs=nnx.Rngs(0)).router_bias is None
 
 
 def test_bfloat16_layer_stays_close():

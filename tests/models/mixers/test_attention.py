@@ -1,6 +1,4 @@
-"""The attention mixer against `jax.nn.dot_product_attention`, its reach, and decoding with a cache against
-whole sequences.
-"""
+"""The attention mixer against `jax.nn.dot_product_attention`, its visibility, and decoding with a cache."""
 
 import dataclasses
 import functools
@@ -20,14 +18,14 @@ from slmjax.parallel.rules import partition_spec
 BATCH = 2
 LENGTH = 12
 WIDTH = 8
-SHAPE = ModelDims(embed_dim=WIDTH, num_layers=2, norm_eps=1e-6, init_std=0.5, dtype=jnp.float32)
+DIMS = ModelDims(embed_dim=WIDTH, num_layers=2, norm_eps=1e-6, init_std=0.5, dtype=jnp.float32)
 
 
 def build(**settings):
-    """The mixer with every parameter drawn at random, biases and norm scales too."""
+    """Build the mixer with all parameters random, biases and norm scales too."""
     config = AttentionConfig(**settings)
     draw = np.random.default_rng(0)
-    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: config.build(SHAPE, rngs=nnx.Rngs(params=0))))
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: config.build(DIMS, rngs=nnx.Rngs(params=0))))
     return nnx.merge(
         graphdef,
         jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0.3, 0.5, leaf.shape), leaf.dtype), shapes),
@@ -113,10 +111,10 @@ def test_a_token_sees_exactly_its_window(window):
             > 0
         )
 
-    reach = LENGTH if window is None else window
+    num_visible = LENGTH if window is None else window
     t = np.arange(LENGTH)
     distance = t[:, None] - t[None, :]
-    np.testing.assert_array_equal(jax.jit(jax.vmap(influence))(t), (distance >= 0) & (distance < reach))
+    np.testing.assert_array_equal(jax.jit(jax.vmap(influence))(t), (distance >= 0) & (distance < num_visible))
 
 
 def test_positions_matter_only_with_rotary():
@@ -147,27 +145,25 @@ def test_depth_scaled_output_and_plain_inputs_at_the_start():
     assert attention.query.bias is not None and attention.output.bias is None
 
 
-def test_a_sink_takes_its_share_and_learns():
+def test_a_sink_takes_a_fraction_of_the_softmax():
     attention = build(num_heads=2, sinks=True)
     plain = build(num_heads=2)
     assert attention.sinks[...].shape == (2,) and plain.sinks is None
-    fresh = AttentionConfig(num_heads=2, sinks=True).build(SHAPE, rngs=nnx.Rngs(params=0))
+    fresh = AttentionConfig(num_heads=2, sinks=True).build(DIMS, rngs=nnx.Rngs(params=0))
     assert not np.any(fresh.sinks[...])
-    attention.sinks[...] = jnp.full(2, -1e4)  # no share at all
+    attention.sinks[...] = jnp.full(2, -1e4)  # no weight at all
     for name in ("query", "key", "value", "output"):
         getattr(attention, name).weight[...] = getattr(plain, name).weight[...]
     np.testing.assert_allclose(attend(attention, *inputs()), attend(plain, *inputs()), rtol=1e-5, atol=1e-6)
-    attention.sinks[...] = jnp.full(2, 1e4)  # all of it
+    attention.sinks[...] = jnp.full(2, 1e4)  # all of the weight
     np.testing.assert_allclose(attend(attention, *inputs()), np.zeros((BATCH, LENGTH, WIDTH)), atol=1e-6)
 
 
-def test_a_norm_of_all_heads_where_heads_are_divided():
-    """Means over what several devices hold: values and gradients are those of one device, with 2 key-value
-    heads over 4 devices too.
-    """
+def test_a_norm_of_all_heads_with_sharded_heads():
+    """Values and gradients of means over several devices equal one device; 2 kv heads do not divide by 4."""
     config = AttentionConfig(num_heads=4, num_kv_heads=2, qk_norm=QkNorm.ALL_HEADS, sinks=True)
-    shape = dataclasses.replace(SHAPE, norm_kind=NormKind.LAYER)
-    graphdef, state = nnx.split(config.build(shape, rngs=nnx.Rngs(params=0)))
+    dims = dataclasses.replace(DIMS, norm_kind=NormKind.LAYER)
+    graphdef, state = nnx.split(config.build(dims, rngs=nnx.Rngs(params=0)))
     draw = np.random.default_rng(0)
     state = jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0.3, 0.5, leaf.shape), leaf.dtype), state)
     mesh = make_mesh(MeshConfig(data=2, tensor=4))
@@ -182,10 +178,10 @@ def test_a_norm_of_all_heads_where_heads_are_divided():
 
     expected = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(state, *inputs())
     with jax.set_mesh(mesh):
-        found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(
+        sharded = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(
             jax.tree_util.tree_map_with_path(place, state), *inputs()
         )
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), sharded, expected)
 
 
 # Decoding ---------------------------------------------------------------------------------------------------
@@ -222,30 +218,30 @@ def decode(kind, x, segment_ids, positions, *, chunks):
 
 @pytest.mark.parametrize("kind", ODD)
 @pytest.mark.parametrize("chunks", [(6, 1, 1, 1, 1, 1, 1), (6, 6)], ids=["token by token", "chunks"])
-def test_decoding_equals_the_whole_sequence(kind, chunks):
+def test_decoding_equals_the_full_sequence(kind, chunks):
     x, segment_ids, positions = inputs()
-    whole = attend(decoder(kind)[0], x, segment_ids, positions)
+    full = attend(decoder(kind)[0], x, segment_ids, positions)
     np.testing.assert_allclose(
-        decode(kind, x, segment_ids, positions, chunks=chunks), whole, rtol=1e-4, atol=1e-5
+        decode(kind, x, segment_ids, positions, chunks=chunks), full, rtol=1e-4, atol=1e-5
     )
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_decoding_goes_on_from_the_last_document_of_a_chunk(kind):
+def test_decoding_continues_the_last_document_of_a_chunk(kind):
     # The first chunk ends two tokens into the second document, whose positions start again at 0.
     x, _, _ = inputs()
     segment_ids = np.array([[1] * 4 + [2] * 8] * BATCH, np.int32)
     positions = np.array([[*range(4), *range(8)]] * BATCH, np.int32)
-    whole = attend(decoder(kind)[0], x, segment_ids, positions)
+    full = attend(decoder(kind)[0], x, segment_ids, positions)
     decoded = decode(kind, x, segment_ids, positions, chunks=(6, 1, 1, 1, 1, 1, 1))
-    np.testing.assert_allclose(decoded, whole, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(decoded, full, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ODD)
 def test_prompts_of_different_lengths_decode_as_alone(kind):
-    # The second row's prompt has 4 tokens and 2 of padding, which must leave no trace.
+    # The second prompt has 4 tokens and 2 of padding, which must not change anything.
     x, _, _ = inputs()
-    whole = attend(decoder(kind)[0], *inputs())
+    full = attend(decoder(kind)[0], *inputs())
     attention, step = decoder(kind)
     lengths = np.array([6, 4], np.int32)
     rows = np.arange(BATCH)
@@ -260,21 +256,21 @@ def test_prompts_of_different_lengths_decode_as_alone(kind):
     for index in range(6):
         at = lengths + np.int32(index)
         y, state = step(x[rows, at][:, None], np.ones((BATCH, 1), np.int32), at[:, None], state)
-        np.testing.assert_allclose(y[:, 0], whole[rows, at], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(y[:, 0], full[rows, at], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_costs_are_those_of_the_arrays(kind):
+def test_costs_equal_those_of_the_arrays(kind):
     attention = decoder(kind)[0]
     config = AttentionConfig(**ODD[kind])
     state = jax.eval_shape(lambda: attention.init_state(3, max_length=LENGTH))
     assert (
-        config.state_bytes(SHAPE, length=LENGTH, itemsize=4)
+        config.state_bytes(DIMS, length=LENGTH, itemsize=4)
         == (4 * state.keys.size + 4 * state.values.size) // 3
     )
     visible = sum(min(t + 1, config.window or LENGTH) for t in range(LENGTH)) / LENGTH
     # Scores and weighted sum: a multiplication and an addition each, per visible token, head and dim.
-    assert config.mixing_flops(SHAPE, length=LENGTH) == pytest.approx(
+    assert config.mixing_flops(DIMS, length=LENGTH) == pytest.approx(
         4 * visible * config.num_heads * attention.head_dim
     )
 
@@ -297,6 +293,6 @@ def test_costs_are_those_of_the_arrays(kind):
         ({"num_heads": 2, "head_dim": 1}, "or rope_base to none"),
     ],
 )
-def test_bad_settings_say_what_to_change(settings, message):
+def test_errors_of_bad_settings_name_what_to_change(settings, message):
     with pytest.raises(ValueError, match=message):
         build(**settings)

@@ -1,6 +1,4 @@
-"""Latent attention against transformers' numbers, its reach, its small cache against whole sequences, and a
-model of it in training.
-"""
+"""Latent attention against transformers, its visibility, decoding with its small cache, and training."""
 
 import dataclasses
 import functools
@@ -37,15 +35,15 @@ from tests.one_layer import one_layer
 BATCH = 2
 LENGTH = 12
 WIDTH = oracle.WIDTH
-# The references fix the eps of their latent norms; here the model's is another.
-SHAPE = ModelDims(embed_dim=WIDTH, num_layers=2, norm_eps=0.1, init_std=0.5, dtype=jnp.float32)
+# The references fix the eps of their latent norms; the model's own differs here.
+DIMS = ModelDims(embed_dim=WIDTH, num_layers=2, norm_eps=0.1, init_std=0.5, dtype=jnp.float32)
 
 
 def build(name: str, dtype=jnp.float32):
-    """The mixer of a case, with the reference's weights."""
+    """Build the mixer of a case, with the reference's weights."""
     case = oracle.CASES[name]
     module = nnx.eval_shape(
-        lambda: case.mixer.build(dataclasses.replace(SHAPE, dtype=dtype), rngs=nnx.Rngs(params=0))
+        lambda: case.mixer.build(dataclasses.replace(DIMS, dtype=dtype), rngs=nnx.Rngs(params=0))
     )
     weights: dict[Any, jax.Array] = {
         tuple(path.split("/")): jnp.asarray(value) for path, value in oracle.imported_weights(case).items()
@@ -59,7 +57,7 @@ def build(name: str, dtype=jnp.float32):
 
 @functools.cache
 def compiled(name: str, dtype=jnp.float32):
-    """The mixer, and a compiled call of it: with `state` None for whole sequences."""
+    """Return the mixer and a compiled call of it; `state` None means complete sequences."""
     mixer = build(name, dtype)
     graphdef, params = nnx.split(mixer)
 
@@ -79,28 +77,28 @@ def inputs(batch=BATCH, length=LENGTH):
     )
 
 
-def whole(name: str, *given, dtype=jnp.float32):
-    return np.asarray(compiled(name, dtype)[1](*given)[0])
+def full_output(name: str, *args, dtype=jnp.float32):
+    return np.asarray(compiled(name, dtype)[1](*args)[0])
 
 
 # The reference ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", oracle.CASES)
 def test_equals_transformers(name):
     _, segment_ids, positions = inputs(1, oracle.LENGTH)
-    found = whole(name, oracle.inputs(), segment_ids, positions)
-    # Both compute in float32, and the file has six digits after the point.
-    np.testing.assert_allclose(found[0], json.loads(oracle.GOLDEN.read_text())[name], rtol=1e-5, atol=1e-5)
+    output = full_output(name, oracle.inputs(), segment_ids, positions)
+    # Both compute in float32, and the file has six decimal places.
+    np.testing.assert_allclose(output[0], json.loads(oracle.GOLDEN.read_text())[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", oracle.CASES)
-def test_the_golden_numbers_are_those_of_transformers(name):
+def test_the_golden_values_equal_transformers(name):
     expected = oracle.reference_output(oracle.CASES[name])[0]
     np.testing.assert_allclose(json.loads(oracle.GOLDEN.read_text())[name], expected, rtol=1e-5, atol=1e-5)
 
 
-# Who sees whom ----------------------------------------------------------------------------------------------
-def test_a_token_sees_what_its_document_has_before_it_and_padding_sees_nothing():
+# Visibility -------------------------------------------------------------------------------------------------
+def test_a_token_sees_earlier_tokens_of_its_document_and_padding_sees_nothing():
     x, _, _ = inputs(1)
     segment_ids = np.array([[1] * 4 + [2] * 6 + [0] * 2], np.int32)
     positions = np.array([[*range(4), *range(6), 0, 0]], np.int32)
@@ -117,14 +115,14 @@ def test_a_token_sees_what_its_document_has_before_it_and_padding_sees_nothing()
     np.testing.assert_array_equal(jax.jit(jax.vmap(influence))(t), same & (t[:, None] >= t[None, :]))
 
 
-def test_a_packed_document_gives_what_it_gives_alone():
+def test_a_packed_document_equals_the_document_alone():
     x, segment_ids, positions = inputs()
-    packed = whole(
+    packed = full_output(
         "deepseek_v2", x, np.where(positions < 5, 1, 2), np.where(positions < 5, positions, positions - 5)
     )
-    alone = whole("deepseek_v2", np.roll(x, -5, axis=1), segment_ids, positions)
+    alone = full_output("deepseek_v2", np.roll(x, -5, axis=1), segment_ids, positions)
     np.testing.assert_allclose(
-        packed[:, :5], whole("deepseek_v2", x, segment_ids, positions)[:, :5], rtol=1e-4, atol=1e-5
+        packed[:, :5], full_output("deepseek_v2", x, segment_ids, positions)[:, :5], rtol=1e-4, atol=1e-5
     )
     np.testing.assert_allclose(packed[:, 5:], alone[:, :7], rtol=1e-4, atol=1e-5)
 
@@ -144,17 +142,17 @@ def test_gradients_are_finite_where_a_row_is_padding():
             )
         )
 
-    found = jax.tree.leaves(gradient(params))
-    assert len(found) == 10 and all(np.all(np.isfinite(leaf)) and np.any(leaf != 0) for leaf in found)
+    leaves = jax.tree.leaves(gradient(params))
+    assert len(leaves) == 10 and all(np.all(np.isfinite(leaf)) and np.any(leaf != 0) for leaf in leaves)
 
 
-def test_without_a_base_the_order_of_the_past_does_not_matter():
+def test_without_rotary_positions_the_order_of_the_past_does_not_matter():
     x, segment_ids, positions = map(jnp.asarray, inputs())
     reversed_past = jnp.concatenate([x[:, -2::-1], x[:, -1:]], axis=1)
     config = oracle.CASES["deepseek_v2_lite"].mixer
 
     def change(base):
-        mixer = dataclasses.replace(config, rope_base=base).build(SHAPE, rngs=nnx.Rngs(params=0))
+        mixer = dataclasses.replace(config, rope_base=base).build(DIMS, rngs=nnx.Rngs(params=0))
         graphdef, params = nnx.split(mixer)
         call = jax.jit(
             lambda x: nnx.merge(graphdef, params)(
@@ -186,24 +184,27 @@ def decode(name, x, segment_ids, positions, *, chunks, dtype=jnp.float32):
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("chunks", [(6, 1, 1, 1, 1, 1, 1), (6, 6)], ids=["token by token", "chunks"])
-def test_decoding_from_latents_equals_the_whole_sequence(name, chunks):
-    given = inputs()
-    np.testing.assert_allclose(decode(name, *given, chunks=chunks), whole(name, *given), rtol=1e-4, atol=1e-5)
+def test_decoding_from_latents_equals_the_full_sequence(name, chunks):
+    args = inputs()
+    decoded = decode(name, *args, chunks=chunks)
+    np.testing.assert_allclose(decoded, full_output(name, *args), rtol=1e-4, atol=1e-5)
 
 
-def test_decoding_goes_on_from_the_last_document_of_a_chunk():
+def test_decoding_continues_the_last_document_of_a_chunk():
     # The first chunk ends two tokens into the second document, whose positions start again at 0.
     x, _, _ = inputs()
     segment_ids = np.array([[1] * 4 + [2] * 8] * BATCH, np.int32)
     positions = np.array([[*range(4), *range(8)]] * BATCH, np.int32)
     decoded = decode("deepseek_v2", x, segment_ids, positions, chunks=(6, 1, 1, 1, 1, 1, 1))
-    np.testing.assert_allclose(decoded, whole("deepseek_v2", x, segment_ids, positions), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        decoded, full_output("deepseek_v2", x, segment_ids, positions), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_prompts_of_different_lengths_decode_as_alone():
-    # The second row's prompt has 4 tokens and 2 of padding, which must leave no trace.
+    # The second prompt has 4 tokens and 2 of padding, which must not change anything.
     x, segment_ids, positions = inputs()
-    expected = whole("deepseek_v2", x, segment_ids, positions)
+    expected = full_output("deepseek_v2", x, segment_ids, positions)
     mixer, call = compiled("deepseek_v2")
     lengths = np.array([6, 4], np.int32)
     rows = np.arange(BATCH)
@@ -218,33 +219,33 @@ def test_prompts_of_different_lengths_decode_as_alone():
         np.testing.assert_allclose(y[:, 0], expected[rows, at], rtol=1e-4, atol=1e-5)
 
 
-def test_bfloat16_differs_by_rounding_alone():
+def test_bfloat16_differs_only_by_rounding():
     x, segment_ids, positions = inputs()
     rounded = jnp.asarray(x, jnp.bfloat16)
-    expected = whole("deepseek_v2", np.asarray(rounded, np.float32), segment_ids, positions)
-    found = whole("deepseek_v2", rounded, segment_ids, positions, dtype=jnp.bfloat16)
+    expected = full_output("deepseek_v2", np.asarray(rounded, np.float32), segment_ids, positions)
+    output = full_output("deepseek_v2", rounded, segment_ids, positions, dtype=jnp.bfloat16)
     decoded = decode(
         "deepseek_v2", rounded, segment_ids, positions, chunks=(6, 1, 1, 1, 1, 1, 1), dtype=jnp.bfloat16
     )
-    assert found.dtype == decoded.dtype == jnp.bfloat16
+    assert output.dtype == decoded.dtype == jnp.bfloat16
     assert build("deepseek_v2", jnp.bfloat16).init_state(1, max_length=4).entries.dtype == jnp.bfloat16
-    for result in (found, decoded):
+    for result in (output, decoded):
         error = np.linalg.norm(np.asarray(result, np.float32) - expected) / np.linalg.norm(expected)
         assert error < 0.02, error  # eight bits, 0.004, in each of several products one after the other
 
 
 # Costs and settings -----------------------------------------------------------------------------------------
-def test_costs_are_those_of_the_arrays():
+def test_costs_equal_those_of_the_arrays():
     config = oracle.CASES["deepseek_v2"].mixer  # 2 heads, latents of 8, keys of 6 + 8, values of 5
     state = jax.eval_shape(lambda: build("deepseek_v2").init_state(3, max_length=LENGTH))
     assert (
-        config.state_bytes(SHAPE, length=LENGTH, itemsize=4)
+        config.state_bytes(DIMS, length=LENGTH, itemsize=4)
         == 4 * state.entries.size // 3
         == LENGTH * (8 + 8) * 4
     )
     # A multiplication and an addition each, per visible token and head, for each dim of keys and of values.
     visible = sum(t + 1 for t in range(LENGTH)) / LENGTH
-    assert config.mixing_flops(SHAPE, length=LENGTH) == 2 * visible * 2 * (14 + 5)
+    assert config.mixing_flops(DIMS, length=LENGTH) == 2 * visible * 2 * (14 + 5)
 
 
 def test_depth_scaled_output_and_plain_inputs_at_the_start():
@@ -273,7 +274,7 @@ def test_depth_scaled_output_and_plain_inputs_at_the_start():
         ({"latent_norm_eps": 0.0}, "latent_norm_eps must be positive"),
     ],
 )
-def test_bad_settings_say_what_to_change(settings, message):
+def test_errors_of_bad_settings_name_what_to_change(settings, message):
     good = {"num_heads": 2, "latent_dim": 8, "plain_dim": 4, "rope_dim": 4, "value_dim": 4}
     with pytest.raises(ValueError, match=message):
         LatentAttentionConfig(**{**good, **settings})
@@ -281,36 +282,36 @@ def test_bad_settings_say_what_to_change(settings, message):
 
 # A model of it ----------------------------------------------------------------------------------------------
 def losses_of_steps(model: ModelConfig, optim: OptimConfig, *, steps: int) -> list[float]:
-    """The loss of each of these steps on one and the same batch, on one device."""
+    """Return the loss of each step on the same batch, on one device."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     definition = define(model)
     optimizer = make_optimizer(optim, definition.params, total_steps=steps)
     shapes = state_shapes(definition, optimizer, with_ema=False, mesh=mesh)
     settings = {"objective": ObjectiveConfig(), "optim": optim, "shapes": shapes, "total_steps": steps}
     train_step = step.make_train_step(definition, optimizer, **settings)
-    found = []
+    losses = []
     with jax.set_mesh(mesh):
         state = init_state(definition, optimizer, shapes=shapes, seed=0)
         batch = place_batch(mesh_equality.make_batch(), mesh)
         for _ in range(steps):
             state, metrics = train_step(state, batch)
-            found.append(float(named_metrics(model, jax.device_get(metrics))["loss"]))
-    return found
+            losses.append(float(named_metrics(model, jax.device_get(metrics))["loss"]))
+    return losses
 
 
-def test_precision_rematerialisation_and_accumulation_change_training_by_rounding_alone():
-    """Layers are scanned, rows hold two documents and padding; one batch is learned by heart."""
+def test_precision_rematerialisation_and_accumulation_change_training_only_by_rounding():
+    """Layers are scanned, rows hold two documents and padding; the model overfits one batch."""
     plain = mesh_equality.MODELS["latent"]
     optim = OptimConfig(lr=1e-2, warmup_steps=0, schedule=Schedule.CONSTANT)
     lean = dataclasses.replace(plain, precision=Precision.BFLOAT16, remat=Remat.FULL)
     expected = losses_of_steps(plain, optim, steps=6)
-    found = losses_of_steps(lean, dataclasses.replace(optim, accumulation_steps=2), steps=6)
+    actual = losses_of_steps(lean, dataclasses.replace(optim, accumulation_steps=2), steps=6)
     assert expected[-1] < expected[0] - 0.5, expected
-    np.testing.assert_allclose(found, expected, rtol=0.01)
+    np.testing.assert_allclose(actual, expected, rtol=0.01)
 
 
 @pytest.mark.nightly
-def test_a_run_on_a_mesh_is_read_back_and_decodes_from_latents(workplace: Path, tmp_path: Path) -> None:
+def test_a_run_on_a_mesh_loads_and_decodes_from_latents(workplace: Path, tmp_path: Path) -> None:
     tiny = one_layer(workplace, tmp_path, steps=8, accumulation_steps=2)
     (block,) = tiny.model.stack[0].pattern
     mixer = LatentAttentionConfig(
