@@ -1,6 +1,4 @@
-"""Released models have as many parameters as were published, and as Hugging Face's classes count for the same
-config.json.
-"""
+"""Parameter counts of released models equal those published, and those of Hugging Face's classes."""
 
 from typing import Any
 
@@ -16,7 +14,7 @@ from slmjax.models.mixers.attention import AttentionConfig
 from slmjax.models.zoo import RELEASED, describe
 
 # Parameters as transformers counts them, tied tables once (`test_transformers_agrees`), and the rounded
-# number of page or paper.
+# count of the page or paper.
 COUNTS = {
     "gpt2_124m": (124_439_808, "124M"),
     "gpt2_355m": (354_823_168, "355M"),
@@ -48,7 +46,7 @@ COUNTS = {
     "granite3_3_2b": (2_533_539_840, "2.53B"),
     "granite4_micro": (3_402_836_480, "3.4B"),
 }
-# What pages say of parameters beside the tables.
+# Published parameters without the embedding tables.
 NON_EMBEDDING = {
     "qwen2_5_0_5b": 0.36e9,
     "qwen2_5_1_5b": 1.31e9,
@@ -65,12 +63,12 @@ def test_every_released_model_is_counted() -> None:
 @pytest.mark.parametrize("name", COUNTS)
 def test_published_parameter_counts(name: str) -> None:
     summary = describe(RELEASED[name]())
-    (exact, rounded) = COUNTS[name]
+    exact, rounded = COUNTS[name]
     assert summary.parameters == exact
     unit = {"M": 1e6, "B": 1e9}[rounded[-1]]
-    places = len(rounded[:-1].partition(".")[2])
-    # Papers cut off as often as they round.
-    assert abs(exact / unit - float(rounded[:-1])) < 10**-places
+    decimals = len(rounded[:-1].partition(".")[2])
+    # Papers truncate as often as they round.
+    assert abs(exact / unit - float(rounded[:-1])) < 10**-decimals
     assert (summary.active_parameters == exact) == (name != "olmoe_1b_7b")
     if name in NON_EMBEDDING:
         assert exact - summary.embedding_parameters == pytest.approx(NON_EMBEDDING[name], rel=0.015)
@@ -81,8 +79,8 @@ def test_active_parameters_of_a_mixture() -> None:
 
 
 def mixers(name: str) -> list[AttentionConfig]:
-    found = [block.mixer for block in RELEASED[name]().blocks()]
-    return [mixer for mixer in found if isinstance(mixer, AttentionConfig)]
+    all_mixers = [block.mixer for block in RELEASED[name]().blocks()]
+    return [mixer for mixer in all_mixers if isinstance(mixer, AttentionConfig)]
 
 
 def windows(name: str) -> list[int | None]:
@@ -92,14 +90,14 @@ def windows(name: str) -> list[int | None]:
 def test_patterns_of_layers() -> None:
     assert windows("gemma3_1b") == ([512] * 5 + [None]) * 4 + [512] * 2
     assert windows("gemma2_2b") == [4096, None] * 13
-    assert [(len(segment.pattern), segment.repeats) for segment in RELEASED["gemma3_1b"]().stack] == [
+    assert [(len(group.pattern), group.repeats) for group in RELEASED["gemma3_1b"]().stack] == [
         (6, 4),
         (1, 2),
     ]
     assert [mixer.rope_base for mixer in mixers("smollm3_3b")] == [5e6, 5e6, 5e6, None] * 9
 
 
-# What config.json of the released OLMoE-1B-7B says, written down by hand.
+# The config.json of the released OLMoE-1B-7B, copied by hand.
 OLMOE: dict[str, Any] = {
     "architectures": ["OlmoeForCausalLM"],
     "attention_bias": False,
@@ -140,7 +138,7 @@ def read_olmoe(keys: dict[str, Any]) -> ModelConfig:
 
 
 def test_a_released_configuration_is_the_model_of_that_name() -> None:
-    """With all keys, and with those alone that say what is not the default of the library."""
+    """With all keys, and with only the keys that differ from the defaults of the library."""
     wanted = canonical(RELEASED["olmoe_1b_7b"]())
     assert canonical(read_olmoe(OLMOE)) == wanted
     said = (
@@ -154,7 +152,7 @@ def test_a_released_configuration_is_the_model_of_that_name() -> None:
     assert canonical(read_olmoe({name: OLMOE[name] for name in said})) == wanted
 
 
-def test_what_olmoe_cannot_say_is_refused() -> None:
+def test_models_that_olmoe_cannot_express_are_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"clip_qkv is 8.0, which would change the result: only absent is understood"
     ):
@@ -167,7 +165,7 @@ def test_what_olmoe_cannot_say_is_refused() -> None:
 
 # Against transformers ---------------------------------------------------------------------------------------
 LLAMA = {"model_type": "llama", "tie_word_embeddings": True}
-MOBILELLM = {**LLAMA, "vocab_size": 32_000}  # a class of its own, alike but for the names
+MOBILELLM = {**LLAMA, "vocab_size": 32_000}  # a class of its own that differs only in names
 QWEN = {"vocab_size": 151_936, "tie_word_embeddings": True}
 GEMMA3 = {"model_type": "gemma3_text", "head_dim": 256, "vocab_size": 262_144}
 GRANITE = {
@@ -266,13 +264,13 @@ def test_transformers_agrees(name: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(theirs)
     assert sum(parameter.numel() for parameter in model.parameters()) == COUNTS[name][0]
-    # Where the class knows which layers have windows or no positions, they are the same ones.
+    # If the class lists the layers with windows or without positions, they are the same.
     if theirs.model_type.startswith("gemma") or name == "phi3_mini":
-        full = [
+        is_full = [
             kind == "full_attention"
             for kind in getattr(theirs, "layer_types", ["sliding"] * len(mixers(name)))
         ]
-        assert windows(name) == [None if sees_all else theirs.sliding_window for sees_all in full]
+        assert windows(name) == [None if full else theirs.sliding_window for full in is_full]
     if name == "smollm3_3b":
         assert [int(mixer.rope_base is not None) for mixer in mixers(name)] == theirs.no_rope_layers
 
@@ -296,14 +294,14 @@ ARCHITECTURES = {
 @pytest.mark.parametrize("name", COUNTS)
 def test_a_released_model_can_be_written_as_the_family_it_came_from(name: str) -> None:
     architecture = ARCHITECTURES[CONFIGS[name]["model_type"]]
-    found = express(RELEASED[name](), HF_FAMILIES, format_name="Hugging Face", preferred=architecture)
-    assert found.family.architecture == architecture
-    assert {key: found.settings[key] for key in CONFIGS[name] if key in found.settings} == CONFIGS[name]
+    export = express(RELEASED[name](), HF_FAMILIES, format_name="Hugging Face", preferred=architecture)
+    assert export.family.architecture == architecture
+    assert {key: export.settings[key] for key in CONFIGS[name] if key in export.settings} == CONFIGS[name]
 
 
 @pytest.mark.nightly
 def test_llama_scaling_and_longrope_are_those_of_transformers() -> None:
-    """Frequencies and magnitudes, dim by dim, that the released configs give."""
+    """Compare frequencies and magnitudes of the released configs, dim by dim."""
     import numpy as np
     import torch
     from jax import numpy as jnp
@@ -341,13 +339,13 @@ def test_llama_scaling_and_longrope_are_those_of_transformers() -> None:
         expected, magnitude = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](
             config, torch.device("cpu"), seq_len=131_072
         )
-        plain = mixer.rope_base ** (-jnp.arange(0, rotated, 2) / rotated)
-        found = mixer.rope_scaling.scaled(plain, mixer.rope_base, jnp.full((1, 1), 5000))
-        np.testing.assert_allclose(found[0, 0, 0], expected, rtol=1e-5)
+        unscaled = mixer.rope_base ** (-jnp.arange(0, rotated, 2) / rotated)
+        frequencies = mixer.rope_scaling.scaled(unscaled, mixer.rope_base, jnp.full((1, 1), 5000))
+        np.testing.assert_allclose(frequencies[0, 0, 0], expected, rtol=1e-5)
         np.testing.assert_allclose(mixer.rope_scaling.magnitude, magnitude, rtol=1e-6)
 
 
 def test_configs_are_read_back_as_they_were_written() -> None:
-    """Released configs hold what no small one does: scalings, norms of other kinds, learned positions."""
+    """Released configs contain what small ones do not: scalings, other kinds of norms, learned positions."""
     for name in ("gpt2_124m", "gemma3_4b", "llama3_2_1b", "olmoe_1b_7b", "phi4_mini"):
         assert from_json(ModelConfig, to_json(RELEASED[name]())) == RELEASED[name]()

@@ -1,10 +1,10 @@
-"""Latent attention as transformers computes it: the numbers in latent_golden.json, and where they come from.
+"""Latent attention as transformers computes it: the values in latent_golden.json, and how they are computed.
 
-Needs the extra `oracle`. After a change that is meant, write the file anew and look at the diff:
+Needs the extra `oracle`. After an intended change, write the file again and check the diff:
 
     python -m tests.models.mixers.latent_oracle
 
-Weights are drawn in the layout of the reference, so that what an importer has to do to them is part of the
+Weights are drawn in the layout of the reference, so that the conversion by an importer is part of the
 comparison.
 """
 
@@ -25,13 +25,13 @@ WIDTH = 16
 LENGTH = 6
 
 
-def yarn_magnitude(factor: float, share: float) -> float:
-    return 0.1 * share * math.log(factor) + 1.0
+def yarn_magnitude(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """A mixer, and the reference's settings beyond those that follow from it."""
+    """A mixer, and the settings of the reference that do not follow from it."""
 
     family: str
     mixer: LatentAttentionConfig
@@ -41,8 +41,8 @@ class Case:
 
 
 CASES = {
-    # Queries through a rank, biases, YaRN with different magnitudes of angles and scores; values narrower
-    # than keys.
+    # Low-rank queries, biases, YaRN with different magnitudes of angles and scores; values narrower than
+    # keys.
     "deepseek_v2": Case(
         family="DeepseekV2",
         mixer=LatentAttentionConfig(
@@ -114,7 +114,7 @@ CASES = {
 
 
 def reference_weights(config: LatentAttentionConfig) -> dict[str, np.ndarray]:
-    """Random weights under the reference's names, matrices [out, in]."""
+    """Return random weights under the reference's names, matrices [out, in]."""
     queries = config.num_heads * config.key_dim
     rank = config.query_rank
     outputs = config.num_heads * config.value_dim
@@ -156,8 +156,8 @@ NAMES = {
 
 
 def imported_weights(case: Case) -> dict[str, np.ndarray]:
-    """The same weights as the mixer has them: matrices [in, out], and rotated pairs half a head apart."""
-    found = {}
+    """Return the same weights in the mixer's layout: matrices [in, out], rotated pairs half a head apart."""
+    weights = {}
     for name, value in reference_weights(case.mixer).items():
         module, _, kind = name.partition(".")
         if case.interleaved and module in ("q_proj", "q_b_proj", "kv_a_proj_with_mqa"):
@@ -167,20 +167,20 @@ def imported_weights(case: Case) -> dict[str, np.ndarray]:
                 rope_dim=case.mixer.rope_dim,
             )
         leaf = "scale" if module.endswith("layernorm") else kind
-        found[f"{NAMES[module]}/{leaf}"] = value.T if value.ndim == 2 else value
-    return found
+        weights[f"{NAMES[module]}/{leaf}"] = value.T if value.ndim == 2 else value
+    return weights
 
 
 def half_split(rows: np.ndarray, *, heads: int, rope_dim: int) -> np.ndarray:
-    """The last `rope_dim` rows of each head reordered from pairs side by side to pairs half of them apart."""
+    """Reorder the last `rope_dim` rows of each head from adjacent pairs to pairs half of them apart."""
     by_head = rows.reshape(heads, -1, *rows.shape[1:]).copy()
-    turning = by_head[:, -rope_dim:]
-    by_head[:, -rope_dim:] = np.concatenate([turning[:, 0::2], turning[:, 1::2]], axis=1)
+    rotary_rows = by_head[:, -rope_dim:]
+    by_head[:, -rope_dim:] = np.concatenate([rotary_rows[:, 0::2], rotary_rows[:, 1::2]], axis=1)
     return by_head.reshape(rows.shape)
 
 
 def reference_output(case: Case) -> np.ndarray:
-    """What the reference makes of the inputs."""
+    """Return the output of the reference for the inputs."""
     import torch
     import transformers
     from transformers.models.deepseek_v2 import modeling_deepseek_v2
