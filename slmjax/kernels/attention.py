@@ -72,6 +72,7 @@ def reference_attention(
       softcap: bounds scores by `softcap * tanh(scores / softcap)` (Gemma 2); None for unbounded.
       sinks: for each head the score of an extra entry in the softmax that has no value (GPT-OSS).
     """
+    # Grouped heads (Ainslie et al. 2023): query head n uses kv head n // G, without repeating keys and values.
     num_kv_heads = k.shape[2]
     q_BTKGH = q.reshape(*q.shape[:2], num_kv_heads, -1, q.shape[3])
     scores = scale * jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k, preferred_element_type=jnp.float32)
@@ -207,6 +208,7 @@ def choose_attention(
     tokens = f"{length} tokens" if num_keys == length else f"{length} tokens and {num_keys} keys"
     dtype_name = jnp.dtype(dtype).name
     case = f"attention over {tokens}, window {window}, heads of {head_dim}, {dtype_name}, on {platform}"
+    # Below the smallest block the kernel would mostly compute padding.
     fused = allows_fused()
     if fused and platform == "tpu" and min(length, num_keys) >= tpu.BLOCKS[-1]:
         log_choice(f"{case}: splash attention")
@@ -242,6 +244,7 @@ def choose_attention(
         if 2 * (window_block + _round_up(window - 1, window_block)) <= length:
             log_choice(f"{case}: blocks of {window_block}, linear in length{suffix}")
             return functools.partial(_window_blocks, attend=attend, block=window_block)
+    # cuDNN skips masked blocks itself.
     if length < 2 * causal_rows or attend is _gpu_attention:
         log_choice(f"{case}: one block{suffix}")
         return functools.partial(_one_block, attend=attend)
@@ -420,6 +423,7 @@ def _window_blocks(
 
     Each block of queries gets the keys of its own block and of as many blocks before as the window spans.
     """
+    # Blocks in the batch dim make one batched product, of a size that does not depend on the length.
     batch, length = q.shape[:2]
     num_blocks = -(-length // block)
     num_before = -(-(window - 1) // block)

@@ -100,6 +100,7 @@ def _kernel(
     """Build the kernel for queries that are the last of the keys, with its tables of blocks to visit."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+    # Causal masks count from equal starts; the offset aligns the ends.
     offset = num_keys - num_queries
     mask = splash.LocalMask((num_queries, num_keys), (None if window is None else window - 1, 0), offset)
     rows = _block(num_queries // num_shards)

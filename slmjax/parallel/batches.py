@@ -33,6 +33,7 @@ def local_sequences(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 def _sequences_of(process: int, owners: np.ndarray, axis_names: Sequence[str], batch_size: int) -> np.ndarray:
     """Return the sequences of one process; `owners` holds the process index of each device of the mesh."""
+    # [batch shards, devices of each]: devices along other axes (context, tensor) hold the same sequences.
     axes = [axis_names.index(axis) for axis in LOGICAL_DIMS["batch"]]
     by_shard = np.moveaxis(owners, axes, range(len(axes)))
     by_shard = by_shard.reshape(math.prod(by_shard.shape[: len(axes)]), -1)

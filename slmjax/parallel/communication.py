@@ -89,6 +89,7 @@ def shard_mapped(
             for leaf in jax.tree.leaves(arg)
         ]
         named = [(dim, size) for shape, dims in leaves for dim, size in zip(dims, shape, strict=False) if dim]
+        # An argument whose size does not divide makes the dim replicated in all: their shards must match.
         replicated = {
             dim for dim, size in named if size % math.prod(sizes[axis] for axis in LOGICAL_DIMS[dim])
         }
@@ -218,6 +219,8 @@ def gathered_table(table: Array, *, replicated: bool = False) -> tuple[Array, Sh
 
     Its rows stay sharded over the vocabulary's devices, or are gathered too if `replicated`.
     """
+    # `table_dims` chose one of two: rows over both axes, or rows over tensor and columns over fsdp. The other
+    # gather is then the identity.
     by_rows = shards_of("vocab_rows")
     vocab = shards_of("vocab")
     table = by_rows.within("embed").gather(shards_of("embed").gather(table, axis=1), axis=0)
@@ -249,6 +252,7 @@ def sum_before(x: Array, dim: str) -> Array:
     """Inside `shard_mapped`: sum `x` over the shards before this one; zeros if the dim is replicated."""
     if not is_sharded(dim):
         return jnp.zeros_like(x)
+    # A gather and a masked sum: there is no collective for prefix sums, and `x` is small (counts).
     all_shards = gather(x[None], dim, axis=0)
     earlier = jnp.arange(all_shards.shape[0]) < index_along(dim)
     return jnp.sum(jnp.where(earlier.reshape(-1, *(1,) * x.ndim), all_shards, 0), axis=0, dtype=x.dtype)

@@ -90,8 +90,9 @@ def join(environ: Mapping[str, str] = os.environ) -> Join | None:
         with _time_limit(how):
             jax.distributed.initialize(**arguments, initialization_timeout=how.seconds + _MARGIN_SECONDS)
     except (RuntimeError, ValueError, OSError) as error:
+        # What jax raises if it finds no pod that this host belongs to.
         if how.meeting is Meeting.TPU and "coordinator_address" in str(error):
-            return None  # jax found no pod that this host would be part of
+            return None
         raise ValueError(_failure(how, (str(error).splitlines() or [""])[0])) from error
     joined = how
     return how
@@ -121,6 +122,7 @@ def how_to_join(environ: Mapping[str, str], *, has_tpu: bool = False) -> Join | 
     seconds = _whole(environ, "SLMJAX_JOIN_SECONDS", least=1) if environ.get("SLMJAX_JOIN_SECONDS") else 300
     if environ.get("COORDINATOR"):
         return _from_variables(environ, seconds)
+    # Only srun sets the variables of a step; the script of sbatch sees those of the job alone.
     if (
         environ.get("SLURM_STEP_NUM_TASKS")
         and "SLURM_PROCID" in environ
@@ -133,6 +135,7 @@ def how_to_join(environ: Mapping[str, str], *, has_tpu: bool = False) -> Join | 
                 "SLMJAX_DISTRIBUTED=off to train alone"
             )
         return Join(meeting=Meeting.SLURM, seconds=seconds)
+    # A TPU host asks the metadata server even if it is the only one, unless the run is on another platform.
     platforms = environ.get("JAX_PLATFORMS", "")
     if has_tpu and (not platforms or "tpu" in platforms.split(",")):
         return Join(meeting=Meeting.TPU, seconds=seconds)
@@ -146,6 +149,7 @@ def _from_variables(environ: Mapping[str, str], seconds: int) -> Join:
             f"COORDINATOR={coordinator} is set, but {' and '.join(missing)} not: set all three (RANK is the "
             "index of this process from 0, WORLD the number of processes), or none to train alone"
         )
+    # From the right, because IPv6 addresses contain colons: [fd00::1]:80.
     host, _, port = coordinator.rpartition(":")
     if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
         raise ValueError(

@@ -107,6 +107,7 @@ def mesh_spec(dims: Dims, shape: Sequence[int], sizes: Mapping[str, int]) -> Par
     """Map logical dims to mesh axes, leaving out axes of size 1 and dims that do not divide."""
     entries: list[tuple[str, ...] | str | None] = []
     for dim, size in zip(dims, shape, strict=True):
+        # Axes of size 1 are left out so that equal shardings compare equal.
         axes = tuple(axis for axis in (LOGICAL_DIMS[dim] if dim else ()) if sizes.get(axis, 1) > 1)
         divides = bool(axes) and size % math.prod(sizes[axis] for axis in axes) == 0
         entries.append(None if not divides else axes[0] if len(axes) == 1 else axes)

@@ -26,6 +26,7 @@ def process_zero_first(action: Callable[[], T]) -> T:
     if jax.process_count() == 1:
         return action()
     if jax.process_index() == 0:
+        # Released after an error too, so that the others do not wait forever.
         try:
             return action()
         finally:
