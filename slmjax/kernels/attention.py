@@ -72,7 +72,7 @@ def reference_attention(
       softcap: bounds scores by `softcap * tanh(scores / softcap)` (Gemma 2); None for unbounded.
       sinks: for each head the score of an extra entry in the softmax that has no value (GPT-OSS).
     """
-    # Grouped heads (Ainslie et al. 2023): query head n uses kv head n // G, without repeating keys and values.
+    # Grouped queries (Ainslie et al. 2023): query head n uses kv head n // G; keys are not repeated.
     num_kv_heads = k.shape[2]
     q_BTKGH = q.reshape(*q.shape[:2], num_kv_heads, -1, q.shape[3])
     scores = scale * jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k, preferred_element_type=jnp.float32)

@@ -61,8 +61,8 @@ def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
 
 def input_dim(path: str) -> str | None:
     """Logical name of the last dim of a weight's input, if that dim may be sharded; else None."""
-    # The first dim of a weight is its input. Only "heads" and "ffn" are sharded in activations too; "embed" is
-    # sharded for storage, and gathered before the product.
+    # The second-last dim of a weight is its input. Only "heads" and "ffn" are sharded in activations too;
+    # "embed" is sharded for storage, and gathered before the product.
     dims = next(
         (dims for pattern, dims in RULES if re.fullmatch(pattern, path) and dims[-2] in ("heads", "ffn")),
         None,
