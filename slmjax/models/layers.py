@@ -1,11 +1,9 @@
-"""Norms, linear maps, embeddings and the gated MLP: typed pure functions, then thin NNX modules.
+"""Norms, linear maps and embeddings: typed pure functions, then thin NNX modules.
 
 Math is a free function of arrays; a module holds parameters and calls it. Parameters are float32; a module
-computes in `ModelDims.dtype` (float32 or bfloat16), with norms, angles and softmax in float32. This file also
-states the two protocols a block is made of: token mixers (`MixerConfig`, `Mixer`) and feed-forward layers
-(`FfnConfig`, `Ffn`).
+computes in `ModelDims.dtype` (float32 or bfloat16), with norms, angles and softmax in float32.
 
-Dims: B batch, T time, D model, N heads, H head dim, F feed-forward, V vocabulary; `...` any leading dims.
+Dims: B batch, T time, D model, I in, O out, V vocabulary; `...` any leading dims.
 """
 
 import abc
@@ -21,76 +19,83 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from slmjax import kernels
-from slmjax.parallel import communication
+from slmjax.parallel import communication, mesh
 
-# What a layer may apply to its inputs or its cache. Quantization sets such functions; layers know no more of it.
+# A function that a layer applies to its inputs or its cache. Quantization sets it; layers only call it.
 ArrayFunction = Callable[[Array], Array]
 
 
 class NormKind(enum.Enum):
-    """What every norm of a model computes."""
+    """Kind of all norms of a model."""
 
     RMS = "rms"  # divided by the root mean square, times a scale
-    CENTERED_RMS = "centered_rms"  # the same, with a scale that is stored as its difference from one (Gemma)
-    LAYER = "layer"  # mean removed, divided by the deviation, times a scale, plus a bias (GPT-2)
+    CENTERED_RMS = "centered_rms"  # RMS with a scale that is stored as its difference from one (Gemma)
+    LAYER = "layer"  # mean removed, divided by the standard deviation, times a scale, plus a bias (GPT-2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelDims:
-    """What every layer of a model shares; the model derives it from its config."""
+    """Dims and settings that all layers of a model share, derived from the model's config."""
 
     embed_dim: int  # D
-    num_layers: int  # outputs into the residual stream start smaller by the root of twice this
+    num_layers: int  # sets `output_std`
     norm_eps: float
     init_std: float
     norm_kind: NormKind = NormKind.RMS
-    dtype: Any  # of the computation: jnp.float32 or jnp.bfloat16
+    dtype: Any  # dtype of the computation: jnp.float32 or jnp.bfloat16
 
     def norm(self, dim: int) -> "Norm":
-        """A fresh norm over `dim` dims, of the kind that the model has throughout."""
+        """Build a norm over `dim` dims, of the model's kind."""
         return NORMS[self.norm_kind](dim, eps=self.norm_eps)
 
     @property
     def output_std(self) -> float:
         """Standard deviation of the weights that write into the residual stream (GPT-2's depth scaling)."""
+        # Two such writes per layer: their variances add up to that of one weight of `init_std`.
         return self.init_std / math.sqrt(2 * self.num_layers)
 
 
 # Functions --------------------------------------------------------------------------------------------------
 def truncated_normal(key: Array, shape: tuple[int, ...], std: float) -> Float[Array, "..."]:
-    """Normal draws of deviation `std`, cut at three deviations: the initialisation of every weight."""
+    """Draw normal values of standard deviation `std`, cut at three of them: the initialisation of weights."""
     return std * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32)
 
 
 def along_last(vector: Float[Array, " D"], ndim: int) -> Float[Array, "..."]:
-    """A vector reshaped to broadcast along the last dim of an array of `ndim` dims."""
+    """Reshape a vector so that it broadcasts along the last dim of an array of `ndim` dims.
+
+    Explicit, because implicit rank promotion is an error in the tests: it hides mistakes in shapes.
+    """
     return jnp.expand_dims(vector, tuple(range(ndim - 1)))
 
 
 def linear(
     x: Float[Array, "*B I"], weight: Float[Array, "I O"], bias: Float[Array, " O"] | None = None
 ) -> Float[Array, "*B O"]:
-    """`x @ weight + bias` in the dtype of `x`; the weight is cast to it."""
+    """Return `x @ weight + bias` in the dtype of `x`; weight and bias are cast to it."""
     y = kernels.matmul(x, weight)
     return y if bias is None else y + along_last(bias.astype(x.dtype), y.ndim)
 
 
 def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, dtype: Any) -> Float[Array, "B T D"]:
-    """The rows of a table that tokens name, in `dtype`. On a mesh each device takes those that it holds, and
-    one of them has it.
+    """Return the rows of a table at the indices `tokens`, in `dtype`.
 
-    It is looked up in float32, because the gradient sums as many rows as a token has occurrences: bfloat16
-    stops at 256.
+    The lookup is in float32 and cast afterwards: its gradient sums as many rows as a token has occurrences,
+    and a sum of ones in bfloat16 stops at 256.
     """
+    if mesh.is_single_device():
+        return jnp.take(table, tokens, axis=0, mode="clip").astype(dtype)
 
     def on_device(table: Array, tokens: Array) -> Array:
         rows, shards = communication.gathered_table(table)
         if shards.count == 1:
+            # The sum over one device shows the tracer that the result does not vary over its axis.
             return shards.sum(jnp.take(rows, tokens, axis=0, mode="clip").astype(dtype))
-        own = tokens - shards.index() * rows.shape[0]
-        is_here = (own >= 0) & (own < rows.shape[0])
-        taken = jnp.take(rows, jnp.where(is_here, own, 0), axis=0, mode="clip")
-        return shards.sum(jnp.where(is_here[:, :, None], taken, 0.0).astype(dtype))
+        # Each row is on one device of the vocabulary: the others add zeros.
+        local_tokens = tokens - shards.index() * rows.shape[0]
+        is_local = (local_tokens >= 0) & (local_tokens < rows.shape[0])
+        taken = jnp.take(rows, jnp.where(is_local, local_tokens, 0), axis=0, mode="clip")
+        return shards.sum(jnp.where(is_local[:, :, None], taken, 0.0).astype(dtype))
 
     dims = communication.table_dims(table.shape[0], batch_size=tokens.shape[0])
     return communication.shard_mapped(
@@ -99,28 +104,24 @@ def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, dtype: Any)
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], *, eps: float) -> Float[Array, "*B D"]:
-    """`scale * x / rms(x)` over the last dim, in float32, returned in the dtype of `x` (Zhang & Sennrich
-    2019).
-    """
-    wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    """Return `scale * x / rms(x)` over the last dim, computed in float32 (Zhang & Sennrich 2019)."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (normed * along_last(scale, x.ndim)).astype(x.dtype)
 
 
 def layer_norm(
     x: Float[Array, "*B D"], scale: Float[Array, " D"], bias: Float[Array, " D"], *, eps: float
 ) -> Float[Array, "*B D"]:
-    """`scale * (x - mean) / deviation + bias` over the last dim, in float32, returned in the dtype of `x` (Ba
-    et al. 2016).
-    """
-    wide = x.astype(jnp.float32)
-    centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    """Return `scale * (x - mean) / std + bias` over the last dim, computed in float32 (Ba et al. 2016)."""
+    x32 = x.astype(jnp.float32)
+    centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     normed = centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + eps)
     return (normed * along_last(scale, x.ndim) + along_last(bias, x.ndim)).astype(x.dtype)
 
 
 def dropout(x: Float[Array, "..."], key: Array | None, *, rate: float) -> Float[Array, "..."]:
-    """Inverted dropout; the identity when `key` is None (evaluation) or the rate is 0."""
+    """Apply inverted dropout; the identity if `key` is None (evaluation) or the rate is 0."""
     if key is None or rate == 0.0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), jnp.zeros_like(x))
@@ -146,9 +147,7 @@ class RmsNorm(Norm):
 
 
 class CenteredRmsNorm(Norm):
-    """`RmsNorm` whose parameter is the scale less one: at zero, where it starts and decays to, it scales
-    nothing.
-    """
+    """`RmsNorm` whose parameter is the scale minus one, so that weight decay pulls the scale towards one."""
 
     def __init__(self, dim: int, *, eps: float) -> None:
         self.scale = nnx.Param(jnp.zeros((dim,), jnp.float32))
@@ -178,7 +177,7 @@ NORMS: Mapping[NormKind, Callable[..., Norm]] = {
 
 
 class Linear(nnx.Module):
-    """Linear map with weight [in, out] and an optional bias; `input_quantizer`, if set, is applied to inputs."""
+    """Linear map with weight [in, out] and an optional bias; `input_quantizer`, if set, precedes it."""
 
     def __init__(self, in_dim: int, out_dim: int, *, std: float, bias: bool = False, rngs: nnx.Rngs) -> None:
         self.weight = nnx.Param(truncated_normal(rngs.params(), (in_dim, out_dim), std))
@@ -191,7 +190,7 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token table [V, D]."""
+    """Embedding table [V, D]."""
 
     def __init__(self, num_rows: int, dim: int, *, std: float, rngs: nnx.Rngs) -> None:
         self.table = nnx.Param(truncated_normal(rngs.params(), (num_rows, dim), std))

@@ -1,5 +1,6 @@
-"""The two protocols that a block is made of: token mixers (`MixerConfig`, `Mixer`) and feed-forward layers
-(`FfnConfig`, `Ffn`).
+"""The protocols of a block's two parts: token mixers (`MixerConfig`, `Mixer`) and `FfnConfig`, `Ffn`.
+
+A config is a frozen dataclass that builds the module and counts its costs without building it.
 
 Dims: B batch, T time, D model.
 """
@@ -18,18 +19,20 @@ from slmjax.models.layers import ArrayFunction, ModelDims
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FfnAux:
-    """What a feed-forward layer reports beside its output: sums over the batch's real tokens, never means.
+    """Losses and metrics of a feed-forward layer: sums over the batch's real tokens, never means.
 
-    The sums are typed `Any` because this is a pytree: it may hold shapes.
+    Sums can be added over layers, microbatches and devices; the trainer divides once, by the global count.
+    They are typed `Any` because this is a pytree: it may hold shapes.
     """
 
-    losses: dict[str, Any]  # already multiplied by their coefficients; to divide by the count of real tokens
+    losses: dict[str, Any]  # multiplied by their coefficients; the trainer divides by the real tokens
     metrics: dict[str, Any]
 
 
 class Mixer(nnx.Module):
-    """A token mixer: `(x, segment_ids, positions, state) -> (y, state)`; state None means a whole sequence at
-    once.
+    """A token mixer: `(x, segment_ids, positions, state) -> (y, state)`.
+
+    A state of None means complete sequences, as in training. A token must not see others of another segment.
     """
 
     @abc.abstractmethod
@@ -44,15 +47,15 @@ class Mixer(nnx.Module):
 
     @abc.abstractmethod
     def init_state(self, batch_size: int, *, max_length: int) -> Any:
-        """Empty decoding state for sequences of at most `max_length` tokens."""
+        """Return an empty decoding state for sequences of at most `max_length` tokens."""
 
 
 class CachingMixer(Mixer):
-    """A mixer whose decoding state keeps numbers of every token, its cache.
+    """A mixer whose decoding state has an entry for every token, its cache.
 
-    It applies `cache_quantizer`, if set, to them before it uses them, in training as in decoding. Cached numbers are computed once. Whatever in them depends on the length of the
-    sequence needs the length that it may reach, so that such a mixer is called with `max_lengths` beside the
-    arguments of every mixer.
+    It applies `cache_quantizer`, if set, to entries before it uses them, in training and in decoding. An entry
+    is computed once, so anything in it that depends on the length of the sequence must use the maximum
+    length. The mixer is therefore called with `max_lengths` in addition to the arguments of every mixer.
     """
 
     cache_quantizer: ArrayFunction | None
@@ -67,11 +70,11 @@ class CachingMixer(Mixer):
         state: Any,
         max_lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Mix tokens; `max_lengths`: tokens that each row's sequence may reach, None for whole documents."""
+        """Mix tokens; `max_lengths`: maximum length of each row's sequence, None for complete documents."""
 
     @abc.abstractmethod
     def cached_shape(self) -> tuple[int, ...]:
-        """The shape of what is kept of a token; the last dim is what is rounded together."""
+        """Return the shape of a token's cache entry; a per-token format has one scale along the last dim."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,17 +83,15 @@ class MixerConfig(abc.ABC):
 
     @abc.abstractmethod
     def build(self, dims: ModelDims, *, rngs: nnx.Rngs) -> Mixer:
-        """The module, with freshly initialised parameters."""
+        """Build the module, with freshly initialised parameters."""
 
     @abc.abstractmethod
     def mixing_flops(self, dims: ModelDims, *, length: int) -> float:
-        """Forward FLOPs per token beside the weights' own, averaged over a causal sequence of `length`
-        tokens.
-        """
+        """Return forward FLOPs per token without products with weights, averaged over a causal sequence."""
 
     @abc.abstractmethod
     def state_bytes(self, dims: ModelDims, *, length: int, itemsize: int) -> int:
-        """Bytes of decoding state of one sequence of `length` tokens."""
+        """Return the bytes of decoding state of one sequence of `length` tokens."""
 
 
 class Ffn(nnx.Module):
@@ -108,14 +109,15 @@ class FfnConfig(abc.ABC):
 
     @abc.abstractmethod
     def build(self, dims: ModelDims, *, rngs: nnx.Rngs) -> Ffn:
-        """The module, with freshly initialised parameters."""
+        """Build the module, with freshly initialised parameters."""
 
     @abc.abstractmethod
-    def active_share(self) -> float:
-        """Share of the parameters under `experts/` that one token uses."""
+    def active_fraction(self) -> float:
+        """Return the fraction of the parameters under `experts/` that one token uses."""
 
     @abc.abstractmethod
     def for_inference(self) -> "FfnConfig":
-        """The layer with the same parameters as it is evaluated and sampled from: what a token gets depends
-        on no later or other one.
+        """Return the config for evaluation and sampling, with the same parameters.
+
+        Its output for a token must not depend on later tokens, or on other sequences of the batch.
         """

@@ -1,6 +1,4 @@
-"""Rotated dims are a whole number: of files of earlier versions, of transformers' share of a head and of
-GGUF's count.
-"""
+"""The number of rotated dims: in files of earlier versions, in transformers' fraction, in GGUF's count."""
 
 import functools
 import json
@@ -64,10 +62,8 @@ def older(config: ModelConfig, fraction: Any) -> str:
         (7, 1.0, None),
     ],
 )
-def test_a_share_of_earlier_versions_means_what_it_meant(head_dim, fraction, expected, caplog) -> None:
-    """They rotated 2 * int(head_dim * rope_fraction / 2) dims; heads are 40 / 2 wide where `head_dim` does
-    not say.
-    """
+def test_a_fraction_of_earlier_versions_keeps_its_meaning(head_dim, fraction, expected, caplog) -> None:
+    """Earlier versions rotated 2 * int(head_dim * rope_fraction / 2) dims; heads have 40 / 2 by default."""
     with caplog.at_level(logging.INFO, logger="slmjax"):
         mixer = first_mixer(loads(ModelConfig, older(model(head_dim=head_dim), fraction)))
     assert mixer.rotary_dim == expected
@@ -76,34 +72,34 @@ def test_a_share_of_earlier_versions_means_what_it_meant(head_dim, fraction, exp
     assert rotated == 2 * int((head_dim or 20) * fraction / 2)
 
 
-def test_a_share_that_cannot_be_read_is_refused() -> None:
-    alone = {
+def test_an_invalid_fraction_is_refused() -> None:
+    fields = {
         name: value for name, value in to_json(AttentionConfig(num_heads=2)).items() if name != "rotary_dim"
     }
-    assert from_json(AttentionConfig, {**alone, "rope_fraction": 0.5, "head_dim": 8}).rotary_dim == 4
-    assert from_json(AttentionConfig, {**alone, "rope_fraction": 0.5, "rope_base": None}).rotary_dim is None
-    with pytest.raises(ConfigError, match="needs head_dim: set rotary_dim instead"):
-        from_json(AttentionConfig, {**alone, "rope_fraction": 0.5})
-    with pytest.raises(ConfigError, match=r"mixer: rope_fraction must lie between 0 and 1, got 1.5"):
+    assert from_json(AttentionConfig, {**fields, "rope_fraction": 0.5, "head_dim": 8}).rotary_dim == 4
+    assert from_json(AttentionConfig, {**fields, "rope_fraction": 0.5, "rope_base": None}).rotary_dim is None
+    with pytest.raises(ConfigError, match="needs head_dim: set rotary_dim, a number of dims"):
+        from_json(AttentionConfig, {**fields, "rope_fraction": 0.5})
+    with pytest.raises(ConfigError, match=r"mixer: rope_fraction must be between 0 and 1, got 1.5"):
         from_json(
             BlockConfig,
             {
                 **to_json(BlockConfig(mixer=AttentionConfig(num_heads=2), ffn=None)),
-                "mixer": {**alone, "rope_fraction": 1.5},
+                "mixer": {**fields, "rope_fraction": 1.5},
             },
         )
 
 
 def test_fingerprints_are_those_of_earlier_versions() -> None:
-    """So that a study goes on with the members that were trained before."""
+    """A study can then resume with members that an earlier version trained."""
     before = {
         name: value
         for name, value in to_json(AttentionConfig(num_heads=2, head_dim=8)).items()
         if name != "rotary_dim"
     }
     for rotated, fraction in ((None, 1.0), (4, 0.5)):
-        found = fingerprint(AttentionConfig(num_heads=2, head_dim=8, rotary_dim=rotated))
-        assert found == fingerprint({**before, "rope_fraction": fraction})
+        actual = fingerprint(AttentionConfig(num_heads=2, head_dim=8, rotary_dim=rotated))
+        assert actual == fingerprint({**before, "rope_fraction": fraction})
     config = model(rotary_dim=10)  # heads are 40 / 2 wide
     assert loads(ModelConfig, dumps(config)) == config
     assert fingerprint(config) == fingerprint(json.loads(older(config, 0.5)))
@@ -122,23 +118,21 @@ def phi3(**keys: Any) -> dict[str, Any]:
 
 
 def test_an_odd_number_of_dims_is_rotated_as_in_transformers() -> None:
-    """int(20 * 0.35) = 7 dims have the frequencies 10000 ** (-2i / 7) for i = 0, 1, 2, 3, of 8 dims in pairs
-    i and i + 4.
-    """
+    """int(20 * 0.35) = 7 dims have frequencies 10000 ** (-2i / 7), i = 0 to 3, in pairs i and i + 4 of 8."""
     mixer = first_mixer(read_settings(PHI3, phi3(partial_rotary_factor=0.35), where="config.json"))
     assert mixer.rotary_dim == 8 and mixer.rope_base == pytest.approx(10_000.0 ** (8 / 7))
     x = np.random.default_rng(0).normal(size=(1, 1, 1, 20)).astype(np.float32)
     position = 5
     # inv_freq as transformers prints it
     angles = position * np.array([1.0, 7.1969e-02, 5.1795e-03, 3.7276e-04])
-    first, second, kept = np.split(x.ravel(), [4, 8])
-    turned = [
+    first, second, unrotated = np.split(x.ravel(), [4, 8])
+    expected = [
         first * np.cos(angles) - second * np.sin(angles),
         second * np.cos(angles) + first * np.sin(angles),
     ]
     settings = {"base": mixer.rope_base, "rotary_dim": mixer.rotary_dim}
-    found = jax.jit(functools.partial(rotary, **settings))(x, np.array([[position]]))
-    np.testing.assert_allclose(np.ravel(found), np.concatenate([*turned, kept]), atol=2e-4)
+    y = jax.jit(functools.partial(rotary, **settings))(x, np.array([[position]]))
+    np.testing.assert_allclose(np.ravel(y), np.concatenate([*expected, unrotated]), atol=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +165,7 @@ def test_rotations_that_cannot_be_computed_are_refused_on_reading(keys, message)
         read_settings(PHI3, phi3(**keys), where="config.json")
 
 
-def test_every_number_of_dims_survives_the_share_that_is_written() -> None:
+def test_every_number_of_dims_survives_the_exported_fraction() -> None:
     for head_dim in range(2, 513, 2):
         for rotated in range(2, head_dim + 1, 2):
             assert int(head_dim * hf_settings.rotary_factor(rotated, head_dim)) == rotated
@@ -186,7 +180,7 @@ def gguf_rope(head_dim: int, count: Any) -> dict[str, Any]:
     )
 
 
-def test_every_dimension_count_is_read_as_it_stands() -> None:
+def test_every_dimension_count_is_read_exactly() -> None:
     """Heads of 44 with a count of 30 were read as 28: 30 / 44 * 44 / 2 is below 15 in float64, as in 1,087
     pairs up to 512.
     """

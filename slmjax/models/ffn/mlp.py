@@ -1,4 +1,4 @@
-"""The dense feed-forward layer, gated or plain.
+"""The dense feed-forward layer, gated or ungated.
 
 Dims: B batch, T time, D model, F feed-forward.
 """
@@ -20,11 +20,11 @@ class Activation(enum.Enum):
     """Non-linearity of a feed-forward layer."""
 
     SILU = "silu"
-    GELU = "gelu"  # by a tanh, as GPT-2 and Gemma have it
-    GELU_EXACT = "gelu_exact"  # by the error function
+    GELU = "gelu"  # the tanh approximation, as in GPT-2 and Gemma
+    GELU_EXACT = "gelu_exact"  # with the error function
     RELU = "relu"
     RELU2 = "relu2"
-    # of gated layers alone: bounded inputs, a steeper sigmoid, one more than the other half (GPT-OSS)
+    # for gated layers only: clipped inputs, a steeper sigmoid, and one added to the other half (GPT-OSS)
     CLAMPED_SILU = "clamped_silu"
 
 
@@ -35,14 +35,15 @@ ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
     Activation.RELU: jax.nn.relu,
     Activation.RELU2: lambda x: jnp.square(jax.nn.relu(x)),
 }
+# The constants of CLAMPED_SILU, as in GPT-OSS; sigmoid(1.702 x) approximates the normal distribution of GELU.
 CLAMP = 7.0
-STEEPNESS = 1.702  # of CLAMPED_SILU
+STEEPNESS = 1.702
 
 
 def gated(
     activation: Activation, gate: Float[Array, "*B F"], up: Float[Array, "*B F"]
 ) -> Float[Array, "*B F"]:
-    """The hidden layer of a gated feed-forward layer, from its two halves."""
+    """Return the hidden layer of a gated feed-forward layer, from its two projections (Shazeer 2020)."""
     if activation is not Activation.CLAMPED_SILU:
         return ACTIVATIONS[activation](gate) * up
     gate = jnp.minimum(gate, CLAMP)
@@ -64,31 +65,31 @@ class MlpConfig(FfnConfig):
             raise ValueError(f"ffn.hidden_dim must be at least 1, got {self.hidden_dim}")
         if self.activation is Activation.CLAMPED_SILU and not self.gated:
             raise ValueError(
-                "ffn.activation=clamped_silu is made of two halves: set ffn.gated, or choose another "
+                "ffn.activation=clamped_silu needs two projections: set ffn.gated, or choose another "
                 "activation"
             )
 
     def build(self, dims: ModelDims, *, rngs: nnx.Rngs) -> "Mlp":
-        """The module, with freshly initialised parameters."""
+        """Build the module, with freshly initialised parameters."""
         return Mlp(self, dims, rngs=rngs)
 
-    def active_share(self) -> float:
-        """A dense layer has no experts; every parameter is used."""
+    def active_fraction(self) -> float:
+        """Return 1: a dense layer has no experts, and uses every parameter."""
         return 1.0
 
     def for_inference(self) -> "MlpConfig":
-        """The same."""
+        """Return the config as it is."""
         return self
 
 
 class Mlp(Ffn):
-    """Gated or plain two-layer MLP."""
+    """Gated or ungated two-layer MLP."""
 
     def __init__(self, config: MlpConfig, dims: ModelDims, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        wide = {"std": dims.init_std, "bias": config.bias, "rngs": rngs}
-        self.gate = Linear(dims.embed_dim, config.hidden_dim, **wide) if config.gated else None
-        self.up = Linear(dims.embed_dim, config.hidden_dim, **wide)
+        linear_kwargs = {"std": dims.init_std, "bias": config.bias, "rngs": rngs}
+        self.gate = Linear(dims.embed_dim, config.hidden_dim, **linear_kwargs) if config.gated else None
+        self.up = Linear(dims.embed_dim, config.hidden_dim, **linear_kwargs)
         self.down = Linear(
             config.hidden_dim, dims.embed_dim, std=dims.output_std, bias=config.bias, rngs=rngs
         )
@@ -97,9 +98,8 @@ class Mlp(Ffn):
         self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], FfnAux]:
         activation = self.config.activation
-        hidden = (
-            ACTIVATIONS[activation](self.up(x))
-            if self.gate is None
-            else gated(activation, self.gate(x), self.up(x))
-        )
+        if self.gate is None:
+            hidden = ACTIVATIONS[activation](self.up(x))
+        else:
+            hidden = gated(activation, self.gate(x), self.up(x))
         return self.down(hidden), FfnAux(losses={}, metrics={})

@@ -1,15 +1,14 @@
-"""Mixture of experts: a router sends each token to a few of many gated MLPs, and adds their outputs by its
-weights.
+"""Mixture of experts: a router sends each token to a few of many gated MLPs and sums their weighted outputs.
 
-Tokens are dispatched without drops (rows sorted by expert, one grouped product) or with a capacity per row of
-the batch and expert, beyond which the later tokens are dropped. Experts may be divided over devices: each
-computes its own experts for the tokens of all, and the sums go back to where the tokens live. Load is
-balanced by an auxiliary loss or by a bias on the scores that the trainer moves once per optimizer step.
-Everything here is per token or per row of the batch, so that neither gradient accumulation nor which rows
-share a batch changes anything.
+Tokens are dispatched without drops (sorted by expert, one grouped product) or with a capacity per expert and
+sequence, beyond which later tokens are dropped. Experts may be sharded over devices: each device computes its
+own experts for the tokens of all, and the sums return to the tokens' devices. The load is balanced by an
+auxiliary loss or by a bias on the scores that the trainer updates once per optimizer step. Everything here is
+per token or per sequence, so that results depend neither on gradient accumulation nor on which sequences
+share a batch.
 
-Dims: B batch, T time, D model, E experts, K selected, F hidden of an expert; M tokens (B T); R slots, the
-rows that the experts compute; C capacity.
+Dims: B batch, T time, D model, E experts, K selected experts of a token, F hidden of an expert; M tokens
+(B T); R slots, the rows that the experts compute; C capacity.
 """
 
 import dataclasses
@@ -31,17 +30,17 @@ from slmjax.parallel import communication
 
 
 class RouterScore(enum.Enum):
-    """How router logits become scores of experts."""
+    """Function from router logits to scores of experts."""
 
     SOFTMAX = "softmax"
     SIGMOID = "sigmoid"
 
 
 class Balance(enum.Enum):
-    """What keeps the load of experts even."""
+    """Method that keeps the load of experts even."""
 
-    AUX_LOSS = "aux_loss"
-    BIAS = "bias"
+    AUX_LOSS = "aux_loss"  # a loss (Fedus et al. 2021)
+    BIAS = "bias"  # a bias on the scores for selection (Wang et al. 2024, DeepSeek-V3)
     NONE = "none"
 
 
@@ -50,20 +49,19 @@ class MoeConfig(FfnConfig):
     """A mixture-of-experts feed-forward layer."""
 
     num_experts: int = 8  # E
-    num_selected: int = 2  # experts that each token uses
-    hidden_dim: int  # width of the hidden layer of one expert
+    num_selected: int = 2  # experts that each token uses, K
+    hidden_dim: int  # width of the hidden layer of one expert, F
     activation: Activation = Activation.SILU  # non-linearity of the gated experts
     bias: bool = False  # biases of the router and of the experts' projections
     score: RouterScore = RouterScore.SOFTMAX  # scores of experts from router logits
     normalize_weights: bool = True  # the weights of a token's selected experts sum to one
-    routed_scale: float = 1.0  # multiplies the weights of the selected experts
-    shared_hidden_dim: int = 0  # width of a gated MLP that every token uses beside its experts; 0 for none
-    # what keeps the load even: a loss, a bias on the scores (DeepSeek-V3), or nothing
-    balance: Balance = Balance.AUX_LOSS
+    routed_scale: float = 1.0  # factor of the weights of the selected experts
+    shared_hidden_dim: int = 0  # width of a gated MLP that every token uses in addition; 0 for none
+    balance: Balance = Balance.AUX_LOSS  # method that keeps the load even
     balance_weight: float = 0.01  # coefficient of the balance loss
-    bias_rate: float = 0.001  # how far a bias moves in an optimizer step
+    bias_rate: float = 0.001  # change of a bias in an optimizer step
     z_weight: float = 0.0  # coefficient of the squared log-sum-exp of router logits
-    # room per expert and row, as a multiple of an even share; None drops nothing
+    # capacity per expert and sequence, as a multiple of the tokens under an even load; None drops no tokens
     capacity_factor: float | None = None
 
     def __post_init__(self) -> None:
@@ -88,15 +86,15 @@ class MoeConfig(FfnConfig):
             )
 
     def build(self, dims: ModelDims, *, rngs: nnx.Rngs) -> "Moe":
-        """The module, with freshly initialised parameters."""
+        """Build the module, with freshly initialised parameters."""
         return Moe(self, dims, rngs=rngs)
 
-    def active_share(self) -> float:
-        """Share of the experts that one token uses."""
+    def active_fraction(self) -> float:
+        """Return the fraction of the experts that one token uses."""
         return self.num_selected / self.num_experts
 
     def training_note(self) -> str | None:
-        """Return what a user must know who trains this layer; None if there is nothing."""
+        """Return a warning about training with these settings; None if there is none."""
         if self.num_selected > 1 or not self.normalize_weights:
             return None
         terms = {
@@ -107,29 +105,30 @@ class MoeConfig(FfnConfig):
         trained = f"only {trained_by} trains it" if trained_by else "nothing trains it"
         return (
             "with ffn.num_selected=1 and ffn.normalize_weights every token's expert has the weight 1: the "
-            "loss gives the router no "
-            f"gradient, and {trained}. For a router that learns from the loss set ffn.normalize_weights=False"
+            f"loss gives the router no gradient, and {trained}. For a router that learns from the loss set "
+            "ffn.normalize_weights=False"
         )
 
     def for_inference(self) -> "MoeConfig":
-        """Without a capacity: which tokens an expert has no room for depends on the others, and on how many
-        are asked at a time.
+        """Return the config without a capacity.
+
+        With one, dropped tokens would depend on the other tokens, and on how many are computed at once.
         """
         return dataclasses.replace(self, capacity_factor=None)
 
     def capacity(self, length: int) -> int:
-        """Tokens of a row of `length` that an expert has room for; of use only with a capacity factor."""
-        even_share = length * self.num_selected / self.num_experts
-        return min(length, math.ceil(even_share * (self.capacity_factor or 1.0)))
+        """Return an expert's capacity for a sequence of `length` tokens, if there is a capacity factor."""
+        even_load = length * self.num_selected / self.num_experts
+        return min(length, math.ceil(even_load * (self.capacity_factor or 1.0)))
 
 
 # Routing ----------------------------------------------------------------------------------------------------
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Routing:
-    """Where tokens go. A padding token has weights 0 and the expert E, which does not exist."""
+    """Experts of each token. A padding token has weights 0 and the expert E, which does not exist."""
 
-    weights: Float[Array, "B T K"]  # what the outputs of the selected experts are multiplied by
+    weights: Float[Array, "B T K"]  # factors of the selected experts' outputs
     experts: Int[Array, "B T K"]  # the selected experts, best first
     probabilities: Float[Array, "B T E"]  # scores that sum to one over experts, for the balance loss
 
@@ -141,15 +140,18 @@ def route(
     *,
     config: MoeConfig,
 ) -> Routing:
-    """Scores, selects and weighs experts, in float32.
+    """Score, select and weight experts, in float32.
 
     Args:
+      logits: router logits.
       real: False for padding.
       bias: added to the scores for the selection, not for the weights (auxiliary-loss-free balancing, Wang et
         al. 2024).
+      config: settings of the layer.
     """
     if config.score is RouterScore.SOFTMAX:
-        scores = probabilities = jax.nn.softmax(logits, axis=-1)
+        scores = jax.nn.softmax(logits, axis=-1)
+        probabilities = scores
     else:
         scores = jax.nn.sigmoid(logits)
         probabilities = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
@@ -157,7 +159,7 @@ def route(
     _, experts = jax.lax.top_k(jax.lax.stop_gradient(preference), config.num_selected)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if config.normalize_weights and config.num_selected == 1:
-        # what a score over itself is, without the rounding that would pass for its gradient
+        # A score divided by itself, without the rounding errors that would make a gradient of it.
         weights = jnp.ones_like(weights)
     elif config.normalize_weights:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
@@ -169,43 +171,44 @@ def route(
 
 
 def row_expert_counts(experts: Int[Array, "B T K"], num_experts: int) -> Float[Array, "B E"]:
-    """How many real tokens of each row selected each expert."""
-    chosen = experts[:, :, :, None] == jnp.arange(num_experts)[None, None, None, :]
-    return jnp.sum(chosen, axis=(1, 2), dtype=jnp.float32)
+    """Count the real tokens of each sequence that selected each expert."""
+    is_selected = experts[:, :, :, None] == jnp.arange(num_experts)[None, None, None, :]
+    return jnp.sum(is_selected, axis=(1, 2), dtype=jnp.float32)
 
 
 def balance_loss(routing: Routing, real: Bool[Array, "B T"]) -> Float[Array, ""]:
-    """`E * sum_e f_e p_e` of each row, times its number of real tokens, summed over rows (Fedus et al. 2021,
-    by row).
+    """Return `E * sum_e f_e p_e` of each sequence times its real tokens, summed (Fedus et al. 2021).
 
-    f is the share of the row's selections that went to an expert and p its mean probability over the row's
-    real tokens, so that an even load gives 1 per real token. Divided by the global count of real tokens it is
-    a mean over tokens.
+    f is the fraction of the sequence's selections that went to an expert, and p the expert's mean probability
+    over the sequence's real tokens, so that an even load gives 1 per real token. Divided by the global count
+    of real tokens this is a mean over tokens. Fedus et al. compute f and p over the batch; computed per
+    sequence, the loss depends on no other sequence.
     """
     num_experts = routing.probabilities.shape[-1]
     num_selected = routing.experts.shape[-1]
     num_real = jnp.maximum(jnp.sum(real, axis=1, dtype=jnp.float32), 1.0)
-    share = row_expert_counts(routing.experts, num_experts) / (num_selected * num_real[:, None])
-    # Not divided by the number of real tokens: that makes it the mean times the weight of the row.
+    fraction = row_expert_counts(routing.experts, num_experts) / (num_selected * num_real[:, None])
+    # A sum over real tokens: the mean p times the number of real tokens, the weight of the sequence.
     probability = jnp.sum(jnp.where(real[:, :, None], routing.probabilities, 0.0), axis=1)
-    return num_experts * jnp.sum(share * probability)
+    return num_experts * jnp.sum(fraction * probability)
 
 
 def z_loss(logits: Float[Array, "B T E"], real: Bool[Array, "B T"]) -> Float[Array, ""]:
-    """Squared log-sum-exp of the router logits, summed over real tokens (Zoph et al. 2022): keeps logits
-    small.
-    """
+    """Return the squared log-sum-exp of router logits, summed over real tokens (Zoph et al. 2022)."""
     return jnp.sum(jnp.where(real, jnp.square(jax.nn.logsumexp(logits, axis=-1)), 0.0))
 
 
 def updated_bias(
     bias: Float[Array, "*R E"], counts: Float[Array, "*R E"], rate: float
 ) -> Float[Array, "*R E"]:
-    """Selection biases after an optimizer step: up by `rate` for experts with less than the mean load, down
-    for more.
+    """Return selection biases after an optimizer step: `rate` higher for experts below the mean load.
+
+    Those above the mean load get a bias lower by `rate` (Wang et al. 2024).
 
     Args:
+      bias: biases before the step.
       counts: tokens that selected each expert, over the global batch of the step.
+      rate: size of the change.
     """
     return bias + rate * jnp.sign(jnp.mean(counts, axis=-1, keepdims=True) - counts)
 
@@ -214,21 +217,22 @@ def updated_bias(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slots:
-    """The rows that the experts compute, each of one selection (token m, choice j), which has the number m *
-    K + j.
+    """Assignment of selections to slots, the rows that the experts compute.
+
+    A selection is the choice j of a token m and has the index m * K + j. The two arrays of indices are
+    inverses of each other, so that dispatch and combination, forward and backward, are all gathers.
     """
 
-    selection: Int[Array, " R"]  # whose row it is; M * K where a slot is empty
-    slot: Int[Array, "M K"]  # where a selection is computed; R where it is not computed here
+    selection: Int[Array, " R"]  # selection in each slot; M * K for an empty slot
+    slot: Int[Array, "M K"]  # slot of each selection; R if it is not computed here
     group_sizes: Int[Array, " E"]  # slots of each expert, empty ones included, in the order of experts
 
 
 def sorted_slots(experts: Int[Array, "M K"], num_experts: int) -> Slots:
-    """A slot for every selection of the experts 0 to `num_experts` - 1, in the order of experts; nothing is
-    dropped.
-    """
+    """Assign a slot to every selection of the experts 0 to `num_experts` - 1, sorted by expert."""
     num_tokens, num_selected = experts.shape
-    num_slots = num_tokens * min(num_selected, num_experts)  # a token selects an expert once
+    # A token selects an expert at most once, which bounds the slots where a device has few experts.
+    num_slots = num_tokens * min(num_selected, num_experts)
     order = jnp.argsort(experts.reshape(-1), stable=True)
     group_sizes = jnp.sum(experts.reshape(-1, 1) == jnp.arange(num_experts)[None, :], axis=0, dtype=jnp.int32)
     slot = jnp.argsort(order).reshape(num_tokens, num_selected)
@@ -241,49 +245,56 @@ def sorted_slots(experts: Int[Array, "M K"], num_experts: int) -> Slots:
 
 
 def capacity_slots(experts: Int[Array, "B T K"], num_experts: int, *, capacity: int) -> Slots:
-    """Slots for every expert and row, [E, B, C] flattened: `capacity` of them, of which the earlier tokens
-    come first.
+    """Assign `capacity` slots to every expert and sequence, [E, B, C] flattened; earlier tokens come first.
 
-    Under `sharding.local` a row may be a part of one: earlier tokens that other devices hold have used up
-    their share.
+    Inside `shard_mapped` a sequence may be sharded: earlier tokens on other devices have used up some of the
+    capacity.
     """
-    num_rows, length, num_selected = experts.shape
-    by_row = experts.reshape(num_rows, length * num_selected)
-    counts = jnp.sum(by_row[:, :, None] == jnp.arange(num_experts)[None, None, :], axis=1, dtype=jnp.int32)
-    kept = jnp.clip(capacity - communication.sum_before(counts, "time"), 0, counts)  # [B, E]
-    capacity = min(capacity, length)  # a token selects an expert once
-    num_slots = num_experts * num_rows * capacity
-    per_row = length * num_selected
-    row = jnp.arange(num_rows)[:, None]
-    room = jnp.arange(capacity)[None, None, :]
-    order = jnp.argsort(by_row, axis=1, stable=True)
+    num_sequences, length, num_selected = experts.shape
+    by_sequence = experts.reshape(num_sequences, length * num_selected)
+    is_selected = by_sequence[:, :, None] == jnp.arange(num_experts)[None, None, :]
+    counts = jnp.sum(is_selected, axis=1, dtype=jnp.int32)
+    num_computed = jnp.clip(capacity - communication.sum_before(counts, "time"), 0, counts)  # [B, E]
+    # A token selects an expert at most once.
+    capacity = min(capacity, length)
+    num_slots = num_experts * num_sequences * capacity
+    num_selections = length * num_selected
+    sequence = jnp.arange(num_sequences)[:, None]
+
+    # The slot of each selection: its rank among the sequence's selections of the same expert, if that is
+    # below the capacity. The sort is stable, so the rank counts earlier tokens.
+    order = jnp.argsort(by_sequence, axis=1, stable=True)
     starts = jnp.cumsum(counts, axis=1) - counts
-    expert = jnp.minimum(by_row, num_experts - 1)
+    expert = jnp.minimum(by_sequence, num_experts - 1)
     rank = jnp.argsort(order, axis=1) - jnp.take_along_axis(starts, expert, axis=1)
-    has_slot = (by_row < num_experts) & (rank < jnp.take_along_axis(kept, expert, axis=1))
-    slot = jnp.where(has_slot, (by_row * num_rows + row) * capacity + rank, num_slots)
-    place = jnp.minimum(starts[:, :, None] + room, per_row - 1)  # [B, E, C], into the sorted row
-    selection = (
-        jnp.take_along_axis(order, place.reshape(num_rows, -1), axis=1).reshape(place.shape)
-        + per_row * row[:, :, None]
-    )
-    selection = jnp.where(room < kept[:, :, None], selection, experts.size)
+    has_slot = (by_sequence < num_experts) & (rank < jnp.take_along_axis(num_computed, expert, axis=1))
+    slot = jnp.where(has_slot, (by_sequence * num_sequences + sequence) * capacity + rank, num_slots)
+
+    # The selection in each slot, [B, E, C].
+    rank_in_slot = jnp.arange(capacity)[None, None, :]
+    sorted_index = jnp.minimum(starts[:, :, None] + rank_in_slot, num_selections - 1)
+    selection = jnp.take_along_axis(order, sorted_index.reshape(num_sequences, -1), axis=1)
+    selection = selection.reshape(sorted_index.shape) + num_selections * sequence[:, :, None]
+    selection = jnp.where(rank_in_slot < num_computed[:, :, None], selection, experts.size)
     return Slots(
         selection=jnp.swapaxes(selection, 0, 1).reshape(-1),
         slot=slot.reshape(-1, num_selected),
-        group_sizes=jnp.full((num_experts,), num_rows * capacity, jnp.int32),
+        group_sizes=jnp.full((num_experts,), num_sequences * capacity, jnp.int32),
     )
 
 
 def take_rows(
     x: Float[Array, "M D"], index: Int[Array, "..."], inverse: Int[Array, "M J"]
 ) -> Float[Array, "... D"]:
-    """`x[index]`, zeros where `index` is M. The gradient gathers too: it is deterministic, and faster than a
-    scatter.
+    """Return `x[index]`, and zeros where `index` is M.
+
+    The gradient is a gather too: it is deterministic, and faster than the scatter that autodiff would make.
 
     Args:
-      inverse: for each row of `x` the places in the flattened result that hold it; the number of places for
-        none.
+      x: rows.
+      index: row of `x` for each row of the result.
+      inverse: for each row of `x` the flattened indices of the result that hold it; the size of the result
+        for none.
     """
     return _take_rows(*communication.match_varying(x, index, inverse))
 
@@ -313,50 +324,56 @@ def apply_experts(
     capacity: int | None,
     hidden_quantizer: ArrayFunction | None = None,
 ) -> Float[Array, "B T D"]:
-    """The weighted sum of the outputs of each token's experts, divided over the mesh where there is one.
+    """Return the weighted sum of the outputs of each token's experts, computed on the devices of the mesh.
 
     Args:
-      biases: of gate, up and down, where the experts have any.
+      x: inputs of the experts.
+      routing: experts of each token.
+      gate: gate projections.
+      up: up-projections.
+      down: down-projections.
+      biases: biases of gate, up and down, if the experts have any.
+      activation: non-linearity.
       hidden_quantizer: applied to a device's shard of the hidden layer before the product with `down`.
-      capacity: tokens that an expert takes from a row, the earlier ones; None for all.
+      capacity: maximum tokens that an expert takes from a sequence, the earlier ones; None for all.
     """
-    rows = ("batch", "time", None)
-    matrices_in = ("expert", None, "ffn")
-    matrices_out = ("expert", "ffn", None)
+    token_dims = ("batch", "time", None)
+    in_matrix_dims = ("expert", None, "ffn")
+    out_matrix_dims = ("expert", "ffn", None)
 
-    def on_shard(x: Array, weights: Array, experts: Array, *matrices: Array) -> Array:
-        rows_divided = communication.is_sharded("batch")
-        if rows_divided:  # the devices that share out the experts hold different rows: each needs all of them
+    def on_device(x: Array, weights: Array, experts: Array, *matrices: Array) -> Array:
+        is_batch_sharded = communication.is_sharded("batch")
+        # The batch is sharded over the expert axis too, and each expert needs all tokens of these devices.
+        if is_batch_sharded:
             x, weights, experts = (
                 communication.gather(part, "expert", axis=0) for part in (x, weights, experts)
             )
         num_experts = matrices[0].shape[0]
-        mine = experts - communication.index_along("expert") * num_experts
-        mine = jnp.where((mine >= 0) & (mine < num_experts), mine, num_experts)
-        added = _compute_slots(
+        local_experts = experts - communication.index_along("expert") * num_experts
+        is_local = (local_experts >= 0) & (local_experts < num_experts)
+        local_experts = jnp.where(is_local, local_experts, num_experts)
+        y = _expert_outputs(
             x,
             weights,
-            mine,
+            local_experts,
             matrices,
             activation=activation,
             capacity=capacity,
             hidden_quantizer=hidden_quantizer,
         )
-        y = communication.sum_over(added, "ffn")
-        return (
-            communication.scatter_sum(y, "expert", axis=0)
-            if rows_divided
-            else communication.sum_over(y, "expert")
-        )
+        y = communication.sum_over(y, "ffn")
+        if is_batch_sharded:
+            return communication.scatter_sum(y, "expert", axis=0)
+        return communication.sum_over(y, "expert")
 
-    in_dims = (rows, rows, rows, matrices_in, matrices_in, matrices_out)
+    in_dims = (token_dims, token_dims, token_dims, in_matrix_dims, in_matrix_dims, out_matrix_dims)
     if biases is not None:
         in_dims = (*in_dims, ("expert", "ffn"), ("expert", "ffn"), ("expert", None))
     arrays = (x, routing.weights, routing.experts, gate, up, down, *(biases or ()))
-    return communication.shard_mapped(on_shard, in_dims=in_dims, out_dims=rows)(*arrays)
+    return communication.shard_mapped(on_device, in_dims=in_dims, out_dims=token_dims)(*arrays)
 
 
-def _compute_slots(
+def _expert_outputs(
     x: Array,
     weights: Array,
     experts: Array,
@@ -366,8 +383,16 @@ def _compute_slots(
     capacity: int | None,
     hidden_quantizer: ArrayFunction | None,
 ) -> Array:
-    """What the experts whose gate, up and down matrices (and biases) are given add to the tokens of `x`, [B,
-    T, D].
+    """Return the weighted outputs [B, T, D] of the experts of one device for the tokens of `x`.
+
+    Args:
+      x: inputs of the experts.
+      weights: weights of each token's selected experts.
+      experts: selected experts, numbered from this device's first; `num_experts` for those of other devices.
+      matrices: gate, up and down of this device's experts, then their biases, if any.
+      activation: non-linearity.
+      capacity: maximum tokens of an expert and sequence; None for all.
+      hidden_quantizer: applied to the hidden layer.
     """
     gate, up, down, *biases = matrices
     num_experts = gate.shape[0]
@@ -385,8 +410,7 @@ def _compute_slots(
     gate_bias, up_bias, down_bias = by_slot or (0, 0, 0)
     hidden = gated(activation, multiply(rows, gate) + gate_bias, multiply(rows, up) + up_bias)
     hidden = hidden if hidden_quantizer is None else hidden_quantizer(hidden)
-    # Where the hidden dim is divided over devices, what they add is summed: the bias of the output comes in
-    # as many parts.
+    # If the hidden dim is sharded, the outputs of these devices are summed, so each adds a part of the bias.
     outputs = multiply(hidden, down) + down_bias / communication.num_shards("ffn")
     selected = take_rows(outputs, slots.slot, slots.selection[:, None])
     y = jnp.einsum(
@@ -396,25 +420,25 @@ def _compute_slots(
 
 
 def _even_groups(x: Array, weights: Array) -> Array:
-    """`grouped_matmul` where all groups have the same number of rows: one batched product."""
+    """Return `grouped_matmul` for groups of equal size: one batched product."""
     grouped = x.reshape(weights.shape[0], -1, x.shape[-1])
     return jnp.einsum("erd,edf->erf", grouped, weights).reshape(x.shape[0], -1)
 
 
 # Modules ----------------------------------------------------------------------------------------------------
 class RouterBias(nnx.Variable[Any]):
-    """Selection biases: state that the trainer updates from expert counts, not trained by gradients."""
+    """Selection biases: state that the trainer updates from expert counts, without gradients."""
 
 
 class Experts(nnx.Module):
     """The weights of all experts, stacked."""
 
     def __init__(self, config: MoeConfig, dims: ModelDims, *, rngs: nnx.Rngs) -> None:
-        wide = (config.num_experts, dims.embed_dim, config.hidden_dim)
-        narrow = (config.num_experts, config.hidden_dim, dims.embed_dim)
-        self.gate = nnx.Param(truncated_normal(rngs.params(), wide, dims.init_std))
-        self.up = nnx.Param(truncated_normal(rngs.params(), wide, dims.init_std))
-        self.down = nnx.Param(truncated_normal(rngs.params(), narrow, dims.output_std))
+        in_shape = (config.num_experts, dims.embed_dim, config.hidden_dim)
+        out_shape = (config.num_experts, config.hidden_dim, dims.embed_dim)
+        self.gate = nnx.Param(truncated_normal(rngs.params(), in_shape, dims.init_std))
+        self.up = nnx.Param(truncated_normal(rngs.params(), in_shape, dims.init_std))
+        self.down = nnx.Param(truncated_normal(rngs.params(), out_shape, dims.output_std))
         self.gate_bias, self.up_bias, self.down_bias = (
             nnx.Param(jnp.zeros((config.num_experts, dim), jnp.float32)) if config.bias else None
             for dim in (config.hidden_dim, config.hidden_dim, dims.embed_dim)
@@ -424,7 +448,7 @@ class Experts(nnx.Module):
 
 
 class Moe(Ffn):
-    """Router, experts, and the shared expert if there is one."""
+    """Router, experts, and an optional shared expert."""
 
     def __init__(self, config: MoeConfig, dims: ModelDims, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -449,6 +473,7 @@ class Moe(Ffn):
     ) -> tuple[Float[Array, "B T D"], FfnAux]:
         config = self.config
         real = segment_ids != 0
+        # The router is float32 throughout: rounding to bfloat16 changes which experts are selected.
         with jax.default_matmul_precision("float32"):
             logits = self.router(x.astype(jnp.float32))
         routing = route(
@@ -487,7 +512,7 @@ class Moe(Ffn):
             "moe_z": self.config.z_weight * z_loss(logits, real),
         }
         counts = row_expert_counts(routing.experts, self.config.num_experts)
-        dropped = (
-            jnp.zeros((), jnp.float32) if capacity is None else jnp.sum(jnp.maximum(counts - capacity, 0.0))
-        )
+        dropped = jnp.zeros((), jnp.float32)
+        if capacity is not None:
+            dropped = jnp.sum(jnp.maximum(counts - capacity, 0.0))
         return FfnAux(losses=losses, metrics={"expert_counts": jnp.sum(counts, axis=0), "dropped": dropped})

@@ -1,9 +1,7 @@
-"""Softmax attention: grouped-query, full or sliding-window, rotary or without positions, with its decoding
-cache.
+"""Softmax attention: grouped-query, full or sliding-window, rotary or without positions, with a KV cache.
 
-One rule says who sees whom, in training as in decoding: a key is visible when it belongs to the same
-document, does not lie ahead, and is nearer than the window. Documents packed in one row therefore never see
-each other.
+Visibility follows one rule in training and decoding: a query sees a key of the same document, not after it,
+and within the window. Documents packed in one row therefore never see each other.
 
 Dims: B batch, T time, S cache slots, D model, N query heads, K key-value heads, H head dim.
 """
@@ -28,15 +26,15 @@ log = logging.getLogger(__name__)
 
 
 class QkNorm(enum.Enum):
-    """Normalisation of queries and keys before the product."""
+    """Normalisation of queries and keys before their product."""
 
     NONE = "none"
-    PER_HEAD = "per_head"  # over each head's own dims (Qwen3, Gemma 3)
-    ALL_HEADS = "all_heads"  # over the dims of all heads together, with a scale of their own each (OLMo 2)
+    PER_HEAD = "per_head"  # over the dims of each head (Qwen3, Gemma 3)
+    ALL_HEADS = "all_heads"  # over the dims of all heads together, with a scale for each dim (OLMo 2)
 
 
 class Biases(enum.Enum):
-    """Which projections carry a bias."""
+    """Projections that have a bias."""
 
     NONE = "none"
     QKV = "qkv"
@@ -48,24 +46,22 @@ class AttentionConfig(MixerConfig):
     """Softmax attention."""
 
     num_heads: int  # query heads, N
-    num_kv_heads: int | None = None  # key-value heads, K; it divides num_heads (none: as many as query heads)
+    num_kv_heads: int | None = None  # key-value heads, K, a divisor of num_heads (none: num_heads)
     head_dim: int | None = None  # dims per head, H (none: embed_dim / num_heads)
-    window: int | None = None  # how many tokens, itself included, a token sees (none: all before it)
+    window: int | None = None  # tokens that a token sees, itself included (none: all before it)
     rope_base: float | None = 10_000.0  # base of the rotary angles (none: no position information)
-    # dims of each head that are rotated, the first ones (none: all, or all but an odd one)
-    rotary_dim: int | None = None
-    rope_scaling: RopeScaling | None = None  # how the angles differ from plain ones (none: they do not)
+    rotary_dim: int | None = None  # rotated dims of each head, its first ones (none: all that form pairs)
+    rope_scaling: RopeScaling | None = None  # scaling of the rotary frequencies (none: unscaled)
     qk_norm: QkNorm = QkNorm.NONE  # normalise queries and keys
     biases: Biases = Biases.NONE  # biases of the projections
-    scale: float | None = None  # multiplies the scores (none: one over the root of head_dim)
-    softcap: float | None = None  # scores are bounded to this by a tanh
-    # a learned score for each head that takes its share of the softmax and gives nothing (GPT-OSS)
-    sinks: bool = False
+    scale: float | None = None  # factor of the scores (none: one over the square root of head_dim)
+    softcap: float | None = None  # bound of the scores, by a tanh (none: unbounded)
+    sinks: bool = False  # a learned score per head that takes part in the softmax without a value (GPT-OSS)
 
     def __post_init__(self) -> None:
         if self.num_heads < 1 or self.kv_heads < 1 or self.num_heads % self.kv_heads:
             raise ValueError(
-                f"num_heads={self.num_heads} and num_kv_heads={self.num_kv_heads}: need the second to divide "
+                f"num_heads={self.num_heads} and num_kv_heads={self.num_kv_heads}: the second must divide "
                 "the first"
             )
         if self.head_dim is not None and self.head_dim < 1:
@@ -78,9 +74,8 @@ class AttentionConfig(MixerConfig):
             raise ValueError(f"rope_base must be positive, or none for no positions, got {self.rope_base}")
         if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
             raise ValueError(
-                f"rotary_dim={self.rotary_dim}: dims are rotated in pairs, so that it must be even and at "
-                "least 2; "
-                "none rotates all of a head, and rope_base none rotates nothing"
+                f"rotary_dim={self.rotary_dim}: dims are rotated in pairs, so it must be even and at least "
+                "2; none rotates all of a head, and rope_base none rotates nothing"
             )
 
     @property
@@ -89,7 +84,7 @@ class AttentionConfig(MixerConfig):
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     def resolved_head_dim(self, dims: ModelDims) -> int:
-        """Dims per head. Raises ValueError where the model's width does not divide by the heads."""
+        """Return the dims per head. Raises ValueError if the heads do not divide the model's width."""
         if self.head_dim is not None:
             return self.head_dim
         if dims.embed_dim % self.num_heads:
@@ -100,10 +95,10 @@ class AttentionConfig(MixerConfig):
         return dims.embed_dim // self.num_heads
 
     def resolved_rotary_dim(self, dims: ModelDims) -> int:
-        """Return how many dims of a head are rotated, 0 without positions.
+        """Return the number of rotated dims of a head, 0 without positions.
 
         Raises:
-          ValueError: a head has fewer, or LongRoPE has divisors for another number.
+          ValueError: a head has fewer dims, or LongRoPE has divisors for another number of them.
         """
         if self.rope_base is None:
             return 0
@@ -118,60 +113,60 @@ class AttentionConfig(MixerConfig):
 
     @classmethod
     def upgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Read `rope_fraction`, which `rotary_dim` replaced, where `head_dim` is given or all dims are
-        rotated.
-        """
+        """Read `rope_fraction`, which `rotary_dim` replaced; it needs `head_dim`, unless all dims rotate."""
         return with_rotary_dim(fields, embed_dim=None)
 
     @classmethod
     def downgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Return the fields with `rope_fraction` in the place of a `rotary_dim` that it can stand for."""
+        """Return the fields with `rope_fraction` instead of `rotary_dim`, where it can represent it."""
         return with_rope_fraction(fields, embed_dim=None)
 
     def build(self, dims: ModelDims, *, rngs: nnx.Rngs) -> "Attention":
-        """The module, with freshly initialised parameters."""
+        """Build the module, with freshly initialised parameters."""
         return Attention(self, dims, rngs=rngs)
 
     def mixing_flops(self, dims: ModelDims, *, length: int) -> float:
-        """FLOPs of scores and weighted sum per token, averaged over a causal sequence of `length` tokens."""
+        """Return the FLOPs of scores and weighted sum per token, averaged over a causal sequence."""
+        # The first `window` tokens see 1, 2, ... tokens, the others all of the window.
         window = length if self.window is None else min(self.window, length)
         mean_visible = (window * (window + 1) / 2 + (length - window) * window) / length
         return 4 * mean_visible * self.num_heads * self.resolved_head_dim(dims)
 
     def state_bytes(self, dims: ModelDims, *, length: int, itemsize: int) -> int:
-        """Bytes of cached keys and values of one sequence: a window layer holds no more than its window."""
+        """Return the bytes of cached keys and values of one sequence, at most those of the window."""
         slots = length if self.window is None else min(self.window, length)
         return 2 * slots * self.kv_heads * self.resolved_head_dim(dims) * itemsize
 
 
 def with_rotary_dim(fields: dict[str, Any], *, embed_dim: Any) -> dict[str, Any]:
-    """Return JSON fields of an `AttentionConfig` with `rotary_dim` instead of the `rope_fraction` of earlier
-    versions.
+    """Return JSON fields of an `AttentionConfig` with `rotary_dim` for an earlier version's `rope_fraction`.
 
-    They rotated `2 * int(head_dim * rope_fraction / 2)` dims.
+    Earlier versions rotated `2 * int(head_dim * rope_fraction / 2)` dims.
 
     Args:
-      embed_dim: the model's, for heads whose width follows from it; None where it is not known.
+      fields: JSON fields, which may be of either version.
+      embed_dim: the model's width, for heads without `head_dim`; None if it is unknown.
 
     Raises:
-      ConfigError: a share that is none, or that of a head whose width is not known.
+      ConfigError: the fraction is not between 0 and 1, or the head's width is unknown.
     """
     if "rope_fraction" not in fields:
         return fields
-    fields, fraction = {"rotary_dim": None, **fields}, fields["rope_fraction"]
-    del fields["rope_fraction"]
+    fraction = fields["rope_fraction"]
+    others = {name: value for name, value in fields.items() if name != "rope_fraction"}
+    fields = {"rotary_dim": None, **others}
     if type(fraction) not in (int, float) or not 0 <= fraction <= 1:
         raise ConfigError(
-            f"rope_fraction must lie between 0 and 1, got {fraction!r}: set rotary_dim instead, a number of "
-            "dims"
+            f"rope_fraction must be between 0 and 1, got {fraction!r}: set rotary_dim, a number of dims, "
+            "instead"
         )
     if fraction == 1 or fields.get("rope_base") is None:
         return fields
     head_dim = _head_dim_of(fields, embed_dim)
     if head_dim is None:
         raise ConfigError(
-            f"rope_fraction={fraction} of an earlier version needs head_dim: set rotary_dim instead, a "
-            "number of dims"
+            f"rope_fraction={fraction} of an earlier version needs head_dim: set rotary_dim, a number of "
+            "dims, instead"
         )
     fields["rotary_dim"] = 2 * int(head_dim * fraction / 2)
     note = "rope_fraction=%s of an earlier version is read as rotary_dim=%d, of heads of %d dims"
@@ -180,9 +175,7 @@ def with_rotary_dim(fields: dict[str, Any], *, embed_dim: Any) -> dict[str, Any]
 
 
 def with_rope_fraction(fields: dict[str, Any], *, embed_dim: Any) -> dict[str, Any]:
-    """Return JSON fields with the `rope_fraction` that `with_rotary_dim` reads; as they are where the width
-    is not known.
-    """
+    """Return JSON fields with the `rope_fraction` that `with_rotary_dim` reads, if the width is known."""
     if "rotary_dim" not in fields:
         return fields
     rotated = fields["rotary_dim"]
@@ -194,7 +187,7 @@ def with_rope_fraction(fields: dict[str, Any], *, embed_dim: Any) -> dict[str, A
 
 
 def _head_dim_of(fields: dict[str, Any], embed_dim: Any) -> int | None:
-    """The width of a head by JSON fields of any kind, None where they do not say."""
+    """Return the width of a head from unchecked JSON fields; None if they do not contain it."""
     head_dim = fields.get("head_dim")
     num_heads = fields.get("num_heads")
     if head_dim is None and isinstance(embed_dim, int) and isinstance(num_heads, int) and num_heads > 0:
@@ -205,11 +198,13 @@ def _head_dim_of(fields: dict[str, Any], embed_dim: Any) -> int | None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KvCache:
-    """Keys and values already seen. The token at position p lives in slot p % S; segment id 0 marks an empty
-    slot.
+    """A ring of S slots for keys and values.
 
-    Heads come before slots: the products of attention then read a cache as it lies, instead of a copy for
-    every token. The fields are typed `Any` because a cache is a pytree: it may hold shapes or shardings.
+    The token at position p is in slot p % S, so that a ring of the window's size overwrites just the keys
+    that have left the window. Segment id 0 marks an empty slot, which attention masks as it masks padding.
+    Heads come before slots: the products of attention then read the cache in its layout in memory, instead of
+    copying it for every token. The fields are typed `Any` because a cache is a pytree: it may hold shapes or
+    shardings.
     """
 
     keys: Any  # Float[Array, "B K S H"]
@@ -221,16 +216,16 @@ class KvCache:
 def ring_slots(
     num_slots: int, *, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
 ) -> Int[Array, "B T"]:
-    """The slot of a cache that each token is written to; `num_slots`, which is none, for tokens that are not
-    kept.
+    """Return the cache slot of each token, or `num_slots`, out of bounds, for tokens that are not cached.
 
-    Kept are those of the last document where there are several (segment ids count up). Padding is left out,
-    and so is what a ring of so many slots would overwrite at once.
+    Only tokens of the last document are cached, if there are several (segment ids count up). Padding is not,
+    and neither are tokens that later ones of the same call would overwrite: a scatter with equal indices has
+    no defined order.
     """
-    real = (segment_ids > 0) & (segment_ids == jnp.max(segment_ids, axis=1, keepdims=True))
-    last = jnp.max(jnp.where(real, positions, -1), axis=1, keepdims=True)
-    kept = real & (positions > last - num_slots)
-    return jnp.where(kept, positions % num_slots, num_slots)
+    in_last_document = (segment_ids > 0) & (segment_ids == jnp.max(segment_ids, axis=1, keepdims=True))
+    last_position = jnp.max(jnp.where(in_last_document, positions, -1), axis=1, keepdims=True)
+    is_cached = in_last_document & (positions > last_position - num_slots)
+    return jnp.where(is_cached, positions % num_slots, num_slots)
 
 
 def write_cache(
@@ -241,8 +236,9 @@ def write_cache(
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
 ) -> KvCache:
-    """The cache with these tokens added: which ones, and where, `ring_slots` says."""
+    """Return the cache with these tokens written to the slots of `ring_slots`."""
     slots = ring_slots(cache.positions.shape[1], positions=positions, segment_ids=segment_ids)
+    # Indices out of bounds are dropped.
     rows = jnp.arange(positions.shape[0])[:, None]
     return KvCache(
         keys=cache.keys.at[rows, :, slots].set(keys.astype(cache.keys.dtype), mode="drop"),
@@ -253,11 +249,10 @@ def write_cache(
 
 
 def join(cache: Any, new: Any) -> Any:
-    """The slots of two caches of a kind, one after the other: the middle dim of each array, the last of
-    two.
-    """
+    """Concatenate the slots of two caches of the same type."""
+    # Slots are dim 1 of [B, S] and [B, S, C], and dim 2 of [B, K, S, H].
     return jax.tree.map(
-        lambda old, late: jnp.concatenate([old, late.astype(old.dtype)], axis=old.ndim // 2), cache, new
+        lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], axis=old.ndim // 2), cache, new
     )
 
 
@@ -271,10 +266,10 @@ class Attention(CachingMixer):
         self.dtype = dims.dtype
         self.rotary_dim = config.resolved_rotary_dim(dims)
         self.scale = head_dim**-0.5 if config.scale is None else config.scale
-        wide = {"std": dims.init_std, "bias": config.biases is not Biases.NONE, "rngs": rngs}
-        self.query = Linear(dims.embed_dim, config.num_heads * head_dim, **wide)
-        self.key = Linear(dims.embed_dim, config.kv_heads * head_dim, **wide)
-        self.value = Linear(dims.embed_dim, config.kv_heads * head_dim, **wide)
+        linear_kwargs = {"std": dims.init_std, "bias": config.biases is not Biases.NONE, "rngs": rngs}
+        self.query = Linear(dims.embed_dim, config.num_heads * head_dim, **linear_kwargs)
+        self.key = Linear(dims.embed_dim, config.kv_heads * head_dim, **linear_kwargs)
+        self.value = Linear(dims.embed_dim, config.kv_heads * head_dim, **linear_kwargs)
         self.output = Linear(
             config.num_heads * head_dim,
             dims.embed_dim,
@@ -296,65 +291,74 @@ class Attention(CachingMixer):
         state: Any,
         max_lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        is_decoding = state is not None
-        lengths = sequence_lengths(positions, segment_ids, max_lengths=max_lengths, is_decoding=is_decoding)
+        lengths = None
+        # Only scaled rotary frequencies may depend on the length of the sequence.
+        if self.config.rope_scaling is not None:
+            lengths = sequence_lengths(
+                positions, segment_ids, max_lengths=max_lengths, is_decoding=state is not None
+            )
         queries = self._heads(self.query(x), self.query_norm, positions, lengths)
         keys = self._heads(self.key(x), self.key_norm, positions, lengths)
-        values = self._split(self.value(x))
+        values = self._split_heads(self.value(x))
+        # In training too: the model then learns with the rounded keys and values that decoding caches.
         if self.cache_quantizer is not None:
             keys = self.cache_quantizer(keys)
             values = self.cache_quantizer(values)
         sinks = None if self.sinks is None else self.sinks[...]
-        how: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "window": self.config.window,
             "scale": self.scale,
             "softcap": self.config.softcap,
             "sinks": sinks,
         }
         if state is None:
-            mixed = kernels.self_attention(queries, keys, values, segment_ids=segment_ids, **how)
+            mixed = kernels.self_attention(queries, keys, values, segment_ids=segment_ids, **settings)
         else:
-            as_cached = {"keys": jnp.swapaxes(keys, 1, 2), "values": jnp.swapaxes(values, 1, 2)}
-            new = KvCache(**as_cached, positions=positions, segment_ids=segment_ids)
+            new = KvCache(
+                keys=jnp.swapaxes(keys, 1, 2),
+                values=jnp.swapaxes(values, 1, 2),
+                positions=positions,
+                segment_ids=segment_ids,
+            )
             written = write_cache(state, keys, values, positions=positions, segment_ids=segment_ids)
-            # One token finds all it may see in the cache; several may need slots that a ring has just given
-            # away.
-            seen = written if x.shape[1] == 1 else join(state, new)
+            # A single token finds all visible keys in the updated cache. The first of several tokens may need
+            # keys that the last of them overwrite in the ring.
+            visible = written if x.shape[1] == 1 else join(state, new)
             mixed = kernels.reference_attention(
                 queries,
-                jnp.swapaxes(seen.keys, 1, 2),
-                jnp.swapaxes(seen.values, 1, 2),
+                jnp.swapaxes(visible.keys, 1, 2),
+                jnp.swapaxes(visible.values, 1, 2),
                 q_segments=segment_ids,
-                k_segments=seen.segment_ids,
+                k_segments=visible.segment_ids,
                 q_positions=positions,
-                k_positions=seen.positions,
-                **how,
+                k_positions=visible.positions,
+                **settings,
             )
             state = written
         batch, length = positions.shape
         return self.output(mixed.reshape(batch, length, -1)), state
 
     def init_state(self, batch_size: int, *, max_length: int) -> KvCache:
-        """An empty cache: of the window's size where there is one, of `max_length` slots where not."""
+        """Return an empty cache of `max_length` slots, or of the window's size if that is smaller."""
         num_slots = max_length if self.config.window is None else min(self.config.window, max_length)
         shape = (batch_size, self.config.kv_heads, num_slots, self.head_dim)
-        marks = jnp.zeros((batch_size, num_slots), jnp.int32)
+        ids = jnp.zeros((batch_size, num_slots), jnp.int32)
         return KvCache(
             keys=jnp.zeros(shape, self.dtype),
             values=jnp.zeros(shape, self.dtype),
-            positions=marks,
-            segment_ids=marks,
+            positions=ids,
+            segment_ids=ids,
         )
 
     def cached_shape(self) -> tuple[int, ...]:
-        """Keys and values: [2, K, H]."""
+        """Return the shape of a token's keys and values, [2, K, H]."""
         return 2, self.config.kv_heads, self.head_dim
 
     def _norm(self, dims: ModelDims, num_heads: int) -> Norm | None:
         num_normed = {QkNorm.NONE: 0, QkNorm.PER_HEAD: 1, QkNorm.ALL_HEADS: num_heads}[self.config.qk_norm]
         return dims.norm(num_normed * self.head_dim) if num_normed else None
 
-    def _split(self, x: Float[Array, "B T NH"]) -> Float[Array, "B T N H"]:
+    def _split_heads(self, x: Float[Array, "B T NH"]) -> Float[Array, "B T N H"]:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
 
     def _heads(
@@ -364,9 +368,10 @@ class Attention(CachingMixer):
         positions: Int[Array, "B T"],
         lengths: Int[Array, "B #T"] | None,
     ) -> Float[Array, "B T N H"]:
+        """Split queries or keys into heads, normed and rotated."""
         if norm is not None and self.config.qk_norm is QkNorm.ALL_HEADS:
             x = norm(x)
-        x_BTNH = self._split(x)
+        x_BTNH = self._split_heads(x)
         if norm is not None and self.config.qk_norm is QkNorm.PER_HEAD:
             x_BTNH = norm(x_BTNH)
         if self.config.rope_base is None:
