@@ -227,6 +227,29 @@ def test_commands_on_the_pages_are_commands() -> None:
             assert is_known, f"{option} in {' '.join(line)}"
 
 
+def test_commands_in_docstrings_are_commands() -> None:
+    """Lines of docstrings that begin with `slmjax` or `python FILE`, with their options."""
+    number = 0
+    for folder in ("slmjax", "experiments", "benchmarks", "docs"):
+        for path in (ROOT / folder).rglob("*.py"):
+            nodes = ast.walk(ast.parse(path.read_text()))
+            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+            texts = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)]
+            for line in "\n".join(texts).splitlines():
+                if match := re.match(r"\s*python ([\w/]+\.py)", line):
+                    number += 1
+                    assert (ROOT / match[1]).is_file(), f"{path.name}: there is no {match[1]}"
+                if match := re.match(r"\s*slmjax ([a-z-]+)(?: ([a-z]+))?(.*)", line.split("  #")[0]):
+                    number += 1
+                    name, part, rest = match.groups()
+                    assert name in COMMANDS, f"{path.name}: {line}"
+                    command = (name, part) if part in subcommands(name) else (name,)
+                    for option in re.findall(r"(?<![\w-])--[a-z][\w.-]+", rest):
+                        is_known = option in help_of(*command) or is_setting(option)
+                        assert is_known, f"{path.name}: {line}"
+    assert number > 40
+
+
 def test_options_in_the_text_are_options() -> None:
     """An option that is named alone belongs to some command; those of other programs are listed."""
     others = {"--xla_force_host_platform_device_count", "--port"}  # of XLA and of xprof
