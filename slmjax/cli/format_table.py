@@ -100,7 +100,8 @@ def _group_layers(lines: Sequence[Any]) -> list[tuple[str, int, Any]]:
     """Group the lines that are the same in several layers.
 
     Returns:
-      for each group: its path, with ranges of layers in place of indices; its number of lines; the first line.
+      for each group: its path, with ranges of layers in place of indices; its number of lines; the first
+      line.
     """
     groups: dict[Any, list[Any]] = {}
     for line in lines:

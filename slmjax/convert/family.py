@@ -1,10 +1,10 @@
-"""What a family's file is written with: the translation of its configuration, and rules for its tensors.
+"""Building blocks of a family's file: its configuration, and rules for its tensors.
 
-A rule goes between some of our parameters and some of their tensors, both ways. Ours are matrices [in, out];
-most of theirs are [out, in]. Names in a table of a layer are relative to it; `{e}` stands for the number of
-an expert.
+A rule converts between some of our parameters and some of their tensors, in both directions. Ours are
+matrices [in, out]; most of theirs are [out, in]. Names in the rules of a layer are relative to the layer;
+`{e}` stands for the index of an expert.
 
-    TABLE = TensorMap(
+    TENSOR_MAP = TensorMap(
         around=(same("embed/table", "model.embed_tokens.weight"), ...),
         layer=(matrix("mixer/query/weight", "self_attn.q_proj.weight"), ...),
     )
@@ -26,18 +26,18 @@ from slmjax.models.mixers.attention import AttentionConfig
 Arrays = list[np.ndarray]
 Shapes = list[tuple[int, ...]]
 T = TypeVar("T")
-LARGEST_COUNT = 4096  # layers, experts: a larger number is a mistake, or malice
+LARGEST_COUNT = 4096  # of layers or experts; more is a mistake, or an attempt to exhaust memory
 LAYERS = ("num_hidden_layers", "n_layer", "block_count")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "expert_count")
 
 
 class Inexpressible(ValueError):
-    """What a format cannot say; the message is the reason."""
+    """A model that a format cannot represent; the message is the reason."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Some of our parameters and the tensors they are made of elsewhere."""
+    """Conversion between some of our parameters and some tensors of a foreign model."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
@@ -47,51 +47,50 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorMap:
-    """All tensors of a family. A rule holds where the model has its parameters; the first of several for one
-    parameter holds.
+    """The rules for all tensors of a family.
+
+    A rule applies if the model has all of its parameters. If several apply to a parameter, the first is used.
     """
 
     around: tuple[Rule, ...]  # outside the layers
     layer: tuple[Rule, ...]  # of each layer, after the prefix
     prefix: str = "model.layers.{i}."
-    # begins the names of what is below the head, and is left out where that was saved alone
+    # prefix of the names below the head; absent if the model was saved without its head
     base: str = "model."
-    # patterns of tensors that hold nothing of the model
+    # patterns of tensors that are not parameters
     ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """How one family of models is called in one format."""
+    """Configuration and tensor names of one family of models in one format."""
 
     architecture: str  # config.json's architectures[0], or GGUF's general.architecture
     read: Callable[[Settings], ModelConfig]
-    write: Callable[
-        [ModelConfig], dict[str, Any]
-    ]  # what it cannot say may be left out: what is read back is compared
-    table: (
-        TensorMap | Callable[[ModelConfig], TensorMap]
-    )  # the table, or what makes it where rules depend on the numbers of heads
-    # values of keys that a configuration leaves out
+    # may leave out what the format cannot represent: the exporter reads the result back and compares
+    write: Callable[[ModelConfig], dict[str, Any]]
+    # a function if the rules depend on the config, such as on the number of heads
+    tensor_map: TensorMap | Callable[[ModelConfig], TensorMap]
+    # values of keys that a configuration may leave out
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def table_of(self, model: ModelConfig) -> TensorMap:
-        """The table for a model of this family."""
-        return self.table if isinstance(self.table, TensorMap) else self.table(model)
+    def tensor_map_for(self, model: ModelConfig) -> TensorMap:
+        """Return the tensor map for a model of this family."""
+        return self.tensor_map if isinstance(self.tensor_map, TensorMap) else self.tensor_map(model)
 
     def settings(self, values: Mapping[str, Any], *, where: str) -> Settings:
-        """A configuration to read, with the family's defaults."""
+        """Wrap a configuration for reading, with the family's defaults."""
         return Settings(values, where=where, defaults=self.defaults)
 
 
 # Rules ------------------------------------------------------------------------------------------------------
 def same(ours: str, theirs: str) -> Rule:
-    """A vector or a table of rows, as it is."""
+    """Rule for a vector or an embedding table, unchanged."""
     return Rule(ours=(ours,), theirs=(theirs,), read=lambda arrays, _: arrays, write=lambda arrays: arrays)
 
 
 def matrix(ours: str, theirs: str) -> Rule:
-    """A matrix, transposed."""
+    """Rule for a matrix, transposed."""
     return Rule(
         ours=(ours,),
         theirs=(theirs,),
@@ -101,17 +100,17 @@ def matrix(ours: str, theirs: str) -> Rule:
 
 
 def linear(ours: str, theirs: str) -> tuple[Rule, Rule]:
-    """A linear layer: its matrix, and its bias where it has one."""
+    """Rules for a linear layer: its matrix, and its bias if it has one."""
     return matrix(f"{ours}/weight", f"{theirs}.weight"), same(f"{ours}/bias", f"{theirs}.bias")
 
 
 def norm(ours: str, theirs: str) -> tuple[Rule, Rule]:
-    """A norm: its scale, and its bias where it has one."""
+    """Rules for a norm: its scale, and its bias if it has one."""
     return same(f"{ours}/scale", f"{theirs}.weight"), same(f"{ours}/bias", f"{theirs}.bias")
 
 
 def joined(ours: Sequence[str], theirs: str) -> Rule:
-    """Several matrices [in, out] that are one [out, in] there, or several vectors that are one."""
+    """Rule for several matrices [in, out] joined into one [out, in], or several vectors joined into one."""
 
     def read(arrays: Arrays, shapes: Shapes) -> Arrays:
         ends = np.cumsum([shape[-1] for shape in shapes])[:-1]
@@ -126,31 +125,28 @@ def joined(ours: Sequence[str], theirs: str) -> Rule:
 
 
 def experts(ours: str, theirs: str) -> Rule:
-    """The matrices of all experts, [E, in, out], of which each is one [out, in] there: `theirs` has `{e}` for
-    its number.
-    """
+    """Rule for experts [E, in, out] that are E matrices [out, in]; `theirs` has `{e}` for the index."""
     return Rule(
         ours=(ours,),
         theirs=(theirs,),
         read=lambda arrays, _: [np.stack([array.T for array in arrays])],
-        write=lambda arrays: [one.T for one in arrays[0]],
+        write=lambda arrays: [expert.T for expert in arrays[0]],
     )
 
 
 def stacked_experts(ours: str, theirs: str) -> Rule:
-    """The matrices of all experts, [E, in, out], which are one tensor [E, out, in] there."""
+    """Rule for experts [E, in, out] that are one tensor [E, out, in]."""
 
-    def turned(arrays: Arrays) -> Arrays:
+    def transpose(arrays: Arrays) -> Arrays:
         return [np.swapaxes(arrays[0], 1, 2)]
 
-    return Rule(ours=(ours,), theirs=(theirs,), read=lambda arrays, _: turned(arrays), write=turned)
+    return Rule(ours=(ours,), theirs=(theirs,), read=lambda arrays, _: transpose(arrays), write=transpose)
 
 
 def paired(rule: Rule, *, num_heads: int, rope_dim: int) -> Rule:
-    """A rule whose outputs are heads with their rotated dims last, where those that are rotated together lie
-    side by side.
+    """Reorder the rotated dims of a rule whose outputs are heads: theirs interleave the pairs.
 
-    Ours have the first of all pairs, then the second.
+    The rotated dims come last in each head. Theirs are x0 y0 x1 y1 ..., ours are x0 x1 ... y0 y1 ...
     """
 
     def reordered(arrays: Arrays, order: np.ndarray) -> Arrays:
@@ -169,49 +165,62 @@ def paired(rule: Rule, *, num_heads: int, rope_dim: int) -> Rule:
 # The rules of a model ---------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BoundRule:
-    """A rule with the full names of what it goes between."""
+    """A rule with the full names of its parameters and tensors."""
 
     rule: Rule
     ours: list[str]
     theirs: list[str]
     shapes: Shapes  # of ours
 
+    def read(self, arrays: Arrays) -> Arrays:
+        """Convert their tensors to our parameters."""
+        return self.rule.read(arrays, self.shapes)
+
+    def write(self, arrays: Arrays) -> Arrays:
+        """Convert our parameters, or arrays of their shapes, to their tensors."""
+        return self.rule.write(arrays)
+
 
 def logical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter and buffer of a model by logical path, with the shape it has in one layer."""
+    """Return the shape of every parameter and buffer by logical path, for a single layer."""
     definition = define(config)
     stored = stored_shapes(config, {**definition.params, **definition.buffers})
     return {path: tuple(leaf.shape) for path, leaf in stored.items()}
 
 
-def bind(table: TensorMap, config: ModelConfig) -> list[BoundRule]:
-    """The rules that make up a model, each of its parameters in one of them.
+def bind(tensor_map: TensorMap, config: ModelConfig) -> list[BoundRule]:
+    """Return the rules that make up a model, each of its parameters in one of them.
 
     Raises:
       Inexpressible: a parameter has no name in this family.
     """
-    left = logical_shapes(config)
-    bound = []
-    scopes = [("", "", table.around)]
+    remaining = logical_shapes(config)
+    bound_rules = []
+    scopes = [("", "", tensor_map.around)]
     scopes += [
-        (f"layers/{layer}/", table.prefix.format(i=layer), table.layer) for layer in range(config.num_layers)
+        (f"layers/{layer}/", tensor_map.prefix.format(i=layer), tensor_map.layer)
+        for layer in range(config.num_layers)
     ]
-    for mine, their_prefix, rules in scopes:
+    for our_prefix, their_prefix, rules in scopes:
         for rule in rules:
-            ours = [mine + name for name in rule.ours]
-            if not all(name in left for name in ours):
+            ours = [our_prefix + name for name in rule.ours]
+            # One map serves models with and without, say, biases: skip rules whose parameters are absent.
+            if not all(name in remaining for name in ours):
                 continue
-            own = [left.pop(name) for name in ours]
+            shapes = [remaining.pop(name) for name in ours]
+            num_experts = shapes[0][0]
             theirs = [
-                their_prefix + name for pattern in rule.theirs for name in _numbered(pattern, own[0][0])
+                their_prefix + name
+                for pattern in rule.theirs
+                for name in _expand_experts(pattern, num_experts)
             ]
-            bound.append(BoundRule(rule=rule, ours=ours, theirs=theirs, shapes=own))
-    if left:
-        raise Inexpressible(f"it has no tensor for {next(iter(left))}")
-    return bound
+            bound_rules.append(BoundRule(rule=rule, ours=ours, theirs=theirs, shapes=shapes))
+    if remaining:
+        raise Inexpressible(f"it has no tensor for {next(iter(remaining))}")
+    return bound_rules
 
 
-def _numbered(pattern: str, num_experts: int) -> Iterator[str]:
+def _expand_experts(pattern: str, num_experts: int) -> Iterator[str]:
     if "{e}" not in pattern:
         yield pattern
         return
@@ -219,74 +228,82 @@ def _numbered(pattern: str, num_experts: int) -> Iterator[str]:
         yield pattern.replace("{e}", str(expert))
 
 
-def misnamed(table: TensorMap, bound: Sequence[BoundRule], found: set[str]) -> tuple[list[str], list[str]]:
-    """Of the tensors that were found, those that are missing and those that have no place, sorted."""
-    wanted = {name for one in bound for name in one.theirs}
+def missing_and_extra(
+    tensor_map: TensorMap, rules: Sequence[BoundRule], names: set[str]
+) -> tuple[list[str], list[str]]:
+    """Compare the names of a model's tensors with the rules: those missing and those unexpected, sorted."""
+    expected = {name for rule in rules for name in rule.theirs}
     extra = (
-        name for name in found - wanted if not any(re.fullmatch(pattern, name) for pattern in table.ignored)
+        name
+        for name in names - expected
+        if not any(re.fullmatch(pattern, name) for pattern in tensor_map.ignored)
     )
-    return sorted(wanted - found), sorted(extra)
+    return sorted(expected - names), sorted(extra)
 
 
-def ours_from(
-    bound: Sequence[BoundRule], read: Callable[[str], np.ndarray]
+def local_parameters(
+    rules: Sequence[BoundRule], read: Callable[[str], np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Our parameters by logical path, one rule at a time.
+    """Yield our parameters by logical path, one rule at a time.
+
+    Args:
+      read: reads one of their tensors.
 
     Raises:
-      ValueError: a tensor has another shape than the configuration says.
+      ValueError: a tensor's shape does not match the configuration.
     """
-    for one in bound:
-        arrays = [read(name) for name in one.theirs]
+    for rule in rules:
+        arrays = [read(name) for name in rule.theirs]
         try:
-            made = one.rule.read(arrays, one.shapes)
+            converted = rule.read(arrays)
         except ValueError as error:
             raise ValueError(
-                f"{', '.join(one.theirs)} of shape {arrays[0].shape} does not fit {one.ours[0]}: {error}"
+                f"{', '.join(rule.theirs)} of shape {arrays[0].shape} does not fit {rule.ours[0]}: {error}"
             ) from error
-        for name, array, shape in zip(one.ours, made, one.shapes, strict=True):
+        for name, array, shape in zip(rule.ours, converted, rule.shapes, strict=True):
             if array.shape != shape:
                 raise ValueError(
-                    f"{one.theirs[0]} of shape {arrays[0].shape} gives {name} the shape {array.shape}, where "
-                    "the configuration says "
-                    f"{shape}: weights and configuration are of different models"
+                    f"{rule.theirs[0]} of shape {arrays[0].shape} gives {name} the shape {array.shape}, but "
+                    f"the configuration requires {shape}: weights and configuration belong to different "
+                    "models"
                 )
             yield name, array
 
 
-def theirs_from(
-    bound: Sequence[BoundRule], read: Callable[[str], np.ndarray]
+def foreign_tensors(
+    rules: Sequence[BoundRule], read: Callable[[str], np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Their tensors by name, one rule at a time."""
-    for one in bound:
-        made = one.rule.write([read(name) for name in one.ours])
-        yield from zip(one.theirs, made, strict=True)
+    """Yield their tensors by name, one rule at a time; `read` reads one of our parameters."""
+    for rule in rules:
+        converted = rule.write([read(name) for name in rule.ours])
+        yield from zip(rule.theirs, converted, strict=True)
 
 
-def rounded(name: str, array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
-    """A tensor in another dtype. Raises ValueError where a number is too large for it."""
+def cast_tensor(name: str, array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
+    """Cast a tensor; None keeps its dtype. Raises ValueError if a value overflows float16."""
     if dtype is None:
         return array
     with np.errstate(over="ignore"):
-        found = array.astype(dtype)
-    if dtype == np.float16 and np.any(np.isinf(found) & np.isfinite(array)):
+        cast = array.astype(dtype)
+    if dtype == np.float16 and np.any(np.isinf(cast) & np.isfinite(array)):
         raise ValueError(
-            f"{name} has numbers above {np.finfo(np.float16).max:g}, the largest of float16: export with "
+            f"{name} has values above {np.finfo(np.float16).max:g}, the largest in float16: export with "
             "--dtype bf16 or f32"
         )
-    return found
+    return cast
 
 
 def read_settings(
     family: "Family", values: Mapping[str, Any], *, where: str, notes: list[str] | None = None
 ) -> ModelConfig:
-    """The model that a family makes of somebody's settings.
+    """Read a foreign configuration as a `ModelConfig`.
 
     Args:
-      notes: a list to add to, what whoever reads the model should know.
+      where: name of the file, for messages.
+      notes: list to which notes for the user are added.
 
     Raises:
-      ConfigError: a setting is missing, not understood, or of no sensible kind; the message names the file.
+      ConfigError: a setting is missing, not supported, or invalid; the message names the file.
     """
     settings = family.settings(values, where=where)
     for name in LAYERS:
@@ -294,7 +311,8 @@ def read_settings(
             settings.positive(name, 1)
     for name in (*LAYERS, *EXPERTS):
         if isinstance(count := values.get(name), int) and count > LARGEST_COUNT:
-            raise ConfigError(f"{where}: {name} is {count:,}, and no model has more than {LARGEST_COUNT:,}")
+            raise ConfigError(f"{where}: {name} is {count:,}: at most {LARGEST_COUNT:,} is supported")
+    # The values are anybody's: what they break in a reader is an error of the file, not of ours.
     try:
         model = family.read(settings)
         for block in model.blocks():
@@ -303,38 +321,36 @@ def read_settings(
     except ConfigError:
         raise
     except (ValueError, TypeError, ZeroDivisionError, AttributeError, OverflowError) as error:
-        raise ConfigError(
-            f"{where} does not describe a {family.architecture} that can be computed: {error}"
-        ) from error
+        raise ConfigError(f"{where} does not describe a valid {family.architecture}: {error}") from error
     settings.finish()
     if notes is not None:
         notes += settings.notes
     return model
 
 
-# Whether a family can say it --------------------------------------------------------------------------------
+# Checks of writers ------------------------------------------------------------------------------------------
 def expect_kind(value: Any, kind: type[T], what: str) -> T:
-    """`value`, if it is of this class. Raises Inexpressible if not."""
+    """Return `value` if it is of this class. Raises Inexpressible if not."""
     if not isinstance(value, kind):
-        raise Inexpressible(f"{what} is {type(value).__name__}, and has to be {kind.__name__}")
+        raise Inexpressible(f"{what} is {type(value).__name__}, but must be {kind.__name__}")
     return value
 
 
 def first_block(model: ModelConfig) -> tuple[AttentionConfig, Any]:
-    """Attention and feed-forward layer of the first layer, after which a family of like layers is written."""
+    """Return the attention and feed-forward configs of layer 0, for families whose layers are all alike."""
     block = next(model.blocks())
     return expect_kind(block.mixer, AttentionConfig, "layer 0's mixer"), block.ffn
 
 
 def attentions(model: ModelConfig) -> list[AttentionConfig]:
-    """The mixers of all layers. Raises Inexpressible where one is no attention."""
+    """Return the mixers of all layers. Raises Inexpressible if one is not attention."""
     return [expect_kind(block.mixer, AttentionConfig, "a mixer") for block in model.blocks()]
 
 
 def with_windows(
     attention: AttentionConfig, ffn: Any, windows: Sequence[int | None], **more: Any
 ) -> list[BlockConfig]:
-    """Blocks that differ in their windows alone; `more` are fields of the `BlockConfig`."""
+    """Return blocks that differ only in their windows; `more` are fields of the `BlockConfig`."""
     return [
         BlockConfig(mixer=dataclasses.replace(attention, window=window), ffn=ffn, **more)
         for window in windows
@@ -342,11 +358,11 @@ def with_windows(
 
 
 def check_rotation(attention: AttentionConfig, model: ModelConfig) -> None:
-    """Raise ValueError where the rotated dims are an odd number, or more than a head has."""
+    """Raise ValueError if the number of rotated dims is odd, or larger than a head."""
     rotated = attention.resolved_rotary_dim(model.layer_shape())
     if rotated and attention.rotary_dim is None and rotated != attention.head_dim:
         raise ValueError(
-            f"all {attention.head_dim} dims of a head are rotated, in pairs, so that they must be even"
+            f"all {attention.head_dim} dims of a head are rotated, in pairs: the number must be even"
         )
 
 
@@ -354,14 +370,14 @@ def check_whole_rotation(attention: AttentionConfig) -> None:
     """Raise Inexpressible unless all dims of a head are rotated."""
     rotated = attention.rotary_dim or attention.head_dim
     if attention.rope_base is not None and rotated != attention.head_dim:
-        raise Inexpressible(f"all dims of all heads are rotated, and not {rotated} of {attention.head_dim}")
+        raise Inexpressible(f"all dims of all heads are rotated, not {rotated} of {attention.head_dim}")
 
 
-def lookup(table: Mapping[Any, T], key: Any, what: str) -> T:
-    """An entry of a table of what a format knows. Raises Inexpressible if there is none."""
-    if key not in table:
+def lookup(supported: Mapping[Any, T], key: Any, what: str) -> T:
+    """Return the entry of a key that a format supports. Raises Inexpressible if there is none."""
+    if key not in supported:
         raise Inexpressible(
-            f"{what} is {getattr(key, 'value', key)!r}, and it knows "
-            f"{', '.join(str(getattr(k, 'value', k)) for k in table)}"
+            f"{what} is {getattr(key, 'value', key)!r}, but the format supports only "
+            f"{', '.join(str(getattr(k, 'value', k)) for k in supported)}"
         )
-    return table[key]
+    return supported[key]

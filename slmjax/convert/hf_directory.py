@@ -1,6 +1,6 @@
-"""Hugging Face directories: config.json, safetensors and tokenizer.json, read and written by our own code.
+"""Hugging Face directories: config.json, safetensors and tokenizer.json.
 
-Only families of `families/` are read, only keys that they understand, and only JSON and safetensors: nothing
+Only the families in `families/` and the keys they support are read, and only JSON and safetensors: nothing
 from a model's directory is run.
 """
 
@@ -22,13 +22,13 @@ from slmjax.convert.family import (
     Family,
     TensorMap,
     bind,
-    misnamed,
-    ours_from,
+    cast_tensor,
+    foreign_tensors,
+    local_parameters,
+    missing_and_extra,
     read_settings,
-    rounded,
-    theirs_from,
 )
-from slmjax.convert.source import FamilyExport, ForeignModel, express
+from slmjax.convert.source import FamilyExport, ForeignModel, choose_family
 from slmjax.data.shards import file_sha256
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.telemetry.run_directory import write_json
@@ -38,35 +38,34 @@ LARGEST_FILE = 2**30  # bytes
 
 # Reading ----------------------------------------------------------------------------------------------------
 def open_directory(directory: Path) -> ForeignModel:
-    """The model of a Hugging Face directory.
+    """Open the model in a Hugging Face directory.
 
     Raises:
-      ValueError: the directory lacks something, or what it says is not understood; the message names it.
+      ValueError: a file is missing, damaged or not supported; the message names it.
     """
     path = directory / "config.json"
     if not path.is_file():
         raise ValueError(
-            f"{directory} is no Hugging Face model: it has no config.json. A GGUF file is named by its own "
-            "path"
+            f"{directory} is not a Hugging Face model: it has no config.json. For a GGUF file, give the path "
+            "of the file"
         )
     values = _read_json(path)
     if values.get("quantization_config"):
         raise ConfigError(
             f"{path}: the weights are packed ({values['quantization_config']}), and packed safetensors are "
-            "not read: take the release "
-            "that is not quantized, or a GGUF file"
+            "not supported: use a release that is not quantized, or a GGUF file"
         )
     family = _family_of(values, path)
     notes: list[str] = []
     model = read_settings(family, values, where=str(path), notes=notes)
     tensors = safetensors_files.TensorFiles(directory)
-    table = family.table_of(model)
-    bound = _as_saved(bind(table, model), table, set(tensors.names))
-    _check_names(family.architecture, table, bound, tensors)
+    tensor_map = family.tensor_map_for(model)
+    rules = _as_saved(bind(tensor_map, model), tensor_map, set(tensors.names))
+    _check_names(family.architecture, tensor_map, rules, tensors)
     return ForeignModel(
         config=model,
         family=family.architecture,
-        parameters=lambda: ours_from(bound, tensors.read),
+        parameters=lambda: local_parameters(rules, tensors.read),
         tokenizer=lambda: _tokenizer(directory, values),
         about={
             "format": "hf",
@@ -84,9 +83,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}): copy it anew") from error
+        raise ValueError(f"{path} is damaged ({error}): copy it again") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no table of settings")
+        raise ValueError(f"{path} is not a JSON object")
     return values
 
 
@@ -98,48 +97,46 @@ def _family_of(values: dict[str, Any], path: Path) -> Family:
         if name in known:
             return known[name]
     named = ", ".join(map(str, names)) or "nothing under architectures"
-    raise ConfigError(
-        f"{path} names {named}, and these are read: {', '.join(known)}.{near_names(named, known)}"
-    )
+    raise ConfigError(f"{path} names {named}; supported are {', '.join(known)}.{near_names(named, known)}")
 
 
-def _as_saved(bound: list[BoundRule], table: TensorMap, found: set[str]) -> list[BoundRule]:
-    """The rules with the names of a model that was saved without its head, and so without what stands before
-    the names below it.
-    """
-    base = table.base
-    if found & {name for one in bound for name in one.theirs if name.startswith(base)}:
-        return bound
+def _as_saved(rules: list[BoundRule], tensor_map: TensorMap, names: set[str]) -> list[BoundRule]:
+    """Adapt the rules to a model that was saved without its head, whose names lack the prefix `base`."""
+    base = tensor_map.base
+    if names & {name for rule in rules for name in rule.theirs if name.startswith(base)}:
+        return rules
     return [
-        dataclasses.replace(one, theirs=[name.removeprefix(base) for name in one.theirs]) for one in bound
+        dataclasses.replace(rule, theirs=[name.removeprefix(base) for name in rule.theirs]) for rule in rules
     ]
 
 
 def _check_names(
-    architecture: str, table: TensorMap, bound: list[BoundRule], tensors: safetensors_files.TensorFiles
+    architecture: str, tensor_map: TensorMap, rules: list[BoundRule], tensors: safetensors_files.TensorFiles
 ) -> None:
-    missing, extra = misnamed(table, bound, set(tensors.names))
+    missing, extra = missing_and_extra(tensor_map, rules, set(tensors.names))
     if missing:
         raise ValueError(
-            f"{tensors.directory} has no tensor {missing[0]} ({len(missing)} such): weights and "
+            f"{tensors.directory} lacks tensor {missing[0]} ({len(missing)} missing): weights and "
             "configuration do not belong together"
         )
+    # Some releases store the tied head a second time.
     if extra == ["lm_head.weight"]:
-        embedding = next(one.theirs[0] for one in bound if one.ours == ["embed/table"])
+        embedding = next(rule.theirs[0] for rule in rules if rule.ours == ["embed/table"])
         if np.array_equal(tensors.read("lm_head.weight"), tensors.read(embedding)):
             return
         raise ValueError(
-            "the configuration ties the output to the embedding, and lm_head.weight differs from it: set "
+            "the configuration ties the output to the embedding, but lm_head.weight differs from it: set "
             "tie_word_embeddings to false"
         )
     if extra:
         raise ValueError(
-            f"{tensors.directory} holds {extra[0]} ({len(extra)} such), which {architecture} has no place for"
+            f"{tensors.directory} has tensor {extra[0]} ({len(extra)} unexpected), which {architecture} does "
+            "not have"
         )
 
 
 def _tokenizer(directory: Path, values: dict[str, Any]) -> Tokenizer | None:
-    """The directory's tokenizer, with every token that ends a text or a turn."""
+    """Load the directory's tokenizer, with every token that ends a text or a turn."""
     if not (directory / "tokenizer.json").is_file():
         return None
     path = directory / "generation_config.json"
@@ -151,7 +148,7 @@ def _tokenizer(directory: Path, values: dict[str, Any]) -> Tokenizer | None:
         kind: [id for id in (value if isinstance(value, list) else [value]) if isinstance(id, int)]
         for kind, value in listed.items()
     }
-    model_ids = {kind: next(iter(found), None) for kind, found in ids.items()}
+    model_ids = {kind: next(iter(role_ids), None) for kind, role_ids in ids.items()}
     tokenizer = Tokenizer.load(directory, model_ids=model_ids)
     names = [
         name for id in ids["eos"] if id != tokenizer.eos_id and (name := tokenizer.name_of(id)) is not None
@@ -160,7 +157,7 @@ def _tokenizer(directory: Path, values: dict[str, Any]) -> Tokenizer | None:
 
 
 def _license(directory: Path) -> str | None:
-    """The licence that the head of the model's README names, with its own name where it has one."""
+    """Return the licence named in the front matter of README.md, with its own name if it has one."""
     readme = directory / "README.md"
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     head = re.match(r"---\s*\n(.*?)\n---", text, flags=re.DOTALL)
@@ -174,29 +171,29 @@ def _license(directory: Path) -> str | None:
         if head
         else None
     )
-    named = [keys.get("license") or (listed.group(1) if listed else ""), keys.get("license_name", "")]
-    return ", ".join(word for word in (name.strip().strip("\"'") for name in named) if word) or None
+    names = [keys.get("license") or (listed.group(1) if listed else ""), keys.get("license_name", "")]
+    return ", ".join(filter(None, (name.strip().strip("\"'") for name in names))) or None
 
 
 # Writing ----------------------------------------------------------------------------------------------------
 def write_directory(
-    own: LocalModel, tokenizer: Tokenizer, out: Path, *, dtype: np.dtype | None
+    local_model: LocalModel, tokenizer: Tokenizer, out: Path, *, dtype: np.dtype | None
 ) -> FamilyExport:
-    """Writes a model of ours as a Hugging Face directory, and says as which family.
+    """Write a model as a Hugging Face directory, and return its representation.
 
     Args:
-      dtype: of the weights; None for the one they are stored in.
+      dtype: of the weights; None for the stored one.
 
     Raises:
-      ValueError: no family can express it.
+      ValueError: no family can represent it.
     """
-    expressed = express(
-        own.config,
+    export = choose_family(
+        local_model.config,
         HF_FAMILIES,
         format_name="Hugging Face",
-        preferred=HF_NAMES.get(own.family or "", own.family),
+        preferred=HF_NAMES.get(local_model.family or "", local_model.family),
     )
-    stored = np.dtype(dtype or own.dtype("embed/table"))
+    stored = np.dtype(dtype or local_model.dtype("embed/table"))
     ends = list(tokenizer.end_ids)
     ids = {
         "bos_token_id": tokenizer.bos_id if tokenizer.has_bos else None,
@@ -204,24 +201,24 @@ def write_directory(
         "pad_token_id": None if tokenizer.pad is None else tokenizer.special_ids.get(tokenizer.pad),
     }
     config = {
-        "architectures": [expressed.family.architecture],
-        **expressed.settings,
+        "architectures": [export.family.architecture],
+        **export.settings,
         "dtype": stored.name,
         "torch_dtype": stored.name,
-        "initializer_range": own.config.init_std,
+        "initializer_range": local_model.config.init_std,
         **ids,
     }
     write_json(out / "config.json", config)
     write_json(out / "generation_config.json", ids)
     safetensors_files.write_tensors(
-        out, _converted(theirs_from(expressed.bound, own.read), dtype), largest_file=LARGEST_FILE
+        out, _converted(foreign_tensors(export.rules, local_model.read), dtype), largest_file=LARGEST_FILE
     )
     tokenizer.save(out)
-    return expressed
+    return export
 
 
 def _converted(
     tensors: Iterator[tuple[str, np.ndarray]], dtype: np.dtype | None
 ) -> Iterator[tuple[str, np.ndarray]]:
     for name, array in tensors:
-        yield name, rounded(name, array, dtype)
+        yield name, cast_tensor(name, array, dtype)

@@ -1,9 +1,8 @@
-"""Models of other people as directories that every command takes, and ours as files that other people's
-engines take.
+"""Import of foreign models as directories that every command accepts, and export for other engines.
 
-An imported model's directory holds `model.json`, `tokenizer/`, `weights/` (safetensors by logical path, in
-the dtype they came in) and `origin.json`, which tells where it came from. Weights go through tensor by
-tensor: no more than about one file of them is in memory.
+The directory of an imported model has `model.json`, `tokenizer/`, `weights/` (safetensors by logical path, in
+their original dtype) and `origin.json`, which records the source. Weights are converted one tensor at a time:
+at most about one file of them is in memory.
 """
 
 import dataclasses
@@ -28,14 +27,14 @@ from slmjax.telemetry.run_directory import write_json
 
 
 class Target(enum.Enum):
-    """What a model is exported as."""
+    """Formats of an export."""
 
-    HF = "hf"  # a directory that Hugging Face libraries load
-    GGUF = "gguf"  # a file that llama.cpp loads
+    HF = "hf"  # directory for Hugging Face libraries
+    GGUF = "gguf"  # file for llama.cpp
 
 
 class WeightType(enum.Enum):
-    """What exported weights are stored in."""
+    """Dtypes of exported weights."""
 
     BF16 = "bf16"
     F16 = "f16"
@@ -43,7 +42,7 @@ class WeightType(enum.Enum):
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of numpy."""
+        """NumPy dtype."""
         return np.dtype({"bf16": jnp.bfloat16, "f16": np.float16, "f32": np.float32}[self.value])
 
 
@@ -56,58 +55,56 @@ def import_model(
     add_tokens: Sequence[str] = (),
     vocab_multiple: int = 1,
 ) -> Written:
-    """Makes of a Hugging Face directory or a GGUF file a directory that `load_model` and every command take.
+    """Import a Hugging Face directory or a GGUF file, for `load_model` and every command.
 
     Args:
       source: the directory, or the file.
-      out: the directory to write, which is not there yet.
-      tokenizer: a tokenizer.json, or a directory with one, in place of the model's own.
-      add_tokens: special tokens that the vocabulary is to have besides. Their rows in the tables begin as the
-        mean of the others.
-      vocab_multiple: rows of the tables are padded to a multiple of this; no token is ever drawn from the
-        padding.
+      out: the directory to write; it must not exist.
+      tokenizer: a tokenizer.json, or a directory with one, instead of the model's own.
+      add_tokens: special tokens to add to the vocabulary. Their embeddings start as the mean of the others.
+      vocab_multiple: pad the embedding and the head to a multiple of this many rows; padding is never
+        sampled.
 
     Raises:
-      ValueError: the source is not understood, or `out` exists already.
+      ValueError: the source is not supported, or `out` exists already.
     """
     source = Path(source)
     out = Path(out)
-    found = _open(source)
-    words = found.tokenizer() if tokenizer is None else Tokenizer.load(Path(tokenizer))
-    notes = list(found.notes)
-    if words is None:
+    foreign_model = _open(source)
+    loaded = foreign_model.tokenizer() if tokenizer is None else Tokenizer.load(Path(tokenizer))
+    notes = list(foreign_model.notes)
+    if loaded is None:
         notes.append(
-            f"{source} has no tokenizer.json: what needs text will refuse, until it is imported with "
+            f"{source} has no tokenizer.json: commands that need text will fail until it is imported with "
             "--tokenizer"
         )
-    if words is None and add_tokens:
+    if loaded is None and add_tokens:
         raise ValueError(
             f"{source} has no tokenizer.json to add {add_tokens[0]!r} to: name one with --tokenizer"
         )
-    num_rows = found.config.known_vocab_size
-    if words is not None and words.vocab_size > num_rows:
+    num_rows = foreign_model.config.known_vocab_size
+    if loaded is not None and loaded.vocab_size > num_rows:
         notes.append(
-            f"the tokenizer's added tokens from id {num_rows:,} on have no rows in the model, and were left "
-            "out"
+            f"the tokenizer's added tokens from id {num_rows:,} on have no rows in the model and were removed"
         )
-        words = words.without_rows_from(num_rows)
-    first_new = num_rows if words is None else words.vocab_size
-    if words is not None and add_tokens:
-        words = words.add_tokens(add_tokens, special=True)
-    rows = _Rows(first_new=first_new, end_new=first_new if words is None else words.vocab_size)
+        loaded = loaded.without_rows_from(num_rows)
+    first_new = num_rows if loaded is None else loaded.vocab_size
+    if loaded is not None and add_tokens:
+        loaded = loaded.add_tokens(add_tokens, special=True)
+    new_rows = range(first_new, first_new if loaded is None else loaded.vocab_size)
     model = dataclasses.replace(
-        found.config, vocab_size=max(num_rows, rows.end_new), vocab_multiple=vocab_multiple
+        foreign_model.config, vocab_size=max(num_rows, new_rows.stop), vocab_multiple=vocab_multiple
     )
     sizes = {"parameters": 0, "bytes": 0}
     with atomic_directory(out) as directory:
         safetensors_files.write_tensors(
-            directory / safetensors_files.DIRECTORY, _counted(_resized(found, model, rows), sizes)
+            directory / safetensors_files.DIRECTORY, _counted(_resized(foreign_model, model, new_rows), sizes)
         )
         write_model_file(directory, model)
-        if words is not None:
-            words.save(directory / "tokenizer")
-        write_json(directory / "origin.json", found.about)
-    return Written(path=str(out), family=found.family, notes=tuple(notes), **sizes)
+        if loaded is not None:
+            loaded.save(directory / "tokenizer")
+        write_json(directory / "origin.json", foreign_model.about)
+    return Written(path=str(out), family=foreign_model.family, notes=tuple(notes), **sizes)
 
 
 def _open(source: Path) -> ForeignModel:
@@ -118,23 +115,16 @@ def _open(source: Path) -> ForeignModel:
     return gguf_model.open_file(source)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Rows:
-    """The rows of tables that new tokens get."""
-
-    first_new: int
-    end_new: int
-
-
-def _resized(found: ForeignModel, model: ModelConfig, rows: _Rows) -> Iterator[tuple[str, np.ndarray]]:
-    """The parameters, tables as long as they are to be."""
-    for name, array in found.parameters():
-        if name in ROWS_PER_TOKEN and (rows.end_new > rows.first_new or model.table_rows > array.shape[0]):
+def _resized(
+    foreign_model: ForeignModel, model: ModelConfig, new_rows: range
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the parameters, with rows for new tokens and padding in the embedding and the head."""
+    for name, array in foreign_model.parameters():
+        if name in ROWS_PER_TOKEN and (new_rows or model.table_rows > array.shape[0]):
             table = np.zeros((model.table_rows, array.shape[1]), array.dtype)
             table[: array.shape[0]] = array
-            table[rows.first_new : rows.end_new] = np.mean(
-                array[: rows.first_new], axis=0, dtype=np.float64
-            ).astype(array.dtype)
+            mean = np.mean(array[: new_rows.start], axis=0, dtype=np.float64)
+            table[new_rows.start : new_rows.stop] = mean.astype(array.dtype)
             array = table
         yield name, array
 
@@ -157,42 +147,41 @@ def export_model(
     dtype: WeightType | None = None,
     step: int | None = None,
 ) -> Written:
-    """Writes a run's or an imported model for other engines.
+    """Export a run's model or an imported one for other engines.
 
     Args:
-      source: a run directory or an imported model's.
-      out: for HF the directory, for GGUF the file to write, which is not there yet.
-      dtype: of the weights; None for the one that they are stored in.
-      step: of a run, the checkpoint; None for the newest.
+      source: a run directory, or the directory of an imported model.
+      out: the directory (HF) or file (GGUF) to write; it must not exist.
+      dtype: dtype of the weights; None for the stored one.
+      step: checkpoint of a run; None for the newest.
 
     Raises:
-      ValueError: the format cannot say what the model is (the message tells why), or `out` exists already.
+      ValueError: the format cannot represent the model (the message says why), or `out` exists already.
     """
     source = Path(source)
     out = Path(out)
-    own = open_local_model(source, step=step)
+    local_model = open_local_model(source, step=step)
     if not (source / "tokenizer").is_dir():
         raise ValueError(
-            f"{source} has no tokenizer, without which no engine takes it: import it again with --tokenizer "
-            "FILE"
+            f"{source} has no tokenizer, which other engines require: import it again with --tokenizer FILE"
         )
-    words = Tokenizer.load(source / "tokenizer")
-    kind = None if dtype is None else dtype.dtype
+    tokenizer = Tokenizer.load(source / "tokenizer")
+    array_dtype = None if dtype is None else dtype.dtype
     if to is Target.GGUF:
-        written = gguf_model.write_model(own, words, out, dtype=kind)
-        write_card(own, out.with_suffix(".model_card.md"), title=out.stem, family=written.family)
+        written = gguf_model.write_model(local_model, tokenizer, out, dtype=array_dtype)
+        write_card(local_model, out.with_suffix(".model_card.md"), title=out.stem, family=written.family)
         return written
     with atomic_directory(out) as directory:
-        expressed = hf_directory.write_directory(own, words, directory, dtype=kind)
-        write_card(own, directory / "model_card.md", title=out.name, family=expressed.family.architecture)
+        export = hf_directory.write_directory(local_model, tokenizer, directory, dtype=array_dtype)
+        write_card(
+            local_model, directory / "model_card.md", title=out.name, family=export.family.architecture
+        )
         tensors = safetensors_files.TensorFiles(directory)
         size = sum(file.stat().st_size for file in tensors.files)
         parameters = sum(math.prod(tensors.shape(name)) for name in tensors.names)
-    notes = (
-        (f"{len(own.formats)} quantized parameters are written as the numbers that their codes stand for",)
-        if own.formats
-        else ()
-    )
+    notes: tuple[str, ...] = ()
+    if local_model.formats:
+        notes = (f"{len(local_model.formats)} quantized parameters are written dequantized",)
     return Written(
-        path=str(out), family=expressed.family.architecture, parameters=parameters, bytes=size, notes=notes
+        path=str(out), family=export.family.architecture, parameters=parameters, bytes=size, notes=notes
     )

@@ -1,6 +1,4 @@
-"""model_card.md of an exported model: what it is, what it was trained on, how good it is, and what is left
-for its author to say.
-"""
+"""model_card.md of an exported model: architecture, training, quality, data, and fields for its author."""
 
 import collections
 import json
@@ -16,17 +14,17 @@ from slmjax.models import zoo
 TO_FILL_IN = "to be filled in"
 
 
-def write_card(own: LocalModel, path: Path, *, title: str, family: str) -> None:
-    """Writes the card of a run's or an imported model. Figures that nobody measured are said to be
-    missing.
-    """
-    path.write_text("\n".join(_lines(own, title=title, family=family)) + "\n", encoding="utf-8")
+def write_card(local_model: LocalModel, path: Path, *, title: str, family: str) -> None:
+    """Write the card of a run's model or an imported one. Metrics that were not measured are marked so."""
+    path.write_text("\n".join(_lines(local_model, title=title, family=family)) + "\n", encoding="utf-8")
 
 
-def _lines(own: LocalModel, *, title: str, family: str) -> Iterator[str]:
-    origin = read_origin(own.path)
-    base = _json(own.path / "config.json").get("init", {}).get("path")  # what a run started from
-    before = read_origin(Path(base)) if base else {}
+def _lines(local_model: LocalModel, *, title: str, family: str) -> Iterator[str]:
+    origin = read_origin(local_model.path)
+    base = (
+        _json(local_model.path / "config.json").get("init", {}).get("path")
+    )  # model that a run started from
+    base_origin = read_origin(Path(base)) if base else {}
     license_name = origin.get("license") or TO_FILL_IN
     yield from (
         "---",
@@ -37,20 +35,19 @@ def _lines(own: LocalModel, *, title: str, family: str) -> Iterator[str]:
         f"# {title}",
         "",
     )
-    yield from _table("Model", _model_rows(own, family))
+    yield from _table("Model", _model_rows(local_model, family))
     if origin:
         yield from _table("Origin", _origin_rows(origin))
     else:
         if base:
-            known = (
-                [("licence", str(before.get("license") or "unknown")), *_origin_rows(before)]
-                if before
-                else []
-            )
-            yield from _table("Base model", [("started from", base), *known])
-        yield from _table("Training", _training_rows(own))
-        yield from _table("Quality", _quality_rows(_json(own.path / "result.json")))
-        yield from _table("Data", _data_rows(own.path))
+            rows = [("started from", base)]
+            if base_origin:
+                rows.append(("licence", str(base_origin.get("license") or "unknown")))
+                rows += _origin_rows(base_origin)
+            yield from _table("Base model", rows)
+        yield from _table("Training", _training_rows(local_model))
+        yield from _table("Quality", _quality_rows(_json(local_model.path / "result.json")))
+        yield from _table("Data", _data_rows(local_model.path))
     yield from _table("Licence", [("of the weights", license_name), ("of the training data", TO_FILL_IN)])
     yield from ("## Intended use", "", TO_FILL_IN.capitalize() + ".", "")
 
@@ -62,10 +59,10 @@ def _table(heading: str, rows: list[tuple[str, str]]) -> Iterator[str]:
     yield ""
 
 
-def _model_rows(own: LocalModel, family: str) -> list[tuple[str, str]]:
-    summary = zoo.describe(own.config)
-    config = own.config
-    formats = collections.Counter(name_of(stored.spec) for stored in own.formats.values())
+def _model_rows(local_model: LocalModel, family: str) -> list[tuple[str, str]]:
+    summary = zoo.describe(local_model.config)
+    config = local_model.config
+    formats = collections.Counter(name_of(stored.spec) for stored in local_model.formats.values())
     return [
         ("architecture", family),
         ("parameters", f"{summary.parameters:,} ({summary.active_parameters:,} active)"),
@@ -84,10 +81,10 @@ def _model_rows(own: LocalModel, family: str) -> list[tuple[str, str]]:
 def _origin_rows(origin: dict[str, Any]) -> list[tuple[str, str]]:
     files = [(f"SHA-256 of {name}", digest) for name, digest in origin.get("files", {}).items()]
     if "quantized" in origin:
-        how = origin["quantized"]
+        quantized = origin["quantized"]
         return [
             ("quantized from", f"{origin.get('source')}, step {origin.get('step')}"),
-            ("by", f"{how['method']}, clip {how['clip']}"),
+            ("by", f"{quantized['method']}, clip {quantized['clip']}"),
         ]
     return [
         ("imported from", str(origin.get("source"))),
@@ -96,18 +93,18 @@ def _origin_rows(origin: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _training_rows(own: LocalModel) -> list[tuple[str, str]]:
+def _training_rows(local_model: LocalModel) -> list[tuple[str, str]]:
     result, environment, experiment = (
-        _json(own.path / f"{name}.json") for name in ("result", "environment", "config")
+        _json(local_model.path / f"{name}.json") for name in ("result", "environment", "config")
     )
     optim, data, run = (experiment.get(name, {}) for name in ("optim", "data", "run"))
     commit = environment.get("commit")
     return [
-        ("steps", str(own.step)),
+        ("steps", str(local_model.step)),
         ("tokens", _number(result.get("tokens"))),
         ("seconds", _number(result.get("seconds"))),
         ("seed", str(run.get("seed", "unknown"))),
-        ("batch", f"{data.get('batch_size')} rows of {data.get('sequence_length')} tokens"),
+        ("batch", f"{data.get('batch_size')} sequences of {data.get('sequence_length')} tokens"),
         ("optimizer", f"{optim.get('kind')}, learning rate {optim.get('lr')}"),
         ("commit", f"{commit}{' with changes' if environment.get('dirty') else ''}" if commit else "unknown"),
         (
@@ -120,7 +117,7 @@ def _training_rows(own: LocalModel) -> list[tuple[str, str]]:
 
 def _quality_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     if not result:
-        return [("loss", "not measured: the run did not come to its end"), ("bits per byte", "not measured")]
+        return [("loss", "not measured: the run did not finish"), ("bits per byte", "not measured")]
     return [
         ("measured on", f"{result.get('measured_on')}, after step {_number(result.get('step'))}"),
         ("loss", f"{_digits(result.get('loss'))} nats per token"),
@@ -141,13 +138,13 @@ def _data_rows(run: Path) -> list[tuple[str, str]]:
     sources = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     return [
         (
-            one["source"],
+            source["source"],
             (
-                f"weight {one['weight']:g}, {one['documents']:,} documents, {one['tokens']:,} tokens, hash "
-                f"`{one['hash']}`"
+                f"weight {source['weight']:g}, {source['documents']:,} documents, {source['tokens']:,} "
+                f"tokens, hash `{source['hash']}`"
             ),
         )
-        for one in sources
+        for source in sources
     ] or [("sources", "unknown")]
 
 

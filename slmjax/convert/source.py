@@ -1,4 +1,4 @@
-"""A model as it was found, whatever its format, and a model of ours on its way out."""
+"""A foreign model, whatever its format, and the choice of a family for a model that is exported."""
 
 import dataclasses
 import json
@@ -17,66 +17,72 @@ from slmjax.models.canonical_form import canonical, differences
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForeignModel:
-    """A model from elsewhere. Nothing is read but headers until its parameters are asked for."""
+    """A model of another library. Only headers are read until its parameters are."""
 
     config: ModelConfig
-    family: str  # what its format calls the architecture
-    parameters: Callable[
-        [], Iterator[tuple[str, np.ndarray]]
-    ]  # by logical path, in the dtype they are stored in
-    tokenizer: Callable[[], Tokenizer | None]  # None where there is none
-    about: dict[str, Any]  # where it comes from: for the record
-    notes: tuple[str, ...] = ()  # what whoever imports it should know
+    family: str  # name of the architecture in the format
+    # our parameters by logical path, in the stored dtype
+    parameters: Callable[[], Iterator[tuple[str, np.ndarray]]]
+    tokenizer: Callable[[], Tokenizer | None]  # returns None if there is none
+    about: dict[str, Any]  # origin of the model, for origin.json
+    notes: tuple[str, ...] = ()  # for the user who imports it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Written:
-    """What an import or an export wrote."""
+    """Summary of an import or an export."""
 
     path: str
-    family: str  # the architecture, as the format calls it
-    parameters: int  # numbers in all weights
+    family: str  # name of the architecture in the format
+    parameters: int
     bytes: int  # of the weights, as stored
-    notes: tuple[str, ...]  # what its user should know
+    notes: tuple[str, ...]  # for the user
 
 
-def code_notes(own: LocalModel) -> Iterator[str]:
-    """Whether codes that are computed here are those of the devices that a run was trained on."""
-    file = own.path / "environment.json"
+def code_notes(local_model: LocalModel) -> Iterator[str]:
+    """Yield notes on codes that may differ from those of the training.
+
+    Codes are computed when a checkpoint is exported. Another kind of device may sum in another order, and so
+    round to another code.
+    """
+    file = local_model.path / "environment.json"
     trained = json.loads(file.read_text(encoding="utf-8")).get("devices", []) if file.is_file() else []
     here = jax.devices()[0].device_kind
     there = trained[0] if trained else "unknown devices"
-    if own.changed_rows is None:
-        if own.step is not None and trained and there != here:
+    if local_model.changed_rows is None:
+        if local_model.step is not None and trained and there != here:
             yield (
-                f"codes were computed on {here}, and the run was trained on {there}: its checkpoint does not "
-                "tell whether they are alike. "
-                "Export where it was trained, or see with verify-export what it changes"
+                f"codes were computed on {here}, but the run was trained on {there}, and its checkpoint does "
+                "not record whether the codes are the same. Export on the devices of the training, or "
+                "measure the effect with verify-export"
             )
         return
-    changed, rows = own.changed_rows
+    changed, rows = local_model.changed_rows
     if changed:
         yield (
-            f"codes or scales of {changed:,} of {rows:,} rows are not those of training: they were computed "
-            f"on {here}, and the run was "
-            f"trained on {there}. Export where it was trained, or see with verify-export what it changes"
+            f"codes or scales of {changed:,} of {rows:,} rows differ from those of training: they were "
+            f"computed on {here}, and the run was trained on {there}. Export on the devices of the training, "
+            "or measure the effect with verify-export"
         )
     elif there != here:
-        yield f"codes were computed on {here} and are those of training on {there}: sums of {rows:,} rows were compared"
+        yield (
+            f"codes were computed on {here} and match those of training on {there}: sums of the codes of "
+            f"{rows:,} rows were compared"
+        )
 
 
-# Which family can say it ------------------------------------------------------------------------------------
+# Choice of a family -----------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FamilyExport:
-    """A model in the words of a family."""
+    """A model as a family represents it."""
 
     family: Family
     config: ModelConfig  # in canonical form
-    settings: dict[str, Any]
-    bound: list[BoundRule]  # what its tensors are made of
+    settings: dict[str, Any]  # keys of the family's configuration
+    rules: list[BoundRule]  # for its tensors
 
 
-def express(
+def choose_family(
     model: ModelConfig,
     families: Sequence[Family],
     *,
@@ -84,35 +90,33 @@ def express(
     preferred: str | None,
     tolerance: float = 0.0,
 ) -> FamilyExport:
-    """The first family whose configuration reads back as the very same model and that has a tensor for each
-    parameter.
+    """Return the first family that represents a model exactly.
+
+    Its configuration must read back as the same model, and it must have a tensor for each parameter.
 
     Args:
-      preferred: the architecture that is tried before others.
-      tolerance: of numbers that are read back, where the format rounds them.
+      preferred: the architecture to try first.
+      tolerance: relative, of numbers that are read back, if the format rounds them.
 
     Raises:
-      ValueError: none does; it tells for the nearest what it cannot say.
+      ValueError: there is none; the message names what the nearest families cannot represent.
     """
-    wanted = canonical(model)
+    config = canonical(model)
+    # (number of differences, text): the fewer, the nearer. Refusals count as many.
     reasons: list[tuple[int, str]] = []
     for family in sorted(families, key=lambda family: family.architecture != preferred):
         try:
-            settings = family.write(wanted)
+            settings = family.write(config)
             reader = family.settings(settings, where=f"{family.architecture} as written")
-            found = canonical(family.read(reader))
+            read_back = canonical(family.read(reader))
             reader.finish()
-            if not (lost := differences(wanted, found, tolerance=tolerance)):
-                return FamilyExport(
-                    family=family,
-                    config=wanted,
-                    settings=settings,
-                    bound=bind(family.table_of(wanted), wanted),
-                )
+            if not (lost := differences(config, read_back, tolerance=tolerance)):
+                rules = bind(family.tensor_map_for(config), config)
+                return FamilyExport(family=family, config=config, settings=settings, rules=rules)
             reasons.append((len(lost), f"as {family.architecture}, it would lose {'; '.join(lost[:3])}"))
         except Inexpressible as error:
             reasons.append((50, f"as {family.architecture}: {error}"))
         except ValueError as error:
             reasons.append((99, f"as {family.architecture}: {error}"))
     nearest = "\n  ".join(reason for _, reason in sorted(reasons, key=lambda item: item[0])[:3])
-    raise ValueError(f"no family of {format_name} can say what this model is:\n  {nearest}")
+    raise ValueError(f"no family of {format_name} can represent this model:\n  {nearest}")

@@ -49,8 +49,8 @@ def test_absent_keys_mean_what_each_familys_library_means() -> None:
     ("values", "message"),
     [
         ({"hidden_size": "24"}, "does not describe a LlamaForCausalLM"),
-        ({"num_attention_heads": 0}, "num_attention_heads is 0, and has to be above 0"),
-        ({"num_hidden_layers": 100_000}, "num_hidden_layers is 100,000, and no model has more than 4,096"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, but must be greater than 0"),
+        ({"num_hidden_layers": 100_000}, "num_hidden_layers is 100,000: at most 4,096 is supported"),
     ],
 )
 def test_damaged_settings_name_the_file(values: dict[str, Any], message: str) -> None:
@@ -92,9 +92,7 @@ def test_numbers_too_large_for_float16_are_named(tmp_path: Path) -> None:
         tmp_path / "theirs" / "model.safetensors",
     )
     import_model(tmp_path / "theirs", tmp_path / "ours", tokenizer=tiny_tokenizer(tmp_path))
-    with pytest.raises(
-        ValueError, match=r"model.norm.weight has numbers above 65504, the largest of float16"
-    ):
+    with pytest.raises(ValueError, match=r"model.norm.weight has values above 65504, the largest in float16"):
         export_model(tmp_path / "ours", tmp_path / "out", to=Target.HF, dtype=WeightType.F16)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out-*"))
     export_model(tmp_path / "ours", tmp_path / "out", to=Target.HF, dtype=WeightType.BF16)

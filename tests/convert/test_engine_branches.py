@@ -14,11 +14,11 @@ from slmjax.checkpoints.loading import read_config
 from slmjax.convert.families import gemma2, gemma3, granite
 from slmjax.convert.family import Family, read_settings
 from slmjax.convert.gguf.container import read_gguf
-from slmjax.convert.gguf.swallowed_blanks import name_for, name_notes, swallowing
+from slmjax.convert.gguf.stripped_spaces import name_for, name_notes, stripping_tokens
 from slmjax.convert.gguf.tokenizer import CONTROL, USER_DEFINED, tokenizer_from_gguf, tokenizer_metadata
-from slmjax.convert.gguf_model import TOLERANCE, described, tokenizer_notes
+from slmjax.convert.gguf_model import TOLERANCE, family_and_config, tokenizer_notes
 from slmjax.convert.import_export import Target, export_model, import_model
-from slmjax.convert.source import express
+from slmjax.convert.source import choose_family
 from slmjax.data.tokenizers import ByteTokenizer, CharTokenizer
 from slmjax.models.canonical_form import canonical
 from slmjax.models.ffn.mlp import ACTIVATIONS, Activation
@@ -136,9 +136,9 @@ def test_a_scale_that_llama_cpp_would_replace_is_refused(family: Family, case: s
         ValueError,
         match=rf"every model of {num_layers} layers for Gemma . 27B.*0.408248.*\(24 // 4\).*has 0.353553",
     ):
-        express(model, (family,), format_name="GGUF", preferred=None)
+        choose_family(model, (family,), format_name="GGUF", preferred=None)
     shallower = read_settings(hf, config | {"num_hidden_layers": num_layers - 1}, where=case)
-    express(shallower, (family,), format_name="GGUF", preferred=None)
+    choose_family(shallower, (family,), format_name="GGUF", preferred=None)
 
 
 # The settings of the releases' own files, and one over the root of query_pre_attn_scalar in their
@@ -233,13 +233,13 @@ def test_the_name_of_a_file_changes_nothing(tmp_path: Path) -> None:
 def test_what_names_do_is_said_on_import() -> None:
     assert name_notes({"general.name": "Llama"}) == []
     assert (
-        "as in llama.cpp, blanks after its special tokens"
+        "as in llama.cpp, its special tokens strip the spaces after them"
         in name_notes(phi3_vocabulary(**{"general.name": "Phi-3 mini"}))[0]
     )
     odd = {"general.name": "Phi3", "tokenizer.ggml.tokens": ["<s>"]}
     assert "does not load it without a token <unk>" in name_notes(odd)[0]
     added = [{"content": "<a>", "rstrip": True, "lstrip": False}]
-    assert name_for(added, {"<a>", "</s>"}) is None and swallowing(added) == ["<a>"]
+    assert name_for(added, {"<a>", "</s>"}) is None and stripping_tokens(added) == ["<a>"]
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_a_chat_template_that_llama_cpp_adds_is_told(
     ByteTokenizer().build([]).save(tmp_path)
     words = {"tokenizer.ggml.pre": pre}
     notes = list(tokenizer_notes(tmp_path, words, num_layers=num_layers))
-    assert any("takes a model of 40 layers" in note for note in notes) == is_told
+    assert any("mistakes a model of 40 layers" in note for note in notes) == is_told
     assert not list(
         tokenizer_notes(
             tmp_path, words | {"tokenizer.chat_template": "{{ messages }}"}, num_layers=num_layers
@@ -285,27 +285,25 @@ def test_a_multiplier_of_zero_is_one_that_is_not_there(tmp_path: Path) -> None:
     ]
     import_model(paths[0], tmp_path / "back")
     loaded = slmjax.load_model(tmp_path / "back")
-    assert [described(path, read_gguf(path))[1] for path in paths] == [loaded.config] * 2
+    assert [family_and_config(path, read_gguf(path))[1] for path in paths] == [loaded.config] * 2
     mixer: Any = next(loaded.config.blocks()).mixer
     assert (mixer.scale, mixer.rope_base) == (None, None)
     assert (loaded.config.embed_multiplier, loaded.config.residual_multiplier) == (1.0, 1.0)
     ids = loaded.tokenizer.prompt_ids("It was a day")
     found = llama_cpp.logprobs(paths[0], ids, vocab_size=VOCAB_SIZE)
     np.testing.assert_allclose(found, log_probabilities(loaded, ids), atol=1e-3)
-    written = express(
+    written = choose_family(
         canonical(loaded.config), (granite.GGUF,), format_name="GGUF", preferred=None, tolerance=TOLERANCE
     )
     assert written.settings["rope.scaling.finetuned"] is False
 
 
 def test_logits_over_zero_and_multipliers_that_llama_cpp_would_leave_out(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"logit_scale is 0.0, and is divided by"):
+    with pytest.raises(ValueError, match=r"logit_scale is 0.0, but it is a divisor"):
         import_model(granite_file(tmp_path, logit_scale=0.0), tmp_path / "back")
     config = config_of("granite")
     for key, name in (("residual_multiplier", "residual_scale"), ("attention_multiplier", "attention.scale")):
         model = read_settings(granite.HF, config | {key: 0.0}, where="granite")
-        with pytest.raises(
-            ValueError, match=rf"takes a multiplier of 0 for one that is not there, and {name} is 0.0"
-        ):
-            express(model, (granite.GGUF,), format_name="GGUF", preferred=None)
-        express(model, (granite.HF,), format_name="Hugging Face", preferred=None)
+        with pytest.raises(ValueError, match=rf"takes a multiplier of 0 as absent, but {name} is 0.0"):
+            choose_family(model, (granite.GGUF,), format_name="GGUF", preferred=None)
+        choose_family(model, (granite.HF,), format_name="Hugging Face", preferred=None)

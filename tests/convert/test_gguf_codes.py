@@ -18,7 +18,7 @@ from slmjax.convert.family import BoundRule, Rule, bind
 from slmjax.convert.gguf.container import GgufFile, read_gguf
 from slmjax.convert.gguf.tensor_codes import blocks_of, container_of
 from slmjax.convert.import_export import Target, WeightType, export_model, import_model
-from slmjax.convert.source import express
+from slmjax.convert.source import choose_family
 from slmjax.formats.coding import Encoded, decode, encode
 from slmjax.formats.presets import preset
 from slmjax.models.architecture import ModelConfig
@@ -46,7 +46,7 @@ def exported(
 
 
 def bound_of(config: ModelConfig) -> list[BoundRule]:
-    return express(config, GGUF_FAMILIES, format_name="GGUF", preferred=None, tolerance=5e-7).bound
+    return choose_family(config, GGUF_FAMILIES, format_name="GGUF", preferred=None, tolerance=5e-7).rules
 
 
 CASES = {
@@ -70,7 +70,7 @@ def test_blocks_are_what_the_gguf_package_packs(tmp_path: Path, case: str) -> No
     for one in bound_of(config):
         tensor = file.tensors[one.theirs[0]]
         formats = {coded.formats[name].spec for name in one.ours if name in coded.formats}
-        numbers = one.rule.write([plain.read(name) for name in one.ours])[0]
+        numbers = one.write([plain.read(name) for name in one.ours])[0]
         if not formats:
             assert tensor.type == "F32", tensor.name
             np.testing.assert_array_equal(tensor.read(), numbers, err_msg=tensor.name)
@@ -82,7 +82,7 @@ def test_blocks_are_what_the_gguf_package_packs(tmp_path: Path, case: str) -> No
         theirs = gguf.quants.quantize(np.ascontiguousarray(numbers), kind)
         if kind.name != "MXFP4":  # whose zero has two codes
             np.testing.assert_array_equal(tensor.raw, theirs.reshape(-1), err_msg=tensor.name)
-        decoded = one.rule.write([coded.read(name) for name in one.ours])[0]
+        decoded = one.write([coded.read(name) for name in one.ours])[0]
         np.testing.assert_array_equal(
             gguf.quants.dequantize(theirs, kind).reshape(decoded.shape), decoded, err_msg=tensor.name
         )
@@ -94,7 +94,7 @@ def test_blocks_are_what_the_gguf_package_packs(tmp_path: Path, case: str) -> No
     )
     assert written.bytes == sum(tensor.raw.size for tensor in file.tensors.values())
     assert written.parameters == sum(int(np.prod(tensor.shape)) for tensor in file.tensors.values())
-    assert "codes and scales as they were trained" in written.notes[0] and all(
+    assert "codes and scales are written as trained" in written.notes[0] and all(
         name in written.notes[0] for name in types
     )
 
@@ -119,15 +119,12 @@ def test_decoded_numbers_where_they_are_asked_for(tmp_path: Path) -> None:
         "general.file_type"
     ] == 0
     assert "general.quantization_version" not in file.metadata
-    assert (
-        "8 quantized parameters are written as the float32 numbers that their codes stand for"
-        in written.notes[0]
-    )
+    assert "8 quantized parameters are written dequantized, in float32" in written.notes[0]
     stored = ModelFiles(quantized)
     np.testing.assert_array_equal(file.tensors["token_embd.weight"].read(), stored.read("embed/table"))
 
     to_hf = export_model(quantized, tmp_path / "hf", to=Target.HF)
-    assert "written as the numbers that their codes stand for" in to_hf.notes[0]
+    assert "quantized parameters are written dequantized" in to_hf.notes[0]
     import_model(tmp_path / "hf", tmp_path / "back")
     back = ModelFiles(tmp_path / "back")
     for name in ("embed/table", "layers/0/mixer/key/weight"):
@@ -150,7 +147,7 @@ def phi_own(**names: str | None) -> tuple[BoundRule, LocalModel]:
     def read(name: str) -> np.ndarray:
         return np.asarray(decode(encoded(name), specs[name], axis=-2))
 
-    own = LocalModel(
+    local_model = LocalModel(
         path=Path("."),
         config=QWEN,
         read=read,
@@ -166,14 +163,14 @@ def phi_own(**names: str | None) -> tuple[BoundRule, LocalModel]:
         ours=list(rule.ours),
         theirs=["attn_qkv.weight"],
         shapes=[arrays[name].shape for name in rule.ours],
-    ), own
+    ), local_model
 
 
 def test_joined_parameters_share_the_blocks_that_hold_all() -> None:
-    one, own = phi_own(query="q4_0", key="q8_0", value="int3_g32")
-    assert container_of(one, own) == "Q8_0"
-    numbers = gguf.quants.dequantize(blocks_of(one, own, "Q8_0"), gguf.GGMLQuantizationType.Q8_0)
-    np.testing.assert_array_equal(numbers, np.concatenate([own.read(name).T for name in one.ours]))
+    one, local_model = phi_own(query="q4_0", key="q8_0", value="int3_g32")
+    assert container_of(one, local_model) == "Q8_0"
+    numbers = gguf.quants.dequantize(blocks_of(one, local_model, "Q8_0"), gguf.GGMLQuantizationType.Q8_0)
+    np.testing.assert_array_equal(numbers, np.concatenate([local_model.read(name).T for name in one.ours]))
 
 
 @pytest.mark.parametrize(
@@ -181,12 +178,15 @@ def test_joined_parameters_share_the_blocks_that_hold_all() -> None:
     [
         (
             {"query": "q4_0", "key": "q4_0", "value": None},
-            r"made of mixer/value/weight, in floating point, and mixer/query/weight, in codes",
+            r"joins mixer/value/weight, in floating point, and mixer/query/weight, quantized",
         ),
-        ({"query": "q4_0", "key": "mxfp4", "value": "q4_0"}, r"joins MXFP4 and Q4_0: give .* one format"),
+        (
+            {"query": "q4_0", "key": "mxfp4", "value": "q4_0"},
+            r"joins MXFP4 and Q4_0: give .* the same format",
+        ),
         (
             {"query": "nvfp4", "key": "nvfp4", "value": "nvfp4"},
-            r"mixer/query/weight goes into no block of GGUF: nvfp4 .*--dtype f32",
+            r"mixer/query/weight fits no block type of GGUF: nvfp4 .*--dtype f32",
         ),
     ],
 )
@@ -199,7 +199,7 @@ def test_scales_that_are_no_float16_are_refused_by_name(tmp_path: Path) -> None:
     source = write_untrained(tmp_path / "source", QWEN)
     quantize_model(source, tmp_path / "wide", rules=rules(("ffn/up", "w4a16_g32")))
     with pytest.raises(
-        ValueError, match=r"layers/0/ffn/up/weight does not go into Q4_0: .* not float16 values.*--dtype f32"
+        ValueError, match=r"layers/0/ffn/up/weight does not fit Q4_0: .* not float16 values.*--dtype f32"
     ):
         export_model(tmp_path / "wide", tmp_path / "wide.gguf", to=Target.GGUF)
     assert not list(tmp_path.glob("wide.gguf*"))
@@ -210,7 +210,7 @@ def test_a_rule_that_computes_with_numbers_is_found_out() -> None:
     weight = np.random.default_rng(2).normal(size=(64, 32)).astype(np.float32)
     spec = preset("q4_0")
     encoded: Encoded = encode(jnp.asarray(weight), spec, axis=-2)
-    own = dataclasses.replace(
+    local_model = dataclasses.replace(
         phi_own()[1],
         read=lambda _: np.asarray(decode(encoded, spec, axis=-2)),
         encoded=lambda _: encoded,
@@ -220,10 +220,10 @@ def test_a_rule_that_computes_with_numbers_is_found_out() -> None:
         ours=("up",), theirs=("up",), read=lambda arrays, _: arrays, write=lambda arrays: [arrays[0].T]
     )
     one = BoundRule(rule=moved, ours=["up"], theirs=["ffn_up.weight"], shapes=[(64, 32)])
-    assert blocks_of(one, own, "Q4_0").shape == (32, 36)
+    assert blocks_of(one, local_model, "Q4_0").shape == (32, 36)
     centered = dataclasses.replace(moved, write=lambda arrays: [arrays[0].T + 1])
-    with pytest.raises(ValueError, match=r"ffn_up.weight|up does not go into Q4_0"):
-        blocks_of(dataclasses.replace(one, rule=centered), own, "Q4_0")
+    with pytest.raises(ValueError, match=r"ffn_up.weight|up does not fit Q4_0"):
+        blocks_of(dataclasses.replace(one, rule=centered), local_model, "Q4_0")
 
 
 def test_every_family_is_bound_to_tensors_one_by_one() -> None:
@@ -231,9 +231,9 @@ def test_every_family_is_bound_to_tensors_one_by_one() -> None:
     assert all(
         len(one.theirs) == 1
         for config in (LLAMA, QWEN, MOE)
-        for one in bind(_family(config).table_of(config), config)
+        for one in bind(_family(config).tensor_map_for(config), config)
     )
 
 
 def _family(config: ModelConfig) -> Any:
-    return express(config, GGUF_FAMILIES, format_name="GGUF", preferred=None, tolerance=5e-7).family
+    return choose_family(config, GGUF_FAMILIES, format_name="GGUF", preferred=None, tolerance=5e-7).family

@@ -15,7 +15,7 @@ from slmjax.checkpoints import safetensors_files
 from slmjax.checkpoints.loading import read_config
 from slmjax.convert.families import GGUF_FAMILIES, GGUF_NAMES, HF_FAMILIES, llama
 from slmjax.convert.import_export import Target, WeightType, export_model, import_model
-from slmjax.convert.source import express
+from slmjax.convert.source import choose_family
 from slmjax.data.tokenizers import CharTokenizer
 from slmjax.models.architecture import ModelConfig
 from slmjax.models.canonical_form import canonical
@@ -204,7 +204,7 @@ def test_half_precision_is_read_by_both(ours: Path, tmp_path: Path, dtype: Weigh
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(model: ModelConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        express(model, (llama.GGUF,), format_name="GGUF", preferred=None)
+        choose_family(model, (llama.GGUF,), format_name="GGUF", preferred=None)
 
 
 def test_every_family_has_a_case() -> None:
@@ -214,5 +214,7 @@ def test_every_family_has_a_case() -> None:
         family = next(family for family in HF_FAMILIES if family.architecture == config["architectures"][0])
         model = family.read(family.settings(config, where=case))
         preferred = GGUF_NAMES.get(family.architecture)
-        found.add(express(model, GGUF_FAMILIES, format_name="GGUF", preferred=preferred).family.architecture)
+        found.add(
+            choose_family(model, GGUF_FAMILIES, format_name="GGUF", preferred=preferred).family.architecture
+        )
     assert found == {family.architecture for family in GGUF_FAMILIES}

@@ -38,7 +38,7 @@ from slmjax.convert.gguf.container import GgufFile, PendingTensor, read_gguf, wr
 from slmjax.convert.gguf.tokenizer import tokenizer_metadata
 from slmjax.convert.gguf_model import TOLERANCE
 from slmjax.convert.import_export import Target, WeightType, export_model, import_model
-from slmjax.convert.source import express
+from slmjax.convert.source import choose_family
 from slmjax.data.chat import render_chat
 from slmjax.data.config import DataConfig
 from slmjax.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
@@ -265,15 +265,15 @@ def test_where_a_file_came_from_is_kept(tiny: GgufFile, tmp_path: Path) -> None:
         ({"llama.rope.scaling.type": "longrope"}, r"rope.scaling.type is 'longrope'"),
         (
             {"llama.rope.scaling.type": "twisted"},
-            r"rope.scaling.type is 'twisted': none, linear, yarn, longrope are understood",
+            r"rope.scaling.type is 'twisted'; supported are none, linear, yarn, longrope",
         ),
         (
             {"llama.rope.scaling.attn_factor": 1.5},
-            r"attn_factor = 1.5 without YaRN or LongRoPE is not understood",
+            r"attn_factor = 1.5 without YaRN or LongRoPE is not supported",
         ),
         ({"llama.attention.head_count": [2]}, r"head_count differs between layers"),
-        ({"llama.block_count": 2}, r"has no tensor blk.1.attn_"),
-        ({"llama.feed_forward_length": 48}, r"where the configuration says"),
+        ({"llama.block_count": 2}, r"lacks tensor blk.1.attn_"),
+        ({"llama.feed_forward_length": 48}, r"but the configuration requires"),
         ({"llama.embedding_length": None}, r"has no 'embedding_length'"),
         ({"general.architecture": "qwen33"}, r"architecture 'qwen33'.*Did you mean"),
     ],
@@ -334,8 +334,10 @@ def model_of(family: Family, **changes: Any) -> ModelConfig:
         parts = {"mixer": block.mixer, "ffn": block.ffn}
         for part, config in parts.items():
             names = {field.name for field in dataclasses.fields(config)}
-            own = {name: value for name, value in changes.items() if name in names and name not in of_model}
-            parts[part] = dataclasses.replace(config, **own)
+            fields = {
+                name: value for name, value in changes.items() if name in names and name not in of_model
+            }
+            parts[part] = dataclasses.replace(config, **fields)
         blocks.append(dataclasses.replace(block, **parts))
     return dataclasses.replace(model, stack=stack_of(blocks), **of_model)
 
@@ -350,7 +352,7 @@ LLAMA3 = Llama3Scaling(factor=8.0, original_context=16)
         (
             qwen2.GGUF,
             {"rope_scaling": LLAMA3},
-            r"is Llama3Scaling, and llama.cpp has LinearScaling, YarnScaling",
+            r"is Llama3Scaling, but llama.cpp supports LinearScaling, YarnScaling",
         ),
         (qwen3.GGUF, {"bias": True}, r"feed-forward layers have no biases"),
         (gemma2.GGUF, {"head": HeadKind.UNTIED}, r"the head is 'tied', not 'untied'"),
@@ -360,18 +362,18 @@ LLAMA3 = Llama3Scaling(factor=8.0, original_context=16)
         (
             olmo2.GGUF,
             {"head_dim": 8, "scale": 8**-0.5},
-            r"4 heads of 8 dims have to be as wide as the model, 24",
+            r"4 heads of 8 dims must be as wide as the model, 24",
         ),
         (
             phi3.GGUF,
             {"window": 9},
-            r"llama.cpp has no windows for it, and that of layer 0, 9, is shorter than the context",
+            r"llama.cpp has no windows for this architecture, but that of layer 0, 9, is shorter than the context",
         ),
-        (phi3.GGUF, {"head_dim": 8, "scale": 8**-0.5}, r"4 heads of 8 dims have to be as wide"),
+        (phi3.GGUF, {"head_dim": 8, "scale": 8**-0.5}, r"4 heads of 8 dims must be as wide"),
         (smollm3.GGUF, {"bias": True}, r"feed-forward layers have no biases"),
         (gpt_oss.GGUF, {"head": HeadKind.TIED}, r"the head is 'untied', not 'tied'"),
         (gpt_oss.GGUF, {"window": None}, r"every other layer has a window"),
-        (gpt2.GGUF, {"head_dim": 8}, r"4 heads of 8 dims have to be as wide"),
+        (gpt2.GGUF, {"head_dim": 8}, r"4 heads of 8 dims must be as wide"),
         (granite.GGUF, {"softcap": 3.0}, r"softcap = 3.0"),
         (qwen3_moe.GGUF, {"normalize_weights": False}, r"normalize_weights = False"),
     ],
@@ -380,9 +382,9 @@ LLAMA3 = Llama3Scaling(factor=8.0, original_context=16)
 def test_what_an_engine_would_not_take_is_refused(
     family: Family, changes: dict[str, Any], message: str
 ) -> None:
-    express(model_of(family), (family,), format_name="GGUF", preferred=None)
+    choose_family(model_of(family), (family,), format_name="GGUF", preferred=None)
     with pytest.raises(ValueError, match=message):
-        express(model_of(family, **changes), (family,), format_name="GGUF", preferred=None)
+        choose_family(model_of(family, **changes), (family,), format_name="GGUF", preferred=None)
 
 
 @pytest.mark.parametrize(
@@ -397,7 +399,7 @@ def test_what_an_engine_would_not_take_is_refused(
 )
 def test_released_models_find_their_architecture(name: str, architecture: str) -> None:
     """With all digits of their numbers, of which the metadata keeps those of float32."""
-    found = express(
+    found = choose_family(
         zoo.ARCHITECTURES[name](), GGUF_FAMILIES, format_name="GGUF", preferred=None, tolerance=TOLERANCE
     )
     assert found.family.architecture == architecture
@@ -405,7 +407,7 @@ def test_released_models_find_their_architecture(name: str, architecture: str) -
 
 def test_an_idle_window_is_no_obstacle() -> None:
     """Phi-4-mini's is longer than its context."""
-    express(model_of(phi3.GGUF, window=512), (phi3.GGUF,), format_name="GGUF", preferred=None)
+    choose_family(model_of(phi3.GGUF, window=512), (phi3.GGUF,), format_name="GGUF", preferred=None)
 
 
 @pytest.mark.parametrize("original", [256, 8])
@@ -444,7 +446,7 @@ def test_a_refused_export_leaves_nothing_behind(tiny: GgufFile, tmp_path: Path) 
     saved["logit_softcap"] = 3.0
     config.write_text(json.dumps(saved))
     with pytest.raises(
-        ValueError, match=r"no family of GGUF can say what this model is:[\s\S]*logit_softcap = 3.0"
+        ValueError, match=r"no family of GGUF can represent this model:[\s\S]*logit_softcap = 3.0"
     ):
         export_model(tmp_path / "ours", tmp_path / "out" / "again.gguf", to=Target.GGUF)
     assert not list(tmp_path.rglob("again*"))

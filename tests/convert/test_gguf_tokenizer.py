@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from slmjax.convert.gguf.pre_tokenizers import KINDS, byte_level_steps, cuts_of
+from slmjax.convert.gguf.pre_tokenizers import KINDS, byte_level_steps, pre_tokenization_of
 from slmjax.convert.gguf.tokenizer import (
     CONTROL,
     NORMAL,
@@ -45,14 +45,14 @@ def test_byte_level_ids_are_llama_cpps(names: tuple[str, ...], tmp_path: Path) -
     assert encode(tokenizer, "<|bos|>a <|eos|> b", with_special=True) == tokenize(
         path, "<|bos|>a <|eos|> b", parse_special=True
     )
-    assert (len(encode(tokenizer, " unmergeable")) == 1) == cuts_of(names[0]).takes_whole
+    assert (len(encode(tokenizer, " unmergeable")) == 1) == pre_tokenization_of(names[0]).takes_whole
 
 
 def test_names_of_one_kind_and_of_others_cut_differently() -> None:
     """The texts tell the kinds apart: a kind under another's name would be noticed above."""
     pieces = {}
-    for names, cuts in KINDS.items():
-        backend = byte_level_steps(cuts)
+    for names, pre_tokenization in KINDS.items():
+        backend = byte_level_steps(pre_tokenization)
         pieces[names[0]] = [
             tuple(piece for piece, _ in backend.pre_tokenize_str(text)) for text in [*TEXTS, MARKS]
         ]
@@ -96,10 +96,10 @@ def test_text_does_not_forge_control_tokens(tmp_path: Path) -> None:
     "config", [BpeTokenizer(vocab_size=500), ByteTokenizer(), CharTokenizer()], ids=["bpe", "byte", "char"]
 )
 def test_vocabularies_made_here(config: Any, tmp_path: Path) -> None:
-    own = config.build([BLANKS, topics["for"], topics["if"]])
-    own.save(tmp_path)
+    tokenizer = config.build([BLANKS, topics["for"], topics["if"]])
+    tokenizer.save(tmp_path)
     # three rows without a token
-    metadata = tokenizer_metadata(tmp_path, adds_bos=True, num_rows=own.vocab_size + 3)
+    metadata = tokenizer_metadata(tmp_path, adds_bos=True, num_rows=tokenizer.vocab_size + 3)
     assert metadata["tokenizer.ggml.token_type"][-4:] == [NORMAL, UNUSED, UNUSED, UNUSED]
     path = tmp_path / "x.gguf"
     write_tiny_llama(path, metadata)
@@ -119,7 +119,7 @@ def test_vocabularies_made_here(config: Any, tmp_path: Path) -> None:
         if not isinstance(config, CharTokenizer) or set(text) <= set(BLANKS + topics["for"])
     )
     for text in known:
-        ids = own.encode(text)
+        ids = tokenizer.encode(text)
         assert ids == again.encode(text) == tokenize(path, text)
         assert [0, *ids] == tokenize(path, text, add_special=True)
         assert again.decode(ids) == text
@@ -147,7 +147,7 @@ def test_byte_level_there_and_back(names: tuple[str, ...], tmp_path: Path) -> No
     metadata["tokenizer.chat_template"] = "{{ messages }}"
     written = there_and_back(metadata, tmp_path)
     added = {
-        "tokenizer.ggml.add_bos_token": cuts_of(names[0]).adds_bos,
+        "tokenizer.ggml.add_bos_token": pre_tokenization_of(names[0]).adds_bos,
         "tokenizer.ggml.add_eos_token": False,
     }
     assert written == {
@@ -176,16 +176,16 @@ def test_sentence_piece_there_and_back(tmp_path: Path) -> None:
     [
         (
             {"tokenizer.ggml.model": "t5"},
-            "tokenizer.ggml.model is 't5', can be read where it is 'gpt2' or 'llama'",
+            "tokenizer.ggml.model is 't5'; supported are 'gpt2' and 'llama'",
         ),
         (
             {"tokenizer.ggml.pre": "llama-bqe"},
-            "'llama-bqe', which is not known here. Did you mean 'llama-bpe'.*Known: gpt-2, phi-2",
+            "'llama-bqe', which is not supported. Did you mean 'llama-bpe'.*Supported: gpt-2, phi-2",
         ),
         ({"tokenizer.ggml.tokens": None}, "no tokenizer.ggml.tokens"),
-        ({"tokenizer.ggml.tokens": ["a", "a"]}, "has 2 entries, 1 of them different"),
+        ({"tokenizer.ggml.tokens": ["a", "a"]}, "has 2 entries, 1 of them distinct"),
         ({"tokenizer.ggml.merges": ["zz zz"]}, "merges does not fit"),
-        ({"tokenizer.ggml.eos_token_id": 10**6}, "eos_token_id is 1000000, and there are"),
+        ({"tokenizer.ggml.eos_token_id": 10**6}, "eos_token_id is 1000000, but there are"),
         ({"tokenizer.ggml.model": "llama"}, "scores has 0 entries"),
     ],
 )

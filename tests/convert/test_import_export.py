@@ -17,7 +17,7 @@ import slmjax
 from slmjax.checkpoints import loading, safetensors_files
 from slmjax.convert.families import HF_FAMILIES
 from slmjax.convert.import_export import Target, export_model, import_model
-from slmjax.convert.source import express
+from slmjax.convert.source import choose_family
 from slmjax.models.architecture import BlockConfig, HeadKind, LayerGroup, ModelConfig, stack_of
 from slmjax.models.ffn.mlp import Activation, MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
@@ -53,16 +53,16 @@ def change_tensors(directory: Path, change: Callable[[dict[str, np.ndarray]], No
         ({"attention_temperature": 0.5}, r"attention_temperature = 0.5 is not understood, and may change"),
         (
             {"architectures": ["LlamaForCausalLn"]},
-            r"names LlamaForCausalLn, and these are read: .*Did you mean 'LlamaForCausalLM'",
+            r"names LlamaForCausalLn; supported are .*Did you mean 'LlamaForCausalLM'",
         ),
         (
             {"quantization_config": {"bits": 4}},
-            r"the weights are packed \({'bits': 4}\), and packed safetensors are not read",
+            r"the weights are packed \({'bits': 4}\), and packed safetensors are not supported",
         ),
         ({"hidden_act": "swoosh"}, r"hidden_act is 'swoosh'"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
-            r"rotary positions of type 'dynamic' are not understood",
+            r"rotary positions of type 'dynamic' are not supported",
         ),
         (
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "twist": 1}},
@@ -74,13 +74,13 @@ def change_tensors(directory: Path, change: Callable[[dict[str, np.ndarray]], No
         ),
         (
             {"intermediate_size": 41},
-            r"gives layers/0/ffn/gate/weight the shape \(24, 40\), where the configuration says \(24, 41\)",
+            r"gives layers/0/ffn/gate/weight the shape \(24, 40\), but the configuration requires \(24, 41\)",
         ),
-        ({"num_hidden_layers": 3}, r"has no tensor model.layers.2.input_layernorm.weight"),
-        ({"num_hidden_layers": 1}, r"holds model.layers.1.input_layernorm.weight .*has no place for"),
+        ({"num_hidden_layers": 3}, r"lacks tensor model.layers.2.input_layernorm.weight"),
+        ({"num_hidden_layers": 1}, r"has tensor model.layers.1.input_layernorm.weight .*does not have"),
         (
             {"tie_word_embeddings": True},
-            r"ties the output to the embedding, and lm_head.weight differs from it",
+            r"ties the output to the embedding, but lm_head.weight differs from it",
         ),
     ],
 )
@@ -151,7 +151,7 @@ def test_nothing_is_written_over(theirs: Path, tmp_path: Path) -> None:
     assert (tmp_path / "ours" / "thesis.txt").read_text() == "years of work"
     with pytest.raises(ValueError, match=r"there is no .*nowhere"):
         import_model(tmp_path / "nowhere", tmp_path / "other")
-    with pytest.raises(ValueError, match=r"is no Hugging Face model: it has no config.json"):
+    with pytest.raises(ValueError, match=r"is not a Hugging Face model: it has no config.json"):
         import_model(tmp_path / "ours", tmp_path / "other")
 
 
@@ -161,7 +161,7 @@ def test_a_model_without_tokenizer_says_so_where_text_is_needed(theirs: Path, tm
     assert "no tokenizer.json" in written.notes[0]
     with pytest.raises(ValueError, match=r"was imported without a tokenizer"):
         _ = slmjax.load_model(tmp_path / "ours").tokenizer
-    with pytest.raises(ValueError, match=r"has no tokenizer, without which no engine takes it"):
+    with pytest.raises(ValueError, match=r"has no tokenizer, which other engines require"):
         export_model(tmp_path / "ours", tmp_path / "out", to=Target.HF)
 
 
@@ -267,7 +267,7 @@ def ffn(**fields: Any) -> BlockConfig:
 )
 def test_what_no_family_can_say_is_refused_with_the_reason(model: ModelConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        express(model, HF_FAMILIES, format_name="Hugging Face", preferred=None)
+        choose_family(model, HF_FAMILIES, format_name="Hugging Face", preferred=None)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_what_no_family_can_say_is_refused_with_the_reason(model: ModelConfig, m
     ],
 )
 def test_odd_sizes_find_a_family(model: ModelConfig, family: str) -> None:
-    found = express(model, HF_FAMILIES, format_name="Hugging Face", preferred=None)
+    found = choose_family(model, HF_FAMILIES, format_name="Hugging Face", preferred=None)
     assert found.family.architecture == family
     assert found.config.known_vocab_size == found.settings["vocab_size"] == 31
 

@@ -78,7 +78,7 @@ def test_angles_are_those_of_transformers(name: str) -> None:
 def test_what_rope_scaling_replaces_is_said() -> None:
     notes: list[str] = []
     read(config_with(read_golden("llama")["config"], ROPES["both_without_base"][1]), notes)
-    assert len(notes) == 1 and "of the latter, rope_theta = 500000.0 is not used" in notes[0]
+    assert len(notes) == 1 and "rope_theta = 500000.0 of the latter is not used" in notes[0]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_what_rope_scaling_replaces_is_said() -> None:
         (
             "gemma3",
             {"rope_scaling": {"type": "linear", "factor": 8.0}},
-            r"rope_scaling is .* differ in whether `type` counts here",
+            r"rope_scaling is .* differ in whether they read `type` here",
         ),
         (
             "olmo3",
@@ -102,9 +102,9 @@ def test_what_rope_scaling_replaces_is_said() -> None:
         (
             "llama",
             {"rope_parameters": plain(1e4), "rope_scaling": LLAMA3 | {"factor": 0}},
-            r"rope_scaling: factor is 0, and has to be above 0",
+            r"rope_scaling: factor is 0, but must be greater than 0",
         ),
-        ("llama", {"rope_scaling": "linear"}, r"rope_scaling is 'linear', and should be a table of settings"),
+        ("llama", {"rope_scaling": "linear"}, r"rope_scaling is 'linear', but must be an object of settings"),
     ],
 )
 def test_angles_that_libraries_disagree_about_are_refused(
@@ -148,10 +148,10 @@ def test_a_null_means_what_it_does_in_transformers(family: Family) -> None:
 @pytest.mark.parametrize(
     ("case", "values", "message"),
     [
-        ("granite", {"logits_scaling": 0}, r"logits_scaling is 0, and is divided by"),
-        ("minicpm3", {"dim_model_base": 0}, r"dim_model_base is 0, and is divided by"),
-        ("gemma2", {"query_pre_attn_scalar": 0}, r"query_pre_attn_scalar is 0, and has to be above 0"),
-        ("llama", {"num_hidden_layers": 0}, r"num_hidden_layers is 0, and has to be above 0"),
+        ("granite", {"logits_scaling": 0}, r"logits_scaling is 0, but it is a divisor"),
+        ("minicpm3", {"dim_model_base": 0}, r"dim_model_base is 0, but it is a divisor"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, r"query_pre_attn_scalar is 0, but must be greater than 0"),
+        ("llama", {"num_hidden_layers": 0}, r"num_hidden_layers is 0, but must be greater than 0"),
         ("llama", {"head_dim": 0}, r"head_dim is 0"),
         ("smollm3", {"no_rope_layer_interval": 0, "no_rope_layers": None}, r"no_rope_layer_interval is 0"),
         ("qwen3_moe", {"decoder_sparse_step": 0}, r"decoder_sparse_step is 0"),
@@ -161,8 +161,8 @@ def test_a_null_means_what_it_does_in_transformers(family: Family) -> None:
             r"hidden_size is null, which stands for no value of it: .* the family's default, 4096$",
         ),
         ("granite", {"logits_scaling": None}, r"logits_scaling is null"),
-        ("gemma2", {"attn_logit_softcapping": 0}, r"attn_logit_softcapping is 0, and has to be above 0"),
-        ("mistral", {"sliding_window": 0}, r"sliding_window is 0, and has to be above 0"),
+        ("gemma2", {"attn_logit_softcapping": 0}, r"attn_logit_softcapping is 0, but must be greater than 0"),
+        ("mistral", {"sliding_window": 0}, r"sliding_window is 0, but must be greater than 0"),
         (
             "granite4_micro",
             {"num_local_experts": "absent"},

@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from slmjax.convert.gguf.pre_tokenizers import cuts_name
+from slmjax.convert.gguf.pre_tokenizers import pre_tokenization_name
 from slmjax.convert.gguf.tokenizer import USER_DEFINED, tokenizer_from_gguf, tokenizer_metadata
 from slmjax.data.tokenizers import ByteTokenizer
 from tests.convert.llama_cpp import tokenize, write_tiny_llama
@@ -57,7 +57,9 @@ SMOLLM = pre_tokenizers.Sequence(
 def test_cuts_have_llama_cpps_names(step: pre_tokenizers.PreTokenizer, takes_whole: bool, name: str) -> None:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = step
-    assert cuts_name(json.loads(backend.to_str())["pre_tokenizer"], takes_whole=takes_whole) == name
+    assert (
+        pre_tokenization_name(json.loads(backend.to_str())["pre_tokenizer"], takes_whole=takes_whole) == name
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,29 +199,29 @@ def set_up(**attributes: Any) -> Callable[[tokenizers.Tokenizer], None]:
 @pytest.mark.parametrize(
     ("change", "config", "message"),
     [
-        (set_up(model=models.Unigram([("a", 0.0)])), {}, "of the type Unigram"),
-        (set_up(normalizer=normalizers.Lowercase()), {}, "changes text first"),
+        (set_up(model=models.Unigram([("a", 0.0)])), {}, "of type Unigram"),
+        (set_up(normalizer=normalizers.Lowercase()), {}, "has a normalizer"),
         (
             set_up(pre_tokenizer=pre_tokenizers.Whitespace()),
             {},
             "'Whitespace'.*which llama.cpp does not have",
         ),
-        (set_up(pre_tokenizer=split("[a-c]+")), {}, "no name of llama.cpp's is known here"),
+        (set_up(pre_tokenizer=split("[a-c]+")), {}, "knows no name in llama.cpp"),
         (
             set_up(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
             {},
             "which llama.cpp does not have",
         ),
         (set_up(decoder=decoders.WordPiece()), {}, "neither byte-level"),
-        (lambda backend: backend.add_tokens([AddedToken("<m>", lstrip=True)]), {}, "'<m>' swallows blanks"),
+        (lambda backend: backend.add_tokens([AddedToken("<m>", lstrip=True)]), {}, "'<m>' strips spaces"),
         (
             lambda backend: backend.add_tokens([f"<{i}>" for i in range(20)]),
             {},
-            "ids up to 277, and the embedding table 270 rows",
+            "ids up to 277, but the embedding table has 270 rows",
         ),
         (lambda backend: backend.add_tokens(["[PAD269]"]), {}, r"several tokens that are '\[PAD269\]'"),
-        (set_up(), {"eos_token": None}, "names no eos_token"),
-        (set_up(), {"bos_token": None}, "names no bos_token"),
+        (set_up(), {"eos_token": None}, "has no eos_token"),
+        (set_up(), {"bos_token": None}, "has no bos_token"),
         (set_up(), {"pad_token": "<pad>"}, r"names \['<pad>'\], which tokenizer.json does not have"),
     ],
 )
@@ -238,9 +240,9 @@ def test_directories_that_are_refused(
     [
         (
             [("a", "b"), ("ab", "c")],
-            r"the merges lack \('a', 'bc'\), and llama.cpp would make 'abc' of the two",
+            r"the merges lack \('a', 'bc'\), which llama.cpp would merge to 'abc'",
         ),
-        ([("a", "b"), ("ab", "c"), ("b", "c"), ("a", "bc")], "'abc' are not in one place"),
+        ([("a", "b"), ("ab", "c"), ("b", "c"), ("a", "bc")], "'abc' are not consecutive"),
     ],
 )
 def test_merges_that_scores_do_not_express(
@@ -265,7 +267,7 @@ def test_a_vocabulary_without_every_byte(tmp_path: Path) -> None:
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
     backend.add_special_tokens(["<s>", "</s>"])
     write_directory(tmp_path, backend, bos_token="<s>", eos_token="</s>")
-    with pytest.raises(ValueError, match="lacks <0x01>, and llama.cpp stops"):
+    with pytest.raises(ValueError, match="lacks <0x01>: llama.cpp fails"):
         tokenizer_metadata(tmp_path, adds_bos=True, num_rows=5)
 
 
@@ -273,5 +275,5 @@ def test_a_directory_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no .*tokenizer.json"):
         tokenizer_metadata(tmp_path, adds_bos=True, num_rows=8)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="holds a broken tokenizer.json"):
+    with pytest.raises(ValueError, match="has a damaged tokenizer.json"):
         tokenizer_metadata(tmp_path, adds_bos=True, num_rows=8)

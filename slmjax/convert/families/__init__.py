@@ -1,4 +1,4 @@
-"""The families that are known, one file each."""
+"""Supported families of models, one file each."""
 
 from collections.abc import Mapping
 
@@ -24,7 +24,7 @@ from slmjax.convert.families import (
 )
 from slmjax.convert.family import Family
 
-# In the order in which an export tries them: what most engines know comes first.
+# In the order in which an export tries them: the most widely supported come first.
 HF_FAMILIES: tuple[Family, ...] = (
     llama.HF,
     llama.HF_MOBILE,
@@ -49,8 +49,8 @@ HF_FAMILIES: tuple[Family, ...] = (
     minicpm3.HF,
 )
 
-# What llama.cpp calls them, in the same order but for Qwen2, which "llama" could say too. Mistral and Mixtral
-# are "llama" there, OLMo 3 is "olmo2".
+# llama.cpp's architectures, in the same order, except that Qwen2 is before "llama", which could represent it
+# too. Mistral and Mixtral are "llama" there, OLMo 3 is "olmo2".
 GGUF_FAMILIES: tuple[Family, ...] = (
     qwen2.GGUF,
     llama.GGUF,
@@ -66,10 +66,22 @@ GGUF_FAMILIES: tuple[Family, ...] = (
     gpt2.GGUF,
 )
 
-# What an imported model is exported as, if that can say what it has become; by its own name in the other
-# format.
+# The architecture of an imported model in the other format. An export tries it first.
 GGUF_NAMES: Mapping[str, str] = {
-    one.HF.architecture: one.GGUF.architecture
-    for one in (llama, qwen3, qwen2, qwen3_moe, gemma2, gemma3, olmo2, phi3, smollm3, granite, gpt_oss, gpt2)
+    family.HF.architecture: family.GGUF.architecture
+    for family in (
+        llama,
+        qwen3,
+        qwen2,
+        qwen3_moe,
+        gemma2,
+        gemma3,
+        olmo2,
+        phi3,
+        smollm3,
+        granite,
+        gpt_oss,
+        gpt2,
+    )
 }
 HF_NAMES: Mapping[str, str] = {gguf: hf for hf, gguf in GGUF_NAMES.items()}

@@ -1,6 +1,4 @@
-"""DeepSeek-V2 and V2-Lite: latent attention; experts beside one that all tokens use, after some dense
-layers.
-"""
+"""DeepSeek-V2 and V2-Lite: latent attention; after some dense layers, routed experts and a shared expert."""
 
 from typing import Any
 
@@ -21,7 +19,7 @@ from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.mixers.latent import LatentAttentionConfig
 
-# What the family's configuration means where it leaves a key out.
+# Defaults of keys that a config.json may leave out.
 DEFAULTS = {
     "vocab_size": 102_400,
     "hidden_size": 4096,
@@ -89,7 +87,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     moe = next((block.ffn for block in blocks if isinstance(block.ffn, MoeConfig)), None)
     dense = [block.ffn for block in blocks if isinstance(block.ffn, MlpConfig)]
     if moe is None or moe.shared_hidden_dim % moe.hidden_dim:
-        raise Inexpressible("it has experts, and beside them one as wide as some of them together")
+        raise Inexpressible("it has routed experts, and a shared expert whose width is a multiple of theirs")
     experts = {
         "n_routed_experts": moe.num_experts,
         "num_experts_per_tok": moe.num_selected,
@@ -105,26 +103,31 @@ def write(model: ModelConfig) -> dict[str, Any]:
     return {"model_type": "deepseek_v2", **write_decoder(model), **write_latent_attention(mixer), **experts}
 
 
-def table(model: ModelConfig) -> TensorMap:
-    """The tensors of a model with this many heads."""
+def tensor_map(model: ModelConfig) -> TensorMap:
+    """Return the tensor map of a model, which depends on its number of heads."""
     mixer = expect_kind(next(model.blocks()).mixer, LatentAttentionConfig, "layer 0's mixer")
-    of_heads = {"num_heads": mixer.num_heads, "rope_dim": mixer.rope_dim}
-    of_one = {"num_heads": 1, "rope_dim": mixer.rope_dim}
-    turned = (
+    # The rotated key is shared by all heads: it counts as one.
+    reordered = (
         *(
-            paired(rule, **of_heads)
+            paired(rule, num_heads=mixer.num_heads, rope_dim=mixer.rope_dim)
             for name in ("query", "query_up")
             for rule in TENSORS
             if rule.ours[0].startswith(f"mixer/{name}/")
         ),
-        *(paired(rule, **of_one) for rule in TENSORS if rule.ours[0].startswith("mixer/latent_down/")),
+        *(
+            paired(rule, num_heads=1, rope_dim=mixer.rope_dim)
+            for rule in TENSORS
+            if rule.ours[0].startswith("mixer/latent_down/")
+        ),
     )
     shared = (
         *linear("ffn/shared/gate", "mlp.shared_experts.gate_proj"),
         *linear("ffn/shared/up", "mlp.shared_experts.up_proj"),
         *linear("ffn/shared/down", "mlp.shared_experts.down_proj"),
     )
-    return TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *turned, *TENSORS, *MOE, *shared, *GATED_MLP))
+    return TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *reordered, *TENSORS, *MOE, *shared, *GATED_MLP))
 
 
-HF = Family(architecture="DeepseekV2ForCausalLM", read=read, write=write, defaults=DEFAULTS, table=table)
+HF = Family(
+    architecture="DeepseekV2ForCausalLM", read=read, write=write, defaults=DEFAULTS, tensor_map=tensor_map
+)

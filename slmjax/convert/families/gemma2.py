@@ -1,6 +1,4 @@
-"""Gemma 2: norms around each sublayer, centered scales, every other layer in a window, soft-caps on scores
-and logits.
-"""
+"""Gemma 2: sandwich norms, centered scales, windows in every other layer, soft caps on scores and logits."""
 
 from typing import Any
 
@@ -27,7 +25,7 @@ from slmjax.models.ffn.mlp import Activation
 from slmjax.models.layers import NormKind
 from slmjax.models.mixers.attention import AttentionConfig, Biases
 
-# What the family's configuration means where it leaves a key out.
+# Defaults of keys that a config.json may leave out.
 DEFAULTS = {
     "vocab_size": 256_000,
     "hidden_size": 2304,
@@ -59,7 +57,7 @@ def read(settings: Settings) -> ModelConfig:
         softcap=settings.optional("attn_logit_softcapping"),
         biases=read_biases(settings),
     )
-    settings.ignore("hidden_act")  # the older name of hidden_activation, which wins
+    settings.ignore("hidden_act")  # older name of hidden_activation, which takes precedence
     ffn = read_mlp(settings, activation="hidden_activation")
     windows = read_windows(
         settings,
@@ -90,9 +88,8 @@ def write(model: ModelConfig) -> dict[str, Any]:
 
 
 def write_scores(model: ModelConfig, attention: AttentionConfig) -> dict[str, Any]:
-    """The keys of scores and logits, which Gemma 3 has too. Scores are divided by the root of a number, as
-    short as it was written.
-    """
+    """Write the keys of scores and logits, which Gemma 3 shares."""
+    # Scores are divided by the root of this number; 12 digits restore what was written in the file.
     scalar = float(f"{(attention.scale or 1.0) ** -2:.12g}")
     return {
         "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,
@@ -107,7 +104,7 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=TensorMap(around=EMBEDDING, layer=(*SANDWICH_NORMS, *ATTENTION, *GATED_MLP)),
+    tensor_map=TensorMap(around=EMBEDDING, layer=(*SANDWICH_NORMS, *ATTENTION, *GATED_MLP)),
 )
 
 
@@ -116,9 +113,8 @@ LARGEST = gguf_settings.NamedSize(name="Gemma 2 27B", num_layers=46)
 
 
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig: llama.cpp has the pattern of windows, the scale of scores and that there
-    are soft-caps in its code.
-    """
+    """GGUF metadata -> ModelConfig."""
+    # The pattern of windows, the scale of scores and the use of soft caps are constants in llama.cpp's code.
     settings.expect("attention.sliding_window_pattern", 2)
     num_layers = settings.take("block_count")
     attention = gguf_settings.read_attention(
@@ -157,8 +153,8 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
 
 
 GGUF_RULES = (*gguf_tensors.PRE_NORMS, *gguf_tensors.POST_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP)
-GGUF_TABLE = gguf_tensors.table(
+GGUF_TENSOR_MAP = gguf_tensors.tensor_map(
     *gguf_tensors.with_centered_norms(GGUF_RULES),
     around=gguf_tensors.with_centered_norms(gguf_tensors.AROUND),
 )
-GGUF = Family(architecture="gemma2", read=read_gguf, write=write_gguf, table=GGUF_TABLE)
+GGUF = Family(architecture="gemma2", read=read_gguf, write=write_gguf, tensor_map=GGUF_TENSOR_MAP)

@@ -1,7 +1,6 @@
-"""Gemma 3, text: norms around each sublayer, five layers in a window to each full one, an angle base for
-either kind.
+"""Gemma 3: sandwich norms, five windowed layers to each full one, each kind with its own base of angles.
 
-The larger ones come with a vision tower, which is left out: what is read is their language model.
+The larger ones have a vision tower, of which only the language model is imported.
 """
 
 import dataclasses
@@ -40,7 +39,7 @@ from slmjax.models.ffn.mlp import Activation
 from slmjax.models.layers import NormKind
 from slmjax.models.mixers.attention import Biases, QkNorm
 
-# What the family's configuration means where it leaves a key out, as those of the larger models do.
+# Defaults of keys that a config.json may leave out; those of the larger models do.
 DEFAULTS = {
     "vocab_size": 262_208,
     "hidden_size": 2304,
@@ -80,7 +79,7 @@ def read(settings: Settings) -> ModelConfig:
     if settings.has("layer_types"):
         settings.ignore("_sliding_window_pattern")
     else:
-        settings.expect("_sliding_window_pattern", period)  # what transformers writes, and does not read
+        settings.expect("_sliding_window_pattern", period)  # written by transformers, but not read
     windows = read_windows(
         settings,
         num_layers=num_layers,
@@ -110,7 +109,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     for mixer in mixers:
         check_whole_rotation(mixer)
     if local is not None and local.rope_scaling is not None:
-        raise Inexpressible("layers in a window have plain angles")
+        raise Inexpressible("windowed layers have unscaled angles")
     ropes = {
         "rope_theta": 1e6 if full is None else full.rope_base,
         "rope_local_base_freq": 1e4 if local is None else local.rope_base,
@@ -136,7 +135,7 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=TensorMap(around=EMBEDDING, layer=LAYER),
+    tensor_map=TensorMap(around=EMBEDDING, layer=LAYER),
 )
 
 
@@ -151,7 +150,7 @@ def read_text_part(settings: Settings) -> ModelConfig:
 
 
 def refuse(model: ModelConfig) -> dict[str, Any]:
-    """Nothing of ours has a vision tower."""
+    """Refuse to write a model with a vision tower: we have none."""
     raise Inexpressible("it has a vision tower")
 
 
@@ -174,7 +173,7 @@ HF_WITH_VISION = Family(
     architecture="Gemma3ForConditionalGeneration",
     read=read_text_part,
     write=refuse,
-    table=TensorMap(
+    tensor_map=TensorMap(
         around=tuple(_below(rule, "language_model.") for rule in EMBEDDING),
         layer=LAYER,
         prefix="language_model.model.layers.{i}.",
@@ -188,9 +187,8 @@ LARGEST = gguf_settings.NamedSize(name="Gemma 3 27B", num_layers=62)
 
 
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig: in llama.cpp's code, every sixth layer is full, and angles in a window
-    are plain.
-    """
+    """GGUF metadata -> ModelConfig."""
+    # In llama.cpp's code, every sixth layer is full, and the angles of windowed layers are not scaled.
     settings.expect("attention.sliding_window_pattern", 6)
     num_layers = settings.take("block_count")
     softcap = settings.take("final_logit_softcapping", 0.0)
@@ -236,4 +234,4 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-GGUF = Family(architecture="gemma3", read=read_gguf, write=write_gguf, table=gemma2.GGUF_TABLE)
+GGUF = Family(architecture="gemma3", read=read_gguf, write=write_gguf, tensor_map=gemma2.GGUF_TENSOR_MAP)

@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, LayerNorm, biases, a plain MLP; its matrices are [in, out] as ours are."""
+"""GPT-2: learned positions, LayerNorm, biases, an MLP without gate; its matrices are [in, out] like ours."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ from slmjax.models.ffn.mlp import Activation, MlpConfig
 from slmjax.models.layers import NormKind
 from slmjax.models.mixers.attention import AttentionConfig, Biases
 
-# What the family's configuration means where it leaves a key out.
+# Defaults of keys that a config.json may leave out.
 DEFAULTS = {
     "vocab_size": 50_257,
     "n_positions": 1024,
@@ -84,7 +84,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     check_width(model, attention.num_heads)
     mlp = expect_kind(ffn, MlpConfig, "a feed-forward layer")
     if model.learned_positions != model.context_length:
-        raise Inexpressible("positions are learned, one row for each of the context")
+        raise Inexpressible("positions are learned, with a row for each position of the context")
     return {
         "model_type": "gpt2",
         "n_embd": model.embed_dim,
@@ -99,8 +99,8 @@ def write(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def side_by_side(ours: tuple[str, ...], theirs: str) -> Rule:
-    """Several tensors that are one, along their last dim."""
+def concatenated(ours: tuple[str, ...], theirs: str) -> Rule:
+    """Rule for several parameters concatenated along the last dim."""
 
     def read_parts(arrays: Arrays, shapes: Shapes) -> Arrays:
         return np.split(arrays[0], np.cumsum([shape[-1] for shape in shapes])[:-1], axis=-1)
@@ -110,8 +110,8 @@ def side_by_side(ours: tuple[str, ...], theirs: str) -> Rule:
     )
 
 
-def as_it_is(ours: str, theirs: str) -> tuple[Rule, Rule]:
-    """A linear layer whose matrix is [in, out] there too."""
+def untransposed_linear(ours: str, theirs: str) -> tuple[Rule, Rule]:
+    """Rules for a linear layer whose matrix is [in, out] in both."""
     return same(f"{ours}/weight", f"{theirs}.weight"), same(f"{ours}/bias", f"{theirs}.bias")
 
 
@@ -131,19 +131,19 @@ AROUND = (
 )
 LAYER = (
     *norm("mixer_norm", "ln_1"),
-    side_by_side(("mixer/query/weight", "mixer/key/weight", "mixer/value/weight"), "attn.c_attn.weight"),
-    side_by_side(("mixer/query/bias", "mixer/key/bias", "mixer/value/bias"), "attn.c_attn.bias"),
-    *as_it_is("mixer/output", "attn.c_proj"),
+    concatenated(("mixer/query/weight", "mixer/key/weight", "mixer/value/weight"), "attn.c_attn.weight"),
+    concatenated(("mixer/query/bias", "mixer/key/bias", "mixer/value/bias"), "attn.c_attn.bias"),
+    *untransposed_linear("mixer/output", "attn.c_proj"),
     *norm("ffn_norm", "ln_2"),
-    *as_it_is("ffn/up", "mlp.c_fc"),
-    *as_it_is("ffn/down", "mlp.c_proj"),
+    *untransposed_linear("ffn/up", "mlp.c_fc"),
+    *untransposed_linear("ffn/down", "mlp.c_proj"),
 )
 HF = Family(
     architecture="GPT2LMHeadModel",
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=TensorMap(
+    tensor_map=TensorMap(
         around=AROUND,
         layer=LAYER,
         prefix="transformer.h.{i}.",
@@ -193,5 +193,5 @@ GGUF = Family(
     architecture="gpt2",
     read=read_gguf,
     write=write_gguf,
-    table=gguf_tensors.table(*GGUF_LAYER, around=GGUF_AROUND),
+    tensor_map=gguf_tensors.tensor_map(*GGUF_LAYER, around=GGUF_AROUND),
 )

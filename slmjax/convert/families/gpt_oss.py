@@ -1,6 +1,4 @@
-"""GPT-OSS: attention sinks, biases everywhere, every other layer in a window, experts with a clamped
-activation of their own.
-"""
+"""GPT-OSS: attention sinks, biases everywhere, windows in every other layer, clamped experts."""
 
 from typing import Any
 
@@ -38,7 +36,7 @@ from slmjax.models.ffn.mlp import CLAMP, STEEPNESS, Activation
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.mixers.attention import Biases
 
-# What the family's configuration means where it leaves a key out.
+# Defaults of keys that a config.json may leave out.
 DEFAULTS = {
     "num_hidden_layers": 36,
     "num_local_experts": 128,
@@ -59,7 +57,7 @@ DEFAULTS = {
     "attention_bias": True,
     "rope_theta": 150_000.0,
 }
-# Rotary positions where nothing is said of them.
+# Rotary positions of a config.json without any.
 ANGLES = {
     "rope_type": "yarn",
     "factor": 32.0,
@@ -76,10 +74,10 @@ def read(settings: Settings) -> ModelConfig:
     settings.expect("attention_bias", True)
     settings.expect("swiglu_limit", CLAMP)
     settings.expect("swiglu_alpha", STEEPNESS)
-    settings.ignore("initial_context_length")  # repeats what the scaling of angles says
+    settings.ignore("initial_context_length")  # repeats a key of the scaling
     num_layers = settings.take("num_hidden_layers")
     selected = settings.take("num_experts_per_tok")
-    settings.expect("experts_per_token", selected)  # the release's own name, beside that of transformers
+    settings.expect("experts_per_token", selected)  # name in the release, in addition to that of transformers
     attention = read_attention(settings, biases=Biases.ALL, sinks=True, **read_rope(settings, default=ANGLES))
     ffn = MoeConfig(
         num_experts=settings.take("num_local_experts"),
@@ -103,7 +101,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     attention, ffn = first_block(model)
     moe = expect_kind(ffn, MoeConfig, "a feed-forward layer")
     if moe.activation is not Activation.CLAMPED_SILU:
-        raise Inexpressible(f"the activation is {moe.activation.value}, and has to be clamped_silu")
+        raise Inexpressible(f"the activation is {moe.activation.value}, but must be clamped_silu")
     sizes = {
         "num_local_experts": moe.num_experts,
         "num_experts_per_tok": moe.num_selected,
@@ -123,7 +121,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
 
 
 def interleaved(ours: tuple[str, str], theirs: str) -> Rule:
-    """Two tensors whose last dims take turns in one."""
+    """Rule for two parameters interleaved along the last dim."""
 
     def read_halves(arrays: Arrays, _: Shapes) -> Arrays:
         return [arrays[0][..., 0::2], arrays[0][..., 1::2]]
@@ -149,15 +147,14 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=TensorMap(around=EMBEDDING, layer=LAYER),
+    tensor_map=TensorMap(around=EMBEDDING, layer=LAYER),
 )
 
 
 # GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig: in llama.cpp's code, every other layer has a window, and experts their
-    activation.
-    """
+    """GGUF metadata -> ModelConfig."""
+    # The windows of every other layer and the activation are constants in llama.cpp's code.
     settings.expect("attention.sliding_window_pattern", 2)
     attention = gguf_settings.read_attention(settings, biases=Biases.ALL, sinks=True)
     windows = gguf_settings.pattern_windows(
@@ -191,4 +188,6 @@ GGUF_LAYER = (
     same("mixer/sinks", "attn_sinks.weight"),
     *gguf_tensors.MOE,
 )
-GGUF = Family(architecture="gpt-oss", read=read_gguf, write=write_gguf, table=gguf_tensors.table(*GGUF_LAYER))
+GGUF = Family(
+    architecture="gpt-oss", read=read_gguf, write=write_gguf, tensor_map=gguf_tensors.tensor_map(*GGUF_LAYER)
+)

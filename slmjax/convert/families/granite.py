@@ -1,5 +1,6 @@
-"""Granite 3: a Llama with multipliers on embeddings, scores, residual updates and logits. And Granite 4
-without its recurrent layers.
+"""Granite 3: a Llama with multipliers on embeddings, scores, residual updates and logits.
+
+Also the dense models of Granite 4, which have no recurrent layers.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from slmjax.models.architecture import BlockConfig, ModelConfig
 from slmjax.models.mixers.attention import AttentionConfig
 from slmjax.models.rope import RopeScaling
 
-# What the family's configuration means where it leaves a key out.
+# Defaults of keys that a config.json may leave out.
 DEFAULTS = {
     "vocab_size": 32_000,
     "hidden_size": 4096,
@@ -94,11 +95,10 @@ def _write_decoder(model: ModelConfig, attention: AttentionConfig) -> dict[str, 
 
 
 def divisor_of(model: ModelConfig) -> float:
-    """The number that logits are divided by, as short as it was written. Raises Inexpressible where no number
-    does that.
-    """
+    """Return the divisor of the logits. Raises Inexpressible if there is none."""
     if model.logit_multiplier == 0.0:
-        raise Inexpressible("logits are divided by a number, and logit_multiplier is 0")
+        raise Inexpressible("logits are divided by a number, but logit_multiplier is 0")
+    # 12 digits restore what was written in the file.
     return float(f"{1 / model.logit_multiplier:.12g}")
 
 
@@ -107,12 +107,12 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
+    tensor_map=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
 )
 
 
 # Granite 4 --------------------------------------------------------------------------------------------------
-# The same of Granite 4.
+# Defaults of keys that a config.json of Granite 4 may leave out.
 HYBRID_DEFAULTS = {
     "vocab_size": 32_000,
     "hidden_size": 4096,
@@ -134,7 +134,7 @@ HYBRID_DEFAULTS = {
 
 
 def read_hybrid(settings: Settings) -> ModelConfig:
-    """config.json of a Granite 4 that has attention alone, as the dense micro has -> ModelConfig."""
+    """config.json of a Granite 4 with attention layers only, such as the dense micro -> ModelConfig."""
     settings.expect("num_local_experts", 0)
     settings.ignore(
         *MAMBA_KEYS,
@@ -147,8 +147,8 @@ def read_hybrid(settings: Settings) -> ModelConfig:
     kinds = set(settings.take("layer_types", ["mamba"]))
     if not kinds <= {"attention", "full_attention"}:
         raise ConfigError(
-            f"config.json: layer_types has {sorted(kinds)[-1]!r}: of Granite 4, models of attention layers "
-            "alone are read"
+            f"config.json: layer_types has {sorted(kinds)[-1]!r}: only models of Granite 4 with "
+            "attention layers are supported"
         )
     has_rope = settings.take("position_embedding_type", "nope") == "rope"
     attention = _read_attention(settings, **({} if has_rope else {"rope_base": None}))
@@ -163,7 +163,7 @@ def write_hybrid(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json of a Granite 4 without recurrent layers."""
     attention, ffn = first_block(model)
     if 2 * model.embed_dim % 128:
-        raise Inexpressible(f"its width, {model.embed_dim}, has to be a multiple of 64")
+        raise Inexpressible(f"its width, {model.embed_dim}, must be a multiple of 64")
     kinds = {
         "num_local_experts": 0,
         "num_experts_per_tok": 0,
@@ -202,19 +202,18 @@ HF_HYBRID = Family(
     read=read_hybrid,
     write=write_hybrid,
     defaults=HYBRID_DEFAULTS,
-    table=TensorMap(around=EMBEDDING, layer=HYBRID_LAYER),
+    tensor_map=TensorMap(around=EMBEDDING, layer=HYBRID_LAYER),
 )
 
 
 # GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
     """GGUF metadata -> ModelConfig."""
-    # A multiplier of 0 is one that is not there.
+    # llama.cpp takes a multiplier of 0 as absent.
     scale = gguf_settings.shortest(settings.take("attention.scale", 0.0)) or None
     attention = gguf_settings.read_attention(settings, scale=scale)
-    if not settings.take(
-        "rope.scaling.finetuned", True
-    ):  # what says in this architecture that there are no positions
+    # In this architecture, this key means that there are no positions.
+    if not settings.take("rope.scaling.finetuned", True):
         attention = dataclasses.replace(attention, rope_base=None)
     block = BlockConfig(mixer=attention, ffn=gguf_settings.read_mlp(settings))
     return gguf_settings.read_decoder(
@@ -227,7 +226,7 @@ def read_gguf(settings: Settings) -> ModelConfig:
 
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> GGUF metadata, of Granite 4 without recurrent layers too: it computes the same."""
+    """ModelConfig -> GGUF metadata, also of a dense Granite 4, which computes the same."""
     attention, ffn = first_block(model)
     multipliers = {
         "attention.scale": attention.scale,
@@ -237,9 +236,7 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     }
     for name, multiplier in multipliers.items():
         if np.float32(multiplier) == 0.0:
-            raise Inexpressible(
-                f"llama.cpp takes a multiplier of 0 for one that is not there, and {name} is {multiplier}"
-            )
+            raise Inexpressible(f"llama.cpp takes a multiplier of 0 as absent, but {name} is {multiplier}")
     if attention.rope_base is None:
         multipliers["rope.scaling.finetuned"] = False
     heads = gguf_settings.write_attention(attention, scalings=(RopeScaling,))
@@ -251,11 +248,11 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def gguf_table(model: ModelConfig) -> TensorMap:
-    """The tensors of a model with this many heads."""
-    return gguf_tensors.paired_table(
+def gguf_tensor_map(model: ModelConfig) -> TensorMap:
+    """Return the tensor map of a model, which depends on its number of heads."""
+    return gguf_tensors.paired_tensor_map(
         model, *gguf_tensors.PRE_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP
     )
 
 
-GGUF = Family(architecture="granite", read=read_gguf, write=write_gguf, table=gguf_table)
+GGUF = Family(architecture="granite", read=read_gguf, write=write_gguf, tensor_map=gguf_tensor_map)

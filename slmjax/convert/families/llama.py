@@ -1,4 +1,4 @@
-"""Llama 2 and 3, and what has their shape: SmolLM2, TinyLlama, MobileLLM."""
+"""Llama 2 and 3, and models with the same architecture: SmolLM2, TinyLlama, MobileLLM."""
 
 import dataclasses
 from typing import Any
@@ -23,7 +23,7 @@ from slmjax.models.architecture import BlockConfig, HeadKind, ModelConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.rope import RopeScaling
 
-# What the family's configuration means where it leaves a key out.
+# Defaults of keys that a config.json may leave out.
 DEFAULTS = {
     "vocab_size": 32_000,
     "hidden_size": 4096,
@@ -68,13 +68,13 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
+    tensor_map=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
 )
 
 
 # MobileLLM --------------------------------------------------------------------------------------------------
 def read_mobile(settings: Settings) -> ModelConfig:
-    """config.json of a MobileLLM, which its own code calls by another name -> ModelConfig."""
+    """config.json of a MobileLLM, which has its own architecture name -> ModelConfig."""
     settings.expect("layer_sharing", False)
     settings.expect("use_flash_attn", True, False)
     is_tied = settings.take("share_embedding", True)
@@ -82,7 +82,7 @@ def read_mobile(settings: Settings) -> ModelConfig:
 
 
 def refuse_mobile(model: ModelConfig) -> dict[str, Any]:
-    """It is written as a Llama, which it is, and which other engines know."""
+    """Refuse to write a MobileLLM: it is a Llama, which more engines support."""
     raise Inexpressible("it is written as LlamaForCausalLM")
 
 
@@ -91,15 +91,15 @@ HF_MOBILE = Family(
     read=read_mobile,
     write=refuse_mobile,
     defaults=DEFAULTS,
-    table=HF.table,
+    tensor_map=HF.tensor_map,
 )
 
 
 # GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig; of Mistral and Mixtral too, which go by the same name there."""
+    """GGUF metadata -> ModelConfig; also of Mistral and Mixtral, which have the same architecture name."""
     has_experts = settings.take("expert_count", 0) > 0
-    settings.ignore("expert_used_count")  # 0 in files of models without
+    settings.ignore("expert_used_count")  # 0 in files without experts
     ffn = (
         gguf_settings.read_moe(settings, width="feed_forward_length")
         if has_experts
@@ -132,10 +132,10 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def gguf_table(model: ModelConfig) -> TensorMap:
-    """The tensors of a model with this many heads."""
+def gguf_tensor_map(model: ModelConfig) -> TensorMap:
+    """Return the tensor map of a model, which depends on its number of heads."""
     rules = (*gguf_tensors.PRE_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP, *gguf_tensors.MOE)
-    return gguf_tensors.paired_table(model, *rules)
+    return gguf_tensors.paired_tensor_map(model, *rules)
 
 
-GGUF = Family(architecture="llama", read=read_gguf, write=write_gguf, table=gguf_table)
+GGUF = Family(architecture="llama", read=read_gguf, write=write_gguf, tensor_map=gguf_tensor_map)

@@ -1,6 +1,4 @@
-"""MiniCPM3: latent attention; embeddings, residual updates and logits multiplied by numbers that depend on
-depth and width.
-"""
+"""MiniCPM3: latent attention; multipliers of embeddings, residual updates and logits from depth and width."""
 
 import math
 from typing import Any
@@ -13,7 +11,7 @@ from slmjax.convert.settings import Settings
 from slmjax.models.architecture import BlockConfig, ModelConfig
 from slmjax.models.mixers.latent import LatentAttentionConfig
 
-# What the family's configuration means where it leaves a key out.
+# Defaults of keys that a config.json may leave out.
 DEFAULTS = {
     "vocab_size": 73_448,
     "hidden_size": 2560,
@@ -80,5 +78,5 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *TENSORS, *GATED_MLP)),
+    tensor_map=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *TENSORS, *GATED_MLP)),
 )

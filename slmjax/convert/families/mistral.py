@@ -1,4 +1,4 @@
-"""Mistral: a Llama in which all layers may have a window."""
+"""Mistral: a Llama whose layers may all have a window."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from slmjax.convert.hf.tensors import ATTENTION, EMBEDDING, GATED_MLP, PRE_NORMS
 from slmjax.convert.settings import Settings
 from slmjax.models.architecture import BlockConfig, ModelConfig
 
-# What the family's configuration means where it leaves a key out.
+# Defaults of keys that a config.json may leave out.
 DEFAULTS = {
     "vocab_size": 32_000,
     "hidden_size": 4096,
@@ -52,5 +52,5 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
+    tensor_map=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
 )

@@ -1,4 +1,4 @@
-"""Mixtral: a Mistral whose feed-forward layers are experts, of which a token takes the best two."""
+"""Mixtral: a Mistral with a mixture of experts, of which each token uses two."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from slmjax.convert.settings import Settings
 from slmjax.models.architecture import BlockConfig, ModelConfig
 from slmjax.models.ffn.moe import MoeConfig
 
-# What the family's configuration means where it leaves a key out.
+# Defaults of keys that a config.json may leave out.
 DEFAULTS = {
     "vocab_size": 32_000,
     "hidden_size": 4096,
@@ -72,5 +72,5 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *EXPERTS)),
+    tensor_map=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *EXPERTS)),
 )

@@ -1,4 +1,4 @@
-"""OLMo 2: norms after each sublayer alone, queries and keys normed over all heads together."""
+"""OLMo 2: norms only after each sublayer; queries and keys normalized over all heads together."""
 
 import dataclasses
 from typing import Any
@@ -21,7 +21,7 @@ from slmjax.convert.settings import Settings
 from slmjax.models.architecture import BlockConfig, HeadKind, ModelConfig, NormPlacement
 from slmjax.models.mixers.attention import Biases, QkNorm
 
-# What the family's configuration means where it leaves a key out.
+# Defaults of keys that a config.json may leave out.
 DEFAULTS = {
     "vocab_size": 50_304,
     "hidden_size": 4096,
@@ -58,15 +58,14 @@ def write(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-TABLE = TensorMap(around=EMBEDDING, layer=(*POST_NORMS, *ATTENTION, *GATED_MLP))
-HF = Family(architecture="Olmo2ForCausalLM", read=read, write=write, defaults=DEFAULTS, table=TABLE)
+TENSOR_MAP = TensorMap(around=EMBEDDING, layer=(*POST_NORMS, *ATTENTION, *GATED_MLP))
+HF = Family(architecture="Olmo2ForCausalLM", read=read, write=write, defaults=DEFAULTS, tensor_map=TENSOR_MAP)
 
 
 # GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig, of OLMo 3 too: with a window, every fourth layer is full, and angles in a
-    window are plain.
-    """
+    """GGUF metadata -> ModelConfig, also of OLMo 3."""
+    # In llama.cpp's code, with a window every fourth layer is full, and only full layers have scaled angles.
     settings.expect("attention.sliding_window_pattern", 4)
     attention = gguf_settings.read_attention(settings, qk_norm=QkNorm.ALL_HEADS)
     windows = gguf_settings.pattern_windows(
@@ -104,5 +103,5 @@ GGUF = Family(
     architecture="olmo2",
     read=read_gguf,
     write=write_gguf,
-    table=gguf_tensors.table(*gguf_tensors.POST_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP),
+    tensor_map=gguf_tensors.tensor_map(*gguf_tensors.POST_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP),
 )

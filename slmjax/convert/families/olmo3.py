@@ -1,6 +1,4 @@
-"""OLMo 3: OLMo 2 with three layers in a window to each full one; only the full ones have their angles
-scaled.
-"""
+"""OLMo 3: OLMo 2 with three windowed layers to each full one; only full layers have scaled angles."""
 
 import dataclasses
 from typing import Any
@@ -25,7 +23,7 @@ from slmjax.convert.settings import Settings
 from slmjax.models.architecture import BlockConfig, ModelConfig, NormPlacement
 from slmjax.models.mixers.attention import QkNorm
 
-# What the family's configuration means where it leaves a key out.
+# Defaults of keys that a config.json may leave out.
 DEFAULTS = {
     "vocab_size": 50_304,
     "hidden_size": 4096,
@@ -83,4 +81,6 @@ def write(model: ModelConfig) -> dict[str, Any]:
     return {"model_type": "olmo3", **keys, **biases, "rope_parameters": ropes}
 
 
-HF = Family(architecture="Olmo3ForCausalLM", read=read, write=write, defaults=DEFAULTS, table=olmo2.TABLE)
+HF = Family(
+    architecture="Olmo3ForCausalLM", read=read, write=write, defaults=DEFAULTS, tensor_map=olmo2.TENSOR_MAP
+)

@@ -1,6 +1,4 @@
-"""OLMoE: experts in all layers, whose weights need not sum to one; queries and keys normed over all heads
-together.
-"""
+"""OLMoE: experts whose weights need not sum to one; queries and keys normalized over all heads."""
 
 from typing import Any
 
@@ -21,7 +19,7 @@ from slmjax.models.architecture import BlockConfig, ModelConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.mixers.attention import QkNorm
 
-# What the family's configuration means where it leaves a key out.
+# Defaults of keys that a config.json may leave out.
 DEFAULTS = {
     "vocab_size": 50_304,
     "hidden_size": 2048,
@@ -42,7 +40,7 @@ DEFAULTS = {
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
-    settings.expect("clip_qkv")  # null alone: no layer here clips queries, keys and values
+    settings.expect("clip_qkv")  # must be null: our layers do not clip queries, keys and values
     biases = read_biases(settings)
     attention = read_attention(settings, qk_norm=QkNorm.ALL_HEADS, biases=biases)
     moe = MoeConfig(
@@ -61,9 +59,10 @@ def write(model: ModelConfig) -> dict[str, Any]:
     attention, ffn = first_block(model)
     heads = attention.num_heads
     head_dim = attention.head_dim or 0
-    if heads * head_dim != model.embed_dim:  # its norm of queries is as long as the model is wide
+    # The library's norm of queries has the model's width.
+    if heads * head_dim != model.embed_dim:
         raise Inexpressible(
-            f"its width, {model.embed_dim}, has to be that of its {heads} heads together, {heads * head_dim}"
+            f"its width, {model.embed_dim}, must equal that of its {heads} heads together, {heads * head_dim}"
         )
     moe = expect_kind(ffn, MoeConfig, "a feed-forward layer")
     experts = {
@@ -82,5 +81,5 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *MOE)),
+    tensor_map=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *MOE)),
 )

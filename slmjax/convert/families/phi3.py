@@ -21,7 +21,7 @@ from slmjax.models.architecture import BlockConfig, ModelConfig
 from slmjax.models.mixers.attention import Biases
 from slmjax.models.rope import LongScaling
 
-# What the family's configuration means where it leaves a key out.
+# Defaults of keys that a config.json may leave out.
 DEFAULTS = {
     "vocab_size": 32_064,
     "hidden_size": 3072,
@@ -48,7 +48,7 @@ def read(settings: Settings) -> ModelConfig:
     }
     for key, value in neutral.items():
         settings.expect(key, value)
-    # Its first releases said "yarn" for what is LongRoPE.
+    # The first releases called LongRoPE "yarn".
     rope = read_rope(settings, is_partial=True, long_types=(*LONG_TYPES, "yarn"))
     attention = read_attention(settings, window=settings.optional("sliding_window"), **rope)
     block = BlockConfig(mixer=attention, ffn=read_mlp(settings))
@@ -61,11 +61,11 @@ def write(model: ModelConfig) -> dict[str, Any]:
     scaling = attention.rope_scaling
     original = model.context_length
     if scaling is not None and not isinstance(scaling, LongScaling):
-        raise Inexpressible(f"its angles are plain or scaled by LongRoPE, not by {type(scaling).__name__}")
+        raise Inexpressible(f"its angles are unscaled or scaled by LongRoPE, not by {type(scaling).__name__}")
     if scaling is not None:
         original = scaling.original_context
         if attention.num_heads * (attention.head_dim or 0) != model.embed_dim:
-            raise Inexpressible("with LongRoPE, the dims of a head have to be its width over its heads")
+            raise Inexpressible("with LongRoPE, the dims of a head must be width / heads")
     more = {"sliding_window": attention.window, "original_max_position_embeddings": original}
     return {
         "model_type": "phi3",
@@ -88,16 +88,16 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=TensorMap(around=EMBEDDING, layer=LAYER),
+    tensor_map=TensorMap(around=EMBEDDING, layer=LAYER),
 )
 
 
 # GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig, with the window that is told, which llama.cpp itself leaves out.
+    """GGUF metadata -> ModelConfig.
 
-    It takes the long factors wherever its context is longer than the original one; here a document's length
-    decides.
+    Unlike llama.cpp, we use the window of the file. llama.cpp uses the long factors whenever its context is
+    longer than the original one; here the length of a document decides.
     """
     attention = gguf_settings.read_attention(
         settings, window=settings.take("attention.sliding_window", 0) or None
@@ -126,4 +126,6 @@ GGUF_LAYER = (
     joined(("ffn/gate/weight", "ffn/up/weight"), "ffn_up.weight"),
     *linear("ffn/down", "ffn_down"),
 )
-GGUF = Family(architecture="phi3", read=read_gguf, write=write_gguf, table=gguf_tensors.table(*GGUF_LAYER))
+GGUF = Family(
+    architecture="phi3", read=read_gguf, write=write_gguf, tensor_map=gguf_tensors.tensor_map(*GGUF_LAYER)
+)

@@ -1,6 +1,4 @@
-"""Qwen2 and Qwen2.5: biases of query, key and value; some layers in windows where the configuration says
-so.
-"""
+"""Qwen2 and Qwen2.5: biases of query, key and value; optional windows in some layers."""
 
 from typing import Any
 
@@ -21,7 +19,7 @@ from slmjax.convert.settings import Settings
 from slmjax.models.architecture import BlockConfig, ModelConfig
 from slmjax.models.mixers.attention import Biases
 
-# What the family's configuration means where it leaves a key out.
+# Defaults of keys that a config.json may leave out.
 DEFAULTS = {
     "vocab_size": 151_936,
     "hidden_size": 4096,
@@ -65,7 +63,7 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
+    tensor_map=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
 )
 
 
@@ -95,5 +93,5 @@ GGUF = Family(
     architecture="qwen2",
     read=read_gguf,
     write=write_gguf,
-    table=gguf_tensors.table(*gguf_tensors.PRE_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP),
+    tensor_map=gguf_tensors.tensor_map(*gguf_tensors.PRE_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP),
 )

@@ -1,4 +1,4 @@
-"""Qwen3: query and key norms per head, no biases; some layers in windows where the configuration says so."""
+"""Qwen3: query and key norms per head, no biases; optional windows in some layers."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ from slmjax.convert.settings import Settings
 from slmjax.models.architecture import BlockConfig, ModelConfig
 from slmjax.models.mixers.attention import Biases, QkNorm
 
-# What the family's configuration means where it leaves a key out.
+# Defaults of keys that a config.json may leave out.
 DEFAULTS = {
     "vocab_size": 151_936,
     "hidden_size": 4096,
@@ -52,7 +52,7 @@ def read(settings: Settings) -> ModelConfig:
 
 
 def qwen_windows(settings: Settings) -> list[int | None]:
-    """The window of each layer: those from `max_window_layers` on, where windows are in use at all."""
+    """Read the window of each layer: if windows are used, those from `max_window_layers` on have one."""
     num_layers = settings.take("num_hidden_layers")
     window = settings.optional("sliding_window")
     in_use = settings.take("use_sliding_window")
@@ -67,7 +67,7 @@ def qwen_windows(settings: Settings) -> list[int | None]:
 
 
 def write_qwen_windows(model: ModelConfig) -> dict[str, Any]:
-    """The keys that `qwen_windows` takes."""
+    """Write the keys of `qwen_windows`."""
     windows = write_windows(model)
     first = next(
         (layer for layer, kind in enumerate(windows["layer_types"]) if kind == "sliding_attention"),
@@ -96,7 +96,7 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
+    tensor_map=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
 )
 
 
@@ -124,5 +124,5 @@ GGUF = Family(
     architecture="qwen3",
     read=read_gguf,
     write=write_gguf,
-    table=gguf_tensors.table(*gguf_tensors.PRE_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP),
+    tensor_map=gguf_tensors.tensor_map(*gguf_tensors.PRE_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP),
 )

@@ -1,6 +1,4 @@
-"""Qwen3-MoE: Qwen3 with experts in all layers, or in those that `decoder_sparse_step` and `mlp_only_layers`
-leave.
-"""
+"""Qwen3-MoE: Qwen3 with experts, except in layers chosen by `decoder_sparse_step` and `mlp_only_layers`."""
 
 from typing import Any
 
@@ -25,7 +23,7 @@ from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.mixers.attention import Biases, QkNorm
 
-# What the family's configuration means where it leaves a key out.
+# Defaults of keys that a config.json may leave out.
 DEFAULTS = {
     "vocab_size": 151_936,
     "hidden_size": 2048,
@@ -56,9 +54,8 @@ def read(settings: Settings) -> ModelConfig:
     settings.ignore("sliding_window", "max_window_layers")
     attention = read_attention(settings, qk_norm=QkNorm.PER_HEAD, biases=biases, window=window)
     num_experts = settings.take("num_experts")
-    if settings.has("num_local_experts") and not settings.has(
-        "num_experts"
-    ):  # what transformers calls them since its release 5
+    # transformers 5 renamed the key.
+    if settings.has("num_local_experts") and not settings.has("num_experts"):
         num_experts = settings.take("num_local_experts")
     settings.expect("num_local_experts", num_experts)
     dense = read_mlp(settings)
@@ -115,15 +112,14 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *MOE, *GATED_MLP)),
+    tensor_map=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *MOE, *GATED_MLP)),
 )
 
 
 # GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig: all layers have experts, whose weights sum to one whatever the file
-    says.
-    """
+    """GGUF metadata -> ModelConfig."""
+    # In llama.cpp's code, all layers have experts, and their weights sum to one.
     settings.ignore("expert_weights_norm")
     attention = gguf_settings.read_attention(settings, qk_norm=QkNorm.PER_HEAD)
     block = BlockConfig(mixer=attention, ffn=gguf_settings.read_moe(settings))
@@ -146,5 +142,5 @@ GGUF = Family(
     architecture="qwen3moe",
     read=read_gguf,
     write=write_gguf,
-    table=gguf_tensors.table(*gguf_tensors.PRE_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MOE),
+    tensor_map=gguf_tensors.tensor_map(*gguf_tensors.PRE_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MOE),
 )

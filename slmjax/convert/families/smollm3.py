@@ -24,7 +24,7 @@ from slmjax.convert.settings import Settings
 from slmjax.models.architecture import BlockConfig, ModelConfig
 from slmjax.models.mixers.attention import Biases
 
-# What the family's configuration means where it leaves a key out.
+# Defaults of keys that a config.json may leave out.
 DEFAULTS = {
     "vocab_size": 128_256,
     "hidden_size": 2048,
@@ -48,7 +48,7 @@ def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
     num_layers = settings.take("num_hidden_layers")
     every = settings.positive("no_rope_layer_interval")
-    # 1 where there is a rotation
+    # 1 for layers with rotary positions, in spite of the name
     rotated = settings.take("no_rope_layers", [int((layer + 1) % every != 0) for layer in range(num_layers)])
     window = settings.optional("sliding_window") if settings.take("use_sliding_window") else None
     settings.ignore("sliding_window", "max_window_layers")
@@ -60,10 +60,10 @@ def read(settings: Settings) -> ModelConfig:
     )
     biases = read_biases(settings)
     plain = read_attention(settings, rope_base=None, biases=biases)
-    turned = dataclasses.replace(plain, **read_rope(settings))
+    rotary = dataclasses.replace(plain, **read_rope(settings))
     ffn = read_mlp(settings, bias=settings.take("mlp_bias"))
     mixers = [
-        dataclasses.replace(turned if has_rope else plain, window=size)
+        dataclasses.replace(rotary if has_rope else plain, window=size)
         for has_rope, size in zip(rotated, windows, strict=True)
     ]
     return read_decoder(settings, [BlockConfig(mixer=mixer, ffn=ffn) for mixer in mixers])
@@ -73,7 +73,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     attention, ffn = first_block(model)
     mixers = attentions(model)
-    turned = next((mixer for mixer in mixers if mixer.rope_base is not None), attention)
+    rotary = next((mixer for mixer in mixers if mixer.rope_base is not None), attention)
     windows = write_windows(model)
     extra = {
         "no_rope_layers": [int(mixer.rope_base is not None) for mixer in mixers],
@@ -81,7 +81,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
         **write_biases(attention),
         "mlp_bias": getattr(ffn, "bias", False),
     }
-    keys = {**write_decoder(model), **write_attention(turned), **write_mlp(ffn)}
+    keys = {**write_decoder(model), **write_attention(rotary), **write_mlp(ffn)}
     return {"model_type": "smollm3", **keys, **windows, **extra}
 
 
@@ -90,17 +90,18 @@ HF = Family(
     read=read,
     write=write,
     defaults=DEFAULTS,
-    table=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
+    tensor_map=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
 )
 
 
 # GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig: in llama.cpp's code, every fourth layer has no positions."""
-    turned = gguf_settings.read_attention(settings)
-    plain = dataclasses.replace(turned, rope_base=None)
+    """GGUF metadata -> ModelConfig."""
+    # In llama.cpp's code, every fourth layer has no positions.
+    rotary = gguf_settings.read_attention(settings)
+    plain = dataclasses.replace(rotary, rope_base=None)
     ffn = gguf_settings.read_mlp(settings)
-    mixers = [plain if layer % 4 == 3 else turned for layer in range(settings.take("block_count"))]
+    mixers = [plain if layer % 4 == 3 else rotary for layer in range(settings.take("block_count"))]
     return gguf_settings.read_decoder(settings, [BlockConfig(mixer=mixer, ffn=ffn) for mixer in mixers])
 
 
@@ -116,11 +117,11 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def gguf_table(model: ModelConfig) -> TensorMap:
-    """The tensors of a model with this many heads."""
-    return gguf_tensors.paired_table(
+def gguf_tensor_map(model: ModelConfig) -> TensorMap:
+    """Return the tensor map of a model, which depends on its number of heads."""
+    return gguf_tensors.paired_tensor_map(
         model, *gguf_tensors.PRE_NORMS, *gguf_tensors.ATTENTION, *gguf_tensors.MLP
     )
 
 
-GGUF = Family(architecture="smollm3", read=read_gguf, write=write_gguf, table=gguf_table)
+GGUF = Family(architecture="smollm3", read=read_gguf, write=write_gguf, tensor_map=gguf_tensor_map)

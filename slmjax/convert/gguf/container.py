@@ -1,12 +1,13 @@
-"""GGUF files: named metadata and named tensors, as llama.cpp keeps a model in one file.
+"""GGUF files: the metadata and the tensors of a model in one file, for llama.cpp.
 
-    file = read_gguf(Path("model.gguf"));  file.metadata["general.architecture"];
-    file.tensors["token_embd.weight"].read() write_gguf(path, architecture="qwen3", metadata={...},
-    tensors=[PendingTensor(name=..., shape=..., dtype=..., read=...), ...])
+    file = read_gguf(Path("model.gguf"))
+    file.metadata["general.architecture"]
+    file.tensors["token_embd.weight"].read()
+    write_gguf(path, architecture="qwen3", metadata={...}, tensors=[PendingTensor(...), ...])
 
-A file is memory-mapped, and written a tensor at a time, so that neither needs more memory than its largest
-tensor. Shapes are NumPy's, rows first. The layout of the file is that of the GGUF specification, versions 2
-and 3, little-endian; block formats, and the writing, are the gguf package's (the extra `gguf`).
+Files are memory-mapped for reading and written one tensor at a time: neither needs more memory than the
+largest tensor. Shapes are NumPy's, rows first. The layout follows the GGUF specification, versions 2 and 3,
+little-endian; block formats and writing use the gguf package (the extra `gguf`).
 """
 
 import contextlib
@@ -24,11 +25,11 @@ from slmjax.atomic_files import atomic_file
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_ALIGNMENT = 32  # of tensors, where general.alignment says no other
+_ALIGNMENT = 32  # of tensors, unless general.alignment is given
 _MAX_DIMS = 4
 _STRING = 8
 _ARRAY = 9
-# The types of metadata by their number in the file; NumPy's name of each scalar.
+# Scalar types of metadata: the number in the file, and NumPy's name.
 _SCALARS = {
     0: "<u1",
     1: "<i1",
@@ -48,100 +49,93 @@ _BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GgufTensor:
-    """One tensor of a file, still on disk."""
+    """A tensor of a file, not yet read."""
 
     name: str  # as in the file
     shape: tuple[int, ...]  # rows first
     type: str  # GGUF's name of the number format: "F32", "Q4_1", ...
-    raw: np.ndarray  # uint8 [bytes], mapped from the file
+    raw: np.ndarray  # uint8 [bytes], memory-mapped
 
     def read(self) -> np.ndarray:
-        """F32, F16 and BF16 in their own dtype (a read-only view of the file), block formats decoded to
-        float32.
-        """
+        """Return F32, F16 and BF16 as they are (a read-only view of the file), block formats dequantized."""
         if self.type in _PLAIN:
             return self.raw.view(_PLAIN[self.type]).reshape(self.shape)
         if self.type not in _BLOCKS:
             known = ", ".join([*_PLAIN, *_BLOCKS])
             raise ValueError(
-                f"tensor {self.name!r} is in {self.type}, which cannot be decoded here, only {known}: take a "
-                "file in one of these,"
-                " or requantize this one with llama-quantize"
+                f"tensor {self.name!r} is in {self.type}, which is not supported; supported are {known}: use "
+                "a file in one of these, or requantize this one with llama-quantize"
             )
-        return decoded_blocks(self.raw.reshape(*self.shape[:-1], -1), self.type, self.shape)
+        return dequantize_blocks(self.raw.reshape(*self.shape[:-1], -1), self.type, self.shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GgufFile:
-    """What a file holds."""
+    """Content of a file."""
 
     metadata: dict[str, Any]  # str, int, float, bool and lists of these
-    tensors: dict[str, GgufTensor]  # by name, in the order of the file
+    tensors: dict[str, GgufTensor]  # by name, in the file's order
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GgufValue:
-    """Metadata of a type that its Python value does not tell: `GgufValue(value=7, type="UINT64")`, for a list
-    that of its items.
-    """
+    """Metadata with an explicit type, for a list of its items: `GgufValue(value=7, type="UINT64")`."""
 
-    value: Any  # what Python has
-    type: str  # a name of gguf.GGUFValueType
+    value: Any
+    type: str  # a name in gguf.GGUFValueType
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PendingTensor:
-    """A tensor to be written: what must be known beforehand, and how to get the numbers when their turn
-    comes.
-    """
+    """A tensor to write; its values are only read when they are written."""
 
-    name: str  # as in the file
-    shape: tuple[int, ...]  # rows first, in numbers, not bytes
-    # float32, float16 or bfloat16; or GGUF's name of a format, whose bytes `read` gives as uint8 [...,
-    # bytes of a row]
+    name: str  # in the file
+    shape: tuple[int, ...]  # rows first, in values, not bytes
+    # float32, float16 or bfloat16; or GGUF's name of a block format, for which `read` returns uint8 [...,
+    # bytes per row]
     dtype: Any
     read: Callable[[], np.ndarray]  # called once, in the order of the tensors
 
 
-def decoded_blocks(blocks: np.ndarray, type: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The float32 numbers [*shape] that blocks, uint8 [..., bytes of a row], stand for, by the gguf
-    package.
-    """
+def dequantize_blocks(blocks: np.ndarray, type: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Dequantize blocks, uint8 [..., bytes per row], to float32 [*shape] with the gguf package."""
     gguf = _import_gguf()
     return gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[type]).reshape(shape)
 
 
 def block_size(type: str) -> int:
-    """How many numbers of a row are one block of the type."""
+    """Return the number of values in a block of the type."""
     gguf = _import_gguf()
     return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type]][0]
 
 
 def num_bytes(shape: tuple[int, ...], type: str) -> int:
-    """Bytes of a tensor in the type. Raises ValueError for rows that are no whole number of blocks."""
+    """Return the bytes of a tensor in the type. Raises ValueError if a row is not a multiple of the block."""
     gguf = _import_gguf()
     return _num_bytes(gguf, shape, gguf.GGMLQuantizationType[type])
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """The metadata, and where each tensor lies. Raises ValueError for a file that is no GGUF, is cut short,
-    or is damaged.
+    """Read the metadata, and locate each tensor.
+
+    Raises:
+      ValueError: the file is not GGUF, is truncated or damaged, or is part of a split model.
     """
     gguf = _import_gguf()
     if not path.is_file():
-        raise ValueError(f"there is no {path}: name a GGUF file")
+        raise ValueError(f"there is no {path}: give a GGUF file")
     with path.open("rb") as opened:
         magic = opened.read(len(_MAGIC))
     if magic != _MAGIC:
-        raise ValueError(f"{path} is no GGUF file: it does not begin with {_MAGIC.decode()!r}")
+        raise ValueError(f"{path} is not a GGUF file: it does not start with {_MAGIC.decode()!r}")
     content = np.memmap(path, mode="r")
     cursor = _Cursor(content, len(_MAGIC))
     try:
         version = cursor.number("<u4")
         if version not in _VERSIONS:
             raise ValueError(
-                f"its version is {version}, must be 2 or 3 (little-endian): convert the model again with a "
-                "current llama.cpp"
+                f"its version is {version}, but must be 2 or 3 (little-endian): convert the model again with "
+                "a current llama.cpp"
             )
         num_tensors = cursor.number("<u8")
         num_values = cursor.number("<u8")
@@ -149,14 +143,14 @@ def read_gguf(path: Path) -> GgufFile:
         entries = [_tensor_entry(cursor) for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", _ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise ValueError(f"general.alignment is {alignment!r}, must be a power of two")
+            raise ValueError(f"general.alignment is {alignment!r}, but must be a power of two")
         start = -(-cursor.offset // alignment) * alignment
         tensors = _unique((entry[0], _locate(gguf, content, start, *entry)) for entry in entries)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged, or was not fetched whole: {error}") from error
+        raise ValueError(f"{path} is damaged, or its download is incomplete: {error}") from error
     if metadata.get("split.count", 1) > 1:
         raise ValueError(
-            f"{path} is one of {metadata['split.count']} parts of a model: join them with llama-gguf-split "
+            f"{path} is one of {metadata['split.count']} parts of a model: merge them with llama-gguf-split "
             "--merge"
         )
     return GgufFile(metadata=metadata, tensors=tensors)
@@ -167,8 +161,8 @@ def write_gguf(
 ) -> None:
     """Write a file atomically.
 
-    A Python int becomes an unsigned 32-bit number, a float one of 32 bits, a list of ints one of signed
-    32-bit numbers; `GgufValue` asks for something else. Raises ValueError for metadata that GGUF cannot hold.
+    A Python int is written as uint32, a float as float32, a list of ints as int32; `GgufValue` selects
+    another type. Raises ValueError for metadata that GGUF cannot store.
     """
     gguf = _import_gguf()
     values = {key: _typed(gguf, key, value) for key, value in metadata.items()}
@@ -181,8 +175,7 @@ def write_gguf(
             writer.add_key_value(key, value, value_type, item_type)
         for tensor in pending:
             format = _format_of(gguf, tensor)
-            # The writer takes uint8 for bytes of blocks, and for any other dtype believes the shape that it
-            # is told.
+            # The writer would take uint8 for bytes of blocks; for any other dtype it trusts the shape.
             writer.add_tensor_info(
                 tensor.name,
                 tensor.shape,
@@ -194,13 +187,11 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in pending:
-            writer.write_tensor_data(_checked_numbers(gguf, tensor))
+            writer.write_tensor_data(_checked_values(gguf, tensor))
 
 
 class _Cursor:
-    """Reads one item after another, and never past the end: counts and lengths of a damaged file may be
-    anything.
-    """
+    """Reads one item after another, never past the end: a damaged file may have any counts and lengths."""
 
     def __init__(self, content: np.ndarray, offset: int) -> None:
         self._content = content.data
@@ -209,7 +200,7 @@ class _Cursor:
     def take(self, num_bytes: int) -> memoryview:
         if num_bytes > len(self._content) - self.offset:
             raise ValueError(
-                f"at byte {self.offset} it should go on for {num_bytes} bytes, and has "
+                f"at byte {self.offset} it needs {num_bytes} more bytes, but has "
                 f"{len(self._content) - self.offset}"
             )
         self.offset += num_bytes
@@ -227,9 +218,7 @@ class _Cursor:
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
-            raise ValueError(
-                f"before byte {self.offset} it names a type of metadata that does not exist: {kind}"
-            )
+            raise ValueError(f"before byte {self.offset} it has an unknown type of metadata: {kind}")
         item_kind = self.number("<u4")
         length = self.number("<u8")
         if item_kind in _SCALARS:
@@ -240,11 +229,11 @@ class _Cursor:
 
 
 def _tensor_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    """Name, shape, number of the type, and offset from where the tensors start."""
+    """Read a tensor's name, shape, type number, and offset from the start of the tensors."""
     name = cursor.string()
     num_dims = cursor.number("<u4")
     if num_dims > _MAX_DIMS:
-        raise ValueError(f"tensor {name!r} has {num_dims} dims, must be at most {_MAX_DIMS}")
+        raise ValueError(f"tensor {name!r} has {num_dims} dims, but at most {_MAX_DIMS} are supported")
     columns_first = [cursor.number("<u8") for _ in range(num_dims)]
     return name, tuple(reversed(columns_first)), cursor.number("<u4"), cursor.number("<u8")
 
@@ -258,12 +247,12 @@ def _locate(
     type_number: int,
     offset: int,
 ) -> GgufTensor:
-    """The tensor and its bytes. Raises ValueError if they are not all in the file."""
-    format = gguf.GGMLQuantizationType(type_number)  # a ValueError of its own for an unknown number
+    """Return the tensor with its bytes. Raises ValueError if the file ends before them."""
+    format = gguf.GGMLQuantizationType(type_number)  # ValueError for an unknown number
     begin = start + offset
     end = begin + _num_bytes(gguf, shape, format)
     if end > content.size:
-        raise ValueError(f"tensor {name!r} should end at byte {end}, and the file has {content.size}")
+        raise ValueError(f"tensor {name!r} ends at byte {end}, but the file has {content.size}")
     return GgufTensor(name=name, shape=shape, type=format.name, raw=content[begin:end])
 
 
@@ -271,32 +260,32 @@ def _num_bytes(gguf: Any, shape: tuple[int, ...], format: Any) -> int:
     block, block_bytes = gguf.GGML_QUANT_SIZES[format]
     if shape and shape[-1] % block:
         raise ValueError(
-            f"a row of {shape[-1]} numbers is no multiple of {block}, the block of {format.name}"
+            f"a row of {shape[-1]} values is not a multiple of {block}, the block size of {format.name}"
         )
     return math.prod(shape) // block * block_bytes
 
 
 def _unique(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    unique: dict[str, Any] = {}
     for name, value in items:
-        if name in found:
-            raise ValueError(f"it holds {name!r} twice")
-        found[name] = value
-    return found
+        if name in unique:
+            raise ValueError(f"it has {name!r} twice")
+        unique[name] = value
+    return unique
 
 
 def _typed(gguf: Any, key: str, value: Any) -> tuple[Any, Any, Any]:
-    """The value as the writer takes it: with its type, and the type of its items."""
+    """Return the arguments of the writer: the value, its type, and the type of its items."""
     types = gguf.GGUFValueType
     inner, name = (value.value, value.type) if isinstance(value, GgufValue) else (value, None)
     if isinstance(inner, list | tuple):
         items = list(inner)
         if not items:
-            raise ValueError(f"{key} is an empty list, which GGUF's writer does not know: leave the key out")
-        named = {_type_name(key, item, int_name="INT32") for item in items} if name is None else {name}
-        if len(named) > 1:
-            raise ValueError(f"{key} is a list of {', '.join(sorted(named))}: its items must be of one type")
-        return items, types.ARRAY, types[named.pop()]
+            raise ValueError(f"{key} is an empty list, which the writer does not support: leave the key out")
+        names = {_type_name(key, item, int_name="INT32") for item in items} if name is None else {name}
+        if len(names) > 1:
+            raise ValueError(f"{key} is a list of {', '.join(sorted(names))}: its items must be of one type")
+        return items, types.ARRAY, types[names.pop()]
     return inner, types[name or _type_name(key, inner, int_name="UINT32")], None
 
 
@@ -304,19 +293,19 @@ def _type_name(key: str, value: Any, *, int_name: str) -> str:
     names = {bool: "BOOL", int: int_name, float: "FLOAT32", str: "STRING"}
     if type(value) not in names:
         raise ValueError(
-            f"{key} is {value!r}, a {type(value).__name__}: GGUF holds str, int, float, bool and lists of "
+            f"{key} is {value!r}, a {type(value).__name__}: GGUF stores str, int, float, bool and lists of "
             "them"
         )
     low, high = {"UINT32": (0, 2**32), "INT32": (-(2**31), 2**31)}[int_name]
     if type(value) is int and not low <= value < high:
         raise ValueError(
-            f"{key} is {value}, which {int_name} does not hold: pass GgufValue(value=..., type='INT64')"
+            f"{key} is {value}, which does not fit {int_name}: pass GgufValue(value=..., type='INT64')"
         )
     return names[type(value)]
 
 
 def type_of(tensor: PendingTensor) -> str:
-    """GGUF's name of the type that a tensor is written in."""
+    """Return GGUF's name of the type in which a tensor is written."""
     return _format_of(_import_gguf(), tensor).name
 
 
@@ -326,25 +315,25 @@ def _format_of(gguf: Any, tensor: PendingTensor) -> Any:
     names = {dtype: name for name, dtype in _PLAIN.items()}
     if np.dtype(tensor.dtype) not in names:
         raise ValueError(
-            f"tensor {tensor.name!r} is {np.dtype(tensor.dtype)}: GGUF takes float32, float16, bfloat16 or a "
-            "format's name"
+            f"tensor {tensor.name!r} is {np.dtype(tensor.dtype)}: use float32, float16, bfloat16 or the name "
+            "of a GGUF format"
         )
     return gguf.GGMLQuantizationType[names[np.dtype(tensor.dtype)]]
 
 
-def _checked_numbers(gguf: Any, tensor: PendingTensor) -> np.ndarray:
-    """The tensor's numbers or blocks, which must be as they were announced."""
-    numbers = np.ascontiguousarray(tensor.read())
+def _checked_values(gguf: Any, tensor: PendingTensor) -> np.ndarray:
+    """Read the tensor's values or blocks, and check their dtype and shape."""
+    values = np.ascontiguousarray(tensor.read())
     format = _format_of(gguf, tensor)
-    wanted = _PLAIN.get(format.name, np.dtype(np.uint8))
+    dtype = _PLAIN.get(format.name, np.dtype(np.uint8))
     shape = tensor.shape
     if format.name not in _PLAIN:
         shape = (*shape[:-1], _num_bytes(gguf, shape[-1:], format))
-    if numbers.dtype != wanted or numbers.shape != shape:
+    if values.dtype != dtype or values.shape != shape:
         raise ValueError(
-            f"tensor {tensor.name!r} was to be {wanted} {shape}, and is {numbers.dtype} {numbers.shape}"
+            f"tensor {tensor.name!r} was declared as {dtype} {shape}, but is {values.dtype} {values.shape}"
         )
-    return numbers.view(np.uint8) if numbers.ndim else numbers
+    return values.view(np.uint8) if values.ndim else values
 
 
 def _import_gguf() -> Any:

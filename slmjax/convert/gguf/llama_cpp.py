@@ -1,13 +1,12 @@
-"""llama.cpp, run inside this process through the xllamacpp wheel: what an engine that nobody here wrote makes
-of a GGUF file.
+"""llama.cpp, run in this process through the xllamacpp wheel: an independent reference.
 
-    rows = logprobs(Path("model.gguf"), tokens, vocab_size=2048)        # of the whole network, at every
-    position product = Product("Q4_0"); codes = product.coded(x); y = product(blocks, codes)     # of one
-    matrix, by the engine's own kernels
+    rows = logprobs(Path("model.gguf"), tokens, vocab_size=2048)  # of the full model, at every position
+    product = Product("Q4_0")  # of one matrix, by the engine's kernels
+    y = product(blocks, product.coded(x), width=256)
 
-The extra `verify`. Keys and values are cached in float32, flash attention is off and weights stay laid out as
-they are in the file, so that what differs from a reference is the order of float32 sums, and that inputs of
-matrices in block formats are quantized to 8 bits, which is what llama.cpp does on a CPU.
+Needs the `verify` extra. Keys and values are cached in float32, flash attention is off, and weights keep the
+layout of the file. Two differences from a reference remain: the order of float32 sums, and that the inputs of
+matrices in block formats are quantized to 8 bits, as llama.cpp does on a CPU.
 
 Dims: T tokens, V vocabulary, R rows of inputs, I inputs of a matrix, O its outputs.
 """
@@ -29,14 +28,14 @@ from jaxtyping import Float, UInt8
 from slmjax.convert.gguf.container import read_gguf
 
 NORMAL_TOKEN = 1  # in tokenizer.ggml.token_type
-FORCED = 1000.0  # added to the logit of a token that is to be chosen
-LARGE_FILE = 2**28
-# threads wait for each other after every operation: with a small model, and busy cores, for long
+FORCED = 1000.0  # logit bias that makes the engine choose a token
+LARGE_FILE = 2**28  # bytes; smaller models run on one thread
+# Threads synchronize after every operation: with small models and busy cores, waiting dominates.
 MOST_THREADS = 8
 
 
 def import_engine() -> Any:
-    """The xllamacpp package. Raises ValueError where it is not installed."""
+    """Import the xllamacpp package. Raises ValueError if it is not installed."""
     try:
         return importlib.import_module("xllamacpp")
     except ImportError as error:
@@ -46,7 +45,8 @@ def import_engine() -> Any:
 
 
 def serve(path: Path, *, context: int = 2048) -> Any:
-    """The server that has the file loaded, as it is now; the last few stay loaded."""
+    """Return a server that has the file loaded; the last few servers are kept."""
+    # Time and size are part of the key, so that a changed file is loaded again.
     state = path.stat()
     return _server(path.absolute(), context, (state.st_mtime_ns, state.st_size))
 
@@ -59,21 +59,23 @@ def _server(path: Path, context: int, _: tuple[int, int]) -> Any:
     params.n_ctx = context
     params.n_parallel = 1
     params.n_gpu_layers = 0
-    params.no_extra_bufts = True  # weights laid out anew for this CPU: other sums, and a crash on some
+    # Weights repacked for the CPU would change the order of sums, and crash on some CPUs.
+    params.no_extra_bufts = True
     threads = min(os.cpu_count() or 1, MOST_THREADS) if path.stat().st_size > LARGE_FILE else 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.cache_type_k = params.cache_type_v = engine.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = engine.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    # or another text that begins alike goes on from a window of the one before, and computes something else
+    # Otherwise a text with the same prefix continues from a truncated window of the last one, with other
+    # results.
     params.swa_full = True
     params.cache_ram_mib = 0
-    params.fit_params = False  # no look at the memory of this machine
+    params.fit_params = False  # do not adapt to the free memory
     params.warmup = False
     params.verbosity = -1
     return engine.Server(params)
 
 
-# The whole network ------------------------------------------------------------------------------------------
+# Full model -------------------------------------------------------------------------------------------------
 def logprobs(
     path: Path,
     tokens: Sequence[int],
@@ -83,17 +85,19 @@ def logprobs(
     last: int | None = None,
     context: int = 2048,
 ) -> Float[np.ndarray, "T V"]:
-    """Natural log-probabilities of what follows each of `tokens`, from the position `first` to before `last`
-    (None: the end); float64.
+    """Return the natural log-probabilities of the next token after each of `tokens`, in float64.
 
-    The server gives those of the last position alone, so it is asked for every prefix; each goes on from the
-    cache of the one before. Its own sum over the vocabulary is one of float32, wrong by 1e-4 for 49,152
-    tokens, so it is done again. It gives none where the
-    token that it chooses ends inside a character: a bias, which these numbers are without, lets it choose a
-    plain one every time.
+    The server returns only those of the last position, so it is asked for every prefix; each request
+    continues from the cache of the last. Its normalization in float32 is off by 1e-4 for 49,152 tokens, so it
+    is done again in float64. The server returns nothing if the token it chooses ends inside a character: a
+    logit bias, which the returned values exclude, makes it choose a plain token every time.
+
+    Args:
+      first: first position.
+      last: position after the last; None for the end.
 
     Raises:
-      ValueError: the file has no vocabulary, or another than `vocab_size`.
+      ValueError: the file has no vocabulary, or its size is not `vocab_size`.
     """
     server = serve(path, context=context)
     plain = _plain_token(path)
@@ -111,47 +115,45 @@ def logprobs(
         ids = np.fromiter((entry["id"] for entry in entries), np.int64, len(entries))
         if len(ids) != vocab_size or ids.max() >= vocab_size:
             raise ValueError(
-                f"{path} predicts {max(ids.max() + 1, len(ids)):,} tokens, and the model has {vocab_size:,}"
+                f"{path} predicts {max(ids.max() + 1, len(ids)):,} tokens, but the model has {vocab_size:,}"
             )
         rows[row, ids] = np.fromiter((entry["logprob"] for entry in entries), np.float64, len(entries))
     return rows - np.log(np.exp(rows).sum(1, keepdims=True))
 
 
 def _completed(server: Any, body: dict[str, Any]) -> Any:
-    """The one choice of a completion."""
+    """Return the only choice of a completion."""
     answers: list[str] = []
     server.handle_completions(json.dumps(body), answers.append)
     answer = json.loads(answers[0])
     if "choices" not in answer:
-        raise ValueError(f"llama.cpp does not go on from {len(body['prompt'])} tokens: {answer}")
+        raise ValueError(f"llama.cpp cannot continue {len(body['prompt'])} tokens: {answer}")
     return answer["choices"][0]
 
 
 @functools.lru_cache(maxsize=16)
 def _plain_token(path: Path) -> int:
-    """A token of ordinary letters, after which a text may go on."""
+    """Return a token of ASCII letters, which does not end a text."""
     metadata = read_gguf(path).metadata
-    words = metadata.get("tokenizer.ggml.tokens", [])
-    kinds = metadata.get("tokenizer.ggml.token_type")
-    for index, word in enumerate(words):
-        if word.isascii() and word.isalpha() and (kinds is None or kinds[index] == NORMAL_TOKEN):
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    types = metadata.get("tokenizer.ggml.token_type")
+    for index, token in enumerate(tokens):
+        if token.isascii() and token.isalpha() and (types is None or types[index] == NORMAL_TOKEN):
             return index
     raise ValueError(
-        f"{path} has no vocabulary with a letter in it, and the server of llama.cpp needs one: export it "
-        "with its tokenizer"
+        f"{path} has no token of letters, which llama.cpp's server needs here: export it with its tokenizer"
     )
 
 
-# The tokenizer ----------------------------------------------------------------------------------------------
+# Tokenizer --------------------------------------------------------------------------------------------------
 def tokenize(
     path: Path, text: str, *, add_special: bool = False, parse_special: bool = False, context: int = 2048
 ) -> list[int]:
-    """Ids that the engine gives a text, asked over HTTP on a port of this machine, which is the only way that
-    the wheel has.
+    """Encode a text with the engine, over HTTP on localhost: the wheel has no other interface.
 
     Args:
-      add_special: with BOS and EOS as the file says.
-      parse_special: names of special tokens in the text stand for them.
+      add_special: add BOS and EOS as the file says.
+      parse_special: read names of special tokens in the text as these tokens.
 
     Raises:
       ValueError: the engine refuses the text.
@@ -165,13 +167,13 @@ def tokenize(
     finally:
         connection.close()
     if "tokens" not in answer:
-        raise ValueError(f"llama.cpp does not encode {text[:80]!r}: {answer}")
+        raise ValueError(f"llama.cpp cannot encode {text[:80]!r}: {answer}")
     return answer["tokens"]
 
 
-# One matrix -------------------------------------------------------------------------------------------------
+# Single matrix ----------------------------------------------------------------------------------------------
 class _Traits(ctypes.Structure):
-    """ggml_type_traits_cpu of ggml-cpu.h: how the engine multiplies with a type."""
+    """ggml_type_traits_cpu of ggml-cpu.h: the kernels of a type."""
 
     _fields_ = [
         ("from_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
@@ -195,57 +197,51 @@ class _Traits(ctypes.Structure):
 
 
 class Product:
-    """Inner products with rows of one type, by the functions that llama.cpp itself calls on this CPU."""
+    """Inner products with rows of one type, by the kernels that llama.cpp calls on this CPU."""
 
     def __init__(self, type: str) -> None:
-        """Raises ValueError for a type that the engine does not multiply with, and where its functions cannot
-        be reached.
-        """
+        """Raises ValueError if the engine has no kernel for the type, or its functions cannot be called."""
         import gguf
 
         library = _library()
         kinds = gguf.GGMLQuantizationType
-        self._own = library.ggml_get_type_traits_cpu(int(kinds[type])).contents
-        self.input_type: str = kinds(
-            self._own.vec_dot_type
-        ).name  # what inputs are turned into first: "Q8_0" for "Q4_0"
-        self._coder = library.ggml_get_type_traits_cpu(self._own.vec_dot_type).contents
-        self._row_size = functools.partial(library.ggml_row_size, self._own.vec_dot_type)
-        if not self._own.vec_dot or (self.input_type != "F32" and not self._coder.from_float):
-            raise ValueError(f"this build of llama.cpp does not multiply with {type}")
+        self._traits = library.ggml_get_type_traits_cpu(int(kinds[type])).contents
+        # Type to which inputs are converted first: "Q8_0" for "Q4_0".
+        self.input_type: str = kinds(self._traits.vec_dot_type).name
+        self._input_traits = library.ggml_get_type_traits_cpu(self._traits.vec_dot_type).contents
+        self._row_size = functools.partial(library.ggml_row_size, self._traits.vec_dot_type)
+        if not self._traits.vec_dot or (self.input_type != "F32" and not self._input_traits.from_float):
+            raise ValueError(f"this build of llama.cpp has no kernel for {type}")
 
     def coded(self, x: Float[np.ndarray, "R I"]) -> UInt8[np.ndarray, "R bytes"]:
-        """Inputs as the engine makes them ready: the bytes of their rows."""
+        """Convert inputs as the engine does; returns the bytes of their rows."""
         x = np.ascontiguousarray(x, np.float32)
         if self.input_type == "F32":
             return x.view(np.uint8)
         out = np.zeros((x.shape[0], self._row_size(x.shape[1])), np.uint8)
         for row, bytes_of_row in zip(x, out, strict=True):
-            self._coder.from_float(row.ctypes.data, bytes_of_row.ctypes.data, row.size)
+            self._input_traits.from_float(row.ctypes.data, bytes_of_row.ctypes.data, row.size)
         return out
 
     def __call__(
         self, blocks: UInt8[np.ndarray, "O bytes"], inputs: UInt8[np.ndarray, "R other_bytes"], *, width: int
     ) -> Float[np.ndarray, "R O"]:
-        """Products of coded inputs with the rows of a matrix as the file has them, `width` numbers each."""
+        """Multiply coded inputs with the rows of a matrix as stored in the file, of `width` values each."""
         blocks = np.ascontiguousarray(blocks)
         inputs = np.ascontiguousarray(inputs)
         out = np.zeros((inputs.shape[0], blocks.shape[0]), np.float32)
-        one = out.ctypes.data
-        step = out.itemsize
         for row in range(inputs.shape[0]):
-            place = inputs.ctypes.data + row * inputs.strides[0]
+            input_pointer = inputs.ctypes.data + row * inputs.strides[0]
             for column in range(blocks.shape[0]):
-                to = one + step * (row * blocks.shape[0] + column)
-                self._own.vec_dot(
-                    width, to, 0, blocks.ctypes.data + column * blocks.strides[0], 0, place, 0, 1
-                )
+                result = out.ctypes.data + out.itemsize * (row * blocks.shape[0] + column)
+                weight_pointer = blocks.ctypes.data + column * blocks.strides[0]
+                self._traits.vec_dot(width, result, 0, weight_pointer, 0, input_pointer, 0, 1)
         return out
 
 
 @functools.cache
 def _library() -> Any:
-    """The functions of ggml that the wheel's library exports."""
+    """Return the wheel's library, with the functions of ggml that are called here declared."""
     engine = import_engine()
     library = ctypes.CDLL(importlib.import_module(f"{engine.__name__}.xllamacpp").__file__)
     try:
@@ -256,6 +252,6 @@ def _library() -> Any:
         library.ggml_cpu_init()
     except AttributeError as error:
         raise ValueError(
-            f"this xllamacpp does not let its functions be called ({error}): install a newer one"
+            f"this xllamacpp does not export the functions of ggml ({error}): install a newer one"
         ) from error
     return library

@@ -1,14 +1,13 @@
-"""How llama.cpp cuts text before byte-level BPE merges it, and the same as steps of the tokenizers library.
+"""Pre-tokenization: how llama.cpp splits text before byte-level BPE, as steps of the tokenizers library.
 
-A GGUF file names the cuts (`tokenizer.ggml.pre`); a tokenizer.json spells them out. A step is the regular
-expression that it isolates; each works on the pieces that the ones before it left. What `\\p{N}` and the
-words of GPT-2 isolate has steps of its own in the library, `Digits` and `ByteLevel`, which files in use
-prefer.
+A GGUF file has a name for it (`tokenizer.ggml.pre`); a tokenizer.json has the steps. A step is a regular
+expression whose matches are isolated; each step splits the pieces of the one before. For `\\p{N}` and the
+words of GPT-2, the library has the steps `Digits` and `ByteLevel`, which released files use.
 
 The expressions are those of the released tokenizers. llama.cpp approximates two of them: for gpt-4o and
-tekken it takes every letter that is not ASCII for one of both cases, and combining marks for no part of a
-word, so that words in scripts with combining marks, and words like "éÉ", are cut otherwise there than in the
-model's own tokenizer, and here.
+tekken, it treats every non-ASCII letter as both upper and lower case, and combining marks as no part of a
+word. It therefore splits words in scripts with combining marks, and words like "éÉ", differently from the
+model's own tokenizer and from this module.
 """
 
 import dataclasses
@@ -38,22 +37,22 @@ _DEEPSEEK3 = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"""
     + _BLANKS,
 )
-# What llama.cpp does with a file that names nothing.
+# For a file without a name.
 _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _WORDS, r"\p{N}+", r"[0-9][0-9][0-9]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cuts:
-    """One way to cut, and what else llama.cpp takes its name to mean."""
+class PreTokenization:
+    """A way to split text, and what else its name implies in llama.cpp."""
 
-    steps: tuple[str, ...]  # regular expressions, each of which isolates what it matches
-    # a piece that is a token is taken whole, whatever the merges: the library's ignore_merges
+    steps: tuple[str, ...]  # regular expressions whose matches are isolated
+    # a piece that is a token is not split further, whatever the merges: the library's ignore_merges
     takes_whole: bool = False
-    adds_bos: bool = False  # where the file does not say whether BOS begins a text
+    adds_bos: bool = False  # default, if the file does not say whether texts start with BOS
 
 
-KINDS: dict[tuple[str, ...], Cuts] = {
-    # The first name of each is the one that is written.
+KINDS: dict[tuple[str, ...], PreTokenization] = {
+    # Exports use the first name of each.
     (
         "gpt-2",
         "phi-2",
@@ -67,40 +66,64 @@ KINDS: dict[tuple[str, ...], Cuts] = {
         "trillion",
         "modern-bert",
         "granite-docling",
-    ): Cuts(steps=(_WORDS,)),
-    ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"): Cuts(
-        steps=(_DIGIT, _WORDS)
-    ),
-    ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"): Cuts(
-        steps=(_LLAMA3,), takes_whole=True, adds_bos=True
-    ),
-    ("smaug-bpe", "dbrx", "glm4", "chatglm-bpe"): Cuts(steps=(_LLAMA3,)),
-    ("qwen2", "stablelm2", "deepseek-r1-qwen", "hunyuan", "megrez", "solar-open", "grok-2", "kormo"): Cuts(
-        steps=(_QWEN2,)
-    ),
-    ("qwen35",): Cuts(steps=(_QWEN35,)),
-    ("gpt-4o", "llama4", "kanana2", "minimax-m2"): Cuts(steps=(_GPT4O,)),
-    ("tekken",): Cuts(steps=(_TEKKEN,), takes_whole=True, adds_bos=True),
-    ("deepseek-v3", "hunyuan-dense"): Cuts(steps=_DEEPSEEK3),
-    ("default",): Cuts(steps=_DEFAULT),
+    ): PreTokenization(steps=(_WORDS,)),
+    (
+        "smollm",
+        "starcoder",
+        "refact",
+        "command-r",
+        "codeshell",
+        "exaone",
+        "minerva-7b",
+        "mellum2",
+    ): PreTokenization(steps=(_DIGIT, _WORDS)),
+    (
+        "llama-bpe",
+        "llama3",
+        "llama-v3",
+        "falcon3",
+        "falcon-h1",
+        "pixtral",
+        "midm-2.0",
+        "lfm2",
+    ): PreTokenization(steps=(_LLAMA3,), takes_whole=True, adds_bos=True),
+    ("smaug-bpe", "dbrx", "glm4", "chatglm-bpe"): PreTokenization(steps=(_LLAMA3,)),
+    (
+        "qwen2",
+        "stablelm2",
+        "deepseek-r1-qwen",
+        "hunyuan",
+        "megrez",
+        "solar-open",
+        "grok-2",
+        "kormo",
+    ): PreTokenization(steps=(_QWEN2,)),
+    ("qwen35",): PreTokenization(steps=(_QWEN35,)),
+    ("gpt-4o", "llama4", "kanana2", "minimax-m2"): PreTokenization(steps=(_GPT4O,)),
+    ("tekken",): PreTokenization(steps=(_TEKKEN,), takes_whole=True, adds_bos=True),
+    ("deepseek-v3", "hunyuan-dense"): PreTokenization(steps=_DEEPSEEK3),
+    ("default",): PreTokenization(steps=_DEFAULT),
 }
-_CUTS = {name: cuts for names, cuts in KINDS.items() for name in names}
-_NAMES = {(cuts.steps, cuts.takes_whole): names[0] for names, cuts in KINDS.items()}
+_BY_NAME = {name: pre_tokenization for names, pre_tokenization in KINDS.items() for name in names}
+_NAMES = {
+    (pre_tokenization.steps, pre_tokenization.takes_whole): names[0]
+    for names, pre_tokenization in KINDS.items()
+}
 
 
-def cuts_of(name: str) -> Cuts:
-    """What a name in `tokenizer.ggml.pre` means. Raises ValueError that lists the known ones."""
-    if name not in _CUTS:
+def pre_tokenization_of(name: str) -> PreTokenization:
+    """Return the meaning of a name in `tokenizer.ggml.pre`. Raises ValueError for unknown names."""
+    if name not in _BY_NAME:
         raise ValueError(
-            f"tokenizer.ggml.pre is {name!r}, which is not known here.{near_names(name, _CUTS)} Known: "
-            f"{', '.join(_CUTS)}"
+            f"tokenizer.ggml.pre is {name!r}, which is not supported.{near_names(name, _BY_NAME)} Supported: "
+            f"{', '.join(_BY_NAME)}"
         )
-    return _CUTS[name]
+    return _BY_NAME[name]
 
 
-def byte_level_steps(cuts: Cuts) -> pre_tokenizers.PreTokenizer:
-    """The cuts, and then every byte as a character, as tokenizer.json files have it."""
-    *early, last = cuts.steps
+def byte_level_steps(pre_tokenization: PreTokenization) -> pre_tokenizers.PreTokenizer:
+    """Return the steps, followed by the mapping of bytes to characters, as in tokenizer.json files."""
+    *early, last = pre_tokenization.steps
     steps: list[pre_tokenizers.PreTokenizer] = [_step(pattern) for pattern in early]
     if last != _WORDS:
         steps.append(_step(last))
@@ -108,19 +131,23 @@ def byte_level_steps(cuts: Cuts) -> pre_tokenizers.PreTokenizer:
     return steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
 
 
-def cuts_name(specification: dict[str, Any], *, takes_whole: bool) -> str:
-    """The name that llama.cpp has for the `pre_tokenizer` of a tokenizer.json. Raises ValueError where it has
-    none that we know.
+def pre_tokenization_name(specification: dict[str, Any], *, takes_whole: bool) -> str:
+    """Return llama.cpp's name for the `pre_tokenizer` of a tokenizer.json.
+
+    Args:
+      takes_whole: its `ignore_merges`.
+
+    Raises:
+      ValueError: no name is known.
     """
     steps = specification["pretokenizers"] if specification["type"] == "Sequence" else [specification]
     patterns = tuple(pattern for step in steps for pattern in _patterns(step))
     if (patterns, takes_whole) not in _NAMES:
         known = ", ".join(_NAMES.values())
         raise ValueError(
-            f"this tokenizer.json cuts text by {list(patterns)} with ignore_merges {takes_whole}, for which "
-            "no name of llama.cpp's is known"
-            f" here, only for the cuts of {known}: export in Hugging Face's format, and convert that with "
-            "llama.cpp's own script"
+            f"this tokenizer.json splits text by {list(patterns)} with ignore_merges {takes_whole}, for "
+            f"which slmjax knows no name in llama.cpp, only for {known}: export with --to hf, and convert "
+            "that with llama.cpp's script"
         )
     return _NAMES[patterns, takes_whole]
 
@@ -134,14 +161,13 @@ def _step(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _patterns(step: dict[str, Any]) -> list[str]:
-    """The regular expressions that a step of a tokenizer.json isolates."""
+    """Return the regular expressions that a step of a tokenizer.json isolates."""
     kind = step["type"]
     if kind == "ByteLevel" and not step["add_prefix_space"]:
         return [_WORDS] if step["use_regex"] else []
     if kind == "Digits" and step["individual_digits"]:
         return [_DIGIT]
-    # An expression that matches everything isolates its matches also where it is inverted and what lies
-    # between them is removed.
+    # For an expression that matches everything, removing what lies between matches isolates them too.
     isolates = kind == "Split" and (step["behavior"], step["invert"]) in {
         ("Isolated", False),
         ("Removed", True),
@@ -149,6 +175,5 @@ def _patterns(step: dict[str, Any]) -> list[str]:
     if isolates and "Regex" in step["pattern"]:
         return [step["pattern"]["Regex"].replace("\r", r"\r").replace("\n", r"\n")]
     raise ValueError(
-        f"this tokenizer.json has the step {step}, which llama.cpp does not have: export in Hugging Face's "
-        "format instead"
+        f"this tokenizer.json has the step {step}, which llama.cpp does not have: export with --to hf"
     )

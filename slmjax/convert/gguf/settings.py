@@ -1,9 +1,9 @@
-"""The vocabulary of GGUF metadata, in both directions; a reader says what llama.cpp computes from it,
-constants of its own included.
+"""Conversion of GGUF metadata shared by families, in both directions.
 
-Keys are without the name of the architecture. Some are not in the metadata but in the tensors, and are handed
-over as if they were: `vocab_size` and `has_output` from the tables, `qkv_bias`, `output_bias` and `ffn_bias`,
-and divisors of frequencies, the arrays `rope_freqs`, `rope_factors_long` and `rope_factors_short`.
+A reader returns what llama.cpp computes, including constants in its code. Keys lack the architecture's
+prefix. Some settings follow from the tensors, but are passed like metadata: `vocab_size` and `has_output`;
+`qkv_bias`, `output_bias` and `ffn_bias`; and the arrays `rope_freqs`, `rope_factors_long` and
+`rope_factors_short`, which divide frequencies.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ from slmjax.models.mixers.attention import AttentionConfig, Biases
 from slmjax.models.rope import LinearScaling, Llama3Scaling, LongScaling, RopeScaling, YarnScaling
 
 IGNORED = ("rope.scaling.finetuned", "attention.causal", "feed_forward_length", "expert_feed_forward_length")
-PLAIN_SCALINGS = (LinearScaling, YarnScaling)  # those that are in the metadata; the others are tensors
+PLAIN_SCALINGS = (LinearScaling, YarnScaling)  # stored in the metadata; the others are tensors
 SCALINGS = ("none", "linear", "yarn", "longrope")  # rope.scaling.type
-FAST_TURNS = 32.0
-SLOW_TURNS = 1.0  # of YaRN, where the file does not say
+FAST_TURNS = 32.0  # defaults of YaRN
+SLOW_TURNS = 1.0
 
 
 # Models -----------------------------------------------------------------------------------------------------
 def read_decoder(settings: Settings, blocks: Sequence[BlockConfig], **more: Any) -> ModelConfig:
-    """The model around its layers; `more` are fields of the `ModelConfig` that this family sets."""
+    """Read the model around its layers; `more` are fields of the `ModelConfig` set by the family."""
     settings.ignore(*IGNORED)
     eps = (
         {}
@@ -50,7 +50,7 @@ def read_decoder(settings: Settings, blocks: Sequence[BlockConfig], **more: Any)
 
 
 def write_decoder(model: ModelConfig) -> dict[str, Any]:
-    """The keys that `read_decoder` takes, and the number of layers."""
+    """Write the keys of `read_decoder`, and the number of layers."""
     return {
         "block_count": model.num_layers,
         "context_length": model.context_length,
@@ -62,24 +62,23 @@ def write_decoder(model: ModelConfig) -> dict[str, Any]:
 
 
 def shortest(value: float) -> float:
-    """The shortest decimal number that rounds to this float32."""
+    """Return the shortest decimal number that rounds to this float32."""
     return float(str(np.float32(value)))
 
 
 # Attention --------------------------------------------------------------------------------------------------
 def read_attention(settings: Settings, **more: Any) -> AttentionConfig:
-    """Heads and rotary positions; `more` are fields of the `AttentionConfig` that this family sets."""
+    """Read heads and rotary positions; `more` are fields of the `AttentionConfig` set by the family."""
     heads = settings.take("attention.head_count")
     kv_heads = settings.take("attention.head_count_kv", settings.take("attention.head_count"))
     if isinstance(heads, list) or isinstance(kv_heads, list):
-        raise ConfigError("attention.head_count differs between layers, which is not understood")
+        raise ConfigError("attention.head_count differs between layers, which is not supported")
     head_dim = settings.take("attention.key_length", settings.take("embedding_length") // heads)
     settings.expect("attention.value_length", head_dim)
-    has_biases = settings.take("qkv_bias", False)
-    of_all = settings.take("output_bias", False)
-    fields: dict[str, Any] = {
-        "biases": Biases.ALL if of_all else Biases.QKV if has_biases else Biases.NONE
-    } | more
+    has_qkv_bias = settings.take("qkv_bias", False)
+    has_output_bias = settings.take("output_bias", False)
+    biases = Biases.ALL if has_output_bias else Biases.QKV if has_qkv_bias else Biases.NONE
+    fields: dict[str, Any] = {"biases": biases} | more
     if "rope_base" not in more:
         fields = read_rope(settings, head_dim=head_dim) | fields
     return AttentionConfig(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, **fields)
@@ -91,16 +90,16 @@ def write_attention(
     scalings: tuple[type[RopeScaling], ...] = PLAIN_SCALINGS,
     is_partial: bool = False,
 ) -> dict[str, Any]:
-    """The keys that `read_attention` takes.
+    """Write the keys of `read_attention`.
 
     Args:
-      scalings: of rotary positions, those that llama.cpp has for this family: it looks for tensors of
-        divisors in few.
-      is_partial: llama.cpp can rotate a part of each head's dims in this family; in others it ends with an
-        assertion.
+      scalings: scalings of rotary positions that llama.cpp supports for this family. It looks for tensors of
+        divisors in few families.
+      is_partial: whether llama.cpp can rotate only some dims of each head in this family; in others it
+        aborts.
 
     Raises:
-      Inexpressible: the angles are made otherwise.
+      Inexpressible: llama.cpp would compute other angles.
     """
     if attention.rope_base is not None:
         if not is_partial:
@@ -108,8 +107,8 @@ def write_attention(
         if attention.rope_scaling is not None and not isinstance(attention.rope_scaling, scalings):
             names = ", ".join(scaling.__name__ for scaling in scalings)
             raise Inexpressible(
-                f"rope_scaling is {type(attention.rope_scaling).__name__}, and llama.cpp has {names} for "
-                "this architecture"
+                f"rope_scaling is {type(attention.rope_scaling).__name__}, but llama.cpp supports {names} "
+                "for this architecture"
             )
     return {
         "attention.head_count": attention.num_heads,
@@ -123,44 +122,41 @@ def write_attention(
 
 
 def check_square(model: ModelConfig, attention: AttentionConfig) -> None:
-    """Raises Inexpressible where heads are not as wide together as the model: some of llama.cpp's
-    architectures have one size for both.
+    """Raise Inexpressible unless the heads are together as wide as the model.
+
+    Some of llama.cpp's architectures have one size for both.
     """
     if attention.num_heads * (attention.head_dim or 0) != model.embed_dim:
         raise Inexpressible(
-            f"{attention.num_heads} heads of {attention.head_dim} dims have to be as wide as the model, "
+            f"{attention.num_heads} heads of {attention.head_dim} dims must be as wide as the model, "
             f"{model.embed_dim}"
         )
 
 
-def check_head(model: ModelConfig, wanted: HeadKind) -> None:
-    """Raises Inexpressible where llama.cpp would look for a head that is not there, or has no place for one
-    that is.
-    """
-    if model.head is not wanted:
-        raise Inexpressible(f"the head is {wanted.value!r}, not {model.head.value!r}")
+def check_head(model: ModelConfig, supported: HeadKind) -> None:
+    """Raise Inexpressible unless the model has the kind of head that llama.cpp expects."""
+    if model.head is not supported:
+        raise Inexpressible(f"the head is {supported.value!r}, not {model.head.value!r}")
 
 
 def check_idle_window(model: ModelConfig) -> None:
-    """Raises Inexpressible for a window that is shorter than the context, where llama.cpp has none for this
-    architecture.
-    """
+    """Raise Inexpressible for a window shorter than the context, if llama.cpp supports no windows."""
     for layer, attention in enumerate(attentions(model)):
         window = attention.window
         if window is not None and window < model.context_length:
             raise Inexpressible(
-                f"llama.cpp has no windows for it, and that of layer {layer}, {window}, is shorter than the "
-                "context"
+                f"llama.cpp has no windows for this architecture, but that of layer {layer}, {window}, is "
+                "shorter than the context"
             )
 
 
 def pattern_windows(num_layers: int, window: int | None, period: int) -> list[int | None]:
-    """Windows in all but the last of every `period` layers."""
+    """Return the window of each layer: all but the last of every `period` layers have one."""
     return [window if window and layer % period < period - 1 else None for layer in range(num_layers)]
 
 
 def common_window(model: ModelConfig) -> int | None:
-    """The window of those layers that have one."""
+    """Return the window of the first layer that has one; None if none has."""
     return next((attention.window for attention in attentions(model) if attention.window is not None), None)
 
 
@@ -169,15 +165,14 @@ def read_rope(settings: Settings, *, head_dim: int) -> dict[str, Any]:
     """Return `rope_base`, `rotary_dim` and `rope_scaling`.
 
     Raises:
-      ConfigError: no even number from 2 to `head_dim` is rotated.
+      ConfigError: the number of rotated dims is not even and from 2 to `head_dim`.
     """
     rotated = settings.take("rope.dimension_count", head_dim)
     base = float(settings.take("rope.freq_base", 10_000.0))
     if type(rotated) is not int or rotated % 2 or not 2 <= rotated <= head_dim:
         raise ConfigError(
-            f"rope.dimension_count is {rotated!r}: dims are rotated in pairs, so that it must be even, at "
-            "least 2 and "
-            f"at most the dims of a head, {head_dim}"
+            f"rope.dimension_count is {rotated!r}: dims are rotated in pairs, so it must be even, at least "
+            f"2, and at most the dims of a head, {head_dim}"
         )
     scaling = _read_scaling(settings, base, rotated)
     part = None if rotated == head_dim else rotated
@@ -185,22 +180,20 @@ def read_rope(settings: Settings, *, head_dim: int) -> dict[str, Any]:
 
 
 def _read_scaling(settings: Settings, base: float, rotated: int) -> RopeScaling | None:
-    """llama.cpp takes a factor for linear where no type is named, and applies divisors and the magnitude
-    whatever the type.
-    """
+    # llama.cpp reads a factor without a type as linear, and applies divisors and the magnitude for any type.
     kind = settings.take("rope.scaling.type", "linear")
     context = settings.take("context_length")
-    # 0, and a factor of 0, say nothing
+    # A length of 0, and a factor of 0, mean the default.
     original = settings.take("rope.scaling.original_context_length", context) or context
     factor = shortest(settings.take("rope.scaling.factor", 1.0)) or 1.0
     magnitude = shortest(settings.positive("rope.scaling.attn_factor", 1.0))
     if kind not in SCALINGS:
-        raise ConfigError(f"rope.scaling.type is {kind!r}: {', '.join(SCALINGS)} are understood")
+        raise ConfigError(f"rope.scaling.type is {kind!r}; supported are {', '.join(SCALINGS)}")
     has_divisors = settings.has("rope_factors_short") or settings.has("rope_freqs")
     if has_divisors and (kind == "yarn" or factor != 1.0):
         raise ConfigError(
             f"divisors of frequencies together with rope.scaling {kind!r} of factor {factor:g} are not "
-            "understood"
+            "supported"
         )
     if settings.has("rope_factors_short"):
         short, long = (
@@ -220,25 +213,26 @@ def _read_scaling(settings: Settings, base: float, rotated: int) -> RopeScaling 
         )
     if magnitude != 1.0:
         raise ConfigError(
-            f"rope.scaling.attn_factor = {magnitude:g} without YaRN or LongRoPE is not understood"
+            f"rope.scaling.attn_factor = {magnitude:g} without YaRN or LongRoPE is not supported"
         )
     if settings.has("rope_freqs"):
-        return _named_factors(np.asarray(settings.take("rope_freqs")), base, rotated, context)
+        return _scaling_of_divisors(np.asarray(settings.take("rope_freqs")), base, rotated, context)
     if kind == "longrope":
         raise ConfigError(
-            "rope.scaling.type is 'longrope', and the file has no tensors rope_factors_short and "
+            "rope.scaling.type is 'longrope', but the file has no tensors rope_factors_short and "
             "rope_factors_long"
         )
     return None if kind == "none" or factor == 1.0 else LinearScaling(factor=factor)
 
 
 def yarn_attention_factor(factor: float, magnitude: float) -> float:
-    """What llama.cpp multiplies rotated dims by, beside the factor of the file."""
+    """Return the factor by which llama.cpp multiplies rotated dims; `magnitude` is that of the file."""
     return magnitude * (1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0)
 
 
-def _named_factors(factors: np.ndarray, base: float, rotated: int, context: int) -> RopeScaling:
-    """Divisors of frequencies, as the `Llama3Scaling` that gives them where there is one of usual bounds."""
+def _scaling_of_divisors(factors: np.ndarray, base: float, rotated: int, context: int) -> RopeScaling:
+    """Return the `Llama3Scaling` with these divisors of frequencies, or a `LongScaling` if there is none."""
+    # Released contexts are powers of two; the other bounds have their defaults.
     for exponent in range(3, 21):
         scaling = Llama3Scaling(factor=float(factors.max()), original_context=2**exponent)
         if np.allclose(frequency_divisors(scaling, base, rotated), factors, rtol=1e-6):
@@ -248,20 +242,20 @@ def _named_factors(factors: np.ndarray, base: float, rotated: int, context: int)
 
 
 def frequency_divisors(scaling: Llama3Scaling, base: float, rotated: int) -> np.ndarray:
-    """What a scaling divides each frequency by, float32."""
+    """Return the divisor of each frequency, float32."""
     frequencies = np.float64(base) ** (-np.arange(0, rotated, 2) / rotated)
     turns = scaling.original_context * frequencies / (2 * math.pi)
-    kept = np.clip(
+    unscaled = np.clip(
         (turns - scaling.low_frequency_factor)
         / (scaling.high_frequency_factor - scaling.low_frequency_factor),
         0,
         1,
     )
-    return (1.0 / ((1 - kept) / scaling.factor + kept)).astype(np.float32)
+    return (1.0 / ((1 - unscaled) / scaling.factor + unscaled)).astype(np.float32)
 
 
 def write_rope(attention: AttentionConfig) -> dict[str, Any]:
-    """The keys that `read_rope` takes."""
+    """Write the keys of `read_rope`."""
     if attention.rope_base is None:
         return {}
     rotated = attention.rotary_dim or attention.head_dim or 0
@@ -286,45 +280,36 @@ def write_rope(attention: AttentionConfig) -> dict[str, Any]:
             "rope.scaling.attn_factor": scaling.attention_factor / yarn_attention_factor(scaling.factor, 1.0),
         }
     elif scaling is not None:
-        raise Inexpressible(f"rope_scaling is {type(scaling).__name__}, which GGUF has no name for")
+        raise Inexpressible(f"rope_scaling is {type(scaling).__name__}, which GGUF cannot represent")
     return keys
 
 
 def check_plain_scale(attention: AttentionConfig) -> None:
-    """Raises Inexpressible where scores are multiplied by anything but one over the root of the dims of a
-    head.
-    """
+    """Raise Inexpressible unless the scale of scores is 1 / sqrt(head_dim)."""
     usual = (attention.head_dim or 1) ** -0.5
     if attention.scale is not None and not math.isclose(attention.scale, usual, rel_tol=1e-6):
         raise Inexpressible(
-            f"scores are multiplied by {usual:g}, one over the root of the dims of a head, not by "
-            f"{attention.scale:g}"
+            f"scores are multiplied by {usual:g}, 1 / sqrt(head_dim), not by {attention.scale:g}"
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NamedSize:
-    """A released size that llama.cpp recognises by its number of layers, and whose scores it scales by width
-    over heads.
-    """
+    """A released size that llama.cpp recognises by its number of layers; scores scale by width / heads."""
 
     name: str
     num_layers: int
 
 
 def read_named_scale(settings: Settings, size: NamedSize) -> float | None:
-    """Return the score scale that llama.cpp uses for a model of this size; None for the usual one, by the
-    dims of a head.
-    """
+    """Return the scale of scores that llama.cpp uses for this size; None for the usual 1 / sqrt(head_dim)."""
     if settings.take("block_count") != size.num_layers:
         return None
     return _named_scale(settings.take("embedding_length"), settings.take("attention.head_count"))
 
 
 def check_named_scale(model: ModelConfig, attention: AttentionConfig, size: NamedSize) -> None:
-    """Raise Inexpressible where llama.cpp would scale scores otherwise, because of the number of layers or in
-    general.
-    """
+    """Raise Inexpressible if llama.cpp would use another scale of scores."""
     if model.num_layers != size.num_layers:
         check_plain_scale(attention)
         return
@@ -333,10 +318,9 @@ def check_named_scale(model: ModelConfig, attention: AttentionConfig, size: Name
     if not math.isclose(scale, theirs, rel_tol=1e-6):
         raise Inexpressible(
             f"llama.cpp takes every model of {size.num_layers} layers for {size.name} and multiplies its "
-            f"scores by {theirs:g}, one over "
-            f"the root of width over heads ({model.embed_dim} // {attention.num_heads}), where this model "
-            f"has {scale:g}. Export it as hf, "
-            f"or train it with another number of layers or with the scale {theirs:g}"
+            f"scores by {theirs:g}, 1 / sqrt(width / heads) = 1 / sqrt({model.embed_dim} // "
+            f"{attention.num_heads}), but this model has {scale:g}. Export with --to hf, or train with "
+            f"another number of layers or the scale {theirs:g}"
         )
 
 
@@ -346,31 +330,27 @@ def _named_scale(width: int, num_heads: int) -> float:
 
 # Feed-forward layers ----------------------------------------------------------------------------------------
 def read_mlp(settings: Settings, activation: Activation = Activation.SILU, **more: Any) -> MlpConfig:
-    """A gated MLP with the activation that llama.cpp has for this family."""
+    """Read a gated MLP, with the activation that llama.cpp uses for this family."""
     fields = {"bias": settings.take("ffn_bias", False)} | more
     return MlpConfig(hidden_dim=settings.take("feed_forward_length"), activation=activation, **fields)
 
 
 def write_mlp(ffn: Any, *, has_bias: bool = False) -> dict[str, Any]:
-    """The keys that `read_mlp` takes. Raises Inexpressible for biases where llama.cpp does not look for them
-    (`has_bias`: it does).
-    """
+    """Write the keys of `read_mlp`. Raises Inexpressible for biases unless `has_bias`: llama.cpp has them."""
     mlp = expect_kind(ffn, MlpConfig, "a feed-forward layer")
     if mlp.bias and not has_bias:
         raise Inexpressible("feed-forward layers have no biases")
     return {"feed_forward_length": mlp.hidden_dim, "ffn_bias": mlp.bias}
 
 
-def check_biases(attention: AttentionConfig, wanted: Biases) -> None:
-    """Raises Inexpressible where llama.cpp would look for biases that are not there, or has no place for
-    those that are.
-    """
-    if attention.biases is not wanted:
-        raise Inexpressible(f"biases of attention are {wanted.value!r}, not {attention.biases.value!r}")
+def check_biases(attention: AttentionConfig, supported: Biases) -> None:
+    """Raise Inexpressible unless attention has the biases that llama.cpp expects."""
+    if attention.biases is not supported:
+        raise Inexpressible(f"biases of attention are {supported.value!r}, not {attention.biases.value!r}")
 
 
 def read_moe(settings: Settings, *, width: str = "expert_feed_forward_length", **more: Any) -> MoeConfig:
-    """Experts with weights that sum to one."""
+    """Read experts whose weights sum to one."""
     return MoeConfig(
         num_experts=settings.take("expert_count"),
         num_selected=settings.take("expert_used_count"),
@@ -380,7 +360,7 @@ def read_moe(settings: Settings, *, width: str = "expert_feed_forward_length", *
 
 
 def write_moe(ffn: Any) -> dict[str, Any]:
-    """The keys that `read_moe` takes, with the width under either name."""
+    """Write the keys of `read_moe`, with the width under both of its names."""
     moe = expect_kind(ffn, MoeConfig, "a feed-forward layer")
     return {
         "expert_count": moe.num_experts,

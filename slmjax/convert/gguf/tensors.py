@@ -1,4 +1,4 @@
-"""The names that llama.cpp gives tensors: rules to build a family's table from."""
+"""llama.cpp's names of tensors: rules for the tensor maps of families."""
 
 import dataclasses
 
@@ -55,8 +55,8 @@ POST_NORMS: tuple[Rule, ...] = (
 )
 
 
-def table(*layer: Rule, around: tuple[Rule, ...] = AROUND) -> TensorMap:
-    """The table of a family, with the rules of a layer."""
+def tensor_map(*layer: Rule, around: tuple[Rule, ...] = AROUND) -> TensorMap:
+    """Return the tensor map of a family, with the rules of a layer."""
     return TensorMap(
         around=around,
         layer=layer,
@@ -66,28 +66,27 @@ def table(*layer: Rule, around: tuple[Rule, ...] = AROUND) -> TensorMap:
     )
 
 
-def paired_table(model: ModelConfig, *layer: Rule) -> TensorMap:
-    """The table of a family whose rotated dims come in pairs side by side, as llama.cpp has it for Llama and
-    its kin.
-    """
+def paired_tensor_map(model: ModelConfig, *layer: Rule) -> TensorMap:
+    """Return the tensor map of a family whose rotated pairs are interleaved in llama.cpp, such as Llama."""
     attention = expect_kind(next(model.blocks()).mixer, AttentionConfig, "layer 0's mixer")
     heads = {"mixer/query/": attention.num_heads, "mixer/key/": attention.kv_heads}
-    turned = tuple(
+    reordered = tuple(
         paired(rule, num_heads=count, rope_dim=attention.head_dim or 0)
         for name, count in heads.items()
         for rule in layer
         if rule.ours[0].startswith(name)
     )
-    return table(*turned, *layer)
+    # Of two rules for a parameter the first is used.
+    return tensor_map(*reordered, *layer)
 
 
 def centered(rule: Rule) -> Rule:
-    """A norm's scale, of which ours is the difference from one."""
+    """Convert a norm's scale, of which ours is the difference from one."""
     return dataclasses.replace(
         rule, read=lambda arrays, _: [arrays[0] - 1], write=lambda arrays: [arrays[0] + 1]
     )
 
 
 def with_centered_norms(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """The same rules, the scales of all norms stored whole."""
+    """Return the rules with `centered` applied to the scales of all norms."""
     return tuple(centered(rule) if rule.ours[0].endswith("/scale") else rule for rule in rules)

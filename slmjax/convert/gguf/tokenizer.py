@@ -1,12 +1,12 @@
-"""Tokenizers in GGUF files: from the keys `tokenizer.*` to a tokenizer.json, and back.
+"""Tokenizers in GGUF files: conversion of the keys `tokenizer.*` to a tokenizer.json, and back.
 
-llama.cpp knows two kinds that small language models use. "gpt2" is byte-level BPE: tokens, merges, and a name
-for how text is cut first (pre_tokenizers.py). "llama" is SentencePiece's BPE: tokens with scores, where the
-pair whose join has the highest score is merged next, blanks are "▁", and a character without a token becomes
-its bytes. tokenizer.json has merges for both.
+llama.cpp has two kinds that small language models use. "gpt2" is byte-level BPE: tokens, merges, and a name
+for the pre-tokenizer (pre_tokenizers.py). "llama" is SentencePiece's BPE: tokens with scores. The pair whose
+join has the highest score is merged next, spaces are "▁", and a character without a token becomes its bytes.
+tokenizer.json has merges for both.
 
-Each token has a type: normal, control (special: never found in plain text), user-defined (found before
-anything is cut), byte, unused.
+Each token has a type: normal, control (special: never matched in plain text), user-defined (matched before
+pre-tokenization), byte, unused.
 """
 
 import collections
@@ -19,68 +19,64 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
-from slmjax.convert.gguf.pre_tokenizers import byte_level_steps, cuts_name, cuts_of
-from slmjax.convert.gguf.swallowed_blanks import name_for, swallowing, swallows_after, swallows_before
+from slmjax.convert.gguf.pre_tokenizers import byte_level_steps, pre_tokenization_name, pre_tokenization_of
+from slmjax.convert.gguf.stripped_spaces import name_for, stripping_tokens, strips_after, strips_before
 
+# tokenizer.ggml.token_type
 NORMAL = 1
 UNKNOWN = 2
 CONTROL = 3
 USER_DEFINED = 4
 UNUSED = 5
-BYTE = 6  # tokenizer.ggml.token_type
-_BLANK = "▁"
-# llama.cpp wants a list of merges, and the writer of GGUF knows no empty one: these two bytes stand in no
-# UTF-8 text.
+BYTE = 6
+_BLANK = "▁"  # SentencePiece's sign for a space
+# llama.cpp requires a list of merges, but the GGUF writer cannot write an empty one: these two bytes occur in
+# no UTF-8 text.
 _NO_MERGES = ["ÿ ÿ"]
-_BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))  # what SentencePiece calls them
-# Tokens that end a turn, by the names that llama.cpp looks for too, where the file names none.
+_BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))  # SentencePiece's names of bytes
+# Names of tokens that end a turn, which llama.cpp also looks for if the file names none.
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<EOT>", "<end_of_utterance>")
-_ROLES = {
-    "bos": "bos",
-    "eos": "eos",
-    "unk": "unknown",
-    "pad": "padding",
-}  # tokenizer_config.json's names, and GGUF's
+# Roles of special tokens: the names in tokenizer_config.json, and in GGUF.
+_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GgufTokenizer:
-    """A vocabulary and its conventions. The backend neither adds BOS nor EOS."""
+    """A vocabulary and its conventions. The backend adds neither BOS nor EOS."""
 
-    backend: (
-        tokenizers.Tokenizer
-    )  # ids are rows of the embedding table; some rows may be padding without a use
-    bos: str | None  # begins a text
-    eos: str | None  # ends a text
-    unk: str | None  # stands for what has no token
-    pad: str | None  # fills batches
-    adds_bos: bool  # whether a text's ids begin with BOS
+    backend: tokenizers.Tokenizer  # ids are rows of the embedding table, of which some may be padding
+    bos: str | None  # first token of a text
+    eos: str | None  # last token of a text
+    unk: str | None  # for text without a token
+    pad: str | None  # padding of batches
+    adds_bos: bool  # whether a text's ids start with BOS
     adds_eos: bool  # whether they end with EOS
     chat_template: str | None  # Jinja
-    end_of_turn: str | None  # ends a turn of a chat, where something does; may be EOS
+    end_of_turn: str | None  # last token of a turn in a chat, if any; may be EOS
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> GgufTokenizer:
-    """The tokenizer of a file's metadata. Raises ValueError for kinds and cuts not known here, and for keys
-    that do not fit together.
+    """Convert the tokenizer of a file's metadata.
+
+    Raises:
+      ValueError: the kind or the pre-tokenizer is not supported, or keys are inconsistent.
     """
     kind = metadata.get("tokenizer.ggml.model")
     kinds = {"gpt2": _byte_level, "llama": _sentence_piece}
     if kind not in kinds:
         raise ValueError(
-            f"tokenizer.ggml.model is {kind!r}, can be read where it is {' or '.join(map(repr, kinds))}: "
-            "take the tokenizer.json of"
-            " the model's Hugging Face directory"
+            f"tokenizer.ggml.model is {kind!r}; supported are {' and '.join(map(repr, kinds))}: use the "
+            "tokenizer.json of the model's Hugging Face directory"
         )
     tokens, types = _tokens_and_types(metadata)
     backend = kinds[kind](metadata, tokens, types)
     backend.add_special_tokens(_added(metadata, tokens, types, {CONTROL, UNKNOWN}))
     backend.add_tokens(_added(metadata, tokens, types, {USER_DEFINED}))
     is_llama = kind == "llama"
-    names = {role: _named(metadata, tokens, types, role) for role in (*_ROLES.values(), "eot")}
+    names = {role: _role_token(metadata, tokens, types, role) for role in (*_ROLES.values(), "eot")}
     control = [token for token, type in zip(tokens, types, strict=True) if type == CONTROL]
     by_name = next((name for name in _TURN_ENDS if name in control), None)
-    adds_bos = is_llama or cuts_of(metadata.get("tokenizer.ggml.pre") or "default").adds_bos
+    adds_bos = is_llama or pre_tokenization_of(metadata.get("tokenizer.ggml.pre") or "default").adds_bos
     return GgufTokenizer(
         backend=backend,
         bos=names["bos"],
@@ -95,13 +91,18 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> GgufTokenizer:
 
 
 def tokenizer_metadata(directory: Path, *, adds_bos: bool, num_rows: int) -> dict[str, Any]:
-    """The keys `tokenizer.*` for a directory with tokenizer.json and tokenizer_config.json, for an embedding
-    table of `num_rows`.
+    """Return the keys `tokenizer.*` for a directory with tokenizer.json and tokenizer_config.json.
 
-    Rows beyond the vocabulary get unused tokens: llama.cpp wants one for each. Blanks that special tokens
-    swallow beside them have a place in GGUF only where all of Phi-3's tokens do it: then `general.name` is
-    among the keys, which llama.cpp goes by, and otherwise such blanks are kept as text. Raises ValueError for
-    a vocabulary that llama.cpp cannot express.
+    Rows of the embedding table beyond the vocabulary get unused tokens: llama.cpp needs one for each. GGUF
+    can represent special tokens that strip the spaces next to them only if all of Phi-3's tokens do. Then
+    `general.name` is among the keys, by which llama.cpp decides; otherwise such spaces are kept as text.
+
+    Args:
+      adds_bos: whether a text's ids start with BOS.
+      num_rows: rows of the embedding table.
+
+    Raises:
+      ValueError: llama.cpp cannot represent the vocabulary.
     """
     specification, config = _read_directory(directory)
     model = specification["model"]
@@ -109,8 +110,8 @@ def tokenizer_metadata(directory: Path, *, adds_bos: bool, num_rows: int) -> dic
     decoder = specification["decoder"]
     if model["type"] != "BPE":
         raise ValueError(
-            f"{directory} has a vocabulary of the type {model['type']}: only BPE, bytes and characters can "
-            "be written to GGUF"
+            f"{directory} has a vocabulary of type {model['type']}: only BPE, bytes and characters can be "
+            "written to GGUF"
         )
     characters = (
         pre_tokenizer is None and not model["merges"] and decoder is not None and decoder["type"] == "Fuse"
@@ -122,17 +123,17 @@ def tokenizer_metadata(directory: Path, *, adds_bos: bool, num_rows: int) -> dic
     ids = {**model["vocab"], **{token["content"]: token["id"] for token in specification["added_tokens"]}}
     if max(ids.values()) >= num_rows:
         raise ValueError(
-            f"{directory} has ids up to {max(ids.values())}, and the embedding table {num_rows} rows: they "
-            "do not belong together"
+            f"{directory} has ids up to {max(ids.values())}, but the embedding table has {num_rows} rows: "
+            "they do not belong together"
         )
     name = name_for(specification["added_tokens"], ids.keys())
-    tokens, types = _listed(
+    tokens, types = _token_list(
         specification,
         ids,
         num_rows,
         unk=config["unk_token"],
         sentence_piece="scores" in kind,
-        swallows=name is not None,
+        strips=name is not None,
     )
     scores = kind.pop("scores", None)
     lists = {"tokens": tokens, "token_type": types}
@@ -144,45 +145,40 @@ def tokenizer_metadata(directory: Path, *, adds_bos: bool, num_rows: int) -> dic
         lists["scores"] = [float(scores.get(token, -len(scores) - 1)) for token in tokens]
     if twice := [token for token, count in collections.Counter(lists["tokens"]).items() if count > 1]:
         raise ValueError(
-            f"{directory} has several tokens that are {twice[0]!r} to llama.cpp, which wants them to differ: "
+            f"{directory} has several tokens that are {twice[0]!r} in llama.cpp, where they must differ: "
             "rename one"
         )
     special = _special_ids(directory, config, ids, adds_bos)
     flags = {"add_bos_token": adds_bos, "add_eos_token": bool(config.get("add_eos_token", False))}
-    found = {f"tokenizer.ggml.{key}": value for key, value in {**kind, **lists, **special, **flags}.items()}
-    found |= {} if name is None else {"general.name": name}
-    return (
-        found
-        if config["chat_template"] is None
-        else {**found, "tokenizer.chat_template": config["chat_template"]}
-    )
+    keys = {f"tokenizer.ggml.{key}": value for key, value in {**kind, **lists, **special, **flags}.items()}
+    if name is not None:
+        keys["general.name"] = name
+    if config["chat_template"] is not None:
+        keys["tokenizer.chat_template"] = config["chat_template"]
+    return keys
 
 
 # From GGUF --------------------------------------------------------------------------------------------------
-
-
 def _tokens_and_types(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
         raise ValueError(
-            "the file has no tokenizer.ggml.tokens: it holds no vocabulary, so take the tokenizer from "
-            "elsewhere"
+            "the file has no tokenizer.ggml.tokens, and so no vocabulary: use a tokenizer from elsewhere"
         )
     types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise ValueError(
-            f"tokenizer.ggml.tokens has {len(tokens)} entries, {len(set(tokens))} of them different, and "
-            f"token_type {len(types)}:"
-            " the file is broken, convert the model again"
+            f"tokenizer.ggml.tokens has {len(tokens)} entries, {len(set(tokens))} of them distinct, and "
+            f"token_type {len(types)}: the file is damaged, convert the model again"
         )
     return tokens, types
 
 
-def _named(metadata: Mapping[str, Any], tokens: list[str], types: list[int], role: str) -> str | None:
-    """The token of a role. Raises ValueError for an id that does not exist."""
+def _role_token(metadata: Mapping[str, Any], tokens: list[str], types: list[int], role: str) -> str | None:
+    """Return the token of a role. Raises ValueError for an id that does not exist."""
     key = f"tokenizer.ggml.{role}_token_id"
-    # The ids that llama.cpp takes where "llama" names none; for "gpt2" it takes 11, which is one model's, and
-    # not followed here.
+    # llama.cpp's default ids for the kind "llama". For "gpt2" it uses 11, which is right for one model only,
+    # and not followed here.
     default, type = {"unknown": (0, UNKNOWN), "bos": (1, CONTROL), "eos": (2, CONTROL)}.get(role, (0, 0))
     if key not in metadata:
         applies = (
@@ -191,7 +187,7 @@ def _named(metadata: Mapping[str, Any], tokens: list[str], types: list[int], rol
         return tokens[default] if applies else None
     if metadata[key] >= len(tokens):
         raise ValueError(
-            f"{key} is {metadata[key]}, and there are {len(tokens)} tokens: the file is broken, convert the "
+            f"{key} is {metadata[key]}, but there are {len(tokens)} tokens: the file is damaged, convert the "
             "model again"
         )
     return tokens[metadata[key]]
@@ -206,8 +202,8 @@ def _added(
             token,
             special=type != USER_DEFINED,
             normalized=False,
-            rstrip=swallows_after(metadata, token, known),
-            lstrip=swallows_before(metadata, token),
+            rstrip=strips_after(metadata, token, known),
+            lstrip=strips_before(metadata, token),
         )
         for token, type in zip(tokens, types, strict=True)
         if type in kinds
@@ -215,15 +211,17 @@ def _added(
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
-    cuts = cuts_of(metadata.get("tokenizer.ggml.pre") or "default")
+    pre_tokenization = pre_tokenization_of(metadata.get("tokenizer.ggml.pre") or "default")
     lines = metadata.get("tokenizer.ggml.merges", [])
-    # A merge is two tokens with a blank between; the first may begin with one.
+    # A merge is two tokens separated by a space; the first may start with one.
     pairs = [
         (line[: line.find(" ", 1)], line[line.find(" ", 1) + 1 :])
         for line in ([] if lines == _NO_MERGES else lines)
     ]
-    backend = tokenizers.Tokenizer(_bpe(_vocabulary(tokens), pairs, ignore_merges=cuts.takes_whole))
-    backend.pre_tokenizer = byte_level_steps(cuts)
+    backend = tokenizers.Tokenizer(
+        _bpe(_vocabulary(tokens), pairs, ignore_merges=pre_tokenization.takes_whole)
+    )
+    backend.pre_tokenizer = byte_level_steps(pre_tokenization)
     backend.decoder = decoders.ByteLevel()
     return backend
 
@@ -232,17 +230,17 @@ def _sentence_piece(metadata: Mapping[str, Any], tokens: list[str], types: list[
     scores = metadata.get("tokenizer.ggml.scores", [])
     if len(scores) != len(tokens):
         raise ValueError(
-            f"tokenizer.ggml.scores has {len(scores)} entries for {len(tokens)} tokens, which 'llama' merges "
-            "by: convert again"
+            f"tokenizer.ggml.scores has {len(scores)} entries for {len(tokens)} tokens, but 'llama' needs "
+            "one each: convert the model again"
         )
-    # SentencePiece merges normal tokens alone. llama.cpp also builds control tokens out of plain text, which
+    # SentencePiece only merges normal tokens. llama.cpp also merges plain text into control tokens, which
     # lets text forge them.
     mergeable = {
         token: score for token, score, type in zip(tokens, scores, types, strict=True) if type == NORMAL
     }
     if BYTE not in types and all(len(token) == 1 for token in mergeable):
         return _characters(tokens, types)
-    unk = _named(metadata, tokens, types, "unknown")
+    unk = _role_token(metadata, tokens, types, "unknown")
     backend = tokenizers.Tokenizer(
         _bpe(_vocabulary(tokens), _merges(mergeable), unk_token=unk, fuse_unk=True, byte_fallback=True)
     )
@@ -255,9 +253,7 @@ def _sentence_piece(metadata: Mapping[str, Any], tokens: list[str], types: list[
 
 
 def _characters(tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
-    """Normal tokens of one character each, and no bytes: what data/tokenizers.py makes of a text's
-    characters.
-    """
+    """Build a tokenizer of single characters without bytes, as data/tokenizers.py makes them."""
     names = [
         token.replace(_BLANK, " ") if type == NORMAL else token
         for token, type in zip(tokens, types, strict=True)
@@ -268,7 +264,7 @@ def _characters(tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
 
 
 def _vocabulary(tokens: list[str]) -> dict[str, int]:
-    # llama.cpp names empty tokens so.
+    # llama.cpp's name for empty tokens.
     return {token or f"[EMPTY_{id}]": id for id, token in enumerate(tokens)}
 
 
@@ -282,36 +278,35 @@ def _bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]], **options: A
 
 
 def _splits(token: str, parts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Every pair of tokens that joins to the token."""
-    cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
-    return [(left, right) for left, right in cuts if left in parts and right in parts]
+    """Return every pair of tokens that joins to the token."""
+    splits = ((token[:i], token[i:]) for i in range(1, len(token)))
+    return [(left, right) for left, right in splits if left in parts and right in parts]
 
 
 def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Merges in the order in which SentencePiece prefers them: by the score of what comes out."""
-    # stable: equal scores stay in the order of ids
+    """Return merges in SentencePiece's order of preference: by the score of the joined token."""
+    # The sort is stable: equal scores stay in the order of ids.
     ordered = sorted(scores, key=lambda token: -scores[token])
     return [pair for token in ordered for pair in _splits(token, scores)]
 
 
 # To GGUF ----------------------------------------------------------------------------------------------------
-
-
 def _read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """tokenizer.json as the library writes it today, and tokenizer_config.json with plain names and one chat
-    template or None.
+    """Read tokenizer.json, upgraded to the library's current layout, and tokenizer_config.json.
+
+    In the latter, special tokens are plain names, and there is one chat template or None.
     """
     file, config_file, template_file = (
         directory / name for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     )
     if not file.is_file():
-        raise ValueError(f"there is no {file}: a tokenizer.json is what can be written to GGUF")
+        raise ValueError(f"there is no {file}: only a tokenizer.json can be written to GGUF")
     try:
         specification = json.loads(tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8")).to_str())
         config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     except Exception as error:  # the library raises bare Exception
         raise ValueError(
-            f"{directory} holds a broken tokenizer.json or tokenizer_config.json: {error}"
+            f"{directory} has a damaged tokenizer.json or tokenizer_config.json: {error}"
         ) from error
     names = {f"{role}_token": config.get(f"{role}_token") for role in _ROLES}
     plain = {key: value["content"] if isinstance(value, dict) else value for key, value in names.items()}
@@ -327,25 +322,25 @@ def _read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _byte_level_keys(specification: dict[str, Any]) -> dict[str, Any]:
     model = specification["model"]
     pre_tokenizer = specification["pre_tokenizer"]
-    # Qwen and others bring text to NFC first, which llama.cpp leaves out: text that is not in NFC gets other
-    # ids there.
+    # Qwen and others normalize to NFC, which llama.cpp does not: it encodes text that is not in NFC
+    # differently.
     if specification["normalizer"] not in (None, {"type": "NFC"}):
         raise ValueError(
-            f"this tokenizer.json changes text first ({specification['normalizer']}), which llama.cpp does "
-            "not do for BPE"
+            f"this tokenizer.json has a normalizer ({specification['normalizer']}), which llama.cpp does not "
+            "have for BPE"
         )
     if pre_tokenizer is None or (specification["decoder"] or {}).get("type") != "ByteLevel":
         raise ValueError(
-            "this tokenizer.json is neither byte-level nor has it bytes to fall back on: llama.cpp does not "
-            "know its kind"
+            "this tokenizer.json is neither byte-level nor has it byte fallback: llama.cpp does not support "
+            "its kind"
         )
     merges = [" ".join(pair) for pair in model["merges"]] or _NO_MERGES
-    name = cuts_name(pre_tokenizer, takes_whole=bool(model.get("ignore_merges")))
+    name = pre_tokenization_name(pre_tokenizer, takes_whole=bool(model.get("ignore_merges")))
     return {"model": "gpt2", "pre": name, "merges": merges, "add_space_prefix": False}
 
 
 def _sentence_piece_keys(specification: dict[str, Any]) -> dict[str, Any]:
-    """Kind, whether a blank begins a text, and the score of every token that merges make, by token."""
+    """Return the kind, whether a space is added before a text, and the score of every merged token."""
     added = {token["content"] for token in specification["added_tokens"]}
     normal = {
         token: id
@@ -358,7 +353,7 @@ def _sentence_piece_keys(specification: dict[str, Any]) -> dict[str, Any]:
         and {" ", _BLANK} <= normal.keys()
     ):
         raise ValueError(
-            f"the vocabulary has both a blank and {_BLANK!r}, which are one character to llama.cpp"
+            f"the vocabulary has both a space and {_BLANK!r}, which are the same character in llama.cpp"
         )
     scores: dict[str, int] = {}
     merges = [(left, right) for left, right in specification["model"]["merges"] if left + right in normal]
@@ -366,8 +361,8 @@ def _sentence_piece_keys(specification: dict[str, Any]) -> dict[str, Any]:
     for left, right in merges:
         if left + right != last and left + right in scores:
             raise ValueError(
-                f"the merges that make {left + right!r} are not in one place, so that no score says when to "
-                "make it"
+                f"the merges that make {left + right!r} are not consecutive, so that no score represents "
+                "their order"
             )
         last = left + right
         scores.setdefault(last, -len(scores))
@@ -375,16 +370,15 @@ def _sentence_piece_keys(specification: dict[str, Any]) -> dict[str, Any]:
     for token in normal:
         if missing := [pair for pair in _splits(token, normal) if pair not in done]:
             raise ValueError(
-                f"the merges lack {missing[0]}, and llama.cpp would make {token!r} of the two: this "
-                "vocabulary merges in an order"
-                " that scores do not express, so it cannot be written to GGUF"
+                f"the merges lack {missing[0]}, which llama.cpp would merge to {token!r}: scores cannot "
+                "represent the merge order of this vocabulary, so it cannot be written to GGUF"
             )
     if specification["model"]["byte_fallback"] and (
         lacking := sorted(_BYTES - specification["model"]["vocab"].keys())
     ):
         raise ValueError(
-            f"the vocabulary lacks {lacking[0]}, and llama.cpp stops at characters without a token unless it "
-            "has every byte"
+            f"the vocabulary lacks {lacking[0]}: llama.cpp fails on characters without a token unless it has "
+            "every byte"
         )
     return {
         "model": "llama",
@@ -395,9 +389,7 @@ def _sentence_piece_keys(specification: dict[str, Any]) -> dict[str, Any]:
 
 
 def _has_space_prefix(specification: dict[str, Any]) -> bool:
-    """Whether a blank is put before a text, in the ways that Hugging Face's Llama, Mistral and Gemma
-    tokenizers say so.
-    """
+    """Return whether a space is added before a text, as configured in Llama, Mistral and Gemma tokenizers."""
     normalizer = specification["normalizer"]
     pre_tokenizer = specification["pre_tokenizer"]
     steps = (
@@ -417,42 +409,43 @@ def _has_space_prefix(specification: dict[str, Any]) -> bool:
         and pre_tokenizer["replacement"] == _BLANK
         and not pre_tokenizer["split"]
     ):
-        # llama.cpp puts a blank first like SentencePiece: after special tokens too, and where the text begins
-        # with one already. Metaspace leaves out the latter, and as "first" the former, so that there, and
-        # only there, the ids differ.
+        # Like SentencePiece, llama.cpp adds a space after special tokens too, and even if the text starts
+        # with one. Metaspace does not do the latter, and with "first" not the former: only there the ids
+        # differ.
         return pre_tokenizer["prepend_scheme"] != "never"
-    # Gemma cuts at blanks, of which there are none any more.
+    # Gemma splits at spaces, of which the normalizer has left none.
     idle = pre_tokenizer is None or (pre_tokenizer["type"], pre_tokenizer.get("pattern")) == (
         "Split",
         {"String": " "},
     )
     if not idle or steps not in ([replace], [prepend, replace]):
         raise ValueError(
-            f"this tokenizer.json prepares text in a way that llama.cpp does not have: {normalizer}, "
-            f"{pre_tokenizer}"
+            f"llama.cpp has no equivalent of this tokenizer.json's normalizer and pre-tokenizer: "
+            f"{normalizer}, {pre_tokenizer}"
         )
     return steps[0] == prepend
 
 
-def _listed(
+def _token_list(
     specification: dict[str, Any],
     ids: Mapping[str, int],
     num_rows: int,
     *,
     unk: str | None,
     sentence_piece: bool,
-    swallows: bool,
+    strips: bool,
 ) -> tuple[list[str], list[int]]:
-    """A token and a type for every row. Tokens of plain text may swallow blanks where `swallows` says that
-    llama.cpp knows.
+    """Return a token and a type for every row.
+
+    Tokens that are not special may only strip spaces if llama.cpp does so too (`strips`).
     """
     names: dict[int, str] = {id: token for token, id in ids.items()}
     added = {token["id"]: token for token in specification["added_tokens"]}
     for token in added.values():
-        if not token["special"] and ((swallowing([token]) and not swallows) or token["single_word"]):
+        if not token["special"] and ((stripping_tokens([token]) and not strips) or token["single_word"]):
             raise ValueError(
-                f"the token {token['content']!r} swallows blanks or wants to be a word of its own, which "
-                "GGUF does not say"
+                f"the token {token['content']!r} strips spaces or matches only single words, which GGUF "
+                "cannot represent"
             )
     tokens = []
     types = []
@@ -467,8 +460,7 @@ def _listed(
             type = USER_DEFINED
         else:
             type = BYTE if sentence_piece and token in _BYTES else NORMAL
-        # Found in text that has been prepared already, this token has the sign for blanks in it; llama.cpp
-        # looks for it before.
+        # The library matches this token after normalization, so that it has "▁" for spaces; llama.cpp before.
         tokens.append(
             token.replace(_BLANK, " ")
             if type == USER_DEFINED and sentence_piece and added[id]["normalized"]
@@ -481,22 +473,22 @@ def _listed(
 def _special_ids(
     directory: Path, config: dict[str, Any], ids: Mapping[str, int], adds_bos: bool
 ) -> dict[str, int]:
-    """Ids of the tokens with a role, under GGUF's names."""
+    """Return the ids of tokens with a role, by GGUF's names."""
     roles: dict[str, str] = {
         _ROLES[role]: name for role in _ROLES if (name := config.get(f"{role}_token")) is not None
     }
-    # data/tokenizers.py keeps there what ends a text or a turn.
+    # data/tokenizers.py writes the tokens that end a text or a turn there.
     ends: Iterable[str] = config.get("end_tokens") or []
     if turn_end := next((name for name in ends if name != roles.get("eos")), None):
         roles["eot"] = turn_end
     if "eos" not in roles or (adds_bos and "bos" not in roles):
         raise ValueError(
-            f"{directory / 'tokenizer_config.json'} names no {'bos' if 'eos' in roles else 'eos'}_token: add "
+            f"{directory / 'tokenizer_config.json'} has no {'bos' if 'eos' in roles else 'eos'}_token: add "
             "it, since GGUF needs its id"
         )
     if unknown := sorted(set(roles.values()) - ids.keys()):
         raise ValueError(
-            f"{directory / 'tokenizer_config.json'} names {unknown}, which tokenizer.json does not have: "
-            "repair either"
+            f"{directory / 'tokenizer_config.json'} names {unknown}, which tokenizer.json does not have: fix "
+            "one of them"
         )
     return {f"{role}_token_id": ids[name] for role, name in roles.items()}

@@ -1,4 +1,4 @@
-"""What configurations of models with latent attention share, in both directions: DeepSeek-V2 and MiniCPM3."""
+"""Conversion of latent attention, in both directions, shared by DeepSeek-V2 and MiniCPM3."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ from slmjax.convert.settings import Settings
 from slmjax.models.mixers.latent import LatentAttentionConfig
 from slmjax.models.rope import YarnScaling
 
-LATENT_NORM_EPS = 1e-6  # what their libraries have, whatever rms_norm_eps is
+LATENT_NORM_EPS = 1e-6  # fixed in their libraries, whatever rms_norm_eps is
 TENSORS: tuple[Rule, ...] = (
     *linear("mixer/query", "self_attn.q_proj"),
     *linear("mixer/query_down", "self_attn.q_a_proj"),
@@ -23,8 +23,8 @@ TENSORS: tuple[Rule, ...] = (
 
 
 def read_latent_attention(settings: Settings) -> LatentAttentionConfig:
-    """config.json -> the mixer. With YaRN, scores are also multiplied by the square of its magnitude."""
-    settings.ignore("num_key_value_heads", "head_dim", "qk_head_dim")  # of latent attention, they say nothing
+    """Read the mixer. With YaRN, scores are also multiplied by the square of its magnitude."""
+    settings.ignore("num_key_value_heads", "head_dim", "qk_head_dim")  # without effect in latent attention
     plain = settings.take("qk_nope_head_dim")
     rotated = settings.positive("qk_rope_head_dim")
     heads = settings.positive("num_attention_heads")
@@ -51,14 +51,16 @@ def read_latent_attention(settings: Settings) -> LatentAttentionConfig:
 
 
 def write_latent_attention(mixer: LatentAttentionConfig) -> dict[str, Any]:
-    """The keys that `read_latent_attention` takes."""
+    """Write the keys of `read_latent_attention`."""
     scaling = write_scaling(mixer.rope_scaling)
     if isinstance(mixer.rope_scaling, YarnScaling) and scaling is not None:
-        # The magnitude m of scores shows in their scale as m ** 2, m = 0.1 weight ln(factor) + 1; that of
-        # angles is a quotient of two.
-        times = math.sqrt((mixer.scale or 1.0) * mixer.key_dim**0.5)
-        scaling["mscale_all_dim"] = _weight(times, mixer.rope_scaling.factor)
-        scaling["mscale"] = _weight(times * mixer.rope_scaling.attention_factor, mixer.rope_scaling.factor)
+        # The scale of scores contains m ** 2, with m = 0.1 weight ln(factor) + 1; the factor of the angles is
+        # a quotient of two such magnitudes.
+        magnitude = math.sqrt((mixer.scale or 1.0) * mixer.key_dim**0.5)
+        scaling["mscale_all_dim"] = _weight(magnitude, mixer.rope_scaling.factor)
+        scaling["mscale"] = _weight(
+            magnitude * mixer.rope_scaling.attention_factor, mixer.rope_scaling.factor
+        )
         if scaling["mscale"] and scaling["mscale_all_dim"]:
             del scaling["attention_factor"]
     return {
@@ -77,5 +79,5 @@ def write_latent_attention(mixer: LatentAttentionConfig) -> dict[str, Any]:
 
 
 def _weight(magnitude: float, factor: float) -> float:
-    """The weight with which YaRN's magnitude of this factor is this, as short as it was written."""
+    """Return the weight that gives YaRN's magnitude for a factor, rounded to the decimals of the original."""
     return 0.0 if factor <= 1 else float(f"{(magnitude - 1.0) / (0.1 * math.log(factor)):.10g}")

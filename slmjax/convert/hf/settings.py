@@ -1,8 +1,7 @@
-"""The vocabulary that most config.json files share, in both directions: heads, rotary positions, windows,
-norms, tables.
+"""Conversion of config.json keys shared by families, in both directions.
 
-Readers take keys from `Settings` and give configs of ours; writers give keys. What a writer cannot say it may
-leave out: the exporter reads back what was written, and refuses what is not the same.
+Readers take keys from `Settings` and return our configs; writers return keys. A writer may leave out what it
+cannot represent: the exporter reads the result back, and refuses it if it is not the same model.
 """
 
 import math
@@ -19,7 +18,7 @@ from slmjax.models.ffn.mlp import Activation, MlpConfig
 from slmjax.models.mixers.attention import AttentionConfig, Biases
 from slmjax.models.rope import LinearScaling, Llama3Scaling, LongScaling, RopeScaling, YarnScaling
 
-# Keys that say how a model was trained or is to be run, not what it computes.
+# Keys about training or running a model that do not affect what it computes.
 IGNORED = (
     "_name_or_path",
     "architectures",
@@ -63,7 +62,7 @@ IGNORED = (
     "unk_token_id",
 )
 
-LONG_TYPES = ("longrope", "su")  # what LongRoPE is called
+LONG_TYPES = ("longrope", "su")  # names of LongRoPE
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": Activation.SILU,
     "gelu_pytorch_tanh": Activation.GELU,
@@ -77,7 +76,7 @@ ACTIVATION_NAMES = {value: name for name, value in reversed(ACTIVATIONS.items())
 
 # Models -----------------------------------------------------------------------------------------------------
 def read_decoder(settings: Settings, blocks: Sequence[BlockConfig], **more: Any) -> ModelConfig:
-    """The model around its layers; `more` are fields of the `ModelConfig` that this family sets."""
+    """Read the model around its layers; `more` are fields of the `ModelConfig` set by the family."""
     settings.ignore(*IGNORED)
     settings.expect("rope_interleaved", False)
     head = HeadKind.TIED if settings.take("tie_word_embeddings") else HeadKind.UNTIED
@@ -93,7 +92,7 @@ def read_decoder(settings: Settings, blocks: Sequence[BlockConfig], **more: Any)
 
 
 def write_decoder(model: ModelConfig) -> dict[str, Any]:
-    """The keys that `read_decoder` takes, and the number of layers."""
+    """Write the keys of `read_decoder`, and the number of layers."""
     return {
         "hidden_size": model.embed_dim,
         "num_hidden_layers": model.num_layers,
@@ -105,19 +104,17 @@ def write_decoder(model: ModelConfig) -> dict[str, Any]:
 
 
 def check_width(model: ModelConfig, num_heads: int) -> None:
-    """Raises Inexpressible for what some families' libraries refuse to load: a width that heads do not
-    divide.
-    """
+    """Raise Inexpressible unless the width is a multiple of the heads, which some libraries require."""
     if model.embed_dim % num_heads:
-        raise Inexpressible(f"its width, {model.embed_dim}, has to be a multiple of its heads, {num_heads}")
+        raise Inexpressible(f"its width, {model.embed_dim}, must be a multiple of its heads, {num_heads}")
 
 
 # Attention --------------------------------------------------------------------------------------------------
 def read_attention(settings: Settings, *, is_partial: bool = False, **more: Any) -> AttentionConfig:
-    """Heads and rotary positions; `more` are fields of the `AttentionConfig` that this family sets.
+    """Read heads and rotary positions; `more` are fields of the `AttentionConfig` set by the family.
 
     Args:
-      is_partial: the family's libraries can rotate a part of each head's dims.
+      is_partial: whether the family's library can rotate only some dims of each head.
     """
     heads = settings.positive("num_attention_heads")
     head_dim = settings.positive("head_dim", settings.positive("hidden_size") // heads)
@@ -129,17 +126,17 @@ def read_attention(settings: Settings, *, is_partial: bool = False, **more: Any)
 
 
 def read_biases(settings: Settings) -> Biases:
-    """Whether all projections of attention have biases."""
+    """Read whether all projections of attention have biases."""
     return Biases.ALL if settings.take("attention_bias") else Biases.NONE
 
 
 def write_biases(attention: AttentionConfig) -> dict[str, Any]:
-    """The key that `read_biases` takes."""
+    """Write the key of `read_biases`."""
     return {"attention_bias": attention.biases is Biases.ALL}
 
 
 def write_attention(attention: AttentionConfig) -> dict[str, Any]:
-    """The keys that `read_attention` takes."""
+    """Write the keys of `read_attention`."""
     return {
         "num_attention_heads": attention.num_heads,
         "num_key_value_heads": attention.kv_heads,
@@ -151,18 +148,16 @@ def write_attention(attention: AttentionConfig) -> dict[str, Any]:
 def read_windows(
     settings: Settings, *, num_layers: int, window: int | None, default: Sequence[bool]
 ) -> list[int | None]:
-    """The window of each layer, by `layer_types` where it is given, else by `default`, which says which
-    layers have one.
-    """
+    """Read the window of each layer, from `layer_types` or else from `default`: whether a layer has one."""
     kinds = settings.take("layer_types", None)
     local = list(default) if kinds is None else [_is_local(kind) for kind in kinds]
     if len(local) != num_layers:
         raise ConfigError(
-            f"config.json: layer_types names {len(local)} layers, and num_hidden_layers is {num_layers}"
+            f"config.json: layer_types names {len(local)} layers, but num_hidden_layers is {num_layers}"
         )
     if any(local) and window is None:
         raise ConfigError(
-            "config.json: layer_types has layers of sliding_attention, and there is no sliding_window"
+            "config.json: layer_types has layers of sliding_attention, but there is no sliding_window"
         )
     return [window if is_local else None for is_local in local]
 
@@ -170,16 +165,16 @@ def read_windows(
 def _is_local(kind: str) -> bool:
     if kind not in ("sliding_attention", "full_attention"):
         raise ConfigError(
-            f"config.json: layer_types has {kind!r}: sliding_attention and full_attention are understood"
+            f"config.json: layer_types has {kind!r}; supported are sliding_attention and full_attention"
         )
     return kind == "sliding_attention"
 
 
 def write_windows(model: ModelConfig) -> dict[str, Any]:
-    """`sliding_window` and `layer_types`."""
+    """Write `sliding_window` and `layer_types`."""
     windows = [attention.window for attention in attentions(model)]
     kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
-    # Where no layer has one, some libraries want a number all the same.
+    # Some libraries require a number even if no layer has a window.
     return {
         "sliding_window": next((window for window in windows if window), model.context_length),
         "layer_types": kinds,
@@ -188,11 +183,12 @@ def write_windows(model: ModelConfig) -> dict[str, Any]:
 
 # Rotary positions -------------------------------------------------------------------------------------------
 def rope_table(settings: Settings, *, default: Mapping[str, Any] | None = None) -> Settings:
-    """Return the keys of rotary positions, from either name; as in transformers, `rope_scaling` replaces
-    `rope_parameters` whole.
+    """Return the keys of rotary positions, from `rope_parameters` or `rope_scaling`.
+
+    As in transformers, all of `rope_parameters` is replaced by `rope_scaling`.
 
     Args:
-      default: the keys where neither is there.
+      default: the keys if neither is present.
     """
     scaling = settings.take("rope_scaling", None)
     parameters = settings.take("rope_parameters", None)
@@ -207,8 +203,8 @@ def rope_table(settings: Settings, *, default: Mapping[str, Any] | None = None) 
     lost = [name for name, value in used.items() if value != parameters[name]]
     if lost:
         settings.notes.append(
-            "rope_scaling replaces rope_parameters whole, as in transformers: of the latter, "
-            f"{lost[0]} = {parameters[lost[0]]!r} is not used"
+            "rope_scaling replaces all of rope_parameters, as in transformers: "
+            f"{lost[0]} = {parameters[lost[0]]!r} of the latter is not used"
         )
     return table
 
@@ -220,14 +216,14 @@ def read_rope(
     default: Mapping[str, Any] | None = None,
     long_types: Sequence[str] = LONG_TYPES,
 ) -> dict[str, Any]:
-    """Return `rope_base` and `rope_scaling`, from keys beside the others or in a table of their own.
+    """Return `rope_base` and `rope_scaling`, from top-level keys or a nested table.
 
-    A `partial_rotary_factor` other than 1 is handed on to `read_attention`, which knows the width of a head.
+    A `partial_rotary_factor` other than 1 is passed on to `read_attention`, which knows the width of a head.
 
     Args:
-      is_partial: the family's libraries can rotate a part of each head's dims.
-      default: the table where there is none.
-      long_types: what the family calls LongRoPE.
+      is_partial: whether the family's library can rotate only some dims of each head.
+      default: the table if there is none.
+      long_types: the family's names of LongRoPE.
     """
     if not is_partial:
         settings.expect("partial_rotary_factor", 1.0)
@@ -246,15 +242,12 @@ def read_rope(
 
 
 def read_ropes_by_kind(settings: Settings, *, local: str | None) -> dict[bool, dict[str, Any]]:
-    """The same for models whose full layers (False) and layers in a window (True) differ, from either
-    spelling.
+    """Return the same for models whose full layers (False) and windowed layers (True) differ.
 
-    As in transformers, `rope_scaling` is added to the keys of full layers, and wins over those that are
-    there.
+    As in transformers, `rope_scaling` is merged into the keys of full layers, and takes precedence.
 
     Args:
-      local: the key beside the others with the base of layers in a window; None where they have that of full
-        layers.
+      local: the top-level key for the base of windowed layers; None if they share that of full layers.
     """
     context = settings.positive("max_position_embeddings")
     base = settings.positive("rope_theta")
@@ -266,19 +259,18 @@ def read_ropes_by_kind(settings: Settings, *, local: str | None) -> dict[bool, d
         if "rope_type" not in scaling and scaling.get("type", "default") != "default":
             settings.refuse(
                 "rope_scaling",
-                "releases of transformers differ in whether `type` counts here; call it `rope_type`",
+                "releases of transformers differ in whether they read `type` here: use `rope_type`",
             )
         tables[False].update(scaling)
     if local is None and settings.has("rope_theta") and tables[True].get("rope_theta") is None:
-        settings.expect(
-            "rope_theta", settings.published("rope_theta")
-        )  # transformers 4 has it in all layers, 5 in full ones alone
+        # transformers 4 uses it in all layers, 5 only in full ones: only their common default is unambiguous.
+        settings.expect("rope_theta", settings.published("rope_theta"))
     bases = {False: base, True: base if local is None else settings.positive(local)}
     fields = {}
     for kind, table in tables.items():
         inner = settings.nested(f"rotary positions of {'sliding' if kind else 'full'}_attention", table)
         inner.expect("partial_rotary_factor", 1.0)
-        inner.expect("truncate", True)  # transformers looks for it outside of these tables, and finds none
+        inner.expect("truncate", True)  # transformers does not read it from these tables
         fields[kind] = rope_fields(inner, base=bases[kind], context=context)
         inner.finish()
     return fields
@@ -293,14 +285,14 @@ def rope_fields(
     original: int | None = None,
     long_types: Sequence[str] = LONG_TYPES,
 ) -> dict[str, Any]:
-    """The same from the keys of `rope_parameters` or `rope_scaling`, of all layers or of one kind of layer.
+    """Return the same from the keys of `rope_parameters` or `rope_scaling`, for all layers or one kind.
 
     Args:
-      base: where the keys do not say.
-      fraction: where the keys do not say.
-      context: tokens of the model's context.
-      original: tokens it was first trained with, where that is said outside.
-      long_types: what the family calls LongRoPE.
+      base: default of `rope_theta`.
+      fraction: default of `partial_rotary_factor`.
+      context: the model's context length.
+      original: context length of the first training, if given by a top-level key.
+      long_types: the family's names of LongRoPE.
     """
     base = inner.positive("rope_theta", base)
     fraction = inner.take("partial_rotary_factor", fraction)
@@ -312,11 +304,11 @@ def rope_fields(
 def rotated_part(head_dim: int, factor: float, *, base: float, scaling: RopeScaling | None) -> dict[str, Any]:
     """Return `rotary_dim` and `rope_base` for a `partial_rotary_factor`, as transformers rotates.
 
-    It makes R = int(head_dim * factor), and a frequency `base ** (-2i / R)` for each even 2i below R. Of an
-    odd R these are (R + 1) / 2 pairs, which is what R + 1 dims and the base `base ** ((R + 1) / R)` give.
+    It computes R = int(head_dim * factor), and a frequency `base ** (-2i / R)` for each even 2i below R. For
+    an odd R these are (R + 1) / 2 pairs, the same as for R + 1 dims and the base `base ** ((R + 1) / R)`.
 
     Raises:
-      ConfigError: an odd number with scaled frequencies, which transformers refuses.
+      ConfigError: R is odd and frequencies are scaled, which transformers refuses.
     """
     rotated = int(head_dim * factor)
     if rotated % 2 == 0 or rotated < 0:
@@ -324,17 +316,16 @@ def rotated_part(head_dim: int, factor: float, *, base: float, scaling: RopeScal
     if scaling is not None:
         raise ConfigError(
             f"config.json: partial_rotary_factor {factor} of heads of {head_dim} dims rotates {rotated}, an "
-            "odd number, "
-            f"which transformers does not compute with scaled frequencies ({type(scaling).__name__})"
+            f"odd number, which transformers does not support with scaled frequencies "
+            f"({type(scaling).__name__})"
         )
-    of_pairs = np.float32(base ** ((rotated + 1) / rotated))  # angles are float32
-    return {"rotary_dim": rotated + 1, "rope_base": float(str(of_pairs))}
+    even_base = np.float32(base ** ((rotated + 1) / rotated))  # angles are float32
+    return {"rotary_dim": rotated + 1, "rope_base": float(str(even_base))}
 
 
 def rotary_factor(rotary_dim: int, head_dim: int) -> float:
-    """Return a `partial_rotary_factor` f with `int(head_dim * f) == rotary_dim`: the quotient, or the next
-    float.
-    """
+    """Return a `partial_rotary_factor` f with `int(head_dim * f) == rotary_dim`."""
+    # The quotient may round down, so that int() loses one: then the next float does it.
     factor = rotary_dim / head_dim
     return factor if int(head_dim * factor) == rotary_dim else math.nextafter(factor, math.inf)
 
@@ -344,7 +335,7 @@ def _read_scaling(
 ) -> RopeScaling | None:
     kind = inner.take("type", "default")
     kind = inner.take("rope_type", kind)
-    first_trained = int(
+    original_context = int(
         inner.positive("original_max_position_embeddings", context) if original is None else original
     )
     inner.ignore("original_max_position_embeddings")
@@ -355,24 +346,24 @@ def _read_scaling(
     if kind == "llama3":
         return Llama3Scaling(
             factor=float(inner.positive("factor")),
-            original_context=first_trained,
+            original_context=original_context,
             low_frequency_factor=float(inner.take("low_freq_factor")),
             high_frequency_factor=float(inner.take("high_freq_factor")),
         )
     if kind == "yarn" and kind not in long_types:
-        return _read_yarn(inner, context=context, original=first_trained)
+        return _read_yarn(inner, context=context, original=original_context)
     if kind in long_types:
-        factor = float(inner.positive("factor", context / first_trained))
-        magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(first_trained))
+        factor = float(inner.positive("factor", context / original_context))
+        magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original_context))
         return LongScaling(
             short_factors=tuple(map(float, inner.take("short_factor"))),
             long_factors=tuple(map(float, inner.take("long_factor"))),
-            original_context=first_trained,
+            original_context=original_context,
             attention_factor=float(inner.take("attention_factor", magnitude)),
         )
     raise ConfigError(
-        f"config.json: rotary positions of type {kind!r} are not understood: default, linear, llama3, yarn "
-        "and longrope are"
+        f"config.json: rotary positions of type {kind!r} are not supported; supported are default, linear, "
+        "llama3, yarn and longrope"
     )
 
 
@@ -398,12 +389,12 @@ def _read_yarn(inner: Settings, *, context: int, original: int) -> YarnScaling:
 
 
 def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
-    """What YaRN multiplies queries and keys by (Peng et al. 2023)."""
+    """Return YaRN's factor of queries and keys (Peng et al. 2023)."""
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def write_rope(attention: AttentionConfig) -> dict[str, Any]:
-    """`rope_theta`, `partial_rotary_factor` and `rope_scaling`, as libraries of any age read them."""
+    """Write `rope_theta`, `partial_rotary_factor` and `rope_scaling`, as all releases of transformers read them."""
     keys: dict[str, Any] = {} if attention.rope_base is None else {"rope_theta": attention.rope_base}
     if attention.rotary_dim not in (None, attention.head_dim):
         keys["partial_rotary_factor"] = rotary_factor(attention.rotary_dim or 0, attention.head_dim or 1)
@@ -411,7 +402,7 @@ def write_rope(attention: AttentionConfig) -> dict[str, Any]:
 
 
 def write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """The keys of `rope_scaling`; None where angles are plain."""
+    """Write the keys of `rope_scaling`; None without scaling."""
     if scaling is None:
         return None
     if isinstance(scaling, LinearScaling):
@@ -442,16 +433,14 @@ def write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
             "attention_factor": scaling.attention_factor,
             "original_max_position_embeddings": scaling.original_context,
         }
-    raise Inexpressible(f"rope_scaling is {type(scaling).__name__}, which has no name elsewhere")
+    raise Inexpressible(f"rope_scaling is {type(scaling).__name__}, which config.json cannot represent")
 
 
 # Feed-forward layers ----------------------------------------------------------------------------------------
 def read_mlp(
     settings: Settings, *, width: str = "intermediate_size", activation: str = "hidden_act", **more: Any
 ) -> MlpConfig:
-    """A gated MLP; the arguments are names of keys, `more` fields of the `MlpConfig` that this family
-    sets.
-    """
+    """Read a gated MLP; the arguments are names of keys, `more` are fields of the `MlpConfig`."""
     return MlpConfig(
         hidden_dim=settings.positive(width), activation=read_activation(settings, activation), **more
     )
@@ -460,19 +449,19 @@ def read_mlp(
 def write_mlp(
     ffn: Any, *, width: str = "intermediate_size", activation: str = "hidden_act"
 ) -> dict[str, Any]:
-    """The keys that `read_mlp` takes."""
+    """Write the keys of `read_mlp`."""
     mlp = expect_kind(ffn, MlpConfig, "a feed-forward layer")
     return {width: mlp.hidden_dim, activation: write_activation(mlp.activation)}
 
 
 def read_activation(settings: Settings, name: str = "hidden_act") -> Activation:
-    """The non-linearity that a key names."""
+    """Read an activation function."""
     text = settings.take(name)
     if text not in ACTIVATIONS:
-        raise ConfigError(f"config.json: {name} is {text!r}, and {', '.join(ACTIVATIONS)} are understood")
+        raise ConfigError(f"config.json: {name} is {text!r}; supported are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[text]
 
 
 def write_activation(activation: Activation) -> str:
-    """The name of a non-linearity. Raises Inexpressible if it has none."""
+    """Return the name of an activation function. Raises Inexpressible if it has none."""
     return lookup(ACTIVATION_NAMES, activation, "the activation")

@@ -1,4 +1,4 @@
-"""The names that most Hugging Face models give their tensors: rules to build a family's table from."""
+"""Names of tensors in most Hugging Face models: rules for the tensor maps of families."""
 
 from slmjax.convert.family import Rule, experts, linear, matrix, norm, same
 

@@ -1,30 +1,31 @@
-"""Whether an exported file is the model that was trained: bytes, matrix products, loss and tokenizer, in the
-engine that will run it.
+"""Comparison of an exported file with the trained model, in the engine that will run it.
 
-    found = verify_export("runs/nano", "nano.gguf")
-    found.holds, found.loss.difference, found.loss.floor
+    verification = verify_export("runs/nano", "nano.gguf")
+    verification.holds, verification.loss.difference, verification.loss.floor
 
-Four levels. Bytes: every tensor of the file decodes to exactly the numbers that the model multiplies with.
-Products: with the engine's own kernels, each matrix gives what ours gives, but for sums in another order,
-where inputs have the same codes; and it is counted how many of those codes differ. Loss: over the same tokens
-both find the same mean negative log-likelihood, as far as that can be told. Rounding inputs to 8 bits turns a
-difference in the last bit of a sum into one of a whole code, here and there, and so a network that does it
-answers to the smallest noise: what noise of 1e-6 on the embeddings does to our own loss is measured, and is
-the floor below which nothing can be told. Tokenizer: the file has the vocabulary, the special tokens and the
-chat template of the model, and the engine gives the ids that the model was trained on.
+There are four levels:
 
-Dims: T tokens of a window, V vocabulary, R rows of inputs, I inputs of a matrix, O its outputs.
+1. Bytes: every tensor of the file dequantizes to exactly the model's weights.
+2. Products: for equal activation codes, the engine's kernels give the same matrix products up to the order of
+   summation; activation codes that differ are counted.
+3. Loss: the mean negative log-likelihood over the same tokens agrees within a measured tolerance. A network
+   that rounds activations to 8 bits turns a difference in the last bit of a sum into a different code now and
+   then, and so amplifies the smallest noise. The effect of noise of 1e-6 on the embeddings is measured on our
+   own
+   loss: it is the floor, below which differences mean nothing.
+4. Tokenizer: the file has the model's vocabulary, special tokens and chat template, and the engine encodes
+   texts to the same ids.
 """
 
 import dataclasses
 from pathlib import Path
 
 from slmjax.checkpoints import loading
-from slmjax.checkpoints.stored_model import LocalModel, open_local_model
+from slmjax.checkpoints.stored_model import open_local_model
 from slmjax.convert.family import BoundRule, bind
 from slmjax.convert.gguf import llama_cpp
 from slmjax.convert.gguf.container import GgufFile, read_gguf
-from slmjax.convert.gguf_model import EXTRA_TENSORS, TOLERANCE, described
+from slmjax.convert.gguf_model import EXTRA_TENSORS, TOLERANCE, family_and_config
 from slmjax.convert.verify.file_checks import (
     INPUT_SPECS,
     ProductCheck,
@@ -32,7 +33,7 @@ from slmjax.convert.verify.file_checks import (
     check_products,
     check_tensor,
     input_type,
-    is_multiplied_with,
+    is_matmul_weight,
 )
 from slmjax.convert.verify.loss_check import LossCheck, check_loss, engine_context, text_windows
 from slmjax.convert.verify.tokenizer_check import TokenizerCheck, compare_ids, compare_metadata
@@ -47,37 +48,35 @@ DEFAULT_WINDOW = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What comparing a file with the model it was made of came to."""
+    """Result of comparing a file with the model it was exported from."""
 
     file: str
     run: str
     step: int | None  # of the run
-    changed_rows: (
-        tuple[int, int] | None
-    )  # of codes, and all rows: those that differ on the devices that it was trained on, where known
-    engine: str  # and its version
-    settings: tuple[str, ...]  # that the file has otherwise than the model
-    extra: tuple[str, ...]  # tensors of the file that the model has no place for
+    # rows whose codes differ from those on the devices of the training, and all rows; None if not recorded
+    changed_rows: tuple[int, int] | None
+    engine: str  # name and version
+    settings: tuple[str, ...]  # differences between the settings of file and model
+    extra: tuple[str, ...]  # tensors of the file that the model does not have
     tensors: tuple[TensorCheck, ...]
     products: tuple[ProductCheck, ...]
-    loss: (
-        LossCheck | None
-    )  # None: the file is of another model, or has a vocabulary of another kind, and was not run
+    # None if the file was not run, as it holds another model or another kind of vocabulary
+    loss: LossCheck | None
     tokenizer: TokenizerCheck
 
     @property
     def bytes_hold(self) -> bool:
-        """Level one."""
-        return not self.settings and not self.extra and all(one.holds for one in self.tensors)
+        """Whether level one holds: equal settings and weights."""
+        return not self.settings and not self.extra and all(tensor.holds for tensor in self.tensors)
 
     @property
     def products_hold(self) -> bool:
-        """Level two."""
-        return all(one.holds for one in self.products)
+        """Whether level two holds: equal matrix products."""
+        return all(product.holds for product in self.products)
 
     @property
     def holds(self) -> bool:
-        """All four levels."""
+        """Whether all four levels hold."""
         return (
             self.bytes_hold
             and self.products_hold
@@ -97,69 +96,67 @@ def verify_export(
     step: int | None = None,
     changed_data: ChangedData = ChangedData.REFUSE,
 ) -> Verification:
-    """Compares a GGUF file with the model that it was made of, in llama.cpp.
+    """Compare a GGUF file with the model it was exported from, in llama.cpp.
 
     Args:
-      run: the run directory, or that of an imported or quantized model.
-      file: what `export` wrote.
-      data: the text for the losses: its held-out part, or all of it where nothing is held out. None: the
+      run: the run directory, or the directory of an imported or quantized model.
+      file: the exported file.
+      data: the text for the losses: its held-out part, or all of it if nothing is held out. None: the
         held-out text of the run.
-      max_tokens: of the text, the first so many.
-      window: tokens that are scored in one go, each seeing those before it.
-      step: of a run, the checkpoint; None for the newest.
-      changed_data: what to do where the run's text has changed since training.
+      max_tokens: number of tokens to score, from the start of the text.
+      window: tokens per window; a token sees those before it in its window.
+      step: checkpoint of a run; None for the newest.
+      changed_data: what to do if the run's text has changed since training.
 
     Raises:
-      ValueError: one of the two cannot be read, the run's text has changed, or there is no text or no engine.
+      ValueError: the model or the file cannot be read, the run's text has changed, or text or engine are
+        missing.
     """
     run = Path(run)
     file = Path(file)
     engine = llama_cpp.import_engine()
-    own = open_local_model(run, step=step)
+    local_model = open_local_model(run, step=step)
     content = read_gguf(file)
-    loaded = loading.load_model(run, step=own.step)
+    loaded = loading.load_model(run, step=local_model.step)
     windows = text_windows(loaded, data, max_tokens=max_tokens, length=window, changed_data=changed_data)
-    wanted = canonical(own.config)
-    family, found = described(file, content)
-    bound = bind(family.table_of(wanted), wanted)
-    known = {one.theirs[0] for one in bound} | {f"{name}.weight" for name in EXTRA_TENSORS}
-    settings = tuple(differences(wanted, canonical(found), tolerance=TOLERANCE))
+    config = canonical(local_model.config)
+    family, file_config = family_and_config(file, content)
+    rules = bind(family.tensor_map_for(config), config)
+    known = {rule.theirs[0] for rule in rules} | {f"{name}.weight" for name in EXTRA_TENSORS}
+    settings = tuple(differences(config, canonical(file_config), tolerance=TOLERANCE))
     extra = tuple(sorted(set(content.tensors) - known))
-    tensors = tuple(check_tensor(one, own, content.tensors.get(one.theirs[0])) for one in bound)
-    is_other = bool(settings or extra) or any(one.is_missing for one in tensors)
-    words = compare_metadata(
-        content.metadata, own.path / "tokenizer", loaded.tokenizer, num_rows=wanted.known_vocab_size
+    tensors = tuple(check_tensor(rule, local_model, content.tensors.get(rule.theirs[0])) for rule in rules)
+    is_other_model = bool(settings or extra) or any(tensor.is_missing for tensor in tensors)
+    tokenizer = compare_metadata(
+        content.metadata, local_model.path / "tokenizer", loaded.tokenizer, num_rows=config.known_vocab_size
     )
     loss = None
-    if not is_other and words.can_load:
-        loss = check_loss(loaded, file, windows, input_specs=_input_specs(bound, own, content))
-        words = compare_ids(words, file, loaded.tokenizer, context=engine_context(windows))
+    # The engine is only given files that it can load as this model.
+    if not is_other_model and tokenizer.can_load:
+        loss = check_loss(loaded, file, windows, input_specs=_input_specs(rules, content))
+        tokenizer = compare_ids(tokenizer, file, loaded.tokenizer, context=engine_context(windows))
     return Verification(
         file=str(file),
         run=str(run),
-        step=own.step,
-        changed_rows=own.changed_rows,
+        step=local_model.step,
+        changed_rows=local_model.changed_rows,
         engine=f"llama.cpp in xllamacpp {engine.__version__}",
         settings=settings,
         extra=extra,
         tensors=tensors,
-        products=() if is_other else tuple(check_products(bound, own, content.tensors)),
+        products=() if is_other_model else tuple(check_products(rules, local_model, content.tensors)),
         loss=loss,
-        tokenizer=words,
+        tokenizer=tokenizer,
     )
 
 
-def _input_specs(bound: list[BoundRule], own: LocalModel, content: GgufFile) -> dict[str, QuantSpec]:
-    """By logical path of a weight, how the engine rounds what it is multiplied with."""
-    found: dict[str, QuantSpec] = {}
-    for one in bound:
-        tensor = content.tensors.get(one.theirs[0])
-        if (
-            tensor is None
-            or len(tensor.shape) < 2
-            or not is_multiplied_with(tensor.name, tuple(content.tensors))
-        ):
+def _input_specs(rules: list[BoundRule], content: GgufFile) -> dict[str, QuantSpec]:
+    """Return the format in which the engine quantizes the input of each weight, by logical path."""
+    specs: dict[str, QuantSpec] = {}
+    for rule in rules:
+        tensor = content.tensors.get(rule.theirs[0])
+        if tensor is None or not is_matmul_weight(tensor, content.tensors):
             continue
         if (spec := INPUT_SPECS.get(input_type(tensor.type))) is not None:
-            found |= dict.fromkeys(one.ours, spec)
-    return found
+            specs |= dict.fromkeys(rule.ours, spec)
+    return specs

@@ -1,7 +1,7 @@
-"""The loss of an exported file in llama.cpp and in ours, over the same tokens: level three of `verification`.
+"""Comparison of the losses of llama.cpp and slmjax over the same tokens: level three of `export.py`.
 
-The tokens are those that the run's evaluation scores: of pairs of prompt and completion the completions,
-unless eval.score says all.
+The tokens are those that the run's evaluation scores: in pairs of prompt and completion only the completions,
+unless eval.score is all.
 
 Dims: W windows, T tokens of a window, V vocabulary.
 """
@@ -29,64 +29,64 @@ from slmjax.models.definition import Definition, inference_config, restack, unst
 from slmjax.quantization.fake_quantization import define_quantized
 from slmjax.quantization.rules import QuantPhase, QuantRule
 
-NOISE = 1e-6
-NOISE_DRAWS = 4  # relative, on every number of the embedding table
-SMALLEST_TOLERANCE = 1e-6  # of the loss itself: float32 sums in another order
+NOISE = 1e-6  # relative, on every value of the embedding table
+NOISE_DRAWS = 4
+SMALLEST_TOLERANCE = 1e-6  # relative to the loss, for float32 sums in another order
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Window:
     """A piece of a document."""
 
-    tokens: Int32[np.ndarray, " T_and_1"]  # T inputs, and the targets one further
-    scored: Bool[np.ndarray, " T"]  # of the targets
+    tokens: Int32[np.ndarray, " T_and_1"]  # T inputs; the targets are one position later
+    scored: Bool[np.ndarray, " T"]  # which targets are scored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossCheck:
-    """Mean negative log-likelihoods in nats per token."""
+    """Mean negative log-likelihoods of both implementations, in nats per token."""
 
-    tokens: int  # that were scored
+    tokens: int  # scored
     windows: int
     engine: float
-    ours: float  # with inputs rounded as the engine does it
-    as_trained: float  # with inputs as in training
+    ours: float  # with activations quantized as in the engine
+    as_trained: float  # with activations as in training
     difference: float  # engine - ours
-    standard_error: float  # of the difference, paired, over windows
-    floor: float  # the most that our own loss moved under noise on the embeddings
+    standard_error: float  # of the difference, paired over windows
+    floor: float  # largest change of our own loss by noise on the embeddings
 
     @property
     def tolerance(self) -> float:
-        """What the difference may be."""
+        """Largest difference that is accepted."""
         return max(2 * self.floor, 2 * self.standard_error, SMALLEST_TOLERANCE * self.ours)
 
     @property
     def holds(self) -> bool:
-        """Whether the difference is no more than that."""
+        """Whether the difference is within the tolerance."""
         return abs(self.difference) <= self.tolerance
 
 
 def engine_context(windows: list[Window]) -> int:
-    """The context with which the engine loads the file for these windows."""
+    """Return the context length with which the engine loads the file for these windows."""
     return max(len(window.tokens) for window in windows) + 8
 
 
 def check_loss(
     loaded: Loaded, file: Path, windows: list[Window], *, input_specs: Mapping[str, QuantSpec]
 ) -> LossCheck:
-    """Both losses over the windows.
+    """Compute both losses over the windows.
 
     Args:
-      input_specs: by logical path of a weight, how the engine rounds what it is multiplied with.
+      input_specs: formats in which the engine quantizes the inputs of weights, by logical path.
     """
     vocab_size = loaded.config.known_vocab_size
     context = engine_context(windows)
     engine = np.array([_engine_nll(file, window, vocab_size, context) for window in windows])
     definition, params, buffers = with_inputs(loaded, input_specs)
-    ours = _own_nll(definition.merge_transformed(params, buffers), windows)
-    trained = _own_nll(loaded.model, windows)
-    moved = [
-        _own_nll(definition.merge_transformed(_noisy(params, draw), buffers), windows)
+    ours = _our_nll(definition.merge_transformed(params, buffers), windows)
+    trained = _our_nll(loaded.model, windows)
+    with_noise = [
+        _our_nll(definition.merge_transformed(_noisy(params, draw), buffers), windows)
         for draw in range(NOISE_DRAWS)
     ]
     counts = np.array([window.scored.sum() for window in windows])
@@ -100,14 +100,14 @@ def check_loss(
         as_trained=float(trained.sum() / tokens),
         difference=difference,
         standard_error=error,
-        floor=max(abs(float((one - ours).sum() / tokens)) for one in moved),
+        floor=max(abs(float((noisy - ours).sum() / tokens)) for noisy in with_noise),
     )
 
 
 def paired(differences: Float[np.ndarray, " W"], counts: np.ndarray) -> tuple[float, float]:
     """Mean difference per token of sums over windows of `counts` tokens, and its standard error.
 
-    Windows are what is drawn: a ratio estimate. One window has no standard error, which is then 0.
+    A ratio estimate: the windows are the sample. A single window has no standard error; 0 is returned.
     """
     mean = float(differences.sum() / counts.sum())
     if len(counts) < 2:
@@ -121,10 +121,11 @@ def _engine_nll(file: Path, window: Window, vocab_size: int, context: int) -> fl
     return -float(rows[np.arange(len(window.scored)), window.tokens[1:]][window.scored].sum())
 
 
-def _own_nll(model: Decoder, windows: list[Window]) -> Float[np.ndarray, " W"]:
-    """Sums over each window; what comes after a short one changes nothing in it."""
+def _our_nll(model: Decoder, windows: list[Window]) -> Float[np.ndarray, " W"]:
+    """Return our sum over each window."""
+    # Windows are padded to one length to compile once: attention is causal, so padding changes nothing.
     longest = max(len(window.scored) for window in windows)
-    found = []
+    sums = []
     with jax.default_matmul_precision("highest"):
         for window in windows:
             inputs = np.zeros((1, longest), np.int32)
@@ -132,8 +133,8 @@ def _own_nll(model: Decoder, windows: list[Window]) -> Float[np.ndarray, " W"]:
             rows = np.asarray(_logits(model, inputs), np.float64)[0, : len(window.scored)]
             rows -= rows.max(-1, keepdims=True)
             rows -= np.log(np.exp(rows).sum(-1, keepdims=True))
-            found.append(-float(rows[np.arange(len(rows)), window.tokens[1:]][window.scored].sum()))
-    return np.array(found)
+            sums.append(-float(rows[np.arange(len(rows)), window.tokens[1:]][window.scored].sum()))
+    return np.array(sums)
 
 
 _logits = jax.jit(logits)
@@ -142,8 +143,10 @@ _logits = jax.jit(logits)
 def with_inputs(
     loaded: Loaded, input_specs: Mapping[str, QuantSpec]
 ) -> tuple[Definition, dict[str, jax.Array], dict[str, jax.Array]]:
-    """The same weights in float32 arithmetic, with other formats of inputs, and caches in floating point;
-    parameters and buffers.
+    """Return the model with activations quantized in other formats, in float32, and an unquantized cache.
+
+    Returns:
+      its definition, parameters and buffers; the weights are the same.
     """
     rules = tuple(QuantRule(paths=f"^{re.escape(path)}$", input=spec) for path, spec in input_specs.items())
     quant = (QuantPhase(rules=rules),) if rules else ()
@@ -171,35 +174,34 @@ def text_windows(
     length: int,
     changed_data: ChangedData = ChangedData.REFUSE,
 ) -> list[Window]:
-    """The first held-out documents, cut into windows, with `max_tokens` scored tokens in all; the first of a
-    document is not scored.
+    """Cut the first held-out documents into windows with `max_tokens` scored tokens in total.
+
+    The first token of a document is not scored.
 
     Raises:
-      ValueError: there is no such text, no token to score in it, or the run's text has changed.
+      ValueError: there is no held-out text, it has no token to score, or the run's text has changed.
     """
     if max_tokens < 1 or length < 1:
         raise ValueError(f"max_tokens={max_tokens} and window={length} must be at least 1")
     length = min(length, loaded.config.context_length - 1)
     text = scored_text(loaded)
-    found: list[Window] = []
-    left = max_tokens
+    windows: list[Window] = []
+    remaining = max_tokens
     for shards in documents_of(loaded, data_or_own(loaded, data), changed_data=changed_data):
         for window in _windows(shards, length=length, text=text):
-            places = np.flatnonzero(window.scored)[:left]
-            stop = int(places[-1]) + 1 if len(places) == left else len(window.scored)
-            found.append(Window(tokens=window.tokens[: stop + 1], scored=window.scored[:stop]))
-            left -= len(places)
-            if left <= 0:
-                return found
-    if not found:
-        raise ValueError("the text has no token to score: name a longer one with --data")
-    return found
+            positions = np.flatnonzero(window.scored)[:remaining]
+            stop = int(positions[-1]) + 1 if len(positions) == remaining else len(window.scored)
+            windows.append(Window(tokens=window.tokens[: stop + 1], scored=window.scored[:stop]))
+            remaining -= len(positions)
+            if remaining <= 0:
+                return windows
+    if not windows:
+        raise ValueError("the text has no token to score: give a longer one with --data")
+    return windows
 
 
 def _windows(shards: TokenizedDocuments, *, length: int, text: ScoredText) -> Iterator[Window]:
-    """Those of all documents that have a scored token. What is not scored throughout is cut as it is in
-    training.
-    """
+    """Yield the windows with a scored token. Documents scored in part are cut as in training."""
     for document in range(len(shards)):
         tokens = shards.tokens(document)
         scored = np.arange(len(tokens)) > 0 if text is ScoredText.ALL else shards.scored(document)
@@ -208,7 +210,7 @@ def _windows(shards: TokenizedDocuments, *, length: int, text: ScoredText) -> It
         if not scored[1:].all() and len(pieces) > 1:
             pieces = pieces_around(spans_in(scored), sequence_length=length, overlap=0)
         for start, size, context in pieces:
-            here = scored[start + 1 : start + 1 + size].copy()
-            here[:context] = False
-            if here.any():
-                yield Window(tokens=tokens[start : start + size + 1], scored=here)
+            targets = scored[start + 1 : start + 1 + size].copy()
+            targets[:context] = False
+            if targets.any():
+                yield Window(tokens=tokens[start : start + size + 1], scored=targets)

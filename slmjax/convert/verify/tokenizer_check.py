@@ -1,11 +1,11 @@
-"""The tokenizer of an exported file against the model's own: level four of `verification`.
+"""Comparison of the tokenizer of an exported file with the model's: level four of `export.py`.
 
-Two comparisons. The keys `tokenizer.*` of the file (vocabulary, token types, scores, merges, special ids,
-pre-tokenizer, chat template) must be those that `export` writes. The engine must give the ids that our
-tokenizer gives, for texts on which tokenizers disagree.
+There are two comparisons. The keys `tokenizer.*` of the file (vocabulary, token types, scores, merges,
+special ids, pre-tokenizer, chat template) must be those that `export` writes. And the engine must encode
+texts on which tokenizers tend to disagree to the same ids as ours.
 
-llama.cpp is known to give other ids for some texts, whatever the file says. Such a text is reported with the
-reason, and is no fault of the file.
+llama.cpp is known to encode some texts differently, whatever the file says. Such a text is reported with the
+reason, and does not count as a failure.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from slmjax.convert.gguf.tokenizer import tokenizer_metadata
 from slmjax.data.tokenizers import Tokenizer
 
 PREFIX = "tokenizer."
-# What llama.cpp cannot load where it does not know it or where it does not fit the rest.
+# llama.cpp cannot load a file in which these are unknown or do not fit the rest.
 KIND_KEYS = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
-MOST_TOKENS = 512  # of the vocabulary, whose text is encoded again
+MOST_TOKENS = 512  # of the vocabulary, to decode and encode again
 _SHOWN = 60  # characters of a value in a message
 _WORDS = "Straße naïve Привет мир"
 TEXTS = (
@@ -53,7 +53,7 @@ TEXTS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextCheck:
-    """A text for which the engine gives other ids."""
+    """A text that the engine encodes to other ids."""
 
     text: str
     ours: tuple[int, ...]
@@ -63,55 +63,57 @@ class TextCheck:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerCheck:
-    """The tokenizer of a file, and that of the model."""
+    """Comparison of the tokenizers of a file and the model."""
 
-    keys: int  # of the metadata, that were compared
-    differences: tuple[str, ...]  # keys that are not as they would be written, and how
-    can_load: bool  # whether the engine may be given the file
-    texts: int  # that the engine encoded; 0: it was not run
+    keys: int  # of the metadata that were compared
+    differences: tuple[str, ...]  # keys that differ from what export writes, and how
+    can_load: bool  # whether the engine can load the file
+    texts: int  # encoded by the engine; 0 if it was not run
     differing_texts: tuple[TextCheck, ...]
 
     @property
     def holds(self) -> bool:
-        """Return whether the file has the model's tokenizer, and the engine takes it for the same."""
-        return not self.differences and all(one.reason is not None for one in self.differing_texts)
+        """Whether the file has the model's tokenizer, and the engine computes the same with it."""
+        return not self.differences and all(text.reason is not None for text in self.differing_texts)
 
 
 def compare_metadata(
     metadata: Mapping[str, Any], directory: Path, tokenizer: Tokenizer, *, num_rows: int
 ) -> TokenizerCheck:
-    """Compare the keys `tokenizer.*` of a file with those that `export` writes for the tokenizer in
-    `directory`.
+    """Compare the keys `tokenizer.*` of a file with those that `export` writes for a model's tokenizer.
 
     Args:
       metadata: of the file.
+      directory: with the model's tokenizer.
       num_rows: of the model's embedding table.
 
     Raises:
-      ValueError: the tokenizer has no form in GGUF.
+      ValueError: GGUF cannot represent the tokenizer.
     """
-    wanted = tokenizer_metadata(directory, adds_bos=tokenizer.adds_bos, num_rows=num_rows)
-    found = {key: value for key, value in metadata.items() if key.startswith(PREFIX)}
-    keys = sorted(wanted.keys() | found.keys())
+    expected = tokenizer_metadata(directory, adds_bos=tokenizer.adds_bos, num_rows=num_rows)
+    in_file = {key: value for key, value in metadata.items() if key.startswith(PREFIX)}
+    keys = sorted(expected.keys() | in_file.keys())
     differences = tuple(
-        f"{key}: {text}" for key in keys if (text := _difference(found.get(key), wanted.get(key))) is not None
+        f"{key}: {text}"
+        for key in keys
+        if (text := _difference(in_file.get(key), expected.get(key))) is not None
     )
-    lists = {key: value for key, value in wanted.items() if isinstance(value, list)}
+    lists = {key: value for key, value in expected.items() if isinstance(value, list)}
     lengths_fit = all(
-        isinstance(found.get(key), list) and len(found[key]) == len(value) for key, value in lists.items()
+        isinstance(in_file.get(key), list) and len(in_file[key]) == len(value) for key, value in lists.items()
     )
-    can_load = lengths_fit and all(found.get(key) == wanted.get(key) for key in KIND_KEYS)
+    can_load = lengths_fit and all(in_file.get(key) == expected.get(key) for key in KIND_KEYS)
     return TokenizerCheck(
         keys=len(keys), differences=differences, can_load=can_load, texts=0, differing_texts=()
     )
 
 
 def compare_ids(check: TokenizerCheck, file: Path, tokenizer: Tokenizer, *, context: int) -> TokenizerCheck:
-    """The check with the texts for which the engine gives other ids than our tokenizer.
+    """Add to a check the texts that the engine encodes to other ids than our tokenizer.
 
     Args:
-      file: what the engine loads.
-      context: with which the engine has it loaded.
+      file: the file to load.
+      context: the context length with which the engine loads it.
     """
     texts = [*TEXTS, *vocabulary_texts(tokenizer), "".join(tokenizer.special_ids)]
     # (text, our ids, whether the engine adds BOS and EOS, whether it finds special tokens in the text)
@@ -131,7 +133,7 @@ def compare_ids(check: TokenizerCheck, file: Path, tokenizer: Tokenizer, *, cont
 
 
 def vocabulary_texts(tokenizer: Tokenizer) -> list[str]:
-    """Texts made of tokens of the vocabulary, spread evenly over it: 16 tokens each."""
+    """Return texts of 16 tokens each, from tokens evenly spaced in the vocabulary."""
     chosen = np.unique(
         np.linspace(0, tokenizer.vocab_size - 1, min(tokenizer.vocab_size, MOST_TOKENS)).astype(int)
     )
@@ -140,50 +142,52 @@ def vocabulary_texts(tokenizer: Tokenizer) -> list[str]:
 
 
 def known_limit(tokenizer: Tokenizer, text: str, engine: Sequence[int]) -> str | None:
-    """The limit of llama.cpp that explains other ids for a text; None where none is known."""
+    """Return the limitation of llama.cpp that explains other ids for a text; None if none is known."""
     specification = tokenizer.specification
     normalizer = json.dumps(specification["normalizer"])
     pre_tokenizer = specification["pre_tokenizer"] or {}
     if '"NFC"' in normalizer and unicodedata.normalize("NFC", text) != text:
-        return "llama.cpp does not bring text to NFC first"
+        return "llama.cpp does not normalize text to NFC"
     if set(engine) & set(tokenizer.special_ids.values()):
-        return "llama.cpp builds special tokens out of plain text in this kind of vocabulary"
+        return "llama.cpp merges plain text into special tokens in this kind of vocabulary"
     if pre_tokenizer.get("type") == "Metaspace" and text.startswith(" "):
-        return "llama.cpp puts a blank before a text that begins with one"
+        return "llama.cpp adds a space before a text that starts with one"
     if "\\\\p{Lu}" in json.dumps(pre_tokenizer) and not text.isascii():
-        return "llama.cpp cuts words with letters beyond ASCII otherwise in this kind of vocabulary"
+        return "llama.cpp splits words with non-ASCII letters differently in this kind of vocabulary"
     return None
 
 
 def _encoded(tokenizer: Tokenizer, text: str) -> list[int] | None:
-    """Our ids; None for a text that the vocabulary cannot express."""
+    """Return our ids; None for a text that the vocabulary cannot represent."""
     try:
         return tokenizer.encode(text)
     except ValueError:
         return None
 
 
-def _difference(found: Any, wanted: Any) -> str | None:
-    """How two values of a key differ, in words; None where they are equal."""
-    if isinstance(found, list) and isinstance(wanted, list):
-        if len(found) != len(wanted):
-            return f"{len(found):,} entries in the file, {len(wanted):,} in the model"
-        places = [place for place, pair in enumerate(zip(found, wanted, strict=True)) if not _equal(*pair)]
-        if not places:
+def _difference(in_file: Any, expected: Any) -> str | None:
+    """Describe how two values of a key differ; None if they are equal."""
+    if isinstance(in_file, list) and isinstance(expected, list):
+        if len(in_file) != len(expected):
+            return f"{len(in_file):,} entries in the file, {len(expected):,} in the model"
+        pairs = zip(in_file, expected, strict=True)
+        differing = [index for index, pair in enumerate(pairs) if not _equal(*pair)]
+        if not differing:
             return None
-        first = f"entry {places[0]} is {_shown(found[places[0]])} in the file, {_shown(wanted[places[0]])} in the model"
-        return f"{len(places):,} of {len(wanted):,} entries differ; {first}"
-    if _equal(found, wanted):
+        first = differing[0]
+        values = f"{_shorten(in_file[first])} in the file, {_shorten(expected[first])} in the model"
+        return f"{len(differing):,} of {len(expected):,} entries differ; entry {first} is {values}"
+    if _equal(in_file, expected):
         return None
-    return f"{_shown(found)} in the file, {_shown(wanted)} in the model"
+    return f"{_shorten(in_file)} in the file, {_shorten(expected)} in the model"
 
 
-def _equal(found: Any, wanted: Any) -> bool:
-    if isinstance(wanted, float) and isinstance(found, float):
-        return np.float32(found) == np.float32(wanted)  # as GGUF stores it
-    return type(found) is type(wanted) and found == wanted
+def _equal(in_file: Any, expected: Any) -> bool:
+    if isinstance(expected, float) and isinstance(in_file, float):
+        return np.float32(in_file) == np.float32(expected)  # as GGUF stores it
+    return type(in_file) is type(expected) and in_file == expected
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = "absent" if value is None else repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

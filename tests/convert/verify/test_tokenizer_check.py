@@ -127,6 +127,6 @@ def test_limits_of_the_engine_are_told_and_are_no_fault_of_the_file(tokenizer: T
     assert "special tokens" in str(known_limit(tokenizer, "<|im_end|>", [300]))
     words = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "a": 1}))
     words.pre_tokenizer = pre_tokenizers.Metaspace()
-    assert "begins with one" in str(known_limit(Tokenizer(words, bos="<s>", eos="<s>"), " a", [1]))
+    assert "starts with one" in str(known_limit(Tokenizer(words, bos="<s>", eos="<s>"), " a", [1]))
     check = TokenizerCheck(keys=1, differences=(), can_load=True, texts=1, differing_texts=())
     assert check.holds and not dataclasses.replace(check, differences=("a",)).holds

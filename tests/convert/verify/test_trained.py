@@ -106,18 +106,19 @@ def test_another_platform_is_told_of(run: Path, tmp_path: Path, monkeypatch: pyt
         environment.write_text(json.dumps({**json.loads(before), "devices": ["TPU v6 lite"]}))
         written = export_model(run, tmp_path / "same.gguf", to=Target.GGUF)
         assert (
-            "codes were computed on cpu and are those of training on TPU v6 lite: sums of" in written.notes[1]
+            "codes were computed on cpu and match those of training on TPU v6 lite: sums of"
+            in written.notes[1]
         )
         monkeypatch.setattr(loading, "changed_rows", lambda loaded, coded: (3, 1200))
         written = export_model(run, tmp_path / "others.gguf", to=Target.GGUF)
         assert (
-            "codes or scales of 3 of 1,200 rows are not those of training: they were computed on cpu"
+            "codes or scales of 3 of 1,200 rows differ from those of training: they were computed on cpu"
             in written.notes[1]
         )
         monkeypatch.setattr(loading, "changed_rows", lambda loaded, coded: None)
         written = export_model(run, tmp_path / "unknown.gguf", to=Target.GGUF)
         assert (
-            "codes were computed on cpu, and the run was trained on TPU v6 lite: its checkpoint does not tell"
+            "codes were computed on cpu, but the run was trained on TPU v6 lite, and its checkpoint does not record"
             in written.notes[1]
         )
     finally:
