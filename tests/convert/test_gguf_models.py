@@ -367,7 +367,7 @@ LLAMA3 = Llama3Scaling(factor=8.0, original_context=16)
         (
             phi3.GGUF,
             {"window": 9},
-            r"llama.cpp has no windows for this architecture, but that of layer 0, 9, is shorter than the context",
+            r"llama.cpp has no windows for this architecture, but that of layer 0, 9, is shorter",
         ),
         (phi3.GGUF, {"head_dim": 8, "scale": 8**-0.5}, r"4 heads of 8 dims must be as wide"),
         (smollm3.GGUF, {"bias": True}, r"feed-forward layers have no biases"),

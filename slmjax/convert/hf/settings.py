@@ -394,7 +394,7 @@ def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
 
 
 def write_rope(attention: AttentionConfig) -> dict[str, Any]:
-    """Write `rope_theta`, `partial_rotary_factor` and `rope_scaling`, as all releases of transformers read them."""
+    """Write `rope_theta`, `partial_rotary_factor` and `rope_scaling`, for all releases of transformers."""
     keys: dict[str, Any] = {} if attention.rope_base is None else {"rope_theta": attention.rope_base}
     if attention.rotary_dim not in (None, attention.head_dim):
         keys["partial_rotary_factor"] = rotary_factor(attention.rotary_dim or 0, attention.head_dim or 1)

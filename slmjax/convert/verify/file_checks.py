@@ -190,7 +190,7 @@ def _inputs(name: str, width: int) -> Float[np.ndarray, "R I"]:
 def _engine_inputs(
     x: Float[np.ndarray, "R I"], coded: UInt8[np.ndarray, "R bytes"], type: str
 ) -> tuple[np.ndarray, int, int]:
-    """Return the engine's dequantized inputs, and the numbers of its codes that differ from ours and of all."""
+    """Return the engine's dequantized inputs, the number of its codes that differ from ours, and of all."""
     if type == "F32":
         return x, 0, 0
     if type not in INPUT_SPECS:

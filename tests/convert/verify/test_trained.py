@@ -118,7 +118,7 @@ def test_another_platform_is_told_of(run: Path, tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(loading, "changed_rows", lambda loaded, coded: None)
         written = export_model(run, tmp_path / "unknown.gguf", to=Target.GGUF)
         assert (
-            "codes were computed on cpu, but the run was trained on TPU v6 lite, and its checkpoint does not record"
+            "codes were computed on cpu, but the run was trained on TPU v6 lite, and its checkpoint does not"
             in written.notes[1]
         )
     finally:
