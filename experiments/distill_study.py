@@ -110,7 +110,7 @@ def study(teacher: Path, seeds: tuple[int, ...] = SEEDS) -> Study:
         arms=tuple(Arm(name=name, experiment=arm) for name, arm in arms.items()),
         seeds=seeds,
         baseline="cross entropy",
-        figures=("calibration_error", "teacher_kl", "teacher_agreement"),
+        further_metrics=("calibration_error", "teacher_kl", "teacher_agreement"),
     )
 
 

@@ -119,7 +119,7 @@ def trained_for(base: Experiment, spec: QuantSpec, *, start_step: int = 0) -> Ex
 
 def rounded(name: str, spec: QuantSpec, *, source: str = FULL, clip: Clip = Clip.NONE) -> Derived:
     """Return an arm: the models of another one, rounded to nearest."""
-    return Derived(name=name, source=source, recipe=RoundToNearest(rules=everywhere(spec), clip=clip))
+    return Derived(name=name, source=source, derivation=RoundToNearest(rules=everywhere(spec), clip=clip))
 
 
 def both_rounded(name: str, spec: QuantSpec) -> tuple[Derived, Derived]:
@@ -147,7 +147,7 @@ def when(seeds: tuple[int, ...] = SEEDS) -> Study:
         *(Arm(name=f"QAT after {fraction:.0%}", experiment=arm) for fraction, arm in late.items()),
     )
     return Study(
-        name="when QAT begins", arms=arms, seeds=seeds, baseline=FULL, figures=("calibration_error",)
+        name="when QAT begins", arms=arms, seeds=seeds, baseline=FULL, further_metrics=("calibration_error",)
     )
 
 
@@ -227,7 +227,11 @@ def what(
         rounded("QAT, other grid, then q4_0", FORMATS[Q4_0], source="QAT, other grid"),
     )
     return Study(
-        name="what QAT recovers", arms=arms, seeds=seeds, baseline=FULL, figures=("calibration_error",)
+        name="what QAT recovers",
+        arms=arms,
+        seeds=seeds,
+        baseline=FULL,
+        further_metrics=("calibration_error",),
     )
 
 

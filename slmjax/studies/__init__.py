@@ -25,7 +25,7 @@ from slmjax.studies.arms import Arm, Derivation, Derived
 from slmjax.studies.derived import RoundToNearest
 from slmjax.studies.findings import ArmSummary, Comparison, Findings, analyze
 from slmjax.studies.layout import findings_json, findings_markdown, findings_table, write_findings
-from slmjax.studies.ratios import RecoveredShare, recovered_share
+from slmjax.studies.ratios import RecoveredFraction, recovered_fraction
 from slmjax.studies.recovery import (
     ArmRecovery,
     Measurement,
@@ -79,7 +79,7 @@ __all__ = [
     "RateSweep",
     "Derivation",
     "Recovered",
-    "RecoveredShare",
+    "RecoveredFraction",
     "Recovery",
     "RecoveryOver",
     "RecoveryReport",
@@ -100,7 +100,7 @@ __all__ = [
     "member_experiment",
     "paired_difference",
     "read_members",
-    "recovered_share",
+    "recovered_fraction",
     "recovery_json",
     "recovery_markdown",
     "recovery_table",

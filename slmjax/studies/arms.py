@@ -2,7 +2,7 @@
 
 arm = Arm(name="full precision", experiment=continued)   # an Experiment, or a function of the seed
 rules = (QuantRule(paths=".", weight=preset("q4_0")),)
-derived = Derived(name="rounded", source="full precision", recipe=RoundToNearest(rules=rules))
+derived = Derived(name="rounded", source="full precision", derivation=RoundToNearest(rules=rules))
 """
 
 import abc
@@ -15,60 +15,61 @@ from slmjax.training.experiment import Experiment
 
 
 def directory_name(name: str) -> str:
-    """An arm's name as a directory can have it. Raises ValueError if nothing of it is left."""
-    if not (kept := re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.")):
+    """Convert an arm's name to a valid directory name. Raises ValueError if nothing of it is left."""
+    if not (valid := re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.")):
         raise ValueError(f"an arm is named {name!r}: give it a name with letters or digits")
-    return kept
+    return valid
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One of the things that are compared: a training."""
+    """An arm that is trained."""
 
-    name: str  # as tables show it; its letters, digits and dots name the directory of its runs
-    experiment: (
-        Experiment | Callable[[int], Experiment]
-    )  # or one for each seed; seeds and the place of runs are set by the study
+    name: str  # shown in tables; its letters, digits and dots name the directory of its runs
+    # the same for all seeds, or a function of the seed; the study sets seeds and directories of runs
+    experiment: Experiment | Callable[[int], Experiment]
 
     def __post_init__(self) -> None:
         directory_name(self.name)
 
     @property
     def directory(self) -> str:
-        """The name as a directory can have it."""
+        """Name of the arm's directory."""
         return directory_name(self.name)
 
     def of_seed(self, seed: int) -> Experiment:
-        """The experiment of a seed, as it was given."""
+        """Return the experiment for a seed, before the study sets its own fields."""
         return self.experiment if isinstance(self.experiment, Experiment) else self.experiment(seed)
 
 
 class Derivation(abc.ABC):
-    """How a model is made of a trained one: subclasses are frozen dataclasses, by whose fields a study knows
-    whether it has changed.
+    """A way to derive a model from a trained one.
+
+    Subclasses are frozen dataclasses, whose fields are part of the fingerprint of a member.
     """
 
     @abc.abstractmethod
     def make(self, model: Path, out: Path) -> None:
-        """Writes into `out`, which is not there yet, what `load_model` opens; `model` is a run directory, or
-        what another recipe wrote.
+        """Write a model for `load_model`.
+
+        Args:
+          model: a run directory, or the output of another derivation.
+          out: directory to write; it does not exist yet.
         """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Derived:
-    """An arm whose members are made of another arm's: rounded after training, for one. They are evaluated as
-    those were.
-    """
+    """An arm whose members are derived from another arm's, such as by rounding, and evaluated like them."""
 
-    name: str  # as an arm's
-    source: str  # the arm that they are made of, which stands before this one
-    recipe: Derivation  # how
+    name: str  # as in `Arm`
+    source: str  # name of an earlier arm
+    derivation: Derivation
 
     def __post_init__(self) -> None:
         directory_name(self.name)
 
     @property
     def directory(self) -> str:
-        """The name as a directory can have it."""
+        """Name of the arm's directory."""
         return directory_name(self.name)

@@ -1,12 +1,10 @@
-"""What a study has shown: each arm over its seeds, paired differences with intervals, verdicts, and what a
-reader must know beside them.
+"""Findings of a study: each arm over its seeds, paired differences with intervals, verdicts, and caveats.
 
     findings = analyze(study, members, further=(("from layers", "from scratch"),))
     findings.comparisons[0].verdict                  # Verdict.BETTER
 
-Every arm is compared with the baseline, and further pairs as they are named; all these comparisons are one
-family for Holm's correction, those that could not be made counted as showing nothing. `layout.py` makes
-tables of findings.
+Every arm is compared with the baseline, in addition to further pairs. All comparisons are one family for
+Holm's correction, with p = 1 for those that could not be made. `layout.py` formats findings as tables.
 """
 
 import dataclasses
@@ -29,8 +27,8 @@ from slmjax.studies.statistics import (
 )
 from slmjax.studies.study import FINISHED, Member, Study, member_experiment
 
-COMPLETIONS = f"the completions of {trainer.ALL}"  # as `EvalResult.measured_on` says it
-FEW_PAIRS = 6  # below, the bootstrap's interval is much too narrow
+COMPLETIONS = f"the completions of {trainer.ALL}"  # as in `EvalResult.measured_on`
+FEW_PAIRS = 6  # with fewer, bootstrap intervals are much too narrow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,10 +36,10 @@ class ArmSummary:
     """One arm over its seeds."""
 
     arm: str
-    seeds: tuple[int, ...]  # that finished with a figure for the metric
+    seeds: tuple[int, ...]  # that finished with a finite metric
     metric: Summary | None  # None while no seed has finished
-    figures: dict[str, Summary | None]  # of the further figures that were asked for
-    budget: Summary | None  # of what all arms should have had alike
+    further_metrics: dict[str, Summary | None]
+    budget: Summary | None  # of the metric that should be equal for all arms
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,14 +52,12 @@ class Comparison:
     difference: PairedDifference | None  # of the metric; None with fewer than two pairs
     adjusted_p: float | None  # by Holm, over all comparisons of the study
     verdict: Verdict  # on `arm`
-    figures: dict[
-        str, PairedDifference | None
-    ]  # of the further figures, by themselves: no verdict comes of them
+    further_metrics: dict[str, PairedDifference | None]  # without a verdict
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Findings:
-    """All that a study has shown."""
+    """All results of a study."""
 
     study: str
     metric: str
@@ -70,29 +66,28 @@ class Findings:
     baseline: str
     seeds: tuple[int, ...]
     arms: tuple[ArmSummary, ...]
-    comparisons: tuple[Comparison, ...]  # with the baseline first, then the further ones
-    budget: str  # the figure that should be alike
-    is_matched: bool | None  # whether it is; None where no seed of two arms has finished
-    notes: tuple[str, ...]  # what was left out or is not as it should be, and what that means
+    comparisons: tuple[Comparison, ...]  # those with the baseline, then the further ones
+    budget: str  # the metric that should be equal
+    is_matched: bool | None  # whether it is; None if no two arms have finished a seed
+    notes: tuple[str, ...]  # caveats: what was left out, or does not compare
 
 
 def analyze(study: Study, members: Sequence[Member], *, further: Sequence[tuple[str, str]] = ()) -> Findings:
-    """The findings of a study, also of one that has not come to its end.
+    """Analyze a study, which need not be complete.
 
     Args:
       study: arms, seeds and metric.
-      members: what was trained, as `run_study` and `read_members` return it.
-      further: pairs of arms (arm, the arm it is compared with) beside each arm and the baseline.
+      members: as returned by `run_study` and `read_members`.
+      further: pairs (arm, the arm it is compared with) in addition to each arm and the baseline.
 
     Raises:
-      ValueError: a pair names no arms or stands there twice, or no run has a figure of a name that is asked
-        for.
+      ValueError: a pair names no arms or is given twice, or no run has a metric of a requested name.
     """
     by_key = {(member.arm, member.seed): member for member in members}
     pairs = _pairs(study, further)
-    _check_figures(study, members)
+    _check_metrics(study, members)
     differences = [_differences(study, by_key, pair, study.metric) for pair in pairs]
-    adjusted = holm([1.0 if one is None else one.p_value for one in differences])
+    adjusted = holm([1.0 if difference is None else difference.p_value for difference in differences])
     comparisons = tuple(
         Comparison(
             arm=pair[0],
@@ -105,7 +100,7 @@ def analyze(study: Study, members: Sequence[Member], *, further: Sequence[tuple[
             else decide(
                 difference.mean, p, lower_is_better=study.lower_is_better, level=1 - study.confidence
             ),
-            figures={name: _differences(study, by_key, pair, name) for name in study.figures},
+            further_metrics={name: _differences(study, by_key, pair, name) for name in study.further_metrics},
         )
         for pair, difference, p in zip(pairs, differences, adjusted, strict=True)
     )
@@ -128,7 +123,7 @@ def analyze(study: Study, members: Sequence[Member], *, further: Sequence[tuple[
         seeds=study.seeds,
         arms=tuple(_arm_summary(study, by_key, arm) for arm in study.arms),
         comparisons=comparisons,
-        budget=study.budget.figure,
+        budget=study.budget.metric,
         is_matched=is_matched,
         notes=notes,
     )
@@ -153,29 +148,31 @@ def _pairs(study: Study, further: Sequence[Pair]) -> list[Pair]:
     return pairs
 
 
-def _check_figures(study: Study, members: Sequence[Member]) -> None:
-    known = {name for member in members for name in member.figures}
-    for name in (study.metric, study.budget.figure, *study.figures):
+def _check_metrics(study: Study, members: Sequence[Member]) -> None:
+    known = {name for member in members for name in member.metric_names}
+    for name in (study.metric, study.budget.metric, *study.further_metrics):
         if known and name not in known:
             raise ValueError(
-                f"no run of the study has a figure {name!r}.{near_names(name, known)} There are "
+                f"no run of the study has a metric {name!r}.{near_names(name, known)} There are "
                 f"{', '.join(sorted(known))}"
             )
 
 
-def _figure(by_key: Members, arm: str, seed: int, name: str) -> float | None:
+def _metric_value(by_key: Members, arm: str, seed: int, name: str) -> float | None:
     member = by_key.get((arm, seed))
-    return None if member is None else member.figure(name)
+    return None if member is None else member.metric_value(name)
 
 
 def _paired_seeds(study: Study, by_key: Members, pair: Pair, name: str) -> tuple[int, ...]:
     return tuple(
-        seed for seed in study.seeds if all(_figure(by_key, arm, seed, name) is not None for arm in pair)
+        seed
+        for seed in study.seeds
+        if all(_metric_value(by_key, arm, seed, name) is not None for arm in pair)
     )
 
 
 def _values(by_key: Members, arm: str, seeds: Sequence[int], name: str) -> list[float]:
-    return [value for seed in seeds if (value := _figure(by_key, arm, seed, name)) is not None]
+    return [value for seed in seeds if (value := _metric_value(by_key, arm, seed, name)) is not None]
 
 
 def _differences(study: Study, by_key: Members, pair: Pair, name: str) -> PairedDifference | None:
@@ -187,14 +184,12 @@ def _differences(study: Study, by_key: Members, pair: Pair, name: str) -> Paired
 
 
 def _lost_text(by_key: Members, arm: str, seeds: Sequence[int]) -> set[float]:
-    """Shares of the text that the tokenizers of an arm lose; empty where no member has finished."""
-    return {_figure(by_key, arm, seed, "lost_text") or 0.0 for seed in seeds if (arm, seed) in by_key}
+    """Return the fractions of the text lost by the tokenizers of an arm; empty if no member has finished."""
+    return {_metric_value(by_key, arm, seed, "lost_text") or 0.0 for seed in seeds if (arm, seed) in by_key}
 
 
 def _is_comparable(study: Study, by_key: Members, pair: Pair) -> bool:
-    """Return whether a metric of the text means the same for both arms: their tokenizers lose none of it, or
-    both lose the same.
-    """
+    """Return whether bits per byte compare: both arms' tokenizers lose the same fraction of the text."""
     first, second = (_lost_text(by_key, arm, study.seeds) for arm in pair)
     return study.metric != "bits_per_byte" or first == second
 
@@ -204,19 +199,21 @@ def _arm_summary(study: Study, by_key: Members, arm: Arm | Derived) -> ArmSummar
         values = _values(by_key, arm.name, study.seeds, name)
         return summarize(values) if values else None
 
-    seeds = tuple(seed for seed in study.seeds if _figure(by_key, arm.name, seed, study.metric) is not None)
+    seeds = tuple(
+        seed for seed in study.seeds if _metric_value(by_key, arm.name, seed, study.metric) is not None
+    )
     return ArmSummary(
         arm=arm.name,
         seeds=seeds,
         metric=summary(study.metric),
-        figures={name: summary(name) for name in study.figures},
-        budget=summary(study.budget.figure),
+        further_metrics={name: summary(name) for name in study.further_metrics},
+        budget=summary(study.budget.metric),
     )
 
 
-# What a reader must know ------------------------------------------------------------------------------------
+# Caveats ----------------------------------------------------------------------------------------------------
 def _notes_of_members(study: Study, by_key: Members) -> list[str]:
-    """Seeds that are left out, and why: arms that lose their worst runs look better than they are."""
+    """Return notes on seeds that are left out: arms that lose their worst runs look better than they are."""
     notes = []
     for seed in study.seeds:
         for arm in study.arms:
@@ -224,9 +221,9 @@ def _notes_of_members(study: Study, by_key: Members) -> list[str]:
             if member is None:
                 notes.append(f"{arm.name}, seed {seed}: not trained yet, and left out of its pairs.")
             elif member.status != FINISHED:
-                why = f" ({member.error})" if member.error else f" after {member.result.get('step')} steps"
-                notes.append(f"{arm.name}, seed {seed}: {member.status}{why}, and left out of its pairs.")
-            elif member.figure(study.metric) is None:
+                reason = f" ({member.error})" if member.error else f" after {member.result.get('step')} steps"
+                notes.append(f"{arm.name}, seed {seed}: {member.status}{reason}, and left out of its pairs.")
+            elif member.metric_value(study.metric) is None:
                 notes.append(
                     f"{arm.name}, seed {seed}: has no finite {study.metric}, and is left out of its pairs."
                 )
@@ -234,36 +231,38 @@ def _notes_of_members(study: Study, by_key: Members) -> list[str]:
 
 
 def _budget(study: Study, by_key: Members) -> tuple[bool | None, list[str]]:
-    """Whether the arms of each seed had the same budget, and where they had not."""
-    name = study.budget.figure
+    """Return whether the arms of each seed had the same budget, and a note if not."""
+    name = study.budget.metric
     apart = []
     checked = 0
     for seed in study.seeds:
-        found = {
+        budgets = {
             arm.name: value
             for arm in study.arms
-            if (value := _figure(by_key, arm.name, seed, name)) is not None
+            if (value := _metric_value(by_key, arm.name, seed, name)) is not None
         }
-        if len(found) < 2:
+        if len(budgets) < 2:
             continue
         checked += 1
-        least = min(found, key=found.__getitem__)
-        most = max(found, key=found.__getitem__)
-        if found[most] - found[least] > study.budget.tolerance * abs(found[most]):
-            apart.append(f"seed {seed}: {amount(found[least])} ({least}) to {amount(found[most])} ({most})")
+        least = min(budgets, key=budgets.__getitem__)
+        most = max(budgets, key=budgets.__getitem__)
+        if budgets[most] - budgets[least] > study.budget.tolerance * abs(budgets[most]):
+            apart.append(
+                f"seed {seed}: {format_count(budgets[least])} ({least}) to {format_count(budgets[most])} "
+                f"({most})"
+            )
     if not checked:
         return None, []
     if not apart:
         return True, []
     return False, [
-        f"The arms were not trained with the same {name}, {'; '.join(apart)}: their differences are of the "
-        "budget as well, and no verdict "
-        "on the method alone."
+        f"The arms were not trained with the same {name}, {'; '.join(apart)}: their differences include that "
+        "of the budget, and are no verdict on the method alone."
     ]
 
 
-def amount(value: float) -> str:
-    """A count or a duration for people: counts to the last one, for two that differ must look different."""
+def format_count(value: float) -> str:
+    """Format a count or a duration; counts in full, so that two that differ look different."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
 
 
@@ -277,26 +276,25 @@ def _notes_of_data(study: Study, members: Sequence[Member]) -> list[str]:
     if len(kinds) > 1:
         groups = " | ".join(", ".join(names) for names in kinds.values())
         notes.append(
-            f"Data or tokenizer differ between {groups}: pairs across these share a seed, and not their "
-            "batches."
+            f"Data or tokenizer differ between {groups}: pairs across these have the same seed, but not the "
+            "same batches."
         )
-    elsewhere = {
+    measured_on = {
         (member.arm, str(member.result.get("measured_on"))) for member in members if member.status == FINISHED
     }
-    for arm, place in sorted(elsewhere):
-        if place not in (trainer.ALL, COMPLETIONS):
-            notes.append(f"{arm}: loss and bits per byte were measured on {place}, not on all held-out text.")
-    if {trainer.ALL, COMPLETIONS} <= {place for _, place in elsewhere}:
+    for arm, text in sorted(measured_on):
+        if text not in (trainer.ALL, COMPLETIONS):
+            notes.append(f"{arm}: loss and bits per byte were measured on {text}, not on all held-out text.")
+    if {trainer.ALL, COMPLETIONS} <= {text for _, text in measured_on}:
         notes.append(
             "Loss and bits per byte of some members are of all held-out text and those of others of its "
-            "completions: they do not compare. "
-            "Train the former again, or set eval.score alike."
+            "completions: they do not compare. Train the former again, or set the same eval.score."
         )
     return notes
 
 
 def _notes_of_changed_text(study: Study, members: Sequence[Member]) -> list[str]:
-    """Members with the settings of others, whose records say that their sources had other text."""
+    """Return notes on members with the settings of others whose sources had other text by their records."""
     first: dict[str, tuple[Member, provenance.Record]] = {}
     notes = []
     for member in members:
@@ -323,34 +321,37 @@ def _notes_of_changed_text(study: Study, members: Sequence[Member]) -> list[str]
         if changed := provenance.differences(before, record):
             notes.append(
                 f"{member.arm}, seed {member.seed} has other text than {other.arm}, seed {other.seed}: "
-                f"{'; '.join(changed)}. Figures of the"
-                " two do not compare: train one of them again."
+                f"{'; '.join(changed)}. Their metrics do not compare: train one of them again."
             )
     return notes
 
 
 def _notes_of_lost_text(study: Study, by_key: Members) -> list[str]:
     return [
-        f"{arm.name}: {lost_note(max(shares))}. Beside an arm that loses another share it has no verdict."
+        f"{arm.name}: {lost_note(max(fractions))}. It has no verdict against an arm that loses another "
+        "fraction."
         for arm in study.arms
-        if max(shares := _lost_text(by_key, arm.name, study.seeds), default=0.0) > 0
+        if max(fractions := _lost_text(by_key, arm.name, study.seeds), default=0.0) > 0
     ]
 
 
 def _notes_of_noise(study: Study, comparisons: Sequence[Comparison]) -> list[str]:
     notes = []
-    for one in comparisons:
-        if one.difference is None:
+    for comparison in comparisons:
+        if comparison.difference is None:
             notes.append(
-                f"{one.arm} and {one.against} have {len(one.seeds)} seeds in common: a comparison needs 2."
+                f"{comparison.arm} and {comparison.against} have {len(comparison.seeds)} seeds in common: a "
+                "comparison needs 2."
             )
-        elif not one.difference.has_noise:
+        elif not comparison.difference.has_noise:
             notes.append(
-                f"{one.arm} and {one.against} differ by the same {study.metric} with every seed: the seeds "
-                "changed nothing that it "
-                "depends on, so the noise is unknown and the difference not resolved."
+                f"{comparison.arm} and {comparison.against} differ by the same {study.metric} with every "
+                "seed: the seeds have no effect on it, so the noise is unknown and the difference not "
+                "resolved."
             )
-    pairs = [one.difference.num_pairs for one in comparisons if one.difference is not None]
+    pairs = [
+        comparison.difference.num_pairs for comparison in comparisons if comparison.difference is not None
+    ]
     if pairs and min(pairs) < FEW_PAIRS:
         notes.append(
             f"Bootstrap intervals of {min(pairs)} pairs are only indicative: with so few they are too narrow."

@@ -1,11 +1,13 @@
-"""How much of a loss is made good: a ratio of two paired differences, with its noise.
+"""The recovered fraction of a cost: a ratio of two paired differences, with its noise.
 
     recovered_share([1.42, 1.44, 1.43], full=[1.40, 1.41, 1.40], rounded=[1.50, 1.52, 1.49])
 
-With L the figure of each seed, R = 1 - (L_arm - L_full) / (L_rounded - L_full): 0 is no better than rounding,
-1 as good as not rounding at all, above 1 better than that. The two differences are averaged over seeds before
-they are divided: the mean of each seed's own ratio is drawn away by seeds for which rounding happened to cost
-little. N: seeds, R: resamples.
+With L the metric of a seed, R = 1 - (L_arm - L_full) / (L_rounded - L_full): 0 is no better than rounding, 1
+as good as full precision, above 1 better than that. The two differences are averaged over seeds before they
+are
+divided: the mean of the ratios of single seeds is biased by seeds for which rounding happens to cost little.
+
+N: seeds, R: resamples.
 """
 
 import dataclasses
@@ -26,21 +28,20 @@ from slmjax.studies.statistics import (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RecoveredShare:
-    """What an arm recovers of what rounding costs."""
+class RecoveredFraction:
+    """The fraction of the cost of rounding that an arm recovers."""
 
-    share: float | None  # R; None where rounding costs nothing, so that there is nothing to recover
+    fraction: float | None  # R; None if rounding costs nothing, so that there is nothing to recover
     standard_error: float | None  # of R, by the delta method
-    fieller_interval: (
-        Interval | None
-    )  # None where the cost of rounding is not told from zero: R could then be anything
-    bootstrap_interval: Interval | None  # None where a resample of the seeds has rounding cost nothing
-    cost: PairedDifference  # rounded minus full: what there is to recover
+    # None if the cost of rounding does not differ from zero significantly: R could then be anything
+    fieller_interval: Interval | None
+    bootstrap_interval: Interval | None  # None if rounding costs nothing in a resample of the seeds
+    cost: PairedDifference  # rounded minus full
     gain: PairedDifference  # the arm minus rounded; its t test is that of R = 0
 
     @property
     def is_above_zero(self) -> bool:
-        """Whether the interval of R (Fieller's) lies above zero: the arm is better than rounding."""
+        """Whether Fieller's interval of R lies above zero: the arm is better than rounding."""
         return self.fieller_interval is not None and self.fieller_interval[0] > 0
 
     @property
@@ -49,7 +50,7 @@ class RecoveredShare:
         return self.fieller_interval is not None and self.fieller_interval[1] < 0
 
 
-def recovered_share(
+def recovered_fraction(
     values: Sequence[float],
     *,
     full: Sequence[float],
@@ -57,34 +58,34 @@ def recovered_share(
     lower_is_better: bool = True,
     confidence: float = 0.95,
     seed: int = 0,
-) -> RecoveredShare:
-    """The share of the cost of rounding that an arm recovers; element i of all three is of the same seed.
+) -> RecoveredFraction:
+    """Return the fraction of the cost of rounding that an arm recovers; element i always has the same seed.
 
-    Three views of its noise. The standard error is the delta method's: that of the mean of (x - r y) /
-    mean(y), with x the arm's and y rounding's distance from `full` and r the ratio of their means. Fieller's
-    interval (1954) holds every R for which a paired t test does not tell x - (1 - R) y from zero: with normal
-    differences it is exact, at 0 it is the paired t test of the arm and `rounded`, at 1 that of the arm and
-    `full`. The bootstrap's resamples seeds, all three figures of a seed together (`bootstrap_interval` says
-    how, and that with few seeds it is too narrow).
+    Its noise is given in three ways. The standard error is that of the delta method: of the mean of (x - r y)
+    / mean(y), with the differences x of the arm and y of rounding from `full`, and r the ratio of their
+    means. Fieller's interval (1954) has every R for which a paired t test does not distinguish x - (1 - R) y
+    from zero. For normal differences it is exact; at 0 it is the paired t test of the arm and `rounded`, at 1
+    that of the arm and `full`. The bootstrap resamples seeds, all three values of a seed together (see
+    `bootstrap_interval`; with few seeds it is too narrow).
 
     Args:
-      values: figures of the arm.
-      full: of the model in full precision, trained as long.
-      rounded: of `full` after rounding to the arm's format.
-      lower_is_better: which way the figure goes.
+      values: metric of the arm.
+      full: metric of the model in full precision, trained for as long.
+      rounded: metric of `full` after rounding to the arm's format.
+      lower_is_better: whether a lower metric is better.
       confidence: of the intervals.
-      seed: of the bootstrap's draws, where resamples are too many to enumerate.
+      seed: of the bootstrap, if there are too many resamples to enumerate.
 
     Raises:
-      ValueError: the lengths differ, there are fewer than two seeds, or a figure is not finite.
+      ValueError: the lengths differ, there are fewer than two seeds, or a value is not finite.
     """
     cost = paired_difference(rounded, full, confidence=confidence, seed=seed)
     gain = paired_difference(values, rounded, confidence=confidence, seed=seed)
     y = np.subtract(rounded, full) * (1 if lower_is_better else -1)
     x = np.subtract(values, full) * (1 if lower_is_better else -1)
     if y.mean() <= 0:
-        return RecoveredShare(
-            share=None,
+        return RecoveredFraction(
+            fraction=None,
             standard_error=None,
             fieller_interval=None,
             bootstrap_interval=None,
@@ -95,11 +96,11 @@ def recovered_share(
     error = float(np.std(x - ratio * y, ddof=1) / math.sqrt(len(x)) / y.mean())
     # Without noise in either difference, no test can be made (`paired_difference`).
     is_noisy = cost.has_noise or gain.has_noise
-    return RecoveredShare(
-        share=1 - ratio,
+    return RecoveredFraction(
+        fraction=1 - ratio,
         standard_error=error if is_noisy else None,
-        fieller_interval=_turned(fieller_interval(x, y, confidence=confidence)) if is_noisy else None,
-        bootstrap_interval=_turned(_bootstrap_interval(x, y, confidence=confidence, seed=seed))
+        fieller_interval=_one_minus(fieller_interval(x, y, confidence=confidence)) if is_noisy else None,
+        bootstrap_interval=_one_minus(_bootstrap_interval(x, y, confidence=confidence, seed=seed))
         if is_noisy
         else None,
         cost=cost,
@@ -110,11 +111,10 @@ def recovered_share(
 def fieller_interval(
     x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"], *, confidence: float = 0.95
 ) -> Interval | None:
-    """All r with |mean(x - r y)| at most t standard errors of it: Fieller's interval of mean(x) / mean(y) for
-    paired values.
+    """Return Fieller's interval of mean(x) / mean(y) for paired values.
 
-    None where the mean of y is within t of its standard errors from zero: the set is then no interval with
-    two ends.
+    It has all r for which mean(x - r y) is within t standard errors of zero. None if the mean of y is within
+    t of its standard errors of zero: the set is then not a bounded interval.
     """
     t = float(stats.t.ppf((1 + confidence) / 2, len(x) - 1))
     ((s_xx, s_xy), (_, s_yy)) = np.cov(x, y) / len(x)
@@ -124,19 +124,21 @@ def fieller_interval(
     c = x.mean() ** 2 - t**2 * s_xx
     if a <= 0:
         return None
-    reach = math.sqrt(max(b**2 - a * c, 0.0))
-    return float((b - reach) / a), float((b + reach) / a)
+    root = math.sqrt(max(b**2 - a * c, 0.0))
+    return float((b - root) / a), float((b + root) / a)
 
 
 def _bootstrap_interval(
     x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"], *, confidence: float, seed: int
 ) -> Interval | None:
-    chosen = resamples(len(x), seed=seed)
-    above = x[chosen].mean(axis=1)
-    below = y[chosen].mean(axis=1)
-    return None if below.min() <= 0 else percentile_interval(above / below, confidence=confidence)
+    indices = resamples(len(x), seed=seed)
+    numerators = x[indices].mean(axis=1)
+    denominators = y[indices].mean(axis=1)
+    if denominators.min() <= 0:
+        return None
+    return percentile_interval(numerators / denominators, confidence=confidence)
 
 
-def _turned(ratio: Interval | None) -> Interval | None:
-    """The interval of 1 - r from that of r."""
+def _one_minus(ratio: Interval | None) -> Interval | None:
+    """Return the interval of 1 - r from that of r."""
     return None if ratio is None else (1 - ratio[1], 1 - ratio[0])

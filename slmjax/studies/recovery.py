@@ -1,14 +1,14 @@
-"""What quantization costs each arm of a study, and how much of the cost of rounding its training recovers.
+"""The cost of quantization for each arm of a study, and the fraction of it that training recovers.
 
     recovery = Recovery(study=study, reference="full precision", rounded={"QAT, q4_0": "rounded, q4_0"})
     measurements = measure(recovery, members, directory)
     report = report_recovery(recovery, members, measurements)
-    report.arms[2].recoveries[0].recovered.share     # R = 1 - (L_qat - L_full) / (L_rounded - L_full)
+    report.arms[2].recoveries[0].recovered.fraction  # R = 1 - (L_qat - L_full) / (L_rounded - L_full)
 
-L_full is the reference: full precision, trained on for as many steps as the others, so that what more
-training brings is not taken for recovery. L_rounded is that very model rounded to nearest in the arm's
-format, with the format's own scales or with searched ones: an arm may be measured against both. All are of
-one seed, over which `ratios.py` then goes.
+L_full is the reference: full precision, trained for as many steps as the others, so that the effect of more
+training is not taken for recovery. L_rounded is the same model rounded to nearest in the arm's format, with
+the format's own scales or with searched ones: an arm may be compared with both. All three have the same seed;
+`ratios.py` averages over seeds.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from slmjax.quantization.assignment import CACHE
 from slmjax.quantization.plan import assignment_lines
 from slmjax.quantization.rules import QuantPhase
 from slmjax.studies.derived import evaluate_member
-from slmjax.studies.ratios import RecoveredShare, recovered_share
+from slmjax.studies.ratios import RecoveredFraction, recovered_fraction
 from slmjax.studies.statistics import PairedDifference, Summary, holm, paired_difference, summarize
 from slmjax.studies.study import FINISHED, Member, Study, member_experiment
 from slmjax.studies.sweeps import ChosenRate, check_chosen
@@ -35,30 +35,30 @@ from slmjax.telemetry.run_directory import RunLog, read_log
 log = logging.getLogger(__name__)
 
 MEASUREMENTS = "measurements.jsonl"
-FEW_SEEDS = 3  # below, a report says that it has too few
+FEW_SEEDS = 3  # with fewer, a report has a note
 
 Measured = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recovery:
-    """What parts the arms of a study play."""
+    """The roles of the arms of a study."""
 
     study: Study
-    reference: str  # the arm in full precision that was trained as long as the others
-    rounded: Mapping[
-        str, str | tuple[str, ...]
-    ]  # for each arm that may recover something: the reference rounded to its format, in ways
-    # of arms that were swept over learning rates (`sweeps.best_rates`)
+    reference: str  # the arm in full precision, trained for as long as the others
+    # for each arm that may recover something: one or more arms with the reference rounded to its format
+    rounded: Mapping[str, str | tuple[str, ...]]
+    # for arms whose learning rate was swept (`sweeps.best_rates`)
     rates: Mapping[str, ChosenRate] = dataclasses.field(default_factory=dict)
-    directory: str = "."  # of the study, within that of the report
+    directory: str = "."  # of the study, relative to that of the report
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.study.arms]
         for name in (self.reference, *self.rounded, *(rounded for _, rounded in self.pairs), *self.rates):
             if name not in names:
                 raise ValueError(
-                    f"{name!r} is no arm of the study.{near_names(name, names)} Arms are {', '.join(names)}"
+                    f"{name!r} is not an arm of the study.{near_names(name, names)} Arms are "
+                    f"{', '.join(names)}"
                 )
         for arm, rounded in self.pairs:
             if len({arm, rounded, self.reference}) < 3:
@@ -71,7 +71,7 @@ class Recovery:
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
-        """Each arm with each rounded one that it is measured against."""
+        """Each arm with each rounded arm that it is compared with."""
         return tuple(
             (arm, name)
             for arm, names in self.rounded.items()
@@ -82,12 +82,12 @@ class Recovery:
 # Measuring --------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Figures of a member that its training did not leave: a line of measurements.jsonl."""
+    """Metrics of a member in addition to those of its training: a line of measurements.jsonl."""
 
     arm: str
     seed: int
     fingerprint: str  # of the member and of the reference that it was compared with
-    figures: Measured
+    metrics: Measured
 
 
 def measure(
@@ -95,12 +95,13 @@ def measure(
     members: Sequence[Member],
     directory: str | Path,
 ) -> tuple[Measurement, ...]:
-    """Compares each finished member with the reference of its seed, on all held-out text, and reads what it
-    takes to store.
+    """Compare each finished member with the reference of its seed, on all held-out text.
 
-    What was measured before is read back. Figures: "kl", KL(reference, member) in nats per token;
-    "agreement", how often both find the same token the likeliest; "bytes" and "bits_per_number", of all
-    parameters as they are stored.
+    Earlier measurements are read from the directory.
+
+    Returns:
+      measurements with the metrics "kl": KL(reference, member) in nats per token; "agreement": how often both
+      have the same most likely token; "bytes" and "bits_per_number": of all parameters as stored.
     """
     path = Path(directory) / MEASUREMENTS
     before = {
@@ -108,41 +109,41 @@ def measure(
         for record in (read_log(path, kind="measurement") if path.is_file() else [])
     }
     finished = {(member.arm, member.seed): member for member in members if member.status == FINISHED}
-    found = []
+    measurements = []
     with RunLog(path) as records:
         for (arm, seed), member in finished.items():
             if (reference := finished.get((recovery.reference, seed))) is None:
                 continue
-            places = [one.result["run_dir"] for one in (member, reference)]
-            key = fingerprint({"members": [member.fingerprint, reference.fingerprint], "places": places})
+            run_dirs = [run.result["run_dir"] for run in (member, reference)]
+            key = fingerprint({"members": [member.fingerprint, reference.fingerprint], "places": run_dirs})
             if key not in before:
                 log.info(
                     "%s: comparing %s, seed %d, with %s", recovery.study.name, arm, seed, recovery.reference
                 )
-                before[key] = _figures(recovery, member, reference)
+                before[key] = _metrics(recovery, member, reference)
                 records.write("measurement", arm=arm, seed=seed, fingerprint=key, figures=before[key])
-            found.append(Measurement(arm=arm, seed=seed, fingerprint=key, figures=before[key]))
-    return tuple(found)
+            measurements.append(Measurement(arm=arm, seed=seed, fingerprint=key, metrics=before[key]))
+    return tuple(measurements)
 
 
-def _figures(recovery: Recovery, member: Member, reference: Member) -> Measured:
+def _metrics(recovery: Recovery, member: Member, reference: Member) -> Measured:
     loaded = load_model(member.result["run_dir"])
     total, numbers = stored_size(loaded.config, loaded.quant_phases)
-    figures = {"bytes": float(total), "bits_per_number": 8 * total / numbers, "kl": 0.0, "agreement": 1.0}
+    metrics = {"bytes": float(total), "bits_per_number": 8 * total / numbers, "kl": 0.0, "agreement": 1.0}
     if member.arm != reference.arm:
         experiment = member_experiment(recovery.study, member.arm, member.seed)
-        found = evaluate_member(
+        evaluation = evaluate_member(
             loaded, experiment, teachers=load_teacher(Path(reference.result["run_dir"]), loaded)
         )
-        assert found.teacher_kl is not None and found.teacher_agreement is not None
-        figures |= {"kl": found.teacher_kl, "agreement": found.teacher_agreement}
-    return figures
+        assert evaluation.teacher_kl is not None and evaluation.teacher_agreement is not None
+        metrics |= {"kl": evaluation.teacher_kl, "agreement": evaluation.teacher_agreement}
+    return metrics
 
 
 def stored_size(config: ModelConfig, phases: Sequence[QuantPhase]) -> tuple[int, int]:
-    """Bytes of a model's parameters as they are deployed, and how many numbers they are.
+    """Return the bytes of a model's parameters as deployed, and their number of values.
 
-    A weight with a format counts as its codes, packed without gaps, and its scales; all else as float32.
+    Quantized weights count as their codes, packed without gaps, and scales; all others as float32.
     """
     stored = [line for line in assignment_lines(config, phases) if not line.path.endswith(CACHE)]
     return sum(line.bytes for line in stored), sum(math.prod(line.shape) for line in stored)
@@ -150,9 +151,7 @@ def stored_size(config: ModelConfig, phases: Sequence[QuantPhase]) -> tuple[int,
 
 # Reporting --------------------------------------------------------------------------------------------------
 class Recovered(enum.Enum):
-    """Where the interval of R lies. "Not resolved" is not "nothing": R may be as large as its interval
-    allows.
-    """
+    """Position of the interval of R. "Not resolved" is not "nothing": R may be as large as its interval."""
 
     ABOVE_ZERO = "above zero"
     BELOW_ZERO = "below zero"
@@ -161,11 +160,11 @@ class Recovered(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecoveryOver:
-    """The part that an arm recovers of the cost of one way of rounding."""
+    """What an arm recovers of the cost of one way of rounding."""
 
-    rounded: str  # the arm that it is measured against
-    pairs: tuple[int, ...]  # seeds of which all three arms finished
-    recovered: RecoveredShare | None  # None with fewer than two pairs
+    rounded: str  # the arm that it is compared with
+    pairs: tuple[int, ...]  # seeds for which all three arms finished
+    recovered: RecoveredFraction | None  # None with fewer than two pairs
     adjusted_p: float | None  # of the paired t test of R = 0, by Holm over the report
     verdict: Recovered
 
@@ -175,26 +174,23 @@ class ArmRecovery:
     """One arm over its seeds."""
 
     arm: str
-    seeds: tuple[int, ...]  # that finished with a figure for the metric
+    seeds: tuple[int, ...]  # that finished with a finite metric
     metric: Summary | None
-    distance: (
-        PairedDifference | None
-    )  # from the reference, seed by seed; None for itself, and with fewer than two pairs
+    # from the reference, seed by seed; None for itself, and with fewer than two pairs
+    distance: PairedDifference | None
     kl: Summary | None  # from the reference, nats per token
-    agreement: Summary | None  # same likeliest token as the reference
+    agreement: Summary | None  # same most likely token as the reference
     stored_bytes: Summary | None
     bits_per_number: Summary | None
-    tokens_per_second: Summary | None  # in training; None for what was not trained
-    unrounded: Summary | None  # the metric of the weights before rounding; None where it was not evaluated
-    rate: ChosenRate | None  # the learning rate, where the arm was swept over several
-    recoveries: tuple[
-        RecoveryOver, ...
-    ]  # over each rounded arm that it is measured against; empty for what recovers nothing
+    tokens_per_second: Summary | None  # in training; None for derived arms
+    unrounded: Summary | None  # the metric of the weights before rounding; None if not evaluated
+    rate: ChosenRate | None  # the learning rate, if it was swept
+    recoveries: tuple[RecoveryOver, ...]  # for each rounded arm that it is compared with
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecoveryReport:
-    """All arms, and what must be said beside them."""
+    """Results of all arms, and caveats."""
 
     study: str
     metric: str
@@ -209,20 +205,20 @@ class RecoveryReport:
 def report_recovery(
     recovery: Recovery, members: Sequence[Member], measurements: Sequence[Measurement] = ()
 ) -> RecoveryReport:
-    """The report, also on a study that has not come to its end."""
+    """Report on a study, which need not be complete."""
     study = recovery.study
-    shares = [_share(recovery, members, *pair) for pair in recovery.pairs]
-    adjusted = holm([1.0 if share is None else share.gain.p_value for _, share in shares])
+    fractions = [_fraction(recovery, members, *pair) for pair in recovery.pairs]
+    adjusted = holm([1.0 if fraction is None else fraction.gain.p_value for _, fraction in fractions])
     recoveries: dict[str, list[RecoveryOver]] = {}
-    for (arm, rounded), (pairs, share), p in zip(recovery.pairs, shares, adjusted, strict=True):
-        found = RecoveryOver(
+    for (arm, rounded), (seeds, fraction), p in zip(recovery.pairs, fractions, adjusted, strict=True):
+        over = RecoveryOver(
             rounded=rounded,
-            pairs=pairs,
-            recovered=share,
-            adjusted_p=None if share is None else p,
-            verdict=_verdict(share),
+            pairs=seeds,
+            recovered=fraction,
+            adjusted_p=None if fraction is None else p,
+            verdict=_verdict(fraction),
         )
-        recoveries.setdefault(arm, []).append(found)
+        recoveries.setdefault(arm, []).append(over)
     arms = tuple(
         _arm(recovery, members, measurements, arm.name, tuple(recoveries.get(arm.name, ())))
         for arm in study.arms
@@ -239,18 +235,18 @@ def report_recovery(
     )
 
 
-Share = tuple[tuple[int, ...], RecoveredShare | None]  # of which seeds, and what they come to
-
-
-def _share(recovery: Recovery, members: Sequence[Member], arm: str, rounded: str) -> Share:
+def _fraction(
+    recovery: Recovery, members: Sequence[Member], arm: str, rounded: str
+) -> tuple[tuple[int, ...], RecoveredFraction | None]:
+    """Return the seeds for which all three arms finished, and the recovered fraction."""
     study = recovery.study
     trio = [_by_seed(study.metric, members, name) for name in (arm, recovery.reference, rounded)]
-    seeds = tuple(seed for seed in study.seeds if all(seed in values for values in trio))
+    seeds = tuple(seed for seed in study.seeds if all(seed in by_seed for by_seed in trio))
     if len(seeds) < 2:
         return seeds, None
-    own, full, nearest = ([values[seed] for seed in seeds] for values in trio)
-    return seeds, recovered_share(
-        own, full=full, rounded=nearest, lower_is_better=study.lower_is_better, confidence=study.confidence
+    values, full, nearest = ([by_seed[seed] for seed in seeds] for by_seed in trio)
+    return seeds, recovered_fraction(
+        values, full=full, rounded=nearest, lower_is_better=study.lower_is_better, confidence=study.confidence
     )
 
 
@@ -262,20 +258,24 @@ def _arm(
     recoveries: tuple[RecoveryOver, ...],
 ) -> ArmRecovery:
     study = recovery.study
-    metric, whole = (_by_seed(study.metric, members, name) for name in (arm, recovery.reference))
-    both = [] if arm == recovery.reference else [seed for seed in metric if seed in whole]
-    speeds = [
-        value for one in members if one.arm == arm and (value := one.figure("tokens_per_second")) is not None
-    ]
+    metric, reference = (_by_seed(study.metric, members, name) for name in (arm, recovery.reference))
+    both = [] if arm == recovery.reference else [seed for seed in metric if seed in reference]
+    speeds = list(_by_seed("tokens_per_second", members, arm).values())
 
     def measured(name: str) -> Summary | None:
-        return _summary([one.figures[name] for one in measurements if one.arm == arm and name in one.figures])
+        return _summary(
+            [
+                measurement.metrics[name]
+                for measurement in measurements
+                if measurement.arm == arm and name in measurement.metrics
+            ]
+        )
 
     return ArmRecovery(
         arm=arm,
         seeds=tuple(seed for seed in study.seeds if seed in metric),
         metric=_summary(list(metric.values())),
-        distance=_difference(recovery, [metric[seed] for seed in both], [whole[seed] for seed in both]),
+        distance=_difference(recovery, [metric[seed] for seed in both], [reference[seed] for seed in both]),
         kl=measured("kl"),
         agreement=measured("agreement"),
         stored_bytes=measured("bytes"),
@@ -287,9 +287,11 @@ def _arm(
     )
 
 
-def _by_seed(figure: str, members: Sequence[Member], arm: str) -> dict[int, float]:
+def _by_seed(metric: str, members: Sequence[Member], arm: str) -> dict[int, float]:
     return {
-        one.seed: value for one in members if one.arm == arm and (value := one.figure(figure)) is not None
+        member.seed: value
+        for member in members
+        if member.arm == arm and (value := member.metric_value(metric)) is not None
     }
 
 
@@ -305,24 +307,24 @@ def _summary(values: Sequence[float]) -> Summary | None:
     return summarize(values) if values else None
 
 
-def _verdict(share: RecoveredShare | None) -> Recovered:
-    if share is None or not (share.is_above_zero or share.is_below_zero):
+def _verdict(fraction: RecoveredFraction | None) -> Recovered:
+    if fraction is None or not (fraction.is_above_zero or fraction.is_below_zero):
         return Recovered.NOT_RESOLVED
-    return Recovered.ABOVE_ZERO if share.is_above_zero else Recovered.BELOW_ZERO
+    return Recovered.ABOVE_ZERO if fraction.is_above_zero else Recovered.BELOW_ZERO
 
 
 def _notes(recovery: Recovery, members: Sequence[Member], arms: Sequence[ArmRecovery]) -> list[str]:
     study = recovery.study
-    notes = [
-        f"{one.arm}, seed {one.seed}: {one.status}{f' ({one.error})' if one.error else ''}, and left out."
-        for one in members
-        if one.status != FINISHED
-    ]
-    for one in arms:
-        if one.rate is not None:
-            notes += [f"{one.arm}: {said}" for said in one.rate.notes(study.metric)]
-        for over in one.recoveries:
-            notes += [f"{one.arm}: {said}" for said in _notes_on(recovery, over)]
+    notes = []
+    for member in members:
+        if member.status != FINISHED:
+            reason = f" ({member.error})" if member.error else ""
+            notes.append(f"{member.arm}, seed {member.seed}: {member.status}{reason}, and left out.")
+    for arm in arms:
+        if arm.rate is not None:
+            notes += [f"{arm.arm}: {note}" for note in arm.rate.notes(study.metric)]
+        for over in arm.recoveries:
+            notes += [f"{arm.arm}: {note}" for note in _notes_on(recovery, over)]
     return notes
 
 
@@ -330,19 +332,21 @@ def _notes_on(recovery: Recovery, over: RecoveryOver) -> Iterator[str]:
     """Yield the notes that weaken one recovery."""
     study = recovery.study
     if len(over.pairs) < FEW_SEEDS:
-        yield f"{len(over.pairs)} seeds with all that its recovery needs are too few: train {FEW_SEEDS} or more."
-    if (found := over.recovered) is None:
+        yield f"only {len(over.pairs)} seeds have finished in all three arms: train {FEW_SEEDS} or more."
+    if (recovered := over.recovered) is None:
         return
-    if found.share is None:
-        yield f"{over.rounded} is no worse than {recovery.reference}, so that there is nothing to recover."
-    elif found.standard_error is None:
-        yield f"the seeds changed nothing that the {study.metric} depends on: the noise is unknown."
-    elif found.fieller_interval is None:
-        yield f"what {over.rounded} costs is not told from zero with these seeds, and any recovery would fit: train more."
+    if recovered.fraction is None:
+        yield f"{over.rounded} is no worse than {recovery.reference}, so there is nothing to recover."
+    elif recovered.standard_error is None:
+        yield f"the seeds have no effect on the {study.metric}: the noise is unknown."
+    elif recovered.fieller_interval is None:
+        yield (
+            f"the cost of {over.rounded} does not differ from zero significantly with these seeds, so any "
+            "recovery is possible: train more."
+        )
     level = 1 - study.confidence
     if over.verdict is Recovered.ABOVE_ZERO and over.adjusted_p is not None and over.adjusted_p > level:
         yield (
             f"its own interval lies above zero, but corrected for all {len(recovery.pairs)} comparisons of "
-            "the report the "
-            f"difference from {over.rounded} is not resolved (p {over.adjusted_p:.3f})."
+            f"the report the difference from {over.rounded} is not resolved (p {over.adjusted_p:.3f})."
         )

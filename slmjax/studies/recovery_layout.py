@@ -1,6 +1,4 @@
-"""A recovery report as people and programs read it: tables, Markdown, JSON, and a page with a plot of quality
-against bytes.
-"""
+"""Recovery reports as tables, Markdown, JSON, and an HTML page with a plot of quality against bytes."""
 
 import dataclasses
 import html
@@ -9,20 +7,21 @@ from pathlib import Path
 
 from rich.console import Group
 
-from slmjax.studies.grids import (
+from slmjax.studies.recovery import ArmRecovery, RecoveryOver, RecoveryReport
+from slmjax.studies.statistics import Interval, PairedDifference, Summary
+from slmjax.studies.text_tables import (
     ABSENT,
     TextTable,
-    grids_markdown,
-    grids_table,
+    console_tables,
     in_words,
     interval_text,
     listed,
+    markdown_tables,
     num_places,
     signed,
     with_deviation,
+    with_renamed_keys,
 )
-from slmjax.studies.recovery import ArmRecovery, RecoveryOver, RecoveryReport
-from slmjax.studies.statistics import Interval, PairedDifference, Summary
 from slmjax.telemetry.report import charts as chart_module
 from slmjax.telemetry.report.charts import Chart, Point
 from slmjax.telemetry.report.page import chart_grid, document, heading, table
@@ -30,34 +29,35 @@ from slmjax.telemetry.run_directory import plain, write_json
 
 
 def recovery_table(report: RecoveryReport) -> Group:
-    """The report for a terminal."""
-    return grids_table(recovery_grids(report), report.notes)
+    """Return the report for a terminal."""
+    return console_tables(recovery_text_tables(report), report.notes)
 
 
 def recovery_markdown(report: RecoveryReport) -> str:
-    """The report as Markdown, as an entry of experiments/LOG.md has it."""
-    return grids_markdown(recovery_grids(report), report.notes)
+    """Return the report as Markdown, for an entry of experiments/LOG.md."""
+    return markdown_tables(recovery_text_tables(report), report.notes)
 
 
 def recovery_json(report: RecoveryReport) -> dict:
-    """The report as JSON can hold it, unrounded."""
-    return plain(dataclasses.asdict(report))
+    """Return the report for JSON, unrounded."""
+    # The key of the recovered fraction in files is older than the field's name.
+    return with_renamed_keys(plain(dataclasses.asdict(report)), {"fraction": "share"})
 
 
 # Tables -----------------------------------------------------------------------------------------------------
-def recovery_grids(report: RecoveryReport) -> list[TextTable]:
-    """What each arm came to, and what those recover that are measured against a rounded one."""
+def recovery_text_tables(report: RecoveryReport) -> list[TextTable]:
+    """Return the tables of a report: results of each arm, and recoveries."""
     way = "lower" if report.lower_is_better else "higher"
     columns = [
-        [one.arm for one in report.arms],
-        [str(len(one.seeds)) for one in report.arms],
-        with_deviation([one.metric for one in report.arms]),
-        [_with_error(one.distance) for one in report.arms],
-        with_deviation([one.kl for one in report.arms]),
-        [_mean(one.agreement, ".1%") for one in report.arms],
-        [_mean(one.stored_bytes, ",.0f") for one in report.arms],
-        [_mean(one.bits_per_number, ".2f") for one in report.arms],
-        [_mean(one.tokens_per_second, ",.0f") for one in report.arms],
+        [arm.arm for arm in report.arms],
+        [str(len(arm.seeds)) for arm in report.arms],
+        with_deviation([arm.metric for arm in report.arms]),
+        [_with_error(arm.distance) for arm in report.arms],
+        with_deviation([arm.kl for arm in report.arms]),
+        [_mean(arm.agreement, ".1%") for arm in report.arms],
+        [_mean(arm.stored_bytes, ",.0f") for arm in report.arms],
+        [_mean(arm.bits_per_number, ".2f") for arm in report.arms],
+        [_mean(arm.tokens_per_second, ",.0f") for arm in report.arms],
     ]
     head = (
         "arm",
@@ -67,7 +67,7 @@ def recovery_grids(report: RecoveryReport) -> list[TextTable]:
         "KL from the reference",
         "same first choice",
         "bytes",
-        "bits a number",
+        "bits per weight",
         "tokens/s, training",
     )
     title = (
@@ -75,58 +75,64 @@ def recovery_grids(report: RecoveryReport) -> list[TextTable]:
         f"{listed(report.seeds)}, "
         f"differences ± standard error; reference: {report.reference}"
     )
-    if any(one.unrounded is not None for one in report.arms):
-        columns.append(with_deviation([one.unrounded for one in report.arms]))
+    if any(arm.unrounded is not None for arm in report.arms):
+        columns.append(with_deviation([arm.unrounded for arm in report.arms]))
         head += (f"{in_words(report.metric)} before rounding",)
-    if any(one.rate is not None for one in report.arms):
-        columns.append([ABSENT if one.rate is None else f"{one.rate.rate:g}" for one in report.arms])
+    if any(arm.rate is not None for arm in report.arms):
+        columns.append([ABSENT if arm.rate is None else f"{arm.rate.rate:g}" for arm in report.arms])
         head += ("best learning rate",)
-    grids = [TextTable(title=title, head=head, rows=tuple(zip(*columns, strict=True)))]
-    if rows := tuple(_recovery_row(one.arm, over) for one in report.arms for over in one.recoveries):
-        share = f"{100 * report.confidence:g}%"
+    text_tables = [TextTable(title=title, head=head, rows=tuple(zip(*columns, strict=True)))]
+    if rows := tuple(_recovery_row(arm.arm, over) for arm in report.arms for over in arm.recoveries):
+        confidence = f"{100 * report.confidence:g}%"
         head = (
             "arm",
             "over",
             "seeds",
             "cost of rounding",
             "recovered",
-            f"{share} Fieller",
-            f"{share} bootstrap",
+            f"{confidence} Fieller",
+            f"{confidence} bootstrap",
             "p (Holm)",
             "interval",
         )
-        title = "Recovery, 1 − (arm − reference) / (rounded − reference): 0 as rounded, 100% as the reference; ± standard error (delta method)"
-        grids.append(TextTable(title=title, head=head, rows=rows))
-    return grids
+        title = (
+            "Recovery, 1 − (arm − reference) / (rounded − reference): 0 as rounded, 100% as the reference; "
+            "± standard error (delta method)"
+        )
+        text_tables.append(TextTable(title=title, head=head, rows=rows))
+    return text_tables
 
 
-def _mean(one: Summary | None, how: str) -> str:
-    return ABSENT if one is None else f"{one.mean:{how}}"
+def _mean(summary: Summary | None, spec: str) -> str:
+    return ABSENT if summary is None else f"{summary.mean:{spec}}"
 
 
-def _with_error(one: PairedDifference | None) -> str:
-    if one is None:
+def _with_error(difference: PairedDifference | None) -> str:
+    if difference is None:
         return ""
-    places = num_places(one.standard_error, one.mean)
-    return f"{signed(one.mean, places)} ± {one.standard_error:.{places}f}"
+    places = num_places(difference.standard_error, difference.mean)
+    return f"{signed(difference.mean, places)} ± {difference.standard_error:.{places}f}"
 
 
-def _recovery_row(arm: str, one: RecoveryOver) -> tuple[str, ...]:
-    begin = (arm, one.rounded, str(len(one.pairs)))
-    verdict = one.verdict.value
-    if (found := one.recovered) is None:
-        return *begin, *[ABSENT] * 5, verdict
-    cost = _with_error(found.cost)
-    if found.share is None:
-        return *begin, cost, *[ABSENT] * 4, verdict
-    decimals = max(num_places(found.standard_error, found.share) - 2, 0)  # in percent
-    error = "" if found.standard_error is None else f" ± {100 * found.standard_error:.{decimals}f}"
-    p = ABSENT if one.adjusted_p is None else "< 0.001" if one.adjusted_p < 0.001 else f"{one.adjusted_p:.3f}"
+def _recovery_row(arm: str, over: RecoveryOver) -> tuple[str, ...]:
+    first_cells = (arm, over.rounded, str(len(over.pairs)))
+    verdict = over.verdict.value
+    if (recovered := over.recovered) is None:
+        return *first_cells, *[ABSENT] * 5, verdict
+    cost = _with_error(recovered.cost)
+    if recovered.fraction is None:
+        return *first_cells, cost, *[ABSENT] * 4, verdict
+    decimals = max(num_places(recovered.standard_error, recovered.fraction) - 2, 0)  # in percent
+    error = "" if recovered.standard_error is None else f" ± {100 * recovered.standard_error:.{decimals}f}"
+    p = ABSENT
+    if over.adjusted_p is not None:
+        p = "< 0.001" if over.adjusted_p < 0.001 else f"{over.adjusted_p:.3f}"
+    intervals = (recovered.fieller_interval, recovered.bootstrap_interval)
     return (
-        *begin,
+        *first_cells,
         cost,
-        f"{100 * found.share:.{decimals}f}%{error}".replace("-", "−"),
-        *(_percent(each, decimals) for each in (found.fieller_interval, found.bootstrap_interval)),
+        f"{100 * recovered.fraction:.{decimals}f}%{error}".replace("-", "−"),
+        *(_percent(interval, decimals) for interval in intervals),
         p,
         verdict,
     )
@@ -138,20 +144,18 @@ def _percent(ends: Interval | None, decimals: int) -> str:
 
 # A page -----------------------------------------------------------------------------------------------------
 def quality_chart(report: RecoveryReport, *, name: str = "quality-against-bytes") -> Chart | None:
-    """Quality against bytes: the reference, what is rounded of it, what was trained; None where nothing is
-    measured.
-    """
-    rounded = {over.rounded for one in report.arms for over in one.recoveries}
+    """Return the chart of quality against bytes for all measured arms; None if there are none."""
+    rounded = {over.rounded for arm in report.arms for over in arm.recoveries}
 
     def kind(arm: str) -> str:
         return "rounded" if arm in rounded else "reference" if arm == report.reference else "trained"
 
     shown = [
         Point(
-            label=one.arm, series=kind(one.arm), x=one.stored_bytes.mean, y=one.metric.mean, error=_error(one)
+            label=arm.arm, series=kind(arm.arm), x=arm.stored_bytes.mean, y=arm.metric.mean, error=_error(arm)
         )
-        for one in report.arms
-        if one.metric is not None and one.stored_bytes is not None
+        for arm in report.arms
+        if arm.metric is not None and arm.stored_bytes is not None
     ]
     metric = in_words(report.metric)
     about = f"{metric} over bytes as stored; bars: standard error of the paired difference from the reference"
@@ -160,19 +164,21 @@ def quality_chart(report: RecoveryReport, *, name: str = "quality-against-bytes"
     )
 
 
-def _error(one: ArmRecovery) -> float:
-    """Of the distance from the reference: the noise that arms share moves all points alike."""
-    return 0.0 if one.distance is None else one.distance.standard_error
+def _error(arm: ArmRecovery) -> float:
+    """Return the standard error of the distance from the reference: common noise moves all points alike."""
+    return 0.0 if arm.distance is None else arm.distance.standard_error
 
 
 def write_recovery(
     reports: Sequence[RecoveryReport], directory: str | Path, *, with_page: bool = True
 ) -> Path:
-    """Writes recovery.json, recovery.md and, where the `plot` extra is there to draw it, recovery.html;
-    returns what is to be looked at.
+    """Write recovery.json, recovery.md and, with `with_page`, recovery.html and its plots.
+
+    Returns:
+      the path of the page, or of recovery.json without one.
 
     Raises:
-      ValueError: a page is wanted, and the `plot` extra is not installed.
+      ValueError: `with_page` is set, but the `plot` extra is not installed.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -182,13 +188,13 @@ def write_recovery(
     )
     if not with_page:
         return written
-    found = [(report, quality_chart(report, name=f"quality-{i}")) for i, report in enumerate(reports)]
-    charts = [chart for _, chart in found if chart is not None]
+    pairs = [(report, quality_chart(report, name=f"quality-{i}")) for i, report in enumerate(reports)]
+    charts = [chart for _, chart in pairs if chart is not None]
     body = heading("Recovery", " · ".join(report.study for report in reports)) + "".join(
         recovery_section(
             report, [] if chart is None else [chart], first=charts.index(chart) if chart is not None else 0
         )
-        for report, chart in found
+        for report, chart in pairs
     )
     page = directory / "recovery.html"
     page.write_text(document(title="Recovery", body=body, charts=charts), encoding="utf-8")
@@ -198,10 +204,10 @@ def write_recovery(
 
 
 def recovery_section(report: RecoveryReport, charts: Sequence[Chart], *, first: int = 0) -> str:
-    """A report's part of a page, whose charts are those from `first` on."""
+    """Return a report's section of a page; `first` is the index of its first chart."""
     tables = "".join(
-        f'<p class="soft">{html.escape(grid.title)}</p>{table(grid.rows, head=grid.head)}'
-        for grid in recovery_grids(report)
+        f'<p class="soft">{html.escape(text_table.title)}</p>{table(text_table.rows, head=text_table.head)}'
+        for text_table in recovery_text_tables(report)
     )
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in report.notes)
     return f"<h2>{html.escape(report.study)}</h2>{chart_grid(charts, first)}{tables}" + (

@@ -4,9 +4,11 @@
     (adjusted,) = holm([difference.p_value])
     verdict = decide(difference.mean, adjusted)                              # Verdict.BETTER
 
-Seeds are paired: both arms of a pair have had the same initial random key and the same order of the data, and
-what the pair shares drops out of the difference. All figures are float64; intervals are of one comparison, by
-itself. N: values, one for each seed.
+Seeds are paired: both arms of a pair have the same initial random key and the same order of the data, and
+what they have in common cancels in the difference. All values are float64; intervals are of a single
+comparison.
+
+N: values, one for each seed.
 """
 
 import dataclasses
@@ -20,7 +22,7 @@ from scipy import stats
 
 MAX_ENUMERATED = 50_000  # resamples: up to 6 pairs, 6**6 = 46,656
 NUM_DRAWS = 10_000
-# relative to the figures: differences that agree to this are equal
+# relative to the values: differences that agree to this are equal
 ROUNDING = 16 * float(np.finfo(np.float64).eps)
 
 Interval = tuple[float, float]
@@ -28,11 +30,11 @@ Interval = tuple[float, float]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Figures of one arm over its seeds."""
+    """Mean and spread of a metric of one arm over its seeds."""
 
     num_values: int
     mean: float
-    standard_deviation: float | None  # of one seed, with n - 1 below; None where there is but one
+    standard_deviation: float | None  # of one seed, with denominator n - 1; None for a single seed
     standard_error: float | None  # of the mean
 
 
@@ -42,7 +44,7 @@ class PairedDifference:
 
     num_pairs: int
     mean: float
-    standard_deviation: float  # of one pair's difference, with n - 1 below
+    standard_deviation: float  # of one pair's difference, with denominator n - 1
     standard_error: float  # of the mean
     p_value: float  # two-sided, of the paired t test that the mean is zero
     t_interval: Interval
@@ -50,21 +52,19 @@ class PairedDifference:
 
     @property
     def has_noise(self) -> bool:
-        """Whether the differences differ at all: if not, the seeds changed nothing, and no test can be
-        made.
-        """
+        """Whether the differences vary: if not, the seeds have no effect, and no test is possible."""
         return self.standard_error > 0
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """Mean and spread of figures, one for each seed.
+    """Return mean and spread of values, one for each seed.
 
     Raises:
       ValueError: there is none, or one is not finite.
     """
     array = _finite(values)
     if not len(array):
-        raise ValueError("there is no figure to summarize: at least one seed must have finished")
+        raise ValueError("there is no value to summarize: at least one seed must have finished")
     if len(array) == 1:
         return Summary(num_values=1, mean=float(array[0]), standard_deviation=None, standard_error=None)
     deviation = _deviation(array, scale=float(np.abs(array).max()))
@@ -79,31 +79,30 @@ def summarize(values: Sequence[float]) -> Summary:
 def paired_difference(
     values: Sequence[float], others: Sequence[float], *, confidence: float = 0.95, seed: int = 0
 ) -> PairedDifference:
-    """The mean of `values` minus `others`, with its noise; element i of both is of the same seed.
+    """Return the mean of `values` minus `others`, with its noise; element i of both has the same seed.
 
-    The t interval and the p value take the differences to be about normal. The bootstrap interval does not
-    (`bootstrap_interval`).
-    Where all differences are equal, up to rounding, the noise is unknown rather than nought: intervals then
-    have no width and p is 1, whatever the mean, so that no verdict comes of it.
+    The t interval and the p value assume that the differences are about normal; the bootstrap interval does
+    not (`bootstrap_interval`). If all differences are equal, up to rounding, the noise is unknown rather than
+    zero: intervals then have no width, and p is 1 whatever the mean, so that no verdict follows.
 
     Args:
-      values: figures of an arm.
-      others: figures of the arm that it is compared with.
-      confidence: what share of such intervals holds the true mean.
-      seed: of the bootstrap's draws, where resamples are too many to enumerate.
+      values: metric of an arm.
+      others: metric of the arm that it is compared with.
+      confidence: fraction of such intervals that contain the true mean.
+      seed: of the bootstrap, if there are too many resamples to enumerate.
 
     Raises:
-      ValueError: the lengths differ, there are fewer than two pairs, or a figure is not finite.
+      ValueError: the lengths differ, there are fewer than two pairs, or a value is not finite.
     """
     first = _finite(values)
     second = _finite(others)
     if len(first) != len(second):
         raise ValueError(
-            f"{len(first)} and {len(second)} figures do not make pairs: give one of each arm for every seed"
+            f"{len(first)} and {len(second)} values do not make pairs: give one of each arm for every seed"
         )
     num_pairs = len(first)
     if num_pairs < 2:
-        raise ValueError(f"{num_pairs} pairs say nothing of the noise: train at least 2 seeds of both arms")
+        raise ValueError(f"{num_pairs} pairs do not show the noise: train at least 2 seeds of both arms")
     _check_confidence(confidence)
     differences = first - second
     mean = float(differences.mean())
@@ -119,30 +118,29 @@ def paired_difference(
             t_interval=(mean, mean),
             bootstrap_interval=(mean, mean),
         )
-    reach = float(stats.t.ppf((1 + confidence) / 2, num_pairs - 1)) * error
+    half_width = float(stats.t.ppf((1 + confidence) / 2, num_pairs - 1)) * error
     return PairedDifference(
         num_pairs=num_pairs,
         mean=mean,
         standard_deviation=deviation,
         standard_error=error,
         p_value=float(2 * stats.t.sf(abs(mean) / error, num_pairs - 1)),
-        t_interval=(mean - reach, mean + reach),
+        t_interval=(mean - half_width, mean + half_width),
         bootstrap_interval=bootstrap_interval(differences.tolist(), confidence=confidence, seed=seed),
     )
 
 
 def bootstrap_interval(values: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> Interval:
-    """The percentile bootstrap interval of the mean: quantiles of the means of resamples with replacement
-    (Efron, 1979).
+    """Return the percentile bootstrap interval of the mean (Efron, 1979).
 
-    Up to 6 values, all n**n resamples are enumerated and nothing is left to chance; above, there are 10,000
-    draws of a seeded generator.
-    Percentiles were taken over BCa, whose two corrections are estimated from the same few values: with three,
-    they are noise.
+    Its ends are quantiles of the means of resamples with replacement. Up to 6 values, all n**n resamples are
+    enumerated, so that the result is exact; above, there are 10,000 draws of a seeded generator. Percentiles
+    were chosen over BCa, whose two corrections are estimated from the same few values: for three, they are
+    noise.
 
-    With few values the interval is too narrow, and only indicative. Of 3 values, the lowest of 27 resamples,
-    all three the smallest, has more than 2.5% of the weight: the 95% interval goes from the smallest value to
-    the largest, and holds the centre of a symmetric distribution three times in four.
+    With few values the interval is too narrow, and only indicative. For 3 values, the lowest of 27 resamples
+    (the smallest value three times) has more than 2.5% of the weight: the 95% interval is from the smallest
+    value to the largest, and contains the centre of a symmetric distribution three times in four.
 
     Raises:
       ValueError: there are fewer than two values, or one is not finite.
@@ -155,49 +153,44 @@ def bootstrap_interval(values: Sequence[float], *, confidence: float = 0.95, see
 
 
 def resamples(num: int, *, seed: int = 0) -> Int[np.ndarray, "R N"]:
-    """R samples with replacement from N values, by place: all n**n of them up to 6 values, above 10,000 draws
-    of a seeded generator.
-    """
+    """Return the indices of R samples with replacement from N values: all up to N = 6, else 10,000 draws."""
     if num**num <= MAX_ENUMERATED:
         return np.indices((num,) * num).reshape(num, -1).T
     return np.random.default_rng(seed).integers(num, size=(NUM_DRAWS, num))
 
 
 def percentile_interval(values: Float[np.ndarray, " R"], *, confidence: float) -> Interval:
-    """From the quantile that leaves half of 1 - confidence below it to the one that leaves as much above."""
+    """Return the quantiles with half of 1 - confidence below and above them."""
     tail = (1 - confidence) / 2
-    # The quantile of a step function, taken from both ends alike: turning the values over turns the interval
-    # over.
+    # Both ends are the quantile of a step function from their side: negated values give the negated interval.
     low = np.quantile(values, tail, method="inverted_cdf")
     high = -np.quantile(-values, tail, method="inverted_cdf")
     return float(low), float(high)
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
-    """Adjusted p values of a family of tests, in the order given (Holm, 1979).
+    """Return the adjusted p values of a family of tests, in the given order (Holm, 1979).
 
-    Rejecting those up to 0.05 keeps the chance of one false rejection or more, in the whole family, at 0.05
-    at most, however the tests depend on each other. The smallest of m is multiplied by m, the next by m - 1,
-    and so on; none is below one before it, nor above 1.
+    Rejecting those up to 0.05 limits the probability of any false rejection in the family to 0.05, however
+    the tests depend on each other. The smallest of m is multiplied by m, the next by m - 1, and so on; none
+    is below the one before it, nor above 1.
 
     Raises:
       ValueError: a p value is not between 0 and 1.
     """
     for value in p_values:
         if not 0 <= value <= 1:
-            raise ValueError(f"{value} is no p value: it must be between 0 and 1")
+            raise ValueError(f"{value} is not a p value: it must be between 0 and 1")
     adjusted = [0.0] * len(p_values)
     largest = 0.0
-    for place, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[i]))
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = largest
     return tuple(adjusted)
 
 
 class Verdict(enum.Enum):
-    """What a comparison has shown. "Not resolved" is not "equal": the difference may be as large as its
-    interval allows.
-    """
+    """Result of a comparison. "Not resolved" is not "equal": its interval may allow a large difference."""
 
     BETTER = "better"
     WORSE = "worse"
@@ -205,9 +198,7 @@ class Verdict(enum.Enum):
 
 
 def decide(mean: float, adjusted_p: float, *, lower_is_better: bool = True, level: float = 0.05) -> Verdict:
-    """The verdict on an arm from the mean of its difference to another arm and the adjusted p value of that
-    difference.
-    """
+    """Return the verdict on an arm from its mean difference to another arm and the adjusted p value."""
     if not adjusted_p <= level or mean == 0:
         return Verdict.NOT_RESOLVED
     return Verdict.BETTER if (mean < 0) is lower_is_better else Verdict.WORSE
@@ -221,10 +212,10 @@ def _finite(values: Sequence[float]) -> Float[np.ndarray, " N"]:
 
 
 def _deviation(values: Float[np.ndarray, " N"], *, scale: float) -> float:
-    """The standard deviation; 0 where the values agree up to the rounding of figures of this size."""
+    """Return the standard deviation; 0 if the values agree up to the rounding of values of this size."""
     return 0.0 if float(np.ptp(values)) <= ROUNDING * scale else float(values.std(ddof=1))
 
 
 def _check_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}: give a share between 0 and 1, such as 0.95")
+        raise ValueError(f"confidence is {confidence}: give a fraction between 0 and 1, such as 0.95")

@@ -1,17 +1,17 @@
-"""A study: arms that differ in what is asked about, the same seeds for each, and what their runs came to.
+"""A study: arms that differ in one aspect, the same seeds for each, and the results of their runs.
 
     arms = (Arm(name="narrow", experiment=...), Arm(name="wide", experiment=...))
     study = Study(name="width", arms=arms, seeds=(0, 1, 2), baseline="narrow")
-    members = run_study(study, "studies/width")      # the same call again goes on where it was stopped
+    members = run_study(study, "studies/width")  # calling it again resumes an interrupted study
 
-A member is one run: an arm with a seed, which is that of the initial parameters and dropout and that of the
-data's order; or it is a model that is made of such a run's, rounded for one (`arms.py`). So a pair of arms
-sees the same batches, and begins alike where the models are alike. Members are trained one after another, all
-arms of the first seed before the second: a study that is cut short has whole pairs.
+A member is a run: an arm with a seed, which is used for the initial parameters, dropout and the order of the
+data. Or it is a model derived from such a run, for example by rounding (`arms.py`). So a pair of arms sees
+the same batches, and starts from the same parameters if the models are the same. Members are trained one
+after another, all arms of the first seed before the second: an incomplete study has complete pairs.
 
-    DIRECTORY/members.jsonl                    a line for each member that came to an end
+    DIRECTORY/members.jsonl                    a line for each member that ended
     DIRECTORY/ARM/seed-N/RUN                   its run directory
-    DIRECTORY/ARM/seed-N/model                 a model that was made of another member's
+    DIRECTORY/ARM/seed-N/model                 a model derived from another member
 """
 
 import dataclasses
@@ -43,162 +43,167 @@ FAILED = "failed"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What all arms must have had alike for a comparison to be fair."""
+    """The metric that must be equal for all arms for a fair comparison."""
 
-    figure: str = "tokens"  # a figure of each run: tokens, seconds, step
-    tolerance: float = 0.0  # how far apart the arms of one seed may be, as a share of the largest
+    metric: str = "tokens"  # of each run: tokens, seconds, step
+    tolerance: float = 0.0  # largest difference between arms of a seed, as a fraction of the largest value
 
     def __post_init__(self) -> None:
         if not 0 <= self.tolerance < 1:
             raise ValueError(
-                f"the budget's tolerance is {self.tolerance}: give a share from 0 up to 1, such as 0.02"
+                f"the budget's tolerance is {self.tolerance}: give a fraction from 0 to below 1, such as 0.02"
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
-    """Arms, seeds, and by what they are judged; all of it is said before anything is trained."""
+    """Arms, seeds, and the criteria of verdicts, all fixed before anything is trained."""
 
     name: str
-    arms: tuple[Arm | Derived, ...]  # trained ones, and those that are made of one that stands before them
+    arms: tuple[Arm | Derived, ...]  # derived arms after their sources
     seeds: tuple[
         int, ...
-    ]  # at least 2 for a comparison, 3 or more for one that resolves anything but the plainest difference
+    ]  # at least 2 for a comparison, 3 or more to resolve all but the largest differences
     baseline: str  # name of the arm that every other is compared with
-    # the figure that verdicts are about: of the result, or of the last record of evaluation
+    # the metric of verdicts: a field of the result, or of the last evaluation in the log
     metric: str = "bits_per_byte"
-    lower_is_better: bool = True  # which way the metric goes
-    figures: tuple[str, ...] = ()  # further figures to report, without a verdict
+    lower_is_better: bool = True  # whether a lower metric is better
+    further_metrics: tuple[str, ...] = ()  # to report without a verdict
     budget: Budget = Budget()
-    confidence: float = 0.95  # of intervals; verdicts keep the chance of any false one to what is left of 1
+    confidence: float = 0.95  # of intervals; the probability of any false verdict is at most 1 - confidence
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
         directories = [arm.directory.lower() for arm in self.arms]
         if len(set(directories)) < len(directories):
             raise ValueError(
-                f"arms {', '.join(names)}: two have the same name, or their directories have: rename one"
+                f"arms {', '.join(names)}: two have the same name or the same directory: rename one"
             )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds are {self.seeds}: give some, each once")
+            raise ValueError(f"seeds are {self.seeds}: give at least one, and each only once")
         if self.baseline not in names:
             raise ValueError(
-                f"the baseline {self.baseline!r} is no arm.{near_names(self.baseline, names)} Arms are "
+                f"the baseline {self.baseline!r} is not an arm.{near_names(self.baseline, names)} Arms are "
                 f"{', '.join(names)}"
             )
         if not 0 < self.confidence < 1:
-            raise ValueError(f"confidence is {self.confidence}: give a share between 0 and 1, such as 0.95")
+            raise ValueError(
+                f"confidence is {self.confidence}: give a fraction between 0 and 1, such as 0.95"
+            )
         for i, arm in enumerate(self.arms):
             if isinstance(arm, Derived) and arm.source not in names[:i]:
                 near = near_names(arm.source, names[:i])
                 raise ValueError(
-                    f"{arm.name!r} is made of {arm.source!r}, which is no arm before it.{near} Before it are "
-                    f"{names[:i]}"
+                    f"{arm.name!r} is derived from {arm.source!r}, which is not an arm before it.{near} "
+                    f"Before it are {names[:i]}"
                 )
 
     def arm(self, name: str) -> Arm | Derived:
-        """The arm of that name. Raises ValueError if there is none."""
+        """Return the arm of a name. Raises ValueError if there is none."""
         for arm in self.arms:
             if arm.name == name:
                 return arm
         names = [arm.name for arm in self.arms]
         raise ValueError(
-            f"{name!r} is no arm of the study.{near_names(name, names)} Arms are {', '.join(names)}"
+            f"{name!r} is not an arm of the study.{near_names(name, names)} Arms are {', '.join(names)}"
         )
 
     def trained(self, name: str) -> Arm:
-        """The arm of that name, or the one whose runs its members are made of in the end."""
+        """Return the arm of a name; for a derived arm, the trained arm that it comes from."""
         arm = self.arm(name)
         return self.trained(arm.source) if isinstance(arm, Derived) else arm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Member:
-    """What became of one arm with one seed: a line of members.jsonl."""
+    """The outcome of one arm with one seed: a line of members.jsonl."""
 
     arm: str
     seed: int
-    fingerprint: str  # of its experiment, and of the recipe where it is made of another
+    fingerprint: str  # of its experiment, and of the derivation of a derived member
     status: str  # "finished", "diverged" or "failed"
-    result: dict[str, Any]  # the fields of its result.json; empty if it failed
-    evaluation: dict[str, Any]  # the last record of evaluation, on all held-out text; empty if there is none
-    error: str | None = None  # why it failed
+    result: dict[str, Any]  # fields of its result.json; empty if it failed
+    evaluation: dict[str, Any]  # last evaluation on all held-out text; empty if there is none
+    error: str | None = None  # reason of a failure
 
-    def figure(self, name: str) -> float | None:
-        """A figure of the result, else of the evaluation; None if it has none of that name that is finite, or
-        did not finish.
-        """
+    def metric_value(self, name: str) -> float | None:
+        """Return a metric of result or evaluation; None if not finite, or the member did not finish."""
         value = self.result.get(name, self.evaluation.get(name))
         if self.status != FINISHED or isinstance(value, bool) or not isinstance(value, int | float):
             return None
         return float(value) if math.isfinite(value) else None
 
     @property
-    def figures(self) -> tuple[str, ...]:
-        """The names that `figure` knows."""
-        return tuple(name for name in {**self.result, **self.evaluation} if self.figure(name) is not None)
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the metrics."""
+        return tuple(
+            name for name in {**self.result, **self.evaluation} if self.metric_value(name) is not None
+        )
 
 
 class OnChange(enum.Enum):
-    """What becomes of members whose experiment is no longer what it was when they were trained."""
+    """Handling of members whose experiment has changed since they were trained."""
 
-    REFUSE = "refuse"  # nothing is trained, and the message names them
-    REDO = "redo"  # they are trained anew; the runs of before stay in the directory
+    REFUSE = "refuse"  # an error that names them; nothing is trained
+    REDO = "redo"  # train them again; the old runs stay in the directory
 
 
 class Interrupted(RuntimeError):
-    """The study was stopped while a member was in training, whose state is saved."""
+    """The study was stopped during the training of a member, whose state is saved."""
 
 
 Train = Callable[..., trainer.Result]  # as `trainer.train`
 
 
 def member_experiment(study: Study, arm: str, seed: int) -> Experiment:
-    """The experiment of an arm with a seed, in the initial parameters and in the order of the data.
+    """Return the experiment of an arm with a seed, for the initial parameters and the order of the data.
 
-    Of an arm whose members are made of another's, it is that of the other.
+    For a derived arm, it is that of its source.
     """
     experiment = study.trained(arm).of_seed(seed)
-    # Where the study is, is no part of what it asks: its directory can be moved.
+    # The directory of the study is not part of the experiment, so that it can be moved.
     run = dataclasses.replace(experiment.run, seed=seed, directory="runs")
     return dataclasses.replace(experiment, run=run, data=dataclasses.replace(experiment.data, seed=seed))
 
 
 def member_fingerprint(study: Study, arm: str, seed: int) -> str:
-    """What a member came of, experiment and recipe: two that agree are the same member."""
-    if isinstance(found := study.arm(arm), Derived):
-        return fingerprint({"source": member_fingerprint(study, found.source, seed), "recipe": found.recipe})
+    """Return a hash of the experiment and, if derived, the derivation; members match by it."""
+    if isinstance(derived := study.arm(arm), Derived):
+        source = member_fingerprint(study, derived.source, seed)
+        # The keys are part of the hash: they stay as they were.
+        return fingerprint({"source": source, "recipe": derived.derivation})
     return fingerprint(member_experiment(study, arm, seed))
 
 
 def read_members(
     study: Study, directory: str | Path, *, on_change: OnChange = OnChange.REFUSE
 ) -> tuple[Member, ...]:
-    """The members that came to an end, by seed and arm in the order of the study; of several lines about one,
-    the last counts.
+    """Read the members that ended, by seed and arm in the order of the study.
+
+    Of several lines about a member, the last counts.
 
     Raises:
-      ValueError: a member was trained with another experiment than the study now gives it, and is not to be
-        done again.
+      ValueError: the experiment of a member has changed, and `on_change` is not REDO.
     """
     path = Path(directory) / MEMBERS
     latest: dict[tuple[str, int], Member] = {}
     for record in read_log(path, kind="member") if path.is_file() else []:
         member = Member(**{field.name: record[field.name] for field in dataclasses.fields(Member)})
         latest[member.arm, member.seed] = member
-    wanted = [(arm.name, seed) for seed in study.seeds for arm in study.arms]
-    found = [latest[key] for key in wanted if key in latest]
+    keys = [(arm.name, seed) for seed in study.seeds for arm in study.arms]
+    members = [latest[key] for key in keys if key in latest]
     stale = [
-        member for member in found if member.fingerprint != member_fingerprint(study, member.arm, member.seed)
+        member
+        for member in members
+        if member.fingerprint != member_fingerprint(study, member.arm, member.seed)
     ]
     if stale and on_change is OnChange.REFUSE:
         raise ValueError(
             f"{directory}: members of {', '.join(sorted({member.arm for member in stale}))} were trained "
-            "with another experiment than the "
-            "study has now. Take back the change, name another directory, or train them anew with "
-            "on_change=OnChange.REDO"
+            "with another experiment than the study has now. Undo the change, use another directory, or "
+            "train them again with on_change=OnChange.REDO"
         )
-    return tuple(member for member in found if member not in stale)
+    return tuple(member for member in members if member not in stale)
 
 
 def run_study(
@@ -209,26 +214,26 @@ def run_study(
     train: Train = trainer.train,
     console: Console | None = None,
 ) -> tuple[Member, ...]:
-    """Trains the members that have not come to an end yet, and returns all of them.
+    """Train the members that have not ended yet, and return all of them.
 
-    A member that diverges or fails is recorded as such, and the study goes on. Called again, it passes over
-    what finished or diverged, tries what failed once more, and goes on with a run that was stopped from its
+    A member that diverges or fails is recorded as such, and the study continues. Called again, it skips
+    members that finished or diverged, retries those that failed, and resumes an interrupted run from its
     newest checkpoint.
 
     Args:
-      study: what is to be compared.
-      directory: where runs and records go; made if it is not there.
-      on_change: what becomes of members whose experiment has changed since.
-      train: as `trainer.train`, which it is unless given.
-      console: where progress is shown (none: standard output).
+      study: the arms and seeds.
+      directory: directory of runs and records; created if it does not exist.
+      on_change: handling of members whose experiment has changed.
+      train: a replacement for `trainer.train`.
+      console: where to show progress (none: standard output).
 
     Raises:
-      ValueError: an experiment has changed (`read_members`), or several processes are joined.
-      Interrupted: the run that was in training was stopped by a signal, and has saved its state.
+      ValueError: an experiment has changed (`read_members`), or there are several processes.
+      Interrupted: the current run was stopped by a signal, and has saved its state.
     """
     if jax.process_count() > 1:
         raise ValueError(
-            "a study runs in one process: train its members by themselves on several hosts, or take one host"
+            "a study runs in one process: use one host, or train its members separately on several hosts"
         )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -241,7 +246,7 @@ def run_study(
                 if (arm.name, seed) in done and done[arm.name, seed].status != FAILED:
                     continue
                 if isinstance(arm, Derived):
-                    member = _make_member(study, arm, seed, directory, source=done[arm.source, seed])
+                    member = _derive_member(study, arm, seed, directory, source=done[arm.source, seed])
                 else:
                     member = _train_member(study, arm, seed, directory, train=train, console=console)
                 records.write("member", **dataclasses.asdict(member))
@@ -252,48 +257,47 @@ def run_study(
 def _train_member(
     study: Study, arm: Arm, seed: int, directory: Path, *, train: Train, console: Console | None
 ) -> Member:
-    """One run, begun or gone on with."""
+    """Start or resume the run of a member."""
     plan = member_experiment(study, arm.name, seed)
-    place = (directory / arm.directory / f"seed-{seed}").absolute()
+    run_parent = (directory / arm.directory / f"seed-{seed}").absolute()
     experiment = with_absolute_paths(
-        dataclasses.replace(plan, run=dataclasses.replace(plan.run, directory=str(place)))
+        dataclasses.replace(plan, run=dataclasses.replace(plan.run, directory=str(run_parent)))
     )
     about: dict[str, Any] = {"arm": arm.name, "seed": seed, "fingerprint": fingerprint(plan)}
     log.info("study %s: arm %s, seed %d", study.name, arm.name, seed)
-    run, result = _earlier_run(place, experiment)
+    run, result = _earlier_run(run_parent, experiment)
     if result is None:
         try:
             result = plain(dataclasses.asdict(train(experiment, resume=run, console=console)))
-        except Exception as error:  # what fails is a result too, and no reason to lose the other arms
+        except Exception as error:  # a failure is a result too, and no reason to lose the other arms
             log.exception("study %s: arm %s, seed %d failed", study.name, arm.name, seed)
             return Member(
                 **about, status=FAILED, result={}, evaluation={}, error=f"{type(error).__name__}: {error}"
             )
     if result["status"] not in (FINISHED, DIVERGED):
         raise Interrupted(
-            f"stopped at arm {arm.name}, seed {seed}, whose run is saved: run the study again, and it goes "
-            "on from there"
+            f"stopped at arm {arm.name}, seed {seed}, whose run is saved: run the study again to resume it"
         )
     return Member(
         **about, status=result["status"], result=result, evaluation=_final_evaluation(Path(result["run_dir"]))
     )
 
 
-def _make_member(study: Study, arm: Derived, seed: int, directory: Path, *, source: Member) -> Member:
-    """A member that is made of another arm's of the same seed."""
+def _derive_member(study: Study, arm: Derived, seed: int, directory: Path, *, source: Member) -> Member:
+    """Derive a member from another arm's of the same seed."""
     about: dict[str, Any] = {
         "arm": arm.name,
         "seed": seed,
         "fingerprint": member_fingerprint(study, arm.name, seed),
     }
     if source.status != FINISHED:
-        error = f"{source.arm} is {source.status} with this seed, and there is nothing to make it of"
+        error = f"{source.arm} is {source.status} with this seed, so there is nothing to derive it from"
         return Member(**about, status=FAILED, result={}, evaluation={}, error=error)
-    log.info("study %s: arm %s, seed %d, made of %s", study.name, arm.name, seed, source.arm)
+    log.info("study %s: arm %s, seed %d, derived from %s", study.name, arm.name, seed, source.arm)
     out = (directory / arm.directory / f"seed-{seed}" / "model").absolute()
     try:
         result, evaluation = derive(
-            arm.recipe, source.result, member_experiment(study, arm.name, seed), out=out
+            arm.derivation, source.result, member_experiment(study, arm.name, seed), out=out
         )
     except Exception as error:  # as for a training
         log.exception("study %s: arm %s, seed %d failed", study.name, arm.name, seed)
@@ -303,19 +307,17 @@ def _make_member(study: Study, arm: Derived, seed: int, directory: Path, *, sour
     return Member(**about, status=FINISHED, result=plain(result), evaluation=plain(evaluation))
 
 
-def _earlier_run(place: Path, experiment: Experiment) -> tuple[Path | None, dict[str, Any] | None]:
-    """The newest run of this very experiment that can be gone on with; and its result, if the end came just
-    before it was recorded.
-    """
+def _earlier_run(run_parent: Path, experiment: Experiment) -> tuple[Path | None, dict[str, Any] | None]:
+    """Return the newest run of this experiment that can be resumed, and its result if it ended unrecorded."""
     for run in sorted(
-        (path.parent for path in place.glob("*/config.json")),
+        (path.parent for path in run_parent.glob("*/config.json")),
         key=lambda run: run.stat().st_mtime,
         reverse=True,
     ):
         try:
             if fingerprint(read_experiment(run)) != fingerprint(experiment):
                 continue
-        except ValueError:  # of a version that had other settings
+        except ValueError:  # written by a version with other settings
             continue
         if (run / "result.json").is_file():
             result = json.loads((run / "result.json").read_text(encoding="utf-8"))
@@ -327,7 +329,7 @@ def _earlier_run(place: Path, experiment: Experiment) -> tuple[Path | None, dict
 
 
 def _final_evaluation(run: Path) -> dict[str, Any]:
-    """The log's last record of evaluation that was on all held-out text."""
+    """Return the log's last evaluation on all held-out text."""
     path = run / "log.jsonl"
     records = (
         [record for record in read_log(path, kind="eval") if record.get("complete")] if path.is_file() else []

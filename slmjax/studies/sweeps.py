@@ -4,8 +4,8 @@
     rates = best_rates(sweep, run_study(sweep.study(), "studies/rates"))   # a ChosenRate for each arm
     study = Study(arms=at_rates(arms, rates), seeds=(0, 1, 2), ...)        # seeds other than the sweep's
 
-An arm that is compared at another arm's rate may lose by its rate alone. The seed that chooses is none of the
-study's, so that the choice gives no arm an advantage in what is then measured.
+An arm that is compared at another arm's rate may lose because of its rate only. The seed of the sweep is not
+one of the study's, so that the choice favours no arm in what is then measured.
 """
 
 import dataclasses
@@ -22,22 +22,21 @@ class ChosenRate:
 
     rate: float  # optim.lr
     seed: int  # with which it was chosen
-    tried: tuple[
-        tuple[float, float | None], ...
-    ]  # each rate with the metric it came to; None where the run did not finish
+    # each rate with its metric; None if the run did not finish
+    tried: tuple[tuple[float, float | None], ...]
 
     @property
     def is_lowest(self) -> bool:
-        """Return whether no lower rate was tried."""
+        """Whether no lower rate was tried."""
         return self.rate == min(rate for rate, _ in self.tried)
 
     @property
     def is_highest(self) -> bool:
-        """Return whether no higher rate was tried."""
+        """Whether no higher rate was tried."""
         return self.rate == max(rate for rate, _ in self.tried)
 
     def notes(self, metric: str) -> Iterator[str]:
-        """Yield the sentences of a report on the choice."""
+        """Yield the notes of a report on the choice."""
         values = ", ".join(
             f"{rate:g} ({'did not finish' if value is None else f'{value:.4f}'})"
             for rate, value in self.tried
@@ -48,7 +47,10 @@ class ChosenRate:
             (self.is_highest, "highest", "higher"),
         ):
             if is_edge:
-                yield f"its best learning rate, {self.rate:g}, is the {end} that was tried: a {way} one may be better still."
+                yield (
+                    f"its best learning rate, {self.rate:g}, is the {end} that was tried: a {way} one may be "
+                    "better still."
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,9 +58,8 @@ class RateSweep:
     """Arms that are each trained at several learning rates."""
 
     name: str
-    arms: tuple[
-        Arm, ...
-    ]  # at whatever rate; their `optim.muon_lr` and `optim.scale_lr` keep their proportion to `optim.lr`
+    # their rates are replaced; `optim.muon_lr` and `optim.scale_lr` keep their ratio to `optim.lr`
+    arms: tuple[Arm, ...]
     rates: tuple[float, ...]  # of `optim.lr`
     seed: int  # that chooses
     metric: str = "bits_per_byte"
@@ -89,10 +90,12 @@ def best_rates(sweep: RateSweep, members: Sequence[Member]) -> dict[str, ChosenR
     Raises:
       ValueError: an arm has no member that finished.
     """
-    figures = {one.arm: one.figure(sweep.metric) for one in members if one.seed == sweep.seed}
+    values = {
+        member.arm: member.metric_value(sweep.metric) for member in members if member.seed == sweep.seed
+    }
     chosen = {}
     for arm in sweep.arms:
-        tried = tuple((rate, figures.get(_name(arm.name, rate))) for rate in sorted(sweep.rates))
+        tried = tuple((rate, values.get(_name(arm.name, rate))) for rate in sorted(sweep.rates))
         finished = [(value, rate) for rate, value in tried if value is not None]
         if not finished:
             raise ValueError(
@@ -115,9 +118,7 @@ def at_rates(arms: Sequence[Arm | Derived], rates: Mapping[str, ChosenRate]) -> 
 
 
 def with_rate(experiment: Experiment, rate: float) -> Experiment:
-    """Return the experiment at a learning rate; `optim.muon_lr` and `optim.scale_lr` keep their proportion to
-    it.
-    """
+    """Return the experiment at a learning rate; `optim.muon_lr` and `optim.scale_lr` scale with it."""
     optim = experiment.optim
     factor = rate / optim.lr
     scale_lr = None if optim.scale_lr is None else factor * optim.scale_lr
@@ -128,18 +129,16 @@ def with_rate(experiment: Experiment, rate: float) -> Experiment:
 
 
 def check_chosen(study: Study, arm: str, chosen: ChosenRate) -> None:
-    """Raise ValueError if an arm is not trained at the rate that was chosen for it, or one of the study's
-    seeds chose it.
-    """
+    """Raise ValueError if an arm is not trained at its chosen rate, or the study has the seed that chose."""
     if chosen.seed in study.seeds:
         raise ValueError(
             f"seed {chosen.seed} chose the learning rate of {arm!r} and is one of the study's: sweep with "
             "another seed"
         )
-    own = study.trained(arm).of_seed(study.seeds[0]).optim.lr
-    if own != chosen.rate:
+    rate = study.trained(arm).of_seed(study.seeds[0]).optim.lr
+    if rate != chosen.rate:
         raise ValueError(
-            f"{arm!r} is trained at optim.lr={own:g}, and {chosen.rate:g} was chosen for it: give the study "
+            f"{arm!r} is trained at optim.lr={rate:g}, but {chosen.rate:g} was chosen for it: give the study "
             "at_rates(arms, rates)"
         )
 

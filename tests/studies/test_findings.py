@@ -138,7 +138,7 @@ def test_a_study_under_way(tmp_path: Path) -> None:
 
 def test_unequal_budgets_are_said(tmp_path: Path) -> None:
     matched = found(tmp_path / "matched", three_arms())
-    assert matched.is_matched and "Budget: matched, 1,064,778 tokens a run on average." in findings_markdown(
+    assert matched.is_matched and "Budget: matched, 1,064,778 tokens per run on average." in findings_markdown(
         matched
     )
     unequal = {"tokens": {LR["third"]: 1_064_779}}
@@ -148,27 +148,27 @@ def test_unequal_budgets_are_said(tmp_path: Path) -> None:
     assert "seed 0: 1,064,778 (slow) to 1,064,779 (third); seed 1:" in note
     assert "Budget: NOT matched, 1,064,778 to 1,064,779 tokens" in findings_markdown(findings)
     assert found(tmp_path / "near", three_arms(budget=Budget(tolerance=1e-6)), **unequal).is_matched
-    assert found(tmp_path / "seconds", three_arms(budget=Budget(figure="seconds")), **unequal).is_matched
+    assert found(tmp_path / "seconds", three_arms(budget=Budget(metric="seconds")), **unequal).is_matched
 
 
 def test_further_figures_have_no_verdict(tmp_path: Path) -> None:
-    findings = found(tmp_path, three_arms(figures=("calibration_error", "parameters")))
-    calibration = findings.comparisons[0].figures["calibration_error"]
+    findings = found(tmp_path, three_arms(further_metrics=("calibration_error", "parameters")))
+    calibration = findings.comparisons[0].further_metrics["calibration_error"]
     assert calibration is not None and calibration.mean == pytest.approx(1e-3 * 1.0001)
     text = findings_markdown(findings)
     assert "| arm | calibration error | difference | parameters | difference |" in text
     assert "| slow | 0.001000100 ± 0.000000100 |  | 1.0000 ± 0.0000 |  |" in text
     with pytest.raises(
-        ValueError, match="no run of the study has a figure 'calibration'. Did you mean 'calibration_error'"
+        ValueError, match="no run of the study has a metric 'calibration'. Did you mean 'calibration_error'"
     ):
-        found(tmp_path, three_arms(figures=("calibration",)))
-    with pytest.raises(ValueError, match="no run of the study has a figure 'bits'"):
+        found(tmp_path, three_arms(further_metrics=("calibration",)))
+    with pytest.raises(ValueError, match="no run of the study has a metric 'bits'"):
         found(tmp_path, three_arms(metric="bits"))
 
 
 def test_pairs_must_be_arms_and_new(tmp_path: Path) -> None:
     for pair, message in (
-        (("third", "fourth"), "'fourth' is no arm"),
+        (("third", "fourth"), "'fourth' is not an arm"),
         (("third", "third"), "with itself"),
         (("slow", "third"), "already"),
         (("third", "slow"), "already"),

@@ -12,7 +12,7 @@ import pytest
 
 from slmjax import config
 from slmjax.checkpoints.loading import load_model
-from slmjax.studies import member_experiment, read_members, recovered_share
+from slmjax.studies import member_experiment, read_members, recovered_fraction
 from slmjax.studies.recovery import stored_size
 from slmjax.training import recipes
 from slmjax.training.experiment import Experiment, FromModel
@@ -103,7 +103,7 @@ def test_the_study_from_end_to_end(
     )
     assert (
         arms["QAT, 1.58 bits"]["recoveries"][0]["recovered"]["share"]
-        == recovered_share(own, full=full, rounded=rounded).share
+        == recovered_fraction(own, full=full, rounded=rounded).fraction
     )
     assert (
         arms["rounded, 1.58 bits"]["kl"]["mean"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from slmjax.studies import recovered_share
+from slmjax.studies import recovered_fraction
 from slmjax.studies.ratios import fieller_interval
 
 
@@ -38,8 +38,8 @@ def test_a_recovery_by_hand() -> None:
 
     Residuals x - 3/8 y are -1/2, 1/2, 0: deviation 1/2, and the standard error 1/2 / sqrt(3) / (16 / 3).
     """
-    found = recovered_share([11.0, 22.0, 33.0], full=[10.0, 20.0, 30.0], rounded=[14.0, 24.0, 38.0])
-    assert found.share == pytest.approx(5 / 8)
+    found = recovered_fraction([11.0, 22.0, 33.0], full=[10.0, 20.0, 30.0], rounded=[14.0, 24.0, 38.0])
+    assert found.fraction == pytest.approx(5 / 8)
     assert found.standard_error == pytest.approx(0.5 / math.sqrt(3) / (16 / 3))
     assert found.cost.mean == pytest.approx(16 / 3) and found.gain.mean == pytest.approx(2 - 16 / 3)
     # Variances of the means: of x 1/3, of y 16/9, covariance 2/3. With t = 4.3027, r solves r^2 a - 2 r b + c
@@ -51,7 +51,7 @@ def test_a_recovery_by_hand() -> None:
     assert (
         a < 0 and found.fieller_interval is None and not found.is_above_zero
     )  # rounding's cost, 5.3 +- 1.3, is not told from zero
-    weaker = recovered_share(
+    weaker = recovered_fraction(
         [11.0, 22.0, 33.0], full=[10.0, 20.0, 30.0], rounded=[14.0, 24.0, 38.0], confidence=0.8
     )
     t2 = 1.885618083**2
@@ -83,21 +83,23 @@ def test_fiellers_interval_is_that_of_the_paired_t_tests(num: int, confidence: f
     for end in ends:
         assert p_value(end) == pytest.approx(1 - confidence, rel=1e-6)
     assert p_value(sum(ends) / 2) > 1 - confidence > p_value(ends[1] + 0.1)
-    found = recovered_share(arm, full=full, rounded=rounded, confidence=confidence)
+    found = recovered_fraction(arm, full=full, rounded=rounded, confidence=confidence)
     assert found.fieller_interval == pytest.approx((1 - ends[1], 1 - ends[0]))
     assert found.is_above_zero == (p_value_of_zero(np.subtract(arm, rounded)) < 1 - confidence)
 
 
 def test_the_delta_method_is_the_limit_of_fiellers_interval() -> None:
     arm, full, rounded = figures(4000)
-    found = recovered_share(arm, full=full, rounded=rounded)
-    assert found.fieller_interval is not None and found.standard_error is not None and found.share is not None
+    found = recovered_fraction(arm, full=full, rounded=rounded)
+    assert (
+        found.fieller_interval is not None and found.standard_error is not None and found.fraction is not None
+    )
     np.testing.assert_allclose(
-        np.subtract(found.fieller_interval, found.share),
+        np.subtract(found.fieller_interval, found.fraction),
         [-1.96 * found.standard_error, 1.96 * found.standard_error],
         rtol=5e-3,
     )
-    assert abs(found.share - 0.6) < 4 * found.standard_error
+    assert abs(found.fraction - 0.6) < 4 * found.standard_error
 
 
 def test_the_bootstrap_draws_whole_seeds() -> None:
@@ -108,7 +110,7 @@ def test_the_bootstrap_draws_whole_seeds() -> None:
         1 - x[list(chosen)].mean() / y[list(chosen)].mean()
         for chosen in itertools.product(range(4), repeat=4)
     )
-    found = recovered_share(arm, full=full, rounded=rounded).bootstrap_interval
+    found = recovered_fraction(arm, full=full, rounded=rounded).bootstrap_interval
     assert found == pytest.approx((shares[math.ceil(0.025 * 256) - 1], shares[-math.ceil(0.025 * 256)]))
     arm, full, rounded = figures(12)
     expected = stats.bootstrap(
@@ -119,7 +121,7 @@ def test_the_bootstrap_draws_whole_seeds() -> None:
         method="percentile",
         rng=np.random.default_rng(1),
     )
-    found = recovered_share(arm, full=full, rounded=rounded)
+    found = recovered_fraction(arm, full=full, rounded=rounded)
     assert found.standard_error is not None and found.bootstrap_interval is not None
     np.testing.assert_allclose(
         found.bootstrap_interval, expected.confidence_interval, atol=0.1 * found.standard_error
@@ -132,7 +134,7 @@ def test_fiellers_interval_holds_the_truth_as_often_as_it_says() -> None:
     resampled = 0
     for seed in range(2000):
         arm, full, rounded = figures(3, seed=seed)
-        found = recovered_share(arm, full=full, rounded=rounded)
+        found = recovered_fraction(arm, full=full, rounded=rounded)
         # The set without two ends, where rounding's cost is not told from zero, is counted as it is: by the
         # test at the truth.
         x = np.subtract(arm, full)
@@ -153,40 +155,40 @@ def test_where_there_is_nothing_to_recover() -> None:
     arm = [1.4, 1.42, 1.41]
     full = [1.5, 1.51, 1.52]
     rounded = [1.5, 1.5, 1.51]
-    found = recovered_share(arm, full=full, rounded=rounded)
+    found = recovered_fraction(arm, full=full, rounded=rounded)
     assert (
-        found.share is None
+        found.fraction is None
         and found.fieller_interval is None
         and found.bootstrap_interval is None
         and not found.is_above_zero
     )
-    assert recovered_share(arm, full=full, rounded=rounded, lower_is_better=False).share is not None
+    assert recovered_fraction(arm, full=full, rounded=rounded, lower_is_better=False).fraction is not None
 
 
 def test_higher_can_be_better() -> None:
     arm, full, rounded = figures(5)
-    turned = recovered_share(
+    turned = recovered_fraction(
         [-value for value in arm],
         full=[-value for value in full],
         rounded=[-value for value in rounded],
         lower_is_better=False,
     )
-    found = recovered_share(arm, full=full, rounded=rounded)
-    assert turned.share == pytest.approx(found.share) and turned.fieller_interval == pytest.approx(
+    found = recovered_fraction(arm, full=full, rounded=rounded)
+    assert turned.fraction == pytest.approx(found.fraction) and turned.fieller_interval == pytest.approx(
         found.fieller_interval
     )
 
 
 def test_worse_than_rounding_is_below_zero() -> None:
     arm, full, rounded = figures(5, share=-2.0)
-    found = recovered_share(arm, full=full, rounded=rounded)
+    found = recovered_fraction(arm, full=full, rounded=rounded)
     assert found.is_below_zero and not found.is_above_zero
 
 
 def test_no_noise_is_no_evidence() -> None:
-    found = recovered_share([1.1, 1.3, 1.7], full=[1.0, 1.2, 1.6], rounded=[1.3, 1.5, 1.9])
+    found = recovered_fraction([1.1, 1.3, 1.7], full=[1.0, 1.2, 1.6], rounded=[1.3, 1.5, 1.9])
     assert (
-        found.share == pytest.approx(2 / 3)
+        found.fraction == pytest.approx(2 / 3)
         and found.standard_error is None
         and found.fieller_interval is None
     )
@@ -195,6 +197,6 @@ def test_no_noise_is_no_evidence() -> None:
 
 def test_what_makes_no_pairs_is_refused() -> None:
     with pytest.raises(ValueError, match="do not make pairs"):
-        recovered_share([1.0, 2.0], full=[1.0, 2.0, 3.0], rounded=[1.0, 2.0, 3.0])
+        recovered_fraction([1.0, 2.0], full=[1.0, 2.0, 3.0], rounded=[1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="train at least 2 seeds"):
-        recovered_share([1.0], full=[1.0], rounded=[1.0])
+        recovered_fraction([1.0], full=[1.0], rounded=[1.0])

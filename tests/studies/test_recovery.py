@@ -31,7 +31,7 @@ from slmjax.studies import (
     derived,
     member_experiment,
     read_members,
-    recovered_share,
+    recovered_fraction,
     recovery_markdown,
     recovery_table,
     report_recovery,
@@ -67,7 +67,7 @@ def continued(seed: int) -> Experiment:
 def asked(seeds: tuple[int, ...] = (0, 1, 2), *, bits: int = 4) -> Study:
     arms = (
         Arm(name="full", experiment=continued),
-        Derived(name="rounded", source="full", recipe=Rounded(bits=bits)),
+        Derived(name="rounded", source="full", derivation=Rounded(bits=bits)),
         Arm(name="QAT", experiment=experiment(2e-3)),
     )
     return Study(name="quantization", arms=arms, seeds=seeds, baseline="full")
@@ -126,7 +126,7 @@ def test_members_are_made_of_finished_ones_of_their_seed(tmp_path: Path, made: l
     ]
     for seed in range(3):
         full, rounded, _ = members[3 * seed : 3 * seed + 3]
-        assert rounded.figure("bits_per_byte") == pytest.approx(FULL[seed] + COST[seed])
+        assert rounded.metric_value("bits_per_byte") == pytest.approx(FULL[seed] + COST[seed])
         assert (
             json.loads((Path(rounded.result["run_dir"]) / "made.json").read_text())["of"]
             == full.result["run_dir"]
@@ -151,10 +151,10 @@ def test_of_what_did_not_finish_nothing_is_made(tmp_path: Path, made: list) -> N
     members = run_study(asked(), tmp_path, train=trainer(statuses={(1e-3, 1): "diverged"}))
     (failed,) = [one for one in members if one.status == "failed"]
     assert (failed.arm, failed.seed, len(made)) == ("rounded", 1, 2)
-    assert failed.error == "full is diverged with this seed, and there is nothing to make it of"
+    assert failed.error == "full is diverged with this seed, so there is nothing to derive it from"
     report = report_recovery(recovery(), members)
     assert report.arms[2].recoveries[0].pairs == (0, 2)
-    assert "QAT: 2 seeds with all that its recovery needs are too few: train 3 or more." in report.notes
+    assert "QAT: only 2 seeds have finished in all three arms: train 3 or more." in report.notes
     assert "full, seed 1: diverged, and left out." in report.notes
 
 
@@ -173,11 +173,11 @@ def test_a_failure_in_the_making_is_recorded(
 
 def test_what_is_made_of_nothing_is_refused() -> None:
     arm = Arm(name="full", experiment=experiment())
-    late = Derived(name="rounded", source="full", recipe=Rounded())
-    with pytest.raises(ValueError, match="'rounded' is made of 'full', which is no arm before it"):
+    late = Derived(name="rounded", source="full", derivation=Rounded())
+    with pytest.raises(ValueError, match="'rounded' is derived from 'full', which is not an arm before it"):
         Study(name="s", arms=(late, arm), seeds=(0,), baseline="full")
     with pytest.raises(ValueError, match="give it a name with letters or digits"):
-        Derived(name="--", source="full", recipe=Rounded())
+        Derived(name="--", source="full", derivation=Rounded())
 
 
 # The report -------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def measurements() -> list[Measurement]:
             arm=one.arm,
             seed=one.seed,
             fingerprint="",
-            figures={
+            metrics={
                 "kl": 0.0 if one.arm == "full" else 0.01,
                 "agreement": 0.9,
                 "bytes": sizes[one.arm],
@@ -217,12 +217,12 @@ def measurements() -> list[Measurement]:
 def test_recovery_is_that_of_the_arms_of_each_seed() -> None:
     report = report_recovery(recovery(), members(), measurements())
     full, rounded, qat = report.arms
-    expected = recovered_share(QAT, full=FULL, rounded=list(np.add(FULL, COST)))
+    expected = recovered_fraction(QAT, full=FULL, rounded=list(np.add(FULL, COST)))
     (over,) = qat.recoveries
     assert (
         over.rounded == "rounded"
         and over.recovered == expected
-        and expected.share == pytest.approx(1 - (0.011 + 0.009 + 0.013) / sum(COST))
+        and expected.fraction == pytest.approx(1 - (0.011 + 0.009 + 0.013) / sum(COST))
     )
     assert (
         over.verdict is Recovered.ABOVE_ZERO
@@ -244,7 +244,7 @@ def test_the_report_for_people_and_programs(tmp_path: Path) -> None:
     found = report.arms[2].recoveries[0].recovered
     assert (
         found is not None
-        and found.share is not None
+        and found.fraction is not None
         and found.standard_error is not None
         and found.fieller_interval is not None
     )
@@ -253,7 +253,7 @@ def test_the_report_for_people_and_programs(tmp_path: Path) -> None:
     row = next(line for line in text.splitlines() if line.startswith("| QAT | rounded | 3 |"))
     assert (
         "+0.0313 ± 0.0015" in row
-        and f"| {100 * found.share:.1f}% ± {100 * found.standard_error:.1f} |" in row
+        and f"| {100 * found.fraction:.1f}% ± {100 * found.standard_error:.1f} |" in row
     )
     assert (
         f"[+{100 * found.fieller_interval[0]:.1f}, +{100 * found.fieller_interval[1]:.1f}]%" in row
@@ -270,7 +270,7 @@ def test_the_report_for_people_and_programs(tmp_path: Path) -> None:
         and (tmp_path / "quality-0.png").is_file()
     )
     read = json.loads((tmp_path / "recovery.json").read_text())["reports"][0]
-    assert read["arms"][2]["recoveries"][0]["recovered"]["share"] == found.share
+    assert read["arms"][2]["recoveries"][0]["recovered"]["share"] == found.fraction
     assert read["arms"][2]["recoveries"][0]["verdict"] == "above zero"
     assert (tmp_path / "recovery.md").read_text() == text
 
@@ -294,7 +294,7 @@ def test_the_chart_shows_quality_against_bytes() -> None:
 def test_what_weakens_a_report_is_noted() -> None:
     two = [one for one in members() if one.seed < 2]
     assert any(
-        "2 seeds with all that its recovery needs are too few" in note
+        "only 2 seeds have finished in all three arms" in note
         for note in report_recovery(recovery(), two).notes
     )
     one = report_recovery(recovery(), [each for each in two if each.seed == 0])
@@ -312,9 +312,9 @@ def test_what_weakens_a_report_is_noted() -> None:
         ]
 
     (note,) = report_recovery(recovery(), with_bits(by_arm)).notes
-    assert note == "QAT: rounded is no worse than full, so that there is nothing to recover."
+    assert note == "QAT: rounded is no worse than full, so there is nothing to recover."
     (note,) = report_recovery(recovery(), with_bits({**by_arm, "rounded": [1.410, 1.433, 1.395]})).notes
-    assert note.startswith("QAT: what rounded costs is not told from zero with these seeds")
+    assert note.startswith("QAT: the cost of rounded does not differ from zero significantly with these seeds")
     (note,) = report_recovery(
         recovery(), with_bits({**by_arm, "rounded": np.add(FULL, 0.1), "QAT": np.add(FULL, 0.05)})
     ).notes
@@ -337,7 +337,7 @@ def test_several_recoveries_are_one_family() -> None:
     report = report_recovery(
         Recovery(study=study, reference="full", rounded=dict.fromkeys(names, "rounded")), found
     )
-    alone = recovered_share(QAT, full=FULL, rounded=list(np.add(FULL, COST))).gain.p_value
+    alone = recovered_fraction(QAT, full=FULL, rounded=list(np.add(FULL, COST))).gain.p_value
     found = [over for one in report.arms[2:] for over in one.recoveries]
     assert all(
         one.adjusted_p == pytest.approx(5 * alone) and one.verdict is Recovered.ABOVE_ZERO for one in found
@@ -350,7 +350,7 @@ def test_an_arm_is_measured_against_each_way_of_rounding() -> None:
     family is both.
     """
     study = asked()
-    searched = Derived(name="searched", source="full", recipe=Rounded(bits=4))
+    searched = Derived(name="searched", source="full", derivation=Rounded(bits=4))
     study = dataclasses.replace(study, arms=(*study.arms, searched))
     lower = np.add(FULL, np.multiply(0.7, COST))
     found = [*members()]
@@ -369,7 +369,7 @@ def test_an_arm_is_measured_against_each_way_of_rounding() -> None:
         Recovery(study=study, reference="full", rounded={"QAT": ("rounded", "searched")}), found
     )
     plain, best = report.arms[2].recoveries
-    expected = recovered_share(QAT, full=FULL, rounded=list(lower))
+    expected = recovered_fraction(QAT, full=FULL, rounded=list(lower))
     assert (plain.rounded, best.rounded) == ("rounded", "searched") and best.recovered == expected
     assert best.adjusted_p == pytest.approx(2 * expected.gain.p_value) or best.adjusted_p == plain.adjusted_p
     unrounded = report.arms[2].unrounded
@@ -401,7 +401,7 @@ def test_each_arm_is_trained_at_its_own_best_rate(tmp_path: Path) -> None:
         1e-3,
         None,
     )
-    swept = at_rates((arms[0], Derived(name="rounded", source="full", recipe=Rounded()), arms[1]), chosen)
+    swept = at_rates((arms[0], Derived(name="rounded", source="full", derivation=Rounded()), arms[1]), chosen)
     study = dataclasses.replace(asked(), arms=swept)
     optim = member_experiment(study, "QAT", 1).optim
     assert optim.lr == 2e-3 and optim.muon_lr == pytest.approx(2 * experiment().optim.muon_lr)
@@ -420,7 +420,7 @@ def test_each_arm_is_trained_at_its_own_best_rate(tmp_path: Path) -> None:
     assert "| best learning rate |" in text and "| 0.002 |" in text
     with pytest.raises(
         ValueError,
-        match="'full' is trained at optim.lr=0.001, and 0.002 was chosen for it: give the study at_rates",
+        match="'full' is trained at optim.lr=0.001, but 0.002 was chosen for it: give the study at_rates",
     ):
         Recovery(study=study, reference="full", rounded={}, rates={"full": chosen["QAT"]})
     with pytest.raises(
@@ -439,8 +439,8 @@ def test_each_arm_is_trained_at_its_own_best_rate(tmp_path: Path) -> None:
 
 def test_parts_must_be_arms() -> None:
     for changes, message in (
-        ({"reference": "ful"}, "'ful' is no arm of the study. Did you mean 'full'"),
-        ({"rounded": {"QAT": "round"}}, "'round' is no arm"),
+        ({"reference": "ful"}, "'ful' is not an arm of the study. Did you mean 'full'"),
+        ({"rounded": {"QAT": "round"}}, "'round' is not an arm"),
         ({"rounded": {"QAT": "full"}}, "needs three different arms"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -463,7 +463,7 @@ def toy(workplace: Path) -> Recovery:
     fast, slow = (one_layer(workplace, workplace, steps=2, lr=lr) for lr in (1e-2, 1e-3))
     arms = (
         Arm(name="full", experiment=fast),
-        Derived(name="copied", source="full", recipe=Copied()),
+        Derived(name="copied", source="full", derivation=Copied()),
         Arm(name="slow", experiment=slow),
     )
     study = Study(name="toy", arms=arms, seeds=(3,), baseline="full")
@@ -477,10 +477,10 @@ def test_a_study_from_training_to_its_page(
     full, copied, slow = run_study(toy(workplace).study, tmp_path / "within")
     # A copy is evaluated as the run itself was: on the same text, in the same windows.
     for name in ("bits_per_byte", "loss", "calibration_error", "tokens", "parameters"):
-        assert copied.figure(name) == pytest.approx(full.figure(name), rel=1e-5)
-    assert copied.figure("bits_per_byte") != pytest.approx(slow.figure("bits_per_byte"), rel=1e-5)
+        assert copied.metric_value(name) == pytest.approx(full.metric_value(name), rel=1e-5)
+    assert copied.metric_value("bits_per_byte") != pytest.approx(slow.metric_value("bits_per_byte"), rel=1e-5)
     assert (
-        copied.figure("tokens_per_second") is None
+        copied.metric_value("tokens_per_second") is None
         and copied.evaluation["documents"] == full.evaluation["documents"]
     )
     capsys.readouterr()
@@ -509,7 +509,7 @@ def test_a_study_from_training_to_its_page(
     with pytest.raises(SystemExit):
         cli.main(["formats", "report", str(file), str(tmp_path), "--no-page"])
     out, err = capsys.readouterr()
-    assert "comparing" not in err and "not resolved" in out and "too few" in out
+    assert "comparing" not in err and "not resolved" in out and "have finished in all three arms" in out
 
 
 def test_a_report_that_cannot_be_made(

@@ -84,7 +84,7 @@ def test_differences_without_noise_prove_nothing(offset: float) -> None:
     [
         ([1.0], [2.0], "1 pairs say nothing of the noise: train at least 2 seeds"),
         ([], [], "0 pairs"),
-        ([1.0, 2.0], [1.0], "2 and 1 figures do not make pairs"),
+        ([1.0, 2.0], [1.0], "2 and 1 values do not make pairs"),
         ([1.0, math.nan], [1.0, 2.0], "leave out the seeds of runs that diverged"),
     ],
 )
@@ -98,7 +98,7 @@ def test_a_confidence_is_a_share() -> None:
         lambda: paired_difference([1, 2], [3, 5], confidence=95),
         lambda: bootstrap_interval([1, 2], confidence=1),
     ):
-        with pytest.raises(ValueError, match="give a share between 0 and 1"):
+        with pytest.raises(ValueError, match="give a fraction between 0 and 1"):
             call()
 
 
@@ -160,7 +160,7 @@ def test_holm_by_hand() -> None:
     assert holm([0.02]) == (0.02,)
     assert holm([]) == ()
     for wrong in (-0.1, 1.1, math.nan):
-        with pytest.raises(ValueError, match="is no p value"):
+        with pytest.raises(ValueError, match="is not a p value"):
             holm([0.5, wrong])
 
 

@@ -66,17 +66,17 @@ def test_members_are_trained_seed_by_seed_with_both_seeds_set(tmp_path: Path) ->
     }
     assert len(records(tmp_path)) == 9 and records(tmp_path)[4]["result"]["bits_per_byte"] == members[
         4
-    ].figure("bits_per_byte")
+    ].metric_value("bits_per_byte")
 
 
 def test_figures_come_from_the_result_and_the_last_evaluation(tmp_path: Path) -> None:
     slow, fast, _ = run_study(study(seeds=(1,)), tmp_path, train=StubTrainer())
     # not the 9.0 of an evaluation on the way
-    assert slow.figure("bits_per_byte") == pytest.approx(2 - 0.1 + 0.1 + 0.003)
-    assert fast.figure("calibration_error") == pytest.approx(2.0002e-3)
-    assert slow.figure("tokens") == 1_064_778 and slow.figure("documents") == 3
+    assert slow.metric_value("bits_per_byte") == pytest.approx(2 - 0.1 + 0.1 + 0.003)
+    assert fast.metric_value("calibration_error") == pytest.approx(2.0002e-3)
+    assert slow.metric_value("tokens") == 1_064_778 and slow.metric_value("documents") == 3
     for name in ("status", "samples", "complete", "best_loss", "nothing"):  # no numbers
-        assert slow.figure(name) is None and name not in slow.figures
+        assert slow.metric_value(name) is None and name not in slow.metric_names
 
 
 class Killed(BaseException):
@@ -163,12 +163,12 @@ def test_failed_and_diverged_members_are_recorded(tmp_path: Path, caplog: pytest
     failed = members["fast & loose", 0]
     diverged = members["slow", 1]
     assert (failed.status, failed.error, failed.result) == ("failed", "RuntimeError: no room", {})
-    assert (diverged.status, diverged.result["bits_per_byte"], diverged.figure("bits_per_byte")) == (
+    assert (diverged.status, diverged.result["bits_per_byte"], diverged.metric_value("bits_per_byte")) == (
         "diverged",
         "nan",
         None,
     )
-    assert diverged.figure("tokens") is None
+    assert diverged.metric_value("tokens") is None
     assert "arm fast & loose, seed 0 failed" in caplog.text
     again = StubTrainer()
     mended = run_study(study(), tmp_path, train=again)
@@ -180,9 +180,9 @@ def test_what_makes_no_study_is_refused() -> None:
     arms = study().arms
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"arms": (*arms, arms[0])}, "two have the same name"),
-        ({"arms": (*arms, Arm(name="Fast, loose", experiment=experiment()))}, "or their directories have"),
-        ({"seeds": ()}, "give some, each once"),
-        ({"seeds": (1, 1)}, "give some, each once"),
+        ({"arms": (*arms, Arm(name="Fast, loose", experiment=experiment()))}, "or the same directory"),
+        ({"seeds": ()}, "give at least one, and each only once"),
+        ({"seeds": (1, 1)}, "give at least one, and each only once"),
         ({"baseline": "slwo"}, "Did you mean 'slow'"),
         ({"confidence": 95.0}, "such as 0.95"),
     ]
@@ -193,7 +193,7 @@ def test_what_makes_no_study_is_refused() -> None:
         Arm(name="...", experiment=experiment())
     with pytest.raises(ValueError, match="tolerance is 2"):
         Budget(tolerance=2)
-    with pytest.raises(ValueError, match="is no arm of the study. Did you mean 'third'"):
+    with pytest.raises(ValueError, match="is not an arm of the study. Did you mean 'third'"):
         study().arm("thrid")
 
 
@@ -236,7 +236,7 @@ def test_an_arm_against_itself(workplace: Path, tmp_path: Path, monkeypatch: pyt
         )
     first, paired, other, _ = members
     assert len(checksums(first)) == 6 and checksums(first) == checksums(paired) != checksums(other)
-    assert first.figure("loss") == paired.figure("loss") != other.figure("loss")
+    assert first.metric_value("loss") == paired.metric_value("loss") != other.metric_value("loss")
     findings = analyze(real, members)
     (comparison,) = findings.comparisons
     assert findings.is_matched and comparison.difference is not None and comparison.difference.mean == 0
@@ -276,7 +276,9 @@ def test_a_real_study_that_is_stopped_goes_on(
         trained(workplace, tmp_path / "stopped", only=1e-2)
     _, members = trained(workplace, tmp_path / "stopped", only=1e-2)
     assert len(list((tmp_path / "stopped" / "only" / "seed-3").iterdir())) == 1
-    assert [member.figure("loss") for member in members] == [member.figure("loss") for member in expected]
+    assert [member.metric_value("loss") for member in members] == [
+        member.metric_value("loss") for member in expected
+    ]
     assert [
         record["step"] for record in read_log(Path(members[0].result["run_dir"]) / "log.jsonl", kind="train")
     ] == [1, 2, 3, 4, 5, 6]
