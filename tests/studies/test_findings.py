@@ -138,8 +138,9 @@ def test_a_study_under_way(tmp_path: Path) -> None:
 
 def test_unequal_budgets_are_said(tmp_path: Path) -> None:
     matched = found(tmp_path / "matched", three_arms())
-    assert matched.is_matched and "Budget: matched, 1,064,778 tokens per run on average." in findings_markdown(
-        matched
+    assert (
+        matched.is_matched
+        and "Budget: matched, 1,064,778 tokens per run on average." in findings_markdown(matched)
     )
     unequal = {"tokens": {LR["third"]: 1_064_779}}
     findings = found(tmp_path / "apart", three_arms(), **unequal)

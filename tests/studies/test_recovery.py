@@ -314,7 +314,9 @@ def test_what_weakens_a_report_is_noted() -> None:
     (note,) = report_recovery(recovery(), with_bits(by_arm)).notes
     assert note == "QAT: rounded is no worse than full, so there is nothing to recover."
     (note,) = report_recovery(recovery(), with_bits({**by_arm, "rounded": [1.410, 1.433, 1.395]})).notes
-    assert note.startswith("QAT: the cost of rounded does not differ from zero significantly with these seeds")
+    assert note.startswith(
+        "QAT: the cost of rounded does not differ from zero significantly with these seeds"
+    )
     (note,) = report_recovery(
         recovery(), with_bits({**by_arm, "rounded": np.add(FULL, 0.1), "QAT": np.add(FULL, 0.05)})
     ).notes
