@@ -2,12 +2,14 @@
 
 Files in reading order:
 
-- session.py: experiment, data, model and compiled step before the first step
+- token_count.py: scored targets, counted on the host
+- setup.py: experiment, data, model and compiled steps before the first step
 - resume.py: which run is resumed, and what changed since
 - launch.py: the run directory and its first files
 - initial_state.py: fresh, imported or restored state
 - changed_schedules.py: warnings of rates that jump in a resumed run
 - quant_phases.py: phases of quantization within a run
 - out_of_memory.py: errors with options that need less memory
+- session.py: `open_session`, all that a session works with
 - trainer.py: `train`, the loop
 """

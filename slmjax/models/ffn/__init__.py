@@ -1,1 +1,7 @@
-"""Feed-forward layers: dense MLPs and mixtures of experts."""
+"""Feed-forward layers: dense MLPs and mixtures of experts.
+
+Files in reading order:
+
+- mlp.py: the dense layer, gated or not
+- moe.py: mixture of experts
+"""

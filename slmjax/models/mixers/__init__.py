@@ -1,1 +1,7 @@
-"""Token mixers, one file each: softmax attention and latent attention."""
+"""Token mixers, one file each: softmax attention and latent attention.
+
+Files in reading order:
+
+- attention.py: softmax attention and its caches
+- latent.py: multi-head latent attention
+"""

@@ -5,6 +5,12 @@
     zoo.describe(zoo.ARCHITECTURES["nano"]())    # -> Summary: parameters, FLOPs, bytes
 
 Small architectures of this project are in `ours.py`, released models at their sizes in `released.py`.
+
+Files in reading order:
+
+- ours.py: small architectures of this project
+- released.py: released models at their sizes
+- costs.py: parameters, FLOPs and bytes of an architecture
 """
 
 import functools
