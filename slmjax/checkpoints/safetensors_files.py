@@ -1,15 +1,15 @@
-"""Weights in safetensors files: those of other people's models, and those of an imported model's directory.
+"""Weights in safetensors files: those of published models, and those of an imported model's directory.
 
     tensors = TensorFiles(directory)                  # nothing is read but the headers
     tensors.read("model.norm.weight")                 # one tensor, in the dtype it is stored in
     write_tensors(directory, pairs, largest_file=2**29)   # streamed: about one file's tensors in memory at a
     time
 
-An imported model keeps each layer's parameters by logical path (`layers/3/mixer/query/weight`), in the dtype
-they came in, or quantized: then PATH is stored as `PATH/codes` (int8) and `PATH/scale`, with `PATH/zero` and
-`PATH/tensor_scale` where the format has them, and `formats.json` beside them tells the format. `read_stacked`
-makes of them the stacked float32 parameters of a model, each device reading only the part that it holds; what
-is stored in codes is decoded, and nothing is quantized again.
+An imported model stores each layer's parameters by logical path (`layers/3/mixer/query/weight`), in their
+original dtype, or quantized: then PATH is stored as `PATH/codes` (int8) and `PATH/scale`, with `PATH/zero`
+and `PATH/tensor_scale` where the format has them, and `formats.json` has the formats. `read_stacked` returns
+the stacked float32 parameters of a model; each device reads only its shards. Codes are dequantized, and
+nothing is quantized again.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ FORMATS = "formats.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Entry:
-    """Where a tensor is."""
+    """The file, shape and dtype of a tensor."""
 
     file: Path
     shape: tuple[int, ...]
@@ -54,13 +54,16 @@ class _Entry:
 
 
 class TensorFiles:
-    """The tensors of a directory of safetensors files. The file that was read last stays open, and mapped
-    into memory.
-    """
+    """The tensors of a directory of safetensors files; the file that was read last stays memory-mapped."""
 
     def __init__(self, directory: Path, *, dtypes: Mapping[str, Any] = DTYPES) -> None:
-        """Raises ValueError where there are none, or one is damaged or missing. `dtypes` are those that are
-        read.
+        """Read the headers of all files.
+
+        Args:
+          dtypes: the dtypes that are supported, by their names in the files.
+
+        Raises:
+          ValueError: there are no files, or one is damaged or missing.
         """
         self.directory = directory
         self._dtypes = dtypes
@@ -75,7 +78,7 @@ class TensorFiles:
                 )
             for name, entry in _entries(path).items():
                 if places and places.get(name) != path:
-                    continue  # the index says that it is in another file, or passes it over
+                    continue  # the index has it in another file, or not at all
                 if name in self._entries:
                     raise ValueError(
                         f"{name} is in {self._entries[name].file.name} and in {path.name}: delete the file "
@@ -84,7 +87,7 @@ class TensorFiles:
                 self._entries[name] = entry
         if missing := sorted(places.keys() - self._entries.keys()):
             raise ValueError(
-                f"{places[missing[0]]} has no {missing[0]}, which {INDEX} says it has: copy both anew"
+                f"{places[missing[0]]} has no {missing[0]}, which {INDEX} lists: copy both again"
             )
 
     @property
@@ -101,11 +104,11 @@ class TensorFiles:
         return sorted({entry.file for entry in self._entries.values()})
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
+        """Return the shape of a tensor."""
         return self._entries[name].shape
 
     def dtype(self, name: str) -> np.dtype:
-        """The dtype that a tensor is stored in. Raises ValueError for one that is not read here."""
+        """Return the dtype that a tensor is stored in. Raises ValueError for one that is not supported."""
         entry = self._entries[name]
         if entry.stored not in self._dtypes:
             raise ValueError(
@@ -116,9 +119,10 @@ class TensorFiles:
         return np.dtype(self._dtypes[entry.stored])
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """A tensor, or a part of it: only that is read. Raises ValueError as `dtype` does."""
+        """Return a tensor, or a part of it: only that is read. Raises ValueError as `dtype` does."""
         self.dtype(name)
         path = self._entries[name].file
+        # Reading goes file by file: one open file is enough, and more would stay mapped.
         if self._open[0] != path:
             self._open = (path, safe_open(path, framework="np"))
         file = self._open[1]
@@ -126,7 +130,7 @@ class TensorFiles:
 
 
 def _entries(path: Path) -> dict[str, _Entry]:
-    """What the header of a file says. Raises ValueError for one that is damaged."""
+    """The tensors that the header of a file lists. Raises ValueError for a damaged file."""
     try:
         with safe_open(path, framework="np") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
@@ -135,12 +139,13 @@ def _entries(path: Path) -> dict[str, _Entry]:
                 for name, part in parts.items()
             }
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, or no safetensors file ({error}): copy it anew") from error
+        raise ValueError(f"{path} is damaged, or no safetensors file ({error}): copy it again") from error
 
 
 def _files(directory: Path) -> tuple[list[Path], dict[str, Path]]:
-    """The files to read: model.safetensors, or those of the index, or whatever there is; and which name the
-    index says is in which.
+    """The files to read, and the file of each tensor where there is an index.
+
+    They are model.safetensors, or those of the index, or all that there are.
     """
     single = directory / "model.safetensors"
     index = directory / INDEX
@@ -153,13 +158,14 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, Path]]:
                 for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
             }
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{index} is damaged ({error!r}): copy it anew") from error
+            raise ValueError(f"{index} is damaged ({error!r}): copy it again") from error
+        # An index may come from anywhere: it must not name files outside its directory.
         if outside := [file for file in files.values() if Path(file).name != file]:
             raise ValueError(f"{index} names {outside[0]}, which is not in its directory: it is not followed")
         places = {name: directory / file for name, file in files.items()}
         return sorted(set(places.values())), places
-    found = sorted(directory.glob("*.safetensors"))
-    if not found:
+    unindexed = sorted(directory.glob("*.safetensors"))
+    if not unindexed:
         others = sorted(
             path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in directory.glob(pattern)
         )
@@ -169,21 +175,23 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, Path]]:
             else ""
         )
         raise ValueError(f"{directory} holds no .safetensors file{way_out}")
-    return found, {}
+    return unindexed, {}
 
 
 def write_tensors(
     directory: Path, tensors: Iterable[tuple[str, np.ndarray]], *, largest_file: int = LARGEST_FILE
 ) -> None:
-    """Writes tensors into one or more files, named and indexed as Hugging Face libraries do."""
+    """Write tensors into one or more files, named and indexed as Hugging Face libraries do."""
     directory.mkdir(parents=True, exist_ok=True)
     written: list[tuple[Path, list[str]]] = []
     total = 0
     for part in _parts(tensors, largest_file):
+        # A temporary name: a directory that is not complete has no model.safetensors.
         path = directory / f"part-{len(written)}.tmp"
         save_file(part, path, metadata={"format": "pt"})
         total += sum(array.nbytes for array in part.values())
         written.append((path, list(part)))
+    # The names contain the number of files, which is known only now.
     weight_map = {}
     for number, (path, names) in enumerate(written, start=1):
         name = (
@@ -194,6 +202,7 @@ def write_tensors(
         path.chmod(0o644)  # the library lets nobody else read what it writes
         path.rename(directory / name)
         weight_map |= dict.fromkeys(names, name)
+    # A single file needs no index, as in the Hugging Face hub.
     if len(written) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
@@ -202,6 +211,7 @@ def write_tensors(
 def _parts(tensors: Iterable[tuple[str, np.ndarray]], largest_file: int) -> Iterator[dict[str, np.ndarray]]:
     part: dict[str, np.ndarray] = {}
     size = 0
+    # Tensors come one at a time: no more than one file of them is in memory.
     for name, array in tensors:
         if part and size + array.nbytes > largest_file:
             yield part
@@ -214,23 +224,23 @@ def _parts(tensors: Iterable[tuple[str, np.ndarray]], largest_file: int) -> Iter
 
 # An imported model's parameters -----------------------------------------------------------------------------
 def is_imported(path: Path) -> bool:
-    """Whether this is the directory of an imported model."""
+    """Return whether this is the directory of an imported model."""
     return (path / DIRECTORY).is_dir()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredFormat:
-    """How a parameter is stored in codes."""
+    """The number format of a parameter that is stored in codes."""
 
     spec: QuantSpec
-    axis: int  # that its groups run along
+    axis: int  # of its groups
 
 
 class ModelFiles:
     """The parameters of an imported model's directory by logical path, some of them perhaps in codes."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError where files are damaged or missing."""
+        """Read the headers of all files. Raises ValueError where files are damaged or missing."""
         self.directory = path / DIRECTORY
         self._tensors = TensorFiles(self.directory, dtypes=CODE_DTYPES)
         self.formats = _read_formats(self.directory / FORMATS)
@@ -241,29 +251,29 @@ class ModelFiles:
         ):
             raise ValueError(
                 f"{self.directory}: {FORMATS} has {absent[0]} in codes, and the files lack its codes or its "
-                "scale: copy all anew"
+                "scale: copy all files again"
             )
 
     def __contains__(self, name: str) -> bool:
         return name in self.formats or name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a parameter."""
+        """Return the shape of a parameter."""
         return self._tensors.shape(f"{name}/codes" if name in self.formats else name)
 
     def dtype(self, name: str) -> np.dtype:
-        """The dtype of what `read` gives."""
+        """Return the dtype of the result of `read`."""
         return np.dtype(np.float32) if name in self.formats else self._tensors.dtype(name)
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """A parameter, or a part of it; what is stored in codes is read whole, and decoded."""
+        """Return a parameter, or a part of it; codes are read in full and dequantized."""
         if (stored := self.formats.get(name)) is None:
             return self._tensors.read(name, index)
         encoded = jax.tree.map(jax.numpy.asarray, self.encoded(name))
         return np.asarray(decode_matrices(encoded, stored.spec, axis=stored.axis))[index]
 
     def encoded(self, name: str) -> Encoded:
-        """The codes and scales of a parameter that is stored in codes, as NumPy arrays."""
+        """Return the codes and scales of a parameter that is stored in codes, as NumPy arrays."""
 
         def part(kind: str, dtype: Any) -> np.ndarray | None:
             return (
@@ -281,25 +291,26 @@ class ModelFiles:
 
 
 def _read_formats(path: Path) -> dict[str, StoredFormat]:
-    """What `write_formats` wrote; empty for a model that has no parameter in codes."""
+    """The contents of `write_formats`; empty for a model without parameters in codes."""
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {name: config_io.from_json(StoredFormat, value) for name, value in found.items()}
+        formats = json.loads(path.read_text(encoding="utf-8"))
+        return {name: config_io.from_json(StoredFormat, value) for name, value in formats.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}): copy it anew") from error
+        raise ValueError(f"{path} is damaged ({error}): copy it again") from error
 
 
 def write_formats(path: Path, formats: Mapping[str, StoredFormat]) -> None:
-    """Says in an imported model's directory which of its parameters are in codes, and how."""
+    """Write the formats of those parameters that are in codes into an imported model's directory."""
     text = json.dumps({name: config_io.to_json(stored) for name, stored in formats.items()}, indent=1)
     (path / DIRECTORY / FORMATS).write_text(text, encoding="utf-8")
 
 
 def in_codes(name: str, encoded: Encoded) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors that a parameter in codes is stored as."""
+    """Yield the tensors that a parameter in codes is stored as."""
     yield f"{name}/codes", np.asarray(encoded.codes, np.int8)
+    # Many formats have float16 scales: those are stored as such where nothing is lost.
     scale = np.asarray(encoded.scale, np.float32)
     with np.errstate(over="ignore"):
         half = scale.astype(np.float16)
@@ -313,11 +324,13 @@ def in_codes(name: str, encoded: Encoded) -> Iterator[tuple[str, np.ndarray]]:
 def read_stacked(
     path: Path, config: ModelConfig, like: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, Array]:
-    """The parameters (or buffers) of an imported model's directory by stack path, float32, placed as the
-    shapes of `like` say.
+    """Return the parameters (or buffers) of an imported model's directory by stack path, in float32.
+
+    Args:
+      like: their shapes, with the shardings of the result.
 
     Raises:
-      ValueError: the directory's files are damaged, or hold other parameters than the model has.
+      ValueError: the directory's files are damaged, or have other parameters than the model.
     """
     files = ModelFiles(path)
     return {
@@ -327,20 +340,21 @@ def read_stacked(
 
 
 def _read_one(files: ModelFiles, names: list[str], leaf: jax.ShapeDtypeStruct, *, is_stacked: bool) -> Array:
-    own = tuple(leaf.shape[1:]) if is_stacked else tuple(leaf.shape)
+    shape = tuple(leaf.shape[1:]) if is_stacked else tuple(leaf.shape)
     for name in names:
-        if name not in files or files.shape(name) != own:
-            found = files.shape(name) if name in files else "absent"
+        if name not in files or files.shape(name) != shape:
+            stored_shape = files.shape(name) if name in files else "absent"
             raise ValueError(
-                f"{files.directory}: {name} is {found} there, and {own} in the model: these are the weights "
-                "of another"
+                f"{files.directory}: {name} is {stored_shape} there, and {shape} in the model: these are the "
+                "weights of another"
             )
 
+    # Called for every shard: a device's part of a tensor is all that is read for it.
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index, "parameters have dims"
         if not is_stacked:
             return files.read(names[0], index).astype(leaf.dtype)
         return np.stack([files.read(name, index[1:]).astype(leaf.dtype) for name in names[index[0]]])
 
-    placement = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.make_array_from_callback(leaf.shape, placement, part)
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.make_array_from_callback(leaf.shape, sharding, part)

@@ -19,54 +19,55 @@ ROWS_PER_TOKEN = ("embed/table", "head/weight")  # tables that may be padded bey
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LocalModel:
-    """A model of ours: of a run directory, or one that was imported."""
+    """A model of a run directory or of an imported model's directory; tables are without their padding."""
 
     path: Path
     config: ModelConfig
-    read: Callable[
-        [str], np.ndarray
-    ]  # a parameter by logical path, what the model multiplies with; tables without their padding
-    dtype: Callable[[str], np.dtype]  # that it is stored in
+    # a parameter by logical path, as layers multiply with it: dequantized where it has a format
+    read: Callable[[str], np.ndarray]
+    dtype: Callable[[str], np.dtype]  # that a parameter is stored in
     formats: Mapping[str, StoredFormat]  # of the parameters that are quantized
-    encoded: Callable[
-        [str], Encoded
-    ]  # the codes and scales of one of those, as NumPy arrays; tables without their padding
-    family: str | None  # where an imported one came from
-    step: int | None  # of a run: its checkpoint
-    # Rows of codes that are not those of the devices it was trained on, and all rows; None where that is not
-    # known.
+    encoded: Callable[[str], Encoded]  # codes and scales of a quantized parameter, as NumPy arrays
+    family: str | None  # of an imported model
+    step: int | None  # of a run's checkpoint
+    # rows of codes that differ from those on the training devices, and all rows; None where that is unknown
     changed_rows: tuple[int, int] | None = None
 
 
 def open_local_model(path: Path, *, step: int | None = None) -> LocalModel:
-    """A model of ours, to be exported. Raises ValueError as `load_model` does."""
-    if safetensors_files.is_imported(path):
-        model = loading.read_config(path)
-        files = safetensors_files.ModelFiles(path)
-        return LocalModel(
-            path=path,
-            config=model,
-            read=lambda name: _unpadded(name, files.read(name), model),
-            dtype=files.dtype,
-            formats=files.formats,
-            encoded=lambda name: _unpadded_codes(name, files.encoded(name), model),
-            family=read_origin(path).get("family"),
-            step=None,
-        )
-    loaded, coded = loading.load_with_codes(path, step=step)
-    places: dict[str, tuple[str, int | None]] = {}
+    """Return the model of a directory, to be exported. Raises ValueError as `load_model` does."""
+    return _open_imported(path) if safetensors_files.is_imported(path) else _open_run(path, step=step)
+
+
+def _open_imported(path: Path) -> LocalModel:
+    config = loading.read_config(path)
+    files = safetensors_files.ModelFiles(path)
+    return LocalModel(
+        path=path,
+        config=config,
+        read=lambda name: _unpadded(name, files.read(name), config),
+        dtype=files.dtype,
+        formats=files.formats,
+        encoded=lambda name: _unpadded_codes(name, files.encoded(name), config),
+        family=read_origin(path).get("family"),
+        step=None,
+    )
+
+
+def _open_run(path: Path, *, step: int | None) -> LocalModel:
+    loaded, codes = loading.load_with_codes(path, step=step)
     arrays = {**loaded.params, **loaded.buffers}
-    for name in arrays:
-        logical = logical_paths(loaded.definition.config, name)
-        places |= {
-            one: (name, index if name.startswith("segments/") else None) for index, one in enumerate(logical)
-        }
+    # Logical path -> stack path, and the index of the layer in a stacked array.
+    index_of: dict[str, tuple[str, int | None]] = {}
+    for stack_path in arrays:
+        is_stacked = stack_path.startswith("segments/")
+        for index, name in enumerate(logical_paths(loaded.definition.config, stack_path)):
+            index_of[name] = (stack_path, index if is_stacked else None)
 
     def read(name: str) -> np.ndarray:
-        stacked, index = places[name]
-        return _unpadded(
-            name, np.asarray(arrays[stacked] if index is None else arrays[stacked][index]), loaded.config
-        )
+        stack_path, index = index_of[name]
+        array = arrays[stack_path] if index is None else arrays[stack_path][index]
+        return _unpadded(name, np.asarray(array), loaded.config)
 
     return LocalModel(
         path=path,
@@ -76,23 +77,25 @@ def open_local_model(path: Path, *, step: int | None = None) -> LocalModel:
         family=None,
         step=loaded.step,
         formats={
-            name: StoredFormat(spec=numbers.spec, axis=numbers.axis) for name, (numbers, _) in coded.items()
+            name: StoredFormat(spec=tensor_quant.spec, axis=tensor_quant.axis)
+            for name, (tensor_quant, _) in codes.items()
         },
-        encoded=lambda name: _unpadded_codes(name, coded[name][1], loaded.config),
-        changed_rows=loading.changed_rows(loaded, coded) if coded else None,
+        encoded=lambda name: _unpadded_codes(name, codes[name][1], loaded.config),
+        changed_rows=loading.changed_rows(loaded, codes) if codes else None,
     )
 
 
-def _unpadded(name: str, array: np.ndarray, model: ModelConfig) -> np.ndarray:
-    return array[: model.known_vocab_size] if name in ROWS_PER_TOKEN else array
+def _unpadded(name: str, array: np.ndarray, config: ModelConfig) -> np.ndarray:
+    return array[: config.known_vocab_size] if name in ROWS_PER_TOKEN else array
 
 
-def _unpadded_codes(name: str, encoded: Encoded, model: ModelConfig) -> Encoded:
-    """Codes of a table and what belongs to its rows, without the padding."""
+def _unpadded_codes(name: str, encoded: Encoded, config: ModelConfig) -> Encoded:
+    """Codes, scales and zero points of a table without its padding."""
     rows = encoded.codes.shape[0]
 
+    # Of scales and zero points only those that have a row for each token have padding.
     def part(array: np.ndarray | None) -> np.ndarray | None:
-        return _unpadded(name, array, model) if array is not None and array.shape[:1] == (rows,) else array
+        return _unpadded(name, array, config) if array is not None and array.shape[:1] == (rows,) else array
 
     return dataclasses.replace(
         encoded, codes=part(encoded.codes), scale=part(encoded.scale), zero=part(encoded.zero)
@@ -100,6 +103,6 @@ def _unpadded_codes(name: str, encoded: Encoded, model: ModelConfig) -> Encoded:
 
 
 def read_origin(path: Path) -> dict[str, Any]:
-    """What the directory of an imported model says of where it came from; empty for a run."""
+    """Return the record of where an imported model came from; empty for a run."""
     file = path / "origin.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

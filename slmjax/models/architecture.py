@@ -1,4 +1,4 @@
-"""What a model is: `ModelConfig`, a stack of segments of blocks, and how a list of layers becomes one.
+"""The configuration of a model: `ModelConfig`, a stack of groups of blocks.
 
     stack = stack_of([local, local, full] * 4)        # one LayerGroup of three blocks, repeated 4 times
     config = ModelConfig(embed_dim=256, stack=stack, ...)
@@ -22,13 +22,12 @@ from slmjax.models.mixers.attention import AttentionConfig, with_rope_fraction, 
 from slmjax.models.mixers.latent import LatentAttentionConfig
 from slmjax.models.protocols import FfnConfig, MixerConfig
 
-# A config read from JSON finds its class among those that have been imported: with the model, these always
-# are.
+# A config that is read from JSON finds its class among the imported ones: these are imported with the model.
 PARTS: tuple[type, ...] = (AttentionConfig, LatentAttentionConfig, MlpConfig, MoeConfig)
 
 
 class NormPlacement(enum.Enum):
-    """Where a block normalises."""
+    """The positions of a block's norms."""
 
     PRE = "pre"  # x + f(norm(x))
     POST = "post"  # x + norm(f(x)), as in OLMo 2
@@ -43,19 +42,19 @@ class Precision(enum.Enum):
 
 
 class Remat(enum.Enum):
-    """What the backward pass recomputes instead of keeping."""
+    """What the backward pass recomputes instead of saving."""
 
     NONE = "none"
-    DOTS = "dots"  # keeps the results of matrix products with weights
-    FULL = "full"  # keeps only the input of each repeat of a pattern
+    DOTS = "dots"  # saves the results of matrix products with weights
+    FULL = "full"  # saves only the input of each repeat of a pattern
 
 
 @renamed_values(free="untied")
 class HeadKind(enum.Enum):
-    """Where the output projection comes from."""
+    """The table of the output projection."""
 
     TIED = "tied"  # the embedding table
-    UNTIED = "untied"  # a table of its own
+    UNTIED = "untied"  # a separate table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +63,7 @@ class BlockConfig:
 
     mixer: MixerConfig  # token mixer
     ffn: FfnConfig | None  # feed-forward layer (none: the mixer alone)
-    norm: NormPlacement = NormPlacement.PRE  # where the block normalises
+    norm: NormPlacement = NormPlacement.PRE  # positions of the norms
     # how many times in a row the block runs with the same weights
     num_loops: int = renamed_field(1, was="passes")
 
@@ -93,7 +92,7 @@ class ModelConfig:
 
     embed_dim: int  # width of the residual stream, D
     stack: tuple[LayerGroup, ...]  # the layers
-    context_length: int = 1024  # longest sequence the model is meant for, in tokens
+    context_length: int = 1024  # longest sequence that the model is made for, in tokens
     vocab_size: int | None = None  # tokens of the vocabulary (none: the tokenizer's)
     vocab_multiple: int = 1  # the table is padded to a multiple of this many rows
     head: HeadKind = HeadKind.TIED  # output projection
@@ -113,7 +112,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.embed_dim < 1 or not self.stack:
             raise ValueError(
-                f"a model needs embed_dim >= 1 and at least one segment, got embed_dim={self.embed_dim}"
+                f"a model needs embed_dim >= 1 and at least one layer group, got embed_dim={self.embed_dim}"
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is a rate between 0 and 1, got {self.dropout}")
@@ -140,32 +139,33 @@ class ModelConfig:
     def upgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
         """Read files of earlier versions.
 
-        Phases of quantization, which stood here, are left out: `checkpoints.loading.read_quant_phases` reads them
-        from model.json, and an experiment has them in `quant`. Attention had a fraction of rotated dims.
+        Phases of quantization, which stood here, are left out: `checkpoints.loading.read_quant_phases` reads
+        them from model.json, and an experiment has them in `quant`. Attention had a fraction of rotated dims.
         """
         fields = {name: value for name, value in fields.items() if name != "quant"}
         return _with_attention(fields, functools.partial(with_rotary_dim, embed_dim=fields.get("embed_dim")))
 
     @classmethod
     def downgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Return the fields as files of earlier versions had them."""
+        """Return the fields as files of earlier versions had them, for the fingerprint."""
         fields = _with_attention(
             fields, functools.partial(with_rope_fraction, embed_dim=fields.get("embed_dim"))
         )
+        # A field that models had: their fingerprints include its empty value.
         return {**fields, "quant": []}
 
     def blocks(self) -> Iterator[BlockConfig]:
-        """The configuration of every layer, first to last."""
-        return (block for segment in self.stack for _ in range(segment.repeats) for block in segment.pattern)
+        """Return the configuration of every layer, first to last."""
+        return (block for group in self.stack for _ in range(group.repeats) for block in group.pattern)
 
     @property
     def num_layers(self) -> int:
-        """Number of layers with weights of their own."""
-        return sum(len(segment.pattern) * segment.repeats for segment in self.stack)
+        """Number of layers, each of which has its own weights."""
+        return sum(len(group.pattern) * group.repeats for group in self.stack)
 
     @property
     def known_vocab_size(self) -> int:
-        """Tokens of the vocabulary. Raises ValueError where neither config nor tokenizer said."""
+        """Tokens of the vocabulary. Raises ValueError where neither config nor tokenizer has set it."""
         if self.vocab_size is None:
             raise ValueError("model.vocab_size is not set: give it, or let the tokenizer set it by training")
         return self.vocab_size
@@ -176,7 +176,8 @@ class ModelConfig:
         return -(-self.known_vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def layer_shape(self) -> ModelDims:
-        """What every layer shares."""
+        """Return the settings that every layer shares."""
+        # Each loop of a block adds to the residual stream once more: all of them count.
         depth = sum(block.num_loops for block in self.blocks())
         dtype = jnp.bfloat16 if self.precision is Precision.BFLOAT16 else jnp.float32
         return ModelDims(
@@ -190,7 +191,7 @@ class ModelConfig:
 
 
 def _with_attention(value: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    """JSON with the fields of every `AttentionConfig`, at any depth, changed."""
+    """JSON in which `change` is applied to the fields of every `AttentionConfig`, at any depth."""
     if isinstance(value, list):
         return [_with_attention(item, change) for item in value]
     if not isinstance(value, dict):
@@ -200,21 +201,25 @@ def _with_attention(value: Any, change: Callable[[dict[str, Any]], dict[str, Any
 
 
 # Stacks -----------------------------------------------------------------------------------------------------
-LONGEST_PATTERN = 12  # blocks: longer ones are compiled block by block anyway
+LONGEST_PATTERN = 12  # blocks; a longer pattern would save little compilation
 
 
 def stack_of(blocks: Sequence[BlockConfig]) -> tuple[LayerGroup, ...]:
-    """The fewest segments that hold these layers in order, with patterns as short as that allows.
+    """Return the groups that hold these layers in order with the fewest blocks to compile.
 
-    Fewest counted in blocks that are compiled: 26 layers of which every sixth is full become 4 repeats of 6
-    and one of 2.
+    Of 26 layers of which every sixth differs, there are 4 repeats of 6 blocks and one of 2. Among equals the
+    one with the fewest groups is taken.
+
+    Raises:
+      ValueError: there are no layers.
     """
     if not blocks:
         raise ValueError("a model needs at least one layer")
+    # Blocks as small integers: comparing dataclasses takes long.
     kinds = {block: kind for kind, block in enumerate(dict.fromkeys(blocks))}
-    row = [kinds[block] for block in blocks]  # compared in place of blocks, which takes long
-    # cheapest[n]: how the first n layers are held by the fewest blocks in patterns, and then by the fewest
-    # segments.
+    row = [kinds[block] for block in blocks]
+    # Dynamic programming. cheapest[n]: for the first n layers the number of blocks, of groups, and the
+    # groups.
     cheapest: list[tuple[int, int, tuple[LayerGroup, ...]]] = [(0, 0, ())]
     for end in range(1, len(blocks) + 1):
         options = []
@@ -223,8 +228,8 @@ def stack_of(blocks: Sequence[BlockConfig]) -> tuple[LayerGroup, ...]:
             start = end - size
             while True:
                 cost, count, before = cheapest[start]
-                segment = LayerGroup(pattern=tuple(blocks[end - size : end]), repeats=(end - start) // size)
-                options.append((cost + size, count + 1, (*before, segment)))
+                group = LayerGroup(pattern=tuple(blocks[end - size : end]), repeats=(end - start) // size)
+                options.append((cost + size, count + 1, (*before, group)))
                 start -= size
                 if start < 0 or row[start : start + size] != pattern:
                     break

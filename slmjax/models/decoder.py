@@ -1,9 +1,9 @@
-"""The decoder: a stack of segments, each a repeating pattern of blocks, scanned over its repeats.
+"""The decoder: groups of layers, each a repeating pattern of blocks, scanned over its repeats.
 
-`ModelConfig` says what the model is, `Decoder` computes final hidden states and hands out its `Head`; logits
-are made by the loss or the sampler. How its parameters look from outside is told in `parameters.py`.
+`ModelConfig` is the architecture. `Decoder` computes final hidden states and returns them with its `Head`;
+logits are computed by the loss or the sampler. `definition.py` has the view of its parameters from outside.
 
-Dims: B batch, T time, D model, V vocabulary, R repeats of a segment.
+Dims: B batch, T time, D model, V vocabulary, R repeats of a group.
 """
 
 import dataclasses
@@ -25,24 +25,23 @@ from slmjax.parallel import communication
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:
-    """What the decoder computes. Losses and metrics are sums over the real tokens of the batch.
+    """The results of a forward pass. Losses and metrics are sums over the real tokens of the batch.
 
     The arrays are typed `Any` because this is a pytree: it may hold shapes.
     """
 
-    hidden: Any  # Float[Array, "B T D"], final norm applied, rounded where rules of quantization say so
+    hidden: Any  # Float[Array, "B T D"], after the final norm and the head's quantizer
     head: losses.Head
-    losses: dict[
-        str, Any
-    ]  # auxiliary losses, multiplied by their coefficients, summed over layers: Float[Array, ""]
+    # auxiliary losses, multiplied by their coefficients, summed over layers: Float[Array, ""]
+    losses: dict[str, Any]
     metrics: dict[str, Any]  # by stack path of the module that reports, layer dim first
-    captured: dict[str, Any]  # by logical path, what `capture` asked for
+    captured: dict[str, Any]  # the activations of `capture`, by logical path
     state: Any  # decoding state, None in training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerInputs:
-    """What every layer of one forward pass is given beside the residual stream."""
+    """The inputs of every layer of one forward pass, in addition to the residual stream."""
 
     segment_ids: Int[Array, "B T"]
     positions: Int[Array, "B T"]
@@ -57,20 +56,20 @@ class Block(nnx.Module):
     """Mixer and feed-forward layer with their norms, on a residual stream."""
 
     def __init__(self, config: BlockConfig, model: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        shape = model.layer_shape()
+        dims = model.layer_shape()
 
-        def norm(wanted: bool) -> Norm | None:
-            return shape.norm(shape.embed_dim) if wanted else None
+        def norm(is_present: bool) -> Norm | None:
+            return dims.norm(dims.embed_dim) if is_present else None
 
         before = config.norm is not NormPlacement.POST
         after = config.norm is not NormPlacement.PRE
         self.config = config
         self.dropout = model.dropout
         self.multiplier = model.residual_multiplier
-        self.mixer = config.mixer.build(shape, rngs=rngs)
+        self.mixer = config.mixer.build(dims, rngs=rngs)
         self.mixer_norm = norm(before)
         self.mixer_post_norm = norm(after)
-        self.ffn = None if config.ffn is None else config.ffn.build(shape, rngs=rngs)
+        self.ffn = None if config.ffn is None else config.ffn.build(dims, rngs=rngs)
         self.ffn_norm = norm(before and config.ffn is not None)
         self.ffn_post_norm = norm(after and config.ffn is not None)
 
@@ -86,19 +85,18 @@ class Block(nnx.Module):
             **lengths,
         )
         x = self._add(x, _maybe(self.mixer_post_norm, mixed), key, 0)
-        values = {"mixer_output": mixed}
+        activations = {"mixer_output": mixed}
         aux = FfnAux(losses={}, metrics={})
         if self.ffn is not None:
             fed, aux = self.ffn(_maybe(self.ffn_norm, x), segment_ids=inputs.segment_ids)
             x = self._add(x, _maybe(self.ffn_post_norm, fed), key, 1)
-            values["ffn_output"] = fed
-        values["block_output"] = x = communication.constrain(x, ("batch", "time", None))
-        return (
-            x,
-            state,
-            aux,
-            {name: reduce(values[name]) for name, reduce in inputs.capture.items() if name in values},
-        )
+            activations["ffn_output"] = fed
+        # One constraint per block keeps the residual stream sharded by batch and time.
+        activations["block_output"] = x = communication.constrain(x, ("batch", "time", None))
+        captured = {
+            name: reduce(activations[name]) for name, reduce in inputs.capture.items() if name in activations
+        }
+        return x, state, aux, captured
 
     def _add(
         self, x: Float[Array, "B T D"], update: Float[Array, "B T D"], key: Array | None, index: int
@@ -112,8 +110,8 @@ def _maybe(norm: Norm | None, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]
     return x if norm is None else norm(x)
 
 
-class SegmentStack(nnx.Module):
-    """The blocks of one segment, parameters stacked over its repeats and run by a scan."""
+class BlockStack(nnx.Module):
+    """The blocks of one group: parameters are stacked over its repeats, which a scan runs."""
 
     def __init__(self, config: LayerGroup, model: ModelConfig, *, first_layer: int, key: Array) -> None:
         self.config = config
@@ -121,13 +119,14 @@ class SegmentStack(nnx.Module):
         self.first_layer = first_layer
         blocks = []
         for offset, block in enumerate(config.pattern):
-            # A layer's initial weights depend on its place in the model alone, not on how layers are grouped.
+            # Initial weights depend on a layer's position in the model only, not on how layers are grouped.
             layers = first_layer + offset + len(config.pattern) * jnp.arange(config.repeats)
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, layers)
 
             def build(layer_key: Array, block: BlockConfig = block) -> Block:
                 return Block(block, model, rngs=nnx.Rngs(params=layer_key))
 
+            # A vmapped initialisation stacks the parameters without building every repeat in Python.
             graphdef = nnx.graphdef(nnx.eval_shape(build, keys[0]))
             blocks.append(
                 nnx.merge(
@@ -139,9 +138,11 @@ class SegmentStack(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], *, inputs: LayerInputs, states: Any, key: Array | None
     ) -> tuple[Array, Any, list[FfnAux], list]:
-        """Runs all repeats. States, aux and captures come and go with a leading dim of repeats, one entry per
-        block.
+        """Run all repeats.
+
+        States, reports and captured activations have one entry per block, with a leading dim of repeats.
         """
+        # Modules cannot cross the boundary of a scan: their parameters are scanned over, and merged inside.
         graphdef, params = nnx.split(self.blocks)
 
         def repeat(x: Array, xs: tuple[Any, Any, Array]) -> tuple[Array, tuple[Any, list[FfnAux], list]]:
@@ -150,11 +151,11 @@ class SegmentStack(nnx.Module):
             reports = []
             captures = []
             for offset, block in enumerate(nnx.merge(graphdef, params)):
-                # Like initial weights, what a layer drops does not depend on how layers are grouped.
+                # As of initial weights: dropout does not depend on how layers are grouped.
                 layer = self.first_layer + index * len(self.blocks) + offset
                 block_key = None if key is None else jax.random.fold_in(key, layer)
                 block_state = None if states is None else states[offset]
-                x, state, aux, captured = _run_passes(
+                x, state, aux, captured = _run_loops(
                     block, x, inputs=inputs, states=block_state, key=block_key
                 )
                 new_states.append(state)
@@ -162,37 +163,37 @@ class SegmentStack(nnx.Module):
                 captures.append(captured)
             return x, (new_states, reports, captures)
 
-        body = _rematerialised(repeat, self.remat)
-        # What is to be computed again stays in a loop: outside of one the compiler would see that it has it
-        # already.
-        spelled_out = kernels.unrolled_repeats(self.config.repeats, num_blocks=len(self.blocks))
-        unroll = spelled_out if self.remat is Remat.NONE else 1
+        body = _rematerialized(repeat, self.remat)
+        # Rematerialization needs the loop: in unrolled code the compiler would find the first result and
+        # reuse it.
+        unroll = 1
+        if self.remat is Remat.NONE:
+            unroll = kernels.unrolled_repeats(self.config.repeats, num_blocks=len(self.blocks))
         x, (new_states, reports, captures) = jax.lax.scan(
             body, x, (params, states, jnp.arange(self.config.repeats)), unroll=unroll
         )
         return x, None if states is None else new_states, reports, captures
 
 
-def _run_passes(
+def _run_loops(
     block: Block, x: Array, *, inputs: LayerInputs, states: Any, key: Array | None
 ) -> tuple[Array, Any, FfnAux, dict]:
-    """A block as often as it repeats itself; each pass has a decoding state of its own, reports are
-    summed.
-    """
+    """Run a block `num_loops` times; each loop has its own decoding state, and reports are summed."""
     new_states = []
     reports = []
     captured = {}
     for index in range(block.config.num_loops):
-        pass_key = None if key is None else jax.random.fold_in(key, index)
+        loop_key = None if key is None else jax.random.fold_in(key, index)
         x, state, aux, captured = block(
-            x, inputs=inputs, state=None if states is None else states[index], key=pass_key
+            x, inputs=inputs, state=None if states is None else states[index], key=loop_key
         )
         new_states.append(state)
         reports.append(aux)
     return x, new_states, jax.tree.map(lambda *sums: sum(sums), *reports), captured
 
 
-def _rematerialised(body: Callable, remat: Remat) -> Callable:
+def _rematerialized(body: Callable, remat: Remat) -> Callable:
+    # The scan is a barrier already: preventing common subexpressions again would cost time for nothing.
     policies = {
         Remat.DOTS: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         Remat.FULL: jax.checkpoint_policies.nothing_saveable,
@@ -201,7 +202,7 @@ def _rematerialised(body: Callable, remat: Remat) -> Callable:
 
 
 class Decoder(nnx.Module):
-    """Embedding, segments of blocks, final norm, head."""
+    """Embedding, groups of blocks, final norm, head."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -211,23 +212,23 @@ class Decoder(nnx.Module):
             config.table_rows, config.embed_dim, std=config.init_std, rngs=nnx.Rngs(params=embed_key)
         )
         rows = config.learned_positions
+        # Derived, not split off with the others, whose values would change with the number of keys.
         position_key = jax.random.fold_in(embed_key, 1)
         self.positions = (
             None
             if rows is None
             else VocabTable(rows, config.embed_dim, std=config.init_std, key=position_key)
         )
-        segments = []
+        stacks = []
         first_layer = 0
-        for segment in config.stack:
-            segments.append(SegmentStack(segment, config, first_layer=first_layer, key=layer_key))
-            first_layer += len(segment.pattern) * segment.repeats
-        self.segments = nnx.List(segments)
+        for group in config.stack:
+            stacks.append(BlockStack(group, config, first_layer=first_layer, key=layer_key))
+            first_layer += len(group.pattern) * group.repeats
+        self.segments = nnx.List(stacks)
         self.final_norm = config.layer_shape().norm(config.embed_dim)
-        free = config.head is HeadKind.UNTIED
         self.head = (
             VocabTable(config.table_rows, config.embed_dim, std=config.init_std, key=head_key)
-            if free
+            if config.head is HeadKind.UNTIED
             else None
         )
         self.head_quantizer: ArrayFunction | None = nnx.data(None)
@@ -243,22 +244,26 @@ class Decoder(nnx.Module):
         key: Array | None = None,
         capture: Mapping[str, Callable[[Array], Array]] | None = None,
     ) -> Output:
-        """Final hidden states of a batch.
+        """Return the final hidden states of a batch, and the head.
 
         Args:
           tokens: token ids.
           segment_ids: the document each token belongs to, from 1; 0 is padding.
           positions: index of each token within its document.
           state: decoding state from `init_state` or an earlier call; None for whole sequences.
-          max_lengths: tokens that each row may reach, prompt and new ones together, the same in every call
-            for a sequence. LongRoPE needs them with a `state`; None without one takes the length of each
+          max_lengths: tokens that each sequence may reach, prompt and new ones together, the same in every
+            call for it. LongRoPE needs them with a `state`; without one, None stands for the length of each
             document.
           key: randomness of dropout; None for evaluation.
-          capture: named activations to return (`CAPTURES`; of the last pass, where a block has several), each
-            with the function that reduces it on the way.
+          capture: named activations to return (`CAPTURES`; of the last loop of a block), each with the
+            function that reduces it inside the scan.
         """
-        rows = {"segment_ids": segment_ids, "positions": positions, "max_lengths": max_lengths}
-        inputs = LayerInputs(**rows, capture=_known(capture or {}))
+        inputs = LayerInputs(
+            segment_ids=segment_ids,
+            positions=positions,
+            max_lengths=max_lengths,
+            capture=_checked_capture(capture or {}),
+        )
         dtype = self.config.layer_shape().dtype
         x = self.embed(tokens, dtype=dtype) * jnp.asarray(self.config.embed_multiplier, dtype)
         if self.positions is not None:
@@ -266,29 +271,30 @@ class Decoder(nnx.Module):
         x = communication.constrain(x, ("batch", "time", None))
         if key is not None:
             x = dropout(x, jax.random.fold_in(key, self.config.num_layers), rate=self.config.dropout)
+        # Groups differ in their structure and run one after another; only inside one is there a scan.
         new_states = []
         losses_by_name = {}
         metrics = {}
         captured = {}
         first_layer = 0
-        for index, segment in enumerate(self.segments):
-            x, segment_state, reports, captures = segment(
+        for index, stack in enumerate(self.segments):
+            x, stack_state, reports, captures = stack(
                 x, inputs=inputs, states=None if state is None else state[index], key=key
             )
-            new_states.append(segment_state)
-            for offset, (aux, kept) in enumerate(zip(reports, captures, strict=True)):
+            new_states.append(stack_state)
+            for offset, (aux, activations) in enumerate(zip(reports, captures, strict=True)):
                 for name, sums in aux.losses.items():
                     losses_by_name[name] = losses_by_name.get(name, 0.0) + jnp.sum(sums)
                 metrics |= {
                     f"segments/{index}/blocks/{offset}/ffn/{name}": sums for name, sums in aux.metrics.items()
                 }
-                step = len(reports)
                 captured |= {
-                    f"layers/{first_layer + offset + step * r}/{n}": v[r]
-                    for n, v in kept.items()
-                    for r in range(v.shape[0])
+                    f"layers/{first_layer + offset + len(reports) * repeat}/{name}": value[repeat]
+                    for name, value in activations.items()
+                    for repeat in range(value.shape[0])
                 }
-            first_layer += segment.config.repeats * len(reports)
+            first_layer += stack.config.repeats * len(reports)
+        # Logits are not computed here: no array [B, T, V] exists in training.
         hidden = self.final_norm(x)
         return Output(
             hidden=hidden if self.head_quantizer is None else self.head_quantizer(hidden),
@@ -300,7 +306,7 @@ class Decoder(nnx.Module):
         )
 
     def make_head(self) -> losses.Head:
-        """The output projection, for the loss and the sampler."""
+        """Return the output projection, for the loss and the sampler."""
         config = self.config
         table = self.embed.table[...] if self.head is None else self.head.weight[...]
         return losses.Head(
@@ -312,35 +318,36 @@ class Decoder(nnx.Module):
         )
 
     def init_state(self, batch_size: int, *, max_length: int) -> Any:
-        """Empty decoding state: per segment, per block, per pass, with a leading dim of repeats."""
+        """Return an empty decoding state: per group, per block, per loop, with a leading dim of repeats."""
 
         def repeated(block: Block, repeats: int) -> list[Any]:
-            one = block.mixer.init_state(batch_size, max_length=max_length)
+            state = block.mixer.init_state(batch_size, max_length=max_length)
             return [
-                jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (repeats, *leaf.shape)), one)
+                jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (repeats, *leaf.shape)), state)
                 for _ in range(block.config.num_loops)
             ]
 
-        return [
-            [repeated(block, segment.config.repeats) for block in segment.blocks] for segment in self.segments
-        ]
+        return [[repeated(block, stack.config.repeats) for block in stack.blocks] for stack in self.segments]
 
 
 class VocabTable(nnx.Module):
-    """A table of its own: the rows [V, D] that make logits, or those [P, D] of positions."""
+    """A separate table: the rows [V, D] of an untied head, or [P, D] of positions."""
 
     def __init__(self, num_rows: int, dim: int, *, std: float, key: Array) -> None:
         self.weight = nnx.Param(truncated_normal(key, (num_rows, dim), std))
 
 
-def _known(capture: Mapping[str, Callable[[Array], Array]]) -> Mapping[str, Callable[[Array], Array]]:
+def _checked_capture(
+    capture: Mapping[str, Callable[[Array], Array]],
+) -> Mapping[str, Callable[[Array], Array]]:
     if unknown := set(capture) - set(CAPTURES):
         raise ValueError(f"unknown activation(s) {sorted(unknown)}: capture takes {', '.join(CAPTURES)}")
     return capture
 
 
 def logits(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-    """Logits of whole sequences, float32, real vocabulary only: for tests and notebooks, not for training."""
+    """Return float32 logits of whole sequences: for tests and notebooks, not for training."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     output = model(tokens, segment_ids=jnp.ones_like(tokens), positions=positions)
+    # Rows of padding beyond the vocabulary are cut off.
     return losses.logits(output.hidden, output.head)[..., : output.head.vocab_size]

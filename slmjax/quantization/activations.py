@@ -112,7 +112,7 @@ def init_activation_params(
     """Return zeros for a quantizer's parameters, until calibration; with the layer dim of a stack, if any."""
     if tensor_quant is None:
         return {}
-    # The estimator says which parameters it has: their shapes for any one group.
+    # Only the names of the parameters matter here: those for any one group.
     group_size = tensor_quant.spec.group_size or 1
     shapes = jax.eval_shape(
         lambda: dataclasses.replace(tensor_quant, axis=-1).init_params(jnp.zeros((1, group_size)))

@@ -100,7 +100,7 @@ def _reason_to_keep(path: str) -> str | None:
     if path.endswith(CACHE):
         return None
     if "/router/" in path or path.endswith("router_bias"):
-        return "decides which experts compute: kept whole"
+        return "chooses the experts: stays in floating point"
     if path.startswith("positions/"):
         return "added to embeddings, not multiplied with"
     return None if _WEIGHTS.search(path) else "no matrix that inputs are multiplied with"
@@ -117,6 +117,7 @@ def _assign(
     )
     if (index := next(matching, None)) is None:
         return Assignment(path=path, shape=shape, reason="no rule names it")
+    # A rule that is used by nothing is a mistake, which `assign_formats` reports.
     used.add((index, is_cache))
     rule = rules[index]
     if is_cache:
@@ -147,6 +148,7 @@ def _weight(rule: QuantRule, path: str, shape: tuple[int, ...]) -> TensorQuant |
     try:
         check_width(spec, shape[axis], what=path, name=name_of(spec))
     except ValueError:
+        # The fallback is for widths that the first format does not divide.
         if rule.fallback is None:
             raise
         spec = rule.fallback
@@ -167,6 +169,7 @@ def _input(rule: QuantRule, path: str, shape: tuple[int, ...]) -> TensorQuant | 
         )
     if not isinstance(estimator, SCALE_ESTIMATORS):
         _check_causal(rule.input, f"the input of {path}")
+    # The hidden layer of experts has a quantizer without parameters (`ShardActivationQuantizer`).
     elif path.endswith("/experts/down"):
         raise ValueError(
             f"the input of {path}: {type(estimator).__name__} is not there for the hidden layer of experts: "

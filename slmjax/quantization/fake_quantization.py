@@ -67,6 +67,7 @@ class FakeQuantization(ParamTransform):
 
     def applied(self) -> "FakeQuantization":
         """Return the transform for fake-quantized parameters; inputs and caches are quantized as here."""
+        # Quantizers of inputs and caches are set by a phase: one without weights has the same ones.
         phases = () if self.phase is None else (self.phase.without_weights(),)
         return dataclasses.replace(
             self, phases=phases, phase=phases[0] if phases else None, formats={}, learned_formats={}
@@ -95,6 +96,7 @@ def define_quantized(
     """
     if not phases:
         return define(config)
+    # Only shapes are computed: the key has no effect.
     key = jax.random.key(0)
     plain = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=key)))
     plan = plan_quantization(config, phases, stack_shapes(plain), step=step)
@@ -156,11 +158,11 @@ def fake_quantize(
       step: the number of earlier training steps.
       key: randomness of estimators that round stochastically.
     """
+    # Before the warm-up is applied: the damping loss compares weights with the codes that will be deployed.
     rounded = definition.transform(params, key=key)
     formats = weight_formats(definition)
     if schedule is None:
         return rounded, jnp.zeros(())
-    # The loss is that of fully rounded weights, whatever the warm-up.
     damping_loss = (
         schedule.damping * weights.damping_loss(params, rounded, formats)
         if schedule.damping

@@ -9,6 +9,7 @@ from slmjax.models.definition import FORMER_MODULES
 from slmjax.quantization.estimators import SIGN
 
 QUANTIZER_PARAMS = ("log_scale", SIGN, "offset")
+# The names of now, and those in checkpoints.
 _MODULES = frozenset({*FORMER_MODULES, *FORMER_MODULES.values()})
 
 

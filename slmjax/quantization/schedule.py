@@ -54,11 +54,13 @@ class QuantSchedule:
         """
         if self.freeze_from is None:
             return dict(updates)
+        # Updates are masked, not gradients: moments go on, and weight decay is masked too.
         num_frozen = self.num_frozen(step, num_layers=config.num_layers)
         result = dict(updates)
         for path in paths:
             if (layers := layer_indices(config, path)) is None:
                 continue
+            # A mask for each layer of the stack: its program does not depend on the step.
             mask = (jnp.asarray(layers) >= num_frozen).astype(jnp.float32)
             for name in [name for name in updates if name == path or name.startswith(path + "/")]:
                 update = updates[name]
@@ -68,6 +70,7 @@ class QuantSchedule:
 
 def quant_schedule_of(config: QuantConfig, *, first_step: int, total_steps: int) -> QuantSchedule:
     """Return the schedule of a run of `total_steps` whose quantization begins at `first_step`."""
+    # Freezing counts from the end of the run, but never before quantization begins.
     freeze_from = None if config.freeze_steps is None else max(first_step, total_steps - config.freeze_steps)
     return QuantSchedule(
         first_step=first_step,

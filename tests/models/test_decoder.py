@@ -231,7 +231,7 @@ def test_scan_equals_a_plain_loop_over_layers():
         inputs = LayerInputs(**rows, max_lengths=None, capture={})
         x = 2.0 * params["embed/table"][batch["tokens"]]
         for place in ((0, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 0), (1, 1, 0)):
-            block, passes = block_of(*place)
+            block, num_loops = block_of(*place)
             for _ in range(num_loops):
                 x, *_ = block(x, inputs=inputs, state=None, key=None)
         return (
@@ -448,7 +448,7 @@ def test_derived_sizes():
     ("settings", "message"),
     [
         ({"embed_dim": 0}, "embed_dim >= 1"),
-        ({"stack": ()}, "at least one segment"),
+        ({"stack": ()}, "at least one layer group"),
         ({"dropout": 1.0}, "dropout is a rate"),
         ({"context_length": 1}, "context_length must be at least 2"),
         ({"vocab_size": 0}, "vocab_size and vocab_multiple must be at least 1"),
@@ -465,9 +465,9 @@ def test_bad_model_settings_say_what_to_change(settings, message):
 def test_bad_stacks_say_what_to_change():
     with pytest.raises(ValueError, match="repeats=0"):
         LayerGroup(pattern=(WINDOW,), repeats=0)
-    with pytest.raises(ValueError, match="a segment needs a pattern of blocks"):
+    with pytest.raises(ValueError, match="a layer group needs a pattern of blocks"):
         LayerGroup(pattern=())
-    with pytest.raises(ValueError, match="passes must be at least 1"):
+    with pytest.raises(ValueError, match="num_loops must be at least 1"):
         dataclasses.replace(WINDOW, num_loops=0)
     with pytest.raises(ValueError, match="set head_dim"):
         define(dataclasses.replace(ODD, embed_dim=15))

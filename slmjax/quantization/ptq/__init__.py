@@ -1,5 +1,4 @@
-"""Models in number formats after training: rounding to nearest, and whether an exported file is the model
-that was trained.
+"""Quantization after training.
 
 Files in reading order:
 

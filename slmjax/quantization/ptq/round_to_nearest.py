@@ -1,13 +1,13 @@
 """Round to nearest: every matrix of a trained model in a number format, without any further training.
 
-    quantize_model("runs/nano", "nano_q4", rules=(QuantRule(paths=".", weight=preset("q4_0")),),
-    clip=Clip.SEARCH)
+    rules = (QuantRule(paths=".", weight=preset("q4_0")),)
+    quantize_model("runs/nano", "nano_q4", rules=rules, clip=Clip.SEARCH)
 
-What is written is a directory like that of an imported model, with codes and scales as they are: every
-command takes it, and none of them rounds again. The best clip is searched for each group by itself: of the
-scales around the format's own, that with the smallest squared error.
+The result is a directory like that of an imported model, with codes and scales: every command takes it, and
+none of them rounds again. The clipping range is searched for each group by itself: of the scales around the
+one that the format computes, the one with the smallest squared error.
 
-Dims of a matrix: I inputs, O outputs; those of a table [V, D] the other way around. Experts have a dim in
+Dims of a matrix: I inputs, O outputs; those of a table [V, D] are in the other order. Experts have a dim in
 front, mapped over.
 """
 
@@ -43,7 +43,7 @@ from slmjax.telemetry.run_directory import write_json
 
 
 class Clip(enum.Enum):
-    """Where numbers are cut off."""
+    """The clipping range of each group."""
 
     NONE = "none"  # at the scale that the format computes
     SEARCH = "search"  # at the one with the smallest squared error, of each group
@@ -51,20 +51,20 @@ class Clip(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoundedMatrix:
-    """What rounding did to one parameter."""
+    """The errors of rounding one parameter."""
 
     path: str  # logical
     format: str
     numbers: int
     bytes: int  # as stored, codes packed
-    nearest_error: float  # mean squared error with the format's own scales
+    nearest_error: float  # mean squared error with the scales that the format computes
     error: float  # mean squared error as written
-    power: float  # mean square of the numbers themselves
+    power: float  # mean square of the parameter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """What `quantize_model` wrote."""
+    """The result of `quantize_model`."""
 
     path: str
     parameters: int  # numbers in all weights
@@ -73,18 +73,19 @@ class Quantized:
 
     @property
     def nearest_error(self) -> float:
-        """Squared error of all rounded numbers over their squares, with the formats' own scales."""
-        return _share(self.matrices, "nearest_error")
+        """Relative squared error of all rounded parameters, with the scales that the formats compute."""
+        return _relative_error(self.matrices, "nearest_error")
 
     @property
     def error(self) -> float:
-        """The same as written."""
-        return _share(self.matrices, "error")
+        """Relative squared error as written."""
+        return _relative_error(self.matrices, "error")
 
 
-def _share(matrices: Sequence[RoundedMatrix], name: str) -> float:
-    power = sum(one.numbers * one.power for one in matrices)
-    return sum(one.numbers * getattr(one, name) for one in matrices) / power if power else 0.0
+def _relative_error(matrices: Sequence[RoundedMatrix], name: str) -> float:
+    power = sum(matrix.numbers * matrix.power for matrix in matrices)
+    error = sum(matrix.numbers * getattr(matrix, name) for matrix in matrices)
+    return error / power if power else 0.0
 
 
 def quantize_model(
@@ -95,54 +96,58 @@ def quantize_model(
     clip: Clip = Clip.NONE,
     step: int | None = None,
 ) -> Quantized:
-    """Writes a run's or an imported model with its matrices in number formats.
+    """Write a run's or an imported model with its matrices in number formats.
 
     Args:
-      source: a run directory or an imported model's. What it multiplies with is rounded: of a quantized one,
-        the decoded numbers.
-      out: the directory to write, which is not there yet.
-      rules: the formats; the first whose expression is found in a path counts.
+      source: a run directory or an imported model's; of a quantized one, its
+        dequantized weights are rounded.
+      out: the directory to write, which does not exist.
+      rules: the formats; the first rule that matches a path applies.
       clip: how scales are chosen.
       step: of a run, the checkpoint; None for the newest.
 
     Raises:
-      ValueError: a rule names nothing, a format cannot hold a parameter's width, or `out` exists already.
+      ValueError: a rule matches nothing, a format does not divide a width, or `out` exists already.
     """
-    _refuse_learned(rules)
+    _check_needs_no_training(rules)
     source = Path(source)
     out = Path(out)
-    own = open_local_model(source, step=step)
-    model = dataclasses.replace(own.config, vocab_multiple=1)
-    entries = {
-        path: entry
-        for path, entry in assign_model_formats(rules, model, shapes_of(model)).items()
+    original = open_local_model(source, step=step)
+    # Tables are written without their padding.
+    model = dataclasses.replace(original.config, vocab_multiple=1)
+    assignments = {
+        path: assignment
+        for path, assignment in assign_model_formats(rules, model, shapes_of(model)).items()
         if not path.endswith(CACHE)
     }
     matrices: list[RoundedMatrix] = []
     sizes: list[tuple[int, int]] = []
 
+    # A generator: one matrix after another is read, rounded and written.
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for name, entry in entries.items():
-            array = own.read(name)
-            if entry.weight is None:
+        for name, assignment in assignments.items():
+            array = original.read(name)
+            if assignment.weight is None:
                 sizes.append((array.size, array.size * 4))
                 yield name, array
                 continue
-            encoded, report = _rounded(entry, np.asarray(array, np.float32), clip)
+            encoded, report = _round(assignment, np.asarray(array, np.float32), clip)
             matrices.append(report)
             sizes.append((report.numbers, report.bytes))
             yield from safetensors_files.in_codes(name, encoded)
 
     with atomic_directory(out) as directory:
         safetensors_files.write_tensors(directory / safetensors_files.DIRECTORY, tensors())
-        coded = {name: entry.weight for name, entry in entries.items() if entry.weight is not None}
-        safetensors_files.write_formats(
-            directory, {name: StoredFormat(spec=one.spec, axis=one.axis) for name, one in coded.items()}
-        )
+        formats = {
+            name: StoredFormat(spec=assignment.weight.spec, axis=assignment.weight.axis)
+            for name, assignment in assignments.items()
+            if assignment.weight is not None
+        }
+        safetensors_files.write_formats(directory, formats)
         write_model_file(directory, model, phases=(QuantPhase(rules=tuple(rules)),))
         if (source / "tokenizer").is_dir():
             Tokenizer.load(source / "tokenizer").save(directory / "tokenizer")
-        write_json(directory / "origin.json", _origin(own, matrices, clip))
+        write_json(directory / "origin.json", _origin(original, matrices, clip))
     return Quantized(
         path=str(out),
         parameters=sum(numbers for numbers, _ in sizes),
@@ -151,46 +156,46 @@ def quantize_model(
     )
 
 
-def _refuse_learned(rules: Sequence[QuantRule]) -> None:
-    """Refuses scales that only training finds."""
+def _check_needs_no_training(rules: Sequence[QuantRule]) -> None:
+    """Raise ValueError for scales that only training or calibration finds."""
     if learned := [rule for rule in rules if isinstance(rule.input_estimator, SCALE_ESTIMATORS)]:
         raise ValueError(
             f"the rule for {learned[0].paths!r} has inputs whose scale is learned or measured, which takes "
-            "training: leave input_estimator "
-            "out, or train with it (`slmjax train --init-from`)"
+            "training: leave input_estimator out, or train with it (`slmjax train --init-from`)"
         )
 
 
-def _origin(own: LocalModel, matrices: Sequence[RoundedMatrix], clip: Clip) -> dict[str, Any]:
-    """Where the numbers come from, and what text the run held out."""
-    before = read_origin(own.path)
-    file = own.path / "config.json"
+def _origin(model: LocalModel, matrices: Sequence[RoundedMatrix], clip: Clip) -> dict[str, Any]:
+    """The record of the source of the weights, and of the text that its run held out."""
+    # Of a model that was imported, the record of its own origin stays.
+    before = read_origin(model.path)
+    file = model.path / "config.json"
     experiment = (
         json.loads(file.read_text(encoding="utf-8")) if file.is_file() else before.get("experiment", {})
     )
     return {
         "format": "slmjax",
-        "family": own.family,
-        "source": str(own.path.absolute()),
-        "step": own.step,
+        "family": model.family,
+        "source": str(model.path.absolute()),
+        "step": model.step,
         "license": before.get("license"),
         "quantized": {
             "method": "rtn",
             "clip": clip.value,
-            "formats": {one.path: one.format for one in matrices},
+            "formats": {matrix.path: matrix.format for matrix in matrices},
         },
         "experiment": {name: experiment[name] for name in ("data", "eval") if name in experiment},
-        "data": read_record(own.path),
+        "data": read_record(model.path),
     }
 
 
-def _rounded(entry: Assignment, array: np.ndarray, clip: Clip) -> tuple[Encoded, RoundedMatrix]:
-    assert entry.weight is not None
-    spec = entry.weight.spec
-    axis = entry.weight.axis
-    encoded, nearest_error, error = jax.device_get(_coded(array, spec, axis, clip))
+def _round(assignment: Assignment, array: np.ndarray, clip: Clip) -> tuple[Encoded, RoundedMatrix]:
+    assert assignment.weight is not None
+    spec = assignment.weight.spec
+    axis = assignment.weight.axis
+    encoded, nearest_error, error = jax.device_get(_encode(array, spec, axis, clip))
     return encoded, RoundedMatrix(
-        path=entry.path,
+        path=assignment.path,
         format=name_of(spec),
         numbers=array.size,
         bytes=stored_bytes(spec, array.shape, axis=axis),
@@ -201,19 +206,19 @@ def _rounded(entry: Assignment, array: np.ndarray, clip: Clip) -> tuple[Encoded,
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _coded(array: Array, spec: QuantSpec, axis: int, clip: Clip) -> tuple[Encoded, Array, Array]:
-    """One matrix, or that of each expert by itself."""
+def _encode(array: Array, spec: QuantSpec, axis: int, clip: Clip) -> tuple[Encoded, Array, Array]:
+    """Codes of a matrix or of each expert's, and mean squared errors with computed scales and as written."""
 
-    def one(matrix: Array) -> tuple[Encoded, Array, Array]:
+    def encode_matrix(matrix: Array) -> tuple[Encoded, Array, Array]:
         return nearest(matrix, spec, axis) if clip is Clip.NONE else with_best_clip(matrix, spec, axis)
 
-    return map_matrices(one, array.ndim)(array)
+    return map_matrices(encode_matrix, array.ndim)(array)
 
 
 def nearest(
     x: Float[Array, "I O"], spec: QuantSpec, axis: int
 ) -> tuple[Encoded, Float[Array, ""], Float[Array, ""]]:
-    """Codes on the format's own scales, and the mean squared error, twice."""
+    """Return codes on the scales that the format computes, and their mean squared error, twice."""
     encoded = encode(x, spec, axis=axis)
     error = jnp.mean(jnp.square(decode(encoded, spec, axis=axis) - x))
     return encoded, error, error
@@ -222,10 +227,9 @@ def nearest(
 def with_best_clip(
     x: Float[Array, "I O"], spec: QuantSpec, axis: int
 ) -> tuple[Encoded, Float[Array, ""], Float[Array, ""]]:
-    """Codes on scales of which each has the smallest squared error of those tried, and the mean squared error
-    before and after.
+    """Return codes on the scales with the smallest squared error, and that error before and after the search.
 
-    The format's own codes are among what is tried, so that no group is worse than without the search.
+    The scales that the format computes are among the candidates, so that no group is worse than without it.
     """
     plain = encode(x, spec, axis=axis)
     before = squared_error(x, plain, spec, axis=axis)
@@ -236,6 +240,7 @@ def with_best_clip(
     def chosen(new: Array | None, old: Array | None) -> Array | None:
         return None if new is None or old is None else jnp.where(is_better, new, old)
 
+    # From one decision per group to one per number.
     better_codes = (
         jnp.broadcast_to(expanded(is_better.astype(jnp.float32), x.shape[axis], axis=axis), x.shape) > 0
     )
