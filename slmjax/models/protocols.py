@@ -53,8 +53,8 @@ class Mixer(nnx.Module):
 class CachingMixer(Mixer):
     """A mixer whose decoding state has an entry for every token, its cache.
 
-    It applies `cache_quantizer`, if set, to entries before it uses them, in training and in decoding. An entry
-    is computed once, so anything in it that depends on the length of the sequence must use the maximum
+    It applies `cache_quantizer`, if set, to entries before it uses them, in training and in decoding. An
+    entry is computed once, so anything in it that depends on the length of the sequence must use the maximum
     length. The mixer is therefore called with `max_lengths` in addition to the arguments of every mixer.
     """
 
