@@ -1,11 +1,10 @@
-"""Checkpoints that can be trusted: saved in the background, verified when read, with a way back to an older
-one.
+"""Checkpoints of a run: saved in the background, verified when read, with fallback to older ones.
 
-A run's `checkpoints/` holds one directory per step, written by Orbax with one entry per layer
-(`parameters.unstack`), so that another grouping of layers, mesh or number of hosts restores it. Orbax notices
-neither a flipped bit nor a half-copied directory, and calls whatever has the highest number the latest; so
-every file's SHA-256 is written to `MANIFEST.json` after the commit and checked before a restore. What fails
-is set aside as `STEP.bad` and the next older one is taken.
+A run's `checkpoints/` has one directory per step, written by Orbax with one entry per layer
+(`definition.unstack`), so that it can be restored with another grouping of layers, mesh or number of hosts.
+Orbax detects neither a flipped bit nor an incomplete copy, and takes the highest number as the latest. So the
+SHA-256 of every file is written to `MANIFEST.json` after the commit, and checked before a restore. A damaged
+checkpoint is renamed to `STEP.bad`, and the next older one is used.
 """
 
 import dataclasses
@@ -38,11 +37,11 @@ MANIFEST = "MANIFEST.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When checkpoints are written and how many stay."""
+    """Frequency and retention of checkpoints."""
 
     # steps between checkpoints; one is also written at the end and when a run is interrupted
     every: int = 500
-    keep: int = 2  # how many of the newest stay; the best by validation loss stays beside them
+    keep: int = 2  # newest checkpoints to keep, in addition to the best by validation loss
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:
@@ -52,21 +51,21 @@ class CheckpointConfig:
 
 
 class CheckpointError(ValueError):
-    """No checkpoint here can be restored, or it is of another model."""
+    """No checkpoint can be restored, or it belongs to another model."""
 
 
 Items = Mapping[str, Any]  # named trees of arrays: "model", "optimizer", "ema", "progress", "codes"
 
 
 class Checkpointer:
-    """Writes and reads the checkpoints of one run. Close it, or the last save may not be complete."""
+    """Writes and reads the checkpoints of one run. Must be closed: otherwise the last save may be incomplete."""
 
     def __init__(self, directory: Path, *, model: ModelConfig, config: CheckpointConfig) -> None:
         self.directory = directory.absolute()
         self.model = model
         self.config = config
-        # Threads of a save whose directory cannot be made would wait for it, and keep the process from
-        # ending, for five minutes.
+        # Otherwise the threads of a save whose directory cannot be created wait for it, and keep the process
+        # alive, for five minutes.
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -74,11 +73,11 @@ class Checkpointer:
         self._unstack = jax.jit(functools.partial(unstack, model))
 
     def save(self, step: int, items: Items, *, best_loss: float | None = None) -> None:
-        """Starts writing a checkpoint; returns once the arrays are copied. A failed save is logged, not
-        raised.
+        """Start to write a checkpoint; returns once the arrays are copied. A failed save is logged, not raised.
 
-        With `best_loss`, its validation loss, it is noted as the best once it is complete: until then the old
-        one is.
+        Args:
+          best_loss: the validation loss, if it is the best so far. The checkpoint is marked as the best once
+            it is complete; until then the old one is.
         """
         self.wait()
         stored = {name: self._unstack(tree) for name, tree in items.items()}
@@ -93,20 +92,20 @@ class Checkpointer:
         self._pending = self._finisher.submit(self._finish, step, best_loss)
 
     def wait(self) -> None:
-        """Returns when the save under way, if any, is complete on disk."""
+        """Wait until a running save is complete on disk."""
         pending = self._pending
         self._pending = None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Waits for the save under way and ends the threads."""
+        """Wait for a running save and end the threads."""
         self.wait()
         self._finisher.shutdown()
         self._orbax.close()
 
     def mark_best(self, step: int, loss: float) -> None:
-        """Notes the saved checkpoint of `step` as the best by validation loss: retention spares it."""
+        """Mark the checkpoint of `step` as the best by validation loss: retention keeps it."""
         self.wait()
         if jax.process_index() == 0 and step in self.steps():
             self._note_best(step, loss)
@@ -116,27 +115,24 @@ class Checkpointer:
             write_json(self.directory / "best.json", {"step": step, "loss": loss})
 
     def best(self) -> tuple[int, float] | None:
-        """Step and validation loss of the best checkpoint; None if there is none (any more), or its loss is
-        not finite.
-        """
+        """Return step and validation loss of the best checkpoint; None if it is gone or its loss not finite."""
         path = self.directory / "best.json"
         if not path.exists():
             return None
         best = json.loads(path.read_text())
-        # A run killed during that save, or one whose checkpoint was set aside, has to find its best anew.
-        has_one = best["step"] in self.steps() and is_better(float(best["loss"]), None)
-        return (int(best["step"]), float(best["loss"])) if has_one else None
+        # It is gone if the run was killed during its save, or it was damaged: a new best is then found.
+        is_present = best["step"] in self.steps() and is_better(float(best["loss"]), None)
+        return (int(best["step"]), float(best["loss"])) if is_present else None
 
     def forget_best(self) -> None:
-        """Delete the note of the best checkpoint, so that the next evaluations choose one."""
+        """Delete the mark of the best checkpoint, so that later evaluations select a new one."""
         if jax.process_index() == 0:
             (self.directory / "best.json").unlink(missing_ok=True)
 
     def repair_best(self, log_path: Path) -> None:
-        """Take the place of a best checkpoint whose loss is not finite: the best of those that the run's log
-        has a finite loss of.
+        """Replace a best checkpoint whose loss is not finite by the best of those with a finite loss in the log.
 
-        Earlier versions noted a loss of NaN as the best, and no later one was lower.
+        Earlier versions marked a loss of NaN as the best, and no later one was lower.
         """
         path = self.directory / "best.json"
         if (
@@ -152,17 +148,17 @@ class Checkpointer:
         path.unlink()
         if (step := best_of(losses)) is not None:
             self._note_best(step, losses[step])
-        found = (
+        replacement = (
             "no checkpoint with a finite loss is left"
             if step is None
             else f"of those left, checkpoint {step} is the best"
         )
         log.warning(
-            "the best checkpoint in %s was noted with a loss that is not finite: %s", self.directory, found
+            "the best checkpoint in %s had a loss that is not finite: %s", self.directory, replacement
         )
 
     def steps(self) -> list[int]:
-        """Steps that have a committed checkpoint, oldest first."""
+        """Return the steps with a committed checkpoint, oldest first."""
         if not self.directory.is_dir():
             return []
         return sorted(
@@ -172,13 +168,14 @@ class Checkpointer:
     def restore(
         self, like: Items, *, step: int | None = None, whole: bool = True
     ) -> tuple[int, dict[str, Any]]:
-        """The newest checkpoint that is intact (or that of `step`), placed as `like`, a tree of arrays or
-        shapes.
+        """Restore the newest intact checkpoint, or that of `step`.
 
-        Where it is not read as a whole, `like` names the leaves that are, by logical path.
+        Args:
+          like: trees of arrays or shapes, whose shardings the result has.
+          whole: False to read only the leaves in `like`, by logical path.
 
         Raises:
-          CheckpointError: there is none, or it belongs to a model of other parameters, shapes or dtypes.
+          CheckpointError: there is none, or its parameters, shapes or dtypes are those of another model.
         """
         self.wait()
         known = self.steps()
@@ -193,8 +190,7 @@ class Checkpointer:
                 try:
                     return candidate, self._read(candidate, like, whole=whole)
                 except Exception as error:  # Orbax has no class of its own for what it cannot read
-                    # What a manifest vouches for is not damaged, and another model's checkpoint is none of
-                    # ours to set aside.
+                    # A checkpoint that matches its manifest is not damaged; nor is one of another model.
                     if (
                         isinstance(error, CheckpointError)
                         or (self.directory / str(candidate) / MANIFEST).exists()
@@ -209,21 +205,22 @@ class Checkpointer:
         )
 
     def read_some(
-        self, step: int, item: str, wanted: Mapping[str, jax.ShapeDtypeStruct]
+        self, step: int, item: str, shapes_by_path: Mapping[str, jax.ShapeDtypeStruct]
     ) -> dict[str, Any] | None:
-        """Some arrays of an item by logical path, from a checkpoint that was restored before, and so
-        verified; None without them.
+        """Read some arrays of an item by logical path; None if it lacks them.
+
+        The checkpoint must have been restored before, and so verified.
         """
         path = self.directory / str(step)
         if not self.has(step, item):
             return None
         stored = self._meta(path)["leaves"].get(item, {})
-        if any(stored.get(name) != described for name, described in _describe(wanted).items()):
+        if any(stored.get(name) != described for name, described in _describe(shapes_by_path).items()):
             return None
-        return _read_some(path / item, dict(wanted))
+        return _read_some(path / item, dict(shapes_by_path))
 
     def has(self, step: int, item: str) -> bool:
-        """Whether the checkpoint of `step` holds this item."""
+        """Return whether the checkpoint of `step` has this item."""
         return (self.directory / str(step) / item).is_dir()
 
     def _read(self, step: int, like: Items, *, whole: bool) -> dict[str, Any]:
@@ -231,13 +228,15 @@ class Checkpointer:
         meta = self._meta(path)
         shapes = {name: stored_shapes(self.model, tree) for name, tree in like.items()}
         signs: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}  # that an older version did not keep
-        for name, wanted in shapes.items():
+        for name, shapes_by_path in shapes.items():
             stored = meta["leaves"].get(name, {})
-            stored = stored if whole else {leaf: stored[leaf] for leaf in wanted if leaf in stored}
+            stored = stored if whole else {leaf: stored[leaf] for leaf in shapes_by_path if leaf in stored}
             signs[name] = {
-                leaf: wanted.pop(leaf) for leaf in [*wanted] if is_sign(leaf) and leaf not in stored
+                leaf: shapes_by_path.pop(leaf)
+                for leaf in [*shapes_by_path]
+                if is_sign(leaf) and leaf not in stored
             }
-            _check_leaves(name, stored=stored, wanted=_describe(wanted), path=path)
+            _check_leaves(name, stored=stored, expected=_describe(shapes_by_path), path=path)
         if not whole:
             some = {
                 name: _read_some(path / name, tree) | _positive(signs[name]) for name, tree in shapes.items()
@@ -258,11 +257,11 @@ class Checkpointer:
         return jax.jit(build, out_shardings=shardings)({name: read[name] for name in like})
 
     def _meta(self, path: Path) -> dict[str, Any]:
-        """What was written beside the arrays."""
+        """Read the metadata of the arrays."""
         return self._orbax.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
     def _problem(self, step: int) -> str:
-        """What is wrong with a checkpoint on disk; empty when nothing is."""
+        """Describe the damage of a checkpoint on disk; empty if it is intact."""
         path = self.directory / str(step)
         if not (path / "meta").is_dir() or not (path / "model").is_dir():
             return "incomplete"
@@ -275,16 +274,14 @@ class Checkpointer:
             return ""
         try:
             expected = json.loads((path / MANIFEST).read_text())
-            found = _digests(path)
+            actual = _digests(path)
         except (OSError, ValueError) as error:
             return f"unreadable: {error}"
-        changed = sorted(name for name in expected if found.get(name) != expected[name])
+        changed = sorted(name for name in expected if actual.get(name) != expected[name])
         return f"{len(changed)} file(s) missing or changed, first {changed[0]}" if changed else ""
 
     def _finish(self, step: int, best_loss: float | None) -> None:
-        """After the commit: the manifest, the note of the best, then retention. Runs in the background
-        thread.
-        """
+        """After the commit, write the manifest, mark the best and prune; runs in the background thread."""
         try:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
@@ -297,21 +294,23 @@ class Checkpointer:
             self._give_up(step, error)
 
     def _set_aside(self, step: int) -> None:
-        """Renames a damaged checkpoint, so that no later restore tries it and its step can be saved again."""
-        taken = {entry.name for entry in self.directory.iterdir()}
-        free = next(name for count in itertools.count() if (name := f"{step}.bad{count or ''}") not in taken)
-        (self.directory / str(step)).rename(self.directory / free)
+        """Rename a damaged checkpoint, so that no later restore tries it and its step can be saved again."""
+        existing = {entry.name for entry in self.directory.iterdir()}
+        names = (f"{step}.bad{count or ''}" for count in itertools.count())
+        (self.directory / str(step)).rename(
+            self.directory / next(name for name in names if name not in existing)
+        )
 
     def _prune(self) -> None:
         best = self.best()
-        kept = {*self.steps()[-self.config.keep :], *([best[0]] if best else [])}
-        for step in set(self.steps()) - kept:
+        to_keep = {*self.steps()[-self.config.keep :], *([best[0]] if best else [])}
+        for step in set(self.steps()) - to_keep:
             shutil.rmtree(self.directory / str(step), ignore_errors=True)
 
     def _give_up(self, step: int, error: Exception) -> None:
-        """A failed save costs the checkpoint, not the run: its remains go, older checkpoints stay."""
+        """Log a failed save and delete its remains. The run and older checkpoints are not affected."""
         log.error(
-            "checkpoint %d was NOT saved: %s. Training goes on; free disk space or change the run directory",
+            "checkpoint %d was NOT saved: %s. Training continues; free disk space or change the run directory",
             step,
             error,
         )
@@ -323,16 +322,16 @@ def _describe(tree: Mapping[str, Any]) -> dict[str, str]:
     return {name: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for name, leaf in tree.items()}
 
 
-def _check_leaves(item: str, *, stored: Mapping[str, str], wanted: Mapping[str, str], path: Path) -> None:
-    """Refuses a checkpoint of another model: Orbax would cast a dtype without a word."""
-    differing = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
+def _check_leaves(item: str, *, stored: Mapping[str, str], expected: Mapping[str, str], path: Path) -> None:
+    """Refuse a checkpoint of another model: Orbax would cast a dtype silently."""
+    names = stored.keys() | expected.keys()
+    differing = sorted(name for name in names if stored.get(name) != expected.get(name))
     if differing:
         name = differing[0]
         raise CheckpointError(
             f"{path} does not fit this experiment: {item} {name} is {stored.get(name, 'absent')} in the "
-            "checkpoint and "
-            f"{wanted.get(name, 'absent')} in the model ({len(differing)} such). Use the model and optimizer "
-            "it was trained with"
+            f"checkpoint and {expected.get(name, 'absent')} in the model ({len(differing)} differ). Use the "
+            "model and optimizer it was trained with"
         )
 
 
@@ -340,14 +339,14 @@ def _positive(signs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]
     return {name: jnp.ones(leaf.shape, leaf.dtype) for name, leaf in signs.items()}
 
 
-def _read_some(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """Some of an item's arrays: the handler that wrote them reads all or none."""
-    if not wanted:
+def _read_some(path: Path, shapes_by_path: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """Read some of an item's arrays; the handler that wrote them reads all or none."""
+    if not shapes_by_path:
         return {}
-    how = ocp.checkpoint_utils.construct_restore_args(wanted)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(shapes_by_path)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.restore(
-            path, args=ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True)
+            path, args=ocp.args.PyTreeRestore(shapes_by_path, restore_args=restore_args, partial_restore=True)
         )
 
 
@@ -357,7 +356,7 @@ def _digests(path: Path) -> dict[str, str]:
 
 
 def _agreed(problem: Any) -> str:
-    """The first process's answer, on every process: two of them must not restore different steps."""
+    """Return the first process's answer on every process: they must not restore different steps."""
     if jax.process_count() == 1:
         return problem()
     mine = problem().encode()[:200] if jax.process_index() == 0 else b""

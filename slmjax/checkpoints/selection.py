@@ -1,11 +1,11 @@
-"""Which of several measured figures is kept: a figure that is not finite never is.
+"""Selection of the best of several measured values; values that are not finite are never selected.
 
     is_better(2.5, 3.0)                                    # True
     is_better(math.nan, 3.0), is_better(3.0, math.nan)     # False, True
     best_of({20: math.nan, 40: 2.5, 60: 2.7})              # 40
 
-Comparisons with NaN are false, and `min`, `max` and `sorted` keep or skip it by its place: where a comparison
-decides what is kept (the best checkpoint, the best of several settings), it is made here.
+Comparisons with NaN are false, so `min`, `max` and `sorted` select or skip it depending on its position. All
+code that selects the best checkpoint or the best of several settings therefore uses these functions.
 """
 
 import math
@@ -15,21 +15,19 @@ from typing import TypeVar
 Key = TypeVar("Key")
 
 
-def is_better(figure: float, best: float | None, *, lower_is_better: bool = True) -> bool:
-    """Return whether a figure takes the place of the best so far (None: there is none yet). Equal figures do
-    not.
-    """
-    if not math.isfinite(figure):
+def is_better(value: float, best: float | None, *, lower_is_better: bool = True) -> bool:
+    """Return whether a value is better than the best so far (None: there is none yet). Equal is not better."""
+    if not math.isfinite(value):
         return False
     if best is None or not math.isfinite(best):
         return True
-    return figure < best if lower_is_better else figure > best
+    return value < best if lower_is_better else value > best
 
 
-def best_of(figures: Mapping[Key, float], *, lower_is_better: bool = True) -> Key | None:
-    """Return the key of the best figure, of equal ones the first; None if no figure is finite."""
-    found: Key | None = None
-    for key, figure in figures.items():
-        if is_better(figure, None if found is None else figures[found], lower_is_better=lower_is_better):
-            found = key
-    return found
+def best_of(values: Mapping[Key, float], *, lower_is_better: bool = True) -> Key | None:
+    """Return the key of the best value, the first of equal ones; None if no value is finite."""
+    best: Key | None = None
+    for key, value in values.items():
+        if is_better(value, None if best is None else values[best], lower_is_better=lower_is_better):
+            best = key
+    return best

@@ -1,11 +1,10 @@
 """The recovered fraction of a cost: a ratio of two paired differences, with its noise.
 
-    recovered_share([1.42, 1.44, 1.43], full=[1.40, 1.41, 1.40], rounded=[1.50, 1.52, 1.49])
+    recovered_fraction([1.42, 1.44, 1.43], full=[1.40, 1.41, 1.40], rounded=[1.50, 1.52, 1.49])
 
 With L the metric of a seed, R = 1 - (L_arm - L_full) / (L_rounded - L_full): 0 is no better than rounding, 1
 as good as full precision, above 1 better than that. The two differences are averaged over seeds before they
-are
-divided: the mean of the ratios of single seeds is biased by seeds for which rounding happens to cost little.
+are divided: the mean of the ratios of single seeds is biased by seeds for which rounding happens to cost little.
 
 N: seeds, R: resamples.
 """

@@ -2,8 +2,7 @@
 
 tokenizer.json marks such tokens (`lstrip`, `rstrip`); llama.cpp decides by the name of the model. If
 `general.name` contains "phi-3" or "phi3", in any case, every special token but three strips the spaces after
-it. If it contains "modern-bert", [MASK] strips those before it. A name is therefore written for this effect
-only.
+it. If it contains "modern-bert", [MASK] strips those before it. A name is therefore written for this effect.
 """
 
 from collections.abc import Collection, Mapping, Sequence

@@ -11,8 +11,7 @@ There are four levels:
 3. Loss: the mean negative log-likelihood over the same tokens agrees within a measured tolerance. A network
    that rounds activations to 8 bits turns a difference in the last bit of a sum into a different code now and
    then, and so amplifies the smallest noise. The effect of noise of 1e-6 on the embeddings is measured on our
-   own
-   loss: it is the floor, below which differences mean nothing.
+   own loss: it is the floor, below which differences mean nothing.
 4. Tokenizer: the file has the model's vocabulary, special tokens and chat template, and the engine encodes
    texts to the same ids.
 """
