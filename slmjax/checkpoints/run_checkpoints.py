@@ -58,7 +58,7 @@ Items = Mapping[str, Any]  # named trees of arrays: "model", "optimizer", "ema",
 
 
 class Checkpointer:
-    """Writes and reads the checkpoints of one run. Must be closed: otherwise the last save may be incomplete."""
+    """Writes and reads the checkpoints of one run. Close it, or the last save may be incomplete."""
 
     def __init__(self, directory: Path, *, model: ModelConfig, config: CheckpointConfig) -> None:
         self.directory = directory.absolute()
@@ -73,7 +73,7 @@ class Checkpointer:
         self._unstack = jax.jit(functools.partial(unstack, model))
 
     def save(self, step: int, items: Items, *, best_loss: float | None = None) -> None:
-        """Start to write a checkpoint; returns once the arrays are copied. A failed save is logged, not raised.
+        """Start a save; returns once the arrays are copied. A failed save is logged, not raised.
 
         Args:
           best_loss: the validation loss, if it is the best so far. The checkpoint is marked as the best once
@@ -115,7 +115,7 @@ class Checkpointer:
             write_json(self.directory / "best.json", {"step": step, "loss": loss})
 
     def best(self) -> tuple[int, float] | None:
-        """Return step and validation loss of the best checkpoint; None if it is gone or its loss not finite."""
+        """Return step and loss of the best checkpoint; None if it is gone or its loss is not finite."""
         path = self.directory / "best.json"
         if not path.exists():
             return None
@@ -130,7 +130,7 @@ class Checkpointer:
             (self.directory / "best.json").unlink(missing_ok=True)
 
     def repair_best(self, log_path: Path) -> None:
-        """Replace a best checkpoint whose loss is not finite by the best of those with a finite loss in the log.
+        """Replace a best checkpoint whose loss is not finite by the best with a finite loss in the log.
 
         Earlier versions marked a loss of NaN as the best, and no later one was lower.
         """
@@ -205,7 +205,7 @@ class Checkpointer:
         )
 
     def read_some(
-        self, step: int, item: str, shapes_by_path: Mapping[str, jax.ShapeDtypeStruct]
+        self, step: int, item: str, tree_shapes: Mapping[str, jax.ShapeDtypeStruct]
     ) -> dict[str, Any] | None:
         """Read some arrays of an item by logical path; None if it lacks them.
 
@@ -215,9 +215,9 @@ class Checkpointer:
         if not self.has(step, item):
             return None
         stored = self._meta(path)["leaves"].get(item, {})
-        if any(stored.get(name) != described for name, described in _describe(shapes_by_path).items()):
+        if any(stored.get(name) != described for name, described in _describe(tree_shapes).items()):
             return None
-        return _read_some(path / item, dict(shapes_by_path))
+        return _read_some(path / item, dict(tree_shapes))
 
     def has(self, step: int, item: str) -> bool:
         """Return whether the checkpoint of `step` has this item."""
@@ -228,15 +228,13 @@ class Checkpointer:
         meta = self._meta(path)
         shapes = {name: stored_shapes(self.model, tree) for name, tree in like.items()}
         signs: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}  # that an older version did not keep
-        for name, shapes_by_path in shapes.items():
+        for name, tree_shapes in shapes.items():
             stored = meta["leaves"].get(name, {})
-            stored = stored if whole else {leaf: stored[leaf] for leaf in shapes_by_path if leaf in stored}
+            stored = stored if whole else {leaf: stored[leaf] for leaf in tree_shapes if leaf in stored}
             signs[name] = {
-                leaf: shapes_by_path.pop(leaf)
-                for leaf in [*shapes_by_path]
-                if is_sign(leaf) and leaf not in stored
+                leaf: tree_shapes.pop(leaf) for leaf in [*tree_shapes] if is_sign(leaf) and leaf not in stored
             }
-            _check_leaves(name, stored=stored, expected=_describe(shapes_by_path), path=path)
+            _check_leaves(name, stored=stored, expected=_describe(tree_shapes), path=path)
         if not whole:
             some = {
                 name: _read_some(path / name, tree) | _positive(signs[name]) for name, tree in shapes.items()
@@ -310,7 +308,7 @@ class Checkpointer:
     def _give_up(self, step: int, error: Exception) -> None:
         """Log a failed save and delete its remains. The run and older checkpoints are not affected."""
         log.error(
-            "checkpoint %d was NOT saved: %s. Training continues; free disk space or change the run directory",
+            "checkpoint %d was NOT saved: %s. Training continues; free disk space or change --run.directory",
             step,
             error,
         )
@@ -339,14 +337,14 @@ def _positive(signs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]
     return {name: jnp.ones(leaf.shape, leaf.dtype) for name, leaf in signs.items()}
 
 
-def _read_some(path: Path, shapes_by_path: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+def _read_some(path: Path, tree_shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
     """Read some of an item's arrays; the handler that wrote them reads all or none."""
-    if not shapes_by_path:
+    if not tree_shapes:
         return {}
-    restore_args = ocp.checkpoint_utils.construct_restore_args(shapes_by_path)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(tree_shapes)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.restore(
-            path, args=ocp.args.PyTreeRestore(shapes_by_path, restore_args=restore_args, partial_restore=True)
+            path, args=ocp.args.PyTreeRestore(tree_shapes, restore_args=restore_args, partial_restore=True)
         )
 
 

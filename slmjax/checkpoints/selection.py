@@ -16,7 +16,7 @@ Key = TypeVar("Key")
 
 
 def is_better(value: float, best: float | None, *, lower_is_better: bool = True) -> bool:
-    """Return whether a value is better than the best so far (None: there is none yet). Equal is not better."""
+    """Return whether a value is better than the best so far (None: none yet). Equal is not better."""
     if not math.isfinite(value):
         return False
     if best is None or not math.isfinite(best):

@@ -48,7 +48,7 @@ def test_absent_keys_mean_what_each_familys_library_means() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"hidden_size": "24"}, "does not describe a LlamaForCausalLM"),
+        ({"hidden_size": "24"}, "does not describe a valid LlamaForCausalLM"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0, but must be greater than 0"),
         ({"num_hidden_layers": 100_000}, "num_hidden_layers is 100,000: at most 4,096 is supported"),
     ],

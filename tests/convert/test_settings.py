@@ -158,7 +158,7 @@ def test_a_null_means_what_it_does_in_transformers(family: Family) -> None:
         (
             "llama",
             {"hidden_size": None},
-            r"hidden_size is null, which stands for no value of it: .* the family's default, 4096$",
+            r"hidden_size is null, which has no meaning here: .* the family's default, 4096$",
         ),
         ("granite", {"logits_scaling": None}, r"logits_scaling is null"),
         ("gemma2", {"attn_logit_softcapping": 0}, r"attn_logit_softcapping is 0, but must be greater than 0"),
