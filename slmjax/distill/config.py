@@ -35,6 +35,7 @@ from slmjax.losses import (
 from slmjax.models.architecture import Precision
 from slmjax.parallel.mesh import MeshConfig
 
+# Names for the command line; an experiment file uses the classes.
 DIVERGENCES: Mapping[str, type[Divergence]] = {
     "forward_kl": ForwardKl,
     "reverse_kl": ReverseKl,
@@ -161,6 +162,7 @@ class DistillConfig:
             raise ValueError(
                 "distillation needs a teacher: name a run or an imported model, as in --teacher DIR"
             )
+        # A weight may be 0 for a part of the run, but a loss of 0 at its end trains nothing.
         if self.weight.last == self.hard_weight.last == 0.0:
             raise ValueError(
                 "weight and hard_weight are both 0 at the end of the run, so the loss would be 0: keep one "
@@ -168,6 +170,7 @@ class DistillConfig:
             )
         if min(self.temperature.start, self.temperature.last) <= 0:
             raise ValueError(f"the temperature divides logits and must be above 0, got {self.temperature}")
+        # Without a mesh of their own the teachers run on the student's devices, all of them.
         if self.devices is not None and (self.devices < 1 or self.mesh is None):
             raise ValueError(
                 f"devices={self.devices} is for teachers with a mesh of their own: set mesh as well, or "

@@ -49,6 +49,7 @@ def chosen_layers(
         chosen = tuple(range(0, num_teacher, every))
         setting = f"init.every={every} gives {len(chosen)} of the teacher's {num_teacher} layers"
     else:
+        # Integer arithmetic: rounding halves up does not depend on floating point.
         steps = max(1, num_student - 1)
         return tuple((2 * i * (num_teacher - 1) + steps) // (2 * steps) for i in range(num_student))
     if len(chosen) != num_student:
@@ -82,6 +83,7 @@ def shared_rows(teacher: Tokenizer, student: Tokenizer, *, num_rows: int, path: 
       ValueError: an id stands for different tokens in the two.
     """
     sizes = (teacher.vocab_size, student.vocab_size)
+    # A difference beyond the smaller vocabulary is only a token that one of them lacks.
     if (id := teacher.differs_at(student)) is not None and id < min(sizes):
         raise ValueError(
             f"init.path={path} was trained with another tokenizer, so its parameters mean nothing here: "
@@ -120,6 +122,7 @@ def student_parameters(
     # Without quantizer parameters, which are initialised when their phase starts.
     plain = define(definition.config)
     cuts = student_cuts(teacher, plain, chosen=chosen)
+    # A parameter of the teacher may serve several of the student's: it is read once.
     needed = {cut.source for cut in cuts.values()}
 
     def needed_shapes(tree: Params) -> Params:
@@ -146,6 +149,7 @@ def student_parameters(
             flat[name] = value
         return tuple(restack(definition.config, flat, like=tree) for tree in fresh)
 
+    # One compiled program, so that a full-size copy of a sharded parameter is on no device.
     shardings = jax.tree.map(lambda leaf: leaf.sharding, fresh)
     return jax.jit(build, out_shardings=shardings)(params | buffers, fresh)
 

@@ -79,6 +79,7 @@ def batch_loss(
 
 def token_numbers(batch: Batch) -> UInt32[Array, "B T 2"]:
     """Return two numbers that no other token of the data has: its row of the dataset, its position there."""
+    # From the data and not from the batch: the draws are the same on any mesh and after a resume.
     rows = jnp.broadcast_to(batch.row_ids[:, None], batch.tokens.shape)
     positions = jax.lax.broadcasted_iota(jnp.int32, batch.tokens.shape, 1)
     return jnp.stack([rows, positions], axis=-1).astype(jnp.uint32)
@@ -103,6 +104,7 @@ def updated_state(
     """
     if distill is None or "divergence" not in sums:
         return dict(state)
+    # The mean over the global batch, so that the state does not depend on accumulation or devices.
     mean = sums["divergence"] / jnp.maximum(num_targets, 1.0)
     new = distill.divergence.updated_state(state, value=mean, progress=progress)
     # Without a scored target the mean is 0, which would look like a perfect student.

@@ -109,6 +109,7 @@ def student_cuts(teacher: Definition, student: Definition, *, chosen: Sequence[i
             f"model.norm_kind is {teacher.config.norm_kind.value} in the teacher, whose scales have another "
             f"meaning for {student.config.norm_kind.value}: set it to the same"
         )
+    # Layers by number, whatever the groups of either model.
     blocks = list(teacher.config.blocks())
     pairs = [
         _Pair(
@@ -129,6 +130,7 @@ def student_cuts(teacher: Definition, student: Definition, *, chosen: Sequence[i
     for name, shape in (_shapes(student, student.params) | buffers).items():
         pair = pairs[int(name.split("/")[1])] if name.startswith("layers/") else None
         source = name if pair is None else f"layers/{pair.source}/{_within(name)}"
+        # An untied head of a student whose teacher ties it.
         source = EMBEDDING if name == HEAD and HEAD not in teacher_shapes else source
         if source in teacher_shapes:
             cuts[name] = Cut(
@@ -136,6 +138,7 @@ def student_cuts(teacher: Definition, student: Definition, *, chosen: Sequence[i
                 indices=_indices(name, source, teacher_shapes[source], shape, pair),
                 scale=1.0 if pair is None else _scale(teacher_shapes[source], shape),
             )
+        # A buffer without a source is initialised as in a new model: it holds no trained values.
         elif name not in buffers:
             raise ValueError(
                 f"the student has {name}, and the teacher has no {source} to initialise it from: leave it "
@@ -229,6 +232,7 @@ def _warn_of_settings(pairs: Sequence[_Pair], teacher: ModelConfig, student: Mod
 
     An explicit default is no difference.
     """
+    # In canonical form, in which defaults are written out.
     blocks = [list(canonical(config).blocks()) for config in (teacher, student)]
     differing: dict[tuple[str, Any, Any], list[str]] = {}
     for name in _SHARED_SETTINGS:
@@ -261,6 +265,7 @@ def _indices(
 
     Raises ValueError for a student that is wider, or that is narrower inside a part of an unknown kind.
     """
+    # The vocabularies decide about the rows of a table, after it is read.
     if name in TABLES:
         ours = (theirs[0], *ours[1:])
     dims = [np.arange(min(sizes)) for sizes in zip(theirs, ours, strict=True)]
@@ -275,6 +280,8 @@ def _indices(
     if pair is not None:
         part = getattr(pair.student, _within(name).split("/")[0], None)
         widths = tuple(config.embed_dim for config in pair.widths)
+        # Dims that are neither equal nor the width of the models are inside a part: how they are laid out is
+        # known for some kinds only.
         inner = [
             sizes for sizes in zip(theirs, ours, strict=True) if sizes[0] != sizes[1] and sizes != widths
         ]
@@ -289,6 +296,7 @@ def _indices(
 
 def _scale(theirs: tuple[int, ...], ours: tuple[int, ...]) -> float:
     """Return the factor that keeps the variance of outputs of a matrix [..., in, out] with fewer inputs."""
+    # Vectors are no sums over inputs.
     return math.sqrt(theirs[-2] / ours[-2]) if len(ours) > 1 else 1.0
 
 
@@ -300,6 +308,7 @@ def _unusual_dims(pair: _Pair) -> dict[str, tuple[int, Dim]]:
     theirs = pair.teacher.mixer
     ours = pair.student.mixer
     if isinstance(theirs, AttentionConfig) and isinstance(ours, AttentionConfig):
+        # [K, G] query heads of the teacher: the first heads of each key-value head that stays.
         heads = (
             np.arange(theirs.num_heads)
             .reshape(theirs.kv_heads, -1)[: ours.kv_heads, : ours.num_heads // ours.kv_heads]

@@ -73,6 +73,7 @@ class TeacherPlan:
         The computation casts them to this dtype anyway, except those of a router, which stays in float32.
         """
 
+        # Rank within a layer: `segments/` stacks layers in a leading dim.
         def cast(path: str, leaf: Array) -> Array:
             dims = leaf.ndim - path.startswith("segments/")
             return leaf.astype(self.dtype) if dims > 1 and "/router/" not in path else leaf
@@ -93,6 +94,7 @@ class TeacherPlan:
         def run(tokens: Array, segment_ids: Array, positions: Array) -> Array:
             return model(tokens, segment_ids=segment_ids, positions=positions).hidden
 
+        # Identical to a plain call for rows that fit the context.
         length = self.definition.config.context_length
         return windowed(run, tokens, segment_ids, positions, context_length=length, overlap=self.overlap)
 
@@ -133,6 +135,7 @@ def split_devices(distill: DistillConfig | None, devices: Sequence[Any]) -> tupl
     Raises:
       ValueError: no device would be left for the student, or there are several hosts.
     """
+    # With a weight of 0 at every step no teacher is loaded, and no device set aside.
     count = None if distill is None or distill.weight.is_zero else distill.devices
     if count is None:
         return list(devices), list(devices)
@@ -180,6 +183,7 @@ def plan_teachers(
     for settings in distill.teachers:
         path = Path(settings.path)
         config = read_config(path)
+        # A teacher is evaluated, so it has no dropout.
         config = dataclasses.replace(config, precision=settings.precision or student.precision, dropout=0.0)
         length = config.context_length
         if length < sequence_length and distill.short_context is ShortContext.REFUSE:
@@ -188,6 +192,7 @@ def plan_teachers(
                 f"data.sequence_length={sequence_length}: reduce it, or let the teacher read rows in windows "
                 f"with objective.distill.short-context={ShortContext.WINDOW.value}"
             )
+        # A model may have more rows than tokens: rows without a token are padding on both sides.
         vocab_size = min(student.known_vocab_size, config.known_vocab_size)
         if tokenizer is not None:
             _check_vocabulary(tokenizer, path)
@@ -237,6 +242,7 @@ class Teachers:
         loaded = [_load(plan) for plan in self.plans]
         self._arrays = [arrays for arrays, _ in loaded]
         self._heads = [head for _, head in loaded]
+        # A jitted call for each teacher, apart from the train step: teachers may run on another mesh.
         self._calls = [
             jax.jit(functools.partial(_in_microbatches, plan), static_argnames="num_microbatches")
             for plan in self.plans
@@ -255,6 +261,7 @@ class Teachers:
             inputs = (batch.tokens, batch.segment_ids, batch.positions)
             if plan.mesh is not plan.student_mesh:
                 inputs = jax.device_put(inputs, named_sharding(HIDDEN[:2], batch.tokens.shape, plan.mesh))
+            # Only queued: the host does not wait for the teacher.
             with jax.set_mesh(plan.mesh):
                 hidden = call(*arrays, *inputs, num_microbatches=num_microbatches)
             if plan.mesh is not plan.student_mesh:

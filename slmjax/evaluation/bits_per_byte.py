@@ -190,6 +190,7 @@ def evaluate_batches(
         _add(totals, pending)
         pending = running
     _add(totals, pending)
+    # Every token is scored exactly once, or bits per byte would not compare.
     assert totals["weight"] == batches.num_targets, (
         f"{totals['weight']} tokens were scored, and there are {batches.num_targets}"
     )
@@ -207,6 +208,7 @@ def evaluate_batches(
     return EvalResult(
         **optional_metrics,
         loss=loss,
+        # exp overflows a float at about 709.
         perplexity=math.inf if loss >= 700 else math.exp(loss),
         bits_per_byte=_bits_per_byte(totals["nll"], batches),
         calibration_error=expected_calibration_error(
@@ -269,6 +271,7 @@ def evaluate(
     experiment = _experiment_of(loaded)
     score = score or scored_text(loaded)
     data = data_or_own(loaded, data)
+    # A window is never longer than the context that the model was trained with.
     length = min(data.sequence_length, loaded.config.context_length)
     if overlap is None:
         run_overlap = experiment.get("eval", {}).get("overlap")
@@ -282,6 +285,7 @@ def evaluate(
         overlap=overlap,
         max_documents=max_documents,
     )
+    # Of all documents only: for a part of them the counts would mislead.
     if max_documents is None and score is not ScoredText.ALL:
         _log_left_out(batches, documents, decode=loaded.tokenizer.decode)
     result = evaluate_batches(

@@ -78,12 +78,15 @@ def measure_efficiency(
         sample(loaded.definition, loaded.params, loaded.buffers, [prompt], config=settings, eos_id=None)
         return time.perf_counter() - started
 
+    # One shape for the prompt alone and one for decoding: neither compilation is timed.
     for count in (1, new_tokens):
         decode(count)  # compiles
+    # Medians, since a first round or another process may take long.
     first = statistics.median(decode(1) for _ in range(ROUNDS))
     total = statistics.median(decode(new_tokens) for _ in range(ROUNDS))
     costs = zoo.describe(config)
     dims = config.layer_shape()
+    # A looped block has a decoding state for each of its loops.
     mixers = [block.mixer for block in config.blocks() for _ in range(block.num_loops)]
     itemsize = np.dtype(dims.dtype).itemsize
     cache = sum(mixer.state_bytes(dims, length=config.context_length, itemsize=itemsize) for mixer in mixers)

@@ -45,6 +45,7 @@ def pair_tokens(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     the continuation belongs to it, even if it starts in the context. White space at the end of the context
     counts as continuation, since tokens start with their space.
     """
+    # Encoded as one text, so that the tokens are those the model saw in training.
     cut = len(context.rstrip())
     text = context + continuation
     tokens = tokenizer.encode_spans([text])[0]

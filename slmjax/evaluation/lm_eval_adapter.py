@@ -66,6 +66,7 @@ class SlmjaxLM(LM):
             raise ValueError("this model has no chat template: leave out --apply_chat_template")
         names = {"bos_token": tokenizer.bos if tokenizer.has_bos else None, "eos_token": tokenizer.eos}
         last = chat_history[-1]
+        # The mark finds the end of the last message in the rendered text, whatever the template adds to it.
         marked = (
             chat_history
             if add_generation_prompt
@@ -155,6 +156,7 @@ class SlmjaxLM(LM):
             ids = tokenizer.encode_with_special(continuation)
             return (ids[:1], ids[1:]) if ids[:1] == [self._prefix_id] else ([self._prefix_id], ids)
         cut = len(context.rstrip())
+        # White space at the end of the context belongs to the continuation, as in lm-eval's class.
         before = self._ids(context[:cut])
         full = self._ids(context + continuation)
         # lm-eval's class fails if nothing is left of either.

@@ -77,6 +77,7 @@ def answer_questions(
         refuse_nan(likelihoods, where=question.where)
         logprobs = np.asarray([likelihood.logprob for likelihood in likelihoods])
         num_bytes = [len(_split_blank(question.prompt, choice)[1].encode()) for choice in question.choices]
+        # The first of equal scores, as in lm-eval.
         is_right.append(int(np.argmax(logprobs)) == question.answer)
         is_right_per_byte.append(int(np.argmax(logprobs / np.asarray(num_bytes))) == question.answer)
         truncated += any(likelihood.truncated for likelihood in likelihoods)
@@ -116,8 +117,10 @@ def _split_blank(prompt: str, choice: str) -> tuple[str, str]:
     """Return the blank to add after the prompt, or "", and the choice without a leading blank."""
     if not prompt:
         return "", choice
+    # The blank of the prompt counts; a second one in the choice is dropped.
     if prompt[-1] == " ":
         return "", choice.removeprefix(" ") or choice
+    # A newline, say, separates the two already.
     if prompt[-1].isspace() or (choice[0].isspace() and choice[0] != " "):
         return "", choice
     return " ", choice.removeprefix(" ") or choice
@@ -174,6 +177,7 @@ def _answer(answer: Any, choices: list[str], where: str) -> int:
     """Return the index of the right choice, from an index or the text of a choice."""
     if isinstance(answer, str) and choices.count(answer) == 1:
         return choices.index(answer)
+    # JSON's true is an int in Python, but no index.
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise ValueError(
             f'{where}: "answer" is {answer!r}, and must be an index from 0 to {len(choices) - 1}, or the '

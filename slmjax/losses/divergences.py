@@ -136,9 +136,11 @@ class Jsd(Divergence):
     def value_and_slope(
         self, log_p: LogProbabilities, log_q: LogProbabilities, context: DivergenceContext
     ) -> tuple[Float[Array, "C"], LogProbabilities]:
+        # The formula itself is 0 at both ends: the KLs are the convention of GKD.
         if self.beta in (0.0, 1.0):
             return (ForwardKl() if self.beta == 0.0 else ReverseKl()).value_and_slope(log_p, log_q, context)
         log_m, log_m_over_p, log_m_over_q = log_mixture(log_p, log_q, q_weight=1.0 - self.beta)
+        # Both terms take the ratio from `log_mixture`: m and p may agree in all digits of their logarithms.
         of_p = self.beta * excess(log_p, log_m, log_m_over_p)
         of_q = (1.0 - self.beta) * excess(log_q, log_m, log_m_over_q)
         return _total(of_p + of_q, context), -(1.0 - self.beta) * jnp.exp(log_q) * log_m_over_q
@@ -200,8 +202,10 @@ class TotalVariation(Divergence):
     def value_and_slope(
         self, log_p: LogProbabilities, log_q: LogProbabilities, context: DivergenceContext
     ) -> tuple[Float[Array, "C"], LogProbabilities]:
+        # The derivative by log q_v is q_v times that by q_v, a sign.
         q = jnp.exp(log_q)
         difference = q - jnp.exp(log_p)
+        # The error of a log-softmax grows with the magnitude of its result.
         rounding = 32 * jnp.finfo(log_q.dtype).eps * (1.0 - jnp.minimum(log_p, log_q))
         sign = jnp.where(jnp.abs(log_q - log_p) <= rounding, 0.0, jnp.sign(difference))
         return 0.5 * _total(jnp.abs(difference), context), 0.5 * sign * q
@@ -261,6 +265,7 @@ class Taid(Divergence):
         is_first = previous < 0.0
         change = (previous - value) / (previous + 1e-15)
         momentum = self.momentum * state["momentum"] + (1.0 - self.momentum) * change
+        # The step is a fraction of the remaining way, larger while the loss falls.
         adaptive = state["share"] + self.rate * jax.nn.sigmoid(momentum) * (1.0 - state["share"])
         weight = jnp.minimum(self.end, jnp.maximum(self.min_teacher_weight(progress), adaptive))
         # The first step has no loss to compare with: it only remembers its own.
@@ -274,6 +279,7 @@ class Taid(Divergence):
         self, log_p: LogProbabilities, log_q: LogProbabilities, context: DivergenceContext
     ) -> tuple[Float[Array, "C"], LogProbabilities]:
         weight = context.state["share"].astype(log_q.dtype)
+        # The mixture is a target: the student gets no gradient through it.
         between = jnp.exp(log_softmax((1.0 - weight) * log_q + weight * log_p, context.shards))
         return _total(-between * log_q, context), -between
 
@@ -327,6 +333,7 @@ class Sampled(Divergence):
     def value_and_slope(
         self, log_p: LogProbabilities, log_q: LogProbabilities, context: DivergenceContext
     ) -> tuple[Float[Array, "C"], LogProbabilities]:
+        # The draws have probabilities p, so their counts over n have the expectation p.
         target = draw_counts(jnp.exp(log_p), self.draws, context).astype(log_q.dtype) / self.draws
         return _total(-target * log_q, context), -target
 
@@ -334,6 +341,7 @@ class Sampled(Divergence):
 # Over the vocabulary ----------------------------------------------------------------------------------------
 def log_softmax(x: Float[Array, "C v"], shards: communication.Shards) -> LogProbabilities:
     """Return log-probabilities over the full vocabulary; they are finite, also for logits of -inf."""
+    # -inf would become NaN as soon as it is multiplied by a probability of 0.
     x = jnp.maximum(x, PADDING_LOGIT)
     x = x - shards.max(jnp.max(x, axis=-1))[:, None]
     return x - jnp.log(shards.sum(jnp.sum(jnp.exp(x), axis=-1)))[:, None]
@@ -378,6 +386,7 @@ def top_columns(log_p: LogProbabilities, k: int, shards: communication.Shards) -
     The threshold is found bit by bit, by counting: each pass is a sum over the vocabulary, which works on
     shards, while a sort would gather them.
     """
+    # A k beyond the vocabulary keeps all of it.
     k = min(k, log_p.shape[-1] * shards.count)
     # The bit patterns of non-negative floats are ordered as the floats are; log p is negative, so that its
     # largest values have the smallest patterns.
@@ -440,6 +449,7 @@ def draw_counts(p: Float[Array, "C v"], num_draws: int, context: DivergenceConte
     last = jax.vmap(lambda sums: jnp.searchsorted(sums, sums[-1]))(cumulative)[:, None]
     drawn = jnp.minimum(find(cumulative, numbers - start), last)
     token_index = jnp.arange(p.shape[0])[:, None]
+    # Numbers of other shards are added as 0, at any column.
     return jnp.zeros(p.shape, jnp.int32).at[token_index, drawn].add(is_mine.astype(jnp.int32))
 
 
@@ -447,6 +457,7 @@ def _uniform(
     key: UInt32[Array, "2"], ids: UInt32[Array, "C 2"], count: int, dtype: Any
 ) -> Float[Array, "C n"]:
     def of_token(id: UInt32[Array, "2"]) -> Array:
+        # A key of its own for every token: its draws do not change with the tokens next to it.
         token_key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), id[0]), id[1])
         return jax.random.uniform(token_key, (count,), dtype)
 

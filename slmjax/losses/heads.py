@@ -88,6 +88,7 @@ def _project_forward(hidden: Array, weight: Array) -> tuple[Array, tuple[Array, 
 
 def _project_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     hidden, weight = saved
+    # Both products of the backward pass then run in the dtype of the forward pass.
     cotangent = cotangent.astype(hidden.dtype)
     hidden_gradient = jax.lax.dot_general(
         cotangent,
@@ -95,6 +96,7 @@ def _project_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Arr
         (((cotangent.ndim - 1,), (0,)), ((), ())),
         preferred_element_type=accumulation_dtype(hidden.dtype),
     )
+    # Summed over all tokens of the chunk in float32.
     weight_gradient = kernels.outer_sum(
         cotangent.reshape(-1, cotangent.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
     )

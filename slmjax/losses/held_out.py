@@ -85,6 +85,7 @@ def _chunk_loss_for(config: DistillLossConfig, shards: communication.Shards) -> 
                 vocab_size=shared_size,
                 shards=shards,
             )
+            # The KL compares tokens that both have; the loss of the student is over all of its own.
             is_shared = column_ids(student_logits, shards) < shared_size
             shared_logits = jnp.where(is_shared, student_logits, PADDING_LOGIT)
             comparison = _comparison(shared_logits, log_p, targets, shards)
@@ -96,6 +97,7 @@ def _chunk_loss_for(config: DistillLossConfig, shards: communication.Shards) -> 
 
 def _bins(values: HardValues, token_weights: Float[Array, "C"]) -> dict[str, Float[Array, "S"]]:
     confidence = jnp.exp(values.largest - values.normaliser)
+    # A confidence of exactly 1 belongs to the last bin.
     index = jnp.minimum((confidence * NUM_BINS).astype(jnp.int32), NUM_BINS - 1)
     member = jax.nn.one_hot(index, NUM_BINS, dtype=token_weights.dtype) * token_weights[:, None]
     return {

@@ -109,6 +109,7 @@ def fit_table(table: Float[Array, "V ..."], num_rows: int) -> Float[Array, "R ..
 
 def fit_rows(head: Head, num_rows: int) -> Head:
     """Return the head with `num_rows` rows: cut, which drops the tokens of further rows, or padded."""
+    # Padding rows have no probability: `vocab_size` does not grow with them.
     bias = None if head.bias is None else fit_table(head.bias, num_rows)
     return dataclasses.replace(
         head, weight=fit_table(head.weight, num_rows), bias=bias, vocab_size=min(head.vocab_size, num_rows)
@@ -227,6 +228,7 @@ def token_divergences(
       context: shards of the vocabulary, state and randomness of the divergence.
     """
     shards = context.shards
+    # Distributions over the tokens that all models have: the others would get probability from one side only.
     shared_size = min(vocab_size, *(teacher.head.vocab_size for teacher in teachers))
     log_p = teacher_log_probabilities(
         teachers, config, temperature=temperature, vocab_size=shared_size, shards=shards
@@ -254,6 +256,7 @@ def teacher_log_probabilities(
         for weight, teacher in zip(config.normalised_weights(len(teachers)), teachers, strict=True)
         if weight > 0
     ]
+    # Weighted logits need one normaliser after the sum, probabilities one for each teacher before it.
     if config.mean is TeacherMean.LOGITS or len(weighted_logits) == 1:
         return log_softmax(functools.reduce(jnp.add, [weight * x for weight, x in weighted_logits]), shards)
     return functools.reduce(

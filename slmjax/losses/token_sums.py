@@ -98,6 +98,8 @@ def sharded_sum(
         num_tokens = batch_size * length // (num_devices("batch") * num_devices("time"))
         vocabulary = choose_vocabulary(num_tokens, num_rows)
     is_gathered = vocabulary is Vocabulary.GATHERED
+    # With a gathered table the tensor axis shards the tokens further; with a sharded one, its devices have
+    # the same tokens.
     token_dim, bias_dim = ("tokens", None) if is_gathered else ("time", "vocab")
 
     def on_device(
@@ -121,6 +123,7 @@ def sharded_sum(
             constants,
             chunk_size,
         )
+        # The one reduction of the values: over the devices that have different tokens.
         return communication.sum_over(sums, "batch", token_dim)
 
     table_dims = _table_dims(num_rows, batch_size=batch_size, length=length, is_gathered=is_gathered)
@@ -236,6 +239,7 @@ def _chunked_sum_forward(
 
     zeros = jax.tree.map(jnp.zeros_like, params32)
     params_gradient, (sums, hidden_gradient) = _scan_chunks(step, zeros, (hidden, tokens), chunk_size)
+    # Without the padding of the last chunk.
     hidden_gradient = hidden_gradient.reshape(-1, *hidden.shape[1:])[: hidden.shape[0]]
     # The backward pass needs the dtypes of `params` but not their values: scalars carry them.
     dtypes = jax.tree.map(lambda p: jnp.zeros((), p.dtype), params)
