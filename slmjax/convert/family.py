@@ -154,6 +154,7 @@ def paired(rule: Rule, *, num_heads: int, rope_dim: int) -> Rule:
         plain = np.arange(heads.shape[-1] - rope_dim)
         return [heads[..., np.concatenate([plain, len(plain) + order])].reshape(arrays[0].shape)]
 
+    # Indices of the first of all pairs, then the second; their inverse is argsort.
     halves = np.arange(rope_dim).reshape(-1, 2).T.reshape(-1)
     return dataclasses.replace(
         rule,
@@ -283,6 +284,7 @@ def cast_tensor(name: str, array: np.ndarray, dtype: np.dtype | None) -> np.ndar
     """Cast a tensor; None keeps its dtype. Raises ValueError if a value overflows float16."""
     if dtype is None:
         return array
+    # bfloat16 and float32 have the same range: only float16 can overflow.
     with np.errstate(over="ignore"):
         cast = array.astype(dtype)
     if dtype == np.float16 and np.any(np.isinf(cast) & np.isfinite(array)):
@@ -306,6 +308,7 @@ def read_settings(
       ConfigError: a setting is missing, not supported, or invalid; the message names the file.
     """
     settings = family.settings(values, where=where)
+    # Checked first: readers make a list of that many blocks.
     for name in LAYERS:
         if name in values:
             settings.positive(name, 1)

@@ -139,6 +139,7 @@ def _check_names(path: Path, architecture: str, missing: list[str], extra: list[
 def _tokenizer(path: Path, file: GgufFile) -> Tokenizer | None:
     if "tokenizer.ggml.model" not in file.metadata or file.metadata["tokenizer.ggml.model"] == "no_vocab":
         return None
+    # Models for chats may name only the end of a turn: it then ends texts too.
     vocabulary = tokenizer_from_gguf(file.metadata)
     eos = vocabulary.eos or vocabulary.end_of_turn
     if eos is None:
@@ -210,6 +211,7 @@ def write_model(
         for name, array in export.settings.items()
         if name in EXTRA_TENSORS
     ]
+    # An explicit float32 asks for dequantized weights.
     in_codes = bool(local_model.formats) and dtype != np.float32
     tensors = [*extra, *_pending(export.rules, local_model, stored, in_codes=in_codes)]
     sizes = _sizes(tensors)

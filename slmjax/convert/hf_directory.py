@@ -60,6 +60,7 @@ def open_directory(directory: Path) -> ForeignModel:
     model = read_settings(family, values, where=str(path), notes=notes)
     tensors = safetensors_files.TensorFiles(directory)
     tensor_map = family.tensor_map_for(model)
+    # Names are checked before any weights are read.
     rules = _as_saved(bind(tensor_map, model), tensor_map, set(tensors.names))
     _check_names(family.architecture, tensor_map, rules, tensors)
     return ForeignModel(
@@ -160,6 +161,7 @@ def _license(directory: Path) -> str | None:
     """Return the licence named in the front matter of README.md, with its own name if it has one."""
     readme = directory / "README.md"
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    # A few keys of a YAML header, found without a YAML parser.
     head = re.match(r"---\s*\n(.*?)\n---", text, flags=re.DOTALL)
     keys = (
         dict(re.findall(r"^(license(?:_name)?):[ \t]*([^\n]*)$", head.group(1), flags=re.MULTILINE))

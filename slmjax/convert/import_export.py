@@ -82,6 +82,7 @@ def import_model(
         raise ValueError(
             f"{source} has no tokenizer.json to add {add_tokens[0]!r} to: name one with --tokenizer"
         )
+    # Some releases have added tokens without embeddings, which no model could read or write.
     num_rows = foreign_model.config.known_vocab_size
     if loaded is not None and loaded.vocab_size > num_rows:
         notes.append(
@@ -123,6 +124,7 @@ def _resized(
         if name in ROWS_PER_TOKEN and (new_rows or model.table_rows > array.shape[0]):
             table = np.zeros((model.table_rows, array.shape[1]), array.dtype)
             table[: array.shape[0]] = array
+            # In float64: the sum over a large vocabulary would lose digits in bfloat16.
             mean = np.mean(array[: new_rows.start], axis=0, dtype=np.float64)
             table[new_rows.start : new_rows.stop] = mean.astype(array.dtype)
             array = table

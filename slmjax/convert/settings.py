@@ -39,6 +39,7 @@ class Settings:
         if value is not None:
             return value
         published = self._defaults.get(name)
+        # A written null is not an absent key: the published default does not apply to it.
         is_null = name in self._values
         if published is not None and not is_null:
             return published

@@ -104,10 +104,13 @@ def choose_family(
     config = canonical(model)
     # (number of differences, text): the fewer, the nearer. Refusals count as many.
     reasons: list[tuple[int, str]] = []
+    # A stable sort: all other families stay in the order of preference.
     for family in sorted(families, key=lambda family: family.architecture != preferred):
         try:
             settings = family.write(config)
             reader = family.settings(settings, where=f"{family.architecture} as written")
+            # What the format cannot represent shows as a difference, so that writers need not check
+            # everything.
             read_back = canonical(family.read(reader))
             reader.finish()
             if not (lost := differences(config, read_back, tolerance=tolerance)):

@@ -33,6 +33,7 @@ def derive(
     Returns:
       result and evaluation of the new member, with the same keys as for a training.
     """
+    # Remains of an interrupted derivation.
     shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     derivation.make(Path(source["run_dir"]), out)

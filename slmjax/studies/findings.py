@@ -87,6 +87,7 @@ def analyze(study: Study, members: Sequence[Member], *, further: Sequence[tuple[
     pairs = _pairs(study, further)
     _check_metrics(study, members)
     differences = [_differences(study, by_key, pair, study.metric) for pair in pairs]
+    # Comparisons without enough pairs stay in the family, so that the correction does not depend on failures.
     adjusted = holm([1.0 if difference is None else difference.p_value for difference in differences])
     comparisons = tuple(
         Comparison(
@@ -190,6 +191,8 @@ def _lost_text(by_key: Members, arm: str, seeds: Sequence[int]) -> set[float]:
 
 def _is_comparable(study: Study, by_key: Members, pair: Pair) -> bool:
     """Return whether bits per byte compare: both arms' tokenizers lose the same fraction of the text."""
+    # Text that a tokenizer loses costs nothing, so that bits per byte of two arms would differ for that
+    # reason.
     first, second = (_lost_text(by_key, arm, study.seeds) for arm in pair)
     return study.metric != "bits_per_byte" or first == second
 
@@ -271,6 +274,7 @@ def _notes_of_data(study: Study, members: Sequence[Member]) -> list[str]:
     kinds: dict[tuple[str, str], list[str]] = {}
     for arm in study.arms:
         experiment = member_experiment(study, arm.name, study.seeds[0])
+        # Without the fields that do not change which batches are read.
         data = dataclasses.replace(experiment.data, seed=0, cache_dir=None, read_threads=1, prefetch=1)
         kinds.setdefault((fingerprint(data), fingerprint(experiment.tokenizer)), []).append(arm.name)
     if len(kinds) > 1:

@@ -114,6 +114,7 @@ def _comparison_cells(comparison: Comparison) -> tuple[str, ...]:
     verdict = comparison.verdict.value
     if (difference := comparison.difference) is None or comparison.adjusted_p is None:
         return ABSENT, ABSENT, ABSENT, ABSENT, verdict
+    # No more decimals than the noise of this comparison allows.
     places = num_places(difference.standard_error, difference.mean)
     p = "< 0.001" if comparison.adjusted_p < 0.001 else f"{comparison.adjusted_p:.3f}"
     intervals = [

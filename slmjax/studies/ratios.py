@@ -4,7 +4,8 @@
 
 With L the metric of a seed, R = 1 - (L_arm - L_full) / (L_rounded - L_full): 0 is no better than rounding, 1
 as good as full precision, above 1 better than that. The two differences are averaged over seeds before they
-are divided: the mean of the ratios of single seeds is biased by seeds for which rounding happens to cost little.
+are divided: the mean of the ratios of single seeds is biased by seeds for which rounding happens to cost
+little.
 
 N: seeds, R: resamples.
 """
@@ -80,8 +81,10 @@ def recovered_fraction(
     """
     cost = paired_difference(rounded, full, confidence=confidence, seed=seed)
     gain = paired_difference(values, rounded, confidence=confidence, seed=seed)
+    # Signs are such that y > 0 if rounding costs something, whichever way the metric goes.
     y = np.subtract(rounded, full) * (1 if lower_is_better else -1)
     x = np.subtract(values, full) * (1 if lower_is_better else -1)
+    # A fraction of no cost, or of a gain, has no meaning.
     if y.mean() <= 0:
         return RecoveredFraction(
             fraction=None,
@@ -121,8 +124,10 @@ def fieller_interval(
     a = y.mean() ** 2 - t**2 * s_yy
     b = x.mean() * y.mean() - t**2 * s_xy
     c = x.mean() ** 2 - t**2 * s_xx
+    # The quadratic opens downwards: every r outside an interval fits, or every r at all.
     if a <= 0:
         return None
+    # Rounding can make a discriminant of zero negative.
     root = math.sqrt(max(b**2 - a * c, 0.0))
     return float((b - root) / a), float((b + root) / a)
 

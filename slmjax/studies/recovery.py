@@ -116,6 +116,7 @@ def measure(
                 continue
             run_dirs = [run.result["run_dir"] for run in (member, reference)]
             key = fingerprint({"members": [member.fingerprint, reference.fingerprint], "places": run_dirs})
+            # Evaluating a member takes minutes: earlier measurements of the same models are reused.
             if key not in before:
                 log.info(
                     "%s: comparing %s, seed %d, with %s", recovery.study.name, arm, seed, recovery.reference
@@ -130,6 +131,7 @@ def _metrics(recovery: Recovery, member: Member, reference: Member) -> Measured:
     loaded = load_model(member.result["run_dir"])
     total, numbers = stored_size(loaded.config, loaded.quant_phases)
     metrics = {"bytes": float(total), "bits_per_number": 8 * total / numbers, "kl": 0.0, "agreement": 1.0}
+    # The reference does not differ from itself: no evaluation is needed.
     if member.arm != reference.arm:
         experiment = member_experiment(recovery.study, member.arm, member.seed)
         evaluation = evaluate_member(
@@ -208,6 +210,7 @@ def report_recovery(
     """Report on a study, which need not be complete."""
     study = recovery.study
     fractions = [_fraction(recovery, members, *pair) for pair in recovery.pairs]
+    # All recoveries of a report are one family of tests.
     adjusted = holm([1.0 if fraction is None else fraction.gain.p_value for _, fraction in fractions])
     recoveries: dict[str, list[RecoveryOver]] = {}
     for (arm, rounded), (seeds, fraction), p in zip(recovery.pairs, fractions, adjusted, strict=True):

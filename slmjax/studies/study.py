@@ -74,6 +74,7 @@ class Study:
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
+        # In lower case: some file systems ignore case.
         directories = [arm.directory.lower() for arm in self.arms]
         if len(set(directories)) < len(directories):
             raise ValueError(
@@ -128,6 +129,7 @@ class Member:
 
     def metric_value(self, name: str) -> float | None:
         """Return a metric of result or evaluation; None if not finite, or the member did not finish."""
+        # JSON has flags and texts as well; only numbers can be compared.
         value = self.result.get(name, self.evaluation.get(name))
         if self.status != FINISHED or isinstance(value, bool) or not isinstance(value, int | float):
             return None
@@ -231,6 +233,7 @@ def run_study(
       ValueError: an experiment has changed (`read_members`), or there are several processes.
       Interrupted: the current run was stopped by a signal, and has saved its state.
     """
+    # Each process would train, record and skip members on its own.
     if jax.process_count() > 1:
         raise ValueError(
             "a study runs in one process: use one host, or train its members separately on several hosts"
@@ -240,6 +243,7 @@ def run_study(
     done = {
         (member.arm, member.seed): member for member in read_members(study, directory, on_change=on_change)
     }
+    # Seeds in the outer loop: an interrupted study has complete pairs.
     with RunLog(directory / MEMBERS) as records:
         for seed in study.seeds:
             for arm in study.arms:
@@ -265,6 +269,7 @@ def _train_member(
     )
     about: dict[str, Any] = {"arm": arm.name, "seed": seed, "fingerprint": fingerprint(plan)}
     log.info("study %s: arm %s, seed %d", study.name, arm.name, seed)
+    # A run may have ended just before its line was written: then only the line is missing.
     run, result = _earlier_run(run_parent, experiment)
     if result is None:
         try:

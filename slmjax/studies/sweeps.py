@@ -95,6 +95,7 @@ def best_rates(sweep: RateSweep, members: Sequence[Member]) -> dict[str, ChosenR
     }
     chosen = {}
     for arm in sweep.arms:
+        # A rate whose run diverged is recorded as tried, but cannot be chosen.
         tried = tuple((rate, values.get(_name(arm.name, rate))) for rate in sorted(sweep.rates))
         finished = [(value, rate) for rate, value in tried if value is not None]
         if not finished:
@@ -130,6 +131,7 @@ def with_rate(experiment: Experiment, rate: float) -> Experiment:
 
 def check_chosen(study: Study, arm: str, chosen: ChosenRate) -> None:
     """Raise ValueError if an arm is not trained at its chosen rate, or the study has the seed that chose."""
+    # With the seed that chose it, an arm would have the best of several draws of the noise.
     if chosen.seed in study.seeds:
         raise ValueError(
             f"seed {chosen.seed} chose the learning rate of {arm!r} and is one of the study's: sweep with "

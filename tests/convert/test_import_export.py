@@ -70,7 +70,7 @@ def change_tensors(directory: Path, change: Callable[[dict[str, np.ndarray]], No
         ),
         (
             {"hidden_size": None},
-            r"hidden_size is null, which stands for no value of it: .* for the family's default, 4096$",
+            r"hidden_size is null, which has no meaning here: .* for the family's default, 4096$",
         ),
         (
             {"intermediate_size": 41},

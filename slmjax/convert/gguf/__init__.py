@@ -6,8 +6,8 @@ Files in reading order:
 - settings.py: metadata keys that families share
 - tensors.py: tensor names that families share
 - tensor_codes.py: codes and scales as GGUF blocks
-- pre_tokenizers.py: llama.cpp's rules that cut text before merges
-- swallowed_blanks.py: blanks that special tokens remove next to them
+- pre_tokenizers.py: llama.cpp's rules that split text before merges
+- stripped_spaces.py: special tokens that strip the spaces next to them
 - tokenizer.py: tokenizers in GGUF metadata
 - llama_cpp.py: llama.cpp inside this process, for comparisons
 """

@@ -128,6 +128,7 @@ def read_gguf(path: Path) -> GgufFile:
         magic = opened.read(len(_MAGIC))
     if magic != _MAGIC:
         raise ValueError(f"{path} is not a GGUF file: it does not start with {_MAGIC.decode()!r}")
+    # Mapped, not read: models are larger than what an import may hold in memory.
     content = np.memmap(path, mode="r")
     cursor = _Cursor(content, len(_MAGIC))
     try:
@@ -166,6 +167,7 @@ def write_gguf(
     """
     gguf = _import_gguf()
     values = {key: _typed(gguf, key, value) for key, value in metadata.items()}
+    # The header has the sizes of all tensors, before any of their values.
     pending = list(tensors)
     with (
         atomic_file(path) as temporary,
@@ -234,6 +236,7 @@ def _tensor_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     num_dims = cursor.number("<u4")
     if num_dims > _MAX_DIMS:
         raise ValueError(f"tensor {name!r} has {num_dims} dims, but at most {_MAX_DIMS} are supported")
+    # GGUF counts dims from the fastest one.
     columns_first = [cursor.number("<u8") for _ in range(num_dims)]
     return name, tuple(reversed(columns_first)), cursor.number("<u4"), cursor.number("<u8")
 

@@ -70,6 +70,7 @@ def blocks_of(rule: BoundRule, local_model: LocalModel, container: str) -> UInt8
         raise ValueError(
             f"{name} has several scales in one block of {container}, which stores one: {WAYS_OUT}"
         )
+    # All values of a block have one scale now.
     try:
         packed = np.asarray(pack(Encoded(codes=codes, scale=scale), container))
     except ValueError as error:

@@ -89,6 +89,7 @@ def check_loss(
         _our_nll(definition.merge_transformed(_noisy(params, draw), buffers), windows)
         for draw in range(NOISE_DRAWS)
     ]
+    # Engine and slmjax score the same windows, so that their difference is paired.
     counts = np.array([window.scored.sum() for window in windows])
     tokens = int(counts.sum())
     difference, error = paired(engine - ours, counts)
@@ -183,6 +184,7 @@ def text_windows(
     """
     if max_tokens < 1 or length < 1:
         raise ValueError(f"max_tokens={max_tokens} and window={length} must be at least 1")
+    # A window has one more token than inputs, and the context includes all of them.
     length = min(length, loaded.config.context_length - 1)
     text = scored_text(loaded)
     windows: list[Window] = []

@@ -121,6 +121,7 @@ def compare_ids(check: TokenizerCheck, file: Path, tokenizer: Tokenizer, *, cont
     cases += [
         (text, tokenizer.with_bos(ids), True, False) for text, ids, *_ in cases if text in (_WORDS, "a")
     ]
+    # Names of special tokens must be text for one call, and the tokens for the other.
     special = "".join(tokenizer.special_ids)
     cases.append((special, tokenizer.encode_with_special(special), False, True))
     differing = []
