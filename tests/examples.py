@@ -166,6 +166,8 @@ class Checker:
                     self.names[(alias.asname or alias.name).split(".")[0]] = importlib.import_module(
                         alias.name if alias.asname else alias.name.split(".")[0]
                     )
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lm_eval"):
+                self.local |= {alias.name for alias in node.names}  # slow to import
             elif isinstance(node, ast.ImportFrom):
                 module = importlib.import_module(node.module or "")
                 for alias in node.names:

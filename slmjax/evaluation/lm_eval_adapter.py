@@ -1,5 +1,7 @@
 """lm-eval (https://github.com/EleutherAI/lm-evaluation-harness) on a slmjax model: the `eval` extra.
 
+    from lm_eval.tasks import TaskManager
+
     manager = TaskManager(include_path="tasks")
     lm_eval.simple_evaluate(model=SlmjaxLM(load_model(run_dir)), tasks=["my_task"], task_manager=manager)
     run_tasks(loaded, ["my_task"], include_path="tasks")   # the same, returns the metrics alone
