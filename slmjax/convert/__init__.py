@@ -3,7 +3,19 @@
     import_model("SmolLM2-135M", "models/smollm2")               # then: slmjax.load_model("models/smollm2")
     export_model("runs/nano-1", "exported", to=Target.HF)
 
-`hf_directory.py` and `gguf_model.py` read and write the two formats. A file under `families/` maps the
-configuration and the tensors of one family; `family.py` has its building blocks. docs/add-a-family.md walks
-through one.
+docs/add-a-family.md explains a file of `families/`.
+
+Files in reading order:
+
+- settings.py: a foreign configuration, in which no key is ignored silently
+- family.py: building blocks of a family's file
+- hf: keys and tensor names of Hugging Face models
+- gguf: GGUF files
+- families: one file for each family, its configuration and its tensors
+- source.py: a foreign model, whatever its format
+- hf_directory.py: Hugging Face directories
+- gguf_model.py: a model in a GGUF file
+- model_card.py: the model card of an export
+- import_export.py: `import_model` and `export_model`
+- verify: exported files checked in other engines
 """

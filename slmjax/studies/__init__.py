@@ -15,7 +15,7 @@ Files in reading order:
 - arms.py: trained and derived arms; derived.py makes the models of derived ones.
 - study.py: a study and its members, run and resumed.
 - statistics.py, ratios.py: summaries, paired differences, Holm's correction, ratios with intervals.
-- findings.py: comparisons and verdicts; layout.py shows them; grids.py lays out their tables.
+- findings.py: comparisons and verdicts; layout.py shows them; text_tables.py aligns their tables.
 - sweeps.py: each arm at its own best learning rate.
 - recovery.py: what quantization-aware training recovers; recovery_layout.py shows it.
 """
