@@ -16,13 +16,21 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 # Before jax is imported: the number of devices and the platform are read once. Tests compile much and compute
-# little, so the CPU compiler is told not to optimise: half the time in all. Commands run as a user runs them
-# (`user_environment`) are optimised. Of several workers each inherits what the process that starts them has
-# set.
+# little, so the CPU compiler does not optimise, here and in the commands that tests start: half the time in
+# all. Each worker inherits what the process that starts it has set.
 ORIGINAL_XLA_FLAGS = os.environ.setdefault("SLMJAX_TESTS_ORIGINAL_XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
 # Devices wait for each other in collectives; on busy cores that may be longer than the 40 s after which XLA
 # would end the process.
-COMMON_XLA_FLAGS = f"{ORIGINAL_XLA_FLAGS} --xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=600".strip()
+COMMON_XLA_FLAGS = " ".join(
+    [
+        ORIGINAL_XLA_FLAGS,
+        "--xla_backend_optimization_level=0",
+        # Loops that XLA emits itself compile in two thirds of the time of those that pass through MLIR.
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    ]
+).strip()
 os.environ["XLA_FLAGS"] = f"{COMMON_XLA_FLAGS} --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
@@ -61,6 +69,62 @@ def few_programs() -> Iterator[None]:
     if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
         jax.clear_caches()
         gc.collect()
+
+
+# Workers take one file after another. The longest come first, so that no worker is left alone with one at the
+# end.
+LONGEST_FILES = (
+    "test_notebooks.py",
+    "test_trainer_on_a_mesh.py",
+    "test_multiprocess.py",
+    "test_quantized_runs.py",
+    "test_quantized_model.py",
+    "test_trained.py",
+    "test_training_imported.py",
+    "test_trainer.py",
+    "test_mesh.py",
+    "test_results.py",
+    "test_composed.py",
+    "test_import_export.py",
+    "test_sampling.py",
+    "test_cli.py",
+    "test_step.py",
+    "test_families.py",
+    "test_evaluators.py",
+    "test_distill_runs.py",
+    "test_linear_divergence.py",
+    "test_docs.py",
+    "test_newcomer_errors.py",
+    "test_distill_step.py",
+    "test_generating.py",
+    "test_latent.py",
+    "test_moe.py",
+    "test_coding.py",
+    "test_experiments.py",
+    "test_export.py",
+    "test_estimators.py",
+    "test_profiling.py",
+    "test_memory.py",
+    "test_teachers.py",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep xdist from ordering files by their number of tests: long files have few."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first. The sort is stable, so each file's tests keep their order."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage less often: imports stay, and traces make millions of objects that live on."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_unconfigure() -> None:
