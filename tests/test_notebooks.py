@@ -11,7 +11,7 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(notebook: Path, user_environment: dict[str, str], tmp_path: Path) -> None:
-    environment = {**user_environment, "SLMJAX_NOTEBOOK_STEPS": "6"}
+    environment = {**user_environment, "SLMJAX_NOTEBOOK_STEPS": "2"}
     done = subprocess.run(
         [sys.executable, notebook], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )

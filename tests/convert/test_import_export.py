@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import slmjax
 from slmjax.checkpoints import loading, safetensors_files
+from slmjax.cli import main
 from slmjax.convert.families import HF_FAMILIES
 from slmjax.convert.import_export import Target, export_model, import_model
 from slmjax.convert.source import choose_family
@@ -291,16 +292,32 @@ def test_odd_sizes_find_a_family(model: ModelConfig, family: str) -> None:
 
 # As a user --------------------------------------------------------------------------------------------------
 def test_commands_take_imported_models_as_runs(
-    tmp_path: Path, workplace: Path, run_command: Callable[..., Any]
+    tmp_path: Path,
+    workplace: Path,
+    run_command: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Train, export, import: the same evaluation and the same text; then on from there, on another mesh,
-    killed and resumed.
-    """
+    """Train, export, import: the same evaluation and the same text; then training starts from the import.
 
-    def run(*words: str) -> Any:
-        done = run_command(*words, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout) if "--json" in words else done.stdout
+    Training has a process of its own, as it has for a user; the other commands run in this one.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def in_this_process(*argv: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main(argv)
+        return stopped.value.code or 0, *capsys.readouterr()
+
+    def run(*argv: str) -> Any:
+        if argv[0] == "train":
+            done = run_command(*argv, cwd=tmp_path)
+            status, output, errors = done.returncode, done.stdout, done.stderr
+        else:
+            status, output, errors = in_this_process(*argv)
+        assert status == 0, errors
+        return json.loads(output) if "--json" in argv else output
 
     small = (
         "nano",
@@ -351,8 +368,5 @@ def test_commands_take_imported_models_as_runs(
         "2",
     )
     assert abs(further["bits_per_byte"] - trained["bits_per_byte"]) < 1e-3
-    refused = run_command("train", "--init-from", "ours", cwd=tmp_path)
-    assert (
-        refused.returncode == 2
-        and "is an imported model, which has no experiment of its own" in refused.stderr
-    )
+    status, _, errors = in_this_process("train", "--init-from", "ours")
+    assert status == 2 and "is an imported model, which has no experiment of its own" in errors

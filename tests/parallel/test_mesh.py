@@ -9,6 +9,7 @@ from slmjax.parallel.rules import parameter_shardings
 MIXED = {"fsdp": 2, "expert": 2, "tensor": 2}
 CONTEXT = {"context": 4, "tensor": 2}
 EXPERTS = {"expert": 4, "context": 2}
+MIXED_CONTEXT = {"context": 2, "expert": 2, "tensor": 2}
 LATENT = {"fsdp": 2, "context": 2, "tensor": 2}
 
 
@@ -19,7 +20,14 @@ def assert_equal_to_one_device(kind, axes):
 
 
 @pytest.mark.parametrize(
-    ("kind", "axes"), [("experts", MIXED), ("dense", CONTEXT), ("experts", EXPERTS), ("latent", LATENT)]
+    ("kind", "axes"),
+    [
+        ("experts", MIXED_CONTEXT),
+        ("dense", CONTEXT),
+        ("latent", LATENT),
+        pytest.param("experts", MIXED, marks=pytest.mark.nightly),
+        pytest.param("experts", EXPERTS, marks=pytest.mark.nightly),
+    ],
 )
 def test_a_mesh_of_several_axes_equals_one_device(kind, axes):
     assert_equal_to_one_device(kind, axes)

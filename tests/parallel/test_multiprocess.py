@@ -127,17 +127,15 @@ def assert_the_same_training(run: Path, trained: subprocess.CompletedProcess[str
     np.testing.assert_allclose(result["bits_per_byte"], alone["bits_per_byte"], rtol=2e-3)
 
 
-def test_two_processes_stop_together_are_killed_and_one_resumes(
-    hosts: Hosts, workplace: Path, trained: subprocess.CompletedProcess[str]
-) -> None:
-    """Data order and losses are those of one process, through three meshes."""
+def stopped_together(hosts: Hosts, workplace: Path, directory: str) -> tuple[Path, int]:
+    """Train in two processes until one gets SIGTERM; return the run directory and the last step."""
     processes = hosts.start(
-        "tiny.py --run.directory together --mesh.data 2 --mesh.fsdp 2", num_processes=2, num_devices=2
+        f"tiny.py --run.directory {directory} --mesh.data 2 --mesh.fsdp 2", num_processes=2, num_devices=2
     )
-    hosts.after_checkpoint(processes, "together/*", 10)
+    hosts.after_checkpoint(processes, f"{directory}/*", 10)
     processes[1].send_signal(signal.SIGTERM)  # to one of them
     assert hosts.finish(processes) == [INTERRUPTED_STATUS] * 2, hosts.output()
-    (run,) = workplace.glob("together/*")
+    (run,) = workplace.glob(f"{directory}/*")
     stopped = json.loads((run / "result.json").read_text())
     assert stopped["status"] == "interrupted" and 10 <= stopped["step"] < 60
     logs = [read_log(run / name, kind="train") for name in ("log.jsonl", "log-1.jsonl")]
@@ -146,15 +144,35 @@ def test_two_processes_stop_together_are_killed_and_one_resumes(
     assert logs[0][-1]["step"] == stopped["step"]
     texts = [record["text"] for record in read_log(run / "log-1.jsonl", kind="message")]
     assert sum(text.startswith("process 1 of 2, coordinator 127.0.0.1:") for text in texts) == 1
+    return run, stopped["step"]
 
-    # The tensor axis spans the processes: both read every row.
-    processes = hosts.start(
-        f"--resume {run} --mesh.data 1 --mesh.fsdp 1 --mesh.tensor 4", num_processes=2, num_devices=2
-    )
-    at = (stopped["step"] // 10 + 1) * 10
+
+# The tensor axis spans the processes: both read every row.
+SPANNING = "--mesh.data 1 --mesh.fsdp 1 --mesh.tensor 4"
+
+
+def test_two_processes_stop_together_and_resume_on_another_mesh(
+    hosts: Hosts, workplace: Path, trained: subprocess.CompletedProcess[str]
+) -> None:
+    """Data order and losses are those of one process, through two meshes."""
+    run, step = stopped_together(hosts, workplace, "stopped")
+    status = hosts.run(f"--resume {run} {SPANNING}", num_processes=2, num_devices=2)
+    assert status == [0, 0], hosts.output()
+    assert hosts.resumed_after() == step
+    assert_the_same_training(run, trained, workplace)
+
+
+@pytest.mark.nightly
+def test_two_processes_stop_together_are_killed_and_one_resumes(
+    hosts: Hosts, workplace: Path, trained: subprocess.CompletedProcess[str]
+) -> None:
+    """Data order and losses are those of one process, through three meshes."""
+    run, step = stopped_together(hosts, workplace, "together")
+    processes = hosts.start(f"--resume {run} {SPANNING}", num_processes=2, num_devices=2)
+    at = (step // 10 + 1) * 10
     hosts.after_checkpoint(processes, str(run.relative_to(workplace)), at)
     kill(processes)
-    assert hosts.resumed_after() == stopped["step"]
+    assert hosts.resumed_after() == step
 
     mesh = "--mesh.data 1 --mesh.fsdp 1 --mesh.tensor 2 --mesh.expert 2"
     assert hosts.run(f"--resume {run} {mesh}", num_processes=1, num_devices=4) == [0], hosts.output()
