@@ -534,14 +534,14 @@ def test_runs(tmp_path: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) 
     assert losses(train(experiment, resume=whole.run_dir)) == first and len(first) == 2
 
     state = first_state(experiment)
-    np.testing.assert_array_equal(state.trainable["embed/table"], imported.params["embed/table"][:, :16])
+    np.testing.assert_array_equal(state.params["embed/table"], imported.params["embed/table"][:, :16])
     up = "segments/0/blocks/0/ffn/up/weight"
     np.testing.assert_allclose(state.ema[up], imported.params[up][1:, :16, :32] * (24 / 16) ** 0.5, rtol=1e-6)
     assert int(state.step) == 0 and not np.any(jax.tree.leaves(state.optimizer)[-1])
 
     run = slmjax.load_model(whole.run_dir)  # its averages
     again = dataclasses.replace(experiment, init=FromTeacherLayers(path=whole.run_dir))
-    for name, value in first_state(again).trainable.items():
+    for name, value in first_state(again).params.items():
         np.testing.assert_array_equal(value, run.params[name], err_msg=name)
 
     count = len(list((tmp_path / "runs").iterdir()))
