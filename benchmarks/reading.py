@@ -4,20 +4,20 @@
     python benchmarks/reading.py --list                # with every function by file
     PYTHONPATH=CHECKOUT python benchmarks/reading.py   # the same of another checkout, older ones included
 
-`slmjax train nano` runs in this process for one step, in a smaller shape, once in floating point and once with
-`--quant q4_0`. A profile hook sees every Python function while JAX traces the step: the forward pass, the loss,
-the gradient (rules of `custom_vjp` too) and the update.
+`slmjax train nano` runs in this process for one step, in a smaller shape, once in floating point and once
+with `--quant q4_0`. A profile hook sees every Python function while JAX traces the step: the forward pass,
+the loss, the gradient (rules of `custom_vjp` too) and the update.
 
 What is counted:
-  function  a function of the package that was entered and has a name, methods, properties and nested functions
-            included. Not counted: bodies of modules and classes; comprehensions, generator expressions and
-            lambdas, which are read with the function around them; methods that `dataclasses` generates, which
-            have no file; and what handles log records.
+  function  a function of the package that was entered and has a name, methods, properties and nested
+            functions included. Not counted: bodies of modules and classes; comprehensions, generator
+            expressions and lambdas, which are read with the function around them; methods that `dataclasses`
+            generates, which have no file; and what handles log records.
   file      a file of the package with at least one such function.
   inside    between the call and the return of the function `train_step`.
-  command   the files inside, and those of the functions that lead there: whatever is on the call stack from
-            the entry point of the command when the step is called, and when what it is made of and given is
-            made: `make_train_step`, `define`, `make_optimizer`, `init_state`.
+  command   the files inside, and those of the functions that lead there: whatever is on the call stack, from
+            the entry point of the command, when the step is first called, and when what it is made of and
+            given is made: `make_train_step`, `define`, `make_optimizer`, `init_state`.
 
 The count does not depend on the machine. Evaluation, checkpoints, logging and data are no part of a step.
 """
@@ -53,16 +53,18 @@ class Reader:
         self.inside: Functions = set()
         self.leading: Functions = set()
         self._step: types.FrameType | None = None
+        self._is_traced = False
 
     def __call__(self, frame: types.FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
         if event == "return" and frame is self._step:
             self._step = None
+            self._is_traced = True
         if event != "call" or not code.co_filename.startswith(f"{PACKAGE}/"):
             return
         if code.co_qualname in STEPS:
             self._step = frame
-        if code.co_qualname in (*STEPS, *MAKERS):
+        if code.co_qualname in (*STEPS, *MAKERS) and not self._is_traced:
             self.leading |= {caller for caller in callers(frame) if is_function(caller)}
         if self._step is not None and is_function(code) and not is_logging(frame):
             self.inside.add(code)

@@ -15,6 +15,7 @@ Dims: L layers of a stack, E experts.
 
 import dataclasses
 import enum
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -224,10 +225,7 @@ def make_optimizer(
       ValueError: the schedule does not fit into `total_steps`.
     """
     learning_rate(config, 0, total_steps=total_steps)  # raises here, not at the first update
-
-    def descent(step: Any) -> Array:
-        return -learning_rate(config, step, total_steps=total_steps)
-
+    schedule = functools.partial(learning_rate, config, total_steps=total_steps)
     groups = parameter_groups(config, params)
 
     def transform(path: str, group: Group) -> optax.GradientTransformation:
@@ -244,7 +242,7 @@ def make_optimizer(
     return optax.chain(
         optax.identity() if config.grad_clip is None else optax.clip_by_global_norm(config.grad_clip),
         _each_parameter(transforms),
-        optax.scale_by_schedule(descent),
+        optax.scale_by_learning_rate(schedule),
     )
 
 
@@ -340,10 +338,11 @@ def _stacked(transform: optax.GradientTransformation, *, num_dims: int) -> optax
     """`transform` of a single array, mapped over the leading dims that count parameters, in float32."""
 
     def init(params: Any) -> Any:
-        return transform.init(_widen(params))
+        return transform.init(params.astype(jnp.promote_types(params.dtype, jnp.float32)))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return transform.update(_widen(updates), state, _widen(params))
+        dtype = jnp.promote_types(params.dtype, jnp.float32)
+        return transform.update(updates.astype(dtype), state, params.astype(dtype))
 
     for _ in range(num_dims):
         init = jax.vmap(init)
@@ -351,31 +350,22 @@ def _stacked(transform: optax.GradientTransformation, *, num_dims: int) -> optax
     return optax.GradientTransformation(init, update)
 
 
-def _widen(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _each_parameter(transforms: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformation:
-    """One transformation per parameter of a flat dict; the state is a dict by the same paths."""
-
-    def check(given: Mapping[str, Any]) -> None:
-        if different := sorted(set(given) ^ set(transforms)):
-            raise ValueError(
-                f"the optimizer was made for other parameters; given or missing: {', '.join(different[:5])}"
-            )
+    """Return one transformation per parameter of a flat dict; the state is a dict by the same paths."""
 
     def init(params: Any) -> Any:
-        check(params)
+        if different := sorted(set(params) ^ set(transforms)):
+            raise ValueError(
+                f"the optimizer was made for other parameters; added or missing: {', '.join(different[:5])}"
+            )
         return {path: transforms[path].init(param) for path, param in params.items()}
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        check(updates)
-        results = {
-            path: transforms[path].update(gradient, state[path], params[path])
-            for path, gradient in updates.items()
-        }
-        return {path: result[0] for path, result in results.items()}, {
-            path: result[1] for path, result in results.items()
-        }
+        assert updates.keys() == transforms.keys(), "the optimizer was made for other parameters"
+        directions = {}
+        states = {}
+        for path, gradient in updates.items():
+            directions[path], states[path] = transforms[path].update(gradient, state[path], params[path])
+        return directions, states
 
     return optax.GradientTransformation(init, update)
