@@ -34,7 +34,8 @@ from slmjax.models.mixers.latent import LatentAttentionConfig
 from slmjax.parallel.batches import place_batch
 from slmjax.parallel.mesh import AXES, MeshConfig, make_mesh
 from slmjax.parallel.rules import parameter_shardings
-from slmjax.training.objective import ObjectiveConfig, count_targets, loss_terms
+from slmjax.training.objective import ObjectiveConfig
+from slmjax.training.step import count_targets, loss_terms
 
 ROWS = 8
 LENGTH = 64

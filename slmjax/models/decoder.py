@@ -163,7 +163,7 @@ class BlockStack(nnx.Module):
                 captures.append(captured)
             return x, (new_states, reports, captures)
 
-        body = _rematerialized(repeat, self.remat)
+        body = repeat if self.remat is Remat.NONE else _rematerialized(repeat, self.remat)
         # Rematerialization needs the loop: in unrolled code the compiler would find the first result and
         # reuse it.
         unroll = 1
@@ -198,7 +198,7 @@ def _rematerialized(body: Callable, remat: Remat) -> Callable:
         Remat.DOTS: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         Remat.FULL: jax.checkpoint_policies.nothing_saveable,
     }
-    return body if remat is Remat.NONE else jax.checkpoint(body, policy=policies[remat], prevent_cse=False)
+    return jax.checkpoint(body, policy=policies[remat], prevent_cse=False)
 
 
 class Decoder(nnx.Module):
@@ -206,6 +206,8 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
+        self.dtype = config.layer_shape().dtype
+        self.vocab_size = config.known_vocab_size
         key = rngs.params()
         embed_key, head_key, layer_key = jax.random.split(key, 3)
         self.embed = Embedding(
@@ -264,7 +266,7 @@ class Decoder(nnx.Module):
             max_lengths=max_lengths,
             capture=_checked_capture(capture or {}),
         )
-        dtype = self.config.layer_shape().dtype
+        dtype = self.dtype
         x = self.embed(tokens, dtype=dtype) * jnp.asarray(self.config.embed_multiplier, dtype)
         if self.positions is not None:
             x = x + lookup(self.positions.weight[...], positions, dtype=dtype)
@@ -310,11 +312,11 @@ class Decoder(nnx.Module):
         config = self.config
         table = self.embed.table[...] if self.head is None else self.head.weight[...]
         return losses.Head(
-            weight=table.astype(config.layer_shape().dtype),
+            weight=table.astype(self.dtype),
             bias=None,
             softcap=config.logit_softcap,
             scale=config.logit_multiplier,
-            vocab_size=config.known_vocab_size,
+            vocab_size=self.vocab_size,
         )
 
     def init_state(self, batch_size: int, *, max_length: int) -> Any:

@@ -225,7 +225,7 @@ def make_optimizer(
       ValueError: the schedule does not fit into `total_steps`.
     """
     learning_rate(config, 0, total_steps=total_steps)  # raises here, not at the first update
-    schedule = functools.partial(learning_rate, config, total_steps=total_steps)
+    schedule: Any = functools.partial(learning_rate, config, total_steps=total_steps)
     groups = parameter_groups(config, params)
 
     def transform(path: str, group: Group) -> optax.GradientTransformation:

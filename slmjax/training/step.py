@@ -11,13 +11,13 @@ Dims: B batch, T time.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from slmjax import losses
 from slmjax.data.batch import Batch
@@ -29,7 +29,7 @@ from slmjax.parallel import communication
 from slmjax.quantization.fake_quantization import fake_quantize, weight_formats
 from slmjax.quantization.schedule import QuantSchedule
 from slmjax.training.metrics import GradientGroups, gradient_groups, gradient_norms, step_metrics
-from slmjax.training.objective import ObjectiveConfig, count_targets, loss_terms
+from slmjax.training.objective import ObjectiveConfig
 from slmjax.training.optim import OptimConfig, learning_rate
 from slmjax.training.state import TrainState
 
@@ -156,6 +156,15 @@ def make_train_step(
 
 
 # Its stages, in order ---------------------------------------------------------------------------------------
+def count_targets(batch: Batch) -> dict[str, Float[Array, ""]]:
+    """Return the denominators of a batch: scored targets, real tokens, UTF-8 bytes of the scored targets."""
+    return {
+        "targets": jnp.sum(batch.loss_mask),
+        "tokens": jnp.sum(batch.segment_ids > 0).astype(jnp.float32),
+        "bytes": jnp.sum(batch.num_bytes).astype(jnp.float32),
+    }
+
+
 def distill_weights(settings: StepSettings, state: TrainState, key: Array) -> losses.DistillWeights | None:
     """Loss weights and temperature of distillation, which are schedules of the step."""
     return distillation.distill_weights_at(
@@ -227,6 +236,55 @@ def loss_and_grads(
     (loss, sums), grads = jax.eval_shape(value_and_grad, params, first, key)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (loss, sums, grads))
     return jax.lax.scan(accumulate, zeros, (parts, jnp.arange(num_microbatches)))[0]
+
+
+def loss_terms(
+    definition: Definition,
+    objective: ObjectiveConfig,
+    params: Params,
+    buffers: Params,
+    batch: Batch,
+    *,
+    key: Array | None,
+    teacher_outputs: Sequence[losses.TeacherOutput] = (),
+    weights: losses.DistillWeights | None = None,
+) -> tuple[dict[str, tuple[Float[Array, ""], str]], dict[str, Array]]:
+    """Return the sums that make up the loss, each with the name of its count, and sums that are only reported.
+
+    Args:
+      params: as modules compute with them (`Definition.transform`).
+      key: randomness of dropout; None where there is none.
+      teacher_outputs: of this batch; none where the divergence has no weight.
+      weights: loss weights of distillation (`distill.objective.distill_weights_at`); None without it.
+    """
+    model = definition.merge_transformed(params, buffers)
+    output = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, key=key)
+    # Load balancing of experts, and whatever else layers add to the loss, is a mean over all tokens.
+    auxiliary = {name: (value, "tokens") for name, value in output.losses.items()}
+    if objective.distill is not None and teacher_outputs and weights is not None:
+        value, sums = distillation.batch_loss(
+            objective.distill,
+            output.hidden,
+            output.head,
+            batch,
+            teacher_outputs,
+            weights=weights,
+            chunk_size=objective.chunk_size,
+        )
+        terms = {"distillation": (value, "targets")}
+    else:
+        value, sums = losses.cross_entropy(
+            output.hidden,
+            output.head,
+            batch.targets,
+            batch.loss_mask,
+            z_loss=objective.z_loss,
+            chunk_size=objective.chunk_size,
+        )
+        if weights is not None:
+            value = value * weights.hard
+        terms = {"cross_entropy": (value, "targets")}
+    return terms | auxiliary, {**sums, **output.metrics}
 
 
 def apply_gradients(settings: StepSettings, state: TrainState, grads: Params) -> TrainState:

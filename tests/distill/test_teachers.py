@@ -35,7 +35,8 @@ from slmjax.models.ffn.moe import Balance, MoeConfig
 from slmjax.models.mixers.attention import AttentionConfig, Biases, QkNorm
 from slmjax.parallel import communication
 from slmjax.parallel.mesh import MeshConfig, make_mesh
-from slmjax.training.objective import ObjectiveConfig, loss_terms
+from slmjax.training.objective import ObjectiveConfig
+from slmjax.training.step import loss_terms
 from tests.distill.lessons import (
     BLOCK,
     BYTES,

@@ -23,7 +23,7 @@ from slmjax.parallel.batches import place_batch
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 from slmjax.training import step
 from slmjax.training.metrics import named_metrics
-from slmjax.training.objective import ObjectiveConfig, loss_terms
+from slmjax.training.objective import ObjectiveConfig
 from slmjax.training.optim import OptimConfig, learning_rate, make_optimizer
 from slmjax.training.state import TrainState, init_state, state_shapes
 
@@ -395,7 +395,7 @@ def test_z_loss_is_the_squared_log_normaliser():
     @jax.jit
     def found_and_expected(params):
         with_z, without = (
-            loss_terms(definition, ObjectiveConfig(z_loss=weight), params, buffers, batch, key=None)[0][
+            step.loss_terms(definition, ObjectiveConfig(z_loss=weight), params, buffers, batch, key=None)[0][
                 "cross_entropy"
             ][0]
             for weight in (0.5, 0.0)
