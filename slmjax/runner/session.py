@@ -121,12 +121,7 @@ def open_session(
         with ledger.timed(Category.INIT):
             tokenizer = experiment.tokenizer if run is None else tokenizer_of(run, experiment)
             setup = set_up(experiment, tokenizer=tokenizer, mesh=mesh)
-            source = BatchSource(
-                setup.prepared.train,
-                experiment.data,
-                token_bytes=setup.prepared.tokenizer.token_bytes,
-                rows=local_sequences(mesh, experiment.data.batch_size),
-            )
+            source = _batch_source(setup)
             with explaining_out_of_memory(setup, activity=lambda: "making the first state"):
                 first = None if run is not None else (fresh_state(setup), TokenCount(0))
                 setup = with_teachers(setup)
@@ -178,6 +173,14 @@ def _peak_flops(experiment: Experiment, mesh: Mesh) -> float | None:
     """Return FLOP/s that the mesh reaches at best in the dtype of the model."""
     dtype = experiment.model.layer_shape().dtype
     return device_peaks.peak_flops(jax.devices()[0], dtype, num_devices=mesh.size)
+
+
+def _batch_source(setup: Setup) -> BatchSource:
+    """Return the batches of this process: its own sequences of each."""
+    data = setup.experiment.data
+    prepared = setup.prepared
+    rows = local_sequences(setup.mesh, data.batch_size)
+    return BatchSource(prepared.train, data, token_bytes=prepared.tokenizer.token_bytes, rows=rows)
 
 
 def _open_checkpointer(stack: ExitStack, run: RunDirectory, setup: Setup) -> Checkpointer:

@@ -296,7 +296,7 @@ def test_an_evaluation_beside_the_teacher_is_the_dense_one(
     assert (
         len(target) > 500 and 0.05 < expected["teacher_agreement"] < 0.95 and sum(np.bincount(bins) > 0) > 5
     )
-    assert figures == pytest.approx(expected, rel=1e-4)
+    assert metrics == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_student_that_is_its_own_teacher(
