@@ -313,7 +313,9 @@ def test_commands_take_imported_models_as_runs(
     def run(*argv: str) -> Any:
         if argv[0] == "train":
             done = run_command(*argv, cwd=tmp_path)
-            status, output, errors = done.returncode, done.stdout, done.stderr
+            status = done.returncode
+            output = done.stdout
+            errors = done.stderr
         else:
             status, output, errors = in_this_process(*argv)
         assert status == 0, errors
