@@ -99,7 +99,9 @@ PHRASES = {
 
 
 def python_files() -> list[Path]:
-    return sorted(path for folder in ("slmjax", "experiments", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+    return sorted(
+        path for folder in ("slmjax", "experiments", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+    )
 
 
 def pages() -> list[Path]:
@@ -110,7 +112,9 @@ def retired_names(source: str) -> Iterator[str]:
     """Retired identifiers of a program: names, attributes, arguments, functions and classes."""
     for node in ast.walk(ast.parse(source)):
         names = [getattr(node, field, None) for field in ("id", "attr", "arg", "name", "asname")]
-        yield from (f"line {node.lineno}: {name}" for name in names if isinstance(name, str) and name in NAMES)
+        yield from (
+            f"line {node.lineno}: {name}" for name in names if isinstance(name, str) and name in NAMES
+        )
 
 
 def retired_phrases(text: str) -> Iterator[str]:
@@ -127,7 +131,11 @@ def prose(source: str) -> Iterator[tuple[int, str]]:
 
 
 def test_retired_names_do_not_return() -> None:
-    found = [f"{path.relative_to(ROOT)}, {name}" for path in python_files() for name in retired_names(path.read_text())]
+    found = [
+        f"{path.relative_to(ROOT)}, {name}"
+        for path in python_files()
+        for name in retired_names(path.read_text())
+    ]
     assert not found, "\n".join(found)
 
 
@@ -138,7 +146,11 @@ def test_retired_phrases_do_not_return() -> None:
         for line, text in prose(path.read_text())
         for phrase in retired_phrases(text)
     ]
-    lines += [f"{path.relative_to(ROOT)}: {phrase}" for path in pages() for phrase in retired_phrases(path.read_text())]
+    lines += [
+        f"{path.relative_to(ROOT)}: {phrase}"
+        for path in pages()
+        for phrase in retired_phrases(path.read_text())
+    ]
     assert not lines, "\n".join(lines)
 
 
