@@ -56,7 +56,7 @@ def state_at(step, model=MODEL):
 
 
 def placed(shapes, shardings=None):
-    """Shapes with the placement that `restore` wants; the first device unless told otherwise."""
+    """Shapes with the placement that `restore` wants; the first device by default."""
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = jax.tree.map(lambda _: one, shapes) if shardings is None else shardings
     return jax.tree.map(

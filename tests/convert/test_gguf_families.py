@@ -152,7 +152,7 @@ def test_llama_cpp_computes_the_same_and_nothing_is_lost(
 
 
 def test_gemma_with_weights_as_they_are_at_first_equals_llama_cpp_as_it_is(tmp_path: Path) -> None:
-    """Without copying its table: what is rounded there is small beside what a model of usual weights
+    """Without copying its table: what is rounded there is small compared to what a model of usual weights
     computes.
     """
     golden = read_golden("gemma3")

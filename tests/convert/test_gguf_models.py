@@ -146,7 +146,7 @@ def test_quantized_tensors_are_the_numbers_they_stand_for(tiny: GgufFile, tmp_pa
     found = llama_cpp.logprobs(quantized, ids, vocab_size=260)
     difference = np.abs(found - log_probabilities(loaded, ids)).max()
     assert 1e-5 < difference < 0.05, (
-        "llama.cpp rounds inputs to 8 bits beside matrices in blocks, and nothing else differs"
+        "llama.cpp rounds the inputs of matrices in blocks to 8 bits, and nothing else differs"
     )
 
 
@@ -288,7 +288,7 @@ def test_what_is_not_understood_is_named(
 
 
 def test_keys_that_llama_cpp_leaves_out_are_left_out(tiny: GgufFile, tmp_path: Path) -> None:
-    """A scale of scores in this architecture, which is said, and zeros that say nothing."""
+    """A scale of scores that this architecture ignores with a note, and zeros without effect."""
     keys = {"attention.scale": 0.9, "rope.scaling.factor": 0.0, "rope.scaling.original_context_length": 0}
     path = rewrite(
         tiny, tmp_path / "odd.gguf", {}, **{f"llama.{name}": value for name, value in keys.items()}

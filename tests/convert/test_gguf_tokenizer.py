@@ -161,7 +161,7 @@ def test_byte_level_there_and_back(names: tuple[str, ...], tmp_path: Path) -> No
 def test_sentence_piece_there_and_back(tmp_path: Path) -> None:
     written = there_and_back(sentence_piece_metadata(), tmp_path)
     changed = {key for key, value in sentence_piece_metadata().items() if written[key] != value}
-    assert changed == {"tokenizer.ggml.scores"}  # which are numbered anew, in the same order
+    assert changed == {"tokenizer.ggml.scores"}  # which are numbered again, in the same order
     assert written["tokenizer.ggml.add_space_prefix"] is True
     first = tokenizer_from_gguf(sentence_piece_metadata())
     second = tokenizer_from_gguf(written)

@@ -1,4 +1,4 @@
-"""Imported models as directories: what is refused and how it is said, and what commands make of them."""
+"""Imported models as directories: refusals with their messages, and commands that use them."""
 
 import dataclasses
 import json
@@ -227,7 +227,8 @@ def slmjax_mesh() -> jax.sharding.Mesh:
     return make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
 
 
-# What cannot be said ----------------------------------------------------------------------------------------
+# What cannot be represented
+# ----------------------------------------------------------------------------------------
 BLOCK = BlockConfig(mixer=AttentionConfig(num_heads=2, head_dim=8), ffn=MlpConfig(hidden_dim=16))
 
 
@@ -352,11 +353,11 @@ def test_commands_take_imported_models_as_runs(
     text = ("--data.path", str(workplace / "text.txt"), "--data.sequence-length", "32", "--json")
     one, other = (run("eval", str(path), *text)["text"] for path in (run_dir, "ours"))
     assert abs(one["loss"] - other["loss"]) < 1e-6
-    said = [
+    generated = [
         run("generate", str(path), "The ", "--max-tokens", "8", "--temperature", "0")
         for path in (run_dir, "ours")
     ]
-    assert said[0] == said[1]
+    assert generated[0] == generated[1]
     further = run(
         "train",
         *small,

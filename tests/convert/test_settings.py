@@ -192,7 +192,7 @@ def test_defaults_of_heads_and_nulls_of_minicpm3() -> None:
 
 @pytest.mark.nightly
 def test_the_golden_settings_are_what_transformers_says_today() -> None:
-    """Where this fails, look whether the family changed, then make the file anew."""
+    """Where this fails, look whether the family changed, then make the file again."""
     from tests.convert.make_settings_golden import golden
 
     fresh = json.loads(json.dumps(golden(), default=repr))

@@ -42,7 +42,7 @@ GENERAL = (
     "num_hidden_layers",
     "tie_word_embeddings",
     "rms_norm_eps",
-)  # keys that all but GPT-2 have, said or not
+)  # keys that all but GPT-2 have, written or not
 
 
 def changed(settings: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

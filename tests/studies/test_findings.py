@@ -152,7 +152,7 @@ def test_unequal_budgets_are_said(tmp_path: Path) -> None:
     assert found(tmp_path / "seconds", three_arms(budget=Budget(metric="seconds")), **unequal).is_matched
 
 
-def test_further_figures_have_no_verdict(tmp_path: Path) -> None:
+def test_further_metrics_have_no_verdict(tmp_path: Path) -> None:
     findings = found(tmp_path, three_arms(further_metrics=("calibration_error", "parameters")))
     calibration = findings.comparisons[0].further_metrics["calibration_error"]
     assert calibration is not None and calibration.mean == pytest.approx(1e-3 * 1.0001)

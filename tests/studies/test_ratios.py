@@ -50,7 +50,7 @@ def test_a_recovery_by_hand() -> None:
     c = 4 - t2 / 3
     assert (
         a < 0 and found.fieller_interval is None and not found.is_above_zero
-    )  # rounding's cost, 5.3 +- 1.3, is not told from zero
+    )  # rounding's cost, 5.3 +- 1.3, does not differ from zero significantly
     weaker = recovered_fraction(
         [11.0, 22.0, 33.0], full=[10.0, 20.0, 30.0], rounded=[14.0, 24.0, 38.0], confidence=0.8
     )
@@ -135,8 +135,8 @@ def test_fiellers_interval_holds_the_truth_as_often_as_it_says() -> None:
     for seed in range(2000):
         arm, full, rounded = figures(3, seed=seed)
         found = recovered_fraction(arm, full=full, rounded=rounded)
-        # The set without two ends, where rounding's cost is not told from zero, is counted as it is: by the
-        # test at the truth.
+        # The set without two ends, where rounding's cost does not differ from zero significantly, is counted
+        # as it is: by the test at the truth.
         x = np.subtract(arm, full)
         y = np.subtract(rounded, full)
         held += (

@@ -449,7 +449,7 @@ def test_parts_must_be_arms() -> None:
             dataclasses.replace(recovery(), **changes)
 
 
-def test_recipes_are_told_apart_by_their_fields() -> None:
+def test_derivations_are_distinguished_by_their_fields() -> None:
     assert config.fingerprint(Rounded(bits=4)) != config.fingerprint(Rounded(bits=3))
 
 

@@ -69,7 +69,7 @@ def test_members_are_trained_seed_by_seed_with_both_seeds_set(tmp_path: Path) ->
     ].metric_value("bits_per_byte")
 
 
-def test_figures_come_from_the_result_and_the_last_evaluation(tmp_path: Path) -> None:
+def test_metrics_come_from_the_result_and_the_last_evaluation(tmp_path: Path) -> None:
     slow, fast, _ = run_study(study(seeds=(1,)), tmp_path, train=StubTrainer())
     # not the 9.0 of an evaluation on the way
     assert slow.metric_value("bits_per_byte") == pytest.approx(2 - 0.1 + 0.1 + 0.003)
@@ -154,7 +154,7 @@ def test_the_place_of_a_study_is_no_part_of_it(tmp_path: Path) -> None:
 
 
 def test_failed_and_diverged_members_are_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The rest is trained. What failed is tried again, for its cause may be mended; what diverged would
+    """The rest is trained. What failed is tried again, for its cause may be fixed; what diverged would
     diverge again.
     """
     train = StubTrainer(statuses={(1e-3, 1): "diverged"}, errors={(2e-3, 0): RuntimeError("no room")})
@@ -171,9 +171,9 @@ def test_failed_and_diverged_members_are_recorded(tmp_path: Path, caplog: pytest
     assert diverged.metric_value("tokens") is None
     assert "arm fast & loose, seed 0 failed" in caplog.text
     again = StubTrainer()
-    mended = run_study(study(), tmp_path, train=again)
+    repaired = run_study(study(), tmp_path, train=again)
     assert keys(again.asked) == [(2e-3, 0)] * 2
-    assert [member.status for member in mended].count("finished") == 8
+    assert [member.status for member in repaired].count("finished") == 8
 
 
 def test_what_makes_no_study_is_refused() -> None:

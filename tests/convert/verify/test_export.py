@@ -75,7 +75,7 @@ def test_what_was_exported_is_what_the_engine_computes(
     loss = found.loss
     assert loss is not None and loss.tokens == 96 and loss.windows == 4
     assert abs(loss.difference) < 2e-3 < abs(loss.engine - loss.as_trained) + 2e-3, (
-        "the engine rounds inputs, as ours does beside it"
+        "the engine quantizes activations, and slmjax does the same"
     )
     assert abs(loss.difference) < 0.2 * abs(loss.engine - loss.as_trained)
     assert loss.standard_error > 0 and loss.tolerance >= 2 * loss.floor >= 0
@@ -139,12 +139,16 @@ def test_a_changed_code_is_named_and_the_status_is_1(
     other = tampered(file, tmp_path / "other.gguf", {"blk.0.ffn_down.weight": one_code})
     options = [str(model), str(other), "--data", text, "--max-tokens", "8", "--window", "8"]
     assert verify_export_command(options) == 1
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        "1 bytes     FAILS" in told
-        and "blk.0.ffn_down.weight (Q4_0): 1 of 6,144 values differ (1 codes, 0 scales)" in told
+        "1 bytes     FAILS" in printed
+        and "blk.0.ffn_down.weight (Q4_0): 1 of 6,144 values differ (1 codes, 0 scales)" in printed
     )
-    assert "2 products  FAILS" in told and told.count("blk.0.ffn_down.weight") == 2 and "attn_q" not in told
+    assert (
+        "2 products  FAILS" in printed
+        and printed.count("blk.0.ffn_down.weight") == 2
+        and "attn_q" not in printed
+    )
     assert verify_export_command([str(model), str(file), *options[2:], "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (
@@ -157,11 +161,11 @@ def test_a_changed_code_is_named_and_the_status_is_1(
     tokens[70], tokens[71] = tokens[71], tokens[70]
     swapped = tampered(file, tmp_path / "swapped.gguf", {}, metadata={"tokenizer.ggml.tokens": tokens})
     assert verify_export_command([str(model), str(swapped), *options[2:]]) == 1
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        "3 loss      holds" in told
-        and "4 tokenizer FAILS: 1 of" in told
-        and "tokenizer.ggml.tokens: 2 of 258 entries differ" in told
+        "3 loss      holds" in printed
+        and "4 tokenizer FAILS: 1 of" in printed
+        and "tokenizer.ggml.tokens: 2 of 258 entries differ" in printed
     )
 
 

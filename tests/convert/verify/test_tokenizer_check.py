@@ -92,7 +92,7 @@ def test_swapped_tokens_and_another_bos_are_named(
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "difference"),
     [
         ("ggml.add_bos_token", False, "add_bos_token: False in the file, True in the model"),
         ("ggml.add_eos_token", True, "add_eos_token: True in the file, False in the model"),
@@ -109,12 +109,14 @@ def test_swapped_tokens_and_another_bos_are_named(
         ("ggml.fim_pre_token_id", 7, "fim_pre_token_id: 7 in the file, absent in the model"),
     ],
 )
-def test_each_key_is_compared(tokenizer: Tokenizer, directory: Path, key: str, value: Any, said: str) -> None:
+def test_each_key_is_compared(
+    tokenizer: Tokenizer, directory: Path, key: str, value: Any, difference: str
+) -> None:
     metadata = {**tokenizer_metadata(directory, adds_bos=True, num_rows=ROWS), f"tokenizer.{key}": value}
     check = compare_metadata(
         {name: one for name, one in metadata.items() if one is not None}, directory, tokenizer, num_rows=ROWS
     )
-    assert not check.holds and len(check.differences) == 1 and said in check.differences[0]
+    assert not check.holds and len(check.differences) == 1 and difference in check.differences[0]
     assert check.can_load == (key not in ("ggml.pre", "ggml.model", "ggml.merges"))
 
 
