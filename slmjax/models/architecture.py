@@ -29,6 +29,8 @@ PARTS: tuple[type, ...] = (AttentionConfig, LatentAttentionConfig, MlpConfig, Mo
 class NormPlacement(enum.Enum):
     """The positions of a block's norms."""
 
+    # Pre-norm leaves an identity path through the residual stream, which trains stably at any depth (Xiong et
+    # al. 2020).
     PRE = "pre"  # x + f(norm(x))
     POST = "post"  # x + norm(f(x)), as in OLMo 2
     SANDWICH = "sandwich"  # x + norm(f(norm(x))), as in Gemma 2
@@ -53,6 +55,7 @@ class Remat(enum.Enum):
 class HeadKind(enum.Enum):
     """The table of the output projection."""
 
+    # Tying spares V x D parameters, which may be most of those of a small model (Press & Wolf 2017).
     TIED = "tied"  # the embedding table
     UNTIED = "untied"  # a separate table
 
@@ -94,6 +97,7 @@ class ModelConfig:
     stack: tuple[LayerGroup, ...]  # the layers
     context_length: int = 1024  # longest sequence that the model is made for, in tokens
     vocab_size: int | None = None  # tokens of the vocabulary (none: the tokenizer's)
+    # 50,257 rows shard over no power of two and fill no whole tiles: nanoGPT pads them to 50,304.
     vocab_multiple: int = 1  # the table is padded to a multiple of this many rows
     head: HeadKind = HeadKind.TIED  # output projection
     norm_kind: NormKind = NormKind.RMS  # what every norm computes
@@ -101,9 +105,11 @@ class ModelConfig:
     init_std: float = 0.02  # deviation of initial weights (truncated normal)
     # rows of a table whose row for a token's position is added to it (none: no such table)
     learned_positions: int | None = None
+    # The multipliers are Granite's, in the manner of muP (Yang et al. 2022); Gemma has the first of them.
     embed_multiplier: float = 1.0  # multiplies the embedded tokens
     residual_multiplier: float = 1.0  # multiplies what a block adds to the residual stream
     logit_multiplier: float = 1.0  # multiplies the logits
+    # cap * tanh(logits / cap), as in Gemma 2.
     logit_softcap: float | None = None  # logits are bounded to this by a tanh
     dropout: float = 0.0  # rate, on the embedded tokens and on what a block adds
     precision: Precision = Precision.FLOAT32  # dtype of the computation
@@ -125,6 +131,7 @@ class ModelConfig:
             )
         if self.logit_softcap is not None and self.logit_softcap <= 0:
             raise ValueError(f"logit_softcap must be positive or none, got {self.logit_softcap}")
+        # The lookup clips its indices: a position without a row would silently take the last one.
         if self.learned_positions is not None and self.learned_positions < self.context_length:
             raise ValueError(
                 f"learned_positions={self.learned_positions} must be at least "
@@ -143,6 +150,7 @@ class ModelConfig:
         them from model.json, and an experiment has them in `quant`. Attention had a fraction of rotated dims.
         """
         fields = {name: value for name, value in fields.items() if name != "quant"}
+        # The width of a head may follow from `embed_dim`, which an attention config does not contain.
         return _with_attention(fields, functools.partial(with_rotary_dim, embed_dim=fields.get("embed_dim")))
 
     @classmethod
@@ -179,6 +187,7 @@ class ModelConfig:
         """Return the settings that every layer shares."""
         # Each loop of a block adds to the residual stream once more: all of them count.
         depth = sum(block.num_loops for block in self.blocks())
+        # Parameters stay in float32: most updates are smaller than the last of bfloat16's 8 bits.
         dtype = jnp.bfloat16 if self.precision is Precision.BFLOAT16 else jnp.float32
         return ModelDims(
             embed_dim=self.embed_dim,
@@ -223,6 +232,7 @@ def stack_of(blocks: Sequence[BlockConfig]) -> tuple[LayerGroup, ...]:
     cheapest: list[tuple[int, int, tuple[LayerGroup, ...]]] = [(0, 0, ())]
     for end in range(1, len(blocks) + 1):
         options = []
+        # The last group has a pattern of `size` blocks, and each number of repeats that the layers allow.
         for size in range(1, min(LONGEST_PATTERN, end) + 1):
             pattern = row[end - size : end]
             start = end - size
@@ -233,5 +243,6 @@ def stack_of(blocks: Sequence[BlockConfig]) -> tuple[LayerGroup, ...]:
                 start -= size
                 if start < 0 or row[start : start + size] != pattern:
                     break
+        # Fewer compiled blocks first, then fewer groups; the groups themselves have no order.
         cheapest.append(min(options, key=lambda option: option[:2]))
     return cheapest[-1][2]

@@ -18,6 +18,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(
         config,
         stack=stack_of(blocks),
+        # These settings change how a model is trained or laid out, not what it computes.
         vocab_multiple=1,
         dropout=0.0,
         init_std=0.02,
@@ -29,6 +30,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
 def _canonical_block(block: BlockConfig, dims: ModelDims) -> BlockConfig:
     mixer = block.mixer
     ffn = block.ffn
+    # None and its explicit default are the same model: both become the explicit value.
     if isinstance(mixer, AttentionConfig):
         head_dim = mixer.resolved_head_dim(dims)
         scale = head_dim**-0.5 if mixer.scale is None else mixer.scale
@@ -36,6 +38,7 @@ def _canonical_block(block: BlockConfig, dims: ModelDims) -> BlockConfig:
         mixer = dataclasses.replace(
             mixer, num_kv_heads=mixer.kv_heads, head_dim=head_dim, rotary_dim=rotated or None, scale=scale
         )
+        # Without a rotation its scaling has no effect, and is no difference.
         if mixer.rope_base is None:
             mixer = dataclasses.replace(mixer, rope_scaling=None)
     if isinstance(mixer, LatentAttentionConfig):
@@ -69,6 +72,7 @@ def differences(expected: ModelConfig, actual: ModelConfig, *, tolerance: float 
     expected_blocks = list(expected.blocks())
     actual_blocks = list(actual.blocks())
     if len(expected_blocks) != len(actual_blocks):
+        # Layers after a missing one would all differ from their counterparts: only the count is listed.
         return [*texts, f"{len(expected_blocks)} layers (read back as {len(actual_blocks)})"]
     for layer, (block, other) in enumerate(zip(expected_blocks, actual_blocks, strict=True)):
         texts += _differing(f"layer {layer}", block, other, tolerance)
@@ -78,6 +82,7 @@ def differences(expected: ModelConfig, actual: ModelConfig, *, tolerance: float 
 def _differing(where: str, expected: Any, actual: Any, tolerance: float) -> list[str]:
     if expected == actual or _is_close(expected, actual, tolerance):
         return []
+    # Of nested settings only the fields that differ are listed, each with its path.
     if dataclasses.is_dataclass(expected) and type(expected) is type(actual):
         return [
             text
@@ -90,6 +95,7 @@ def _differing(where: str, expected: Any, actual: Any, tolerance: float) -> list
 
 
 def _is_close(expected: Any, actual: Any, tolerance: float) -> bool:
+    # Tuples of floats are LongRoPE's divisors, which files may have rounded like single floats.
     if isinstance(expected, tuple) and isinstance(actual, tuple):
         return len(expected) == len(actual) and all(
             _is_close(item, other, tolerance) for item, other in zip(expected, actual, strict=True)

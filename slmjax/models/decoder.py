@@ -49,6 +49,7 @@ class LayerInputs:
     capture: Mapping[str, Callable[[Array], Array]]
 
 
+# Activations are reduced inside the scan: [B, T, D] of every layer would cost what rematerialization saves.
 CAPTURES = ("mixer_output", "ffn_output", "block_output")
 
 
@@ -61,6 +62,7 @@ class Block(nnx.Module):
         def norm(is_present: bool) -> Norm | None:
             return dims.norm(dims.embed_dim) if is_present else None
 
+        # SANDWICH is neither of the two, and so has both norms.
         before = config.norm is not NormPlacement.POST
         after = config.norm is not NormPlacement.PRE
         self.config = config
@@ -76,6 +78,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], *, inputs: LayerInputs, state: Any, key: Array | None
     ) -> tuple[Array, Any, FfnAux, dict[str, Array]]:
+        # Mixers without a cache do not take the argument (`protocols.CachingMixer`).
         lengths = {"max_lengths": inputs.max_lengths} if isinstance(self.mixer, CachingMixer) else {}
         mixed, state = self.mixer(
             _maybe(self.mixer_norm, x),
@@ -85,6 +88,7 @@ class Block(nnx.Module):
             **lengths,
         )
         x = self._add(x, _maybe(self.mixer_post_norm, mixed), key, 0)
+        # Captured is what a sublayer returns, before its post-norm and the residual multiplier.
         activations = {"mixer_output": mixed}
         aux = FfnAux(losses={}, metrics={})
         if self.ffn is not None:
@@ -102,6 +106,7 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T D"], update: Float[Array, "B T D"], key: Array | None, index: int
     ) -> Float[Array, "B T D"]:
         if key is not None:
+            # The index gives mixer and feed-forward layer different masks.
             update = dropout(update, jax.random.fold_in(key, index), rate=self.dropout)
         return x + update * self.multiplier
 
@@ -123,6 +128,7 @@ class BlockStack(nnx.Module):
             layers = first_layer + offset + len(config.pattern) * jnp.arange(config.repeats)
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, layers)
 
+            # The default argument binds this iteration's block; a closure would see the last one.
             def build(layer_key: Array, block: BlockConfig = block) -> Block:
                 return Block(block, model, rngs=nnx.Rngs(params=layer_key))
 
@@ -181,23 +187,29 @@ def _run_loops(
     """Run a block `num_loops` times; each loop has its own decoding state, and reports are summed."""
     new_states = []
     reports = []
+    # Every loop overwrites the activations: those of the last remain.
     captured = {}
+    # Depth without parameters, as in Universal Transformers (Dehghani et al. 2019) and MobileLLM-LS.
     for index in range(block.config.num_loops):
+        # Loops have the same weights, but masks of their own.
         loop_key = None if key is None else jax.random.fold_in(key, index)
         x, state, aux, captured = block(
             x, inputs=inputs, state=None if states is None else states[index], key=loop_key
         )
         new_states.append(state)
         reports.append(aux)
+    # Reports are sums over tokens, which may be added; each loop has routed its tokens again.
     return x, new_states, jax.tree.map(lambda *sums: sum(sums), *reports), captured
 
 
 def _rematerialized(body: Callable, remat: Remat) -> Callable:
-    # The scan is a barrier already: preventing common subexpressions again would cost time for nothing.
+    # DOTS saves products with weights, which cost most to repeat. The scores of attention have batch dims:
+    # they are large, and recomputed.
     policies = {
         Remat.DOTS: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         Remat.FULL: jax.checkpoint_policies.nothing_saveable,
     }
+    # The scan is a barrier already: preventing common subexpressions again would cost time for nothing.
     return jax.checkpoint(body, policy=policies[remat], prevent_cse=False)
 
 
@@ -226,6 +238,7 @@ class Decoder(nnx.Module):
         for group in config.stack:
             stacks.append(BlockStack(group, config, first_layer=first_layer, key=layer_key))
             first_layer += len(group.pattern) * group.repeats
+        # The attribute's name begins every stack path: `paths.layer_indices` recognises stacks by it.
         self.segments = nnx.List(stacks)
         self.final_norm = config.layer_shape().norm(config.embed_dim)
         self.head = (
@@ -233,6 +246,7 @@ class Decoder(nnx.Module):
             if config.head is HeadKind.UNTIED
             else None
         )
+        # Marked as data, because quantization may set a module with variables here.
         self.head_quantizer: ArrayFunction | None = nnx.data(None)
 
     def __call__(
@@ -267,11 +281,14 @@ class Decoder(nnx.Module):
             capture=_checked_capture(capture or {}),
         )
         dtype = self.dtype
+        # The multiplier is cast first, as in Gemma's reference: its rounding to bfloat16 is part of the
+        # model.
         x = self.embed(tokens, dtype=dtype) * jnp.asarray(self.config.embed_multiplier, dtype)
         if self.positions is not None:
             x = x + lookup(self.positions.weight[...], positions, dtype=dtype)
         x = communication.constrain(x, ("batch", "time", None))
         if key is not None:
+            # The index after that of the last layer, so that no layer has the same key.
             x = dropout(x, jax.random.fold_in(key, self.config.num_layers), rate=self.config.dropout)
         # Groups differ in their structure and run one after another; only inside one is there a scan.
         new_states = []
@@ -285,11 +302,14 @@ class Decoder(nnx.Module):
             )
             new_states.append(stack_state)
             for offset, (aux, activations) in enumerate(zip(reports, captures, strict=True)):
+                # Reports have a leading dim of repeats: losses are summed over it, metrics keep it.
                 for name, sums in aux.losses.items():
                     losses_by_name[name] = losses_by_name.get(name, 0.0) + jnp.sum(sums)
                 metrics |= {
                     f"segments/{index}/blocks/{offset}/ffn/{name}": sums for name, sums in aux.metrics.items()
                 }
+                # Blocks of a pattern alternate: repeat r of block i is layer first + i + r * (blocks of the
+                # pattern).
                 captured |= {
                     f"layers/{first_layer + offset + len(reports) * repeat}/{name}": value[repeat]
                     for name, value in activations.items()
@@ -323,6 +343,7 @@ class Decoder(nnx.Module):
         """Return an empty decoding state: per group, per block, per loop, with a leading dim of repeats."""
 
         def repeated(block: Block, repeats: int) -> list[Any]:
+            # Each loop has a cache of its own: its keys come from another state of the residual stream.
             state = block.mixer.init_state(batch_size, max_length=max_length)
             return [
                 jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (repeats, *leaf.shape)), state)

@@ -100,6 +100,7 @@ class Definition:
         if not self.transforms:
             return self
         params = self.params
+        # Each transform removes its own parameters only: the layers' own remain after the last.
         for transform in self.transforms:
             params = transform.strip(params)
         transforms = tuple(transform.applied() for transform in self.transforms)
@@ -107,6 +108,7 @@ class Definition:
 
     def transform_once(self, params: Mapping[str, Array]) -> tuple[Params, "Definition"]:
         """Return the parameters that layers multiply with, computed now, and the definition for them."""
+        # As one program: op by op, rounding would allocate several arrays of the size of each weight.
         transform = jax.jit(self.transform) if self.is_transformed else self.transform
         return transform(params), self.transformed()
 
@@ -130,11 +132,13 @@ class Definition:
 
     def init(self, key: Array) -> tuple[Params, Params]:
         """Return freshly initialised parameters and buffers; jit it to have them sharded."""
+        # A plain model comes first, so that its initial weights do not depend on transforms or quantizers.
         params, buffers = flat_params(Decoder(self.config, rngs=nnx.Rngs(params=key)))
         return self.with_own_params(params), self.with_missing_buffers(buffers)
 
     def with_own_params(self, params: Mapping[str, Array]) -> Params:
         """Return the parameters of a plain model with the initial ones of transforms and quantizers."""
+        # Zeros stand in for scales of activations, which calibration measures later.
         params = {**_zeros_of_missing(self.params, params), **params}
         for transform in self.transforms:
             params = transform.init(params)
@@ -151,12 +155,14 @@ def _zeros_of_missing(shapes: Mapping[str, Any], arrays: Mapping[str, Any]) -> P
 
 def define(config: ModelConfig) -> Definition:
     """Return the definition of a model without transforms, from shapes alone: nothing is computed."""
+    # Tracing for shapes draws nothing: the key has no effect.
     return definition_of(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=jax.random.key(0)))))
 
 
 def definition_of(model: Decoder, *, transforms: tuple[ParamTransform, ...] = ()) -> Definition:
     """Return the definition of a model of arrays or shapes."""
     params, buffers = flat_params(model)
+    # Parameters of transforms are known here only: no module has an attribute for them.
     for transform in transforms:
         params = jax.eval_shape(transform.init, params)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, buffers))
@@ -189,6 +195,7 @@ def define_for_inference(config: ModelConfig) -> Definition:
 # Stack paths and logical paths ------------------------------------------------------------------------------
 def flat_params(model: Decoder) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a model's parameters and its buffers, as flat dicts by stack path."""
+    # Every variable that is no Param is a buffer: router biases, calibrated scales, signs.
     _, params, buffers = nnx.split(model, nnx.Param, ...)
     return _flat(params), _flat(buffers)
 
@@ -198,6 +205,7 @@ def _flat(state: Any) -> dict[str, Any]:
 
 
 def _keys(path: str) -> tuple[str | int, ...]:
+    # NNX has integers for items of lists; a stack path writes them as digits.
     return tuple(int(part) if part.isdigit() else part for part in path.split("/"))
 
 
@@ -237,6 +245,7 @@ def stored_shapes(config: ModelConfig, like: Any) -> dict[str, jax.ShapeDtypeStr
     flat = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(like)[0]:
         stacked = _is_stacked(keys)
+        # A layer's slice has no layer dim, and its sharding no entry for it.
         shape = leaf.shape[1:] if stacked else leaf.shape
         sharding = leaf.sharding
         if stacked and isinstance(sharding, NamedSharding):
@@ -248,6 +257,7 @@ def stored_shapes(config: ModelConfig, like: Any) -> dict[str, jax.ShapeDtypeStr
 
 
 def _is_stacked(keys: tuple[Any, ...]) -> bool:
+    # Optimizer states have their own keys around the path of a parameter: any of the keys may be it.
     return any(_name(key).startswith("segments/") for key in keys)
 
 
@@ -272,8 +282,10 @@ FORMER_MODULES: Mapping[str, str] = {
     "hidden_quantizer": "hidden_input",
     "head_quantizer": "head_input",
 }
+# Only complete parts of a path match: at its beginning or after a slash, and before a slash.
 _FORMER_MODULE = re.compile(rf"(?<![^/])({'|'.join(FORMER_MODULES)})(?=/)")
 
 
 def _name(key: Any) -> str:
+    # JAX's DictKey has `key`, SequenceKey `idx` and GetAttrKey `name`; a plain string has none of them.
     return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))

@@ -58,6 +58,7 @@ class CachingMixer(Mixer):
     length. The mixer is therefore called with `max_lengths` in addition to the arguments of every mixer.
     """
 
+    # Set by `quantization.plan.set_quantizers`; None in full precision.
     cache_quantizer: ArrayFunction | None
 
     @abc.abstractmethod
@@ -85,6 +86,7 @@ class MixerConfig(abc.ABC):
     def build(self, dims: ModelDims, *, rngs: nnx.Rngs) -> Mixer:
         """Build the module, with freshly initialised parameters."""
 
+    # Products with weights are counted in `zoo.costs`, from the shapes of parameters.
     @abc.abstractmethod
     def mixing_flops(self, dims: ModelDims, *, length: int) -> float:
         """Return forward FLOPs per token without products with weights, averaged over a causal sequence."""
@@ -97,6 +99,7 @@ class MixerConfig(abc.ABC):
 class Ffn(nnx.Module):
     """A feed-forward layer: `(x, segment_ids) -> (y, aux)`."""
 
+    # It mixes no tokens: segment ids only mark padding, with 0, for losses and metrics.
     @abc.abstractmethod
     def __call__(
         self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"]

@@ -57,6 +57,7 @@ class LinearScaling(RopeScaling):
         lengths: Int[Array, "B #T"] | None,
     ) -> Float[Array, "1 1 1 F"]:
         """Return the frequencies divided by the factor."""
+        # Dividing frequencies is dividing positions: all stay within the range of training.
         return frequencies[None, None, None, :] / self.factor
 
 
@@ -84,6 +85,7 @@ class Llama3Scaling(RopeScaling):
         lengths: Int[Array, "B #T"] | None,
     ) -> Float[Array, "1 1 1 F"]:
         """Interpolate between divided and original frequencies, by the turns within the original context."""
+        # Dims with many turns encode nearby distances, which stay the same in a longer context.
         turns = self.original_context * frequencies / (2 * math.pi)
         weight = (turns - self.low_frequency_factor) / (
             self.high_frequency_factor - self.low_frequency_factor
@@ -103,7 +105,9 @@ class YarnScaling(RopeScaling):
     original_context: int  # tokens the model was first trained with
     fast_turns: float = 32.0  # dims with more turns than this within the original context do not change
     slow_turns: float = 1.0  # frequencies of dims with fewer turns than this are divided by the factor
+    # `truncate` of Hugging Face configs, which GPT-OSS turns off.
     whole_dims: bool = True  # the transition begins and ends at whole dims
+    # A temperature of the softmax: queries and keys both have it, so scores get its square.
     attention_factor: float = 1.0  # factor of rotated queries and keys; 0.1 ln(factor) + 1 in the paper
 
     @property
@@ -122,6 +126,7 @@ class YarnScaling(RopeScaling):
 
         def dim_of(turns: float) -> float:
             """Return the dim whose wave makes this many turns within the original context."""
+            # Solves turns * 2 pi * base ** (2 dim / R) = original_context, where dim counts pairs.
             wavelength = self.original_context / (turns * 2 * math.pi)
             return num_rotated * math.log(wavelength) / (2 * math.log(base))
 
@@ -131,7 +136,10 @@ class YarnScaling(RopeScaling):
             first = math.floor(first)
             last = math.ceil(last)
         first = max(first, 0)
+        # The published code has this bound, though pairs end at R / 2 - 1: it sets the slope of the
+        # transition.
         last = min(last, num_rotated - 1)
+        # 1e-3, as in the published code, is a step where the transition has no width.
         transition = (jnp.arange(frequencies.shape[0], dtype=jnp.float32) - first) / (last - first or 1e-3)
         weight = 1.0 - jnp.clip(transition, 0.0, 1.0)
         return _interpolate(frequencies / self.factor, frequencies, weight)[None, None, None, :]
@@ -182,6 +190,7 @@ class LongScaling(RopeScaling):
                 "LongScaling selects its divisors by the length of a sequence, which is unknown in decoding: "
                 "call the model with max_lengths, the maximum tokens (prompt and new ones) of each sequence"
             )
+        # A selection for each token: documents of both kinds may be in one row.
         return jnp.where((lengths > self.original_context)[:, :, None, None], long, short)
 
 
@@ -215,10 +224,13 @@ def rotary(
     else:
         frequencies = scaling.scaled(frequencies, base, lengths)
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
+    # Multiplies cosines and sines, so that unrotated dims of a head are not scaled.
     magnitude = 1.0 if scaling is None else scaling.magnitude
     # Without this the CPU compiler computes cosines and sines again for every head.
     cos, sin = (kernels.materialised(wave(angles) * magnitude) for wave in (jnp.cos, jnp.sin))
     rotated, unrotated = jnp.split(x, [num_rotated], axis=-1)
+    # Pairs of the paper are neighbours, (2i, 2i + 1). The two layouts differ by a permutation of the
+    # projection's outputs, which conversion must apply to weights of the other kind.
     first, second = jnp.split(rotated.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return jnp.concatenate([rotated.astype(x.dtype), unrotated], axis=-1)

@@ -75,6 +75,7 @@ class ActivationQuantizer(nnx.Module):
         # Where the devices of a mesh do not divide the last dim, each of them has all of it.
         shards = mesh.num_devices(self.dim) if self.dim else 1
         width = x.shape[-1] if x.shape[-1] % shards else x.shape[-1] // shards
+        # The kernel takes [B, T, D] on each device; caches, with a dim of heads, take the computation below.
         if x.ndim == 3 and _has_kernel(x, self.tensor_quant, width=width):
             return _round_groups(x, self.tensor_quant.spec, ("batch", "time", self.dim))
         return fake_quantize_activations(x, self.tensor_quant, params)
@@ -125,8 +126,11 @@ def fake_quantize_activations(
     x: Float[Array, "*B D"], tensor_quant: TensorQuant, params: QuantizerParams
 ) -> Float[Array, "*B D"]:
     """Return `x` rounded to a format, computed in float32 and returned in its dtype."""
+    # Engines compute scales in float32: in bfloat16 many codes would differ from theirs.
     x32 = x.astype(jnp.float32)
+    # One scale for all tokens: a scalar for each layer.
     broadcast = {name: value.reshape((1,) * x.ndim) for name, value in params.items()}
+    # No key reaches the layers: only weights are rounded stochastically.
     y = tensor_quant.estimator.fake_quantize(
         x32, tensor_quant.spec, axis=tensor_quant.axis, params=broadcast, key=None
     )
@@ -176,6 +180,7 @@ def _calibrate_backward(
     tensor_quant: TensorQuant, saved: tuple[Array, QuantizerParams], dy: Array
 ) -> tuple[Array, QuantizerParams]:
     x, params = saved
+    # Where only another phase's format has a sign, this one's scale is positive.
     measured = {SIGN: jnp.ones(()), **tensor_quant.init_params(x.astype(jnp.float32))}
     return dy, {name: measured[name].reshape(value.shape) for name, value in params.items()}
 

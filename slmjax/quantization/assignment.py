@@ -27,6 +27,7 @@ from slmjax.quantization.rules import QuantRule
 
 TABLES = ("embed/table", "head/weight")
 CACHE = "/mixer/cache"  # the end of the path of a mixer's cache
+# Norms, biases and sinks have none of these names.
 _WEIGHTS = re.compile(r"(^embed/table|(^|/)weight|/experts/(gate|up|down))$")
 # Estimators whose scales are parameters or buffers, not computed from the numbers.
 SCALE_ESTIMATORS = (Calibrated, LearnedClip, LearnedScale, LearnedScaleAndOffset)
@@ -62,6 +63,7 @@ class Assignment:
 
 def axis_of(path: str) -> int:
     """Return the axis of a weight's groups, from the end: the dim that its product sums over."""
+    # A table is [V, D], and its product with hidden states sums over D.
     return -1 if path in TABLES else -2
 
 
@@ -81,6 +83,7 @@ def assign_formats(
     """
     used: set[tuple[int, bool]] = set()  # indices of rules, and whether for a cache
     assignments = {path: _assign(rules, path, shape, used) for path, shape in shapes.items()}
+    # A rule with formats for parameters and for caches must be the first for some of each.
     for index, rule in enumerate(rules):
         parts = [is_cache for is_cache in (False, True) if _is_for(rule, is_cache=is_cache)]
         if missing := [is_cache for is_cache in parts if (index, is_cache) not in used]:
@@ -99,6 +102,7 @@ def _reason_to_keep(path: str) -> str | None:
     """Why a parameter is never quantized; None for one that can be."""
     if path.endswith(CACHE):
         return None
+    # A small part of the weights: rounding it would change which experts are selected.
     if "/router/" in path or path.endswith("router_bias"):
         return "chooses the experts: stays in floating point"
     if path.startswith("positions/"):
@@ -112,10 +116,10 @@ def _assign(
     if reason := _reason_to_keep(path):
         return Assignment(path=path, shape=shape, reason=reason)
     is_cache = path.endswith(CACHE)
-    matching = (
+    candidates = (
         index for index, rule in enumerate(rules) if _is_for(rule, is_cache=is_cache) and rule.matches(path)
     )
-    if (index := next(matching, None)) is None:
+    if (index := next(candidates, None)) is None:
         return Assignment(path=path, shape=shape, reason="no rule names it")
     # A rule that is used by nothing is a mistake, which `assign_formats` reports.
     used.add((index, is_cache))
@@ -160,6 +164,7 @@ def _input(rule: QuantRule, path: str, shape: tuple[int, ...]) -> TensorQuant | 
     if rule.input is None:
         return None
     check_width(rule.input, shape[axis_of(path)], what=f"the input of {path}", name=name_of(rule.input))
+    # Dynamic scales by default: those of each token are computed from it alone.
     estimator = rule.input_estimator or StraightThrough()
     if isinstance(estimator, SCALE_ESTIMATORS) and rule.input.granularity is not Granularity.PER_TENSOR:
         raise ValueError(

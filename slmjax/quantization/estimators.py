@@ -131,8 +131,11 @@ class StochasticRounding(Estimator):
         if key is None:
             return straight_through(x, spec, axis)
         constant = jax.lax.stop_gradient(x)
+        # The scale is a constant: how it depends on `x` adds no gradient.
         scale = _broadcast(scale_of(constant, spec, axis=axis), x, axis)
+        # Only a group of zeros has the scale 0, and its codes are 0 on any scale.
         steps = constant / jnp.where(scale == 0, 1.0, scale)
+        # E[floor(x + u)] = x for u uniform in [0, 1) (Gupta et al. 2015).
         codes = jnp.clip(
             jnp.floor(steps + jax.random.uniform(key, x.shape)), spec.lowest_code, spec.highest_code
         )
@@ -154,18 +157,16 @@ class LearnedScale(Estimator):
     ParetoQ trains its stretched grids (2 bits and three levels) with `clipped_from=RANGE`. Its parameter
     alpha is the range: 4 scales of `stretched2_*`, 1.5 of `stretched_ternary_*`. Two things differ from its
     code: the logarithm of the scale is trained instead of alpha, and its gradient is divided by the square
-      root of the
-    size of a group instead of that of the matrix.
+    root of the size of a group instead of that of the matrix.
     """
 
     # numbers beyond it get no gradient
     clipped_from: ClippedFrom = added_field(ClippedFrom.LAST_LEVEL, before=ClippedFrom.LAST_LEVEL)
 
     def check(self, spec: QuantSpec) -> None:
-        """Raise ValueError for formats with a zero point or floating-point codes, and for RANGE with a grid
-        that is not stretched.
-        """
+        """Raise ValueError for a zero point, floating-point codes, or RANGE with an unstretched grid."""
         _check_integers(spec, "a learned scale")
+        # Only these grids have a range that ends half a step beyond the last level.
         is_stretched = spec.bits == TERNARY_BITS or (spec.grid is CodeGrid.ODD and spec.bits > 1)
         if self.clipped_from is ClippedFrom.RANGE and not is_stretched:
             raise ValueError(
@@ -175,6 +176,7 @@ class LearnedScale(Estimator):
 
     def init_params(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> QuantizerParams:
         """Return the logarithm of each scale, and its sign where the format has one."""
+        # LSQ begins with 2 mean|x| / sqrt(highest level). A search is closer to the optimum for few levels.
         return _magnitude_and_sign(best_scale(x, spec, axis=axis)[0], spec)
 
     def encode(
@@ -219,6 +221,7 @@ class LearnedScaleAndOffset(Estimator):
         """Return codes on the trained scale and the trained zero point, rounded to a code."""
         scale = stored_scale(_scale(params), spec)
         zero = jnp.clip(jnp.round(params["offset"]), spec.lowest_code, spec.highest_code)
+        # Rounded before the zero point is added, as engines do: ties to even differ for an odd zero point.
         steps = jnp.round(divide(x, _broadcast(scale, x, axis))) + _broadcast(zero, x, axis)
         codes = jnp.clip(steps, spec.lowest_code, spec.highest_code).astype(jnp.int8)
         return Encoded(codes=codes, scale=scale, zero=zero.astype(jnp.int32))
@@ -238,11 +241,15 @@ class LearnedScaleAndOffset(Estimator):
         """
         scale = _broadcast(_scale(params), x, axis)
         limited = jnp.clip(params["offset"], spec.lowest_code, spec.highest_code)
+        # Rounding passes the gradient; the clip stops it where no code is left for the zero point.
         zero = _broadcast(limited + jax.lax.stop_gradient(jnp.round(limited) - limited), x, axis)
+        # LSQ's factor for both: their gradients sum over a group, and would outgrow those of weights.
         factor = _gradient_scale(x, spec, axis=axis)
         scale = _scale_gradient(scale, factor)
         zero = _scale_gradient(zero, factor)
         steps = jnp.clip(x / scale + zero, spec.lowest_code, spec.highest_code)
+        # LSQ+'s expression, of which autodiff finds all three gradients. It is not equal to `encode` to the
+        # bit.
         smooth = (steps + jax.lax.stop_gradient(jnp.round(steps) - steps) - zero) * scale
         return _as_if(_value(self, x, spec, axis=axis, params=params), smooth)
 
@@ -278,6 +285,7 @@ class LearnedClip(Estimator):
         key: Array | None,
     ) -> Float[Array, "..."]:
         """Return the rounded values; clipped numbers move the range, others do not."""
+        # PACT learns the upper end for outputs of a ReLU; here one scale moves both ends.
         low, high = _clipping_range(spec)
         scale = _broadcast(_scale(params), x, axis)
         # The gradient of a clip goes to x inside the range, and to its end outside.
@@ -325,6 +333,7 @@ def default_estimator(spec: QuantSpec) -> Estimator:
     With 3 bits or less, stretched grids included, the positions of the few levels matter, so that the scale
     is trained. Otherwise, and for formats whose scale is the mean magnitude, it is computed from the weights.
     """
+    # The mean magnitude defines BitNet's ternary weights (Ma et al. 2024): that scale follows the weights.
     has_trainable_scale = (
         spec.grid not in FLOAT_GRIDS and not spec.is_asymmetric and spec.statistic is not Statistic.ABSMEAN
     )
@@ -347,6 +356,7 @@ def _check_integers(spec: QuantSpec, what: str) -> None:
 @jax.custom_vjp
 def _as_if(value: Array, smooth: Array) -> Array:
     """Return `value`, to the bit, with the gradient of `smooth`."""
+    # `smooth + stop_gradient(value - smooth)` would have the gradient too, and rounding errors in its value.
     return value
 
 
@@ -371,6 +381,7 @@ def _straight_forward(x: Array, spec: QuantSpec, axis: int) -> tuple[Array, Arra
     if not clips(spec):
         return y, None
     # A little over half a step: a number that is exactly half a step beyond was rounded, not clipped.
+    # Odd levels are two scales apart.
     step = 2.0 if spec.grid is CodeGrid.ODD else 1.0
     return y, jnp.abs(y - x) <= 0.501 * step * jnp.abs(_broadcast(scale_of(x, spec, axis=axis), x, axis))
 
@@ -409,11 +420,14 @@ def _learned_backward(
     group_scale = _broadcast(scale, x, axis)
     low, high = _clipping_range(spec)
     if clipped_from is ClippedFrom.RANGE:
+        # 0.99 is in ParetoQ's code. Odd levels are two scales apart.
         half_step = 1.0 if spec.grid is CodeGrid.ODD else 0.5
         low = 0.99 * (low - half_step)
         high = 0.99 * (high + half_step)
+    # A negative scale mirrors the grid, and the quotient with it.
     steps = x / group_scale
     inside = (steps >= low) & (steps <= high)
+    # d y / d scale is (y - x) / scale inside the range, and the level y / scale of a clipped number.
     by_number = dy * jnp.where(inside, y - x, y) / group_scale
     total = sum_groups(by_number, scale, axis=axis)
     return jnp.where(inside, dy, 0), total * _gradient_scale(x, spec, axis=axis)
@@ -429,6 +443,7 @@ def clips(spec: QuantSpec) -> bool:
     # A scale by the mean magnitude leaves out large numbers on purpose: they get their gradient all the same.
     if spec.statistic is Statistic.ABSMEAN:
         return False
+    # SIGNED_MAX takes the lowest code for the largest magnitude: a number opposite to it is a step too far.
     return spec.statistic is Statistic.SIGNED_MAX or spec.divisor > _clipping_range(spec)[1] + 0.5 * (
         2.0 if spec.grid is CodeGrid.ODD else 1.0
     )
@@ -443,12 +458,14 @@ def sum_groups(x: Float[Array, "..."], scale: Float[Array, "..."], *, axis: int)
     """Return the sums of `x` over the numbers that share each scale, in the shape of `scale`."""
     axis = axis % x.ndim
     groups = x.reshape(*x.shape[:axis], scale.shape[axis], -1, *x.shape[axis + 1 :])
+    # A PER_TENSOR scale has size 1 in all dims.
     shared = tuple(dim for dim, size in enumerate(scale.shape) if size == 1 and dim != axis)
     total = jnp.sum(groups, axis=axis + 1)
     return jnp.sum(total, axis=shared, keepdims=True) if shared else total
 
 
 def _gradient_scale(x: Array, spec: QuantSpec, *, axis: int) -> float:
+    # LSQ counts the numbers that share a scale: for activations the features of a layer, not its tokens.
     sharing = {
         Granularity.PER_GROUP: spec.group_size,
         Granularity.PER_CHANNEL: x.shape[axis],
@@ -476,11 +493,13 @@ def _logarithm(scale: Array) -> Array:
 def _magnitude_and_sign(scale: Array, spec: QuantSpec) -> QuantizerParams:
     params = {"log_scale": _logarithm(scale)}
     if spec.has_signed_scale:
+        # Not `jnp.sign`: the scale of a group of zeros needs a sign as well.
         params[SIGN] = jnp.where(scale < 0, -1.0, 1.0)
     return params
 
 
 def _scale(params: QuantizerParams) -> Array:
+    # At the bound, near the smallest number of float16, a scale gets no further gradient.
     scale = jnp.exp2(jnp.maximum(params["log_scale"], SMALLEST_SCALE))
     return jnp.where(params[SIGN] < 0, -scale, scale) if SIGN in params else scale
 
@@ -501,6 +520,7 @@ def best_scale(
 
     def try_factor(best: tuple[Array, Array], factor: Array) -> tuple[tuple[Array, Array], None]:
         scale = computed * factor
+        # Errors are those of the scale as stored, not of the candidate before it is rounded.
         error = squared_error(x, encode(x, spec, axis=axis, scale=scale), spec, axis=axis)
         return (jnp.where(error < best[1], scale, best[0]), jnp.minimum(error, best[1])), None
 

@@ -54,6 +54,7 @@ class FakeQuantization(ParamTransform):
 
         At the first step of a phase: weights whose format stays keep the scales that they have learned.
         """
+        # Weights without a format in this phase move without their scales, which are set again.
         changed = {
             path: formats
             for path, formats in self.learned_formats.items()
@@ -99,6 +100,7 @@ def define_quantized(
     # Only shapes are computed: the key has no effect.
     key = jax.random.key(0)
     plain = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=key)))
+    # The plan may divide groups: the model is built again from its config, with quantizers in its layers.
     plan = plan_quantization(config, phases, stack_shapes(plain), step=step)
 
     def build() -> Decoder:
@@ -163,6 +165,7 @@ def fake_quantize(
     formats = weight_formats(definition)
     if schedule is None:
         return rounded, jnp.zeros(())
+    # Without damping the sum over all weights is not computed.
     damping_loss = (
         schedule.damping * weights.damping_loss(params, rounded, formats)
         if schedule.damping

@@ -36,6 +36,7 @@ class CodeFlips:
             return now, fraction_of_flips(before, now, formats_of)
 
         self._codes = jax.jit(lambda params: weights.codes(params, formats_of))
+        # The former codes are donated: two copies would take two bytes for each weight.
         self._compare = jax.jit(compare, donate_argnums=1)
         self._before: Codes = {}
         self._step = 0
@@ -61,6 +62,7 @@ def fraction_of_flips(before: Codes, now: Codes, formats_of: Formats) -> Float[A
     changed = [
         jnp.sum(jnp.sum(now[path] != before[path], axis=-1).astype(jnp.float32)) for path in formats_of
     ]
+    # Layers without a format have codes of 0 in both, which never differ and are not counted.
     num_codes = sum(now[path].size * _fraction_with_format(layers) for path, layers in formats_of.items())
     return jnp.sum(jnp.stack(changed)) / num_codes
 

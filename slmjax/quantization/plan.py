@@ -61,6 +61,7 @@ def stack_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
     for index, group in enumerate(model.segments):
         for offset, block in enumerate(group.blocks):
             if isinstance(block.mixer, CachingMixer):
+                # A cache is no parameter, but rules name it by a path.
                 path = f"segments/{index}/blocks/{offset}{CACHE}"
                 shapes[path] = (group.config.repeats, *block.mixer.cached_shape())
     return shapes
@@ -108,6 +109,7 @@ def plan_quantization(
     by_phase = [assign_model_formats(phase.rules, config, stacked) for phase in phases]
     phase = phase_at(phases, step)
     current: Assignments = {} if phase is None else by_phase[list(phases).index(phase)]
+    # Groups are divided by all phases, so that the layout of parameters is the same in each of them.
     parts = _divided_groups(config, by_phase)
     divided = dataclasses.replace(config, stack=tuple(group for groups in parts for group in groups))
     # A phase without a format for a weight still has the parameters that another phase trains.
@@ -120,6 +122,7 @@ def plan_quantization(
         if path.endswith(CACHE):
             caches[path.removesuffix("/cache")] = current[logical[0]].weight if current else None
             continue
+        # Before the first phase `current` is empty, and no layer has a format.
         by_layer = tuple(current[name].weight for name in logical) if current else ()
         if any(by_layer):
             formats[path] = by_layer
@@ -130,6 +133,7 @@ def plan_quantization(
             current[logical[0]].input if current else None,
             _learned_format(by_phase, current, logical[0], "input"),
         )
+        # A quantizer that only another phase uses is there too, as the identity.
         if any(pair) or any(assignments[logical[0]].input for assignments in by_phase):
             inputs[path] = pair
     return Plan(
@@ -160,6 +164,7 @@ def _learned_format(
         )
     now = _with_scale_params(getattr(current[path], part)) if current else None
     learned = now or (formats[0] if formats else None)
+    # One signed format gives all phases a sign, because shapes must not change between them.
     has_sign = any(tensor_quant.spec.has_signed_scale for tensor_quant in formats)
     return dataclasses.replace(learned, keeps_sign=True) if learned is not None and has_sign else learned
 
@@ -175,6 +180,7 @@ def _divided_groups(config: ModelConfig, by_phase: Sequence[Assignments]) -> lis
     Formats of inputs and caches and the layout of scales are static in a scanned stack, unlike the formats of
     weights, which are rounded outside the scan.
     """
+    # What each layer needs, in all phases.
     static_by_layer: dict[int, list[Any]] = {}
     for assignments in by_phase:
         for path, assignment in assignments.items():
@@ -184,6 +190,7 @@ def _divided_groups(config: ModelConfig, by_phase: Sequence[Assignments]) -> lis
                 layout = None if learned is None else (*_layout(learned), learned.spec.has_signed_scale)
                 cache = assignment.weight if path.endswith(CACHE) else None
                 static_by_layer.setdefault(int(layer), []).append((name, assignment.input, cache, layout))
+    # Neighbouring repeats with equal needs become one group.
     divided = []
     first = 0
     for group in config.stack:
@@ -206,11 +213,14 @@ def _stack_paths(config: ModelConfig, divided: ModelConfig, stacked: Mapping[str
     """The stack paths of the divided config, for those of the config."""
     if divided == config:
         return list(stacked)
+    # Through logical paths, which do not depend on the groups.
     known = {logical for path in stacked for logical in logical_paths(config, path)}
     paths = [path for path in stacked if layer_indices(config, path) is None]
     for index, group in enumerate(divided.stack):
         for offset in range(len(group.pattern)):
             prefix = f"segments/{index}/blocks/{offset}/"
+            # Layers of a part have the same parameters: those of its first stand for all. Any name below it
+            # would do.
             layer = (layer_indices(divided, prefix + "any") or [0])[0]
             layer_prefix = f"layers/{layer}/"
             paths += [
@@ -235,6 +245,7 @@ def set_quantizers(model: Decoder, plan: Plan, *, is_calibrating: bool = False) 
     for path, tensor_quant in plan.caches.items():
         mixer = _module(model, path)
         assert isinstance(mixer, CachingMixer), path
+        # Scales of caches are computed for each token: there are no parameters to stack.
         mixer.cache_quantizer = None if tensor_quant is None else ActivationQuantizer(tensor_quant)
     formats_by_owner: dict[tuple[str, str], Any] = {}
     for path, (tensor_quant, learned) in plan.inputs.items():
@@ -269,6 +280,7 @@ def _owner(model: Decoder, path: str) -> tuple[Any, str]:
     None for a table of which rows are only looked up.
     """
     if path in ("embed/table", "head/weight"):
+        # A tied table is multiplied with the hidden states, and the decoder owns their quantizer.
         is_head = path == "head/weight" or model.config.head is HeadKind.TIED
         return (model, "head_quantizer") if is_head else (None, "")
     parent, _, name = path.rpartition("/")

@@ -32,12 +32,14 @@ class QuantSchedule:
         """Return the fraction of the rounding error in the step after `step`; None for all of it, always."""
         if self.warmup_steps == 0:
             return None
+        # The first step has a part of the error already, and the last of the warm-up not yet all of it.
         return jnp.clip((step - self.first_step + 1) / (self.warmup_steps + 1), 0.0, 1.0)
 
     def num_frozen(self, step: Int[Array, ""], *, num_layers: int) -> Float[Array, ""]:
         """Return how many layers, counted from the first, are frozen in the step after `step`."""
         if self.freeze_from is None:
             return jnp.zeros(())
+        # From the first on, so that the layers still trained adapt to inputs that no longer change.
         progress = (step - self.freeze_from) / max(self.last_step - self.freeze_from, 1)
         return jnp.where(progress < 0, 0.0, jnp.floor(progress * num_layers) + 1)
 
@@ -54,7 +56,7 @@ class QuantSchedule:
         """
         if self.freeze_from is None:
             return dict(updates)
-        # Updates are masked, not gradients: moments go on, and weight decay is masked too.
+        # Updates are masked, not gradients: moments are still updated, and weight decay is masked too.
         num_frozen = self.num_frozen(step, num_layers=config.num_layers)
         result = dict(updates)
         for path in paths:

@@ -120,6 +120,7 @@ def _fake_quantize_matrices(
 ) -> Array:
     if tensor_quant is None:
         return weight
+    # A key for each matrix that `map_matrices` maps over.
     keys = None if key is None else jax.random.split(key, weight.shape[:-2])
 
     def fake_quantize_matrix(matrix: Array, quantizer_params: QuantizerParams, key: Array | None) -> Array:
@@ -143,6 +144,7 @@ def encode_weights(params: Mapping[str, Array], formats_of: Formats) -> dict[str
         if not path.startswith("segments/"):
             result[path] = [_encode(weight, quantizer_params, formats[0])]
             continue
+        # A list, because layers of different formats have codes and scales of different shapes.
         result[path] = [
             _encode(
                 weight[layer], {name: value[layer] for name, value in quantizer_params.items()}, tensor_quant
@@ -187,6 +189,7 @@ def code_sums(params: Mapping[str, Array], formats_of: Formats) -> dict[str, UIn
     result: dict[str, Array] = {}
     for path, formats in formats_of.items():
         if axes := [tensor_quant.axis for tensor_quant in formats if tensor_quant is not None]:
+            # The axis depends on the path alone: all layers have the same.
             sums_of_layer = functools.partial(_sums_of_layer, axis=axes[0])
             result[path] = _map_layers(sums_of_layer, params, path, formats)
     return result
@@ -216,6 +219,7 @@ def sum_of_codes(encoded: Encoded, *, axis: int) -> UInt32[Array, "..."]:
     """
 
     def sum_matrix(encoded: Encoded) -> Array:
+        # Weights of codes, scales and zero points start apart, so that exchanging two of them shows.
         total = _weighted_sum(encoded.codes, axis, start=1)
         total += _weighted_sum(as_bits(encoded.scale), axis, start=100_003)
         if encoded.zero is not None:
@@ -228,6 +232,7 @@ def sum_of_codes(encoded: Encoded, *, axis: int) -> UInt32[Array, "..."]:
 
 
 def _weighted_sum(integers: Array, axis: int, *, start: int) -> Array:
+    # Signs are extended first: -1 of an int8 is then 2**32 - 1, its value modulo 2**32.
     integers = integers.astype(jnp.int32).astype(jnp.uint32)
     weights = 2 * jax.lax.broadcasted_iota(jnp.uint32, integers.shape, axis % integers.ndim) + start
     return jnp.sum(integers * weights, axis=axis, dtype=jnp.uint32)
@@ -261,6 +266,7 @@ def _map_layers(
     quantizer_params = quantizer_params_of(params, path)
     if all(tensor_quant == formats[0] for tensor_quant in formats):
         return function(weight, quantizer_params, formats[0], None)
+    # One computation for each layer: formats are static.
     layers = [
         function(
             weight[layer],

@@ -19,10 +19,12 @@ from slmjax.models.protocols import Ffn, FfnAux, FfnConfig
 class Activation(enum.Enum):
     """Non-linearity of a feed-forward layer."""
 
+    # Gated by silu the layer is SwiGLU (Shazeer 2020).
     SILU = "silu"
     GELU = "gelu"  # the tanh approximation, as in GPT-2 and Gemma
     GELU_EXACT = "gelu_exact"  # with the error function
     RELU = "relu"
+    # Squared ReLU (Primer, So et al. 2021): sparse like ReLU, smooth at 0.
     RELU2 = "relu2"
     # for gated layers only: clipped inputs, a steeper sigmoid, and one added to the other half (GPT-OSS)
     CLAMPED_SILU = "clamped_silu"
@@ -46,8 +48,10 @@ def gated(
     """Return the hidden layer of a gated feed-forward layer, from its two projections (Shazeer 2020)."""
     if activation is not Activation.CLAMPED_SILU:
         return ACTIVATIONS[activation](gate) * up
+    # The gate is clipped from above only: for large negative inputs its sigmoid is near 0 in any case.
     gate = jnp.minimum(gate, CLAMP)
     up = jnp.clip(up, -CLAMP, CLAMP)
+    # With one added to `up`, the gate alone passes where `up` is near 0.
     return gate * jax.nn.sigmoid(STEEPNESS * gate) * (up + 1.0)
 
 
@@ -90,6 +94,7 @@ class Mlp(Ffn):
         linear_kwargs = {"std": dims.init_std, "bias": config.bias, "rngs": rngs}
         self.gate = Linear(dims.embed_dim, config.hidden_dim, **linear_kwargs) if config.gated else None
         self.up = Linear(dims.embed_dim, config.hidden_dim, **linear_kwargs)
+        # It writes into the residual stream, so its deviation shrinks with depth (`ModelDims.output_std`).
         self.down = Linear(
             config.hidden_dim, dims.embed_dim, std=dims.output_std, bias=config.bias, rngs=rngs
         )

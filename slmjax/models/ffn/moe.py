@@ -32,7 +32,9 @@ from slmjax.parallel import communication
 class RouterScore(enum.Enum):
     """Function from router logits to scores of experts."""
 
+    # Scores compete: one expert's rises only as others fall (Switch Transformer, OLMoE).
     SOFTMAX = "softmax"
+    # Scores are independent of each other (DeepSeek-V3).
     SIGMOID = "sigmoid"
 
 
@@ -58,8 +60,10 @@ class MoeConfig(FfnConfig):
     routed_scale: float = 1.0  # factor of the weights of the selected experts
     shared_hidden_dim: int = 0  # width of a gated MLP that every token uses in addition; 0 for none
     balance: Balance = Balance.AUX_LOSS  # method that keeps the load even
+    # 0.01 as in Switch Transformer (Fedus et al. 2021), 0.001 for the bias as in DeepSeek-V3.
     balance_weight: float = 0.01  # coefficient of the balance loss
     bias_rate: float = 0.001  # change of a bias in an optimizer step
+    # ST-MoE has 0.001 (Zoph et al. 2022): large router logits make the softmax sensitive to rounding.
     z_weight: float = 0.0  # coefficient of the squared log-sum-exp of router logits
     # capacity per expert and sequence, as a multiple of the tokens under an even load; None drops no tokens
     capacity_factor: float | None = None
@@ -95,6 +99,7 @@ class MoeConfig(FfnConfig):
 
     def training_note(self) -> str | None:
         """Return a warning about training with these settings; None if there is none."""
+        # One weight normalized by itself is the constant 1 (`route`).
         if self.num_selected > 1 or not self.normalize_weights:
             return None
         terms = {
@@ -118,6 +123,7 @@ class MoeConfig(FfnConfig):
 
     def capacity(self, length: int) -> int:
         """Return an expert's capacity for a sequence of `length` tokens, if there is a capacity factor."""
+        # A token selects an expert at most once: slots beyond `length` would stay empty.
         even_load = length * self.num_selected / self.num_experts
         return min(length, math.ceil(even_load * (self.capacity_factor or 1.0)))
 
@@ -154,8 +160,12 @@ def route(
         probabilities = scores
     else:
         scores = jax.nn.sigmoid(logits)
+        # Sigmoids do not sum to one, and the balance loss needs a distribution. They may all underflow to 0.
         probabilities = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
+    # The bias changes the selection only: weights are unbiased scores, so balancing adds no gradient to the
+    # loss.
     preference = scores if bias is None else scores + bias[None, None, :]
+    # The choice has no gradient. The router learns through the weights of the chosen experts.
     _, experts = jax.lax.top_k(jax.lax.stop_gradient(preference), config.num_selected)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if config.normalize_weights and config.num_selected == 1:
@@ -165,6 +175,7 @@ def route(
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
     return Routing(
         weights=jnp.where(real[:, :, None], weights * config.routed_scale, 0.0),
+        # Padding counts for no expert, takes no slot and uses no capacity.
         experts=jnp.where(real[:, :, None], experts, config.num_experts),
         probabilities=probabilities,
     )
@@ -172,6 +183,7 @@ def route(
 
 def row_expert_counts(experts: Int[Array, "B T K"], num_experts: int) -> Float[Array, "B E"]:
     """Count the real tokens of each sequence that selected each expert."""
+    # A comparison that fuses into the sum, instead of a scatter-add, whose order of additions is undefined.
     is_selected = experts[:, :, :, None] == jnp.arange(num_experts)[None, None, None, :]
     return jnp.sum(is_selected, axis=(1, 2), dtype=jnp.float32)
 
@@ -186,7 +198,9 @@ def balance_loss(routing: Routing, real: Bool[Array, "B T"]) -> Float[Array, ""]
     """
     num_experts = routing.probabilities.shape[-1]
     num_selected = routing.experts.shape[-1]
+    # Rows that are all padding must not divide by zero.
     num_real = jnp.maximum(jnp.sum(real, axis=1, dtype=jnp.float32), 1.0)
+    # Counts are constants to autodiff: the gradient flows through the probabilities only.
     fraction = row_expert_counts(routing.experts, num_experts) / (num_selected * num_real[:, None])
     # A sum over real tokens: the mean p times the number of real tokens, the weight of the sequence.
     probability = jnp.sum(jnp.where(real[:, :, None], routing.probabilities, 0.0), axis=1)
@@ -210,6 +224,7 @@ def updated_bias(
       counts: tokens that selected each expert, over the global batch of the step.
       rate: size of the change.
     """
+    # The sign alone: the size of a change does not depend on the tokens in a batch.
     return bias + rate * jnp.sign(jnp.mean(counts, axis=-1, keepdims=True) - counts)
 
 
@@ -233,8 +248,10 @@ def sorted_slots(experts: Int[Array, "M K"], num_experts: int) -> Slots:
     num_tokens, num_selected = experts.shape
     # A token selects an expert at most once, which bounds the slots where a device has few experts.
     num_slots = num_tokens * min(num_selected, num_experts)
+    # Experts of other devices have the number `num_experts`: they sort behind all slots in use.
     order = jnp.argsort(experts.reshape(-1), stable=True)
     group_sizes = jnp.sum(experts.reshape(-1, 1) == jnp.arange(num_experts)[None, :], axis=0, dtype=jnp.int32)
+    # The inverse of a permutation is its argsort.
     slot = jnp.argsort(order).reshape(num_tokens, num_selected)
     in_use = jnp.arange(num_slots) < jnp.sum(group_sizes)
     return Slots(
@@ -254,6 +271,7 @@ def capacity_slots(experts: Int[Array, "B T K"], num_experts: int, *, capacity: 
     by_sequence = experts.reshape(num_sequences, length * num_selected)
     is_selected = by_sequence[:, :, None] == jnp.arange(num_experts)[None, None, :]
     counts = jnp.sum(is_selected, axis=1, dtype=jnp.int32)
+    # The part of the capacity that earlier tokens on other devices leave to these.
     num_computed = jnp.clip(capacity - communication.sum_before(counts, "time"), 0, counts)  # [B, E]
     # A token selects an expert at most once.
     capacity = min(capacity, length)
@@ -265,6 +283,7 @@ def capacity_slots(experts: Int[Array, "B T K"], num_experts: int, *, capacity: 
     # below the capacity. The sort is stable, so the rank counts earlier tokens.
     order = jnp.argsort(by_sequence, axis=1, stable=True)
     starts = jnp.cumsum(counts, axis=1) - counts
+    # Clamped to be a valid index: `has_slot` masks the experts of other devices.
     expert = jnp.minimum(by_sequence, num_experts - 1)
     rank = jnp.argsort(order, axis=1) - jnp.take_along_axis(starts, expert, axis=1)
     has_slot = (by_sequence < num_experts) & (rank < jnp.take_along_axis(num_computed, expert, axis=1))
@@ -272,11 +291,13 @@ def capacity_slots(experts: Int[Array, "B T K"], num_experts: int, *, capacity: 
 
     # The selection in each slot, [B, E, C].
     rank_in_slot = jnp.arange(capacity)[None, None, :]
+    # Slots without a selection would index past the end: clamped here, masked below.
     sorted_index = jnp.minimum(starts[:, :, None] + rank_in_slot, num_selections - 1)
     selection = jnp.take_along_axis(order, sorted_index.reshape(num_sequences, -1), axis=1)
     selection = selection.reshape(sorted_index.shape) + num_selections * sequence[:, :, None]
     selection = jnp.where(rank_in_slot < num_computed[:, :, None], selection, experts.size)
     return Slots(
+        # Experts come first, so that the slots of each are contiguous.
         selection=jnp.swapaxes(selection, 0, 1).reshape(-1),
         slot=slot.reshape(-1, num_selected),
         group_sizes=jnp.full((num_experts,), num_sequences * capacity, jnp.int32),
@@ -306,6 +327,7 @@ def _take_rows(x: Array, index: Array, inverse: Array) -> Array:
 
 def _take_rows_backward(inverse: Array, dy: Array) -> tuple[Array, None, None]:
     taken = jnp.take(dy.reshape(-1, dy.shape[-1]), inverse, axis=0, mode="fill", fill_value=0)
+    # A token's gradient is the sum over its K experts, in float32 whatever the dtype.
     return jnp.sum(taken, axis=1, dtype=jnp.float32).astype(dy.dtype), None, None
 
 
@@ -348,6 +370,7 @@ def apply_experts(
             x, weights, experts = (
                 communication.gather(part, "expert", axis=0) for part in (x, weights, experts)
             )
+        # From here on experts are numbered from this device's first.
         num_experts = matrices[0].shape[0]
         local_experts = experts - communication.index_along("expert") * num_experts
         is_local = (local_experts >= 0) & (local_experts < num_experts)
@@ -361,8 +384,10 @@ def apply_experts(
             capacity=capacity,
             hidden_quantizer=hidden_quantizer,
         )
+        # Where the hidden dim is sharded, each device has a partial sum of the down-projection.
         y = communication.sum_over(y, "ffn")
         if is_batch_sharded:
+            # One reduce-scatter adds the outputs of all experts and returns each device its own sequences.
             return communication.scatter_sum(y, "expert", axis=0)
         return communication.sum_over(y, "expert")
 
@@ -403,7 +428,9 @@ def _expert_outputs(
     else:
         slots = capacity_slots(experts, num_experts, capacity=capacity)
         multiply = _even_groups
+    # Selection // K is its token. An empty slot's M * K becomes M, for which `take_rows` returns zeros.
     rows = take_rows(x.reshape(-1, x.shape[-1]), slots.selection // num_selected, slots.slot)
+    # Group sizes are traced, so the length of the result must be given.
     by_slot = [
         jnp.repeat(bias, slots.group_sizes, axis=0, total_repeat_length=rows.shape[0]) for bias in biases
     ]
@@ -412,6 +439,7 @@ def _expert_outputs(
     hidden = hidden if hidden_quantizer is None else hidden_quantizer(hidden)
     # If the hidden dim is sharded, the outputs of these devices are summed, so each adds a part of the bias.
     outputs = multiply(hidden, down) + down_bias / communication.num_shards("ffn")
+    # The same two index arrays with their roles exchanged: each slot holds one selection.
     selected = take_rows(outputs, slots.slot, slots.selection[:, None])
     y = jnp.einsum(
         "mkd,mk->md", selected, weights.reshape(-1, num_selected), preferred_element_type=jnp.float32
@@ -434,6 +462,7 @@ class Experts(nnx.Module):
     """The weights of all experts, stacked."""
 
     def __init__(self, config: MoeConfig, dims: ModelDims, *, rngs: nnx.Rngs) -> None:
+        # One array for all experts shards over the expert axis and multiplies in one grouped product.
         in_shape = (config.num_experts, dims.embed_dim, config.hidden_dim)
         out_shape = (config.num_experts, config.hidden_dim, dims.embed_dim)
         self.gate = nnx.Param(truncated_normal(rngs.params(), in_shape, dims.init_std))
@@ -461,6 +490,8 @@ class Moe(Ffn):
             else None
         )
         self.experts = Experts(config, dims, rngs=rngs)
+        # A shared expert learns what all tokens need, which routed ones then need not repeat (DeepSeekMoE,
+        # Dai et al. 2024).
         shared = (
             MlpConfig(hidden_dim=config.shared_hidden_dim, activation=config.activation)
             if config.shared_hidden_dim
@@ -474,6 +505,7 @@ class Moe(Ffn):
         config = self.config
         real = segment_ids != 0
         # The router is float32 throughout: rounding to bfloat16 changes which experts are selected.
+        # GPUs and TPUs would otherwise multiply float32 arrays in TF32 or bfloat16.
         with jax.default_matmul_precision("float32"):
             logits = self.router(x.astype(jnp.float32))
         routing = route(
@@ -492,6 +524,7 @@ class Moe(Ffn):
             hidden_quantizer=self.experts.hidden_quantizer,
         )
         if self.shared is not None:
+            # Routed experts give padding zero through its weights; the shared one needs a mask.
             y = y + jnp.where(real[:, :, None], self.shared(x, segment_ids=segment_ids)[0], 0)
         return y, self._report(logits, routing, real, capacity)
 
@@ -511,6 +544,7 @@ class Moe(Ffn):
             "moe_balance": balance_weight * balance_loss(routing, real),
             "moe_z": self.config.z_weight * z_loss(logits, real),
         }
+        # Selections as the router made them, dropped ones included: these are what balancing acts on.
         counts = row_expert_counts(routing.experts, self.config.num_experts)
         dropped = jnp.zeros((), jnp.float32)
         if capacity is not None:

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 class QkNorm(enum.Enum):
     """Normalisation of queries and keys before their product."""
 
+    # Vectors of bounded length keep the scores from growing (Henry et al. 2020; Dehghani et al. 2023).
     NONE = "none"
     PER_HEAD = "per_head"  # over the dims of each head (Qwen3, Gemma 3)
     ALL_HEADS = "all_heads"  # over the dims of all heads together, with a scale for each dim (OLMo 2)
@@ -37,6 +38,7 @@ class Biases(enum.Enum):
     """Projections that have a bias."""
 
     NONE = "none"
+    # As in Qwen2.5; ALL is GPT-2's.
     QKV = "qkv"
     ALL = "all"
 
@@ -46,8 +48,10 @@ class AttentionConfig(MixerConfig):
     """Softmax attention."""
 
     num_heads: int  # query heads, N
+    # Grouped-query attention (Ainslie et al. 2023); one key-value head is multi-query (Shazeer 2019).
     num_kv_heads: int | None = None  # key-value heads, K, a divisor of num_heads (none: num_heads)
     head_dim: int | None = None  # dims per head, H (none: embed_dim / num_heads)
+    # A sliding window (Beltagy et al. 2020) bounds the cache and the cost of a token.
     window: int | None = None  # tokens that a token sees, itself included (none: all before it)
     rope_base: float | None = 10_000.0  # base of the rotary angles (none: no position information)
     rotary_dim: int | None = None  # rotated dims of each head, its first ones (none: all that form pairs)
@@ -56,6 +60,7 @@ class AttentionConfig(MixerConfig):
     biases: Biases = Biases.NONE  # biases of the projections
     scale: float | None = None  # factor of the scores (none: one over the square root of head_dim)
     softcap: float | None = None  # bound of the scores, by a tanh (none: unbounded)
+    # Heads with nothing to attend to otherwise put their weight on the first tokens (Xiao et al. 2023).
     sinks: bool = False  # a learned score per head that takes part in the softmax without a value (GPT-OSS)
 
     def __post_init__(self) -> None:
@@ -103,6 +108,7 @@ class AttentionConfig(MixerConfig):
         if self.rope_base is None:
             return 0
         head_dim = self.resolved_head_dim(dims)
+        # Dims rotate in pairs: an odd head leaves its last dim as it is.
         rotated = head_dim - head_dim % 2 if self.rotary_dim is None else self.rotary_dim
         if not 2 <= rotated <= head_dim:
             way_out = "set rotary_dim to an even number of them, or rope_base to none to rotate nothing"
@@ -130,6 +136,7 @@ class AttentionConfig(MixerConfig):
         # The first `window` tokens see 1, 2, ... tokens, the others all of the window.
         window = length if self.window is None else min(self.window, length)
         mean_visible = (window * (window + 1) / 2 + (length - window) * window) / length
+        # Two products, scores and weighted sum, of 2 FLOPs for each multiplication and addition.
         return 4 * mean_visible * self.num_heads * self.resolved_head_dim(dims)
 
     def state_bytes(self, dims: ModelDims, *, length: int, itemsize: int) -> int:
@@ -155,11 +162,13 @@ def with_rotary_dim(fields: dict[str, Any], *, embed_dim: Any) -> dict[str, Any]
     fraction = fields["rope_fraction"]
     others = {name: value for name, value in fields.items() if name != "rope_fraction"}
     fields = {"rotary_dim": None, **others}
+    # Not isinstance: a bool is an int too, and JSON's true is no fraction.
     if type(fraction) not in (int, float) or not 0 <= fraction <= 1:
         raise ConfigError(
             f"rope_fraction must be between 0 and 1, got {fraction!r}: set rotary_dim, a number of dims, "
             "instead"
         )
+    # None already stands for all dims, of heads of any width.
     if fraction == 1 or fields.get("rope_base") is None:
         return fields
     head_dim = _head_dim_of(fields, embed_dim)
@@ -180,6 +189,7 @@ def with_rope_fraction(fields: dict[str, Any], *, embed_dim: Any) -> dict[str, A
         return fields
     rotated = fields["rotary_dim"]
     head_dim = _head_dim_of(fields, embed_dim)
+    # A fraction of an unknown width cannot be written: the new field stays.
     if rotated is not None and head_dim is None:
         return fields
     others = {name: value for name, value in fields.items() if name != "rotary_dim"}
@@ -241,6 +251,7 @@ def write_cache(
     # Indices out of bounds are dropped.
     rows = jnp.arange(positions.shape[0])[:, None]
     return KvCache(
+        # Index arrays on both sides of a slice move to the front: the update is [B, T, K, H], as `keys` is.
         keys=cache.keys.at[rows, :, slots].set(keys.astype(cache.keys.dtype), mode="drop"),
         values=cache.values.at[rows, :, slots].set(values.astype(cache.values.dtype), mode="drop"),
         positions=cache.positions.at[rows, slots].set(positions, mode="drop"),
@@ -279,6 +290,7 @@ class Attention(CachingMixer):
         )
         self.query_norm = self._norm(dims, config.num_heads)
         self.key_norm = self._norm(dims, config.kv_heads)
+        # A sink of 0 acts as one more key with the score 0.
         self.sinks = nnx.Param(jnp.zeros((config.num_heads,), jnp.float32)) if config.sinks else None
         self.cache_quantizer: ArrayFunction | None = nnx.data(None)
 
@@ -312,6 +324,8 @@ class Attention(CachingMixer):
             "sinks": sinks,
         }
         if state is None:
+            # Fused kernels are for sequences that attend to themselves; decoding takes the reference
+            # implementation.
             mixed = kernels.self_attention(queries, keys, values, segment_ids=segment_ids, **settings)
         else:
             new = KvCache(
@@ -343,6 +357,7 @@ class Attention(CachingMixer):
         num_slots = max_length if self.config.window is None else min(self.config.window, max_length)
         shape = (batch_size, self.config.kv_heads, num_slots, self.head_dim)
         ids = jnp.zeros((batch_size, num_slots), jnp.int32)
+        # Segment id 0 masks every slot until it is written.
         return KvCache(
             keys=jnp.zeros(shape, self.dtype),
             values=jnp.zeros(shape, self.dtype),
@@ -355,6 +370,7 @@ class Attention(CachingMixer):
         return 2, self.config.kv_heads, self.head_dim
 
     def _norm(self, dims: ModelDims, num_heads: int) -> Norm | None:
+        # PER_HEAD has H scales, which all heads share; ALL_HEADS has one for each of N * H dims.
         num_normed = {QkNorm.NONE: 0, QkNorm.PER_HEAD: 1, QkNorm.ALL_HEADS: num_heads}[self.config.qk_norm]
         return dims.norm(num_normed * self.head_dim) if num_normed else None
 
@@ -369,6 +385,8 @@ class Attention(CachingMixer):
         lengths: Int[Array, "B #T"] | None,
     ) -> Float[Array, "B T N H"]:
         """Split queries or keys into heads, normed and rotated."""
+        # Norms precede the rotation, which changes no vector's length; learned scales would otherwise depend
+        # on the position.
         if norm is not None and self.config.qk_norm is QkNorm.ALL_HEADS:
             x = norm(x)
         x_BTNH = self._split_heads(x)

@@ -32,13 +32,17 @@ class LatentAttentionConfig(MixerConfig):
     num_heads: int  # heads, N
     latent_dim: int  # width of the latent of keys and values, L
     plain_dim: int  # unrotated dims of a head's queries and keys, P
+    # Rotated dims are apart from the latent: a rotation between two projections depends on the position, so
+    # that the up-projection of keys could not be absorbed into the queries.
     rope_dim: int  # rotated dims of a head's queries, and of the one rotated key that all heads share, R
     value_dim: int  # dims of a head's values, V
+    # Saves activation memory in training; queries are not cached.
     query_rank: int | None = None  # width of the latent of queries (none: no down-projection of queries)
     rope_base: float | None = 10_000.0  # base of the rotary angles (none: no position information)
     rope_scaling: RopeScaling | None = None  # scaling of the rotary frequencies (none: unscaled)
     scale: float | None = None  # factor of the scores (none: one over the root of plain_dim + rope_dim)
     bias: bool = False  # biases of the down-projections and of the output
+    # Released code builds these norms with a default eps, whatever the model's is.
     latent_norm_eps: float | None = None  # eps of the norms of latents (none: the model's norm_eps)
 
     def __post_init__(self) -> None:
@@ -79,6 +83,7 @@ class LatentAttentionConfig(MixerConfig):
 
     def mixing_flops(self, dims: ModelDims, *, length: int) -> float:
         """Return the FLOPs of scores and weighted sum per token in training, over a causal sequence."""
+        # Decoding multiplies in the latent space instead, with C dims for each head.
         mean_visible = (length + 1) / 2
         return 2 * mean_visible * self.num_heads * (self.key_dim + self.value_dim)
 
@@ -148,6 +153,7 @@ def absorbed_attention(
     key_up, value_up = jnp.split(up, [plain_dim], axis=-1)
     plain, rotated = jnp.split(queries, [plain_dim], axis=-1)
     q_BTNC = jnp.concatenate([jnp.einsum("btnp,lnp->btnl", plain, key_up), rotated], axis=-1)
+    # A single key-value head: multi-query attention over the latents.
     entries_BS1C = visible.entries[:, :, None, :]
     mixed = kernels.reference_attention(
         q_BTNC,
@@ -160,6 +166,7 @@ def absorbed_attention(
         window=None,
         scale=scale,
     )
+    # The last R dims belong to rotated keys, which are no part of the values.
     return jnp.einsum("btnl,lnv->btnv", mixed[..., : up.shape[0]], value_up)
 
 
@@ -175,14 +182,17 @@ class LatentAttention(CachingMixer):
             latent_dims = dataclasses.replace(dims, norm_eps=config.latent_norm_eps)
         query_dims = config.num_heads * config.key_dim
         rank = config.query_rank
+        # Up-projections have no bias: with one, q (W c) = (q W) c would not hold.
         up_kwargs = {"std": dims.init_std, "rngs": rngs}
         down_kwargs = {"std": dims.init_std, "bias": config.bias, "rngs": rngs}
         self.query = Linear(dims.embed_dim, query_dims, **up_kwargs) if rank is None else None
         self.query_down = None if rank is None else Linear(dims.embed_dim, rank, **down_kwargs)
         self.query_norm = None if rank is None else latent_dims.norm(rank)
         self.query_up = None if rank is None else Linear(rank, query_dims, **up_kwargs)
+        # Latent and rotated key in one product, as in released weights (kv_a_proj_with_mqa).
         self.latent_down = Linear(dims.embed_dim, config.cached_dim, **down_kwargs)
         self.latent_norm = latent_dims.norm(config.latent_dim)
+        # Each head has its P dims of keys, then its V dims of values, as in kv_b_proj.
         self.latent_up = Linear(
             config.latent_dim, config.num_heads * (config.plain_dim + config.value_dim), **up_kwargs
         )
@@ -213,11 +223,14 @@ class LatentAttention(CachingMixer):
         queries = self._queries(x, positions, lengths)
         latents, shared_keys = jnp.split(self.latent_down(x), [self.config.latent_dim], axis=-1)
         latents = self.latent_norm(latents)
+        # `rotary` takes a dim of heads: the shared key is one head.
         shared_keys = self._rotated(shared_keys[:, :, None, :], positions, lengths)[:, :, 0, :]
         if self.cache_quantizer is not None:
+            # Rounded as the one vector that is cached, in training too.
             entries = self.cache_quantizer(jnp.concatenate([latents, shared_keys], axis=-1))
             latents, shared_keys = jnp.split(entries, [self.config.latent_dim], axis=-1)
         if state is None:
+            # Keys and values of each head cost a long sequence fewer FLOPs than C dims for each head.
             plain_keys, values = jnp.split(
                 self._by_head(self.latent_up(latents)), [self.config.plain_dim], axis=-1
             )

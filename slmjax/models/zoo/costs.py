@@ -37,6 +37,7 @@ def describe(config: ModelConfig) -> Summary:
     sizes = {path: math.prod(dims) for path, dims in shapes.items()}
     tables = sum(size for path, size in sizes.items() if path in ("embed/table", "head/weight"))
     active = 0.0
+    # The product of the head, with rows of padding; the lookup of embeddings multiplies nothing.
     multiplied = float(config.table_rows * config.embed_dim)
     for path, dims in shapes.items():
         used = sizes[path] * _active_fraction(config, path)
@@ -44,6 +45,7 @@ def describe(config: ModelConfig) -> Summary:
         # A stacked matrix has the layer dim and two more; so do biases of experts, which are not multiplied.
         if path.startswith("segments/") and len(dims) > 2 and not path.endswith("bias"):
             multiplied += used * block_at(config, path).num_loops
+    # Each loop of a block computes and caches its own keys and values.
     mixers = [block.mixer for block in config.blocks() for _ in range(block.num_loops)]
     mixing_flops = sum(mixer.mixing_flops(model_dims, length=length) for mixer in mixers)
     state_bytes = sum(mixer.state_bytes(model_dims, length=length, itemsize=2) for mixer in mixers)

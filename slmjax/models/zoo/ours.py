@@ -35,16 +35,19 @@ def nano_window(*, vocab_size: int | None = None) -> ModelConfig:
     )
 
 
+# Two query heads for each key-value head, so that small runs exercise grouped queries.
 _NANO_ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=64, qk_norm=QkNorm.PER_HEAD)
 
 
 def _nano(pattern: tuple[BlockConfig, ...], *, vocab_size: int | None) -> ModelConfig:
+    # Four layers in any case: a pattern has one block or four.
     stack = (LayerGroup(pattern=pattern, repeats=4 // len(pattern)),)
     return ModelConfig(embed_dim=256, stack=stack, context_length=256, vocab_size=vocab_size)
 
 
 def shakespeare_char(*, vocab_size: int | None = None) -> ModelConfig:
     """nanoGPT's character model for a CPU: 4 layers of 4 heads, width 128, context 64, and ungated GELU."""
+    # nanoGPT's sizes; norms and rotary positions are those of the other models here.
     return _uniform(
         layers=4,
         embed_dim=128,
@@ -61,6 +64,8 @@ def slm_12m(*, vocab_size: int | None = 4096) -> ModelConfig:
         layers=6,
         embed_dim=384,
         attention=AttentionConfig(num_heads=6),
+        # 8/3 of the width: three matrices then have the parameters of two of 4 times the width (Shazeer
+        # 2020).
         ffn=MlpConfig(hidden_dim=1024),
         context_length=512,
         vocab_size=vocab_size,
@@ -77,6 +82,7 @@ def slm_124m(*, vocab_size: int | None = 50_257) -> ModelConfig:
         context_length=1024,
         vocab_size=vocab_size,
     )
+    # 50,304 rows, as in nanoGPT: a multiple of 128 suits the tiles of matrix units.
     return dataclasses.replace(config, vocab_multiple=128)
 
 

@@ -49,6 +49,7 @@ def _smollm2(
 
 def smollm3_3b() -> ModelConfig:
     """SmolLM3-3B (https://huggingface.co/HuggingFaceTB/SmolLM3-3B): every fourth layer has no positions."""
+    # Layers without positions among rotary ones (RNoPE, Yang et al. 2025) extrapolate to longer texts.
     rotated = AttentionConfig(num_heads=16, num_kv_heads=4, rope_base=5e6)
     mixers = (*(rotated,) * 3, dataclasses.replace(rotated, rope_base=None))
     blocks = [BlockConfig(mixer=mixer, ffn=MlpConfig(hidden_dim=11_008)) for mixer in mixers]
@@ -76,6 +77,7 @@ def mobilellm_1b() -> ModelConfig:
 
 
 def _mobilellm(*, layers: int, embed_dim: int, heads: int, kv_heads: int, hidden_dim: int) -> ModelConfig:
+    # Deep and thin: more and narrower layers than others of the size have (Liu et al. 2024).
     return _llama(
         layers=layers,
         embed_dim=embed_dim,
@@ -121,6 +123,7 @@ def _llama3_2(*, layers: int, embed_dim: int, heads: int) -> ModelConfig:
         vocab_size=128_256,
         context_length=131_072,
         rope_base=500_000.0,
+        # 32 as in config.json, though the context is only 16 times the original.
         rope_scaling=Llama3Scaling(factor=32.0, original_context=8192),
     )
 
@@ -151,6 +154,7 @@ def _qwen2_5(*, layers: int, embed_dim: int, heads: int, hidden_dim: int) -> Mod
         vocab_size=151_936,
         context_length=32_768,
         rope_base=1e6,
+        # Biases of queries, keys and values, which Qwen3 replaced by norms of queries and keys.
         biases=Biases.QKV,
         norm_eps=1e-6,
     )
@@ -177,6 +181,7 @@ def _qwen3(*, layers: int, embed_dim: int, heads: int, hidden_dim: int) -> Model
         embed_dim=embed_dim,
         heads=heads,
         kv_heads=8,
+        # The same in all sizes: heads times head_dim is not the width.
         head_dim=128,
         hidden_dim=hidden_dim,
         vocab_size=151_936,
@@ -193,7 +198,9 @@ def gemma2_2b() -> ModelConfig:
 
     Every other layer has a window; scores and logits have soft-caps.
     """
+    # query_pre_attn_scalar is 256 as the head's width is, so the scale of the scores is the default.
     full = AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=256, softcap=50.0)
+    # Layers 0, 2, ... are local.
     blocks = _gemma_blocks([dataclasses.replace(full, window=4096), full] * 13, hidden_dim=9216)
     config = _gemma(blocks, embed_dim=2304, context_length=8192, vocab_size=256_000)
     return dataclasses.replace(config, logit_softcap=30.0)
@@ -252,6 +259,7 @@ def _gemma3(
         window=window,
         rope_base=10_000.0,
     )
+    # Only full layers interpolate positions: the others never look further than their window.
     full = dataclasses.replace(local, window=None, rope_base=1e6, rope_scaling=rope_scaling)
     mixers = [full if layer % 6 == 5 else local for layer in range(layers)]
     blocks = _gemma_blocks(mixers, hidden_dim=hidden_dim)
@@ -259,6 +267,7 @@ def _gemma3(
 
 
 def _gemma_blocks(mixers: list[AttentionConfig], *, hidden_dim: int) -> list[BlockConfig]:
+    # GeGLU with the tanh approximation (gelu_pytorch_tanh).
     ffn = MlpConfig(hidden_dim=hidden_dim, activation=Activation.GELU)
     return [BlockConfig(mixer=mixer, ffn=ffn, norm=NormPlacement.SANDWICH) for mixer in mixers]
 
@@ -270,6 +279,7 @@ def _gemma(blocks: list[BlockConfig], *, embed_dim: int, context_length: int, vo
         context_length=context_length,
         vocab_size=vocab_size,
         norm_kind=NormKind.CENTERED_RMS,
+        # The table is shared with the head, and multiplied on the input side, as in Vaswani et al. 2017.
         embed_multiplier=embed_dim**0.5,
     )
 
@@ -290,6 +300,7 @@ def olmo2_1b() -> ModelConfig:
         context_length=4096,
         rope_base=500_000.0,
         qk_norm=QkNorm.ALL_HEADS,
+        # Norms of outputs, and of queries and keys: both against spikes of the loss (OLMo 2, 2025).
         norm=NormPlacement.POST,
         norm_eps=1e-6,
         head=HeadKind.UNTIED,
@@ -299,6 +310,7 @@ def olmo2_1b() -> ModelConfig:
 def olmoe_1b_7b() -> ModelConfig:
     """OLMoE 1B-7B (https://huggingface.co/allenai/OLMoE-1B-7B-0924): 64 experts, of which a token uses 8."""
     attention = AttentionConfig(num_heads=16, qk_norm=QkNorm.ALL_HEADS)
+    # norm_topk_prob is false: weights are probabilities among all 64 experts, and do not sum to one.
     ffn = MoeConfig(
         num_experts=64, num_selected=8, hidden_dim=1024, normalize_weights=False, balance_weight=0.01
     )
@@ -332,6 +344,7 @@ def phi4_mini() -> ModelConfig:
 
     Three quarters of a head are rotated, by LongRoPE.
     """
+    # LongRoPE's factor: sqrt(1 + ln(s) / ln(original)), where s = 32 is the extension.
     magnitude = math.sqrt(1 + math.log(131_072 / 4096) / math.log(4096))
     scaling = LongScaling(
         short_factors=(1.0,) * 48,
@@ -347,6 +360,7 @@ def phi4_mini() -> ModelConfig:
         hidden_dim=8192,
         vocab_size=200_064,
         context_length=131_072,
+        # partial_rotary_factor is 0.75, of heads of 128 dims.
         rotary_dim=96,
         rope_scaling=scaling,
     )
@@ -426,10 +440,15 @@ def _granite(*, embed_dim: int, heads: int, vocab_size: int) -> ModelConfig:
         vocab_size=vocab_size,
         context_length=131_072,
         rope_base=1e7,
+        # One over the width of a head, not over its square root, as in muP (Yang et al. 2022).
         scale=1 / 64,
     )
     return dataclasses.replace(
-        config, embed_multiplier=12.0, residual_multiplier=0.22, logit_multiplier=256 / embed_dim
+        # embedding_multiplier, residual_multiplier and the inverse of logits_scaling in config.json.
+        config,
+        embed_multiplier=12.0,
+        residual_multiplier=0.22,
+        logit_multiplier=256 / embed_dim,
     )
 
 
@@ -445,7 +464,9 @@ def gpt2_355m() -> ModelConfig:
 
 
 def _gpt2(*, layers: int, embed_dim: int, heads: int) -> ModelConfig:
+    # Positions are learned rows that are added to embeddings, not a rotation.
     attention = AttentionConfig(num_heads=heads, rope_base=None, biases=Biases.ALL)
+    # gelu_new of config.json is the tanh approximation.
     ffn = MlpConfig(hidden_dim=4 * embed_dim, activation=Activation.GELU, gated=False, bias=True)
     return ModelConfig(
         embed_dim=embed_dim,

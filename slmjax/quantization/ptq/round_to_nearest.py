@@ -46,6 +46,7 @@ class Clip(enum.Enum):
     """The clipping range of each group."""
 
     NONE = "none"  # at the scale that the format computes
+    # To clip a few large numbers may cost less than a coarser step for all (Banner et al. 2019).
     SEARCH = "search"  # at the one with the smallest squared error, of each group
 
 
@@ -99,8 +100,7 @@ def quantize_model(
     """Write a run's or an imported model with its matrices in number formats.
 
     Args:
-      source: a run directory or an imported model's; of a quantized one, its
-        dequantized weights are rounded.
+      source: a run directory or an imported model's; of a quantized one, its dequantized weights are rounded.
       out: the directory to write, which does not exist.
       rules: the formats; the first rule that matches a path applies.
       clip: how scales are chosen.
@@ -115,6 +115,7 @@ def quantize_model(
     original = open_local_model(source, step=step)
     # Tables are written without their padding.
     model = dataclasses.replace(original.config, vocab_multiple=1)
+    # Caches are rounded as they are computed: a file has nothing of them.
     assignments = {
         path: assignment
         for path, assignment in assign_model_formats(rules, model, shapes_of(model)).items()
@@ -136,6 +137,7 @@ def quantize_model(
             sizes.append((report.numbers, report.bytes))
             yield from safetensors_files.in_codes(name, encoded)
 
+    # A failure leaves no directory that looks like a model.
     with atomic_directory(out) as directory:
         safetensors_files.write_tensors(directory / safetensors_files.DIRECTORY, tensors())
         formats = {
@@ -147,10 +149,11 @@ def quantize_model(
         write_model_file(directory, model, phases=(QuantPhase(rules=tuple(rules)),))
         if (source / "tokenizer").is_dir():
             Tokenizer.load(source / "tokenizer").save(directory / "tokenizer")
+        # `matrices` is complete: `write_tensors` has consumed the generator.
         write_json(directory / "origin.json", _origin(original, matrices, clip))
     return Quantized(
         path=str(out),
-        parameters=sum(numbers for numbers, _ in sizes),
+        parameters=sum(count for count, _ in sizes),
         bytes=sum(size for _, size in sizes),
         matrices=tuple(matrices),
     )
@@ -199,6 +202,7 @@ def _round(assignment: Assignment, array: np.ndarray, clip: Clip) -> tuple[Encod
         format=name_of(spec),
         numbers=array.size,
         bytes=stored_bytes(spec, array.shape, axis=axis),
+        # Experts are of one size: the mean of their errors is that of the array.
         nearest_error=float(np.mean(nearest_error)),
         error=float(np.mean(error)),
         power=float(np.mean(np.square(array, dtype=np.float64))),
@@ -234,6 +238,8 @@ def with_best_clip(
     plain = encode(x, spec, axis=axis)
     before = squared_error(x, plain, spec, axis=axis)
     scale, error = best_scale(x, spec, axis=axis)
+    # The format's own codes may still be better: GGUF computes them with the scale before it is rounded,
+    # which a given scale does not allow.
     searched = encode(x, spec, axis=axis, scale=scale)
     is_better = error < before
 
