@@ -88,9 +88,6 @@ def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, dtype: Any)
     if mesh.is_single_device():
         return jnp.take(table, tokens, axis=0, mode="clip").astype(dtype)
 
-    if mesh.is_single_device():
-        return jnp.take(table, tokens, axis=0, mode="clip").astype(dtype)
-
     def on_device(table: Array, tokens: Array) -> Array:
         rows, shards = communication.gathered_table(table)
         if shards.count == 1:
