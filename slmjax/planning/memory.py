@@ -1,11 +1,10 @@
-"""What a train step needs of each device's memory, and what would need less: for a run that had too little.
+"""Memory that a train step needs on each device, and options that need less, for a run that had too little.
 
-    memory = step_memory(experiment, vocab_size=4096, mesh=mesh)   # StepMemory, in bytes per device
-    advice = advise(experiment, vocab_size=4096, mesh=mesh)        # options to add, with what each saves
+    needed = step_memory(experiment, vocab_size=4096, mesh=mesh)       # StepMemory, in bytes per device
+    advice = advise(experiment, vocab_size=4096, mesh=mesh)            # Advice: options, with what each saves
     print(advice.text())
 
-The step is compiled for shapes and never run, so that nothing is allocated; the mesh's devices need not even
-be here.
+The step is compiled for shapes and never run, so nothing is allocated. The mesh's devices need not be attached.
 """
 
 import dataclasses
@@ -30,8 +29,8 @@ from slmjax.training.programs import make_programs, teacher_plans
 log = logging.getLogger(__name__)
 
 ADVICE_SECONDS = 120.0  # after which no further change is tried
-MOST_PARTS = 16  # that a batch is cut into, beyond what it is already: more of them help little more
-WORTH_SAYING = 0.01  # of what the step needs: a change that saves less does not help
+MAX_MICROBATCHES = 16  # that each microbatch is split into; more of them help little more
+MIN_SAVING = 0.01  # of what the step needs: a change that saves less is of no help
 
 
 class OutOfMemory(RuntimeError):
@@ -39,9 +38,8 @@ class OutOfMemory(RuntimeError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: a device's, or the machine's."""
-    said = str(error)
-    is_about_memory = any(part in said for part in ("RESOURCE_EXHAUSTED", "Out of memory"))
+    """Return whether an error says that memory ran out, on a device or on the host."""
+    is_about_memory = any(part in str(error) for part in ("RESOURCE_EXHAUSTED", "Out of memory"))
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_about_memory)
 
 
@@ -53,16 +51,16 @@ class StepMemory:
     parameters: int  # and buffers
     optimizer: int
     average: int  # of the parameters, where one is kept
-    teachers: int = 0  # parameters of models that are learned from, where they share the devices
-    temporary: int  # the rest: activations, gradients and logits above all, and the batch
+    teachers: int = 0  # parameters of teachers, where they share the devices
+    temporary: int  # the rest: mostly activations, gradients and logits, and the batch
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all of them."""
         return self.parameters + self.optimizer + self.average + self.teachers + self.temporary
 
     def text(self) -> str:
-        """In words."""
+        """Return the sizes as text."""
         parts = {
             "parameters": self.parameters,
             "optimizer": self.optimizer,
@@ -74,56 +72,62 @@ class StepMemory:
 
 
 def step_memory(experiment: Experiment, *, vocab_size: int, mesh: Mesh) -> StepMemory:
-    """Of the train step, by the compiler's own account.
+    """Return the memory of the train step, as the compiler reports it.
 
     Raises:
       ValueError: the settings do not fit each other or the mesh.
-      jax.errors.JaxRuntimeError: the compiler itself says that the devices have too little.
+      jax.errors.JaxRuntimeError: the compiler itself finds that the devices have too little.
     """
     programs = make_programs(experiment, vocab_size=vocab_size, mesh=mesh)
-    rows = experiment.data.batch_size
+    batch_size = experiment.data.batch_size
     plans = teacher_plans(experiment, programs.definition.config, mesh=mesh)
-    given = (programs.shapes, _batch_shapes(experiment, rows, mesh), *_said_shapes(plans, experiment, rows))
-    return _state_and(_compiled_bytes(programs.train_step, given, mesh), programs.shapes, plans, held=())
+    batch = _batch_shapes(experiment, batch_size, mesh)
+    arguments = (programs.shapes, batch, *_teacher_output_shapes(plans, experiment, batch_size))
+    compiled = _compiled_bytes(programs.train_step, arguments, mesh)
+    return _by_purpose(compiled, programs.shapes, plans, resident=())
 
 
 def evaluation_memory(experiment: Experiment, *, vocab_size: int, mesh: Mesh) -> StepMemory:
-    """Of an evaluation step, while the whole state of training is kept beside it. Raises what `step_memory`
-    does.
-    """
+    """Return the memory of an evaluation step with the training state in memory. Raises what `step_memory` does."""
     programs = make_programs(experiment, vocab_size=vocab_size, mesh=mesh)
     shapes = programs.shapes
-    rows = experiment.eval.batch_size or experiment.data.batch_size
+    batch_size = experiment.eval.batch_size or experiment.data.batch_size
     plans = teacher_plans(experiment, programs.definition.config, mesh=mesh)
-    given = (_batch_shapes(experiment, rows, mesh), *_said_shapes(plans, experiment, rows))
-    evaluated, held = (shapes.params, ()) if shapes.ema is None else (shapes.ema, shapes.params)
-    compiled = _compiled_bytes(programs.eval_step, (evaluated, shapes.buffers, *given), mesh)
-    return _state_and(compiled, shapes, plans, held=(shapes.optimizer, held))
+    batch = _batch_shapes(experiment, batch_size, mesh)
+    teacher_outputs = _teacher_output_shapes(plans, experiment, batch_size)
+    arguments = (shapes.eval_params, shapes.buffers, batch, *teacher_outputs)
+    compiled = _compiled_bytes(programs.eval_step, arguments, mesh)
+    # Where the averages are evaluated, the parameters are no argument of the step.
+    unused_params = () if shapes.ema is None else shapes.params
+    return _by_purpose(compiled, shapes, plans, resident=(shapes.optimizer, unused_params))
 
 
-def _batch_shapes(experiment: Experiment, rows: int, mesh: Mesh) -> Any:
-    return batch_shapes(empty_batch(rows, experiment.data.sequence_length), mesh)
+def _batch_shapes(experiment: Experiment, batch_size: int, mesh: Mesh) -> Any:
+    return batch_shapes(empty_batch(batch_size, experiment.data.sequence_length), mesh)
 
 
-def _said_shapes(plans: Sequence[TeacherPlan], experiment: Experiment, rows: int) -> tuple[Any, ...]:
-    """What teachers say of a batch, where there are any; their own forward pass is another program."""
-    said = tuple(plan.output_shapes(rows, experiment.data.sequence_length) for plan in plans)
-    return (said,) if said else ()
+def _teacher_output_shapes(
+    plans: Sequence[TeacherPlan], experiment: Experiment, batch_size: int
+) -> tuple[Any, ...]:
+    """Shapes of the teachers' outputs, where there are teachers; their forward pass is another program."""
+    shapes = tuple(plan.output_shapes(batch_size, experiment.data.sequence_length) for plan in plans)
+    return (shapes,) if shapes else ()
 
 
 def _compiled_bytes(step: Any, arguments: tuple[Any, ...], mesh: Mesh) -> int:
     with jax.set_mesh(mesh):
-        found = step.lower(*arguments).compile().memory_analysis()
+        memory = step.lower(*arguments).compile().memory_analysis()
+    # Outputs that reuse a donated argument's buffer count once.
     return (
-        found.argument_size_in_bytes
-        + found.output_size_in_bytes
-        - found.alias_size_in_bytes
-        + found.temp_size_in_bytes
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
     )
 
 
-def _state_and(compiled: int, shapes: Any, plans: Sequence[TeacherPlan], *, held: Any) -> StepMemory:
-    """The bytes of a compiled step and of what is held beside it, by what they are for."""
+def _by_purpose(compiled: int, shapes: Any, plans: Sequence[TeacherPlan], *, resident: Any) -> StepMemory:
+    """Return the bytes of a compiled step, and of resident arrays that are no argument of it, by their purpose."""
     state = {
         "parameters": _bytes_on_a_device((shapes.params, shapes.buffers)),
         "optimizer": _bytes_on_a_device(shapes.optimizer),
@@ -134,7 +138,7 @@ def _state_and(compiled: int, shapes: Any, plans: Sequence[TeacherPlan], *, held
         for plan in plans
         if set(plan.mesh.devices.flat) & set(plan.student_mesh.devices.flat)
     ]
-    temporary = compiled + _bytes_on_a_device(held) - sum(state.values())
+    temporary = compiled + _bytes_on_a_device(resident) - sum(state.values())
     return StepMemory(**state, temporary=temporary, teachers=_bytes_on_a_device(shared))
 
 
@@ -146,7 +150,7 @@ def _bytes_on_a_device(shapes: Any) -> int:
 
 
 def size_text(size: float) -> str:
-    """Bytes for people, in powers of ten: 870 MB, 5.13 GB."""
+    """Return a size as text, in powers of ten: 870 MB, 5.13 GB."""
     unit, factor = next(
         ((unit, factor) for unit, factor in (("GB", 1e9), ("MB", 1e6)) if abs(size) >= factor), ("kB", 1e3)
     )
@@ -160,11 +164,11 @@ class Change:
     """Settings that may need less memory than those of an experiment."""
 
     settings: Mapping[str, Any]  # by path: {"optim.accumulation_steps": 4}
-    price: str = ""  # what is another training then; nothing where the numbers stay the same up to rounding
+    price: str = ""  # what differs in the training; empty where its numbers stay the same up to rounding
 
     @property
     def options(self) -> str:
-        """As the command line takes them."""
+        """The settings as the command line takes them."""
         shown = {
             path: value.value if isinstance(value, Precision | Remat) else value
             for path, value in self.settings.items()
@@ -172,7 +176,7 @@ class Change:
         return " ".join(f"--{path.replace('_', '-')} {value}" for path, value in shown.items())
 
     def applied(self, experiment: Experiment) -> Experiment:
-        """The experiment with these settings. Raises ValueError where they do not fit."""
+        """Return the experiment with these settings. Raises ValueError where they do not fit."""
         groups: dict[str, dict[str, Any]] = {}
         for path, value in self.settings.items():
             group, _, name = path.partition(".")
@@ -185,14 +189,15 @@ class Change:
 
 
 def training_changes(experiment: Experiment, mesh: Mesh, *, is_resumed: bool = False) -> list[Change]:
-    """What may help the train step, likeliest first. A run that goes on keeps its model, and whether it keeps
-    averages.
+    """Return changes that may help the train step, likeliest first.
+
+    A resumed run keeps its model, and it keeps averages if it had them.
     """
     data = experiment.data
     optim = experiment.optim
     model = experiment.model
     rows = data.batch_size // optim.accumulation_steps // batch_divisor(mesh)  # a device's, at once
-    most = max((size for size in range(1, MOST_PARTS + 1) if rows % size == 0), default=1)
+    most = max((size for size in range(1, MAX_MICROBATCHES + 1) if rows % size == 0), default=1)
     factors = [size for size in dict.fromkeys((2, 4, most)) if 1 < size <= most and rows % size == 0]
     parts = {size: {"optim.accumulation_steps": optim.accumulation_steps * size} for size in factors}
     fewer = {Remat.NONE: (Remat.FULL, Remat.DOTS), Remat.DOTS: (Remat.FULL,), Remat.FULL: ()}[model.remat]
@@ -222,7 +227,7 @@ def training_changes(experiment: Experiment, mesh: Mesh, *, is_resumed: bool = F
 
 
 def evaluation_changes(experiment: Experiment, mesh: Mesh, *, is_resumed: bool = False) -> list[Change]:
-    """What may help an evaluation step, likeliest first."""
+    """Return changes that may help an evaluation step, likeliest first."""
     rows = experiment.eval.batch_size or experiment.data.batch_size
     smallest = batch_divisor(mesh)
     sizes = dict.fromkeys(size for size in (rows // 2, smallest) if smallest <= size < rows)
@@ -230,7 +235,7 @@ def evaluation_changes(experiment: Experiment, mesh: Mesh, *, is_resumed: bool =
 
 
 def _mesh_changes(mesh: Mesh) -> list[Change]:
-    """The same devices, with more of them holding parts of the parameters."""
+    """Return meshes of the same devices that shard the parameters over more of them."""
     sizes = dict(mesh.shape)
     found = []
     if sizes["data"] > 1:
@@ -251,20 +256,20 @@ def _mesh_changes(mesh: Mesh) -> list[Change]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Advice:
-    """What was found for an experiment whose memory ran out."""
+    """Options for an experiment whose memory ran out, by what compiling each has shown."""
 
-    needed: StepMemory | str  # or what the compiler said of it
+    needed: StepMemory | str  # or the compiler's error
     helping: tuple[tuple[Change, StepMemory], ...]  # the most saving first
     useless: tuple[Change, ...]  # compiled, and no smaller
-    too_large: tuple[tuple[Change, str], ...]  # the compiler said that these do not fit either
+    too_large: tuple[tuple[Change, str], ...]  # the compiler failed for these too, with its error
     untried: tuple[Change, ...]  # for lack of time
 
     def saved(self, memory: StepMemory) -> int | None:
-        """Bytes less than the experiment needs as it is; None where that is not known."""
+        """Return bytes less than the experiment needs as it is; None where that is not known."""
         return self.needed.total - memory.total if isinstance(self.needed, StepMemory) else None
 
     def text(self, *, available: int | None = None) -> str:
-        """A table of options, and what else was learnt; `available` is what a device has."""
+        """Return a table of options, and what else was learnt; `available` is the memory of a device."""
         what = (
             self.needed.text()
             if isinstance(self.needed, StepMemory)
@@ -275,7 +280,7 @@ class Advice:
         ]
         if self.helping:
             lines += [
-                "Options to add, with what was found by compiling each:",
+                "Options to add, compiled one by one:",
                 *_table(self._rows(available)),
             ]
         for name, changes in (
@@ -284,7 +289,7 @@ class Advice:
         ):
             if changes:
                 lines.append(f"{name}: {'; '.join(change.options for change in changes)}")
-        lines += [f"Too large as well: {change.options} ({said})" for change, said in self.too_large]
+        lines += [f"Too large as well: {change.options} ({error})" for change, error in self.too_large]
         return "\n".join(lines)
 
     def _rows(self, available: int | None) -> Iterator[tuple[str, ...]]:
@@ -300,7 +305,7 @@ class Advice:
             )
 
     def record(self) -> dict[str, Any]:
-        """For the log."""
+        """Return the values of a record for the log."""
         needed = (
             self.needed
             if isinstance(self.needed, str)
@@ -314,12 +319,12 @@ class Advice:
 
 
 def _table(rows: Iterator[tuple[str, ...]]) -> list[str]:
-    found = list(rows)
-    widths = [max(map(len, column)) for column in zip(*found, strict=True)]
+    lines = list(rows)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  "
         + "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True) if width).rstrip()
-        for row in found
+        for row in lines
     ]
 
 
@@ -335,40 +340,44 @@ def advise(
     changes: Sequence[Change] | None = None,
     seconds: float = ADVICE_SECONDS,
 ) -> Advice:
-    """Compiles the step as it is and with one change after the other, until `seconds` are over."""
-    began = time.monotonic()
+    """Compile the step as it is and with one change after the other, until `seconds` have passed."""
+    started = time.monotonic()
     measured = functools.partial(_measured, measure, vocab_size=vocab_size, mesh=mesh)
     needed = measured(experiment)
     waiting = list(training_changes(experiment, mesh) if changes is None else changes)
-    found: list[tuple[Change, StepMemory]] = []
+    compiled: list[tuple[Change, StepMemory]] = []
     too_large: list[tuple[Change, str]] = []
-    while waiting and time.monotonic() - began < seconds:
+    while waiting and time.monotonic() - started < seconds:
         change = waiting.pop(0)
         try:
             memory = measured(change.applied(experiment))
-        # settings that do not fit, or that no kernel is written for: the reason we are here is another
+        # Settings that do not fit, or that no kernel is written for. The run failed for another reason.
         except Exception as error:
             log.debug("%s: %s", change.options, error)
             continue
-        found.append((change, memory)) if isinstance(memory, StepMemory) else too_large.append(
-            (change, memory)
-        )
-    helps = [
-        one
-        for one in found
-        if isinstance(needed, str) or needed.total - one[1].total > WORTH_SAYING * needed.total
-    ]
+        if isinstance(memory, StepMemory):
+            compiled.append((change, memory))
+        else:
+            too_large.append((change, memory))
+    helping = []
+    useless = []
+    for change, memory in compiled:
+        # Without the compiler's count for the experiment itself, all that compiles may help.
+        if isinstance(needed, str) or needed.total - memory.total > MIN_SAVING * needed.total:
+            helping.append((change, memory))
+        else:
+            useless.append(change)
     return Advice(
         needed=needed,
-        helping=tuple(sorted(helps, key=lambda one: one[1].total)),
+        helping=tuple(sorted(helping, key=lambda option: option[1].total)),
         too_large=tuple(too_large),
         untried=tuple(waiting),
-        useless=tuple(one[0] for one in found if one not in helps),
+        useless=tuple(useless),
     )
 
 
 def _measured(measure: Measure, experiment: Experiment, *, vocab_size: int, mesh: Mesh) -> StepMemory | str:
-    """What a step needs, or the compiler's words where it says that this is too much."""
+    """Return what a step needs, or the first line of the compiler's error where that is too much."""
     mesh = make_mesh(experiment.mesh, devices=list(mesh.devices.flat))
     try:
         return measure(experiment, vocab_size=vocab_size, mesh=mesh)

@@ -1,4 +1,4 @@
-"""Changes of a resumed run: rates and shares that jump, settings of its optimizer that are other ones.
+"""Changes of a resumed run: rates and weights that jump, and changed settings of its optimizer.
 
 warn_of_changed_schedules(run, experiment, step=100)      # before the first step of the session
 """
@@ -6,6 +6,7 @@ warn_of_changed_schedules(run, experiment, step=100)      # before the first ste
 import dataclasses
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -21,12 +22,11 @@ LARGEST_CHANGE = 0.01  # relative: what a schedule changes by from step to step 
 
 
 def warn_of_changed_schedules(run: RunDirectory, experiment: Experiment, *, step: int) -> None:
-    """Log a warning for each rate that is another one from this step on than with the settings of the run's
-    config.json.
+    """Log a warning for each rate that differs, from this step on, from that of the run's config.json.
 
     Args:
-      run: a run that goes on; a new one has no config.json yet, and nothing is said.
-      experiment: the settings that it goes on with.
+      run: a resumed run; a new one has no config.json yet, and nothing is logged.
+      experiment: the settings that it resumes with.
       step: steps that were trained so far.
     """
     if step == 0 or not (run.path / "config.json").is_file():
@@ -35,13 +35,11 @@ def warn_of_changed_schedules(run: RunDirectory, experiment: Experiment, *, step
     for text in schedule_changes(before, experiment, step=step):
         log.warning("%s", text)
     if changed := _changed_settings(before.optim, experiment.optim):
-        log.warning("%s goes on with other settings of its optimizer: %s", run.path, ", ".join(changed))
+        log.warning("%s resumes with other settings of its optimizer: %s", run.path, ", ".join(changed))
 
 
 def schedule_changes(before: Experiment, after: Experiment, *, step: int) -> Iterator[str]:
-    """Yield a sentence for each rate or share that jumps after so many steps because run.steps or other
-    settings have changed.
-    """
+    """Yield a sentence for each rate or weight that jumps after so many steps because settings have changed."""
     steps = f"run.steps={after.run.steps} instead of {before.run.steps}"
     why = steps if after.run.steps != before.run.steps else "the settings it has now"
     rates = _values(before, step)
@@ -57,19 +55,19 @@ def schedule_changes(before: Experiment, after: Experiment, *, step: int) -> Ite
         ).rstrip()
 
 
-_TAID = "the least share of the teacher in TAID (objective.distill.divergence)"
+_TAID = "the least weight of the teacher in TAID (objective.distill.divergence)"
 _FURTHER = {
     "optim.lr": (
         "To keep it, leave the settings as they are, or set optim.schedule=constant with "
-        "optim.warmup-steps=0 and optim.lr to the rate "
-        "that you want; a schedule of wsd can be extended before its decay without a jump"
+        "optim.warmup-steps=0 and optim.lr to the rate that you want; a schedule of wsd can be extended before "
+        "its decay without a jump"
     ),
-    _TAID: "The share itself never falls: one that is higher stays",
+    _TAID: "The weight itself never falls: one that is higher stays",
 }
 
 
 def _values(experiment: Experiment, step: int) -> dict[str, float]:
-    """The rates, weights and shares of the training step after so many."""
+    """Return the rates and weights of the training step after so many."""
     optim = experiment.optim
     total_steps = experiment.run.steps
     rate = float(learning_rate(optim, step, total_steps=total_steps))
@@ -96,26 +94,30 @@ def _values(experiment: Experiment, step: int) -> dict[str, float]:
 
 
 def _quantization(quant: QuantConfig, experiment: Experiment, step: int) -> dict[str, float]:
-    """The phase of quantization, and how far training has eased into it."""
+    """Return the quantization phase, and the values of its schedule (`QuantSchedule`)."""
     total_steps = experiment.run.steps
     phases = quant.resolved(
         cooldown_step=cooldown_step(experiment.optim, total_steps=total_steps), total_steps=total_steps
     )
-    easing = quant_schedule_of(quant, first_step=phases[0].step, total_steps=total_steps)
+    schedule = quant_schedule_of(quant, first_step=phases[0].step, total_steps=total_steps)
     num_begun = sum(phase.step <= step for phase in phases)
-    share = easing.warmup_fraction(jnp.asarray(step)) if num_begun else 0.0
-    num_stopped = (
-        easing.num_frozen(jnp.asarray(step), num_layers=experiment.model.num_layers) if num_begun else 0.0
-    )
+    # Before the first phase weights have no rounding error, and no layer is frozen.
+    fraction: Any = 0.0
+    num_frozen: Any = 0.0
+    if num_begun:
+        fraction = schedule.warmup_fraction(jnp.asarray(step))
+        num_frozen = schedule.num_frozen(jnp.asarray(step), num_layers=experiment.model.num_layers)
     return {
-        "the phase of quantization (0: full precision; quant.start_step, quant.phases)": float(num_begun),
-        "the share of the rounding error (quant.warmup_steps)": 1.0 if share is None else float(share),
-        "the number of layers that have stopped (quant.freeze_steps)": float(num_stopped),
+        "the quantization phase (0: full precision; quant.start_step, quant.phases)": float(num_begun),
+        "the fraction of the rounding error (quant.warmup_steps)": 1.0
+        if fraction is None
+        else float(fraction),
+        "the number of frozen layers (quant.freeze_steps)": float(num_frozen),
     }
 
 
 def _changed_settings(before: OptimConfig, after: OptimConfig) -> list[str]:
-    """The settings that have changed, with both values."""
+    """Return the settings that have changed, with both values."""
     names = [field.name for field in dataclasses.fields(OptimConfig)]
     return [
         f"optim.{name}={getattr(after, name)} instead of {getattr(before, name)}"

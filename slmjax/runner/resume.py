@@ -1,4 +1,4 @@
-"""Which run is resumed, and whether its data and settings are still those it was trained with."""
+"""Checks of a resumed run: that its settings fit it, and that its data is what it was trained with."""
 
 import json
 from pathlib import Path
@@ -17,49 +17,44 @@ from slmjax.training.programs import resolved_phases
 
 
 def check_best(setup: Setup, checkpointer: Checkpointer) -> None:
-    """Delete the note of a best checkpoint whose loss does not compare with those to come; replace one that
-    is not finite.
-    """
+    """Forget a best checkpoint whose loss does not compare with those to come; replace one of no finite loss."""
     run_log = RunDirectory(checkpointer.directory.parent).log_path
-    evaluated = setup.heldout(setup.experiment.eval.max_documents)
+    batches = setup.heldout(setup.experiment.eval.max_documents)
     checkpointer.repair_best(run_log)
     if (
         (best := checkpointer.best()) is not None
         and run_log.exists()
-        and _scored_otherwise(evaluated, run_log, step=best[0])
+        and _scores_other_tokens(batches, run_log, step=best[0])
     ):
-        why = "the loss of other tokens (the held-out text or eval.score changed)"
         log.warning(
-            "the best checkpoint so far, of step %d, was chosen by %s: it is found anew", best[0], why
+            "the best checkpoint so far, of step %d, was chosen by the loss of other tokens (the held-out text or "
+            "eval.score changed): it is chosen again from the evaluations to come",
+            best[0],
         )
         checkpointer.forget_best()
 
 
-def _scored_otherwise(now: EvaluationBatches | None, run_log: Path, *, step: int) -> bool:
-    """Return whether the evaluation after `step` scored another number of tokens than one does now."""
+def _scores_other_tokens(now: EvaluationBatches | None, run_log: Path, *, step: int) -> bool:
+    """Return whether the evaluation after `step` scored a different number of tokens than one does now."""
     records = [record for record in read_log(run_log, kind="eval") if record["step"] == step]
     if not records or now is None:
         return False
-    total = records[-1].get("total_tokens", now.num_tokens)  # earlier versions said neither, and scored all
+    total = records[-1].get(
+        "total_tokens", now.num_tokens
+    )  # earlier versions scored all tokens and logged no counts
     return (records[-1].get("tokens", total), total) != (now.num_targets, now.num_tokens)
 
 
-ROW_SETTINGS = (
-    "sequence_length",
-    "batch_size",
-    "packing",
-    "packing_window",
-    "seed",
-    "sources",
-)  # they decide what row comes when
+# Settings of the data that decide which row comes when.
+ROW_SETTINGS = ("sequence_length", "batch_size", "packing", "packing_window", "seed", "sources")
 
 
-# Going on with a run ----------------------------------------------------------------------------------------
+# Resuming a run ---------------------------------------------------------------------------------------------
 def run_to_resume(path: Path, experiment: Experiment) -> RunDirectory:
-    """The directory of a run that goes on with these settings.
+    """Return the directory of a run to resume with these settings.
 
     Raises:
-      ValueError: it is none, or the settings are for another model.
+      ValueError: the directory holds no run, or the settings do not fit its state.
     """
     if not (path / "config.json").is_file():
         raise ValueError(
@@ -75,28 +70,27 @@ def run_to_resume(path: Path, experiment: Experiment) -> RunDirectory:
             )
     if _phase_steps(before) != _phase_steps(experiment):
         raise ValueError(
-            f"{path} has phases of quantization that begin at steps {_phase_steps(before)}, and with these "
-            "settings at "
-            f"{_phase_steps(experiment)}: set quant.start_step to a number, or leave run.steps and optim as "
+            f"{path} has quantization phases that begin at steps {_phase_steps(before)}, and with these settings "
+            f"at {_phase_steps(experiment)}: set quant.start_step to a number, or leave run.steps and optim as "
             "they are"
         )
     if (kind := before.optim.kind) is not experiment.optim.kind:
         raise ValueError(
             f"{path} was trained by {kind.value}, whose state means nothing to "
-            f"optim.kind={experiment.optim.kind.value}: leave it as "
-            f"it is, or begin a new run with --init-from {path}"
+            f"optim.kind={experiment.optim.kind.value}: leave it as it is, or begin a new run with --init-from "
+            f"{path}"
         )
-    if _remembered(before) != _remembered(experiment):
+    if _objective_state(before) != _objective_state(experiment):
         raise ValueError(
-            f"{path} keeps {_remembered(before)} of its objective from step to step, and this experiment "
-            f"{_remembered(experiment)}: leave "
-            f"objective.distill as it is, or begin a new run with --init-from {path}"
+            f"{path} keeps {_objective_state(before)} of its objective from step to step, and this experiment "
+            f"{_objective_state(experiment)}: leave objective.distill as it is, or begin a new run with "
+            f"--init-from {path}"
         )
     if (before.optim.ema_decay is None) is not (experiment.optim.ema_decay is None):
         state = "no averaged weights" if before.optim.ema_decay is None else "averaged weights"
         raise ValueError(
-            f"{path} keeps {state}, and a resumed run goes on so: optim.ema_decay is "
-            f"{before.optim.ema_decay} there"
+            f"{path} keeps {state}, and a resumed run must too: set optim.ema_decay to "
+            f"{before.optim.ema_decay}"
         )
     return RunDirectory(path, process_index=jax.process_index())
 
@@ -105,27 +99,28 @@ def _phase_steps(experiment: Experiment) -> list[int]:
     return [phase.step for phase in resolved_phases(experiment)]
 
 
-def _remembered(experiment: Experiment) -> str:
-    """What the objective keeps from step to step, in words."""
+def _objective_state(experiment: Experiment) -> str:
+    """Return the names of what the objective keeps from step to step."""
     distill = experiment.objective.distill
     names = () if distill is None else sorted(distill.divergence.initial_state())
     return ", ".join(names) or "nothing"
 
 
 def tokenizer_of(run: RunDirectory, experiment: Experiment) -> TokenizerConfig:
-    """The run's own tokenizer, so that it stays the same whatever became of the text it was made from."""
-    kept = FileTokenizer(path=str(run.tokenizer))
-    return kept if (run.tokenizer / "tokenizer.json").is_file() else experiment.tokenizer
+    """Return the run's own tokenizer, which stays the same even if the text that it was made from changes."""
+    if (run.tokenizer / "tokenizer.json").is_file():
+        return FileTokenizer(path=str(run.tokenizer))
+    return experiment.tokenizer
 
 
 def warn_of_other_data(run: RunDirectory, experiment: Experiment, prepared: Prepared) -> None:
-    """Says so if a run goes on with other text or rows than it began with: nothing else would show it."""
+    """Warn if a run resumes with other text or rows than it began with: nothing else would show it."""
     if (run.path / "config.json").is_file():
         before = read_experiment(run.path).data
         changed = [name for name in ROW_SETTINGS if getattr(before, name) != getattr(experiment.data, name)]
         if changed:
             log.warning(
-                "%s goes on with another data.%s: some of its text comes twice, some not at all",
+                "%s resumes with another data.%s: some of its text comes twice, some not at all",
                 run.path,
                 changed[0],
             )
@@ -136,10 +131,10 @@ def warn_of_other_data(run: RunDirectory, experiment: Experiment, prepared: Prep
 
 
 def is_complete(run: RunDirectory, step: int) -> bool:
-    """Whether a run that is at this step came to its end and wrote its result: one that was killed after its
-    last step has not.
+    """Return whether a run that is at this step has written its result.
 
-    The result of a run that was then extended is that of an earlier step.
+    A run that was killed after its last step has not. The result of a run that was then extended is of an earlier
+    step.
     """
     path = run.path / "result.json"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""`Experiment`: the tree of settings that says all about a run.
+"""`Experiment`: the tree of settings that determines a run.
 
 An experiment file is a Python file with `def experiment() -> Experiment`. The command line overrides any
 field by its path (`--optim.lr 3e-4`), and the resolved tree is written to the run directory as JSON and read
@@ -47,7 +47,7 @@ class Scratch(InitConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FromModel(InitConfig):
-    """The parameters of another run, or of an imported model; optimizer, step and data order start anew."""
+    """The parameters of another run, or of an imported model; optimizer, step and data order start from scratch."""
 
     path: str  # run directory, or directory of an imported model
 
@@ -58,17 +58,16 @@ class FromModel(InitConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FromTeacherLayers(InitConfig):
-    """Some layers of a larger model, and the leading rows and columns of each where this one is narrower; all
-    else starts anew.
+    """Some layers of a larger model, cut to leading rows and columns where this one is narrower.
+
+    All else starts from scratch.
     """
 
     path: str  # run directory of the teacher, or directory of an imported model
     # the teacher's layer for each of the student's (none: every, or spread evenly, ends included)
     layers: tuple[int, ...] | None = None
-    every: int | None = (
-        # take the teacher's layers 0, every, 2 every, ... (none: layers, or spread evenly, ends included)
-        None
-    )
+    # take the teacher's layers 0, every, 2 every, ... (none: layers, or spread evenly, ends included)
+    every: int | None = None
 
     def __post_init__(self) -> None:
         if self.layers is not None and self.every is not None:
@@ -90,13 +89,11 @@ class EvalConfig:
 
     every: int = 250  # steps between evaluations; one more, on all held-out text, ends the run
     max_documents: int | None = 64  # held-out documents of the evaluations on the way (none: all)
-    batch_size: int | None = None  # rows at a time (none: as in training)
-    # continue run.sample_prompts each time, so that the log shows what the model has learnt to say
+    batch_size: int | None = None  # sequences at a time (none: as in training)
+    # continue run.sample_prompts each time, so that the log shows what the model has learnt to write
     sample: bool = True
-    overlap: int | None = (
-        # tokens that each further window of a long document repeats (none: a quarter window, at most 64)
-        None
-    )
+    # tokens that each further window of a long document repeats (none: a quarter window, at most 64)
+    overlap: int | None = None
     # the text that is scored: completions, which is what training scores (of plain text everything), or all,
     # prompts too
     score: ScoredText = config_io.added_field(ScoredText.COMPLETIONS, before=ScoredText.COMPLETIONS)
@@ -123,14 +120,14 @@ class RunConfig:
     steps: int = 1000  # optimizer steps
     seed: int = 0  # of initial parameters and dropout; the order of the data has its own
     log_every: int = 10  # steps between lines of the log
-    # of a quantized run: the share of codes that changed since the line before (a byte for each weight on the
-    # devices)
+    # of a quantized run: the fraction of codes that changed since the line before (a byte for each weight on
+    # the devices)
     log_flips: bool = config_io.added_field(False, before=False)
     directory: str = "runs"  # where run directories are made
     # texts that the trained model continues at every evaluation and at the end
     sample_prompts: tuple[str, ...] = ("",)
     sample: SamplingConfig = SamplingConfig(temperature=0.8, top_k=40)  # how it does
-    trackers: tuple[Tracker, ...] = ()  # where the log's figures go as well: tensorboard, wandb
+    trackers: tuple[Tracker, ...] = ()  # where the log's metrics go as well: tensorboard, wandb
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.log_every < 1:
@@ -160,8 +157,7 @@ class Experiment:
         if self.data.sequence_length > self.model.context_length:
             raise ValueError(
                 f"data.sequence_length={self.data.sequence_length} is longer than "
-                f"model.context_length={self.model.context_length}: "
-                "shorten the one or lengthen the other"
+                f"model.context_length={self.model.context_length}: shorten the one or lengthen the other"
             )
         if self.data.batch_size % self.optim.accumulation_steps:
             raise ValueError(
@@ -176,8 +172,9 @@ class Experiment:
 
 
 def with_absolute_paths(experiment: Experiment) -> Experiment:
-    """The experiment with the paths of text, tokenizer and models made absolute, so that its run can be read
-    from any directory.
+    """Return the experiment with absolute paths of text, tokenizer and models.
+
+    Its run can then be read from any directory.
     """
 
     def absolute(path: str) -> str:
@@ -207,8 +204,7 @@ def with_absolute_paths(experiment: Experiment) -> Experiment:
 
 
 def taught_by(path: Path, experiment: Experiment) -> Experiment:
-    """The experiment with this teacher, a run or an imported model; what is set of distillation otherwise
-    stays.
+    """Return the experiment with this teacher, a run or an imported model; other settings of distillation stay.
 
     A student that begins as its teacher's layers begins as this one's. The tokenizer is taken too, unless the
     student begins as another model, whose own must then have the same tokens.
@@ -249,7 +245,7 @@ def with_divergence(experiment: Experiment, divergence: Divergence) -> Experimen
 
 
 def read_experiment(run_dir: Path) -> Experiment:
-    """The experiment that a run directory's config.json holds, read strictly."""
+    """Return the experiment of a run directory's config.json, read strictly."""
     path = run_dir / "config.json"
     if not path.is_file():
         raise ValueError(
@@ -262,10 +258,9 @@ def read_experiment(run_dir: Path) -> Experiment:
 
 
 def starting_from(run_dir: Path, experiment: Experiment | None) -> Experiment:
-    """The experiment (that of the run itself, if none is given) with the parameters and the tokenizer of a
-    run or an imported model.
+    """Return the experiment with the parameters and the tokenizer of a run or an imported model.
 
-    An imported model comes with its architecture, which takes the place of the experiment's; how it is
+    Without an experiment it is that of the run itself. An imported model comes with its architecture, which takes the place of the experiment's; how it is
     computed stays.
     """
     if safetensors_files.is_imported(run_dir):

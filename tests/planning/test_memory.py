@@ -131,7 +131,7 @@ def test_changes_fit_the_experiment(experiment: Experiment) -> None:
     ]
     resumed = [change.options for change in memory.training_changes(experiment, mesh, is_resumed=True)]
     assert resumed == [option for option in options if "--model" not in option and "ema" not in option], (
-        "a run that goes on keeps its model"
+        "a resumed run keeps its model"
     )
 
     frugal = {
@@ -182,7 +182,7 @@ def test_a_table_tells_the_most_saving_first(experiment: Experiment) -> None:
             "rest "
             "7.70 GB), and has 5.00 GB"
         ),
-        "Options to add, with what was found by compiling each:",
+        "Options to add, compiled one by one:",
         "  --model.remat full          needs 870 MB    7.13 GB less   fits",
         "  --data.sequence-length 24   needs 5.13 GB   2.87 GB less   too large   shorter context",
         "Compiled, of no help: --objective.chunk-size 256",
@@ -208,7 +208,7 @@ def test_a_step_that_does_not_compile_has_advice_all_the_same(experiment: Experi
     found = memory.advise(experiment, vocab_size=VOCAB_SIZE, mesh=mesh, measure=measure, changes=[TWICE])
     assert found.text().splitlines() == [
         "Each device needs more than there is: RESOURCE_EXHAUSTED: Used 20G of 16G hbm.",
-        "Options to add, with what was found by compiling each:",
+        "Options to add, compiled one by one:",
         "  --optim.accumulation-steps 2   needs 1.00 GB",
     ]
     assert found.record()["changes"] == [
@@ -272,7 +272,7 @@ def test_a_run_that_had_too_little_says_what_needs_less(
         "123456 bytes.)"
     )
     assert needed.startswith("Each device needs ") and "parameters" in needed
-    assert heading == "Options to add, with what was found by compiling each:"
+    assert heading == "Options to add, compiled one by one:"
     assert line.split()[:5] == ["--mesh.data", "1", "--mesh.fsdp", "8", "needs"] and line.endswith(" less")
     assert "out of memory in training: compiling what would need less" in said.out
 

@@ -1,4 +1,4 @@
-"""What jumps when a run goes on with other settings is said before it does."""
+"""Rates that jump when a run resumes with other settings are logged before they do."""
 
 import dataclasses
 import logging
@@ -113,7 +113,7 @@ def test_the_line_of_taid_follows_the_steps_of_a_run() -> None:
     first = experiment(steps=100, distill=taid, schedule=Schedule.CONSTANT)
     (text,) = schedule_changes(first, dataclasses.replace(first, run=RunConfig(steps=200)), step=100)
     assert text.startswith(
-        "the least share of the teacher in TAID (objective.distill.divergence) at step 101, the next one, is "
+        "the least weight of the teacher in TAID (objective.distill.divergence) at step 101, the next one, is "
         "0.7 with"
     )
     assert "and 1 with those the run had (0.7 times)" in text and "The share itself never falls" in text
@@ -135,23 +135,23 @@ ZERO_FROM_ONE = ".* at step 91, the next one, is 0 with .* and 1 with"
             {"start_step": None},
             90,
             [
-                f"the phase of quantization {ZERO_FROM_ONE}",
-                f"the share of the rounding error {ZERO_FROM_ONE}",
+                f"the quantization phase {ZERO_FROM_ONE}",
+                f"the fraction of the rounding error {ZERO_FROM_ONE}",
             ],
         ),
         # The ramp of 19 steps begins at step 80 and at step 160: at 90 it is 11 / 20 of the error.
         (
             {"start_step": None, "warmup_steps": 19},
             90,
-            ["the phase", "the share of the rounding error .* is 0 with .* and 0.55 with"],
+            ["the quantization phase", "the fraction of the rounding error .* is 0 with .* and 0.55 with"],
         ),
         ({"start_step": 10, "warmup_steps": 19}, 90, []),
         # The only layer stops in the last 20 steps, and moves again.
-        ({"freeze_steps": 20}, 90, [f"the number of layers that have stopped {ZERO_FROM_ONE}"]),
+        ({"freeze_steps": 20}, 90, [f"the number of frozen layers {ZERO_FROM_ONE}"]),
         ({"freeze_steps": 20}, 70, []),
     ],
 )
-def test_the_easing_of_quantization_follows_the_steps_of_a_run(
+def test_the_quantization_schedule_follows_the_steps_of_a_run(
     quant: dict[str, Any], step: int, expected: list[str]
 ) -> None:
     config = QuantConfig(phases=(QuantPhase(rules=(QuantRule(paths=".*", weight=preset("q4_0")),)),), **quant)

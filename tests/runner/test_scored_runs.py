@@ -13,7 +13,7 @@ from slmjax.checkpoints.run_checkpoints import CheckpointConfig
 from slmjax.data.config import DataConfig
 from slmjax.data.scored import ScoredText
 from slmjax.data.windows import evaluation_batches
-from slmjax.runner.resume import _scored_otherwise
+from slmjax.runner.resume import _scores_other_tokens
 from slmjax.telemetry.run_directory import read_log
 from slmjax.training.experiment import EvalConfig
 from tests.data.in_memory import numbered
@@ -64,7 +64,7 @@ def test_pairs_whose_prompts_do_not_fit_a_row(
         on_the_way["loss"], at_end["loss"]
     )
 
-    # Another choice of what is scored is another figure: the best so far does not compare, and is found anew.
+    # Another choice of what is scored is another figure: the best so far does not compare, and is chosen again.
     longer = dataclasses.replace(
         experiment,
         eval=EvalConfig(every=2, sample=False, score=ScoredText.ALL),
@@ -89,12 +89,12 @@ def test_pairs_whose_prompts_do_not_fit_a_row(
         ({}, ScoredText.COMPLETIONS, True),
     ],
 )
-def test_the_best_of_other_tokens_is_found_anew(
+def test_the_best_of_other_tokens_is_chosen_again(
     record: dict[str, int], scored: ScoredText, expected: bool, tmp_path: Path
 ) -> None:
     log = tmp_path / "log.jsonl"
     log.write_text(json.dumps({"kind": "eval", "step": 20, "loss": 1.0, **record}) + "\n")
     documents = numbered([10, 10], prompt_lengths=[6, 6])  # of 10 tokens, BOS and EOS included, 4 are scored
     batches = evaluation_batches([documents], sequence_length=16, batch_size=1, overlap=0, text=scored)
-    assert _scored_otherwise(batches, log, step=20) is expected
-    assert not _scored_otherwise(batches, log, step=10), "an evaluation that the log does not tell of"
+    assert _scores_other_tokens(batches, log, step=20) is expected
+    assert not _scores_other_tokens(batches, log, step=10), "an evaluation that the log does not have"

@@ -408,7 +408,7 @@ def test_a_run_that_diverges_ends_cleanly(workplace, tmp_path):
     assert result_of(run_dir)["status"] == "diverged"
     messages = [record["text"] for record in read_log(run_dir / "log.jsonl", kind="message")]
     assert (
-        "1 of steps 5 to 5 undone, their loss or gradient is not finite or no token is scored: 4 in all, 4 "
+        "1 of steps 5 to 5 skipped, their loss or gradient is not finite or no token is scored: 4 in all, 4 "
         "in a row"
     ) in messages
     assert slmjax.load_model(run_dir).step == 5
@@ -427,7 +427,7 @@ def test_a_run_that_was_killed_after_its_last_step_still_gets_its_result(finishe
         assert getattr(again, name) == getattr(result, name), name
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(finished, tmp_path):
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(finished, tmp_path):
     """It says so, and also that the text is another one now."""
     experiment, result = finished
     run_dir = copy_of(result, tmp_path)
@@ -441,7 +441,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(finished,
 
 
 def test_a_signal_after_the_last_step_loses_nothing(finished, workplace, tmp_path, monkeypatch):
-    """It comes during the last evaluation: the state is saved by then, and resuming makes up for the rest."""
+    """It comes during the last evaluation: the state is saved by then, and resuming does the rest."""
     experiment, result = finished
     signals = []
 
@@ -458,7 +458,7 @@ def test_a_signal_after_the_last_step_loses_nothing(finished, workplace, tmp_pat
     assert (again.status, again.loss, again.step) == ("finished", result.loss, 6)
 
 
-def test_going_on_with_other_rows_is_said(finished, tmp_path):
+def test_resuming_with_other_rows_is_logged(finished, tmp_path):
     experiment, result = finished
     other = dataclasses.replace(
         experiment,
@@ -468,7 +468,7 @@ def test_going_on_with_other_rows_is_said(finished, tmp_path):
     console = quiet()
     assert slmjax.train(other, resume=copy_of(result, tmp_path), console=console).step == 7
     assert (
-        "goes on with another data.seed: some of its text comes twice, some not at all"
+        "resumes with another data.seed: some of its text comes twice, some not at all"
         in console.file.getvalue()
     )
     assert "optim.lr at step 7, the next one, is" in console.file.getvalue()

@@ -1,4 +1,4 @@
-"""What a training run tells of itself while it goes on: to trackers, and of its waiting for data."""
+"""Telemetry of a training run: trackers, and the time spent waiting for data."""
 
 import dataclasses
 import io
