@@ -4,7 +4,7 @@
 
 XLA's own cost analysis counts the body of a loop once, which would call anything linear that is written as a
 loop. Products count, with two operations for each pair of factors; elementwise operations, which are few
-beside them, do not.
+next to them, do not.
 """
 
 import math

@@ -54,10 +54,10 @@ class OptimConfig:
 
     kind: Optimizer = Optimizer.ADAMW  # muon: matrices inside the layers by Muon, the rest by AdamW
     lr: float = 1e-3  # peak learning rate (adafactor: relative to a parameter's own size, so about 1e-2)
-    min_lr_ratio: float = 0.1  # the schedule ends at this share of the peak
+    min_lr_ratio: float = 0.1  # the schedule ends at this fraction of the peak
     schedule: Schedule = Schedule.COSINE  # after the warm-up
     warmup_steps: int = 100  # the learning rate rises linearly for this many steps
-    decay_fraction: float = 0.2  # wsd: share of all steps in which the learning rate falls
+    decay_fraction: float = 0.2  # wsd: fraction of all steps in which the learning rate falls
     betas: tuple[float, float] = (0.9, 0.95)  # adamw, lion: decay of the moments
     eps: float = 1e-8  # adamw: added to the root of the second moment
     weight_decay: float = 0.1  # decoupled, multiplied by the learning rate
@@ -84,7 +84,7 @@ class OptimConfig:
     accumulation_steps: int = 1
     # keep an exponential moving average of the weights and evaluate it; None: do not
     ema_decay: float | None = None
-    # end the run when a log line finds this many updates in a row undone as non-finite
+    # end the run when a log line finds this many updates in a row skipped as non-finite
     max_consecutive_skips: int = 20
 
     def __post_init__(self) -> None:
@@ -212,7 +212,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The optimizer of these parameters.
 
-    Its state holds, beside one counter of updates, a dict from parameter path to that parameter's state, in
+    Its state holds, next to one counter of updates, a dict from parameter path to that parameter's state, in
     which each leaf of a stacked parameter has the layer dim first (a counter too). Gradients are dicts with
     the same paths.
 
@@ -247,7 +247,7 @@ def make_optimizer(
 
 
 def restarted(optimizer: optax.GradientTransformation, state: Any, params: Mapping[str, Array]) -> Any:
-    """Return the state of `make_optimizer`'s optimizer with moments as they begin; the schedule goes on where
+    """Return the state of `make_optimizer`'s optimizer with moments as they begin; the schedule continues where
     it was.
     """
     fresh: Any = optimizer.init(params)
@@ -297,7 +297,7 @@ def _muon(config: OptimConfig) -> optax.GradientTransformation:
         m <- beta m + (1 - beta) g;   d = beta m + (1 - beta) g;   NS(d / (|d| + 1e-7))
 
     Orthogonalisation takes all scale from d. So optax's bias correction, which divides m by 1 - beta**(t + 1)
-    and g by 1 - beta**t, only gives the gradient of early steps more weight beside the momentum. State and
+    and g by 1 - beta**t, only gives the gradient of early steps more weight relative to the momentum. State and
     checkpoints are the same with it and without.
     """
     beta = config.muon_momentum
