@@ -27,6 +27,7 @@ Arrays = list[np.ndarray]
 Shapes = list[tuple[int, ...]]
 T = TypeVar("T")
 LARGEST_COUNT = 4096  # of layers or experts; more is a mistake, or an attempt to exhaust memory
+# The same count has another name in each library.
 LAYERS = ("num_hidden_layers", "n_layer", "block_count")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "expert_count")
 
@@ -113,6 +114,7 @@ def joined(ours: Sequence[str], theirs: str) -> Rule:
     """Rule for several matrices [in, out] joined into one [out, in], or several vectors joined into one."""
 
     def read(arrays: Arrays, shapes: Shapes) -> Arrays:
+        # The parts may differ in width: with grouped queries, key and value are narrower than the query.
         ends = np.cumsum([shape[-1] for shape in shapes])[:-1]
         return [part.T for part in np.split(arrays[0], ends, axis=0)]
 
@@ -150,6 +152,7 @@ def paired(rule: Rule, *, num_heads: int, rope_dim: int) -> Rule:
     """
 
     def reordered(arrays: Arrays, order: np.ndarray) -> Arrays:
+        # The outputs are the last dim of matrices and of biases, so that one function serves both.
         heads = arrays[0].reshape(*arrays[0].shape[:-1], num_heads, -1)
         plain = np.arange(heads.shape[-1] - rope_dim)
         return [heads[..., np.concatenate([plain, len(plain) + order])].reshape(arrays[0].shape)]
@@ -195,6 +198,7 @@ def bind(tensor_map: TensorMap, config: ModelConfig) -> list[BoundRule]:
     Raises:
       Inexpressible: a parameter has no name in this family.
     """
+    # A parameter is removed once a rule has it: none is converted twice, and what is left has no tensor.
     remaining = logical_shapes(config)
     bound_rules = []
     scopes = [("", "", tensor_map.around)]
@@ -234,6 +238,7 @@ def missing_and_extra(
 ) -> tuple[list[str], list[str]]:
     """Compare the names of a model's tensors with the rules: those missing and those unexpected, sorted."""
     expected = {name for rule in rules for name in rule.theirs}
+    # Old releases store buffers, such as rotary frequencies, next to the parameters.
     extra = (
         name
         for name in names - expected
@@ -254,6 +259,7 @@ def local_parameters(
       ValueError: a tensor's shape does not match the configuration.
     """
     for rule in rules:
+        # Only the tensors of one rule are in memory at a time.
         arrays = [read(name) for name in rule.theirs]
         try:
             converted = rule.read(arrays)
@@ -262,6 +268,7 @@ def local_parameters(
                 f"{', '.join(rule.theirs)} of shape {arrays[0].shape} does not fit {rule.ours[0]}: {error}"
             ) from error
         for name, array, shape in zip(rule.ours, converted, rule.shapes, strict=True):
+            # Transposes and reshapes accept any size, so that a wrong width shows only here.
             if array.shape != shape:
                 raise ValueError(
                     f"{rule.theirs[0]} of shape {arrays[0].shape} gives {name} the shape {array.shape}, but "
@@ -287,6 +294,7 @@ def cast_tensor(name: str, array: np.ndarray, dtype: np.dtype | None) -> np.ndar
     # bfloat16 and float32 have the same range: only float16 can overflow.
     with np.errstate(over="ignore"):
         cast = array.astype(dtype)
+    # Infinities that were in the tensor before are the model's own, and no overflow.
     if dtype == np.float16 and np.any(np.isinf(cast) & np.isfinite(array)):
         raise ValueError(
             f"{name} has values above {np.finfo(np.float16).max:g}, the largest in float16: export with "
@@ -307,6 +315,7 @@ def read_settings(
     Raises:
       ConfigError: a setting is missing, not supported, or invalid; the message names the file.
     """
+    # Every key must be taken below, or `finish` refuses the file.
     settings = family.settings(values, where=where)
     # Checked first: readers make a list of that many blocks.
     for name in LAYERS:
@@ -321,6 +330,7 @@ def read_settings(
         for block in model.blocks():
             if isinstance(block.mixer, AttentionConfig):
                 check_rotation(block.mixer, model)
+    # A ConfigError has a message for the user already; it is a ValueError too, so it comes first.
     except ConfigError:
         raise
     except (ValueError, TypeError, ZeroDivisionError, AttributeError, OverflowError) as error:
@@ -371,6 +381,7 @@ def check_rotation(attention: AttentionConfig, model: ModelConfig) -> None:
 
 def check_whole_rotation(attention: AttentionConfig) -> None:
     """Raise Inexpressible unless all dims of a head are rotated."""
+    # Without positions nothing is rotated, whatever `rotary_dim` is.
     rotated = attention.rotary_dim or attention.head_dim
     if attention.rope_base is not None and rotated != attention.head_dim:
         raise Inexpressible(f"all dims of all heads are rotated, not {rotated} of {attention.head_dim}")

@@ -54,6 +54,7 @@ def open_file(path: Path) -> ForeignModel:
     Raises:
       ValueError: the file is damaged or not supported; the message names it.
     """
+    # Memory-mapped: tensors are only read when their parameters are.
     file = read_gguf(path)
     notes: list[str] = []
     family, model = family_and_config(path, file, notes=notes)
@@ -86,6 +87,7 @@ def family_and_config(
     Args:
       notes: list to which notes for the user are added.
     """
+    # Model files of other kinds, such as adapters and tokenizers alone, lack this key.
     architecture = file.metadata.get("general.architecture")
     known = {family.architecture: family for family in GGUF_FAMILIES}
     if architecture not in known:
@@ -105,8 +107,11 @@ def _settings(file: GgufFile, architecture: str) -> dict[str, Any]:
         raise ConfigError(
             "the file has no token_embd.weight: it is not a language model, or only part of one"
         )
+    # Not from the metadata: `vocab_size` is optional there, and padding rows need not count.
     settings["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
+    # llama.cpp ties the head if the file has no tensor for it; there is no key.
     settings["has_output"] = "output.weight" in file.tensors
+    # Biases have no key either: layer 0 stands for all, and `_check_names` finds an exception.
     settings |= {name: True for name, tensor in BIASES.items() if f"blk.0.{tensor}.bias" in file.tensors}
     return settings | {
         name: file.tensors[f"{name}.weight"].read()
@@ -120,6 +125,7 @@ def _readable_metadata(file: GgufFile) -> dict[str, Any]:
     return {
         name: value
         for name, value in file.metadata.items()
+        # They are megabytes, and the imported tokenizer has them.
         if not isinstance(value, list) and not name.startswith("tokenizer.")
     }
 
@@ -137,11 +143,13 @@ def _check_names(path: Path, architecture: str, missing: list[str], extra: list[
 
 
 def _tokenizer(path: Path, file: GgufFile) -> Tokenizer | None:
+    # "no_vocab" is what llama.cpp's converter writes for a model without a tokenizer.
     if "tokenizer.ggml.model" not in file.metadata or file.metadata["tokenizer.ggml.model"] == "no_vocab":
         return None
     # Models for chats may name only the end of a turn: it then ends texts too.
     vocabulary = tokenizer_from_gguf(file.metadata)
     eos = vocabulary.eos or vocabulary.end_of_turn
+    # Generation would never end, and training could not separate documents.
     if eos is None:
         raise ValueError(
             f"{path}: its vocabulary names no token that ends a text: give a tokenizer.json with --tokenizer"
@@ -187,10 +195,12 @@ def write_model(
         GGUF_FAMILIES,
         format_name="GGUF",
         preferred=GGUF_NAMES.get(local_model.family or "", local_model.family),
+        # Numbers read back from float32 metadata differ in the last digits.
         tolerance=TOLERANCE,
     )
     architecture = export.family.architecture
     model = export.config
+    # The embedding's dtype stands for the model: most files have a single dtype.
     stored = np.dtype(dtype or local_model.dtype("embed/table"))
     keys = {
         f"{architecture}.{name}": value for name, value in export.settings.items() if name not in NOT_KEYS
@@ -198,6 +208,7 @@ def write_model(
     origin = read_origin(local_model.path)
     # No general.name from the file or the user: some names change how llama.cpp splits special tokens.
     general = {"general.license": origin.get("license")}
+    # llama.cpp needs a token for each row, also for those beyond the vocabulary.
     vocabulary = tokenizer_metadata(
         local_model.path / "tokenizer", adds_bos=tokenizer.adds_bos, num_rows=model.known_vocab_size
     )
@@ -215,6 +226,7 @@ def write_model(
     in_codes = bool(local_model.formats) and dtype != np.float32
     tensors = [*extra, *_pending(export.rules, local_model, stored, in_codes=in_codes)]
     sizes = _sizes(tensors)
+    # llama.cpp only displays this type: each tensor has its own.
     general["general.file_type"] = FILE_TYPES[_main_type(tensors)]
     general["general.quantization_version"] = BLOCKS_VERSION if in_codes else None
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -251,6 +263,7 @@ def _sizes(tensors: list[PendingTensor]) -> Sizes:
 
 def _main_type(tensors: list[PendingTensor]) -> str:
     """Return the type of most values in matrices."""
+    # Vectors stay in float32, and would outvote the matrices only in number, so they are left out.
     sizes = _sizes([tensor for tensor in tensors if len(tensor.shape) > 1] or tensors)
     return max(sizes, key=lambda type: sizes[type][1])
 
@@ -273,6 +286,7 @@ def _notes(
             )
     elif local_model.formats:
         yield f"{len(local_model.formats)} quantized parameters are written dequantized, in float32"
+    # Here the length of a text selects the factors, in llama.cpp the context with which it is started.
     if "rope_factors_long" in settings:
         yield (
             f"with a context longer than {settings['rope.scaling.original_context_length']} tokens, "
@@ -284,6 +298,7 @@ def _notes(
 def tokenizer_notes(directory: Path, metadata: Mapping[str, Any], *, num_layers: int) -> Iterator[str]:
     """Yield notes on tokens that strip whitespace, and on a chat template that llama.cpp adds by itself."""
     if (
+        # This is how llama.cpp recognises the model, whose files have no template.
         num_layers == TEKKEN_DEPTH
         and metadata.get("tokenizer.ggml.pre") == "tekken"
         and "tokenizer.chat_template" not in metadata
@@ -293,6 +308,7 @@ def tokenizer_notes(directory: Path, metadata: Mapping[str, Any], *, num_layers:
             "for Mistral Small, and uses a built-in chat template: give it plain prompts, or start it with "
             "--chat-template"
         )
+    # `general.name` among the keys means that llama.cpp strips the same spaces (`stripped_spaces.py`).
     added = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
     if "general.name" not in metadata and (tokens := stripping_tokens(added)):
         yield (
@@ -306,6 +322,7 @@ def _pending(
 ) -> Iterator[PendingTensor]:
     """Yield the tensors, one for each rule; their values are read when they are written."""
     for rule in rules:
+        # GGUF has one tensor for all experts, so that every rule writes a single tensor.
         (name,) = rule.theirs
         container = container_of(rule, local_model) if in_codes else None
         # Rules only move values, so that an empty array gives the shape.
@@ -314,6 +331,7 @@ def _pending(
         is_vector = len(shape) == 1 or name.endswith(("bias", "ffn_gate_inp.weight", "position_embd.weight"))
         dtype = np.dtype(np.float32) if is_vector else stored
 
+        # Default arguments bind the values of this iteration: a closure would see those of the last one.
         def read(
             rule: BoundRule = rule,
             name: str = name,

@@ -33,6 +33,7 @@ from slmjax.data.shards import file_sha256
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.telemetry.run_directory import write_json
 
+# Files of this size can be downloaded in parallel, and fit in the memory of most machines.
 LARGEST_FILE = 2**30  # bytes
 
 
@@ -50,6 +51,8 @@ def open_directory(directory: Path) -> ForeignModel:
             "of the file"
         )
     values = _read_json(path)
+    # Packed weights have other tensor names and shapes: without this check, the error would be about a
+    # missing tensor.
     if values.get("quantization_config"):
         raise ConfigError(
             f"{path}: the weights are packed ({values['quantization_config']}), and packed safetensors are "
@@ -67,6 +70,7 @@ def open_directory(directory: Path) -> ForeignModel:
         config=model,
         family=family.architecture,
         parameters=lambda: local_parameters(rules, tensors.read),
+        # Lazy, since a caller that brings its own tokenizer must not fail on a damaged one.
         tokenizer=lambda: _tokenizer(directory, values),
         about={
             "format": "hf",
@@ -83,6 +87,7 @@ def open_directory(directory: Path) -> ForeignModel:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+    # RecursionError: JSON nested deeper than Python's stack.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): copy it again") from error
     if not isinstance(values, dict):
@@ -91,6 +96,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _family_of(values: dict[str, Any], path: Path) -> Family:
+    # transformers writes a list; hand-written files often have a single name.
     listed = values.get("architectures") or []
     names = listed if isinstance(listed, list) else [listed]
     known = {family.architecture: family for family in HF_FAMILIES}
@@ -103,6 +109,7 @@ def _family_of(values: dict[str, Any], path: Path) -> Family:
 
 def _as_saved(rules: list[BoundRule], tensor_map: TensorMap, names: set[str]) -> list[BoundRule]:
     """Adapt the rules to a model that was saved without its head, whose names lack the prefix `base`."""
+    # transformers saves a bare model, such as `LlamaModel`, without the prefix of its head's class.
     base = tensor_map.base
     if names & {name for rule in rules for name in rule.theirs if name.startswith(base)}:
         return rules
@@ -140,16 +147,21 @@ def _tokenizer(directory: Path, values: dict[str, Any]) -> Tokenizer | None:
     """Load the directory's tokenizer, with every token that ends a text or a turn."""
     if not (directory / "tokenizer.json").is_file():
         return None
+    # For chats, generation_config.json lists more ends than config.json: it takes precedence, as in
+    # transformers.
     path = directory / "generation_config.json"
     generation = _read_json(path) if path.is_file() else {}
     listed = {
         kind: generation.get(f"{kind}_token_id", values.get(f"{kind}_token_id")) for kind in ("bos", "eos")
     }
     ids = {
+        # An id may be one integer, a list, or null.
         kind: [id for id in (value if isinstance(value, list) else [value]) if isinstance(id, int)]
         for kind, value in listed.items()
     }
+    # The first id is the one that ends a text; the others end turns.
     model_ids = {kind: next(iter(role_ids), None) for kind, role_ids in ids.items()}
+    # Ids have names only in a loaded tokenizer: it is loaded again if there are further ends.
     tokenizer = Tokenizer.load(directory, model_ids=model_ids)
     names = [
         name for id in ids["eos"] if id != tokenizer.eos_id and (name := tokenizer.name_of(id)) is not None
@@ -162,12 +174,14 @@ def _license(directory: Path) -> str | None:
     readme = directory / "README.md"
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     # A few keys of a YAML header, found without a YAML parser.
+    # PyYAML is no dependency, and would read far more than two keys.
     head = re.match(r"---\s*\n(.*?)\n---", text, flags=re.DOTALL)
     keys = (
         dict(re.findall(r"^(license(?:_name)?):[ \t]*([^\n]*)$", head.group(1), flags=re.MULTILINE))
         if head
         else {}
     )
+    # The licence may also be a list, of which the first item is on the line below.
     listed = (
         re.search(r"^license:[ \t]*\n[ \t]*-[ \t]*([^\n]*)", head.group(1), flags=re.MULTILINE)
         if head
@@ -197,6 +211,7 @@ def write_directory(
     )
     stored = np.dtype(dtype or local_model.dtype("embed/table"))
     ends = list(tokenizer.end_ids)
+    # transformers ends a generation by these ids, not by the tokenizer.
     ids = {
         "bos_token_id": tokenizer.bos_id if tokenizer.has_bos else None,
         "eos_token_id": ends if len(ends) > 1 else ends[0],
@@ -205,12 +220,14 @@ def write_directory(
     config = {
         "architectures": [export.family.architecture],
         **export.settings,
+        # Older releases of transformers read only `torch_dtype`.
         "dtype": stored.name,
         "torch_dtype": stored.name,
         "initializer_range": local_model.config.init_std,
         **ids,
     }
     write_json(out / "config.json", config)
+    # Some engines read the ends of a text only from this file.
     write_json(out / "generation_config.json", ids)
     safetensors_files.write_tensors(
         out, _converted(foreign_tensors(export.rules, local_model.read), dtype), largest_file=LARGEST_FILE

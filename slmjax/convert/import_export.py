@@ -70,6 +70,7 @@ def import_model(
     """
     source = Path(source)
     out = Path(out)
+    # Only headers are read here: an unsupported model is refused before any weights are converted.
     foreign_model = _open(source)
     loaded = foreign_model.tokenizer() if tokenizer is None else Tokenizer.load(Path(tokenizer))
     notes = list(foreign_model.notes)
@@ -89,6 +90,7 @@ def import_model(
             f"the tokenizer's added tokens from id {num_rows:,} on have no rows in the model and were removed"
         )
         loaded = loaded.without_rows_from(num_rows)
+    # New tokens take padding rows beyond the tokenizer's vocabulary before the table grows.
     first_new = num_rows if loaded is None else loaded.vocab_size
     if loaded is not None and add_tokens:
         loaded = loaded.add_tokens(add_tokens, special=True)
@@ -96,6 +98,7 @@ def import_model(
     model = dataclasses.replace(
         foreign_model.config, vocab_size=max(num_rows, new_rows.stop), vocab_multiple=vocab_multiple
     )
+    # Counted while the tensors are streamed, since they are never all in memory.
     sizes = {"parameters": 0, "bytes": 0}
     with atomic_directory(out) as directory:
         safetensors_files.write_tensors(
@@ -121,7 +124,9 @@ def _resized(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the parameters, with rows for new tokens and padding in the embedding and the head."""
     for name, array in foreign_model.parameters():
+        # A tied head has no table of its own, so that only existing ones grow.
         if name in ROWS_PER_TOKEN and (new_rows or model.table_rows > array.shape[0]):
+            # Padding rows stay zero: they are excluded from the softmax.
             table = np.zeros((model.table_rows, array.shape[1]), array.dtype)
             table[: array.shape[0]] = array
             # In float64: the sum over a large vocabulary would lose digits in bfloat16.

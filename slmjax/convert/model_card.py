@@ -21,6 +21,7 @@ def write_card(local_model: LocalModel, path: Path, *, title: str, family: str) 
 
 def _lines(local_model: LocalModel, *, title: str, family: str) -> Iterator[str]:
     origin = read_origin(local_model.path)
+    # A run that started from an imported model inherits its licence terms, which the card must show.
     base = (
         _json(local_model.path / "config.json").get("init", {}).get("path")
     )  # model that a run started from
@@ -54,6 +55,7 @@ def _lines(local_model: LocalModel, *, title: str, family: str) -> Iterator[str]
 
 def _table(heading: str, rows: list[tuple[str, str]]) -> Iterator[str]:
     yield from (f"## {heading}", "", "| | |", "|---|---|")
+    # A table without a header is not Markdown, so that the header cells are empty.
     for name, value in rows:
         yield f"| {name} | {value} |"
     yield ""
@@ -80,6 +82,7 @@ def _model_rows(local_model: LocalModel, family: str) -> list[tuple[str, str]]:
 
 def _origin_rows(origin: dict[str, Any]) -> list[tuple[str, str]]:
     files = [(f"SHA-256 of {name}", digest) for name, digest in origin.get("files", {}).items()]
+    # A quantized model's origin is a run or model of ours, an imported one's another library's files.
     if "quantized" in origin:
         quantized = origin["quantized"]
         return [
@@ -94,6 +97,7 @@ def _origin_rows(origin: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _training_rows(local_model: LocalModel) -> list[tuple[str, str]]:
+    # A run that was stopped has no result yet: each file may be absent, and its rows are then "unknown".
     result, environment, experiment = (
         _json(local_model.path / f"{name}.json") for name in ("result", "environment", "config")
     )

@@ -43,6 +43,7 @@ class Settings:
         is_null = name in self._values
         if published is not None and not is_null:
             return published
+        # For a null its own meaning comes first, for an absent key the reader's default.
         choices = (null, default if published is None else _MISSING) if is_null else (default, null)
         for choice in choices:
             if choice is not _MISSING:
@@ -52,6 +53,7 @@ class Settings:
             if published is not None:
                 fix += f", or delete it for the family's default, {published!r}"
             raise ConfigError(f"{self._where}: {name} is null, which has no meaning here: {fix}")
+        # The key itself may be present with a null, and is no suggestion.
         near = near_names(name, [other for other in self._values if other != name])
         raise ConfigError(f"{self._where} has no {name!r}, which the model requires.{near}")
 
@@ -66,6 +68,7 @@ class Settings:
     def positive(self, name: str, default: Any = _MISSING, *, null: Any = _MISSING) -> Any:
         """Return the value of a key, as `take` does. Raises ConfigError for a number that is not above 0."""
         value = self.take(name, default, null=null)
+        # `not value > 0` also refuses NaN, which JSON files of Python programs may contain.
         if isinstance(value, (int, float)) and not value > 0:
             raise ConfigError(f"{self._where}: {name} is {value!r}, but must be greater than 0")
         return value
@@ -90,6 +93,7 @@ class Settings:
         self._taken.add(name)
         published = self._defaults.get(name)
         value = self._values.get(name, published)
+        # A null acts as a falsy value in the libraries, and does not stand for a truthy default.
         if value in supported or (value is None and (published is None or not all(supported))):
             return
         allowed = " or ".join(map(repr, supported)) or "absent"
@@ -127,6 +131,7 @@ class Settings:
 
     def finish(self) -> None:
         """Raise ConfigError if a key was not taken: it may change what the model computes."""
+        # Nulls are left out: transformers writes one for every unset option.
         left = sorted(
             name for name, value in self._values.items() if name not in self._taken and value is not None
         )

@@ -45,11 +45,14 @@ def code_notes(local_model: LocalModel) -> Iterator[str]:
     Codes are computed when a checkpoint is exported. Another kind of device may sum in another order, and so
     round to another code.
     """
+    # Imported models have no such file: their codes were not trained here.
     file = local_model.path / "environment.json"
     trained = json.loads(file.read_text(encoding="utf-8")).get("devices", []) if file.is_file() else []
     here = jax.devices()[0].device_kind
     there = trained[0] if trained else "unknown devices"
     if local_model.changed_rows is None:
+        # Checkpoints of older versions have no checksums of codes, so the kind of device is all that is
+        # known.
         if local_model.step is not None and trained and there != here:
             yield (
                 f"codes were computed on {here}, but the run was trained on {there}, and its checkpoint does "
@@ -64,6 +67,7 @@ def code_notes(local_model: LocalModel) -> Iterator[str]:
             f"computed on {here}, and the run was trained on {there}. Export on the devices of the training, "
             "or measure the effect with verify-export"
         )
+    # On the same kind of device equal codes are what a user expects, and need no note.
     elif there != here:
         yield (
             f"codes were computed on {here} and match those of training on {there}: sums of the codes of "
@@ -111,6 +115,8 @@ def choose_family(
             reader = family.settings(settings, where=f"{family.architecture} as written")
             # What the format cannot represent shows as a difference, so that writers need not check
             # everything.
+            # The model is also compared after a round trip: a reader and a writer that disagree would change
+            # it silently.
             read_back = canonical(family.read(reader))
             reader.finish()
             if not (lost := differences(config, read_back, tolerance=tolerance)):
@@ -118,8 +124,10 @@ def choose_family(
                 return FamilyExport(family=family, config=config, settings=settings, rules=rules)
             reasons.append((len(lost), f"as {family.architecture}, it would lose {'; '.join(lost[:3])}"))
         except Inexpressible as error:
+            # A refusal by a writer stops at the first reason, so that differences cannot be counted.
             reasons.append((50, f"as {family.architecture}: {error}"))
         except ValueError as error:
+            # An error of the reader is the least specific reason, and ranks last.
             reasons.append((99, f"as {family.architecture}: {error}"))
     nearest = "\n  ".join(reason for _, reason in sorted(reasons, key=lambda item: item[0])[:3])
     raise ValueError(f"no family of {format_name} can represent this model:\n  {nearest}")

@@ -50,6 +50,7 @@ DEFAULTS = {
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
+    # Variants of the router that our experts do not have.
     for key, value in {
         "topk_method": "greedy",
         "scoring_func": "softmax",
@@ -57,6 +58,7 @@ def read(settings: Settings) -> ModelConfig:
         "moe_layer_freq": 1,
     }.items():
         settings.expect(key, value)
+    # Groups of experts only matter to the other routing methods; the rest is about training.
     settings.ignore("n_group", "topk_group", "ep_size", "aux_loss_alpha", "seq_aux")
     settings.expect("mlp_bias", False)
     width = settings.positive("moe_intermediate_size")
@@ -67,6 +69,7 @@ def read(settings: Settings) -> ModelConfig:
         activation=read_activation(settings),
         normalize_weights=False,
         routed_scale=float(settings.take("routed_scaling_factor")),
+        # Several shared experts that are summed are one wider expert.
         shared_hidden_dim=width * settings.take("n_shared_experts"),
     )
     dense = read_mlp(settings)
@@ -86,6 +89,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     check_width(model, mixer.num_heads)
     moe = next((block.ffn for block in blocks if isinstance(block.ffn, MoeConfig)), None)
     dense = [block.ffn for block in blocks if isinstance(block.ffn, MlpConfig)]
+    # config.json has the number of shared experts, not their width.
     if moe is None or moe.shared_hidden_dim % moe.hidden_dim:
         raise Inexpressible("it has routed experts, and a shared expert whose width is a multiple of theirs")
     experts = {
@@ -96,6 +100,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
         "routed_scaling_factor": moe.routed_scale,
         "norm_topk_prob": False,
         "topk_method": "greedy",
+        # Dense layers elsewhere than at the start are found when the keys are read back.
         "first_k_dense_replace": len(dense),
         "hidden_act": write_activation(moe.activation),
         "intermediate_size": dense[0].hidden_dim if dense else moe.hidden_dim,

@@ -49,6 +49,7 @@ DEFAULTS = {
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
+    # Set in models for embeddings, which have no causal mask.
     settings.expect("use_bidirectional_attention", False)
     num_layers = settings.take("num_hidden_layers")
     attention = read_attention(
@@ -63,13 +64,16 @@ def read(settings: Settings) -> ModelConfig:
         settings,
         num_layers=num_layers,
         window=settings.optional("sliding_window"),
+        # Older files have no layer_types: the first layer is windowed, the second full, and so on.
         default=[i % 2 == 0 for i in range(num_layers)],
     )
     blocks = with_windows(attention, ffn, windows, norm=NormPlacement.SANDWICH)
     return read_decoder(
         settings,
         blocks,
+        # Scales are stored as differences from one.
         norm_kind=NormKind.CENTERED_RMS,
+        # A constant of the library's code.
         embed_multiplier=settings.take("hidden_size") ** 0.5,
         logit_softcap=settings.optional("final_logit_softcapping"),
     )

@@ -74,7 +74,9 @@ def read(settings: Settings) -> ModelConfig:
         qk_norm=QkNorm.PER_HEAD,
         softcap=settings.optional("attn_logit_softcapping"),
     )
+    # Windowed layers have unscaled angles of a smaller base, as distances in them are short.
     ropes = read_ropes_by_kind(settings, local="rope_local_base_freq")
+    # Files without layer_types give the period of full layers.
     period = settings.positive("sliding_window_pattern", 6)
     if settings.has("layer_types"):
         settings.ignore("_sliding_window_pattern")
@@ -104,6 +106,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     attention, ffn = first_block(model)
     check_width(model, attention.num_heads)
     mixers = attentions(model)
+    # Layers of a kind share their angles: a model in which they differ does not read back as the same.
     local = next((mixer for mixer in mixers if mixer.window is not None), None)
     full = next((mixer for mixer in mixers if mixer.window is None), None)
     for mixer in mixers:
@@ -111,6 +114,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     if local is not None and local.rope_scaling is not None:
         raise Inexpressible("windowed layers have unscaled angles")
     ropes = {
+        # A kind of layer that the model lacks gets the library's default.
         "rope_theta": 1e6 if full is None else full.rope_base,
         "rope_local_base_freq": 1e4 if local is None else local.rope_base,
         "rope_scaling": None if full is None else write_scaling(full.rope_scaling),
@@ -158,6 +162,7 @@ def _below(rule: Rule, prefix: str) -> Rule:
     return dataclasses.replace(rule, theirs=tuple(prefix + name for name in rule.theirs))
 
 
+# Keys outside text_config, which do not affect the language model; the head is tied in all releases.
 VISION_KEYS = (
     "vision_config",
     "mm_tokens_per_image",
@@ -191,6 +196,7 @@ def read_gguf(settings: Settings) -> ModelConfig:
     # In llama.cpp's code, every sixth layer is full, and the angles of windowed layers are not scaled.
     settings.expect("attention.sliding_window_pattern", 6)
     num_layers = settings.take("block_count")
+    # Unlike in Gemma 2, llama.cpp applies no soft cap to logits by default.
     softcap = settings.take("final_logit_softcapping", 0.0)
     attention = gguf_settings.read_attention(
         settings, qk_norm=QkNorm.PER_HEAD, scale=gguf_settings.read_named_scale(settings, LARGEST)

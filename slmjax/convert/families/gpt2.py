@@ -53,12 +53,14 @@ def read(settings: Settings) -> ModelConfig:
         "task_specific_params",
         *OLD_KEYS,
     )
+    # Options that change the scores, or add attention to a second input.
     settings.expect("scale_attn_weights", True)
     settings.expect("scale_attn_by_inverse_layer_idx", False)
     settings.expect("add_cross_attention", False)
     width = settings.positive("n_embd")
     context = settings.positive("n_positions")
     activation = read_activation(settings, "activation_function")
+    # A null for the inner width means four times the model's.
     ffn = MlpConfig(
         hidden_dim=settings.take("n_inner", 4 * width), activation=activation, gated=False, bias=True
     )
@@ -115,6 +117,7 @@ def untransposed_linear(ours: str, theirs: str) -> tuple[Rule, Rule]:
     return same(f"{ours}/weight", f"{theirs}.weight"), same(f"{ours}/bias", f"{theirs}.bias")
 
 
+# Keys of early releases and of the head for classification: without effect on the language model.
 OLD_KEYS = ("n_special", "predict_special_tokens", "output_past", "_num_labels")
 SUMMARY_KEYS = (
     "summary_type",
@@ -148,6 +151,7 @@ HF = Family(
         layer=LAYER,
         prefix="transformer.h.{i}.",
         base="transformer.",
+        # Buffers with the causal mask, which old files include.
         ignored=(r"(.*\.)?attn\.(bias|masked_bias)",),
     ),
 )
@@ -171,6 +175,7 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> GGUF metadata."""
     attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.ALL)
+    # The architecture has no key for the width of a head.
     gguf_settings.check_square(model, attention)
     gguf_settings.check_plain_scale(attention)
     keys = {
@@ -178,6 +183,7 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
         **gguf_settings.write_attention(attention),
         **gguf_settings.write_mlp(ffn, has_bias=True),
     }
+    # LayerNorm has a key of its own.
     eps = keys.pop("attention.layer_norm_rms_epsilon")
     return {**keys, "attention.layer_norm_epsilon": eps}
 

@@ -72,6 +72,7 @@ def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
     settings.expect("hidden_act", "silu")
     settings.expect("attention_bias", True)
+    # Constants of the activation, which our CLAMPED_SILU has with these values only.
     settings.expect("swiglu_limit", CLAMP)
     settings.expect("swiglu_alpha", STEEPNESS)
     settings.ignore("initial_context_length")  # repeats a key of the scaling
@@ -117,12 +118,14 @@ def write(model: ModelConfig) -> dict[str, Any]:
         **sizes,
         **write_windows(model),
     }
+    # A file without scaling would get the library's default, YaRN (`ANGLES`).
     return keys if keys["rope_scaling"] else {**keys, "rope_scaling": {"rope_type": "default"}}
 
 
 def interleaved(ours: tuple[str, str], theirs: str) -> Rule:
     """Rule for two parameters interleaved along the last dim."""
 
+    # Gate and up alternate; the matrices are [E, in, out] as ours, not transposed as in other families.
     def read_halves(arrays: Arrays, _: Shapes) -> Arrays:
         return [arrays[0][..., 0::2], arrays[0][..., 1::2]]
 
@@ -176,6 +179,7 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
         **gguf_settings.write_moe(ffn),
     }
     window = gguf_settings.common_window(model)
+    # llama.cpp requires the key, and windows cannot be turned off.
     if window is None:
         raise Inexpressible("every other layer has a window")
     return {**keys, "attention.sliding_window": window}
@@ -183,6 +187,7 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
 
 GGUF_LAYER = (
     *norm("mixer_norm", "attn_norm"),
+    # llama.cpp names the norm before the MLP after its place behind attention.
     *norm("ffn_norm", "post_attention_norm"),
     *gguf_tensors.ATTENTION,
     same("mixer/sinks", "attn_sinks.weight"),

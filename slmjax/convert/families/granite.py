@@ -65,6 +65,7 @@ def _read_decoder(settings: Settings, block: BlockConfig) -> ModelConfig:
     return read_decoder(
         settings,
         [block] * settings.take("num_hidden_layers"),
+        # The library divides the logits, we multiply them.
         logit_multiplier=1.0 / settings.nonzero("logits_scaling"),
         embed_multiplier=float(settings.take("embedding_multiplier")),
         residual_multiplier=float(settings.take("residual_multiplier")),
@@ -78,6 +79,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
         "model_type": "granite",
         **_write_decoder(model, attention),
         **write_mlp(ffn),
+        # A config without this field is no MLP: `write_mlp` has refused it.
         "mlp_bias": getattr(ffn, "bias", False),
     }
 
@@ -135,6 +137,7 @@ HYBRID_DEFAULTS = {
 
 def read_hybrid(settings: Settings) -> ModelConfig:
     """config.json of a Granite 4 with attention layers only, such as the dense micro -> ModelConfig."""
+    # The feed-forward layer is called the shared expert, also in models without other experts.
     settings.expect("num_local_experts", 0)
     settings.ignore(
         *MAMBA_KEYS,
@@ -145,11 +148,13 @@ def read_hybrid(settings: Settings) -> ModelConfig:
         "num_experts",
     )
     kinds = set(settings.take("layer_types", ["mamba"]))
+    # The library's default is a recurrent layer, so that layer_types must be present.
     if not kinds <= {"attention", "full_attention"}:
         raise ConfigError(
             f"config.json: layer_types has {sorted(kinds)[-1]!r}: only models of Granite 4 with "
             "attention layers are supported"
         )
+    # "nope" is the library's default: no positions.
     has_rope = settings.take("position_embedding_type", "nope") == "rope"
     attention = _read_attention(settings, **({} if has_rope else {"rope_base": None}))
     if not has_rope:
@@ -162,6 +167,7 @@ def read_hybrid(settings: Settings) -> ModelConfig:
 def write_hybrid(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json of a Granite 4 without recurrent layers."""
     attention, ffn = first_block(model)
+    # The library checks the sizes of recurrent layers even if there are none: 2 width over mamba_n_heads.
     if 2 * model.embed_dim % 128:
         raise Inexpressible(f"its width, {model.embed_dim}, must be a multiple of 64")
     kinds = {
@@ -172,6 +178,7 @@ def write_hybrid(model: ModelConfig) -> dict[str, Any]:
         "mamba_n_heads": 128,
     }
     sizes = write_mlp(ffn, width="shared_intermediate_size")
+    # The library has both keys; only the other one is used without experts.
     sizes["intermediate_size"] = sizes["shared_intermediate_size"]
     return {"model_type": "granitemoehybrid", **_write_decoder(model, attention), **sizes, **kinds}
 
@@ -234,11 +241,13 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
         "residual_scale": model.residual_multiplier,
         "logit_scale": divisor_of(model),
     }
+    # Compared as float32, in which a tiny multiplier is 0.
     for name, multiplier in multipliers.items():
         if np.float32(multiplier) == 0.0:
             raise Inexpressible(f"llama.cpp takes a multiplier of 0 as absent, but {name} is {multiplier}")
     if attention.rope_base is None:
         multipliers["rope.scaling.finetuned"] = False
+    # llama.cpp looks for tensors of divisors in this architecture, so that all scalings can be written.
     heads = gguf_settings.write_attention(attention, scalings=(RopeScaling,))
     return {
         **gguf_settings.write_decoder(model),

@@ -52,6 +52,7 @@ def read(settings: Settings) -> ModelConfig:
 def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     attention, ffn = first_block(model)
+    # transformers refuses other widths, even if head_dim is given.
     check_width(model, attention.num_heads)
     biases = {**write_biases(attention), "mlp_bias": getattr(ffn, "bias", False)}
     return {
@@ -75,8 +76,10 @@ HF = Family(
 # MobileLLM --------------------------------------------------------------------------------------------------
 def read_mobile(settings: Settings) -> ModelConfig:
     """config.json of a MobileLLM, which has its own architecture name -> ModelConfig."""
+    # MobileLLM-LS runs each layer twice.
     settings.expect("layer_sharing", False)
     settings.expect("use_flash_attn", True, False)
+    # The release has its own key for a tied head.
     is_tied = settings.take("share_embedding", True)
     return dataclasses.replace(read(settings), head=HeadKind.TIED if is_tied else HeadKind.UNTIED)
 
@@ -98,6 +101,7 @@ HF_MOBILE = Family(
 # GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
     """GGUF metadata -> ModelConfig; also of Mistral and Mixtral, which have the same architecture name."""
+    # Mixtral's experts use the key of dense layers for their width.
     has_experts = settings.take("expert_count", 0) > 0
     settings.ignore("expert_used_count")  # 0 in files without experts
     ffn = (
@@ -118,6 +122,7 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> GGUF metadata."""
     attention, ffn = first_block(model)
     gguf_settings.check_plain_scale(attention)
+    # llama.cpp has no key to turn positions off in this architecture.
     if attention.rope_base is None:
         raise Inexpressible("all dims of all heads are rotated")
     sizes = (

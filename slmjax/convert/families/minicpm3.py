@@ -47,6 +47,7 @@ def read(settings: Settings) -> ModelConfig:
         settings,
         [block] * num_layers,
         embed_multiplier=float(settings.take("scale_emb")),
+        # scale_depth / sqrt(layers), so that a null is a multiplier of 1; so is a null width below.
         residual_multiplier=settings.take("scale_depth", null=math.sqrt(num_layers)) / math.sqrt(num_layers),
         logit_multiplier=settings.nonzero("dim_model_base", null=width) / width,
     )
@@ -57,10 +58,13 @@ def write(model: ModelConfig) -> dict[str, Any]:
     block = next(model.blocks())
     mixer = expect_kind(block.mixer, LatentAttentionConfig, "layer 0's mixer")
     check_width(model, mixer.num_heads)
+    # The library divides by width / dim_model_base.
     base = model.logit_multiplier * model.embed_dim
     multipliers = {
         "scale_emb": model.embed_multiplier,
+        # 12 digits restore what was written in the file.
         "scale_depth": float(f"{model.residual_multiplier * math.sqrt(model.num_layers):.12g}"),
+        # An integer in the library: another multiplier does not read back as the same, and is refused.
         "dim_model_base": round(base),
         "mlp_bias": getattr(block.ffn, "bias", False),
     }

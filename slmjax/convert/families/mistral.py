@@ -35,7 +35,9 @@ DEFAULTS = {
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
     block = BlockConfig(
-        mixer=read_attention(settings, window=settings.optional("sliding_window")), ffn=read_mlp(settings)
+        # A null window, as from Mistral 0.2 on, means full attention.
+        mixer=read_attention(settings, window=settings.optional("sliding_window")),
+        ffn=read_mlp(settings),
     )
     return read_decoder(settings, [block] * settings.take("num_hidden_layers"))
 

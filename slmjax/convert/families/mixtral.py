@@ -40,6 +40,7 @@ def read(settings: Settings) -> ModelConfig:
         num_experts=settings.take("num_local_experts"),
         num_selected=settings.take("num_experts_per_tok"),
         hidden_dim=settings.take("intermediate_size"),
+        # The library always normalizes the weights of the selected experts, which is our default too.
         activation=read_activation(settings),
     )
     attention = read_attention(settings, window=settings.optional("sliding_window"))
@@ -63,6 +64,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
 
 EXPERTS = (
     matrix("ffn/router/weight", "block_sparse_moe.gate.weight"),
+    # The release's names: w1 is the gate, w3 up, w2 down.
     experts("ffn/experts/gate", "block_sparse_moe.experts.{e}.w1.weight"),
     experts("ffn/experts/up", "block_sparse_moe.experts.{e}.w3.weight"),
     experts("ffn/experts/down", "block_sparse_moe.experts.{e}.w2.weight"),

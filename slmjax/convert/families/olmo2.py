@@ -40,6 +40,7 @@ DEFAULTS = {
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
     biases = read_biases(settings)
+    # The norm is over all heads together: its scale has the width of the projection.
     attention = read_attention(settings, qk_norm=QkNorm.ALL_HEADS, biases=biases)
     block = BlockConfig(mixer=attention, ffn=read_mlp(settings), norm=NormPlacement.POST)
     return read_decoder(settings, [block] * settings.take("num_hidden_layers"))
@@ -89,6 +90,7 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
     gguf_settings.check_square(model, attention)
     gguf_settings.check_head(model, HeadKind.UNTIED)
     mixers = attentions(model)
+    # The scaling in the metadata is that of full layers.
     full = next((mixer for mixer in mixers if mixer.window is None), mixers[0])
     window = gguf_settings.common_window(model)
     keys = {

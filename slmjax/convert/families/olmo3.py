@@ -44,6 +44,7 @@ def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
     num_layers = settings.take("num_hidden_layers")
     biases = read_biases(settings)
+    # Positions are set for each kind of layer below.
     attention = read_attention(settings, rope_base=None, qk_norm=QkNorm.ALL_HEADS, biases=biases)
     ropes = read_ropes_by_kind(settings, local=None)
     windows = read_windows(
@@ -63,6 +64,7 @@ def read(settings: Settings) -> ModelConfig:
 def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     attention, ffn = first_block(model)
+    # Each kind has one entry: layers of a kind that differ do not read back as the same model.
     ropes = {}
     for mixer in attentions(model):
         check_whole_rotation(mixer)
@@ -75,6 +77,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
             **(write_scaling(mixer.rope_scaling) or {}),
         }
     keys = {**write_decoder(model), **write_attention(attention), **write_mlp(ffn), **write_windows(model)}
+    # Top-level keys would take part in both kinds of layers (`read_ropes_by_kind`).
     for name in ("rope_theta", "rope_scaling"):
         keys.pop(name, None)
     biases = write_biases(attention)

@@ -39,6 +39,7 @@ DEFAULTS = {
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
+    # Options that released models leave at these values.
     neutral = {
         "attention_bias": False,
         "lm_head_bias": False,
@@ -59,11 +60,13 @@ def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     attention, ffn = first_block(model)
     scaling = attention.rope_scaling
+    # Without LongRoPE the key has no effect, and repeats the context length.
     original = model.context_length
     if scaling is not None and not isinstance(scaling, LongScaling):
         raise Inexpressible(f"its angles are unscaled or scaled by LongRoPE, not by {type(scaling).__name__}")
     if scaling is not None:
         original = scaling.original_context
+        # The library computes the number of factors from width / heads.
         if attention.num_heads * (attention.head_dim or 0) != model.embed_dim:
             raise Inexpressible("with LongRoPE, the dims of a head must be width / heads")
     more = {"sliding_window": attention.window, "original_max_position_embeddings": original}
@@ -123,6 +126,7 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
 GGUF_LAYER = (
     *gguf_tensors.PRE_NORMS,
     *gguf_tensors.JOINED_ATTENTION,
+    # llama.cpp finds the gate in the first half of this tensor.
     joined(("ffn/gate/weight", "ffn/up/weight"), "ffn_up.weight"),
     *linear("ffn/down", "ffn_down"),
 )

@@ -40,7 +40,9 @@ DEFAULTS = {
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
+    # Multimodal positions, which have three coordinates.
     settings.expect("use_mrope", False)
+    # A constant of the library's code: there is no key for these biases.
     attention = read_attention(settings, biases=Biases.QKV)
     ffn = read_mlp(settings)
     return read_decoder(settings, with_windows(attention, ffn, qwen_windows(settings)))

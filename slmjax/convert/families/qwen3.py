@@ -56,6 +56,7 @@ def qwen_windows(settings: Settings) -> list[int | None]:
     num_layers = settings.take("num_hidden_layers")
     window = settings.optional("sliding_window")
     in_use = settings.take("use_sliding_window")
+    # Despite its name, the index of the first windowed layer.
     first = settings.take("max_window_layers")
     window = window if in_use else None
     return read_windows(
@@ -69,6 +70,7 @@ def qwen_windows(settings: Settings) -> list[int | None]:
 def write_qwen_windows(model: ModelConfig) -> dict[str, Any]:
     """Write the keys of `qwen_windows`."""
     windows = write_windows(model)
+    # layer_types decides in newer releases, and these two keys in older ones: both are written.
     first = next(
         (layer for layer, kind in enumerate(windows["layer_types"]) if kind == "sliding_attention"),
         model.num_layers,

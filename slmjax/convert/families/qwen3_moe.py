@@ -50,6 +50,7 @@ DEFAULTS = {
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
     biases = read_biases(settings)
+    # Unlike in Qwen3, a window applies to all layers.
     window = settings.optional("sliding_window") if settings.take("use_sliding_window") else None
     settings.ignore("sliding_window", "max_window_layers")
     attention = read_attention(settings, qk_norm=QkNorm.PER_HEAD, biases=biases, window=window)
@@ -91,6 +92,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
         "moe_intermediate_size": moe.hidden_dim,
         "norm_topk_prob": moe.normalize_weights,
         "hidden_act": write_activation(moe.activation),
+        # Any choice of dense layers can be listed in mlp_only_layers.
         "decoder_sparse_step": 1,
         "mlp_only_layers": [layer for layer, ffn in enumerate(layers) if isinstance(ffn, MlpConfig)],
         "intermediate_size": moe.hidden_dim if mlp is None else mlp.hidden_dim,

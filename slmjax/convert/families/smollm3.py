@@ -59,6 +59,7 @@ def read(settings: Settings) -> ModelConfig:
         default=[window is not None and not has_rope for has_rope in rotated],
     )
     biases = read_biases(settings)
+    # Every fourth layer has no positions (Yang et al., 2025, "RoPE to NoRoPE and Back Again").
     plain = read_attention(settings, rope_base=None, biases=biases)
     rotary = dataclasses.replace(plain, **read_rope(settings))
     ffn = read_mlp(settings, bias=settings.take("mlp_bias"))
@@ -73,6 +74,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     attention, ffn = first_block(model)
     mixers = attentions(model)
+    # Layer 0 may have no positions: the keys of angles come from the first layer that has them.
     rotary = next((mixer for mixer in mixers if mixer.rope_base is not None), attention)
     windows = write_windows(model)
     extra = {

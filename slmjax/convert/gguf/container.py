@@ -26,6 +26,7 @@ from slmjax.atomic_files import atomic_file
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = 32  # of tensors, unless general.alignment is given
+# GGML_MAX_DIMS of llama.cpp, which refuses more.
 _MAX_DIMS = 4
 _STRING = 8
 _ARRAY = 9
@@ -43,7 +44,9 @@ _SCALARS = {
     11: "<i8",
     12: "<f8",
 }
+# Types whose bytes NumPy can view without a conversion.
 _PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+# Block types that small models are released in, and that the gguf package can dequantize.
 _BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ2_0", "MXFP4")
 
 
@@ -126,6 +129,7 @@ def read_gguf(path: Path) -> GgufFile:
         raise ValueError(f"there is no {path}: give a GGUF file")
     with path.open("rb") as opened:
         magic = opened.read(len(_MAGIC))
+    # Checked before the file is mapped: an empty file cannot be mapped.
     if magic != _MAGIC:
         raise ValueError(f"{path} is not a GGUF file: it does not start with {_MAGIC.decode()!r}")
     # Mapped, not read: models are larger than what an import may hold in memory.
@@ -133,22 +137,27 @@ def read_gguf(path: Path) -> GgufFile:
     cursor = _Cursor(content, len(_MAGIC))
     try:
         version = cursor.number("<u4")
+        # A big-endian file has its version's bytes reversed, and is refused here too.
         if version not in _VERSIONS:
             raise ValueError(
                 f"its version is {version}, but must be 2 or 3 (little-endian): convert the model again with "
                 "a current llama.cpp"
             )
+        # Header, metadata and tensor entries follow each other without padding; only the tensors are aligned.
         num_tensors = cursor.number("<u8")
         num_values = cursor.number("<u8")
         metadata = _unique((cursor.string(), cursor.value(cursor.number("<u4"))) for _ in range(num_values))
         entries = [_tensor_entry(cursor) for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", _ALIGNMENT)
+        # The alignment is a value of the file like any other, and a divisor below.
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"general.alignment is {alignment!r}, but must be a power of two")
         start = -(-cursor.offset // alignment) * alignment
         tensors = _unique((entry[0], _locate(gguf, content, start, *entry)) for entry in entries)
+    # RecursionError: arrays of metadata may be nested to any depth.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or its download is incomplete: {error}") from error
+    # A part has the full metadata, but only some of the tensors.
     if metadata.get("split.count", 1) > 1:
         raise ValueError(
             f"{path} is one of {metadata['split.count']} parts of a model: merge them with llama-gguf-split "
@@ -166,6 +175,7 @@ def write_gguf(
     another type. Raises ValueError for metadata that GGUF cannot store.
     """
     gguf = _import_gguf()
+    # All checks come before the file is opened.
     values = {key: _typed(gguf, key, value) for key, value in metadata.items()}
     # The header has the sizes of all tensors, before any of their values.
     pending = list(tensors)
@@ -196,10 +206,13 @@ class _Cursor:
     """Reads one item after another, never past the end: a damaged file may have any counts and lengths."""
 
     def __init__(self, content: np.ndarray, offset: int) -> None:
+        # A memoryview: slices of it neither copy bytes nor create NumPy arrays, of which there would be
+        # millions.
         self._content = content.data
         self.offset = offset
 
     def take(self, num_bytes: int) -> memoryview:
+        # A subtraction, since the sum with a damaged length of 2**64 - 1 would need more care.
         if num_bytes > len(self._content) - self.offset:
             raise ValueError(
                 f"at byte {self.offset} it needs {num_bytes} more bytes, but has "
@@ -223,6 +236,7 @@ class _Cursor:
             raise ValueError(f"before byte {self.offset} it has an unknown type of metadata: {kind}")
         item_kind = self.number("<u4")
         length = self.number("<u8")
+        # Lists of scores have an entry for each token: they are read at once.
         if item_kind in _SCALARS:
             return np.frombuffer(
                 self.take(length * np.dtype(_SCALARS[item_kind]).itemsize), _SCALARS[item_kind]
@@ -253,6 +267,7 @@ def _locate(
     """Return the tensor with its bytes. Raises ValueError if the file ends before them."""
     format = gguf.GGMLQuantizationType(type_number)  # ValueError for an unknown number
     begin = start + offset
+    # Python integers do not overflow, however large the dims of a damaged file.
     end = begin + _num_bytes(gguf, shape, format)
     if end > content.size:
         raise ValueError(f"tensor {name!r} ends at byte {end}, but the file has {content.size}")
@@ -261,6 +276,7 @@ def _locate(
 
 def _num_bytes(gguf: Any, shape: tuple[int, ...], format: Any) -> int:
     block, block_bytes = gguf.GGML_QUANT_SIZES[format]
+    # Blocks never cross the end of a row.
     if shape and shape[-1] % block:
         raise ValueError(
             f"a row of {shape[-1]} values is not a multiple of {block}, the block size of {format.name}"
@@ -285,6 +301,7 @@ def _typed(gguf: Any, key: str, value: Any) -> tuple[Any, Any, Any]:
         items = list(inner)
         if not items:
             raise ValueError(f"{key} is an empty list, which the writer does not support: leave the key out")
+        # int32, since llama.cpp reads lists such as token types as signed.
         names = {_type_name(key, item, int_name="INT32") for item in items} if name is None else {name}
         if len(names) > 1:
             raise ValueError(f"{key} is a list of {', '.join(sorted(names))}: its items must be of one type")
@@ -293,12 +310,14 @@ def _typed(gguf: Any, key: str, value: Any) -> tuple[Any, Any, Any]:
 
 
 def _type_name(key: str, value: Any, *, int_name: str) -> str:
+    # Looked up by exact type: a bool is an int in Python, but another type in GGUF.
     names = {bool: "BOOL", int: int_name, float: "FLOAT32", str: "STRING"}
     if type(value) not in names:
         raise ValueError(
             f"{key} is {value!r}, a {type(value).__name__}: GGUF stores str, int, float, bool and lists of "
             "them"
         )
+    # The writer's own error would not name the key.
     low, high = {"UINT32": (0, 2**32), "INT32": (-(2**31), 2**31)}[int_name]
     if type(value) is int and not low <= value < high:
         raise ValueError(
@@ -313,6 +332,7 @@ def type_of(tensor: PendingTensor) -> str:
 
 
 def _format_of(gguf: Any, tensor: PendingTensor) -> Any:
+    # Block types have names that NumPy does not know.
     if isinstance(tensor.dtype, str) and tensor.dtype in gguf.GGMLQuantizationType.__members__:
         return gguf.GGMLQuantizationType[tensor.dtype]
     names = {dtype: name for name, dtype in _PLAIN.items()}
@@ -326,12 +346,14 @@ def _format_of(gguf: Any, tensor: PendingTensor) -> Any:
 
 def _checked_values(gguf: Any, tensor: PendingTensor) -> np.ndarray:
     """Read the tensor's values or blocks, and check their dtype and shape."""
+    # Transposed views are written in the order of their shape.
     values = np.ascontiguousarray(tensor.read())
     format = _format_of(gguf, tensor)
     dtype = _PLAIN.get(format.name, np.dtype(np.uint8))
     shape = tensor.shape
     if format.name not in _PLAIN:
         shape = (*shape[:-1], _num_bytes(gguf, shape[-1:], format))
+    # Sizes are in the header already: other bytes would shift every tensor after this one.
     if values.dtype != dtype or values.shape != shape:
         raise ValueError(
             f"tensor {tensor.name!r} was declared as {dtype} {shape}, but is {values.dtype} {values.shape}"

@@ -57,7 +57,9 @@ def _server(path: Path, context: int, _: tuple[int, int]) -> Any:
     params = engine.CommonParams()
     params.model.path = str(path)
     params.n_ctx = context
+    # One slot: several would divide the context among them.
     params.n_parallel = 1
+    # On the CPU, which is the same reference on every machine.
     params.n_gpu_layers = 0
     # Weights repacked for the CPU would change the order of sums, and crash on some CPUs.
     params.no_extra_bufts = True
@@ -68,8 +70,10 @@ def _server(path: Path, context: int, _: tuple[int, int]) -> Any:
     # Otherwise a text with the same prefix continues from a truncated window of the last one, with other
     # results.
     params.swa_full = True
+    # Prompts of other texts are not cached: results must not depend on what was asked before.
     params.cache_ram_mib = 0
     params.fit_params = False  # do not adapt to the free memory
+    # Saves a run of the model that does nothing but warm caches.
     params.warmup = False
     params.verbosity = -1
     return engine.Server(params)
@@ -101,12 +105,14 @@ def logprobs(
     """
     server = serve(path, context=context)
     plain = _plain_token(path)
+    # Prefixes grow by one token, so that each request computes only its last position.
     ends = range(first + 1, (len(tokens) if last is None else last) + 1)
     rows = np.full((len(ends), vocab_size), np.nan)
     for row, end in enumerate(ends):
         body = {
             "prompt": [int(token) for token in tokens[:end]],
             "n_predict": 1,
+            # All tokens: the log-probability of any target is needed.
             "n_probs": vocab_size,
             "temperature": 0.0,
         }
@@ -124,6 +130,7 @@ def logprobs(
 def _completed(server: Any, body: dict[str, Any]) -> Any:
     """Return the only choice of a completion."""
     answers: list[str] = []
+    # The callback gets the full answer at once, since streaming is off.
     server.handle_completions(json.dumps(body), answers.append)
     answer = json.loads(answers[0])
     if "choices" not in answer:
@@ -138,6 +145,7 @@ def _plain_token(path: Path) -> int:
     tokens = metadata.get("tokenizer.ggml.tokens", [])
     types = metadata.get("tokenizer.ggml.token_type")
     for index, token in enumerate(tokens):
+        # Without a space or "▁": a full character in every kind of vocabulary.
         if token.isascii() and token.isalpha() and (types is None or types[index] == NORMAL_TOKEN):
             return index
     raise ValueError(
@@ -172,6 +180,7 @@ def tokenize(
 
 
 # Single matrix ----------------------------------------------------------------------------------------------
+# The layout must follow the header of the wheel's release; `_library` fails if a function is missing.
 class _Traits(ctypes.Structure):
     """ggml_type_traits_cpu of ggml-cpu.h: the kernels of a type."""
 
@@ -201,6 +210,7 @@ class Product:
 
     def __init__(self, type: str) -> None:
         """Raises ValueError if the engine has no kernel for the type, or its functions cannot be called."""
+        # The numbers of types are those of ggml.h, which the gguf package has by name.
         import gguf
 
         library = _library()
@@ -216,8 +226,10 @@ class Product:
     def coded(self, x: Float[np.ndarray, "R I"]) -> UInt8[np.ndarray, "R bytes"]:
         """Convert inputs as the engine does; returns the bytes of their rows."""
         x = np.ascontiguousarray(x, np.float32)
+        # Unquantized inputs go to the kernel as they are.
         if self.input_type == "F32":
             return x.view(np.uint8)
+        # Rows are converted separately, as the engine does: a block never spans two.
         out = np.zeros((x.shape[0], self._row_size(x.shape[1])), np.uint8)
         for row, bytes_of_row in zip(x, out, strict=True):
             self._input_traits.from_float(row.ctypes.data, bytes_of_row.ctypes.data, row.size)
@@ -232,6 +244,7 @@ class Product:
         out = np.zeros((inputs.shape[0], blocks.shape[0]), np.float32)
         for row in range(inputs.shape[0]):
             input_pointer = inputs.ctypes.data + row * inputs.strides[0]
+            # One inner product at a time: kernels for several rows sum in another order.
             for column in range(blocks.shape[0]):
                 result = out.ctypes.data + out.itemsize * (row * blocks.shape[0] + column)
                 weight_pointer = blocks.ctypes.data + column * blocks.strides[0]
@@ -249,6 +262,7 @@ def _library() -> Any:
         library.ggml_get_type_traits_cpu.restype = ctypes.POINTER(_Traits)
         library.ggml_row_size.argtypes = [ctypes.c_int, ctypes.c_int64]
         library.ggml_row_size.restype = ctypes.c_size_t
+        # Fills the tables of float16 conversions, which kernels read.
         library.ggml_cpu_init()
     except AttributeError as error:
         raise ValueError(

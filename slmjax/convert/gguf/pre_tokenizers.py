@@ -21,9 +21,11 @@ _DIGIT = r"\p{N}"
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _BLANKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+# Differences between these: how many digits a piece may have, and whether marks are letters.
 _LLAMA3 = _SUFFIX + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _BLANKS
 _QWEN2 = _SUFFIX + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _BLANKS
 _QWEN35 = _SUFFIX + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + _BLANKS
+# Modifier and other letters have no case, and count as both.
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*")
@@ -31,6 +33,7 @@ _GPT4O = (
     rf"{_CASED[0]}{_SUFFIX}?|{_CASED[1]}{_SUFFIX}?|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANKS}"
 )
 _TEKKEN = rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANKS}"
+# Chinese and Japanese characters are separated from other letters first.
 _DEEPSEEK3 = (
     r"\p{N}{1,3}",
     r"[一-龥぀-ゟ゠-ヿ]+",
@@ -105,6 +108,7 @@ KINDS: dict[tuple[str, ...], PreTokenization] = {
     ("default",): PreTokenization(steps=_DEFAULT),
 }
 _BY_NAME = {name: pre_tokenization for names, pre_tokenization in KINDS.items() for name in names}
+# Several names have the same meaning: exports use the first.
 _NAMES = {
     (pre_tokenization.steps, pre_tokenization.takes_whole): names[0]
     for names, pre_tokenization in KINDS.items()
@@ -123,6 +127,7 @@ def pre_tokenization_of(name: str) -> PreTokenization:
 
 def byte_level_steps(pre_tokenization: PreTokenization) -> pre_tokenizers.PreTokenizer:
     """Return the steps, followed by the mapping of bytes to characters, as in tokenizer.json files."""
+    # ByteLevel has GPT-2's expression built in, so that it replaces the last step where that is the same.
     *early, last = pre_tokenization.steps
     steps: list[pre_tokenizers.PreTokenizer] = [_step(pattern) for pattern in early]
     if last != _WORDS:
@@ -142,6 +147,7 @@ def pre_tokenization_name(specification: dict[str, Any], *, takes_whole: bool) -
     """
     steps = specification["pretokenizers"] if specification["type"] == "Sequence" else [specification]
     patterns = tuple(pattern for step in steps for pattern in _patterns(step))
+    # The closest name would split some texts differently, without any error.
     if (patterns, takes_whole) not in _NAMES:
         known = ", ".join(_NAMES.values())
         raise ValueError(
@@ -163,6 +169,7 @@ def _step(pattern: str) -> pre_tokenizers.PreTokenizer:
 def _patterns(step: dict[str, Any]) -> list[str]:
     """Return the regular expressions that a step of a tokenizer.json isolates."""
     kind = step["type"]
+    # llama.cpp adds no space before a text in byte-level vocabularies.
     if kind == "ByteLevel" and not step["add_prefix_space"]:
         return [_WORDS] if step["use_regex"] else []
     if kind == "Digits" and step["individual_digits"]:
@@ -172,6 +179,7 @@ def _patterns(step: dict[str, Any]) -> list[str]:
         ("Isolated", False),
         ("Removed", True),
     }
+    # Some files have control characters where others have escapes of them.
     if isolates and "Regex" in step["pattern"]:
         return [step["pattern"]["Regex"].replace("\r", r"\r").replace("\n", r"\n")]
     raise ValueError(

@@ -22,6 +22,7 @@ from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.mixers.attention import AttentionConfig, Biases
 from slmjax.models.rope import LinearScaling, Llama3Scaling, LongScaling, RopeScaling, YarnScaling
 
+# Widths are ignored only after a family has read those that apply to it.
 IGNORED = ("rope.scaling.finetuned", "attention.causal", "feed_forward_length", "expert_feed_forward_length")
 PLAIN_SCALINGS = (LinearScaling, YarnScaling)  # stored in the metadata; the others are tensors
 SCALINGS = ("none", "linear", "yarn", "longrope")  # rope.scaling.type
@@ -33,6 +34,7 @@ SLOW_TURNS = 1.0
 def read_decoder(settings: Settings, blocks: Sequence[BlockConfig], **more: Any) -> ModelConfig:
     """Read the model around its layers; `more` are fields of the `ModelConfig` set by the family."""
     settings.ignore(*IGNORED)
+    # Families with LayerNorm have another key for it.
     eps = (
         {}
         if "norm_eps" in more
@@ -55,6 +57,7 @@ def write_decoder(model: ModelConfig) -> dict[str, Any]:
         "block_count": model.num_layers,
         "context_length": model.context_length,
         "embedding_length": model.embed_dim,
+        # Rounded as the file does, so that the value read back is compared with the same number.
         "attention.layer_norm_rms_epsilon": float(np.float32(model.norm_eps)),
         "vocab_size": model.known_vocab_size,
         "has_output": model.head is HeadKind.UNTIED,
@@ -63,6 +66,7 @@ def write_decoder(model: ModelConfig) -> dict[str, Any]:
 
 def shortest(value: float) -> float:
     """Return the shortest decimal number that rounds to this float32."""
+    # 1e-5 in a config is 9.9999997e-06 in float32; NumPy prints the shortest number that restores it.
     return float(str(np.float32(value)))
 
 
@@ -70,15 +74,20 @@ def shortest(value: float) -> float:
 def read_attention(settings: Settings, **more: Any) -> AttentionConfig:
     """Read heads and rotary positions; `more` are fields of the `AttentionConfig` set by the family."""
     heads = settings.take("attention.head_count")
+    # Files of models without grouped queries may leave the key out.
     kv_heads = settings.take("attention.head_count_kv", settings.take("attention.head_count"))
+    # Files of models such as OpenELM have a list with an entry for each layer.
     if isinstance(heads, list) or isinstance(kv_heads, list):
         raise ConfigError("attention.head_count differs between layers, which is not supported")
+    # llama.cpp's default; the key is only needed if the heads are not together as wide as the model.
     head_dim = settings.take("attention.key_length", settings.take("embedding_length") // heads)
+    # Our plain attention has one size for keys and values.
     settings.expect("attention.value_length", head_dim)
     has_qkv_bias = settings.take("qkv_bias", False)
     has_output_bias = settings.take("output_bias", False)
     biases = Biases.ALL if has_output_bias else Biases.QKV if has_qkv_bias else Biases.NONE
     fields: dict[str, Any] = {"biases": biases} | more
+    # Families with learned positions set the base to None, and have no keys of rotary positions.
     if "rope_base" not in more:
         fields = read_rope(settings, head_dim=head_dim) | fields
     return AttentionConfig(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, **fields)
@@ -142,6 +151,7 @@ def check_head(model: ModelConfig, supported: HeadKind) -> None:
 def check_idle_window(model: ModelConfig) -> None:
     """Raise Inexpressible for a window shorter than the context, if llama.cpp supports no windows."""
     for layer, attention in enumerate(attentions(model)):
+        # A window as long as the context hides nothing, and may be lost.
         window = attention.window
         if window is not None and window < model.context_length:
             raise Inexpressible(
@@ -167,6 +177,7 @@ def read_rope(settings: Settings, *, head_dim: int) -> dict[str, Any]:
     Raises:
       ConfigError: the number of rotated dims is not even and from 2 to `head_dim`.
     """
+    # llama.cpp rotates all dims by default.
     rotated = settings.take("rope.dimension_count", head_dim)
     base = float(settings.take("rope.freq_base", 10_000.0))
     if type(rotated) is not int or rotated % 2 or not 2 <= rotated <= head_dim:
@@ -189,6 +200,7 @@ def _read_scaling(settings: Settings, base: float, rotated: int) -> RopeScaling 
     magnitude = shortest(settings.positive("rope.scaling.attn_factor", 1.0))
     if kind not in SCALINGS:
         raise ConfigError(f"rope.scaling.type is {kind!r}; supported are {', '.join(SCALINGS)}")
+    # llama.cpp would apply both, which none of our scalings does.
     has_divisors = settings.has("rope_factors_short") or settings.has("rope_freqs")
     if has_divisors and (kind == "yarn" or factor != 1.0):
         raise ConfigError(
@@ -209,6 +221,7 @@ def _read_scaling(settings: Settings, base: float, rotated: int) -> RopeScaling 
             original_context=original,
             fast_turns=shortest(settings.take("rope.scaling.yarn_beta_fast", FAST_TURNS)),
             slow_turns=shortest(settings.take("rope.scaling.yarn_beta_slow", SLOW_TURNS)),
+            # llama.cpp multiplies YaRN's own magnitude with the file's `attn_factor`.
             attention_factor=yarn_attention_factor(factor, magnitude),
         )
     if magnitude != 1.0:
@@ -245,6 +258,7 @@ def frequency_divisors(scaling: Llama3Scaling, base: float, rotated: int) -> np.
     """Return the divisor of each frequency, float32."""
     frequencies = np.float64(base) ** (-np.arange(0, rotated, 2) / rotated)
     turns = scaling.original_context * frequencies / (2 * math.pi)
+    # Llama 3's ramp: 0 for long wavelengths, which are divided by the factor, and 1 for short ones.
     unscaled = np.clip(
         (turns - scaling.low_frequency_factor)
         / (scaling.high_frequency_factor - scaling.low_frequency_factor),
@@ -264,6 +278,7 @@ def write_rope(attention: AttentionConfig) -> dict[str, Any]:
     if isinstance(scaling, LinearScaling):
         keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": scaling.factor}
     elif isinstance(scaling, Llama3Scaling):
+        # llama.cpp has no type for Llama 3's scaling: its converter writes the divisors as a tensor.
         keys |= {"rope_freqs": frequency_divisors(scaling, attention.rope_base, rotated)}
     elif isinstance(scaling, LongScaling):
         arrays = {"short": scaling.short_factors, "long": scaling.long_factors}
@@ -277,6 +292,7 @@ def write_rope(attention: AttentionConfig) -> dict[str, Any]:
             "rope.scaling.original_context_length": scaling.original_context,
             "rope.scaling.yarn_beta_fast": scaling.fast_turns,
             "rope.scaling.yarn_beta_slow": scaling.slow_turns,
+            # Divided by what llama.cpp multiplies with.
             "rope.scaling.attn_factor": scaling.attention_factor / yarn_attention_factor(scaling.factor, 1.0),
         }
     elif scaling is not None:
@@ -286,6 +302,7 @@ def write_rope(attention: AttentionConfig) -> dict[str, Any]:
 
 def check_plain_scale(attention: AttentionConfig) -> None:
     """Raise Inexpressible unless the scale of scores is 1 / sqrt(head_dim)."""
+    # Most of llama.cpp's architectures compute this scale and read no key for it.
     usual = (attention.head_dim or 1) ** -0.5
     if attention.scale is not None and not math.isclose(attention.scale, usual, rel_tol=1e-6):
         raise Inexpressible(
@@ -325,6 +342,7 @@ def check_named_scale(model: ModelConfig, attention: AttentionConfig, size: Name
 
 
 def _named_scale(width: int, num_heads: int) -> float:
+    # Integer division, as in llama.cpp's code.
     return (width // num_heads) ** -0.5
 
 
@@ -366,5 +384,6 @@ def write_moe(ffn: Any) -> dict[str, Any]:
         "expert_count": moe.num_experts,
         "expert_used_count": moe.num_selected,
         "expert_feed_forward_length": moe.hidden_dim,
+        # llama.cpp's architectures differ in which of the two they read.
         "feed_forward_length": moe.hidden_dim,
     }

@@ -31,6 +31,7 @@ def strips_after(metadata: Mapping[str, Any], token: str, tokens: Collection[str
 
 def strips_before(metadata: Mapping[str, Any], token: str) -> bool:
     """Return whether llama.cpp strips the spaces before a special token."""
+    # llama.cpp tests for "phi-3" first, and then never for this name.
     return token == MASK and MASK_NAME in _name(metadata) and not _follows_phi3(metadata)
 
 
@@ -55,9 +56,11 @@ def name_for(added: Sequence[Mapping[str, Any]], tokens: Collection[str]) -> str
       added: `added_tokens` of a tokenizer.json.
       tokens: the full vocabulary.
     """
+    # With such a name and without these tokens, llama.cpp would fail to load the file.
     if not stripping_tokens(added) or not all(name in tokens for name in NEEDED):
         return None
     return (
+        # The name changes all special tokens, so that each of them must agree.
         NAME if all(_strips(token) == (token["content"] not in KEEPERS, False) for token in added) else None
     )
 

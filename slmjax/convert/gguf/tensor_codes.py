@@ -35,10 +35,12 @@ def container_of(rule: BoundRule, local_model: LocalModel) -> str | None:
             f"{rule.theirs[0]} joins {plain[0]}, in floating point, and {coded}, quantized, but a GGUF "
             f"tensor has one type. Give both the same format, or {WAYS_OUT}"
         )
+    # Booleans have a byte each: the shape costs little memory.
     width = rule.write([np.empty(shape, bool) for shape in rule.shapes])[0].shape[-1]
     containers = {
         _container(name, stored.spec, width) for name, stored in formats.items() if stored is not None
     }
+    # Integer codes fit a wider container unchanged; codes of the other containers are no plain integers.
     if len(containers) > 1 and not containers <= WIDEST.keys():
         raise ValueError(
             f"{rule.theirs[0]} joins {' and '.join(sorted(containers))}: give {', '.join(formats)} the same "
@@ -63,9 +65,11 @@ def blocks_of(rule: BoundRule, local_model: LocalModel, container: str) -> UInt8
     name = rule.theirs[0]
     parts = [local_model.encoded(path) for path in rule.ours]
     codes = rule.write([np.asarray(encoded.codes) for encoded in parts])[0]
+    # A scale for every value: then the same rule moves both, and a block's scale is where its codes are.
     scales = rule.write([_scales(encoded) for encoded in parts])[0]
     in_blocks = scales.reshape(*scales.shape[:-1], -1, block_size(container))
     scale = in_blocks[..., 0]
+    # Groups shorter than a block, or rows reordered across groups.
     if not np.array_equal(in_blocks, np.broadcast_to(scale[..., None], in_blocks.shape)):
         raise ValueError(
             f"{name} has several scales in one block of {container}, which stores one: {WAYS_OUT}"
@@ -77,6 +81,7 @@ def blocks_of(rule: BoundRule, local_model: LocalModel, container: str) -> UInt8
         raise ValueError(
             f"{', '.join(rule.ours)} does not fit {container}: {error}. {WAYS_OUT.capitalize()}"
         ) from error
+    # Compared after packing: also a scale that the container rounds, to float16 say, is found.
     expected = rule.write([local_model.read(path) for path in rule.ours])[0]
     if not np.array_equal(dequantize_blocks(packed, container, expected.shape), expected):
         raise ValueError(
@@ -90,6 +95,7 @@ def blocks_of(rule: BoundRule, local_model: LocalModel, container: str) -> UInt8
 def _scales(encoded: Encoded) -> np.ndarray:
     """Repeat the scales for every value, in the shape of the codes."""
     scale = np.asarray(encoded.scale, np.float32)
+    # Each row has its own scales; along the other axis, the values of a group share one.
     for axis, (size, groups) in enumerate(zip(encoded.codes.shape, scale.shape, strict=True)):
         scale = np.repeat(scale, size // groups, axis=axis)
     return scale

@@ -29,6 +29,7 @@ ATTENTION: tuple[Rule, ...] = (
     *norm("mixer/query_norm", "attn_q_norm"),
     *norm("mixer/key_norm", "attn_k_norm"),
 )
+# Families whose own libraries join these projections keep them joined in GGUF.
 JOINED_ATTENTION: tuple[Rule, ...] = (
     joined(("mixer/query/weight", "mixer/key/weight", "mixer/value/weight"), "attn_qkv.weight"),
     joined(("mixer/query/bias", "mixer/key/bias", "mixer/value/bias"), "attn_qkv.bias"),
@@ -39,6 +40,7 @@ MLP: tuple[Rule, ...] = (
     *linear("ffn/up", "ffn_up"),
     *linear("ffn/down", "ffn_down"),
 )
+# llama.cpp has one tensor for all experts, for its grouped matrix product.
 MOE: tuple[Rule, ...] = (
     *linear("ffn/router", "ffn_gate_inp"),
     stacked_experts("ffn/experts/gate", "ffn_gate_exps.weight"),
@@ -62,6 +64,7 @@ def tensor_map(*layer: Rule, around: tuple[Rule, ...] = AROUND) -> TensorMap:
         layer=layer,
         prefix="blk.{i}.",
         base="",
+        # They are settings, read by `gguf_model`.
         ignored=(r"rope_(freqs|factors_long|factors_short)\.weight",),
     )
 
@@ -70,6 +73,7 @@ def paired_tensor_map(model: ModelConfig, *layer: Rule) -> TensorMap:
     """Return the tensor map of a family whose rotated pairs are interleaved in llama.cpp, such as Llama."""
     attention = expect_kind(next(model.blocks()).mixer, AttentionConfig, "layer 0's mixer")
     heads = {"mixer/query/": attention.num_heads, "mixer/key/": attention.kv_heads}
+    # llama.cpp rotates neighbouring dims in these architectures, other libraries dims half a head apart.
     reordered = tuple(
         paired(rule, num_heads=count, rope_dim=attention.head_dim or 0)
         for name, count in heads.items()
@@ -83,7 +87,10 @@ def paired_tensor_map(model: ModelConfig, *layer: Rule) -> TensorMap:
 def centered(rule: Rule) -> Rule:
     """Convert a norm's scale, of which ours is the difference from one."""
     return dataclasses.replace(
-        rule, read=lambda arrays, _: [arrays[0] - 1], write=lambda arrays: [arrays[0] + 1]
+        # llama.cpp's converter adds the one, so that its norms are plain ones.
+        rule,
+        read=lambda arrays, _: [arrays[0] - 1],
+        write=lambda arrays: [arrays[0] + 1],
     )
 
 

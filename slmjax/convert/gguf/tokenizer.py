@@ -75,7 +75,9 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> GgufTokenizer:
     is_llama = kind == "llama"
     names = {role: _role_token(metadata, tokens, types, role) for role in (*_ROLES.values(), "eot")}
     control = [token for token, type in zip(tokens, types, strict=True) if type == CONTROL]
+    # Only control tokens: as plain text, such a name ends no turn.
     by_name = next((name for name in _TURN_ENDS if name in control), None)
+    # llama.cpp's default if the file has no flag depends on the kind, and for BPE on the pre-tokenizer.
     adds_bos = is_llama or pre_tokenization_of(metadata.get("tokenizer.ggml.pre") or "default").adds_bos
     return GgufTokenizer(
         backend=backend,
@@ -113,6 +115,7 @@ def tokenizer_metadata(directory: Path, *, adds_bos: bool, num_rows: int) -> dic
             f"{directory} has a vocabulary of type {model['type']}: only BPE, bytes and characters can be "
             "written to GGUF"
         )
+    # What data/tokenizers.py writes for a vocabulary of characters: no merges, and no bytes.
     characters = (
         pre_tokenizer is None and not model["merges"] and decoder is not None and decoder["type"] == "Fuse"
     )
@@ -120,7 +123,9 @@ def tokenizer_metadata(directory: Path, *, adds_bos: bool, num_rows: int) -> dic
         kind = _sentence_piece_keys(specification)
     else:
         kind = _byte_level_keys(specification)
+    # Added tokens need not be in the vocabulary of the model.
     ids = {**model["vocab"], **{token["content"]: token["id"] for token in specification["added_tokens"]}}
+    # The list of tokens has one for each row: others would be lost without an error.
     if max(ids.values()) >= num_rows:
         raise ValueError(
             f"{directory} has ids up to {max(ids.values())}, but the embedding table has {num_rows} rows: "
@@ -135,6 +140,7 @@ def tokenizer_metadata(directory: Path, *, adds_bos: bool, num_rows: int) -> dic
         sentence_piece="scores" in kind,
         strips=name is not None,
     )
+    # Only the kind "llama" has scores.
     scores = kind.pop("scores", None)
     lists = {"tokens": tokens, "token_type": types}
     if scores is not None:
@@ -142,7 +148,9 @@ def tokenizer_metadata(directory: Path, *, adds_bos: bool, num_rows: int) -> dic
             token.replace(" ", _BLANK) if type == NORMAL else token
             for token, type in zip(tokens, types, strict=True)
         ]
+        # Tokens that no merge makes get a score below all others: they are never preferred.
         lists["scores"] = [float(scores.get(token, -len(scores) - 1)) for token in tokens]
+    # llama.cpp maps text to ids with a table by text, so that one of them would be lost.
     if twice := [token for token, count in collections.Counter(lists["tokens"]).items() if count > 1]:
         raise ValueError(
             f"{directory} has several tokens that are {twice[0]!r} in llama.cpp, where they must differ: "
@@ -196,11 +204,13 @@ def _role_token(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
 def _added(
     metadata: Mapping[str, Any], tokens: list[str], types: list[int], kinds: set[int]
 ) -> list[AddedToken]:
+    # A set, since Phi-3's rule looks up several names for each token.
     known = set(tokens)
     return [
         AddedToken(
             token,
             special=type != USER_DEFINED,
+            # llama.cpp finds these tokens in the text as it is, before any normalization.
             normalized=False,
             rstrip=strips_after(metadata, token, known),
             lstrip=strips_before(metadata, token),
@@ -242,12 +252,15 @@ def _sentence_piece(metadata: Mapping[str, Any], tokens: list[str], types: list[
         return _characters(tokens, types)
     unk = _role_token(metadata, tokens, types, "unknown")
     backend = tokenizers.Tokenizer(
+        # As in released Llama tokenizers: runs of unknown characters become one token, if not bytes.
         _bpe(_vocabulary(tokens), _merges(mergeable), unk_token=unk, fuse_unk=True, byte_fallback=True)
     )
+    # SentencePiece adds a space before a text by default, so that its first word is like the others.
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     replace = normalizers.Replace(" ", _BLANK)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(_BLANK), replace]) if prefix else replace
     steps = [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    # The added space is stripped again.
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
     return backend
 
@@ -279,6 +292,7 @@ def _bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]], **options: A
 
 def _splits(token: str, parts: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return every pair of tokens that joins to the token."""
+    # SentencePiece merges any neighbours whose join is a token, not only the pair merged in training.
     splits = ((token[:i], token[i:]) for i in range(1, len(token)))
     return [(left, right) for left, right in splits if left in parts and right in parts]
 
@@ -302,6 +316,7 @@ def _read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not file.is_file():
         raise ValueError(f"there is no {file}: only a tokenizer.json can be written to GGUF")
     try:
+        # The library reads older layouts, in which merges are strings, and writes the current one.
         specification = json.loads(tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8")).to_str())
         config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     except Exception as error:  # the library raises bare Exception
@@ -309,11 +324,14 @@ def _read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{directory} has a damaged tokenizer.json or tokenizer_config.json: {error}"
         ) from error
     names = {f"{role}_token": config.get(f"{role}_token") for role in _ROLES}
+    # transformers writes special tokens as objects with flags, or as plain names.
     plain = {key: value["content"] if isinstance(value, dict) else value for key, value in names.items()}
     plain["unk_token"] = plain["unk_token"] or specification["model"].get("unk_token")
     template = config.get("chat_template")
+    # Older models have several named templates, such as one for tools.
     if isinstance(template, list):
         template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    # Newer releases of transformers write the template to a file of its own, which takes precedence.
     if template_file.is_file():
         template = template_file.read_text(encoding="utf-8")
     return specification, {**config, **plain, "chat_template": template}
@@ -341,6 +359,7 @@ def _byte_level_keys(specification: dict[str, Any]) -> dict[str, Any]:
 
 def _sentence_piece_keys(specification: dict[str, Any]) -> dict[str, Any]:
     """Return the kind, whether a space is added before a text, and the score of every merged token."""
+    # Added tokens are matched before merges, and bytes are a fallback: neither is ever merged.
     added = {token["content"] for token in specification["added_tokens"]}
     normal = {
         token: id
@@ -359,13 +378,16 @@ def _sentence_piece_keys(specification: dict[str, Any]) -> dict[str, Any]:
     merges = [(left, right) for left, right in specification["model"]["merges"] if left + right in normal]
     last = None
     for left, right in merges:
+        # A score belongs to a token: all merges that make it have the same priority.
         if left + right != last and left + right in scores:
             raise ValueError(
                 f"the merges that make {left + right!r} are not consecutive, so that no score represents "
                 "their order"
             )
         last = left + right
+        # Scores fall with the rank, since the highest is merged first.
         scores.setdefault(last, -len(scores))
+    # llama.cpp tries every pair of neighbours whose join is a token, whether the merges have it or not.
     done = set(merges)
     for token in normal:
         if missing := [pair for pair in _splits(token, normal) if pair not in done]:
@@ -392,6 +414,7 @@ def _has_space_prefix(specification: dict[str, Any]) -> bool:
     """Return whether a space is added before a text, as configured in Llama, Mistral and Gemma tokenizers."""
     normalizer = specification["normalizer"]
     pre_tokenizer = specification["pre_tokenizer"]
+    # A single normalizer is not wrapped in a Sequence.
     steps = (
         normalizer["normalizers"]
         if normalizer and normalizer["type"] == "Sequence"
@@ -442,6 +465,7 @@ def _token_list(
     names: dict[int, str] = {id: token for token, id in ids.items()}
     added = {token["id"]: token for token in specification["added_tokens"]}
     for token in added.values():
+        # Special tokens may strip spaces: such spaces are then noted (`gguf_model.tokenizer_notes`).
         if not token["special"] and ((stripping_tokens([token]) and not strips) or token["single_word"]):
             raise ValueError(
                 f"the token {token['content']!r} strips spaces or matches only single words, which GGUF "
@@ -450,11 +474,13 @@ def _token_list(
     tokens = []
     types = []
     for id in range(num_rows):
+        # Names must differ: llama.cpp refuses equal tokens.
         token = names.get(id, f"[PAD{id}]")
         is_added = id in added
         if id not in names:
             type = UNUSED
         elif is_added and added[id]["special"]:
+            # Byte-level vocabularies represent every text, and need no unknown token.
             type = UNKNOWN if sentence_piece and token == unk else CONTROL
         elif is_added:
             type = USER_DEFINED
@@ -479,8 +505,10 @@ def _special_ids(
     }
     # data/tokenizers.py writes the tokens that end a text or a turn there.
     ends: Iterable[str] = config.get("end_tokens") or []
+    # GGUF has one id for the end of a turn, so that only the first is written.
     if turn_end := next((name for name in ends if name != roles.get("eos")), None):
         roles["eot"] = turn_end
+    # Without these ids, llama.cpp uses defaults of another vocabulary.
     if "eos" not in roles or (adds_bos and "bos" not in roles):
         raise ValueError(
             f"{directory / 'tokenizer_config.json'} has no {'bos' if 'eos' in roles else 'eos'}_token: add "

@@ -25,12 +25,14 @@ TENSORS: tuple[Rule, ...] = (
 def read_latent_attention(settings: Settings) -> LatentAttentionConfig:
     """Read the mixer. With YaRN, scores are also multiplied by the square of its magnitude."""
     settings.ignore("num_key_value_heads", "head_dim", "qk_head_dim")  # without effect in latent attention
+    # Heads have a part without positions and a rotated one; the latter's key is shared by all heads.
     plain = settings.take("qk_nope_head_dim")
     rotated = settings.positive("qk_rope_head_dim")
     heads = settings.positive("num_attention_heads")
     value_dim = settings.positive("v_head_dim", settings.positive("hidden_size") // heads)
     rope = read_rope(settings)
     scale = (plain + rotated) ** -0.5
+    # Queries and keys are both multiplied, so that scores have the square of the magnitude.
     if isinstance(rope["rope_scaling"], YarnScaling):
         scale *= (
             yarn_magnitude(rope["rope_scaling"].factor, rope_table(settings).take("mscale_all_dim", 0.0)) ** 2
@@ -61,11 +63,14 @@ def write_latent_attention(mixer: LatentAttentionConfig) -> dict[str, Any]:
         scaling["mscale"] = _weight(
             magnitude * mixer.rope_scaling.attention_factor, mixer.rope_scaling.factor
         )
+        # The library computes the factor from the two weights: it is written only once.
         if scaling["mscale"] and scaling["mscale_all_dim"]:
             del scaling["attention_factor"]
     return {
         "num_attention_heads": mixer.num_heads,
+        # Without effect in latent attention; released models have this value.
         "num_key_value_heads": mixer.num_heads,
+        # The library computes rotary frequencies from this width.
         "head_dim": mixer.rope_dim,
         "kv_lora_rank": mixer.latent_dim,
         "q_lora_rank": mixer.query_rank,
@@ -80,4 +85,5 @@ def write_latent_attention(mixer: LatentAttentionConfig) -> dict[str, Any]:
 
 def _weight(magnitude: float, factor: float) -> float:
     """Return the weight that gives YaRN's magnitude for a factor, rounded to the decimals of the original."""
+    # Without scaling the magnitude is 1 for any weight.
     return 0.0 if factor <= 1 else float(f"{(magnitude - 1.0) / (0.1 * math.log(factor)):.10g}")

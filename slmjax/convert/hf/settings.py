@@ -71,6 +71,7 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "relu": Activation.RELU,
     "relu2": Activation.RELU2,
 }
+# Reversed, so that the first of several names of a function is written.
 ACTIVATION_NAMES = {value: name for name, value in reversed(ACTIVATIONS.items())}
 
 
@@ -78,6 +79,7 @@ ACTIVATION_NAMES = {value: name for name, value in reversed(ACTIVATIONS.items())
 def read_decoder(settings: Settings, blocks: Sequence[BlockConfig], **more: Any) -> ModelConfig:
     """Read the model around its layers; `more` are fields of the `ModelConfig` set by the family."""
     settings.ignore(*IGNORED)
+    # Interleaved pairs would need the rows of queries and keys in another order.
     settings.expect("rope_interleaved", False)
     head = HeadKind.TIED if settings.take("tie_word_embeddings") else HeadKind.UNTIED
     return ModelConfig(
@@ -117,9 +119,12 @@ def read_attention(settings: Settings, *, is_partial: bool = False, **more: Any)
       is_partial: whether the family's library can rotate only some dims of each head.
     """
     heads = settings.positive("num_attention_heads")
+    # Families with a head width of their own have a default for this key.
     head_dim = settings.positive("head_dim", settings.positive("hidden_size") // heads)
+    # transformers takes a null as one for each head.
     kv_heads = settings.positive("num_key_value_heads", heads, null=heads)
     fields = more if "rope_base" in more else {**read_rope(settings, is_partial=is_partial), **more}
+    # The number of rotated dims depends on the head's width, which `read_rope` does not know.
     if (factor := fields.pop("partial_rotary_factor", 1.0)) != 1.0:
         fields |= rotated_part(head_dim, factor, base=fields["rope_base"], scaling=fields["rope_scaling"])
     return AttentionConfig(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, **fields)
@@ -139,6 +144,7 @@ def write_attention(attention: AttentionConfig) -> dict[str, Any]:
     """Write the keys of `read_attention`."""
     return {
         "num_attention_heads": attention.num_heads,
+        # Written even if it is the library's default: families differ in their defaults.
         "num_key_value_heads": attention.kv_heads,
         "head_dim": attention.head_dim,
         **write_rope(attention),
@@ -149,8 +155,10 @@ def read_windows(
     settings: Settings, *, num_layers: int, window: int | None, default: Sequence[bool]
 ) -> list[int | None]:
     """Read the window of each layer, from `layer_types` or else from `default`: whether a layer has one."""
+    # Newer releases list the kind of every layer; older ones compute it in the family's code.
     kinds = settings.take("layer_types", None)
     local = list(default) if kinds is None else [_is_local(kind) for kind in kinds]
+    # A list of another length was written for another model.
     if len(local) != num_layers:
         raise ConfigError(
             f"config.json: layer_types names {len(local)} layers, but num_hidden_layers is {num_layers}"
@@ -192,6 +200,7 @@ def rope_table(settings: Settings, *, default: Mapping[str, Any] | None = None) 
     """
     scaling = settings.take("rope_scaling", None)
     parameters = settings.take("rope_parameters", None)
+    # Newer releases write `rope_parameters`, older ones `rope_scaling` for scaled angles only.
     if not scaling:
         return settings.nested("rope_parameters", (default or {}) if parameters is None else parameters)
     table = settings.nested("rope_scaling", scaling)
@@ -200,6 +209,7 @@ def rope_table(settings: Settings, *, default: Mapping[str, Any] | None = None) 
         for name in parameters or {}
         if name not in ("rope_type", "type")
     }
+    # A value that `rope_scaling` or a top-level key repeats is not lost.
     lost = [name for name, value in used.items() if value != parameters[name]]
     if lost:
         settings.notes.append(
@@ -228,6 +238,7 @@ def read_rope(
     if not is_partial:
         settings.expect("partial_rotary_factor", 1.0)
     context = settings.positive("max_position_embeddings")
+    # Phi-3 has this key at the top level, other families in the table.
     original = settings.take("original_max_position_embeddings", None)
     base = settings.positive("rope_theta")
     fraction = settings.take("partial_rotary_factor", 1.0)
@@ -251,6 +262,7 @@ def read_ropes_by_kind(settings: Settings, *, local: str | None) -> dict[bool, d
     """
     context = settings.positive("max_position_embeddings")
     base = settings.positive("rope_theta")
+    # One table for each kind of layer, by the names in `layer_types`.
     both = settings.inner("rope_parameters")
     tables = {False: dict(both.take("full_attention", {})), True: dict(both.take("sliding_attention", {}))}
     both.finish()
@@ -261,6 +273,7 @@ def read_ropes_by_kind(settings: Settings, *, local: str | None) -> dict[bool, d
                 "rope_scaling",
                 "releases of transformers differ in whether they read `type` here: use `rope_type`",
             )
+        # Only full layers are scaled: distances within a window stay short.
         tables[False].update(scaling)
     if local is None and settings.has("rope_theta") and tables[True].get("rope_theta") is None:
         # transformers 4 uses it in all layers, 5 only in full ones: only their common default is unambiguous.
@@ -294,6 +307,7 @@ def rope_fields(
       original: context length of the first training, if given by a top-level key.
       long_types: the family's names of LongRoPE.
     """
+    # The table takes precedence over top-level keys.
     base = inner.positive("rope_theta", base)
     fraction = inner.take("partial_rotary_factor", fraction)
     scaling = _read_scaling(inner, context=context, original=original, long_types=long_types)
@@ -310,6 +324,7 @@ def rotated_part(head_dim: int, factor: float, *, base: float, scaling: RopeScal
     Raises:
       ConfigError: R is odd and frequencies are scaled, which transformers refuses.
     """
+    # Truncated, as in transformers.
     rotated = int(head_dim * factor)
     if rotated % 2 == 0 or rotated < 0:
         return {"rotary_dim": rotated, "rope_base": base}
@@ -333,11 +348,13 @@ def rotary_factor(rotary_dim: int, head_dim: int) -> float:
 def _read_scaling(
     inner: Settings, *, context: int, original: int | None, long_types: Sequence[str]
 ) -> RopeScaling | None:
+    # `type` is the older name of `rope_type`.
     kind = inner.take("type", "default")
     kind = inner.take("rope_type", kind)
     original_context = int(
         inner.positive("original_max_position_embeddings", context) if original is None else original
     )
+    # Also taken if the top-level key was used.
     inner.ignore("original_max_position_embeddings")
     if kind == "default":
         return None
@@ -353,6 +370,7 @@ def _read_scaling(
     if kind == "yarn" and kind not in long_types:
         return _read_yarn(inner, context=context, original=original_context)
     if kind in long_types:
+        # Phi-3's files have no factor: it follows from the two context lengths.
         factor = float(inner.positive("factor", context / original_context))
         magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original_context))
         return LongScaling(
@@ -369,6 +387,7 @@ def _read_scaling(
 
 def _read_yarn(inner: Settings, *, context: int, original: int) -> YarnScaling:
     factor = float(inner.positive("factor", context / original))
+    # DeepSeek's variant: the magnitude is a quotient of two, with weights of their own.
     numerator = inner.take("mscale", 0)
     denominator = inner.take("mscale_all_dim", 0)
     magnitude = (
@@ -379,6 +398,7 @@ def _read_yarn(inner: Settings, *, context: int, original: int) -> YarnScaling:
     return YarnScaling(
         factor=factor,
         original_context=original,
+        # transformers takes 0 as absent: `beta_fast or 32`.
         fast_turns=float(inner.take("beta_fast", 32) or 32),
         slow_turns=float(inner.take("beta_slow", 1) or 1),
         whole_dims=bool(inner.take("truncate", True)),
@@ -390,11 +410,13 @@ def _read_yarn(inner: Settings, *, context: int, original: int) -> YarnScaling:
 
 def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
     """Return YaRN's factor of queries and keys (Peng et al. 2023)."""
+    # The constants are the authors' fit to Llama models.
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def write_rope(attention: AttentionConfig) -> dict[str, Any]:
     """Write `rope_theta`, `partial_rotary_factor` and `rope_scaling`, for all releases of transformers."""
+    # Top-level keys and `rope_scaling`: the layout that old and new releases read.
     keys: dict[str, Any] = {} if attention.rope_base is None else {"rope_theta": attention.rope_base}
     if attention.rotary_dim not in (None, attention.head_dim):
         keys["partial_rotary_factor"] = rotary_factor(attention.rotary_dim or 0, attention.head_dim or 1)

@@ -24,6 +24,7 @@ PRE_NORMS: tuple[Rule, ...] = (
     *norm("mixer_norm", "input_layernorm"),
     *norm("ffn_norm", "post_attention_layernorm"),
 )
+# Llama uses the first name for the norm before the MLP, these families for the one after attention.
 POST_NORMS: tuple[Rule, ...] = (
     *norm("mixer_post_norm", "post_attention_layernorm"),
     *norm("ffn_post_norm", "post_feedforward_layernorm"),

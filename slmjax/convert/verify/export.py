@@ -113,18 +113,23 @@ def verify_export(
     """
     run = Path(run)
     file = Path(file)
+    # A missing engine is reported before the model is loaded.
     engine = llama_cpp.import_engine()
+    # Two views of the same checkpoint: stored codes for levels one and two, a model to run for level three.
     local_model = open_local_model(run, step=step)
     content = read_gguf(file)
+    # The step that was found, since a run in progress may have a newer one by now.
     loaded = loading.load_model(run, step=local_model.step)
     windows = text_windows(loaded, data, max_tokens=max_tokens, length=window, changed_data=changed_data)
     config = canonical(local_model.config)
     family, file_config = family_and_config(file, content)
+    # The file's own architecture decides the names; what they must contain is the trained model's.
     rules = bind(family.tensor_map_for(config), config)
     known = {rule.theirs[0] for rule in rules} | {f"{name}.weight" for name in EXTRA_TENSORS}
     settings = tuple(differences(config, canonical(file_config), tolerance=TOLERANCE))
     extra = tuple(sorted(set(content.tensors) - known))
     tensors = tuple(check_tensor(rule, local_model, content.tensors.get(rule.theirs[0])) for rule in rules)
+    # Losses of two different models would only repeat that they differ.
     is_other_model = bool(settings or extra) or any(tensor.is_missing for tensor in tensors)
     tokenizer = compare_metadata(
         content.metadata, local_model.path / "tokenizer", loaded.tokenizer, num_rows=config.known_vocab_size
@@ -154,6 +159,7 @@ def _input_specs(rules: list[BoundRule], content: GgufFile) -> dict[str, QuantSp
     specs: dict[str, QuantSpec] = {}
     for rule in rules:
         tensor = content.tensors.get(rule.theirs[0])
+        # Lookups read single rows, without a product.
         if tensor is None or not is_matmul_weight(tensor, content.tensors):
             continue
         if (spec := INPUT_SPECS.get(input_type(tensor.type))) is not None:

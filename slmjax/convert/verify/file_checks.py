@@ -114,6 +114,7 @@ def _differing_codes(
     """Count the codes and scales of the file that differ from the trained ones; None if it has none."""
     if not all(path in local_model.formats for path in rule.ours):
         return None, None
+    # Packed here again, so that codes are compared in the layout of the file.
     try:
         trained = unpack(blocks_of(rule, local_model, tensor.type), tensor.type)
     except ValueError:  # a type that cannot hold the trained codes
@@ -145,6 +146,7 @@ def input_type(type: str) -> str:
     return _product(type).input_type
 
 
+# Types are few and kernels are looked up by type: one object serves all tensors of a type.
 _product = functools.lru_cache(maxsize=16)(Product)
 
 
@@ -153,14 +155,17 @@ def check_product(rule: BoundRule, local_model: LocalModel, tensor: GgufTensor) 
     product = _product(tensor.type)
     width = tensor.shape[-1]
     rows = tensor.raw.reshape(int(np.prod(tensor.shape[:-1])), -1)
+    # Evenly spaced outputs reach all heads and experts.
     chosen = np.linspace(0, len(rows) - 1, min(len(rows), MOST_OUTPUTS)).astype(np.int64)
     weight = expected_tensor(rule, local_model).astype(np.float32).reshape(len(rows), width)[chosen]
+    # Seeded by name: a failure can be repeated for a single tensor.
     x = _inputs(tensor.name, width)
     coded = product.coded(x)
     theirs = product(rows[chosen], coded, width=width)
     # The engine's codes go into both products, so that only the order of summation can differ.
     inputs, flipped, codes = _engine_inputs(x, coded, product.input_type)
     ours = np.asarray(_times(inputs, weight))
+    # Rounding errors of a sum are proportional to this, not to the sum itself, which may cancel to zero.
     magnitude = np.abs(inputs).astype(np.float64) @ np.abs(weight).astype(np.float64).T
     error = np.abs(ours.astype(np.float64) - theirs) / np.where(magnitude == 0, 1.0, magnitude)
     return ProductCheck(
@@ -169,6 +174,8 @@ def check_product(rule: BoundRule, local_model: LocalModel, tensor: GgufTensor) 
         input_type=product.input_type,
         outputs=len(chosen),
         error=float(np.max(error)),
+        # Two inner products are compared, each with a relative error of up to n u (Higham, 2002, section
+        # 3.1).
         bound=2 * width * EPSILON,
         input_codes=codes,
         flipped_codes=flipped,
@@ -177,6 +184,7 @@ def check_product(rule: BoundRule, local_model: LocalModel, tensor: GgufTensor) 
 
 @jax.jit
 def _times(x: Float[Array, "R I"], weight: Float[Array, "O I"]) -> Float[Array, "R O"]:
+    # On accelerators, the default precision rounds float32 inputs.
     return jnp.dot(x, weight.T, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
@@ -202,6 +210,7 @@ def _engine_inputs(
         return coded.view(half).astype(np.float32), 0, 0
     spec = INPUT_SPECS[type]
     theirs = _read_q8_k(coded) if type == "Q8_K" else unpack(coded, type)
+    # Codes near a rounding boundary may differ: they are counted, and do not fail the check.
     ours = _encode(x, spec)
     return np.asarray(_decode(theirs, spec)), _count_different(ours.codes, theirs.codes), x.size
 
@@ -212,6 +221,7 @@ _decode = jax.jit(decode, static_argnums=1)
 
 def _read_q8_k(coded: UInt8[np.ndarray, "R bytes"]) -> Encoded:
     """Read blocks of 256 values: a float32 scale, the codes, and 16 int16 sums, which are not needed."""
+    # block_q8_K of ggml-common.h.
     blocks = coded.reshape(coded.shape[0], -1, 4 + 256 + 32)
     codes: Int8[np.ndarray, "R G 256"] = np.ascontiguousarray(blocks[..., 4:260]).view(np.int8)
     scale = np.ascontiguousarray(blocks[..., :4]).view(np.float32)[..., 0]

@@ -58,6 +58,7 @@ class LossCheck:
     @property
     def tolerance(self) -> float:
         """Largest difference that is accepted."""
+        # Chaotic rounding, the choice of text, and the order of sums each set a limit; the largest applies.
         return max(2 * self.floor, 2 * self.standard_error, SMALLEST_TOLERANCE * self.ours)
 
     @property
@@ -68,6 +69,7 @@ class LossCheck:
 
 def engine_context(windows: list[Window]) -> int:
     """Return the context length with which the engine loads the file for these windows."""
+    # Some more, since the server needs space for the token that it generates.
     return max(len(window.tokens) for window in windows) + 8
 
 
@@ -82,9 +84,11 @@ def check_loss(
     vocab_size = loaded.config.known_vocab_size
     context = engine_context(windows)
     engine = np.array([_engine_nll(file, window, vocab_size, context) for window in windows])
+    # Our side imitates the engine's quantized activations, so that only the order of sums differs.
     definition, params, buffers = with_inputs(loaded, input_specs)
     ours = _our_nll(definition.merge_transformed(params, buffers), windows)
     trained = _our_nll(loaded.model, windows)
+    # Several draws, since a single one may flip few codes.
     with_noise = [
         _our_nll(definition.merge_transformed(_noisy(params, draw), buffers), windows)
         for draw in range(NOISE_DRAWS)
@@ -113,6 +117,7 @@ def paired(differences: Float[np.ndarray, " W"], counts: np.ndarray) -> tuple[fl
     mean = float(differences.sum() / counts.sum())
     if len(counts) < 2:
         return mean, 0.0
+    # The variance of a ratio estimate (Cochran, 1977).
     deviations = differences - mean * counts
     return mean, float(np.sqrt(len(counts) / (len(counts) - 1) * np.square(deviations).sum()) / counts.sum())
 
@@ -127,10 +132,12 @@ def _our_nll(model: Decoder, windows: list[Window]) -> Float[np.ndarray, " W"]:
     # Windows are padded to one length to compile once: attention is causal, so padding changes nothing.
     longest = max(len(window.scored) for window in windows)
     sums = []
+    # The engine sums in float32 on a CPU.
     with jax.default_matmul_precision("highest"):
         for window in windows:
             inputs = np.zeros((1, longest), np.int32)
             inputs[0, : len(window.scored)] = window.tokens[:-1]
+            # Normalized in float64, as the engine's values are.
             rows = np.asarray(_logits(model, inputs), np.float64)[0, : len(window.scored)]
             rows -= rows.max(-1, keepdims=True)
             rows -= np.log(np.exp(rows).sum(-1, keepdims=True))
@@ -149,10 +156,12 @@ def with_inputs(
     Returns:
       its definition, parameters and buffers; the weights are the same.
     """
+    # Only inputs: the weights are dequantized codes already.
     rules = tuple(QuantRule(paths=f"^{re.escape(path)}$", input=spec) for path, spec in input_specs.items())
     quant = (QuantPhase(rules=rules),) if rules else ()
     config = inference_config(dataclasses.replace(loaded.config, precision=Precision.FLOAT32))
     definition = define_quantized(config, quant)
+    # Other input formats may group the layers in another way.
     flat = unstack(loaded.definition.config, {**loaded.params, **loaded.buffers})
     params, buffers = (
         restack(definition.config, flat, like=like) for like in (definition.params, definition.buffers)
@@ -161,6 +170,7 @@ def with_inputs(
 
 
 def _noisy(params: Mapping[str, jax.Array], draw: int) -> dict[str, jax.Array]:
+    # At the start of the network, so that the noise passes through every quantizer.
     table = np.asarray(params["embed/table"])
     noise = np.random.default_rng(draw).normal(size=table.shape).astype(np.float32)
     return {**params, "embed/table": jax.numpy.asarray(table * (1 + np.float32(NOISE) * noise))}
@@ -192,6 +202,7 @@ def text_windows(
     for shards in documents_of(loaded, data_or_own(loaded, data), changed_data=changed_data):
         for window in _windows(shards, length=length, text=text):
             positions = np.flatnonzero(window.scored)[:remaining]
+            # The last window ends with its last scored token, so that exactly `max_tokens` are scored.
             stop = int(positions[-1]) + 1 if len(positions) == remaining else len(window.scored)
             windows.append(Window(tokens=window.tokens[: stop + 1], scored=window.scored[:stop]))
             remaining -= len(positions)
@@ -206,9 +217,11 @@ def _windows(shards: TokenizedDocuments, *, length: int, text: ScoredText) -> It
     """Yield the windows with a scored token. Documents scored in part are cut as in training."""
     for document in range(len(shards)):
         tokens = shards.tokens(document)
+        # The first token of a document has no context to be predicted from.
         scored = np.arange(len(tokens)) > 0 if text is ScoredText.ALL else shards.scored(document)
         starts = range(0, len(tokens) - 1, length)
         pieces = [(start, min(length, len(tokens) - 1 - start), 0) for start in starts]
+        # A cut in the middle of a prompt would leave its completion without context.
         if not scored[1:].all() and len(pieces) > 1:
             pieces = pieces_around(spans_in(scored), sequence_length=length, overlap=0)
         for start, size, context in pieces:

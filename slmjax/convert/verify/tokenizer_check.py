@@ -27,6 +27,8 @@ KIND_KEYS = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
 MOST_TOKENS = 512  # of the vocabulary, to decode and encode again
 _SHOWN = 60  # characters of a value in a message
 _WORDS = "Straße naïve Привет мир"
+# Runs of blanks, digits, contractions, code, marks, scripts without spaces, emoji, and names of special
+# tokens.
 TEXTS = (
     "",
     " ",
@@ -91,6 +93,7 @@ def compare_metadata(
       ValueError: GGUF cannot represent the tokenizer.
     """
     expected = tokenizer_metadata(directory, adds_bos=tokenizer.adds_bos, num_rows=num_rows)
+    # Keys that only the file has are compared too: llama.cpp may read them.
     in_file = {key: value for key, value in metadata.items() if key.startswith(PREFIX)}
     keys = sorted(expected.keys() | in_file.keys())
     differences = tuple(
@@ -139,6 +142,7 @@ def vocabulary_texts(tokenizer: Tokenizer) -> list[str]:
         np.linspace(0, tokenizer.vocab_size - 1, min(tokenizer.vocab_size, MOST_TOKENS)).astype(int)
     )
     texts = [tokenizer.decode(chosen[start : start + 16].tolist()) for start in range(0, len(chosen), 16)]
+    # Tokens that end inside a character decode to U+FFFD; a C string ends at NUL.
     return ["a", *(text for text in texts if "\ufffd" not in text and "\0" not in text)]
 
 
@@ -149,10 +153,12 @@ def known_limit(tokenizer: Tokenizer, text: str, engine: Sequence[int]) -> str |
     pre_tokenizer = specification["pre_tokenizer"] or {}
     if '"NFC"' in normalizer and unicodedata.normalize("NFC", text) != text:
         return "llama.cpp does not normalize text to NFC"
+    # The texts contain special tokens only as names, which must stay text.
     if set(engine) & set(tokenizer.special_ids.values()):
         return "llama.cpp merges plain text into special tokens in this kind of vocabulary"
     if pre_tokenizer.get("type") == "Metaspace" and text.startswith(" "):
         return "llama.cpp adds a space before a text that starts with one"
+    # Only gpt-4o's and tekken's expressions tell cases apart (`pre_tokenizers.py`).
     if "\\\\p{Lu}" in json.dumps(pre_tokenizer) and not text.isascii():
         return "llama.cpp splits words with non-ASCII letters differently in this kind of vocabulary"
     return None
