@@ -14,7 +14,7 @@ from slmjax.studies.text_tables import (
     interval_text,
     listed,
     markdown_tables,
-    num_places,
+    num_decimals,
     signed,
     with_deviation,
     with_interval,
@@ -58,11 +58,20 @@ def budget_line(findings: Findings) -> str:
 
 # Tables -----------------------------------------------------------------------------------------------------
 def _text_tables(findings: Findings) -> list[TextTable]:
-    with_baseline = [one for one in findings.comparisons if one.against == findings.baseline]
+    with_baseline = [
+        comparison for comparison in findings.comparisons if comparison.against == findings.baseline
+    ]
     text_tables = [_arms_table(findings, with_baseline)]
-    if others := [one for one in findings.comparisons if one.against != findings.baseline]:
+    if others := [
+        comparison for comparison in findings.comparisons if comparison.against != findings.baseline
+    ]:
         rows = tuple(
-            (f"{one.arm} − {one.against}", str(len(one.seeds)), *_comparison_cells(one)) for one in others
+            (
+                f"{comparison.arm} − {comparison.against}",
+                str(len(comparison.seeds)),
+                *_comparison_cells(comparison),
+            )
+            for comparison in others
         )
         text_tables.append(
             TextTable(
@@ -76,7 +85,7 @@ def _text_tables(findings: Findings) -> list[TextTable]:
         head = ("arm", *(column for name in names for column in (in_words(name), "difference")))
         about = f"difference to {findings.baseline} with its {100 * findings.confidence:g}% t interval"
         columns = [column for name in names for column in _further_columns(findings, with_baseline, name)]
-        rows = tuple(zip([one.arm for one in findings.arms], *columns, strict=True))
+        rows = tuple(zip([summary.arm for summary in findings.arms], *columns, strict=True))
         text_tables.append(
             TextTable(
                 title=f"Further metrics, without a verdict: mean ± standard deviation; {about}",
@@ -88,13 +97,16 @@ def _text_tables(findings: Findings) -> list[TextTable]:
 
 
 def _arms_table(findings: Findings, comparisons: list[Comparison]) -> TextTable:
-    by_arm = {one.arm: one for one in comparisons}
+    by_arm = {comparison.arm: comparison for comparison in comparisons}
     rows = []
-    for one, mean in zip(findings.arms, with_deviation([one.metric for one in findings.arms]), strict=True):
+    means = with_deviation([summary.metric for summary in findings.arms])
+    for summary, mean in zip(findings.arms, means, strict=True):
         cells = (
-            ("baseline", *[""] * 4) if one.arm == findings.baseline else _comparison_cells(by_arm[one.arm])
+            ("baseline", *[""] * 4)
+            if summary.arm == findings.baseline
+            else _comparison_cells(by_arm[summary.arm])
         )
-        rows.append((one.arm, str(len(one.seeds)), mean, *cells))
+        rows.append((summary.arm, str(len(summary.seeds)), mean, *cells))
     metric = in_words(findings.metric)
     way = "lower" if findings.lower_is_better else "higher"
     title = (
@@ -115,20 +127,20 @@ def _comparison_cells(comparison: Comparison) -> tuple[str, ...]:
     if (difference := comparison.difference) is None or comparison.adjusted_p is None:
         return ABSENT, ABSENT, ABSENT, ABSENT, verdict
     # No more decimals than the noise of this comparison allows.
-    places = num_places(difference.standard_error, difference.mean)
+    decimals = num_decimals(difference.standard_error, difference.mean)
     p = "< 0.001" if comparison.adjusted_p < 0.001 else f"{comparison.adjusted_p:.3f}"
     intervals = [
-        interval_text(interval, places) if difference.has_noise else ABSENT
+        interval_text(interval, decimals) if difference.has_noise else ABSENT
         for interval in (difference.t_interval, difference.bootstrap_interval)
     ]
-    return signed(difference.mean, places), *intervals, p, verdict
+    return signed(difference.mean, decimals), *intervals, p, verdict
 
 
 def _further_columns(
     findings: Findings, comparisons: list[Comparison], name: str
 ) -> tuple[list[str], list[str]]:
     """Return the columns of a further metric: each arm's value, and its difference to the baseline."""
-    differences = {one.arm: one.further_metrics[name] for one in comparisons}
-    return with_deviation([one.further_metrics[name] for one in findings.arms]), [
-        with_interval(differences.get(one.arm)) for one in findings.arms
+    differences = {comparison.arm: comparison.further_metrics[name] for comparison in comparisons}
+    return with_deviation([summary.further_metrics[name] for summary in findings.arms]), [
+        with_interval(differences.get(summary.arm)) for summary in findings.arms
     ]

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 MEASUREMENTS = "measurements.jsonl"
 FEW_SEEDS = 3  # with fewer, a report has a note
 
-Measured = dict[str, float]
+Metrics = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class Measurement:
     arm: str
     seed: int
     fingerprint: str  # of the member and of the reference that it was compared with
-    metrics: Measured
+    metrics: Metrics
 
 
 def measure(
@@ -127,7 +127,7 @@ def measure(
     return tuple(measurements)
 
 
-def _metrics(recovery: Recovery, member: Member, reference: Member) -> Measured:
+def _metrics(recovery: Recovery, member: Member, reference: Member) -> Metrics:
     loaded = load_model(member.result["run_dir"])
     total, numbers = stored_size(loaded.config, loaded.quant_phases)
     metrics = {"bytes": float(total), "bits_per_number": 8 * total / numbers, "kl": 0.0, "agreement": 1.0}

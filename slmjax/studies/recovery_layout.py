@@ -17,7 +17,7 @@ from slmjax.studies.text_tables import (
     interval_text,
     listed,
     markdown_tables,
-    num_places,
+    num_decimals,
     signed,
     with_deviation,
     with_renamed_keys,
@@ -110,8 +110,8 @@ def _mean(summary: Summary | None, spec: str) -> str:
 def _with_error(difference: PairedDifference | None) -> str:
     if difference is None:
         return ""
-    places = num_places(difference.standard_error, difference.mean)
-    return f"{signed(difference.mean, places)} ± {difference.standard_error:.{places}f}"
+    decimals = num_decimals(difference.standard_error, difference.mean)
+    return f"{signed(difference.mean, decimals)} ± {difference.standard_error:.{decimals}f}"
 
 
 def _recovery_row(arm: str, over: RecoveryOver) -> tuple[str, ...]:
@@ -122,7 +122,7 @@ def _recovery_row(arm: str, over: RecoveryOver) -> tuple[str, ...]:
     cost = _with_error(recovered.cost)
     if recovered.fraction is None:
         return *first_cells, cost, *[ABSENT] * 4, verdict
-    decimals = max(num_places(recovered.standard_error, recovered.fraction) - 2, 0)  # in percent
+    decimals = max(num_decimals(recovered.standard_error, recovered.fraction) - 2, 0)  # in percent
     error = "" if recovered.standard_error is None else f" ± {100 * recovered.standard_error:.{decimals}f}"
     p = ABSENT
     if over.adjusted_p is not None:

@@ -53,7 +53,7 @@ def markdown_tables(text_tables: Sequence[TextTable], notes: Sequence[str]) -> s
 
 
 # Numbers ----------------------------------------------------------------------------------------------------
-def num_places(error: float | None, value: float) -> int:
+def num_decimals(error: float | None, value: float) -> int:
     """Return the decimals to show: up to the second digit of the standard error, or 5 digits of the value."""
     if error:
         return min(max(1 - math.floor(math.log10(error)), 0), 12)
@@ -63,37 +63,37 @@ def num_places(error: float | None, value: float) -> int:
 
 def with_deviation(column: list[Summary | None]) -> list[str]:
     """Format means and standard deviations, all with the decimals of the arm with the least noise."""
-    places = max(
-        (num_places(summary.standard_error, summary.mean) for summary in column if summary is not None),
+    decimals = max(
+        (num_decimals(summary.standard_error, summary.mean) for summary in column if summary is not None),
         default=0,
     )
     return [
-        ABSENT if summary is None else f"{summary.mean:,.{places}f}{_deviation(summary, places)}"
+        ABSENT if summary is None else f"{summary.mean:,.{decimals}f}{_deviation(summary, decimals)}"
         for summary in column
     ]
 
 
-def _deviation(summary: Summary, places: int) -> str:
-    return "" if summary.standard_deviation is None else f" ± {summary.standard_deviation:,.{places}f}"
+def _deviation(summary: Summary, decimals: int) -> str:
+    return "" if summary.standard_deviation is None else f" ± {summary.standard_deviation:,.{decimals}f}"
 
 
 def with_interval(summary: PairedDifference | None) -> str:
     """Format the mean and its t interval; empty for None."""
     if summary is None:
         return ""
-    places = num_places(summary.standard_error, summary.mean)
-    return f"{signed(summary.mean, places)} {interval_text(summary.t_interval, places)}"
+    decimals = num_decimals(summary.standard_error, summary.mean)
+    return f"{signed(summary.mean, decimals)} {interval_text(summary.t_interval, decimals)}"
 
 
-def signed(value: float, places: int) -> str:
+def signed(value: float, decimals: int) -> str:
     """Format a number with its sign, unless it is rounded to zero."""
-    text = f"{abs(value):,.{places}f}"
+    text = f"{abs(value):,.{decimals}f}"
     return text if not float(text.replace(",", "")) else f"{'−' if value < 0 else '+'}{text}"
 
 
-def interval_text(interval: Interval, places: int) -> str:
+def interval_text(interval: Interval, decimals: int) -> str:
     """Format both ends of an interval."""
-    return f"[{', '.join(signed(end, places) for end in interval)}]"
+    return f"[{', '.join(signed(end, decimals) for end in interval)}]"
 
 
 def in_words(name: str) -> str:
