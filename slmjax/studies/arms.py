@@ -16,6 +16,7 @@ from slmjax.training.experiment import Experiment
 
 def directory_name(name: str) -> str:
     """Convert an arm's name to a valid directory name. Raises ValueError if nothing of it is left."""
+    # Names are free text for tables; file systems refuse some of their characters.
     if not (valid := re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.")):
         raise ValueError(f"an arm is named {name!r}: give it a name with letters or digits")
     return valid
@@ -42,6 +43,7 @@ class Arm:
         return self.experiment if isinstance(self.experiment, Experiment) else self.experiment(seed)
 
 
+# An interface, so that a study does not depend on the methods of quantization.
 class Derivation(abc.ABC):
     """A way to derive a model from a trained one.
 

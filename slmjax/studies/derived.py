@@ -36,9 +36,12 @@ def derive(
     # Remains of an interrupted derivation.
     shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
+    # From the run's directory, not from a model in memory: the derived model is what a user would get.
     derivation.make(Path(source["run_dir"]), out)
+    # All held-out text, as at the end of a training: otherwise the arms would not compare.
     evaluation = evaluate_member(load_model(out), experiment)
     result = {name: source[name] for name in INHERITED if name in source}
+    # The keys of `trainer.Result`, so that trained and derived members can be analyzed alike.
     result |= {
         "status": "finished",
         "loss": evaluation.loss,
@@ -48,6 +51,7 @@ def derive(
         "run_dir": str(out),
         "lost_text": evaluation.lost_text,
     }
+    # The keys of an "eval" record in a run's log.
     return result, {
         **evaluation.metrics(),
         "step": source.get("step"),
@@ -60,6 +64,8 @@ def evaluate_member(loaded: Loaded, experiment: Experiment, **further: Any) -> E
     """Evaluate a model on all held-out text of an experiment, with the windows and batches of its runs."""
     data = experiment.data
     settings = experiment.eval
+    # Windows determine how much context a token has, and so the loss: they are those of the run's
+    # evaluations.
     overlap = settings.windows_overlap(data.sequence_length)
     batch_size = settings.batch_size or data.batch_size
     return evaluate(

@@ -85,6 +85,7 @@ def analyze(study: Study, members: Sequence[Member], *, further: Sequence[tuple[
     """
     by_key = {(member.arm, member.seed): member for member in members}
     pairs = _pairs(study, further)
+    # A metric that no run has is a mistake in its name; one that some runs lack is a note.
     _check_metrics(study, members)
     differences = [_differences(study, by_key, pair, study.metric) for pair in pairs]
     # Comparisons without enough pairs stay in the family, so that the correction does not depend on failures.
@@ -96,15 +97,18 @@ def analyze(study: Study, members: Sequence[Member], *, further: Sequence[tuple[
             seeds=_paired_seeds(study, by_key, pair, study.metric),
             difference=difference,
             adjusted_p=None if difference is None else p,
+            # The interval is still shown for arms that do not compare, but no verdict is drawn from it.
             verdict=Verdict.NOT_RESOLVED
             if difference is None or not _is_comparable(study, by_key, pair)
             else decide(
                 difference.mean, p, lower_is_better=study.lower_is_better, level=1 - study.confidence
             ),
+            # Without a verdict: further tests would have to join the family of Holm's correction.
             further_metrics={name: _differences(study, by_key, pair, name) for name in study.further_metrics},
         )
         for pair, difference, p in zip(pairs, differences, adjusted, strict=True)
     )
+    # Caveats of a report are collected here, so that no layout can leave them out.
     is_matched, budget_notes = _budget(study, by_key)
     notes = (
         *_notes_of_members(study, by_key),
@@ -136,10 +140,12 @@ Pair = tuple[str, str]
 
 
 def _pairs(study: Study, further: Sequence[Pair]) -> list[Pair]:
+    # The order of the study, in which tables show the arms.
     pairs = [(arm.name, study.baseline) for arm in study.arms if arm.name != study.baseline]
     for arm, against in further:
         if study.arm(arm) is study.arm(against):
             raise ValueError(f"{arm!r} cannot be compared with itself: name two arms")
+        # A pair that is tested twice would make Holm's correction stricter for nothing.
         if (arm, against) in pairs or (against, arm) in pairs:
             raise ValueError(
                 f"{arm!r} is compared with {against!r} already (every arm is with the baseline): name the "
@@ -150,6 +156,7 @@ def _pairs(study: Study, further: Sequence[Pair]) -> list[Pair]:
 
 
 def _check_metrics(study: Study, members: Sequence[Member]) -> None:
+    # Before the first member has finished, no metric is known.
     known = {name for member in members for name in member.metric_names}
     for name in (study.metric, study.budget.metric, *study.further_metrics):
         if known and name not in known:
@@ -177,7 +184,9 @@ def _values(by_key: Members, arm: str, seeds: Sequence[int], name: str) -> list[
 
 
 def _differences(study: Study, by_key: Members, pair: Pair, name: str) -> PairedDifference | None:
+    # Seeds that only one arm has are left out: unpaired values would add the noise between seeds.
     seeds = _paired_seeds(study, by_key, pair, name)
+    # A single difference has no noise to compare it with.
     if len(seeds) < 2:
         return None
     first, second = (_values(by_key, arm, seeds, name) for arm in pair)
@@ -186,6 +195,7 @@ def _differences(study: Study, by_key: Members, pair: Pair, name: str) -> Paired
 
 def _lost_text(by_key: Members, arm: str, seeds: Sequence[int]) -> set[float]:
     """Return the fractions of the text lost by the tokenizers of an arm; empty if no member has finished."""
+    # Results without the field are of tokenizers that lose nothing.
     return {_metric_value(by_key, arm, seed, "lost_text") or 0.0 for seed in seeds if (arm, seed) in by_key}
 
 
@@ -202,6 +212,7 @@ def _arm_summary(study: Study, by_key: Members, arm: Arm | Derived) -> ArmSummar
         values = _values(by_key, arm.name, study.seeds, name)
         return summarize(values) if values else None
 
+    # The seeds of the arm alone: more than those of its pairs, if the other arm lacks some.
     seeds = tuple(
         seed for seed in study.seeds if _metric_value(by_key, arm.name, seed, study.metric) is not None
     )
@@ -244,9 +255,11 @@ def _budget(study: Study, by_key: Members) -> tuple[bool | None, list[str]]:
             for arm in study.arms
             if (value := _metric_value(by_key, arm.name, seed, name)) is not None
         }
+        # An arm alone cannot differ; the seed is not counted as checked.
         if len(budgets) < 2:
             continue
         checked += 1
+        # Compared within each seed, since a budget may depend on the seed, as wall time does.
         least = min(budgets, key=budgets.__getitem__)
         most = max(budgets, key=budgets.__getitem__)
         if budgets[most] - budgets[least] > study.budget.tolerance * abs(budgets[most]):
@@ -273,6 +286,7 @@ def _notes_of_data(study: Study, members: Sequence[Member]) -> list[str]:
     notes: list[str] = []
     kinds: dict[tuple[str, str], list[str]] = {}
     for arm in study.arms:
+        # The first seed stands for all: a seed should change only the order of the data.
         experiment = member_experiment(study, arm.name, study.seeds[0])
         # Without the fields that do not change which batches are read.
         data = dataclasses.replace(experiment.data, seed=0, cache_dir=None, read_threads=1, prefetch=1)
@@ -283,6 +297,7 @@ def _notes_of_data(study: Study, members: Sequence[Member]) -> list[str]:
             f"Data or tokenizer differ between {groups}: pairs across these have the same seed, but not the "
             "same batches."
         )
+    # A run may end without an evaluation on all text: its last result is then of a sample.
     measured_on = {
         (member.arm, str(member.result.get("measured_on"))) for member in members if member.status == FINISHED
     }
@@ -299,6 +314,7 @@ def _notes_of_data(study: Study, members: Sequence[Member]) -> list[str]:
 
 def _notes_of_changed_text(study: Study, members: Sequence[Member]) -> list[str]:
     """Return notes on members with the settings of others whose sources had other text by their records."""
+    # By fingerprint of the settings: the first member with them, which the later ones are compared with.
     first: dict[str, tuple[Member, provenance.Record]] = {}
     notes = []
     for member in members:
@@ -310,6 +326,7 @@ def _notes_of_changed_text(study: Study, members: Sequence[Member]) -> list[str]
         if record is None:
             continue
         experiment = member_experiment(study, member.arm, member.seed)
+        # Without the fields that leave the text of the sources as it is.
         data = dataclasses.replace(
             experiment.data,
             seed=0,
@@ -353,6 +370,7 @@ def _notes_of_noise(study: Study, comparisons: Sequence[Comparison]) -> list[str
                 "seed: the seeds have no effect on it, so the noise is unknown and the difference not "
                 "resolved."
             )
+    # The smallest number of pairs decides: the note is about the weakest comparison.
     pairs = [
         comparison.difference.num_pairs for comparison in comparisons if comparison.difference is not None
     ]
@@ -364,6 +382,7 @@ def _notes_of_noise(study: Study, comparisons: Sequence[Comparison]) -> list[str
 
 
 def _notes_of_commits(members: Sequence[Member]) -> list[str]:
+    # A change of the code between members is confounded with the arms.
     commits = sorted({str(member.result["commit"])[:12] for member in members if member.result.get("commit")})
     return (
         [f"Members were trained by {len(commits)} commits of the code: {', '.join(commits)}."]

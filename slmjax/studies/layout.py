@@ -41,6 +41,7 @@ def findings_json(findings: Findings) -> dict:
 
 def write_findings(findings: Findings, directory: str | Path) -> Path:
     """Write study.json and study.md to the study's directory; returns the path of study.json."""
+    # For people: study.json has the same, unrounded, for programs.
     (Path(directory) / "study.md").write_text(findings_markdown(findings), encoding="utf-8")
     return write_json(Path(directory) / "study.json", findings_json(findings))
 
@@ -49,6 +50,7 @@ def budget_line(findings: Findings) -> str:
     """Return a sentence on whether the arms had the same budget."""
     if findings.is_matched is None:
         return f"Budget: no two arms have finished a seed, so their {findings.budget} cannot be compared yet."
+    # Derived arms may have no budget of their own.
     means = [arm.budget.mean for arm in findings.arms if arm.budget is not None]
     if not findings.is_matched:
         low, high = (format_count(mean) for mean in (min(means), max(means)))
@@ -62,6 +64,7 @@ def _text_tables(findings: Findings) -> list[TextTable]:
         comparison for comparison in findings.comparisons if comparison.against == findings.baseline
     ]
     text_tables = [_arms_table(findings, with_baseline)]
+    # Further pairs have a table of their own: their differences are not to the baseline.
     if others := [
         comparison for comparison in findings.comparisons if comparison.against != findings.baseline
     ]:
@@ -80,6 +83,7 @@ def _text_tables(findings: Findings) -> list[TextTable]:
                 rows=rows,
             )
         )
+    # Every arm has the same further metrics, some of them None.
     if findings.arms and findings.arms[0].further_metrics:
         names = tuple(findings.arms[0].further_metrics)
         head = ("arm", *(column for name in names for column in (in_words(name), "difference")))
@@ -128,7 +132,9 @@ def _comparison_cells(comparison: Comparison) -> tuple[str, ...]:
         return ABSENT, ABSENT, ABSENT, ABSENT, verdict
     # No more decimals than the noise of this comparison allows.
     decimals = num_decimals(difference.standard_error, difference.mean)
+    # The t test of a few seeds does not support more digits.
     p = "< 0.001" if comparison.adjusted_p < 0.001 else f"{comparison.adjusted_p:.3f}"
+    # Without noise, intervals have no width, and would look exact.
     intervals = [
         interval_text(interval, decimals) if difference.has_noise else ABSENT
         for interval in (difference.t_interval, difference.bootstrap_interval)

@@ -79,6 +79,7 @@ def recovered_fraction(
     Raises:
       ValueError: the lengths differ, there are fewer than two seeds, or a value is not finite.
     """
+    # The differences are also part of the result: a ratio alone hides how small its denominator is.
     cost = paired_difference(rounded, full, confidence=confidence, seed=seed)
     gain = paired_difference(values, rounded, confidence=confidence, seed=seed)
     # Signs are such that y > 0 if rounding costs something, whichever way the metric goes.
@@ -95,6 +96,7 @@ def recovered_fraction(
             gain=gain,
         )
     ratio = float(x.mean() / y.mean())
+    # Linearized at the means: the derivative of mean(x) / mean(y) is (dx - r dy) / mean(y).
     error = float(np.std(x - ratio * y, ddof=1) / math.sqrt(len(x)) / y.mean())
     # Without noise in either difference, no test can be made (`paired_difference`).
     is_noisy = cost.has_noise or gain.has_noise
@@ -118,7 +120,9 @@ def fieller_interval(
     It has all r for which mean(x - r y) is within t standard errors of zero. None if the mean of y is within
     t of its standard errors of zero: the set is then not a bounded interval.
     """
+    # Fieller (1954), Journal of the Royal Statistical Society B 16.
     t = float(stats.t.ppf((1 + confidence) / 2, len(x) - 1))
+    # Covariances of the means, not of the values.
     ((s_xx, s_xy), (_, s_yy)) = np.cov(x, y) / len(x)
     # r**2 a - 2 r b + c <= 0.
     a = y.mean() ** 2 - t**2 * s_yy
@@ -138,6 +142,7 @@ def _bootstrap_interval(
     indices = resamples(len(x), seed=seed)
     numerators = x[indices].mean(axis=1)
     denominators = y[indices].mean(axis=1)
+    # A ratio jumps from one infinity to the other at 0: quantiles across it have no meaning.
     if denominators.min() <= 0:
         return None
     return percentile_interval(numerators / denominators, confidence=confidence)
@@ -145,4 +150,5 @@ def _bootstrap_interval(
 
 def _one_minus(ratio: Interval | None) -> Interval | None:
     """Return the interval of 1 - r from that of r."""
+    # Subtraction swaps the ends.
     return None if ratio is None else (1 - ratio[1], 1 - ratio[0])

@@ -54,6 +54,7 @@ class Recovery:
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.study.arms]
+        # A wrong name would otherwise show only after hours of training.
         for name in (self.reference, *self.rounded, *(rounded for _, rounded in self.pairs), *self.rates):
             if name not in names:
                 raise ValueError(
@@ -61,6 +62,7 @@ class Recovery:
                     f"{', '.join(names)}"
                 )
         for arm, rounded in self.pairs:
+            # With two equal arms, R is constant or undefined.
             if len({arm, rounded, self.reference}) < 3:
                 raise ValueError(
                     f"the recovery of {arm!r} over {rounded!r} with {self.reference!r} needs three different "
@@ -108,6 +110,7 @@ def measure(
         record["fingerprint"]: record["figures"]
         for record in (read_log(path, kind="measurement") if path.is_file() else [])
     }
+    # Members that diverged have no model to evaluate.
     finished = {(member.arm, member.seed): member for member in members if member.status == FINISHED}
     measurements = []
     with RunLog(path) as records:
@@ -115,6 +118,7 @@ def measure(
             if (reference := finished.get((recovery.reference, seed))) is None:
                 continue
             run_dirs = [run.result["run_dir"] for run in (member, reference)]
+            # The directories are part of the key, since a member that is trained again keeps its fingerprint.
             key = fingerprint({"members": [member.fingerprint, reference.fingerprint], "places": run_dirs})
             # Evaluating a member takes minutes: earlier measurements of the same models are reused.
             if key not in before:
@@ -130,12 +134,16 @@ def measure(
 def _metrics(recovery: Recovery, member: Member, reference: Member) -> Metrics:
     loaded = load_model(member.result["run_dir"])
     total, numbers = stored_size(loaded.config, loaded.quant_phases)
+    # Divergence and agreement are those of the reference with itself, which other members replace below.
     metrics = {"bytes": float(total), "bits_per_number": 8 * total / numbers, "kl": 0.0, "agreement": 1.0}
     # The reference does not differ from itself: no evaluation is needed.
     if member.arm != reference.arm:
         experiment = member_experiment(recovery.study, member.arm, member.seed)
         evaluation = evaluate_member(
-            loaded, experiment, teachers=load_teacher(Path(reference.result["run_dir"]), loaded)
+            # The reference acts as the teacher: its divergence is computed like that of distillation.
+            loaded,
+            experiment,
+            teachers=load_teacher(Path(reference.result["run_dir"]), loaded),
         )
         assert evaluation.teacher_kl is not None and evaluation.teacher_agreement is not None
         metrics |= {"kl": evaluation.teacher_kl, "agreement": evaluation.teacher_agreement}
@@ -147,6 +155,7 @@ def stored_size(config: ModelConfig, phases: Sequence[QuantPhase]) -> tuple[int,
 
     Quantized weights count as their codes, packed without gaps, and scales; all others as float32.
     """
+    # Formats of the cache are about decoding, not about stored weights.
     stored = [line for line in assignment_lines(config, phases) if not line.path.endswith(CACHE)]
     return sum(line.bytes for line in stored), sum(math.prod(line.shape) for line in stored)
 
@@ -209,6 +218,7 @@ def report_recovery(
 ) -> RecoveryReport:
     """Report on a study, which need not be complete."""
     study = recovery.study
+    # All fractions first: Holm's correction needs every p value.
     fractions = [_fraction(recovery, members, *pair) for pair in recovery.pairs]
     # All recoveries of a report are one family of tests.
     adjusted = holm([1.0 if fraction is None else fraction.gain.p_value for _, fraction in fractions])
@@ -243,6 +253,7 @@ def _fraction(
 ) -> tuple[tuple[int, ...], RecoveredFraction | None]:
     """Return the seeds for which all three arms finished, and the recovered fraction."""
     study = recovery.study
+    # All three arms of a seed or none: its noise cancels only then.
     trio = [_by_seed(study.metric, members, name) for name in (arm, recovery.reference, rounded)]
     seeds = tuple(seed for seed in study.seeds if all(seed in by_seed for by_seed in trio))
     if len(seeds) < 2:
@@ -262,7 +273,9 @@ def _arm(
 ) -> ArmRecovery:
     study = recovery.study
     metric, reference = (_by_seed(study.metric, members, name) for name in (arm, recovery.reference))
+    # The difference of the reference to itself is no result.
     both = [] if arm == recovery.reference else [seed for seed in metric if seed in reference]
+    # Empty for derived arms, which were not trained.
     speeds = list(_by_seed("tokens_per_second", members, arm).values())
 
     def measured(name: str) -> Summary | None:
@@ -313,6 +326,7 @@ def _summary(values: Sequence[float]) -> Summary | None:
 def _verdict(fraction: RecoveredFraction | None) -> Recovered:
     if fraction is None or not (fraction.is_above_zero or fraction.is_below_zero):
         return Recovered.NOT_RESOLVED
+    # By the interval of this recovery alone; `_notes_on` mentions it if the correction disagrees.
     return Recovered.ABOVE_ZERO if fraction.is_above_zero else Recovered.BELOW_ZERO
 
 

@@ -48,6 +48,7 @@ def recovery_json(report: RecoveryReport) -> dict:
 def recovery_text_tables(report: RecoveryReport) -> list[TextTable]:
     """Return the tables of a report: results of each arm, and recoveries."""
     way = "lower" if report.lower_is_better else "higher"
+    # By column, since the decimals of a column depend on all of its arms.
     columns = [
         [arm.arm for arm in report.arms],
         [str(len(arm.seeds)) for arm in report.arms],
@@ -75,6 +76,7 @@ def recovery_text_tables(report: RecoveryReport) -> list[TextTable]:
         f"{listed(report.seeds)}, "
         f"differences ± standard error; reference: {report.reference}"
     )
+    # Columns that would be empty for every arm are left out.
     if any(arm.unrounded is not None for arm in report.arms):
         columns.append(with_deviation([arm.unrounded for arm in report.arms]))
         head += (f"{in_words(report.metric)} before rounding",)
@@ -131,6 +133,7 @@ def _recovery_row(arm: str, over: RecoveryOver) -> tuple[str, ...]:
     return (
         *first_cells,
         cost,
+        # The typographic minus, as in all other cells.
         f"{100 * recovered.fraction:.{decimals}f}%{error}".replace("-", "−"),
         *(_percent(interval, decimals) for interval in intervals),
         p,
@@ -145,6 +148,7 @@ def _percent(ends: Interval | None, decimals: int) -> str:
 # A page -----------------------------------------------------------------------------------------------------
 def quality_chart(report: RecoveryReport, *, name: str = "quality-against-bytes") -> Chart | None:
     """Return the chart of quality against bytes for all measured arms; None if there are none."""
+    # Roles are not stored with the arms: they follow from the comparisons.
     rounded = {over.rounded for arm in report.arms for over in arm.recoveries}
 
     def kind(arm: str) -> str:
@@ -183,11 +187,13 @@ def write_recovery(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "recovery.md").write_text("\n".join(map(recovery_markdown, reports)), encoding="utf-8")
+    # JSON and Markdown first: they need no extra, and are there even if plots fail.
     written = write_json(
         directory / "recovery.json", {"reports": [recovery_json(report) for report in reports]}
     )
     if not with_page:
         return written
+    # A page numbers its charts, so that sections need the index of their first one.
     pairs = [(report, quality_chart(report, name=f"quality-{i}")) for i, report in enumerate(reports)]
     charts = [chart for _, chart in pairs if chart is not None]
     body = heading("Recovery", " · ".join(report.study for report in reports)) + "".join(
@@ -205,6 +211,7 @@ def write_recovery(
 
 def recovery_section(report: RecoveryReport, charts: Sequence[Chart], *, first: int = 0) -> str:
     """Return a report's section of a page; `first` is the index of its first chart."""
+    # Names of arms come from users, and are escaped.
     tables = "".join(
         f'<p class="soft">{html.escape(text_table.title)}</p>{table(text_table.rows, head=text_table.head)}'
         for text_table in recovery_text_tables(report)

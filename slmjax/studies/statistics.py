@@ -67,6 +67,7 @@ def summarize(values: Sequence[float]) -> Summary:
         raise ValueError("there is no value to summarize: at least one seed must have finished")
     if len(array) == 1:
         return Summary(num_values=1, mean=float(array[0]), standard_deviation=None, standard_error=None)
+    # The scale is that of the values: it determines the rounding of their differences.
     deviation = _deviation(array, scale=float(np.abs(array).max()))
     return Summary(
         num_values=len(array),
@@ -104,10 +105,12 @@ def paired_difference(
     if num_pairs < 2:
         raise ValueError(f"{num_pairs} pairs do not show the noise: train at least 2 seeds of both arms")
     _check_confidence(confidence)
+    # Paired, so that the variation between seeds that both arms share cancels.
     differences = first - second
     mean = float(differences.mean())
     deviation = _deviation(differences, scale=float(np.abs([first, second]).max()))
     error = deviation / math.sqrt(num_pairs)
+    # A t statistic would be infinite, and any difference certain.
     if error == 0:
         return PairedDifference(
             num_pairs=num_pairs,
@@ -118,12 +121,14 @@ def paired_difference(
             t_interval=(mean, mean),
             bootstrap_interval=(mean, mean),
         )
+    # Student's t, since the deviation is estimated from the same few values.
     half_width = float(stats.t.ppf((1 + confidence) / 2, num_pairs - 1)) * error
     return PairedDifference(
         num_pairs=num_pairs,
         mean=mean,
         standard_deviation=deviation,
         standard_error=error,
+        # The survival function: 1 - cdf would lose all digits of small p values.
         p_value=float(2 * stats.t.sf(abs(mean) / error, num_pairs - 1)),
         t_interval=(mean - half_width, mean + half_width),
         bootstrap_interval=bootstrap_interval(differences.tolist(), confidence=confidence, seed=seed),
@@ -183,6 +188,7 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
             raise ValueError(f"{value} is not a p value: it must be between 0 and 1")
     adjusted = [0.0] * len(p_values)
     largest = 0.0
+    # Step-down: from the smallest, each is multiplied by the number of tests that are left.
     for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = largest
@@ -199,6 +205,7 @@ class Verdict(enum.Enum):
 
 def decide(mean: float, adjusted_p: float, *, lower_is_better: bool = True, level: float = 0.05) -> Verdict:
     """Return the verdict on an arm from its mean difference to another arm and the adjusted p value."""
+    # Written as `not <=`, so that NaN resolves nothing.
     if not adjusted_p <= level or mean == 0:
         return Verdict.NOT_RESOLVED
     return Verdict.BETTER if (mean < 0) is lower_is_better else Verdict.WORSE
@@ -213,6 +220,7 @@ def _finite(values: Sequence[float]) -> Float[np.ndarray, " N"]:
 
 def _deviation(values: Float[np.ndarray, " N"], *, scale: float) -> float:
     """Return the standard deviation; 0 if the values agree up to the rounding of values of this size."""
+    # Equal differences may differ in their last bits, and would then look like significant ones.
     return 0.0 if float(np.ptp(values)) <= ROUNDING * scale else float(values.std(ddof=1))
 
 

@@ -92,6 +92,7 @@ class Study:
                 f"confidence is {self.confidence}: give a fraction between 0 and 1, such as 0.95"
             )
         for i, arm in enumerate(self.arms):
+            # Members are made in this order, and a derived one needs its source.
             if isinstance(arm, Derived) and arm.source not in names[:i]:
                 near = near_names(arm.source, names[:i])
                 raise ValueError(
@@ -112,6 +113,7 @@ class Study:
     def trained(self, name: str) -> Arm:
         """Return the arm of a name; for a derived arm, the trained arm that it comes from."""
         arm = self.arm(name)
+        # A derived arm may be derived from another derived one.
         return self.trained(arm.source) if isinstance(arm, Derived) else arm
 
 
@@ -165,12 +167,14 @@ def member_experiment(study: Study, arm: str, seed: int) -> Experiment:
     experiment = study.trained(arm).of_seed(seed)
     # The directory of the study is not part of the experiment, so that it can be moved.
     run = dataclasses.replace(experiment.run, seed=seed, directory="runs")
+    # One seed for parameters and data: arms of a seed then see the same batches.
     return dataclasses.replace(experiment, run=run, data=dataclasses.replace(experiment.data, seed=seed))
 
 
 def member_fingerprint(study: Study, arm: str, seed: int) -> str:
     """Return a hash of the experiment and, if derived, the derivation; members match by it."""
     if isinstance(derived := study.arm(arm), Derived):
+        # If the source is trained again with another experiment, the derived model is stale as well.
         source = member_fingerprint(study, derived.source, seed)
         # The keys are part of the hash: they stay as they were.
         return fingerprint({"source": source, "recipe": derived.derivation})
@@ -188,12 +192,15 @@ def read_members(
       ValueError: the experiment of a member has changed, and `on_change` is not REDO.
     """
     path = Path(directory) / MEMBERS
+    # The file is only appended to, so that an interruption loses no line.
     latest: dict[tuple[str, int], Member] = {}
     for record in read_log(path, kind="member") if path.is_file() else []:
         member = Member(**{field.name: record[field.name] for field in dataclasses.fields(Member)})
         latest[member.arm, member.seed] = member
+    # Members of arms and seeds that the study no longer has are skipped.
     keys = [(arm.name, seed) for seed in study.seeds for arm in study.arms]
     members = [latest[key] for key in keys if key in latest]
+    # Results of different experiments must never be compared under one name.
     stale = [
         member
         for member in members
@@ -247,12 +254,15 @@ def run_study(
     with RunLog(directory / MEMBERS) as records:
         for seed in study.seeds:
             for arm in study.arms:
+                # A failure may be of the machine, such as a full disk, and is tried again; divergence is a
+                # result.
                 if (arm.name, seed) in done and done[arm.name, seed].status != FAILED:
                     continue
                 if isinstance(arm, Derived):
                     member = _derive_member(study, arm, seed, directory, source=done[arm.source, seed])
                 else:
                     member = _train_member(study, arm, seed, directory, train=train, console=console)
+                # Written as soon as a member ends: a later crash cannot lose it.
                 records.write("member", **dataclasses.asdict(member))
                 done[arm.name, seed] = member
     return read_members(study, directory)
@@ -262,6 +272,7 @@ def _train_member(
     study: Study, arm: Arm, seed: int, directory: Path, *, train: Train, console: Console | None
 ) -> Member:
     """Start or resume the run of a member."""
+    # The fingerprint is that of the plan, without the directory of the study.
     plan = member_experiment(study, arm.name, seed)
     run_parent = (directory / arm.directory / f"seed-{seed}").absolute()
     experiment = with_absolute_paths(
@@ -279,6 +290,7 @@ def _train_member(
             return Member(
                 **about, status=FAILED, result={}, evaluation={}, error=f"{type(error).__name__}: {error}"
             )
+    # A signal stops the whole study, not only this member.
     if result["status"] not in (FINISHED, DIVERGED):
         raise Interrupted(
             f"stopped at arm {arm.name}, seed {seed}, whose run is saved: run the study again to resume it"
@@ -295,6 +307,7 @@ def _derive_member(study: Study, arm: Derived, seed: int, directory: Path, *, so
         "seed": seed,
         "fingerprint": member_fingerprint(study, arm.name, seed),
     }
+    # A failure, and so retried: its source may be trained by then.
     if source.status != FINISHED:
         error = f"{source.arm} is {source.status} with this seed, so there is nothing to derive it from"
         return Member(**about, status=FAILED, result={}, evaluation={}, error=error)
@@ -320,6 +333,7 @@ def _earlier_run(run_parent: Path, experiment: Experiment) -> tuple[Path | None,
         reverse=True,
     ):
         try:
+            # Runs of an earlier version of the arm stay in the directory, and must not be resumed.
             if fingerprint(read_experiment(run)) != fingerprint(experiment):
                 continue
         except ValueError:  # written by a version with other settings
@@ -328,6 +342,7 @@ def _earlier_run(run_parent: Path, experiment: Experiment) -> tuple[Path | None,
             result = json.loads((run / "result.json").read_text(encoding="utf-8"))
             if result["status"] in (FINISHED, DIVERGED):
                 return run, result
+        # A run that was stopped before its first checkpoint starts again.
         if any(path.name.isdigit() for path in (run / "checkpoints").glob("*")):
             return run, None
     return None, None

@@ -42,6 +42,7 @@ class ChosenRate:
             for rate, value in self.tried
         )
         yield f"learning rate {self.rate:g}, the best {metric} with seed {self.seed} of {values}."
+        # A best rate at the edge of the sweep may not be the best: the arm could be at a disadvantage.
         for is_edge, end, way in (
             (self.is_lowest, "lowest", "lower"),
             (self.is_highest, "highest", "higher"),
@@ -72,12 +73,16 @@ class RateSweep:
     def study(self) -> Study:
         """Return the study whose members choose: each arm at each rate, with one seed."""
         arms = tuple(
-            _at_rate(arm, rate, name=_name(arm.name, rate)) for arm in self.arms for rate in self.rates
+            # Each rate is an arm of an ordinary study, which can be interrupted and resumed.
+            _at_rate(arm, rate, name=_name(arm.name, rate))
+            for arm in self.arms
+            for rate in self.rates
         )
         return Study(
             name=self.name,
             arms=arms,
             seeds=(self.seed,),
+            # A study needs a baseline; a sweep draws no verdicts from it.
             baseline=arms[0].name,
             metric=self.metric,
             lower_is_better=self.lower_is_better,
@@ -90,6 +95,7 @@ def best_rates(sweep: RateSweep, members: Sequence[Member]) -> dict[str, ChosenR
     Raises:
       ValueError: an arm has no member that finished.
     """
+    # Other seeds may have been trained in the same directory.
     values = {
         member.arm: member.metric_value(sweep.metric) for member in members if member.seed == sweep.seed
     }
@@ -121,6 +127,7 @@ def at_rates(arms: Sequence[Arm | Derived], rates: Mapping[str, ChosenRate]) -> 
 def with_rate(experiment: Experiment, rate: float) -> Experiment:
     """Return the experiment at a learning rate; `optim.muon_lr` and `optim.scale_lr` scale with it."""
     optim = experiment.optim
+    # The rates of other optimizers keep their ratio: the sweep has one dimension.
     factor = rate / optim.lr
     scale_lr = None if optim.scale_lr is None else factor * optim.scale_lr
     return dataclasses.replace(
@@ -137,6 +144,7 @@ def check_chosen(study: Study, arm: str, chosen: ChosenRate) -> None:
             f"seed {chosen.seed} chose the learning rate of {arm!r} and is one of the study's: sweep with "
             "another seed"
         )
+    # Catches a study whose arms were not passed through `at_rates`.
     rate = study.trained(arm).of_seed(study.seeds[0]).optim.lr
     if rate != chosen.rate:
         raise ValueError(
@@ -153,4 +161,5 @@ def _at_rate(arm: Arm, rate: float, *, name: str) -> Arm:
     experiment = arm.experiment
     if isinstance(experiment, Experiment):
         return Arm(name=name, experiment=with_rate(experiment, rate))
+    # An experiment that depends on the seed is only known once the study passes one.
     return Arm(name=name, experiment=lambda seed: with_rate(experiment(seed), rate))

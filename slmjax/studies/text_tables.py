@@ -46,7 +46,10 @@ def markdown_tables(text_tables: Sequence[TextTable], notes: Sequence[str]) -> s
     for text_table in text_tables:
         lines = [text_table.head, ("---", *["---:"] * (len(text_table.head) - 1)), *text_table.rows]
         table = "\n".join(
-            f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+            # A bar in a name would end its cell; chr(92) is a backslash, which older Pythons refuse in an
+            # f-string.
+            f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |"
+            for line in lines
         )
         parts.append(f"{text_table.title}\n\n{table}")
     return "\n\n".join([*parts, *(["\n".join(f"- {line}" for line in notes)] if notes else [])]) + "\n"
@@ -55,7 +58,9 @@ def markdown_tables(text_tables: Sequence[TextTable], notes: Sequence[str]) -> s
 # Numbers ----------------------------------------------------------------------------------------------------
 def num_decimals(error: float | None, value: float) -> int:
     """Return the decimals to show: up to the second digit of the standard error, or 5 digits of the value."""
+    # More digits would be noise, and fewer would hide differences of about one standard error.
     if error:
+        # At most 12: digits beyond these are rounding errors of float64 sums.
         return min(max(1 - math.floor(math.log10(error)), 0), 12)
     digits = SIGNIFICANT - 1 - math.floor(math.log10(abs(value))) if value else SIGNIFICANT - 1
     return min(max(digits, 0), 12)
@@ -63,6 +68,7 @@ def num_decimals(error: float | None, value: float) -> int:
 
 def with_deviation(column: list[Summary | None]) -> list[str]:
     """Format means and standard deviations, all with the decimals of the arm with the least noise."""
+    # One number of decimals for a column, so that its values can be compared at a glance.
     decimals = max(
         (num_decimals(summary.standard_error, summary.mean) for summary in column if summary is not None),
         default=0,
@@ -88,6 +94,7 @@ def with_interval(summary: PairedDifference | None) -> str:
 def signed(value: float, decimals: int) -> str:
     """Format a number with its sign, unless it is rounded to zero."""
     text = f"{abs(value):,.{decimals}f}"
+    # "−0.00" would suggest a direction that the digits do not show.
     return text if not float(text.replace(",", "")) else f"{'−' if value < 0 else '+'}{text}"
 
 
