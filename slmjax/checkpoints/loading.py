@@ -89,6 +89,7 @@ def load_unrounded(path: str | Path, *, step: int | None = None) -> Loaded:
             f"{path} has no weights before rounding: name a run that was trained in number formats, at a "
             "step after they began"
         )
+    # A transformed definition takes its weights as they are, without rounding them.
     definition = stored.definition.transformed()
     # Without the parameters of weight quantizers, which no layer has.
     params = {name: leaf for name, leaf in stored.params.items() if name in definition.params}
@@ -105,7 +106,9 @@ def load_with_codes(path: str | Path, *, step: int | None = None) -> tuple[Loade
     """
     stored = _read(Path(path), step=step)
     formats = weight_formats(stored.definition)
+    # Compiled as in training: other programs may round sums, and so codes, differently.
     encode = jax.jit(lambda params: weights.encode_weights(params, formats))
+    # On the host, since exports pack codes with NumPy.
     encoded_by_path = jax.device_get(encode(stored.params))
     codes: Codes = {}
     for stack_path, by_layer in formats.items():
@@ -134,6 +137,7 @@ def _read(path: Path, *, step: int | None) -> _Stored:
     phases = read_quant_phases(path)
     definition = inference_definition(path, config, phases, step=step)
     mesh = jax.sharding.get_mesh()
+    # Replicated: sampling and evaluation need every parameter on every device.
     sharding = _one_device() if mesh.empty else NamedSharding(mesh, PartitionSpec())
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -160,6 +164,7 @@ def _fake_quantized(stored: _Stored) -> Loaded:
 
 
 def _loaded(stored: _Stored, params: Params, definition: Definition) -> Loaded:
+    # A run always has a tokenizer: without its directory, the error should be about that.
     has_tokenizer = (stored.path / "tokenizer").is_dir() or not safetensors_files.is_imported(stored.path)
     return Loaded(
         config=stored.config,
@@ -199,6 +204,7 @@ def phase_step(path: Path, step: int | None) -> int | None:
     if safetensors_files.is_imported(path):
         return None
     if step is None:
+        # Names alone, without opening a checkpoint: which phase holds must be known before its shapes are.
         entries = (path / "checkpoints").glob("*")
         step = max((int(entry.name) for entry in entries if entry.name.isdigit()), default=None)
     return None if step is None else max(step - 1, 0)
@@ -213,6 +219,7 @@ def changed_rows(loaded: Loaded, codes: Codes) -> tuple[int, int] | None:
       loaded: as `load_with_codes` returned it.
       codes: likewise.
     """
+    # Sums, since a checkpoint with the codes themselves would be much larger.
     sums = jax.device_get(
         {
             name: weights.sum_of_codes(encoded, axis=tensor_quant.axis)
@@ -262,6 +269,7 @@ def read_parameters(
       ValueError: the directory holds no intact checkpoint, or other parameters.
     """
     if safetensors_files.is_imported(path):
+        # `Loaded.step` of an imported model is 0, and callers pass it on.
         if step not in (None, 0):
             raise ValueError(f"{path} is an imported model, which has no step {step}: leave --step out")
         return (
@@ -279,6 +287,7 @@ def read_parameters(
     try:
         # A run has averages in all its checkpoints or in none, but any of them may be the damaged one.
         if any(checkpointer.has(known, "ema") for known in checkpointer.steps()):
+            # Averages vary less from step to step than the last weights.
             like["ema"] = params
             if not whole:
                 like["model"] = {"params": {}, "buffers": buffers}
@@ -317,6 +326,7 @@ def read_fitted(
             f"{config.known_vocab_size}: the rows beyond would be real ones that were never trained. Set "
             f"model.vocab_size to {source.known_vocab_size}; rows of padding come from model.vocab_multiple"
         )
+    # Rows above the tokenizer's vocabulary, which some releases have for alignment.
     if (num_dropped := source.known_vocab_size - config.known_vocab_size) > 0:
         log.info("%s: %d rows of its tables stand for no token, and are left out", path, num_dropped)
     # Read with the rows that are stored, then fitted to those of this model.
@@ -327,6 +337,7 @@ def read_fitted(
     }
     step, read_params, read_buffers = read_parameters(path, config, stored, buffers)
     for name in tables:
+        # Padding in the directory may be longer or shorter than here: both start from the real rows.
         real = read_params[name][: config.known_vocab_size]
         fit = functools.partial(losses.fit_table, num_rows=params[name].shape[0])
         read_params[name] = jax.jit(fit, out_shardings=params[name].sharding)(real)
@@ -338,6 +349,7 @@ def _with_rows(leaf: jax.ShapeDtypeStruct, name: str, num_rows: int) -> jax.Shap
     shape = (num_rows, *leaf.shape[1:])
     sharding = leaf.sharding
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        # Other row counts may not be divisible by the same axes.
         sharding = NamedSharding(sharding.mesh, partition_spec(name, shape, sharding.mesh))
     return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
@@ -349,6 +361,7 @@ def _quantizer_shapes(
     phases = read_quant_phases(path)
     if not phases:
         return {}, {}
+    # The run's own layers: the caller's config may group or compute them in another way.
     run_config = read_config(path)
     definition = define_quantized(run_config, phases)
     plain = define(run_config)
@@ -358,6 +371,7 @@ def _quantizer_shapes(
             *stored_shapes(config, requested),
             *stored_shapes(run_config, {**plain.params, **plain.buffers}),
         }
+        # On the caller's devices: Orbax restores all arrays of a checkpoint at once.
         sharding = next(iter(requested.values())).sharding if requested else _one_device()
         if isinstance(sharding, NamedSharding):
             sharding = NamedSharding(sharding.mesh, PartitionSpec())

@@ -28,11 +28,13 @@ class _Phases:
 
 def model_json(config: ModelConfig, *, phases: Sequence[QuantPhase] = ()) -> dict[str, Any]:
     """Return the contents of model.json; without phases the model is in floating point."""
+    # One flat object: files without `quant`, of older versions, are read like models in floating point.
     return {**config_io.to_json(config), **config_io.to_json(_Phases(quant=tuple(phases)))}
 
 
 def write_model_file(directory: Path, config: ModelConfig, *, phases: Sequence[QuantPhase] = ()) -> None:
     """Write model.json into a directory."""
+    # `allow_nan=False`: NaN and Infinity are not JSON, and other readers refuse them.
     text = json.dumps(model_json(config, phases=phases), indent=2, ensure_ascii=False, allow_nan=False)
     (directory / NAME).write_text(text + "\n", encoding="utf-8")
 

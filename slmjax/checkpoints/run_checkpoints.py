@@ -61,6 +61,7 @@ class Checkpointer:
     """Writes and reads the checkpoints of one run. Close it, or the last save may be incomplete."""
 
     def __init__(self, directory: Path, *, model: ModelConfig, config: CheckpointConfig) -> None:
+        # Orbax refuses relative paths.
         self.directory = directory.absolute()
         self.model = model
         self.config = config
@@ -68,8 +69,10 @@ class Checkpointer:
         # alive, for five minutes.
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+        # One thread, so that manifests are written and old checkpoints pruned in the order of the saves.
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        # Compiled: one program copies all layers, instead of an operation for each.
         self._unstack = jax.jit(functools.partial(unstack, model))
 
     def save(self, step: int, items: Items, *, best_loss: float | None = None) -> None:
@@ -80,8 +83,10 @@ class Checkpointer:
             it is complete; until then the old one is.
         """
         self.wait()
+        # Copies, so that training may donate its own arrays to the next step while these are written.
         stored = {name: self._unstack(tree) for name, tree in items.items()}
         entries = {name: ocp.args.StandardSave(tree) for name, tree in stored.items()}
+        # Shapes and dtypes are compared before a restore, whose own errors do not name the parameter.
         leaves = {name: _describe(tree) for name, tree in stored.items()}
         arguments = ocp.args.Composite(**entries, meta=ocp.args.JsonSave({"step": step, "leaves": leaves}))
         try:
@@ -89,10 +94,12 @@ class Checkpointer:
         except OSError as error:
             self._give_up(step, error)
             return
+        # The manifest needs complete files: it is written by a thread that waits for the commit.
         self._pending = self._finisher.submit(self._finish, step, best_loss)
 
     def wait(self) -> None:
         """Wait until a running save is complete on disk."""
+        # Cleared first, so that a failure is raised only once.
         pending = self._pending
         self._pending = None
         if pending is not None:
@@ -107,6 +114,7 @@ class Checkpointer:
     def mark_best(self, step: int, loss: float) -> None:
         """Mark the checkpoint of `step` as the best by validation loss: retention keeps it."""
         self.wait()
+        # One process writes to the shared directory.
         if jax.process_index() == 0 and step in self.steps():
             self._note_best(step, loss)
 
@@ -141,6 +149,7 @@ class Checkpointer:
             or is_better(float(json.loads(path.read_text())["loss"]), None)
         ):
             return
+        # Only checkpoints that still exist, and evaluations on the sample that the best is selected by.
         losses = {}
         for record in read_log(log_path, kind="eval") if log_path.exists() else []:
             if record["step"] in self.steps() and not record.get("complete"):
@@ -161,6 +170,7 @@ class Checkpointer:
         """Return the steps with a committed checkpoint, oldest first."""
         if not self.directory.is_dir():
             return []
+        # Orbax writes to a directory with a suffix and renames it: a plain number is a committed save.
         return sorted(
             int(entry.name) for entry in self.directory.iterdir() if entry.is_dir() and entry.name.isdigit()
         )
@@ -214,6 +224,7 @@ class Checkpointer:
         path = self.directory / str(step)
         if not self.has(step, item):
             return None
+        # Arrays of another shape are treated as absent: they belong to another version.
         stored = self._meta(path)["leaves"].get(item, {})
         if any(stored.get(name) != described for name, described in _describe(tree_shapes).items()):
             return None
@@ -246,6 +257,7 @@ class Checkpointer:
                 **{name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
             ),
         )
+        # Layers are stacked in one program, whose outputs have the requested shardings.
         shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
 
         def build(stored: dict[str, Any]) -> dict[str, Any]:
@@ -261,6 +273,7 @@ class Checkpointer:
     def _problem(self, step: int) -> str:
         """Describe the damage of a checkpoint on disk; empty if it is intact."""
         path = self.directory / str(step)
+        # Checked first, since without a manifest these directories are the only sign of a complete save.
         if not (path / "meta").is_dir() or not (path / "model").is_dir():
             return "incomplete"
         if not (path / MANIFEST).exists():
@@ -275,6 +288,7 @@ class Checkpointer:
             actual = _digests(path)
         except (OSError, ValueError) as error:
             return f"unreadable: {error}"
+        # Files that the manifest does not list are harmless.
         changed = sorted(name for name in expected if actual.get(name) != expected[name])
         return f"{len(changed)} file(s) missing or changed, first {changed[0]}" if changed else ""
 
@@ -293,6 +307,7 @@ class Checkpointer:
 
     def _set_aside(self, step: int) -> None:
         """Rename a damaged checkpoint, so that no later restore tries it and its step can be saved again."""
+        # The same step may be damaged twice: nothing is overwritten, so that the files can be examined.
         existing = {entry.name for entry in self.directory.iterdir()}
         names = (f"{step}.bad{count or ''}" for count in itertools.count())
         (self.directory / str(step)).rename(
@@ -300,6 +315,7 @@ class Checkpointer:
         )
 
     def _prune(self) -> None:
+        # Pruned only after a new checkpoint is complete, so that there is always one to return to.
         best = self.best()
         to_keep = {*self.steps()[-self.config.keep :], *([best[0]] if best else [])}
         for step in set(self.steps()) - to_keep:
@@ -312,6 +328,7 @@ class Checkpointer:
             step,
             error,
         )
+        # A full disk is the usual cause, and the remains would fill it further.
         for remains in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
             shutil.rmtree(remains, ignore_errors=True)
 
@@ -342,6 +359,7 @@ def _read_some(path: Path, tree_shapes: dict[str, jax.ShapeDtypeStruct]) -> dict
     if not tree_shapes:
         return {}
     restore_args = ocp.checkpoint_utils.construct_restore_args(tree_shapes)
+    # The two handlers share their layout of files.
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.restore(
             path, args=ocp.args.PyTreeRestore(tree_shapes, restore_args=restore_args, partial_restore=True)
@@ -357,6 +375,7 @@ def _agreed(problem: Any) -> str:
     """Return the first process's answer on every process: they must not restore different steps."""
     if jax.process_count() == 1:
         return problem()
+    # A broadcast needs arrays of the same size on every process.
     mine = problem().encode()[:200] if jax.process_index() == 0 else b""
     padded = np.frombuffer(mine.ljust(200, b" "), np.uint8)
     return bytes(multihost_utils.broadcast_one_to_all(padded)).decode(errors="replace").strip()

@@ -34,6 +34,7 @@ from slmjax.quantization.weights import decode_matrices
 DIRECTORY = "weights"  # of an imported model's directory
 INDEX = "model.safetensors.index.json"
 LARGEST_FILE = 2**27  # bytes: while one is written, its tensors are in memory twice
+# Names as in the headers of safetensors files.
 DTYPES: Mapping[str, Any] = {
     "F32": np.float32,
     "F16": np.float16,
@@ -69,6 +70,7 @@ class TensorFiles:
         self._dtypes = dtypes
         self._entries: dict[str, _Entry] = {}
         self._open: tuple[Path | None, Any] = (None, None)
+        # Headers alone show all names, shapes and dtypes: errors are found before any weights are read.
         files, places = _files(directory)
         for path in files:
             if not path.is_file():
@@ -79,6 +81,7 @@ class TensorFiles:
             for name, entry in _entries(path).items():
                 if places and places.get(name) != path:
                     continue  # the index has it in another file, or not at all
+                # Without an index nothing decides which of the two belongs to the model.
                 if name in self._entries:
                     raise ValueError(
                         f"{name} is in {self._entries[name].file.name} and in {path.name}: delete the file "
@@ -120,6 +123,7 @@ class TensorFiles:
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """Return a tensor, or a part of it: only that is read. Raises ValueError as `dtype` does."""
+        # For its error: the library would fail on packed or 8-bit floats without a way out.
         self.dtype(name)
         path = self._entries[name].file
         # Reading goes file by file: one open file is enough, and more would stay mapped.
@@ -147,6 +151,7 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, Path]]:
 
     They are model.safetensors, or those of the index, or all that there are.
     """
+    # The single file comes first, as in transformers: an index next to it may be left from a larger save.
     single = directory / "model.safetensors"
     index = directory / INDEX
     if single.is_file():
@@ -188,6 +193,7 @@ def write_tensors(
     for part in _parts(tensors, largest_file):
         # A temporary name: a directory that is not complete has no model.safetensors.
         path = directory / f"part-{len(written)}.tmp"
+        # transformers refuses files without this key.
         save_file(part, path, metadata={"format": "pt"})
         total += sum(array.nbytes for array in part.values())
         written.append((path, list(part)))
@@ -213,10 +219,12 @@ def _parts(tensors: Iterable[tuple[str, np.ndarray]], largest_file: int) -> Iter
     size = 0
     # Tensors come one at a time: no more than one file of them is in memory.
     for name, array in tensors:
+        # A tensor is never divided: one larger than a file gets a file of its own.
         if part and size + array.nbytes > largest_file:
             yield part
             part = {}
             size = 0
+        # safetensors requires contiguous arrays.
         part[name] = np.ascontiguousarray(array)
         size += array.nbytes
     yield part
@@ -244,6 +252,7 @@ class ModelFiles:
         self.directory = path / DIRECTORY
         self._tensors = TensorFiles(self.directory, dtypes=CODE_DTYPES)
         self.formats = _read_formats(self.directory / FORMATS)
+        # Checked here, since formats.json and the weights are separate files, one of which may not be copied.
         if absent := sorted(
             name
             for name in self.formats
@@ -269,6 +278,7 @@ class ModelFiles:
         """Return a parameter, or a part of it; codes are read in full and dequantized."""
         if (stored := self.formats.get(name)) is None:
             return self._tensors.read(name, index)
+        # Dequantized by the same code as in training, so that the weights are the same to the last bit.
         encoded = jax.tree.map(jax.numpy.asarray, self.encoded(name))
         return np.asarray(decode_matrices(encoded, stored.spec, axis=stored.axis))[index]
 
@@ -283,6 +293,7 @@ class ModelFiles:
             )
 
         return Encoded(
+            # Scales may be stored in float16, without loss (`in_codes`).
             codes=part("codes", np.int8),
             scale=part("scale", np.float32),
             zero=part("zero", np.int32),
@@ -334,6 +345,7 @@ def read_stacked(
     """
     files = ModelFiles(path)
     return {
+        # One stack at a time: its layers are all that is in host memory.
         name: _read_one(files, logical_paths(config, name), leaf, is_stacked=name.startswith("segments/"))
         for name, leaf in like.items()
     }
@@ -342,6 +354,7 @@ def read_stacked(
 def _read_one(files: ModelFiles, names: list[str], leaf: jax.ShapeDtypeStruct, *, is_stacked: bool) -> Array:
     shape = tuple(leaf.shape[1:]) if is_stacked else tuple(leaf.shape)
     for name in names:
+        # All layers are compared before any is read.
         if name not in files or files.shape(name) != shape:
             stored_shape = files.shape(name) if name in files else "absent"
             raise ValueError(
@@ -354,7 +367,9 @@ def _read_one(files: ModelFiles, names: list[str], leaf: jax.ShapeDtypeStruct, *
         assert index, "parameters have dims"
         if not is_stacked:
             return files.read(names[0], index).astype(leaf.dtype)
+        # The first dim of the index selects layers, and the rest a part of each.
         return np.stack([files.read(name, index[1:]).astype(leaf.dtype) for name in names[index[0]]])
 
+    # Without a mesh, callers give shapes alone.
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.make_array_from_callback(leaf.shape, sharding, part)

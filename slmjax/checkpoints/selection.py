@@ -19,6 +19,7 @@ def is_better(value: float, best: float | None, *, lower_is_better: bool = True)
     """Return whether a value is better than the best so far (None: none yet). Equal is not better."""
     if not math.isfinite(value):
         return False
+    # A best that is not finite can come from an older version, and any finite value replaces it.
     if best is None or not math.isfinite(best):
         return True
     return value < best if lower_is_better else value > best
@@ -26,6 +27,7 @@ def is_better(value: float, best: float | None, *, lower_is_better: bool = True)
 
 def best_of(values: Mapping[Key, float], *, lower_is_better: bool = True) -> Key | None:
     """Return the key of the best value, the first of equal ones; None if no value is finite."""
+    # A loop, since `min` with NaN among the values depends on their order.
     best: Key | None = None
     for key, value in values.items():
         if is_better(value, None if best is None else values[best], lower_is_better=lower_is_better):

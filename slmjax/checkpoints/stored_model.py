@@ -40,6 +40,8 @@ def open_local_model(path: Path, *, step: int | None = None) -> LocalModel:
 
 
 def _open_imported(path: Path) -> LocalModel:
+    # Imported models are read from their files, without a model on a device: they may be larger than its
+    # memory.
     config = loading.read_config(path)
     files = safetensors_files.ModelFiles(path)
     return LocalModel(
@@ -66,6 +68,7 @@ def _open_run(path: Path, *, step: int | None) -> LocalModel:
 
     def read(name: str) -> np.ndarray:
         stack_path, index = index_of[name]
+        # Layers of a group are stacked along a first dim.
         array = arrays[stack_path] if index is None else arrays[stack_path][index]
         return _unpadded(name, np.asarray(array), loaded.config)
 
@@ -73,6 +76,7 @@ def _open_run(path: Path, *, step: int | None) -> LocalModel:
         path=path,
         config=loaded.config,
         read=read,
+        # Runs store their parameters in float32, whatever precision they compute in.
         dtype=lambda name: np.dtype(np.float32),
         family=None,
         step=loaded.step,
@@ -81,11 +85,13 @@ def _open_run(path: Path, *, step: int | None) -> LocalModel:
             for name, (tensor_quant, _) in codes.items()
         },
         encoded=lambda name: _unpadded_codes(name, codes[name][1], loaded.config),
+        # Codes are computed here from stored weights: checksums show whether training had the same ones.
         changed_rows=loading.changed_rows(loaded, codes) if codes else None,
     )
 
 
 def _unpadded(name: str, array: np.ndarray, config: ModelConfig) -> np.ndarray:
+    # Padding is for the devices of the training, and of no use to another engine.
     return array[: config.known_vocab_size] if name in ROWS_PER_TOKEN else array
 
 

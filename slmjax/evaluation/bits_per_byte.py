@@ -153,6 +153,7 @@ def make_eval_step(
 
         sums = sums_of(definition.merge(params, buffers), teachers=teacher_outputs, config=loss_config)
         if unrounded and weight_formats(definition):
+            # In the same step, so that the batch is placed on the devices once.
             sums["unrounded_nll"] = sums_of(definition.merge_untransformed(params, buffers))["nll"]
         return sums
 
@@ -179,6 +180,7 @@ def evaluate_batches(
       teachers: called with each batch on its devices; its outputs are compared with the model's.
     """
     started = time.monotonic()
+    # Only sums are exchanged between devices: every mean is taken once, over all tokens.
     totals: Sums = {}
     pending: dict[str, Array] = {}
     for batch in batches:
@@ -275,6 +277,7 @@ def evaluate(
     length = min(data.sequence_length, loaded.config.context_length)
     if overlap is None:
         run_overlap = experiment.get("eval", {}).get("overlap")
+        # A shorter context than the run's windows needs a shorter overlap.
         overlap = default_overlap(length) if run_overlap is None else min(int(run_overlap), length - 1)
     documents = documents_of(loaded, data, changed_data=changed_data)
     batches = evaluation_batches(
@@ -319,7 +322,9 @@ def data_or_own(loaded: Loaded, data: DataConfig | None) -> DataConfig:
         raise ValueError(
             f"{loaded.path} has no config.json with its training data: set data to the text to evaluate on"
         )
+    # Only the data: other parts of the experiment may be of another version.
     own = config_io.from_json(DataConfig, experiment["data"])
+    # A loss on training text would look better than it is, so that it must be asked for.
     if own.heldout_fraction == 0:
         raise ValueError(
             f"{loaded.path} was trained on all of its text and held nothing out: set data to the text to "
@@ -345,6 +350,7 @@ def documents_of(
       ValueError: they are those of the model's own run, and have changed
         (`provenance.documents_to_evaluate`).
     """
+    # The model's own copy: the file that the run was trained with may have moved or changed.
     tokenizer = FileTokenizer(path=str(loaded.path / "tokenizer" / "tokenizer.json"))
     return documents_to_evaluate(loaded.path, data, tokenizer, changed_data=changed_data)
 

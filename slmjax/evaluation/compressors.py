@@ -12,6 +12,7 @@ def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
     if not text:
         return {}
     sizes = {
+        # `mtime=0`: the header has a time, and results must be reproducible.
         "gzip -9": len(gzip.compress(text, compresslevel=9, mtime=0)),
         "xz -9": len(lzma.compress(text, preset=9)),
     }

@@ -63,6 +63,7 @@ def measure_efficiency(
     """
     config = loaded.config
     tracker = _energy_tracker() if energy else None  # a missing package raises before the measurements
+    # The rest of a short context is for decoding.
     length = min(config.context_length // 2, 512) if prompt_tokens is None else prompt_tokens
     if not 1 <= length < config.context_length - 1:
         raise ValueError(
@@ -70,11 +71,13 @@ def measure_efficiency(
             "context"
         )
     new_tokens = min(NEW_TOKENS, config.context_length - length)
+    # The time hardly depends on the tokens; random ones also spread over the experts.
     prompt = np.random.default_rng(0).integers(0, config.known_vocab_size, length).tolist()
 
     def decode(count: int, prompt: Sequence[int] = prompt) -> float:
         started = time.perf_counter()
         settings = SamplingConfig(temperature=0.0, max_tokens=count)
+        # Without an EOS, so that every round decodes the same number of tokens.
         sample(loaded.definition, loaded.params, loaded.buffers, [prompt], config=settings, eos_id=None)
         return time.perf_counter() - started
 
@@ -97,12 +100,14 @@ def measure_efficiency(
         parameters=costs.parameters,
         active_parameters=costs.active_parameters,
         bytes_by_dtype=sizes,
+        # A backward pass has two products for each one of the forward pass.
         forward_flops_per_token=costs.training_flops_per_token / 3,
         training_flops_per_token=costs.training_flops_per_token,
         cache_bytes_per_token=cache / config.context_length,
         cache_bytes=cache,
         prompt_tokens=length,
         time_to_first_token=first,
+        # The first token is part of the prompt's time, and is subtracted from both.
         decode_tokens_per_second=(new_tokens - 1) / max(total - first, 1e-9) if new_tokens > 1 else math.nan,
         peak_memory_bytes=_peak_memory(),
         energy_joules_per_token=None
@@ -113,6 +118,7 @@ def measure_efficiency(
 
 def _peak_memory() -> int:
     statistics_of_device = jax.devices()[0].memory_stats() or {}
+    # JAX has no memory statistics on a CPU.
     if "peak_bytes_in_use" in statistics_of_device:
         return int(statistics_of_device["peak_bytes_in_use"])
     import resource  # not on Windows
@@ -146,6 +152,7 @@ def _energy(tracker: Any, decode: Callable[[int], float], new_tokens: int) -> fl
     decode(new_tokens)  # compiles
     tracker.start()
     started = time.perf_counter()
+    # Counters are coarse: a single round could fall between two readings.
     while time.perf_counter() - started < ENERGY_SECONDS:
         decode(new_tokens)
         num_decoded += new_tokens

@@ -121,11 +121,13 @@ def _padded(
     longest = max(len(ids) for ids, _, _ in rows)
     # A power of two, so that few shapes are compiled.
     length = max(SHORTEST, 1 << (longest - 2).bit_length())
+    # The last batch is filled with empty rows, so that it needs no other program.
     tokens = np.zeros((batch_size, length + 1), np.int32)
     scored = np.zeros((batch_size, length), bool)
     lengths = np.zeros((batch_size,), np.int32)
     for row, (ids, start, _) in enumerate(rows):
         tokens[row, : len(ids)] = ids
+        # Targets are one position before their tokens.
         scored[row, start - 1 : len(ids) - 1] = True
         lengths[row] = len(ids) - 1
     return tokens, scored, lengths
@@ -143,9 +145,11 @@ def _scored(
 
     def row(xs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         hidden, row_targets, is_scored = xs
+        # Padding rows of the head are no tokens, and must not take probability.
         logits = losses.logits(hidden, output.head)[:, : output.head.vocab_size]
         target_logits = jnp.take_along_axis(logits, row_targets[:, None], axis=1)[:, 0]
         logprobs = target_logits - jax.nn.logsumexp(logits, axis=-1)
+        # The first of equal logits, as in greedy decoding.
         is_likeliest = jnp.argmax(logits, axis=-1) == row_targets
         return jnp.sum(jnp.where(is_scored, logprobs, 0.0)), jnp.all(is_likeliest | ~is_scored)
 

@@ -66,6 +66,7 @@ class SlmjaxLM(LM):
         tokenizer = self.loaded.tokenizer
         if tokenizer.chat_template is None:
             raise ValueError("this model has no chat template: leave out --apply_chat_template")
+        # Templates of Hugging Face models use these two names.
         names = {"bos_token": tokenizer.bos if tokenizer.has_bos else None, "eos_token": tokenizer.eos}
         last = chat_history[-1]
         # The mark finds the end of the last message in the rendered text, whatever the template adds to it.
@@ -112,6 +113,7 @@ class SlmjaxLM(LM):
         """
         context_length = self.loaded.config.context_length
         pairs = []
+        # Windows of all texts share batches, and are summed by text afterwards.
         request_of_pair = []
         for index, request in enumerate(requests):
             ids = self._ids(_arguments(request)[0])
@@ -144,6 +146,7 @@ class SlmjaxLM(LM):
     def _ids(self, text: str) -> list[int]:
         """Return the tokens of a text, with BOS if the model uses it and the text does not start with it."""
         tokenizer = self.loaded.tokenizer
+        # A chat template may have written BOS already.
         prefix = [tokenizer.bos_id] if tokenizer.adds_bos and not text.startswith(self._prefix) else []
         return [*prefix, *tokenizer.encode_with_special(text)]
 
@@ -167,6 +170,7 @@ class SlmjaxLM(LM):
         return pair_tokens(tokenizer, context, continuation)
 
     def _continued(self, contexts: Sequence[str], settings: dict[str, Any]) -> list[str]:
+        # Tasks give one text or a list; an empty one would end every generation at once.
         until = settings.get("until") or []
         until = tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)
         limits = (settings[name] for name in NAMES_OF_NEW_TOKENS if settings.get(name) is not None)
@@ -176,6 +180,7 @@ class SlmjaxLM(LM):
         if not 0 < new_tokens < context_length:
             # lm-eval's class fails if a task sets more new tokens than the context has.
             new_tokens = max(context_length // 2, 1)
+        # The end of a prompt has the question: its beginning is cut.
         prompt_length = context_length - new_tokens
         prompts = [(self._ids(context) or [self._prefix_id])[-prompt_length:] for context in contexts]
         temperature = float(settings.get("temperature") or 0.0)
@@ -208,6 +213,7 @@ def _windows(ids: list[int], *, prefix_id: int, context_length: int) -> Iterator
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
+    # The sampler stops at the token in which a stop text ends, which may contain more text.
     for stop in stops:
         text = text.split(stop)[0]
     return text

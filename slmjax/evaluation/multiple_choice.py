@@ -73,6 +73,7 @@ def answer_questions(
     is_right_per_byte = []
     truncated = 0
     for question in questions:
+        # Questions may have different numbers of choices.
         likelihoods = [next(all_likelihoods) for _ in question.choices]
         refuse_nan(likelihoods, where=question.where)
         logprobs = np.asarray([likelihood.logprob for likelihood in likelihoods])
@@ -115,6 +116,7 @@ def continuation_of(prompt: str, choice: str) -> str:
 
 def _split_blank(prompt: str, choice: str) -> tuple[str, str]:
     """Return the blank to add after the prompt, or "", and the choice without a leading blank."""
+    # Unconditional scoring, as of completed sentences: nothing separates the choice from anything.
     if not prompt:
         return "", choice
     # The blank of the prompt counts; a second one in the choice is dropped.
@@ -151,6 +153,7 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def _question(record: Mapping[str, Any], where: str) -> Question:
+    # Public data sets use either name.
     prompt = record.get("prompt", record.get("question"))
     if not isinstance(prompt, str):
         raise ValueError(
@@ -175,6 +178,7 @@ def _question(record: Mapping[str, Any], where: str) -> Question:
 
 def _answer(answer: Any, choices: list[str], where: str) -> int:
     """Return the index of the right choice, from an index or the text of a choice."""
+    # Equal choices would make the text ambiguous: an index is then required.
     if isinstance(answer, str) and choices.count(answer) == 1:
         return choices.index(answer)
     # JSON's true is an int in Python, but no index.

@@ -187,7 +187,7 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
 
 GGUF_LAYER = (
     *norm("mixer_norm", "attn_norm"),
-    # llama.cpp names the norm before the MLP after its place behind attention.
+    # The norm before the experts, in spite of llama.cpp's name: it comes after attention.
     *norm("ffn_norm", "post_attention_norm"),
     *gguf_tensors.ATTENTION,
     same("mixer/sinks", "attn_sinks.weight"),

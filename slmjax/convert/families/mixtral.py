@@ -36,11 +36,11 @@ DEFAULTS = {
 
 def read(settings: Settings) -> ModelConfig:
     """config.json -> ModelConfig."""
+    # The library always normalizes the weights of the selected experts, which is our default too.
     ffn = MoeConfig(
         num_experts=settings.take("num_local_experts"),
         num_selected=settings.take("num_experts_per_tok"),
         hidden_dim=settings.take("intermediate_size"),
-        # The library always normalizes the weights of the selected experts, which is our default too.
         activation=read_activation(settings),
     )
     attention = read_attention(settings, window=settings.optional("sliding_window"))

@@ -86,11 +86,9 @@ def paired_tensor_map(model: ModelConfig, *layer: Rule) -> TensorMap:
 
 def centered(rule: Rule) -> Rule:
     """Convert a norm's scale, of which ours is the difference from one."""
+    # llama.cpp's converter adds the one, so that its norms are plain ones.
     return dataclasses.replace(
-        # llama.cpp's converter adds the one, so that its norms are plain ones.
-        rule,
-        read=lambda arrays, _: [arrays[0] - 1],
-        write=lambda arrays: [arrays[0] + 1],
+        rule, read=lambda arrays, _: [arrays[0] - 1], write=lambda arrays: [arrays[0] + 1]
     )
 
 
