@@ -293,7 +293,7 @@ class Checkpointer:
         return f"{len(changed)} file(s) missing or changed, first {changed[0]}" if changed else ""
 
     def _finish(self, step: int, best_loss: float | None) -> None:
-        """After the commit, write the manifest, mark the best and prune; runs in the background thread."""
+        """Write the manifest once the save is committed, mark the best and prune; runs in the background."""
         try:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:

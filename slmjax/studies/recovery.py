@@ -171,7 +171,7 @@ class Recovered(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecoveryOver:
-    """What an arm recovers of the cost of one way of rounding."""
+    """Recovery of an arm over one way of rounding."""
 
     rounded: str  # the arm that it is compared with
     pairs: tuple[int, ...]  # seeds for which all three arms finished

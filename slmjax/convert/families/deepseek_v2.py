@@ -49,7 +49,7 @@ DEFAULTS = {
 
 
 def read(settings: Settings) -> ModelConfig:
-    """config.json -> ModelConfig."""
+    """Read a config.json as a `ModelConfig`."""
     # Variants of the router that our experts do not have.
     for key, value in {
         "topk_method": "greedy",
@@ -83,7 +83,7 @@ def read(settings: Settings) -> ModelConfig:
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> config.json."""
+    """Write a model as the keys of a config.json."""
     blocks = list(model.blocks())
     mixer = expect_kind(blocks[0].mixer, LatentAttentionConfig, "layer 0's mixer")
     check_width(model, mixer.num_heads)

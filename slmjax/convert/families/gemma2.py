@@ -48,7 +48,7 @@ DEFAULTS = {
 
 
 def read(settings: Settings) -> ModelConfig:
-    """config.json -> ModelConfig."""
+    """Read a config.json as a `ModelConfig`."""
     # Set in models for embeddings, which have no causal mask.
     settings.expect("use_bidirectional_attention", False)
     num_layers = settings.take("num_hidden_layers")
@@ -80,7 +80,7 @@ def read(settings: Settings) -> ModelConfig:
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> config.json."""
+    """Write a model as the keys of a config.json."""
     attention, ffn = first_block(model)
     check_width(model, attention.num_heads)
     keys = {
@@ -117,7 +117,7 @@ LARGEST = gguf_settings.NamedSize(name="Gemma 2 27B", num_layers=46)
 
 
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig."""
+    """Read GGUF metadata as a `ModelConfig`."""
     # The pattern of windows, the scale of scores and the use of soft caps are constants in llama.cpp's code.
     settings.expect("attention.sliding_window_pattern", 2)
     num_layers = settings.take("block_count")
@@ -140,7 +140,7 @@ def read_gguf(settings: Settings) -> ModelConfig:
 
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> GGUF metadata."""
+    """Write a model as GGUF metadata."""
     attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.NONE)
     gguf_settings.check_head(model, HeadKind.TIED)

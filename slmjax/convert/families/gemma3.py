@@ -62,7 +62,7 @@ DEFAULTS = {
 
 
 def read(settings: Settings) -> ModelConfig:
-    """config.json -> ModelConfig."""
+    """Read a config.json as a `ModelConfig`."""
     settings.expect("use_bidirectional_attention", False)
     num_layers = settings.take("num_hidden_layers")
     biases = read_biases(settings)
@@ -102,7 +102,7 @@ def read(settings: Settings) -> ModelConfig:
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> config.json."""
+    """Write a model as the keys of a config.json."""
     attention, ffn = first_block(model)
     check_width(model, attention.num_heads)
     mixers = attentions(model)
@@ -145,7 +145,7 @@ HF = Family(
 
 # With a vision tower ----------------------------------------------------------------------------------------
 def read_text_part(settings: Settings) -> ModelConfig:
-    """config.json of a model with a vision tower -> ModelConfig of its language model."""
+    """Read the config.json of a model with a vision tower as the `ModelConfig` of its language model."""
     inner = settings.inner("text_config", defaults=DEFAULTS)
     model = read(inner)
     inner.finish()
@@ -192,7 +192,7 @@ LARGEST = gguf_settings.NamedSize(name="Gemma 3 27B", num_layers=62)
 
 
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig."""
+    """Read GGUF metadata as a `ModelConfig`."""
     # In llama.cpp's code, every sixth layer is full, and the angles of windowed layers are not scaled.
     settings.expect("attention.sliding_window_pattern", 6)
     num_layers = settings.take("block_count")
@@ -219,7 +219,7 @@ def read_gguf(settings: Settings) -> ModelConfig:
 
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> GGUF metadata."""
+    """Write a model as GGUF metadata."""
     attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.NONE)
     gguf_settings.check_named_scale(model, attention, LARGEST)

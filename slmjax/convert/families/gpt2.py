@@ -43,7 +43,7 @@ DEFAULTS = {
 
 
 def read(settings: Settings) -> ModelConfig:
-    """config.json -> ModelConfig."""
+    """Read a config.json as a `ModelConfig`."""
     settings.ignore(
         *IGNORED,
         *SUMMARY_KEYS,
@@ -81,7 +81,7 @@ def read(settings: Settings) -> ModelConfig:
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> config.json."""
+    """Write a model as the keys of a config.json."""
     attention, ffn = first_block(model)
     check_width(model, attention.num_heads)
     mlp = expect_kind(ffn, MlpConfig, "a feed-forward layer")
@@ -159,7 +159,7 @@ HF = Family(
 
 # GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig."""
+    """Read GGUF metadata as a `ModelConfig`."""
     attention = gguf_settings.read_attention(settings, rope_base=None, biases=Biases.ALL)
     ffn = gguf_settings.read_mlp(settings, Activation.GELU, gated=False, bias=True)
     return gguf_settings.read_decoder(
@@ -172,7 +172,7 @@ def read_gguf(settings: Settings) -> ModelConfig:
 
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> GGUF metadata."""
+    """Write a model as GGUF metadata."""
     attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.ALL)
     # The architecture has no key for the width of a head.

@@ -69,7 +69,7 @@ ANGLES = {
 
 
 def read(settings: Settings) -> ModelConfig:
-    """config.json -> ModelConfig."""
+    """Read a config.json as a `ModelConfig`."""
     settings.expect("hidden_act", "silu")
     settings.expect("attention_bias", True)
     # Constants of the activation, which our CLAMPED_SILU has with these values only.
@@ -98,7 +98,7 @@ def read(settings: Settings) -> ModelConfig:
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> config.json."""
+    """Write a model as the keys of a config.json."""
     attention, ffn = first_block(model)
     moe = expect_kind(ffn, MoeConfig, "a feed-forward layer")
     if moe.activation is not Activation.CLAMPED_SILU:
@@ -156,7 +156,7 @@ HF = Family(
 
 # GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig."""
+    """Read GGUF metadata as a `ModelConfig`."""
     # The windows of every other layer and the activation are constants in llama.cpp's code.
     settings.expect("attention.sliding_window_pattern", 2)
     attention = gguf_settings.read_attention(settings, biases=Biases.ALL, sinks=True)
@@ -168,7 +168,7 @@ def read_gguf(settings: Settings) -> ModelConfig:
 
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> GGUF metadata."""
+    """Write a model as GGUF metadata."""
     attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.ALL)
     gguf_settings.check_head(model, HeadKind.UNTIED)

@@ -50,7 +50,7 @@ DEFAULTS = {
 
 
 def read(settings: Settings) -> ModelConfig:
-    """config.json -> ModelConfig."""
+    """Read a config.json as a `ModelConfig`."""
     ffn = read_mlp(settings, bias=settings.take("mlp_bias"))
     block = BlockConfig(mixer=_read_attention(settings), ffn=ffn)
     return _read_decoder(settings, block)
@@ -73,7 +73,7 @@ def _read_decoder(settings: Settings, block: BlockConfig) -> ModelConfig:
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> config.json."""
+    """Write a model as the keys of a config.json."""
     attention, ffn = first_block(model)
     return {
         "model_type": "granite",
@@ -136,7 +136,7 @@ HYBRID_DEFAULTS = {
 
 
 def read_hybrid(settings: Settings) -> ModelConfig:
-    """config.json of a Granite 4 with attention layers only, such as the dense micro -> ModelConfig."""
+    """Read the config.json of a Granite 4 with attention layers only, such as the dense micro."""
     # The feed-forward layer is called the shared expert, also in models without other experts.
     settings.expect("num_local_experts", 0)
     settings.ignore(
@@ -165,7 +165,7 @@ def read_hybrid(settings: Settings) -> ModelConfig:
 
 
 def write_hybrid(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> config.json of a Granite 4 without recurrent layers."""
+    """Write a model as the config.json of a Granite 4 without recurrent layers."""
     attention, ffn = first_block(model)
     # The library checks the sizes of recurrent layers even if there are none: 2 width over mamba_n_heads.
     if 2 * model.embed_dim % 128:
@@ -215,7 +215,7 @@ HF_HYBRID = Family(
 
 # GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig."""
+    """Read GGUF metadata as a `ModelConfig`."""
     # llama.cpp takes a multiplier of 0 as absent.
     scale = gguf_settings.shortest(settings.take("attention.scale", 0.0)) or None
     attention = gguf_settings.read_attention(settings, scale=scale)
@@ -233,7 +233,7 @@ def read_gguf(settings: Settings) -> ModelConfig:
 
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> GGUF metadata, also of a dense Granite 4, which computes the same."""
+    """Write a model as GGUF metadata, also a dense Granite 4, which computes the same."""
     attention, ffn = first_block(model)
     multipliers = {
         "attention.scale": attention.scale,

@@ -41,7 +41,7 @@ DEFAULTS = {
 
 
 def read(settings: Settings) -> ModelConfig:
-    """config.json -> ModelConfig."""
+    """Read a config.json as a `ModelConfig`."""
     biases = read_biases(settings)
     block = BlockConfig(
         mixer=read_attention(settings, biases=biases), ffn=read_mlp(settings, bias=settings.take("mlp_bias"))
@@ -50,7 +50,7 @@ def read(settings: Settings) -> ModelConfig:
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> config.json."""
+    """Write a model as the keys of a config.json."""
     attention, ffn = first_block(model)
     # transformers refuses other widths, even if head_dim is given.
     check_width(model, attention.num_heads)
@@ -75,7 +75,7 @@ HF = Family(
 
 # MobileLLM --------------------------------------------------------------------------------------------------
 def read_mobile(settings: Settings) -> ModelConfig:
-    """config.json of a MobileLLM, which has its own architecture name -> ModelConfig."""
+    """Read the config.json of a MobileLLM, which has its own architecture name."""
     # MobileLLM-LS runs each layer twice.
     settings.expect("layer_sharing", False)
     settings.expect("use_flash_attn", True, False)
@@ -100,7 +100,7 @@ HF_MOBILE = Family(
 
 # GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig; also of Mistral and Mixtral, which have the same architecture name."""
+    """Read GGUF metadata as a `ModelConfig`, also of Mistral and Mixtral, which have the same name there."""
     # Mixtral's experts use the key of dense layers for their width.
     has_experts = settings.take("expert_count", 0) > 0
     settings.ignore("expert_used_count")  # 0 in files without experts
@@ -119,7 +119,7 @@ def read_gguf(settings: Settings) -> ModelConfig:
 
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> GGUF metadata."""
+    """Write a model as GGUF metadata."""
     attention, ffn = first_block(model)
     gguf_settings.check_plain_scale(attention)
     # llama.cpp has no key to turn positions off in this architecture.

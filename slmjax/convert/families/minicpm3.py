@@ -37,7 +37,7 @@ DEFAULTS = {
 
 
 def read(settings: Settings) -> ModelConfig:
-    """config.json -> ModelConfig."""
+    """Read a config.json as a `ModelConfig`."""
     num_layers = settings.take("num_hidden_layers")
     block = BlockConfig(
         mixer=read_latent_attention(settings), ffn=read_mlp(settings, bias=settings.take("mlp_bias"))
@@ -54,7 +54,7 @@ def read(settings: Settings) -> ModelConfig:
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> config.json."""
+    """Write a model as the keys of a config.json."""
     block = next(model.blocks())
     mixer = expect_kind(block.mixer, LatentAttentionConfig, "layer 0's mixer")
     check_width(model, mixer.num_heads)

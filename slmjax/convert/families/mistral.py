@@ -33,7 +33,7 @@ DEFAULTS = {
 
 
 def read(settings: Settings) -> ModelConfig:
-    """config.json -> ModelConfig."""
+    """Read a config.json as a `ModelConfig`."""
     block = BlockConfig(
         # A null window, as from Mistral 0.2 on, means full attention.
         mixer=read_attention(settings, window=settings.optional("sliding_window")),
@@ -43,7 +43,7 @@ def read(settings: Settings) -> ModelConfig:
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> config.json."""
+    """Write a model as the keys of a config.json."""
     attention, ffn = first_block(model)
     keys = {**write_decoder(model), **write_attention(attention), **write_mlp(ffn)}
     return {"model_type": "mistral", **keys, "sliding_window": attention.window}

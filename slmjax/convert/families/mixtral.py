@@ -35,7 +35,7 @@ DEFAULTS = {
 
 
 def read(settings: Settings) -> ModelConfig:
-    """config.json -> ModelConfig."""
+    """Read a config.json as a `ModelConfig`."""
     # The library always normalizes the weights of the selected experts, which is our default too.
     ffn = MoeConfig(
         num_experts=settings.take("num_local_experts"),
@@ -49,7 +49,7 @@ def read(settings: Settings) -> ModelConfig:
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> config.json."""
+    """Write a model as the keys of a config.json."""
     attention, ffn = first_block(model)
     moe = expect_kind(ffn, MoeConfig, "a feed-forward layer")
     sizes = {

@@ -38,7 +38,7 @@ DEFAULTS = {
 
 
 def read(settings: Settings) -> ModelConfig:
-    """config.json -> ModelConfig."""
+    """Read a config.json as a `ModelConfig`."""
     biases = read_biases(settings)
     # The norm is over all heads together: its scale has the width of the projection.
     attention = read_attention(settings, qk_norm=QkNorm.ALL_HEADS, biases=biases)
@@ -47,7 +47,7 @@ def read(settings: Settings) -> ModelConfig:
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> config.json."""
+    """Write a model as the keys of a config.json."""
     attention, ffn = first_block(model)
     biases = write_biases(attention)
     return {
@@ -65,7 +65,7 @@ HF = Family(architecture="Olmo2ForCausalLM", read=read, write=write, defaults=DE
 
 # GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig, also of OLMo 3."""
+    """Read GGUF metadata as a `ModelConfig`, also of OLMo 3."""
     # In llama.cpp's code, with a window every fourth layer is full, and only full layers have scaled angles.
     settings.expect("attention.sliding_window_pattern", 4)
     attention = gguf_settings.read_attention(settings, qk_norm=QkNorm.ALL_HEADS)
@@ -83,7 +83,7 @@ def read_gguf(settings: Settings) -> ModelConfig:
 
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> GGUF metadata."""
+    """Write a model as GGUF metadata."""
     attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.NONE)
     gguf_settings.check_plain_scale(attention)

@@ -41,7 +41,7 @@ DEFAULTS = {
 
 
 def read(settings: Settings) -> ModelConfig:
-    """config.json -> ModelConfig."""
+    """Read a config.json as a `ModelConfig`."""
     num_layers = settings.take("num_hidden_layers")
     biases = read_biases(settings)
     # Positions are set for each kind of layer below.
@@ -62,7 +62,7 @@ def read(settings: Settings) -> ModelConfig:
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> config.json."""
+    """Write a model as the keys of a config.json."""
     attention, ffn = first_block(model)
     # Each kind has one entry: layers of a kind that differ do not read back as the same model.
     ropes = {}

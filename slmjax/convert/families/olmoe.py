@@ -39,7 +39,7 @@ DEFAULTS = {
 
 
 def read(settings: Settings) -> ModelConfig:
-    """config.json -> ModelConfig."""
+    """Read a config.json as a `ModelConfig`."""
     settings.expect("clip_qkv")  # must be null: our layers do not clip queries, keys and values
     biases = read_biases(settings)
     attention = read_attention(settings, qk_norm=QkNorm.ALL_HEADS, biases=biases)
@@ -55,7 +55,7 @@ def read(settings: Settings) -> ModelConfig:
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> config.json."""
+    """Write a model as the keys of a config.json."""
     attention, ffn = first_block(model)
     heads = attention.num_heads
     head_dim = attention.head_dim or 0

@@ -38,7 +38,7 @@ DEFAULTS = {
 
 
 def read(settings: Settings) -> ModelConfig:
-    """config.json -> ModelConfig."""
+    """Read a config.json as a `ModelConfig`."""
     # Options that released models leave at these values.
     neutral = {
         "attention_bias": False,
@@ -57,7 +57,7 @@ def read(settings: Settings) -> ModelConfig:
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> config.json."""
+    """Write a model as the keys of a config.json."""
     attention, ffn = first_block(model)
     scaling = attention.rope_scaling
     # Without LongRoPE the key has no effect, and repeats the context length.
@@ -97,7 +97,7 @@ HF = Family(
 
 # GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig.
+    """Read GGUF metadata as a `ModelConfig`.
 
     Unlike llama.cpp, we use the window of the file. llama.cpp uses the long factors whenever its context is
     longer than the original one; here the length of a document decides.
@@ -110,7 +110,7 @@ def read_gguf(settings: Settings) -> ModelConfig:
 
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> GGUF metadata."""
+    """Write a model as GGUF metadata."""
     attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.NONE)
     gguf_settings.check_plain_scale(attention)

@@ -39,7 +39,7 @@ DEFAULTS = {
 
 
 def read(settings: Settings) -> ModelConfig:
-    """config.json -> ModelConfig."""
+    """Read a config.json as a `ModelConfig`."""
     # Multimodal positions, which have three coordinates.
     settings.expect("use_mrope", False)
     # A constant of the library's code: there is no key for these biases.
@@ -49,7 +49,7 @@ def read(settings: Settings) -> ModelConfig:
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> config.json."""
+    """Write a model as the keys of a config.json."""
     attention, ffn = first_block(model)
     keys = {
         **write_decoder(model),
@@ -71,7 +71,7 @@ HF = Family(
 
 # GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig."""
+    """Read GGUF metadata as a `ModelConfig`."""
     block = BlockConfig(
         mixer=gguf_settings.read_attention(settings, biases=Biases.QKV), ffn=gguf_settings.read_mlp(settings)
     )
@@ -79,7 +79,7 @@ def read_gguf(settings: Settings) -> ModelConfig:
 
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> GGUF metadata."""
+    """Write a model as GGUF metadata."""
     attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.QKV)
     gguf_settings.check_plain_scale(attention)

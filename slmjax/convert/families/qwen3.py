@@ -44,7 +44,7 @@ DEFAULTS = {
 
 
 def read(settings: Settings) -> ModelConfig:
-    """config.json -> ModelConfig."""
+    """Read a config.json as a `ModelConfig`."""
     biases = read_biases(settings)
     attention = read_attention(settings, qk_norm=QkNorm.PER_HEAD, biases=biases)
     ffn = read_mlp(settings)
@@ -79,7 +79,7 @@ def write_qwen_windows(model: ModelConfig) -> dict[str, Any]:
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> config.json."""
+    """Write a model as the keys of a config.json."""
     attention, ffn = first_block(model)
     windows = write_qwen_windows(model)
     biases = write_biases(attention)
@@ -104,14 +104,14 @@ HF = Family(
 
 # GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig."""
+    """Read GGUF metadata as a `ModelConfig`."""
     attention = gguf_settings.read_attention(settings, qk_norm=QkNorm.PER_HEAD)
     block = BlockConfig(mixer=attention, ffn=gguf_settings.read_mlp(settings))
     return gguf_settings.read_decoder(settings, [block] * settings.take("block_count"))
 
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> GGUF metadata."""
+    """Write a model as GGUF metadata."""
     attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.NONE)
     gguf_settings.check_plain_scale(attention)

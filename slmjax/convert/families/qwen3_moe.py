@@ -48,7 +48,7 @@ DEFAULTS = {
 
 
 def read(settings: Settings) -> ModelConfig:
-    """config.json -> ModelConfig."""
+    """Read a config.json as a `ModelConfig`."""
     biases = read_biases(settings)
     # Unlike in Qwen3, a window applies to all layers.
     window = settings.optional("sliding_window") if settings.take("use_sliding_window") else None
@@ -79,7 +79,7 @@ def read(settings: Settings) -> ModelConfig:
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> config.json."""
+    """Write a model as the keys of a config.json."""
     attention, _ = first_block(model)
     layers = [block.ffn for block in model.blocks()]
     moe = next((ffn for ffn in layers if isinstance(ffn, MoeConfig)), None)
@@ -120,7 +120,7 @@ HF = Family(
 
 # GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig."""
+    """Read GGUF metadata as a `ModelConfig`."""
     # In llama.cpp's code, all layers have experts, and their weights sum to one.
     settings.ignore("expert_weights_norm")
     attention = gguf_settings.read_attention(settings, qk_norm=QkNorm.PER_HEAD)
@@ -129,7 +129,7 @@ def read_gguf(settings: Settings) -> ModelConfig:
 
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> GGUF metadata."""
+    """Write a model as GGUF metadata."""
     attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.NONE)
     gguf_settings.check_plain_scale(attention)

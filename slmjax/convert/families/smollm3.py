@@ -45,7 +45,7 @@ DEFAULTS = {
 
 
 def read(settings: Settings) -> ModelConfig:
-    """config.json -> ModelConfig."""
+    """Read a config.json as a `ModelConfig`."""
     num_layers = settings.take("num_hidden_layers")
     every = settings.positive("no_rope_layer_interval")
     # 1 for layers with rotary positions, in spite of the name
@@ -71,7 +71,7 @@ def read(settings: Settings) -> ModelConfig:
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> config.json."""
+    """Write a model as the keys of a config.json."""
     attention, ffn = first_block(model)
     mixers = attentions(model)
     # Layer 0 may have no positions: the keys of angles come from the first layer that has them.
@@ -98,7 +98,7 @@ HF = Family(
 
 # GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
-    """GGUF metadata -> ModelConfig."""
+    """Read GGUF metadata as a `ModelConfig`."""
     # In llama.cpp's code, every fourth layer has no positions.
     rotary = gguf_settings.read_attention(settings)
     plain = dataclasses.replace(rotary, rope_base=None)
@@ -108,7 +108,7 @@ def read_gguf(settings: Settings) -> ModelConfig:
 
 
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> GGUF metadata."""
+    """Write a model as GGUF metadata."""
     attention, ffn = first_block(model)
     gguf_settings.check_biases(attention, Biases.NONE)
     gguf_settings.check_plain_scale(attention)

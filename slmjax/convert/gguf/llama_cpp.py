@@ -209,7 +209,11 @@ class Product:
     """Inner products with rows of one type, by the kernels that llama.cpp calls on this CPU."""
 
     def __init__(self, type: str) -> None:
-        """Raises ValueError if the engine has no kernel for the type, or its functions cannot be called."""
+        """Look up the kernels of a type, by GGUF's name of it.
+
+        Raises:
+          ValueError: the engine has no kernel for the type, or its functions cannot be called.
+        """
         # The numbers of types are those of ggml.h, which the gguf package has by name.
         import gguf
 
