@@ -44,11 +44,8 @@ _MEASURED_SECONDS = 0.5  # long enough for a moment without other programs
 
 
 def peak_flops(device: Any, dtype: Any, *, num_devices: int = 1) -> float | None:
-    """FLOP/s that `num_devices` devices like this one (a jax.Device) reach at best in products of this dtype;
-    None where not known.
-
-    The devices of a CPU share its cores, so that their number does not count.
-    """
+    """Return the peak FLOP/s of `num_devices` devices (jax.Device) in products of this dtype; None if not known."""
+    # The devices of a CPU have its cores in common, so that their number does not count.
     if device.platform == "cpu":
         return _measured(jnp.dtype(dtype).name)
     is_half = jnp.dtype(dtype) == jnp.bfloat16
@@ -62,14 +59,13 @@ def peak_flops(device: Any, dtype: Any, *, num_devices: int = 1) -> float | None
 
 @functools.cache
 def _measured(dtype: str) -> float:
-    """The best of many products on this machine's CPU: less than its peak on paper, and what a step can hope
-    for.
-    """
+    """Return the best FLOP/s of many products on this machine's CPU: what a step can reach, if not the peak on paper."""
     ones = jax.device_put(
         jnp.ones((_MEASURED_SIZE, _MEASURED_SIZE), dtype), jax.local_devices(backend="cpu")[0]
     )
     product = jax.jit(kernels.matmul)
     product(ones, ones).block_until_ready()
+    # The minimum, not the mean: other programs can only make a product slower.
     best = float("inf")
     begun = time.perf_counter()
     while time.perf_counter() - begun < _MEASURED_SECONDS:

@@ -15,13 +15,12 @@ import jax
 
 
 def count(function: Callable[..., Any], *arguments: Any) -> float:
-    """FLOPs of the matrix products and convolutions in `function(*arguments)`; arrays may be shapes. Nothing
-    is computed.
+    """Return the FLOPs of the products and convolutions in `function(*arguments)`, without computing it.
 
-    Of the branches of a conditional the most expensive counts.
+    Arrays may be shapes. Of the branches of a conditional the most expensive counts.
 
     Raises:
-      ValueError: products inside a `while` loop, whose number of rounds the program does not say.
+      ValueError: products inside a `while` loop, whose number of rounds is not part of the program.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
@@ -36,9 +35,11 @@ def _count_equation(equation: Any) -> float:
     if name == "dot_general":
         return _product(equation)
     if name == "ragged_dot_general" or name == "ragged_dot":
+        # A grouped product: each row is multiplied with the matrix of its group alone.
         rows, matrices = (operand.aval.shape for operand in equation.invars[:2])
-        return 2.0 * math.prod(rows) * matrices[-1]  # each row with the matrix of its group
+        return 2.0 * math.prod(rows) * matrices[-1]
     if name == "conv_general_dilated":
+        # Each output is a sum over the kernel without its output features.
         kernel = equation.invars[1].aval.shape
         out = equation.outvars[0].aval.shape
         features = kernel[parameters["dimension_numbers"].rhs_spec[0]]
@@ -48,7 +49,9 @@ def _count_equation(equation: Any) -> float:
     if name == "cond":
         return max(_count(branch.jaxpr) for branch in parameters["branches"])
     if name == "shard_map":
+        # The program is that of one device, and the count is for all of them.
         return _count(parameters["jaxpr"]) * parameters["mesh"].size
+    # Anything else counts as the programs inside it: jit, remat, custom derivatives.
     inner = sum(_count(_open(value)) for value in parameters.values() if _open(value) is not None)
     if name == "while" and inner:
         raise ValueError(
@@ -59,13 +62,14 @@ def _count_equation(equation: Any) -> float:
 
 
 def _open(value: Any) -> Any:
-    """The program in a parameter of an operation, closed or open; None for anything else."""
-    found = getattr(value, "jaxpr", value)
-    return found if getattr(found, "eqns", None) is not None else None
+    """Return the program in a parameter of an operation, closed or open; None for anything else."""
+    jaxpr = getattr(value, "jaxpr", value)
+    return jaxpr if getattr(jaxpr, "eqns", None) is not None else None
 
 
 def _product(equation: Any) -> float:
     (contracted, _), (batch, _) = equation.params["dimension_numbers"]
     left, right = (operand.aval.shape for operand in equation.invars)
+    # Contracted and batch dims are part of both operands, and count once.
     shared = math.prod(left[dim] for dim in (*contracted, *batch))
     return 2.0 * math.prod(left) * math.prod(right) / max(shared, 1)

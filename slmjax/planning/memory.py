@@ -4,7 +4,8 @@
     advice = advise(experiment, vocab_size=4096, mesh=mesh)            # Advice: options, with what each saves
     print(advice.text())
 
-The step is compiled for shapes and never run, so nothing is allocated. The mesh's devices need not be attached.
+The step is compiled for shapes and never run, so nothing is allocated. The mesh's devices need not be
+attached.
 """
 
 import dataclasses
@@ -39,6 +40,7 @@ class OutOfMemory(RuntimeError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory ran out, on a device or on the host."""
+    # XLA has no exception type of its own for this: the text of the error is all there is.
     is_about_memory = any(part in str(error) for part in ("RESOURCE_EXHAUSTED", "Out of memory"))
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_about_memory)
 
@@ -68,7 +70,8 @@ class StepMemory:
             "teachers": self.teachers,
         }
         named = [f"{name} {size_text(size)}" for name, size in parts.items() if size]
-        return f"{size_text(self.total)} ({', '.join(named)}, activations, gradients and the rest {size_text(self.temporary)})"
+        named.append(f"activations, gradients and the rest {size_text(self.temporary)}")
+        return f"{size_text(self.total)} ({', '.join(named)})"
 
 
 def step_memory(experiment: Experiment, *, vocab_size: int, mesh: Mesh) -> StepMemory:
@@ -82,13 +85,14 @@ def step_memory(experiment: Experiment, *, vocab_size: int, mesh: Mesh) -> StepM
     batch_size = experiment.data.batch_size
     plans = teacher_plans(experiment, programs.definition.config, mesh=mesh)
     batch = _batch_shapes(experiment, batch_size, mesh)
+    # Teachers run before the step and their outputs wait for it, so they are arguments of it.
     arguments = (programs.shapes, batch, *_teacher_output_shapes(plans, experiment, batch_size))
     compiled = _compiled_bytes(programs.train_step, arguments, mesh)
     return _by_purpose(compiled, programs.shapes, plans, resident=())
 
 
 def evaluation_memory(experiment: Experiment, *, vocab_size: int, mesh: Mesh) -> StepMemory:
-    """Return the memory of an evaluation step with the training state in memory. Raises what `step_memory` does."""
+    """Return the memory of an evaluation step with the training state in memory. Raises as `step_memory`."""
     programs = make_programs(experiment, vocab_size=vocab_size, mesh=mesh)
     shapes = programs.shapes
     batch_size = experiment.eval.batch_size or experiment.data.batch_size
@@ -127,17 +131,19 @@ def _compiled_bytes(step: Any, arguments: tuple[Any, ...], mesh: Mesh) -> int:
 
 
 def _by_purpose(compiled: int, shapes: Any, plans: Sequence[TeacherPlan], *, resident: Any) -> StepMemory:
-    """Return the bytes of a compiled step, and of resident arrays that are no argument of it, by their purpose."""
+    """Return the bytes of a compiled step, and of resident arrays that are no argument of it, by purpose."""
     state = {
         "parameters": _bytes_on_a_device((shapes.params, shapes.buffers)),
         "optimizer": _bytes_on_a_device(shapes.optimizer),
         "average": _bytes_on_a_device(shapes.ema),
     }
+    # Teachers with devices of their own take no memory of the student's.
     shared = [
         plan.stored_shapes()
         for plan in plans
         if set(plan.mesh.devices.flat) & set(plan.student_mesh.devices.flat)
     ]
+    # The compiler counts all bytes; what has no name of its own is the rest.
     temporary = compiled + _bytes_on_a_device(resident) - sum(state.values())
     return StepMemory(**state, temporary=temporary, teachers=_bytes_on_a_device(shared))
 
@@ -196,39 +202,43 @@ def training_changes(experiment: Experiment, mesh: Mesh, *, is_resumed: bool = F
     data = experiment.data
     optim = experiment.optim
     model = experiment.model
-    rows = data.batch_size // optim.accumulation_steps // batch_divisor(mesh)  # a device's, at once
+    # Sequences that a device computes at once: the largest part of activations grows with them.
+    rows = data.batch_size // optim.accumulation_steps // batch_divisor(mesh)
     most = max((size for size in range(1, MAX_MICROBATCHES + 1) if rows % size == 0), default=1)
     factors = [size for size in dict.fromkeys((2, 4, most)) if 1 < size <= most and rows % size == 0]
     parts = {size: {"optim.accumulation_steps": optim.accumulation_steps * size} for size in factors}
     fewer = {Remat.NONE: (Remat.FULL, Remat.DOTS), Remat.DOTS: (Remat.FULL,), Remat.FULL: ()}[model.remat]
-    found = [Change(settings=parts[size]) for size in factors[:1]]
+    # Accumulation and remat come first: they change no result but for rounding, and need most time only.
+    changes = [Change(settings=parts[size]) for size in factors[:1]]
     if not is_resumed and fewer:
-        found += [Change(settings={"model.remat": fewer[0]})]
-        found += [Change(settings={**parts[most], "model.remat": fewer[0]})] if most > 1 else []
-    found += [Change(settings=parts[size]) for size in factors[1:]]
-    found += _mesh_changes(mesh)
-    found.append(Change(settings={"data.batch_size": data.batch_size // 2}, price="a smaller batch"))
+        changes += [Change(settings={"model.remat": fewer[0]})]
+        changes += [Change(settings={**parts[most], "model.remat": fewer[0]})] if most > 1 else []
+    changes += [Change(settings=parts[size]) for size in factors[1:]]
+    changes += _mesh_changes(mesh)
+    # From here on the training itself differs, and the price says how.
+    changes.append(Change(settings={"data.batch_size": data.batch_size // 2}, price="a smaller batch"))
     if not is_resumed and model.precision is Precision.FLOAT32:
-        found.append(Change(settings={"model.precision": Precision.BFLOAT16}, price="coarser rounding"))
-    found.append(
+        changes.append(Change(settings={"model.precision": Precision.BFLOAT16}, price="coarser rounding"))
+    changes.append(
         Change(settings={"data.sequence_length": data.sequence_length // 2}, price="shorter context")
     )
     if not is_resumed:
-        found += [Change(settings={"model.remat": remat}) for remat in fewer[1:]]
-        found += (
+        changes += [Change(settings={"model.remat": remat}) for remat in fewer[1:]]
+        changes += (
             [Change(settings={"optim.ema_decay": None}, price="no averages")]
             if optim.ema_decay is not None
             else []
         )
     if experiment.objective.chunk_size is None or experiment.objective.chunk_size > 128:
         smaller = 256 if experiment.objective.chunk_size is None else experiment.objective.chunk_size // 2
-        found.append(Change(settings={"objective.chunk_size": smaller}))
-    return found
+        changes.append(Change(settings={"objective.chunk_size": smaller}))
+    return changes
 
 
 def evaluation_changes(experiment: Experiment, mesh: Mesh, *, is_resumed: bool = False) -> list[Change]:
     """Return changes that may help an evaluation step, likeliest first."""
     rows = experiment.eval.batch_size or experiment.data.batch_size
+    # Below one sequence a device, shapes would be uneven.
     smallest = batch_divisor(mesh)
     sizes = dict.fromkeys(size for size in (rows // 2, smallest) if smallest <= size < rows)
     return [Change(settings={"eval.batch_size": size}) for size in sizes] + _mesh_changes(mesh)
@@ -237,12 +247,14 @@ def evaluation_changes(experiment: Experiment, mesh: Mesh, *, is_resumed: bool =
 def _mesh_changes(mesh: Mesh) -> list[Change]:
     """Return meshes of the same devices that shard the parameters over more of them."""
     sizes = dict(mesh.shape)
-    found = []
+    changes = []
+    # Replicas of the parameters are what a data axis costs; under fsdp each device holds its shard alone.
     if sizes["data"] > 1:
-        found.append({"data": 1, "fsdp": sizes["fsdp"] * sizes["data"]})
+        changes.append({"data": 1, "fsdp": sizes["fsdp"] * sizes["data"]})
+    # Half of an axis of sequences becomes tensor parallelism, which shards activations too.
     for axis in ("data", "fsdp"):
         if sizes[axis] % 2 == 0:
-            found.append({axis: sizes[axis] // 2, "tensor": sizes["tensor"] * 2})
+            changes.append({axis: sizes[axis] // 2, "tensor": sizes["tensor"] * 2})
             break
     return [
         Change(
@@ -250,7 +262,7 @@ def _mesh_changes(mesh: Mesh) -> list[Change]:
                 f"mesh.{axis}": size for axis, size in (sizes | change).items() if size > 1 or axis in change
             }
         )
-        for change in found
+        for change in changes
     ]
 
 
@@ -341,6 +353,7 @@ def advise(
     seconds: float = ADVICE_SECONDS,
 ) -> Advice:
     """Compile the step as it is and with one change after the other, until `seconds` have passed."""
+    # A program may compile for a minute, so there is a limit of time; the likeliest changes come first.
     started = time.monotonic()
     measured = functools.partial(_measured, measure, vocab_size=vocab_size, mesh=mesh)
     needed = measured(experiment)

@@ -1,7 +1,7 @@
-"""What a compiled program sends between devices, read from its text: loops count as often as they run.
+"""Bytes that a compiled program sends between devices, read from its text: loops count as often as they run.
 
     compiled = jax.jit(step).lower(state, batch).compile()      # also for devices that are not here
-    sum(one.sent_bytes for one in collectives(compiled.as_text()))
+    sum(collective.sent_bytes for collective in collectives(compiled.as_text()))
 
 Bytes are those that a device sends when the collective goes round a ring, which is what all of them cost at
 least where every device has all the others' data to take in: an all-gather of n shards sends n - 1 of them, a
@@ -41,7 +41,7 @@ _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{(?P<names
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collective:
-    """One place where a program sends."""
+    """A place in a program where devices send."""
 
     kind: str  # one of KINDS
     sent_bytes: float  # by a device, in all of the times
@@ -51,35 +51,37 @@ class Collective:
 
 
 def collectives(text: str) -> list[Collective]:
-    """The collectives of an optimised HLO program, those of loops multiplied.
+    """Return the collectives of an optimised HLO program, those of loops multiplied.
 
     Raises:
-      ValueError: a loop that sends has a number of rounds which the program does not say.
+      ValueError: the number of rounds of a loop that sends is not part of the program.
     """
     programs, entry = _computations(text)
     times = _times(programs, entry)
-    found = []
+    sends = []
     for computation, lines in programs.items():
         for line in lines:
             operation = _OPERATION.match(line)
+            # An asynchronous collective is a pair of operations, of which the start has the shapes.
             kind = None if operation is None else operation["name"].removesuffix("-start")
             if operation is None or kind not in KINDS or not times[computation]:
                 continue
             if not math.isfinite(times[computation]):
                 raise ValueError(f"{kind} in {computation}: how often its loop runs is not known")
-            found.append(
+            sends.append(
                 _collective(
                     kind, operation["type"], line, times=int(times[computation]), computation=computation
                 )
             )
-    return [one for one in found if one.group_size > 1]
+    # A group of one device, as on a mesh axis of size 1, sends nothing.
+    return [collective for collective in sends if collective.group_size > 1]
 
 
 def _collective(kind: str, result: str, line: str, *, times: int, computation: str) -> Collective:
     arrays = [_bytes(array) for array in _ARRAY.finditer(result)]
-    if (
-        f"{kind}-start(" in line
-    ):  # its result holds operands too: in the first half, and for a permutation two counters at the end
+    # The result of a start holds the operands too: in the first half. That of a permutation has two counters
+    # at the end.
+    if f"{kind}-start(" in line:
         arrays = (
             arrays[:1]
             if kind == "collective-permute"
@@ -90,20 +92,23 @@ def _collective(kind: str, result: str, line: str, *, times: int, computation: s
     size = sum(arrays)
     group = 2 if kind == "collective-permute" else _group_size(line)
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+        # On TPU a reduce-scatter is one operation of this name: each device keeps its part of the sum.
         kind = "reduce-scatter"
-        size = size / group  # of which each device then keeps its part: one operation on TPU
+        size = size / group
+    # Bytes sent around a ring, over the bytes of the result (Patarasuk & Yuan, "Bandwidth optimal all-reduce
+    # algorithms for clusters of workstations", 2009).
     rounds = {
         "all-gather": (group - 1) / group,
         "all-reduce": 2 * (group - 1) / group,
         "reduce-scatter": group - 1.0,
     }
-    share = rounds.get(
+    fraction = rounds.get(
         kind, 1.0 if kind in ("collective-permute", "collective-broadcast") else (group - 1) / group
     )
     source = re.search(r'op_name="([^"]*)"', line)
     return Collective(
         kind=kind,
-        sent_bytes=size * share * times,
+        sent_bytes=size * fraction * times,
         times=times,
         group_size=group,
         source=source[1] if source else "",
@@ -117,7 +122,8 @@ def _bytes(array: re.Match[str]) -> float:
 
 
 def _group_size(line: str) -> int:
-    """Devices per group, from any of the three ways in which groups are written."""
+    """Return the devices per group, from any of the three ways in which groups are written."""
+    # As lists of devices, as [groups, devices per group], or as axes of a mesh: it depends on XLA's version.
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return listed[1].count(",") + 1
     if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
@@ -129,7 +135,7 @@ def _group_size(line: str) -> int:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation by its name, and the name of the first one that runs."""
+    """Return the lines of each computation by its name, and the name of the entry computation."""
     programs: dict[str, list[str]] = {}
     entry = ""
     current = None
@@ -138,7 +144,8 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
             current = header["name"]
             programs[current] = []
             entry = current if line.startswith("ENTRY") else entry
-        elif line == "}":  # alone: within a computation there may be the text of a kernel
+        # Alone on its line: within a computation there may be the text of a kernel, with braces of its own.
+        elif line == "}":
             current = None
         elif current is not None:
             programs[current].append(line)
@@ -147,7 +154,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _times(programs: dict[str, list[str]], entry: str) -> dict[str, float]:
-    """How often each computation runs; infinity where nobody says."""
+    """Return how often each computation runs; infinity where the program does not have the number."""
     calls: dict[str, list[tuple[str, float]]] = collections.defaultdict(list)
     for name, lines in programs.items():
         for line in lines:
@@ -155,15 +162,18 @@ def _times(programs: dict[str, list[str]], entry: str) -> dict[str, float]:
             rounds = (
                 _rounds(line, programs) if operation is not None and operation["name"] == "while" else 1.0
             )
-            called = [found["name"] for found in _CALLED.finditer(line)]
+            called = [match["name"] for match in _CALLED.finditer(line)]
             called += [
                 branch.strip(" %")
-                for found in _BRANCHES.finditer(line)
-                for branch in found["names"].split(",")
+                for match in _BRANCHES.finditer(line)
+                for branch in match["names"].split(",")
             ]
-            calls[name] += [(one, rounds) for one in called if one in programs]
+            calls[name] += [
+                (name_of_called, rounds) for name_of_called in called if name_of_called in programs
+            ]
     times: dict[str, float] = collections.defaultdict(float)
 
+    # A computation may be called from several places, so counts add up along every path from the entry.
     def run(name: str, count: float) -> None:
         times[name] += count
         for called, rounds in calls[name]:
@@ -174,11 +184,10 @@ def _times(programs: dict[str, list[str]], entry: str) -> dict[str, float]:
 
 
 def _rounds(line: str, programs: dict[str, list[str]]) -> float:
-    """Rounds of a while loop: as the compiler noted, or what its condition compares a counter from zero
-    with.
-    """
+    """Return the rounds of a while loop: the compiler's note, or the limit in its condition."""
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
         return float(noted[1])
+    # Loops of `lax.scan` count from zero up to the one constant that their condition compares with.
     condition = re.search(r"condition=%([^\s,]+)", line)
     lines = programs.get(condition[1], []) if condition else []
     limits = [

@@ -33,7 +33,7 @@ class InitConfig(abc.ABC):
 
     @abc.abstractmethod
     def source(self) -> Path | None:
-        """A directory with a model to start from, or None for fresh parameters."""
+        """Return a directory with a model to start from, or None for fresh parameters."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,18 +41,18 @@ class Scratch(InitConfig):
     """Freshly initialised parameters."""
 
     def source(self) -> Path | None:
-        """None: nothing is read."""
+        """Return None: nothing is read."""
         return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FromModel(InitConfig):
-    """The parameters of another run, or of an imported model; optimizer, step and data order start from scratch."""
+    """The parameters of another run or of an imported model; all else starts from scratch."""
 
     path: str  # run directory, or directory of an imported model
 
     def source(self) -> Path | None:
-        """The directory."""
+        """Return the directory."""
         return Path(self.path)
 
 
@@ -79,7 +79,7 @@ class FromTeacherLayers(InitConfig):
             raise ValueError(f"init.every must be at least 1, got {self.every}")
 
     def source(self) -> Path | None:
-        """The teacher's directory."""
+        """Return the teacher's directory."""
         return Path(self.path)
 
 
@@ -108,7 +108,7 @@ class EvalConfig:
             raise ValueError(f"eval.overlap must be at least 0, got {self.overlap}")
 
     def windows_overlap(self, sequence_length: int) -> int:
-        """The overlap of windows of this length."""
+        """Return the overlap of windows of this length."""
         return default_overlap(sequence_length) if self.overlap is None else self.overlap
 
 
@@ -153,6 +153,7 @@ class Experiment:
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
 
+    # Checks of one part alone are in that part. These are between parts, so they are made here.
     def __post_init__(self) -> None:
         if self.data.sequence_length > self.model.context_length:
             raise ValueError(
@@ -177,6 +178,7 @@ def with_absolute_paths(experiment: Experiment) -> Experiment:
     Its run can then be read from any directory.
     """
 
+    # Links are not resolved, so that a resumed run follows a link whose target has moved.
     def absolute(path: str) -> str:
         return str(Path(path).expanduser().absolute())
 
@@ -204,7 +206,9 @@ def with_absolute_paths(experiment: Experiment) -> Experiment:
 
 
 def taught_by(path: Path, experiment: Experiment) -> Experiment:
-    """Return the experiment with this teacher, a run or an imported model; other settings of distillation stay.
+    """Return the experiment with this teacher, a run or an imported model.
+
+    Other settings of distillation stay.
 
     A student that begins as its teacher's layers begins as this one's. The tokenizer is taken too, unless the
     student begins as another model, whose own must then have the same tokens.
@@ -224,6 +228,7 @@ def taught_by(path: Path, experiment: Experiment) -> Experiment:
     experiment = dataclasses.replace(
         experiment, objective=dataclasses.replace(experiment.objective, distill=distill)
     )
+    # Distillation compares token by token, so a student without parameters takes the teacher's tokenizer.
     if isinstance(init := experiment.init, FromModel):
         return experiment
     init = dataclasses.replace(init, path=str(path)) if isinstance(init, FromTeacherLayers) else init
@@ -231,7 +236,7 @@ def taught_by(path: Path, experiment: Experiment) -> Experiment:
 
 
 def with_divergence(experiment: Experiment, divergence: Divergence) -> Experiment:
-    """The experiment with another divergence from its teachers. Raises ValueError if it has none."""
+    """Return the experiment with another divergence from its teachers. Raises ValueError if it has none."""
     distill = experiment.objective.distill
     if distill is None:
         raise ValueError(
@@ -260,18 +265,18 @@ def read_experiment(run_dir: Path) -> Experiment:
 def starting_from(run_dir: Path, experiment: Experiment | None) -> Experiment:
     """Return the experiment with the parameters and the tokenizer of a run or an imported model.
 
-    Without an experiment it is that of the run itself. An imported model comes with its architecture, which takes the place of the experiment's; how it is
-    computed stays.
+    Without an experiment it is that of the run itself. The architecture of an imported model replaces that of
+    the experiment; its precision, remat and dropout stay those of the experiment.
     """
     if safetensors_files.is_imported(run_dir):
         if experiment is None:
             raise ValueError(
                 f"{run_dir} is an imported model, which has no experiment of its own: name one, whose data "
-                "and optimizer it is trained "
-                f"with, as in `slmjax train nano --init-from {run_dir}`"
+                f"and optimizer it is trained with, as in `slmjax train nano --init-from {run_dir}`"
             )
         how = {name: getattr(experiment.model, name) for name in ("precision", "remat", "dropout")}
         experiment = dataclasses.replace(experiment, model=dataclasses.replace(read_config(run_dir), **how))
+    # Parameters mean something only with the tokenizer that they were trained with, so it comes with them.
     base = read_experiment(run_dir) if experiment is None else experiment
     return dataclasses.replace(
         base, init=FromModel(path=str(run_dir)), tokenizer=FileTokenizer(path=str(run_dir / "tokenizer"))

@@ -1,4 +1,4 @@
-"""Metrics of a step: means of the batch, gradient norms by layer, loads of experts, and their names in the log.
+"""Metrics of a step, such as means of the batch and gradient norms by layer, and their names in the log.
 
 Dims: B sequences of the global batch, G groups of parameters.
 """
@@ -32,15 +32,16 @@ def step_metrics(
     grad_norms: Float[Array, " G"],
     learning_rate: Float[Array, ""],
 ) -> dict[str, Any]:
-    """Return the metrics of a step: float32 scalars of the global batch unless said otherwise.
+    """Return the metrics of a step: float32 scalars of the global batch where no other type is given.
 
     `loss` (nats per scored token, NaN without one), `objective` (with auxiliary terms), `grad_norm` (before
-    clipping), `learning_rate`, `accuracy`, `nll`, `targets`, `bytes`, `tokens`; `trained_targets` (0 in a skipped
-    step); `skipped` (so far, int32) and `skipped_in_a_row`; of mixtures of experts `dropped` and
-    `expert_imbalance` (the busiest expert's load over the mean, averaged over layers); in distillation the mean
-    `divergence`. `data_checksum` is an integer. `grad_norms` and `expert_loads` are arrays, which `named_metrics`
-    names.
+    clipping), `learning_rate`, `accuracy`, `nll`, `targets`, `bytes`, `tokens`; `trained_targets` (0 in a
+    skipped step); `skipped` (so far, int32) and `skipped_in_a_row`; of mixtures of experts `dropped` and
+    `expert_imbalance` (the busiest expert's load over the mean, averaged over layers); in distillation the
+    mean `divergence`. `data_checksum` is an integer. `grad_norms` and `expert_loads` are arrays, which
+    `named_metrics` names.
     """
+    # NaN, not 0, for a batch without a target: a loss of 0 would look like a perfect one.
     num_targets = jnp.where(totals["targets"] == 0, jnp.nan, totals["targets"])
     metrics: dict[str, Any] = {
         "loss": sums["nll"] / num_targets,
@@ -59,6 +60,7 @@ def step_metrics(
         if key in sums:
             metrics[name] = sums[key] / num_targets
     loads = {name: value for name, value in sums.items() if name.endswith("/expert_counts")}
+    # Layers are compared with themselves: one dead router must show where all others are balanced.
     if loads:
         imbalances = [
             jnp.mean(jnp.max(load, axis=-1) / jnp.maximum(jnp.mean(load, axis=-1), 1e-9))
@@ -74,11 +76,12 @@ def step_metrics(
 def data_checksum(row_ids: Int[Array, " B"]) -> UInt32[Array, ""]:
     """Return a checksum of which sequence has which position in the global batch.
 
-    It is the sum of a hash of each pair, modulo 2**32. Integers add up to the same in any order, so it does not
-    depend on how the batch is sharded. The hash is the finaliser of MurmurHash3 (Appleby, public domain).
+    It is the sum of a hash of each pair, modulo 2**32. Integers add up to the same in any order, so it does
+    not depend on how the batch is sharded. The hash is the finaliser of MurmurHash3 (Appleby, public domain).
     """
     positions = jnp.arange(row_ids.shape[0], dtype=jnp.uint32)
     bits = row_ids.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + positions * jnp.uint32(0x85EBCA77)
+    # The position is part of the hash: the same sequences in another order are another batch.
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
     return jnp.sum(bits ^ (bits >> 16), dtype=jnp.uint32)
@@ -97,6 +100,7 @@ def gradient_groups(config: ModelConfig, paths: Iterable[str]) -> GradientGroups
     """Return the groups of a model with these parameters, by stack path. Computed once, before the step."""
     names = group_names(config)
     indices: dict[str, int | tuple[int, ...]] = {}
+    # Indices are found before the step is traced, so that the compiled program has constants.
     for path in paths:
         layers = layer_indices(config, path)
         if layers is None:
@@ -131,8 +135,8 @@ def gradient_norms(grads: Params, groups: GradientGroups) -> Float[Array, " G"]:
 def named_metrics(config: ModelConfig, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Return metrics that came from the device as plain numbers, under their names in the log.
 
-    `grad_norms` become one per group (their squares add up to that of `grad_norm`); `expert_loads` become each
-    layer's fractions, which add up to 1.
+    `grad_norms` become one per group (their squares add up to that of `grad_norm`); `expert_loads` become
+    each layer's fractions, which add up to 1.
     """
     named: dict[str, Any] = {
         name: value.item() for name, value in metrics.items() if name not in ("grad_norms", "expert_loads")

@@ -1,8 +1,7 @@
 """Optimizers and learning-rate schedules: `OptimConfig` to an optax chain over a flat dict of parameters.
 
     optimizer = make_optimizer(config, params, total_steps=1000)   # an optax.GradientTransformation
-    state = optimizer.init(params)                                 # params:
-    {"segments/0/blocks/0/mixer/query/weight": ...}
+    state = optimizer.init(params)       # params: {"segments/0/blocks/0/mixer/query/weight": ...}
 
 The chain is: clip the global norm, transform every parameter by the optimizer of its group, add the decoupled
 weight decay, scale by the learning rate. So a parameter moves by `-learning_rate * (direction + weight_decay
@@ -90,7 +89,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         positive = ("lr", "muon_lr", "muon_iterations", "accumulation_steps", "max_consecutive_skips", "eps")
         at_least_zero = ("warmup_steps", "weight_decay")
-        for names, holds, wanted in (
+        for names, holds, condition in (
             (positive, lambda value: value > 0, "greater than 0"),
             (at_least_zero, lambda value: value >= 0, "0 or greater"),
             (("min_lr_ratio", "decay_fraction"), lambda value: 0 <= value <= 1, "between 0 and 1"),
@@ -98,7 +97,7 @@ class OptimConfig:
         ):
             for name in names:
                 if not holds(value := getattr(self, name)):
-                    raise ValueError(f"optim.{name} is {value}: it must be {wanted}")
+                    raise ValueError(f"optim.{name} is {value}: it must be {condition}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas are {self.betas}: each must be at least 0 and below 1")
         if self.scale_lr is not None and self.scale_lr <= 0:
@@ -115,6 +114,7 @@ class OptimConfig:
             )
         for name in ("no_decay", "muon_exclude"):
             for pattern in getattr(self, name):
+                # Compiled here, because patterns are first matched after the data is prepared.
                 try:
                     re.compile(pattern)
                 except re.error as error:
@@ -127,11 +127,11 @@ class OptimConfig:
 def learning_rate(
     config: OptimConfig, step: int | Int[Array, "..."], *, total_steps: int
 ) -> Float[Array, "..."]:
-    """The learning rate of the update with this number (the first is 0), of all parameters that Muon does not
-    take.
+    """Return the learning rate of an update, for parameters that Muon does not take.
 
-    It rises as (step + 1) / (warmup_steps + 1), so that no update is wasted at zero, is at its peak at
-    `warmup_steps`, and reaches its minimum at `total_steps`, one past the last update; it stays there.
+    The first update has number 0. The rate rises as (step + 1) / (warmup_steps + 1), so that no update is
+    wasted at zero, is at its peak at `warmup_steps`, and reaches its minimum at `total_steps`, one past the
+    last update; it stays there.
 
     Raises:
       ValueError: warm-up (and decay, for wsd) do not fit into `total_steps`.
@@ -150,12 +150,13 @@ def learning_rate(
     elif config.schedule is Schedule.CONSTANT:
         schedule = optax.constant_schedule(config.lr)
     else:
+        # WSD (Hu et al., https://arxiv.org/abs/2404.06395): the rate is constant, so a run can be extended
+        # until its decay begins. The decay is at the end, whatever the length of the run.
         decay = max(1, round(config.decay_fraction * total_steps))
         if decay > after_warmup:
             raise ValueError(
                 f"optim.decay_fraction {config.decay_fraction} of {total_steps} steps and {warmup} steps of "
-                "warm-up are more "
-                "than the run has: lower optim.decay_fraction or optim.warmup_steps"
+                "warm-up are more than the run has: lower optim.decay_fraction or optim.warmup_steps"
             )
         schedule = optax.linear_schedule(config.lr, end, decay, transition_begin=after_warmup - decay)
     if warmup:
@@ -165,9 +166,7 @@ def learning_rate(
 
 
 def cooldown_step(config: OptimConfig, *, total_steps: int) -> int | None:
-    """The step from which the learning rate of a wsd schedule falls; None for schedules that have no such
-    step.
-    """
+    """Return the step from which the learning rate of a wsd schedule falls; None for other schedules."""
     if config.schedule is not Schedule.WSD:
         return None
     return total_steps - max(1, round(config.decay_fraction * total_steps))
@@ -183,14 +182,17 @@ class Group:
 
 
 def parameter_groups(config: OptimConfig, params: Mapping[str, Any]) -> dict[str, Group]:
-    """The optimizer and weight decay of every parameter; `params` need only have `.shape`."""
+    """Return the optimizer and weight decay of every parameter; `params` need only have `.ndim`."""
     return {path: _group(config, path, leaf.ndim - _num_stacked_dims(path)) for path, leaf in params.items()}
 
 
 def _group(config: OptimConfig, path: str, num_dims: int) -> Group:
     optimizer = config.kind
     if optimizer is Optimizer.MUON and (num_dims != 2 or _matches(config.muon_exclude, path)):
+        # Muon orthogonalises a matrix between two hidden spaces. Vectors have no such form, and embedding and
+        # head map tokens, for which its author recommends AdamW.
         optimizer = Optimizer.ADAMW
+    # Norm scales and biases are vectors: decay would only drive scales to 0.
     decays = num_dims >= 2 and not _matches(config.no_decay, path)
     return Group(optimizer=optimizer, weight_decay=config.weight_decay if decays else 0.0)
 
@@ -200,9 +202,7 @@ def _matches(patterns: tuple[str, ...], path: str) -> bool:
 
 
 def _num_stacked_dims(path: str) -> int:
-    """Leading dims that count parameters rather than being dims of one: layers of a segment, experts of a
-    layer.
-    """
+    """Return the number of leading dims that count parameters: layers of a segment, experts of a layer."""
     return path.startswith("segments/") + ("/experts/" in path and not is_activation_quantizer_param(path))
 
 
@@ -210,7 +210,7 @@ def _num_stacked_dims(path: str) -> int:
 def make_optimizer(
     config: OptimConfig, params: Mapping[str, Any], *, total_steps: int
 ) -> optax.GradientTransformation:
-    """The optimizer of these parameters.
+    """Return the optimizer of these parameters.
 
     Its state holds, next to one counter of updates, a dict from parameter path to that parameter's state, in
     which each leaf of a stacked parameter has the layer dim first (a counter too). Gradients are dicts with
@@ -230,6 +230,7 @@ def make_optimizer(
 
     def transform(path: str, group: Group) -> optax.GradientTransformation:
         if is_sign(path):
+            # Signs of scales are not trained: after an update they would be other values than -1 and 1.
             return optax.set_to_zero()
         stacked = _stacked(_direction(config, group), num_dims=_num_stacked_dims(path))
         return (
@@ -239,6 +240,9 @@ def make_optimizer(
         )
 
     transforms = {path: transform(path, group) for path, group in groups.items()}
+    # Clipping comes first, so that moments see the clipped gradient (Pascanu et al.,
+    # https://arxiv.org/abs/1211.5063). Its norm is that of all parameters: the direction of the gradient
+    # stays.
     return optax.chain(
         optax.identity() if config.grad_clip is None else optax.clip_by_global_norm(config.grad_clip),
         _each_parameter(transforms),
@@ -247,15 +251,14 @@ def make_optimizer(
 
 
 def restarted(optimizer: optax.GradientTransformation, state: Any, params: Mapping[str, Array]) -> Any:
-    """Return the state of `make_optimizer`'s optimizer with moments as they begin; the schedule continues where
-    it was.
-    """
+    """Return the state of `make_optimizer`'s optimizer with fresh moments; its schedule continues."""
+    # The last part of the chain's state counts updates, for the learning rate.
     fresh: Any = optimizer.init(params)
     return (*fresh[:-1], state[-1])
 
 
 def _times(transform: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
-    """`transform` with updates times a factor, and the same state."""
+    """Return `transform` with its updates times a factor, and the same state."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         direction: Any
@@ -266,13 +269,14 @@ def _times(transform: optax.GradientTransformation, factor: float) -> optax.Grad
 
 
 def _direction(config: OptimConfig, group: Group) -> optax.GradientTransformation:
-    """What one unstacked parameter moves against, before the learning rate: the optimizer's direction and
-    weight decay.
-    """
+    """Return the direction of one unstacked parameter, weight decay included, before the learning rate."""
+    # Decoupled decay (AdamW, https://arxiv.org/abs/1711.05101): it is added after the moments, so that it
+    # does not depend on the size of the gradient.
     decay = optax.add_decayed_weights(group.weight_decay) if group.weight_decay else optax.identity()
     beta1, beta2 = config.betas
     if group.optimizer is Optimizer.ADAMW:
         return optax.chain(optax.scale_by_adam(beta1, beta2, eps=config.eps), decay)
+    # Lion (https://arxiv.org/abs/2302.06675) moves by signs, so its rate is 3 to 10 times below AdamW's.
     if group.optimizer is Optimizer.LION:
         return optax.chain(optax.scale_by_lion(beta1, beta2), decay)
     if group.optimizer is Optimizer.ADAFACTOR:
@@ -284,21 +288,22 @@ def _direction(config: OptimConfig, group: Group) -> optax.GradientTransformatio
             optax.scale_by_param_block_rms(),
             decay,
         )
-    # The chain ends with AdamW's learning rate.
+    # The whole chain ends with AdamW's learning rate, so the ratio of both rates makes up for the difference.
     return optax.chain(
         _muon(config), _scale_by_aspect_ratio(), decay, optax.scale(config.muon_lr / config.lr)
     )
 
 
 def _muon(config: OptimConfig) -> optax.GradientTransformation:
-    """Orthogonalised Nesterov momentum of a matrix, by Newton-Schulz iterations (Jordan,
-    https://kellerjordan.github.io/posts/muon).
+    """Orthogonalised Nesterov momentum of a matrix, by Newton-Schulz iterations.
+
+    The published rule (Jordan, https://kellerjordan.github.io/posts/muon):
 
         m <- beta m + (1 - beta) g;   d = beta m + (1 - beta) g;   NS(d / (|d| + 1e-7))
 
     Orthogonalisation takes all scale from d. So optax's bias correction, which divides m by 1 - beta**(t + 1)
-    and g by 1 - beta**t, only gives the gradient of early steps more weight relative to the momentum. State and
-    checkpoints are the same with it and without.
+    and g by 1 - beta**t, only gives the gradient of early steps more weight relative to the momentum. State
+    and checkpoints are the same with it and without.
     """
     beta = config.muon_momentum
     numbers = contrib.MuonDimensionNumbers()
@@ -307,7 +312,8 @@ def _muon(config: OptimConfig) -> optax.GradientTransformation:
     )
     if config.muon_bias_correction:
         return corrected
-    # Without momentum optax's Muon is the orthogonalisation alone.
+    # Without momentum optax's Muon is the orthogonalisation alone, so its tested coefficients serve both
+    # rules.
     orthogonalize = contrib.scale_by_muon(
         beta=0.0, nesterov=False, ns_steps=config.muon_iterations, eps=1e-7, weight_dimension_numbers=numbers
     )
@@ -316,6 +322,7 @@ def _muon(config: OptimConfig) -> optax.GradientTransformation:
         del params
         momentum = beta * state.mu + (1 - beta) * updates
         direction = beta * momentum + (1 - beta) * updates
+        # The inner state is not kept: without momentum it has no effect on the result.
         result, _ = orthogonalize.update(direction, orthogonalize.init(direction))
         return result, state._replace(count=optax.safe_increment(state.count), mu=momentum)
 
@@ -323,9 +330,7 @@ def _muon(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def _scale_by_aspect_ratio() -> optax.GradientTransformation:
-    """Times sqrt(max(1, outputs / inputs)) of a weight [inputs, outputs]: equal changes of the output at
-    every width.
-    """
+    """Scale updates [inputs, outputs] by sqrt(max(1, outputs / inputs)), for equal changes at all widths."""
 
     def scale(update: Any, _: Any) -> Array:
         inputs, outputs = update.shape
@@ -335,7 +340,7 @@ def _scale_by_aspect_ratio() -> optax.GradientTransformation:
 
 
 def _stacked(transform: optax.GradientTransformation, *, num_dims: int) -> optax.GradientTransformation:
-    """`transform` of a single array, mapped over the leading dims that count parameters, in float32."""
+    """Return `transform` of an array, mapped over the leading dims that count parameters, in float32."""
 
     def init(params: Any) -> Any:
         return transform.init(params.astype(jnp.promote_types(params.dtype, jnp.float32)))
@@ -344,6 +349,7 @@ def _stacked(transform: optax.GradientTransformation, *, num_dims: int) -> optax
         dtype = jnp.promote_types(params.dtype, jnp.float32)
         return transform.update(updates.astype(dtype), state, params.astype(dtype))
 
+    # Mapped, so that norms and factored moments are those of each matrix, not of the stack.
     for _ in range(num_dims):
         init = jax.vmap(init)
         update = jax.vmap(update)

@@ -1,4 +1,4 @@
-"""The compiled programs of an experiment: the train step, the evaluation step, and the shapes of the state."""
+"""The compiled programs of an experiment: train step, evaluation step, and the shapes of the state."""
 
 import dataclasses
 import functools
@@ -37,6 +37,7 @@ def teacher_plans(
       ValueError: a teacher does not fit the student, its data or its mesh.
     """
     distill = experiment.objective.distill
+    # A divergence without weight needs no teacher, so none is loaded: an arm of a study may set it to 0.
     if distill is None or distill.weight.is_zero:
         return ()
     teacher_mesh = mesh
@@ -78,6 +79,7 @@ def make_programs(
     Raises:
       ValueError: the settings do not fit each other or the mesh.
     """
+    # Cheap checks come first: a definition traces the whole model.
     check_rows(experiment, mesh)
     model = resolved_model(experiment, vocab_size=vocab_size)
     phases = resolved_phases(experiment)
@@ -85,6 +87,7 @@ def make_programs(
     inference = define_quantized(inference_config(model), phases, step=step)
     quant = experiment.quant
     steps = experiment.run.steps
+    # Before the first phase nothing is quantized, and the step is the plain one.
     quant_schedule = None
     if quant is not None and phase_of(definition) is not None:
         quant_schedule = quant_schedule_of(quant, first_step=phases[0].step, total_steps=steps)
@@ -102,6 +105,7 @@ def make_programs(
         quant_schedule=quant_schedule,
     )
     loss_config = None if objective.distill is None else objective.distill.loss_config
+    # Layers may compute in another way at inference, with the same parameters (`FfnConfig.for_inference`).
     return Programs(
         definition=definition,
         inference=inference,
@@ -118,6 +122,7 @@ def make_programs(
 
 def resolved_model(experiment: Experiment, *, vocab_size: int) -> ModelConfig:
     """Return the model of an experiment with a tokenizer of this size."""
+    # A model may have more rows than the tokenizer has tokens, as imported ones do; never fewer (`set_up`).
     model = experiment.model
     return dataclasses.replace(model, vocab_size=model.vocab_size or vocab_size)
 
@@ -136,13 +141,15 @@ def resolved_phases(experiment: Experiment) -> tuple[QuantPhase, ...]:
 
 
 def check_rows(experiment: Experiment, mesh: Mesh) -> None:
-    """Raise ValueError where the sequences of a batch cannot be split evenly over devices and microbatches."""
+    """Raise ValueError where a batch cannot be split evenly over devices and microbatches."""
+    # Every device must have the same number of sequences of every microbatch: shapes of a program are static.
     divisor = batch_divisor(mesh)
     parts = divisor * experiment.optim.accumulation_steps
     if experiment.data.batch_size % parts:
         raise ValueError(
-            f"data.batch_size={experiment.data.batch_size} must be a multiple of {parts}: sequences are sharded "
-            f"over {divisor} device(s) and split into {experiment.optim.accumulation_steps} microbatch(es)"
+            f"data.batch_size={experiment.data.batch_size} must be a multiple of {parts}: sequences are "
+            f"sharded over {divisor} device(s) and split into {experiment.optim.accumulation_steps} "
+            "microbatch(es)"
         )
     batch_size = experiment.eval.batch_size
     if batch_size is not None and batch_size % divisor:

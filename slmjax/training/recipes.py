@@ -26,6 +26,7 @@ def nano() -> Experiment:
         model=zoo.nano(),
         data=DataConfig(sequence_length=256, batch_size=8, heldout_fraction=0.03),
         tokenizer=BpeTokenizer(vocab_size=4096),
+        # Tuned by experiments/nano_tuning.py; experiments/LOG.md has the results.
         optim=OptimConfig(
             kind=Optimizer.MUON,
             muon_lr=0.01,
@@ -41,9 +42,7 @@ def nano() -> Experiment:
 
 
 def shakespeare_char() -> Experiment:
-    """The well-known CPU setting of character models; `--data.path FILE` gives it the text it is named
-    for.
-    """
+    """The well-known CPU setting of character models, for the text that `--data.path FILE` names."""
     return Experiment(
         model=zoo.shakespeare_char(),
         data=DataConfig(
@@ -51,6 +50,7 @@ def shakespeare_char() -> Experiment:
             batch_size=12,
             split=Split.TAIL,
             heldout_fraction=0.1,
+            # One text without documents: rows are cut anywhere, as in the original.
             packing=Packing.CONCATENATE,
         ),
         tokenizer=CharTokenizer(),
@@ -64,7 +64,7 @@ BUILT_IN: Mapping[str, Callable[[], Experiment]] = {"nano": nano, "shakespeare_c
 
 
 def load_experiment(name: str) -> Experiment:
-    """The experiment of a built-in name or of a Python file; the file's code is run.
+    """Return the experiment of a built-in name or of a Python file; the file's code is run.
 
     Raises:
       ValueError: there is no such name or file, or the file has no `experiment()` that returns an Experiment.
@@ -75,23 +75,21 @@ def load_experiment(name: str) -> Experiment:
     if path.suffix != ".py":
         raise ValueError(
             f"there is no built-in experiment {name!r}.{near_names(name, BUILT_IN)} Built in are "
-            f"{', '.join(BUILT_IN)}; "
-            "a file of your own ends in .py and has `def experiment() -> Experiment`"
+            f"{', '.join(BUILT_IN)}; a file of your own ends in .py and has `def experiment() -> Experiment`"
         )
     build = getattr(run_file(path), "experiment", None)
     with _errors_named(path):
-        found = build() if callable(build) else None
-    if not isinstance(found, Experiment):
+        experiment = build() if callable(build) else None
+    if not isinstance(experiment, Experiment):
         raise ValueError(
             f"{path} needs a function `def experiment() -> Experiment` that returns the experiment, and has "
             "none"
         )
-    return found
+    return experiment
 
 
 def run_file(path: Path) -> ModuleType:
-    """The module that a file's code makes; listed among the imported ones, where dataclasses look up their
-    annotations.
+    """Run a Python file and return its module.
 
     Raises:
       ValueError: there is no such file, or its code fails.
@@ -101,6 +99,7 @@ def run_file(path: Path) -> ModuleType:
         raise ValueError(f"there is no Python file {path}.{near}")
     spec = importlib.util.spec_from_file_location(f"slmjax_experiment_{path.stem}", path)
     assert spec is not None and spec.loader is not None, path
+    # Listed among the imported modules, because dataclasses look up their annotations there.
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     with _errors_named(path):
         spec.loader.exec_module(module)
@@ -109,10 +108,11 @@ def run_file(path: Path) -> ModuleType:
 
 @contextlib.contextmanager
 def _errors_named(path: Path) -> Iterator[None]:
-    """Errors of a file's own code as one message with the place."""
+    """Raise errors of a file's own code as one message with its line."""
     try:
         yield
     except Exception as error:
+        # The last line of the file itself: deeper frames are of libraries that it called.
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if Path(frame.filename).absolute() == path.absolute()]
         place = f", line {lines[-1]}" if lines else ""

@@ -67,7 +67,7 @@ class TrainState:
 
     @property
     def eval_params(self) -> Params:
-        """The parameters that evaluation and sampling use: the average where there is one."""
+        """Parameters for evaluation and sampling: the average where there is one."""
         return self.params if self.ema is None else self.ema
 
 
@@ -81,8 +81,11 @@ def state_shapes(
 ) -> TrainState:
     """Return shapes, dtypes and shardings of the state, without computing anything."""
     fresh = functools.partial(_fresh, definition, optimizer, objective, with_ema)
+    # Shapes alone, so that a model larger than one device can be planned and restored into its shards.
     shapes = jax.eval_shape(fresh, jax.random.key_data(jax.random.key(0)))
     params = definition.params
+    # Moments are sharded like their parameters, which divides the memory of the optimizer by the fsdp axis
+    # (ZeRO, https://arxiv.org/abs/1910.02054). Counters are replicated.
     replicated = functools.partial(jax.tree.map, lambda _: NamedSharding(mesh, PartitionSpec()))
     shardings = dataclasses.replace(
         replicated(shapes),
@@ -104,6 +107,7 @@ def init_state(
     """Return a fresh state, every array created with its sharding."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     fresh = functools.partial(_fresh, definition, optimizer, objective, shapes.ema is not None)
+    # Made under jit with shardings, so that a device computes and stores only its shards.
     return jax.jit(fresh, out_shardings=shardings)(jax.random.key_data(jax.random.key(seed)))
 
 

@@ -1,10 +1,10 @@
 """The one train step: forward pass, loss, gradient and update, compiled as one function.
 
-Everything that a batch contributes is a sum. Counts come from the batch alone, and sums are divided by the counts
-of the whole global batch, so that accumulation, padding and the number of devices never change the loss. A step
-whose loss or gradient is not finite, or whose global batch has no scored target, is skipped on the device:
-parameters, moments, averages and buffers keep their old values, the learning rate schedule does not advance, and
-the skip is counted.
+Everything that a batch contributes is a sum. Counts come from the batch alone, and sums are divided by the
+counts of the whole global batch, so that accumulation, padding and the number of devices never change the
+loss. A step whose loss or gradient is not finite, or whose global batch has no scored target, is skipped on
+the device: parameters, moments, averages and buffers keep their old values, the learning rate schedule does
+not advance, and the skip is counted.
 
 Dims: B batch, T time.
 """
@@ -84,8 +84,8 @@ def train_step(
         )
         (params, damping_loss), vjp_fn = jax.vjp(quantize, state.params)
         loss, sums, grads = value_and_grads(params)
-        # The optimizer updates the parameters before rounding, so the gradient goes back through it. That of the
-        # damping loss, which is not weighted any further, is added.
+        # The optimizer updates the parameters before rounding, so the gradient goes back through it. That of
+        # the damping loss, which is not weighted any further, is added.
         (grads,) = vjp_fn((grads, jnp.ones(())))
         loss = loss + damping_loss
     else:
@@ -166,7 +166,7 @@ def count_targets(batch: Batch) -> dict[str, Float[Array, ""]]:
 
 
 def distill_weights(settings: StepSettings, state: TrainState, key: Array) -> losses.DistillWeights | None:
-    """Loss weights and temperature of distillation, which are schedules of the step."""
+    """Return the loss weights and the temperature of distillation, which are schedules of the step."""
     return distillation.distill_weights_at(
         settings.objective.distill,
         state.step,
@@ -188,7 +188,7 @@ def loss_and_grads(
     teacher_outputs: TeacherOutputs,
     weights: losses.DistillWeights | None,
 ) -> tuple[Array, dict[str, Array], Params]:
-    """Loss, reported sums and gradient of the global batch, accumulated over microbatches.
+    """Return loss, reported sums and gradient of the global batch, accumulated over microbatches.
 
     Args:
       params: as modules compute with them: fake-quantized where they have formats.
@@ -249,7 +249,7 @@ def loss_terms(
     teacher_outputs: Sequence[losses.TeacherOutput] = (),
     weights: losses.DistillWeights | None = None,
 ) -> tuple[dict[str, tuple[Float[Array, ""], str]], dict[str, Array]]:
-    """Return the sums that make up the loss, each with the name of its count, and sums that are only reported.
+    """Return the sums that make up the loss, each with its count's name, and sums that are only reported.
 
     Args:
       params: as modules compute with them (`Definition.transform`).
@@ -300,7 +300,7 @@ def apply_gradients(settings: StepSettings, state: TrainState, grads: Params) ->
     params = jax.tree.map(jnp.add, state.params, updates)
     ema = None
     if settings.optim.ema_decay is not None:
-        # Forgets faster in the first updates, so that the initial weights do not linger in the average.
+        # The decay warms up as (1 + n) / (10 + n), so that the initial weights do not linger in the average.
         num_updates = state.step - state.skipped
         rate = 1.0 - jnp.minimum(settings.optim.ema_decay, (1.0 + num_updates) / (10.0 + num_updates))
         ema = jax.tree.map(lambda old, new: old + rate * (new - old), state.ema, params)
@@ -308,7 +308,7 @@ def apply_gradients(settings: StepSettings, state: TrainState, grads: Params) ->
 
 
 def update_buffers(settings: StepSettings, buffers: Params, sums: Mapping[str, Array]) -> Params:
-    """Router biases after this step's loads; other buffers stay."""
+    """Return the buffers with router biases after this step's loads; other buffers stay."""
     updated = dict(buffers)
     for path in buffers:
         if not path.endswith("/router_bias"):
@@ -323,7 +323,7 @@ def update_buffers(settings: StepSettings, buffers: Params, sums: Mapping[str, A
 def update_objective(
     settings: StepSettings, state: TrainState, sums: Mapping[str, Array], totals: Mapping[str, Array]
 ) -> dict[str, Array]:
-    """The state of the divergence after this step."""
+    """Return the state of the divergence after this step."""
     return distillation.updated_state(
         settings.objective.distill,
         state.objective,
@@ -338,8 +338,9 @@ def keep_if_finite(
 ) -> TrainState:
     """Return the updated state, or the old one where the step is skipped, with the counters advanced.
 
-    A step is skipped where its loss or gradient is not finite, or where its batch has no target: the mean over
-    no target is no loss. Only the first kind counts for `skipped_in_a_row`, by which a run that diverges ends.
+    A step is skipped where its loss or gradient is not finite, or where its batch has no target: the mean
+    over no target is no loss. Only the first kind counts for `skipped_in_a_row`, by which a run that diverges
+    ends.
     """
     is_empty = num_targets == 0
     is_kept = is_finite & ~is_empty
