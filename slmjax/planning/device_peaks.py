@@ -44,7 +44,7 @@ _MEASURED_SECONDS = 0.5  # long enough for a moment without other programs
 
 
 def peak_flops(device: Any, dtype: Any, *, num_devices: int = 1) -> float | None:
-    """Return the peak FLOP/s of `num_devices` devices (jax.Device) in products of this dtype; None if not known."""
+    """Return the peak FLOP/s of devices like this jax.Device in products of this dtype; None if not known."""
     # The devices of a CPU have its cores in common, so that their number does not count.
     if device.platform == "cpu":
         return _measured(jnp.dtype(dtype).name)
@@ -59,7 +59,7 @@ def peak_flops(device: Any, dtype: Any, *, num_devices: int = 1) -> float | None
 
 @functools.cache
 def _measured(dtype: str) -> float:
-    """Return the best FLOP/s of many products on this machine's CPU: what a step can reach, if not the peak on paper."""
+    """Return the best FLOP/s of many products on this machine's CPU, which is below its peak on paper."""
     ones = jax.device_put(
         jnp.ones((_MEASURED_SIZE, _MEASURED_SIZE), dtype), jax.local_devices(backend="cpu")[0]
     )

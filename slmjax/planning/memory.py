@@ -208,14 +208,14 @@ def training_changes(experiment: Experiment, mesh: Mesh, *, is_resumed: bool = F
     factors = [size for size in dict.fromkeys((2, 4, most)) if 1 < size <= most and rows % size == 0]
     parts = {size: {"optim.accumulation_steps": optim.accumulation_steps * size} for size in factors}
     fewer = {Remat.NONE: (Remat.FULL, Remat.DOTS), Remat.DOTS: (Remat.FULL,), Remat.FULL: ()}[model.remat]
-    # Accumulation and remat come first: they change no result but for rounding, and need most time only.
+    # Accumulation and remat come first: results stay the same up to rounding, and they cost only time.
     changes = [Change(settings=parts[size]) for size in factors[:1]]
     if not is_resumed and fewer:
         changes += [Change(settings={"model.remat": fewer[0]})]
         changes += [Change(settings={**parts[most], "model.remat": fewer[0]})] if most > 1 else []
     changes += [Change(settings=parts[size]) for size in factors[1:]]
     changes += _mesh_changes(mesh)
-    # From here on the training itself differs, and the price says how.
+    # From here on the training itself may differ, and the price says how.
     changes.append(Change(settings={"data.batch_size": data.batch_size // 2}, price="a smaller batch"))
     if not is_resumed and model.precision is Precision.FLOAT32:
         changes.append(Change(settings={"model.precision": Precision.BFLOAT16}, price="coarser rounding"))

@@ -123,7 +123,7 @@ def _bytes(array: re.Match[str]) -> float:
 
 def _group_size(line: str) -> int:
     """Return the devices per group, from any of the three ways in which groups are written."""
-    # As lists of devices, as [groups, devices per group], or as axes of a mesh: it depends on XLA's version.
+    # As lists of devices, as [groups, devices per group], or as axes of a mesh.
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return listed[1].count(",") + 1
     if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
@@ -168,9 +168,7 @@ def _times(programs: dict[str, list[str]], entry: str) -> dict[str, float]:
                 for match in _BRANCHES.finditer(line)
                 for branch in match["names"].split(",")
             ]
-            calls[name] += [
-                (name_of_called, rounds) for name_of_called in called if name_of_called in programs
-            ]
+            calls[name] += [(callee, rounds) for callee in called if callee in programs]
     times: dict[str, float] = collections.defaultdict(float)
 
     # A computation may be called from several places, so counts add up along every path from the entry.

@@ -29,6 +29,7 @@ def warn_of_changed_schedules(run: RunDirectory, experiment: Experiment, *, step
       experiment: the settings that it resumes with.
       step: steps that were trained so far.
     """
+    # At step 0 nothing was trained under the old settings, so nothing jumps.
     if step == 0 or not (run.path / "config.json").is_file():
         return
     before = read_experiment(run.path)
@@ -39,19 +40,21 @@ def warn_of_changed_schedules(run: RunDirectory, experiment: Experiment, *, step
 
 
 def schedule_changes(before: Experiment, after: Experiment, *, step: int) -> Iterator[str]:
-    """Yield a sentence for each rate or weight that jumps after so many steps because settings have changed."""
+    """Yield a sentence for each rate or weight that jumps after this step because settings have changed."""
+    # A longer run is the usual reason: schedules are fractions of run.steps, so their
+    # values at a step change.
     steps = f"run.steps={after.run.steps} instead of {before.run.steps}"
     why = steps if after.run.steps != before.run.steps else "the settings it has now"
     rates = _values(before, step)
     new_rates = _values(after, step)
+    # Only a rate that both have can jump.
     for name, rate in rates.items():
         if name not in new_rates or abs(new_rates[name] - rate) <= LARGEST_CHANGE * abs(rate):
             continue
         factor = f" ({new_rates[name] / rate:.3g} times)" if rate else ""
         yield (
             f"{name} at step {step + 1}, the next one, is {new_rates[name]:.3g} with {why}, and {rate:.3g} "
-            "with those the run had"
-            f"{factor}: it jumps there. {_FURTHER.get(name, '')}"
+            f"with those the run had{factor}: it jumps there. {_FURTHER.get(name, '')}"
         ).rstrip()
 
 
@@ -84,6 +87,7 @@ def _values(experiment: Experiment, step: int) -> dict[str, float]:
             f"objective.distill.{name}": float(ramp.at(step, total_steps=total_steps))
             for name, ramp in ramps.items()
         }
+        # TAID adapts its weight to the loss, and the state of that resumes; its lower bound is a schedule.
         if isinstance(distill.divergence, Taid):
             values[_TAID] = min(
                 distill.divergence.end, distill.divergence.min_teacher_weight(step / total_steps)
@@ -118,6 +122,7 @@ def _quantization(quant: QuantConfig, experiment: Experiment, step: int) -> dict
 
 def _changed_settings(before: OptimConfig, after: OptimConfig) -> list[str]:
     """Return the settings that have changed, with both values."""
+    # All fields, so that a setting which is added later cannot be forgotten here.
     names = [field.name for field in dataclasses.fields(OptimConfig)]
     return [
         f"optim.{name}={getattr(after, name)} instead of {getattr(before, name)}"

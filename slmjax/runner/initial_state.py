@@ -1,4 +1,4 @@
-"""The first state of a session: fresh, from a model, from layers of a teacher, or restored from a checkpoint."""
+"""The first state of a session: fresh, from a model, from layers of a teacher, or from a checkpoint."""
 
 import dataclasses
 from pathlib import Path
@@ -34,6 +34,7 @@ def fresh_state(setup: Setup) -> TrainState:
     init = experiment.init
     if (source := init.source()) is None:
         return state
+    # Only parameters and buffers come from elsewhere. Moments and counters are those of a fresh run.
     if isinstance(init, FromTeacherLayers):
         params, buffers = _layers_of(init, state, setup)
     else:
@@ -56,6 +57,7 @@ def _model_of(source: Path, setup: Setup) -> tuple[dict[str, Any], dict[str, Any
         )
     definition = setup.programs.definition
     shapes = setup.programs.shapes
+    # Read into this run's shards, so that no process needs memory for the whole model.
     if not definition.transforms:
         return read_fitted(source, definition.config, shapes.params, shapes.buffers)[1:]
     # The model has no quantizers of this run's: they are added as they begin.
@@ -117,9 +119,11 @@ def restored_state(setup: Setup, checkpointer: Checkpointer) -> tuple[TrainState
     Raises:
       CheckpointError: there are checkpoints, and none is intact.
     """
+    # Damaged checkpoints have been renamed: a run that had some must not begin again at 0 without notice.
     if not checkpointer.steps() and not any(checkpointer.directory.glob("*.bad*")):
         log.warning("%s has no checkpoint yet: beginning at step 0", checkpointer.directory)
         return fresh_state(setup), TokenCount(0)
-    process_zero_first(lambda: check_best(setup, checkpointer))  # it may change what the others read
+    # All processes must restore the same step, so the first one repairs the directory before the others look.
+    process_zero_first(lambda: check_best(setup, checkpointer))
     _, items = checkpointer.restore(setup.item_shapes())
     return TrainState.from_items(items), read_count(items["progress"]["tokens"])

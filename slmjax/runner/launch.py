@@ -1,4 +1,4 @@
-"""The beginning of a session: its directory, what is written there before the first step, and the banner."""
+"""The beginning of a session: the run directory, its first files, and the banner."""
 
 import logging
 import math
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def new_run(experiment: Experiment) -> RunDirectory:
-    """Return a new run directory, made by the first process and known to all.
+    """Return a new run directory, which process 0 makes and all processes use.
 
     Raises:
       ValueError: this process cannot see the directory.
@@ -52,7 +52,8 @@ def new_run(experiment: Experiment) -> RunDirectory:
 
 
 def write_description(setup: Setup, run: RunDirectory, code: str | Path | None) -> None:
-    """Write what makes the run directory self-contained: config, model, data, environment, tokenizer, code."""
+    """Write what makes a run directory self-contained: config, model, data, environment, tokenizer, code."""
+    # Written again by each session: the files describe the settings that the run now has.
     if jax.process_index() != 0:
         return
     run.write_json("config.json", config_io.to_json(setup.experiment))
@@ -61,6 +62,7 @@ def write_description(setup: Setup, run: RunDirectory, code: str | Path | None) 
     run.write_json(provenance.RECORD_FILE, provenance.describe(setup.prepared, setup.experiment.data))
     run.write_json("environment.json", environment())
     setup.prepared.tokenizer.save(run.tokenizer)
+    # On resuming, the file may be the copy itself, and a file cannot be copied onto itself.
     if code is not None and Path(code).resolve() != (run.path / "experiment.py").resolve():
         shutil.copyfile(code, run.path / "experiment.py")
 
@@ -73,6 +75,7 @@ def open_trackers(run: RunDirectory, experiment: Experiment) -> Trackers:
 
 def num_parameters(definition: Definition) -> int:
     """Return the number of trained parameters, without those of quantizers."""
+    # Scales and zero points are part of a number format, so that all formats have models of the same size.
     return sum(
         math.prod(leaf.shape) for path, leaf in definition.params.items() if not is_quantizer_param(path)
     )
@@ -81,7 +84,7 @@ def num_parameters(definition: Definition) -> int:
 def print_banner(
     setup: Setup, run: RunDirectory, source: BatchSource, progress: Progress, first_step: int
 ) -> None:
-    """Print what is trained, on what data, and from which step; log what may surprise about it."""
+    """Print the model, its data and the first step, and log warnings about them."""
     definition = setup.programs.definition
     sizes = {axis: size for axis, size in setup.mesh.shape.items() if size > 1}
     mesh = " x ".join(f"{axis}={size}" for axis, size in sizes.items()) or "1 device"
@@ -98,10 +101,12 @@ def print_banner(
     log.info("documents begin with %s and end with %s", tokens["bos"].text(), tokens["eos"].text())
     if setup.prepared.lost_text:
         log.warning("bits per byte are too low: %s", lost_note(setup.prepared.lost_text))
+    # Each kind of layer once: patterns repeat, and so would their notes.
     ffns = (block.ffn for segment in definition.config.stack for block in segment.pattern)
     notes = (ffn.training_note() for ffn in ffns if isinstance(ffn, MoeConfig))
     for note in dict.fromkeys(filter(None, notes)):
         log.warning("%s", note)
+    # Text that is left out changes the result without an error, so it is a warning.
     for plan, (shards, _) in zip(source.plans, setup.prepared.train, strict=True):
         name = shards.manifest.source_name
         decode = setup.prepared.tokenizer.decode
@@ -141,6 +146,7 @@ class CompilationCache:
         self.requests += event == "/jax/compilation_cache/compile_requests_use_cache"
         self.hits += event == "/jax/compilation_cache/cache_hits"
 
+    # Listeners are those of the whole process, so each session removes its own.
     def __enter__(self) -> "CompilationCache":
         jax.monitoring.register_event_listener(self._count)
         return self

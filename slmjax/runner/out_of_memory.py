@@ -37,9 +37,9 @@ def explaining_out_of_memory(
     is_resumed: bool = False,
     record: Callable[..., None] | None = None,
 ) -> Iterator[None]:
-    """Raise `OutOfMemory` with advice in place of an error that says that memory ran out; let others pass.
+    """Replace an out-of-memory error by `OutOfMemory` with advice; let other errors pass.
 
-    Whoever enters this should hold no arrays: on a GPU the compiler wants the memory.
+    The caller should hold no arrays, because on a GPU the compiler needs their memory.
 
     Args:
       activity: returns "training", "evaluation", or what else the session is doing.
@@ -54,7 +54,9 @@ def explaining_out_of_memory(
             raise
         what = activity()
         advice = _advise(error, setup, activity=what, is_resumed=is_resumed)
+        # The CPU backend has no such statistics.
         available = (setup.mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+        # Recorded before it is raised, so that the log has the reason even where the output of a job is lost.
         if record is not None:
             values = {} if advice is None else advice.record()
             record(
@@ -102,7 +104,8 @@ def _advise(error: BaseException, setup: Setup, *, activity: str, is_resumed: bo
             changes=changes(setup.experiment, setup.mesh, is_resumed=is_resumed),
             seconds=ADVICE_SECONDS,
         )
-    except Exception as other:  # whatever it is, it must not hide what happened
+    # Whatever fails here, it must not hide the error that is to be explained.
+    except Exception as other:
         log.warning("no advice: %s", other)
         return None
     finally:
@@ -111,6 +114,7 @@ def _advise(error: BaseException, setup: Setup, *, activity: str, is_resumed: bo
 
 def _release(error: BaseException | None) -> None:
     """Free the arrays that the frames of an error still name."""
+    # A traceback keeps its frames, and they keep their locals. Clearing them lets the arrays go.
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__

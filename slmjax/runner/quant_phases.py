@@ -3,8 +3,8 @@
     setup = setup_of_phase(setup, 500)              # before a step: the programs of its phase
     state = begin_phase(setup, state, batch)        # calibrates quantizers at the first step of a phase
 
-Each phase has programs of its own. The state keeps its shape from phase to phase, so that a checkpoint of one is
-read in another.
+Each phase has programs of its own. The state keeps its shape from phase to phase, so that a checkpoint of one
+is read in another.
 """
 
 import dataclasses
@@ -39,6 +39,7 @@ def setup_of_phase(setup: Setup, step: int) -> Setup:
     """Return the setup with the programs of the phase that the training step after `step` is in."""
     if not starts_phase(setup, step):
         return setup
+    # Phases are static: a compiled program has fixed formats, so a new phase is a new program.
     vocab_size = setup.programs.definition.config.known_vocab_size
     programs = make_programs(setup.experiment, vocab_size=vocab_size, mesh=setup.mesh, step=step)
     return dataclasses.replace(setup, programs=programs)
@@ -51,6 +52,8 @@ def begin_phase(setup: Setup, state: TrainState, batch: Batch) -> TrainState:
       batch: the placed batch of the next step, on which activation quantizers are calibrated.
     """
     phase = phase_of(setup.programs.definition)
+    # A session that resumes within a phase has its quantizers in the checkpoint, and must not calibrate
+    # again: the run would no longer be bitwise the uninterrupted one.
     if phase is not None and phase.step == int(state.step):
         log.info("step %d: a quantization phase begins", phase.step)
         state = _with_new_quantizers(setup, state, batch)
@@ -63,8 +66,8 @@ def begin_phase(setup: Setup, state: TrainState, batch: Batch) -> TrainState:
 def _with_new_quantizers(setup: Setup, state: TrainState, batch: Batch) -> TrainState:
     """Return the state with the parameters of this phase's quantizers as they begin.
 
-    Those of weights begin as the best scales, those of activations as calibrated. Weights whose format stays keep
-    theirs; activations are calibrated again where the format of any changes.
+    Those of weights begin as the best scales, those of activations as calibrated. Weights whose format stays
+    keep theirs; activations are calibrated again where the format of any changes.
     """
     definition = setup.programs.definition
     quantization = quantization_of(definition)
@@ -91,6 +94,7 @@ def _with_new_quantizers(setup: Setup, state: TrainState, batch: Batch) -> Train
 
 def _restarted_optimizer(setup: Setup, state: TrainState) -> Any:
     """Return the optimizer's state without moments of earlier gradients."""
+    # Gradients of another forward pass are a poor estimate of those to come.
     programs = setup.programs
     shardings = jax.tree.map(lambda leaf: leaf.sharding, programs.shapes.optimizer)
     restart = functools.partial(restarted, programs.optimizer)
@@ -108,11 +112,12 @@ def _calibrated(setup: Setup, state: TrainState, batch: Batch) -> tuple[dict[str
     everything = {**params, **buffers}
     ours = {path: leaf for path, leaf in everything.items() if is_activation_quantizer_param(path)}
     rest = {path: leaf for path, leaf in everything.items() if path not in ours}
+    # Dynamic quantizers measure every input for themselves, so there may be nothing to calibrate.
     if not ours:
         return params, buffers
 
-    # Observers return what they measure as the gradient of their scale, which passes through jit, remat and scan
-    # without state in the modules.
+    # Observers return what they measure as the gradient of their scale, which passes through jit, remat and
+    # scan without state in the modules.
     def forward(ours: dict[str, Array], rest: dict[str, Array]) -> Array:
         merged = {**rest, **ours}
         model = calibrating.merge(

@@ -17,9 +17,10 @@ from slmjax.training.programs import resolved_phases
 
 
 def check_best(setup: Setup, checkpointer: Checkpointer) -> None:
-    """Forget a best checkpoint whose loss does not compare with those to come; replace one of no finite loss."""
+    """Forget a best checkpoint whose loss does not compare with later ones; replace one that is not finite."""
     run_log = RunDirectory(checkpointer.directory.parent).log_path
     batches = setup.heldout(setup.experiment.eval.max_documents)
+    # Repaired first: nothing compares with a loss that is not finite, so it would stay the best.
     checkpointer.repair_best(run_log)
     if (
         (best := checkpointer.best()) is not None
@@ -39,9 +40,8 @@ def _scores_other_tokens(now: EvaluationBatches | None, run_log: Path, *, step: 
     records = [record for record in read_log(run_log, kind="eval") if record["step"] == step]
     if not records or now is None:
         return False
-    total = records[-1].get(
-        "total_tokens", now.num_tokens
-    )  # earlier versions scored all tokens and logged no counts
+    # Earlier versions scored all tokens and logged no counts.
+    total = records[-1].get("total_tokens", now.num_tokens)
     return (records[-1].get("tokens", total), total) != (now.num_targets, now.num_tokens)
 
 
@@ -62,12 +62,15 @@ def run_to_resume(path: Path, experiment: Experiment) -> RunDirectory:
             "at the end"
         )
     before = read_experiment(path)
+    # The state has the shapes and the formats of these: with others it could not be read, or would mean
+    # something else.
     for name in ("model", "tokenizer", "quant"):
         if getattr(before, name) != getattr(experiment, name):
             raise ValueError(
                 f"{path} has another {name}, which a resumed run keeps: begin a new run, with --init-from "
                 f"{path} if it fits"
             )
+    # Phases may be set relative to the schedule, so a longer run can move them although `quant` is the same.
     if _phase_steps(before) != _phase_steps(experiment):
         raise ValueError(
             f"{path} has quantization phases that begin at steps {_phase_steps(before)}, and with these settings "
@@ -86,6 +89,7 @@ def run_to_resume(path: Path, experiment: Experiment) -> RunDirectory:
             f"{_objective_state(experiment)}: leave objective.distill as it is, or begin a new run with "
             f"--init-from {path}"
         )
+    # The decay itself may change, but an average cannot begin in the middle: there is nothing to restore.
     if (before.optim.ema_decay is None) is not (experiment.optim.ema_decay is None):
         state = "no averaged weights" if before.optim.ema_decay is None else "averaged weights"
         raise ValueError(
@@ -108,6 +112,7 @@ def _objective_state(experiment: Experiment) -> str:
 
 def tokenizer_of(run: RunDirectory, experiment: Experiment) -> TokenizerConfig:
     """Return the run's own tokenizer, which stays the same even if the text that it was made from changes."""
+    # Training it again, on text that has grown, would give ids that the model has not learnt.
     if (run.tokenizer / "tokenizer.json").is_file():
         return FileTokenizer(path=str(run.tokenizer))
     return experiment.tokenizer
@@ -133,8 +138,8 @@ def warn_of_other_data(run: RunDirectory, experiment: Experiment, prepared: Prep
 def is_complete(run: RunDirectory, step: int) -> bool:
     """Return whether a run that is at this step has written its result.
 
-    A run that was killed after its last step has not. The result of a run that was then extended is of an earlier
-    step.
+    A run that was killed after its last step has not. The result of a run that was then extended is of an
+    earlier step.
     """
     path = run.path / "result.json"
     if not path.is_file():

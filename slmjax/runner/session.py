@@ -1,4 +1,4 @@
-"""`open_session`: everything that a session of a run works with, opened before its first step and closed after it.
+"""`open_session`: everything that a session of a run works with, opened before its first step.
 
     with open_session(experiment, resume=None) as session:
         loop = Loop(session)
@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Telemetry:
-    """Where a session writes what happens, and what measures it."""
+    """The log, the trackers and the meters of a session."""
 
     run: RunDirectory
     log: RunLog
@@ -83,7 +83,8 @@ class Session:
     is_resumed: bool
 
     def take_state(self) -> TrainState:
-        """Return the first state and let go of it: whoever holds it keeps its memory from being freed."""
+        """Return the first state and drop the session's reference to it."""
+        # The step donates the state: a second reference would keep its memory, then be to deleted arrays.
         state = self.state
         assert state is not None, "the first state was taken already"
         self.state = None
@@ -100,9 +101,11 @@ def open_session(
     console: Console | None = None,
 ) -> Iterator[Session]:
     """Open a session of a new run, or of the run `resume`. The arguments are those of `trainer.train`."""
+    # Made first: the ledger counts wall time from here on.
     ledger = Ledger()
     if jax.default_backend() == "cpu":
         startup.keep_memory()
+    # A resumed run has absolute paths already, in its config.json.
     if resume is None:
         experiment = with_absolute_paths(experiment)
     run = None if resume is None else run_to_resume(Path(resume), experiment)
@@ -110,10 +113,12 @@ def open_session(
     # Outside the mesh: what is measured on a CPU runs on one device.
     with ledger.timed(Category.INIT):
         peak_flops = _peak_flops(experiment, mesh)
+    # One stack, so that whatever was opened is closed in reverse order, also where a later step raises.
     with ExitStack() as stack:
         progress = Progress(
             num_steps=experiment.run.steps, process_index=jax.process_index(), console=console
         )
+        # Warnings of the setup come before there is a log: the handler keeps them until `write_to`.
         records = stack.enter_context(MessageHandler(progress.print))
         cache = stack.enter_context(CompilationCache())
         stack.enter_context(jax.set_mesh(mesh))
@@ -131,6 +136,8 @@ def open_session(
             records.write_to(run_log)
             checkpointer = _open_checkpointer(stack, run, setup)
             state, trained = first or restored_state(setup, checkpointer)
+            # The tuple would keep the state alive next to the session, and with it the memory that is
+            # donated.
             first = None
             first_step = int(state.step)
             _check_resumption(run, setup, first_step)
@@ -138,6 +145,7 @@ def open_session(
             trackers = stack.enter_context(open_trackers(run, experiment))
         print_banner(setup, run, source, progress, first_step)
         stack.enter_context(progress)
+        # Reading ahead begins last, with the first step known: its thread must not run while setup may fail.
         batches = stack.enter_context(source.iterate(first_step))
         telemetry = Telemetry(
             run=run,
@@ -179,6 +187,7 @@ def _batch_source(setup: Setup) -> BatchSource:
     """Return the batches of this process: its own sequences of each."""
     data = setup.experiment.data
     prepared = setup.prepared
+    # Each process reads only the sequences of its own devices; the global batch is put together on the mesh.
     rows = local_sequences(setup.mesh, data.batch_size)
     return BatchSource(prepared.train, data, token_bytes=prepared.tokenizer.token_bytes, rows=rows)
 
@@ -198,6 +207,7 @@ def _check_resumption(run: RunDirectory, setup: Setup, step: int) -> None:
       ValueError: the run has done all of its steps.
     """
     experiment = setup.experiment
+    # A run that has done its steps but was killed before its result is finished, not refused.
     if step >= experiment.run.steps and is_complete(run, step):
         raise ValueError(
             f"{run.path} is at step {step} of {experiment.run.steps} already: give more --run.steps"
@@ -207,7 +217,9 @@ def _check_resumption(run: RunDirectory, setup: Setup, step: int) -> None:
 
 
 def _meter(setup: Setup, peak_flops: float | None) -> Meter:
-    """Return the meter of throughput, for the sequence length that is trained, not the longest there may be."""
+    """Return the meter of throughput."""
+    # FLOPs of attention grow with the length, so they are those of the length that is trained, not the
+    # longest.
     sequence_length = setup.experiment.data.sequence_length
     config = dataclasses.replace(setup.programs.definition.config, context_length=sequence_length)
     flops_per_token = describe(config).training_flops_per_token
@@ -216,6 +228,7 @@ def _meter(setup: Setup, peak_flops: float | None) -> Meter:
 
 def _profile(run: RunDirectory, setup: Setup, *, first_step: int, num_steps: int | None) -> Profile:
     """Return the profiler trace of this process, in a directory of its own."""
+    # Traces of several processes in one directory would overwrite each other.
     index = jax.process_index()
     return Profile(
         run.path / ("profile" if index == 0 else f"profile-{index}"),

@@ -1,10 +1,10 @@
-"""`Setup`: what is fixed before the first step of a run. Settings that fit each other, data, model and compiled steps.
+"""`Setup`: what is fixed before the first step of a run, such as data, model and compiled steps.
 
     setup = set_up(experiment, tokenizer=experiment.tokenizer, mesh=mesh)
     setup = with_teachers(setup)
 
-Errors in an experiment are found here, before a new run has a directory, and before anything is written to the
-directory of a resumed run.
+Errors in an experiment are found here, before a new run has a directory, and before anything is written to
+the directory of a resumed run.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """Everything about a run that is fixed before its first step; `programs` change with the quantization phase."""
+    """Everything that is fixed before the first step; `programs` change with the quantization phase."""
 
     experiment: Experiment
     prepared: Prepared
@@ -56,6 +56,8 @@ class Setup:
         if not sum(len(shards) for shards in self.prepared.heldout):
             return None
         batch_size = settings.batch_size or data.batch_size
+        # All processes must run the same number of batches, or collectives would wait forever. So batches are
+        # cut from all documents, and each process takes its rows of every batch.
         return evaluation_batches(
             self.prepared.heldout,
             sequence_length=data.sequence_length,
@@ -90,6 +92,7 @@ class Setup:
         (`loading.changed_rows`).
         """
         items = state.items()
+        # Counted on the host, but stored with the state: a resumed run must not count a step twice.
         items["progress"]["tokens"] = trained.stored(state.step.sharding)
         if weight_formats(self.programs.definition):
             items["codes"] = self.programs.code_sums(state.eval_params)
@@ -103,7 +106,7 @@ class Setup:
         return items
 
     def sample(self, state: TrainState) -> list[str]:
-        """Return continuations of the experiment's prompts by the trained model; none with several processes."""
+        """Return continuations of the run's prompts by the trained model; none with several processes."""
         settings = self.experiment.run
         tokenizer = self.prepared.tokenizer
         if jax.process_count() > 1 or not self.prompts:
@@ -124,7 +127,8 @@ class Setup:
         ]
 
     def teacher_outputs(self, batch: Batch, step: int) -> tuple[TeacherOutput, ...]:
-        """Return the outputs of the teachers for a placed batch, and none where the step after `step` uses none."""
+        """Return the outputs of the teachers for a placed batch; none where the next step uses none."""
+        # A schedule of the weight may be 0 for some steps. Their teachers' forward passes would be wasted.
         distill = self.experiment.objective.distill
         if (
             self.teachers is None
@@ -144,6 +148,7 @@ def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh) ->
     # Before data is read, which may take long: a batch or a schedule that does not fit.
     check_rows(experiment, mesh)
     learning_rate(experiment.optim, 0, total_steps=experiment.run.steps)
+    # One process tokenizes, the others read its cache: the work is the same, and so must be the shards.
     prepared = process_zero_first(lambda: prepare(experiment.data, tokenizer))
     _warn_of_overlap(experiment, prepared)
     vocab_size = prepared.tokenizer.vocab_size
@@ -177,6 +182,7 @@ def _warn_of_overlap(experiment: Experiment, prepared: Prepared) -> None:
     others = sorted(teachers if source is None else {source, *teachers})
     if not others or experiment.data.heldout_fraction == 0:
         return
+    # Held-out loss of a model that has seen the text is too low. It is allowed, so this is a warning.
     now = provenance.describe(prepared, experiment.data)
     for directory in others:
         for sentence in provenance.overlap(directory, experiment.data, now):
@@ -184,7 +190,8 @@ def _warn_of_overlap(experiment: Experiment, prepared: Prepared) -> None:
 
 
 def _encoded_prompts(experiment: Experiment, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Return the tokens of the run's prompts. Prompts that cannot be sampled raise before training, not after it."""
+    """Return the tokens of the run's prompts."""
+    # Prompts that cannot be sampled raise here, before training: at its end the time would be lost.
     settings = experiment.run
     if not settings.sample_prompts:
         return ()

@@ -2,10 +2,10 @@
 
     trained = TokenCount(0)
     trained.add(metrics["trained_targets"])    # after every step: waits for nothing
-    trained.total()                            # at a line of the log or a checkpoint: waits for the steps so far
+    trained.total()                            # at a line of the log or a checkpoint: waits for all steps
 
-Runs pass 2**31 targets, which an int32 on the device could not count, and a float32 could not count exactly. Python's
-integers do both.
+Runs pass 2**31 targets, which an int32 on the device could not count, and a float32 could not count exactly.
+Python's integers do both.
 """
 
 from typing import Any
@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-# A checkpoint holds the count as two int32: millions and the rest. The first versions counted so on the device.
+# A checkpoint holds the count as two int32: millions and the rest. The first versions counted so on the
+# device.
 MILLION = 1_000_000
 # Counts of steps that may be pending, for runs that rarely log: a scalar on the device for each.
 MOST_PENDING = 1000
@@ -29,6 +30,7 @@ class TokenCount:
 
     def add(self, num_targets: Float[Array, ""]) -> None:
         """Add the targets of a step, an array that may not be computed yet."""
+        # Only the reference is kept: reading the value would wait for the step, and devices would idle.
         self._pending.append(num_targets)
         if len(self._pending) >= MOST_PENDING:
             self.total()

@@ -3,9 +3,10 @@
     result = train(experiment)                      # a new run in experiment.run.directory
     result = train(experiment, resume=run_dir)      # resumes from the newest intact checkpoint
 
-The loop feeds batches, calls the compiled step (`training/step.py`), logs, evaluates, saves. A run can be stopped at
-any time. Ctrl-C and SIGTERM save, and the last message has the command that resumes. After kill -9 at most the steps
-since the last checkpoint are repeated, with the same data and, on the same machine and topology, the same bits.
+The loop feeds batches, calls the compiled step (`training/step.py`), logs, evaluates, saves. A run can be
+stopped at any time. Ctrl-C and SIGTERM save, and the last message has the command that resumes. After kill -9
+at most the steps since the last checkpoint are repeated, with the same data and, on the same machine and
+topology, the same bits.
 """
 
 import dataclasses
@@ -95,6 +96,8 @@ def train(
     """
     if profile is not None and profile < 1:
         raise ValueError(f"profile is {profile}: give the number of steps to trace, 1 or more")
+    # Inside the session, so that an error still closes the log and waits for checkpoints that are being
+    # written.
     options = {"resume": resume, "code": code, "profile": profile, "console": console}
     with open_session(experiment, **options) as session:
         loop = Loop(session)
@@ -156,6 +159,7 @@ class Loop:
     def _steps(self, state: TrainState, signals: StopSignals) -> tuple[TrainState, str]:
         experiment = self.setup.experiment
         profile = self.telemetry.profile
+        # The host counts steps itself: reading `state.step` would wait for the device at every step.
         while self.step < experiment.run.steps:
             with profile.annotated(self.step + 1):
                 state, metrics = self._step(state)
@@ -165,6 +169,7 @@ class Loop:
                 with self._not_training(Category.OTHER, state):
                     profile.turn()
             is_last = self.step == experiment.run.steps
+            # Metrics are fetched for lines of the log alone. Between them the host runs ahead of the device.
             if self.step % experiment.run.log_every == 0 or is_last:
                 limit = experiment.optim.max_consecutive_skips
                 if is_last:
@@ -172,10 +177,12 @@ class Loop:
                     limit = min(limit, self.step - self.first_step)
                 if self._log_step(state, metrics) >= limit:
                     return state, "diverged"
+            # The last step is evaluated and saved by `_finish`, on all of the held-out text.
             if self.step % experiment.eval.every == 0 and not is_last:
                 self._evaluate(state)
             if self.step % experiment.checkpoint.every == 0 and not is_last:
                 self.save(state)
+            # Asked after the step is complete, so that all processes stop after the same one.
             if not is_last and (signal := signals.requested(self.step)) is not None:
                 self.telemetry.progress.print(f"{signal.name} received after step {self.step}: saving")
                 return state, "interrupted"
@@ -184,19 +191,24 @@ class Loop:
     def _step(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Take the next batch and train on it.
 
-        The first step of a session or a phase compiles, and is waited for; others run while the host continues.
+        The first step of a session or a phase compiles, and is waited for; others run while the host
+        continues.
         """
         compiles = self.step == self.first_step or quant_phases.starts_phase(self.setup, self.step)
         batch_size = self.setup.experiment.data.batch_size
         ledger = self.telemetry.ledger
         with ledger.timed(Category.DATA), jax.profiler.TraceAnnotation("data"):
             batch = next(self.batches)
+        # Counted from this process's sequences, so that no communication is needed for a rate in the log.
         self._fed += int(np.count_nonzero(batch.segment_ids)) * batch_size // len(batch.segment_ids)
         with ledger.timed(Category.COMPILE if compiles else Category.STEP):
             placed = place_batch(batch, self.setup.mesh, batch_size=batch_size)
             if compiles:
                 state = self._begin_phase(state, placed)
+            # A program of its own: teachers may be on other devices, and then work ahead of the student.
             teacher_outputs = self.setup.teacher_outputs(placed, self.step)
+            # The old state is donated: its buffers are gone after this call, so nothing
+            # else may refer to it.
             state, metrics = self.setup.programs.train_step(state, placed, teacher_outputs)
             self.trained.add(metrics.pop("trained_targets"))
             if compiles:
@@ -224,6 +236,7 @@ class Loop:
 
     def save(self, state: TrainState, *, best_loss: float | None = None) -> None:
         """Start to write a checkpoint of this step, unless there is one."""
+        # A step may be both an evaluation's best and due for a checkpoint, or the one that was restored.
         if self._saved_step != self.step:
             with self._not_training(Category.CHECKPOINT, state):
                 items = self.setup.checkpoint_items(state, self.trained)
@@ -264,6 +277,7 @@ class Loop:
             nll=values["nll"],
             num_bytes=values.pop("bytes"),
         )
+        # After the throughput, which must not include the time of counting.
         flips = self.setup.programs.flips.count(state.params, self.step)
         self.record("train", **dataclasses.asdict(throughput), **values, **flips)
         self.telemetry.progress.update(self.step, loss=values["loss"], metrics=throughput)
@@ -303,6 +317,7 @@ class Loop:
         }
         self.record("eval", documents=result.documents, **result.metrics())
         self.telemetry.progress.print(f"step {self.step}: held-out {result.text()}")
+        # Every process has the same loss, so all of them decide alike, as a collective save requires.
         if self.is_best(result.loss):
             self.save(state, best_loss=result.loss)
 
@@ -322,6 +337,7 @@ def _finish(loop: Loop, state: TrainState, status: str, signals: StopSignals) ->
     interrupted: resuming does what was left out.
     """
     telemetry = loop.telemetry
+    # Saved first: an evaluation takes long, and a job that is preempted is killed soon after its signal.
     loop.save(state)
     with telemetry.ledger.timed(Category.CHECKPOINT):
         loop.checkpointer.wait()
@@ -340,6 +356,7 @@ def _finish(loop: Loop, state: TrainState, status: str, signals: StopSignals) ->
         if evaluation is not None and evaluation.documents == loop.num_documents:
             if loop.is_best(evaluation.loss):
                 loop.checkpointer.mark_best(loop.step, evaluation.loss)
+    # Resuming such a run evaluates it and writes the result again.
     if signals.received and status == "finished":
         status = "interrupted"
     metrics = loop.last
@@ -351,6 +368,7 @@ def _finish(loop: Loop, state: TrainState, status: str, signals: StopSignals) ->
         }
         loop.record("eval", documents=evaluation.documents, complete=True, **evaluation.metrics())
     result = _result(loop, state, status=status, metrics=metrics, compressors=compressors, samples=samples)
+    # One writer for each file; the other processes have the same values.
     if jax.process_index() == 0:
         telemetry.run.write_json("result.json", dataclasses.asdict(result))
     loop.record("result", status=status, **metrics)

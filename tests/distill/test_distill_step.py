@@ -211,7 +211,7 @@ def test_the_end_of_a_text_counts_where_it_has_the_id_of_padding(teacher: str) -
 
 
 # What is remembered -----------------------------------------------------------------------------------------
-def test_a_step_that_is_undone_leaves_what_the_divergence_remembers(teacher: str) -> None:
+def test_a_skipped_step_leaves_what_the_divergence_remembers(teacher: str) -> None:
     lesson = build(settings(teacher, divergence=Taid(start=0.3, rate=0.1, momentum=0.5)))
     first, _ = lesson.run(make_batch(0))
     before, metrics = lesson.run(make_batch(1), state=first)
