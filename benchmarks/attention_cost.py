@@ -1,12 +1,11 @@
-"""What a layer with a window costs as sequences grow, beside one that sees all: milliseconds, and FLOPs
-counted through loops.
+"""Cost of attention with a window, compared with full attention, as sequences grow.
 
     python benchmarks/attention_cost.py [--window 512] [--lengths 1024 2048 4096 8192] [--dtype bfloat16]
 
-Self-attention of 6 heads of 64, one row, value and gradient, in the form that the platform picks. Prints per
-token: a window's cost should stay the same once sequences are longer than it, full attention's should double
-with the length. FLOPs are those of the program's products (`slmjax.planning.flops`): XLA's own analysis
-counts the body of a loop once.
+Self-attention of 6 heads of 64, one sequence, value and gradient, in the implementation that the platform
+picks. Prints milliseconds and FLOPs per token: the cost of a window should stay the same once sequences are
+longer than it, that of full attention should double with the length. FLOPs are those of the program's
+products (`slmjax.planning.flops`), because XLA's own analysis counts the body of a loop once.
 """
 
 import argparse
@@ -28,7 +27,7 @@ HEAD_DIM = 64
 
 
 def gradient_of(length: int, window: int | None):
-    """The gradient of attention over a sequence of this length, as a function of queries, keys and values."""
+    """Return the gradient of attention over a sequence as a function of queries, keys and values."""
     segment_ids = jnp.ones((1, length), jnp.int32)
 
     def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -48,29 +47,30 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=7)
-    given = parser.parse_args()
+    args = parser.parse_args()
     print(
-        f"| tokens | window {given.window}, us per token | full, us per token | window, kFLOPs per token | "
+        f"| tokens | window {args.window}, us per token | full, us per token | window, kFLOPs per token | "
         "full, kFLOPs per token |"
     )
     cases = {}
     seconds = {}
-    for length in given.lengths:
-        shape = jax.ShapeDtypeStruct((1, length, HEADS, HEAD_DIM), jnp.dtype(given.dtype))
+    for length in args.lengths:
+        shape = jax.ShapeDtypeStruct((1, length, HEADS, HEAD_DIM), jnp.dtype(args.dtype))
         arrays = [jax.random.normal(jax.random.key(i), shape.shape, shape.dtype) for i in range(3)]
-        for window in (given.window, None):
+        for window in (args.window, None):
             gradient = gradient_of(length, window)
             compiled = jax.jit(gradient)
             jax.block_until_ready(compiled(*arrays))
             cases[length, window] = (compiled, arrays, flops.count(gradient, shape, shape, shape))
             seconds[length, window] = []
-    for _ in range(given.rounds):
+    # In turn, so that other programs on the machine slow all cases alike.
+    for _ in range(args.rounds):
         for case, (compiled, arrays, _) in cases.items():
             started = time.perf_counter()
             jax.block_until_ready(compiled(*arrays))
             seconds[case].append(time.perf_counter() - started)
-    for length in given.lengths:
-        both = [(length, window) for window in (given.window, None)]
+    for length in args.lengths:
+        both = [(length, window) for window in (args.window, None)]
         times = " | ".join(f"{1e6 * statistics.median(seconds[case]) / length:.1f}" for case in both)
         counts = " | ".join(f"{cases[case][2] / length / 1e3:,.0f}" for case in both)
         print(f"| {length:,} | {times} | {counts} |")

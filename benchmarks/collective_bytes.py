@@ -1,13 +1,15 @@
-"""What a train step sends between TPUs, by compilation alone: no TPU is needed, only the extra `plan`.
+"""Bytes that a train step sends between TPUs, by compilation alone: no TPU is needed, only the extra `plan`.
 
-    python benchmarks/collective_bytes.py weak-scaling     # SmolLM2-1.7B's shape on 8, 32, 128, 256 TPU v5e:
-    about 10 minutes python benchmarks/collective_bytes.py halo             # windows at 32k tokens over 4
-    devices: the halo, and no more
+    # SmolLM2-1.7B's shape on 8, 32, 128, 256 TPU v5e: about 10 minutes
+    python benchmarks/collective_bytes.py weak-scaling
+    # windows at 32k tokens over 4 devices: the halo, and no more
+    python benchmarks/collective_bytes.py halo
 
-Weak scaling gives each device the same rows. Megabytes are those that a device sends in a step, collectives
-going round a ring (`slmjax/planning/traffic.py`); the last column is what the algorithm needs: under fsdp
-every matrix is gathered in the forward pass and again in the backward, which computes activations anew, and
-its gradient is reduced; tensor parallelism adds activations, which do not depend on the number of devices.
+Weak scaling has the same number of sequences on each device. Megabytes are those that a device sends in a
+step, with collectives that go round a ring (`slmjax/planning/traffic.py`). The last column is the need of the
+algorithm: under fsdp every matrix is gathered in the forward pass and again in the backward pass, which
+recomputes activations, and its gradient is reduced; tensor parallelism adds activations, which do not depend
+on the number of devices.
 """
 
 import argparse
@@ -42,13 +44,13 @@ STEPS = 1000
 
 
 def tpu_mesh(num_devices: int, **axes: int) -> Mesh:
-    """A mesh of TPUs that need not be here."""
+    """Return a mesh of TPUs, which need not be attached."""
     devices = topologies.get_topology_desc(TOPOLOGIES[num_devices], "tpu").devices
     return make_mesh(MeshConfig(**{"data": 1, **axes}), devices)
 
 
 def sent_by_step(model: ModelConfig, mesh: Mesh, *, rows: int, length: int) -> list[Collective]:
-    """The collectives of a compiled train step of AdamW."""
+    """Return the collectives of a compiled train step of AdamW."""
     definition = define(model)
     optim = OptimConfig()
     optimizer = make_optimizer(optim, definition.params, total_steps=STEPS)
@@ -65,8 +67,9 @@ def sent_by_step(model: ModelConfig, mesh: Mesh, *, rows: int, length: int) -> l
 def weak_scaling(sizes: list[int], families: list[dict[str, int]]) -> None:
     model = dataclasses.replace(zoo.smollm2_1_7b(), precision=Precision.BFLOAT16, remat=Remat.FULL)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(define(model).params))
-    table = model.table_rows * model.embed_dim  # tied: looked up, with a float32 gradient, and the head
-    rows_each = 2
+    # The table is tied: it is looked up, with a float32 gradient, and it is the head.
+    table = model.table_rows * model.embed_dim
+    sequences_each = 2
     length = 2048
     print(
         (
@@ -80,16 +83,16 @@ def weak_scaling(sizes: list[int], families: list[dict[str, int]]) -> None:
         for num_devices in sizes:
             mesh = tpu_mesh(num_devices, **axes)
             sent = collections.Counter[str]()
-            for one in sent_by_step(model, mesh, rows=rows_each * num_devices, length=length):
-                sent[one.kind] += one.sent_bytes
+            for collective in sent_by_step(model, mesh, rows=sequences_each * num_devices, length=length):
+                sent[collective.kind] += collective.sent_bytes
             data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
-            # bfloat16: gathered twice, reduced once
+            # In bfloat16: gathered twice, reduced once.
             matrices = (6 * (parameters - table) + 10 * table) / tensor * (fsdp - 1) / fsdp
             matrices += 2 * (2 * parameters + 4 * table) / tensor / fsdp * (data - 1) / data
             activations = (
                 6
                 * 2
-                * rows_each
+                * sequences_each
                 * tensor
                 * length
                 * model.embed_dim
@@ -125,13 +128,17 @@ def halo(window: int, length: int) -> None:
         remat=Remat.FULL,
         stack=(LayerGroup(pattern=(dataclasses.replace(block, mixer=mixer),), repeats=segment.repeats),),
     )
-    found = [
-        one for one in sent_by_step(model, mesh, rows=1, length=length) if one.kind == "collective-permute"
+    permutes = [
+        collective
+        for collective in sent_by_step(model, mesh, rows=1, length=length)
+        if collective.kind == "collective-permute"
     ]
     kv_bytes = 2 * (window - 1) * 3 * 64 * 2  # keys and values of 3 heads of 64, bfloat16
     id_bytes = (window - 1) * 4
-    forward = [one for one in found if "transpose(" not in one.source]
-    per_layer = [sum(one.sent_bytes for one in some) / model.num_layers for some in (forward, found)]
+    forward = [collective for collective in permutes if "transpose(" not in collective.source]
+    per_layer = [
+        sum(collective.sent_bytes for collective in group) / model.num_layers for group in (forward, permutes)
+    ]
     print(
         f"{length} tokens over context 4, window {window}, {model.num_layers} layers; bytes per layer and "
         "device:"
@@ -140,8 +147,8 @@ def halo(window: int, length: int) -> None:
         f"  forward: {per_layer[0]:,.0f}; the halo is {kv_bytes:,} and, once for all layers, {id_bytes:,} of "
         "segment ids"
     )
-    print(f"  forward and backward, computing activations anew: {per_layer[1]:,.0f}")
-    print(f"  the keys and values of all the others would be {3 * 2 * (length // 4) * 3 * 64 * 2:,}")
+    print(f"  forward and backward, with recomputed activations: {per_layer[1]:,.0f}")
+    print(f"  the keys and values of all other devices would be {3 * 2 * (length // 4) * 3 * 64 * 2:,}")
 
 
 def main() -> None:
@@ -155,12 +162,12 @@ def main() -> None:
     )
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--length", type=int, default=32_768)
-    given = parser.parse_args()
+    args = parser.parse_args()
     families = [{"fsdp": -1}, {"fsdp": -1, "tensor": 4}, {"data": -1, "fsdp": 32}]
-    if given.what == "halo":
-        halo(given.window, given.length)
+    if args.what == "halo":
+        halo(args.window, args.length)
     else:
-        weak_scaling(given.devices, [families[one] for one in given.families])
+        weak_scaling(args.devices, [families[index] for index in args.families])
 
 
 if __name__ == "__main__":

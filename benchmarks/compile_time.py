@@ -1,11 +1,12 @@
-"""Compile time of the training loss and its gradient, of a shallow decoder and of a deep one: the layers are
-scanned, so that depth should cost next to nothing.
+"""Compile time of the training loss and its gradient, for a shallow and a deep decoder.
 
-    python benchmarks/compile_time.py                      # 12 and 48 layers of a 135M model's width; nothing
-    is computed python benchmarks/compile_time.py --remat full --rounds 5
+    # 12 and 48 layers of a 135M model's width; nothing is computed
+    python benchmarks/compile_time.py
+    python benchmarks/compile_time.py --remat full --rounds 5
 
-Both depths are compiled in turn, several times, with the compilation caches off; medians are compared. Prints
-one table row; the target is a ratio of at most 1.5.
+Layers are scanned, so depth should add almost no time. Both depths are compiled in turn, several times, with
+the compilation caches off, and medians are compared. Prints one table row; the target is a ratio of at most
+1.5.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from slmjax.models.mixers.attention import AttentionConfig
 
 
 def model_of(num_layers: int, *, remat: Remat) -> ModelConfig:
-    """A decoder as wide as the 135M models are."""
+    """Return a decoder of the width of the 135M models."""
     block = BlockConfig(
         mixer=AttentionConfig(num_heads=9, num_kv_heads=3, head_dim=64), ffn=MlpConfig(hidden_dim=1536)
     )
@@ -34,15 +35,15 @@ def model_of(num_layers: int, *, remat: Remat) -> ModelConfig:
 
 
 def compile_seconds(config: ModelConfig, *, rows: int, length: int) -> tuple[float, float]:
-    """Seconds of tracing and of compiling the loss and its gradient, from shapes alone."""
+    """Return the seconds of tracing and of compiling the loss and its gradient, from shapes alone."""
     definition = define(config)
 
     def loss(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
-        given = {
+        inputs = {
             "segment_ids": jnp.ones_like(tokens),
             "positions": jnp.broadcast_to(jnp.arange(length), tokens.shape),
         }
-        output = definition.merge(params, {})(tokens, **given)
+        output = definition.merge(params, {})(tokens, **inputs)
         targets = jnp.roll(tokens, -1, axis=1)
         return losses.cross_entropy(output.hidden, output.head, targets, jnp.ones(tokens.shape))[0]
 
@@ -64,27 +65,28 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--remat", choices=[remat.value for remat in Remat], default=Remat.NONE.value)
-    options = parser.parse_args()
+    args = parser.parse_args()
 
     jax.config.update("jax_enable_compilation_cache", False)
-    configs = {depth: model_of(depth, remat=Remat(options.remat)) for depth in options.layers}
+    configs = {depth: model_of(depth, remat=Remat(args.remat)) for depth in args.layers}
     seconds: dict[int, list[tuple[float, float]]] = {depth: [] for depth in configs}
-    for repetition in range(options.rounds + 1):
+    for repetition in range(args.rounds + 1):
         for depth, config in configs.items():
-            measured = compile_seconds(config, rows=options.rows, length=options.length)
-            if repetition > 0:  # the first of all also loads and warms up what every other one finds ready
+            measured = compile_seconds(config, rows=args.rows, length=args.length)
+            # The first round also loads libraries and warms up caches.
+            if repetition > 0:
                 seconds[depth].append(measured)
     traces, compiles, totals = (
-        [statistics.median(map(of, seconds[depth])) for depth in options.layers]
+        [statistics.median(map(of, seconds[depth])) for depth in args.layers]
         for of in (lambda s: s[0], lambda s: s[1], sum)
     )
-    shallow, deep = options.layers
+    shallow, deep = args.layers
     print(
         f"| device | rows x tokens | remat | trace s, {shallow} / {deep} layers | compile s | both | ratio "
         "(target <= 1.5) |"
     )
     print(
-        f"| {jax.devices()[0].device_kind} | {options.rows} x {options.length} | {options.remat} | "
+        f"| {jax.devices()[0].device_kind} | {args.rows} x {args.length} | {args.remat} | "
         f"{traces[0]:.2f} / {traces[1]:.2f} "
         f"| {compiles[0]:.2f} / {compiles[1]:.2f} | {totals[0]:.2f} / {totals[1]:.2f} | "
         f"{totals[1] / totals[0]:.2f} |"

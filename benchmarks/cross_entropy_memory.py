@@ -1,10 +1,10 @@
-"""Temporary memory of the compiled loss and its gradient: cross entropy in chunks against all logits at once.
+"""Temporary memory of cross entropy and its gradient: in chunks, compared with all logits at once.
 
-    python benchmarks/cross_entropy_memory.py                  # compiles only: the dense program's memory is
-    never needed python benchmarks/cross_entropy_memory.py --vocab-size 128256
+    # compiles only, so the dense program's memory is never needed
+    python benchmarks/cross_entropy_memory.py
+    python benchmarks/cross_entropy_memory.py --vocab-size 128256
 
-Prints one table row; the target is a ratio below 1/5. The figures are the compiler's own, for the first
-device here.
+Prints one table row; the target is a ratio below 1/5. Sizes are those of the compiler, for the first device.
 """
 
 import argparse
@@ -22,15 +22,13 @@ from slmjax.losses import Head, cross_entropy, default_chunk_size, logits
 def dense_cross_entropy(
     hidden: jax.Array, head: Head, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, None]:
-    """The loss as one writes it first: every logit, then optax's cross entropy."""
+    """Return the loss of the reference implementation: every logit, then optax's cross entropy."""
     nll = optax.softmax_cross_entropy_with_integer_labels(logits(hidden, head), targets)
     return jnp.sum(weights * nll), None
 
 
 def temporary_bytes(loss_fn: Callable[..., tuple[jax.Array, Any]], arguments: tuple[Any, ...]) -> int:
-    """Peak temporary memory of the compiled value and gradient for hidden states and head, outputs not
-    counted.
-    """
+    """Return the peak temporary memory of the compiled value and gradient, outputs not counted."""
     value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
     analysis = jax.jit(value_and_grad).lower(*arguments).compile().memory_analysis()
     if analysis is None:
@@ -51,19 +49,19 @@ def main() -> None:
         "--dtype",
         choices=("float32", "bfloat16"),
         default="bfloat16",
-        help="of the hidden states and products",
+        help="dtype of the hidden states and products",
     )
-    options = parser.parse_args()
+    args = parser.parse_args()
 
     head = Head(
-        weight=jax.ShapeDtypeStruct((options.vocab_size, options.width), jnp.float32),
-        vocab_size=options.vocab_size,
+        weight=jax.ShapeDtypeStruct((args.vocab_size, args.width), jnp.float32),
+        vocab_size=args.vocab_size,
     )
     arguments = (
-        jax.ShapeDtypeStruct((1, options.tokens, options.width), options.dtype),
+        jax.ShapeDtypeStruct((1, args.tokens, args.width), args.dtype),
         head,
-        jax.ShapeDtypeStruct((1, options.tokens), jnp.int32),
-        jax.ShapeDtypeStruct((1, options.tokens), jnp.float32),
+        jax.ShapeDtypeStruct((1, args.tokens), jnp.int32),
+        jax.ShapeDtypeStruct((1, args.tokens), jnp.float32),
     )
     chunked = temporary_bytes(cross_entropy, arguments)
     dense = temporary_bytes(dense_cross_entropy, arguments)
@@ -71,10 +69,10 @@ def main() -> None:
         "| device | tokens x vocabulary, width | dtype | chunk | chunked MiB | dense MiB | ratio (target < "
         "0.2) |"
     )
-    chunk_size = default_chunk_size(options.tokens, options.vocab_size)
+    chunk_size = default_chunk_size(args.tokens, args.vocab_size)
     print(
-        f"| {jax.devices()[0].device_kind} | {options.tokens} x {options.vocab_size}, {options.width} | "
-        f"{options.dtype} "
+        f"| {jax.devices()[0].device_kind} | {args.tokens} x {args.vocab_size}, {args.width} | "
+        f"{args.dtype} "
         f"| {chunk_size} | {chunked / 2**20:.0f} | {dense / 2**20:.0f} | {chunked / dense:.3f} |"
     )
 

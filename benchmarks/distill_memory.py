@@ -1,15 +1,17 @@
-"""Temporary memory and time of a distillation loss with its gradient: in chunks of tokens against all logits
-of both models at once.
+"""Temporary memory and time of a distillation loss: in chunks, compared with all logits at once.
 
-    python benchmarks/distill_memory.py                                # compiles only: the dense program's
-    memory is never needed python benchmarks/distill_memory.py --width 4096 python
-    benchmarks/distill_memory.py --device tpu                   # for a TPU v5p that need not be here: the
-    extra `plan` python benchmarks/distill_memory.py --time --tokens 2048 --vocab-size 16384 --width 512    #
-    runs both, in turn python benchmarks/distill_memory.py --time --chunk-sizes 128 512 2048
+    # compiles only, so the dense program's memory is never needed
+    python benchmarks/distill_memory.py
+    python benchmarks/distill_memory.py --width 4096
+    # for a TPU v5p, which need not be attached: the extra `plan`
+    python benchmarks/distill_memory.py --device tpu
+    # runs both, in turn
+    python benchmarks/distill_memory.py --time --tokens 2048 --vocab-size 16384 --width 512
+    python benchmarks/distill_memory.py --time --chunk-sizes 128 512 2048
 
-One row for each divergence and size of chunks, by default the one that a run takes. Memory is the compiler's
-own figure, results not counted; the target is a ratio below 1/5. Hidden states of student and teacher are
-bfloat16, both tables float32; there is a gradient for the student's hidden states and table.
+The gradient is included. Prints one row for each divergence and chunk size; by default the chunk size of a run. Memory is that of the
+compiler, results not counted; the target is a ratio below 1/5. Hidden states of student and teacher are
+bfloat16, both tables float32; the gradient is that of the student's hidden states and table.
 """
 
 import argparse
@@ -46,7 +48,7 @@ Loss = Callable[[Divergence, jax.Array, Head, TeacherOutput, jax.Array, jax.Arra
 
 
 def chunked(chunk_size: int) -> Loss:
-    """Ours."""
+    """Return the loss of the package, in chunks of this many tokens."""
 
     def loss(
         divergence: Divergence,
@@ -70,9 +72,7 @@ def dense(
     targets: jax.Array,
     weights: jax.Array,
 ) -> jax.Array:
-    """The loss as one writes it first: every logit of both models, log-softmax, the formula, its derivative
-    by jax.
-    """
+    """Return the loss of the reference implementation: every logit of both models, and jax's derivative."""
     del targets
     log_q = jax.nn.log_softmax(logits(hidden, head))
     log_p = jax.lax.stop_gradient(jax.nn.log_softmax(logits(teacher.hidden, teacher.head)))
@@ -87,7 +87,7 @@ def dense(
 
 
 def shapes(*, tokens: int, vocab_size: int, width: int, teacher_width: int) -> tuple[Any, ...]:
-    """Student, teacher, targets and weights, as shapes."""
+    """Return student, teacher, targets and weights, as shapes."""
 
     def states_and_head(width: int) -> tuple[jax.ShapeDtypeStruct, Head]:
         head = Head(weight=jax.ShapeDtypeStruct((vocab_size, width), jnp.float32), vocab_size=vocab_size)
@@ -104,17 +104,18 @@ def shapes(*, tokens: int, vocab_size: int, width: int, teacher_width: int) -> t
 
 
 def value_and_grad(loss: Loss, divergence: Divergence) -> Any:
-    """The compiled value and gradient of a loss for the student's hidden states and head."""
+    """Return the compiled value and gradient of a loss for the student's hidden states and head."""
     return jax.jit(jax.value_and_grad(lambda *args: loss(divergence, *args), argnums=(0, 1)))
 
 
 def temporary_bytes(loss: Loss, divergence: Divergence, arguments: tuple[Any, ...], device: Any) -> int:
-    """Peak temporary memory of the compiled value and gradient on a device, which need not be here."""
+    """Return the peak temporary memory of the compiled value and gradient on a device."""
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(device)),
         arguments,
     )
-    with jax.set_mesh(jax.sharding.Mesh([device], ("one",))):  # kernels are chosen for the mesh's devices
+    # Kernels are chosen for the devices of the mesh, which need not be attached.
+    with jax.set_mesh(jax.sharding.Mesh([device], ("one",))):
         analysis = value_and_grad(loss, divergence).lower(*placed).compile().memory_analysis()
     if analysis is None:
         sys.exit(f"{device.device_kind} reports no memory analysis: run on another one (JAX_PLATFORMS=cpu)")
@@ -124,7 +125,7 @@ def temporary_bytes(loss: Loss, divergence: Divergence, arguments: tuple[Any, ..
 def milliseconds(
     losses: Sequence[Loss], divergence: Divergence, arguments: tuple[Any, ...], *, rounds: int
 ) -> list[float]:
-    """Medians of their values and gradients, run in turn on random numbers."""
+    """Return the median milliseconds of their values and gradients, run in turn on random numbers."""
     keys = jax.random.split(jax.random.key(0), len(jax.tree.leaves(arguments)))
     leaves = [
         jnp.zeros(x.shape, x.dtype)
@@ -146,32 +147,34 @@ def milliseconds(
 
 
 def main() -> None:
-    """Compile, and where asked run, both programs of each divergence, and print a table."""
+    """Compile both programs of each divergence, run them with --time, and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--vocab-size", type=int, default=128_256)
     parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--teacher-width", type=int, help="that of the student unless given")
+    parser.add_argument(
+        "--teacher-width", type=int, help="width of the teacher (default: that of the student)"
+    )
     parser.add_argument("--device", choices=("here", "tpu"), default="here")
     parser.add_argument(
-        "--time", action="store_true", help="run both, and give milliseconds instead of memory"
+        "--time", action="store_true", help="run both programs, and print milliseconds instead of memory"
     )
     parser.add_argument("--chunk-sizes", type=int, nargs="+", help="tokens per chunk")
     parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    args = parser.parse_args()
 
     arguments = shapes(
-        tokens=options.tokens,
-        vocab_size=options.vocab_size,
-        width=options.width,
-        teacher_width=options.teacher_width or options.width,
+        tokens=args.tokens,
+        vocab_size=args.vocab_size,
+        width=args.width,
+        teacher_width=args.teacher_width or args.width,
     )
     here = (
         jax.devices()[0]
-        if options.device == "here"
+        if args.device == "here"
         else topologies.get_topology_desc("v5p:2x2x1", "tpu").devices[0]
     )
-    unit = "ms" if options.time else "MiB"
+    unit = "ms" if args.time else "MiB"
     print(
         (
             f"| divergence | device | tokens x vocabulary, width | chunk | chunked {unit} | dense {unit} | "
@@ -181,17 +184,19 @@ def main() -> None:
         + "|---" * 7
         + "|"
     )
-    sizes = options.chunk_sizes or [default_chunk_size(options.tokens, options.vocab_size)]
+    sizes = args.chunk_sizes or [default_chunk_size(args.tokens, args.vocab_size)]
     losses = [*map(chunked, sizes), dense]
     for divergence in DIVERGENCES:
-        if options.time:
-            *found, theirs = milliseconds(losses, divergence, arguments, rounds=options.rounds)
+        if args.time:
+            *chunked_results, theirs = milliseconds(losses, divergence, arguments, rounds=args.rounds)
         else:
-            *found, theirs = (temporary_bytes(loss, divergence, arguments, here) / 2**20 for loss in losses)
-        for size, ours in zip(sizes, found, strict=True):
+            *chunked_results, theirs = (
+                temporary_bytes(loss, divergence, arguments, here) / 2**20 for loss in losses
+            )
+        for size, ours in zip(sizes, chunked_results, strict=True):
             print(
-                f"| {type(divergence).__name__} | {here.device_kind} | {options.tokens} x "
-                f"{options.vocab_size}, {options.width} "
+                f"| {type(divergence).__name__} | {here.device_kind} | {args.tokens} x "
+                f"{args.vocab_size}, {args.width} "
                 f"| {size} | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.3f} |"
             )
 

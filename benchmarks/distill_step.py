@@ -1,11 +1,11 @@
-"""What online distillation costs beside plain training and the teacher's own forward pass.
+"""Time of online distillation, compared with plain training and the teacher's own forward pass.
 
     python benchmarks/distill_step.py                        # nano learns from a decoder of 12M parameters
     python benchmarks/distill_step.py --teacher nano --rounds 21
 
-In one process, in turn, on one batch: a plain training step, the teacher's forward pass with its logits
-(chunked, as an evaluation makes them), and for each divergence the teacher's call and the step that learns
-from it. Prints the median over the rounds of distillation / (plain + teacher). The aim is at most 1.10.
+In one process, in turn, on one batch: a plain training step, the teacher's forward pass with its logits (in
+chunks, as an evaluation computes them), and for each divergence the teacher's call and the step that learns
+from it. Prints the median over the rounds of distillation / (plain + teacher). The target is at most 1.10.
 Weights are random: only time is measured.
 """
 
@@ -44,7 +44,7 @@ LENGTH = 256
 
 
 def batch() -> Any:
-    """Full rows of random tokens."""
+    """Return a batch of random tokens, without padding."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, VOCABULARY, (ROWS, LENGTH + 1)).astype(np.int32)
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (ROWS, LENGTH))
@@ -61,7 +61,7 @@ def batch() -> Any:
 
 
 class Student:
-    """A state and its step, which may be called again and again."""
+    """A state and its train step, which can be called any number of times."""
 
     def __init__(self, mesh: Any, distill: DistillConfig | None) -> None:
         experiment = nano()
@@ -79,8 +79,8 @@ class Student:
         )
         self.state = init_state(definition, optimizer, shapes=shapes, seed=0, objective=objective)
 
-    def run(self, *given: Any) -> None:
-        self.state, _ = self.step(self.state, *given)
+    def run(self, *inputs: Any) -> None:
+        self.state, _ = self.step(self.state, *inputs)
         jax.block_until_ready(self.state)
 
 
@@ -97,10 +97,10 @@ def main() -> None:
     parser.add_argument(
         "--divergences", nargs="*", default=["forward_kl", "reverse_kl", "jsd", "taid", "top_k"]
     )
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        definition = define_for_inference(TEACHERS[arguments.teacher](vocab_size=VOCABULARY))
+        definition = define_for_inference(TEACHERS[args.teacher](vocab_size=VOCABULARY))
         plan = TeacherPlan(
             settings=TeacherConfig(path="random"),
             definition=definition,
@@ -114,7 +114,7 @@ def main() -> None:
         head = jax.jit(plan.head)(params, buffers)
         placed = place_batch(batch(), mesh)
         rows = (placed.tokens, placed.segment_ids, placed.positions)
-        call = jax.jit(lambda *given: communication.constrain(plan.hidden(*given), ("batch", "time", None)))
+        call = jax.jit(lambda *inputs: communication.constrain(plan.hidden(*inputs), ("batch", "time", None)))
 
         @jax.jit
         def with_logits(params: Any, buffers: Any, batch: Any) -> Any:
@@ -126,30 +126,30 @@ def main() -> None:
 
         plain = Student(mesh, None)
         timed: dict[str, Any] = {"plain": lambda: plain.run(placed), "teacher": teacher_alone}
-        for name in arguments.divergences:
+        for name in args.divergences:
             student = Student(mesh, DistillConfig(teachers=(plan.settings,), divergence=divergence_of(name)))
             timed[name] = lambda student=student: student.run(
                 placed, (losses.TeacherOutput(hidden=call(params, buffers, *rows), head=head),)
             )
         for fn in timed.values():
             fn()  # compiles
-        found: dict[str, list[float]] = {name: [] for name in timed}
-        for index in range(arguments.rounds):
+        measured: dict[str, list[float]] = {name: [] for name in timed}
+        for index in range(args.rounds):
             for name in timed if index % 2 else reversed(list(timed)):
-                found[name].append(seconds(timed[name]))
-    base = [plain + teacher for plain, teacher in zip(found["plain"], found["teacher"], strict=True)]
+                measured[name].append(seconds(timed[name]))
+    base = [plain + teacher for plain, teacher in zip(measured["plain"], measured["teacher"], strict=True)]
     print(
-        f"plain step {1e3 * statistics.median(found['plain']):.0f} ms, teacher "
-        f"{1e3 * statistics.median(found['teacher']):.0f} ms"
+        f"plain step {1e3 * statistics.median(measured['plain']):.0f} ms, teacher "
+        f"{1e3 * statistics.median(measured['teacher']):.0f} ms"
     )
     print("| divergence | step, median | over plain + teacher | middle half of the rounds |")
     print("|---|---|---|---|")
-    for name in arguments.divergences:
-        ratios = sorted(one / both for one, both in zip(found[name], base, strict=True))
+    for name in args.divergences:
+        ratios = sorted(distilled / both for distilled, both in zip(measured[name], base, strict=True))
         middle = len(ratios) // 4
         print(
-            f"| {name} | {1e3 * statistics.median(found[name]):.0f} ms | {statistics.median(ratios):.2f} | "
-            f"{ratios[middle]:.2f} to {ratios[-middle - 1]:.2f} |"
+            f"| {name} | {1e3 * statistics.median(measured[name]):.0f} ms | "
+            f"{statistics.median(ratios):.2f} | {ratios[middle]:.2f} to {ratios[-middle - 1]:.2f} |"
         )
 
 

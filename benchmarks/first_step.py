@@ -1,11 +1,10 @@
-"""Seconds from the command to the first step, as a person waits for it: everything anew, the data prepared,
-programs compiled.
+"""Seconds from the command to the first step, with empty caches, prepared data, and compiled programs.
 
     python benchmarks/first_step.py [nano] [--rounds 3] [further options of `slmjax train`]
 
-The process is stopped once it shows its first step. "anew" has empty caches; "prepared" finds the tokenized
-data of an earlier run and compiles; "cached" finds compiled programs too, as every further run of the same
-experiment does.
+The process is stopped once it shows its first step. "from scratch" has empty caches; "prepared" has the
+tokenized data of an earlier run and compiles; "cached" has the compiled programs too, as every further run of
+the same experiment does.
 """
 
 import argparse
@@ -19,13 +18,13 @@ import time
 from pathlib import Path
 
 
-def seconds_to_first_step(cache: Path, runs: Path, words: list[str]) -> float:
+def seconds_to_first_step(cache: Path, runs: Path, argv: list[str]) -> float:
     command = [
         sys.executable,
         "-m",
         "slmjax",
         "train",
-        *words,
+        *argv,
         "--run.log-every",
         "1",
         "--run.directory",
@@ -37,12 +36,12 @@ def seconds_to_first_step(cache: Path, runs: Path, words: list[str]) -> float:
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
         assert process.stdout is not None
-        found = next(
+        elapsed = next(
             (time.monotonic() - started for line in process.stdout if line.lstrip().startswith("step ")), None
         )
         process.kill()
-    assert found is not None, f"{' '.join(command)} ended before its first step"
-    return found
+    assert elapsed is not None, f"{' '.join(command)} ended before its first step"
+    return elapsed
 
 
 def main() -> None:
@@ -51,20 +50,20 @@ def main() -> None:
     )
     parser.add_argument("experiment", nargs="?", default="nano")
     parser.add_argument("--rounds", type=int, default=3)
-    given, options = parser.parse_known_args()
-    seconds: dict[str, list[float]] = {"anew": [], "prepared": [], "cached": []}
-    for _ in range(given.rounds):
+    args, options = parser.parse_known_args()
+    seconds: dict[str, list[float]] = {"from scratch": [], "prepared": [], "cached": []}
+    for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as scratch:
             cache = Path(scratch) / "cache"
             runs = Path(scratch) / "runs"
-            for name, found in seconds.items():
+            for name, measured in seconds.items():
                 if name == "prepared":
                     shutil.rmtree(cache / "compiled", ignore_errors=True)
-                found.append(seconds_to_first_step(cache, runs, [given.experiment, *options]))
-    print("| experiment | anew | data prepared | and programs compiled |")
+                measured.append(seconds_to_first_step(cache, runs, [args.experiment, *options]))
+    print("| experiment | from scratch | data prepared | and programs compiled |")
     print(
-        f"| {given.experiment} | "
-        f"{' | '.join(f'{statistics.median(found):.1f} s' for found in seconds.values())} |"
+        f"| {args.experiment} | "
+        f"{' | '.join(f'{statistics.median(measured):.1f} s' for measured in seconds.values())} |"
     )
 
 

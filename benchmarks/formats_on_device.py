@@ -1,11 +1,11 @@
-"""Whether the device that is here computes the codes that the formats' own packages do.
+"""Comparison of the codes that this device computes with those of the formats' own packages.
 
-    python -m benchmarks.formats_on_device      # from the root of a checkout, as it reads what tests keep
+    python -m benchmarks.formats_on_device      # from the root of a checkout, as it reads files of the tests
 
-The tests compare on CPU. Compilers for other devices take other liberties, and one bit decides where a number
-lies halfway between two codes: run this where models will be trained. One row for each preset and package:
-how many scales and codes differ from the kept results (tests/formats/golden), on numbers that hold many
-near-ties; for packages that tell only what numbers become, how many of those.
+The tests compare on CPU. Compilers for other devices may reorder operations, and the last bit decides where a
+value is halfway between two codes: run this where models will be trained. Prints one row for each preset and
+package: how many scales and codes differ from the stored results (tests/formats/golden), on values with many
+near-ties. Packages that return only dequantized values have the number of values that differ.
 """
 
 import sys
@@ -30,13 +30,13 @@ def main() -> None:
     numbers = np.load(GOLDEN / "numbers.npz")["x"]
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(
-        "| package | format | scales that differ | codes that differ | of | numbers that differ "
+        "| package | format | scales that differ | codes that differ | of | values that differ "
         "|\n|---|---|---|---|---|---|"
     )
     wrong = 0
     for package in PACKAGES:
-        kept = dict(np.load(GOLDEN / f"{package}.npz"))
-        for name, ending in sorted(key.split("/") for key in kept if key.endswith(("/codes", "/decoded"))):
+        golden = dict(np.load(GOLDEN / f"{package}.npz"))
+        for name, ending in sorted(key.split("/") for key in golden if key.endswith(("/codes", "/decoded"))):
             spec = PRESETS[name]
             x = jnp.asarray(of_one_size(numbers) if spec.is_two_level else numbers)
             encoded, rounded = jax.jit(lambda x, spec=spec: (encode(x, spec), fake_quant(x, spec)))(x)
@@ -46,22 +46,22 @@ def main() -> None:
                     "",
                     "",
                     max(
-                        differing(decoded, kept[f"{name}/decoded"]),
-                        differing(rounded, kept[f"{name}/decoded"]),
+                        differing(decoded, golden[f"{name}/decoded"]),
+                        differing(rounded, golden[f"{name}/decoded"]),
                     ),
                 )
             else:
-                scale = kept[f"{name}/scale"]
-                # without one, packages divide by zero
+                scale = golden[f"{name}/scale"]
+                # Packages divide by zero where a scale is 0, so codes there mean nothing.
                 has_scale = np.repeat(scale != 0, x.shape[-1] // scale.shape[-1], axis=-1)
                 row = (
                     differing(encoded.scale, scale),
-                    int(np.sum(has_scale & (np.asarray(encoded.codes) != kept[f"{name}/codes"]))),
+                    int(np.sum(has_scale & (np.asarray(encoded.codes) != golden[f"{name}/codes"]))),
                     differing(decoded, rounded),
                 )
             wrong += sum(int(count or 0) for count in row)
             print(f"| {package} | {name} | {row[0]} | {row[1]} | {x.size} | {row[2]} |")
-    sys.exit(f"{wrong} numbers differ" if wrong else 0)
+    sys.exit(f"{wrong} values differ" if wrong else 0)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Peak memory of importing a model in several files, and of reading it into the shards of a mesh: `python
-benchmarks/import_memory.py`.
+"""Peak memory of importing a model in several files, and of reading it into the shards of a mesh.
 
-A model of SmolLM2-360M's shape is written as a Hugging Face directory in bfloat16, in files of a given size.
-Each measurement runs in a process of its own and counts what comes on top of the process as it was with
-everything imported. Devices are simulated here, so their arrays lie in the same memory and are taken off:
-what remains is what a host with accelerators would need.
+    python benchmarks/import_memory.py
+
+A model of SmolLM2-360M's shape is written as a Hugging Face directory in bfloat16, in files of a fixed size.
+Each measurement runs in a process of its own and counts memory above that of the process with everything
+imported. Devices are simulated, so their arrays are in the same memory and are subtracted: the rest is the
+need of a host with accelerators.
 """
 
 import argparse
@@ -22,7 +23,7 @@ MB = 1e6
 
 
 def write_model(directory: Path, *, largest_file: int) -> None:
-    """A Hugging Face directory with random weights, streamed."""
+    """Write a Hugging Face directory with random weights, tensor by tensor."""
     import jax.numpy as jnp
 
     from slmjax.checkpoints import safetensors_files
@@ -45,17 +46,17 @@ def write_model(directory: Path, *, largest_file: int) -> None:
 
 
 def resident() -> float:
-    """Bytes of memory in use by this process."""
+    """Return the bytes of memory that this process uses."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def peak() -> float:
-    """Bytes of memory that this process had in use at most."""
+    """Return the most bytes of memory that this process has used."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure_import(source: Path, out: Path) -> dict[str, float]:
-    """Bytes above the process itself."""
+    """Return the peak of an import, in bytes above the process itself."""
     from slmjax.convert.import_export import import_model
 
     before = resident()
@@ -64,7 +65,7 @@ def measure_import(source: Path, out: Path) -> dict[str, float]:
 
 
 def measure_reading(model: Path) -> dict[str, float]:
-    """Bytes above the process and the arrays that it ends with."""
+    """Return the peak of reading, in bytes above the process and the arrays that it ends with."""
     import jax
 
     from slmjax.checkpoints import loading, safetensors_files
@@ -75,21 +76,22 @@ def measure_reading(model: Path) -> dict[str, float]:
     config = loading.read_config(model)
     definition = define(config)
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
-    places = parameter_shardings(definition.params, mesh)
+    shardings = parameter_shardings(definition.params, mesh)
     like = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
         for name, leaf in definition.params.items()
     }
     jax.block_until_ready(jax.device_put(np.zeros(8), jax.devices()[0]))
+    # Measured after the backend is initialised, which is part of the process.
     before = resident()
     params = jax.block_until_ready(safetensors_files.read_stacked(model, config, like))
-    held = sum(shard.data.nbytes for array in params.values() for shard in array.addressable_shards)
-    return {"peak": peak() - before - held, "arrays": float(held)}
+    array_bytes = sum(shard.data.nbytes for array in params.values() for shard in array.addressable_shards)
+    return {"peak": peak() - before - array_bytes, "arrays": float(array_bytes)}
 
 
-def in_process(*words: str) -> dict[str, float]:
-    """This script with other arguments, in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=True)
+def in_process(*argv: str) -> dict[str, float]:
+    """Run this script with other arguments in a process of its own, and return what it prints."""
+    done = subprocess.run([sys.executable, __file__, *argv], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -97,9 +99,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--file-mb", type=int, default=100, help="largest safetensors file, in MB")
     parser.add_argument("--measure", nargs="*", help=argparse.SUPPRESS)
-    given: Any = parser.parse_args()
-    if given.measure:
-        kind, *paths = given.measure
+    args: Any = parser.parse_args()
+    if args.measure:
+        kind, *paths = args.measure
         measured = (
             measure_import(*map(Path, paths)) if kind == "import" else measure_reading(*map(Path, paths))
         )
@@ -108,7 +110,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         theirs = Path(name) / "theirs"
         ours = Path(name) / "ours"
-        write_model(theirs, largest_file=given.file_mb * 10**6)
+        write_model(theirs, largest_file=args.file_mb * 10**6)
         sizes = [file.stat().st_size for file in theirs.glob("*.safetensors")]
         imported = in_process("--measure", "import", str(theirs), str(ours))
         read = in_process("--measure", "read", str(ours))

@@ -1,7 +1,8 @@
-"""What `startup.keep_memory` is worth: the training step of `nano` on CPU with and without it, in turn, each
-in a new process.
+"""Gain of `startup.keep_memory`: the training step of `nano` on CPU with and without it.
 
 python benchmarks/keep_memory.py [ROUNDS]       # prints one row of the table in RESULTS.md
+
+Both run in turn, each in a new process.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ NUM_STEPS = 10
 
 
 def step_seconds(keep: bool) -> float:
-    """Median seconds of a step, in this process, which has not imported jax yet."""
+    """Return the median seconds of a step in this process, which must not have imported jax."""
     from slmjax.startup import keep_memory
 
     if keep and not keep_memory():

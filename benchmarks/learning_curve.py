@@ -1,4 +1,4 @@
-"""The picture of the README: held-out bits per byte of a run over its training, beside gzip and xz.
+"""The picture of the README: held-out bits per byte of a run over its training, with those of gzip and xz.
 
 pip install -e '.[plot]'
 python benchmarks/learning_curve.py RUN_DIR docs/nano.svg
@@ -21,16 +21,16 @@ def main(run_dir: Path, picture: Path) -> None:
 
 
 def specification(run: RunRecords, result: dict[str, Any]) -> dict[str, Any]:
-    """The chart as Vega-Lite."""
+    """Return the chart as Vega-Lite."""
     series = {"training batches": run.train, "held-out text": run.on_the_way}
     curves = [
-        {"step": one["step"], "bits": one["bits_per_byte"], "series": name}
+        {"step": record["step"], "bits": record["bits_per_byte"], "series": name}
         for name, records in series.items()
-        for one in records
+        for record in records
     ]
     rivals = [{"bits": bits, "name": f"{name}: {bits:.2f}"} for name, bits in result["compressors"].items()]
     points = [
-        {"step": one["step"], "bits": one["bits_per_byte"]} for one in run.evals
+        {"step": record["step"], "bits": record["bits_per_byte"]} for record in run.evals
     ]  # the last is on all of the text
     last = {**points[-1], "name": f"{result['bits_per_byte']:.2f}"}
     sizes = f"{result['parameters'] / 1e6:.1f}M parameters, {result['tokens'] / 1e6:.2f}M tokens"

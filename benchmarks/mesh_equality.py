@@ -1,12 +1,12 @@
 """Loss and gradient on meshes of 8 devices against one device: every pair of axes, several models.
 
-    python benchmarks/mesh_equality.py                     # the table of all pairs, about 5 minutes on 2
-    cores python benchmarks/mesh_equality.py --pairs fsdp,context
+    python benchmarks/mesh_equality.py                     # the table of all pairs, 5 minutes on 2 cores
+    python benchmarks/mesh_equality.py --pairs fsdp,context
 
-The dense model and the mixture have a window that is longer than a shard of the sequence and full attention
-with one key-value head that the tensor axis does not divide; the mixture drops tokens in one of its layers.
-The third model has latent attention. All see packed documents and padding. Differences are relative: of the
-loss, and of each parameter's gradient by its norm, of which the largest is told. float32.
+The dense model and the mixture have a window that is longer than a shard of the sequence, and full attention
+with one key-value head, which the tensor axis does not divide; the mixture drops tokens in one of its layers.
+The third model has latent attention. All have packed documents and padding. Differences are relative: of the
+loss, and of each parameter's gradient by its norm, of which the largest is printed. float32.
 """
 
 import argparse
@@ -62,7 +62,7 @@ LATENT = LatentAttentionConfig(
 
 
 def model(*blocks: BlockConfig) -> ModelConfig:
-    """A tiny model of these blocks, twice."""
+    """Return a tiny model of these blocks, each twice."""
     stack = (LayerGroup(pattern=blocks, repeats=2),)
     return ModelConfig(
         embed_dim=32, vocab_size=VOCAB, vocab_multiple=8, init_std=0.2, context_length=LENGTH, stack=stack
@@ -76,7 +76,7 @@ MODELS = {
 
 
 def make_batch() -> Batch:
-    """Rows of two documents each, cut where no shard ends, and some padding."""
+    """Return rows of two documents each, cut where no shard ends, and some padding."""
     draw = np.random.default_rng(0)
     place = np.arange(LENGTH)[None, :]
     cut = draw.integers(5, LENGTH - 9, (ROWS, 1))
@@ -95,7 +95,7 @@ def make_batch() -> Batch:
 
 
 def loss_and_gradient(kind: str, params: dict, buffers: dict, batch: Batch) -> tuple[jax.Array, dict]:
-    """The objective of a train step, and its gradient."""
+    """Return the objective of a train step, and its gradient."""
     definition = define(MODELS[kind])
     totals = count_targets(batch)
 
@@ -108,7 +108,7 @@ def loss_and_gradient(kind: str, params: dict, buffers: dict, batch: Batch) -> t
 
 @functools.cache
 def parameters(kind: str) -> tuple[dict, dict]:
-    """Parameters and buffers, drawn larger than initialised so that every part has an influence."""
+    """Return parameters and buffers, larger than initialised so that every part has an influence."""
     definition = define(MODELS[kind])
     draw = np.random.default_rng(0)
     return tuple(
@@ -119,20 +119,20 @@ def parameters(kind: str) -> tuple[dict, dict]:
 
 @functools.cache
 def on_one_device(kind: str) -> tuple[jax.Array, dict]:
-    """What all meshes are compared with."""
+    """Return loss and gradient on one device, with which all meshes are compared."""
     return jax.device_get(
         jax.jit(functools.partial(loss_and_gradient, kind))(*parameters(kind), make_batch())
     )
 
 
 def differences(kind: str, axes: dict[str, int]) -> tuple[float, float]:
-    """Relative differences of loss and gradient between a mesh and one device."""
+    """Return the relative differences of loss and gradient between a mesh and one device."""
     mesh = make_mesh(MeshConfig(**{"data": 1, **axes}))
     params, buffers = parameters(kind)
-    places = parameter_shardings(params, mesh)
+    shardings = parameter_shardings(params, mesh)
     with jax.set_mesh(mesh):
-        program = jax.jit(functools.partial(loss_and_gradient, kind), out_shardings=(None, places))
-        value, gradient = program(jax.device_put(params, places), buffers, place_batch(make_batch(), mesh))
+        program = jax.jit(functools.partial(loss_and_gradient, kind), out_shardings=(None, shardings))
+        value, gradient = program(jax.device_put(params, shardings), buffers, place_batch(make_batch(), mesh))
     expected_value, expected = on_one_device(kind)
     errors = {
         path: np.linalg.norm(gradient[path] - leaf) / np.linalg.norm(leaf) for path, leaf in expected.items()
@@ -153,14 +153,14 @@ def main() -> None:
         default=[",".join(pair) for pair in PAIRS],
         help="two axes with a comma between them",
     )
-    given = parser.parse_args()
+    args = parser.parse_args()
     columns = [f"{kind}: {what}" for kind in MODELS for what in ("loss", "gradient")]
     print("| " + " | ".join(["axes", *columns]) + " |\n" + "|---" * (1 + len(columns)) + "|")
-    for pair in given.pairs:
+    for pair in args.pairs:
         axes = dict(zip(pair.split(","), (2, 4), strict=True))
-        found = [f"{error:.1e}" for kind in MODELS for error in differences(kind, axes)]
+        errors = [f"{error:.1e}" for kind in MODELS for error in differences(kind, axes)]
         print(
-            "| " + " | ".join([" x ".join(f"{axis} {size}" for axis, size in axes.items()), *found]) + " |",
+            "| " + " | ".join([" x ".join(f"{axis} {size}" for axis, size in axes.items()), *errors]) + " |",
             flush=True,
         )
 

@@ -1,11 +1,10 @@
-"""A mixture of experts beside a dense layer of the same active FLOPs: tokens per second of value and
-gradient.
+"""Speed of a mixture of experts, compared with a dense layer of the same active FLOPs.
 
     python benchmarks/moe_layer.py
 
-8 experts of which a token uses 2, each half as wide as the dense layer; 2048 tokens, at the widths of the 12M
-model and of `nano`, in the form that the platform picks, in turn in one process. The target is a ratio of at
-least 0.6.
+Prints tokens per second of value and gradient. There are 8 experts, of which a token uses 2, each half as
+wide as the dense layer; 2048 tokens, at the widths of the 12M model and of `nano`, in the implementation that
+the platform picks, in turn in one process. The target is a ratio of at least 0.6.
 """
 
 import argparse
@@ -32,7 +31,7 @@ SIZES = {"width 384, 1024 active": (384, 1024), "width 192, 512 active": (192, 5
 
 
 def step_of(config: FfnConfig, dim: int, dtype: str) -> Callable[[], object]:
-    """One value and gradient of a layer, of its input and its weights."""
+    """Return a call that computes a layer's value and its gradient for input and weights."""
     shape = ModelDims(embed_dim=dim, num_layers=6, norm_eps=1e-6, init_std=0.02, dtype=jnp.dtype(dtype))
     graphdef, params = nnx.split(config.build(shape, rngs=nnx.Rngs(0)))
     x = jax.random.normal(jax.random.key(1), (ROWS, LENGTH, dim), shape.dtype)
@@ -51,7 +50,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=21)
-    given = parser.parse_args()
+    args = parser.parse_args()
     print("| layer | dtype | dense, tokens/s | experts, tokens/s | ratio, median of pairs |")
     for name, (dim, hidden) in SIZES.items():
         for dtype in ("float32", "bfloat16"):
@@ -63,12 +62,12 @@ def main() -> None:
             for step in steps * 2:
                 step()
             seconds: list[list[float]] = [[], []]
-            for _ in range(given.rounds):
-                for step, found in zip(steps, seconds, strict=True):
+            for _ in range(args.rounds):
+                for step, measured in zip(steps, seconds, strict=True):
                     started = time.perf_counter()
                     step()
-                    found.append(time.perf_counter() - started)
-            rates = [ROWS * LENGTH / statistics.median(found) for found in seconds]
+                    measured.append(time.perf_counter() - started)
+            rates = [ROWS * LENGTH / statistics.median(measured) for measured in seconds]
             ratio = statistics.median(dense / experts for dense, experts in zip(*seconds, strict=True))
             print(f"| {name} | {dtype} | {rates[0]:,.0f} | {rates[1]:,.0f} | {ratio:.2f} |")
 

@@ -1,4 +1,4 @@
-"""How much of the package a reader opens to follow one train step: files and functions that it enters.
+"""Number of files and functions of the package that one train step enters: what a reader opens to follow it.
 
     python benchmarks/reading.py                       # the three counts, for a tiny dense model
     python benchmarks/reading.py --list                # with every function by file
@@ -12,12 +12,12 @@ What is counted:
   function  a function of the package that was entered and has a name, methods, properties and nested
             functions included. Not counted: bodies of modules and classes; comprehensions, generator
             expressions and lambdas, which are read with the function around them; methods that `dataclasses`
-            generates, which have no file; and what handles log records.
+            generates, which have no file; and handlers of log records.
   file      a file of the package with at least one such function.
   inside    between the call and the return of the function `train_step`.
   command   the files inside, and those of the functions that lead there: whatever is on the call stack, from
-            the entry point of the command, when the step is first called, and when what it is made of and
-            given is made: `make_train_step`, `define`, `make_optimizer`, `init_state`.
+            the entry point of the command, when the step is first called, and when its parts and arguments
+            are made: `make_train_step`, `define`, `make_optimizer`, `init_state`.
 
 The count does not depend on the machine. Evaluation, checkpoints, logging and data are no part of a step.
 """
@@ -71,7 +71,7 @@ class Reader:
 
 
 def callers(frame: types.FrameType | None) -> list[types.CodeType]:
-    """The code of a frame and of all that called it."""
+    """Return the code of a frame and of its callers."""
     codes = []
     while frame is not None:
         codes.append(frame.f_code)
@@ -92,7 +92,7 @@ def is_logging(frame: types.FrameType) -> bool:
 
 
 def files(functions: Functions) -> list[str]:
-    """The files of these functions, relative to the package."""
+    """Return the files of these functions, relative to the package."""
     return sorted({str(Path(code.co_filename).relative_to(PACKAGE)) for code in functions})
 
 
@@ -103,8 +103,8 @@ def read_step(*options: str) -> Reader:
         text = Path(scratch) / "text"
         text.mkdir()
         for index in range(8):
-            words = " ".join(f"word{number % (7 + index)}" for number in range(200))
-            (text / f"{index}.txt").write_text(words)
+            content = " ".join(f"word{number % (7 + index)}" for number in range(200))
+            (text / f"{index}.txt").write_text(content)
         arguments = [
             "train",
             "nano",

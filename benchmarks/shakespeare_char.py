@@ -1,12 +1,11 @@
-"""`shakespeare_char` beside the same model in eager PyTorch: whole processes, data prepared anew, nine
-evaluations each.
+"""Time and loss of `shakespeare_char`, compared with the same model in eager PyTorch.
 
-    python benchmarks/shakespeare_char.py FILE [--rounds 3]       # FILE: the tinyshakespeare text; needs the
-    oracle extra (torch)
+    # FILE: the tinyshakespeare text; needs the oracle extra (torch)
+    python benchmarks/shakespeare_char.py FILE [--rounds 3]
 
-Both train 4 layers of width 128 for 2000 steps of 12 rows of 64 characters, and evaluate the last tenth of
-the text, whole, every 250 steps and at the end. Prints wall seconds from start to exit and the last
-validation loss of each.
+Whole processes are compared, with data prepared from scratch. Both train 4 layers of width 128 for 2000 steps of 12 rows of 64 characters,
+and evaluate the last tenth of the text, all of it, every 250 steps and at the end. Prints wall seconds from
+start to exit and the last validation loss of each.
 """
 
 import argparse
@@ -27,7 +26,7 @@ LOWEST = 1e-4
 
 
 def ours(text: Path) -> tuple[float, float]:
-    """Seconds and loss of the command, its caches empty."""
+    """Return seconds and loss of the command, with empty caches."""
     with tempfile.TemporaryDirectory() as scratch:
         environment = {**os.environ, "SLMJAX_CACHE": str(Path(scratch) / "cache")}
         options = ["--data.path", str(text), "--json", "--run.directory", str(Path(scratch) / "runs")]
@@ -40,7 +39,7 @@ def ours(text: Path) -> tuple[float, float]:
 
 
 def theirs(text: Path) -> tuple[float, float]:
-    """The same of this file as `--peer`."""
+    """Return seconds and loss of the model in PyTorch: this file with `--peer`."""
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, __file__, str(text), "--peer"], stdout=subprocess.PIPE, text=True, check=True
@@ -77,8 +76,8 @@ def peer(text: Path) -> None:
 
     loss = evaluate()
     for step in range(STEPS):
-        share = max(step - WARMUP, 0) / (STEPS - WARMUP)
-        rate = LOWEST + 0.5 * (1 + math.cos(math.pi * share)) * (PEAK - LOWEST)
+        fraction = max(step - WARMUP, 0) / (STEPS - WARMUP)
+        rate = LOWEST + 0.5 * (1 + math.cos(math.pi * fraction)) * (PEAK - LOWEST)
         for group in training.optimizer.param_groups:
             group["lr"] = min((step + 1) / (WARMUP + 1), 1.0) * rate
         starts = torch.randint(len(train) - length - 1, (rows,))
@@ -96,10 +95,10 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.peer:
-        return peer(given.text)
-    pairs = [(ours(given.text), theirs(given.text)) for _ in range(given.rounds)]
+    args = parser.parse_args()
+    if args.peer:
+        return peer(args.text)
+    pairs = [(ours(args.text), theirs(args.text)) for _ in range(args.rounds)]
     print("| variant | seconds, median | validation loss, median |")
     for name, side in zip(("slmjax", "PyTorch, eager"), zip(*pairs, strict=True), strict=True):
         seconds, losses = zip(*side, strict=True)

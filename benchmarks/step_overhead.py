@@ -1,4 +1,4 @@
-"""What the training loop costs beside the compiled step: feeding, metrics, logging, progress.
+"""Overhead of the training loop over the compiled step: feeding, metrics, logging, progress.
 
     python benchmarks/step_overhead.py nano
     python benchmarks/step_overhead.py shakespeare_char --data.path FILE
@@ -29,7 +29,7 @@ from slmjax.training import recipes  # noqa: E402
 from slmjax.training.experiment import Experiment  # noqa: E402
 
 ROUNDS = 15
-SECONDS = 3.0  # of a round's half, about
+SECONDS = 3.0  # of half a round, approximately
 
 pairs: list[tuple[float, float]] = []
 size = 0
@@ -37,7 +37,7 @@ in_loop = trainer.Loop.run
 
 
 def alternating(loop: trainer.Loop, state: Any, signals: Any) -> tuple[Any, str]:
-    """In place of the loop's run: its own steps, and bare calls, in turn."""
+    """Run the loop's own steps and bare calls in turn, in place of `Loop.run`."""
     global size
 
     def steps(state: Any, count: int) -> Any:
@@ -70,9 +70,9 @@ def alternating(loop: trainer.Loop, state: Any, signals: Any) -> tuple[Any, str]
 
 def main() -> None:
     name = sys.argv[1]
-    words = sys.argv[2:]
+    argv = sys.argv[2:]
     experiment = parse(
-        Experiment, words, default=recipes.load_experiment(name), command=name, description=__doc__
+        Experiment, argv, default=recipes.load_experiment(name), command=name, description=__doc__
     )
     with tempfile.TemporaryDirectory() as scratch, open(f"{scratch}/progress.txt", "w") as stream:
         far = 10**9
@@ -84,13 +84,13 @@ def main() -> None:
         )
         trainer.Loop.run = alternating  # type: ignore[method-assign]
         trainer.train(experiment, console=Console(file=stream, width=200))
-    shares = sorted(loop / calls - 1 for loop, calls in pairs)
+    overheads = sorted(loop / calls - 1 for loop, calls in pairs)
     step = statistics.median(calls for _, calls in pairs) / size
-    middle = len(shares) // 4
-    print("| experiment | compiled step | loop beside it, median | middle half of the rounds |")
+    middle = len(overheads) // 4
+    print("| experiment | compiled step | overhead of the loop, median | middle half of the rounds |")
     print(
-        f"| {name} | {1e3 * step:.1f} ms | {statistics.median(shares):.1%} | {shares[middle]:.1%} to "
-        f"{shares[-middle - 1]:.1%} |"
+        f"| {name} | {1e3 * step:.1f} ms | {statistics.median(overheads):.1%} | {overheads[middle]:.1%} to "
+        f"{overheads[-middle - 1]:.1%} |"
     )
 
 

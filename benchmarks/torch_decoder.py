@@ -1,6 +1,4 @@
-"""The decoders of our experiments in plain PyTorch, for comparison: the same shapes, the same objective, the
-same optimizer.
-"""
+"""The decoders of the experiments in plain PyTorch: the same shapes, objective and optimizer."""
 
 import contextlib
 import dataclasses
@@ -114,11 +112,11 @@ class Training:
         self.loss = torch.compile(self.model) if compiled else self.model
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
-        """bfloat16 where it is asked for."""
+        """Return a context of bfloat16 where `half` is set."""
         return torch.autocast(self.device, torch.bfloat16, enabled=self.half)
 
     def step(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """One update, gradients clipped to 1."""
+        """Return the loss of one update, with gradients clipped to a norm of 1."""
         with self.autocast():
             loss = self.loss(tokens, targets)
         loss.backward()

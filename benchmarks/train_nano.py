@@ -1,9 +1,9 @@
-"""The default experiment as `make train` runs it after installation: a whole process, its data prepared anew.
+"""The default experiment as `make train` runs it after installation, with empty caches.
 
     python benchmarks/train_nano.py          # prints one row of the table in RESULTS.md
 
-The row gives the wall time of the process from start to exit, data preparation, compilation, evaluation and
-samples included, and the held-out bits per byte beside those of gzip -9 and xz -9 on the same text.
+The row has the wall time of the process from start to exit, with data preparation, compilation, evaluation
+and samples, and the held-out bits per byte next to those of gzip -9 and xz -9 on the same text.
 """
 
 import json

@@ -1,14 +1,14 @@
-"""The training step beside PyTorch's: the same model, batch and optimizer, each in a process of its own, in
-turn on the same cores.
+"""The training step, compared with PyTorch's: the same model, batch and optimizer.
 
     python benchmarks/train_step.py                       # 12M decoder; needs the oracle extra (torch)
     python benchmarks/train_step.py --size 0.8m --compile
-    python benchmarks/train_step.py --size 360m --compile --dtypes bfloat16   # on a GPU: SmolLM2-360M's
-    shape; also 124m, 1.7b
+    # on a GPU: SmolLM2-360M's shape; also 124m, 1.7b
+    python benchmarks/train_step.py --size 360m --compile --dtypes bfloat16
 
-Prints for float32 and bfloat16 the milliseconds of a step, minimum and median over the rounds, and the ratio
-of the medians: above 1, ours is faster; and tokens per second and model FLOPs utilisation. The step is the
-trainer's own, with its metrics and gradient norms.
+Each runs in a process of its own, in turn on the same cores. Prints for float32 and bfloat16 the milliseconds
+of a step, minimum and median over the rounds, and the ratio of the medians (above 1, slmjax is faster); and
+tokens per second and model FLOPs utilisation. The step is the trainer's own, with its metrics and gradient
+norms.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def their_step(size: str, dtype: str, *, compiled: bool) -> Callable[[], None]:
 
 
 def work(variant: str, size: str, dtype: str) -> None:
-    """A worker: prints the seconds of a step for each line that it reads."""
+    """Print the seconds of a step for each line of the standard input."""
     run = (
         our_step(size, dtype)
         if variant == "slmjax"
@@ -133,19 +133,17 @@ def main() -> None:
     parser.add_argument("--size", choices=tuple(BATCHES), default="12m")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--compile", action="store_true", help="torch.compile too")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
     parser.add_argument(
-        "--python", default=sys.executable, help="interpreter of slmjax's side, for another version of jax"
+        "--python", default=sys.executable, help="interpreter that runs slmjax, for another version of jax"
     )
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.worker:
-        return work(given.worker, given.size, given.dtypes[0])
+    args = parser.parse_args()
+    if args.worker:
+        return work(args.worker, args.size, args.dtypes[0])
     print("| dtype | variant | ms, lowest | ms, median | its median over slmjax's | tokens/s | MFU |")
-    for dtype in given.dtypes:
-        compare(
-            given.size, dtype, given.rounds, VARIANTS if given.compile else VARIANTS[:2], python=given.python
-        )
+    for dtype in args.dtypes:
+        compare(args.size, dtype, args.rounds, VARIANTS if args.compile else VARIANTS[:2], python=args.python)
     return None
 
 
@@ -162,9 +160,8 @@ def compare(size: str, dtype: str, rounds: int, variants: tuple[str, ...], *, py
             "--dtypes",
             dtype,
         ]
-        environment = os.environ | {
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false"
-        }  # on a GPU each needs room for itself
+        # On a GPU jax would take most of the memory, and all workers share one device.
+        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         workers[variant] = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -182,11 +179,11 @@ def compare(size: str, dtype: str, rounds: int, variants: tuple[str, ...], *, py
     (rows, length) = BATCHES[size]
     flops = flops_per_token(size)
     peak = peak_flops(dtype)
-    for variant, found in seconds.items():
-        median = statistics.median(found)
+    for variant, measured in seconds.items():
+        median = statistics.median(measured)
         used = "not known" if peak is None else f"{flops * rows * length / median / peak:.1%}"
         print(
-            f"| {dtype} | {variant} | {1e3 * min(found):.1f} | {1e3 * median:.1f} | {median / ours:.2f} "
+            f"| {dtype} | {variant} | {1e3 * min(measured):.1f} | {1e3 * median:.1f} | {median / ours:.2f} "
             f"| {rows * length / median:,.0f} | {used} |"
         )
 
