@@ -9,9 +9,10 @@
     python benchmarks/distill_memory.py --time --tokens 2048 --vocab-size 16384 --width 512
     python benchmarks/distill_memory.py --time --chunk-sizes 128 512 2048
 
-The gradient is included. Prints one row for each divergence and chunk size; by default the chunk size of a run. Memory is that of the
-compiler, results not counted; the target is a ratio below 1/5. Hidden states of student and teacher are
-bfloat16, both tables float32; the gradient is that of the student's hidden states and table.
+The gradient is included. Prints one row for each divergence and chunk size; by default the chunk size of a
+run. Memory is that of the compiler, results not counted; the target is a ratio below 1/5. Hidden states of
+student and teacher are bfloat16, both tables float32; the gradient is that of the student's hidden states and
+table.
 """
 
 import argparse

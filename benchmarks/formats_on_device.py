@@ -27,7 +27,7 @@ def differing(a: Any, b: Any) -> int:
 
 
 def main() -> None:
-    numbers = np.load(GOLDEN / "numbers.npz")["x"]
+    values = np.load(GOLDEN / "numbers.npz")["x"]
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(
         "| package | format | scales that differ | codes that differ | of | values that differ "
@@ -38,7 +38,7 @@ def main() -> None:
         golden = dict(np.load(GOLDEN / f"{package}.npz"))
         for name, ending in sorted(key.split("/") for key in golden if key.endswith(("/codes", "/decoded"))):
             spec = PRESETS[name]
-            x = jnp.asarray(of_one_size(numbers) if spec.is_two_level else numbers)
+            x = jnp.asarray(of_one_size(values) if spec.is_two_level else values)
             encoded, rounded = jax.jit(lambda x, spec=spec: (encode(x, spec), fake_quant(x, spec)))(x)
             decoded = jax.jit(lambda encoded, spec=spec: decode(encoded, spec))(encoded)
             if ending == "decoded":

@@ -3,9 +3,9 @@
     # FILE: the tinyshakespeare text; needs the oracle extra (torch)
     python benchmarks/shakespeare_char.py FILE [--rounds 3]
 
-Whole processes are compared, with data prepared from scratch. Both train 4 layers of width 128 for 2000 steps of 12 rows of 64 characters,
-and evaluate the last tenth of the text, all of it, every 250 steps and at the end. Prints wall seconds from
-start to exit and the last validation loss of each.
+Whole processes are compared, with data prepared from scratch. Both train 4 layers of width 128 for 2000 steps
+of 12 rows of 64 characters, and evaluate the last tenth of the text, all of it, every 250 steps and at the
+end. Prints wall seconds from start to exit and the last validation loss of each.
 """
 
 import argparse

@@ -35,11 +35,11 @@ MIN_SAVING = 0.01  # of what the step needs: a change that saves less is of no h
 
 
 class OutOfMemory(RuntimeError):
-    """A run needed more memory than there was; the message says how much, and what needs less."""
+    """Raised where memory runs out; the message has the size that was needed and options that need less."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out, on a device or on the host."""
+    """Return whether an error is about memory that ran out, on a device or on the host."""
     # XLA has no exception type of its own for this: the text of the error is all there is.
     is_about_memory = any(part in str(error) for part in ("RESOURCE_EXHAUSTED", "Out of memory"))
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_about_memory)
@@ -170,11 +170,11 @@ class Change:
     """Settings that may need less memory than those of an experiment."""
 
     settings: Mapping[str, Any]  # by path: {"optim.accumulation_steps": 4}
-    price: str = ""  # what differs in the training; empty where its numbers stay the same up to rounding
+    price: str = ""  # what differs in the training; empty where results stay the same up to rounding
 
     @property
     def options(self) -> str:
-        """The settings as the command line takes them."""
+        """Settings in the form of the command line."""
         shown = {
             path: value.value if isinstance(value, Precision | Remat) else value
             for path, value in self.settings.items()
@@ -215,7 +215,7 @@ def training_changes(experiment: Experiment, mesh: Mesh, *, is_resumed: bool = F
         changes += [Change(settings={**parts[most], "model.remat": fewer[0]})] if most > 1 else []
     changes += [Change(settings=parts[size]) for size in factors[1:]]
     changes += _mesh_changes(mesh)
-    # From here on the training itself may differ, and the price says how.
+    # From here on the training itself may differ, as the price describes.
     changes.append(Change(settings={"data.batch_size": data.batch_size // 2}, price="a smaller batch"))
     if not is_resumed and model.precision is Precision.FLOAT32:
         changes.append(Change(settings={"model.precision": Precision.BFLOAT16}, price="coarser rounding"))

@@ -62,8 +62,8 @@ _TAID = "the least weight of the teacher in TAID (objective.distill.divergence)"
 _FURTHER = {
     "optim.lr": (
         "To keep it, leave the settings as they are, or set optim.schedule=constant with "
-        "optim.warmup-steps=0 and optim.lr to the rate that you want; a schedule of wsd can be extended before "
-        "its decay without a jump"
+        "optim.warmup-steps=0 and optim.lr to the rate that you want; a schedule of wsd can be extended "
+        "before its decay without a jump"
     ),
     _TAID: "The weight itself never falls: one that is higher stays",
 }

@@ -51,8 +51,8 @@ def _model_of(source: Path, setup: Setup) -> tuple[dict[str, Any], dict[str, Any
     """
     if _tokenizer_at(source).hash != setup.prepared.tokenizer.hash:
         raise ValueError(
-            f"init.path={source} was trained with another tokenizer, so its parameters mean nothing here: give "
-            f"the experiment FileTokenizer(path='{source / 'tokenizer'}'), as `slmjax train --init-from "
+            f"init.path={source} was trained with another tokenizer, so its parameters mean nothing here: "
+            f"give the experiment FileTokenizer(path='{source / 'tokenizer'}'), as `slmjax train --init-from "
             f"{source}` does"
         )
     definition = setup.programs.definition
@@ -77,7 +77,7 @@ def _model_of(source: Path, setup: Setup) -> tuple[dict[str, Any], dict[str, Any
 
 def _tokenizer_at(source: Path) -> Tokenizer:
     """Return the tokenizer of the model that a run starts from."""
-    read_config(source)  # raises an error that says what to name
+    read_config(source)  # raises an error that names what is missing
     if not (source / "tokenizer").is_dir():
         raise ValueError(f"init.path={source} has no tokenizer: import the model again with --tokenizer FILE")
     return Tokenizer.load(source / "tokenizer")

@@ -1,4 +1,4 @@
-"""Out-of-memory errors that say what was needed and which options need less.
+"""Out-of-memory errors with the memory that was needed and the options that need less.
 
 with explaining_out_of_memory(setup, activity=lambda: "training"):
     ...
@@ -76,7 +76,7 @@ def explaining_out_of_memory(
 
 
 def _advise(error: BaseException, setup: Setup, *, activity: str, is_resumed: bool) -> Advice | None:
-    """Return what would need less memory; None where that cannot be found out here."""
+    """Return options that need less memory; None where this process cannot compile them."""
     # The memory of the host is not what a step on another device is compiled for.
     is_of_host = isinstance(error, MemoryError) and jax.default_backend() != "cpu"
     # One process is enough to compile; on GPUs all of them must, and they may not all have failed.

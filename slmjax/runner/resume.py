@@ -17,7 +17,7 @@ from slmjax.training.programs import resolved_phases
 
 
 def check_best(setup: Setup, checkpointer: Checkpointer) -> None:
-    """Forget a best checkpoint whose loss does not compare with later ones; replace one that is not finite."""
+    """Forget a best checkpoint whose loss does not compare with later ones; replace a loss of NaN."""
     run_log = RunDirectory(checkpointer.directory.parent).log_path
     batches = setup.heldout(setup.experiment.eval.max_documents)
     # Repaired first: nothing compares with a loss that is not finite, so it would stay the best.
@@ -28,8 +28,8 @@ def check_best(setup: Setup, checkpointer: Checkpointer) -> None:
         and _scores_other_tokens(batches, run_log, step=best[0])
     ):
         log.warning(
-            "the best checkpoint so far, of step %d, was chosen by the loss of other tokens (the held-out text or "
-            "eval.score changed): it is chosen again from the evaluations to come",
+            "the best checkpoint so far, of step %d, was chosen by the loss of other tokens (the held-out text "
+            "or eval.score changed): it is chosen again from the evaluations to come",
             best[0],
         )
         checkpointer.forget_best()
@@ -73,8 +73,8 @@ def run_to_resume(path: Path, experiment: Experiment) -> RunDirectory:
     # Phases may be set relative to the schedule, so a longer run can move them although `quant` is the same.
     if _phase_steps(before) != _phase_steps(experiment):
         raise ValueError(
-            f"{path} has quantization phases that begin at steps {_phase_steps(before)}, and with these settings "
-            f"at {_phase_steps(experiment)}: set quant.start_step to a number, or leave run.steps and optim as "
+            f"{path} has quantization phases that begin at steps {_phase_steps(before)}, and with these "
+            f"settings at {_phase_steps(experiment)}: set quant.start_step to a number, or leave run.steps and optim as "
             "they are"
         )
     if (kind := before.optim.kind) is not experiment.optim.kind:
@@ -85,8 +85,8 @@ def run_to_resume(path: Path, experiment: Experiment) -> RunDirectory:
         )
     if _objective_state(before) != _objective_state(experiment):
         raise ValueError(
-            f"{path} keeps {_objective_state(before)} of its objective from step to step, and this experiment "
-            f"{_objective_state(experiment)}: leave objective.distill as it is, or begin a new run with "
+            f"{path} keeps {_objective_state(before)} of its objective from step to step, and this "
+            f"experiment {_objective_state(experiment)}: leave objective.distill as it is, or begin a new run with "
             f"--init-from {path}"
         )
     # The decay itself may change, but an average cannot begin in the middle: there is nothing to restore.

@@ -219,7 +219,7 @@ class Loop:
         return state, metrics
 
     def _begin_phase(self, state: TrainState, placed: Batch) -> TrainState:
-        """Take the programs of the quantization phase of the next step, and the state with which it begins."""
+        """Take the programs of the next step's quantization phase, and the state with which it begins."""
         self.setup = quant_phases.setup_of_phase(self.setup, self.step)
         phase = phase_of(self.setup.programs.definition)
         if phase is not None and self.best is not None and self.best[0] <= phase.step:

@@ -29,7 +29,7 @@ from slmjax.training.optim import OptimConfig
 
 
 class InitConfig(abc.ABC):
-    """Where the first parameters come from."""
+    """Source of the first parameters."""
 
     @abc.abstractmethod
     def source(self) -> Path | None:
@@ -114,7 +114,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Length, name and place of a run."""
+    """Length, name and directory of a run."""
 
     name: str = "run"  # begins the name of the run directory
     steps: int = 1000  # optimizer steps
@@ -213,7 +213,7 @@ def taught_by(path: Path, experiment: Experiment) -> Experiment:
     A student that begins as its teacher's layers begins as this one's. The tokenizer is taken too, unless the
     student begins as another model, whose own must then have the same tokens.
     """
-    read_config(path)  # or an error that says what to name
+    read_config(path)  # raises an error that names what is missing
     if not (path / "tokenizer").is_dir():
         raise ValueError(
             f"the teacher {path} has no tokenizer for its student: import it again with --tokenizer FILE"

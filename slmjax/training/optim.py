@@ -175,7 +175,7 @@ def cooldown_step(config: OptimConfig, *, total_steps: int) -> int | None:
 # Groups -----------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-    """How one parameter is updated."""
+    """Optimizer and weight decay of a parameter."""
 
     optimizer: Optimizer
     weight_decay: float

@@ -1,4 +1,4 @@
-"""The built-in experiments, and how an experiment is found: by built-in name or as a Python file.
+"""The built-in experiments, and the loading of an experiment by built-in name or Python file.
 
 load_experiment("nano")                          # or "shakespeare_char"
 load_experiment("experiments/nano_moe.py")       # a file with `def experiment() -> Experiment`
@@ -115,5 +115,5 @@ def _errors_named(path: Path) -> Iterator[None]:
         # The last line of the file itself: deeper frames are of libraries that it called.
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if Path(frame.filename).absolute() == path.absolute()]
-        place = f", line {lines[-1]}" if lines else ""
-        raise ValueError(f"{path}{place}: {type(error).__name__}: {error}") from error
+        location = f", line {lines[-1]}" if lines else ""
+        raise ValueError(f"{path}{location}: {type(error).__name__}: {error}") from error

@@ -1,7 +1,7 @@
 """The one train step: forward pass, loss, gradient and update, compiled as one function.
 
 Everything that a batch contributes is a sum. Counts come from the batch alone, and sums are divided by the
-counts of the whole global batch, so that accumulation, padding and the number of devices never change the
+counts of the global batch, so that accumulation, padding and the number of devices never change the
 loss. A step whose loss or gradient is not finite, or whose global batch has no scored target, is skipped on
 the device: parameters, moments, averages and buffers keep their old values, the learning rate schedule does
 not advance, and the skip is counted.
@@ -218,10 +218,10 @@ def loss_and_grads(
         return jnp.sum(jnp.stack(means)), sums
 
     # Of teachers only the hidden states belong to sequences and are split; their heads are shared.
-    whole: Part = (batch, tuple(teacher.hidden for teacher in teacher_outputs))
+    full: Part = (batch, tuple(teacher.hidden for teacher in teacher_outputs))
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if num_microbatches == 1:
-        (loss, sums), grads = value_and_grad(params, whole, key)
+        (loss, sums), grads = value_and_grad(params, full, key)
         return loss, sums, grads
 
     def accumulate(carry: Any, xs: tuple[Part, Array]) -> tuple[Any, None]:
@@ -230,7 +230,7 @@ def loss_and_grads(
         return jax.tree.map(jnp.add, carry, (loss, sums, grads)), None
 
     split = functools.partial(communication.split_microbatches, num_microbatches=num_microbatches)
-    parts = jax.tree.map(split, whole)
+    parts = jax.tree.map(split, full)
     # The carry begins at zero, in the shapes of one microbatch's result.
     first = jax.tree.map(lambda leaf: leaf[0], parts)
     (loss, sums), grads = jax.eval_shape(value_and_grad, params, first, key)
@@ -344,10 +344,10 @@ def keep_if_finite(
     """
     is_empty = num_targets == 0
     is_kept = is_finite & ~is_empty
-    kept = jax.tree.map(lambda new, old: jnp.where(is_kept, new, old), updated, state)
+    selected = jax.tree.map(lambda new, old: jnp.where(is_kept, new, old), updated, state)
     failed_in_a_row = jnp.where(is_finite, 0, state.skipped_in_a_row + 1)
     return dataclasses.replace(
-        kept,
+        selected,
         step=state.step + 1,
         skipped=state.skipped + (1 - is_kept.astype(jnp.int32)),
         skipped_in_a_row=jnp.where(is_finite & is_empty, state.skipped_in_a_row, failed_in_a_row),
