@@ -28,8 +28,8 @@ def check_best(setup: Setup, checkpointer: Checkpointer) -> None:
         and _scores_other_tokens(batches, run_log, step=best[0])
     ):
         log.warning(
-            "the best checkpoint so far, of step %d, was chosen by the loss of other tokens (the held-out text "
-            "or eval.score changed): it is chosen again from the evaluations to come",
+            "the best checkpoint so far, of step %d, was chosen by the loss of other tokens (the held-out "
+            "text or eval.score changed): it is chosen again from the evaluations to come",
             best[0],
         )
         checkpointer.forget_best()
@@ -74,20 +74,20 @@ def run_to_resume(path: Path, experiment: Experiment) -> RunDirectory:
     if _phase_steps(before) != _phase_steps(experiment):
         raise ValueError(
             f"{path} has quantization phases that begin at steps {_phase_steps(before)}, and with these "
-            f"settings at {_phase_steps(experiment)}: set quant.start_step to a number, or leave run.steps and optim as "
-            "they are"
+            f"settings at {_phase_steps(experiment)}: set quant.start_step to a number, or leave run.steps and "
+            "optim as they are"
         )
     if (kind := before.optim.kind) is not experiment.optim.kind:
         raise ValueError(
             f"{path} was trained by {kind.value}, whose state means nothing to "
-            f"optim.kind={experiment.optim.kind.value}: leave it as it is, or begin a new run with --init-from "
-            f"{path}"
+            f"optim.kind={experiment.optim.kind.value}: leave it as it is, or begin a new run with "
+            f"--init-from {path}"
         )
     if _objective_state(before) != _objective_state(experiment):
         raise ValueError(
             f"{path} keeps {_objective_state(before)} of its objective from step to step, and this "
-            f"experiment {_objective_state(experiment)}: leave objective.distill as it is, or begin a new run with "
-            f"--init-from {path}"
+            f"experiment {_objective_state(experiment)}: leave objective.distill as it is, or begin a "
+            f"new run with --init-from {path}"
         )
     # The decay itself may change, but an average cannot begin in the middle: there is nothing to restore.
     if (before.optim.ema_decay is None) is not (experiment.optim.ema_decay is None):
