@@ -33,7 +33,7 @@ logger = logging.getLogger("slmjax.kernels")
 @functools.cache
 def log_choice(message: str) -> None:
     """Log which implementation was chosen, once for each message."""
-    logger.info(message)
+    logger.debug(message)
 
 
 def allows_fused() -> bool:

@@ -17,7 +17,10 @@ from slmjax.telemetry.run_directory import RunLog
 
 
 class MessageHandler(logging.Handler):
-    """Shows what slmjax's modules log, from INFO, while entered; an inner handler replaces an outer one."""
+    """Shows what slmjax's modules log while entered; an inner handler replaces an outer one.
+
+    Messages from INFO are shown. The log of a run has those of DEBUG too, such as which kernels were chosen.
+    """
 
     def __init__(self, show: Callable[[str], None]) -> None:
         """Create a handler.
@@ -25,8 +28,7 @@ class MessageHandler(logging.Handler):
         Args:
           show: prints a line.
         """
-        # DEBUG messages are for developers, who can add a handler of their own.
-        super().__init__(logging.INFO)
+        super().__init__(logging.DEBUG)
         self._show = show
         self._logger = logging.getLogger("slmjax")
         self._run_log: RunLog | None = None
@@ -41,9 +43,10 @@ class MessageHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show a record, and write it to the log of the run (called by the logging module)."""
-        # Information is shown as plain text; only the level of a warning or an error matters to a user.
-        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname}: "
-        self._show(prefix + record.getMessage())
+        if record.levelno >= logging.INFO:
+            # Information is shown as plain text; only the level of a warning or an error matters to a user.
+            prefix = "" if record.levelno < logging.WARNING else f"{record.levelname}: "
+            self._show(prefix + record.getMessage())
         if self._run_log is None:
             self._early.append(record)
         else:
@@ -56,7 +59,7 @@ class MessageHandler(logging.Handler):
         for handler in self._replaced:
             self._logger.removeHandler(handler)
         self._logger.addHandler(self)
-        self._logger.setLevel(logging.INFO)
+        self._logger.setLevel(logging.DEBUG)
         # Imported libraries give the root logger handlers that would show every message a second time.
         self._logger.propagate = False
         return self

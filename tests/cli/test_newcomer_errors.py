@@ -171,7 +171,7 @@ def test_a_mistake_is_named_with_the_way_out(refused: Refused, tmp_path: Path, n
         ("eval {run} --data.path nowhere.txt", ("nowhere.txt",)),
         ("eval {run} --multiple-choice nowhere.jsonl", ("nowhere.jsonl", "prompt, choices and answer")),
         ("generate {run} --max-tokens 500", ("max_tokens=500", "context_length=64", "ask for at most")),
-        ("compare {run} {run}", ("named twice", "different runs")),
+        ("compare {run} {run}", ("is given twice", "different runs")),
     ],
 )
 def test_a_mistake_with_a_run(

@@ -176,10 +176,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         counted.loaded += 1
         load(self, *args, **kwargs)
 
-    def counted_call(self: Teachers, batch: Any, *, in_parts: bool = True) -> Any:
-        counted.training += in_parts
-        counted.evaluation += not in_parts
-        return call(self, batch, in_microbatches=in_parts)
+    def counted_call(self: Teachers, batch: Any, *, in_microbatches: bool = True) -> Any:
+        counted.training += in_microbatches
+        counted.evaluation += not in_microbatches
+        return call(self, batch, in_microbatches=in_microbatches)
 
     monkeypatch.setattr(Teachers, "__init__", counted_load)
     monkeypatch.setattr(Teachers, "__call__", counted_call)

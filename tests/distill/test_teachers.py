@@ -201,7 +201,7 @@ def test_a_teacher_is_the_same_after_training(teacher: Path) -> None:
         distill, jnp.zeros((), jnp.int32), total_steps=10, state={}, key=jax.random.key(0)
     )
 
-    def loss(said: Any) -> jax.Array:
+    def loss(teacher_outputs: Any) -> jax.Array:
         return loss_terms(
             definition,
             ObjectiveConfig(distill=distill),
@@ -209,7 +209,7 @@ def test_a_teacher_is_the_same_after_training(teacher: Path) -> None:
             {},
             BATCH,
             key=None,
-            teachers=said,
+            teacher_outputs=teacher_outputs,
             weights=weights,
         )[0]["distillation"][0]
 
@@ -311,8 +311,8 @@ def test_other_tokens_are_refused(teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
         match=(
-            r"token 61 is 'é' to the student and None to the teacher .*Give the experiment the teacher's, "
-            r"File"
+            r"token 61 is 'é' to the student and None to the teacher .*Set the experiment's tokenizer to "
+            r"the teacher's, File"
         ),
     ):
         plans_of(write_teacher(tmp_path / "shorter", tokenizer=mine), tokenizer=longer)

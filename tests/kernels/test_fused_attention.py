@@ -199,7 +199,7 @@ def test_the_call_of_cudnn_equals_reference(monkeypatch, length, window):
 def test_the_choice_is_logged_with_its_reason(caplog, monkeypatch):
     products.log_choice.cache_clear()
     half = {"window": None, "platform": "gpu", "dtype": jnp.bfloat16}
-    with caplog.at_level("INFO", logger="slmjax.kernels"):
+    with caplog.at_level("DEBUG", logger="slmjax.kernels"):
         chosen = attention.choose_attention(2048, **half)
         assert chosen.keywords["attend"] is attention._gpu_attention
         for unsupported in ({"softcap": 30.0}, {"has_sinks": True}, {"dtype": jnp.float32}):

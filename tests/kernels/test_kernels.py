@@ -343,7 +343,7 @@ def test_grouped_matmul_sums_weight_gradients_in_float32():
 
 def test_choices_are_logged_once(caplog):
     products.log_choice.cache_clear()
-    with caplog.at_level("INFO", logger="slmjax.kernels"):
+    with caplog.at_level("DEBUG", logger="slmjax.kernels"):
         for _ in range(2):
             kernels.choose_grouped_matmul("cpu")
             kernels.choose_attention(4096, window=None, platform="tpu")

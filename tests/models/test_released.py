@@ -7,7 +7,7 @@ import pytest
 from slmjax.config import ConfigError, from_json, to_json
 from slmjax.convert.families import HF_FAMILIES, olmoe
 from slmjax.convert.family import Inexpressible
-from slmjax.convert.source import express
+from slmjax.convert.source import choose_family
 from slmjax.models.architecture import ModelConfig
 from slmjax.models.canonical_form import canonical
 from slmjax.models.mixers.attention import AttentionConfig
@@ -154,7 +154,7 @@ def test_a_released_configuration_is_the_model_of_that_name() -> None:
 
 def test_models_that_olmoe_cannot_express_are_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"clip_qkv is 8.0, which would change the result: only absent is understood"
+        ConfigError, match=r"clip_qkv is 8.0, which would change the result: only absent is supported"
     ):
         read_olmoe(OLMOE | {"clip_qkv": 8.0})
     with pytest.raises(
@@ -294,7 +294,7 @@ ARCHITECTURES = {
 @pytest.mark.parametrize("name", COUNTS)
 def test_a_released_model_can_be_written_as_the_family_it_came_from(name: str) -> None:
     architecture = ARCHITECTURES[CONFIGS[name]["model_type"]]
-    export = express(RELEASED[name](), HF_FAMILIES, format_name="Hugging Face", preferred=architecture)
+    export = choose_family(RELEASED[name](), HF_FAMILIES, format_name="Hugging Face", preferred=architecture)
     assert export.family.architecture == architecture
     assert {key: export.settings[key] for key in CONFIGS[name] if key in export.settings} == CONFIGS[name]
 

@@ -16,7 +16,7 @@ from slmjax.convert.family import read_settings
 from slmjax.convert.gguf import settings as gguf_settings
 from slmjax.convert.hf import settings as hf_settings
 from slmjax.convert.settings import Settings
-from slmjax.convert.source import express
+from slmjax.convert.source import choose_family
 from slmjax.distill.slices import student_cuts
 from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.definition import define
@@ -140,14 +140,14 @@ def test_an_odd_number_of_dims_is_rotated_as_in_transformers() -> None:
     [
         ({"partial_rotary_factor": 0.01}, r"rotary_dim=0"),
         ({"partial_rotary_factor": 1.2}, r"rotary_dim=24 and heads of 20 dims"),
-        ({"head_dim": 7}, r"all 7 dims of a head are rotated, in pairs, so that they must be even"),
+        ({"head_dim": 7}, r"all 7 dims of a head are rotated, in pairs: the number must be even"),
         (
             {
                 "partial_rotary_factor": 0.35,
                 "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
             },
             (
-                r"rotates 7, an odd number, which transformers does not compute with scaled frequencies "
+                r"rotates 7, an odd number, which transformers does not support with scaled frequencies "
                 r"\(LongScaling\)"
             ),
         ),
@@ -198,7 +198,7 @@ def test_every_dimension_count_is_read_exactly() -> None:
 @pytest.mark.parametrize("count", [29, 0, 46, 30.0, -2])
 def test_counts_that_cannot_be_computed_are_refused_on_reading(count) -> None:
     with pytest.raises(
-        ConfigError, match=r"rope.dimension_count is .*even, at least 2 and at most the dims of a head, 44"
+        ConfigError, match=r"rope.dimension_count is .*even, at least 2, and at most the dims of a head, 44"
     ):
         gguf_rope(44, count)
 
@@ -206,13 +206,13 @@ def test_counts_that_cannot_be_computed_are_refused_on_reading(count) -> None:
 def test_rotated_dims_are_written_as_they_are() -> None:
     for rotated in (None, 2, 14):
         config = model(rotary_dim=rotated)
-        gguf = express(config, (PHI3_GGUF,), format_name="GGUF", preferred=None, tolerance=1e-6)
+        gguf = choose_family(config, (PHI3_GGUF,), format_name="GGUF", preferred=None, tolerance=1e-6)
         assert gguf.settings["rope.dimension_count"] == (rotated or 20)
-        hf = express(config, (PHI3,), format_name="HF", preferred=None)
+        hf = choose_family(config, (PHI3,), format_name="HF", preferred=None)
         assert int(20 * hf.settings.get("partial_rotary_factor", 1.0)) == (rotated or 20)
     others = [family for family in HF_FAMILIES if family is not PHI3]
     with pytest.raises(ValueError, match="no family of HF"):
-        express(model(rotary_dim=14), others, format_name="HF", preferred=None)
+        choose_family(model(rotary_dim=14), others, format_name="HF", preferred=None)
     with pytest.raises(ValueError, match="short_factors has 1 values, but 10 pairs of dims"):
         scaling = LongScaling(short_factors=(1.0,), long_factors=(1.0,), original_context=4)
         model(rope_scaling=scaling, head_dim=20).layer_shape()

@@ -169,7 +169,7 @@ def test_a_run_directory_that_this_host_does_not_see(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(launch, "broadcast_text", lambda _: str(tmp_path / "elsewhere"))
     with pytest.raises(
-        ValueError, match=r"process 1 does not see .*elsewhere, which process 0 made: give --run\.directory"
+        ValueError, match=r"process 1 does not see .*elsewhere, which process 0 made: set --run\.directory"
     ):
         launch.new_run(recipes.load_experiment("nano"))
 

@@ -82,7 +82,7 @@ def test_differences_without_noise_prove_nothing(offset: float) -> None:
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
-        ([1.0], [2.0], "1 pairs say nothing of the noise: train at least 2 seeds"),
+        ([1.0], [2.0], "1 pairs do not show the noise: train at least 2 seeds"),
         ([], [], "0 pairs"),
         ([1.0, 2.0], [1.0], "2 and 1 values do not make pairs"),
         ([1.0, math.nan], [1.0, 2.0], "leave out the seeds of runs that diverged"),

@@ -417,7 +417,7 @@ def test_schedules_that_do_not_fit_are_refused():
 
 def test_other_parameters_are_refused():
     optimizer = make_optimizer(OptimConfig(), {"a": jnp.zeros((2, 2))}, total_steps=1000)
-    with pytest.raises(ValueError, match="given or missing: a, b"):
+    with pytest.raises(ValueError, match="added or missing: a, b"):
         optimizer.init({"b": jnp.zeros((2, 2))})
 
 
