@@ -28,7 +28,7 @@ def write_model(directory: Path, *, largest_file: int) -> None:
 
     from slmjax.checkpoints import safetensors_files
     from slmjax.convert.families import llama
-    from slmjax.convert.family import bind, logical_shapes, theirs_from
+    from slmjax.convert.family import bind, foreign_tensors, logical_shapes
     from slmjax.models import zoo
     from slmjax.models.canonical_form import canonical
 
@@ -40,7 +40,7 @@ def write_model(directory: Path, *, largest_file: int) -> None:
         return (0.02 * draws.standard_normal(shapes[name], np.float32)).astype(jnp.bfloat16)
 
     bound = bind(llama.HF.table_of(model), model)
-    safetensors_files.write_tensors(directory, theirs_from(bound, read), largest_file=largest_file)
+    safetensors_files.write_tensors(directory, foreign_tensors(bound, read), largest_file=largest_file)
     config = {"architectures": ["LlamaForCausalLM"], **llama.HF.write(model)}
     (directory / "config.json").write_text(json.dumps(config))
 

@@ -40,8 +40,8 @@ print(f"full precision: {base.bits_per_byte:.3f} bits per byte")
 # ## Some more steps, in full precision and in 3 bits
 #
 # Both continue from the same model for as many steps. Without the first, the effect of further training
-# would be mistaken for that of quantization-aware training. Three bits, because rounding to four costs a model
-# of this size little.
+# would be mistaken for that of quantization-aware training. Three bits, because rounding to four costs a
+# model of this size little.
 
 
 # %%

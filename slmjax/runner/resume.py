@@ -74,8 +74,8 @@ def run_to_resume(path: Path, experiment: Experiment) -> RunDirectory:
     if _phase_steps(before) != _phase_steps(experiment):
         raise ValueError(
             f"{path} has quantization phases that begin at steps {_phase_steps(before)}, and with these "
-            f"settings at {_phase_steps(experiment)}: set quant.start_step to a number, or leave run.steps and "
-            "optim as they are"
+            f"settings at {_phase_steps(experiment)}: set quant.start_step to a number, or leave "
+            "run.steps and optim as they are"
         )
     if (kind := before.optim.kind) is not experiment.optim.kind:
         raise ValueError(

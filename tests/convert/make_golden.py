@@ -57,7 +57,10 @@ def text_of(value: dict[str, Any]) -> str:
     rows = ",\n".join("  " + json.dumps(row, separators=(",", ":")) for row in value["logits"])
     about = json.dumps(value["made_by"])
     config = json.dumps(value["config"])
-    return f'{{\n"made_by": {about},\n"config": {config},\n"shapes": {{\n{shapes}\n}},\n"logits": [\n{rows}\n]\n}}\n'
+    return (
+        f'{{\n"made_by": {about},\n"config": {config},\n"shapes": {{\n{shapes}\n}},\n'
+        f'"logits": [\n{rows}\n]\n}}\n'
+    )
 
 
 if __name__ == "__main__":

@@ -11,10 +11,19 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from slmjax.convert.gguf.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, GgufTokenizer
 
-BLANKS = "Two  blanks   three    four\ttab\t\ttabs \n new\n\nlines\r\n\r\n \n \n  end   \n    def f(x):\n        return x\n\n"
-ENGLISH = "It's we'LL they'Ve I'M don't D'accord 'tis 'S 'd. CamelCaseHTTPServer iPhone XMLhttp <html>&amp; a_b-c/d\\e|f~g`h^i //// ----"
+BLANKS = (
+    "Two  blanks   three    four\ttab\t\ttabs \n new\n\nlines\r\n\r\n \n \n  end   \n"
+    "    def f(x):\n        return x\n\n"
+)
+ENGLISH = (
+    "It's we'LL they'Ve I'M don't D'accord 'tis 'S 'd. CamelCaseHTTPServer iPhone XMLhttp <html>&amp; "
+    "a_b-c/d\\e|f~g`h^i //// ----"
+)
 DIGITS = "1 12 123 1234 12345678 3.14159 1,000,000 x2y33 ½ ² Ⅷ ٣٤٥ १२३ $100+€5=£3 e-5"
-CODE = "x=1;y='a''b' \"q\" (paren) [br] {cur} if x != 1e-5 else # comment\n\t\tfor i in range(10):\n\t\t\tprint(i)\n"
+CODE = (
+    "x=1;y='a''b' \"q\" (paren) [br] {cur} if x != 1e-5 else # comment\n"
+    "\t\tfor i in range(10):\n\t\t\tprint(i)\n"
+)
 OTHERS = "Straße Привет мир 中文字符,混排abc 日本語テキスト 한국어 עברית العربية " + (
     "😀👩‍👩‍👧‍👦🏳️‍🌈 ©®™ \u00a0nbsp\u2003em\u3000wide\u0085nel\u200bzero"
 )

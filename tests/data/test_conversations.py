@@ -41,7 +41,10 @@ GENERATION = (
 FORGETFUL = CHATML.replace(
     "m.content | trim", "(m.content if loop.last else m.content.split('</think>')[-1])"
 )
-PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+PLAIN = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 
 Messages = list[dict[str, Any]]
 ASKED: Messages = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Hello you"}]
@@ -267,7 +270,10 @@ def test_blanks_around_special_tokens_are_neither_lost_text_nor_answers(
             for name in ("<s>", "</s>", START)
         ]
     )
-    template = f"{{% for m in messages %}}{START}{{{{ m.content }}}}</s>\n{{% endfor %}}{{% if add_generation_prompt %}}{START}{{% endif %}}"
+    template = (
+        f"{{% for m in messages %}}{START}{{{{ m.content }}}}</s>\n{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{START}{{% endif %}}"
+    )
     Tokenizer(backend, bos="<s>", eos="</s>", chat_template=template).save(tmp_path / "tokenizer")
     asked = [{"role": "user", "content": "o k"}, {"role": "assistant", "content": "\nk"}]
     made = prepare(data_of(tmp_path, [asked]), FileTokenizer(path=str(tmp_path / "tokenizer")))

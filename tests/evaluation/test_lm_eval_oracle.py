@@ -206,7 +206,8 @@ def test_every_example_of_a_local_task_scores_the_same(
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     for name, text in TASKS.items():
-        where = f"task: local_{name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+        files = f"{{data_files: {{test: {data}}}}}"
+        where = f"task: local_{name}\ndataset_path: json\ndataset_kwargs: {files}\ntest_split: test\n"
         (tmp_path / f"local_{name}.yaml").write_text(where + text)
     manager = TaskManager(include_path=str(tmp_path))
     run: Any = simple_evaluate

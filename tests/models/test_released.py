@@ -158,7 +158,7 @@ def test_models_that_olmoe_cannot_express_are_refused() -> None:
     ):
         read_olmoe(OLMOE | {"clip_qkv": 8.0})
     with pytest.raises(
-        Inexpressible, match=r"its width, 2048, has to be that of its 16 heads together, 1024"
+        Inexpressible, match=r"its width, 2048, must equal that of its 16 heads together, 1024"
     ):
         olmoe.HF.write(read_olmoe(OLMOE | {"head_dim": 64}))
 

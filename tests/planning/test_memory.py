@@ -337,8 +337,9 @@ import slmjax
 from slmjax.parallel.mesh import make_mesh
 from slmjax.planning import memory
 experiment = slmjax.load_experiment("tiny.py")
-(segment,) = experiment.model.stack
-model = dataclasses.replace(experiment.model, stack=(dataclasses.replace(segment, pattern=segment.pattern[:1], repeats=1),))
+(group,) = experiment.model.stack
+group = dataclasses.replace(group, pattern=group.pattern[:1], repeats=1)
+model = dataclasses.replace(experiment.model, stack=(group,))
 data = dataclasses.replace(experiment.data, batch_size=2**21)
 experiment = dataclasses.replace(experiment, model=model, data=data)
 devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices

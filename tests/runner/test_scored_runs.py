@@ -64,7 +64,7 @@ def test_pairs_whose_prompts_do_not_fit_a_row(
         on_the_way["loss"], at_end["loss"]
     )
 
-    # Another choice of what is scored is another figure: the best so far does not compare, and is chosen again.
+    # Another choice of what is scored is another metric: the best so far does not compare, and is replaced.
     longer = dataclasses.replace(
         experiment,
         eval=EvalConfig(every=2, sample=False, score=ScoredText.ALL),

@@ -29,7 +29,7 @@ HEADERS = """{% set loop_messages = messages %}
     {% endif %}
 {{- content -}}
 {% endfor %}
-{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""  # noqa: E501 - a line of a template is a line of its text
 TURNS = """{{ bos_token }}
 {%- if messages[0]['role'] == 'system' -%}{{ raise_exception('there is no system role') }}{%- endif -%}
 {%- for message in messages -%}
@@ -37,7 +37,7 @@ TURNS = """{{ bos_token }}
     {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
     {{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"""
+{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"""  # noqa: E501 - a line of a template is a line of its text
 TOOLS = """{%- macro show(tool) -%}{{ tool | tojson }}{%- endmacro -%}
 {%- set ns = namespace(asked=false, last=messages | length - 1) -%}
 {%- if tools is not none and tools %}[TOOLS]
@@ -57,7 +57,7 @@ TOOLS = """{%- macro show(tool) -%}{{ tool | tojson }}{%- endmacro -%}
     {%- endif -%}
 {%- endfor -%}
 {%- for key, value in {'é': [1, 2.5, none, true], '<b>': "'"} | dictsort %}{{ key ~ ':' ~ value | tojson(indent=2) }}{% endfor %}
-{{- '%s-%03d' % ('x', 7) }}{{ 'ab' * 2 }}{{ [1] + [2] }}{{ 7 // 2 ** 1 }}{{ strftime_now('%Y') }}"""
+{{- '%s-%03d' % ('x', 7) }}{{ 'ab' * 2 }}{{ [1] + [2] }}{{ 7 // 2 ** 1 }}{{ strftime_now('%Y') }}"""  # noqa: E501 - a line of a template is a line of its text
 
 PLAIN = [{"role": "user", "content": "Hi <b>there</b> "}]
 TURN_BY_TURN = [

@@ -382,7 +382,10 @@ def browser() -> str:
 # A page in a frame, as Chromium's windows are at least 500 pixels wide. What is found there stands in
 # attributes of the outer page.
 FRAME = """<!doctype html>
-<style>body {{ margin: 0 }} iframe {{ border: 0; display: block; width: {width}px; height: {height}px }}</style>
+<style>
+body {{ margin: 0 }}
+iframe {{ border: 0; display: block; width: {width}px; height: {height}px }}
+</style>
 <iframe src="{page}#theme={theme}"></iframe>
 <script>
 const frame = document.querySelector("iframe");
