@@ -372,7 +372,7 @@ def with_windows(
 
 def check_rotation(attention: AttentionConfig, model: ModelConfig) -> None:
     """Raise ValueError if the number of rotated dims is odd, or larger than a head."""
-    rotated = attention.resolved_rotary_dim(model.layer_shape())
+    rotated = attention.resolved_rotary_dim(model.layer_dims())
     if rotated and attention.rotary_dim is None and rotated != attention.head_dim:
         raise ValueError(
             f"all {attention.head_dim} dims of a head are rotated, in pairs: the number must be even"

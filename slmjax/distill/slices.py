@@ -211,7 +211,7 @@ def _same_settings(pair: _Pair) -> Iterator[tuple[str, tuple[Any, Any]]]:
     ours = pair.student.mixer
     yield "the place of their norms", (pair.teacher.norm, pair.student.norm)
     if isinstance(theirs, AttentionConfig) and isinstance(ours, AttentionConfig):
-        shapes = [config.layer_shape() for config in pair.widths]
+        shapes = [config.layer_dims() for config in pair.widths]
         yield "qk_norm", (theirs.qk_norm, ours.qk_norm)
         # The dims of a head rotate in pairs, by frequencies that depend on their number: none can be dropped.
         yield (
@@ -314,7 +314,7 @@ def _unusual_dims(pair: _Pair) -> dict[str, tuple[int, Dim]]:
             .reshape(theirs.kv_heads, -1)[: ours.kv_heads, : ours.num_heads // ours.kv_heads]
             .reshape(-1)
         )
-        head_dim = theirs.resolved_head_dim(pair.widths[0].layer_shape())
+        head_dim = theirs.resolved_head_dim(pair.widths[0].layer_dims())
         # [D, K * G * H], cut as [D, K, G, H]
         queries = (heads[:, None] * head_dim + np.arange(head_dim)).reshape(-1)
         normed = {

@@ -65,7 +65,7 @@ class TeacherPlan:
     @property
     def dtype(self) -> Any:
         """Return the dtype of its computation."""
-        return self.definition.config.layer_shape().dtype
+        return self.definition.config.layer_dims().dtype
 
     def stored(self, params: Params) -> Params:
         """Return its parameters for use in every step: matrices in the dtype of the computation.

@@ -88,7 +88,7 @@ def measure_efficiency(
     first = statistics.median(decode(1) for _ in range(ROUNDS))
     total = statistics.median(decode(new_tokens) for _ in range(ROUNDS))
     costs = zoo.describe(config)
-    dims = config.layer_shape()
+    dims = config.layer_dims()
     # A looped block has a decoding state for each of its loops.
     mixers = [block.mixer for block in config.blocks() for _ in range(block.num_loops)]
     itemsize = np.dtype(dims.dtype).itemsize

@@ -183,7 +183,7 @@ class ModelConfig:
         """Rows of the embedding table, padding included."""
         return -(-self.known_vocab_size // self.vocab_multiple) * self.vocab_multiple
 
-    def layer_shape(self) -> ModelDims:
+    def layer_dims(self) -> ModelDims:
         """Return the settings that every layer shares."""
         # Each loop of a block adds to the residual stream once more: all of them count.
         depth = sum(block.num_loops for block in self.blocks())

@@ -13,7 +13,7 @@ from slmjax.models.mixers.latent import LatentAttentionConfig
 
 def canonical(config: ModelConfig) -> ModelConfig:
     """Return the configuration with all defaults resolved, and without settings of training and precision."""
-    dims = config.layer_shape()
+    dims = config.layer_dims()
     blocks = [_canonical_block(block, dims) for block in config.blocks()]
     return dataclasses.replace(
         config,

@@ -57,7 +57,7 @@ class Block(nnx.Module):
     """Mixer and feed-forward layer with their norms, on a residual stream."""
 
     def __init__(self, config: BlockConfig, model: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        dims = model.layer_shape()
+        dims = model.layer_dims()
 
         def norm(is_present: bool) -> Norm | None:
             return dims.norm(dims.embed_dim) if is_present else None
@@ -218,7 +218,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.dtype = config.layer_shape().dtype
+        self.dtype = config.layer_dims().dtype
         self.vocab_size = config.known_vocab_size
         key = rngs.params()
         embed_key, head_key, layer_key = jax.random.split(key, 3)
@@ -240,7 +240,7 @@ class Decoder(nnx.Module):
             first_layer += len(group.pattern) * group.repeats
         # The attribute's name begins every stack path: `paths.layer_indices` recognises stacks by it.
         self.segments = nnx.List(stacks)
-        self.final_norm = config.layer_shape().norm(config.embed_dim)
+        self.final_norm = config.layer_dims().norm(config.embed_dim)
         self.head = (
             VocabTable(config.table_rows, config.embed_dim, std=config.init_std, key=head_key)
             if config.head is HeadKind.UNTIED

@@ -44,18 +44,18 @@ def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
     names is sharded over fsdp along its largest dim.
     """
     stacked = path.startswith("segments/")
-    layer_shape = tuple(shape[1:] if stacked else shape)
+    layer_dims = tuple(shape[1:] if stacked else shape)
     sizes = dict(mesh.shape)
     matches = [
-        dims for pattern, dims in RULES if re.fullmatch(pattern, path) and len(dims) == len(layer_shape)
+        dims for pattern, dims in RULES if re.fullmatch(pattern, path) and len(dims) == len(layer_dims)
     ]
     dims = next(
-        (dims for dims in matches if divides(dims, layer_shape, sizes)), matches[-1] if matches else None
+        (dims for dims in matches if divides(dims, layer_dims, sizes)), matches[-1] if matches else None
     )
     if dims is None:
-        largest = int(np.argmax(layer_shape)) if len(layer_shape) > 1 else -1
-        dims = tuple("embed" if index == largest else None for index in range(len(layer_shape)))
-    spec = mesh_spec(dims, layer_shape, sizes)
+        largest = int(np.argmax(layer_dims)) if len(layer_dims) > 1 else -1
+        dims = tuple("embed" if index == largest else None for index in range(len(layer_dims)))
+    spec = mesh_spec(dims, layer_dims, sizes)
     return PartitionSpec(None, *spec) if stacked else spec
 
 

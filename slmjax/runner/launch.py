@@ -102,7 +102,7 @@ def print_banner(
     if setup.prepared.lost_text:
         log.warning("bits per byte are too low: %s", lost_note(setup.prepared.lost_text))
     # Each kind of layer once: patterns repeat, and so would their notes.
-    ffns = (block.ffn for segment in definition.config.stack for block in segment.pattern)
+    ffns = (block.ffn for group in definition.config.stack for block in group.pattern)
     notes = (ffn.training_note() for ffn in ffns if isinstance(ffn, MoeConfig))
     for note in dict.fromkeys(filter(None, notes)):
         log.warning("%s", note)

@@ -179,7 +179,7 @@ def _log_process() -> None:
 
 def _peak_flops(experiment: Experiment, mesh: Mesh) -> float | None:
     """Return FLOP/s that the mesh reaches at best in the dtype of the model."""
-    dtype = experiment.model.layer_shape().dtype
+    dtype = experiment.model.layer_dims().dtype
     return device_peaks.peak_flops(jax.devices()[0], dtype, num_devices=mesh.size)
 
 

@@ -163,7 +163,7 @@ def _for_decoding(
     params, definition = definition.transform_once(params)
     # Unrolling many layers would take long to compile.
     if definition.config.num_layers > UNROLLED_LAYERS or all(
-        segment.repeats == 1 for segment in definition.config.stack
+        group.repeats == 1 for group in definition.config.stack
     ):
         return definition.merge(params, buffers)
     phases = phases_of(definition)
@@ -174,9 +174,7 @@ def _for_decoding(
 @functools.cache
 def _unstacked_definition(config: Any, phases: Any) -> Definition:
     """Return the definition of the same model with every repeat in its own layer group."""
-    stack = tuple(
-        LayerGroup(pattern=segment.pattern) for segment in config.stack for _ in range(segment.repeats)
-    )
+    stack = tuple(LayerGroup(pattern=group.pattern) for group in config.stack for _ in range(group.repeats))
     return define_quantized(dataclasses.replace(config, stack=stack), phases)
 
 

@@ -202,7 +202,7 @@ def _matches(patterns: tuple[str, ...], path: str) -> bool:
 
 
 def _num_stacked_dims(path: str) -> int:
-    """Return the number of leading dims that count parameters: layers of a segment, experts of a layer."""
+    """Return the number of leading dims that count parameters: layers of a group, experts of a layer."""
     return path.startswith("segments/") + ("/experts/" in path and not is_activation_quantizer_param(path))
 
 

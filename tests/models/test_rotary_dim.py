@@ -68,7 +68,7 @@ def test_a_fraction_of_earlier_versions_keeps_its_meaning(head_dim, fraction, ex
         mixer = first_mixer(loads(ModelConfig, older(model(head_dim=head_dim), fraction)))
     assert mixer.rotary_dim == expected
     assert ("is read as rotary_dim" in caplog.text) == (expected is not None)
-    rotated = mixer.resolved_rotary_dim(model().layer_shape())
+    rotated = mixer.resolved_rotary_dim(model().layer_dims())
     assert rotated == 2 * int((head_dim or 20) * fraction / 2)
 
 
@@ -215,8 +215,8 @@ def test_rotated_dims_are_written_as_they_are() -> None:
         choose_family(model(rotary_dim=14), others, format_name="HF", preferred=None)
     with pytest.raises(ValueError, match="short_factors has 1 values, but 10 pairs of dims"):
         scaling = LongScaling(short_factors=(1.0,), long_factors=(1.0,), original_context=4)
-        model(rope_scaling=scaling, head_dim=20).layer_shape()
-        first_mixer(model(rope_scaling=scaling)).resolved_rotary_dim(model().layer_shape())
+        model(rope_scaling=scaling, head_dim=20).layer_dims()
+        first_mixer(model(rope_scaling=scaling)).resolved_rotary_dim(model().layer_dims())
 
 
 # Students of wider models -----------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def describe(config: ModelConfig) -> Summary:
     Raises:
       ValueError: the config has no vocabulary size.
     """
-    model_dims = config.layer_shape()
+    model_dims = config.layer_dims()
     length = config.context_length
     shapes = {path: leaf.shape for path, leaf in define(config).params.items()}
     sizes = {path: math.prod(dims) for path, dims in shapes.items()}
