@@ -29,8 +29,8 @@ Folders and files in reading order:
 - kernels: computations with an implementation per platform
 - losses: cross entropy and divergences, in chunks, on any mesh
 - models: layers, architectures and decoders
-- checkpoints: checkpoints of runs, and loading a model
 - quantization: assignment of formats, estimators, schedule, rounding after training
+- checkpoints: checkpoints of runs, and loading a model
 - distill: teachers and the loss of distillation
 - sampling: from prompts to text
 - evaluation: bits per byte, multiple choice, lm-eval, costs

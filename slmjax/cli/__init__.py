@@ -94,9 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_stderr(f"error: {message}\n(set SLMJAX_TRACEBACK=1 for the traceback)")
         sys.exit(2)
     except KeyboardInterrupt:
-        print_stderr(
-            "interrupted: a run keeps what it had saved before. Resume it with slmjax train --resume RUN_DIR"
-        )
+        print_stderr("interrupted; saved checkpoints are kept. Resume with slmjax train --resume RUN_DIR")
         sys.exit(130)
 
 

@@ -52,7 +52,7 @@ def export_command(argv: Sequence[str]) -> int:
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
-        # run directory, or directory of an imported model
+        # run directory, or directory of an imported or quantized model
         source: Annotated[str, *positional("RUN_OR_MODEL_DIR")]
         # output: a directory for hf, a file for gguf
         out: Annotated[str, *positional("OUT")]

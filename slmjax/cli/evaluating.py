@@ -35,7 +35,8 @@ def _default_data(argv: Sequence[str]) -> Any:
     from slmjax.data.config import DataConfig
     from slmjax.data.provenance import own_data
 
-    # The run is looked for before tyro parses the command line. A teacher may be a run too, but not this one.
+    # tyro needs the defaults before it parses, so the run is the first argument that is one. The value of
+    # --teacher may be a run too, and is left out.
     paths = (
         argument
         for before, argument in itertools.pairwise(["", *argv])

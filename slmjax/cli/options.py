@@ -79,7 +79,8 @@ def split_experiment(argv: Sequence[str]) -> tuple[str | None, list[str]]:
         if argument.startswith("-"):
             continue
         before = argv[index - 1] if index else ""
-        # Boolean flags take no value. --json is the only one that users put before an experiment.
+        # Boolean flags take no value. Only --json is known here: after another one, such as
+        # --eval.unrounded, an experiment is taken for its value.
         is_value = before.startswith("-") and "=" not in before and before not in ("--json", "--no-json")
         if index == 0 or (not is_value and (argument in BUILT_IN or argument.endswith(".py"))):
             return argument, [*argv[:index], *argv[index + 1 :]]

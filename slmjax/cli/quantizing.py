@@ -27,7 +27,7 @@ def quantize_command(argv: Sequence[str]) -> int:
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
-        # run directory, or directory of an imported model
+        # run directory, or directory of an imported or quantized model
         source: Annotated[str, *positional("RUN_OR_MODEL_DIR")]
         # directory to write
         out: Annotated[str, *positional("OUT_DIR")]

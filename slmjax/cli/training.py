@@ -66,8 +66,8 @@ def _train_arguments(start: Any) -> type:
         # divergence from the teacher: forward_kl, reverse_kl, jsd, taid, top_k, sampled, ... (none: the
         # experiment's)
         divergence: str | None = None
-        # number formats to train in, from the step --quant.start-step on: WEIGHTS[+INPUTS[+CACHE]], such as
-        # q4_0 or q4_0+q8_0
+        # number formats to train in: WEIGHTS[+INPUTS[+CACHE]], such as q4_0 or q4_0+q8_0; they apply
+        # from step --quant.start-step
         quant: str | None = None
         # steps to profile, after the first two of this session, into RUN_DIR/profile
         profile: int | None = None

@@ -65,7 +65,7 @@ def _at_least(scale: Array, smallest: float) -> Array:
 def _affine(groups: Array, axes: tuple[int, ...], spec: QuantSpec) -> tuple[Array, Array]:
     """Return scale and zero point of the range from the smallest to the largest value, extended to 0.
 
-    0 must be a level, because padding and pruned weights are 0.
+    0 must be a level, so that zeros, such as those of padding, stay exactly 0.
     """
     lowest = jnp.minimum(jnp.min(groups, axis=axes, keepdims=True), 0.0)
     highest = jnp.maximum(jnp.max(groups, axis=axes, keepdims=True), 0.0)

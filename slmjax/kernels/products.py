@@ -1,4 +1,4 @@
-"""Matrix products, and what else differs by platform in the layers and in the loop over them.
+"""Matrix products by platform, and the number of layers to unroll.
 
 On CPU, XLA has a fast routine for rows times columns and for rows times rows. The third layout, columns times
 columns, which the gradient of every weight has, is slower: by a quarter in float32, and by more than half in
@@ -53,7 +53,10 @@ def unrolled_repeats(num_repeats: int, *, num_blocks: int) -> int:
 
 # Products on any platform -----------------------------------------------------------------------------------
 def matmul(x: Float[Array, "*B D"], weight: Float[Array, "D F"]) -> Float[Array, "*B F"]:
-    """Return `x @ weight` with float32 sums, in the dtype of `x`, to which the weight is cast."""
+    """Return `x @ weight` in the dtype of `x`, to which the weight is cast.
+
+    The implementation for CPUs sums in float32; otherwise `jnp.dot` decides.
+    """
     # The CPU implementation merges all leading dims, for a faster gradient. If two of them are sharded,
     # merging would make the compiler gather the array, so sharded sequences take the plain product.
     if mesh.platform() == "cpu" and x.dtype in (jnp.bfloat16, jnp.float32) and mesh.num_devices("time") == 1:

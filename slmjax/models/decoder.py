@@ -1,7 +1,8 @@
 """The decoder: groups of layers, each a repeating pattern of blocks, scanned over its repeats.
 
 `ModelConfig` is the architecture. `Decoder` computes final hidden states and returns them with its `Head`;
-logits are computed by the loss or the sampler. `definition.py` has the view of its parameters from outside.
+logits are computed by the loss or the sampler. `definition.py` has the model as functions of a flat dict of
+parameters.
 
 Dims: B batch, T time, D model, V vocabulary, R repeats of a group.
 """
@@ -157,7 +158,8 @@ class BlockStack(nnx.Module):
             reports = []
             captures = []
             for offset, block in enumerate(nnx.merge(graphdef, params)):
-                # As of initial weights: dropout does not depend on how layers are grouped.
+                # Keys are folded from the layer's index in the model, as those of initial weights are:
+                # dropout does not depend on how layers are grouped.
                 layer = self.first_layer + index * len(self.blocks) + offset
                 block_key = None if key is None else jax.random.fold_in(key, layer)
                 block_state = None if states is None else states[offset]

@@ -21,11 +21,11 @@ from slmjax.models.layers import ArrayFunction, ModelDims
 class FfnAux:
     """Losses and metrics of a feed-forward layer: sums over the batch's real tokens, never means.
 
-    Sums can be added over layers, microbatches and devices; the trainer divides once, by the global count.
+    Sums can be added over layers, microbatches and devices; the train step divides once, by the global count.
     They are typed `Any` because this is a pytree: it may hold shapes.
     """
 
-    losses: dict[str, Any]  # multiplied by their coefficients; the trainer divides by the real tokens
+    losses: dict[str, Any]  # multiplied by their coefficients; the train step divides by the real tokens
     metrics: dict[str, Any]
 
 

@@ -90,8 +90,8 @@ def assign_formats(
             examples = [path for path in shapes if _reason_to_keep(path) is None][:3]
             what = "cache" if missing[0] else "parameter"
             raise ValueError(
-                f"quant: the rule for {rule.paths!r} names no {what} that an earlier rule does not name "
-                "already. Paths are such as "
+                f"quant: the rule for {rule.paths!r} never applies to a {what}: it matches none, or earlier "
+                "rules match everything that it matches. Example paths: "
                 f"{', '.join(examples)}; `slmjax formats table` lists all. Correct the rule, move it up or "
                 "leave it out"
             )

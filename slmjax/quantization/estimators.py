@@ -104,8 +104,8 @@ class StochasticRounding(Estimator):
         """Raise ValueError for formats whose levels are not evenly spaced."""
         if spec.grid is not CodeGrid.INTEGER or spec.is_asymmetric:
             raise ValueError(
-                f"stochastic rounding is between neighbouring integers about zero, and {name_of(spec)} has "
-                "none"
+                "stochastic rounding needs consecutive integer codes and no zero point, unlike "
+                f"{name_of(spec)}: use StraightThrough"
             )
 
     def init_params(self, x: Float[Array, "..."], spec: QuantSpec, *, axis: int) -> QuantizerParams:

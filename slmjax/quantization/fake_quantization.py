@@ -38,7 +38,7 @@ class FakeQuantization(ParamTransform):
 
     @property
     def is_identity(self) -> bool:
-        """Whether no weight has a format, or quantizer parameters that layers do not know."""
+        """Return whether no weight has a format or quantizer parameters: the transform changes nothing."""
         return not self.formats and not self.learned_formats
 
     def __call__(self, params: Mapping[str, Array], *, key: Array | None) -> Params:

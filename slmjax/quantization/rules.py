@@ -39,7 +39,7 @@ class QuantRule:
         try:
             re.compile(self.paths)
         except re.error as error:
-            raise ValueError(f"quant: {self.paths!r} is no regular expression ({error})") from None
+            raise ValueError(f"quant: {self.paths!r} is not a valid regular expression ({error})") from None
         if self.fallback is not None and self.weight is None:
             raise ValueError(
                 f"the rule for {self.paths!r} has a fallback of {name_of(self.fallback)} and no format to "

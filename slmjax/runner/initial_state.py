@@ -19,7 +19,6 @@ from slmjax.training.experiment import FromTeacherLayers
 from slmjax.training.state import TrainState, init_state
 
 
-# The first state --------------------------------------------------------------------------------------------
 def fresh_state(setup: Setup) -> TrainState:
     """Return the state before the first step: fresh parameters, or those of another model."""
     experiment = setup.experiment

@@ -1,4 +1,4 @@
-"""The beginning of a session: the run directory, its first files, and the banner."""
+"""The beginning of a session: run directory, trackers, banner, number of parameters, compilation cache."""
 
 import logging
 import math

@@ -101,7 +101,7 @@ def open_session(
     console: Console | None = None,
 ) -> Iterator[Session]:
     """Open a session of a new run, or of the run `resume`. The arguments are those of `trainer.train`."""
-    # Made first: the ledger counts wall time from here on.
+    # The ledger counts wall time from here on.
     ledger = Ledger()
     if jax.default_backend() == "cpu":
         startup.keep_memory()
@@ -210,7 +210,7 @@ def _check_resumption(run: RunDirectory, setup: Setup, step: int) -> None:
     # A run that has done its steps but was killed before its result is finished, not refused.
     if step >= experiment.run.steps and is_complete(run, step):
         raise ValueError(
-            f"{run.path} is at step {step} of {experiment.run.steps} already: give more --run.steps"
+            f"{run.path} is at step {step} of {experiment.run.steps} already: increase --run.steps"
         )
     warn_of_other_data(run, experiment, setup.prepared)
     warn_of_changed_schedules(run, experiment, step=step)

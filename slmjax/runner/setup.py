@@ -1,4 +1,4 @@
-"""`Setup`: what is fixed before the first step of a run, such as data, model and compiled steps.
+"""`Setup`: what is fixed before the first step of a run, such as data, model and jitted steps.
 
     setup = set_up(experiment, tokenizer=experiment.tokenizer, mesh=mesh)
     setup = with_teachers(setup)

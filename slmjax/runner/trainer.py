@@ -111,7 +111,7 @@ def train(
             ),
             StopSignals() as signals,
         ):
-            # No name holds the state here: where memory runs out, advice needs what it takes.
+            # No variable keeps the state alive: where memory runs out, compiling for advice needs its memory.
             return _finish(loop, *loop.run(session.take_state(), signals), signals)
 
 

@@ -1,4 +1,4 @@
-"""An experiment and its compiled train step. Nothing here reads or writes files.
+"""An experiment and its train step.
 
 An experiment file imports the settings of everything but the model from here:
 
@@ -11,13 +11,13 @@ An experiment file imports the settings of everything but the model from here:
 Files in reading order:
 
 - optim.py: optimizers and learning-rate schedules
-- objective.py: the loss of a batch, as sums and counts
+- objective.py: settings of the loss
 - experiment.py: `Experiment`, the tree of settings
 - recipes.py: built-in experiments, and experiments from files
 - state.py: `TrainState`
 - metrics.py: metrics of a step
-- step.py: the train step
-- programs.py: the compiled programs of an experiment
+- step.py: the train step, with the loss of a batch as sums and counts
+- programs.py: the jitted programs of an experiment
 """
 
 from slmjax.checkpoints.run_checkpoints import CheckpointConfig

@@ -126,7 +126,9 @@ class RunConfig:
     directory: str = "runs"  # where run directories are made
     # texts that the trained model continues at every evaluation and at the end
     sample_prompts: tuple[str, ...] = ("",)
-    sample: SamplingConfig = SamplingConfig(temperature=0.8, top_k=40)  # how it does
+    sample: SamplingConfig = SamplingConfig(
+        temperature=0.8, top_k=40
+    )  # temperature, length and more of these texts
     trackers: tuple[Tracker, ...] = ()  # where the log's metrics go as well: tensorboard, wandb
 
     def __post_init__(self) -> None:

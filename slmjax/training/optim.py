@@ -6,7 +6,8 @@
 The chain is: clip the global norm, transform every parameter by the optimizer of its group, add the decoupled
 weight decay, scale by the learning rate. So a parameter moves by `-learning_rate * (direction + weight_decay
 * parameter)` for every kind of optimizer. Parameters under `segments/` are stacks of layers, and experts are
-stacks of matrices: each layer's each matrix is treated as a parameter of its own, whatever the segmentation.
+stacks of matrices: every matrix of every layer and expert is treated as a parameter of its own, whatever the
+segmentation.
 Moments are float32.
 
 Dims: L layers of a stack, E experts.
@@ -119,7 +120,7 @@ class OptimConfig:
                     re.compile(pattern)
                 except re.error as error:
                     raise ValueError(
-                        f"optim.{name}: {pattern!r} is no regular expression ({error})"
+                        f"optim.{name}: {pattern!r} is not a valid regular expression ({error})"
                     ) from None
 
 

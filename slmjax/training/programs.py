@@ -1,4 +1,7 @@
-"""The compiled programs of an experiment: train step, evaluation step, and the shapes of the state."""
+"""The jitted programs of an experiment: train step, evaluation step, and the shapes of the state.
+
+Each is compiled at its first call.
+"""
 
 import dataclasses
 import functools
@@ -55,7 +58,7 @@ def teacher_plans(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Programs:
-    """The model of an experiment, its optimizer and the steps that are compiled for it, without any array."""
+    """The model of an experiment, its optimizer and its jitted steps, without any array."""
 
     definition: Definition
     inference: Definition  # the same parameters, as evaluation and sampling use them

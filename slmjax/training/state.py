@@ -1,4 +1,4 @@
-"""The training state: everything that a step changes, and all that a checkpoint holds."""
+"""The training state: everything that a step changes."""
 
 import dataclasses
 import functools
@@ -28,7 +28,11 @@ PROGRESS = ("rng", "step", "skipped", "skipped_in_a_row")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Everything that training changes, and all that a checkpoint holds."""
+    """Everything that a step changes.
+
+    A checkpoint adds the number of trained targets and, of a quantized model, checksums of its codes
+    (`Setup.checkpoint_items`).
+    """
 
     params: Tree  # Params: float32 parameters by stack path
     buffers: Tree  # Params: state that the optimizer does not touch, such as router biases

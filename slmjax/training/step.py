@@ -52,7 +52,7 @@ class StepSettings:
     quant_schedule: QuantSchedule | None  # None in floating point
     gradient_groups: GradientGroups
     is_quantized: bool  # the model computes with other parameters than those that are trained
-    forward: Definition  # for those parameters: it takes weights as they are
+    forward: Definition  # computes with fake-quantized parameters as they are, without another transform
 
 
 # The step ---------------------------------------------------------------------------------------------------
@@ -131,9 +131,10 @@ def make_train_step(
     total_steps: int,
     quant_schedule: QuantSchedule | None = None,
 ) -> TrainStep:
-    """Return the compiled step `(state, batch, teacher_outputs) -> (state, metrics)`.
+    """Return the jitted step `(state, batch, teacher_outputs) -> (state, metrics)`.
 
-    Call it under the mesh. The state is donated: its buffers are reused for the new one.
+    Call it under the mesh; the first call compiles it. The state is donated: its buffers are reused for the
+    new one.
 
     `teacher_outputs` are those of this batch. Without them, which is a program of its own, the loss has no
     divergence. Metrics are described at `metrics.step_metrics`; every process can read them, since they are

@@ -90,20 +90,20 @@ def test_without_rules_everything_stays():
     [
         (
             [QuantRule(paths=".", weight=Q4), QuantRule(paths="embed", weight=Q8)],
-            r"rule for 'embed' names no parameter that an earlier",
+            r"rule for 'embed' never applies to a parameter: .* earlier rules match",
         ),
-        ([QuantRule(paths="layer/", weight=Q4)], r"'layer/' names no parameter.*embed/table"),
-        ([QuantRule(paths="norm", weight=Q4)], r"'norm' names no parameter"),
+        ([QuantRule(paths="layer/", weight=Q4)], r"'layer/' never applies to a parameter.*embed/table"),
+        ([QuantRule(paths="norm", weight=Q4)], r"'norm' never applies to a parameter"),
         (
             [QuantRule(paths=".", cache=Q8), QuantRule(paths="1/mixer/cache", cache=Q4)],
-            r"'1/mixer/cache' names no cache",
+            r"'1/mixer/cache' never applies to a cache",
         ),
         (
             [QuantRule(paths=".", weight=preset("tq2_0"))],
             r"embed/table is 64 wide, which tq2_0 cannot hold: .* 256",
         ),
         ([QuantRule(paths=".", input=preset("tq2_0"))], r"the input of embed/table is 64 wide"),
-        ([QuantRule(paths="weight|table", weight=Q4, cache=Q8)], r"'weight\|table' names no cache"),
+        ([QuantRule(paths="weight|table", weight=Q4, cache=Q8)], r"'weight\|table' never applies to a cache"),
         (
             [QuantRule(paths="up/", input=preset("nvfp4"))],
             r"nvfp4 computes a scale from all tokens, so that a token would see later ones",
@@ -141,7 +141,7 @@ def test_a_width_that_does_not_fit_falls_back_where_a_rule_says_so():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: QuantRule(paths="(", weight=Q4), "no regular expression"),
+        (lambda: QuantRule(paths="(", weight=Q4), "is not a valid regular expression"),
         (lambda: QuantRule(paths=".", fallback=Q4), "fallback of q4_0 and no format"),
         (
             lambda: QuantRule(paths=".", weight=preset("mxfp4"), estimator=LearnedScale()),
@@ -157,7 +157,7 @@ def test_a_width_that_does_not_fit_falls_back_where_a_rule_says_so():
         ),
         (
             lambda: QuantRule(paths=".", weight=preset("stretched2_g32"), estimator=StochasticRounding()),
-            "between neighbouring integers",
+            "needs consecutive integer codes and no zero point",
         ),
         (lambda: QuantPhase(rules=()), "no rule"),
         (lambda: QuantPhase(rules=(QuantRule(paths="."),), step=-1), "step -1"),

@@ -362,7 +362,7 @@ def test_train_load_evaluate(finished):
 
 def test_what_cannot_be_resumed_is_left_as_it_is(finished):
     experiment, result = finished
-    with pytest.raises(ValueError, match="is at step 6 of 6 already: give more --run.steps"):
+    with pytest.raises(ValueError, match="is at step 6 of 6 already: increase --run.steps"):
         slmjax.train(experiment, resume=result.run_dir, console=quiet())
     wider = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, embed_dim=64))
     with pytest.raises(ValueError, match="has another model, which a resumed run keeps"):

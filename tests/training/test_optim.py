@@ -398,7 +398,7 @@ def test_every_optimizer_solves_a_quadratic(kind):
         ({"muon_momentum": 1.0}, "optim.muon_momentum"),
         ({"grad_clip": 0.0}, "or None for no clipping"),
         ({"ema_decay": 1.0}, "or None for no average"),
-        ({"no_decay": ("(",)}, r"optim.no_decay: '\(' is no regular expression"),
+        ({"no_decay": ("(",)}, r"optim.no_decay: '\(' is not a valid regular expression"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):

@@ -66,8 +66,8 @@ class AttentionConfig(MixerConfig):
     def __post_init__(self) -> None:
         if self.num_heads < 1 or self.kv_heads < 1 or self.num_heads % self.kv_heads:
             raise ValueError(
-                f"num_heads={self.num_heads} and num_kv_heads={self.num_kv_heads}: the second must divide "
-                "the first"
+                f"num_heads must be divisible by num_kv_heads, and both at least 1, got "
+                f"num_heads={self.num_heads} and num_kv_heads={self.num_kv_heads}"
             )
         if self.head_dim is not None and self.head_dim < 1:
             raise ValueError(f"head_dim must be at least 1 or none, got {self.head_dim}")
@@ -248,7 +248,6 @@ def write_cache(
 ) -> KvCache:
     """Return the cache with these tokens written to the slots of `ring_slots`."""
     slots = ring_slots(cache.positions.shape[1], positions=positions, segment_ids=segment_ids)
-    # Indices out of bounds are dropped.
     rows = jnp.arange(positions.shape[0])[:, None]
     return KvCache(
         # Index arrays on both sides of a slice move to the front: the update is [B, T, K, H], as `keys` is.

@@ -103,9 +103,7 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged, it is no JSON ({error}): restore it, or delete the run"
-        ) from error
+        raise ValueError(f"{path} is not valid JSON ({error}): restore it, or delete the run") from error
 
 
 def _latest(records: Iterable[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -145,7 +145,10 @@ def test_the_command_tells_sizes_and_errors(tmp_path: Path, capsys: pytest.Captu
         (["--format", "q4_1"], r"no number format 'q4_1'.*Did you mean"),
         (["--rule", "q4_0"], r"--rule is REGEX=FORMAT"),
         (["--rule", "mixer=q4_0+q8_0+q8_0"], r"caches, which are not parameters"),
-        (["--rule", "experts=q4_0", "--format", "q8_0"], r"the rule for 'experts' names no parameter"),
+        (
+            ["--rule", "experts=q4_0", "--format", "q8_0"],
+            r"the rule for 'experts' never applies to a parameter",
+        ),
         (["--format", "tq2_0"], r"embed/table is 64 wide, which tq2_0 cannot hold"),
     ],
 )
