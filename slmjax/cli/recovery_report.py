@@ -45,7 +45,7 @@ def recovery_command(argv: Sequence[str]) -> int:
 
 
 def _reports(path: Path, directory: Path) -> list[Any]:
-    """Report on each recovery of a study file, after measuring finished members that were not measured yet."""
+    """Report on each recovery of a study file, after measuring finished members not measured before."""
     from slmjax.studies import measure, read_members, report_recovery
     from slmjax.training import recipes
 
