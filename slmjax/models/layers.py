@@ -38,7 +38,7 @@ class ModelDims:
     """Dims and settings that all layers of a model share, derived from the model's config."""
 
     embed_dim: int  # D
-    num_layers: int  # sets `output_std`
+    num_layers: int  # as executed, each loop of a block counted; sets `output_std`
     norm_eps: float
     init_std: float
     norm_kind: NormKind = NormKind.RMS

@@ -38,7 +38,7 @@ class TrainState:
     buffers: Tree  # Params: state that the optimizer does not touch, such as router biases
     optimizer: Tree  # optax state
     ema: Tree  # Params | None: averaged parameters, where asked for
-    objective: Tree  # dict[str, scalar]: what a divergence keeps from step to step
+    divergence: Tree  # dict[str, scalar]: what a divergence keeps from step to step
     rng: ArrayLeaf  # UInt32 "2": key data of the run's randomness; a step's key is folded from it
     step: ArrayLeaf  # Int32 "": steps taken, skipped ones included
     skipped: ArrayLeaf  # Int32 "": steps skipped, in all: not finite, or without a scored target
@@ -52,7 +52,7 @@ class TrainState:
             "optimizer": self.optimizer,
             "progress": {name: getattr(self, name) for name in PROGRESS},
         }
-        optional = {"ema": self.ema, "objective": self.objective}
+        optional = {"ema": self.ema, "objective": self.divergence}
         return items | {name: tree for name, tree in optional.items() if tree}
 
     @classmethod
@@ -65,7 +65,7 @@ class TrainState:
             buffers=model["buffers"],
             optimizer=items["optimizer"],
             ema=items.get("ema"),
-            objective=items.get("objective", {}),
+            divergence=items.get("objective", {}),
             **{name: progress[name] for name in PROGRESS},
         )
 
@@ -130,7 +130,7 @@ def _fresh(
         buffers=buffers,
         optimizer=optimizer.init(params),
         ema=jax.tree.map(jnp.copy, params) if with_ema else None,
-        objective={} if objective.distill is None else objective.distill.divergence.initial_state(),
+        divergence={} if objective.distill is None else objective.distill.divergence.initial_state(),
         rng=rng,
         step=zero(),
         skipped=zero(),

@@ -99,7 +99,7 @@ def train_step(
         updated = dataclasses.replace(updated, buffers=update_buffers(settings, state.buffers, sums))
     if settings.objective.distill is not None:
         # A divergence may go by its own value on the global batch, as TAID does.
-        updated = dataclasses.replace(updated, objective=update_objective(settings, state, sums, totals))
+        updated = dataclasses.replace(updated, divergence=update_divergence(settings, state, sums, totals))
     # The host waits for no step, so the device itself decides whether an update counts.
     is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     new_state = keep_if_finite(updated, state, is_finite=is_finite, num_targets=totals["targets"])
@@ -172,7 +172,7 @@ def distill_weights(settings: StepSettings, state: TrainState, key: Array) -> lo
         settings.objective.distill,
         state.step,
         total_steps=settings.total_steps,
-        state=state.objective,
+        state=state.divergence,
         key=key,
         z_loss=settings.objective.z_loss,
     )
@@ -321,13 +321,13 @@ def update_buffers(settings: StepSettings, buffers: Params, sums: Mapping[str, A
     return updated
 
 
-def update_objective(
+def update_divergence(
     settings: StepSettings, state: TrainState, sums: Mapping[str, Array], totals: Mapping[str, Array]
 ) -> dict[str, Array]:
     """Return the state of the divergence after this step."""
     return distillation.updated_state(
         settings.objective.distill,
-        state.objective,
+        state.divergence,
         sums,
         num_targets=totals["targets"],
         progress=state.step / settings.total_steps,

@@ -107,7 +107,7 @@ class Lesson:
             buffers=model.buffers,
             optimizer=self.optimizer.init(model.params),
             ema=None,
-            objective={} if distill is None else distill.divergence.initial_state(),
+            divergence={} if distill is None else distill.divergence.initial_state(),
             rng=jax.random.key_data(jax.random.key(0)),
             **{name: jnp.zeros((), jnp.int32) for name in ("step", "skipped", "skipped_in_a_row")},
         )

@@ -215,25 +215,25 @@ def test_a_skipped_step_leaves_what_the_divergence_remembers(teacher: str) -> No
     lesson = build(settings(teacher, divergence=Taid(start=0.3, rate=0.1, momentum=0.5)))
     first, _ = lesson.run(make_batch(0))
     before, metrics = lesson.run(make_batch(1), state=first)
-    assert float(first.objective["share"]) == pytest.approx(0.3) and float(before.objective["share"]) > 0.3
+    assert float(first.divergence["share"]) == pytest.approx(0.3) and float(before.divergence["share"]) > 0.3
     assert metrics["divergence_share"] == pytest.approx(0.3), "the one that the step used"
     bad = make_batch(2)
     bad.loss_mask[2, 1] = np.nan
     after, metrics = lesson.run(bad, state=before)
     assert metrics["skipped"] == 1 and metrics["divergence_share"] == pytest.approx(
-        float(before.objective["share"])
+        float(before.divergence["share"])
     )
-    assert_bits_equal(after.objective, before.objective)
+    assert_bits_equal(after.divergence, before.divergence)
     assert_bits_equal(after.params, before.params)
     nothing = dataclasses.replace(make_batch(2), loss_mask=np.zeros((ROWS, LENGTH), np.float32))
     assert_bits_equal(
-        lesson.run(nothing, state=before)[0].objective, before.objective
+        lesson.run(nothing, state=before)[0].divergence, before.divergence
     )  # a mean of nothing is no value
     recovered = lesson.run(make_batch(3), state=after)[0]
     at_once = lesson.run(make_batch(3), state=before)[0]
     assert (
-        float(recovered.objective["previous"])
-        == float(at_once.objective["previous"])
-        != float(before.objective["previous"])
+        float(recovered.divergence["previous"])
+        == float(at_once.divergence["previous"])
+        != float(before.divergence["previous"])
     )
-    assert all(bool(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(recovered.objective))
+    assert all(bool(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(recovered.divergence))
