@@ -227,6 +227,13 @@ def test_few_lines_are_exempt_from_formatting() -> None:
     assert count < 30, f"{count} lines are exempt from formatting: several lines for one call read better"
 
 
+def test_comments_give_reasons() -> None:
+    """Full-line comments, without the rules between sections: what they say is for the reviewer to judge."""
+    lines = [line.strip() for path in sources("slmjax") for line in path.read_text().splitlines()]
+    comments = [line for line in lines if line.startswith("#") and not line.endswith("-----")]
+    assert len(comments) > 0.04 * len(lines), f"{len(comments)} comments in {len(lines)} lines"
+
+
 def test_modules_and_public_functions_are_documented() -> None:
     bare = [module or "slmjax" for module, tree in TREES.items() if not ast.get_docstring(tree)]
     for module, tree in TREES.items():
