@@ -26,7 +26,7 @@ PACKAGE = ROOT / "slmjax"
 # of its own.
 ORDER = (
     "startup config atomic_files parallel formats data telemetry kernels losses models quantization "
-    "checkpoints quantization.ptq distill prune sampling evaluation convert training "
+    "checkpoints quantization.ptq distill sampling evaluation convert training "
     "planning runner studies cli __main__"
 ).split()
 
