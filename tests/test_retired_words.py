@@ -118,7 +118,8 @@ def python_files() -> list[Path]:
 
 
 def pages() -> list[Path]:
-    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    names = ("README.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md", "experiments/LOG.md")
+    return [*(ROOT / name for name in names), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def retired_names(source: str, *, is_of_models: bool = False) -> Iterator[str]:
