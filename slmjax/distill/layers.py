@@ -23,8 +23,6 @@ from slmjax.distill.slices import TABLES, Dim, student_cuts
 from slmjax.models.definition import Definition, define, restack, stored_shapes, unstack
 from slmjax.parallel.rules import partition_spec
 
-Params = dict[str, Any]  # arrays by path
-
 
 def chosen_layers(
     *, num_teacher: int, num_student: int, layers: Sequence[int] | None = None, every: int | None = None
@@ -98,10 +96,10 @@ def student_parameters(
     *,
     definition: Definition,
     chosen: Sequence[int],
-    fresh: tuple[Params, Params],
+    fresh: tuple[dict[str, Any], dict[str, Any]],
     num_rows: int,
     mesh: Mesh,
-) -> tuple[Params, Params]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return parameters and buffers of a student, cut out of those of a run or an imported model.
 
     They have the paths and shardings of `fresh`. Of a run with moving averages, the averages are used. Only
@@ -125,7 +123,7 @@ def student_parameters(
     # A parameter of the teacher may serve several of the student's: it is read once.
     needed = {cut.source for cut in cuts.values()}
 
-    def needed_shapes(tree: Params) -> Params:
+    def needed_shapes(tree: dict[str, Any]) -> dict[str, Any]:
         shapes = stored_shapes(teacher.config, tree)
         shardings = {
             name: NamedSharding(mesh, partition_spec(name, shapes[name].shape, mesh))
@@ -140,7 +138,9 @@ def student_parameters(
         path, teacher.config, needed_shapes(teacher.params), needed_shapes(teacher.buffers), whole=False
     )
 
-    def build(of_teacher: Params, fresh: tuple[Params, Params]) -> tuple[Params, Params]:
+    def build(
+        of_teacher: dict[str, Any], fresh: tuple[dict[str, Any], dict[str, Any]]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         flat = unstack(definition.config, {**fresh[0], **fresh[1]})
         for name, cut in cuts.items():
             value = _take(of_teacher[cut.source], cut.indices) * cut.scale

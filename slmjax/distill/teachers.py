@@ -47,7 +47,6 @@ from slmjax.parallel.mesh import MeshConfig, make_mesh, named_sharding
 from slmjax.parallel.rules import parameter_shardings, partition_spec, shapes_with_shardings
 
 log = logging.getLogger(__name__)
-Params = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +66,7 @@ class TeacherPlan:
         """Return the dtype of its computation."""
         return self.definition.config.layer_dims().dtype
 
-    def stored(self, params: Params) -> Params:
+    def stored(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return its parameters for use in every step: matrices in the dtype of the computation.
 
         The computation casts them to this dtype anyway, except those of a router, which stays in float32.
@@ -82,8 +81,8 @@ class TeacherPlan:
 
     def hidden(
         self,
-        params: Params,
-        buffers: Params,
+        params: dict[str, Any],
+        buffers: dict[str, Any],
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
         positions: Int[Array, "B T"],
@@ -98,12 +97,12 @@ class TeacherPlan:
         length = self.definition.config.context_length
         return windowed(run, tokens, segment_ids, positions, context_length=length, overlap=self.overlap)
 
-    def head(self, params: Params, buffers: Params) -> losses.Head:
+    def head(self, params: dict[str, Any], buffers: dict[str, Any]) -> losses.Head:
         """Return its head, with as many rows as the student's table has."""
         head = losses.fit_rows(self.definition.merge_transformed(params, buffers).make_head(), self.num_rows)
         return dataclasses.replace(head, vocab_size=self.vocab_size)
 
-    def stored_shapes(self) -> Params:
+    def stored_shapes(self) -> dict[str, Any]:
         """Return shapes, dtypes and shardings of its stored parameters."""
         stored = jax.eval_shape(self.stored, self.definition.params)
         return shapes_with_shardings(stored, parameter_shardings(stored, self.mesh))
@@ -299,7 +298,7 @@ def load_teacher(path: Path, student: Loaded) -> Teachers:
     return Teachers(plans, num_microbatches=1)
 
 
-def _load(plan: TeacherPlan) -> tuple[tuple[Params, Params], losses.Head]:
+def _load(plan: TeacherPlan) -> tuple[tuple[dict[str, Any], dict[str, Any]], losses.Head]:
     """Return a teacher's parameters and buffers on its mesh, and its head on the student's mesh."""
     definition = plan.definition
     mesh = plan.mesh
@@ -341,7 +340,7 @@ def _resharded_head(head: losses.Head, mesh: Mesh) -> losses.Head:
 
 
 def _in_microbatches(
-    plan: TeacherPlan, params: Params, buffers: Params, *rows: Array, num_microbatches: int
+    plan: TeacherPlan, params: dict[str, Any], buffers: dict[str, Any], *rows: Array, num_microbatches: int
 ) -> Float[Array, "B T E"]:
     if num_microbatches == 1:
         return communication.constrain(plan.hidden(params, buffers, *rows), HIDDEN)

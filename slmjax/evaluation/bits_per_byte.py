@@ -47,7 +47,6 @@ from slmjax.quantization.fake_quantization import weight_formats
 
 log = logging.getLogger(__name__)
 
-Params = Mapping[str, Array]
 # (params, buffers, batch) or (params, buffers, batch, teacher_outputs)
 EvalStep = Callable[..., dict[str, Array]]
 Sums = dict[str, np.ndarray]
@@ -143,7 +142,10 @@ def make_eval_step(
 
     @jax.jit
     def eval_step(
-        params: Params, buffers: Params, batch: Batch, teacher_outputs: tuple[TeacherOutput, ...] = ()
+        params: Mapping[str, Array],
+        buffers: Mapping[str, Array],
+        batch: Batch,
+        teacher_outputs: tuple[TeacherOutput, ...] = (),
     ) -> dict[str, Array]:
         def sums_of(model: Decoder, **teacher_options: Any) -> dict[str, Array]:
             output = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions)
@@ -162,8 +164,8 @@ def make_eval_step(
 
 def evaluate_batches(
     eval_step: EvalStep,
-    params: Params,
-    buffers: Params,
+    params: Mapping[str, Array],
+    buffers: Mapping[str, Array],
     batches: EvaluationBatches,
     *,
     mesh: Mesh | None = None,

@@ -16,8 +16,6 @@ from slmjax.models.architecture import HeadKind, ModelConfig
 from slmjax.models.paths import layer_indices
 from slmjax.training.state import TrainState
 
-Params = Mapping[str, Array]
-
 
 # On the device ----------------------------------------------------------------------------------------------
 def step_metrics(
@@ -121,7 +119,7 @@ def group_names(config: ModelConfig) -> tuple[str, ...]:
     return tuple(names)
 
 
-def gradient_norms(grads: Params, groups: GradientGroups) -> Float[Array, " G"]:
+def gradient_norms(grads: Mapping[str, Array], groups: GradientGroups) -> Float[Array, " G"]:
     """Return the norm of the gradient in each group."""
     squares = jnp.zeros((len(groups.names),))
     for path, grad in grads.items():
