@@ -9,7 +9,17 @@ import pytest
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.py"))
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+# Each takes as long to compile as all it does: two of them run by default, and the others every night.
+DEFAULT = ("01_train_and_sample", "02_import_evaluate_export")
+
+
+@pytest.mark.parametrize(
+    "notebook",
+    [
+        pytest.param(path, id=path.stem, marks=[] if path.stem in DEFAULT else pytest.mark.nightly)
+        for path in NOTEBOOKS
+    ],
+)
 def test_a_notebook_runs(notebook: Path, user_environment: dict[str, str], tmp_path: Path) -> None:
     environment = {**user_environment, "SLMJAX_NOTEBOOK_STEPS": "2"}
     done = subprocess.run(

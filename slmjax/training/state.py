@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from slmjax.models.definition import Definition, Params
+from slmjax.models.definition import Definition
 from slmjax.parallel.rules import like_parameters, parameter_shardings, shapes_with_shardings
 from slmjax.training.objective import CROSS_ENTROPY, ObjectiveConfig
 
@@ -70,7 +70,7 @@ class TrainState:
         )
 
     @property
-    def eval_params(self) -> Params:
+    def eval_params(self) -> Tree:
         """Parameters for evaluation and sampling: the average where there is one."""
         return self.params if self.ema is None else self.ema
 

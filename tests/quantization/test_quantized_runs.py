@@ -176,7 +176,7 @@ def test_scales_of_inputs_were_measured(run: tuple[Experiment, Result]):
     )
 
 
-@pytest.mark.parametrize("step", [2, 3, 4])
+@pytest.mark.parametrize("step", [2, *(pytest.param(step, marks=pytest.mark.nightly) for step in (3, 4))])
 @pytest.mark.composes("quantization", "resume")
 def test_resumed_bit_for_bit(run: tuple[Experiment, Result], tmp_path: Path, step: int):
     """From before a phase, within one and at the end of one."""

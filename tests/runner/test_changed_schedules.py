@@ -116,7 +116,7 @@ def test_the_line_of_taid_follows_the_steps_of_a_run() -> None:
         "the least weight of the teacher in TAID (objective.distill.divergence) at step 101, the next one, "
         "is 0.7 with"
     )
-    assert "and 1 with those the run had (0.7 times)" in text and "The share itself never falls" in text
+    assert "and 1 with those the run had (0.7 times)" in text and "The weight itself never falls" in text
     # After half of the steps the line has come half of its way: 0.4 + 0.6 / 2 of 100 steps, 0.4 + 0.6 / 4 of
     # 200.
     (text,) = schedule_changes(dataclasses.replace(first, run=RunConfig(steps=200)), first, step=50)
