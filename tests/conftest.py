@@ -20,8 +20,8 @@ from pydoc_data.topics import topics
 # little, so the CPU compiler does not optimise, here and in the commands that tests start: half the time in
 # all. Each worker inherits what the process that starts it has set.
 ORIGINAL_XLA_FLAGS = os.environ.setdefault("SLMJAX_TESTS_ORIGINAL_XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
-# Loops that XLA emits itself compile in two thirds of the time of those that pass through MLIR. Later versions
-# have the second kind alone, and an unknown flag ends the process.
+# Loops that XLA emits itself compile in two thirds of the time of those that pass through MLIR. Later
+# versions have the second kind alone, and an unknown flag ends the process.
 HAS_OWN_LOOPS = importlib.metadata.version("jaxlib").startswith("0.10.")
 # Devices wait for each other in collectives; on busy cores that may be longer than the 40 s after which XLA
 # would end the process.
