@@ -181,7 +181,7 @@ def _license(directory: Path) -> str | None:
         if head
         else {}
     )
-    # The licence may also be a list, of which the first item is on the line below.
+    # The licence may also be a list: its first item is on the line below.
     listed = (
         re.search(r"^license:[ \t]*\n[ \t]*-[ \t]*([^\n]*)", head.group(1), flags=re.MULTILINE)
         if head

@@ -36,7 +36,7 @@ class RopeScaling(abc.ABC):
 
         Args:
           frequencies: the original frequencies, highest first.
-          base: the base of which the original frequencies are powers.
+          base: the original frequencies are powers of it.
           lengths: length of each token's sequence, from `sequence_lengths`; None if it is unknown.
 
         Raises:

@@ -62,7 +62,7 @@ def collectives(text: str) -> list[Collective]:
     for computation, lines in programs.items():
         for line in lines:
             operation = _OPERATION.match(line)
-            # An asynchronous collective is a pair of operations, of which the start has the shapes.
+            # An asynchronous collective is a pair of operations: the start has the shapes.
             kind = None if operation is None else operation["name"].removesuffix("-start")
             if operation is None or kind not in KINDS or not times[computation]:
                 continue

