@@ -20,6 +20,8 @@ Classes for experiment files come from three modules:
 Folders and files in reading order:
 
 - startup.py: settings that must be made before jax is imported
+- stored_json.py: read JSON files that may be damaged
+- faults.py: the hook by which tests break a run at a known place
 - config.py: read, write and fingerprint trees of frozen dataclasses
 - atomic_files.py: write files and directories atomically
 - parallel: the device mesh, sharding rules, communication, several processes
