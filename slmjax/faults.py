@@ -4,17 +4,17 @@
     SLMJAX_FAULT="log.write:12@1=full" slmjax train nano            # process 1 finds a full disk at step 12
 
 A fault is `POINT[:STEP][@PROCESS]=ACTION`; several are separated by commas. Without a step or a process it
-happens at the first time the point is reached, in every process, and only once; with `POINT:*` at every time.
+happens at the first time that execution comes to the point, in every process, and only once; with `POINT:*` at every time.
 
-Points, each a call of `reach`:
+Points, each a call of `at`:
 
 - `run.created`: the run directory exists, and none of its files
 - `step`: a train step is complete (also `taints`: the state that it returned can be made non-finite)
 - `evaluation.batch`: a batch of held-out text was evaluated
 - `log.write`: a record of the log is about to be written
 - `file.replace`: a temporary file is complete, and about to be renamed to its final name
-- `checkpoint.save`, `checkpoint.committed`, `checkpoint.verified`: a save begins, its arrays are on disk, its
-  manifest too
+- `checkpoint.save`, `checkpoint.committed`, `checkpoint.verified`: a save begins, its arrays are on disk,
+  its manifest too
 - `data.part`: a part of the data was prepared
 
 Actions: `kill` (SIGKILL to this process), `term`, `int` (those signals), `full` and `readonly` (the OSError of
@@ -98,7 +98,7 @@ def parse(text: str) -> list[Fault]:
 _faults: list[Fault] | None = None
 
 
-def reach(point: str, step: int | None = None) -> None:
+def at(point: str, step: int | None = None) -> None:
     """Let the faults of this point happen, if there are any.
 
     Raises:
