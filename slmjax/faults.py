@@ -3,8 +3,8 @@
     SLMJAX_FAULT="checkpoint.committed:30=kill" slmjax train nano   # killed as the save of step 30 commits
     SLMJAX_FAULT="log.write:12@1=full" slmjax train nano            # process 1 finds a full disk at step 12
 
-A fault is `POINT[:STEP][@PROCESS]=ACTION`; several are separated by commas. Without a step or a process it
-happens at the first time that execution comes to the point, in every process, and only once; with `POINT:*` at every time.
+A fault is `POINT[:STEP][@PROCESS]=ACTION`; several are separated by commas. It happens once, the first time
+that the point is executed (at this step, in this process); with `POINT:*`, every time.
 
 Points, each a call of `at`:
 
@@ -17,8 +17,8 @@ Points, each a call of `at`:
   its manifest too
 - `data.part`: a part of the data was prepared
 
-Actions: `kill` (SIGKILL to this process), `term`, `int` (those signals), `full` and `readonly` (the OSError of
-such a disk), `sleep` (for an hour, as a process that is stuck), and `nan` (at `step` alone).
+Actions: `kill` (SIGKILL to this process), `term`, `int` (those signals), `full` and `readonly` (the OSError
+of such a disk), `sleep` (for an hour, as a process that is stuck), and `nan` (at `step` alone).
 
 Without the variable the hook costs one comparison.
 """
