@@ -166,6 +166,14 @@ class ModelConfig:
         """Return the configuration of every layer, first to last."""
         return (block for group in self.stack for _ in range(group.repeats) for block in group.pattern)
 
+    def training_notes(self) -> list[str]:
+        """Return what should be known before these layers are trained, each sentence once."""
+        dims = self.layer_dims()
+        parts = [block for group in self.stack for block in group.pattern]
+        mixers = [block.mixer.training_note(dims) for block in parts if block.mixer is not None]
+        ffns = [block.ffn.training_note() for block in parts if block.ffn is not None]
+        return [*dict.fromkeys(filter(None, [*mixers, *ffns]))]
+
     @property
     def num_layers(self) -> int:
         """Number of layers, each of which has its own weights."""

@@ -86,6 +86,10 @@ class MixerConfig(abc.ABC):
     def build(self, dims: ModelDims, *, rngs: nnx.Rngs) -> Mixer:
         """Build the module, with freshly initialised parameters."""
 
+    def training_note(self, dims: ModelDims) -> str | None:
+        """Return a warning about training with these settings; None if there is none."""
+        return None
+
     # Products with weights are counted in `zoo.costs`, from the shapes of parameters.
     @abc.abstractmethod
     def mixing_flops(self, dims: ModelDims, *, length: int) -> float:
@@ -113,6 +117,10 @@ class FfnConfig(abc.ABC):
     @abc.abstractmethod
     def build(self, dims: ModelDims, *, rngs: nnx.Rngs) -> Ffn:
         """Build the module, with freshly initialised parameters."""
+
+    def training_note(self) -> str | None:
+        """Return a warning about training with these settings; None if there is none."""
+        return None
 
     @abc.abstractmethod
     def active_fraction(self) -> float:

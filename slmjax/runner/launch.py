@@ -2,7 +2,6 @@
 
 import logging
 import math
-import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +15,6 @@ from slmjax.data.left_out import describe_left_out
 from slmjax.data.lost_text import lost_note
 from slmjax.data.pipeline import BatchSource
 from slmjax.models.definition import Definition
-from slmjax.models.ffn.moe import MoeConfig
 from slmjax.parallel.processes import broadcast_text
 from slmjax.quantization.fake_quantization import phases_of
 from slmjax.quantization.quantizer_params import is_quantizer_param
@@ -25,6 +23,7 @@ from slmjax.telemetry.progress import Progress
 from slmjax.telemetry.run_directory import RunDirectory, environment
 from slmjax.telemetry.trackers import Trackers
 from slmjax.training.experiment import Experiment
+from slmjax.training.recipes import copy_code
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +61,8 @@ def write_description(setup: Setup, run: RunDirectory, code: str | Path | None) 
     run.write_json(provenance.RECORD_FILE, provenance.describe(setup.prepared, setup.experiment.data))
     run.write_json("environment.json", environment())
     setup.prepared.tokenizer.save(run.tokenizer)
-    # On resuming, the file may be the copy itself, and a file cannot be copied onto itself.
-    if code is not None and Path(code).resolve() != (run.path / "experiment.py").resolve():
-        shutil.copyfile(code, run.path / "experiment.py")
+    if code is not None:
+        copy_code(Path(code), run.path)
 
 
 def open_trackers(run: RunDirectory, experiment: Experiment) -> Trackers:
@@ -101,10 +99,7 @@ def print_banner(
     log.info("documents begin with %s and end with %s", tokens["bos"].text(), tokens["eos"].text())
     if setup.prepared.lost_text:
         log.warning("bits per byte are too low: %s", lost_note(setup.prepared.lost_text))
-    # Each kind of layer once: patterns repeat, and so would their notes.
-    ffns = (block.ffn for group in definition.config.stack for block in group.pattern)
-    notes = (ffn.training_note() for ffn in ffns if isinstance(ffn, MoeConfig))
-    for note in dict.fromkeys(filter(None, notes)):
+    for note in definition.config.training_notes():
         log.warning("%s", note)
     # Text that is left out changes the result without an error, so it is a warning.
     for plan, (shards, _) in zip(source.plans, setup.prepared.train, strict=True):

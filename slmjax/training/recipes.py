@@ -2,10 +2,14 @@
 
 load_experiment("nano")                          # or "shakespeare_char"
 load_experiment("experiments/nano_moe.py")       # a file with `def experiment() -> Experiment`
+
+As a script, an experiment file imports the modules of its own folder by their names. `copy_code` copies the
+file and those modules into a run directory, from which they can be run in the same way.
 """
 
 import contextlib
 import importlib.util
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -78,18 +82,39 @@ def load_experiment(name: str) -> Experiment:
             f"{', '.join(BUILT_IN)}; a file of your own ends in .py and has `def experiment() -> Experiment`"
         )
     build = getattr(run_file(path), "experiment", None)
-    with _errors_named(path):
-        experiment = build() if callable(build) else None
-    if not isinstance(experiment, Experiment):
+    if not callable(build):
         raise ValueError(
             f"{path} needs a function `def experiment() -> Experiment` that returns the experiment, and has "
             "none"
         )
+    with _errors_named(path):
+        experiment = build()
+    if not isinstance(experiment, Experiment):
+        raise ValueError(
+            f"experiment() of {path} returned {_described(experiment)}, not an Experiment"
+        )
     return experiment
 
 
+def _described(value: object) -> str:
+    """Describe what an experiment file returned."""
+    if value is None:
+        return "None (is a `return` missing?)"
+    if isinstance(value, type):
+        return f"a class, {value.__name__}"
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+# Modules that experiment files import from their own folders, where they are copied to in a run directory.
+MODULES = "experiment_modules"
+
+# The entries of sys.path that experiment files of this process have needed.
+_added: list[str] = []
+
+
 def run_file(path: Path) -> ModuleType:
-    """Run a Python file and return its module.
+    """Run a Python file and return its module; it can import the modules of its folder.
 
     Raises:
       ValueError: there is no such file, or its code fails.
@@ -101,9 +126,53 @@ def run_file(path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None, path
     # Listed among the imported modules, because dataclasses look up their annotations there.
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    _make_importable(path.resolve().parent)
     with _errors_named(path):
         spec.loader.exec_module(module)
     return module
+
+
+def _make_importable(folder: Path) -> None:
+    """Let Python find modules in a folder first, as for a script there, instead of earlier files' folders."""
+    folders = [each for each in (folder, folder / MODULES) if each.is_dir()]
+    for other in map(Path, _added):
+        if other in folders:
+            continue
+        # A module that has the same name in the new folder is another module.
+        for name, _ in _modules_in(other):
+            top = name.split(".")[0]
+            if any((each / top).is_dir() or (each / f"{top}.py").is_file() for each in folders):
+                del sys.modules[name]
+    sys.path[:] = [entry for entry in sys.path if entry not in _added]
+    _added[:] = [str(each) for each in folders if str(each) not in sys.path]
+    sys.path[:0] = _added
+
+
+def _modules_in(folder: Path) -> list[tuple[str, Path]]:
+    """Return the imported modules that are files of this folder, each under the name that it has there."""
+    modules = []
+    for name, module in [*sys.modules.items()]:
+        file = getattr(module, "__file__", None)
+        # Compared by name, so that packages which are installed below the folder are not among them.
+        path = folder.joinpath(*name.split("."))
+        files = (path.with_suffix(".py"), path / "__init__.py")
+        if file and name.split(".")[0] != "slmjax" and Path(file) in files:
+            modules.append((name, Path(file)))
+    return modules
+
+
+def copy_code(path: Path, run: Path) -> None:
+    """Copy an experiment file, and the modules that it imported from its folder, into a run directory."""
+    # On resuming, the file may be the copy itself, and a file cannot be copied onto itself.
+    folder = path.resolve().parent
+    if folder == run.resolve():
+        return
+    shutil.copyfile(path, run / "experiment.py")
+    for _, file in _modules_in(folder):
+        if file != path.resolve():
+            copy = run / MODULES / file.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 @contextlib.contextmanager

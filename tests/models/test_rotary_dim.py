@@ -72,6 +72,14 @@ def test_a_fraction_of_earlier_versions_keeps_its_meaning(head_dim, fraction, ex
     assert rotated == 2 * int((head_dim or 20) * fraction / 2)
 
 
+def test_heads_that_do_not_rotate_as_a_whole_are_noted() -> None:
+    """Of 7 dims the last cannot be rotated; that is trained, with a warning."""
+    (note,) = model(head_dim=7).training_notes()
+    assert "Set mixer.rotary_dim=6" in note
+    for quiet in ({"head_dim": 8}, {"head_dim": 7, "rotary_dim": 6}, {"head_dim": 7, "rope_base": None}):
+        assert not model(**quiet).training_notes()
+
+
 def test_an_invalid_fraction_is_refused() -> None:
     fields = {
         name: value for name, value in to_json(AttentionConfig(num_heads=2)).items() if name != "rotary_dim"

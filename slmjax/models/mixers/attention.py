@@ -117,6 +117,17 @@ class AttentionConfig(MixerConfig):
             self.rope_scaling.check_pairs(rotated // 2)
         return rotated
 
+    def training_note(self, dims: ModelDims) -> str | None:
+        """Return a warning about heads whose last dim is not rotated; None if all are, or none."""
+        head_dim = self.resolved_head_dim(dims)
+        # Not an error: files of earlier versions have such heads.
+        if self.rope_base is None or self.rotary_dim is not None or not head_dim % 2:
+            return None
+        return (
+            f"heads of {head_dim} dims, an odd number: dims are rotated in pairs, so the last one has no "
+            f"position. Set mixer.rotary_dim={head_dim - 1} if that is meant, or an even mixer.head_dim"
+        )
+
     @classmethod
     def upgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
         """Read `rope_fraction`, which `rotary_dim` replaced; it needs `head_dim`, unless all dims rotate."""
