@@ -90,9 +90,7 @@ def load_experiment(name: str) -> Experiment:
     with _errors_named(path):
         experiment = build()
     if not isinstance(experiment, Experiment):
-        raise ValueError(
-            f"experiment() of {path} returned {_described(experiment)}, not an Experiment"
-        )
+        raise ValueError(f"experiment() of {path} returned {_described(experiment)}, not an Experiment")
     return experiment
 
 
