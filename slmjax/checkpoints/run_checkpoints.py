@@ -24,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from slmjax import faults
 from slmjax.checkpoints.selection import best_of, is_better
 from slmjax.data.shards import file_sha256
 from slmjax.models.architecture import ModelConfig
@@ -58,7 +59,11 @@ Items = Mapping[str, Any]  # named trees of arrays: "model", "optimizer", "ema",
 
 
 class Checkpointer:
-    """Writes and reads the checkpoints of one run. Close it, or the last save may be incomplete."""
+    """Writes and reads the checkpoints of one run. Close it, or the last save may be incomplete.
+
+    Attributes:
+      failures: step and reason of each save that failed, in order.
+    """
 
     def __init__(self, directory: Path, *, model: ModelConfig, config: CheckpointConfig) -> None:
         # Orbax refuses relative paths.
@@ -72,6 +77,8 @@ class Checkpointer:
         # One thread, so that manifests are written and old checkpoints pruned in the order of the saves.
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self.failures: list[tuple[int, str]] = []
+        self._last_saved: int | None = None
         # Compiled: one program copies all layers, instead of an operation for each.
         self._unstack = jax.jit(functools.partial(unstack, model))
 
@@ -90,26 +97,35 @@ class Checkpointer:
         leaves = {name: _describe(tree) for name, tree in stored.items()}
         arguments = ocp.args.Composite(**entries, meta=ocp.args.JsonSave({"step": step, "leaves": leaves}))
         try:
+            faults.at("checkpoint.save", step)
             self._orbax.save(self.directory / str(step), args=arguments, force=True)
-        except OSError as error:
+        except (OSError, ValueError, RuntimeError) as error:
             self._give_up(step, error)
             return
         # The manifest needs complete files: it is written by a thread that waits for the commit.
         self._pending = self._finisher.submit(self._finish, step, best_loss)
 
+    @property
+    def last_saved(self) -> int | None:
+        """The newest step whose checkpoint is complete on disk: saved here, or restored for training."""
+        return self._last_saved
+
     def wait(self) -> None:
-        """Wait until a running save is complete on disk."""
-        # Cleared first, so that a failure is raised only once.
+        """Wait until a running save has ended: `last_saved` and `failures` then include it. Never raises."""
         pending = self._pending
         self._pending = None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Wait for a running save and end the threads."""
+        """Wait for a running save and end the threads. A failed save is in `failures`, and not raised."""
         self.wait()
         self._finisher.shutdown()
-        self._orbax.close()
+        try:
+            self._orbax.close()
+        except (OSError, ValueError, RuntimeError) as error:
+            # Its own wait reports the failure of a save a second time.
+            log.debug("closing the checkpointer: %s", error)
 
     def mark_best(self, step: int, loss: float) -> None:
         """Mark the checkpoint of `step` as the best by validation loss: retention keeps it."""
@@ -198,7 +214,9 @@ class Checkpointer:
             problem = _agreed(functools.partial(self._problem, candidate))
             if not problem:
                 try:
-                    return candidate, self._read(candidate, like, whole=whole)
+                    items = self._read(candidate, like, whole=whole)
+                    self._last_saved = candidate
+                    return candidate, items
                 except Exception as error:  # Orbax has no class of its own for what it cannot read
                     # A checkpoint that matches its manifest is not damaged; nor is one of another model.
                     if (
@@ -296,13 +314,17 @@ class Checkpointer:
         """Write the manifest once the save is committed, mark the best and prune; runs in the background."""
         try:
             self._orbax.wait_until_finished()
+            faults.at("checkpoint.committed", step)
             if jax.process_index() == 0:
                 path = self.directory / str(step)
                 write_json(path / MANIFEST, _digests(path))
+            self._last_saved = step
+            faults.at("checkpoint.verified", step)
+            if jax.process_index() == 0:
                 if best_loss is not None:
                     self._note_best(step, best_loss)
                 self._prune()
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # of any class: this is a thread, and the run goes on without the save
             self._give_up(step, error)
 
     def _set_aside(self, step: int) -> None:
@@ -323,6 +345,7 @@ class Checkpointer:
 
     def _give_up(self, step: int, error: Exception) -> None:
         """Log a failed save and delete its remains. The run and older checkpoints are not affected."""
+        self.failures.append((step, str(error) or type(error).__name__))
         log.error(
             "checkpoint %d was NOT saved: %s. Training continues; free disk space or change --run.directory",
             step,

@@ -347,10 +347,11 @@ def test_a_failed_save_costs_neither_the_run_nor_older_checkpoints(
         record.levelno == logging.ERROR and "checkpoint 4 was NOT saved" in record.message
         for record in caplog.records
     )
-    assert set(checkpointer.steps()) >= {1, 2, 3}
+    assert set(checkpointer.steps()) >= {1, 2, 3} and checkpointer.last_saved is None
+    assert [step for step, reason in checkpointer.failures if "No space left" in reason] == [4]
     checkpointer.save(5, state_at(5))
     step, items = checkpointer.restore(placed(state_shapes(MODEL)))
-    assert step == 5
+    assert step == 5 and checkpointer.last_saved == 5
     assert_equal_trees(items, state_at(5))
     assert not list(saved.glob("*tmp*"))
 
