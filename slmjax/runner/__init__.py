@@ -5,6 +5,7 @@ Files in reading order:
 - token_count.py: scored targets, counted on the host
 - setup.py: experiment, data, model and compiled steps before the first step
 - resume.py: which run is resumed, and what changed since
+- session_record.py: the history of a run, which a later session keeps
 - launch.py: the run directory and its first files
 - initial_state.py: fresh, imported or restored state
 - changed_schedules.py: warnings of rates that jump in a resumed run

@@ -37,6 +37,7 @@ from slmjax.runner.launch import (
 )
 from slmjax.runner.out_of_memory import explaining_out_of_memory
 from slmjax.runner.resume import is_complete, run_to_resume, tokenizer_of, warn_of_other_data
+from slmjax.runner.session_record import begin_session
 from slmjax.runner.setup import Setup, set_up, with_teachers
 from slmjax.runner.token_count import TokenCount
 from slmjax.telemetry.messages import MessageHandler
@@ -141,6 +142,7 @@ def open_session(
             first = None
             first_step = int(state.step)
             _check_resumption(run, setup, first_step)
+            begin_session(run, run_log, experiment, step=first_step, seconds=ledger.total(), code=code)
             write_description(setup, run, code)
             trackers = stack.enter_context(open_trackers(run, experiment))
         print_banner(setup, run, source, progress, first_step)

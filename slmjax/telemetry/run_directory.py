@@ -11,8 +11,11 @@
 
 Files of a run: config.json, model.json, data.json, environment.json, experiment.py (of a run from a file),
 log.jsonl (log-{i}.jsonl of process i > 0), tokenizer/, checkpoints/, result.json, and profile/ if steps were
-traced. A run has one process per host on TPU pods and one per GPU under Slurm (docs/hosts.md). jax is
-imported only where devices are queried.
+traced. Of a run that was resumed they describe the newest session; config-1.json, data-1.json,
+environment-1.json and, where it changed, experiment-1.py are those of the first one, and so on.
+
+A run has one process per host on TPU pods and one per GPU under Slurm (docs/hosts.md). jax is imported only
+where devices are queried.
 """
 
 import contextlib
@@ -27,7 +30,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +38,7 @@ from typing import Any
 
 from slmjax.atomic_files import write_text
 from slmjax.config import ConfigError
+from slmjax.stored_json import DamagedFile, check_object, parse_json
 
 # The directory ----------------------------------------------------------------------------------------------
 
@@ -156,28 +160,120 @@ def _cut_torn_line(path: Path) -> None:
         stream.truncate(content.rfind(b"\n") + 1)
 
 
+_REMOVE_LINE = "remove the line to read the rest"
+
+
 def read_log(path: Path, *, kind: str | None = None) -> list[dict[str, Any]]:
     """Return the records of a log in order, of one kind or all; an unfinished last line is ignored.
 
     Steps that were run again after a resume appear twice.
 
     Raises:
-        ValueError: another line is not a record.
+      FileNotFoundError: there is no such file.
+      DamagedFile: the file cannot be read, or another line is not a record.
     """
-    lines = path.read_bytes().split(b"\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DamagedFile(
+            f"{path} cannot be read ({error.strerror or error}): move it out of the run directory to read "
+            "the rest of the run"
+        ) from error
     records = []
     # What follows the last newline is empty or unfinished.
     for number, line in enumerate(lines[:-1], start=1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(
-                f"{path}, line {number}: not a record, the file is damaged ({error}): remove the line to "
-                "read the rest"
-            ) from error
+        name = f"line {number} of {path}"
+        value = parse_json(line, name=name, remedy=_REMOVE_LINE)
+        record = check_object(value, {"kind": str}, name=name, remedy=_REMOVE_LINE)
         if kind is None or record["kind"] == kind:
             records.append(record)
     return records
+
+
+# Sessions ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Session:
+    """A session of a run: what it changed, and the steps of it that count.
+
+    A session that is killed repeats steps in the next one, which resumes from a checkpoint. Of steps that
+    were trained twice only those of the later session are in the model.
+    """
+
+    number: int  # from 1
+    first_step: int  # that it trains: 1 in a new run
+    last_step: int  # of those that no later session repeated; before `first_step` if there are none
+    seconds: float  # wall time from its start to its last record in the log
+    changes: dict[str, tuple[Any, Any]]  # settings by their path: before, after
+    environment: dict[str, tuple[Any, Any]]  # versions, devices, variables, ... that changed
+
+    @property
+    def num_steps(self) -> int:
+        """The number of its steps that count."""
+        return max(self.last_step - self.first_step + 1, 0)
+
+
+def sessions(run: Path) -> list[Session]:
+    """Return the sessions that a run directory's log has; earlier versions of slmjax recorded none.
+
+    Raises:
+      DamagedFile: the log cannot be read.
+    """
+    path = run / "log.jsonl"
+    return sessions_of(read_log(path), name=str(path)) if path.is_file() else []
+
+
+def sessions_of(records: Iterable[Mapping[str, Any]], *, name: str = "log.jsonl") -> list[Session]:
+    """Return the sessions in the records of a log, in order; `name` is that of the file, for errors.
+
+    Raises:
+      DamagedFile: a record of a session is not one.
+    """
+    begun: list[dict[str, Any]] = []
+    # Of each session: the time of its last record, and the last step that it logged.
+    ends: list[float] = []
+    last_steps: list[int] = []
+    for record in records:
+        if record["kind"] == "session":
+            begun.append(_session_record(record, name))
+            ends.append(record["time"])
+            last_steps.append(record["first_step"] - 1)
+        # The messages before the record of a session may be those of the session that is about to begin.
+        elif begun and record["kind"] != "message":
+            written = record.get("time")
+            step = record.get("step")
+            ends[-1] = written if isinstance(written, int | float) else ends[-1]
+            last_steps[-1] = max(last_steps[-1], step if isinstance(step, int) else 0)
+    result = []
+    for i, record in enumerate(begun):
+        repeated = [later["first_step"] - 1 for later in begun[i + 1 :]]
+        result.append(
+            Session(
+                number=record["number"],
+                first_step=record["first_step"],
+                last_step=min(repeated, default=last_steps[i]),
+                seconds=record["seconds"] + max(ends[i] - record["time"], 0.0),
+                changes=_pairs(record["changes"], name),
+                environment=_pairs(record["environment"], name),
+            )
+        )
+    return result
+
+
+def _session_record(record: Mapping[str, Any], name: str) -> dict[str, Any]:
+    fields = {"time": float, "number": int, "first_step": int, "seconds": float}
+    fields |= {"changes": dict, "environment": dict}
+    return check_object(dict(record), fields, name=f"{name}, a record of a session,", remedy=_REMOVE_LINE)
+
+
+def _pairs(changes: Mapping[str, Any], name: str) -> dict[str, tuple[Any, Any]]:
+    for path, pair in changes.items():
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise DamagedFile(f"{name}, a record of a session, has no two values of {path}: {_REMOVE_LINE}")
+    return {path: (before, after) for path, (before, after) in changes.items()}
 
 
 # The environment --------------------------------------------------------------------------------------------
@@ -314,3 +410,7 @@ class Ledger:
         # Closes the open interval, so that the sum is the time up to now.
         self._switch(self._current)
         return {category.value: spent for category, spent in self._seconds.items()}
+
+    def total(self) -> float:
+        """Return the seconds up to now."""
+        return sum(self.seconds().values())

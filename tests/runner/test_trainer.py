@@ -28,7 +28,7 @@ from slmjax.parallel.mesh import make_mesh
 from slmjax.runner.initial_state import fresh_state
 from slmjax.runner.setup import Setup, set_up
 from slmjax.sampling import FinishReason, SamplingConfig
-from slmjax.telemetry.run_directory import read_log
+from slmjax.telemetry.run_directory import read_log, sessions
 from slmjax.training.experiment import EvalConfig, FromModel, read_experiment
 from slmjax.training.objective import ObjectiveConfig
 from tests.one_layer import one_layer
@@ -162,6 +162,16 @@ def test_a_signal_saves_and_says_how_to_resume(story):
         )
         assert output.splitlines()[-1] == f"run directory: {story.run_dir}"
     assert f"resuming after step {story.first_result['step']}\n" in story.killed[1]
+
+
+def test_every_session_is_in_the_log(story):
+    first, *others = sessions(story.run_dir)
+    assert (first.number, first.first_step, first.changes) == (1, 1, {})
+    assert [session.number for session in others] == [2, 3, 4] and others[-1].last_step == NUM_STEPS
+    # The same settings; the steps that count of each add up to the run.
+    assert all(session.changes == {} for session in others)
+    assert first.num_steps + sum(session.num_steps for session in others) == NUM_STEPS
+    assert len(list(story.run_dir.glob("config-*.json"))) == len(others)
 
 
 def test_a_damaged_checkpoint_is_set_aside(story):
