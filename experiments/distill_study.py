@@ -130,7 +130,10 @@ def trained_teacher(directory: Path, *, is_report: bool) -> Path:
     )
     members = read_members(teacher, directory) if is_report else run_study(teacher, directory)
     if not members or members[0].status != "finished":
-        raise SystemExit(f"there is no trained teacher in {directory}: run the study without --report")
+        raise SystemExit(
+            f"there is no trained teacher in {directory}: train it first, with "
+            f"python experiments/distill_study.py --directory {directory}"
+        )
     return Path(members[0].result["run_dir"])
 
 

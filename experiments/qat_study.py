@@ -7,8 +7,8 @@
     slmjax train experiments/qat_study.py                                # the model in full precision
 
 The text is Python's standard library, as in `nano`; the model has 2 layers of width 128. Started again, the
-first command resumes where it was stopped. With JAX_COMPILATION_CACHE_DIR set, seeds share compiled programs.
-All members of one seed see the same batches. There are two studies:
+first command resumes where it was stopped. All members of one seed see the same batches. There are two
+studies:
 
 - when: from scratch, in full precision for a fraction of the steps and in q4_0 for the rest;
 - what: each seed's model in full precision from the first study continues for some more steps, in full
@@ -159,8 +159,8 @@ def bases(directory: Path, seeds: tuple[int, ...], *, study: Study | None = None
     }
     if missing := [seed for seed in seeds if seed not in members or members[seed].status != "finished"]:
         raise SystemExit(
-            f"{directory} has no finished run in full precision of seeds {missing}: run the study without "
-            "--report"
+            f"{directory} has no finished run in full precision of seeds {missing}: train them first, with "
+            f"python experiments/qat_study.py --directory {directory} --seeds {' '.join(map(str, seeds))}"
         )
     return {seed: Path(member.result["run_dir"]) for seed, member in members.items()}
 

@@ -51,7 +51,9 @@ from slmjax import startup as _startup
 
 __version__ = "0.1.0"
 
-_startup.without_tpu()  # here, as any of the modules may be the first to import jax
+# Here, as any of the modules may be the first to import jax.
+_startup.without_tpu()
+_startup.keep_compiled()
 
 if TYPE_CHECKING:
     from slmjax import models, studies, training

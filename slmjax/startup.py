@@ -5,7 +5,8 @@ and by default glibc returns each to the kernel and faults it in again, page by 
 on CPU avoid the faults, and the process stays as large as its peak (`benchmarks/keep_memory.py` measures the
 gain).
 
-`keep_compiled` turns on jax's compilation cache on disk (`benchmarks/first_step.py`).
+`keep_compiled` turns on jax's compilation cache on disk (`benchmarks/first_step.py`), in which the members of
+a study and the sessions of a run find the programs of those before them.
 
 `without_tpu` silences the runtime of libtpu on machines that have libtpu for its compiler alone;
 `compile_for_tpu` is for programs that compile for TPUs which are not present.
@@ -52,12 +53,23 @@ def keep_compiled() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
-        cache_directory() / "compiled" / (platform.node() or "machine")
-    )
+    directory = str(cache_directory() / "compiled" / (platform.node() or "machine"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
     # jax needs filelock to limit the size of its cache, and fails without it.
-    if importlib.util.find_spec("filelock") is not None:
+    has_limit = importlib.util.find_spec("filelock") is not None
+    if has_limit:
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(CACHED_BYTES))
+    # jax reads the variables when it is imported, which a program may have done before.
+    jax = sys.modules.get("jax")
+    if jax is None or jax.config.jax_compilation_cache_dir is not None:
+        return
+    jax.config.update("jax_compilation_cache_dir", directory)
+    if has_limit:
+        jax.config.update("jax_compilation_cache_max_size", CACHED_BYTES)
+    # With its first program jax decides whether it has a cache.
+    from jax.experimental.compilation_cache import compilation_cache
+
+    compilation_cache.reset_cache()
 
 
 # libtpu queries a metadata server for its slice of a pod and complains on standard error when there is none.

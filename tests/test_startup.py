@@ -68,3 +68,26 @@ def test_jax_starts_in_silence() -> None:
     )
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert done.stdout.strip() in ("cpu", "gpu")
+
+
+@pytest.mark.parametrize("imports", ["import jax, slmjax", "import slmjax, jax"])
+def test_python_programs_keep_compiled_programs(tmp_path: Path, imports: str) -> None:
+    """As commands do, whichever is imported first; a cache of the user's own stays."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION")}
+    environment |= {"SLMJAX_CACHE": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    # With a program before the import of slmjax: jax then decides whether it has a cache.
+    program = (
+        f"{imports.replace(', slmjax', '; jax.jit(lambda x: x + 1)(1.0); import slmjax')}; "
+        "jax.jit(lambda x: x * 2)(1.0); print(jax.config.jax_compilation_cache_dir)"
+    )
+    command = [sys.executable, "-c", program]
+    settings = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run(command, env=environment, **settings)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).parent == tmp_path / "compiled" and any(tmp_path.rglob("*-cache"))
+
+
+def test_a_cache_that_is_turned_off_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    startup.keep_compiled()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == ""

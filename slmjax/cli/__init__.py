@@ -83,7 +83,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_stderr(f"error: there is no command {name!r}.{near_names(name, COMMANDS)}\n\n{_overview()}")
         sys.exit(2)
     startup.keep_memory()
-    startup.keep_compiled()
     try:
         with MessageHandler(print_stderr):
             sys.exit(COMMANDS[name](arguments))
