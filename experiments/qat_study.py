@@ -160,7 +160,7 @@ def bases(directory: Path, seeds: tuple[int, ...], *, study: Study | None = None
     if missing := [seed for seed in seeds if seed not in members or members[seed].status != "finished"]:
         raise SystemExit(
             f"{directory} has no finished run in full precision of seeds {missing}: train them first, with "
-            f"python experiments/qat_study.py --directory {directory} --seeds {' '.join(map(str, seeds))}"
+            f"python experiments/qat_study.py --directory {directory.parent}"
         )
     return {seed: Path(member.result["run_dir"]) for seed, member in members.items()}
 
