@@ -41,8 +41,10 @@ def _scores_other_tokens(now: EvaluationBatches | None, run_log: Path, *, step: 
     if not records or now is None:
         return False
     # Earlier versions scored all tokens and logged no counts.
-    total = records[-1].get("total_tokens", now.num_tokens)
-    return (records[-1].get("tokens", total), total) != (now.num_targets, now.num_tokens)
+    totals = [record.get("total_tokens", now.num_tokens) for record in records]
+    counts = [(record.get("tokens", total), total) for record, total in zip(records, totals, strict=True)]
+    # The last step has two records, of a part of the held-out text and of all.
+    return (now.num_targets, now.num_tokens) not in counts
 
 
 # Settings of the data that decide which row comes when.

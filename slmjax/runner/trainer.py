@@ -53,7 +53,7 @@ class Result:
     # training batch"
     measured_on: str
     perplexity: float
-    best_loss: float | None  # lowest of the evaluations on the way
+    best_loss: float | None  # lowest of the evaluations on `best_measured_on`, the last step's included
     best_step: int | None  # its checkpoint is kept in addition to the newest
     # bits per byte of gzip -9 and xz -9 for the same text (its first 16 MB); empty if only part was scored
     compressors: dict[str, float]
@@ -70,6 +70,9 @@ class Result:
     samples: list[str]
     # fraction of the held-out text's bytes that the tokenizer loses: above 0, bits per byte are too low
     lost_text: float = 0.0
+    best_measured_on: str | None = None  # the text of `best_loss`, worded as in `measured_on`
+    # loss of the last step on the part of the held-out text of `best_loss`; None if that was all of it
+    part_loss: float | None = None
 
 
 def train(
@@ -141,7 +144,9 @@ class Loop:
             "bits_per_byte": math.nan,
         }
         self.best = session.checkpointer.best()
-        self.num_documents: int | None = None  # of the evaluations on the way
+        # The text by whose loss the best step is selected, once it was evaluated in this session.
+        self.best_measured_on: str | None = None
+        self.part_loss: float | None = None  # of the last step, if that text is a part of the held-out text
         self._saved_step = self.first_step  # of the checkpoint that the state came from, or 0
         self._skipped = int(session.state.skipped)
         self._logged_step = self.step
@@ -309,23 +314,57 @@ class Loop:
                 self.sample(state)
         if result is None:
             return
-        self.num_documents = result.documents
+        self._record_evaluation(result)
+        # Every process has the same loss, so all of them decide alike, as a collective save requires.
+        if self._is_best(result):
+            self.save(state, best_loss=result.loss)
+
+    @property
+    def evaluates_part(self) -> bool:
+        """Whether the evaluations on the way are of a part of the held-out documents."""
+        most = self.setup.experiment.eval.max_documents
+        return most is not None and most < sum(len(shards) for shards in self.setup.prepared.heldout)
+
+    def evaluate_last(self, state: TrainState) -> EvalResult | None:
+        """Evaluate the last state on all held-out text, and let it take part in the choice of the best.
+
+        Only losses on the same text compare: where the evaluations on the way are of a part of it, the last
+        state is evaluated on that part first.
+        """
+        # Without another evaluation there is nothing to choose from.
+        is_candidate = self.best_measured_on is not None or self.best is not None
+        part = None
+        if is_candidate and self.evaluates_part:
+            part = self.evaluate(state, self.setup.experiment.eval.max_documents)
+        if part is not None:
+            self._record_evaluation(part)
+            self.part_loss = part.loss
+        evaluation = self.evaluate(state, None)
+        compared = part or evaluation
+        if is_candidate and compared is not None and self._is_best(compared):
+            self.checkpointer.mark_best(self.step, compared.loss)
+        return evaluation
+
+    def _record_evaluation(self, result: EvalResult) -> None:
+        """Log and show an evaluation on the text of the evaluations on the way."""
         self.last = {
-            "measured_on": result.measured_on(PART),
+            "measured_on": self._text_of(result),
             "loss": result.loss,
             "bits_per_byte": result.bits_per_byte,
         }
         self.record("eval", documents=result.documents, **result.metrics())
         self.telemetry.progress.print(f"step {self.step}: held-out {result.text()}")
-        # Every process has the same loss, so all of them decide alike, as a collective save requires.
-        if self.is_best(result.loss):
-            self.save(state, best_loss=result.loss)
 
-    def is_best(self, loss: float) -> bool:
+    def _text_of(self, result: EvalResult) -> str:
+        """Name the text of the evaluations on the way."""
+        return result.measured_on(PART if self.evaluates_part else ALL)
+
+    def _is_best(self, result: EvalResult) -> bool:
         """Return whether this step's held-out loss is the lowest so far, and note it as the best if so."""
-        if not is_better(loss, None if self.best is None else self.best[1]):
+        self.best_measured_on = self._text_of(result)
+        if not is_better(result.loss, None if self.best is None else self.best[1]):
             return False
-        self.best = (self.step, loss)
+        self.best = (self.step, result.loss)
         return True
 
 
@@ -346,16 +385,12 @@ def _finish(loop: Loop, state: TrainState, status: str, signals: StopSignals) ->
     compressors = {}
     with telemetry.ledger.timed(Category.EVAL):
         if status != "interrupted" and not signals.received:
-            evaluation = loop.evaluate(state, None)
+            evaluation = loop.evaluate_last(state)
         if evaluation is not None and not signals.received:
             # Compressors read all held-out text, so they compare with nothing else.
             if jax.process_index() == 0 and evaluation.is_all:
                 compressors = compressed_bits_per_byte(loop.setup.prepared.heldout_text())
             samples = loop.sample(state)
-        # Losses compare where they are of the same documents.
-        if evaluation is not None and evaluation.documents == loop.num_documents:
-            if loop.is_best(evaluation.loss):
-                loop.checkpointer.mark_best(loop.step, evaluation.loss)
     # Resuming such a run evaluates it and writes the result again.
     if signals.received and status == "finished":
         status = "interrupted"
@@ -411,6 +446,8 @@ def _result(
         samples=samples,
         data_wait_share=telemetry.meter.data_wait_share,
         lost_text=setup.prepared.lost_text,
+        best_measured_on=loop.best_measured_on,
+        part_loss=loop.part_loss,
     )
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 import slmjax
 from slmjax.cli import main
+from slmjax.data.config import Split
 from slmjax.runner import trainer
 from slmjax.telemetry.report import list_runs
 from slmjax.telemetry.run_directory import read_log
@@ -23,10 +24,22 @@ from tests.one_layer import one_layer
 @pytest.fixture(scope="module")
 def experiment(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> slmjax.Experiment:
     """The tiny experiment with one layer, which compiles in a moment, and its evaluations on part of the
-    held-out text.
+    held-out text: one of several documents.
     """
-    found = one_layer(workplace, tmp_path_factory.mktemp("results"), steps=4)
-    return dataclasses.replace(found, eval=dataclasses.replace(found.eval, every=2, max_documents=1))
+    directory = tmp_path_factory.mktemp("results")
+    text = (workplace / "text.txt").read_text(encoding="utf-8")
+    documents = directory / "documents.jsonl"
+    documents.write_text(
+        "".join(json.dumps({"text": text[start : start + 1000]}) + "\n" for start in range(0, 40_000, 1000))
+    )
+    found = one_layer(workplace, directory, steps=4)
+    return dataclasses.replace(
+        found,
+        data=dataclasses.replace(
+            found.data, path=str(documents), split=Split.DOCUMENTS, heldout_fraction=0.3
+        ),
+        eval=dataclasses.replace(found.eval, every=2, max_documents=1),
+    )
 
 
 def train(experiment: slmjax.Experiment, **changes) -> slmjax.Result:
@@ -49,6 +62,7 @@ def test_a_run_that_was_extended_and_killed_before_its_result(
     longer = lengthened(experiment, 6)
     expected = train(longer, resume=path)
     assert (first.step, expected.step, expected.measured_on) == (4, 6, "held-out text")
+    the_best_is_selected_on_the_same_text(expected)
     # Killed in its last evaluation: the checkpoint of step 6 is there, the result is that of step 4.
     shutil.copyfile(tmp_path / "first.json", path / "result.json")
     [listed] = list_runs(tmp_path)
@@ -57,6 +71,26 @@ def test_a_run_that_was_extended_and_killed_before_its_result(
     assert (again.status, again.step, again.loss) == ("finished", 6, expected.loss)
     with pytest.raises(ValueError, match="at step 6 of 6 already"):
         train(longer, resume=path)
+
+
+def the_best_is_selected_on_the_same_text(result: slmjax.Result) -> None:
+    records = read_log(Path(result.run_dir) / "log.jsonl", kind="eval")
+    # The run ended at step 4 first, and was extended: the last step is evaluated on the part, then on all.
+    assert [(record["step"], bool(record.get("complete"))) for record in records] == [
+        (2, False),
+        (4, False),
+        (4, True),
+        (6, False),
+        (6, True),
+    ]
+    assert {record["documents"] for record in records if not record.get("complete")} == {1}
+    on_part = {record["step"]: record["loss"] for record in records if not record.get("complete")}
+    best = min(on_part, key=on_part.__getitem__)
+    assert (result.best_step, result.best_loss) == (best, on_part[best])
+    assert (result.best_measured_on, result.part_loss) == ("part of the held-out text", on_part[6])
+    assert result.loss == records[-1]["loss"] != result.part_loss
+    marked = json.loads((Path(result.run_dir) / "checkpoints" / "best.json").read_text())
+    assert (marked["step"], marked["loss"]) == (best, on_part[best])
 
 
 @pytest.mark.parametrize(
