@@ -27,7 +27,7 @@ from slmjax.cli.evaluating import eval_command
 from slmjax.cli.format_table import formats_command
 from slmjax.cli.generating import generate_command
 from slmjax.cli.inspecting import data_command, models_command
-from slmjax.cli.options import print_stderr
+from slmjax.cli.options import checked_output, print_stderr
 from slmjax.cli.quantizing import quantize_command, verify_export_command
 from slmjax.cli.reporting import compare_command, report_command, runs_command
 from slmjax.cli.training import INTERRUPTED_STATUS, train_command
@@ -65,7 +65,12 @@ FORMER_COMMANDS = {"quant": "formats"}
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the `slmjax` command and exit with its status."""
-    name, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    with checked_output():
+        _main(list(sys.argv[1:] if argv is None else argv) or ["--help"])
+
+
+def _main(argv: Sequence[str]) -> None:
+    name, *arguments = argv
     if name in ("-h", "--help"):
         print(_overview())
         sys.exit(0)
@@ -84,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     startup.keep_memory()
     try:
-        with MessageHandler(print_stderr):
+        with MessageHandler(print_stderr), checked_output():
             sys.exit(COMMANDS[name](arguments))
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         message = _user_message(error)

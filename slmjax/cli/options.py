@@ -4,11 +4,14 @@
 options. Comments above the fields of these dataclasses are the help texts.
 """
 
+import contextlib
 import json
+import os
+import select
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 def parse(
@@ -108,6 +111,61 @@ def load_code(argv: Sequence[str]) -> None:
         from slmjax.training.recipes import run_file
 
         run_file(Path(path))
+
+
+# Status of a process that SIGPIPE ends, as shells report it: 128 and the number of the signal.
+CLOSED_PIPE_STATUS = 141
+
+
+@contextlib.contextmanager
+def checked_output() -> Iterator[None]:
+    """Write all that is printed within, and end the command if it cannot be written.
+
+    A reader that has closed its pipe, as `head` does, ends the command without a message. A full disk is an
+    error.
+
+    Raises:
+      SystemExit: with `CLOSED_PIPE_STATUS`, or with 2 for a full disk.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        # Pipes to other programs break, too.
+        if not any(map(_has_no_reader, (sys.stdout, sys.stderr))):
+            raise
+        _end_without_output(CLOSED_PIPE_STATUS)
+    finally:
+        # Here and not as Python exits, which would print a traceback of its own.
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            _end_without_output(CLOSED_PIPE_STATUS)
+        except OSError as error:
+            print_stderr(f"error: standard output cannot be written ({error.strerror or error})")
+            _end_without_output(2)
+
+
+def _has_no_reader(stream: Any) -> bool:
+    """Return whether a stream is a pipe that its reader has closed."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError, AttributeError):  # closed, or replaced by an object without a descriptor
+        return False
+
+
+def _end_without_output(status: int) -> NoReturn:
+    """Exit, and let what is still in the buffers of the standard streams go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+    sys.exit(status)
 
 
 def print_stderr(text: str) -> None:

@@ -91,7 +91,8 @@ def read_run(path: str | Path) -> RunRecords:
         data=data or [],
         result=result,
         train=train,
-        evals=_latest(by_kind.get("eval", ()), ("step",)),
+        # The last step has two: on the text of the evaluations on the way, then on all held-out text.
+        evals=_latest(by_kind.get("eval", ()), ("step", "complete")),
         samples=_latest(by_kind.get("sample", ()), ("step", "prompt")),
         messages=by_kind.get("message", []),
     )
@@ -108,8 +109,8 @@ def _json(path: Path) -> Any:
 
 def _latest(records: Iterable[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[str, Any]]:
     # A later record of the same step replaces an earlier one.
-    latest = {tuple(record[key] for key in keys): record for record in records}
-    return sorted(latest.values(), key=lambda record: record["step"])
+    latest = {tuple(record.get(key) for key in keys): record for record in records}
+    return sorted(latest.values(), key=lambda record: (record["step"], bool(record.get("complete"))))
 
 
 def number(value: Any) -> float | None:
