@@ -11,11 +11,14 @@ a temporary file or directory behind. Its name begins with a dot, and no reader 
 """
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from slmjax import faults
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -30,18 +33,27 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a path to write a file to, which is renamed to `path` when the block ends.
 
     An existing file is replaced. Missing parent directories are created.
+
+    Raises:
+      OSError: it cannot be written; the error names `path`, and the old content stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_path(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         # Without this, a power failure soon after the rename can leave an empty file: the file system may
         # store the new name before the content.
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
+        faults.at("file.replace")
         temporary.replace(path)
+    except OSError as error:
+        _name_final_file(error, path, temporary=temporary)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        # On a disk that became read-only nothing can be deleted, and the error of writing is the one to show.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -55,22 +67,38 @@ def atomic_directory(path: Path, *, keep_existing: bool = False) -> Iterator[Pat
 
     Raises:
       ValueError: `path` exists and is not empty, unless `keep_existing`.
-      OSError: the directory cannot be created or renamed.
+      OSError: the directory cannot be created, filled or renamed; the error names a file or `path`.
     """
     if not keep_existing and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists already: give the name of a new directory, or delete it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_path(path)
-    temporary.mkdir()
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
         yield temporary
+        faults.at("file.replace")
         try:
             temporary.replace(path)  # an empty directory may be replaced, any other may not
         except OSError:
             if not (keep_existing and path.is_dir()):
                 raise
+    except OSError as error:
+        _name_final_file(error, path, temporary=temporary)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+# Errors of writing, which the system often raises without the name of a file.
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+
+
+def _name_final_file(error: OSError, path: Path, *, temporary: Path) -> None:
+    """Name the final file in an error that names the temporary one, or none at all."""
+    if error.filename is None and error.errno in _WRITE_ERRORS:
+        error.filename = str(path)
+    elif str(error.filename).startswith(str(temporary)):
+        error.filename = str(path) + str(error.filename).removeprefix(str(temporary))
 
 
 def _temporary_path(path: Path) -> Path:

@@ -1,9 +1,12 @@
 """Atomic writes: all of the new content or the old one, and no temporary files."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from slmjax import faults
 from slmjax.atomic_files import atomic_directory, atomic_file, write_text
 
 
@@ -84,3 +87,21 @@ def test_the_first_of_two_writers_of_a_cache_wins(tmp_path: Path) -> None:
         (temporary / "a").write_text("1")
         (tmp_path / "other").mkdir()
         (tmp_path / "other" / "b").write_text("of another process")
+
+
+@pytest.mark.parametrize("write", [atomic_file, atomic_directory])
+def test_an_error_of_the_disk_names_the_final_file_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], Any]
+) -> None:
+    monkeypatch.setattr(faults, "_faults", faults.parse("file.replace=full"))
+    path = tmp_path / "final"
+    with pytest.raises(OSError, match="No space left on device") as raised, write(path) as temporary:
+        temporary.write_text("1") if write is atomic_file else (temporary / "a").write_text("1")
+    assert raised.value.filename == str(path) and not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError) as raised, write(path) as temporary:
+        (temporary / "missing" / "b").read_text()
+    assert raised.value.filename == str(path / "missing" / "b")
+    # An error of reading something else keeps its own name.
+    with pytest.raises(FileNotFoundError) as raised, write(path):
+        (tmp_path / "source").read_text()
+    assert raised.value.filename == str(tmp_path / "source")

@@ -135,7 +135,8 @@ class CompilationCache:
     def report(self) -> None:
         """Log the counts so far, unless the cache is off."""
         if self.requests:
-            log.info("%d of %d programs came from the compilation cache", self.hits, self.requests)
+            compiled = self.requests - self.hits
+            log.info("%d programs compiled, %d read from the compilation cache", compiled, self.hits)
 
     def _count(self, event: str, **_: Any) -> None:
         self.requests += event == "/jax/compilation_cache/compile_requests_use_cache"

@@ -202,6 +202,9 @@ class Loop:
         compiles = self.step == self.first_step or quant_phases.starts_phase(self.setup, self.step)
         batch_size = self.setup.experiment.data.batch_size
         ledger = self.telemetry.ledger
+        if compiles:
+            # Said before it begins: for a large model nothing else is shown for minutes.
+            self.telemetry.progress.print(f"compiling the train step: step {self.step + 1} follows")
         with ledger.timed(Category.DATA), jax.profiler.TraceAnnotation("data"):
             batch = next(self.batches)
         # Counted from this process's sequences, so that no communication is needed for a rate in the log.
@@ -285,7 +288,8 @@ class Loop:
         # After the throughput, which must not include the time of counting.
         flips = self.setup.programs.flips.count(state.params, self.step)
         self.record("train", **dataclasses.asdict(throughput), **values, **flips)
-        self.telemetry.progress.update(self.step, loss=values["loss"], metrics=throughput)
+        shown = {name: values.get(name) for name in ("loss", "learning_rate", "grad_norm", "divergence")}
+        self.telemetry.progress.update(self.step, metrics=throughput, **shown)
         self._warn_of_skipped(int(values["skipped"]), int(values["skipped_in_a_row"]))
         if self.last["measured_on"] == TRAINING_BATCH:
             self.last |= {"loss": values["loss"], "bits_per_byte": throughput.bits_per_byte}

@@ -2,7 +2,7 @@
 
 with Progress(num_steps=2000) as progress:
     progress.advance(9)                                     # every step: moves the bar
-    progress.update(10, loss=3.2, metrics=meter.measure(...))   # every log interval
+    progress.update(10, metrics=meter.measure(...), loss=3.2, learning_rate=1e-3)   # every log interval
     progress.print("checkpoint saved at step 10")
 """
 
@@ -55,28 +55,50 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
-    def update(self, step: int, *, loss: float, metrics: Throughput) -> None:
+    def update(
+        self,
+        step: int,
+        *,
+        metrics: Throughput,
+        loss: float,
+        learning_rate: float | None = None,
+        grad_norm: float | None = None,
+        divergence: float | None = None,
+    ) -> None:
         """Show the metrics of `step`, and the time left at the mean pace since the first update.
 
         If the terminal is too narrow, metrics are dropped from the last to the first; the time left stays.
+
+        Args:
+          step: the number of steps that are done.
+          metrics: throughput since the last update.
+          loss: nats per token.
+          learning_rate: that of the step.
+          grad_norm: of the gradient before clipping.
+          divergence: from the teachers, in distillation.
         """
         parts = [f"loss {loss:.4f}", f"{metrics.bits_per_byte:.3f} bits/byte"]
+        parts += [] if learning_rate is None else [f"lr {learning_rate:.2e}"]
+        parts += [] if grad_norm is None else [f"grad norm {grad_norm:.3g}"]
         # The first step of a session compiles, so its pace is unknown.
-        if not math.isnan(metrics.tokens_per_second):
+        has_pace = not math.isnan(metrics.tokens_per_second)
+        if has_pace:
             parts += [f"{metrics.tokens_per_second:,.0f} tokens/s"]
+        parts += [] if divergence is None else [f"divergence {divergence:.4f}"]
+        if has_pace:
             parts += [] if metrics.mfu is None else [f"MFU {metrics.mfu:.0%}"]
             parts += [f"data wait {metrics.data_wait_share:.0%}"]
-        eta = f"{self._time_left(step)} left"
+        left = self._time_left(step)
+        last = [] if left is None else [f"{left} left"]
         if self._bar is not None:
             # Without the bar, the count of steps, and the spaces between columns.
             width = self._console.width - BAR_WIDTH - 2 * len(str(self._num_steps)) - 3
-            while len(parts) > 1 and len("  ".join([*parts, eta])) > width:
+            while len(parts) > 1 and len("  ".join([*parts, *last])) > width:
                 parts.pop()
-            self._bar.update(self._task, completed=step, description="  ".join([*parts, eta]))
+            self._bar.update(self._task, completed=step, description="  ".join([*parts, *last]))
         else:
-            self.print(
-                f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {'  '.join([*parts, eta])}"
-            )
+            count = f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}"
+            self.print("  ".join([count, *parts, *last]))
 
     def print(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
@@ -87,12 +109,13 @@ class Progress:
         # A run in a pipe or a file should be visible line by line.
         self._console.file.flush()
 
-    def _time_left(self, step: int) -> str:
+    def _time_left(self, step: int) -> str | None:
+        """Return the time left for people; None where the pace is not known yet."""
         now = self._clock()
         if self._first_update is None or step <= self._first_update[0]:
             # The time before the first update is compilation, which does not show the pace.
             self._first_update = (step, now)
-            return "0s" if step >= self._num_steps else "?"
+            return "0s" if step >= self._num_steps else None
         first_step, first_time = self._first_update
         return format_seconds((now - first_time) / (step - first_step) * (self._num_steps - step))
 

@@ -21,7 +21,9 @@ where devices are queried.
 import contextlib
 import dataclasses
 import enum
+import errno
 import json
+import logging
 import math
 import numbers
 import os
@@ -36,9 +38,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from slmjax import faults
 from slmjax.atomic_files import write_text
 from slmjax.config import ConfigError
 from slmjax.stored_json import DamagedFile, check_object, parse_json
+
+log = logging.getLogger(__name__)
 
 # The directory ----------------------------------------------------------------------------------------------
 
@@ -123,19 +128,58 @@ def plain(value: Any) -> Any:
 
 
 class RunLog:
-    """An append-only file of one JSON object per line, flushed after each: a kill loses at most one line."""
+    """An append-only file of one JSON object per line: a kill loses at most one line.
+
+    A full disk loses lines, and nothing else: they are counted in `lost`, and the first line after them says
+    how many.
+    """
 
     def __init__(self, path: Path) -> None:
+        """Open a log for appending.
+
+        Raises:
+          OSError: the file cannot be opened.
+        """
+        self._path = path
         _cut_torn_line(path)
-        self._stream = path.open("a", encoding="utf-8")
+        # Unbuffered: every line is with the operating system at once, and a failed one is not tried again.
+        self._stream = path.open("ab", buffering=0)
+        self.lost = 0  # lines of this session
+        self._noted = 0  # lost lines that a record tells of
 
     def write(self, kind: str, **values: Any) -> None:
-        """Append a record: its kind ("train", "eval", ...), the seconds since 1970, and `values`."""
+        """Append a record: its kind ("train", "eval", ...), the seconds since 1970, and `values`.
+
+        It is lost, with a warning for the first, if the disk is full or cannot be written to.
+        """
+        if self.lost > self._noted and self._append("lost", lines=self.lost - self._noted) is None:
+            self._noted = self.lost
+        if (error := self._append(kind, **values)) is None:
+            return
+        self.lost += 1
+        # Once, since every further step would warn too. The count comes before it: the warning is itself
+        # written to this log.
+        if self.lost == 1:
+            log.warning(
+                "%s cannot be written (%s): training continues, and its lines are lost until it can",
+                self._path,
+                error.strerror or error,
+            )
+
+    def _append(self, kind: str, **values: Any) -> OSError | None:
+        """Append a line as a whole, or return the error that kept it from being written."""
         record = {"kind": kind, "time": round(time.time(), 3), **values}
-        self._stream.write(json.dumps(plain(record), allow_nan=False) + "\n")
-        # Flushed to the operating system, not to the disk: a killed process loses nothing, and training does
-        # not wait.
-        self._stream.flush()
+        line = (json.dumps(plain(record), allow_nan=False) + "\n").encode()
+        try:
+            end = self._stream.seek(0, os.SEEK_END)
+            faults.at("log.write", values.get("step"))
+            # A disk that fills up may take a part of a line, and the next line would be appended to it.
+            if self._stream.write(line) != len(line):
+                self._stream.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            return error
+        return None
 
     def close(self) -> None:
         """Close the file; nothing is pending."""

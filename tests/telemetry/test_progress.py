@@ -26,6 +26,8 @@ class FakeClock:
 
 METRICS = {
     "loss": 3.25,
+    "learning_rate": 0.001,
+    "grad_norm": 0.8123,
     "metrics": Throughput(bits_per_byte=4.5, tokens_per_second=12345.6, mfu=0.412, data_wait_share=0.03),
 }
 
@@ -42,10 +44,10 @@ def test_plain_lines() -> None:
         progress.print("saved [bold] step 11 " + "x" * 200)
         progress.update(200, **METRICS)
     assert stream.getvalue().splitlines() == [
-        "step   1/200  loss 3.2500  4.500 bits/byte  12,346 tokens/s  MFU 41%  data wait 3%  ? left",
-        "step  11/200  loss 3.2500  4.500 bits/byte  12,346 tokens/s  MFU 41%  data wait 3%  3m09s left",
+        "step   1/200  loss 3.2500  4.500 bits/byte  lr 1.00e-03  grad norm 0.812  12,346 tokens/s  MFU 41%  data wait 3%",
+        "step  11/200  loss 3.2500  4.500 bits/byte  lr 1.00e-03  grad norm 0.812  12,346 tokens/s  MFU 41%  data wait 3%  3m09s left",
         "saved [bold] step 11 " + "x" * 200,
-        "step 200/200  loss 3.2500  4.500 bits/byte  12,346 tokens/s  MFU 41%  data wait 3%  0s left",
+        "step 200/200  loss 3.2500  4.500 bits/byte  lr 1.00e-03  grad norm 0.812  12,346 tokens/s  MFU 41%  data wait 3%  0s left",
     ]
 
 
@@ -59,7 +61,7 @@ def test_the_first_step_of_a_session_shows_no_pace() -> None:
                 bits_per_byte=4.5, tokens_per_second=math.nan, mfu=math.nan, data_wait_share=0.0
             ),
         )
-    assert stream.getvalue() == "step  1/20  loss 3.2500  4.500 bits/byte  ? left\n"
+    assert stream.getvalue() == "step  1/20  loss 3.2500  4.500 bits/byte\n"
 
 
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,11 +77,24 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown.count("step 10/20") == 0, "no plain lines next to the bar"
 
 
+def test_distillation_shows_its_divergence_and_the_time_left_stands_last() -> None:
+    console, stream = make_console(is_terminal=False)
+    clock = FakeClock()
+    with Progress(num_steps=4, console=console, clock=clock) as progress:
+        progress.update(1, **METRICS, divergence=0.25)
+        clock.now = 2.0
+        progress.update(2, **METRICS, divergence=0.125)
+    first, second = stream.getvalue().splitlines()
+    assert first.endswith("12,346 tokens/s  divergence 0.2500  MFU 41%  data wait 3%")
+    assert second.endswith("12,346 tokens/s  divergence 0.1250  MFU 41%  data wait 3%  4s left")
+
+
 def test_a_narrow_terminal_keeps_what_matters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    console, stream = make_console(is_terminal=True, width=70)
+    console, stream = make_console(is_terminal=True, width=80)
     with Progress(num_steps=20, console=console) as progress:
+        progress.update(5, **METRICS)
         progress.update(10, **METRICS)
     shown = stream.getvalue()
     assert "loss 3.2500" in shown and "left" in shown and "tokens/s" not in shown and "\u2026" not in shown

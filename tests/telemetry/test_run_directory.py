@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from slmjax import faults
 from slmjax.config import ConfigError
 from slmjax.telemetry import run_directory
+from slmjax.telemetry.messages import MessageHandler
 from slmjax.telemetry.run_directory import REDACTED, Category, Ledger, RunDirectory, RunLog, read_log
 
 
@@ -133,6 +135,47 @@ def test_damage_before_the_last_line_is_an_error(tmp_path: Path) -> None:
     path.write_text('{"kind": "train"}\n{"kind": "tr\n{"kind": "train"}\n')
     with pytest.raises(ValueError, match=r"line 2 of .*log\.jsonl is not JSON .*remove the line"):
         read_log(path)
+
+
+def test_a_full_disk_loses_lines_which_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "log.jsonl"
+    full = faults.parse("log.write:2=full,log.write:3=readonly")
+    monkeypatch.setattr(faults, "_faults", full)
+    with MessageHandler(lambda text: None) as messages, RunLog(path) as log:
+        messages.write_to(log)
+        for step in range(1, 6):
+            log.write("train", step=step)
+        # The warning of the first came when there was room again, and is kept.
+        assert log.lost == 2
+    records = read_log(path)
+    assert [record["step"] for record in records if record["kind"] == "train"] == [1, 4, 5]
+    assert sum(record["lines"] for record in records if record["kind"] == "lost") == 2
+    [warning] = [record["text"] for record in records if record["kind"] == "message"]
+    assert "cannot be written (No space left on device" in warning
+
+
+FILLING = """
+import resource, signal, sys
+from pathlib import Path
+from slmjax.telemetry.run_directory import RunLog
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+log = RunLog(Path(sys.argv[1]))
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 1 << 30))
+log.write("train", step=1)
+log.write("train", step=2, text="x" * 60)  # a part of it fits
+log.write("train", step=3, text="x" * 60)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
+log.write("train", step=4)
+"""
+
+
+def test_a_line_of_which_a_part_fits_is_not_left_torn(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    subprocess.run([sys.executable, "-c", FILLING, str(path)], check=True, capture_output=True)
+    records = [(record["kind"], record.get("step", record.get("lines"))) for record in read_log(path)]
+    assert records == [("train", 1), ("lost", 2), ("train", 4)]
 
 
 KILLED = """
