@@ -288,8 +288,8 @@ class Loop:
         # After the throughput, which must not include the time of counting.
         flips = self.setup.programs.flips.count(state.params, self.step)
         self.record("train", **dataclasses.asdict(throughput), **values, **flips)
-        shown = {name: values.get(name) for name in ("loss", "learning_rate", "grad_norm", "divergence")}
-        self.telemetry.progress.update(self.step, metrics=throughput, **shown)
+        shown = {name: values.get(name) for name in ("learning_rate", "grad_norm", "divergence")}
+        self.telemetry.progress.update(self.step, metrics=throughput, loss=values["loss"], **shown)
         self._warn_of_skipped(int(values["skipped"]), int(values["skipped_in_a_row"]))
         if self.last["measured_on"] == TRAINING_BATCH:
             self.last |= {"loss": values["loss"], "bits_per_byte": throughput.bits_per_byte}
