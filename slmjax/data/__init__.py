@@ -14,6 +14,7 @@ Files in reading order:
 - tokenizers.py: text to ids
 - templates.py, chat.py, conversations.py: chat templates and conversations
 - config.py: `DataConfig`
+- splitting.py: which text is held out
 - lost_text.py: the part of a text that a tokenizer loses
 - shards.py: ids on disk
 - encoding.py, preparation.py, provenance.py: shards are written once, found by hash, and recorded

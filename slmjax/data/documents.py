@@ -200,10 +200,17 @@ def check_bad_fraction(
     """Raise ValueError if more than this fraction of the documents is bad and not repaired."""
     if counts.bad - counts.replaced > max_bad_fraction * counts.documents:
         example = f" The first: {first_bad.rstrip('.')}." if first_bad else ""
+        # Records without the field are rarely damaged: the field has another name.
+        way_out = (
+            "Name the right field (--data.text-field, or --data.prompt-field and --data.completion-field, or "
+            "--data.messages-field)"
+            if counts.missing_field > counts.bad / 2
+            else "Repair the data"
+        )
         raise ValueError(
             f"{source_name}: {counts.describe()}, more than "
             f"data.max_bad_fraction={max_bad_fraction:g}.{example}"
-            " Repair the data, or raise --data.max-bad-fraction."
+            f" {way_out}, or raise --data.max-bad-fraction."
         )
 
 

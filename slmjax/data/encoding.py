@@ -6,7 +6,6 @@ max_document_bytes is encoded in overlapping windows, to the ids of the complete
 
 import collections
 import dataclasses
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -14,51 +13,20 @@ from pathlib import Path
 
 import numpy as np
 
-from slmjax.data.config import DataConfig, SourceConfig, Split
+from slmjax.data.config import DataConfig, SourceConfig
 from slmjax.data.conversations import render_conversation
 from slmjax.data.documents import BadCounts, Document, Gatekeeper, Problem
 from slmjax.data.lost_text import LostTextMeter
 from slmjax.data.marks import SpecialNames
 from slmjax.data.shards import ShardWriter
 from slmjax.data.spans import Span, TextTokens, join_windows, windows_of
+from slmjax.data.splitting import HELDOUT, TRAIN, SplitRule, split_document
 from slmjax.data.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
 
-TRAIN = "train"
-HELDOUT = "heldout"
 _BATCH_BYTES = 4 << 20  # text that the tokenizer's threads encode at a time
 _MAX_BYTES = 2**31 - 1  # lengths are int32
-
-
-def is_held_out(key: str, fraction: float) -> bool:
-    """Return whether a hash of the key, uniform in [0, 1), is below the fraction.
-
-    The key is `Document.held_out_key`.
-    """
-    return (
-        # Independent of other documents, so that adding text moves none of them to the other side.
-        int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8])
-        < fraction * 2.0**64
-    )
-
-
-def split_document(document: Document, data: DataConfig) -> Iterator[tuple[str, Document]]:
-    """Yield (TRAIN or HELDOUT, document): the document on one side, or its head and its tail."""
-    if data.split is Split.DOCUMENTS:
-        yield (
-            HELDOUT if is_held_out(document.held_out_key(data.heldout_by), data.heldout_fraction) else TRAIN,
-            document,
-        )
-        return
-    if document.prompt or document.is_conversation:
-        kind = "a conversation" if document.is_conversation else "a pair of prompt and completion"
-        raise ValueError(f"{document.where}: {kind} cannot be split: use --data.split documents")
-    # The cut is by characters, so that neither side has a part of one.
-    cut = int(len(document.text) * (1 - data.heldout_fraction))
-    for side, text in ((TRAIN, document.text[:cut]), (HELDOUT, document.text[cut:])):
-        if text:
-            yield side, dataclasses.replace(document, text=text)
 
 
 def write_source(
@@ -68,6 +36,7 @@ def write_source(
     source_hash: str,
     tokenizer: Tokenizer,
     data: DataConfig,
+    rule: SplitRule,
     advance: Callable[[int], None],
 ) -> BadCounts:
     """Write directory/train and, if something is held out, directory/heldout; return the counts.
@@ -77,7 +46,8 @@ def write_source(
       directory: of the shards.
       source_hash: the fingerprint of the source.
       tokenizer: encodes the documents.
-      data: split, windows and the policy for bad documents.
+      data: windows and the policy for bad documents.
+      rule: which text is held out.
       advance: called with the number of bytes done.
 
     Raises:
@@ -87,14 +57,20 @@ def write_source(
     sides = [TRAIN, HELDOUT] if data.heldout_fraction > 0 else [TRAIN]
     about = {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
     writers = {
-        side: ShardWriter(directory / side, **about, source_name=source.describe(), source_hash=source_hash)
+        side: ShardWriter(
+            directory / side,
+            **about,
+            source_name=source.describe(),
+            source_hash=source_hash,
+            split_rule=rule.value,
+        )
         for side in sides
     }
     written = dict.fromkeys(sides, 0)
     # All held-out text is measured, since its bits per byte are reported; of training text a sample.
     meters = {side: LostTextMeter(tokenizer, sample=side == TRAIN) for side in sides}
     try:
-        for side, document in _encoded(source, gate=gate, tokenizer=tokenizer, data=data):
+        for side, document in _encoded(source, gate=gate, tokenizer=tokenizer, data=data, rule=rule):
             num_bytes = len(document.text)
             writers[side].add(
                 document.tokens,
@@ -219,13 +195,13 @@ class _Pending:
 
 
 def _encoded(
-    source: SourceConfig, *, gate: Gatekeeper, tokenizer: Tokenizer, data: DataConfig
+    source: SourceConfig, *, gate: Gatekeeper, tokenizer: Tokenizer, data: DataConfig, rule: SplitRule
 ) -> Iterator[tuple[str, _EncodedDocument]]:
     """Yield admitted documents in order, encoded in batches."""
     waiting: collections.deque[_Pending] = collections.deque()
     queue: list[tuple[_Pending, str]] = []
     queued = 0
-    for pending in _admitted(source, gate=gate, tokenizer=tokenizer, data=data):
+    for pending in _admitted(source, gate=gate, tokenizer=tokenizer, data=data, rule=rule):
         waiting.append(pending)
         for start, end in pending.windows:
             queue.append((pending, pending.text[start:end].decode()))
@@ -242,12 +218,12 @@ def _encoded(
 
 
 def _admitted(
-    source: SourceConfig, *, gate: Gatekeeper, tokenizer: Tokenizer, data: DataConfig
+    source: SourceConfig, *, gate: Gatekeeper, tokenizer: Tokenizer, data: DataConfig, rule: SplitRule
 ) -> Iterator[_Pending]:
     """Yield the documents that the policy admits, each with the text to encode."""
     for candidate in source.documents():
         document = gate.admit(candidate)
-        for side, half in split_document(document, data) if document is not None else ():
+        for side, half in split_document(document, data, rule=rule) if document is not None else ():
             if not half.is_conversation:
                 # With `encode` names are special tokens, and nothing needs to be reported.
                 if data.special_tokens is SpecialNames.TEXT:

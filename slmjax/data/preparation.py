@@ -11,11 +11,12 @@ wins.
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,22 @@ import numpy as np
 
 from slmjax.atomic_files import atomic_directory
 from slmjax.config import fingerprint, to_json
-from slmjax.data.config import DataConfig, WeightedSource
+from slmjax.data.config import DataConfig
 from slmjax.data.documents import Gatekeeper, check_bad_fraction
-from slmjax.data.encoding import HELDOUT, TRAIN, require_template, split_document, write_source
+from slmjax.data.encoding import require_template, write_source
 from slmjax.data.lost_text import check_lost_text, lost_fraction
 from slmjax.data.scored import is_all_scored
 from slmjax.data.shards import FORMAT_VERSION, TokenShards
 from slmjax.data.sources import changed_fields, combined_hash
+from slmjax.data.splitting import HELDOUT, TRAIN, SplitRule, split_document, split_rule
 from slmjax.data.tokenizers import Reads, Tokenizer, TokenizerConfig
 
 log = logging.getLogger(__name__)
 
 _STALE_SECONDS = 24 * 3600
 _SAMPLE_TOKENS = 100
+# Part of the key of a tokenizer: change it when the same text and settings give another vocabulary.
+_MADE_FROM = "tokenizer, version 2"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,11 +70,17 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Prepared:
         )
     # Fingerprints are enough to find prepared data: documents are only read to prepare them.
     hashes = [weighted.source.fingerprint() for weighted in data.mixture]
+
+    # Reads the beginnings of the sources, so that most errors come before anything is trained or tokenized.
+    @functools.cache
+    def rules() -> tuple[SplitRule, ...]:
+        return tuple(split_rule(weighted.source, data) for weighted in data.mixture)
+
     with _progress() as bar:
-        built = _tokenizer(data, tokenizer, hashes=hashes, bar=bar)
+        built = _tokenizer(data, tokenizer, hashes=hashes, rules=rules, bar=bar)
         directories = [
-            _shard_directory(weighted, data, source_hash=source_hash, tokenizer=built, bar=bar)
-            for weighted, source_hash in zip(data.mixture, hashes, strict=True)
+            _shard_directory(index, data, source_hash=source_hash, tokenizer=built, rules=rules, bar=bar)
+            for index, source_hash in enumerate(hashes)
         ]
     train = [TokenShards.open(directory / TRAIN, tokenizer_hash=built.hash) for directory in directories]
     heldout = [
@@ -87,8 +97,28 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Prepared:
         check_bad_fraction(
             shards.manifest.bad_documents, data.max_bad_fraction, source_name=shards.manifest.source_name
         )
+    for pair in zip(train, heldout, strict=bool(heldout)):
+        _report_split(*pair, data)
     weights = [weighted.weight for weighted in data.mixture]
     return Prepared(tokenizer=built, train=tuple(zip(train, weights, strict=True)), heldout=tuple(heldout))
+
+
+def _report_split(train: TokenShards, heldout: TokenShards, data: DataConfig) -> None:
+    """Log that the end of each document is held out, if the user did not ask for it."""
+    if train.manifest.split_rule != SplitRule.BOUNDARY.value:
+        return
+    held_out = heldout.manifest.num_bytes
+    total = held_out + train.manifest.num_bytes
+    which = "its one document" if len(train) == 1 else f"each of its {len(train)} documents"
+    log.info(
+        "%s: the last %g%% of %s is held out for evaluation (%s of %s bytes), since there are too few "
+        "documents to hold out entire ones. --data.heldout-fraction changes how much.",
+        train.manifest.source_name,
+        100 * data.heldout_fraction,
+        which,
+        f"{held_out:,}",
+        f"{total:,}",
+    )
 
 
 def inspect(data: DataConfig, tokenizer: TokenizerConfig, *, num_samples: int = 3) -> dict[str, Any]:
@@ -147,18 +177,26 @@ def _samples(shards: TokenShards, tokenizer: Tokenizer, *, seed: int, count: int
     return samples
 
 
-def _tokenizer(data: DataConfig, config: TokenizerConfig, *, hashes: list[str], bar: "_Bar") -> Tokenizer:
+def _tokenizer(
+    data: DataConfig,
+    config: TokenizerConfig,
+    *,
+    hashes: list[str],
+    rules: Callable[[], tuple[SplitRule, ...]],
+    bar: "_Bar",
+) -> Tokenizer:
     if config.reads is Reads.NOTHING:
         return config.build(())
     key = combined_hash(
-        "tokenizer", fingerprint(config), type(config).__name__, *_split_settings(data), *hashes
+        _MADE_FROM, fingerprint(config), type(config).__name__, *_split_settings(data), *hashes
     )[:32]
     final = data.cache_path / "tokenizers" / key
     files = ("tokenizer.json", "tokenizer_config.json", "hash")
     if not _is_complete(final, files):
+        split_rules = rules()
         started = time.monotonic()
         with _cached_directory(final, files=files) as temporary:
-            built = config.build(_texts(data, config.reads, bar=bar))
+            built = config.build(_texts(data, config.reads, rules=split_rules, bar=bar))
             built.save(temporary)
             (temporary / "hash").write_text(built.hash)
         seconds = time.monotonic() - started
@@ -176,9 +214,9 @@ def _tokenizer(data: DataConfig, config: TokenizerConfig, *, hashes: list[str], 
     return loaded
 
 
-def _texts(data: DataConfig, reads: Reads, *, bar: "_Bar") -> Iterator[str]:
+def _texts(data: DataConfig, reads: Reads, *, rules: Sequence[SplitRule], bar: "_Bar") -> Iterator[str]:
     """Yield the text for a vocabulary: of all sources, of one side or both."""
-    for weighted in data.mixture:
+    for weighted, rule in zip(data.mixture, rules, strict=True):
         name = weighted.source.describe()
         # The vocabulary is made from the text that is trained on, after the same policy.
         gate = Gatekeeper(data.on_bad_document, max_bad_fraction=data.max_bad_fraction)
@@ -188,7 +226,7 @@ def _texts(data: DataConfig, reads: Reads, *, bar: "_Bar") -> Iterator[str]:
             if document is not None:
                 # A vocabulary that is made here has no chat template.
                 require_template(document, None)
-            for side, half in split_document(document, data) if document is not None else ():
+            for side, half in split_document(document, data, rule=rule) if document is not None else ():
                 if side == TRAIN or reads is Reads.ALL_TEXT:
                     yield half.prompt + half.text
                 bar.advance(len(half.text))
@@ -196,14 +234,16 @@ def _texts(data: DataConfig, reads: Reads, *, bar: "_Bar") -> Iterator[str]:
 
 
 def _shard_directory(
-    weighted: WeightedSource,
+    index: int,
     data: DataConfig,
     *,
     source_hash: str,
     tokenizer: Tokenizer,
+    rules: Callable[[], tuple[SplitRule, ...]],
     bar: "_Bar",
 ) -> Path:
-    """Return the directory of one source's shards, written if it does not exist."""
+    """Return the directory of the shards of source `index`, written if it does not exist."""
+    source = data.mixture[index].source
     settings = (
         *_split_settings(data),
         str(data.max_document_bytes),
@@ -218,16 +258,18 @@ def _shard_directory(
     files = [f"{side}/manifest.json" for side in ([TRAIN, HELDOUT] if data.heldout_fraction > 0 else [TRAIN])]
     if _is_complete(final, files):
         return final
+    rule = rules()[index]
     started = time.monotonic()
-    name = weighted.source.describe()
-    bar.start(name, weighted.source.size_hint())
+    name = source.describe()
+    bar.start(name, source.size_hint())
     with _cached_directory(final, files=files) as temporary:
         counts = write_source(
-            weighted.source,
+            source,
             temporary,
             source_hash=source_hash,
             tokenizer=tokenizer,
             data=data,
+            rule=rule,
             advance=bar.advance,
         )
     seconds = time.monotonic() - started

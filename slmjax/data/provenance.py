@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from slmjax.config import ConfigError, from_json
-from slmjax.data.config import DataConfig, HeldOutBy, Split, TextSource
-from slmjax.data.encoding import HELDOUT
+from slmjax.data.config import DataConfig, HeldOutBy, TextSource
 from slmjax.data.preparation import Prepared, prepare
 from slmjax.data.shards import TokenShards
+from slmjax.data.splitting import HELDOUT, SplitRule
 from slmjax.data.tokenizers import TokenizerConfig
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ def describe(prepared: Prepared, data: DataConfig) -> Record:
                 "fingerprint": shards.manifest.source_hash,
                 "tokenizer": shards.manifest.tokenizer_hash,
                 "shards": shards.directory.parent.name,
+                "split": shards.manifest.split_rule or data.split.value,
                 HELDOUT: _sizes(prepared.heldout[i]) if prepared.heldout else None,
             }
         )
@@ -142,9 +143,12 @@ def _counted(entry: Mapping[str, Any]) -> str:
     )
 
 
-def held_out_after_change(data: DataConfig) -> str:
-    """Return a sentence on the consequences of a changed source for the held-out text of a run."""
-    if data.split is Split.TAIL:
+def held_out_after_change(data: DataConfig, record: Record) -> str:
+    """Return a sentence on the consequences of a changed source for the held-out text of a run.
+
+    `record` is that of the run, or of the present text.
+    """
+    if any(_rule(entry, data) is not SplitRule.DOCUMENTS for entry in record):
         return (
             "The held-out tail of an edited document begins at another place, so that text that was trained "
             "on may be held out now."
@@ -160,6 +164,11 @@ def held_out_after_change(data: DataConfig) -> str:
     )
 
 
+def _rule(entry: Mapping[str, Any], data: DataConfig) -> SplitRule:
+    """Return how a source was split. Records of earlier versions leave it to the settings."""
+    return SplitRule(entry.get("split", data.split.value))
+
+
 def changes_on_resume(run: Path, data: DataConfig, now: Record) -> list[str]:
     """Return sentences about changed sources, or another split of the same text, for a run that resumes."""
     own = own_data(run)
@@ -168,11 +177,12 @@ def changes_on_resume(run: Path, data: DataConfig, now: Record) -> list[str]:
         getattr(own, name) != getattr(data, name) for name in ("split", "heldout_by", "heldout_fraction")
     ):
         return overlap(run, data, now)
-    changed = [] if before is None else differences(before, now)
+    before = before or []
+    changed = differences(before, now) if before else []
     return (
         [
             f"the data of {run} changed since it was trained: {'; '.join(changed)}. The run continues with "
-            f"the text as it is now. {held_out_after_change(data)}"
+            f"the text as it is now. {held_out_after_change(data, [*before, *now])}"
         ]
         if changed
         else []
@@ -232,7 +242,7 @@ def documents_to_evaluate(
     if changed := differences(record, describe(prepared, data)):
         message = (
             f"the data of {directory} changed since it was trained: {'; '.join(changed)}. "
-            f"{held_out_after_change(data)}"
+            f"{held_out_after_change(data, record)}"
         )
         if changed_data is ChangedData.REFUSE:
             raise ValueError(f"{message} {_way_out(recorded is not None)}")
@@ -308,8 +318,8 @@ def overlap(directory: Path, data: DataConfig, now: Record) -> list[str]:
         if same and not any(_holds_out_the_same(other, entry, own, data) for other in same):
             sentences.append(
                 f"{directory} was trained on text of {entry['source']} too, and there "
-                f"{_held_out_clause(own)}, here {_held_out_clause(data)}: some of the text evaluated here "
-                "may have been trained on, so that its loss may be too low"
+                f"{_held_out_clause(own, same[0])}, here {_held_out_clause(data, entry)}: some of the text "
+                "evaluated here may have been trained on, so that its loss may be too low"
             )
     return sentences
 
@@ -350,22 +360,26 @@ def _holds_out_the_same(
     ):
         return True
     # A smaller fraction under the same rule holds out a subset of the documents.
-    is_within = 0 < data.heldout_fraction <= own.heldout_fraction and (own.split, own.heldout_by) == (
-        data.split,
-        data.heldout_by,
+    rule = _rule(now, data)
+    # Where the end of each document is held out from a boundary on, fractions are not nested.
+    is_nested = data.heldout_fraction == own.heldout_fraction or rule is not SplitRule.BOUNDARY
+    is_within = (
+        is_nested
+        and 0 < data.heldout_fraction <= own.heldout_fraction
+        and (_rule(before, own), own.heldout_by) == (rule, data.heldout_by)
     )
-    follows_content = data.split is Split.DOCUMENTS and data.heldout_by is HeldOutBy.CONTENT
+    follows_content = rule is SplitRule.DOCUMENTS and data.heldout_by is HeldOutBy.CONTENT
     return is_within and (
         follows_content or ("fingerprint" in before and before["fingerprint"] == now.get("fingerprint"))
     )
 
 
-def _held_out_clause(data: DataConfig) -> str:
+def _held_out_clause(data: DataConfig, entry: Mapping[str, Any]) -> str:
     if data.heldout_fraction == 0:
         return "nothing is held out"
     kind = (
         "of each document's tail"
-        if data.split is Split.TAIL
+        if _rule(entry, data) is not SplitRule.DOCUMENTS
         else f"of the documents, by {data.heldout_by.value},"
     )
     return f"{data.heldout_fraction:g} {kind} is held out"

@@ -42,7 +42,11 @@ class Record:
 
 
 def read_records(
-    path: Path, kind: FileKind | None = None, *, fields: Sequence[str] | None = None
+    path: Path,
+    kind: FileKind | None = None,
+    *,
+    fields: Sequence[str] | None = None,
+    option: str = "",
 ) -> Iterator[Record]:
     """Return the records of a file, in order.
 
@@ -51,6 +55,7 @@ def read_records(
       kind: the result of `file_kind`; None to call it.
       fields: the fields that every record must have, if the file defines them for all records (CSV, TSV,
         Parquet); of Parquet only these are read. None: all.
+      option: the command-line option that names them, for errors.
 
     Raises:
       ValueError: the file has no records, is damaged so that the rest cannot be read, or lacks one of
@@ -61,10 +66,11 @@ def read_records(
         raise ValueError(f"{path} is {kind.binary}")
     if kind.layout is Layout.TEXT:
         raise ValueError(f"{path} holds text, not records. {READABLE}")
+    hint = f" Name the field with {option}." if option else ""
     if kind.layout is Layout.PARQUET:
-        return _parquet(path, fields)
+        return _parquet(path, fields, hint)
     if kind.layout in (Layout.CSV, Layout.TSV):
-        return _csv(path, kind, fields)
+        return _csv(path, kind, fields, hint)
     return _json_lines(path, kind) if _is_json_lines(path, kind) else _json_values(path, kind)
 
 
@@ -254,7 +260,7 @@ class JsonStream:
 
 
 # Tables -----------------------------------------------------------------------------------------------------
-def _csv(path: Path, kind: FileKind, fields: Sequence[str] | None) -> Iterator[Record]:
+def _csv(path: Path, kind: FileKind, fields: Sequence[str] | None, hint: str) -> Iterator[Record]:
     # The limit is that of the process. Its default of 128 KiB is too short for a document.
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
     delimiter = "\t" if kind.layout is Layout.TSV else ","
@@ -281,9 +287,8 @@ def _csv(path: Path, kind: FileKind, fields: Sequence[str] | None) -> Iterator[R
                 continue
             if names is None:
                 names = row
-                require_fields(
-                    fields or (), names, where=str(path), hint=" The first row must name the fields."
-                )
+                hint = f" The first row must name the fields.{hint}"
+                require_fields(fields or (), names, where=str(path), hint=hint)
             elif len(row) != len(names):
                 yield Record(
                     key=key,
@@ -295,7 +300,7 @@ def _csv(path: Path, kind: FileKind, fields: Sequence[str] | None) -> Iterator[R
                 yield Record(key=key, where=where, values=dict(zip(names, row, strict=True)))
 
 
-def _parquet(path: Path, fields: Sequence[str] | None) -> Iterator[Record]:
+def _parquet(path: Path, fields: Sequence[str] | None, hint: str) -> Iterator[Record]:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
@@ -308,7 +313,7 @@ def _parquet(path: Path, fields: Sequence[str] | None) -> Iterator[Record]:
         ) from error
     with file:
         names = list(file.schema_arrow.names)
-        require_fields(fields or (), names, where=str(path))
+        require_fields(fields or (), names, where=str(path), hint=hint)
         # Reading only the needed columns saves most of the time for wide tables.
         names = names if fields is None else list(fields)
         row = 0

@@ -64,6 +64,8 @@ class ShardManifest:
     vocab_size: int  # every id is below it
     source_name: str  # for messages
     source_hash: str  # SourceConfig.fingerprint()
+    # how the source was split (`splitting.SplitRule`); "" in older manifests, which follow DataConfig.split
+    split_rule: str = added_field("", before="")
     record_tokens: int  # ids per record
     num_documents: int
     num_tokens: int  # with BOS and EOS
@@ -97,6 +99,7 @@ class ShardWriter:
         vocab_size: int,
         source_name: str = "",
         source_hash: str = "",
+        split_rule: str = "documents",
     ) -> None:
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
@@ -105,6 +108,7 @@ class ShardWriter:
             "vocab_size": vocab_size,
             "source_name": source_name,
             "source_hash": source_hash,
+            "split_rule": split_rule,
         }
         self._vocab_size = vocab_size
         self._digest = hashlib.sha256()

@@ -119,9 +119,19 @@ class TextSource(SourceConfig):
             return (self.text_field,)
         return (self.completion_field, self.prompt_field)
 
+    def _option(self) -> str:
+        """Return the command-line option that names the fields."""
+        if self.messages_field is not None:
+            return "--data.messages-field"
+        return (
+            "--data.text-field"
+            if self.prompt_field is None
+            else "--data.prompt-field, --data.completion-field"
+        )
+
     def _records(self, name: str, path: Path, kind: FileKind) -> Iterator[Document]:
         fields = self._fields()
-        for record in read_records(path, kind, fields=fields):
+        for record in read_records(path, kind, fields=fields, option=self._option()):
             id = f"{name}:{record.key}"
             if record.values is None:
                 yield Document(id=id, where=record.where, problem=Problem.BROKEN_RECORD, detail=record.detail)
@@ -186,12 +196,32 @@ def record_document(record: Mapping[str, Any], fields: tuple[str, ...], *, id: s
                 f"field {field!r} holds {type(value).__name__}, not text"
                 if field in record
                 else f"no field {field!r}; the record has {names}.{near_names(field, record)}"
+                f"{_field_option(record, fields)}"
             )
             return Document(id=id, where=where, problem=Problem.MISSING_FIELD, detail=detail)
         values.append(decode(value) if isinstance(value, bytes) else value)
     return Document(
         id=id, where=where, text=values[0], prompt=values[1] if len(values) > 1 else "", is_record=True
     )
+
+
+def _field_option(record: Mapping[str, Any], fields: tuple[str, ...]) -> str:
+    """Return the option that names the field of this record, as a sentence to append; "" if none would do."""
+    texts = [name for name, value in record.items() if isinstance(value, str | bytes) and value]
+    messages = [
+        name
+        for name, value in record.items()
+        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value)
+    ]
+    if len(fields) > 1:
+        return " Name the fields with --data.prompt-field and --data.completion-field." if texts else ""
+    if messages:
+        return f" For conversations, use --data.messages-field {messages[0]}."
+    if not texts:
+        return ""
+    # The longest text is more likely the document than an identifier or a title is.
+    likely = max(texts, key=lambda name: len(record[name]))
+    return f" Name the field of the text with --data.text-field, for example --data.text-field {likely}."
 
 
 def conversation_document(

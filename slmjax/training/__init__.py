@@ -25,10 +25,10 @@ from slmjax.data.config import DataConfig, Packing, Split, WeightedSource
 from slmjax.data.conversations import ScoredTurns
 from slmjax.data.dataset_sources import HuggingFaceSource, TfdsSource
 from slmjax.data.documents import Document, HeldOutBy, OnBadDocument
-from slmjax.data.encoding import is_held_out
 from slmjax.data.marks import SpecialNames
 from slmjax.data.scored import ScoredText
 from slmjax.data.sources import SourceConfig, TextSource
+from slmjax.data.splitting import is_held_out
 from slmjax.data.stdlib_corpus import StdlibSource
 from slmjax.data.tokenizers import BpeTokenizer, ByteTokenizer, CharTokenizer, FileTokenizer, TokenizerConfig
 from slmjax.distill.config import DistillConfig, Ramp, RampShape, ShortContext, TeacherConfig

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from slmjax.data import provenance
 from slmjax.data.config import DataConfig, OnBadDocument, Split, TextSource, WeightedSource
-from slmjax.data.encoding import is_held_out
 from slmjax.data.preparation import inspect, prepare
 from slmjax.data.shards import TokenShards
+from slmjax.data.splitting import boundary_before_tail, is_held_out
 from slmjax.data.stdlib_corpus import StdlibSource
 from slmjax.data.tokenizers import BpeTokenizer, ByteTokenizer, CharTokenizer, FileTokenizer, Tokenizer
 
@@ -87,11 +88,68 @@ def test_tail_split_of_one_file(data: DataConfig, tmp_path: Path) -> None:
     prepared = prepare(one_file, CharTokenizer())
     assert decoded(prepared.train[0][0], prepared.tokenizer) == [text[:90]]
     assert prepared.heldout_text() == text[90:].encode()  # the character vocabulary knows both sides
-    with pytest.raises(ValueError, match="none of its .* is on the heldout side.*--data.split tail"):
-        prepare(dataclasses.replace(one_file, split=Split.DOCUMENTS), BYTES)
     nothing_held_out = prepare(dataclasses.replace(one_file, heldout_fraction=0.0), BYTES)
     assert nothing_held_out.heldout == () and nothing_held_out.heldout_text() == b""
     assert decoded(nothing_held_out.train[0][0], nothing_held_out.tokenizer) == [text]
+
+
+def test_one_document_is_split_at_a_boundary_before_its_tail(
+    data: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paragraphs = [f"Paragraph {i} says ä.\nIt has two lines.\n\n" for i in range(100)]
+    text = "".join(paragraphs)
+    one_file = of_path(dataclasses.replace(data, heldout_fraction=0.05), tmp_path / "one.txt", text)
+    prepared = prepare(one_file, BpeTokenizer(vocab_size=260))
+    # 4.9 of 100 paragraphs are 5 % of the bytes; the nearest begins the 96th.
+    assert prepared.heldout_text() == "".join(paragraphs[95:]).encode()
+    assert decoded(prepared.train[0][0], prepared.tokenizer) == ["".join(paragraphs[:95])]
+    assert "the last 5% of its one document is held out" in caplog.messages[-1]
+    # The vocabulary has learned from the training text alone.
+    assert prepared.tokenizer.hash == BpeTokenizer(vocab_size=260).build(["".join(paragraphs[:95])]).hash
+    assert prepare(one_file, BpeTokenizer(vocab_size=260)).heldout_text() == prepared.heldout_text()
+    record = provenance.describe(prepared, one_file)
+    assert record[0]["split"] == "boundary" and not provenance.differences(record, record)
+
+
+@pytest.mark.parametrize(
+    ("text", "fraction", "expected"),
+    [
+        ("ab", 0.05, "b"),
+        ("no boundary", 0.05, "y"),
+        ("one two three four", 0.25, "four"),
+        ("a" * 96 + "ä\n\n" + "b", 0.035, "ä\n\nb"),  # no half character; no boundary near it
+    ],
+)
+def test_the_tail_of_a_short_text(text: str, fraction: float, expected: str) -> None:
+    assert text[boundary_before_tail(text, fraction) :] == expected
+
+
+def test_too_few_documents_are_checked_before_work_is_done(
+    data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*_: object) -> Tokenizer:
+        raise AssertionError("the tokenizer was made first")
+
+    monkeypatch.setattr(BpeTokenizer, "build", build)
+    config = BpeTokenizer(vocab_size=260)
+    pair = of_path(data, tmp_path / "pair.jsonl", '{"q": "1+1=", "a": "2"}')
+    with pytest.raises(ValueError, match="all on one side.*a pair of prompt and completion.*0 holds out"):
+        prepare(dataclasses.replace(pair, prompt_field="q", completion_field="a"), config)
+    with pytest.raises(ValueError, match="too short to split"):
+        prepare(of_path(data, tmp_path / "short.txt", "x"), config)
+    with pytest.raises(ValueError, match="nothing would be left to train on"):
+        one = of_path(data, tmp_path / "one.txt", "some text")
+        prepare(dataclasses.replace(one, heldout_fraction=1.0), config)
+    with pytest.raises(
+        ValueError, match="no field 'text'; the record has 'id', 'body'.*--data.text-field body"
+    ):
+        prepare(of_path(data, tmp_path / "body.jsonl", '{"id": "1", "body": "the text"}'), config)
+    with pytest.raises(ValueError, match="no field 'text', but 'id', 'body'.*--data.text-field"):
+        prepare(of_path(data, tmp_path / "body.csv", "id,body\n1,the text\n"), config)
+    with pytest.raises(ValueError, match="--data.messages-field turns"):
+        prepare(
+            of_path(data, tmp_path / "chat.jsonl", '{"turns": [{"role": "user", "content": "a"}]}'), config
+        )
 
 
 def test_held_out_share_is_about_the_fraction_and_grows_with_it() -> None:
