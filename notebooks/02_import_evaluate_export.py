@@ -102,4 +102,5 @@ print((work / "half" / "model_card.md").read_text())
 # ## Next steps
 #
 # The same from the command line: `slmjax import DIR OUT`, `slmjax export OUT elsewhere --to gguf`, which
-# llama.cpp loads. `slmjax train nano --init-from OUT` trains it further. See docs/models-from-elsewhere.md.
+# llama.cpp loads. `slmjax train finetune --init-from OUT` trains it further. See
+# docs/models-from-elsewhere.md.

@@ -31,7 +31,9 @@ def train_command(argv: Sequence[str]) -> int:
     name, options = split_experiment(argv)
     load_code(options)
     start_options = {key: peek_option(options, f"--{key.replace('_', '-')}") for key in START_OPTIONS}
-    arguments_class = _train_arguments(_start(name, **start_options))
+    start = _start(name, **start_options)
+    start = _with_one_length(start, options)
+    arguments_class = _train_arguments(start)
     args = parse(
         arguments_class,
         options,
@@ -102,14 +104,30 @@ def _start(
             raise ValueError(f"--resume {resume} continues that run's own experiment: leave out {other}")
         return experiments.read_experiment(Path(resume))
     if init_from is not None:
-        start = experiments.starting_from(Path(init_from), recipes.load_experiment(name) if name else None)
+        experiment = None if name is None else recipes.load_experiment(name)
+        # A built-in experiment fits any model; a file of the user's describes its own.
+        start = experiments.starting_from(Path(init_from), experiment, takes_model=name in recipes.BUILT_IN)
     else:
         start = recipes.load_experiment(name or "nano")
+    if start.init == experiments.FromModel(path=recipes.NO_MODEL):
+        raise ValueError(
+            f"{name} continues a trained model: name a run or an imported model with --init-from DIR"
+        )
     if teacher is not None:
         start = experiments.taught_by(Path(teacher), start)
     if divergence is not None:
         start = experiments.with_divergence(start, divergence_of(divergence))
     return start if quant is None else dataclasses.replace(start, quant=quant_of(quant))
+
+
+def _with_one_length(experiment: Any, options: Sequence[str]) -> Any:
+    """Return the experiment without its number of epochs where the command line gives a number of steps."""
+    steps, epochs = (peek_option(options, name) for name in ("--run.steps", "--run.epochs"))
+    if steps is None or epochs == "None":
+        return experiment
+    if epochs is not None:
+        raise ValueError(f"--run.steps {steps} and --run.epochs {epochs} are two lengths: leave one out")
+    return dataclasses.replace(experiment, run=dataclasses.replace(experiment.run, epochs=None))
 
 
 def _print_result(result: Any) -> None:

@@ -130,6 +130,11 @@ class BatchSource:
         ]
 
     @property
+    def num_rows(self) -> int:
+        """Rows of all sources: those of one epoch."""
+        return sum(len(plan) for plan in self.plans)
+
+    @property
     def packing_efficiency(self) -> float:
         """The fraction of trained positions that hold tokens, the sources weighted as in the mixture."""
         return sum(

@@ -86,7 +86,7 @@ def print_banner(
     definition = setup.programs.definition
     sizes = {axis: size for axis, size in setup.mesh.shape.items() if size > 1}
     mesh = " x ".join(f"{axis}={size}" for axis, size in sizes.items()) or "1 device"
-    num_rows = sum(len(plan) for plan in source.plans)
+    num_rows = source.num_rows
     data = setup.experiment.data
     epochs = setup.experiment.run.steps * data.batch_size / max(num_rows, 1)
     progress.print(f"run directory {run.path}")

@@ -125,8 +125,8 @@ def open_session(
         stack.enter_context(jax.set_mesh(mesh))
         _log_process()
         with ledger.timed(Category.INIT):
-            tokenizer = experiment.tokenizer if run is None else tokenizer_of(run, experiment)
-            setup = set_up(experiment, tokenizer=tokenizer, mesh=mesh)
+            setup = _set_up(experiment, run, mesh, progress)
+            experiment = setup.experiment
             source = _batch_source(setup)
             with explaining_out_of_memory(setup, activity=lambda: "making the first state"):
                 first = None if run is not None else (fresh_state(setup), TokenCount(0))
@@ -170,6 +170,17 @@ def open_session(
         )
         del state  # the session alone holds it, until the loop takes it
         yield session
+
+
+def _set_up(experiment: Experiment, run: RunDirectory | None, mesh: Mesh, progress: Progress) -> Setup:
+    """Return the setup of a new run or of a resumed one, whose experiment has its length in steps."""
+    tokenizer = experiment.tokenizer if run is None else tokenizer_of(run, experiment)
+    setup = set_up(experiment, tokenizer=tokenizer, mesh=mesh)
+    if setup.experiment.run.steps != experiment.run.steps:
+        progress.set_length(setup.experiment.run.steps)
+        if run is not None:
+            run_to_resume(run.path, setup.experiment)  # in a longer run, quantization may begin later
+    return setup
 
 
 def _log_process() -> None:

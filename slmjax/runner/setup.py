@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from slmjax import sampling
 from slmjax.data import provenance
 from slmjax.data.batch import Batch
+from slmjax.data.pipeline import BatchSource
 from slmjax.data.preparation import Prepared, prepare
 from slmjax.data.tokenizers import Tokenizer, TokenizerConfig
 from slmjax.data.windows import EvaluationBatches, evaluation_batches
@@ -29,8 +30,8 @@ from slmjax.parallel.batches import local_sequences
 from slmjax.parallel.processes import process_zero_first
 from slmjax.quantization.fake_quantization import weight_formats
 from slmjax.runner.token_count import TokenCount, stored_shape
-from slmjax.training.experiment import Experiment
-from slmjax.training.optim import learning_rate
+from slmjax.training.experiment import Experiment, warn_of_scratch_rates
+from slmjax.training.optim import warn_of_shortened_warmup
 from slmjax.training.programs import Programs, check_rows, make_programs, teacher_plans
 from slmjax.training.state import TrainState
 
@@ -145,11 +146,13 @@ def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh) ->
     Raises:
       ValueError: settings that do not fit each other, the data or the mesh.
     """
-    # Before data is read, which may take long: a batch or a schedule that does not fit.
+    # Before data is read, which may take long: a batch that does not fit.
     check_rows(experiment, mesh)
-    learning_rate(experiment.optim, 0, total_steps=experiment.run.steps)
     # One process tokenizes, the others read its cache: the work is the same, and so must be the shards.
     prepared = process_zero_first(lambda: prepare(experiment.data, tokenizer))
+    experiment = _with_steps(experiment, prepared)
+    warn_of_shortened_warmup(experiment.optim, total_steps=experiment.run.steps)
+    warn_of_scratch_rates(experiment)
     _warn_of_overlap(experiment, prepared)
     vocab_size = prepared.tokenizer.vocab_size
     if experiment.model.vocab_size is not None and experiment.model.vocab_size < vocab_size:
@@ -168,6 +171,17 @@ def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh) ->
         prompts=prompts,
         plans=plans,
     )
+
+
+def _with_steps(experiment: Experiment, prepared: Prepared) -> Experiment:
+    """Return the experiment with its length in steps, where it is given in epochs."""
+    if experiment.run.epochs is None:
+        return experiment
+    # The plans of rows are saved, so that they are not packed again for the batches.
+    rows = BatchSource(prepared.train, experiment.data).num_rows
+    run = experiment.run.in_steps(rows, batch_size=experiment.data.batch_size)
+    log.info("run.epochs=%g of %s rows are run.steps=%d", experiment.run.epochs, f"{rows:,}", run.steps)
+    return dataclasses.replace(experiment, run=run)
 
 
 def _warn_of_overlap(experiment: Experiment, prepared: Prepared) -> None:

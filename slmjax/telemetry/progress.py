@@ -50,6 +50,12 @@ class Progress:
         # On other processes the bar exists but is never drawn.
         self._bar = bar if self._console.is_terminal and not self._is_silent else None
 
+    def set_length(self, num_steps: int) -> None:
+        """Take the number of steps of the run, where it becomes known after the display was made."""
+        self._num_steps = num_steps
+        if self._bar is not None:
+            self._bar.update(self._task, total=num_steps)
+
     def advance(self, step: int) -> None:
         """Move the bar to `step`. Without a terminal this does nothing."""
         if self._bar is not None:

@@ -79,6 +79,7 @@ from slmjax.training.experiment import (
     InitConfig,
     RunConfig,
     Scratch,
+    starting_from,
 )
 from slmjax.training.objective import ObjectiveConfig
 from slmjax.training.optim import OptimConfig, Optimizer, Schedule
@@ -157,4 +158,5 @@ __all__ = [
     "WeightedSource",
     "is_held_out",
     "preset",
+    "starting_from",
 ]

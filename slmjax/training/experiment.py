@@ -7,6 +7,8 @@ back strictly.
 
 import abc
 import dataclasses
+import logging
+import math
 from pathlib import Path
 
 from slmjax import config as config_io
@@ -25,7 +27,9 @@ from slmjax.quantization.rules import QuantConfig
 from slmjax.sampling import SamplingConfig
 from slmjax.telemetry.trackers import Tracker
 from slmjax.training.objective import ObjectiveConfig
-from slmjax.training.optim import OptimConfig
+from slmjax.training.optim import OptimConfig, Optimizer
+
+log = logging.getLogger(__name__)
 
 
 class InitConfig(abc.ABC):
@@ -118,6 +122,8 @@ class RunConfig:
 
     name: str = "run"  # begins the name of the run directory
     steps: int = 1000  # optimizer steps
+    # passes over the training text, which set the number of steps once the text is prepared (none: steps)
+    epochs: float | None = config_io.added_field(None, before=None)
     seed: int = 0  # of initial parameters and dropout; the order of the data has its own
     log_every: int = 10  # steps between lines of the log
     # of a quantized run: the fraction of codes that changed since the line before (a byte for each weight on
@@ -136,6 +142,16 @@ class RunConfig:
             raise ValueError(
                 f"run.steps and run.log_every must be at least 1, got {self.steps} and {self.log_every}"
             )
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ValueError(f"run.epochs must be above 0, got {self.epochs}; none stands for run.steps")
+
+    def in_steps(self, rows: int, *, batch_size: int) -> "RunConfig":
+        """Return these settings with the length in steps alone, for a text of so many rows of tokens."""
+        if self.epochs is None:
+            return self
+        # Rounded up: the last rows of the text are trained on, too.
+        steps = max(1, math.ceil(self.epochs * rows / batch_size))
+        return dataclasses.replace(self, steps=steps, epochs=None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -264,22 +280,64 @@ def read_experiment(run_dir: Path) -> Experiment:
         raise config_io.ConfigError(f"{path}: {error}") from error
 
 
-def starting_from(run_dir: Path, experiment: Experiment | None) -> Experiment:
+def starting_from(run_dir: Path, experiment: Experiment | None, *, takes_model: bool = False) -> Experiment:
     """Return the experiment with the parameters and the tokenizer of a run or an imported model.
 
     Without an experiment it is that of the run itself. The architecture of an imported model replaces that of
-    the experiment; its precision, remat and dropout stay those of the experiment.
+    the experiment; its precision, remat and dropout stay those of the experiment, and its sequences are
+    shortened to what the model was made for.
+
+    Args:
+      takes_model: the architecture of a run replaces that of the experiment, too.
     """
-    if safetensors_files.is_imported(run_dir):
-        if experiment is None:
-            raise ValueError(
-                f"{run_dir} is an imported model, which has no experiment of its own: name one, whose data "
-                f"and optimizer it is trained with, as in `slmjax train nano --init-from {run_dir}`"
-            )
+    is_imported = safetensors_files.is_imported(run_dir)
+    if is_imported and experiment is None:
+        raise ValueError(
+            f"{run_dir} is an imported model, which has no experiment of its own: name one, whose data "
+            f"and optimizer it is trained with, as in `slmjax train finetune --init-from {run_dir}`"
+        )
+    if experiment is not None and (is_imported or takes_model):
         how = {name: getattr(experiment.model, name) for name in ("precision", "remat", "dropout")}
-        experiment = dataclasses.replace(experiment, model=dataclasses.replace(read_config(run_dir), **how))
+        model = dataclasses.replace(read_config(run_dir), **how)
+        length = min(experiment.data.sequence_length, model.context_length)
+        data = dataclasses.replace(experiment.data, sequence_length=length)
+        experiment = dataclasses.replace(experiment, model=model, data=data)
     # Parameters mean something only with the tokenizer that they were trained with, so it comes with them.
     base = read_experiment(run_dir) if experiment is None else experiment
     return dataclasses.replace(
         base, init=FromModel(path=str(run_dir)), tokenizer=FileTokenizer(path=str(run_dir / "tokenizer"))
     )
+
+
+# Peak rates above which training is that of fresh parameters, and undoes what a model has learnt. Full
+# fine-tuning of small models uses AdamW at 1e-5 to 5e-5, seldom above 1e-4; Lion's rates are 3 to 10 times
+# lower; Adafactor's are relative to a parameter's size, of which 1e-2 is usual from scratch.
+HIGHEST_FINE_TUNING_RATES = {
+    Optimizer.ADAMW: 2e-4,
+    Optimizer.LION: 5e-5,
+    Optimizer.ADAFACTOR: 2e-3,
+    Optimizer.MUON: 2e-3,
+}
+
+
+def warn_of_scratch_rates(experiment: Experiment) -> None:
+    """Log a warning if a run starts from a model with a learning rate that is usual for fresh parameters."""
+    if not isinstance(experiment.init, FromModel):
+        return
+    optim = experiment.optim
+    rates = {"optim.lr": (optim.lr, optim.kind)}
+    if optim.kind is Optimizer.MUON:
+        # Embedding, head and vectors are trained by AdamW.
+        rates = {"optim.lr": (optim.lr, Optimizer.ADAMW), "optim.muon_lr": (optim.muon_lr, Optimizer.MUON)}
+    high = {
+        name: (rate, HIGHEST_FINE_TUNING_RATES[kind])
+        for name, (rate, kind) in rates.items()
+        if rate > HIGHEST_FINE_TUNING_RATES[kind]
+    }
+    if high:
+        log.warning(
+            "this run starts from %s with rates of training from scratch, which undo what the model has "
+            "learnt: %s. The built-in experiment `finetune` has rates for trained models",
+            experiment.init.path,
+            ", ".join(f"{name}={rate:g} (at most about {limit:g})" for name, (rate, limit) in high.items()),
+        )

@@ -16,6 +16,7 @@ Dims: L layers of a stack, E experts.
 import dataclasses
 import enum
 import functools
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +29,8 @@ from optax import contrib
 
 from slmjax.config import added_field
 from slmjax.quantization.quantizer_params import is_activation_quantizer_param, is_quantizer_param, is_sign
+
+log = logging.getLogger(__name__)
 
 
 class Optimizer(enum.Enum):
@@ -56,7 +59,8 @@ class OptimConfig:
     lr: float = 1e-3  # peak learning rate (adafactor: relative to a parameter's own size, so about 1e-2)
     min_lr_ratio: float = 0.1  # the schedule ends at this fraction of the peak
     schedule: Schedule = Schedule.COSINE  # after the warm-up
-    warmup_steps: int = 100  # the learning rate rises linearly for this many steps
+    # the learning rate rises linearly for this many steps, or, below 1, for this fraction of the run
+    warmup_steps: int | float = 100
     decay_fraction: float = 0.2  # wsd: fraction of all steps in which the learning rate falls
     betas: tuple[float, float] = (0.9, 0.95)  # adamw, lion: decay of the moments
     eps: float = 1e-8  # adamw: added to the root of the second moment
@@ -101,6 +105,11 @@ class OptimConfig:
                     raise ValueError(f"optim.{name} is {value}: it must be {condition}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas are {self.betas}: each must be at least 0 and below 1")
+        if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
+            raise ValueError(
+                f"optim.warmup_steps is {self.warmup_steps}: give a whole number of steps, or a fraction of "
+                "the run below 1"
+            )
         if self.scale_lr is not None and self.scale_lr <= 0:
             raise ValueError(
                 f"optim.scale_lr is {self.scale_lr}: it must be greater than 0; none stands for optim.lr"
@@ -125,24 +134,20 @@ class OptimConfig:
 
 
 # Schedules --------------------------------------------------------------------------------------------------
+SHORTENED_WARMUP = 0.1  # of the steps of a run that is too short for the warm-up of its settings
+
+
 def learning_rate(
     config: OptimConfig, step: int | Int[Array, "..."], *, total_steps: int
 ) -> Float[Array, "..."]:
     """Return the learning rate of an update, for parameters that Muon does not take.
 
-    The first update has number 0. The rate rises as (step + 1) / (warmup_steps + 1), so that no update is
-    wasted at zero, is at its peak at `warmup_steps`, and reaches its minimum at `total_steps`, one past the
-    last update; it stays there.
-
-    Raises:
-      ValueError: warm-up (and decay, for wsd) do not fit into `total_steps`.
+    The first update has number 0. The rate rises as (step + 1) / (W + 1) for the W steps of
+    `num_warmup_steps`, so that no update is wasted at zero, is at its peak at W, and reaches its minimum at
+    `total_steps`, one past the last update; it stays there.
     """
-    warmup = config.warmup_steps
+    warmup = num_warmup_steps(config, total_steps=total_steps)
     end = config.lr * config.min_lr_ratio
-    if warmup >= total_steps:
-        raise ValueError(
-            f"optim.warmup_steps is {warmup}, but the run has {total_steps} step(s): set it below that"
-        )
     after_warmup = total_steps - warmup
     if config.schedule is Schedule.COSINE:
         schedule = optax.cosine_decay_schedule(config.lr, after_warmup, alpha=config.min_lr_ratio)
@@ -153,12 +158,7 @@ def learning_rate(
     else:
         # WSD (Hu et al., https://arxiv.org/abs/2404.06395): the rate is constant, so a run can be extended
         # until its decay begins. The decay is at the end, whatever the length of the run.
-        decay = max(1, round(config.decay_fraction * total_steps))
-        if decay > after_warmup:
-            raise ValueError(
-                f"optim.decay_fraction {config.decay_fraction} of {total_steps} steps and {warmup} steps of "
-                "warm-up are more than the run has: lower optim.decay_fraction or optim.warmup_steps"
-            )
+        decay = _num_decay_steps(config, total_steps)
         schedule = optax.linear_schedule(config.lr, end, decay, transition_begin=after_warmup - decay)
     if warmup:
         rise = optax.linear_schedule(config.lr / (warmup + 1), config.lr, warmup)
@@ -166,11 +166,52 @@ def learning_rate(
     return jnp.asarray(schedule(jnp.asarray(step)), jnp.float32)
 
 
+def num_warmup_steps(config: OptimConfig, *, total_steps: int) -> int:
+    """Return the number of steps in which the rate rises.
+
+    A warm-up that leaves the run no step after it, or no room for the decay of wsd, is `SHORTENED_WARMUP` of
+    the run instead.
+    """
+    asked = _asked_warmup(config, total_steps)
+    # At least one step has the peak rate: with wsd the first of the decay, which begins there.
+    after = _num_decay_steps(config, total_steps) if config.schedule is Schedule.WSD else 1
+    room = total_steps - after
+    return asked if asked <= room else min(int(SHORTENED_WARMUP * total_steps), room)
+
+
+def warn_of_shortened_warmup(config: OptimConfig, *, total_steps: int) -> None:
+    """Log a warning if the warm-up is too long for a run of `total_steps`, with what it has instead."""
+    asked = _asked_warmup(config, total_steps)
+    warmup = num_warmup_steps(config, total_steps=total_steps)
+    if warmup == asked:
+        return
+    has_decay = config.schedule is Schedule.WSD
+    decay = f", of which {_num_decay_steps(config, total_steps)} are the decay" if has_decay else ""
+    log.warning(
+        "optim.warmup_steps is %g, too long for a run of %d step(s)%s: the warm-up is shortened to %d",
+        config.warmup_steps,
+        total_steps,
+        decay,
+        warmup,
+    )
+
+
+def _asked_warmup(config: OptimConfig, total_steps: int) -> int:
+    """Return the steps of warm-up that the settings ask for, whether or not the run has as many."""
+    is_fraction = 0 < config.warmup_steps < 1
+    return round(config.warmup_steps * total_steps) if is_fraction else int(config.warmup_steps)
+
+
+def _num_decay_steps(config: OptimConfig, total_steps: int) -> int:
+    """Return the steps in which the rate of a wsd schedule falls."""
+    return max(1, round(config.decay_fraction * total_steps))
+
+
 def cooldown_step(config: OptimConfig, *, total_steps: int) -> int | None:
     """Return the step from which the learning rate of a wsd schedule falls; None for other schedules."""
     if config.schedule is not Schedule.WSD:
         return None
-    return total_steps - max(1, round(config.decay_fraction * total_steps))
+    return total_steps - _num_decay_steps(config, total_steps)
 
 
 # Groups -----------------------------------------------------------------------------------------------------
@@ -221,11 +262,7 @@ def make_optimizer(
       config: the settings.
       params: path to parameter, or to anything else with `.shape` and `.ndim`.
       total_steps: the number of updates the schedule is made for.
-
-    Raises:
-      ValueError: the schedule does not fit into `total_steps`.
     """
-    learning_rate(config, 0, total_steps=total_steps)  # raises here, not at the first update
     schedule: Any = functools.partial(learning_rate, config, total_steps=total_steps)
     groups = parameter_groups(config, params)
 

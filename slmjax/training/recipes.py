@@ -1,6 +1,6 @@
 """The built-in experiments, and the loading of an experiment by built-in name or Python file.
 
-load_experiment("nano")                          # or "shakespeare_char"
+load_experiment("nano")                          # or "shakespeare_char", "finetune"
 load_experiment("experiments/nano_moe.py")       # a file with `def experiment() -> Experiment`
 
 As a script, an experiment file imports the modules of its own folder by their names. `copy_code` copies the
@@ -20,7 +20,7 @@ from slmjax.config import near_names
 from slmjax.data.config import DataConfig, Packing, Split
 from slmjax.data.tokenizers import BpeTokenizer, CharTokenizer
 from slmjax.models import zoo
-from slmjax.training.experiment import EvalConfig, Experiment, RunConfig
+from slmjax.training.experiment import EvalConfig, Experiment, FromModel, RunConfig
 from slmjax.training.optim import OptimConfig, Optimizer, Schedule
 
 
@@ -64,7 +64,37 @@ def shakespeare_char() -> Experiment:
     )
 
 
-BUILT_IN: Mapping[str, Callable[[], Experiment]] = {"nano": nano, "shakespeare_char": shakespeare_char}
+NO_MODEL = "MODEL"  # in the place of a model that is named later
+
+
+def finetune() -> Experiment:
+    """Continue a trained model on the text that `--data.path FILE` names; needs `--init-from MODEL`.
+
+    `starting_from` puts the model to start from in the place of the one here.
+    """
+    return Experiment(
+        model=zoo.smollm2_135m(),
+        init=FromModel(path=NO_MODEL),
+        data=DataConfig(sequence_length=512, batch_size=8),
+        # Rates that keep what a model has learnt, and a short warm-up as the moments begin at zero.
+        optim=OptimConfig(
+            lr=3e-5,
+            schedule=Schedule.COSINE,
+            min_lr_ratio=0.0,
+            warmup_steps=0.05,
+            betas=(0.9, 0.999),
+            weight_decay=0.01,
+        ),
+        eval=EvalConfig(every=50),
+        run=RunConfig(name="finetune", epochs=2, log_every=5),
+    )
+
+
+BUILT_IN: Mapping[str, Callable[[], Experiment]] = {
+    "nano": nano,
+    "shakespeare_char": shakespeare_char,
+    "finetune": finetune,
+}
 
 
 def load_experiment(name: str) -> Experiment:

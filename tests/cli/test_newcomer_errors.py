@@ -106,7 +106,9 @@ MISTAKES: dict[str, tuple[str, tuple[str, bytes] | None, tuple[str, ...]]] = {
         ("accumulation_steps=3", "multiple"),
     ),
     "steps": ("train tiny.py --run.steps -5", None, ("run.steps", "at least 1", "-5")),
-    "warm-up": ("train tiny.py --optim.warmup-steps 60", None, ("warmup_steps is 60", "60 step", "below")),
+    "warm-up": ("train tiny.py --optim.warmup-steps 2.5", None, ("warmup_steps is 2.5", "whole number")),
+    "model to fine-tune": ("train finetune --data.path text.txt", None, ("finetune", "--init-from DIR")),
+    "two lengths": ("train tiny.py --run.steps 5 --run.epochs 2", None, ("--run.steps 5", "--run.epochs 2")),
     "learning rate": ("train tiny.py --optim.lr 0", None, ("optim.lr is 0", "greater than 0")),
     "fraction": (
         "train tiny.py --data.heldout-fraction 5",

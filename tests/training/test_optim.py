@@ -16,8 +16,10 @@ from slmjax.training.optim import (
     Schedule,
     learning_rate,
     make_optimizer,
+    num_warmup_steps,
     parameter_groups,
     restarted,
+    warn_of_shortened_warmup,
 )
 
 BLOCK = "blocks/0"
@@ -393,6 +395,7 @@ def test_every_optimizer_solves_a_quadratic(kind):
     [
         ({"lr": 0.0}, "optim.lr is 0.0: it must be greater than 0"),
         ({"warmup_steps": -1}, "optim.warmup_steps"),
+        ({"warmup_steps": 2.5}, "optim.warmup_steps is 2.5: give a whole number"),
         ({"min_lr_ratio": 1.5}, "optim.min_lr_ratio is 1.5: it must be between 0 and 1"),
         ({"betas": (0.9, 1.0)}, "optim.betas"),
         ({"muon_momentum": 1.0}, "optim.muon_momentum"),
@@ -406,13 +409,36 @@ def test_bad_settings_are_refused(changes, message):
         OptimConfig(**changes)
 
 
-def test_schedules_that_do_not_fit_are_refused():
-    params = {"w": jnp.zeros((2, 2))}
-    with pytest.raises(ValueError, match=r"warmup_steps is 100, but the run has 50 step\(s\): set it below"):
-        make_optimizer(OptimConfig(), params, total_steps=50)
-    config = OptimConfig(schedule=Schedule.WSD, warmup_steps=8, decay_fraction=0.5)
-    with pytest.raises(ValueError, match="lower optim.decay_fraction or optim.warmup_steps"):
-        make_optimizer(config, params, total_steps=10)
+# warm-up, steps of the run, steps of the warm-up, and whether it is shorter than was asked for
+WARMUPS = [
+    (100, 2000, 100, False),
+    (0.05, 2000, 100, False),
+    (0.05, 30, 2, False),  # 1.5, rounded to even
+    (0.5, 1, 0, False),
+    (0, 1, 0, False),
+    (1, 2, 1, False),  # a step, not all of the run
+    (19, 20, 19, False),
+    (20, 20, 2, True),
+    (1000, 10, 1, True),
+    (5, 3, 0, True),
+    (0.99, 10, 1, True),  # rounded to all 10
+]
+# The same with half of the run, or all of it, as the decay of wsd.
+WSD_WARMUPS = [(5, 10, 5, False, 0.5), (8, 10, 1, True, 0.5), (8, 10, 0, True, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "total_steps", "warmup", "is_shortened", "decay"),
+    [*((*case, None) for case in WARMUPS), *WSD_WARMUPS],
+)
+def test_a_warmup_fits_every_run(asked, total_steps, warmup, is_shortened, decay, caplog):
+    wsd = {} if decay is None else {"schedule": Schedule.WSD, "decay_fraction": decay}
+    config = OptimConfig(lr=0.5, min_lr_ratio=0.0, warmup_steps=asked, **wsd)
+    assert num_warmup_steps(config, total_steps=total_steps) == warmup
+    rates = learning_rate(config, jnp.arange(total_steps), total_steps=total_steps)
+    assert rates[warmup] == np.max(rates) == 0.5 and np.all(np.diff(rates[: warmup + 1]) > 0)
+    warn_of_shortened_warmup(config, total_steps=total_steps)
+    assert (f"the warm-up is shortened to {warmup}" in caplog.text) == is_shortened
 
 
 def test_other_parameters_are_refused():
