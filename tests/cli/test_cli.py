@@ -356,5 +356,5 @@ def test_a_refusal_in_a_process_of_its_own(run_command, tmp_path):
     done = run_command("train", "--mesh.fsdp", "16", "--data.path", str(Path(__file__)), cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     message = done.stderr.splitlines()[0]
-    assert message.startswith("error: the mesh") and "does not fit the 1 device(s) here" in message, done.stderr
+    assert message.startswith("error: the mesh") and "does not fit the 1 device(s) here" in message
     assert list(tmp_path.iterdir()) == []
