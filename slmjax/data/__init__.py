@@ -12,7 +12,7 @@ Files in reading order:
 - plain_text.py, marks.py: text that gives no special tokens, and special tokens that text cannot imitate
 - vocabulary.py, detokenization.py: bytes of ids, and ids to text
 - tokenizers.py: text to ids
-- templates.py, chat.py, conversations.py: chat templates and conversations
+- templates.py, template_process.py, chat.py, conversations.py: chat templates and conversations
 - config.py: `DataConfig`
 - splitting.py: which text is held out
 - lost_text.py: the part of a text that a tokenizer loses

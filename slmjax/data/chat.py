@@ -8,7 +8,6 @@ The model's own template makes the text. The special tokens that it writes becom
 a message are text, so that no message can end a turn or begin another one.
 """
 
-import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -38,7 +37,7 @@ def render_chat(
       bos_token: the token that the template may write before the conversation; None for a model without one.
       eos_token: the token that the template may write after a turn.
       add_generation_prompt: end with the text that comes before an answer.
-      answers_marked: put the marks of `templates` around the text of the template's `generation` blocks.
+      answers_marked: put the marks of `template_process` around the text of `generation` blocks.
       extra: further variables of the template, such as `tools` or a switch that it knows.
 
     Raises:
@@ -46,7 +45,7 @@ def render_chat(
         conversation.
     """
     # Imported here because only chats need jinja2.
-    from slmjax.data import templates
+    from slmjax.data import template_process
 
     if not messages:
         raise ValueError("a conversation needs a message: give one with a role and a content")
@@ -66,15 +65,11 @@ def render_chat(
         **extra,
     }
     try:
-        # Plain data has no methods that a template could call.
-        values = json.loads(json.dumps(values))
-    except (TypeError, ValueError) as error:
+        return template_process.render(template, values, answers_marked=answers_marked)
+    except template_process.TemplateFailed as error:
+        raise ValueError(f"the model's chat template fails on this conversation: {error}") from error
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"a conversation must be plain data, as in JSON: {error}") from error
-    try:
-        return templates.render(template, values, answers_marked=answers_marked)
-    except Exception as error:  # a template can fail in any way a program can
-        reason = f"{type(error).__name__}: {error}" if type(error).__module__ == "builtins" else str(error)
-        raise ValueError(f"the model's chat template fails on this conversation: {reason}") from error
 
 
 def encode_chat(

@@ -57,7 +57,7 @@ def render_conversation(
       ValueError: there is no answer, the template fails on the messages, or its text does not show where the
         answers are.
     """
-    from slmjax.data import templates
+    from slmjax.data import template_process
 
     check_messages(messages)
     indices = [index for index, message in enumerate(messages) if message["role"] == _ANSWERING]
@@ -67,7 +67,7 @@ def render_conversation(
         )
     chat = ChatText(tokenizer, messages, names=names)
     # A template that marks its answers is believed, and needs no rendering of beginnings.
-    if templates.marks_answers(tokenizer.chat_template or ""):
+    if template_process.marks_answers(tokenizer.chat_template or ""):
         text, answers = _marked_answers(chat)
         answers = [(start, _through_end_of_turn(tokenizer, text, start, end)) for start, end in answers]
     else:
@@ -130,7 +130,7 @@ def _answer(chat: ChatText, text: str, index: int, *, num_messages: int) -> Span
 
 def _marked_answers(chat: ChatText) -> tuple[str, list[Span]]:
     """Return the text, and the characters of the answers in the template's `generation` blocks."""
-    from slmjax.data.templates import ANSWER_BEGINS, ANSWER_ENDS
+    from slmjax.data.template_process import ANSWER_BEGINS, ANSWER_ENDS
 
     parts = re.split(
         f"({ANSWER_BEGINS}|{ANSWER_ENDS})", chat.render(add_generation_prompt=False, answers_marked=True)

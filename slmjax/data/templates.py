@@ -1,22 +1,27 @@
-"""Chat templates of model directories: untrusted Jinja source, run in a sandbox with limits.
+"""Chat templates of model directories: untrusted Jinja source, run in a sandbox, in a process of its own.
 
-The dialect is that of Hugging Face's templates: blocks leave no blank lines, `break` and `continue`, `tojson`
-as plain JSON, `raise_exception`, `strftime_now`, and a block `generation`, which marks the model's text and
-does not change it.
+`template_process.py` runs this file, which therefore imports nothing of slmjax. The dialect is that of
+Hugging Face's templates: blocks leave no blank lines, `break` and `continue`, `tojson` as plain JSON,
+`raise_exception`, `strftime_now`, and a block `generation`, which marks the model's text and does not change
+it.
 
 jinja2's immutable sandbox keeps a template from the interpreter's internals and from changing its input.
-There is no loader, so it cannot include files. Computation is limited here: steps (turns of loops, calls,
-operations) and the lengths of texts. What remains: a template can take seconds, and a single replacement or
-join can take much memory, before it is stopped.
+There is no loader, so it cannot include files. The sandbox also counts steps (turns of loops, calls,
+operations) and the lengths of texts, so that most endless templates are stopped early, with their reason.
+What it does not count, such as the comparisons inside of two lists, is bounded with all the rest by the
+limits of the process: memory, CPU time, and no files to write.
 """
 
+import contextlib
 import datetime
 import functools
 import json
 import re
-import secrets
+import struct
+import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn, cast
+from typing import Any, BinaryIO, NoReturn, cast
 
 from jinja2 import Template, TemplateError, nodes
 from jinja2.exceptions import SecurityError
@@ -31,24 +36,17 @@ MAX_CHARACTERS = 10_000_000
 MAX_BITS = 4096  # of an integer
 _WIDTH = re.compile(r"\d{6}")  # a width in a format, which would pad to any length
 
+MAX_MESSAGE = 2**28  # bytes: a text of MAX_CHARACTERS as JSON, and conversations that are longer
 
-# Random and between noncharacters, so that no text has them.
-ANSWER_BEGINS, ANSWER_ENDS = (f"{mark}{secrets.token_hex(8)}{mark}" for mark in "\ufdd2\ufdd3")
-_ANSWER_BLOCK = re.compile(r"\{%[-+]?\s*generation\b")
-
-
-def marks_answers(template: str) -> bool:
-    """Return whether the template has `generation` blocks."""
-    return _ANSWER_BLOCK.search(template) is not None
+Marks = tuple[str, str]  # put before and after the text of a `generation` block
 
 
-def render(template: str, values: Mapping[str, Any], *, answers_marked: bool = False) -> str:
+def render(template: str, values: Mapping[str, Any], *, marks: Marks | None = None) -> str:
     """Return the text of a template for values, which must be plain data.
 
-    With `answers_marked`, the text of a `generation` block is between ANSWER_BEGINS and ANSWER_ENDS. Errors
-    of a template are raised unchanged, of any type.
+    Errors of a template are raised unchanged, of any type.
     """
-    environment, compiled = _compiled(template, answers_marked=answers_marked)
+    environment, compiled = _compiled(template, marks=marks)
     # Compiled templates are cached, and each rendering has its own limits.
     environment.steps = environment.made = 0
     pieces = []
@@ -70,10 +68,8 @@ class _GenerationBlock(Extension):
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        if cast(_Sandbox, self.environment).answers_marked:
-            begin, end = (
-                nodes.Output([nodes.TemplateData(mark)], lineno=line) for mark in (ANSWER_BEGINS, ANSWER_ENDS)
-            )
+        if (marks := cast(_Sandbox, self.environment).marks) is not None:
+            begin, end = (nodes.Output([nodes.TemplateData(mark)], lineno=line) for mark in marks)
             body = [begin, *body, end]
         return nodes.Scope(body, lineno=line)
 
@@ -83,8 +79,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(["+", "-", "*", "**", "%"])
 
-    def __init__(self, *, answers_marked: bool) -> None:
-        self.answers_marked = answers_marked
+    def __init__(self, *, marks: Marks | None) -> None:
+        self.marks = marks
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -195,8 +191,8 @@ class _Limited(NodeTransformer):
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(source: str, *, answers_marked: bool) -> tuple[_Sandbox, Template]:
-    environment = _Sandbox(answers_marked=answers_marked)
+def _compiled(source: str, *, marks: Marks | None) -> tuple[_Sandbox, Template]:
+    environment = _Sandbox(marks=marks)
     # Limits are built into the compiled template, so it cannot avoid them.
     tree = _Limited().visit(environment.parse(source))
     return environment, environment.from_string(tree.set_environment(environment))
@@ -239,3 +235,70 @@ def _tojson(
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+
+
+# The process ------------------------------------------------------------------------------------------------
+def serve(requests: BinaryIO, answers: BinaryIO, *, memory: int) -> None:
+    """Answer requests until there are no more, or until memory has run out.
+
+    A request is {"template", "values", "marks", "seconds"}, an answer {"text"} or {"error"}; both are JSON
+    after their number of bytes.
+
+    Args:
+      requests: the stream to read.
+      answers: the stream to write.
+      memory: bytes that the process may have.
+    """
+    _limit("RLIMIT_AS", memory)
+    _limit("RLIMIT_CORE", 0)
+    # No file can grow; pipes have no size.
+    _limit("RLIMIT_FSIZE", 0)
+    while (request := read_message(requests)) is not None:
+        # The system ends the process at its limit. It counts whole seconds, and those of earlier requests.
+        _limit("RLIMIT_CPU", int(time.process_time()) + 1 + request["seconds"])
+        answer, is_last = _answer(request, memory)
+        answers.write(message_bytes({**answer, "is_last": is_last}))
+        answers.flush()
+        if is_last:
+            return
+
+
+def _answer(request: dict[str, Any], memory: int) -> tuple[dict[str, str], bool]:
+    """Return the answer, and whether the process ends with it."""
+    marks = request["marks"]
+    try:
+        text = render(request["template"], request["values"], marks=None if marks is None else tuple(marks))
+    except MemoryError:
+        return {"error": f"it needs more than {memory // 2**20:,} MiB of memory"}, True
+    except Exception as error:  # a template can fail in any way a program can
+        name = type(error).__name__
+        return {"error": f"{name}: {error}" if type(error).__module__ == "builtins" else str(error)}, False
+    return {"text": text}, False
+
+
+def _limit(name: str, value: int) -> None:
+    # Systems other than Linux lack some limits, or all.
+    with contextlib.suppress(ImportError, AttributeError, ValueError, OSError):
+        import resource
+
+        kind = getattr(resource, name)
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+
+
+def read_message(stream: BinaryIO) -> dict[str, Any] | None:
+    """Return the next message; None at the end of the stream, or if it is longer than any may be."""
+    head = stream.read(8)
+    size = struct.unpack("<Q", head)[0] if len(head) == 8 else MAX_MESSAGE + 1
+    body = stream.read(size) if size <= MAX_MESSAGE else b""
+    return json.loads(body) if len(body) == size else None
+
+
+def message_bytes(message: Mapping[str, Any]) -> bytes:
+    """Return a message as bytes. Raises TypeError or ValueError if it is not plain data."""
+    body = json.dumps(message).encode()
+    return struct.pack("<Q", len(body)) + body
+
+
+if __name__ == "__main__":
+    serve(sys.stdin.buffer, sys.stdout.buffer, memory=int(sys.argv[1]))
