@@ -35,14 +35,12 @@ def main() -> None:
     result = json.loads(done.stdout)
     compressors = " | ".join(f"{name} {bits:.3f}" for name, bits in result["compressors"].items())
     spent = ", ".join(
-        f"{name} {part:.0f} s" for name, part in result["seconds_by_category"].items() if part >= 1
+        f"{name} {part:.0f} s" for name, part in result["session_seconds_by_category"].items() if part >= 1
     )
-    size = f"{result['parameters']:,} parameters, {result['step']} steps, {result['tokens']:,} tokens"
+    size = f"{result['parameters']:,} parameters, {result['step']} steps, {result['run_tokens']:,} tokens"
     quality = f"{result['bits_per_byte']:.3f} bits per byte | {compressors}"
-    print(
-        f"| nano, {size} | {seconds:.0f} s in all ({spent}) | {result['tokens_per_second']:,.0f} tokens/s | "
-        f"{quality} |"
-    )
+    speed = f"{result['session_tokens_per_second']:,.0f} tokens/s"
+    print(f"| nano, {size} | {seconds:.0f} s in all ({spent}) | {speed} | {quality} |")
 
 
 if __name__ == "__main__":

@@ -140,8 +140,8 @@ def _print_result(result: Any) -> None:
         for sample in result.samples:
             console.print(sample, markup=False)
     speed = "speed not measured in so few steps"
-    if result.tokens_per_second:
-        speed = f"{result.tokens_per_second:,.0f} tokens/s"
+    if result.session_tokens_per_second:
+        speed = f"{result.session_tokens_per_second:,.0f} tokens/s"
     table = Table(title=f"{result.status} after step {result.step:,}", title_justify="left")
     table.add_column(f"on {result.measured_on}" if not result.compressors else result.measured_on)
     table.add_column("bits per byte", justify="right")
@@ -151,10 +151,14 @@ def _print_result(result: Any) -> None:
     console.print()
     console.print(table)
     skipped = f", {result.skipped:,} steps skipped" if result.skipped else ""
+    console.print(f"loss {result.loss:.4f}, {result.parameters:,} parameters{skipped}")
+    # Both spans, where they differ: the counts of a resumed run are not those of its last session.
+    if result.run_tokens != result.session_tokens:
+        seconds = "" if result.run_seconds is None else f", {result.run_seconds:,.0f} s"
+        console.print(f"all sessions of the run: {result.run_tokens:,} tokens{seconds}")
     console.print(
-        f"loss {result.loss:.4f}, {result.tokens:,} tokens, {result.seconds:,.0f} s, {speed}, "
-        f"{result.parameters:,} parameters, {result.data_wait_share:.1%} of the training time spent waiting "
-        f"for data{skipped}"
+        f"this session: {result.session_tokens:,} tokens, {result.session_seconds:,.0f} s, {speed}, "
+        f"{result.session_data_wait_share:.1%} of the training time spent waiting for data"
     )
     if result.status == "interrupted":
         code = Path(result.run_dir) / "experiment.py"

@@ -105,8 +105,8 @@ def _training_rows(local_model: LocalModel) -> list[tuple[str, str]]:
     commit = environment.get("commit")
     return [
         ("steps", str(local_model.step)),
-        ("tokens", _number(result.get("tokens"))),
-        ("seconds", _number(result.get("seconds"))),
+        ("tokens", _number(result.get("run_tokens"))),
+        ("seconds", _number(result.get("run_seconds"))),
         ("seed", str(run.get("seed", "unknown"))),
         ("batch", f"{data.get('batch_size')} sequences of {data.get('sequence_length')} tokens"),
         ("optimizer", f"{optim.get('kind')}, learning rate {optim.get('lr')}"),

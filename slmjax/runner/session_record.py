@@ -83,6 +83,25 @@ def begin_session(
         log.info("session %d has another environment: %s", number, ", ".join(environment_changes))
 
 
+def run_seconds(run: RunDirectory, session_seconds: float, *, first_step: int) -> float | None:
+    """Return the wall time of all sessions of a run; None if the log does not have all of them.
+
+    Args:
+      run: the run.
+      session_seconds: wall time of the present session.
+      first_step: the first step that it trained.
+    """
+    try:
+        recorded = sessions(run.path)
+    except DamagedFile:
+        return None
+    # Numbers are missing if earlier sessions were those of a version without records, or the disk was full.
+    numbers = [session.number for session in recorded]
+    if numbers != list(range(1, len(numbers) + 1)) or not numbers or recorded[-1].first_step != first_step:
+        return None
+    return sum(session.seconds for session in recorded[:-1]) + session_seconds
+
+
 def _newest_number(path: Path) -> int:
     """Return the number of the newest session of a run that has a config.json."""
     # Both, since the log may have lost lines on a full disk. Earlier versions kept neither.

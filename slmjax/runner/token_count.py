@@ -26,6 +26,7 @@ class TokenCount:
 
     def __init__(self, total: int) -> None:
         self._total = total
+        self._before = total
         self._pending: list[Float[Array, ""]] = []
 
     def add(self, num_targets: Float[Array, ""]) -> None:
@@ -40,6 +41,10 @@ class TokenCount:
         self._total += sum(int(count) for count in jax.device_get(self._pending))
         self._pending.clear()
         return self._total
+
+    def in_session(self) -> int:
+        """Return the count without that of earlier sessions. Waits for the steps that were added."""
+        return self.total() - self._before
 
     def stored(self, sharding: Any) -> Int32[Array, "2"]:
         """Return the count as a checkpoint holds it, with this sharding, which replicates."""

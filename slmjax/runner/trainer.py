@@ -33,6 +33,7 @@ from slmjax.runner import quant_phases
 from slmjax.runner.launch import num_parameters
 from slmjax.runner.out_of_memory import explaining_out_of_memory
 from slmjax.runner.session import Session, open_session
+from slmjax.runner.session_record import run_seconds
 from slmjax.telemetry.report import write_report
 from slmjax.telemetry.run_directory import Category, RunDirectory, commit
 from slmjax.training.experiment import Experiment
@@ -57,16 +58,19 @@ class Result:
     best_step: int | None  # its checkpoint is kept in addition to the newest
     # bits per byte of gzip -9 and xz -9 for the same text (its first 16 MB); empty if only part was scored
     compressors: dict[str, float]
-    tokens: int  # scored targets trained on, earlier sessions included
-    seconds: float  # wall time of this session, from start to result
-    tokens_per_second: float  # fed, padding left out, over the training steps of this session alone
+    run_tokens: int  # scored targets trained on, in all sessions of the run
+    run_seconds: float | None  # wall time of all sessions; None if the log does not have them all
+    session_tokens: int  # scored targets trained on in this session
+    session_seconds: float  # wall time of this session, from start to result
+    session_tokens_per_second: float  # fed, padding left out, over the training steps of this session
     parameters: int
     step: int
-    data_wait_share: float  # fraction of the training time spent waiting for data
-    skipped: int  # steps that changed nothing because something was not finite, or no token was scored
+    session_data_wait_share: float  # fraction of this session's training time spent waiting for data
+    # steps of all sessions that changed nothing because something was not finite, or no token was scored
+    skipped: int
     run_dir: str
     commit: str | None
-    seconds_by_category: dict[str, float]
+    session_seconds_by_category: dict[str, float]
     samples: list[str]
     # fraction of the held-out text's bytes that the tokenizer loses: above 0, bits per byte are too low
     lost_text: float = 0.0
@@ -429,6 +433,7 @@ def _result(
     setup = loop.setup
     telemetry = loop.telemetry
     seconds = telemetry.ledger.seconds()
+    session_seconds = sum(seconds.values())
     best_step, best_loss = (None, None) if loop.best is None else loop.best
     return Result(
         status=status,
@@ -438,17 +443,19 @@ def _result(
         best_loss=best_loss,
         best_step=best_step,
         compressors=compressors,
-        tokens=loop.trained.total(),
-        seconds=sum(seconds.values()),
-        tokens_per_second=telemetry.meter.tokens_per_second,
+        run_tokens=loop.trained.total(),
+        run_seconds=run_seconds(telemetry.run, session_seconds, first_step=loop.first_step + 1),
+        session_tokens=loop.trained.in_session(),
+        session_seconds=session_seconds,
+        session_tokens_per_second=telemetry.meter.tokens_per_second,
         parameters=num_parameters(setup.programs.definition),
         step=loop.step,
         skipped=int(state.skipped),
         run_dir=str(telemetry.run.path),
         commit=commit()["commit"],
-        seconds_by_category=seconds,
+        session_seconds_by_category=seconds,
         samples=samples,
-        data_wait_share=telemetry.meter.data_wait_share,
+        session_data_wait_share=telemetry.meter.data_wait_share,
         lost_text=setup.prepared.lost_text,
         best_measured_on=loop.best_measured_on,
         part_loss=loop.part_loss,

@@ -17,7 +17,7 @@ from slmjax.training.experiment import Experiment
 log = logging.getLogger(__name__)
 
 # Results of the source run that also hold for the derived model. Its speed does not.
-INHERITED = ("tokens", "step", "parameters", "commit")
+INHERITED = ("run_tokens", "step", "parameters", "commit")
 
 
 def derive(

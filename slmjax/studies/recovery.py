@@ -276,7 +276,7 @@ def _arm(
     # The difference of the reference to itself is no result.
     both = [] if arm == recovery.reference else [seed for seed in metric if seed in reference]
     # Empty for derived arms, which were not trained.
-    speeds = list(_by_seed("tokens_per_second", members, arm).values())
+    speeds = list(_by_seed("session_tokens_per_second", members, arm).values())
 
     def measured(name: str) -> Summary | None:
         return _summary(

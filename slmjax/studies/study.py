@@ -16,7 +16,6 @@ after another, all arms of the first seed before the second: an incomplete study
 
 import dataclasses
 import enum
-import json
 import logging
 import math
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from slmjax.config import fingerprint, near_names
 from slmjax.runner import trainer
 from slmjax.studies.arms import Arm, Derived
 from slmjax.studies.derived import derive
-from slmjax.telemetry.run_directory import RunLog, plain, read_log
+from slmjax.telemetry.run_directory import RunLog, plain, read_log, read_result, with_present_names
 from slmjax.training.experiment import Experiment, read_experiment, with_absolute_paths
 
 log = logging.getLogger(__name__)
@@ -41,11 +40,19 @@ DIVERGED = "diverged"
 FAILED = "failed"
 
 
+# Short names of metrics, and the fields that have them: a study compares whole runs, not their last sessions.
+_METRICS = {
+    "tokens": ("run_tokens",),
+    "seconds": ("run_seconds", "session_seconds"),  # earlier versions recorded the last session alone
+    "tokens_per_second": ("session_tokens_per_second",),
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
     """The metric that must be equal for all arms for a fair comparison."""
 
-    metric: str = "tokens"  # of each run: tokens, seconds, step
+    metric: str = "tokens"  # of each run, over all of its sessions: tokens, seconds, step
     tolerance: float = 0.0  # largest difference between arms of a seed, as a fraction of the largest value
 
     def __post_init__(self) -> None:
@@ -132,7 +139,8 @@ class Member:
     def metric_value(self, name: str) -> float | None:
         """Return a metric of result or evaluation; None if not finite, or the member did not finish."""
         # JSON has flags and texts as well; only numbers can be compared.
-        value = self.result.get(name, self.evaluation.get(name))
+        fields = {**self.evaluation, **self.result}
+        value = next((fields[key] for key in _METRICS.get(name, (name,)) if key in fields), None)
         if self.status != FINISHED or isinstance(value, bool) or not isinstance(value, int | float):
             return None
         return float(value) if math.isfinite(value) else None
@@ -195,7 +203,8 @@ def read_members(
     # The file is only appended to, so that an interruption loses no line.
     latest: dict[tuple[str, int], Member] = {}
     for record in read_log(path, kind="member") if path.is_file() else []:
-        member = Member(**{field.name: record[field.name] for field in dataclasses.fields(Member)})
+        fields = {field.name: record[field.name] for field in dataclasses.fields(Member)}
+        member = Member(**fields | {"result": with_present_names(record["result"])})
         latest[member.arm, member.seed] = member
     # Members of arms and seeds that the study no longer has are skipped.
     keys = [(arm.name, seed) for seed in study.seeds for arm in study.arms]
@@ -338,10 +347,8 @@ def _earlier_run(run_parent: Path, experiment: Experiment) -> tuple[Path | None,
                 continue
         except ValueError:  # written by a version with other settings
             continue
-        if (run / "result.json").is_file():
-            result = json.loads((run / "result.json").read_text(encoding="utf-8"))
-            if result["status"] in (FINISHED, DIVERGED):
-                return run, result
+        if (result := read_result(run)) is not None and result["status"] in (FINISHED, DIVERGED):
+            return run, result
         # A run that was stopped before its first checkpoint starts again.
         if any(path.name.isdigit() for path in (run / "checkpoints").glob("*")):
             return run, None

@@ -7,7 +7,7 @@
         with ledger.timed(Category.STEP):
             ...
         log.write("train", step=10, loss=3.2)
-    run.write_json("result.json", {"seconds": ledger.seconds()})
+    run.write_json("result.json", {"session_seconds_by_category": ledger.seconds()})
 
 Files of a run: config.json, model.json, data.json, environment.json, experiment.py (of a run from a file),
 log.jsonl (log-{i}.jsonl of process i > 0), tokenizer/, checkpoints/, result.json, and profile/ if steps were
@@ -41,7 +41,7 @@ from typing import Any
 from slmjax import faults
 from slmjax.atomic_files import write_text
 from slmjax.config import ConfigError
-from slmjax.stored_json import DamagedFile, check_object, parse_json
+from slmjax.stored_json import DamagedFile, check_object, parse_json, read_object
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +122,37 @@ def plain(value: Any) -> Any:
     # Strict JSON has no NaN or infinity, and other programs refuse files that have them.
     number = float(value)
     return number if math.isfinite(number) else str(number)
+
+
+# The result -------------------------------------------------------------------------------------------------
+
+# Names in the results of earlier versions, which did not say what a value is of.
+_FORMER_NAMES = {
+    "tokens": "run_tokens",
+    "seconds": "session_seconds",
+    "tokens_per_second": "session_tokens_per_second",
+    "data_wait_share": "session_data_wait_share",
+    "seconds_by_category": "session_seconds_by_category",
+}
+
+
+def read_result(run: Path) -> dict[str, Any] | None:
+    """Return the fields of a run's result.json (`trainer.Result`); None if it has none yet.
+
+    Raises:
+      DamagedFile: the file cannot be read, or has no status or step.
+    """
+    fields = {"status": str, "step": int}
+    try:
+        result = read_object(run / "result.json", fields, remedy="delete it and resume the run")
+    except FileNotFoundError:
+        return None
+    return with_present_names(result)
+
+
+def with_present_names(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a result, which earlier versions may have written, under their present names."""
+    return {_FORMER_NAMES.get(name, name): value for name, value in result.items()}
 
 
 # The log ----------------------------------------------------------------------------------------------------

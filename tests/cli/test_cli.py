@@ -132,9 +132,11 @@ def test_train_prints_json_alone(trained, workplace):
     wanted = {
         "loss",
         "bits_per_byte",
-        "tokens",
-        "seconds",
-        "tokens_per_second",
+        "run_tokens",
+        "run_seconds",
+        "session_tokens",
+        "session_seconds",
+        "session_tokens_per_second",
         "parameters",
         "step",
         "run_dir",
@@ -145,8 +147,15 @@ def test_train_prints_json_alone(trained, workplace):
     assert result == json.loads((run_dir / "result.json").read_text())
     assert result["status"] == "finished" and result["step"] == 60 and result["samples"][0].startswith("The ")
     assert set(result["compressors"]) == {"gzip -9", "xz -9"}
-    assert result["bits_per_byte"] < 4.8 and result["tokens_per_second"] > 0 < result["seconds"]
-    assert sum(result["seconds_by_category"].values()) == pytest.approx(result["seconds"], rel=1e-6)
+    assert (
+        result["bits_per_byte"] < 4.8 and result["session_tokens_per_second"] > 0 < result["session_seconds"]
+    )
+    # A run of one session.
+    assert result["run_tokens"] == result["session_tokens"]
+    assert result["run_seconds"] == result["session_seconds"]
+    assert sum(result["session_seconds_by_category"].values()) == pytest.approx(
+        result["session_seconds"], rel=1e-6
+    )
     assert "step 60/60" in trained.stderr and "Warning" not in trained.stderr
 
 

@@ -301,7 +301,7 @@ def test_the_experiment_may_stand_anywhere(
                 "compressors": {},
                 "samples": [],
                 "run_dir": "x",
-                "seconds_by_category": {},
+                "session_seconds_by_category": {},
                 "best_loss": None,
                 "best_step": None,
                 "commit": None,

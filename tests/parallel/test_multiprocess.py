@@ -123,7 +123,7 @@ def assert_the_same_training(run: Path, trained: subprocess.CompletedProcess[str
             record["loss"], expected[record["step"]]["loss"], rtol=2e-3, err_msg=str(record["step"])
         )
     result: dict[str, Any] = json.loads((run / "result.json").read_text())
-    assert result["tokens"] == alone["tokens"]
+    assert result["run_tokens"] == alone["run_tokens"]
     np.testing.assert_allclose(result["bits_per_byte"], alone["bits_per_byte"], rtol=2e-3)
 
 

@@ -49,7 +49,7 @@ def test_pairs_whose_prompts_do_not_fit_a_row(
     result = slmjax.train(experiment)
     train = list(read_log(Path(result.run_dir) / "log.jsonl", kind="train"))
     assert [record["targets"] for record in train] == [8 * 4] * 4  # y, e, s and EOS of each row
-    assert (result.status, result.skipped, result.tokens) == ("finished", 0, 4 * 8 * 4)
+    assert (result.status, result.skipped, result.run_tokens) == ("finished", 0, 4 * 8 * 4)
     (sentence,) = (line for line in capsys.readouterr().out.splitlines() if "is left out" in line)
     assert "rows have 64 tokens" in sentence and "document 0, which begins '0" in sentence
 

@@ -10,7 +10,7 @@ import pytest
 from slmjax import config
 from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.mixers.attention import AttentionConfig
-from slmjax.runner.session_record import begin_session, differences
+from slmjax.runner.session_record import begin_session, differences, run_seconds
 from slmjax.stored_json import DamagedFile
 from slmjax.telemetry.run_directory import RunDirectory, environment, sessions, sessions_of
 from slmjax.training.experiment import Experiment, RunConfig
@@ -93,6 +93,18 @@ def test_steps_that_a_later_session_repeats_count_for_it(tmp_path: Path) -> None
         (item.first_step, item.last_step, item.num_steps, item.seconds) for item in sessions_of(records)
     ]
     assert result == [(1, 50, 50, 12.0), (101, 50, 0, 12.0), (51, 120, 70, 6.0)]
+
+
+def test_the_time_of_a_run_is_that_of_all_its_sessions(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    begin(run, FIRST, step=0)
+    begin(run, FIRST, step=1)
+    first = sessions(tmp_path)[0]
+    assert run_seconds(run, 7.0, first_step=2) == first.seconds + 7.0
+    assert run_seconds(run, 7.0, first_step=5) is None, "the record of the present session is not there"
+    lines = (tmp_path / "log.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "log.jsonl").write_text("".join(lines[2:]))
+    assert run_seconds(run, 7.0, first_step=2) is None, "the first session is not there"
 
 
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:

@@ -172,6 +172,11 @@ def test_every_session_is_in_the_log(story):
     assert all(session.changes == {} for session in others)
     assert first.num_steps + sum(session.num_steps for session in others) == NUM_STEPS
     assert len(list(story.run_dir.glob("config-*.json"))) == len(others)
+    result = result_of(story.run_dir)
+    seconds = [session.seconds for session in (first, *others)]
+    assert result["session_seconds"] == pytest.approx(seconds[-1], abs=2)
+    assert result["run_seconds"] == pytest.approx(sum(seconds[:-1]) + result["session_seconds"])
+    assert 0 < result["session_tokens"] < result["run_tokens"]
 
 
 def test_a_damaged_checkpoint_is_set_aside(story):
@@ -425,7 +430,7 @@ def test_a_run_that_diverges_ends_cleanly(workplace, tmp_path):
     stored = ocp.StandardCheckpointer().restore(run_dir / "checkpoints" / "5" / "optimizer")
     assert all(np.isfinite(np.asarray(value)).all() for value in stored.values())
     # Only the one step that counted is counted.
-    assert result.tokens == read_log(run_dir / "log.jsonl", kind="train")[0]["targets"]
+    assert result.run_tokens == read_log(run_dir / "log.jsonl", kind="train")[0]["targets"]
 
 
 def test_a_run_that_was_killed_after_its_last_step_still_gets_its_result(finished, tmp_path):

@@ -114,4 +114,4 @@ def test_waiting_for_data_is_counted(
     ]
     # The first step is not counted, and while it compiles batches are made for those that follow at once.
     assert len(shares) == 8 and shares[0] < 0.5 < np.median(shares[3:]) <= 1, shares
-    assert 0.5 < result.data_wait_share <= 1
+    assert 0.5 < result.session_data_wait_share <= 1

@@ -188,7 +188,7 @@ def members() -> list[Member]:
             result = {
                 "bits_per_byte": bits,
                 "run_dir": "",
-                **({"tokens_per_second": 1000.0} if arm != "rounded" else {}),
+                **({"session_tokens_per_second": 1000.0} if arm != "rounded" else {}),
             }
             found.append(
                 Member(arm=arm, seed=seed, fingerprint="", status="finished", result=result, evaluation={})
@@ -482,7 +482,7 @@ def test_a_study_from_training_to_its_page(
         assert copied.metric_value(name) == pytest.approx(full.metric_value(name), rel=1e-5)
     assert copied.metric_value("bits_per_byte") != pytest.approx(slow.metric_value("bits_per_byte"), rel=1e-5)
     assert (
-        copied.metric_value("tokens_per_second") is None
+        copied.metric_value("session_tokens_per_second") is None
         and copied.evaluation["documents"] == full.evaluation["documents"]
     )
     capsys.readouterr()

@@ -172,7 +172,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, run_dir: Path) -> None:
         list_runs(tmp_path / "nowhere")
     damaged = write_run(tmp_path / "damaged")
     (damaged / "result.json").write_text("{")
-    with pytest.raises(ValueError, match=r"result\.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"result\.json is not JSON .*: delete it and resume"):
         read_run(damaged)
     assert [item.status for item in list_runs(tmp_path)] == ["damaged"]
 

@@ -14,9 +14,18 @@ import pytest
 
 from slmjax import faults
 from slmjax.config import ConfigError
+from slmjax.stored_json import DamagedFile
 from slmjax.telemetry import run_directory
 from slmjax.telemetry.messages import MessageHandler
-from slmjax.telemetry.run_directory import REDACTED, Category, Ledger, RunDirectory, RunLog, read_log
+from slmjax.telemetry.run_directory import (
+    REDACTED,
+    Category,
+    Ledger,
+    RunDirectory,
+    RunLog,
+    read_log,
+    read_result,
+)
 
 
 def test_names_are_unique_and_tell_the_experiment(tmp_path: Path) -> None:
@@ -44,6 +53,23 @@ def test_paths_of_processes(tmp_path: Path) -> None:
         "tokenizer",
     )
     assert RunDirectory(tmp_path, process_index=3).log_path.name == "log-3.jsonl"
+
+
+def test_a_result_of_an_earlier_version_has_the_present_names(tmp_path: Path) -> None:
+    assert read_result(tmp_path) is None
+    former = {"status": "finished", "step": 7, "tokens": 90, "seconds": 2.0, "tokens_per_second": 45.0}
+    (tmp_path / "result.json").write_text(json.dumps(former))
+    assert read_result(tmp_path) == {
+        "status": "finished",
+        "step": 7,
+        "run_tokens": 90,
+        "session_seconds": 2.0,
+        "session_tokens_per_second": 45.0,
+    }
+    for damaged in ("", "[]", '{"status": "finished"}', '{"status": 1, "step": 7}', "\x00"):
+        (tmp_path / "result.json").write_text(damaged)
+        with pytest.raises(DamagedFile, match="result.json .*: delete it and resume the run"):
+            read_result(tmp_path)
 
 
 @pytest.mark.smoke

@@ -233,15 +233,15 @@ def _metrics(run: RunRecords) -> str:
         (number(evaluation.get("teacher_agreement")), ".1%", "same most likely token as the teacher"),
         (number(evaluation.get("calibration_error")), ".3f", "calibration error"),
         (number(result.get("parameters")), ",.0f", "parameters"),
-        (number(result.get("tokens")), ",.0f", "tokens trained on"),
-        (number(result.get("tokens_per_second")), ",.0f", "tokens per second"),
+        (number(result.get("run_tokens")), ",.0f", "tokens trained on"),
+        (number(result.get("session_tokens_per_second")), ",.0f", "tokens per second in the last session"),
     ]
     tiles = [
         f"<div class=metric><b>{value:{format}}</b><span>{html.escape(label)}</span></div>"
         for value, format, label in pairs
         if value is not None
     ]
-    if (seconds := number(result.get("seconds"))) is not None:
+    if (seconds := number(result.get("session_seconds"))) is not None:
         tiles.append(
             f"<div class=metric><b>{format_seconds(seconds)}</b><span>wall time of the last "
             "session</span></div>"
@@ -278,7 +278,7 @@ def _result(run: RunRecords) -> str:
     if run.result is None:
         return ""
     # These have sections of their own.
-    left_out = ("samples", "compressors", "seconds_by_category")
+    left_out = ("samples", "compressors", "session_seconds_by_category")
     rows: list[tuple[str, Any]] = [
         (name.replace("_", " "), shown(value)) for name, value in run.result.items() if name not in left_out
     ]
@@ -288,7 +288,7 @@ def _result(run: RunRecords) -> str:
     ]
     rows += [
         (f"seconds: {name}", f"{value:.1f}")
-        for name, value in (run.result.get("seconds_by_category") or {}).items()
+        for name, value in (run.result.get("session_seconds_by_category") or {}).items()
     ]
     return f"<h2>Result</h2>{table(rows)}"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from slmjax.telemetry.run_directory import read_log
+from slmjax.telemetry.run_directory import read_log, read_result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def read_run(path: str | Path) -> RunRecords:
     environment = _json(path / "environment.json")
     data = _json(path / "data.json")
     train = _latest(by_kind.get("train", ()), ("step",))
-    result = _json(path / "result.json")
+    result = read_result(path)
     # A resumed run writes its result at the end, so an older result may be there.
     if result is not None and train and train[-1]["step"] > result.get("step", 0):
         # Of an earlier session: the run was extended and has not finished since.
@@ -135,8 +135,8 @@ class RunSummary:
     lost_text: float | None  # fraction of the held-out text's bytes that the tokenizer loses; None for 0
     complete: bool  # the last evaluation was on all held-out text
     parameters: int | None
-    tokens: int | None
-    seconds: float | None
+    tokens: int | None  # of all sessions
+    seconds: float | None  # of all sessions; None if the log does not have them all
     started: float  # seconds since 1970
 
 
@@ -192,7 +192,7 @@ def _summary(path: Path) -> RunSummary:
         lost_text=number(last.get("lost_text")),
         complete=bool(last.get("complete")),
         parameters=result.get("parameters"),
-        tokens=result.get("tokens"),
-        seconds=result.get("seconds"),
+        tokens=result.get("run_tokens"),
+        seconds=result.get("run_seconds"),
         started=run.train[0]["time"] if run.train else started,
     )
