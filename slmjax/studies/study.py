@@ -204,7 +204,8 @@ def read_members(
     latest: dict[tuple[str, int], Member] = {}
     for record in read_log(path, kind="member") if path.is_file() else []:
         fields = {field.name: record[field.name] for field in dataclasses.fields(Member)}
-        member = Member(**fields | {"result": with_present_names(record["result"])})
+        member = Member(**fields)
+        member = dataclasses.replace(member, result=with_present_names(member.result))
         latest[member.arm, member.seed] = member
     # Members of arms and seeds that the study no longer has are skipped.
     keys = [(arm.name, seed) for seed in study.seeds for arm in study.arms]
