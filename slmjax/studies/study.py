@@ -148,9 +148,8 @@ class Member:
     @property
     def metric_names(self) -> tuple[str, ...]:
         """Names of the metrics."""
-        return tuple(
-            name for name in {**self.result, **self.evaluation} if self.metric_value(name) is not None
-        )
+        names = dict.fromkeys((*self.result, *self.evaluation, *_METRICS))
+        return tuple(name for name in names if self.metric_value(name) is not None)
 
 
 class OnChange(enum.Enum):
