@@ -4,6 +4,7 @@ Needs the `gguf` extra. `gguf/container.py` and `gguf/tokenizer.py` handle the c
 the families map the rest.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,7 @@ from slmjax.convert.gguf.tensor_codes import blocks_of, container_of
 from slmjax.convert.gguf.tokenizer import tokenizer_from_gguf, tokenizer_metadata
 from slmjax.convert.source import ForeignModel, Written, choose_family, code_notes
 from slmjax.data import conventions
+from slmjax.data.conventions import Conventions, SpecialToken
 from slmjax.data.shards import file_sha256
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.models.architecture import ModelConfig, Precision
@@ -155,22 +157,38 @@ def _tokenizer(path: Path, file: GgufFile) -> Tokenizer | None:
             f"{path}: its vocabulary names no token that ends a text: give a tokenizer.json with --tokenizer"
         )
     ends = () if vocabulary.end_of_turn in (None, eos) else (vocabulary.end_of_turn,)
+    ids = vocabulary.backend.get_vocab(with_added_tokens=True)
+    sources = {
+        "bos": "tokenizer.ggml.bos_token_id of the file",
+        "eos": f"tokenizer.ggml.{'eos' if vocabulary.eos is not None else 'eot'}_token_id of the file",
+    }
+    end = SpecialToken(name=eos, id=ids[eos], source=sources["eos"])
+    begin = (
+        dataclasses.replace(end, source=conventions.STAND_IN)
+        if vocabulary.bos is None
+        else SpecialToken(name=vocabulary.bos, id=ids[vocabulary.bos], source=sources["bos"])
+    )
+    # Documents of a chat model do not begin with a mark of a turn.
+    if vocabulary.bos is not None and not vocabulary.adds_bos:
+        begin = conventions.separator(
+            begin,
+            eos=end,
+            conventions=Conventions(chat_template=vocabulary.chat_template),
+            special=[token.content for token in vocabulary.backend.get_added_tokens_decoder().values()],
+            vocabulary=ids,
+        )
     return Tokenizer(
         vocabulary.backend,
-        bos=vocabulary.bos or eos,
+        bos=begin.name,
         eos=eos,
         ends=ends,
         adds_bos=vocabulary.adds_bos,
         has_bos=vocabulary.bos is not None,
+        named_bos=vocabulary.bos,
         chat_template=vocabulary.chat_template,
         unk=vocabulary.unk,
         pad=vocabulary.pad,
-        sources={
-            "bos": "tokenizer.ggml.bos_token_id of the file"
-            if vocabulary.bos is not None
-            else conventions.STAND_IN,
-            "eos": f"tokenizer.ggml.{'eos' if vocabulary.eos is not None else 'eot'}_token_id of the file",
-        },
+        sources={"bos": begin.source, "eos": end.source},
     )
 
 

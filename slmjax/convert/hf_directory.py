@@ -213,7 +213,7 @@ def write_directory(
     ends = list(tokenizer.end_ids)
     # transformers ends a generation by these ids, not by the tokenizer.
     ids = {
-        "bos_token_id": tokenizer.bos_id if tokenizer.has_bos else None,
+        "bos_token_id": tokenizer.named_bos_id,
         "eos_token_id": ends if len(ends) > 1 else ends[0],
         "pad_token_id": None if tokenizer.pad is None else tokenizer.special_ids.get(tokenizer.pad),
     }

@@ -113,7 +113,7 @@ class ChatText:
             )
         self._template = tokenizer.chat_template
         tokens = {
-            "bos": tokenizer.bos if tokenizer.has_bos else None,
+            "bos": tokenizer.named_bos,
             "eos": tokenizer.eos,
             "unk": tokenizer.unk,
             "pad": tokenizer.pad,

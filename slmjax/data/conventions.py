@@ -15,6 +15,10 @@ BOS and EOS are each chosen by the first of these rules that names a token:
 3. `bos_token_id` or `eos_token_id` of the model's configuration;
 4. the first of the usual names in the vocabulary, if tokenizer_config.json does not mention the token.
 
+A chat model may name as BOS the token that begins a turn, and begin no text with it. Documents then begin
+with the token that separated documents in pre-training, if the vocabulary has one, else with EOS
+(`separator`).
+
 Without BOS, documents begin with EOS, which separates them (as in lm-eval), and the files record that there
 is no BOS. Without EOS, one must be named: documents end with it. Padding and unknown tokens are those of
 tokenizer_config.json (null: none), since slmjax needs neither. Reports give the tokens and the rule that
@@ -44,6 +48,7 @@ USUAL_NAMES = {
 OPTION = "named by the user"
 USUAL_NAME = "first of the usual names in the vocabulary"
 OWN_NAME = "made by slmjax"
+SEPARATOR = "separates documents, since the model's BOS begins turns of a chat and no text"
 STAND_IN = "EOS, since the tokenizer has no BOS"
 # The keys that slmjax wrote before it recorded whether a text begins with BOS. For models it trains, it does.
 _WRITTEN_BEFORE = {"bos_token", "eos_token", "clean_up_tokenization_spaces", "tokenizer_class"}
@@ -84,7 +89,7 @@ class Conventions:
     ends: tuple[str, ...] = ()  # further tokens that end a text or a turn
     has_bos: bool = True  # False if the file specifies that there is no BOS
     has_eos: bool = True  # False if the file specifies that there is no EOS
-    # begins a document if the model has no BOS; None if the file does not specify it
+    # begins a document, if not BOS; None if the file does not specify it
     begins: str | None = None
     # the rules that chose "bos" and "eos", if known
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -141,8 +146,8 @@ def write_conventions(directory: Path, conventions: Conventions) -> None:
     config = {
         "bos_token": conventions.bos if conventions.has_bos else None,
         "eos_token": conventions.eos,
-        # The token in place of BOS is stored under a key that other libraries ignore.
-        **({} if conventions.has_bos else {_BEGINS: conventions.bos}),
+        # A token in place of BOS is stored under a key that other libraries ignore.
+        **({} if conventions.begins is None else {_BEGINS: conventions.begins}),
         _SOURCES: dict(conventions.sources),
         **names,
         "add_bos_token": conventions.adds_bos,
@@ -238,6 +243,36 @@ def begin_token(
             f"{file}: no BOS token under a usual name. Name one with --tokenizer.bos: {list(special[:40])}"
         )
     return chosen
+
+
+def separator(
+    bos: SpecialToken,
+    *,
+    eos: SpecialToken,
+    conventions: Conventions,
+    special: Sequence[str],
+    vocabulary: Mapping[str, int],
+) -> SpecialToken:
+    """Return the first token of documents for a model that adds no BOS: still BOS, unless it begins turns.
+
+    Args:
+      bos: the token that `begin_token` has chosen.
+      eos: the token that ends documents.
+      conventions: of the model; its chat template shows which tokens begin and end turns.
+      special: names of special tokens.
+      vocabulary: ids by name.
+    """
+    template = conventions.chat_template or ""
+    # The file of an earlier import names the token already.
+    if conventions.begins and conventions.begins in vocabulary:
+        source = conventions.sources.get("bos", SEPARATOR)
+        return SpecialToken(name=conventions.begins, id=vocabulary[conventions.begins], source=source)
+    # A template that does not name the token may write it as `bos_token`, before the first turn.
+    if bos.source == OPTION or bos.name not in template:
+        return bos
+    usual = (name for name in USUAL_NAMES["eos"] if name in special and name not in template)
+    name = next(usual, eos.name)
+    return SpecialToken(name=name, id=vocabulary[name], source=SEPARATOR)
 
 
 def _named(

@@ -251,7 +251,8 @@ def _shard_directory(
         data.special_tokens.value,
     )
     # The text of conversations depends on these.
-    chat = repr((tokenizer.chat_template, tokenizer.has_bos, tokenizer.unk, tokenizer.pad))
+    bos = tokenizer.has_bos if tokenizer.named_bos in (None, tokenizer.bos) else tokenizer.named_bos
+    chat = repr((tokenizer.chat_template, bos, tokenizer.unk, tokenizer.pad))
     # The key has everything that decides the content, so that changed settings never reuse old data.
     key = combined_hash("shards", str(FORMAT_VERSION), source_hash, tokenizer.hash, chat, *settings)[:32]
     final = data.cache_path / "shards" / key

@@ -25,6 +25,7 @@ import tokenizers
 from jaxtyping import Int32
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from slmjax.config import added_field
 from slmjax.data import conventions, spans
 from slmjax.data.conventions import BOS, EOS, SpecialToken
 from slmjax.data.detokenization import Detokenizer
@@ -63,6 +64,7 @@ class Tokenizer:
       ends: further tokens that end a text or a turn.
       adds_bos: the ids of any text begin with BOS.
       has_bos: False if another token takes the place of BOS: files then name none.
+      named_bos: the model's BOS, if documents begin with another token (`conventions.separator`).
       chat_template: Jinja source of a text of messages.
       unk, pad: further names, for programs that read the files.
       sources: the rules that chose "bos" and "eos", for reports.
@@ -80,6 +82,7 @@ class Tokenizer:
         ends: Sequence[str] = (),
         adds_bos: bool = True,
         has_bos: bool = True,
+        named_bos: str | None = None,
         chat_template: str | None = None,
         unk: str | None = None,
         pad: str | None = None,
@@ -92,7 +95,9 @@ class Tokenizer:
         backend.encode_special_tokens = True
         vocabulary = backend.get_vocab(with_added_tokens=True)
         if absent := [
-            name for name in (bos, eos, *ends, unk, pad) if name is not None and name not in vocabulary
+            name
+            for name in (bos, eos, named_bos, *ends, unk, pad)
+            if name is not None and name not in vocabulary
         ]:
             raise ValueError(
                 f"the vocabulary has no token {', '.join(map(repr, absent))}: add it first, with add_tokens"
@@ -110,7 +115,8 @@ class Tokenizer:
             for kind, is_own in is_default.items()
         } | dict(sources or {})
         self.adds_bos = adds_bos
-        self.has_bos = has_bos or adds_bos
+        # BOS as the model's files name it, which chat templates write; None for a model without BOS.
+        self.named_bos = (named_bos or bos) if has_bos or adds_bos else None
         self.chat_template = chat_template
         self.vocab_size = max(vocabulary.values()) + 1
         # Tables with an entry per id would fill the memory.
@@ -185,6 +191,16 @@ class Tokenizer:
     def encode_with_special(self, text: str) -> list[int]:
         """Return the ids of a text in which all names of special tokens become these tokens."""
         return self.encode_spans([self.marked_vocabulary.mark(text)], marked=True)[0].ids.tolist()
+
+    @property
+    def has_bos(self) -> bool:
+        """Whether the model's files name a BOS."""
+        return self.named_bos is not None
+
+    @property
+    def named_bos_id(self) -> int | None:
+        """The id of `named_bos`."""
+        return None if self.named_bos is None else self._backend.token_to_id(self.named_bos)
 
     @property
     def specification(self) -> dict[str, Any]:
@@ -282,18 +298,22 @@ class Tokenizer:
         specification = json.loads(self._backend.to_str())
         # Libraries that read the file add BOS as this tokenizer does.
         specification["post_processor"] = conventions.post_processor_for(
-            specification["post_processor"], bos=self.bos, bos_id=self.bos_id, adds_bos=self.adds_bos
+            specification["post_processor"],
+            bos=self.named_bos or self.bos,
+            bos_id=self.bos_id if self.named_bos_id is None else self.named_bos_id,
+            adds_bos=self.adds_bos,
         )
         (directory / "tokenizer.json").write_text(
             json.dumps(specification, indent=2, ensure_ascii=False), encoding="utf-8"
         )
         written = conventions.Conventions(
-            bos=self.bos,
+            bos=self.named_bos,
             eos=self.eos,
             unk=self.unk,
             pad=self.pad,
             ends=self.ends,
             has_bos=self.has_bos,
+            begins=None if self.bos == self.named_bos else self.bos,
             adds_bos=self.adds_bos,
             chat_template=self.chat_template,
             sources=self._sources,
@@ -309,13 +329,15 @@ class Tokenizer:
         eos: str | None = None,
         ends: Sequence[str] | None = None,
         adds_bos: bool | None = None,
+        is_for_new_model: bool = False,
         model_ids: Mapping[str, int | None] | None = None,
     ) -> "Tokenizer":
         """Read a tokenizer.json or the directory of one.
 
         BOS and EOS follow the rules of `data/conventions.py`; `model_ids` are the ids of "bos" and "eos" in
-        the model's configuration. A text begins with BOS if tokenizer_config.json specifies it, else if the
-        post-processor adds BOS or BOS is that of vocabularies made here.
+        the model's configuration. A text begins with BOS as `adds_bos` specifies, else tokenizer_config.json
+        (by add_bos_token, or by a bos_token that is null); if neither does, it does for a new model, and for
+        another if the post-processor adds BOS or BOS is that of vocabularies made here.
 
         Raises:
           ValueError: there is no such file, it is damaged, or there is no BOS or EOS.
@@ -335,11 +357,19 @@ class Tokenizer:
         known = {"vocabulary": vocabulary, "special": special, "file": file, "conventions": configured}
         end = conventions.end_token(option=eos, model=(model_ids or {}).get("eos"), **known)
         begin = conventions.begin_token(option=bos, model=(model_ids or {}).get("bos"), eos=end, **known)
+        has_bos = configured.has_bos or bos is not None
         if adds_bos is None:
             adds_bos = configured.adds_bos
-            if adds_bos is None:
-                processor = json.loads(backend.to_str())["post_processor"]
-                adds_bos = conventions.begins_with_bos(processor, bos=begin.name) or begin.name == BOS
+        if adds_bos is None and is_for_new_model:
+            adds_bos = has_bos
+        if adds_bos is None:
+            processor = json.loads(backend.to_str())["post_processor"]
+            adds_bos = conventions.begins_with_bos(processor, bos=begin.name) or begin.name == BOS
+        named = begin.name
+        if has_bos and not adds_bos:
+            begin = conventions.separator(
+                begin, eos=end, conventions=configured, special=special, vocabulary=vocabulary
+            )
         # A configured name that is not in the vocabulary has no meaning for the model.
         unk, pad = (name if name in vocabulary else None for name in (configured.unk, configured.pad))
         return cls(
@@ -347,7 +377,8 @@ class Tokenizer:
             bos=begin.name,
             eos=end.name,
             adds_bos=adds_bos,
-            has_bos=configured.has_bos or bos is not None,
+            has_bos=has_bos,
+            named_bos=named if has_bos else None,
             unk=unk,
             pad=pad,
             ends=tuple(name for name in configured.ends if name in vocabulary) if ends is None else ends,
@@ -364,6 +395,7 @@ class Tokenizer:
             ends=self.ends,
             adds_bos=self.adds_bos,
             has_bos=self.has_bos,
+            named_bos=self.named_bos,
             chat_template=self.chat_template,
             unk=self.unk,
             pad=self.pad,
@@ -518,14 +550,21 @@ class FileTokenizer(TokenizerConfig):
     bos: str | None = None
     # token that ends a document; by default the configured one, else one of the usual names
     eos: str | None = None
+    # any text begins with BOS; by default as the files specify (add_bos_token), else true
+    adds_bos: bool | None = added_field(None, before=True)
 
     @property
     def reads(self) -> Reads:
         return Reads.NOTHING
 
     def build(self, texts: Iterable[str]) -> Tokenizer:
-        # Documents begin with BOS in training, whatever the model of this file expects.
-        return Tokenizer.load(Path(self.path).expanduser(), bos=self.bos, eos=self.eos, adds_bos=True)
+        return Tokenizer.load(
+            Path(self.path).expanduser(),
+            bos=self.bos,
+            eos=self.eos,
+            adds_bos=self.adds_bos,
+            is_for_new_model=True,
+        )
 
 
 def _byte_level(model: models.Model) -> tokenizers.Tokenizer:

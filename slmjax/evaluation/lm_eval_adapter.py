@@ -43,8 +43,11 @@ class SlmjaxLM(LM):
         self.batch_size = batch_size
         tokenizer = loaded.tokenizer
         # The token before a text without a context: EOS for a model without BOS.
+        # The names of the model's files, as lm-eval has for Hugging Face models.
         self._prefix, self._prefix_id = (
-            (tokenizer.bos, tokenizer.bos_id) if tokenizer.has_bos else (tokenizer.eos, tokenizer.eos_id)
+            (tokenizer.eos, tokenizer.eos_id)
+            if tokenizer.named_bos is None or tokenizer.named_bos_id is None
+            else (tokenizer.named_bos, tokenizer.named_bos_id)
         )
 
     @property
@@ -67,7 +70,7 @@ class SlmjaxLM(LM):
         if tokenizer.chat_template is None:
             raise ValueError("this model has no chat template: leave out --apply_chat_template")
         # Templates of Hugging Face models use these two names.
-        names = {"bos_token": tokenizer.bos if tokenizer.has_bos else None, "eos_token": tokenizer.eos}
+        names = {"bos_token": tokenizer.named_bos, "eos_token": tokenizer.eos}
         last = chat_history[-1]
         # The mark finds the end of the last message in the rendered text, whatever the template adds to it.
         marked = (

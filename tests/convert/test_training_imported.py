@@ -3,6 +3,7 @@ resumed to the bit.
 """
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def losses(result: slmjax.Result) -> dict[int, float]:
 @pytest.mark.composes("mesh", "experts", "accumulation", "resume", "import or export")
 def test_training_an_imported_model(tmp_path: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     golden = read_golden("gpt_oss")
-    words = ByteTokenizer().build(())
+    words = ByteTokenizer().build(()).add_tokens(["<|im_start|>", "<|im_end|>"], special=True)
     # The first two of its layers: one with a window, one without.
     shapes = {
         name: [words.vocab_size if size == VOCAB_SIZE else size for size in shape]
@@ -47,6 +48,13 @@ def test_training_an_imported_model(tmp_path: Path, workplace: Path, monkeypatch
     }
     write_model(tmp_path / "theirs", golden["config"] | changes, shapes)
     words.save(tmp_path / "bytes")
+    conventions = {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "add_bos_token": False,
+        "chat_template": "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}",
+    }
+    (tmp_path / "bytes" / "tokenizer_config.json").write_text(json.dumps(conventions))
     import_model(tmp_path / "theirs", tmp_path / "ours", tokenizer=tmp_path / "bytes")
 
     tiny = slmjax.load_experiment(str(workplace / "tiny.py"))
@@ -77,6 +85,11 @@ def test_training_an_imported_model(tmp_path: Path, workplace: Path, monkeypatch
 
     written = export_model(whole.run_dir, tmp_path / "out", to=Target.HF)
     assert written.family == "GptOssForCausalLM"
+    for directory in (Path(whole.run_dir) / "tokenizer", tmp_path / "out"):
+        kept = json.loads((directory / "tokenizer_config.json").read_text())
+        assert conventions.items() <= kept.items()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["bos_token_id"] == words.special_ids["<|im_start|>"]
     card = (tmp_path / "out" / "model_card.md").read_text()
     assert f"| started from | {tmp_path / 'ours'} |" in card and "GptOssForCausalLM (hf)" in card
     before, after = (safetensors_files.TensorFiles(tmp_path / name) for name in ("theirs", "out"))

@@ -71,8 +71,42 @@ def test_bos_comes_first_where_the_model_wants_it(case: str, tmp_path: Path) -> 
     saved = tokenizers.Tokenizer.from_file(str(tmp_path / "again" / "tokenizer.json"))
     kept_eos = [257] if case == "template_of_eos" else []
     assert saved.encode("ab").ids == [*([256] if expected else []), *loaded.encode("ab"), *kept_eos]
-    # A run's documents begin with BOS, and so do its prompts.
-    assert FileTokenizer(path=str(tmp_path)).build([]).prompt_ids("ab")[0] == begin
+    # A run keeps what the files specify. If they specify nothing, texts of a new model begin with BOS.
+    is_specified = (
+        not (config or {}).get("add_bos_token", True) or (config or {}).get("bos_token", "") is None
+    )
+    of_run = FileTokenizer(path=str(tmp_path)).build([])
+    assert of_run.adds_bos == (expected or not is_specified) and of_run.bos_id == begin
+    assert FileTokenizer(path=str(tmp_path), adds_bos=True).build([]).prompt_ids("ab")[0] == begin
+
+
+def test_documents_do_not_begin_with_the_mark_of_a_turn(tmp_path: Path) -> None:
+    """SmolLM2-Instruct names <|im_start|> as BOS, and begins no text with it."""
+    words = (
+        ByteTokenizer().build([]).add_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"], special=True)
+    )
+    words.save(tmp_path)
+    config = {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "add_bos_token": False,
+        "chat_template": "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = FileTokenizer(path=str(tmp_path)).build([])
+    assert (loaded.bos, loaded.named_bos, loaded.adds_bos) == ("<|eos|>", "<|im_start|>", False)
+    assert "turns of a chat" in loaded.special_tokens["bos"].source
+    loaded.save(tmp_path / "run")
+    written = json.loads((tmp_path / "run" / "tokenizer_config.json").read_text())
+    assert config.items() <= written.items()
+    again = Tokenizer.load(tmp_path / "run")
+    assert (again.bos, again.named_bos, again.hash) == (loaded.bos, loaded.named_bos, loaded.hash)
+    asked = FileTokenizer(path=str(tmp_path), adds_bos=True).build([])
+    assert (asked.bos, asked.adds_bos) == ("<|im_start|>", True)
+    # A base model, whose BOS also separates documents.
+    base = config | {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(base))
+    assert FileTokenizer(path=str(tmp_path)).build([]).bos == "<|endoftext|>"
 
 
 def test_vocabularies_made_here_begin_with_bos_and_keep_their_hash(tmp_path: Path) -> None:
