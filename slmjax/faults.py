@@ -8,7 +8,7 @@ that the point is executed (at this step, in this process); with `POINT:*`, ever
 
 Points, each a call of `at`:
 
-- `run.created`: the run directory exists, and none of its files
+- `run.created`: the files of a new run are complete, and about to appear under its name
 - `step`: a train step is complete (also `taints`: the state that it returned can be made non-finite)
 - `evaluation.batch`: a batch of held-out text was evaluated
 - `log.write`: a record of the log is about to be written

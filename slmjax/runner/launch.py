@@ -18,9 +18,10 @@ from slmjax.models.definition import Definition
 from slmjax.parallel.processes import broadcast_text
 from slmjax.quantization.fake_quantization import phases_of
 from slmjax.quantization.quantizer_params import is_quantizer_param
+from slmjax.runner.session_record import begin_session
 from slmjax.runner.setup import Setup
 from slmjax.telemetry.progress import Progress
-from slmjax.telemetry.run_directory import RunDirectory, environment
+from slmjax.telemetry.run_directory import RunDirectory, RunLog, environment
 from slmjax.telemetry.trackers import Trackers
 from slmjax.training.experiment import Experiment
 from slmjax.training.recipes import copy_code
@@ -28,20 +29,24 @@ from slmjax.training.recipes import copy_code
 log = logging.getLogger(__name__)
 
 
-def new_run(experiment: Experiment) -> RunDirectory:
-    """Return a new run directory, which process 0 makes and all processes use.
+def new_run(setup: Setup, code: str | Path | None) -> RunDirectory:
+    """Return a new run directory with its description, which process 0 makes and all processes use.
 
     Raises:
-      ValueError: this process cannot see the directory.
+      ValueError: this process cannot see the directory, or process 0 could not make it.
+      OSError: in process 0, it cannot be written.
     """
     created = ""
-    if jax.process_index() == 0:
-        fingerprint = config_io.fingerprint(experiment)
-        directory = Path(experiment.run.directory)
-        run = RunDirectory.create_in(directory, name=experiment.run.name, fingerprint=fingerprint)
-        created = str(run.path)
     # Its name holds the time, so only one process can choose it.
-    path = Path(broadcast_text(created))
+    try:
+        if jax.process_index() == 0:
+            created = str(_create_run(setup, code))
+    finally:
+        # After an error too, so that the other processes do not wait for the name.
+        created = broadcast_text(created)
+    if not created:
+        raise ValueError("process 0 could not make the run directory: its error says why")
+    path = Path(created)
     if not path.is_dir():
         raise ValueError(
             f"process {jax.process_index()} does not see {path}, which process 0 made: set --run.directory "
@@ -50,11 +55,53 @@ def new_run(experiment: Experiment) -> RunDirectory:
     return RunDirectory(path, process_index=jax.process_index())
 
 
-def write_description(setup: Setup, run: RunDirectory, code: str | Path | None) -> None:
-    """Write what makes a run directory self-contained: config, model, data, environment, tokenizer, code."""
-    # Written again by each session: the files describe the settings that the run now has.
+def _create_run(setup: Setup, code: str | Path | None) -> Path:
+    settings = setup.experiment.run
+    run = RunDirectory.create_in(
+        Path(settings.directory),
+        name=settings.name,
+        fingerprint=config_io.fingerprint(setup.experiment),
+        write=lambda path: _write_description(setup, RunDirectory(path), code),
+    )
+    return run.path
+
+
+def record_session(
+    setup: Setup,
+    run: RunDirectory,
+    run_log: RunLog,
+    *,
+    step: int,
+    seconds: float,
+    code: str | Path | None,
+    is_resumed: bool,
+) -> None:
+    """Record a session that begins after `step` in the run's log; a resumed run gets its description, too.
+
+    Args:
+      setup: that of the session.
+      run: the run; only process 0 writes to it.
+      run_log: the log of this process.
+      step: steps that were trained so far.
+      seconds: wall time of the session so far.
+      code: an experiment file that replaces the run's own.
+      is_resumed: whether the run has had a session before.
+
+    Raises:
+      DamagedFile: the log of the earlier sessions cannot be read.
+    """
     if jax.process_index() != 0:
         return
+    begin_session(
+        run, run_log, setup.experiment, step=step, seconds=seconds, code=code, is_resumed=is_resumed
+    )
+    # The files describe the settings that the run now has; those of earlier sessions have their number.
+    if is_resumed:
+        _write_description(setup, run, code)
+
+
+def _write_description(setup: Setup, run: RunDirectory, code: str | Path | None) -> None:
+    """Write what makes a run directory self-contained: config, model, data, environment, tokenizer, code."""
     run.write_json("config.json", config_io.to_json(setup.experiment))
     definition = setup.programs.definition
     run.write_json("model.json", model_json(definition.config, phases=phases_of(definition)))

@@ -33,11 +33,10 @@ from slmjax.runner.launch import (
     new_run,
     open_trackers,
     print_banner,
-    write_description,
+    record_session,
 )
 from slmjax.runner.out_of_memory import explaining_out_of_memory
 from slmjax.runner.resume import is_complete, run_to_resume, tokenizer_of, warn_of_other_data
-from slmjax.runner.session_record import begin_session
 from slmjax.runner.setup import Setup, set_up, with_teachers
 from slmjax.runner.token_count import TokenCount
 from slmjax.telemetry.messages import MessageHandler
@@ -132,7 +131,7 @@ def open_session(
                 first = None if run is not None else (fresh_state(setup), TokenCount(0))
                 setup = with_teachers(setup)
             # A new run has a directory only once everything that can be refused has been accepted.
-            run = run or new_run(experiment)
+            run = run or new_run(setup, code)
             run_log = stack.enter_context(run.open_log())
             records.write_to(run_log)
             checkpointer = _open_checkpointer(stack, run, setup)
@@ -142,8 +141,8 @@ def open_session(
             first = None
             first_step = int(state.step)
             _check_resumption(run, setup, first_step)
-            begin_session(run, run_log, experiment, step=first_step, seconds=ledger.total(), code=code)
-            write_description(setup, run, code)
+            so_far = {"step": first_step, "seconds": ledger.total()}
+            record_session(setup, run, run_log, **so_far, code=code, is_resumed=resume is not None)
             trackers = stack.enter_context(open_trackers(run, experiment))
         print_banner(setup, run, source, progress, first_step)
         stack.enter_context(progress)

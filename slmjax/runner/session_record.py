@@ -1,7 +1,7 @@
 """The history of a run: a record of each session, and the files that a later session replaces.
 
-    changes = begin_session(run, run_log, experiment, step=100, seconds=12.0, code=None)
-    write_description(...)                                    # launch.py: the files of the new session
+    begin_session(run, run_log, experiment, step=100, seconds=12.0, code=None, is_resumed=True)
+    ...                                                       # then launch.py writes the new session's files
 
 The record comes first: a session that is killed between the two has trained nothing, and the files are still
 those of the steps so far. `telemetry.run_directory.sessions` reads the records.
@@ -14,13 +14,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from slmjax import config as config_io
 from slmjax.atomic_files import atomic_file
 from slmjax.stored_json import DamagedFile, read_object
 from slmjax.telemetry.run_directory import RunDirectory, RunLog, environment, plain, sessions
 from slmjax.training.experiment import Experiment, read_experiment
+from slmjax.training.recipes import MODULES
 
 log = logging.getLogger(__name__)
 
@@ -38,26 +37,26 @@ def begin_session(
     step: int,
     seconds: float,
     code: str | Path | None,
+    is_resumed: bool,
 ) -> None:
     """Record a session that begins after `step`, and keep the files of the one before it.
 
     Args:
       run: the run, with the files of the earlier session, if there is one.
-      run_log: the log of this process; only process 0 writes.
+      run_log: the log of process 0, which alone calls this.
       experiment: the settings of the session.
       step: steps that were trained so far.
       seconds: wall time of the session so far.
       code: an experiment file that replaces the run's own.
+      is_resumed: whether there was a session before.
 
     Raises:
       DamagedFile: the log of the earlier sessions cannot be read.
     """
-    if jax.process_index() != 0:
-        return
     number = 1
     changes: dict[str, tuple[Any, Any]] = {}
     environment_changes: dict[str, tuple[Any, Any]] = {}
-    if (run.path / "config.json").is_file():
+    if is_resumed:
         number = _newest_number(run.path) + 1
         before = config_io.to_json(read_experiment(run.path))
         changes = dict(differences(before, config_io.to_json(experiment)))
@@ -126,9 +125,12 @@ def _keep_files(path: Path, *, number: int, code: str | Path | None) -> None:
     for name in _FILES:
         if (path / name).is_file():
             _copy(path / name, number)
-    own = path / "experiment.py"
-    if code is not None and own.is_file() and own.read_bytes() != Path(code).read_bytes():
-        _copy(own, number)
+    # The run's own copy replaces nothing.
+    if code is not None and Path(code).resolve().parent != path.resolve():
+        if (path / "experiment.py").is_file():
+            _copy(path / "experiment.py", number)
+        if (path / MODULES).is_dir():
+            shutil.copytree(path / MODULES, path / f"{MODULES}-{number}", dirs_exist_ok=True)
 
 
 def _copy(file: Path, number: int) -> None:

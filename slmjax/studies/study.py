@@ -337,7 +337,7 @@ def _derive_member(study: Study, arm: Derived, seed: int, directory: Path, *, so
 def _earlier_run(run_parent: Path, experiment: Experiment) -> tuple[Path | None, dict[str, Any] | None]:
     """Return the newest run of this experiment that can be resumed, and its result if it ended unrecorded."""
     for run in sorted(
-        (path.parent for path in run_parent.glob("*/config.json")),
+        (path.parent for path in run_parent.glob("[!.]*/config.json")),
         key=lambda run: run.stat().st_mtime,
         reverse=True,
     ):

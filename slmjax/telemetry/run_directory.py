@@ -12,7 +12,7 @@
 Files of a run: config.json, model.json, data.json, environment.json, experiment.py (of a run from a file),
 log.jsonl (log-{i}.jsonl of process i > 0), tokenizer/, checkpoints/, result.json, and profile/ if steps were
 traced. Of a run that was resumed they describe the newest session; config-1.json, data-1.json,
-environment-1.json and, where it changed, experiment-1.py are those of the first one, and so on.
+environment-1.json and, where it was replaced, experiment-1.py are those of the first one, and so on.
 
 A run has one process per host on TPU pods and one per GPU under Slurm (docs/hosts.md). jax is imported only
 where devices are queried.
@@ -39,7 +39,7 @@ from types import TracebackType
 from typing import Any
 
 from slmjax import faults
-from slmjax.atomic_files import write_text
+from slmjax.atomic_files import atomic_directory, write_text
 from slmjax.config import ConfigError
 from slmjax.stored_json import DamagedFile, check_object, parse_json, read_object
 
@@ -56,8 +56,18 @@ class RunDirectory:
     process_index: int = 0
 
     @classmethod
-    def create_in(cls, root: Path, *, name: str, fingerprint: str) -> "RunDirectory":
-        """Create a directory in `root`, named after the experiment, the time and the config's fingerprint."""
+    def create_in(
+        cls, root: Path, *, name: str, fingerprint: str, write: Callable[[Path], None] = lambda _: None
+    ) -> "RunDirectory":
+        """Create a directory in `root`, named after the experiment, the time and the config's fingerprint.
+
+        It appears with all the files that `write(path)` writes to a hidden directory, or not at all: a run
+        that is killed here leaves no run directory without settings.
+
+        Raises:
+          ConfigError: `root` is a file.
+          OSError: the files cannot be written.
+        """
         # Only characters that are safe in a path and in a shell.
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
         base = f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}-{fingerprint[:6]}"
@@ -68,10 +78,17 @@ class RunDirectory:
         attempt = 1
         while True:
             path = root / (base if attempt == 1 else f"{base}-{attempt}")
+            attempt += 1
+            # Runs of one experiment may begin within a second, here or on another host.
+            if path.exists():
+                continue
             try:
-                path.mkdir()
-            except FileExistsError:  # two runs of one experiment within a second
-                attempt += 1
+                with atomic_directory(path) as temporary:
+                    write(temporary)
+                    faults.at("run.created")
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
             else:
                 return cls(path)
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from slmjax.parallel.batches import _sequences_of, local_sequences, place_batch
 from slmjax.parallel.hosts import Join, Meeting, how_to_join
 from slmjax.parallel.mesh import AXES, LOGICAL_DIMS, MeshConfig, make_mesh
 from slmjax.runner import launch
-from slmjax.training import recipes
+from slmjax.runner.setup import Setup
 from slmjax.training.metrics import data_checksum, named_metrics
 
 THREE = {"COORDINATOR": "node0:4321", "RANK": "1", "WORLD": "2"}
@@ -171,7 +172,10 @@ def test_a_run_directory_that_this_host_does_not_see(monkeypatch: pytest.MonkeyP
     with pytest.raises(
         ValueError, match=r"process 1 does not see .*elsewhere, which process 0 made: set --run\.directory"
     ):
-        launch.new_run(recipes.load_experiment("nano"))
+        launch.new_run(cast(Setup, None), None)
+    monkeypatch.setattr(launch, "broadcast_text", lambda _: "")
+    with pytest.raises(ValueError, match="process 0 could not make the run directory: its error says why"):
+        launch.new_run(cast(Setup, None), None)
 
 
 # Sequences --------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from slmjax.stored_json import DamagedFile
 from slmjax.telemetry.run_directory import RunDirectory, environment, sessions, sessions_of
 from slmjax.training.experiment import Experiment, RunConfig
 from slmjax.training.optim import OptimConfig
+from slmjax.training.recipes import MODULES
 
 MODEL = ModelConfig(
     embed_dim=8, stack=(LayerGroup(pattern=(BlockConfig(mixer=AttentionConfig(num_heads=2), ffn=None),)),)
@@ -25,7 +26,8 @@ FIRST = Experiment(model=MODEL, optim=OptimConfig(lr=3e-4), run=RunConfig(steps=
 def begin(run: RunDirectory, experiment: Experiment, *, step: int, code: Path | None = None) -> None:
     """Begin a session as a run does: its record, then its files."""
     with run.open_log() as log:
-        begin_session(run, log, experiment, step=step, seconds=1.5, code=code)
+        is_resumed = (run.path / "config.json").is_file()
+        begin_session(run, log, experiment, step=step, seconds=1.5, code=code, is_resumed=is_resumed)
         run.write_json("config.json", config.to_json(experiment))
         run.write_json("environment.json", environment())
         log.write("train", step=step + 1, loss=1.0)
@@ -35,11 +37,13 @@ def test_a_later_session_keeps_the_settings_of_those_before(tmp_path: Path) -> N
     run = RunDirectory(tmp_path)
     begin(run, FIRST, step=0)
     (tmp_path / "experiment.py").write_text("first")
-    (tmp_path / "code.py").write_text("second")
+    (tmp_path / MODULES).mkdir()
+    (tmp_path / MODULES / "parts.py").write_text("parts of the first")
+    (tmp_path / "elsewhere").mkdir()
     second = dataclasses.replace(FIRST, optim=OptimConfig(lr=1e-3))
-    begin(run, second, step=50, code=tmp_path / "code.py")
+    begin(run, second, step=50, code=tmp_path / "elsewhere" / "code.py")
     third = dataclasses.replace(second, run=RunConfig(steps=400))
-    begin(run, third, step=200)
+    begin(run, third, step=200, code=tmp_path / "experiment.py")
 
     changes = [session.changes for session in sessions(tmp_path)]
     assert changes == [{}, {"optim.lr": (3e-4, 1e-3)}, {"run.steps": (200, 400)}]
@@ -50,7 +54,8 @@ def test_a_later_session_keeps_the_settings_of_those_before(tmp_path: Path) -> N
     assert kept == [FIRST, second, third]
     assert json.loads((tmp_path / "environment-1.json").read_text())["packages"]["jax"]
     assert (tmp_path / "experiment-1.py").read_text() == "first"
-    assert not (tmp_path / "experiment-2.py").exists(), "the code did not change again"
+    assert (tmp_path / f"{MODULES}-1" / "parts.py").read_text() == "parts of the first"
+    assert not (tmp_path / "experiment-2.py").exists(), "the run's own copy replaces nothing"
 
 
 def test_an_environment_that_changed_is_recorded(tmp_path: Path) -> None:

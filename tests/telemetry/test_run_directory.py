@@ -17,6 +17,7 @@ from slmjax.config import ConfigError
 from slmjax.stored_json import DamagedFile
 from slmjax.telemetry import run_directory
 from slmjax.telemetry.messages import MessageHandler
+from slmjax.telemetry.report import list_runs
 from slmjax.telemetry.run_directory import (
     REDACTED,
     Category,
@@ -37,6 +38,27 @@ def test_names_are_unique_and_tell_the_experiment(tmp_path: Path) -> None:
         assert run.path.parent == tmp_path
         assert run.path.name.startswith("a-..-b-c-2")
         assert "-012345" in run.path.name
+
+
+def test_a_run_that_fails_as_it_is_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (fault,) = faults.parse("run.created=full")
+    monkeypatch.setattr(faults, "_faults", [fault])
+    name = {"name": "run", "fingerprint": "0" * 16}
+
+    def write(path: Path) -> None:
+        (path / "config.json").write_text("{}")
+
+    with pytest.raises(OSError, match="No space left"):
+        RunDirectory.create_in(tmp_path, **name, write=write)
+    assert list(tmp_path.iterdir()) == []
+    # A killed one leaves a hidden directory, which is no run.
+    (tmp_path / ".run-1.tmp").mkdir()
+    write(tmp_path / ".run-1.tmp")
+    run = RunDirectory.create_in(tmp_path, **name, write=write)
+    assert [path.name for path in run.path.iterdir()] == ["config.json"]
+    assert [item.name for item in list_runs(tmp_path)] == [run.path.name]
 
 
 def test_a_file_is_no_place_for_runs(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def list_runs(directory: str | Path) -> list[RunSummary]:
             f"there is no directory {directory}: name the one that runs are in (`slmjax train` makes them in "
             "runs)"
         )
-    runs = [_summary(path.parent) for path in directory.glob("*/config.json")]
+    runs = [_summary(path.parent) for path in directory.glob("[!.]*/config.json")]
     if not runs:
         raise ValueError(
             f"{directory} holds no run: name the directory that runs are in (`slmjax train` makes them in "
