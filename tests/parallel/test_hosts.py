@@ -4,7 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -172,10 +171,10 @@ def test_a_run_directory_that_this_host_does_not_see(monkeypatch: pytest.MonkeyP
     with pytest.raises(
         ValueError, match=r"process 1 does not see .*elsewhere, which process 0 made: set --run\.directory"
     ):
-        launch.new_run(cast(Setup, None), None)
+        launch.new_run(Setup.__new__(Setup), None)
     monkeypatch.setattr(launch, "broadcast_text", lambda _: "")
     with pytest.raises(ValueError, match="process 0 could not make the run directory: its error says why"):
-        launch.new_run(cast(Setup, None), None)
+        launch.new_run(Setup.__new__(Setup), None)
 
 
 # Sequences --------------------------------------------------------------------------------------------------
