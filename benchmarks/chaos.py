@@ -197,9 +197,7 @@ def main() -> int:
         kind, _, number = arguments.only.rpartition(":")
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / "repeated.jsonl"
-            records = campaign(
-                **options, cases=[(kind, int(number))], out=out, workers=1, loud=True
-            )
+            records = campaign(**options, cases=[(kind, int(number))], out=out, workers=1, loud=True)
     else:
         records = campaign(
             **options,

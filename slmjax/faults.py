@@ -4,7 +4,8 @@
     SLMJAX_FAULT="log.write:12@1=full" slmjax train nano            # process 1 finds a full disk at step 12
 
 A fault is `POINT[:STEP][@PROCESS]=ACTION`; several are separated by commas. It happens once, the first time
-that the point is executed (at this step, in this process); with `POINT:*`, every time.
+that the point is executed (at this step, in this process); with `POINT:*`, every time. Where a point has no
+step, STEP counts its executions in this process: `file.replace:3=kill` is the third file.
 
 Points, each a call of `at`:
 
@@ -23,6 +24,7 @@ of such a disk), `sleep` (for an hour, as a process that is stuck), and `nan` (a
 Without the variable the hook costs one comparison.
 """
 
+import collections
 import dataclasses
 import errno
 import os
@@ -96,6 +98,7 @@ def parse(text: str) -> list[Fault]:
 
 
 _faults: list[Fault] | None = None
+_executions: collections.Counter[str] = collections.Counter()  # of points without a step
 
 
 def at(point: str, step: int | None = None) -> None:
@@ -125,6 +128,9 @@ def _due(point: str, step: int | None, *, action: str | None = None) -> list[Fau
         _faults = parse(os.environ.get(VARIABLE, ""))
     if not _faults:
         return []
+    if step is None:
+        _executions[point] += 1
+        step = _executions[point]
     # `nan` is asked for by `taints` alone.
     due = [
         fault

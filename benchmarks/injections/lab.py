@@ -75,7 +75,7 @@ class Lab:
         return self.work / "text.txt"
 
     def run(self, name: str) -> Path:
-        """Return a run of the pool: `done`, `part` (killed after step 9) or `begun` (after step 2)."""
+        """Return a run of the pool: `done`, `part` (killed after checkpoint 8) or `begun` (before the first)."""
         return self.work / "pool" / name
 
     def build(self) -> None:
@@ -86,13 +86,14 @@ class Lab:
         lines = (" ".join(rng.choice(words) for _ in range(12)) for _ in range(60))
         self.text.write_text("\n".join(lines) + "\n")
         (self.work / "tiny.py").write_text(EXPERIMENT)
-        faults = {"done": "", "part": "step:9=kill", "begun": "step:2=kill"}
+        faults = {"done": "", "part": "checkpoint.verified:8=kill", "begun": "checkpoint.save:4=kill"}
         for name, fault in faults.items():
             self._train(name, fault)
         end = self._train("done", "")  # a second time, for its duration: the programs are compiled now
         self.seconds = end.seconds
         self.reference = self.trace(self.run("done"))
         steps = sorted(self.reference.losses)
+        assert len(self.reference.parameters) == 64, self.reference.parameters
         assert steps == [*range(1, STEPS + 1)], f"the reference has the steps {steps}"
 
     def _train(self, name: str, fault: str) -> End:
@@ -100,7 +101,7 @@ class Lab:
         shutil.rmtree(root, ignore_errors=True)
         shutil.rmtree(self.run(name), ignore_errors=True)
         argv = ["train", "tiny.py", "--run.directory", str(root)]
-        plan = Plan(fault=fault, in_child=functools.partial(_digest_at_end, root))
+        plan = Plan(fault=fault, at_end=functools.partial(_digest_quietly, root))
         end = session(argv, folder=self.work, plan=plan)
         expected = -9 if fault else 0
         assert end.status == expected, f"the pool cannot be made, status {end.status}: {end.output}"
@@ -129,7 +130,7 @@ class Lab:
     def resume(self, run: Path, *options: str, plan: Plan | None = None) -> End:
         """Resume a run with these options."""
         plan = plan or Plan()
-        plan = dataclasses.replace(plan, in_child=plan.in_child or functools.partial(_digest_at_end, run))
+        plan = dataclasses.replace(plan, at_end=functools.partial(_digest_quietly, run))
         return session(["train", "--resume", str(run), *options], folder=run.parent, plan=plan)
 
     def trace(self, run: Path) -> Trace:
@@ -186,7 +187,7 @@ class Lab:
         require_clean(end, activity=activity)
         if end.status != 0 and is_complete(run) and "already" in end.output:
             # It had finished before: then its parameters are read as they are.
-            end = session(["runs", str(run.parent)], folder=run.parent, plan=Plan(in_child=lambda: digest(run)))
+            end = session(["runs", str(run.parent)], folder=run.parent, plan=Plan(at_end=lambda: digest(run)))
         if end.status != 0:
             raise Defect(f"{activity}: status {end.status}: {end.output[-700:]}")
         self.require_reference(run, **options)
@@ -239,22 +240,15 @@ def digest_path(run: Path) -> Path:
 
 
 # Parameters -------------------------------------------------------------------------------------------------
-def _digest_at_end(run: Path) -> None:
-    """Arrange that this process writes the digest of a run's parameters at its end, where jax runs already."""
-    import atexit
-
-    atexit.register(functools.partial(_digest_quietly, run))
-
-
 def _digest_quietly(run: Path) -> None:
-    # A run that does not exist, or has no last checkpoint, has no digest, which the comparison reports.
+    """Write the digest of the run, or of the only run below; if there is none, the comparison reports it."""
     candidates = [run] if (run / "checkpoints").is_dir() else [*run.glob("*/")]
     for candidate in candidates:
         if (candidate / "checkpoints" / str(STEPS)).is_dir():
             try:
                 digest(candidate)
             except Exception as error:
-                digest_path(candidate).write_text(f"unreadable: {type(error).__name__}")
+                digest_path(candidate).write_text(f"unreadable: {error!r}")
 
 
 def digest(run: Path) -> None:

@@ -52,6 +52,7 @@ class Plan:
     meanwhile: tuple[float, Callable[[], None]] | None = None  # done by the campaign after so many seconds
     largest_file: int | None = None  # RLIMIT_FSIZE
     in_child: Callable[[], None] | None = None  # called in the child before the command
+    at_end: Callable[[], None] | None = None  # called in the child after it, if it has ended with status 0
     limit: float = LIMIT
     is_cold: bool = False  # a real `python -m slmjax`, imports included
 
@@ -78,6 +79,7 @@ def settings(work: Path) -> dict[str, str]:
 def prepare(work: Path) -> None:
     """Import everything that a session needs, without starting a backend."""
     os.environ.update(settings(work))
+    warnings.filterwarnings("ignore", message="Sharding info not provided")
     warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")
     import gc
     import importlib
@@ -100,7 +102,11 @@ def prepare(work: Path) -> None:
     )
     imported = {name: importlib.import_module(name) for name in modules}
     charts, peaks = (imported[name] for name in _COSTLY)
-    for module, name, value in ((charts, "png", b""), (charts, "drawing_code", ""), (peaks, "_measured", 1e11)):
+    for module, name, value in (
+        (charts, "png", b""),
+        (charts, "drawing_code", ""),
+        (peaks, "_measured", 1e11),
+    ):
         assert hasattr(module, name), f"{module.__name__}.{name} is gone: change prepare"
         setattr(module, name, functools.partial(_constant, value))
     # Objects that all sessions share are then not copied because a collection touches them.
@@ -190,9 +196,7 @@ class _Running:
         text = self.output.read_text(errors="replace") if self.output.exists() else ""
         self.output.unlink(missing_ok=True)
         answer = self.ended - self.signalled if self.signalled else 0.0
-        return End(
-            status=self.status, output=text, seconds=self.ended - self.started, answer_seconds=answer
-        )
+        return End(status=self.status, output=text, seconds=self.ended - self.started, answer_seconds=answer)
 
 
 def _follow(started: list[_Running]) -> None:
@@ -206,9 +210,7 @@ def _follow(started: list[_Running]) -> None:
                 running.act()
 
 
-def _start_cold(
-    argv: Sequence[str], environment: Mapping[str, str], *, folder: Path, output: Path
-) -> int:
+def _start_cold(argv: Sequence[str], environment: Mapping[str, str], *, folder: Path, output: Path) -> int:
     with output.open("wb") as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", "slmjax", *argv],
@@ -273,7 +275,7 @@ def _child(
             plan.in_child()
         os.write(ready, b".")
         os.close(ready)
-        status = _run(argv)
+        status = _run(argv, plan.at_end)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -295,7 +297,7 @@ def _redirect(output: Path) -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
 
 
-def _run(argv: Sequence[str]) -> int:
+def _run(argv: Sequence[str], at_end: Callable[[], None] | None) -> int:
     from slmjax import cli
 
     status = 0
@@ -310,6 +312,8 @@ def _run(argv: Sequence[str]) -> int:
     except BaseException:
         traceback.print_exc()
         status = 1
+    if status == 0 and at_end is not None:
+        at_end()
     # The end of the interpreter: other threads end first, then functions that libraries have registered.
     try:
         threading._shutdown()  # type: ignore[attr-defined]  # what the interpreter calls, by no public name

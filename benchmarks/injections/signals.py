@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.injections.lab import INTERRUPTED, Lab, is_complete, new_runs
+from benchmarks.injections.lab import INTERRUPTED, Lab, is_complete, new_runs, records
 from benchmarks.injections.sessions import End, Plan, session
 from benchmarks.injections.verdicts import Case, Defect, Outcome, require_clean, survived, tail
 
@@ -47,7 +47,9 @@ def _kill_at_point(lab: Lab, case: Case) -> Outcome:
     point = POINTS[index % len(POINTS)]
     case.describe(f"SIGKILL at {point} of a new run")
     with lab.scratch() as folder:
-        end = session(TRAIN, folder=folder, plan=Plan(fault=f"{point}=kill", environment=_own_cache(folder, point)))
+        end = session(
+            TRAIN, folder=folder, plan=Plan(fault=f"{point}=kill", environment=_own_cache(folder, point))
+        )
         return _after_kill(lab, folder, end)
 
 
@@ -155,9 +157,7 @@ def _pick(case: Case) -> signal.Signals:
     return case.rng.choice((signal.SIGTERM, signal.SIGINT))
 
 
-def _signal_anywhere(
-    lab: Lab, case: Case, *, is_doubled: bool = False, is_resumed: bool = False
-) -> Outcome:
+def _signal_anywhere(lab: Lab, case: Case, *, is_doubled: bool = False, is_resumed: bool = False) -> Outcome:
     number = _pick(case)
     # The command begins some milliseconds after the fork.
     delay = case.rng.uniform(0.03, lab.seconds)
@@ -245,10 +245,9 @@ def _after_signal(
 
 def _require_saved(run: Path) -> None:
     """Raise Defect unless an interrupted run has saved the step that its log ends with."""
-    from benchmarks.injections.lab import records
-
     steps = [record["step"] for record in records(run) if record.get("kind") == "train"]
-    last = max(steps, default=0)
+    # Not the largest: a session that was killed may have come further.
+    last = steps[-1] if steps else 0
     if last and not (run / "checkpoints" / str(last) / "MANIFEST.json").exists():
         raise Defect(f"status {INTERRUPTED}, and step {last}, the last of the log, is not saved")
 
