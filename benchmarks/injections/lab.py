@@ -1,6 +1,6 @@
 """The runs that injections break, the undisturbed reference, and the check that a run ends as it should.
 
-The model has one layer of width 16 over bytes and trains for 12 steps, with checkpoints at steps 4, 8 and 12
+The model has one layer of width 32 over bytes and trains for 12 steps, with checkpoints at steps 4, 8 and 12
 and evaluations at 6 and 12. All of a session but its first compilation takes about a second.
 """
 
@@ -39,7 +39,7 @@ def experiment():
     block = BlockConfig(mixer=AttentionConfig(num_heads=2), ffn=MlpConfig(hidden_dim=32))
     stack = (LayerGroup(pattern=(block,), repeats=1),)
     return Experiment(
-        model=ModelConfig(embed_dim=16, context_length=32, stack=stack),
+        model=ModelConfig(embed_dim=32, context_length=32, stack=stack),
         data=DataConfig(
             path="text.txt", split=Split.TAIL, heldout_fraction=0.1, sequence_length=32, batch_size=4
         ),
@@ -75,7 +75,7 @@ class Lab:
         return self.work / "text.txt"
 
     def run(self, name: str) -> Path:
-        """Return a run of the pool: `done`, `part` (killed after checkpoint 8) or `begun` (before the first)."""
+        """Return a run of the pool: `done`, `part` (killed after checkpoint 8), `begun` (before the first)."""
         return self.work / "pool" / name
 
     def build(self) -> None:

@@ -68,17 +68,14 @@ def _tainted_checkpoint(lab: Lab, case: Case) -> Outcome:
         if made.status != -9:
             # A save that checks its arrays itself is as good.
             require_clean(made, activity="saving the tainted checkpoint")
-        tainted = run / "checkpoints" / "8"
-        if tainted.is_dir():
-            tainted.rename(tainted.with_name("tainted"))
-            tainted.with_name("tainted").rename(tainted)
         end = lab.resume(run)
         return _judge(lab, run, end, accepted=[8])
 
 
 def _taint_saves(*, item: str, value: float, position: float) -> None:
-    """Change one number of what the second save of step 8 writes; called in the child."""
+    """Change one number of what the save of step 8 writes; called in the child."""
     import jax
+    import jax.numpy as jnp
     import numpy as np
     import orbax.checkpoint as ocp
 
@@ -86,9 +83,8 @@ def _taint_saves(*, item: str, value: float, position: float) -> None:
     saves = iter(range(10**6))
 
     def tainted(tree: Any, *args: Any, **kwargs: Any) -> Any:
-        names = sorted(name for name in tree if _is_of(tree, name, item))
-        # Optimizer states have leaves that parameters lack, so that an item is known by its leaves.
-        if names and _kind_of(tree) == item and next(saves) == _SAVE_OF_STEP_8:
+        if _item_of(tree) == item and next(saves) == _SAVE_OF_STEP_8:
+            names = sorted(name for name in tree if jnp.issubdtype(tree[name].dtype, jnp.floating))
             name = names[int(position * len(names))]
             array = np.array(tree[name])
             array.reshape(-1)[int(position * array.size)] = value
@@ -101,17 +97,11 @@ def _taint_saves(*, item: str, value: float, position: float) -> None:
 _SAVE_OF_STEP_8 = 2  # after those of steps 4 and 6
 
 
-def _kind_of(tree: dict[str, Any]) -> str:
-    names = list(tree)
-    if any(name.startswith(("mu/", "nu/")) or "/mu" in name or "mu" in name.split("/") for name in names):
+def _item_of(tree: dict[str, Any]) -> str:
+    """Return which item of a checkpoint a tree is, by its leaves."""
+    if any(name.endswith("/mu") for name in tree):
         return "optimizer"
-    return "model" if any("embed" in name for name in names) else "progress"
-
-
-def _is_of(tree: dict[str, Any], name: str, item: str) -> bool:
-    import jax.numpy as jnp
-
-    return jnp.issubdtype(tree[name].dtype, jnp.floating) and tree[name].ndim > 0
+    return "model" if any(name.startswith("params/") for name in tree) else "another"
 
 
 def _judge(lab: Lab, run: Path, end: End, *, accepted: list[int] | None = None) -> Outcome:
