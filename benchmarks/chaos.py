@@ -55,10 +55,9 @@ def plan(kinds: Iterable[str], injections: int) -> list[tuple[str, int]]:
     """Return kinds and numbers of a campaign, the kinds mixed so that a part of it has something of each."""
     chosen = {kind: SHARES[kind] for kind in kinds}
     total = sum(chosen.values())
-    counts = {kind: injections * share // total for kind, share in chosen.items()}
-    # What rounding has left, and at least one of each.
-    for kind in sorted(chosen, key=lambda kind: counts[kind])[: injections - sum(counts.values())]:
-        counts[kind] += 1
+    counts = {kind: max(1, injections * share // total) for kind, share in chosen.items()}
+    # What rounding has left goes to the largest.
+    counts[max(chosen, key=lambda kind: chosen[kind])] += injections - sum(counts.values())
     cases = [(number / counts[kind], kind, number) for kind in chosen for number in range(counts[kind])]
     return [(kind, number) for _, kind, number in sorted(cases)]
 

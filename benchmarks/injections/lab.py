@@ -75,15 +75,15 @@ class Lab:
         return self.work / "text.txt"
 
     def run(self, name: str) -> Path:
-        """Return a run of the pool: `done`, `part` (killed after checkpoint 8), `begun` (before the first)."""
+        """Return a run of the pool: `done`, `part` (killed after checkpoint 8), `begun` (before it)."""
         return self.work / "pool" / name
 
     def build(self) -> None:
         """Make the pool and the reference, unless an interrupted campaign has left them."""
         (self.work / "pool").mkdir(parents=True, exist_ok=True)
         rng = random.Random(0)
-        words = "the a fox dog runs over lazy river stone light moon".split()
-        lines = (" ".join(rng.choice(words) for _ in range(12)) for _ in range(60))
+        vocabulary = "the a fox dog runs over lazy river stone light moon".split()
+        lines = (" ".join(rng.choice(vocabulary) for _ in range(12)) for _ in range(60))
         self.text.write_text("\n".join(lines) + "\n")
         (self.work / "tiny.py").write_text(EXPERIMENT)
         faults = {"done": "", "part": "checkpoint.verified:8=kill", "begun": "checkpoint.save:4=kill"}

@@ -107,7 +107,7 @@ def prepare(work: Path) -> None:
         (charts, "drawing_code", ""),
         (peaks, "_measured", 1e11),
     ):
-        assert hasattr(module, name), f"{module.__name__}.{name} is gone: change prepare"
+        assert name in vars(module), f"{module.__name__}.{name} is gone: change prepare"
         setattr(module, name, functools.partial(_constant, value))
     # Objects that all sessions share are then not copied because a collection touches them.
     gc.freeze()
