@@ -19,6 +19,7 @@ from slmjax import losses
 from slmjax.checkpoints import safetensors_files
 from slmjax.checkpoints.model_file import read_config, read_quant_phases
 from slmjax.checkpoints.run_checkpoints import CheckpointConfig, Checkpointer
+from slmjax.checkpoints.step_directories import newest_step
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.formats.coding import Encoded
 from slmjax.models.architecture import ModelConfig
@@ -204,9 +205,8 @@ def phase_step(path: Path, step: int | None) -> int | None:
     if safetensors_files.is_imported(path):
         return None
     if step is None:
-        # Names alone, without opening a checkpoint: which phase holds must be known before its shapes are.
-        entries = (path / "checkpoints").glob("*")
-        step = max((int(entry.name) for entry in entries if entry.name.isdigit()), default=None)
+        # Without verifying a checkpoint: which phase holds must be known before its shapes are.
+        step = newest_step(path / "checkpoints")
     return None if step is None else max(step - 1, 0)
 
 

@@ -1,39 +1,56 @@
 """Checkpoints of a run: saved in the background, verified when read, with fallback to older ones.
 
-A run's `checkpoints/` has one directory per step, written by Orbax with one entry per layer
-(`definition.unstack`), so that it can be restored with another grouping of layers, mesh or number of hosts.
-Orbax detects neither a flipped bit nor an incomplete copy, and takes the highest number as the latest. So the
-SHA-256 of every file is written to `MANIFEST.json` after the commit, and checked before a restore. A damaged
-checkpoint is renamed to `STEP.bad`, and the next older one is used.
+A run's `checkpoints/` has one directory per step (`step_directories.py`), written by Orbax with one entry per
+layer (`definition.unstack`), so that it can be restored with another grouping of layers, mesh or number of
+hosts. Orbax detects neither a flipped bit nor an incomplete copy, and takes the highest number as the latest.
+So it writes to `STEP.saving`, where the manifest with the SHA-256 of every file is added (`manifest.py`), and
+the directory is then renamed to `STEP`: after a kill, a checkpoint has its manifest, or is none.
+
+Only a run that resumes changes anything here: it sets damaged checkpoints aside as `STEP.bad`, and removes
+what killed saves have left. Everything else only reads.
 """
 
 import dataclasses
 import functools
-import itertools
-import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from slmjax import faults
-from slmjax.checkpoints.selection import best_of, is_better
-from slmjax.data.shards import file_sha256
+from slmjax.checkpoints import best_checkpoint
+from slmjax.checkpoints.arrays import (
+    CheckpointError,
+    Items,
+    describe,
+    first_not_finite,
+    read_arrays,
+    read_some,
+)
+from slmjax.checkpoints.manifest import write_manifest
+from slmjax.checkpoints.step_directories import (
+    Stored,
+    diverged_states,
+    free_name,
+    problem_of,
+    remains,
+    set_aside,
+    stored_steps,
+    to_prune,
+)
 from slmjax.models.architecture import ModelConfig
-from slmjax.models.definition import restack, stored_shapes, unstack
-from slmjax.quantization.quantizer_params import is_sign
-from slmjax.telemetry.run_directory import read_log, write_json
+from slmjax.models.definition import unstack
+from slmjax.parallel.processes import broadcast_text
+from slmjax.stored_json import DamagedFile
 
 log = logging.getLogger(__name__)
-MANIFEST = "MANIFEST.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,18 +68,21 @@ class CheckpointConfig:
             )
 
 
-class CheckpointError(ValueError):
-    """No checkpoint can be restored, or it belongs to another model."""
+class NoIntactCheckpoint(CheckpointError):
+    """There are no checkpoints, or none is intact."""
 
 
-Items = Mapping[str, Any]  # named trees of arrays: "model", "optimizer", "ema", "progress", "codes"
+MOST_CANDIDATES = 40  # newest checkpoints among which a run looks for an intact one
+MOST_BYTES = 1000  # of a text that processes exchange
 
 
 class Checkpointer:
     """Writes and reads the checkpoints of one run. Close it, or the last save may be incomplete.
 
     Attributes:
-      failures: step and reason of each save that failed, in order.
+      last_saved: the newest step whose checkpoint is complete on disk, saved or resumed from here, as of the
+        last `wait`.
+      failures: step and reason of each save that failed, in order, as of the last `wait`.
     """
 
     def __init__(self, directory: Path, *, model: ModelConfig, config: CheckpointConfig) -> None:
@@ -70,167 +90,336 @@ class Checkpointer:
         self.directory = directory.absolute()
         self.model = model
         self.config = config
+        self.last_saved: int | None = None
+        self.failures: list[tuple[int, str]] = []
         # Otherwise the threads of a save whose directory cannot be created wait for it, and keep the process
         # alive, for five minutes.
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
-        # One thread, so that manifests are written and old checkpoints pruned in the order of the saves.
+        # One thread, so that checkpoints are completed and old ones pruned in the order of the saves.
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
-        self.failures: list[tuple[int, str]] = []
-        self._last_saved: int | None = None
+        self._pending: tuple[int, Future[str]] | None = None
         # Compiled: one program copies all layers, instead of an operation for each.
         self._unstack = jax.jit(functools.partial(unstack, model))
+        # Retention: the checkpoint from before this session, until two good ones of the session exist, and
+        # whether checkpoints are intact, by step.
+        self._resumed_from: Stored | None = None
+        self._num_good = 0
+        self._is_intact: dict[int, bool] = {}
+        self._named: set[Any] = set()  # what was warned of, once
 
-    def save(self, step: int, items: Items, *, best_loss: float | None = None) -> None:
+    # Saving -------------------------------------------------------------------------------------------------
+    def save(
+        self, step: int, items: Items, *, best_loss: float | None = None, diverged: bool = False
+    ) -> None:
         """Start a save; returns once the arrays are copied. A failed save is logged, not raised.
+
+        A state with a value that is not finite is not saved.
 
         Args:
           best_loss: the validation loss, if it is the best so far. The checkpoint is marked as the best once
             it is complete; until then the old one is.
+          diverged: the run ends because it diverged. The state is kept as `STEP.diverged`, which no run
+            resumes from, and the checkpoints that led to it are removed.
         """
         self.wait()
+        if reason := _first_reason(self._obstacle(step, items)):
+            self._give_up(step, reason)
+            self.failures.append((step, reason))
+            return
         # Copies, so that training may donate its own arrays to the next step while these are written.
         stored = {name: self._unstack(tree) for name, tree in items.items()}
         entries = {name: ocp.args.StandardSave(tree) for name, tree in stored.items()}
         # Shapes and dtypes are compared before a restore, whose own errors do not name the parameter.
-        leaves = {name: _describe(tree) for name, tree in stored.items()}
+        leaves = {name: describe(tree) for name, tree in stored.items()}
         arguments = ocp.args.Composite(**entries, meta=ocp.args.JsonSave({"step": step, "leaves": leaves}))
+        save = _Save(
+            step=step,
+            path=self.directory / (f"{step}.diverged" if diverged else str(step)),
+            skipped_in_a_row=int(items.get("progress", {}).get("skipped_in_a_row", 0)),
+            best_loss=best_loss,
+            diverged=diverged,
+        )
         try:
-            faults.at("checkpoint.save", step)
-            self._orbax.save(self.directory / str(step), args=arguments, force=True)
+            self._orbax.save(save.temporary, args=arguments, force=True)
         except (OSError, ValueError, RuntimeError) as error:
             self._give_up(step, error)
+            self.failures.append((step, _text(error)))
             return
         # The manifest needs complete files: it is written by a thread that waits for the commit.
-        self._pending = self._finisher.submit(self._finish, step, best_loss)
+        self._pending = (step, self._finisher.submit(self._finish, save))
 
-    @property
-    def last_saved(self) -> int | None:
-        """The newest step whose checkpoint is complete on disk: saved here, or restored for training."""
-        return self._last_saved
+    def _obstacle(self, step: int, items: Items) -> str:
+        """Return why a save cannot succeed, or nothing; found before processes wait for each other."""
+        try:
+            faults.at("checkpoint.save", step)
+            if name := first_not_finite(items):
+                return f"{name} is not finite"
+            if jax.process_index() == 0:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
+                free = shutil.disk_usage(self.directory).free
+                # Arrays are compressed: floating-point numbers of a trained model by about a tenth.
+                if free < size / 4:
+                    return f"{free / 1e6:,.1f} MB are free, and it has {size / 1e6:,.1f} MB"
+        except OSError as error:
+            return _text(error)
+        return ""
+
+    def _finish(self, save: "_Save") -> str:
+        """Complete a save once Orbax has written it, in the background. Return why it failed, or nothing."""
+        try:
+            self._orbax.wait_until_finished()
+            faults.at("checkpoint.committed", save.step)
+            # One process writes to the shared directory.
+            if jax.process_index() == 0:
+                write_manifest(save.temporary, step=save.step, skipped_in_a_row=save.skipped_in_a_row)
+                # What has this name already is foreign, or was damaged: it is not overwritten.
+                if save.path.exists() and not (save.path.is_dir() and not any(save.path.iterdir())):
+                    self._set_aside(save.path)
+                save.temporary.replace(save.path)
+        except Exception as error:  # of any class: this is a thread, and the run goes on without the save
+            self._give_up(save.step, error)
+            return _text(error)
+        try:
+            faults.at("checkpoint.verified", save.step)
+            if jax.process_index() == 0:
+                if save.best_loss is not None:
+                    best_checkpoint.write(self.directory, save.step, save.best_loss)
+                self._prune(save)
+        except Exception as error:
+            log.warning(
+                "checkpoint %d is saved, but older ones were not removed: %s", save.step, _text(error)
+            )
+        return ""
+
+    def _prune(self, save: "_Save") -> None:
+        """Delete checkpoints that are no longer needed; called once a new one is complete."""
+        # Pruned last, so that there is always one to return to.
+        self._is_intact[save.step] = True
+        self._num_good += not save.diverged and save.skipped_in_a_row == 0
+        stored = stored_steps(self.directory)
+        pruned = []
+        if save.diverged:
+            pruned = [one for one in diverged_states(self.directory) if one.step != save.step]
+            pruned += self._leading_to(save, stored)
+        else:
+            best = self.best()
+            protected = {best[0]} if best else set()
+            # The state that a session began with stays until two of its own have followed: the second shows
+            # that the first could still be trained.
+            if self._resumed_from is not None and self._num_good < 2:
+                protected.add(self._resumed_from.step)
+            pruned = to_prune(
+                stored,
+                newest=save.step,
+                keep=self.config.keep,
+                protected=protected,
+                is_intact=self._verify,
+            )
+        for one in pruned:
+            if not one.problem:
+                shutil.rmtree(one.path, ignore_errors=True)
+        self._name_foreign([one for one in stored if one.is_foreign])
+
+    def _leading_to(self, save: "_Save", stored: list[Stored]) -> list[Stored]:
+        """Return the checkpoints with which a run was about to diverge, where an earlier one remains."""
+        # A state is sound if a step after it was finite. The one that the session began with counts as sound:
+        # it was made with the settings from before.
+        begins = save.step - save.skipped_in_a_row
+        first = None if self._resumed_from is None else self._resumed_from.step
+        last_sound = begins if begins == first else begins - 1
+        own = [one for one in stored if not one.problem and one.step <= save.step]
+        earlier = any(one.step <= last_sound and self._verify(one) for one in own)
+        return [one for one in own if one.step > last_sound] if earlier else []
+
+    def _verify(self, stored: Stored) -> bool:
+        """Return whether a checkpoint is intact; those from before this session are read once."""
+        if stored.step not in self._is_intact:
+            self._is_intact[stored.step] = not problem_of(stored)
+        return self._is_intact[stored.step]
+
+    def _set_aside(self, path: Path) -> None:
+        """Rename a damaged checkpoint, so that its step can be saved again."""
+        path.rename(free_name(path))
+
+    def _name_foreign(self, stored: list[Stored]) -> None:
+        """Warn of directories that are no checkpoints of this run, once of each."""
+        for one in stored:
+            if one.path not in self._named:
+                self._named.add(one.path)
+                log.warning("%s is no checkpoint of this run (%s): it is left alone", one.path, one.problem)
+
+    def _give_up(self, step: int, error: Exception | str) -> None:
+        """Log a failed save and delete its remains. The run and older checkpoints are not affected."""
+        reason = error if isinstance(error, str) else _text(error)
+        log.error("checkpoint %d was NOT saved: %s. Older checkpoints are kept", step, reason)
+        # A full disk is the usual cause, and the remains would fill it further.
+        for path in remains(self.directory):
+            if path.name.startswith(f"{step}."):
+                shutil.rmtree(path, ignore_errors=True)
 
     def wait(self) -> None:
-        """Wait until a running save has ended: `last_saved` and `failures` then include it. Never raises."""
-        pending = self._pending
-        self._pending = None
-        if pending is not None:
-            pending.result()
+        """Wait until a running save has ended; every process calls it. A failed save is not raised."""
+        self._settle(agree=True)
 
     def close(self) -> None:
-        """Wait for a running save and end the threads. A failed save is in `failures`, and not raised."""
-        self.wait()
+        """Wait for a running save and end the threads. A failed save is not raised."""
+        # A process whose run has failed closes without the others, and must not wait for their answer.
+        self._settle(agree=False)
         self._finisher.shutdown()
         try:
             self._orbax.close()
         except (OSError, ValueError, RuntimeError) as error:
-            # Its own wait reports the failure of a save a second time.
+            # Orbax reports the failure of a save a second time.
             log.debug("closing the checkpointer: %s", error)
 
+    def _settle(self, *, agree: bool) -> None:
+        if self._pending is None:
+            return
+        step, result = self._pending
+        self._pending = None
+        reason = result.result()
+        # Process 0 completes the checkpoint, so it alone knows.
+        reason = broadcast_text(_shortened(reason)) if agree else reason
+        if reason:
+            self.failures.append((step, reason))
+        else:
+            self.last_saved = step
+
+    # The best -----------------------------------------------------------------------------------------------
     def mark_best(self, step: int, loss: float) -> None:
         """Mark the checkpoint of `step` as the best by validation loss: retention keeps it."""
         self.wait()
         # One process writes to the shared directory.
         if jax.process_index() == 0 and step in self.steps():
-            self._note_best(step, loss)
-
-    def _note_best(self, step: int, loss: float) -> None:
-        if is_better(loss, None):
-            write_json(self.directory / "best.json", {"step": step, "loss": loss})
+            best_checkpoint.write(self.directory, step, loss)
 
     def best(self) -> tuple[int, float] | None:
         """Return step and loss of the best checkpoint; None if it is gone or its loss is not finite."""
-        path = self.directory / "best.json"
-        if not path.exists():
+        try:
+            return best_checkpoint.read_present(self.directory)
+        except DamagedFile as error:
+            if error.args not in self._named:
+                self._named.add(error.args)
+                log.warning("%s", error)
             return None
-        best = json.loads(path.read_text())
-        # It is gone if the run was killed during its save, or it was damaged: a new best is then found.
-        is_present = best["step"] in self.steps() and is_better(float(best["loss"]), None)
-        return (int(best["step"]), float(best["loss"])) if is_present else None
 
-    def forget_best(self) -> None:
-        """Delete the mark of the best checkpoint, so that later evaluations select a new one."""
-        if jax.process_index() == 0:
-            (self.directory / "best.json").unlink(missing_ok=True)
-
-    def repair_best(self, log_path: Path) -> None:
-        """Replace a best checkpoint whose loss is not finite by the best with a finite loss in the log.
-
-        Earlier versions marked a loss of NaN as the best, and no later one was lower.
-        """
-        path = self.directory / "best.json"
-        if (
-            jax.process_index() != 0
-            or not path.exists()
-            or is_better(float(json.loads(path.read_text())["loss"]), None)
-        ):
-            return
-        # Only checkpoints that still exist, and evaluations on the sample that the best is selected by.
-        losses = {}
-        for record in read_log(log_path, kind="eval") if log_path.exists() else []:
-            if record["step"] in self.steps() and not record.get("complete"):
-                losses[record["step"]] = float(record["loss"])
-        path.unlink()
-        if (step := best_of(losses)) is not None:
-            self._note_best(step, losses[step])
-        replacement = (
-            "no checkpoint with a finite loss is left"
-            if step is None
-            else f"of those left, checkpoint {step} is the best"
-        )
-        log.warning(
-            "the best checkpoint in %s had a loss that is not finite: %s", self.directory, replacement
-        )
+    # Reading ------------------------------------------------------------------------------------------------
+    def is_empty(self) -> bool:
+        """Return whether nothing that was saved is here: no checkpoint, damaged, set aside or diverged."""
+        return not any(look(self.directory) for look in (stored_steps, diverged_states, set_aside))
 
     def steps(self) -> list[int]:
-        """Return the steps with a committed checkpoint, oldest first."""
-        if not self.directory.is_dir():
-            return []
-        # Orbax writes to a directory with a suffix and renames it: a plain number is a committed save.
-        return sorted(
-            int(entry.name) for entry in self.directory.iterdir() if entry.is_dir() and entry.name.isdigit()
+        """Return the steps with a checkpoint, oldest first. Their files are not verified."""
+        return [stored.step for stored in stored_steps(self.directory) if not stored.problem]
+
+    def resume(self, like: Items) -> tuple[int, dict[str, Any]]:
+        """Restore the newest intact checkpoint to train on. Every process calls it.
+
+        Damaged ones that are newer are set aside, and what killed saves have left is removed.
+
+        Args:
+          like: trees of arrays or shapes, whose shardings the result has.
+
+        Raises:
+          NoIntactCheckpoint: there is none.
+          CheckpointError: its parameters, shapes or dtypes are those of another model.
+        """
+        self.wait()
+        if jax.process_index() == 0:
+            for path in remains(self.directory):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        refused = []
+        for candidate in self._candidates():
+            problem = _agreed(functools.partial(problem_of, candidate))
+            if not problem:
+                items = self._read(candidate, like, whole=True)
+                if name := first_not_finite(items):
+                    problem = f"{name} is not finite"
+            if problem:
+                refused.append(dataclasses.replace(candidate, problem=problem))
+                continue
+            for one in refused:
+                self._pass_over(one)
+            self._resumed_from = candidate
+            self._is_intact[candidate.step] = True
+            self.last_saved = candidate.step
+            return candidate.step, items
+        raise NoIntactCheckpoint(self._nothing_intact(refused))
+
+    def _pass_over(self, stored: Stored) -> None:
+        """Set a damaged checkpoint aside, and leave a foreign one alone; both are logged."""
+        if stored.is_foreign:
+            self._name_foreign([stored])
+            return
+        log.warning(
+            "checkpoint %d in %s is damaged (%s): set aside", stored.step, self.directory, stored.problem
         )
+        if jax.process_index() == 0:
+            self._set_aside(stored.path)
 
     def restore(
         self, like: Items, *, step: int | None = None, whole: bool = True
     ) -> tuple[int, dict[str, Any]]:
-        """Restore the newest intact checkpoint, or that of `step`.
+        """Read the newest intact checkpoint, or that of `step`; nothing on disk is changed.
+
+        The state with which a run diverged is read only by its step, or where there is no other.
 
         Args:
           like: trees of arrays or shapes, whose shardings the result has.
           whole: False to read only the leaves in `like`, by logical path.
 
         Raises:
-          CheckpointError: there is none, or its parameters, shapes or dtypes are those of another model.
+          NoIntactCheckpoint: there is none, or that of `step` is damaged.
+          CheckpointError: it does not exist, or its parameters, shapes or dtypes are those of another model.
         """
         self.wait()
-        known = self.steps()
-        if step is not None and step not in known:
-            raise CheckpointError(
-                f"{self.directory} has no checkpoint of step {step}: it has "
-                f"{', '.join(map(str, known)) or 'none'}"
-            )
-        for candidate in reversed(known) if step is None else [step]:
-            problem = _agreed(functools.partial(self._problem, candidate))
+        candidates = [*self._candidates(), *reversed(diverged_states(self.directory))]
+        if step is not None:
+            known = [one.step for one in reversed(candidates) if not one.is_foreign]
+            candidates = [one for one in candidates if one.step == step and not one.is_foreign]
+            if not candidates:
+                raise CheckpointError(
+                    f"{self.directory} has no checkpoint of step {step}: it has "
+                    f"{', '.join(map(str, known)) or 'none'}"
+                )
+        refused = []
+        for candidate in candidates:
+            problem = _agreed(functools.partial(problem_of, candidate))
             if not problem:
-                try:
-                    items = self._read(candidate, like, whole=whole)
-                    self._last_saved = candidate
-                    return candidate, items
-                except Exception as error:  # Orbax has no class of its own for what it cannot read
-                    # A checkpoint that matches its manifest is not damaged; nor is one of another model.
-                    if (
-                        isinstance(error, CheckpointError)
-                        or (self.directory / str(candidate) / MANIFEST).exists()
-                    ):
-                        raise
-                    problem = f"{type(error).__name__} while reading it"
-            log.warning("checkpoint %d in %s is damaged (%s): set aside", candidate, self.directory, problem)
-            if jax.process_index() == 0:
-                self._set_aside(candidate)
-        raise CheckpointError(
-            f"no intact checkpoint in {self.directory}: a run has one once its first save is complete"
-        )
+                for one in refused:
+                    log.warning("checkpoint %s in %s is damaged (%s): an older one is read", *one)
+                return candidate.step, self._read(candidate, like, whole=whole)
+            if candidate.is_foreign:
+                self._name_foreign([candidate])
+            else:
+                refused.append((candidate.path.name, self.directory, problem))
+        raise NoIntactCheckpoint(self._nothing_intact([]))
+
+    def _candidates(self) -> list[Stored]:
+        """Return what may be the newest checkpoint, newest first: the same in every process."""
+        # Process 0 may be about to rename some of them.
+        stored = {one.path.name: one for one in stored_steps(self.directory)}
+        names = _agreed(lambda: " ".join(list(stored)[: -MOST_CANDIDATES - 1 : -1]))
+        return [stored[name] for name in names.split() if name in stored]
+
+    def _nothing_intact(self, refused: list[Stored]) -> str:
+        """Describe all that there is, and what is wrong with it."""
+        problems = {one.path: one.problem for one in refused}
+        descriptions = []
+        for stored in [*stored_steps(self.directory), *set_aside(self.directory)]:
+            problem = problems.get(stored.path) or problem_of(stored)
+            way_out = f"it is intact: rename it to {stored.step} to resume from it"
+            descriptions.append(f"{stored.path.name}: {problem or way_out}")
+        for stored in diverged_states(self.directory):
+            descriptions.append(
+                f"{stored.path.name}: with this state the run diverged; rename it to {stored.step} to resume "
+                "from it"
+            )
+        if not descriptions:
+            return f"no intact checkpoint in {self.directory}: a run has one once its first save is complete"
+        return f"no intact checkpoint in {self.directory}. {'; '.join(descriptions)}"
 
     def read_some(
         self, step: int, item: str, tree_shapes: Mapping[str, jax.ShapeDtypeStruct]
@@ -239,166 +428,68 @@ class Checkpointer:
 
         The checkpoint must have been restored before, and so verified.
         """
-        path = self.directory / str(step)
+        path = self._path(step)
         if not self.has(step, item):
             return None
         # Arrays of another shape are treated as absent: they belong to another version.
         stored = self._meta(path)["leaves"].get(item, {})
-        if any(stored.get(name) != described for name, described in _describe(tree_shapes).items()):
+        if any(stored.get(name) != described for name, described in describe(tree_shapes).items()):
             return None
-        return _read_some(path / item, dict(tree_shapes))
+        return read_some(path / item, dict(tree_shapes))
 
     def has(self, step: int, item: str) -> bool:
         """Return whether the checkpoint of `step` has this item."""
-        return (self.directory / str(step) / item).is_dir()
+        return (self._path(step) / item).is_dir()
 
-    def _read(self, step: int, like: Items, *, whole: bool) -> dict[str, Any]:
+    def _path(self, step: int) -> Path:
         path = self.directory / str(step)
-        meta = self._meta(path)
-        shapes = {name: stored_shapes(self.model, tree) for name, tree in like.items()}
-        signs: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}  # that an older version did not keep
-        for name, tree_shapes in shapes.items():
-            stored = meta["leaves"].get(name, {})
-            stored = stored if whole else {leaf: stored[leaf] for leaf in tree_shapes if leaf in stored}
-            signs[name] = {
-                leaf: tree_shapes.pop(leaf) for leaf in [*tree_shapes] if is_sign(leaf) and leaf not in stored
-            }
-            _check_leaves(name, stored=stored, expected=_describe(tree_shapes), path=path)
-        if not whole:
-            some = {
-                name: _read_some(path / name, tree) | _positive(signs[name]) for name, tree in shapes.items()
-            }
-            return {name: restack(self.model, some[name], like=tree) for name, tree in like.items()}
-        read = self._orbax.restore(
-            path,
-            args=ocp.args.Composite(
-                **{name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
-            ),
-        )
-        # Layers are stacked in one program, whose outputs have the requested shardings.
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+        diverged = self.directory / f"{step}.diverged"
+        return diverged if diverged.is_dir() and not path.is_dir() else path
 
-        def build(stored: dict[str, Any]) -> dict[str, Any]:
-            whole = {name: {**leaves, **_positive(signs[name])} for name, leaves in stored.items()}
-            return {name: restack(self.model, whole[name], like=tree) for name, tree in like.items()}
-
-        return jax.jit(build, out_shardings=shardings)({name: read[name] for name in like})
+    def _read(self, stored: Stored, like: Items, *, whole: bool) -> dict[str, Any]:
+        leaves = self._meta(stored.path)["leaves"]
+        return read_arrays(self._orbax, stored.path, like, leaves=leaves, model=self.model, whole=whole)
 
     def _meta(self, path: Path) -> dict[str, Any]:
         """Read the metadata of the arrays."""
         return self._orbax.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
-    def _problem(self, step: int) -> str:
-        """Describe the damage of a checkpoint on disk; empty if it is intact."""
-        path = self.directory / str(step)
-        # Checked first, since without a manifest these directories are the only sign of a complete save.
-        if not (path / "meta").is_dir() or not (path / "model").is_dir():
-            return "incomplete"
-        if not (path / MANIFEST).exists():
-            log.warning(
-                "checkpoint %d has no %s (the run was stopped right after the save): restored unverified",
-                step,
-                MANIFEST,
-            )
-            return ""
-        try:
-            expected = json.loads((path / MANIFEST).read_text())
-            actual = _digests(path)
-        except (OSError, ValueError) as error:
-            return f"unreadable: {error}"
-        # Files that the manifest does not list are harmless.
-        changed = sorted(name for name in expected if actual.get(name) != expected[name])
-        return f"{len(changed)} file(s) missing or changed, first {changed[0]}" if changed else ""
 
-    def _finish(self, step: int, best_loss: float | None) -> None:
-        """Write the manifest once the save is committed, mark the best and prune; runs in the background."""
-        try:
-            self._orbax.wait_until_finished()
-            faults.at("checkpoint.committed", step)
-            if jax.process_index() == 0:
-                path = self.directory / str(step)
-                write_json(path / MANIFEST, _digests(path))
-            self._last_saved = step
-            faults.at("checkpoint.verified", step)
-            if jax.process_index() == 0:
-                if best_loss is not None:
-                    self._note_best(step, best_loss)
-                self._prune()
-        except Exception as error:  # of any class: this is a thread, and the run goes on without the save
-            self._give_up(step, error)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Save:
+    """A save that is under way."""
 
-    def _set_aside(self, step: int) -> None:
-        """Rename a damaged checkpoint, so that no later restore tries it and its step can be saved again."""
-        # The same step may be damaged twice: nothing is overwritten, so that the files can be examined.
-        existing = {entry.name for entry in self.directory.iterdir()}
-        names = (f"{step}.bad{count or ''}" for count in itertools.count())
-        (self.directory / str(step)).rename(
-            self.directory / next(name for name in names if name not in existing)
-        )
+    step: int
+    path: Path  # of the checkpoint, once it is complete
+    skipped_in_a_row: int
+    best_loss: float | None
+    diverged: bool
 
-    def _prune(self) -> None:
-        # Pruned only after a new checkpoint is complete, so that there is always one to return to.
-        best = self.best()
-        to_keep = {*self.steps()[-self.config.keep :], *([best[0]] if best else [])}
-        for step in set(self.steps()) - to_keep:
-            shutil.rmtree(self.directory / str(step), ignore_errors=True)
-
-    def _give_up(self, step: int, error: Exception) -> None:
-        """Log a failed save and delete its remains. The run and older checkpoints are not affected."""
-        self.failures.append((step, str(error) or type(error).__name__))
-        log.error(
-            "checkpoint %d was NOT saved: %s. Training continues; free disk space or change --run.directory",
-            step,
-            error,
-        )
-        # A full disk is the usual cause, and the remains would fill it further.
-        for remains in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(remains, ignore_errors=True)
+    @property
+    def temporary(self) -> Path:
+        """The directory that is renamed when it is complete."""
+        return self.path.with_name(f"{self.path.name}.saving")
 
 
-def _describe(tree: Mapping[str, Any]) -> dict[str, str]:
-    return {name: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for name, leaf in tree.items()}
+# Several processes ------------------------------------------------------------------------------------------
+def _text(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
-def _check_leaves(item: str, *, stored: Mapping[str, str], expected: Mapping[str, str], path: Path) -> None:
-    """Refuse a checkpoint of another model: Orbax would cast a dtype silently."""
-    names = stored.keys() | expected.keys()
-    differing = sorted(name for name in names if stored.get(name) != expected.get(name))
-    if differing:
-        name = differing[0]
-        raise CheckpointError(
-            f"{path} does not fit this experiment: {item} {name} is {stored.get(name, 'absent')} in the "
-            f"checkpoint and {expected.get(name, 'absent')} in the model ({len(differing)} differ). Use the "
-            "model and optimizer it was trained with"
-        )
+def _agreed(answer: Callable[[], str]) -> str:
+    """Return the first process's answer in every process: they must not restore different steps."""
+    return broadcast_text(_shortened(answer()) if jax.process_index() == 0 else "")
 
 
-def _positive(signs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    return {name: jnp.ones(leaf.shape, leaf.dtype) for name, leaf in signs.items()}
-
-
-def _read_some(path: Path, tree_shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """Read some of an item's arrays; the handler that wrote them reads all or none."""
-    if not tree_shapes:
-        return {}
-    restore_args = ocp.checkpoint_utils.construct_restore_args(tree_shapes)
-    # The two handlers share their layout of files.
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.restore(
-            path, args=ocp.args.PyTreeRestore(tree_shapes, restore_args=restore_args, partial_restore=True)
-        )
-
-
-def _digests(path: Path) -> dict[str, str]:
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
-    return {str(file.relative_to(path)): file_sha256(file) for file in files}
-
-
-def _agreed(problem: Any) -> str:
-    """Return the first process's answer on every process: they must not restore different steps."""
+def _first_reason(mine: str) -> str:
+    """Return the answer of the first process that has one, in every process."""
     if jax.process_count() == 1:
-        return problem()
-    # A broadcast needs arrays of the same size on every process.
-    mine = problem().encode()[:200] if jax.process_index() == 0 else b""
-    padded = np.frombuffer(mine.ljust(200, b" "), np.uint8)
-    return bytes(multihost_utils.broadcast_one_to_all(padded)).decode(errors="replace").strip()
+        return mine
+    padded = np.frombuffer(_shortened(mine).encode().ljust(MOST_BYTES, b"\0"), np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    answers = (bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows)
+    return next(filter(None, answers), "")
+
+
+def _shortened(text: str) -> str:
+    return text.encode()[:MOST_BYTES].decode(errors="ignore")

@@ -7,14 +7,15 @@ from typing import Any
 import jax
 
 from slmjax.checkpoints.loading import read_config, read_fitted
-from slmjax.checkpoints.run_checkpoints import Checkpointer
+from slmjax.checkpoints.run_checkpoints import Checkpointer, NoIntactCheckpoint
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.distill import layers
 from slmjax.models.definition import define
 from slmjax.parallel.processes import process_zero_first
-from slmjax.runner.resume import check_best
+from slmjax.runner.resume import check_best, steps_saved
 from slmjax.runner.setup import Setup, log
 from slmjax.runner.token_count import TokenCount, read_count
+from slmjax.telemetry.run_directory import RunDirectory
 from slmjax.training.experiment import FromTeacherLayers
 from slmjax.training.state import TrainState, init_state
 
@@ -110,19 +111,46 @@ def _layers_of(
     )
 
 
-def restored_state(setup: Setup, checkpointer: Checkpointer) -> tuple[TrainState, TokenCount]:
+def restored_state(
+    setup: Setup, checkpointer: Checkpointer, *, restart: bool = False
+) -> tuple[TrainState, TokenCount]:
     """Return the state and the count of trained targets of a run's newest intact checkpoint.
 
     A run that was killed before its first checkpoint begins again at step 0.
 
+    Args:
+      restart: begin again at step 0 too where checkpoints are gone or none is intact.
+
     Raises:
-      CheckpointError: there are checkpoints, and none is intact.
+      NoIntactCheckpoint: the run had checkpoints, and none is intact; not with `restart`.
     """
-    # Damaged checkpoints have been renamed: a run that had some must not begin again at 0 without notice.
-    if not checkpointer.steps() and not any(checkpointer.directory.glob("*.bad*")):
-        log.warning("%s has no checkpoint yet: beginning at step 0", checkpointer.directory)
-        return fresh_state(setup), TokenCount(0)
     # All processes must restore the same step, so the first one repairs the directory before the others look.
     process_zero_first(lambda: check_best(setup, checkpointer))
-    _, items = checkpointer.restore(setup.item_shapes())
-    return TrainState.from_items(items), read_count(items["progress"]["tokens"])
+    try:
+        if checkpointer.is_empty():
+            _check_nothing_is_lost(setup, checkpointer)
+        else:
+            _, items = checkpointer.resume(setup.item_shapes())
+            return TrainState.from_items(items), read_count(items["progress"]["tokens"])
+    except NoIntactCheckpoint as error:
+        if not restart:
+            raise NoIntactCheckpoint(
+                f"{error}. To begin again at step 0, add --restart (from Python: restart=True)"
+            ) from error
+        log.warning("%s", error)
+    log.warning("%s has no checkpoint to resume from: beginning at step 0", checkpointer.directory)
+    return fresh_state(setup), TokenCount(0)
+
+
+def _check_nothing_is_lost(setup: Setup, checkpointer: Checkpointer) -> None:
+    """Refuse a run that has no checkpoint although it had some.
+
+    Raises:
+      NoIntactCheckpoint: its log or its result shows that it had.
+    """
+    run = RunDirectory(checkpointer.directory.parent)
+    if step := steps_saved(run, every=setup.experiment.checkpoint.every):
+        raise NoIntactCheckpoint(
+            f"{checkpointer.directory} has no checkpoint, although the run was at step {step}: restore the "
+            "directory from a copy"
+        )

@@ -1,16 +1,17 @@
 """Checks of a resumed run: that its settings fit it, and that its data is what it was trained with."""
 
-import json
 from pathlib import Path
 
 import jax
 
+from slmjax.checkpoints import best_checkpoint
 from slmjax.checkpoints.run_checkpoints import Checkpointer
 from slmjax.data import provenance
 from slmjax.data.preparation import Prepared
 from slmjax.data.tokenizers import FileTokenizer, TokenizerConfig
 from slmjax.data.windows import EvaluationBatches
 from slmjax.runner.setup import Setup, log
+from slmjax.stored_json import read_object
 from slmjax.telemetry.run_directory import RunDirectory, read_log
 from slmjax.training.experiment import Experiment, read_experiment
 from slmjax.training.programs import resolved_phases
@@ -21,7 +22,8 @@ def check_best(setup: Setup, checkpointer: Checkpointer) -> None:
     run_log = RunDirectory(checkpointer.directory.parent).log_path
     batches = setup.heldout(setup.experiment.eval.max_documents)
     # Repaired first: nothing compares with a loss that is not finite, so it would stay the best.
-    checkpointer.repair_best(run_log)
+    if jax.process_index() == 0:
+        best_checkpoint.repair(checkpointer.directory, run_log)
     if (
         (best := checkpointer.best()) is not None
         and run_log.exists()
@@ -32,7 +34,8 @@ def check_best(setup: Setup, checkpointer: Checkpointer) -> None:
             "text or eval.score changed): it is chosen again from the evaluations to come",
             best[0],
         )
-        checkpointer.forget_best()
+        if jax.process_index() == 0:
+            best_checkpoint.forget(checkpointer.directory)
 
 
 def _scores_other_tokens(now: EvaluationBatches | None, run_log: Path, *, step: int) -> bool:
@@ -137,6 +140,30 @@ def warn_of_other_data(run: RunDirectory, experiment: Experiment, prepared: Prep
         log.warning(sentence)
 
 
+def steps_saved(run: RunDirectory, *, every: int) -> int:
+    """Return a step that a run must have had a checkpoint of, by its result and its log; 0 if there is none.
+
+    Args:
+      every: steps between its checkpoints.
+    """
+    result = run.path / "result.json"
+    if result.is_file():
+        # Written once the last state of a session was saved.
+        return read_object(result, {"step": int}, remedy=_RESULT_REMEDY)["step"]
+    if not run.log_path.exists():
+        return 0
+    # The record of a step is written before its checkpoint, which the first evaluation causes too.
+    trained = [step for step in _logged_steps(run.log_path, "train") if step > every]
+    return max([*trained, *_logged_steps(run.log_path, "eval")], default=0)
+
+
+def _logged_steps(log_path: Path, kind: str) -> list[int]:
+    return [record["step"] for record in read_log(log_path, kind=kind)]
+
+
+_RESULT_REMEDY = "delete it, and resume the run, which writes it again"
+
+
 def is_complete(run: RunDirectory, step: int) -> bool:
     """Return whether a run that is at this step has written its result.
 
@@ -146,5 +173,5 @@ def is_complete(run: RunDirectory, step: int) -> bool:
     path = run.path / "result.json"
     if not path.is_file():
         return False
-    result = json.loads(path.read_text())
+    result = read_object(path, {"status": str, "step": int}, remedy=_RESULT_REMEDY)
     return result["status"] == "finished" and result["step"] >= step
