@@ -7,11 +7,12 @@ repair(directory, run / "log.jsonl")        # chooses again where the mark is da
 
 import logging
 import math
+import sys
 from pathlib import Path
 
 from slmjax.checkpoints.selection import best_of, is_better
 from slmjax.checkpoints.step_directories import stored_steps
-from slmjax.stored_json import DamagedFile, read_object
+from slmjax.stored_json import DamagedFile, check_object, read_object
 from slmjax.telemetry.run_directory import read_log, write_json
 
 log = logging.getLogger(__name__)
@@ -44,12 +45,12 @@ def _read(directory: Path) -> tuple[int, float] | None:
         best = read_object(path, {"step": int}, remedy=_REMEDY)
     except FileNotFoundError:
         return None
-    loss = best.get("loss")
     # Earlier versions noted losses that are not finite, as text.
-    is_number = isinstance(loss, int | float) and not isinstance(loss, bool)
-    if not is_number and loss not in ("nan", "inf", "-inf"):
-        raise DamagedFile(f"{path} has no number as 'loss': {_REMEDY}")
-    return best["step"], float(loss)
+    if best.get("loss") in ("nan", "inf", "-inf"):
+        return best["step"], float(best["loss"])
+    check_object(best, {"loss": float}, name=str(path), remedy=_REMEDY)
+    # JSON has integers that no float can hold.
+    return best["step"], float(min(best["loss"], sys.float_info.max))
 
 
 def forget(directory: Path) -> None:

@@ -10,6 +10,7 @@ Only a run that resumes changes anything here: it sets damaged checkpoints aside
 what killed saves have left. Everything else only reads.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -72,7 +73,7 @@ class NoIntactCheckpoint(CheckpointError):
     """There are no checkpoints, or none is intact."""
 
 
-MOST_CANDIDATES = 40  # newest checkpoints among which a run looks for an intact one
+MOST_CANDIDATES = 40  # newest checkpoints among which a run of several processes looks for an intact one
 MOST_BYTES = 1000  # of a text that processes exchange
 
 
@@ -178,7 +179,7 @@ class Checkpointer:
                 if save.path.exists() and not (save.path.is_dir() and not any(save.path.iterdir())):
                     self._set_aside(save.path)
                 save.temporary.replace(save.path)
-        except Exception as error:  # of any class: this is a thread, and the run goes on without the save
+        except Exception as error:  # of any class: this is a thread, and the run continues without the save
             self._give_up(save.step, error)
             return _text(error)
         try:
@@ -201,7 +202,7 @@ class Checkpointer:
         stored = stored_steps(self.directory)
         pruned = []
         if save.diverged:
-            pruned = [one for one in diverged_states(self.directory) if one.step != save.step]
+            pruned = [entry for entry in diverged_states(self.directory) if entry.step != save.step]
             pruned += self._leading_to(save, stored)
         else:
             best = self.best()
@@ -217,10 +218,10 @@ class Checkpointer:
                 protected=protected,
                 is_intact=self._verify,
             )
-        for one in pruned:
-            if not one.problem:
-                shutil.rmtree(one.path, ignore_errors=True)
-        self._name_foreign([one for one in stored if one.is_foreign])
+        for entry in pruned:
+            if not entry.problem:
+                shutil.rmtree(entry.path, ignore_errors=True)
+        self._name_foreign([entry for entry in stored if entry.is_foreign])
 
     def _leading_to(self, save: "_Save", stored: list[Stored]) -> list[Stored]:
         """Return the checkpoints with which a run was about to diverge, where an earlier one remains."""
@@ -229,9 +230,9 @@ class Checkpointer:
         begins = save.step - save.skipped_in_a_row
         first = None if self._resumed_from is None else self._resumed_from.step
         last_sound = begins if begins == first else begins - 1
-        own = [one for one in stored if not one.problem and one.step <= save.step]
-        earlier = any(one.step <= last_sound and self._verify(one) for one in own)
-        return [one for one in own if one.step > last_sound] if earlier else []
+        own = [entry for entry in stored if not entry.problem and entry.step <= save.step]
+        earlier = any(entry.step <= last_sound and self._verify(entry) for entry in own)
+        return [entry for entry in own if entry.step > last_sound] if earlier else []
 
     def _verify(self, stored: Stored) -> bool:
         """Return whether a checkpoint is intact; those from before this session are read once."""
@@ -245,10 +246,12 @@ class Checkpointer:
 
     def _name_foreign(self, stored: list[Stored]) -> None:
         """Warn of directories that are no checkpoints of this run, once of each."""
-        for one in stored:
-            if one.path not in self._named:
-                self._named.add(one.path)
-                log.warning("%s is no checkpoint of this run (%s): it is left alone", one.path, one.problem)
+        for entry in stored:
+            if entry.path not in self._named:
+                self._named.add(entry.path)
+                log.warning(
+                    "%s is no checkpoint of this run (%s): it is left alone", entry.path, entry.problem
+                )
 
     def _give_up(self, step: int, error: Exception | str) -> None:
         """Log a failed save and delete its remains. The run and older checkpoints are not affected."""
@@ -329,24 +332,29 @@ class Checkpointer:
         self.wait()
         if jax.process_index() == 0:
             for path in remains(self.directory):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove(path)
         refused = []
         for candidate in self._candidates():
-            problem = _agreed(functools.partial(problem_of, candidate))
-            if not problem:
-                items = self._read(candidate, like, whole=True)
-                if name := first_not_finite(items):
-                    problem = f"{name} is not finite"
-            if problem:
+            items, problem = self._read_finite(candidate, like)
+            if items is None:
                 refused.append(dataclasses.replace(candidate, problem=problem))
                 continue
-            for one in refused:
-                self._pass_over(one)
+            for entry in refused:
+                self._pass_over(entry)
             self._resumed_from = candidate
             self._is_intact[candidate.step] = True
             self.last_saved = candidate.step
             return candidate.step, items
         raise NoIntactCheckpoint(self._nothing_intact(refused))
+
+    def _read_finite(self, stored: Stored, like: Items) -> tuple[dict[str, Any] | None, str]:
+        """Return the arrays of a checkpoint, or None and why it is not intact."""
+        if problem := _agreed(functools.partial(problem_of, stored)):
+            return None, problem
+        items = self._read(stored, like, whole=True)
+        # Earlier versions could save such a state, from which no step is finite.
+        name = first_not_finite(items)
+        return (None, f"{name} is not finite") if name else (items, "")
 
     def _pass_over(self, stored: Stored) -> None:
         """Set a damaged checkpoint aside, and leave a foreign one alone; both are logged."""
@@ -377,8 +385,9 @@ class Checkpointer:
         self.wait()
         candidates = [*self._candidates(), *reversed(diverged_states(self.directory))]
         if step is not None:
-            known = [one.step for one in reversed(candidates) if not one.is_foreign]
-            candidates = [one for one in candidates if one.step == step and not one.is_foreign]
+            named = [*stored_steps(self.directory), *diverged_states(self.directory)]
+            known = [entry.step for entry in named if not entry.is_foreign]
+            candidates = [entry for entry in named if entry.step == step and not entry.is_foreign]
             if not candidates:
                 raise CheckpointError(
                     f"{self.directory} has no checkpoint of step {step}: it has "
@@ -388,8 +397,8 @@ class Checkpointer:
         for candidate in candidates:
             problem = _agreed(functools.partial(problem_of, candidate))
             if not problem:
-                for one in refused:
-                    log.warning("checkpoint %s in %s is damaged (%s): an older one is read", *one)
+                for entry in refused:
+                    log.warning("checkpoint %s in %s is damaged (%s): an older one is read", *entry)
                 return candidate.step, self._read(candidate, like, whole=whole)
             if candidate.is_foreign:
                 self._name_foreign([candidate])
@@ -399,14 +408,16 @@ class Checkpointer:
 
     def _candidates(self) -> list[Stored]:
         """Return what may be the newest checkpoint, newest first: the same in every process."""
+        if jax.process_count() == 1:
+            return stored_steps(self.directory)[::-1]
         # Process 0 may be about to rename some of them.
-        stored = {one.path.name: one for one in stored_steps(self.directory)}
+        stored = {entry.path.name: entry for entry in stored_steps(self.directory)}
         names = _agreed(lambda: " ".join(list(stored)[: -MOST_CANDIDATES - 1 : -1]))
         return [stored[name] for name in names.split() if name in stored]
 
     def _nothing_intact(self, refused: list[Stored]) -> str:
         """Describe all that there is, and what is wrong with it."""
-        problems = {one.path: one.problem for one in refused}
+        problems = {entry.path: entry.problem for entry in refused}
         descriptions = []
         for stored in [*stored_steps(self.directory), *set_aside(self.directory)]:
             problem = problems.get(stored.path) or problem_of(stored)
@@ -469,6 +480,15 @@ class _Save:
     def temporary(self) -> Path:
         """The directory that is renamed when it is complete."""
         return self.path.with_name(f"{self.path.name}.saving")
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or a directory, as far as that is possible: nothing depends on it."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 # Several processes ------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def newest_step(directory: Path) -> int | None:
     It is that of a diverged state only where there is no other.
     """
     for stored in (stored_steps(directory), diverged_states(directory)):
-        if steps := [one.step for one in stored if not one.problem]:
+        if steps := [entry.step for entry in stored if not entry.problem]:
             return steps[-1]
     return None
 
@@ -104,15 +104,15 @@ def to_prune(
       protected: steps to keep in addition.
       is_intact: verifies a checkpoint, asked only where it decides.
     """
-    own = [one for one in stored if not one.problem and one.step <= newest]
-    good = (one for one in reversed(own) if not one.is_skipping and is_intact(one))
-    kept = {one.step for one in itertools.islice(good, keep)}
+    own = [entry for entry in stored if not entry.problem and entry.step <= newest]
+    good = (entry for entry in reversed(own) if not entry.is_skipping and is_intact(entry))
+    kept = {entry.step for entry in itertools.islice(good, keep)}
     # While fewer than `keep` are known to be good, an older one may be the only one that is.
     oldest = min(kept) if len(kept) == keep else 0
     return [
-        one
-        for one in own
-        if one.step not in {newest, *kept, *protected} and (one.step < oldest or one.is_skipping)
+        entry
+        for entry in own
+        if entry.step not in {newest, *kept, *protected} and (entry.step < oldest or entry.is_skipping)
     ]
 
 
@@ -127,7 +127,7 @@ def free_name(path: Path) -> Path:
 def _stored(directory: Path, step_of: Callable[[str], int | None]) -> list[Stored]:
     named = ((step_of(path.name), path) for path in _entries(directory))
     stored = [_look_at(path, step) for step, path in named if step is not None]
-    return sorted(stored, key=lambda one: (one.step, one.path.name))
+    return sorted(stored, key=lambda entry: (entry.step, entry.path.name))
 
 
 def _step(name: str) -> int | None:

@@ -46,7 +46,12 @@ def train_command(argv: Sequence[str]) -> int:
     code = name if name is not None and name.endswith(".py") else args.code
     console = Console(stderr=args.json, highlight=False)
     result = trainer.train(
-        args.experiment, resume=args.resume, code=code, profile=args.profile, console=console
+        args.experiment,
+        resume=args.resume,
+        code=code,
+        profile=args.profile,
+        console=console,
+        restart=args.restart,
     )
     # Every process trains; one reports.
     if jax.process_index() == 0:
@@ -61,6 +66,8 @@ def _train_arguments(start: Any) -> type:
     class Arguments:
         # run directory to resume, from its newest intact checkpoint
         resume: str | None = None
+        # with --resume: begin again at step 0 if no checkpoint of the run is left
+        restart: bool = False
         # run or imported model to start from: its parameters and tokenizer, and a run's experiment
         init_from: str | None = None
         # run or imported model to distill from, as --objective.distill.* describes; its tokenizer is used

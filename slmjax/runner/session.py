@@ -99,6 +99,7 @@ def open_session(
     code: str | Path | None = None,
     profile: int | None = None,
     console: Console | None = None,
+    restart: bool = False,
 ) -> Iterator[Session]:
     """Open a session of a new run, or of the run `resume`. The arguments are those of `trainer.train`."""
     # The ledger counts wall time from here on.
@@ -135,7 +136,7 @@ def open_session(
             run_log = stack.enter_context(run.open_log())
             records.write_to(run_log)
             checkpointer = _open_checkpointer(stack, run, setup)
-            state, trained = first or restored_state(setup, checkpointer)
+            state, trained = first or restored_state(setup, checkpointer, restart=restart)
             # The tuple would keep the state alive next to the session, and with it the memory that is
             # donated.
             first = None

@@ -86,6 +86,7 @@ def train(
     code: str | Path | None = None,
     profile: int | None = None,
     console: Console | None = None,
+    restart: bool = False,
 ) -> Result:
     """Train a model and return the result; everything else is in the run directory.
 
@@ -96,6 +97,7 @@ def train(
       profile: how many steps to trace, after the first two of this session, into the directory `profile` of
         the run.
       console: where progress is shown (none: standard output).
+      restart: with `resume`, begin again at step 0 if no checkpoint of the run is left.
 
     Raises:
       ValueError: settings, data or checkpoints that do not fit, with what to change; nothing is lost.
@@ -105,8 +107,9 @@ def train(
         raise ValueError(f"profile is {profile}: give the number of steps to trace, 1 or more")
     # Inside the session, so that an error still closes the log and waits for checkpoints that are being
     # written.
-    options = {"resume": resume, "code": code, "profile": profile, "console": console}
-    with open_session(experiment, **options) as session:
+    with open_session(
+        experiment, resume=resume, restart=restart, code=code, profile=profile, console=console
+    ) as session:
         loop = Loop(session)
         with (
             explaining_out_of_memory(
@@ -246,13 +249,13 @@ class Loop:
         self.activity = "training"
         return result
 
-    def save(self, state: TrainState, *, best_loss: float | None = None) -> None:
+    def save(self, state: TrainState, *, best_loss: float | None = None, diverged: bool = False) -> None:
         """Start to write a checkpoint of this step, unless there is one."""
         # A step may be both an evaluation's best and due for a checkpoint, or the one that was restored.
         if self._saved_step != self.step:
             with self._not_training(Category.CHECKPOINT, state):
                 items = self.setup.checkpoint_items(state, self.trained)
-                self.checkpointer.save(self.step, items, best_loss=best_loss)
+                self.checkpointer.save(self.step, items, best_loss=best_loss, diverged=diverged)
             self._saved_step = self.step
 
     def record(self, kind: str, **values: Any) -> None:
@@ -385,7 +388,7 @@ def _finish(loop: Loop, state: TrainState, status: str, signals: StopSignals) ->
     """
     telemetry = loop.telemetry
     # Saved first: an evaluation takes long, and a job that is preempted is killed soon after its signal.
-    loop.save(state)
+    loop.save(state, diverged=status == "diverged")
     with telemetry.ledger.timed(Category.CHECKPOINT):
         loop.checkpointer.wait()
     evaluation = None

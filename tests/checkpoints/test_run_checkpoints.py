@@ -4,7 +4,6 @@ missing or foreign.
 
 import dataclasses
 import functools
-import gc
 import json
 import logging
 import shutil
@@ -12,15 +11,23 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from slmjax import config as config_io
+from slmjax import faults
+from slmjax.checkpoints import best_checkpoint
 from slmjax.checkpoints.loading import load_model
-from slmjax.checkpoints.run_checkpoints import MANIFEST, CheckpointConfig, Checkpointer, CheckpointError
+from slmjax.checkpoints.manifest import MANIFEST, read_manifest
+from slmjax.checkpoints.run_checkpoints import (
+    CheckpointConfig,
+    Checkpointer,
+    CheckpointError,
+    NoIntactCheckpoint,
+)
+from slmjax.checkpoints.step_directories import stored_steps
 from slmjax.data.tokenizers import ByteTokenizer
 from slmjax.formats.presets import preset
-from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
+from slmjax.models.architecture import LayerGroup
 from slmjax.models.definition import define, unstack
 from slmjax.models.mixers.attention import AttentionConfig
 from slmjax.parallel.mesh import MeshConfig, make_mesh
@@ -28,70 +35,8 @@ from slmjax.parallel.rules import like_parameters, parameter_shardings
 from slmjax.quantization.estimators import LearnedScale
 from slmjax.quantization.fake_quantization import define_quantized
 from slmjax.quantization.rules import QuantPhase, QuantRule
-
-BLOCK = BlockConfig(mixer=AttentionConfig(num_heads=2), ffn=None)
-MODEL = ModelConfig(embed_dim=8, stack=(LayerGroup(pattern=(BLOCK,), repeats=3),), vocab_size=258)
-REGROUPED = dataclasses.replace(
-    MODEL, stack=(LayerGroup(pattern=(BLOCK,)), LayerGroup(pattern=(BLOCK,), repeats=2))
-)
-
-
-@functools.cache
-def state_shapes(model):
-    params = define(model).params
-    return jax.eval_shape(
-        lambda: {
-            "model": {"params": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params), "buffers": {}},
-            "optimizer": optax.adam(1e-3).init(params),
-            "progress": {"step": jnp.int32(0), "rng": jnp.zeros(2, jnp.uint32)},
-        }
-    )
-
-
-def state_at(step, model=MODEL):
-    draw = np.random.default_rng(step)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(draw.normal(100, 30, leaf.shape), leaf.dtype), state_shapes(model)
-    )
-
-
-def placed(shapes, shardings=None):
-    """Shapes with the placement that `restore` wants; the first device by default."""
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = jax.tree.map(lambda _: one, shapes) if shardings is None else shardings
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
-    )
-
-
-@pytest.fixture
-def opened():
-    """Opens checkpointers and closes them after the test."""
-    open_ones = []
-
-    def open_at(directory, *, model=MODEL, keep=3):
-        open_ones.append(Checkpointer(directory, model=model, config=CheckpointConfig(keep=keep)))
-        return open_ones[-1]
-
-    yield open_at
-    for checkpointer in open_ones:
-        checkpointer.close()
-
-
-@pytest.fixture(scope="session")
-def three_saved(tmp_path_factory):
-    """A directory with checkpoints of steps 1, 2 and 3; to be copied, not changed."""
-    directory = tmp_path_factory.mktemp("saved") / "checkpoints"
-    checkpointer = Checkpointer(directory, model=MODEL, config=CheckpointConfig(keep=3))
-    for step in (1, 2, 3):
-        checkpointer.save(step, state_at(step))
-    checkpointer.close()
-    return directory
-
-
-@pytest.fixture
-def saved(three_saved, tmp_path):
-    return shutil.copytree(three_saved, tmp_path / "checkpoints")
+from slmjax.telemetry.run_directory import RunLog
+from tests.checkpoints.small_states import BLOCK, MODEL, REGROUPED, placed, state_at, state_shapes
 
 
 def assert_equal_trees(actual, expected):
@@ -182,13 +127,8 @@ def cut_a_file_short(step):
     file.write_bytes(file.read_bytes()[:-1])
 
 
-def lose_a_file(step):
-    largest_file(step / "optimizer").unlink()
-
-
-def empty_the_directory(step):
-    shutil.rmtree(step)
-    step.mkdir()
+def lose_a_file(step, item="optimizer"):
+    largest_file(step / item).unlink()
 
 
 def copy_a_part(step):
@@ -206,56 +146,159 @@ def break_the_manifest(step):
     (step / MANIFEST).write_text((step / MANIFEST).read_text()[:-9])
 
 
-DAMAGES = [flip_a_bit, cut_a_file_short, lose_a_file, empty_the_directory, copy_a_part, break_the_manifest]
-# Orbax drops its other reads when one fails, and Python says so when it collects them.
-UNVERIFIED = pytest.param(
+def lose_the_manifest(step):
+    (step / MANIFEST).unlink()
+
+
+def replace_the_manifest(content, step):
+    (step / MANIFEST).write_text(content)
+
+
+def forget_a_file(step):
+    """A manifest of another version or hand, which lists fewer files."""
+    content = json.loads((step / MANIFEST).read_text())
+    content["files"].popitem()
+    (step / MANIFEST).write_text(json.dumps(content))
+
+
+DAMAGES = [
+    flip_a_bit,
+    cut_a_file_short,
+    lose_a_file,
+    copy_a_part,
+    break_the_manifest,
     lose_data_and_manifest,
-    marks=pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    lose_the_manifest,
+    forget_a_file,
+]
+ODD_MANIFESTS = (
+    "{}",
+    "[]",
+    "null",
+    "7",
+    '""',
+    '{"step": 3}',
+    '{"digest": 1}',
+    '{"meta/metadata": 5}',
+    "[" * 9999,
 )
 
 
-@pytest.mark.parametrize("damage", [*DAMAGES, UNVERIFIED], ids=lambda damage: damage.__name__)
-def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(damage, saved, opened, caplog):
-    damage(saved / "3")
-    step, items = opened(saved).restore(placed(state_shapes(MODEL)))
+def assert_goes_back_to_2(saved, opened):
+    step, items = opened(saved).resume(placed(state_shapes(MODEL)))
     assert step == 2
     assert_equal_trees(items["model"], state_at(2)["model"])
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(damage, saved, opened, caplog):
+    damage(saved / "3")
+    assert_goes_back_to_2(saved, opened)
     assert "checkpoint 3" in caplog.text and "is damaged" in caplog.text
     assert (saved / "3.bad").is_dir() and not (saved / "3").exists()
-    gc.collect()
+
+
+def test_a_manifest_of_odd_json_is_damage(saved):
+    for content in ODD_MANIFESTS:
+        replace_the_manifest(content, saved / "3")
+        (stored,) = [one for one in stored_steps(saved) if one.step == 3]
+        assert stored.problem and not stored.is_foreign, content
+        assert str(saved / "3" / MANIFEST) in stored.problem
+
+
+def test_the_manifest_of_an_older_version_is_read(saved, opened, caplog):
+    """It has the digests alone, of all files."""
+    manifest = read_manifest(saved / "3")
+    replace_the_manifest(json.dumps(manifest.files), saved / "3")
+    assert opened(saved).restore(placed(state_shapes(MODEL)))[0] == 3 and not caplog.records
+    replace_the_manifest(json.dumps(dict(list(manifest.files.items())[1:])), saved / "3")
+    assert_goes_back_to_2(saved, opened)
+    assert "does not list" in caplog.text
 
 
 def test_a_step_damaged_again_is_set_aside_again(saved, opened):
     checkpointer = opened(saved)
     for name in ("3.bad", "3.bad1", "3.bad2"):
         flip_a_bit(saved / "3")
-        assert checkpointer.restore(placed({"model": state_shapes(MODEL)["model"]}))[0] == 2
+        assert checkpointer.resume(placed({"model": state_shapes(MODEL)["model"]}))[0] == 2
         assert (saved / name / "model").is_dir()
         checkpointer.save(3, state_at(3))
         checkpointer.wait()
     assert checkpointer.restore(placed({"model": state_shapes(MODEL)["model"]}))[0] == 3
 
 
-def test_without_a_manifest_a_checkpoint_is_restored_with_a_warning(saved, opened, caplog):
-    (saved / "3" / MANIFEST).unlink()
-    step, items = opened(saved).restore(placed(state_shapes(MODEL)))
-    assert step == 3
-    assert_equal_trees(items, state_at(3))
-    assert "restored unverified" in caplog.text
+def test_reading_changes_nothing(saved, opened, caplog):
+    flip_a_bit(saved / "3")
+    (saved / "4.saving").mkdir()
+    before = sorted(saved.rglob("*"))
+    assert opened(saved).restore(placed(state_shapes(MODEL)))[0] == 2
+    assert sorted(saved.rglob("*")) == before and "checkpoint 3" in caplog.text
 
 
-def test_when_nothing_is_left_the_error_says_so(saved, opened, tmp_path):
-    for step in (1, 2, 3):
-        flip_a_bit(saved / str(step))
-    with pytest.raises(CheckpointError, match="no intact checkpoint in"):
-        opened(saved).restore(placed(state_shapes(MODEL)))
-    with pytest.raises(CheckpointError, match="no intact checkpoint in"):
+def test_remains_of_killed_saves_are_removed_by_the_run_that_resumes(saved, opened):
+    for name in ("4.saving", "4.saving.orbax-checkpoint-tmp", "5.orbax-checkpoint-tmp", "4.diverged.saving"):
+        (saved / name).mkdir()
+    (saved / ".best.json-0123456789ab.tmp").touch()
+    assert opened(saved).resume(placed(state_shapes(MODEL)))[0] == 3
+    assert {path.name for path in saved.iterdir()} == {"1", "2", "3"}
+
+
+def test_a_save_that_is_killed_before_its_manifest_is_no_checkpoint(saved, opened, monkeypatch):
+    """The manifest and the name of the directory come last, together."""
+    checkpointer = opened(saved)
+    monkeypatch.setattr(faults, "_faults", faults.parse("checkpoint.committed:4=full"))
+    checkpointer.save(4, state_at(4))
+    checkpointer.wait()
+    assert [step for step, reason in checkpointer.failures if "injected" in reason] == [4]
+    assert checkpointer.steps() == [1, 2, 3] and {path.name for path in saved.iterdir()} == {"1", "2", "3"}
+    monkeypatch.setattr(faults, "_faults", faults.parse("checkpoint.verified:5=full"))
+    checkpointer.save(5, state_at(5))
+    checkpointer.wait()
+    assert checkpointer.last_saved == 5 and checkpointer.steps() == [1, 2, 3, 5]
+
+
+def test_when_nothing_is_left_the_error_lists_what_there_is(saved, opened, tmp_path):
+    flip_a_bit(saved / "1")
+    lose_the_manifest(saved / "2")
+    (saved / "3").rename(saved / "30")
+    flip_a_bit(shutil.copytree(saved / "1", saved / "1.bad"))  # flipped back
+    (saved / "1.bad" / MANIFEST).write_bytes((saved / "1" / MANIFEST).read_bytes())
+    before = sorted(saved.iterdir())
+    for read in (opened(saved).restore, opened(saved).resume):
+        with pytest.raises(NoIntactCheckpoint, match="no intact checkpoint in") as error:
+            read(placed(state_shapes(MODEL)))
+        for reason in (
+            "1: 1 file(s) missing or changed",
+            "2: it has no MANIFEST.json",
+            "30: it holds a checkpoint of step 3",
+            "1.bad: it is intact: rename it to 1",
+        ):
+            assert reason in str(error.value)
+    assert sorted(saved.iterdir()) == before, "nothing is moved where that does not help"
+    with pytest.raises(NoIntactCheckpoint, match="no intact checkpoint in"):
         opened(tmp_path / "nowhere").restore(placed(state_shapes(MODEL)))
 
 
 def test_a_step_that_was_not_saved_names_those_that_were(saved, opened):
     with pytest.raises(CheckpointError, match="no checkpoint of step 7: it has 1, 2, 3"):
         opened(saved).restore(placed(state_shapes(MODEL)), step=7)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"step": 1}', '{"step": "1", "loss": 2}', '{"step": 1, "loss": [2]}', "[" * 9999],
+)
+def test_a_damaged_mark_of_the_best_is_named_and_chosen_again(content, saved, opened, caplog):
+    mark = saved / "best.json"
+    mark.write_text(content)
+    checkpointer = opened(saved)
+    assert checkpointer.best() is None and checkpointer.best() is None
+    assert caplog.text.count(str(mark)) == 1 and "the best checkpoint again by its log" in caplog.text
+    with RunLog(saved.parent / "log.jsonl") as log:
+        for step, loss in ((1, 3.0), (2, 2.0), (3, 2.5)):
+            log.write("eval", step=step, loss=loss)
+    best_checkpoint.repair(saved, saved.parent / "log.jsonl")
+    assert checkpointer.best() == (2, 2.0) and "of those left, checkpoint 2 is the best" in caplog.text
 
 
 # Foreign models ---------------------------------------------------------------------------------------------
@@ -299,37 +342,6 @@ def test_another_dtype_is_refused_rather_than_cast(saved, opened):
 
 
 # Saving -----------------------------------------------------------------------------------------------------
-def test_retention_keeps_the_newest_and_the_best(tmp_path, opened):
-    checkpointer = opened(tmp_path, keep=2)
-    for step in range(1, 6):
-        checkpointer.save(step, {"model": state_at(step)["model"]})
-        if step == 2:
-            checkpointer.mark_best(2, 1.25)
-    checkpointer.wait()
-    assert checkpointer.steps() == [2, 4, 5] and checkpointer.best() == (2, 1.25)
-    checkpointer.mark_best(5, 1.0)
-    checkpointer.mark_best(99, 0.5)  # there is none: it is not noted
-    checkpointer.save(6, {"model": state_at(6)["model"]})
-    checkpointer.wait()
-    assert checkpointer.steps() == [5, 6] and checkpointer.best() == (5, 1.0)
-
-
-def test_a_save_that_fails_does_not_cost_the_best(tmp_path, opened, monkeypatch):
-    checkpointer = opened(tmp_path, keep=1)
-    checkpointer.save(1, {"model": state_at(1)["model"]}, best_loss=2.0)
-    checkpointer.save(2, {"model": state_at(2)["model"]})
-    with monkeypatch.context() as patched:
-
-        def no_space(*_, **__):
-            raise OSError(28, "No space left on device")
-
-        patched.setattr(checkpointer._orbax, "save", no_space)
-        checkpointer.save(3, {"model": state_at(3)["model"]}, best_loss=1.0)
-    checkpointer.save(4, {"model": state_at(4)["model"]})
-    checkpointer.wait()
-    assert checkpointer.steps() == [1, 4] and checkpointer.best() == (1, 2.0)
-
-
 @pytest.mark.parametrize("failing", ["save", "wait_until_finished"], ids=["at once", "in the background"])
 def test_a_failed_save_costs_neither_the_run_nor_older_checkpoints(
     failing, saved, opened, caplog, monkeypatch
@@ -408,7 +420,7 @@ def test_load_model_takes_the_averaged_weights_of_the_newest(run_directory):
 
 
 def test_load_model_falls_back_to_older_averaged_weights(run_directory, caplog):
-    empty_the_directory(run_directory / "checkpoints" / "2")
+    lose_a_file(run_directory / "checkpoints" / "2", item="ema")
     loaded = load_model(run_directory)
     assert loaded.step == 1 and "is damaged" in caplog.text
     assert_equal_trees(loaded.params, state_at(11)["model"]["params"])

@@ -12,16 +12,34 @@ import pytest
 from rich.console import Console
 
 import slmjax
+from slmjax.checkpoints import best_checkpoint
 from slmjax.checkpoints.run_checkpoints import CheckpointConfig, Checkpointer
 from slmjax.checkpoints.selection import best_of, is_better
 from slmjax.evaluation.bits_per_byte import EvalResult
 from slmjax.runner import trainer
 from slmjax.runner.setup import Setup
 from slmjax.telemetry.run_directory import RunLog
-from tests.checkpoints.test_run_checkpoints import MODEL, state_at
+from tests.checkpoints.small_states import MODEL, state_at
 from tests.one_layer import one_layer
 
 BAD = (math.nan, math.inf, -math.inf)
+
+
+def result_of(loss: float, *, tokens: int = 1, total_tokens: int = 1) -> EvalResult:
+    """An evaluation with this loss."""
+    return EvalResult(
+        loss=loss,
+        perplexity=loss,
+        bits_per_byte=loss,
+        calibration_error=0.0,
+        tokens=tokens,
+        total_tokens=total_tokens,
+        bytes=1,
+        documents=1,
+        sequence_length=48,
+        overlap=8,
+        seconds=0.0,
+    )
 
 
 @pytest.mark.parametrize("lower_is_better", [True, False])
@@ -40,10 +58,10 @@ def test_what_is_not_finite_is_never_the_best(lower_is_better: bool) -> None:
 
 
 def test_an_evaluation_that_is_not_finite_does_not_become_a_runs_best() -> None:
-    loop = SimpleNamespace(best=None, step=0)
+    loop = SimpleNamespace(best=None, step=0, _text_of=lambda result: "text")
     kept = []
     for loop.step, loss in enumerate((math.nan, 2.0, math.nan, -math.inf, 1.5), start=1):
-        if trainer.Loop.is_best(loop, loss):  # pyright: ignore[reportArgumentType]  # all of a loop that it looks at
+        if trainer.Loop._is_best(loop, result_of(loss)):  # pyright: ignore[reportArgumentType]  # all that it uses
             kept.append(loop.best)
     assert kept == [(2, 2.0), (5, 1.5)]
 
@@ -65,10 +83,10 @@ def test_a_loss_that_is_not_finite_is_never_the_best(loss, tmp_path, caplog):
         log.write("eval", step=2, loss=0.1, complete=True)  # on other text
     (directory / "best.json").write_text(json.dumps({"step": 2, "loss": str(loss)}))
     assert checkpointer.best() is None
-    checkpointer.repair_best(tmp_path / "log.jsonl")
+    best_checkpoint.repair(directory, tmp_path / "log.jsonl")
     assert checkpointer.best() == (1, 2.0) and "of those left, checkpoint 1 is the best" in caplog.text
     (directory / "best.json").write_text(json.dumps({"step": 2, "loss": str(loss)}))
-    checkpointer.repair_best(tmp_path / "no log")
+    best_checkpoint.repair(directory, tmp_path / "no log")
     assert checkpointer.best() is None and not (directory / "best.json").exists()
     checkpointer.close()
 
@@ -81,21 +99,8 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best(workplace, tmp_path,
     losses = [2.0, math.nan, 3.0, math.inf, 2.5, math.nan]
 
     def evaluation(setup, state, max_documents):
-        value = losses.pop(0)
         batches = setup.heldout(max_documents)
-        return EvalResult(
-            loss=value,
-            perplexity=value,
-            bits_per_byte=value,
-            calibration_error=0.0,
-            tokens=batches.num_targets,
-            total_tokens=batches.num_tokens,
-            bytes=1,
-            documents=1,
-            sequence_length=48,
-            overlap=8,
-            seconds=0.0,
-        )
+        return result_of(losses.pop(0), tokens=batches.num_targets, total_tokens=batches.num_tokens)
 
     monkeypatch.setattr(Setup, "evaluate", evaluation)
     experiment = one_layer(workplace, tmp_path, steps=6)
@@ -113,5 +118,5 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best(workplace, tmp_path,
     longer = dataclasses.replace(experiment, run=dataclasses.replace(experiment.run, steps=8))
     again = slmjax.train(longer, resume=result.run_dir, console=Console(file=io.StringIO()))
     assert (again.best_step, again.best_loss) == (1, 2.0)
-    assert {path.name for path in directory.iterdir()} == {"1", "8", "best.json"}
+    assert {path.name for path in directory.iterdir()} == {"1", "6", "8", "best.json"}
     assert json.loads((directory / "best.json").read_text()) == {"step": 1, "loss": 2.0}

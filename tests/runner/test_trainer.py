@@ -427,7 +427,8 @@ def test_a_run_that_diverges_ends_cleanly(workplace, tmp_path):
         "in a row"
     ) in messages
     assert slmjax.load_model(run_dir).step == 5
-    stored = ocp.StandardCheckpointer().restore(run_dir / "checkpoints" / "5" / "optimizer")
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["5.diverged"]
+    stored = ocp.StandardCheckpointer().restore(run_dir / "checkpoints" / "5.diverged" / "optimizer")
     assert all(np.isfinite(np.asarray(value)).all() for value in stored.values())
     # Only the one step that counted is counted.
     assert result.run_tokens == read_log(run_dir / "log.jsonl", kind="train")[0]["targets"]
@@ -447,12 +448,31 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(finished
     experiment, result = finished
     run_dir = copy_of(result, tmp_path)
     shutil.rmtree(run_dir / "checkpoints")
+    for name in ("log.jsonl", "result.json"):
+        (run_dir / name).unlink()
     (run_dir / "data.json").write_text((run_dir / "data.json").read_text().replace('"hash": "', '"hash": "0'))
     console = quiet()
     assert slmjax.train(experiment, resume=run_dir, console=console).loss == result.loss
     messages = [record["text"] for record in read_log(run_dir / "log.jsonl", kind="message")]
-    for said in ("has no checkpoint yet: beginning at step 0", "changed since it was trained"):
+    for said in ("has no checkpoint to resume from: beginning at step 0", "changed since it was trained"):
         assert said in console.file.getvalue() and any(said in text for text in messages)
+
+
+def test_a_run_whose_checkpoints_are_gone_begins_again_only_if_asked_to(finished, tmp_path):
+    experiment, result = finished
+    run_dir = copy_of(result, tmp_path)
+    shutil.rmtree(run_dir / "checkpoints")
+    log_before = (run_dir / "log.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"has no checkpoint, although the run was at step 6: .* --restart"):
+        slmjax.train(experiment, resume=run_dir, console=quiet())
+    (run_dir / "result.json").unlink()
+    # It had evaluated on the way, which saves.
+    with pytest.raises(ValueError, match=r"has no checkpoint, although the run was at step \d"):
+        slmjax.train(experiment, resume=run_dir, console=quiet())
+    assert read_log(run_dir / "log.jsonl", kind="train") == [
+        json.loads(line) for line in log_before.splitlines() if b'"kind": "train"' in line
+    ]
+    assert slmjax.train(experiment, resume=run_dir, restart=True, console=quiet()).loss == result.loss
 
 
 def test_a_signal_after_the_last_step_loses_nothing(finished, workplace, tmp_path, monkeypatch):
