@@ -1,13 +1,18 @@
-"""Run directories as data: settings, log and result of a run, also of one that is killed or in progress."""
+"""Run directories as data: settings, log and result of a run, also of one that is killed or in progress.
+
+Files are checked as they are read, so that what reads a `RunRecords` need not: numbers that are needed are
+there, and what is a mapping or a list is one. An error names the file, and what to do about it.
+"""
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from slmjax.telemetry.run_directory import read_log, read_result
+from slmjax.stored_json import DamagedFile, check_object, read_json
+from slmjax.telemetry.report.settings import changed_settings
+from slmjax.telemetry.run_directory import Session, read_log, read_result, sessions_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +28,7 @@ class RunRecords:
     evals: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     messages: list[dict[str, Any]]
+    sessions: tuple[Session, ...] = ()  # none in runs of earlier versions
 
     @property
     def name(self) -> str:
@@ -40,6 +46,23 @@ class RunRecords:
         return self.evals[-1] if self.evals else {}
 
     @property
+    def is_complete(self) -> bool:
+        """Whether the last evaluation was on all held-out text."""
+        documents = [entry["heldout"]["documents"] for entry in self.data if entry.get("heldout")]
+        all_documents = sum(documents) or None
+        return bool(self.held_out.get("complete")) or self.held_out.get("documents") == all_documents
+
+    @property
+    def measured_on(self) -> str | None:
+        """The text of the last evaluation; None without one."""
+        if not self.held_out:
+            return None
+        result = (self.result or {}).get("measured_on")
+        if self.held_out.get("complete") and isinstance(result, str):
+            return result
+        return "held-out text" if self.is_complete else "part of the held-out text"
+
+    @property
     def on_the_way(self) -> list[dict[str, Any]]:
         """The evaluations for one curve: those on a part of the held-out text, if there are any."""
         # Losses on other documents do not continue the curve of those on a part.
@@ -52,12 +75,17 @@ class RunRecords:
         """The last step in the log."""
         return max((record["step"] for record in self.train), default=0)
 
+    def changed_settings(self) -> dict[str, list[tuple[int, Any]]]:
+        """Return settings that steps of this run had different values of, as `settings.changed_settings`."""
+        return changed_settings(self.config, self.sessions)
+
 
 def read_run(path: str | Path) -> RunRecords:
     """Return the records of a run directory.
 
     Raises:
-        ValueError: the path is not a run directory.
+      ValueError: the path is not a run directory.
+      DamagedFile: a file of the run is damaged.
     """
     path = Path(path)
     # An imported model has a config.json, too.
@@ -70,41 +98,30 @@ def read_run(path: str | Path) -> RunRecords:
         raise ValueError(
             f"{path} is not a run directory: it has no config.json. `slmjax runs` lists the run directories"
         )
-    log = read_log(path / "log.jsonl") if (path / "log.jsonl").is_file() else []
+    log = _log(path / "log.jsonl") if (path / "log.jsonl").is_file() else []
     # One pass over the log, which may be long.
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for record in log:
-        by_kind.setdefault(str(record["kind"]), []).append(record)
-    # Any file may be missing while a run starts.
-    environment = _json(path / "environment.json")
-    data = _json(path / "data.json")
+        by_kind.setdefault(record["kind"], []).append(record)
     train = _latest(by_kind.get("train", ()), ("step",))
-    result = read_result(path)
+    result = _result(path)
     # A resumed run writes its result at the end, so an older result may be there.
-    if result is not None and train and train[-1]["step"] > result.get("step", 0):
+    if result is not None and train and train[-1]["step"] > result["step"]:
         # Of an earlier session: the run was extended and has not finished since.
         result = None
     return RunRecords(
         path=path,
-        config=_json(path / "config.json") or {},
-        environment=environment or {},
-        data=data or [],
+        config=_config(path / "config.json"),
+        environment=_environment(path / "environment.json"),
+        data=_data(path / "data.json"),
         result=result,
         train=train,
         # The last step has two: on the text of the evaluations on the way, then on all held-out text.
         evals=_latest(by_kind.get("eval", ()), ("step", "complete")),
         samples=_latest(by_kind.get("sample", ()), ("step", "prompt")),
         messages=by_kind.get("message", []),
+        sessions=tuple(sessions_of(log, name=str(path / "log.jsonl"))),
     )
-
-
-def _json(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): restore it, or delete the run") from error
 
 
 def _latest(records: Iterable[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -115,9 +132,103 @@ def _latest(records: Iterable[dict[str, Any]], keys: tuple[str, ...]) -> list[di
 
 def number(value: Any) -> float | None:
     """Return a number of the log; None if it is missing or not finite (the log has those as text)."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer that no float can hold
+        return None
+
+
+# Files of a run ---------------------------------------------------------------------------------------------
+# Any of them but config.json may be missing while a run starts.
+
+_DELETE_RESULT = "delete it: `slmjax train --resume RUN_DIR` writes it again"
+_REMOVE_LINE = "remove the line to read the rest"
+_SET_ASIDE = "move it out of the run directory to read the rest of the run"
+_RECORD_FIELDS: dict[str, dict[str, type]] = {
+    "train": {"step": int, "time": float},
+    "eval": {"step": int},
+    "sample": {"step": int, "prompt": str, "text": str},
+    "message": {"text": str},
+}
+MAX_STEP = 2**53  # larger integers are no numbers of JavaScript, which draws the charts
+MAX_DEPTH = 100  # of nested settings; those of slmjax have a tenth
+
+
+def _log(path: Path) -> list[dict[str, Any]]:
+    records = read_log(path)
+    for line, record in enumerate(records, start=1):
+        name = f"line {line} of {path}"
+        fields = _RECORD_FIELDS.get(record["kind"], {})
+        check_object(record, fields, name=name, remedy=_REMOVE_LINE)
+        if "step" in fields and not 0 <= record["step"] <= MAX_STEP:
+            raise DamagedFile(f"{name} has {record['step']:.3g} as its step: {_REMOVE_LINE}")
+        # Lines of other kinds may have anything.
+        for field in ("grad_norms", "expert_loads") if fields else ():
+            if record.get(field) is not None:
+                check_object(record[field], name=f"{field!r} in {name}", remedy=_REMOVE_LINE)
+        if record["kind"] == "eval" and not isinstance(record.get("documents"), int | None):
+            raise DamagedFile(f"{name} has no number of documents: {_REMOVE_LINE}")
+        if record["kind"] == "session":
+            _shallow(record, name, _REMOVE_LINE)
+    return records
+
+
+def _config(path: Path) -> dict[str, Any]:
+    remedy = "restore it, or delete the run"
+    kept = sorted(path.parent.glob("config-*.json"))
+    if kept:
+        remedy = f"restore it, from a copy or {kept[-1].name} (of the session before), or delete the run"
+    config = _shallow(check_object(read_json(path, remedy=remedy), name=str(path), remedy=remedy), path, remedy)
+    # Runs of any version have steps; other settings are shown as they are.
+    run = check_object(config.get("run"), {"steps": int}, name=f"'run' in {path}", remedy=remedy)
+    if not 0 <= run["steps"] <= MAX_STEP:
+        raise DamagedFile(f"{path} has {run['steps']:.3g} as run.steps: {remedy}")
+    return config
+
+
+def _environment(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    value = read_json(path, remedy=_SET_ASIDE)
+    return _shallow(check_object(value, name=str(path), remedy=_SET_ASIDE), path, _SET_ASIDE)
+
+
+def _data(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    entries = read_json(path, remedy=_SET_ASIDE)
+    if not isinstance(entries, list):
+        raise DamagedFile(f"{path} holds no list of sources: {_SET_ASIDE}")
+    for index, entry in enumerate(entries):
+        name = f"source {index} in {path}"
+        check_object(entry, {}, name=name, remedy=_SET_ASIDE)
+        if (heldout := entry.get("heldout")) is not None:
+            check_object(entry, {"fingerprint": str}, name=name, remedy=_SET_ASIDE)
+            sizes = {"documents": int, "bytes": int}
+            check_object(heldout, sizes, name=f"'heldout' of {name}", remedy=_SET_ASIDE)
+    return _shallow(entries, path, _SET_ASIDE)
+
+
+def _result(run: Path) -> dict[str, Any] | None:
+    result = read_result(run)
+    for field in ("compressors", "session_seconds_by_category"):
+        if result is not None and result.get(field) is not None:
+            name = f"{field!r} in {run / 'result.json'}"
+            check_object(result[field], name=name, remedy=_DELETE_RESULT)
+    return _shallow(result, run / "result.json", _DELETE_RESULT)
+
+
+def _shallow(value: Any, name: Path | str, remedy: str) -> Any:
+    """Return a JSON value, unless it is nested so deeply that showing it would exhaust the stack."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [part for item in inner for part in item if isinstance(part, dict | list)]
+        if not level:
+            return value
+    raise DamagedFile(f"{name} is nested too deeply for a file of a run: {remedy}")
 
 
 # The list of runs -------------------------------------------------------------------------------------------
@@ -138,6 +249,8 @@ class RunSummary:
     tokens: int | None  # of all sessions
     seconds: float | None  # of all sessions; None if the log does not have them all
     started: float  # seconds since 1970
+    changed: dict[str, list[Any]]  # settings that a resumed session changed: [first step, value] of each
+    problem: str | None = None  # of a damaged run
 
 
 def list_runs(directory: str | Path) -> list[RunSummary]:
@@ -152,7 +265,9 @@ def list_runs(directory: str | Path) -> list[RunSummary]:
             f"there is no directory {directory}: name the one that runs are in (`slmjax train` makes them in "
             "runs)"
         )
-    runs = [_summary(path.parent) for path in directory.glob("[!.]*/config.json")]
+    # An imported model has a config.json, too.
+    paths = (path.parent for path in directory.glob("[!.]*/config.json"))
+    runs = [_summary(path) for path in paths if not (path / "origin.json").is_file()]
     if not runs:
         raise ValueError(
             f"{directory} holds no run: name the directory that runs are in (`slmjax train` makes them in "
@@ -162,12 +277,12 @@ def list_runs(directory: str | Path) -> list[RunSummary]:
 
 
 def _summary(path: Path) -> RunSummary:
-    started = (path / "config.json").stat().st_mtime
+    started = 0.0
     try:
+        started = (path / "config.json").stat().st_mtime
         run = read_run(path)
-        steps = int(run.config["run"]["steps"])
     # One damaged run must not hide the others.
-    except (ValueError, KeyError):
+    except (ValueError, OSError) as error:
         empty = dict.fromkeys(("loss", "bits_per_byte", "lost_text", "parameters", "tokens", "seconds"))
         return RunSummary(
             name=path.name,
@@ -177,6 +292,8 @@ def _summary(path: Path) -> RunSummary:
             steps=0,
             complete=False,
             started=started,
+            changed={},
+            problem=str(error),
             **empty,
         )
     result = run.result or {}
@@ -185,14 +302,19 @@ def _summary(path: Path) -> RunSummary:
         name=run.name,
         path=str(path),
         status=run.status,
-        step=int(result.get("step", run.last_step)),
-        steps=steps,
+        step=result.get("step", run.last_step),
+        steps=run.config["run"]["steps"],
         loss=number(last.get("loss")),
         bits_per_byte=number(last.get("bits_per_byte")),
         lost_text=number(last.get("lost_text")),
-        complete=bool(last.get("complete")),
-        parameters=result.get("parameters"),
-        tokens=result.get("run_tokens"),
-        seconds=result.get("run_seconds"),
-        started=run.train[0]["time"] if run.train else started,
+        complete=run.is_complete,
+        parameters=_count(result.get("parameters")),
+        tokens=_count(result.get("run_tokens")),
+        seconds=number(result.get("run_seconds")),
+        started=number(run.train[0]["time"]) or started if run.train else started,
+        changed={name: [list(pair) for pair in history] for name, history in run.changed_settings().items()},
     )
+
+
+def _count(value: Any) -> int | None:
+    return None if number(value) is None else int(value)
